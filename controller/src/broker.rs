@@ -1,0 +1,234 @@
+//! A broker is one cloud: it knows offers and instances, and nothing of runs, ledgers, hosts or other brokers.
+//!
+//! Implementations return values, not live objects. An error is never an empty list, and an outcome that is not known is
+//! [`BrokerErrorKind::Maybe`], never a guess.
+
+use std::fmt;
+use std::str::FromStr;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::units::{Bytes, UsdPerHour};
+
+pub mod local;
+
+/// One cloud.
+#[async_trait]
+pub trait Broker: Send + Sync {
+    /// The name used in settings, ledgers and on the command line.
+    fn name(&self) -> &'static str;
+
+    /// What can be rented now. `want` lets a cloud filter on its side; the market filters again.
+    async fn offers(&self, want: &GpuRequest) -> Result<Vec<Offer>, BrokerError>;
+
+    /// Rents. The lease's tag is on the instance from the first moment it exists.
+    async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError>;
+
+    /// Every instance of this account, ours or not, to the last page.
+    async fn list(&self) -> Result<Vec<Instance>, BrokerError>;
+
+    /// Ends an instance and its billing. One that is gone already is a success.
+    async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError>;
+}
+
+/// What is wanted of an instance. Zero or `None`: no matter.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct GpuRequest {
+    /// GPUs per instance; `Some(0)`: a CPU will do, `None`: one GPU on a cloud, whatever is there on the local machine.
+    pub gpu_count: Option<u32>,
+    /// Part of the GPU's canonical or raw name, case-insensitive.
+    pub gpu_filter: Option<String>,
+    /// Memory of each GPU.
+    pub min_vram: Option<Bytes>,
+    /// Memory of the host.
+    pub min_cpu_ram: Option<Bytes>,
+    /// Free disk.
+    pub min_disk: Option<Bytes>,
+    /// Price of the whole instance.
+    pub max_price: Option<UsdPerHour>,
+}
+
+/// Something that can be rented.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Offer {
+    /// Name of the broker.
+    pub broker: String,
+    /// What `create` needs to rent this offer; opaque to everyone else.
+    pub key: String,
+    /// Canonical GPU name, `None` for a CPU-only machine.
+    pub gpu: Option<String>,
+    /// The name the cloud gave.
+    pub gpu_raw: Option<String>,
+    /// GPUs.
+    pub gpu_count: u32,
+    /// Memory of each GPU, nominal.
+    pub vram: Option<Bytes>,
+    /// Memory of the host; `None`: unknown, never another quantity.
+    pub cpu_ram: Option<Bytes>,
+    /// CPU cores.
+    pub cpu_cores: Option<u32>,
+    /// Free disk.
+    pub disk: Option<Bytes>,
+    /// Whole instance, the disk asked for included.
+    pub price: UsdPerHour,
+    /// Where.
+    pub region: Option<String>,
+}
+
+/// What an instance is rented for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lease {
+    /// Carried by the instance.
+    pub tag: LeaseTag,
+    /// OpenSSH public key that may log in.
+    pub ssh_public_key: String,
+    /// Disk to reserve, where the cloud asks.
+    pub disk: Bytes,
+}
+
+/// The mark on every instance of ours: owner, run, nonce and deadline. A reaper can judge an instance by it alone.
+///
+/// Written `outliers-<owner>-<run>-<nonce>-<deadline as Unix seconds>`; the parts are lower-case letters and digits.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct LeaseTag {
+    /// Whose ledger rented it.
+    pub owner: String,
+    /// For which run.
+    pub run: String,
+    /// One per create call.
+    pub nonce: String,
+    /// After this the instance has no right to exist. Unix seconds.
+    pub deadline: u64,
+}
+
+impl fmt::Display for LeaseTag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "outliers-{}-{}-{}-{}", self.owner, self.run, self.nonce, self.deadline)
+    }
+}
+
+impl FromStr for LeaseTag {
+    type Err = NotOurs;
+
+    fn from_str(text: &str) -> Result<Self, NotOurs> {
+        let parts: Vec<&str> = text.split('-').collect();
+        let ["outliers", owner, run, nonce, deadline] = parts[..] else { return Err(NotOurs) };
+        let word = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        if !(word(owner) && word(run) && word(nonce)) {
+            return Err(NotOurs);
+        }
+        let deadline = deadline.parse().map_err(|_| NotOurs)?;
+        Ok(Self { owner: owner.to_owned(), run: run.to_owned(), nonce: nonce.to_owned(), deadline })
+    }
+}
+
+/// The name is not a lease tag: the instance is somebody else's and is never touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a lease tag")]
+pub struct NotOurs;
+
+/// A broker's name for an instance.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct InstanceId(pub String);
+
+impl fmt::Display for InstanceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// An instance as the broker lists it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Instance {
+    /// Name of the broker.
+    pub broker: String,
+    /// The broker's id.
+    pub id: InstanceId,
+    /// Name, label or tag it carries; ours parse as [`LeaseTag`].
+    pub name: String,
+    /// Where it is in its life.
+    pub state: InstanceState,
+    /// What it bills.
+    pub price: Option<UsdPerHour>,
+    /// In words, for tables: `2 x A100-80GB`, `8 CPU cores`.
+    pub hardware: String,
+    /// Unix seconds.
+    pub created_at: Option<u64>,
+}
+
+impl Instance {
+    /// The lease, if the instance is one of ours.
+    pub fn tag(&self) -> Option<LeaseTag> {
+        self.name.parse().ok()
+    }
+}
+
+/// An instance's life.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InstanceState {
+    /// Not reachable yet.
+    Booting,
+    /// The cloud gives an address. Whether it answers is for us to find out.
+    Ready(SshEndpoint),
+    /// It will not come up; it may still bill.
+    Failed(String),
+    /// Stopped, possibly still billing its disk.
+    Stopped,
+    /// On its way out.
+    Terminating,
+    /// A word of the cloud that we do not know.
+    Unknown(String),
+}
+
+/// Where an instance's SSH server listens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SshEndpoint {
+    /// Host name or address.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+    /// User to log in as.
+    pub user: String,
+}
+
+impl fmt::Display for SshEndpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}:{}", self.user, self.host, self.port)
+    }
+}
+
+/// Why a broker call did not give what was asked for.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{broker}: {message}")]
+pub struct BrokerError {
+    /// Which cloud.
+    pub broker: &'static str,
+    /// What a caller may do about it.
+    pub kind: BrokerErrorKind,
+    /// The cloud's own words where there are any. Never a key.
+    pub message: String,
+}
+
+/// What a caller may do about a failed call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BrokerErrorKind {
+    /// This offer cannot be had now: try the next.
+    NoCapacity,
+    /// Asked too often.
+    RateLimited,
+    /// The key is missing, wrong, or not allowed to.
+    Auth,
+    /// No funds, or a limit of the account.
+    Budget,
+    /// No such thing.
+    NotFound,
+    /// The request itself is wrong.
+    Rejected,
+    /// The cloud did not take the request.
+    Unavailable,
+    /// It may have happened: list by tag before anything else.
+    Maybe,
+}

@@ -1,0 +1,6 @@
+//! The controller: rents, pushes, follows, brings home, ends.
+
+pub mod broker;
+pub mod host;
+pub mod transport;
+pub mod units;

@@ -1,0 +1,85 @@
+//! Running commands and moving files on one host. Knows no broker and no run.
+
+use std::path::Path;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+pub mod quote;
+pub mod ssh;
+
+/// A host we can command.
+#[async_trait]
+pub trait Transport: Send + Sync {
+    /// Runs a shell command, feeding it `stdin`, and waits for it to end.
+    async fn exec(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<ExecOutput, TransportError>;
+
+    /// Uploads a file: to a temporary name beside `remote`, then renamed over it. `progress` is told the bytes sent so far.
+    async fn put(
+        &self,
+        local: &Path,
+        remote: &str,
+        mode: u32,
+        progress: &(dyn Fn(u64) + Send + Sync),
+    ) -> Result<(), TransportError>;
+
+    /// Writes a small file the same way. Its content never appears in a command line.
+    async fn put_bytes(&self, content: &[u8], remote: &str, mode: u32) -> Result<(), TransportError>;
+
+    /// Downloads a file of at most `limit` bytes to a temporary name beside `local`, synced, then renamed over it.
+    async fn get(&self, remote: &str, local: &Path, limit: u64) -> Result<u64, TransportError>;
+
+    /// The bytes of a remote file from `offset`, at most `limit` of them; empty at or past its end; `None` if there is no such file.
+    async fn read_from(&self, remote: &str, offset: u64, limit: u64) -> Result<Option<Vec<u8>>, TransportError>;
+}
+
+/// What a command left behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExecOutput {
+    /// Exit status; `None` when the connection ended or a signal ended it: unknown, never success.
+    pub status: Option<i32>,
+    /// Standard output.
+    pub stdout: Vec<u8>,
+    /// Standard error.
+    pub stderr: Vec<u8>,
+}
+
+/// Why a host could not be commanded.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct TransportError {
+    /// What a caller may do about it.
+    pub kind: TransportErrorKind,
+    /// What happened, and where.
+    pub message: String,
+}
+
+/// Kinds of transport failure, told apart because each has another cure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TransportErrorKind {
+    /// Nobody listens there (yet).
+    Refused,
+    /// No answer, no route, name unknown.
+    Unreachable,
+    /// The server knows us not: wrong key or user.
+    AuthFailed,
+    /// The host's key is not the pinned one.
+    HostKeyChanged,
+    /// The connection broke off.
+    Reset,
+    /// It took too long.
+    TimedOut,
+    /// No space left on the host.
+    NoSpace,
+    /// The host answered with an error of another kind.
+    Remote,
+    /// Something on this side.
+    Local,
+}
+
+impl TransportErrorKind {
+    /// Whether trying again, within a deadline, can help.
+    pub fn is_transient(self) -> bool {
+        matches!(self, Self::Refused | Self::Unreachable | Self::Reset | Self::TimedOut)
+    }
+}

@@ -1,0 +1,1 @@
+//! Quoting of remote arguments, in one place.

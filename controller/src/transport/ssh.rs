@@ -1,0 +1,1 @@
+//! [`Transport`](super::Transport) over SSH.

@@ -1,0 +1,129 @@
+//! What a checkpoint is, before any weight is read.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Point;
+
+/// Output of `outliers-worker inspect --json`: architecture, sites and exact bytes from the safetensors headers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Inspection {
+    /// Document version.
+    pub schema: u32,
+    /// Hub id or folder.
+    pub model: String,
+    /// Commit hash on the hub; `None` for folders.
+    pub revision: Option<String>,
+    /// `architectures[0]` of config.json.
+    pub architecture: String,
+    /// `model_type` of config.json.
+    pub model_type: String,
+    /// Hidden size.
+    pub hidden: usize,
+    /// Rows of the embedding.
+    pub vocab: usize,
+    /// Longest sequence the configuration allows.
+    pub max_positions: Option<usize>,
+    /// The head is the embedding.
+    pub tied_head: bool,
+    /// Parameters of the tensors used.
+    pub parameters: u64,
+    /// Parameters one token passes through: routed experts counted as top-k of all. Input embedding left out.
+    pub active_parameters: u64,
+    /// Bytes of the tensors used, as stored.
+    pub stored_bytes: u64,
+    /// Bytes per stored dtype.
+    pub stored_dtypes: BTreeMap<String, u64>,
+    /// Bytes of the embedding, as stored.
+    pub embedding_bytes: u64,
+    /// Bytes of final norm and head, as stored.
+    pub head_bytes: u64,
+    /// One entry per layer.
+    pub layers: Vec<LayerInspection>,
+    /// The studied norm outputs, in order of computation.
+    pub sites: Vec<SiteInspection>,
+    /// Tensors on disk that a text-only pass does not use.
+    pub ignored_tensors: Vec<String>,
+    /// Files the run needs, with their sizes.
+    pub files: Vec<FileBytes>,
+    /// Tokenizer file; `None`: only ready token ids can be used.
+    pub tokenizer: Option<String>,
+    /// What a run over the given number of tokens needs.
+    pub plan: PlanFigures,
+}
+
+/// One layer on disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LayerInspection {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// In words: mixer and feed-forward.
+    pub kind: String,
+    /// Routed experts; 0 for a dense layer.
+    pub experts: usize,
+    /// Tensors.
+    pub tensors: usize,
+    /// Parameters.
+    pub parameters: u64,
+    /// Bytes as stored.
+    pub bytes: u64,
+}
+
+/// One studied norm output.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SiteInspection {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// Where in the layer.
+    pub point: Point,
+    /// The tensor holding the norm's gain.
+    pub tensor: String,
+}
+
+/// A file and its size.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileBytes {
+    /// Name inside the repository or folder.
+    pub name: String,
+    /// Size in bytes.
+    pub bytes: u64,
+}
+
+/// What a run needs: arithmetic over the headers and the job, nothing measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlanFigures {
+    /// Sequences.
+    pub sequences: usize,
+    /// Tokens per sequence.
+    pub tokens_per_sequence: usize,
+    /// Bytes per value of the forward pass (4 for f32, 2 for bf16).
+    pub compute_bytes_per_value: u64,
+    /// Floating-point operations of the whole run: 2 x active parameters x tokens, plus causal attention.
+    pub flops: f64,
+    /// Device memory when streamed: hidden states, the two largest streaming units, workspace. Bytes.
+    pub streamed_memory_bytes: u64,
+    /// Device memory when every weight stays. Bytes.
+    pub resident_memory_bytes: u64,
+    /// Hidden states held between layers. Bytes.
+    pub hidden_state_bytes: u64,
+    /// Disk for the checkpoint on the instance. Bytes.
+    pub disk_bytes: u64,
+    /// Weight bytes the run reads.
+    pub bytes_to_read: u64,
+}
+
+/// Output of `outliers-worker version --json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VersionInfo {
+    /// Version of the worker.
+    pub version: String,
+    /// Version of the documents it speaks.
+    pub schema: u32,
+    /// Target triple's parts: `x86_64-linux`.
+    pub target: String,
+    /// Built with CUDA.
+    pub cuda: bool,
+    /// Architectures it knows.
+    pub architectures: Vec<String>,
+}

@@ -1,0 +1,198 @@
+//! The job: which model over which text, counted how.
+
+use serde::{Deserialize, Serialize};
+
+use crate::SCHEMA;
+
+/// Name of the English text that ships with the worker.
+pub const BUILTIN_CORPUS: &str = "shakespeare";
+
+/// One run of the worker. Everything that can change a number in the report is in here; where the output goes is not.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobSpec {
+    /// Document version; absent means the current one.
+    #[serde(default = "current_schema")]
+    pub schema: u32,
+    /// The checkpoint.
+    pub model: ModelSource,
+    /// The text.
+    #[serde(default)]
+    pub corpus: CorpusSpec,
+    /// Arithmetic of the forward pass.
+    #[serde(default)]
+    pub precision: Precision,
+    /// Devices as typed: `cpu`, `cpu:2` (two logical devices), `cuda:0`. Empty: the GPUs if there are any, else `cpu`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<String>,
+    /// Only the first so many layers: a quick look, without perplexity. `None`: all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layers: Option<usize>,
+    /// When a feature counts.
+    #[serde(default)]
+    pub thresholds: Thresholds,
+    /// File name inside the output folder for every studied activation, as safetensors. Large: tokens x hidden x sites x 4 bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub save_activations: Option<String>,
+    /// Tokens computed together; whole sequences, at least one.
+    #[serde(default = "default_micro_batch_tokens")]
+    pub micro_batch_tokens: usize,
+}
+
+fn current_schema() -> u32 {
+    SCHEMA
+}
+
+fn default_micro_batch_tokens() -> usize {
+    4096
+}
+
+impl JobSpec {
+    /// A job with the defaults of every option but the model.
+    pub fn new(model: ModelSource) -> Self {
+        Self {
+            schema: SCHEMA,
+            model,
+            corpus: CorpusSpec::default(),
+            precision: Precision::default(),
+            devices: Vec::new(),
+            layers: None,
+            thresholds: Thresholds::default(),
+            save_activations: None,
+            micro_batch_tokens: default_micro_batch_tokens(),
+        }
+    }
+}
+
+/// Where the checkpoint is, seen from the machine that runs the worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum ModelSource {
+    /// A repository on the Hugging Face hub.
+    Hub {
+        /// `owner/name`.
+        id: String,
+        /// Branch, tag or commit.
+        #[serde(default = "main_branch")]
+        revision: String,
+    },
+    /// A folder with `config.json` and safetensors files.
+    Folder {
+        /// Absolute, or relative to the worker's current folder.
+        path: String,
+    },
+}
+
+fn main_branch() -> String {
+    "main".to_owned()
+}
+
+impl ModelSource {
+    /// What was typed: hub id or path.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Hub { id, .. } => id,
+            Self::Folder { path } => path,
+        }
+    }
+}
+
+/// The text and how it is cut into sequences.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CorpusSpec {
+    /// Where the text or the token ids come from.
+    pub source: CorpusSource,
+    /// Sequences to run. With token ids: at most so many rows; `None` takes all rows (text: 16).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_sequences: Option<usize>,
+    /// Tokens per sequence, BOS included. With token ids: must equal the row length when given (text: 2048, or the model's limit if lower).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sequence_length: Option<usize>,
+    /// Whether each window starts with the BOS token.
+    pub bos: BosPolicy,
+    /// Whether windows may cross from one document into the next.
+    pub packing: Packing,
+}
+
+impl Default for CorpusSpec {
+    fn default() -> Self {
+        Self {
+            source: CorpusSource::Builtin(BUILTIN_CORPUS.to_owned()),
+            num_sequences: None,
+            sequence_length: None,
+            bos: BosPolicy::Auto,
+            packing: Packing::Packed,
+        }
+    }
+}
+
+/// Where the token ids come from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CorpusSource {
+    /// A text shipped with the worker.
+    Builtin(String),
+    /// UTF-8 text files, one document each.
+    Files(Vec<String>),
+    /// Ready token ids, fed to the model as they are: a safetensors file with `input_ids` i64 `[sequences, tokens]`,
+    /// or a JSON list of lists. Never decoded nor encoded again.
+    TokenIds(String),
+}
+
+/// Whether each window starts with the beginning-of-sequence token. Massive activations sit on it, so it is never left to chance.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BosPolicy {
+    /// As the family's own tokenizer does on plain text.
+    #[default]
+    Auto,
+    /// Always; an error if the tokenizer has none.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// How documents become windows. Windows never overlap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Packing {
+    /// All documents one after another, then cut.
+    #[default]
+    Packed,
+    /// Each document cut by itself; the rest that does not fill a window is dropped.
+    Separate,
+}
+
+/// Arithmetic of the forward pass. Statistics are always taken on the values as computed, widened to f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// f32 on a CPU, bf16 on a GPU.
+    #[default]
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// bfloat16: values from 5.984375 up round to 6 and count.
+    Bf16,
+    /// 16-bit floats. Several surveyed models overflow in them.
+    F16,
+}
+
+/// When a feature is an outlier, and when it is systematic (LLM.int8(), section 4.1).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Thresholds {
+    /// |x| >= this, inclusive.
+    pub magnitude: f32,
+    /// Least share of layers (or sites), inclusive.
+    pub layer_fraction: f64,
+    /// Least share of sequence positions, inclusive.
+    pub position_fraction: f64,
+}
+
+impl Default for Thresholds {
+    fn default() -> Self {
+        Self { magnitude: 6.0, layer_fraction: 0.25, position_fraction: 0.06 }
+    }
+}

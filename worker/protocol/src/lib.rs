@@ -1,0 +1,56 @@
+//! What the controller and the worker say to each other, and nothing else.
+//!
+//! Every document carries a `schema` number; a reader refuses a number it does not know instead of guessing.
+//! Field names are the report's labels, so each says what it counts and in which unit.
+//!
+//! | document | file | written by |
+//! |---|---|---|
+//! | [`JobSpec`] | `job.json` | the controller, or a person (JSON or TOML) |
+//! | [`Progress`] | `progress.jsonl` | the worker, one line per step; also its heartbeat |
+//! | [`Results`] | `results.json` | the worker |
+//! | [`Metadata`] | `metadata.json` | the worker |
+//! | [`Manifest`] | `manifest.json` | the worker, last: its presence means that all other files are whole |
+//! | [`Inspection`] | standard output of `outliers-worker inspect --json` | the worker |
+//! | [`VersionInfo`] | standard output of `outliers-worker version --json` | the worker |
+
+mod inspection;
+mod job;
+mod metadata;
+mod progress;
+mod results;
+
+pub use inspection::{FileBytes, Inspection, LayerInspection, PlanFigures, SiteInspection, VersionInfo};
+pub use job::{
+    BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, Thresholds,
+};
+pub use metadata::{CorpusProvenance, DeviceInfo, HostInfo, Metadata, ModelProvenance, TokenizerProvenance};
+pub use progress::{Phase, Progress};
+pub use results::{
+    Axis, Failure, FailureKind, Feature, FileEntry, Manifest, Outcome, Perplexity, Point, Reading, Results,
+    SequenceSummary, Sided, SiteSummary, Verdict,
+};
+
+/// Version of all documents in this crate. Raised when a reader of the old one would misread the new one.
+pub const SCHEMA: u32 = 1;
+
+/// Names of the files in a run's output folder, the same on the instance and at home.
+pub mod files {
+    /// The job, as the worker read it.
+    pub const JOB: &str = "job.json";
+    /// One [`crate::Progress`] per line.
+    pub const PROGRESS: &str = "progress.jsonl";
+    /// The [`crate::Results`].
+    pub const RESULTS: &str = "results.json";
+    /// The [`crate::Metadata`].
+    pub const METADATA: &str = "metadata.json";
+    /// Per (site, feature) and per (sequence, feature) arrays, safetensors.
+    pub const STATISTICS: &str = "statistics.safetensors";
+    /// The [`crate::Manifest`].
+    pub const MANIFEST: &str = "manifest.json";
+    /// Everything the worker said.
+    pub const LOG: &str = "worker.log";
+    /// Process id of the launched worker's wrapper.
+    pub const PID: &str = "worker.pid";
+    /// The worker's exit status in decimal, written by its wrapper when it ended.
+    pub const EXIT_CODE: &str = "exit_code";
+}

@@ -1,0 +1,115 @@
+//! Where the numbers come from.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::JobSpec;
+
+/// `metadata.json`: provenance of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Metadata {
+    /// Document version.
+    pub schema: u32,
+    /// Version of the worker.
+    pub worker_version: String,
+    /// The job as it was run.
+    pub job: JobSpec,
+    /// The checkpoint.
+    pub model: ModelProvenance,
+    /// Arithmetic of the forward pass: `f32`, `bf16` or `f16`.
+    pub compute_dtype: String,
+    /// `None` when ready token ids were given.
+    pub tokenizer: Option<TokenizerProvenance>,
+    /// The text.
+    pub corpus: CorpusProvenance,
+    /// Devices, in the order layers are dealt to them.
+    pub devices: Vec<DeviceInfo>,
+    /// The machine.
+    pub host: HostInfo,
+    /// Weight bytes read from storage, each counted as often as it was read.
+    pub weight_bytes_read: u64,
+    /// Weight bytes of the tensors used.
+    pub weight_bytes_expected: u64,
+    /// Peak resident memory of the worker process, bytes; `None` where the system does not tell.
+    pub peak_memory_bytes: Option<u64>,
+    /// Wall seconds per phase.
+    pub seconds: BTreeMap<String, f64>,
+    /// Milliseconds since the Unix epoch.
+    pub started_at_ms: u64,
+    /// Milliseconds since the Unix epoch.
+    pub finished_at_ms: u64,
+}
+
+/// Which checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelProvenance {
+    /// Hub id or folder.
+    pub name: String,
+    /// Commit hash on the hub; `None` for folders.
+    pub revision: Option<String>,
+    /// `architectures[0]` of config.json.
+    pub architecture: String,
+    /// SHA-256 of config.json.
+    pub config_sha256: String,
+    /// Parameters of the tensors used.
+    pub parameters: u64,
+    /// Bytes per stored dtype of the tensors used.
+    pub stored_dtypes: BTreeMap<String, u64>,
+    /// Tensors on disk that a text-only pass does not use, by name or pattern.
+    pub ignored_tensors: Vec<String>,
+}
+
+/// Which tokenizer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenizerProvenance {
+    /// File name.
+    pub file: String,
+    /// SHA-256 of that file.
+    pub sha256: String,
+    /// Entries.
+    pub vocab: usize,
+    /// Token id put before each window; `None`: none.
+    pub bos_token_id: Option<u32>,
+}
+
+/// Which text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CorpusProvenance {
+    /// Built-in name, file names, or token-id file.
+    pub source: String,
+    /// SHA-256 of the text or token-id bytes, in order.
+    pub sha256: String,
+    /// SHA-256 of the token ids fed to the model: i64 little-endian, row by row.
+    pub token_ids_sha256: String,
+    /// Sequences.
+    pub sequences: usize,
+    /// Tokens per sequence.
+    pub tokens_per_sequence: usize,
+    /// Tokens the text held in all.
+    pub tokens_available: usize,
+}
+
+/// One device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// As in `--devices`.
+    pub name: String,
+    /// Model name of the CPU or GPU.
+    pub description: String,
+    /// Its memory, bytes.
+    pub memory_bytes: Option<u64>,
+}
+
+/// The machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HostInfo {
+    /// Operating system and version.
+    pub os: String,
+    /// CPU model name.
+    pub cpu: String,
+    /// Threads the worker uses.
+    pub threads: usize,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+}

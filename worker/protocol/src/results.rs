@@ -1,0 +1,265 @@
+//! What was counted. Bounded by hidden size, layers and sequences; never by occurrences.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Thresholds;
+
+/// `results.json`.
+///
+/// Definitions (T = magnitude threshold, x = output of a studied norm, gain included):
+/// a feature *exceeds* at (site, sequence, position) when |x| >= T; *occurrences* counts those triples;
+/// *layers* are layers with an occurrence at either of their sites, *sites* are norm outputs with an occurrence;
+/// *positions* are distinct (sequence, position) pairs with an occurrence at any site.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    /// Document version.
+    pub schema: u32,
+    /// Hub id or folder, as asked for.
+    pub model: String,
+    /// The thresholds that were applied.
+    pub thresholds: Thresholds,
+    /// Layers studied.
+    pub n_layers: usize,
+    /// Norm outputs studied (2 per layer in most families).
+    pub n_sites: usize,
+    /// Hidden size: the number of features.
+    pub hidden: usize,
+    /// Sequences run.
+    pub sequences: usize,
+    /// Tokens per sequence.
+    pub tokens_per_sequence: usize,
+    /// The counts, side by side, each under its label.
+    pub verdicts: Vec<Verdict>,
+    /// Features with at least one occurrence, ascending by dimension.
+    pub features: Vec<Feature>,
+    /// One entry per sequence.
+    pub per_sequence: Vec<SequenceSummary>,
+    /// One entry per studied norm output, in order of computation.
+    pub sites: Vec<SiteSummary>,
+    /// Occurrences of all features together.
+    pub total_occurrences: u64,
+    /// Largest |x| at any studied site.
+    pub max_abs: f32,
+    /// `None` when only some layers were run.
+    pub perplexity: Option<Perplexity>,
+}
+
+/// One way to count systematic outlier features.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// How sequences were pooled.
+    pub reading: Reading,
+    /// What "25 % of layers" was taken of.
+    pub axis: Axis,
+    /// The label for tables.
+    pub label: String,
+    /// Number of systematic features; a mean over sequences need not be whole.
+    pub count: f64,
+    /// Mean layer (or site) percentage over what was counted; `None` when nothing was.
+    pub mean_layer_percent: Option<f64>,
+    /// Mean percentage of sequence positions over what was counted; `None` when nothing was.
+    pub mean_sequence_percent: Option<f64>,
+}
+
+/// How sequences are pooled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reading {
+    /// Distinct features over the whole corpus.
+    Unique,
+    /// Features judged within each sequence; the mean count per sequence. Percentages are means over (sequence, feature) records.
+    MeanPerSequence,
+    /// Features judged within each sequence; counts added up, so that one feature counts once per sequence.
+    /// The predecessor's published figures are this, over sites.
+    SumOverSequences,
+}
+
+/// What the share of layers is taken of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Axis {
+    /// Layers: one counts if any of its sites fires (the paper).
+    Layers,
+    /// Norm outputs, two per layer in most families (the predecessor).
+    Sites,
+}
+
+/// Where inside a layer a norm output is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Point {
+    /// The input of the attention projections (site 0).
+    BeforeAttention,
+    /// The input of the MLP, or of router and experts (site 1).
+    BeforeMlp,
+}
+
+/// Signs of a feature's occurrences.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sided {
+    /// All positive.
+    Pos,
+    /// All negative.
+    Neg,
+    /// Both signs.
+    Both,
+}
+
+/// One feature (hidden dimension) with at least one occurrence.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Feature {
+    /// Index into the hidden dimension.
+    pub dim: usize,
+    /// Layers with an occurrence.
+    pub n_layers: usize,
+    /// Norm outputs with an occurrence.
+    pub n_sites: usize,
+    /// `n_layers` / layers.
+    pub layer_fraction: f64,
+    /// `n_sites` / sites.
+    pub site_fraction: f64,
+    /// Distinct (sequence, position) pairs.
+    pub n_positions: u64,
+    /// `n_positions` / tokens.
+    pub position_fraction: f64,
+    /// (site, sequence, position) triples.
+    pub occurrences: u64,
+    /// Those with x > 0.
+    pub positive: u64,
+    /// Signs of the occurrences.
+    pub sided: Sided,
+    /// Largest value at any studied site, outlier or not.
+    pub max: f32,
+    /// Smallest value at any studied site.
+    pub min: f32,
+    /// Largest magnitude.
+    pub max_abs: f32,
+    /// Systematic over the whole corpus, share taken of layers.
+    pub systematic_by_layers: bool,
+    /// Systematic over the whole corpus, share taken of sites.
+    pub systematic_by_sites: bool,
+    /// Sequences within which it is systematic, share taken of layers.
+    pub sequences_systematic_by_layers: usize,
+    /// Sequences within which it is systematic, share taken of sites.
+    pub sequences_systematic_by_sites: usize,
+    /// Layers whose attention input has an occurrence.
+    pub layers_before_attention: Vec<usize>,
+    /// Layers whose MLP input has an occurrence.
+    pub layers_before_mlp: Vec<usize>,
+}
+
+/// Counts within one sequence.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SequenceSummary {
+    /// Index of the sequence.
+    pub sequence: usize,
+    /// Features with an occurrence.
+    pub features_any: usize,
+    /// Systematic features, share taken of layers.
+    pub systematic_by_layers: usize,
+    /// Systematic features, share taken of sites.
+    pub systematic_by_sites: usize,
+    /// Mean negative log-likelihood per predicted token, nats; `None` when only some layers were run.
+    pub mean_nll: Option<f64>,
+}
+
+/// One studied norm output over the whole corpus.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SiteSummary {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// Where in the layer.
+    pub point: Point,
+    /// Occurrences of all features.
+    pub occurrences: u64,
+    /// Features with an occurrence here.
+    pub features: usize,
+    /// Largest |x|.
+    pub max_abs: f32,
+    /// Root mean square of all values.
+    pub rms: f64,
+    /// Fourth moment over squared second moment, all values pooled; 3 for a Gaussian.
+    pub kurtosis: f64,
+}
+
+/// Perplexity of the same pass.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Perplexity {
+    /// exp of `mean_nll`.
+    pub perplexity: f64,
+    /// Mean negative log-likelihood, nats per predicted token.
+    pub mean_nll: f64,
+    /// Predicted tokens: sequences x (tokens - 1).
+    pub predicted_tokens: u64,
+}
+
+/// `manifest.json`, the last file a worker writes: every other file with its size and hash, and how the run ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Document version.
+    pub schema: u32,
+    /// Whole results, or why not.
+    pub outcome: Outcome,
+    /// The files to bring home. Names are plain file names, never paths.
+    pub files: Vec<FileEntry>,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Results are whole.
+    Complete,
+    /// The worker ended with an error.
+    Failed(Failure),
+}
+
+/// Why a worker ended without results.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Failure {
+    /// For programs.
+    pub kind: FailureKind,
+    /// What went wrong, and where.
+    pub message: String,
+    /// What to do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+/// Kinds of failure a caller may treat differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureKind {
+    /// The job or an option is wrong.
+    Job,
+    /// Unknown model or revision.
+    ModelNotFound,
+    /// The hub wants a token, or the token has no access.
+    ModelGated,
+    /// The architecture is not known.
+    Unsupported,
+    /// Files missing, damaged, or not what the architecture expects.
+    Checkpoint,
+    /// No text, or too little.
+    Corpus,
+    /// No such device, or it failed.
+    Device,
+    /// Disk full or unreadable.
+    Storage,
+    /// The hub could not be reached or answered with errors.
+    Network,
+    /// Anything else.
+    Internal,
+}
+
+/// One file of a manifest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Plain file name.
+    pub name: String,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// SHA-256, lower-case hexadecimal.
+    pub sha256: String,
+}
