@@ -6,7 +6,7 @@ use std::path::Path;
 use outliers_protocol::{Failure, FailureKind};
 
 /// Result of everything in this crate.
-pub type Result<T> = std::result::Result<T, WorkerError>;
+pub type Result<T, E = WorkerError> = std::result::Result<T, E>;
 
 /// A failure that ends a run: its kind for programs, its message and hint for people.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -1,3 +1,5 @@
 //! Skeleton.
 
 pub mod error;
+pub mod safetensors;
+pub mod source;
