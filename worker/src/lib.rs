@@ -1,5 +1,6 @@
 //! Skeleton.
 
+pub mod corpus;
 pub mod error;
 pub mod safetensors;
 pub mod source;
