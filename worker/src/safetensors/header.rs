@@ -76,7 +76,7 @@ impl Header {
         let raw = RawHeader::from_json(text)?;
         let mut tensors =
             raw.tensors.into_iter().map(|t| t.checked(data_start, file_len)).collect::<Result<Vec<_>>>()?;
-        tensors.sort_by(|a, b| (a.offset, a.len).cmp(&(b.offset, b.len)));
+        tensors.sort_by_key(|tensor| (tensor.offset, tensor.len));
         check_tiling(&tensors, data_start, file_len)?;
         Ok(Self { tensors, metadata: raw.metadata })
     }

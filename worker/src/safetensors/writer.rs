@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::{StoredDtype, element_count, shown};
 use crate::error::{IoContext, Result, WorkerError};
+use crate::files::{part_path, put_in_place};
 
 /// A tensor to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,9 +109,7 @@ impl Writer {
             let target = self.target.display();
             return Err(WorkerError::internal(format!("{missing} bytes of {target} were never written")));
         }
-        self.file.sync_all().at("sync", &self.part)?;
-        fs::rename(&self.part, &self.target).at("rename to", &self.target)?;
-        sync_folder(&self.target)
+        put_in_place(&self.file, &self.part, &self.target)
     }
 
     fn place(&self, tensor: &str) -> Result<&Place> {
@@ -124,22 +123,6 @@ impl Drop for Writer {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.part);
     }
-}
-
-/// `x.safetensors` -> `x.safetensors.part`, in the same folder so that the rename is atomic.
-fn part_path(target: &Path) -> PathBuf {
-    let mut name = target.as_os_str().to_owned();
-    name.push(".part");
-    PathBuf::from(name)
-}
-
-/// Makes the new name itself durable.
-fn sync_folder(target: &Path) -> Result<()> {
-    let folder = match target.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    File::open(folder).and_then(|f| f.sync_all()).at("sync", folder)
 }
 
 /// Header bytes (with their length prefix), places by name, and the length of the file.
