@@ -1,6 +1,8 @@
 //! The controller: rents, pushes, follows, brings home, ends.
 
 pub mod broker;
+pub mod gpu;
 pub mod host;
+pub mod market;
 pub mod transport;
 pub mod units;
