@@ -2,5 +2,8 @@
 
 pub mod broker;
 pub mod host;
+pub mod keys;
+pub mod secret;
+pub mod text;
 pub mod transport;
 pub mod units;
