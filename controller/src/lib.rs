@@ -4,5 +4,8 @@ pub mod broker;
 pub mod gpu;
 pub mod host;
 pub mod market;
+pub mod keys;
+pub mod secret;
+pub mod text;
 pub mod transport;
 pub mod units;
