@@ -42,6 +42,8 @@ enum End {
 /// # Errors
 /// The folder is damaged, or in use by another process; the lease is over; no port, no signals. Nothing runs then.
 pub async fn serve(dir: &Path) -> Result<()> {
+    // Into the folder's log, unless the program has set up its own reporting.
+    let _ = tracing_subscriber::fmt().with_ansi(false).with_writer(io::stderr).try_init();
     // A leader of its own session, deaf to the terminal the controller was started from. Refused only if it leads a process
     // group, and then the terminal is not its own either.
     let _ = rustix::process::setsid();
@@ -149,7 +151,7 @@ async fn passed(deadline: Option<u64>) {
 }
 
 async fn end_everything(folder: &Folder, record: &Record) -> Result<()> {
-    let marks = Marks::new(&record.id, folder.home(), Some(std::process::id()), true);
+    let marks = Marks::new(&record.id, folder.home(), Some(std::process::id()));
     let ended = tokio::task::spawn_blocking(move || marks.end_all()).await.map_err(io::Error::other)?;
-    ended.map_err(|pids| anyhow::anyhow!("these processes cannot be ended: {pids:?}"))
+    ended.map_err(anyhow::Error::msg)
 }
