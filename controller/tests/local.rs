@@ -426,7 +426,10 @@ async fn files_both_ways() {
     attributes.permissions = Some(0o600);
     sftp.set_metadata("log", attributes).await.unwrap();
     assert_eq!(fs::metadata(home.join("log")).unwrap().permissions().mode() & 0o777, 0o600);
-    assert_eq!(sftp.read("log").await.unwrap(), b"one\n");
+    let mut log = sftp.open_with_flags("log", OpenFlags::WRITE | OpenFlags::APPEND).await.unwrap();
+    log.write_all(b"two\n").await.unwrap();
+    log.shutdown().await.unwrap();
+    assert_eq!(sftp.read("log").await.unwrap(), b"one\ntwo\n");
 
     for i in 0..250 {
         fs::write(home.join(format!("d/{i}")), "").unwrap();

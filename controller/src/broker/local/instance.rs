@@ -27,6 +27,9 @@ const CHANNEL_BUFFER: usize = 4096;
 /// A sleeping machine's timers stand still, the deadline does not: looked at this often.
 const DEADLINE_CHECK: Duration = Duration::from_secs(60);
 
+/// A client that says nothing is no client.
+const GREETING_LIMIT: Duration = Duration::from_secs(30);
+
 /// Why an instance ends.
 enum End {
     /// It was told to.
@@ -136,7 +139,8 @@ async fn accept(listener: TcpListener, config: Arc<Config>, shell: Arc<Shell>, a
 async fn converse(stream: TcpStream, config: Arc<Config>, connection: Connection) {
     let result = async {
         stream.set_nodelay(true)?;
-        russh::server::run_stream(config, stream, connection).await?.await
+        let greeting = tokio::time::timeout(GREETING_LIMIT, russh::server::run_stream(config, stream, connection));
+        greeting.await.map_err(|_| russh::Error::ConnectionTimeout)??.await
     };
     if let Err(error) = result.await {
         tracing::debug!(%error, "a connection ended with an error");
