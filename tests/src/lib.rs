@@ -1,1 +1,3 @@
-//! Skeleton.
+//! Servers that the end-to-end tests run against.
+
+pub mod hub;
