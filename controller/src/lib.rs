@@ -3,8 +3,8 @@
 pub mod broker;
 pub mod gpu;
 pub mod host;
-pub mod market;
 pub mod keys;
+pub mod market;
 pub mod secret;
 pub mod text;
 pub mod transport;

@@ -45,7 +45,11 @@ fn every_fixture_equals_the_reference() {
 fn cutting_the_work_differently_changes_no_bit() {
     for name in ["olmoe-bf16", "llama-bf16-sharded-tied"] {
         let whole = run_fixture(name, &[]);
-        for more in [&["--devices", "cpu:2"][..], &["--micro-batch-tokens", "1"], &["--devices", "cpu:3", "--micro-batch-tokens", "96"]] {
+        for more in [
+            &["--devices", "cpu:2"][..],
+            &["--micro-batch-tokens", "1"],
+            &["--devices", "cpu:3", "--micro-batch-tokens", "96"],
+        ] {
             let cut = run_fixture(name, more);
             let (a, b): (Results, Results) = (read(whole.path(), files::RESULTS), read(cut.path(), files::RESULTS));
             assert_eq!(a.features, b.features, "{name} {more:?}");
@@ -72,7 +76,8 @@ fn the_manifest_vouches_for_every_file() {
     let manifest: Manifest = read(output.path(), files::MANIFEST);
     assert_eq!(manifest.outcome, Outcome::Complete);
     for name in [files::RESULTS, files::METADATA, files::STATISTICS, files::JOB] {
-        let entry = manifest.files.iter().find(|f| f.name == name).unwrap_or_else(|| panic!("{name} is not in the manifest"));
+        let entry =
+            manifest.files.iter().find(|f| f.name == name).unwrap_or_else(|| panic!("{name} is not in the manifest"));
         let bytes = std::fs::read(output.path().join(name)).unwrap();
         assert_eq!(entry.bytes, bytes.len() as u64);
         assert_eq!(entry.sha256, outliers_tests::sha256(&bytes));
@@ -147,7 +152,10 @@ fn unknown_architectures_and_switches_are_refused_by_name() {
     edit_config(model.path(), |c| c["architectures"][0] = "MambaForCausalLM".into());
     let (kind, said) = failure(model.path(), &[]);
     assert_eq!(kind, FailureKind::Unsupported);
-    assert!(said.contains("MambaForCausalLM") && said.contains("OlmoeForCausalLM") && said.contains("LlamaForCausalLM"), "{said}");
+    assert!(
+        said.contains("MambaForCausalLM") && said.contains("OlmoeForCausalLM") && said.contains("LlamaForCausalLM"),
+        "{said}"
+    );
     for (key, value) in [
         ("hidden_act", serde_json::json!("relu")),
         ("quantization_config", serde_json::json!({"quant_method": "gptq"})),

@@ -20,8 +20,10 @@ fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f64> {
 /// # Panics
 /// On the first difference, naming the tensor.
 pub fn assert_activations_equal(golden: &Path, dump: &Path) -> usize {
-    let (golden, dump) = (std::fs::read(golden).expect("golden file"), std::fs::read(dump).expect("activations were saved"));
-    let (golden, dump) = (SafeTensors::deserialize(&golden).expect("golden"), SafeTensors::deserialize(&dump).expect("dump"));
+    let (golden, dump) =
+        (std::fs::read(golden).expect("golden file"), std::fs::read(dump).expect("activations were saved"));
+    let (golden, dump) =
+        (SafeTensors::deserialize(&golden).expect("golden"), SafeTensors::deserialize(&dump).expect("dump"));
     let known = |name: &&str| !name.ends_with(".margin") && !(name.starts_with("router.") && name.ends_with(".logits"));
     let names: Vec<&str> = golden.names().into_iter().filter(known).collect();
     for name in &names {

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::cli::{Bench, Cli, Command, HubArgs, JobArgs, read_job};
 use crate::device;
 use crate::error::{Result, WorkerError};
-use crate::hub::Hub;
+use crate::hub::{Hub, HubOptions, Token};
 use crate::inspect::{self, PlannedRun};
 use crate::model::Model;
 use crate::{arch, bench, demo, run};
@@ -19,8 +19,7 @@ use crate::{arch, bench, demo, run};
 ///
 /// Exit code 0: done; 1: it failed; 2: the arguments or the job are wrong.
 pub fn main_impl() -> ExitCode {
-    let mut cli = Cli::parse();
-    cli.hub.hf_token = token(&cli.hub);
+    let cli = Cli::parse();
     start_log(cli.verbose);
     let json = cli.json;
     match dispatch(cli) {
@@ -29,11 +28,16 @@ pub fn main_impl() -> ExitCode {
     }
 }
 
-/// `HF_TOKEN`, else the file that `hf auth login` leaves.
-fn token(hub: &HubArgs) -> Option<String> {
+/// `HF_TOKEN`, else the file that `hf auth login` leaves. Never an argument: everybody on the machine sees those.
+fn token(hub: &HubArgs) -> Option<Token> {
     let named = std::env::var("HF_TOKEN").ok();
     let file = || std::fs::read_to_string(hub.home()?.join("token")).ok();
-    named.or_else(file).map(|t| t.trim().to_owned()).filter(|t| !t.is_empty())
+    Token::new(&named.or_else(file)?)
+}
+
+fn open_hub(args: &HubArgs) -> Result<Hub> {
+    let endpoint = args.hf_endpoint.clone();
+    Hub::new(HubOptions { endpoint, token: token(args), ..HubOptions::new(args.cache()?) })
 }
 
 fn start_log(verbose: bool) {
@@ -64,7 +68,7 @@ fn print_json(document: &impl Serialize) {
 }
 
 fn dispatch(cli: Cli) -> Result<()> {
-    let hub = Hub::new(cli.hub.hf_endpoint.clone(), cli.hub.hf_token.clone(), cli.hub.cache()?)?;
+    let hub = open_hub(&cli.hub)?;
     match cli.command {
         Command::Run { job, options, output } => {
             let job = match job {

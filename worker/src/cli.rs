@@ -33,11 +33,8 @@ pub struct Cli {
 #[derive(Args, Debug)]
 pub struct HubArgs {
     /// Address of the Hugging Face hub.
-    #[arg(long, global = true, env = "HF_ENDPOINT", default_value = "https://huggingface.co", hide = true)]
+    #[arg(long, global = true, env = "HF_ENDPOINT", default_value = crate::hub::DEFAULT_ENDPOINT, hide = true)]
     pub hf_endpoint: String,
-    /// Access token for gated models. From the environment only: arguments are visible to everybody on the machine.
-    #[arg(skip)]
-    pub hf_token: Option<String>,
     /// Home of the Hugging Face cache.
     #[arg(long, global = true, env = "HF_HOME", hide = true)]
     pub hf_home: Option<PathBuf>,

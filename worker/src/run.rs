@@ -53,9 +53,9 @@ pub fn checkpoint(source: &ModelSource, hub: &Hub, progress: &ProgressSink) -> R
         ModelSource::Folder { path } => Checkpoint::open_folder(&PathBuf::from(path)),
         ModelSource::Hub { id, revision } => {
             progress.phase(Phase::Fetching);
-            hub.fetch_all(id, revision, &|fetched, total| {
-                progress.work(0, total, 0);
-                progress.bytes(fetched);
+            hub.fetch_all(id, revision, &|fetched| {
+                progress.work(0, fetched.bytes_total, 0);
+                progress.bytes(fetched.bytes_done);
             })
         }
     }
