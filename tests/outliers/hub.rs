@@ -315,7 +315,8 @@ fn mirrors_without_sizes_and_hashes_will_do() {
 
 #[test]
 fn repositories_that_cannot_be_used_say_why() {
-    let cases: [(&dyn Fn(&Path), &str); 4] = [
+    type Case<'a> = (&'a dyn Fn(&Path), &'static str);
+    let cases: [Case<'_>; 4] = [
         (&|repo| fs::remove_file(repo.join("config.json")).unwrap(), "has no config.json"),
         (&|repo| fs::remove_file(repo.join(SHARD)).unwrap(), "names model-00001-of-00002.safetensors, which"),
         (&|repo| fs::remove_file(repo.join("model.safetensors.index.json")).unwrap(), "has neither"),

@@ -5,6 +5,7 @@
 //! no hash and waits for ever on a silent connection. Here every file is compared with the size and hash that the
 //! repository lists before it gets its name.
 
+mod answer;
 mod cache;
 mod http;
 mod listing;

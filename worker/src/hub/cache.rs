@@ -54,13 +54,10 @@ impl Cache {
         if revision == commit {
             return Ok(());
         }
-        let refs = self.folder_of(id).join("refs").join(revision);
+        let refs = self.layout.path().join(folder_name(id)).join("refs").join(revision);
         make_parent(&refs)?;
+        let _lock = self.lock(id, "refs")?;
         write_atomic(&refs, commit.as_bytes())
-    }
-
-    fn folder_of(&self, id: &str) -> PathBuf {
-        self.layout.path().join(hf_hub::Repo::model(id.to_owned()).folder_name())
     }
 
     /// Makes sure that a file is in the cache, whole, and linked into the snapshot.
@@ -80,7 +77,7 @@ impl Cache {
         };
         let wanted = Wanted { listing, name: &file.name, size, digest };
         let blob = self.repo(&listing.id).blob_path(digest.hex());
-        let _lock = self.lock(listing, digest)?;
+        let _lock = self.lock(&listing.id, digest.hex())?;
         if is_whole(&blob, &wanted)? {
             on_bytes(signed(size));
         } else {
@@ -90,15 +87,18 @@ impl Cache {
         link(&self.snapshot(listing).join(&file.name), &blob)
     }
 
-    /// One process at a time per blob; released when the file is dropped.
-    fn lock(&self, listing: &RepoListing, digest: &Digest) -> Result<File> {
-        let folder = hf_hub::Repo::model(listing.id.clone()).folder_name();
-        let path = self.layout.path().join(".locks").join(folder).join(format!("{}.lock", digest.hex()));
+    /// One process at a time per blob, or for the refs; released when the file is dropped.
+    fn lock(&self, id: &str, what: &str) -> Result<File> {
+        let path = self.layout.path().join(".locks").join(folder_name(id)).join(format!("{what}.lock"));
         make_parent(&path)?;
         let file = File::create(&path).at("create", &path)?;
         file.lock().at("lock", &path)?;
         Ok(file)
     }
+}
+
+fn folder_name(id: &str) -> String {
+    hf_hub::Repo::model(id.to_owned()).folder_name()
 }
 
 /// Whether a blob is what it is called. Large ones are believed by their size.

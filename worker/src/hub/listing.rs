@@ -2,7 +2,8 @@
 
 use serde::Deserialize;
 
-use super::http::{Asked, Client, encode};
+use super::answer::encode;
+use super::http::{Asked, Client};
 use crate::error::{Result, WorkerError};
 use crate::safetensors::shown;
 
