@@ -1,8 +1,10 @@
 //! The controller: rents, pushes, follows, brings home, ends.
 
 pub mod broker;
+pub mod gpu;
 pub mod host;
 pub mod keys;
+pub mod market;
 pub mod secret;
 pub mod text;
 pub mod transport;
