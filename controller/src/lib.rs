@@ -2,5 +2,6 @@
 
 pub mod broker;
 pub mod host;
+pub mod run;
 pub mod transport;
 pub mod units;
