@@ -1,7 +1,9 @@
 //! The controller: rents, pushes, follows, brings home, ends.
 
 pub mod broker;
+pub mod gpu;
 pub mod host;
+pub mod market;
 pub mod run;
 pub mod transport;
 pub mod units;

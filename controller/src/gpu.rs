@@ -1,0 +1,201 @@
+//! What a GPU is called, whatever a cloud calls it.
+
+use crate::units::Bytes;
+
+/// A GPU model we know by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuModel {
+    /// The name in offers, tables and filters.
+    pub name: &'static str,
+    /// Memory it is sold with; a driver reports up to a tenth less.
+    pub vram: Bytes,
+}
+
+/// Canonical name, memory in GiB, and the words that must all be in the raw name. The first that fits counts, so a longer
+/// description stands before a shorter one.
+const MODELS: &[(&str, u64, &[&str])] = &[
+    ("GB300", 288, &["gb300"]),
+    ("B300", 288, &["b300"]),
+    ("GB200", 192, &["gb200"]),
+    ("B200", 192, &["b200"]),
+    ("GH200-144GB", 144, &["gh200", "144g"]),
+    ("GH200", 96, &["gh200"]),
+    ("H200", 141, &["h200"]),
+    ("H100-94GB", 94, &["h100", "nvl"]),
+    ("H100", 80, &["h100"]),
+    ("A100-40GB", 40, &["a100", "40gb"]),
+    ("A100-80GB", 80, &["a100", "80gb"]),
+    ("L40S", 48, &["l40s"]),
+    ("L40", 48, &["l40"]),
+    ("L4", 24, &["l4"]),
+    ("A40", 48, &["a40"]),
+    ("A30", 24, &["a30"]),
+    ("A10G", 24, &["a10g"]),
+    ("A10", 24, &["a10"]),
+    ("V100-32GB", 32, &["v100", "32gb"]),
+    ("V100-16GB", 16, &["v100", "16gb"]),
+    ("T4", 16, &["t4"]),
+    ("RTX PRO 6000", 96, &["rtx", "pro", "6000"]),
+    ("RTX 6000 Ada", 48, &["6000", "ada"]),
+    ("RTX 6000 Ada", 48, &["6000ada"]),
+    ("RTX 5000 Ada", 32, &["5000", "ada"]),
+    ("RTX 4000 Ada", 20, &["4000", "ada"]),
+    ("A6000", 48, &["a6000"]),
+    ("A5000", 24, &["a5000"]),
+    ("A4500", 20, &["a4500"]),
+    ("A4000", 16, &["a4000"]),
+    ("RTX 5090", 32, &["5090"]),
+    ("RTX 5080", 16, &["5080"]),
+    ("RTX 4090", 24, &["4090"]),
+    ("RTX 4080", 16, &["4080"]),
+    ("RTX 3090", 24, &["3090"]),
+    ("RTX 3090", 24, &["3090ti"]),
+    ("MI355X", 288, &["mi355x"]),
+    ("MI325X", 256, &["mi325x"]),
+    ("MI300X", 192, &["mi300x"]),
+];
+
+/// Words that make a name another product: a laptop's chip has other memory than the card it is named after.
+const OTHERS: &[&str] = &["laptop", "mobile", "mig", "max"];
+
+/// The model of a raw name. `vram`, where known, tells apart what the name does not (an A100 of 40 and of 80 GB).
+pub fn identify(raw: &str, vram: Option<Bytes>) -> Option<GpuModel> {
+    let words = words(raw);
+    let has = |word: &str| words.iter().any(|w| w == word);
+    if OTHERS.iter().any(|other| has(other)) {
+        return None;
+    }
+    let named = MODELS.iter().find(|(_, _, needed)| needed.iter().all(|word| has(word)));
+    // The name alone leaves the size open: the nearest of the sizes sold.
+    let family = |needed: &[&str]| needed.first().is_some_and(|word| has(word)) && needed.len() > 1;
+    let measured = || {
+        let vram = vram?;
+        let sizes = MODELS.iter().filter(|(_, _, needed)| ["a100", "v100"].contains(&needed[0]) && family(needed));
+        sizes.min_by_key(|(_, gib, _)| vram.0.abs_diff(gib << 30))
+    };
+    let (name, gib, _) = named.or_else(measured)?;
+    Some(GpuModel { name, vram: Bytes::from_gib(*gib) })
+}
+
+/// The canonical name, or the raw one without its maker when the model is not in the table.
+pub fn canonical_name(raw: &str, vram: Option<Bytes>) -> String {
+    if let Some(model) = identify(raw, vram) {
+        return model.name.to_owned();
+    }
+    let raw = raw.trim();
+    raw.strip_prefix("NVIDIA ").or_else(|| raw.strip_prefix("AMD ")).unwrap_or(raw).to_owned()
+}
+
+/// Memory to compare with `--min-vram`: what the model is sold with if the driver's figure is that less the driver's share,
+/// else the driver's figure.
+pub fn nominal_vram(raw: &str, reported: Option<Bytes>) -> Option<Bytes> {
+    let sold = identify(raw, reported).map(|model| model.vram);
+    match (sold, reported) {
+        (Some(sold), Some(reported)) if sold.0.abs_diff(reported.0) > sold.0 / 10 => Some(reported),
+        (sold, reported) => sold.or(reported),
+    }
+}
+
+/// Whether `filter` is a part of a GPU's canonical or raw name. Case and separators do not matter, and a number is matched
+/// whole: `L4` is no part of `L40S`, nor `A10` of `A100`.
+pub fn matches(filter: &str, name: &str) -> bool {
+    let (filter, name) = (words(filter), words(name));
+    filter.is_empty() || contains(&name.join(" "), &filter.join(" ")) || contains(&name.concat(), &filter.concat())
+}
+
+fn contains(name: &str, part: &str) -> bool {
+    let digit = |c: Option<char>| c.is_some_and(|c| c.is_ascii_digit());
+    let (first, last) = (part.chars().next(), part.chars().next_back());
+    name.match_indices(part).any(|(at, _)| {
+        let (before, after) = (name[..at].chars().next_back(), name[at + part.len()..].chars().next());
+        let split = digit(before) && digit(first) || digit(last) && digit(after);
+        !split
+    })
+}
+
+fn words(name: &str) -> Vec<String> {
+    let lower = name.to_lowercase();
+    lower.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()).map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn names_of_many_clouds() {
+        for (raw, mib, name) in [
+            ("NVIDIA A100-SXM4-80GB", Some(81920), "A100-80GB"),
+            ("NVIDIA A100-PCIE-40GB", Some(40960), "A100-40GB"),
+            ("NVIDIA A100 80GB PCIe", None, "A100-80GB"),
+            ("A100 SXM4", Some(40960), "A100-40GB"),
+            ("A100 SXM4", Some(81920), "A100-80GB"),
+            ("gpu_8x_a100_80gb_sxm4", None, "A100-80GB"),
+            ("NVIDIA H100 80GB HBM3", Some(81559), "H100"),
+            ("H100 NVL", None, "H100-94GB"),
+            ("NVIDIA H200", Some(143771), "H200"),
+            ("NVIDIA B200", Some(183359), "B200"),
+            ("NVIDIA L4", Some(23034), "L4"),
+            ("NVIDIA L40S", Some(46068), "L40S"),
+            ("NVIDIA A40", Some(46068), "A40"),
+            ("NVIDIA RTX A6000", Some(49140), "A6000"),
+            ("NVIDIA RTX 6000 Ada Generation", Some(49140), "RTX 6000 Ada"),
+            ("NVIDIA GeForce RTX 4090", Some(24564), "RTX 4090"),
+            ("RTX_5090", None, "RTX 5090"),
+            ("NVIDIA A10G", None, "A10G"),
+            ("Tesla V100-SXM2-16GB", Some(16160), "V100-16GB"),
+            ("NVIDIA GeForce RTX 4090 Laptop GPU", Some(16376), "GeForce RTX 4090 Laptop GPU"),
+            ("NVIDIA Quadro P400", Some(2048), "Quadro P400"),
+            ("A100", None, "A100"),
+        ] {
+            assert_eq!(canonical_name(raw, mib.map(Bytes::from_mib)), name, "{raw}");
+        }
+    }
+
+    #[test]
+    fn nominal_memory_is_that_of_the_box_unless_the_driver_disagrees() {
+        let nominal = |raw, mib| nominal_vram(raw, Some(Bytes::from_mib(mib)));
+        assert_eq!(nominal("NVIDIA H100 80GB HBM3", 81559), Some(Bytes::from_gib(80)));
+        assert_eq!(nominal("NVIDIA L4", 23034), Some(Bytes::from_gib(24)));
+        assert_eq!(nominal("NVIDIA H100 80GB HBM3", 40960), Some(Bytes::from_gib(40)));
+        assert_eq!(nominal("Some GPU", 5000), Some(Bytes::from_mib(5000)));
+        assert_eq!(nominal_vram("NVIDIA A40", None), Some(Bytes::from_gib(48)));
+        assert_eq!(nominal_vram("Some GPU", None), None);
+    }
+
+    #[test]
+    fn parts_of_names() {
+        for (filter, name, expected) in [
+            ("a100", "A100-80GB", true),
+            ("A100-80", "A100-80GB", true),
+            ("A100 80GB", "NVIDIA A100-SXM4-80GB", false),
+            ("A10", "A100-80GB", false),
+            ("L4", "L40S", false),
+            ("L40", "L40S", true),
+            ("H20", "H200", false),
+            ("4090", "NVIDIA GeForce RTX 4090", true),
+            ("rtx4090", "RTX 4090", true),
+            ("RTX", "RTX 4090", true),
+            ("H100", "NVIDIA H100 80GB HBM3", true),
+            ("100", "NVIDIA H100 80GB HBM3", true),
+            ("", "anything", true),
+        ] {
+            assert_eq!(matches(filter, name), expected, "{filter} in {name}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_name_is_a_part_of_itself(name in "\\PC{0,30}") {
+            prop_assert!(matches(&name, &name));
+        }
+
+        #[test]
+        fn any_name_is_answered(name in "\\PC{0,40}", mib in proptest::option::of(0u64..1_000_000)) {
+            let vram = mib.map(Bytes::from_mib);
+            let named = format!("x{name}");
+            prop_assert!(!canonical_name(&named, vram).is_empty());
+        }
+    }
+}

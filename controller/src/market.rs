@@ -1,0 +1,1 @@
+//! Offers, filtered and ranked.
