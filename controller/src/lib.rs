@@ -3,7 +3,10 @@
 pub mod broker;
 pub mod gpu;
 pub mod host;
+pub mod keys;
 pub mod market;
 pub mod run;
+pub mod secret;
+pub mod text;
 pub mod transport;
 pub mod units;

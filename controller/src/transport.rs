@@ -14,7 +14,7 @@ pub trait Transport: Send + Sync {
     /// Runs a shell command, feeding it `stdin`, and waits for it to end.
     async fn exec(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<ExecOutput, TransportError>;
 
-    /// Uploads a file: to a temporary name beside `remote`, then renamed over it. `progress` is told the bytes sent so far.
+    /// Uploads a file: to a temporary name beside `remote`, then renamed over it. The folder must exist. `progress` is told the bytes sent so far.
     async fn put(
         &self,
         local: &Path,
@@ -36,7 +36,8 @@ pub trait Transport: Send + Sync {
 /// What a command left behind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExecOutput {
-    /// Exit status; `None` when the connection ended or a signal ended it: unknown, never success.
+    /// Exit status; `None` when a signal ended the command: unknown, never success.
+    /// A connection that breaks before the status arrives is [`TransportErrorKind::Reset`].
     pub status: Option<i32>,
     /// Standard output.
     pub stdout: Vec<u8>,
@@ -52,6 +53,13 @@ pub struct TransportError {
     pub kind: TransportErrorKind,
     /// What happened, and where.
     pub message: String,
+}
+
+impl TransportError {
+    /// An error of this kind.
+    pub fn new(kind: TransportErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
 }
 
 /// Kinds of transport failure, told apart because each has another cure.

@@ -1,1 +1,3 @@
-//! Skeleton.
+//! The servers and machines the end-to-end tests run against.
+
+pub mod sshd;

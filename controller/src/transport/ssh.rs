@@ -1,1 +1,256 @@
-//! [`Transport`](super::Transport) over SSH.
+//! [`Transport`](super::Transport) over SSH: one connection per host, channels inside it.
+//!
+//! A connection that broke is given up and the next call makes a new one, against the same pinned host key. How often and
+//! how long to try is the caller's business: every method here is one attempt.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use rand::Rng;
+use russh::client::Handle;
+use russh::keys::{PrivateKey, load_secret_key};
+use tokio::sync::Mutex;
+
+use super::{ExecOutput, Transport, TransportError, TransportErrorKind};
+use crate::broker::SshEndpoint;
+
+mod connect;
+mod exec;
+mod pin;
+mod plain;
+mod sftp;
+
+pub use pin::HostKeyPin;
+
+use connect::Client;
+use sftp::{Sftp, Source};
+
+/// Above this, a file goes through several channels at once: the server's window bounds each of them to 2 MiB per round trip.
+const STRIPE_FROM: u64 = 8 << 20;
+/// Channels of a large upload. A server allows 10 per connection by default; some are left for commands.
+const STRIPES: usize = 4;
+
+/// Commands and files on one host over SSH.
+pub struct SshTransport {
+    endpoint: SshEndpoint,
+    key: Arc<PrivateKey>,
+    pin: HostKeyPin,
+    link: Mutex<Option<Arc<Link>>>,
+    /// The server has no SFTP: files go through `cat`.
+    without_sftp: AtomicBool,
+}
+
+/// One living connection.
+struct Link {
+    handle: Handle<Client>,
+    sftp: Mutex<Option<Arc<Sftp>>>,
+}
+
+impl SshTransport {
+    /// One attempt to connect and log in as `endpoint.user` with the key file `private_key`.
+    ///
+    /// Without a pin the server's key is taken as it is and returned, to be pinned from then on.
+    pub async fn connect(
+        endpoint: &SshEndpoint,
+        private_key: &Path,
+        pin: Option<&HostKeyPin>,
+    ) -> Result<(Self, HostKeyPin), TransportError> {
+        let key = load_secret_key(private_key, None).map_err(|e| {
+            let message = format!("SSH key {} cannot be used: {e}", private_key.display());
+            TransportError::new(TransportErrorKind::Local, message)
+        })?;
+        let key = Arc::new(key);
+        let (handle, seen) = connect::open(endpoint, &key, pin).await?;
+        let pin = pin.cloned().unwrap_or(seen);
+        let link = Arc::new(Link { handle, sftp: Mutex::new(None) });
+        let transport = Self {
+            endpoint: endpoint.clone(),
+            key,
+            pin: pin.clone(),
+            link: Mutex::new(Some(link)),
+            without_sftp: AtomicBool::new(false),
+        };
+        Ok((transport, pin))
+    }
+
+    /// Where it leads.
+    pub fn endpoint(&self) -> &SshEndpoint {
+        &self.endpoint
+    }
+
+    /// Gives the connection up in good order. The next call makes a new one.
+    pub async fn close(&self) {
+        if let Some(link) = self.link.lock().await.take() {
+            // Nobody waits for the answer to a farewell.
+            let _ = link.handle.disconnect(russh::Disconnect::ByApplication, "", "").await;
+        }
+    }
+
+    /// The living connection, made anew if need be.
+    async fn link(&self) -> Result<Arc<Link>, TransportError> {
+        let mut slot = self.link.lock().await;
+        if let Some(link) = slot.as_ref().filter(|link| !link.handle.is_closed()) {
+            return Ok(link.clone());
+        }
+        *slot = None;
+        let (handle, _) = connect::open(&self.endpoint, &self.key, Some(&self.pin)).await?;
+        let link = Arc::new(Link { handle, sftp: Mutex::new(None) });
+        *slot = Some(link.clone());
+        Ok(link)
+    }
+
+    /// Passes a result on; after a failure of the connection the next call must not meet the same connection.
+    async fn settle<T>(&self, link: &Arc<Link>, result: Result<T, TransportError>) -> Result<T, TransportError> {
+        if result.as_ref().is_err_and(|e| e.kind.is_transient()) {
+            let mut slot = self.link.lock().await;
+            if slot.as_ref().is_some_and(|now| Arc::ptr_eq(now, link)) {
+                *slot = None;
+            }
+        }
+        result
+    }
+
+    /// The connection's SFTP channel; `None` if the server has no SFTP.
+    async fn sftp(&self, link: &Link) -> Result<Option<Arc<Sftp>>, TransportError> {
+        if self.without_sftp.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let mut slot = link.sftp.lock().await;
+        if slot.is_none() {
+            *slot = Sftp::open(&link.handle).await?.map(Arc::new);
+            self.without_sftp.store(slot.is_none(), Ordering::Relaxed);
+        }
+        Ok(slot.clone())
+    }
+
+    async fn upload(
+        &self,
+        link: &Link,
+        source: &Source,
+        remote: &str,
+        mode: u32,
+        progress: &(dyn Fn(u64) + Send + Sync),
+    ) -> Result<(), TransportError> {
+        let part = format!("{remote}.part.{:016x}", rand::rng().random::<u64>());
+        let sent = match self.sftp(link).await? {
+            Some(first) => {
+                let stripes = if source.len() >= STRIPE_FROM { STRIPES } else { 1 };
+                let lanes = sftp::lanes(first, &link.handle, stripes).await;
+                sftp::upload(&lanes, &part, mode, source, progress).await
+            }
+            None => plain::upload(&link.handle, &part, mode, source, progress).await,
+        };
+        let result = match sent {
+            Ok(()) => self.rename(link, &part, remote).await,
+            Err(e) if e.kind == TransportErrorKind::Remote => Err(plain::explain(&link.handle, &part, e).await),
+            Err(e) => Err(e),
+        };
+        if result.is_err() && !link.handle.is_closed() {
+            plain::remove(&link.handle, &part).await;
+        }
+        result
+    }
+
+    async fn rename(&self, link: &Link, from: &str, to: &str) -> Result<(), TransportError> {
+        if let Some(sftp) = self.sftp(link).await?
+            && sftp.rename_over(from, to).await?
+        {
+            return Ok(());
+        }
+        plain::rename(&link.handle, from, to).await
+    }
+
+    async fn download(&self, link: &Link, remote: &str, local: &Path, limit: u64) -> Result<u64, TransportError> {
+        let mut part = local.as_os_str().to_owned();
+        part.push(format!(".part.{:08x}", rand::rng().random::<u32>()));
+        let part = Path::new(&part);
+        let result = self.download_to(link, remote, part, limit).await;
+        let result = result.and_then(|bytes| std::fs::rename(part, local).map(|()| bytes).map_err(|e| here(local, &e)));
+        if result.is_err() {
+            // It may never have come to be.
+            let _ = std::fs::remove_file(part);
+        }
+        result
+    }
+
+    async fn download_to(&self, link: &Link, remote: &str, part: &Path, limit: u64) -> Result<u64, TransportError> {
+        use tokio::io::AsyncWriteExt;
+        let file = tokio::fs::File::create_new(part).await.map_err(|e| here(part, &e))?;
+        let mut file = tokio::io::BufWriter::with_capacity(1 << 20, file);
+        let bytes = match self.sftp(link).await? {
+            Some(sftp) => sftp.download(remote, 0, Limit::Refuse(limit), &mut file).await?,
+            None => plain::download(&link.handle, remote, limit, &mut file).await?,
+        };
+        let Some(bytes) = bytes else {
+            return Err(TransportError::new(TransportErrorKind::Remote, format!("{remote}: no such file")));
+        };
+        file.flush().await.map_err(|e| here(part, &e))?;
+        file.get_ref().sync_all().await.map_err(|e| here(part, &e))?;
+        Ok(bytes)
+    }
+
+    async fn read(&self, link: &Link, remote: &str, at: u64, limit: u64) -> Result<Option<Vec<u8>>, TransportError> {
+        let Some(sftp) = self.sftp(link).await? else {
+            return plain::read(&link.handle, remote, at, limit).await;
+        };
+        let mut content = Vec::new();
+        Ok(sftp.download(remote, at, Limit::Cut(limit), &mut content).await?.map(|_| content))
+    }
+}
+
+/// What to do about a file longer than its limit.
+#[derive(Clone, Copy)]
+enum Limit {
+    /// An error, before a byte is read.
+    Refuse(u64),
+    /// So much of it.
+    Cut(u64),
+}
+
+/// A failure of this machine's file system.
+fn here(path: &Path, error: &std::io::Error) -> TransportError {
+    TransportError::new(TransportErrorKind::Local, format!("{}: {error}", path.display()))
+}
+
+#[async_trait]
+impl Transport for SshTransport {
+    async fn exec(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<ExecOutput, TransportError> {
+        let link = self.link().await?;
+        let result = exec::exec(&link.handle, command, stdin, limit).await;
+        self.settle(&link, result).await
+    }
+
+    async fn put(
+        &self,
+        local: &Path,
+        remote: &str,
+        mode: u32,
+        progress: &(dyn Fn(u64) + Send + Sync),
+    ) -> Result<(), TransportError> {
+        let source = Source::file(local).map_err(|e| here(local, &e))?;
+        let link = self.link().await?;
+        let result = self.upload(&link, &source, remote, mode, progress).await;
+        self.settle(&link, result).await
+    }
+
+    async fn put_bytes(&self, content: &[u8], remote: &str, mode: u32) -> Result<(), TransportError> {
+        let link = self.link().await?;
+        let result = self.upload(&link, &Source::bytes(content), remote, mode, &|_| {}).await;
+        self.settle(&link, result).await
+    }
+
+    async fn get(&self, remote: &str, local: &Path, limit: u64) -> Result<u64, TransportError> {
+        let link = self.link().await?;
+        let result = self.download(&link, remote, local, limit).await;
+        self.settle(&link, result).await
+    }
+
+    async fn read_from(&self, remote: &str, offset: u64, limit: u64) -> Result<Option<Vec<u8>>, TransportError> {
+        let link = self.link().await?;
+        let result = self.read(&link, remote, offset, limit).await;
+        self.settle(&link, result).await
+    }
+}

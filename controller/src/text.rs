@@ -1,0 +1,74 @@
+//! Text from hosts and clouds, made fit for a terminal.
+
+/// At most `limit` characters of `bytes`, with terminal escapes, control and text-direction characters taken out.
+///
+/// Tabs and line ends become spaces; what is not UTF-8 becomes U+FFFD.
+pub fn clean(bytes: &[u8], limit: usize) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let mut out = String::new();
+    let mut chars = text.chars();
+    let mut left = limit;
+    while let Some(c) = chars.next() {
+        match c {
+            '\u{1b}' => skip_escape(&mut chars),
+            _ if is_unsafe(c) => {}
+            _ if left == 0 => {
+                out.push('…');
+                break;
+            }
+            _ => {
+                out.push(if c.is_whitespace() { ' ' } else { c });
+                left -= 1;
+            }
+        }
+    }
+    out.truncate(out.trim_end().len());
+    out
+}
+
+fn is_unsafe(c: char) -> bool {
+    let direction = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    direction || (c.is_control() && !matches!(c, '\t' | '\n' | '\r'))
+}
+
+/// Skips what follows an ESC: a control sequence to its final byte, an operating-system command to its terminator, else one character.
+fn skip_escape(chars: &mut std::str::Chars<'_>) {
+    match chars.next() {
+        Some('[') => {
+            chars.find(|c| ('\u{40}'..='\u{7e}').contains(c));
+        }
+        Some(']' | 'P' | '_' | '^' | 'X') => {
+            // Ends with BEL or with ESC and a backslash; that backslash goes with it.
+            if chars.find(|c| matches!(c, '\u{7}' | '\u{1b}' | '\n')) == Some('\u{1b}') {
+                chars.next();
+            }
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn escapes_are_removed_whole() {
+        assert_eq!(clean(b"a\x1b[31mred\x1b[0m b", 99), "ared b");
+        assert_eq!(clean(b"\x1b]0;title\x07x\x1b]8;;http://e\x1b\\y", 99), "xy");
+        assert_eq!(clean("left\u{202e}right\u{9b}31m".as_bytes(), 99), "leftright31m");
+        assert_eq!(clean(b"a\tb\r\n", 99), "a b");
+        assert_eq!(clean(b"abcdef", 3), "abc…");
+        assert_eq!(clean(b"\xff", 3), "\u{fffd}");
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_a_terminal_would_obey_comes_through(bytes in proptest::collection::vec(any::<u8>(), 0..200), limit in 0usize..50) {
+            let text = clean(&bytes, limit);
+            prop_assert!(text.chars().all(|c| !c.is_control()));
+            prop_assert!(text.chars().count() <= limit + 1);
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! A real OpenSSH server on a loopback port, with a configuration, keys and a home folder of its own.
+
+use std::fs::{self, File};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use outliers::broker::SshEndpoint;
+use outliers::keys::RunKey;
+use outliers::transport::ssh::HostKeyPin;
+use tempfile::TempDir;
+
+/// Where a root `sshd` wants an empty folder of root's.
+const PRIVILEGE_SEPARATION: &str = "/run/sshd";
+
+/// A running `sshd` as the current user. Ends, with every session it serves, when dropped.
+pub struct Sshd {
+    folder: TempDir,
+    child: Child,
+    port: u16,
+    user: String,
+    key: RunKey,
+    host_key: HostKeyPin,
+}
+
+impl Sshd {
+    /// Starts a server that lets [`Sshd::key`] in. `None`, after saying so, on a machine without OpenSSH's server.
+    pub fn start() -> Result<Option<Self>> {
+        Self::start_with("")
+    }
+
+    /// The same with more lines of `sshd_config`, which win over ours. `{folder}` in them is the server's own folder.
+    pub fn start_with(config: &str) -> Result<Option<Self>> {
+        let Some(program) = find("sshd", &["/usr/sbin", "/usr/local/sbin", "/usr/bin", "/sbin"]) else {
+            eprintln!("skipped: no sshd");
+            return Ok(None);
+        };
+        make_privilege_separation_folder()?;
+        let mut log = String::new();
+        // Another process may take the port between our look and the server's start.
+        for _ in 0..5 {
+            let mut server = Self::spawn(&program, config)?;
+            if server.is_up()? {
+                return Ok(Some(server));
+            }
+            log = server.log();
+        }
+        bail!("sshd did not come up: {log}")
+    }
+
+    fn spawn(program: &Path, config: &str) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let at = |name: &str| folder.path().join(name);
+        let key = RunKey::create(folder.path(), "client_key", "test client")?;
+        let host = RunKey::create(folder.path(), "host_key", "test host")?;
+        fs::DirBuilder::new().mode(0o700).create(at("home"))?;
+        fs::write(at("authorized_keys"), format!("{}\n", key.public_line()))?;
+        let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
+        fs::write(at("sshd_config"), configuration(folder.path(), port, config))?;
+        let child = Command::new(program)
+            .args(["-D", "-e", "-f"])
+            .arg(at("sshd_config"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(at("sshd.log"))?)
+            .spawn()
+            .with_context(|| format!("starting {}", program.display()))?;
+        let host_key = HostKeyPin::new(host.public_line())?;
+        Ok(Self { folder, child, port, user: current_user()?, key, host_key })
+    }
+
+    /// Whether it listens; `false` when it ended instead.
+    fn is_up(&mut self) -> Result<bool> {
+        let until = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < until {
+            if self.child.try_wait()?.is_some() {
+                return Ok(false);
+            }
+            if TcpStream::connect(("127.0.0.1", self.port)).is_ok() {
+                return Ok(true);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(false)
+    }
+
+    /// Where it listens, and as whom to log in.
+    pub fn endpoint(&self) -> SshEndpoint {
+        SshEndpoint { host: "127.0.0.1".to_owned(), port: self.port, user: self.user.clone() }
+    }
+
+    /// The key it lets in.
+    pub fn key(&self) -> &RunKey {
+        &self.key
+    }
+
+    /// Its host key.
+    pub fn host_key(&self) -> &HostKeyPin {
+        &self.host_key
+    }
+
+    /// What `$HOME` is in its sessions: an empty folder, not the user's real one.
+    pub fn home(&self) -> PathBuf {
+        self.folder.path().join("home")
+    }
+
+    /// Lets another public key in as well.
+    pub fn authorize(&self, public_line: &str) -> Result<()> {
+        let file = self.folder.path().join("authorized_keys");
+        let known = fs::read_to_string(&file)?;
+        fs::write(file, format!("{known}{public_line}\n")).context("authorized_keys")
+    }
+
+    /// What the server said.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("sshd.log")).unwrap_or_default()
+    }
+
+    /// Kills the processes that serve connections, as a broken line would; the server itself goes on. Returns how many.
+    pub fn kill_sessions(&self) -> Result<usize> {
+        let sessions = self.sessions()?;
+        for pid in &sessions {
+            kill(*pid);
+        }
+        Ok(sessions.len())
+    }
+
+    /// Processes named sshd below the server.
+    fn sessions(&self) -> Result<Vec<u32>> {
+        let table = Command::new("ps").args(["-A", "-o", "pid=,ppid=,command="]).output().context("ps")?;
+        let table = String::from_utf8_lossy(&table.stdout).into_owned();
+        let rows: Vec<(u32, u32, &str)> = table
+            .lines()
+            .filter_map(|line| {
+                let mut words = line.split_whitespace();
+                Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?))
+            })
+            .collect();
+        let mut found = vec![self.child.id()];
+        let mut looked = 0;
+        while let Some(&parent) = found.get(looked) {
+            let children = rows.iter().filter(|(_, ppid, name)| *ppid == parent && name.contains("sshd"));
+            found.extend(children.map(|(pid, ..)| *pid));
+            looked += 1;
+        }
+        Ok(found.split_off(1))
+    }
+}
+
+impl Drop for Sshd {
+    fn drop(&mut self) {
+        // A destructor has nobody to tell; what stays behind would be seen in the process table.
+        let _ = self.kill_sessions();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn kill(pid: u32) {
+    // It may have ended by itself.
+    let _ = Command::new("kill").args(["-9", &pid.to_string()]).stderr(Stdio::null()).status();
+}
+
+fn configuration(folder: &Path, port: u16, first: &str) -> String {
+    let folder = folder.display().to_string();
+    // The first value of an option wins.
+    let ours = "
+        ListenAddress 127.0.0.1
+        HostKey {folder}/host_key
+        AuthorizedKeysFile {folder}/authorized_keys
+        PidFile none
+        UsePAM no
+        StrictModes no
+        PermitRootLogin prohibit-password
+        PasswordAuthentication no
+        KbdInteractiveAuthentication no
+        SetEnv HOME={folder}/home
+        PrintMotd no
+        MaxStartups 100
+        LogLevel VERBOSE
+    ";
+    // This one may not come twice.
+    let sftp = if first.contains("Subsystem") { "" } else { "Subsystem sftp internal-sftp" };
+    format!("{first}\nPort {port}\n{ours}\n{sftp}\n").replace("{folder}", &folder)
+}
+
+/// The first program of this name in `PATH` or in `more`: `sshd` is seldom in a user's path.
+fn find(name: &str, more: &[&str]) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let listed = std::env::split_paths(&path).chain(more.iter().map(PathBuf::from));
+    listed.map(|folder| folder.join(name)).find(|program| program.is_file())
+}
+
+fn current_user() -> Result<String> {
+    let out = Command::new("id").arg("-un").output().context("id -un")?;
+    Ok(String::from_utf8(out.stdout)?.trim().to_owned())
+}
+
+fn make_privilege_separation_folder() -> Result<()> {
+    let is_root = Command::new("id").arg("-u").output().context("id -u")?.stdout.starts_with(b"0\n");
+    if !is_root || Path::new(PRIVILEGE_SEPARATION).is_dir() {
+        return Ok(());
+    }
+    fs::DirBuilder::new()
+        .mode(0o755)
+        .create(PRIVILEGE_SEPARATION)
+        .with_context(|| format!("sshd started by root wants the folder {PRIVILEGE_SEPARATION}, which cannot be made"))
+}
