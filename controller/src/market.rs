@@ -1,1 +1,597 @@
-//! Offers, filtered and ranked.
+//! Offers of all brokers: filtered in a fixed order, ranked by price, and explained when nothing is left.
+//!
+//! Every filter counts what it removed. When one removes the last offers, the error names it, says what the nearest of those
+//! offers had, and which single option would have let an offer through, since a query that finds nothing says nothing about why.
+//!
+//! What `--gpu-count` means when it is not given: one GPU on a cloud. On the local broker: whatever is there, which by price is
+//! the CPU alone, unless `--gpu-filter` or `--min-vram` asks for a GPU.
+
+use std::fmt;
+
+use serde::{Serialize, Serializer};
+
+use crate::broker::{GpuRequest, Offer, local};
+use crate::gpu;
+use crate::units::{Bytes, UsdPerHour};
+
+/// What removes offers, in the order in which it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Filter {
+    /// Name of the GPU.
+    GpuFilter,
+    /// Number of GPUs.
+    GpuCount,
+    /// Memory of each GPU.
+    MinVram,
+    /// Memory of the host.
+    MinCpuRam,
+    /// Free disk.
+    MinDisk,
+    /// Price of the whole instance.
+    MaxPrice,
+}
+
+impl Filter {
+    /// All, in the order in which they are applied.
+    pub const ALL: [Self; 6] =
+        [Self::GpuFilter, Self::GpuCount, Self::MinVram, Self::MinCpuRam, Self::MinDisk, Self::MaxPrice];
+
+    /// The command line's option.
+    pub const fn option(self) -> &'static str {
+        match self {
+            Self::GpuFilter => "--gpu-filter",
+            Self::GpuCount => "--gpu-count",
+            Self::MinVram => "--min-vram",
+            Self::MinCpuRam => "--min-cpu-ram",
+            Self::MinDisk => "--min-disk",
+            Self::MaxPrice => "--max-price",
+        }
+    }
+
+    /// The option as it would be typed, `None` if `want` does not restrict by it.
+    fn typed(self, want: &GpuRequest) -> Option<String> {
+        let value = match self {
+            Self::GpuFilter => want.gpu_filter.as_ref().filter(|f| !f.trim().is_empty())?.trim().to_owned(),
+            Self::GpuCount => match want.gpu_count {
+                Some(0) => return None,
+                Some(count) => count.to_string(),
+                None => "1 (the default)".to_owned(),
+            },
+            Self::MinVram => gib(want.min_vram.filter(|b| b.0 > 0)?),
+            Self::MinCpuRam => gib(want.min_cpu_ram.filter(|b| b.0 > 0)?),
+            Self::MinDisk => gib(want.min_disk.filter(|b| b.0 > 0)?),
+            Self::MaxPrice => dollars(want.max_price?),
+        };
+        Some(format!("{} {value}", self.option()))
+    }
+
+    /// Whether `offer` passes.
+    fn passes(self, offer: &Offer, want: &GpuRequest) -> bool {
+        let at_least = |has: Option<Bytes>, min: Option<Bytes>| match min {
+            // What is not known is not enough.
+            Some(min) if min.0 > 0 => has.is_some_and(|has| has >= min),
+            _ => true,
+        };
+        match self {
+            Self::GpuFilter => want.gpu_filter.as_deref().is_none_or(|filter| is_named(offer, filter)),
+            Self::GpuCount => match want.gpu_count {
+                Some(0) => true,
+                Some(count) => offer.gpu_count == count,
+                None => offer.broker == local::NAME || offer.gpu_count == 1,
+            },
+            Self::MinVram => at_least(offer.vram, want.min_vram),
+            Self::MinCpuRam => at_least(offer.cpu_ram, want.min_cpu_ram),
+            Self::MinDisk => at_least(offer.disk, want.min_disk),
+            Self::MaxPrice => want.max_price.is_none_or(|max| offer.price <= max),
+        }
+    }
+
+    /// Whether `offer` fails only for want of a figure.
+    fn is_unknown(self, offer: &Offer) -> bool {
+        match self {
+            Self::MinVram => offer.gpu_count > 0 && offer.vram.is_none(),
+            Self::MinCpuRam => offer.cpu_ram.is_none(),
+            Self::MinDisk => offer.disk.is_none(),
+            Self::GpuFilter | Self::GpuCount | Self::MaxPrice => false,
+        }
+    }
+
+    /// How far `offer` is from passing; less is nearer.
+    fn distance(self, offer: &Offer, want: &GpuRequest) -> u64 {
+        let short = |has: Option<Bytes>| has.map_or(u64::MAX, |has| u64::MAX - 1 - has.0);
+        match self {
+            Self::GpuFilter => u64::from(offer.gpu_count == 0),
+            Self::GpuCount => u64::from(offer.gpu_count.abs_diff(want.gpu_count.unwrap_or(1))),
+            Self::MinVram => short(offer.vram),
+            Self::MinCpuRam => short(offer.cpu_ram),
+            Self::MinDisk => short(offer.disk),
+            Self::MaxPrice => offer.price.0.micros().unsigned_abs(),
+        }
+    }
+
+    /// What the option would have to say for `offer` to pass; `None`: it cannot be said.
+    fn relaxed(self, offer: &Offer) -> Option<String> {
+        // Rounded to what lets the offer pass, not to the nearest.
+        let down = |bytes: Bytes| format!("{}", (bytes.gib() * 10.0).floor() / 10.0);
+        let value = match self {
+            Self::GpuFilter => match &offer.gpu {
+                Some(name) => name.clone(),
+                None => return Some(format!("no {}", self.option())),
+            },
+            Self::GpuCount => offer.gpu_count.to_string(),
+            Self::MinVram if offer.gpu_count == 0 => return Some(format!("no {}", self.option())),
+            Self::MinVram => down(offer.vram?),
+            Self::MinCpuRam => down(offer.cpu_ram?),
+            Self::MinDisk => down(offer.disk?),
+            Self::MaxPrice => format!("{}", (offer.price.0.dollars() * 100.0 - 1e-6).ceil() / 100.0),
+        };
+        Some(format!("{} {value}", self.option()))
+    }
+}
+
+/// What one filter did.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Step {
+    /// Which.
+    pub filter: Filter,
+    /// As it would be typed.
+    pub option: String,
+    /// Offers it removed.
+    pub removed: usize,
+    /// Those among them that may have enough, but do not say how much.
+    pub removed_unknown: usize,
+    /// Offers it left.
+    pub left: usize,
+}
+
+/// Offers that pass, cheapest first.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Selection {
+    /// At least one, ascending by price.
+    pub offers: Vec<Offer>,
+    /// Offers there were.
+    pub considered: usize,
+    /// The filters that were asked for, in order.
+    pub steps: Vec<Step>,
+}
+
+/// No offer is left.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum NothingLeft {
+    /// There was none to begin with.
+    #[error("no broker has an offer")]
+    NoOffers,
+    /// One filter removed the last.
+    #[error("{0}")]
+    Filtered(Box<Filtered>),
+}
+
+/// Which filter left nothing, and what would have left something.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Filtered {
+    /// The filters up to the one that left nothing, which is the last.
+    pub steps: Vec<Step>,
+    /// Offers there were.
+    pub considered: usize,
+    /// Why the last filter removed what it removed.
+    pub reason: String,
+    /// Of the offers it removed, the one nearest to passing.
+    pub nearest: Offer,
+    /// The smallest change of a single option after which an offer passes all filters; `None`: more than one has to change.
+    pub relaxation: Option<Relaxation>,
+}
+
+/// A change of one option, and what it finds.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Relaxation {
+    /// Which filter.
+    pub filter: Filter,
+    /// What to type instead.
+    pub option: String,
+    /// The cheapest offer that then passes.
+    pub offer: Offer,
+}
+
+impl Serialize for NothingLeft {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::NoOffers => Filtering { message: self.to_string(), details: None },
+            Self::Filtered(filtered) => Filtering { message: self.to_string(), details: Some(filtered) },
+        }
+        .serialize(serializer)
+    }
+}
+
+#[derive(Serialize)]
+struct Filtering<'a> {
+    message: String,
+    #[serde(flatten)]
+    details: Option<&'a Filtered>,
+}
+
+/// The offers that satisfy `want`, cheapest first.
+///
+/// # Errors
+/// None does; the error says why.
+pub fn select(offers: Vec<Offer>, want: &GpuRequest) -> Result<Selection, NothingLeft> {
+    if offers.is_empty() {
+        return Err(NothingLeft::NoOffers);
+    }
+    let considered = offers.len();
+    let mut left = rank(offers.clone());
+    let mut steps = Vec::new();
+    for filter in Filter::ALL {
+        let Some(option) = filter.typed(want) else { continue };
+        let (passed, removed): (Vec<_>, Vec<_>) = left.into_iter().partition(|offer| filter.passes(offer, want));
+        // A default that changes nothing was not asked for.
+        if removed.is_empty() && filter == Filter::GpuCount && want.gpu_count.is_none() {
+            left = passed;
+            continue;
+        }
+        let removed_unknown = removed.iter().filter(|offer| filter.is_unknown(offer)).count();
+        steps.push(Step { filter, option, removed: removed.len(), removed_unknown, left: passed.len() });
+        if passed.is_empty() {
+            return Err(explain(filter, steps, &offers, &removed, want));
+        }
+        left = passed;
+    }
+    Ok(Selection { offers: left, considered, steps })
+}
+
+fn rank(mut offers: Vec<Offer>) -> Vec<Offer> {
+    // The rest of the key only makes the order the same every time.
+    offers.sort_by(|a, b| (a.price, &a.broker, a.gpu_count, &a.key).cmp(&(b.price, &b.broker, b.gpu_count, &b.key)));
+    offers
+}
+
+fn is_named(offer: &Offer, filter: &str) -> bool {
+    let filter = filter.trim();
+    filter.is_empty() || [&offer.gpu, &offer.gpu_raw].into_iter().flatten().any(|name| gpu::matches(filter, name))
+}
+
+fn explain(filter: Filter, steps: Vec<Step>, offers: &[Offer], removed: &[Offer], want: &GpuRequest) -> NothingLeft {
+    let nearest = removed.iter().min_by_key(|offer| (filter.distance(offer, want), offer.price));
+    let Some(nearest) = nearest.cloned() else { return NothingLeft::NoOffers };
+    let reason = reason(filter, &steps, removed, &nearest);
+    let relaxation = relax(filter, offers, want);
+    NothingLeft::Filtered(Box::new(Filtered { steps, considered: offers.len(), reason, nearest, relaxation }))
+}
+
+fn reason(filter: Filter, steps: &[Step], removed: &[Offer], nearest: &Offer) -> String {
+    let unknown = steps.last().map_or(0, |step| step.removed_unknown);
+    let without_gpu = removed.iter().all(|offer| offer.gpu_count == 0);
+    let most = |what: &str, has: Option<Bytes>| match has {
+        Some(has) if unknown > 0 => {
+            format!("the most is {} of {what}, and {unknown} do not say how much", gib_text(has))
+        }
+        Some(has) => format!("the most is {} of {what}", gib_text(has)),
+        None => format!("none says how much {what} it has, and unknown is not enough"),
+    };
+    match filter {
+        Filter::GpuFilter | Filter::GpuCount | Filter::MinVram if without_gpu => no_gpu(removed),
+        Filter::GpuFilter => format!("the GPUs are {}", names(removed)),
+        Filter::GpuCount => format!("the nearest has {}", nearest.gpu_count),
+        Filter::MinVram => most("memory per GPU", nearest.vram),
+        Filter::MinCpuRam => most("memory", nearest.cpu_ram),
+        Filter::MinDisk => most("free disk", nearest.disk),
+        Filter::MaxPrice => format!("the cheapest is {}", nearest.price),
+    }
+}
+
+fn no_gpu(removed: &[Offer]) -> String {
+    let here = removed.iter().all(|offer| offer.broker == local::NAME);
+    if here { "this machine has no NVIDIA GPU".to_owned() } else { "none has a GPU".to_owned() }
+}
+
+fn names(offers: &[Offer]) -> String {
+    let mut names: Vec<&str> = offers.iter().filter_map(|offer| offer.gpu.as_deref()).collect();
+    names.sort_unstable();
+    names.dedup();
+    names.join(", ")
+}
+
+/// The filter that removed the last offers first, then the others: whatever single one, left out, lets an offer through.
+fn relax(last: Filter, offers: &[Offer], want: &GpuRequest) -> Option<Relaxation> {
+    let others = Filter::ALL.into_iter().filter(|filter| *filter != last);
+    std::iter::once(last).chain(others).find_map(|filter| {
+        filter.typed(want)?;
+        let rest = || Filter::ALL.into_iter().filter(|other| *other != filter);
+        let through = offers.iter().filter(|offer| rest().all(|other| other.passes(offer, want)));
+        let offer = through.min_by_key(|offer| (filter.distance(offer, want), offer.price))?;
+        Some(Relaxation { filter, option: filter.relaxed(offer)?, offer: offer.clone() })
+    })
+}
+
+impl fmt::Display for Filtered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(step) = self.steps.last() {
+            let offers = if step.removed == 1 { "offer" } else { "offers" };
+            write!(f, "{} removed the last {} {offers}", step.option, step.removed)?;
+        }
+        if self.steps.len() > 1 {
+            let before = self.steps[..self.steps.len() - 1].iter().filter(|step| step.removed > 0);
+            let before: Vec<_> = before.map(|step| format!("{} {}", step.option, step.removed)).collect();
+            if !before.is_empty() {
+                write!(f, " of {} (before it: {})", self.considered, before.join(", "))?;
+            }
+        }
+        write!(f, ": {} (nearest: {})", self.reason, describe(&self.nearest))?;
+        match &self.relaxation {
+            Some(found) => write!(f, "; {} would find {}", found.option, describe(&found.offer)),
+            None => write!(f, "; no single option is in the way alone: more than one has to be relaxed"),
+        }
+    }
+}
+
+/// An offer in a line: GPUs, cores, memory, disk, price, and its broker unless it is this machine.
+pub fn describe(offer: &Offer) -> String {
+    let gpus = offer.gpu.as_ref().map(|name| match offer.vram {
+        Some(vram) => format!("{} x {name} ({} each)", offer.gpu_count, gib_text(vram)),
+        None => format!("{} x {name}", offer.gpu_count),
+    });
+    let parts = [
+        gpus,
+        offer.cpu_cores.map(|cores| format!("{cores} CPU cores")),
+        offer.cpu_ram.map(|ram| format!("{} RAM", gib_text(ram))),
+        offer.disk.map(|disk| format!("{} free disk", gib_text(disk))),
+        Some(offer.price.to_string()),
+        (offer.broker != local::NAME).then(|| format!("on {}", offer.broker)),
+    ];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+fn gib_text(bytes: Bytes) -> String {
+    format!("{:.1} GiB", bytes.gib())
+}
+
+fn gib(bytes: Bytes) -> String {
+    let gib = bytes.gib();
+    if gib.fract() == 0.0 { format!("{gib}") } else { format!("{gib:.2}") }
+}
+
+fn dollars(price: UsdPerHour) -> String {
+    format!("{}", price.0.dollars())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn offer(broker: &str, gpu: Option<(&str, u32, u64)>, dollars: f64) -> Offer {
+        Offer {
+            broker: broker.to_owned(),
+            key: format!("{gpu:?}"),
+            gpu: gpu.map(|(name, ..)| name.to_owned()),
+            gpu_raw: gpu.map(|(name, ..)| format!("NVIDIA {name}")),
+            gpu_count: gpu.map_or(0, |(_, count, _)| count),
+            vram: gpu.map(|(_, _, gib)| Bytes::from_gib(gib)),
+            cpu_ram: Some(Bytes::from_mib(31_949)),
+            cpu_cores: Some(8),
+            disk: Some(Bytes::from_gib(100)),
+            price: UsdPerHour::from_dollars(dollars),
+            region: None,
+        }
+    }
+
+    fn laptop() -> Vec<Offer> {
+        vec![offer("local", None, 0.08)]
+    }
+
+    fn cloud() -> Vec<Offer> {
+        vec![
+            offer("runpod", Some(("H100", 1, 80)), 2.99),
+            offer("runpod", Some(("H100", 2, 80)), 5.98),
+            offer("vast", Some(("RTX 4090", 1, 24)), 0.4),
+            offer("vast", Some(("L40S", 1, 48)), 0.9),
+            offer("lambda", Some(("A100-80GB", 1, 80)), 1.79),
+        ]
+    }
+
+    fn want() -> GpuRequest {
+        GpuRequest::default()
+    }
+
+    fn filtered(offers: Vec<Offer>, want: &GpuRequest) -> Filtered {
+        match select(offers, want) {
+            Err(NothingLeft::Filtered(filtered)) => *filtered,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_laptop_has_no_a100() {
+        let want = GpuRequest { gpu_filter: Some("A100".to_owned()), ..want() };
+        let error = select(laptop(), &want).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "--gpu-filter A100 removed the last 1 offer: this machine has no NVIDIA GPU \
+             (nearest: 8 CPU cores, 31.2 GiB RAM, 100.0 GiB free disk, $0.08/h); \
+             no --gpu-filter would find 8 CPU cores, 31.2 GiB RAM, 100.0 GiB free disk, $0.08/h"
+        );
+        let json = serde_json::to_value(&error).unwrap();
+        assert_eq!(json["steps"][0]["filter"], "gpu_filter");
+        assert_eq!(json["message"], error.to_string());
+        assert_eq!(json["relaxation"]["option"], "no --gpu-filter");
+    }
+
+    #[test]
+    fn without_a_wish_a_laptop_will_do_and_a_cloud_gives_one_gpu() {
+        assert_eq!(select(laptop(), &want()).unwrap().offers, laptop());
+        let selection = select(cloud(), &want()).unwrap();
+        let brief: Vec<_> = selection.offers.iter().map(|o| (o.gpu_count, o.price.0.dollars())).collect();
+        assert_eq!(brief, [(1, 0.4), (1, 0.9), (1, 1.79), (1, 2.99)]);
+        assert_eq!(selection.steps[0].filter, Filter::GpuCount);
+        assert_eq!((selection.steps[0].removed, selection.considered), (1, 5));
+    }
+
+    #[test]
+    fn no_gpu_asked_for_is_anything() {
+        let want = GpuRequest { gpu_count: Some(0), ..want() };
+        assert_eq!(select([laptop(), cloud()].concat(), &want).unwrap().offers.len(), 6);
+        assert_eq!(select(laptop(), &want).unwrap().steps, []);
+    }
+
+    #[test]
+    fn the_filter_that_removed_the_last_is_named_and_the_nearest_way_out() {
+        let query = GpuRequest {
+            max_price: Some(UsdPerHour::from_dollars(1.0)),
+            min_vram: Some(Bytes::from_gib(80)),
+            ..want()
+        };
+        let error = filtered(cloud(), &query);
+        assert_eq!(error.steps.last().unwrap().filter, Filter::MaxPrice);
+        let found = error.relaxation.clone().unwrap();
+        assert_eq!((found.filter, found.option.as_str()), (Filter::MaxPrice, "--max-price 1.79"));
+        assert_eq!(error.nearest.gpu.as_deref(), Some("A100-80GB"));
+        assert!(error.to_string().starts_with("--max-price 1 removed the last 2 offers of 5 (before it: "), "{error}");
+
+        let query = GpuRequest { gpu_filter: Some("B200".to_owned()), ..want() };
+        let error = filtered(cloud(), &query);
+        assert_eq!(error.reason, "the GPUs are A100-80GB, H100, L40S, RTX 4090");
+        let query = GpuRequest { gpu_count: Some(8), ..want() };
+        assert_eq!(filtered(cloud(), &query).relaxation.unwrap().option, "--gpu-count 2");
+    }
+
+    #[test]
+    fn one_option_is_not_always_enough() {
+        let query = GpuRequest {
+            gpu_filter: Some("B200".to_owned()),
+            max_price: Some(UsdPerHour::from_dollars(0.01)),
+            ..want()
+        };
+        let error = filtered(cloud(), &query);
+        assert_eq!(error.relaxation, None);
+        assert!(error.to_string().ends_with("more than one has to be relaxed"), "{error}");
+        // The culprit is an earlier filter than the one that removed the last.
+        let offers = vec![offer("vast", Some(("L4", 1, 24)), 9.0), offer("vast", Some(("H100", 1, 80)), 1.0)];
+        let query = GpuRequest { gpu_filter: Some("L4".to_owned()), min_vram: Some(Bytes::from_gib(80)), ..want() };
+        let error = filtered(offers, &GpuRequest { max_price: Some(UsdPerHour::from_dollars(2.0)), ..query });
+        assert_eq!(error.steps.last().unwrap().filter, Filter::MinVram);
+        assert_eq!(error.relaxation.unwrap().filter, Filter::GpuFilter);
+    }
+
+    #[test]
+    fn unknown_is_not_enough() {
+        let mut offers = cloud();
+        offers.iter_mut().for_each(|o| o.cpu_ram = None);
+        let query = GpuRequest { min_cpu_ram: Some(Bytes::from_gib(1)), ..want() };
+        let error = filtered(offers.clone(), &query);
+        assert_eq!(error.steps.last().map(|s| (s.removed, s.removed_unknown)), Some((4, 4)));
+        assert!(error.reason.contains("unknown is not enough"), "{error}");
+        offers[0].cpu_ram = Some(Bytes::from_mib(512));
+        let error = filtered(offers, &query);
+        assert_eq!(error.reason, "the most is 0.5 GiB of memory, and 3 do not say how much");
+        assert_eq!(error.relaxation.unwrap().option, "--min-cpu-ram 0.5");
+    }
+
+    #[test]
+    fn host_memory_is_not_gpu_memory() {
+        let query = GpuRequest { min_cpu_ram: Some(Bytes::from_gib(64)), ..want() };
+        assert_eq!(filtered(cloud(), &query).steps.last().unwrap().filter, Filter::MinCpuRam);
+    }
+
+    #[test]
+    fn no_offers() {
+        assert_eq!(select(vec![], &want()).unwrap_err().to_string(), "no broker has an offer");
+        assert_eq!(serde_json::to_value(NothingLeft::NoOffers).unwrap()["message"], "no broker has an offer");
+    }
+
+    fn any_bytes() -> impl Strategy<Value = Option<Bytes>> {
+        proptest::option::of((0u64..200).prop_map(Bytes::from_gib))
+    }
+
+    prop_compose! {
+        fn any_offer()(
+            broker in "local|vast|runpod",
+            gpu in proptest::option::of(("H100|A100-80GB|L4|L40S|Odd", 1u32..9)),
+            vram in any_bytes(), cpu_ram in any_bytes(), disk in any_bytes(),
+            cents in 1u32..1000,
+        ) -> Offer {
+            Offer {
+                gpu: gpu.as_ref().map(|(name, _)| name.clone()),
+                gpu_raw: gpu.as_ref().map(|(name, _)| name.clone()),
+                gpu_count: gpu.as_ref().map_or(0, |(_, count)| *count),
+                vram: vram.filter(|_| gpu.is_some()),
+                cpu_ram, disk,
+                ..offer(&broker, None, f64::from(cents) / 100.0)
+            }
+        }
+    }
+
+    prop_compose! {
+        fn any_request()(
+            gpu_count in proptest::option::of(0u32..9),
+            gpu_filter in proptest::option::of("H100|100|L4|l40|zzz| "),
+            min_vram in any_bytes(), min_cpu_ram in any_bytes(), min_disk in any_bytes(),
+            cents in proptest::option::of(0u32..1000),
+        ) -> GpuRequest {
+            let max_price = cents.map(|cents| UsdPerHour::from_dollars(f64::from(cents) / 100.0));
+            GpuRequest { gpu_count, gpu_filter, min_vram, min_cpu_ram, min_disk, max_price }
+        }
+    }
+
+    /// The request with one option replaced by what the relaxation says to type.
+    fn retyped(want: &GpuRequest, found: &Relaxation) -> GpuRequest {
+        let value = found.option.strip_prefix(found.filter.option()).map(str::trim);
+        let number = || value.map(|text| text.parse::<f64>().unwrap());
+        let bytes = || number().map(|gib| Bytes((gib * (1u64 << 30) as f64) as u64));
+        let mut want = want.clone();
+        match found.filter {
+            Filter::GpuFilter => want.gpu_filter = value.map(str::to_owned),
+            Filter::GpuCount => want.gpu_count = number().map(|count| count as u32),
+            Filter::MinVram => want.min_vram = bytes(),
+            Filter::MinCpuRam => want.min_cpu_ram = bytes(),
+            Filter::MinDisk => want.min_disk = bytes(),
+            Filter::MaxPrice => want.max_price = number().map(UsdPerHour::from_dollars),
+        }
+        want
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn nothing_is_lost_and_nothing_unfit_is_kept(
+            offers in proptest::collection::vec(any_offer(), 0..12),
+            want in any_request(),
+        ) {
+            let passes = |offer: &Offer| Filter::ALL.iter().all(|filter| filter.passes(offer, &want));
+            let fit = offers.iter().filter(|offer| passes(offer)).count();
+            match select(offers.clone(), &want) {
+                Ok(selection) => {
+                    prop_assert_eq!(selection.offers.len(), fit);
+                    prop_assert!(selection.offers.iter().all(passes));
+                    prop_assert!(selection.offers.is_sorted_by_key(|offer| offer.price));
+                    let removed: usize = selection.steps.iter().map(|step| step.removed).sum();
+                    prop_assert_eq!(removed + fit, offers.len());
+                }
+                Err(NothingLeft::NoOffers) => prop_assert!(offers.is_empty()),
+                Err(NothingLeft::Filtered(error)) => {
+                    prop_assert_eq!(fit, 0);
+                    let removed: usize = error.steps.iter().map(|step| step.removed).sum();
+                    prop_assert_eq!(removed, offers.len());
+                    let last = error.steps.last().unwrap();
+                    prop_assert!(last.left == 0 && last.removed > 0 && last.removed_unknown <= last.removed);
+                    prop_assert!(!last.filter.passes(&error.nearest, &want));
+                    prop_assert!(error.to_string().starts_with(&last.option));
+                    if let Some(found) = &error.relaxation {
+                        // What is advised works, exactly as it is typed.
+                        let found_offers = select(offers, &retyped(&want, found)).unwrap().offers;
+                        prop_assert!(found_offers.contains(&found.offer));
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn the_order_of_offers_does_not_matter(
+            offers in proptest::collection::vec(any_offer(), 1..8),
+            want in any_request(),
+        ) {
+            let prices = |result: Result<Selection, NothingLeft>| result.ok().map(|s| s.offers.iter().map(|o| o.price).collect::<Vec<_>>());
+            let reversed = offers.iter().rev().cloned().collect();
+            prop_assert_eq!(prices(select(offers, &want)), prices(select(reversed, &want)));
+        }
+    }
+}
