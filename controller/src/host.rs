@@ -3,3 +3,187 @@
 //! Layout on the host, below its home folder:
 //! `.cache/outliers/bin/<sha256>/outliers-worker` (content-addressed), `outliers/<run>/` with the job, the output files of
 //! [`outliers_protocol::files`], the pid file and the exit-code file.
+//!
+//! Every script goes to `sh` on its standard input, so that neither the login shell nor the length of a command line matters,
+//! and nothing of it is seen in the host's process table. What comes back is hostile until checked.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use outliers_protocol::Progress;
+use tokio::sync::OnceCell;
+
+use crate::text::clean;
+use crate::transport::{Transport, TransportErrorKind};
+
+mod error;
+mod fetch;
+mod follow;
+mod launch;
+mod names;
+mod probe;
+mod push;
+mod reach;
+mod retry;
+
+pub use error::{HostError, HostErrorKind};
+pub use fetch::Fetched;
+pub use follow::Cursor;
+pub use launch::{JobStatus, Launched};
+pub use probe::{GpuFacts, HostFacts};
+pub use push::{PushedFolder, RemoteWorker};
+pub use reach::reach;
+
+/// For scripts that look and do not work: connection, three round trips and a slow disk.
+const SHORT: Duration = Duration::from_secs(60);
+/// A connection found broken is made again for so long by whoever needs it and has no patience of its own.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// What precedes a script's own output: login shells print greetings.
+const MARK: &[u8] = b"\n@outliers@\n";
+
+/// What happens on the way, for the reporter.
+#[derive(Clone, Debug, PartialEq)]
+pub enum HostEvent {
+    /// Not reachable yet; another attempt follows.
+    Waiting {
+        /// The last attempt's failure.
+        what: String,
+        /// Its kind.
+        kind: TransportErrorKind,
+        /// Attempts so far.
+        attempt: u32,
+    },
+    /// Logged in.
+    Connected,
+    /// What the host is.
+    Probed(HostFacts),
+    /// A file is on its way.
+    Uploading {
+        /// Bytes the host has acknowledged.
+        sent: u64,
+        /// Bytes in all.
+        total: u64,
+    },
+    /// The same file lies there already: nothing is sent.
+    AlreadyThere,
+    /// The worker was seen running.
+    Launched {
+        /// Process id of its wrapper on the host.
+        pid: u32,
+    },
+    /// The connection broke; the worker goes on without us.
+    ConnectionLost {
+        /// How.
+        why: String,
+    },
+    /// Connected again.
+    Reconnected,
+    /// A line of the worker's progress file.
+    Progress(Progress),
+    /// A line of the progress file that is none, cut to a readable length.
+    BadProgress(String),
+    /// A line of the worker's log.
+    Log(String),
+    /// The log grew faster than it can be followed: so many bytes were passed over. The whole log is fetched at the end.
+    LogSkipped(u64),
+    /// A file is being brought home.
+    Fetching {
+        /// Its name.
+        name: String,
+        /// Its size in bytes, 0 if unknown.
+        bytes: u64,
+    },
+}
+
+/// Takes events.
+pub type OnEvent<'a> = &'a (dyn Fn(HostEvent) + Send + Sync);
+
+/// A host we can log in to.
+pub struct RemoteHost {
+    transport: Arc<dyn Transport>,
+    name: String,
+    home: OnceCell<String>,
+}
+
+/// What a script left behind: its own output, without the login shell's greetings.
+struct Answer {
+    status: Option<i32>,
+    stdout: Vec<u8>,
+    stderr: String,
+}
+
+impl RemoteHost {
+    /// A host behind a transport; `name` stands for it in messages.
+    pub fn new(transport: Arc<dyn Transport>, name: impl Into<String>) -> Self {
+        Self { transport, name: name.into(), home: OnceCell::new() }
+    }
+
+    /// The way to it.
+    pub fn transport(&self) -> &Arc<dyn Transport> {
+        &self.transport
+    }
+
+    /// Absolute path of the login user's home folder.
+    pub async fn home(&self) -> Result<&str, HostError> {
+        let home = self.home.get_or_try_init(|| async {
+            let answer = self.sh("printf '%s' \"$HOME\"", SHORT).await?;
+            let text = String::from_utf8(answer.stdout).ok();
+            let usable = |home: &String| home.starts_with('/') && !home.chars().any(char::is_control);
+            text.filter(usable).ok_or_else(|| self.odd("its home folder has no usable name"))
+        });
+        home.await.map(String::as_str)
+    }
+
+    /// Absolute path of a run's folder.
+    pub async fn run_folder(&self, run: &str) -> Result<String, HostError> {
+        names::check_run(run)?;
+        Ok(format!("{}/outliers/{run}", self.home().await?))
+    }
+
+    /// Runs a POSIX shell script that must end with status 0.
+    async fn sh(&self, script: &str, limit: Duration) -> Result<Answer, HostError> {
+        let answer = self.try_sh(script, limit).await?;
+        match answer.status {
+            Some(0) => Ok(answer),
+            Some(status) => Err(self.odd(&format!("a script ended with status {status}: {}", answer.stderr))),
+            None => Err(self.odd(&format!("a script was killed: {}", answer.stderr))),
+        }
+    }
+
+    /// Runs a POSIX shell script whose status the caller judges. Its commands find an empty standard input.
+    async fn try_sh(&self, script: &str, limit: Duration) -> Result<Answer, HostError> {
+        // In braces, so that it is read to its end before any of it runs.
+        let mark = "printf '\\n@outliers@\\n'";
+        let script = format!("LC_ALL=C; export LC_ALL\n{{\n{mark}\n{script}\n}} </dev/null\n");
+        let out = self.transport.exec("sh -s", script.as_bytes(), limit).await?;
+        let stderr = clean(&out.stderr, 500);
+        let Some(at) = out.stdout.windows(MARK.len()).position(|w| w == MARK) else {
+            let said = clean(&out.stdout, 200);
+            return Err(self.odd(&format!("it does not run shell scripts: {said} {stderr}")));
+        };
+        Ok(Answer { status: out.status, stdout: out.stdout[at + MARK.len()..].to_vec(), stderr })
+    }
+
+    /// An error of the host itself.
+    fn odd(&self, what: &str) -> HostError {
+        HostError::new(HostErrorKind::Host, format!("{}: {what}", self.name))
+    }
+}
+
+impl Answer {
+    /// The rest of the first line `@<key> ...`; empty if there is none.
+    fn field(&self, key: &str) -> String {
+        self.fields(key).into_iter().next().unwrap_or_default()
+    }
+
+    /// The rests of all lines `@<key> ...`, cut to a readable length.
+    fn fields(&self, key: &str) -> Vec<String> {
+        let lines = self.stdout.split(|b| *b == b'\n');
+        let prefix = format!("@{key} ");
+        lines.filter_map(|line| line.strip_prefix(prefix.as_bytes())).map(|rest| clean(rest, 4096)).collect()
+    }
+
+    fn number(&self, key: &str) -> Option<u64> {
+        self.field(key).trim().parse().ok()
+    }
+}

@@ -38,10 +38,9 @@ fn skip_escape(chars: &mut std::str::Chars<'_>) {
             chars.find(|c| ('\u{40}'..='\u{7e}').contains(c));
         }
         Some(']' | 'P' | '_' | '^' | 'X') => {
-            // Ends with BEL or with ESC and a backslash; that backslash goes with it.
-            if chars.find(|c| matches!(c, '\u{7}' | '\u{1b}' | '\n')) == Some('\u{1b}') {
-                chars.next();
-            }
+            let end = chars.find(|c| matches!(c, '\u{7}' | '\u{1b}' | '\n'));
+            // Ends with BEL, or with ESC and a backslash that goes with it.
+            end.filter(|c| *c == '\u{1b}').and_then(|_| chars.next());
         }
         _ => {}
     }

@@ -1,3 +1,5 @@
 //! End-to-end tests.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod host;
 mod ssh;

@@ -99,7 +99,11 @@ async fn round_trip(server: &Sshd, name: &str) {
     let (from, back) = (here.path().join("from"), here.path().join("back"));
     std::fs::write(&from, &content).unwrap();
     let told = AtomicU64::new(0);
-    ssh.put(&from, remote, 0o755, &|sent| { told.fetch_max(sent, Ordering::Relaxed); }).await.unwrap();
+    ssh.put(&from, remote, 0o755, &|sent| {
+        told.fetch_max(sent, Ordering::Relaxed);
+    })
+    .await
+    .unwrap();
     assert_eq!(told.into_inner(), content.len() as u64, "{name}");
     assert_eq!(sha256(&std::fs::read(remote).unwrap()), sha256(&content), "{name}");
     assert_eq!(mode(Path::new(remote)), 0o755, "{name}");

@@ -9,7 +9,7 @@ use russh::client::{self, AuthResult, Handle};
 use russh::keys::{PrivateKey, PrivateKeyWithHashAlg, PublicKey, PublicKeyOrCertificate};
 use russh::{Preferred, cipher};
 use tokio::net::{TcpStream, lookup_host};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::HostKeyPin;
 use crate::broker::SshEndpoint;
@@ -20,6 +20,8 @@ use crate::transport::{TransportError, TransportErrorKind as Kind};
 const TCP_LIMIT: Duration = Duration::from_secs(15);
 /// From the open TCP connection to the server's greeting.
 const BANNER_LIMIT: Duration = Duration::from_secs(20);
+/// From the first bytes to the greeting: a server may send lines of text before it.
+const PREFACE_LIMIT: Duration = Duration::from_secs(2);
 /// Key exchange, and again login.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
 
@@ -83,10 +85,10 @@ fn dial_kind(error: &io::Error) -> Kind {
 
 /// Waits for the server's first bytes without taking them. A server that is not ready closes here, some with a line of text.
 async fn wait_for_greeting(endpoint: &SshEndpoint, stream: &TcpStream) -> Result<(), TransportError> {
-    let until = Instant::now() + BANNER_LIMIT;
+    let since = Instant::now();
     let mut first = [0; 256];
     loop {
-        let seen = match tokio::time::timeout_at(until, stream.peek(&mut first)).await {
+        let seen = match timeout_at(since + BANNER_LIMIT, stream.peek(&mut first)).await {
             Err(_) => return Err(too_long(endpoint, "the server's greeting", BANNER_LIMIT)),
             Ok(Err(e)) => return Err(broken(endpoint, &russh::Error::IO(e))),
             Ok(Ok(0)) => {
@@ -98,7 +100,7 @@ async fn wait_for_greeting(endpoint: &SshEndpoint, stream: &TcpStream) -> Result
         if seen.starts_with(b"SSH-") || seen.windows(5).any(|w| w == b"\nSSH-") {
             return Ok(());
         }
-        if seen.len() >= 4 && Instant::now() + BANNER_LIMIT > until + Duration::from_secs(2) {
+        if seen.len() >= 4 && since.elapsed() > PREFACE_LIMIT {
             let message = format!("{endpoint}: not an SSH greeting: {:?}", clean(seen, 80));
             return Err(TransportError::new(Kind::Reset, message));
         }

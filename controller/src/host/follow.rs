@@ -1,0 +1,279 @@
+//! Following a worker: what it adds to its progress file and log, across lost connections.
+
+use std::time::Duration;
+
+use outliers_protocol::{Progress, SCHEMA, files};
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep_until};
+
+use super::launch::{STATE, read_state};
+use super::retry::Retry;
+use super::{HostError, HostErrorKind, HostEvent, JobStatus, OnEvent, RemoteHost};
+use crate::text::clean;
+use crate::transport::quote::quote;
+
+/// Losing SSH is not losing the job: so long it may be lost.
+const RECONNECT_BUDGET: Duration = Duration::from_secs(600);
+/// One look; beyond it the connection is taken for dead.
+const LOOK_LIMIT: Duration = Duration::from_secs(45);
+/// Between looks: soon after news, seldom when nothing happens.
+const MIN_PAUSE: Duration = Duration::from_millis(300);
+const MAX_PAUSE: Duration = Duration::from_secs(2);
+/// Bytes of one file per look.
+const TAKE: u64 = 256 << 10;
+/// A line longer than this is no line of ours.
+const MAX_LINE: usize = 64 << 10;
+/// Further behind than this, the log is passed over up to its last `TAKE` bytes.
+const MAX_LAG: u64 = 4 << 20;
+/// What is shown of a line.
+const SHOWN: usize = 2000;
+
+/// How far a run's files have been read: whole lines only. Kept by the caller, so that another process can go on from here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cursor {
+    /// Bytes of `progress.jsonl` taken.
+    pub progress: u64,
+    /// Bytes of `worker.log` taken.
+    pub log: u64,
+    /// Within a progress line that is too long: what follows up to its end is no line either.
+    #[serde(default)]
+    overlong: bool,
+}
+
+/// One file's new bytes.
+#[derive(Debug, Default, PartialEq)]
+struct Piece {
+    /// The file's length when looked at.
+    size: u64,
+    bytes: Vec<u8>,
+}
+
+/// What one look saw.
+struct Look {
+    status: JobStatus,
+    pid: Option<u32>,
+    progress: Piece,
+    log: Piece,
+}
+
+impl RemoteHost {
+    /// Reports progress and log until the worker has ended and all of it was read, or was never started.
+    ///
+    /// A lost connection is made again for up to ten minutes; the worker does not notice. At `deadline` the worker is left
+    /// running and the error's kind is [`HostErrorKind::Deadline`].
+    pub async fn follow(
+        &self,
+        run: &str,
+        cursor: &mut Cursor,
+        deadline: Instant,
+        on: OnEvent<'_>,
+    ) -> Result<JobStatus, HostError> {
+        let mut retry = Retry::new(RECONNECT_BUDGET, Some(deadline));
+        let mut pause = MIN_PAUSE;
+        let mut seen_running = false;
+        loop {
+            match self.look(run, cursor).await {
+                Ok(look) => {
+                    retry.recovered(on);
+                    if let Some(pid) = look.pid.filter(|_| !seen_running) {
+                        on(HostEvent::Launched { pid });
+                        seen_running = true;
+                    }
+                    let news = cursor.take_progress(&look.progress, on) | cursor.take_log(&look.log, on);
+                    if look.status != JobStatus::Running && !news {
+                        cursor.take_rest(&look, on);
+                        return Ok(look.status);
+                    }
+                    pause = if news { MIN_PAUSE } else { pause.mul_f64(1.3).min(MAX_PAUSE) };
+                }
+                Err(error) => retry.wait(error, on).await?,
+            }
+            sleep_until(deadline.min(Instant::now() + pause)).await;
+            if Instant::now() >= deadline {
+                let message = format!("{}: the time for run {run} was over before its worker ended", self.name);
+                return Err(HostError::new(HostErrorKind::Deadline, message));
+            }
+        }
+    }
+
+    /// One command: the worker's state first, then what its files hold beyond the cursor. After an end nothing is added.
+    async fn look(&self, run: &str, cursor: &Cursor) -> Result<Look, HostError> {
+        let folder = self.run_folder(run).await?;
+        let script = format!(
+            "{STATE}\ntake() {{\n  if [ -f \"$1\" ] && [ ! -h \"$1\" ]; then s=$(($(wc -c < \"$1\"))); else s=0; fi\n\
+               n=$((s - $2)); [ $n -lt 0 ] && n=0; [ $n -gt {TAKE} ] && n={TAKE}\n  echo \"@piece $s $n\"\n\
+               [ $n -gt 0 ] && tail -c +$(($2 + 1)) \"$1\" | head -c $n\n  echo\n}}\n\
+             if cd {} 2>/dev/null; then state; take {} {}; take {} {}; else echo '@state none'; fi",
+            quote(&folder),
+            files::PROGRESS,
+            cursor.progress,
+            files::LOG,
+            cursor.log,
+        );
+        let answer = self.sh(&script, LOOK_LIMIT).await?;
+        let (status, pid) = read_state(self, &answer)?;
+        let mut rest = &answer.stdout[..];
+        let mut piece = || next_piece(&mut rest).unwrap_or_default();
+        Ok(Look { status, pid, progress: piece(), log: piece() })
+    }
+}
+
+/// Reads `@piece SIZE LENGTH`, a line end and that many bytes; `rest` goes on behind them.
+fn next_piece(rest: &mut &[u8]) -> Option<Piece> {
+    let mark = b"@piece ";
+    let at = rest.windows(mark.len()).position(|w| w == mark)? + mark.len();
+    let end = at + rest[at..].iter().position(|b| *b == b'\n')?;
+    let (size, length) = std::str::from_utf8(&rest[at..end]).ok()?.split_once(' ')?;
+    let (size, length) = (size.parse().ok()?, length.parse::<usize>().ok()?);
+    let from = end + 1;
+    let to = from.checked_add(length)?.min(rest.len());
+    let bytes = rest[from..to].to_vec();
+    *rest = &rest[to..];
+    Some(Piece { size, bytes })
+}
+
+impl Cursor {
+    /// Takes whole lines; `true` if there was anything to take.
+    fn take_progress(&mut self, piece: &Piece, on: OnEvent<'_>) -> bool {
+        // A file that got shorter is another file.
+        self.progress = self.progress.min(piece.size);
+        let mut taken = 0;
+        for line in piece.bytes.split_inclusive(|b| *b == b'\n') {
+            let whole = line.ends_with(b"\n");
+            if !whole && line.len() < MAX_LINE {
+                break;
+            }
+            taken += line.len();
+            if !std::mem::replace(&mut self.overlong, !whole) {
+                on(read_progress(line, whole));
+            }
+        }
+        self.progress += taken as u64;
+        taken > 0
+    }
+
+    fn take_log(&mut self, piece: &Piece, on: OnEvent<'_>) -> bool {
+        self.log = self.log.min(piece.size);
+        let mut taken = 0;
+        for line in piece.bytes.split_inclusive(|b| *b == b'\n') {
+            if !line.ends_with(b"\n") && line.len() < MAX_LINE {
+                break;
+            }
+            taken += line.len();
+            on(HostEvent::Log(clean(line, SHOWN)));
+        }
+        self.log += taken as u64;
+        let behind = piece.size.saturating_sub(self.log);
+        if behind > MAX_LAG {
+            on(HostEvent::LogSkipped(behind - TAKE));
+            self.log = piece.size - TAKE;
+        }
+        taken > 0
+    }
+
+    /// The last line of a log need not end.
+    fn take_rest(&mut self, look: &Look, on: OnEvent<'_>) {
+        if !look.log.bytes.is_empty() {
+            on(HostEvent::Log(clean(&look.log.bytes, SHOWN)));
+            self.log += look.log.bytes.len() as u64;
+        }
+        if !look.progress.bytes.is_empty() {
+            on(HostEvent::BadProgress(clean(&look.progress.bytes, 200)));
+            self.progress += look.progress.bytes.len() as u64;
+        }
+    }
+}
+
+fn read_progress(line: &[u8], whole: bool) -> HostEvent {
+    match serde_json::from_slice::<Progress>(line) {
+        Ok(mut progress) if whole && progress.schema == SCHEMA => {
+            progress.message = progress.message.map(|text| clean(text.as_bytes(), SHOWN));
+            HostEvent::Progress(progress)
+        }
+        _ => HostEvent::BadProgress(clean(line, 200)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LINE: &str = r#"{"schema":1,"at_ms":1,"phase":"layers","layer":1,"layers":2,"bytes_read":3,"bytes_total":4,"tokens_per_second":0.5}"#;
+
+    /// Feeds `file` through a cursor, `step` bytes appended at a time.
+    fn feed(file: &[u8], step: usize) -> Vec<HostEvent> {
+        let (events, mut cursor) = (Mutex::new(Vec::new()), Cursor::default());
+        let on = |event| events.lock().unwrap().push(event);
+        let mut shown = 0;
+        while shown < file.len() {
+            shown = file.len().min(shown + step);
+            let mut news = true;
+            while news {
+                let from = cursor.progress as usize;
+                let bytes = file[from..shown.min(from + TAKE as usize)].to_vec();
+                news = cursor.take_progress(&Piece { size: shown as u64, bytes }, &on);
+            }
+        }
+        events.into_inner().unwrap()
+    }
+
+    #[test]
+    fn an_endless_line_is_reported_once_and_passed_over() {
+        let file = [LINE.as_bytes(), b"\n", &[b'x'; 1_000_000], b"\n", LINE.as_bytes(), b"\n"].concat();
+        for step in [1000, 60_000, 2_000_000] {
+            let events = feed(&file, step);
+            let kinds: Vec<bool> = events.iter().map(|e| matches!(e, HostEvent::Progress(_))).collect();
+            assert_eq!(kinds, [true, false, true], "{step}");
+        }
+    }
+
+    #[test]
+    fn lines_that_are_none_are_told_and_made_harmless() {
+        let escape = LINE.replace("0.5}", r#"0.5,"message":"\u001b[2Jhi"}"#);
+        let file = format!("{LINE}\nnot json \u{1b}[31m\n{}\n{escape}\n", LINE.replace("\"schema\":1", "\"schema\":2"));
+        let events = feed(file.as_bytes(), 7);
+        let HostEvent::BadProgress(bad) = &events[1] else { panic!("{events:?}") };
+        assert_eq!(bad, "not json");
+        assert!(matches!(events[2], HostEvent::BadProgress(_)), "another schema is not guessed");
+        let HostEvent::Progress(last) = &events[3] else { panic!("{events:?}") };
+        assert_eq!(last.message.as_deref(), Some("hi"));
+    }
+
+    #[test]
+    fn a_log_that_runs_away_is_passed_over() {
+        let (events, mut cursor) = (Mutex::new(Vec::new()), Cursor { log: 10, ..Cursor::default() });
+        let on = |event| events.lock().unwrap().push(event);
+        cursor.take_log(&Piece { size: 10 << 20, bytes: b"one\ntwo".to_vec() }, &on);
+        assert_eq!(cursor.log, (10 << 20) - TAKE);
+        let events = events.into_inner().unwrap();
+        assert_eq!(events[0], HostEvent::Log("one".to_owned()));
+        assert_eq!(events[1], HostEvent::LogSkipped((10 << 20) - 14 - TAKE));
+    }
+
+    proptest! {
+        #[test]
+        fn the_same_lines_come_whatever_the_pieces(
+            texts in proptest::collection::vec("[a-z{}\"]{0,30}", 0..20),
+            step in 1usize..50,
+        ) {
+            let file: String = texts.iter().flat_map(|text| [text, "\n", LINE, "\n"]).collect();
+            let events = feed(file.as_bytes(), step);
+            prop_assert_eq!(events.len(), 2 * texts.len());
+            prop_assert_eq!(events, feed(file.as_bytes(), 1 << 20));
+        }
+
+        #[test]
+        fn no_answer_breaks_the_reader(bytes in proptest::collection::vec(any::<u8>(), 0..100), n in any::<u64>()) {
+            let mut text = format!("@piece {n} {n}\n").into_bytes();
+            text.extend(&bytes);
+            let mut rest = &text[..];
+            while next_piece(&mut rest).is_some() {}
+            let mut rest = &bytes[..];
+            while next_piece(&mut rest).is_some() {}
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! Starting the worker so that it outlives the connection, and at most once.
+
+use std::time::Duration;
+
+use outliers_protocol::{JobSpec, files};
+
+use super::retry::again;
+use super::{Answer, HostError, HostErrorKind, PATIENCE, RemoteHost, RemoteWorker, SHORT};
+use crate::secret::Secret;
+use crate::transport::quote::quote;
+
+/// The script that runs the worker, and the secrets it reads and removes.
+const WRAPPER: &str = "launch.sh";
+const SECRETS: &str = ".secrets";
+
+/// How a worker ends that got so long to end by itself after it was told to.
+const STOP_PATIENCE: u32 = 15;
+
+/// What a launch found or did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Launched {
+    /// It runs now.
+    Started {
+        /// Process id of its wrapper.
+        pid: u32,
+    },
+    /// It ran already; nothing was started.
+    Running {
+        /// Process id of its wrapper.
+        pid: u32,
+    },
+    /// It has run to its end before; nothing was started.
+    Ended {
+        /// Its exit status, `None` if it was killed together with its wrapper.
+        exit: Option<i32>,
+    },
+}
+
+/// Where a run's worker is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobStatus {
+    /// Never launched.
+    NotStarted,
+    /// At work.
+    Running,
+    /// Over.
+    Ended {
+        /// Exit status, 128 + signal if a signal ended it; `None` if it was killed together with its wrapper.
+        exit: Option<i32>,
+    },
+}
+
+/// `state` prints `@state none|running PID|ended STATUS|ended`, in the run's folder.
+///
+/// A pid alone proves nothing: it may belong to another process by now (so its start time is kept beside it), and a killed
+/// wrapper stays a zombie where the container's first process does not reap.
+pub(super) const STATE: &str = r#"
+started() {
+  if [ -r "/proc/$1/stat" ]; then sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20
+  else ps -o lstart= -p "$1" 2>/dev/null; fi
+}
+alive() {
+  case $1 in ''|*[!0-9]*) return 1;; esac
+  kill -0 "$1" 2>/dev/null || return 1
+  if [ -r "/proc/$1/stat" ]; then s=$(sed 's/.*) //' "/proc/$1/stat" 2>/dev/null)
+  else s=$(ps -o stat= -p "$1" 2>/dev/null); fi
+  case $s in Z*|X*|'') return 1;; esac
+  [ "$(started "$1")" = "$(sed -n 2p worker.pid)" ]
+}
+state() {
+  if [ -f exit_code ]; then echo "@state ended $(head -c 20 exit_code | tr -cd 0-9)"; return; fi
+  if [ ! -f worker.pid ]; then echo "@state none"; return; fi
+  p=$(sed -n 1p worker.pid)
+  if alive "$p"; then echo "@state running $p"
+  elif [ -f exit_code ]; then echo "@state ended $(head -c 20 exit_code | tr -cd 0-9)"
+  else echo "@state ended "; fi
+}
+"#;
+
+/// What [`STATE`] printed, with the wrapper's pid while it runs.
+pub(super) fn read_state(host: &RemoteHost, answer: &Answer) -> Result<(JobStatus, Option<u32>), HostError> {
+    let line = answer.field("state");
+    let mut words = line.split_whitespace();
+    match (words.next(), words.next()) {
+        (Some("none"), _) => Ok((JobStatus::NotStarted, None)),
+        (Some("running"), pid) => Ok((JobStatus::Running, pid.and_then(|pid| pid.parse().ok()))),
+        (Some("ended"), exit) => Ok((JobStatus::Ended { exit: exit.and_then(|exit| exit.parse().ok()) }, None)),
+        _ => Err(host.odd("it does not tell whether the worker runs")),
+    }
+}
+
+impl RemoteHost {
+    /// Starts `worker` on `job` in the run's folder, in a session of its own.
+    ///
+    /// Idempotent: a run that is at work or over is left alone and told so. `secrets` become environment variables of the
+    /// worker; on their way they lie in a file of mode 0600 that is gone before the worker starts, and in no command line.
+    pub async fn launch(
+        &self,
+        worker: &RemoteWorker,
+        run: &str,
+        job: &JobSpec,
+        secrets: &[(&str, &Secret)],
+    ) -> Result<Launched, HostError> {
+        Ok(again!(PATIENCE, &|_| {}, self.launch_once(worker, run, job, secrets)))
+    }
+
+    async fn launch_once(
+        &self,
+        worker: &RemoteWorker,
+        run: &str,
+        job: &JobSpec,
+        secrets: &[(&str, &Secret)],
+    ) -> Result<Launched, HostError> {
+        let folder = self.run_folder(run).await?;
+        match self.state(run).await? {
+            (JobStatus::NotStarted, _) => {}
+            (JobStatus::Running, pid) => return Ok(Launched::Running { pid: pid.unwrap_or(0) }),
+            (JobStatus::Ended { exit }, _) => return Ok(Launched::Ended { exit }),
+        }
+        let secrets = secrets_file(secrets)?;
+        let job = serde_json::to_vec_pretty(job)
+            .map_err(|e| HostError::new(HostErrorKind::Local, format!("the job cannot be written: {e}")))?;
+        let at = |name: &str| format!("{folder}/{name}");
+        self.sh(&format!("umask 077; mkdir -p {}", quote(&folder)), SHORT).await?;
+        self.transport.put_bytes(&job, &at(files::JOB), 0o600).await?;
+        self.transport.put_bytes(wrapper(worker, &folder).as_bytes(), &at(WRAPPER), 0o700).await?;
+        if !secrets.is_empty() {
+            self.transport.put_bytes(secrets.as_bytes(), &at(SECRETS), 0o600).await?;
+        }
+        self.start(&folder).await
+    }
+
+    /// Starts the wrapper and waits until it has written its pid. Two at once: one of them runs.
+    async fn start(&self, folder: &str) -> Result<Launched, HostError> {
+        // Everything it inherits is closed or a file: an open stream would keep the connection's channel open for hours.
+        let script = format!(
+            "{STATE}\ncd {} || exit 1\n\
+             if command -v setsid >/dev/null 2>&1; then setsid sh ./{WRAPPER} </dev/null >>{log} 2>&1 &\n\
+             else set -m; nohup sh ./{WRAPPER} </dev/null >>{log} 2>&1 & fi\n\
+             i=0; while [ ! -f worker.pid ] && [ $i -lt 100 ]; do i=$((i + 1)); sleep 0.1 2>/dev/null || sleep 1; done\n\
+             state\ntail -c 300 {log} >&2",
+            quote(folder),
+            log = files::LOG
+        );
+        let answer = self.sh(&script, SHORT).await?;
+        match read_state(self, &answer)? {
+            (JobStatus::Running, pid) => Ok(Launched::Started { pid: pid.unwrap_or(0) }),
+            (JobStatus::Ended { exit }, _) => Ok(Launched::Ended { exit }),
+            (JobStatus::NotStarted, _) => Err(self.odd(&format!("the worker did not start: {}", answer.stderr))),
+        }
+    }
+
+    /// Whether a run's worker runs.
+    pub async fn status(&self, run: &str) -> Result<JobStatus, HostError> {
+        Ok(again!(PATIENCE, &|_| {}, self.state(run)).0)
+    }
+
+    async fn state(&self, run: &str) -> Result<(JobStatus, Option<u32>), HostError> {
+        let folder = self.run_folder(run).await?;
+        let script = format!("{STATE}\nif cd {} 2>/dev/null; then state; else echo '@state none'; fi", quote(&folder));
+        read_state(self, &self.sh(&script, SHORT).await?)
+    }
+
+    /// Ends a run's worker and all it started: asks, waits 15 seconds, kills. One that does not run is a success.
+    pub async fn stop_worker(&self, run: &str) -> Result<(), HostError> {
+        let folder = again!(PATIENCE, &|_| {}, self.run_folder(run));
+        // The wrapper leads a process group of its own. Without it, the group is still ours as long as its number is no other process.
+        let script = format!(
+            "{STATE}\ncd {} 2>/dev/null || exit 0\n[ -f worker.pid ] || exit 0\np=$(sed -n 1p worker.pid)\n\
+             case $p in ''|*[!0-9]*) exit 0;; esac\n\
+             if alive \"$p\"; then\n\
+               kill -TERM -\"$p\" 2>/dev/null || kill -TERM \"$p\" 2>/dev/null\n\
+               i=0; while alive \"$p\" && [ $i -lt {STOP_PATIENCE} ]; do i=$((i + 1)); sleep 1; done\n\
+               kill -KILL -\"$p\" 2>/dev/null; alive \"$p\" && kill -KILL \"$p\" 2>/dev/null\n\
+             elif [ ! -f exit_code ]; then\n\
+               now=$(started \"$p\"); was=$(sed -n 2p worker.pid)\n\
+               if [ -z \"$now\" ] || [ \"$now\" = \"$was\" ]; then kill -KILL -\"$p\" 2>/dev/null; fi\n\
+             fi\n\
+             i=0; while alive \"$p\" && [ $i -lt 5 ]; do i=$((i + 1)); sleep 1; done\nalive \"$p\" && exit 1; :",
+            quote(&folder)
+        );
+        let limit = SHORT + Duration::from_secs(u64::from(STOP_PATIENCE));
+        again!(PATIENCE, &|_| {}, self.sh(&script, limit));
+        Ok(())
+    }
+}
+
+/// Sets the secrets as variables; its text is the only place where they are written.
+fn secrets_file(secrets: &[(&str, &Secret)]) -> Result<String, HostError> {
+    let mut text = String::new();
+    for (name, secret) in secrets {
+        let word = |b: u8| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_';
+        if name.is_empty() || name.starts_with(|c: char| c.is_ascii_digit()) || !name.bytes().all(word) {
+            return Err(HostError::new(HostErrorKind::Local, format!("{name:?} cannot name a secret's variable")));
+        }
+        if secret.expose().contains('\0') {
+            return Err(HostError::new(HostErrorKind::Local, format!("the secret {name} holds a NUL byte")));
+        }
+        text.push_str(&format!("{name}={}; export {name}\n", quote(secret.expose())));
+    }
+    Ok(text)
+}
+
+/// The script around the worker: pid file, log, exit-code file.
+fn wrapper(worker: &RemoteWorker, folder: &str) -> String {
+    // `ln` fails if the name is taken: of two wrappers started at once, one goes on. The traps let the wrapper outlive the
+    // signal that ends its worker, so that there is an exit status.
+    format!(
+        "#!/bin/sh\n{STATE}\ncd {folder} || exit 125\numask 077\n\
+         if [ -f {SECRETS} ]; then . ./{SECRETS}; rm -f {SECRETS}; fi\n\
+         {{ echo $$; started $$; }} > .pid.$$\n\
+         ln .pid.$$ worker.pid 2>/dev/null || {{ rm -f .pid.$$; exit 0; }}\nrm -f .pid.$$\n\
+         trap : TERM INT HUP\n\
+         {worker} run {job} --output {folder} &\nchild=$!\n\
+         while :; do wait $child; code=$?; kill -0 $child 2>/dev/null || break; done\n\
+         echo $code > {exit}.part && mv -f {exit}.part {exit}\n",
+        folder = quote(folder),
+        worker = quote(&worker.path),
+        job = files::JOB,
+        exit = files::EXIT_CODE,
+    )
+}
+
+/// The scripts name these files themselves.
+const _: () = {
+    assert!(same(files::PID, "worker.pid") && same(files::EXIT_CODE, "exit_code"));
+};
+
+const fn same(a: &str, b: &str) -> bool {
+    let (a, b) = (a.as_bytes(), b.as_bytes());
+    let mut i = 0;
+    while i < a.len() && i < b.len() && a[i] == b[i] {
+        i += 1;
+    }
+    i == a.len() && i == b.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_real_shell_reads_the_secrets_back_and_bad_names_are_refused() {
+        let odd = Secret::new("it's $HOME `x` \\ \"y\"\nend");
+        let text = secrets_file(&[("HF_TOKEN", &odd), ("B2", &Secret::new("x"))]).unwrap();
+        let script = format!("{text}exec sh -c 'printf %s:%s \"$HF_TOKEN\" \"$B2\"'");
+        let out = std::process::Command::new("sh").arg("-c").arg(script).output().unwrap();
+        assert_eq!(String::from_utf8(out.stdout).unwrap(), format!("{}:x", odd.expose()));
+        for bad in ["", "A B", "A;rm", "1A", "a", "A=1"] {
+            assert!(secrets_file(&[(bad, &odd)]).is_err(), "{bad}");
+        }
+        let error = secrets_file(&[("A", &Secret::new("tok\0en"))]).unwrap_err();
+        assert!(!error.message.contains("tok"), "{error}");
+    }
+}

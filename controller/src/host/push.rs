@@ -1,0 +1,288 @@
+//! Files to the host: the worker, and what a job reads.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use outliers_protocol::{SCHEMA, VersionInfo};
+use sha2::{Digest, Sha256};
+
+use super::probe::free_kib;
+use super::retry::again;
+use super::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost, SHORT, names};
+use crate::text::clean;
+use crate::transport::quote::quote;
+use crate::units::Bytes;
+
+/// Hashing a large file on a slow disk.
+const HASH_LIMIT: Duration = Duration::from_secs(900);
+/// A broken upload starts again; after this long without success it is given up.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// Kept free beside an upload, for the run's own files.
+const SPARE: u64 = 16 << 20;
+/// Files of one pushed folder.
+const MAX_FILES: usize = 1000;
+
+/// `hash FILE` prints its SHA-256 as 64 hexadecimal digits, or nothing. Reading from standard input keeps the name out of the answer.
+const HASH: &str = r#"
+hash() {
+  [ -f "$1" ] && [ ! -h "$1" ] || return 0
+  if command -v sha256sum >/dev/null 2>&1; then sha256sum < "$1"
+  elif command -v shasum >/dev/null 2>&1; then shasum -a 256 < "$1"
+  else openssl dgst -sha256 -r < "$1"; fi | cut -c 1-64
+}
+"#;
+
+/// The worker program on a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemoteWorker {
+    /// Absolute path there.
+    pub path: String,
+    /// SHA-256 of the program, lower-case hexadecimal.
+    pub sha256: String,
+    /// What it says of itself there.
+    pub version: VersionInfo,
+}
+
+/// A folder's files on a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PushedFolder {
+    /// Absolute path there.
+    pub path: String,
+    /// Files it now shares with the local folder.
+    pub files: usize,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Bytes that had to be sent.
+    pub sent: u64,
+}
+
+/// One local file and where it goes.
+struct Item {
+    local: PathBuf,
+    remote: String,
+    bytes: u64,
+    sha256: String,
+    mode: u32,
+}
+
+impl RemoteHost {
+    /// Puts the worker program `local` at a path made of its content, unless it is there, and has it tell its version.
+    pub async fn push_worker(&self, local: &Path, on: OnEvent<'_>) -> Result<RemoteWorker, HostError> {
+        let (bytes, sha256) = hash_file(local).await?;
+        let folder = format!("{}/.cache/outliers/bin/{sha256}", self.home().await?);
+        let path = format!("{folder}/outliers-worker");
+        let item = Item { local: local.to_owned(), remote: path.clone(), bytes, sha256: sha256.clone(), mode: 0o755 };
+        self.push(&folder, &[item], on).await?;
+        let version = self.worker_version(&path).await?;
+        Ok(RemoteWorker { path, sha256, version })
+    }
+
+    /// Puts one plain file of at most `limit` bytes at `remote_rel` below the home folder, unless the same is there. Gives its absolute path.
+    pub async fn push_file(
+        &self,
+        local: &Path,
+        remote_rel: &str,
+        limit: u64,
+        on: OnEvent<'_>,
+    ) -> Result<String, HostError> {
+        names::check_relative(remote_rel)?;
+        let (bytes, sha256) = hash_file(local).await?;
+        check_size(local, bytes, limit)?;
+        let remote = format!("{}/{remote_rel}", self.home().await?);
+        let folder = remote.rsplit_once('/').map_or("/", |(folder, _)| folder).to_owned();
+        let item = Item { local: local.to_owned(), remote: remote.clone(), bytes, sha256, mode: 0o644 };
+        self.push(&folder, &[item], on).await?;
+        Ok(remote)
+    }
+
+    /// Puts the plain files of the folder `local` (at most `limit` bytes together; no subfolders, no hidden files) into
+    /// `remote_rel` below the home folder. Files that are the same there are not sent; other files there stay.
+    pub async fn push_folder(
+        &self,
+        local: &Path,
+        remote_rel: &str,
+        limit: u64,
+        on: OnEvent<'_>,
+    ) -> Result<PushedFolder, HostError> {
+        names::check_relative(remote_rel)?;
+        let path = format!("{}/{remote_rel}", self.home().await?);
+        let files = list_folder(local, limit)?;
+        let mut items = Vec::new();
+        for (name, file) in files {
+            let (bytes, sha256) = hash_file(&file).await?;
+            items.push(Item { local: file, remote: format!("{path}/{name}"), bytes, sha256, mode: 0o644 });
+        }
+        let bytes = items.iter().map(|item| item.bytes).sum();
+        check_size(local, bytes, limit)?;
+        let sent = self.push(&path, &items, on).await?;
+        Ok(PushedFolder { path, files: items.len(), bytes, sent })
+    }
+
+    /// Sends what is not there yet, into one folder; gives the bytes sent.
+    async fn push(&self, folder: &str, items: &[Item], on: OnEvent<'_>) -> Result<u64, HostError> {
+        Ok(again!(PATIENCE, on, self.push_once(folder, items, on)))
+    }
+
+    async fn push_once(&self, folder: &str, items: &[Item], on: OnEvent<'_>) -> Result<u64, HostError> {
+        let missing = self.missing(folder, items).await?;
+        let total = missing.iter().map(|item| item.bytes).sum();
+        if missing.is_empty() {
+            on(HostEvent::AlreadyThere);
+        }
+        let mut done = 0;
+        for item in &missing {
+            let progress = |sent| on(HostEvent::Uploading { sent: done + sent, total });
+            self.transport.put(&item.local, &item.remote, item.mode, &progress).await?;
+            done += item.bytes;
+        }
+        let still = if missing.is_empty() { Vec::new() } else { self.missing(folder, items).await? };
+        match still.first() {
+            None => Ok(total),
+            Some(item) => {
+                let message = format!("{}: {} is not what was sent (SHA-256 differs)", self.name, item.remote);
+                Err(HostError::new(HostErrorKind::Damaged, message)
+                    .hint("the local file changed meanwhile, or the host is faulty"))
+            }
+        }
+    }
+
+    /// Which items are not there or differ. Makes the folder and looks at the free space on the way.
+    async fn missing<'a>(&self, folder: &str, items: &'a [Item]) -> Result<Vec<&'a Item>, HostError> {
+        // Parts that a broken upload left are removed when nobody can be writing them any more.
+        let mut script = format!(
+            "{HASH}\numask 022\nmkdir -p {folder} || exit 1\n\
+             find {folder} -name '*.part.*' -type f -mmin +120 -exec rm -f {{}} \\; 2>/dev/null\n\
+             echo \"@disk $(df -Pk {folder} | tail -n 1)\"\n",
+            folder = quote(folder)
+        );
+        for item in items {
+            script.push_str(&format!("echo \"@have $(hash {})\"\n", quote(&item.remote)));
+        }
+        let answer = self.sh(&script, HASH_LIMIT).await?;
+        let have = answer.fields("have");
+        if have.len() != items.len() {
+            return Err(self.odd("it cannot compute SHA-256 sums"));
+        }
+        let missing: Vec<&Item> =
+            items.iter().zip(have).filter(|(i, have)| i.sha256 != *have).map(|(i, _)| i).collect();
+        let needed = missing.iter().map(|item| item.bytes + SPARE).sum();
+        match free_kib(&answer.field("disk")).map(|kib| kib.saturating_mul(1024)) {
+            Some(free) if free < needed => Err(self.no_space(folder, needed, free)),
+            _ => Ok(missing),
+        }
+    }
+
+    fn no_space(&self, folder: &str, needed: u64, free: u64) -> HostError {
+        let message = format!("{}: no space in {folder}: {} needed, {} free", self.name, Bytes(needed), Bytes(free));
+        HostError::new(HostErrorKind::NoSpace, message).hint("ask for more disk with the next instance")
+    }
+
+    /// Runs the worker's `version --json` and refuses a worker that speaks otherwise than we.
+    async fn worker_version(&self, path: &str) -> Result<VersionInfo, HostError> {
+        let answer = self.try_sh(&format!("{} version --json", quote(path)), SHORT).await?;
+        if answer.status != Some(0) {
+            let status = answer.status.map_or("a signal".to_owned(), |s| format!("status {s}"));
+            let message = format!("{}: the worker does not run: {status}: {}", self.name, answer.stderr);
+            return Err(HostError::new(HostErrorKind::WorkerUnfit, message).hint(unfit_hint(&answer.stderr)));
+        }
+        let version: VersionInfo = serde_json::from_slice(&answer.stdout).map_err(|e| {
+            let said = clean(&answer.stdout, 120);
+            let message = format!("{}: the worker's version is no version document ({e}): {said}", self.name);
+            HostError::new(HostErrorKind::WorkerVersion, message)
+        })?;
+        let ours = env!("CARGO_PKG_VERSION");
+        if version.schema == SCHEMA && version.version == ours {
+            return Ok(version);
+        }
+        let message = format!(
+            "{}: the worker is version {} (documents {}), this program is {ours} (documents {SCHEMA})",
+            self.name,
+            clean(version.version.as_bytes(), 40),
+            version.schema
+        );
+        Err(HostError::new(HostErrorKind::WorkerVersion, message)
+            .hint("build worker and controller from the same source"))
+    }
+}
+
+fn unfit_hint(stderr: &str) -> &'static str {
+    if stderr.contains("GLIBC") {
+        "the host's C library is older than the one the worker was built with: build the worker on an older system or for musl"
+    } else if stderr.contains("shared librar") {
+        "the worker was built with CUDA and the host lacks its libraries: take an image with CUDA"
+    } else {
+        "the worker must be built for the host's system and processor"
+    }
+}
+
+fn check_size(local: &Path, bytes: u64, limit: u64) -> Result<(), HostError> {
+    if bytes <= limit {
+        return Ok(());
+    }
+    let message = format!("{}: {} is more than the {} we push", local.display(), Bytes(bytes), Bytes(limit));
+    Err(HostError::new(HostErrorKind::TooLarge, message)
+        .hint("put large models on the instance itself, or name them by their hub id"))
+}
+
+/// Plain files with their names, sorted. Links are followed: hub caches are made of them.
+fn list_folder(folder: &Path, limit: u64) -> Result<Vec<(String, PathBuf)>, HostError> {
+    let wrong = |what: String| HostError::new(HostErrorKind::Local, format!("{}: {what}", folder.display()));
+    let mut files = Vec::new();
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(folder).map_err(|e| wrong(e.to_string()))? {
+        let path = entry.map_err(|e| wrong(e.to_string()))?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+        let facts = std::fs::metadata(&path).map_err(|e| wrong(format!("{name}: {e}")))?;
+        if !facts.is_file() || name.starts_with('.') {
+            continue;
+        }
+        if !names::is_plain(&name) {
+            return Err(wrong(format!("{:?} is no plain file name", path.file_name())));
+        }
+        bytes += facts.len();
+        files.push((name, path));
+    }
+    // Before anything is hashed: it may be a terabyte.
+    check_size(folder, bytes, limit)?;
+    if files.is_empty() || files.len() > MAX_FILES {
+        return Err(wrong(format!("{} files; between 1 and {MAX_FILES} can be pushed", files.len())));
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Size and SHA-256 of a local file.
+pub(super) async fn hash_file(path: &Path) -> Result<(u64, String), HostError> {
+    let owned = path.to_owned();
+    let hashed =
+        tokio::task::spawn_blocking(move || hash_now(&owned)).await.unwrap_or_else(|e| Err(io::Error::other(e)));
+    hashed.map_err(|e| HostError::new(HostErrorKind::Local, format!("{}: {e}", path.display())))
+}
+
+fn hash_now(path: &Path) -> io::Result<(u64, String)> {
+    let mut file = File::open(path)?;
+    let mut hash = Sha256::new();
+    let mut block = vec![0; 1 << 20];
+    let mut bytes = 0;
+    loop {
+        match file.read(&mut block)? {
+            0 => break,
+            n => {
+                hash.update(&block[..n]);
+                bytes += n as u64;
+            }
+        }
+    }
+    Ok((bytes, hex(&hash.finalize())))
+}
+
+/// Lower-case hexadecimal.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("a String takes everything");
+        text
+    })
+}

@@ -1,0 +1,153 @@
+//! How long to wait before trying again, and when to stop.
+
+use std::time::Duration;
+
+use rand::Rng;
+use tokio::time::{Instant, sleep_until};
+
+use super::{HostError, HostErrorKind, HostEvent, OnEvent};
+use crate::transport::TransportErrorKind as Kind;
+
+/// Servers lock out clients that fail to log in too often: never faster than this.
+const AUTH_PAUSE: Duration = Duration::from_secs(5);
+/// So long a refused key may still be on its way into the instance.
+const AUTH_PATIENCE: Duration = Duration::from_secs(30);
+
+/// One row of failures: from the first to the success that ends it.
+pub(super) struct Retry {
+    budget: Duration,
+    deadline: Option<Instant>,
+    row: Option<Row>,
+}
+
+struct Row {
+    since: Instant,
+    attempts: u32,
+    refused_key_since: Option<Instant>,
+}
+
+impl Retry {
+    /// Gives up when failures last longer than `budget`, or at `deadline`.
+    pub(super) fn new(budget: Duration, deadline: Option<Instant>) -> Self {
+        Self { budget, deadline, row: None }
+    }
+
+    /// Waits before the next attempt, or gives the error back because there must be none.
+    pub(super) async fn wait(&mut self, error: HostError, on: OnEvent<'_>) -> Result<(), HostError> {
+        if self.row.is_none() && error.is_transient() {
+            on(HostEvent::ConnectionLost { why: error.message.clone() });
+        }
+        let now = Instant::now();
+        let row = self.row.get_or_insert(Row { since: now, attempts: 0, refused_key_since: None });
+        row.attempts += 1;
+        let end = row.since + self.budget;
+        let end = self.deadline.map_or(end, |deadline| end.min(deadline));
+        match next_attempt(&error, row.attempts, now, &mut row.refused_key_since) {
+            Some(pause) if now + pause < end => {
+                sleep_until(now + pause).await;
+                Ok(())
+            }
+            _ => Err(error),
+        }
+    }
+
+    /// An attempt succeeded.
+    pub(super) fn recovered(&mut self, on: OnEvent<'_>) {
+        if self.row.take().is_some() {
+            on(HostEvent::Reconnected);
+        }
+    }
+}
+
+/// Evaluates an idempotent attempt again for up to a time while only the connection fails; returns from the caller when it is over.
+///
+/// A macro, since futures made by an async closure cannot be proved to be `Send`, and a deploy may be spawned.
+macro_rules! again {
+    ($budget:expr, $on:expr, $attempt:expr) => {{
+        let mut retry = $crate::host::retry::Retry::new($budget, None);
+        loop {
+            match $attempt.await {
+                Ok(value) => {
+                    retry.recovered($on);
+                    break value;
+                }
+                Err(error) => retry.wait(error, $on).await?,
+            }
+        }
+    }};
+}
+pub(super) use again;
+
+/// When to try again after the `attempt`-th failure in a row; `None`: never.
+pub(super) fn next_attempt(
+    error: &HostError,
+    attempt: u32,
+    now: Instant,
+    refused_key_since: &mut Option<Instant>,
+) -> Option<Duration> {
+    if error.kind == HostErrorKind::Connection(Kind::AuthFailed) {
+        let since = *refused_key_since.get_or_insert(now);
+        return (now - since < AUTH_PATIENCE).then(|| AUTH_PAUSE.mul_f64(jitter(1.0, 1.4)));
+    }
+    error.is_transient().then(|| backoff(attempt))
+}
+
+/// Half a second, growing by half to ten seconds, each time a little different: many controllers may wait for one cloud.
+fn backoff(attempt: u32) -> Duration {
+    let steps = attempt.saturating_sub(1).min(20);
+    let seconds = (0.5 * 1.5_f64.powi(steps as i32)).min(10.0);
+    Duration::from_secs_f64(seconds * jitter(0.7, 1.3))
+}
+
+fn jitter(low: f64, high: f64) -> f64 {
+    rand::rng().random_range(low..high)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failure(kind: Kind) -> HostError {
+        HostError::new(HostErrorKind::Connection(kind), "x")
+    }
+
+    #[test]
+    fn pauses_grow_to_a_limit_and_differ() {
+        assert!(backoff(1) < Duration::from_secs(1));
+        assert!(backoff(1000) >= Duration::from_secs(7) && backoff(1000) <= Duration::from_secs(13));
+        let pauses: std::collections::HashSet<_> = (0..20).map(|_| backoff(5)).collect();
+        assert!(pauses.len() > 1);
+    }
+
+    #[test]
+    fn only_what_may_pass_is_tried_again() {
+        let (mut since, mut now) = (None, Instant::now());
+        for kind in [Kind::Refused, Kind::Reset, Kind::TimedOut, Kind::Unreachable] {
+            assert!(next_attempt(&failure(kind), 1, now, &mut since).is_some(), "{kind:?}");
+        }
+        assert_eq!(next_attempt(&failure(Kind::HostKeyChanged), 1, now, &mut since), None);
+        assert_eq!(next_attempt(&HostError::new(HostErrorKind::NoSpace, "x"), 1, now, &mut since), None);
+        let mut attempts = 0;
+        while let Some(pause) = next_attempt(&failure(Kind::AuthFailed), 1, now, &mut since) {
+            assert!(pause >= AUTH_PAUSE);
+            now += pause;
+            attempts += 1;
+        }
+        assert!((4..=6).contains(&attempts), "{attempts}");
+    }
+
+    #[tokio::test]
+    async fn a_row_of_failures_ends_with_its_budget_and_a_success_starts_a_new_one() {
+        let events = std::sync::Mutex::new(Vec::new());
+        let on = |event| events.lock().unwrap().push(event);
+        let started = Instant::now();
+        let mut retry = Retry::new(Duration::from_millis(1500), None);
+        while retry.wait(failure(Kind::Reset), &on).await.is_ok() {}
+        let lasted = started.elapsed();
+        assert!(lasted >= Duration::from_millis(350) && lasted < Duration::from_millis(1500), "{lasted:?}");
+        retry.recovered(&on);
+        retry.wait(failure(Kind::Reset), &on).await.unwrap();
+        let lost = HostEvent::ConnectionLost { why: "x".to_owned() };
+        assert_eq!(*events.lock().unwrap(), [lost.clone(), HostEvent::Reconnected, lost]);
+    }
+}

@@ -1,0 +1,514 @@
+//! A host's whole life with a stand-in for the worker, against a real OpenSSH server.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use outliers::broker::SshEndpoint;
+use outliers::host::{Cursor, Fetched, HostErrorKind, HostEvent, JobStatus, Launched, RemoteHost, RemoteWorker, reach};
+use outliers::keys::RunKey;
+use outliers::secret::Secret;
+use outliers::transport::TransportErrorKind as Kind;
+use outliers::transport::ssh::HostKeyPin;
+use outliers_protocol::{JobSpec, ModelSource};
+use outliers_tests::sshd::Sshd;
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+/// Events as they came.
+#[derive(Default)]
+struct Events(Mutex<Vec<HostEvent>>);
+
+impl Events {
+    fn on(&self) -> impl Fn(HostEvent) + Send + Sync {
+        |event| self.0.lock().unwrap().push(event)
+    }
+
+    fn all(&self) -> Vec<HostEvent> {
+        self.0.lock().unwrap().clone()
+    }
+
+    fn layers(&self) -> Vec<usize> {
+        let layer = |event| match event {
+            HostEvent::Progress(progress) => Some(progress.layer),
+            _ => None,
+        };
+        self.all().into_iter().filter_map(layer).collect()
+    }
+
+    fn logs(&self) -> String {
+        let line = |event| match event {
+            HostEvent::Log(line) => Some(line),
+            _ => None,
+        };
+        self.all().into_iter().filter_map(line).collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// A server, a host behind it, and a folder for what comes home.
+struct Scene {
+    server: Sshd,
+    host: RemoteHost,
+    here: TempDir,
+    events: Events,
+}
+
+impl Scene {
+    async fn new() -> Option<Self> {
+        Self::with("").await
+    }
+
+    async fn with(config: &str) -> Option<Self> {
+        let server = Sshd::start_with(config).unwrap()?;
+        let events = Events::default();
+        let pin = Some(server.host_key().clone());
+        let (host, _) =
+            reach(&server.endpoint(), server.key().private_path(), pin, within(20), &events.on()).await.unwrap();
+        Some(Self { server, host, here: tempfile::tempdir().unwrap(), events })
+    }
+
+    fn worker_file(&self, version: &str) -> PathBuf {
+        let path = self.here.path().join("outliers-worker");
+        let script = include_str!("fake_worker.sh").replace("VERSION", version);
+        std::fs::write(&path, script).unwrap();
+        path
+    }
+
+    async fn worker(&self) -> RemoteWorker {
+        self.host.push_worker(&self.worker_file(env!("CARGO_PKG_VERSION")), &self.events.on()).await.unwrap()
+    }
+
+    async fn launch(&self, run: &str, scenario: &str) -> Launched {
+        let worker = self.worker().await;
+        self.host.launch(&worker, run, &job(scenario), &[]).await.unwrap()
+    }
+
+    async fn follow(&self, run: &str) -> JobStatus {
+        self.host.follow(run, &mut Cursor::default(), within(40), &self.events.on()).await.unwrap()
+    }
+
+    async fn fetch(&self, run: &str) -> Fetched {
+        self.host.fetch(run, &self.home_folder(run), &self.events.on()).await.unwrap()
+    }
+
+    fn home_folder(&self, run: &str) -> PathBuf {
+        self.here.path().join("results").join(run)
+    }
+
+    fn remote(&self, run: &str, name: &str) -> PathBuf {
+        self.server.home().join("outliers").join(run).join(name)
+    }
+}
+
+fn within(seconds: u64) -> Instant {
+    Instant::now() + Duration::from_secs(seconds)
+}
+
+fn job(scenario: &str) -> JobSpec {
+    JobSpec::new(ModelSource::Folder { path: scenario.to_owned() })
+}
+
+fn kill(target: &str) {
+    assert!(std::process::Command::new("kill").args(["-9", "--", target]).status().unwrap().success());
+}
+
+fn pid_of(launched: Launched) -> u32 {
+    let Launched::Started { pid } = launched else { panic!("{launched:?}") };
+    assert!(pid > 1);
+    pid
+}
+
+const ENDED_WELL: JobStatus = JobStatus::Ended { exit: Some(0) };
+
+#[tokio::test]
+async fn a_run_goes_from_probe_to_results() {
+    let Some(scene) = Scene::new().await else { return };
+    let host = &scene.host;
+    let facts = host.probe().await.unwrap();
+    assert_eq!(facts.home, scene.server.home().to_str().unwrap());
+    assert_eq!(
+        (facts.user.as_str(), facts.arch.as_str()),
+        (scene.server.endpoint().user.as_str(), std::env::consts::ARCH)
+    );
+    assert!(facts.cores.unwrap() >= 1 && facts.ram.unwrap().gib() > 0.1 && facts.disk_free.unwrap().gib() > 0.01);
+    assert!(facts.clock_skew.unwrap().abs() <= 1);
+
+    let worker = scene.worker().await;
+    assert!(worker.path.ends_with(&format!(".cache/outliers/bin/{}/outliers-worker", worker.sha256)));
+    assert!(scene.events.all().iter().any(|e| matches!(e, HostEvent::Uploading { sent, total } if sent == total)));
+    assert!(!scene.events.all().contains(&HostEvent::AlreadyThere));
+    assert_eq!(scene.worker().await, worker);
+    assert!(scene.events.all().contains(&HostEvent::AlreadyThere));
+
+    assert_eq!(host.status("r1").await.unwrap(), JobStatus::NotStarted);
+    let secret = Secret::new("hf_'quote' $HOME");
+    let launched = host.launch(&worker, "r1", &job("slow"), &[("HF_TOKEN", &secret)]).await.unwrap();
+    let pid = pid_of(launched);
+    assert_eq!(host.status("r1").await.unwrap(), JobStatus::Running);
+    let again = host.launch(&worker, "r1", &job("slow"), &[]).await.unwrap();
+    assert_eq!(again, Launched::Running { pid });
+    assert!(!scene.remote("r1", ".secrets").exists(), "read and removed");
+    let table = std::process::Command::new("ps").args(["-A", "-o", "command="]).output().unwrap();
+    assert!(!String::from_utf8_lossy(&table.stdout).contains("hf_'quote'"));
+
+    assert_eq!(scene.follow("r1").await, ENDED_WELL);
+    assert_eq!(scene.events.layers(), [0, 1, 2, 3, 4, 4]);
+    assert!(scene.events.logs().contains("the worker says hello"));
+    assert!(scene.events.all().contains(&HostEvent::Launched { pid }));
+    assert_eq!(host.launch(&worker, "r1", &job("slow"), &[]).await.unwrap(), Launched::Ended { exit: Some(0) });
+
+    let fetched = scene.fetch("r1").await;
+    assert!(!fetched.partial && fetched.manifest.is_some());
+    let whole = ["job.json", "manifest.json", "metadata.json", "progress.jsonl", "results.json", "worker.log"];
+    assert_eq!(fetched.files, whole);
+    let results = std::fs::read_to_string(scene.home_folder("r1").join("results.json")).unwrap();
+    assert_eq!(results, format!("{{\"token\":\"{}\"}}", secret.expose()));
+    let brought: JobSpec =
+        serde_json::from_slice(&std::fs::read(scene.home_folder("r1").join("job.json")).unwrap()).unwrap();
+    assert_eq!(brought, job("slow"));
+    assert_eq!(scene.fetch("r1").await, fetched, "a second fetch changes nothing");
+    assert_eq!(std::fs::read_dir(scene.here.path().join("results")).unwrap().count(), 1, "no .part stays");
+}
+
+#[tokio::test]
+async fn losing_the_connection_is_not_losing_the_job() {
+    let Some(scene) = Scene::new().await else { return };
+    pid_of(scene.launch("r1", "slow").await);
+    let mut cursor = Cursor::default();
+    let on = scene.events.on();
+    let follow = scene.host.follow("r1", &mut cursor, within(40), &on);
+    let cut = async {
+        for _ in 0..2 {
+            tokio::time::sleep(Duration::from_millis(1300)).await;
+            assert!(scene.server.kill_sessions().unwrap() > 0);
+        }
+    };
+    let (status, ()) = tokio::join!(follow, cut);
+    assert_eq!(status.unwrap(), ENDED_WELL);
+    assert_eq!(scene.events.layers(), [0, 1, 2, 3, 4, 4], "no line lost, none twice");
+    let lost = scene.events.all().iter().filter(|e| matches!(e, HostEvent::ConnectionLost { .. })).count();
+    let back = scene.events.all().iter().filter(|e| matches!(e, HostEvent::Reconnected)).count();
+    assert!(lost >= 1 && lost == back, "{lost} {back}");
+    // And another process, with the cursor of the first, sees nothing twice.
+    let later = Events::default();
+    scene.host.follow("r1", &mut cursor, within(10), &later.on()).await.unwrap();
+    assert!(later.layers().is_empty());
+    scene.server.kill_sessions().unwrap();
+    assert!(!scene.fetch("r1").await.partial);
+}
+
+#[tokio::test]
+async fn a_killed_worker_is_told_and_what_there_is_comes_home() {
+    let Some(scene) = Scene::new().await else { return };
+    let pid = pid_of(scene.launch("group", "hangs").await);
+    kill(&format!("-{pid}"));
+    assert_eq!(scene.follow("group").await, JobStatus::Ended { exit: None });
+    assert_eq!(scene.host.status("group").await.unwrap(), JobStatus::Ended { exit: None });
+    let fetched = scene.fetch("group").await;
+    assert!(fetched.partial && fetched.manifest.is_none());
+    assert_eq!(fetched.files, ["job.json", "progress.jsonl", "worker.log"]);
+    assert_eq!(scene.fetch("group").await, fetched, "a partial folder is replaced");
+
+    let pid = pid_of(scene.launch("alone", "hangs").await);
+    let children = std::process::Command::new("ps").args(["-A", "-o", "pid=,ppid="]).output().unwrap();
+    let children = String::from_utf8(children.stdout).unwrap();
+    let worker = children.lines().find(|l| l.split_whitespace().nth(1) == Some(&pid.to_string())).unwrap();
+    kill(worker.split_whitespace().next().unwrap());
+    assert_eq!(scene.follow("alone").await, JobStatus::Ended { exit: Some(137) });
+
+    scene.launch("fails", "fails").await;
+    assert_eq!(scene.follow("fails").await, JobStatus::Ended { exit: Some(3) });
+    assert!(scene.events.logs().contains("no such model"));
+}
+
+#[tokio::test]
+async fn two_launches_at_once_start_one_worker() {
+    let Some(scene) = Scene::new().await else { return };
+    let worker = scene.worker().await;
+    for round in 0..5 {
+        let run = format!("race{round}");
+        let spec = job("hangs");
+        let (a, b) =
+            tokio::join!(scene.host.launch(&worker, &run, &spec, &[]), scene.host.launch(&worker, &run, &spec, &[]));
+        let pid = |launched| match launched {
+            Launched::Started { pid } | Launched::Running { pid } => pid,
+            Launched::Ended { .. } => panic!("{launched:?}"),
+        };
+        assert_eq!(pid(a.unwrap()), pid(b.unwrap()));
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(std::fs::read_to_string(scene.remote(&run, "starts")).unwrap(), "start\n");
+        scene.host.stop_worker(&run).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn stopping_ends_even_a_stubborn_worker_and_its_children() {
+    let Some(scene) = Scene::new().await else { return };
+    scene.host.stop_worker("none").await.unwrap();
+    scene.launch("kind", "hangs").await;
+    scene.host.stop_worker("kind").await.unwrap();
+    assert_eq!(scene.host.status("kind").await.unwrap(), JobStatus::Ended { exit: Some(143) });
+    let pid = pid_of(scene.launch("stubborn", "stubborn").await);
+    scene.host.stop_worker("stubborn").await.unwrap();
+    assert_eq!(scene.host.status("stubborn").await.unwrap(), JobStatus::Ended { exit: None });
+    assert_eq!(living_in_group(pid), 0);
+    // A wrapper that was killed alone leaves its worker; stopping the run finds it.
+    let pid = pid_of(scene.launch("orphan", "hangs").await);
+    kill(&pid.to_string());
+    assert!(living_in_group(pid) > 0);
+    scene.host.stop_worker("orphan").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(living_in_group(pid), 0);
+    scene.host.stop_worker("orphan").await.unwrap();
+}
+
+/// Processes of a group that are no zombies.
+fn living_in_group(pgid: u32) -> usize {
+    let table = std::process::Command::new("ps").args(["-A", "-o", "pgid=,stat="]).output().unwrap();
+    let table = String::from_utf8(table.stdout).unwrap();
+    let mine = |line: &&str| {
+        let mut words = line.split_whitespace();
+        words.next() == Some(&pgid.to_string()) && !words.next().unwrap_or("Z").starts_with('Z')
+    };
+    table.lines().filter(mine).count()
+}
+
+#[tokio::test]
+async fn endless_lines_and_escapes_do_no_harm() {
+    let Some(scene) = Scene::new().await else { return };
+    scene.launch("r1", "endless").await;
+    assert_eq!(scene.follow("r1").await, ENDED_WELL);
+    assert_eq!(scene.events.layers(), [0, 1, 4]);
+    let bad: Vec<String> = scene
+        .events
+        .all()
+        .into_iter()
+        .filter_map(|e| if let HostEvent::BadProgress(line) = e { Some(line) } else { None })
+        .collect();
+    assert_eq!(bad.len(), 2, "{bad:?}");
+    assert!(bad[0].starts_with("xxx") && bad[0].len() < 300 && bad[1] == "torn {");
+    assert!(scene.events.logs().contains("log with colour and bell"), "{}", scene.events.logs());
+    assert!(!scene.fetch("r1").await.partial);
+}
+
+#[tokio::test]
+async fn a_huge_log_is_passed_over_and_its_end_comes_home() {
+    let Some(scene) = Scene::new().await else { return };
+    scene.launch("r1", "huge-log").await;
+    assert_eq!(scene.follow("r1").await, ENDED_WELL);
+    assert!(scene.events.all().iter().any(|e| matches!(e, HostEvent::LogSkipped(n) if *n > 1 << 20)));
+    assert!(scene.events.logs().ends_with("last"));
+    scene.fetch("r1").await;
+    let log = std::fs::read(scene.home_folder("r1").join("worker.log")).unwrap();
+    assert_eq!(log.len(), 16 << 20);
+    assert!(log.ends_with(b"l\nlast\n"));
+}
+
+#[tokio::test]
+async fn hostile_manifests_bring_nothing_home() {
+    let Some(scene) = Scene::new().await else { return };
+    let lies = [
+        "climbs", "absolute", "nested", "hidden", "twice", "linked", "missing", "changed", "longer", "pipe",
+        "nonsense", "future",
+    ];
+    for scenario in lies {
+        scene.launch(scenario, scenario).await;
+        assert_eq!(scene.follow(scenario).await, ENDED_WELL, "{scenario}: {}", scene.events.logs());
+        let error = scene.host.fetch(scenario, &scene.home_folder(scenario), &|_| {}).await.unwrap_err();
+        assert_eq!(error.kind, HostErrorKind::Damaged, "{scenario}: {error}");
+        assert!(!scene.home_folder(scenario).exists(), "{scenario}");
+        assert!(!scene.here.path().join("results/results.json").exists(), "{scenario}");
+    }
+}
+
+#[tokio::test]
+async fn a_folder_that_is_not_ours_is_not_replaced() {
+    let Some(scene) = Scene::new().await else { return };
+    scene.launch("r1", "quick").await;
+    scene.follow("r1").await;
+    let into = scene.here.path().join("thesis");
+    std::fs::create_dir(&into).unwrap();
+    std::fs::write(into.join("chapter1"), "x").unwrap();
+    let error = scene.host.fetch("r1", &into, &|_| {}).await.unwrap_err();
+    assert_eq!(error.kind, HostErrorKind::Local, "{error}");
+    assert_eq!(std::fs::read(into.join("chapter1")).unwrap(), b"x");
+    // Nor are the results of another run.
+    scene.launch("r2", "slow").await;
+    scene.follow("r2").await;
+    scene.fetch("r1").await;
+    std::fs::write(scene.remote("r2", "manifest.json"), r#"{"schema":1,"outcome":"complete","files":[]}"#).unwrap();
+    let error = scene.host.fetch("r2", &scene.home_folder("r1"), &|_| {}).await.unwrap_err();
+    assert_eq!(error.kind, HostErrorKind::Local, "{error}");
+}
+
+#[tokio::test]
+async fn workers_that_cannot_serve_are_refused() {
+    let Some(scene) = Scene::new().await else { return };
+    let other = scene.host.push_worker(&scene.worker_file("9.9.9"), &|_| {}).await.unwrap_err();
+    assert_eq!(other.kind, HostErrorKind::WorkerVersion, "{other}");
+    assert!(other.message.contains("9.9.9") && other.hint.is_some());
+    let file = scene.here.path().join("alien");
+    std::fs::write(&file, b"\x7fELF\x02\x01\x01alien machine").unwrap();
+    let unfit = scene.host.push_worker(&file, &|_| {}).await.unwrap_err();
+    assert_eq!(unfit.kind, HostErrorKind::WorkerUnfit, "{unfit}");
+    std::fs::write(&file, "#!/bin/sh\necho hello").unwrap();
+    let chatty = scene.host.push_worker(&file, &|_| {}).await.unwrap_err();
+    assert_eq!(chatty.kind, HostErrorKind::WorkerVersion, "{chatty}");
+    let missing = scene.host.push_worker(&scene.here.path().join("none"), &|_| {}).await.unwrap_err();
+    assert_eq!(missing.kind, HostErrorKind::Local, "{missing}");
+}
+
+#[tokio::test]
+async fn a_damaged_worker_on_the_host_is_replaced() {
+    let Some(scene) = Scene::new().await else { return };
+    let worker = scene.worker().await;
+    std::fs::write(&worker.path, "#!/bin/sh\nexec evil").unwrap();
+    std::fs::write(format!("{}.part.00", worker.path), "left by a broken upload").unwrap();
+    assert_eq!(scene.worker().await, worker);
+    let local = std::fs::read(scene.here.path().join("outliers-worker")).unwrap();
+    assert_eq!(std::fs::read(&worker.path).unwrap(), local);
+}
+
+#[tokio::test]
+async fn folders_are_pushed_once_and_within_their_limit() {
+    let Some(scene) = Scene::new().await else { return };
+    let model = scene.here.path().join("model");
+    std::fs::create_dir_all(model.join("sub")).unwrap();
+    std::fs::write(model.join("config.json"), "{}").unwrap();
+    std::fs::write(model.join("model.safetensors"), vec![7; 100_000]).unwrap();
+    std::fs::write(model.join(".hidden"), "x").unwrap();
+    let push = |limit| scene.host.push_folder(&model, "outliers/models/m", limit, &|_| {});
+    let first = push(1 << 20).await.unwrap();
+    assert_eq!((first.files, first.bytes, first.sent), (2, 100_002, 100_002));
+    let there = scene.server.home().join("outliers/models/m");
+    assert_eq!(first.path, there.to_str().unwrap());
+    assert_eq!(std::fs::read(there.join("model.safetensors")).unwrap(), vec![7; 100_000]);
+    assert_eq!(std::fs::read_dir(&there).unwrap().count(), 2);
+    std::fs::write(model.join("config.json"), "{ }").unwrap();
+    assert_eq!(push(1 << 20).await.unwrap().sent, 3, "only what changed");
+    assert_eq!(push(1000).await.unwrap_err().kind, HostErrorKind::TooLarge);
+    for bad in ["", "/etc", "../x", "a/../../b"] {
+        let error = scene.host.push_file(&model.join("config.json"), bad, 100, &|_| {}).await.unwrap_err();
+        assert_eq!(error.kind, HostErrorKind::Local, "{bad}");
+    }
+    let file = scene.host.push_file(&model.join("config.json"), "outliers/c 1.json", 100, &|_| {}).await.unwrap();
+    assert_eq!(std::fs::read_to_string(file).unwrap(), "{ }");
+    assert_eq!(
+        scene.host.launch(&scene.worker().await, "../x", &job("quick"), &[]).await.unwrap_err().kind,
+        HostErrorKind::Local
+    );
+}
+
+#[tokio::test]
+async fn a_full_home_is_told_before_anything_is_sent() {
+    let Some(scene) = Scene::new().await else { return };
+    let home = scene.server.home();
+    let mount = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"])
+        .arg(&home)
+        .stderr(std::process::Stdio::null())
+        .status();
+    if !mount.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: no tmpfs can be mounted here");
+        return;
+    }
+    let file = scene.here.path().join("big");
+    std::fs::write(&file, vec![1; 3_000_000]).unwrap();
+    let full = scene.host.push_file(&file, "outliers/big", 1 << 30, &scene.events.on()).await;
+    let facts = scene.host.probe().await;
+    std::process::Command::new("umount").arg("-l").arg(&home).status().unwrap();
+    let full = full.unwrap_err();
+    assert_eq!(full.kind, HostErrorKind::NoSpace, "{full}");
+    assert!(full.hint.is_some() && full.message.contains("free"));
+    assert!(!scene.events.all().iter().any(|e| matches!(e, HostEvent::Uploading { .. })));
+    assert!(facts.unwrap().disk_free.unwrap().0 <= 1 << 20);
+}
+
+#[tokio::test]
+async fn reaching_waits_for_keys_and_gives_up_with_the_reason() {
+    let Some(server) = Sshd::start().unwrap() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let late = RunKey::create(folder.path(), "late", "").unwrap();
+    let events = Events::default();
+    let endpoint = server.endpoint();
+    let on = events.on();
+    let reached = reach(&endpoint, late.private_path(), None, within(30), &on);
+    let authorize = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        server.authorize(late.public_line()).unwrap();
+    };
+    let (reached, ()) = tokio::join!(reached, authorize);
+    assert_eq!(&reached.unwrap().1, server.host_key());
+    assert!(matches!(
+        events.all()[..],
+        [HostEvent::Waiting { kind: Kind::AuthFailed, attempt: 1, .. }, HostEvent::Connected]
+    ));
+
+    let pin = HostKeyPin::new(late.public_line()).unwrap();
+    let changed = reach(&endpoint, late.private_path(), Some(pin), within(60), &|_| {}).await.err().unwrap();
+    assert_eq!(changed.kind, HostErrorKind::Connection(Kind::HostKeyChanged), "{changed}");
+
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let nobody = SshEndpoint { port: free, ..endpoint };
+    let events = Events::default();
+    let refused = reach(&nobody, late.private_path(), None, within(2), &events.on()).await.err().unwrap();
+    assert_eq!(refused.kind, HostErrorKind::Connection(Kind::Refused), "{refused}");
+    assert!(refused.hint.is_some() && refused.message.contains("connection refused"));
+    assert!(events.all().len() >= 2, "it was tried more than once");
+}
+
+#[tokio::test]
+async fn a_deadline_leaves_the_worker_running() {
+    let Some(scene) = Scene::new().await else { return };
+    scene.launch("r1", "hangs").await;
+    let late = scene.host.follow("r1", &mut Cursor::default(), within(1), &|_| {}).await.unwrap_err();
+    assert_eq!(late.kind, HostErrorKind::Deadline, "{late}");
+    assert_eq!(scene.host.status("r1").await.unwrap(), JobStatus::Running);
+    scene.host.stop_worker("r1").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_talkative_login_shell_does_no_harm() {
+    let Some(scene) = Scene::new().await else { return };
+    // Debian's bash reads this file for commands over SSH; other shells stay silent and prove less.
+    let greeting = "echo 'Welcome! @state ended 0'; echo '@state ended 7'; echo '@home /evil'; echo warning >&2\n";
+    std::fs::write(scene.server.home().join(".bashrc"), greeting).unwrap();
+    assert_eq!(scene.host.probe().await.unwrap().home, scene.server.home().to_str().unwrap());
+    assert_eq!(scene.host.status("r1").await.unwrap(), JobStatus::NotStarted);
+    scene.launch("r1", "slow").await;
+    assert_eq!(scene.host.status("r1").await.unwrap(), JobStatus::Running);
+    assert_eq!(scene.follow("r1").await, ENDED_WELL);
+    assert!(!scene.fetch("r1").await.partial);
+}
+
+#[tokio::test]
+async fn every_step_survives_a_connection_found_broken() {
+    let Some(scene) = Scene::new().await else { return };
+    let worker = scene.worker().await;
+    let cut = || assert!(scene.server.kill_sessions().unwrap() > 0);
+    cut();
+    scene.host.probe().await.unwrap();
+    cut();
+    scene.worker().await;
+    cut();
+    pid_of(scene.host.launch(&worker, "r1", &job("hangs"), &[]).await.unwrap());
+    cut();
+    assert_eq!(scene.host.status("r1").await.unwrap(), JobStatus::Running);
+    cut();
+    scene.host.stop_worker("r1").await.unwrap();
+    cut();
+    assert!(scene.fetch("r1").await.partial);
+}
+
+/// The host's futures must be able to move between threads: a deploy may be spawned.
+#[tokio::test]
+async fn a_host_works_without_sftp_and_from_a_spawned_task() {
+    let Some(scene) = Scene::with("Subsystem other internal-sftp").await else { return };
+    let task = tokio::spawn(async move {
+        scene.launch("r1", "quick").await;
+        assert_eq!(scene.follow("r1").await, ENDED_WELL);
+        assert!(!scene.fetch("r1").await.partial);
+        assert!(Path::new(&scene.home_folder("r1")).join("results.json").exists());
+    });
+    task.await.unwrap();
+}
