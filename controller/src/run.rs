@@ -149,6 +149,8 @@ pub enum RunEvent {
     NotCreated {
         /// The broker's words.
         reason: String,
+        /// The offer is not worth another try.
+        refused: bool,
     },
     /// The intended instance exists.
     Created {
@@ -387,7 +389,8 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
         (S::Planned { refused }, E::Creating { intent }) => S::Creating { intent, refused },
         (S::Planned { .. }, E::Stopped { ending }) => S::Closed { ending, results: None, loss: None },
 
-        (S::Creating { intent, mut refused }, E::NotCreated { reason }) => {
+        (S::Creating { refused, .. }, E::NotCreated { refused: false, .. }) => S::Planned { refused },
+        (S::Creating { intent, mut refused }, E::NotCreated { reason, refused: true }) => {
             refused.push(Refusal { offer: intent.offer, reason });
             S::Planned { refused }
         }
@@ -546,7 +549,8 @@ mod tests {
     fn events() -> Vec<RunEvent> {
         vec![
             RunEvent::Creating { intent: intent() },
-            RunEvent::NotCreated { reason: "no capacity".into() },
+            RunEvent::NotCreated { reason: "no capacity".into(), refused: true },
+            RunEvent::NotCreated { reason: "no answer".into(), refused: false },
             RunEvent::Created { instance: InstanceId("i1".into()), price: Some(UsdPerHour::from_dollars(2.0)) },
             RunEvent::Created { instance: InstanceId("i1".into()), price: None },
             RunEvent::Reached { pin: Pin("key".into()) },
@@ -621,7 +625,7 @@ mod tests {
         /// Over any sequence of events, illegal ones refused: what may bill is never forgotten, the end is the end, and
         /// state and events survive their journey through JSON.
         #[test]
-        fn laws(picks in prop::collection::vec(0usize..14, 0..60)) {
+        fn laws(picks in prop::collection::vec(0usize..15, 0..60)) {
             let all = events();
             let mut state = RunState::initial();
             for pick in picks {
