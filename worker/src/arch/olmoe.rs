@@ -1,0 +1,72 @@
+//! OLMoE (Muennighoff et al. 2024): q/k norm over the whole projection, softmax top-k routing, not renormalised.
+//! Hugging Face `OlmoeForCausalLM`.
+
+use super::{Config, Family, Names};
+use crate::decoder::{
+    AttentionSpec, DecoderSpec, FfnSpec, GatedSpec, LayerSpec, MoeSpec, NormSpec, QkNorm, Role, RouterSpec,
+};
+use crate::error::Result;
+
+pub(super) const FAMILY: Family = Family { architecture: "OlmoeForCausalLM", spec, names: &NAMES };
+
+const NAMES: Names = Names {
+    tensors: &[
+        (Role::Embedding, "model.embed_tokens.weight"),
+        (Role::FinalNorm, "model.norm.weight"),
+        (Role::Head, "lm_head.weight"),
+        (Role::MixerNorm, "model.layers.{layer}.input_layernorm.weight"),
+        (Role::Query, "model.layers.{layer}.self_attn.q_proj.weight"),
+        (Role::Key, "model.layers.{layer}.self_attn.k_proj.weight"),
+        (Role::Value, "model.layers.{layer}.self_attn.v_proj.weight"),
+        (Role::Output, "model.layers.{layer}.self_attn.o_proj.weight"),
+        (Role::QueryBias, "model.layers.{layer}.self_attn.q_proj.bias"),
+        (Role::KeyBias, "model.layers.{layer}.self_attn.k_proj.bias"),
+        (Role::ValueBias, "model.layers.{layer}.self_attn.v_proj.bias"),
+        (Role::OutputBias, "model.layers.{layer}.self_attn.o_proj.bias"),
+        (Role::QueryNorm, "model.layers.{layer}.self_attn.q_norm.weight"),
+        (Role::KeyNorm, "model.layers.{layer}.self_attn.k_norm.weight"),
+        (Role::FfnNorm, "model.layers.{layer}.post_attention_layernorm.weight"),
+        (Role::Router, "model.layers.{layer}.mlp.gate.weight"),
+        (Role::ExpertGate, "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"),
+        (Role::ExpertUp, "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"),
+        (Role::ExpertDown, "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"),
+    ],
+    ignored_suffixes: &[],
+};
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_activation("silu")?;
+    let hidden = config.count("hidden_size")?;
+    let heads = config.count("num_attention_heads")?;
+    let head_dim = config.count_opt("head_dim")?.unwrap_or(hidden / heads.max(1));
+    let norm = NormSpec { eps: config.number_opt("rms_norm_eps")?.unwrap_or(1e-5) };
+    let bias = config.flag("attention_bias", false)?;
+    let layer = LayerSpec {
+        mixer_norm: norm,
+        attention: AttentionSpec {
+            heads,
+            kv_heads: config.count_opt("num_key_value_heads")?.unwrap_or(heads),
+            head_dim,
+            qk_norm: QkNorm::WholeProjection(norm),
+            qkv_bias: bias,
+            output_bias: bias,
+            clip_qkv: config.number_opt("clip_qkv")?,
+            rope: config.rope(head_dim)?,
+        },
+        ffn_norm: norm,
+        ffn: FfnSpec::Moe(MoeSpec {
+            experts: config.count_opt("num_experts")?.unwrap_or(64),
+            top_k: config.count_opt("num_experts_per_tok")?.unwrap_or(8),
+            expert: GatedSpec { intermediate: config.count("intermediate_size")?, bias: false },
+            router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob", false)? },
+        }),
+    };
+    Ok(DecoderSpec {
+        hidden,
+        vocab: config.count("vocab_size")?,
+        max_positions: config.count_opt("max_position_embeddings")?,
+        tied_head: config.flag("tie_word_embeddings", false)?,
+        final_norm: norm,
+        layers: vec![layer; config.count("num_hidden_layers")?],
+    })
+}

@@ -1,0 +1,80 @@
+//! Which features are planted where.
+
+use serde::{Deserialize, Serialize};
+
+use super::LAYERS;
+
+/// The truth about a demo checkpoint, `planted.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Planted {
+    /// Document version.
+    pub schema: u32,
+    /// Features that are systematic over layers: in at least a quarter of the layers, at far more than 6 % of positions.
+    pub systematic: Vec<PlantedFeature>,
+    /// Features with outliers that are not systematic.
+    pub decoys: Vec<Decoy>,
+}
+
+/// One planted feature.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlantedFeature {
+    /// Index into the hidden dimension.
+    pub dim: usize,
+    /// What the gain was multiplied by: a power of two.
+    pub factor: f32,
+    /// `[layer, site]`; site 0 is the norm before attention, 1 the one before the experts.
+    pub sites: Vec<[usize; 2]>,
+}
+
+/// A planted feature that must not be called systematic.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Decoy {
+    /// What was planted.
+    #[serde(flatten)]
+    pub feature: PlantedFeature,
+    /// Why it is not systematic.
+    pub why: String,
+}
+
+/// Nothing planted.
+impl Default for Planted {
+    fn default() -> Self {
+        Self { schema: 1, systematic: Vec::new(), decoys: Vec::new() }
+    }
+}
+
+/// The decoy whose embedding is small but for some rare tokens, see [`super::weights`].
+pub(super) const RARE_DIM: usize = 120;
+
+impl Planted {
+    /// What the demo plants: one feature everywhere, one that only the attention reads, one that only the experts read, one
+    /// in exactly a quarter of the layers; one in too few layers, one at too few positions.
+    pub(super) fn plan() -> Self {
+        let everywhere = (0..LAYERS).flat_map(|layer| [[layer, 0], [layer, 1]]).collect();
+        let plant = |dim, factor, sites| PlantedFeature { dim, factor, sites };
+        let decoy = |feature, why: &str| Decoy { feature, why: why.to_owned() };
+        Self {
+            systematic: vec![
+                plant(17, 16.0, everywhere),
+                plant(42, 16.0, vec![[1, 0], [4, 0], [6, 0]]),
+                plant(83, 8.0, vec![[0, 1], [2, 1], [4, 1], [6, 1]]),
+                plant(101, 16.0, vec![[2, 0], [5, 1]]),
+            ],
+            decoys: vec![
+                decoy(plant(60, 16.0, vec![[3, 0], [3, 1]]), "in one of eight layers only"),
+                decoy(
+                    plant(RARE_DIM, 4.0, vec![[1, 0], [2, 0], [3, 1], [4, 0], [5, 1], [6, 0]]),
+                    "at few positions: rare tokens carry it",
+                ),
+            ],
+            ..Self::default()
+        }
+    }
+
+    /// `(dim, factor)` of every feature planted at a site.
+    pub(super) fn at(&self, site: [usize; 2]) -> impl Iterator<Item = (usize, f32)> + '_ {
+        let decoys = self.decoys.iter().map(|decoy| &decoy.feature);
+        let planted = self.systematic.iter().chain(decoys);
+        planted.filter(move |feature| feature.sites.contains(&site)).map(|feature| (feature.dim, feature.factor))
+    }
+}

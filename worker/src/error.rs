@@ -1,0 +1,157 @@
+//! What can go wrong, in the words of the protocol: every error says what, where, and what to do.
+
+use std::io;
+use std::path::Path;
+
+use outliers_protocol::{Failure, FailureKind};
+
+/// Result of everything in this crate.
+pub type Result<T, E = WorkerError> = std::result::Result<T, E>;
+
+/// A failure that ends a run: its kind for programs, its message and hint for people.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct WorkerError {
+    kind: FailureKind,
+    message: String,
+    hint: Option<String>,
+}
+
+/// One constructor per kind, so that call sites read as sentences.
+macro_rules! constructors {
+    ($($(#[$doc:meta])* $name:ident => $kind:ident),* $(,)?) => {
+        $($(#[$doc])* pub fn $name(message: impl Into<String>) -> Self { Self::new(FailureKind::$kind, message) })*
+    };
+}
+
+impl WorkerError {
+    /// An error of `kind`, without a hint.
+    pub fn new(kind: FailureKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), hint: None }
+    }
+
+    constructors! {
+        /// The job or an option is wrong.
+        job => Job,
+        /// Unknown model or revision.
+        model_not_found => ModelNotFound,
+        /// The hub wants a token, or the token has no access.
+        model_gated => ModelGated,
+        /// The architecture, or something in it, is not known.
+        unsupported => Unsupported,
+        /// Files missing, damaged, or not what the architecture expects.
+        checkpoint => Checkpoint,
+        /// No text, or too little.
+        corpus => Corpus,
+        /// No such device, or it failed.
+        device => Device,
+        /// Disk full or unreadable.
+        storage => Storage,
+        /// The hub could not be reached or answered with errors.
+        network => Network,
+        /// A broken invariant of this program.
+        internal => Internal,
+    }
+
+    /// The failure of `action` (a verb: "read", "create") on `path`; kind `Storage`.
+    pub fn io(action: &str, path: impl AsRef<Path>, error: &io::Error) -> Self {
+        let storage = Self::storage(format!("cannot {action} {}: {error}", path.as_ref().display()));
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                storage.hint("free some space, or ask for an instance with a larger disk (`--min-disk`)")
+            }
+            io::ErrorKind::PermissionDenied => storage.hint("check the permissions of that path"),
+            _ => storage,
+        }
+    }
+
+    /// Adds what to do about it, replacing an earlier hint.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Puts `context` and a colon before the message; kind and hint stay.
+    #[must_use]
+    pub fn context(mut self, context: impl std::fmt::Display) -> Self {
+        self.message = format!("{context}: {}", self.message);
+        self
+    }
+
+    /// For programs.
+    pub fn kind(&self) -> FailureKind {
+        self.kind
+    }
+
+    /// What went wrong, and where.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// What to do about it, where that is known.
+    pub fn hint_text(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+}
+
+/// As the manifest carries it.
+impl From<WorkerError> for Failure {
+    fn from(error: WorkerError) -> Self {
+        Self { kind: error.kind, message: error.message, hint: error.hint }
+    }
+}
+
+/// For input and output without a path of its own (pipes, standard output); else [`WorkerError::io`] names the file.
+impl From<io::Error> for WorkerError {
+    fn from(error: io::Error) -> Self {
+        Self::storage(error.to_string())
+    }
+}
+
+/// Candle fails where an allocation, a kernel or a shape fails: the first two are the device's, the last is ours.
+impl From<candle_core::Error> for WorkerError {
+    fn from(error: candle_core::Error) -> Self {
+        use candle_core::Error as E;
+        match error {
+            E::Cuda(_) | E::Metal(_) | E::NotCompiledWithCudaSupport | E::NotCompiledWithMetalSupport => {
+                Self::device(error.to_string())
+            }
+            other => Self::internal(format!("tensor arithmetic failed: {other}")),
+        }
+    }
+}
+
+/// Adds an action and a path to results of `std::io`.
+pub trait IoContext<T> {
+    /// `cannot {action} {path}: ...`, kind `Storage`.
+    fn at(self, action: &str, path: impl AsRef<Path>) -> Result<T>;
+}
+
+impl<T> IoContext<T> for io::Result<T> {
+    fn at(self, action: &str, path: impl AsRef<Path>) -> Result<T> {
+        self.map_err(|error| WorkerError::io(action, path, &error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_comes_with_advice() {
+        let error = WorkerError::io("write", "/data/x", &io::Error::from(io::ErrorKind::StorageFull));
+        assert_eq!(error.kind(), FailureKind::Storage);
+        assert!(error.message().starts_with("cannot write /data/x: "));
+        assert!(error.hint_text().is_some_and(|hint| hint.contains("disk")));
+    }
+
+    #[test]
+    fn context_keeps_kind_and_hint() {
+        let error = WorkerError::checkpoint("header too long").hint("fetch it again").context("model.safetensors");
+        let failure = Failure::from(error);
+        assert_eq!(failure.kind, FailureKind::Checkpoint);
+        assert_eq!(failure.message, "model.safetensors: header too long");
+        assert_eq!(failure.hint.as_deref(), Some("fetch it again"));
+    }
+}

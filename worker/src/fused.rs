@@ -1,0 +1,464 @@
+//! Elementwise work that a tensor library does in many passes, done in one on a CPU.
+//!
+//! Each operation has a fused CPU form and a form composed of tensor operations for other devices; tests hold them together.
+//! Arithmetic is f32 inside; results are rounded to the tensors' dtype where the reference implementation rounds.
+
+use candle_core::{CpuStorage, CustomOp2, D, DType, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use crate::rope::RopeTable;
+
+/// A stored float that computes as f32.
+trait Real: Copy + Send + Sync {
+    fn wide(self) -> f32;
+    fn narrow(value: f32) -> Self;
+}
+
+impl Real for f32 {
+    fn wide(self) -> f32 {
+        self
+    }
+    fn narrow(value: f32) -> Self {
+        value
+    }
+}
+
+impl Real for bf16 {
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+    fn narrow(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+impl Real for f16 {
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+    fn narrow(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+fn part<'a, T>(data: &'a [T], layout: &Layout) -> Result<&'a [T]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&data[start..end]),
+        None => bail!("fused operation on a non-contiguous tensor {:?}", layout.shape()),
+    }
+}
+
+fn part_mut<'a, T>(data: &'a mut [T], layout: &Layout) -> Result<&'a mut [T]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&mut data[start..end]),
+        None => bail!("fused operation on a non-contiguous tensor {:?}", layout.shape()),
+    }
+}
+
+/// Rows handed to one task: enough work to pay for the hand-over.
+fn rows_per_task(width: usize) -> usize {
+    (16_384 / width.max(1)).max(1)
+}
+
+/// Sum in sixteen lanes: it vectorises, and its rounding error is a sixteenth of one running sum's.
+#[inline(always)]
+fn lane_sum<T: Copy>(x: &[T], term: impl Fn(T) -> f32) -> f32 {
+    let mut lanes = [0f32; 16];
+    let chunks = x.chunks_exact(16);
+    let rest: f32 = chunks.remainder().iter().map(|&v| term(v)).sum();
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane += term(v);
+        }
+    }
+    lanes.iter().sum::<f32>() + rest
+}
+
+/// e^x for x <= 0 to within 2 units in the last place, in a form that vectorises.
+#[inline(always)]
+fn exp_negative(x: f32) -> f32 {
+    // Below -87 the true value is under the least normal f32: nothing in a softmax.
+    let x = x.max(-87.0);
+    const ROUND: f32 = 12_582_912.0;
+    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let p = 1.987_569_2e-4;
+    let p = p * r + 1.398_2e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 0.5;
+    let y = p * r * r + r + 1.0;
+    y * f32::from_bits(((n as i32 + 127) << 23) as u32)
+}
+
+// ---------------------------------------------------------------------------------------------------------- RMSNorm
+
+struct RmsNorm {
+    eps: f32,
+}
+
+impl RmsNorm {
+    fn run<T: Real>(&self, x: &[T], gain: &[T]) -> Vec<T> {
+        let width = gain.len();
+        let mut out = vec![T::narrow(0.0); x.len()];
+        out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(rows_per_task(width)).for_each(|(out, x)| {
+            let mean = lane_sum(x, |v| v.wide() * v.wide()) / width as f32;
+            let scale = 1.0 / (mean + self.eps).sqrt();
+            for ((o, v), g) in out.iter_mut().zip(x).zip(gain) {
+                *o = T::narrow(T::narrow(v.wide() * scale).wide() * g.wide());
+            }
+        });
+        out
+    }
+}
+
+impl CustomOp2 for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rms-norm"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let shape = l1.shape().clone();
+        let out = match (s1, s2) {
+            (CpuStorage::F32(x), CpuStorage::F32(g)) => CpuStorage::F32(self.run(part(x, l1)?, part(g, l2)?)),
+            (CpuStorage::BF16(x), CpuStorage::BF16(g)) => CpuStorage::BF16(self.run(part(x, l1)?, part(g, l2)?)),
+            (CpuStorage::F16(x), CpuStorage::F16(g)) => CpuStorage::F16(self.run(part(x, l1)?, part(g, l2)?)),
+            _ => bail!("rms-norm: value and gain differ in dtype"),
+        };
+        Ok((out, shape))
+    }
+}
+
+/// `x / sqrt(mean(x^2) + eps) * gain` over the last dimension. `x` `[.., width]` contiguous, `gain` `[width]`.
+pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
+    if x.device().is_cpu() {
+        x.apply_op2_no_bwd(gain, &RmsNorm { eps: eps as f32 })
+    } else {
+        rms_norm_composed(x, gain, eps)
+    }
+}
+
+fn rms_norm_composed(x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
+    let wide = x.to_dtype(DType::F32)?;
+    let mean = wide.sqr()?.mean_keepdim(D::Minus1)?;
+    let scaled = wide.broadcast_div(&(mean + eps)?.sqrt()?)?;
+    scaled.to_dtype(x.dtype())?.broadcast_mul(gain)
+}
+
+// ------------------------------------------------------------------------------------------------------------- rope
+
+struct Rope<'a> {
+    table: &'a RopeTable,
+    head_dim: usize,
+    width: usize,
+    positions: usize,
+}
+
+impl Rope<'_> {
+    fn run<T: Real>(&self, x: &mut [T]) {
+        let pairs = self.table.pairs;
+        x.par_chunks_mut(self.width).with_min_len(rows_per_task(self.width)).enumerate().for_each(|(row, x)| {
+            let at = (row % self.positions) * pairs;
+            let (cos, sin) = (&self.table.cos[at..at + pairs], &self.table.sin[at..at + pairs]);
+            for head in x.chunks_exact_mut(self.head_dim) {
+                let (low, high) = head.split_at_mut(pairs);
+                for (((a, b), c), s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                    let (u, v) = (a.wide(), b.wide());
+                    *a = T::narrow(u * c - v * s);
+                    *b = T::narrow(v * c + u * s);
+                }
+            }
+        });
+    }
+}
+
+impl InplaceOp1 for Rope<'_> {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        match storage {
+            CpuStorage::F32(x) => self.run(part_mut(x, layout)?),
+            CpuStorage::BF16(x) => self.run(part_mut(x, layout)?),
+            CpuStorage::F16(x) => self.run(part_mut(x, layout)?),
+            _ => bail!("rope: not a float"),
+        }
+        Ok(())
+    }
+}
+
+/// Rotates the pairs `(i, i + dims / 2)` of every head. `x` `[sequences * positions, heads * head_dim]`, freshly computed
+/// (its storage is overwritten on a CPU); the table covers `positions`.
+pub fn rope(x: Tensor, table: &RopeTable, head_dim: usize, positions: usize) -> Result<Tensor> {
+    if x.device().is_cpu() {
+        let x = x.contiguous()?;
+        let width = x.dim(D::Minus1)?;
+        x.inplace_op1(&Rope { table, head_dim, width, positions })?;
+        return Ok(x);
+    }
+    rope_composed(&x, table, head_dim, positions)
+}
+
+fn rope_composed(x: &Tensor, table: &RopeTable, head_dim: usize, positions: usize) -> Result<Tensor> {
+    let (rows, width) = x.dims2()?;
+    let (pairs, heads) = (table.pairs, width / head_dim);
+    let side = |data: &[f32]| Tensor::from_slice(&data[..positions * pairs], (1, positions, 1, pairs), x.device());
+    let (cos, sin) = (side(&table.cos)?, side(&table.sin)?);
+    let wide = x.to_dtype(DType::F32)?.reshape((rows / positions, positions, heads, head_dim))?;
+    let (low, high) = (wide.narrow(3, 0, pairs)?, wide.narrow(3, pairs, pairs)?);
+    let rest = wide.narrow(3, 2 * pairs, head_dim - 2 * pairs)?;
+    let new_low = (low.broadcast_mul(&cos)? - high.broadcast_mul(&sin)?)?;
+    let new_high = (high.broadcast_mul(&cos)? + low.broadcast_mul(&sin)?)?;
+    Tensor::cat(&[new_low, new_high, rest], 3)?.reshape((rows, width))?.to_dtype(x.dtype())
+}
+
+// ---------------------------------------------------------------------------------------------------- causal softmax
+
+struct CausalSoftmax {
+    first_query: usize,
+    queries: usize,
+    keys: usize,
+    scale: f32,
+}
+
+impl CausalSoftmax {
+    fn run<T: Real>(&self, scores: &mut [T]) {
+        scores.par_chunks_mut(self.keys).with_min_len(rows_per_task(self.keys)).enumerate().for_each(
+            |(row, scores)| {
+                let visible = self.first_query + row % self.queries + 1;
+                let (seen, hidden) = scores.split_at_mut(visible.min(self.keys));
+                let top = seen.iter().fold(f32::NEG_INFINITY, |m, v| m.max(v.wide())) * self.scale;
+                let mut row: Vec<f32> = seen.iter().map(|v| exp_negative(v.wide() * self.scale - top)).collect();
+                let inverse = 1.0 / lane_sum(&row, |v| v);
+                row.iter_mut().for_each(|v| *v *= inverse);
+                for (out, v) in seen.iter_mut().zip(&row) {
+                    *out = T::narrow(*v);
+                }
+                hidden.fill(T::narrow(0.0));
+            },
+        );
+    }
+}
+
+impl InplaceOp1 for CausalSoftmax {
+    fn name(&self) -> &'static str {
+        "causal-softmax"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        match storage {
+            CpuStorage::F32(x) => self.run(part_mut(x, layout)?),
+            CpuStorage::BF16(x) => self.run(part_mut(x, layout)?),
+            CpuStorage::F16(x) => self.run(part_mut(x, layout)?),
+            _ => bail!("causal-softmax: not a float"),
+        }
+        Ok(())
+    }
+}
+
+/// Softmax of `scores * scale` over the keys a query may see. `scores` `[batch, groups * queries, keys]`, freshly computed
+/// (its storage is overwritten on a CPU): row `g * queries + i` belongs to the query at position `first_query + i`, which
+/// sees keys `0..=first_query + i`.
+pub fn causal_softmax(scores: Tensor, first_query: usize, queries: usize, scale: f64) -> Result<Tensor> {
+    let keys = scores.dim(D::Minus1)?;
+    if scores.device().is_cpu() {
+        scores.inplace_op1(&CausalSoftmax { first_query, queries, keys, scale: scale as f32 })?;
+        return Ok(scores);
+    }
+    causal_softmax_composed(&scores, first_query, queries, scale)
+}
+
+fn causal_softmax_composed(scores: &Tensor, first_query: usize, queries: usize, scale: f64) -> Result<Tensor> {
+    let (batch, rows, keys) = scores.dims3()?;
+    let mask: Vec<f32> = (0..queries)
+        .flat_map(|q| (0..keys).map(move |k| if k <= first_query + q { 0.0 } else { f32::NEG_INFINITY }))
+        .collect();
+    let mask = Tensor::from_vec(mask, (1, 1, queries, keys), scores.device())?;
+    let wide = (scores.to_dtype(DType::F32)? * scale)?.reshape((batch, rows / queries, queries, keys))?;
+    let wide = wide.broadcast_add(&mask)?;
+    let e = wide.broadcast_sub(&wide.max_keepdim(D::Minus1)?)?.exp()?;
+    e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?.reshape((batch, rows, keys))?.to_dtype(scores.dtype())
+}
+
+/// The largest value and the sum of `exp(value - largest)`: the parts of a log-sum-exp.
+pub fn exp_sum(values: &[f32]) -> (f32, f32) {
+    let top = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    (top, lane_sum(values, |v| exp_negative(v - top)))
+}
+
+// ---------------------------------------------------------------------------------------------------------- SiLU gate
+
+struct SiluMul;
+
+impl SiluMul {
+    fn run<T: Real>(gate: &[T], up: &[T]) -> Vec<T> {
+        const TASK: usize = 16_384;
+        let mut out = vec![T::narrow(0.0); gate.len()];
+        out.par_chunks_mut(TASK).zip(gate.par_chunks(TASK)).zip(up.par_chunks(TASK)).for_each(|((out, gate), up)| {
+            for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
+                let g = g.wide();
+                // sigmoid by the exponential of -|g|: never overflows, and one form for both signs.
+                let e = exp_negative(-g.abs());
+                let sigmoid = (if g >= 0.0 { 1.0 } else { e }) / (1.0 + e);
+                *o = T::narrow(T::narrow(g * sigmoid).wide() * u.wide());
+            }
+        });
+        out
+    }
+}
+
+impl CustomOp2 for SiluMul {
+    fn name(&self) -> &'static str {
+        "silu-mul"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let out = match (s1, s2) {
+            (CpuStorage::F32(g), CpuStorage::F32(u)) => CpuStorage::F32(Self::run(part(g, l1)?, part(u, l2)?)),
+            (CpuStorage::BF16(g), CpuStorage::BF16(u)) => CpuStorage::BF16(Self::run(part(g, l1)?, part(u, l2)?)),
+            (CpuStorage::F16(g), CpuStorage::F16(u)) => CpuStorage::F16(Self::run(part(g, l1)?, part(u, l2)?)),
+            _ => bail!("silu-mul: gate and up differ in dtype"),
+        };
+        Ok((out, l1.shape().clone()))
+    }
+}
+
+/// `silu(gate) * up`, elementwise.
+pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    if gate.device().is_cpu() { gate.apply_op2_no_bwd(up, &SiluMul) } else { silu_mul_composed(gate, up) }
+}
+
+fn silu_mul_composed(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    gate.silu()? * up
+}
+
+// -------------------------------------------------------------------------------------------------------- scatter-add
+
+struct ScatterAdd<'a> {
+    rows: &'a [u32],
+    weights: &'a [f32],
+    width: usize,
+}
+
+impl ScatterAdd<'_> {
+    fn run<T: Real>(&self, out: &mut [T], values: &[T]) {
+        // Rows of one expert are distinct and few; the memory is the limit, not the core.
+        for ((row, weight), value) in self.rows.iter().zip(self.weights).zip(values.chunks_exact(self.width)) {
+            let weight = T::narrow(*weight).wide();
+            let at = *row as usize * self.width;
+            for (o, v) in out[at..at + self.width].iter_mut().zip(value) {
+                *o = T::narrow(o.wide() + T::narrow(v.wide() * weight).wide());
+            }
+        }
+    }
+}
+
+impl InplaceOp2 for ScatterAdd<'_> {
+    fn name(&self) -> &'static str {
+        "scatter-add"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
+        match (s1, s2) {
+            (CpuStorage::F32(o), CpuStorage::F32(v)) => self.run(part_mut(o, l1)?, part(v, l2)?),
+            (CpuStorage::BF16(o), CpuStorage::BF16(v)) => self.run(part_mut(o, l1)?, part(v, l2)?),
+            (CpuStorage::F16(o), CpuStorage::F16(v)) => self.run(part_mut(o, l1)?, part(v, l2)?),
+            _ => bail!("scatter-add: dtypes differ"),
+        }
+        Ok(())
+    }
+}
+
+/// `out[rows[i]] += weights[i] * values[i]`. `out` `[n, width]` (its storage is overwritten on a CPU), `values` `[rows, width]`; `rows` distinct.
+pub fn scatter_add(out: Tensor, values: &Tensor, rows: &[u32], weights: &[f32]) -> Result<Tensor> {
+    if out.device().is_cpu() {
+        let width = out.dim(D::Minus1)?;
+        out.inplace_op2(values, &ScatterAdd { rows, weights, width })?;
+        return Ok(out);
+    }
+    scatter_add_composed(&out, values, rows, weights)
+}
+
+fn scatter_add_composed(out: &Tensor, values: &Tensor, rows: &[u32], weights: &[f32]) -> Result<Tensor> {
+    let weights = Tensor::from_slice(weights, (weights.len(), 1), out.device())?.to_dtype(out.dtype())?;
+    let rows = Tensor::from_slice(rows, rows.len(), out.device())?;
+    out.index_add(&rows, &values.broadcast_mul(&weights)?, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::rope::{RopeScaling, RopeSpec};
+
+    fn values(shape: &[usize], seed: u64) -> Tensor {
+        let n: usize = shape.iter().product();
+        let mut state = seed;
+        let data: Vec<f32> = (0..n)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 8.0
+            })
+            .collect();
+        Tensor::from_vec(data, shape, &Device::Cpu).unwrap()
+    }
+
+    fn close(a: &Tensor, b: &Tensor, tolerance: f32) {
+        let worst = (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+        assert!(worst <= tolerance, "differ by {worst}");
+    }
+
+    #[test]
+    fn exponential_is_exact_to_f32() {
+        for i in 0..200_000 {
+            let x = -(i as f32) * 4.3e-4;
+            let (got, want) = (f64::from(exp_negative(x)), f64::from(x).exp());
+            assert!((got / want - 1.0).abs() < 2.5e-7, "exp({x}) = {got}, want {want}");
+        }
+        assert_eq!(exp_negative(0.0), 1.0);
+        assert!(exp_negative(f32::NEG_INFINITY) < 1e-37);
+    }
+
+    #[test]
+    fn fused_forms_equal_composed_ones() {
+        let (x, gain) = (values(&[12, 40], 1), values(&[40], 2));
+        close(&rms_norm(&x, &gain, 1e-5).unwrap(), &rms_norm_composed(&x, &gain, 1e-5).unwrap(), 1e-5);
+        let up = values(&[12, 40], 3);
+        close(&silu_mul(&x, &up).unwrap(), &silu_mul_composed(&x, &up).unwrap(), 1e-5);
+        for dims in [8, 4] {
+            let table = RopeSpec { theta: 100.0, dims, scaling: RopeScaling::None }.table(6);
+            let composed = rope_composed(&x, &table, 8, 6).unwrap();
+            close(&rope(x.copy().unwrap(), &table, 8, 6).unwrap(), &composed, 1e-5);
+        }
+        let scores = values(&[2, 3 * 4, 9], 4);
+        let composed = causal_softmax_composed(&scores, 5, 4, 0.3).unwrap();
+        close(&causal_softmax(scores.copy().unwrap(), 5, 4, 0.3).unwrap(), &composed, 1e-6);
+        let (rows, weights) = ([7u32, 0, 11], [0.5f32, -2.0, 1.0]);
+        let added = values(&[3, 40], 5);
+        let composed = scatter_add_composed(&x, &added, &rows, &weights).unwrap();
+        close(&scatter_add(x.copy().unwrap(), &added, &rows, &weights).unwrap(), &composed, 1e-6);
+    }
+
+    #[test]
+    fn causal_softmax_hides_the_future() {
+        let p = causal_softmax(values(&[1, 4, 4], 9), 0, 4, 1.0).unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
+        for (q, row) in p.iter().enumerate() {
+            assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+            assert!(row[q + 1..].iter().all(|&v| v == 0.0));
+        }
+    }
+
+    #[test]
+    fn low_precision_rounds_once_per_step() {
+        let (x, gain) = (values(&[5, 16], 1), values(&[16], 2));
+        let (x, gain) = (x.to_dtype(DType::BF16).unwrap(), gain.to_dtype(DType::BF16).unwrap());
+        let fused = rms_norm(&x, &gain, 1e-5).unwrap().to_dtype(DType::F32).unwrap();
+        let composed = rms_norm_composed(&x, &gain, 1e-5).unwrap().to_dtype(DType::F32).unwrap();
+        // The order of the sum may move a tie by one unit of bf16.
+        close(&fused, &composed, 0.13);
+    }
+}

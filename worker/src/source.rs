@@ -1,0 +1,346 @@
+//! Where weights come from: a checkpoint's files, its tensors by name, and byte ranges of them on request.
+//!
+//! Everything downstream sees [`WeightSource`]: the unit of reading is a byte range of one tensor, so that one expert
+//! of a stacked tensor, or one block of rows, can be asked for without its neighbours.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use outliers_protocol::FileBytes;
+use serde::Deserialize;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::error::{IoContext, Result, WorkerError};
+use crate::safetensors::{Header, StoredDtype, read_header, shown};
+
+/// The configuration of a checkpoint.
+pub const CONFIG_FILE: &str = "config.json";
+/// The tokenizer that this program reads.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
+/// What the tokenizer's Python class adds to it.
+pub const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
+/// The list of shards.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The only weight file of a checkpoint without an index.
+pub const SINGLE_FILE: &str = "model.safetensors";
+
+/// Longest configuration or index file accepted, bytes; the largest published index (Kimi-K2) has 10 MB.
+pub(crate) const MAX_JSON_BYTES: u64 = 256 << 20;
+
+/// One stored tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorEntry {
+    /// Name.
+    pub name: String,
+    /// Stored type.
+    pub dtype: StoredDtype,
+    /// Dimensions, outermost first; empty for a scalar.
+    pub shape: Vec<u64>,
+    /// Index into [`TensorIndex::files`].
+    pub file: usize,
+    /// First byte, counted from the start of the file.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// All tensors of a checkpoint by name, and the files they are in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TensorIndex {
+    entries: BTreeMap<String, TensorEntry>,
+    files: Vec<FileBytes>,
+}
+
+impl TensorIndex {
+    /// Puts the checked headers of all weight files together, and against the index where there is one.
+    ///
+    /// # Errors
+    /// Kind `Checkpoint`: a tensor in two files, or one that the index puts where it is not.
+    pub fn assemble(shards: Vec<(FileBytes, Header)>, weight_map: Option<&WeightMap>) -> Result<Self> {
+        let mut index = Self::default();
+        for (file, header) in shards {
+            index.add(file, header)?;
+        }
+        if let Some(map) = weight_map {
+            index.check_against(map)?;
+        }
+        Ok(index)
+    }
+
+    fn add(&mut self, file: FileBytes, header: Header) -> Result<()> {
+        let number = self.files.len();
+        for tensor in header.tensors {
+            let entry = TensorEntry {
+                name: tensor.name.clone(),
+                dtype: tensor.dtype,
+                shape: tensor.shape,
+                file: number,
+                offset: tensor.offset,
+                len: tensor.len,
+            };
+            if let Some(other) = self.entries.insert(tensor.name, entry) {
+                let (name, first) = (shown(&other.name), &self.files[other.file].name);
+                let message = format!("tensor {name} is in two files: {first} and {}", file.name);
+                return Err(WorkerError::checkpoint(message).hint("remove the file that does not belong there"));
+            }
+        }
+        self.files.push(file);
+        Ok(())
+    }
+
+    /// Every tensor the index names must be where it says. Tensors it does not name are no harm: they stay usable by name.
+    fn check_against(&self, map: &WeightMap) -> Result<()> {
+        for (name, file) in &map.weight_map {
+            let found = self.entries.get(name).map(|entry| self.files[entry.file].name.as_str());
+            if found == Some(file.as_str()) {
+                continue;
+            }
+            let name = shown(name);
+            let message = match found {
+                None => format!("{INDEX_FILE} says that tensor {name} is in {file}, but it is not in that file"),
+                Some(other) => format!("{INDEX_FILE} says that tensor {name} is in {file}, but it is in {other}"),
+            };
+            return Err(
+                WorkerError::checkpoint(message).hint("index and files are of different versions: fetch both again")
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Gives out the bytes of tensors. Implementations count what they read: each weight byte is to be read once per run.
+pub trait WeightSource: Send + Sync {
+    /// All tensors and files.
+    fn index(&self) -> &TensorIndex;
+
+    /// Fills `into` with the bytes `range` of the tensor, counted from its first byte; little-endian as stored.
+    ///
+    /// # Errors
+    /// Kind `Internal` when the range is not inside the tensor or has another length than `into`; else the source's own.
+    fn read(&self, entry: &TensorEntry, range: Range<u64>, into: &mut [u8]) -> Result<()>;
+
+    /// Weight bytes read so far, each counted as often as it was read.
+    fn bytes_read(&self) -> u64;
+
+    /// The tensor called `name`.
+    fn entry(&self, name: &str) -> Option<&TensorEntry> {
+        self.index().entries.get(name)
+    }
+
+    /// Names of all tensors, ascending.
+    fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        Box::new(self.index().entries.keys().map(String::as_str))
+    }
+
+    /// The weight files with their sizes.
+    fn files(&self) -> &[FileBytes] {
+        &self.index().files
+    }
+}
+
+/// The contract of [`WeightSource::read`], shared by its implementations.
+pub(crate) fn check_range(entry: &TensorEntry, range: &Range<u64>, into: &[u8]) -> Result<()> {
+    let fits = range.start <= range.end && range.end <= entry.len && range.end - range.start == into.len() as u64;
+    let (name, len, room) = (&entry.name, entry.len, into.len());
+    let wrong = || WorkerError::internal(format!("bytes {range:?} of {} ({len} bytes) into {room} bytes", shown(name)));
+    if fits { Ok(()) } else { Err(wrong()) }
+}
+
+/// Safetensors files in a folder, read with positioned reads on files kept open.
+pub struct LocalSource {
+    index: TensorIndex,
+    folder: PathBuf,
+    files: Vec<File>,
+    read: AtomicU64,
+}
+
+impl LocalSource {
+    /// Opens the files `names` of `folder` and checks their headers and the index.
+    fn open(folder: &Path, names: &[String], weight_map: Option<&WeightMap>) -> Result<Self> {
+        let mut shards = Vec::with_capacity(names.len());
+        let mut files = Vec::with_capacity(names.len());
+        for name in names {
+            let path = folder.join(name);
+            let file = open_shard(folder, name, weight_map.is_some())?;
+            let bytes = file.metadata().at("read the size of", &path)?.len();
+            shards.push((FileBytes { name: name.clone(), bytes }, read_header(&path)?));
+            files.push(file);
+        }
+        let index = TensorIndex::assemble(shards, weight_map).map_err(|e| e.context(folder.display()))?;
+        Ok(Self { index, folder: folder.to_owned(), files, read: AtomicU64::new(0) })
+    }
+}
+
+impl WeightSource for LocalSource {
+    fn index(&self) -> &TensorIndex {
+        &self.index
+    }
+
+    fn read(&self, entry: &TensorEntry, range: Range<u64>, into: &mut [u8]) -> Result<()> {
+        check_range(entry, &range, into)?;
+        let path = || self.folder.join(&self.index.files[entry.file].name);
+        self.files[entry.file].read_exact_at(into, entry.offset + range.start).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                let message = format!("{} became shorter while it was read", path().display());
+                WorkerError::checkpoint(message).hint("something else is writing to that folder")
+            }
+            _ => WorkerError::io("read", path(), &error),
+        })?;
+        self.read.fetch_add(into.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn bytes_read(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
+    }
+}
+
+fn open_shard(folder: &Path, name: &str, indexed: bool) -> Result<File> {
+    let path = folder.join(name);
+    File::open(&path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound if indexed => {
+            let message = format!("{INDEX_FILE} names {name}, but {} has no such file", folder.display());
+            WorkerError::checkpoint(message).hint("copy the missing shard there, or fetch the model again")
+        }
+        _ => WorkerError::io("open", &path, &error),
+    })
+}
+
+/// `model.safetensors.index.json`: which tensor is in which file.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct WeightMap {
+    /// Tensor name to file name.
+    pub weight_map: BTreeMap<String, String>,
+}
+
+impl WeightMap {
+    /// Parses an index; every file it names must be a plain name ending in `.safetensors`.
+    ///
+    /// # Errors
+    /// Kind `Checkpoint`: not JSON of that form, empty, or a name that is a path.
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let map: Self = serde_json::from_slice(bytes).map_err(|e| bad_json(INDEX_FILE, &e))?;
+        if map.weight_map.is_empty() {
+            return Err(WorkerError::checkpoint(format!("{INDEX_FILE} names no tensor")));
+        }
+        match map.weight_map.values().find(|file| !is_plain_name(file) || !file.ends_with(".safetensors")) {
+            None => Ok(map),
+            Some(file) => {
+                let message =
+                    format!("{INDEX_FILE} names {}, which is not a plain *.safetensors file name", shown(file));
+                Err(WorkerError::checkpoint(message).hint("do not use this checkpoint: such a name can point anywhere"))
+            }
+        }
+    }
+
+    /// The files it names, ascending, each once.
+    pub fn files(&self) -> Vec<String> {
+        let mut files: Vec<String> = self.weight_map.values().cloned().collect();
+        files.sort();
+        files.dedup();
+        files
+    }
+}
+
+/// Whether `name` can only be a file directly inside a folder: no separators, no `.` or `..`, nothing invisible.
+pub fn is_plain_name(name: &str) -> bool {
+    let visible = !name.chars().any(|c| c.is_control() || matches!(c, '/' | '\\'));
+    visible && !matches!(name, "" | "." | "..") && name.len() <= 255
+}
+
+pub(crate) fn bad_json(file: &str, error: &serde_json::Error) -> WorkerError {
+    let detail: String = error.to_string().chars().filter(|c| !c.is_control()).take(300).collect();
+    WorkerError::checkpoint(format!("{file} is not what it should be: {detail}"))
+        .hint("the file is damaged: fetch it again")
+}
+
+/// A model's files, before any weight is read.
+#[derive(Clone)]
+pub struct Checkpoint {
+    /// Where configuration and tokenizer lie.
+    pub folder: PathBuf,
+    /// Commit on the hub; `None` for a folder.
+    pub revision: Option<String>,
+    /// config.json.
+    pub config: Value,
+    /// SHA-256 of config.json, lower-case hexadecimal.
+    pub config_sha256: String,
+    /// The tensors.
+    pub weights: Arc<dyn WeightSource>,
+}
+
+impl Checkpoint {
+    /// Opens a folder with config.json and safetensors files; only the files named by the index are looked at.
+    ///
+    /// # Errors
+    /// Kind `Job` when there is no such folder; `Checkpoint` or `Storage` for what is in it.
+    pub fn open_folder(folder: &Path) -> Result<Self> {
+        if !folder.is_dir() {
+            let message = format!("there is no folder {}", folder.display());
+            return Err(
+                WorkerError::job(message).hint("`--model` takes a Hugging Face id (owner/name) or an existing folder")
+            );
+        }
+        let (config, config_sha256) = read_config(folder)?;
+        let (names, weight_map) = weight_files(folder)?;
+        let source = LocalSource::open(folder, &names, weight_map.as_ref())?;
+        Ok(Self { folder: folder.to_owned(), revision: None, config, config_sha256, weights: Arc::new(source) })
+    }
+
+    /// The tokenizer that this program can read, if the checkpoint has it.
+    pub fn tokenizer(&self) -> Option<PathBuf> {
+        Some(self.folder.join(TOKENIZER_FILE)).filter(|path| path.is_file())
+    }
+}
+
+/// config.json and its SHA-256.
+pub(crate) fn read_config(folder: &Path) -> Result<(Value, String)> {
+    let Some(bytes) = read_small(&folder.join(CONFIG_FILE))? else {
+        let message = format!("{} has no {CONFIG_FILE}", folder.display());
+        return Err(
+            WorkerError::checkpoint(message).hint("name the folder that holds config.json and the *.safetensors files")
+        );
+    };
+    let config: Value = serde_json::from_slice(&bytes).map_err(|e| bad_json(CONFIG_FILE, &e))?;
+    if !config.is_object() {
+        return Err(WorkerError::checkpoint(format!("{CONFIG_FILE} is not a JSON object")));
+    }
+    Ok((config, format!("{:x}", Sha256::digest(&bytes))))
+}
+
+/// The weight files of a folder: those of the index, else the single one.
+fn weight_files(folder: &Path) -> Result<(Vec<String>, Option<WeightMap>)> {
+    if let Some(bytes) = read_small(&folder.join(INDEX_FILE))? {
+        let map = WeightMap::parse(&bytes).map_err(|e| e.context(folder.display()))?;
+        return Ok((map.files(), Some(map)));
+    }
+    if folder.join(SINGLE_FILE).is_file() {
+        return Ok((vec![SINGLE_FILE.to_owned()], None));
+    }
+    let message = format!("{} has neither {INDEX_FILE} nor {SINGLE_FILE}", folder.display());
+    Err(WorkerError::checkpoint(message).hint("only safetensors weights are read: convert other formats (*.bin) first"))
+}
+
+/// The bytes of a JSON file of bounded size; `None` when it does not exist.
+pub(crate) fn read_small(path: &Path) -> Result<Option<Vec<u8>>> {
+    let bytes = match path.metadata() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(WorkerError::io("read", path, &error)),
+        Ok(metadata) => metadata.len(),
+    };
+    if bytes > MAX_JSON_BYTES {
+        let message = format!("{} has {bytes} bytes, over the limit of {MAX_JSON_BYTES}", path.display());
+        return Err(WorkerError::checkpoint(message));
+    }
+    std::fs::read(path).at("read", path).map(Some)
+}
+
+#[cfg(test)]
+mod tests;

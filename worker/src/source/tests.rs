@@ -1,0 +1,158 @@
+use std::fs;
+
+use outliers_protocol::FailureKind;
+use serde_json::json;
+
+use super::*;
+use crate::safetensors::{TensorSpec, Writer};
+
+/// A weight file with f32 vectors; each value is its index in the tensor.
+fn shard(folder: &Path, name: &str, tensors: &[(&str, u64)]) {
+    let specs: Vec<_> = tensors.iter().map(|(name, len)| TensorSpec::new(*name, StoredDtype::F32, &[*len])).collect();
+    let writer = Writer::create(&folder.join(name), &specs, &BTreeMap::new()).unwrap();
+    for (name, len) in tensors {
+        let bytes: Vec<u8> = (0..*len).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        writer.write(name, 0, &bytes).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+fn index(folder: &Path, map: &[(&str, &str)]) {
+    let map: BTreeMap<_, _> = map.iter().copied().collect();
+    fs::write(folder.join(INDEX_FILE), json!({"metadata": {"total_size": 1}, "weight_map": map}).to_string()).unwrap();
+}
+
+/// A folder with two oddly named shards and a file that the index does not name.
+fn two_shards() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join(CONFIG_FILE), r#"{"model_type":"x"}"#).unwrap();
+    shard(dir.path(), "model-1-of-61.safetensors", &[("a", 4), ("b", 6)]);
+    shard(dir.path(), "model 00002-of-000163 é.safetensors", &[("c", 2)]);
+    fs::write(dir.path().join("consolidated.safetensors"), "not safetensors at all").unwrap();
+    let first = "model-1-of-61.safetensors";
+    index(dir.path(), &[("a", first), ("b", first), ("c", "model 00002-of-000163 é.safetensors")]);
+    dir
+}
+
+fn refused(folder: &Path) -> WorkerError {
+    Checkpoint::open_folder(folder).map(|_| ()).unwrap_err()
+}
+
+#[test]
+fn ranges_of_a_sharded_checkpoint_are_read_and_counted() {
+    let dir = two_shards();
+    let checkpoint = Checkpoint::open_folder(dir.path()).unwrap();
+    let weights = &checkpoint.weights;
+    assert_eq!(weights.names().collect::<Vec<_>>(), ["a", "b", "c"]);
+    assert_eq!(weights.files().len(), 2);
+    let b = weights.entry("b").unwrap();
+    let mut two = [0; 8];
+    weights.read(b, 12..20, &mut two).unwrap();
+    assert_eq!(two, [3.0_f32.to_le_bytes(), 4.0_f32.to_le_bytes()].concat()[..]);
+    assert_eq!(weights.bytes_read(), 8);
+    assert_eq!(checkpoint.config["model_type"], "x");
+    assert_eq!(checkpoint.config_sha256, format!("{:x}", Sha256::digest(r#"{"model_type":"x"}"#)));
+}
+
+#[test]
+fn ranges_outside_the_tensor_are_a_bug_and_not_its_neighbour() {
+    let dir = two_shards();
+    let weights = Checkpoint::open_folder(dir.path()).unwrap().weights;
+    let a = weights.entry("a").unwrap();
+    for (range, room) in [(12..20, 8), (0..8, 4), (20..24, 4), (u64::MAX - 1..u64::MAX, 1)] {
+        assert_eq!(weights.read(a, range, &mut vec![0; room]).unwrap_err().kind(), FailureKind::Internal);
+    }
+    assert_eq!(weights.bytes_read(), 0);
+}
+
+#[test]
+fn a_single_file_needs_no_index() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join(CONFIG_FILE), "{}").unwrap();
+    let error = refused(dir.path());
+    assert!(error.message().contains("neither"), "{error}");
+    shard(dir.path(), SINGLE_FILE, &[("a", 1)]);
+    assert!(Checkpoint::open_folder(dir.path()).unwrap().weights.entry("a").is_some());
+}
+
+#[test]
+fn a_missing_shard_is_named_with_its_folder() {
+    let dir = two_shards();
+    fs::remove_file(dir.path().join("model-1-of-61.safetensors")).unwrap();
+    let error = refused(dir.path());
+    assert_eq!(error.kind(), FailureKind::Checkpoint);
+    assert!(error.message().contains("model-1-of-61.safetensors"), "{error}");
+    assert!(error.message().contains(&dir.path().display().to_string()), "{error}");
+}
+
+#[test]
+fn an_index_that_lies_is_refused() {
+    let first = "model-1-of-61.safetensors";
+    for (map, says) in [
+        (vec![("a", first), ("z", first)], "\"z\" is in model-1-of-61.safetensors, but it is not in that file"),
+        (vec![("a", first), ("c", first)], "not in that file"),
+        (vec![("a", "../../etc/x.safetensors")], "not a plain"),
+        (vec![("a", "sub/x.safetensors")], "not a plain"),
+        (vec![("a", "/etc/x.safetensors")], "not a plain"),
+        (vec![("a", "pytorch_model.bin")], "not a plain"),
+        (vec![], "names no tensor"),
+    ] {
+        let dir = two_shards();
+        index(dir.path(), &map);
+        let error = refused(dir.path());
+        assert_eq!(error.kind(), FailureKind::Checkpoint);
+        assert!(error.message().contains(says), "{error}");
+    }
+}
+
+#[test]
+fn a_tensor_in_two_files_is_refused() {
+    let dir = two_shards();
+    let second = "model 00002-of-000163 é.safetensors";
+    shard(dir.path(), second, &[("a", 2)]);
+    index(dir.path(), &[("b", "model-1-of-61.safetensors"), ("a", second)]);
+    let error = refused(dir.path());
+    assert!(error.message().contains("two files"), "{error}");
+}
+
+#[test]
+fn damaged_files_are_named() {
+    let truncate = |dir: &Path| {
+        let file = File::options().write(true).open(dir.join("model-1-of-61.safetensors")).unwrap();
+        file.set_len(file.metadata().unwrap().len() - 1).unwrap();
+    };
+    let bad_config = |dir: &Path| fs::write(dir.join(CONFIG_FILE), "{").unwrap();
+    let list_config = |dir: &Path| fs::write(dir.join(CONFIG_FILE), "[]").unwrap();
+    let bad_index = |dir: &Path| fs::write(dir.join(INDEX_FILE), r#"{"weight_map":[]}"#).unwrap();
+    let no_config = |dir: &Path| fs::remove_file(dir.join(CONFIG_FILE)).unwrap();
+    let cases: [(&dyn Fn(&Path), &str); 5] = [
+        (&truncate, "model-1-of-61.safetensors: tensor \"b\""),
+        (&bad_config, "config.json"),
+        (&list_config, "not a JSON object"),
+        (&bad_index, INDEX_FILE),
+        (&no_config, "has no config.json"),
+    ];
+    for (damage, says) in cases {
+        let dir = two_shards();
+        damage(dir.path());
+        let error = refused(dir.path());
+        assert_eq!(error.kind(), FailureKind::Checkpoint, "{error}");
+        assert!(error.message().contains(says), "{error}");
+    }
+}
+
+#[test]
+fn a_file_cut_while_in_use_is_an_error_and_not_zeros() {
+    let dir = two_shards();
+    let weights = Checkpoint::open_folder(dir.path()).unwrap().weights;
+    let file = File::options().write(true).open(dir.path().join("model-1-of-61.safetensors")).unwrap();
+    file.set_len(64).unwrap();
+    let error = weights.read(weights.entry("b").unwrap(), 0..24, &mut [0; 24]).unwrap_err();
+    assert!(error.message().contains("became shorter"), "{error}");
+}
+
+#[test]
+fn no_folder_is_the_jobs_fault() {
+    let error = refused(Path::new("/nonexistent/model"));
+    assert_eq!(error.kind(), FailureKind::Job);
+}

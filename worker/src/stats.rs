@@ -1,0 +1,378 @@
+//! Counting outlier features while activations pass by, and judging them afterwards.
+//!
+//! Definitions are LLM.int8()'s (Dettmers et al. 2022, section 4.1), read as [`outliers_protocol::Results`] says. Counting needs
+//! only the magnitude threshold; the shares of layers and positions are applied last, to the stored counts.
+//!
+//! This module never knows which architecture ran.
+
+use candle_core::{DType, Tensor};
+use outliers_protocol::Point;
+use rayon::prelude::*;
+
+use crate::error::{Result, WorkerError};
+use crate::ffn::Routing;
+
+mod verdict;
+
+pub use verdict::Judged;
+
+/// A place in the model whose values are studied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Site {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// Where in the layer.
+    pub point: Point,
+}
+
+/// Something that wants to see activations. Asked first, so that nothing is copied off a device for nobody.
+pub trait Observer {
+    /// Whether this site is of interest.
+    fn wants(&self, site: Site) -> bool;
+
+    /// Values at a site: `x` `[rows, hidden]`, row `r` being token `first_token + r` (sequence-major); whole sequences.
+    fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()>;
+
+    /// A mixture's choices at a layer.
+    fn routing(&mut self, _layer: usize, _first_token: usize, _routing: &Routing) -> Result<()> {
+        Ok(())
+    }
+
+    /// Output of the last norm, `[rows, hidden]`.
+    fn final_norm(&mut self, _first_token: usize, _x: &Tensor) -> Result<()> {
+        Ok(())
+    }
+
+    /// Logits of a block of the vocabulary, `[rows, block]`, the first of which is token id `first_id`.
+    fn logits(&mut self, _first_token: usize, _first_id: usize, _x: &Tensor) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Features in one stripe: as many as fit one word of a bit set.
+const STRIPE: usize = 64;
+/// Rows summed in f32 before they are added to the f64 sums.
+const ROWS: usize = 32;
+
+/// What is kept per (site, feature).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Column {
+    /// Values with |x| >= T.
+    pub count: u64,
+    /// Those with x > 0.
+    pub positive: u64,
+    /// Largest value.
+    pub max: f32,
+    /// Smallest value.
+    pub min: f32,
+    /// Sum of x.
+    pub sum: f64,
+    /// Sum of x^2.
+    pub sum2: f64,
+    /// Sum of x^3.
+    pub sum3: f64,
+    /// Sum of x^4.
+    pub sum4: f64,
+}
+
+impl Column {
+    const EMPTY: Self = Self {
+        count: 0,
+        positive: 0,
+        max: f32::NEG_INFINITY,
+        min: f32::INFINITY,
+        sum: 0.0,
+        sum2: 0.0,
+        sum3: 0.0,
+        sum4: 0.0,
+    };
+
+    fn merge(&mut self, other: &Self) {
+        self.count += other.count;
+        self.positive += other.positive;
+        self.max = self.max.max(other.max);
+        self.min = self.min.min(other.min);
+        self.sum += other.sum;
+        self.sum2 += other.sum2;
+        self.sum3 += other.sum3;
+        self.sum4 += other.sum4;
+    }
+
+    /// Largest |x|.
+    pub fn max_abs(&self) -> f32 {
+        self.max.max(-self.min)
+    }
+}
+
+/// Sixty-four features at one site.
+#[derive(Clone, Debug)]
+struct Stripe {
+    columns: [Column; STRIPE],
+    /// Per sequence: the features with an occurrence in it.
+    hits: Vec<u64>,
+}
+
+/// Positions of sixty-four features, all sites together: per feature one bit per (sequence, position), allocated at the first occurrence.
+#[derive(Clone, Debug)]
+struct Positions {
+    bits: Vec<Option<Box<[u64]>>>,
+}
+
+/// Counts of a run over a fixed set of sites and sequences.
+///
+/// Size: sites x hidden x 56 bytes, plus sites x sequences x hidden bits, plus tokens bits per feature that ever exceeds.
+#[derive(Clone, Debug)]
+pub struct OutlierStats {
+    threshold: f32,
+    sites: Vec<Site>,
+    hidden: usize,
+    sequences: usize,
+    tokens: usize,
+    /// `[sites][stripes]`.
+    stripes: Vec<Vec<Stripe>>,
+    /// `[stripes]`.
+    positions: Vec<Positions>,
+}
+
+impl OutlierStats {
+    /// Nothing counted yet. `tokens` per sequence; `threshold` T > 0.
+    pub fn new(sites: Vec<Site>, hidden: usize, sequences: usize, tokens: usize, threshold: f32) -> Self {
+        let n = hidden.div_ceil(STRIPE);
+        let stripe = Stripe { columns: [Column::EMPTY; STRIPE], hits: vec![0; sequences] };
+        Self {
+            threshold,
+            hidden,
+            sequences,
+            tokens,
+            stripes: vec![vec![stripe; n]; sites.len()],
+            sites,
+            positions: vec![Positions { bits: vec![None; STRIPE] }; n],
+        }
+    }
+
+    /// Studied sites, in order of computation.
+    pub fn sites(&self) -> &[Site] {
+        &self.sites
+    }
+
+    /// Features.
+    pub fn hidden(&self) -> usize {
+        self.hidden
+    }
+
+    /// Sequences.
+    pub fn sequences(&self) -> usize {
+        self.sequences
+    }
+
+    /// Tokens per sequence.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// What is kept for feature `dim` at the site of index `site`.
+    pub fn column(&self, site: usize, dim: usize) -> &Column {
+        &self.stripes[site][dim / STRIPE].columns[dim % STRIPE]
+    }
+
+    /// Whether `dim` exceeds anywhere in `sequence` at the site of index `site`.
+    pub fn hit(&self, site: usize, sequence: usize, dim: usize) -> bool {
+        self.stripes[site][dim / STRIPE].hits[sequence] >> (dim % STRIPE) & 1 == 1
+    }
+
+    /// Distinct positions of `sequence` at which `dim` exceeds at any site.
+    pub fn positions_in(&self, sequence: usize, dim: usize) -> u64 {
+        let words = self.words();
+        let bits = self.positions[dim / STRIPE].bits[dim % STRIPE].as_deref();
+        bits.map_or(0, |b| b[sequence * words..(sequence + 1) * words].iter().map(|w| u64::from(w.count_ones())).sum())
+    }
+
+    /// Whether `dim` exceeds at `(sequence, position)` at any site.
+    pub fn exceeds_at(&self, dim: usize, sequence: usize, position: usize) -> bool {
+        let word = sequence * self.words() + position / 64;
+        let bits = self.positions[dim / STRIPE].bits[dim % STRIPE].as_deref();
+        bits.is_some_and(|b| b[word] >> (position % 64) & 1 == 1)
+    }
+
+    /// Words per sequence of a position bitmap.
+    fn words(&self) -> usize {
+        self.tokens.div_ceil(64)
+    }
+
+    /// Counts `x` `[rows, hidden]` row-major at a site, `first_token` being the first row's token.
+    ///
+    /// # Errors
+    /// Internal: a value is NaN or infinite, so that no comparison means anything any more; the message names the site.
+    pub fn count(&mut self, site: Site, first_token: usize, x: &[f32]) -> Result<()> {
+        let index = self.sites.iter().position(|s| *s == site).expect("observed sites were announced");
+        let geometry = Geometry {
+            hidden: self.hidden,
+            tokens: self.tokens,
+            words: self.tokens.div_ceil(64),
+            bitmap: self.words() * self.sequences,
+            threshold: self.threshold,
+            first_token,
+        };
+        let finite = self.stripes[index]
+            .par_iter_mut()
+            .zip(&mut self.positions)
+            .enumerate()
+            .map(|(i, (stripe, positions))| geometry.count(x, i * STRIPE, stripe, positions))
+            .reduce(|| true, |a, b| a & b);
+        if finite {
+            return Ok(());
+        }
+        let at = x.iter().position(|v| !v.is_finite());
+        let (row, dim) = at.map_or((0, 0), |at| (at / self.hidden, at % self.hidden));
+        Err(WorkerError::internal(format!(
+            "activations are no longer finite: layer {} {:?}, token {}, feature {dim}",
+            site.layer,
+            site.point,
+            first_token + row
+        ))
+        .hint("try --precision f32; if it stays, the checkpoint or this program is wrong"))
+    }
+
+    /// Adds another run over the same sites and sequences: counts of disjoint parts of the corpus, in any order and grouping.
+    pub fn merge(&mut self, other: &Self) {
+        debug_assert_eq!((self.hidden, self.sequences, self.tokens), (other.hidden, other.sequences, other.tokens));
+        for (mine, theirs) in self.stripes.iter_mut().flatten().zip(other.stripes.iter().flatten()) {
+            mine.columns.iter_mut().zip(&theirs.columns).for_each(|(a, b)| a.merge(b));
+            mine.hits.iter_mut().zip(&theirs.hits).for_each(|(a, b)| *a |= b);
+        }
+        let pairs = self.positions.iter_mut().zip(&other.positions).flat_map(|(a, b)| a.bits.iter_mut().zip(&b.bits));
+        for (mine, theirs) in pairs {
+            match (mine.as_mut(), theirs) {
+                (_, None) => {}
+                (None, Some(theirs)) => *mine = Some(theirs.clone()),
+                (Some(mine), Some(theirs)) => mine.iter_mut().zip(theirs).for_each(|(a, b)| *a |= b),
+            }
+        }
+    }
+}
+
+impl Observer for OutlierStats {
+    fn wants(&self, site: Site) -> bool {
+        self.sites.contains(&site)
+    }
+
+    fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
+        with_f32(x, |values| self.count(site, first_token, values))
+    }
+}
+
+/// Shows a tensor's values as f32, without a copy where it is f32 on the CPU already.
+pub fn with_f32<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
+    let x = x.to_dtype(DType::F32)?.to_device(&candle_core::Device::Cpu)?.contiguous()?;
+    let (storage, layout) = x.storage_and_layout();
+    let (start, end) = layout.contiguous_offsets().expect("made contiguous above");
+    match &*storage {
+        candle_core::Storage::Cpu(cpu) => see(&cpu.as_slice::<f32>()?[start..end]),
+        _ => Err(WorkerError::internal("a tensor moved to the CPU is not there")),
+    }
+}
+
+/// What a stripe needs to know of the whole.
+struct Geometry {
+    hidden: usize,
+    tokens: usize,
+    words: usize,
+    bitmap: usize,
+    threshold: f32,
+    first_token: usize,
+}
+
+/// Sums of up to [`ROWS`] rows, in f32 so that the loop vectorises.
+#[derive(Clone, Copy)]
+struct Block {
+    count: [u32; STRIPE],
+    positive: [u32; STRIPE],
+    max: [f32; STRIPE],
+    min: [f32; STRIPE],
+    sums: [[f32; STRIPE]; 4],
+}
+
+impl Block {
+    const EMPTY: Self = Self {
+        count: [0; STRIPE],
+        positive: [0; STRIPE],
+        max: [f32::NEG_INFINITY; STRIPE],
+        min: [f32::INFINITY; STRIPE],
+        sums: [[0.0; STRIPE]; 4],
+    };
+
+    /// Adds one row; says whether any value exceeds.
+    #[inline(always)]
+    fn add(&mut self, row: &[f32; STRIPE], threshold: f32) -> bool {
+        let mut any = 0u32;
+        for j in 0..STRIPE {
+            let v = row[j];
+            let v2 = v * v;
+            let hit = u32::from(v.abs() >= threshold);
+            any |= hit;
+            self.count[j] += hit;
+            self.positive[j] += hit & u32::from(v > 0.0);
+            self.max[j] = if v > self.max[j] { v } else { self.max[j] };
+            self.min[j] = if v < self.min[j] { v } else { self.min[j] };
+            self.sums[0][j] += v;
+            self.sums[1][j] += v2;
+            self.sums[2][j] += v2 * v;
+            self.sums[3][j] += v2 * v2;
+        }
+        any != 0
+    }
+
+    fn column(&self, j: usize) -> Column {
+        Column {
+            count: u64::from(self.count[j]),
+            positive: u64::from(self.positive[j]),
+            max: self.max[j],
+            min: self.min[j],
+            sum: f64::from(self.sums[0][j]),
+            sum2: f64::from(self.sums[1][j]),
+            sum3: f64::from(self.sums[2][j]),
+            sum4: f64::from(self.sums[3][j]),
+        }
+    }
+}
+
+impl Geometry {
+    /// One pass over a stripe's columns of all rows. False if a sum is not finite.
+    fn count(&self, x: &[f32], first_dim: usize, stripe: &mut Stripe, positions: &mut Positions) -> bool {
+        let width = STRIPE.min(self.hidden - first_dim);
+        let mut finite = true;
+        // Zeros stand in for the features a last, partial stripe does not have; T > 0 keeps them from counting.
+        let mut row_buffer = [0f32; STRIPE];
+        for (b, rows) in x.chunks(self.hidden * ROWS).enumerate() {
+            let mut block = Block::EMPTY;
+            for (r, row) in rows.chunks_exact(self.hidden).enumerate() {
+                row_buffer[..width].copy_from_slice(&row[first_dim..first_dim + width]);
+                if block.add(&row_buffer, self.threshold) {
+                    self.mark(&row_buffer, self.first_token + b * ROWS + r, stripe, positions);
+                }
+            }
+            for (j, column) in stripe.columns[..width].iter_mut().enumerate() {
+                let sums = block.column(j);
+                finite &= sums.sum2.is_finite();
+                column.merge(&sums);
+            }
+        }
+        finite
+    }
+
+    /// Records where a row exceeds.
+    fn mark(&self, row: &[f32; STRIPE], token: usize, stripe: &mut Stripe, positions: &mut Positions) {
+        let (sequence, position) = (token / self.tokens, token % self.tokens);
+        let word = sequence * self.words + position / 64;
+        for (j, v) in row.iter().enumerate() {
+            if v.abs() >= self.threshold {
+                stripe.hits[sequence] |= 1 << j;
+                let bits = positions.bits[j].get_or_insert_with(|| vec![0; self.bitmap].into_boxed_slice());
+                bits[word] |= 1 << (position % 64);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
