@@ -23,7 +23,7 @@ mod tests;
 
 pub use bring::slug;
 pub use ports::{Host, HostError, HostTalk, Hosts, Listener, Ports};
-pub use recover::{look, recover};
+pub use recover::{end, look, recover};
 pub use ssh::SshHosts;
 
 /// Name of the private key in a run's folder.

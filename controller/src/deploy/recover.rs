@@ -98,7 +98,16 @@ async fn finish(
     Ok(())
 }
 
-async fn end(ports: Ports<'_>, patience: &Patience, on: &OnEvent<'_>, strays: &[&InstanceId]) -> Result<(), Stuck> {
+/// Ends instances and waits until complete listings no longer show them.
+///
+/// # Errors
+/// [`Stuck`] when one does not go.
+pub async fn end(
+    ports: Ports<'_>,
+    patience: &Patience,
+    on: &OnEvent<'_>,
+    strays: &[&InstanceId],
+) -> Result<(), Stuck> {
     let deadline = Instant::now() + patience.terminate;
     let mut absences = 0;
     let mut trouble = None;
@@ -120,7 +129,7 @@ async fn end(ports: Ports<'_>, patience: &Patience, on: &OnEvent<'_>, strays: &[
         if Instant::now() >= deadline {
             let why = trouble.map_or_else(|| "it is still listed".to_owned(), |error| error.to_string());
             let names: Vec<&str> = strays.iter().map(|id| id.0.as_str()).collect();
-            let message = format!("stray instances could not be seen gone ({}): {why}", names.join(", "));
+            let message = format!("instances could not be seen gone ({}): {why}", names.join(", "));
             return Err(Stuck::Broker { message });
         }
         tokio::time::sleep(patience.listing_interval).await;
