@@ -1,11 +1,43 @@
 //! The controller: rents, pushes, follows, brings home, ends.
+//!
+//! What was typed ([`cli`]), what it means ([`settings`]), what it does ([`commands`]). A run's life is a pure state machine
+//! ([`run`]), recorded event by event ([`ledger`]), driven by one loop ([`deploy`]) and compared with the clouds' lists
+//! ([`reconcile`]). Clouds are [`broker`]s, chosen from through [`market`]; a rented machine is a [`host`], spoken to over a
+//! [`transport`]. Everything that happens is an event; [`report`] makes sentences of them.
 
 pub mod broker;
+pub mod cli;
+pub mod commands;
+pub mod deploy;
 pub mod gpu;
 pub mod host;
 pub mod keys;
+pub mod ledger;
+pub mod local_worker;
 pub mod market;
+pub mod reconcile;
+pub mod report;
+pub mod run;
 pub mod secret;
+pub mod settings;
 pub mod text;
 pub mod transport;
 pub mod units;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Parses the arguments, does what they say, and returns the documented exit code.
+pub fn main_impl() -> ExitCode {
+    let cli = cli::Cli::parse();
+    let level = if cli.global.verbose { tracing::Level::INFO } else { tracing::Level::WARN };
+    tracing_subscriber::fmt().with_max_level(level).with_target(false).with_ansi(false).with_writer(std::io::stderr).init();
+    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime.block_on(commands::run(cli)).into(),
+        Err(error) => {
+            tracing::error!("the program cannot start: {error}");
+            report::ExitStatus::Failed.into()
+        }
+    }
+}

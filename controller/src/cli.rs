@@ -1,0 +1,389 @@
+//! What was typed, and the help that teaches it. Nothing is decided here.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::settings::Span;
+
+/// How outlier features survive in mixture-of-experts models: rents an instance, runs the worker on it, brings the results
+/// home, ends the rental.
+///
+/// Example: outliers deploy --model allenai/OLMoE-1B-7B-0125
+#[derive(Parser, Debug)]
+#[command(name = "outliers", version, max_term_width = 110, after_help = EXIT_CODES, infer_subcommands = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// For all commands.
+    #[command(flatten)]
+    pub global: Global,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done, and no instance is left (but one that was to be kept)
+  1    the run failed
+  2    wrong arguments, or refused before anything was rented
+  3    no offer matched, or none could be had
+  4    the time limit was reached
+  5    a cloud, its key, or an instance failed
+  6    an instance may still be running; the command to mend it is printed last
+  130  interrupted or cancelled; the instance was ended";
+
+/// Options of every command.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Global {
+    /// Print one JSON document on standard output instead of tables.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// When to use colours.
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "WHEN")]
+    pub color: Color,
+    /// Say only what went wrong.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Say everything, the worker's log included.
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+    /// Settings [default: ~/.config/outliers/outliers.toml].
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// When to use colours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Color {
+    /// On a terminal.
+    #[default]
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// The commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Rent an instance, run a job on it, bring the results home, end the rental.
+    ///
+    /// Example: outliers deploy --model allenai/OLMoE-1B-7B-0125 --gpu-filter A100 --max-price 2.50
+    ///
+    /// If it is interrupted by a crash, the same command picks the run up where it is.
+    Deploy(Box<DeployArgs>),
+    /// Make a small model with planted outlier features, deploy it on this machine, and compare what is found.
+    ///
+    /// Example: outliers demo
+    Demo(DemoArgs),
+    /// Look at runs, or cancel one.
+    ///
+    /// Example: outliers runs show last
+    #[command(subcommand)]
+    Runs(RunsCommand),
+    /// Look at instances, or end one.
+    ///
+    /// Example: outliers instances list
+    #[command(subcommand)]
+    Instances(InstancesCommand),
+    /// Run the worker on this machine, without any instance.
+    ///
+    /// Example: outliers analyze --model ./my-checkpoint --num-sequences 4
+    Analyze(Box<AnalyzeArgs>),
+    /// Say what a checkpoint is: layers, sites, tensors, bytes. Reads headers only.
+    ///
+    /// Example: outliers inspect --model allenai/OLMoE-1B-7B-0125
+    Inspect(Box<InspectArgs>),
+    /// Say what a run would need, take and cost. Rents nothing.
+    ///
+    /// Example: outliers plan --model allenai/OLMoE-1B-7B-0125 --price 1.64 --tflops 312
+    Plan(Box<PlanArgs>),
+    /// Print a completion script for a shell.
+    ///
+    /// Example: outliers completions bash > ~/.local/share/bash-completion/completions/outliers
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Serve as an instance of the local broker.
+    #[command(hide = true)]
+    InstanceServe {
+        /// The instance's folder.
+        folder: PathBuf,
+    },
+}
+
+/// The checkpoint.
+#[derive(Args, Clone, Debug)]
+pub struct ModelArgs {
+    /// Hub id (owner/name), or a folder with config.json and safetensors files.
+    #[arg(long, value_name = "ID|FOLDER")]
+    pub model: String,
+    /// Branch, tag or commit of a hub model.
+    #[arg(long, default_value = "main")]
+    pub revision: String,
+}
+
+/// The text and how it is run.
+#[derive(Args, Clone, Debug, Default)]
+pub struct JobArgs {
+    /// Sequences [default: 16, or all rows of the token ids].
+    #[arg(long, value_name = "N")]
+    pub num_sequences: Option<usize>,
+    /// Tokens per sequence, BOS included [default: 2048, or the model's limit if that is lower].
+    #[arg(long, value_name = "N")]
+    pub sequence_length: Option<usize>,
+    /// Text files, one document each [default: the English text shipped with the worker].
+    #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with = "token_ids")]
+    pub corpus: Vec<PathBuf>,
+    /// Ready token ids: safetensors with `input_ids` i64 [sequences, tokens], or a JSON list of lists.
+    #[arg(long, value_name = "FILE")]
+    pub token_ids: Option<PathBuf>,
+    /// Whether each window starts with the BOS token; auto: as the family's own tokenizer does.
+    #[arg(long, value_enum, default_value_t)]
+    pub bos: Bos,
+    /// Cut each document by itself, instead of packing them one after another.
+    #[arg(long)]
+    pub separate_documents: bool,
+    /// Arithmetic; auto: f32 on a CPU, bf16 on a GPU. In bf16 everything from 5.984375 up rounds to 6 and counts.
+    #[arg(long, value_enum, default_value_t)]
+    pub precision: PrecisionArg,
+    /// Only the first N layers: a quick look, without perplexity.
+    #[arg(long, value_name = "N")]
+    pub layers: Option<usize>,
+    /// cpu, cpu:2 (two logical devices), cuda:0,cuda:1 [default: all GPUs, else the CPU].
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub devices: Vec<String>,
+    /// Tokens computed together, in whole sequences.
+    #[arg(long, value_name = "N")]
+    pub micro_batch_tokens: Option<usize>,
+    /// Also write every studied activation to this file among the results. Large: tokens x hidden x sites x 4 bytes.
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub save_activations: Option<String>,
+}
+
+/// Whether each window starts with the BOS token.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum Bos {
+    /// As the tokenizer does.
+    #[default]
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// Arithmetic.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum PrecisionArg {
+    /// By device.
+    #[default]
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 16-bit floats.
+    F16,
+}
+
+/// The instance.
+#[derive(Args, Clone, Debug, Default)]
+pub struct WantArgs {
+    /// Where to rent [default: `local`, this machine, as long as no cloud's key is set].
+    #[arg(long, value_name = "NAME")]
+    pub broker: Option<String>,
+    /// GPUs of the instance; 0: a CPU will do [default: 1 on a cloud, whatever is there on this machine].
+    #[arg(long, value_name = "N")]
+    pub gpu_count: Option<u32>,
+    /// Part of the GPU's name, as in A100 or H100.
+    #[arg(long, value_name = "TEXT")]
+    pub gpu_filter: Option<String>,
+    /// Least memory of each GPU, in GiB.
+    #[arg(long, value_name = "GIB", value_parser = gib)]
+    pub min_vram: Option<f64>,
+    /// Least memory of the host, in GiB.
+    #[arg(long, value_name = "GIB", value_parser = gib)]
+    pub min_cpu_ram: Option<f64>,
+    /// Highest price of the whole instance (not of one GPU), in USD per hour.
+    #[arg(long, value_name = "USD", value_parser = dollars)]
+    pub max_price: Option<f64>,
+}
+
+/// `deploy`.
+#[derive(Args, Clone, Debug)]
+pub struct DeployArgs {
+    /// The checkpoint.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The text and how it is run.
+    #[command(flatten)]
+    pub job: JobArgs,
+    /// The instance.
+    #[command(flatten)]
+    pub want: WantArgs,
+    /// Upload the model's folder. Without it, a folder is expected to be on the instance; on the local broker it is, at the same path.
+    #[arg(long)]
+    pub push_model: bool,
+    /// Keep the instance when the worker has ended. It bills on until `outliers instances terminate`, at most for --max-duration.
+    #[arg(long)]
+    pub keep_running: bool,
+    /// After this the instance ends: 90s, 45m, 6h [default: settings].
+    #[arg(long, value_name = "TIME")]
+    pub max_duration: Option<Span>,
+    /// Show the plan, what would be rented and its cost; rent nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Do not ask.
+    #[arg(short, long)]
+    pub yes: bool,
+}
+
+/// `demo`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct DemoArgs {
+    /// Keep the model here [default: a temporary folder].
+    #[arg(long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+}
+
+/// `runs`.
+#[derive(Subcommand, Debug)]
+pub enum RunsCommand {
+    /// All runs, oldest first.
+    List,
+    /// One run: what it was to do, what happened, what it cost.
+    Show {
+        /// The beginning of its id, or `last`.
+        run: String,
+    },
+    /// What the worker said.
+    Logs {
+        /// The beginning of its id, or `last`.
+        run: String,
+    },
+    /// Stop a run: bring home what there is, end its instance.
+    Cancel {
+        /// The beginning of its id, or `last`.
+        run: String,
+    },
+}
+
+/// `instances`.
+#[derive(Subcommand, Debug)]
+pub enum InstancesCommand {
+    /// All instances of a broker, and what this program makes of each.
+    List {
+        /// Which broker.
+        #[arg(long, value_name = "NAME")]
+        broker: Option<String>,
+    },
+    /// End instances, held ones and strays included. Instances of others are never touched.
+    Terminate {
+        /// Ids, as `instances list` shows them.
+        #[arg(required_unless_present = "all")]
+        ids: Vec<String>,
+        /// Every instance of this ledger.
+        #[arg(long, conflicts_with = "ids")]
+        all: bool,
+        /// Which broker.
+        #[arg(long, value_name = "NAME")]
+        broker: Option<String>,
+        /// Do not ask.
+        #[arg(short, long)]
+        yes: bool,
+    },
+}
+
+/// `analyze`.
+#[derive(Args, Clone, Debug)]
+pub struct AnalyzeArgs {
+    /// The checkpoint.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The text and how it is run.
+    #[command(flatten)]
+    pub job: JobArgs,
+    /// Folder for the results [default: below the results' folder].
+    #[arg(short, long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+}
+
+/// `inspect`.
+#[derive(Args, Clone, Debug)]
+pub struct InspectArgs {
+    /// The checkpoint.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The text and how it is run.
+    #[command(flatten)]
+    pub job: JobArgs,
+}
+
+/// `plan`.
+#[derive(Args, Clone, Debug)]
+pub struct PlanArgs {
+    /// The checkpoint.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The text and how it is run.
+    #[command(flatten)]
+    pub job: JobArgs,
+    /// The instance.
+    #[command(flatten)]
+    pub want: WantArgs,
+    /// Price of the whole instance, in USD per hour [default: the cheapest matching offer's].
+    #[arg(long, value_name = "USD", value_parser = dollars)]
+    pub price: Option<f64>,
+    /// Weight bytes the instance reads per second, in GiB [default: settings].
+    #[arg(long, value_name = "GIB", value_parser = gib)]
+    pub bandwidth: Option<f64>,
+    /// Peak arithmetic of the instance, in 10^12 operations per second; without it, only the reading is timed.
+    #[arg(long, value_name = "N", value_parser = dollars)]
+    pub tflops: Option<f64>,
+}
+
+fn gib(text: &str) -> Result<f64, String> {
+    positive(text, 1e9)
+}
+
+fn dollars(text: &str) -> Result<f64, String> {
+    positive(text, 1e6)
+}
+
+fn positive(text: &str, most: f64) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number >= 0.0 && number <= most => Ok(number),
+        Ok(_) => Err(format!("it must be between 0 and {most}")),
+        Err(_) => Err("it must be a number".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_teaches_with_an_example_first() {
+        for command in Cli::command().get_subcommands().filter(|command| !command.is_hide_set()) {
+            let help = command.get_long_about().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains(&format!("Example: outliers {}", command.get_name())), "{}", command.get_name());
+        }
+    }
+
+    #[test]
+    fn prices_are_numbers() {
+        for text in ["-1", "nan", "inf", "cheap", "1e99"] {
+            assert!(Cli::try_parse_from(["outliers", "deploy", "--model", "a/b", "--max-price", text]).is_err(), "{text}");
+        }
+    }
+}

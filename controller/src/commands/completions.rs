@@ -1,0 +1,15 @@
+//! `completions`.
+
+use clap::CommandFactory;
+
+use crate::cli::Cli;
+use crate::report::ExitStatus;
+
+/// Prints the script.
+pub(super) fn command(shell: clap_complete::Shell) -> ExitStatus {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "outliers", &mut script);
+    // A closed pipe is no error of ours.
+    let _ = std::io::Write::write_all(&mut std::io::stdout().lock(), &script);
+    ExitStatus::Done
+}

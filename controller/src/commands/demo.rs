@@ -1,0 +1,225 @@
+//! `demo`: a model whose outlier features are known, deployed like any other, and what was found held against the truth.
+
+use std::path::{Path, PathBuf};
+
+use outliers_protocol::Results;
+use serde::{Deserialize, Serialize};
+
+use super::deploy::{Deployed, deploy, tell};
+use super::{Context, SCHEMA};
+use crate::broker::{Instance, local};
+use crate::cli::{DemoArgs, DeployArgs, JobArgs, ModelArgs, WantArgs};
+use crate::report::{Complaint, ExitStatus, tables};
+use crate::units::Usd;
+
+/// File with the truth, written by the worker beside the checkpoint.
+const TRUTH: &str = "planted.json";
+
+/// Enough text for the shares of positions to mean something, little enough for a laptop.
+const SEQUENCES: usize = 8;
+const LENGTH: usize = 256;
+
+/// What was planted.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+struct Planted {
+    systematic: Vec<Feature>,
+    decoys: Vec<Decoy>,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+struct Feature {
+    dim: usize,
+    sites: Vec<(usize, usize)>,
+    factor: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+struct Decoy {
+    #[serde(flatten)]
+    feature: Feature,
+    #[serde(default)]
+    why: String,
+}
+
+/// One line of the comparison.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Line {
+    dim: usize,
+    planted: String,
+    expected: bool,
+    found: bool,
+}
+
+/// What the demo came to.
+#[derive(Debug, Serialize)]
+struct Document {
+    schema: u32,
+    /// Every planted feature was found and nothing else.
+    exact: bool,
+    /// No instance of the run is left.
+    clean: bool,
+    comparison: Vec<Line>,
+    deployed: Deployed,
+}
+
+/// Does it.
+pub(super) async fn command(context: &Context, args: &DemoArgs) -> Result<ExitStatus, Complaint> {
+    let folder = model(context, args).await?;
+    let planted = truth(&folder)?;
+    let (features, decoys) = (planted.systematic.len(), planted.decoys.len());
+    context.reporter.say(&format!("A model with {features} planted outlier features and {decoys} decoys: {}", folder.display()));
+    let deployed = deploy(context, &options(&folder)).await?;
+    let deployed = deployed.ok_or_else(|| Complaint::failed("the demo was not deployed"))?;
+    let Some(results) = &deployed.results else {
+        tell(context, &deployed);
+        let status = deployed.status();
+        return Ok(if status == ExitStatus::Done { ExitStatus::Failed } else { status });
+    };
+    let comparison = compare(&planted, results);
+    let exact = comparison.iter().all(|line| line.expected == line.found);
+    let left = left(context, &deployed.run.id).await?;
+    let document = Document { schema: SCHEMA, exact, clean: left.is_empty(), comparison, deployed };
+    context.reporter.result(&document, || in_words(&document));
+    verdict(exact, &left)
+}
+
+fn verdict(exact: bool, left: &[Instance]) -> Result<ExitStatus, Complaint> {
+    if let Some(instance) = left.first() {
+        return Err(Complaint {
+            status: ExitStatus::InstanceLeft,
+            message: format!("instance {} is left", instance.id),
+            hint: Some(format!("outliers instances terminate {}", instance.id)),
+        });
+    }
+    if exact {
+        return Ok(ExitStatus::Done);
+    }
+    Err(Complaint::failed("what was found is not what was planted: this build counts wrongly"))
+}
+
+/// The checkpoint, made unless it is there. Always at the same place, so that a demo that was killed is picked up.
+async fn model(context: &Context, args: &DemoArgs) -> Result<PathBuf, Complaint> {
+    let usual = || context.settings.state.join("demo").join(concat!("olmoe-", env!("CARGO_PKG_VERSION")));
+    let folder = args.output.as_ref().map_or_else(usual, |path| context.here.join(path));
+    if folder.join(TRUTH).exists() {
+        return Ok(folder);
+    }
+    let trouble = |error: std::io::Error| Complaint::failed(format!("{}: {error}", folder.display()));
+    let mut part = folder.as_os_str().to_owned();
+    part.push(format!(".{}.part", crate::ledger::random_word(6)));
+    let part = PathBuf::from(part);
+    std::fs::create_dir_all(folder.parent().unwrap_or(Path::new("/"))).map_err(trouble)?;
+    let worker = context.worker().await?;
+    worker.demo_model::<serde_json::Value>(&part).await?;
+    match std::fs::rename(&part, &folder) {
+        // Another demo was quicker: the same bytes.
+        Err(_) if folder.join(TRUTH).exists() => std::fs::remove_dir_all(&part).map_err(trouble)?,
+        renamed => renamed.map_err(trouble)?,
+    }
+    Ok(folder)
+}
+
+fn truth(folder: &Path) -> Result<Planted, Complaint> {
+    let path = folder.join(TRUTH);
+    let wrong = |why: String| Complaint::failed(format!("{}: {why}", path.display()));
+    let text = std::fs::read(&path).map_err(|error| wrong(error.to_string()))?;
+    serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
+}
+
+fn options(folder: &Path) -> DeployArgs {
+    DeployArgs {
+        model: ModelArgs { model: folder.to_string_lossy().into_owned(), revision: "main".to_owned() },
+        job: JobArgs { num_sequences: Some(SEQUENCES), sequence_length: Some(LENGTH), ..JobArgs::default() },
+        // A processor is enough, and everybody has one.
+        want: WantArgs { broker: Some(local::NAME.to_owned()), gpu_count: Some(0), ..WantArgs::default() },
+        push_model: true,
+        keep_running: false,
+        max_duration: None,
+        dry_run: false,
+        yes: true,
+    }
+}
+
+/// Planted features and decoys in the order of the truth, then what nobody planted.
+fn compare(planted: &Planted, results: &Results) -> Vec<Line> {
+    let found = |dim: usize| results.features.iter().any(|f| f.dim == dim && f.systematic_by_layers);
+    let line = |feature: &Feature, expected: bool, why: &str| {
+        let what = if why.is_empty() { String::new() } else { format!("; decoy: {why}") };
+        let planted = format!("x {} at {} norm outputs{what}", feature.factor, feature.sites.len());
+        Line { dim: feature.dim, planted, expected, found: found(feature.dim) }
+    };
+    let mut lines: Vec<Line> = planted.systematic.iter().map(|feature| line(feature, true, "")).collect();
+    lines.extend(planted.decoys.iter().map(|decoy| line(&decoy.feature, false, &decoy.why)));
+    let known: Vec<usize> = lines.iter().map(|line| line.dim).collect();
+    let others = results.features.iter().filter(|f| f.systematic_by_layers && !known.contains(&f.dim));
+    lines.extend(others.map(|f| Line { dim: f.dim, planted: "nothing".to_owned(), expected: false, found: true }));
+    lines
+}
+
+fn in_words(document: &Document) -> String {
+    let deployed = &document.deployed;
+    let mut table = tables::table(&["feature", "planted", "systematic", "found", ""]);
+    let yes = |is: bool| if is { "yes" } else { "no" };
+    for line in &document.comparison {
+        let right = if line.expected == line.found { "right" } else { "WRONG" };
+        table.add_row([&line.dim.to_string(), &line.planted, yes(line.expected), yes(line.found), right]);
+    }
+    let mut out = deployed.results.as_ref().map(tables::results).unwrap_or_default();
+    out += &format!("{table}\n");
+    out += &tables::epilogue(&deployed.run, Usd::from_micros(deployed.cost_micro_usd));
+    if document.exact {
+        out += "every planted feature was found, and nothing else\n";
+    }
+    out + if document.clean { "no instance is left\n" } else { "" }
+}
+
+async fn left(context: &Context, run: &str) -> Result<Vec<Instance>, Complaint> {
+    let listed = context.cloud(Some(local::NAME))?.broker.list().await?;
+    Ok(listed.into_iter().filter(|instance| instance.tag().is_some_and(|tag| tag.run == run)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn results(systematic: &[usize], others: &[usize]) -> Results {
+        let feature = |dim: &usize, systematic: bool| {
+            serde_json::json!({
+                "dim": dim, "n_layers": 1, "n_sites": 1, "layer_fraction": 0.5, "site_fraction": 0.5, "n_positions": 1,
+                "position_fraction": 0.5, "occurrences": 1, "positive": 1, "sided": "pos", "max": 7.0, "min": 0.0,
+                "max_abs": 7.0, "systematic_by_layers": systematic, "systematic_by_sites": false,
+                "sequences_systematic_by_layers": 0, "sequences_systematic_by_sites": 0,
+                "layers_before_attention": [], "layers_before_mlp": [],
+            })
+        };
+        let features: Vec<_> =
+            systematic.iter().map(|d| feature(d, true)).chain(others.iter().map(|d| feature(d, false))).collect();
+        serde_json::from_value(serde_json::json!({
+            "schema": 1, "model": "m", "thresholds": {}, "n_layers": 1, "n_sites": 2, "hidden": 8, "sequences": 1,
+            "tokens_per_sequence": 2, "verdicts": [], "features": features, "per_sequence": [], "sites": [],
+            "total_occurrences": 0, "max_abs": 7.0, "perplexity": null,
+        }))
+        .unwrap()
+    }
+
+    fn planted() -> Planted {
+        serde_json::from_str(
+            r#"{"schema":1,"systematic":[{"dim":1,"sites":[[0,0]],"factor":16.0},{"dim":2,"sites":[[0,1]],"factor":8}],
+                "decoys":[{"dim":3,"sites":[],"factor":4.0,"why":"too few layers"}]}"#,
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn only_the_exact_truth_is_right() {
+        let right = |found: &[usize], others: &[usize]| {
+            compare(&planted(), &results(found, others)).iter().all(|line| line.expected == line.found)
+        };
+        assert!(right(&[1, 2], &[3]));
+        assert!(right(&[2, 1], &[]), "a decoy need not be seen at all");
+        assert!(!right(&[1], &[3]), "one is missing");
+        assert!(!right(&[1], &[2, 3]), "one is seen but not called systematic");
+        assert!(!right(&[1, 2, 3], &[]), "a decoy is called systematic");
+        assert!(!right(&[1, 2, 7], &[3]), "one that nobody planted");
+    }
+}

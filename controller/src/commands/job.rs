@@ -1,0 +1,166 @@
+//! From options to a job: models and files are looked at here, on this machine.
+
+use std::path::{Path, PathBuf};
+
+use outliers_protocol::{BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, Thresholds};
+
+use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg};
+use crate::report::Complaint;
+
+/// The job these options describe, with absolute paths.
+///
+/// # Errors
+/// The model is neither a folder nor a hub id; a file is not there.
+pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Path) -> Result<JobSpec, Complaint> {
+    let mut job = JobSpec::new(source(model, here)?);
+    job.thresholds = thresholds;
+    job.corpus = CorpusSpec {
+        source: corpus(args, here)?,
+        num_sequences: args.num_sequences,
+        sequence_length: args.sequence_length,
+        bos: match args.bos {
+            Bos::Auto => BosPolicy::Auto,
+            Bos::Always => BosPolicy::Always,
+            Bos::Never => BosPolicy::Never,
+        },
+        packing: if args.separate_documents { Packing::Separate } else { Packing::Packed },
+    };
+    job.precision = match args.precision {
+        PrecisionArg::Auto => Precision::Auto,
+        PrecisionArg::F32 => Precision::F32,
+        PrecisionArg::Bf16 => Precision::Bf16,
+        PrecisionArg::F16 => Precision::F16,
+    };
+    job.devices.clone_from(&args.devices);
+    job.layers = args.layers;
+    job.save_activations.clone_from(&args.save_activations);
+    job.micro_batch_tokens = args.micro_batch_tokens.unwrap_or(job.micro_batch_tokens);
+    check(&job)?;
+    Ok(job)
+}
+
+/// What needs no model to be called wrong.
+fn check(job: &JobSpec) -> Result<(), Complaint> {
+    let zero =
+        |name: &str| Err(Complaint::refused(format!("--{name} must be at least 1"), "leave it out for the default"));
+    match (job.corpus.num_sequences, job.corpus.sequence_length, job.layers, job.micro_batch_tokens) {
+        (Some(0), ..) => zero("num-sequences"),
+        (_, Some(0), ..) => zero("sequence-length"),
+        (_, _, Some(0), _) => zero("layers"),
+        (.., 0) => zero("micro-batch-tokens"),
+        _ => match &job.save_activations {
+            Some(name) if Path::new(name).file_name() != Some(name.as_ref()) => Err(Complaint::refused(
+                "--save-activations takes a plain file name",
+                "the file comes home with the results",
+            )),
+            _ => Ok(()),
+        },
+    }
+}
+
+/// A folder that is there, or a path by its look, is a folder; `owner/name` is a hub id.
+fn source(args: &ModelArgs, here: &Path) -> Result<ModelSource, Complaint> {
+    let model = args.model.as_str();
+    let path_like = model.starts_with(['/', '.', '~']) || model.ends_with('/');
+    let path = here.join(model);
+    if path_like || (!model.is_empty() && path.is_dir()) {
+        let found = path.canonicalize().map_err(|error| {
+            Complaint::refused(
+                format!("--model {model}: {error}"),
+                "give a folder with config.json and safetensors files, or a hub id (owner/name)",
+            )
+        })?;
+        return Ok(ModelSource::Folder { path: utf8(found)? });
+    }
+    let plain = |part: &str| {
+        !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) && part != ".."
+    };
+    match model.split('/').collect::<Vec<_>>()[..] {
+        [owner, name] if plain(owner) && plain(name) => {
+            Ok(ModelSource::Hub { id: model.to_owned(), revision: args.revision.clone() })
+        }
+        _ => Err(Complaint::refused(
+            format!("--model {model} is neither a folder nor a hub id"),
+            "a hub id is written owner/name; a folder must exist",
+        )),
+    }
+}
+
+fn corpus(args: &JobArgs, here: &Path) -> Result<CorpusSource, Complaint> {
+    if let Some(path) = &args.token_ids {
+        return Ok(CorpusSource::TokenIds(file("--token-ids", path, here)?));
+    }
+    if args.corpus.is_empty() {
+        return Ok(CorpusSpec::default().source);
+    }
+    args.corpus.iter().map(|path| file("--corpus", path, here)).collect::<Result<_, _>>().map(CorpusSource::Files)
+}
+
+fn file(option: &str, path: &Path, here: &Path) -> Result<String, Complaint> {
+    let wrong =
+        |why: String| Complaint::refused(format!("{option} {}: {why}", path.display()), "give a file that is there");
+    let found = here.join(path).canonicalize().map_err(|error| wrong(error.to_string()))?;
+    let meta = found.metadata().map_err(|error| wrong(error.to_string()))?;
+    match (meta.is_file(), meta.len()) {
+        (false, _) => Err(wrong("it is no file".to_owned())),
+        (true, 0) => Err(wrong("it is empty".to_owned())),
+        (true, _) => utf8(found),
+    }
+}
+
+fn utf8(path: PathBuf) -> Result<String, Complaint> {
+    path.into_os_string().into_string().map_err(|path| {
+        Complaint::refused(format!("{}: its name is not UTF-8", path.to_string_lossy()), "rename it")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn made(name: &str, args: &JobArgs, here: &Path) -> Result<JobSpec, Complaint> {
+        job(&ModelArgs { model: name.into(), revision: "main".into() }, args, Thresholds::default(), here)
+    }
+
+    #[test]
+    fn models_are_hub_ids_or_folders() {
+        let here = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(here.path().join("own/model")).unwrap();
+        let none = JobArgs::default();
+        for folder in ["own/model", "own/", "./own"] {
+            let job = made(folder, &none, here.path()).unwrap();
+            assert!(matches!(job.model, ModelSource::Folder { path } if Path::new(&path).is_absolute()));
+        }
+        let hub = made("allenai/OLMoE-1B-7B-0125", &none, here.path()).unwrap();
+        assert!(matches!(hub.model, ModelSource::Hub { .. }));
+        for wrong in ["", "gpt2", "a/b/c", "./missing", "/missing", "a/..", "a/b?x", "--x/y z"] {
+            assert_eq!(made(wrong, &none, here.path()).unwrap_err().status.number(), 2, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn corpora_must_be_there_and_hold_something() {
+        let here = tempfile::tempdir().unwrap();
+        std::fs::write(here.path().join("text"), "words").unwrap();
+        std::fs::write(here.path().join("empty"), "").unwrap();
+        let with = |path: &str| JobArgs { corpus: vec![path.into()], ..JobArgs::default() };
+        let job = made("a/b", &with("text"), here.path()).unwrap();
+        assert!(matches!(&job.corpus.source, CorpusSource::Files(files) if files[0].ends_with("/text")));
+        for wrong in ["empty", "missing", "."] {
+            assert_eq!(made("a/b", &with(wrong), here.path()).unwrap_err().status.number(), 2);
+        }
+    }
+
+    #[test]
+    fn numbers_that_make_no_job_are_refused() {
+        for args in [
+            JobArgs { num_sequences: Some(0), ..JobArgs::default() },
+            JobArgs { sequence_length: Some(0), ..JobArgs::default() },
+            JobArgs { layers: Some(0), ..JobArgs::default() },
+            JobArgs { micro_batch_tokens: Some(0), ..JobArgs::default() },
+            JobArgs { save_activations: Some("../x".into()), ..JobArgs::default() },
+        ] {
+            assert!(made("a/b", &args, Path::new("/")).is_err(), "{args:?}");
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! `runs`: the ledger, shown; a run, cancelled.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use outliers_protocol::files;
+use serde::Serialize;
+use tokio::sync::watch;
+
+use super::deploy::Deployed;
+use super::{Context, SCHEMA};
+use crate::broker::InstanceState;
+use crate::cli::RunsCommand;
+use crate::deploy::{Driver, HostError, HostTalk, Hosts, Stop};
+use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
+use crate::report::{Complaint, ExitStatus, tables};
+use crate::run::{Ending, Pin, RunEvent, RunState};
+use crate::text::clean;
+
+/// How long the driver of a run may take to end it.
+const CANCEL_LIMIT: Duration = Duration::from_secs(30 * 60);
+
+/// Longest line of a log that is shown.
+const LINE: usize = 2000;
+
+#[derive(Serialize)]
+struct Listed<'a> {
+    schema: u32,
+    runs: Vec<Shown<'a>>,
+}
+
+#[derive(Serialize)]
+struct Shown<'a> {
+    #[serde(flatten)]
+    run: &'a RunRecord,
+    /// A process drives it.
+    driven: bool,
+    /// Nobody drives it, and it is not over.
+    abandoned: bool,
+    cost_micro_usd: i64,
+}
+
+impl<'a> Shown<'a> {
+    fn of(run: &'a RunRecord, driven: bool) -> Self {
+        let abandoned = !driven && !run.state.is_at_rest();
+        Self { run, driven, abandoned, cost_micro_usd: run.cost(now_ms()).micros() }
+    }
+}
+
+/// Does it.
+pub(super) async fn command(context: &Context, command: RunsCommand) -> Result<ExitStatus, Complaint> {
+    let ledger = context.ledger()?;
+    match command {
+        RunsCommand::List => list(context, &ledger),
+        RunsCommand::Show { run } => show(context, &ledger, &run),
+        RunsCommand::Logs { run } => logs(context, &ledger, &run).await,
+        RunsCommand::Cancel { run } => cancel(context, &ledger, &run).await,
+    }
+}
+
+fn list(context: &Context, ledger: &Ledger) -> Result<ExitStatus, Complaint> {
+    let runs = ledger.runs()?;
+    let driven: Vec<bool> = runs.iter().map(|run| is_driven(ledger, run)).collect::<Result<_, _>>()?;
+    let shown = runs.iter().zip(&driven).map(|(run, driven)| Shown::of(run, *driven)).collect();
+    context.reporter.result(&Listed { schema: SCHEMA, runs: shown }, || tables::runs(&runs, &driven, now_ms()));
+    Ok(ExitStatus::Done)
+}
+
+fn show(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitStatus, Complaint> {
+    let run = ledger.find(name)?;
+    let driven = is_driven(ledger, &run)?;
+    context.reporter.result(&Shown::of(&run, driven), || tables::run(&run, driven, now_ms()));
+    Ok(ExitStatus::Done)
+}
+
+fn is_driven(ledger: &Ledger, run: &RunRecord) -> Result<bool, Complaint> {
+    Ok(!run.state.is_closed() && ledger.is_driven(&run.id)?)
+}
+
+/// The log that came home; while the worker runs, the one on the instance, until the worker ends.
+async fn logs(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitStatus, Complaint> {
+    let run = ledger.find(name)?;
+    if let Some(results) = run.state.results() {
+        let path = Path::new(&results.folder).join(files::LOG);
+        let text = std::fs::read(&path).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))?;
+        let lines: Vec<String> = text.split(|b| *b == b'\n').map(|line| clean(line, LINE)).collect();
+        let document = serde_json::json!({ "schema": SCHEMA, "run": run.id, "lines": lines });
+        context.reporter.result(&document, || lines.join("\n"));
+        return Ok(ExitStatus::Done);
+    }
+    match &run.state {
+        RunState::Launched { pin, .. } | RunState::Ended { pin, .. } | RunState::Salvaging { pin, .. } => {
+            follow(context, ledger, &run, pin).await
+        }
+        state => Err(Complaint::refused(
+            format!("run {} is {} and has no log", run.id, state.word()),
+            "a run has a log from the start of its worker on",
+        )),
+    }
+}
+
+async fn follow(context: &Context, ledger: &Ledger, run: &RunRecord, pin: &Pin) -> Result<ExitStatus, Complaint> {
+    let cloud = context.cloud(Some(&run.spec.broker))?;
+    let rental = run.state.rental().ok_or_else(|| Complaint::failed("the run has no instance"))?;
+    let found = cloud.broker.list().await?.into_iter().find(|instance| instance.id == rental.instance);
+    let Some(InstanceState::Ready(endpoint)) = found.map(|instance| instance.state) else {
+        return Err(Complaint::failed(format!("instance {} cannot be spoken to", rental.instance)));
+    };
+    // Nothing is pushed from here.
+    let hosts = context.hosts(&context.exe);
+    let deadline = Instant::now() + cloud.patience.ssh;
+    let failed =
+        |error: HostError| Complaint { status: ExitStatus::Cloud, message: error.message, hint: error.hint };
+    let folder = ledger.run_folder(&run.id);
+    let (host, _) = hosts.reach(&endpoint, &folder, Some(pin), deadline, &|_| {}).await.map_err(failed)?;
+    let print = |talk: HostTalk| {
+        if let HostTalk::Log(line) = talk {
+            let line = clean(line.as_bytes(), LINE);
+            context.reporter.line(&serde_json::json!({ "line": line }), || line.clone());
+        }
+    };
+    host.follow(&run.id, &print).await.map_err(failed)?;
+    Ok(ExitStatus::Done)
+}
+
+async fn cancel(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitStatus, Complaint> {
+    let run = ledger.find(name)?;
+    let run = if run.state.is_closed() {
+        run
+    } else {
+        match ledger.take(&run.id)? {
+            Some(taken) => end(context, taken, Stop::Now).await?,
+            None => ask(context, ledger, &run.id).await?,
+        }
+    };
+    let deployed = Deployed::of(run);
+    context.reporter.result(&deployed, || {
+        let ending = deployed.run.state.ending().map(ToString::to_string).unwrap_or_default();
+        format!("run {} is over: {}", deployed.run.id, clean(ending.as_bytes(), LINE))
+    });
+    Ok(ExitStatus::Done)
+}
+
+/// Ends a run that nobody drives.
+///
+/// # Errors
+/// Status 6: its instance may be left.
+pub(super) async fn end(context: &Context, mut run: RunWriter, how: Stop) -> Result<RunRecord, Complaint> {
+    if matches!(run.state(), RunState::Held { .. }) {
+        run.append(RunEvent::Terminate)?;
+    }
+    let cloud = context.cloud(Some(&run.record().spec.broker))?;
+    // A run that is told to stop from the start pushes nothing.
+    let hosts = context.hosts(&context.exe);
+    let stop = watch::Sender::new(how);
+    let on = |event| context.reporter.event(event);
+    let driver = Driver::new(run, cloud.ports(&hosts, &[]), cloud.patience.clone(), stop.subscribe(), &on);
+    Ok(driver.stopping_as(Ending::Cancelled).drive().await?)
+}
+
+/// Asks the process that drives a run to end it, and waits.
+async fn ask(context: &Context, ledger: &Ledger, id: &str) -> Result<RunRecord, Complaint> {
+    ledger.ask_to_cancel(id)?;
+    context.reporter.say(&format!("Asked the process that drives run {id} to end it; waiting"));
+    let deadline = Instant::now() + CANCEL_LIMIT;
+    while Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let run = ledger.run(id)?;
+        if run.state.is_closed() {
+            return Ok(run);
+        }
+        // Its driver died, or had just held the instance when we asked.
+        if let Some(taken) = ledger.take(id)? {
+            return end(context, taken, Stop::Now).await;
+        }
+    }
+    Err(Complaint {
+        status: ExitStatus::InstanceLeft,
+        message: format!("run {id} was asked to end and has not"),
+        hint: Some(format!("outliers runs show {id}")),
+    })
+}

@@ -1,0 +1,358 @@
+//! Drives one run, a step at a time, from wherever it stands to its end.
+//!
+//! There is one loop: it looks at the state, makes one step, writes what happened. A fresh run and one that was found after a
+//! crash take the same path; what only this process knows ([`Memory`]) merely saves work.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::watch;
+
+use crate::broker::{Instance, Offer};
+use crate::ledger::{LedgerError, RunRecord, RunWriter};
+use crate::run::{Ending, RunEvent, RunState};
+
+mod bring;
+mod ports;
+mod recover;
+mod ssh;
+mod steps;
+#[cfg(test)]
+pub(crate) mod fake;
+#[cfg(test)]
+mod tests;
+
+pub use bring::slug;
+pub use ports::{Host, HostError, HostTalk, Hosts, Listener, Ports};
+pub use recover::{end, look, recover};
+pub use ssh::SshHosts;
+
+/// Name of the private key in a run's folder.
+pub const KEY_FILE: &str = "id_ed25519";
+
+/// Name of the run's own record in its results' folder.
+pub const RUN_FILE: &str = "run.json";
+
+/// How long each thing may take, and how often it is tried.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Patience {
+    /// One call to a broker; beyond it the call's outcome is unknown.
+    pub call: Duration,
+    /// From the create call to an address.
+    pub boot: Duration,
+    /// From an address to an SSH session.
+    pub ssh: Duration,
+    /// To learn whether an unanswered create call made an instance.
+    pub settle: Duration,
+    /// To bring the files home.
+    pub sync: Duration,
+    /// To see an instance gone that was told to go.
+    pub terminate: Duration,
+    /// Between two listings.
+    pub listing_interval: Duration,
+    /// Complete listings without an instance before it counts as gone.
+    pub absences: u32,
+    /// First pause after a failure; doubles up to 30 times itself.
+    pub backoff: Duration,
+}
+
+impl Patience {
+    /// For clouds.
+    pub const CLOUD: Self = Self {
+        call: Duration::from_secs(120),
+        boot: Duration::from_secs(15 * 60),
+        ssh: Duration::from_secs(10 * 60),
+        settle: Duration::from_secs(10 * 60),
+        sync: Duration::from_secs(30 * 60),
+        terminate: Duration::from_secs(15 * 60),
+        listing_interval: Duration::from_secs(10),
+        absences: 3,
+        backoff: Duration::from_secs(1),
+    };
+
+    /// For this machine, where everything is near and nothing is eventual.
+    pub const LOCAL: Self = Self {
+        call: Duration::from_secs(60),
+        boot: Duration::from_secs(60),
+        ssh: Duration::from_secs(60),
+        settle: Duration::from_secs(60),
+        sync: Duration::from_secs(10 * 60),
+        terminate: Duration::from_secs(60),
+        listing_interval: Duration::from_millis(200),
+        absences: 2,
+        backoff: Duration::from_millis(200),
+    };
+}
+
+/// How urgently a person wants it to end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stop {
+    /// Not at all.
+    #[default]
+    Go,
+    /// Stop, bring home what there is, terminate.
+    Now,
+    /// Bring nothing home either. The instance is terminated all the same.
+    SkipSync,
+}
+
+/// What happens while a run is driven, for whoever tells people.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DeployEvent {
+    /// The run has a new state.
+    State(Box<RunState>),
+    /// This offer is being rented.
+    Renting(Box<Offer>),
+    /// The offer could not be had; the next one is tried.
+    Refused {
+        /// The broker's words.
+        reason: String,
+    },
+    /// A step failed and is tried again.
+    Retrying {
+        /// Which, and why.
+        reason: String,
+        /// After so long.
+        pause: Duration,
+    },
+    /// It is not known whether the instance exists: the broker is asked.
+    Settling,
+    /// The instance is not ready yet.
+    Booting,
+    /// What the host is.
+    Host(String),
+    /// Something on the host.
+    Talk(HostTalk),
+    /// An instance is told to go.
+    Terminating(Box<Instance>),
+    /// A person asked to stop.
+    Stopping(Stop),
+}
+
+/// Hears [`DeployEvent`]s.
+pub type OnEvent<'a> = dyn Fn(DeployEvent) + Send + Sync + 'a;
+
+/// Why a run could not be driven to its end. Its instance may exist and bill.
+#[derive(Debug, thiserror::Error)]
+pub enum Stuck {
+    /// It cannot be learned whether the instance exists, or it does not go.
+    #[error("run {run}: {message}")]
+    Instance {
+        /// The run.
+        run: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// The broker does not answer, or a stray instance does not go.
+    #[error("{message}")]
+    Broker {
+        /// What is wrong.
+        message: String,
+    },
+    /// The ledger cannot be written: nothing more may be done.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+}
+
+/// Drives one run.
+pub struct Driver<'a> {
+    run: RunWriter,
+    ports: Ports<'a>,
+    patience: Patience,
+    stop: watch::Receiver<Stop>,
+    on: &'a OnEvent<'a>,
+    stopping_as: Ending,
+    memory: Memory,
+}
+
+/// What only this process knows. Losing it costs work, never correctness.
+#[derive(Default)]
+struct Memory {
+    /// The intent on disk is ours and its create call was not made yet.
+    fresh_intent: bool,
+    /// Create calls of ours that were not answered.
+    unanswered: u32,
+    /// No other offer is worth trying.
+    hopeless: Option<Ending>,
+    host: Option<Box<dyn Host>>,
+    /// Since when the present state's step fails, and how often it did.
+    failing: Option<(Instant, u32)>,
+    /// The files cannot be brought home.
+    unfetchable: bool,
+}
+
+/// Why a step did not get further.
+enum StepError {
+    /// The run ends so.
+    End(Ending),
+    /// The instance is gone.
+    Vanished,
+    /// Nothing more can be done now.
+    Stuck(Stuck),
+}
+
+impl From<LedgerError> for StepError {
+    fn from(error: LedgerError) -> Self {
+        Self::Stuck(error.into())
+    }
+}
+
+impl<'a> Driver<'a> {
+    /// Takes charge of a run.
+    pub fn new(
+        run: RunWriter,
+        ports: Ports<'a>,
+        patience: Patience,
+        stop: watch::Receiver<Stop>,
+        on: &'a OnEvent<'a>,
+    ) -> Self {
+        Self { run, ports, patience, stop, on, stopping_as: Ending::Interrupted, memory: Memory::default() }
+    }
+
+    /// How the run ends when it is stopped through its channel, if not as interrupted.
+    pub fn stopping_as(self, ending: Ending) -> Self {
+        Self { stopping_as: ending, ..self }
+    }
+
+    /// Drives the run until it is closed or held.
+    ///
+    /// # Errors
+    /// [`Stuck`]: the instance may still exist; the same run can be driven again later.
+    pub async fn drive(mut self) -> Result<RunRecord, Stuck> {
+        while !self.run.state().is_at_rest() {
+            let interrupt = self.interrupt();
+            let step = tokio::select! {
+                biased;
+                ending = interrupt => Err(StepError::End(ending)),
+                step = self.step() => step,
+            };
+            match step {
+                Ok(()) => {}
+                Err(StepError::End(ending)) => self.end(ending)?,
+                Err(StepError::Vanished) => self.append(RunEvent::Vanished)?,
+                Err(StepError::Stuck(stuck)) => return Err(stuck),
+            }
+        }
+        self.tidy();
+        Ok(self.run.record().clone())
+    }
+
+    async fn step(&mut self) -> Result<(), StepError> {
+        match self.run.state().clone() {
+            RunState::Planned { refused } => self.choose_offer(&refused).await,
+            RunState::Creating { intent, .. } => self.create(&intent).await,
+            RunState::Rented { rental } => self.reach(&rental).await,
+            RunState::Reachable { rental, pin } => self.launch(&rental, &pin).await,
+            RunState::Launched { rental, pin } => self.follow(&rental, &pin).await,
+            RunState::Ended { rental, pin, exit } => self.sync(&rental, &pin, exit).await,
+            RunState::Salvaging { rental, pin, .. } => self.salvage(&rental, &pin).await,
+            RunState::Synced { .. } => self.after_sync(),
+            RunState::Terminating { rental, .. } => self.terminate(&rental).await,
+            RunState::Held { .. } | RunState::Closed { .. } => Ok(()),
+        }
+    }
+
+    /// Writes an event and tells about it. What is remembered of the old state's failures goes with it.
+    fn append(&mut self, event: RunEvent) -> Result<(), LedgerError> {
+        let state = self.run.append(event)?.clone();
+        self.memory.failing = None;
+        (self.on)(DeployEvent::State(Box::new(state)));
+        Ok(())
+    }
+
+    /// Ends the run early, as its state allows.
+    fn end(&mut self, ending: Ending) -> Result<(), LedgerError> {
+        match self.run.state() {
+            RunState::Salvaging { .. } => self.append(RunEvent::NotFetched { reason: ending.to_string() }),
+            _ => self.append(RunEvent::Stopped { ending }),
+        }
+    }
+
+    /// Resolves when the present state is to be left early; never for states that must run to their end.
+    fn interrupt(&self) -> impl Future<Output = Ending> + use<> {
+        let threshold = match self.run.state() {
+            RunState::Planned { .. }
+            | RunState::Rented { .. }
+            | RunState::Reachable { .. }
+            | RunState::Launched { .. } => Some(Stop::Now),
+            // The files are on their way home already: that is what a first Ctrl-C asks for.
+            RunState::Ended { .. } | RunState::Salvaging { .. } => Some(Stop::SkipSync),
+            _ => None,
+        };
+        let deadline = self.time_is_up_at();
+        let mut stop = self.stop.clone();
+        let cancel = self.run.cancel_probe();
+        let stopped = self.stopping_as.clone();
+        async move {
+            let Some(threshold) = threshold else { return std::future::pending().await };
+            let early = threshold == Stop::Now;
+            let asked = async {
+                if stop.wait_for(|level| *level >= threshold).await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            };
+            let cancelled = async {
+                while !(early && cancel()) {
+                    tokio::time::sleep(Duration::from_millis(250)).await;
+                }
+            };
+            let late = async {
+                match deadline {
+                    Some(at) if early => tokio::time::sleep(at.saturating_duration_since(Instant::now())).await,
+                    _ => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = asked => stopped,
+                () = cancelled => Ending::Cancelled,
+                () = late => Ending::Deadline,
+            }
+        }
+    }
+
+    /// When the work has to stop, so that there is time left to bring the files home before the instance ends itself.
+    fn time_is_up_at(&self) -> Option<Instant> {
+        let deadline = Duration::from_secs(self.run.state().rental()?.tag.deadline);
+        let reserve = (Duration::from_secs(self.run.record().spec.max_duration_s) / 10).min(Duration::from_secs(300));
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Some(Instant::now() + deadline.saturating_sub(reserve).saturating_sub(now))
+    }
+
+    /// Leaves things in order: the record beside the results, no key. Nothing of it matters enough to fail a finished run.
+    fn tidy(&self) {
+        let record = self.run.record();
+        if let Some(results) = record.state.results()
+            && let Ok(text) = serde_json::to_vec_pretty(record)
+            && let Err(error) = bring::write_whole(&std::path::Path::new(&results.folder).join(RUN_FILE), &text)
+        {
+            tracing::warn!("{RUN_FILE} could not be written: {error}");
+        }
+        if record.state.is_closed()
+            && let Err(error) = self.ports.hosts.forget_key(&self.run.folder())
+        {
+            tracing::warn!("the run's key could not be removed: {error}");
+        }
+    }
+}
+
+/// What makes two runs the same work: the job, the content of its local files, and where it runs.
+///
+/// # Errors
+/// When a corpus file cannot be read.
+pub fn job_key(job: &outliers_protocol::JobSpec, broker: &str) -> std::io::Result<String> {
+    use outliers_protocol::CorpusSource;
+    use sha2::{Digest, Sha256};
+
+    let mut hash = Sha256::new();
+    let document = serde_json::json!({ "job": job, "broker": broker });
+    hash.update(document.to_string());
+    let paths: Vec<&String> = match &job.corpus.source {
+        CorpusSource::Builtin(_) => Vec::new(),
+        CorpusSource::Files(paths) => paths.iter().collect(),
+        CorpusSource::TokenIds(path) => vec![path],
+    };
+    for path in paths {
+        hash.update(bring::hash_file(std::path::Path::new(path))?.1);
+    }
+    Ok(bring::hex(&hash.finalize()))
+}

@@ -1,0 +1,248 @@
+//! Results at home: named, compared with the manifest, moved into place as one.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use outliers_protocol::{Manifest, Outcome, SCHEMA, files};
+use sha2::{Digest, Sha256};
+
+use crate::run::{Brought, Ending, RunSpec, Trouble, TroubleKind};
+
+/// Where a run's files come to lie. Three names, so that a reader can trust the first.
+#[derive(Clone, Debug)]
+pub(super) struct Folders {
+    /// Whole results.
+    pub(super) whole: PathBuf,
+    /// What could be saved.
+    pub(super) partial: PathBuf,
+    /// While they arrive.
+    pub(super) arriving: PathBuf,
+}
+
+impl Folders {
+    pub(super) fn of(spec: &RunSpec, run: &str) -> Self {
+        let name = format!("{}-{run}", slug(&spec.model));
+        let below = Path::new(&spec.results);
+        Self {
+            whole: below.join(&name),
+            partial: below.join(format!("{name}.partial")),
+            arriving: below.join(format!("{name}.part")),
+        }
+    }
+}
+
+/// A model's name as part of a file name: `owner--name`, or a folder's last part.
+pub fn slug(model: &str) -> String {
+    let path = Path::new(model);
+    let name = if path.is_absolute() || model.starts_with('.') {
+        path.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+    } else {
+        model.trim_matches('/').replace('/', "--")
+    };
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' };
+    let name: String = name.chars().map(plain).take(80).collect();
+    if name.starts_with('.') { name.replacen('.', "_", 1) } else { name }
+}
+
+/// Compares what arrived with the manifest, moves it to its place, and says how the run ended by it.
+pub(super) fn settle(folders: &Folders, manifest: Option<&Manifest>, exit: Option<i32>) -> io::Result<(Brought, Ending)> {
+    let (ending, complete) = judge(&folders.arriving, manifest, exit);
+    let place = if complete { &folders.whole } else { &folders.partial };
+    move_over(&folders.arriving, place)?;
+    Ok((Brought { folder: place.to_string_lossy().into_owned(), complete }, ending))
+}
+
+/// Results that an earlier process moved into place before it could say so.
+pub(super) fn already_home(folders: &Folders) -> Option<(Brought, Ending)> {
+    let text = fs::read(folders.whole.join(files::MANIFEST)).ok()?;
+    let manifest: Manifest = serde_json::from_slice(&text).ok()?;
+    let (ending, complete) = judge(&folders.whole, Some(&manifest), None);
+    complete.then(|| (Brought { folder: folders.whole.to_string_lossy().into_owned(), complete }, ending))
+}
+
+fn judge(folder: &Path, manifest: Option<&Manifest>, exit: Option<i32>) -> (Ending, bool) {
+    let Some(manifest) = manifest else { return (Ending::WorkerVanished { exit }, false) };
+    if let Outcome::Failed(failure) = &manifest.outcome {
+        return (Ending::WorkerFailed { failure: failure.clone() }, false);
+    }
+    match verify(folder, manifest) {
+        Ok(()) => (Ending::Completed, true),
+        Err(message) => {
+            let hint = Some(format!("what arrived is kept; see {}", files::LOG));
+            (Ending::Failed { trouble: Trouble { kind: TroubleKind::Host, message, hint } }, false)
+        }
+    }
+}
+
+/// Every file of the manifest is in `folder` with the size and the hash it names.
+pub(super) fn verify(folder: &Path, manifest: &Manifest) -> Result<(), String> {
+    if manifest.schema != SCHEMA {
+        return Err(format!("the worker's documents have version {}; this program knows {SCHEMA}", manifest.schema));
+    }
+    for needed in [files::RESULTS, files::METADATA] {
+        if !manifest.files.iter().any(|file| file.name == needed) {
+            return Err(format!("the worker's manifest does not name {needed}"));
+        }
+    }
+    for file in &manifest.files {
+        if Path::new(&file.name).file_name() != Some(file.name.as_ref()) {
+            return Err("the worker's manifest names a file outside its folder".to_owned());
+        }
+        let (bytes, sha256) =
+            hash_file(&folder.join(&file.name)).map_err(|e| format!("{} did not arrive: {e}", file.name))?;
+        if (bytes, &sha256) != (file.bytes, &file.sha256) {
+            return Err(format!("{} did not arrive whole: size or hash differ from the manifest", file.name));
+        }
+    }
+    Ok(())
+}
+
+/// Size and SHA-256, lower-case hexadecimal, of a file.
+pub(super) fn hash_file(path: &Path) -> io::Result<(u64, String)> {
+    let mut file = File::open(path)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 16];
+    let mut bytes = 0;
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok((bytes, hex(&hash.finalize()))),
+            n => {
+                hash.update(&buffer[..n]);
+                bytes += n as u64;
+            }
+        }
+    }
+}
+
+/// Lower-case hexadecimal.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Renames a folder over another one, and makes that durable.
+fn move_over(from: &Path, to: &Path) -> io::Result<()> {
+    if to.exists() {
+        fs::remove_dir_all(to)?;
+    }
+    File::open(from)?.sync_all()?;
+    fs::rename(from, to)?;
+    match to.parent() {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+/// An empty folder at `path`.
+pub(super) fn empty_folder(path: &Path) -> io::Result<()> {
+    if path.exists() {
+        fs::remove_dir_all(path)?;
+    }
+    fs::create_dir_all(path)
+}
+
+/// Writes a file beside its name, synced, then renames it.
+pub(super) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut part = path.as_os_str().to_owned();
+    part.push(".part");
+    let mut file = File::create(&part)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    fs::rename(&part, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use outliers_protocol::FileEntry;
+
+    use super::*;
+
+    fn entry(folder: &Path, name: &str, content: &[u8]) -> FileEntry {
+        fs::write(folder.join(name), content).unwrap();
+        let (bytes, sha256) = hash_file(&folder.join(name)).unwrap();
+        FileEntry { name: name.into(), bytes, sha256 }
+    }
+
+    fn complete(folder: &Path) -> Manifest {
+        let files = vec![entry(folder, files::RESULTS, b"{}"), entry(folder, files::METADATA, b"{\"a\":1}")];
+        Manifest { schema: SCHEMA, outcome: Outcome::Complete, files }
+    }
+
+    #[test]
+    fn slugs_are_plain_file_names() {
+        for (model, expected) in [
+            ("allenai/OLMoE-1B-7B-0125", "allenai--OLMoE-1B-7B-0125"),
+            ("/tmp/some/tiny", "tiny"),
+            ("./x y", "x_y"),
+            ("../..", "model"),
+            ("a/../../etc", "a--..--..--etc"),
+            ("/tmp/.hidden", "_hidden"),
+            ("gpt2", "gpt2"),
+            ("\u{1b}[31mred", "__31mred"),
+        ] {
+            assert_eq!(slug(model), expected);
+            assert_eq!(Path::new(&slug(model)).components().count(), 1);
+        }
+    }
+
+    #[test]
+    fn hash_is_the_published_one() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("a"), b"abc").unwrap();
+        let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(hash_file(&folder.path().join("a")).unwrap(), (3, expected.to_owned()));
+    }
+
+    #[test]
+    fn only_whole_results_pass() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path();
+        let good = complete(at);
+        assert_eq!(verify(at, &good), Ok(()));
+
+        let mut other = good.clone();
+        other.schema += 1;
+        assert!(verify(at, &other).unwrap_err().contains("version"));
+
+        let mut outside = good.clone();
+        for name in ["../secret", "/etc/passwd", "a/b", "..", ""] {
+            outside.files[0].name = files::RESULTS.into();
+            outside.files.push(FileEntry { name: name.into(), bytes: 0, sha256: String::new() });
+            assert!(verify(at, &outside).unwrap_err().contains("outside"), "{name}");
+            outside.files.pop();
+        }
+
+        let mut few = good.clone();
+        few.files.remove(0);
+        assert!(verify(at, &few).unwrap_err().contains(files::RESULTS));
+
+        fs::write(at.join(files::RESULTS), b"[]").unwrap();
+        assert!(verify(at, &good).unwrap_err().contains("whole"), "same size, other content");
+        fs::remove_file(at.join(files::RESULTS)).unwrap();
+        assert!(verify(at, &good).unwrap_err().contains("did not arrive"));
+    }
+
+    #[test]
+    fn results_move_as_one_and_partial_ones_never_take_the_trusted_name() {
+        let home = tempfile::tempdir().unwrap();
+        let folders = Folders {
+            whole: home.path().join("m-r"),
+            partial: home.path().join("m-r.partial"),
+            arriving: home.path().join("m-r.part"),
+        };
+        empty_folder(&folders.arriving).unwrap();
+        fs::write(folders.arriving.join("worker.log"), "x").unwrap();
+        let (brought, ending) = settle(&folders, None, Some(9)).unwrap();
+        assert_eq!(ending, Ending::WorkerVanished { exit: Some(9) });
+        assert!(!brought.complete && folders.partial.join("worker.log").exists() && !folders.whole.exists());
+        assert!(already_home(&folders).is_none());
+
+        empty_folder(&folders.arriving).unwrap();
+        let manifest = complete(&folders.arriving);
+        fs::write(folders.arriving.join(files::MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        let (brought, ending) = settle(&folders, Some(&manifest), Some(0)).unwrap();
+        assert!(brought.complete && !folders.arriving.exists());
+        assert_eq!(ending, Ending::Completed);
+        assert_eq!(already_home(&folders), Some((brought, ending)));
+    }
+}

@@ -1,0 +1,426 @@
+//! A cloud and its hosts in memory: stateful, and failing on request at the n-th effect.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use outliers_protocol::{FileEntry, JobSpec, Manifest, ModelSource, Outcome, SCHEMA, files};
+use tokio::sync::{Notify, watch};
+
+use super::ports::{Host, HostError, HostTalk, Hosts, Listener, Ports};
+use super::{Patience, Stop, bring};
+use crate::broker::{
+    Broker, BrokerError, BrokerErrorKind, GpuRequest, Instance, InstanceId, InstanceState, Lease, Offer, SshEndpoint,
+};
+use crate::host::JobStatus;
+use crate::run::{Pin, RunSpec, Trouble, TroubleKind};
+use crate::secret::Secret;
+use crate::units::{Bytes, UsdPerHour};
+
+/// Everything is quick here.
+pub(crate) const QUICK: Patience = Patience {
+    call: Duration::from_secs(5),
+    boot: Duration::from_millis(200),
+    ssh: Duration::from_millis(200),
+    settle: Duration::from_millis(200),
+    sync: Duration::from_millis(200),
+    terminate: Duration::from_millis(200),
+    listing_interval: Duration::from_micros(200),
+    absences: 3,
+    backoff: Duration::from_micros(200),
+};
+
+pub(crate) fn spec(results: &Path) -> RunSpec {
+    RunSpec {
+        model: "owner/model".into(),
+        broker: "fake".into(),
+        job: JobSpec::new(ModelSource::Hub { id: "owner/model".into(), revision: "main".into() }),
+        job_key: "key".into(),
+        request: GpuRequest::default(),
+        disk: Bytes::from_gib(1),
+        push_model: false,
+        keep_running: false,
+        max_duration_s: 3600,
+        results: results.to_string_lossy().into_owned(),
+    }
+}
+
+pub(crate) fn offer(key: &str, dollars: f64) -> Offer {
+    Offer {
+        broker: "fake".into(),
+        key: key.into(),
+        gpu: None,
+        gpu_raw: None,
+        gpu_count: 0,
+        vram: None,
+        cpu_ram: None,
+        cpu_cores: Some(4),
+        disk: None,
+        price: UsdPerHour::from_dollars(dollars),
+        region: None,
+    }
+}
+
+/// What goes wrong, at which effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// The controller dies before the effect.
+    CrashBefore,
+    /// The controller dies after the effect, before it hears of it.
+    CrashAfter,
+    /// The effect does not happen, and an error says so.
+    Fails,
+    /// The effect happens, and the answer is lost.
+    AnswerLost,
+    /// From here on nothing works any more.
+    Outage,
+    /// Ctrl-C, once.
+    Stop,
+    /// Ctrl-C, twice.
+    StopTwice,
+    /// The instance goes away.
+    Preempted,
+}
+
+/// One rented machine.
+#[derive(Clone, Debug)]
+pub(crate) struct Machine {
+    pub(crate) name: String,
+    /// Listings still to come before it shows.
+    hidden: u32,
+    worker: JobStatus,
+    price: UsdPerHour,
+}
+
+/// The world outside.
+#[derive(Default)]
+pub(crate) struct World {
+    pub(crate) machines: BTreeMap<String, Machine>,
+    pub(crate) effects: Vec<&'static str>,
+    pub(crate) armed: Vec<(usize, Fault)>,
+    pub(crate) fired: usize,
+    pub(crate) creates: usize,
+    pub(crate) most_alive: usize,
+    pub(crate) offers: Vec<Offer>,
+    /// Listings before a new machine shows.
+    pub(crate) visibility: u32,
+    /// Offers that cannot be had.
+    pub(crate) sold_out: Vec<String>,
+    pub(crate) create_error: Option<BrokerErrorKind>,
+    /// The worker runs until it is stopped.
+    pub(crate) endless: bool,
+    /// The worker ends with this instead of results.
+    pub(crate) outcome: Option<Outcome>,
+    /// Flip a byte of what is brought home.
+    pub(crate) damage: bool,
+    pub(crate) price_on_arrival: Option<UsdPerHour>,
+    pub(crate) outage: bool,
+    pub(crate) max_duration_s: u64,
+    next_id: usize,
+}
+
+/// A handle on the world: the broker and the way to its hosts in one.
+#[derive(Clone)]
+pub(crate) struct Fake {
+    pub(crate) world: Arc<Mutex<World>>,
+    pub(crate) crashed: Arc<Notify>,
+    pub(crate) stop: Arc<watch::Sender<Stop>>,
+}
+
+impl Fake {
+    pub(crate) fn new() -> Self {
+        let offers = vec![offer("a", 1.0), offer("b", 2.0)];
+        let world = World { offers, visibility: 1, max_duration_s: 3600, ..World::default() };
+        Self {
+            world: Arc::new(Mutex::new(world)),
+            crashed: Arc::new(Notify::new()),
+            stop: Arc::new(watch::Sender::new(Stop::Go)),
+        }
+    }
+
+    pub(crate) fn set(&self, change: impl FnOnce(&mut World)) {
+        change(&mut self.world.lock().unwrap());
+    }
+
+    pub(crate) fn ports(&self) -> Ports<'_> {
+        Ports { broker: self, select: &select, hosts: self, secrets: &[] }
+    }
+
+    /// One effect on the world: counted, and struck by the fault armed for its number.
+    async fn effect<T>(&self, name: &'static str, apply: impl FnOnce(&mut World) -> T) -> Result<T, Struck> {
+        let outcome = {
+            let mut world = self.world.lock().unwrap();
+            world.effects.push(name);
+            let number = world.effects.len();
+            let fault = world.armed.iter().find(|(at, _)| *at == number).map(|(_, fault)| *fault);
+            world.fired += usize::from(fault.is_some());
+            match fault {
+                Some(Fault::Outage) => world.outage = true,
+                Some(Fault::Preempted) => world.machines.clear(),
+                Some(Fault::Stop) => drop(self.stop.send(Stop::Now)),
+                Some(Fault::StopTwice) => drop(self.stop.send(Stop::SkipSync)),
+                _ => {}
+            }
+            let result = match fault {
+                _ if world.outage => Err(Struck::NotApplied),
+                Some(Fault::CrashBefore) => Err(Struck::Crash),
+                Some(Fault::Fails) => Err(Struck::NotApplied),
+                Some(Fault::CrashAfter) => Ok(Err(Struck::Crash)),
+                Some(Fault::AnswerLost) => Ok(Err(Struck::Applied)),
+                _ => Ok(Ok(())),
+            };
+            result.and_then(|after| {
+                let value = apply(&mut world);
+                let alive = world.machines.len();
+                world.most_alive = world.most_alive.max(alive);
+                after.map(|()| value)
+            })
+        };
+        if matches!(outcome, Err(Struck::Crash)) {
+            self.crashed.notify_one();
+            return std::future::pending().await;
+        }
+        // As any real call, it lets others run.
+        tokio::task::yield_now().await;
+        outcome
+    }
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "the signature is the market's")]
+fn select(mut offers: Vec<Offer>, _: &GpuRequest) -> Result<Vec<Offer>, Trouble> {
+    offers.sort_by_key(|offer| offer.price);
+    Ok(offers)
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Struck {
+    Crash,
+    NotApplied,
+    Applied,
+}
+
+impl Struck {
+    fn broker(self) -> BrokerError {
+        let kind = if matches!(self, Self::Applied) { BrokerErrorKind::Maybe } else { BrokerErrorKind::Unavailable };
+        BrokerError { broker: "fake", kind, message: format!("{self:?}") }
+    }
+
+    fn host(self) -> HostError {
+        HostError { transient: true, message: format!("{self:?}"), hint: None }
+    }
+}
+
+#[async_trait]
+impl Broker for Fake {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    async fn offers(&self, _: &GpuRequest) -> Result<Vec<Offer>, BrokerError> {
+        self.effect("offers", |world| world.offers.clone()).await.map_err(Struck::broker)
+    }
+
+    async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
+        assert!(lease.ssh_public_key.starts_with("ssh-fake"));
+        let made = self.effect("create", |world| {
+            world.creates += 1;
+            if let Some(kind) = world.create_error {
+                return Err(BrokerError { broker: "fake", kind, message: "said no".into() });
+            }
+            if world.sold_out.contains(&offer.key) {
+                return Err(BrokerError { broker: "fake", kind: BrokerErrorKind::NoCapacity, message: "gone".into() });
+            }
+            world.next_id += 1;
+            let id = format!("i{}", world.next_id);
+            let machine = Machine {
+                name: lease.tag.to_string(),
+                hidden: world.visibility,
+                worker: JobStatus::NotStarted,
+                price: world.price_on_arrival.unwrap_or(offer.price),
+            };
+            world.machines.insert(id.clone(), machine.clone());
+            Ok(instance(&id, &machine))
+        });
+        made.await.map_err(Struck::broker)?
+    }
+
+    async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
+        let listed = self.effect("list", |world| {
+            let mut shown = Vec::new();
+            for (id, machine) in &mut world.machines {
+                if machine.hidden == 0 {
+                    shown.push(instance(id, machine));
+                } else {
+                    machine.hidden -= 1;
+                }
+            }
+            shown
+        });
+        listed.await.map_err(Struck::broker)
+    }
+
+    async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
+        self.effect("terminate", |world| drop(world.machines.remove(&id.0))).await.map_err(Struck::broker)
+    }
+}
+
+fn instance(id: &str, machine: &Machine) -> Instance {
+    Instance {
+        broker: "fake".into(),
+        id: InstanceId(id.into()),
+        name: machine.name.clone(),
+        state: InstanceState::Ready(SshEndpoint { host: id.into(), port: 22, user: "root".into() }),
+        price: Some(machine.price),
+        hardware: "4 CPU cores".into(),
+        created_at: None,
+    }
+}
+
+#[async_trait]
+impl Hosts for Fake {
+    fn key(&self, folder: &Path) -> Result<String, HostError> {
+        fs::write(folder.join("key"), "private").unwrap();
+        Ok("ssh-fake AAAA".into())
+    }
+
+    fn forget_key(&self, folder: &Path) -> Result<(), HostError> {
+        match fs::remove_file(folder.join("key")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => panic!("{error}"),
+            _ => Ok(()),
+        }
+    }
+
+    async fn reach(
+        &self,
+        endpoint: &SshEndpoint,
+        folder: &Path,
+        pin: Option<&Pin>,
+        deadline: Instant,
+        _: &Listener<'_>,
+    ) -> Result<(Box<dyn Host>, Pin), HostError> {
+        assert!(folder.join("key").exists(), "the key outlives a crash");
+        let shown = Pin(format!("key of {}", endpoint.host));
+        if let Some(pin) = pin {
+            assert_eq!(*pin, shown);
+        }
+        let id = endpoint.host.clone();
+        loop {
+            let error = match self.effect("reach", |world| world.machines.contains_key(&id)).await {
+                Ok(true) => return Ok((Box::new(FakeHost { fake: self.clone(), id }), shown)),
+                Ok(false) => HostError { transient: true, message: "refused".into(), hint: None },
+                Err(struck) => struck.host(),
+            };
+            if Instant::now() >= deadline {
+                return Err(error);
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+}
+
+struct FakeHost {
+    fake: Fake,
+    id: String,
+}
+
+impl FakeHost {
+    async fn on_machine<T>(
+        &self,
+        name: &'static str,
+        apply: impl FnOnce(&mut Machine, bool) -> T,
+    ) -> Result<T, HostError> {
+        let id = self.id.clone();
+        let done = self.fake.effect(name, |world| {
+            let endless = world.endless;
+            world.machines.get_mut(&id).map(|machine| apply(machine, endless))
+        });
+        let gone = || HostError { transient: true, message: "connection reset".into(), hint: None };
+        done.await.map_err(Struck::host)?.ok_or_else(gone)
+    }
+}
+
+#[async_trait]
+impl Host for FakeHost {
+    async fn probe(&self, _: &Offer, _: Bytes) -> Result<String, HostError> {
+        self.on_machine("probe", |_, _| "a fake host".to_owned()).await
+    }
+
+    async fn push_worker(&self, on: &Listener<'_>) -> Result<(), HostError> {
+        on(HostTalk::Uploading { name: "worker".into(), sent: 1, total: 2 });
+        self.on_machine("push worker", |_, _| ()).await
+    }
+
+    async fn push(&self, _: &str, local: &Path, name: &str, _: &Listener<'_>) -> Result<String, HostError> {
+        assert!(local.exists());
+        self.on_machine("push", |_, _| ()).await?;
+        Ok(format!("/remote/{name}"))
+    }
+
+    async fn launch(&self, _: &str, _: &JobSpec, _: &[(&'static str, Secret)]) -> Result<(), HostError> {
+        self.on_machine("launch", |machine, _| {
+            if machine.worker == JobStatus::NotStarted {
+                machine.worker = JobStatus::Running;
+            }
+        })
+        .await
+    }
+
+    async fn status(&self, _: &str) -> Result<JobStatus, HostError> {
+        self.on_machine("status", |machine, _| machine.worker).await
+    }
+
+    async fn follow(&self, _: &str, _: &Listener<'_>) -> Result<JobStatus, HostError> {
+        let status = self.on_machine("follow", |machine, endless| {
+            if machine.worker == JobStatus::Running && !endless {
+                machine.worker = JobStatus::Ended { exit: Some(0) };
+            }
+            machine.worker
+        });
+        let status = status.await?;
+        if status == JobStatus::Running {
+            return std::future::pending().await;
+        }
+        Ok(status)
+    }
+
+    async fn fetch(&self, _: &str, into: &Path, _: &Listener<'_>) -> Result<Option<Manifest>, HostError> {
+        let done = self.on_machine("fetch", |machine, endless| !endless && machine.worker != JobStatus::Running).await?;
+        fs::write(into.join(files::LOG), "said something\n").unwrap();
+        if !done {
+            return Ok(None);
+        }
+        let (outcome, damage) = {
+            let world = self.fake.world.lock().unwrap();
+            (world.outcome.clone().unwrap_or(Outcome::Complete), world.damage)
+        };
+        let mut entries = Vec::new();
+        for name in [files::RESULTS, files::METADATA] {
+            fs::write(into.join(name), name).unwrap();
+            let (bytes, sha256) = bring::hash_file(&into.join(name)).unwrap();
+            entries.push(FileEntry { name: name.into(), bytes, sha256 });
+        }
+        if damage {
+            fs::write(into.join(files::RESULTS), "RESULTS.json").unwrap();
+        }
+        let manifest = Manifest { schema: SCHEMA, outcome, files: entries };
+        fs::write(into.join(files::MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        Ok(Some(manifest))
+    }
+
+    async fn stop_worker(&self, _: &str) -> Result<(), HostError> {
+        self.on_machine("stop worker", |machine, _| {
+            if machine.worker == JobStatus::Running {
+                machine.worker = JobStatus::Ended { exit: None };
+            }
+        })
+        .await
+    }
+}
+
+/// No offer at all.
+pub(crate) fn nothing(_: Vec<Offer>, _: &GpuRequest) -> Result<Vec<Offer>, Trouble> {
+    Err(Trouble { kind: TroubleKind::NoOffer, message: "no offer: --gpu-filter removed the last".into(), hint: None })
+}

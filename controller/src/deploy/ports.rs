@@ -1,0 +1,116 @@
+//! What a run does to the world, as traits: the real thing and the tests' fakes are two implementations of each.
+
+use std::path::Path;
+use std::time::Instant;
+
+use async_trait::async_trait;
+use outliers_protocol::{JobSpec, Manifest, Progress};
+
+use crate::broker::{Broker, GpuRequest, Offer, SshEndpoint};
+use crate::host::JobStatus;
+use crate::run::{Pin, Trouble};
+use crate::secret::Secret;
+use crate::units::Bytes;
+
+/// Everything a run needs from outside.
+#[derive(Clone, Copy)]
+pub struct Ports<'a> {
+    /// The cloud.
+    pub broker: &'a dyn Broker,
+    /// The offers that pass the request's filters, best first.
+    pub select: &'a (dyn Fn(Vec<Offer>, &GpuRequest) -> Result<Vec<Offer>, Trouble> + Send + Sync),
+    /// The way to rented hosts.
+    pub hosts: &'a dyn Hosts,
+    /// Given to the worker and to nobody else: name of the variable and its value.
+    pub secrets: &'a [(&'static str, Secret)],
+}
+
+/// The way to rented hosts.
+#[async_trait]
+pub trait Hosts: Send + Sync {
+    /// The run's SSH key below `folder`, made if there is none: the public half as a line of `authorized_keys`.
+    fn key(&self, folder: &Path) -> Result<String, HostError>;
+
+    /// Removes the run's key. One that is gone already is a success.
+    fn forget_key(&self, folder: &Path) -> Result<(), HostError>;
+
+    /// Connects, again and again until `deadline`. The host must show `pin`, where there is one; returns the one it showed.
+    async fn reach(
+        &self,
+        endpoint: &SshEndpoint,
+        folder: &Path,
+        pin: Option<&Pin>,
+        deadline: Instant,
+        on: &Listener<'_>,
+    ) -> Result<(Box<dyn Host>, Pin), HostError>;
+}
+
+/// A host we are connected to. Every method may be called again after it failed, or after we crashed within it.
+#[async_trait]
+pub trait Host: Send + Sync {
+    /// Looks at the machine: one line in words. An error when it is not what was rented.
+    async fn probe(&self, offer: &Offer, disk: Bytes) -> Result<String, HostError>;
+
+    /// Makes sure that the worker is there.
+    async fn push_worker(&self, on: &Listener<'_>) -> Result<(), HostError>;
+
+    /// Copies a file or a folder to where the run's worker can read it, under `name`; returns the path to give to the worker.
+    async fn push(&self, run: &str, local: &Path, name: &str, on: &Listener<'_>) -> Result<String, HostError>;
+
+    /// Starts the worker, detached. Starting it twice starts it once.
+    async fn launch(&self, run: &str, job: &JobSpec, secrets: &[(&'static str, Secret)]) -> Result<(), HostError>;
+
+    /// Where the worker stands.
+    async fn status(&self, run: &str) -> Result<JobStatus, HostError>;
+
+    /// Passes on what the worker says until it has ended.
+    async fn follow(&self, run: &str, on: &Listener<'_>) -> Result<JobStatus, HostError>;
+
+    /// Copies the worker's files into the local folder `into`; the manifest if the worker has written one.
+    async fn fetch(&self, run: &str, into: &Path, on: &Listener<'_>) -> Result<Option<Manifest>, HostError>;
+
+    /// Ends the worker. One that has ended already is a success.
+    async fn stop_worker(&self, run: &str) -> Result<(), HostError>;
+}
+
+/// Hears what happens on a host.
+pub type Listener<'a> = dyn Fn(HostTalk) + Send + Sync + 'a;
+
+/// What happens on a host.
+#[derive(Clone, Debug, PartialEq)]
+pub enum HostTalk {
+    /// Bytes of an upload.
+    Uploading {
+        /// What.
+        name: String,
+        /// Bytes sent so far.
+        sent: u64,
+        /// Bytes in all.
+        total: u64,
+    },
+    /// A file is coming home.
+    Downloading {
+        /// What.
+        name: String,
+        /// Its size, 0 if unknown.
+        bytes: u64,
+    },
+    /// The worker's own report.
+    Progress(Progress),
+    /// A line of the worker's log.
+    Log(String),
+    /// Something that may interest people.
+    Note(String),
+}
+
+/// Why a host did not do what was asked.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct HostError {
+    /// Trying again, on a new connection, can help.
+    pub transient: bool,
+    /// What happened, and where.
+    pub message: String,
+    /// What to do about it.
+    pub hint: Option<String>,
+}

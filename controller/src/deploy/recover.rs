@@ -1,0 +1,141 @@
+//! Carries out what [`reconcile::compare`] finds.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use tokio::sync::watch;
+
+use super::{DeployEvent, Driver, OnEvent, Patience, Ports, Stop, Stuck};
+use crate::broker::{BrokerError, Instance, InstanceId};
+use crate::ledger::{Ledger, now_ms};
+use crate::reconcile::{self, Action, Finish};
+use crate::run::{Ending, RunEvent, RunState};
+
+/// Brings ledger and broker into agreement: ends strays, finishes what has nothing left to decide, leaves the rest.
+/// Returns what was found.
+///
+/// # Errors
+/// [`Stuck`] when the broker does not answer, or an instance does not go.
+pub async fn recover(
+    ledger: &Ledger,
+    ports: Ports<'_>,
+    patience: &Patience,
+    on: &OnEvent<'_>,
+) -> Result<Vec<Action>, Stuck> {
+    let actions = look(ledger, ports, patience).await?;
+    for action in &actions {
+        match action {
+            Action::MarkGone { run } => mark_gone(ledger, run)?,
+            Action::Finish { run, why } => finish(ledger, ports, patience, on, run, *why).await?,
+            Action::Terminate { .. } | Action::Adopt { .. } | Action::LeaveAlone { .. } => {}
+        }
+    }
+    let strays: Vec<&InstanceId> = actions
+        .iter()
+        .filter_map(|action| if let Action::Terminate { instance, .. } = action { Some(instance) } else { None })
+        .collect();
+    if !strays.is_empty() {
+        end(ports, patience, on, &strays).await?;
+    }
+    Ok(actions)
+}
+
+/// Lists once, or as often as it takes to call a missing instance gone, and compares.
+///
+/// # Errors
+/// [`Stuck`] when the broker does not answer.
+pub async fn look(ledger: &Ledger, ports: Ports<'_>, patience: &Patience) -> Result<Vec<Action>, Stuck> {
+    let mut missing = BTreeMap::new();
+    for again in (0..patience.absences).rev() {
+        // In this order: a run's intent is in the ledger before its instance can be in a list.
+        let listed = ports.broker.list().await.map_err(|error| unanswered(&error))?;
+        let leases = reconcile::leases(ledger)?;
+        reconcile::count_missing(&leases, ports.broker.name(), &listed, &mut missing);
+        if again > 0 && !missing.is_empty() {
+            tokio::time::sleep(patience.listing_interval).await;
+            continue;
+        }
+        let now = now_ms() / 1000;
+        let broker = ports.broker.name();
+        return Ok(reconcile::compare(ledger.owner(), broker, now, &leases, &listed, &missing, patience.absences));
+    }
+    Ok(Vec::new())
+}
+
+fn mark_gone(ledger: &Ledger, run: &str) -> Result<(), Stuck> {
+    if let Some(mut run) = ledger.take(run)? {
+        let event = match run.state() {
+            RunState::Terminating { .. } => RunEvent::Gone,
+            _ => RunEvent::Vanished,
+        };
+        // Its state may have changed since we looked: then it is not gone but somebody's.
+        if crate::run::next(run.state(), &event).is_ok() {
+            run.append(event)?;
+        }
+    }
+    Ok(())
+}
+
+async fn finish(
+    ledger: &Ledger,
+    ports: Ports<'_>,
+    patience: &Patience,
+    on: &OnEvent<'_>,
+    run: &str,
+    why: Finish,
+) -> Result<(), Stuck> {
+    let Some(mut run) = ledger.take(run)? else { return Ok(()) };
+    if matches!(run.state(), RunState::Held { .. }) {
+        run.append(RunEvent::Terminate)?;
+    }
+    // Told to stop from the start: it must bring home and end, never rent anew.
+    let stop = watch::Sender::new(Stop::Now);
+    let ending = match why {
+        Finish::Expired => Ending::Deadline,
+        Finish::Ending => Ending::Interrupted,
+    };
+    Driver::new(run, ports, patience.clone(), stop.subscribe(), on).stopping_as(ending).drive().await?;
+    Ok(())
+}
+
+/// Ends instances and waits until complete listings no longer show them.
+///
+/// # Errors
+/// [`Stuck`] when one does not go.
+pub async fn end(
+    ports: Ports<'_>,
+    patience: &Patience,
+    on: &OnEvent<'_>,
+    strays: &[&InstanceId],
+) -> Result<(), Stuck> {
+    let deadline = Instant::now() + patience.terminate;
+    let mut absences = 0;
+    let mut trouble = None;
+    loop {
+        match ports.broker.list().await {
+            Ok(listed) => {
+                let left: Vec<Instance> = listed.into_iter().filter(|i| strays.contains(&&i.id)).collect();
+                absences = if left.is_empty() { absences + 1 } else { 0 };
+                if absences >= patience.absences {
+                    return Ok(());
+                }
+                for instance in left {
+                    on(DeployEvent::Terminating(Box::new(instance.clone())));
+                    trouble = ports.broker.terminate(&instance.id).await.err();
+                }
+            }
+            Err(error) => trouble = Some(error),
+        }
+        if Instant::now() >= deadline {
+            let why = trouble.map_or_else(|| "it is still listed".to_owned(), |error| error.to_string());
+            let names: Vec<&str> = strays.iter().map(|id| id.0.as_str()).collect();
+            let message = format!("instances could not be seen gone ({}): {why}", names.join(", "));
+            return Err(Stuck::Broker { message });
+        }
+        tokio::time::sleep(patience.listing_interval).await;
+    }
+}
+
+fn unanswered(error: &BrokerError) -> Stuck {
+    Stuck::Broker { message: format!("it is not known which instances exist: {error}") }
+}

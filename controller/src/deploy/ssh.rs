@@ -1,0 +1,251 @@
+//! [`Hosts`] as they really are: over SSH.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use outliers_protocol::{JobSpec, Manifest};
+use tokio::sync::Mutex;
+
+use super::KEY_FILE;
+use super::ports::{Host, HostError, HostTalk, Hosts, Listener};
+use crate::broker::{Offer, SshEndpoint};
+use crate::host::{self, Cursor, HostErrorKind, HostEvent, HostFacts, JobStatus, RemoteHost, RemoteWorker};
+use crate::keys::{KeyError, RunKey};
+use crate::run::Pin;
+use crate::secret::Secret;
+use crate::transport::ssh::HostKeyPin;
+use crate::units::Bytes;
+
+/// Nominal GPU memory is more than what the driver gives out.
+const MEMORY_SHARE: f64 = 0.85;
+/// One stay at a worker's side; then the loop looks around and comes back.
+const FOLLOW: Duration = Duration::from_secs(3600);
+
+/// Rented hosts, to which the worker program of this machine is pushed.
+#[derive(Clone, Debug)]
+pub struct SshHosts {
+    worker: PathBuf,
+    push_limit: Bytes,
+}
+
+impl SshHosts {
+    /// `worker` is the program to push; models and corpora of at most `push_limit` go with it.
+    pub fn new(worker: PathBuf, push_limit: Bytes) -> Self {
+        Self { worker, push_limit }
+    }
+}
+
+#[async_trait]
+impl Hosts for SshHosts {
+    fn key(&self, folder: &Path) -> Result<String, HostError> {
+        let path = folder.join(KEY_FILE);
+        let key = if path.exists() { RunKey::open(&path) } else { RunKey::create(folder, KEY_FILE, "outliers") };
+        key.map(|key| key.public_line().to_owned()).map_err(|error| key_error(&error))
+    }
+
+    fn forget_key(&self, folder: &Path) -> Result<(), HostError> {
+        let path = folder.join(KEY_FILE);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(HostError {
+                transient: false,
+                message: format!("{}: {error}", path.display()),
+                hint: Some("remove the file by hand".to_owned()),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    async fn reach(
+        &self,
+        endpoint: &SshEndpoint,
+        folder: &Path,
+        pin: Option<&Pin>,
+        deadline: Instant,
+        on: &Listener<'_>,
+    ) -> Result<(Box<dyn Host>, Pin), HostError> {
+        let pin = pin.map(|pin| HostKeyPin::new(&pin.0)).transpose().map_err(|error| host::HostError::from(error))?;
+        let tell = |event| tell(event, on);
+        let (host, pin) = host::reach(endpoint, &folder.join(KEY_FILE), pin, deadline.into(), &tell).await?;
+        let host = SshHost { host, hosts: self.clone(), cursor: Mutex::default(), worker: Mutex::default() };
+        Ok((Box::new(host), Pin(pin.as_str().to_owned())))
+    }
+}
+
+struct SshHost {
+    host: RemoteHost,
+    hosts: SshHosts,
+    cursor: Mutex<Cursor>,
+    worker: Mutex<Option<RemoteWorker>>,
+}
+
+#[async_trait]
+impl Host for SshHost {
+    async fn probe(&self, offer: &Offer, disk: Bytes) -> Result<String, HostError> {
+        let facts = self.host.probe().await?;
+        match unfit(&facts, offer, disk) {
+            None => Ok(in_words(&facts)),
+            Some(why) => Err(HostError {
+                transient: false,
+                message: format!("the host is not what was rented: {why}"),
+                hint: Some("nothing was run on it; try again, another host may be given".to_owned()),
+            }),
+        }
+    }
+
+    async fn push_worker(&self, on: &Listener<'_>) -> Result<(), HostError> {
+        let tell = named("worker", on);
+        let worker = self.host.push_worker(&self.hosts.worker, &tell).await?;
+        *self.worker.lock().await = Some(worker);
+        Ok(())
+    }
+
+    async fn push(&self, run: &str, local: &Path, name: &str, on: &Listener<'_>) -> Result<String, HostError> {
+        let remote = format!("outliers/{run}-input/{name}");
+        let (tell, limit) = (named(name, on), self.hosts.push_limit.0);
+        if local.is_dir() {
+            return Ok(self.host.push_folder(local, &remote, limit, &tell).await?.path);
+        }
+        Ok(self.host.push_file(local, &remote, limit, &tell).await?)
+    }
+
+    async fn launch(&self, run: &str, job: &JobSpec, secrets: &[(&'static str, Secret)]) -> Result<(), HostError> {
+        let worker = self.worker.lock().await;
+        let worker = worker.as_ref().ok_or_else(|| HostError {
+            transient: true,
+            message: "the worker was not pushed over this connection".to_owned(),
+            hint: None,
+        })?;
+        let secrets: Vec<(&str, &Secret)> = secrets.iter().map(|(name, secret)| (*name, secret)).collect();
+        self.host.launch(worker, run, job, &secrets).await?;
+        Ok(())
+    }
+
+    async fn status(&self, run: &str) -> Result<JobStatus, HostError> {
+        Ok(self.host.status(run).await?)
+    }
+
+    async fn follow(&self, run: &str, on: &Listener<'_>) -> Result<JobStatus, HostError> {
+        let mut cursor = self.cursor.lock().await;
+        let deadline = tokio::time::Instant::now() + FOLLOW;
+        match self.host.follow(run, &mut cursor, deadline, &|event| tell(event, on)).await {
+            Err(error) if error.kind == HostErrorKind::Deadline => Ok(JobStatus::Running),
+            other => Ok(other?),
+        }
+    }
+
+    async fn fetch(&self, run: &str, into: &Path, on: &Listener<'_>) -> Result<Option<Manifest>, HostError> {
+        Ok(self.host.fetch(run, into, &|event| tell(event, on)).await?.manifest)
+    }
+
+    async fn stop_worker(&self, run: &str) -> Result<(), HostError> {
+        Ok(self.host.stop_worker(run).await?)
+    }
+}
+
+/// What makes the host another thing than the one that was rented.
+fn unfit(facts: &HostFacts, offer: &Offer, disk: Bytes) -> Option<String> {
+    let gpus = facts.gpus.len();
+    if gpus < offer.gpu_count as usize {
+        return Some(format!("it has {gpus} GPUs, {} were rented", offer.gpu_count));
+    }
+    let least = offer.vram.map_or(0, |vram| (vram.0 as f64 * MEMORY_SHARE) as u64);
+    if offer.gpu_count > 0
+        && let Some(small) = facts.gpus.iter().find(|gpu| gpu.memory.is_some_and(|memory| memory.0 < least))
+    {
+        return Some(format!("GPU {} has {} of memory", small.index, small.memory.unwrap_or_default()));
+    }
+    match facts.disk_free {
+        Some(free) if free < disk => Some(format!("{free} of its disk are free, {disk} are needed")),
+        _ => None,
+    }
+}
+
+fn in_words(facts: &HostFacts) -> String {
+    let cores = facts.cores.map(|cores| format!("{cores} CPU cores"));
+    let ram = facts.ram.map(|ram| format!("{ram} memory"));
+    let disk = facts.disk_free.map(|disk| format!("{disk} disk free"));
+    let gpus = facts.gpus.first().map(|first| format!("{} x {}", facts.gpus.len(), first.name));
+    let parts = [gpus, Some(format!("{} {}", facts.os, facts.arch)), cores, ram, disk];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+fn named<'a>(name: &'a str, on: &'a Listener<'a>) -> impl Fn(HostEvent) + Send + Sync + 'a {
+    move |event| match event {
+        HostEvent::Uploading { sent, total } => on(HostTalk::Uploading { name: name.to_owned(), sent, total }),
+        other => tell(other, on),
+    }
+}
+
+fn tell(event: HostEvent, on: &Listener<'_>) {
+    let note = |text: String| on(HostTalk::Note(text));
+    match event {
+        HostEvent::Progress(progress) => on(HostTalk::Progress(progress)),
+        HostEvent::Log(line) => on(HostTalk::Log(line)),
+        HostEvent::Fetching { name, bytes } => on(HostTalk::Downloading { name, bytes }),
+        HostEvent::Waiting { what, attempt, .. } => note(format!("waiting for SSH (attempt {attempt}): {what}")),
+        HostEvent::ConnectionLost { why } => note(format!("connection lost, the worker goes on: {why}")),
+        HostEvent::Reconnected => note("connected again".to_owned()),
+        HostEvent::LogSkipped(bytes) => note(format!("{} of the log passed over", Bytes(bytes))),
+        HostEvent::BadProgress(line) => note(format!("a damaged progress line: {line}")),
+        HostEvent::Uploading { .. }
+        | HostEvent::AlreadyThere
+        | HostEvent::Connected
+        | HostEvent::Probed(_)
+        | HostEvent::Launched { .. } => {}
+    }
+}
+
+impl From<host::HostError> for HostError {
+    fn from(error: host::HostError) -> Self {
+        Self { transient: error.is_transient(), message: error.message, hint: error.hint }
+    }
+}
+
+fn key_error(error: &KeyError) -> HostError {
+    HostError {
+        transient: false,
+        message: error.to_string(),
+        hint: Some("the state folder must be writable (OUTLIERS_STATE)".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake::offer;
+    use super::*;
+    use crate::host::GpuFacts;
+
+    fn facts(gpus: &[u64], disk: u64) -> HostFacts {
+        let gpu = |(index, gib): (usize, &u64)| GpuFacts {
+            index: index as u32,
+            name: "NVIDIA X".into(),
+            memory: Some(Bytes::from_gib(*gib)),
+            driver: "1".into(),
+            uuid: String::new(),
+        };
+        HostFacts {
+            os: "Linux".into(),
+            arch: "x86_64".into(),
+            user: "root".into(),
+            home: "/root".into(),
+            cores: Some(4),
+            ram: None,
+            disk_free: Some(Bytes::from_gib(disk)),
+            clock_skew: None,
+            gpus: gpus.iter().enumerate().map(gpu).collect(),
+        }
+    }
+
+    #[test]
+    fn only_what_was_rented_is_taken() {
+        let rented = Offer { gpu_count: 2, vram: Some(Bytes::from_gib(80)), ..offer("a", 1.0) };
+        let disk = Bytes::from_gib(50);
+        assert_eq!(unfit(&facts(&[79, 79], 100), &rented, disk), None);
+        assert!(unfit(&facts(&[79], 100), &rented, disk).unwrap().contains("1 GPUs"));
+        assert!(unfit(&facts(&[79, 40], 100), &rented, disk).unwrap().contains("GPU 1"));
+        assert!(unfit(&facts(&[79, 79], 10), &rented, disk).unwrap().contains("disk"));
+        assert_eq!(unfit(&facts(&[4], 100), &offer("cpu", 1.0), disk), None, "a CPU offer promises no GPU memory");
+        assert!(in_words(&facts(&[79], 100)).starts_with("1 x NVIDIA X, Linux x86_64, 4 CPU cores"));
+    }
+}

@@ -1,0 +1,434 @@
+//! The steps, one per state. Each may be repeated after a crash at any line of it.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use outliers_protocol::{CorpusSource, JobSpec, Manifest, ModelSource};
+
+use super::bring::{self, Folders};
+use super::{DeployEvent, Driver, Host, HostError, HostTalk, StepError, Stop, Stuck};
+use crate::broker::{BrokerError, BrokerErrorKind, Instance, InstanceState, Lease, LeaseTag, Offer, SshEndpoint};
+use crate::host::JobStatus;
+use crate::ledger::{now_ms, random_word};
+use crate::run::{Ending, Intent, Pin, Refusal, Rental, RunEvent, Trouble, TroubleKind};
+
+type Step = Result<(), StepError>;
+
+/// Create calls that may stay unanswered before the offer counts as refused.
+const UNANSWERED: u32 = 3;
+
+/// For a worker that runs: only the run's own time limit ends the attempts to reach it.
+const UNTIL_TIME_IS_UP: Duration = Duration::from_secs(365 * 24 * 3600);
+
+impl Driver<'_> {
+    /// Planned: writes down what will be rented next.
+    pub(super) async fn choose_offer(&mut self, refused: &[Refusal]) -> Step {
+        if let Some(ending) = self.memory.hopeless.take() {
+            return Err(StepError::End(ending));
+        }
+        let request = self.run.record().spec.request.clone();
+        let listed = match self.call(self.ports.broker.offers(&request)).await {
+            Ok(offers) => offers,
+            Err(error) => return self.try_again_broker(error, self.patience.settle).await,
+        };
+        let selected = (self.ports.select)(listed, &request).map_err(|t| StepError::End(Ending::Failed { trouble: t }))?;
+        let known = |key: &str| refused.iter().any(|refusal| refusal.offer.key == key);
+        let Some(offer) = selected.iter().find(|offer| !known(&offer.key)).cloned() else {
+            return Err(StepError::End(none_left(refused, selected.len())));
+        };
+        let tag = LeaseTag {
+            owner: self.run.owner().to_owned(),
+            run: self.run.record().id.clone(),
+            nonce: random_word(6),
+            deadline: now_ms() / 1000 + self.run.record().spec.max_duration_s,
+        };
+        (self.on)(DeployEvent::Renting(Box::new(offer.clone())));
+        self.append(RunEvent::Creating { intent: Intent { offer, tag } })?;
+        self.memory.fresh_intent = true;
+        Ok(())
+    }
+
+    /// Creating: makes the call that was announced, or finds out what became of one that an earlier process announced.
+    pub(super) async fn create(&mut self, intent: &Intent) -> Step {
+        if !std::mem::take(&mut self.memory.fresh_intent) {
+            return self.settle(intent).await;
+        }
+        let key = self.ports.hosts.key(&self.run.folder());
+        let ssh_public_key = match key {
+            Ok(line) => line,
+            Err(error) => {
+                self.memory.hopeless = Some(failed(TroubleKind::Local, error.message, error.hint));
+                let reason = "no SSH key could be made".to_owned();
+                return Ok(self.append(RunEvent::NotCreated { reason, refused: false })?);
+            }
+        };
+        let lease = Lease { tag: intent.tag.clone(), ssh_public_key, disk: self.run.record().spec.disk };
+        match self.call(self.ports.broker.create(&intent.offer, &lease)).await {
+            Ok(instance) => self.created(&instance),
+            Err(error) => self.not_created(error).await,
+        }
+    }
+
+    fn created(&mut self, instance: &Instance) -> Step {
+        Ok(self.append(RunEvent::Created { instance: instance.id.clone(), price: instance.price })?)
+    }
+
+    async fn not_created(&mut self, error: BrokerError) -> Step {
+        use BrokerErrorKind as Kind;
+        match error.kind {
+            Kind::Maybe => {
+                self.memory.unanswered += 1;
+                return Ok(()); // The next step asks the broker.
+            }
+            Kind::RateLimited | Kind::Unavailable => {
+                if self.pause(&error.to_string(), self.patience.settle).await {
+                    self.memory.fresh_intent = true;
+                    return Ok(());
+                }
+                self.memory.hopeless = Some(broker_failed(&error));
+            }
+            Kind::Auth | Kind::Budget => self.memory.hopeless = Some(broker_failed(&error)),
+            Kind::NoCapacity | Kind::NotFound | Kind::Rejected => {}
+        }
+        (self.on)(DeployEvent::Refused { reason: error.to_string() });
+        Ok(self.append(RunEvent::NotCreated { reason: error.to_string(), refused: true })?)
+    }
+
+    /// Whether an announced instance exists. A single listing without it proves nothing: it may not show yet.
+    async fn settle(&mut self, intent: &Intent) -> Step {
+        (self.on)(DeployEvent::Settling);
+        let name = intent.tag.to_string();
+        let found = self.look_for(|instance| instance.name == name, self.patience.settle).await?;
+        match found {
+            Some(instance) => self.created(&instance),
+            None => {
+                let reason = "the call was not answered and made no instance".to_owned();
+                let refused = self.memory.unanswered >= UNANSWERED;
+                Ok(self.append(RunEvent::NotCreated { reason, refused })?)
+            }
+        }
+    }
+
+    /// Rented: speaks to the host for the first time.
+    pub(super) async fn reach(&mut self, rental: &Rental) -> Step {
+        if let Some(cap) = self.run.record().spec.request.max_price
+            && rental.price > cap
+        {
+            let message = format!("the instance bills {}, more than the {cap} that was allowed", rental.price);
+            return Err(StepError::End(failed(TroubleKind::Broker, message, None)));
+        }
+        let pin = self.connect(rental, None, Duration::ZERO).await?;
+        Ok(self.append(RunEvent::Reached { pin })?)
+    }
+
+    /// Reachable: puts everything there and starts the worker.
+    pub(super) async fn launch(&mut self, rental: &Rental, pin: &Pin) -> Step {
+        self.connect(rental, Some(pin), Duration::ZERO).await?;
+        match self.prepare_and_launch(&rental.offer).await {
+            Ok(()) => Ok(self.append(RunEvent::Launched)?),
+            Err(error) => self.try_again_host(error, self.patience.ssh).await,
+        }
+    }
+
+    async fn prepare_and_launch(&self, offer: &Offer) -> Result<(), HostError> {
+        let run = self.run.record().id.clone();
+        let host = self.host();
+        // A process before us may have got this far.
+        if host.status(&run).await? != JobStatus::NotStarted {
+            return Ok(());
+        }
+        let facts = host.probe(offer, self.run.record().spec.disk).await?;
+        (self.on)(DeployEvent::Host(facts));
+        host.push_worker(&|talk| (self.on)(DeployEvent::Talk(talk))).await?;
+        let job = self.push_inputs(host, &run).await?;
+        host.launch(&run, &job, self.ports.secrets).await
+    }
+
+    /// The job with paths as the host sees them.
+    async fn push_inputs(&self, host: &dyn Host, run: &str) -> Result<JobSpec, HostError> {
+        let on = |talk: HostTalk| (self.on)(DeployEvent::Talk(talk));
+        let spec = &self.run.record().spec;
+        let mut job = spec.job.clone();
+        if let (ModelSource::Folder { path }, true) = (&mut job.model, spec.push_model) {
+            *path = host.push(run, Path::new(path), "model", &on).await?;
+        }
+        match &mut job.corpus.source {
+            CorpusSource::Builtin(_) => {}
+            CorpusSource::Files(paths) => {
+                for (i, path) in paths.iter_mut().enumerate() {
+                    *path = host.push(run, Path::new(path), &format!("corpus-{i}.txt"), &on).await?;
+                }
+            }
+            CorpusSource::TokenIds(path) => {
+                let json = Path::new(path).extension().is_some_and(|extension| extension == "json");
+                let name = if json { "token-ids.json" } else { "token-ids.safetensors" };
+                *path = host.push(run, Path::new(path), name, &on).await?;
+            }
+        }
+        Ok(job)
+    }
+
+    /// Launched: listens until the worker has ended. Losing the connection is not losing the job.
+    pub(super) async fn follow(&mut self, rental: &Rental, pin: &Pin) -> Step {
+        self.connect(rental, Some(pin), UNTIL_TIME_IS_UP).await?;
+        let run = self.run.record().id.clone();
+        let status = self.host().follow(&run, &|talk| (self.on)(DeployEvent::Talk(talk))).await;
+        match status {
+            Ok(JobStatus::Running) => {
+                self.memory.failing = None;
+                Ok(())
+            }
+            Ok(JobStatus::Ended { exit }) => Ok(self.append(RunEvent::WorkerEnded { exit })?),
+            Ok(JobStatus::NotStarted) => Ok(self.append(RunEvent::WorkerEnded { exit: None })?),
+            Err(error) => self.try_again_host(error, UNTIL_TIME_IS_UP).await,
+        }
+    }
+
+    /// Ended: brings the files home.
+    pub(super) async fn sync(&mut self, rental: &Rental, pin: &Pin, exit: Option<i32>) -> Step {
+        let folders = self.folders();
+        if let Some((results, ending)) = bring::already_home(&folders) {
+            return Ok(self.append(RunEvent::Fetched { results, ending })?);
+        }
+        self.connect(rental, Some(pin), Duration::ZERO).await?;
+        match self.fetch(&folders).await {
+            Ok(manifest) => self.fetched(&folders, manifest.as_ref(), exit),
+            Err(error) => {
+                let ended = self.try_again_host(error, self.patience.sync).await;
+                self.memory.unfetchable = ended.is_err();
+                ended
+            }
+        }
+    }
+
+    /// Salvaging: stops the worker and brings home what there is.
+    pub(super) async fn salvage(&mut self, rental: &Rental, pin: &Pin) -> Step {
+        if std::mem::take(&mut self.memory.unfetchable) {
+            let reason = "the instance could not be spoken to".to_owned();
+            return Ok(self.append(RunEvent::NotFetched { reason })?);
+        }
+        self.connect(rental, Some(pin), Duration::ZERO).await?;
+        let run = self.run.record().id.clone();
+        let folders = self.folders();
+        let manifest = match self.host().stop_worker(&run).await {
+            Ok(()) => self.fetch(&folders).await,
+            Err(error) => Err(error),
+        };
+        match manifest {
+            Ok(manifest) => self.fetched(&folders, manifest.as_ref(), None),
+            Err(error) => self.try_again_host(error, self.patience.sync).await,
+        }
+    }
+
+    fn folders(&self) -> Folders {
+        Folders::of(&self.run.record().spec, &self.run.record().id)
+    }
+
+    async fn fetch(&self, folders: &Folders) -> Result<Option<Manifest>, HostError> {
+        bring::empty_folder(&folders.arriving).map_err(|e| local_trouble(&folders.arriving, &e))?;
+        let run = &self.run.record().id;
+        self.host().fetch(run, &folders.arriving, &|talk| (self.on)(DeployEvent::Talk(talk))).await
+    }
+
+    fn fetched(&mut self, folders: &Folders, manifest: Option<&Manifest>, exit: Option<i32>) -> Step {
+        let (results, ending) = bring::settle(folders, manifest, exit).map_err(|error| {
+            let HostError { message, hint, .. } = local_trouble(&folders.arriving, &error);
+            StepError::End(failed(TroubleKind::Local, message, hint))
+        })?;
+        Ok(self.append(RunEvent::Fetched { results, ending })?)
+    }
+
+    /// Synced: on to the end, unless the user wants to keep the instance.
+    pub(super) fn after_sync(&mut self) -> Step {
+        let wanted = *self.stop.borrow() == Stop::Go && !self.run.cancel_asked();
+        let event = if self.run.record().spec.keep_running && wanted { RunEvent::Held } else { RunEvent::Terminate };
+        Ok(self.append(event)?)
+    }
+
+    /// Terminating: until complete listings show no instance of this run, whatever create call it came from.
+    pub(super) async fn terminate(&mut self, rental: &Rental) -> Step {
+        self.memory.host = None;
+        let deadline = Instant::now() + self.patience.terminate;
+        let mut trouble = self.call(self.ports.broker.terminate(&rental.instance)).await.err();
+        let mut absences = 0;
+        loop {
+            match self.call(self.ports.broker.list()).await {
+                Ok(listed) => {
+                    let ours: Vec<Instance> = listed.into_iter().filter(|i| self.is_ours(i, rental)).collect();
+                    absences = if ours.is_empty() { absences + 1 } else { 0 };
+                    if absences >= self.patience.absences {
+                        return Ok(self.append(RunEvent::Gone)?);
+                    }
+                    for instance in ours.iter().filter(|i| i.state != InstanceState::Terminating) {
+                        (self.on)(DeployEvent::Terminating(Box::new(instance.clone())));
+                        trouble = self.call(self.ports.broker.terminate(&instance.id)).await.err();
+                    }
+                }
+                Err(error) => trouble = Some(error),
+            }
+            if Instant::now() >= deadline {
+                let why = trouble.map_or_else(|| "it is still listed".to_owned(), |error| error.to_string());
+                let message = format!("instance {} could not be seen gone: {why}", rental.instance);
+                return Err(StepError::Stuck(Stuck::Instance { run: self.run.record().id.clone(), message }));
+            }
+            tokio::time::sleep(self.patience.listing_interval).await;
+        }
+    }
+
+    fn is_ours(&self, instance: &Instance, rental: &Rental) -> bool {
+        let of_this_run = |tag: LeaseTag| tag.owner == rental.tag.owner && tag.run == rental.tag.run;
+        instance.id == rental.instance || instance.tag().is_some_and(of_this_run)
+    }
+
+    fn host(&self) -> &dyn Host {
+        self.memory.host.as_deref().expect("every step that speaks to the host connects first")
+    }
+
+    /// Makes sure that there is a connection; returns the host's key. Each attempt has the patience for SSH; attempts are
+    /// repeated for `limit`.
+    async fn connect(&mut self, rental: &Rental, pin: Option<&Pin>, limit: Duration) -> Result<Pin, StepError> {
+        if let (Some(_), Some(pin)) = (&self.memory.host, pin) {
+            return Ok(pin.clone());
+        }
+        loop {
+            let endpoint = self.endpoint(rental, limit).await?;
+            let deadline = Instant::now() + self.patience.ssh;
+            let on = |talk: HostTalk| (self.on)(DeployEvent::Talk(talk));
+            match self.ports.hosts.reach(&endpoint, &self.run.folder(), pin, deadline, &on).await {
+                Ok((host, pin)) => {
+                    self.memory.host = Some(host);
+                    return Ok(pin);
+                }
+                Err(error) if error.transient && self.pause(&error.message, limit).await => {}
+                Err(error) => return Err(StepError::End(failed(TroubleKind::Host, error.message, error.hint))),
+            }
+        }
+    }
+
+    /// The instance's address, when it has one.
+    async fn endpoint(&mut self, rental: &Rental, limit: Duration) -> Result<SshEndpoint, StepError> {
+        let limit = limit.max(self.patience.boot);
+        let deadline = Instant::now() + limit;
+        loop {
+            let id = rental.instance.clone();
+            let found = self.look_for(move |instance| instance.id == id, limit).await?;
+            let why = match found.ok_or(StepError::Vanished)?.state {
+                InstanceState::Ready(endpoint) => return Ok(endpoint),
+                InstanceState::Failed(why) => return Err(did_not_come_up(rental, &why)),
+                InstanceState::Stopped | InstanceState::Terminating => {
+                    return Err(StepError::End(Ending::InstanceLost));
+                }
+                InstanceState::Booting => "it is still booting".to_owned(),
+                InstanceState::Unknown(word) => format!("its state is `{word}`"),
+            };
+            if Instant::now() >= deadline {
+                return Err(did_not_come_up(rental, &why));
+            }
+            (self.on)(DeployEvent::Booting);
+            tokio::time::sleep(self.patience.listing_interval).await;
+        }
+    }
+
+    /// The first listed instance that fits; `None` only after enough complete listings without one.
+    async fn look_for(
+        &mut self,
+        fits: impl Fn(&Instance) -> bool + Send,
+        limit: Duration,
+    ) -> Result<Option<Instance>, StepError> {
+        let deadline = Instant::now() + limit;
+        let mut absences = 0;
+        loop {
+            match self.call(self.ports.broker.list()).await {
+                Ok(listed) => {
+                    if let Some(instance) = listed.into_iter().find(&fits) {
+                        return Ok(Some(instance));
+                    }
+                    absences += 1;
+                    if absences >= self.patience.absences {
+                        return Ok(None);
+                    }
+                }
+                Err(error) if Instant::now() >= deadline => {
+                    let message = format!("it is not known whether its instance exists: {error}");
+                    return Err(StepError::Stuck(Stuck::Instance { run: self.run.record().id.clone(), message }));
+                }
+                Err(error) => {
+                    let pause = self.patience.listing_interval;
+                    (self.on)(DeployEvent::Retrying { reason: error.to_string(), pause });
+                }
+            }
+            tokio::time::sleep(self.patience.listing_interval).await;
+        }
+    }
+
+    /// A call to the broker that does not answer in time may have happened.
+    async fn call<T>(&self, call: impl Future<Output = Result<T, BrokerError>>) -> Result<T, BrokerError> {
+        tokio::time::timeout(self.patience.call, call).await.unwrap_or_else(|_| {
+            let message = format!("no answer within {} s", self.patience.call.as_secs());
+            Err(BrokerError { broker: self.ports.broker.name(), kind: BrokerErrorKind::Maybe, message })
+        })
+    }
+
+    async fn try_again_broker(&mut self, error: BrokerError, limit: Duration) -> Step {
+        use BrokerErrorKind as Kind;
+        let transient = matches!(error.kind, Kind::RateLimited | Kind::Unavailable | Kind::Maybe);
+        if transient && self.pause(&error.to_string(), limit).await {
+            return Ok(());
+        }
+        Err(StepError::End(broker_failed(&error)))
+    }
+
+    /// After a failure on the host: the step is made again on a new connection, where that can help.
+    async fn try_again_host(&mut self, error: HostError, limit: Duration) -> Step {
+        self.memory.host = None;
+        if error.transient && self.pause(&error.message, limit).await {
+            return Ok(());
+        }
+        Err(StepError::End(failed(TroubleKind::Host, error.message, error.hint)))
+    }
+
+    /// Waits a little longer after every failure; false when the present state has failed for longer than `limit`.
+    async fn pause(&mut self, reason: &str, limit: Duration) -> bool {
+        let (since, times) = self.memory.failing.unwrap_or((Instant::now(), 0));
+        if since.elapsed() >= limit {
+            return false;
+        }
+        self.memory.failing = Some((since, times + 1));
+        let pause = self.patience.backoff * (1 << times.min(5)).min(30);
+        (self.on)(DeployEvent::Retrying { reason: reason.to_owned(), pause });
+        tokio::time::sleep(pause).await;
+        true
+    }
+}
+
+fn failed(kind: TroubleKind, message: String, hint: Option<String>) -> Ending {
+    Ending::Failed { trouble: Trouble { kind, message, hint } }
+}
+
+fn broker_failed(error: &BrokerError) -> Ending {
+    let hint = match error.kind {
+        BrokerErrorKind::Auth => Some(format!("check the key for {}", error.broker)),
+        BrokerErrorKind::Budget => Some(format!("check the balance and the limits of the {} account", error.broker)),
+        _ => None,
+    };
+    failed(TroubleKind::Broker, error.to_string(), hint)
+}
+
+fn none_left(refused: &[Refusal], offered: usize) -> Ending {
+    let words: Vec<String> = refused.iter().map(|r| format!("{}: {}", r.offer.key, r.reason)).collect();
+    let message = format!("{} of {offered} offers were tried and none could be had ({})", refused.len(), words.join("; "));
+    failed(TroubleKind::NoOffer, message, Some("relax the filters, or try again later".to_owned()))
+}
+
+fn did_not_come_up(rental: &Rental, why: &str) -> StepError {
+    let message = format!("instance {} did not come up: {why}", rental.instance);
+    StepError::End(failed(TroubleKind::Host, message, Some("try again; another host may be given".to_owned())))
+}
+
+fn local_trouble(path: &Path, error: &std::io::Error) -> HostError {
+    HostError {
+        transient: false,
+        message: format!("{}: {error}", path.display()),
+        hint: Some("the results' folder must be writable and have room".to_owned()),
+    }
+}

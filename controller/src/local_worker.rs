@@ -1,0 +1,327 @@
+//! The worker program on this machine: found, asked, run.
+
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use outliers_protocol::{
+    CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Precision, Progress, SCHEMA, VersionInfo, files,
+};
+use serde::de::DeserializeOwned;
+use tokio::process::Command;
+
+use crate::text::clean;
+
+/// Name of the program.
+const NAME: &str = "outliers-worker";
+
+/// Between two looks at the progress file.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// A worker program that runs here and speaks our version.
+#[derive(Clone, Debug)]
+pub struct LocalWorker {
+    path: PathBuf,
+}
+
+/// Why the worker on this machine could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum LocalWorkerError {
+    /// There is none.
+    #[error("the worker program is not there: {}", path.display())]
+    Missing {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// It does not run.
+    #[error("{}: {source}", path.display())]
+    Unrunnable {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It is another version.
+    #[error("{} is version {theirs}; this program is {ours}", path.display())]
+    Version {
+        /// Which.
+        path: PathBuf,
+        /// Its version.
+        theirs: String,
+        /// Ours.
+        ours: String,
+    },
+    /// It says why not.
+    #[error("{}", .0.message)]
+    Failed(Failure),
+    /// It ended in a way it should not.
+    #[error("the worker ended with {status}: {said}")]
+    Odd {
+        /// How.
+        status: ExitStatus,
+        /// Its last words.
+        said: String,
+    },
+    /// A file between us cannot be read or written.
+    #[error("{}: {why}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+}
+
+impl LocalWorkerError {
+    /// What to do about it, where something can be done.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Missing { .. } => Some(
+                "`cargo build --release` makes both programs; or name it in the settings: worker.binary".to_owned(),
+            ),
+            Self::Unrunnable { .. } => Some("it must be a program for this machine; see worker.binary in the settings".to_owned()),
+            Self::Version { .. } => Some("build both programs together".to_owned()),
+            Self::Failed(failure) => failure.hint.clone(),
+            Self::Odd { .. } | Self::File { .. } => None,
+        }
+    }
+}
+
+impl LocalWorker {
+    /// The program the settings name, else the one beside `exe`; asked for its version.
+    ///
+    /// # Errors
+    /// It is missing, does not run, or is of another version.
+    pub async fn find(named: Option<&Path>, exe: &Path) -> Result<Self, LocalWorkerError> {
+        let path = named.map_or_else(|| exe.with_file_name(NAME), Path::to_owned);
+        if !path.is_file() {
+            return Err(LocalWorkerError::Missing { path });
+        }
+        let worker = Self { path };
+        let info: VersionInfo = worker.ask(&["version".to_owned()]).await?;
+        let ours = format!("{} (documents {SCHEMA})", env!("CARGO_PKG_VERSION"));
+        let theirs = format!("{} (documents {})", info.version, info.schema);
+        if ours == theirs { Ok(worker) } else { Err(LocalWorkerError::Version { path: worker.path, theirs, ours }) }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What the job's checkpoint is, and what the job needs. `devices`: whether the job's devices are this machine's.
+    ///
+    /// # Errors
+    /// The worker's own words, for a model that is not there, is gated, damaged or of an unknown architecture.
+    pub async fn inspect(&self, job: &JobSpec, devices: bool) -> Result<Inspection, LocalWorkerError> {
+        self.ask(&inspect_arguments(job, devices)).await
+    }
+
+    /// Makes the demo's checkpoint in `folder`; returns what was planted.
+    ///
+    /// # Errors
+    /// The worker's own words.
+    pub async fn demo_model<T: DeserializeOwned>(&self, folder: &Path) -> Result<T, LocalWorkerError> {
+        self.ask(&["demo-model".to_owned(), "--output".to_owned(), folder.to_string_lossy().into_owned()]).await
+    }
+
+    /// Runs a job into `folder`, passing on its progress.
+    ///
+    /// # Errors
+    /// The worker's own words, or that it ended without any.
+    pub async fn run(
+        &self,
+        job: &JobSpec,
+        folder: &Path,
+        on: &(dyn Fn(Progress) + Send + Sync),
+    ) -> Result<(), LocalWorkerError> {
+        let trouble = |path: &Path| {
+            let path = path.to_owned();
+            move |error: std::io::Error| LocalWorkerError::File { path, why: error.to_string() }
+        };
+        std::fs::create_dir_all(folder).map_err(trouble(folder))?;
+        let job_file = folder.join(files::JOB);
+        let text = serde_json::to_vec_pretty(job).map_err(|error| trouble(&job_file)(error.into()))?;
+        std::fs::write(&job_file, text).map_err(trouble(&job_file))?;
+        // What an earlier run left would be taken for this one's.
+        for name in [files::PROGRESS, files::MANIFEST] {
+            let _ = std::fs::remove_file(folder.join(name));
+        }
+        let log_file = folder.join(files::LOG);
+        let log = std::fs::File::create(&log_file).map_err(trouble(&log_file))?;
+        let mut command = Command::new(&self.path);
+        command.arg("run").arg(&job_file).arg("--output").arg(folder);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).kill_on_drop(true);
+        let mut child = command.spawn().map_err(|source| self.unrunnable(source))?;
+        let mut read = 0;
+        loop {
+            let ended = tokio::time::timeout(PAUSE, child.wait()).await;
+            read = pass_on(&folder.join(files::PROGRESS), read, on);
+            let Ok(status) = ended else { continue };
+            let status = status.map_err(|source| self.unrunnable(source))?;
+            return if status.success() { Ok(()) } else { Err(last_words(folder, status)) };
+        }
+    }
+
+    async fn ask<T: DeserializeOwned>(&self, arguments: &[String]) -> Result<T, LocalWorkerError> {
+        let mut command = Command::new(&self.path);
+        command.args(arguments).arg("--json").stdin(Stdio::null()).kill_on_drop(true);
+        let output = command.output().await.map_err(|source| self.unrunnable(source))?;
+        if output.status.success()
+            && let Ok(document) = serde_json::from_slice(&output.stdout)
+        {
+            return Ok(document);
+        }
+        match serde_json::from_slice::<Failure>(&output.stdout) {
+            Ok(failure) if !output.status.success() => Err(LocalWorkerError::Failed(failure)),
+            _ => Err(LocalWorkerError::Odd { status: output.status, said: clean(&output.stderr, 500) }),
+        }
+    }
+
+    fn unrunnable(&self, source: std::io::Error) -> LocalWorkerError {
+        LocalWorkerError::Unrunnable { path: self.path.clone(), source }
+    }
+}
+
+/// The job as options of `inspect`, which reads no text.
+fn inspect_arguments(job: &JobSpec, devices: bool) -> Vec<String> {
+    let mut arguments = vec!["inspect".to_owned()];
+    let mut option = |name: &str, value: Option<String>| {
+        if let Some(value) = value {
+            // In one word: a value that begins with a dash stays a value.
+            arguments.push(format!("--{name}={value}"));
+        }
+    };
+    option("model", Some(job.model.name().to_owned()));
+    if let ModelSource::Hub { revision, .. } = &job.model {
+        option("revision", Some(revision.clone()));
+    }
+    option("num-sequences", job.corpus.num_sequences.map(|n| n.to_string()));
+    option("sequence-length", job.corpus.sequence_length.map(|n| n.to_string()));
+    let precision = match job.precision {
+        Precision::Auto => "auto",
+        Precision::F32 => "f32",
+        Precision::Bf16 => "bf16",
+        Precision::F16 => "f16",
+    };
+    option("precision", Some(precision.to_owned()));
+    option("layers", job.layers.map(|n| n.to_string()));
+    option("devices", Some(job.devices.join(",")).filter(|list| devices && !list.is_empty()));
+    option("micro-batch-tokens", Some(job.micro_batch_tokens.to_string()));
+    arguments
+}
+
+/// Passes on the whole lines after byte `from`; returns where the next one begins.
+fn pass_on(path: &Path, from: usize, on: &(dyn Fn(Progress) + Send + Sync)) -> usize {
+    let Ok(bytes) = std::fs::read(path) else { return from };
+    let Some(new) = bytes.get(from..) else { return from };
+    let whole = new.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+    for line in new[..whole].split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        if let Ok(progress) = serde_json::from_slice(line) {
+            on(progress);
+        }
+    }
+    from + whole
+}
+
+/// What the worker said before it ended badly.
+fn last_words(folder: &Path, status: ExitStatus) -> LocalWorkerError {
+    let manifest = std::fs::read(folder.join(files::MANIFEST)).ok();
+    let manifest = manifest.and_then(|text| serde_json::from_slice::<outliers_protocol::Manifest>(&text).ok());
+    if let Some(outliers_protocol::Manifest { outcome: outliers_protocol::Outcome::Failed(failure), .. }) = manifest {
+        return LocalWorkerError::Failed(failure);
+    }
+    let log = std::fs::read(folder.join(files::LOG)).unwrap_or_default();
+    let tail = &log[log.len().saturating_sub(500)..];
+    LocalWorkerError::Odd { status, said: clean(tail, 500) }
+}
+
+/// A failure that a person caused by what was asked, rather than the machine.
+pub fn is_refusal(error: &LocalWorkerError) -> bool {
+    matches!(error, LocalWorkerError::Failed(failure) if failure.kind != FailureKind::Internal)
+}
+
+/// The local files a job's corpus names.
+pub fn corpus_files(job: &JobSpec) -> Vec<&str> {
+    match &job.corpus.source {
+        CorpusSource::Builtin(_) => Vec::new(),
+        CorpusSource::Files(paths) => paths.iter().map(String::as_str).collect(),
+        CorpusSource::TokenIds(path) => vec![path],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::sync::Mutex;
+
+    use super::*;
+
+    fn program(folder: &Path, script: &str) -> PathBuf {
+        let path = folder.join(NAME);
+        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    fn version(version: &str) -> String {
+        format!(r#"echo '{{"version":"{version}","schema":{SCHEMA},"target":"t","cuda":false,"architectures":[]}}'"#)
+    }
+
+    #[tokio::test]
+    async fn only_a_worker_of_our_version_is_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let exe = folder.path().join("outliers");
+        let missing = LocalWorker::find(None, &exe).await.unwrap_err();
+        assert!(matches!(missing, LocalWorkerError::Missing { .. }) && missing.hint().is_some());
+        program(folder.path(), &version(env!("CARGO_PKG_VERSION")));
+        LocalWorker::find(None, &exe).await.unwrap();
+        program(folder.path(), &version("9.9.9"));
+        let other = LocalWorker::find(None, &exe).await.unwrap_err();
+        assert!(matches!(other, LocalWorkerError::Version { .. }) && other.to_string().contains("9.9.9"));
+        program(folder.path(), "echo hello; echo oops >&2; exit 3");
+        let odd = LocalWorker::find(None, &exe).await.unwrap_err();
+        assert!(matches!(odd, LocalWorkerError::Odd { .. }) && odd.to_string().contains("oops"));
+    }
+
+    #[tokio::test]
+    async fn its_own_words_are_passed_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = program(folder.path(), r#"echo '{"kind":"unsupported","message":"unknown","hint":"known: a"}'; exit 1"#);
+        let job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
+        let error = LocalWorker { path }.inspect(&job, true).await.unwrap_err();
+        assert_eq!((error.to_string().as_str(), error.hint().as_deref()), ("unknown", Some("known: a")));
+        assert!(is_refusal(&error));
+    }
+
+    #[test]
+    fn a_job_becomes_options() {
+        let mut job = JobSpec::new(ModelSource::Hub { id: "a/b".into(), revision: "r".into() });
+        job.corpus.num_sequences = Some(3);
+        job.devices = vec!["cpu:2".into()];
+        job.layers = Some(1);
+        let words = inspect_arguments(&job, true).join(" ");
+        for expected in ["inspect --model=a/b --revision=r", "--num-sequences=3", "--devices=cpu:2", "--layers=1"] {
+            assert!(words.contains(expected), "{words}");
+        }
+        assert!(!inspect_arguments(&job, false).join(" ").contains("devices"));
+    }
+
+    #[tokio::test]
+    async fn a_run_tells_its_progress_and_its_failure() {
+        let folder = tempfile::tempdir().unwrap();
+        let line = r#"{"schema":1,"at_ms":1,"phase":"layers","layer":1,"layers":2,"bytes_read":1,"bytes_total":2,"tokens_per_second":1.0}"#;
+        let script = format!("printf '%s\\n%s' '{line}' 'half' > \"$4/progress.jsonl\"; echo said >&2; exit $(cat \"$4/code\")");
+        let worker = LocalWorker { path: program(folder.path(), &script) };
+        let out = folder.path().join("out");
+        std::fs::create_dir(&out).unwrap();
+        std::fs::write(out.join("code"), "0").unwrap();
+        let job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
+        let seen = Mutex::new(Vec::new());
+        worker.run(&job, &out, &|progress| seen.lock().unwrap().push(progress.layer)).await.unwrap();
+        assert_eq!(*seen.lock().unwrap(), [1]);
+        std::fs::write(out.join("code"), "7").unwrap();
+        let error = worker.run(&job, &out, &|_| {}).await.unwrap_err();
+        assert!(error.to_string().contains("said"), "{error}");
+    }
+}

@@ -1,0 +1,372 @@
+//! The ledger against a broker's list: what is ours, what is left over, what is gone.
+//!
+//! [`compare`] is pure and only ever sees complete listings: a failed or partial one never leads to an action.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::broker::{Instance, InstanceId};
+use crate::ledger::{Ledger, LedgerError, RunRecord};
+use crate::run::RunState;
+
+/// What to do about one instance or one run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "action", rename_all = "snake_case")]
+pub enum Action {
+    /// The instance of an abandoned run with time left: the same command picks the run up, or `runs cancel` ends it.
+    Adopt {
+        /// The run.
+        run: String,
+        /// Its instance.
+        instance: InstanceId,
+    },
+    /// An abandoned run with nothing left to decide: it has to be driven to its end.
+    Finish {
+        /// The run.
+        run: String,
+        /// Why.
+        why: Finish,
+    },
+    /// An instance of ours that no run accounts for.
+    Terminate {
+        /// Which.
+        instance: InstanceId,
+        /// Why.
+        why: Stray,
+    },
+    /// An abandoned run whose instance was missing from enough complete listings.
+    MarkGone {
+        /// The run.
+        run: String,
+    },
+    /// Not our business, or somebody is at it.
+    LeaveAlone {
+        /// Which.
+        instance: InstanceId,
+        /// Why.
+        why: Leave,
+    },
+}
+
+/// Why an abandoned run has to be driven to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finish {
+    /// Its instance was about to be terminated.
+    Ending,
+    /// Its time is up.
+    Expired,
+}
+
+/// Why an instance of ours must go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stray {
+    /// The ledger has no such run.
+    UnknownRun,
+    /// The run is over.
+    RunClosed,
+    /// The run has another instance, or none: this one came of an unanswered create call.
+    Superseded,
+}
+
+/// Why an instance is left alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Leave {
+    /// It carries no tag of this program.
+    NotOurs,
+    /// It carries the tag of another ledger.
+    OtherOwner,
+    /// A process drives its run.
+    Driven,
+    /// The user wants to keep it.
+    Held,
+}
+
+/// A run as far as this comparison goes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lease {
+    /// The run's id.
+    pub run: String,
+    /// Its broker.
+    pub broker: String,
+    /// Its state.
+    pub state: RunState,
+    /// A process drives it.
+    pub driven: bool,
+}
+
+/// Every run of the ledger with what this comparison needs.
+///
+/// # Errors
+/// What the ledger says.
+pub fn leases(ledger: &Ledger) -> Result<Vec<Lease>, LedgerError> {
+    let of = |run: RunRecord| {
+        let driven = !run.state.is_closed() && ledger.is_driven(&run.id)?;
+        Ok(Lease { run: run.id, broker: run.spec.broker, state: run.state, driven })
+    };
+    ledger.runs()?.into_iter().map(of).collect()
+}
+
+/// Compares what the ledger knows with one complete listing of one broker.
+///
+/// `missing` counts, for each run, the complete listings in a row that did not show its instance, this one included;
+/// `enough` of them make it gone. `now`: Unix seconds.
+pub fn compare(
+    owner: &str,
+    broker: &str,
+    now: u64,
+    leases: &[Lease],
+    listed: &[Instance],
+    missing: &BTreeMap<String, u32>,
+    enough: u32,
+) -> Vec<Action> {
+    let here: Vec<&Lease> = leases.iter().filter(|lease| lease.broker == broker).collect();
+    let of_instances = listed.iter().map(|instance| judge(owner, &here, instance));
+    let of_runs = here.iter().filter_map(|lease| judge_run(lease, now, listed, missing, enough));
+    let mut actions: Vec<Action> = of_instances.chain(of_runs).collect();
+    // A run that is finished as a whole needs no word about its instance.
+    let finished: Vec<String> = actions
+        .iter()
+        .filter_map(|action| if let Action::Finish { run, .. } = action { Some(run.clone()) } else { None })
+        .collect();
+    actions.retain(|action| !matches!(action, Action::Adopt { run, .. } if finished.contains(run)));
+    actions
+}
+
+fn judge(owner: &str, leases: &[&Lease], instance: &Instance) -> Action {
+    let id = instance.id.clone();
+    let leave = |why| Action::LeaveAlone { instance: id.clone(), why };
+    let terminate = |why| Action::Terminate { instance: id.clone(), why };
+    let Some(tag) = instance.tag() else { return leave(Leave::NotOurs) };
+    if tag.owner != owner {
+        return leave(Leave::OtherOwner);
+    }
+    let Some(lease) = leases.iter().find(|lease| lease.run == tag.run) else { return terminate(Stray::UnknownRun) };
+    if lease.driven {
+        return leave(Leave::Driven);
+    }
+    if lease.state.is_closed() {
+        return terminate(Stray::RunClosed);
+    }
+    if lease.state.tag() != Some(&tag) {
+        return terminate(Stray::Superseded);
+    }
+    match lease.state {
+        RunState::Held { .. } => leave(Leave::Held),
+        _ => Action::Adopt { run: lease.run.clone(), instance: id.clone() },
+    }
+}
+
+fn judge_run(
+    lease: &Lease,
+    now: u64,
+    listed: &[Instance],
+    missing: &BTreeMap<String, u32>,
+    enough: u32,
+) -> Option<Action> {
+    let tag = lease.state.tag()?;
+    if lease.driven {
+        return None;
+    }
+    let run = lease.run.clone();
+    if matches!(lease.state, RunState::Terminating { .. }) {
+        return Some(Action::Finish { run, why: Finish::Ending });
+    }
+    let name = tag.to_string();
+    let known = lease.state.rental().map(|rental| &rental.instance);
+    let shown = listed.iter().any(|instance| instance.name == name || Some(&instance.id) == known);
+    // An unanswered create call may still make its instance: only driving the run settles that.
+    let may_vanish = known.is_some();
+    if !shown && may_vanish && missing.get(&lease.run).is_some_and(|times| *times >= enough) {
+        return Some(Action::MarkGone { run });
+    }
+    (tag.deadline <= now).then_some(Action::Finish { run, why: Finish::Expired })
+}
+
+/// Counts, for each abandoned run with an instance, in how many listings in a row it was missing.
+pub fn count_missing(leases: &[Lease], broker: &str, listed: &[Instance], missing: &mut BTreeMap<String, u32>) {
+    for lease in leases.iter().filter(|lease| lease.broker == broker && !lease.driven) {
+        let Some(rental) = lease.state.rental() else { continue };
+        if listed.iter().any(|instance| instance.id == rental.instance) {
+            missing.remove(&lease.run);
+        } else {
+            *missing.entry(lease.run.clone()).or_default() += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::broker::{InstanceState, LeaseTag};
+    use crate::deploy::fake::offer;
+    use crate::run::{Ending, Intent, Pin, Rental};
+
+    const NOW: u64 = 1000;
+
+    fn tag(run: &str, nonce: &str, deadline: u64) -> LeaseTag {
+        LeaseTag { owner: "me".into(), run: run.into(), nonce: nonce.into(), deadline }
+    }
+
+    fn rental(tag: LeaseTag) -> Rental {
+        let offer = offer("a", 1.0);
+        Rental { instance: InstanceId(format!("i-{}", tag.run)), price: offer.price, offer, tag }
+    }
+
+    fn lease(run: &str, state: RunState) -> Lease {
+        Lease { run: run.into(), broker: "fake".into(), state, driven: false }
+    }
+
+    fn launched(run: &str, deadline: u64) -> RunState {
+        RunState::Launched { rental: rental(tag(run, "n", deadline)), pin: Pin("p".into()) }
+    }
+
+    fn instance(id: &str, name: impl ToString) -> Instance {
+        Instance {
+            broker: "fake".into(),
+            id: InstanceId(id.into()),
+            name: name.to_string(),
+            state: InstanceState::Booting,
+            price: None,
+            hardware: String::new(),
+            created_at: None,
+        }
+    }
+
+    fn actions(leases: &[Lease], listed: &[Instance]) -> Vec<Action> {
+        compare("me", "fake", NOW, leases, listed, &BTreeMap::new(), 3)
+    }
+
+    #[test]
+    fn what_is_not_ours_is_never_touched() {
+        let other = LeaseTag { owner: "you".into(), ..tag("r", "n", 1) };
+        let got = actions(&[], &[instance("a", "my-web-server"), instance("b", other), instance("c", "outliers-me-r")]);
+        let why: Vec<_> = got.iter().map(|a| if let Action::LeaveAlone { why, .. } = a { *why } else { panic!("{a:?}") }).collect();
+        assert_eq!(why, [Leave::NotOurs, Leave::OtherOwner, Leave::NotOurs]);
+    }
+
+    #[test]
+    fn an_abandoned_run_keeps_its_instance_until_its_time_is_up() {
+        let adopt = Action::Adopt { run: "r".into(), instance: InstanceId("i-r".into()) };
+        let shown = [instance("i-r", tag("r", "n", NOW + 1))];
+        assert_eq!(actions(&[lease("r", launched("r", NOW + 1))], &shown), [adopt]);
+        let late = [instance("i-r", tag("r", "n", NOW))];
+        let finish = Action::Finish { run: "r".into(), why: Finish::Expired };
+        assert_eq!(actions(&[lease("r", launched("r", NOW))], &late), [finish]);
+    }
+
+    #[test]
+    fn a_driven_run_is_its_drivers_business() {
+        let driven = Lease { driven: true, ..lease("r", launched("r", 1)) };
+        let shown = [instance("i-r", tag("r", "n", 1)), instance("i-x", tag("r", "other", 1))];
+        for action in actions(&[driven], &shown) {
+            assert!(matches!(action, Action::LeaveAlone { why: Leave::Driven, .. }), "{action:?}");
+        }
+    }
+
+    #[test]
+    fn what_no_run_accounts_for_goes() {
+        let closed = RunState::Closed { ending: Ending::Completed, results: None, loss: None };
+        let leases = [lease("done", closed), lease("r", launched("r", NOW + 9)), lease("p", RunState::initial())];
+        let far = NOW + 9;
+        let shown = [
+            instance("1", tag("done", "n", far)),
+            instance("2", tag("never", "n", far)),
+            instance("3", tag("r", "earlier", far)),
+            instance("4", tag("p", "n", far)),
+        ];
+        let why: Vec<_> = actions(&leases, &shown)
+            .iter()
+            .filter_map(|a| if let Action::Terminate { why, .. } = a { Some(*why) } else { None })
+            .collect();
+        assert_eq!(why, [Stray::RunClosed, Stray::UnknownRun, Stray::Superseded, Stray::Superseded]);
+    }
+
+    #[test]
+    fn an_unanswered_create_call_is_adopted_by_its_tag() {
+        let creating = RunState::Creating {
+            intent: Intent { offer: offer("a", 1.0), tag: tag("r", "n", NOW + 9) },
+            refused: Vec::new(),
+        };
+        let leases = [lease("r", creating)];
+        let adopt = Action::Adopt { run: "r".into(), instance: InstanceId("new".into()) };
+        assert_eq!(actions(&leases, &[instance("new", tag("r", "n", NOW + 9))]), [adopt]);
+        let missing = BTreeMap::from([("r".to_owned(), 99)]);
+        assert!(compare("me", "fake", NOW, &leases, &[], &missing, 3).is_empty(), "absence settles nothing here");
+    }
+
+    #[test]
+    fn absence_counts_only_after_several_listings() {
+        let leases = [lease("r", launched("r", NOW + 9))];
+        let mut missing = BTreeMap::new();
+        for expected in [0, 0, 1] {
+            count_missing(&leases, "fake", &[], &mut missing);
+            assert_eq!(compare("me", "fake", NOW, &leases, &[], &missing, 3).len(), expected);
+        }
+        count_missing(&leases, "fake", &[instance("i-r", tag("r", "n", NOW + 9))], &mut missing);
+        assert!(missing.is_empty(), "one sight starts the count again");
+        assert!(compare("me", "other", NOW, &leases, &[], &BTreeMap::from([("r".into(), 9)]), 3).is_empty());
+    }
+
+    #[test]
+    fn a_run_that_was_ending_is_ended() {
+        let state = RunState::Terminating {
+            rental: rental(tag("r", "n", NOW + 9)),
+            ending: Ending::Interrupted,
+            results: None,
+            loss: None,
+        };
+        let got = actions(&[lease("r", state)], &[instance("i-r", tag("r", "n", NOW + 9))]);
+        assert_eq!(got, [Action::Finish { run: "r".into(), why: Finish::Ending }]);
+    }
+
+    proptest! {
+        /// Whatever is listed and whatever the ledger holds: a foreign, driven or held instance is never terminated, and
+        /// every listed instance gets at most one verdict.
+        #[test]
+        fn hands_off(
+            names in prop::collection::vec(("me|you", "a|b|c", "n|m", 900u64..1100), 0..8),
+            states in prop::collection::vec((0usize..4, any::<bool>()), 3),
+        ) {
+            let leases: Vec<Lease> = ["a", "b", "c"].iter().zip(&states).map(|(run, (kind, driven))| {
+                let held = |rental| RunState::Held {
+                    rental,
+                    ending: Ending::Completed,
+                    results: crate::run::Brought { folder: String::new(), complete: true },
+                };
+                let state = match kind {
+                    0 => RunState::initial(),
+                    1 => launched(run, NOW + 5),
+                    2 => held(rental(tag(run, "n", NOW + 5))),
+                    _ => RunState::Closed { ending: Ending::Completed, results: None, loss: None },
+                };
+                Lease { driven: *driven, ..lease(run, state) }
+            }).collect();
+            let listed: Vec<Instance> = names.iter().enumerate().map(|(i, (owner, run, nonce, deadline))| {
+                instance(&format!("x{i}"), LeaseTag { owner: owner.clone(), ..tag(run, nonce, *deadline) })
+            }).collect();
+            let got = actions(&leases, &listed);
+            for instance in &listed {
+                let tag = instance.tag().unwrap();
+                let run = leases.iter().find(|lease| lease.run == tag.run).unwrap();
+                let verdicts = got.iter().filter(|action| match action {
+                    Action::Adopt { instance: id, .. } | Action::Terminate { instance: id, .. }
+                    | Action::LeaveAlone { instance: id, .. } => *id == instance.id,
+                    _ => false,
+                }).count();
+                prop_assert!(verdicts <= 1);
+                let killed = got.iter().any(|a| matches!(a, Action::Terminate { instance: id, .. } if *id == instance.id));
+                if killed {
+                    prop_assert_eq!(&tag.owner, "me");
+                    prop_assert!(!run.driven);
+                    prop_assert!(run.state.tag() != Some(&tag));
+                }
+            }
+        }
+    }
+}

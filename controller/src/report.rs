@@ -1,0 +1,507 @@
+//! All sentences: what happens, to people (standard error) and what comes out, to people or programs (standard output).
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use outliers_protocol::{Phase, Progress};
+use serde::Serialize;
+
+use crate::broker::{BrokerError, BrokerErrorKind};
+use crate::cli::{Color, Global};
+use crate::deploy::{DeployEvent, HostTalk, Stop, Stuck};
+use crate::ledger::{LedgerError, RunRecord};
+use crate::local_worker::LocalWorkerError;
+use crate::market::{self, NothingLeft};
+use crate::reconcile::{Action, Finish, Stray};
+use crate::run::{Ending, RunState, TroubleKind};
+use crate::settings::{Environment, SettingsError, Span};
+use crate::text::clean;
+use crate::units::Bytes;
+
+pub mod tables;
+
+/// Longest line of somebody else's that is shown.
+const LINE: usize = 2000;
+
+/// Between two plain lines of progress.
+const PLAIN_PAUSE: Duration = Duration::from_secs(2);
+
+/// How the program ends. The numbers are documented in the help and stable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitStatus {
+    /// Done, and nothing is left.
+    Done,
+    /// The run failed.
+    Failed,
+    /// Wrong arguments, or refused before anything was rented.
+    Refused,
+    /// No offer.
+    NoOffer,
+    /// Time is up.
+    TimeUp,
+    /// A cloud, its key or an instance failed.
+    Cloud,
+    /// An instance may still be running.
+    InstanceLeft,
+    /// Ctrl-C or `runs cancel`.
+    Interrupted,
+}
+
+impl ExitStatus {
+    /// The documented number.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Failed => 1,
+            Self::Refused => 2,
+            Self::NoOffer => 3,
+            Self::TimeUp => 4,
+            Self::Cloud => 5,
+            Self::InstanceLeft => 6,
+            Self::Interrupted => 130,
+        }
+    }
+
+    /// What a run that is over means for the program.
+    pub fn of_run(state: &RunState) -> Self {
+        match state.ending() {
+            Some(Ending::Completed) => Self::Done,
+            Some(Ending::WorkerFailed { .. } | Ending::WorkerVanished { .. }) => Self::Failed,
+            Some(Ending::Failed { trouble }) => match trouble.kind {
+                TroubleKind::NoOffer => Self::NoOffer,
+                TroubleKind::Broker | TroubleKind::Host => Self::Cloud,
+                TroubleKind::Local => Self::Failed,
+            },
+            Some(Ending::Interrupted | Ending::Cancelled) => Self::Interrupted,
+            Some(Ending::Deadline) => Self::TimeUp,
+            Some(Ending::InstanceLost) => Self::Cloud,
+            None => Self::InstanceLeft,
+        }
+    }
+}
+
+impl From<ExitStatus> for ExitCode {
+    fn from(status: ExitStatus) -> Self {
+        Self::from(status.number())
+    }
+}
+
+/// Why a command did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Complaint {
+    /// What the program ends with.
+    pub status: ExitStatus,
+    /// What went wrong, and where.
+    pub message: String,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
+impl Complaint {
+    /// Refused before anything was done.
+    pub fn refused(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { status: ExitStatus::Refused, message: message.into(), hint: Some(hint.into()) }
+    }
+
+    /// Something of this machine failed.
+    pub fn failed(message: impl Into<String>) -> Self {
+        Self { status: ExitStatus::Failed, message: message.into(), hint: None }
+    }
+}
+
+impl From<SettingsError> for Complaint {
+    fn from(error: SettingsError) -> Self {
+        Self::refused(error.to_string(), error.hint())
+    }
+}
+
+impl From<LedgerError> for Complaint {
+    fn from(error: LedgerError) -> Self {
+        let status = match error {
+            LedgerError::NoSuchRun { .. } | LedgerError::Ambiguous { .. } | LedgerError::Newer { .. } => {
+                ExitStatus::Refused
+            }
+            _ => ExitStatus::Failed,
+        };
+        Self { status, message: error.to_string(), hint: error.hint() }
+    }
+}
+
+impl From<LocalWorkerError> for Complaint {
+    fn from(error: LocalWorkerError) -> Self {
+        Self { status: ExitStatus::Refused, message: error.to_string(), hint: error.hint() }
+    }
+}
+
+impl From<NothingLeft> for Complaint {
+    fn from(error: NothingLeft) -> Self {
+        Self { status: ExitStatus::NoOffer, message: error.to_string(), hint: None }
+    }
+}
+
+impl From<BrokerError> for Complaint {
+    fn from(error: BrokerError) -> Self {
+        let hint = matches!(error.kind, BrokerErrorKind::Auth).then(|| format!("check the key for {}", error.broker));
+        Self { status: ExitStatus::Cloud, message: error.to_string(), hint }
+    }
+}
+
+impl From<Stuck> for Complaint {
+    fn from(stuck: Stuck) -> Self {
+        let hint = match &stuck {
+            Stuck::Instance { run, .. } => {
+                format!("an instance may still be running and billing. To end it: outliers runs cancel {run}")
+            }
+            Stuck::Broker { .. } | Stuck::Ledger(_) => {
+                "an instance may still be running and billing. To see: outliers instances list".to_owned()
+            }
+        };
+        Self { status: ExitStatus::InstanceLeft, message: stuck.to_string(), hint: Some(hint) }
+    }
+}
+
+/// Tells people on standard error, and prints what a command is for on standard output.
+pub struct Reporter {
+    json: bool,
+    quiet: bool,
+    verbose: bool,
+    color: bool,
+    bars: bool,
+    now: Mutex<Now>,
+}
+
+/// What is being shown.
+#[derive(Default)]
+struct Now {
+    bar: Option<ProgressBar>,
+    /// The last plain progress line: when, and of what.
+    plain: Option<(Instant, String)>,
+    booting: bool,
+}
+
+impl Reporter {
+    /// As the options and the environment want it.
+    pub fn new(global: &Global, environment: &Environment) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let plain = environment.is_plain();
+        Self {
+            json: global.json,
+            quiet: global.quiet,
+            verbose: global.verbose,
+            color: match global.color {
+                Color::Auto => terminal && !plain,
+                Color::Always => true,
+                Color::Never => false,
+            },
+            bars: terminal && !plain && !global.quiet,
+            now: Mutex::default(),
+        }
+    }
+
+    /// Whether programs read standard output.
+    pub fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// Prints what a command is for: the document to programs, the text to people.
+    pub fn result<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
+        self.done();
+        let text = if self.json {
+            serde_json::to_string_pretty(document).expect("documents hold no maps with keys other than strings")
+        } else {
+            text()
+        };
+        // A closed pipe (`| head`) is no error of ours.
+        let _ = writeln!(std::io::stdout().lock(), "{}", text.trim_end_matches('\n'));
+    }
+
+    /// One of many: a line of text to people, one JSON document per line to programs.
+    pub fn line<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
+        let line = if self.json {
+            serde_json::to_string(document).expect("documents hold no maps with keys other than strings")
+        } else {
+            text()
+        };
+        let _ = writeln!(std::io::stdout().lock(), "{line}");
+    }
+
+    /// Tells why a command failed. To programs too, on standard output.
+    pub fn complaint(&self, complaint: &Complaint) {
+        self.done();
+        if self.json {
+            let error = serde_json::json!({
+                "schema": 1,
+                "error": { "message": complaint.message, "hint": complaint.hint },
+                "exit_status": complaint.status.number(),
+            });
+            let _ = writeln!(std::io::stdout().lock(), "{error:#}");
+        }
+        self.sentence(complaint);
+    }
+
+    /// Why something failed, to people only.
+    pub fn sentence(&self, complaint: &Complaint) {
+        self.write(&format!("{}: {}", self.paint("31;1", "error"), clean(complaint.message.as_bytes(), LINE)));
+        if let Some(hint) = &complaint.hint {
+            self.write(&format!("{}: {}", self.paint("36", "hint"), clean(hint.as_bytes(), LINE)));
+        }
+    }
+
+    /// A sentence for people.
+    pub fn say(&self, text: &str) {
+        if !self.quiet {
+            self.write(text);
+        }
+    }
+
+    /// A sentence that only `-v` shows.
+    pub fn whisper(&self, text: &str) {
+        if self.verbose {
+            self.write(&self.paint("2", text));
+        }
+    }
+
+    /// No cloud's key is set.
+    pub fn using_this_machine(&self) {
+        self.say("No cloud's key is set: this machine is the cloud (broker `local`; its prices are made up).");
+    }
+
+    /// An abandoned run goes on.
+    pub fn picked_up(&self, run: &RunRecord) {
+        let done = run.state.word();
+        self.say(&format!("Picking up run {} where it was left ({done}); its own options hold.", run.id));
+    }
+
+    /// What was found between ledger and broker.
+    pub fn recovered<'a>(&self, actions: impl Iterator<Item = &'a Action>) {
+        for action in actions {
+            match action {
+                Action::Adopt { run, instance } => self.say(&format!(
+                    "Run {run} was left with instance {instance}: the same command picks it up, `outliers runs cancel {run}` ends it."
+                )),
+                Action::Terminate { instance, why } => {
+                    self.say(&format!("Stray instance {instance} was ended: {}.", stray(*why)));
+                }
+                Action::Finish { run, why } => self.say(&format!("Run {run} was brought to its end: {}.", finish(*why))),
+                Action::MarkGone { run } => self.say(&format!("Run {run}: its instance is gone.")),
+                Action::LeaveAlone { .. } => {}
+            }
+        }
+    }
+
+    /// What happens while a run is driven.
+    pub fn event(&self, event: DeployEvent) {
+        match event {
+            DeployEvent::State(state) => self.state(&state),
+            DeployEvent::Renting(offer) => self.say(&format!("Renting {}", clean(market::describe(&offer).as_bytes(), LINE))),
+            DeployEvent::Refused { reason } => {
+                self.say(&format!("It cannot be had ({}); trying the next offer", clean(reason.as_bytes(), LINE)));
+            }
+            DeployEvent::Retrying { reason, pause } => self.say(&format!(
+                "Trying again in {:.1} s: {}",
+                pause.as_secs_f64(),
+                clean(reason.as_bytes(), LINE)
+            )),
+            DeployEvent::Settling => self.say("Asking the cloud whether the instance was made"),
+            DeployEvent::Booting => self.booting(),
+            DeployEvent::Host(facts) => self.say(&format!("Host: {}", clean(facts.as_bytes(), LINE))),
+            DeployEvent::Talk(talk) => self.talk(talk),
+            DeployEvent::Terminating(instance) => self.whisper(&format!("Ending instance {}", instance.id)),
+            DeployEvent::Stopping(Stop::SkipSync) => self.say("Skipping the results; ending the instance"),
+            DeployEvent::Stopping(_) => {
+                self.say("Stopping: bringing home what there is, then ending the instance (Ctrl-C again skips the first)");
+            }
+        }
+    }
+
+    fn state(&self, state: &RunState) {
+        let sentence = match state {
+            RunState::Rented { rental } => format!("Instance {} is rented at {}", rental.instance, rental.price),
+            RunState::Reachable { .. } => "Connected; its host key is pinned".to_owned(),
+            RunState::Launched { .. } => "The worker runs".to_owned(),
+            RunState::Ended { .. } => "The worker has ended".to_owned(),
+            RunState::Salvaging { ending, .. } => format!("Bringing home what there is: {}", self.ending(ending)),
+            RunState::Synced { results, .. } => format!("Results are at home: {}", results.folder),
+            RunState::Held { rental, .. } => format!("Instance {} is kept and bills on", rental.instance),
+            RunState::Terminating { rental, .. } => format!("Ending instance {}", rental.instance),
+            RunState::Closed { .. } => "No instance of this run is left".to_owned(),
+            RunState::Planned { .. } | RunState::Creating { .. } => return,
+        };
+        self.done();
+        self.say(&sentence);
+    }
+
+    fn ending(&self, ending: &Ending) -> String {
+        clean(ending.to_string().as_bytes(), LINE)
+    }
+
+    fn booting(&self) {
+        let mut now = self.lock();
+        if !std::mem::replace(&mut now.booting, true) {
+            drop(now);
+            self.say("Waiting for the instance to start");
+        }
+    }
+
+    fn talk(&self, talk: HostTalk) {
+        match talk {
+            HostTalk::Uploading { name, sent, total } => {
+                let name = clean(name.as_bytes(), 80);
+                let label = format!("Uploading {name}");
+                self.measure(&label, sent, total, &format!("{} of {}", Bytes(sent), Bytes(total)));
+            }
+            HostTalk::Downloading { name, bytes } => {
+                self.whisper(&format!("Fetching {} ({})", clean(name.as_bytes(), 80), Bytes(bytes)));
+            }
+            HostTalk::Progress(progress) => self.progress(&progress),
+            HostTalk::Log(line) => self.whisper(&format!("worker: {}", clean(line.as_bytes(), LINE))),
+            HostTalk::Note(text) => self.say(&clean(text.as_bytes(), LINE)),
+        }
+    }
+
+    /// The worker's own report.
+    pub fn progress(&self, progress: &Progress) {
+        let label = phase(progress.phase);
+        let mut detail = format!("{} of {} layers", progress.layer, progress.layers);
+        if progress.bytes_total > 0 {
+            detail += &format!(", {} of {} weights", Bytes(progress.bytes_read), Bytes(progress.bytes_total));
+        }
+        if progress.tokens_per_second > 0.0 {
+            detail += &format!(", {:.0} tokens/s", progress.tokens_per_second);
+        }
+        if let Some(eta) = progress.eta_seconds.filter(|eta| eta.is_finite() && *eta >= 1.0 && *eta < 1e9) {
+            detail += &format!(", {} left", Span(Duration::from_secs_f64(eta)));
+        }
+        if let Some(message) = &progress.message {
+            detail += &format!(" ({})", clean(message.as_bytes(), 200));
+        }
+        self.measure(label, progress.layer as u64, progress.layers as u64, &detail);
+    }
+
+    /// A bar on a terminal; a line now and then elsewhere.
+    fn measure(&self, label: &str, position: u64, length: u64, detail: &str) {
+        if self.quiet {
+            return;
+        }
+        let mut now = self.lock();
+        if self.bars {
+            let bar = now.bar.get_or_insert_with(new_bar);
+            bar.set_length(length);
+            bar.set_position(position);
+            bar.set_prefix(label.to_owned());
+            bar.set_message(detail.to_owned());
+            return;
+        }
+        let due = match &now.plain {
+            Some((at, last)) => last != label || position == length || at.elapsed() >= PLAIN_PAUSE,
+            None => true,
+        };
+        if due {
+            now.plain = Some((Instant::now(), label.to_owned()));
+            drop(now);
+            self.write(&format!("{label}: {detail}"));
+        }
+    }
+
+    /// Takes the bar away.
+    fn done(&self) {
+        if let Some(bar) = self.lock().bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn write(&self, text: &str) {
+        let print = || drop(writeln!(std::io::stderr().lock(), "{text}"));
+        match &self.lock().bar {
+            Some(bar) => bar.suspend(print),
+            None => print(),
+        }
+    }
+
+    fn paint(&self, code: &str, text: &str) -> String {
+        if self.color { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+fn new_bar() -> ProgressBar {
+    let style = ProgressStyle::with_template("{prefix:.bold} {bar:24.cyan/dim} {msg}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(0).with_style(style)
+}
+
+fn phase(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Starting => "Starting",
+        Phase::Fetching => "Fetching the checkpoint",
+        Phase::Checking => "Checking the checkpoint",
+        Phase::Tokenizing => "Tokenizing",
+        Phase::Embedding => "Embedding",
+        Phase::Layers => "Layers",
+        Phase::Head => "Perplexity",
+        Phase::Writing => "Writing results",
+        Phase::Done => "Done",
+        Phase::Failed => "Failed",
+    }
+}
+
+/// In words, after "it was ended: ".
+pub fn stray(why: Stray) -> &'static str {
+    match why {
+        Stray::UnknownRun => "no run of the ledger accounts for it",
+        Stray::RunClosed => "its run is over",
+        Stray::Superseded => "its run has another instance, or none",
+    }
+}
+
+/// In words, after "it was brought to its end: ".
+pub fn finish(why: Finish) -> &'static str {
+    match why {
+        Finish::Ending => "its instance was about to be ended",
+        Finish::Expired => "its time was up",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::Trouble;
+
+    fn closed(ending: Ending) -> RunState {
+        RunState::Closed { ending, results: None, loss: None }
+    }
+
+    #[test]
+    fn exit_statuses_are_the_documented_ones() {
+        let trouble = |kind| Ending::Failed { trouble: Trouble { kind, message: String::new(), hint: None } };
+        for (ending, number) in [
+            (Ending::Completed, 0),
+            (Ending::WorkerVanished { exit: None }, 1),
+            (trouble(TroubleKind::Local), 1),
+            (trouble(TroubleKind::NoOffer), 3),
+            (Ending::Deadline, 4),
+            (trouble(TroubleKind::Broker), 5),
+            (trouble(TroubleKind::Host), 5),
+            (Ending::InstanceLost, 5),
+            (Ending::Interrupted, 130),
+            (Ending::Cancelled, 130),
+        ] {
+            assert_eq!(ExitStatus::of_run(&closed(ending.clone())).number(), number, "{ending:?}");
+        }
+        assert_eq!(ExitStatus::of_run(&RunState::initial()).number(), 6, "what has no ending is not over");
+    }
+
+    #[test]
+    fn whoever_may_have_left_an_instance_says_how_to_end_it() {
+        let complaint = Complaint::from(Stuck::Instance { run: "abc".into(), message: "it is still listed".into() });
+        assert_eq!(complaint.status.number(), 6);
+        assert!(complaint.hint.unwrap().contains("outliers runs cancel abc"));
+    }
+}

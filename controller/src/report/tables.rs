@@ -1,0 +1,340 @@
+//! Tables for people. Whatever comes from elsewhere is cleaned on its way in.
+
+use std::time::Duration;
+
+use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use comfy_table::{Cell, CellAlignment, Table};
+use outliers_protocol::{Inspection, Reading, Results, Sided};
+
+use crate::broker::{Instance, InstanceState, Offer};
+use crate::ledger::RunRecord;
+use crate::market;
+use crate::reconcile::{Action, Leave};
+use crate::settings::Span;
+use crate::text::clean;
+use crate::units::{Bytes, Usd};
+
+/// Features shown; the file has them all.
+const TOP: usize = 10;
+
+/// A table with a header.
+pub fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_HORIZONTAL_ONLY);
+    table.set_header(header.iter().map(|name| Cell::new(name)));
+    table
+}
+
+fn text(text: &str) -> Cell {
+    Cell::new(clean(text.as_bytes(), 200))
+}
+
+fn number(text: impl std::fmt::Display) -> Cell {
+    Cell::new(text).set_alignment(CellAlignment::Right)
+}
+
+fn percent(share: Option<f64>) -> Cell {
+    number(share.map_or_else(|| "-".to_owned(), |share| format!("{share:.1}")))
+}
+
+/// The verdicts side by side, perplexity and the strongest features.
+pub fn results(results: &Results) -> String {
+    let thresholds = results.thresholds;
+    let mut out = format!(
+        "{}: {} sequences of {} tokens, {} layers, {} norm outputs, {} features\n\
+         |x| >= {}, in >= {:.0} % of layers (or norm outputs) and >= {:.0} % of positions\n",
+        clean(results.model.as_bytes(), 200),
+        results.sequences,
+        results.tokens_per_sequence,
+        results.n_layers,
+        results.n_sites,
+        results.hidden,
+        thresholds.magnitude,
+        thresholds.layer_fraction * 100.0,
+        thresholds.position_fraction * 100.0,
+    );
+    let mut verdicts = table(&["systematic outlier features", "count", "mean L%", "mean S%"]);
+    for verdict in &results.verdicts {
+        let digits = if verdict.reading == Reading::MeanPerSequence { 2 } else { 0 };
+        verdicts.add_row([
+            text(&verdict.label),
+            number(format!("{:.digits$}", verdict.count)),
+            percent(verdict.mean_layer_percent),
+            percent(verdict.mean_sequence_percent),
+        ]);
+    }
+    out += &format!("{verdicts}\n");
+    if let Some(perplexity) = results.perplexity {
+        let tokens = perplexity.predicted_tokens;
+        out += &format!("perplexity {:.4} over {tokens} predicted tokens\n", perplexity.perplexity);
+    }
+    out + &features(results)
+}
+
+fn features(results: &Results) -> String {
+    let mut strongest: Vec<_> = results.features.iter().collect();
+    let key = |f: &&outliers_protocol::Feature| (f.systematic_by_layers, f.systematic_by_sites, f.max_abs);
+    strongest.sort_by(|a, b| key(b).partial_cmp(&key(a)).unwrap_or(std::cmp::Ordering::Equal));
+    if strongest.is_empty() {
+        return format!("no value reaches the threshold; the largest is {:.3}\n", results.max_abs);
+    }
+    let mut table = table(&["feature", "layers", "L%", "S%", "signs", "min", "max", "systematic by"]);
+    for feature in strongest.iter().take(TOP) {
+        let signs = match feature.sided {
+            Sided::Pos => "+",
+            Sided::Neg => "-",
+            Sided::Both => "+-",
+        };
+        let by = match (feature.systematic_by_layers, feature.systematic_by_sites) {
+            (true, true) => "layers, norm outputs",
+            (true, false) => "layers",
+            (false, true) => "norm outputs",
+            (false, false) => "-",
+        };
+        table.add_row([
+            number(feature.dim),
+            number(feature.n_layers),
+            percent(Some(feature.layer_fraction * 100.0)),
+            percent(Some(feature.position_fraction * 100.0)),
+            Cell::new(signs),
+            number(format!("{:.2}", feature.min)),
+            number(format!("{:.2}", feature.max)),
+            Cell::new(by),
+        ]);
+    }
+    let more = strongest.len().saturating_sub(TOP);
+    let rest = if more > 0 { format!("and {more} more features with outliers\n") } else { String::new() };
+    format!("{table}\n{rest}")
+}
+
+/// What can be rented.
+pub fn offers(offers: &[Offer], limit: Duration) -> String {
+    let mut table = table(&["#", "broker", "what", "price", "at most"]);
+    for (i, offer) in offers.iter().take(TOP).enumerate() {
+        table.add_row([
+            number(i + 1),
+            text(&offer.broker),
+            text(&market::describe(offer)),
+            number(offer.price),
+            number(offer.price.cost(limit)),
+        ]);
+    }
+    let more = offers.len().saturating_sub(TOP);
+    let rest = if more > 0 { format!("and {more} more\n") } else { String::new() };
+    format!("{table}\n{rest}")
+}
+
+/// What a run would need.
+pub fn needs(inspection: &Inspection) -> String {
+    let plan = &inspection.plan;
+    let rows = [
+        ("parameters", format!("{}, {} active per token", inspection.parameters, inspection.active_parameters)),
+        ("tokens", format!("{} sequences of {}", plan.sequences, plan.tokens_per_sequence)),
+        ("weights to read, once", Bytes(plan.bytes_to_read).to_string()),
+        ("disk for the checkpoint", Bytes(plan.disk_bytes).to_string()),
+        ("device memory, streamed", Bytes(plan.streamed_memory_bytes).to_string()),
+        ("device memory, all resident", Bytes(plan.resident_memory_bytes).to_string()),
+        ("arithmetic", format!("{:.3} x 10^12 operations", plan.flops / 1e12)),
+    ];
+    let mut table = table(&["a run needs", ""]);
+    for (name, value) in rows {
+        table.add_row([Cell::new(name), Cell::new(value)]);
+    }
+    format!("{table}\n")
+}
+
+/// A checkpoint.
+pub fn inspection(inspection: &Inspection) -> String {
+    let mut out = format!(
+        "{} ({}), revision {}\nwidth {}, vocabulary {}, {} layers, {} studied norm outputs, head {}, tokenizer {}\n",
+        clean(inspection.model.as_bytes(), 200),
+        clean(inspection.architecture.as_bytes(), 80),
+        clean(inspection.revision.as_deref().unwrap_or("none").as_bytes(), 80),
+        inspection.hidden,
+        inspection.vocab,
+        inspection.layers.len(),
+        inspection.sites.len(),
+        if inspection.tied_head { "tied to the embedding" } else { "of its own" },
+        clean(inspection.tokenizer.as_deref().unwrap_or("none: token ids only").as_bytes(), 80),
+    );
+    let dtypes: Vec<String> = inspection
+        .stored_dtypes
+        .iter()
+        .map(|(dtype, bytes)| format!("{} {}", clean(dtype.as_bytes(), 20), Bytes(*bytes)))
+        .collect();
+    out += &format!("stored: {} in all ({})\n", Bytes(inspection.stored_bytes), dtypes.join(", "));
+    let mut table = table(&["layer", "kind", "experts", "tensors", "parameters", "bytes", "norms before attention, before MLP"]);
+    for layer in &inspection.layers {
+        let norms: Vec<String> = inspection
+            .sites
+            .iter()
+            .filter(|site| site.layer == layer.layer)
+            .map(|site| clean(site.tensor.as_bytes(), 120))
+            .collect();
+        table.add_row([
+            number(layer.layer),
+            text(&layer.kind),
+            number(layer.experts),
+            number(layer.tensors),
+            number(layer.parameters),
+            number(Bytes(layer.bytes)),
+            Cell::new(norms.join("\n")),
+        ]);
+    }
+    out += &format!("{table}\n");
+    if !inspection.ignored_tensors.is_empty() {
+        out += &format!("{} tensors on disk are not part of a text-only pass\n", inspection.ignored_tensors.len());
+    }
+    out + &needs(inspection)
+}
+
+/// All runs.
+pub fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
+    let mut table = table(&["run", "model", "broker", "state", "age", "cost", "how it ended"]);
+    for (run, driven) in runs.iter().zip(driven) {
+        let state = match (run.state.is_at_rest(), driven) {
+            (false, false) => format!("{}, abandoned", run.state.word()),
+            _ => run.state.word().to_owned(),
+        };
+        let ending = run.state.ending().map(ToString::to_string).unwrap_or_default();
+        table.add_row([
+            text(&run.id),
+            text(&run.spec.model),
+            text(&run.spec.broker),
+            Cell::new(state),
+            number(age(run.created_at_ms, now_ms)),
+            number(run.cost(now_ms)),
+            text(&ending),
+        ]);
+    }
+    if runs.is_empty() { "no runs yet\n".to_owned() } else { format!("{table}\n") }
+}
+
+/// One run with all that happened.
+pub fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
+    let mut out = format!("run {} of {} on {}\n", run.id, clean(run.spec.model.as_bytes(), 200), run.spec.broker);
+    let state = if driven || run.state.is_at_rest() { "" } else { " (abandoned: the same command picks it up)" };
+    out += &format!("state: {}{state}\n", run.state.word());
+    if let Some(rental) = run.state.rental() {
+        out += &format!("instance: {} at {}\n", rental.instance, rental.price);
+        let left = (rental.tag.deadline * 1000).saturating_sub(now_ms);
+        out += &format!("time left: {}\n", Span(Duration::from_millis(left)));
+    }
+    out += &format!("cost: {}\n", run.cost(now_ms));
+    if let Some(ending) = run.state.ending() {
+        out += &format!("how it ended: {}\n", clean(ending.to_string().as_bytes(), 2000));
+    }
+    if let Some(results) = run.state.results() {
+        let whole = if results.complete { "" } else { " (partial)" };
+        out += &format!("results: {}{whole}\n", results.folder);
+    }
+    let mut table = table(&["after", "what happened"]);
+    for entry in &run.events {
+        table.add_row([number(age(run.created_at_ms, entry.at_ms)), Cell::new(entry.event.word())]);
+    }
+    format!("{out}{table}\n")
+}
+
+/// Instances and what is made of each.
+pub fn instances(listed: &[Instance], actions: &[Action]) -> String {
+    let mut table = table(&["instance", "run", "state", "hardware", "price", "what it is"]);
+    for instance in listed {
+        let state = match &instance.state {
+            InstanceState::Booting => "booting".to_owned(),
+            InstanceState::Ready(endpoint) => format!("ready at {endpoint}"),
+            InstanceState::Failed(why) => format!("failed: {why}"),
+            InstanceState::Stopped => "stopped".to_owned(),
+            InstanceState::Terminating => "terminating".to_owned(),
+            InstanceState::Unknown(word) => format!("unknown: {word}"),
+        };
+        table.add_row([
+            text(&instance.id.0),
+            text(&instance.tag().map(|tag| tag.run).unwrap_or_default()),
+            text(&state),
+            text(&instance.hardware),
+            number(instance.price.map(|price| price.to_string()).unwrap_or_default()),
+            text(&what_it_is(instance, actions)),
+        ]);
+    }
+    if listed.is_empty() { "no instances\n".to_owned() } else { format!("{table}\n") }
+}
+
+/// What this program makes of an instance, in words.
+pub fn what_it_is(instance: &Instance, actions: &[Action]) -> String {
+    let run = instance.tag().map(|tag| tag.run).unwrap_or_default();
+    for action in actions {
+        match action {
+            Action::Finish { run: ended, why } if *ended == run => return format!("to be ended: {}", super::finish(*why)),
+            Action::Adopt { instance: id, .. } if *id == instance.id => return "of an abandoned run".to_owned(),
+            Action::Terminate { instance: id, why } if *id == instance.id => {
+                return format!("stray: {}", super::stray(*why));
+            }
+            Action::LeaveAlone { instance: id, why } if *id == instance.id => {
+                let words = match why {
+                    Leave::NotOurs => "not ours",
+                    Leave::OtherOwner => "of another ledger",
+                    Leave::Driven => "of a run under way",
+                    Leave::Held => "kept",
+                };
+                return words.to_owned();
+            }
+            _ => {}
+        }
+    }
+    String::new()
+}
+
+/// Where a finished run's files are and what it cost.
+pub fn epilogue(run: &RunRecord, cost: Usd) -> String {
+    let mut out = String::new();
+    if let Some(results) = run.state.results() {
+        out += &format!("files: {}\n", results.folder);
+    }
+    let price = if run.spec.broker == crate::broker::local::NAME { " (made up: this machine)" } else { "" };
+    out + &format!("run {}, cost {cost}{price}\n", run.id)
+}
+
+fn age(since_ms: u64, now_ms: u64) -> String {
+    Span(Duration::from_millis(now_ms.saturating_sub(since_ms))).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use outliers_protocol::{Axis, Perplexity, Thresholds, Verdict};
+
+    use super::*;
+
+    #[test]
+    fn hostile_names_cannot_command_the_terminal() {
+        let verdict = |label: &str, count| Verdict {
+            reading: Reading::Unique,
+            axis: Axis::Layers,
+            label: label.into(),
+            count,
+            mean_layer_percent: Some(33.333),
+            mean_sequence_percent: None,
+        };
+        let evil = Results {
+            schema: 1,
+            model: "evil\u{1b}[2Jmodel".into(),
+            thresholds: Thresholds::default(),
+            n_layers: 4,
+            n_sites: 8,
+            hidden: 16,
+            sequences: 2,
+            tokens_per_sequence: 8,
+            verdicts: vec![verdict("a\u{1b}]0;title\u{7}b", 3.0), verdict("c", 0.0)],
+            features: Vec::new(),
+            per_sequence: Vec::new(),
+            sites: Vec::new(),
+            total_occurrences: 0,
+            max_abs: 1.5,
+            perplexity: Some(Perplexity { perplexity: 12.5, mean_nll: 2.5257, predicted_tokens: 14 }),
+        };
+        let shown = results(&evil);
+        assert!(shown.chars().all(|c| !c.is_control() || c == '\n'), "{shown}");
+        for expected in ["evilmodel", "ab", "33.3", "12.5000", "1.500"] {
+            assert!(shown.contains(expected), "{expected} in {shown}");
+        }
+    }
+}

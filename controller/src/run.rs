@@ -1,0 +1,660 @@
+//! The life of one run, as values: what state it is in, what may happen to it, and what it becomes.
+//!
+//! [`next`] is the only place where a run changes. It is used while a run is driven and again when the ledger is replayed
+//! after a crash, so the two can never disagree. No clock, no I/O, no randomness in here.
+//!
+//! ```text
+//! Planned -> Creating -> Rented -> Reachable -> Launched -> Ended -> Synced -> Terminating -> Closed
+//!    ^___________|          |          |           |          |         |          ^
+//!      not created          |__________|___________|__________|         |-> Held --|
+//!                              stopped: straight on, or by Salvaging ______________|
+//! ```
+
+use std::fmt;
+
+use outliers_protocol::{Failure, JobSpec};
+use serde::{Deserialize, Serialize};
+
+use crate::broker::{GpuRequest, InstanceId, LeaseTag, Offer};
+use crate::units::{Bytes, UsdPerHour};
+
+/// What a run is to do. Fixed when the run is planned; everything a later process needs to carry on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunSpec {
+    /// The model as typed: hub id or folder.
+    pub model: String,
+    /// Name of the broker.
+    pub broker: String,
+    /// The job, with paths as they are on this machine.
+    pub job: JobSpec,
+    /// SHA-256 over job, corpus files and broker: two runs with the same key would do the same work.
+    pub job_key: String,
+    /// What to rent.
+    pub request: GpuRequest,
+    /// Disk to reserve, where the cloud asks.
+    pub disk: Bytes,
+    /// Upload the model's folder instead of expecting it on the instance.
+    pub push_model: bool,
+    /// Hold the instance when the worker has ended.
+    pub keep_running: bool,
+    /// Seconds from the create call to the instance's end.
+    pub max_duration_s: u64,
+    /// Folder of this machine below which the results' folder appears.
+    pub results: String,
+}
+
+/// Where a run is in its life. Each variant owns what is known, and so what is possible, in it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum RunState {
+    /// Nothing is rented, nothing is under way.
+    Planned {
+        /// Offers that could not be had, oldest first.
+        refused: Vec<Refusal>,
+    },
+    /// A create call was, or is about to be, made. An instance with this tag may exist.
+    Creating {
+        /// What was to be created.
+        intent: Intent,
+        /// Offers that could not be had before.
+        refused: Vec<Refusal>,
+    },
+    /// An instance bills. Whether it answers is not known.
+    Rented {
+        /// The instance.
+        rental: Rental,
+    },
+    /// We have spoken to the host, and know its key.
+    Reachable {
+        /// The instance.
+        rental: Rental,
+        /// The host key every later connection must show.
+        pin: Pin,
+    },
+    /// The worker was started.
+    Launched {
+        /// The instance.
+        rental: Rental,
+        /// The host key.
+        pin: Pin,
+    },
+    /// The worker's process is gone; its files are on the instance.
+    Ended {
+        /// The instance.
+        rental: Rental,
+        /// The host key.
+        pin: Pin,
+        /// Exit status; `None`: ended by a signal, or unknown.
+        exit: Option<i32>,
+    },
+    /// The run is over before its end; what there is comes home before the instance ends.
+    Salvaging {
+        /// The instance.
+        rental: Rental,
+        /// The host key.
+        pin: Pin,
+        /// Why.
+        ending: Ending,
+    },
+    /// The files are at home, compared with the worker's manifest.
+    Synced {
+        /// The instance.
+        rental: Rental,
+        /// How the run ends.
+        ending: Ending,
+        /// Where they are.
+        results: Brought,
+    },
+    /// The user wants the instance to stay. Every automatic path but the deadline steps aside.
+    Held {
+        /// The instance.
+        rental: Rental,
+        /// How the run ended.
+        ending: Ending,
+        /// Where the files are.
+        results: Brought,
+    },
+    /// The instance is to end. Left only when complete listings no longer show it.
+    Terminating {
+        /// The instance.
+        rental: Rental,
+        /// How the run ends.
+        ending: Ending,
+        /// What came home.
+        results: Option<Brought>,
+        /// Why nothing did, where something was to be expected.
+        loss: Option<String>,
+    },
+    /// Over, and no instance of it exists. Nothing leaves this state.
+    Closed {
+        /// How it ended.
+        ending: Ending,
+        /// What came home.
+        results: Option<Brought>,
+        /// Why nothing did, where something was to be expected.
+        loss: Option<String>,
+    },
+}
+
+/// What happened to a run, or is about to be made to happen.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum RunEvent {
+    /// A create call follows. On disk before the call is made.
+    Creating {
+        /// What will be created.
+        intent: Intent,
+    },
+    /// It is certain that the intended instance does not exist.
+    NotCreated {
+        /// The broker's words.
+        reason: String,
+        /// The offer is not worth another try.
+        refused: bool,
+    },
+    /// The intended instance exists.
+    Created {
+        /// The broker's id.
+        instance: InstanceId,
+        /// What it bills, where the broker says.
+        price: Option<UsdPerHour>,
+    },
+    /// The host answered over SSH.
+    Reached {
+        /// Its key.
+        pin: Pin,
+    },
+    /// The worker runs, or has run.
+    Launched,
+    /// The worker's process is gone.
+    WorkerEnded {
+        /// Exit status, if there is one.
+        exit: Option<i32>,
+    },
+    /// Files are at home.
+    Fetched {
+        /// Where.
+        results: Brought,
+        /// How the run ends by what they say.
+        ending: Ending,
+    },
+    /// Nothing could be brought home.
+    NotFetched {
+        /// Why.
+        reason: String,
+    },
+    /// The run ends before its end.
+    Stopped {
+        /// Why.
+        ending: Ending,
+    },
+    /// The instance stays on the user's wish.
+    Held,
+    /// The instance is to end now.
+    Terminate,
+    /// Complete listings no longer show the instance.
+    Gone,
+    /// The instance went away without being told to.
+    Vanished,
+}
+
+/// A create call that is about to be made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Intent {
+    /// What is rented.
+    pub offer: Offer,
+    /// The mark the instance will carry.
+    #[serde(with = "tag_text")]
+    pub tag: LeaseTag,
+}
+
+/// A rented instance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rental {
+    /// The broker's id.
+    pub instance: InstanceId,
+    /// What was rented.
+    pub offer: Offer,
+    /// The mark it carries.
+    #[serde(with = "tag_text")]
+    pub tag: LeaseTag,
+    /// What it bills: the broker's word on the instance, else the offer's.
+    pub price: UsdPerHour,
+}
+
+/// A host key as it was first seen; opaque here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Pin(pub String);
+
+/// An offer that could not be had.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// The offer.
+    pub offer: Offer,
+    /// The broker's words.
+    pub reason: String,
+}
+
+/// Files brought home.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Brought {
+    /// Absolute path of the folder on this machine.
+    pub folder: String,
+    /// Every file of the manifest is there with the right hash.
+    pub complete: bool,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "ending", rename_all = "snake_case")]
+pub enum Ending {
+    /// Whole results are at home.
+    Completed,
+    /// The worker says why it could not do its job.
+    WorkerFailed {
+        /// Its words.
+        failure: Failure,
+    },
+    /// The worker went away without saying why.
+    WorkerVanished {
+        /// Exit status, if there is one.
+        exit: Option<i32>,
+    },
+    /// A step of ours failed.
+    Failed {
+        /// Which.
+        trouble: Trouble,
+    },
+    /// Ctrl-C.
+    Interrupted,
+    /// `runs cancel`.
+    Cancelled,
+    /// The run's time is up.
+    Deadline,
+    /// The instance went away by itself: preempted, crashed, or ended by somebody else.
+    InstanceLost,
+}
+
+/// A step that failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trouble {
+    /// For programs, and for the exit status.
+    pub kind: TroubleKind,
+    /// What went wrong, and where.
+    pub message: String,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
+/// Kinds of trouble a caller may treat differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TroubleKind {
+    /// No offer passes the filters, or none could be had.
+    NoOffer,
+    /// The cloud refused us: key, funds, or a request it does not like.
+    Broker,
+    /// The instance did not come up, or cannot be spoken to.
+    Host,
+    /// Something on this machine.
+    Local,
+}
+
+impl RunState {
+    /// A run before anything happened to it.
+    pub fn initial() -> Self {
+        Self::Planned { refused: Vec::new() }
+    }
+
+    /// One word, for tables.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Planned { .. } => "planned",
+            Self::Creating { .. } => "creating",
+            Self::Rented { .. } => "rented",
+            Self::Reachable { .. } => "reachable",
+            Self::Launched { .. } => "launched",
+            Self::Ended { .. } => "ended",
+            Self::Salvaging { .. } => "salvaging",
+            Self::Synced { .. } => "synced",
+            Self::Held { .. } => "held",
+            Self::Terminating { .. } => "terminating",
+            Self::Closed { .. } => "closed",
+        }
+    }
+
+    /// Nothing more will happen.
+    pub fn is_closed(&self) -> bool {
+        matches!(self, Self::Closed { .. })
+    }
+
+    /// Nobody needs to drive it: closed, or held on the user's wish.
+    pub fn is_at_rest(&self) -> bool {
+        matches!(self, Self::Closed { .. } | Self::Held { .. })
+    }
+
+    /// The instance, where one is known to have been rented.
+    pub fn rental(&self) -> Option<&Rental> {
+        match self {
+            Self::Planned { .. } | Self::Creating { .. } | Self::Closed { .. } => None,
+            Self::Rented { rental }
+            | Self::Reachable { rental, .. }
+            | Self::Launched { rental, .. }
+            | Self::Ended { rental, .. }
+            | Self::Salvaging { rental, .. }
+            | Self::Synced { rental, .. }
+            | Self::Held { rental, .. }
+            | Self::Terminating { rental, .. } => Some(rental),
+        }
+    }
+
+    /// The tag under which an instance may exist now.
+    pub fn tag(&self) -> Option<&LeaseTag> {
+        match self {
+            Self::Creating { intent, .. } => Some(&intent.tag),
+            other => other.rental().map(|rental| &rental.tag),
+        }
+    }
+
+    /// How the run ended, once that is decided.
+    pub fn ending(&self) -> Option<&Ending> {
+        match self {
+            Self::Salvaging { ending, .. }
+            | Self::Synced { ending, .. }
+            | Self::Held { ending, .. }
+            | Self::Terminating { ending, .. }
+            | Self::Closed { ending, .. } => Some(ending),
+            _ => None,
+        }
+    }
+
+    /// What came home.
+    pub fn results(&self) -> Option<&Brought> {
+        match self {
+            Self::Synced { results, .. } | Self::Held { results, .. } => Some(results),
+            Self::Terminating { results, .. } | Self::Closed { results, .. } => results.as_ref(),
+            _ => None,
+        }
+    }
+}
+
+/// What a run becomes when something happens to it.
+///
+/// # Errors
+/// [`IllegalEvent`] when the event cannot happen in that state: a defect of ours, or a damaged ledger.
+pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent> {
+    use {RunEvent as E, RunState as S};
+    let new = match (state.clone(), event.clone()) {
+        (S::Planned { refused }, E::Creating { intent }) => S::Creating { intent, refused },
+        (S::Planned { .. }, E::Stopped { ending }) => S::Closed { ending, results: None, loss: None },
+
+        (S::Creating { refused, .. }, E::NotCreated { refused: false, .. }) => S::Planned { refused },
+        (S::Creating { intent, mut refused }, E::NotCreated { reason, refused: true }) => {
+            refused.push(Refusal { offer: intent.offer, reason });
+            S::Planned { refused }
+        }
+        (S::Creating { intent: Intent { offer, tag }, .. }, E::Created { instance, price }) => {
+            let price = price.unwrap_or(offer.price);
+            S::Rented { rental: Rental { instance, offer, tag, price } }
+        }
+
+        (S::Rented { rental }, E::Reached { pin }) => S::Reachable { rental, pin },
+        (S::Reachable { rental, pin }, E::Launched) => S::Launched { rental, pin },
+        (S::Launched { rental, pin }, E::WorkerEnded { exit }) => S::Ended { rental, pin, exit },
+        (S::Ended { rental, .. }, E::Fetched { results, ending }) => S::Synced { rental, ending, results },
+
+        // Before the launch there is nothing to bring home.
+        (S::Rented { rental } | S::Reachable { rental, .. }, E::Stopped { ending }) => {
+            S::Terminating { rental, ending, results: None, loss: None }
+        }
+        (S::Launched { rental, pin } | S::Ended { rental, pin, .. }, E::Stopped { ending }) => {
+            S::Salvaging { rental, pin, ending }
+        }
+        // The reason for stopping stands, whatever the files say.
+        (S::Salvaging { rental, ending, .. }, E::Fetched { results, .. }) => {
+            S::Terminating { rental, ending, results: Some(results), loss: None }
+        }
+        (S::Salvaging { rental, ending, .. }, E::NotFetched { reason }) => {
+            S::Terminating { rental, ending, results: None, loss: Some(reason) }
+        }
+
+        (S::Synced { rental, ending, results }, E::Held) => S::Held { rental, ending, results },
+        (S::Synced { rental, ending, results } | S::Held { rental, ending, results }, E::Terminate) => {
+            S::Terminating { rental, ending, results: Some(results), loss: None }
+        }
+        (S::Terminating { ending, results, loss, .. }, E::Gone) => S::Closed { ending, results, loss },
+
+        (
+            S::Rented { .. }
+            | S::Reachable { .. }
+            | S::Launched { .. }
+            | S::Ended { .. }
+            | S::Salvaging { .. }
+            | S::Synced { .. }
+            | S::Held { .. },
+            E::Vanished,
+        ) => vanished(state),
+
+        _ => return Err(IllegalEvent { state: state.word(), event: event.word() }),
+    };
+    Ok(new)
+}
+
+/// Results that are at home stay what they are when the instance goes; otherwise they went with it.
+fn vanished(state: &RunState) -> RunState {
+    let ran = matches!(state, RunState::Launched { .. } | RunState::Ended { .. } | RunState::Salvaging { .. });
+    RunState::Closed {
+        ending: state.ending().cloned().unwrap_or(Ending::InstanceLost),
+        results: state.results().cloned(),
+        loss: ran.then(|| "the instance went away before its files were brought home".to_owned()),
+    }
+}
+
+impl RunEvent {
+    /// One word, for tables and errors.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Creating { .. } => "creating",
+            Self::NotCreated { .. } => "not created",
+            Self::Created { .. } => "created",
+            Self::Reached { .. } => "reached",
+            Self::Launched => "launched",
+            Self::WorkerEnded { .. } => "worker ended",
+            Self::Fetched { .. } => "fetched",
+            Self::NotFetched { .. } => "not fetched",
+            Self::Stopped { .. } => "stopped",
+            Self::Held => "held",
+            Self::Terminate => "terminate",
+            Self::Gone => "gone",
+            Self::Vanished => "vanished",
+        }
+    }
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Completed => f.write_str("completed"),
+            Self::WorkerFailed { failure } => write!(f, "the worker failed: {}", failure.message),
+            Self::WorkerVanished { exit: Some(exit) } => {
+                write!(f, "the worker ended with status {exit} and left no manifest")
+            }
+            Self::WorkerVanished { exit: None } => f.write_str("the worker was killed and left no manifest"),
+            Self::Failed { trouble } => f.write_str(&trouble.message),
+            Self::Interrupted => f.write_str("interrupted"),
+            Self::Cancelled => f.write_str("cancelled"),
+            Self::Deadline => f.write_str("the time limit of the run was reached"),
+            Self::InstanceLost => f.write_str("the instance went away by itself"),
+        }
+    }
+}
+
+/// An event that cannot happen in a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a run that is {state} cannot become {event}")]
+pub struct IllegalEvent {
+    /// The state's word.
+    pub state: &'static str,
+    /// The event's word.
+    pub event: &'static str,
+}
+
+/// Lease tags as the text the instance carries.
+mod tag_text {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    use crate::broker::LeaseTag;
+
+    pub(super) fn serialize<S: Serializer>(tag: &LeaseTag, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(tag)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<LeaseTag, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn offer() -> Offer {
+        Offer {
+            broker: "fake".into(),
+            key: "o1".into(),
+            gpu: None,
+            gpu_raw: None,
+            gpu_count: 0,
+            vram: None,
+            cpu_ram: None,
+            cpu_cores: Some(2),
+            disk: None,
+            price: UsdPerHour::from_dollars(1.0),
+            region: None,
+        }
+    }
+
+    fn intent() -> Intent {
+        let tag = LeaseTag { owner: "me".into(), run: "r1".into(), nonce: "n1".into(), deadline: 99 };
+        Intent { offer: offer(), tag }
+    }
+
+    fn brought() -> Brought {
+        Brought { folder: "/somewhere".into(), complete: true }
+    }
+
+    fn events() -> Vec<RunEvent> {
+        vec![
+            RunEvent::Creating { intent: intent() },
+            RunEvent::NotCreated { reason: "no capacity".into(), refused: true },
+            RunEvent::NotCreated { reason: "no answer".into(), refused: false },
+            RunEvent::Created { instance: InstanceId("i1".into()), price: Some(UsdPerHour::from_dollars(2.0)) },
+            RunEvent::Created { instance: InstanceId("i1".into()), price: None },
+            RunEvent::Reached { pin: Pin("key".into()) },
+            RunEvent::Launched,
+            RunEvent::WorkerEnded { exit: Some(0) },
+            RunEvent::Fetched { results: brought(), ending: Ending::Completed },
+            RunEvent::NotFetched { reason: "skipped".into() },
+            RunEvent::Stopped { ending: Ending::Interrupted },
+            RunEvent::Held,
+            RunEvent::Terminate,
+            RunEvent::Gone,
+            RunEvent::Vanished,
+        ]
+    }
+
+    fn replay(events: &[RunEvent]) -> RunState {
+        events.iter().fold(RunState::initial(), |state, event| next(&state, event).unwrap())
+    }
+
+    #[test]
+    fn the_happy_path_ends_closed_and_completed() {
+        let path = [
+            RunEvent::Creating { intent: intent() },
+            RunEvent::Created { instance: InstanceId("i1".into()), price: None },
+            RunEvent::Reached { pin: Pin("key".into()) },
+            RunEvent::Launched,
+            RunEvent::WorkerEnded { exit: Some(0) },
+            RunEvent::Fetched { results: brought(), ending: Ending::Completed },
+            RunEvent::Terminate,
+            RunEvent::Gone,
+        ];
+        let closed = RunState::Closed { ending: Ending::Completed, results: Some(brought()), loss: None };
+        assert_eq!(replay(&path), closed);
+    }
+
+    #[test]
+    fn a_stop_before_the_launch_skips_the_salvage_and_one_after_it_does_not() {
+        let mut path = vec![
+            RunEvent::Creating { intent: intent() },
+            RunEvent::Created { instance: InstanceId("i1".into()), price: None },
+        ];
+        let stop = RunEvent::Stopped { ending: Ending::Interrupted };
+        assert_eq!(next(&replay(&path), &stop).unwrap().word(), "terminating");
+        path.extend([RunEvent::Reached { pin: Pin("key".into()) }, RunEvent::Launched, stop]);
+        assert_eq!(replay(&path).word(), "salvaging");
+    }
+
+    #[test]
+    fn the_brokers_price_wins_over_the_offers() {
+        let created = |price| {
+            replay(&[
+                RunEvent::Creating { intent: intent() },
+                RunEvent::Created { instance: InstanceId("i1".into()), price },
+            ])
+        };
+        let price = |state: RunState| state.rental().unwrap().price;
+        assert_eq!(price(created(None)), UsdPerHour::from_dollars(1.0));
+        assert_eq!(price(created(Some(UsdPerHour::from_dollars(2.0)))), UsdPerHour::from_dollars(2.0));
+    }
+
+    #[test]
+    fn an_unknown_create_cannot_be_stopped_away() {
+        let creating = replay(&[RunEvent::Creating { intent: intent() }]);
+        assert!(next(&creating, &RunEvent::Stopped { ending: Ending::Interrupted }).is_err());
+        assert!(next(&creating, &RunEvent::Gone).is_err());
+        assert!(next(&creating, &RunEvent::Vanished).is_err());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Over any sequence of events, illegal ones refused: what may bill is never forgotten, the end is the end, and
+        /// state and events survive their journey through JSON.
+        #[test]
+        fn laws(picks in prop::collection::vec(0usize..15, 0..60)) {
+            let all = events();
+            let mut state = RunState::initial();
+            for pick in picks {
+                let event = &all[pick];
+                let text = serde_json::to_string(event).unwrap();
+                prop_assert_eq!(&serde_json::from_str::<RunEvent>(&text).unwrap(), event);
+                let Ok(new) = next(&state, event) else { continue };
+                prop_assert!(!state.is_closed(), "{} left the closed state", event.word());
+                if state.rental().is_some() && new.rental().is_none() {
+                    prop_assert!(matches!(event, RunEvent::Gone | RunEvent::Vanished));
+                    prop_assert!(new.is_closed());
+                }
+                if matches!(state, RunState::Creating { .. }) && new.tag().is_none() {
+                    let certain = matches!(event, RunEvent::NotCreated { .. });
+                    prop_assert!(certain);
+                }
+                if let (Some(before), Some(after)) = (state.rental(), new.rental()) {
+                    prop_assert_eq!(before, after);
+                }
+                if let Some(ending) = state.ending() {
+                    prop_assert_eq!(Some(ending), new.ending());
+                }
+                if let Some(results) = state.results() {
+                    prop_assert_eq!(Some(results), new.results());
+                }
+                let text = serde_json::to_string(&new).unwrap();
+                prop_assert_eq!(&serde_json::from_str::<RunState>(&text).unwrap(), &new);
+                state = new;
+            }
+        }
+    }
+}

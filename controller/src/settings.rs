@@ -1,0 +1,480 @@
+//! What was typed, the environment, and the settings' files, made into one value. Nobody below reads any of them again.
+//!
+//! An option wins over the user's file, which wins over `config/outliers.toml`, which is built in.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use outliers_protocol::Thresholds;
+use serde::Deserialize;
+
+use crate::broker::local;
+use crate::secret::Secret;
+use crate::units::Bytes;
+
+/// Every environment variable this program reads.
+pub mod variables {
+    /// Folder of ledger, keys and the local cloud.
+    pub const STATE: &str = "OUTLIERS_STATE";
+    /// The user's settings.
+    pub const CONFIG: &str = "OUTLIERS_CONFIG";
+    /// Token for gated models; passed on to the worker of such a job and to nobody else.
+    pub const HF_TOKEN: &str = "HF_TOKEN";
+    /// Another hub; passed on to the worker.
+    pub const HF_ENDPOINT: &str = "HF_ENDPOINT";
+    /// Where `hf auth login` leaves its token.
+    pub const HF_HOME: &str = "HF_HOME";
+    /// No colours, whatever it is set to.
+    pub const NO_COLOR: &str = "NO_COLOR";
+    /// `dumb`: no colours and no bars.
+    pub const TERM: &str = "TERM";
+    /// Base of the state folder.
+    pub const XDG_STATE_HOME: &str = "XDG_STATE_HOME";
+    /// Base of the user's settings.
+    pub const XDG_CONFIG_HOME: &str = "XDG_CONFIG_HOME";
+    /// Base of both, where they are not set.
+    pub const HOME: &str = "HOME";
+
+    /// All of them.
+    pub const ALL: [&str; 10] =
+        [STATE, CONFIG, HF_TOKEN, HF_ENDPOINT, HF_HOME, NO_COLOR, TERM, XDG_STATE_HOME, XDG_CONFIG_HOME, HOME];
+}
+
+/// The settings that are built in.
+const DEFAULTS: &str = include_str!("../../config/outliers.toml");
+
+/// The variables of [`variables`], as they were at the start.
+#[derive(Clone, Default)]
+pub struct Environment(BTreeMap<&'static str, String>);
+
+impl Environment {
+    /// This process's.
+    pub fn of_process() -> Self {
+        Self(variables::ALL.iter().filter_map(|name| Some((*name, std::env::var(name).ok()?))).collect())
+    }
+
+    /// These and no others.
+    pub fn of(pairs: &[(&'static str, &str)]) -> Self {
+        Self(pairs.iter().map(|(name, value)| (*name, (*value).to_owned())).collect())
+    }
+
+    /// The value, unless it is empty.
+    fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    fn path(&self, name: &str) -> Option<PathBuf> {
+        self.get(name).map(PathBuf::from)
+    }
+
+    /// Whether output may be coloured and redrawn, as far as the environment goes.
+    pub fn is_plain(&self) -> bool {
+        self.get(variables::NO_COLOR).is_some() || self.get(variables::TERM) == Some("dumb")
+    }
+}
+
+/// Everything that was decided before a command starts.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Folder of ledger, keys and the local cloud.
+    pub state: PathBuf,
+    /// Where results come to lie; absolute.
+    pub results: PathBuf,
+    /// The worker program, where the settings name one.
+    pub worker: Option<PathBuf>,
+    /// The broker of commands that name none.
+    pub broker: DefaultBroker,
+    /// After this an instance has no right to exist.
+    pub max_duration: Duration,
+    /// Disk beside what the checkpoint needs.
+    pub spare_disk: Bytes,
+    /// Largest folder or corpus that is pushed.
+    pub push_limit: Bytes,
+    /// When a feature counts.
+    pub thresholds: Thresholds,
+    /// Weight bytes per second, for plans.
+    pub read_rate: Bytes,
+    /// Share of peak arithmetic, for plans.
+    pub efficiency: f64,
+    /// Token for gated models.
+    pub hf_token: Option<Secret>,
+    /// Another hub.
+    pub hf_endpoint: Option<String>,
+}
+
+/// The broker of commands that name none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DefaultBroker {
+    /// The settings name it.
+    Named(String),
+    /// No cloud's key is set: this machine.
+    Local,
+}
+
+impl DefaultBroker {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Named(name) => name,
+            Self::Local => local::NAME,
+        }
+    }
+}
+
+/// A settings' file. Every field may be missing; one that is not known is an error.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct File {
+    broker: Option<String>,
+    results: Option<PathBuf>,
+    #[serde(default)]
+    worker: WorkerSection,
+    #[serde(default)]
+    run: RunSection,
+    #[serde(default)]
+    thresholds: ThresholdSection,
+    #[serde(default)]
+    plan: PlanSection,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WorkerSection {
+    binary: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct RunSection {
+    max_duration: Option<Span>,
+    spare_disk: Option<Size>,
+    push_limit: Option<Size>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct ThresholdSection {
+    magnitude: Option<f32>,
+    layer_fraction: Option<f64>,
+    position_fraction: Option<f64>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct PlanSection {
+    read_rate: Option<Size>,
+    efficiency: Option<f64>,
+}
+
+impl Settings {
+    /// Resolves the settings. `config` is the file named on the command line, `here` the current folder.
+    ///
+    /// # Errors
+    /// [`SettingsError`] when a file cannot be read or does not make sense, or there is no place for the state.
+    pub fn resolve(config: Option<&Path>, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
+        let defaults = parse(DEFAULTS, Path::new("config/outliers.toml"))?;
+        let user = user_file(config, environment)?;
+        let broker = match user.broker.or(defaults.broker).as_deref() {
+            // No cloud is built in yet whose key could be set.
+            None | Some("auto") => DefaultBroker::Local,
+            Some(name) => DefaultBroker::Named(name.to_owned()),
+        };
+        let built_in = |field| missing_default(field);
+        let results = user.results.or(defaults.results).ok_or_else(|| built_in("results"))?;
+        let span = user.run.max_duration.or(defaults.run.max_duration);
+        let spare = user.run.spare_disk.or(defaults.run.spare_disk);
+        let limit = user.run.push_limit.or(defaults.run.push_limit);
+        let rate = user.plan.read_rate.or(defaults.plan.read_rate);
+        Ok(Self {
+            state: state_folder(environment)?,
+            results: here.join(results),
+            worker: user.worker.binary.or(defaults.worker.binary).map(|path| here.join(path)),
+            broker,
+            max_duration: span.ok_or_else(|| built_in("run.max-duration"))?.0,
+            spare_disk: spare.ok_or_else(|| built_in("run.spare-disk"))?.0,
+            push_limit: limit.ok_or_else(|| built_in("run.push-limit"))?.0,
+            thresholds: thresholds(&user.thresholds, &defaults.thresholds),
+            read_rate: rate.ok_or_else(|| built_in("plan.read-rate"))?.0,
+            efficiency: user.plan.efficiency.or(defaults.plan.efficiency).ok_or_else(|| built_in("plan.efficiency"))?,
+            hf_token: hf_token(environment),
+            hf_endpoint: environment.get(variables::HF_ENDPOINT).map(str::to_owned),
+        })
+    }
+
+    /// What a worker that fetches from the hub is given.
+    pub fn hub_variables(&self) -> Vec<(&'static str, Secret)> {
+        let endpoint = self.hf_endpoint.as_ref().map(|text| (variables::HF_ENDPOINT, Secret::new(text.clone())));
+        let token = self.hf_token.clone().map(|token| (variables::HF_TOKEN, token));
+        token.into_iter().chain(endpoint).collect()
+    }
+}
+
+fn thresholds(user: &ThresholdSection, defaults: &ThresholdSection) -> Thresholds {
+    let known = Thresholds::default();
+    Thresholds {
+        magnitude: user.magnitude.or(defaults.magnitude).unwrap_or(known.magnitude),
+        layer_fraction: user.layer_fraction.or(defaults.layer_fraction).unwrap_or(known.layer_fraction),
+        position_fraction: user.position_fraction.or(defaults.position_fraction).unwrap_or(known.position_fraction),
+    }
+}
+
+fn user_file(config: Option<&Path>, environment: &Environment) -> Result<File, SettingsError> {
+    let named = config.map(Path::to_owned).or_else(|| environment.path(variables::CONFIG));
+    let usual = || {
+        let base = environment.path(variables::XDG_CONFIG_HOME);
+        let base = base.or_else(|| Some(environment.path(variables::HOME)?.join(".config")))?;
+        Some(base.join("outliers/outliers.toml")).filter(|path| path.exists())
+    };
+    let Some(path) = named.or_else(usual) else { return Ok(File::default()) };
+    let text =
+        std::fs::read_to_string(&path).map_err(|source| SettingsError::Unreadable { path: path.clone(), source })?;
+    parse(&text, &path)
+}
+
+fn parse(text: &str, path: &Path) -> Result<File, SettingsError> {
+    toml::from_str(text).map_err(|error| SettingsError::Wrong { path: path.to_owned(), why: error.to_string() })
+}
+
+fn state_folder(environment: &Environment) -> Result<PathBuf, SettingsError> {
+    let named = environment.path(variables::STATE);
+    let base = || environment.path(variables::XDG_STATE_HOME).map(|base| base.join("outliers"));
+    let home = || environment.path(variables::HOME).map(|home| home.join(".local/state/outliers"));
+    let folder = named.or_else(base).or_else(home).ok_or(SettingsError::NoState)?;
+    std::path::absolute(&folder).map_err(|source| SettingsError::Unreadable { path: folder, source })
+}
+
+/// The variable, else the file that `hf auth login` leaves.
+fn hf_token(environment: &Environment) -> Option<Secret> {
+    let named = environment.get(variables::HF_TOKEN).map(str::to_owned);
+    let file = || {
+        let home = environment.path(variables::HF_HOME);
+        let home = home.or_else(|| Some(environment.path(variables::HOME)?.join(".cache/huggingface")))?;
+        std::fs::read_to_string(home.join("token")).ok()
+    };
+    let token = named.or_else(file)?.trim().to_owned();
+    (!token.is_empty()).then(|| Secret::new(token))
+}
+
+fn missing_default(field: &'static str) -> SettingsError {
+    SettingsError::Wrong { path: PathBuf::from("config/outliers.toml"), why: format!("{field} is missing") }
+}
+
+/// Why the settings cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// A file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Unreadable {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file does not make sense.
+    #[error("{}: {why}", path.display())]
+    Wrong {
+        /// Which.
+        path: PathBuf,
+        /// Where in it, and what is wrong.
+        why: String,
+    },
+    /// There is no home folder.
+    #[error("there is no place for the ledger: no home folder")]
+    NoState,
+}
+
+impl SettingsError {
+    /// What to do about it.
+    pub fn hint(&self) -> String {
+        match self {
+            Self::Unreadable { .. } => "name a file that can be read, or none".to_owned(),
+            Self::Wrong { .. } => "config/outliers.toml shows every setting with its default".to_owned(),
+            Self::NoState => format!("set {} to a folder", variables::STATE),
+        }
+    }
+}
+
+/// A time as people write it: `90s`, `5m`, `1h30m`, `2d`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Span(pub Duration);
+
+impl FromStr for Span {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is not a time: write 90s, 5m, 1h30m or 2d");
+        let mut seconds: u64 = 0;
+        let mut rest = text.trim();
+        if rest.is_empty() {
+            return Err(wrong());
+        }
+        while !rest.is_empty() {
+            let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
+            let number: u64 = rest[..digits].parse().map_err(|_| wrong())?;
+            let unit = match rest.as_bytes()[digits] {
+                b's' => 1,
+                b'm' => 60,
+                b'h' => 3600,
+                b'd' => 86_400,
+                _ => return Err(wrong()),
+            };
+            seconds = number.checked_mul(unit).and_then(|n| seconds.checked_add(n)).ok_or_else(wrong)?;
+            rest = &rest[digits + 1..];
+        }
+        // Deadlines are added to clocks: a century is enough for everybody.
+        if seconds == 0 || seconds > 100 * 365 * 86_400 {
+            return Err(wrong());
+        }
+        Ok(Self(Duration::from_secs(seconds)))
+    }
+}
+
+impl TryFrom<String> for Span {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = self.0.as_secs();
+        match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+            (0, 0, s) => write!(f, "{s} s"),
+            (0, m, s) => write!(f, "{m} min {s:02} s"),
+            (h, m, _) => write!(f, "{h} h {m:02} min"),
+        }
+    }
+}
+
+/// An amount of memory as people write it: `512 MiB`, `1.5 GiB`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Size(pub Bytes);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is not an amount of memory: write 512 MiB or 1.5 GiB");
+        let text = text.trim();
+        let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let number: f64 = text[..split].parse().map_err(|_| wrong())?;
+        let unit = match text[split..].trim() {
+            "B" => 0,
+            "KiB" => 10,
+            "MiB" => 20,
+            "GiB" => 30,
+            "TiB" => 40,
+            _ => return Err(wrong()),
+        };
+        let bytes = number * (1u64 << unit) as f64;
+        if bytes < 1e18 { Ok(Self(Bytes(bytes as u64))) } else { Err(wrong()) }
+    }
+}
+
+impl TryFrom<String> for Size {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn resolve(text: Option<&str>, environment: &[(&'static str, &str)]) -> Result<Settings, SettingsError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("mine.toml");
+        std::fs::write(&path, text.unwrap_or_default()).unwrap();
+        let home = folder.path().to_string_lossy().into_owned();
+        let mut pairs = vec![(variables::HOME, home.as_str())];
+        pairs.extend_from_slice(environment);
+        Settings::resolve(text.map(|_| path.as_path()), &Environment::of(&pairs), Path::new("/here"))
+    }
+
+    #[test]
+    fn defaults_are_complete_and_say_what_the_documents_say() {
+        let settings = resolve(None, &[]).unwrap();
+        assert_eq!(settings.broker, DefaultBroker::Local);
+        assert_eq!(settings.results, Path::new("/here/remote_results"));
+        assert_eq!(settings.max_duration, Duration::from_secs(6 * 3600));
+        assert_eq!(settings.push_limit, Bytes::from_gib(1));
+        assert_eq!(settings.thresholds, Thresholds::default());
+        assert!(settings.state.ends_with(".local/state/outliers"));
+        assert!(settings.hf_token.is_none() && settings.hub_variables().is_empty());
+    }
+
+    #[test]
+    fn the_users_file_changes_only_what_it_names() {
+        let settings = resolve(Some("broker = 'x'\n[run]\nmax-duration = '1h30m'"), &[]).unwrap();
+        assert_eq!(settings.broker.name(), "x");
+        assert_eq!(settings.max_duration, Duration::from_secs(5400));
+        assert_eq!(settings.push_limit, Bytes::from_gib(1));
+    }
+
+    #[test]
+    fn what_is_not_known_is_an_error_that_says_where() {
+        for (text, word) in [
+            ("brokr = 'x'", "brokr"),
+            ("[run]\nmax-duration = '5 parsecs'", "parsecs"),
+            ("[run]\nmax_duration = '5m'", "max_duration"),
+            ("[worker]\nbinary = 3", "binary"),
+            ("= 3", "1"),
+        ] {
+            let error = resolve(Some(text), &[]).unwrap_err();
+            assert!(error.to_string().contains(word) && error.to_string().contains("mine.toml"), "{error}");
+            assert!(!error.hint().is_empty());
+        }
+        let missing = Settings::resolve(Some(Path::new("/no/such")), &Environment::of(&[]), Path::new("/"));
+        assert!(matches!(missing, Err(SettingsError::Unreadable { .. })));
+    }
+
+    #[test]
+    fn the_environment_says_where_things_are() {
+        let settings = resolve(None, &[(variables::STATE, "/s"), (variables::HF_TOKEN, " hf_x\n")]).unwrap();
+        assert_eq!(settings.state, Path::new("/s"));
+        assert_eq!(settings.hub_variables().len(), 1);
+        assert!(!format!("{settings:?}").contains("hf_x"), "a token is never printed");
+        assert_eq!(settings.hf_token.unwrap().expose(), "hf_x");
+        let settings = resolve(None, &[(variables::XDG_STATE_HOME, "/xdg"), (variables::HF_TOKEN, "")]).unwrap();
+        assert_eq!(settings.state, Path::new("/xdg/outliers"));
+        assert!(settings.hf_token.is_none());
+        let nowhere = Settings::resolve(None, &Environment::of(&[]), Path::new("/"));
+        assert!(matches!(nowhere, Err(SettingsError::NoState)));
+    }
+
+    #[test]
+    fn times_and_sizes() {
+        for (text, seconds) in [("90s", 90), ("5m", 300), ("1h30m", 5400), ("2d", 172_800), (" 1h ", 3600)] {
+            assert_eq!(text.parse(), Ok(Span(Duration::from_secs(seconds))));
+        }
+        for text in ["", "5", "m", "5x", "0s", "-5m", "99999999999999999999s", "9999999999999d", "5m3"] {
+            assert!(text.parse::<Span>().is_err(), "{text}");
+        }
+        assert_eq!("1.5 GiB".parse(), Ok(Size(Bytes(3 << 29))));
+        assert_eq!("512MiB".parse(), Ok(Size(Bytes::from_mib(512))));
+        for text in ["", "GiB", "1", "1 GB", "1e3 MiB", "9999999999 TiB", "-1 GiB"] {
+            assert!(text.parse::<Size>().is_err(), "{text}");
+        }
+        assert_eq!(Span(Duration::from_secs(3725)).to_string(), "1 h 02 min");
+        assert_eq!(Span(Duration::from_secs(65)).to_string(), "1 min 05 s");
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_typed_makes_them_panic(text in "\\PC{0,12}") {
+            let _ = text.parse::<Span>();
+            let _ = text.parse::<Size>();
+        }
+    }
+}
