@@ -48,6 +48,10 @@ pub struct Context {
 pub async fn run(cli: Cli) -> ExitStatus {
     let environment = Environment::of_process();
     let reporter = Reporter::new(&cli.global, &environment);
+    // An instance has no home, no state and no settings of ours: a folder is all it knows.
+    if let Command::InstanceServe { folder } = &cli.command {
+        return serve(folder).await;
+    }
     match dispatch(cli, &environment, reporter).await {
         Ok(status) => status,
         Err((reporter, complaint)) => {
@@ -75,14 +79,19 @@ async fn dispatch(
         Command::Inspect(args) => inspect::command(&context, &args).await,
         Command::Plan(args) => plan::command(&context, &args).await,
         Command::Completions { shell } => Ok(completions::command(shell)),
-        Command::InstanceServe { folder } => serve(&folder).await,
+        Command::InstanceServe { folder } => Ok(serve(&folder).await),
     };
     done.map_err(|complaint| (context.reporter, complaint))
 }
 
-async fn serve(folder: &Path) -> Result<ExitStatus, Complaint> {
-    let served = local::serve(folder).await;
-    served.map(|()| ExitStatus::Done).map_err(|error| Complaint::failed(format!("{error:#}")))
+async fn serve(folder: &Path) -> ExitStatus {
+    match local::serve(folder).await {
+        Ok(()) => ExitStatus::Done,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitStatus::Failed
+        }
+    }
 }
 
 impl Context {
