@@ -3,5 +3,6 @@
 
 mod host;
 mod hub;
+mod real_worker;
 mod ssh;
 mod worker;
