@@ -4,5 +4,6 @@
 mod deploy;
 mod host;
 mod hub;
+mod real_worker;
 mod ssh;
 mod worker;
