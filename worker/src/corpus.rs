@@ -19,9 +19,9 @@ use text::{Document, TextTokenizer};
 pub const SHAKESPEARE: &str = include_str!("../assets/shakespeare.txt");
 
 /// Sequences taken from a text when nothing else is asked for.
-const DEFAULT_SEQUENCES: usize = 16;
+pub const DEFAULT_SEQUENCES: usize = 16;
 /// Tokens per sequence taken from a text when nothing else is asked for and the model allows it.
-const DEFAULT_TOKENS: usize = 2048;
+pub const DEFAULT_TOKENS: usize = 2048;
 /// Fewest tokens per sequence: the second is the first that can be predicted.
 const FEWEST_TOKENS: usize = 2;
 /// Longest corpus file, bytes: tokenising needs some 50 times that in memory.

@@ -1,8 +1,32 @@
-//! Skeleton.
+//! The worker: streams a decoder-only language model over text, one layer's weights at a time, and counts outlier features.
+//!
+//! From the job to the numbers: [`run`] finds the checkpoint ([`source`], [`hub`]), [`arch`] turns its configuration into a
+//! [`decoder`] spec, [`model`] compares every tensor with it, [`corpus`] makes token ids, [`stream`] passes all of them through
+//! one unit of weights after another ([`weights`], [`attention`], [`ffn`], [`rope`], [`fused`]), [`stats`] counts and judges, [`output`] writes.
 
+pub mod app;
+pub mod arch;
+pub mod attention;
+pub mod bench;
+pub mod cli;
 pub mod corpus;
+pub mod decoder;
 pub mod demo;
+pub mod device;
+pub mod dtype;
 pub mod error;
+pub mod ffn;
 pub mod files;
+pub mod fused;
+pub mod hub;
+pub mod inspect;
+pub mod model;
+pub mod output;
+pub mod progress;
+pub mod rope;
+pub mod run;
 pub mod safetensors;
 pub mod source;
+pub mod stats;
+pub mod stream;
+pub mod weights;

@@ -43,7 +43,7 @@ pub struct TensorEntry {
     pub dtype: StoredDtype,
     /// Dimensions, outermost first; empty for a scalar.
     pub shape: Vec<u64>,
-    /// Index into [`TensorIndex::files`].
+    /// Index into [`WeightSource::files`].
     pub file: usize,
     /// First byte, counted from the start of the file.
     pub offset: u64,

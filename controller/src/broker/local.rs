@@ -284,7 +284,9 @@ fn state_of(folder: &Folder, record: &Record) -> io::Result<InstanceState> {
         (true, None) => InstanceState::Booting,
         (false, None) if young => InstanceState::Booting,
         (false, None) => InstanceState::Failed("it never started".to_owned()),
-        (false, Some(_)) => InstanceState::Failed(format!("its process ended: {}", last_words(folder))),
+        (false, Some(_)) => {
+            InstanceState::Failed(format!("its process ended; the last of its log: {}", last_words(folder)))
+        }
     })
 }
 
@@ -305,9 +307,8 @@ fn end(folder: &Folder, id: &str, billed: bool) -> Result<(), BrokerError> {
         tracing::warn!(id, %error, "the termination could not be noted first");
     }
     let record = folder.record();
-    let all_ended = |ended: Result<(), Vec<u32>>| ended.map_err(|pids| stays(format!("cannot end processes {pids:?}")));
     stop_process(folder, id);
-    all_ended(marks(folder, id, folder.is_locked().unwrap_or(false)).end_all())?;
+    marks(folder, id).end_all().map_err(stays)?;
     // Nobody else can start or end anything here while we hold it.
     let lock = match absent(folder.lock()) {
         Ok(Some(None)) => return Err(stays("its lock is held by a process that is not its own".to_owned())),
@@ -315,7 +316,7 @@ fn end(folder: &Folder, id: &str, billed: bool) -> Result<(), BrokerError> {
         Ok(lock) => lock,
         Err(error) => return Err(stays(error.to_string())),
     };
-    all_ended(marks(folder, id, false).end_all())?;
+    marks(folder, id).end_all().map_err(stays)?;
     let concluded = match record {
         Ok(record) => conclude(folder, &record, billed),
         // Nobody can say any more what it cost.
@@ -325,10 +326,10 @@ fn end(folder: &Folder, id: &str, billed: bool) -> Result<(), BrokerError> {
     concluded.map_err(|error| unavailable(format!("{id} is ended, but its folder stays: {error}")))
 }
 
-fn marks(folder: &Folder, id: &str, alive: bool) -> Marks {
-    // An unreadable ready.json costs one mark of four.
+fn marks(folder: &Folder, id: &str) -> Marks {
+    // An unreadable ready.json costs some marks of several.
     let leader = folder.ready().ok().flatten().map(|ready| ready.pid);
-    Marks::new(id, folder.home(), leader, alive)
+    Marks::new(id, folder.home(), leader)
 }
 
 /// Asks the instance's process to end what it started and itself; kills it when it takes too long.
@@ -336,7 +337,7 @@ fn stop_process(folder: &Folder, id: &str) {
     // One that does not listen yet has started nothing, and is found by its marks.
     let Ok(Some(ready)) = folder.ready() else { return };
     // The lock may be another terminator's by now, and the process id anybody's: the mark is not.
-    let is_it = || marks(folder, id, false).find().contains(&ready.pid);
+    let is_it = || marks(folder, id).find().is_ok_and(|pids| pids.contains(&ready.pid));
     let begun = Clock::now();
     let mut asked = false;
     while folder.is_locked().unwrap_or(false) && begun.elapsed() < 2 * ENDING_GRACE {

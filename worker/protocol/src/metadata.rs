@@ -110,6 +110,6 @@ pub struct HostInfo {
     pub cpu: String,
     /// Threads the worker uses.
     pub threads: usize,
-    /// Memory in bytes.
-    pub memory_bytes: u64,
+    /// Memory in bytes; `None` where the system does not tell.
+    pub memory_bytes: Option<u64>,
 }

@@ -125,7 +125,8 @@ fn damaged_files_are_named() {
     let list_config = |dir: &Path| fs::write(dir.join(CONFIG_FILE), "[]").unwrap();
     let bad_index = |dir: &Path| fs::write(dir.join(INDEX_FILE), r#"{"weight_map":[]}"#).unwrap();
     let no_config = |dir: &Path| fs::remove_file(dir.join(CONFIG_FILE)).unwrap();
-    let cases: [(&dyn Fn(&Path), &str); 5] = [
+    type Case<'a> = (&'a dyn Fn(&Path), &'static str);
+    let cases: [Case<'_>; 5] = [
         (&truncate, "model-1-of-61.safetensors: tensor \"b\""),
         (&bad_config, "config.json"),
         (&list_config, "not a JSON object"),

@@ -27,6 +27,9 @@ const CHANNEL_BUFFER: usize = 4096;
 /// A sleeping machine's timers stand still, the deadline does not: looked at this often.
 const DEADLINE_CHECK: Duration = Duration::from_secs(60);
 
+/// A client that says nothing is no client.
+const GREETING_LIMIT: Duration = Duration::from_secs(30);
+
 /// Why an instance ends.
 enum End {
     /// It was told to.
@@ -42,6 +45,8 @@ enum End {
 /// # Errors
 /// The folder is damaged, or in use by another process; the lease is over; no port, no signals. Nothing runs then.
 pub async fn serve(dir: &Path) -> Result<()> {
+    // Into the folder's log, unless the program has set up its own reporting.
+    let _ = tracing_subscriber::fmt().with_ansi(false).with_writer(io::stderr).try_init();
     // A leader of its own session, deaf to the terminal the controller was started from. Refused only if it leads a process
     // group, and then the terminal is not its own either.
     let _ = rustix::process::setsid();
@@ -134,7 +139,8 @@ async fn accept(listener: TcpListener, config: Arc<Config>, shell: Arc<Shell>, a
 async fn converse(stream: TcpStream, config: Arc<Config>, connection: Connection) {
     let result = async {
         stream.set_nodelay(true)?;
-        russh::server::run_stream(config, stream, connection).await?.await
+        let greeting = tokio::time::timeout(GREETING_LIMIT, russh::server::run_stream(config, stream, connection));
+        greeting.await.map_err(|_| russh::Error::ConnectionTimeout)??.await
     };
     if let Err(error) = result.await {
         tracing::debug!(%error, "a connection ended with an error");
@@ -149,7 +155,7 @@ async fn passed(deadline: Option<u64>) {
 }
 
 async fn end_everything(folder: &Folder, record: &Record) -> Result<()> {
-    let marks = Marks::new(&record.id, folder.home(), Some(std::process::id()), true);
+    let marks = Marks::new(&record.id, folder.home(), Some(std::process::id()));
     let ended = tokio::task::spawn_blocking(move || marks.end_all()).await.map_err(io::Error::other)?;
-    ended.map_err(|pids| anyhow::anyhow!("these processes cannot be ended: {pids:?}"))
+    ended.map_err(anyhow::Error::msg)
 }

@@ -357,7 +357,7 @@ mod tests {
         fs::create_dir_all(&deep).unwrap();
         fs::write(deep.join("f"), "x").unwrap();
         fs::set_permissions(&deep, fs::Permissions::from_mode(0o500)).unwrap();
-        fs::set_permissions(folder.home().join("a"), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(folder.home().join("a"), fs::Permissions::from_mode(0o000)).unwrap();
         folder.remove().unwrap();
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
         folder.remove().unwrap();

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, FileTimes, Metadata, OpenOptions, Permissions, ReadDir};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -52,6 +52,8 @@ pub(super) async fn serve(home: PathBuf, channel: Channel<Msg>, closed: watch::R
 #[derive(Clone, Debug)]
 enum Opened {
     File(Arc<File>),
+    /// Opened to append: the offsets of writes do not count.
+    Log(Arc<File>),
     Folder(Arc<Mutex<Listing>>),
 }
 
@@ -92,7 +94,7 @@ impl Server {
 
     fn file(&self, handle: &str) -> Reply<Arc<File>> {
         match self.opened.get(handle) {
-            Some(Opened::File(file)) => Ok(Arc::clone(file)),
+            Some(Opened::File(file) | Opened::Log(file)) => Ok(Arc::clone(file)),
             _ => Err(StatusCode::Failure.with_message("no such open file")),
         }
     }
@@ -290,7 +292,8 @@ impl russh_sftp::server::Handler for Server {
         let path = self.path(&filename);
         let mode = attrs.permissions.unwrap_or(0o666) & 0o7777;
         let file = blocking(move || OpenOptions::from(flags).mode(mode).open(path)).await?;
-        self.keep(id, Opened::File(Arc::new(file)))
+        let file = Arc::new(file);
+        self.keep(id, if flags.contains(OpenFlags::APPEND) { Opened::Log(file) } else { Opened::File(file) })
     }
 
     async fn close(&mut self, id: u32, handle: String) -> Reply<Status> {
@@ -310,7 +313,8 @@ impl russh_sftp::server::Handler for Server {
 
     async fn write(&mut self, id: u32, handle: String, offset: u64, data: Vec<u8>) -> Reply<Status> {
         let file = self.file(&handle)?;
-        done(id, move || file.write_all_at(&data, offset)).await
+        let append = matches!(self.opened.get(&handle), Some(Opened::Log(_)));
+        done(id, move || if append { (&*file).write_all(&data) } else { file.write_all_at(&data, offset) }).await
     }
 
     async fn lstat(&mut self, id: u32, path: String) -> Reply<Attrs> {

@@ -1,0 +1,63 @@
+//! The two programs, built once and run as a person would.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+/// The workspace's folder.
+pub fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests are a member of the workspace")
+}
+
+/// A golden fixture's folder: `model/`, `golden.safetensors`, `outliers.json`.
+pub fn golden(name: &str) -> PathBuf {
+    workspace().join("tests/golden").join(name)
+}
+
+/// Names of all golden fixtures.
+pub fn goldens() -> Vec<String> {
+    let entries = std::fs::read_dir(workspace().join("tests/golden")).expect("fixtures are part of the repository");
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.expect("readable"))
+        .filter(|entry| entry.path().join("golden.safetensors").exists())
+        .map(|entry| entry.file_name().into_string().expect("ASCII"))
+        .collect();
+    names.sort();
+    names
+}
+
+/// `outliers`, of the same profile as this test.
+pub fn controller() -> PathBuf {
+    built().join("outliers")
+}
+
+/// `outliers-worker`, of the same profile as this test.
+pub fn worker() -> PathBuf {
+    built().join("outliers-worker")
+}
+
+/// Builds both programs: a test binary does not make cargo build another package's programs, and must not run stale ones.
+fn built() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let test = std::env::current_exe().expect("this program has a path");
+        let folder = test.ancestors().nth(2).expect("tests lie in <profile>/deps").to_owned();
+        let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        // The whole workspace: naming packages would unify features differently and build everything a second time.
+        build.current_dir(workspace()).args(["build", "--workspace", "--bins", "--quiet"]);
+        match folder.file_name().and_then(|name| name.to_str()) {
+            Some("debug") | None => {}
+            Some(profile) => {
+                build.args(["--profile", profile]);
+            }
+        }
+        build.env("CARGO_TARGET_DIR", folder.parent().expect("profiles lie in the target folder"));
+        assert!(build.status().expect("cargo runs").success(), "the programs do not build");
+        folder
+    })
+}
+
+/// Runs the worker and waits for it.
+pub fn run_worker<I: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = I>) -> Output {
+    Command::new(worker()).args(arguments).output().expect("the worker starts")
+}

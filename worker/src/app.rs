@@ -1,0 +1,203 @@
+//! From arguments to an exit code.
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::Parser;
+use outliers_protocol::{Failure, FailureKind, Inspection, SCHEMA, VersionInfo};
+use serde::Serialize;
+
+use crate::cli::{Bench, Cli, Command, HubArgs, JobArgs, read_job};
+use crate::device;
+use crate::error::{Result, WorkerError};
+use crate::hub::{Hub, HubOptions, Token};
+use crate::inspect::{self, PlannedRun};
+use crate::model::Model;
+use crate::{arch, bench, demo, run};
+
+/// Parses arguments, does what they say, prints the outcome.
+///
+/// Exit code 0: done; 1: it failed; 2: the arguments or the job are wrong.
+pub fn main_impl() -> ExitCode {
+    let cli = Cli::parse();
+    start_log(cli.verbose);
+    let json = cli.json;
+    match dispatch(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => report(error, json),
+    }
+}
+
+/// `HF_TOKEN`, else the file that `hf auth login` leaves. Never an argument: everybody on the machine sees those.
+fn token(hub: &HubArgs) -> Option<Token> {
+    let named = std::env::var("HF_TOKEN").ok();
+    let file = || std::fs::read_to_string(hub.home()?.join("token")).ok();
+    Token::new(&named.or_else(file)?)
+}
+
+fn open_hub(args: &HubArgs) -> Result<Hub> {
+    let endpoint = args.hf_endpoint.clone();
+    Hub::new(HubOptions { endpoint, token: token(args), ..HubOptions::new(args.cache()?) })
+}
+
+fn start_log(verbose: bool) {
+    let level = if verbose { tracing::Level::DEBUG } else { tracing::Level::INFO };
+    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_target(false)
+        .with_ansi(colour)
+        .with_writer(std::io::stderr)
+        .init();
+}
+
+fn report(error: WorkerError, json: bool) -> ExitCode {
+    eprintln!("error: {}", error.message());
+    if let Some(hint) = error.hint_text() {
+        eprintln!("hint: {hint}");
+    }
+    let usage = error.kind() == FailureKind::Job;
+    if json {
+        print_json(&Failure::from(error));
+    }
+    ExitCode::from(if usage { 2 } else { 1 })
+}
+
+fn print_json(document: &impl Serialize) {
+    println!("{}", serde_json::to_string_pretty(document).expect("documents are plain data"));
+}
+
+fn dispatch(cli: Cli) -> Result<()> {
+    let hub = open_hub(&cli.hub)?;
+    match cli.command {
+        Command::Run { job, options, output } => {
+            let job = match job {
+                Some(path) => read_job(&path)?,
+                None => options.job()?,
+            };
+            let results = run::run(&job, &output, &hub, true)?;
+            if cli.json {
+                print_json(&results);
+            } else {
+                print_verdicts(&results);
+            }
+        }
+        Command::Inspect { options } => {
+            let inspection = inspect_command(*options, &hub)?;
+            if cli.json {
+                print_json(&inspection);
+            } else {
+                print_inspection(&inspection);
+            }
+        }
+        Command::DemoModel { output, seed } => {
+            let planted = demo::make(&output, seed)?;
+            print_json(&planted);
+        }
+        Command::Bench { what: Bench::Memory { hidden, layers } } => {
+            let table = bench::memory(hidden, &layers)?;
+            if cli.json {
+                print_json(&table);
+            } else {
+                print!("{table}");
+            }
+        }
+        Command::Version => version(cli.json),
+    }
+    Ok(())
+}
+
+fn inspect_command(options: JobArgs, hub: &Hub) -> Result<Inspection> {
+    let job = options.job()?;
+    let devices = device::open(&job.devices)?;
+    let checkpoint = run::metadata(&job.model, hub)?;
+    let model = Model::open(&checkpoint.config, &*checkpoint.weights, job.layers)?;
+    let longest = model.spec.max_positions.unwrap_or(usize::MAX);
+    let planned = PlannedRun {
+        sequences: job.corpus.num_sequences.unwrap_or(crate::corpus::DEFAULT_SEQUENCES),
+        tokens: job.corpus.sequence_length.unwrap_or(crate::corpus::DEFAULT_TOKENS.min(longest)),
+        compute: device::compute_dtype(job.precision, &devices),
+        micro_batch_tokens: job.micro_batch_tokens,
+    };
+    if planned.tokens > longest {
+        return Err(WorkerError::corpus(format!(
+            "{} tokens per sequence, but the model ends at {longest}",
+            planned.tokens
+        ))
+        .hint(format!("use --sequence-length {longest} or less")));
+    }
+    Ok(inspect::inspect(job.model.name(), &checkpoint, &model, planned))
+}
+
+fn version(json: bool) {
+    let info = VersionInfo {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        schema: SCHEMA,
+        target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
+        cuda: cfg!(feature = "cuda"),
+        architectures: arch::known().map(str::to_owned).collect(),
+    };
+    if json {
+        return print_json(&info);
+    }
+    println!("outliers-worker {} (schema {}, {}, cuda: {})", info.version, info.schema, info.target, info.cuda);
+    println!("architectures: {}", info.architectures.join(", "));
+}
+
+fn print_verdicts(results: &outliers_protocol::Results) {
+    println!("{}: {} sequences of {} tokens", results.model, results.sequences, results.tokens_per_sequence);
+    for v in &results.verdicts {
+        let percent = |p: Option<f64>| p.map_or_else(|| "-".to_owned(), |p| format!("{p:.1} %"));
+        let shares = (percent(v.mean_layer_percent), percent(v.mean_sequence_percent));
+        println!("{:>10.2}  {:<54} layers {:>7}  positions {:>7}", v.count, v.label, shares.0, shares.1);
+    }
+    if let Some(p) = results.perplexity {
+        println!("{:>10.3}  perplexity over {} predicted tokens", p.perplexity, p.predicted_tokens);
+    }
+}
+
+fn print_inspection(i: &Inspection) {
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    println!("{} ({}), revision {}", i.model, i.architecture, i.revision.as_deref().unwrap_or("none"));
+    println!("{} parameters, {} of them active per token", i.parameters, i.active_parameters);
+    println!(
+        "{} layers of width {}, {} studied norm outputs, vocabulary {}",
+        i.layers.len(),
+        i.hidden,
+        i.sites.len(),
+        i.vocab
+    );
+    let dtypes: Vec<String> = i.stored_dtypes.iter().map(|(d, b)| format!("{d} {:.3} GiB", gib(*b))).collect();
+    println!("stored: {}", dtypes.join(", "));
+    for layer in &i.layers {
+        println!(
+            "  layer {:>3}: {:>10.4} GiB in {:>4} tensors  {}",
+            layer.layer,
+            gib(layer.bytes),
+            layer.tensors,
+            layer.kind
+        );
+    }
+    let p = &i.plan;
+    println!(
+        "{} sequences x {} tokens: {:.3} PFLOP, {:.3} GiB to read, {:.3} GiB of device memory streamed, {:.3} GiB resident",
+        p.sequences,
+        p.tokens_per_sequence,
+        p.flops / 1e15,
+        gib(p.bytes_to_read),
+        gib(p.streamed_memory_bytes),
+        gib(p.resident_memory_bytes)
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+}

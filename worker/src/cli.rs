@@ -1,0 +1,257 @@
+//! Arguments, and what they mean.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use outliers_protocol::{
+    BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, Thresholds,
+};
+
+use crate::error::{Result, WorkerError};
+
+/// Streams a language model layer by layer over text and counts its outlier features.
+///
+/// Example: outliers-worker run --model ./OLMoE-1B-7B-0125 --corpus book.txt --output out
+#[derive(Parser, Debug)]
+#[command(name = "outliers-worker", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// The Hugging Face hub.
+    #[command(flatten)]
+    pub hub: HubArgs,
+    /// Print the result, or the failure, as JSON on standard output.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Say more on standard error.
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+}
+
+/// Where the hub is and where its files are kept.
+#[derive(Args, Debug)]
+pub struct HubArgs {
+    /// Address of the Hugging Face hub.
+    #[arg(long, global = true, env = "HF_ENDPOINT", default_value = crate::hub::DEFAULT_ENDPOINT, hide = true)]
+    pub hf_endpoint: String,
+    /// Home of the Hugging Face cache.
+    #[arg(long, global = true, env = "HF_HOME", hide = true)]
+    pub hf_home: Option<PathBuf>,
+    /// The Hugging Face cache itself.
+    #[arg(long, global = true, env = "HF_HUB_CACHE", hide = true)]
+    pub hf_hub_cache: Option<PathBuf>,
+}
+
+impl HubArgs {
+    /// `HF_HOME`, by default `~/.cache/huggingface`.
+    pub fn home(&self) -> Option<PathBuf> {
+        self.hf_home.clone().or_else(|| Some(std::env::home_dir()?.join(".cache/huggingface")))
+    }
+
+    /// `HF_HUB_CACHE`, by default `hub` below the home.
+    ///
+    /// # Errors
+    /// Job: neither is set and the user has no home folder.
+    pub fn cache(&self) -> Result<PathBuf> {
+        let below_home = || self.home().map(|home| home.join("hub"));
+        self.hf_hub_cache.clone().or_else(below_home).ok_or_else(|| {
+            WorkerError::job("no place for the model cache: there is no home folder").hint("set HF_HOME")
+        })
+    }
+}
+
+/// The worker's commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Run a job into a folder.
+    Run {
+        /// The job as a JSON or TOML file, instead of options.
+        #[arg(value_name = "JOB", conflicts_with_all = ["model", "corpus", "token_ids"])]
+        job: Option<PathBuf>,
+        /// The job as options.
+        #[command(flatten)]
+        options: Box<JobArgs>,
+        /// Folder for results, metadata, statistics and progress.
+        #[arg(short, long, value_name = "DIR")]
+        output: PathBuf,
+    },
+    /// Say what a checkpoint is and what a run over it needs. Reads headers only.
+    Inspect {
+        /// The job to plan for.
+        #[command(flatten)]
+        options: Box<JobArgs>,
+    },
+    /// Write a small mixture-of-experts checkpoint with planted outlier features.
+    DemoModel {
+        /// Folder for the checkpoint and `planted.json`.
+        #[arg(short, long, value_name = "DIR")]
+        output: PathBuf,
+        /// Seed of its weights.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
+    /// Measure the worker on this machine.
+    Bench {
+        /// What to measure.
+        #[command(subcommand)]
+        what: Bench,
+    },
+    /// Print version, protocol and known architectures.
+    Version,
+}
+
+/// Measurements.
+#[derive(Subcommand, Debug)]
+pub enum Bench {
+    /// Peak memory at 4, 16 and 64 layers of the same width, and weight bytes read at 1x and 16x the tokens.
+    Memory {
+        /// Width of the made-up models.
+        #[arg(long, default_value_t = 1024)]
+        hidden: usize,
+        /// Layers to compare.
+        #[arg(long, value_delimiter = ',', default_values_t = [4, 16, 64])]
+        layers: Vec<usize>,
+    },
+}
+
+/// A job as options.
+#[derive(Args, Debug)]
+pub struct JobArgs {
+    /// Hub id (owner/name), or a folder with config.json and safetensors files.
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Branch, tag or commit of a hub model.
+    #[arg(long, default_value = "main")]
+    pub revision: String,
+    /// Text file, one document each; may be repeated. Default: the English text shipped with the worker.
+    #[arg(long, value_name = "FILE")]
+    pub corpus: Vec<String>,
+    /// Ready token ids instead of text: safetensors with `input_ids` i64 [sequences, tokens], or a JSON list of lists.
+    #[arg(long, value_name = "FILE", conflicts_with = "corpus")]
+    pub token_ids: Option<String>,
+    /// Sequences [default: 16, or all rows of the token ids].
+    #[arg(long, value_name = "N")]
+    pub num_sequences: Option<usize>,
+    /// Tokens per sequence, BOS included [default: 2048, or the model's limit if that is lower].
+    #[arg(long, value_name = "N")]
+    pub sequence_length: Option<usize>,
+    /// Whether each window starts with the BOS token.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub bos: BosArg,
+    /// Cut each document by itself instead of packing all of them.
+    #[arg(long)]
+    pub separate_documents: bool,
+    /// Arithmetic: auto is f32 on a CPU and bf16 on a GPU.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub precision: PrecisionArg,
+    /// cpu, cpu:2 (two logical devices), cuda:0,cuda:1 [default: all GPUs, else the CPU].
+    #[arg(long, value_delimiter = ',')]
+    pub devices: Vec<String>,
+    /// Only the first N layers: a quick look, without perplexity.
+    #[arg(long, value_name = "N")]
+    pub layers: Option<usize>,
+    /// A feature exceeds where |x| >= this.
+    #[arg(long, default_value_t = Thresholds::default().magnitude)]
+    pub threshold: f32,
+    /// Also write every studied activation to this file in the output folder. Large.
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub save_activations: Option<String>,
+    /// Tokens computed together, in whole sequences.
+    #[arg(long, value_name = "N")]
+    pub micro_batch_tokens: Option<usize>,
+}
+
+/// [`BosPolicy`] on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum BosArg {
+    /// As the tokenizer does.
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// [`Precision`] on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum PrecisionArg {
+    /// By device.
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 16-bit floats.
+    F16,
+}
+
+impl JobArgs {
+    /// The job these options describe.
+    ///
+    /// # Errors
+    /// Job: no model, or one that is neither a folder nor a hub id.
+    pub fn job(self) -> Result<JobSpec> {
+        let model = self.model.as_deref().ok_or_else(|| {
+            WorkerError::job("no model given").hint("use --model owner/name, --model FOLDER, or a job file")
+        })?;
+        let mut job = JobSpec::new(model_source(model, &self.revision)?);
+        job.corpus = CorpusSpec {
+            source: match self.token_ids {
+                Some(file) => CorpusSource::TokenIds(file),
+                None if self.corpus.is_empty() => CorpusSource::Builtin(BUILTIN_CORPUS.to_owned()),
+                None => CorpusSource::Files(self.corpus),
+            },
+            num_sequences: self.num_sequences,
+            sequence_length: self.sequence_length,
+            bos: match self.bos {
+                BosArg::Auto => BosPolicy::Auto,
+                BosArg::Always => BosPolicy::Always,
+                BosArg::Never => BosPolicy::Never,
+            },
+            packing: if self.separate_documents { Packing::Separate } else { Packing::Packed },
+        };
+        job.precision = match self.precision {
+            PrecisionArg::Auto => Precision::Auto,
+            PrecisionArg::F32 => Precision::F32,
+            PrecisionArg::Bf16 => Precision::Bf16,
+            PrecisionArg::F16 => Precision::F16,
+        };
+        job.devices = self.devices;
+        job.layers = self.layers;
+        job.thresholds.magnitude = self.threshold;
+        job.save_activations = self.save_activations;
+        job.micro_batch_tokens = self.micro_batch_tokens.unwrap_or(job.micro_batch_tokens);
+        Ok(job)
+    }
+}
+
+/// A folder that is there, or a path by its look, is a folder; `owner/name` is a hub id.
+fn model_source(model: &str, revision: &str) -> Result<ModelSource> {
+    let path_like = model.starts_with(['/', '.', '~']) || model.ends_with('/');
+    if path_like || Path::new(model).is_dir() {
+        return Ok(ModelSource::Folder { path: model.to_owned() });
+    }
+    match model.split('/').collect::<Vec<_>>()[..] {
+        [owner, name] if !owner.is_empty() && !name.is_empty() => {
+            Ok(ModelSource::Hub { id: model.to_owned(), revision: revision.to_owned() })
+        }
+        _ => Err(WorkerError::job(format!("--model {model:?} is neither a folder nor a hub id"))
+            .hint("a hub id is written owner/name; a folder must exist")),
+    }
+}
+
+/// Reads a job file, TOML by its ending, else JSON.
+///
+/// # Errors
+/// Storage: unreadable. Job: not a job; the message says where.
+pub fn read_job(path: &Path) -> Result<JobSpec> {
+    let text = std::fs::read_to_string(path).map_err(|e| WorkerError::io("read", path, &e))?;
+    let toml = path.extension().is_some_and(|e| e == "toml");
+    let parsed = if toml {
+        toml::from_str(&text).map_err(|e| e.to_string())
+    } else {
+        serde_json::from_str(&text).map_err(|e| e.to_string())
+    };
+    parsed.map_err(|e| WorkerError::job(format!("{} is not a job: {e}", path.display())))
+}

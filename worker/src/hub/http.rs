@@ -1,0 +1,331 @@
+//! Requests to the hub: redirects, retries, and what its refusals mean.
+
+use std::fmt;
+use std::io::Read;
+use std::ops::Range;
+use std::thread;
+use std::time::Duration;
+
+use ureq::http::header::{AUTHORIZATION, RANGE};
+use ureq::http::{Response, StatusCode};
+use ureq::{Agent, Body};
+
+use super::answer::{
+    Refusal, check_endpoint, content_range, encode, etag, header, printable, redirect, same_origin, unreachable,
+    wait_asked_for,
+};
+use super::listing::{RepoFile, RepoListing};
+use crate::error::{Result, WorkerError};
+
+/// Redirects followed: relative ones inside the hub, one to where large files lie.
+const MAX_REDIRECTS: usize = 5;
+
+/// How long to try before giving up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// For a connection.
+    pub connect: Duration,
+    /// For the beginning of an answer.
+    pub response: Duration,
+    /// For the next bytes of a running answer.
+    pub silence: Duration,
+    /// Tries in a row that brought nothing.
+    pub tries: u32,
+    /// Pause after the first failed try; doubled each time.
+    pub pause: Duration,
+    /// Longest pause that a hub may ask for. Its limits are per five minutes.
+    pub longest_pause: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(15),
+            response: Duration::from_secs(60),
+            silence: Duration::from_secs(60),
+            tries: 6,
+            pause: Duration::from_secs(1),
+            longest_pause: Duration::from_secs(330),
+        }
+    }
+}
+
+/// A secret: never printed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Token(String);
+
+impl Token {
+    /// Surrounding white space, as files and shells add it, is dropped; `None` when nothing is left.
+    pub fn new(secret: &str) -> Option<Self> {
+        let secret = secret.trim();
+        (!secret.is_empty()).then(|| Self(secret.to_owned()))
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(***)")
+    }
+}
+
+/// What a request is about, for messages.
+pub(super) struct Asked<'a> {
+    pub(super) id: &'a str,
+    pub(super) revision: &'a str,
+    pub(super) file: Option<&'a str>,
+}
+
+impl fmt::Display for Asked<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.file {
+            Some(file) => write!(f, "{file} of {}", self.id),
+            None => f.write_str(self.id),
+        }
+    }
+}
+
+/// An open answer to a request for a file.
+pub(super) struct Opened {
+    /// First byte that the body brings.
+    pub(super) start: u64,
+    pub(super) body: Box<dyn Read>,
+}
+
+pub(super) struct Client {
+    agent: Agent,
+    endpoint: String,
+    token: Option<Token>,
+    pub(super) patience: Patience,
+}
+
+impl Client {
+    pub(super) fn new(endpoint: &str, token: Option<Token>, patience: Patience) -> Result<Self> {
+        let endpoint = endpoint.trim_end_matches('/').to_owned();
+        let loopback = check_endpoint(&endpoint, token.is_some())?;
+        let mut config = Agent::config_builder()
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .timeout_connect(Some(patience.connect))
+            .timeout_recv_response(Some(patience.response))
+            .timeout_per_read(Some(patience.silence))
+            // A compressed body would have neither the listed size nor meaningful ranges.
+            .accept_encoding("identity")
+            .user_agent(concat!("outliers-worker/", env!("CARGO_PKG_VERSION")));
+        if loopback {
+            config = config.proxy(None);
+        }
+        Ok(Self { agent: config.build().into(), endpoint, token, patience })
+    }
+
+    /// The bytes of a small document, at most `limit`.
+    pub(super) fn read_small(&self, path: &str, asked: &Asked<'_>, limit: u64) -> Result<Vec<u8>> {
+        let url = format!("{}{path}", self.endpoint);
+        self.persist(asked, || {
+            let response = self.get(&url, None, asked)?;
+            let mut bytes = Vec::new();
+            let read = response.into_body().into_reader().take(limit + 1).read_to_end(&mut bytes);
+            read.map_err(|error| Refusal::again(format!("the answer broke off: {error}")))?;
+            if bytes.len() as u64 > limit {
+                let message = format!("the hub's description of {asked} is over the limit of {limit} bytes");
+                return Err(Refusal::Final(WorkerError::network(message)));
+            }
+            Ok(bytes)
+        })
+    }
+
+    /// The bytes `range` of a file; the whole range or an error.
+    pub(super) fn read_range(&self, listing: &RepoListing, file: &str, range: Range<u64>) -> Result<Vec<u8>> {
+        let asked = listing.asked(file);
+        self.persist(&asked, || {
+            let opened = self.open(listing, file, range.clone())?;
+            let length = range.end - range.start;
+            // A server that ignores ranges begins at 0.
+            let skip = range.start - opened.start;
+            let mut bytes = Vec::new();
+            let mut body = opened.body;
+            let skipped = std::io::copy(&mut body.by_ref().take(skip), &mut std::io::sink());
+            let read = skipped.and_then(|_| body.take(length).read_to_end(&mut bytes));
+            read.map_err(|error| Refusal::again(format!("the answer broke off: {error}")))?;
+            if bytes.len() as u64 != length {
+                return Err(Refusal::again(format!("{} of {length} bytes arrived", bytes.len())));
+            }
+            Ok(bytes)
+        })
+    }
+
+    /// Opens `range` of a file once, without trying again. The body may begin before the range, never after it.
+    fn open(&self, listing: &RepoListing, file: &str, range: Range<u64>) -> Result<Opened, Refusal> {
+        let response = self.get(&self.file_url(listing, file), Some(&range), &listing.asked(file))?;
+        let start = match response.status() {
+            StatusCode::PARTIAL_CONTENT => content_range(&response).map(|(start, _)| start),
+            _ => Some(0),
+        };
+        match start {
+            Some(start) if start == range.start || start == 0 => {
+                Ok(Opened { start, body: Box::new(response.into_body().into_reader()) })
+            }
+            _ => Err(Refusal::again("the hub answered with other bytes than were asked for".to_owned())),
+        }
+    }
+
+    /// As [`open`](Self::open), for a caller with a loop of its own: `Ok(Err(..))` is worth another try after the pause.
+    pub(super) fn try_open(
+        &self,
+        listing: &RepoListing,
+        file: &str,
+        range: Range<u64>,
+    ) -> Result<Result<Opened, (String, Option<Duration>)>> {
+        match self.open(listing, file, range) {
+            Ok(opened) => Ok(Ok(opened)),
+            Err(Refusal::Retry { why, pause }) => Ok(Err((why, pause))),
+            Err(Refusal::Final(error)) => Err(error),
+        }
+    }
+
+    /// Size and hash of a file as its download would state them.
+    pub(super) fn describe(&self, listing: &RepoListing, file: &str) -> Result<RepoFile> {
+        let asked = listing.asked(file);
+        self.persist(&asked, || {
+            let mut digest = None;
+            let response = self.follow(&self.file_url(listing, file), Some(&(0..1)), &asked, &mut |response| {
+                digest = digest.take().or_else(|| etag(response));
+            })?;
+            let size = content_range(&response).and_then(|(_, total)| total);
+            Ok(RepoFile { name: file.to_owned(), size, digest })
+        })
+    }
+
+    fn file_url(&self, listing: &RepoListing, file: &str) -> String {
+        let file: Vec<String> = file.split('/').map(encode).collect();
+        format!("{}/{}/resolve/{}/{}", self.endpoint, listing.id, listing.commit, file.join("/"))
+    }
+
+    fn get(&self, url: &str, range: Option<&Range<u64>>, asked: &Asked<'_>) -> Result<Response<Body>, Refusal> {
+        self.follow(url, range, asked, &mut |_| ())
+    }
+
+    /// A request and its redirects; `see` is shown every answer. The token goes to the hub's own address only.
+    fn follow(
+        &self,
+        url: &str,
+        range: Option<&Range<u64>>,
+        asked: &Asked<'_>,
+        see: &mut dyn FnMut(&Response<Body>),
+    ) -> Result<Response<Body>, Refusal> {
+        let mut url = url.to_owned();
+        for _ in 0..=MAX_REDIRECTS {
+            let mut request = self.agent.get(&url);
+            if let Some(token) = self.token.as_ref().filter(|_| same_origin(&url, &self.endpoint)) {
+                request = request.header(AUTHORIZATION, format!("Bearer {}", token.0));
+            }
+            if let Some(range) = range {
+                request = request.header(RANGE, format!("bytes={}-{}", range.start, range.end.saturating_sub(1)));
+            }
+            let response = request.call().map_err(unreachable)?;
+            see(&response);
+            match response.status() {
+                StatusCode::OK | StatusCode::PARTIAL_CONTENT => return Ok(response),
+                status if status.is_redirection() => url = redirect(&url, &response)?,
+                _ => return Err(self.refused(&response, asked, same_origin(&url, &self.endpoint))),
+            }
+        }
+        Err(Refusal::Final(WorkerError::network(format!("{asked}: more than {MAX_REDIRECTS} redirects"))))
+    }
+
+    /// Tries until it works, is refused for good, or patience runs out.
+    fn persist<T>(&self, asked: &Asked<'_>, mut attempt: impl FnMut() -> Result<T, Refusal>) -> Result<T> {
+        let mut tries = 0;
+        loop {
+            match attempt() {
+                Ok(value) => return Ok(value),
+                Err(Refusal::Final(error)) => return Err(error),
+                Err(Refusal::Retry { why, pause }) => {
+                    tries += 1;
+                    self.pause(tries, &why, pause).map_err(|error| error.context(format!("cannot fetch {asked}")))?;
+                }
+            }
+        }
+    }
+
+    /// Waits before the next try, or says that it was the last.
+    pub(super) fn pause(&self, failed: u32, why: &str, asked_for: Option<Duration>) -> Result<()> {
+        let Patience { tries, pause, longest_pause, .. } = self.patience;
+        if failed >= tries {
+            let message = format!("{why} (tried {failed} times)");
+            return Err(WorkerError::network(message).hint("check the network, or try again later"));
+        }
+        match asked_for {
+            Some(wait) if wait > longest_pause => {
+                let message = format!("{why}; the hub asks to wait {} seconds", wait.as_secs());
+                Err(WorkerError::network(message)
+                    .hint("try again later; with a token (HF_TOKEN) the limits are higher"))
+            }
+            wait => {
+                let wait = wait.unwrap_or(pause * 2_u32.saturating_pow(failed - 1)).min(longest_pause);
+                tracing::warn!(seconds = wait.as_secs_f32(), "{why}; trying again");
+                thread::sleep(wait);
+                Ok(())
+            }
+        }
+    }
+
+    /// What a status other than success means.
+    fn refused(&self, response: &Response<Body>, asked: &Asked<'_>, from_hub: bool) -> Refusal {
+        let status = response.status();
+        let said = header(response, "x-error-message").map_or(String::new(), |text| format!(": {}", printable(text)));
+        let host = if from_hub { "the hub" } else { "the hub's file server" };
+        let why = format!("{host} answered {}{said}", status.as_u16());
+        if status == StatusCode::TOO_MANY_REQUESTS || status == StatusCode::REQUEST_TIMEOUT || status.is_server_error()
+        {
+            return Refusal::Retry { why, pause: wait_asked_for(response) };
+        }
+        if !from_hub {
+            // Signed addresses expire: the next try gets a fresh one.
+            return Refusal::again(why);
+        }
+        Refusal::Final(self.explained(status, header(response, "x-error-code").unwrap_or(""), &said, asked))
+    }
+
+    fn explained(&self, status: StatusCode, code: &str, said: &str, asked: &Asked<'_>) -> WorkerError {
+        let Asked { id, revision, .. } = asked;
+        match (status.as_u16(), code, &self.token, asked.file) {
+            (_, "GatedRepo", None, _) => WorkerError::model_gated(format!("model {id} is gated{said}"))
+                .hint(format!("accept its conditions at {}/{id}, then set HF_TOKEN", self.endpoint)),
+            (_, "GatedRepo", Some(_), _) => {
+                WorkerError::model_gated(format!("the token has no access to the gated model {id}{said}"))
+                    .hint(format!("accept its conditions at {}/{id} with the token's account", self.endpoint))
+            }
+            (_, "RevisionNotFound", ..) => {
+                WorkerError::model_not_found(format!("model {id} has no revision {revision}"))
+                    .hint("use a branch, tag or commit that its page lists; the default is main")
+            }
+            (404, "EntryNotFound", _, Some(file)) => WorkerError::checkpoint(format!("model {id} has no file {file}")),
+            (401, "", Some(_), _) => WorkerError::model_gated(format!("the hub refused the token{said}"))
+                .hint("check HF_TOKEN: it may be mistyped, expired or revoked"),
+            (401 | 404, ..) => WorkerError::model_not_found(format!("there is no model {id} on {}", self.endpoint))
+                .hint("check the spelling; a private model needs HF_TOKEN"),
+            (403, ..) => WorkerError::model_gated(format!("access to model {id} is forbidden{said}"))
+                .hint("check what the token in HF_TOKEN may read"),
+            (other, ..) => WorkerError::network(format!("the hub answered {other} for {asked}{said}")),
+        }
+    }
+}
+
+impl RepoListing {
+    pub(super) fn asked<'a>(&'a self, file: &'a str) -> Asked<'a> {
+        Asked { id: &self.id, revision: &self.revision, file: Some(file) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_never_printed() {
+        let token = Token::new(" hf_secret\n").unwrap();
+        assert_eq!(format!("{token:?}"), "Token(***)");
+        assert_eq!(Token::new(" \n"), None);
+    }
+}

@@ -1,0 +1,249 @@
+//! The files of a run: written to a temporary name, synced, renamed; the manifest last.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Tensor};
+use outliers_protocol::{FileEntry, Manifest, Outcome, Point, SCHEMA, files};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::corpus::Tokens;
+use crate::decoder::{DecoderSpec, FfnSpec};
+use crate::error::{Result, WorkerError};
+use crate::ffn::Routing;
+use crate::files::write_atomic;
+use crate::safetensors::{StoredDtype, TensorSpec, Writer};
+use crate::stats::{Column, Observer, OutlierStats, Site, with_f32};
+
+/// A run's output folder.
+pub struct OutputFolder {
+    path: PathBuf,
+}
+
+impl OutputFolder {
+    /// Makes the folder, and takes an earlier run's manifest away first: while there is none, nothing in it is whole.
+    ///
+    /// # Errors
+    /// Storage: it cannot be made or written.
+    pub fn create(path: &Path) -> Result<Self> {
+        fs::create_dir_all(path).map_err(|e| WorkerError::io("create", path, &e))?;
+        for name in [files::MANIFEST, files::RESULTS, files::METADATA, files::STATISTICS, files::PROGRESS] {
+            match fs::remove_file(path.join(name)) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(WorkerError::io("replace", path.join(name), &e));
+                }
+                _ => {}
+            }
+        }
+        Ok(Self { path: path.to_owned() })
+    }
+
+    /// Path of a file in it.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Writes a JSON document so that a reader sees all of it or nothing.
+    ///
+    /// # Errors
+    /// Storage.
+    pub fn write_json(&self, name: &str, value: &impl Serialize) -> Result<()> {
+        let mut text = serde_json::to_vec_pretty(value)
+            .map_err(|e| WorkerError::internal(format!("{name} cannot be written as JSON: {e}")))?;
+        text.push(b'\n');
+        write_atomic(&self.file(name), &text)
+    }
+
+    /// Hashes the named files and writes the manifest, which makes them whole.
+    ///
+    /// # Errors
+    /// Storage: a named file is missing, or the disk is full.
+    pub fn finish(&self, outcome: Outcome, names: &[&str]) -> Result<()> {
+        let files = names.iter().map(|name| self.entry(name)).collect::<Result<_>>()?;
+        self.write_json(files::MANIFEST, &Manifest { schema: SCHEMA, outcome, files })
+    }
+
+    fn entry(&self, name: &str) -> Result<FileEntry> {
+        let path = self.file(name);
+        let (sha256, bytes) = hash(&path).map_err(|e| WorkerError::io("read", &path, &e))?;
+        Ok(FileEntry { name: name.to_owned(), bytes, sha256 })
+    }
+}
+
+fn hash(path: &Path) -> std::io::Result<(String, u64)> {
+    let (mut file, mut hasher, mut bytes) = (File::open(path)?, Sha256::new(), 0);
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok((hex(&hasher.finalize()), bytes)),
+            n => {
+                hasher.update(&buffer[..n]);
+                bytes += n as u64;
+            }
+        }
+    }
+}
+
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+// ------------------------------------------------------------------------------------------------ statistics.safetensors
+
+/// Writes the counts behind the verdicts, so that shares of layers and positions can be changed without a new run.
+///
+/// Per (site, feature), `[sites, hidden]`: `count`, `positive`, `max`, `min`, `sum`, `sum2`, `sum3`, `sum4`. Per (sequence, feature), `[sequences, hidden]`: `sequence_positions`, `sequence_sites`, `sequence_layers`.
+///
+/// # Errors
+/// Storage.
+pub fn write_statistics(path: &Path, stats: &OutlierStats, threshold: f32) -> Result<()> {
+    let (sites, sequences, hidden) = (stats.sites().len() as u64, stats.sequences() as u64, stats.hidden() as u64);
+    let integers = ["count", "positive"].map(|n| (n, sites, StoredDtype::I64));
+    let values = ["max", "min"].map(|n| (n, sites, StoredDtype::F32));
+    let sums = ["sum", "sum2", "sum3", "sum4"].map(|n| (n, sites, StoredDtype::F64));
+    let spread = ["sequence_positions", "sequence_sites", "sequence_layers"].map(|n| (n, sequences, StoredDtype::I64));
+    let specs: Vec<TensorSpec> = integers
+        .into_iter()
+        .chain(values)
+        .chain(sums)
+        .chain(spread)
+        .map(|(name, rows, dtype)| TensorSpec::new(name, dtype, &[rows, hidden]))
+        .collect();
+    let site_names: Vec<String> =
+        stats.sites().iter().map(|s| format!("{}.{}", s.layer, site_index(s.point))).collect();
+    let metadata = BTreeMap::from([
+        ("schema".to_owned(), SCHEMA.to_string()),
+        ("threshold".to_owned(), threshold.to_string()),
+        ("tokens_per_sequence".to_owned(), stats.tokens().to_string()),
+        ("sites".to_owned(), site_names.join(",")),
+    ]);
+    let writer = Writer::create(path, &specs, &metadata)?;
+    for site in 0..stats.sites().len() {
+        let row = |name: &str, bytes: &dyn Fn(&Column) -> Vec<u8>| {
+            let all: Vec<u8> = (0..stats.hidden()).flat_map(|dim| bytes(stats.column(site, dim))).collect();
+            writer.write_rows(name, site as u64, &all)
+        };
+        row("count", &|c| (c.count as i64).to_le_bytes().to_vec())?;
+        row("positive", &|c| (c.positive as i64).to_le_bytes().to_vec())?;
+        row("max", &|c| c.max.to_le_bytes().to_vec())?;
+        row("min", &|c| c.min.to_le_bytes().to_vec())?;
+        row("sum", &|c| c.sum.to_le_bytes().to_vec())?;
+        row("sum2", &|c| c.sum2.to_le_bytes().to_vec())?;
+        row("sum3", &|c| c.sum3.to_le_bytes().to_vec())?;
+        row("sum4", &|c| c.sum4.to_le_bytes().to_vec())?;
+    }
+    for sequence in 0..stats.sequences() {
+        let row = |name: &str, of: &dyn Fn(usize) -> u64| {
+            let all: Vec<u8> = (0..stats.hidden()).flat_map(|dim| (of(dim) as i64).to_le_bytes()).collect();
+            writer.write_rows(name, sequence as u64, &all)
+        };
+        row("sequence_positions", &|dim| stats.positions_in(sequence, dim))?;
+        row("sequence_sites", &|dim| stats.spread_in(sequence, dim).1 as u64)?;
+        row("sequence_layers", &|dim| stats.spread_in(sequence, dim).0 as u64)?;
+    }
+    writer.finish()
+}
+
+fn site_index(point: Point) -> usize {
+    match point {
+        Point::BeforeAttention => 0,
+        Point::BeforeMlp => 1,
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------ activations
+
+/// Every studied activation, router choice, final norm and logit of a run, under the names of the reference's golden files:
+/// `layer.{i}.site.{j}` f32 `[S, N, H]` (j = 0 before attention, 1 before the MLP), `router.{i}.indices` i64 and `.weights` f32
+/// `[S * N, k]`, `final_norm` `[S, N, H]`, `logits` `[S, N, V]`, `nll` `[S, N - 1]`, `input_ids` i64 `[S, N]`.
+pub struct ActivationDump {
+    writer: Writer,
+    hidden: usize,
+    vocab: usize,
+}
+
+impl ActivationDump {
+    /// Starts the file. `with_head`: final norm, logits and nll too.
+    ///
+    /// # Errors
+    /// Storage: no room, or the file cannot be made.
+    pub fn create(path: &Path, spec: &DecoderSpec, tokens: &Tokens, with_head: bool) -> Result<Self> {
+        let (s, n) = (tokens.sequences as u64, tokens.tokens as u64);
+        let (h, v) = (spec.hidden as u64, spec.vocab as u64);
+        let f32 = |name: String, shape: &[u64]| TensorSpec::new(name, StoredDtype::F32, shape);
+        let mut specs = vec![TensorSpec::new("input_ids", StoredDtype::I64, &[s, n])];
+        specs.extend(spec.sites().iter().map(|site| f32(site_name(*site), &[s, n, h])));
+        for (i, layer) in spec.layers.iter().enumerate() {
+            if let FfnSpec::Moe(moe) = &layer.ffn {
+                let shape = [s * n, moe.top_k as u64];
+                specs.push(TensorSpec::new(format!("router.{i}.indices"), StoredDtype::I64, &shape));
+                specs.push(f32(format!("router.{i}.weights"), &shape));
+            }
+        }
+        if with_head {
+            specs.push(f32("final_norm".to_owned(), &[s, n, h]));
+            specs.push(f32("logits".to_owned(), &[s, n, v]));
+            specs.push(f32("nll".to_owned(), &[s, n - 1]));
+        }
+        let writer = Writer::create(path, &specs, &BTreeMap::new())?;
+        let ids: Vec<u8> = tokens.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+        writer.write("input_ids", 0, &ids)?;
+        Ok(Self { writer, hidden: spec.hidden, vocab: spec.vocab })
+    }
+
+    /// Adds the negative log-likelihoods, if there are any, and puts the file in its place.
+    ///
+    /// # Errors
+    /// Storage.
+    pub fn finish(self, nll: Option<&[f32]>) -> Result<()> {
+        if let Some(nll) = nll {
+            self.writer.write("nll", 0, bytemuck::cast_slice(nll))?;
+        }
+        self.writer.finish()
+    }
+
+    fn write_hidden(&self, name: &str, first_token: usize, x: &Tensor) -> Result<()> {
+        let offset = (first_token * self.hidden * DType::F32.size_in_bytes()) as u64;
+        with_f32(x, |values| self.writer.write(name, offset, bytemuck::cast_slice(values)))
+    }
+}
+
+fn site_name(site: Site) -> String {
+    format!("layer.{}.site.{}", site.layer, site_index(site.point))
+}
+
+impl Observer for ActivationDump {
+    fn wants(&self, _site: Site) -> bool {
+        true
+    }
+
+    fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
+        self.write_hidden(&site_name(site), first_token, x)
+    }
+
+    fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
+        let first = (first_token * routing.top_k) as u64;
+        let indices: Vec<u8> = routing.experts.iter().flat_map(|e| i64::from(*e).to_le_bytes()).collect();
+        self.writer.write(&format!("router.{layer}.indices"), first * 8, &indices)?;
+        self.writer.write(&format!("router.{layer}.weights"), first * 4, bytemuck::cast_slice(&routing.weights))
+    }
+
+    fn final_norm(&mut self, first_token: usize, x: &Tensor) -> Result<()> {
+        self.write_hidden("final_norm", first_token, x)
+    }
+
+    fn logits(&mut self, first_token: usize, first_id: usize, x: &Tensor) -> Result<()> {
+        let block = x.dim(1)?;
+        with_f32(x, |values| {
+            for (i, row) in values.chunks_exact(block).enumerate() {
+                let offset = ((first_token + i) * self.vocab + first_id) * DType::F32.size_in_bytes();
+                self.writer.write("logits", offset as u64, bytemuck::cast_slice(row))?;
+            }
+            Ok(())
+        })
+    }
+}
