@@ -48,6 +48,10 @@ pub struct Context {
 pub async fn run(cli: Cli) -> ExitStatus {
     let environment = Environment::of_process();
     let reporter = Reporter::new(&cli.global, &environment);
+    // An instance is a machine of its own: it has neither our environment nor our settings.
+    if let Command::InstanceServe { folder } = &cli.command {
+        return serve(folder, &reporter).await;
+    }
     match dispatch(cli, &environment, reporter).await {
         Ok(status) => status,
         Err((reporter, complaint)) => {
@@ -75,20 +79,28 @@ async fn dispatch(
         Command::Inspect(args) => inspect::command(&context, &args).await,
         Command::Plan(args) => plan::command(&context, &args).await,
         Command::Completions { shell } => Ok(completions::command(shell)),
-        Command::InstanceServe { folder } => serve(&folder).await,
+        Command::InstanceServe { .. } => unreachable!("it is served without a context"),
     };
     done.map_err(|complaint| (context.reporter, complaint))
 }
 
-async fn serve(folder: &Path) -> Result<ExitStatus, Complaint> {
-    let served = local::serve(folder).await;
-    served.map(|()| ExitStatus::Done).map_err(|error| Complaint::failed(format!("{error:#}")))
+async fn serve(folder: &Path, reporter: &Reporter) -> ExitStatus {
+    match local::serve(folder).await {
+        Ok(()) => ExitStatus::Done,
+        Err(error) => {
+            let complaint = Complaint::failed(format!("{error:#}"));
+            reporter.complaint(&complaint);
+            complaint.status
+        }
+    }
 }
 
 impl Context {
     fn new(cli: &Cli, environment: &Environment) -> Result<(Settings, PathBuf, PathBuf), Complaint> {
-        let here = std::env::current_dir().map_err(|error| Complaint::failed(format!("the current folder: {error}")))?;
-        let exe = std::env::current_exe().map_err(|error| Complaint::failed(format!("this program's path: {error}")))?;
+        let here =
+            std::env::current_dir().map_err(|error| Complaint::failed(format!("the current folder: {error}")))?;
+        let exe =
+            std::env::current_exe().map_err(|error| Complaint::failed(format!("this program's path: {error}")))?;
         let settings = Settings::resolve(cli.global.config.as_deref(), environment, &here)?;
         Ok((settings, here, exe))
     }

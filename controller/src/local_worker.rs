@@ -5,7 +5,8 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use outliers_protocol::{
-    CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Precision, Progress, SCHEMA, VersionInfo, files,
+    CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Precision, Progress, SCHEMA, VersionInfo,
+    files,
 };
 use serde::de::DeserializeOwned;
 use tokio::process::Command;
@@ -79,7 +80,9 @@ impl LocalWorkerError {
             Self::Missing { .. } => Some(
                 "`cargo build --release` makes both programs; or name it in the settings: worker.binary".to_owned(),
             ),
-            Self::Unrunnable { .. } => Some("it must be a program for this machine; see worker.binary in the settings".to_owned()),
+            Self::Unrunnable { .. } => {
+                Some("it must be a program for this machine; see worker.binary in the settings".to_owned())
+            }
             Self::Version { .. } => Some("build both programs together".to_owned()),
             Self::Failed(failure) => failure.hint.clone(),
             Self::Odd { .. } | Self::File { .. } => None,
@@ -287,7 +290,8 @@ mod tests {
     #[tokio::test]
     async fn its_own_words_are_passed_on() {
         let folder = tempfile::tempdir().unwrap();
-        let path = program(folder.path(), r#"echo '{"kind":"unsupported","message":"unknown","hint":"known: a"}'; exit 1"#);
+        let path =
+            program(folder.path(), r#"echo '{"kind":"unsupported","message":"unknown","hint":"known: a"}'; exit 1"#);
         let job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
         let error = LocalWorker { path }.inspect(&job, true).await.unwrap_err();
         assert_eq!((error.to_string().as_str(), error.hint().as_deref()), ("unknown", Some("known: a")));
@@ -311,7 +315,8 @@ mod tests {
     async fn a_run_tells_its_progress_and_its_failure() {
         let folder = tempfile::tempdir().unwrap();
         let line = r#"{"schema":1,"at_ms":1,"phase":"layers","layer":1,"layers":2,"bytes_read":1,"bytes_total":2,"tokens_per_second":1.0}"#;
-        let script = format!("printf '%s\\n%s' '{line}' 'half' > \"$4/progress.jsonl\"; echo said >&2; exit $(cat \"$4/code\")");
+        let script =
+            format!("printf '%s\\n%s' '{line}' 'half' > \"$4/progress.jsonl\"; echo said >&2; exit $(cat \"$4/code\")");
         let worker = LocalWorker { path: program(folder.path(), &script) };
         let out = folder.path().join("out");
         std::fs::create_dir(&out).unwrap();

@@ -67,7 +67,9 @@ pub(super) async fn command(context: &Context, args: &DemoArgs) -> Result<ExitSt
     let folder = model(context, args).await?;
     let planted = truth(&folder)?;
     let (features, decoys) = (planted.systematic.len(), planted.decoys.len());
-    context.reporter.say(&format!("A model with {features} planted outlier features and {decoys} decoys: {}", folder.display()));
+    context
+        .reporter
+        .say(&format!("A model with {features} planted outlier features and {decoys} decoys: {}", folder.display()));
     let deployed = deploy(context, &options(&folder)).await?;
     let deployed = deployed.ok_or_else(|| Complaint::failed("the demo was not deployed"))?;
     let Some(results) = &deployed.results else {

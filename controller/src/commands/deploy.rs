@@ -262,13 +262,7 @@ async fn offers(
 }
 
 /// Asks before real money is spent.
-fn consent(
-    context: &Context,
-    cloud: &Cloud,
-    offers: &[Offer],
-    limit: Duration,
-    yes: bool,
-) -> Result<(), Complaint> {
+fn consent(context: &Context, cloud: &Cloud, offers: &[Offer], limit: Duration, yes: bool) -> Result<(), Complaint> {
     if yes || cloud.is_local {
         return Ok(());
     }

@@ -163,7 +163,8 @@ pub fn inspection(inspection: &Inspection) -> String {
         .map(|(dtype, bytes)| format!("{} {}", clean(dtype.as_bytes(), 20), Bytes(*bytes)))
         .collect();
     out += &format!("stored: {} in all ({})\n", Bytes(inspection.stored_bytes), dtypes.join(", "));
-    let mut table = table(&["layer", "kind", "experts", "tensors", "parameters", "bytes", "norms before attention, before MLP"]);
+    let mut table =
+        table(&["layer", "kind", "experts", "tensors", "parameters", "bytes", "norms before attention, before MLP"]);
     for layer in &inspection.layers {
         let norms: Vec<String> = inspection
             .sites
@@ -264,7 +265,9 @@ pub fn what_it_is(instance: &Instance, actions: &[Action]) -> String {
     let run = instance.tag().map(|tag| tag.run).unwrap_or_default();
     for action in actions {
         match action {
-            Action::Finish { run: ended, why } if *ended == run => return format!("to be ended: {}", super::finish(*why)),
+            Action::Finish { run: ended, why } if *ended == run => {
+                return format!("to be ended: {}", super::finish(*why));
+            }
             Action::Adopt { instance: id, .. } if *id == instance.id => return "of an abandoned run".to_owned(),
             Action::Terminate { instance: id, why } if *id == instance.id => {
                 return format!("stray: {}", super::stray(*why));
