@@ -48,9 +48,9 @@ pub struct Context {
 pub async fn run(cli: Cli) -> ExitStatus {
     let environment = Environment::of_process();
     let reporter = Reporter::new(&cli.global, &environment);
-    // An instance is a machine of its own: it has neither our environment nor our settings.
+    // An instance has no home, no state and no settings of ours: a folder is all it knows.
     if let Command::InstanceServe { folder } = &cli.command {
-        return serve(folder, &reporter).await;
+        return serve(folder).await;
     }
     match dispatch(cli, &environment, reporter).await {
         Ok(status) => status,
@@ -79,28 +79,25 @@ async fn dispatch(
         Command::Inspect(args) => inspect::command(&context, &args).await,
         Command::Plan(args) => plan::command(&context, &args).await,
         Command::Completions { shell } => Ok(completions::command(shell)),
-        Command::InstanceServe { .. } => unreachable!("it is served without a context"),
+        Command::InstanceServe { folder } => Ok(serve(&folder).await),
     };
     done.map_err(|complaint| (context.reporter, complaint))
 }
 
-async fn serve(folder: &Path, reporter: &Reporter) -> ExitStatus {
+async fn serve(folder: &Path) -> ExitStatus {
     match local::serve(folder).await {
         Ok(()) => ExitStatus::Done,
         Err(error) => {
-            let complaint = Complaint::failed(format!("{error:#}"));
-            reporter.complaint(&complaint);
-            complaint.status
+            tracing::error!("{error:#}");
+            ExitStatus::Failed
         }
     }
 }
 
 impl Context {
     fn new(cli: &Cli, environment: &Environment) -> Result<(Settings, PathBuf, PathBuf), Complaint> {
-        let here =
-            std::env::current_dir().map_err(|error| Complaint::failed(format!("the current folder: {error}")))?;
-        let exe =
-            std::env::current_exe().map_err(|error| Complaint::failed(format!("this program's path: {error}")))?;
+        let here = std::env::current_dir().map_err(|error| Complaint::failed(format!("the current folder: {error}")))?;
+        let exe = std::env::current_exe().map_err(|error| Complaint::failed(format!("this program's path: {error}")))?;
         let settings = Settings::resolve(cli.global.config.as_deref(), environment, &here)?;
         Ok((settings, here, exe))
     }

@@ -50,7 +50,7 @@ case $scenario in
   twice) results; manifest "$(entry results.json results.json),$(entry Results.json results.json)" ;;
   linked) results; ln -s /etc/passwd "$out/linked.json"; manifest "$(entry linked.json linked.json)" ;;
   missing) results; manifest "$(entry missing.json results.json)" ;;
-  changed) results; m=$(entry results.json results.json); printf '{"token":"EVIL"}' > "$out/results.json"; manifest "$m" ;;
+  changed) results; m=$(entry results.json results.json); printf '{"tokem":""}' > "$out/results.json"; manifest "$m" ;;
   longer) results; m=$(entry results.json results.json); echo more >> "$out/results.json"; manifest "$m" ;;
   pipe) results; mkfifo "$out/pipe.json"; m=$(entry pipe.json results.json); manifest "$m" ;;
   nonsense) results; printf '[1,2' > "$out/manifest.json" ;;

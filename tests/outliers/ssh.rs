@@ -271,6 +271,17 @@ async fn a_lost_connection_is_reset_and_the_next_call_reconnects() {
 }
 
 #[tokio::test]
+async fn a_silent_connection_is_given_up_for_a_new_one() {
+    let Some(server) = Sshd::start().unwrap() else { return };
+    let ssh = connect(&server).await;
+    ssh.exec("true", b"", LIMIT).await.unwrap();
+    assert!(server.freeze_sessions().unwrap() > 0);
+    let silent = ssh.exec("echo never", b"", Duration::from_secs(1)).await.unwrap_err();
+    assert_eq!(silent.kind, Kind::TimedOut, "{silent}");
+    assert_eq!(ssh.exec("echo anew", b"", LIMIT).await.unwrap().stdout, b"anew\n");
+}
+
+#[tokio::test]
 async fn a_full_disk_is_no_space() {
     for config in ["", "Subsystem sftp /bin/false"] {
         let Some(server) = Sshd::start_with(config).unwrap() else { return };

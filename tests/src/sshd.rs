@@ -5,6 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -19,7 +20,8 @@ const PRIVILEGE_SEPARATION: &str = "/run/sshd";
 /// A running `sshd` as the current user. Ends, with every session it serves, when dropped.
 pub struct Sshd {
     folder: TempDir,
-    child: Child,
+    program: PathBuf,
+    child: Mutex<Child>,
     port: u16,
     user: String,
     key: RunKey,
@@ -42,7 +44,7 @@ impl Sshd {
         let mut log = String::new();
         // Another process may take the port between our look and the server's start.
         for _ in 0..5 {
-            let mut server = Self::spawn(&program, config)?;
+            let server = Self::prepare(&program, config)?;
             if server.is_up()? {
                 return Ok(Some(server));
             }
@@ -51,7 +53,7 @@ impl Sshd {
         bail!("sshd did not come up: {log}")
     }
 
-    fn spawn(program: &Path, config: &str) -> Result<Self> {
+    fn prepare(program: &Path, config: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let at = |name: &str| folder.path().join(name);
         let key = RunKey::create(folder.path(), "client_key", "test client")?;
@@ -60,23 +62,16 @@ impl Sshd {
         fs::write(at("authorized_keys"), format!("{}\n", key.public_line()))?;
         let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
         fs::write(at("sshd_config"), configuration(folder.path(), port, config))?;
-        let child = Command::new(program)
-            .args(["-D", "-e", "-f"])
-            .arg(at("sshd_config"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(at("sshd.log"))?)
-            .spawn()
-            .with_context(|| format!("starting {}", program.display()))?;
+        let child = Mutex::new(spawn(program, folder.path())?);
         let host_key = HostKeyPin::new(host.public_line())?;
-        Ok(Self { folder, child, port, user: current_user()?, key, host_key })
+        Ok(Self { folder, program: program.to_owned(), child, port, user: current_user()?, key, host_key })
     }
 
     /// Whether it listens; `false` when it ended instead.
-    fn is_up(&mut self) -> Result<bool> {
+    fn is_up(&self) -> Result<bool> {
         let until = Instant::now() + Duration::from_secs(20);
         while Instant::now() < until {
-            if self.child.try_wait()?.is_some() {
+            if self.child().try_wait()?.is_some() {
                 return Ok(false);
             }
             if TcpStream::connect(("127.0.0.1", self.port)).is_ok() {
@@ -119,11 +114,42 @@ impl Sshd {
         fs::read_to_string(self.folder.path().join("sshd.log")).unwrap_or_default()
     }
 
+    fn child(&self) -> std::sync::MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Ends the server and all sessions: connections are refused until [`Sshd::come_back`].
+    pub fn go_down(&self) -> Result<()> {
+        self.kill_sessions()?;
+        self.child().kill()?;
+        self.child().wait()?;
+        Ok(())
+    }
+
+    /// Starts it again: the same port, keys and files.
+    pub fn come_back(&self) -> Result<()> {
+        *self.child() = spawn(&self.program, self.folder.path())?;
+        match self.is_up()? {
+            true => Ok(()),
+            false => bail!("sshd did not come back: {}", self.log()),
+        }
+    }
+
     /// Kills the processes that serve connections, as a broken line would; the server itself goes on. Returns how many.
     pub fn kill_sessions(&self) -> Result<usize> {
+        self.signal_sessions("-KILL")
+    }
+
+    /// Stops those processes without ending them: a line on which nothing comes any more.
+    pub fn freeze_sessions(&self) -> Result<usize> {
+        self.signal_sessions("-STOP")
+    }
+
+    fn signal_sessions(&self, signal: &str) -> Result<usize> {
         let sessions = self.sessions()?;
         for pid in &sessions {
-            kill(*pid);
+            // It may have ended by itself.
+            let _ = Command::new("kill").args([signal, &pid.to_string()]).stderr(Stdio::null()).status();
         }
         Ok(sessions.len())
     }
@@ -139,7 +165,7 @@ impl Sshd {
                 Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?))
             })
             .collect();
-        let mut found = vec![self.child.id()];
+        let mut found = vec![self.child().id()];
         let mut looked = 0;
         while let Some(&parent) = found.get(looked) {
             let children = rows.iter().filter(|(_, ppid, name)| *ppid == parent && name.contains("sshd"));
@@ -154,14 +180,21 @@ impl Drop for Sshd {
     fn drop(&mut self) {
         // A destructor has nobody to tell; what stays behind would be seen in the process table.
         let _ = self.kill_sessions();
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.child().kill();
+        let _ = self.child().wait();
     }
 }
 
-fn kill(pid: u32) {
-    // It may have ended by itself.
-    let _ = Command::new("kill").args(["-9", &pid.to_string()]).stderr(Stdio::null()).status();
+fn spawn(program: &Path, folder: &Path) -> Result<Child> {
+    let log = File::options().create(true).append(true).open(folder.join("sshd.log"))?;
+    Command::new(program)
+        .args(["-D", "-e", "-f"])
+        .arg(folder.join("sshd_config"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("starting {}", program.display()))
 }
 
 fn configuration(folder: &Path, port: u16, first: &str) -> String {

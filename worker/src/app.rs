@@ -13,7 +13,7 @@ use crate::error::{Result, WorkerError};
 use crate::hub::{Hub, HubOptions, Token};
 use crate::inspect::{self, PlannedRun};
 use crate::model::Model;
-use crate::{arch, bench, demo, run};
+use crate::{arch, bench, corpus, demo, run};
 
 /// Parses arguments, does what they say, prints the outcome.
 ///
@@ -82,8 +82,8 @@ fn dispatch(cli: Cli) -> Result<()> {
                 print_verdicts(&results);
             }
         }
-        Command::Inspect { options } => {
-            let inspection = inspect_command(*options, &hub)?;
+        Command::Inspect { options, check_text } => {
+            let inspection = inspect_command(*options, check_text, &hub)?;
             if cli.json {
                 print_json(&inspection);
             } else {
@@ -107,26 +107,23 @@ fn dispatch(cli: Cli) -> Result<()> {
     Ok(())
 }
 
-fn inspect_command(options: JobArgs, hub: &Hub) -> Result<Inspection> {
+fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Inspection> {
     let job = options.job()?;
     let devices = device::open(&job.devices)?;
     let checkpoint = run::metadata(&job.model, hub)?;
     let model = Model::open(&checkpoint.config, &*checkpoint.weights, job.layers)?;
-    let longest = model.spec.max_positions.unwrap_or(usize::MAX);
-    let planned = PlannedRun {
-        sequences: job.corpus.num_sequences.unwrap_or(crate::corpus::DEFAULT_SEQUENCES),
-        tokens: job.corpus.sequence_length.unwrap_or(crate::corpus::DEFAULT_TOKENS.min(longest)),
-        compute: device::compute_dtype(job.precision, &devices),
-        micro_batch_tokens: job.micro_batch_tokens,
+    let (vocab, max_positions) = (model.spec.vocab, model.spec.max_positions);
+    let longest = max_positions.unwrap_or(usize::MAX);
+    let (sequences, tokens) = if check_text {
+        let text = corpus::load(&job.corpus, Some(&checkpoint.folder), vocab, max_positions)?;
+        (text.sequences, text.tokens)
+    } else {
+        let tokens = job.corpus.sequence_length.unwrap_or(corpus::DEFAULT_TOKENS.min(longest));
+        (job.corpus.num_sequences.unwrap_or(corpus::DEFAULT_SEQUENCES), tokens)
     };
-    if planned.tokens > longest {
-        return Err(WorkerError::corpus(format!(
-            "{} tokens per sequence, but the model ends at {longest}",
-            planned.tokens
-        ))
-        .hint(format!("use --sequence-length {longest} or less")));
-    }
-    Ok(inspect::inspect(job.model.name(), &checkpoint, &model, planned))
+    let compute = device::compute_dtype(job.precision, &devices);
+    let run = PlannedRun { sequences, tokens, compute, micro_batch_tokens: job.micro_batch_tokens };
+    Ok(inspect::inspect(job.model.name(), &checkpoint, &model, run))
 }
 
 fn version(json: bool) {

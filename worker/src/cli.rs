@@ -81,6 +81,9 @@ pub enum Command {
         /// The job to plan for.
         #[command(flatten)]
         options: Box<JobArgs>,
+        /// Also cut the text into sequences, so that one that does not fit the model is refused now.
+        #[arg(long)]
+        check_text: bool,
     },
     /// Write a small mixture-of-experts checkpoint with planted outlier features.
     DemoModel {

@@ -34,16 +34,17 @@ impl Retry {
 
     /// Waits before the next attempt, or gives the error back because there must be none.
     pub(super) async fn wait(&mut self, error: HostError, on: OnEvent<'_>) -> Result<(), HostError> {
-        if self.row.is_none() && error.is_transient() {
-            on(HostEvent::ConnectionLost { why: error.message.clone() });
-        }
         let now = Instant::now();
+        let first = self.row.is_none();
         let row = self.row.get_or_insert(Row { since: now, attempts: 0, refused_key_since: None });
         row.attempts += 1;
         let end = row.since + self.budget;
         let end = self.deadline.map_or(end, |deadline| end.min(deadline));
         match next_attempt(&error, row.attempts, now, &mut row.refused_key_since) {
             Some(pause) if now + pause < end => {
+                if first {
+                    on(HostEvent::ConnectionLost { why: error.message });
+                }
                 sleep_until(now + pause).await;
                 Ok(())
             }

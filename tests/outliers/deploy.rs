@@ -1,0 +1,311 @@
+//! `outliers deploy` on the embedded broker: real processes, real SSH, real checkpoints.
+
+use std::path::Path;
+use std::process::Child;
+
+use outliers_protocol::files;
+use outliers_tests::desk::Desk;
+use outliers_tests::golden::{assert_activations_equal, assert_statistics_equal};
+use outliers_tests::programs::{golden, goldens, run_worker};
+
+fn text(path: &Path) -> String {
+    path.to_str().expect("UTF-8").to_owned()
+}
+
+/// `deploy` of a fixture's model over its own token ids.
+fn fixture(name: &str, more: &[&str]) -> Vec<String> {
+    let folder = golden(name);
+    let mut arguments = vec!["deploy".to_owned(), "--model".to_owned(), text(&folder.join("model"))];
+    arguments.extend(["--token-ids".to_owned(), text(&folder.join("golden.safetensors"))]);
+    arguments.extend(["-y", "--precision", "f32"].into_iter().chain(more.iter().copied()).map(str::to_owned));
+    arguments
+}
+
+/// A deploy that takes some seconds.
+fn slow_deploy(desk: &Desk) -> Vec<String> {
+    let model = desk.work().join("model");
+    if !model.exists() {
+        assert!(run_worker(["demo-model", "--output", &text(&model)]).status.success());
+    }
+    let arguments = ["deploy", "--model", &text(&model), "--num-sequences", "120", "--sequence-length", "512", "-y"];
+    arguments.map(str::to_owned).to_vec()
+}
+
+fn signal(child: &Child, signal: i32) {
+    let pid = i32::try_from(child.id()).expect("a pid");
+    let sent = std::process::Command::new("kill").args([format!("-{signal}"), pid.to_string()]).status().unwrap();
+    assert!(sent.success());
+}
+
+/// Whether the worker of the only run has begun with its layers.
+fn worker_is_busy(desk: &Desk) -> bool {
+    let Ok(instances) = std::fs::read_dir(desk.state().join("local/instances")) else { return false };
+    instances.filter_map(Result::ok).any(|instance| {
+        let runs =
+            std::fs::read_dir(instance.path().join("home/outliers")).into_iter().flatten().filter_map(Result::ok);
+        runs.into_iter().any(|run| {
+            std::fs::read_to_string(run.path().join(files::PROGRESS))
+                .is_ok_and(|text| text.contains("\"layers\",\"layer\":1"))
+        })
+    })
+}
+
+#[test]
+fn the_demo_finds_exactly_what_was_planted() {
+    let desk = Desk::new();
+    let said = desk.run(["demo"]).ok();
+    for dim in ["17", "42", "83", "101"] {
+        assert!(said.stdout.contains(dim), "{}", said.stdout);
+    }
+    desk.assert_nothing_left();
+    let bill = desk.bill();
+    assert_eq!(bill.entries.len(), 1);
+    assert!(bill.entries[0].cost.micros() > 0);
+}
+
+#[test]
+fn a_deployed_fixture_equals_the_reference() {
+    for name in goldens() {
+        let desk = Desk::new();
+        let _ = desk.run(fixture(&name, &["--save-activations", "activations.safetensors"])).ok();
+        let (home, reference) = (desk.results_folder(), golden(&name));
+        assert_activations_equal(&reference.join("golden.safetensors"), &home.join("activations.safetensors"));
+        assert_statistics_equal(&reference.join("outliers.json"), &desk.results());
+        for file in [files::METADATA, files::STATISTICS, files::MANIFEST, files::LOG, files::PROGRESS] {
+            assert!(home.join(file).exists(), "{name}: {file} did not come home");
+        }
+        desk.assert_nothing_left();
+        assert_eq!(desk.bill().entries.len(), 1, "{name}");
+    }
+}
+
+#[test]
+fn a_dry_run_rents_nothing() {
+    let desk = Desk::new();
+    let said = desk.run(fixture("olmoe-bf16", &["--dry-run"])).ok();
+    assert!(said.stdout.contains("local"), "{}", said.stdout);
+    assert!(desk.bill().entries.is_empty());
+    assert!(!desk.work().join("remote_results").exists());
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn the_filter_that_left_nothing_is_named() {
+    let desk = Desk::new();
+    let said = desk.run(fixture("llama-f32", &["--max-price", "0.0000001"]));
+    assert_eq!(said.code, Some(3), "{said:?}");
+    assert!(said.stderr.contains("--max-price"), "{}", said.stderr);
+    let said = desk.run(fixture("llama-f32", &["--min-cpu-ram", "1000000"]));
+    assert_eq!(said.code, Some(3), "{said:?}");
+    assert!(said.stderr.contains("--min-cpu-ram"), "{}", said.stderr);
+    if std::process::Command::new("nvidia-smi").output().is_err() {
+        let said = desk.run(fixture("llama-f32", &["--gpu-filter", "A100"]));
+        assert_eq!(said.code, Some(3), "{said:?}");
+        assert!(said.stderr.contains("--gpu-filter"), "{}", said.stderr);
+    }
+    assert!(desk.bill().entries.is_empty());
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn a_killed_controllers_run_is_found_and_picked_up_by_the_same_command() {
+    let desk = Desk::new();
+    let arguments = slow_deploy(&desk);
+    let mut controller = desk.start(&arguments);
+    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
+    controller.kill().unwrap();
+    controller.wait().unwrap();
+    assert_eq!(desk.bill().running.len(), 1, "the instance outlives its controller");
+    let shown = desk.run(["runs", "show", "last"]).ok();
+    assert!(shown.stdout.contains(&desk.bill().running[0].id.0), "{}", shown.stdout);
+    let said = desk.run(&arguments).ok();
+    assert_eq!(desk.results().sequences, 120, "{said:?}");
+    desk.assert_nothing_left();
+    assert_eq!(desk.bill().entries.len(), 1, "the same instance, rented once");
+}
+
+#[test]
+fn an_interrupt_ends_the_instance_and_a_second_one_skips_the_sync_alone() {
+    for interrupts in [1, 2] {
+        let desk = Desk::new();
+        let mut controller = desk.start(slow_deploy(&desk));
+        desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
+        for _ in 0..interrupts {
+            signal(&controller, 2);
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        let code = controller.wait().unwrap().code();
+        assert_eq!(code, Some(130), "{}", desk.stderr());
+        desk.assert_nothing_left();
+        assert_eq!(desk.bill().entries.len(), 1);
+        if interrupts == 1 {
+            let log = std::fs::read_to_string(desk.results_folder().join(files::LOG)).unwrap();
+            assert!(log.contains("layer 1/8"), "what there is came home: {log}");
+        }
+    }
+}
+
+#[test]
+fn an_instance_that_vanishes_ends_the_run_and_says_so() {
+    let desk = Desk::new();
+    let mut controller = desk.start(slow_deploy(&desk));
+    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
+    let id = desk.bill().running[0].id.0.clone();
+    let marked = format!("OUTLIERS_LOCAL_INSTANCE={id}");
+    for entry in std::fs::read_dir("/proc").unwrap().filter_map(Result::ok) {
+        let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
+        if String::from_utf8_lossy(&environment).contains(&marked) {
+            let pid = entry.file_name().into_string().unwrap();
+            // It may be gone already, with its parent.
+            let _ = std::process::Command::new("kill").args(["-9", &pid]).output();
+        }
+    }
+    let code = controller.wait().unwrap().code();
+    assert!(code.is_some_and(|code| code != 0 && code != 6), "{code:?}: {}", desk.stderr());
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn a_run_cancelled_from_elsewhere_ends_its_instance() {
+    let desk = Desk::new();
+    let mut controller = desk.start(slow_deploy(&desk));
+    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
+    let _ = desk.run(["runs", "cancel", "last"]).ok();
+    let code = controller.wait().unwrap().code();
+    assert_eq!(code, Some(130), "{}", desk.stderr());
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn a_kept_instance_is_held_until_it_is_terminated() {
+    let desk = Desk::new();
+    let _ = desk.run(fixture("llama-f32", &["--keep-running"])).ok();
+    assert_eq!(desk.bill().running.len(), 1);
+    let id = desk.bill().running[0].id.0.clone();
+    let listed = desk.run(["instances", "list"]).ok();
+    assert!(listed.stdout.contains(&id), "{}", listed.stdout);
+    // Another deploy leaves it alone.
+    let _ = desk.run(fixture("llama-f32", &[])).ok();
+    assert_eq!(desk.bill().running.len(), 1);
+    let _ = desk.run(["instances", "terminate", &id, "-y"]).ok();
+    desk.assert_nothing_left();
+}
+
+// --------------------------------------------------------------------------------------------------------- bad input
+
+/// Bad input: the exit code, a word of the explanation, and nothing was ever rented.
+fn refused(desk: &Desk, arguments: &[String], words: &[&str]) {
+    let said = desk.run(arguments);
+    assert!(matches!(said.code, Some(1 | 2)), "{arguments:?}: {said:?}");
+    for word in words {
+        assert!(said.stderr.contains(word), "{word:?} is missing for {arguments:?}: {}", said.stderr);
+    }
+    assert!(!said.stderr.contains("panicked"), "{}", said.stderr);
+    assert!(desk.bill().entries.is_empty() && desk.bill().running.is_empty(), "{arguments:?} rented something");
+}
+
+fn copied_model(desk: &Desk, name: &str) -> std::path::PathBuf {
+    let copy = desk.work().join(format!("copy-{}", rand_name()));
+    std::fs::create_dir(&copy).unwrap();
+    for entry in std::fs::read_dir(golden(name).join("model")).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
+    }
+    copy
+}
+
+fn rand_name() -> u64 {
+    static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+    NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+}
+
+fn deploy(model: &Path, more: &[&str]) -> Vec<String> {
+    let arguments = ["deploy", "--model"].map(str::to_owned).into_iter().chain([text(model), "-y".to_owned()]);
+    arguments.chain(more.iter().map(|s| (*s).to_owned())).collect()
+}
+
+#[test]
+fn bad_models_are_refused_before_anything_is_rented() {
+    let desk = Desk::new();
+    refused(&desk, &deploy(Path::new("/no/such/folder"), &[]), &["/no/such/folder"]);
+    refused(&desk, &deploy(Path::new("neither a folder nor an id"), &[]), &["neither a folder nor an id"]);
+
+    let unsupported = copied_model(&desk, "llama-f32");
+    let config = std::fs::read_to_string(unsupported.join("config.json")).unwrap();
+    std::fs::write(unsupported.join("config.json"), config.replace("LlamaForCausalLM", "MambaForCausalLM")).unwrap();
+    refused(&desk, &deploy(&unsupported, &[]), &["MambaForCausalLM", "OlmoeForCausalLM"]);
+
+    let missing = copied_model(&desk, "olmoe-f32-sharded");
+    std::fs::remove_file(missing.join("model-00002-of-00003.safetensors")).unwrap();
+    refused(&desk, &deploy(&missing, &[]), &["model-00002-of-00003.safetensors"]);
+
+    let truncated = copied_model(&desk, "llama-f32");
+    let weights = truncated.join("model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    refused(&desk, &deploy(&truncated, &[]), &["model.safetensors"]);
+    std::fs::write(&weights, [&u64::MAX.to_le_bytes()[..], &bytes[8..]].concat()).unwrap();
+    refused(&desk, &deploy(&truncated, &[]), &["model.safetensors"]);
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn overlapping_tensors_are_refused_before_anything_is_rented() {
+    let desk = Desk::new();
+    let model = copied_model(&desk, "llama-f32");
+    let path = model.join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let first = header["model.layers.0.input_layernorm.weight"]["data_offsets"].clone();
+    header["model.layers.1.input_layernorm.weight"]["data_offsets"] = first;
+    let header = header.to_string();
+    std::fs::write(&path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &bytes[8 + length..]].concat())
+        .unwrap();
+    refused(&desk, &deploy(&model, &[]), &["input_layernorm"]);
+}
+
+#[test]
+fn bad_texts_are_refused_before_anything_is_rented() {
+    let desk = Desk::new();
+    let model = golden("olmoe-bf16").join("model");
+    let (empty, short) = (desk.work().join("empty.txt"), desk.work().join("short.txt"));
+    std::fs::write(&empty, "").unwrap();
+    std::fs::write(&short, "Far too short.").unwrap();
+    refused(&desk, &deploy(&model, &["--corpus", &text(&empty)]), &["empty.txt"]);
+    refused(&desk, &deploy(&model, &["--corpus", &text(&short), "--sequence-length", "512"]), &["512"]);
+    refused(&desk, &deploy(&model, &["--corpus", "/no/such/book.txt"]), &["/no/such/book.txt"]);
+    refused(&desk, &deploy(&model, &["--sequence-length", "5000"]), &["5000", "4096"]);
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn weights_that_are_not_numbers_end_the_run_and_the_rental() {
+    let desk = Desk::new();
+    let model = copied_model(&desk, "llama-f32");
+    let path = model.join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let end = bytes.len();
+    bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    let said = desk.run(deploy(&model, &["--num-sequences", "2", "--sequence-length", "32"]));
+    assert_eq!(said.code, Some(1), "{said:?}");
+    assert!(said.stderr.contains("NaN at element"), "{}", said.stderr);
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn a_worker_of_another_version_is_refused_before_anything_is_rented() {
+    use std::os::unix::fs::PermissionsExt;
+    let desk = Desk::new();
+    let other = desk.work().join("other-worker");
+    let version = r#"{"version":"99.0.0","schema":99,"target":"x86_64-linux","cuda":false,"architectures":[]}"#;
+    std::fs::write(&other, format!("#!/bin/sh\necho '{version}'\n")).unwrap();
+    std::fs::set_permissions(&other, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let settings = desk.work().join("outliers.toml");
+    std::fs::write(&settings, format!("[worker]\nbinary = {:?}\n", text(&other))).unwrap();
+    let model = golden("llama-f32").join("model");
+    refused(&desk, &deploy(&model, &["--config", &text(&settings)]), &["99"]);
+    std::fs::remove_file(&other).unwrap();
+    refused(&desk, &deploy(&model, &["--config", &text(&settings)]), &["other-worker"]);
+}
