@@ -368,7 +368,10 @@ impl Reporter {
     /// The worker's own report.
     pub fn progress(&self, progress: &Progress) {
         let label = phase(progress.phase);
-        let mut detail = format!("{} of {} layers", progress.layer, progress.layers);
+        let mut detail = match progress.layers {
+            0 => "...".to_owned(),
+            layers => format!("{} of {layers} layers", progress.layer),
+        };
         if progress.bytes_total > 0 {
             detail += &format!(", {} of {} weights", Bytes(progress.bytes_read), Bytes(progress.bytes_total));
         }

@@ -344,6 +344,9 @@ impl TryFrom<String> for Span {
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let seconds = self.0.as_secs();
+        if seconds < 10 {
+            return write!(f, "{:.1} s", self.0.as_secs_f64());
+        }
         match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
             (0, 0, s) => write!(f, "{s} s"),
             (0, m, s) => write!(f, "{m} min {s:02} s"),
