@@ -383,7 +383,10 @@ mod tests {
     #[test]
     fn prices_are_numbers() {
         for text in ["-1", "nan", "inf", "cheap", "1e99"] {
-            assert!(Cli::try_parse_from(["outliers", "deploy", "--model", "a/b", "--max-price", text]).is_err(), "{text}");
+            assert!(
+                Cli::try_parse_from(["outliers", "deploy", "--model", "a/b", "--max-price", text]).is_err(),
+                "{text}"
+            );
         }
     }
 }

@@ -96,8 +96,10 @@ async fn serve(folder: &Path) -> ExitStatus {
 
 impl Context {
     fn new(cli: &Cli, environment: &Environment) -> Result<(Settings, PathBuf, PathBuf), Complaint> {
-        let here = std::env::current_dir().map_err(|error| Complaint::failed(format!("the current folder: {error}")))?;
-        let exe = std::env::current_exe().map_err(|error| Complaint::failed(format!("this program's path: {error}")))?;
+        let here =
+            std::env::current_dir().map_err(|error| Complaint::failed(format!("the current folder: {error}")))?;
+        let exe =
+            std::env::current_exe().map_err(|error| Complaint::failed(format!("this program's path: {error}")))?;
         let settings = Settings::resolve(cli.global.config.as_deref(), environment, &here)?;
         Ok((settings, here, exe))
     }

@@ -12,12 +12,12 @@ use crate::ledger::{LedgerError, RunRecord, RunWriter};
 use crate::run::{Ending, RunEvent, RunState};
 
 mod bring;
+#[cfg(test)]
+pub(crate) mod fake;
 mod ports;
 mod recover;
 mod ssh;
 mod steps;
-#[cfg(test)]
-pub(crate) mod fake;
 #[cfg(test)]
 mod tests;
 

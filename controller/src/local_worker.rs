@@ -5,7 +5,8 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use outliers_protocol::{
-    CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Precision, Progress, SCHEMA, VersionInfo, files,
+    BosPolicy, CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Packing, Precision, Progress,
+    SCHEMA, VersionInfo, files,
 };
 use serde::de::DeserializeOwned;
 use tokio::process::Command;
@@ -22,6 +23,17 @@ const PAUSE: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug)]
 pub struct LocalWorker {
     path: PathBuf,
+}
+
+/// What `inspect` looks at beside the checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// Nothing: the checkpoint alone.
+    Model,
+    /// That the text can be cut into sequences.
+    Text,
+    /// That, and that the job's devices are in this machine.
+    TextAndDevices,
 }
 
 /// Why the worker on this machine could not do what was asked.
@@ -79,7 +91,9 @@ impl LocalWorkerError {
             Self::Missing { .. } => Some(
                 "`cargo build --release` makes both programs; or name it in the settings: worker.binary".to_owned(),
             ),
-            Self::Unrunnable { .. } => Some("it must be a program for this machine; see worker.binary in the settings".to_owned()),
+            Self::Unrunnable { .. } => {
+                Some("it must be a program for this machine; see worker.binary in the settings".to_owned())
+            }
             Self::Version { .. } => Some("build both programs together".to_owned()),
             Self::Failed(failure) => failure.hint.clone(),
             Self::Odd { .. } | Self::File { .. } => None,
@@ -109,12 +123,13 @@ impl LocalWorker {
         &self.path
     }
 
-    /// What the job's checkpoint is, and what the job needs. `devices`: whether the job's devices are this machine's.
+    /// What the job's checkpoint is, and what the job needs.
     ///
     /// # Errors
-    /// The worker's own words, for a model that is not there, is gated, damaged or of an unknown architecture.
-    pub async fn inspect(&self, job: &JobSpec, devices: bool) -> Result<Inspection, LocalWorkerError> {
-        self.ask(&inspect_arguments(job, devices)).await
+    /// The worker's own words, for a model that is not there, is gated, damaged or of an unknown architecture, and whatever
+    /// `check` finds.
+    pub async fn inspect(&self, job: &JobSpec, check: Check) -> Result<Inspection, LocalWorkerError> {
+        self.ask(&inspect_arguments(job, check)).await
     }
 
     /// Makes the demo's checkpoint in `folder`; returns what was planted.
@@ -183,8 +198,8 @@ impl LocalWorker {
     }
 }
 
-/// The job as options of `inspect`, which reads no text.
-fn inspect_arguments(job: &JobSpec, devices: bool) -> Vec<String> {
+/// The job as options of `inspect`.
+fn inspect_arguments(job: &JobSpec, check: Check) -> Vec<String> {
     let mut arguments = vec!["inspect".to_owned()];
     let mut option = |name: &str, value: Option<String>| {
         if let Some(value) = value {
@@ -206,8 +221,27 @@ fn inspect_arguments(job: &JobSpec, devices: bool) -> Vec<String> {
     };
     option("precision", Some(precision.to_owned()));
     option("layers", job.layers.map(|n| n.to_string()));
-    option("devices", Some(job.devices.join(",")).filter(|list| devices && !list.is_empty()));
     option("micro-batch-tokens", Some(job.micro_batch_tokens.to_string()));
+    if check != Check::Model {
+        match &job.corpus.source {
+            CorpusSource::Builtin(_) => {}
+            CorpusSource::Files(paths) => paths.iter().for_each(|path| option("corpus", Some(path.clone()))),
+            CorpusSource::TokenIds(path) => option("token-ids", Some(path.clone())),
+        }
+        let bos = match job.corpus.bos {
+            BosPolicy::Auto => "auto",
+            BosPolicy::Always => "always",
+            BosPolicy::Never => "never",
+        };
+        option("bos", Some(bos.to_owned()));
+    }
+    option("devices", Some(job.devices.join(",")).filter(|list| check == Check::TextAndDevices && !list.is_empty()));
+    if check != Check::Model {
+        arguments.push("--check-text".to_owned());
+        if job.corpus.packing == Packing::Separate {
+            arguments.push("--separate-documents".to_owned());
+        }
+    }
     arguments
 }
 
@@ -287,9 +321,10 @@ mod tests {
     #[tokio::test]
     async fn its_own_words_are_passed_on() {
         let folder = tempfile::tempdir().unwrap();
-        let path = program(folder.path(), r#"echo '{"kind":"unsupported","message":"unknown","hint":"known: a"}'; exit 1"#);
+        let path =
+            program(folder.path(), r#"echo '{"kind":"unsupported","message":"unknown","hint":"known: a"}'; exit 1"#);
         let job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
-        let error = LocalWorker { path }.inspect(&job, true).await.unwrap_err();
+        let error = LocalWorker { path }.inspect(&job, Check::Model).await.unwrap_err();
         assert_eq!((error.to_string().as_str(), error.hint().as_deref()), ("unknown", Some("known: a")));
         assert!(is_refusal(&error));
     }
@@ -298,20 +333,27 @@ mod tests {
     fn a_job_becomes_options() {
         let mut job = JobSpec::new(ModelSource::Hub { id: "a/b".into(), revision: "r".into() });
         job.corpus.num_sequences = Some(3);
+        job.corpus.packing = Packing::Separate;
+        job.corpus.source = CorpusSource::Files(vec!["/a b".into(), "/c".into()]);
         job.devices = vec!["cpu:2".into()];
         job.layers = Some(1);
-        let words = inspect_arguments(&job, true).join(" ");
-        for expected in ["inspect --model=a/b --revision=r", "--num-sequences=3", "--devices=cpu:2", "--layers=1"] {
-            assert!(words.contains(expected), "{words}");
+        let words = |check| inspect_arguments(&job, check);
+        let all = words(Check::TextAndDevices);
+        let expected =
+            ["--model=a/b", "--revision=r", "--num-sequences=3", "--devices=cpu:2", "--layers=1", "--check-text"];
+        for expected in expected.into_iter().chain(["--corpus=/a b", "--corpus=/c", "--separate-documents"]) {
+            assert!(all.iter().any(|word| word == expected), "{expected} in {all:?}");
         }
-        assert!(!inspect_arguments(&job, false).join(" ").contains("devices"));
+        assert!(!words(Check::Text).join(" ").contains("devices"));
+        assert!(!words(Check::Model).join(" ").contains("corpus"));
     }
 
     #[tokio::test]
     async fn a_run_tells_its_progress_and_its_failure() {
         let folder = tempfile::tempdir().unwrap();
         let line = r#"{"schema":1,"at_ms":1,"phase":"layers","layer":1,"layers":2,"bytes_read":1,"bytes_total":2,"tokens_per_second":1.0}"#;
-        let script = format!("printf '%s\\n%s' '{line}' 'half' > \"$4/progress.jsonl\"; echo said >&2; exit $(cat \"$4/code\")");
+        let script =
+            format!("printf '%s\\n%s' '{line}' 'half' > \"$4/progress.jsonl\"; echo said >&2; exit $(cat \"$4/code\")");
         let worker = LocalWorker { path: program(folder.path(), &script) };
         let out = folder.path().join("out");
         std::fs::create_dir(&out).unwrap();

@@ -246,7 +246,8 @@ mod tests {
     fn what_is_not_ours_is_never_touched() {
         let other = LeaseTag { owner: "you".into(), ..tag("r", "n", 1) };
         let got = actions(&[], &[instance("a", "my-web-server"), instance("b", other), instance("c", "outliers-me-r")]);
-        let why: Vec<_> = got.iter().map(|a| if let Action::LeaveAlone { why, .. } = a { *why } else { panic!("{a:?}") }).collect();
+        let why: Vec<_> =
+            got.iter().map(|a| if let Action::LeaveAlone { why, .. } = a { *why } else { panic!("{a:?}") }).collect();
         assert_eq!(why, [Leave::NotOurs, Leave::OtherOwner, Leave::NotOurs]);
     }
 

@@ -297,15 +297,15 @@ impl Reporter {
     pub fn event(&self, event: DeployEvent) {
         match event {
             DeployEvent::State(state) => self.state(&state),
-            DeployEvent::Renting(offer) => self.say(&format!("Renting {}", clean(market::describe(&offer).as_bytes(), LINE))),
+            DeployEvent::Renting(offer) => {
+                self.say(&format!("Renting {}", clean(market::describe(&offer).as_bytes(), LINE)))
+            }
             DeployEvent::Refused { reason } => {
                 self.say(&format!("It cannot be had ({}); trying the next offer", clean(reason.as_bytes(), LINE)));
             }
-            DeployEvent::Retrying { reason, pause } => self.say(&format!(
-                "Trying again in {:.1} s: {}",
-                pause.as_secs_f64(),
-                clean(reason.as_bytes(), LINE)
-            )),
+            DeployEvent::Retrying { reason, pause } => {
+                self.say(&format!("Trying again in {:.1} s: {}", pause.as_secs_f64(), clean(reason.as_bytes(), LINE)))
+            }
             DeployEvent::Settling => self.say("Asking the cloud whether the instance was made"),
             DeployEvent::Booting => self.booting(),
             DeployEvent::Host(facts) => self.say(&format!("Host: {}", clean(facts.as_bytes(), LINE))),
@@ -313,7 +313,9 @@ impl Reporter {
             DeployEvent::Terminating(instance) => self.whisper(&format!("Ending instance {}", instance.id)),
             DeployEvent::Stopping(Stop::SkipSync) => self.say("Skipping the results; ending the instance"),
             DeployEvent::Stopping(_) => {
-                self.say("Stopping: bringing home what there is, then ending the instance (Ctrl-C again skips the first)");
+                self.say(
+                    "Stopping: bringing home what there is, then ending the instance (Ctrl-C again skips the first)",
+                );
             }
         }
     }
@@ -366,7 +368,10 @@ impl Reporter {
     /// The worker's own report.
     pub fn progress(&self, progress: &Progress) {
         let label = phase(progress.phase);
-        let mut detail = format!("{} of {} layers", progress.layer, progress.layers);
+        let mut detail = match progress.layers {
+            0 => "...".to_owned(),
+            layers => format!("{} of {layers} layers", progress.layer),
+        };
         if progress.bytes_total > 0 {
             detail += &format!(", {} of {} weights", Bytes(progress.bytes_read), Bytes(progress.bytes_total));
         }

@@ -344,6 +344,9 @@ impl TryFrom<String> for Span {
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let seconds = self.0.as_secs();
+        if seconds < 10 {
+            return write!(f, "{:.1} s", self.0.as_secs_f64());
+        }
         match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
             (0, 0, s) => write!(f, "{s} s"),
             (0, m, s) => write!(f, "{m} min {s:02} s"),
@@ -476,5 +479,100 @@ mod tests {
             let _ = text.parse::<Span>();
             let _ = text.parse::<Size>();
         }
+    }
+}
+
+/// The data files beside the settings, which the survey reads.
+#[cfg(test)]
+mod catalogue {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    use serde::Deserialize;
+
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Catalogue {
+        model: Vec<Model>,
+    }
+
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Model {
+        id: String,
+        architecture: String,
+        kind: Kind,
+        parameters: u64,
+        /// Mixtures only.
+        active: Option<u64>,
+        layers: u32,
+        experts: Option<u32>,
+        top_k: Option<u32>,
+        stored_gb: f64,
+    }
+
+    #[derive(Deserialize, PartialEq)]
+    #[serde(rename_all = "lowercase")]
+    enum Kind {
+        Dense,
+        Moe,
+    }
+
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Survey {
+        name: String,
+        num_sequences: usize,
+        sequence_length: usize,
+        models: Vec<String>,
+    }
+
+    fn config() -> &'static Path {
+        Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../config"))
+    }
+
+    fn catalogue() -> Catalogue {
+        toml::from_str(&std::fs::read_to_string(config().join("models.toml")).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_catalogue_makes_sense() {
+        let models = catalogue().model;
+        assert_eq!(models.iter().map(|m| &m.id).collect::<BTreeSet<_>>().len(), models.len(), "an id twice");
+        for model in models {
+            let id = &model.id;
+            assert_eq!(id.split('/').count(), 2, "{id}");
+            assert!(model.layers > 0 && model.parameters > 0 && !model.architecture.is_empty(), "{id}");
+            let moe = model.kind == Kind::Moe;
+            assert_eq!(
+                (model.experts.is_some(), model.top_k.is_some(), model.active.is_some()),
+                (moe, moe, moe),
+                "{id}"
+            );
+            assert!(model.top_k <= model.experts && model.active.unwrap_or(0) < model.parameters, "{id}");
+            // Half a byte (MXFP4) to four bytes (F32) each, and what is stored beside the model itself.
+            let bytes_each = model.stored_gb * 1e9 / model.parameters as f64;
+            assert!((0.5..5.0).contains(&bytes_each), "{id}: {bytes_each}");
+        }
+    }
+
+    #[test]
+    fn every_survey_names_models_of_the_catalogue() {
+        let known: BTreeSet<String> = catalogue().model.into_iter().map(|model| model.id).collect();
+        let mut sizes = Vec::new();
+        for entry in std::fs::read_dir(config().join("surveys")).unwrap() {
+            let path = entry.unwrap().path();
+            let survey: Survey = toml::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+            assert_eq!(path.file_stem().unwrap().to_str(), Some(survey.name.as_str()));
+            assert_eq!((survey.num_sequences, survey.sequence_length), (16, 2048), "the published setting");
+            for model in &survey.models {
+                assert!(known.contains(model), "{}: {model}", survey.name);
+            }
+            assert_eq!(survey.models.iter().collect::<BTreeSet<_>>().len(), survey.models.len(), "{}", survey.name);
+            sizes.push((survey.name, survey.models.len()));
+        }
+        sizes.sort();
+        let expected = [("dense-controls", 16), ("moe-nine", 9), ("seed-seven", 7)];
+        assert_eq!(sizes, expected.map(|(name, n)| (name.to_owned(), n)));
     }
 }

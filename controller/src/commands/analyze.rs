@@ -26,7 +26,9 @@ pub(super) async fn command(context: &Context, args: &AnalyzeArgs) -> Result<Exi
     };
     ran.map_err(|error| complaint(error, &folder))?;
     let results = read(&folder.join(files::RESULTS))?;
-    context.reporter.result(&results, || format!("{}files: {}\n", tables::results(&results), folder.display()));
+    context
+        .reporter
+        .result(&results, || format!("{}files: {}\n", tables::results(job.model.name(), &results), folder.display()));
     Ok(ExitStatus::Done)
 }
 

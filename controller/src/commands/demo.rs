@@ -67,7 +67,9 @@ pub(super) async fn command(context: &Context, args: &DemoArgs) -> Result<ExitSt
     let folder = model(context, args).await?;
     let planted = truth(&folder)?;
     let (features, decoys) = (planted.systematic.len(), planted.decoys.len());
-    context.reporter.say(&format!("A model with {features} planted outlier features and {decoys} decoys: {}", folder.display()));
+    context
+        .reporter
+        .say(&format!("A model with {features} planted outlier features and {decoys} decoys: {}", folder.display()));
     let deployed = deploy(context, &options(&folder)).await?;
     let deployed = deployed.ok_or_else(|| Complaint::failed("the demo was not deployed"))?;
     let Some(results) = &deployed.results else {
@@ -164,8 +166,9 @@ fn in_words(document: &Document) -> String {
         let right = if line.expected == line.found { "right" } else { "WRONG" };
         table.add_row([&line.dim.to_string(), &line.planted, yes(line.expected), yes(line.found), right]);
     }
-    let mut out = deployed.results.as_ref().map(tables::results).unwrap_or_default();
-    out += &format!("{table}\n");
+    let model = &deployed.run.spec.model;
+    let mut out = deployed.results.as_ref().map(|results| tables::results(model, results)).unwrap_or_default();
+    out += &format!("\n{table}\n\n");
     out += &tables::epilogue(&deployed.run, Usd::from_micros(deployed.cost_micro_usd));
     if document.exact {
         out += "every planted feature was found, and nothing else\n";

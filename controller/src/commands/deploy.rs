@@ -14,7 +14,7 @@ use crate::broker::Offer;
 use crate::cli::DeployArgs;
 use crate::deploy::{DeployEvent, Driver, Patience, Ports, Stop, job_key, recover};
 use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms, random_word};
-use crate::local_worker::{LocalWorker, corpus_files};
+use crate::local_worker::{Check, LocalWorker, corpus_files};
 use crate::market;
 use crate::reconcile::Action;
 use crate::report::{Complaint, ExitStatus, Reporter, tables};
@@ -83,8 +83,8 @@ pub(super) async fn command(context: &Context, args: &DeployArgs) -> Result<Exit
 pub(super) fn tell(context: &Context, deployed: &Deployed) {
     let cost = Usd::from_micros(deployed.cost_micro_usd);
     context.reporter.result(deployed, || {
-        let table = deployed.results.as_ref().map(tables::results).unwrap_or_default();
-        table + &tables::epilogue(&deployed.run, cost)
+        let table = deployed.results.as_ref().map(|results| tables::results(&deployed.run.spec.model, results));
+        table.unwrap_or_default() + &tables::epilogue(&deployed.run, cost)
     });
     if let Some(complaint) = complaint_of(&deployed.run) {
         context.reporter.sentence(&complaint);
@@ -194,7 +194,8 @@ async fn preflight(
         check_size(path, Bytes(std::fs::metadata(path).map_or(0, |meta| meta.len())), limit)?;
     }
     // A device list is about the instance; it can be tried here only when the instance is here.
-    let inspection = worker.inspect(job, cloud.is_local).await?;
+    let check = if cloud.is_local { Check::TextAndDevices } else { Check::Text };
+    let inspection = worker.inspect(job, check).await?;
     if args.push_model {
         check_size(job.model.name(), Bytes(inspection.files.iter().map(|file| file.bytes).sum()), limit)?;
     }
@@ -262,13 +263,7 @@ async fn offers(
 }
 
 /// Asks before real money is spent.
-fn consent(
-    context: &Context,
-    cloud: &Cloud,
-    offers: &[Offer],
-    limit: Duration,
-    yes: bool,
-) -> Result<(), Complaint> {
+fn consent(context: &Context, cloud: &Cloud, offers: &[Offer], limit: Duration, yes: bool) -> Result<(), Complaint> {
     if yes || cloud.is_local {
         return Ok(());
     }

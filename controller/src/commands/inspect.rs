@@ -2,13 +2,14 @@
 
 use super::Context;
 use crate::cli::InspectArgs;
+use crate::local_worker::Check;
 use crate::report::{Complaint, ExitStatus, tables};
 
 /// Does it.
 pub(super) async fn command(context: &Context, args: &InspectArgs) -> Result<ExitStatus, Complaint> {
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
-    let inspection = worker.inspect(&job, true).await?;
+    let inspection = worker.inspect(&job, Check::Model).await?;
     context.reporter.result(&inspection, || tables::inspection(&inspection));
     Ok(ExitStatus::Done)
 }

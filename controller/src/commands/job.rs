@@ -109,9 +109,9 @@ fn file(option: &str, path: &Path, here: &Path) -> Result<String, Complaint> {
 }
 
 fn utf8(path: PathBuf) -> Result<String, Complaint> {
-    path.into_os_string().into_string().map_err(|path| {
-        Complaint::refused(format!("{}: its name is not UTF-8", path.to_string_lossy()), "rename it")
-    })
+    path.into_os_string()
+        .into_string()
+        .map_err(|path| Complaint::refused(format!("{}: its name is not UTF-8", path.to_string_lossy()), "rename it"))
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::{Context, SCHEMA, request};
 use crate::broker::Offer;
 use crate::cli::PlanArgs;
+use crate::local_worker::Check;
 use crate::market;
 use crate::report::{Complaint, ExitStatus, tables};
 use crate::settings::Span;
@@ -83,7 +84,7 @@ impl Estimate {
 pub(super) async fn command(context: &Context, args: &PlanArgs) -> Result<ExitStatus, Complaint> {
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
-    let inspection = worker.inspect(&job, false).await?;
+    let inspection = worker.inspect(&job, Check::Model).await?;
     let cloud = context.cloud(args.want.broker.as_deref())?;
     let want = request(&args.want);
     let (offers, no_offers) = match market::select(cloud.broker.offers(&want).await?, &want) {

@@ -109,8 +109,7 @@ async fn follow(context: &Context, ledger: &Ledger, run: &RunRecord, pin: &Pin) 
     // Nothing is pushed from here.
     let hosts = context.hosts(&context.exe);
     let deadline = Instant::now() + cloud.patience.ssh;
-    let failed =
-        |error: HostError| Complaint { status: ExitStatus::Cloud, message: error.message, hint: error.hint };
+    let failed = |error: HostError| Complaint { status: ExitStatus::Cloud, message: error.message, hint: error.hint };
     let folder = ledger.run_folder(&run.id);
     let (host, _) = hosts.reach(&endpoint, &folder, Some(pin), deadline, &|_| {}).await.map_err(failed)?;
     let print = |talk: HostTalk| {

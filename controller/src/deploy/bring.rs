@@ -46,7 +46,11 @@ pub fn slug(model: &str) -> String {
 }
 
 /// Compares what arrived with the manifest, moves it to its place, and says how the run ended by it.
-pub(super) fn settle(folders: &Folders, manifest: Option<&Manifest>, exit: Option<i32>) -> io::Result<(Brought, Ending)> {
+pub(super) fn settle(
+    folders: &Folders,
+    manifest: Option<&Manifest>,
+    exit: Option<i32>,
+) -> io::Result<(Brought, Ending)> {
     let (ending, complete) = judge(&folders.arriving, manifest, exit);
     let place = if complete { &folders.whole } else { &folders.partial };
     move_over(&folders.arriving, place)?;

@@ -387,7 +387,8 @@ impl Host for FakeHost {
     }
 
     async fn fetch(&self, _: &str, into: &Path, _: &Listener<'_>) -> Result<Option<Manifest>, HostError> {
-        let done = self.on_machine("fetch", |machine, endless| !endless && machine.worker != JobStatus::Running).await?;
+        let done =
+            self.on_machine("fetch", |machine, endless| !endless && machine.worker != JobStatus::Running).await?;
         fs::write(into.join(files::LOG), "said something\n").unwrap();
         if !done {
             return Ok(None);

@@ -102,12 +102,7 @@ async fn finish(
 ///
 /// # Errors
 /// [`Stuck`] when one does not go.
-pub async fn end(
-    ports: Ports<'_>,
-    patience: &Patience,
-    on: &OnEvent<'_>,
-    strays: &[&InstanceId],
-) -> Result<(), Stuck> {
+pub async fn end(ports: Ports<'_>, patience: &Patience, on: &OnEvent<'_>, strays: &[&InstanceId]) -> Result<(), Stuck> {
     let deadline = Instant::now() + patience.terminate;
     let mut absences = 0;
     let mut trouble = None;

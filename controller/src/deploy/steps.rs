@@ -31,7 +31,8 @@ impl Driver<'_> {
             Ok(offers) => offers,
             Err(error) => return self.try_again_broker(error, self.patience.settle).await,
         };
-        let selected = (self.ports.select)(listed, &request).map_err(|t| StepError::End(Ending::Failed { trouble: t }))?;
+        let selected =
+            (self.ports.select)(listed, &request).map_err(|t| StepError::End(Ending::Failed { trouble: t }))?;
         let known = |key: &str| refused.iter().any(|refusal| refusal.offer.key == key);
         let Some(offer) = selected.iter().find(|offer| !known(&offer.key)).cloned() else {
             return Err(StepError::End(none_left(refused, selected.len())));
@@ -416,7 +417,8 @@ fn broker_failed(error: &BrokerError) -> Ending {
 
 fn none_left(refused: &[Refusal], offered: usize) -> Ending {
     let words: Vec<String> = refused.iter().map(|r| format!("{}: {}", r.offer.key, r.reason)).collect();
-    let message = format!("{} of {offered} offers were tried and none could be had ({})", refused.len(), words.join("; "));
+    let message =
+        format!("{} of {offered} offers were tried and none could be had ({})", refused.len(), words.join("; "));
     failed(TroubleKind::NoOffer, message, Some("relax the filters, or try again later".to_owned()))
 }
 

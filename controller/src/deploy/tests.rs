@@ -77,7 +77,8 @@ async fn a_run_goes_through_all_states_and_leaves_nothing() {
     let expected = ["creating", "created", "reached", "launched", "worker ended", "fetched", "terminate", "gone"];
     assert_eq!(words, expected);
     assert_eq!(record.state.ending(), Some(&Ending::Completed));
-    let names: Vec<_> = std::fs::read_dir(home.path().join("results")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let names: Vec<_> =
+        std::fs::read_dir(home.path().join("results")).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names, [format!("owner--model-{}", record.id).as_str()], "nothing half-arrived is left");
     assert!(!home.path().join("state/runs").join(&record.id).join("key").exists());
 }
@@ -434,15 +435,11 @@ async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
     let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
     fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
     assert!(matches!(life(&fake, home.path()).await, Life::Killed));
-    let mut tags: Vec<String> = vec![LeaseTag {
-        owner: ledger.owner().into(),
-        run: "unknown".into(),
-        nonce: "n".into(),
-        deadline: u64::MAX,
-    }]
-    .iter()
-    .map(ToString::to_string)
-    .collect();
+    let mut tags: Vec<String> =
+        vec![LeaseTag { owner: ledger.owner().into(), run: "unknown".into(), nonce: "n".into(), deadline: u64::MAX }]
+            .iter()
+            .map(ToString::to_string)
+            .collect();
     tags.push("outliers-somebody-unknown-n-1".into());
     for tag in &tags {
         let lease = Lease { tag: tag.parse().unwrap(), ssh_public_key: "ssh-fake".into(), disk: Bytes(0) };

@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
-use comfy_table::{Cell, CellAlignment, Table};
+use comfy_table::{Cell, CellAlignment, ContentLineStyle, LineStyle, Table, TableStyle};
 use outliers_protocol::{Inspection, Reading, Results, Sided};
 
 use crate::broker::{Instance, InstanceState, Offer};
@@ -17,10 +16,16 @@ use crate::units::{Bytes, Usd};
 /// Features shown; the file has them all.
 const TOP: usize = 10;
 
+/// One line below the header, nothing else: what remains reads well in a log, too.
+const STYLE: TableStyle = TableStyle::new()
+    .header_lines(ContentLineStyle::none())
+    .header_separator(LineStyle::none().fill('─'))
+    .content_lines(ContentLineStyle::none());
+
 /// A table with a header.
 pub fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_style(UTF8_HORIZONTAL_ONLY);
+    table.load_style(STYLE);
     table.set_header(header.iter().map(|name| Cell::new(name)));
     table
 }
@@ -38,12 +43,14 @@ fn percent(share: Option<f64>) -> Cell {
 }
 
 /// The verdicts side by side, perplexity and the strongest features.
-pub fn results(results: &Results) -> String {
+///
+/// `model` is its name here; the results have the one on the instance.
+pub fn results(model: &str, results: &Results) -> String {
     let thresholds = results.thresholds;
     let mut out = format!(
         "{}: {} sequences of {} tokens, {} layers, {} norm outputs, {} features\n\
          |x| >= {}, in >= {:.0} % of layers (or norm outputs) and >= {:.0} % of positions\n",
-        clean(results.model.as_bytes(), 200),
+        clean(model.as_bytes(), 200),
         results.sequences,
         results.tokens_per_sequence,
         results.n_layers,
@@ -63,7 +70,7 @@ pub fn results(results: &Results) -> String {
             percent(verdict.mean_sequence_percent),
         ]);
     }
-    out += &format!("{verdicts}\n");
+    out += &format!("\n{verdicts}\n\n");
     if let Some(perplexity) = results.perplexity {
         let tokens = perplexity.predicted_tokens;
         out += &format!("perplexity {:.4} over {tokens} predicted tokens\n", perplexity.perplexity);
@@ -104,7 +111,7 @@ fn features(results: &Results) -> String {
     }
     let more = strongest.len().saturating_sub(TOP);
     let rest = if more > 0 { format!("and {more} more features with outliers\n") } else { String::new() };
-    format!("{table}\n{rest}")
+    format!("\n{table}\n{rest}")
 }
 
 /// What can be rented.
@@ -163,7 +170,8 @@ pub fn inspection(inspection: &Inspection) -> String {
         .map(|(dtype, bytes)| format!("{} {}", clean(dtype.as_bytes(), 20), Bytes(*bytes)))
         .collect();
     out += &format!("stored: {} in all ({})\n", Bytes(inspection.stored_bytes), dtypes.join(", "));
-    let mut table = table(&["layer", "kind", "experts", "tensors", "parameters", "bytes", "norms before attention, before MLP"]);
+    let mut table =
+        table(&["layer", "kind", "experts", "tensors", "parameters", "bytes", "norms before attention, before MLP"]);
     for layer in &inspection.layers {
         let norms: Vec<String> = inspection
             .sites
@@ -264,7 +272,9 @@ pub fn what_it_is(instance: &Instance, actions: &[Action]) -> String {
     let run = instance.tag().map(|tag| tag.run).unwrap_or_default();
     for action in actions {
         match action {
-            Action::Finish { run: ended, why } if *ended == run => return format!("to be ended: {}", super::finish(*why)),
+            Action::Finish { run: ended, why } if *ended == run => {
+                return format!("to be ended: {}", super::finish(*why));
+            }
             Action::Adopt { instance: id, .. } if *id == instance.id => return "of an abandoned run".to_owned(),
             Action::Terminate { instance: id, why } if *id == instance.id => {
                 return format!("stray: {}", super::stray(*why));
@@ -331,7 +341,7 @@ mod tests {
             max_abs: 1.5,
             perplexity: Some(Perplexity { perplexity: 12.5, mean_nll: 2.5257, predicted_tokens: 14 }),
         };
-        let shown = results(&evil);
+        let shown = results(&evil.model, &evil);
         assert!(shown.chars().all(|c| !c.is_control() || c == '\n'), "{shown}");
         for expected in ["evilmodel", "ab", "33.3", "12.5000", "1.500"] {
             assert!(shown.contains(expected), "{expected} in {shown}");
