@@ -6,4 +6,5 @@ mod host;
 mod hub;
 mod real_worker;
 mod ssh;
+mod sshd;
 mod worker;
