@@ -303,6 +303,7 @@ impl Block {
 
     /// Adds one row; says whether any value exceeds.
     #[inline(always)]
+    #[expect(clippy::needless_range_loop, reason = "nine arrays in lock step, which vectorise as written")]
     fn add(&mut self, row: &[f32; STRIPE], threshold: f32) -> bool {
         let mut any = 0u32;
         for j in 0..STRIPE {

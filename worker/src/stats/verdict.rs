@@ -41,8 +41,16 @@ struct Record {
 struct Row {
     feature: Option<Feature>,
     corpus: [Option<Record>; 2],
-    /// Per sequence: any occurrence, and the verdict by each axis.
-    sequences: Vec<(bool, [Option<Record>; 2])>,
+    sequences: Vec<Within>,
+}
+
+/// One feature within one sequence.
+#[derive(Clone, Copy)]
+struct Within {
+    /// It exceeds somewhere.
+    any: bool,
+    /// The verdict by each axis.
+    by: [Option<Record>; 2],
 }
 
 const AXES: [Axis; 2] = [Axis::Layers, Axis::Sites];
@@ -91,16 +99,16 @@ impl OutlierStats {
             };
             [by(spread.layers, layers.len()), by(spread.sites, self.sites.len())]
         };
-        let sequences: Vec<(bool, [Option<Record>; 2])> = (0..self.sequences)
+        let sequences: Vec<Within> = (0..self.sequences)
             .map(|s| {
                 let spread = self.spread(dim, s..s + 1);
-                (spread.sites > 0, judge(spread, self.tokens))
+                Within { any: spread.sites > 0, by: judge(spread, self.tokens) }
             })
             .collect();
         let spread = self.spread(dim, 0..self.sequences);
         let corpus = judge(spread, self.sequences * self.tokens);
         let feature = (spread.sites > 0).then(|| {
-            let within = |axis: usize| sequences.iter().filter(|(_, by)| by[axis].is_some()).count();
+            let within = |axis: usize| sequences.iter().filter(|within| within.by[axis].is_some()).count();
             self.feature(dim, spread, layers, corpus, [within(0), within(1)])
         });
         Row { feature, corpus, sequences }
@@ -183,14 +191,12 @@ impl OutlierStats {
 }
 
 fn summarise(sequence: usize, rows: &[Row]) -> SequenceSummary {
-    let count = |test: &dyn Fn(&(bool, [Option<Record>; 2])) -> bool| {
-        rows.iter().filter(|row| test(&row.sequences[sequence])).count()
-    };
+    let within = || rows.iter().map(|row| row.sequences[sequence]);
     SequenceSummary {
         sequence,
-        features_any: count(&|s| s.0),
-        systematic_by_layers: count(&|s| s.1[0].is_some()),
-        systematic_by_sites: count(&|s| s.1[1].is_some()),
+        features_any: within().filter(|w| w.any).count(),
+        systematic_by_layers: within().filter(|w| w.by[0].is_some()).count(),
+        systematic_by_sites: within().filter(|w| w.by[1].is_some()).count(),
         mean_nll: None,
     }
 }
@@ -204,8 +210,10 @@ fn verdicts(rows: &[Row], sequences: usize) -> Vec<Verdict> {
     }
     for reading in [Reading::MeanPerSequence, Reading::SumOverSequences] {
         for (axis_index, axis) in AXES.into_iter().enumerate() {
-            let records: Vec<Record> =
-                rows.iter().flat_map(|row| row.sequences.iter().filter_map(move |(_, by)| by[axis_index])).collect();
+            let records: Vec<Record> = rows
+                .iter()
+                .flat_map(|row| row.sequences.iter().filter_map(move |within| within.by[axis_index]))
+                .collect();
             let divisor = if reading == Reading::MeanPerSequence { sequences } else { 1 };
             verdicts.push(verdict(reading, axis, &records, divisor));
         }
