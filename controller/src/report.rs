@@ -362,6 +362,10 @@ impl Reporter {
             HostTalk::Progress(progress) => self.progress(&progress),
             HostTalk::Log(line) => self.whisper(&format!("worker: {}", clean(line.as_bytes(), LINE))),
             HostTalk::Note(text) => self.say(&clean(text.as_bytes(), LINE)),
+            HostTalk::Lost(why) => {
+                self.say(&format!("Connection lost, the worker goes on: {}", clean(why.as_bytes(), LINE)));
+            }
+            HostTalk::Back => self.say("Connected again"),
         }
     }
 

@@ -4,5 +4,7 @@
 mod deploy;
 mod host;
 mod hub;
+mod real_worker;
 mod ssh;
+mod sshd;
 mod worker;

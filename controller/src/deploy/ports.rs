@@ -104,6 +104,10 @@ pub enum HostTalk {
     Log(String),
     /// Something that may interest people.
     Note(String),
+    /// The connection is lost, for this reason; it is made again.
+    Lost(String),
+    /// The connection is there again.
+    Back,
 }
 
 /// Why a host did not do what was asked.

@@ -184,8 +184,8 @@ fn tell(event: HostEvent, on: &Listener<'_>) {
         HostEvent::Log(line) => on(HostTalk::Log(line)),
         HostEvent::Fetching { name, bytes } => on(HostTalk::Downloading { name, bytes }),
         HostEvent::Waiting { what, attempt, .. } => note(format!("waiting for SSH (attempt {attempt}): {what}")),
-        HostEvent::ConnectionLost { why } => note(format!("connection lost, the worker goes on: {why}")),
-        HostEvent::Reconnected => note("connected again".to_owned()),
+        HostEvent::ConnectionLost { why } => on(HostTalk::Lost(why)),
+        HostEvent::Reconnected => on(HostTalk::Back),
         HostEvent::LogSkipped(bytes) => note(format!("{} of the log passed over", Bytes(bytes))),
         HostEvent::BadProgress(line) => note(format!("a damaged progress line: {line}")),
         HostEvent::Uploading { .. }

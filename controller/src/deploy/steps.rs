@@ -1,6 +1,7 @@
 //! The steps, one per state. Each may be repeated after a crash at any line of it.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use outliers_protocol::{CorpusSource, JobSpec, Manifest, ModelSource};
@@ -173,7 +174,19 @@ impl Driver<'_> {
     pub(super) async fn follow(&mut self, rental: &Rental, pin: &Pin) -> Step {
         self.connect(rental, Some(pin), UNTIL_TIME_IS_UP).await?;
         let run = self.run.record().id.clone();
-        let status = self.host().follow(&run, &|talk| (self.on)(DeployEvent::Talk(talk))).await;
+        let lost = AtomicBool::new(false);
+        let listen = |talk: HostTalk| {
+            match &talk {
+                HostTalk::Lost(_) => lost.store(true, Ordering::Relaxed),
+                HostTalk::Back => lost.store(false, Ordering::Relaxed),
+                _ => {}
+            }
+            (self.on)(DeployEvent::Talk(talk));
+        };
+        let status = tokio::select! {
+            status = self.host().follow(&run, &listen) => status,
+            gone = self.instance_lost(rental, &lost) => return Err(gone),
+        };
         match status {
             Ok(JobStatus::Running) => {
                 self.memory.failing = None;
@@ -182,6 +195,31 @@ impl Driver<'_> {
             Ok(JobStatus::Ended { exit }) => Ok(self.append(RunEvent::WorkerEnded { exit })?),
             Ok(JobStatus::NotStarted) => Ok(self.append(RunEvent::WorkerEnded { exit: None })?),
             Err(error) => self.try_again_host(error, UNTIL_TIME_IS_UP).await,
+        }
+    }
+
+    /// Resolves when the instance is no longer one that could answer. The broker is asked only while the connection is lost:
+    /// without it, a host that is gone would be waited for as long as one that is merely out of reach.
+    async fn instance_lost(&self, rental: &Rental, connection_lost: &AtomicBool) -> StepError {
+        let mut absences = 0;
+        loop {
+            tokio::time::sleep(self.patience.listing_interval.max(Duration::from_secs(1))).await;
+            if !connection_lost.load(Ordering::Relaxed) {
+                absences = 0;
+                continue;
+            }
+            // A listing that failed says nothing.
+            let Ok(listed) = self.call(self.ports.broker.list()).await else { continue };
+            match listed.into_iter().find(|instance| instance.id == rental.instance).map(|instance| instance.state) {
+                None => absences += 1,
+                Some(InstanceState::Failed(_) | InstanceState::Stopped | InstanceState::Terminating) => {
+                    return StepError::End(Ending::InstanceLost);
+                }
+                Some(_) => absences = 0,
+            }
+            if absences >= self.patience.absences {
+                return StepError::Vanished;
+            }
         }
     }
 

@@ -1,4 +1,4 @@
-//! [`Transport`](super::Transport) over SSH: one connection per host, channels inside it.
+//! [`Transport`] over SSH: one connection per host, channels inside it.
 //!
 //! A connection that broke is given up and the next call makes a new one, against the same pinned host key. How often and
 //! how long to try is the caller's business: every method here is one attempt.

@@ -1,0 +1,72 @@
+//! The real worker on both kinds of host there are without an account: OpenSSH's server and the local broker's instance.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use outliers::broker::local::LocalBroker;
+use outliers::broker::{Broker, GpuRequest, InstanceState, Lease, LeaseTag, SshEndpoint};
+use outliers::host::{Cursor, HostEvent, JobStatus, Launched, reach};
+use outliers::keys::RunKey;
+use outliers::units::Bytes;
+use outliers_protocol::{CorpusSource, JobSpec, ModelSource, Outcome, Phase, Results};
+use outliers_tests::programs;
+use outliers_tests::sshd::Sshd;
+use tokio::time::Instant;
+
+/// Everything a deploy does with a host, on a golden checkpoint.
+async fn whole_path(endpoint: &SshEndpoint, key: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    let last = std::sync::Mutex::new(None);
+    let on = |event| {
+        if let HostEvent::Progress(progress) = event {
+            *last.lock().unwrap() = Some(progress);
+        }
+    };
+    let (host, _) = reach(endpoint, key, None, deadline, &on).await.unwrap();
+    let facts = host.probe().await.unwrap();
+    assert_eq!((facts.os.as_str(), facts.arch.as_str()), ("Linux", std::env::consts::ARCH));
+    let worker = host.push_worker(&programs::worker(), &on).await.unwrap();
+    let golden = programs::golden(&programs::goldens()[0]);
+    let model = host.push_folder(&golden.join("model"), "outliers/models/golden", 64 << 20, &on).await.unwrap();
+    let ids =
+        host.push_file(&golden.join("golden.safetensors"), "outliers/ids.safetensors", 64 << 20, &on).await.unwrap();
+    let mut job = JobSpec::new(ModelSource::Folder { path: model.path });
+    job.corpus.source = CorpusSource::TokenIds(ids);
+    job.devices = vec!["cpu".to_owned()];
+    let launched = host.launch(&worker, "r1", &job, &[]).await.unwrap();
+    assert!(!matches!(launched, Launched::Running { .. }), "{launched:?}");
+    let ended = host.follow("r1", &mut Cursor::default(), deadline, &on).await.unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let into = home.path().join("r1");
+    let fetched = host.fetch("r1", &into, &on).await.unwrap();
+    let log = std::fs::read_to_string(into.join("worker.log")).unwrap_or_default();
+    assert_eq!(ended, JobStatus::Ended { exit: Some(0) }, "{log}");
+    assert_eq!(fetched.manifest.unwrap().outcome, Outcome::Complete);
+    let results: Results = serde_json::from_slice(&std::fs::read(into.join("results.json")).unwrap()).unwrap();
+    assert!(results.n_sites > 0 && results.perplexity.is_some());
+    assert_eq!(last.lock().unwrap().as_ref().unwrap().phase, Phase::Done);
+}
+
+#[tokio::test]
+async fn the_worker_runs_on_a_real_openssh_server() {
+    let Some(server) = Sshd::start().unwrap() else { return };
+    whole_path(&server.endpoint(), server.key().private_path()).await;
+}
+
+#[tokio::test]
+async fn the_worker_runs_on_the_local_brokers_instance() {
+    let folder = tempfile::tempdir().unwrap();
+    let key = RunKey::create(folder.path(), "key", "").unwrap();
+    let broker = LocalBroker::new(folder.path().join("cloud"), programs::controller());
+    let want = GpuRequest { gpu_count: Some(0), ..GpuRequest::default() };
+    let offer = broker.offers(&want).await.unwrap().into_iter().find(|offer| offer.gpu_count == 0).unwrap();
+    let deadline = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs() + 300;
+    let word = |s: &str| s.to_owned();
+    let tag = LeaseTag { owner: word("me"), run: word("r1"), nonce: word("n1"), deadline };
+    let lease = Lease { tag, ssh_public_key: word(key.public_line()), disk: Bytes::from_mib(100) };
+    let instance = broker.create(&offer, &lease).await.unwrap();
+    let InstanceState::Ready(endpoint) = &instance.state else { panic!("{instance:?}") };
+    whole_path(endpoint, key.private_path()).await;
+    broker.terminate(&instance.id).await.unwrap();
+    assert!(broker.list().await.unwrap().is_empty());
+}

@@ -1,0 +1,186 @@
+//! The same deploy against a real OpenSSH server, as an instance of a small cloud of this test's own.
+
+use std::path::Path;
+use std::sync::Mutex;
+
+use async_trait::async_trait;
+use outliers::broker::{
+    Broker, BrokerError, BrokerErrorKind, GpuRequest, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer,
+};
+use outliers::deploy::{Driver, Patience, Ports, SshHosts, Stop};
+use outliers::ledger::{Ledger, RunRecord, RunWriter, now_ms};
+use outliers::run::{Ending, Intent, Pin, RunEvent, RunSpec, Trouble};
+use outliers::units::{Bytes, UsdPerHour};
+use outliers_protocol::{CorpusSource, JobSpec, ModelSource, Precision, Results, files};
+use outliers_tests::golden::{assert_activations_equal, assert_statistics_equal};
+use outliers_tests::programs::{golden, worker};
+use outliers_tests::sshd::Sshd;
+
+/// A cloud whose instances are OpenSSH servers.
+#[derive(Default)]
+struct SshdCloud {
+    instances: Mutex<Vec<(Instance, Sshd)>>,
+    created: Mutex<usize>,
+    /// Instances let nobody in: what was sent as the key is not installed.
+    deaf: bool,
+}
+
+const NAME: &str = "sshd";
+
+#[async_trait]
+impl Broker for SshdCloud {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    async fn offers(&self, _want: &GpuRequest) -> Result<Vec<Offer>, BrokerError> {
+        Ok(vec![offer()])
+    }
+
+    async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
+        let failed = |message: String| BrokerError { broker: NAME, kind: BrokerErrorKind::Unavailable, message };
+        let server = Sshd::start().map_err(|e| failed(e.to_string()))?.ok_or_else(|| failed("no sshd".to_owned()))?;
+        if !self.deaf {
+            server.authorize(&lease.ssh_public_key).map_err(|e| failed(e.to_string()))?;
+        }
+        let mut created = self.created.lock().unwrap();
+        *created += 1;
+        let instance = Instance {
+            broker: NAME.to_owned(),
+            id: InstanceId(format!("sshd-{created}")),
+            name: lease.tag.to_string(),
+            state: InstanceState::Ready(server.endpoint()),
+            price: Some(offer.price),
+            hardware: "this machine".to_owned(),
+            created_at: Some(now_ms() / 1000),
+        };
+        self.instances.lock().unwrap().push((instance.clone(), server));
+        Ok(instance)
+    }
+
+    async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
+        Ok(self.instances.lock().unwrap().iter().map(|(instance, _)| instance.clone()).collect())
+    }
+
+    async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
+        self.instances.lock().unwrap().retain(|(instance, _)| instance.id != *id);
+        Ok(())
+    }
+}
+
+fn offer() -> Offer {
+    Offer {
+        broker: NAME.to_owned(),
+        key: "one".to_owned(),
+        gpu: None,
+        gpu_raw: None,
+        gpu_count: 0,
+        vram: None,
+        cpu_ram: Some(Bytes::from_gib(1)),
+        cpu_cores: Some(1),
+        disk: Some(Bytes::from_gib(1)),
+        price: UsdPerHour::from_dollars(1.0),
+        region: None,
+    }
+}
+
+fn all(offers: Vec<Offer>, _want: &GpuRequest) -> Result<Vec<Offer>, Trouble> {
+    Ok(offers)
+}
+
+/// A run of a fixture, its model folder uploaded.
+fn spec(fixture: &str, results: &Path) -> RunSpec {
+    let text = |path: std::path::PathBuf| path.to_str().unwrap().to_owned();
+    let model = text(golden(fixture).join("model"));
+    let mut job = JobSpec::new(ModelSource::Folder { path: model.clone() });
+    job.corpus.source = CorpusSource::TokenIds(text(golden(fixture).join("golden.safetensors")));
+    job.precision = Precision::F32;
+    job.save_activations = Some("activations.safetensors".to_owned());
+    RunSpec {
+        model,
+        broker: NAME.to_owned(),
+        job,
+        job_key: fixture.to_owned(),
+        request: GpuRequest { gpu_count: Some(0), ..GpuRequest::default() },
+        disk: Bytes::from_mib(16),
+        push_model: true,
+        keep_running: false,
+        max_duration_s: 600,
+        results: text(results.to_owned()),
+    }
+}
+
+async fn drive(cloud: &SshdCloud, run: RunWriter, patience: Patience) -> RunRecord {
+    let hosts = SshHosts::new(worker(), Bytes::from_gib(1));
+    let ports = Ports { broker: cloud, select: &all, hosts: &hosts, secrets: &[] };
+    let stop = tokio::sync::watch::Sender::new(Stop::Go);
+    let record = Driver::new(run, ports, patience, stop.subscribe(), &|_| {}).drive().await.unwrap();
+    assert!(record.state.is_closed(), "{:?}", record.state);
+    assert!(cloud.instances.lock().unwrap().is_empty(), "an instance is left");
+    record
+}
+
+/// Whether there is an OpenSSH server to test with; says so if not.
+fn sshd_is_here() -> bool {
+    Sshd::start().unwrap().is_some()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deploy_to_openssh_equals_the_reference() {
+    if !sshd_is_here() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (cloud, ledger) = (SshdCloud::default(), Ledger::open(&folder.path().join("state")).unwrap());
+    let run = ledger.plan(&spec("olmoe-bf16", &folder.path().join("results"))).unwrap();
+    let record = drive(&cloud, run, Patience::LOCAL).await;
+    assert_eq!(record.state.ending(), Some(&Ending::Completed), "{record:?}");
+    let home = Path::new(&record.state.results().unwrap().folder).to_owned();
+    let reference = golden("olmoe-bf16");
+    assert_activations_equal(&reference.join("golden.safetensors"), &home.join("activations.safetensors"));
+    let results: Results = serde_json::from_slice(&std::fs::read(home.join(files::RESULTS)).unwrap()).unwrap();
+    assert_statistics_equal(&reference.join("outliers.json"), &results);
+    assert_eq!(*cloud.created.lock().unwrap(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_does_not_know_our_key_is_given_back() {
+    if !sshd_is_here() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let cloud = SshdCloud { deaf: true, ..SshdCloud::default() };
+    let ledger = Ledger::open(&folder.path().join("state")).unwrap();
+    let run = ledger.plan(&spec("llama-f32", &folder.path().join("results"))).unwrap();
+    let patience = Patience { ssh: std::time::Duration::from_secs(6), ..Patience::LOCAL };
+    let record = drive(&cloud, run, patience).await;
+    let said = record.state.ending().unwrap().to_string();
+    assert!(said.contains("key") || said.contains("log in"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_with_another_host_key_than_the_pinned_one_is_given_back() {
+    if !sshd_is_here() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (cloud, ledger) = (SshdCloud::default(), Ledger::open(&folder.path().join("state")).unwrap());
+    let mut run = ledger.plan(&spec("llama-f32", &folder.path().join("results"))).unwrap();
+    // A controller got as far as pinning a key; then the host behind the address became another.
+    let tag = LeaseTag {
+        owner: run.owner().to_owned(),
+        run: run.record().id.clone(),
+        nonce: "n1".to_owned(),
+        deadline: now_ms() / 1000 + 600,
+    };
+    let another = outliers::keys::RunKey::create(folder.path(), "another", "host").unwrap();
+    let key = outliers::keys::RunKey::create(&run.folder(), outliers::deploy::KEY_FILE, "run").unwrap();
+    run.append(RunEvent::Creating { intent: Intent { offer: offer(), tag: tag.clone() } }).unwrap();
+    let lease = Lease { tag, ssh_public_key: key.public_line().to_owned(), disk: Bytes(0) };
+    let instance = cloud.create(&offer(), &lease).await.unwrap();
+    run.append(RunEvent::Created { instance: instance.id, price: instance.price }).unwrap();
+    run.append(RunEvent::Reached { pin: Pin(another.public_line().to_owned()) }).unwrap();
+    let record = drive(&cloud, run, Patience::LOCAL).await;
+    let said = record.state.ending().unwrap().to_string();
+    assert!(said.contains("host key"), "{said}");
+}
