@@ -66,10 +66,11 @@ async fn dispatch(
     environment: &Environment,
     reporter: Reporter,
 ) -> Result<ExitStatus, (Reporter, Complaint)> {
-    let context = match Context::new(&cli, environment) {
-        Ok((settings, here, exe)) => Context { settings, reporter, here, exe },
+    let (settings, here, exe) = match surroundings(&cli, environment) {
+        Ok(known) => known,
         Err(complaint) => return Err((reporter, complaint)),
     };
+    let context = Context { settings, reporter, here, exe };
     let done = match cli.command {
         Command::Deploy(args) => deploy::command(&context, &args).await,
         Command::Demo(args) => demo::command(&context, &args).await,
@@ -94,16 +95,16 @@ async fn serve(folder: &Path) -> ExitStatus {
     }
 }
 
-impl Context {
-    fn new(cli: &Cli, environment: &Environment) -> Result<(Settings, PathBuf, PathBuf), Complaint> {
-        let here =
-            std::env::current_dir().map_err(|error| Complaint::failed(format!("the current folder: {error}")))?;
-        let exe =
-            std::env::current_exe().map_err(|error| Complaint::failed(format!("this program's path: {error}")))?;
-        let settings = Settings::resolve(cli.global.config.as_deref(), environment, &here)?;
-        Ok((settings, here, exe))
-    }
+/// The settings, the current folder and this program.
+fn surroundings(cli: &Cli, environment: &Environment) -> Result<(Settings, PathBuf, PathBuf), Complaint> {
+    let lost = |what: &str, error: &std::io::Error| Complaint::failed(format!("{what}: {error}"));
+    let here = std::env::current_dir().map_err(|error| lost("the current folder", &error))?;
+    let exe = std::env::current_exe().map_err(|error| lost("this program's path", &error))?;
+    let settings = Settings::resolve(cli.global.config.as_deref(), environment, &here)?;
+    Ok((settings, here, exe))
+}
 
+impl Context {
     /// The ledger.
     ///
     /// # Errors
@@ -154,7 +155,7 @@ pub struct Cloud {
 impl Cloud {
     /// What a run needs.
     pub fn ports<'a>(&'a self, hosts: &'a SshHosts, secrets: &'a [(&'static str, Secret)]) -> Ports<'a> {
-        Ports { broker: &*self.broker, select: &select, hosts, secrets }
+        Ports { broker: &*self.broker, select, hosts, secrets }
     }
 }
 

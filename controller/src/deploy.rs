@@ -22,7 +22,7 @@ mod steps;
 mod tests;
 
 pub use bring::slug;
-pub use ports::{Host, HostError, HostTalk, Hosts, Listener, Ports};
+pub use ports::{Host, HostError, HostTalk, Hosts, Listener, Ports, Select};
 pub use recover::{end, look, recover};
 pub use ssh::SshHosts;
 

@@ -509,7 +509,7 @@ mod tests {
         assert_eq!(run.deadline(), Some(7));
         assert_eq!(ledger.find("last").unwrap(), run);
         assert!(matches!(ledger.find("nope"), Err(LedgerError::NoSuchRun { .. })));
-        assert!(matches!(ledger.find(""), Ok(_)), "one run only: the empty prefix is enough");
+        assert!(ledger.find("").is_ok(), "one run only: the empty prefix is enough");
         ledger.plan(&spec()).unwrap();
         assert!(matches!(ledger.find(""), Err(LedgerError::Ambiguous { count: 2, .. })));
     }

@@ -509,6 +509,9 @@ mod catalogue {
         experts: Option<u32>,
         top_k: Option<u32>,
         stored_gb: f64,
+        /// The hub wants a token whose owner was given access.
+        #[serde(default)]
+        gated: bool,
     }
 
     #[derive(Deserialize, PartialEq)]
@@ -539,6 +542,8 @@ mod catalogue {
     fn the_catalogue_makes_sense() {
         let models = catalogue().model;
         assert_eq!(models.iter().map(|m| &m.id).collect::<BTreeSet<_>>().len(), models.len(), "an id twice");
+        let gated = models.iter().filter(|model| model.gated).map(|model| model.id.as_str());
+        assert!(gated.clone().count() == 2 && gated.clone().all(|id| id.starts_with("meta-llama/")));
         for model in models {
             let id = &model.id;
             assert_eq!(id.split('/').count(), 2, "{id}");

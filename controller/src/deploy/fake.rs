@@ -146,7 +146,7 @@ impl Fake {
     }
 
     pub(crate) fn ports(&self) -> Ports<'_> {
-        Ports { broker: self, select: &select, hosts: self, secrets: &[] }
+        Ports { broker: self, select, hosts: self, secrets: &[] }
     }
 
     /// One effect on the world: counted, and struck by the fault armed for its number.

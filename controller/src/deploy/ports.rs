@@ -12,13 +12,16 @@ use crate::run::{Pin, Trouble};
 use crate::secret::Secret;
 use crate::units::Bytes;
 
+/// Offers and wishes in, the offers that satisfy them out, best first.
+pub type Select = fn(Vec<Offer>, &GpuRequest) -> Result<Vec<Offer>, Trouble>;
+
 /// Everything a run needs from outside.
 #[derive(Clone, Copy)]
 pub struct Ports<'a> {
     /// The cloud.
     pub broker: &'a dyn Broker,
     /// The offers that pass the request's filters, best first.
-    pub select: &'a (dyn Fn(Vec<Offer>, &GpuRequest) -> Result<Vec<Offer>, Trouble> + Send + Sync),
+    pub select: Select,
     /// The way to rented hosts.
     pub hosts: &'a dyn Hosts,
     /// Given to the worker and to nobody else: name of the variable and its value.

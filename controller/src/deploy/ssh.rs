@@ -64,7 +64,7 @@ impl Hosts for SshHosts {
         deadline: Instant,
         on: &Listener<'_>,
     ) -> Result<(Box<dyn Host>, Pin), HostError> {
-        let pin = pin.map(|pin| HostKeyPin::new(&pin.0)).transpose().map_err(|error| host::HostError::from(error))?;
+        let pin = pin.map(|pin| HostKeyPin::new(&pin.0)).transpose().map_err(host::HostError::from)?;
         let tell = |event| tell(event, on);
         let (host, pin) = host::reach(endpoint, &folder.join(KEY_FILE), pin, deadline.into(), &tell).await?;
         let host = SshHost { host, hosts: self.clone(), cursor: Mutex::default(), worker: Mutex::default() };

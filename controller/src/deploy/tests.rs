@@ -271,7 +271,7 @@ async fn with(change: impl FnOnce(&mut crate::run::RunSpec), fake: &Fake, home: 
 async fn the_time_limit_ends_a_run_that_does_not() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.endless = true);
-    let record = with(|spec| spec.max_duration_s = 1, &fake, home.path()).await;
+    let record = with(|spec| spec.max_duration_s = 3, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "deadline");
     assert_eq!(record.state.ending(), Some(&Ending::Deadline));
     assert!(record.state.results().is_some_and(|results| !results.complete));
@@ -361,7 +361,7 @@ async fn no_offer_means_nothing_rented() {
     let (fake, home) = (Fake::new(), home());
     let ledger = Ledger::open(&home.path().join("state")).unwrap();
     let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
-    let ports = Ports { select: &nothing, ..fake.ports() };
+    let ports = Ports { select: nothing, ..fake.ports() };
     let record = Driver::new(run, ports, QUICK, fake.stop.subscribe(), &|_| {}).drive().await.unwrap();
     assert_eq!(fake.world.lock().unwrap().creates, 0);
     let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
@@ -435,12 +435,8 @@ async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
     let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
     fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
     assert!(matches!(life(&fake, home.path()).await, Life::Killed));
-    let mut tags: Vec<String> =
-        vec![LeaseTag { owner: ledger.owner().into(), run: "unknown".into(), nonce: "n".into(), deadline: u64::MAX }]
-            .iter()
-            .map(ToString::to_string)
-            .collect();
-    tags.push("outliers-somebody-unknown-n-1".into());
+    let stray = LeaseTag { owner: ledger.owner().into(), run: "unknown".into(), nonce: "n".into(), deadline: u64::MAX };
+    let tags = [stray.to_string(), "outliers-somebody-unknown-n-1".to_owned()];
     for tag in &tags {
         let lease = Lease { tag: tag.parse().unwrap(), ssh_public_key: "ssh-fake".into(), disk: Bytes(0) };
         fake.create(&super::fake::offer("a", 1.0), &lease).await.unwrap();

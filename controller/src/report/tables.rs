@@ -26,7 +26,7 @@ const STYLE: TableStyle = TableStyle::new()
 pub fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(STYLE);
-    table.set_header(header.iter().map(|name| Cell::new(name)));
+    table.set_header(header.iter().map(Cell::new));
     table
 }
 
