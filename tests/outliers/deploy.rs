@@ -6,6 +6,7 @@ use std::process::Child;
 use outliers_protocol::files;
 use outliers_tests::desk::Desk;
 use outliers_tests::golden::{assert_activations_equal, assert_statistics_equal};
+use outliers_tests::hub::{MockHub, Repo};
 use outliers_tests::programs::{golden, goldens, run_worker};
 
 fn text(path: &Path) -> String {
@@ -308,4 +309,56 @@ fn a_worker_of_another_version_is_refused_before_anything_is_rented() {
     refused(&desk, &deploy(&model, &["--config", &text(&settings)]), &["99"]);
     std::fs::remove_file(&other).unwrap();
     refused(&desk, &deploy(&model, &["--config", &text(&settings)]), &["other-worker"]);
+}
+
+// ------------------------------------------------------------------------------------------------------ from the hub
+
+const HUB_MODEL: &str = "owner/tiny-olmoe";
+const HUB_TOKEN: &str = "hf_not-to-be-seen-anywhere";
+
+/// A desk whose hub is a server of this test's, with one gated model on it.
+fn desk_with_hub() -> (Desk, MockHub) {
+    let repo = Repo::new(HUB_MODEL, &golden("olmoe-bf16").join("model")).gated(HUB_TOKEN);
+    let hub = MockHub::start([repo]).unwrap();
+    let desk = Desk::new().with("HF_ENDPOINT", &hub.url());
+    (desk, hub)
+}
+
+fn hub_deploy(model: &str, more: &[&str]) -> Vec<String> {
+    let ids = text(&golden("olmoe-bf16").join("golden.safetensors"));
+    let arguments = ["deploy", "--model", model, "--token-ids", &ids, "-y", "--precision", "f32"];
+    arguments.iter().chain(more).map(|s| (*s).to_owned()).collect()
+}
+
+#[test]
+fn a_gated_hub_model_is_deployed_with_a_token_that_nobody_sees() {
+    let (desk, _hub) = desk_with_hub();
+    let desk = desk.with("HF_TOKEN", HUB_TOKEN);
+    let said = desk.run(hub_deploy(HUB_MODEL, &["-v"])).ok();
+    assert_statistics_equal(&golden("olmoe-bf16").join("outliers.json"), &desk.results());
+    let metadata = std::fs::read_to_string(desk.results_folder().join(files::METADATA)).unwrap();
+    let commit = Repo::new(HUB_MODEL, Path::new("")).commit();
+    assert!(metadata.contains(&commit), "the revision is recorded");
+    desk.assert_nothing_left();
+    assert!(!(said.stdout + &said.stderr).contains(HUB_TOKEN));
+    for file in files_below(&desk.state()).into_iter().chain(files_below(&desk.work())) {
+        let bytes = std::fs::read(&file).unwrap_or_default();
+        let seen = bytes.windows(HUB_TOKEN.len()).any(|w| w == HUB_TOKEN.as_bytes());
+        assert!(!seen, "the token lies in {}", file.display());
+    }
+}
+
+fn files_below(folder: &Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok).map(|entry| entry.path());
+    entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn what_the_hub_does_not_have_or_does_not_give_is_refused_before_anything_is_rented() {
+    let (desk, _hub) = desk_with_hub();
+    refused(&desk, &hub_deploy(HUB_MODEL, &[]), &["gated", "HF_TOKEN"]);
+    let desk = desk.with("HF_TOKEN", HUB_TOKEN);
+    refused(&desk, &hub_deploy("owner/no-such-model", &[]), &["owner/no-such-model"]);
+    refused(&desk, &hub_deploy(HUB_MODEL, &["--revision", "no-such-branch"]), &["no-such-branch"]);
+    desk.assert_nothing_left();
 }
