@@ -112,7 +112,7 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
 
 async fn drive(cloud: &SshdCloud, run: RunWriter, patience: Patience) -> RunRecord {
     let hosts = SshHosts::new(worker(), Bytes::from_gib(1));
-    let ports = Ports { broker: cloud, select: &all, hosts: &hosts, secrets: &[] };
+    let ports = Ports { broker: cloud, select: all, hosts: &hosts, secrets: &[] };
     let stop = tokio::sync::watch::Sender::new(Stop::Go);
     let record = Driver::new(run, ports, patience, stop.subscribe(), &|_| {}).drive().await.unwrap();
     assert!(record.state.is_closed(), "{:?}", record.state);
