@@ -27,8 +27,8 @@ const FAMILIES: &[Family] = &[llama::FAMILY, olmoe::FAMILY];
 
 /// Published names of a family's tensors; `{layer}` and `{expert}` stand for numbers.
 pub struct Names {
-    /// Template per role.
-    pub tensors: &'static [(Role, &'static str)],
+    /// Template per role, in tables of which several families share the first.
+    pub tensors: &'static [&'static [(Role, &'static str)]],
     /// Endings of tensors on disk that a text-only pass does not use.
     pub ignored_suffixes: &'static [&'static str],
 }
@@ -39,6 +39,8 @@ impl Names {
         let (_, template) = self
             .tensors
             .iter()
+            .copied()
+            .flatten()
             .find(|(role, _)| *role == need.role)
             .expect("a family names every tensor its spec needs: tested for each");
         let name = template.replace("{layer}", &layer.to_string());
@@ -50,6 +52,29 @@ impl Names {
         self.ignored_suffixes.iter().any(|suffix| name.ends_with(suffix))
     }
 }
+
+/// The names that Hugging Face gave Llama's parts, and most families after it kept.
+const LIKE_LLAMA: &[(Role, &str)] = &[
+    (Role::Embedding, "model.embed_tokens.weight"),
+    (Role::FinalNorm, "model.norm.weight"),
+    (Role::Head, "lm_head.weight"),
+    (Role::MixerNorm, "model.layers.{layer}.input_layernorm.weight"),
+    (Role::Query, "model.layers.{layer}.self_attn.q_proj.weight"),
+    (Role::Key, "model.layers.{layer}.self_attn.k_proj.weight"),
+    (Role::Value, "model.layers.{layer}.self_attn.v_proj.weight"),
+    (Role::Output, "model.layers.{layer}.self_attn.o_proj.weight"),
+    (Role::QueryBias, "model.layers.{layer}.self_attn.q_proj.bias"),
+    (Role::KeyBias, "model.layers.{layer}.self_attn.k_proj.bias"),
+    (Role::ValueBias, "model.layers.{layer}.self_attn.v_proj.bias"),
+    (Role::OutputBias, "model.layers.{layer}.self_attn.o_proj.bias"),
+    (Role::FfnNorm, "model.layers.{layer}.post_attention_layernorm.weight"),
+    (Role::Gate, "model.layers.{layer}.mlp.gate_proj.weight"),
+    (Role::Up, "model.layers.{layer}.mlp.up_proj.weight"),
+    (Role::Down, "model.layers.{layer}.mlp.down_proj.weight"),
+    (Role::GateBias, "model.layers.{layer}.mlp.gate_proj.bias"),
+    (Role::UpBias, "model.layers.{layer}.mlp.up_proj.bias"),
+    (Role::DownBias, "model.layers.{layer}.mlp.down_proj.bias"),
+];
 
 /// Architectures the worker knows.
 pub fn known() -> impl Iterator<Item = &'static str> {
@@ -74,6 +99,11 @@ pub fn read(config: &Value) -> Result<(&'static Family, DecoderSpec)> {
     Ok((family, spec))
 }
 
+/// More than any model has; a damaged or hostile configuration must not make us allocate by its word.
+const MOST_LAYERS: usize = 4096;
+const MOST_EXPERTS: usize = 1 << 16;
+const MOST: u64 = 1 << 31;
+
 /// Numbers that would divide by zero or index out of range later.
 fn check(spec: &DecoderSpec) -> Result<()> {
     let bad = |what: String| Err(WorkerError::new(FailureKind::Checkpoint, format!("config.json: {what}")));
@@ -82,14 +112,14 @@ fn check(spec: &DecoderSpec) -> Result<()> {
     }
     for (i, layer) in spec.layers.iter().enumerate() {
         let a = &layer.attention;
-        if a.kv_heads == 0 || a.heads % a.kv_heads != 0 || a.head_dim == 0 || a.head_dim % 2 != 0 {
+        if a.kv_heads == 0 || a.heads == 0 || a.heads % a.kv_heads != 0 || a.head_dim == 0 || a.head_dim % 2 != 0 {
             return bad(format!(
                 "layer {i}: {} heads over {} key/value heads of width {}",
                 a.heads, a.kv_heads, a.head_dim
             ));
         }
         if let crate::decoder::FfnSpec::Moe(moe) = &layer.ffn
-            && (moe.top_k == 0 || moe.top_k > moe.experts)
+            && (moe.top_k == 0 || moe.top_k > moe.experts || moe.experts > MOST_EXPERTS)
         {
             return bad(format!("layer {i}: top {} of {} experts", moe.top_k, moe.experts));
         }
@@ -117,6 +147,17 @@ impl<'a> Config<'a> {
         self.0.get(key).filter(|value| !value.is_null())
     }
 
+    /// The number of layers.
+    pub fn layers(&self) -> Result<usize> {
+        let layers = self.count("num_hidden_layers")?;
+        let value = Value::from(layers);
+        if layers > MOST_LAYERS {
+            Err(missing("num_hidden_layers", "a plausible number of layers", &value))
+        } else {
+            Ok(layers)
+        }
+    }
+
     /// A required non-negative whole number.
     pub fn count(&self, key: &str) -> Result<usize> {
         self.count_opt(key)?.ok_or_else(|| missing(key, "a whole number", &Value::Null))
@@ -125,7 +166,9 @@ impl<'a> Config<'a> {
     /// An optional non-negative whole number; null is absent.
     pub fn count_opt(&self, key: &str) -> Result<Option<usize>> {
         self.get(key)
-            .map(|v| v.as_u64().map(|n| n as usize).ok_or_else(|| missing(key, "a whole number", v)))
+            .map(|v| {
+                v.as_u64().filter(|n| *n < MOST).map(|n| n as usize).ok_or_else(|| missing(key, "a whole number", v))
+            })
             .transpose()
     }
 
@@ -187,4 +230,69 @@ fn missing(key: &str, wanted: &str, found: &Value) -> WorkerError {
 
 fn unsupported(what: String) -> WorkerError {
     WorkerError::new(FailureKind::Unsupported, format!("config.json asks for {what}, which is not supported"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// Switches that ask for as many tensors as a family knows.
+    fn config(architecture: &str) -> Value {
+        json!({
+            "architectures": [architecture], "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "num_hidden_layers": 2, "intermediate_size": 12, "vocab_size": 16, "num_experts": 3, "num_experts_per_tok": 2,
+            "attention_bias": true, "mlp_bias": true,
+        })
+    }
+
+    #[test]
+    fn every_family_names_every_tensor_it_needs_and_each_once() {
+        for name in known() {
+            let (family, spec) = read(&config(name)).unwrap();
+            let needs = spec.needs();
+            let mut names: Vec<String> = needs.iter().map(|(layer, need)| family.names.of(*layer, need)).collect();
+            assert!(names.iter().all(|name| !name.contains('{')), "{name}: {names:?}");
+            names.sort();
+            names.dedup();
+            assert_eq!(names.len(), needs.len(), "{name}");
+            // A tied model still may store the head; its name is asked for.
+            assert!(!family.names.of(0, &Need { role: Role::Head, expert: None, shape: Vec::new() }).is_empty());
+        }
+    }
+
+    #[test]
+    fn keys_that_are_missing_or_of_another_type_are_named() {
+        for key in ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size"] {
+            for bad in [Value::Null, json!("many"), json!(-3), json!(1.5)] {
+                let mut config = config("LlamaForCausalLM");
+                config[key] = bad;
+                let error = read(&config).map(|_| ()).unwrap_err();
+                assert_eq!(error.kind(), FailureKind::Checkpoint, "{error}");
+                assert!(error.message().contains(key), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_are_refused() {
+        for (key, bad) in
+            [("num_attention_heads", 0), ("num_key_value_heads", 0), ("num_experts_per_tok", 4), ("hidden_size", 0)]
+        {
+            let mut config = config("OlmoeForCausalLM");
+            config[key] = bad.into();
+            assert!(read(&config).is_err(), "{key} = {bad}");
+        }
+    }
+
+    #[test]
+    fn rope_is_read_in_the_old_spelling_and_the_new() {
+        let old = json!({"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}});
+        let new = json!({"rope_parameters": {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}});
+        let want = RopeSpec { theta: 500.0, dims: 4, scaling: RopeScaling::Linear { factor: 2.0 } };
+        assert_eq!(Config(&old).rope(4).unwrap(), want);
+        assert_eq!(Config(&new).rope(4).unwrap(), want);
+        assert!(Config(&json!({"rope_scaling": {"type": "linear"}})).rope(4).is_err(), "no factor");
+    }
 }

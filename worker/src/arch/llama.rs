@@ -1,33 +1,13 @@
 //! Llama 2 and 3: pre-norm, GQA, rotary positions, gated MLP. Hugging Face `LlamaForCausalLM`.
 
-use super::{Config, Family, Names};
-use crate::decoder::{AttentionSpec, DecoderSpec, FfnSpec, GatedSpec, LayerSpec, NormSpec, QkNorm, Role};
+use super::{Config, Family, LIKE_LLAMA, Names};
+use crate::decoder::{AttentionSpec, DecoderSpec, FfnSpec, GatedSpec, LayerSpec, NormSpec, QkNorm};
 use crate::error::Result;
 
 pub(super) const FAMILY: Family = Family { architecture: "LlamaForCausalLM", spec, names: &NAMES };
 
 const NAMES: Names = Names {
-    tensors: &[
-        (Role::Embedding, "model.embed_tokens.weight"),
-        (Role::FinalNorm, "model.norm.weight"),
-        (Role::Head, "lm_head.weight"),
-        (Role::MixerNorm, "model.layers.{layer}.input_layernorm.weight"),
-        (Role::Query, "model.layers.{layer}.self_attn.q_proj.weight"),
-        (Role::Key, "model.layers.{layer}.self_attn.k_proj.weight"),
-        (Role::Value, "model.layers.{layer}.self_attn.v_proj.weight"),
-        (Role::Output, "model.layers.{layer}.self_attn.o_proj.weight"),
-        (Role::QueryBias, "model.layers.{layer}.self_attn.q_proj.bias"),
-        (Role::KeyBias, "model.layers.{layer}.self_attn.k_proj.bias"),
-        (Role::ValueBias, "model.layers.{layer}.self_attn.v_proj.bias"),
-        (Role::OutputBias, "model.layers.{layer}.self_attn.o_proj.bias"),
-        (Role::FfnNorm, "model.layers.{layer}.post_attention_layernorm.weight"),
-        (Role::Gate, "model.layers.{layer}.mlp.gate_proj.weight"),
-        (Role::Up, "model.layers.{layer}.mlp.up_proj.weight"),
-        (Role::Down, "model.layers.{layer}.mlp.down_proj.weight"),
-        (Role::GateBias, "model.layers.{layer}.mlp.gate_proj.bias"),
-        (Role::UpBias, "model.layers.{layer}.mlp.up_proj.bias"),
-        (Role::DownBias, "model.layers.{layer}.mlp.down_proj.bias"),
-    ],
+    tensors: &[LIKE_LLAMA],
     // Early conversions stored the rotary frequencies, which the configuration determines.
     ignored_suffixes: &[".rotary_emb.inv_freq"],
 };
@@ -63,6 +43,6 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         max_positions: config.count_opt("max_position_embeddings")?,
         tied_head: config.flag("tie_word_embeddings", false)?,
         final_norm: norm,
-        layers: vec![layer; config.count("num_hidden_layers")?],
+        layers: vec![layer; config.layers()?],
     })
 }

@@ -1,7 +1,7 @@
 //! OLMoE (Muennighoff et al. 2024): q/k norm over the whole projection, softmax top-k routing, not renormalised.
 //! Hugging Face `OlmoeForCausalLM`.
 
-use super::{Config, Family, Names};
+use super::{Config, Family, LIKE_LLAMA, Names};
 use crate::decoder::{
     AttentionSpec, DecoderSpec, FfnSpec, GatedSpec, LayerSpec, MoeSpec, NormSpec, QkNorm, Role, RouterSpec,
 };
@@ -11,25 +11,15 @@ pub(super) const FAMILY: Family = Family { architecture: "OlmoeForCausalLM", spe
 
 const NAMES: Names = Names {
     tensors: &[
-        (Role::Embedding, "model.embed_tokens.weight"),
-        (Role::FinalNorm, "model.norm.weight"),
-        (Role::Head, "lm_head.weight"),
-        (Role::MixerNorm, "model.layers.{layer}.input_layernorm.weight"),
-        (Role::Query, "model.layers.{layer}.self_attn.q_proj.weight"),
-        (Role::Key, "model.layers.{layer}.self_attn.k_proj.weight"),
-        (Role::Value, "model.layers.{layer}.self_attn.v_proj.weight"),
-        (Role::Output, "model.layers.{layer}.self_attn.o_proj.weight"),
-        (Role::QueryBias, "model.layers.{layer}.self_attn.q_proj.bias"),
-        (Role::KeyBias, "model.layers.{layer}.self_attn.k_proj.bias"),
-        (Role::ValueBias, "model.layers.{layer}.self_attn.v_proj.bias"),
-        (Role::OutputBias, "model.layers.{layer}.self_attn.o_proj.bias"),
-        (Role::QueryNorm, "model.layers.{layer}.self_attn.q_norm.weight"),
-        (Role::KeyNorm, "model.layers.{layer}.self_attn.k_norm.weight"),
-        (Role::FfnNorm, "model.layers.{layer}.post_attention_layernorm.weight"),
-        (Role::Router, "model.layers.{layer}.mlp.gate.weight"),
-        (Role::ExpertGate, "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"),
-        (Role::ExpertUp, "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"),
-        (Role::ExpertDown, "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"),
+        LIKE_LLAMA,
+        &[
+            (Role::QueryNorm, "model.layers.{layer}.self_attn.q_norm.weight"),
+            (Role::KeyNorm, "model.layers.{layer}.self_attn.k_norm.weight"),
+            (Role::Router, "model.layers.{layer}.mlp.gate.weight"),
+            (Role::ExpertGate, "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"),
+            (Role::ExpertUp, "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"),
+            (Role::ExpertDown, "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"),
+        ],
     ],
     ignored_suffixes: &[],
 };
@@ -67,6 +57,6 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         max_positions: config.count_opt("max_position_embeddings")?,
         tied_head: config.flag("tie_word_embeddings", false)?,
         final_norm: norm,
-        layers: vec![layer; config.count("num_hidden_layers")?],
+        layers: vec![layer; config.layers()?],
     })
 }
