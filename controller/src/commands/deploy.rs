@@ -148,21 +148,20 @@ async fn reconcile(
     patience: &Patience,
     key: &str,
 ) -> Result<Option<RunWriter>, Complaint> {
-    let found = recover(ledger, ports, patience, &|event| reporter.event(event)).await?;
+    // Taken first: a run that is ours to go on with is nobody's to clean up.
     let run = abandoned(ledger, key)?;
-    let is_this = |action: &Action| match (action, &run) {
-        (Action::Adopt { run: other, .. }, Some(run)) => *other == run.record().id,
-        _ => false,
-    };
-    reporter.recovered(found.iter().filter(|action| !is_this(action)));
+    let found: Vec<Action> = recover(ledger, ports, patience, &|event| reporter.event(event)).await?;
+    reporter.recovered(found.iter());
     Ok(run)
 }
 
-/// A run of the same work that nobody drives and that is not over.
+/// A run of the same work that nobody drives, that is not over, and that has time left.
 fn abandoned(ledger: &Ledger, key: &str) -> Result<Option<RunWriter>, Complaint> {
+    let now = now_ms() / 1000;
     for run in ledger.runs()?.iter().rev() {
         if run.spec.job_key == key
             && !run.state.is_at_rest()
+            && run.deadline().is_none_or(|deadline| deadline > now)
             && let Some(taken) = ledger.take(&run.id)?
             && !taken.state().is_at_rest()
         {
