@@ -1,0 +1,44 @@
+//! Documents as they lie on disk: what may be left out, what may not be misspelt, and names that readers rely on.
+
+use outliers_protocol::{Axis, BosPolicy, CorpusSource, JobSpec, ModelSource, Precision, Reading, SCHEMA};
+use serde_json::json;
+
+#[test]
+fn a_job_needs_nothing_but_a_model() {
+    let job: JobSpec = serde_json::from_value(json!({"model": {"hub": {"id": "owner/name"}}})).unwrap();
+    assert_eq!(job, JobSpec::new(ModelSource::Hub { id: "owner/name".into(), revision: "main".into() }));
+    assert_eq!((job.schema, job.thresholds.magnitude), (SCHEMA, 6.0));
+    assert_eq!((job.thresholds.layer_fraction, job.thresholds.position_fraction), (0.25, 0.06));
+    assert_eq!((job.precision, job.corpus.bos), (Precision::Auto, BosPolicy::Auto));
+}
+
+#[test]
+fn a_misspelt_option_is_an_error_and_not_a_default() {
+    for bad in [
+        json!({"model": {"folder": {"path": "m"}}, "precison": "bf16"}),
+        json!({"model": {"folder": {"path": "m", "revision": "x"}}}),
+        json!({"model": {"folder": {"path": "m"}}, "corpus": {"num_sequence": 4}}),
+        json!({"model": {"folder": {"path": "m"}}, "thresholds": {"magnitudes": 4.0}}),
+        json!({}),
+    ] {
+        assert!(serde_json::from_value::<JobSpec>(bad.clone()).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn what_is_written_is_read_back() {
+    let mut job = JobSpec::new(ModelSource::Folder { path: "/models/a b".into() });
+    job.corpus.source = CorpusSource::Files(vec!["one.txt".into(), "two.txt".into()]);
+    job.corpus.num_sequences = Some(3);
+    job.devices = vec!["cpu:2".into()];
+    job.layers = Some(1);
+    let text = serde_json::to_string(&job).unwrap();
+    assert_eq!(serde_json::from_str::<JobSpec>(&text).unwrap(), job);
+}
+
+#[test]
+fn readings_are_named_as_reports_name_them() {
+    let names = [Reading::Unique, Reading::MeanPerSequence, Reading::SumOverSequences].map(|r| json!(r));
+    assert_eq!(names, ["unique", "mean_per_sequence", "sum_over_sequences"]);
+    assert_eq!([Axis::Layers, Axis::Sites].map(|a| json!(a)), ["layers", "sites"]);
+}
