@@ -23,6 +23,8 @@ struct SshdCloud {
     created: Mutex<usize>,
     /// Instances let nobody in: what was sent as the key is not installed.
     deaf: bool,
+    /// MiB of disk of an instance, where that can be arranged.
+    disk: Option<u32>,
 }
 
 const NAME: &str = "sshd";
@@ -39,7 +41,11 @@ impl Broker for SshdCloud {
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
         let failed = |message: String| BrokerError { broker: NAME, kind: BrokerErrorKind::Unavailable, message };
-        let server = Sshd::start().map_err(|e| failed(e.to_string()))?.ok_or_else(|| failed("no sshd".to_owned()))?;
+        let server = Sshd::start().map_err(|e| failed(e.to_string()))?;
+        let mut server = server.ok_or_else(|| failed("no sshd".to_owned()))?;
+        if let Some(mib) = self.disk {
+            server.shrink_home(mib);
+        }
         if !self.deaf {
             server.authorize(&lease.ssh_public_key).map_err(|e| failed(e.to_string()))?;
         }
@@ -183,4 +189,20 @@ async fn a_server_with_another_host_key_than_the_pinned_one_is_given_back() {
     let record = drive(&cloud, run, Patience::LOCAL).await;
     let said = record.state.ending().unwrap().to_string();
     assert!(said.contains("host key"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_without_room_is_given_back() {
+    if !sshd_is_here() || !Sshd::start().unwrap().unwrap().shrink_home(1) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let cloud = SshdCloud { disk: Some(3), ..SshdCloud::default() };
+    let ledger = Ledger::open(&folder.path().join("state")).unwrap();
+    for (disk, word) in [(Bytes::from_mib(16), "disk"), (Bytes(0), "free")] {
+        let spec = RunSpec { disk, ..spec("llama-f32", &folder.path().join("results")) };
+        let record = drive(&cloud, ledger.plan(&spec).unwrap(), Patience::LOCAL).await;
+        let said = record.state.ending().unwrap().to_string();
+        assert!(said.contains(word), "{said}");
+    }
 }

@@ -26,6 +26,7 @@ pub struct Sshd {
     user: String,
     key: RunKey,
     host_key: HostKeyPin,
+    shrunk: bool,
 }
 
 impl Sshd {
@@ -64,7 +65,16 @@ impl Sshd {
         fs::write(at("sshd_config"), configuration(folder.path(), port, config))?;
         let child = Mutex::new(spawn(program, folder.path())?);
         let host_key = HostKeyPin::new(host.public_line())?;
-        Ok(Self { folder, program: program.to_owned(), child, port, user: current_user()?, key, host_key })
+        Ok(Self {
+            folder,
+            program: program.to_owned(),
+            child,
+            port,
+            user: current_user()?,
+            key,
+            host_key,
+            shrunk: false,
+        })
     }
 
     /// Whether it listens; `false` when it ended instead.
@@ -100,6 +110,18 @@ impl Sshd {
     /// What `$HOME` is in its sessions: an empty folder, not the user's real one.
     pub fn home(&self) -> PathBuf {
         self.folder.path().join("home")
+    }
+
+    /// Gives the home folder a disk of its own of so many MiB; false, after saying so, where nothing can be mounted. It goes with
+    /// the server.
+    pub fn shrink_home(&mut self, mib: u32) -> bool {
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"]).arg(self.home());
+        self.shrunk = mount.stderr(Stdio::null()).status().is_ok_and(|status| status.success());
+        if !self.shrunk {
+            eprintln!("skipped: no tmpfs can be mounted here");
+        }
+        self.shrunk
     }
 
     /// Lets another public key in as well.
@@ -182,6 +204,9 @@ impl Drop for Sshd {
         let _ = self.kill_sessions();
         let _ = self.child().kill();
         let _ = self.child().wait();
+        if self.shrunk {
+            let _ = Command::new("umount").arg("-l").arg(self.home()).status();
+        }
     }
 }
 
