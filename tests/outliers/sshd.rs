@@ -146,6 +146,11 @@ async fn a_deploy_to_openssh_equals_the_reference() {
     assert_activations_equal(&reference.join("golden.safetensors"), &home.join("activations.safetensors"));
     let results: Results = serde_json::from_slice(&std::fs::read(home.join(files::RESULTS)).unwrap()).unwrap();
     assert_statistics_equal(&reference.join("outliers.json"), &results);
+    assert_eq!(
+        results.model,
+        reference.join("model").to_str().unwrap(),
+        "the name asked for, not the path it was pushed to"
+    );
     assert_eq!(*cloud.created.lock().unwrap(), 1);
 }
 

@@ -114,6 +114,29 @@ fn an_uninterrupted_text_run_is_repeatable() {
     assert_eq!((a.sequences, a.tokens_per_sequence), (3, 64));
 }
 
+#[test]
+fn a_job_file_in_either_format_is_the_same_job() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, ids) = (golden("llama-f32").join("model"), golden("llama-f32").join("golden.safetensors"));
+    let toml = format!(
+        "precision = \"f32\"\ndevices = [\"cpu:2\"]\n[model.folder]\npath = {model:?}\n[corpus.source]\ntoken_ids = {ids:?}\n\
+         [thresholds]\nmagnitude = 5.0\n"
+    );
+    let json = serde_json::json!({
+        "precision": "f32", "devices": ["cpu:2"], "model": {"folder": {"path": model}},
+        "corpus": {"source": {"token_ids": ids}}, "thresholds": {"magnitude": 5.0},
+    });
+    let results = [("job.toml", toml), ("job.json", json.to_string())].map(|(name, text)| {
+        let (job, output) = (folder.path().join(name), folder.path().join(format!("{name}.out")));
+        std::fs::write(&job, text).unwrap();
+        let run = run_worker(["run".as_ref(), job.as_os_str(), "--output".as_ref(), output.as_os_str()]);
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        read::<Results>(&output, files::RESULTS)
+    });
+    assert_eq!(results[0], results[1]);
+    assert_eq!(results[0].thresholds.magnitude, 5.0);
+}
+
 // --------------------------------------------------------------------------------------------------------- bad input
 
 /// A copy of a fixture's model to damage.

@@ -192,7 +192,7 @@ fn results(job: &JobSpec, model: &Model<'_>, tokens: &Tokens, stats: &OutlierSta
     }
     Results {
         schema: SCHEMA,
-        model: job.model.name().to_owned(),
+        model: job.model_name().to_owned(),
         thresholds: job.thresholds,
         n_layers: model.spec.layers.len(),
         n_sites: stats.sites().len(),
@@ -215,7 +215,7 @@ fn results(job: &JobSpec, model: &Model<'_>, tokens: &Tokens, stats: &OutlierSta
 
 fn provenance(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>) -> ModelProvenance {
     ModelProvenance {
-        name: job.model.name().to_owned(),
+        name: job.model_name().to_owned(),
         revision: checkpoint.revision.clone(),
         architecture: model.family.architecture.to_owned(),
         config_sha256: checkpoint.config_sha256.clone(),

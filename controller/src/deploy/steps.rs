@@ -153,6 +153,7 @@ impl Driver<'_> {
         let mut job = spec.job.clone();
         if let (ModelSource::Folder { path }, true) = (&mut job.model, spec.push_model) {
             *path = host.push(run, Path::new(path), "model", &on).await?;
+            job.label = Some(spec.model.clone());
         }
         match &mut job.corpus.source {
             CorpusSource::Builtin(_) => {}

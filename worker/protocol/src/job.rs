@@ -16,6 +16,9 @@ pub struct JobSpec {
     pub schema: u32,
     /// The checkpoint.
     pub model: ModelSource,
+    /// What reports call the model, where its path on the instance is not what was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
     /// The text.
     #[serde(default)]
     pub corpus: CorpusSpec,
@@ -53,6 +56,7 @@ impl JobSpec {
         Self {
             schema: SCHEMA,
             model,
+            label: None,
             corpus: CorpusSpec::default(),
             precision: Precision::default(),
             devices: Vec::new(),
@@ -61,6 +65,11 @@ impl JobSpec {
             save_activations: None,
             micro_batch_tokens: default_micro_batch_tokens(),
         }
+    }
+
+    /// What reports call the model.
+    pub fn model_name(&self) -> &str {
+        self.label.as_deref().unwrap_or(self.model.name())
     }
 }
 
