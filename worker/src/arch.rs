@@ -5,7 +5,7 @@
 use outliers_protocol::FailureKind;
 use serde_json::Value;
 
-use crate::decoder::{DecoderSpec, Need, Role};
+use crate::decoder::{AttentionSpec, DecoderSpec, LayerSpec, Need, QkNorm, Role};
 use crate::error::{Result, WorkerError};
 use crate::rope::{RopeScaling, RopeSpec};
 
@@ -75,6 +75,38 @@ const LIKE_LLAMA: &[(Role, &str)] = &[
     (Role::UpBias, "model.layers.{layer}.mlp.up_proj.bias"),
     (Role::DownBias, "model.layers.{layer}.mlp.down_proj.bias"),
 ];
+
+/// Keys that most families after Llama kept: grouped heads with rotary positions, without norms of queries and keys.
+fn attention_like_llama(config: &Config<'_>) -> Result<AttentionSpec> {
+    let heads = config.count("num_attention_heads")?;
+    let head_dim = match config.count_opt("head_dim")? {
+        Some(width) => width,
+        None => config.count("hidden_size")? / heads.max(1),
+    };
+    let bias = config.flag("attention_bias", false)?;
+    Ok(AttentionSpec {
+        heads,
+        kv_heads: config.count_opt("num_key_value_heads")?.unwrap_or(heads),
+        head_dim,
+        qk_norm: QkNorm::None,
+        qkv_bias: bias,
+        output_bias: bias,
+        clip_qkv: None,
+        rope: config.rope(head_dim)?,
+    })
+}
+
+/// A decoder of equal layers, by the same keys.
+fn decoder_like_llama(config: &Config<'_>, layer: LayerSpec) -> Result<DecoderSpec> {
+    Ok(DecoderSpec {
+        hidden: config.count("hidden_size")?,
+        vocab: config.count("vocab_size")?,
+        max_positions: config.count_opt("max_position_embeddings")?,
+        tied_head: config.flag("tie_word_embeddings", false)?,
+        final_norm: layer.mixer_norm,
+        layers: vec![layer; config.layers()?],
+    })
+}
 
 /// Architectures the worker knows.
 pub fn known() -> impl Iterator<Item = &'static str> {

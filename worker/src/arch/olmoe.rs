@@ -1,7 +1,7 @@
 //! OLMoE (Muennighoff et al. 2024): q/k norm over the whole projection, softmax top-k routing, not renormalised.
 //! Hugging Face `OlmoeForCausalLM`.
 
-use super::{Config, Family, LIKE_LLAMA, Names};
+use super::{Config, Family, LIKE_LLAMA, Names, attention_like_llama, decoder_like_llama};
 use crate::decoder::{
     AttentionSpec, DecoderSpec, FfnSpec, GatedSpec, LayerSpec, MoeSpec, NormSpec, QkNorm, Role, RouterSpec,
 };
@@ -26,37 +26,17 @@ const NAMES: Names = Names {
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect_activation("silu")?;
-    let hidden = config.count("hidden_size")?;
-    let heads = config.count("num_attention_heads")?;
-    let head_dim = config.count_opt("head_dim")?.unwrap_or(hidden / heads.max(1));
     let norm = NormSpec { eps: config.number_opt("rms_norm_eps")?.unwrap_or(1e-5) };
-    let bias = config.flag("attention_bias", false)?;
-    let layer = LayerSpec {
-        mixer_norm: norm,
-        attention: AttentionSpec {
-            heads,
-            kv_heads: config.count_opt("num_key_value_heads")?.unwrap_or(heads),
-            head_dim,
-            qk_norm: QkNorm::WholeProjection(norm),
-            qkv_bias: bias,
-            output_bias: bias,
-            clip_qkv: config.number_opt("clip_qkv")?,
-            rope: config.rope(head_dim)?,
-        },
-        ffn_norm: norm,
-        ffn: FfnSpec::Moe(MoeSpec {
-            experts: config.count_opt("num_experts")?.unwrap_or(64),
-            top_k: config.count_opt("num_experts_per_tok")?.unwrap_or(8),
-            expert: GatedSpec { intermediate: config.count("intermediate_size")?, bias: false },
-            router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob", false)? },
-        }),
+    let attention = AttentionSpec {
+        qk_norm: QkNorm::WholeProjection(norm),
+        clip_qkv: config.number_opt("clip_qkv")?,
+        ..attention_like_llama(config)?
     };
-    Ok(DecoderSpec {
-        hidden,
-        vocab: config.count("vocab_size")?,
-        max_positions: config.count_opt("max_position_embeddings")?,
-        tied_head: config.flag("tie_word_embeddings", false)?,
-        final_norm: norm,
-        layers: vec![layer; config.layers()?],
-    })
+    let ffn = FfnSpec::Moe(MoeSpec {
+        experts: config.count_opt("num_experts")?.unwrap_or(64),
+        top_k: config.count_opt("num_experts_per_tok")?.unwrap_or(8),
+        expert: GatedSpec { intermediate: config.count("intermediate_size")?, bias: false },
+        router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob", false)? },
+    });
+    decoder_like_llama(config, LayerSpec { mixer_norm: norm, attention, ffn_norm: norm, ffn })
 }
