@@ -5,9 +5,12 @@
 use outliers_protocol::FailureKind;
 use serde_json::Value;
 
-use crate::decoder::{AttentionSpec, DecoderSpec, LayerSpec, Need, QkNorm, Role};
+use crate::decoder::{
+    AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, HeadSpec, LayerSpec, MixerSpec, NormOrder, NormSpec, QkNorm,
+    Role, RouterSpec, Window,
+};
 use crate::error::{Result, WorkerError};
-use crate::rope::{RopeScaling, RopeSpec};
+use crate::rope::{Pairing, RopeScaling, RopeSpec};
 
 mod llama;
 mod olmoe;
@@ -25,55 +28,122 @@ pub struct Family {
 /// Every family, one line each.
 const FAMILIES: &[Family] = &[llama::FAMILY, olmoe::FAMILY];
 
-/// Published names of a family's tensors; `{layer}` and `{expert}` stand for numbers.
+/// Published names of a family's tensors.
+///
+/// Templates hold `{base}` (one of `bases`), `{layer}` and `{expert}`. A tensor that is needed per expert but whose name has no
+/// `{expert}` is stored stacked, experts first.
 pub struct Names {
-    /// Template per role, in tables of which several families share the first.
+    /// Template per role, in tables of which the first that knows a role counts.
     pub tensors: &'static [&'static [(Role, &'static str)]],
-    /// Endings of tensors on disk that a text-only pass does not use.
-    pub ignored_suffixes: &'static [&'static str],
+    /// What `{base}` may stand for; a checkpoint uses one of them.
+    pub bases: &'static [&'static str],
+    /// Matrices stored `[in, out]`; all others are `[out, in]`.
+    pub input_major: &'static [Role],
+    /// Tensors on disk that a text-only pass of the main stack does not use.
+    pub ignored: &'static [Ignored],
+}
+
+/// Tensors known and deliberately left unread.
+pub struct Ignored {
+    /// Which.
+    pub names: Pattern,
+    /// What they are.
+    pub why: &'static str,
+}
+
+/// Names of tensors.
+pub enum Pattern {
+    /// Those that start so.
+    Prefix(&'static str),
+    /// Those that end so.
+    Suffix(&'static str),
+    /// Those of layers past the configuration's last.
+    LayersPastLast,
+}
+
+/// Rotary frequencies, which the configuration determines, stored by early conversions.
+const ROTARY_BUFFERS: Ignored =
+    Ignored { names: Pattern::Suffix(".rotary_emb.inv_freq"), why: "rotary frequencies (a buffer)" };
+/// Layers that predict the token after next, stored behind the main stack.
+const NEXT_TOKEN_LAYERS: Ignored = Ignored { names: Pattern::LayersPastLast, why: "multi-token prediction" };
+
+/// How matrices are stored, where not as plain floats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quantisation {
+    /// FP8 e4m3 with a scale per tile in `*_scale_inv` (DeepSeek). What is stored as plain floats stays so.
+    Fp8Blocks {
+        /// Rows and columns of a tile.
+        block: [usize; 2],
+    },
+    /// The experts' matrices as e2m1 in `*_blocks` with a shared exponent per 32 inputs in `*_scales` (gpt-oss), `[out, in]`.
+    Mxfp4,
 }
 
 impl Names {
-    /// The published name of a needed tensor.
-    pub fn of(&self, layer: usize, need: &Need) -> String {
-        let (_, template) = self
-            .tensors
-            .iter()
-            .copied()
-            .flatten()
-            .find(|(role, _)| *role == need.role)
-            .expect("a family names every tensor its spec needs: tested for each");
-        let name = template.replace("{layer}", &layer.to_string());
-        need.expert.map_or(name.clone(), |e| name.replace("{expert}", &e.to_string()))
+    /// The template of a role's name.
+    fn template(&self, role: Role) -> &'static str {
+        let mut all = self.tensors.iter().copied().flatten();
+        all.find(|(named, _)| *named == role).expect("a family names every tensor its spec needs: tested for each").1
     }
 
-    /// Whether a tensor on disk is known and deliberately left unread.
-    pub fn ignores(&self, name: &str) -> bool {
-        self.ignored_suffixes.iter().any(|suffix| name.ends_with(suffix))
+    /// The published name of a tensor.
+    pub fn of(&self, base: &str, layer: usize, role: Role, expert: Option<usize>) -> String {
+        let name = self.template(role).replace("{base}", base).replace("{layer}", &layer.to_string());
+        expert.map_or(name.clone(), |e| name.replace("{expert}", &e.to_string()))
+    }
+
+    /// Whether the experts of a role lie in one tensor.
+    pub fn is_stacked(&self, role: Role) -> bool {
+        !self.template(role).contains("{expert}")
+    }
+
+    /// Why a tensor on disk is deliberately left unread; `None` if it is not known.
+    pub fn ignores(&self, name: &str, base: &str, layers: usize) -> Option<&'static str> {
+        let past_last = || {
+            let rest = name.strip_prefix(base)?.strip_prefix("layers.")?;
+            let (layer, _) = rest.split_once('.')?;
+            Some(layer.parse::<usize>().ok()? >= layers)
+        };
+        let is = |pattern: &Pattern| match pattern {
+            Pattern::Prefix(prefix) => name.starts_with(prefix),
+            Pattern::Suffix(suffix) => name.ends_with(suffix),
+            Pattern::LayersPastLast => past_last() == Some(true),
+        };
+        self.ignored.iter().find(|ignored| is(&ignored.names)).map(|ignored| ignored.why)
     }
 }
 
 /// The names that Hugging Face gave Llama's parts, and most families after it kept.
 const LIKE_LLAMA: &[(Role, &str)] = &[
-    (Role::Embedding, "model.embed_tokens.weight"),
-    (Role::FinalNorm, "model.norm.weight"),
+    (Role::Embedding, "{base}embed_tokens.weight"),
+    (Role::FinalNorm, "{base}norm.weight"),
     (Role::Head, "lm_head.weight"),
-    (Role::MixerNorm, "model.layers.{layer}.input_layernorm.weight"),
-    (Role::Query, "model.layers.{layer}.self_attn.q_proj.weight"),
-    (Role::Key, "model.layers.{layer}.self_attn.k_proj.weight"),
-    (Role::Value, "model.layers.{layer}.self_attn.v_proj.weight"),
-    (Role::Output, "model.layers.{layer}.self_attn.o_proj.weight"),
-    (Role::QueryBias, "model.layers.{layer}.self_attn.q_proj.bias"),
-    (Role::KeyBias, "model.layers.{layer}.self_attn.k_proj.bias"),
-    (Role::ValueBias, "model.layers.{layer}.self_attn.v_proj.bias"),
-    (Role::OutputBias, "model.layers.{layer}.self_attn.o_proj.bias"),
-    (Role::FfnNorm, "model.layers.{layer}.post_attention_layernorm.weight"),
-    (Role::Gate, "model.layers.{layer}.mlp.gate_proj.weight"),
-    (Role::Up, "model.layers.{layer}.mlp.up_proj.weight"),
-    (Role::Down, "model.layers.{layer}.mlp.down_proj.weight"),
-    (Role::GateBias, "model.layers.{layer}.mlp.gate_proj.bias"),
-    (Role::UpBias, "model.layers.{layer}.mlp.up_proj.bias"),
-    (Role::DownBias, "model.layers.{layer}.mlp.down_proj.bias"),
+    (Role::MixerNorm, "{base}layers.{layer}.input_layernorm.weight"),
+    (Role::Query, "{base}layers.{layer}.self_attn.q_proj.weight"),
+    (Role::Key, "{base}layers.{layer}.self_attn.k_proj.weight"),
+    (Role::Value, "{base}layers.{layer}.self_attn.v_proj.weight"),
+    (Role::Output, "{base}layers.{layer}.self_attn.o_proj.weight"),
+    (Role::QueryBias, "{base}layers.{layer}.self_attn.q_proj.bias"),
+    (Role::KeyBias, "{base}layers.{layer}.self_attn.k_proj.bias"),
+    (Role::ValueBias, "{base}layers.{layer}.self_attn.v_proj.bias"),
+    (Role::OutputBias, "{base}layers.{layer}.self_attn.o_proj.bias"),
+    (Role::QueryNorm, "{base}layers.{layer}.self_attn.q_norm.weight"),
+    (Role::KeyNorm, "{base}layers.{layer}.self_attn.k_norm.weight"),
+    (Role::FfnNorm, "{base}layers.{layer}.post_attention_layernorm.weight"),
+    (Role::Gate, "{base}layers.{layer}.mlp.gate_proj.weight"),
+    (Role::Up, "{base}layers.{layer}.mlp.up_proj.weight"),
+    (Role::Down, "{base}layers.{layer}.mlp.down_proj.weight"),
+    (Role::GateBias, "{base}layers.{layer}.mlp.gate_proj.bias"),
+    (Role::UpBias, "{base}layers.{layer}.mlp.up_proj.bias"),
+    (Role::DownBias, "{base}layers.{layer}.mlp.down_proj.bias"),
+];
+
+/// Names of router and experts in most mixtures that build on Llama's names.
+const SEPARATE_EXPERTS: &[(Role, &str)] = &[
+    (Role::Router, "{base}layers.{layer}.mlp.gate.weight"),
+    (Role::ExpertGate, "{base}layers.{layer}.mlp.experts.{expert}.gate_proj.weight"),
+    (Role::ExpertUp, "{base}layers.{layer}.mlp.experts.{expert}.up_proj.weight"),
+    (Role::ExpertDown, "{base}layers.{layer}.mlp.experts.{expert}.down_proj.weight"),
 ];
 
 /// Keys that most families after Llama kept: grouped heads with rotary positions, without norms of queries and keys.
@@ -88,23 +158,35 @@ fn attention_like_llama(config: &Config<'_>) -> Result<AttentionSpec> {
         heads,
         kv_heads: config.count_opt("num_key_value_heads")?.unwrap_or(heads),
         head_dim,
+        fused_qkv: false,
         qk_norm: QkNorm::None,
         qkv_bias: bias,
         output_bias: bias,
         clip_qkv: None,
-        rope: config.rope(head_dim)?,
+        rope: Some(config.rope(head_dim)?),
+        window: Window::Full,
+        sinks: false,
+        output_gate: false,
+        temperature: None,
     })
 }
 
-/// A decoder of equal layers, by the same keys.
-fn decoder_like_llama(config: &Config<'_>, layer: LayerSpec) -> Result<DecoderSpec> {
+/// A pre-norm layer.
+fn pre_norm(norm: NormSpec, mixer: MixerSpec, ffn: FfnSpec) -> LayerSpec {
+    LayerSpec { norm, order: NormOrder::Before, mixer, ffn }
+}
+
+/// A decoder by the same keys: embedding and head as wide as the residual stream, a last norm like the layers'.
+fn decoder_like_llama(config: &Config<'_>, layers: Vec<LayerSpec>) -> Result<DecoderSpec> {
+    let hidden = config.count("hidden_size")?;
     Ok(DecoderSpec {
-        hidden: config.count("hidden_size")?,
+        hidden,
         vocab: config.count("vocab_size")?,
         max_positions: config.count_opt("max_position_embeddings")?,
-        tied_head: config.flag("tie_word_embeddings", false)?,
-        final_norm: layer.mixer_norm,
-        layers: vec![layer; config.layers()?],
+        embedding: EmbeddingSpec { width: hidden, positions: None },
+        final_norm: layers.first().map(|layer| layer.norm),
+        layers,
+        head: HeadSpec { tied: config.flag("tie_word_embeddings", false)?, bias: false },
     })
 }
 
@@ -113,22 +195,32 @@ pub fn known() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|family| family.architecture)
 }
 
-/// The family and decoder of a `config.json`.
+/// What a `config.json` describes.
+pub struct Architecture {
+    /// Its family.
+    pub family: &'static Family,
+    /// What to compute.
+    pub spec: DecoderSpec,
+    /// How its matrices are stored.
+    pub quantisation: Option<Quantisation>,
+}
+
+/// Reads a `config.json`.
 ///
 /// # Errors
 /// [`FailureKind::Unsupported`] for an unknown architecture (the known ones are listed) or an unknown switch of a known one;
 /// [`FailureKind::Checkpoint`] for a missing or ill-typed key.
-pub fn read(config: &Value) -> Result<(&'static Family, DecoderSpec)> {
+pub fn read(config: &Value) -> Result<Architecture> {
     let config = Config(config);
     let name = config.architecture()?;
     let family = FAMILIES.iter().find(|family| family.architecture == name).ok_or_else(|| {
         WorkerError::new(FailureKind::Unsupported, format!("architecture {name:?} is not supported"))
             .hint(format!("supported: {}", known().collect::<Vec<_>>().join(", ")))
     })?;
-    config.refuse_quantisation()?;
+    let quantisation = config.quantisation()?;
     let spec = (family.spec)(&config)?;
     check(&spec)?;
-    Ok((family, spec))
+    Ok(Architecture { family, spec, quantisation })
 }
 
 /// More than any model has; a damaged or hostile configuration must not make us allocate by its word.
@@ -143,20 +235,41 @@ fn check(spec: &DecoderSpec) -> Result<()> {
         return bad(format!("{} layers of width {} over {} tokens", spec.layers.len(), spec.hidden, spec.vocab));
     }
     for (i, layer) in spec.layers.iter().enumerate() {
-        let a = &layer.attention;
-        if a.kv_heads == 0 || a.heads == 0 || a.heads % a.kv_heads != 0 || a.head_dim == 0 || a.head_dim % 2 != 0 {
-            return bad(format!(
-                "layer {i}: {} heads over {} key/value heads of width {}",
-                a.heads, a.kv_heads, a.head_dim
-            ));
-        }
-        if let crate::decoder::FfnSpec::Moe(moe) = &layer.ffn
-            && (moe.top_k == 0 || moe.top_k > moe.experts || moe.experts > MOST_EXPERTS)
-        {
-            return bad(format!("layer {i}: top {} of {} experts", moe.top_k, moe.experts));
+        let (mixer_sound, ffn_sound) = (is_sound_mixer(&layer.mixer), is_sound_ffn(&layer.ffn));
+        if !mixer_sound || !ffn_sound {
+            return bad(format!("layer {i} cannot be: {}", layer.describe()));
         }
     }
     Ok(())
+}
+
+fn is_sound_mixer(mixer: &MixerSpec) -> bool {
+    let rotates =
+        |rope: Option<&RopeSpec>, most: usize| rope.is_none_or(|r| r.dims > 0 && r.dims % 2 == 0 && r.dims <= most);
+    match mixer {
+        MixerSpec::Attention(a) => {
+            let shared_evenly = a.kv_heads > 0 && a.heads > 0 && a.heads.is_multiple_of(a.kv_heads);
+            let sees_itself = !matches!(a.window, Window::Sliding(0) | Window::Chunked(0));
+            shared_evenly && a.head_dim > 0 && sees_itself && rotates(a.rope.as_ref(), a.head_dim)
+        }
+        MixerSpec::Latent(l) => l.heads > 0 && l.value_dim > 0 && l.kv_rank > 0 && rotates(Some(&l.rope), l.rope_dim),
+        MixerSpec::DeltaNet(d) => {
+            let shared_evenly = d.key_heads > 0 && d.value_heads > 0 && d.value_heads.is_multiple_of(d.key_heads);
+            shared_evenly && d.key_dim > 0 && d.value_dim > 0 && d.kernel > 0
+        }
+    }
+}
+
+fn is_sound_ffn(ffn: &FfnSpec) -> bool {
+    let FfnSpec::Moe(moe) = ffn else { return true };
+    let grouped = match moe.router {
+        RouterSpec::SigmoidGroups { groups, top_groups, .. } => {
+            let even = groups > 0 && moe.experts.is_multiple_of(groups);
+            even && (1..=groups).contains(&top_groups) && moe.top_k <= moe.experts / groups * top_groups
+        }
+        _ => true,
+    };
+    (1..=moe.experts).contains(&moe.top_k) && moe.experts <= MOST_EXPERTS && grouped
 }
 
 /// A `config.json`, read with errors that name the key.
@@ -214,27 +327,72 @@ impl<'a> Config<'a> {
         self.get(key).map_or(Ok(default), |v| v.as_bool().ok_or_else(|| missing(key, "true or false", v)))
     }
 
-    /// Refuses any activation but the one the family's blocks compute.
-    pub fn expect_activation(&self, wanted: &str) -> Result<()> {
-        match self.get("hidden_act").map(|v| v.as_str().unwrap_or("?")) {
-            Some(found) if found != wanted => {
-                Err(unsupported(format!("hidden_act {found:?} (only {wanted:?} is known for this family)")))
+    /// The settings below `key`, where a configuration nests them (`text_config`).
+    ///
+    /// # Errors
+    /// There is no object of that name.
+    pub fn nested(&self, key: &str) -> Result<Config<'a>> {
+        let inner = self.get(key).filter(|value| value.is_object());
+        inner.map(Config).ok_or_else(|| missing(key, "an object", &self.0[key]))
+    }
+
+    /// A list of whole numbers; absent, null or empty is `None`.
+    pub fn counts_opt(&self, key: &str) -> Result<Option<Vec<usize>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let wrong = || missing(key, "a list of whole numbers", value);
+        let list = value.as_array().ok_or_else(wrong)?;
+        let numbers: Option<Vec<usize>> =
+            list.iter().map(|v| v.as_u64().filter(|n| *n < MOST).map(|n| n as usize)).collect();
+        Ok(Some(numbers.ok_or_else(wrong)?).filter(|numbers| !numbers.is_empty()))
+    }
+
+    /// A list with one word per layer; absent or null is `None`.
+    pub fn words_opt(&self, key: &str) -> Result<Option<Vec<&'a str>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let words: Option<Vec<&str>> = value.as_array().map(|list| list.iter().filter_map(Value::as_str).collect());
+        let layers = self.layers()?;
+        let all = words.filter(|words| words.len() == layers);
+        all.map(Some).ok_or_else(|| missing(key, &format!("a list of {layers} words"), value))
+    }
+
+    /// Refuses a switch of another value than the one the family's blocks compute.
+    pub fn expect_flag(&self, key: &str, wanted: bool) -> Result<()> {
+        if self.flag(key, wanted)? == wanted { Ok(()) } else { Err(unsupported(format!("{key} {}", !wanted))) }
+    }
+
+    /// Refuses a word of another value than the one the family's blocks compute; absent is that one.
+    pub fn expect_word(&self, key: &str, wanted: &str) -> Result<()> {
+        match self.get(key) {
+            Some(found) if found.as_str() != Some(wanted) => {
+                Err(unsupported(format!("{key} {found} (only {wanted:?} is known for this family)")))
             }
             _ => Ok(()),
         }
     }
 
-    fn refuse_quantisation(&self) -> Result<()> {
-        match self.get("quantization_config") {
-            None => Ok(()),
-            Some(q) => Err(unsupported(format!("quantization_config with quant_method {}", q["quant_method"]))),
+    /// How matrices are stored, by `quantization_config`.
+    fn quantisation(&self) -> Result<Option<Quantisation>> {
+        let Some(settings) = self.get("quantization_config").map(Config) else { return Ok(None) };
+        let method = settings.0["quant_method"].as_str().unwrap_or("?");
+        match method {
+            "mxfp4" => Ok(Some(Quantisation::Mxfp4)),
+            "fp8" => {
+                settings.expect_word("fmt", "e4m3")?;
+                match settings.counts_opt("weight_block_size")?.as_deref() {
+                    Some([rows, columns]) if rows * columns > 0 => {
+                        Ok(Some(Quantisation::Fp8Blocks { block: [*rows, *columns] }))
+                    }
+                    _ => Err(unsupported("fp8 quantisation without a weight_block_size of two numbers".to_owned())),
+                }
+            }
+            _ => Err(unsupported(format!("quantization_config with quant_method {method:?} (known: fp8, mxfp4)"))),
         }
     }
 
-    /// Rotary embedding over `dims` of each head, from `rope_theta` and `rope_scaling` or transformers 5's `rope_parameters`.
+    /// Rotary embedding of the first `dims` of each head, halves paired, from `rope_theta` and `rope_scaling` or transformers 5's
+    /// `rope_parameters`.
     pub fn rope(&self, dims: usize) -> Result<RopeSpec> {
-        let parameters = self.get("rope_parameters").or_else(|| self.get("rope_scaling"));
-        let scaling = parameters.map_or(Config(&Value::Null), Config);
+        let scaling = self.rope_settings();
         let theta = scaling.number_opt("rope_theta")?.or(self.number_opt("rope_theta")?).unwrap_or(10_000.0);
         let kind = scaling.0["rope_type"].as_str().or_else(|| scaling.0["type"].as_str()).unwrap_or("default");
         let number = |key: &str| {
@@ -249,10 +407,37 @@ impl<'a> Config<'a> {
                 high_freq_factor: number("high_freq_factor")?,
                 original_positions: number("original_max_position_embeddings")?,
             },
-            other => return Err(unsupported(format!("rope type {other:?} (known: default, linear, llama3)"))),
+            "yarn" => {
+                let factor = number("factor")?;
+                // Of the paper's section 3.4; DeepSeek's two keys divide it out again, for its softmax has it.
+                let attention_factor = match (scaling.number_opt("mscale")?, scaling.number_opt("mscale_all_dim")?) {
+                    (Some(own), Some(all)) => yarn_magnitude(factor, own) / yarn_magnitude(factor, all),
+                    _ => yarn_magnitude(factor, 1.0),
+                };
+                RopeScaling::Yarn {
+                    factor,
+                    original_positions: number("original_max_position_embeddings")?,
+                    beta_fast: scaling.number_opt("beta_fast")?.unwrap_or(32.0),
+                    beta_slow: scaling.number_opt("beta_slow")?.unwrap_or(1.0),
+                    truncate: scaling.flag("truncate", true)?,
+                    attention_factor: scaling.number_opt("attention_factor")?.unwrap_or(attention_factor),
+                }
+            }
+            other => return Err(unsupported(format!("rope type {other:?} (known: default, linear, llama3, yarn)"))),
         };
-        Ok(RopeSpec { theta, dims, scaling })
+        Ok(RopeSpec { theta, dims, pairing: Pairing::Halves, scaling })
     }
+
+    /// The object that stretches the rotation, empty where there is none.
+    pub fn rope_settings(&self) -> Config<'a> {
+        let settings = self.get("rope_parameters").or_else(|| self.get("rope_scaling"));
+        settings.map_or(Config(&Value::Null), Config)
+    }
+}
+
+/// By how much YaRN grows queries and keys together: `0.1 * mscale * ln(factor) + 1`.
+pub fn yarn_magnitude(factor: f64, mscale: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
 fn missing(key: &str, wanted: &str, found: &Value) -> WorkerError {
@@ -269,6 +454,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::decoder::Need;
 
     /// Switches that ask for as many tensors as a family knows.
     fn config(architecture: &str) -> Value {
@@ -282,15 +468,17 @@ mod tests {
     #[test]
     fn every_family_names_every_tensor_it_needs_and_each_once() {
         for name in known() {
-            let (family, spec) = read(&config(name)).unwrap();
+            let Architecture { family, spec, .. } = read(&config(name)).unwrap();
             let needs = spec.needs();
-            let mut names: Vec<String> = needs.iter().map(|(layer, need)| family.names.of(*layer, need)).collect();
+            let of =
+                |(layer, need): &(usize, Need)| family.names.of(family.names.bases[0], *layer, need.role, need.expert);
+            let mut names: Vec<String> = needs.iter().map(of).collect();
             assert!(names.iter().all(|name| !name.contains('{')), "{name}: {names:?}");
             names.sort();
             names.dedup();
             assert_eq!(names.len(), needs.len(), "{name}");
             // A tied model still may store the head; its name is asked for.
-            assert!(!family.names.of(0, &Need { role: Role::Head, expert: None, shape: Vec::new() }).is_empty());
+            assert!(!family.names.of("", 0, Role::Head, None).is_empty());
         }
     }
 
@@ -322,7 +510,8 @@ mod tests {
     fn rope_is_read_in_the_old_spelling_and_the_new() {
         let old = json!({"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}});
         let new = json!({"rope_parameters": {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}});
-        let want = RopeSpec { theta: 500.0, dims: 4, scaling: RopeScaling::Linear { factor: 2.0 } };
+        let scaling = RopeScaling::Linear { factor: 2.0 };
+        let want = RopeSpec { theta: 500.0, dims: 4, pairing: Pairing::Halves, scaling };
         assert_eq!(Config(&old).rope(4).unwrap(), want);
         assert_eq!(Config(&new).rope(4).unwrap(), want);
         assert!(Config(&json!({"rope_scaling": {"type": "linear"}})).rope(4).is_err(), "no factor");

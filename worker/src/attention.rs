@@ -4,44 +4,77 @@ use candle_core::{Result, Tensor};
 
 use crate::decoder::{AttentionSpec, QkNorm};
 use crate::fused;
+use crate::norm::Norm;
 use crate::rope::RopeTable;
 use crate::weights::Linear;
 
 /// Queries per block: scores of one block are `heads x QUERY_BLOCK x sequence` values.
-const QUERY_BLOCK: usize = 256;
+pub const QUERY_BLOCK: usize = 256;
 
 /// An attention layer's tensors on one device.
 pub struct AttentionWeights {
-    /// `[heads * head_dim, hidden]`.
-    pub query: Linear,
-    /// `[kv_heads * head_dim, hidden]`.
-    pub key: Linear,
-    /// `[kv_heads * head_dim, hidden]`.
-    pub value: Linear,
+    /// To queries, keys and values.
+    pub projections: Projections,
     /// `[hidden, heads * head_dim]`.
     pub output: Linear,
-    /// Gains of the queries' and keys' norms, where the spec has them.
-    pub qk_norm: Option<(Tensor, Tensor)>,
+    /// Norms of queries and keys that have gains.
+    pub qk_norm: Option<(Norm, Norm)>,
+    /// One logit per query head.
+    pub sinks: Option<Tensor>,
+}
+
+/// Matrices that lead to queries (`heads * head_dim` rows, twice as many with an output gate), keys and values (`kv_heads * head_dim`).
+pub enum Projections {
+    /// One each.
+    Separate {
+        /// Queries.
+        query: Linear,
+        /// Keys.
+        key: Linear,
+        /// Values.
+        value: Linear,
+    },
+    /// All rows in one matrix, one kind after another.
+    Fused(Linear),
+}
+
+impl Projections {
+    /// Queries, keys and values of `x` `[rows, hidden]`, contiguous.
+    fn apply(&self, spec: &AttentionSpec, x: &Tensor) -> Result<[Tensor; 3]> {
+        match self {
+            Self::Separate { query, key, value } => Ok([query.apply(x)?, key.apply(x)?, value.apply(x)?]),
+            Self::Fused(all) => {
+                let all = all.apply(x)?;
+                let kv = spec.kv_heads * spec.head_dim;
+                let queries = all.dim(1)? - 2 * kv;
+                let part = |first, width| all.narrow(1, first, width)?.contiguous();
+                Ok([part(0, queries)?, part(queries, kv)?, part(queries + kv, kv)?])
+            }
+        }
+    }
 }
 
 /// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape, before the residual addition.
+/// `table` is there if the spec has a rotation.
 pub fn attention(
     spec: &AttentionSpec,
     weights: &AttentionWeights,
-    table: &RopeTable,
+    table: Option<&RopeTable>,
     x: &Tensor,
     positions: usize,
 ) -> Result<Tensor> {
-    let (mut query, mut key, mut value) = (weights.query.apply(x)?, weights.key.apply(x)?, weights.value.apply(x)?);
-    if let (QkNorm::WholeProjection(norm), Some((query_gain, key_gain))) = (spec.qk_norm, &weights.qk_norm) {
-        query = fused::rms_norm(&query, query_gain, norm.eps)?;
-        key = fused::rms_norm(&key, key_gain, norm.eps)?;
+    let [mut query, mut key, mut value] = weights.projections.apply(spec, x)?;
+    if let (QkNorm::WholeProjection(_), Some((query_norm, key_norm))) = (spec.qk_norm, &weights.qk_norm) {
+        query = query_norm.apply(&query)?;
+        key = key_norm.apply(&key)?;
     }
     if let Some(limit) = spec.clip_qkv {
         (query, key, value) = (query.clamp(-limit, limit)?, key.clamp(-limit, limit)?, value.clamp(-limit, limit)?);
     }
-    let query = fused::rope(query, table, spec.head_dim, positions)?;
-    let key = fused::rope(key, table, spec.head_dim, positions)?;
+    if let Some(table) = table {
+        query = fused::rope(query, table, spec.head_dim, positions)?;
+        key = fused::rope(key, table, spec.head_dim, positions)?;
+    }
     let sequences = x.dim(0)? / positions;
     let mixed = (0..sequences)
         .map(|s| {

@@ -10,7 +10,7 @@ use outliers_protocol::{Metadata, files};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::arch;
+use crate::arch::{self, Architecture};
 use crate::error::{Result, WorkerError};
 use crate::safetensors::{StoredDtype, TensorSpec, Writer};
 
@@ -151,11 +151,11 @@ fn llama(folder: &Path, hidden: usize, layers: usize) -> Result<()> {
     });
     let path = folder.join("config.json");
     std::fs::write(&path, config.to_string()).map_err(|e| WorkerError::io("write", &path, &e))?;
-    let (family, spec) = arch::read(&config)?;
+    let Architecture { family, spec, .. } = arch::read(&config)?;
     let needs = spec.needs();
     let tensor = |(layer, need): &(usize, crate::decoder::Need)| {
         let shape: Vec<u64> = need.shape.iter().map(|&n| n as u64).collect();
-        TensorSpec::new(family.names.of(*layer, need), StoredDtype::BF16, &shape)
+        TensorSpec::new(family.names.of("model.", *layer, need.role, need.expert), StoredDtype::BF16, &shape)
     };
     let specs: Vec<TensorSpec> = needs.iter().map(tensor).collect();
     let writer = Writer::create(&folder.join("model.safetensors"), &specs, &BTreeMap::new())?;

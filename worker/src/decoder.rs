@@ -9,6 +9,12 @@ use std::ops::Range;
 use outliers_protocol::Point;
 
 use crate::rope::RopeSpec;
+use crate::stats::Site;
+
+mod needs;
+
+pub(crate) use needs::MlpRoles;
+pub use needs::{Need, Role};
 
 /// A whole decoder-only model.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,32 +25,108 @@ pub struct DecoderSpec {
     pub vocab: usize,
     /// Longest sequence the configuration allows.
     pub max_positions: Option<usize>,
-    /// The head's matrix is the embedding.
-    pub tied_head: bool,
-    /// After the last layer.
-    pub final_norm: NormSpec,
+    /// Token ids to the residual stream.
+    pub embedding: EmbeddingSpec,
     /// From the input on.
     pub layers: Vec<LayerSpec>,
+    /// After the last layer; post-norm decoders have none.
+    pub final_norm: Option<NormSpec>,
+    /// The residual stream to logits.
+    pub head: HeadSpec,
 }
 
-/// One pre-norm layer: `x += mixer(norm(x))`, then `x += ffn(norm(x))`.
+/// How token ids enter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EmbeddingSpec {
+    /// Columns of the table. Where it is not the hidden size, a matrix without bias leads in, and one leads out before the head (OPT-350m).
+    pub width: usize,
+    /// Learned vectors added by position, where rotations do not say it.
+    pub positions: Option<LearnedPositions>,
+}
+
+/// A table of position vectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LearnedPositions {
+    /// Rows of the table.
+    pub rows: usize,
+    /// Position p reads row p + offset (OPT: 2).
+    pub offset: usize,
+}
+
+/// How logits leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadSpec {
+    /// The head's matrix is the embedding.
+    pub tied: bool,
+    /// One number per token id is added (GPT-J).
+    pub bias: bool,
+}
+
+/// One layer: a mixer over tokens and a feed-forward on each token, both added to the residual stream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSpec {
-    /// Before the mixer; its output is the site [`Point::BeforeAttention`].
-    pub mixer_norm: NormSpec,
+    /// Both norms of the layer.
+    pub norm: NormSpec,
+    /// Where they stand.
+    pub order: NormOrder,
     /// Mixes tokens.
-    pub attention: AttentionSpec,
-    /// Before the feed-forward; its output is the site [`Point::BeforeMlp`].
-    pub ffn_norm: NormSpec,
+    pub mixer: MixerSpec,
     /// Works on each token alone.
     pub ffn: FfnSpec,
 }
 
-/// RMSNorm: `x / sqrt(mean(x^2) + eps) * gain`, in f32, over the last dimension.
+/// Where a layer's norms stand. Their outputs are the studied sites.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormOrder {
+    /// `x += mixer(norm(x))`, then `x += ffn(norm(x))`: [`Point::BeforeAttention`] and [`Point::BeforeMlp`].
+    Before,
+    /// `x = norm(x + mixer(x))`, then `x = norm(x + ffn(x))` (OPT-350m): [`Point::AfterAttention`] and [`Point::AfterMlp`].
+    After,
+    /// `n = norm(x)`, then `x += mixer(n) + ffn(n)` (GPT-J): [`Point::BeforeAttention`] alone.
+    Shared,
+}
+
+/// A norm over the last dimension, computed in f32.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NormSpec {
-    /// Added to the mean square.
+    /// Formula.
+    pub kind: NormKind,
+    /// Added to the mean square or variance.
     pub eps: f64,
+}
+
+/// Formulas of norms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// `x / sqrt(mean(x^2) + eps) * gain` (Zhang and Sennrich 2019).
+    Rms,
+    /// The same with `gain = 1 + stored weight` (Qwen3-Next).
+    RmsZeroCentred,
+    /// `(x - mean) / sqrt(variance + eps) * gain + bias` (Ba et al. 2016).
+    Layer,
+}
+
+impl NormSpec {
+    /// RMSNorm.
+    pub fn rms(eps: f64) -> Self {
+        Self { kind: NormKind::Rms, eps }
+    }
+
+    /// LayerNorm.
+    pub fn layer(eps: f64) -> Self {
+        Self { kind: NormKind::Layer, eps }
+    }
+}
+
+/// How tokens see each other.
+#[derive(Clone, Debug, PartialEq)]
+pub enum MixerSpec {
+    /// Softmax attention with grouped heads.
+    Attention(AttentionSpec),
+    /// Multi-head latent attention.
+    Latent(LatentSpec),
+    /// Gated DeltaNet.
+    DeltaNet(DeltaNetSpec),
 }
 
 /// Softmax attention with grouped key/value heads.
@@ -56,7 +138,9 @@ pub struct AttentionSpec {
     pub kv_heads: usize,
     /// Width of one head. Its own number: not always hidden / heads.
     pub head_dim: usize,
-    /// Norm of queries and keys before the rotation.
+    /// q, k and v are one matrix, their rows one after another (GPT-2).
+    pub fused_qkv: bool,
+    /// Norm of queries and keys.
     pub qk_norm: QkNorm,
     /// q, k and v have a bias.
     pub qkv_bias: bool,
@@ -64,8 +148,16 @@ pub struct AttentionSpec {
     pub output_bias: bool,
     /// q, k, v clamped to [-c, c] after their norms (OLMoE's `clip_qkv`).
     pub clip_qkv: Option<f64>,
-    /// Position encoding.
-    pub rope: RopeSpec,
+    /// Rotary positions; `None` where positions are learned, or not told at all (NoPE).
+    pub rope: Option<RopeSpec>,
+    /// Which keys a query sees.
+    pub window: Window,
+    /// One learned logit per head joins the softmax's denominator and contributes no value (gpt-oss).
+    pub sinks: bool,
+    /// The query matrix has twice the rows, per head [query | gate]; the mixed values are multiplied by sigmoid(gate) (Qwen3-Next).
+    pub output_gate: bool,
+    /// Queries grow with their position (Llama 4's layers without rotation).
+    pub temperature: Option<Temperature>,
 }
 
 /// How queries and keys are normalised.
@@ -73,29 +165,145 @@ pub struct AttentionSpec {
 pub enum QkNorm {
     /// Not at all.
     None,
-    /// RMSNorm over the whole projected vector, all heads together (OLMoE).
+    /// Before the rotation, over the whole projected vector, all heads together (OLMoE).
     WholeProjection(NormSpec),
+    /// Before the rotation, each head by itself, one gain for all heads (Qwen3).
+    PerHead(NormSpec),
+    /// After the rotation, each head by itself, without a gain (Llama 4).
+    AfterRope {
+        /// Added to the mean square.
+        eps: f64,
+    },
+}
+
+/// Which of the keys up to its own position a query sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Window {
+    /// All.
+    Full,
+    /// The last so many, its own included.
+    Sliding(usize),
+    /// Those in its own chunk: positions with the same `position / chunk`.
+    Chunked(usize),
+}
+
+/// Queries are multiplied by `1 + scale * ln(1 + floor((position + 1) / floor))`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Temperature {
+    /// Llama 4's `attn_scale`.
+    pub scale: f64,
+    /// Llama 4's `floor_scale`.
+    pub floor: f64,
+}
+
+/// Multi-head latent attention (DeepSeek-V2, 2024): queries and keys/values through low-rank bottlenecks, positions in a part of
+/// each head of their own; one rotated key part serves all heads.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LatentSpec {
+    /// Heads.
+    pub heads: usize,
+    /// Width of the queries' bottleneck; `None`: one full matrix.
+    pub query_rank: Option<usize>,
+    /// Width of the keys' and values' bottleneck.
+    pub kv_rank: usize,
+    /// Part of a head's query and key without position.
+    pub nope_dim: usize,
+    /// Part of a head's query and key that rotates; after the other.
+    pub rope_dim: usize,
+    /// Width of a head's value.
+    pub value_dim: usize,
+    /// Norm inside both bottlenecks.
+    pub norm: NormSpec,
+    /// What multiplies the scores.
+    pub scale: f64,
+    /// Rotation of the `rope_dim` part.
+    pub rope: RopeSpec,
+}
+
+/// Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) as in Qwen3-Next: a linear recurrence over a matrix state per value head.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DeltaNetSpec {
+    /// Query and key heads; divides `value_heads`: key head j serves value heads j*r .. j*r + r-1.
+    pub key_heads: usize,
+    /// Value heads.
+    pub value_heads: usize,
+    /// Width of a query or key.
+    pub key_dim: usize,
+    /// Width of a value.
+    pub value_dim: usize,
+    /// Taps of the causal depthwise convolution, the last on the current token.
+    pub kernel: usize,
+    /// Norm of the mixed values, per value head, before the gate.
+    pub norm: NormSpec,
 }
 
 /// A feed-forward block.
 #[derive(Clone, Debug, PartialEq)]
 pub enum FfnSpec {
-    /// `down(silu(gate x) * up x)`.
-    Dense(GatedSpec),
+    /// One for all tokens.
+    Dense(MlpSpec),
     /// Routed experts.
     Moe(MoeSpec),
 }
 
-/// A gated MLP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GatedSpec {
+/// A feed-forward's shape.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MlpSpec {
     /// Inner width.
     pub intermediate: usize,
-    /// All three projections have a bias.
+    /// What happens at the inner width.
+    pub kind: MlpKind,
+    /// All projections have a bias.
     pub bias: bool,
 }
 
-/// A mixture of gated experts.
+/// What happens at a feed-forward's inner width.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum MlpKind {
+    /// `down(relu(up x))`.
+    Relu,
+    /// `down(gelu(up x))`, GELU in its tanh form.
+    GeluTanh,
+    /// `down(silu(gate x) * up x)`.
+    Swiglu(GateUp),
+    /// gpt-oss: `gate = min(gate, limit)`, `up = clamp(up, -limit, limit)`, `down((up + 1) * gate * sigmoid(alpha * gate))`.
+    ClampedSwiglu {
+        /// Where gate and up lie.
+        stored: GateUp,
+        /// Bound.
+        limit: f64,
+        /// Slope inside the sigmoid.
+        alpha: f64,
+    },
+}
+
+/// Where the gate's and the up projection's rows lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GateUp {
+    /// Two matrices.
+    Separate,
+    /// One matrix: all of gate, then all of up.
+    Halves,
+    /// One matrix: even rows gate, odd rows up.
+    Interleaved,
+}
+
+impl MlpSpec {
+    /// `down(silu(gate x) * up x)` from three matrices without bias: what most families have.
+    pub fn swiglu(intermediate: usize) -> Self {
+        Self { intermediate, kind: MlpKind::Swiglu(GateUp::Separate), bias: false }
+    }
+
+    /// Where gate and up lie, for gated kinds.
+    pub fn gate_up(&self) -> Option<GateUp> {
+        match self.kind {
+            MlpKind::Relu | MlpKind::GeluTanh => None,
+            MlpKind::Swiglu(stored) | MlpKind::ClampedSwiglu { stored, .. } => Some(stored),
+        }
+    }
+}
+
+/// A mixture of experts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MoeSpec {
     /// Routed experts.
@@ -103,99 +311,56 @@ pub struct MoeSpec {
     /// Experts per token.
     pub top_k: usize,
     /// Shape of each expert.
-    pub expert: GatedSpec,
+    pub expert: MlpSpec,
     /// How tokens find their experts.
     pub router: RouterSpec,
+    /// An expert that every token visits.
+    pub shared: Option<SharedSpec>,
 }
 
-/// How router logits become expert weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The shared expert.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SharedSpec {
+    /// Its shape.
+    pub mlp: MlpSpec,
+    /// Its output is multiplied by sigmoid(w x) (Qwen3-Next); else it is added as it is.
+    pub gate: bool,
+}
+
+/// How router logits become expert weights. All of it in f32.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum RouterSpec {
-    /// Softmax over all experts in f32, then the top k; divided by their sum if `normalise`.
+    /// Softmax over all experts, then the top k; divided by their sum if `normalise`.
     SoftmaxTopK {
         /// Divide the chosen weights by their sum.
         normalise: bool,
     },
+    /// The top k logits, bias included, then softmax over those (gpt-oss).
+    TopKSoftmax,
+    /// Sigmoid scores; experts are chosen by score + correction bias among the best groups, weighted by the score alone (DeepSeek-V3).
+    SigmoidGroups {
+        /// Equal groups of neighbouring experts, each judged by the sum of its two best biased scores.
+        groups: usize,
+        /// Groups an expert may be chosen from.
+        top_groups: usize,
+        /// Divide the chosen scores by their sum.
+        normalise: bool,
+        /// What multiplies the weights in the end.
+        scale: f64,
+    },
+    /// The top k logits; the sigmoid of each multiplies the expert's INPUT (Llama 4).
+    SigmoidOfInput,
 }
 
-/// What a tensor is for. An architecture's name table maps each to a published name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Role {
-    /// Token embedding `[vocab, hidden]`.
-    Embedding,
-    /// Gain of the last norm `[hidden]`.
-    FinalNorm,
-    /// Head `[vocab, hidden]`.
-    Head,
-    /// Gain `[hidden]`.
-    MixerNorm,
-    /// Projection `[heads * head_dim, hidden]`.
-    Query,
-    /// Projection `[kv_heads * head_dim, hidden]`.
-    Key,
-    /// Projection `[kv_heads * head_dim, hidden]`.
-    Value,
-    /// Projection `[hidden, heads * head_dim]`.
-    Output,
-    /// Bias of `Query`.
-    QueryBias,
-    /// Bias of `Key`.
-    KeyBias,
-    /// Bias of `Value`.
-    ValueBias,
-    /// Bias of `Output`.
-    OutputBias,
-    /// Gain of the queries' norm.
-    QueryNorm,
-    /// Gain of the keys' norm.
-    KeyNorm,
-    /// Gain `[hidden]`.
-    FfnNorm,
-    /// Projection `[intermediate, hidden]`.
-    Gate,
-    /// Projection `[intermediate, hidden]`.
-    Up,
-    /// Projection `[hidden, intermediate]`.
-    Down,
-    /// Bias of `Gate`.
-    GateBias,
-    /// Bias of `Up`.
-    UpBias,
-    /// Bias of `Down`.
-    DownBias,
-    /// Router `[experts, hidden]`.
-    Router,
-    /// An expert's projection `[intermediate, hidden]`.
-    ExpertGate,
-    /// An expert's projection `[intermediate, hidden]`.
-    ExpertUp,
-    /// An expert's projection `[hidden, intermediate]`.
-    ExpertDown,
-}
-
-/// One tensor a model needs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Need {
-    /// What for.
-    pub role: Role,
-    /// Which expert, for the `Expert*` roles.
-    pub expert: Option<usize>,
-    /// Shape it must have.
-    pub shape: Vec<usize>,
-}
-
-impl Need {
-    fn new(role: Role, shape: &[usize]) -> Self {
-        Self { role, expert: None, shape: shape.to_vec() }
+impl RouterSpec {
+    /// Logits have a bias.
+    pub fn bias(&self) -> bool {
+        matches!(self, Self::TopKSoftmax)
     }
 
-    fn of_expert(role: Role, expert: usize, shape: &[usize]) -> Self {
-        Self { role, expert: Some(expert), shape: shape.to_vec() }
-    }
-
-    /// Values in the tensor.
-    pub fn elements(&self) -> u64 {
-        self.shape.iter().map(|&n| n as u64).product()
+    /// Scores have a correction bias that takes part in choosing only.
+    pub fn correction(&self) -> bool {
+        matches!(self, Self::SigmoidGroups { .. })
     }
 }
 
@@ -213,11 +378,11 @@ pub struct Unit {
 /// Parts of a layer, in order of computation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// Norm and attention.
-    Attention,
+    /// Norm and mixer.
+    Mixer,
     /// Norm and dense MLP.
     Dense,
-    /// Norm and router of a mixture.
+    /// Norm, router and shared expert of a mixture.
     Router,
     /// A group of its experts; the last group ends the layer.
     Experts(Range<usize>),
@@ -226,7 +391,7 @@ pub enum Part {
 impl fmt::Display for Unit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.part {
-            Part::Attention => write!(f, "layer {} attention", self.layer),
+            Part::Mixer => write!(f, "layer {} mixer", self.layer),
             Part::Dense => write!(f, "layer {} MLP", self.layer),
             Part::Router => write!(f, "layer {} router", self.layer),
             Part::Experts(group) => write!(f, "layer {} experts {}..{}", self.layer, group.start, group.end),
@@ -236,130 +401,107 @@ impl fmt::Display for Unit {
 
 impl DecoderSpec {
     /// The studied norm outputs in order of computation.
-    pub fn sites(&self) -> Vec<crate::stats::Site> {
-        let points = [Point::BeforeAttention, Point::BeforeMlp];
-        (0..self.layers.len()).flat_map(|layer| points.map(|point| crate::stats::Site { layer, point })).collect()
+    pub fn sites(&self) -> Vec<Site> {
+        let of =
+            |(layer, spec): (usize, &LayerSpec)| spec.order.points().iter().map(move |&point| Site { layer, point });
+        self.layers.iter().enumerate().flat_map(of).collect()
     }
+}
 
-    /// The embedding table.
-    pub fn embedding_need(&self) -> Need {
-        Need::new(Role::Embedding, &[self.vocab, self.hidden])
-    }
-
-    /// Final norm, and the head unless it is the embedding.
-    pub fn head_needs(&self) -> Vec<Need> {
-        let mut needs = vec![Need::new(Role::FinalNorm, &[self.hidden])];
-        if !self.tied_head {
-            needs.push(Need::new(Role::Head, &[self.vocab, self.hidden]));
+impl NormOrder {
+    /// The studied points of a layer, in order of computation.
+    pub fn points(self) -> &'static [Point] {
+        match self {
+            Self::Before => &[Point::BeforeAttention, Point::BeforeMlp],
+            Self::After => &[Point::AfterAttention, Point::AfterMlp],
+            Self::Shared => &[Point::BeforeAttention],
         }
-        needs
-    }
-
-    /// Every tensor of the model with its layer (0 for those outside layers).
-    pub fn needs(&self) -> Vec<(usize, Need)> {
-        let outside = std::iter::once(self.embedding_need()).chain(self.head_needs()).map(|need| (0, need));
-        let inside = self.units(u64::MAX).into_iter().flat_map(|u| u.needs.into_iter().map(move |n| (u.layer, n)));
-        outside.chain(inside).collect()
-    }
-
-    /// The units of all layers in order. Experts are grouped so that a group stays within `group_elements` values, one expert at least.
-    pub fn units(&self, group_elements: u64) -> Vec<Unit> {
-        self.layers.iter().enumerate().flat_map(|(i, layer)| layer.units(i, self.hidden, group_elements)).collect()
     }
 }
 
 impl LayerSpec {
-    fn units(&self, layer: usize, hidden: usize, group_elements: u64) -> Vec<Unit> {
-        let mut attention = vec![Need::new(Role::MixerNorm, &[hidden])];
-        attention.extend(self.attention.needs(hidden));
-        let mut units = vec![Unit { layer, part: Part::Attention, needs: attention }];
-        let norm = Need::new(Role::FfnNorm, &[hidden]);
-        match &self.ffn {
-            FfnSpec::Dense(gated) => {
-                let mut needs = vec![norm];
-                needs.extend(gated.needs(hidden));
-                units.push(Unit { layer, part: Part::Dense, needs });
-            }
-            FfnSpec::Moe(moe) => {
-                let router = Need::new(Role::Router, &[moe.experts, hidden]);
-                units.push(Unit { layer, part: Part::Router, needs: vec![norm, router] });
-                units.extend(moe.groups(hidden, group_elements).map(|group| Unit {
-                    layer,
-                    needs: group.clone().flat_map(|e| moe.expert_needs(e, hidden)).collect(),
-                    part: Part::Experts(group),
-                }));
-            }
-        }
-        units
-    }
-
     /// In words.
     pub fn describe(&self) -> String {
-        let a = &self.attention;
-        let ffn = match &self.ffn {
-            FfnSpec::Dense(g) => format!("gated MLP {}", g.intermediate),
-            FfnSpec::Moe(m) => format!("{} experts x {}, top {}", m.experts, m.expert.intermediate, m.top_k),
-        };
-        format!("attention {}/{} x {}; {ffn}", a.heads, a.kv_heads, a.head_dim)
+        format!("{}; {}", self.mixer.describe(), self.ffn.describe())
+    }
+
+    /// Routed experts, 0 in a dense layer.
+    pub fn experts(&self) -> usize {
+        match &self.ffn {
+            FfnSpec::Dense(_) => 0,
+            FfnSpec::Moe(moe) => moe.experts,
+        }
     }
 }
 
-impl AttentionSpec {
-    fn needs(&self, hidden: usize) -> Vec<Need> {
-        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let mut needs = vec![
-            Need::new(Role::Query, &[q, hidden]),
-            Need::new(Role::Key, &[kv, hidden]),
-            Need::new(Role::Value, &[kv, hidden]),
-            Need::new(Role::Output, &[hidden, q]),
-        ];
-        if self.qkv_bias {
-            needs.extend(
-                [(Role::QueryBias, q), (Role::KeyBias, kv), (Role::ValueBias, kv)].map(|(r, n)| Need::new(r, &[n])),
-            );
+impl MixerSpec {
+    /// The rotation, if there is one.
+    pub fn rope(&self) -> Option<&RopeSpec> {
+        match self {
+            Self::Attention(attention) => attention.rope.as_ref(),
+            Self::Latent(latent) => Some(&latent.rope),
+            Self::DeltaNet(_) => None,
         }
-        if self.output_bias {
-            needs.push(Need::new(Role::OutputBias, &[hidden]));
+    }
+
+    /// Multiply-adds per pair of a token and one it sees; a DeltaNet has none, its state does not grow.
+    pub fn pair_values(&self) -> usize {
+        match self {
+            Self::Attention(a) => 2 * a.heads * a.head_dim,
+            Self::Latent(l) => l.heads * (l.nope_dim + l.rope_dim + l.value_dim),
+            Self::DeltaNet(_) => 0,
         }
-        if let QkNorm::WholeProjection(_) = self.qk_norm {
-            needs.extend([Need::new(Role::QueryNorm, &[q]), Need::new(Role::KeyNorm, &[kv])]);
+    }
+
+    /// Heads for which scores are held.
+    pub fn score_heads(&self) -> usize {
+        match self {
+            Self::Attention(a) => a.heads,
+            Self::Latent(l) => l.heads,
+            Self::DeltaNet(_) => 0,
         }
-        needs
+    }
+
+    /// Values per token that are alive between the projections in and out.
+    pub fn projected_values(&self) -> usize {
+        match self {
+            Self::Attention(a) => {
+                let gate = if a.output_gate { a.heads } else { 0 };
+                (2 * a.heads + gate + 2 * a.kv_heads) * a.head_dim
+            }
+            Self::Latent(l) => l.heads * (3 * (l.nope_dim + l.rope_dim) + 2 * l.value_dim),
+            Self::DeltaNet(d) => 2 * d.channels() + 3 * d.value_heads * d.value_dim,
+        }
+    }
+
+    fn describe(&self) -> String {
+        match self {
+            Self::Attention(a) => {
+                let window = match a.window {
+                    Window::Full => String::new(),
+                    Window::Sliding(n) => format!(", window {n}"),
+                    Window::Chunked(n) => format!(", chunks of {n}"),
+                };
+                format!("attention {}/{} x {}{window}", a.heads, a.kv_heads, a.head_dim)
+            }
+            Self::Latent(l) => {
+                format!("latent attention {} x {}+{}, rank {}", l.heads, l.nope_dim, l.rope_dim, l.kv_rank)
+            }
+            Self::DeltaNet(d) => format!("DeltaNet {}/{} x {}", d.value_heads, d.key_heads, d.value_dim),
+        }
     }
 }
 
-impl GatedSpec {
-    fn needs(&self, hidden: usize) -> Vec<Need> {
-        let inner = self.intermediate;
-        let mut needs = vec![
-            Need::new(Role::Gate, &[inner, hidden]),
-            Need::new(Role::Up, &[inner, hidden]),
-            Need::new(Role::Down, &[hidden, inner]),
-        ];
-        if self.bias {
-            needs.extend(
-                [(Role::GateBias, inner), (Role::UpBias, inner), (Role::DownBias, hidden)]
-                    .map(|(r, n)| Need::new(r, &[n])),
-            );
+impl FfnSpec {
+    fn describe(&self) -> String {
+        match self {
+            Self::Dense(mlp) => {
+                format!("{} {}", if mlp.gate_up().is_some() { "gated MLP" } else { "MLP" }, mlp.intermediate)
+            }
+            Self::Moe(moe) => {
+                let shared = if moe.shared.is_some() { " + 1 shared" } else { "" };
+                format!("{} experts x {}, top {}{shared}", moe.experts, moe.expert.intermediate, moe.top_k)
+            }
         }
-        needs
-    }
-}
-
-impl MoeSpec {
-    fn expert_needs(&self, expert: usize, hidden: usize) -> [Need; 3] {
-        let inner = self.expert.intermediate;
-        [
-            Need::of_expert(Role::ExpertGate, expert, &[inner, hidden]),
-            Need::of_expert(Role::ExpertUp, expert, &[inner, hidden]),
-            Need::of_expert(Role::ExpertDown, expert, &[hidden, inner]),
-        ]
-    }
-
-    fn groups(&self, hidden: usize, group_elements: u64) -> impl Iterator<Item = Range<usize>> + use<> {
-        let one = 3 * (self.expert.intermediate * hidden) as u64;
-        let size = (group_elements / one.max(1)).clamp(1, self.experts.max(1) as u64) as usize;
-        let experts = self.experts;
-        (0..experts).step_by(size).map(move |first| first..(first + size).min(experts))
     }
 }

@@ -49,6 +49,50 @@ fn widen<const N: usize>(bytes: &[u8], tensor: &str, value: impl Fn([u8; N]) -> 
         .hint("the checkpoint is damaged: fetch it again, or report it to its authors"))
 }
 
+/// Bytes of one matrix, or of a part of one, as stored.
+pub enum Encoded<'a> {
+    /// Floats.
+    Plain {
+        /// Their type.
+        dtype: &'a StoredDtype,
+        /// Little-endian.
+        bytes: &'a [u8],
+    },
+    /// FP8 e4m3 with a scale per tile.
+    Fp8Blocks {
+        /// One per value.
+        bytes: &'a [u8],
+        /// One per tile.
+        scales: &'a [u8],
+        /// Their type.
+        scale_dtype: &'a StoredDtype,
+        /// Rows and columns.
+        shape: [usize; 2],
+        /// Rows and columns of a tile.
+        block: [usize; 2],
+    },
+    /// e2m1 with an exponent per 32 values.
+    Mxfp4 {
+        /// Two values per byte, the low nibble first.
+        blocks: &'a [u8],
+        /// Exponents, biased by 127.
+        scales: &'a [u8],
+    },
+}
+
+/// Decodes to a tensor of `shape` and `compute` dtype on `device`.
+///
+/// # Errors
+/// Those of [`to_f32`] and [`from_f32`].
+pub fn decode(stored: &Encoded<'_>, shape: &[usize], compute: DType, device: &Device, tensor: &str) -> Result<Tensor> {
+    match stored {
+        Encoded::Plain { dtype, bytes } => to_tensor(bytes, dtype, shape, compute, device, tensor),
+        Encoded::Fp8Blocks { .. } | Encoded::Mxfp4 { .. } => {
+            Err(WorkerError::unsupported(format!("tensor {tensor} is quantised")))
+        }
+    }
+}
+
 /// Decodes `bytes` to a tensor of `shape` and `compute` dtype on `device`.
 ///
 /// # Errors

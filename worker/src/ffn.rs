@@ -1,27 +1,89 @@
-//! Feed-forward blocks: the gated MLP, and routed experts over all tokens of a micro-batch.
+//! Feed-forward blocks: MLPs, and routed experts over all tokens of a micro-batch.
 
 use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::decoder::RouterSpec;
-use crate::fused;
+use crate::decoder::{GateUp, MlpKind, RouterSpec};
+use crate::fused::{self, Gate};
 use crate::weights::Linear;
 
-/// A gated MLP's tensors on one device.
-pub struct GatedWeights {
-    /// `[intermediate, hidden]`.
-    pub gate: Linear,
-    /// `[intermediate, hidden]`.
-    pub up: Linear,
+/// A feed-forward's tensors on one device.
+pub struct MlpWeights {
+    /// What happens at the inner width.
+    pub kind: MlpKind,
+    /// `hidden` to `intermediate`.
+    pub widening: Widening,
     /// `[hidden, intermediate]`.
     pub down: Linear,
 }
 
-impl GatedWeights {
-    /// `down(silu(gate x) * up x)` for `x` `[rows, hidden]`.
+/// The matrices that lead to the inner width.
+pub enum Widening {
+    /// `[intermediate, hidden]`.
+    Up(Linear),
+    /// Two of `[intermediate, hidden]`.
+    Separate {
+        /// Opens the way.
+        gate: Linear,
+        /// Goes it.
+        up: Linear,
+    },
+    /// `[2 * intermediate, hidden]`.
+    Joined(Linear),
+}
+
+impl MlpWeights {
+    /// `x` `[rows, hidden]` to the same shape.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        self.down.apply(&fused::silu_mul(&self.gate.apply(x)?, &self.up.apply(x)?)?)
+        let inner = match &self.widening {
+            Widening::Up(up) => {
+                let up = up.apply(x)?;
+                if self.kind == MlpKind::Relu { up.relu()? } else { up.gelu()? }
+            }
+            Widening::Separate { gate, up } => fused::gated(&gate.apply(x)?, &up.apply(x)?, self.gate())?,
+            Widening::Joined(both) => fused::gated_joined(&both.apply(x)?, self.is_interleaved(), self.gate())?,
+        };
+        self.down.apply(&inner)
     }
+
+    fn gate(&self) -> Gate {
+        match self.kind {
+            MlpKind::ClampedSwiglu { limit, alpha, .. } => Gate::Clamped { limit: limit as f32, alpha: alpha as f32 },
+            MlpKind::Relu | MlpKind::GeluTanh | MlpKind::Swiglu(_) => Gate::Silu,
+        }
+    }
+
+    fn is_interleaved(&self) -> bool {
+        let interleaved = GateUp::Interleaved;
+        matches!(self.kind, MlpKind::Swiglu(stored) | MlpKind::ClampedSwiglu { stored, .. } if stored == interleaved)
+    }
+}
+
+/// The shared expert's tensors.
+pub struct SharedWeights {
+    /// Its feed-forward.
+    pub mlp: MlpWeights,
+    /// `[1, hidden]`: what opens it, where it is not always open.
+    pub gate: Option<Linear>,
+}
+
+impl SharedWeights {
+    /// `x` `[rows, hidden]` to the same shape.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        let out = self.mlp.apply(x)?;
+        let Some(gate) = &self.gate else { return Ok(out) };
+        let logit = gate.apply(x)?.to_dtype(DType::F32)?;
+        let share = (logit.neg()?.exp()? + 1.0)?.recip()?;
+        out.broadcast_mul(&share.to_dtype(out.dtype())?)
+    }
+}
+
+/// A router's tensors.
+pub struct Router {
+    /// `[experts, hidden]`.
+    pub logits: Linear,
+    /// Added to the scores for the choice alone, `[experts]`.
+    pub correction: Option<Vec<f32>>,
 }
 
 /// Which experts each token goes to, and with what weight.
@@ -31,8 +93,10 @@ pub struct Routing {
     pub top_k: usize,
     /// `[rows, top_k]`, ascending expert number within a row.
     pub experts: Vec<u32>,
-    /// `[rows, top_k]`, in the same order: what multiplies the expert's output.
+    /// `[rows, top_k]`, in the same order: what multiplies the expert's output, or its input.
     pub weights: Vec<f32>,
+    /// The weights multiply the experts' inputs (Llama 4) instead of their outputs.
+    pub scales_input: bool,
 }
 
 impl Routing {
@@ -43,48 +107,145 @@ impl Routing {
     }
 }
 
-/// Routes `x` `[rows, hidden]` by the router's matrix `[experts, hidden]`. Choices are made on the host, in f32.
-pub fn route(spec: RouterSpec, top_k: usize, router: &Linear, x: &Tensor) -> Result<Routing> {
-    let logits = router.apply(x)?.to_dtype(DType::F32)?;
+/// Routes `x` `[rows, hidden]`. Logits are computed in f32 and choices made on the host.
+pub fn route(spec: RouterSpec, top_k: usize, router: &Router, x: &Tensor) -> Result<Routing> {
+    let wide = |t: &Tensor| t.to_dtype(DType::F32);
+    let bias = router.logits.bias.as_ref().map(wide).transpose()?;
+    let logits = Linear { weight: wide(&router.logits.weight)?, bias }.apply(&wide(x)?)?;
     let (rows, experts) = logits.dims2()?;
     let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-    let mut routing = Routing { top_k, experts: vec![0; rows * top_k], weights: vec![0.0; rows * top_k] };
+    let none = vec![0.0; experts];
+    let correction = router.correction.as_deref().unwrap_or(&none);
+    let mut routing = Routing {
+        top_k,
+        experts: vec![0; rows * top_k],
+        weights: vec![0.0; rows * top_k],
+        scales_input: spec == RouterSpec::SigmoidOfInput,
+    };
     let chosen = routing.experts.par_chunks_mut(top_k).zip(routing.weights.par_chunks_mut(top_k));
-    chosen.zip(logits.par_chunks(experts)).for_each(|((experts, weights), logits)| match spec {
-        RouterSpec::SoftmaxTopK { normalise } => softmax_top_k(logits, normalise, experts, weights),
+    chosen.zip(logits.par_chunks(experts)).for_each(|((experts, weights), logits)| {
+        choose(spec, logits, correction, experts, weights);
     });
     Ok(routing)
 }
 
-fn softmax_top_k(logits: &[f32], normalise: bool, experts: &mut [u32], weights: &mut [f32]) {
-    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let shares: Vec<f32> = logits.iter().map(|l| (l - top).exp()).collect();
-    let sum: f32 = shares.iter().sum();
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let best_first = |a: &u32, b: &u32| shares[*b as usize].total_cmp(&shares[*a as usize]).then(a.cmp(b));
+/// One row: `experts` and `weights` are filled, in ascending order of experts.
+fn choose(spec: RouterSpec, logits: &[f32], correction: &[f32], experts: &mut [u32], weights: &mut [f32]) {
+    let sigmoid = |x: f32| 1.0 / (1.0 + (-x).exp());
+    match spec {
+        RouterSpec::SoftmaxTopK { normalise } => {
+            let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let shares: Vec<f32> = logits.iter().map(|l| (l - top).exp()).collect();
+            let sum: f32 = shares.iter().sum();
+            top_k(&shares, experts);
+            fill(weights, experts, |e| shares[e] / sum);
+            if normalise {
+                scale_to(weights, 1.0, 0.0);
+            }
+        }
+        RouterSpec::TopKSoftmax => {
+            top_k(logits, experts);
+            let top = experts.iter().map(|e| logits[*e as usize]).fold(f32::NEG_INFINITY, f32::max);
+            fill(weights, experts, |e| (logits[e] - top).exp());
+            scale_to(weights, 1.0, 0.0);
+        }
+        RouterSpec::SigmoidGroups { groups, top_groups, normalise, scale } => {
+            let scores: Vec<f32> = logits.iter().map(|l| sigmoid(*l)).collect();
+            let mut biased: Vec<f32> = scores.iter().zip(correction).map(|(s, b)| s + b).collect();
+            if top_groups < groups {
+                exclude_groups(&mut biased, groups, top_groups);
+            }
+            top_k(&biased, experts);
+            fill(weights, experts, |e| scores[e]);
+            if normalise {
+                scale_to(weights, scale as f32, 1e-20);
+            } else {
+                weights.iter_mut().for_each(|w| *w *= scale as f32);
+            }
+        }
+        RouterSpec::SigmoidOfInput => {
+            top_k(logits, experts);
+            fill(weights, experts, |e| sigmoid(logits[e]));
+        }
+    }
+}
+
+/// The experts of the best scores, ascending; ties go to the lower number.
+fn top_k(scores: &[f32], experts: &mut [u32]) {
+    let mut order: Vec<u32> = (0..scores.len() as u32).collect();
+    let best_first = |a: &u32, b: &u32| scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b));
     if experts.len() < order.len() {
         order.select_nth_unstable_by(experts.len() - 1, best_first);
     }
     experts.copy_from_slice(&order[..experts.len()]);
     experts.sort_unstable();
-    for (weight, expert) in weights.iter_mut().zip(experts.iter()) {
-        *weight = shares[*expert as usize] / sum;
-    }
-    if normalise {
-        let sum: f32 = weights.iter().sum();
-        weights.iter_mut().for_each(|w| *w /= sum);
+}
+
+fn fill(weights: &mut [f32], experts: &[u32], weight: impl Fn(usize) -> f32) {
+    for (w, e) in weights.iter_mut().zip(experts) {
+        *w = weight(*e as usize);
     }
 }
 
-/// Adds one expert's share: gathers its rows of `x`, applies it, and scatters the weighted rows into `out` (both `[rows, hidden]`).
-pub fn add_expert(out: Tensor, x: &Tensor, routing: &Routing, expert: usize, weights: &GatedWeights) -> Result<Tensor> {
+/// Divides by the sum (plus `eps`) and multiplies by `scale`.
+fn scale_to(weights: &mut [f32], scale: f32, eps: f32) {
+    let sum: f32 = weights.iter().sum::<f32>() + eps;
+    weights.iter_mut().for_each(|w| *w = *w / sum * scale);
+}
+
+/// Takes the experts outside the `top_groups` best groups out of the choice. A group is judged by the sum of its two best scores.
+fn exclude_groups(biased: &mut [f32], groups: usize, top_groups: usize) {
+    let size = biased.len() / groups;
+    let judged: Vec<f32> = biased
+        .chunks(size)
+        .map(|group| {
+            let (first, second) = group
+                .iter()
+                .fold((f32::NEG_INFINITY, f32::NEG_INFINITY), |(a, b), &s| if s > a { (s, a) } else { (a, b.max(s)) });
+            if size > 1 { first + second } else { first }
+        })
+        .collect();
+    let mut kept = vec![0; top_groups];
+    top_k(&judged, &mut kept);
+    for (group, scores) in biased.chunks_mut(size).enumerate() {
+        if !kept.contains(&(group as u32)) {
+            scores.fill(f32::NEG_INFINITY);
+        }
+    }
+}
+
+/// One expert over the rows that go to it: rows, weights, and its output `[those rows, hidden]` before an output weight;
+/// `None` if none do.
+pub fn expert_out(x: &Tensor, routing: &Routing, expert: usize, weights: &MlpWeights) -> Result<Option<ExpertRows>> {
     let (rows, shares) = routing.of_expert(expert);
     if rows.is_empty() {
-        return Ok(out);
+        return Ok(None);
     }
     let index = Tensor::from_slice(&rows, rows.len(), x.device())?;
-    let values = weights.apply(&x.index_select(&index, 0)?)?;
-    fused::scatter_add(out, &values, &rows, &shares)
+    let mut input = x.index_select(&index, 0)?;
+    if routing.scales_input {
+        let scale = Tensor::from_slice(&shares, (shares.len(), 1), x.device())?.to_dtype(x.dtype())?;
+        input = input.broadcast_mul(&scale)?;
+    }
+    Ok(Some(ExpertRows { out: weights.apply(&input)?, rows, weights: shares }))
+}
+
+/// What an expert made of its rows.
+pub struct ExpertRows {
+    /// `[rows, hidden]`, before an output weight.
+    pub out: Tensor,
+    /// Rows of the micro-batch, ascending.
+    pub rows: Vec<u32>,
+    /// Their weights.
+    pub weights: Vec<f32>,
+}
+
+/// Adds an expert's weighted rows to `out` `[all rows, hidden]`.
+pub fn add_expert(out: Tensor, routing: &Routing, of: &ExpertRows) -> Result<Tensor> {
+    if routing.scales_input {
+        return fused::scatter_add(out, &of.out, &of.rows, &vec![1.0; of.rows.len()]);
+    }
+    fused::scatter_add(out, &of.out, &of.rows, &of.weights)
 }
 
 #[cfg(test)]
@@ -93,39 +254,89 @@ mod tests {
 
     use super::*;
 
-    fn routed(logits: &[f32], top_k: usize, normalise: bool) -> (Vec<u32>, Vec<f32>) {
-        let (mut experts, mut weights) = (vec![0; top_k], vec![0.0; top_k]);
-        softmax_top_k(logits, normalise, &mut experts, &mut weights);
+    fn routed(spec: RouterSpec, logits: &[f32], correction: &[f32], k: usize) -> (Vec<u32>, Vec<f32>) {
+        let (mut experts, mut weights) = (vec![0; k], vec![0.0; k]);
+        choose(spec, logits, correction, &mut experts, &mut weights);
         (experts, weights)
+    }
+
+    fn softmax(logits: &[f32], k: usize, normalise: bool) -> (Vec<u32>, Vec<f32>) {
+        routed(RouterSpec::SoftmaxTopK { normalise }, logits, &[], k)
     }
 
     #[test]
     fn keeps_the_softmax_over_all_experts_unless_normalised() {
         let logits = [1.0, 3.0, 2.0, -1.0];
         let total: f32 = logits.iter().map(|l: &f32| l.exp()).sum();
-        let (experts, weights) = routed(&logits, 2, false);
+        let (experts, weights) = softmax(&logits, 2, false);
         assert_eq!(experts, [1, 2]);
         assert!((weights[0] - 3f32.exp() / total).abs() < 1e-6);
-        let (_, weights) = routed(&logits, 2, true);
+        let (_, weights) = softmax(&logits, 2, true);
         assert!((weights.iter().sum::<f32>() - 1.0).abs() < 1e-6);
     }
 
     #[test]
     fn ties_go_to_the_lower_number_and_all_experts_may_be_chosen() {
-        assert_eq!(routed(&[0.5; 6], 3, false).0, [0, 1, 2]);
-        assert_eq!(routed(&[2.0, 1.0, 3.0], 3, true).0, [0, 1, 2]);
-        assert_eq!(routed(&[7.0], 1, true), (vec![0], vec![1.0]));
+        assert_eq!(softmax(&[0.5; 6], 3, false).0, [0, 1, 2]);
+        assert_eq!(softmax(&[2.0, 1.0, 3.0], 3, true).0, [0, 1, 2]);
+        assert_eq!(softmax(&[7.0], 1, true), (vec![0], vec![1.0]));
+    }
+
+    #[test]
+    fn softmax_over_the_selected_is_the_normalised_softmax_over_all() {
+        let logits = [0.3, -2.0, 1.7, 0.9, 1.1];
+        let (a, b) = (routed(RouterSpec::TopKSoftmax, &logits, &[], 3), softmax(&logits, 3, true));
+        assert_eq!(a.0, b.0);
+        assert!(a.1.iter().zip(&b.1).all(|(a, b)| (a - b).abs() < 1e-6));
+    }
+
+    #[test]
+    fn the_correction_chooses_but_does_not_weigh() {
+        let spec = RouterSpec::SigmoidGroups { groups: 1, top_groups: 1, normalise: true, scale: 2.0 };
+        let (experts, weights) = routed(spec, &[0.0, 1.0, 2.0, 3.0], &[5.0, 0.0, 0.0, 0.0], 2);
+        assert_eq!(experts, [0, 3]);
+        let s = |x: f32| 1.0 / (1.0 + (-x).exp());
+        assert!((weights[0] - 2.0 * s(0.0) / (s(0.0) + s(3.0))).abs() < 1e-6);
+    }
+
+    #[test]
+    fn experts_outside_the_best_groups_are_out_even_if_they_score_best() {
+        // Group 0 holds the best single expert, groups 1 and 2 the best pairs.
+        let logits = [4.0, -9.0, 2.0, 2.0, 1.0, 3.0, -9.0, -9.0];
+        let spec = |top_groups| RouterSpec::SigmoidGroups { groups: 4, top_groups, normalise: false, scale: 1.0 };
+        assert_eq!(routed(spec(2), &logits, &[0.0; 8], 2).0, [2, 5]);
+        assert_eq!(routed(spec(4), &logits, &[0.0; 8], 2).0, [0, 5]);
+        // Negative scores of chosen groups still come before excluded ones.
+        let (experts, _) = routed(spec(1), &logits, &[-3.0; 8], 2);
+        assert_eq!(experts, [2, 3]);
+    }
+
+    fn linear(out: usize, input: usize) -> Linear {
+        Linear { weight: Tensor::ones((out, input), DType::F32, &Device::Cpu).unwrap(), bias: None }
     }
 
     #[test]
     fn an_expert_without_tokens_changes_nothing() {
         let x = Tensor::ones((2, 4), DType::F32, &Device::Cpu).unwrap();
-        let linear = |o, i| Linear { weight: Tensor::ones((o, i), DType::F32, &Device::Cpu).unwrap(), bias: None };
-        let weights = GatedWeights { gate: linear(3, 4), up: linear(3, 4), down: linear(4, 3) };
-        let routing = Routing { top_k: 1, experts: vec![1, 1], weights: vec![0.5, 0.25] };
-        let out = add_expert(x.zeros_like().unwrap(), &x, &routing, 0, &weights).unwrap();
-        assert_eq!(out.sum_all().unwrap().to_scalar::<f32>().unwrap(), 0.0);
-        let out = add_expert(out, &x, &routing, 1, &weights).unwrap().to_vec2::<f32>().unwrap();
+        let widening = Widening::Separate { gate: linear(3, 4), up: linear(3, 4) };
+        let weights = MlpWeights { kind: MlpKind::Swiglu(GateUp::Separate), widening, down: linear(4, 3) };
+        let routing = Routing { top_k: 1, experts: vec![1, 1], weights: vec![0.5, 0.25], scales_input: false };
+        assert!(expert_out(&x, &routing, 0, &weights).unwrap().is_none());
+        let of = expert_out(&x, &routing, 1, &weights).unwrap().unwrap();
+        let out = add_expert(x.zeros_like().unwrap(), &routing, &of).unwrap().to_vec2::<f32>().unwrap();
         assert!((out[0][0] - 2.0 * out[1][0]).abs() < 1e-3 && out[0][0] > 0.0);
+    }
+
+    #[test]
+    fn a_weight_on_the_input_is_not_a_weight_on_the_output() {
+        let x = Tensor::ones((1, 4), DType::F32, &Device::Cpu).unwrap();
+        let weights = MlpWeights { kind: MlpKind::Relu, widening: Widening::Up(linear(3, 4)), down: linear(4, 3) };
+        let routing = |scales_input| Routing { top_k: 1, experts: vec![0], weights: vec![-0.5], scales_input };
+        let out = |scales_input| {
+            let routing = routing(scales_input);
+            let of = expert_out(&x, &routing, 0, &weights).unwrap().unwrap();
+            add_expert(x.zeros_like().unwrap(), &routing, &of).unwrap().to_vec2::<f32>().unwrap()[0][0]
+        };
+        assert_eq!((out(false), out(true)), (-6.0, 0.0));
     }
 }

@@ -3,7 +3,9 @@
 //! Each operation has a fused CPU form and a form composed of tensor operations for other devices; tests hold them together.
 //! Arithmetic is f32 inside; results are rounded to the tensors' dtype where the reference implementation rounds.
 
-use candle_core::{CpuStorage, CustomOp2, D, DType, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail,
+};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -145,6 +147,70 @@ fn rms_norm_composed(x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
     let mean = wide.sqr()?.mean_keepdim(D::Minus1)?;
     let scaled = wide.broadcast_div(&(mean + eps)?.sqrt()?)?;
     scaled.to_dtype(x.dtype())?.broadcast_mul(gain)
+}
+
+// -------------------------------------------------------------------------------------------------------- LayerNorm
+
+struct LayerNorm {
+    eps: f32,
+}
+
+impl LayerNorm {
+    fn run<T: Real>(&self, x: &[T], gain: &[T], bias: &[T]) -> Vec<T> {
+        let width = gain.len();
+        let mut out = vec![T::narrow(0.0); x.len()];
+        out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(rows_per_task(width)).for_each(|(out, x)| {
+            let mean = lane_sum(x, Real::wide) / width as f32;
+            let variance = lane_sum(x, |v| (v.wide() - mean) * (v.wide() - mean)) / width as f32;
+            let scale = 1.0 / (variance + self.eps).sqrt();
+            for (((o, v), g), b) in out.iter_mut().zip(x).zip(gain).zip(bias) {
+                *o = T::narrow((v.wide() - mean) * scale * g.wide() + b.wide());
+            }
+        });
+        out
+    }
+}
+
+impl CustomOp3 for LayerNorm {
+    fn name(&self) -> &'static str {
+        "layer-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        use CpuStorage::{BF16, F16, F32};
+        let out = match (s1, s2, s3) {
+            (F32(x), F32(g), F32(b)) => F32(self.run(part(x, l1)?, part(g, l2)?, part(b, l3)?)),
+            (BF16(x), BF16(g), BF16(b)) => BF16(self.run(part(x, l1)?, part(g, l2)?, part(b, l3)?)),
+            (F16(x), F16(g), F16(b)) => F16(self.run(part(x, l1)?, part(g, l2)?, part(b, l3)?)),
+            _ => bail!("layer-norm: value, gain and bias differ in dtype"),
+        };
+        Ok((out, l1.shape().clone()))
+    }
+}
+
+/// `(x - mean) / sqrt(variance + eps) * gain + bias` over the last dimension. `x` `[.., width]` contiguous, `gain` and `bias` `[width]`.
+pub fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    if x.device().is_cpu() {
+        x.apply_op3_no_bwd(gain, bias, &LayerNorm { eps: eps as f32 })
+    } else {
+        layer_norm_composed(x, gain, bias, eps)
+    }
+}
+
+fn layer_norm_composed(x: &Tensor, gain: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    let wide = x.to_dtype(DType::F32)?;
+    let centred = wide.broadcast_sub(&wide.mean_keepdim(D::Minus1)?)?;
+    let scaled = centred.broadcast_div(&(centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?)?;
+    let shifted = scaled.broadcast_mul(&gain.to_dtype(DType::F32)?)?.broadcast_add(&bias.to_dtype(DType::F32)?)?;
+    shifted.to_dtype(x.dtype())
 }
 
 // ------------------------------------------------------------------------------------------------------------- rope
@@ -289,50 +355,157 @@ pub fn exp_sum(values: &[f32]) -> (f32, f32) {
     (top, lane_sum(values, |v| exp_negative(v - top)))
 }
 
-// ---------------------------------------------------------------------------------------------------------- SiLU gate
+// -------------------------------------------------------------------------------------------------------------- gates
 
-struct SiluMul;
+/// How a gate opens the way for `up`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Gate {
+    /// `silu(gate) * up`.
+    Silu,
+    /// `(clamp(up, -limit, limit) + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)` (gpt-oss).
+    Clamped {
+        /// Bound.
+        limit: f32,
+        /// Slope inside the sigmoid.
+        alpha: f32,
+    },
+}
 
-impl SiluMul {
-    fn run<T: Real>(gate: &[T], up: &[T]) -> Vec<T> {
-        const TASK: usize = 16_384;
+#[inline(always)]
+fn sigmoid(x: f32) -> f32 {
+    // By the exponential of -|x|: never overflows, and one form for both signs.
+    let e = exp_negative(-x.abs());
+    (if x >= 0.0 { 1.0 } else { e }) / (1.0 + e)
+}
+
+impl Gate {
+    #[inline(always)]
+    fn one<T: Real>(self, gate: T, up: T) -> T {
+        let (g, u) = (gate.wide(), up.wide());
+        match self {
+            Self::Silu => T::narrow(T::narrow(g * sigmoid(g)).wide() * u),
+            Self::Clamped { limit, alpha } => {
+                let (g, u) = (g.min(limit), u.clamp(-limit, limit));
+                T::narrow((u + 1.0) * (g * sigmoid(alpha * g)))
+            }
+        }
+    }
+}
+
+/// Values per task of the elementwise operations.
+const ELEMENTS: usize = 16_384;
+
+struct Gated(Gate);
+
+impl Gated {
+    fn run<T: Real>(&self, gate: &[T], up: &[T]) -> Vec<T> {
         let mut out = vec![T::narrow(0.0); gate.len()];
-        out.par_chunks_mut(TASK).zip(gate.par_chunks(TASK)).zip(up.par_chunks(TASK)).for_each(|((out, gate), up)| {
+        let tasks = out.par_chunks_mut(ELEMENTS).zip(gate.par_chunks(ELEMENTS)).zip(up.par_chunks(ELEMENTS));
+        tasks.for_each(|((out, gate), up)| {
             for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
-                let g = g.wide();
-                // sigmoid by the exponential of -|g|: never overflows, and one form for both signs.
-                let e = exp_negative(-g.abs());
-                let sigmoid = (if g >= 0.0 { 1.0 } else { e }) / (1.0 + e);
-                *o = T::narrow(T::narrow(g * sigmoid).wide() * u.wide());
+                *o = self.0.one(*g, *u);
             }
         });
         out
     }
 }
 
-impl CustomOp2 for SiluMul {
+impl CustomOp2 for Gated {
     fn name(&self) -> &'static str {
-        "silu-mul"
+        "gated"
     }
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
         let out = match (s1, s2) {
-            (CpuStorage::F32(g), CpuStorage::F32(u)) => CpuStorage::F32(Self::run(part(g, l1)?, part(u, l2)?)),
-            (CpuStorage::BF16(g), CpuStorage::BF16(u)) => CpuStorage::BF16(Self::run(part(g, l1)?, part(u, l2)?)),
-            (CpuStorage::F16(g), CpuStorage::F16(u)) => CpuStorage::F16(Self::run(part(g, l1)?, part(u, l2)?)),
-            _ => bail!("silu-mul: gate and up differ in dtype"),
+            (CpuStorage::F32(g), CpuStorage::F32(u)) => CpuStorage::F32(self.run(part(g, l1)?, part(u, l2)?)),
+            (CpuStorage::BF16(g), CpuStorage::BF16(u)) => CpuStorage::BF16(self.run(part(g, l1)?, part(u, l2)?)),
+            (CpuStorage::F16(g), CpuStorage::F16(u)) => CpuStorage::F16(self.run(part(g, l1)?, part(u, l2)?)),
+            _ => bail!("gated: gate and up differ in dtype"),
         };
         Ok((out, l1.shape().clone()))
     }
 }
 
-/// `silu(gate) * up`, elementwise.
-pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    if gate.device().is_cpu() { gate.apply_op2_no_bwd(up, &SiluMul) } else { silu_mul_composed(gate, up) }
+/// `gate` applied to `up`, elementwise.
+pub fn gated(gate: &Tensor, up: &Tensor, how: Gate) -> Result<Tensor> {
+    if gate.device().is_cpu() { gate.apply_op2_no_bwd(up, &Gated(how)) } else { gated_composed(gate, up, how) }
 }
 
-fn silu_mul_composed(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    gate.silu()? * up
+fn gated_composed(gate: &Tensor, up: &Tensor, how: Gate) -> Result<Tensor> {
+    match how {
+        Gate::Silu => gate.silu()? * up,
+        Gate::Clamped { limit, alpha } => {
+            let (limit, alpha) = (f64::from(limit), f64::from(alpha));
+            let (g, u) = (gate.to_dtype(DType::F32)?.minimum(limit)?, up.to_dtype(DType::F32)?.clamp(-limit, limit)?);
+            let sigmoid = (g.affine(-alpha, 0.0)?.exp()? + 1.0)?.recip()?;
+            ((u + 1.0)? * (g * sigmoid)?)?.to_dtype(gate.dtype())
+        }
+    }
+}
+
+struct GatedJoined {
+    how: Gate,
+    interleaved: bool,
+    inner: usize,
+}
+
+impl GatedJoined {
+    fn run<T: Real>(&self, joined: &[T]) -> Vec<T> {
+        let inner = self.inner;
+        let mut out = vec![T::narrow(0.0); joined.len() / 2];
+        let rows = out.par_chunks_mut(inner).zip(joined.par_chunks(2 * inner)).with_min_len(rows_per_task(2 * inner));
+        rows.for_each(|(out, row)| {
+            if self.interleaved {
+                for (o, pair) in out.iter_mut().zip(row.as_chunks::<2>().0) {
+                    *o = self.how.one(pair[0], pair[1]);
+                }
+            } else {
+                let (gate, up) = row.split_at(inner);
+                for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
+                    *o = self.how.one(*g, *u);
+                }
+            }
+        });
+        out
+    }
+}
+
+impl CustomOp1 for GatedJoined {
+    fn name(&self) -> &'static str {
+        "gated-joined"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout) -> Result<(CpuStorage, Shape)> {
+        let out = match s1 {
+            CpuStorage::F32(x) => CpuStorage::F32(self.run(part(x, l1)?)),
+            CpuStorage::BF16(x) => CpuStorage::BF16(self.run(part(x, l1)?)),
+            CpuStorage::F16(x) => CpuStorage::F16(self.run(part(x, l1)?)),
+            _ => bail!("gated-joined: not a float"),
+        };
+        Ok((out, Shape::from((l1.shape().elem_count() / (2 * self.inner), self.inner))))
+    }
+}
+
+/// The same where gate and up came from one product: `joined` `[rows, 2 * inner]`, in halves or interleaved (even columns gate).
+pub fn gated_joined(joined: &Tensor, interleaved: bool, how: Gate) -> Result<Tensor> {
+    let inner = joined.dim(D::Minus1)? / 2;
+    if joined.device().is_cpu() {
+        joined.apply_op1_no_bwd(&GatedJoined { how, interleaved, inner })
+    } else {
+        gated_joined_composed(joined, interleaved, how)
+    }
+}
+
+fn gated_joined_composed(joined: &Tensor, interleaved: bool, how: Gate) -> Result<Tensor> {
+    let (rows, width) = joined.dims2()?;
+    let inner = width / 2;
+    let (gate, up) = if interleaved {
+        let pairs = joined.reshape((rows, inner, 2))?;
+        (pairs.narrow(2, 0, 1)?.squeeze(2)?, pairs.narrow(2, 1, 1)?.squeeze(2)?)
+    } else {
+        (joined.narrow(1, 0, inner)?, joined.narrow(1, inner, inner)?)
+    };
+    gated_composed(&gate.contiguous()?, &up.contiguous()?, how)
 }
 
 // -------------------------------------------------------------------------------------------------------- scatter-add
@@ -393,7 +566,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
-    use crate::rope::{RopeScaling, RopeSpec};
+    use crate::rope::{Pairing, RopeScaling, RopeSpec};
 
     fn values(shape: &[usize], seed: u64) -> Tensor {
         let n: usize = shape.iter().product();
@@ -427,10 +600,21 @@ mod tests {
     fn fused_forms_equal_composed_ones() {
         let (x, gain) = (values(&[12, 40], 1), values(&[40], 2));
         close(&rms_norm(&x, &gain, 1e-5).unwrap(), &rms_norm_composed(&x, &gain, 1e-5).unwrap(), 1e-5);
+        let bias = values(&[40], 6);
+        let composed = layer_norm_composed(&x, &gain, &bias, 1e-5).unwrap();
+        close(&layer_norm(&x, &gain, &bias, 1e-5).unwrap(), &composed, 1e-5);
         let up = values(&[12, 40], 3);
-        close(&silu_mul(&x, &up).unwrap(), &silu_mul_composed(&x, &up).unwrap(), 1e-5);
+        for how in [Gate::Silu, Gate::Clamped { limit: 2.5, alpha: 1.702 }] {
+            let composed = gated_composed(&x, &up, how).unwrap();
+            close(&gated(&x, &up, how).unwrap(), &composed, 1e-5);
+            let halves = Tensor::cat(&[&x, &up], 1).unwrap();
+            close(&gated_joined(&halves, false, how).unwrap(), &composed, 1e-5);
+            let pairs = Tensor::stack(&[&x, &up], 2).unwrap().reshape((12, 80)).unwrap();
+            close(&gated_joined(&pairs, true, how).unwrap(), &composed, 1e-5);
+            close(&gated_joined_composed(&pairs, true, how).unwrap(), &composed, 1e-5);
+        }
         for dims in [8, 4] {
-            let table = RopeSpec { theta: 100.0, dims, scaling: RopeScaling::None }.table(6);
+            let table = RopeSpec { theta: 100.0, dims, pairing: Pairing::Halves, scaling: RopeScaling::None }.table(6);
             let composed = rope_composed(&x, &table, 8, 6).unwrap();
             close(&rope(x.copy().unwrap(), &table, 8, 6).unwrap(), &composed, 1e-5);
         }

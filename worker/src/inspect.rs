@@ -1,9 +1,10 @@
 //! What a checkpoint is and what a run over it needs: arithmetic over headers, no weight byte read.
 
 use candle_core::DType;
-use outliers_protocol::{Inspection, LayerInspection, PlanFigures, SCHEMA, SiteInspection};
+use outliers_protocol::{Inspection, LayerInspection, PlanFigures, Point, SCHEMA, SiteInspection};
 use serde_json::Value;
 
+use crate::attention::QUERY_BLOCK;
 use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec, Need, Role};
 use crate::model::Model;
 use crate::source::Checkpoint;
@@ -36,7 +37,7 @@ pub fn inspect(name: &str, checkpoint: &Checkpoint, model: &Model<'_>, run: Plan
         hidden: spec.hidden,
         vocab: spec.vocab,
         max_positions: spec.max_positions,
-        tied_head: spec.tied_head,
+        tied_head: spec.head.tied,
         parameters: model.parameters(),
         active_parameters: active_parameters(spec),
         stored_bytes: model.stored_dtypes().values().sum(),
@@ -45,7 +46,8 @@ pub fn inspect(name: &str, checkpoint: &Checkpoint, model: &Model<'_>, run: Plan
         head_bytes: model.stored_bytes(0, &head),
         layers: spec.layers.iter().enumerate().map(|(i, layer)| layer_inspection(model, i, layer)).collect(),
         sites: spec.sites().into_iter().map(|site| site_inspection(model, site)).collect(),
-        ignored_tensors: model.ignored.iter().chain(&model.unexplained).cloned().collect(),
+        ignored: model.ignored.clone(),
+        unexplained: model.unexplained.clone(),
         files: checkpoint.weights.files().to_vec(),
         tokenizer: checkpoint.tokenizer().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned())),
         plan: plan(checkpoint, model, run),
@@ -65,10 +67,7 @@ fn layer_inspection(model: &Model<'_>, index: usize, layer: &LayerSpec) -> Layer
     LayerInspection {
         layer: index,
         kind: layer.describe(),
-        experts: match &layer.ffn {
-            FfnSpec::Dense(_) => 0,
-            FfnSpec::Moe(moe) => moe.experts,
-        },
+        experts: layer.experts(),
         tensors: needs.len(),
         parameters: needs.iter().map(Need::elements).sum(),
         bytes: model.stored_bytes(index, &needs),
@@ -77,16 +76,15 @@ fn layer_inspection(model: &Model<'_>, index: usize, layer: &LayerSpec) -> Layer
 
 fn site_inspection(model: &Model<'_>, site: Site) -> SiteInspection {
     let role = match site.point {
-        outliers_protocol::Point::BeforeAttention => Role::MixerNorm,
-        outliers_protocol::Point::BeforeMlp => Role::FfnNorm,
+        Point::BeforeMlp | Point::AfterMlp => Role::FfnNorm,
+        _ => Role::MixerNorm,
     };
-    let need = Need { role, expert: None, shape: vec![model.spec.hidden] };
-    SiteInspection { layer: site.layer, point: site.point, tensor: model.family.names.of(site.layer, &need) }
+    SiteInspection { layer: site.layer, point: site.point, tensor: model.name(site.layer, role) }
 }
 
 /// Parameters one token passes through, the looked-up embedding left out.
 fn active_parameters(spec: &DecoderSpec) -> u64 {
-    let head = (spec.vocab * spec.hidden + spec.hidden) as u64;
+    let head: u64 = spec.output_needs().iter().chain([&spec.head_need()]).map(Need::elements).sum();
     let layers = spec.units(u64::MAX).into_iter().map(|unit| {
         let whole: u64 = unit.needs.iter().map(Need::elements).sum();
         match (&unit.part, &spec.layers[unit.layer].ffn) {
@@ -101,8 +99,8 @@ fn active_parameters(spec: &DecoderSpec) -> u64 {
 fn flops(spec: &DecoderSpec, run: PlannedRun) -> f64 {
     let tokens = (run.sequences * run.tokens) as f64;
     let pairs = run.sequences as f64 * run.tokens as f64 * (run.tokens as f64 + 1.0) / 2.0;
-    let attention: f64 =
-        spec.layers.iter().map(|l| 4.0 * (l.attention.heads * l.attention.head_dim) as f64 * pairs).sum();
+    // Per visible pair of tokens and head: the product of query and key, and the weighted value.
+    let attention: f64 = spec.layers.iter().map(|l| 2.0 * l.mixer.pair_values() as f64 * pairs).sum();
     2.0 * active_parameters(spec) as f64 * tokens + attention
 }
 
@@ -141,12 +139,11 @@ fn workspace(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     let rows = ((run.micro_batch_tokens / run.tokens.max(1)).max(1) * run.tokens) as u64;
     let value = run.compute.size_in_bytes() as u64;
     let widest = spec.layers.iter().map(|l| {
-        let a = &l.attention;
-        let projections = (2 * a.heads + 2 * a.kv_heads) * a.head_dim + 2 * spec.hidden;
-        let scores = a.heads * 256 * run.tokens;
+        let projections = l.mixer.projected_values() + 2 * spec.hidden;
+        let scores = l.mixer.score_heads() * QUERY_BLOCK * run.tokens;
         let mlp = match &l.ffn {
-            FfnSpec::Dense(g) => 3 * g.intermediate,
-            FfnSpec::Moe(m) => 3 * m.expert.intermediate + spec.hidden,
+            FfnSpec::Dense(mlp) => 3 * mlp.intermediate,
+            FfnSpec::Moe(m) => 3 * m.shared.map_or(0, |s| s.mlp.intermediate).max(m.expert.intermediate) + spec.hidden,
         };
         (rows * projections.max(mlp) as u64 + scores as u64) * value
     });

@@ -1,18 +1,22 @@
 //! A checkpoint that has been compared, tensor by tensor, with what its architecture expects. No weight byte is read for that.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
-use outliers_protocol::FailureKind;
+use outliers_protocol::{FailureKind, IgnoredTensors};
 use serde_json::Value;
 
-use crate::arch::{self, Family};
-use crate::decoder::{DecoderSpec, Need, Unit};
+use crate::arch::{self, Architecture, Family, Quantisation};
+use crate::decoder::{DecoderSpec, Need, Role, Unit};
 use crate::dtype;
 use crate::error::{Result, WorkerError};
+use crate::safetensors::StoredDtype;
 use crate::source::{TensorEntry, WeightSource};
 
 /// Problems listed in one error; the rest are counted.
 const LISTED: usize = 5;
+/// Inputs that share an exponent in MXFP4, two per byte.
+const MXFP4_BLOCK: usize = 32;
 
 /// A model whose every tensor is known to be there, in the right shape and in a dtype that can be decoded.
 pub struct Model<'a> {
@@ -22,10 +26,61 @@ pub struct Model<'a> {
     pub spec: DecoderSpec,
     /// Where the bytes are.
     pub source: &'a dyn WeightSource,
-    /// Tensors on disk that are known and left unread.
-    pub ignored: Vec<String>,
+    /// Tensors on disk that are known and left unread, by reason.
+    pub ignored: Vec<IgnoredTensors>,
     /// Tensors on disk that the architecture does not explain.
     pub unexplained: Vec<String>,
+    quantisation: Option<Quantisation>,
+    /// What `{base}` stands for in this checkpoint's names.
+    base: &'static str,
+}
+
+/// Where the bytes of a needed tensor are, and how they are stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored<'a> {
+    /// Its values.
+    pub values: Piece<'a>,
+    /// What its values are multiplied by, for quantised formats.
+    pub scales: Option<Piece<'a>>,
+    /// How to decode both.
+    pub format: Format,
+    /// Stored `[in, out]` instead of `[out, in]`.
+    pub input_major: bool,
+}
+
+/// Bytes of a stored tensor: all, or one expert's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece<'a> {
+    /// The stored tensor.
+    pub entry: &'a TensorEntry,
+    /// Which of its bytes.
+    pub range: Range<u64>,
+}
+
+/// How a tensor's values are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Floats of the entry's dtype.
+    Plain,
+    /// FP8 e4m3, a scale per tile of so many rows and columns.
+    Fp8Blocks {
+        /// Rows and columns.
+        block: [usize; 2],
+    },
+    /// e2m1, an exponent per 32 inputs.
+    Mxfp4,
+}
+
+impl<'a> Stored<'a> {
+    /// Both pieces.
+    pub fn pieces(&self) -> impl Iterator<Item = &Piece<'a>> {
+        std::iter::once(&self.values).chain(&self.scales)
+    }
+
+    /// Bytes of both pieces.
+    pub fn bytes(&self) -> u64 {
+        self.pieces().map(|piece| piece.range.end - piece.range.start).sum()
+    }
 }
 
 impl<'a> Model<'a> {
@@ -34,8 +89,12 @@ impl<'a> Model<'a> {
     /// # Errors
     /// Unsupported architectures and switches; missing tensors, wrong shapes and dtypes by name; more layers asked for than there are.
     pub fn open(config: &Value, source: &'a dyn WeightSource, layers: Option<usize>) -> Result<Self> {
-        let (family, spec) = arch::read(config)?;
-        let mut model = Self { family, spec, source, ignored: Vec::new(), unexplained: Vec::new() };
+        let Architecture { family, spec, quantisation } = arch::read(config)?;
+        let names = family.names;
+        let has = |base: &&&str| source.entry(&names.of(base, 0, Role::Embedding, None)).is_some();
+        let base = names.bases.iter().find(has).unwrap_or(&names.bases[0]);
+        let (ignored, unexplained) = (Vec::new(), Vec::new());
+        let mut model = Self { family, spec, source, ignored, unexplained, quantisation, base };
         model.check()?;
         if let Some(layers) = layers {
             model.keep_layers(layers)?;
@@ -53,44 +112,131 @@ impl<'a> Model<'a> {
     }
 
     fn check(&mut self) -> Result<()> {
-        let mut expected = BTreeSet::new();
+        let mut used = BTreeSet::new();
         let mut problems = Vec::new();
         for (layer, need) in self.spec.needs() {
-            let name = self.family.names.of(layer, &need);
-            problems.extend(problem(&name, &need, self.source.entry(&name)));
-            expected.insert(name);
+            match self.locate(layer, &need) {
+                Ok(stored) => used
+                    .extend(stored.pieces().map(|piece| piece.entry).map(|entry: &'a TensorEntry| entry.name.as_str())),
+                Err(problem) => problems.push(problem),
+            }
         }
-        let extra = self.source.names().filter(|name| !expected.contains(*name)).map(str::to_owned);
-        let tied_copy = |name: &str| self.spec.tied_head && name == self.tied_head_name();
-        (self.ignored, self.unexplained) = extra.partition(|name| self.family.names.ignores(name) || tied_copy(name));
+        // Experts of one stacked tensor have one problem between them.
+        problems.dedup();
         if problems.is_empty() {
+            (self.ignored, self.unexplained) = self.left_over(&used);
             return Ok(());
         }
         let more = problems.len().saturating_sub(LISTED);
         let kind = if problems.iter().all(|p| p.dtype) { FailureKind::Unsupported } else { FailureKind::Checkpoint };
         let listed: Vec<String> = problems.into_iter().take(LISTED).map(|p| p.what).collect();
         let rest = if more > 0 { format!("; and {more} more") } else { String::new() };
-        Err(WorkerError::new(
-            kind,
-            format!("the checkpoint is not what its config.json says: {}{rest}", listed.join("; ")),
-        ))
+        let message = format!("the checkpoint is not what its config.json says: {}{rest}", listed.join("; "));
+        Err(WorkerError::new(kind, message))
     }
 
-    /// Some repositories store the head although it is tied.
-    fn tied_head_name(&self) -> String {
-        self.family.names.of(0, &Need { role: crate::decoder::Role::Head, expert: None, shape: Vec::new() })
+    /// Tensors on disk that are not used: ignored by reason, and unexplained.
+    fn left_over(&self, used: &BTreeSet<&str>) -> (Vec<IgnoredTensors>, Vec<String>) {
+        let mut ignored: BTreeMap<&str, IgnoredTensors> = BTreeMap::new();
+        let mut unexplained = Vec::new();
+        // Some repositories store the head although it is tied.
+        let tied_copy = self.spec.head.tied.then(|| self.name(0, Role::Head));
+        for name in self.source.names().filter(|name| !used.contains(name)) {
+            let tied = tied_copy.as_deref() == Some(name);
+            let known = self.family.names.ignores(name, self.base, self.spec.layers.len());
+            let Some(why) = tied.then_some("a copy of the embedding, to which the head is tied").or(known) else {
+                unexplained.push(name.to_owned());
+                continue;
+            };
+            let example = || IgnoredTensors { why: why.to_owned(), tensors: 0, bytes: 0, example: name.to_owned() };
+            let group = ignored.entry(why).or_insert_with(example);
+            group.tensors += 1;
+            group.bytes += self.source.entry(name).map_or(0, |entry| entry.len);
+        }
+        (ignored.into_values().collect(), unexplained)
     }
 
-    /// Published name and place of a checked tensor.
-    pub fn entry(&self, layer: usize, need: &Need) -> (String, &TensorEntry) {
-        let name = self.family.names.of(layer, need);
-        let entry = self.source.entry(&name).expect("checked when the model was opened");
-        (name, entry)
+    /// The published name of a tensor that is not an expert's.
+    pub fn name(&self, layer: usize, role: Role) -> String {
+        self.family.names.of(self.base, layer, role, None)
+    }
+
+    /// Where a tensor is, that was found when the model was opened.
+    pub fn stored(&self, layer: usize, need: &Need) -> Stored<'a> {
+        self.locate(layer, need)
+            .unwrap_or_else(|problem| unreachable!("checked when the model was opened: {}", problem.what))
+    }
+
+    fn locate(&self, layer: usize, need: &Need) -> std::result::Result<Stored<'a>, Problem> {
+        let names = self.family.names;
+        let name = names.of(self.base, layer, need.role, need.expert);
+        let stack = need.expert.filter(|_| names.is_stacked(need.role)).map(|e| (e, self.spec.layers[layer].experts()));
+        if self.quantisation == Some(Quantisation::Mxfp4) && matches!(need.role, Role::ExpertGateUp | Role::ExpertDown)
+        {
+            return self.locate_mxfp4(&name, &need.shape, stack);
+        }
+        let input_major = names.input_major.contains(&need.role);
+        let mut shape = need.shape.clone();
+        if input_major {
+            shape.reverse();
+        }
+        let values = self.piece(&name, &shape, stack)?;
+        let stored = |scales, format| Stored { values: values.clone(), scales, format, input_major };
+        match (&values.entry.dtype, self.quantisation) {
+            (StoredDtype::F8E4M3, Some(Quantisation::Fp8Blocks { block })) if shape.len() == 2 => {
+                let tiles = [shape[0].div_ceil(block[0]), shape[1].div_ceil(block[1])];
+                let scales = self.piece(&format!("{name}_scale_inv"), &tiles, stack)?;
+                decodable(scales.entry)?;
+                Ok(stored(Some(scales), Format::Fp8Blocks { block }))
+            }
+            _ => decodable(values.entry).map(|()| stored(None, Format::Plain)),
+        }
+    }
+
+    fn locate_mxfp4(
+        &self,
+        name: &str,
+        shape: &[usize],
+        stack: Option<(usize, usize)>,
+    ) -> std::result::Result<Stored<'a>, Problem> {
+        let [rows, inputs] = shape else { return Err(Problem::shape(format!("tensor {name} is not a matrix"))) };
+        if !inputs.is_multiple_of(MXFP4_BLOCK) {
+            let what =
+                format!("tensor {name}_blocks cannot be MXFP4: {inputs} inputs are not a multiple of {MXFP4_BLOCK}");
+            return Err(Problem::shape(what));
+        }
+        let blocks = inputs / MXFP4_BLOCK;
+        let values = self.piece(&format!("{name}_blocks"), &[*rows, blocks, MXFP4_BLOCK / 2], stack)?;
+        let scales = self.piece(&format!("{name}_scales"), &[*rows, blocks], stack)?;
+        for piece in [&values, &scales] {
+            if piece.entry.dtype != StoredDtype::U8 {
+                return Err(Problem::dtype(piece.entry));
+            }
+        }
+        Ok(Stored { values, scales: Some(scales), format: Format::Mxfp4, input_major: false })
+    }
+
+    /// A stored tensor of `shape`, or the slice `stack.0` of one that holds `stack.1` of that shape.
+    fn piece(
+        &self,
+        name: &str,
+        shape: &[usize],
+        stack: Option<(usize, usize)>,
+    ) -> std::result::Result<Piece<'a>, Problem> {
+        let source = self.source;
+        let entry = source.entry(name).ok_or_else(|| Problem::shape(format!("tensor {name} is missing")))?;
+        let whole: Vec<u64> = stack.map(|(_, experts)| experts).iter().chain(shape).map(|&n| n as u64).collect();
+        if entry.shape != whole {
+            return Err(Problem::shape(format!("tensor {name} has shape {:?}, expected {whole:?}", entry.shape)));
+        }
+        let (index, parts) = stack.map_or((0, 1), |(expert, experts)| (expert as u64, experts as u64));
+        let part = entry.len / parts;
+        Ok(Piece { entry, range: index * part..(index + 1) * part })
     }
 
     /// Stored bytes of some tensors of a layer.
     pub fn stored_bytes<'n>(&self, layer: usize, needs: impl IntoIterator<Item = &'n Need>) -> u64 {
-        needs.into_iter().map(|need| self.entry(layer, need).1.len).sum()
+        needs.into_iter().map(|need| self.stored(layer, need).bytes()).sum()
     }
 
     /// Stored bytes of a streaming unit.
@@ -102,32 +248,39 @@ impl<'a> Model<'a> {
     pub fn stored_dtypes(&self) -> BTreeMap<String, u64> {
         let mut dtypes = BTreeMap::new();
         for (layer, need) in self.spec.needs() {
-            let (_, entry) = self.entry(layer, &need);
-            *dtypes.entry(entry.dtype.to_string()).or_default() += entry.len;
+            for piece in self.stored(layer, &need).pieces() {
+                *dtypes.entry(piece.entry.dtype.to_string()).or_default() += piece.range.end - piece.range.start;
+            }
         }
         dtypes
     }
 
-    /// Values in the tensors used.
+    /// Values in the tensors used; scales of quantised ones are not counted.
     pub fn parameters(&self) -> u64 {
         self.spec.needs().iter().map(|(_, need)| need.elements()).sum()
     }
 }
 
+#[derive(Debug, PartialEq, Eq)]
 struct Problem {
     what: String,
     /// Nothing is wrong but the dtype.
     dtype: bool,
 }
 
-fn problem(name: &str, need: &Need, entry: Option<&TensorEntry>) -> Option<Problem> {
-    let Some(entry) = entry else {
-        return Some(Problem { what: format!("tensor {name} is missing"), dtype: false });
-    };
-    if !entry.shape.iter().copied().eq(need.shape.iter().map(|&n| n as u64)) {
-        let what = format!("tensor {name} has shape {:?}, expected {:?}", entry.shape, need.shape);
-        return Some(Problem { what, dtype: false });
+impl Problem {
+    fn shape(what: String) -> Self {
+        Self { what, dtype: false }
     }
-    let what = || format!("tensor {name} is stored as {}, which cannot be decoded", entry.dtype);
-    (!dtype::can_decode(&entry.dtype)).then(|| Problem { what: what(), dtype: true })
+
+    fn dtype(entry: &TensorEntry) -> Self {
+        Self {
+            what: format!("tensor {} is stored as {}, which cannot be decoded", entry.name, entry.dtype),
+            dtype: true,
+        }
+    }
+}
+
+fn decodable(entry: &TensorEntry) -> std::result::Result<(), Problem> {
+    if dtype::can_decode(&entry.dtype) { Ok(()) } else { Err(Problem::dtype(entry)) }
 }

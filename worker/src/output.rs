@@ -148,11 +148,9 @@ pub fn write_statistics(path: &Path, stats: &OutlierStats, threshold: f32) -> Re
     writer.finish()
 }
 
+/// A studied norm's number within its layer.
 fn site_index(point: Point) -> usize {
-    match point {
-        Point::BeforeAttention => 0,
-        Point::BeforeMlp => 1,
-    }
+    usize::from(matches!(point, Point::BeforeMlp | Point::AfterMlp))
 }
 
 // ------------------------------------------------------------------------------------------------------ activations
@@ -185,7 +183,9 @@ impl ActivationDump {
             }
         }
         if with_head {
-            specs.push(f32("final_norm".to_owned(), &[s, n, h]));
+            if spec.final_norm.is_some() {
+                specs.push(f32("final_norm".to_owned(), &[s, n, h]));
+            }
             specs.push(f32("logits".to_owned(), &[s, n, v]));
             specs.push(f32("nll".to_owned(), &[s, n - 1]));
         }
@@ -217,8 +217,8 @@ fn site_name(site: Site) -> String {
 }
 
 impl Observer for ActivationDump {
-    fn wants(&self, _site: Site) -> bool {
-        true
+    fn wants(&self, site: Site) -> bool {
+        site.point.is_norm_output()
     }
 
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {

@@ -7,8 +7,19 @@ pub struct RopeSpec {
     pub theta: f64,
     /// Leading dimensions of a head that rotate; even.
     pub dims: usize,
+    /// Which two of them rotate together.
+    pub pairing: Pairing,
     /// Stretching for longer contexts.
     pub scaling: RopeScaling,
+}
+
+/// Which dimensions rotate together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pairing {
+    /// `(i, i + dims / 2)` (Llama, GPT-NeoX).
+    Halves,
+    /// `(2 i, 2 i + 1)` (GPT-J, Llama 4, DeepSeek).
+    Interleaved,
 }
 
 /// How frequencies are stretched.
@@ -31,6 +42,22 @@ pub enum RopeScaling {
         high_freq_factor: f64,
         /// Context of the pre-training.
         original_positions: f64,
+    },
+    /// YaRN (Peng et al. 2023): pairs that turn often within the original context are kept, those that turn rarely divided, a
+    /// ramp over the pair's index between.
+    Yarn {
+        /// Divisor of the slow pairs.
+        factor: f64,
+        /// Context of the pre-training.
+        original_positions: f64,
+        /// Turns within it from which on a pair is kept.
+        beta_fast: f64,
+        /// Turns up to which it is divided.
+        beta_slow: f64,
+        /// The ramp's ends are rounded outwards to whole pairs.
+        truncate: bool,
+        /// What multiplies cos and sin.
+        attention_factor: f64,
     },
 }
 
@@ -65,7 +92,7 @@ impl RopeSpec {
 impl RopeScaling {
     fn apply(&self, frequency: f64) -> f64 {
         match *self {
-            Self::None => frequency,
+            Self::None | Self::Yarn { .. } => frequency,
             Self::Linear { factor } => frequency / factor,
             Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_positions } => {
                 let turns = original_positions * frequency / std::f64::consts::TAU;
@@ -103,7 +130,8 @@ mod tests {
 
     #[test]
     fn table_starts_at_position_zero() {
-        let table = RopeSpec { theta: 10_000.0, dims: 4, scaling: RopeScaling::None }.table(3);
+        let table =
+            RopeSpec { theta: 10_000.0, dims: 4, pairing: Pairing::Halves, scaling: RopeScaling::None }.table(3);
         assert_eq!(table.cos[..2], [1.0, 1.0]);
         assert_eq!(table.sin[..2], [0.0, 0.0]);
         assert!((table.cos[2] - 1f32.cos()).abs() < 1e-7);

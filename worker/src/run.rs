@@ -81,6 +81,9 @@ fn attempt(job: &JobSpec, folder: &OutputFolder, hub: &Hub, progress: &ProgressS
     progress.phase(Phase::Checking);
     let source = &*checkpoint.weights;
     let model = Model::open(&checkpoint.config, source, job.layers)?;
+    for ignored in &model.ignored {
+        progress.say(format!("{} tensors left unread: {} ({}, ...)", ignored.tensors, ignored.why, ignored.example));
+    }
     if !model.unexplained.is_empty() {
         progress.say(format!(
             "{} tensors on disk are not explained: {}",
@@ -221,7 +224,8 @@ fn provenance(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>) -> Mode
         config_sha256: checkpoint.config_sha256.clone(),
         parameters: model.parameters(),
         stored_dtypes: model.stored_dtypes(),
-        ignored_tensors: model.ignored.iter().chain(&model.unexplained).cloned().collect(),
+        ignored: model.ignored.clone(),
+        unexplained: model.unexplained.clone(),
     }
 }
 

@@ -10,7 +10,7 @@ use outliers_protocol::Point;
 use rayon::prelude::*;
 
 use crate::error::{Result, WorkerError};
-use crate::ffn::Routing;
+use crate::ffn::{ExpertRows, Routing};
 
 mod verdict;
 
@@ -25,6 +25,19 @@ pub struct Site {
     pub point: Point,
 }
 
+impl Site {
+    /// Whose input a norm output is: the layer, and [`Point::BeforeAttention`] or [`Point::BeforeMlp`]. In a post-norm layer the norm
+    /// after attention feeds the MLP, and the norm after the MLP the next layer's attention (or, after the last layer, the head).
+    pub fn feeds(self) -> Option<(usize, Point)> {
+        match self.point {
+            Point::BeforeAttention | Point::BeforeMlp => Some((self.layer, self.point)),
+            Point::AfterAttention => Some((self.layer, Point::BeforeMlp)),
+            Point::AfterMlp => Some((self.layer + 1, Point::BeforeAttention)),
+            Point::Residual | Point::AttentionOut | Point::MlpOut | Point::ExpertOut => None,
+        }
+    }
+}
+
 /// Something that wants to see activations. Asked first, so that nothing is copied off a device for nobody.
 pub trait Observer {
     /// Whether this site is of interest.
@@ -32,6 +45,17 @@ pub trait Observer {
 
     /// Values at a site: `x` `[rows, hidden]`, row `r` being token `first_token + r` (sequence-major); whole sequences.
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()>;
+
+    /// The gain of the norm whose output is `site`, `[hidden]`.
+    fn gain(&mut self, _site: Site, _gain: &Tensor) -> Result<()> {
+        Ok(())
+    }
+
+    /// What a routed expert's down projection made of its rows, if [`Point::ExpertOut`] is wanted of that layer. Row `r` belongs to
+    /// token `first_token + rows.rows[r]`.
+    fn expert(&mut self, _layer: usize, _expert: usize, _first_token: usize, _rows: &ExpertRows) -> Result<()> {
+        Ok(())
+    }
 
     /// A mixture's choices at a layer.
     fn routing(&mut self, _layer: usize, _first_token: usize, _routing: &Routing) -> Result<()> {

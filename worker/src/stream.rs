@@ -8,24 +8,26 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::mpsc::sync_channel;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use outliers_protocol::{Phase, Point};
 use rayon::prelude::*;
 
-use crate::attention;
+use crate::attention::attention;
 use crate::corpus::Tokens;
-use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec, MoeSpec, Need, Part, Role, Unit};
+use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec, MixerSpec, MoeSpec, Need, NormOrder, Part, Role, Unit};
+use crate::delta_net::delta_net;
 use crate::device::Placement;
-use crate::dtype;
+use crate::dtype::{self, Encoded};
 use crate::error::{Result, WorkerError};
-use crate::ffn::{self, Routing};
+use crate::ffn::{self, ExpertRows, Routing};
 use crate::fused;
-use crate::model::Model;
+use crate::mla::latent_attention;
+use crate::model::{Format, Model, Piece, Stored};
+use crate::norm::Norm;
 use crate::progress::ProgressSink;
-use crate::rope::RopeTable;
-use crate::source::TensorEntry;
+use crate::rope::{RopeSpec, RopeTable};
 use crate::stats::{Observer, Site, with_f32};
-use crate::weights::{UnitTensors, on, zeros_like};
+use crate::weights::{MixerWeights, UnitTensors, on, zeros_like};
 
 /// Values decoded per expert group: 256 MiB in f32. With two groups alive this bounds the memory of any mixture.
 pub const GROUP_ELEMENTS: u64 = 64 << 20;
@@ -55,6 +57,8 @@ struct MicroBatch {
     first_token: usize,
     /// Residual stream `[rows, hidden]`.
     hidden: Tensor,
+    /// The norm's output that the feed-forward shares with the mixer, between the two.
+    shared_norm: Option<Tensor>,
     /// Between a mixture's router and its last group of experts.
     mixture: Option<Mixture>,
 }
@@ -96,47 +100,65 @@ impl Pass<'_> {
 
     /// Token ids to hidden states, the table read once in blocks of rows.
     fn embed(&self) -> Result<(Vec<MicroBatch>, KeptBlocks)> {
-        let width = self.spec().hidden;
-        let need = self.spec().embedding_need();
-        let (name, entry) = self.model.entry(0, &need);
+        let width = self.spec().embedding.width;
+        let stored = self.model.stored(0, &self.spec().embedding_need());
         let mut order: Vec<usize> = (0..self.tokens.ids.len()).collect();
         order.par_sort_unstable_by_key(|&t| self.tokens.ids[t]);
         let rows = self.batch_rows();
         let mut values: Vec<Vec<f32>> =
             self.tokens.ids.chunks(rows).map(|batch| vec![0f32; batch.len() * width]).collect();
         let mut kept = Vec::new();
-        let load = |block: &Range<usize>| self.read_rows(entry, block);
+        let load = |block: &Range<usize>| self.read_rows(&stored, block);
         pipeline(vocab_blocks(self.spec().vocab, VOCAB_BLOCK), load, |block, bytes| {
             let from = order.partition_point(|&t| self.tokens.ids[t] < block.start as i64);
             let to = order.partition_point(|&t| self.tokens.ids[t] < block.end as i64);
             let row_bytes = bytes.len() / block.len();
             for run in order[from..to].chunk_by(|a, b| self.tokens.ids[*a] == self.tokens.ids[*b]) {
                 let at = (self.tokens.ids[run[0]] as usize - block.start) * row_bytes;
-                let row = dtype::to_f32(&bytes[at..at + row_bytes], &entry.dtype, &name)?;
+                let entry = stored.values.entry;
+                let row = dtype::to_f32(&bytes[at..at + row_bytes], &entry.dtype, &entry.name)?;
                 for &token in run {
                     values[token / rows][token % rows * width..][..width].copy_from_slice(&row);
                 }
             }
-            if self.spec().tied_head && self.with_head {
+            if self.spec().head.tied && self.with_head {
                 kept.push((block, bytes));
             }
             Ok(())
         })?;
         let device = &self.devices[0].device;
+        let mut input = self.load(0, &self.spec().input_needs(), device)?;
+        let lead_in = input.linear_if_there(Role::ProjectIn);
+        let positions = input.linear_if_there(Role::Positions).map(|p| self.position_rows(&p.weight)).transpose()?;
         let batch = |(i, values): (usize, Vec<f32>)| {
-            let hidden = dtype::from_f32(
-                values,
-                &[self.tokens.ids.chunks(rows).nth(i).map_or(0, <[i64]>::len), width],
-                self.compute,
-                device,
-            )?;
-            Ok(MicroBatch { first_token: i * rows, hidden, mixture: None })
+            let tokens = values.len() / width;
+            let mut hidden = dtype::from_f32(values, &[tokens, width], self.compute, device)?;
+            if let Some(lead_in) = &lead_in {
+                hidden = lead_in.apply(&hidden)?;
+            }
+            if let Some(positions) = &positions {
+                hidden = (hidden + positions.repeat((tokens / self.tokens.tokens, 1))?)?;
+            }
+            Ok(MicroBatch { first_token: i * rows, hidden, shared_norm: None, mixture: None })
         };
         Ok((values.into_iter().enumerate().map(batch).collect::<Result<_>>()?, kept))
     }
 
+    /// The learned vectors of a sequence's positions, `[tokens, hidden]`.
+    fn position_rows(&self, table: &Tensor) -> Result<Tensor> {
+        let learned = self.spec().embedding.positions.expect("read because the spec has them");
+        let (n, most) = (self.tokens.tokens, learned.rows.saturating_sub(learned.offset));
+        if n > most {
+            return Err(WorkerError::job(format!(
+                "sequences of {n} tokens, but the model has learned {most} positions"
+            )));
+        }
+        Ok(table.narrow(0, learned.offset, n)?)
+    }
+
     /// Stored bytes of some rows of a matrix.
-    fn read_rows(&self, entry: &TensorEntry, rows: &Range<usize>) -> Result<Vec<u8>> {
+    fn read_rows(&self, stored: &Stored<'_>, rows: &Range<usize>) -> Result<Vec<u8>> {
+        let entry = stored.values.entry;
         let row_bytes = entry.len / entry.shape[0];
         let mut bytes = vec![0; (rows.len() as u64 * row_bytes) as usize];
         self.model.source.read(entry, rows.start as u64 * row_bytes..rows.end as u64 * row_bytes, &mut bytes)?;
@@ -147,18 +169,11 @@ impl Pass<'_> {
 
     fn layers(&self, batches: &mut [MicroBatch], observers: &mut [&mut dyn Observer]) -> Result<()> {
         let units = self.spec().units(GROUP_ELEMENTS);
-        let mut tables: Vec<(crate::rope::RopeSpec, RopeTable)> = Vec::new();
-        let load = |unit: &Unit| self.load(unit);
+        let mut tables = RopeTables { positions: self.tokens.tokens, made: Vec::new() };
+        let load = |unit: &Unit| self.load(unit.layer, &unit.needs, &self.placement(unit.layer).device);
         pipeline(units, load, |unit, tensors| {
             let layer = &self.spec().layers[unit.layer];
-            let table = match tables.iter().position(|(spec, _)| *spec == layer.attention.rope) {
-                Some(at) => &tables[at].1,
-                None => {
-                    let spec = layer.attention.rope.clone();
-                    tables.push((spec.clone(), spec.table(self.tokens.tokens)));
-                    &tables[tables.len() - 1].1
-                }
-            };
+            let table = layer.mixer.rope().map(|rope| tables.get(rope));
             self.compute(&unit, layer, tensors, table, batches, observers).map_err(|e| e.context(&unit))?;
             self.progress.unit_done(&unit, self.ends_layer(&unit), self.model.source.bytes_read());
             Ok(())
@@ -177,17 +192,41 @@ impl Pass<'_> {
         &self.devices[layer % self.devices.len()]
     }
 
-    /// Reads and decodes a unit onto its device.
-    fn load(&self, unit: &Unit) -> Result<UnitTensors> {
-        let device = &self.placement(unit.layer).device;
-        let one = |need: &Need| {
-            let (name, entry) = self.model.entry(unit.layer, need);
-            let mut bytes = vec![0; entry.len as usize];
-            self.model.source.read(entry, 0..entry.len, &mut bytes)?;
-            let tensor = dtype::to_tensor(&bytes, &entry.dtype, &need.shape, self.compute, device, &name)?;
-            Ok(((need.role, need.expert), tensor))
+    /// Reads and decodes tensors of a layer onto a device.
+    fn load(&self, layer: usize, needs: &[Need], device: &Device) -> Result<UnitTensors> {
+        let one = |need: &Need| Ok(((need.role, need.expert), self.load_one(layer, need, device)?));
+        Ok(UnitTensors::new(needs.iter().map(one).collect::<Result<HashMap<_, _>>>()?))
+    }
+
+    fn load_one(&self, layer: usize, need: &Need, device: &Device) -> Result<Tensor> {
+        let stored = self.model.stored(layer, need);
+        let values = self.read_piece(&stored.values)?;
+        let scales = stored.scales.as_ref().map(|piece| self.read_piece(piece)).transpose()?.unwrap_or_default();
+        let mut shape = need.shape.clone();
+        if stored.input_major {
+            shape.reverse();
+        }
+        let entry = stored.values.entry;
+        let encoded = match stored.format {
+            Format::Plain => Encoded::Plain { dtype: &entry.dtype, bytes: &values },
+            Format::Fp8Blocks { block } => Encoded::Fp8Blocks {
+                bytes: &values,
+                scales: &scales,
+                scale_dtype: stored.scales.as_ref().map_or(&entry.dtype, |piece| &piece.entry.dtype),
+                shape: [shape[0], shape[1]],
+                block,
+            },
+            Format::Mxfp4 => Encoded::Mxfp4 { blocks: &values, scales: &scales },
         };
-        Ok(UnitTensors::new(unit.needs.iter().map(one).collect::<Result<HashMap<_, _>>>()?))
+        let tensor = dtype::decode(&encoded, &shape, self.compute, device, &entry.name)?;
+        // A view: products take either order, so nothing is moved.
+        Ok(if stored.input_major { tensor.t()? } else { tensor })
+    }
+
+    fn read_piece(&self, piece: &Piece<'_>) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; (piece.range.end - piece.range.start) as usize];
+        self.model.source.read(piece.entry, piece.range.clone(), &mut bytes)?;
+        Ok(bytes)
     }
 
     /// All micro-batches through one unit.
@@ -196,63 +235,88 @@ impl Pass<'_> {
         unit: &Unit,
         layer: &LayerSpec,
         mut tensors: UnitTensors,
-        table: &RopeTable,
+        table: Option<&RopeTable>,
         batches: &mut [MicroBatch],
         observers: &mut [&mut dyn Observer],
     ) -> Result<()> {
+        let mut at = At { layer: unit.layer, spec: layer, observers };
         match (&unit.part, &layer.ffn) {
-            (Part::Attention, _) => {
-                let gain = tensors.take(Role::MixerNorm)?;
-                let weights = tensors.attention()?;
-                let site = Site { layer: unit.layer, point: Point::BeforeAttention };
+            (Part::Mixer, _) => {
+                let norm = tensors.norm(layer.norm, Role::MixerNorm, Role::MixerNormBias)?;
+                at.gain(0, &norm)?;
+                let weights = tensors.mixer(&layer.mixer)?;
                 for batch in batches {
                     batch.hidden = on(&batch.hidden, &self.placement(unit.layer).device)?;
-                    let x = fused::rms_norm(&batch.hidden, &gain, layer.mixer_norm.eps)?;
-                    show(observers, site, batch.first_token, &x)?;
-                    let mixed = attention::attention(&layer.attention, &weights, table, &x, self.tokens.tokens)?;
-                    batch.hidden = (&batch.hidden + mixed)?;
+                    at.mix(batch, &norm, |x| self.mix(&layer.mixer, &weights, table, x))?;
                 }
             }
-            (Part::Dense, _) => {
-                let gain = tensors.take(Role::FfnNorm)?;
-                let weights = tensors.gated()?;
+            (Part::Dense, FfnSpec::Dense(mlp)) => {
+                let norm = at.ffn_norm(&mut tensors)?;
+                let weights = tensors.dense(*mlp)?;
                 for batch in batches {
-                    let x = self.before_mlp(unit.layer, layer, &gain, batch, observers)?;
-                    batch.hidden = (&batch.hidden + weights.apply(&x)?)?;
+                    let x = at.before_ffn(batch, norm.as_ref())?;
+                    let out = weights.apply(&x)?;
+                    at.after_ffn(batch, norm.as_ref(), out)?;
                 }
             }
             (Part::Router, FfnSpec::Moe(moe)) => {
-                let gain = tensors.take(Role::FfnNorm)?;
-                let router = tensors.router()?;
+                let norm = at.ffn_norm(&mut tensors)?;
+                let (router, shared) = tensors.router(moe)?;
                 for batch in batches {
-                    let x = self.before_mlp(unit.layer, layer, &gain, batch, observers)?;
+                    let x = at.before_ffn(batch, norm.as_ref())?;
                     let routing = ffn::route(moe.router, moe.top_k, &router, &x)?;
-                    for observer in &mut *observers {
-                        observer.routing(unit.layer, batch.first_token, &routing)?;
-                    }
-                    batch.mixture = Some(Mixture { out: zeros_like(&x)?, x, routing });
+                    at.routed(batch.first_token, &routing)?;
+                    let out = shared.as_ref().map_or_else(|| Ok(zeros_like(&x)?), |shared| shared.apply(&x))?;
+                    batch.mixture = Some(Mixture { out, x, routing });
                 }
             }
-            (Part::Experts(group), FfnSpec::Moe(moe)) => experts(moe, group, &mut tensors, batches)?,
+            (Part::Experts(group), FfnSpec::Moe(moe)) => at.experts(moe, group, &mut tensors, batches)?,
             (part, ffn) => return Err(WorkerError::internal(format!("unit {part:?} in a layer with {ffn:?}"))),
         }
         Ok(())
     }
 
-    fn before_mlp(
-        &self,
-        index: usize,
-        layer: &LayerSpec,
-        gain: &Tensor,
-        batch: &MicroBatch,
-        observers: &mut [&mut dyn Observer],
-    ) -> Result<Tensor> {
-        let x = fused::rms_norm(&batch.hidden, gain, layer.ffn_norm.eps)?;
-        show(observers, Site { layer: index, point: Point::BeforeMlp }, batch.first_token, &x)?;
-        Ok(x)
+    fn mix(&self, spec: &MixerSpec, weights: &MixerWeights, table: Option<&RopeTable>, x: &Tensor) -> Result<Tensor> {
+        let n = self.tokens.tokens;
+        Ok(match (spec, weights, table) {
+            (MixerSpec::Attention(spec), MixerWeights::Attention(weights), table) => {
+                attention(spec, weights, table, x, n)?
+            }
+            (MixerSpec::Latent(spec), MixerWeights::Latent(weights), Some(table)) => {
+                latent_attention(spec, weights, table, x, n)?
+            }
+            (MixerSpec::DeltaNet(spec), MixerWeights::DeltaNet(weights), _) => delta_net(spec, weights, x, n)?,
+            (spec, ..) => return Err(WorkerError::internal(format!("other weights than those of {spec:?}"))),
+        })
     }
 
     // ------------------------------------------------------------------------------------------------------ head
+
+    /// Final norm, and the matrix that leads out to the head's width.
+    fn before_head(
+        &self,
+        batches: &mut [MicroBatch],
+        device: &Device,
+        observers: &mut [&mut dyn Observer],
+    ) -> Result<()> {
+        let mut output = self.load(0, &self.spec().output_needs(), device)?;
+        let spec = self.spec().final_norm;
+        let norm = spec.map(|spec| output.norm(spec, Role::FinalNorm, Role::FinalNormBias)).transpose()?;
+        let lead_out = output.linear_if_there(Role::ProjectOut);
+        for batch in batches {
+            batch.hidden = on(&batch.hidden, device)?;
+            if let Some(norm) = &norm {
+                batch.hidden = norm.apply(&batch.hidden)?;
+                for observer in &mut *observers {
+                    observer.final_norm(batch.first_token, &batch.hidden)?;
+                }
+            }
+            if let Some(lead_out) = &lead_out {
+                batch.hidden = lead_out.apply(&batch.hidden)?;
+            }
+        }
+        Ok(())
+    }
 
     /// Final norm, then the head in blocks of the vocabulary, each read once and met by all tokens.
     fn head(
@@ -262,33 +326,30 @@ impl Pass<'_> {
         observers: &mut [&mut dyn Observer],
     ) -> Result<Vec<f32>> {
         let device = &self.devices[0].device;
-        let norm_need = &self.spec().head_needs()[0];
-        let (norm_name, norm_entry) = self.model.entry(0, norm_need);
-        let bytes = self.read_rows(norm_entry, &(0..self.spec().hidden))?;
-        let gain = dtype::to_tensor(&bytes, &norm_entry.dtype, &norm_need.shape, self.compute, device, &norm_name)?;
-        for batch in &mut batches {
-            batch.hidden = fused::rms_norm(&on(&batch.hidden, device)?, &gain, self.spec().final_norm.eps)?;
-            for observer in &mut *observers {
-                observer.final_norm(batch.first_token, &batch.hidden)?;
-            }
-        }
+        self.before_head(&mut batches, device, observers)?;
         let mut likelihoods = Likelihoods::new(self.tokens);
-        let need =
-            self.spec().head_needs().pop().filter(|_| !self.spec().tied_head).unwrap_or(self.spec().embedding_need());
-        let (name, entry) = self.model.entry(0, &need);
+        let need = self.spec().head_need();
+        let stored = self.model.stored(0, &need);
+        let bias = self.spec().head_bias_need().map(|need| self.load_one(0, &need, device)).transpose()?;
         let load = |block: &(Range<usize>, Option<Vec<u8>>)| {
-            let fresh = if block.1.is_none() { Some(self.read_rows(entry, &block.0)?) } else { None };
+            let fresh = if block.1.is_none() { Some(self.read_rows(&stored, &block.0)?) } else { None };
             let bytes = block.1.as_ref().or(fresh.as_ref()).expect("one of the two");
-            dtype::to_tensor(bytes, &entry.dtype, &[block.0.len(), self.spec().hidden], self.compute, device, &name)
+            let entry = stored.values.entry;
+            let encoded = Encoded::Plain { dtype: &entry.dtype, bytes };
+            dtype::decode(&encoded, &[block.0.len(), need.shape[1]], self.compute, device, &entry.name)
         };
-        let blocks = if self.spec().tied_head {
+        let blocks = if self.spec().head.tied {
             kept.into_iter().map(|(range, bytes)| (range, Some(bytes))).collect()
         } else {
             vocab_blocks(self.spec().vocab, VOCAB_BLOCK).into_iter().map(|range| (range, None)).collect()
         };
         pipeline(blocks, load, |(block, _), matrix| {
+            let bias = bias.as_ref().map(|bias| bias.narrow(0, block.start, block.len())).transpose()?;
             for batch in &batches {
-                let logits = batch.hidden.matmul(&matrix.t()?)?;
+                let mut logits = batch.hidden.matmul(&matrix.t()?)?;
+                if let Some(bias) = &bias {
+                    logits = logits.broadcast_add(bias)?;
+                }
                 for observer in &mut *observers {
                     observer.logits(batch.first_token, block.start, &logits)?;
                 }
@@ -304,33 +365,155 @@ impl Pass<'_> {
     }
 }
 
-/// All experts of a group over all micro-batches; the last group closes the layer.
-fn experts(moe: &MoeSpec, group: &Range<usize>, tensors: &mut UnitTensors, batches: &mut [MicroBatch]) -> Result<()> {
-    for expert in group.clone() {
-        let weights = tensors.expert(expert)?;
-        for batch in &mut *batches {
-            let mixture = batch.mixture.take().ok_or_else(|| WorkerError::internal("experts before their router"))?;
-            let out = ffn::add_expert(mixture.out, &mixture.x, &mixture.routing, expert, &weights)?;
-            batch.mixture = Some(Mixture { out, ..mixture });
-        }
-    }
-    if group.end == moe.experts {
-        for batch in batches {
-            if let Some(mixture) = batch.mixture.take() {
-                batch.hidden = (&batch.hidden + mixture.out)?;
-            }
-        }
-    }
-    Ok(())
+/// Rotation tables, one per kind of rotation in the model.
+struct RopeTables {
+    positions: usize,
+    made: Vec<(RopeSpec, RopeTable)>,
 }
 
-fn show(observers: &mut [&mut dyn Observer], site: Site, first_token: usize, x: &Tensor) -> Result<()> {
-    for observer in observers {
-        if observer.wants(site) {
-            observer.observe(site, first_token, x)?;
+impl RopeTables {
+    fn get(&mut self, spec: &RopeSpec) -> &RopeTable {
+        let at = self.made.iter().position(|(made, _)| made == spec).unwrap_or_else(|| {
+            self.made.push((spec.clone(), spec.table(self.positions)));
+            self.made.len() - 1
+        });
+        &self.made[at].1
+    }
+}
+
+/// A layer, and who looks on.
+struct At<'a, 'o> {
+    layer: usize,
+    spec: &'a LayerSpec,
+    observers: &'a mut [&'o mut dyn Observer],
+}
+
+impl At<'_, '_> {
+    fn show(&mut self, point: Point, first_token: usize, x: &Tensor) -> Result<()> {
+        let site = Site { layer: self.layer, point };
+        for observer in &mut *self.observers {
+            if observer.wants(site) {
+                observer.observe(site, first_token, x)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A norm of the layer: 0 the mixer's, 1 the feed-forward's.
+    fn point(&self, norm: usize) -> Point {
+        self.spec.order.points()[norm]
+    }
+
+    fn gain(&mut self, norm: usize, of: &Norm) -> Result<()> {
+        let site = Site { layer: self.layer, point: self.point(norm) };
+        for observer in &mut *self.observers {
+            observer.gain(site, of.gain())?;
+        }
+        Ok(())
+    }
+
+    /// The feed-forward's norm, where it has one of its own.
+    fn ffn_norm(&mut self, tensors: &mut UnitTensors) -> Result<Option<Norm>> {
+        if self.spec.order == NormOrder::Shared {
+            return Ok(None);
+        }
+        let norm = tensors.norm(self.spec.norm, Role::FfnNorm, Role::FfnNormBias)?;
+        self.gain(1, &norm)?;
+        Ok(Some(norm))
+    }
+
+    /// Adds what `mixer` makes of a micro-batch to its residual stream.
+    fn mix(&mut self, batch: &mut MicroBatch, norm: &Norm, mixer: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
+        let first = batch.first_token;
+        if self.spec.order == NormOrder::After {
+            let out = mixer(&batch.hidden)?;
+            self.show(Point::AttentionOut, first, &out)?;
+            batch.hidden = norm.apply(&(&batch.hidden + out)?)?;
+            return self.show(self.point(0), first, &batch.hidden);
+        }
+        let x = norm.apply(&batch.hidden)?;
+        self.show(self.point(0), first, &x)?;
+        let out = mixer(&x)?;
+        self.show(Point::AttentionOut, first, &out)?;
+        batch.hidden = (&batch.hidden + out)?;
+        batch.shared_norm = (self.spec.order == NormOrder::Shared).then_some(x);
+        Ok(())
+    }
+
+    /// The feed-forward's input.
+    fn before_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>) -> Result<Tensor> {
+        match (self.spec.order, norm) {
+            (NormOrder::Before, Some(norm)) => {
+                let x = norm.apply(&batch.hidden)?;
+                self.show(self.point(1), batch.first_token, &x)?;
+                Ok(x)
+            }
+            (NormOrder::Shared, _) => {
+                let shared = batch.shared_norm.take();
+                shared.ok_or_else(|| WorkerError::internal("a feed-forward before the mixer whose norm it shares"))
+            }
+            _ => Ok(batch.hidden.clone()),
         }
     }
-    Ok(())
+
+    /// Adds the feed-forward's output, which ends the layer.
+    fn after_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>, out: Tensor) -> Result<()> {
+        let first = batch.first_token;
+        self.show(Point::MlpOut, first, &out)?;
+        batch.hidden = (&batch.hidden + out)?;
+        if let (NormOrder::After, Some(norm)) = (self.spec.order, norm) {
+            batch.hidden = norm.apply(&batch.hidden)?;
+            self.show(self.point(1), first, &batch.hidden)?;
+        }
+        self.show(Point::Residual, first, &batch.hidden)
+    }
+
+    fn routed(&mut self, first_token: usize, routing: &Routing) -> Result<()> {
+        for observer in &mut *self.observers {
+            observer.routing(self.layer, first_token, routing)?;
+        }
+        Ok(())
+    }
+
+    /// All experts of a group over all micro-batches; the last group closes the layer.
+    fn experts(
+        &mut self,
+        moe: &MoeSpec,
+        group: &Range<usize>,
+        tensors: &mut UnitTensors,
+        batches: &mut [MicroBatch],
+    ) -> Result<()> {
+        let early = || WorkerError::internal("experts before their router");
+        for expert in group.clone() {
+            let weights = tensors.expert(moe.expert, expert)?;
+            for batch in &mut *batches {
+                let mixture = batch.mixture.take().ok_or_else(early)?;
+                let mut out = mixture.out;
+                if let Some(rows) = ffn::expert_out(&mixture.x, &mixture.routing, expert, &weights)? {
+                    self.expert(expert, batch.first_token, &rows)?;
+                    out = ffn::add_expert(out, &mixture.routing, &rows)?;
+                }
+                batch.mixture = Some(Mixture { out, ..mixture });
+            }
+        }
+        if group.end == moe.experts {
+            for batch in batches {
+                let mixture = batch.mixture.take().ok_or_else(early)?;
+                self.after_ffn(batch, None, mixture.out)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn expert(&mut self, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
+        let site = Site { layer: self.layer, point: Point::ExpertOut };
+        for observer in &mut *self.observers {
+            if observer.wants(site) {
+                observer.expert(self.layer, expert, first_token, rows)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 fn vocab_blocks(vocab: usize, size: usize) -> Vec<Range<usize>> {

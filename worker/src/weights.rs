@@ -1,16 +1,22 @@
-//! From stored bytes to a unit's tensors on a device.
+//! From a unit's decoded tensors to the weights of its blocks.
 
 use std::collections::HashMap;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
-use crate::attention::AttentionWeights;
-use crate::decoder::Role;
-use crate::ffn::GatedWeights;
+use crate::attention::{AttentionWeights, Projections};
+use crate::decoder::{
+    AttentionSpec, DeltaNetSpec, GateUp, LatentSpec, MixerSpec, MlpRoles, MlpSpec, MoeSpec, NormSpec, QkNorm, Role,
+    SharedSpec,
+};
+use crate::delta_net::DeltaNetWeights;
+use crate::ffn::{MlpWeights, Router, SharedWeights, Widening};
+use crate::mla::{LatentQuery, LatentWeights};
+use crate::norm::Norm;
 
 /// A matrix `[out, in]` and perhaps a bias `[out]`.
 pub struct Linear {
-    /// `[out, in]`.
+    /// `[out, in]`; a transposed view where the checkpoint stores `[in, out]`.
     pub weight: Tensor,
     /// `[out]`.
     pub bias: Option<Tensor>,
@@ -24,7 +30,18 @@ impl Linear {
     }
 }
 
-/// The decoded tensors of one streaming unit, by role and expert. Taking one out twice is a bug, so it is an error.
+/// A mixer's tensors on one device.
+pub enum MixerWeights {
+    /// Of [`MixerSpec::Attention`].
+    Attention(AttentionWeights),
+    /// Of [`MixerSpec::Latent`].
+    Latent(LatentWeights),
+    /// Of [`MixerSpec::DeltaNet`].
+    DeltaNet(DeltaNetWeights),
+}
+
+/// The decoded tensors of one streaming unit, by role and expert. Each is taken out once; one that is missing means that a spec's
+/// needs and the block that uses them disagree, which is an error and not a panic, since a run costs money.
 pub struct UnitTensors {
     tensors: HashMap<(Role, Option<usize>), Tensor>,
 }
@@ -38,56 +55,148 @@ impl UnitTensors {
     /// Removes one tensor.
     ///
     /// # Errors
-    /// If it is not there: a spec's needs and the block that uses them disagree.
+    /// It is not there.
     pub fn take(&mut self, role: Role) -> Result<Tensor> {
-        self.take_expert(role, None)
+        self.take_for(role, None)
     }
 
-    fn take_expert(&mut self, role: Role, expert: Option<usize>) -> Result<Tensor> {
+    fn take_for(&mut self, role: Role, expert: Option<usize>) -> Result<Tensor> {
         let missing = || candle_core::Error::Msg(format!("no tensor {role:?} (expert {expert:?}) in this unit"));
         self.tensors.remove(&(role, expert)).ok_or_else(missing)
     }
 
-    fn linear(&mut self, weight: Role, bias: Role) -> Result<Linear> {
-        Ok(Linear { weight: self.take(weight)?, bias: self.tensors.remove(&(bias, None)) })
+    fn linear(&mut self, weight: Role, bias: Role, expert: Option<usize>) -> Result<Linear> {
+        Ok(Linear { weight: self.take_for(weight, expert)?, bias: self.tensors.remove(&(bias, expert)) })
     }
 
-    /// The attention tensors.
-    pub fn attention(&mut self) -> Result<AttentionWeights> {
-        let query_norm = self.tensors.remove(&(Role::QueryNorm, None));
-        let key_norm = self.tensors.remove(&(Role::KeyNorm, None));
-        Ok(AttentionWeights {
-            query: self.linear(Role::Query, Role::QueryBias)?,
-            key: self.linear(Role::Key, Role::KeyBias)?,
-            value: self.linear(Role::Value, Role::ValueBias)?,
-            output: self.linear(Role::Output, Role::OutputBias)?,
-            qk_norm: query_norm.zip(key_norm),
+    fn plain(&mut self, weight: Role) -> Result<Linear> {
+        Ok(Linear { weight: self.take(weight)?, bias: None })
+    }
+
+    /// A matrix without bias, if it is there.
+    pub fn linear_if_there(&mut self, role: Role) -> Option<Linear> {
+        self.tensors.remove(&(role, None)).map(|weight| Linear { weight, bias: None })
+    }
+
+    /// A norm.
+    ///
+    /// # Errors
+    /// Its gain is not there.
+    pub fn norm(&mut self, spec: NormSpec, gain: Role, bias: Role) -> Result<Norm> {
+        let bias = self.tensors.remove(&(bias, None));
+        Norm::new(spec, self.take(gain)?, bias)
+    }
+
+    /// A mixer's tensors.
+    ///
+    /// # Errors
+    /// One is not there.
+    pub fn mixer(&mut self, spec: &MixerSpec) -> Result<MixerWeights> {
+        Ok(match spec {
+            MixerSpec::Attention(spec) => MixerWeights::Attention(self.attention(spec)?),
+            MixerSpec::Latent(spec) => MixerWeights::Latent(self.latent(spec)?),
+            MixerSpec::DeltaNet(spec) => MixerWeights::DeltaNet(self.delta_net(spec)?),
         })
     }
 
-    /// The dense MLP's tensors.
-    pub fn gated(&mut self) -> Result<GatedWeights> {
-        Ok(GatedWeights {
-            gate: self.linear(Role::Gate, Role::GateBias)?,
-            up: self.linear(Role::Up, Role::UpBias)?,
-            down: self.linear(Role::Down, Role::DownBias)?,
+    fn attention(&mut self, spec: &AttentionSpec) -> Result<AttentionWeights> {
+        let projections = if spec.fused_qkv {
+            Projections::Fused(self.linear(Role::QueryKeyValue, Role::QueryKeyValueBias, None)?)
+        } else {
+            Projections::Separate {
+                query: self.linear(Role::Query, Role::QueryBias, None)?,
+                key: self.linear(Role::Key, Role::KeyBias, None)?,
+                value: self.linear(Role::Value, Role::ValueBias, None)?,
+            }
+        };
+        let qk_norm = match spec.qk_norm {
+            QkNorm::None | QkNorm::AfterRope { .. } => None,
+            QkNorm::WholeProjection(norm) | QkNorm::PerHead(norm) => Some((
+                Norm::new(norm, self.take(Role::QueryNorm)?, None)?,
+                Norm::new(norm, self.take(Role::KeyNorm)?, None)?,
+            )),
+        };
+        let sinks = if spec.sinks { Some(self.take(Role::Sinks)?) } else { None };
+        Ok(AttentionWeights { projections, output: self.linear(Role::Output, Role::OutputBias, None)?, qk_norm, sinks })
+    }
+
+    fn latent(&mut self, spec: &LatentSpec) -> Result<LatentWeights> {
+        let query = match spec.query_rank {
+            None => LatentQuery::Direct(self.plain(Role::Query)?),
+            Some(_) => LatentQuery::LowRank {
+                down: self.plain(Role::QueryDown)?,
+                norm: Norm::new(spec.norm, self.take(Role::QueryDownNorm)?, None)?,
+                up: self.plain(Role::QueryUp)?,
+            },
+        };
+        Ok(LatentWeights {
+            query,
+            kv_down: self.plain(Role::KeyValueDown)?,
+            kv_norm: Norm::new(spec.norm, self.take(Role::KeyValueDownNorm)?, None)?,
+            kv_up: self.plain(Role::KeyValueUp)?,
+            output: self.plain(Role::Output)?,
         })
     }
 
-    /// The router's matrix.
-    pub fn router(&mut self) -> Result<Linear> {
-        Ok(Linear { weight: self.take(Role::Router)?, bias: None })
+    fn delta_net(&mut self, spec: &DeltaNetSpec) -> Result<DeltaNetWeights> {
+        Ok(DeltaNetWeights {
+            qkvz: self.plain(Role::DeltaQkvz)?,
+            ba: self.plain(Role::DeltaBa)?,
+            convolution: self.take(Role::DeltaConvolution)?,
+            decay: self.take(Role::DeltaDecay)?,
+            step_bias: self.take(Role::DeltaStepBias)?,
+            norm: Norm::new(spec.norm, self.take(Role::DeltaNorm)?, None)?,
+            output: self.plain(Role::Output)?,
+        })
+    }
+
+    fn mlp(&mut self, spec: MlpSpec, roles: &MlpRoles, expert: Option<usize>) -> Result<MlpWeights> {
+        let widening = match spec.gate_up() {
+            None => Widening::Up(self.linear(roles.up, roles.up_bias, expert)?),
+            Some(GateUp::Separate) => Widening::Separate {
+                gate: self.linear(roles.gate, roles.gate_bias, expert)?,
+                up: self.linear(roles.up, roles.up_bias, expert)?,
+            },
+            Some(GateUp::Halves | GateUp::Interleaved) => {
+                Widening::Joined(self.linear(roles.gate_up, roles.gate_up_bias, expert)?)
+            }
+        };
+        Ok(MlpWeights { kind: spec.kind, widening, down: self.linear(roles.down, roles.down_bias, expert)? })
+    }
+
+    /// A dense feed-forward's tensors.
+    ///
+    /// # Errors
+    /// One is not there.
+    pub fn dense(&mut self, spec: MlpSpec) -> Result<MlpWeights> {
+        self.mlp(spec, &MlpRoles::DENSE, None)
     }
 
     /// One expert's tensors.
-    pub fn expert(&mut self, expert: usize) -> Result<GatedWeights> {
-        let mut linear =
-            |role| Ok::<_, candle_core::Error>(Linear { weight: self.take_expert(role, Some(expert))?, bias: None });
-        Ok(GatedWeights {
-            gate: linear(Role::ExpertGate)?,
-            up: linear(Role::ExpertUp)?,
-            down: linear(Role::ExpertDown)?,
-        })
+    ///
+    /// # Errors
+    /// One is not there.
+    pub fn expert(&mut self, spec: MlpSpec, expert: usize) -> Result<MlpWeights> {
+        self.mlp(spec, &MlpRoles::EXPERT, Some(expert))
+    }
+
+    /// The router, and the shared expert.
+    ///
+    /// # Errors
+    /// One of their tensors is not there.
+    pub fn router(&mut self, spec: &MoeSpec) -> Result<(Router, Option<SharedWeights>)> {
+        let correction = match spec.router.correction() {
+            true => Some(self.take(Role::CorrectionBias)?.to_dtype(DType::F32)?.to_vec1()?),
+            false => None,
+        };
+        let router = Router { logits: self.linear(Role::Router, Role::RouterBias, None)?, correction };
+        let shared = spec.shared.map(|shared| self.shared(shared)).transpose()?;
+        Ok((router, shared))
+    }
+
+    fn shared(&mut self, spec: SharedSpec) -> Result<SharedWeights> {
+        let gate = if spec.gate { Some(self.plain(Role::SharedExpertGate)?) } else { None };
+        Ok(SharedWeights { mlp: self.mlp(spec.mlp, &MlpRoles::SHARED, None)?, gate })
     }
 }
 

@@ -190,8 +190,16 @@ pub fn inspection(inspection: &Inspection) -> String {
         ]);
     }
     out += &format!("{table}\n");
-    if !inspection.ignored_tensors.is_empty() {
-        out += &format!("{} tensors on disk are not part of a text-only pass\n", inspection.ignored_tensors.len());
+    for ignored in &inspection.ignored {
+        let bytes = Bytes(ignored.bytes);
+        out += &format!(
+            "{} tensors ({bytes}) on disk are left unread: {}\n",
+            ignored.tensors,
+            clean(ignored.why.as_bytes(), 200)
+        );
+    }
+    if !inspection.unexplained.is_empty() {
+        out += &format!("{} tensors on disk are not explained by the architecture\n", inspection.unexplained.len());
     }
     out + &needs(inspection)
 }

@@ -43,14 +43,29 @@ pub struct Inspection {
     pub layers: Vec<LayerInspection>,
     /// The studied norm outputs, in order of computation.
     pub sites: Vec<SiteInspection>,
-    /// Tensors on disk that a text-only pass does not use.
-    pub ignored_tensors: Vec<String>,
+    /// Tensors on disk that a text-only pass of the main stack does not use, by reason.
+    pub ignored: Vec<IgnoredTensors>,
+    /// Tensors on disk that the architecture does not explain.
+    pub unexplained: Vec<String>,
     /// Files the run needs, with their sizes.
     pub files: Vec<FileBytes>,
     /// Tokenizer file; `None`: only ready token ids can be used.
     pub tokenizer: Option<String>,
     /// What a run over the given number of tokens needs.
     pub plan: PlanFigures,
+}
+
+/// Tensors on disk that are known and left unread.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IgnoredTensors {
+    /// What they are.
+    pub why: String,
+    /// How many.
+    pub tensors: usize,
+    /// Their bytes.
+    pub bytes: u64,
+    /// The name of the first.
+    pub example: String,
 }
 
 /// One layer on disk.

@@ -19,7 +19,9 @@ mod metadata;
 mod progress;
 mod results;
 
-pub use inspection::{FileBytes, Inspection, LayerInspection, PlanFigures, SiteInspection, VersionInfo};
+pub use inspection::{
+    FileBytes, IgnoredTensors, Inspection, LayerInspection, PlanFigures, SiteInspection, VersionInfo,
+};
 pub use job::{
     BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, Thresholds,
 };

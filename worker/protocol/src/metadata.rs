@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::JobSpec;
+use crate::{IgnoredTensors, JobSpec};
 
 /// `metadata.json`: provenance of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -56,8 +56,10 @@ pub struct ModelProvenance {
     pub parameters: u64,
     /// Bytes per stored dtype of the tensors used.
     pub stored_dtypes: BTreeMap<String, u64>,
-    /// Tensors on disk that a text-only pass does not use, by name or pattern.
-    pub ignored_tensors: Vec<String>,
+    /// Tensors on disk that were known and left unread, by reason.
+    pub ignored: Vec<IgnoredTensors>,
+    /// Tensors on disk that the architecture does not explain.
+    pub unexplained: Vec<String>,
 }
 
 /// Which tokenizer.

@@ -84,14 +84,33 @@ pub enum Axis {
     Sites,
 }
 
-/// Where inside a layer a norm output is read.
+/// Where inside a layer values are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Point {
-    /// The input of the attention projections (site 0).
+    /// Norm output, input of the attention projections (site 0). Where one norm feeds attention and MLP, of both.
     BeforeAttention,
-    /// The input of the MLP, or of router and experts (site 1).
+    /// Norm output, input of the MLP, or of router and experts (site 1).
     BeforeMlp,
+    /// Output of the norm after attention's residual addition, input of the MLP (site 0 of a post-norm layer).
+    AfterAttention,
+    /// Output of the norm after the MLP's residual addition, input of the next layer (site 1 of a post-norm layer).
+    AfterMlp,
+    /// The residual stream after the layer.
+    Residual,
+    /// What the mixer (attention or its like) adds to the residual stream.
+    AttentionOut,
+    /// What the feed-forward (MLP, or shared and routed experts together) adds to the residual stream.
+    MlpOut,
+    /// Output of a routed expert's down projection, before its weight.
+    ExpertOut,
+}
+
+impl Point {
+    /// Whether it is a norm's output: the values studied by the definition of outlier features.
+    pub fn is_norm_output(self) -> bool {
+        matches!(self, Self::BeforeAttention | Self::BeforeMlp | Self::AfterAttention | Self::AfterMlp)
+    }
 }
 
 /// Signs of a feature's occurrences.

@@ -139,9 +139,9 @@ impl OutlierStats {
     ) -> Feature {
         let mut all = super::Column::EMPTY;
         (0..self.sites.len()).for_each(|s| all.merge(self.column(s, dim)));
-        let at = |point: Point| {
-            let hit = |i: &usize| self.sites[*i].point == point && self.column(*i, dim).count > 0;
-            (0..self.sites.len()).filter(hit).map(|i| self.sites[i].layer).collect()
+        let feeding = |input: Point| {
+            let hits = (0..self.sites.len()).filter(|i| self.column(*i, dim).count > 0);
+            hits.filter_map(|i| self.sites[i].feeds().filter(|(_, of)| *of == input).map(|(layer, _)| layer)).collect()
         };
         Feature {
             dim,
@@ -165,8 +165,8 @@ impl OutlierStats {
             systematic_by_sites: corpus[1].is_some(),
             sequences_systematic_by_layers: within[0],
             sequences_systematic_by_sites: within[1],
-            layers_before_attention: at(Point::BeforeAttention),
-            layers_before_mlp: at(Point::BeforeMlp),
+            layers_before_attention: feeding(Point::BeforeAttention),
+            layers_before_mlp: feeding(Point::BeforeMlp),
         }
     }
 

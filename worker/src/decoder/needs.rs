@@ -1,0 +1,435 @@
+//! Which tensors a decoder needs, with their shapes, grouped into the units in which they are streamed.
+
+use std::ops::Range;
+
+use super::{
+    AttentionSpec, DecoderSpec, DeltaNetSpec, FfnSpec, GateUp, LatentSpec, LayerSpec, MixerSpec, MlpSpec, MoeSpec,
+    NormKind, NormOrder, NormSpec, Part, QkNorm, Unit,
+};
+
+/// What a tensor is for. An architecture's name table maps each to a published name.
+///
+/// Matrices are `[out, in]` whatever their order on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// Token embedding `[vocab, width]`.
+    Embedding,
+    /// Learned positions `[rows, hidden]`.
+    Positions,
+    /// Embedding width to hidden `[hidden, width]`.
+    ProjectIn,
+    /// Hidden to embedding width `[width, hidden]`.
+    ProjectOut,
+    /// Gain of the last norm `[hidden]`.
+    FinalNorm,
+    /// Its bias.
+    FinalNormBias,
+    /// Head `[vocab, width]`.
+    Head,
+    /// `[vocab]`.
+    HeadBias,
+
+    /// Gain of the mixer's norm `[hidden]`.
+    MixerNorm,
+    /// Its bias.
+    MixerNormBias,
+    /// Projection `[heads * head_dim, hidden]`, twice the rows with an output gate.
+    Query,
+    /// Projection `[kv_heads * head_dim, hidden]`.
+    Key,
+    /// Projection `[kv_heads * head_dim, hidden]`.
+    Value,
+    /// All three in one.
+    QueryKeyValue,
+    /// Projection `[hidden, heads * value width]`, of every kind of mixer.
+    Output,
+    /// Bias of `Query`.
+    QueryBias,
+    /// Bias of `Key`.
+    KeyBias,
+    /// Bias of `Value`.
+    ValueBias,
+    /// Bias of `QueryKeyValue`.
+    QueryKeyValueBias,
+    /// Bias of `Output`.
+    OutputBias,
+    /// Gain of the queries' norm.
+    QueryNorm,
+    /// Gain of the keys' norm.
+    KeyNorm,
+    /// One logit per head `[heads]`.
+    Sinks,
+
+    /// Queries' bottleneck `[query_rank, hidden]`.
+    QueryDown,
+    /// Gain of the norm in it.
+    QueryDownNorm,
+    /// Out of the bottleneck `[heads * (nope + rope), query_rank]`.
+    QueryUp,
+    /// Keys' and values' bottleneck, and the rotated key part `[kv_rank + rope, hidden]`.
+    KeyValueDown,
+    /// Gain of the norm in it.
+    KeyValueDownNorm,
+    /// Out of the bottleneck, per head [key without position | value] `[heads * (nope + value), kv_rank]`.
+    KeyValueUp,
+
+    /// DeltaNet's projection, per key head [q | k | values | gates].
+    DeltaQkvz,
+    /// DeltaNet's projection, per key head [write strengths | decays].
+    DeltaBa,
+    /// Convolution `[channels, 1, kernel]`.
+    DeltaConvolution,
+    /// `A_log` `[value_heads]`.
+    DeltaDecay,
+    /// `dt_bias` `[value_heads]`.
+    DeltaStepBias,
+    /// Gain of the gated norm `[value_dim]`.
+    DeltaNorm,
+
+    /// Gain of the feed-forward's norm `[hidden]`.
+    FfnNorm,
+    /// Its bias.
+    FfnNormBias,
+    /// Projection `[intermediate, hidden]`.
+    Gate,
+    /// Projection `[intermediate, hidden]`.
+    Up,
+    /// Both in one `[2 * intermediate, hidden]`.
+    GateUp,
+    /// Projection `[hidden, intermediate]`.
+    Down,
+    /// Bias of `Gate`.
+    GateBias,
+    /// Bias of `Up`.
+    UpBias,
+    /// Bias of `GateUp`.
+    GateUpBias,
+    /// Bias of `Down`.
+    DownBias,
+
+    /// Router `[experts, hidden]`.
+    Router,
+    /// Bias of its logits `[experts]`.
+    RouterBias,
+    /// Added to its scores for the choice alone `[experts]`.
+    CorrectionBias,
+    /// An expert's projection `[intermediate, hidden]`.
+    ExpertGate,
+    /// An expert's projection `[intermediate, hidden]`.
+    ExpertUp,
+    /// Both in one `[2 * intermediate, hidden]`.
+    ExpertGateUp,
+    /// An expert's projection `[hidden, intermediate]`.
+    ExpertDown,
+    /// Bias of `ExpertGate`.
+    ExpertGateBias,
+    /// Bias of `ExpertUp`.
+    ExpertUpBias,
+    /// Bias of `ExpertGateUp`.
+    ExpertGateUpBias,
+    /// Bias of `ExpertDown`.
+    ExpertDownBias,
+    /// The shared expert's projection.
+    SharedGate,
+    /// The shared expert's projection.
+    SharedUp,
+    /// Both in one.
+    SharedGateUp,
+    /// The shared expert's projection.
+    SharedDown,
+    /// Bias of `SharedGate`.
+    SharedGateBias,
+    /// Bias of `SharedUp`.
+    SharedUpBias,
+    /// Bias of `SharedGateUp`.
+    SharedGateUpBias,
+    /// Bias of `SharedDown`.
+    SharedDownBias,
+    /// What opens the shared expert `[1, hidden]`.
+    SharedExpertGate,
+}
+
+/// One tensor a model needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// What for.
+    pub role: Role,
+    /// Which expert, for the `Expert*` roles.
+    pub expert: Option<usize>,
+    /// Shape it must have.
+    pub shape: Vec<usize>,
+}
+
+impl Need {
+    fn new(role: Role, shape: &[usize]) -> Self {
+        Self { role, expert: None, shape: shape.to_vec() }
+    }
+
+    /// Values in the tensor.
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().map(|&n| n as u64).product()
+    }
+}
+
+/// The roles of one feed-forward's tensors.
+pub(crate) struct MlpRoles {
+    pub(crate) gate: Role,
+    pub(crate) up: Role,
+    pub(crate) gate_up: Role,
+    pub(crate) down: Role,
+    pub(crate) gate_bias: Role,
+    pub(crate) up_bias: Role,
+    pub(crate) gate_up_bias: Role,
+    pub(crate) down_bias: Role,
+}
+
+impl MlpRoles {
+    pub(crate) const DENSE: Self = Self {
+        gate: Role::Gate,
+        up: Role::Up,
+        gate_up: Role::GateUp,
+        down: Role::Down,
+        gate_bias: Role::GateBias,
+        up_bias: Role::UpBias,
+        gate_up_bias: Role::GateUpBias,
+        down_bias: Role::DownBias,
+    };
+    pub(crate) const EXPERT: Self = Self {
+        gate: Role::ExpertGate,
+        up: Role::ExpertUp,
+        gate_up: Role::ExpertGateUp,
+        down: Role::ExpertDown,
+        gate_bias: Role::ExpertGateBias,
+        up_bias: Role::ExpertUpBias,
+        gate_up_bias: Role::ExpertGateUpBias,
+        down_bias: Role::ExpertDownBias,
+    };
+    pub(crate) const SHARED: Self = Self {
+        gate: Role::SharedGate,
+        up: Role::SharedUp,
+        gate_up: Role::SharedGateUp,
+        down: Role::SharedDown,
+        gate_bias: Role::SharedGateBias,
+        up_bias: Role::SharedUpBias,
+        gate_up_bias: Role::SharedGateUpBias,
+        down_bias: Role::SharedDownBias,
+    };
+}
+
+impl DecoderSpec {
+    /// The embedding table.
+    pub fn embedding_need(&self) -> Need {
+        Need::new(Role::Embedding, &[self.vocab, self.embedding.width])
+    }
+
+    /// What else turns token ids into the residual stream: positions, and the matrix that leads in.
+    pub fn input_needs(&self) -> Vec<Need> {
+        let positions = self.embedding.positions.map(|p| Need::new(Role::Positions, &[p.rows, self.hidden]));
+        let lead_in = self.is_projected().then(|| Need::new(Role::ProjectIn, &[self.hidden, self.embedding.width]));
+        positions.into_iter().chain(lead_in).collect()
+    }
+
+    /// What stands between the last layer and the head: final norm, and the matrix that leads out.
+    pub fn output_needs(&self) -> Vec<Need> {
+        let mut needs = Vec::new();
+        if let Some(norm) = &self.final_norm {
+            norm.needs(self.hidden, Role::FinalNorm, Role::FinalNormBias, &mut needs);
+        }
+        if self.is_projected() {
+            needs.push(Need::new(Role::ProjectOut, &[self.embedding.width, self.hidden]));
+        }
+        needs
+    }
+
+    /// The head's matrix: the embedding, if they are tied.
+    pub fn head_need(&self) -> Need {
+        if self.head.tied { self.embedding_need() } else { Need::new(Role::Head, &[self.vocab, self.embedding.width]) }
+    }
+
+    /// The head's bias.
+    pub fn head_bias_need(&self) -> Option<Need> {
+        self.head.bias.then(|| Need::new(Role::HeadBias, &[self.vocab]))
+    }
+
+    /// What a pass reads after the last layer.
+    pub fn head_needs(&self) -> Vec<Need> {
+        let head = (!self.head.tied).then(|| self.head_need());
+        self.output_needs().into_iter().chain(head).chain(self.head_bias_need()).collect()
+    }
+
+    /// Every tensor of the model with its layer (0 for those outside layers).
+    pub fn needs(&self) -> Vec<(usize, Need)> {
+        let outside = std::iter::once(self.embedding_need()).chain(self.input_needs()).chain(self.head_needs());
+        let inside = self.units(u64::MAX).into_iter().flat_map(|u| u.needs.into_iter().map(move |n| (u.layer, n)));
+        outside.map(|need| (0, need)).chain(inside).collect()
+    }
+
+    /// The units of all layers in order. Experts are grouped so that a group stays within `group_elements` values, one expert at least.
+    pub fn units(&self, group_elements: u64) -> Vec<Unit> {
+        self.layers.iter().enumerate().flat_map(|(i, layer)| layer.units(i, self.hidden, group_elements)).collect()
+    }
+
+    fn is_projected(&self) -> bool {
+        self.embedding.width != self.hidden
+    }
+}
+
+impl LayerSpec {
+    fn units(&self, layer: usize, hidden: usize, group_elements: u64) -> Vec<Unit> {
+        let unit = |part, needs| Unit { layer, part, needs };
+        let mut mixer = Vec::new();
+        self.norm.needs(hidden, Role::MixerNorm, Role::MixerNormBias, &mut mixer);
+        self.mixer.needs(hidden, &mut mixer);
+        let mut ffn = Vec::new();
+        if self.order != NormOrder::Shared {
+            self.norm.needs(hidden, Role::FfnNorm, Role::FfnNormBias, &mut ffn);
+        }
+        match &self.ffn {
+            FfnSpec::Dense(mlp) => {
+                mlp.needs(hidden, &MlpRoles::DENSE, &mut ffn);
+                vec![unit(Part::Mixer, mixer), unit(Part::Dense, ffn)]
+            }
+            FfnSpec::Moe(moe) => {
+                moe.router_needs(hidden, &mut ffn);
+                let groups = moe.groups(hidden, group_elements).map(|group| {
+                    let needs = group.clone().flat_map(|expert| moe.expert_needs(expert, hidden)).collect();
+                    unit(Part::Experts(group), needs)
+                });
+                [unit(Part::Mixer, mixer), unit(Part::Router, ffn)].into_iter().chain(groups).collect()
+            }
+        }
+    }
+}
+
+impl NormSpec {
+    fn needs(&self, width: usize, gain: Role, bias: Role, needs: &mut Vec<Need>) {
+        needs.push(Need::new(gain, &[width]));
+        if self.kind == NormKind::Layer {
+            needs.push(Need::new(bias, &[width]));
+        }
+    }
+}
+
+impl MixerSpec {
+    fn needs(&self, hidden: usize, needs: &mut Vec<Need>) {
+        match self {
+            Self::Attention(attention) => attention.needs(hidden, needs),
+            Self::Latent(latent) => latent.needs(hidden, needs),
+            Self::DeltaNet(delta) => delta.needs(hidden, needs),
+        }
+    }
+}
+
+impl AttentionSpec {
+    fn needs(&self, hidden: usize, needs: &mut Vec<Need>) {
+        let (values, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let queries = if self.output_gate { 2 * values } else { values };
+        let projections = if self.fused_qkv {
+            vec![(Role::QueryKeyValue, Role::QueryKeyValueBias, queries + 2 * kv)]
+        } else {
+            vec![
+                (Role::Query, Role::QueryBias, queries),
+                (Role::Key, Role::KeyBias, kv),
+                (Role::Value, Role::ValueBias, kv),
+            ]
+        };
+        for (weight, bias, rows) in projections {
+            needs.push(Need::new(weight, &[rows, hidden]));
+            needs.extend(self.qkv_bias.then(|| Need::new(bias, &[rows])));
+        }
+        needs.push(Need::new(Role::Output, &[hidden, values]));
+        needs.extend(self.output_bias.then(|| Need::new(Role::OutputBias, &[hidden])));
+        let gains = match self.qk_norm {
+            QkNorm::None | QkNorm::AfterRope { .. } => None,
+            QkNorm::WholeProjection(_) => Some((values, kv)),
+            QkNorm::PerHead(_) => Some((self.head_dim, self.head_dim)),
+        };
+        if let Some((query, key)) = gains {
+            needs.extend([Need::new(Role::QueryNorm, &[query]), Need::new(Role::KeyNorm, &[key])]);
+        }
+        needs.extend(self.sinks.then(|| Need::new(Role::Sinks, &[self.heads])));
+    }
+}
+
+impl LatentSpec {
+    fn needs(&self, hidden: usize, needs: &mut Vec<Need>) {
+        let queries = self.heads * (self.nope_dim + self.rope_dim);
+        match self.query_rank {
+            None => needs.push(Need::new(Role::Query, &[queries, hidden])),
+            Some(rank) => needs.extend([
+                Need::new(Role::QueryDown, &[rank, hidden]),
+                Need::new(Role::QueryDownNorm, &[rank]),
+                Need::new(Role::QueryUp, &[queries, rank]),
+            ]),
+        }
+        needs.extend([
+            Need::new(Role::KeyValueDown, &[self.kv_rank + self.rope_dim, hidden]),
+            Need::new(Role::KeyValueDownNorm, &[self.kv_rank]),
+            Need::new(Role::KeyValueUp, &[self.heads * (self.nope_dim + self.value_dim), self.kv_rank]),
+            Need::new(Role::Output, &[hidden, self.heads * self.value_dim]),
+        ]);
+    }
+}
+
+impl DeltaNetSpec {
+    /// Channels of the convolution: all queries, all keys, all values.
+    pub fn channels(&self) -> usize {
+        2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+    }
+
+    fn needs(&self, hidden: usize, needs: &mut Vec<Need>) {
+        let values = self.value_heads * self.value_dim;
+        needs.extend([
+            Need::new(Role::DeltaQkvz, &[self.channels() + values, hidden]),
+            Need::new(Role::DeltaBa, &[2 * self.value_heads, hidden]),
+            Need::new(Role::DeltaConvolution, &[self.channels(), 1, self.kernel]),
+            Need::new(Role::DeltaDecay, &[self.value_heads]),
+            Need::new(Role::DeltaStepBias, &[self.value_heads]),
+            Need::new(Role::DeltaNorm, &[self.value_dim]),
+            Need::new(Role::Output, &[hidden, values]),
+        ]);
+    }
+}
+
+impl MlpSpec {
+    fn needs(&self, hidden: usize, roles: &MlpRoles, needs: &mut Vec<Need>) {
+        let inner = self.intermediate;
+        let widening = match self.gate_up() {
+            None => vec![(roles.up, roles.up_bias, inner)],
+            Some(GateUp::Separate) => vec![(roles.gate, roles.gate_bias, inner), (roles.up, roles.up_bias, inner)],
+            Some(GateUp::Halves | GateUp::Interleaved) => vec![(roles.gate_up, roles.gate_up_bias, 2 * inner)],
+        };
+        for (weight, bias, rows) in widening {
+            needs.push(Need::new(weight, &[rows, hidden]));
+            needs.extend(self.bias.then(|| Need::new(bias, &[rows])));
+        }
+        needs.push(Need::new(roles.down, &[hidden, inner]));
+        needs.extend(self.bias.then(|| Need::new(roles.down_bias, &[hidden])));
+    }
+}
+
+impl MoeSpec {
+    fn router_needs(&self, hidden: usize, needs: &mut Vec<Need>) {
+        needs.push(Need::new(Role::Router, &[self.experts, hidden]));
+        needs.extend(self.router.bias().then(|| Need::new(Role::RouterBias, &[self.experts])));
+        needs.extend(self.router.correction().then(|| Need::new(Role::CorrectionBias, &[self.experts])));
+        if let Some(shared) = &self.shared {
+            shared.mlp.needs(hidden, &MlpRoles::SHARED, needs);
+            needs.extend(shared.gate.then(|| Need::new(Role::SharedExpertGate, &[1, hidden])));
+        }
+    }
+
+    fn expert_needs(&self, expert: usize, hidden: usize) -> Vec<Need> {
+        let mut needs = Vec::new();
+        self.expert.needs(hidden, &MlpRoles::EXPERT, &mut needs);
+        needs.iter_mut().for_each(|need| need.expert = Some(expert));
+        needs
+    }
+
+    fn groups(&self, hidden: usize, group_elements: u64) -> impl Iterator<Item = Range<usize>> + use<> {
+        let one: u64 = self.expert_needs(0, hidden).iter().map(Need::elements).sum();
+        let size = (group_elements / one.max(1)).clamp(1, self.experts.max(1) as u64) as usize;
+        let experts = self.experts;
+        (0..experts).step_by(size).map(move |first| first..(first + size).min(experts))
+    }
+}
