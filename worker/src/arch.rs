@@ -6,14 +6,25 @@ use outliers_protocol::FailureKind;
 use serde_json::Value;
 
 use crate::decoder::{
-    AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, HeadSpec, LayerSpec, MixerSpec, NormOrder, NormSpec, QkNorm,
-    Role, RouterSpec, Window,
+    AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, HeadSpec, LayerSpec, MixerSpec, MlpSpec, MoeSpec, NormOrder,
+    NormSpec, Role, RouterSpec, SharedSpec, Window,
 };
 use crate::error::{Result, WorkerError};
 use crate::rope::{Pairing, RopeScaling, RopeSpec};
 
+mod deepseek_v3;
+mod glm4_moe;
+mod gpt2;
+mod gpt_oss;
+mod gptj;
 mod llama;
+mod llama4;
+mod mixtral;
 mod olmoe;
+mod opt;
+mod qwen3;
+mod qwen3_moe;
+mod qwen3_next;
 
 /// A family of models.
 pub struct Family {
@@ -26,7 +37,21 @@ pub struct Family {
 }
 
 /// Every family, one line each.
-const FAMILIES: &[Family] = &[llama::FAMILY, olmoe::FAMILY];
+const FAMILIES: &[Family] = &[
+    deepseek_v3::FAMILY,
+    glm4_moe::FAMILY,
+    gpt2::FAMILY,
+    gpt_oss::FAMILY,
+    gptj::FAMILY,
+    llama::FAMILY,
+    llama4::FAMILY,
+    mixtral::FAMILY,
+    olmoe::FAMILY,
+    opt::FAMILY,
+    qwen3::FAMILY,
+    qwen3_moe::FAMILY,
+    qwen3_next::FAMILY,
+];
 
 /// Published names of a family's tensors.
 ///
@@ -146,6 +171,14 @@ const SEPARATE_EXPERTS: &[(Role, &str)] = &[
     (Role::ExpertDown, "{base}layers.{layer}.mlp.experts.{expert}.down_proj.weight"),
 ];
 
+/// Names of correction bias and shared expert after DeepSeek-V3.
+const SHARED_EXPERTS: &[(Role, &str)] = &[
+    (Role::CorrectionBias, "{base}layers.{layer}.mlp.gate.e_score_correction_bias"),
+    (Role::SharedGate, "{base}layers.{layer}.mlp.shared_experts.gate_proj.weight"),
+    (Role::SharedUp, "{base}layers.{layer}.mlp.shared_experts.up_proj.weight"),
+    (Role::SharedDown, "{base}layers.{layer}.mlp.shared_experts.down_proj.weight"),
+];
+
 /// Keys that most families after Llama kept: grouped heads with rotary positions, without norms of queries and keys.
 fn attention_like_llama(config: &Config<'_>) -> Result<AttentionSpec> {
     let heads = config.count("num_attention_heads")?;
@@ -154,21 +187,58 @@ fn attention_like_llama(config: &Config<'_>) -> Result<AttentionSpec> {
         None => config.count("hidden_size")? / heads.max(1),
     };
     let bias = config.flag("attention_bias", false)?;
+    let rotated =
+        config.rope_settings().number_opt("partial_rotary_factor")?.or(config.number_opt("partial_rotary_factor")?);
+    let dims = (head_dim as f64 * rotated.unwrap_or(1.0)) as usize;
     Ok(AttentionSpec {
-        heads,
-        kv_heads: config.count_opt("num_key_value_heads")?.unwrap_or(heads),
-        head_dim,
-        fused_qkv: false,
-        qk_norm: QkNorm::None,
         qkv_bias: bias,
         output_bias: bias,
-        clip_qkv: None,
-        rope: Some(config.rope(head_dim)?),
-        window: Window::Full,
-        sinks: false,
-        output_gate: false,
-        temperature: None,
+        rope: Some(config.rope(dims)?),
+        ..AttentionSpec::plain(heads, config.count_opt("num_key_value_heads")?.unwrap_or(heads), head_dim)
     })
+}
+
+/// Qwen's windows: from layer `max_window_layers` on, where switched on.
+fn windowed_from(config: &Config<'_>, layer: usize) -> Result<Window> {
+    let first = config.count_opt("max_window_layers")?.unwrap_or(0);
+    if !config.flag("use_sliding_window", false)? || layer < first {
+        return Ok(Window::Full);
+    }
+    Ok(config.count_opt("sliding_window")?.map_or(Window::Full, Window::Sliding))
+}
+
+/// Which layers of a Qwen mixture have experts: every `decoder_sparse_step`-th but those listed.
+fn sparse_layers(config: &Config<'_>) -> Result<Vec<bool>> {
+    let step = config.count_opt("decoder_sparse_step")?.unwrap_or(1).max(1);
+    let dense = config.counts_opt("mlp_only_layers")?.unwrap_or_default();
+    Ok((0..config.layers()?).map(|layer| (layer + 1).is_multiple_of(step) && !dense.contains(&layer)).collect())
+}
+
+/// The feed-forward of a layer by DeepSeek-V3's keys: the first layers dense, then sigmoid routing with group limits, and a shared expert
+/// as wide as `n_shared_experts` routed ones.
+fn ffn_like_deepseek(config: &Config<'_>, layer: usize) -> Result<FfnSpec> {
+    config.expect_word("scoring_func", "sigmoid")?;
+    config.expect_word("topk_method", "noaux_tc")?;
+    if config.count_opt("moe_layer_freq")?.unwrap_or(1) != 1 {
+        return Err(unsupported("moe_layer_freq other than 1".to_owned()));
+    }
+    if layer < config.count_opt("first_k_dense_replace")?.unwrap_or(0) {
+        return Ok(FfnSpec::Dense(MlpSpec::swiglu(config.count("intermediate_size")?)));
+    }
+    let intermediate = config.count("moe_intermediate_size")?;
+    let shared = config.count_opt("n_shared_experts")?.filter(|n| *n > 0);
+    Ok(FfnSpec::Moe(MoeSpec {
+        experts: config.count("n_routed_experts")?,
+        top_k: config.count("num_experts_per_tok")?,
+        expert: MlpSpec::swiglu(intermediate),
+        router: RouterSpec::SigmoidGroups {
+            groups: config.count_opt("n_group")?.unwrap_or(1),
+            top_groups: config.count_opt("topk_group")?.unwrap_or(1),
+            normalise: config.flag("norm_topk_prob", true)?,
+            scale: config.number_opt("routed_scaling_factor")?.unwrap_or(1.0),
+        },
+        shared: shared.map(|n| SharedSpec { mlp: MlpSpec::swiglu(n * intermediate), gate: false }),
+    }))
 }
 
 /// A pre-norm layer.
@@ -294,13 +364,24 @@ impl<'a> Config<'a> {
 
     /// The number of layers.
     pub fn layers(&self) -> Result<usize> {
-        let layers = self.count("num_hidden_layers")?;
-        let value = Value::from(layers);
-        if layers > MOST_LAYERS {
-            Err(missing("num_hidden_layers", "a plausible number of layers", &value))
-        } else {
+        self.layers_under("num_hidden_layers")
+    }
+
+    /// The same under a family's own key.
+    pub fn layers_under(&self, key: &str) -> Result<usize> {
+        let layers = self.count(key)?;
+        if layers <= MOST_LAYERS {
             Ok(layers)
+        } else {
+            Err(missing(key, "a plausible number of layers", &layers.into()))
         }
+    }
+
+    /// A list read from `key`, which must have one entry per layer.
+    pub fn one_per_layer<T>(&self, key: &str, list: Vec<T>) -> Result<Vec<T>> {
+        let layers = self.layers()?;
+        let found = Value::from(format!("{} entries", list.len()));
+        if list.len() == layers { Ok(list) } else { Err(missing(key, &format!("a list of {layers} entries"), &found)) }
     }
 
     /// A required non-negative whole number.
@@ -349,10 +430,8 @@ impl<'a> Config<'a> {
     /// A list with one word per layer; absent or null is `None`.
     pub fn words_opt(&self, key: &str) -> Result<Option<Vec<&'a str>>> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        let words: Option<Vec<&str>> = value.as_array().map(|list| list.iter().filter_map(Value::as_str).collect());
-        let layers = self.layers()?;
-        let all = words.filter(|words| words.len() == layers);
-        all.map(Some).ok_or_else(|| missing(key, &format!("a list of {layers} words"), value))
+        let words: Option<Vec<&str>> = value.as_array().and_then(|list| list.iter().map(Value::as_str).collect());
+        self.one_per_layer(key, words.ok_or_else(|| missing(key, "a list of words", value))?).map(Some)
     }
 
     /// Refuses a switch of another value than the one the family's blocks compute.
@@ -456,13 +535,26 @@ mod tests {
     use super::*;
     use crate::decoder::Need;
 
-    /// Switches that ask for as many tensors as a family knows.
+    /// Keys of all families, with switches that ask for as many tensors as a family knows.
     fn config(architecture: &str) -> Value {
-        json!({
+        let mut config = json!({
             "architectures": [architecture], "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
-            "num_hidden_layers": 2, "intermediate_size": 12, "vocab_size": 16, "num_experts": 3, "num_experts_per_tok": 2,
-            "attention_bias": true, "mlp_bias": true,
-        })
+            "num_hidden_layers": 4, "intermediate_size": 12, "vocab_size": 16, "num_experts": 3, "num_experts_per_tok": 2,
+            "mlp_bias": true, "attention_bias": architecture != "DeepseekV3ForCausalLM", "use_qk_norm": true,
+            // Mixtures.
+            "num_local_experts": 3, "n_routed_experts": 3, "moe_intermediate_size": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
+            "shared_expert_intermediate_size": 4, "intermediate_size_mlp": 12, "interleave_moe_layer_step": 2, "mlp_only_layers": [0],
+            "sliding_window": 4,
+            // Latent attention and DeltaNet.
+            "q_lora_rank": 4, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 4,
+            "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4,
+            "linear_conv_kernel_dim": 4,
+            // GPT-2, GPT-J, OPT.
+            "n_embd": 8, "n_head": 2, "n_layer": 4, "n_positions": 16, "rotary_dim": 2,
+            "max_position_embeddings": 16, "ffn_dim": 12, "word_embed_proj_dim": 4,
+        });
+        config["text_config"] = config.clone();
+        config
     }
 
     #[test]
@@ -476,7 +568,10 @@ mod tests {
             assert!(names.iter().all(|name| !name.contains('{')), "{name}: {names:?}");
             names.sort();
             names.dedup();
-            assert_eq!(names.len(), needs.len(), "{name}");
+            // Experts of a stacked tensor share its name.
+            let stacked =
+                |(_, need): &&(usize, Need)| need.expert.is_some_and(|e| e > 0) && family.names.is_stacked(need.role);
+            assert_eq!(names.len(), needs.len() - needs.iter().filter(stacked).count(), "{name}");
             // A tied model still may store the head; its name is asked for.
             assert!(!family.names.of("", 0, Role::Head, None).is_empty());
         }

@@ -434,6 +434,27 @@ impl LayerSpec {
     }
 }
 
+impl AttentionSpec {
+    /// Every token sees all before it, with nothing around it: no positions, norms, biases or gates.
+    pub fn plain(heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+        Self {
+            heads,
+            kv_heads,
+            head_dim,
+            fused_qkv: false,
+            qk_norm: QkNorm::None,
+            qkv_bias: false,
+            output_bias: false,
+            clip_qkv: None,
+            rope: None,
+            window: Window::Full,
+            sinks: false,
+            output_gate: false,
+            temperature: None,
+        }
+    }
+}
+
 impl MixerSpec {
     /// The rotation, if there is one.
     pub fn rope(&self) -> Option<&RopeSpec> {

@@ -146,7 +146,7 @@ impl UnitTensors {
             decay: self.take(Role::DeltaDecay)?,
             step_bias: self.take(Role::DeltaStepBias)?,
             norm: Norm::new(spec.norm, self.take(Role::DeltaNorm)?, None)?,
-            output: self.plain(Role::Output)?,
+            output: self.plain(Role::DeltaOutput)?,
         })
     }
 

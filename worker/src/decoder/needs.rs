@@ -41,7 +41,7 @@ pub enum Role {
     Value,
     /// All three in one.
     QueryKeyValue,
-    /// Projection `[hidden, heads * value width]`, of every kind of mixer.
+    /// Projection `[hidden, heads * value width]`.
     Output,
     /// Bias of `Query`.
     QueryBias,
@@ -85,6 +85,8 @@ pub enum Role {
     DeltaStepBias,
     /// Gain of the gated norm `[value_dim]`.
     DeltaNorm,
+    /// DeltaNet's projection out `[hidden, value_heads * value_dim]`.
+    DeltaOutput,
 
     /// Gain of the feed-forward's norm `[hidden]`.
     FfnNorm,
@@ -386,7 +388,7 @@ impl DeltaNetSpec {
             Need::new(Role::DeltaDecay, &[self.value_heads]),
             Need::new(Role::DeltaStepBias, &[self.value_heads]),
             Need::new(Role::DeltaNorm, &[self.value_dim]),
-            Need::new(Role::Output, &[hidden, values]),
+            Need::new(Role::DeltaOutput, &[hidden, values]),
         ]);
     }
 }

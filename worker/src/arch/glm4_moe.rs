@@ -1,0 +1,28 @@
+//! GLM-4.5 (2025): DeepSeek's routing over grouped-query attention with partial rotation. Hugging Face `Glm4MoeForCausalLM`.
+
+use super::{
+    Config, Family, LIKE_LLAMA, NEXT_TOKEN_LAYERS, Names, SEPARATE_EXPERTS, SHARED_EXPERTS, attention_like_llama,
+    decoder_like_llama, ffn_like_deepseek, pre_norm,
+};
+use crate::decoder::{AttentionSpec, DecoderSpec, MixerSpec, NormSpec, QkNorm};
+use crate::error::Result;
+
+pub(super) const FAMILY: Family = Family { architecture: "Glm4MoeForCausalLM", spec, names: &NAMES };
+
+const NAMES: Names = Names {
+    tensors: &[LIKE_LLAMA, SEPARATE_EXPERTS, SHARED_EXPERTS],
+    bases: &["model."],
+    input_major: &[],
+    ignored: &[NEXT_TOKEN_LAYERS],
+};
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_word("hidden_act", "silu")?;
+    let norm = NormSpec::rms(config.number_opt("rms_norm_eps")?.unwrap_or(1e-5));
+    let qk_norm = if config.flag("use_qk_norm", false)? { QkNorm::PerHead(norm) } else { QkNorm::None };
+    let attention = attention_like_llama(config)?;
+    // `attention_bias` is about q, k and v alone.
+    let attention = AttentionSpec { qk_norm, output_bias: false, ..attention };
+    let layer = |index| Ok(pre_norm(norm, MixerSpec::Attention(attention.clone()), ffn_like_deepseek(config, index)?));
+    decoder_like_llama(config, (0..config.layers()?).map(layer).collect::<Result<_>>()?)
+}

@@ -1,0 +1,66 @@
+//! GPT-2 (Radford et al. 2019): learned positions, LayerNorm, fused q/k/v, matrices stored `[in, out]`. Hugging Face `GPT2LMHeadModel`.
+
+use super::{Config, Family, Ignored, Names, Pattern};
+use crate::decoder::{
+    AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, HeadSpec, LayerSpec, LearnedPositions, MixerSpec, MlpKind,
+    MlpSpec, NormOrder, NormSpec, Role,
+};
+use crate::error::Result;
+
+pub(super) const FAMILY: Family = Family { architecture: "GPT2LMHeadModel", spec, names: &NAMES };
+
+const NAMES: Names = Names {
+    tensors: &[&[
+        (Role::Embedding, "{base}wte.weight"),
+        (Role::Positions, "{base}wpe.weight"),
+        (Role::FinalNorm, "{base}ln_f.weight"),
+        (Role::FinalNormBias, "{base}ln_f.bias"),
+        (Role::Head, "lm_head.weight"),
+        (Role::MixerNorm, "{base}h.{layer}.ln_1.weight"),
+        (Role::MixerNormBias, "{base}h.{layer}.ln_1.bias"),
+        (Role::QueryKeyValue, "{base}h.{layer}.attn.c_attn.weight"),
+        (Role::QueryKeyValueBias, "{base}h.{layer}.attn.c_attn.bias"),
+        (Role::Output, "{base}h.{layer}.attn.c_proj.weight"),
+        (Role::OutputBias, "{base}h.{layer}.attn.c_proj.bias"),
+        (Role::FfnNorm, "{base}h.{layer}.ln_2.weight"),
+        (Role::FfnNormBias, "{base}h.{layer}.ln_2.bias"),
+        (Role::Up, "{base}h.{layer}.mlp.c_fc.weight"),
+        (Role::UpBias, "{base}h.{layer}.mlp.c_fc.bias"),
+        (Role::Down, "{base}h.{layer}.mlp.c_proj.weight"),
+        (Role::DownBias, "{base}h.{layer}.mlp.c_proj.bias"),
+    ]],
+    bases: &["", "transformer."],
+    input_major: &[Role::QueryKeyValue, Role::Output, Role::Up, Role::Down],
+    ignored: &[
+        Ignored { names: Pattern::Suffix(".attn.bias"), why: "causal mask (a buffer)" },
+        Ignored { names: Pattern::Suffix(".attn.masked_bias"), why: "causal mask (a buffer)" },
+    ],
+};
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_word("activation_function", "gelu_new")?;
+    config.expect_flag("scale_attn_weights", true)?;
+    config.expect_flag("scale_attn_by_inverse_layer_idx", false)?;
+    config.expect_flag("add_cross_attention", false)?;
+    let (hidden, heads, rows) = (config.count("n_embd")?, config.count("n_head")?, config.count("n_positions")?);
+    let norm = NormSpec::layer(config.number_opt("layer_norm_epsilon")?.unwrap_or(1e-5));
+    let attention = AttentionSpec {
+        fused_qkv: true,
+        qkv_bias: true,
+        output_bias: true,
+        ..AttentionSpec::plain(heads, heads, hidden / heads.max(1))
+    };
+    let intermediate = config.count_opt("n_inner")?.unwrap_or(4 * hidden);
+    let mlp = MlpSpec { intermediate, kind: MlpKind::GeluTanh, bias: true };
+    let mixer = MixerSpec::Attention(attention);
+    let layer = LayerSpec { norm, order: NormOrder::Before, mixer, ffn: FfnSpec::Dense(mlp) };
+    Ok(DecoderSpec {
+        hidden,
+        vocab: config.count("vocab_size")?,
+        max_positions: Some(rows),
+        embedding: EmbeddingSpec { width: hidden, positions: Some(LearnedPositions { rows, offset: 0 }) },
+        layers: vec![layer; config.layers_under("n_layer")?],
+        final_norm: Some(norm),
+        head: HeadSpec { tied: config.flag("tie_word_embeddings", true)?, bias: false },
+    })
+}

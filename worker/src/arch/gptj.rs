@@ -1,0 +1,62 @@
+//! GPT-J (Wang and Komatsuzaki 2021): one norm feeds attention and MLP side by side, interleaved rotation of a part of each head, a
+//! head with a bias. Hugging Face `GPTJForCausalLM`.
+
+use super::{Config, Family, Ignored, Names, Pattern};
+use crate::decoder::{
+    AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, HeadSpec, LayerSpec, MixerSpec, MlpKind, MlpSpec, NormOrder,
+    NormSpec, Role,
+};
+use crate::error::Result;
+use crate::rope::{Pairing, RopeSpec};
+
+pub(super) const FAMILY: Family = Family { architecture: "GPTJForCausalLM", spec, names: &NAMES };
+
+const NAMES: Names = Names {
+    tensors: &[&[
+        (Role::Embedding, "{base}wte.weight"),
+        (Role::FinalNorm, "{base}ln_f.weight"),
+        (Role::FinalNormBias, "{base}ln_f.bias"),
+        (Role::Head, "lm_head.weight"),
+        (Role::HeadBias, "lm_head.bias"),
+        (Role::MixerNorm, "{base}h.{layer}.ln_1.weight"),
+        (Role::MixerNormBias, "{base}h.{layer}.ln_1.bias"),
+        (Role::Query, "{base}h.{layer}.attn.q_proj.weight"),
+        (Role::Key, "{base}h.{layer}.attn.k_proj.weight"),
+        (Role::Value, "{base}h.{layer}.attn.v_proj.weight"),
+        (Role::Output, "{base}h.{layer}.attn.out_proj.weight"),
+        (Role::Up, "{base}h.{layer}.mlp.fc_in.weight"),
+        (Role::UpBias, "{base}h.{layer}.mlp.fc_in.bias"),
+        (Role::Down, "{base}h.{layer}.mlp.fc_out.weight"),
+        (Role::DownBias, "{base}h.{layer}.mlp.fc_out.bias"),
+    ]],
+    bases: &["transformer."],
+    input_major: &[],
+    ignored: &[
+        Ignored { names: Pattern::Suffix(".attn.bias"), why: "causal mask (a buffer)" },
+        Ignored { names: Pattern::Suffix(".attn.masked_bias"), why: "causal mask (a buffer)" },
+    ],
+};
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_word("activation_function", "gelu_new")?;
+    config.expect_flag("rotary", true)?;
+    let (hidden, heads) = (config.count("n_embd")?, config.count("n_head")?);
+    let head_dim = hidden / heads.max(1);
+    let norm = NormSpec::layer(config.number_opt("layer_norm_epsilon")?.unwrap_or(1e-5));
+    let rotary = config.count_opt("rotary_dim")?.unwrap_or(head_dim);
+    let rope = RopeSpec { pairing: Pairing::Interleaved, ..config.rope(rotary)? };
+    let attention = AttentionSpec { rope: Some(rope), ..AttentionSpec::plain(heads, heads, head_dim) };
+    let intermediate = config.count_opt("n_inner")?.unwrap_or(4 * hidden);
+    let mlp = MlpSpec { intermediate, kind: MlpKind::GeluTanh, bias: true };
+    let mixer = MixerSpec::Attention(attention);
+    let layer = LayerSpec { norm, order: NormOrder::Shared, mixer, ffn: FfnSpec::Dense(mlp) };
+    Ok(DecoderSpec {
+        hidden,
+        vocab: config.count("vocab_size")?,
+        max_positions: config.count_opt("n_positions")?,
+        embedding: EmbeddingSpec { width: hidden, positions: None },
+        layers: vec![layer; config.layers_under("n_layer")?],
+        final_norm: Some(norm),
+        head: HeadSpec { tied: config.flag("tie_word_embeddings", false)?, bias: true },
+    })
+}

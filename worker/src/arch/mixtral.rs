@@ -1,0 +1,42 @@
+//! Mixtral (Jiang et al. 2024): softmax over the best two of eight experts. Hugging Face `MixtralForCausalLM`.
+
+use super::{Config, Family, LIKE_LLAMA, Names, attention_like_llama, decoder_like_llama, pre_norm};
+use crate::decoder::{
+    AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, Role, RouterSpec, Window,
+};
+use crate::error::Result;
+
+pub(super) const FAMILY: Family = Family { architecture: "MixtralForCausalLM", spec, names: &NAMES };
+
+const NAMES: Names = Names {
+    tensors: &[
+        LIKE_LLAMA,
+        &[
+            (Role::Router, "{base}layers.{layer}.block_sparse_moe.gate.weight"),
+            (Role::ExpertGate, "{base}layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight"),
+            (Role::ExpertUp, "{base}layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight"),
+            (Role::ExpertDown, "{base}layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"),
+        ],
+    ],
+    bases: &["model."],
+    input_major: &[],
+    ignored: &[],
+};
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_word("hidden_act", "silu")?;
+    let norm = NormSpec::rms(config.number_opt("rms_norm_eps")?.unwrap_or(1e-5));
+    let attention = AttentionSpec {
+        window: config.count_opt("sliding_window")?.map_or(Window::Full, Window::Sliding),
+        ..attention_like_llama(config)?
+    };
+    let moe = MoeSpec {
+        experts: config.count("num_local_experts")?,
+        top_k: config.count("num_experts_per_tok")?,
+        expert: MlpSpec::swiglu(config.count("intermediate_size")?),
+        router: RouterSpec::SoftmaxTopK { normalise: true },
+        shared: None,
+    };
+    let layer = pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Moe(moe));
+    decoder_like_llama(config, vec![layer; config.layers()?])
+}

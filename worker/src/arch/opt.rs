@@ -1,0 +1,78 @@
+//! OPT (Zhang et al. 2022): learned positions from row 2 on, ReLU; the 350M model has its norms after the residual additions and an
+//! embedding of half the width. Hugging Face `OPTForCausalLM`.
+
+use super::{Config, Family, Names};
+use crate::decoder::{
+    AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, HeadSpec, LayerSpec, LearnedPositions, MixerSpec, MlpKind,
+    MlpSpec, NormOrder, NormSpec, Role,
+};
+use crate::error::Result;
+
+pub(super) const FAMILY: Family = Family { architecture: "OPTForCausalLM", spec, names: &NAMES };
+
+const NAMES: Names = Names {
+    tensors: &[&[
+        (Role::Embedding, "{base}embed_tokens.weight"),
+        (Role::Positions, "{base}embed_positions.weight"),
+        (Role::ProjectIn, "{base}project_in.weight"),
+        (Role::ProjectOut, "{base}project_out.weight"),
+        (Role::FinalNorm, "{base}final_layer_norm.weight"),
+        (Role::FinalNormBias, "{base}final_layer_norm.bias"),
+        (Role::Head, "lm_head.weight"),
+        (Role::MixerNorm, "{base}layers.{layer}.self_attn_layer_norm.weight"),
+        (Role::MixerNormBias, "{base}layers.{layer}.self_attn_layer_norm.bias"),
+        (Role::Query, "{base}layers.{layer}.self_attn.q_proj.weight"),
+        (Role::QueryBias, "{base}layers.{layer}.self_attn.q_proj.bias"),
+        (Role::Key, "{base}layers.{layer}.self_attn.k_proj.weight"),
+        (Role::KeyBias, "{base}layers.{layer}.self_attn.k_proj.bias"),
+        (Role::Value, "{base}layers.{layer}.self_attn.v_proj.weight"),
+        (Role::ValueBias, "{base}layers.{layer}.self_attn.v_proj.bias"),
+        (Role::Output, "{base}layers.{layer}.self_attn.out_proj.weight"),
+        (Role::OutputBias, "{base}layers.{layer}.self_attn.out_proj.bias"),
+        (Role::FfnNorm, "{base}layers.{layer}.final_layer_norm.weight"),
+        (Role::FfnNormBias, "{base}layers.{layer}.final_layer_norm.bias"),
+        (Role::Up, "{base}layers.{layer}.fc1.weight"),
+        (Role::UpBias, "{base}layers.{layer}.fc1.bias"),
+        (Role::Down, "{base}layers.{layer}.fc2.weight"),
+        (Role::DownBias, "{base}layers.{layer}.fc2.bias"),
+    ]],
+    bases: &["model.decoder.", "decoder."],
+    input_major: &[],
+    ignored: &[],
+};
+
+/// Rows of the position table that stand for no position.
+const POSITION_OFFSET: usize = 2;
+/// PyTorch's default; not in the configuration.
+const NORM_EPS: f64 = 1e-5;
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_word("activation_function", "relu")?;
+    config.expect_flag("enable_bias", true)?;
+    config.expect_flag("layer_norm_elementwise_affine", true)?;
+    let (hidden, heads) = (config.count("hidden_size")?, config.count("num_attention_heads")?);
+    let positions = config.count("max_position_embeddings")?;
+    let pre_norm = config.flag("do_layer_norm_before", true)?;
+    let last_norm = pre_norm && !config.flag("_remove_final_layer_norm", false)?;
+    let norm = NormSpec::layer(NORM_EPS);
+    let attention = AttentionSpec {
+        qkv_bias: true,
+        output_bias: true,
+        ..AttentionSpec::plain(heads, heads, hidden / heads.max(1))
+    };
+    let mlp = MlpSpec { intermediate: config.count("ffn_dim")?, kind: MlpKind::Relu, bias: true };
+    let order = if pre_norm { NormOrder::Before } else { NormOrder::After };
+    let layer = LayerSpec { norm, order, mixer: MixerSpec::Attention(attention), ffn: FfnSpec::Dense(mlp) };
+    Ok(DecoderSpec {
+        hidden,
+        vocab: config.count("vocab_size")?,
+        max_positions: Some(positions),
+        embedding: EmbeddingSpec {
+            width: config.count_opt("word_embed_proj_dim")?.unwrap_or(hidden),
+            positions: Some(LearnedPositions { rows: positions + POSITION_OFFSET, offset: POSITION_OFFSET }),
+        },
+        layers: vec![layer; config.layers()?],
+        final_norm: last_norm.then_some(norm),
+        head: HeadSpec { tied: config.flag("tie_word_embeddings", true)?, bias: false },
+    })
+}

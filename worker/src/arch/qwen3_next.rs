@@ -1,0 +1,77 @@
+//! Qwen3-Next (2025): three layers of gated DeltaNet to one of gated attention, zero-centred norms, a gated shared expert.
+//! Hugging Face `Qwen3NextForCausalLM`.
+
+use super::{
+    Config, Family, Ignored, LIKE_LLAMA, Names, Pattern, SEPARATE_EXPERTS, attention_like_llama, decoder_like_llama,
+    pre_norm, sparse_layers, unsupported,
+};
+use crate::decoder::{
+    AttentionSpec, DecoderSpec, DeltaNetSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormKind, NormSpec, QkNorm, Role,
+    RouterSpec, SharedSpec,
+};
+use crate::error::Result;
+
+pub(super) const FAMILY: Family = Family { architecture: "Qwen3NextForCausalLM", spec, names: &NAMES };
+
+const NAMES: Names = Names {
+    tensors: &[
+        &[
+            (Role::DeltaQkvz, "{base}layers.{layer}.linear_attn.in_proj_qkvz.weight"),
+            (Role::DeltaBa, "{base}layers.{layer}.linear_attn.in_proj_ba.weight"),
+            (Role::DeltaConvolution, "{base}layers.{layer}.linear_attn.conv1d.weight"),
+            (Role::DeltaDecay, "{base}layers.{layer}.linear_attn.A_log"),
+            (Role::DeltaStepBias, "{base}layers.{layer}.linear_attn.dt_bias"),
+            (Role::DeltaNorm, "{base}layers.{layer}.linear_attn.norm.weight"),
+            (Role::DeltaOutput, "{base}layers.{layer}.linear_attn.out_proj.weight"),
+            (Role::SharedGate, "{base}layers.{layer}.mlp.shared_expert.gate_proj.weight"),
+            (Role::SharedUp, "{base}layers.{layer}.mlp.shared_expert.up_proj.weight"),
+            (Role::SharedDown, "{base}layers.{layer}.mlp.shared_expert.down_proj.weight"),
+            (Role::SharedExpertGate, "{base}layers.{layer}.mlp.shared_expert_gate.weight"),
+        ],
+        LIKE_LLAMA,
+        SEPARATE_EXPERTS,
+    ],
+    bases: &["model."],
+    input_major: &[],
+    ignored: &[Ignored { names: Pattern::Prefix("mtp."), why: "multi-token prediction" }],
+};
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_word("hidden_act", "silu")?;
+    let eps = config.number_opt("rms_norm_eps")?.unwrap_or(1e-6);
+    let norm = NormSpec { kind: NormKind::RmsZeroCentred, eps };
+    let attention =
+        AttentionSpec { qk_norm: QkNorm::PerHead(norm), output_gate: true, ..attention_like_llama(config)? };
+    let delta = DeltaNetSpec {
+        key_heads: config.count("linear_num_key_heads")?,
+        value_heads: config.count("linear_num_value_heads")?,
+        key_dim: config.count("linear_key_head_dim")?,
+        value_dim: config.count("linear_value_head_dim")?,
+        kernel: config.count("linear_conv_kernel_dim")?,
+        norm: NormSpec::rms(eps),
+    };
+    let moe = MoeSpec {
+        experts: config.count("num_experts")?,
+        top_k: config.count("num_experts_per_tok")?,
+        expert: MlpSpec::swiglu(config.count("moe_intermediate_size")?),
+        router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob", true)? },
+        shared: Some(SharedSpec { mlp: MlpSpec::swiglu(config.count("shared_expert_intermediate_size")?), gate: true }),
+    };
+    let interval = config.count_opt("full_attention_interval")?.unwrap_or(4).max(1);
+    let kinds = config.words_opt("layer_types")?;
+    let layer = |(index, sparse): (usize, bool)| {
+        let by_interval = if (index + 1).is_multiple_of(interval) { "full_attention" } else { "linear_attention" };
+        let mixer = match kinds.as_ref().map_or(by_interval, |kinds| kinds[index]) {
+            "full_attention" => MixerSpec::Attention(attention.clone()),
+            "linear_attention" => MixerSpec::DeltaNet(delta),
+            other => return Err(unsupported(format!("layer_types[{index}] {other:?}"))),
+        };
+        let ffn = if sparse {
+            FfnSpec::Moe(moe.clone())
+        } else {
+            FfnSpec::Dense(MlpSpec::swiglu(config.count("intermediate_size")?))
+        };
+        Ok(pre_norm(norm, mixer, ffn))
+    };
+    decoder_like_llama(config, sparse_layers(config)?.into_iter().enumerate().map(layer).collect::<Result<_>>()?)
+}
