@@ -1,0 +1,77 @@
+//! Floats stored one after the other.
+
+use std::marker::PhantomData;
+
+use half::{bf16, f16};
+
+use super::Format;
+use super::convert::{Compute, widen_f16};
+
+/// A float of `N` bytes as it is stored.
+pub(super) trait Stored<const N: usize>: Sync {
+    /// Its value.
+    fn wide(bytes: [u8; N]) -> f32;
+}
+
+impl Stored<4> for f32 {
+    #[inline(always)]
+    fn wide(bytes: [u8; 4]) -> f32 {
+        Self::from_le_bytes(bytes)
+    }
+}
+
+impl Stored<2> for f16 {
+    #[inline(always)]
+    fn wide(bytes: [u8; 2]) -> f32 {
+        widen_f16(u16::from_le_bytes(bytes))
+    }
+}
+
+impl Stored<2> for bf16 {
+    #[inline(always)]
+    fn wide(bytes: [u8; 2]) -> f32 {
+        f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16)
+    }
+}
+
+/// Floats `S`. A dtype on its way to itself is rounded too: exact, and as fast as the memory.
+pub(super) struct Wide<'a, S, const N: usize> {
+    stored: &'a [[u8; N]],
+    dtype: PhantomData<S>,
+}
+
+impl<'a, S: Stored<N>, const N: usize> Wide<'a, S, N> {
+    pub(super) fn new(bytes: &'a [u8]) -> Self {
+        Self { stored: bytes.as_chunks().0, dtype: PhantomData }
+    }
+}
+
+impl<T: Compute, S: Stored<N>, const N: usize> Format<T> for Wide<'_, S, N> {
+    fn fill(&self, start: usize, out: &mut [T::Bits]) -> bool {
+        let stored = &self.stored[start..][..out.len()];
+        vectorized(|| {
+            let mut fits = true;
+            for (out, bytes) in out.iter_mut().zip(stored) {
+                let value = S::wide(*bytes);
+                *out = T::narrow(value);
+                fits &= T::holds(value);
+            }
+            fits
+        })
+    }
+
+    fn value(&self, index: usize) -> f32 {
+        S::wide(self.stored[index])
+    }
+}
+
+/// Runs a loop with the widest vectors of this processor: its code is compiled a second time, for AVX2. Elsewhere than on
+/// x86-64 the plain code has the best already. Which of them ran cannot be told from the results.
+#[inline(always)]
+fn vectorized<R>(work: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(avx2) = pulp::x86::V3::try_new() {
+        return pulp::Simd::vectorize(avx2, work);
+    }
+    work()
+}
