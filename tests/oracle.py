@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""Compares the worker with Hugging Face transformers, and makes the fixtures of tests/golden again.
+
+    oracle.py check    ORACLE WORKER [--families F ..] [--seeds 1 2 3] [--sizes tiny small] [--no-odd]
+    oracle.py fixtures ORACLE [--only NAME ..]
+
+ORACLE is the folder of make_model.py, golden.py and outliers_ref.py: tiny checkpoints with random weights in the published layouts,
+activations of transformers at every studied norm, router choices, logits and likelihoods, and outlier statistics computed from
+those by a program that shares nothing with ours. Needs torch, transformers, safetensors, tokenizers and numpy.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+HERE = Path(__file__).resolve().parent
+TOLERANCE = 1e-4  # of each tensor's root mean square
+
+KINDS = ["sliding_attention", "full_attention"]
+# Fixtures: family, seed, how it is stored, configuration. Small on purpose; what each exercises is in golden/README.md.
+FIXTURES = {
+    "deepseek-v3-fp8": ("deepseek_v3", 5, {}, {"num_hidden_layers": 2, "n_routed_experts": 8, "moe_intermediate_size": 24}),
+    "deepseek-v31-fp8": ("deepseek_v31", 6, {}, {"num_hidden_layers": 2, "n_routed_experts": 8, "num_nextn_predict_layers": 0}),
+    "glm4-moe": ("glm4_moe", 7, {}, {"num_hidden_layers": 3, "n_routed_experts": 6}),
+    "glm4-moe-grouped": ("glm4_moe_grouped", 8, {}, {"num_hidden_layers": 3, "n_routed_experts": 8}),
+    "gpt-oss-mxfp4": ("gpt_oss", 9, {}, {"num_hidden_layers": 2, "num_local_experts": 6, "layer_types": KINDS}),
+    "gpt-oss-plain": ("gpt_oss", 10, {"quant": False}, {"num_hidden_layers": 2, "num_local_experts": 4, "intermediate_size": 32,
+                                                        "layer_types": KINDS}),
+    "gpt2": ("gpt2", 11, {}, {"n_layer": 3, "n_positions": 64, "n_ctx": 64}),
+    "gptj-bin": ("gptj", 12, {"fmt": "bin", "dtype": "f16"}, {"n_layer": 4, "n_positions": 64}),
+    "kimi-k2-fp8": ("kimi_k2", 13, {"tokenizer_json": False}, {"num_hidden_layers": 2, "n_routed_experts": 6}),
+    "llama-bf16-sharded-tied": ("llama", 4, {"shards": 3},
+                                {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama-f32": ("llama", 3, {"dtype": "f32"}, {}),
+    "llama4-maverick": ("llama4_maverick", 14, {}, {"num_hidden_layers": 4, "num_local_experts": 6, "moe_layers": [1, 3],
+                                                    "no_rope_layers": [1, 1, 1, 0]}),
+    "llama4-scout": ("llama4_scout", 15, {"shards": 2}, {"num_hidden_layers": 4, "num_local_experts": 4}),
+    "mixtral": ("mixtral", 16, {}, {"num_hidden_layers": 3, "num_local_experts": 6}),
+    "olmoe-bf16": ("olmoe", 1, {}, {"num_experts": 8, "num_experts_per_tok": 3}),
+    "olmoe-f32-sharded": ("olmoe", 2, {"dtype": "f32", "shards": 3},
+                          {"num_experts": 6, "num_experts_per_tok": 5, "clip_qkv": 1.5, "norm_topk_prob": True}),
+    "opt-bin": ("opt", 17, {"fmt": "bin", "tokenizer_json": False}, {"num_hidden_layers": 4, "max_position_embeddings": 64}),
+    "opt-350m": ("opt_350m", 18, {}, {"num_hidden_layers": 4, "max_position_embeddings": 64}),
+    "qwen2": ("qwen2", 19, {}, {"num_hidden_layers": 4}),
+    "qwen3": ("qwen3", 20, {}, {"num_hidden_layers": 4}),
+    "qwen3-moe": ("qwen3_moe", 21, {}, {"num_hidden_layers": 4, "num_experts": 8, "mlp_only_layers": [1]}),
+    "qwen3-next": ("qwen3_next", 22, {}, {"num_hidden_layers": 4, "num_experts": 6}),
+}
+# The chunks of DeltaNet are 64 tokens long; windows and attention chunks here are 16.
+FIXTURE_TOKENS = {"qwen3-next": 72}
+
+# Shapes beside the two presets: one expert, all experts, a head of the other kind, head counts that do not divide the hidden size.
+ONE = {"num_experts": 1, "num_experts_per_tok": 1}
+ALL = {"num_experts": 5, "num_experts_per_tok": 5}
+ROUTED = {"n_routed_experts": 5, "num_experts_per_tok": 5}
+LOCAL = {"num_local_experts": 3, "num_experts_per_tok": 3}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+ODD = {
+    "olmoe": [ONE, ALL, TIED],
+    "qwen3_moe": [ONE, ALL, TIED, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}],
+    "mixtral": [LOCAL, TIED, {"num_local_experts": 1, "num_experts_per_tok": 1}, {"sliding_window": 7}],
+    "gpt_oss": [LOCAL, TIED, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "sliding_window": 5}],
+    "glm4_moe": [ROUTED, TIED, {"num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 12}],
+    "glm4_moe_grouped": [{"n_routed_experts": 12, "n_group": 3, "topk_group": 1}, {"n_routed_experts": 8, "topk_group": 4}],
+    "qwen3_next": [ONE, ALL, TIED, {"linear_num_value_heads": 6, "linear_num_key_heads": 2, "linear_value_head_dim": 10}],
+    "llama4_scout": [TIED, {"num_local_experts": 1}, {"attention_chunk_size": 7}],
+    "llama4_maverick": [TIED, {"num_local_experts": 3, "num_experts_per_tok": 2}],
+    "deepseek_v3": [TIED, {"n_group": 1, "topk_group": 1, "n_routed_experts": 5}, {"q_lora_rank": None}, {"rope_scaling": None}],
+    "deepseek_v31": [{"num_attention_heads": 3, "num_key_value_heads": 3, "v_head_dim": 10}],
+    "kimi_k2": [ROUTED, {"n_routed_experts": 1, "num_experts_per_tok": 1}],
+    "gpt2": [UNTIED],
+    "opt": [{"num_attention_heads": 2}],
+    "opt_350m": [{"word_embed_proj_dim": 24}],
+    "gptj": [{"rotary_dim": 16}, {"n_inner": 40}],
+    "llama": [TIED, {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 14}],
+    "qwen3": [UNTIED, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}],
+    "qwen2": [UNTIED, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}],
+}
+
+
+def load_oracle(folder):
+    """The reference's modules, from their folder."""
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(Path(folder).resolve()))
+    import golden
+    import hf
+    import make_model
+    import outliers_ref
+    import torch
+
+    torch.set_num_threads(1)
+    canonical = hf.canonical_router
+
+    def with_all_experts(module, output):
+        """Where every expert is chosen there is no next one to be near, which the reference's margin does not foresee."""
+        scores = output[1] if type(module).__name__ == "Llama4Router" else output[0]
+        chosen = module.top_k if type(module).__name__ == "Llama4Router" else output[2].shape[-1]
+        if chosen < scores.shape[-1]:
+            return canonical(module, output)
+        weights, indices = output[1], output[2]
+        order = indices.argsort(dim=-1)
+        margin = torch.full((indices.shape[0],), 1e9)
+        return indices.gather(1, order), weights.float().gather(1, order), margin, scores.float()
+
+    hf.canonical_router = with_all_experts
+    return make_model.make, golden.golden, outliers_ref.analyse
+
+
+def record(oracle, case, folder, tokens, seqs):
+    """Checkpoint, golden activations and reference statistics of one case, below `folder`."""
+    make, golden, analyse = oracle
+    family, seed, storage, config = case
+    make(family, folder / "model", seed, size=json.dumps(config), **storage)
+    golden(folder / "model", folder / "golden.safetensors", tokens=tokens, seqs=seqs, seed=seed)
+    statistics = analyse(folder / "golden.safetensors", with_positions=True)
+    (folder / "outliers.json").write_text(json.dumps(statistics, indent=1) + "\n")
+
+
+def fixtures(arguments):
+    oracle = load_oracle(arguments.oracle)
+    for name in arguments.only or FIXTURES:
+        folder = HERE / "golden" / name
+        subprocess.run(["rm", "-rf", folder], check=True)
+        folder.mkdir(parents=True)
+        family, seed, storage, config = FIXTURES[name]
+        small = (family, seed, storage, {"tokenizer_vocab": 300, **config})
+        record(oracle, small, folder, FIXTURE_TOKENS.get(name, 40), 2)
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        print(f"{name:24} {size / 1024:6.0f} KiB", flush=True)
+
+
+def compare_activations(golden, candidate):
+    """What differs, in the order of computation."""
+    wrong = []
+    for name, want in golden.items():
+        if name.endswith((".margin", ".logits")) and name.startswith("router."):
+            continue
+        have = candidate.get(name)
+        if have is None or have.shape != want.shape:
+            wrong.append(f"{name}: {'missing' if have is None else have.shape}, expected {want.shape}")
+        elif name.endswith(".indices"):
+            firm = golden[name.replace("indices", "margin")] > 1e-5
+            rerouted = int(((have != want).any(-1) & firm).sum())
+            wrong += [f"{name}: {rerouted} tokens routed differently"] if rerouted else []
+        elif np.issubdtype(want.dtype, np.integer):
+            wrong += [f"{name} differs"] if (have != want).any() else []
+        else:
+            rms = float(np.sqrt(np.mean(want.astype(np.float64) ** 2)))
+            worst = float(np.abs(want.astype(np.float64) - have).max())
+            if not worst <= TOLERANCE * rms:
+                wrong.append(f"{name}: off by {worst:.3g} where the RMS is {rms:.3g}")
+    return sorted(wrong, key=lambda w: [int(p) if p.isdigit() else 0 for p in w.split(":")[0].split(".")][1:2])
+
+
+def run_case(oracle, worker, case, folder):
+    """Makes a case and runs the worker on it: an error in words, or the line that sums it up."""
+    record(oracle, case, folder, 96, 4)
+    output = folder / "out"
+    run = subprocess.run(
+        [worker, "run", "--model", folder / "model", "--token-ids", folder / "golden.safetensors", "--precision", "f32",
+         "--output", output, "--save-activations", "activations.safetensors"], capture_output=True, text=True)
+    if run.returncode != 0:
+        return False, run.stderr.strip().splitlines()[-1:]
+    wrong = compare_activations(load_file(folder / "golden.safetensors"), load_file(output / "activations.safetensors"))
+    if wrong:
+        return False, wrong[:4]
+    statistics = subprocess.run([sys.executable, HERE / "compare_statistics.py", folder / "outliers.json", output / "results.json"],
+                                capture_output=True, text=True)
+    return statistics.returncode == 0, statistics.stdout.strip().splitlines()[:4]
+
+
+def check(arguments):
+    oracle = load_oracle(arguments.oracle)
+    passed = failed = 0
+    for family in arguments.families or ODD:
+        cases = []
+        for seed in arguments.seeds:
+            for size in arguments.sizes:
+                cases.append((f"{family} seed {seed} {size}", (family, seed, {}, {"size": size})))
+        for number, odd in enumerate([] if arguments.no_odd else ODD[family]):
+            storage = {"dtype": "f32", "shards": 3} if number % 2 else {}
+            cases.append((f"{family} {json.dumps(odd)} {storage or ''}", (family, 40 + number, storage, odd)))
+        if family in ("opt", "gptj") and not arguments.no_odd:
+            cases.append((f"{family} in a .bin", (family, 60, {"fmt": "bin"}, {})))
+        for name, case in cases:
+            with tempfile.TemporaryDirectory() as scratch:
+                ok, said = run_case(oracle, arguments.worker, case, Path(scratch))
+            passed, failed = passed + ok, failed + (not ok)
+            print(f"{'ok  ' if ok else 'FAIL'} {name}: {'; '.join(said)}", flush=True)
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(failed > 0)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("check", help="compare the worker with the reference over families, seeds, sizes and odd shapes")
+    one.add_argument("oracle")
+    one.add_argument("worker")
+    one.add_argument("--families", nargs="*", choices=list(ODD))
+    one.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
+    one.add_argument("--sizes", nargs="*", default=["tiny", "small"])
+    one.add_argument("--no-odd", action="store_true", help="only the presets")
+    one.set_defaults(run=check)
+    two = commands.add_parser("fixtures", help="make tests/golden again")
+    two.add_argument("oracle")
+    two.add_argument("--only", nargs="*", choices=list(FIXTURES))
+    two.set_defaults(run=fixtures)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
