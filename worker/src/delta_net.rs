@@ -1,10 +1,21 @@
-//! Gated DeltaNet in its chunked form.
+//! Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) as Qwen3-Next has it: a short convolution mixes neighbouring tokens, then each
+//! value head writes to and reads from a matrix of its own, its state, by a gated delta rule ([`recurrence`]).
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor};
 
 use crate::decoder::DeltaNetSpec;
+use crate::fused::{self, Gate};
 use crate::norm::Norm;
 use crate::weights::Linear;
+
+mod convolution;
+mod recurrence;
+
+use convolution::Convolution;
+use recurrence::Heads;
+
+/// Added to the sum of squares of a query or key; fixed in the reference implementation.
+const UNIT_EPS: f32 = 1e-6;
 
 /// A DeltaNet's tensors on one device. Names of the published tensors in brackets.
 pub struct DeltaNetWeights {
@@ -25,6 +36,82 @@ pub struct DeltaNetWeights {
 }
 
 /// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape, before the residual addition.
-pub fn delta_net(_spec: &DeltaNetSpec, _weights: &DeltaNetWeights, _x: &Tensor, _positions: usize) -> Result<Tensor> {
-    bail!("DeltaNet is being built")
+/// Between the projections everything but the gated norm is f32, whatever the dtype of `x`.
+pub fn delta_net(spec: &DeltaNetSpec, weights: &DeltaNetWeights, x: &Tensor, positions: usize) -> Result<Tensor> {
+    let rows = x.dim(0)?;
+    let sequences = rows / positions;
+    let qkvz = weights.qkvz.apply(x)?;
+    let mixed = heads(spec, weights, &qkvz, &weights.ba.apply(x)?, positions)?.delta_rule()?;
+    let mixed = mixed.reshape((sequences, spec.value_heads, positions, spec.value_dim))?.transpose(1, 2)?;
+    let mixed = mixed.contiguous()?.to_dtype(x.dtype())?.reshape((rows * spec.value_heads, spec.value_dim))?;
+    let normed = weights.norm.apply(&mixed)?;
+    let values = spec.value_heads / spec.key_heads * spec.value_dim;
+    let z = by_key_head(spec, &qkvz)?.narrow(2, 2 * spec.key_dim + values, values)?.contiguous()?;
+    let gated = fused::gated(&z.reshape(normed.shape())?, &normed, Gate::Silu)?;
+    weights.output.apply(&gated.reshape((rows, spec.value_heads * spec.value_dim))?)
 }
+
+/// `[rows, key_heads * n]` as `[rows, key_heads, n]`.
+fn by_key_head(spec: &DeltaNetSpec, projected: &Tensor) -> Result<Tensor> {
+    let (rows, width) = projected.dims2()?;
+    projected.reshape((rows, spec.key_heads, width / spec.key_heads))
+}
+
+/// What the recurrence runs over. Queries, keys and values are convolved and pass through SiLU; queries and keys then become unit
+/// vectors, queries divided by the root of their width.
+fn heads(
+    spec: &DeltaNetSpec,
+    weights: &DeltaNetWeights,
+    qkvz: &Tensor,
+    ba: &Tensor,
+    positions: usize,
+) -> Result<Heads> {
+    let taps = weights.convolution.to_dtype(DType::F32)?.squeeze(1)?.contiguous()?;
+    let qkvz = qkvz.to_dtype(DType::F32)?;
+    let keys = spec.key_heads * spec.key_dim;
+    let key = Convolution {
+        groups: spec.key_heads,
+        per_group: 1,
+        positions,
+        first_column: spec.key_dim,
+        width: spec.key_dim,
+        first_channel: keys,
+        length: Some(1.0),
+    };
+    let query = Convolution { first_column: 0, first_channel: 0, length: Some((spec.key_dim as f32).powf(-0.5)), ..key };
+    let value = Convolution {
+        per_group: spec.value_heads / spec.key_heads,
+        first_column: 2 * spec.key_dim,
+        width: spec.value_dim,
+        first_channel: 2 * keys,
+        length: None,
+        ..key
+    };
+    let (decay, strength) = gates(spec, weights, ba, positions)?;
+    let part = |part: Convolution| part.apply(&qkvz, &taps);
+    Ok(Heads { query: part(query)?, key: part(key)?, value: part(value)?, decay, strength })
+}
+
+/// Per value head and token, each `[sequences * value_heads, positions]`: the logarithm of what the state is multiplied by, never
+/// positive, and how much of a write is done, in (0, 1).
+fn gates(spec: &DeltaNetSpec, weights: &DeltaNetWeights, ba: &Tensor, positions: usize) -> Result<(Tensor, Tensor)> {
+    let (rows, served) = (ba.dim(0)?, spec.value_heads / spec.key_heads);
+    let ba = by_key_head(spec, &ba.to_dtype(DType::F32)?)?;
+    let half = |first| ba.narrow(2, first, served)?.contiguous()?.reshape((rows, spec.value_heads));
+    let strength = (half(0)?.neg()?.exp()? + 1.0)?.recip()?;
+    let step = softplus(&half(served)?.broadcast_add(&weights.step_bias.to_dtype(DType::F32)?)?)?;
+    let decay = step.broadcast_mul(&weights.decay.to_dtype(DType::F32)?.exp()?.neg()?)?;
+    let by_head = |t: Tensor| {
+        let heads = t.reshape((rows / positions, positions, spec.value_heads))?.transpose(1, 2)?.contiguous()?;
+        heads.reshape((rows / positions * spec.value_heads, positions))
+    };
+    Ok((by_head(decay)?, by_head(strength)?))
+}
+
+/// `ln(1 + e^x)`, as `max(x, 0) + ln(1 + e^-|x|)`: never overflows.
+fn softplus(x: &Tensor) -> Result<Tensor> {
+    x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?
+}
+
+#[cfg(test)]
+mod tests;
