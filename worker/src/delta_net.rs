@@ -78,7 +78,8 @@ fn heads(
         first_channel: keys,
         length: Some(1.0),
     };
-    let query = Convolution { first_column: 0, first_channel: 0, length: Some((spec.key_dim as f32).powf(-0.5)), ..key };
+    let query =
+        Convolution { first_column: 0, first_channel: 0, length: Some((spec.key_dim as f32).powf(-0.5)), ..key };
     let value = Convolution {
         per_group: spec.value_heads / spec.key_heads,
         first_column: 2 * spec.key_dim,

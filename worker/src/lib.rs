@@ -29,6 +29,7 @@ pub mod progress;
 pub mod rope;
 pub mod run;
 pub mod safetensors;
+pub mod savepoint;
 pub mod source;
 pub mod stats;
 pub mod stream;

@@ -175,7 +175,9 @@ fn pass(
         observers.push(dump);
     }
     let micro_batch_tokens = job.micro_batch_tokens;
-    let nll = Pass { model, tokens, compute, devices, micro_batch_tokens, with_head, progress }.run(&mut observers)?;
+    let group_elements = crate::stream::GROUP_ELEMENTS;
+    let pass = Pass { model, tokens, compute, devices, micro_batch_tokens, with_head, group_elements, progress };
+    let nll = pass.run(&mut observers, None)?;
     if let Some(dump) = dump {
         dump.finish(nll.as_deref())?;
     }

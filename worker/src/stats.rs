@@ -57,6 +57,16 @@ pub trait Observer {
         Ok(())
     }
 
+    /// What has been seen so far, for [`Self::restore`]. Nothing, for an observer that keeps nothing.
+    fn state(&self) -> Result<Vec<u8>> {
+        Ok(Vec::new())
+    }
+
+    /// Goes on from what [`Self::state`] gave, in a process that starts in the middle of the pass.
+    fn restore(&mut self, _state: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
     /// A mixture's choices at a layer.
     fn routing(&mut self, _layer: usize, _first_token: usize, _routing: &Routing) -> Result<()> {
         Ok(())

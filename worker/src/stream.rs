@@ -26,6 +26,7 @@ use crate::model::{Format, Model, Piece, Stored};
 use crate::norm::Norm;
 use crate::progress::ProgressSink;
 use crate::rope::{RopeSpec, RopeTable};
+use crate::savepoint::{self, SavePoint, SavePoints};
 use crate::stats::{Observer, Site, with_f32};
 use crate::weights::{MixerWeights, UnitTensors, on, zeros_like};
 
@@ -48,6 +49,8 @@ pub struct Pass<'a> {
     pub micro_batch_tokens: usize,
     /// Whether to go on to final norm, head and negative log-likelihoods.
     pub with_head: bool,
+    /// Values decoded per group of experts: bounds memory, changes no number.
+    pub group_elements: u64,
     /// Told of every step.
     pub progress: &'a ProgressSink,
 }
@@ -63,28 +66,93 @@ struct MicroBatch {
     mixture: Option<Mixture>,
 }
 
+impl MicroBatch {
+    fn new(first_token: usize, hidden: Tensor) -> Self {
+        Self { first_token, hidden, shared_norm: None, mixture: None }
+    }
+}
+
 struct Mixture {
     x: Tensor,
     routing: Routing,
     out: Tensor,
 }
 
-/// Bytes of the embedding, kept from the embedding pass because the head is the same matrix.
-type KeptBlocks = Vec<(Range<usize>, Vec<u8>)>;
+/// Bytes of the embedding, kept from the embedding pass if the head is the same matrix.
+type KeptBlocks = Option<Vec<(Range<usize>, Vec<u8>)>>;
 
 impl Pass<'_> {
     /// Runs it; observers see every studied site. Returns the negative log-likelihood of every predicted token
     /// `[sequences, tokens - 1]`, nats, if asked to go on to the head.
-    pub fn run(&self, observers: &mut [&mut dyn Observer]) -> Result<Option<Vec<f32>>> {
-        self.progress.phase(Phase::Embedding);
-        let (mut batches, kept) = self.embed()?;
+    ///
+    /// With `save`, what has been computed is saved now and then, and a pass that finds its save point goes on from there.
+    ///
+    /// # Errors
+    /// Reading or decoding weights, the device, an observer.
+    pub fn run(
+        &self,
+        observers: &mut [&mut dyn Observer],
+        mut save: Option<&mut SavePoints>,
+    ) -> Result<Option<Vec<f32>>> {
+        let found = save.as_ref().and_then(|points| {
+            points.load().unwrap_or_else(|why| {
+                self.progress.say(format!("a save point is not used, since {why}"));
+                None
+            })
+        });
+        let (mut batches, kept, first_layer) = match found {
+            Some(point) => {
+                self.progress.say(format!("going on at layer {}", point.next_layer));
+                (self.restore(&point, observers)?, None, point.next_layer)
+            }
+            None => {
+                self.progress.phase(Phase::Embedding);
+                let (batches, kept) = self.embed()?;
+                (batches, kept, 0)
+            }
+        };
         self.progress.phase(Phase::Layers);
-        self.layers(&mut batches, observers)?;
+        self.layers(first_layer, &mut batches, observers, save.as_deref_mut())?;
         if !self.with_head {
             return Ok(None);
         }
         self.progress.phase(Phase::Head);
         self.head(batches, kept, observers).map(Some)
+    }
+
+    /// Micro-batches and observers as they were.
+    fn restore(&self, point: &SavePoint, observers: &mut [&mut dyn Observer]) -> Result<Vec<MicroBatch>> {
+        if observers.len() != point.observed.len() {
+            return Err(WorkerError::internal("a save point of other observers"));
+        }
+        for (observer, state) in observers.iter_mut().zip(&point.observed) {
+            observer.restore(state)?;
+        }
+        let (width, rows) = (self.spec().hidden, self.batch_rows());
+        let chunks = point.hidden.chunks(rows * width * self.compute.size_in_bytes()).enumerate();
+        let batch = |(i, bytes): (usize, &[u8])| {
+            let tokens = bytes.len() / (width * self.compute.size_in_bytes());
+            let hidden = savepoint::from_bytes(bytes, self.compute, &[tokens, width], &self.devices[0].device)?;
+            Ok(MicroBatch::new(i * rows, hidden))
+        };
+        chunks.map(batch).collect()
+    }
+
+    /// Saves what there is after a layer. A disk that refuses costs the save point, not the run.
+    fn save(
+        &self,
+        points: &mut SavePoints,
+        next_layer: usize,
+        batches: &[MicroBatch],
+        observers: &[&mut dyn Observer],
+    ) -> Result<()> {
+        let states = batches.iter().map(|batch| savepoint::to_bytes(&batch.hidden)).collect::<Result<Vec<_>>>()?;
+        let observed = observers.iter().map(|observer| observer.state()).collect::<Result<_>>()?;
+        let point = SavePoint { next_layer, hidden: states.concat(), observed };
+        if let Err(error) = points.save(&point) {
+            self.progress.say(format!("no save point after layer {}: {error}", next_layer - 1));
+        }
+        Ok(())
     }
 
     fn spec(&self) -> &DecoderSpec {
@@ -107,7 +175,7 @@ impl Pass<'_> {
         let rows = self.batch_rows();
         let mut values: Vec<Vec<f32>> =
             self.tokens.ids.chunks(rows).map(|batch| vec![0f32; batch.len() * width]).collect();
-        let mut kept = Vec::new();
+        let mut kept = (self.spec().head.tied && self.with_head).then(Vec::new);
         let load = |block: &Range<usize>| self.read_rows(&stored, block);
         pipeline(vocab_blocks(self.spec().vocab, VOCAB_BLOCK), load, |block, bytes| {
             let from = order.partition_point(|&t| self.tokens.ids[t] < block.start as i64);
@@ -121,7 +189,7 @@ impl Pass<'_> {
                     values[token / rows][token % rows * width..][..width].copy_from_slice(&row);
                 }
             }
-            if self.spec().head.tied && self.with_head {
+            if let Some(kept) = &mut kept {
                 kept.push((block, bytes));
             }
             Ok(())
@@ -139,7 +207,7 @@ impl Pass<'_> {
             if let Some(positions) = &positions {
                 hidden = (hidden + positions.repeat((tokens / self.tokens.tokens, 1))?)?;
             }
-            Ok(MicroBatch { first_token: i * rows, hidden, shared_norm: None, mixture: None })
+            Ok(MicroBatch::new(i * rows, hidden))
         };
         Ok((values.into_iter().enumerate().map(batch).collect::<Result<_>>()?, kept))
     }
@@ -167,16 +235,26 @@ impl Pass<'_> {
 
     // ---------------------------------------------------------------------------------------------------- layers
 
-    fn layers(&self, batches: &mut [MicroBatch], observers: &mut [&mut dyn Observer]) -> Result<()> {
-        let units = self.spec().units(GROUP_ELEMENTS);
+    fn layers(
+        &self,
+        first: usize,
+        batches: &mut [MicroBatch],
+        observers: &mut [&mut dyn Observer],
+        mut save: Option<&mut SavePoints>,
+    ) -> Result<()> {
+        let units = self.spec().units(self.group_elements).into_iter().filter(|unit| unit.layer >= first).collect();
         let mut tables = RopeTables { positions: self.tokens.tokens, made: Vec::new() };
         let load = |unit: &Unit| self.load(unit.layer, &unit.needs, &self.placement(unit.layer).device);
         pipeline(units, load, |unit, tensors| {
             let layer = &self.spec().layers[unit.layer];
             let table = layer.mixer.rope().map(|rope| tables.get(rope));
             self.compute(&unit, layer, tensors, table, batches, observers).map_err(|e| e.context(&unit))?;
-            self.progress.unit_done(&unit, self.ends_layer(&unit), self.model.source.bytes_read());
-            Ok(())
+            let ends_layer = self.ends_layer(&unit);
+            self.progress.unit_done(&unit, ends_layer, self.model.source.bytes_read());
+            match save.as_deref_mut().filter(|points| ends_layer && points.is_due()) {
+                Some(points) => self.save(points, unit.layer + 1, batches, observers),
+                None => Ok(()),
+            }
         })
     }
 
@@ -338,10 +416,9 @@ impl Pass<'_> {
             let encoded = Encoded::Plain { dtype: &entry.dtype, bytes };
             dtype::decode(&encoded, &[block.0.len(), need.shape[1]], self.compute, device, &entry.name)
         };
-        let blocks = if self.spec().head.tied {
-            kept.into_iter().map(|(range, bytes)| (range, Some(bytes))).collect()
-        } else {
-            vocab_blocks(self.spec().vocab, VOCAB_BLOCK).into_iter().map(|range| (range, None)).collect()
+        let blocks = match kept {
+            Some(kept) => kept.into_iter().map(|(range, bytes)| (range, Some(bytes))).collect(),
+            None => vocab_blocks(self.spec().vocab, VOCAB_BLOCK).into_iter().map(|range| (range, None)).collect(),
         };
         pipeline(blocks, load, |(block, _), matrix| {
             let bias = bias.as_ref().map(|bias| bias.narrow(0, block.start, block.len())).transpose()?;

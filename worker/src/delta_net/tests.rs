@@ -48,7 +48,8 @@ impl Block {
         let (hidden, value_heads) = (12, key_heads * served);
         let norm = NormSpec::rms(1e-6);
         let spec = DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, kernel, norm };
-        let linear = |rows: usize, columns: usize, seed| Linear { weight: values(&[rows, columns], 1.5, seed), bias: None };
+        let linear =
+            |rows: usize, columns: usize, seed| Linear { weight: values(&[rows, columns], 1.5, seed), bias: None };
         let (keys, all) = (key_heads * key_dim, value_heads * value_dim);
         let weights = DeltaNetWeights {
             qkvz: linear(2 * keys + 2 * all, hidden, 1),
@@ -101,9 +102,8 @@ impl Block {
             let mut state = vec![vec![0.0; value_dim]; key_dim];
             for t in 0..rows {
                 let vector = |first: usize, first_channel: usize| -> Vec<f64> {
-                    let raw: Vec<f64> = (0..key_dim)
-                        .map(|i| channel(t, first + i, first_channel + key_head * key_dim + i))
-                        .collect();
+                    let raw: Vec<f64> =
+                        (0..key_dim).map(|i| channel(t, first + i, first_channel + key_head * key_dim + i)).collect();
                     let norm = (raw.iter().map(|v| v * v).sum::<f64>() + 1e-6).sqrt();
                     raw.iter().map(|v| v / norm).collect()
                 };
@@ -123,8 +123,7 @@ impl Block {
                 for (row, k) in state.iter_mut().zip(&k) {
                     row.iter_mut().zip(&write).for_each(|(s, u)| *s += k * u);
                 }
-                let out: Vec<f64> =
-                    (0..value_dim).map(|c| read(&state, &q, c) / (key_dim as f64).sqrt()).collect();
+                let out: Vec<f64> = (0..value_dim).map(|c| read(&state, &q, c) / (key_dim as f64).sqrt()).collect();
                 let rms = (out.iter().map(|v| v * v).sum::<f64>() / value_dim as f64 + 1e-6).sqrt();
                 for c in 0..value_dim {
                     let z = at(t, 2 * key_dim + (served + member) * value_dim + c);
