@@ -67,6 +67,14 @@ fn print_json(document: &impl Serialize) {
     println!("{}", serde_json::to_string_pretty(document).expect("documents are plain data"));
 }
 
+fn print_table(table: &(impl Serialize + std::fmt::Display), json: bool) {
+    if json {
+        print_json(table);
+    } else {
+        print!("{table}");
+    }
+}
+
 fn dispatch(cli: Cli) -> Result<()> {
     let hub = open_hub(&cli.hub)?;
     match cli.command {
@@ -94,14 +102,10 @@ fn dispatch(cli: Cli) -> Result<()> {
             let planted = demo::make(&output, seed)?;
             print_json(&planted);
         }
-        Command::Bench { what: Bench::Memory { hidden, layers } } => {
-            let table = bench::memory(hidden, &layers)?;
-            if cli.json {
-                print_json(&table);
-            } else {
-                print!("{table}");
-            }
-        }
+        Command::Bench { what } => match what {
+            Bench::Memory { hidden, layers } => print_table(&bench::memory(hidden, &layers)?, cli.json),
+            Bench::Decode { values, rounds } => print_table(&bench::decode::decode(values, rounds)?, cli.json),
+        },
         Command::Version => version(cli.json),
     }
     Ok(())

@@ -1,4 +1,8 @@
-//! Measurements of the worker on this machine. Each run is a process of its own, since peak memory is a process's.
+//! Measurements of the worker on this machine.
+//!
+//! [`memory()`] starts a process for each run, since peak memory is a process's; [`decode`] measures within this one.
+
+pub mod decode;
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -116,6 +116,19 @@ pub enum Bench {
         #[arg(long, value_delimiter = ',', default_values_t = [4, 16, 64])]
         layers: Vec<usize>,
     },
+    /// How fast each stored format becomes values, beside copying and reading the same memory.
+    ///
+    /// Decoding is done where it approaches the speed of a copy: no arithmetic can be faster than the memory it reads and
+    /// writes. A new tensor costs more than a reused one because the system has to clear and map its pages. Measures the
+    /// program as it was built: use a release build, and an idle machine.
+    Decode {
+        /// Values of the made-up tensor, rounded up to rows of 4096.
+        #[arg(long, value_name = "N", default_value_t = 1 << 25)]
+        values: usize,
+        /// Repetitions, of which the fastest counts.
+        #[arg(long, value_name = "N", default_value_t = 5)]
+        rounds: usize,
+    },
 }
 
 /// A job as options.

@@ -1,0 +1,230 @@
+//! How fast stored bytes become values, against how fast this machine copies and reads memory.
+
+use std::fmt;
+use std::hint::black_box;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::dtype::{self, Encoded};
+use crate::error::{Result, WorkerError};
+use crate::safetensors::StoredDtype;
+
+/// Columns of the made-up matrix.
+const COLUMNS: usize = 4096;
+
+/// Bytes a thread copies or reads at a time.
+const PIECE: usize = 1 << 18;
+
+/// What [`decode`] measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct DecodeTable {
+    /// Values decoded.
+    pub values: usize,
+    /// Threads that shared the work.
+    pub threads: usize,
+    /// GB/s read and written by copying memory with all threads.
+    pub copy_gb_per_second: f64,
+    /// GB/s read by adding up memory with all threads.
+    pub read_gb_per_second: f64,
+    /// One row per format and dtype.
+    pub rows: Vec<DecodeRow>,
+}
+
+/// One format on its way to one dtype.
+#[derive(Clone, Debug, Serialize)]
+pub struct DecodeRow {
+    /// Name of the format.
+    pub stored: &'static str,
+    /// Name of the dtype.
+    pub into: &'static str,
+    /// 10^9 values per second into a tensor that is there.
+    pub g_values_per_second: f64,
+    /// GB/s of stored bytes.
+    pub stored_gb_per_second: f64,
+    /// Bytes read and written per second, over those of a copy.
+    pub of_copy: f64,
+    /// 10^9 values per second into a tensor made for them.
+    pub new_tensor_g_values_per_second: f64,
+}
+
+impl fmt::Display for DecodeTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (copy, read) = (self.copy_gb_per_second, self.read_gb_per_second);
+        writeln!(
+            f,
+            "{} values, {} threads; this machine copies at {copy:.1} GB/s (read and written) and reads at {read:.1} GB/s",
+            self.values, self.threads
+        )?;
+        writeln!(
+            f,
+            "{:<16} {:<5} {:>11} {:>12} {:>8} {:>23}",
+            "stored", "into", "G values/s", "stored GB/s", "of copy", "new tensor G values/s"
+        )?;
+        for r in &self.rows {
+            let (values, stored, new) =
+                (r.g_values_per_second, r.stored_gb_per_second, r.new_tensor_g_values_per_second);
+            writeln!(
+                f,
+                "{:<16} {:<5} {values:>11.2} {stored:>12.2} {:>7.0}% {new:>23.2}",
+                r.stored,
+                r.into,
+                100.0 * r.of_copy
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// Decodes a made-up matrix of `values` (rounded up to whole rows) in every format to f32 and bf16, the fastest of `rounds` each.
+///
+/// # Errors
+/// Job: more values than memory can be asked for. Internal: a decoder refused what is valid.
+pub fn decode(values: usize, rounds: usize) -> Result<DecodeTable> {
+    let shape = [values.div_ceil(COLUMNS).max(1), COLUMNS];
+    let too_many = || WorkerError::job(format!("--values {values} is more than memory holds"));
+    let values = shape[0].checked_mul(4 * COLUMNS).map(|bytes| bytes / 4).ok_or_else(too_many)?;
+    let (copy_gb_per_second, read_gb_per_second) = ceilings(4 * values, rounds);
+    let mut rows = Vec::new();
+    // One at a time: together they would not fit small machines.
+    for stored in STORED.into_iter().map(|dtype| sample(dtype, values)) {
+        for (into, compute) in [("f32", DType::F32), ("bf16", DType::BF16)] {
+            let encoded = stored.encoded(shape);
+            let reused = Tensor::ones(&shape, compute, &Device::Cpu)?;
+            let seconds = fastest(rounds, || dtype::decode_into(&encoded, &reused, stored.name))?;
+            let new =
+                || dtype::decode(&encoded, &shape, compute, &Device::Cpu, stored.name).map(|t| drop(black_box(t)));
+            let moved = stored.len() + values * compute.size_in_bytes();
+            rows.push(DecodeRow {
+                stored: stored.name,
+                into,
+                g_values_per_second: giga(values, seconds),
+                stored_gb_per_second: giga(stored.len(), seconds),
+                of_copy: giga(moved, seconds) / copy_gb_per_second,
+                new_tensor_g_values_per_second: giga(values, fastest(rounds, new)?),
+            });
+        }
+    }
+    let threads = rayon::current_num_threads();
+    Ok(DecodeTable { values, threads, copy_gb_per_second, read_gb_per_second, rows })
+}
+
+fn giga(amount: usize, seconds: f64) -> f64 {
+    amount as f64 / seconds / 1e9
+}
+
+/// Seconds of the fastest round, after one that warms up.
+fn fastest(rounds: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    work()?;
+    let mut best = f64::INFINITY;
+    for _ in 0..rounds.max(1) {
+        let start = Instant::now();
+        work()?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(best)
+}
+
+/// GB/s of copying `bytes` (read and written) and of reading them, with all threads and in memory that is there.
+fn ceilings(bytes: usize, rounds: usize) -> (f64, f64) {
+    let from = vec![1u8; bytes];
+    let mut to = vec![2u8; bytes];
+    let copy = fastest(rounds, || {
+        to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
+        black_box(&mut to);
+        Ok(())
+    });
+    let add = |sum: u64, word: &[u8; 8]| sum.wrapping_add(u64::from_le_bytes(*word));
+    let read = fastest(rounds, || {
+        let sum: u64 = from.par_chunks(PIECE).map(|piece| piece.as_chunks().0.iter().fold(0, add)).sum();
+        black_box(sum);
+        Ok(())
+    });
+    let seconds = |measured: Result<f64>| measured.expect("copying and adding cannot fail");
+    (giga(2 * bytes, seconds(copy)), giga(bytes, seconds(read)))
+}
+
+/// A matrix in one format.
+struct Sample {
+    name: &'static str,
+    dtype: StoredDtype,
+    bytes: Vec<u8>,
+    scales: Vec<u8>,
+}
+
+impl Sample {
+    fn len(&self) -> usize {
+        self.bytes.len() + self.scales.len()
+    }
+
+    fn encoded(&self, shape: [usize; 2]) -> Encoded<'_> {
+        let Self { dtype, bytes, scales, .. } = self;
+        match dtype {
+            StoredDtype::F8E4M3 => {
+                Encoded::Fp8Blocks { bytes, scales, scale_dtype: &StoredDtype::F32, shape, block: BLOCK }
+            }
+            StoredDtype::U8 => Encoded::Mxfp4 { blocks: bytes, scales },
+            _ => Encoded::Plain { dtype, bytes },
+        }
+    }
+}
+
+/// Tiles of the FP8 sample, as DeepSeek publishes.
+const BLOCK: [usize; 2] = [128, 128];
+
+/// What the formats store their values as, in the order of the table.
+const STORED: [StoredDtype; 5] =
+    [StoredDtype::F32, StoredDtype::F16, StoredDtype::BF16, StoredDtype::F8E4M3, StoredDtype::U8];
+
+/// `values` values, whole rows of them, in the format that stores them as `dtype`.
+fn sample(dtype: StoredDtype, values: usize) -> Sample {
+    // One row repeats: what the numbers are changes no decoder's speed.
+    let floats = |bytes: fn(f32) -> Vec<u8>| {
+        let row: Vec<u8> = noise().take(COLUMNS).flat_map(|byte| bytes(f32::from(byte) / 64.0 - 1.9)).collect();
+        (row.repeat(values / COLUMNS), Vec::new())
+    };
+    let (name, (bytes, scales)) = match dtype {
+        StoredDtype::F8E4M3 => {
+            let tiles = (values / COLUMNS).div_ceil(BLOCK[0]) * COLUMNS.div_ceil(BLOCK[1]);
+            let scales = (0..tiles).flat_map(|tile| (1e-4 + 1e-9 * tile as f32).to_le_bytes()).collect();
+            // The code of NaN has all bits below the sign.
+            ("FP8 in blocks", (noise().take(values).map(|code| code & 0xbf).collect(), scales))
+        }
+        StoredDtype::U8 => {
+            let scales = noise().take(values / 32).map(|byte| 118 + byte % 8).collect();
+            ("MXFP4", (noise().take(values / 2).collect(), scales))
+        }
+        StoredDtype::F16 => ("F16", floats(|v| f16::from_f32(v).to_le_bytes().to_vec())),
+        StoredDtype::BF16 => ("BF16", floats(|v| bf16::from_f32(v).to_le_bytes().to_vec())),
+        _ => ("F32", floats(|v| v.to_le_bytes().to_vec())),
+    };
+    Sample { name, dtype, bytes, scales }
+}
+
+/// Bytes without a pattern.
+fn noise() -> impl Iterator<Item = u8> {
+    let mut state = 1u64;
+    std::iter::repeat_with(move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_format_is_measured_into_both_dtypes() {
+        let table = decode(3 * COLUMNS + 1, 1).unwrap();
+        assert_eq!((table.values, table.rows.len()), (4 * COLUMNS, 10));
+        assert!(table.rows.iter().all(|row| row.g_values_per_second > 0.0 && row.of_copy > 0.0));
+        let bytes_per_value = |i: usize| table.rows[i].stored_gb_per_second / table.rows[i].g_values_per_second;
+        assert!((bytes_per_value(0) - 4.0).abs() < 1e-9 && (bytes_per_value(9) - 17.0 / 32.0).abs() < 1e-9);
+        assert_eq!(table.to_string().lines().count(), 12);
+        assert!(decode(usize::MAX, 1).is_err());
+    }
+}
