@@ -4,7 +4,9 @@
 mod deploy;
 mod host;
 mod hub;
+mod metamorphic;
 mod real_worker;
+mod rewrite;
 mod ssh;
 mod sshd;
 mod worker;

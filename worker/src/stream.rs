@@ -22,7 +22,7 @@ use crate::error::{Result, WorkerError};
 use crate::ffn::{self, ExpertRows, Routing};
 use crate::fused;
 use crate::mla::latent_attention;
-use crate::model::{Format, Model, Piece, Stored};
+use crate::model::{Model, Stored};
 use crate::norm::Norm;
 use crate::progress::ProgressSink;
 use crate::rope::{RopeSpec, RopeTable};
@@ -272,39 +272,8 @@ impl Pass<'_> {
 
     /// Reads and decodes tensors of a layer onto a device.
     fn load(&self, layer: usize, needs: &[Need], device: &Device) -> Result<UnitTensors> {
-        let one = |need: &Need| Ok(((need.role, need.expert), self.load_one(layer, need, device)?));
+        let one = |need: &Need| Ok(((need.role, need.expert), self.model.load(layer, need, self.compute, device)?));
         Ok(UnitTensors::new(needs.iter().map(one).collect::<Result<HashMap<_, _>>>()?))
-    }
-
-    fn load_one(&self, layer: usize, need: &Need, device: &Device) -> Result<Tensor> {
-        let stored = self.model.stored(layer, need);
-        let values = self.read_piece(&stored.values)?;
-        let scales = stored.scales.as_ref().map(|piece| self.read_piece(piece)).transpose()?.unwrap_or_default();
-        let mut shape = need.shape.clone();
-        if stored.input_major {
-            shape.reverse();
-        }
-        let entry = stored.values.entry;
-        let encoded = match stored.format {
-            Format::Plain => Encoded::Plain { dtype: &entry.dtype, bytes: &values },
-            Format::Fp8Blocks { block } => Encoded::Fp8Blocks {
-                bytes: &values,
-                scales: &scales,
-                scale_dtype: stored.scales.as_ref().map_or(&entry.dtype, |piece| &piece.entry.dtype),
-                shape: [shape[0], shape[1]],
-                block,
-            },
-            Format::Mxfp4 => Encoded::Mxfp4 { blocks: &values, scales: &scales },
-        };
-        let tensor = dtype::decode(&encoded, &shape, self.compute, device, &entry.name)?;
-        // A view: products take either order, so nothing is moved.
-        Ok(if stored.input_major { tensor.t()? } else { tensor })
-    }
-
-    fn read_piece(&self, piece: &Piece<'_>) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; (piece.range.end - piece.range.start) as usize];
-        self.model.source.read(piece.entry, piece.range.clone(), &mut bytes)?;
-        Ok(bytes)
     }
 
     /// All micro-batches through one unit.
@@ -408,7 +377,8 @@ impl Pass<'_> {
         let mut likelihoods = Likelihoods::new(self.tokens);
         let need = self.spec().head_need();
         let stored = self.model.stored(0, &need);
-        let bias = self.spec().head_bias_need().map(|need| self.load_one(0, &need, device)).transpose()?;
+        let bias =
+            self.spec().head_bias_need().map(|need| self.model.load(0, &need, self.compute, device)).transpose()?;
         let load = |block: &(Range<usize>, Option<Vec<u8>>)| {
             let fresh = if block.1.is_none() { Some(self.read_rows(&stored, &block.0)?) } else { None };
             let bytes = block.1.as_ref().or(fresh.as_ref()).expect("one of the two");

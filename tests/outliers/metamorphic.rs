@@ -1,0 +1,217 @@
+//! What must not change a number, and what must change exactly one: every family, on its fixture.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use outliers_protocol::{CorpusSource, CorpusSpec, Results, files};
+use outliers_tests::golden::TOLERANCE;
+use outliers_tests::programs::{golden, goldens, run_worker};
+use outliers_worker::decoder::{FfnSpec, Need, NormOrder, Role};
+use outliers_worker::model::Model;
+use outliers_worker::progress::ProgressSink;
+use outliers_worker::source::Checkpoint;
+use outliers_worker::stats::OutlierStats;
+use outliers_worker::stream::Pass;
+use outliers_worker::{corpus, device};
+use safetensors::SafeTensors;
+
+use crate::rewrite::{rewrite, spec_of};
+
+/// Runs a checkpoint on a fixture's token ids; results and every activation by name.
+fn run(model: &Path, ids: &Path) -> (Results, HashMap<String, Vec<f32>>) {
+    let output = tempfile::tempdir().unwrap();
+    let arguments =
+        ["run", "--model", model.to_str().unwrap(), "--token-ids", ids.to_str().unwrap(), "--precision", "f32"];
+    let save = ["--save-activations", "activations.safetensors", "--output", output.path().to_str().unwrap()];
+    let run = run_worker(arguments.into_iter().chain(save));
+    assert!(run.status.success(), "{}: {}", model.display(), String::from_utf8_lossy(&run.stderr));
+    let results = serde_json::from_slice(&std::fs::read(output.path().join(files::RESULTS)).unwrap()).unwrap();
+    let bytes = std::fs::read(output.path().join("activations.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let floats = file.iter().filter(|(_, tensor)| tensor.dtype() == safetensors::Dtype::F32);
+    let values = |data: &[u8]| data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    (results, floats.map(|(name, tensor)| (name.to_owned(), values(tensor.data()))).collect())
+}
+
+fn ids_of(name: &str) -> std::path::PathBuf {
+    golden(name).join("golden.safetensors")
+}
+
+#[test]
+fn a_quantised_or_transposed_checkpoint_equals_its_decoded_copy() {
+    for name in goldens() {
+        let copy = tempfile::tempdir().unwrap();
+        let model = golden(&name).join("model");
+        rewrite(&model, copy.path(), |_, _, _| {});
+        let (_, own) = run(&model, &ids_of(&name));
+        let (_, decoded) = run(copy.path(), &ids_of(&name));
+        assert_eq!(own.len(), decoded.len());
+        for (tensor, values) in &own {
+            assert!(*values == decoded[tensor], "{name}: {tensor} differs");
+        }
+    }
+}
+
+/// By how much a planted feature grows: a power of two, so that nothing is rounded.
+const FACTOR: f32 = 4.0;
+
+/// What reads the mixer's norm, and what reads the feed-forward's.
+const MIXER_INPUTS: &[Role] = &[
+    Role::Query,
+    Role::Key,
+    Role::Value,
+    Role::QueryKeyValue,
+    Role::QueryDown,
+    Role::KeyValueDown,
+    Role::DeltaQkvz,
+    Role::DeltaBa,
+];
+const FFN_INPUTS: &[Role] = &[
+    Role::Gate,
+    Role::Up,
+    Role::GateUp,
+    Role::Router,
+    Role::SharedGate,
+    Role::SharedUp,
+    Role::SharedGateUp,
+    Role::SharedExpertGate,
+    Role::ExpertGate,
+    Role::ExpertUp,
+    Role::ExpertGateUp,
+];
+
+/// Grows feature `dim` at every norm and shrinks the columns that read it: the function stays, the feature's values grow.
+fn plant(need: &Need, values: &mut [f32], dim: usize, zero_centred: bool) {
+    match need.role {
+        Role::MixerNorm | Role::FfnNorm if zero_centred => values[dim] = (values[dim] + 1.0) * FACTOR - 1.0,
+        Role::MixerNorm | Role::FfnNorm | Role::MixerNormBias | Role::FfnNormBias => values[dim] *= FACTOR,
+        role if MIXER_INPUTS.contains(&role) || FFN_INPUTS.contains(&role) => {
+            values.chunks_mut(need.shape[1]).for_each(|row| row[dim] /= FACTOR);
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn planting_a_feature_moves_its_statistics_and_nothing_else_in_every_family() {
+    for name in goldens() {
+        let model = golden(&name).join("model");
+        let spec = spec_of(&model);
+        // After a post-norm the residual stream itself carries the feature: there the function would change.
+        if spec.layers[0].order == NormOrder::After {
+            continue;
+        }
+        let zero_centred = spec.layers[0].norm.kind == outliers_worker::decoder::NormKind::RmsZeroCentred;
+        let dim = 5;
+        let planted = tempfile::tempdir().unwrap();
+        rewrite(&model, planted.path(), |_, need, values| plant(need, values, dim, zero_centred));
+        let (before, old) = run(&model, &ids_of(&name));
+        let (after, new) = run(planted.path(), &ids_of(&name));
+        for (tensor, values) in &old {
+            let grows = tensor.starts_with("layer.");
+            for (i, (was, is)) in values.iter().zip(&new[tensor]).enumerate() {
+                let want = if grows && i % spec.hidden == dim { was * FACTOR } else { *was };
+                assert!(*is == want, "{name}: {tensor}[{i}] is {is}, not {want}");
+            }
+        }
+        let others =
+            |results: &Results| -> Vec<_> { results.features.iter().filter(|f| f.dim != dim).cloned().collect() };
+        assert_eq!(others(&before), others(&after), "{name}");
+        let occurrences =
+            |results: &Results| results.features.iter().find(|f| f.dim == dim).map_or(0, |f| f.occurrences);
+        let exceeding = |values: &HashMap<String, Vec<f32>>| {
+            let sites = values.iter().filter(|(tensor, _)| tensor.starts_with("layer."));
+            let column =
+                |values: &Vec<f32>| values.iter().skip(dim).step_by(spec.hidden).filter(|v| v.abs() >= 6.0).count();
+            sites.map(|(_, values)| column(values) as u64).sum::<u64>()
+        };
+        assert_eq!(occurrences(&after), exceeding(&new), "{name}");
+        assert!(occurrences(&after) > occurrences(&before), "{name}: nothing was planted");
+        assert_eq!(before.perplexity, after.perplexity, "{name}");
+    }
+}
+
+#[test]
+fn the_order_of_sequences_changes_no_count() {
+    for name in goldens() {
+        let bytes = std::fs::read(ids_of(&name)).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let ids = file.tensor("input_ids").unwrap();
+        let rows: Vec<Vec<i64>> = ids
+            .data()
+            .chunks(8 * ids.shape()[1])
+            .map(|row| row.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b)).collect())
+            .collect();
+        let reversed: Vec<_> = rows.iter().rev().collect();
+        let shuffled = tempfile::Builder::new().suffix(".json").tempfile().unwrap();
+        std::fs::write(shuffled.path(), serde_json::to_vec(&reversed).unwrap()).unwrap();
+        let model = golden(&name).join("model");
+        let ((a, _), (b, _)) = (run(&model, &ids_of(&name)), run(&model, shuffled.path()));
+        let counts = |r: &Results| -> Vec<_> {
+            let of = |f: &outliers_protocol::Feature| {
+                (f.dim, f.n_layers, f.n_sites, f.n_positions, f.occurrences, f.positive)
+            };
+            r.features.iter().map(of).collect()
+        };
+        assert_eq!(counts(&a), counts(&b), "{name}");
+        let per_sequence = |r: &Results| -> Vec<_> {
+            r.per_sequence.iter().map(|s| (s.features_any, s.systematic_by_layers, s.systematic_by_sites)).collect()
+        };
+        assert_eq!(per_sequence(&a), per_sequence(&b).into_iter().rev().collect::<Vec<_>>(), "{name}");
+        let (a, b) = (a.perplexity.unwrap().mean_nll, b.perplexity.unwrap().mean_nll);
+        assert!((a - b).abs() < TOLERANCE * a, "{name}: {a} and {b} nats");
+    }
+}
+
+#[test]
+fn streaming_experts_one_by_one_equals_all_at_once_bit_for_bit() {
+    for name in goldens() {
+        let model = golden(&name).join("model");
+        if spec_of(&model).layers.iter().all(|layer| matches!(layer.ffn, FfnSpec::Dense(_))) {
+            continue;
+        }
+        let source = CorpusSource::TokenIds(ids_of(&name).to_str().unwrap().to_owned());
+        let checkpoint = Checkpoint::open_folder(&model).unwrap();
+        let model = Model::open(&checkpoint.config, &*checkpoint.weights, None).unwrap();
+        let tokens =
+            corpus::load(&CorpusSpec { source, ..CorpusSpec::default() }, None, model.spec.vocab, None).unwrap();
+        let pass = |group_elements| {
+            let mut stats =
+                OutlierStats::new(model.spec.sites(), model.spec.hidden, tokens.sequences, tokens.tokens, 6.0);
+            let devices = device::open(&["cpu".to_owned()]).unwrap();
+            let pass = Pass {
+                model: &model,
+                tokens: &tokens,
+                compute: candle_core::DType::F32,
+                devices: &devices,
+                micro_batch_tokens: 4096,
+                with_head: true,
+                group_elements,
+                progress: &ProgressSink::silent(),
+            };
+            let nll = pass.run(&mut [&mut stats], None).unwrap();
+            (nll, stats.judge(&outliers_protocol::Thresholds::default()).features)
+        };
+        assert_eq!(pass(1), pass(u64::MAX), "{name}");
+    }
+}
+
+#[test]
+fn dealing_layers_to_several_devices_changes_no_bit() {
+    for name in goldens() {
+        let model = golden(&name).join("model");
+        let on = |devices: &str| -> BTreeMap<String, serde_json::Value> {
+            let output = tempfile::tempdir().unwrap();
+            let ids = ids_of(&name);
+            let job =
+                ["run", "--model", model.to_str().unwrap(), "--token-ids", ids.to_str().unwrap(), "--devices", devices];
+            let run = run_worker(job.into_iter().chain(["--output", output.path().to_str().unwrap()]));
+            assert!(run.status.success(), "{name}: {}", String::from_utf8_lossy(&run.stderr));
+            serde_json::from_slice(&std::fs::read(output.path().join(files::RESULTS)).unwrap()).unwrap()
+        };
+        let one = on("cpu");
+        for devices in ["cpu:2", "cpu,cpu:4"] {
+            assert_eq!(one, on(devices), "{name} on {devices}");
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! The same model in other files: every weight decoded, perhaps changed, and written as plain f32 under its published name.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device};
+use outliers_worker::decoder::{DecoderSpec, Need};
+use outliers_worker::model::Model;
+use outliers_worker::safetensors::{StoredDtype, TensorSpec, Writer};
+use outliers_worker::source::Checkpoint;
+
+/// What a fixture's architecture is.
+pub(crate) fn spec_of(model: &Path) -> DecoderSpec {
+    let checkpoint = Checkpoint::open_folder(model).unwrap();
+    Model::open(&checkpoint.config, &*checkpoint.weights, None).unwrap().spec
+}
+
+/// Writes the checkpoint `from` to the folder `to`: unquantised f32, each tensor `[out, in]` first shown to `edit` with its layer.
+pub(crate) fn rewrite(from: &Path, to: &Path, mut edit: impl FnMut(usize, &Need, &mut [f32])) {
+    let checkpoint = Checkpoint::open_folder(from).unwrap();
+    let model = Model::open(&checkpoint.config, &*checkpoint.weights, None).unwrap();
+    let mut tensors: BTreeMap<String, (Vec<u64>, Vec<f32>)> = BTreeMap::new();
+    for (layer, need) in model.spec.needs() {
+        let stored = model.stored(layer, &need);
+        let value = model.load(layer, &need, DType::F32, &Device::Cpu).unwrap().contiguous().unwrap();
+        let mut values: Vec<f32> = value.flatten_all().unwrap().to_vec1().unwrap();
+        edit(layer, &need, &mut values);
+        let mut shape: Vec<u64> = need.shape.iter().map(|&n| n as u64).collect();
+        if stored.input_major {
+            values = transposed(&values, need.shape[0], need.shape[1]);
+            shape.reverse();
+        }
+        let name = model.name_of(layer, &need);
+        if need.expert.is_some() && model.family.names.is_stacked(need.role) {
+            let stack = tensors.entry(name).or_insert_with(|| ([&[0], &shape[..]].concat(), Vec::new()));
+            stack.0[0] += 1;
+            stack.1.extend(values);
+        } else {
+            assert!(tensors.insert(name, (shape, values)).is_none());
+        }
+    }
+    let mut config = checkpoint.config.clone();
+    config.as_object_mut().unwrap().remove("quantization_config");
+    std::fs::create_dir_all(to).unwrap();
+    std::fs::write(to.join("config.json"), config.to_string()).unwrap();
+    let specs: Vec<TensorSpec> =
+        tensors.iter().map(|(name, (shape, _))| TensorSpec::new(name, StoredDtype::F32, shape)).collect();
+    let writer = Writer::create(&to.join("model.safetensors"), &specs, &BTreeMap::new()).unwrap();
+    for (name, (_, values)) in &tensors {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        writer.write(name, 0, &bytes).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    (0..columns).flat_map(|c| (0..rows).map(move |r| values[r * columns + c])).collect()
+}
