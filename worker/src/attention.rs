@@ -1,15 +1,21 @@
-//! Softmax attention over whole sequences, blocked over queries so that memory grows with the sequence, not with its square.
+//! Softmax attention over whole sequences, blocked over queries and heads so that memory grows with the sequence, not with
+//! its square, and over the keys that a window shows, so that work grows with the window.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
-use crate::decoder::{AttentionSpec, QkNorm};
-use crate::fused;
+use crate::decoder::{AttentionSpec, NormSpec, QkNorm, Temperature, Window};
+use crate::fused::{self, Gate, RotatedPart, ScoreBlock};
 use crate::norm::Norm;
 use crate::rope::RopeTable;
 use crate::weights::Linear;
 
-/// Queries per block: scores of one block are `heads x QUERY_BLOCK x sequence` values.
+#[cfg(test)]
+pub(crate) mod naive;
+
+/// Queries per block, at most.
 pub const QUERY_BLOCK: usize = 256;
+/// Scores held at a time, at most: heads are taken in turns where there are many.
+pub const SCORE_VALUES: usize = 64 << 20;
 
 /// An attention layer's tensors on one device.
 pub struct AttentionWeights {
@@ -63,45 +69,353 @@ pub fn attention(
     x: &Tensor,
     positions: usize,
 ) -> Result<Tensor> {
-    let [mut query, mut key, mut value] = weights.projections.apply(spec, x)?;
-    if let (QkNorm::WholeProjection(_), Some((query_norm, key_norm))) = (spec.qk_norm, &weights.qk_norm) {
-        query = query_norm.apply(&query)?;
-        key = key_norm.apply(&key)?;
+    let [query, mut key, mut value] = weights.projections.apply(spec, x)?;
+    let (mut query, gate) = split_gate(spec, query)?;
+    if let Some((query_norm, key_norm)) = &weights.qk_norm {
+        query = normalise(spec, query_norm, &query)?;
+        key = normalise(spec, key_norm, &key)?;
     }
     if let Some(limit) = spec.clip_qkv {
         (query, key, value) = (query.clamp(-limit, limit)?, key.clamp(-limit, limit)?, value.clamp(-limit, limit)?);
     }
     if let Some(table) = table {
-        query = fused::rope(query, table, spec.head_dim, positions)?;
-        key = fused::rope(key, table, spec.head_dim, positions)?;
+        let part = RotatedPart { head_dim: spec.head_dim, first: 0 };
+        query = fused::rope(query, table, part, positions)?;
+        key = fused::rope(key, table, part, positions)?;
     }
-    let sequences = x.dim(0)? / positions;
-    let mixed = (0..sequences)
-        .map(|s| {
-            let rows = |t: &Tensor| t.narrow(0, s * positions, positions);
-            one_sequence(spec, &rows(&query)?, &rows(&key)?, &rows(&value)?)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    weights.output.apply(&Tensor::cat(&mixed, 0)?)
+    if let QkNorm::AfterRope { eps } = spec.qk_norm {
+        let gain = Tensor::ones(spec.head_dim, x.dtype(), x.device())?;
+        let norm = Norm::new(NormSpec::rms(eps), gain, None)?;
+        query = normalise(spec, &norm, &query)?;
+        key = normalise(spec, &norm, &key)?;
+    }
+    if let Some(temperature) = &spec.temperature {
+        query = temper(temperature, query, positions)?;
+    }
+    let mut mixed = mix_sequences(spec, weights, &[query, key, value], positions)?;
+    if let Some(gate) = gate {
+        mixed = fused::gated(&gate, &mixed, Gate::Sigmoid)?;
+    }
+    weights.output.apply(&mixed)
 }
 
-/// One sequence: query `[n, heads * d]`, key and value `[n, kv_heads * d]` to `[n, heads * d]`.
-fn one_sequence(spec: &AttentionSpec, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
-    let (n, d) = (query.dim(0)?, spec.head_dim);
-    let groups = spec.heads / spec.kv_heads;
-    let by_head = |t: &Tensor, heads: usize| t.reshape((t.dim(0)?, heads, d))?.transpose(0, 1)?.contiguous();
-    let (key, value) = (by_head(key, spec.kv_heads)?, by_head(value, spec.kv_heads)?);
-    let scale = 1.0 / (d as f64).sqrt();
-    let mut blocks = Vec::with_capacity(n.div_ceil(QUERY_BLOCK));
-    for first in (0..n).step_by(QUERY_BLOCK) {
-        let queries = QUERY_BLOCK.min(n - first);
-        let seen = first + queries;
-        let block =
-            by_head(&query.narrow(0, first, queries)?, spec.heads)?.reshape((spec.kv_heads, groups * queries, d))?;
-        let scores = block.matmul(&key.narrow(1, 0, seen)?.transpose(1, 2)?)?;
-        let shares = fused::causal_softmax(scores, first, queries, scale)?;
-        let mixed = shares.matmul(&value.narrow(1, 0, seen)?)?.reshape((spec.heads, queries, d))?;
-        blocks.push(mixed.transpose(0, 1)?.reshape((queries, spec.heads * d))?);
+/// Queries `[rows, heads * head_dim]`, and gates of the same shape where each head's rows are [query | gate].
+fn split_gate(spec: &AttentionSpec, query: Tensor) -> Result<(Tensor, Option<Tensor>)> {
+    if !spec.output_gate {
+        return Ok((query, None));
     }
-    Tensor::cat(&blocks, 0)
+    let rows = query.dim(0)?;
+    let both = query.reshape((rows, spec.heads, 2, spec.head_dim))?;
+    let part = |i| both.narrow(2, i, 1)?.reshape((rows, spec.heads * spec.head_dim));
+    Ok((part(0)?, Some(part(1)?)))
+}
+
+/// Over the whole of each row, or over each head in it.
+fn normalise(spec: &AttentionSpec, norm: &Norm, x: &Tensor) -> Result<Tensor> {
+    match spec.qk_norm {
+        QkNorm::WholeProjection(_) => norm.apply(x),
+        QkNorm::PerHead(_) | QkNorm::AfterRope { .. } => {
+            norm.apply(&x.reshape((x.elem_count() / spec.head_dim, spec.head_dim))?)?.reshape(x.shape())
+        }
+        QkNorm::None => Ok(x.clone()),
+    }
+}
+
+/// Queries `[sequences * positions, width]`, each multiplied by its position's factor.
+fn temper(temperature: &Temperature, query: Tensor, positions: usize) -> Result<Tensor> {
+    let factors: Vec<f32> = (0..positions).map(|position| temperature.factor(position)).collect();
+    // Below the floor, which is thousands of positions in published models, nothing grows.
+    if factors.iter().all(|&factor| factor == 1.0) {
+        return Ok(query);
+    }
+    let (rows, width) = query.dims2()?;
+    let factors = Tensor::from_vec(factors, (positions, 1), query.device())?;
+    let wide = query.to_dtype(DType::F32)?.reshape((rows / positions, positions, width))?;
+    wide.broadcast_mul(&factors)?.reshape((rows, width))?.to_dtype(query.dtype())
+}
+
+/// Queries, keys and values of whole sequences, `[sequences * positions, heads of the kind * head_dim]`, to `[.., heads * head_dim]`.
+fn mix_sequences(
+    spec: &AttentionSpec,
+    weights: &AttentionWeights,
+    [query, key, value]: &[Tensor; 3],
+    positions: usize,
+) -> Result<Tensor> {
+    let sinks = weights.sinks.as_ref().map(|sinks| sinks.to_dtype(DType::F32)?.to_vec1()).transpose()?;
+    let mixing = Mixing::new(1.0 / (spec.head_dim as f64).sqrt(), spec.window, sinks.as_deref());
+    let one = |sequence: usize| {
+        let heads = |t: &Tensor, heads: usize| {
+            t.narrow(0, sequence * positions, positions)?.reshape((positions, heads, spec.head_dim))
+        };
+        let by_head = |t| heads(t, spec.kv_heads)?.transpose(0, 1)?.contiguous();
+        mixing.mix(&heads(query, spec.heads)?, &by_head(key)?, &by_head(value)?)
+    };
+    let mixed = (0..query.dim(0)? / positions).map(one).collect::<Result<Vec<_>>>()?;
+    Tensor::cat(&mixed, 0)
+}
+
+/// Softmax attention within one sequence: what it needs beside queries, keys and values.
+pub struct Mixing<'a> {
+    scale: f64,
+    window: Window,
+    sinks: Option<&'a [f32]>,
+    query_block: usize,
+    score_values: usize,
+}
+
+impl<'a> Mixing<'a> {
+    /// `scale` multiplies the scores; `sinks` are logits, one per query head, that join the denominator.
+    pub fn new(scale: f64, window: Window, sinks: Option<&'a [f32]>) -> Self {
+        Self { scale, window, sinks, query_block: QUERY_BLOCK, score_values: SCORE_VALUES }
+    }
+
+    /// `query` `[n, heads, d]`, `key` `[kv_heads, n, d]` and `value` `[kv_heads, n, v]`, both contiguous, to `[n, heads * v]`.
+    /// Key head j serves query heads `j * heads / kv_heads ..`.
+    pub fn mix(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+        let (n, heads, _) = query.dims3()?;
+        let groups = heads / key.dim(0)?;
+        let queries = self.query_block.min(self.score_values / (groups * n)).max(1);
+        let blocks = (0..n)
+            .step_by(queries)
+            .map(|first| self.mix_queries(first, &query.narrow(0, first, queries.min(n - first))?, key, value))
+            .collect::<Result<Vec<_>>>()?;
+        Tensor::cat(&blocks, 0)
+    }
+
+    /// A block of queries `[queries, heads, d]`, the first at position `first`, to `[queries, heads * v]`.
+    fn mix_queries(&self, first: usize, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+        let (queries, heads, d) = query.dims3()?;
+        let (kv_heads, v) = (key.dim(0)?, value.dim(2)?);
+        let groups = heads / kv_heads;
+        // No query of the block sees a key before this one.
+        let first_key = self.window.first_key(first);
+        let keys = first + queries - first_key;
+        let block = ScoreBlock { first_query: first, queries, first_key, window: self.window };
+        let at_once = (self.score_values / (groups * queries * keys)).clamp(1, kv_heads);
+        let some_heads = |kv: usize| {
+            let count = at_once.min(kv_heads - kv);
+            let heads = kv * groups..(kv + count) * groups;
+            let query = query.narrow(1, heads.start, heads.len())?.transpose(0, 1)?.contiguous()?;
+            let of_heads = |t: &Tensor| t.narrow(0, kv, count)?.narrow(1, first_key, keys);
+            let scores = query.reshape((count, groups * queries, d))?.matmul(&of_heads(key)?.transpose(1, 2)?)?;
+            let sinks = self.sinks.map(|sinks| &sinks[heads.clone()]);
+            let shares = fused::causal_softmax(scores, block, self.scale, sinks)?;
+            let mixed = shares.matmul(&of_heads(value)?)?.reshape((heads.len(), queries, v))?;
+            mixed.transpose(0, 1)?.reshape((queries, heads.len() * v))
+        };
+        let mixed = (0..kv_heads).step_by(at_once).map(some_heads).collect::<Result<Vec<_>>>()?;
+        Tensor::cat(&mixed, 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use proptest::prelude::*;
+
+    use super::naive::{self, Random};
+    use super::*;
+    use crate::decoder::NormKind;
+    use crate::rope::{Pairing, RopeScaling, RopeSpec};
+
+    /// The plainest attention: 3 query heads on 1 key head, 6 wide.
+    fn plain() -> AttentionSpec {
+        AttentionSpec {
+            heads: 3,
+            kv_heads: 1,
+            head_dim: 6,
+            fused_qkv: false,
+            qk_norm: QkNorm::None,
+            qkv_bias: false,
+            output_bias: false,
+            clip_qkv: None,
+            rope: None,
+            window: Window::Full,
+            sinks: false,
+            output_gate: false,
+            temperature: None,
+        }
+    }
+
+    fn rope(dims: usize, pairing: Pairing) -> RopeSpec {
+        RopeSpec { theta: 50.0, dims, pairing, scaling: RopeScaling::None }
+    }
+
+    const HIDDEN: usize = 10;
+
+    fn weights(spec: &AttentionSpec, random: &mut Random) -> AttentionWeights {
+        let (width, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        let queries = if spec.output_gate { 2 * width } else { width };
+        let mut linear = |rows: usize, columns: usize, bias: bool| Linear {
+            weight: random.tensor(&[rows, columns]),
+            bias: bias.then(|| random.tensor(&[rows])),
+        };
+        let projections = if spec.fused_qkv {
+            Projections::Fused(linear(queries + 2 * kv, HIDDEN, spec.qkv_bias))
+        } else {
+            Projections::Separate {
+                query: linear(queries, HIDDEN, spec.qkv_bias),
+                key: linear(kv, HIDDEN, spec.qkv_bias),
+                value: linear(kv, HIDDEN, spec.qkv_bias),
+            }
+        };
+        let output = linear(HIDDEN, width, spec.output_bias);
+        let mut norms = |spec, [query, key]: [usize; 2]| {
+            let mut norm = |width| Norm::new(spec, random.tensor(&[width]), None).unwrap();
+            (norm(query), norm(key))
+        };
+        let qk_norm = match spec.qk_norm {
+            QkNorm::None | QkNorm::AfterRope { .. } => None,
+            QkNorm::WholeProjection(norm) => Some(norms(norm, [width, kv])),
+            QkNorm::PerHead(norm) => Some(norms(norm, [spec.head_dim; 2])),
+        };
+        AttentionWeights { projections, output, qk_norm, sinks: spec.sinks.then(|| random.tensor(&[spec.heads])) }
+    }
+
+    fn check(spec: &AttentionSpec, sequences: usize, positions: usize) {
+        let mut random = Random::new(7);
+        let weights = weights(spec, &mut random);
+        let x = random.tensor(&[sequences * positions, HIDDEN]);
+        let table = spec.rope.as_ref().map(|rope| rope.table(positions));
+        let got = attention(spec, &weights, table.as_ref(), &x, positions).unwrap();
+        naive::assert_close(&got, &naive::attention(spec, &weights, &x, positions), 2e-5);
+    }
+
+    #[test]
+    fn each_feature_as_defined() {
+        check(&plain(), 2, 11);
+        check(&AttentionSpec { fused_qkv: true, qkv_bias: true, output_bias: true, ..plain() }, 2, 5);
+        check(&AttentionSpec { heads: 6, kv_heads: 2, clip_qkv: Some(0.8), ..plain() }, 1, 9);
+        for norm in [NormSpec::rms(1e-5), NormSpec { kind: NormKind::RmsZeroCentred, eps: 0.1 }] {
+            check(&AttentionSpec { qk_norm: QkNorm::WholeProjection(norm), ..plain() }, 2, 7);
+            check(
+                &AttentionSpec { qk_norm: QkNorm::PerHead(norm), rope: Some(rope(6, Pairing::Halves)), ..plain() },
+                2,
+                7,
+            );
+        }
+        for pairing in [Pairing::Halves, Pairing::Interleaved] {
+            for dims in [6, 4, 2] {
+                check(&AttentionSpec { rope: Some(rope(dims, pairing)), ..plain() }, 2, 13);
+            }
+        }
+        // Wide enough that the order of norm and rotation shows: a rotation changes no norm of a whole head, but of a part.
+        let after = QkNorm::AfterRope { eps: 0.5 };
+        check(&AttentionSpec { qk_norm: after, rope: Some(rope(6, Pairing::Interleaved)), ..plain() }, 2, 13);
+        for window in [1, 2, 5, 12, 13, 40].into_iter().flat_map(|n| [Window::Sliding(n), Window::Chunked(n)]) {
+            check(&AttentionSpec { window, sinks: true, ..plain() }, 2, 13);
+        }
+        check(&AttentionSpec { sinks: true, kv_heads: 3, ..plain() }, 2, 13);
+        check(&AttentionSpec { output_gate: true, kv_heads: 3, ..plain() }, 2, 6);
+        check(&AttentionSpec { output_gate: true, fused_qkv: true, ..plain() }, 2, 6);
+        check(&AttentionSpec { temperature: Some(Temperature { scale: 0.1, floor: 4.0 }), ..plain() }, 2, 13);
+        check(&AttentionSpec { temperature: Some(Temperature { scale: 0.1, floor: 8192.0 }), ..plain() }, 2, 13);
+    }
+
+    #[test]
+    fn temperature_steps_with_the_position() {
+        let temperature = Temperature { scale: 0.1, floor: 4.0 };
+        assert_eq!([0, 1, 2].map(|position| temperature.factor(position)), [1.0; 3]);
+        assert!((temperature.factor(3) - (1.0 + 0.1 * 2f32.ln())).abs() < 1e-7);
+        assert_eq!(temperature.factor(3), temperature.factor(6));
+        assert!((temperature.factor(7) - (1.0 + 0.1 * 3f32.ln())).abs() < 1e-7);
+    }
+
+    fn specs() -> impl Strategy<Value = AttentionSpec> {
+        let norm = NormSpec::rms(1e-5);
+        let qk_norm = prop_oneof![
+            Just(QkNorm::None),
+            Just(QkNorm::WholeProjection(norm)),
+            Just(QkNorm::PerHead(norm)),
+            Just(QkNorm::AfterRope { eps: 1e-5 }),
+        ];
+        let window = prop_oneof![
+            Just(Window::Full),
+            (1..50usize).prop_map(Window::Sliding),
+            (1..50usize).prop_map(Window::Chunked)
+        ];
+        let pairing = prop_oneof![Just(Pairing::Halves), Just(Pairing::Interleaved)];
+        let shape = (1..4usize, 1..6usize, 1..5usize);
+        let rotation = proptest::option::of((pairing, any::<prop::sample::Index>()));
+        let temperature = proptest::option::of((0.0..0.5f64, 1.0..20.0f64));
+        (shape, qk_norm, window, rotation, temperature, any::<[bool; 5]>()).prop_map(
+            |((kv_heads, groups, half_dim), qk_norm, window, rotation, temperature, switches)| {
+                let [fused_qkv, qkv_bias, output_bias, sinks, output_gate] = switches;
+                AttentionSpec {
+                    heads: kv_heads * groups,
+                    kv_heads,
+                    head_dim: 2 * half_dim,
+                    fused_qkv,
+                    qk_norm,
+                    qkv_bias,
+                    output_bias,
+                    rope: rotation.map(|(pairing, pairs)| rope(2 * (1 + pairs.index(half_dim)), pairing)),
+                    window,
+                    sinks,
+                    output_gate,
+                    temperature: temperature.map(|(scale, floor)| Temperature { scale, floor }),
+                    clip_qkv: None,
+                }
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn every_combination_as_defined(spec in specs(), sequences in 1..3usize, positions in 1..45usize) {
+            check(&spec, sequences, positions);
+        }
+
+        #[test]
+        fn blocks_do_not_show(
+            window in prop_oneof![
+                Just(Window::Full),
+                (1..70usize).prop_map(Window::Sliding),
+                (1..70usize).prop_map(Window::Chunked)
+            ],
+            n in 1..60usize,
+            query_block in 1..20usize,
+            score_values in 1..6000usize,
+        ) {
+            let mut random = Random::new(n as u64);
+            // 15 query heads on 5 key heads; values are wider than keys.
+            let (query, key, value) = (random.tensor(&[n, 15, 4]), random.tensor(&[5, n, 4]), random.tensor(&[5, n, 7]));
+            let sinks: Vec<f32> = random.tensor(&[15]).to_vec1().unwrap();
+            let whole = Mixing::new(0.7, window, Some(&sinks));
+            let blocked = Mixing { query_block, score_values, ..Mixing::new(0.7, window, Some(&sinks)) };
+            let expected = naive::rows(&whole.mix(&query, &key, &value).unwrap());
+            naive::assert_close(&blocked.mix(&query, &key, &value).unwrap(), &expected, 1e-6);
+        }
+    }
+
+    #[test]
+    fn low_precision_stays_near() {
+        let spec = AttentionSpec {
+            qk_norm: QkNorm::PerHead(NormSpec::rms(1e-5)),
+            rope: Some(rope(4, Pairing::Interleaved)),
+            window: Window::Sliding(5),
+            sinks: true,
+            output_gate: true,
+            temperature: Some(Temperature { scale: 0.1, floor: 2.0 }),
+            ..plain()
+        };
+        let mut random = Random::new(3);
+        let mut weights = weights(&spec, &mut random);
+        let x = random.tensor(&[9, HIDDEN]);
+        let expected = naive::attention(&spec, &weights, &x, 9);
+        let bf16 = |t: &Tensor| t.to_dtype(DType::BF16).unwrap();
+        let Projections::Separate { query, key, value } = &mut weights.projections else { unreachable!() };
+        for linear in [query, key, value, &mut weights.output] {
+            linear.weight = bf16(&linear.weight);
+        }
+        let norm = |norm: &Norm| Norm::new(NormSpec::rms(1e-5), bf16(norm.gain()), None).unwrap();
+        weights.qk_norm = weights.qk_norm.map(|(query, key)| (norm(&query), norm(&key)));
+        let table = spec.rope.as_ref().map(|rope| rope.table(9));
+        let got = attention(&spec, &weights, table.as_ref(), &bf16(&x), 9).unwrap();
+        assert_eq!(got.dtype(), DType::BF16);
+        naive::assert_close(&got, &expected, 0.05);
+        assert_eq!(got.device().location(), Device::Cpu.location());
+    }
 }

@@ -187,6 +187,17 @@ pub enum Window {
     Chunked(usize),
 }
 
+impl Window {
+    /// The first key that the query at `position` sees. A width of 0 counts as 1: nothing is blind to itself.
+    pub fn first_key(self, position: usize) -> usize {
+        match self {
+            Self::Full => 0,
+            Self::Sliding(keys) => (position + 1).saturating_sub(keys.max(1)),
+            Self::Chunked(keys) => position - position % keys.max(1),
+        }
+    }
+}
+
 /// Queries are multiplied by `1 + scale * ln(1 + floor((position + 1) / floor))`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Temperature {
@@ -194,6 +205,14 @@ pub struct Temperature {
     pub scale: f64,
     /// Llama 4's `floor_scale`.
     pub floor: f64,
+}
+
+impl Temperature {
+    /// What multiplies the query at `position`; every step rounded to f32, as the reference rounds it.
+    pub fn factor(self, position: usize) -> f32 {
+        let steps = ((position as f32 + 1.0) / self.floor as f32).floor();
+        steps.ln_1p() * self.scale as f32 + 1.0
+    }
 }
 
 /// Multi-head latent attention (DeepSeek-V2, 2024): queries and keys/values through low-rank bottlenecks, positions in a part of

@@ -3,13 +3,17 @@
 //! Each operation has a fused CPU form and a form composed of tensor operations for other devices; tests hold them together.
 //! Arithmetic is f32 inside; results are rounded to the tensors' dtype where the reference implementation rounds.
 
+use std::ops::Range;
+
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Device, InplaceOp1, InplaceOp2, Layout, Result, Shape,
+    Tensor, bail,
 };
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use crate::rope::RopeTable;
+use crate::decoder::Window;
+use crate::rope::{Pairing, RopeTable};
 
 /// A stored float that computes as f32.
 trait Real: Copy + Send + Sync {
@@ -215,9 +219,18 @@ fn layer_norm_composed(x: &Tensor, gain: &Tensor, bias: &Tensor, eps: f64) -> Re
 
 // ------------------------------------------------------------------------------------------------------------- rope
 
+/// Where in a head the rotated dimensions lie; a [`RopeTable`] says how many they are.
+#[derive(Clone, Copy, Debug)]
+pub struct RotatedPart {
+    /// Width of a head.
+    pub head_dim: usize,
+    /// The first dimension that rotates.
+    pub first: usize,
+}
+
 struct Rope<'a> {
     table: &'a RopeTable,
-    head_dim: usize,
+    part: RotatedPart,
     width: usize,
     positions: usize,
 }
@@ -225,19 +238,37 @@ struct Rope<'a> {
 impl Rope<'_> {
     fn run<T: Real>(&self, x: &mut [T]) {
         let pairs = self.table.pairs;
+        let rotated = self.part.first..self.part.first + 2 * pairs;
         x.par_chunks_mut(self.width).with_min_len(rows_per_task(self.width)).enumerate().for_each(|(row, x)| {
             let at = (row % self.positions) * pairs;
             let (cos, sin) = (&self.table.cos[at..at + pairs], &self.table.sin[at..at + pairs]);
-            for head in x.chunks_exact_mut(self.head_dim) {
-                let (low, high) = head.split_at_mut(pairs);
-                for (((a, b), c), s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-                    let (u, v) = (a.wide(), b.wide());
-                    *a = T::narrow(u * c - v * s);
-                    *b = T::narrow(v * c + u * s);
-                }
+            for head in x.chunks_exact_mut(self.part.head_dim) {
+                rotate_pairs(&mut head[rotated.clone()], self.table.pairing, cos, sin);
             }
         });
     }
+}
+
+fn rotate_pairs<T: Real>(x: &mut [T], pairing: Pairing, cos: &[f32], sin: &[f32]) {
+    match pairing {
+        Pairing::Halves => {
+            let (low, high) = x.split_at_mut(cos.len());
+            for (((a, b), c), s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                (*a, *b) = rotate(*a, *b, *c, *s);
+            }
+        }
+        Pairing::Interleaved => {
+            for ((pair, c), s) in x.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
+                *pair = rotate(pair[0], pair[1], *c, *s).into();
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn rotate<T: Real>(a: T, b: T, cos: f32, sin: f32) -> (T, T) {
+    let (a, b) = (a.wide(), b.wide());
+    (T::narrow(a * cos - b * sin), T::narrow(b * cos + a * sin))
 }
 
 impl InplaceOp1 for Rope<'_> {
@@ -256,60 +287,117 @@ impl InplaceOp1 for Rope<'_> {
     }
 }
 
-/// Rotates the pairs `(i, i + dims / 2)` of every head. `x` `[sequences * positions, heads * head_dim]`, freshly computed
+/// Rotates a part of every head by its position. `x` `[sequences * positions, heads * head_dim]`, freshly computed
 /// (its storage is overwritten on a CPU); the table covers `positions`.
-pub fn rope(x: Tensor, table: &RopeTable, head_dim: usize, positions: usize) -> Result<Tensor> {
+pub fn rope(x: Tensor, table: &RopeTable, part: RotatedPart, positions: usize) -> Result<Tensor> {
     if x.device().is_cpu() {
         let x = x.contiguous()?;
         let width = x.dim(D::Minus1)?;
-        x.inplace_op1(&Rope { table, head_dim, width, positions })?;
+        x.inplace_op1(&Rope { table, part, width, positions })?;
         return Ok(x);
     }
-    rope_composed(&x, table, head_dim, positions)
+    rope_composed(&x, table, part, positions)
 }
 
-fn rope_composed(x: &Tensor, table: &RopeTable, head_dim: usize, positions: usize) -> Result<Tensor> {
+fn rope_composed(x: &Tensor, table: &RopeTable, part: RotatedPart, positions: usize) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
-    let (pairs, heads) = (table.pairs, width / head_dim);
+    let (pairs, sequences, heads) = (table.pairs, rows / positions, width / part.head_dim);
     let side = |data: &[f32]| Tensor::from_slice(&data[..positions * pairs], (1, positions, 1, pairs), x.device());
     let (cos, sin) = (side(&table.cos)?, side(&table.sin)?);
-    let wide = x.to_dtype(DType::F32)?.reshape((rows / positions, positions, heads, head_dim))?;
-    let (low, high) = (wide.narrow(3, 0, pairs)?, wide.narrow(3, pairs, pairs)?);
-    let rest = wide.narrow(3, 2 * pairs, head_dim - 2 * pairs)?;
-    let new_low = (low.broadcast_mul(&cos)? - high.broadcast_mul(&sin)?)?;
-    let new_high = (high.broadcast_mul(&cos)? + low.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[new_low, new_high, rest], 3)?.reshape((rows, width))?.to_dtype(x.dtype())
+    // Pairs lie in two rows or in two columns.
+    let (pair_shape, within) = match table.pairing {
+        Pairing::Halves => ((sequences, positions, heads, 2, pairs), 3),
+        Pairing::Interleaved => ((sequences, positions, heads, pairs, 2), 4),
+    };
+    let whole = x.reshape((sequences, positions, heads, part.head_dim))?;
+    let rotated = whole.narrow(3, part.first, 2 * pairs)?.to_dtype(DType::F32)?.reshape(pair_shape)?;
+    let (a, b) = (rotated.narrow(within, 0, 1)?.squeeze(within)?, rotated.narrow(within, 1, 1)?.squeeze(within)?);
+    let new_a = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+    let new_b = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+    let turned = Tensor::stack(&[new_a, new_b], within)?.reshape((sequences, positions, heads, 2 * pairs))?;
+    let (before, after) = (part.first, part.first + 2 * pairs);
+    let mut parts = vec![turned.to_dtype(x.dtype())?];
+    if before > 0 {
+        parts.insert(0, whole.narrow(3, 0, before)?);
+    }
+    if after < part.head_dim {
+        parts.push(whole.narrow(3, after, part.head_dim - after)?);
+    }
+    Tensor::cat(&parts, 3)?.reshape((rows, width))
 }
 
 // ---------------------------------------------------------------------------------------------------- causal softmax
 
-struct CausalSoftmax {
-    first_query: usize,
-    queries: usize,
-    keys: usize,
-    scale: f32,
+/// Which queries and keys a block of scores stands for.
+#[derive(Clone, Copy, Debug)]
+pub struct ScoreBlock {
+    /// Position of the first query.
+    pub first_query: usize,
+    /// Queries, one position after another.
+    pub queries: usize,
+    /// Position of the first key.
+    pub first_key: usize,
+    /// Which of the keys up to its own position a query sees.
+    pub window: Window,
 }
 
-impl CausalSoftmax {
+impl ScoreBlock {
+    /// Columns of the keys that a row's query sees.
+    fn seen(&self, query: usize, keys: usize) -> Range<usize> {
+        let position = self.first_query + query;
+        let column = |key: usize| key.saturating_sub(self.first_key).min(keys);
+        column(self.window.first_key(position))..column(position + 1)
+    }
+
+    /// `[queries, keys]`: minus infinity where a query does not see a key, else 0.
+    fn mask(&self, keys: usize, device: &Device) -> Result<Tensor> {
+        let (first, end): (Vec<u32>, Vec<u32>) =
+            (0..self.queries).map(|q| self.seen(q, keys)).map(|seen| (seen.start as u32, seen.end as u32)).unzip();
+        let column = Tensor::arange(0, keys as u32, device)?.unsqueeze(0)?;
+        let bound = |columns| Tensor::from_vec(columns, (self.queries, 1), device);
+        let hidden = (column.broadcast_lt(&bound(first)?)? + column.broadcast_ge(&bound(end)?)?)?;
+        let all = |value: f32| Tensor::full(value, (self.queries, keys), device);
+        hidden.where_cond(&all(f32::NEG_INFINITY)?, &all(0.0)?)
+    }
+}
+
+struct CausalSoftmax<'a> {
+    block: ScoreBlock,
+    keys: usize,
+    scale: f32,
+    sinks: Option<&'a [f32]>,
+}
+
+impl CausalSoftmax<'_> {
     fn run<T: Real>(&self, scores: &mut [T]) {
         scores.par_chunks_mut(self.keys).with_min_len(rows_per_task(self.keys)).enumerate().for_each(
             |(row, scores)| {
-                let visible = self.first_query + row % self.queries + 1;
-                let (seen, hidden) = scores.split_at_mut(visible.min(self.keys));
-                let top = seen.iter().fold(f32::NEG_INFINITY, |m, v| m.max(v.wide())) * self.scale;
-                let mut row: Vec<f32> = seen.iter().map(|v| exp_negative(v.wide() * self.scale - top)).collect();
-                let inverse = 1.0 / lane_sum(&row, |v| v);
-                row.iter_mut().for_each(|v| *v *= inverse);
-                for (out, v) in seen.iter_mut().zip(&row) {
-                    *out = T::narrow(*v);
-                }
-                hidden.fill(T::narrow(0.0));
+                let (head, query) = (row / self.block.queries, row % self.block.queries);
+                let range = self.block.seen(query, self.keys);
+                let sink = self.sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head]);
+                let (seen, after) = scores.split_at_mut(range.end);
+                let (before, seen) = seen.split_at_mut(range.start);
+                softmax(seen, self.scale, sink);
+                before.fill(T::narrow(0.0));
+                after.fill(T::narrow(0.0));
             },
         );
     }
 }
 
-impl InplaceOp1 for CausalSoftmax {
+/// Softmax of `scores * scale`; `sink` is one more logit, whose share nobody gets.
+fn softmax<T: Real>(scores: &mut [T], scale: f32, sink: f32) {
+    let top = (scores.iter().fold(f32::NEG_INFINITY, |m, v| m.max(v.wide())) * scale).max(sink);
+    let mut row: Vec<f32> = scores.iter().map(|v| exp_negative(v.wide() * scale - top)).collect();
+    let of_sink = if sink == f32::NEG_INFINITY { 0.0 } else { exp_negative(sink - top) };
+    let inverse = 1.0 / (lane_sum(&row, |v| v) + of_sink);
+    row.iter_mut().for_each(|v| *v *= inverse);
+    for (out, v) in scores.iter_mut().zip(&row) {
+        *out = T::narrow(*v);
+    }
+}
+
+impl InplaceOp1 for CausalSoftmax<'_> {
     fn name(&self) -> &'static str {
         "causal-softmax"
     }
@@ -325,28 +413,34 @@ impl InplaceOp1 for CausalSoftmax {
     }
 }
 
-/// Softmax of `scores * scale` over the keys a query may see. `scores` `[batch, groups * queries, keys]`, freshly computed
-/// (its storage is overwritten on a CPU): row `g * queries + i` belongs to the query at position `first_query + i`, which
-/// sees keys `0..=first_query + i`.
-pub fn causal_softmax(scores: Tensor, first_query: usize, queries: usize, scale: f64) -> Result<Tensor> {
-    let keys = scores.dim(D::Minus1)?;
+/// Softmax of `scores * scale` over the keys a query sees. `scores` `[batch, groups * queries, keys]`, freshly computed
+/// (its storage is overwritten on a CPU): row `g * queries + i` belongs to the block's query `i`. `sinks`: a logit for each of
+/// the `batch * groups` heads that takes part unscaled in maximum and denominator and has no value.
+pub fn causal_softmax(scores: Tensor, block: ScoreBlock, scale: f64, sinks: Option<&[f32]>) -> Result<Tensor> {
     if scores.device().is_cpu() {
-        scores.inplace_op1(&CausalSoftmax { first_query, queries, keys, scale: scale as f32 })?;
+        let keys = scores.dim(D::Minus1)?;
+        scores.inplace_op1(&CausalSoftmax { block, keys, scale: scale as f32, sinks })?;
         return Ok(scores);
     }
-    causal_softmax_composed(&scores, first_query, queries, scale)
+    causal_softmax_composed(&scores, block, scale, sinks)
 }
 
-fn causal_softmax_composed(scores: &Tensor, first_query: usize, queries: usize, scale: f64) -> Result<Tensor> {
+fn causal_softmax_composed(scores: &Tensor, block: ScoreBlock, scale: f64, sinks: Option<&[f32]>) -> Result<Tensor> {
     let (batch, rows, keys) = scores.dims3()?;
-    let mask: Vec<f32> = (0..queries)
-        .flat_map(|q| (0..keys).map(move |k| if k <= first_query + q { 0.0 } else { f32::NEG_INFINITY }))
-        .collect();
-    let mask = Tensor::from_vec(mask, (1, 1, queries, keys), scores.device())?;
-    let wide = (scores.to_dtype(DType::F32)? * scale)?.reshape((batch, rows / queries, queries, keys))?;
-    let wide = wide.broadcast_add(&mask)?;
-    let e = wide.broadcast_sub(&wide.max_keepdim(D::Minus1)?)?.exp()?;
-    e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?.reshape((batch, rows, keys))?.to_dtype(scores.dtype())
+    let groups = rows / block.queries;
+    let wide = (scores.to_dtype(DType::F32)? * scale)?.reshape((batch, groups, block.queries, keys))?;
+    let wide = wide.broadcast_add(&block.mask(keys, scores.device())?)?;
+    let sinks = sinks.map(|s| Tensor::from_slice(s, (batch, groups, 1, 1), scores.device())).transpose()?;
+    let mut top = wide.max_keepdim(D::Minus1)?;
+    if let Some(sinks) = &sinks {
+        top = top.broadcast_maximum(sinks)?;
+    }
+    let e = wide.broadcast_sub(&top)?.exp()?;
+    let mut sum = e.sum_keepdim(D::Minus1)?;
+    if let Some(sinks) = &sinks {
+        sum = (sum + sinks.broadcast_sub(&top)?.exp()?)?;
+    }
+    e.broadcast_div(&sum)?.reshape((batch, rows, keys))?.to_dtype(scores.dtype())
 }
 
 /// The largest value and the sum of `exp(value - largest)`: the parts of a log-sum-exp.
@@ -362,6 +456,8 @@ pub fn exp_sum(values: &[f32]) -> (f32, f32) {
 pub enum Gate {
     /// `silu(gate) * up`.
     Silu,
+    /// `sigmoid(gate) * up` (Qwen3-Next's attention).
+    Sigmoid,
     /// `(clamp(up, -limit, limit) + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)` (gpt-oss).
     Clamped {
         /// Bound.
@@ -384,6 +480,7 @@ impl Gate {
         let (g, u) = (gate.wide(), up.wide());
         match self {
             Self::Silu => T::narrow(T::narrow(g * sigmoid(g)).wide() * u),
+            Self::Sigmoid => T::narrow(T::narrow(sigmoid(g)).wide() * u),
             Self::Clamped { limit, alpha } => {
                 let (g, u) = (g.min(limit), u.clamp(-limit, limit));
                 T::narrow((u + 1.0) * (g * sigmoid(alpha * g)))
@@ -434,13 +531,19 @@ pub fn gated(gate: &Tensor, up: &Tensor, how: Gate) -> Result<Tensor> {
 fn gated_composed(gate: &Tensor, up: &Tensor, how: Gate) -> Result<Tensor> {
     match how {
         Gate::Silu => gate.silu()? * up,
+        Gate::Sigmoid => sigmoid_composed(&gate.to_dtype(DType::F32)?, 1.0)?.to_dtype(gate.dtype())? * up,
         Gate::Clamped { limit, alpha } => {
             let (limit, alpha) = (f64::from(limit), f64::from(alpha));
             let (g, u) = (gate.to_dtype(DType::F32)?.minimum(limit)?, up.to_dtype(DType::F32)?.clamp(-limit, limit)?);
-            let sigmoid = (g.affine(-alpha, 0.0)?.exp()? + 1.0)?.recip()?;
+            let sigmoid = sigmoid_composed(&g, alpha)?;
             ((u + 1.0)? * (g * sigmoid)?)?.to_dtype(gate.dtype())
         }
     }
+}
+
+/// `sigmoid(slope * x)`.
+fn sigmoid_composed(x: &Tensor, slope: f64) -> Result<Tensor> {
+    (x.affine(-slope, 0.0)?.exp()? + 1.0)?.recip()
 }
 
 struct GatedJoined {
@@ -604,7 +707,7 @@ mod tests {
         let composed = layer_norm_composed(&x, &gain, &bias, 1e-5).unwrap();
         close(&layer_norm(&x, &gain, &bias, 1e-5).unwrap(), &composed, 1e-5);
         let up = values(&[12, 40], 3);
-        for how in [Gate::Silu, Gate::Clamped { limit: 2.5, alpha: 1.702 }] {
+        for how in [Gate::Silu, Gate::Sigmoid, Gate::Clamped { limit: 2.5, alpha: 1.702 }] {
             let composed = gated_composed(&x, &up, how).unwrap();
             close(&gated(&x, &up, how).unwrap(), &composed, 1e-5);
             let halves = Tensor::cat(&[&x, &up], 1).unwrap();
@@ -613,14 +716,6 @@ mod tests {
             close(&gated_joined(&pairs, true, how).unwrap(), &composed, 1e-5);
             close(&gated_joined_composed(&pairs, true, how).unwrap(), &composed, 1e-5);
         }
-        for dims in [8, 4] {
-            let table = RopeSpec { theta: 100.0, dims, pairing: Pairing::Halves, scaling: RopeScaling::None }.table(6);
-            let composed = rope_composed(&x, &table, 8, 6).unwrap();
-            close(&rope(x.copy().unwrap(), &table, 8, 6).unwrap(), &composed, 1e-5);
-        }
-        let scores = values(&[2, 3 * 4, 9], 4);
-        let composed = causal_softmax_composed(&scores, 5, 4, 0.3).unwrap();
-        close(&causal_softmax(scores.copy().unwrap(), 5, 4, 0.3).unwrap(), &composed, 1e-6);
         let (rows, weights) = ([7u32, 0, 11], [0.5f32, -2.0, 1.0]);
         let added = values(&[3, 40], 5);
         let composed = scatter_add_composed(&x, &added, &rows, &weights).unwrap();
@@ -628,12 +723,71 @@ mod tests {
     }
 
     #[test]
-    fn causal_softmax_hides_the_future() {
-        let p = causal_softmax(values(&[1, 4, 4], 9), 0, 4, 1.0).unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
-        for (q, row) in p.iter().enumerate() {
-            assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
-            assert!(row[q + 1..].iter().all(|&v| v == 0.0));
+    fn rotations_equal_composed_ones() {
+        // Two sequences of six positions, five heads of eight.
+        let x = values(&[12, 40], 1);
+        for pairing in [Pairing::Halves, Pairing::Interleaved] {
+            for (dims, first) in [(8, 0), (4, 0), (4, 4), (2, 3), (6, 2)] {
+                let table = RopeSpec { theta: 100.0, dims, pairing, scaling: RopeScaling::None }.table(6);
+                let part = RotatedPart { head_dim: 8, first };
+                let composed = rope_composed(&x, &table, part, 6).unwrap();
+                close(&rope(x.copy().unwrap(), &table, part, 6).unwrap(), &composed, 1e-5);
+            }
         }
+    }
+
+    #[test]
+    fn a_rotation_turns_its_pairs_and_nothing_else() {
+        let x = Tensor::from_vec(vec![1f32, 2.0, 3.0, 4.0, 5.0, 6.0], (1, 6), &Device::Cpu).unwrap();
+        let rotated = |pairing| {
+            // A quarter turn of the first pair, a half turn of the second.
+            let table = RopeTable { cos: vec![0.0, -1.0], sin: vec![1.0, 0.0], pairs: 2, pairing };
+            let part = RotatedPart { head_dim: 6, first: 1 };
+            rope(x.copy().unwrap(), &table, part, 1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        assert_eq!(rotated(Pairing::Halves), [1.0, -4.0, -3.0, 2.0, -5.0, 6.0]);
+        assert_eq!(rotated(Pairing::Interleaved), [1.0, -3.0, 2.0, -4.0, -5.0, 6.0]);
+    }
+
+    #[test]
+    fn softmax_equals_composed_one() {
+        let sinks = [0.5f32, -3.0, 20.0, 1.0, 0.0, -1.0];
+        for window in [Window::Full, Window::Sliding(3), Window::Sliding(90), Window::Chunked(3), Window::Chunked(90)] {
+            for sinks in [None, Some(&sinks[..])] {
+                let block = ScoreBlock { first_query: 5, queries: 4, first_key: window.first_key(5), window };
+                let scores = values(&[2, 3 * 4, 9 - block.first_key], 4);
+                let composed = causal_softmax_composed(&scores, block, 0.3, sinks).unwrap();
+                close(&causal_softmax(scores.copy().unwrap(), block, 0.3, sinks).unwrap(), &composed, 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn softmax_shares_only_what_is_seen() {
+        // Which keys each of queries 3..7 sees among keys 0..7.
+        let cases = [
+            (Window::Full, [0..4, 0..5, 0..6, 0..7]),
+            (Window::Sliding(2), [2..4, 3..5, 4..6, 5..7]),
+            (Window::Chunked(5), [0..4, 0..5, 5..6, 5..7]),
+        ];
+        for (window, seen) in cases {
+            let block = ScoreBlock { first_query: 3, queries: 4, first_key: 0, window };
+            let shares = causal_softmax(values(&[1, 4, 7], 9), block, 1.0, None).unwrap();
+            for (row, seen) in shares.squeeze(0).unwrap().to_vec2::<f32>().unwrap().iter().zip(seen) {
+                assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+                assert!(row.iter().enumerate().all(|(key, &share)| (share > 0.0) == seen.contains(&key)), "{row:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_sink_takes_its_share_unscaled() {
+        let block = ScoreBlock { first_query: 1, queries: 1, first_key: 0, window: Window::Full };
+        let scores = Tensor::zeros((1, 2, 2), DType::F32, &Device::Cpu).unwrap();
+        let shares = causal_softmax(scores, block, 100.0, Some(&[2f32.ln(), 200.0])).unwrap();
+        let shares = shares.squeeze(0).unwrap().to_vec2::<f32>().unwrap();
+        assert!(shares[0].iter().all(|share| (share - 0.25).abs() < 1e-6));
+        assert!(shares[1].iter().all(|&share| share < 1e-30));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use candle_core::DType;
 use outliers_protocol::{Inspection, LayerInspection, PlanFigures, Point, SCHEMA, SiteInspection};
 use serde_json::Value;
 
-use crate::attention::QUERY_BLOCK;
+use crate::attention::{QUERY_BLOCK, SCORE_VALUES};
 use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec, Need, Role};
 use crate::model::Model;
 use crate::source::Checkpoint;
@@ -140,7 +140,7 @@ fn workspace(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     let value = run.compute.size_in_bytes() as u64;
     let widest = spec.layers.iter().map(|l| {
         let projections = l.mixer.projected_values() + 2 * spec.hidden;
-        let scores = l.mixer.score_heads() * QUERY_BLOCK * run.tokens;
+        let scores = (l.mixer.score_heads() * QUERY_BLOCK * run.tokens).min(SCORE_VALUES);
         let mlp = match &l.ffn {
             FfnSpec::Dense(mlp) => 3 * mlp.intermediate,
             FfnSpec::Moe(m) => 3 * m.shared.map_or(0, |s| s.mlp.intermediate).max(m.expert.intermediate) + spec.hidden,

@@ -1,8 +1,13 @@
-//! Multi-head latent attention.
+//! Multi-head latent attention: per head, queries and keys are [without position | rotated], the rotated key is one for all
+//! heads, and keys and values come out of one narrow vector per token.
 
-use candle_core::{Result, Tensor, bail};
+use std::ops::Range;
 
-use crate::decoder::LatentSpec;
+use candle_core::{Result, Tensor};
+
+use crate::attention::Mixing;
+use crate::decoder::{LatentSpec, Window};
+use crate::fused::{self, RotatedPart};
 use crate::norm::Norm;
 use crate::rope::RopeTable;
 use crate::weights::Linear;
@@ -36,13 +41,182 @@ pub enum LatentQuery {
     },
 }
 
+/// Values of keys and values expanded at a time, at most: heads are taken in turns where there are many.
+const EXPANDED_VALUES: usize = 64 << 20;
+
+impl LatentQuery {
+    /// Queries of `x` `[rows, hidden]`.
+    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Direct(all) => all.apply(x),
+            Self::LowRank { down, norm, up } => up.apply(&norm.apply(&down.apply(x)?)?),
+        }
+    }
+}
+
 /// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape, before the residual addition.
 pub fn latent_attention(
-    _spec: &LatentSpec,
-    _weights: &LatentWeights,
-    _table: &RopeTable,
-    _x: &Tensor,
-    _positions: usize,
+    spec: &LatentSpec,
+    weights: &LatentWeights,
+    table: &RopeTable,
+    x: &Tensor,
+    positions: usize,
 ) -> Result<Tensor> {
-    bail!("latent attention is being built")
+    let head_dim = spec.nope_dim + spec.rope_dim;
+    let query = weights.query.apply(x)?;
+    let query = fused::rope(query, table, RotatedPart { head_dim, first: spec.nope_dim }, positions)?;
+    let down = weights.kv_down.apply(x)?;
+    let latent = weights.kv_norm.apply(&down.narrow(1, 0, spec.kv_rank)?.contiguous()?)?;
+    let rotated = down.narrow(1, spec.kv_rank, spec.rope_dim)?.contiguous()?;
+    let rotated = fused::rope(rotated, table, RotatedPart { head_dim: spec.rope_dim, first: 0 }, positions)?;
+    let one = |sequence: usize| {
+        let rows = |t: &Tensor| t.narrow(0, sequence * positions, positions);
+        let query = rows(&query)?.reshape((positions, spec.heads, head_dim))?;
+        let narrow = Narrow { latent: rows(&latent)?, rotated: rows(&rotated)? };
+        narrow.mix(spec, &weights.kv_up, &query, EXPANDED_VALUES)
+    };
+    let mixed = (0..x.dim(0)? / positions).map(one).collect::<Result<Vec<_>>>()?;
+    weights.output.apply(&Tensor::cat(&mixed, 0)?)
+}
+
+/// Keys and values of one sequence before they are expanded to heads.
+struct Narrow {
+    /// `[n, kv_rank]`.
+    latent: Tensor,
+    /// Of all heads' keys `[n, rope_dim]`.
+    rotated: Tensor,
+}
+
+impl Narrow {
+    /// `query` `[n, heads, nope_dim + rope_dim]` to `[n, heads * value_dim]`, as many heads together as have `values_at_once`
+    /// values in their keys and values, one at least.
+    fn mix(&self, spec: &LatentSpec, kv_up: &Linear, query: &Tensor, values_at_once: usize) -> Result<Tensor> {
+        let per_token = spec.nope_dim + spec.rope_dim + spec.value_dim;
+        let at_once = (values_at_once / (query.dim(0)? * per_token)).clamp(1, spec.heads);
+        let mixing = Mixing::new(spec.scale, Window::Full, None);
+        let some_heads = |first: usize| {
+            let heads = first..(first + at_once).min(spec.heads);
+            let query = query.narrow(1, heads.start, heads.len())?;
+            let (key, value) = self.expand(spec, kv_up, heads)?;
+            mixing.mix(&query, &key, &value)
+        };
+        let mixed = (0..spec.heads).step_by(at_once).map(some_heads).collect::<Result<Vec<_>>>()?;
+        Tensor::cat(&mixed, 1)
+    }
+
+    /// Keys `[heads, n, nope_dim + rope_dim]` and values `[heads, n, value_dim]` of some heads.
+    fn expand(&self, spec: &LatentSpec, kv_up: &Linear, heads: Range<usize>) -> Result<(Tensor, Tensor)> {
+        let per_head = spec.nope_dim + spec.value_dim;
+        let weight = kv_up.weight.narrow(0, heads.start * per_head, heads.len() * per_head)?;
+        let expanded = Linear { weight, bias: None }.apply(&self.latent)?;
+        let by_head = expanded.reshape((self.latent.dim(0)?, heads.len(), per_head))?.transpose(0, 1)?;
+        let key = by_head.narrow(2, 0, spec.nope_dim)?.contiguous()?;
+        let rotated = self.rotated.broadcast_left(heads.len())?.contiguous()?;
+        let value = by_head.narrow(2, spec.nope_dim, spec.value_dim)?.contiguous()?;
+        Ok((Tensor::cat(&[key, rotated], 2)?, value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::attention::naive::{self, Random, Rows};
+    use crate::decoder::NormSpec;
+    use crate::rope::{Pairing, RopeScaling, RopeSpec};
+
+    const HIDDEN: usize = 9;
+
+    fn spec(heads: usize, query_rank: Option<usize>, [nope_dim, rope_dim, value_dim]: [usize; 3]) -> LatentSpec {
+        let rope = RopeSpec { theta: 50.0, dims: rope_dim, pairing: Pairing::Interleaved, scaling: RopeScaling::None };
+        LatentSpec {
+            heads,
+            query_rank,
+            kv_rank: 5,
+            nope_dim,
+            rope_dim,
+            value_dim,
+            norm: NormSpec::rms(1e-6),
+            scale: 0.6,
+            rope,
+        }
+    }
+
+    fn weights(spec: &LatentSpec, random: &mut Random) -> LatentWeights {
+        let mut linear = |rows, columns| Linear { weight: random.tensor(&[rows, columns]), bias: None };
+        let queries = spec.heads * (spec.nope_dim + spec.rope_dim);
+        let kv_down = linear(spec.kv_rank + spec.rope_dim, HIDDEN);
+        let kv_up = linear(spec.heads * (spec.nope_dim + spec.value_dim), spec.kv_rank);
+        let output = linear(HIDDEN, spec.heads * spec.value_dim);
+        let matrices = spec.query_rank.map(|rank| (rank, linear(rank, HIDDEN), linear(queries, rank)));
+        let direct = linear(queries, HIDDEN);
+        let mut norm = |width| Norm::new(spec.norm, random.tensor(&[width]), None).unwrap();
+        let kv_norm = norm(spec.kv_rank);
+        let query = match matrices {
+            None => LatentQuery::Direct(direct),
+            Some((rank, down, up)) => LatentQuery::LowRank { down, norm: norm(rank), up },
+        };
+        LatentWeights { query, kv_down, kv_norm, kv_up, output }
+    }
+
+    fn naive_sequence(spec: &LatentSpec, weights: &LatentWeights, x: &Rows) -> Rows {
+        let normed = |x: Rows, norm: &Norm| x.iter().map(|row| naive::rms_norm(row, norm, spec.norm)).collect();
+        let rotated = |mut x: Rows| {
+            x.iter_mut().enumerate().for_each(|(position, row)| naive::rotate(row, &spec.rope, position));
+            x
+        };
+        let query = match &weights.query {
+            LatentQuery::Direct(all) => naive::linear(x, all),
+            LatentQuery::LowRank { down, norm, up } => naive::linear(&normed(naive::linear(x, down), norm), up),
+        };
+        let down = naive::linear(x, &weights.kv_down);
+        let latent: Rows = normed(naive::columns(&down, 0, spec.kv_rank), &weights.kv_norm);
+        let key_rotated = rotated(naive::columns(&down, spec.kv_rank, spec.rope_dim));
+        let up = naive::linear(&latent, &weights.kv_up);
+        let one_head = |head: usize| {
+            let at = head * (spec.nope_dim + spec.rope_dim);
+            let plain = naive::columns(&query, at, spec.nope_dim);
+            let turned = rotated(naive::columns(&query, at + spec.nope_dim, spec.rope_dim));
+            let at = head * (spec.nope_dim + spec.value_dim);
+            let key = naive::side_by_side(&[naive::columns(&up, at, spec.nope_dim), key_rotated.clone()]);
+            let value = naive::columns(&up, at + spec.nope_dim, spec.value_dim);
+            naive::mix(&naive::side_by_side(&[plain, turned]), &key, &value, spec.scale, Window::Full, None)
+        };
+        naive::side_by_side(&(0..spec.heads).map(one_head).collect::<Vec<_>>())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn latent_attention_as_defined(
+            heads in 1..6usize,
+            query_rank in proptest::option::of(1..7usize),
+            dims in (1..6usize, 1..4usize, 1..8usize),
+            sequences in 1..3usize,
+            positions in 1..30usize,
+        ) {
+            let spec = spec(heads, query_rank, [dims.0, 2 * dims.1, dims.2]);
+            let mut random = Random::new(positions as u64);
+            let weights = weights(&spec, &mut random);
+            let x = random.tensor(&[sequences * positions, HIDDEN]);
+            let got = latent_attention(&spec, &weights, &spec.rope.table(positions), &x, positions).unwrap();
+            let of_sequence = |x: &[Vec<f64>]| naive_sequence(&spec, &weights, &x.to_vec());
+            let mixed: Rows = naive::rows(&x).chunks(positions).flat_map(of_sequence).collect();
+            naive::assert_close(&got, &naive::linear(&mixed, &weights.output), 2e-5);
+        }
+
+        #[test]
+        fn heads_in_turns_do_not_show(values_at_once in 0..2000usize) {
+            let spec = spec(5, None, [3, 2, 4]);
+            let mut random = Random::new(1);
+            let narrow = Narrow { latent: random.tensor(&[17, spec.kv_rank]), rotated: random.tensor(&[17, 2]) };
+            let (query, kv_up) = (random.tensor(&[17, 5, 5]), random.tensor(&[5 * 7, spec.kv_rank]));
+            let kv_up = Linear { weight: kv_up, bias: None };
+            let whole = narrow.mix(&spec, &kv_up, &query, usize::MAX).unwrap();
+            let in_turns = narrow.mix(&spec, &kv_up, &query, values_at_once).unwrap();
+            naive::assert_close(&in_turns, &naive::rows(&whole), 1e-6);
+        }
+    }
 }

@@ -70,43 +70,86 @@ pub struct RopeTable {
     pub sin: Vec<f32>,
     /// `dims / 2`.
     pub pairs: usize,
+    /// Which two dimensions a pair is.
+    pub pairing: Pairing,
 }
 
 impl RopeSpec {
-    /// Rotation per position of each pair, radians.
-    fn frequencies(&self) -> Vec<f64> {
-        let dims = self.dims as f64;
-        (0..self.dims / 2).map(|pair| self.scaling.apply(self.theta.powf(-2.0 * pair as f64 / dims))).collect()
+    /// Rotation per position of each pair, radians; every step rounded to f32, as the reference rounds it.
+    fn frequencies(&self) -> Vec<f32> {
+        let period = |pair: usize| {
+            let exponent = (2 * pair) as f32 / self.dims as f32;
+            f64::from(self.theta as f32).powf(f64::from(exponent)) as f32
+        };
+        let periods = (0..self.dims / 2).map(period);
+        match self.scaling {
+            RopeScaling::None => periods.map(f32::recip).collect(),
+            RopeScaling::Linear { factor } => periods.map(|period| period.recip() / factor as f32).collect(),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_positions } => {
+                let [factor, low, high] = [factor, low_freq_factor, high_freq_factor].map(|v| v as f32);
+                periods.map(|period| llama3(period.recip(), factor, low, high, original_positions as f32)).collect()
+            }
+            RopeScaling::Yarn { factor, original_positions, beta_fast, beta_slow, truncate, .. } => {
+                let ramp = Ramp::new(self, original_positions, beta_fast, beta_slow, truncate);
+                let mixed = |(pair, period): (usize, f32)| {
+                    let kept = 1.0 - ramp.at(pair);
+                    (factor as f32 * period).recip() * (1.0 - kept) + period.recip() * kept
+                };
+                periods.enumerate().map(mixed).collect()
+            }
+        }
     }
 
     /// Tables for positions `0..positions`.
     pub fn table(&self, positions: usize) -> RopeTable {
         // The reference rounds frequency and angle to f32; at position 100,000 that is visible in the fourth digit.
-        let frequencies: Vec<f32> = self.frequencies().iter().map(|&f| f as f32).collect();
+        let frequencies = self.frequencies();
         let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f)));
-        let (cos, sin) = angles.map(|a| (a.cos() as f32, a.sin() as f32)).unzip();
-        RopeTable { cos, sin, pairs: self.dims / 2 }
+        let factor = match self.scaling {
+            RopeScaling::Yarn { attention_factor, .. } => attention_factor as f32,
+            RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => 1.0,
+        };
+        let (cos, sin) = angles.map(|a| (a.cos() as f32 * factor, a.sin() as f32 * factor)).unzip();
+        RopeTable { cos, sin, pairs: self.dims / 2, pairing: self.pairing }
     }
 }
 
-impl RopeScaling {
-    fn apply(&self, frequency: f64) -> f64 {
-        match *self {
-            Self::None | Self::Yarn { .. } => frequency,
-            Self::Linear { factor } => frequency / factor,
-            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_positions } => {
-                let turns = original_positions * frequency / std::f64::consts::TAU;
-                // Selected, not blended: some published configs have low == high, where the ramp divides by zero.
-                if turns < low_freq_factor {
-                    frequency / factor
-                } else if turns > high_freq_factor {
-                    frequency
-                } else {
-                    let ramp = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
-                    frequency * ((1.0 - ramp) / factor + ramp)
-                }
-            }
+fn llama3(frequency: f32, factor: f32, low: f32, high: f32, original_positions: f32) -> f32 {
+    let wavelength = frequency.recip() * std::f32::consts::TAU;
+    // Selected, not blended: some published configs have low == high, where the ramp divides by zero.
+    if wavelength > original_positions / low {
+        frequency / factor
+    } else if wavelength < original_positions / high || low == high {
+        frequency
+    } else {
+        let ramp = (original_positions * wavelength.recip() - low) / (high - low);
+        (1.0 - ramp) * frequency / factor + ramp * frequency
+    }
+}
+
+/// YaRN's way from pairs that are kept (0) to pairs that are divided (1), over the pair's index.
+struct Ramp {
+    low: f32,
+    width: f32,
+}
+
+impl Ramp {
+    fn new(spec: &RopeSpec, original_positions: f64, beta_fast: f64, beta_slow: f64, truncate: bool) -> Self {
+        let dims = spec.dims as f64;
+        let pair_that_turns =
+            |times: f64| dims * (original_positions / (times * std::f64::consts::TAU)).ln() / (2.0 * spec.theta.ln());
+        let (mut low, mut high) = (pair_that_turns(beta_fast), pair_that_turns(beta_slow));
+        if truncate {
+            (low, high) = (low.floor(), high.ceil());
         }
+        (low, high) = (low.max(0.0), high.min(dims - 1.0));
+        // As in the reference: a step must not divide by zero.
+        let width = if low == high { 0.001 } else { high - low };
+        Self { low: low as f32, width: width as f32 }
+    }
+
+    fn at(&self, pair: usize) -> f32 {
+        ((pair as f32 - self.low) / self.width).clamp(0.0, 1.0)
     }
 }
 
@@ -114,24 +157,138 @@ impl RopeScaling {
 mod tests {
     use super::*;
 
+    fn spec(theta: f64, dims: usize, scaling: RopeScaling) -> RopeSpec {
+        RopeSpec { theta, dims, pairing: Pairing::Halves, scaling }
+    }
+
+    fn llama3_scaling(factor: f64, low_freq_factor: f64, high_freq_factor: f64) -> RopeScaling {
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_positions: 8192.0 }
+    }
+
+    fn yarn(factor: f64, betas: [f64; 2], truncate: bool, attention_factor: f64) -> RopeScaling {
+        let [beta_fast, beta_slow] = betas;
+        RopeScaling::Yarn { factor, original_positions: 4096.0, beta_fast, beta_slow, truncate, attention_factor }
+    }
+
+    /// Values of transformers' own functions, as (pair, radians per position).
+    fn assert_frequencies(spec: &RopeSpec, expected: &[(usize, f32)]) {
+        let frequencies = spec.frequencies();
+        assert_eq!(frequencies.len(), spec.dims / 2);
+        for &(pair, want) in expected {
+            // Powers may differ in the last place; what is computed from them, a little more.
+            let got = frequencies[pair];
+            assert!((got / want - 1.0).abs() <= 4.0 * f32::EPSILON, "pair {pair}: {got:e}, expected {want:e}");
+        }
+    }
+
+    /// Of pair `pair` at position 4095: transformers' cos and sin.
+    fn assert_rotation(spec: &RopeSpec, pair: usize, cos: f32, sin: f32) {
+        let table = spec.table(4096);
+        let at = 4095 * table.pairs + pair;
+        // A frequency that is off by one unit in the last place turns this much more in 4095 positions.
+        let slack = 4095.0 * spec.frequencies()[pair] * 4.0 * f32::EPSILON + 1e-6;
+        assert!((table.cos[at] - cos).abs() < slack, "cos of pair {pair}: {}, expected {cos}", table.cos[at]);
+        assert!((table.sin[at] - sin).abs() < slack, "sin of pair {pair}: {}, expected {sin}", table.sin[at]);
+    }
+
     #[test]
     fn llama3_keeps_fast_pairs_and_slows_slow_ones() {
-        let scaling = RopeScaling::Llama3 {
-            factor: 8.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_positions: 8192.0,
-        };
-        assert_eq!(scaling.apply(1.0), 1.0);
-        assert_eq!(scaling.apply(1e-6), 1e-6 / 8.0);
-        let middle = std::f64::consts::TAU * 2.5 / 8192.0;
-        assert!((scaling.apply(middle) / middle - (0.5 / 8.0 + 0.5)).abs() < 1e-12);
+        let of = |frequency| llama3(frequency, 8.0, 1.0, 4.0, 8192.0);
+        assert_eq!(of(1.0), 1.0);
+        assert_eq!(of(1e-6), 1e-6 / 8.0);
+        let middle = std::f32::consts::TAU * 2.5 / 8192.0;
+        assert!((of(middle) / middle - (0.5 / 8.0 + 0.5)).abs() < 1e-6);
+    }
+
+    #[test]
+    fn llama3_as_in_llama_4_scout() {
+        let scout = spec(500_000.0, 128, llama3_scaling(8.0, 1.0, 4.0));
+        let expected = [
+            (0, 1.0),
+            (20, 1.656_044_1e-2),
+            (29, 2.166_570_6e-3),
+            (31, 8.567_514_6e-4),
+            (34, 1.785_077_9e-4),
+            (35, 9.556_212e-5),
+            (63, 3.068_925_9e-7),
+        ];
+        assert_frequencies(&scout, &expected);
+        assert_rotation(&scout, 34, 7.445_142_3e-1, 6.676_066e-1);
+    }
+
+    #[test]
+    fn llama3_with_equal_bounds_is_a_step() {
+        let scout_instruct = spec(500_000.0, 128, llama3_scaling(16.0, 1.0, 1.0));
+        let expected = [(0, 1.0), (34, 9.384_738_5e-4), (35, 4.778_106e-5), (36, 3.892_327_7e-5), (63, 1.534_463e-7)];
+        assert_frequencies(&scout_instruct, &expected);
+    }
+
+    #[test]
+    fn yarn_as_in_gpt_oss() {
+        let gpt_oss = spec(150_000.0, 64, yarn(32.0, [32.0, 1.0], false, 0.1 * 32f64.ln() + 1.0));
+        let expected = [
+            (0, 1.0),
+            (7, 7.374_456_5e-2),
+            (8, 5.081_327e-2),
+            (9, 3.170_569_6e-2),
+            (12, 6.794_959e-3),
+            (16, 4.564_839e-4),
+            (17, 1.293_187e-4),
+            (18, 3.830_881e-5),
+            (31, 3.023_511_4e-7),
+        ];
+        assert_frequencies(&gpt_oss, &expected);
+        assert_rotation(&gpt_oss, 0, -8.884_153e-2, -1.343_639_7);
+        assert_rotation(&gpt_oss, 16, -3.960_165e-1, 1.287_024_3);
+        assert_rotation(&gpt_oss, 31, 1.346_572_5, 1.667_229_9e-3);
+    }
+
+    #[test]
+    fn yarn_as_in_deepseek_v3() {
+        let deepseek = spec(10_000.0, 64, yarn(40.0, [32.0, 1.0], true, 1.0));
+        let expected = [
+            (10, 5.623_412_9e-2),
+            (11, 3.900_692_6e-2),
+            (16, 5.500_000_4e-3),
+            (22, 1.778_279_4e-4),
+            (23, 3.333_803_4e-5),
+            (31, 3.333_803_5e-6),
+        ];
+        assert_frequencies(&deepseek, &expected);
+        assert_rotation(&deepseek, 22, 7.463_7e-1, 6.655_312_8e-1);
+    }
+
+    #[test]
+    fn yarn_with_one_bound_is_a_step() {
+        let kimi = spec(50_000.0, 64, yarn(32.0, [1.0, 1.0], true, 1.0));
+        let expected =
+            [(18, 2.274_203_8e-3), (19, 1.621_76e-3), (20, 3.614_046_7e-5), (21, 2.577_216_8e-5), (31, 8.764_412_8e-7)];
+        assert_frequencies(&kimi, &expected);
+        let untruncated = spec(
+            10_000.0,
+            8,
+            RopeScaling::Yarn {
+                factor: 4.0,
+                original_positions: 64.0,
+                beta_fast: 2.0,
+                beta_slow: 2.0,
+                truncate: false,
+                attention_factor: 1.0,
+            },
+        );
+        assert_frequencies(&untruncated, &[(0, 1.0), (1, 2.5e-2), (2, 2.5e-3), (3, 2.5e-4)]);
+    }
+
+    #[test]
+    fn linear_scaling_divides_all_pairs() {
+        let plain = spec(10_000.0, 8, RopeScaling::None).frequencies();
+        let scaled = spec(10_000.0, 8, RopeScaling::Linear { factor: 4.0 }).frequencies();
+        assert!(plain.iter().zip(&scaled).all(|(p, s)| p / 4.0 == *s));
     }
 
     #[test]
     fn table_starts_at_position_zero() {
-        let table =
-            RopeSpec { theta: 10_000.0, dims: 4, pairing: Pairing::Halves, scaling: RopeScaling::None }.table(3);
+        let table = spec(10_000.0, 4, RopeScaling::None).table(3);
         assert_eq!(table.cos[..2], [1.0, 1.0]);
         assert_eq!(table.sin[..2], [0.0, 0.0]);
         assert!((table.cos[2] - 1f32.cos()).abs() < 1e-7);
