@@ -12,20 +12,6 @@ use crate::decoder::{
 use crate::error::{Result, WorkerError};
 use crate::rope::{Pairing, RopeScaling, RopeSpec};
 
-mod deepseek_v3;
-mod glm4_moe;
-mod gpt2;
-mod gpt_oss;
-mod gptj;
-mod llama;
-mod llama4;
-mod mixtral;
-mod olmoe;
-mod opt;
-mod qwen3;
-mod qwen3_moe;
-mod qwen3_next;
-
 /// A family of models.
 pub struct Family {
     /// `architectures[0]` of config.json.
@@ -36,22 +22,30 @@ pub struct Family {
     pub names: &'static Names,
 }
 
-/// Every family, one line each.
-const FAMILIES: &[Family] = &[
-    deepseek_v3::FAMILY,
-    glm4_moe::FAMILY,
-    gpt2::FAMILY,
-    gpt_oss::FAMILY,
-    gptj::FAMILY,
-    llama::FAMILY,
-    llama4::FAMILY,
-    mixtral::FAMILY,
-    olmoe::FAMILY,
-    opt::FAMILY,
-    qwen3::FAMILY,
-    qwen3_moe::FAMILY,
-    qwen3_next::FAMILY,
-];
+/// Declares the files below `arch/` and lists their families.
+macro_rules! families {
+    ($($file:ident,)*) => {
+        $(mod $file;)*
+        const FAMILIES: &[Family] = &[$($file::FAMILY),*];
+    };
+}
+
+// One line each.
+families! {
+    deepseek_v3,
+    glm4_moe,
+    gpt2,
+    gpt_oss,
+    gptj,
+    llama,
+    llama4,
+    mixtral,
+    olmoe,
+    opt,
+    qwen3,
+    qwen3_moe,
+    qwen3_next,
+}
 
 /// Published names of a family's tensors.
 ///
