@@ -42,6 +42,7 @@ families! {
     mixtral,
     olmoe,
     opt,
+    qwen2,
     qwen3,
     qwen3_moe,
     qwen3_next,
