@@ -72,7 +72,7 @@ ODD = {
     "llama4_maverick": [TIED, {"num_local_experts": 3, "num_experts_per_tok": 2}],
     "deepseek_v3": [TIED, {"n_group": 1, "topk_group": 1, "n_routed_experts": 5}, {"q_lora_rank": None}, {"rope_scaling": None}],
     "deepseek_v31": [{"num_attention_heads": 3, "num_key_value_heads": 3, "v_head_dim": 10}],
-    "kimi_k2": [ROUTED, {"n_routed_experts": 1, "num_experts_per_tok": 1}],
+    "kimi_k2": [ROUTED, {"n_routed_experts": 2, "num_experts_per_tok": 1}],
     "gpt2": [UNTIED],
     "opt": [{"num_attention_heads": 2}],
     "opt_350m": [{"word_embed_proj_dim": 24}],
