@@ -5,6 +5,7 @@ mod deploy;
 mod host;
 mod hub;
 mod metamorphic;
+mod published;
 mod real_worker;
 mod rewrite;
 mod ssh;

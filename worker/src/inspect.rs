@@ -82,9 +82,12 @@ fn site_inspection(model: &Model<'_>, site: Site) -> SiteInspection {
     SiteInspection { layer: site.layer, point: site.point, tensor: model.name(site.layer, role) }
 }
 
-/// Parameters one token passes through, the looked-up embedding left out.
-fn active_parameters(spec: &DecoderSpec) -> u64 {
-    let head: u64 = spec.output_needs().iter().chain([&spec.head_need()]).map(Need::elements).sum();
+/// Parameters one token passes through: of routed experts top-k, and without the tables of which it reads one row (learned positions,
+/// and the embedding, unless that is the head as well).
+pub fn active_parameters(spec: &DecoderSpec) -> u64 {
+    let lead_in = spec.input_needs().into_iter().filter(|need| need.role != Role::Positions);
+    let lead_out = spec.output_needs().into_iter().chain([spec.head_need()]).chain(spec.head_bias_need());
+    let outside: u64 = lead_in.chain(lead_out).map(|need| need.elements()).sum();
     let layers = spec.units(u64::MAX).into_iter().map(|unit| {
         let whole: u64 = unit.needs.iter().map(Need::elements).sum();
         match (&unit.part, &spec.layers[unit.layer].ffn) {
@@ -92,7 +95,7 @@ fn active_parameters(spec: &DecoderSpec) -> u64 {
             _ => whole,
         }
     });
-    head + layers.sum::<u64>()
+    outside + layers.sum::<u64>()
 }
 
 /// Floating-point operations: two per active parameter and token, and four per head value and visible key.

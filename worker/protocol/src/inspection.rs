@@ -29,7 +29,8 @@ pub struct Inspection {
     pub tied_head: bool,
     /// Parameters of the tensors used.
     pub parameters: u64,
-    /// Parameters one token passes through: routed experts counted as top-k of all. Input embedding left out.
+    /// Parameters one token passes through: routed experts counted as top-k of all. Tables of which it reads one row are left out:
+    /// learned positions, and the embedding unless it is the head as well.
     pub active_parameters: u64,
     /// Bytes of the tensors used, as stored.
     pub stored_bytes: u64,

@@ -36,7 +36,6 @@ fn assert_close(got: &[f64], want: &[f64], tolerance: f64) {
     }
 }
 
-/// A small block: `spec` and weights of width `hidden`. `log_decay`: the mean of `A_log`.
 struct Block {
     spec: DeltaNetSpec,
     weights: DeltaNetWeights,
@@ -44,8 +43,15 @@ struct Block {
 }
 
 impl Block {
-    fn new(key_heads: usize, served: usize, [key_dim, value_dim, kernel]: [usize; 3], log_decay: f64) -> Self {
-        let (hidden, value_heads) = (12, key_heads * served);
+    /// `log_decay`: the mean of `A_log`.
+    fn new(
+        hidden: usize,
+        key_heads: usize,
+        served: usize,
+        [key_dim, value_dim, kernel]: [usize; 3],
+        log_decay: f64,
+    ) -> Self {
+        let value_heads = key_heads * served;
         let norm = NormSpec::rms(1e-6);
         let spec = DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, kernel, norm };
         let linear =
@@ -153,15 +159,15 @@ proptest! {
         sequences in 1_usize..3, key_heads in 1_usize..3, served in 1_usize..4,
         key_dim in 1_usize..20, value_dim in 1_usize..36, kernel in 1_usize..6, log_decay in -6.0..4.0_f64,
     ) {
-        let block = Block::new(key_heads, served, [key_dim, value_dim, kernel], log_decay);
+        let block = Block::new(12, key_heads, served, [key_dim, value_dim, kernel], log_decay);
         let x = block.input(sequences, positions);
-        assert_close(&floats(&block.run(&x, positions)), &block.naive(&x, positions), 2e-5);
+        assert_close(&floats(&block.run(&x, positions)), &block.naive(&x, positions), 1e-4);
     }
 }
 
 #[test]
 fn sequences_neither_leak_into_each_other_nor_depend_on_their_order() {
-    let block = Block::new(2, 2, [8, 6, 4], -1.0);
+    let block = Block::new(12, 2, 2, [8, 6, 4], -1.0);
     let positions = 70;
     let x = block.input(3, positions);
     let sequence = |t: &Tensor, s: usize| t.narrow(0, s * positions, positions).unwrap().contiguous().unwrap();
@@ -178,8 +184,57 @@ fn sequences_neither_leak_into_each_other_nor_depend_on_their_order() {
 
 #[test]
 fn tokens_do_not_see_the_future() {
-    let block = Block::new(1, 2, [8, 6, 4], -1.0);
+    let block = Block::new(12, 1, 2, [8, 6, 4], -1.0);
     let x = block.input(1, 100);
     let short = block.run(&x.narrow(0, 0, 67).unwrap().contiguous().unwrap(), 67);
     close(&block.run(&x, 100).narrow(0, 0, 67).unwrap(), &short, 1e-6);
+}
+
+/// Qwen3-Next's block against its own recurrence run token by token, in tensor operations over all heads.
+#[test]
+#[ignore = "a measurement: run it optimised, alone and with --nocapture"]
+fn speed_of_the_published_shape() {
+    let (sequences, positions) = (2, 2048);
+    let mut block = Block::new(2048, 16, 2, [128, 128, 4], -1.0);
+    for linear in [&mut block.weights.qkvz, &mut block.weights.ba, &mut block.weights.output] {
+        linear.weight = (&linear.weight * 0.03).unwrap();
+    }
+    let x = block.input(sequences, positions);
+    let seconds = |what: &str, run: &dyn Fn()| {
+        let best = (0..3).map(|_| {
+            let start = std::time::Instant::now();
+            run();
+            start.elapsed().as_secs_f64()
+        });
+        let best = best.fold(f64::INFINITY, f64::min);
+        println!("{what}: {best:.3} s, {:.0} tokens/s", (sequences * positions) as f64 / best);
+        best
+    };
+    let qkvz = block.weights.qkvz.apply(&x).unwrap();
+    let ba = block.weights.ba.apply(&x).unwrap();
+    let inner = || heads(&block.spec, &block.weights, &qkvz, &ba, positions).unwrap();
+    seconds("whole block", &|| drop(block.run(&x, positions)));
+    seconds("convolutions and gates", &|| drop(inner()));
+    let inner = inner();
+    let chunked = seconds("delta rule in chunks", &|| drop(inner.delta_rule().unwrap()));
+    let naive = seconds("delta rule token by token", &|| drop(token_by_token(&inner)));
+    println!("{:.1} times as fast", naive / chunked);
+}
+
+fn token_by_token(heads: &Heads) -> Tensor {
+    let ((all, positions, width), (keys, _, key_dim)) = (heads.value.dims3().unwrap(), heads.key.dims3().unwrap());
+    let token = |t: &Tensor, at: usize| t.narrow(1, at, 1).unwrap().contiguous().unwrap();
+    let repeated = |t: Tensor| t.repeat((1, all / keys, 1)).unwrap().reshape((all, 1, key_dim)).unwrap();
+    let mut state = Tensor::zeros((all, key_dim, width), DType::F32, &Device::Cpu).unwrap();
+    let step = |at: usize| {
+        let (query, key) = (repeated(token(&heads.query, at)), repeated(token(&heads.key, at)));
+        let gate = |t: &Tensor| token(t, at).unsqueeze(2).unwrap();
+        state = state.broadcast_mul(&gate(&heads.decay).exp().unwrap()).unwrap();
+        let expected = key.matmul(&state).unwrap();
+        let write = (token(&heads.value, at) - expected).unwrap().broadcast_mul(&gate(&heads.strength)).unwrap();
+        state = (&state + key.transpose(1, 2).unwrap().matmul(&write).unwrap()).unwrap();
+        query.matmul(&state).unwrap()
+    };
+    let out: Vec<Tensor> = (0..positions).map(step).collect();
+    Tensor::cat(&out, 1).unwrap()
 }

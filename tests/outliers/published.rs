@@ -1,0 +1,289 @@
+//! Every published checkpoint of the surveys, planned from its configuration and the names, shapes and dtypes of its tensors
+//! (`tests/published`), over a source that has no bytes to give.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use outliers_protocol::{FailureKind, FileBytes};
+use outliers_worker::error::{Result, WorkerError};
+use outliers_worker::inspect::active_parameters;
+use outliers_worker::model::Model;
+use outliers_worker::safetensors::{Header, HeaderTensor, StoredDtype};
+use outliers_worker::source::{TensorEntry, TensorIndex, WeightSource};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+/// A weight source of headers alone: whoever reads a weight byte fails the test.
+struct Headers(TensorIndex);
+
+impl WeightSource for Headers {
+    fn index(&self) -> &TensorIndex {
+        &self.0
+    }
+
+    fn read(&self, entry: &TensorEntry, range: Range<u64>, _into: &mut [u8]) -> Result<()> {
+        panic!("bytes {range:?} of {} were read", entry.name)
+    }
+
+    fn bytes_read(&self) -> u64 {
+        0
+    }
+}
+
+/// The parts of a `tensors.json` that are claims to be met.
+#[derive(Deserialize)]
+struct Manifest {
+    totals: Totals,
+    tensors: BTreeMap<String, Listed>,
+}
+
+#[derive(Deserialize)]
+struct Totals {
+    tensors: usize,
+    stored_bytes: u64,
+    model_parameters: u64,
+    active_parameters_per_token: u64,
+    active_without_input_embedding: u64,
+}
+
+/// Tensors of one name but for layer and expert.
+#[derive(Clone, Deserialize)]
+struct Listed {
+    shape: Vec<u64>,
+    dtype: String,
+    /// Inclusive ranges, separated by commas.
+    layers: Option<String>,
+    experts: Option<usize>,
+    /// Why a text-only pass of the main stack leaves it unread.
+    ignore: Option<String>,
+}
+
+/// A published checkpoint: its tensors by name.
+struct Published {
+    name: String,
+    config: Value,
+    totals: Totals,
+    tensors: BTreeMap<String, Listed>,
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("published")
+}
+
+impl Published {
+    fn read(name: &str) -> Self {
+        let file = |file: &str| std::fs::read(folder().join(name).join(file)).unwrap();
+        let manifest: Manifest = serde_json::from_slice(&file("tensors.json")).unwrap();
+        let tensors = manifest.tensors.iter().flat_map(|(pattern, listed)| listed.expand(pattern)).collect();
+        let config = serde_json::from_slice(&file("config.json")).unwrap();
+        Self { name: name.to_owned(), config, totals: manifest.totals, tensors }
+    }
+
+    fn all() -> impl Iterator<Item = Self> {
+        let entries = std::fs::read_dir(folder()).unwrap().map(|entry| entry.unwrap());
+        let folders = entries.filter(|entry| entry.path().is_dir());
+        let names: BTreeSet<String> = folders.map(|entry| entry.file_name().into_string().unwrap()).collect();
+        assert_eq!(names.len(), 30, "{names:?}");
+        names.into_iter().map(|name| Self::read(&name))
+    }
+
+    fn source(&self) -> Headers {
+        let mut offset = 0;
+        let tensors = self.tensors.iter().map(|(name, listed)| {
+            let (dtype, len) = (StoredDtype::from_name(&listed.dtype), listed.bytes());
+            offset += len;
+            HeaderTensor { name: name.clone(), dtype, shape: listed.shape.clone(), offset: offset - len, len }
+        });
+        let header = Header { tensors: tensors.collect(), metadata: BTreeMap::new() };
+        let file = FileBytes { name: "model.safetensors".to_owned(), bytes: self.totals.stored_bytes };
+        Headers(TensorIndex::assemble(vec![(file, header)], None).unwrap())
+    }
+
+    /// Everything that is not as the manifest says.
+    fn differences(&self) -> Vec<String> {
+        let source = self.source();
+        match Model::open(&self.config, &source, None) {
+            Ok(model) => self.differences_of(&model),
+            Err(error) => vec![error.to_string()],
+        }
+    }
+
+    fn differences_of(&self, model: &Model<'_>) -> Vec<String> {
+        let needs = model.spec.needs();
+        let stored = |(layer, need): &(usize, _)| {
+            let stored = model.stored(*layer, need);
+            stored.pieces().map(|piece| piece.entry.name.clone()).collect::<Vec<_>>()
+        };
+        let used: BTreeSet<String> = needs.iter().flat_map(stored).collect();
+        let names = |ignored: bool| -> BTreeSet<String> {
+            let chosen = self.tensors.iter().filter(|(_, listed)| listed.ignore.is_some() == ignored);
+            chosen.map(|(name, _)| name.clone()).collect()
+        };
+        let used_bytes: u64 = model.stored_dtypes().values().sum();
+        let ignored_bytes: u64 = model.ignored.iter().map(|ignored| ignored.bytes).sum();
+        let mut differences = Vec::new();
+        let mut same = |what: &str, ours: String, theirs: String| {
+            if ours != theirs {
+                differences.push(format!("{what}: {ours}, the manifest says {theirs}"));
+            }
+        };
+        let first = |names: &BTreeSet<String>| format!("{} such as {:?}", names.len(), names.first());
+        same("tensors", self.tensors.len().to_string(), self.totals.tensors.to_string());
+        same("unexplained", format!("{:?}", model.unexplained), "[]".to_owned());
+        same("used but ignored there", first(&(&used & &names(true))), first(&BTreeSet::new()));
+        same("unused but not ignored there", first(&(&names(false) - &used)), first(&BTreeSet::new()));
+        same("ignored", format!("{:?}", reasons_of(model)), format!("{:?}", self.reasons()));
+        same("parameters", model.parameters().to_string(), self.totals.model_parameters.to_string());
+        same("bytes", (used_bytes + ignored_bytes).to_string(), self.totals.stored_bytes.to_string());
+        same("active parameters", active_parameters(&model.spec).to_string(), self.active(model).to_string());
+        differences
+    }
+
+    /// Tensors and bytes by reason for leaving them.
+    fn reasons(&self) -> BTreeMap<&str, (usize, u64)> {
+        let mut reasons = BTreeMap::new();
+        for listed in self.tensors.values() {
+            if let Some(why) = &listed.ignore {
+                let sum: &mut (usize, u64) = reasons.entry(why.as_str()).or_default();
+                *sum = (sum.0 + 1, sum.1 + listed.bytes());
+            }
+        }
+        reasons
+    }
+
+    /// The manifest leaves out the embedding even where it is the head too, and counts learned positions; we count what a token
+    /// is multiplied with.
+    fn active(&self, model: &Model<'_>) -> u64 {
+        let positions = model.spec.embedding.positions.map_or(0, |p| p.rows * model.spec.hidden) as u64;
+        let all = match model.spec.head.tied {
+            true => self.totals.active_parameters_per_token,
+            false => self.totals.active_without_input_embedding,
+        };
+        all - positions
+    }
+
+    /// Opens it, which must fail. Tells kind and message.
+    fn refusal(&self) -> (FailureKind, String) {
+        let source = self.source();
+        let error = Model::open(&self.config, &source, None).map(|_| ()).expect_err(&self.name);
+        (error.kind(), error.to_string())
+    }
+}
+
+/// Our words for what is left unread, and the manifests'.
+const REASONS: [(&str, &str); 5] = [
+    ("multi-token prediction", "mtp"),
+    ("vision tower", "vision"),
+    ("causal mask (a buffer)", "causal-mask-buffer"),
+    ("rotary frequencies (a buffer)", "rotary-inv-freq-buffer"),
+    ("a copy of the embedding, to which the head is tied", "tied-duplicate"),
+];
+
+/// Tensors and bytes that a model leaves unread, by the manifests' words.
+fn reasons_of(model: &Model<'_>) -> BTreeMap<&'static str, (usize, u64)> {
+    let word = |why: &str| REASONS.iter().find(|(ours, _)| *ours == why).map_or("?", |(_, theirs)| *theirs);
+    model.ignored.iter().map(|group| (word(&group.why), (group.tensors, group.bytes))).collect()
+}
+
+impl Listed {
+    fn expand(&self, pattern: &str) -> Vec<(String, Self)> {
+        let layers = self.layers.as_deref().map_or(vec![0], |ranges| ranges.split(',').flat_map(numbers).collect());
+        let named = |layer: &usize| pattern.replace("{layer}", &layer.to_string());
+        let with_experts = |name: String| {
+            (0..self.experts.unwrap_or(1)).map(move |expert| name.replace("{expert}", &expert.to_string()))
+        };
+        layers.iter().map(named).flat_map(with_experts).map(|name| (name, self.clone())).collect()
+    }
+
+    fn bytes(&self) -> u64 {
+        let size = StoredDtype::from_name(&self.dtype).size().unwrap();
+        self.shape.iter().product::<u64>() * size
+    }
+}
+
+/// `3`, or `0-47` with both ends.
+fn numbers(range: &str) -> std::ops::RangeInclusive<usize> {
+    let (first, last) = range.trim().split_once('-').unwrap_or((range.trim(), range.trim()));
+    first.parse().unwrap()..=last.parse().unwrap()
+}
+
+#[test]
+fn every_published_checkpoint_is_explained_to_the_last_tensor_byte_and_parameter() {
+    let differences: Vec<String> = Published::all()
+        .flat_map(|model| {
+            model.differences().into_iter().map(move |difference| format!("{}: {difference}", model.name))
+        })
+        .collect();
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+}
+
+/// Opens the checkpoint after `damage`, which must be refused in words that hold all of `named`; no weight byte is read for that.
+#[track_caller]
+fn assert_refused(name: &str, damage: impl FnOnce(&mut Published), kind: FailureKind, named: &[&str]) {
+    let mut model = Published::read(name);
+    damage(&mut model);
+    let (got, message) = model.refusal();
+    let missing: Vec<_> = named.iter().filter(|word| !message.contains(**word)).collect();
+    assert!(got == kind && missing.is_empty(), "{got:?}: {message}: {missing:?} is not in it");
+}
+
+#[test]
+fn damaged_checkpoints_are_refused_by_name() {
+    let reshaped = |name: &'static str, shape: &'static [u64]| {
+        move |model: &mut Published| model.tensors.get_mut(name).expect(name).shape = shape.to_vec()
+    };
+    let of_dtype = |name: &'static str, dtype: &'static str| {
+        move |model: &mut Published| model.tensors.get_mut(name).expect(name).dtype = dtype.to_owned()
+    };
+    let without = |name: &'static str| move |model: &mut Published| drop(model.tensors.remove(name).expect(name));
+    let damaged = FailureKind::Checkpoint;
+
+    let query = "model.layers.35.self_attn.q_proj.weight";
+    assert_refused("Qwen3-8B", reshaped(query, &[4096, 4095]), damaged, &[query, "[4096, 4095]", "[4096, 4096]"]);
+    let expert = "model.layers.7.mlp.experts.12.up_proj.weight";
+    assert_refused("OLMoE-1B-7B-0125", without(expert), damaged, &[expert, "missing"]);
+    let stack = "language_model.model.layers.1.feed_forward.experts.down_proj";
+    let experts = reshaped(stack, &[127, 8192, 5120]);
+    assert_refused("Llama-4-Maverick-17B-128E", experts, damaged, &[stack, "[127, 8192, 5120]", "[128, 8192, 5120]"]);
+    let decay = "model.layers.4.linear_attn.A_log";
+    assert_refused("Qwen3-Next-80B-A3B-Instruct", reshaped(decay, &[16]), damaged, &[decay, "[16]", "[32]"]);
+
+    // 576 rows in tiles of 128 are 5 tiles, the last one short.
+    let tiles = "model.layers.60.self_attn.kv_a_proj_with_mqa.weight_scale_inv";
+    assert_refused("DeepSeek-V3.1", reshaped(tiles, &[4, 56]), damaged, &[tiles, "[4, 56]", "[5, 56]"]);
+    assert_refused("Kimi-K2-Instruct", without(tiles), damaged, &[tiles, "missing"]);
+    let scales = "model.layers.0.mlp.experts.gate_up_proj_scales";
+    assert_refused("gpt-oss-20b", reshaped(scales, &[32, 5760, 89]), damaged, &[scales, "[32, 5760, 89]"]);
+    assert_refused("gpt-oss-20b", of_dtype(scales, "F8_E8M0"), FailureKind::Unsupported, &[scales, "F8_E8M0"]);
+    let int4 = "model.layers.0.mlp.down_proj.weight";
+    assert_refused("Qwen3-4B", of_dtype(int4, "I32"), FailureKind::Unsupported, &[int4, "I32"]);
+}
+
+#[test]
+fn settings_that_cannot_be_computed_are_refused_by_name() {
+    let set = |pointer: &'static str, value: Value| {
+        move |model: &mut Published| {
+            let (parent, key) = pointer.rsplit_once('/').expect("a path");
+            let parent = model.config.pointer_mut(parent).expect(pointer);
+            parent.as_object_mut().expect(pointer).insert(key.to_owned(), value);
+        }
+    };
+    let unsupported = FailureKind::Unsupported;
+    let ropes = [
+        ("DeepSeek-V3-0324", "/rope_scaling/type"),
+        ("gpt-oss-120b", "/rope_scaling/rope_type"),
+        ("Llama-4-Scout-17B-16E-Instruct", "/text_config/rope_scaling/rope_type"),
+    ];
+    for (model, rope) in ropes {
+        assert_refused(model, set(rope, json!("longrope")), unsupported, &["rope type", "longrope"]);
+    }
+    let gptq = json!({"quant_method": "gptq", "bits": 4});
+    assert_refused("Qwen3-30B-A3B", set("/quantization_config", gptq), unsupported, &["quant_method", "gptq"]);
+    let e5m2 = set("/quantization_config/fmt", json!("e5m2"));
+    assert_refused("DeepSeek-V3.1", e5m2, unsupported, &["fmt", "e5m2"]);
+    let unknown = set("/architectures", json!(["FalconForCausalLM"]));
+    assert_refused("Mixtral-8x7B-v0.1", unknown, unsupported, &["FalconForCausalLM"]);
+    let gelu = set("/hidden_act", json!("gelu"));
+    assert_refused("GLM-4.5-Air", gelu, unsupported, &["hidden_act", "gelu"]);
+}
