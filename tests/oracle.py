@@ -73,7 +73,7 @@ ODD = {
     "deepseek_v3": [TIED, {"n_group": 1, "topk_group": 1, "n_routed_experts": 5}, {"q_lora_rank": None}, {"rope_scaling": None}],
     "deepseek_v31": [{"num_attention_heads": 3, "num_key_value_heads": 3, "v_head_dim": 10}],
     "kimi_k2": [ROUTED, {"n_routed_experts": 2, "num_experts_per_tok": 1}],
-    "gpt2": [UNTIED],
+    "gpt2": [{"n_inner": 40}, {"n_head": 8}],
     "opt": [{"num_attention_heads": 2}],
     "opt_350m": [{"word_embed_proj_dim": 24}],
     "gptj": [{"rotary_dim": 16}, {"n_inner": 40}],
@@ -98,11 +98,13 @@ def load_oracle(folder):
 
     def with_all_experts(module, output):
         """Where every expert is chosen there is no next one to be near, which the reference's margin does not foresee."""
-        scores = output[1] if type(module).__name__ == "Llama4Router" else output[0]
-        chosen = module.top_k if type(module).__name__ == "Llama4Router" else output[2].shape[-1]
+        llama4 = type(module).__name__ == "Llama4Router"
+        scores = output[1] if llama4 else output[0]
+        chosen = module.top_k if llama4 else output[2].shape[-1]
         if chosen < scores.shape[-1]:
             return canonical(module, output)
-        weights, indices = output[1], output[2]
+        indices = torch.arange(chosen).expand(scores.shape[0], chosen) if llama4 else output[2]
+        weights = output[0] if llama4 else output[1]
         order = indices.argsort(dim=-1)
         margin = torch.full((indices.shape[0],), 1e9)
         return indices.gather(1, order), weights.float().gather(1, order), margin, scores.float()
