@@ -171,24 +171,35 @@ mod tests {
     }
 
     /// Values of transformers' own functions, as (pair, radians per position).
-    fn assert_frequencies(spec: &RopeSpec, expected: &[(usize, f32)]) {
+    fn assert_frequencies(spec: &RopeSpec, expected: &[(usize, f64)]) {
         let frequencies = spec.frequencies();
         assert_eq!(frequencies.len(), spec.dims / 2);
         for &(pair, want) in expected {
             // Powers may differ in the last place; what is computed from them, a little more.
-            let got = frequencies[pair];
-            assert!((got / want - 1.0).abs() <= 4.0 * f32::EPSILON, "pair {pair}: {got:e}, expected {want:e}");
+            let got = f64::from(frequencies[pair]);
+            assert!(
+                (got / want - 1.0).abs() <= 4.0 * f64::from(f32::EPSILON),
+                "pair {pair}: {got:e}, expected {want:e}"
+            );
         }
     }
 
     /// Of pair `pair` at position 4095: transformers' cos and sin.
-    fn assert_rotation(spec: &RopeSpec, pair: usize, cos: f32, sin: f32) {
+    fn assert_rotation(spec: &RopeSpec, pair: usize, cos: f64, sin: f64) {
         let table = spec.table(4096);
         let at = 4095 * table.pairs + pair;
         // A frequency that is off by one unit in the last place turns this much more in 4095 positions.
-        let slack = 4095.0 * spec.frequencies()[pair] * 4.0 * f32::EPSILON + 1e-6;
-        assert!((table.cos[at] - cos).abs() < slack, "cos of pair {pair}: {}, expected {cos}", table.cos[at]);
-        assert!((table.sin[at] - sin).abs() < slack, "sin of pair {pair}: {}, expected {sin}", table.sin[at]);
+        let slack = f64::from(4095.0 * spec.frequencies()[pair] * 4.0 * f32::EPSILON) + 1e-6;
+        assert!(
+            (f64::from(table.cos[at]) - cos).abs() < slack,
+            "cos of pair {pair}: {}, expected {cos}",
+            table.cos[at]
+        );
+        assert!(
+            (f64::from(table.sin[at]) - sin).abs() < slack,
+            "sin of pair {pair}: {}, expected {sin}",
+            table.sin[at]
+        );
     }
 
     #[test]
