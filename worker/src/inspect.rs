@@ -47,7 +47,7 @@ pub fn inspect(name: &str, checkpoint: &Checkpoint, model: &Model<'_>, run: Plan
         sites: spec.sites().into_iter().map(|site| site_inspection(model, site)).collect(),
         ignored_tensors: model.ignored.iter().chain(&model.unexplained).cloned().collect(),
         files: checkpoint.weights.files().to_vec(),
-        tokenizer: checkpoint.tokenizer().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned())),
+        tokenizer: checkpoint.tokenizer().map(|files| files.to_string()),
         plan: plan(checkpoint, model, run),
     }
 }

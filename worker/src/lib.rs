@@ -29,4 +29,5 @@ pub mod safetensors;
 pub mod source;
 pub mod stats;
 pub mod stream;
+pub mod torch;
 pub mod weights;
