@@ -147,6 +147,118 @@ fn metadata_comes_without_weights() {
     }
 }
 
+/// A repository as OPT's larger ones: pickled shards, an older tokenizer, copies for other programs.
+fn pickled() -> Setup {
+    let setup = Setup::new();
+    let repo = setup.repo();
+    let worker = Path::new(env!("CARGO_MANIFEST_DIR")).join("../worker/src");
+    for entry in fs::read_dir(&repo).unwrap() {
+        fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    for (from, to) in [("tensors.bin", BIN), ("second.bin", OTHER_BIN)] {
+        fs::write(repo.join(to), stretched(fs::read(worker.join("torch/testdata").join(from)).unwrap())).unwrap();
+    }
+    for name in ["vocab.json", "merges.txt", "tokenizer_config.json"] {
+        fs::copy(worker.join("corpus/testdata/opt").join(name), repo.join(name)).unwrap();
+    }
+    let map = serde_json::json!({"weight_map": {"f32": BIN, "second": OTHER_BIN}});
+    fs::write(repo.join("pytorch_model.bin.index.json"), map.to_string()).unwrap();
+    fs::write(repo.join("config.json"), "{}").unwrap();
+    for extra in ["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "consolidated.00.pt", "tiktoken.model"] {
+        fs::write(repo.join(extra), "not wanted").unwrap();
+    }
+    setup
+}
+
+/// The same archive with 3 MiB between its last record and its directory, as if it held that much more.
+fn stretched(mut archive: Vec<u8>) -> Vec<u8> {
+    const GAP: usize = 3 << 20;
+    let len = archive.len();
+    // Where the directory begins, and where the 64-bit end does that says so.
+    let [directory, _] = [len - 50, len - 34].map(|at| {
+        let place: &mut [u8; 8] = (&mut archive[at..at + 8]).try_into().unwrap();
+        let old = u64::from_le_bytes(*place) as usize;
+        *place = ((old + GAP) as u64).to_le_bytes();
+        old
+    });
+    archive.splice(directory..directory, [0; GAP]);
+    archive
+}
+
+const BIN: &str = "pytorch_model-00001-of-00002.bin";
+const OTHER_BIN: &str = "pytorch_model-00002-of-00002.bin";
+
+#[test]
+fn trap_1_pickled_models_are_planned_without_their_weights_and_fetched() {
+    let setup = pickled();
+    let planned = setup.client().fetch_metadata(ID, "main").unwrap();
+    let asked = setup.hub.seen().into_iter().filter(|seen| seen.cdn).count();
+    assert_eq!(asked, 4, "for each file its end, and what lies at its beginning");
+    assert!(!planned.folder.join(BIN).exists());
+    let local = Checkpoint::open_folder(&setup.repo()).unwrap();
+    assert_eq!(planned.weights.files(), local.weights.files());
+    assert_eq!(planned.weights.names().collect::<Vec<_>>(), local.weights.names().collect::<Vec<_>>());
+    for name in local.weights.names() {
+        let (ours, theirs) = (planned.weights.entry(name).unwrap(), local.weights.entry(name).unwrap());
+        assert_eq!((&ours.dtype, &ours.shape, ours.len), (&theirs.dtype, &theirs.shape, theirs.len), "{name}");
+    }
+    let fetched = setup.fetch().unwrap();
+    assert_eq!(fetched.weights.index(), local.weights.index());
+    assert_eq!(fetched.tokenizer().unwrap().to_string(), "vocab.json + merges.txt");
+}
+
+#[test]
+fn trap_2_only_what_is_used_is_fetched() {
+    let setup = pickled();
+    let folder = setup.fetch().unwrap().folder;
+    let mut names: Vec<_> =
+        fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    let index = "pytorch_model.bin.index.json";
+    assert_eq!(names, ["config.json", "merges.txt", BIN, OTHER_BIN, index, "tokenizer_config.json", "vocab.json"]);
+    // Beside safetensors, pickles are extra copies.
+    let setup = Setup::new();
+    fs::write(setup.repo().join(index), "not wanted").unwrap();
+    setup.assert_whole(&setup.fetch().unwrap());
+    assert_eq!(setup.hub.count("pytorch_model"), 0);
+}
+
+/// The layouts of DeepSeek, Kimi and gpt-oss.
+#[test]
+fn trap_3_numbers_in_file_names_mean_nothing() {
+    for (first, second) in [
+        ("model-00001-of-000163.safetensors", "model-00163-of-000163.safetensors"),
+        ("model-1-of-61.safetensors", "model-61-of-61.safetensors"),
+        ("model-00000-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+    ] {
+        let setup = Setup::new();
+        let repo = setup.repo();
+        let path = repo.join("model.safetensors.index.json");
+        let index = fs::read_to_string(&path).unwrap().replace(OTHER_SHARD, "other").replace(SHARD, first);
+        fs::write(path, index.replace("other", second)).unwrap();
+        fs::rename(repo.join(SHARD), repo.join("first")).unwrap();
+        fs::rename(repo.join(OTHER_SHARD), repo.join(second)).unwrap();
+        fs::rename(repo.join("first"), repo.join(first)).unwrap();
+        let planned = setup.client().fetch_metadata(ID, "main").unwrap();
+        assert_eq!(planned.weights.files().iter().map(|file| file.name.as_str()).collect::<Vec<_>>(), [first, second]);
+    }
+}
+
+#[test]
+fn the_hubs_pickles_are_hostile_input_too() {
+    let worker = Path::new(env!("CARGO_MANIFEST_DIR")).join("../worker/src/torch/testdata");
+    for (file, says) in [("system.bin", "posix.system"), ("legacy.bin", "before 1.6")] {
+        let setup = pickled();
+        fs::copy(worker.join(file), setup.repo().join(OTHER_BIN)).unwrap();
+        let error = setup.client().fetch_metadata(ID, "main").map(|_| ()).unwrap_err();
+        assert!(error.message().contains(says), "{error}");
+        assert!(error.message().contains(&format!("{OTHER_BIN} of {ID}")), "{error}");
+    }
+    let setup = pickled();
+    setup.hub.fail(&format!("{OTHER_BIN}?"), 1000, Fault::Corrupt);
+    assert_eq!(setup.refused().kind(), FailureKind::Network);
+}
+
 #[test]
 fn what_does_not_exist_is_told_apart() {
     let setup = Setup::new();
@@ -319,7 +431,13 @@ fn repositories_that_cannot_be_used_say_why() {
     let cases: [Case<'_>; 4] = [
         (&|repo| fs::remove_file(repo.join("config.json")).unwrap(), "has no config.json"),
         (&|repo| fs::remove_file(repo.join(SHARD)).unwrap(), "names model-00001-of-00002.safetensors, which"),
-        (&|repo| fs::remove_file(repo.join("model.safetensors.index.json")).unwrap(), "has neither"),
+        (
+            &|repo| {
+                fs::remove_file(repo.join("model.safetensors.index.json")).unwrap();
+                fs::remove_file(repo.join("pytorch_model.bin")).unwrap();
+            },
+            "has no weights: neither",
+        ),
         (&|repo| fs::write(repo.join(SHARD), "short").unwrap(), "model-00001-of-00002.safetensors of owner/demo-model"),
     ];
     for (damage, says) in cases {

@@ -6,6 +6,7 @@
 
 mod ids;
 mod text;
+mod tokenizer;
 
 use std::path::Path;
 
@@ -13,7 +14,8 @@ use outliers_protocol::{BUILTIN_CORPUS, CorpusProvenance, CorpusSource, CorpusSp
 use sha2::{Digest, Sha256};
 
 use crate::error::{IoContext, Result, WorkerError};
-use text::{Document, TextTokenizer};
+use text::Document;
+use tokenizer::TextTokenizer;
 
 /// The English text that ships with the worker, see `assets/README.md`.
 pub const SHAKESPEARE: &str = include_str!("../assets/shakespeare.txt");

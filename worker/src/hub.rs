@@ -9,6 +9,7 @@ mod answer;
 mod cache;
 mod http;
 mod listing;
+mod pieces;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,21 +22,23 @@ pub use http::{Patience, Token};
 pub use listing::{Digest, RepoFile, RepoListing};
 
 use crate::error::{Result, WorkerError};
-use crate::safetensors::Header;
+use crate::safetensors::{Header, HeaderTensor};
 use crate::source::{
-    CONFIG_FILE, Checkpoint, INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE,
-    TensorEntry, TensorIndex, WeightMap, WeightSource, read_config, read_small,
+    CONFIG_FILE, Checkpoint, Container, MAX_JSON_BYTES, TOKENIZER_SETTINGS, TensorEntry, TensorIndex, TokenizerFiles,
+    WeightFiles, WeightMap, WeightSource, no_weights, read_config, read_small,
 };
+use crate::torch;
 use cache::Cache;
 use http::Client;
+use pieces::Pieces;
 
 /// The public hub.
 pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 
 /// Files fetched, and headers read, at the same time.
 const PARALLEL: usize = 4;
-/// Bytes of a weight file asked for in the hope that they hold the whole header: true of every surveyed model but the
-/// one-file-per-model ones.
+/// Bytes of a weight file asked for in the hope that they hold the whole header (or pickle): true of every surveyed model
+/// but the one-file-per-model ones.
 const LIKELY_HEADER: u64 = 1 << 20;
 
 /// Where the hub is and what to bring along. Nothing in here is read from the environment.
@@ -107,7 +110,7 @@ impl Hub {
     pub fn fetch_metadata(&self, id: &str, revision: &str) -> Result<Checkpoint> {
         let listing = self.resolve(id, revision)?;
         let shards = self.fetch_small(&listing)?;
-        let found = in_parallel(&shards.files, |file| self.header(&listing, file))?;
+        let found = in_parallel(&shards.files, |file| self.tensors(&listing, file, shards.container))?;
         let index = TensorIndex::assemble(found, shards.map.as_ref()).map_err(|e| e.context(id))?;
         let folder = self.cache.snapshot(&listing);
         let (config, config_sha256) = read_config(&folder)?;
@@ -137,35 +140,42 @@ impl Hub {
 
     /// Fetches what is not weights, and returns which files are.
     fn fetch_small(&self, listing: &RepoListing) -> Result<Shards> {
-        for name in [CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, INDEX_FILE] {
-            let Some(file) = listing.file(name) else { continue };
-            let file = self.sized(listing, file)?;
-            if file.size.is_none_or(|size| size > MAX_JSON_BYTES) {
-                let message = format!("{name} of {} is over the limit of {MAX_JSON_BYTES} bytes", listing.id);
-                return Err(WorkerError::checkpoint(message));
-            }
-            self.cache.fetch(&self.client, listing, &file, &|_| ())?;
-        }
-        if listing.file(CONFIG_FILE).is_none() {
+        let there = |name: &str| listing.file(name).is_some();
+        if !there(CONFIG_FILE) {
             let message = format!("model {} has no {CONFIG_FILE}", listing.id);
             return Err(WorkerError::checkpoint(message).hint("choose a repository in the transformers format"));
         }
-        self.shards(listing)
+        let place = || format!("model {}", listing.id);
+        let chosen = Container::choose(there).ok_or_else(|| no_weights(place()))?;
+        let tokenizer = TokenizerFiles::choose(there).map_or(&[][..], TokenizerFiles::names);
+        let index = chosen.is_index().then_some(&chosen.file);
+        for name in [CONFIG_FILE].iter().chain(tokenizer).chain(&TOKENIZER_SETTINGS).chain(index) {
+            self.fetch_file(listing, name)?;
+        }
+        let snapshot = self.cache.snapshot(listing);
+        let weights = WeightFiles::read(chosen, |name| read_small(&snapshot.join(name)));
+        self.shards(listing, weights.map_err(|error| error.context(place()))?)
     }
 
-    fn shards(&self, listing: &RepoListing) -> Result<Shards> {
-        let map = match listing.file(INDEX_FILE) {
-            None => None,
-            Some(_) => read_small(&self.cache.snapshot(listing).join(INDEX_FILE))?,
-        };
-        let map = map.map(|bytes| WeightMap::parse(&bytes).map_err(|e| e.context(&listing.id))).transpose()?;
-        let names = map.as_ref().map_or_else(|| vec![SINGLE_FILE.to_owned()], WeightMap::files);
+    /// Fetches a file of bounded size into the cache, if the repository has it.
+    fn fetch_file(&self, listing: &RepoListing, name: &str) -> Result<()> {
+        let Some(file) = listing.file(name) else { return Ok(()) };
+        let file = self.sized(listing, file)?;
+        if file.size.is_none_or(|size| size > MAX_JSON_BYTES) {
+            let message = format!("{name} of {} is over the limit of {MAX_JSON_BYTES} bytes", listing.id);
+            return Err(WorkerError::checkpoint(message));
+        }
+        self.cache.fetch(&self.client, listing, &file, &|_| ())
+    }
+
+    fn shards(&self, listing: &RepoListing, weights: WeightFiles) -> Result<Shards> {
+        let WeightFiles { container, names, map } = weights;
         let find = |name: &String| match listing.file(name) {
             Some(file) => self.sized(listing, file),
-            None => Err(missing_weights(listing, name, map.is_some())),
+            None => Err(missing_shard(listing, name, container)),
         };
         let files = names.iter().map(find).collect::<Result<_>>()?;
-        Ok(Shards { files, map })
+        Ok(Shards { container, files, map })
     }
 
     /// Some mirrors list names only: size and hash are then in the answer to a request for the file.
@@ -181,35 +191,47 @@ impl Hub {
         })
     }
 
-    /// The checked header of a weight file, by ranged requests.
-    fn header(&self, listing: &RepoListing, file: &RepoFile) -> Result<(FileBytes, Header)> {
+    /// The checked tensors of a weight file, by ranged requests.
+    fn tensors(
+        &self,
+        listing: &RepoListing,
+        file: &RepoFile,
+        container: Container,
+    ) -> Result<(FileBytes, Vec<HeaderTensor>)> {
         let named = |error: WorkerError| error.context(format!("{} of {}", file.name, listing.id));
         let bytes = file.size.ok_or_else(|| named(WorkerError::network("the hub does not tell its size")))?;
+        let tensors = match container {
+            Container::Safetensors => self.header(listing, file, bytes).map_err(named)?.tensors,
+            Container::Torch => {
+                let pieces = Pieces::new(&self.client, listing, &file.name, bytes);
+                torch::Contents::read(bytes, &|range| pieces.read(range)).map_err(named)?.outlined()
+            }
+        };
+        Ok((FileBytes { name: file.name.clone(), bytes }, tensors))
+    }
+
+    fn header(&self, listing: &RepoListing, file: &RepoFile, bytes: u64) -> Result<Header> {
         let mut start = self.client.read_range(listing, &file.name, 0..LIKELY_HEADER.min(bytes))?;
-        let needed = Header::bytes_needed(&start, bytes).map_err(named)?;
+        let needed = Header::bytes_needed(&start, bytes)?;
         let have = start.len() as u64;
         if needed > have {
             start.extend(self.client.read_range(listing, &file.name, have..needed)?);
         }
-        let header = Header::parse(&start, bytes).map_err(named)?;
-        Ok((FileBytes { name: file.name.clone(), bytes }, header))
+        Header::parse(&start, bytes)
     }
 }
 
 /// The weight files of a repository.
 struct Shards {
+    container: Container,
     files: Vec<RepoFile>,
     map: Option<WeightMap>,
 }
 
-fn missing_weights(listing: &RepoListing, name: &str, indexed: bool) -> WorkerError {
-    let id = &listing.id;
-    if indexed {
-        let message = format!("{INDEX_FILE} of {id} names {name}, which the repository does not have");
-        return WorkerError::checkpoint(message).hint("choose another revision: this one is incomplete");
-    }
-    let message = format!("model {id} has neither {INDEX_FILE} nor {SINGLE_FILE}");
-    WorkerError::checkpoint(message).hint("only safetensors weights are read: choose a revision that has them")
+fn missing_shard(listing: &RepoListing, name: &str, container: Container) -> WorkerError {
+    let message =
+        format!("{} of {} names {name}, which the repository does not have", container.index_file(), listing.id);
+    WorkerError::checkpoint(message).hint("choose another revision: this one is incomplete")
 }
 
 /// Tensors whose bytes were never fetched.

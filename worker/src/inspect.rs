@@ -49,7 +49,7 @@ pub fn inspect(name: &str, checkpoint: &Checkpoint, model: &Model<'_>, run: Plan
         ignored: model.ignored.clone(),
         unexplained: model.unexplained.clone(),
         files: checkpoint.weights.files().to_vec(),
-        tokenizer: checkpoint.tokenizer().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned())),
+        tokenizer: checkpoint.tokenizer().map(|files| files.to_string()),
         plan: plan(checkpoint, model, run),
     }
 }

@@ -33,4 +33,5 @@ pub mod savepoint;
 pub mod source;
 pub mod stats;
 pub mod stream;
+pub mod torch;
 pub mod weights;

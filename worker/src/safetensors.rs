@@ -45,7 +45,8 @@ pub enum StoredDtype {
     U8,
     /// One byte per truth value.
     Bool,
-    /// A type this program does not know, under the name the file gives it. Its size is unknown.
+    /// A type this program does not know, under the name the file gives it, or values that do not lie one after another.
+    /// Its size is unknown: such tensors are listed, and can be ignored by name, but not decoded.
     Other(String),
 }
 
@@ -74,6 +75,12 @@ impl StoredDtype {
     pub fn from_name(name: &str) -> Self {
         let known = Self::KNOWN.into_iter().find(|(_, known, _)| *known == name);
         known.map_or_else(|| Self::Other(name.to_owned()), |(dtype, _, _)| dtype)
+    }
+
+    /// Values of type `dtype` that are spread over memory, as views and broadcast buffers are: so many values from one
+    /// index to the next, per dimension.
+    pub fn strided(dtype: &Self, strides: &[u64]) -> Self {
+        Self::Other(format!("{dtype} with strides {strides:?}"))
     }
 
     /// The format's name.

@@ -13,23 +13,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use outliers_protocol::FileBytes;
-use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::error::{IoContext, Result, WorkerError};
-use crate::safetensors::{Header, StoredDtype, read_header, shown};
+mod layout;
 
-/// The configuration of a checkpoint.
-pub const CONFIG_FILE: &str = "config.json";
-/// The tokenizer that this program reads.
-pub const TOKENIZER_FILE: &str = "tokenizer.json";
-/// What the tokenizer's Python class adds to it.
-pub const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
-/// The list of shards.
-pub const INDEX_FILE: &str = "model.safetensors.index.json";
-/// The only weight file of a checkpoint without an index.
-pub const SINGLE_FILE: &str = "model.safetensors";
+pub(crate) use layout::{ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_SETTINGS, WeightFiles, no_weights};
+pub use layout::{
+    CONFIG_FILE, Container, INDEX_FILE, SINGLE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TokenizerFiles, WeightMap,
+};
+
+use crate::error::{IoContext, Result, WorkerError};
+use crate::safetensors::{HeaderTensor, StoredDtype, shown};
 
 /// Longest configuration or index file accepted, bytes; the largest published index (Kimi-K2) has 10 MB.
 pub(crate) const MAX_JSON_BYTES: u64 = 256 << 20;
@@ -63,10 +58,10 @@ impl TensorIndex {
     ///
     /// # Errors
     /// Kind `Checkpoint`: a tensor in two files, or one that the index puts where it is not.
-    pub fn assemble(shards: Vec<(FileBytes, Header)>, weight_map: Option<&WeightMap>) -> Result<Self> {
+    pub fn assemble(shards: Vec<(FileBytes, Vec<HeaderTensor>)>, weight_map: Option<&WeightMap>) -> Result<Self> {
         let mut index = Self::default();
-        for (file, header) in shards {
-            index.add(file, header)?;
+        for (file, tensors) in shards {
+            index.add(file, tensors)?;
         }
         if let Some(map) = weight_map {
             index.check_against(map)?;
@@ -74,9 +69,9 @@ impl TensorIndex {
         Ok(index)
     }
 
-    fn add(&mut self, file: FileBytes, header: Header) -> Result<()> {
+    fn add(&mut self, file: FileBytes, tensors: Vec<HeaderTensor>) -> Result<()> {
         let number = self.files.len();
-        for tensor in header.tensors {
+        for tensor in tensors {
             let entry = TensorEntry {
                 name: tensor.name.clone(),
                 dtype: tensor.dtype,
@@ -97,15 +92,16 @@ impl TensorIndex {
 
     /// Every tensor the index names must be where it says. Tensors it does not name are no harm: they stay usable by name.
     fn check_against(&self, map: &WeightMap) -> Result<()> {
-        for (name, file) in &map.weight_map {
+        let index = map.index_file();
+        for (name, file) in map.tensors() {
             let found = self.entries.get(name).map(|entry| self.files[entry.file].name.as_str());
-            if found == Some(file.as_str()) {
+            if found == Some(file) {
                 continue;
             }
             let name = shown(name);
             let message = match found {
-                None => format!("{INDEX_FILE} says that tensor {name} is in {file}, but it is not in that file"),
-                Some(other) => format!("{INDEX_FILE} says that tensor {name} is in {file}, but it is in {other}"),
+                None => format!("{index} says that tensor {name} is in {file}, but it is not in that file"),
+                Some(other) => format!("{index} says that tensor {name} is in {file}, but it is in {other}"),
             };
             return Err(
                 WorkerError::checkpoint(message).hint("index and files are of different versions: fetch both again")
@@ -153,7 +149,7 @@ pub(crate) fn check_range(entry: &TensorEntry, range: &Range<u64>, into: &[u8]) 
     if fits { Ok(()) } else { Err(wrong()) }
 }
 
-/// Safetensors files in a folder, read with positioned reads on files kept open.
+/// Weight files in a folder, read with positioned reads on files kept open.
 pub struct LocalSource {
     index: TensorIndex,
     folder: PathBuf,
@@ -162,18 +158,18 @@ pub struct LocalSource {
 }
 
 impl LocalSource {
-    /// Opens the files `names` of `folder` and checks their headers and the index.
-    fn open(folder: &Path, names: &[String], weight_map: Option<&WeightMap>) -> Result<Self> {
-        let mut shards = Vec::with_capacity(names.len());
-        let mut files = Vec::with_capacity(names.len());
-        for name in names {
+    /// Opens the weight files of `folder` and checks their headers and the index.
+    fn open(folder: &Path, weights: &WeightFiles) -> Result<Self> {
+        let mut shards = Vec::with_capacity(weights.names.len());
+        let mut files = Vec::with_capacity(weights.names.len());
+        for name in &weights.names {
             let path = folder.join(name);
-            let file = open_shard(folder, name, weight_map.is_some())?;
+            let file = open_shard(folder, name, weights.map.as_ref())?;
             let bytes = file.metadata().at("read the size of", &path)?.len();
-            shards.push((FileBytes { name: name.clone(), bytes }, read_header(&path)?));
+            shards.push((FileBytes { name: name.clone(), bytes }, weights.container.read_tensors(&path)?));
             files.push(file);
         }
-        let index = TensorIndex::assemble(shards, weight_map).map_err(|e| e.context(folder.display()))?;
+        let index = TensorIndex::assemble(shards, weights.map.as_ref()).map_err(|e| e.context(folder.display()))?;
         Ok(Self { index, folder: folder.to_owned(), files, read: AtomicU64::new(0) })
     }
 }
@@ -202,51 +198,15 @@ impl WeightSource for LocalSource {
     }
 }
 
-fn open_shard(folder: &Path, name: &str, indexed: bool) -> Result<File> {
+fn open_shard(folder: &Path, name: &str, map: Option<&WeightMap>) -> Result<File> {
     let path = folder.join(name);
-    File::open(&path).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound if indexed => {
-            let message = format!("{INDEX_FILE} names {name}, but {} has no such file", folder.display());
+    File::open(&path).map_err(|error| match (error.kind(), map) {
+        (io::ErrorKind::NotFound, Some(map)) => {
+            let message = format!("{} names {name}, but {} has no such file", map.index_file(), folder.display());
             WorkerError::checkpoint(message).hint("copy the missing shard there, or fetch the model again")
         }
         _ => WorkerError::io("open", &path, &error),
     })
-}
-
-/// `model.safetensors.index.json`: which tensor is in which file.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-pub struct WeightMap {
-    /// Tensor name to file name.
-    pub weight_map: BTreeMap<String, String>,
-}
-
-impl WeightMap {
-    /// Parses an index; every file it names must be a plain name ending in `.safetensors`.
-    ///
-    /// # Errors
-    /// Kind `Checkpoint`: not JSON of that form, empty, or a name that is a path.
-    pub fn parse(bytes: &[u8]) -> Result<Self> {
-        let map: Self = serde_json::from_slice(bytes).map_err(|e| bad_json(INDEX_FILE, &e))?;
-        if map.weight_map.is_empty() {
-            return Err(WorkerError::checkpoint(format!("{INDEX_FILE} names no tensor")));
-        }
-        match map.weight_map.values().find(|file| !is_plain_name(file) || !file.ends_with(".safetensors")) {
-            None => Ok(map),
-            Some(file) => {
-                let message =
-                    format!("{INDEX_FILE} names {}, which is not a plain *.safetensors file name", shown(file));
-                Err(WorkerError::checkpoint(message).hint("do not use this checkpoint: such a name can point anywhere"))
-            }
-        }
-    }
-
-    /// The files it names, ascending, each once.
-    pub fn files(&self) -> Vec<String> {
-        let mut files: Vec<String> = self.weight_map.values().cloned().collect();
-        files.sort();
-        files.dedup();
-        files
-    }
 }
 
 /// Whether `name` can only be a file directly inside a folder: no separators, no `.` or `..`, nothing invisible.
@@ -277,7 +237,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a folder with config.json and safetensors files; only the files named by the index are looked at.
+    /// Opens a folder with config.json and weights: one set of files is used ([`Container`] says which), others that lie
+    /// beside it are not looked at.
     ///
     /// # Errors
     /// Kind `Job` when there is no such folder; `Checkpoint` or `Storage` for what is in it.
@@ -289,14 +250,13 @@ impl Checkpoint {
             );
         }
         let (config, config_sha256) = read_config(folder)?;
-        let (names, weight_map) = weight_files(folder)?;
-        let source = LocalSource::open(folder, &names, weight_map.as_ref())?;
+        let source = LocalSource::open(folder, &weight_files(folder)?)?;
         Ok(Self { folder: folder.to_owned(), revision: None, config, config_sha256, weights: Arc::new(source) })
     }
 
-    /// The tokenizer that this program can read, if the checkpoint has it.
-    pub fn tokenizer(&self) -> Option<PathBuf> {
-        Some(self.folder.join(TOKENIZER_FILE)).filter(|path| path.is_file())
+    /// The tokenizer's files that are used, if the checkpoint has any that this program can read.
+    pub fn tokenizer(&self) -> Option<TokenizerFiles> {
+        TokenizerFiles::choose(|name| self.folder.join(name).is_file())
     }
 }
 
@@ -304,9 +264,7 @@ impl Checkpoint {
 pub(crate) fn read_config(folder: &Path) -> Result<(Value, String)> {
     let Some(bytes) = read_small(&folder.join(CONFIG_FILE))? else {
         let message = format!("{} has no {CONFIG_FILE}", folder.display());
-        return Err(
-            WorkerError::checkpoint(message).hint("name the folder that holds config.json and the *.safetensors files")
-        );
+        return Err(WorkerError::checkpoint(message).hint("name the folder that holds config.json and the weights"));
     };
     let config: Value = serde_json::from_slice(&bytes).map_err(|e| bad_json(CONFIG_FILE, &e))?;
     if !config.is_object() {
@@ -315,17 +273,13 @@ pub(crate) fn read_config(folder: &Path) -> Result<(Value, String)> {
     Ok((config, format!("{:x}", Sha256::digest(&bytes))))
 }
 
-/// The weight files of a folder: those of the index, else the single one.
-fn weight_files(folder: &Path) -> Result<(Vec<String>, Option<WeightMap>)> {
-    if let Some(bytes) = read_small(&folder.join(INDEX_FILE))? {
-        let map = WeightMap::parse(&bytes).map_err(|e| e.context(folder.display()))?;
-        return Ok((map.files(), Some(map)));
+/// The weight files of a folder.
+fn weight_files(folder: &Path) -> Result<WeightFiles> {
+    let read = |name: &str| read_small(&folder.join(name));
+    match Container::choose(|name| folder.join(name).is_file()) {
+        Some(chosen) => WeightFiles::read(chosen, read).map_err(|error| error.context(folder.display())),
+        None => Err(no_weights(folder.display())),
     }
-    if folder.join(SINGLE_FILE).is_file() {
-        return Ok((vec![SINGLE_FILE.to_owned()], None));
-    }
-    let message = format!("{} has neither {INDEX_FILE} nor {SINGLE_FILE}", folder.display());
-    Err(WorkerError::checkpoint(message).hint("only safetensors weights are read: convert other formats (*.bin) first"))
 }
 
 /// The bytes of a JSON file of bounded size; `None` when it does not exist.

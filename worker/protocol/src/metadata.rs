@@ -65,9 +65,9 @@ pub struct ModelProvenance {
 /// Which tokenizer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenizerProvenance {
-    /// File name.
+    /// File name; several with ` + ` between them.
     pub file: String,
-    /// SHA-256 of that file.
+    /// SHA-256 of that file, or of several one after another.
     pub sha256: String,
     /// Entries.
     pub vocab: usize,

@@ -5,6 +5,7 @@ use serde_json::json;
 
 use super::*;
 use crate::safetensors::{TensorSpec, Writer};
+use crate::torch::tests::testdata;
 
 /// A weight file with f32 vectors; each value is its index in the tensor.
 fn shard(folder: &Path, name: &str, tensors: &[(&str, u64)]) {
@@ -70,9 +71,125 @@ fn a_single_file_needs_no_index() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join(CONFIG_FILE), "{}").unwrap();
     let error = refused(dir.path());
-    assert!(error.message().contains("neither"), "{error}");
+    assert!(error.message().contains("has no weights: neither model.safetensors.index.json"), "{error}");
     shard(dir.path(), SINGLE_FILE, &[("a", 1)]);
     assert!(Checkpoint::open_folder(dir.path()).unwrap().weights.entry("a").is_some());
+}
+
+/// A folder as OPT's: no safetensors, and copies for TensorFlow and Flax.
+fn pickled() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join(CONFIG_FILE), "{}").unwrap();
+    fs::copy(testdata("tensors.bin"), dir.path().join("pytorch_model.bin")).unwrap();
+    fs::write(dir.path().join("tf_model.h5"), "not wanted").unwrap();
+    fs::write(dir.path().join("flax_model.msgpack"), "not wanted").unwrap();
+    dir
+}
+
+#[test]
+fn trap_1_pickles_are_read_where_there_is_no_safetensors() {
+    let dir = pickled();
+    let weights = Checkpoint::open_folder(dir.path()).unwrap().weights;
+    assert_eq!(weights.files().iter().map(|file| file.name.as_str()).collect::<Vec<_>>(), ["pytorch_model.bin"]);
+    let rows = weights.entry("rows").unwrap();
+    assert_eq!((&rows.dtype, &rows.shape[..]), (&StoredDtype::F32, &[2, 4][..]));
+    let mut two = [0; 8];
+    weights.read(rows, 4..12, &mut two).unwrap();
+    assert_eq!(two, [5.0_f32 / 8.0, 6.0 / 8.0].map(f32::to_le_bytes).concat()[..]);
+    assert_eq!(weights.bytes_read(), 8);
+    // Buffers that nobody reads are listed, so that they can be ignored by name, and say why they cannot be decoded.
+    let buffer = weights.entry("strided.expanded").unwrap();
+    assert_eq!(buffer.dtype, StoredDtype::strided(&StoredDtype::F32, &[0, 1]));
+    assert!(!crate::dtype::can_decode(&buffer.dtype));
+}
+
+#[test]
+fn trap_1_pickles_come_in_shards_too() {
+    let dir = pickled();
+    let (first, second) = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin");
+    fs::rename(dir.path().join("pytorch_model.bin"), dir.path().join(first)).unwrap();
+    fs::copy(testdata("second.bin"), dir.path().join(second)).unwrap();
+    let map = |second: &str| json!({"weight_map": {"f32": first, "second": second}}).to_string();
+    let index = dir.path().join(Container::Torch.index_file());
+    fs::write(&index, map(second)).unwrap();
+    let weights = Checkpoint::open_folder(dir.path()).unwrap().weights;
+    let mut all = [0; 6];
+    weights.read(weights.entry("second").unwrap(), 0..6, &mut all).unwrap();
+    assert_eq!(all, [0.0, 1.0, 2.0].map(half::f16::from_f32).map(half::f16::to_le_bytes).concat()[..]);
+    fs::write(&index, map(first)).unwrap();
+    assert!(refused(dir.path()).message().contains("pytorch_model.bin.index.json says that tensor \"second\""));
+    fs::write(&index, map("model.safetensors")).unwrap();
+    assert!(refused(dir.path()).message().contains("not a plain *.bin"));
+    fs::write(&index, map(second)).unwrap();
+    fs::remove_file(dir.path().join(second)).unwrap();
+    assert!(refused(dir.path()).message().contains("pytorch_model.bin.index.json names pytorch_model-00002"));
+}
+
+#[test]
+fn trap_2_of_several_copies_exactly_one_is_used() {
+    let dir = pickled();
+    let used = || {
+        let weights = Checkpoint::open_folder(dir.path()).unwrap().weights;
+        weights.files().iter().map(|file| file.name.clone()).collect::<Vec<_>>()
+    };
+    for extra in ["original", "metal"] {
+        fs::create_dir(dir.path().join(extra)).unwrap();
+        shard(&dir.path().join(extra), SINGLE_FILE, &[("a", 9)]);
+    }
+    for extra in ["consolidated.00.pt", "consolidated.safetensors", "rust_model.ot", "model.fp16.safetensors"] {
+        fs::write(dir.path().join(extra), "not wanted").unwrap();
+    }
+    assert_eq!(used(), ["pytorch_model.bin"]);
+    // Each of these is preferred to all before it.
+    fs::copy(testdata("second.bin"), dir.path().join("shard.bin")).unwrap();
+    let map = json!({"weight_map": {"second": "shard.bin"}}).to_string();
+    fs::write(dir.path().join(Container::Torch.index_file()), map).unwrap();
+    assert_eq!(used(), ["shard.bin"]);
+    shard(dir.path(), SINGLE_FILE, &[("a", 1)]);
+    assert_eq!(used(), [SINGLE_FILE]);
+    shard(dir.path(), "shard.safetensors", &[("b", 1)]);
+    index(dir.path(), &[("b", "shard.safetensors")]);
+    assert_eq!(used(), ["shard.safetensors"]);
+}
+
+/// DeepSeek, Kimi, gpt-oss, and a shard that is alone but says otherwise: the index is believed, the names are not read.
+#[test]
+fn trap_3_numbers_in_file_names_mean_nothing() {
+    for names in [
+        &["model-00001-of-000163.safetensors", "model-00163-of-000163.safetensors"][..],
+        &["model-1-of-61.safetensors", "model-61-of-61.safetensors"],
+        &["model-00000-of-00002.safetensors", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        &["model-00007-of-00009.safetensors"],
+        &["1.safetensors", "model.safetensors"],
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(CONFIG_FILE), "{}").unwrap();
+        let tensors: Vec<String> = (0..names.len()).map(|i| format!("t{i}")).collect();
+        for (name, tensor) in names.iter().zip(&tensors) {
+            shard(dir.path(), name, &[(tensor, 1)]);
+        }
+        let map: Vec<_> = tensors.iter().map(String::as_str).zip(names.iter().copied()).collect();
+        index(dir.path(), &map);
+        let weights = Checkpoint::open_folder(dir.path()).unwrap().weights;
+        assert_eq!(weights.files().iter().map(|file| file.name.as_str()).collect::<Vec<_>>(), names);
+        assert_eq!(weights.names().count(), names.len());
+    }
+}
+
+#[test]
+fn the_tokenizers_files_are_named() {
+    let dir = pickled();
+    let found = || Checkpoint::open_folder(dir.path()).unwrap().tokenizer().map(|files| files.to_string());
+    assert_eq!(found(), None);
+    for (name, says) in [
+        ("merges.txt", None),
+        ("tiktoken.model", Some("tiktoken.model")),
+        ("vocab.json", Some("vocab.json + merges.txt")),
+        ("tokenizer.json", Some("tokenizer.json")),
+    ] {
+        fs::write(dir.path().join(name), "").unwrap();
+        assert_eq!(found().as_deref(), says);
+    }
 }
 
 #[test]

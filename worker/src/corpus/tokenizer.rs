@@ -1,0 +1,156 @@
+//! The checkpoint's tokenizer, in whichever form it is published, and what it puts before a text.
+
+mod merges;
+mod python;
+mod ranks;
+
+use std::path::Path;
+
+use outliers_protocol::{BosPolicy, TokenizerProvenance};
+use sha2::{Digest, Sha256};
+use tokenizers::Tokenizer;
+
+use super::text::Document;
+use crate::error::{Result, WorkerError};
+use crate::safetensors::shown;
+use crate::source::{TOKENIZER_FILE, TokenizerFiles, read_small};
+use python::PythonConfig;
+use ranks::RankTokenizer;
+
+/// A checkpoint's tokenizer, and what it puts before a text.
+pub(super) struct TextTokenizer {
+    encoder: Encoder,
+    /// Ids before each window: none, the BOS token, or (GLM) two special tokens.
+    pub(super) prefix: Vec<u32>,
+    pub(super) provenance: TokenizerProvenance,
+}
+
+impl TextTokenizer {
+    pub(super) fn open(folder: Option<&Path>, bos: BosPolicy) -> Result<Self> {
+        let no_tokenizer = |place: String| {
+            WorkerError::corpus(format!("{place} has no {TOKENIZER_FILE}, nor an older form of it"))
+                .hint("use ready token ids (`--token-ids`), or put a converted tokenizer.json beside config.json")
+        };
+        let folder = folder.ok_or_else(|| no_tokenizer("the model".to_owned()))?;
+        let files = TokenizerFiles::choose(|name| folder.join(name).is_file());
+        let files = files.ok_or_else(|| no_tokenizer(folder.display().to_string()))?;
+        let read = |name: &&str| Ok(read_small(&folder.join(name))?.unwrap_or_default());
+        let contents: Vec<Vec<u8>> = files.names().iter().map(read).collect::<Result<_>>()?;
+        let python = PythonConfig::read(folder)?;
+        let encoder = Encoder::new(files, &contents, &python)?;
+        let prefix = match bos {
+            BosPolicy::Never => Vec::new(),
+            BosPolicy::Auto => own_prefix(&encoder, &python)?,
+            BosPolicy::Always => some_prefix(&encoder, &python)?,
+        };
+        let hash = contents.iter().fold(Sha256::new(), |hash, content| hash.chain_update(content));
+        let provenance = TokenizerProvenance {
+            file: files.to_string(),
+            sha256: format!("{:x}", hash.finalize()),
+            vocab: encoder.vocab(),
+            bos_token_id: prefix.first().copied(),
+        };
+        Ok(Self { encoder, prefix, provenance })
+    }
+
+    /// The ids of a text, nothing added.
+    pub(super) fn encode(&self, document: &Document) -> Result<Vec<u32>> {
+        self.encoder.encode(&document.text).map_err(|error| {
+            let message = format!("{} cannot be tokenised: {}", document.name, shown(&error.to_string()));
+            WorkerError::corpus(message)
+        })
+    }
+}
+
+/// Text to ids.
+enum Encoder {
+    /// The `tokenizers` library.
+    Library(Box<Tokenizer>),
+    /// Ranks without merges.
+    Ranks(Box<RankTokenizer>),
+}
+
+impl Encoder {
+    /// From the contents of `files`, in their order.
+    fn new(files: TokenizerFiles, contents: &[Vec<u8>], python: &PythonConfig) -> Result<Self> {
+        let library = |json: &[u8]| Ok(Self::Library(Box::new(parse(json, files)?)));
+        match (files, contents) {
+            (TokenizerFiles::Json, [json]) => library(json),
+            (TokenizerFiles::VocabAndMerges, [vocab, merges]) => library(&merges::convert(vocab, merges, python)?),
+            (TokenizerFiles::Tiktoken, [ranks]) => Ok(Self::Ranks(Box::new(RankTokenizer::parse(ranks, python)?))),
+            _ => Err(WorkerError::internal(format!("{} contents of {files}", contents.len()))),
+        }
+    }
+
+    fn encode(&self, text: &str) -> tokenizers::Result<Vec<u32>> {
+        match self {
+            Self::Library(tokenizer) => Ok(tokenizer.encode_fast(text, false)?.get_ids().to_vec()),
+            Self::Ranks(tokenizer) => Ok(tokenizer.encode(text)?),
+        }
+    }
+
+    fn id(&self, token: &str) -> Option<u32> {
+        match self {
+            Self::Library(tokenizer) => tokenizer.token_to_id(token),
+            Self::Ranks(tokenizer) => tokenizer.special(token),
+        }
+    }
+
+    /// Entries, special tokens included.
+    fn vocab(&self) -> usize {
+        match self {
+            Self::Library(tokenizer) => tokenizer.get_vocab_size(true),
+            Self::Ranks(tokenizer) => tokenizer.vocab(),
+        }
+    }
+
+    /// Special tokens that the tokenizer's own template puts before a text; only `tokenizer.json` has templates.
+    fn template_prefix(&self) -> Result<Vec<u32>> {
+        match self {
+            Self::Library(tokenizer) => template_prefix(tokenizer),
+            Self::Ranks(_) => Ok(Vec::new()),
+        }
+    }
+}
+
+/// Switches off what would cut or lengthen a text.
+fn parse(json: &[u8], files: TokenizerFiles) -> Result<Tokenizer> {
+    let unreadable = |error: tokenizers::Error| {
+        let message = format!("{files} cannot be read: {}", shown(&error.to_string()));
+        WorkerError::checkpoint(message).hint("fetch the tokenizer again, or use ready token ids (`--token-ids`)")
+    };
+    let mut tokenizer = Tokenizer::from_bytes(json).map_err(unreadable)?;
+    tokenizer.with_padding(None).with_truncation(None).map_err(unreadable)?;
+    Ok(tokenizer)
+}
+
+/// What the family's own tokenizer puts before plain text: the template of tokenizer.json, or what its Python class adds
+/// although the template does not (DeepSeek, OPT).
+fn own_prefix(encoder: &Encoder, python: &PythonConfig) -> Result<Vec<u32>> {
+    let template = encoder.template_prefix()?;
+    if template.is_empty() && python.add_bos_token {
+        return Ok(vec![python.bos(encoder)?]);
+    }
+    Ok(template)
+}
+
+/// A prefix in any case.
+fn some_prefix(encoder: &Encoder, python: &PythonConfig) -> Result<Vec<u32>> {
+    let template = encoder.template_prefix()?;
+    if template.is_empty() { Ok(vec![python.bos(encoder)?]) } else { Ok(template) }
+}
+
+/// Special tokens before the first one of a probe text.
+fn template_prefix(tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    let probe = tokenizer.encode("a", true).map_err(|error| {
+        WorkerError::checkpoint(format!("{TOKENIZER_FILE} cannot encode: {}", shown(&error.to_string())))
+    })?;
+    let special = probe.get_special_tokens_mask();
+    let prefix = special.iter().take_while(|mask| **mask == 1).count();
+    // A probe of special tokens only tells nothing about what stands before and what after the text.
+    let prefix = if prefix == special.len() { 0 } else { prefix };
+    Ok(probe.get_ids()[..prefix].to_vec())
+}
+
+#[cfg(test)]
+mod tests;

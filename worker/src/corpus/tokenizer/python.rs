@@ -1,0 +1,111 @@
+//! What a tokenizer's Python class would read beside its vocabulary.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::Encoder;
+use crate::error::{Result, WorkerError};
+use crate::safetensors::shown;
+use crate::source::{ADDED_TOKENS_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, bad_json, read_small};
+
+/// Entries that name one special token each.
+const ROLES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
+/// The settings that matter here. All are optional: what is missing has the Python classes' defaults.
+#[derive(Default)]
+pub(super) struct PythonConfig {
+    /// Name of the class.
+    pub(super) class: Option<String>,
+    pub(super) add_bos_token: bool,
+    pub(super) add_prefix_space: bool,
+    bos_token: Option<String>,
+    bos_token_id: Option<u32>,
+    /// Replaces what is not in the vocabulary.
+    pub(super) unk_token: Option<String>,
+    /// Tokens recognised in plain text, as tokenizer.json describes them but for their ids.
+    pub(super) special: BTreeMap<String, Value>,
+    /// Ids of tokens, in or outside the vocabulary.
+    pub(super) ids: BTreeMap<String, u32>,
+}
+
+impl PythonConfig {
+    pub(super) fn read(folder: &Path) -> Result<Self> {
+        let config = object(folder, TOKENIZER_CONFIG_FILE)?;
+        let map = object(folder, SPECIAL_TOKENS_FILE)?;
+        let role = |name: &str| content(&config[name]).or_else(|| content(&map[name])).map(str::to_owned);
+        let mut python = Self {
+            class: config["tokenizer_class"].as_str().map(str::to_owned),
+            add_bos_token: config["add_bos_token"] == Value::Bool(true),
+            add_prefix_space: config["add_prefix_space"] == Value::Bool(true),
+            bos_token: role("bos_token"),
+            bos_token_id: id(&object(folder, CONFIG_FILE)?["bos_token_id"]),
+            unk_token: role("unk_token"),
+            ..Self::default()
+        };
+        for source in [&config, &map] {
+            let listed = source["additional_special_tokens"].as_array().into_iter().flatten();
+            ROLES.iter().map(|role| &source[*role]).chain(listed).for_each(|token| python.add_special(token));
+        }
+        for (token, id) in object(folder, ADDED_TOKENS_FILE)?.as_object().into_iter().flatten() {
+            python.add_id(token, self::id(id));
+        }
+        for (id, token) in config["added_tokens_decoder"].as_object().into_iter().flatten() {
+            python.add_special(token);
+            python.add_id(content(token).unwrap_or_default(), id.parse().ok());
+        }
+        Ok(python)
+    }
+
+    fn add_special(&mut self, token: &Value) {
+        let Some(content) = content(token) else { return };
+        let flag = |name: &str| token[name] == Value::Bool(true);
+        let described = json!({"content": content, "special": true, "normalized": false,
+            "single_word": flag("single_word"), "lstrip": flag("lstrip"), "rstrip": flag("rstrip")});
+        self.special.entry(content.to_owned()).or_insert(described);
+    }
+
+    fn add_id(&mut self, token: &str, id: Option<u32>) {
+        if let Some(id) = id.filter(|_| !token.is_empty()) {
+            self.ids.insert(token.to_owned(), id);
+        }
+    }
+
+    /// Whether the tokenizer is of one of these classes, or of none in particular.
+    pub(super) fn is_any_of(&self, classes: &[&str]) -> bool {
+        self.class.as_ref().is_none_or(|class| classes.contains(&class.as_str()))
+    }
+
+    /// The beginning-of-sequence token: by name, else by config.json's number.
+    pub(super) fn bos(&self, encoder: &Encoder) -> Result<u32> {
+        let Some(token) = &self.bos_token else {
+            let message = "the model's tokenizer has no beginning-of-sequence token";
+            let none = WorkerError::corpus(message).hint("use the BOS policy `auto` or `never`");
+            return self.bos_token_id.ok_or(none);
+        };
+        encoder.id(token).ok_or_else(|| {
+            let message = format!("the tokenizer's settings name the BOS token {}, which it lacks", shown(token));
+            WorkerError::checkpoint(message).hint("use the BOS policy `never`, or fetch the tokenizer again")
+        })
+    }
+}
+
+/// A file with a JSON object; empty when it does not exist.
+fn object(folder: &Path, name: &str) -> Result<Value> {
+    let Some(bytes) = read_small(&folder.join(name))? else { return Ok(json!({})) };
+    let value: Value = serde_json::from_slice(&bytes).map_err(|e| bad_json(name, &e))?;
+    if value.is_object() {
+        return Ok(value);
+    }
+    Err(WorkerError::checkpoint(format!("{name} is not a JSON object")).hint("the file is damaged: fetch it again"))
+}
+
+/// A token is a string, or an object describing an added token.
+fn content(token: &Value) -> Option<&str> {
+    token.as_str().or_else(|| token["content"].as_str())
+}
+
+fn id(value: &Value) -> Option<u32> {
+    value.as_u64().and_then(|id| id.try_into().ok())
+}

@@ -1,0 +1,60 @@
+"""The files beside this script: what PyTorch writes, and what the safetensors library says is in it.
+
+    python make.py        # PyTorch 2.15, safetensors 0.8; the same on every run but for addresses in legacy.bin and module.bin
+"""
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+HERE = Path(__file__).resolve().parent
+
+
+class System:
+    """Unpickled by Python, this would run a command."""
+
+    def __reduce__(self):
+        return os.system, ("echo unpickled > /tmp/unpickled",)
+
+
+def tensors():
+    values = torch.arange(12, dtype=torch.float32).reshape(3, 4) / 8
+    mask = torch.tril(torch.ones(4, 4, dtype=torch.uint8)).view(1, 1, 4, 4)
+    state = OrderedDict()
+    state["f32"] = values
+    for name, dtype in [("f64", torch.float64), ("f16", torch.float16), ("bf16", torch.bfloat16), ("i64", torch.int64),
+                        ("i32", torch.int32), ("i16", torch.int16), ("i8", torch.int8), ("u8", torch.uint8)]:
+        state[name] = (values * 8).to(dtype)
+    state["bool"] = values > 0.5
+    state["scalar"] = torch.tensor(-1e9)
+    state["empty"] = torch.zeros(0, 4)
+    state["tied"] = values
+    state["rows"] = values[1:]
+    state["column"] = values.reshape(12)[4:8].reshape(4, 1)
+    state["parameter"] = torch.nn.Parameter(values.reshape(2, 6) + 1)
+    # GPT-J's masks: one storage for all layers.
+    state["h.0.attn.bias"] = mask
+    state["h.1.attn.bias"] = mask
+    state["strided.transposed"] = values.t()
+    state["strided.expanded"] = values[:1].expand(2, 4)
+    state["strided.every_other"] = values[:, ::2]
+    state["not_a_tensor"] = 7
+    state._metadata = OrderedDict({"": {"version": 1}, "h": {"version": 2, "scale": 0.5, "names": ["a", "b"], "on": True}})
+    return state
+
+
+def main():
+    state = tensors()
+    torch.save(state, HERE / "tensors.bin")
+    torch.save(OrderedDict(second=torch.arange(3, dtype=torch.float16)), HERE / "second.bin")
+    torch.save(OrderedDict(a=torch.zeros(2)), HERE / "legacy.bin", _use_new_zipfile_serialization=False)
+    torch.save({"a": torch.zeros(2), "b": System()}, HERE / "system.bin")
+    torch.save(torch.nn.Linear(2, 1), HERE / "module.bin")
+    whole = {k: v.detach().clone().contiguous() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    save_file({k: v for k, v in whole.items() if not k.startswith("strided.")}, HERE / "tensors.safetensors")
+
+
+if __name__ == "__main__":
+    main()
