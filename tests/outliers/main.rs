@@ -5,6 +5,7 @@ mod deploy;
 mod host;
 mod hub;
 mod real_worker;
+mod sites;
 mod ssh;
 mod sshd;
 mod worker;
