@@ -8,6 +8,7 @@ mod metamorphic;
 mod published;
 mod real_worker;
 mod rewrite;
+mod sites;
 mod ssh;
 mod sshd;
 mod worker;

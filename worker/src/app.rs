@@ -155,6 +155,13 @@ fn print_verdicts(results: &outliers_protocol::Results) {
     if let Some(p) = results.perplexity {
         println!("{:>10.3}  perplexity over {} predicted tokens", p.perplexity, p.predicted_tokens);
     }
+    if let Some(massive) = &results.massive_activations {
+        let layers = massive.onset_layer.map_or_else(String::new, |onset| format!(", from layer {onset} on"));
+        println!("{:>10}  tokens with massive activations{layers}: {}", massive.tokens, massive.rule);
+    }
+    if let Some(experts) = &results.super_experts {
+        println!("{:>10}  super-expert candidates: {}", experts.candidates.len(), experts.rule);
+    }
 }
 
 fn print_inspection(i: &Inspection) {

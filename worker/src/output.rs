@@ -16,7 +16,9 @@ use crate::error::{Result, WorkerError};
 use crate::ffn::Routing;
 use crate::files::write_atomic;
 use crate::safetensors::{StoredDtype, TensorSpec, Writer};
-use crate::stats::{Column, Observer, OutlierStats, Site, with_f32};
+use crate::stats::mixture::{ExpertLoad, ExpertPeaks, RouterStats};
+use crate::stats::top::Found;
+use crate::stats::{Column, Observer, OutlierStats, Scope, Site, Study, with_f32};
 
 /// A run's output folder.
 pub struct OutputFolder {
@@ -94,25 +96,22 @@ pub fn hex(bytes: &[u8]) -> String {
 
 // ------------------------------------------------------------------------------------------------ statistics.safetensors
 
-/// Writes the counts behind the verdicts, so that shares of layers and positions can be changed without a new run.
+/// Writes the counts behind the verdicts, so that shares of layers and positions can be changed without a new run, and what is too long for
+/// `results.json`. P = tokens at position 0 of their sequence.
 ///
-/// Per (site, feature), `[sites, hidden]`: `count`, `positive`, `max`, `min`, `sum`, `sum2`, `sum3`, `sum4`. Per (sequence, feature), `[sequences, hidden]`: `sequence_positions`, `sequence_sites`, `sequence_layers`.
+/// | tensor | shape | |
+/// |---|---|---|
+/// | `count`, `positive`, `max`, `min`, `sum`, `sum2`, `sum3`, `sum4` | `[sites, hidden]` | per norm output and feature |
+/// | `gain` | `[sites, hidden]` | what the norm multiplies by |
+/// | `sequence_positions`, `sequence_sites`, `sequence_layers` | `[sequences, hidden]` | per sequence and feature |
+/// | `router.{i}.tokens`, `.tokens_at_position_0` | `[experts]` | tokens sent to each expert of layer i; those in P |
+/// | `router.{i}.gate_mass`, `.gate_mass_at_position_0` | `[experts]` | sum of their gate weights; of those in P |
+/// | `expert.{i}.peak`, `.peak_token`, `.peak_dim` | `[experts]` | value of largest magnitude at each expert's output, and where: token counted through all sequences; 0, -1, -1 without a token. Only if studied |
 ///
 /// # Errors
 /// Storage.
-pub fn write_statistics(path: &Path, stats: &OutlierStats, threshold: f32) -> Result<()> {
-    let (sites, sequences, hidden) = (stats.sites().len() as u64, stats.sequences() as u64, stats.hidden() as u64);
-    let integers = ["count", "positive"].map(|n| (n, sites, StoredDtype::I64));
-    let values = ["max", "min"].map(|n| (n, sites, StoredDtype::F32));
-    let sums = ["sum", "sum2", "sum3", "sum4"].map(|n| (n, sites, StoredDtype::F64));
-    let spread = ["sequence_positions", "sequence_sites", "sequence_layers"].map(|n| (n, sequences, StoredDtype::I64));
-    let specs: Vec<TensorSpec> = integers
-        .into_iter()
-        .chain(values)
-        .chain(sums)
-        .chain(spread)
-        .map(|(name, rows, dtype)| TensorSpec::new(name, dtype, &[rows, hidden]))
-        .collect();
+pub fn write_statistics(path: &Path, study: &Study, threshold: f32) -> Result<()> {
+    let stats = study.outliers();
     let site_names: Vec<String> =
         stats.sites().iter().map(|s| format!("{}.{}", s.layer, site_index(s.point))).collect();
     let metadata = BTreeMap::from([
@@ -121,11 +120,33 @@ pub fn write_statistics(path: &Path, stats: &OutlierStats, threshold: f32) -> Re
         ("tokens_per_sequence".to_owned(), stats.tokens().to_string()),
         ("sites".to_owned(), site_names.join(",")),
     ]);
+    let experts = expert_tensors(study);
+    let specs: Vec<TensorSpec> =
+        feature_specs(stats).into_iter().chain(experts.iter().map(|(spec, _)| spec.clone())).collect();
     let writer = Writer::create(path, &specs, &metadata)?;
-    for site in 0..stats.sites().len() {
+    write_features(&writer, study)?;
+    for (spec, bytes) in &experts {
+        writer.write(&spec.name, 0, bytes)?;
+    }
+    writer.finish()
+}
+
+fn feature_specs(stats: &OutlierStats) -> Vec<TensorSpec> {
+    let (sites, sequences, hidden) = (stats.sites().len() as u64, stats.sequences() as u64, stats.hidden() as u64);
+    let integers = ["count", "positive"].map(|n| (n, sites, StoredDtype::I64));
+    let values = ["max", "min", "gain"].map(|n| (n, sites, StoredDtype::F32));
+    let sums = ["sum", "sum2", "sum3", "sum4"].map(|n| (n, sites, StoredDtype::F64));
+    let spread = ["sequence_positions", "sequence_sites", "sequence_layers"].map(|n| (n, sequences, StoredDtype::I64));
+    let all = integers.into_iter().chain(values).chain(sums).chain(spread);
+    all.map(|(name, rows, dtype)| TensorSpec::new(name, dtype, &[rows, hidden])).collect()
+}
+
+fn write_features(writer: &Writer, study: &Study) -> Result<()> {
+    let stats = study.outliers();
+    for (index, site) in stats.sites().iter().enumerate() {
         let row = |name: &str, bytes: &dyn Fn(&Column) -> Vec<u8>| {
-            let all: Vec<u8> = (0..stats.hidden()).flat_map(|dim| bytes(stats.column(site, dim))).collect();
-            writer.write_rows(name, site as u64, &all)
+            let all: Vec<u8> = (0..stats.hidden()).flat_map(|dim| bytes(stats.column(index, dim))).collect();
+            writer.write_rows(name, index as u64, &all)
         };
         row("count", &|c| (c.count as i64).to_le_bytes().to_vec())?;
         row("positive", &|c| (c.positive as i64).to_le_bytes().to_vec())?;
@@ -135,6 +156,8 @@ pub fn write_statistics(path: &Path, stats: &OutlierStats, threshold: f32) -> Re
         row("sum2", &|c| c.sum2.to_le_bytes().to_vec())?;
         row("sum3", &|c| c.sum3.to_le_bytes().to_vec())?;
         row("sum4", &|c| c.sum4.to_le_bytes().to_vec())?;
+        let gain = study.gain_of(*site).ok_or_else(|| WorkerError::internal(format!("no gain of {site:?}")))?;
+        writer.write_rows("gain", index as u64, bytemuck::cast_slice(gain))?;
     }
     for sequence in 0..stats.sequences() {
         let row = |name: &str, of: &dyn Fn(usize) -> u64| {
@@ -145,7 +168,37 @@ pub fn write_statistics(path: &Path, stats: &OutlierStats, threshold: f32) -> Re
         row("sequence_sites", &|dim| stats.spread_in(sequence, dim).1 as u64)?;
         row("sequence_layers", &|dim| stats.spread_in(sequence, dim).0 as u64)?;
     }
-    writer.finish()
+    Ok(())
+}
+
+/// Per-expert tensors with their bytes.
+fn expert_tensors(study: &Study) -> Vec<(TensorSpec, Vec<u8>)> {
+    let mut tensors = Vec::new();
+    let mut add = |name: String, dtype, experts: usize, bytes: Vec<u8>| {
+        tensors.push((TensorSpec::new(name, dtype, &[experts as u64]), bytes));
+    };
+    for (layer, RouterStats { loads, .. }) in study.routers() {
+        let integers = |of: fn(&ExpertLoad) -> u64| loads.iter().flat_map(|l| (of(l) as i64).to_le_bytes()).collect();
+        let sums = |of: fn(&ExpertLoad) -> f64| loads.iter().flat_map(|l| of(l).to_le_bytes()).collect();
+        let name = |what: &str| format!("router.{layer}.{what}");
+        let n = loads.len();
+        add(name("tokens"), StoredDtype::I64, n, integers(|l| l.tokens));
+        add(name("tokens_at_position_0"), StoredDtype::I64, n, integers(|l| l.tokens_at_position_0));
+        add(name("gate_mass"), StoredDtype::F64, n, sums(ExpertLoad::gate_mass));
+        add(name("gate_mass_at_position_0"), StoredDtype::F64, n, sums(ExpertLoad::gate_mass_at_position_0));
+    }
+    for (layer, ExpertPeaks { peaks }) in study.expert_peaks() {
+        let place = |of: fn(&Found) -> usize| {
+            peaks.iter().flat_map(|p| p.as_ref().map_or(-1, |found| of(found) as i64).to_le_bytes()).collect()
+        };
+        let name = |what: &str| format!("expert.{layer}.{what}");
+        let n = peaks.len();
+        let values = peaks.iter().flat_map(|p| p.map_or(0.0, |found| found.value).to_le_bytes()).collect();
+        add(name("peak"), StoredDtype::F32, n, values);
+        add(name("peak_token"), StoredDtype::I64, n, place(|found| found.token));
+        add(name("peak_dim"), StoredDtype::I64, n, place(|found| found.dim));
+    }
+    tensors
 }
 
 /// A studied norm's number within its layer.
@@ -156,25 +209,28 @@ fn site_index(point: Point) -> usize {
 // ------------------------------------------------------------------------------------------------------ activations
 
 /// Every studied activation, router choice, final norm and logit of a run, under the names of the reference's golden files:
-/// `layer.{i}.site.{j}` f32 `[S, N, H]` (j = 0 before attention, 1 before the MLP), `router.{i}.indices` i64 and `.weights` f32
+/// `layer.{i}.site.{j}` f32 `[S, N, H]` (j = 0 before attention, 1 before the MLP), if studied `debug.{i}.attn_out`, `.mlp_out` and
+/// `.block_out` f32 `[S, N, H]` (what attention and MLP add to the residual stream, and that stream after the layer), `router.{i}.indices` i64 and `.weights` f32
 /// `[S * N, k]`, `final_norm` `[S, N, H]`, `logits` `[S, N, V]`, `nll` `[S, N - 1]`, `input_ids` i64 `[S, N]`.
 pub struct ActivationDump {
     writer: Writer,
+    others: Vec<Site>,
     hidden: usize,
     vocab: usize,
 }
 
 impl ActivationDump {
-    /// Starts the file. `with_head`: final norm, logits and nll too.
+    /// Starts the file, for all sites in scope but single experts' outputs. `with_head`: final norm, logits and nll too.
     ///
     /// # Errors
     /// Storage: no room, or the file cannot be made.
-    pub fn create(path: &Path, spec: &DecoderSpec, tokens: &Tokens, with_head: bool) -> Result<Self> {
+    pub fn create(path: &Path, spec: &DecoderSpec, scope: &Scope, tokens: &Tokens, with_head: bool) -> Result<Self> {
         let (s, n) = (tokens.sequences as u64, tokens.tokens as u64);
         let (h, v) = (spec.hidden as u64, spec.vocab as u64);
         let f32 = |name: String, shape: &[u64]| TensorSpec::new(name, StoredDtype::F32, shape);
         let mut specs = vec![TensorSpec::new("input_ids", StoredDtype::I64, &[s, n])];
-        specs.extend(spec.sites().iter().map(|site| f32(site_name(*site), &[s, n, h])));
+        let others: Vec<Site> = scope.others.iter().filter(|s| s.point != Point::ExpertOut).copied().collect();
+        specs.extend(scope.norms.iter().chain(&others).map(|site| f32(site_name(*site), &[s, n, h])));
         for (i, layer) in spec.layers.iter().enumerate() {
             if let FfnSpec::Moe(moe) = &layer.ffn {
                 let shape = [s * n, moe.top_k as u64];
@@ -192,7 +248,7 @@ impl ActivationDump {
         let writer = Writer::create(path, &specs, &BTreeMap::new())?;
         let ids: Vec<u8> = tokens.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
         writer.write("input_ids", 0, &ids)?;
-        Ok(Self { writer, hidden: spec.hidden, vocab: spec.vocab })
+        Ok(Self { writer, others, hidden: spec.hidden, vocab: spec.vocab })
     }
 
     /// Adds the negative log-likelihoods, if there are any, and puts the file in its place.
@@ -212,13 +268,19 @@ impl ActivationDump {
     }
 }
 
-fn site_name(site: Site) -> String {
-    format!("layer.{}.site.{}", site.layer, site_index(site.point))
+fn site_name(Site { layer, point }: Site) -> String {
+    match point {
+        Point::AttentionOut => format!("debug.{layer}.attn_out"),
+        Point::MlpOut => format!("debug.{layer}.mlp_out"),
+        Point::ExpertOut => format!("debug.{layer}.expert_out"),
+        Point::Residual => format!("debug.{layer}.block_out"),
+        norm => format!("layer.{layer}.site.{}", site_index(norm)),
+    }
 }
 
 impl Observer for ActivationDump {
     fn wants(&self, site: Site) -> bool {
-        site.point.is_norm_output()
+        site.point.is_norm_output() || self.others.contains(&site)
     }
 
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {

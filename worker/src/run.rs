@@ -17,7 +17,7 @@ use crate::model::Model;
 use crate::output::{ActivationDump, OutputFolder, write_statistics};
 use crate::progress::{ProgressSink, now_ms};
 use crate::source::Checkpoint;
-use crate::stats::{Observer, OutlierStats};
+use crate::stats::{Observer, Scope, Study};
 use crate::stream::Pass;
 
 /// Runs a job into a folder. Whatever happens, the folder ends with a manifest that says so, unless the disk refuses it.
@@ -95,10 +95,10 @@ fn attempt(job: &JobSpec, folder: &OutputFolder, hub: &Hub, progress: &ProgressS
     let tokens = corpus::load(&job.corpus, Some(&checkpoint.folder), model.spec.vocab, model.spec.max_positions)?;
     let expected: u64 = bytes_to_read(&model, job.layers.is_none());
     progress.work(model.spec.layers.len(), expected, tokens.ids.len());
-    let (stats, nll) = pass(job, folder, &model, &tokens, compute, &devices, progress)?;
+    let (study, nll) = pass(job, folder, &model, &tokens, compute, &devices, progress)?;
     progress.phase(Phase::Writing);
-    write_statistics(&folder.file(files::STATISTICS), &stats, job.thresholds.magnitude)?;
-    let results = results(job, &model, &tokens, &stats, nll.as_deref());
+    write_statistics(&folder.file(files::STATISTICS), &study, job.thresholds.magnitude)?;
+    let results = results(job, &model, &tokens, &study, nll.as_deref());
     folder.write_json(files::RESULTS, &results)?;
     let machine = device::machine();
     let metadata = Metadata {
@@ -163,14 +163,14 @@ fn pass(
     compute: DType,
     devices: &[Placement],
     progress: &ProgressSink,
-) -> Result<(OutlierStats, Option<Vec<f32>>)> {
+) -> Result<(Study, Option<Vec<f32>>)> {
     let with_head = job.layers.is_none();
     let spec = &model.spec;
-    let mut stats =
-        OutlierStats::new(spec.sites(), spec.hidden, tokens.sequences, tokens.tokens, job.thresholds.magnitude);
-    let dump = |name: &String| ActivationDump::create(&folder.file(name), spec, tokens, with_head);
+    let scope = Scope::new(job, spec, tokens);
+    let dump = |name: &String| ActivationDump::create(&folder.file(name), spec, &scope, tokens, with_head);
     let mut dump = job.save_activations.as_ref().map(dump).transpose()?;
-    let mut observers: Vec<&mut dyn Observer> = vec![&mut stats];
+    let mut study = Study::new(scope, job.thresholds.magnitude);
+    let mut observers: Vec<&mut dyn Observer> = vec![&mut study];
     if let Some(dump) = &mut dump {
         observers.push(dump);
     }
@@ -181,11 +181,12 @@ fn pass(
     if let Some(dump) = dump {
         dump.finish(nll.as_deref())?;
     }
-    Ok((stats, nll))
+    Ok((study, nll))
 }
 
-fn results(job: &JobSpec, model: &Model<'_>, tokens: &Tokens, stats: &OutlierStats, nll: Option<&[f32]>) -> Results {
-    let judged = stats.judge(&job.thresholds);
+fn results(job: &JobSpec, model: &Model<'_>, tokens: &Tokens, study: &Study, nll: Option<&[f32]>) -> Results {
+    let report = study.report(&job.thresholds, &tokens.ids);
+    let judged = report.judged;
     let mut per_sequence = judged.per_sequence;
     // One token per sequence predicts nothing: no perplexity then.
     let nll = nll.filter(|nll| !nll.is_empty());
@@ -200,7 +201,7 @@ fn results(job: &JobSpec, model: &Model<'_>, tokens: &Tokens, stats: &OutlierSta
         model: job.model_name().to_owned(),
         thresholds: job.thresholds,
         n_layers: model.spec.layers.len(),
-        n_sites: stats.sites().len(),
+        n_sites: study.outliers().sites().len(),
         hidden: model.spec.hidden,
         sequences: tokens.sequences,
         tokens_per_sequence: tokens.tokens,
@@ -215,6 +216,11 @@ fn results(job: &JobSpec, model: &Model<'_>, tokens: &Tokens, stats: &OutlierSta
             mean_nll: mean(nll),
             predicted_tokens: nll.len() as u64,
         }),
+        other_sites: report.other_sites,
+        massive_activations: report.massive_activations,
+        top_records: report.top_records,
+        routers: report.routers,
+        super_experts: report.super_experts,
     }
 }
 

@@ -3,6 +3,10 @@
 //! Definitions are LLM.int8()'s (Dettmers et al. 2022, section 4.1), read as [`outliers_protocol::Results`] says. Counting needs
 //! only the magnitude threshold; the shares of layers and positions are applied last, to the stored counts.
 //!
+//! [`study`] measures more in the same pass: every row's moments and median ([`rows`]), the largest values ([`top`]), massive activations
+//! ([`massive`]), routers and experts ([`mixture`]); their definitions stand with the fields of [`outliers_protocol`] that carry them.
+//! Nothing here depends on the number of threads or on how the tokens are cut into micro-batches.
+//!
 //! This module never knows which architecture ran.
 
 use candle_core::{DType, Tensor};
@@ -12,8 +16,16 @@ use rayon::prelude::*;
 use crate::error::{Result, WorkerError};
 use crate::ffn::{ExpertRows, Routing};
 
+pub mod exact;
+pub mod histogram;
+pub mod massive;
+pub mod mixture;
+pub mod rows;
+pub mod study;
+pub mod top;
 mod verdict;
 
+pub use study::{Report, Scope, Study};
 pub use verdict::Judged;
 
 /// A place in the model whose values are studied.
@@ -285,16 +297,6 @@ impl OutlierStats {
     }
 }
 
-impl Observer for OutlierStats {
-    fn wants(&self, site: Site) -> bool {
-        self.sites.contains(&site)
-    }
-
-    fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
-        with_f32(x, |values| self.count(site, first_token, values))
-    }
-}
-
 /// Shows a tensor's values as f32, without a copy where it is f32 on the CPU already.
 pub fn with_f32<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
     let x = x.to_dtype(DType::F32)?.to_device(&candle_core::Device::Cpu)?.contiguous()?;
@@ -378,13 +380,17 @@ impl Geometry {
         let mut finite = true;
         // Zeros stand in for the features a last, partial stripe does not have; T > 0 keeps them from counting.
         let mut row_buffer = [0f32; STRIPE];
-        for (b, rows) in x.chunks(self.hidden * ROWS).enumerate() {
+        // Blocks begin with a sequence, so that no sum depends on how sequences were put into micro-batches.
+        let blocks = x.chunks(self.hidden * self.tokens).flat_map(|sequence| sequence.chunks(self.hidden * ROWS));
+        let mut token = self.first_token;
+        for rows in blocks {
             let mut block = Block::EMPTY;
-            for (r, row) in rows.chunks_exact(self.hidden).enumerate() {
+            for row in rows.chunks_exact(self.hidden) {
                 row_buffer[..width].copy_from_slice(&row[first_dim..first_dim + width]);
                 if block.add(&row_buffer, self.threshold) {
-                    self.mark(&row_buffer, self.first_token + b * ROWS + r, stripe, positions);
+                    self.mark(&row_buffer, token, stripe, positions);
                 }
+                token += 1;
             }
             for (j, column) in stripe.columns[..width].iter_mut().enumerate() {
                 let sums = block.column(j);

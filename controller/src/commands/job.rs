@@ -2,9 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use outliers_protocol::{BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, Thresholds};
+use outliers_protocol::{
+    BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKind, Thresholds,
+};
 
-use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg};
+use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg, SitesArg};
 use crate::report::Complaint;
 
 /// The job these options describe, with absolute paths.
@@ -33,10 +35,22 @@ pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Pat
     };
     job.devices.clone_from(&args.devices);
     job.layers = args.layers;
+    job.sites.extend(args.sites.iter().copied().flat_map(kinds));
     job.save_activations.clone_from(&args.save_activations);
     job.micro_batch_tokens = args.micro_batch_tokens.unwrap_or(job.micro_batch_tokens);
     check(&job)?;
     Ok(job)
+}
+
+fn kinds(sites: SitesArg) -> Vec<SiteKind> {
+    match sites {
+        SitesArg::Norms => vec![SiteKind::Norms],
+        SitesArg::Residual => vec![SiteKind::Residual],
+        SitesArg::AttentionOut => vec![SiteKind::AttentionOut],
+        SitesArg::MlpOut => vec![SiteKind::MlpOut],
+        SitesArg::ExpertOut => vec![SiteKind::ExpertOut],
+        SitesArg::All => SiteKind::ALL.to_vec(),
+    }
 }
 
 /// What needs no model to be called wrong.
@@ -136,6 +150,20 @@ mod tests {
         for wrong in ["", "gpt2", "a/b/c", "./missing", "/missing", "a/..", "a/b?x", "--x/y z"] {
             assert_eq!(made(wrong, &none, here.path()).unwrap_err().status.number(), 2, "{wrong}");
         }
+    }
+
+    #[test]
+    fn norm_outputs_are_studied_whatever_else_is() {
+        let with = |sites: &[SitesArg]| {
+            let args = JobArgs { sites: sites.to_vec(), ..JobArgs::default() };
+            made("a/b", &args, Path::new("/")).unwrap().sites.into_iter().collect::<Vec<_>>()
+        };
+        assert_eq!(with(&[]), [SiteKind::Norms]);
+        assert_eq!(
+            with(&[SitesArg::ExpertOut, SitesArg::Residual]),
+            [SiteKind::Norms, SiteKind::Residual, SiteKind::ExpertOut]
+        );
+        assert_eq!(with(&[SitesArg::All, SitesArg::Norms]), SiteKind::ALL);
     }
 
     #[test]

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use comfy_table::{Cell, CellAlignment, ContentLineStyle, LineStyle, Table, TableStyle};
-use outliers_protocol::{Inspection, Reading, Results, Sided};
+use outliers_protocol::{FeaturePeak, Inspection, Reading, Results, Sided};
 
+use super::beyond::beyond;
 use crate::broker::{Instance, InstanceState, Offer};
 use crate::ledger::RunRecord;
 use crate::market;
@@ -30,11 +31,11 @@ pub fn table(header: &[&str]) -> Table {
     table
 }
 
-fn text(text: &str) -> Cell {
+pub(super) fn text(text: &str) -> Cell {
     Cell::new(clean(text.as_bytes(), 200))
 }
 
-fn number(text: impl std::fmt::Display) -> Cell {
+pub(super) fn number(text: impl std::fmt::Display) -> Cell {
     Cell::new(text).set_alignment(CellAlignment::Right)
 }
 
@@ -42,7 +43,7 @@ fn percent(share: Option<f64>) -> Cell {
     number(share.map_or_else(|| "-".to_owned(), |share| format!("{share:.1}")))
 }
 
-/// The verdicts side by side, perplexity and the strongest features.
+/// The verdicts side by side, perplexity, the strongest features and what else was measured.
 ///
 /// `model` is its name here; the results have the one on the instance.
 pub fn results(model: &str, results: &Results) -> String {
@@ -75,7 +76,8 @@ pub fn results(model: &str, results: &Results) -> String {
         let tokens = perplexity.predicted_tokens;
         out += &format!("perplexity {:.4} over {tokens} predicted tokens\n", perplexity.perplexity);
     }
-    out + &features(results)
+    out += &features(results);
+    out + &beyond(results)
 }
 
 fn features(results: &Results) -> String {
@@ -85,7 +87,8 @@ fn features(results: &Results) -> String {
     if strongest.is_empty() {
         return format!("no value reaches the threshold; the largest is {:.3}\n", results.max_abs);
     }
-    let mut table = table(&["feature", "layers", "L%", "S%", "signs", "min", "max", "systematic by"]);
+    let header = ["feature", "layers", "L%", "S%", "signs", "min", "max", "gain", "x / gain", "systematic by"];
+    let mut table = table(&header);
     for feature in strongest.iter().take(TOP) {
         let signs = match feature.sided {
             Sided::Pos => "+",
@@ -98,6 +101,10 @@ fn features(results: &Results) -> String {
             (false, true) => "norm outputs",
             (false, false) => "-",
         };
+        // At the site of the largest magnitude: a large gain makes large values of small ones.
+        let peak = |of: fn(&FeaturePeak) -> Option<f32>| {
+            number(feature.peak.as_ref().and_then(of).map_or_else(|| "-".to_owned(), |value| format!("{value:.2}")))
+        };
         table.add_row([
             number(feature.dim),
             number(feature.n_layers),
@@ -106,6 +113,8 @@ fn features(results: &Results) -> String {
             Cell::new(signs),
             number(format!("{:.2}", feature.min)),
             number(format!("{:.2}", feature.max)),
+            peak(|peak| peak.gain),
+            peak(|peak| peak.value_over_gain),
             Cell::new(by),
         ]);
     }
@@ -348,6 +357,11 @@ mod tests {
             total_occurrences: 0,
             max_abs: 1.5,
             perplexity: Some(Perplexity { perplexity: 12.5, mean_nll: 2.5257, predicted_tokens: 14 }),
+            other_sites: Vec::new(),
+            massive_activations: None,
+            top_records: Vec::new(),
+            routers: Vec::new(),
+            super_experts: None,
         };
         let shown = results(&evil.model, &evil);
         assert!(shown.chars().all(|c| !c.is_control() || c == '\n'), "{shown}");

@@ -1,8 +1,10 @@
 //! The job: which model over which text, counted how.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
-use crate::SCHEMA;
+use crate::{Point, SCHEMA};
 
 /// Name of the English text that ships with the worker.
 pub const BUILTIN_CORPUS: &str = "shakespeare";
@@ -34,7 +36,11 @@ pub struct JobSpec {
     /// When a feature counts.
     #[serde(default)]
     pub thresholds: Thresholds,
+    /// What is studied. Norm outputs always are, whether named or not; every other kind costs a pass over its values.
+    #[serde(default = "norms_alone", skip_serializing_if = "is_norms_alone")]
+    pub sites: BTreeSet<SiteKind>,
     /// File name inside the output folder for every studied activation, as safetensors. Large: tokens x hidden x sites x 4 bytes.
+    /// Outputs of single experts are never saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub save_activations: Option<String>,
     /// Tokens computed together; whole sequences, at least one.
@@ -50,6 +56,47 @@ fn default_micro_batch_tokens() -> usize {
     4096
 }
 
+fn norms_alone() -> BTreeSet<SiteKind> {
+    BTreeSet::from([SiteKind::Norms])
+}
+
+fn is_norms_alone(sites: &BTreeSet<SiteKind>) -> bool {
+    sites.iter().all(|kind| *kind == SiteKind::Norms)
+}
+
+/// Kinds of sites that can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SiteKind {
+    /// The outputs of the layers' norms, where outlier features are defined.
+    Norms,
+    /// The residual stream after each layer, where massive activations are.
+    Residual,
+    /// What attention adds to the residual stream.
+    AttentionOut,
+    /// What the MLP, or the experts together, add to the residual stream.
+    MlpOut,
+    /// The output of each routed expert's down projection, where super experts show.
+    ExpertOut,
+}
+
+impl SiteKind {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Norms, Self::Residual, Self::AttentionOut, Self::MlpOut, Self::ExpertOut];
+}
+
+impl From<Point> for SiteKind {
+    fn from(point: Point) -> Self {
+        match point {
+            Point::BeforeAttention | Point::BeforeMlp | Point::AfterAttention | Point::AfterMlp => Self::Norms,
+            Point::Residual => Self::Residual,
+            Point::AttentionOut => Self::AttentionOut,
+            Point::MlpOut => Self::MlpOut,
+            Point::ExpertOut => Self::ExpertOut,
+        }
+    }
+}
+
 impl JobSpec {
     /// A job with the defaults of every option but the model.
     pub fn new(model: ModelSource) -> Self {
@@ -62,9 +109,15 @@ impl JobSpec {
             devices: Vec::new(),
             layers: None,
             thresholds: Thresholds::default(),
+            sites: norms_alone(),
             save_activations: None,
             micro_batch_tokens: default_micro_batch_tokens(),
         }
+    }
+
+    /// Whether values at this point of a layer are studied.
+    pub fn studies(&self, point: Point) -> bool {
+        point.is_norm_output() || self.sites.contains(&point.into())
     }
 
     /// What reports call the model.

@@ -13,17 +13,23 @@
 //! | [`Inspection`] | standard output of `outliers-worker inspect --json` | the worker |
 //! | [`VersionInfo`] | standard output of `outliers-worker version --json` | the worker |
 
+mod beyond;
 mod inspection;
 mod job;
 mod metadata;
 mod progress;
 mod results;
 
+pub use beyond::{
+    ExpertPeak, FeaturePeak, GainSummary, MASSIVE_DIMS, MASSIVE_RECORDS, MagnitudeQuantiles, MassiveActivations,
+    MassiveDim, MassiveLayer, MassiveRecord, OtherSite, Record, RouterSummary, RowSpread, RowStatistics, SuperExperts,
+    TOP_RECORDS, TopRecords,
+};
 pub use inspection::{
     FileBytes, IgnoredTensors, Inspection, LayerInspection, PlanFigures, SiteInspection, VersionInfo,
 };
 pub use job::{
-    BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, Thresholds,
+    BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKind, Thresholds,
 };
 pub use metadata::{CorpusProvenance, DeviceInfo, HostInfo, Metadata, ModelProvenance, TokenizerProvenance};
 pub use progress::{Phase, Progress};

@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Thresholds;
+use crate::{
+    FeaturePeak, GainSummary, MassiveActivations, OtherSite, RouterSummary, RowStatistics, SuperExperts, Thresholds,
+    TopRecords,
+};
 
 /// `results.json`.
 ///
@@ -42,6 +45,21 @@ pub struct Results {
     pub max_abs: f32,
     /// `None` when only some layers were run.
     pub perplexity: Option<Perplexity>,
+    /// Studied sites that are not norm outputs, layer by layer; empty unless asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub other_sites: Vec<OtherSite>,
+    /// Massive activations; `None` unless the residual stream was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub massive_activations: Option<MassiveActivations>,
+    /// The largest values per kind of studied site, norm outputs included.
+    #[serde(default)]
+    pub top_records: Vec<TopRecords>,
+    /// One entry per mixture-of-experts layer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub routers: Vec<RouterSummary>,
+    /// Super-expert candidates; `None` unless the experts' outputs were asked for and there are experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub super_experts: Option<SuperExperts>,
 }
 
 /// One way to count systematic outlier features.
@@ -154,6 +172,9 @@ pub struct Feature {
     pub min: f32,
     /// Largest magnitude.
     pub max_abs: f32,
+    /// Where that is, and the norm's gain there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak: Option<FeaturePeak>,
     /// Systematic over the whole corpus, share taken of layers.
     pub systematic_by_layers: bool,
     /// Systematic over the whole corpus, share taken of sites.
@@ -198,8 +219,14 @@ pub struct SiteSummary {
     pub max_abs: f32,
     /// Root mean square of all values.
     pub rms: f64,
-    /// Fourth moment over squared second moment, all values pooled; 3 for a Gaussian.
+    /// Fourth moment over squared second moment, all values pooled; 3 for a Gaussian. Token by token: `rows.kurtosis`.
     pub kurtosis: f64,
+    /// Row by row.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<RowStatistics>,
+    /// The norm's gain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gain: Option<GainSummary>,
 }
 
 /// Perplexity of the same pass.

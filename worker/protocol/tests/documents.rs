@@ -1,6 +1,10 @@
 //! Documents as they lie on disk: what may be left out, what may not be misspelt, and names that readers rely on.
 
-use outliers_protocol::{Axis, BosPolicy, CorpusSource, JobSpec, ModelSource, Precision, Reading, SCHEMA};
+use std::collections::BTreeSet;
+
+use outliers_protocol::{
+    Axis, BosPolicy, CorpusSource, JobSpec, ModelSource, Point, Precision, Reading, Results, SCHEMA, SiteKind,
+};
 use serde_json::json;
 
 #[test]
@@ -19,6 +23,7 @@ fn a_misspelt_option_is_an_error_and_not_a_default() {
         json!({"model": {"folder": {"path": "m", "revision": "x"}}}),
         json!({"model": {"folder": {"path": "m"}}, "corpus": {"num_sequence": 4}}),
         json!({"model": {"folder": {"path": "m"}}, "thresholds": {"magnitudes": 4.0}}),
+        json!({"model": {"folder": {"path": "m"}}, "sites": ["residuals"]}),
         json!({}),
     ] {
         assert!(serde_json::from_value::<JobSpec>(bad.clone()).is_err(), "{bad}");
@@ -32,6 +37,7 @@ fn what_is_written_is_read_back() {
     job.corpus.num_sequences = Some(3);
     job.devices = vec!["cpu:2".into()];
     job.layers = Some(1);
+    job.sites = SiteKind::ALL.into();
     let text = serde_json::to_string(&job).unwrap();
     assert_eq!(serde_json::from_str::<JobSpec>(&text).unwrap(), job);
 }
@@ -41,4 +47,30 @@ fn readings_are_named_as_reports_name_them() {
     let names = [Reading::Unique, Reading::MeanPerSequence, Reading::SumOverSequences].map(|r| json!(r));
     assert_eq!(names, ["unique", "mean_per_sequence", "sum_over_sequences"]);
     assert_eq!([Axis::Layers, Axis::Sites].map(|a| json!(a)), ["layers", "sites"]);
+}
+
+#[test]
+fn norm_outputs_are_studied_by_every_job() {
+    let job = |sites: serde_json::Value| {
+        serde_json::from_value::<JobSpec>(json!({"model": {"folder": {"path": "m"}}, "sites": sites})).unwrap()
+    };
+    let residual = job(json!(["residual"]));
+    assert!(residual.studies(Point::AfterMlp) && residual.studies(Point::Residual));
+    assert!(!residual.studies(Point::ExpertOut) && !residual.studies(Point::MlpOut));
+    assert_eq!(job(json!(["expert_out", "norms"])).sites, BTreeSet::from([SiteKind::Norms, SiteKind::ExpertOut]));
+    for plain in [job(json!([])), job(json!(["norms"]))] {
+        assert!(serde_json::to_value(&plain).unwrap().get("sites").is_none(), "older workers take a plain job");
+    }
+}
+
+#[test]
+fn results_without_later_measurements_are_read() {
+    let old = json!({
+        "schema": 1, "model": "m", "thresholds": {}, "n_layers": 1, "n_sites": 1, "hidden": 8, "sequences": 1,
+        "tokens_per_sequence": 2, "verdicts": [], "features": [], "per_sequence": [],
+        "sites": [{"layer": 0, "point": "before_mlp", "occurrences": 0, "features": 0, "max_abs": 1.0, "rms": 1.0, "kurtosis": 3.0}],
+        "total_occurrences": 0, "max_abs": 1.0, "perplexity": null,
+    });
+    let results: Results = serde_json::from_value(old).unwrap();
+    assert!(results.massive_activations.is_none() && results.routers.is_empty() && results.sites[0].rows.is_none());
 }

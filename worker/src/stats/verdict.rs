@@ -4,6 +4,7 @@ use outliers_protocol::{Axis, Feature, Point, Reading, SequenceSummary, Sided, S
 use rayon::prelude::*;
 
 use super::OutlierStats;
+use super::exact::ExactSum;
 
 /// The parts of [`outliers_protocol::Results`] that follow from counts and thresholds.
 #[derive(Clone, Debug, PartialEq)]
@@ -161,6 +162,8 @@ impl OutlierStats {
             max: all.max,
             min: all.min,
             max_abs: all.max_abs(),
+            // Gains are not counts: whoever knows them says.
+            peak: None,
             systematic_by_layers: corpus[0].is_some(),
             systematic_by_sites: corpus[1].is_some(),
             sequences_systematic_by_layers: within[0],
@@ -186,6 +189,8 @@ impl OutlierStats {
             max_abs: all.max_abs(),
             rms: m2.sqrt(),
             kurtosis: if variance > 0.0 { fourth / (variance * variance) } else { 0.0 },
+            rows: None,
+            gain: None,
         }
     }
 }
@@ -223,7 +228,9 @@ fn verdicts(rows: &[Row], sequences: usize) -> Vec<Verdict> {
 
 fn verdict(reading: Reading, axis: Axis, records: &[Record], divisor: usize) -> Verdict {
     let mean = |of: fn(&Record) -> f64| {
-        (!records.is_empty()).then(|| 100.0 * records.iter().map(of).sum::<f64>() / records.len() as f64)
+        let mut sum = ExactSum::default();
+        records.iter().for_each(|record| sum.add(of(record)));
+        (!records.is_empty()).then(|| 100.0 * sum.value() / records.len() as f64)
     };
     Verdict {
         reading,

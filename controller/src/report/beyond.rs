@@ -1,0 +1,220 @@
+//! What a run measured beside the outlier features, in a few lines: only what is there, never a wall.
+
+use outliers_protocol::{MassiveActivations, OtherSite, Point, Results, RouterSummary, SuperExperts};
+
+use super::tables::{number, table, text};
+use crate::text::clean;
+
+/// Dimensions, experts and layers shown; the file has them all.
+const SHOWN: usize = 5;
+
+/// Massive activations, the sites asked for, super experts and routers. Empty if nothing of it was measured.
+pub(super) fn beyond(results: &Results) -> String {
+    let mut out = String::new();
+    if !results.other_sites.is_empty() {
+        out += &sites(results);
+    }
+    if let Some(massive_activations) = &results.massive_activations {
+        out += &massive(massive_activations);
+    }
+    if let Some(experts) = &results.super_experts {
+        out += &super_experts(experts);
+    }
+    out + &routers(&results.routers)
+}
+
+fn name(point: Point) -> &'static str {
+    match point {
+        Point::BeforeAttention => "norm before attention",
+        Point::BeforeMlp => "norm before MLP",
+        Point::AfterAttention => "norm after attention",
+        Point::AfterMlp => "norm after MLP",
+        Point::Residual => "residual stream",
+        Point::AttentionOut => "attention output",
+        Point::MlpOut => "MLP output",
+        Point::ExpertOut => "expert output",
+    }
+}
+
+/// One line per kind of site: the largest value and where, and how far single dimensions stand out of a token's vector.
+fn sites(results: &Results) -> String {
+    let mut rows =
+        table(&["values at", "largest", "layer", "dimension", "position", "token kurtosis", "token max/median"]);
+    for top in &results.top_records {
+        let Some(record) = top.records.first() else { continue };
+        let norms = results.sites.iter().filter(|site| site.point == top.point).filter_map(|site| site.rows);
+        let others =
+            results.other_sites.iter().filter(|site| site.point == top.point).map(|site: &OtherSite| site.rows);
+        let statistics: Vec<_> = norms.chain(others).collect();
+        let kurtosis = statistics.iter().filter_map(|rows| rows.kurtosis).map(|spread| spread.mean).fold(0.0, f64::max);
+        let ratio =
+            statistics.iter().filter_map(|rows| rows.max_over_median).map(|spread| spread.max).fold(0.0, f64::max);
+        rows.add_row([
+            text(name(top.point)),
+            number(format!("{:.2}", record.value)),
+            number(record.layer),
+            number(record.dim),
+            number(record.position),
+            number(format!("{kurtosis:.1}")),
+            number(format!("{ratio:.0}")),
+        ]);
+    }
+    format!(
+        "\n{rows}\ntoken kurtosis: mean over tokens, in the layer where it is largest; token max/median: of the worst token\n"
+    )
+}
+
+fn massive(massive: &MassiveActivations) -> String {
+    let rule = clean(massive.rule.as_bytes(), 300);
+    let (Some(first), Some(last)) = (massive.onset_layer, massive.last_layer) else {
+        return format!("\nno massive activations: {rule}\n");
+    };
+    let mut out = format!(
+        "\nmassive activations at {} tokens ({} at position 0) of {} sequences, from layer {first} to layer {last}\n{rule}\n",
+        massive.tokens, massive.tokens_at_position_0, massive.sequences
+    );
+    let mut rows = table(&["dimension", "layers", "values", "at position 0", "min", "max"]);
+    for dim in massive.dims.iter().take(SHOWN) {
+        rows.add_row([
+            number(dim.dim),
+            number(dim.n_layers),
+            number(dim.values),
+            number(dim.values_at_position_0),
+            number(format!("{:.1}", dim.min)),
+            number(format!("{:.1}", dim.max)),
+        ]);
+    }
+    out += &format!("{rows}\n");
+    out + &more(massive.n_dims, "dimensions")
+}
+
+fn super_experts(experts: &SuperExperts) -> String {
+    let rule = clean(experts.rule.as_bytes(), 300);
+    let strongest = format!("largest |output| of an expert {:.2}", experts.max);
+    let runner_up = experts.runner_up.map_or_else(String::new, |next| format!(", next {:.2}", next.at.value.abs()));
+    if experts.candidates.is_empty() {
+        return format!("\nno super-expert candidates: {rule}; {strongest}\n");
+    }
+    let mut out = format!("\n{} super-expert candidates{runner_up}: {rule}\n", experts.candidates.len());
+    let mut rows = table(&["layer", "expert", "largest output", "dimension", "position", "tokens sent"]);
+    for candidate in experts.candidates.iter().take(SHOWN) {
+        let at = candidate.at;
+        rows.add_row([
+            number(at.layer),
+            number(at.expert.map(|expert| expert.to_string()).unwrap_or_default()),
+            number(format!("{:.2}", at.value)),
+            number(at.dim),
+            number(at.position),
+            number(candidate.tokens),
+        ]);
+    }
+    out += &format!("{rows}\n");
+    out + &more(experts.candidates.len(), "candidates")
+}
+
+/// One line for all routers.
+fn routers(routers: &[RouterSummary]) -> String {
+    let by_load = |a: &&RouterSummary, b: &&RouterSummary| a.max_over_mean.total_cmp(&b.max_over_mean);
+    let Some(worst) = routers.iter().max_by(by_load) else { return String::new() };
+    let experts: usize = routers.iter().map(|router| router.experts).sum();
+    let never: usize = routers.iter().map(|router| router.never_hit).sum();
+    let least_even = routers.iter().map(|router| router.normalised_entropy).fold(f64::INFINITY, f64::min);
+    format!(
+        "\nrouters: {} mixture layers, {never} of {experts} experts never hit; busiest expert {:.1} x the mean (layer {}, expert {}), \
+         normalised entropy of the load {least_even:.3} at the least even layer\n",
+        routers.len(),
+        worst.max_over_mean,
+        worst.layer,
+        worst.busiest,
+    )
+}
+
+fn more(all: usize, what: &str) -> String {
+    if all > SHOWN { format!("and {} more {what}\n", all - SHOWN) } else { String::new() }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn results(more: serde_json::Value) -> Results {
+        let mut document = json!({
+            "schema": 1, "model": "m", "thresholds": {}, "n_layers": 4, "n_sites": 8, "hidden": 8, "sequences": 2,
+            "tokens_per_sequence": 4, "verdicts": [], "features": [], "per_sequence": [], "sites": [],
+            "total_occurrences": 0, "max_abs": 1.0, "perplexity": null,
+        });
+        document.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        serde_json::from_value(document).unwrap()
+    }
+
+    fn record(value: f32) -> serde_json::Value {
+        json!({"layer": 3, "expert": 68, "sequence": 0, "position": 0, "token_id": 5, "dim": 7, "value": value})
+    }
+
+    fn massive(values: u64) -> serde_json::Value {
+        let layer = (values > 0).then_some(2);
+        json!({
+            "rule": "a rule\u{1b}[2J", "onset_layer": layer, "last_layer": layer, "values": values, "tokens": values,
+            "tokens_at_position_0": values, "sequences": values, "n_dims": 7, "values_by_token_median": values, "layers": [],
+            "dims": [{"dim": 1415, "values": 2, "values_at_position_0": 2, "n_layers": 1, "first_layer": 2, "last_layer": 2,
+                      "min": -1512.5, "max": 900.0}],
+        })
+    }
+
+    #[test]
+    fn nothing_measured_says_nothing() {
+        assert_eq!(beyond(&results(json!({}))), "");
+    }
+
+    #[test]
+    fn massive_activations_and_their_absence_are_said() {
+        let shown = beyond(&results(json!({"massive_activations": massive(2)})));
+        for expected in
+            ["at 2 tokens (2 at position 0) of 2 sequences, from layer 2 to layer 2", "1415", "-1512.5", "and 2 more"]
+        {
+            assert!(shown.contains(expected), "{expected} in {shown}");
+        }
+        assert!(shown.chars().all(|c| !c.is_control() || c == '\n'), "{shown}");
+        assert!(
+            beyond(&results(json!({"massive_activations": massive(0)}))).contains("no massive activations: a rule")
+        );
+    }
+
+    #[test]
+    fn super_experts_and_routers_are_said() {
+        let mut peak = record(-744.0);
+        peak["tokens"] = json!(12);
+        let shown = beyond(&results(json!({
+            "super_experts": {"rule": "r", "layers_considered": 3, "experts_considered": 9, "percentile_99_5": 63.0, "max": 744.0,
+                              "candidates": [peak], "runner_up": null},
+            "routers": [{"layer": 1, "experts": 128, "experts_per_token": 8, "never_hit": 3, "max_over_mean": 5.25, "busiest": 40,
+                         "normalised_entropy": 0.9, "gate_mass_per_token": 1.0, "gate_mass_per_token_at_position_0": 1.0,
+                         "favourite_at_position_0": 4, "favourite_share_at_position_0": 0.5, "favourite_share_elsewhere": 0.01}],
+        })));
+        for expected in [
+            "1 super-expert candidates",
+            "68",
+            "-744.00",
+            "3 of 128 experts never hit",
+            "5.2 x the mean (layer 1, expert 40)",
+        ] {
+            assert!(shown.contains(expected), "{expected} in {shown}");
+        }
+    }
+
+    #[test]
+    fn every_kind_of_site_has_a_line() {
+        let spread = json!({"rows": 8, "mean": 12.0, "p50": 1.0, "p99": 1.0, "max": 5000.0});
+        let shown = beyond(&results(json!({
+            "other_sites": [{"layer": 3, "point": "residual", "max_abs": 20.0, "rms": 1.0, "rows": {
+                "rows": 8, "magnitude": {"p50": 1.0, "p90": 1.0, "p99": 1.0, "p99_9": 1.0}, "kurtosis": spread, "max_over_median": spread,
+            }}],
+            "top_records": [{"point": "residual", "records": [record(-20.0)]}],
+        })));
+        for expected in ["residual stream", "-20.00", "12.0", "5000"] {
+            assert!(shown.contains(expected), "{expected} in {shown}");
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Sums that do not depend on the order of their terms.
+
+/// An exact sum of finite f64 values: however the terms are ordered or grouped, the result is the same bit by bit, so that neither threads
+/// nor the cutting of the corpus show in a report.
+///
+/// A term is an integer times a power of two. Windows of 32 exponents have a 128-bit integer each, which takes 2^42 terms.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ExactSum {
+    /// `(window, integer)`, ascending; most sums touch two or three windows.
+    windows: Vec<(u16, i128)>,
+}
+
+/// Exponents per window.
+const WINDOW: u32 = 32;
+
+impl ExactSum {
+    /// Adds one term.
+    pub fn add(&mut self, term: f64) {
+        debug_assert!(term.is_finite(), "{term} cannot be summed");
+        let bits = term.to_bits();
+        let (stored, fraction) = ((bits >> 52 & 0x7ff) as u32, bits & ((1 << 52) - 1));
+        // Subnormal numbers have the exponent of the smallest normal ones, and no leading one.
+        let (exponent, integer) = (stored.max(1), fraction | u64::from(stored > 0) << 52);
+        if integer == 0 {
+            return;
+        }
+        let magnitude = i128::from(integer) << (exponent % WINDOW);
+        self.add_integer((exponent / WINDOW) as u16, if term < 0.0 { -magnitude } else { magnitude });
+    }
+
+    fn add_integer(&mut self, window: u16, integer: i128) {
+        match self.windows.binary_search_by_key(&window, |(w, _)| *w) {
+            Ok(at) => self.windows[at].1 += integer,
+            Err(at) => self.windows.insert(at, (window, integer)),
+        }
+    }
+
+    /// Adds another sum's terms.
+    pub fn merge(&mut self, other: &Self) {
+        other.windows.iter().for_each(|(window, integer)| self.add_integer(*window, *integer));
+    }
+
+    /// The sum, rounded once per window.
+    pub fn value(&self) -> f64 {
+        let part = |(window, integer): &(u16, i128)| {
+            // The unit of window 0 is 2^-1075; in two steps, because that alone is below the range of f64.
+            *integer as f64 * 2f64.powi(-75) * 2f64.powi(i32::from(*window) * WINDOW as i32 - 1000)
+        };
+        self.windows.iter().map(part).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn sum(terms: &[f64]) -> ExactSum {
+        let mut sum = ExactSum::default();
+        terms.iter().for_each(|term| sum.add(*term));
+        sum
+    }
+
+    proptest! {
+        #[test]
+        fn order_and_grouping_do_not_matter(
+            terms in prop::collection::vec(prop::num::f32::NORMAL.prop_map(f64::from), 0..60), cut in 0usize..60,
+        ) {
+            let whole = sum(&terms);
+            let (left, right) = terms.split_at(cut.min(terms.len()));
+            let mut merged = sum(right);
+            merged.merge(&sum(left));
+            let backwards: Vec<f64> = terms.iter().rev().copied().collect();
+            prop_assert_eq!(&merged, &whole);
+            prop_assert_eq!(&sum(&backwards), &whole);
+        }
+
+        #[test]
+        fn it_is_the_sum(terms in prop::collection::vec(-1e6f64..1e6, 0..60)) {
+            let plain: f64 = terms.iter().sum();
+            let size: f64 = terms.iter().map(|t| t.abs()).sum();
+            prop_assert!((sum(&terms).value() - plain).abs() <= 1e-13 * size);
+        }
+    }
+
+    #[test]
+    fn nothing_is_lost() {
+        assert_eq!(sum(&[1e300, 1.0, -1e300]).value(), 1.0, "f64 addition gives 0");
+        assert_eq!(sum(&[f64::MIN_POSITIVE / 4.0, 3.0, -3.0]).value(), f64::MIN_POSITIVE / 4.0);
+        assert_eq!(sum(&[0.1; 10]).value(), 1.0);
+        assert_eq!(sum(&[]).value(), 0.0);
+        assert_eq!(sum(&[0.0, -0.0]), sum(&[]));
+    }
+}

@@ -1,0 +1,490 @@
+//! Everything a run measures, in one observer, so that values leave their device once.
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+use outliers_protocol::{
+    FeaturePeak, GainSummary, JobSpec, MassiveActivations, OtherSite, Point, RouterSummary, SuperExperts, TOP_RECORDS,
+    Thresholds, TopRecords,
+};
+
+use super::massive::Massive;
+use super::mixture::{ExpertPeaks, RouterStats, super_experts};
+use super::rows::{RowStats, Scan};
+use super::top::{Found, Top};
+use super::{Judged, Observer, OutlierStats, Site, with_f32};
+use crate::corpus::Tokens;
+use crate::decoder::DecoderSpec;
+use crate::error::{Result, WorkerError};
+use crate::ffn::{ExpertRows, Routing};
+
+/// What is studied of a model over a corpus.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scope {
+    /// Norm outputs, in order of computation.
+    pub norms: Vec<Site>,
+    /// Other sites, in order of layers.
+    pub others: Vec<Site>,
+    /// Routed experts per layer, 0 in dense ones.
+    pub experts: Vec<usize>,
+    /// Features.
+    pub hidden: usize,
+    /// Sequences.
+    pub sequences: usize,
+    /// Tokens per sequence.
+    pub tokens: usize,
+}
+
+impl Scope {
+    /// What a job asks to study.
+    pub fn new(job: &JobSpec, spec: &DecoderSpec, tokens: &Tokens) -> Self {
+        let experts: Vec<usize> = spec.layers.iter().map(|layer| layer.experts()).collect();
+        let others = [Point::AttentionOut, Point::ExpertOut, Point::MlpOut, Point::Residual];
+        let of = |(layer, experts): (usize, &usize)| {
+            let has_experts = *experts > 0;
+            let there = others.into_iter().filter(move |point| has_experts || *point != Point::ExpertOut);
+            there.filter(|point| job.studies(*point)).map(move |point| Site { layer, point }).collect::<Vec<_>>()
+        };
+        Self {
+            norms: spec.sites(),
+            others: experts.iter().enumerate().flat_map(of).collect(),
+            experts,
+            hidden: spec.hidden,
+            sequences: tokens.sequences,
+            tokens: tokens.tokens,
+        }
+    }
+}
+
+/// All statistics of a run.
+///
+/// Size: that of [`OutlierStats`], and about 50 KiB per site, 100 records per kind of site, 100 bytes per expert, one gain vector per norm.
+#[derive(Clone, Debug)]
+pub struct Study {
+    scope: Scope,
+    outliers: OutlierStats,
+    rows: BTreeMap<Site, RowStats>,
+    gains: BTreeMap<Site, Vec<f32>>,
+    records: BTreeMap<Point, Top<Found>>,
+    massive: Massive,
+    routers: BTreeMap<usize, RouterStats>,
+    experts: BTreeMap<usize, ExpertPeaks>,
+}
+
+/// The parts of [`outliers_protocol::Results`] that a study gives.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Report {
+    /// Outlier features.
+    pub judged: Judged,
+    /// Sites that are not norm outputs.
+    pub other_sites: Vec<OtherSite>,
+    /// `None` unless the residual stream was studied.
+    pub massive_activations: Option<MassiveActivations>,
+    /// Largest values per kind of site.
+    pub top_records: Vec<TopRecords>,
+    /// Per mixture layer.
+    pub routers: Vec<RouterSummary>,
+    /// `None` unless experts' outputs were studied and there are any.
+    pub super_experts: Option<SuperExperts>,
+}
+
+impl Study {
+    /// Nothing seen yet; a feature exceeds where |x| >= `threshold`.
+    pub fn new(scope: Scope, threshold: f32) -> Self {
+        let (sequences, tokens) = (scope.sequences, scope.tokens);
+        let outliers = OutlierStats::new(scope.norms.clone(), scope.hidden, sequences, tokens, threshold);
+        let rows = scope.norms.iter().chain(&scope.others).map(|site| (*site, RowStats::default())).collect();
+        let mixtures = scope.experts.iter().copied().enumerate().filter(|(_, experts)| *experts > 0);
+        let outputs = scope.others.iter().filter(|site| site.point == Point::ExpertOut);
+        Self {
+            outliers,
+            rows,
+            gains: BTreeMap::new(),
+            records: BTreeMap::new(),
+            massive: Massive::new(sequences, tokens),
+            routers: mixtures.map(|(layer, experts)| (layer, RouterStats::new(experts))).collect(),
+            experts: outputs.map(|site| (site.layer, ExpertPeaks::new(scope.experts[site.layer]))).collect(),
+            scope,
+        }
+    }
+
+    /// Counts of outlier features.
+    pub fn outliers(&self) -> &OutlierStats {
+        &self.outliers
+    }
+
+    /// Gains of the norm whose output is `site`, `[hidden]`, once it was told.
+    pub fn gain_of(&self, site: Site) -> Option<&[f32]> {
+        self.gains.get(&site).map(Vec::as_slice)
+    }
+
+    /// Routers by layer.
+    pub fn routers(&self) -> &BTreeMap<usize, RouterStats> {
+        &self.routers
+    }
+
+    /// Experts' largest outputs by layer; empty unless they were studied.
+    pub fn expert_peaks(&self) -> &BTreeMap<usize, ExpertPeaks> {
+        &self.experts
+    }
+
+    /// Sees whole sequences `x` `[rows, hidden]` at a site.
+    fn see(&mut self, site: Site, first_token: usize, x: &[f32]) -> Result<()> {
+        if site.point.is_norm_output() {
+            self.outliers.count(site, first_token, x)?;
+        }
+        let sequence_values = self.scope.tokens * self.scope.hidden;
+        for (s, x) in x.chunks(sequence_values).enumerate() {
+            let first = first_token + s * self.scope.tokens;
+            let scan = Scan::of(x, self.scope.hidden);
+            self.add(site, &scan, x, |row| Found {
+                layer: site.layer,
+                token: first + row,
+                expert: None,
+                dim: 0,
+                value: 0.0,
+            })?;
+            if site.point == Point::Residual {
+                self.massive.add(site.layer, first, x, &scan);
+            }
+        }
+        Ok(())
+    }
+
+    /// What is done with the rows of any site; `place` says where a row stands.
+    fn add(&mut self, site: Site, scan: &Scan, x: &[f32], place: impl Fn(usize) -> Found) -> Result<()> {
+        if let Some(row) = scan.first_not_finite() {
+            return Err(not_finite(site, place(row).token));
+        }
+        self.rows.get_mut(&site).expect("studied sites were announced").add(scan);
+        let top = self.records.entry(site.point).or_insert_with(|| Top::new(TOP_RECORDS));
+        top.offer_rows(&scan.rows, x, |row, dim, value| Found { dim, value, ..place(row) });
+        Ok(())
+    }
+
+    /// Adds a study of the same scope over other sequences: in any order and grouping.
+    pub fn merge(&mut self, other: &Self) {
+        self.outliers.merge(&other.outliers);
+        self.rows.iter_mut().zip(other.rows.values()).for_each(|((_, mine), theirs)| mine.merge(theirs));
+        self.gains.extend(other.gains.iter().map(|(site, gain)| (*site, gain.clone())));
+        for (point, theirs) in &other.records {
+            self.records.entry(*point).or_insert_with(|| Top::new(TOP_RECORDS)).merge(theirs);
+        }
+        self.massive.merge(&other.massive);
+        self.routers.iter_mut().zip(other.routers.values()).for_each(|((_, mine), theirs)| mine.merge(theirs));
+        self.experts.iter_mut().zip(other.experts.values()).for_each(|((_, mine), theirs)| mine.merge(theirs));
+    }
+
+    // ------------------------------------------------------------------------------------------------------ report
+
+    /// Applies thresholds and summarises. `ids` are the token ids `[sequences, tokens]`.
+    pub fn report(&self, thresholds: &Thresholds, ids: &[i64]) -> Report {
+        let mut judged = self.outliers.judge(thresholds);
+        for feature in &mut judged.features {
+            feature.peak = self.peak(feature.dim, feature.max_abs);
+        }
+        for summary in &mut judged.sites {
+            let site = Site { layer: summary.layer, point: summary.point };
+            summary.rows = self.rows.get(&site).map(RowStats::summary);
+            summary.gain = self.gain_of(site).map(gain_summary);
+        }
+        let record = |found: &Found| found.record(ids, self.scope.tokens);
+        let studied = |point: Point| self.scope.others.iter().any(|site| site.point == point);
+        let top = |(point, top): (&Point, &Top<Found>)| TopRecords {
+            point: *point,
+            records: top.descending().iter().map(record).collect(),
+        };
+        Report {
+            judged,
+            other_sites: self.scope.others.iter().map(|site| self.other_site(*site)).collect(),
+            massive_activations: studied(Point::Residual).then(|| self.massive.summary(ids)),
+            top_records: self.records.iter().map(top).collect(),
+            routers: self.routers.iter().map(|(layer, stats)| stats.summary(*layer)).collect(),
+            super_experts: super_experts(self.scope.experts.len(), &self.experts, &self.routers, record),
+        }
+    }
+
+    fn other_site(&self, site: Site) -> OtherSite {
+        let rows = &self.rows[&site];
+        OtherSite {
+            layer: site.layer,
+            point: site.point,
+            max_abs: rows.max_abs(),
+            rms: rows.rms(self.scope.hidden),
+            rows: rows.summary(),
+        }
+    }
+
+    /// The first norm output at which feature `dim` has its largest magnitude.
+    fn peak(&self, dim: usize, max_abs: f32) -> Option<FeaturePeak> {
+        let index = (0..self.scope.norms.len()).find(|s| self.outliers.column(*s, dim).max_abs() == max_abs)?;
+        let (site, column) = (self.scope.norms[index], self.outliers.column(index, dim));
+        let value = if column.max >= -column.min { column.max } else { column.min };
+        let gain = self.gain_of(site).map(|gain| gain[dim]);
+        let value_over_gain = gain.filter(|gain| *gain != 0.0).map(|gain| value / gain).filter(|z| z.is_finite());
+        Some(FeaturePeak { layer: site.layer, point: site.point, value, gain, value_over_gain })
+    }
+}
+
+fn not_finite(site: Site, token: usize) -> WorkerError {
+    let Site { layer, point } = site;
+    WorkerError::internal(format!("activations are no longer finite: layer {layer} {point:?}, token {token}"))
+        .hint("try --precision f32; if it stays, the checkpoint or this program is wrong")
+}
+
+fn gain_summary(gain: &[f32]) -> GainSummary {
+    let largest =
+        gain.iter().enumerate().fold((0, 0f32), |best, (i, g)| if g.abs() > best.1 { (i, g.abs()) } else { best });
+    let squares: f64 = gain.iter().map(|g| f64::from(*g).powi(2)).sum();
+    GainSummary { max_abs: largest.1, dim: largest.0, rms: (squares / gain.len() as f64).sqrt() }
+}
+
+impl Observer for Study {
+    fn wants(&self, site: Site) -> bool {
+        self.rows.contains_key(&site)
+    }
+
+    fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
+        with_f32(x, |values| self.see(site, first_token, values))
+    }
+
+    fn gain(&mut self, site: Site, gain: &Tensor) -> Result<()> {
+        let values = with_f32(gain, |values| Ok(values.to_vec()))?;
+        self.gains.insert(site, values);
+        Ok(())
+    }
+
+    fn expert(&mut self, layer: usize, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
+        let place = |row: usize, dim, value| Found {
+            layer,
+            token: first_token + rows.rows[row] as usize,
+            expert: Some(expert),
+            dim,
+            value,
+        };
+        with_f32(&rows.out, |x| {
+            let scan = Scan::of(x, self.scope.hidden);
+            self.add(Site { layer, point: Point::ExpertOut }, &scan, x, |row| place(row, 0, 0.0))?;
+            self.experts.get_mut(&layer).expect("studied experts were announced").add(expert, &scan.rows, x, place);
+            Ok(())
+        })
+    }
+
+    fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
+        let tokens = self.scope.tokens;
+        self.routers.get_mut(&layer).expect("a mixture, by the spec").add(first_token, tokens, routing);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const HIDDEN: usize = 5;
+    const TOKENS: usize = 3;
+    const SEQUENCES: usize = 4;
+    const EXPERTS: usize = 3;
+
+    /// Two layers, the second a mixture, with every kind of site.
+    fn scope() -> Scope {
+        let site = |layer, point| Site { layer, point };
+        let norms = [Point::BeforeAttention, Point::BeforeMlp];
+        let others = [Point::AttentionOut, Point::MlpOut, Point::Residual];
+        Scope {
+            norms: (0..2).flat_map(|layer| norms.map(|point| site(layer, point))).collect(),
+            others: (0..2)
+                .flat_map(|layer| others.map(|point| site(layer, point)))
+                .chain([site(1, Point::ExpertOut)])
+                .collect(),
+            experts: vec![0, EXPERTS],
+            hidden: HIDDEN,
+            sequences: SEQUENCES,
+            tokens: TOKENS,
+        }
+    }
+
+    /// What a model would show of each sequence: values per site, and one expert per token with its output.
+    #[derive(Clone, Debug)]
+    struct Shown {
+        values: Vec<Vec<f32>>,
+        experts: Vec<u32>,
+        outputs: Vec<f32>,
+    }
+
+    prop_compose! {
+        fn corpora()(
+            sequences in prop::collection::vec((
+                prop::collection::vec(prop::collection::vec(prop_oneof![4 => -9f32..9.0, 1 => Just(1e6), 1 => Just(0.0)], TOKENS * HIDDEN), 10),
+                prop::collection::vec(0..EXPERTS as u32, TOKENS),
+                prop::collection::vec(-90f32..90.0, TOKENS * HIDDEN),
+            ), SEQUENCES)
+        ) -> Vec<Shown> {
+            sequences.into_iter().map(|(values, experts, outputs)| Shown { values, experts, outputs }).collect()
+        }
+    }
+
+    fn tensor(values: &[f32]) -> Tensor {
+        Tensor::from_slice(values, (values.len() / HIDDEN, HIDDEN), &Device::Cpu).unwrap()
+    }
+
+    fn gain(site: Site) -> Vec<f32> {
+        (0..HIDDEN).map(|dim| (dim as f32 - 1.0) * (1.0 + site.layer as f32)).collect()
+    }
+
+    /// Shows sequences `place..place + shown.len()` together, as one micro-batch.
+    fn show(study: &mut Study, place: usize, shown: &[Shown]) {
+        let first = place * TOKENS;
+        let sites: Vec<Site> = scope().norms.into_iter().chain(scope().others).collect();
+        for (i, site) in sites.into_iter().enumerate().filter(|(_, site)| site.point != Point::ExpertOut) {
+            let x: Vec<f32> = shown.iter().flat_map(|s| s.values[i].clone()).collect();
+            study.observe(site, first, &tensor(&x)).unwrap();
+            if site.point.is_norm_output() {
+                study.gain(site, &Tensor::new(gain(site), &Device::Cpu).unwrap()).unwrap();
+            }
+        }
+        let experts: Vec<u32> = shown.iter().flat_map(|s| s.experts.clone()).collect();
+        let outputs: Vec<&[f32]> = shown.iter().flat_map(|s| s.outputs.chunks(HIDDEN)).collect();
+        let weights = experts.iter().map(|e| 0.1 + *e as f32).collect();
+        let routing = Routing { top_k: 1, experts, weights, scales_input: false };
+        study.routing(1, first, &routing).unwrap();
+        for expert in 0..EXPERTS {
+            let (rows, weights) = routing.of_expert(expert);
+            if !rows.is_empty() {
+                let out: Vec<f32> = rows.iter().flat_map(|r| outputs[*r as usize]).copied().collect();
+                study.expert(1, expert, first, &ExpertRows { out: tensor(&out), rows, weights }).unwrap();
+            }
+        }
+    }
+
+    fn ids() -> Vec<i64> {
+        (0..SEQUENCES * TOKENS).map(|token| 100 + token as i64).collect()
+    }
+
+    fn report(study: &Study) -> Report {
+        study.report(&Thresholds::default(), &ids())
+    }
+
+    fn whole(corpus: &[Shown], at_once: usize) -> Study {
+        let mut study = Study::new(scope(), 6.0);
+        for (i, shown) in corpus.chunks(at_once).enumerate() {
+            show(&mut study, i * at_once, shown);
+        }
+        study
+    }
+
+    /// Pooled moments are plain sums of f64: equal up to rounding only, where sequences come in another order.
+    fn without_pooled(mut report: Report) -> Report {
+        for site in &mut report.judged.sites {
+            (site.rms, site.kurtosis) = (0.0, 0.0);
+        }
+        report
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        #[test]
+        fn micro_batches_and_threads_change_no_bit(corpus in corpora()) {
+            let one = report(&whole(&corpus, 1));
+            prop_assert_eq!(&report(&whole(&corpus, SEQUENCES)), &one);
+            let single = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+            prop_assert_eq!(&single.install(|| report(&whole(&corpus, 3))), &one);
+        }
+
+        #[test]
+        fn merging_is_associative_and_commutative(corpus in corpora(), cut in 1usize..SEQUENCES) {
+            let part = |range: std::ops::Range<usize>| {
+                let mut study = Study::new(scope(), 6.0);
+                show(&mut study, range.start, &corpus[range]);
+                study
+            };
+            let mut merged = part(cut..SEQUENCES);
+            (0..cut).for_each(|s| merged.merge(&part(s..s + 1)));
+            prop_assert_eq!(without_pooled(report(&merged)), without_pooled(report(&whole(&corpus, 2))));
+        }
+
+        #[test]
+        fn the_order_of_sequences_changes_their_numbers_alone(corpus in corpora()) {
+            let backwards: Vec<Shown> = corpus.iter().rev().cloned().collect();
+            let (a, b) = (without_pooled(report(&whole(&corpus, 2))), without_pooled(report(&whole(&backwards, 2))));
+            prop_assert_eq!(a.judged.features, b.judged.features);
+            prop_assert_eq!(a.judged.verdicts, b.judged.verdicts);
+            prop_assert_eq!(a.judged.sites, b.judged.sites);
+            prop_assert_eq!(a.other_sites, b.other_sites);
+            prop_assert_eq!(a.routers, b.routers);
+            let (a_massive, b_massive) = (a.massive_activations.unwrap(), b.massive_activations.unwrap());
+            prop_assert_eq!(a_massive.dims, b_massive.dims);
+            prop_assert_eq!(a_massive.tokens, b_massive.tokens);
+            let values = |top: &[TopRecords]| -> Vec<f32> {
+                top.iter().flat_map(|t| t.records.iter().map(|r| r.value.abs())).collect()
+            };
+            prop_assert_eq!(values(&a.top_records), values(&b.top_records));
+        }
+
+        #[test]
+        fn records_are_the_largest_values_with_their_places(corpus in corpora()) {
+            let report = report(&whole(&corpus, 2));
+            let kinds: Vec<Point> = report.top_records.iter().map(|top| top.point).collect();
+            prop_assert_eq!(kinds.len(), 6, "{:?}", kinds);
+            for top in &report.top_records {
+                prop_assert_eq!(top.records.len(), TOP_RECORDS.min(if top.point == Point::ExpertOut { 60 } else { 120 }));
+                prop_assert!(top.records.windows(2).all(|pair| pair[0].value.abs() >= pair[1].value.abs()));
+                for record in &top.records {
+                    let (shown, at) = (&corpus[record.sequence], record.position * HIDDEN + record.dim);
+                    prop_assert_eq!(record.token_id, ids()[record.sequence * TOKENS + record.position]);
+                    let sites: Vec<Site> = scope().norms.into_iter().chain(scope().others).collect();
+                    let site = sites.iter().position(|s| *s == Site { layer: record.layer, point: top.point }).unwrap();
+                    if top.point == Point::ExpertOut {
+                        prop_assert_eq!((record.value, record.expert), (shown.outputs[at], Some(shown.experts[record.position] as usize)));
+                    } else {
+                        prop_assert_eq!((record.value, record.expert), (shown.values[site][at], None));
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn peaks_tell_the_gain_from_the_stream(corpus in corpora()) {
+            for feature in report(&whole(&corpus, 2)).judged.features {
+                let peak = feature.peak.unwrap();
+                prop_assert_eq!(peak.value.abs(), feature.max_abs);
+                let site = Site { layer: peak.layer, point: peak.point };
+                prop_assert_eq!(peak.gain, Some(gain(site)[feature.dim]));
+                let over = peak.value / gain(site)[feature.dim];
+                prop_assert_eq!(peak.value_over_gain, (feature.dim != 1).then_some(over), "the gain of feature 1 is 0");
+            }
+        }
+    }
+
+    #[test]
+    fn a_site_that_overflows_is_named() {
+        let mut study = Study::new(scope(), 6.0);
+        let mut x = vec![1.0; 2 * TOKENS * HIDDEN];
+        x[4 * HIDDEN + 2] = f32::INFINITY;
+        let site = Site { layer: 1, point: Point::MlpOut };
+        let message = study.observe(site, TOKENS, &tensor(&x)).unwrap_err().to_string();
+        assert!(message.contains("layer 1 MlpOut, token 7"), "{message}");
+    }
+
+    #[test]
+    fn what_was_not_asked_for_is_not_wanted() {
+        let study = Study::new(Scope { others: Vec::new(), ..scope() }, 6.0);
+        assert!(study.wants(Site { layer: 1, point: Point::BeforeMlp }));
+        assert!(!study.wants(Site { layer: 1, point: Point::Residual }));
+        let report = report(&study);
+        assert!(
+            report.other_sites.is_empty() && report.massive_activations.is_none() && report.super_experts.is_none()
+        );
+        assert_eq!(report.routers.len(), 1, "routers are always counted");
+    }
+
+    #[test]
+    fn gains_are_summarised() {
+        let summary = gain_summary(&[1.0, -3.0, 0.0, 3.0]);
+        assert_eq!((summary.max_abs, summary.dim, summary.rms), (3.0, 1, (19f64 / 4.0).sqrt()));
+    }
+}

@@ -1,0 +1,172 @@
+//! The largest few of many.
+
+use std::cmp::{Ordering, Reverse};
+use std::collections::BinaryHeap;
+
+use outliers_protocol::Record;
+
+use super::rows::Row;
+
+/// One value and where it stands. Ordered by magnitude; among equal ones the earlier place is the greater, so that of any set of values the
+/// greatest few are the same few, whatever the order they came in.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Found {
+    /// Layer.
+    pub layer: usize,
+    /// Token, counted through all sequences.
+    pub token: usize,
+    /// Expert whose output it is.
+    pub expert: Option<usize>,
+    /// Hidden dimension.
+    pub dim: usize,
+    /// The value, signed; finite.
+    pub value: f32,
+}
+
+impl Found {
+    /// Bits of |value|: in the order of magnitudes.
+    fn bits(&self) -> u32 {
+        self.value.abs().to_bits()
+    }
+
+    /// As reports have it. `ids` are the token ids `[sequences, tokens]`.
+    pub fn record(&self, ids: &[i64], tokens: usize) -> Record {
+        Record {
+            layer: self.layer,
+            expert: self.expert,
+            sequence: self.token / tokens,
+            position: self.token % tokens,
+            token_id: ids[self.token],
+            dim: self.dim,
+            value: self.value,
+        }
+    }
+}
+
+impl Eq for Found {}
+
+impl Ord for Found {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let key = |f: &Self| (f.bits(), Reverse((f.layer, f.token, f.expert, f.dim)));
+        key(self).cmp(&key(other))
+    }
+}
+
+impl PartialOrd for Found {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// The `limit` greatest of the items offered.
+#[derive(Clone, Debug)]
+pub struct Top<T> {
+    limit: usize,
+    least_first: BinaryHeap<Reverse<T>>,
+}
+
+impl<T: Ord + Clone> Top<T> {
+    /// None yet. `limit` > 0.
+    pub fn new(limit: usize) -> Self {
+        Self { limit, least_first: BinaryHeap::with_capacity(limit) }
+    }
+
+    /// Keeps the item if it is among the greatest.
+    pub fn offer(&mut self, item: T) {
+        if self.least_first.len() < self.limit {
+            self.least_first.push(Reverse(item));
+        } else if self.floor().is_some_and(|least| *least < item) {
+            self.least_first.pop();
+            self.least_first.push(Reverse(item));
+        }
+    }
+
+    /// The least item kept, once as many are kept as may be.
+    fn floor(&self) -> Option<&T> {
+        self.least_first.peek().filter(|_| self.least_first.len() == self.limit).map(|least| &least.0)
+    }
+
+    /// Offers another's items.
+    pub fn merge(&mut self, other: &Self) {
+        other.least_first.iter().for_each(|item| self.offer(item.0.clone()));
+    }
+
+    /// What was kept, greatest first.
+    pub fn descending(&self) -> Vec<T> {
+        let mut items: Vec<T> = self.least_first.iter().map(|item| item.0.clone()).collect();
+        items.sort_unstable_by(|a, b| b.cmp(a));
+        items
+    }
+}
+
+impl Top<Found> {
+    /// Offers all values of some rows `[rows, hidden]`; `found` makes a candidate of a row, a dimension and a value. Rows that hold nothing
+    /// large enough are not looked at.
+    pub fn offer_rows(&mut self, rows: &[Row], x: &[f32], found: impl Fn(usize, usize, f32) -> Found) {
+        let hidden = x.len() / rows.len().max(1);
+        let mut order: Vec<usize> = (0..rows.len()).collect();
+        // The largest first, so that the floor rises at once.
+        order.sort_unstable_by_key(|&r| Reverse(rows[r].max_bits));
+        for r in order {
+            let floor = self.floor().map_or(0, Found::bits);
+            if rows[r].max_bits < floor {
+                return;
+            }
+            for (dim, &value) in x[r * hidden..][..hidden].iter().enumerate() {
+                if value.abs().to_bits() >= floor {
+                    self.offer(found(r, dim, value));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::stats::rows::Scan;
+
+    fn at(value: f32, token: usize, dim: usize) -> Found {
+        Found { layer: 0, token, expert: None, dim, value }
+    }
+
+    proptest! {
+        #[test]
+        fn the_greatest_are_kept_in_any_order(values in prop::collection::vec(-9i8..9, 1..80), limit in 1usize..12, cut in 0usize..80) {
+            let all: Vec<Found> = values.iter().enumerate().map(|(i, v)| at(f32::from(*v), i, 0)).collect();
+            let mut sorted = all.clone();
+            sorted.sort_by(|a, b| b.cmp(a));
+            sorted.truncate(limit);
+            let keep = |items: &[Found]| {
+                let mut top = Top::new(limit);
+                items.iter().for_each(|item| top.offer(*item));
+                top
+            };
+            let (left, right) = all.split_at(cut.min(all.len()));
+            let mut merged = keep(right);
+            merged.merge(&keep(left));
+            prop_assert_eq!(keep(&all).descending(), sorted.clone());
+            prop_assert_eq!(merged.descending(), sorted);
+        }
+
+        #[test]
+        fn whole_rows_are_as_good_as_single_values(values in prop::collection::vec(-9i8..9, 24), limit in 1usize..30) {
+            let x: Vec<f32> = values.iter().map(|v| f32::from(*v)).collect();
+            let (mut rows, mut singly) = (Top::new(limit), Top::new(limit));
+            rows.offer_rows(&Scan::of(&x, 6).rows, &x, |row, dim, value| at(value, row, dim));
+            x.iter().enumerate().for_each(|(i, v)| singly.offer(at(*v, i / 6, i % 6)));
+            prop_assert_eq!(rows.descending(), singly.descending());
+        }
+    }
+
+    #[test]
+    fn of_equal_magnitudes_the_earlier_place_is_first() {
+        let mut top = Top::new(2);
+        for (token, value) in [(5, 2.0), (3, -2.0), (4, 2.0), (1, 1.0)] {
+            top.offer(at(value, token, 0));
+        }
+        assert_eq!(top.descending(), [at(-2.0, 3, 0), at(2.0, 4, 0)]);
+    }
+}
