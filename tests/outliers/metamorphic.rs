@@ -2,15 +2,17 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use outliers_protocol::{CorpusSource, CorpusSpec, Results, files};
+use outliers_protocol::{CorpusSource, CorpusSpec, JobSpec, Metadata, ModelSource, Results, SiteKind, files};
 use outliers_tests::golden::TOLERANCE;
-use outliers_tests::programs::{golden, goldens, run_worker};
+use outliers_tests::programs::{golden, goldens, run_worker, worker};
 use outliers_worker::decoder::{FfnSpec, Need, NormOrder, Role};
 use outliers_worker::model::Model;
 use outliers_worker::progress::ProgressSink;
 use outliers_worker::source::Checkpoint;
-use outliers_worker::stats::OutlierStats;
+use outliers_worker::stats::{Scope, Study};
 use outliers_worker::stream::Pass;
 use outliers_worker::{corpus, device};
 use safetensors::SafeTensors;
@@ -170,14 +172,15 @@ fn streaming_experts_one_by_one_equals_all_at_once_bit_for_bit() {
         if spec_of(&model).layers.iter().all(|layer| matches!(layer.ffn, FfnSpec::Dense(_))) {
             continue;
         }
+        let path = model.to_str().unwrap().to_owned();
+        let job = JobSpec { sites: SiteKind::ALL.into(), ..JobSpec::new(ModelSource::Folder { path }) };
         let source = CorpusSource::TokenIds(ids_of(&name).to_str().unwrap().to_owned());
         let checkpoint = Checkpoint::open_folder(&model).unwrap();
         let model = Model::open(&checkpoint.config, &*checkpoint.weights, None).unwrap();
         let tokens =
             corpus::load(&CorpusSpec { source, ..CorpusSpec::default() }, None, model.spec.vocab, None).unwrap();
         let pass = |group_elements| {
-            let mut stats =
-                OutlierStats::new(model.spec.sites(), model.spec.hidden, tokens.sequences, tokens.tokens, 6.0);
+            let mut study = Study::new(Scope::new(&job, &model.spec, &tokens), job.thresholds.magnitude);
             let devices = device::open(&["cpu".to_owned()]).unwrap();
             let pass = Pass {
                 model: &model,
@@ -189,8 +192,8 @@ fn streaming_experts_one_by_one_equals_all_at_once_bit_for_bit() {
                 group_elements,
                 progress: &ProgressSink::silent(),
             };
-            let nll = pass.run(&mut [&mut stats], None).unwrap();
-            (nll, stats.judge(&outliers_protocol::Thresholds::default()).features)
+            let nll = pass.run(&mut [&mut study], None).unwrap().nll;
+            (nll, study.report(&job.thresholds, &tokens.ids))
         };
         assert_eq!(pass(1), pass(u64::MAX), "{name}");
     }
@@ -214,4 +217,80 @@ fn dealing_layers_to_several_devices_changes_no_bit() {
             assert_eq!(one, on(devices), "{name} on {devices}");
         }
     }
+}
+
+/// Runs with everything studied and a save point after every layer, into a folder that may hold an earlier attempt's.
+fn saved_run(model: &Path, ids: &Path, output: &Path) -> Command {
+    let mut command = Command::new(worker());
+    command.args(["run", "--sites", "all", "--precision", "f32", "--save-every", "0", "--model"]).arg(model);
+    command.arg("--token-ids").arg(ids).arg("--output").arg(output).stderr(Stdio::null()).stdout(Stdio::null());
+    command
+}
+
+fn document<T: serde::de::DeserializeOwned>(output: &Path, name: &str) -> T {
+    serde_json::from_slice(&std::fs::read(output.join(name)).unwrap()).unwrap()
+}
+
+#[test]
+fn a_resumed_run_equals_an_uninterrupted_one_in_every_family() {
+    for name in goldens() {
+        let (model, output) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let original = golden(&name).join("model");
+        let last = spec_of(&original).layers.len() - 1;
+        // An attempt that dies in the last layer, on a weight that is not a number.
+        rewrite(&original, model.path(), |layer, need, values| {
+            if (layer, need.role) == (last, Role::MixerNorm) {
+                values[0] = f32::NAN;
+            }
+        });
+        assert!(!saved_run(model.path(), &ids_of(&name), output.path()).status().unwrap().success());
+        assert!(output.path().join(files::SAVE_POINT).exists(), "{name}");
+        rewrite(&original, model.path(), |_, _, _| {});
+        assert!(saved_run(model.path(), &ids_of(&name), output.path()).status().unwrap().success(), "{name}");
+        assert_eq!(document::<Metadata>(output.path(), files::METADATA).resumed_at_layer, Some(last), "{name}");
+        assert!(!output.path().join(files::SAVE_POINT).exists());
+
+        let whole = tempfile::tempdir().unwrap();
+        assert!(saved_run(model.path(), &ids_of(&name), whole.path()).status().unwrap().success());
+        assert_eq!(document::<Metadata>(whole.path(), files::METADATA).resumed_at_layer, None);
+        for file in [files::RESULTS, files::STATISTICS] {
+            let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
+            assert!(read(output.path()) == read(whole.path()), "{name}: {file} differs");
+        }
+    }
+}
+
+#[test]
+fn a_worker_killed_at_any_moment_goes_on_to_the_same_numbers() {
+    let name = "qwen3-next";
+    let model = golden(name).join("model");
+    let whole = tempfile::tempdir().unwrap();
+    assert!(saved_run(&model, &ids_of(name), whole.path()).status().unwrap().success());
+    for attempt in 0..6 {
+        let output = tempfile::tempdir().unwrap();
+        for delay in [5, 15, 25, 40, 60] {
+            let mut killed = saved_run(&model, &ids_of(name), output.path()).spawn().unwrap();
+            std::thread::sleep(Duration::from_millis(delay + 7 * attempt));
+            killed.kill().unwrap();
+            killed.wait().unwrap();
+        }
+        assert!(saved_run(&model, &ids_of(name), output.path()).status().unwrap().success());
+        let results = |folder: &Path| std::fs::read(folder.join(files::RESULTS)).unwrap();
+        assert!(results(output.path()) == results(whole.path()), "attempt {attempt}");
+    }
+}
+
+#[test]
+fn a_save_point_of_another_job_is_not_used() {
+    let (name, output) = ("llama-f32", tempfile::tempdir().unwrap());
+    let model = tempfile::tempdir().unwrap();
+    rewrite(&golden(name).join("model"), model.path(), |layer, need, values| {
+        if (layer, need.role) == (3, Role::MixerNorm) {
+            values[0] = f32::NAN;
+        }
+    });
+    assert!(!saved_run(model.path(), &ids_of(name), output.path()).status().unwrap().success());
+    let original = golden(name).join("model");
+    assert!(saved_run(&original, &ids_of(name), output.path()).status().unwrap().success());
+    assert_eq!(document::<Metadata>(output.path(), files::METADATA).resumed_at_layer, None);
 }

@@ -6,10 +6,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use outliers_protocol::{FailureKind, FileBytes};
-use outliers_worker::error::{Result, WorkerError};
+use outliers_worker::error::Result;
 use outliers_worker::inspect::active_parameters;
 use outliers_worker::model::Model;
-use outliers_worker::safetensors::{Header, HeaderTensor, StoredDtype};
+use outliers_worker::safetensors::{HeaderTensor, StoredDtype};
 use outliers_worker::source::{TensorEntry, TensorIndex, WeightSource};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -95,9 +95,8 @@ impl Published {
             offset += len;
             HeaderTensor { name: name.clone(), dtype, shape: listed.shape.clone(), offset: offset - len, len }
         });
-        let header = Header { tensors: tensors.collect(), metadata: BTreeMap::new() };
         let file = FileBytes { name: "model.safetensors".to_owned(), bytes: self.totals.stored_bytes };
-        Headers(TensorIndex::assemble(vec![(file, header)], None).unwrap())
+        Headers(TensorIndex::assemble(vec![(file, tensors.collect())], None).unwrap())
     }
 
     /// Everything that is not as the manifest says.

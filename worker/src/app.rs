@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use outliers_protocol::{Failure, FailureKind, Inspection, SCHEMA, VersionInfo};
@@ -78,12 +79,12 @@ fn print_table(table: &(impl Serialize + std::fmt::Display), json: bool) {
 fn dispatch(cli: Cli) -> Result<()> {
     let hub = open_hub(&cli.hub)?;
     match cli.command {
-        Command::Run { job, options, output } => {
+        Command::Run { job, options, output, save_every } => {
             let job = match job {
                 Some(path) => read_job(&path)?,
                 None => options.job()?,
             };
-            let results = run::run(&job, &output, &hub, true)?;
+            let results = run::run(&job, &output, &hub, Duration::from_secs(save_every), true)?;
             if cli.json {
                 print_json(&results);
             } else {

@@ -75,6 +75,9 @@ pub enum Command {
         /// Folder for results, metadata, statistics and progress.
         #[arg(short, long, value_name = "DIR")]
         output: PathBuf,
+        /// Save the pass at the end of a layer this often; the same job into the same folder goes on from there if it died.
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        save_every: u64,
     },
     /// Say what a checkpoint is and what a run over it needs. Reads headers only.
     Inspect {

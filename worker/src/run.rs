@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use candle_core::DType;
 use outliers_protocol::{
     HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Perplexity, Phase, Results, SCHEMA, files,
 };
+use sha2::{Digest, Sha256};
 use sysinfo::System;
 
 use crate::corpus::{self, Tokens};
@@ -14,23 +16,28 @@ use crate::device::{self, Machine, Placement};
 use crate::error::{Result, WorkerError};
 use crate::hub::Hub;
 use crate::model::Model;
-use crate::output::{ActivationDump, OutputFolder, write_statistics};
+use crate::output::{ActivationDump, OutputFolder, hex, write_statistics};
 use crate::progress::{ProgressSink, now_ms};
+use crate::savepoint::SavePoints;
 use crate::source::Checkpoint;
 use crate::stats::{Observer, Scope, Study};
-use crate::stream::Pass;
+use crate::stream::{GROUP_ELEMENTS, Pass, Passed};
 
 /// Runs a job into a folder. Whatever happens, the folder ends with a manifest that says so, unless the disk refuses it.
 ///
+/// Every `save_every`, at the end of a layer, the pass is saved in the folder; the same job into the same folder goes on from there
+/// if an earlier one did not end. With `save_activations` nothing is saved: that file could not be completed.
+///
 /// # Errors
 /// Anything in [`outliers_protocol::FailureKind`]; the same error is in the manifest.
-pub fn run(job: &JobSpec, output: &Path, hub: &Hub, talk: bool) -> Result<Results> {
+pub fn run(job: &JobSpec, output: &Path, hub: &Hub, save_every: Duration, talk: bool) -> Result<Results> {
     let folder = OutputFolder::create(output)?;
     folder.write_json(files::JOB, job)?;
     let progress = ProgressSink::new(Some(&folder.file(files::PROGRESS)), talk)?;
-    let result = attempt(job, &folder, hub, &progress);
+    let result = Run { job, folder: &folder, progress: &progress }.attempt(hub, save_every);
     let finished = match &result {
         Ok(_) => {
+            SavePoints::remove(&folder.file(files::SAVE_POINT))?;
             let mut names = vec![files::JOB, files::RESULTS, files::METADATA, files::STATISTICS];
             // Large, but asked for by name.
             names.extend(job.save_activations.as_deref());
@@ -72,54 +79,107 @@ pub fn metadata(source: &ModelSource, hub: &Hub) -> Result<Checkpoint> {
     }
 }
 
-fn attempt(job: &JobSpec, folder: &OutputFolder, hub: &Hub, progress: &ProgressSink) -> Result<Results> {
-    let started_at_ms = now_ms();
-    check(job)?;
-    let devices = device::open(&job.devices)?;
-    let compute = device::compute_dtype(job.precision, &devices);
-    let checkpoint = checkpoint(&job.model, hub, progress)?;
-    progress.phase(Phase::Checking);
-    let source = &*checkpoint.weights;
-    let model = Model::open(&checkpoint.config, source, job.layers)?;
-    for ignored in &model.ignored {
-        progress.say(format!("{} tensors left unread: {} ({}, ...)", ignored.tensors, ignored.why, ignored.example));
+/// A job under way.
+struct Run<'a> {
+    job: &'a JobSpec,
+    folder: &'a OutputFolder,
+    progress: &'a ProgressSink,
+}
+
+impl Run<'_> {
+    fn attempt(&self, hub: &Hub, save_every: Duration) -> Result<Results> {
+        let Self { job, folder, progress } = *self;
+        let started_at_ms = now_ms();
+        check(job)?;
+        let devices = device::open(&job.devices)?;
+        let compute = device::compute_dtype(job.precision, &devices);
+        let checkpoint = checkpoint(&job.model, hub, progress)?;
+        progress.phase(Phase::Checking);
+        let source = &*checkpoint.weights;
+        let model = Model::open(&checkpoint.config, source, job.layers)?;
+        for ignored in &model.ignored {
+            progress
+                .say(format!("{} tensors left unread: {} ({}, ...)", ignored.tensors, ignored.why, ignored.example));
+        }
+        if !model.unexplained.is_empty() {
+            progress.say(format!(
+                "{} tensors on disk are not explained: {}",
+                model.unexplained.len(),
+                sample(&model.unexplained)
+            ));
+        }
+        progress.phase(Phase::Tokenizing);
+        let tokens = corpus::load(&job.corpus, Some(&checkpoint.folder), model.spec.vocab, model.spec.max_positions)?;
+        let expected: u64 = bytes_to_read(&model, job.layers.is_none());
+        progress.work(model.spec.layers.len(), expected, tokens.ids.len());
+        let mut save = job.save_activations.is_none().then(|| {
+            let run = identity(job, &checkpoint, &tokens, compute);
+            SavePoints::new(folder.file(files::SAVE_POINT), run, save_every)
+        });
+        let (study, passed) = self.pass(&model, &tokens, compute, &devices, save.as_mut())?;
+        progress.phase(Phase::Writing);
+        write_statistics(&folder.file(files::STATISTICS), &study, job.thresholds.magnitude)?;
+        let results = results(job, &model, &tokens, &study, passed.nll.as_deref());
+        folder.write_json(files::RESULTS, &results)?;
+        let machine = device::machine();
+        let metadata = Metadata {
+            schema: SCHEMA,
+            worker_version: env!("CARGO_PKG_VERSION").to_owned(),
+            job: job.clone(),
+            model: provenance(job, &checkpoint, &model),
+            compute_dtype: compute.as_str().to_owned(),
+            tokenizer: tokens.tokenizer.clone(),
+            corpus: tokens.provenance.clone(),
+            devices: device::describe(&devices, &machine),
+            host: host(&machine),
+            weight_bytes_read: source.bytes_read(),
+            weight_bytes_expected: expected,
+            resumed_at_layer: passed.resumed_at_layer,
+            peak_memory_bytes: peak_memory(),
+            seconds: seconds(progress),
+            started_at_ms,
+            finished_at_ms: now_ms(),
+        };
+        folder.write_json(files::METADATA, &metadata)?;
+        Ok(results)
     }
-    if !model.unexplained.is_empty() {
-        progress.say(format!(
-            "{} tensors on disk are not explained: {}",
-            model.unexplained.len(),
-            sample(&model.unexplained)
-        ));
+
+    fn pass(
+        &self,
+        model: &Model<'_>,
+        tokens: &Tokens,
+        compute: DType,
+        devices: &[Placement],
+        save: Option<&mut SavePoints>,
+    ) -> Result<(Study, Passed)> {
+        let Self { job, folder, progress } = *self;
+        let with_head = job.layers.is_none();
+        let spec = &model.spec;
+        let scope = Scope::new(job, spec, tokens);
+        let dump = |name: &String| ActivationDump::create(&folder.file(name), spec, &scope, tokens, with_head);
+        let mut dump = job.save_activations.as_ref().map(dump).transpose()?;
+        let mut study = Study::new(scope, job.thresholds.magnitude);
+        let mut observers: Vec<&mut dyn Observer> = vec![&mut study];
+        if let Some(dump) = &mut dump {
+            observers.push(dump);
+        }
+        let (micro_batch_tokens, group_elements) = (job.micro_batch_tokens, GROUP_ELEMENTS);
+        let pass = Pass { model, tokens, compute, devices, micro_batch_tokens, with_head, group_elements, progress };
+        let passed = pass.run(&mut observers, save)?;
+        if let Some(dump) = dump {
+            dump.finish(passed.nll.as_deref())?;
+        }
+        Ok((study, passed))
     }
-    progress.phase(Phase::Tokenizing);
-    let tokens = corpus::load(&job.corpus, Some(&checkpoint.folder), model.spec.vocab, model.spec.max_positions)?;
-    let expected: u64 = bytes_to_read(&model, job.layers.is_none());
-    progress.work(model.spec.layers.len(), expected, tokens.ids.len());
-    let (study, nll) = pass(job, folder, &model, &tokens, compute, &devices, progress)?;
-    progress.phase(Phase::Writing);
-    write_statistics(&folder.file(files::STATISTICS), &study, job.thresholds.magnitude)?;
-    let results = results(job, &model, &tokens, &study, nll.as_deref());
-    folder.write_json(files::RESULTS, &results)?;
-    let machine = device::machine();
-    let metadata = Metadata {
-        schema: SCHEMA,
-        worker_version: env!("CARGO_PKG_VERSION").to_owned(),
-        job: job.clone(),
-        model: provenance(job, &checkpoint, &model),
-        compute_dtype: compute.as_str().to_owned(),
-        tokenizer: tokens.tokenizer.clone(),
-        corpus: tokens.provenance.clone(),
-        devices: device::describe(&devices, &machine),
-        host: host(&machine),
-        weight_bytes_read: source.bytes_read(),
-        weight_bytes_expected: expected,
-        peak_memory_bytes: peak_memory(),
-        seconds: seconds(progress),
-        started_at_ms,
-        finished_at_ms: now_ms(),
-    };
-    folder.write_json(files::METADATA, &metadata)?;
-    Ok(results)
+}
+
+/// A name for everything that a pass's numbers depend on.
+fn identity(job: &JobSpec, checkpoint: &Checkpoint, tokens: &Tokens, compute: DType) -> String {
+    // Where it runs does not matter, nor what reports call the model.
+    let job = JobSpec { devices: Vec::new(), label: None, ..job.clone() };
+    let parts = (env!("CARGO_PKG_VERSION"), &job, &checkpoint.config_sha256, &tokens.provenance.token_ids_sha256);
+    let text = serde_json::to_vec(&(parts, compute.as_str(), checkpoint.weights.files()));
+    hex(&Sha256::digest(text.expect("plain data")))
 }
 
 fn check(job: &JobSpec) -> Result<()> {
@@ -153,35 +213,6 @@ fn bytes_to_read(model: &Model<'_>, with_head: bool) -> u64 {
     let head = model.stored_bytes(0, &model.spec.head_needs());
     let all: u64 = model.stored_dtypes().values().sum();
     if with_head { all } else { all - head }
-}
-
-fn pass(
-    job: &JobSpec,
-    folder: &OutputFolder,
-    model: &Model<'_>,
-    tokens: &Tokens,
-    compute: DType,
-    devices: &[Placement],
-    progress: &ProgressSink,
-) -> Result<(Study, Option<Vec<f32>>)> {
-    let with_head = job.layers.is_none();
-    let spec = &model.spec;
-    let scope = Scope::new(job, spec, tokens);
-    let dump = |name: &String| ActivationDump::create(&folder.file(name), spec, &scope, tokens, with_head);
-    let mut dump = job.save_activations.as_ref().map(dump).transpose()?;
-    let mut study = Study::new(scope, job.thresholds.magnitude);
-    let mut observers: Vec<&mut dyn Observer> = vec![&mut study];
-    if let Some(dump) = &mut dump {
-        observers.push(dump);
-    }
-    let micro_batch_tokens = job.micro_batch_tokens;
-    let group_elements = crate::stream::GROUP_ELEMENTS;
-    let pass = Pass { model, tokens, compute, devices, micro_batch_tokens, with_head, group_elements, progress };
-    let nll = pass.run(&mut observers, None)?;
-    if let Some(dump) = dump {
-        dump.finish(nll.as_deref())?;
-    }
-    Ok((study, nll))
 }
 
 fn results(job: &JobSpec, model: &Model<'_>, tokens: &Tokens, study: &Study, nll: Option<&[f32]>) -> Results {

@@ -13,6 +13,8 @@ use candle_core::{DType, Tensor};
 use outliers_protocol::Point;
 use rayon::prelude::*;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Result, WorkerError};
 use crate::ffn::{ExpertRows, Routing};
 
@@ -29,7 +31,7 @@ pub use study::{Report, Scope, Study};
 pub use verdict::Judged;
 
 /// A place in the model whose values are studied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Site {
     /// Layer, from 0.
     pub layer: usize,
@@ -101,7 +103,7 @@ const STRIPE: usize = 64;
 const ROWS: usize = 32;
 
 /// What is kept per (site, feature).
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Column {
     /// Values with |x| >= T.
     pub count: u64,
@@ -151,15 +153,36 @@ impl Column {
 }
 
 /// Sixty-four features at one site.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Stripe {
+    #[serde(with = "fixed")]
     columns: [Column; STRIPE],
     /// Per sequence: the features with an occurrence in it.
     hits: Vec<u64>,
 }
 
+/// Arrays longer than serde's own limit of 32.
+mod fixed {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer, T: Serialize, const N: usize>(
+        array: &[T; N],
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        array.as_slice().serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>, T: Deserialize<'de>, const N: usize>(
+        from: D,
+    ) -> Result<[T; N], D::Error> {
+        let wrong = |list: Vec<T>| D::Error::custom(format!("{} instead of {N} entries", list.len()));
+        Vec::deserialize(from)?.try_into().map_err(wrong)
+    }
+}
+
 /// Positions of sixty-four features, all sites together: per feature one bit per (sequence, position), allocated at the first occurrence.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Positions {
     bits: Vec<Option<Box<[u64]>>>,
 }
@@ -167,7 +190,7 @@ struct Positions {
 /// Counts of a run over a fixed set of sites and sequences.
 ///
 /// Size: sites x hidden x 56 bytes, plus sites x sequences x hidden bits, plus tokens bits per feature that ever exceeds.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct OutlierStats {
     threshold: f32,
     sites: Vec<Site>,

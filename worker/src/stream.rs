@@ -55,6 +55,14 @@ pub struct Pass<'a> {
     pub progress: &'a ProgressSink,
 }
 
+/// What a pass gives beside what its observers saw.
+pub struct Passed {
+    /// Negative log-likelihood of every predicted token `[sequences, tokens - 1]`, nats, if asked to go on to the head.
+    pub nll: Option<Vec<f32>>,
+    /// The layer at which it took an earlier pass up.
+    pub resumed_at_layer: Option<usize>,
+}
+
 /// Whole sequences that are computed together, and what is kept of them between units.
 struct MicroBatch {
     first_token: usize,
@@ -82,42 +90,38 @@ struct Mixture {
 type KeptBlocks = Option<Vec<(Range<usize>, Vec<u8>)>>;
 
 impl Pass<'_> {
-    /// Runs it; observers see every studied site. Returns the negative log-likelihood of every predicted token
-    /// `[sequences, tokens - 1]`, nats, if asked to go on to the head.
+    /// Runs it; observers see every studied site.
     ///
     /// With `save`, what has been computed is saved now and then, and a pass that finds its save point goes on from there.
     ///
     /// # Errors
     /// Reading or decoding weights, the device, an observer.
-    pub fn run(
-        &self,
-        observers: &mut [&mut dyn Observer],
-        mut save: Option<&mut SavePoints>,
-    ) -> Result<Option<Vec<f32>>> {
+    pub fn run(&self, observers: &mut [&mut dyn Observer], save: Option<&mut SavePoints>) -> Result<Passed> {
         let found = save.as_ref().and_then(|points| {
             points.load().unwrap_or_else(|why| {
                 self.progress.say(format!("a save point is not used, since {why}"));
                 None
             })
         });
-        let (mut batches, kept, first_layer) = match found {
+        let resumed_at_layer = found.as_ref().map(|point| point.next_layer);
+        let (mut batches, kept) = match found {
             Some(point) => {
                 self.progress.say(format!("going on at layer {}", point.next_layer));
-                (self.restore(&point, observers)?, None, point.next_layer)
+                (self.restore(&point, observers)?, None)
             }
             None => {
                 self.progress.phase(Phase::Embedding);
-                let (batches, kept) = self.embed()?;
-                (batches, kept, 0)
+                self.embed()?
             }
         };
         self.progress.phase(Phase::Layers);
-        self.layers(first_layer, &mut batches, observers, save.as_deref_mut())?;
+        self.layers(resumed_at_layer.unwrap_or(0), &mut batches, observers, save)?;
         if !self.with_head {
-            return Ok(None);
+            return Ok(Passed { nll: None, resumed_at_layer });
         }
         self.progress.phase(Phase::Head);
-        self.head(batches, kept, observers).map(Some)
+        let nll = self.head(batches, kept, observers)?;
+        Ok(Passed { nll: Some(nll), resumed_at_layer })
     }
 
     /// Micro-batches and observers as they were.

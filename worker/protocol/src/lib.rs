@@ -53,6 +53,8 @@ pub mod files {
     pub const METADATA: &str = "metadata.json";
     /// Per (site, feature) and per (sequence, feature) arrays, safetensors.
     pub const STATISTICS: &str = "statistics.safetensors";
+    /// Where a pass can go on after its process died; gone when the run is complete. Never brought home.
+    pub const SAVE_POINT: &str = "savepoint";
     /// The [`crate::Manifest`].
     pub const MANIFEST: &str = "manifest.json";
     /// Everything the worker said.

@@ -31,6 +31,9 @@ pub struct Metadata {
     pub weight_bytes_read: u64,
     /// Weight bytes of the tensors used.
     pub weight_bytes_expected: u64,
+    /// The layer at which this process took up an earlier one's pass; what it read, and its seconds, are of the rest alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resumed_at_layer: Option<usize>,
     /// Peak resident memory of the worker process, bytes; `None` where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
     /// Wall seconds per phase.

@@ -1,10 +1,12 @@
 //! Sums that do not depend on the order of their terms.
 
+use serde::{Deserialize, Serialize};
+
 /// An exact sum of finite f64 values: however the terms are ordered or grouped, the result is the same bit by bit, so that neither threads
 /// nor the cutting of the corpus show in a report.
 ///
 /// A term is an integer times a power of two. Windows of 32 exponents have a 128-bit integer each, which takes 2^42 terms.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ExactSum {
     /// `(window, integer)`, ascending; most sums touch two or three windows.
     windows: Vec<(u16, i128)>,

@@ -1,9 +1,11 @@
 //! Quantiles in fixed memory.
 
+use serde::{Deserialize, Serialize};
+
 /// A histogram of magnitudes in bins of a 32nd of an octave between 2^-32 and 2^32. Smaller magnitudes count as 0, larger ones as 2^32.
 ///
 /// Quantiles are within 1.6 %: half the widest bin. Merging is addition, hence exact, associative and commutative. 16 KiB.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Histogram {
     counts: Box<[u64]>,
     total: u64,

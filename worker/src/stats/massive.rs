@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use outliers_protocol::{MASSIVE_DIMS, MASSIVE_RECORDS, MassiveActivations, MassiveDim, MassiveLayer, MassiveRecord};
 
+use serde::{Deserialize, Serialize};
+
 use super::exact::ExactSum;
 use super::rows::Scan;
 use super::top::{Found, Top};
@@ -25,7 +27,7 @@ fn is_massive(magnitude: f32, median: f32) -> bool {
 }
 
 /// A massive activation with both medians; ordered as [`Found`].
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 struct Hit {
     found: Found,
     sequence_median: f32,
@@ -46,7 +48,7 @@ impl PartialOrd for Hit {
     }
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Layer {
     sequences: u64,
     values: u64,
@@ -73,7 +75,7 @@ impl Layer {
     }
 }
 
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Dim {
     values: u64,
     values_at_position_0: u64,
@@ -83,7 +85,7 @@ struct Dim {
 }
 
 /// Counts massive activations. Memory: one bit per token, [`MASSIVE_RECORDS`] records per layer, one entry per dimension that ever has one.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Massive {
     tokens: usize,
     layers: BTreeMap<usize, Layer>,

@@ -4,13 +4,15 @@ use std::collections::BTreeMap;
 
 use outliers_protocol::{ExpertPeak, RouterSummary, SuperExperts};
 
+use serde::{Deserialize, Serialize};
+
 use super::exact::ExactSum;
 use super::rows::Row;
 use super::top::{Found, Top};
 use crate::ffn::Routing;
 
 /// What one expert was sent.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ExpertLoad {
     /// Tokens.
     pub tokens: u64,
@@ -40,7 +42,7 @@ impl ExpertLoad {
 }
 
 /// A router's choices at one layer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RouterStats {
     /// One per expert.
     pub loads: Vec<ExpertLoad>,
@@ -127,7 +129,7 @@ fn first_largest(values: impl Iterator<Item = f64>) -> usize {
 }
 
 /// The value of largest magnitude each expert of a layer put out.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ExpertPeaks {
     /// One per expert; `None` before its first token.
     pub peaks: Vec<Option<Found>>,

@@ -3,6 +3,8 @@
 use outliers_protocol::{MagnitudeQuantiles, RowSpread, RowStatistics};
 use rayon::prelude::*;
 
+use serde::{Deserialize, Serialize};
+
 use super::exact::ExactSum;
 use super::histogram::Histogram;
 
@@ -118,7 +120,7 @@ impl Scan {
 }
 
 /// A number per row, over rows.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Spread {
     rows: u64,
     sum: ExactSum,
@@ -153,7 +155,7 @@ impl Spread {
 }
 
 /// Statistics over the rows of one site: about 50 KiB, whatever the number of rows. Merging is exact, associative and commutative.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RowStats {
     rows: u64,
     max_bits: u32,

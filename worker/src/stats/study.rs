@@ -8,6 +8,8 @@ use outliers_protocol::{
     Thresholds, TopRecords,
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::massive::Massive;
 use super::mixture::{ExpertPeaks, RouterStats, super_experts};
 use super::rows::{RowStats, Scan};
@@ -19,7 +21,7 @@ use crate::error::{Result, WorkerError};
 use crate::ffn::{ExpertRows, Routing};
 
 /// What is studied of a model over a corpus.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Scope {
     /// Norm outputs, in order of computation.
     pub norms: Vec<Site>,
@@ -59,7 +61,7 @@ impl Scope {
 /// All statistics of a run.
 ///
 /// Size: that of [`OutlierStats`], and about 50 KiB per site, 100 records per kind of site, 100 bytes per expert, one gain vector per norm.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Study {
     scope: Scope,
     outliers: OutlierStats,
@@ -242,6 +244,20 @@ fn gain_summary(gain: &[f32]) -> GainSummary {
 impl Observer for Study {
     fn wants(&self, site: Site) -> bool {
         self.rows.contains_key(&site)
+    }
+
+    fn state(&self) -> Result<Vec<u8>> {
+        postcard::to_stdvec(self).map_err(|e| WorkerError::internal(format!("statistics cannot be saved: {e}")))
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<()> {
+        let saved: Self = postcard::from_bytes(state)
+            .map_err(|e| WorkerError::internal(format!("saved statistics cannot be read: {e}")))?;
+        if saved.scope != self.scope {
+            return Err(WorkerError::internal("saved statistics are of another scope"));
+        }
+        *self = saved;
+        Ok(())
     }
 
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {

@@ -5,11 +5,13 @@ use std::collections::BinaryHeap;
 
 use outliers_protocol::Record;
 
+use serde::{Deserialize, Serialize};
+
 use super::rows::Row;
 
 /// One value and where it stands. Ordered by magnitude; among equal ones the earlier place is the greater, so that of any set of values the
 /// greatest few are the same few, whatever the order they came in.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Found {
     /// Layer.
     pub layer: usize,
@@ -59,7 +61,8 @@ impl PartialOrd for Found {
 }
 
 /// The `limit` greatest of the items offered.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(bound(deserialize = "T: Ord + Deserialize<'de>"))]
 pub struct Top<T> {
     limit: usize,
     least_first: BinaryHeap<Reverse<T>>,
