@@ -181,7 +181,7 @@ fn stretched(mut archive: Vec<u8>) -> Vec<u8> {
         *place = ((old + GAP) as u64).to_le_bytes();
         old
     });
-    archive.splice(directory..directory, [0; GAP]);
+    archive.splice(directory..directory, std::iter::repeat_n(0, GAP));
     archive
 }
 

@@ -52,8 +52,9 @@ impl Contents {
     pub fn read(file_len: u64, read: ReadRange<'_>) -> Result<Self> {
         let archive = Archive::read(file_len, read).map_err(|error| legacy(file_len, read).unwrap_or(error))?;
         let (folder, pickle) = the_pickle(&archive)?;
-        refuse_big_endian(&archive, folder, read)?;
         let program = archive.contents(pickle, MAX_PICKLE_BYTES, read)?;
+        // It lies right behind the pickle, where a reader that reads ahead has been already.
+        refuse_big_endian(&archive, folder, read)?;
         let views = pickle::state_dict(&program)?;
         let tensors = views.iter().map(|view| place(view, folder, &archive)).collect::<Result<Vec<_>>>()?;
         refuse_duplicates(&tensors)?;
