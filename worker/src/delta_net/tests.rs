@@ -30,7 +30,8 @@ fn assert_close(got: &[f64], want: &[f64], tolerance: f64) {
     assert_eq!(got.len(), want.len());
     let rms = (want.iter().map(|v| v * v).sum::<f64>() / want.len() as f64).sqrt();
     // Not a maximum of differences: that would let NaN pass.
-    let far = got.iter().zip(want).position(|(a, b)| !((a - b).abs() <= tolerance * rms.max(1e-12)));
+    let near = |a: &f64, b: &f64| (a - b).abs() <= tolerance * rms.max(1e-12);
+    let far = got.iter().zip(want).position(|(a, b)| !near(a, b));
     if let Some(at) = far {
         panic!("value {at}: {} instead of {} where the RMS is {rms:e}", got[at], want[at]);
     }
