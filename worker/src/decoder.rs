@@ -502,15 +502,19 @@ impl MixerSpec {
         }
     }
 
-    /// Values per token that are alive between the projections in and out.
-    pub fn projected_values(&self) -> usize {
+    /// Bytes per token that are alive between the projections in and out, in a pass whose values have `value` bytes.
+    pub fn projected_bytes(&self, value: usize) -> usize {
         match self {
             Self::Attention(a) => {
                 let gate = if a.output_gate { a.heads } else { 0 };
-                (2 * a.heads + gate + 2 * a.kv_heads) * a.head_dim
+                (2 * a.heads + gate + 2 * a.kv_heads) * a.head_dim * value
             }
-            Self::Latent(l) => l.heads * (3 * (l.nope_dim + l.rope_dim) + 2 * l.value_dim),
-            Self::DeltaNet(d) => 2 * d.channels() + 3 * d.value_heads * d.value_dim,
+            Self::Latent(l) => l.heads * (3 * (l.nope_dim + l.rope_dim) + 2 * l.value_dim) * value,
+            Self::DeltaNet(d) => {
+                // f32 inside: convolved channels, queries and keys repeated for each value head, what was read twice.
+                let (values, repeated) = (d.value_heads * d.value_dim, 2 * d.value_heads * d.key_dim);
+                (d.channels() + values) * value + (d.channels() + repeated + 2 * values) * size_of::<f32>()
+            }
         }
     }
 

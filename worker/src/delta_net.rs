@@ -38,23 +38,22 @@ pub struct DeltaNetWeights {
 /// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape, before the residual addition.
 /// Between the projections everything but the gated norm is f32, whatever the dtype of `x`.
 pub fn delta_net(spec: &DeltaNetSpec, weights: &DeltaNetWeights, x: &Tensor, positions: usize) -> Result<Tensor> {
-    let rows = x.dim(0)?;
-    let sequences = rows / positions;
+    let (rows, values) = (x.dim(0)?, spec.value_heads * spec.value_dim);
     let qkvz = weights.qkvz.apply(x)?;
     let mixed = heads(spec, weights, &qkvz, &weights.ba.apply(x)?, positions)?.delta_rule()?;
-    let mixed = mixed.reshape((sequences, spec.value_heads, positions, spec.value_dim))?.transpose(1, 2)?;
+    let mixed = mixed.reshape((rows / positions, spec.value_heads, positions, spec.value_dim))?.transpose(1, 2)?;
     let mixed = mixed.contiguous()?.to_dtype(x.dtype())?.reshape((rows * spec.value_heads, spec.value_dim))?;
-    let normed = weights.norm.apply(&mixed)?;
-    let values = spec.value_heads / spec.key_heads * spec.value_dim;
-    let z = by_key_head(spec, &qkvz)?.narrow(2, 2 * spec.key_dim + values, values)?.contiguous()?;
-    let gated = fused::gated(&z.reshape(normed.shape())?, &normed, Gate::Silu)?;
-    weights.output.apply(&gated.reshape((rows, spec.value_heads * spec.value_dim))?)
+    let normed = weights.norm.apply(&mixed)?.reshape((rows, values))?;
+    let served = values / spec.key_heads;
+    let z = columns(spec, &qkvz, 2 * spec.key_dim + served, served)?;
+    weights.output.apply(&fused::gated(&z, &normed, Gate::Silu)?)
 }
 
-/// `[rows, key_heads * n]` as `[rows, key_heads, n]`.
-fn by_key_head(spec: &DeltaNetSpec, projected: &Tensor) -> Result<Tensor> {
-    let (rows, width) = projected.dims2()?;
-    projected.reshape((rows, spec.key_heads, width / spec.key_heads))
+/// Columns `first..first + width` of each key head's group: `[rows, key_heads * width]`.
+fn columns(spec: &DeltaNetSpec, projected: &Tensor, first: usize, width: usize) -> Result<Tensor> {
+    let (rows, all) = projected.dims2()?;
+    let groups = projected.reshape((rows, spec.key_heads, all / spec.key_heads))?;
+    groups.narrow(2, first, width)?.contiguous()?.reshape((rows, spec.key_heads * width))
 }
 
 /// What the recurrence runs over. Queries, keys and values are convolved and pass through SiLU; queries and keys then become unit
@@ -67,44 +66,37 @@ fn heads(
     positions: usize,
 ) -> Result<Heads> {
     let taps = weights.convolution.to_dtype(DType::F32)?.squeeze(1)?.contiguous()?;
-    let qkvz = qkvz.to_dtype(DType::F32)?;
-    let keys = spec.key_heads * spec.key_dim;
-    let key = Convolution {
-        groups: spec.key_heads,
-        per_group: 1,
-        positions,
-        first_column: spec.key_dim,
-        width: spec.key_dim,
-        first_channel: keys,
-        length: Some(1.0),
+    let part = |first, width, convolution: Convolution| {
+        convolution.apply(&columns(spec, qkvz, first, width)?.to_dtype(DType::F32)?, &taps)
     };
+    let DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, .. } = *spec;
+    let (keys, served) = (key_heads * key_dim, value_heads / key_heads);
     let query =
-        Convolution { first_column: 0, first_channel: 0, length: Some((spec.key_dim as f32).powf(-0.5)), ..key };
-    let value = Convolution {
-        per_group: spec.value_heads / spec.key_heads,
-        first_column: 2 * spec.key_dim,
-        width: spec.value_dim,
-        first_channel: 2 * keys,
-        length: None,
-        ..key
-    };
+        Convolution { heads: key_heads, positions, first_channel: 0, length: Some((key_dim as f32).powf(-0.5)) };
+    let key = Convolution { first_channel: keys, length: Some(1.0), ..query };
+    let value = Convolution { heads: value_heads, first_channel: 2 * keys, length: None, ..query };
     let (decay, strength) = gates(spec, weights, ba, positions)?;
-    let part = |part: Convolution| part.apply(&qkvz, &taps);
-    Ok(Heads { query: part(query)?, key: part(key)?, value: part(value)?, decay, strength })
+    Ok(Heads {
+        query: part(0, key_dim, query)?,
+        key: part(key_dim, key_dim, key)?,
+        value: part(2 * key_dim, served * value_dim, value)?,
+        decay,
+        strength,
+    })
 }
 
 /// Per value head and token, each `[sequences * value_heads, positions]`: the logarithm of what the state is multiplied by, never
 /// positive, and how much of a write is done, in (0, 1).
 fn gates(spec: &DeltaNetSpec, weights: &DeltaNetWeights, ba: &Tensor, positions: usize) -> Result<(Tensor, Tensor)> {
-    let (rows, served) = (ba.dim(0)?, spec.value_heads / spec.key_heads);
-    let ba = by_key_head(spec, &ba.to_dtype(DType::F32)?)?;
-    let half = |first| ba.narrow(2, first, served)?.contiguous()?.reshape((rows, spec.value_heads));
+    let served = spec.value_heads / spec.key_heads;
+    let half = |first| columns(spec, ba, first, served)?.to_dtype(DType::F32);
     let strength = (half(0)?.neg()?.exp()? + 1.0)?.recip()?;
     let step = softplus(&half(served)?.broadcast_add(&weights.step_bias.to_dtype(DType::F32)?)?)?;
     let decay = step.broadcast_mul(&weights.decay.to_dtype(DType::F32)?.exp()?.neg()?)?;
     let by_head = |t: Tensor| {
-        let heads = t.reshape((rows / positions, positions, spec.value_heads))?.transpose(1, 2)?.contiguous()?;
-        heads.reshape((rows / positions * spec.value_heads, positions))
+        let sequences = t.dim(0)? / positions;
+        let heads = t.reshape((sequences, positions, spec.value_heads))?.transpose(1, 2)?.contiguous()?;
+        heads.reshape((sequences * spec.value_heads, positions))
     };
     Ok((by_head(decay)?, by_head(strength)?))
 }

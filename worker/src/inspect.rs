@@ -140,16 +140,16 @@ fn plan(checkpoint: &Checkpoint, model: &Model<'_>, run: PlannedRun) -> PlanFigu
 /// Memory of one micro-batch on its way through the widest block: projections, one block of scores, one block of logits.
 fn workspace(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     let rows = ((run.micro_batch_tokens / run.tokens.max(1)).max(1) * run.tokens) as u64;
-    let value = run.compute.size_in_bytes() as u64;
+    let value = run.compute.size_in_bytes();
     let widest = spec.layers.iter().map(|l| {
-        let projections = l.mixer.projected_values() + 2 * spec.hidden;
-        let scores = (l.mixer.score_heads() * QUERY_BLOCK * run.tokens).min(SCORE_VALUES);
+        let projections = l.mixer.projected_bytes(value) + 2 * spec.hidden * value;
+        let scores = (l.mixer.score_heads() * QUERY_BLOCK * run.tokens).min(SCORE_VALUES) * value;
         let mlp = match &l.ffn {
             FfnSpec::Dense(mlp) => 3 * mlp.intermediate,
             FfnSpec::Moe(m) => 3 * m.shared.map_or(0, |s| s.mlp.intermediate).max(m.expert.intermediate) + spec.hidden,
         };
-        (rows * projections.max(mlp) as u64 + scores as u64) * value
+        rows * projections.max(mlp * value) as u64 + scores as u64
     });
-    let logits = rows * VOCAB_BLOCK.min(spec.vocab) as u64 * (value + 4);
+    let logits = rows * VOCAB_BLOCK.min(spec.vocab) as u64 * (value as u64 + 4);
     widest.max().unwrap_or(0).max(logits)
 }

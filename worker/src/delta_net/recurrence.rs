@@ -260,7 +260,7 @@ mod tests {
     use candle_core::D;
 
     use super::*;
-    use crate::delta_net::tests::{close, values};
+    use crate::delta_net::tests::{Token, close, recurrence, values};
 
     fn unit(t: Tensor) -> Tensor {
         t.broadcast_div(&t.sqr().unwrap().sum_keepdim(D::Minus1).unwrap().sqrt().unwrap()).unwrap()
@@ -281,28 +281,22 @@ mod tests {
 
     /// The definition in f64.
     fn naive(heads: &Heads) -> Tensor {
-        let host = |t: &Tensor| t.to_dtype(DType::F64).unwrap().to_vec3::<f64>().unwrap();
-        let (query, key, value) = (host(&heads.query), host(&heads.key), host(&heads.value));
-        let gate = |t: &Tensor| t.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
-        let (decay, strength) = (gate(&heads.decay), gate(&heads.strength));
+        let vectors = |t: &Tensor| t.to_dtype(DType::F64).unwrap().to_vec3::<f64>().unwrap();
+        let numbers = |t: &Tensor| t.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
+        let (query, key, value) = (vectors(&heads.query), vectors(&heads.key), vectors(&heads.value));
+        let (decay, strength) = (numbers(&heads.decay), numbers(&heads.strength));
         let served = heads.served().unwrap();
-        let (keys, width) = (key[0][0].len(), value[0][0].len());
-        let mut out = Vec::new();
-        for (h, values) in value.iter().enumerate() {
-            let mut state = vec![vec![0.0; width]; keys];
-            for (t, v) in values.iter().enumerate() {
-                let (q, k) = (&query[h / served][t], &key[h / served][t]);
-                state.iter_mut().flatten().for_each(|s| *s *= decay[h][t].exp());
-                let read = |state: &[Vec<f64>], by: &[f64], c: usize| -> f64 {
-                    state.iter().zip(by).map(|(row, b)| row[c] * b).sum()
-                };
-                let write: Vec<f64> = (0..width).map(|c| strength[h][t] * (v[c] - read(&state, k, c))).collect();
-                for (row, k) in state.iter_mut().zip(k) {
-                    row.iter_mut().zip(&write).for_each(|(s, u)| *s += k * u);
-                }
-                out.extend((0..width).map(|c| read(&state, q, c)));
-            }
-        }
+        let one = |h: usize| {
+            let token = |t: usize| Token {
+                query: query[h / served][t].clone(),
+                key: key[h / served][t].clone(),
+                value: value[h][t].clone(),
+                decay: decay[h][t].exp(),
+                strength: strength[h][t],
+            };
+            recurrence((0..value[h].len()).map(token))
+        };
+        let out: Vec<f64> = (0..value.len()).flat_map(one).collect();
         Tensor::from_vec(out, heads.value.shape(), &Device::Cpu).unwrap()
     }
 
