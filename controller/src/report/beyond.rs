@@ -90,12 +90,14 @@ fn massive(massive: &MassiveActivations) -> String {
 
 fn super_experts(experts: &SuperExperts) -> String {
     let rule = clean(experts.rule.as_bytes(), 300);
-    let strongest = format!("largest |output| of an expert {:.2}", experts.max);
-    let runner_up = experts.runner_up.map_or_else(String::new, |next| format!(", next {:.2}", next.at.value.abs()));
     if experts.candidates.is_empty() {
-        return format!("\nno super-expert candidates: {rule}; {strongest}\n");
+        return format!("\nno super-expert candidates: {rule}\n");
     }
-    let mut out = format!("\n{} super-expert candidates{runner_up}: {rule}\n", experts.candidates.len());
+    let next = experts.runner_up.map_or(0.0, |next| next.at.value.abs());
+    let mut out = format!(
+        "\nsuper-expert candidates: {}; the largest is always one, the first that is none has {next:.2}\n{rule}\n",
+        experts.candidates.len()
+    );
     let mut rows = table(&["layer", "expert", "largest output", "dimension", "position", "tokens sent"]);
     for candidate in experts.candidates.iter().take(SHOWN) {
         let at = candidate.at;

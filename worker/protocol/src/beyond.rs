@@ -251,6 +251,8 @@ pub struct RouterSummary {
 /// Super-expert candidates, by the rule of Su et al. 2025 (arXiv 2507.23279) as their code has it. `a` of an expert is the largest |x| at the
 /// output of its down projection, bias included, before the gate weight (where the router scales the expert's input, after that); A are the `a`
 /// of all routed experts with a token in the first `layers_considered` layers. A candidate is over `percentile_99_5` and over 0.1 x `max`.
+///
+/// The largest of A always is one, unless it has an equal: only its distance to `runner_up` says whether it is out of the ordinary.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SuperExperts {
     /// The rule in words.

@@ -18,7 +18,7 @@ const DROPPED_BITS: u32 = f32::MANTISSA_DIGITS - 1 - FRACTION_BITS;
 /// Octaves on either side of 1.
 const OCTAVES: u32 = 32;
 /// Bins.
-const BINS: usize = (2 * OCTAVES << FRACTION_BITS) as usize;
+const BINS: usize = ((2 * OCTAVES) << FRACTION_BITS) as usize;
 /// The first bin's number in f32's own order of exponents and leading fractions.
 const FIRST: u32 = (f32::MAX_EXP as u32 - 1 - OCTAVES) << FRACTION_BITS;
 
