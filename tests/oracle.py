@@ -20,6 +20,9 @@ from safetensors.numpy import load_file
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-4  # of each tensor's root mean square
+# Eight layers of DeltaNet amplify rounding: run in f64, the reference's own f32 values turn out up to 2.4e-4 wrong and ours 1.4e-4,
+# neither always the better one. Router choices and statistics must be equal all the same.
+TOLERANCES = {"qwen3_next": 3e-4}
 
 KINDS = ["sliding_attention", "full_attention"]
 # Fixtures: family, seed, how it is stored, configuration. Small on purpose; what each exercises is in golden/README.md.
@@ -136,7 +139,7 @@ def fixtures(arguments):
         print(f"{name:24} {size / 1024:6.0f} KiB", flush=True)
 
 
-def compare_activations(golden, candidate):
+def compare_activations(golden, candidate, tolerance=TOLERANCE):
     """What differs, in the order of computation."""
     wrong = []
     for name, want in golden.items():
@@ -154,7 +157,7 @@ def compare_activations(golden, candidate):
         else:
             rms = float(np.sqrt(np.mean(want.astype(np.float64) ** 2)))
             worst = float(np.abs(want.astype(np.float64) - have).max())
-            if not worst <= TOLERANCE * rms:
+            if not worst <= tolerance * rms:
                 wrong.append(f"{name}: off by {worst:.3g} where the RMS is {rms:.3g}")
     return sorted(wrong, key=lambda w: [int(p) if p.isdigit() else 0 for p in w.split(":")[0].split(".")][1:2])
 
@@ -168,7 +171,8 @@ def run_case(oracle, worker, case, folder):
          "--output", output, "--save-activations", "activations.safetensors"], capture_output=True, text=True)
     if run.returncode != 0:
         return False, run.stderr.strip().splitlines()[-1:]
-    wrong = compare_activations(load_file(folder / "golden.safetensors"), load_file(output / "activations.safetensors"))
+    tolerance = TOLERANCES.get(case[0], TOLERANCE)
+    wrong = compare_activations(load_file(folder / "golden.safetensors"), load_file(output / "activations.safetensors"), tolerance)
     if wrong:
         return False, wrong[:4]
     statistics = subprocess.run([sys.executable, HERE / "compare_statistics.py", folder / "outliers.json", output / "results.json"],

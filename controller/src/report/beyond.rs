@@ -93,11 +93,10 @@ fn super_experts(experts: &SuperExperts) -> String {
     if experts.candidates.is_empty() {
         return format!("\nno super-expert candidates: {rule}\n");
     }
-    let next = experts.runner_up.map_or(0.0, |next| next.at.value.abs());
-    let mut out = format!(
-        "\nsuper-expert candidates: {}; the largest is always one, the first that is none has {next:.2}\n{rule}\n",
-        experts.candidates.len()
-    );
+    let next = experts.runner_up.map_or_else(String::new, |next| {
+        format!("; the largest is always one, the first that is none has {:.2}", next.at.value.abs())
+    });
+    let mut out = format!("\nsuper-expert candidates: {}{next}\n{rule}\n", experts.candidates.len());
     let mut rows = table(&["layer", "expert", "largest output", "dimension", "position", "tokens sent"]);
     for candidate in experts.candidates.iter().take(SHOWN) {
         let at = candidate.at;
@@ -196,7 +195,7 @@ mod tests {
                          "favourite_at_position_0": 4, "favourite_share_at_position_0": 0.5, "favourite_share_elsewhere": 0.01}],
         })));
         for expected in [
-            "1 super-expert candidates",
+            "super-expert candidates: 1",
             "68",
             "-744.00",
             "3 of 128 experts never hit",
