@@ -21,12 +21,12 @@ pub(crate) fn rewrite(from: &Path, to: &Path, mut edit: impl FnMut(usize, &Need,
     let model = Model::open(&checkpoint.config, &*checkpoint.weights, None).unwrap();
     let mut tensors: BTreeMap<String, (Vec<u64>, Vec<f32>)> = BTreeMap::new();
     for (layer, need) in model.spec.needs() {
-        let stored = model.stored(layer, &need);
         let value = model.load(layer, &need, DType::F32, &Device::Cpu).unwrap().contiguous().unwrap();
         let mut values: Vec<f32> = value.flatten_all().unwrap().to_vec1().unwrap();
         edit(layer, &need, &mut values);
         let mut shape: Vec<u64> = need.shape.iter().map(|&n| n as u64).collect();
-        if stored.input_major {
+        // By the family's table: the quantised form may lie the other way round.
+        if model.family.names.input_major.contains(&need.role) {
             values = transposed(&values, need.shape[0], need.shape[1]);
             shape.reverse();
         }

@@ -299,42 +299,56 @@ fn check(spec: &DecoderSpec) -> Result<()> {
     if spec.hidden == 0 || spec.vocab == 0 || spec.layers.is_empty() {
         return bad(format!("{} layers of width {} over {} tokens", spec.layers.len(), spec.hidden, spec.vocab));
     }
-    for (i, layer) in spec.layers.iter().enumerate() {
-        let (mixer_sound, ffn_sound) = (is_sound_mixer(&layer.mixer), is_sound_ffn(&layer.ffn));
-        if !mixer_sound || !ffn_sound {
-            return bad(format!("layer {i} cannot be: {}", layer.describe()));
-        }
+    let problem = |layer: &LayerSpec| unsound_mixer(&layer.mixer).or_else(|| unsound_ffn(&layer.ffn));
+    match spec.layers.iter().enumerate().find_map(|(i, layer)| Some((i, problem(layer)?))) {
+        Some((i, problem)) => bad(format!("layer {i}: {problem}")),
+        None => Ok(()),
     }
-    Ok(())
 }
 
-fn is_sound_mixer(mixer: &MixerSpec) -> bool {
-    let rotates =
-        |rope: Option<&RopeSpec>, most: usize| rope.is_none_or(|r| r.dims > 0 && r.dims % 2 == 0 && r.dims <= most);
+/// What cannot be about a mixer.
+fn unsound_mixer(mixer: &MixerSpec) -> Option<String> {
+    let rotates = |rope: Option<&RopeSpec>, most: usize| {
+        rope.is_none_or(|rope| rope.dims > 0 && rope.dims.is_multiple_of(2) && rope.dims <= most)
+    };
+    let evenly = |heads: usize, over: usize| heads > 0 && over > 0 && heads.is_multiple_of(over);
     match mixer {
         MixerSpec::Attention(a) => {
-            let shared_evenly = a.kv_heads > 0 && a.heads > 0 && a.heads.is_multiple_of(a.kv_heads);
             let sees_itself = !matches!(a.window, Window::Sliding(0) | Window::Chunked(0));
-            shared_evenly && a.head_dim > 0 && sees_itself && rotates(a.rope.as_ref(), a.head_dim)
+            let sound = evenly(a.heads, a.kv_heads) && a.head_dim > 0 && sees_itself;
+            let words = || {
+                format!("{} heads over {} key/value heads of width {}, {:?}", a.heads, a.kv_heads, a.head_dim, a.window)
+            };
+            (!sound || !rotates(a.rope.as_ref(), a.head_dim)).then(words)
         }
-        MixerSpec::Latent(l) => l.heads > 0 && l.value_dim > 0 && l.kv_rank > 0 && rotates(Some(&l.rope), l.rope_dim),
+        MixerSpec::Latent(l) => {
+            let sound = l.heads > 0 && l.value_dim > 0 && l.kv_rank > 0 && rotates(Some(&l.rope), l.rope_dim);
+            let words = || {
+                format!(
+                    "{} heads of width {}+{}, values of {}, rank {}",
+                    l.heads, l.nope_dim, l.rope_dim, l.value_dim, l.kv_rank
+                )
+            };
+            (!sound).then(words)
+        }
         MixerSpec::DeltaNet(d) => {
-            let shared_evenly = d.key_heads > 0 && d.value_heads > 0 && d.value_heads.is_multiple_of(d.key_heads);
-            shared_evenly && d.key_dim > 0 && d.value_dim > 0 && d.kernel > 0
+            let sound = evenly(d.value_heads, d.key_heads) && d.key_dim > 0 && d.value_dim > 0 && d.kernel > 0;
+            (!sound).then(|| format!("{} value heads over {} key heads", d.value_heads, d.key_heads))
         }
     }
 }
 
-fn is_sound_ffn(ffn: &FfnSpec) -> bool {
-    let FfnSpec::Moe(moe) = ffn else { return true };
-    let grouped = match moe.router {
-        RouterSpec::SigmoidGroups { groups, top_groups, .. } => {
-            let even = groups > 0 && moe.experts.is_multiple_of(groups);
-            even && (1..=groups).contains(&top_groups) && moe.top_k <= moe.experts / groups * top_groups
+/// What cannot be about a feed-forward.
+fn unsound_ffn(ffn: &FfnSpec) -> Option<String> {
+    let FfnSpec::Moe(moe) = ffn else { return None };
+    if let RouterSpec::SigmoidGroups { groups, top_groups, .. } = moe.router {
+        let even = groups > 0 && moe.experts.is_multiple_of(groups) && (1..=groups).contains(&top_groups);
+        if !even || moe.top_k > moe.experts / groups * top_groups {
+            return Some(format!("top {} of {} experts in {top_groups} of {groups} groups", moe.top_k, moe.experts));
         }
-        _ => true,
-    };
-    (1..=moe.experts).contains(&moe.top_k) && moe.experts <= MOST_EXPERTS && grouped
+    }
+    let sound = (1..=moe.experts).contains(&moe.top_k) && moe.experts <= MOST_EXPERTS;
+    (!sound).then(|| format!("top {} of {} experts", moe.top_k, moe.experts))
 }
 
 /// A `config.json`, read with errors that name the key.

@@ -317,7 +317,7 @@ impl Pass<'_> {
                     let x = at.before_ffn(batch, norm.as_ref())?;
                     let routing = ffn::route(moe.router, moe.top_k, &router, &x)?;
                     at.routed(batch.first_token, &routing)?;
-                    let out = shared.as_ref().map_or_else(|| Ok(zeros_like(&x)?), |shared| shared.apply(&x))?;
+                    let out = shared.as_ref().map_or_else(|| zeros_like(&x), |shared| shared.apply(&x))?;
                     batch.mixture = Some(Mixture { out, x, routing });
                 }
             }
