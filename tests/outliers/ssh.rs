@@ -258,9 +258,12 @@ async fn a_lost_connection_is_reset_and_the_next_call_reconnects() {
     ssh.put_bytes(b"content", file, 0o600).await.unwrap();
     let (lost, killed) = tokio::join!(ssh.exec("touch started; sleep 20; echo done", b"", LIMIT), async {
         // Killed before the command runs, the session would only be made again.
-        while !server.home().join("started").exists() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        let started = async {
+            while !server.home().join("started").exists() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, started).await.expect("the command starts");
         server.kill_sessions().unwrap()
     });
     assert!(killed > 0);
