@@ -214,23 +214,46 @@ fn exclude_groups(biased: &mut [f32], groups: usize, top_groups: usize) {
     }
 }
 
-/// One expert over the rows that go to it: rows, weights, and its output `[those rows, hidden]` before an output weight;
-/// `None` if none do.
-pub fn expert_out(x: &Tensor, routing: &Routing, expert: usize, weights: &MlpWeights) -> Result<Option<ExpertRows>> {
-    let (rows, shares) = routing.of_expert(expert);
+/// Rows of a micro-batch that go to an expert.
+pub struct Gathered {
+    /// The expert's input `[rows, hidden]`.
+    pub x: Tensor,
+    /// Rows of the micro-batch, ascending.
+    pub rows: Vec<u32>,
+    /// Their weights.
+    pub weights: Vec<f32>,
+}
+
+/// Gathers the rows of `x` `[all rows, hidden]` that go to an expert, multiplied by their weights where those are of the input; `None`
+/// if none do.
+pub fn gather(x: &Tensor, routing: &Routing, expert: usize) -> Result<Option<Gathered>> {
+    let (rows, weights) = routing.of_expert(expert);
     if rows.is_empty() {
         return Ok(None);
     }
     let index = Tensor::from_slice(&rows, rows.len(), x.device())?;
-    let mut input = x.index_select(&index, 0)?;
+    let mut x = x.index_select(&index, 0)?;
     if routing.scales_input {
-        let scale = Tensor::from_slice(&shares, (shares.len(), 1), x.device())?.to_dtype(x.dtype())?;
-        input = input.broadcast_mul(&scale)?;
+        let scale = Tensor::from_slice(&weights, (weights.len(), 1), x.device())?.to_dtype(x.dtype())?;
+        x = x.broadcast_mul(&scale)?;
     }
-    Ok(Some(ExpertRows { out: weights.apply(&input)?, rows, weights: shares }))
+    Ok(Some(Gathered { x, rows, weights }))
 }
 
-/// What an expert made of its rows.
+/// One expert over rows gathered from several micro-batches, in products over all of them: what it made of each micro-batch's.
+pub fn apply_expert(weights: &MlpWeights, gathered: Vec<Gathered>) -> Result<Vec<ExpertRows>> {
+    let inputs: Vec<&Tensor> = gathered.iter().map(|part| &part.x).collect();
+    let out = weights.apply(&Tensor::cat(&inputs, 0)?)?;
+    let mut first = 0;
+    let part = |Gathered { rows, weights, .. }: Gathered| {
+        let out = out.narrow(0, first, rows.len())?;
+        first += rows.len();
+        Ok(ExpertRows { out, rows, weights })
+    };
+    gathered.into_iter().map(part).collect()
+}
+
+/// What an expert made of its rows of a micro-batch.
 pub struct ExpertRows {
     /// `[rows, hidden]`, before an output weight.
     pub out: Tensor,
@@ -315,14 +338,40 @@ mod tests {
         Linear { weight: Tensor::ones((out, input), DType::F32, &Device::Cpu).unwrap(), bias: None }
     }
 
+    fn only(mut parts: Vec<ExpertRows>) -> ExpertRows {
+        assert_eq!(parts.len(), 1);
+        parts.remove(0)
+    }
+
+    #[test]
+    fn rows_of_several_micro_batches_come_back_to_their_own() {
+        let x = |from: f32| Tensor::arange(from, from + 12.0, &Device::Cpu).unwrap().reshape((3, 4)).unwrap();
+        let weights = MlpWeights { kind: MlpKind::Relu, widening: Widening::Up(linear(3, 4)), down: linear(4, 3) };
+        let routing = |experts: [u32; 3]| Routing {
+            top_k: 1,
+            experts: experts.into(),
+            weights: vec![1.0; 3],
+            scales_input: false,
+        };
+        let batches = [(x(0.0), routing([1, 0, 1])), (x(100.0), routing([0, 1, 0]))];
+        let gathered = batches.iter().map(|(x, routing)| gather(x, routing, 1).unwrap().unwrap()).collect();
+        let parts = apply_expert(&weights, gathered).unwrap();
+        for (part, (x, routing)) in parts.iter().zip(&batches) {
+            let alone = only(apply_expert(&weights, vec![gather(x, routing, 1).unwrap().unwrap()]).unwrap());
+            assert_eq!(part.rows, alone.rows);
+            assert_eq!(part.out.to_vec2::<f32>().unwrap(), alone.out.to_vec2::<f32>().unwrap());
+        }
+        assert_eq!((parts[0].rows.as_slice(), parts[1].rows.as_slice()), (&[0, 2][..], &[1][..]));
+    }
+
     #[test]
     fn an_expert_without_tokens_changes_nothing() {
         let x = Tensor::ones((2, 4), DType::F32, &Device::Cpu).unwrap();
         let widening = Widening::Separate { gate: linear(3, 4), up: linear(3, 4) };
         let weights = MlpWeights { kind: MlpKind::Swiglu(GateUp::Separate), widening, down: linear(4, 3) };
         let routing = Routing { top_k: 1, experts: vec![1, 1], weights: vec![0.5, 0.25], scales_input: false };
-        assert!(expert_out(&x, &routing, 0, &weights).unwrap().is_none());
-        let of = expert_out(&x, &routing, 1, &weights).unwrap().unwrap();
+        assert!(gather(&x, &routing, 0).unwrap().is_none());
+        let of = only(apply_expert(&weights, vec![gather(&x, &routing, 1).unwrap().unwrap()]).unwrap());
         let out = add_expert(x.zeros_like().unwrap(), &routing, &of).unwrap().to_vec2::<f32>().unwrap();
         assert!((out[0][0] - 2.0 * out[1][0]).abs() < 1e-3 && out[0][0] > 0.0);
     }
@@ -334,7 +383,7 @@ mod tests {
         let routing = |scales_input| Routing { top_k: 1, experts: vec![0], weights: vec![-0.5], scales_input };
         let out = |scales_input| {
             let routing = routing(scales_input);
-            let of = expert_out(&x, &routing, 0, &weights).unwrap().unwrap();
+            let of = only(apply_expert(&weights, vec![gather(&x, &routing, 0).unwrap().unwrap()]).unwrap());
             add_expert(x.zeros_like().unwrap(), &routing, &of).unwrap().to_vec2::<f32>().unwrap()[0][0]
         };
         assert_eq!((out(false), out(true)), (-6.0, 0.0));

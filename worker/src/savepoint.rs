@@ -4,7 +4,7 @@
 //! name, synced and renamed, so that there is always a whole one; one that is damaged or of another run is not used.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use crate::files::{part_path, put_in_place};
 /// Version of the file; another is not read.
 const SCHEMA: u32 = 1;
 /// Longest first line of a file of ours, bytes.
-const MAX_HEADER: usize = 4096;
+const MAX_HEADER: u64 = 1 << 20;
 
 /// A run's save point.
 pub struct SavePoints {
@@ -29,24 +29,29 @@ pub struct SavePoints {
     last: Instant,
 }
 
-/// What is saved.
+/// What was saved.
 #[derive(Debug, PartialEq, Eq)]
 pub struct SavePoint {
     /// The first layer that is still to be computed.
     pub next_layer: usize,
-    /// Hidden states of all tokens, `[tokens, hidden]`, little-endian in the dtype of the forward pass.
-    pub hidden: Vec<u8>,
+    /// Hidden states `[tokens, hidden]` of each micro-batch, little-endian in the dtype of the forward pass.
+    pub hidden: Vec<Vec<u8>>,
     /// What each observer has seen.
     pub observed: Vec<Vec<u8>>,
 }
+
+/// Gives a part of what is to be saved. Asked twice, for its hash and for its bytes, so that one part at a time is in memory.
+pub type Give<'a> = Box<dyn Fn() -> Result<Vec<u8>> + 'a>;
 
 #[derive(Serialize, Deserialize)]
 struct Header {
     schema: u32,
     run: String,
     next_layer: usize,
-    /// Bytes of the hidden states, then of what each observer has seen.
-    lengths: Vec<usize>,
+    /// Bytes of each micro-batch's hidden states.
+    hidden: Vec<u64>,
+    /// Bytes of what each observer has seen; after the others.
+    observed: Vec<u64>,
     sha256: String,
 }
 
@@ -64,22 +69,24 @@ impl SavePoints {
     /// Writes one in place of the last.
     ///
     /// # Errors
-    /// Storage.
-    pub fn save(&mut self, point: &SavePoint) -> Result<()> {
-        let parts = || std::iter::once(&point.hidden).chain(&point.observed);
+    /// Storage; what a part gives.
+    pub fn save(&mut self, next_layer: usize, hidden: Vec<Give<'_>>, observed: Vec<Give<'_>>) -> Result<()> {
+        let mut hash = Hash::new(next_layer);
+        let mut lengths = |parts: &[Give<'_>]| parts.iter().map(|give| Ok(hash.add(&give()?))).collect::<Result<_>>();
         let header = Header {
             schema: SCHEMA,
             run: self.run.clone(),
-            next_layer: point.next_layer,
-            lengths: parts().map(Vec::len).collect(),
-            sha256: hash(point.next_layer, parts()),
+            next_layer,
+            hidden: lengths(&hidden)?,
+            observed: lengths(&observed)?,
+            sha256: hash.hex(),
         };
         let line = serde_json::to_string(&header).map_err(|e| WorkerError::internal(format!("save point: {e}")))?;
         let part = part_path(&self.path);
         let mut file = File::create(&part).at("create", &part)?;
         writeln!(file, "{line}").at("write", &part)?;
-        for bytes in parts() {
-            file.write_all(bytes).at("write", &part)?;
+        for give in hidden.iter().chain(&observed) {
+            file.write_all(&give()?).at("write", &part)?;
         }
         put_in_place(&file, &part, &self.path)?;
         self.last = Instant::now();
@@ -91,24 +98,32 @@ impl SavePoints {
     /// # Errors
     /// Why the one that is there cannot be used, in words.
     pub fn load(&self) -> std::result::Result<Option<SavePoint>, String> {
-        let bytes = match fs::read(&self.path) {
+        let mut file = match File::open(&self.path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            other => other.map_err(|e| e.to_string())?,
+            other => BufReader::new(other.map_err(|e| e.to_string())?),
         };
-        let end = bytes.iter().take(MAX_HEADER).position(|b| *b == b'\n').ok_or("it has no first line")?;
-        let (line, payload) = (&bytes[..end], &bytes[end + 1..]);
-        let header: Header = serde_json::from_slice(line).map_err(|e| e.to_string())?;
+        let mut line = Vec::new();
+        (&mut file).take(MAX_HEADER).read_until(b'\n', &mut line).map_err(|e| e.to_string())?;
+        let header: Header = serde_json::from_slice(&line).map_err(|e| e.to_string())?;
         if header.schema != SCHEMA || header.run != self.run {
             return Err("it belongs to another run".to_owned());
         }
-        let whole = header.lengths.iter().try_fold(0usize, |sum, n| sum.checked_add(*n));
-        if whole != Some(payload.len()) || hash(header.next_layer, std::iter::once(payload)) != header.sha256 {
+        // Lengths are a claim: no more is read than the file has.
+        let mut hash = Hash::new(header.next_layer);
+        let mut parts = |lengths: &[u64]| -> std::result::Result<Vec<Vec<u8>>, String> {
+            let part = |length: &u64| {
+                let mut bytes = Vec::new();
+                (&mut file).take(*length).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+                let whole = hash.add(&bytes) == *length;
+                if whole { Ok(bytes) } else { Err("it is damaged".to_owned()) }
+            };
+            lengths.iter().map(part).collect()
+        };
+        let (hidden, observed) = (parts(&header.hidden)?, parts(&header.observed)?);
+        if hash.hex() != header.sha256 {
             return Err("it is damaged".to_owned());
         }
-        let mut rest = payload;
-        let mut parts = header.lengths.iter().map(|n| rest.split_off(..*n).expect("the lengths add up").to_vec());
-        let hidden = parts.next().ok_or("it holds no hidden states")?;
-        Ok(Some(SavePoint { next_layer: header.next_layer, hidden, observed: parts.collect() }))
+        Ok(Some(SavePoint { next_layer: header.next_layer, hidden, observed }))
     }
 
     /// Takes it away: the run is complete.
@@ -123,9 +138,25 @@ impl SavePoints {
     }
 }
 
-fn hash(next_layer: usize, parts: impl Iterator<Item = impl AsRef<[u8]>>) -> String {
-    let start = Sha256::new().chain_update((next_layer as u64).to_le_bytes());
-    format!("{:x}", parts.fold(start, |hash, part| hash.chain_update(part)).finalize())
+/// SHA-256 over the next layer's number and all parts with their lengths.
+struct Hash(Sha256);
+
+impl Hash {
+    fn new(next_layer: usize) -> Self {
+        Self(Sha256::new().chain_update((next_layer as u64).to_le_bytes()))
+    }
+
+    /// Adds a part; gives its length.
+    fn add(&mut self, part: &[u8]) -> u64 {
+        let length = part.len() as u64;
+        self.0.update(length.to_le_bytes());
+        self.0.update(part);
+        length
+    }
+
+    fn hex(self) -> String {
+        format!("{:x}", self.0.finalize())
+    }
 }
 
 /// A tensor's values, little-endian in its own dtype.
@@ -161,8 +192,15 @@ mod tests {
         SavePoints::new(folder.join("savepoint"), run.to_owned(), Duration::ZERO)
     }
 
-    fn point() -> SavePoint {
-        SavePoint { next_layer: 7, hidden: vec![1, 2, 3, 10, 13], observed: vec![vec![], vec![9; 300]] }
+    fn point(next_layer: usize) -> SavePoint {
+        SavePoint { next_layer, hidden: vec![vec![1, 2, 3, 10, 13], vec![4]], observed: vec![vec![], vec![9; 300]] }
+    }
+
+    fn save(points: &mut SavePoints, point: &SavePoint) {
+        let give = |parts: &[Vec<u8>]| -> Vec<Give<'static>> {
+            parts.iter().cloned().map(|part| Box::new(move || Ok(part.clone())) as Give<'static>).collect()
+        };
+        points.save(point.next_layer, give(&point.hidden), give(&point.observed)).unwrap();
     }
 
     #[test]
@@ -170,18 +208,28 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut points = points(folder.path(), "a");
         assert_eq!(points.load(), Ok(None));
-        points.save(&point()).unwrap();
-        points.save(&SavePoint { next_layer: 8, ..point() }).unwrap();
-        assert_eq!(points.load(), Ok(Some(SavePoint { next_layer: 8, ..point() })));
+        save(&mut points, &point(7));
+        save(&mut points, &point(8));
+        assert_eq!(points.load(), Ok(Some(point(8))));
         SavePoints::remove(&folder.path().join("savepoint")).unwrap();
         SavePoints::remove(&folder.path().join("savepoint")).unwrap();
         assert_eq!(points.load(), Ok(None));
     }
 
     #[test]
+    fn a_part_that_cannot_be_given_leaves_the_last_save_point() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut points = points(folder.path(), "a");
+        save(&mut points, &point(7));
+        let refuse: Give<'_> = Box::new(|| Err(WorkerError::internal("no")));
+        assert!(points.save(9, vec![refuse], Vec::new()).is_err());
+        assert_eq!(points.load(), Ok(Some(point(7))));
+    }
+
+    #[test]
     fn another_runs_or_a_damaged_one_is_not_used() {
         let folder = tempfile::tempdir().unwrap();
-        points(folder.path(), "a").save(&point()).unwrap();
+        save(&mut points(folder.path(), "a"), &point(7));
         assert!(points(folder.path(), "b").load().unwrap_err().contains("another run"));
         let path = folder.path().join("savepoint");
         let whole = fs::read(&path).unwrap();
@@ -191,7 +239,7 @@ mod tests {
             fs::write(&path, &bytes).unwrap();
             // A change in the header may be without consequence (white space); never may it give other numbers.
             if let Ok(loaded) = points(folder.path(), "a").load() {
-                assert_eq!(loaded, Some(point()), "byte {at}");
+                assert_eq!(loaded, Some(point(7)), "byte {at}");
             }
             fs::write(&path, &whole[..at]).unwrap();
             assert!(points(folder.path(), "a").load().is_err(), "cut at {at}");

@@ -19,14 +19,14 @@ use crate::delta_net::delta_net;
 use crate::device::Placement;
 use crate::dtype::{self, Encoded};
 use crate::error::{Result, WorkerError};
-use crate::ffn::{self, ExpertRows, Routing};
+use crate::ffn::{self, ExpertRows, Gathered, MlpWeights, Routing};
 use crate::fused;
 use crate::mla::latent_attention;
 use crate::model::{Model, Stored};
 use crate::norm::Norm;
 use crate::progress::ProgressSink;
 use crate::rope::{RopeSpec, RopeTable};
-use crate::savepoint::{self, SavePoint, SavePoints};
+use crate::savepoint::{self, Give, SavePoint, SavePoints};
 use crate::stats::{Observer, Site, with_f32};
 use crate::weights::{MixerWeights, UnitTensors, on, zeros_like};
 
@@ -107,7 +107,7 @@ impl Pass<'_> {
         let (mut batches, kept) = match found {
             Some(point) => {
                 self.progress.say(format!("going on at layer {}", point.next_layer));
-                (self.restore(&point, observers)?, None)
+                (self.restore(point, observers)?, None)
             }
             None => {
                 self.progress.phase(Phase::Embedding);
@@ -125,7 +125,7 @@ impl Pass<'_> {
     }
 
     /// Micro-batches and observers as they were.
-    fn restore(&self, point: &SavePoint, observers: &mut [&mut dyn Observer]) -> Result<Vec<MicroBatch>> {
+    fn restore(&self, point: SavePoint, observers: &mut [&mut dyn Observer]) -> Result<Vec<MicroBatch>> {
         if observers.len() != point.observed.len() {
             return Err(WorkerError::internal("a save point of other observers"));
         }
@@ -133,13 +133,12 @@ impl Pass<'_> {
             observer.restore(state)?;
         }
         let (width, rows) = (self.spec().hidden, self.batch_rows());
-        let chunks = point.hidden.chunks(rows * width * self.compute.size_in_bytes()).enumerate();
-        let batch = |(i, bytes): (usize, &[u8])| {
+        let batch = |(i, bytes): (usize, Vec<u8>)| {
             let tokens = bytes.len() / (width * self.compute.size_in_bytes());
-            let hidden = savepoint::from_bytes(bytes, self.compute, &[tokens, width], &self.devices[0].device)?;
+            let hidden = savepoint::from_bytes(&bytes, self.compute, &[tokens, width], &self.devices[0].device)?;
             Ok(MicroBatch::new(i * rows, hidden))
         };
-        chunks.map(batch).collect()
+        point.hidden.into_iter().enumerate().map(batch).collect()
     }
 
     /// Saves what there is after a layer. A disk that refuses costs the save point, not the run.
@@ -149,14 +148,12 @@ impl Pass<'_> {
         next_layer: usize,
         batches: &[MicroBatch],
         observers: &[&mut dyn Observer],
-    ) -> Result<()> {
-        let states = batches.iter().map(|batch| savepoint::to_bytes(&batch.hidden)).collect::<Result<Vec<_>>>()?;
-        let observed = observers.iter().map(|observer| observer.state()).collect::<Result<_>>()?;
-        let point = SavePoint { next_layer, hidden: states.concat(), observed };
-        if let Err(error) = points.save(&point) {
+    ) {
+        let hidden = batches.iter().map(|batch| Box::new(|| savepoint::to_bytes(&batch.hidden)) as Give<'_>).collect();
+        let observed = observers.iter().map(|observer| Box::new(|| observer.state()) as Give<'_>).collect();
+        if let Err(error) = points.save(next_layer, hidden, observed) {
             self.progress.say(format!("no save point after layer {}: {error}", next_layer - 1));
         }
-        Ok(())
     }
 
     fn spec(&self) -> &DecoderSpec {
@@ -255,10 +252,10 @@ impl Pass<'_> {
             self.compute(&unit, layer, tensors, table, batches, observers).map_err(|e| e.context(&unit))?;
             let ends_layer = self.ends_layer(&unit);
             self.progress.unit_done(&unit, ends_layer, self.model.source.bytes_read());
-            match save.as_deref_mut().filter(|points| ends_layer && points.is_due()) {
-                Some(points) => self.save(points, unit.layer + 1, batches, observers),
-                None => Ok(()),
+            if let Some(points) = save.as_deref_mut().filter(|points| ends_layer && points.is_due()) {
+                self.save(points, unit.layer + 1, batches, observers);
             }
+            Ok(())
         })
     }
 
@@ -321,7 +318,9 @@ impl Pass<'_> {
                     batch.mixture = Some(Mixture { out, x, routing });
                 }
             }
-            (Part::Experts(group), FfnSpec::Moe(moe)) => at.experts(moe, group, &mut tensors, batches)?,
+            (Part::Experts(group), FfnSpec::Moe(moe)) => {
+                at.experts(moe, group, &mut tensors, batches, self.batch_rows())?;
+            }
             (part, ffn) => return Err(WorkerError::internal(format!("unit {part:?} in a layer with {ffn:?}"))),
         }
         Ok(())
@@ -526,25 +525,29 @@ impl At<'_, '_> {
         Ok(())
     }
 
-    /// All experts of a group over all micro-batches; the last group closes the layer.
+    /// All experts of a group over all micro-batches; the last group closes the layer. An expert's rows are gathered across
+    /// micro-batches, `rows_at_once` or a little more at a time, so that its products are large however few of a micro-batch go to it.
     fn experts(
         &mut self,
         moe: &MoeSpec,
         group: &Range<usize>,
         tensors: &mut UnitTensors,
         batches: &mut [MicroBatch],
+        rows_at_once: usize,
     ) -> Result<()> {
-        let early = || WorkerError::internal("experts before their router");
         for expert in group.clone() {
             let weights = tensors.expert(moe.expert, expert)?;
-            for batch in &mut *batches {
-                let mixture = batch.mixture.take().ok_or_else(early)?;
-                let mut out = mixture.out;
-                if let Some(rows) = ffn::expert_out(&mixture.x, &mixture.routing, expert, &weights)? {
-                    self.expert(expert, batch.first_token, &rows)?;
-                    out = ffn::add_expert(out, &mixture.routing, &rows)?;
+            let (mut gathered, mut rows) = (Vec::new(), 0);
+            for at in 0..batches.len() {
+                let mixture = batches[at].mixture.as_ref().ok_or_else(early)?;
+                if let Some(part) = ffn::gather(&mixture.x, &mixture.routing, expert)? {
+                    rows += part.rows.len();
+                    gathered.push((at, part));
                 }
-                batch.mixture = Some(Mixture { out, ..mixture });
+                if rows >= rows_at_once || (at + 1 == batches.len() && rows > 0) {
+                    self.expert_on(expert, &weights, std::mem::take(&mut gathered), batches)?;
+                    rows = 0;
+                }
             }
         }
         if group.end == moe.experts {
@@ -552,6 +555,25 @@ impl At<'_, '_> {
                 let mixture = batch.mixture.take().ok_or_else(early)?;
                 self.after_ffn(batch, None, mixture.out)?;
             }
+        }
+        Ok(())
+    }
+
+    /// One expert over rows of several micro-batches, each given by its index.
+    fn expert_on(
+        &mut self,
+        expert: usize,
+        weights: &MlpWeights,
+        gathered: Vec<(usize, Gathered)>,
+        batches: &mut [MicroBatch],
+    ) -> Result<()> {
+        let (indices, parts): (Vec<usize>, Vec<Gathered>) = gathered.into_iter().unzip();
+        for (at, rows) in indices.into_iter().zip(ffn::apply_expert(weights, parts)?) {
+            let batch = &mut batches[at];
+            self.expert(expert, batch.first_token, &rows)?;
+            let mixture = batch.mixture.take().ok_or_else(early)?;
+            let out = ffn::add_expert(mixture.out, &mixture.routing, &rows)?;
+            batch.mixture = Some(Mixture { out, ..mixture });
         }
         Ok(())
     }
@@ -565,6 +587,10 @@ impl At<'_, '_> {
         }
         Ok(())
     }
+}
+
+fn early() -> WorkerError {
+    WorkerError::internal("experts before their router")
 }
 
 fn vocab_blocks(vocab: usize, size: usize) -> Vec<Range<usize>> {
