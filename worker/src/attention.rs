@@ -220,21 +220,7 @@ mod tests {
 
     /// The plainest attention: 3 query heads on 1 key head, 6 wide.
     fn plain() -> AttentionSpec {
-        AttentionSpec {
-            heads: 3,
-            kv_heads: 1,
-            head_dim: 6,
-            fused_qkv: false,
-            qk_norm: QkNorm::None,
-            qkv_bias: false,
-            output_bias: false,
-            clip_qkv: None,
-            rope: None,
-            window: Window::Full,
-            sinks: false,
-            output_gate: false,
-            temperature: None,
-        }
+        AttentionSpec::plain(3, 1, 6)
     }
 
     fn rope(dims: usize, pairing: Pairing) -> RopeSpec {
