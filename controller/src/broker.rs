@@ -9,9 +9,23 @@ use std::str::FromStr;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Bytes, UsdPerHour};
+use crate::gpu;
+use crate::http::Http;
+use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
 
 pub mod local;
+
+/// Declares the clouds' modules and lists them: a new cloud is its file and its line here.
+macro_rules! clouds {
+    ($($(#[$doc:meta])* $module:ident),* $(,)?) => {
+        $($(#[$doc])* pub mod $module;)*
+
+        /// Every cloud that is built in, beside this machine.
+        pub const CLOUDS: &[&CloudKind] = &[$(&$module::CLOUD),*];
+    };
+}
+
+clouds! {}
 
 /// One cloud.
 #[async_trait]
@@ -19,17 +33,120 @@ pub trait Broker: Send + Sync {
     /// The name used in settings, ledgers and on the command line.
     fn name(&self) -> &'static str;
 
+    /// What this cloud can do beyond renting.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Whether the key is good. Costs nothing and changes nothing.
+    async fn check(&self) -> Result<Account, BrokerError>;
+
     /// What can be rented now. `want` lets a cloud filter on its side; the market filters again.
-    async fn offers(&self, want: &GpuRequest) -> Result<Vec<Offer>, BrokerError>;
+    async fn offers(&self, want: &GpuRequest) -> Result<Offers, BrokerError>;
 
     /// Rents. The lease's tag is on the instance from the first moment it exists.
+    ///
+    /// # Errors
+    /// [`BrokerErrorKind::Maybe`] when an instance may have come of it; every other kind says that none did.
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError>;
 
     /// Every instance of this account, ours or not, to the last page.
     async fn list(&self) -> Result<Vec<Instance>, BrokerError>;
 
-    /// Ends an instance and its billing. One that is gone already is a success.
+    /// One instance; `None` when the cloud says that there is none, which may be too early to know.
+    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError>;
+
+    /// Ends an instance and its billing, and takes back what its creation left in the account. One that is gone already is a
+    /// success.
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError>;
+
+    /// A POSIX shell script with which an instance ends itself, billing included, by a credential that can do nothing else;
+    /// `None` where the cloud gives none.
+    fn self_destruct(&self) -> Option<&'static str> {
+        None
+    }
+}
+
+/// A cloud as it is built in: what has to be known before anybody speaks to it.
+#[derive(Debug)]
+pub struct CloudKind {
+    /// Name in settings, ledgers and on the command line.
+    pub name: &'static str,
+    /// The cloud's own name for the variable that holds its key.
+    pub key_variable: &'static str,
+    /// Where its API answers.
+    pub base_url: &'static str,
+    /// Container image for instances; empty where a cloud rents virtual machines.
+    pub image: &'static str,
+    /// Where a person gets a key.
+    pub key_page: &'static str,
+    /// Speaks to it.
+    pub connect: fn(Access) -> Box<dyn Broker>,
+}
+
+/// A cloud's API as one account reaches it.
+pub struct Access {
+    /// Speaks HTTP, with the account's key.
+    pub http: Http,
+    /// Container image for instances.
+    pub image: String,
+}
+
+/// What a cloud can do beyond renting.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Capabilities {
+    /// The cloud ends an instance at its lease's deadline by itself.
+    pub server_deadline: bool,
+    /// An instance can end itself, billing included.
+    pub self_destruct: bool,
+    /// It rents what it may take back.
+    pub spot: bool,
+}
+
+/// What a cloud tells about an account.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Account {
+    /// Whose it is, in the cloud's words.
+    pub who: Option<String>,
+    /// What is left to spend.
+    pub balance: Option<Usd>,
+}
+
+/// What a cloud offers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Offers {
+    /// Those that can be compared.
+    pub offers: Vec<Offer>,
+    /// Those that cannot, and why.
+    pub dropped: Vec<Dropped>,
+}
+
+/// Offers that were left out before any filter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Dropped {
+    /// In words: `priced in EUR`, `paid in advance`.
+    pub reason: String,
+    /// How many.
+    pub count: usize,
+}
+
+impl Offers {
+    /// Sorts items into offers and reasons to leave them out.
+    pub fn collect(items: impl IntoIterator<Item = Result<Offer, String>>) -> Self {
+        let mut sorted = Self::default();
+        for item in items {
+            match item {
+                Ok(offer) => sorted.offers.push(offer),
+                Err(reason) => sorted.drop_one(reason),
+            }
+        }
+        sorted
+    }
+
+    fn drop_one(&mut self, reason: String) {
+        match self.dropped.iter_mut().find(|dropped| dropped.reason == reason) {
+            Some(dropped) => dropped.count += 1,
+            None => self.dropped.push(Dropped { reason, count: 1 }),
+        }
+    }
 }
 
 /// What is wanted of an instance. Zero or `None`: no matter.
@@ -47,6 +164,37 @@ pub struct GpuRequest {
     pub min_disk: Option<Bytes>,
     /// Price of the whole instance.
     pub max_price: Option<UsdPerHour>,
+    /// Part of a region's or country's name.
+    #[serde(default)]
+    pub region: Option<String>,
+    /// Only from hosts of this kind.
+    #[serde(default)]
+    pub tier: Option<Tier>,
+    /// Also what the cloud may take back at any time.
+    #[serde(default)]
+    pub spot: bool,
+    /// Newest CUDA version the host's driver must serve.
+    #[serde(default)]
+    pub min_cuda: Option<CudaVersion>,
+}
+
+/// Who owns a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tier {
+    /// A data centre.
+    Secure,
+    /// Whoever offers it.
+    Community,
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Secure => "secure",
+            Self::Community => "community",
+        })
+    }
 }
 
 /// Something that can be rented.
@@ -62,18 +210,73 @@ pub struct Offer {
     pub gpu_raw: Option<String>,
     /// GPUs.
     pub gpu_count: u32,
-    /// Memory of each GPU, nominal.
+    /// Memory of each GPU, as it is sold: 80 GiB for a card that reports 79.2.
     pub vram: Option<Bytes>,
+    /// Memory of each GPU, as the cloud reports it.
+    #[serde(default)]
+    pub vram_reported: Option<Bytes>,
     /// Memory of the host; `None`: unknown, never another quantity.
     pub cpu_ram: Option<Bytes>,
     /// CPU cores.
     pub cpu_cores: Option<u32>,
-    /// Free disk.
+    /// Disk that can be had.
     pub disk: Option<Bytes>,
-    /// Whole instance, the disk asked for included.
+    /// Whole instance, the disk asked for ([`GpuRequest::min_disk`]) included.
     pub price: UsdPerHour,
     /// Where.
     pub region: Option<String>,
+    /// Who owns the host.
+    #[serde(default)]
+    pub tier: Option<Tier>,
+    /// The cloud may take it back at any time.
+    #[serde(default)]
+    pub spot: bool,
+    /// Newest CUDA version the host's driver serves.
+    #[serde(default)]
+    pub max_cuda: Option<CudaVersion>,
+    /// What it downloads per second, where the cloud measures that.
+    #[serde(default)]
+    pub download: Option<Bytes>,
+    /// The cloud's name for the very machine, where offers name one: a bad one is not taken twice.
+    #[serde(default)]
+    pub machine: Option<String>,
+}
+
+impl Offer {
+    /// An offer of which nothing is known but this.
+    pub fn new(broker: &str, key: String, gpu_count: u32, price: UsdPerHour) -> Self {
+        Self {
+            broker: broker.to_owned(),
+            key,
+            gpu: None,
+            gpu_raw: None,
+            gpu_count,
+            vram: None,
+            vram_reported: None,
+            cpu_ram: None,
+            cpu_cores: None,
+            disk: None,
+            price,
+            region: None,
+            tier: None,
+            spot: false,
+            max_cuda: None,
+            download: None,
+            machine: None,
+        }
+    }
+
+    /// With GPUs named `raw`, of so much memory each as far as the cloud says.
+    #[must_use]
+    pub fn with_gpu(self, raw: &str, reported: Option<Bytes>) -> Self {
+        Self {
+            gpu: Some(gpu::canonical_name(raw, reported)),
+            gpu_raw: Some(raw.to_owned()),
+            vram: gpu::nominal_vram(raw, reported),
+            vram_reported: reported,
+            ..self
+        }
+    }
 }
 
 /// What an instance is rented for.

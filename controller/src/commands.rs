@@ -174,5 +174,6 @@ pub fn request(want: &WantArgs) -> GpuRequest {
         min_cpu_ram: want.min_cpu_ram.map(gib),
         min_disk: None,
         max_price: want.max_price.map(UsdPerHour::from_dollars),
+        ..GpuRequest::default()
     }
 }

@@ -11,6 +11,7 @@ pub mod commands;
 pub mod deploy;
 pub mod gpu;
 pub mod host;
+pub mod http;
 pub mod keys;
 pub mod ledger;
 pub mod local_worker;

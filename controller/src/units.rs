@@ -1,6 +1,7 @@
 //! Money, memory and time with their units in the type.
 
 use std::fmt;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -110,5 +111,48 @@ impl fmt::Display for Bytes {
             1_073_741_824..1_099_511_627_776 => write!(f, "{:.1} GiB", value / 1_073_741_824.0),
             _ => write!(f, "{:.2} TiB", value / 1_099_511_627_776.0),
         }
+    }
+}
+
+/// A CUDA version as drivers and images name it: `12.4`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct CudaVersion {
+    /// Before the dot.
+    pub major: u32,
+    /// After it.
+    pub minor: u32,
+}
+
+impl FromStr for CudaVersion {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is not a CUDA version: write 12.4");
+        let number = |part: &str| part.parse().map_err(|_| wrong());
+        let (major, minor) = text.trim().split_once('.').unwrap_or((text.trim(), "0"));
+        // Some name a third part, which does not decide what runs.
+        let minor = minor.split('.').next().unwrap_or(minor);
+        Ok(Self { major: number(major)?, minor: number(minor)? })
+    }
+}
+
+impl TryFrom<String> for CudaVersion {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<CudaVersion> for String {
+    fn from(version: CudaVersion) -> Self {
+        version.to_string()
+    }
+}
+
+impl fmt::Display for CudaVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
     }
 }

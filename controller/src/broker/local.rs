@@ -20,7 +20,8 @@ use russh::keys::PublicKey;
 use rustix::process::Signal;
 
 use super::{
-    Broker, BrokerError, BrokerErrorKind, GpuRequest, Instance, InstanceId, InstanceState, Lease, Offer, SshEndpoint,
+    Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
+    Lease, Offer, Offers, SshEndpoint,
 };
 
 mod bill;
@@ -204,8 +205,17 @@ impl Broker for LocalBroker {
         NAME
     }
 
-    async fn offers(&self, _want: &GpuRequest) -> Result<Vec<Offer>, BrokerError> {
-        Ok(Hardware::detect(&self.root, &self.nvidia_smi).await.offers())
+    fn capabilities(&self) -> Capabilities {
+        // The instance's own process keeps the deadline, and lives as long as the instance.
+        Capabilities { server_deadline: true, self_destruct: false, spot: false }
+    }
+
+    async fn check(&self) -> Result<Account, BrokerError> {
+        Ok(Account::default())
+    }
+
+    async fn offers(&self, _want: &GpuRequest) -> Result<Offers, BrokerError> {
+        Ok(Offers { offers: Hardware::detect(&self.root, &self.nvidia_smi).await.offers(), dropped: Vec::new() })
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
@@ -226,6 +236,10 @@ impl Broker for LocalBroker {
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
         let broker = self.clone();
         blocking(move || broker.list_now()).await
+    }
+
+    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
+        Ok(self.list().await?.into_iter().find(|instance| instance.id == *id))
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {

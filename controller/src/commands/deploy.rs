@@ -250,7 +250,7 @@ async fn offers(
     show: bool,
 ) -> Result<Vec<Offer>, Complaint> {
     let market::Selection { offers, considered, .. } =
-        market::select(cloud.broker.offers(&spec.request).await?, &spec.request)?;
+        market::select(cloud.broker.offers(&spec.request).await?.offers, &spec.request)?;
     if show {
         let limit = Duration::from_secs(spec.max_duration_s);
         let at_most = offers.first().map_or(Usd::ZERO, |offer| offer.price.cost(limit));

@@ -87,7 +87,7 @@ pub(super) async fn command(context: &Context, args: &PlanArgs) -> Result<ExitSt
     let inspection = worker.inspect(&job, Check::Model).await?;
     let cloud = context.cloud(args.want.broker.as_deref())?;
     let want = request(&args.want);
-    let (offers, no_offers) = match market::select(cloud.broker.offers(&want).await?, &want) {
+    let (offers, no_offers) = match market::select(cloud.broker.offers(&want).await?.offers, &want) {
         Ok(selection) => (selection.offers, None),
         Err(none) => (Vec::new(), Some(none.to_string())),
     };

@@ -33,7 +33,7 @@ impl Driver<'_> {
             Err(error) => return self.try_again_broker(error, self.patience.settle).await,
         };
         let selected =
-            (self.ports.select)(listed, &request).map_err(|t| StepError::End(Ending::Failed { trouble: t }))?;
+            (self.ports.select)(listed.offers, &request).map_err(|t| StepError::End(Ending::Failed { trouble: t }))?;
         let known = |key: &str| refused.iter().any(|refusal| refusal.offer.key == key);
         let Some(offer) = selected.iter().find(|offer| !known(&offer.key)).cloned() else {
             return Err(StepError::End(none_left(refused, selected.len())));

@@ -9,7 +9,6 @@ use tokio::process::Command;
 
 use super::NAME;
 use crate::broker::Offer;
-use crate::gpu;
 use crate::units::{Bytes, Usd, UsdPerHour};
 
 /// The price of one CPU core, in millionths of a dollar per hour: about what clouds ask, and enough for bills that differ.
@@ -103,18 +102,15 @@ impl Hardware {
             Goods::Gpus(count, raw) => (*count, Some(raw.as_str())),
         };
         let price = CORE_PRICE * i64::from(self.cores) + GPU_PRICE * i64::from(gpu_count);
-        Offer {
-            broker: NAME.to_owned(),
-            key: goods.key(),
-            gpu: raw.map(|raw| gpu::canonical_name(raw, vram)),
-            gpu_raw: raw.map(str::to_owned),
-            gpu_count,
-            vram: raw.and_then(|raw| gpu::nominal_vram(raw, vram)),
+        let offer = Offer {
             cpu_ram: self.ram,
             cpu_cores: Some(self.cores),
             disk: self.disk,
-            price: UsdPerHour(Usd::from_micros(price)),
-            region: None,
+            ..Offer::new(NAME, goods.key(), gpu_count, UsdPerHour(Usd::from_micros(price)))
+        };
+        match raw {
+            Some(raw) => offer.with_gpu(raw, vram),
+            None => offer,
         }
     }
 }

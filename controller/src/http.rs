@@ -1,0 +1,447 @@
+//! One HTTP client for all clouds.
+//!
+//! What may be sent again depends on what may have happened: a call that was certainly not taken is repeated, one that can be
+//! made twice without harm is repeated after any failure, and one that creates is never repeated unless the cloud said no.
+//! Keys are in no error, log or explanation.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use rand::Rng;
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, RETRY_AFTER};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tokio::time::Instant;
+
+pub use reqwest::Method;
+
+use crate::broker::{BrokerError, BrokerErrorKind};
+use crate::secret::Secret;
+use crate::text::clean;
+
+mod redact;
+
+/// Largest reply that is read: a listing of some thousand instances.
+const LARGEST_REPLY: usize = 32 << 20;
+/// Longest sentence of a cloud that is repeated to people.
+const LONGEST_WORDS: usize = 400;
+
+/// What happens if a call is made twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing: it reads.
+    Read,
+    /// The same as once.
+    Idempotent,
+    /// Twice as much. Never repeated blindly.
+    Once,
+}
+
+/// One request.
+#[derive(Clone, Debug)]
+pub struct Call {
+    method: Method,
+    path: String,
+    query: Vec<(String, String)>,
+    body: Option<Value>,
+    effect: Effect,
+    pace: Option<&'static str>,
+}
+
+impl Call {
+    /// Reads `path`, which is seen from the base URL and begins with `/`.
+    pub fn get(path: impl Into<String>) -> Self {
+        Self { method: Method::GET, path: path.into(), query: Vec::new(), body: None, effect: Effect::Read, pace: None }
+    }
+
+    /// Any other call.
+    pub fn new(method: Method, path: impl Into<String>, effect: Effect) -> Self {
+        Self { method, effect, ..Self::get(path) }
+    }
+
+    /// With a parameter of the query; it is encoded.
+    #[must_use]
+    pub fn query(mut self, name: &str, value: impl fmt::Display) -> Self {
+        self.query.push((name.to_owned(), value.to_string()));
+        self
+    }
+
+    /// With a JSON body.
+    #[must_use]
+    pub fn body(self, body: Value) -> Self {
+        Self { body: Some(body), ..self }
+    }
+
+    /// Also bound by the pace of this name, see [`Http::paced`].
+    #[must_use]
+    pub fn at_pace(self, name: &'static str) -> Self {
+        Self { pace: Some(name), ..self }
+    }
+}
+
+/// How long and how often the client tries.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// To connect.
+    pub connect: Duration,
+    /// Between two bytes of a reply.
+    pub read: Duration,
+    /// For all attempts of one call together, waits included.
+    pub total: Duration,
+    /// Attempts, the first included.
+    pub attempts: u32,
+    /// First wait after a failure; doubles.
+    pub backoff: Duration,
+    /// Between calls that a cloud wants apart, this many times less: 1 outside of tests.
+    pub hurry: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(10),
+            read: Duration::from_secs(30),
+            total: Duration::from_secs(90),
+            attempts: 5,
+            backoff: Duration::from_millis(500),
+            hurry: 1,
+        }
+    }
+}
+
+/// Hears requests and replies in words, with every secret taken out.
+pub type Explain = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// Speaks to one cloud. Clones share their paces.
+#[derive(Clone)]
+pub struct Http {
+    client: reqwest::Client,
+    broker: &'static str,
+    base: String,
+    key: Option<Secret>,
+    limits: Limits,
+    paces: Arc<Mutex<BTreeMap<&'static str, Pace>>>,
+    explain: Option<Explain>,
+}
+
+/// Calls that a cloud wants apart: one per `every`.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    every: Duration,
+    next: Option<Instant>,
+}
+
+/// The pace of every call.
+const ALL: &str = "all";
+
+impl fmt::Debug for Http {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Http").field("broker", &self.broker).field("base", &self.base).finish_non_exhaustive()
+    }
+}
+
+impl Http {
+    /// A client of the cloud `broker` at `base`, with `key` as bearer.
+    ///
+    /// # Errors
+    /// [`BrokerErrorKind::Rejected`] when `base` is no URL of a web server, [`BrokerErrorKind::Auth`] when the key cannot be one.
+    pub fn new(broker: &'static str, base: &str, key: Option<Secret>, limits: Limits) -> Result<Self, BrokerError> {
+        let error = |kind, message: String| BrokerError { broker, kind, message };
+        let base = base.trim_end_matches('/').to_owned();
+        let url = reqwest::Url::parse(&base).ok().filter(|url| ["http", "https"].contains(&url.scheme()));
+        let Some(url) = url else {
+            return Err(error(
+                BrokerErrorKind::Rejected,
+                format!("`{}` is no web address", clean(base.as_bytes(), 200)),
+            ));
+        };
+        let is_here = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
+        if url.scheme() == "http" && !is_here && key.is_some() {
+            let message = format!("`{base}` is not encrypted: the key would be read on the way");
+            return Err(error(BrokerErrorKind::Rejected, message));
+        }
+        let mut headers = HeaderMap::new();
+        if let Some(key) = &key {
+            let mut value = HeaderValue::from_str(&format!("Bearer {}", key.expose()))
+                .map_err(|_| error(BrokerErrorKind::Auth, "the key holds characters that no key has".to_owned()))?;
+            value.set_sensitive(true);
+            headers.insert(AUTHORIZATION, value);
+        }
+        let client = reqwest::Client::builder()
+            .user_agent(concat!("outliers/", env!("CARGO_PKG_VERSION")))
+            .default_headers(headers)
+            .connect_timeout(limits.connect)
+            .read_timeout(limits.read)
+            // A redirected creation would be made twice, and a key would go elsewhere.
+            .redirect(reqwest::redirect::Policy::none())
+            .build()
+            .map_err(|cause| error(BrokerErrorKind::Unavailable, format!("no HTTP client: {}", chain(&cause))))?;
+        Ok(Self { client, broker, base, key, limits, paces: Arc::default(), explain: None })
+    }
+
+    /// At most one call per `every`; `name` limits only the calls marked with it.
+    #[must_use]
+    pub fn paced(self, name: Option<&'static str>, every: Duration) -> Self {
+        let every = every / self.limits.hurry.max(1);
+        self.lock_paces().insert(name.unwrap_or(ALL), Pace { every, next: None });
+        self
+    }
+
+    /// Tells `explain` what is sent and what comes back.
+    #[must_use]
+    pub fn explained(self, explain: Option<Explain>) -> Self {
+        Self { explain, ..self }
+    }
+
+    /// Which cloud.
+    pub fn broker(&self) -> &'static str {
+        self.broker
+    }
+
+    /// Makes the call, again where that is safe. Any answer that is neither "too often" nor the server's failure is returned,
+    /// refusals included.
+    ///
+    /// # Errors
+    /// [`BrokerErrorKind::Maybe`] when a call with [`Effect::Once`] may have been carried out; [`BrokerErrorKind::RateLimited`] and
+    /// [`BrokerErrorKind::Unavailable`] when it was not, after all attempts.
+    pub async fn call(&self, call: Call) -> Result<Reply, BrokerError> {
+        let deadline = Instant::now() + self.limits.total;
+        let mut attempt = 1;
+        loop {
+            self.wait_for_turn(&call).await;
+            let failure = match self.attempt(&call, deadline).await {
+                Ok(reply) => return Ok(reply),
+                Err(failure) => failure,
+            };
+            let again = failure.certainly_not_taken || call.effect != Effect::Once;
+            let pause = failure.wait.unwrap_or_else(|| self.backoff(attempt));
+            if !again || attempt >= self.limits.attempts || Instant::now() + pause >= deadline {
+                return Err(self.give_up(&call, failure));
+            }
+            tracing::info!("{}: {}; again in {:.1} s", self.broker, failure.words, pause.as_secs_f64());
+            tokio::time::sleep(pause).await;
+            attempt += 1;
+        }
+    }
+
+    async fn attempt(&self, call: &Call, deadline: Instant) -> Result<Reply, Failure> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let exchange = self.exchange(call);
+        let (status, headers, body) = match tokio::time::timeout(left, exchange).await {
+            Ok(answered) => answered?,
+            Err(_) => {
+                return Err(Failure::unknown(format!("no answer within {:.0} s", self.limits.total.as_secs_f64())));
+            }
+        };
+        let body = self.redacted(&body);
+        self.tell(|| format!("< {status}\n{}", redact::document(&body)));
+        let reply = Reply { broker: self.broker, effect: call.effect, status, body };
+        match status {
+            429 => Err(Failure {
+                wait: retry_after(&headers),
+                kind: Some(BrokerErrorKind::RateLimited),
+                ..Failure::refused(reply.in_words())
+            }),
+            // What a proxy says before it has passed anything on.
+            503 if headers.contains_key(RETRY_AFTER) && call.effect != Effect::Once => {
+                Err(Failure { wait: retry_after(&headers), ..Failure::unknown(reply.in_words()) })
+            }
+            500.. => Err(Failure::unknown(reply.in_words())),
+            _ => Ok(reply),
+        }
+    }
+
+    /// Status, headers, body.
+    async fn exchange(&self, call: &Call) -> Result<(u16, HeaderMap, String), Failure> {
+        let url = format!("{}{}", self.base, call.path);
+        let mut request = self.client.request(call.method.clone(), &url).query(&call.query);
+        if let Some(body) = &call.body {
+            request = request.json(body);
+        }
+        self.tell(|| self.request_in_words(call));
+        let mut response = request.send().await.map_err(|error| self.transport_failure(&error))?;
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        let mut body = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(|error| self.transport_failure(&error))? {
+            if body.len() + chunk.len() > LARGEST_REPLY {
+                return Err(Failure::unknown(format!("its reply has more than {} MiB", LARGEST_REPLY >> 20)));
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok((status, headers, String::from_utf8_lossy(&body).into_owned()))
+    }
+
+    fn transport_failure(&self, error: &reqwest::Error) -> Failure {
+        // Nobody was there to take it.
+        if error.is_connect() || error.is_builder() {
+            return Failure::refused(format!("{} cannot be reached: {}", self.base, self.redacted(&chain(error))));
+        }
+        let what = if error.is_timeout() { "no answer in time" } else { "the connection broke" };
+        Failure::unknown(format!("{what}: {}", self.redacted(&chain(error))))
+    }
+
+    fn give_up(&self, call: &Call, failure: Failure) -> BrokerError {
+        let kind = match failure.kind {
+            Some(kind) => kind,
+            None if call.effect == Effect::Once && !failure.certainly_not_taken => BrokerErrorKind::Maybe,
+            None => BrokerErrorKind::Unavailable,
+        };
+        let words = match failure.wait {
+            Some(wait) => format!("{} (it asks to wait {} s)", failure.words, wait.as_secs()),
+            None => failure.words,
+        };
+        BrokerError { broker: self.broker, kind, message: format!("{} {}: {words}", call.method, call.path) }
+    }
+
+    async fn wait_for_turn(&self, call: &Call) {
+        let now = Instant::now();
+        let turn = {
+            let mut paces = self.lock_paces();
+            let names = [Some(ALL), call.pace];
+            let mut of_call: Vec<&mut Pace> =
+                paces.iter_mut().filter(|(name, _)| names.contains(&Some(**name))).map(|(_, pace)| pace).collect();
+            let turn = of_call.iter().filter_map(|pace| pace.next).max().map_or(now, |next| next.max(now));
+            for pace in &mut of_call {
+                pace.next = Some(turn + pace.every);
+            }
+            turn
+        };
+        tokio::time::sleep_until(turn).await;
+    }
+
+    fn lock_paces(&self) -> std::sync::MutexGuard<'_, BTreeMap<&'static str, Pace>> {
+        self.paces.lock().expect("nothing panics while it is held")
+    }
+
+    /// With jitter, so that many that failed together do not come back together.
+    fn backoff(&self, attempt: u32) -> Duration {
+        let most = self.limits.backoff * 2u32.saturating_pow(attempt - 1).min(64);
+        most.mul_f64(rand::rng().random_range(0.5..1.0))
+    }
+
+    fn redacted(&self, text: &str) -> String {
+        match &self.key {
+            Some(key) if !key.expose().is_empty() => text.replace(key.expose(), "***"),
+            _ => text.to_owned(),
+        }
+    }
+
+    fn tell(&self, words: impl FnOnce() -> String) {
+        if let Some(explain) = &self.explain {
+            explain(&self.redacted(&words()));
+        }
+    }
+
+    fn request_in_words(&self, call: &Call) -> String {
+        let query: Vec<String> = call.query.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let query = if query.is_empty() { String::new() } else { format!("?{}", query.join("&")) };
+        let key = if self.key.is_some() { "\nAuthorization: Bearer ***" } else { "" };
+        let body = call.body.as_ref().map(|body| format!("\n{}", redact::value(body))).unwrap_or_default();
+        format!("> {} {}{}{query}{key}{body}", call.method, self.base, call.path)
+    }
+}
+
+/// An attempt that gave no answer to work with.
+struct Failure {
+    certainly_not_taken: bool,
+    wait: Option<Duration>,
+    kind: Option<BrokerErrorKind>,
+    words: String,
+}
+
+impl Failure {
+    fn refused(words: String) -> Self {
+        Self { certainly_not_taken: true, wait: None, kind: None, words }
+    }
+
+    fn unknown(words: String) -> Self {
+        Self { certainly_not_taken: false, wait: None, kind: None, words }
+    }
+}
+
+/// A cloud's answer; the key, should it be in it, is taken out.
+#[derive(Clone, Debug)]
+pub struct Reply {
+    broker: &'static str,
+    effect: Effect,
+    /// HTTP status; below 500 and not 429.
+    pub status: u16,
+    /// The body as text.
+    pub body: String,
+}
+
+impl Reply {
+    /// Whether the cloud says that it was done.
+    pub fn is_success(&self) -> bool {
+        (200..300).contains(&self.status)
+    }
+
+    /// The body read as `T`; `what` names it in the error.
+    ///
+    /// # Errors
+    /// When it is something else: of a call with [`Effect::Once`] nobody then knows what became.
+    pub fn json<T: DeserializeOwned>(&self, what: &str) -> Result<T, BrokerError> {
+        serde_json::from_str(&self.body).map_err(|error| {
+            let message = format!("its answer is not {what} ({error}): {}", clean(self.body.as_bytes(), 120));
+            self.error(self.unclear(), message)
+        })
+    }
+
+    /// The body as JSON, `None` if it is none.
+    pub fn value(&self) -> Option<Value> {
+        serde_json::from_str(&self.body).ok()
+    }
+
+    /// An error about this reply.
+    pub fn error(&self, kind: BrokerErrorKind, message: impl Into<String>) -> BrokerError {
+        BrokerError { broker: self.broker, kind, message: message.into() }
+    }
+
+    /// An error with the cloud's own words.
+    pub fn refusal(&self, kind: BrokerErrorKind) -> BrokerError {
+        self.error(kind, self.in_words())
+    }
+
+    /// What an answer means that makes no sense.
+    pub fn unclear(&self) -> BrokerErrorKind {
+        if self.effect == Effect::Once { BrokerErrorKind::Maybe } else { BrokerErrorKind::Unavailable }
+    }
+
+    /// The cloud's own words: what it calls title, detail, error or message, else the body; with the status.
+    pub fn in_words(&self) -> String {
+        let words = self.value().map(|value| redact::sentences(&value)).filter(|words| !words.is_empty());
+        let words = words.unwrap_or_else(|| self.body.clone());
+        let words = clean(words.trim().as_bytes(), LONGEST_WORDS);
+        if words.is_empty() { format!("HTTP {}", self.status) } else { format!("HTTP {}: {words}", self.status) }
+    }
+}
+
+/// `Retry-After` in seconds or as a date, else the first window of a `RateLimit` header (`"default";r=0;t=5`).
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    if let Some(after) = text(RETRY_AFTER.as_str()) {
+        if let Ok(seconds) = after.trim().parse() {
+            return Some(Duration::from_secs(seconds));
+        }
+        let date = httpdate::parse_http_date(after).ok()?;
+        return Some(date.duration_since(SystemTime::now()).unwrap_or_default());
+    }
+    let window = text("ratelimit")?.split(';').find_map(|part| part.trim().strip_prefix("t="))?;
+    window.parse().ok().map(Duration::from_secs)
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut words = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !words.contains(&next) {
+            words = format!("{words}: {next}");
+        }
+        cause = error.source();
+    }
+    words
+}
