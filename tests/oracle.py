@@ -20,9 +20,10 @@ from safetensors.numpy import load_file
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-4  # of each tensor's root mean square
-# Eight layers of DeltaNet amplify rounding: run in f64, the reference's own f32 values turn out up to 2.4e-4 wrong and ours 1.4e-4,
-# neither always the better one. Router choices and statistics must be equal all the same.
-TOLERANCES = {"qwen3_next": 3e-4}
+# Where eight layers amplify rounding, f32 itself does not hold 1e-4: against a run in f64, the reference's own f32 values turn out up
+# to 2.4e-4 (qwen3_next) and 1.4e-4 (opt_350m, whose norms come last) wrong and ours 1.4e-4 and 1.2e-4, neither always the better one.
+# Router choices and statistics must be equal all the same.
+TOLERANCES = {"qwen3_next": 3e-4, "opt_350m": 2e-4}
 
 KINDS = ["sliding_attention", "full_attention"]
 # Fixtures: family, seed, how it is stored, configuration. Small on purpose; what each exercises is in golden/README.md.

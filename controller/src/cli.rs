@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::settings::Span;
+use crate::units::CudaVersion;
 
 /// How outlier features survive in mixture-of-experts models: rents an instance, runs the worker on it, brings the results
 /// home, ends the rental.
@@ -47,6 +48,9 @@ pub struct Global {
     /// Say everything, the worker's log included.
     #[arg(short, long, global = true)]
     pub verbose: bool,
+    /// Show each request to a cloud and its reply, keys taken out.
+    #[arg(long, global = true)]
+    pub explain: bool,
     /// Settings [default: ~/.config/outliers/outliers.toml].
     #[arg(long, global = true, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -99,6 +103,14 @@ pub enum Command {
     ///
     /// Example: outliers plan --model allenai/OLMoE-1B-7B-0125 --price 1.64 --tflops 312
     Plan(Box<PlanArgs>),
+    /// What can be rented now, on all clouds, by what a run costs there.
+    ///
+    /// Example: outliers offers --gpu-filter H100 --max-price 4 --model allenai/OLMoE-1B-7B-0125
+    Offers(Box<OffersArgs>),
+    /// Check keys, clouds, clocks, SSH, the ledger, and whether an instance was left behind.
+    ///
+    /// Example: outliers doctor
+    Doctor,
     /// Print a completion script for a shell.
     ///
     /// Example: outliers completions bash > ~/.local/share/bash-completion/completions/outliers
@@ -213,9 +225,9 @@ pub enum PrecisionArg {
 /// The instance.
 #[derive(Args, Clone, Debug, Default)]
 pub struct WantArgs {
-    /// Where to rent [default: `local`, this machine, as long as no cloud's key is set].
-    #[arg(long, value_name = "NAME")]
-    pub broker: Option<String>,
+    /// Where to rent, separated by commas [default: every cloud whose key is set; this machine (`local`) if none is].
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub broker: Vec<String>,
     /// GPUs of the instance; 0: a CPU will do [default: 1 on a cloud, whatever is there on this machine].
     #[arg(long, value_name = "N")]
     pub gpu_count: Option<u32>,
@@ -228,9 +240,27 @@ pub struct WantArgs {
     /// Least memory of the host, in GiB.
     #[arg(long, value_name = "GIB", value_parser = gib)]
     pub min_cpu_ram: Option<f64>,
-    /// Highest price of the whole instance (not of one GPU), in USD per hour.
+    /// Least disk, in GiB; never less than the checkpoint needs.
+    #[arg(long, value_name = "GIB", value_parser = gib)]
+    pub min_disk: Option<f64>,
+    /// Highest price of the whole instance (not of one GPU) with its disk, in USD per hour.
     #[arg(long, value_name = "USD", value_parser = dollars)]
     pub max_price: Option<f64>,
+    /// Part of the region's or country's name.
+    #[arg(long, value_name = "TEXT")]
+    pub region: Option<String>,
+    /// Also take what the cloud may take back at any time; it is cheaper, and a run may have to begin again.
+    #[arg(long)]
+    pub spot: bool,
+    /// Only from data centres.
+    #[arg(long, conflicts_with = "community")]
+    pub secure: bool,
+    /// Only from whoever rents out a machine.
+    #[arg(long)]
+    pub community: bool,
+    /// Oldest CUDA version the host's driver may stop at, as in 12.4.
+    #[arg(long, value_name = "VERSION")]
+    pub min_cuda: Option<CudaVersion>,
 }
 
 /// `deploy`.
@@ -295,11 +325,32 @@ pub enum RunsCommand {
 /// `instances`.
 #[derive(Subcommand, Debug)]
 pub enum InstancesCommand {
-    /// All instances of a broker, and what this program makes of each.
+    /// All instances of all clouds whose key is set, and what this program makes of each.
     List {
-        /// Which broker.
-        #[arg(long, value_name = "NAME")]
-        broker: Option<String>,
+        /// Only these brokers, separated by commas.
+        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+        broker: Vec<String>,
+    },
+    /// One instance: all that its cloud and the ledger know.
+    Show {
+        /// Its id, as `instances list` shows it.
+        id: String,
+        /// Only these brokers, separated by commas.
+        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+        broker: Vec<String>,
+    },
+    /// Print the command that opens a shell on an instance of this ledger, or run it.
+    ///
+    /// Example: outliers instances ssh 4f2a --run
+    Ssh {
+        /// Its id, as `instances list` shows it.
+        id: String,
+        /// Run it.
+        #[arg(long)]
+        run: bool,
+        /// Only these brokers, separated by commas.
+        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+        broker: Vec<String>,
     },
     /// End instances, held ones and strays included. Instances of others are never touched.
     Terminate {
@@ -309,9 +360,9 @@ pub enum InstancesCommand {
         /// Every instance of this ledger.
         #[arg(long, conflicts_with = "ids")]
         all: bool,
-        /// Which broker.
-        #[arg(long, value_name = "NAME")]
-        broker: Option<String>,
+        /// Only these brokers, separated by commas.
+        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+        broker: Vec<String>,
         /// Do not ask.
         #[arg(short, long)]
         yes: bool,
@@ -330,6 +381,23 @@ pub struct AnalyzeArgs {
     /// Folder for the results [default: below the results' folder].
     #[arg(short, long, value_name = "DIR")]
     pub output: Option<PathBuf>,
+}
+
+/// `offers`.
+#[derive(Args, Clone, Debug)]
+pub struct OffersArgs {
+    /// The instance.
+    #[command(flatten)]
+    pub want: WantArgs,
+    /// Order by what a run of this checkpoint costs: hub id or folder [default: by price, for a run of 100 GiB].
+    #[arg(long, value_name = "ID|FOLDER")]
+    pub model: Option<String>,
+    /// Branch, tag or commit of a hub model.
+    #[arg(long, default_value = "main", requires = "model")]
+    pub revision: String,
+    /// Show all, not only the best 20.
+    #[arg(long)]
+    pub all: bool,
 }
 
 /// `inspect`.

@@ -3,34 +3,39 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use outliers_protocol::PlanFigures;
+
 use crate::broker::local::{self, LocalBroker};
-use crate::broker::{Broker, GpuRequest, Offer};
+use crate::broker::{Access, GpuRequest, Offer, Tier};
 use crate::cli::{Cli, Command, WantArgs};
-use crate::deploy::{Patience, Ports, SshHosts};
+use crate::clouds::{BadHosts, Cloud, Clouds, Patience};
+use crate::deploy::{Ports, SshHosts};
+use crate::estimate::Work;
+use crate::http::{Explain, Http, Limits};
 use crate::ledger::Ledger;
 use crate::local_worker::LocalWorker;
 use crate::market;
 use crate::report::{Complaint, ExitStatus, Reporter};
-use crate::run::{Trouble, TroubleKind};
+use crate::run::{RunSpec, Trouble, TroubleKind};
 use crate::secret::Secret;
-use crate::settings::{Environment, Settings};
+use crate::settings::{CloudSettings, DefaultBroker, Environment, Settings, known_brokers};
+use crate::text::clean_lines;
 use crate::units::{Bytes, UsdPerHour};
 
 pub mod analyze;
 pub mod completions;
 pub mod demo;
 pub mod deploy;
+pub mod doctor;
 pub mod inspect;
 pub mod instances;
 pub mod job;
+pub mod offers;
 pub mod plan;
 pub mod runs;
 
 /// Version of the documents printed with `--json`.
 pub const SCHEMA: u32 = 1;
-
-/// The brokers that are built in.
-const BROKERS: [&str; 1] = [local::NAME];
 
 /// What every command has at hand.
 pub struct Context {
@@ -42,6 +47,8 @@ pub struct Context {
     pub here: PathBuf,
     /// This program.
     pub exe: PathBuf,
+    /// Requests and replies of clouds are shown.
+    pub explain: bool,
 }
 
 /// Does what was typed.
@@ -70,7 +77,7 @@ async fn dispatch(
         Ok(known) => known,
         Err(complaint) => return Err((reporter, complaint)),
     };
-    let context = Context { settings, reporter, here, exe };
+    let context = Context { settings, reporter, here, exe, explain: cli.global.explain };
     let done = match cli.command {
         Command::Deploy(args) => deploy::command(&context, &args).await,
         Command::Demo(args) => demo::command(&context, &args).await,
@@ -79,6 +86,8 @@ async fn dispatch(
         Command::Analyze(args) => analyze::command(&context, &args).await,
         Command::Inspect(args) => inspect::command(&context, &args).await,
         Command::Plan(args) => plan::command(&context, &args).await,
+        Command::Offers(args) => offers::command(&context, &args).await,
+        Command::Doctor => doctor::command(&context).await,
         Command::Completions { shell } => Ok(completions::command(shell)),
         Command::InstanceServe { folder } => Ok(serve(&folder).await),
     };
@@ -121,18 +130,70 @@ impl Context {
         Ok(LocalWorker::find(self.settings.worker.as_deref(), &self.exe).await?)
     }
 
-    /// A cloud by its name, else the default one.
+    /// What a run has to move and to compute, under the settings' assumptions.
+    pub fn work(&self, plan: &PlanFigures) -> Work {
+        Work {
+            read: Bytes(plan.bytes_to_read),
+            operations: plan.flops,
+            read_rate: self.settings.read_rate,
+            efficiency: self.settings.efficiency,
+        }
+    }
+
+    /// Clouds by their names, else those of the settings.
     ///
     /// # Errors
-    /// There is none of that name; the hint lists those there are.
-    pub fn cloud(&self, name: Option<&str>) -> Result<Cloud, Complaint> {
-        let name = name.unwrap_or_else(|| self.settings.broker.name());
-        if name != local::NAME {
-            let hint = format!("built in: {}", BROKERS.join(", "));
-            return Err(Complaint::refused(format!("there is no broker `{name}`"), hint));
+    /// There is none of that name, or its key is not set.
+    pub fn clouds(&self, names: &[String]) -> Result<Clouds, Complaint> {
+        let default = match &self.settings.broker {
+            DefaultBroker::Named(name) => vec![name.clone()],
+            DefaultBroker::Local => vec![local::NAME.to_owned()],
+            DefaultBroker::Clouds => self.with_key().map(|cloud| cloud.kind.name.to_owned()).collect(),
+        };
+        let names = if names.is_empty() { &default } else { names };
+        let clouds: Result<Vec<Cloud>, Complaint> = names.iter().map(|name| self.cloud(name)).collect();
+        Ok(clouds?.into())
+    }
+
+    /// Every cloud that can be asked: this machine, and those whose key is set.
+    ///
+    /// # Errors
+    /// A cloud's settings make no sense.
+    pub fn all_clouds(&self) -> Result<Clouds, Complaint> {
+        let names = std::iter::once(local::NAME).chain(self.with_key().map(|cloud| cloud.kind.name));
+        let clouds: Result<Vec<Cloud>, Complaint> = names.map(|name| self.cloud(name)).collect();
+        Ok(clouds?.into())
+    }
+
+    fn with_key(&self) -> impl Iterator<Item = &CloudSettings> {
+        self.settings.clouds.iter().filter(|cloud| cloud.key.is_some())
+    }
+
+    /// A cloud by its name.
+    ///
+    /// # Errors
+    /// There is none of that name, or its key is not set.
+    pub fn cloud(&self, name: &str) -> Result<Cloud, Complaint> {
+        if name == local::NAME {
+            let broker = LocalBroker::new(self.settings.state.join("local"), self.exe.clone());
+            return Ok(Cloud { broker: Arc::new(broker), patience: Patience::LOCAL, is_local: true });
         }
-        let broker = LocalBroker::new(self.settings.state.join("local"), self.exe.clone());
-        Ok(Cloud { broker: Arc::new(broker), patience: Patience::LOCAL, is_local: true })
+        let Some(cloud) = self.settings.clouds.iter().find(|cloud| cloud.kind.name == name) else {
+            let hint = format!("built in: {}", known_brokers());
+            return Err(Complaint::refused(format!("there is no broker `{name}`"), hint));
+        };
+        let Some(key) = &cloud.key else {
+            let hint = format!("set {} to a key from {}", cloud.key_variable, cloud.kind.key_page);
+            return Err(Complaint::refused(format!("{name} needs a key"), hint));
+        };
+        let http = Http::new(cloud.kind.name, &cloud.base_url, Some(key.clone()), Limits::default())?;
+        let access = Access { http: http.explained(self.explain()), image: cloud.image.clone() };
+        let broker = Arc::from((cloud.kind.connect)(access));
+        Ok(Cloud { broker, patience: Patience::CLOUD, is_local: false })
+    }
+
+    fn explain(&self) -> Option<Explain> {
+        self.explain.then(|| -> Explain { Arc::new(|words| eprintln!("{}", clean_lines(words))) })
     }
 
     /// The way to rented hosts, to which `worker` is pushed.
@@ -141,26 +202,18 @@ impl Context {
     }
 }
 
-/// A cloud and how it is dealt with.
-#[derive(Clone)]
-pub struct Cloud {
-    /// The cloud.
-    pub broker: Arc<dyn Broker>,
-    /// How long things take there.
-    pub patience: Patience,
-    /// It is this machine: nothing costs real money, and paths are the same there.
-    pub is_local: bool,
+/// What a run needs.
+pub fn ports<'a>(
+    clouds: &'a Clouds,
+    bad_hosts: &'a BadHosts,
+    hosts: &'a SshHosts,
+    secrets: &'a [(&'static str, Secret)],
+) -> Ports<'a> {
+    Ports { clouds, select, bad_hosts, hosts, secrets }
 }
 
-impl Cloud {
-    /// What a run needs.
-    pub fn ports<'a>(&'a self, hosts: &'a SshHosts, secrets: &'a [(&'static str, Secret)]) -> Ports<'a> {
-        Ports { broker: &*self.broker, select, hosts, secrets }
-    }
-}
-
-fn select(offers: Vec<Offer>, want: &GpuRequest) -> Result<Vec<Offer>, Trouble> {
-    let selected = market::select(offers, want).map(|selection| selection.offers);
+fn select(offers: Vec<Offer>, spec: &RunSpec) -> Result<Vec<Offer>, Trouble> {
+    let selected = market::select(offers, &spec.request, &spec.work).map(|selection| selection.offers);
     selected.map_err(|none| Trouble { kind: TroubleKind::NoOffer, message: none.to_string(), hint: None })
 }
 
@@ -172,8 +225,15 @@ pub fn request(want: &WantArgs) -> GpuRequest {
         gpu_filter: want.gpu_filter.clone(),
         min_vram: want.min_vram.map(gib),
         min_cpu_ram: want.min_cpu_ram.map(gib),
-        min_disk: None,
+        min_disk: want.min_disk.map(gib),
         max_price: want.max_price.map(UsdPerHour::from_dollars),
-        ..GpuRequest::default()
+        region: want.region.clone(),
+        tier: match (want.secure, want.community) {
+            (true, _) => Some(Tier::Secure),
+            (_, true) => Some(Tier::Community),
+            _ => None,
+        },
+        spot: want.spot,
+        min_cuda: want.min_cuda,
     }
 }

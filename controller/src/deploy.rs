@@ -8,8 +8,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 
 use crate::broker::{Instance, Offer};
+use crate::clouds::Cloud;
 use crate::ledger::{LedgerError, RunRecord, RunWriter};
-use crate::run::{Ending, RunEvent, RunState};
+use crate::run::{Ending, RunEvent, RunState, Trouble, TroubleKind};
+use crate::units::UsdPerHour;
 
 mod bring;
 #[cfg(test)]
@@ -23,7 +25,7 @@ mod tests;
 
 pub use bring::slug;
 pub use ports::{Host, HostError, HostTalk, Hosts, Listener, Ports, Select};
-pub use recover::{end, look, recover};
+pub use recover::{Looked, end, look, recover};
 pub use ssh::SshHosts;
 
 /// Name of the private key in a run's folder.
@@ -31,57 +33,6 @@ pub const KEY_FILE: &str = "id_ed25519";
 
 /// Name of the run's own record in its results' folder.
 pub const RUN_FILE: &str = "run.json";
-
-/// How long each thing may take, and how often it is tried.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Patience {
-    /// One call to a broker; beyond it the call's outcome is unknown.
-    pub call: Duration,
-    /// From the create call to an address.
-    pub boot: Duration,
-    /// From an address to an SSH session.
-    pub ssh: Duration,
-    /// To learn whether an unanswered create call made an instance.
-    pub settle: Duration,
-    /// To bring the files home.
-    pub sync: Duration,
-    /// To see an instance gone that was told to go.
-    pub terminate: Duration,
-    /// Between two listings.
-    pub listing_interval: Duration,
-    /// Complete listings without an instance before it counts as gone.
-    pub absences: u32,
-    /// First pause after a failure; doubles up to 30 times itself.
-    pub backoff: Duration,
-}
-
-impl Patience {
-    /// For clouds.
-    pub const CLOUD: Self = Self {
-        call: Duration::from_secs(120),
-        boot: Duration::from_secs(15 * 60),
-        ssh: Duration::from_secs(10 * 60),
-        settle: Duration::from_secs(10 * 60),
-        sync: Duration::from_secs(30 * 60),
-        terminate: Duration::from_secs(15 * 60),
-        listing_interval: Duration::from_secs(10),
-        absences: 3,
-        backoff: Duration::from_secs(1),
-    };
-
-    /// For this machine, where everything is near and nothing is eventual.
-    pub const LOCAL: Self = Self {
-        call: Duration::from_secs(60),
-        boot: Duration::from_secs(60),
-        ssh: Duration::from_secs(60),
-        settle: Duration::from_secs(60),
-        sync: Duration::from_secs(10 * 60),
-        terminate: Duration::from_secs(60),
-        listing_interval: Duration::from_millis(200),
-        absences: 2,
-        backoff: Duration::from_millis(200),
-    };
-}
 
 /// How urgently a person wants it to end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -157,7 +108,6 @@ pub enum Stuck {
 pub struct Driver<'a> {
     run: RunWriter,
     ports: Ports<'a>,
-    patience: Patience,
     stop: watch::Receiver<Stop>,
     on: &'a OnEvent<'a>,
     stopping_as: Ending,
@@ -174,6 +124,8 @@ struct Memory {
     /// No other offer is worth trying.
     hopeless: Option<Ending>,
     host: Option<Box<dyn Host>>,
+    /// What the instance bills, as it was last listed.
+    price: Option<UsdPerHour>,
     /// Since when the present state's step fails, and how often it did.
     failing: Option<(Instant, u32)>,
     /// The files cannot be brought home.
@@ -186,6 +138,8 @@ enum StepError {
     End(Ending),
     /// The instance is gone.
     Vanished,
+    /// The instance does not serve, for this reason.
+    Unfit(String),
     /// Nothing more can be done now.
     Stuck(Stuck),
 }
@@ -198,14 +152,8 @@ impl From<LedgerError> for StepError {
 
 impl<'a> Driver<'a> {
     /// Takes charge of a run.
-    pub fn new(
-        run: RunWriter,
-        ports: Ports<'a>,
-        patience: Patience,
-        stop: watch::Receiver<Stop>,
-        on: &'a OnEvent<'a>,
-    ) -> Self {
-        Self { run, ports, patience, stop, on, stopping_as: Ending::Interrupted, memory: Memory::default() }
+    pub fn new(run: RunWriter, ports: Ports<'a>, stop: watch::Receiver<Stop>, on: &'a OnEvent<'a>) -> Self {
+        Self { run, ports, stop, on, stopping_as: Ending::Interrupted, memory: Memory::default() }
     }
 
     /// How the run ends when it is stopped through its channel, if not as interrupted.
@@ -229,6 +177,7 @@ impl<'a> Driver<'a> {
                 Ok(()) => {}
                 Err(StepError::End(ending)) => self.end(ending)?,
                 Err(StepError::Vanished) => self.append(RunEvent::Vanished)?,
+                Err(StepError::Unfit(reason)) => self.unfit(reason)?,
                 Err(StepError::Stuck(stuck)) => return Err(stuck),
             }
         }
@@ -246,9 +195,18 @@ impl<'a> Driver<'a> {
             RunState::Ended { rental, pin, exit } => self.sync(&rental, &pin, exit).await,
             RunState::Salvaging { rental, pin, .. } => self.salvage(&rental, &pin).await,
             RunState::Synced { .. } => self.after_sync(),
-            RunState::Terminating { rental, .. } => self.terminate(&rental).await,
+            RunState::Discarding { rental, .. } | RunState::Terminating { rental, .. } => self.terminate(&rental).await,
             RunState::Held { .. } | RunState::Closed { .. } => Ok(()),
         }
+    }
+
+    /// The cloud on which this run's instance is, or may be.
+    fn cloud(&self) -> Result<&'a Cloud, StepError> {
+        let broker = self.run.state().offer().map(|offer| offer.broker.as_str()).unwrap_or_default();
+        self.ports.clouds.get(broker).ok_or_else(|| {
+            let message = format!("its instance is on {broker}, which is not among the clouds that can be asked");
+            StepError::Stuck(Stuck::Instance { run: self.run.record().id.clone(), message })
+        })
     }
 
     /// Writes an event and tells about it. What is remembered of the old state's failures goes with it.
@@ -257,6 +215,18 @@ impl<'a> Driver<'a> {
         self.memory.failing = None;
         (self.on)(DeployEvent::State(Box::new(state)));
         Ok(())
+    }
+
+    /// An instance on which nothing was run yet is exchanged for another; later, the run ends.
+    fn unfit(&mut self, reason: String) -> Result<(), LedgerError> {
+        match self.run.state() {
+            RunState::Rented { rental } | RunState::Reachable { rental, .. } => {
+                self.ports.bad_hosts.remember(&rental.offer);
+                (self.on)(DeployEvent::Refused { reason: reason.clone() });
+                self.append(RunEvent::Discarded { reason })
+            }
+            _ => self.end(Ending::Failed { trouble: Trouble { kind: TroubleKind::Host, message: reason, hint: None } }),
+        }
     }
 
     /// Ends the run early, as its state allows.
@@ -273,6 +243,7 @@ impl<'a> Driver<'a> {
             RunState::Planned { .. }
             | RunState::Rented { .. }
             | RunState::Reachable { .. }
+            | RunState::Discarding { .. }
             | RunState::Launched { .. } => Some(Stop::Now),
             // The files are on their way home already: that is what a first Ctrl-C asks for.
             RunState::Ended { .. } | RunState::Salvaging { .. } => Some(Stop::SkipSync),
@@ -335,16 +306,16 @@ impl<'a> Driver<'a> {
     }
 }
 
-/// What makes two runs the same work: the job, the content of its local files, and where it runs.
+/// What makes two runs the same work: the job, the content of its local files, and where it may run.
 ///
 /// # Errors
 /// When a corpus file cannot be read.
-pub fn job_key(job: &outliers_protocol::JobSpec, broker: &str) -> std::io::Result<String> {
+pub fn job_key(job: &outliers_protocol::JobSpec, brokers: &str) -> std::io::Result<String> {
     use outliers_protocol::CorpusSource;
     use sha2::{Digest, Sha256};
 
     let mut hash = Sha256::new();
-    let document = serde_json::json!({ "job": job, "broker": broker });
+    let document = serde_json::json!({ "job": job, "broker": brokers });
     hash.update(document.to_string());
     let paths: Vec<&String> = match &job.corpus.source {
         CorpusSource::Builtin(_) => Vec::new(),

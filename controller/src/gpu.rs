@@ -55,8 +55,61 @@ const MODELS: &[(&str, u64, &[&str])] = &[
     ("MI300X", 192, &["mi300x"]),
 ];
 
+/// Dense bf16 operations per second, in 10^12, by canonical name, from the makers' data sheets (fp16 where a GPU has no bf16). Where
+/// one name is sold in several forms, the slower.
+const PEAKS: &[(&str, f64)] = &[
+    ("GB300", 2500.0),
+    ("B300", 2250.0),
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("GH200-144GB", 989.0),
+    ("GH200", 989.0),
+    ("H200", 835.0),
+    ("H100-94GB", 835.0),
+    ("H100", 756.0),
+    ("A100-40GB", 312.0),
+    ("A100-80GB", 312.0),
+    ("A100", 312.0),
+    ("L40S", 362.0),
+    ("L40", 181.0),
+    ("L4", 121.0),
+    ("A40", 150.0),
+    ("A30", 165.0),
+    ("A10G", 70.0),
+    ("A10", 125.0),
+    ("V100-32GB", 112.0),
+    ("V100-16GB", 112.0),
+    ("T4", 65.0),
+    ("RTX PRO 6000", 400.0),
+    ("RTX 6000 Ada", 364.0),
+    ("RTX 5000 Ada", 261.0),
+    ("RTX 4000 Ada", 107.0),
+    ("A6000", 155.0),
+    ("A5000", 111.0),
+    ("A4500", 95.0),
+    ("A4000", 77.0),
+    ("RTX 5090", 209.0),
+    ("RTX 5080", 113.0),
+    ("RTX 4090", 165.0),
+    ("RTX 4080", 97.0),
+    ("RTX 3090", 71.0),
+];
+
+/// Peak of one GPU in dense bf16 operations per second, by its canonical name.
+pub fn peak(name: &str) -> Option<f64> {
+    PEAKS.iter().find(|(known, _)| *known == name).map(|(_, tera)| tera * 1e12)
+}
+
+/// The lowest peak in the table: for GPUs that are not in it.
+pub fn slowest_peak() -> f64 {
+    PEAKS.iter().map(|(_, tera)| tera * 1e12).fold(f64::INFINITY, f64::min)
+}
+
 /// Words that make a name another product: a laptop's chip has other memory than the card it is named after.
 const OTHERS: &[&str] = &["laptop", "mobile", "mig", "max"];
+
+/// NVIDIA's product lines, for models that are not in the table.
+const LINES: &[&str] = &["nvidia", "geforce", "rtx", "gtx", "tesla", "quadro", "titan", "a100", "v100", "p100", "k80"];
 
 /// The model of a raw name. `vram`, where known, tells apart what the name does not (an A100 of 40 and of 80 GB).
 pub fn identify(raw: &str, vram: Option<Bytes>) -> Option<GpuModel> {
@@ -75,6 +128,17 @@ pub fn identify(raw: &str, vram: Option<Bytes>) -> Option<GpuModel> {
     };
     let (name, gib, _) = named.or_else(measured)?;
     Some(GpuModel { name, vram: Bytes::from_gib(*gib) })
+}
+
+/// Whether a name is one of NVIDIA's: by the table, else by the names of its product lines. A cloud's own word for the maker does not
+/// count.
+pub fn is_nvidia(raw: &str) -> bool {
+    let words = words(raw);
+    let has = |word: &&str| words.iter().any(|w| w == word);
+    match identify(raw, None) {
+        Some(model) => !model.name.starts_with("MI"),
+        None => LINES.iter().any(has),
+    }
 }
 
 /// The canonical name, or the raw one without its maker when the model is not in the table.
@@ -150,6 +214,25 @@ mod tests {
             ("A100", None, "A100"),
         ] {
             assert_eq!(canonical_name(raw, mib.map(Bytes::from_mib)), name, "{raw}");
+        }
+    }
+
+    #[test]
+    fn makers_by_name() {
+        for (raw, nvidia) in [
+            ("NVIDIA H100 PCIe", true),
+            ("RTX 4090", true),
+            ("A100 SXM4", true),
+            ("NVIDIA RTX 9999 Future", true),
+            ("AMD Instinct MI300X OAM", false),
+            ("MI300X", false),
+            ("Radeon RX 7900", false),
+            ("Gaudi2", false),
+        ] {
+            assert_eq!(is_nvidia(raw), nvidia, "{raw}");
+        }
+        for (name, _, _) in MODELS {
+            assert_eq!(peak(name).is_some(), !name.starts_with("MI"), "{name} has no peak, or is none of NVIDIA's");
         }
     }
 

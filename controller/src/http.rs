@@ -432,6 +432,22 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     window.parse().ok().map(Duration::from_secs)
 }
 
+/// How many seconds a server's clock is ahead of ours, by the date of any answer of `url`; `None` when it gives none.
+///
+/// # Errors
+/// In words, when it does not answer.
+pub async fn clock_skew(url: &str) -> Result<Option<i64>, String> {
+    let limits = Limits::default();
+    let client = reqwest::Client::builder().connect_timeout(limits.connect).timeout(limits.read).build();
+    let client = client.map_err(|error| chain(&error))?;
+    let response = client.head(url).send().await.map_err(|error| chain(&error))?;
+    let date = response.headers().get(reqwest::header::DATE).and_then(|date| date.to_str().ok());
+    let Some(theirs) = date.and_then(|date| httpdate::parse_http_date(date).ok()) else { return Ok(None) };
+    let seconds =
+        |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64);
+    Ok(Some(seconds(theirs) - seconds(SystemTime::now())))
+}
+
 /// An error with its causes.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut words = error.to_string();

@@ -21,7 +21,7 @@ use crate::run::{self, IllegalEvent, RunEvent, RunSpec, RunState};
 use crate::units::Usd;
 
 /// Version of the tables. An older program refuses a newer ledger.
-const SCHEMA: i64 = 1;
+const SCHEMA: i64 = 2;
 
 /// How long a writer waits for another one.
 const BUSY: Duration = Duration::from_secs(20);
@@ -453,16 +453,18 @@ mod tests {
 
     use super::*;
     use crate::broker::{GpuRequest, InstanceId, LeaseTag, Offer};
+    use crate::estimate::Work;
     use crate::run::{Ending, Intent, Pin};
     use crate::units::{Bytes, UsdPerHour};
 
     pub(crate) fn spec() -> RunSpec {
         RunSpec {
             model: "m".into(),
-            broker: "fake".into(),
+            brokers: "fake".into(),
             job: JobSpec::new(ModelSource::Folder { path: "/m".into() }),
             job_key: "k".into(),
             request: GpuRequest::default(),
+            work: Work::default(),
             disk: Bytes::from_gib(1),
             push_model: false,
             keep_running: false,
@@ -472,21 +474,9 @@ mod tests {
     }
 
     fn creating() -> RunEvent {
-        let offer = Offer {
-            broker: "fake".into(),
-            key: "o".into(),
-            gpu: None,
-            gpu_raw: None,
-            gpu_count: 0,
-            vram: None,
-            cpu_ram: None,
-            cpu_cores: None,
-            disk: None,
-            price: UsdPerHour::from_dollars(3600.0),
-            region: None,
-        };
+        let offer = Offer::new("fake", "o".into(), 0, UsdPerHour::from_dollars(3600.0));
         let tag = LeaseTag { owner: "o".into(), run: "r".into(), nonce: "n".into(), deadline: 7 };
-        RunEvent::Creating { intent: Intent { offer, tag } }
+        RunEvent::Creating { intent: Box::new(Intent { offer, tag }) }
     }
 
     #[test]
@@ -497,7 +487,7 @@ mod tests {
             let mut run = ledger.plan(&spec()).unwrap();
             run.append(creating()).unwrap();
             run.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
-            run.append(RunEvent::Reached { pin: Pin("p".into()) }).unwrap();
+            run.append(RunEvent::Reached { pin: Pin("p".into()), price: None }).unwrap();
             (run.record().id.clone(), ledger.owner().to_owned())
         };
         let ledger = Ledger::open(folder.path()).unwrap();

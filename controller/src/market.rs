@@ -1,23 +1,29 @@
-//! Offers of all brokers: filtered in a fixed order, ranked by price, and explained when nothing is left.
+//! Offers of all brokers: filtered in a fixed order, ranked by what the whole run costs there, and explained when nothing is left.
 //!
 //! Every filter counts what it removed. When one removes the last offers, the error names it, says what the nearest of those
 //! offers had, and which single option would have let an offer through, since a query that finds nothing says nothing about why.
 //!
-//! What `--gpu-count` means when it is not given: one GPU on a cloud. On the local broker: whatever is there, which by price is
-//! the CPU alone, unless `--gpu-filter` or `--min-vram` asks for a GPU.
+//! What `--gpu-count` means when it is not given: one GPU on a cloud. On the local broker: whatever is there, the CPU alone if need
+//! be, unless `--gpu-filter` or `--min-vram` asks for a GPU.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Serialize, Serializer};
 
 use crate::broker::{GpuRequest, Offer, local};
+use crate::estimate::Work;
 use crate::gpu;
-use crate::units::{Bytes, UsdPerHour};
+use crate::units::{Bytes, Usd, UsdPerHour};
 
 /// What removes offers, in the order in which it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Filter {
+    /// Who made the GPU: the worker computes on NVIDIA's.
+    Maker,
+    /// What the cloud may take back.
+    Spot,
     /// Name of the GPU.
     GpuFilter,
     /// Number of GPUs.
@@ -28,18 +34,40 @@ pub enum Filter {
     MinCpuRam,
     /// Free disk.
     MinDisk,
+    /// CUDA version of the host's driver.
+    MinCuda,
+    /// Where.
+    Region,
+    /// Data centre or not.
+    Tier,
     /// Price of the whole instance.
     MaxPrice,
 }
 
 impl Filter {
     /// All, in the order in which they are applied.
-    pub const ALL: [Self; 6] =
-        [Self::GpuFilter, Self::GpuCount, Self::MinVram, Self::MinCpuRam, Self::MinDisk, Self::MaxPrice];
+    pub const ALL: [Self; 11] = [
+        Self::Maker,
+        Self::Spot,
+        Self::GpuFilter,
+        Self::GpuCount,
+        Self::MinVram,
+        Self::MinCpuRam,
+        Self::MinDisk,
+        Self::MinCuda,
+        Self::Region,
+        Self::Tier,
+        Self::MaxPrice,
+    ];
 
     /// The command line's option.
     pub const fn option(self) -> &'static str {
         match self {
+            Self::Maker => "NVIDIA only",
+            Self::Spot => "--spot",
+            Self::MinCuda => "--min-cuda",
+            Self::Region => "--region",
+            Self::Tier => "--secure or --community",
             Self::GpuFilter => "--gpu-filter",
             Self::GpuCount => "--gpu-count",
             Self::MinVram => "--min-vram",
@@ -52,6 +80,12 @@ impl Filter {
     /// The option as it would be typed, `None` if `want` does not restrict by it.
     fn typed(self, want: &GpuRequest) -> Option<String> {
         let value = match self {
+            Self::Maker => return Some(self.option().to_owned()),
+            Self::Spot if want.spot => return None,
+            Self::Spot => return Some("no --spot (the default)".to_owned()),
+            Self::Tier => return want.tier.map(|tier| format!("--{tier}")),
+            Self::MinCuda => want.min_cuda?.to_string(),
+            Self::Region => want.region.as_ref().filter(|r| !r.trim().is_empty())?.trim().to_owned(),
             Self::GpuFilter => want.gpu_filter.as_ref().filter(|f| !f.trim().is_empty())?.trim().to_owned(),
             Self::GpuCount => match want.gpu_count {
                 Some(0) => return None,
@@ -66,6 +100,15 @@ impl Filter {
         Some(format!("{} {value}", self.option()))
     }
 
+    /// Whether it restricts without having been asked for.
+    fn is_default(self, want: &GpuRequest) -> bool {
+        match self {
+            Self::Maker | Self::Spot => true,
+            Self::GpuCount => want.gpu_count.is_none(),
+            _ => false,
+        }
+    }
+
     /// Whether `offer` passes.
     fn passes(self, offer: &Offer, want: &GpuRequest) -> bool {
         let at_least = |has: Option<Bytes>, min: Option<Bytes>| match min {
@@ -74,6 +117,11 @@ impl Filter {
             _ => true,
         };
         match self {
+            Self::Maker => offer.gpu_raw.as_deref().is_none_or(gpu::is_nvidia),
+            Self::Spot => want.spot || !offer.spot,
+            Self::Tier => want.tier.is_none_or(|tier| offer.tier == Some(tier)),
+            Self::MinCuda => want.min_cuda.is_none_or(|min| offer.max_cuda.is_some_and(|max| max >= min)),
+            Self::Region => want.region.as_deref().is_none_or(|region| is_in(offer, region)),
             Self::GpuFilter => want.gpu_filter.as_deref().is_none_or(|filter| is_named(offer, filter)),
             Self::GpuCount => match want.gpu_count {
                 Some(0) => true,
@@ -93,7 +141,10 @@ impl Filter {
             Self::MinVram => offer.gpu_count > 0 && offer.vram.is_none(),
             Self::MinCpuRam => offer.cpu_ram.is_none(),
             Self::MinDisk => offer.disk.is_none(),
-            Self::GpuFilter | Self::GpuCount | Self::MaxPrice => false,
+            Self::MinCuda => offer.max_cuda.is_none(),
+            Self::Region => offer.region.is_none(),
+            Self::Tier => offer.tier.is_none(),
+            Self::Maker | Self::Spot | Self::GpuFilter | Self::GpuCount | Self::MaxPrice => false,
         }
     }
 
@@ -102,6 +153,10 @@ impl Filter {
         let short = |has: Option<Bytes>| has.map_or(u64::MAX, |has| u64::MAX - 1 - has.0);
         match self {
             Self::GpuFilter => u64::from(offer.gpu_count == 0),
+            Self::Maker | Self::Spot | Self::Region | Self::Tier => 0,
+            Self::MinCuda => offer
+                .max_cuda
+                .map_or(u64::MAX, |max| u64::from(u32::MAX - max.major) << 32 | u64::from(u32::MAX - max.minor)),
             Self::GpuCount => u64::from(offer.gpu_count.abs_diff(want.gpu_count.unwrap_or(1))),
             Self::MinVram => short(offer.vram),
             Self::MinCpuRam => short(offer.cpu_ram),
@@ -115,6 +170,11 @@ impl Filter {
         // Rounded to what lets the offer pass, not to the nearest.
         let down = |bytes: Bytes| format!("{}", (bytes.gib() * 10.0).floor() / 10.0);
         let value = match self {
+            Self::Maker => return None,
+            Self::Spot => return Some(self.option().to_owned()),
+            Self::Tier => return Some(format!("--{}", offer.tier?)),
+            Self::MinCuda => offer.max_cuda?.to_string(),
+            Self::Region => offer.region.clone()?,
             Self::GpuFilter => match &offer.gpu {
                 Some(name) => name.clone(),
                 None => return Some(format!("no {}", self.option())),
@@ -145,10 +205,10 @@ pub struct Step {
     pub left: usize,
 }
 
-/// Offers that pass, cheapest first.
+/// Offers that pass, best first.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Selection {
-    /// At least one, ascending by price.
+    /// At least one, ascending by what the whole run costs there.
     pub offers: Vec<Offer>,
     /// Offers there were.
     pub considered: usize,
@@ -210,22 +270,22 @@ struct Filtering<'a> {
     details: Option<&'a Filtered>,
 }
 
-/// The offers that satisfy `want`, cheapest first.
+/// The offers that satisfy `want`, best for `work` first.
 ///
 /// # Errors
 /// None does; the error says why.
-pub fn select(offers: Vec<Offer>, want: &GpuRequest) -> Result<Selection, NothingLeft> {
+pub fn select(offers: Vec<Offer>, want: &GpuRequest, work: &Work) -> Result<Selection, NothingLeft> {
     if offers.is_empty() {
         return Err(NothingLeft::NoOffers);
     }
     let considered = offers.len();
-    let mut left = rank(offers.clone());
+    let mut left = rank(offers.clone(), work);
     let mut steps = Vec::new();
     for filter in Filter::ALL {
         let Some(option) = filter.typed(want) else { continue };
         let (passed, removed): (Vec<_>, Vec<_>) = left.into_iter().partition(|offer| filter.passes(offer, want));
         // A default that changes nothing was not asked for.
-        if removed.is_empty() && filter == Filter::GpuCount && want.gpu_count.is_none() {
+        if removed.is_empty() && filter.is_default(want) {
             left = passed;
             continue;
         }
@@ -239,10 +299,19 @@ pub fn select(offers: Vec<Offer>, want: &GpuRequest) -> Result<Selection, Nothin
     Ok(Selection { offers: left, considered, steps })
 }
 
-fn rank(mut offers: Vec<Offer>) -> Vec<Offer> {
+fn rank(offers: Vec<Offer>, work: &Work) -> Vec<Offer> {
+    let mut ranked: Vec<(Usd, Offer)> = offers.into_iter().map(|offer| (work.on(&offer).rank(), offer)).collect();
     // The rest of the key only makes the order the same every time.
-    offers.sort_by(|a, b| (a.price, &a.broker, a.gpu_count, &a.key).cmp(&(b.price, &b.broker, b.gpu_count, &b.key)));
-    offers
+    ranked.sort_by(|(cost, a), (other, b)| {
+        let key = |offer: &Offer| (offer.price, offer.gpu_count);
+        (cost, key(a), &a.broker, &a.key).cmp(&(other, key(b), &b.broker, &b.key))
+    });
+    ranked.into_iter().map(|(_, offer)| offer).collect()
+}
+
+fn is_in(offer: &Offer, region: &str) -> bool {
+    let (has, wanted) = (offer.region.as_deref().unwrap_or_default().to_lowercase(), region.trim().to_lowercase());
+    has.contains(&wanted)
 }
 
 fn is_named(offer: &Offer, filter: &str) -> bool {
@@ -270,6 +339,14 @@ fn reason(filter: Filter, steps: &[Step], removed: &[Offer], nearest: &Offer) ->
     };
     match filter {
         Filter::GpuFilter | Filter::GpuCount | Filter::MinVram if without_gpu => no_gpu(removed),
+        Filter::Maker => format!("the GPUs are {}", names(removed)),
+        Filter::Spot => "the cloud may take them back at any time".to_owned(),
+        Filter::Tier => "the others are of the other kind, or do not say".to_owned(),
+        Filter::Region => format!("the regions are {}", regions(removed)),
+        Filter::MinCuda => match nearest.max_cuda {
+            Some(max) => format!("the newest is CUDA {max}"),
+            None => "none says which CUDA version its driver serves, and unknown is not enough".to_owned(),
+        },
         Filter::GpuFilter => format!("the GPUs are {}", names(removed)),
         Filter::GpuCount => format!("the nearest has {}", nearest.gpu_count),
         Filter::MinVram => most("memory per GPU", nearest.vram),
@@ -285,10 +362,18 @@ fn no_gpu(removed: &[Offer]) -> String {
 }
 
 fn names(offers: &[Offer]) -> String {
-    let mut names: Vec<&str> = offers.iter().filter_map(|offer| offer.gpu.as_deref()).collect();
-    names.sort_unstable();
-    names.dedup();
-    names.join(", ")
+    some_of(offers.iter().filter_map(|offer| offer.gpu.as_deref()))
+}
+
+fn regions(offers: &[Offer]) -> String {
+    some_of(offers.iter().map(|offer| offer.region.as_deref().unwrap_or("not told")))
+}
+
+/// Each once, the first twenty.
+fn some_of<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    let names: BTreeSet<&str> = names.collect();
+    let more = if names.len() > 20 { ", ..." } else { "" };
+    names.into_iter().take(20).collect::<Vec<_>>().join(", ") + more
 }
 
 /// The filter that removed the last offers first, then the others: whatever single one, left out, lets an offer through.
@@ -335,10 +420,21 @@ pub fn describe(offer: &Offer) -> String {
         offer.cpu_cores.map(|cores| format!("{cores} CPU cores")),
         offer.cpu_ram.map(|ram| format!("{} RAM", gib_text(ram))),
         offer.disk.map(|disk| format!("{} free disk", gib_text(disk))),
+        offer.region.clone(),
+        offer.tier.map(|tier| tier.to_string()),
+        offer.spot.then(|| "spot".to_owned()),
         Some(offer.price.to_string()),
         (offer.broker != local::NAME).then(|| format!("on {}", offer.broker)),
     ];
     parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+/// An offer in a word or two, for lists of what was tried.
+pub fn title(offer: &Offer) -> String {
+    let what = offer.gpu.as_ref().map(|name| format!("{} x {name}", offer.gpu_count));
+    let what = what.unwrap_or_else(|| "CPU only".to_owned());
+    let place = offer.region.as_ref().map(|region| format!(" in {region}")).unwrap_or_default();
+    format!("{what} on {}{place}", offer.broker)
 }
 
 fn gib_text(bytes: Bytes) -> String {
@@ -357,22 +453,26 @@ fn dollars(price: UsdPerHour) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::broker::Tier;
+    use crate::units::CudaVersion;
     use proptest::prelude::*;
 
     fn offer(broker: &str, gpu: Option<(&str, u32, u64)>, dollars: f64) -> Offer {
+        let (count, price) = (gpu.map_or(0, |(_, count, _)| count), UsdPerHour::from_dollars(dollars));
         Offer {
-            broker: broker.to_owned(),
-            key: format!("{gpu:?}"),
             gpu: gpu.map(|(name, ..)| name.to_owned()),
             gpu_raw: gpu.map(|(name, ..)| format!("NVIDIA {name}")),
-            gpu_count: gpu.map_or(0, |(_, count, _)| count),
             vram: gpu.map(|(_, _, gib)| Bytes::from_gib(gib)),
             cpu_ram: Some(Bytes::from_mib(31_949)),
             cpu_cores: Some(8),
             disk: Some(Bytes::from_gib(100)),
-            price: UsdPerHour::from_dollars(dollars),
-            region: None,
+            ..Offer::new(broker, format!("{gpu:?}"), count, price)
         }
+    }
+
+    /// So little to do that the start of the instance decides, and with it the price.
+    fn work() -> Work {
+        Work { read: Bytes(1), operations: 1.0, read_rate: Bytes::from_gib(1), efficiency: 1.0 }
     }
 
     fn laptop() -> Vec<Offer> {
@@ -394,7 +494,7 @@ mod tests {
     }
 
     fn filtered(offers: Vec<Offer>, want: &GpuRequest) -> Filtered {
-        match select(offers, want) {
+        match select(offers, want, &work()) {
             Err(NothingLeft::Filtered(filtered)) => *filtered,
             other => panic!("{other:?}"),
         }
@@ -403,7 +503,7 @@ mod tests {
     #[test]
     fn a_laptop_has_no_a100() {
         let want = GpuRequest { gpu_filter: Some("A100".to_owned()), ..want() };
-        let error = select(laptop(), &want).unwrap_err();
+        let error = select(laptop(), &want, &work()).unwrap_err();
         assert_eq!(
             error.to_string(),
             "--gpu-filter A100 removed the last 1 offer: this machine has no NVIDIA GPU \
@@ -418,8 +518,8 @@ mod tests {
 
     #[test]
     fn without_a_wish_a_laptop_will_do_and_a_cloud_gives_one_gpu() {
-        assert_eq!(select(laptop(), &want()).unwrap().offers, laptop());
-        let selection = select(cloud(), &want()).unwrap();
+        assert_eq!(select(laptop(), &want(), &work()).unwrap().offers, laptop());
+        let selection = select(cloud(), &want(), &work()).unwrap();
         let brief: Vec<_> = selection.offers.iter().map(|o| (o.gpu_count, o.price.0.dollars())).collect();
         assert_eq!(brief, [(1, 0.4), (1, 0.9), (1, 1.79), (1, 2.99)]);
         assert_eq!(selection.steps[0].filter, Filter::GpuCount);
@@ -429,8 +529,8 @@ mod tests {
     #[test]
     fn no_gpu_asked_for_is_anything() {
         let want = GpuRequest { gpu_count: Some(0), ..want() };
-        assert_eq!(select([laptop(), cloud()].concat(), &want).unwrap().offers.len(), 6);
-        assert_eq!(select(laptop(), &want).unwrap().steps, []);
+        assert_eq!(select([laptop(), cloud()].concat(), &want, &work()).unwrap().offers.len(), 6);
+        assert_eq!(select(laptop(), &want, &work()).unwrap().steps, []);
     }
 
     #[test]
@@ -493,8 +593,50 @@ mod tests {
     }
 
     #[test]
+    fn only_what_the_worker_computes_on_and_only_what_stays() {
+        let mut offers = cloud();
+        offers[0].spot = true;
+        offers.push(offer("runpod", Some(("MI300X", 1, 192)), 0.1));
+        let selection = select(offers.clone(), &want(), &work()).unwrap();
+        let removed: Vec<_> = selection.steps.iter().map(|step| (step.filter, step.removed)).collect();
+        assert_eq!(removed, [(Filter::Maker, 1), (Filter::Spot, 1), (Filter::GpuCount, 1)]);
+        let query = GpuRequest { gpu_filter: Some("H100".into()), ..want() };
+        assert_eq!(filtered(offers.clone(), &query).relaxation.unwrap().option, "--gpu-count 2");
+        offers.remove(1);
+        assert_eq!(filtered(offers, &query).relaxation.unwrap().option, "--spot");
+    }
+
+    #[test]
+    fn what_costs_least_in_the_end_is_first() {
+        let offer = |key: &str, mib: u64, dollars: f64| Offer {
+            download: Some(Bytes::from_mib(mib)),
+            key: key.into(),
+            ..offer("vast", Some(("H100", 1, 80)), dollars)
+        };
+        let offers = vec![offer("cheap by the hour", 50, 1.0), offer("cheap in the end", 2000, 2.0)];
+        let work = Work { read: Bytes::from_gib(600), ..work() };
+        let first = |work: &Work| select(offers.clone(), &want(), work).unwrap().offers.swap_remove(0).key;
+        assert_eq!(first(&work), "cheap in the end");
+        assert_eq!(first(&Work { read: Bytes(1), ..work }), "cheap by the hour");
+    }
+
+    /// The size of the largest clouds together; nobody should have to wait for the order of a list.
+    #[test]
+    fn a_thousand_offers() {
+        let offers: Vec<Offer> = (0..1000u32)
+            .map(|i| {
+                let gpu = ["H100", "A100-80GB", "L40S", "RTX 4090"][i as usize % 4];
+                Offer { key: i.to_string(), ..offer("vast", Some((gpu, 1 + i % 8, 80)), f64::from(i % 97) / 10.0) }
+            })
+            .collect();
+        let query = GpuRequest { gpu_filter: Some("H100".into()), min_vram: Some(Bytes::from_gib(80)), ..want() };
+        let selection = select(offers, &query, &work()).unwrap();
+        assert_eq!((selection.considered, selection.offers.len()), (1000, 250));
+    }
+
+    #[test]
     fn no_offers() {
-        assert_eq!(select(vec![], &want()).unwrap_err().to_string(), "no broker has an offer");
+        assert_eq!(select(vec![], &want(), &work()).unwrap_err().to_string(), "no broker has an offer");
         assert_eq!(serde_json::to_value(NothingLeft::NoOffers).unwrap()["message"], "no broker has an offer");
     }
 
@@ -502,19 +644,29 @@ mod tests {
         proptest::option::of((0u64..200).prop_map(Bytes::from_gib))
     }
 
+    fn any_tier() -> impl Strategy<Value = Tier> {
+        prop_oneof![Just(Tier::Secure), Just(Tier::Community)]
+    }
+
+    fn any_cuda() -> impl Strategy<Value = CudaVersion> {
+        (11u32..14, 0u32..9).prop_map(|(major, minor)| CudaVersion { major, minor })
+    }
+
     prop_compose! {
         fn any_offer()(
             broker in "local|vast|runpod",
-            gpu in proptest::option::of(("H100|A100-80GB|L4|L40S|Odd", 1u32..9)),
+            gpu in proptest::option::of(("H100|A100-80GB|L4|L40S|Odd|MI300X", 1u32..9)),
             vram in any_bytes(), cpu_ram in any_bytes(), disk in any_bytes(),
             cents in 1u32..1000,
+            region in proptest::option::of("US-KS|EU-FR"), tier in proptest::option::of(any_tier()), spot in any::<bool>(),
+            max_cuda in proptest::option::of(any_cuda()),
         ) -> Offer {
             Offer {
                 gpu: gpu.as_ref().map(|(name, _)| name.clone()),
                 gpu_raw: gpu.as_ref().map(|(name, _)| name.clone()),
                 gpu_count: gpu.as_ref().map_or(0, |(_, count)| *count),
                 vram: vram.filter(|_| gpu.is_some()),
-                cpu_ram, disk,
+                cpu_ram, disk, region, tier, spot, max_cuda,
                 ..offer(&broker, None, f64::from(cents) / 100.0)
             }
         }
@@ -526,9 +678,11 @@ mod tests {
             gpu_filter in proptest::option::of("H100|100|L4|l40|zzz| "),
             min_vram in any_bytes(), min_cpu_ram in any_bytes(), min_disk in any_bytes(),
             cents in proptest::option::of(0u32..1000),
+            region in proptest::option::of("us|eu|mars"), tier in proptest::option::of(any_tier()), spot in any::<bool>(),
+            min_cuda in proptest::option::of(any_cuda()),
         ) -> GpuRequest {
             let max_price = cents.map(|cents| UsdPerHour::from_dollars(f64::from(cents) / 100.0));
-            GpuRequest { gpu_count, gpu_filter, min_vram, min_cpu_ram, min_disk, max_price }
+            GpuRequest { gpu_count, gpu_filter, min_vram, min_cpu_ram, min_disk, max_price, region, tier, spot, min_cuda }
         }
     }
 
@@ -539,6 +693,11 @@ mod tests {
         let bytes = || number().map(|gib| Bytes((gib * (1u64 << 30) as f64) as u64));
         let mut want = want.clone();
         match found.filter {
+            Filter::Maker => unreachable!("it cannot be relaxed"),
+            Filter::Spot => want.spot = true,
+            Filter::Tier => want.tier = found.offer.tier,
+            Filter::Region => want.region = value.map(str::to_owned),
+            Filter::MinCuda => want.min_cuda = value.map(|text| text.parse().unwrap()),
             Filter::GpuFilter => want.gpu_filter = value.map(str::to_owned),
             Filter::GpuCount => want.gpu_count = number().map(|count| count as u32),
             Filter::MinVram => want.min_vram = bytes(),
@@ -558,11 +717,11 @@ mod tests {
         ) {
             let passes = |offer: &Offer| Filter::ALL.iter().all(|filter| filter.passes(offer, &want));
             let fit = offers.iter().filter(|offer| passes(offer)).count();
-            match select(offers.clone(), &want) {
+            match select(offers.clone(), &want, &work()) {
                 Ok(selection) => {
                     prop_assert_eq!(selection.offers.len(), fit);
                     prop_assert!(selection.offers.iter().all(passes));
-                    prop_assert!(selection.offers.is_sorted_by_key(|offer| offer.price));
+                    prop_assert!(selection.offers.is_sorted_by_key(|offer| work().on(offer).rank()));
                     let removed: usize = selection.steps.iter().map(|step| step.removed).sum();
                     prop_assert_eq!(removed + fit, offers.len());
                 }
@@ -577,7 +736,7 @@ mod tests {
                     prop_assert!(error.to_string().starts_with(&last.option));
                     if let Some(found) = &error.relaxation {
                         // What is advised works, exactly as it is typed.
-                        let found_offers = select(offers, &retyped(&want, found)).unwrap().offers;
+                        let found_offers = select(offers, &retyped(&want, found), &work()).unwrap().offers;
                         prop_assert!(found_offers.contains(&found.offer));
                     }
                 }
@@ -591,7 +750,7 @@ mod tests {
         ) {
             let prices = |result: Result<Selection, NothingLeft>| result.ok().map(|s| s.offers.iter().map(|o| o.price).collect::<Vec<_>>());
             let reversed = offers.iter().rev().cloned().collect();
-            prop_assert_eq!(prices(select(offers, &want)), prices(select(reversed, &want)));
+            prop_assert_eq!(prices(select(offers, &want, &work())), prices(select(reversed, &want, &work())));
         }
     }
 }

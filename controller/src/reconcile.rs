@@ -90,12 +90,17 @@ pub enum Leave {
 pub struct Lease {
     /// The run's id.
     pub run: String,
-    /// Its broker.
-    pub broker: String,
     /// Its state.
     pub state: RunState,
     /// A process drives it.
     pub driven: bool,
+}
+
+impl Lease {
+    /// Whether its instance is, or may be, on this cloud.
+    pub fn is_on(&self, broker: &str) -> bool {
+        self.state.offer().is_some_and(|offer| offer.broker == broker)
+    }
 }
 
 /// Every run of the ledger with what this comparison needs.
@@ -105,7 +110,7 @@ pub struct Lease {
 pub fn leases(ledger: &Ledger) -> Result<Vec<Lease>, LedgerError> {
     let of = |run: RunRecord| {
         let driven = !run.state.is_closed() && ledger.is_driven(&run.id)?;
-        Ok(Lease { run: run.id, broker: run.spec.broker, state: run.state, driven })
+        Ok(Lease { run: run.id, state: run.state, driven })
     };
     ledger.runs()?.into_iter().map(of).collect()
 }
@@ -123,9 +128,12 @@ pub fn compare(
     missing: &BTreeMap<String, u32>,
     enough: u32,
 ) -> Vec<Action> {
-    let here: Vec<&Lease> = leases.iter().filter(|lease| lease.broker == broker).collect();
-    let of_instances = listed.iter().map(|instance| judge(owner, &here, instance));
-    let of_runs = here.iter().filter_map(|lease| judge_run(lease, now, listed, missing, enough));
+    // A run is known everywhere; only its own cloud's list says whether its instance is still there.
+    let of_instances = listed.iter().map(|instance| judge(owner, leases, instance));
+    let of_runs = leases
+        .iter()
+        .filter(|lease| lease.is_on(broker))
+        .filter_map(|lease| judge_run(lease, now, listed, missing, enough));
     let mut actions: Vec<Action> = of_instances.chain(of_runs).collect();
     // A run that is finished as a whole needs no word about its instance.
     let finished: Vec<String> = actions
@@ -136,7 +144,7 @@ pub fn compare(
     actions
 }
 
-fn judge(owner: &str, leases: &[&Lease], instance: &Instance) -> Action {
+fn judge(owner: &str, leases: &[Lease], instance: &Instance) -> Action {
     let id = instance.id.clone();
     let leave = |why| Action::LeaveAlone { instance: id.clone(), why };
     let terminate = |why| Action::Terminate { instance: id.clone(), why };
@@ -172,7 +180,7 @@ fn judge_run(
         return None;
     }
     let run = lease.run.clone();
-    if matches!(lease.state, RunState::Terminating { .. }) {
+    if matches!(lease.state, RunState::Terminating { .. } | RunState::Discarding { .. }) {
         return Some(Action::Finish { run, why: Finish::Ending });
     }
     let name = tag.to_string();
@@ -188,7 +196,7 @@ fn judge_run(
 
 /// Counts, for each abandoned run with an instance, in how many listings in a row it was missing.
 pub fn count_missing(leases: &[Lease], broker: &str, listed: &[Instance], missing: &mut BTreeMap<String, u32>) {
-    for lease in leases.iter().filter(|lease| lease.broker == broker && !lease.driven) {
+    for lease in leases.iter().filter(|lease| lease.is_on(broker) && !lease.driven) {
         let Some(rental) = lease.state.rental() else { continue };
         if listed.iter().any(|instance| instance.id == rental.instance) {
             missing.remove(&lease.run);
@@ -215,11 +223,12 @@ mod tests {
 
     fn rental(tag: LeaseTag) -> Rental {
         let offer = offer("a", 1.0);
-        Rental { instance: InstanceId(format!("i-{}", tag.run)), price: offer.price, offer, tag }
+        let instance = InstanceId(format!("i-{}", tag.run));
+        Rental { instance, price: offer.price, offer, tag, refused: Vec::new() }
     }
 
     fn lease(run: &str, state: RunState) -> Lease {
-        Lease { run: run.into(), broker: "fake".into(), state, driven: false }
+        Lease { run: run.into(), state, driven: false }
     }
 
     fn launched(run: &str, deadline: u64) -> RunState {

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::broker::{BrokerError, BrokerErrorKind};
 use crate::cli::{Color, Global};
+use crate::clouds::Offered;
 use crate::deploy::{DeployEvent, HostTalk, Stop, Stuck};
 use crate::ledger::{LedgerError, RunRecord};
 use crate::local_worker::LocalWorkerError;
@@ -271,6 +272,20 @@ impl Reporter {
         self.say("No cloud's key is set: this machine is the cloud (broker `local`; its prices are made up).");
     }
 
+    /// What is missing from the clouds' offers.
+    pub fn offered(&self, offered: &Offered) {
+        for error in &offered.silent {
+            self.say(&format!("Left out, it does not answer: {}", clean(error.to_string().as_bytes(), LINE)));
+        }
+        for (broker, dropped) in &offered.dropped {
+            self.say(&format!(
+                "{broker}: {} offers left out: {}",
+                dropped.count,
+                clean(dropped.reason.as_bytes(), LINE)
+            ));
+        }
+    }
+
     /// An abandoned run goes on.
     pub fn picked_up(&self, run: &RunRecord) {
         let done = run.state.word();
@@ -330,6 +345,7 @@ impl Reporter {
             RunState::Salvaging { ending, .. } => format!("Bringing home what there is: {}", self.ending(ending)),
             RunState::Synced { results, .. } => format!("Results are at home: {}", results.folder),
             RunState::Held { rental, .. } => format!("Instance {} is kept and bills on", rental.instance),
+            RunState::Discarding { rental, .. } => format!("Ending instance {}, which does not serve", rental.instance),
             RunState::Terminating { rental, .. } => format!("Ending instance {}", rental.instance),
             RunState::Closed { .. } => "No instance of this run is left".to_owned(),
             RunState::Planned { .. } | RunState::Creating { .. } => return,

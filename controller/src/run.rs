@@ -16,6 +16,7 @@ use outliers_protocol::{Failure, JobSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::broker::{GpuRequest, InstanceId, LeaseTag, Offer};
+use crate::estimate::Work;
 use crate::units::{Bytes, UsdPerHour};
 
 /// What a run is to do. Fixed when the run is planned; everything a later process needs to carry on.
@@ -23,14 +24,18 @@ use crate::units::{Bytes, UsdPerHour};
 pub struct RunSpec {
     /// The model as typed: hub id or folder.
     pub model: String,
-    /// Name of the broker.
-    pub broker: String,
+    /// Names of the brokers that may be rented from, separated by commas.
+    #[serde(alias = "broker")]
+    pub brokers: String,
     /// The job, with paths as they are on this machine.
     pub job: JobSpec,
-    /// SHA-256 over job, corpus files and broker: two runs with the same key would do the same work.
+    /// SHA-256 over job, corpus files and brokers: two runs with the same key would do the same work.
     pub job_key: String,
     /// What to rent.
     pub request: GpuRequest,
+    /// What there is to do on it: decides which offer costs least in the end.
+    #[serde(default)]
+    pub work: Work,
     /// Disk to reserve, where the cloud asks.
     pub disk: Bytes,
     /// Upload the model's folder instead of expecting it on the instance.
@@ -114,6 +119,13 @@ pub enum RunState {
         /// Where the files are.
         results: Brought,
     },
+    /// The instance does not serve and is to end; then another offer is taken.
+    Discarding {
+        /// The instance.
+        rental: Rental,
+        /// Why.
+        reason: String,
+    },
     /// The instance is to end. Left only when complete listings no longer show it.
     Terminating {
         /// The instance.
@@ -143,7 +155,7 @@ pub enum RunEvent {
     /// A create call follows. On disk before the call is made.
     Creating {
         /// What will be created.
-        intent: Intent,
+        intent: Box<Intent>,
     },
     /// It is certain that the intended instance does not exist.
     NotCreated {
@@ -163,6 +175,13 @@ pub enum RunEvent {
     Reached {
         /// Its key.
         pin: Pin,
+        /// What the instance bills, as the cloud said when it was up.
+        price: Option<UsdPerHour>,
+    },
+    /// The instance does not serve, and nothing was run on it: another one is to be had.
+    Discarded {
+        /// Why.
+        reason: String,
     },
     /// The worker runs, or has run.
     Launched,
@@ -220,6 +239,9 @@ pub struct Rental {
     pub tag: LeaseTag,
     /// What it bills: the broker's word on the instance, else the offer's.
     pub price: UsdPerHour,
+    /// Offers that could not be had before, or did not serve, oldest first.
+    #[serde(default)]
+    pub refused: Vec<Refusal>,
 }
 
 /// A host key as it was first seen; opaque here.
@@ -232,8 +254,11 @@ pub struct Pin(pub String);
 pub struct Refusal {
     /// The offer.
     pub offer: Offer,
-    /// The broker's words.
+    /// The broker's words, or why the instance did not serve.
     pub reason: String,
+    /// An instance was rented, did not serve, and was ended again.
+    #[serde(default)]
+    pub rented: bool,
 }
 
 /// Files brought home.
@@ -319,6 +344,7 @@ impl RunState {
             Self::Salvaging { .. } => "salvaging",
             Self::Synced { .. } => "synced",
             Self::Held { .. } => "held",
+            Self::Discarding { .. } => "discarding",
             Self::Terminating { .. } => "terminating",
             Self::Closed { .. } => "closed",
         }
@@ -345,6 +371,7 @@ impl RunState {
             | Self::Salvaging { rental, .. }
             | Self::Synced { rental, .. }
             | Self::Held { rental, .. }
+            | Self::Discarding { rental, .. }
             | Self::Terminating { rental, .. } => Some(rental),
         }
     }
@@ -354,6 +381,14 @@ impl RunState {
         match self {
             Self::Creating { intent, .. } => Some(&intent.tag),
             other => other.rental().map(|rental| &rental.tag),
+        }
+    }
+
+    /// What is rented, or may be.
+    pub fn offer(&self) -> Option<&Offer> {
+        match self {
+            Self::Creating { intent, .. } => Some(&intent.offer),
+            other => other.rental().map(|rental| &rental.offer),
         }
     }
 
@@ -386,26 +421,37 @@ impl RunState {
 pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent> {
     use {RunEvent as E, RunState as S};
     let new = match (state.clone(), event.clone()) {
-        (S::Planned { refused }, E::Creating { intent }) => S::Creating { intent, refused },
+        (S::Planned { refused }, E::Creating { intent }) => S::Creating { intent: *intent, refused },
         (S::Planned { .. }, E::Stopped { ending }) => S::Closed { ending, results: None, loss: None },
 
         (S::Creating { refused, .. }, E::NotCreated { refused: false, .. }) => S::Planned { refused },
         (S::Creating { intent, mut refused }, E::NotCreated { reason, refused: true }) => {
-            refused.push(Refusal { offer: intent.offer, reason });
+            refused.push(Refusal { offer: intent.offer, reason, rented: false });
             S::Planned { refused }
         }
-        (S::Creating { intent: Intent { offer, tag }, .. }, E::Created { instance, price }) => {
+        (S::Creating { intent: Intent { offer, tag }, refused }, E::Created { instance, price }) => {
             let price = price.unwrap_or(offer.price);
-            S::Rented { rental: Rental { instance, offer, tag, price } }
+            S::Rented { rental: Rental { instance, offer, tag, price, refused } }
         }
 
-        (S::Rented { rental }, E::Reached { pin }) => S::Reachable { rental, pin },
+        (S::Rented { rental }, E::Reached { pin, price }) => {
+            let price = price.unwrap_or(rental.price);
+            S::Reachable { rental: Rental { price, ..rental }, pin }
+        }
+        (S::Rented { rental } | S::Reachable { rental, .. }, E::Discarded { reason }) => {
+            S::Discarding { rental, reason }
+        }
+        (S::Discarding { rental, reason }, E::Gone | E::Vanished) => {
+            let Rental { offer, mut refused, .. } = rental;
+            refused.push(Refusal { offer, reason, rented: true });
+            S::Planned { refused }
+        }
         (S::Reachable { rental, pin }, E::Launched) => S::Launched { rental, pin },
         (S::Launched { rental, pin }, E::WorkerEnded { exit }) => S::Ended { rental, pin, exit },
         (S::Ended { rental, .. }, E::Fetched { results, ending }) => S::Synced { rental, ending, results },
 
         // Before the launch there is nothing to bring home.
-        (S::Rented { rental } | S::Reachable { rental, .. }, E::Stopped { ending }) => {
+        (S::Rented { rental } | S::Reachable { rental, .. } | S::Discarding { rental, .. }, E::Stopped { ending }) => {
             S::Terminating { rental, ending, results: None, loss: None }
         }
         (S::Launched { rental, pin } | S::Ended { rental, pin, .. }, E::Stopped { ending }) => {
@@ -459,6 +505,7 @@ impl RunEvent {
             Self::NotCreated { .. } => "not created",
             Self::Created { .. } => "created",
             Self::Reached { .. } => "reached",
+            Self::Discarded { .. } => "discarded",
             Self::Launched => "launched",
             Self::WorkerEnded { .. } => "worker ended",
             Self::Fetched { .. } => "fetched",
@@ -522,24 +569,12 @@ mod tests {
     use super::*;
 
     fn offer() -> Offer {
-        Offer {
-            broker: "fake".into(),
-            key: "o1".into(),
-            gpu: None,
-            gpu_raw: None,
-            gpu_count: 0,
-            vram: None,
-            cpu_ram: None,
-            cpu_cores: Some(2),
-            disk: None,
-            price: UsdPerHour::from_dollars(1.0),
-            region: None,
-        }
+        Offer { cpu_cores: Some(2), ..Offer::new("fake", "o1".into(), 0, UsdPerHour::from_dollars(1.0)) }
     }
 
-    fn intent() -> Intent {
+    fn intent() -> Box<Intent> {
         let tag = LeaseTag { owner: "me".into(), run: "r1".into(), nonce: "n1".into(), deadline: 99 };
-        Intent { offer: offer(), tag }
+        Box::new(Intent { offer: offer(), tag })
     }
 
     fn brought() -> Brought {
@@ -553,7 +588,8 @@ mod tests {
             RunEvent::NotCreated { reason: "no answer".into(), refused: false },
             RunEvent::Created { instance: InstanceId("i1".into()), price: Some(UsdPerHour::from_dollars(2.0)) },
             RunEvent::Created { instance: InstanceId("i1".into()), price: None },
-            RunEvent::Reached { pin: Pin("key".into()) },
+            RunEvent::Reached { pin: Pin("key".into()), price: None },
+            RunEvent::Discarded { reason: "it has no GPU".into() },
             RunEvent::Launched,
             RunEvent::WorkerEnded { exit: Some(0) },
             RunEvent::Fetched { results: brought(), ending: Ending::Completed },
@@ -575,7 +611,7 @@ mod tests {
         let path = [
             RunEvent::Creating { intent: intent() },
             RunEvent::Created { instance: InstanceId("i1".into()), price: None },
-            RunEvent::Reached { pin: Pin("key".into()) },
+            RunEvent::Reached { pin: Pin("key".into()), price: None },
             RunEvent::Launched,
             RunEvent::WorkerEnded { exit: Some(0) },
             RunEvent::Fetched { results: brought(), ending: Ending::Completed },
@@ -594,7 +630,7 @@ mod tests {
         ];
         let stop = RunEvent::Stopped { ending: Ending::Interrupted };
         assert_eq!(next(&replay(&path), &stop).unwrap().word(), "terminating");
-        path.extend([RunEvent::Reached { pin: Pin("key".into()) }, RunEvent::Launched, stop]);
+        path.extend([RunEvent::Reached { pin: Pin("key".into()), price: None }, RunEvent::Launched, stop]);
         assert_eq!(replay(&path).word(), "salvaging");
     }
 
@@ -612,6 +648,35 @@ mod tests {
     }
 
     #[test]
+    fn what_the_instance_bills_when_it_is_up_is_what_counts() {
+        let mut path = vec![
+            RunEvent::Creating { intent: intent() },
+            RunEvent::Created { instance: InstanceId("i1".into()), price: None },
+        ];
+        path.push(RunEvent::Reached { pin: Pin("key".into()), price: Some(UsdPerHour::from_dollars(1.05)) });
+        assert_eq!(replay(&path).rental().unwrap().price, UsdPerHour::from_dollars(1.05));
+    }
+
+    #[test]
+    fn an_instance_that_does_not_serve_is_gone_before_another_is_planned() {
+        let mut path = vec![
+            RunEvent::Creating { intent: intent() },
+            RunEvent::NotCreated { reason: "sold out".into(), refused: true },
+            RunEvent::Creating { intent: intent() },
+            RunEvent::Created { instance: InstanceId("i1".into()), price: None },
+            RunEvent::Discarded { reason: "it has no GPU".into() },
+        ];
+        let discarding = replay(&path);
+        assert!(discarding.tag().is_some(), "it bills until it is gone");
+        assert!(next(&discarding, &RunEvent::Creating { intent: intent() }).is_err());
+        path.push(RunEvent::Gone);
+        let RunState::Planned { refused } = replay(&path) else { panic!("it is planned again") };
+        assert_eq!(refused.iter().map(|refusal| refusal.rented).collect::<Vec<_>>(), [false, true]);
+        let stopped = next(&discarding, &RunEvent::Stopped { ending: Ending::Interrupted }).unwrap();
+        assert_eq!(stopped.word(), "terminating");
+    }
+
+    #[test]
     fn an_unknown_create_cannot_be_stopped_away() {
         let creating = replay(&[RunEvent::Creating { intent: intent() }]);
         assert!(next(&creating, &RunEvent::Stopped { ending: Ending::Interrupted }).is_err());
@@ -625,7 +690,7 @@ mod tests {
         /// Over any sequence of events, illegal ones refused: what may bill is never forgotten, the end is the end, and
         /// state and events survive their journey through JSON.
         #[test]
-        fn laws(picks in prop::collection::vec(0usize..15, 0..60)) {
+        fn laws(picks in prop::collection::vec(0usize..16, 0..60)) {
             let all = events();
             let mut state = RunState::initial();
             for pick in picks {
@@ -636,14 +701,16 @@ mod tests {
                 prop_assert!(!state.is_closed(), "{} left the closed state", event.word());
                 if state.rental().is_some() && new.rental().is_none() {
                     prop_assert!(matches!(event, RunEvent::Gone | RunEvent::Vanished));
-                    prop_assert!(new.is_closed());
+                    let exchanged = matches!(state, RunState::Discarding { .. });
+                    prop_assert!(new.is_closed() || exchanged);
                 }
                 if matches!(state, RunState::Creating { .. }) && new.tag().is_none() {
                     let certain = matches!(event, RunEvent::NotCreated { .. });
                     prop_assert!(certain);
                 }
                 if let (Some(before), Some(after)) = (state.rental(), new.rental()) {
-                    prop_assert_eq!(before, after);
+                    let price = if matches!(event, RunEvent::Reached { .. }) { after.price } else { before.price };
+                    prop_assert_eq!(&Rental { price, ..before.clone() }, after);
                 }
                 if let Some(ending) = state.ending() {
                     prop_assert_eq!(Some(ending), new.ending());

@@ -11,11 +11,12 @@ use std::time::Duration;
 use outliers_protocol::Thresholds;
 use serde::Deserialize;
 
-use crate::broker::local;
+use crate::broker::{CLOUDS, CloudKind, local};
 use crate::secret::Secret;
 use crate::units::Bytes;
 
-/// Every environment variable this program reads.
+/// Every environment variable this program reads, beside the clouds' keys ([`CloudKind::key_variable`], or the variable that the
+/// settings name).
 pub mod variables {
     /// Folder of ledger, keys and the local cloud.
     pub const STATE: &str = "OUTLIERS_STATE";
@@ -37,28 +38,25 @@ pub mod variables {
     pub const XDG_CONFIG_HOME: &str = "XDG_CONFIG_HOME";
     /// Base of both, where they are not set.
     pub const HOME: &str = "HOME";
-
-    /// All of them.
-    pub const ALL: [&str; 10] =
-        [STATE, CONFIG, HF_TOKEN, HF_ENDPOINT, HF_HOME, NO_COLOR, TERM, XDG_STATE_HOME, XDG_CONFIG_HOME, HOME];
 }
 
 /// The settings that are built in.
 const DEFAULTS: &str = include_str!("../../config/outliers.toml");
 
-/// The variables of [`variables`], as they were at the start.
+/// The environment as it was at the start. It holds keys, so it is never printed.
 #[derive(Clone, Default)]
-pub struct Environment(BTreeMap<&'static str, String>);
+pub struct Environment(BTreeMap<String, String>);
 
 impl Environment {
     /// This process's.
     pub fn of_process() -> Self {
-        Self(variables::ALL.iter().filter_map(|name| Some((*name, std::env::var(name).ok()?))).collect())
+        let utf8 = |text: std::ffi::OsString| text.into_string().ok();
+        Self(std::env::vars_os().filter_map(|(name, value)| Some((utf8(name)?, utf8(value)?))).collect())
     }
 
     /// These and no others.
-    pub fn of(pairs: &[(&'static str, &str)]) -> Self {
-        Self(pairs.iter().map(|(name, value)| (*name, (*value).to_owned())).collect())
+    pub fn of(pairs: &[(&str, &str)]) -> Self {
+        Self(pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())
     }
 
     /// The value, unless it is empty.
@@ -85,8 +83,10 @@ pub struct Settings {
     pub results: PathBuf,
     /// The worker program, where the settings name one.
     pub worker: Option<PathBuf>,
-    /// The broker of commands that name none.
+    /// The brokers of commands that name none.
     pub broker: DefaultBroker,
+    /// Every cloud that is built in and not switched off, with its key where one is set.
+    pub clouds: Vec<CloudSettings>,
     /// After this an instance has no right to exist.
     pub max_duration: Duration,
     /// Disk beside what the checkpoint needs.
@@ -105,23 +105,30 @@ pub struct Settings {
     pub hf_endpoint: Option<String>,
 }
 
-/// The broker of commands that name none.
+/// The brokers of commands that name none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DefaultBroker {
     /// The settings name it.
     Named(String),
+    /// Every cloud whose key is set.
+    Clouds,
     /// No cloud's key is set: this machine.
     Local,
 }
 
-impl DefaultBroker {
-    /// Its name.
-    pub fn name(&self) -> &str {
-        match self {
-            Self::Named(name) => name,
-            Self::Local => local::NAME,
-        }
-    }
+/// A cloud as the settings have it.
+#[derive(Clone, Debug)]
+pub struct CloudSettings {
+    /// Which.
+    pub kind: &'static CloudKind,
+    /// Where its API answers.
+    pub base_url: String,
+    /// The variable its key is read from.
+    pub key_variable: String,
+    /// Its key.
+    pub key: Option<Secret>,
+    /// Container image for instances.
+    pub image: String,
 }
 
 /// A settings' file. Every field may be missing; one that is not known is an error.
@@ -138,6 +145,19 @@ struct File {
     thresholds: ThresholdSection,
     #[serde(default)]
     plan: PlanSection,
+    #[serde(default)]
+    brokers: BTreeMap<String, BrokerSection>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct BrokerSection {
+    enabled: Option<bool>,
+    #[serde(alias = "base_url")]
+    base_url: Option<String>,
+    #[serde(alias = "key_variable")]
+    key_variable: Option<String>,
+    image: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -177,8 +197,9 @@ impl Settings {
     pub fn resolve(config: Option<&Path>, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
         let defaults = parse(DEFAULTS, Path::new("config/outliers.toml"))?;
         let user = user_file(config, environment)?;
+        let clouds = clouds(&user.brokers, environment)?;
         let broker = match user.broker.or(defaults.broker).as_deref() {
-            // No cloud is built in yet whose key could be set.
+            None | Some("auto") if clouds.iter().any(|cloud| cloud.key.is_some()) => DefaultBroker::Clouds,
             None | Some("auto") => DefaultBroker::Local,
             Some(name) => DefaultBroker::Named(name.to_owned()),
         };
@@ -193,6 +214,7 @@ impl Settings {
             results: here.join(results),
             worker: user.worker.binary.or(defaults.worker.binary).map(|path| here.join(path)),
             broker,
+            clouds,
             max_duration: span.ok_or_else(|| built_in("run.max-duration"))?.0,
             spare_disk: spare.ok_or_else(|| built_in("run.spare-disk"))?.0,
             push_limit: limit.ok_or_else(|| built_in("run.push-limit"))?.0,
@@ -210,6 +232,28 @@ impl Settings {
         let token = self.hf_token.clone().map(|token| (variables::HF_TOKEN, token));
         token.into_iter().chain(endpoint).collect()
     }
+}
+
+fn clouds(
+    sections: &BTreeMap<String, BrokerSection>,
+    environment: &Environment,
+) -> Result<Vec<CloudSettings>, SettingsError> {
+    if let Some(name) = sections.keys().find(|name| !CLOUDS.iter().any(|kind| kind.name == **name)) {
+        return Err(SettingsError::NoSuchBroker { name: name.clone() });
+    }
+    let resolve = |kind: &'static CloudKind| {
+        let section = sections.get(kind.name).cloned().unwrap_or_default();
+        let key_variable = section.key_variable.unwrap_or_else(|| kind.key_variable.to_owned());
+        let key = environment.get(&key_variable).map(|key| Secret::new(key.trim()));
+        section.enabled.unwrap_or(true).then(|| CloudSettings {
+            kind,
+            base_url: section.base_url.unwrap_or_else(|| kind.base_url.to_owned()),
+            key_variable,
+            key,
+            image: section.image.unwrap_or_else(|| kind.image.to_owned()),
+        })
+    };
+    Ok(CLOUDS.iter().copied().filter_map(resolve).collect())
 }
 
 fn thresholds(user: &ThresholdSection, defaults: &ThresholdSection) -> Thresholds {
@@ -281,9 +325,21 @@ pub enum SettingsError {
         /// Where in it, and what is wrong.
         why: String,
     },
+    /// A section is about a broker that is not built in.
+    #[error("[brokers.{name}]: there is no such cloud")]
+    NoSuchBroker {
+        /// As it is written.
+        name: String,
+    },
     /// There is no home folder.
     #[error("there is no place for the ledger: no home folder")]
     NoState,
+}
+
+/// The names of all clouds that are built in.
+pub fn known_brokers() -> String {
+    let clouds = CLOUDS.iter().map(|kind| kind.name);
+    std::iter::once(local::NAME).chain(clouds).collect::<Vec<_>>().join(", ")
 }
 
 impl SettingsError {
@@ -292,6 +348,7 @@ impl SettingsError {
         match self {
             Self::Unreadable { .. } => "name a file that can be read, or none".to_owned(),
             Self::Wrong { .. } => "config/outliers.toml shows every setting with its default".to_owned(),
+            Self::NoSuchBroker { .. } => format!("built in: {}", known_brokers()),
             Self::NoState => format!("set {} to a folder", variables::STATE),
         }
     }
@@ -420,7 +477,7 @@ mod tests {
     #[test]
     fn the_users_file_changes_only_what_it_names() {
         let settings = resolve(Some("broker = 'x'\n[run]\nmax-duration = '1h30m'"), &[]).unwrap();
-        assert_eq!(settings.broker.name(), "x");
+        assert_eq!(settings.broker, DefaultBroker::Named("x".into()));
         assert_eq!(settings.max_duration, Duration::from_secs(5400));
         assert_eq!(settings.push_limit, Bytes::from_gib(1));
     }

@@ -26,6 +26,11 @@ pub fn clean(bytes: &[u8], limit: usize) -> String {
     out
 }
 
+/// The same for a text of several lines, which stay.
+pub fn clean_lines(text: &str) -> String {
+    text.lines().map(|line| clean(line.as_bytes(), 2000)).collect::<Vec<_>>().join("\n")
+}
+
 fn is_unsafe(c: char) -> bool {
     let direction = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     direction || (c.is_control() && !matches!(c, '\t' | '\n' | '\r'))

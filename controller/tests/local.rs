@@ -85,7 +85,7 @@ impl Cloud {
     }
 
     async fn offer(&self) -> Offer {
-        self.broker.offers(&GpuRequest::default()).await.unwrap().remove(0)
+        self.broker.offers(&GpuRequest::default()).await.unwrap().offers.remove(0)
     }
 
     async fn rent(&self) -> Instance {
@@ -806,7 +806,7 @@ async fn a_gpu_is_rented_once_at_a_time() {
     fs::write(&smi, "#!/bin/sh\nfor i in 1 2 3; do echo 'NVIDIA H100 80GB HBM3, 81559'; done\n").unwrap();
     fs::set_permissions(&smi, fs::Permissions::from_mode(0o755)).unwrap();
     cloud.broker = cloud.broker.clone().with_nvidia_smi(smi);
-    let offers = cloud.broker.offers(&GpuRequest::default()).await.unwrap();
+    let offers = cloud.broker.offers(&GpuRequest::default()).await.unwrap().offers;
     assert_eq!(offers.iter().map(|o| o.gpu_count).collect::<Vec<_>>(), [0, 1, 2, 3]);
     let lease = cloud.lease_for(3600);
     let two = cloud.broker.create(&offers[2], &lease).await.unwrap();

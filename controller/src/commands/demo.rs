@@ -133,7 +133,7 @@ fn options(folder: &Path) -> DeployArgs {
         model: ModelArgs { model: folder.to_string_lossy().into_owned(), revision: "main".to_owned() },
         job: JobArgs { num_sequences: Some(SEQUENCES), sequence_length: Some(LENGTH), ..JobArgs::default() },
         // A processor is enough, and everybody has one.
-        want: WantArgs { broker: Some(local::NAME.to_owned()), gpu_count: Some(0), ..WantArgs::default() },
+        want: WantArgs { broker: vec![local::NAME.to_owned()], gpu_count: Some(0), ..WantArgs::default() },
         push_model: true,
         keep_running: false,
         max_duration: None,
@@ -177,7 +177,7 @@ fn in_words(document: &Document) -> String {
 }
 
 async fn left(context: &Context, run: &str) -> Result<Vec<Instance>, Complaint> {
-    let listed = context.cloud(Some(local::NAME))?.broker.list().await?;
+    let listed = context.cloud(local::NAME)?.broker.list().await?;
     Ok(listed.into_iter().filter(|instance| instance.tag().is_some_and(|tag| tag.run == run)).collect())
 }
 

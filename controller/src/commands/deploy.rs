@@ -9,14 +9,16 @@ use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use super::{Cloud, Context, SCHEMA, request};
+use super::{Context, SCHEMA, ports, request};
 use crate::broker::Offer;
 use crate::cli::DeployArgs;
-use crate::deploy::{DeployEvent, Driver, Patience, Ports, Stop, job_key, recover};
+use crate::clouds::{BadHosts, Clouds};
+use crate::deploy::{DeployEvent, Driver, Ports, Stop, job_key, recover};
 use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms, random_word};
 use crate::local_worker::{Check, LocalWorker, corpus_files};
 use crate::market;
 use crate::reconcile::Action;
+use crate::report::tables::TOP;
 use crate::report::{Complaint, ExitStatus, Reporter, tables};
 use crate::run::{Ending, RunSpec};
 use crate::secret::Secret;
@@ -109,35 +111,36 @@ fn complaint_of(run: &RunRecord) -> Option<Complaint> {
 /// [`Complaint`]: what is wrong; nothing was rented unless its status is 6.
 pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Option<Deployed>, Complaint> {
     let reporter = &context.reporter;
-    let cloud = context.cloud(args.want.broker.as_deref())?;
-    if args.want.broker.is_none() && context.settings.broker == DefaultBroker::Local {
+    let clouds = context.clouds(&args.want.broker)?;
+    if args.want.broker.is_empty() && context.settings.broker == DefaultBroker::Local {
         reporter.using_this_machine();
     }
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
-    let key = job_key(&job, cloud.broker.name()).map_err(|error| Complaint::failed(format!("the corpus: {error}")))?;
+    let key = job_key(&job, &clouds.names()).map_err(|error| Complaint::failed(format!("the corpus: {error}")))?;
     let hosts = context.hosts(worker.path());
     let hub = matches!(job.model, ModelSource::Hub { .. });
     let secrets: Vec<(&'static str, Secret)> = if hub { context.settings.hub_variables() } else { Vec::new() };
-    let ports = cloud.ports(&hosts, &secrets);
+    let bad_hosts = BadHosts::default();
+    let ports = ports(&clouds, &bad_hosts, &hosts, &secrets);
     let ledger = context.ledger()?;
     if !args.dry_run
-        && let Some(run) = reconcile(reporter, &ledger, ports, &cloud.patience, &key).await?
+        && let Some(run) = reconcile(reporter, &ledger, ports, &key).await?
     {
         reporter.picked_up(run.record());
-        return drive(reporter, run, ports, cloud.patience.clone()).await.map(Some);
+        return drive(reporter, run, ports).await.map(Some);
     }
-    let inspection = preflight(context, &cloud, &worker, &job, args).await?;
-    let spec = spec(context, &cloud, job, key, &inspection, args)?;
-    let offers = offers(reporter, &cloud, &spec, &inspection, args.dry_run).await?;
+    let inspection = preflight(context, &clouds, &worker, &job, args).await?;
+    let spec = spec(context, &clouds, job, key, &inspection, args)?;
+    let offers = offers(reporter, &clouds, &spec, &inspection, args.dry_run).await?;
     if args.dry_run {
         return Ok(None);
     }
-    consent(context, &cloud, &offers, Duration::from_secs(spec.max_duration_s), args.yes)?;
+    consent(context, &clouds, &offers, &spec, args.yes)?;
     writable(Path::new(&spec.results))?;
     let run = ledger.plan(&spec)?;
     reporter.say(&format!("Run {}", run.record().id));
-    drive(reporter, run, ports, cloud.patience.clone()).await.map(Some)
+    drive(reporter, run, ports).await.map(Some)
 }
 
 /// Brings ledger and cloud into agreement; returns the unfinished run of the same work, if nobody drives one.
@@ -145,12 +148,11 @@ async fn reconcile(
     reporter: &Reporter,
     ledger: &Ledger,
     ports: Ports<'_>,
-    patience: &Patience,
     key: &str,
 ) -> Result<Option<RunWriter>, Complaint> {
     // Taken first: a run that is ours to go on with is nobody's to clean up.
     let run = abandoned(ledger, key)?;
-    let found: Vec<Action> = recover(ledger, ports, patience, &|event| reporter.event(event)).await?;
+    let found: Vec<Action> = recover(ledger, ports, &|event| reporter.event(event)).await?;
     reporter.recovered(found.iter());
     Ok(run)
 }
@@ -174,7 +176,7 @@ fn abandoned(ledger: &Ledger, key: &str) -> Result<Option<RunWriter>, Complaint>
 /// Everything that can be known to be wrong before anything is rented.
 async fn preflight(
     context: &Context,
-    cloud: &Cloud,
+    clouds: &Clouds,
     worker: &LocalWorker,
     job: &JobSpec,
     args: &DeployArgs,
@@ -184,7 +186,7 @@ async fn preflight(
         let hint = "a hub model is fetched by the instance";
         return Err(Complaint::refused("--push-model needs a folder as --model", hint));
     }
-    if folder && !args.push_model && !cloud.is_local {
+    if folder && !args.push_model && !clouds.is_local() {
         let hint = "add --push-model to upload it (when it is small), or use a hub id";
         return Err(Complaint::refused("the model is a folder on this machine", hint));
     }
@@ -193,7 +195,7 @@ async fn preflight(
         check_size(path, Bytes(std::fs::metadata(path).map_or(0, |meta| meta.len())), limit)?;
     }
     // A device list is about the instance; it can be tried here only when the instance is here.
-    let check = if cloud.is_local { Check::TextAndDevices } else { Check::Text };
+    let check = if clouds.is_local() { Check::TextAndDevices } else { Check::Text };
     let inspection = worker.inspect(job, check).await?;
     if args.push_model {
         check_size(job.model.name(), Bytes(inspection.files.iter().map(|file| file.bytes).sum()), limit)?;
@@ -213,7 +215,7 @@ fn check_size(name: &str, bytes: Bytes, limit: Bytes) -> Result<(), Complaint> {
 
 fn spec(
     context: &Context,
-    cloud: &Cloud,
+    clouds: &Clouds,
     job: JobSpec,
     job_key: String,
     inspection: &Inspection,
@@ -225,14 +227,16 @@ fn spec(
         ModelSource::Folder { .. } => OWN_FILES,
     };
     let mut request = request(&args.want);
+    let disk = request.min_disk.map_or(disk, |typed| typed.max(disk));
     request.min_disk = Some(disk);
     let results = context.settings.results.to_str().map(str::to_owned);
     Ok(RunSpec {
         model: job.model.name().to_owned(),
-        broker: cloud.broker.name().to_owned(),
+        brokers: clouds.names(),
         job,
         job_key,
         request,
+        work: context.work(&inspection.plan),
         disk,
         push_model: args.push_model,
         keep_running: args.keep_running,
@@ -244,33 +248,35 @@ fn spec(
 /// What can be rented, best first; with `show`, printed as the plan.
 async fn offers(
     reporter: &Reporter,
-    cloud: &Cloud,
+    clouds: &Clouds,
     spec: &RunSpec,
     inspection: &Inspection,
     show: bool,
 ) -> Result<Vec<Offer>, Complaint> {
-    let market::Selection { offers, considered, .. } =
-        market::select(cloud.broker.offers(&spec.request).await?.offers, &spec.request)?;
+    let offered = clouds.offers(&spec.request).await?;
+    reporter.offered(&offered);
+    let market::Selection { offers, considered, .. } = market::select(offered.offers, &spec.request, &spec.work)?;
     if show {
         let limit = Duration::from_secs(spec.max_duration_s);
         let at_most = offers.first().map_or(Usd::ZERO, |offer| offer.price.cost(limit));
         let plan = Plan { schema: SCHEMA, dry_run: true, spec, inspection, offers: &offers, considered, at_most };
         let head = format!("Nothing is rented. Time limit {}.\n", Span(limit));
-        reporter.result(&plan, || head + &tables::needs(inspection) + &tables::offers(&offers, limit));
+        reporter.result(&plan, || head + &tables::needs(inspection) + &tables::offers(&offers, &spec.work, limit, TOP));
     }
     Ok(offers)
 }
 
 /// Asks before real money is spent.
-fn consent(context: &Context, cloud: &Cloud, offers: &[Offer], limit: Duration, yes: bool) -> Result<(), Complaint> {
-    if yes || cloud.is_local {
+fn consent(context: &Context, clouds: &Clouds, offers: &[Offer], spec: &RunSpec, yes: bool) -> Result<(), Complaint> {
+    if yes || clouds.is_local() {
         return Ok(());
     }
     if !std::io::stdin().is_terminal() {
         return Err(Complaint::refused("this would rent an instance, and nobody is there to ask", "add --yes"));
     }
-    context.reporter.say(&tables::offers(offers, limit));
-    let _ = write!(std::io::stderr(), "Rent the first of these? [y/N] ");
+    let limit = Duration::from_secs(spec.max_duration_s);
+    context.reporter.say(&tables::offers(offers, &spec.work, limit, TOP));
+    let _ = write!(std::io::stderr(), "Rent the first of these, or the next if it cannot be had? [y/N] ");
     let mut answer = String::new();
     let read = std::io::stdin().lock().read_line(&mut answer);
     match (read, answer.trim()) {
@@ -297,15 +303,10 @@ fn writable(folder: &Path) -> Result<(), Complaint> {
 ///
 /// # Errors
 /// Status 6: its instance may be left.
-pub(super) async fn drive(
-    reporter: &Reporter,
-    run: RunWriter,
-    ports: Ports<'_>,
-    patience: Patience,
-) -> Result<Deployed, Complaint> {
+pub(super) async fn drive(reporter: &Reporter, run: RunWriter, ports: Ports<'_>) -> Result<Deployed, Complaint> {
     let stop = watch::Sender::new(Stop::Go);
     let on = |event| reporter.event(event);
-    let driver = Driver::new(run, ports, patience, stop.subscribe(), &on);
+    let driver = Driver::new(run, ports, stop.subscribe(), &on);
     let listen = listen(|level| {
         reporter.event(DeployEvent::Stopping(level));
         stop.send_replace(level);

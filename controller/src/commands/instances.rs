@@ -1,22 +1,27 @@
-//! `instances`: a broker's list, and what this program makes of it.
+//! `instances`: the clouds' lists, and what this program makes of them.
 
 use std::io::{BufRead, IsTerminal, Write};
+use std::process::Command;
 
+use futures::future::join_all;
 use serde::Serialize;
 
-use super::{Cloud, Context, SCHEMA, runs};
-use crate::broker::{Instance, InstanceId};
+use super::{Context, SCHEMA, ports, runs};
+use crate::broker::{Instance, InstanceState, SshEndpoint};
 use crate::cli::InstancesCommand;
-use crate::deploy::{Stop, look};
+use crate::clouds::{BadHosts, Cloud, Clouds};
+use crate::deploy::{KEY_FILE, Looked, Stop, look};
 use crate::ledger::Ledger;
-use crate::reconcile::Action;
 use crate::report::{Complaint, ExitStatus, tables};
+use crate::run::RunState;
+use crate::transport::quote::quote;
 
 #[derive(Serialize)]
 struct Listed<'a> {
     schema: u32,
-    broker: &'a str,
     instances: Vec<Shown<'a>>,
+    /// Clouds whose list is not known, in their words.
+    silent: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -31,44 +36,173 @@ struct Shown<'a> {
 pub(super) async fn command(context: &Context, command: InstancesCommand) -> Result<ExitStatus, Complaint> {
     let ledger = context.ledger()?;
     match command {
-        InstancesCommand::List { broker } => list(context, &ledger, &context.cloud(broker.as_deref())?).await,
+        InstancesCommand::List { broker } => list(context, &ledger, &clouds(context, &broker)?).await,
+        InstancesCommand::Show { id, broker } => show(context, &ledger, &clouds(context, &broker)?, &id).await,
+        InstancesCommand::Ssh { id, run, broker } => {
+            let clouds = clouds(context, &broker)?;
+            let (_, instance) = find(&clouds, &id).await?;
+            ssh(context, &ledger, &instance, run)
+        }
         InstancesCommand::Terminate { ids, all, broker, yes } => {
-            let cloud = context.cloud(broker.as_deref())?;
-            let listed = cloud.broker.list().await?;
-            let chosen = choose(&ledger, &listed, &ids, all)?;
-            consent(context, &cloud, &chosen, all, yes)?;
-            terminate(context, &ledger, &cloud, &chosen).await
+            let clouds = clouds(context, &broker)?;
+            let chosen = choose(&ledger, &clouds, &ids, all).await?;
+            consent(context, &chosen, all, yes)?;
+            terminate(context, &ledger, &clouds, &chosen).await
         }
     }
 }
 
-async fn list(context: &Context, ledger: &Ledger, cloud: &Cloud) -> Result<ExitStatus, Complaint> {
-    let hosts = context.hosts(&context.exe);
-    let actions: Vec<Action> = look(ledger, cloud.ports(&hosts, &[]), &cloud.patience).await?;
-    let listed = cloud.broker.list().await?;
-    let shown = listed.iter().map(|instance| Shown { instance, what_it_is: tables::what_it_is(instance, &actions) });
-    let document = Listed { schema: SCHEMA, broker: cloud.broker.name(), instances: shown.collect() };
-    context.reporter.result(&document, || tables::instances(&listed, &actions));
+/// Those that were named, else all that can be asked: a forgotten instance may be on any of them.
+fn clouds(context: &Context, names: &[String]) -> Result<Clouds, Complaint> {
+    if names.is_empty() { context.all_clouds() } else { context.clouds(names) }
+}
+
+async fn list(context: &Context, ledger: &Ledger, clouds: &Clouds) -> Result<ExitStatus, Complaint> {
+    let (mut looks, mut silent) = (Vec::new(), Vec::new());
+    for looked in join_all(clouds.iter().map(|cloud| look(ledger, cloud))).await {
+        match looked {
+            Ok(looked) => looks.push(looked),
+            Err(stuck) => silent.push(stuck.to_string()),
+        }
+    }
+    let shown = |looked: &'_ Looked| -> Vec<String> {
+        looked.listed.iter().map(|instance| tables::what_it_is(instance, &looked.actions)).collect()
+    };
+    let words: Vec<String> = looks.iter().flat_map(shown).collect();
+    let all: Vec<&Instance> = looks.iter().flat_map(|looked| &looked.listed).collect();
+    let instances = all.iter().zip(&words).map(|(instance, words)| Shown { instance, what_it_is: words.clone() });
+    let document = Listed { schema: SCHEMA, instances: instances.collect(), silent };
+    context.reporter.result(&document, || tables::instances(&all, &words));
+    match document.silent.first() {
+        None => Ok(ExitStatus::Done),
+        Some(words) => Err(Complaint {
+            status: ExitStatus::Cloud,
+            message: format!("this list is not whole: {words}"),
+            hint: Some("outliers doctor".to_owned()),
+        }),
+    }
+}
+
+/// All instances of all clouds; one that does not answer is an error.
+async fn everything(clouds: &Clouds) -> Result<Vec<(&Cloud, Instance)>, Complaint> {
+    let lists =
+        join_all(clouds.iter().map(|cloud| async move { (cloud, cloud.call(cloud.broker.list()).await) })).await;
+    let mut all = Vec::new();
+    for (cloud, listed) in lists {
+        all.extend(listed?.into_iter().map(|instance| (cloud, instance)));
+    }
+    Ok(all)
+}
+
+async fn find<'a>(clouds: &'a Clouds, id: &str) -> Result<(&'a Cloud, Instance), Complaint> {
+    let found = everything(clouds).await?.into_iter().find(|(_, instance)| instance.id.0 == *id);
+    found.ok_or_else(|| missing(id))
+}
+
+fn missing(id: &str) -> Complaint {
+    Complaint::refused(format!("there is no instance `{id}`"), "see `outliers instances list`")
+}
+
+async fn show(context: &Context, ledger: &Ledger, clouds: &Clouds, id: &str) -> Result<ExitStatus, Complaint> {
+    let (cloud, instance) = find(clouds, id).await?;
+    // The list's word may be older than the cloud's word on the one.
+    let instance = cloud.call(cloud.broker.get(&instance.id)).await?.unwrap_or(instance);
+    let run = instance.tag().and_then(|tag| ledger.run(&tag.run).ok());
+    let looked = look(ledger, cloud).await?;
+    let words = tables::what_it_is(&instance, &looked.actions);
+    let document = serde_json::json!({
+        "schema": SCHEMA, "instance": instance, "what_it_is": words, "run": run.as_ref().map(|run| &run.id),
+        "capabilities": cloud.broker.capabilities(),
+    });
+    context
+        .reporter
+        .result(&document, || tables::instance(&instance, &words, run.as_ref(), cloud.broker.capabilities()));
     Ok(ExitStatus::Done)
 }
 
+/// The command that opens a shell, with the run's key and the host key it showed first.
+fn ssh(context: &Context, ledger: &Ledger, instance: &Instance, run: bool) -> Result<ExitStatus, Complaint> {
+    let InstanceState::Ready(endpoint) = &instance.state else {
+        return Err(Complaint::failed(format!("instance {} has no address", instance.id)));
+    };
+    let tag = instance.tag().filter(|tag| tag.owner == ledger.owner());
+    let tag = tag.ok_or_else(|| Complaint::failed(format!("instance {} is not of this ledger", instance.id)))?;
+    let record = ledger.run(&tag.run)?;
+    let folder = ledger.run_folder(&record.id);
+    let pin = match &record.state {
+        RunState::Reachable { pin, .. }
+        | RunState::Launched { pin, .. }
+        | RunState::Ended { pin, .. }
+        | RunState::Salvaging { pin, .. } => Some(pin.0.clone()),
+        _ => None,
+    };
+    let known_hosts = folder.join("known_hosts");
+    let strict = match &pin {
+        Some(pin) => {
+            let line = format!("{} {pin}\n", address(endpoint)?);
+            std::fs::write(&known_hosts, line)
+                .map_err(|error| Complaint::failed(format!("{}: {error}", known_hosts.display())))?;
+            "yes"
+        }
+        None => "accept-new",
+    };
+    let key = folder.join(KEY_FILE);
+    if !key.exists() {
+        return Err(Complaint::failed(format!("the key of run {} is gone", record.id)));
+    }
+    address(endpoint)?;
+    let arguments = [
+        "-i".to_owned(),
+        key.to_string_lossy().into_owned(),
+        "-p".to_owned(),
+        endpoint.port.to_string(),
+        "-o".to_owned(),
+        "IdentitiesOnly=yes".to_owned(),
+        "-o".to_owned(),
+        format!("UserKnownHostsFile={}", known_hosts.display()),
+        "-o".to_owned(),
+        format!("StrictHostKeyChecking={strict}"),
+        "--".to_owned(),
+        format!("{}@{}", endpoint.user, endpoint.host),
+    ];
+    if run {
+        let status = Command::new("ssh").args(&arguments).status();
+        let status = status.map_err(|error| Complaint::failed(format!("ssh cannot be run: {error}")))?;
+        return Ok(if status.success() { ExitStatus::Done } else { ExitStatus::Failed });
+    }
+    let command = format!("ssh {}", arguments.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" "));
+    let document = serde_json::json!({ "schema": SCHEMA, "command": command });
+    context.reporter.result(&document, || command.clone());
+    Ok(ExitStatus::Done)
+}
+
+/// The endpoint as a `known_hosts` file names it. A cloud's word goes into a command line here, so it has to look like an address.
+fn address(endpoint: &SshEndpoint) -> Result<String, Complaint> {
+    let plain = |text: &str| {
+        let fits = |c: char| c.is_ascii_alphanumeric() || ".-_:".contains(c);
+        !text.is_empty() && !text.starts_with('-') && text.chars().all(fits)
+    };
+    if !plain(&endpoint.host) || !plain(&endpoint.user) {
+        return Err(Complaint::failed("the cloud gives an address that is none"));
+    }
+    Ok(if endpoint.port == 22 { endpoint.host.clone() } else { format!("[{}]:{}", endpoint.host, endpoint.port) })
+}
+
 /// The instances that are meant; all of them this ledger's.
-fn choose<'a>(
+async fn choose<'a>(
     ledger: &Ledger,
-    listed: &'a [Instance],
+    clouds: &'a Clouds,
     ids: &[String],
     all: bool,
-) -> Result<Vec<&'a Instance>, Complaint> {
-    let ours = |instance: &&Instance| instance.tag().is_some_and(|tag| tag.owner == ledger.owner());
+) -> Result<Vec<(&'a Cloud, Instance)>, Complaint> {
+    let ours = |instance: &Instance| instance.tag().is_some_and(|tag| tag.owner == ledger.owner());
+    let listed = everything(clouds).await?;
     if all {
-        return Ok(listed.iter().filter(ours).collect());
+        return Ok(listed.into_iter().filter(|(_, instance)| ours(instance)).collect());
     }
     let find = |id: &String| {
-        let found = listed.iter().find(|instance| instance.id.0 == *id);
-        let found = found.ok_or_else(|| {
-            Complaint::refused(format!("there is no instance `{id}`"), "see `outliers instances list`")
-        })?;
-        Some(found).filter(ours).ok_or_else(|| {
+        let found = listed.iter().find(|(_, instance)| instance.id.0 == *id).ok_or_else(|| missing(id))?;
+        Some(found.clone()).filter(|(_, instance)| ours(instance)).ok_or_else(|| {
             Complaint::refused(format!("instance {id} was not rented by this ledger"), "end it where it was rented")
         })
     };
@@ -76,8 +210,8 @@ fn choose<'a>(
 }
 
 /// All of them at once wants more than a letter, where they cost something.
-fn consent(context: &Context, cloud: &Cloud, chosen: &[&Instance], all: bool, yes: bool) -> Result<(), Complaint> {
-    if yes || cloud.is_local || chosen.is_empty() {
+fn consent(context: &Context, chosen: &[(&Cloud, Instance)], all: bool, yes: bool) -> Result<(), Complaint> {
+    if yes || chosen.iter().all(|(cloud, _)| cloud.is_local) {
         return Ok(());
     }
     if !std::io::stdin().is_terminal() {
@@ -96,14 +230,14 @@ fn consent(context: &Context, cloud: &Cloud, chosen: &[&Instance], all: bool, ye
 async fn terminate(
     context: &Context,
     ledger: &Ledger,
-    cloud: &Cloud,
-    chosen: &[&Instance],
+    clouds: &Clouds,
+    chosen: &[(&Cloud, Instance)],
 ) -> Result<ExitStatus, Complaint> {
-    for instance in chosen {
-        end(context, ledger, cloud, instance).await?;
+    for (cloud, instance) in chosen {
+        end(context, ledger, clouds, cloud, instance).await?;
     }
-    let ended: Vec<&InstanceId> = chosen.iter().map(|instance| &instance.id).collect();
-    let document = serde_json::json!({ "schema": SCHEMA, "broker": cloud.broker.name(), "ended": ended });
+    let ended: Vec<_> = chosen.iter().map(|(cloud, instance)| (cloud.name(), &instance.id)).collect();
+    let document = serde_json::json!({ "schema": SCHEMA, "ended": ended });
     context.reporter.result(&document, || match ended.len() {
         0 => "no instances to end".to_owned(),
         1 => "1 instance ended, and seen gone".to_owned(),
@@ -112,17 +246,39 @@ async fn terminate(
     Ok(ExitStatus::Done)
 }
 
-/// Through its run where it has one, so that the ledger knows; else at the broker.
-async fn end(context: &Context, ledger: &Ledger, cloud: &Cloud, instance: &Instance) -> Result<(), Complaint> {
+/// Through its run where it has one, so that the ledger knows; else at the cloud.
+async fn end(
+    context: &Context,
+    ledger: &Ledger,
+    clouds: &Clouds,
+    cloud: &Cloud,
+    instance: &Instance,
+) -> Result<(), Complaint> {
     let run = instance.tag().and_then(|tag| ledger.run(&tag.run).ok());
     if let Some(run) = run.filter(|run| !run.state.is_closed() && run.state.tag() == instance.tag().as_ref()) {
         let Some(taken) = ledger.take(&run.id)? else {
             let hint = format!("`outliers runs cancel {}` ends it", run.id);
             return Err(Complaint::refused(format!("a process drives run {} on it", run.id), hint));
         };
-        return runs::end(context, taken, Stop::SkipSync).await.map(drop);
+        let (hosts, bad_hosts) = (context.hosts(&context.exe), BadHosts::default());
+        let ports = ports(clouds, &bad_hosts, &hosts, &[]);
+        return runs::end(context, ports, taken, Stop::SkipSync).await.map(drop);
     }
-    let hosts = context.hosts(&context.exe);
-    let ports = cloud.ports(&hosts, &[]);
-    Ok(crate::deploy::end(ports, &cloud.patience, &|event| context.reporter.event(event), &[&instance.id]).await?)
+    Ok(crate::deploy::end(cloud, &|event| context.reporter.event(event), &[&instance.id]).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_never_an_option() {
+        let at = |host: &str, user: &str| SshEndpoint { host: host.into(), port: 22, user: user.into() };
+        assert_eq!(address(&at("1.2.3.4", "root")).unwrap(), "1.2.3.4");
+        assert_eq!(address(&SshEndpoint { port: 2222, ..at("::1", "u") }).unwrap(), "[::1]:2222");
+        for (host, user) in [("-oProxyCommand=x", "root"), ("a b", "root"), ("h", "-l"), ("", "root"), ("h;x", "root")]
+        {
+            assert!(address(&at(host, user)).is_err(), "{host} {user}");
+        }
+    }
 }

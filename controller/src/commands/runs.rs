@@ -8,10 +8,11 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use super::deploy::Deployed;
-use super::{Context, SCHEMA};
+use super::{Context, SCHEMA, ports};
 use crate::broker::InstanceState;
 use crate::cli::RunsCommand;
-use crate::deploy::{Driver, HostError, HostTalk, Hosts, Stop};
+use crate::clouds::{BadHosts, Clouds};
+use crate::deploy::{Driver, HostError, HostTalk, Hosts, Ports, Stop};
 use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
 use crate::report::{Complaint, ExitStatus, tables};
 use crate::run::{Ending, Pin, RunEvent, RunState};
@@ -100,9 +101,9 @@ async fn logs(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitStat
 }
 
 async fn follow(context: &Context, ledger: &Ledger, run: &RunRecord, pin: &Pin) -> Result<ExitStatus, Complaint> {
-    let cloud = context.cloud(Some(&run.spec.broker))?;
     let rental = run.state.rental().ok_or_else(|| Complaint::failed("the run has no instance"))?;
-    let found = cloud.broker.list().await?.into_iter().find(|instance| instance.id == rental.instance);
+    let cloud = context.cloud(&rental.offer.broker)?;
+    let found = cloud.call(cloud.broker.get(&rental.instance)).await?;
     let Some(InstanceState::Ready(endpoint)) = found.map(|instance| instance.state) else {
         return Err(Complaint::failed(format!("instance {} cannot be spoken to", rental.instance)));
     };
@@ -128,7 +129,7 @@ async fn cancel(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitSt
         run
     } else {
         match ledger.take(&run.id)? {
-            Some(taken) => end(context, taken, Stop::Now).await?,
+            Some(taken) => end_alone(context, taken, Stop::Now).await?,
             None => ask(context, ledger, &run.id).await?,
         }
     };
@@ -140,20 +141,32 @@ async fn cancel(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitSt
     Ok(ExitStatus::Done)
 }
 
+/// The same with whatever its cloud needs.
+async fn end_alone(context: &Context, run: RunWriter, how: Stop) -> Result<RunRecord, Complaint> {
+    let broker = run.state().offer().map(|offer| offer.broker.clone());
+    let clouds: Clouds =
+        broker.map(|broker| context.cloud(&broker)).transpose()?.into_iter().collect::<Vec<_>>().into();
+    // A run that is told to stop from the start pushes nothing.
+    let (hosts, bad_hosts) = (context.hosts(&context.exe), BadHosts::default());
+    end(context, ports(&clouds, &bad_hosts, &hosts, &[]), run, how).await
+}
+
 /// Ends a run that nobody drives.
 ///
 /// # Errors
 /// Status 6: its instance may be left.
-pub(super) async fn end(context: &Context, mut run: RunWriter, how: Stop) -> Result<RunRecord, Complaint> {
+pub(super) async fn end(
+    context: &Context,
+    ports: Ports<'_>,
+    mut run: RunWriter,
+    how: Stop,
+) -> Result<RunRecord, Complaint> {
     if matches!(run.state(), RunState::Held { .. }) {
         run.append(RunEvent::Terminate)?;
     }
-    let cloud = context.cloud(Some(&run.record().spec.broker))?;
-    // A run that is told to stop from the start pushes nothing.
-    let hosts = context.hosts(&context.exe);
     let stop = watch::Sender::new(how);
     let on = |event| context.reporter.event(event);
-    let driver = Driver::new(run, cloud.ports(&hosts, &[]), cloud.patience.clone(), stop.subscribe(), &on);
+    let driver = Driver::new(run, ports, stop.subscribe(), &on);
     Ok(driver.stopping_as(Ending::Cancelled).drive().await?)
 }
 
@@ -170,7 +183,7 @@ async fn ask(context: &Context, ledger: &Ledger, id: &str) -> Result<RunRecord, 
         }
         // Its driver died, or had just held the instance when we asked.
         if let Some(taken) = ledger.take(id)? {
-            return end(context, taken, Stop::Now).await;
+            return end_alone(context, taken, Stop::Now).await;
         }
     }
     Err(Complaint {

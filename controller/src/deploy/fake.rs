@@ -11,10 +11,13 @@ use outliers_protocol::{FileEntry, JobSpec, Manifest, ModelSource, Outcome, SCHE
 use tokio::sync::{Notify, watch};
 
 use super::ports::{Host, HostError, HostTalk, Hosts, Listener, Ports};
-use super::{Patience, Stop, bring};
+use super::{Stop, bring};
 use crate::broker::{
-    Broker, BrokerError, BrokerErrorKind, GpuRequest, Instance, InstanceId, InstanceState, Lease, Offer, SshEndpoint,
+    Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
+    Lease, Offer, Offers, SshEndpoint,
 };
+use crate::clouds::{BadHosts, Cloud, Clouds, Patience};
+use crate::estimate::Work;
 use crate::host::JobStatus;
 use crate::run::{Pin, RunSpec, Trouble, TroubleKind};
 use crate::secret::Secret;
@@ -36,10 +39,11 @@ pub(crate) const QUICK: Patience = Patience {
 pub(crate) fn spec(results: &Path) -> RunSpec {
     RunSpec {
         model: "owner/model".into(),
-        broker: "fake".into(),
+        brokers: "fake".into(),
         job: JobSpec::new(ModelSource::Hub { id: "owner/model".into(), revision: "main".into() }),
         job_key: "key".into(),
         request: GpuRequest::default(),
+        work: Work { read: Bytes::from_gib(1), operations: 1e12, read_rate: Bytes::from_gib(1), efficiency: 1.0 },
         disk: Bytes::from_gib(1),
         push_model: false,
         keep_running: false,
@@ -49,19 +53,8 @@ pub(crate) fn spec(results: &Path) -> RunSpec {
 }
 
 pub(crate) fn offer(key: &str, dollars: f64) -> Offer {
-    Offer {
-        broker: "fake".into(),
-        key: key.into(),
-        gpu: None,
-        gpu_raw: None,
-        gpu_count: 0,
-        vram: None,
-        cpu_ram: None,
-        cpu_cores: Some(4),
-        disk: None,
-        price: UsdPerHour::from_dollars(dollars),
-        region: None,
-    }
+    let price = UsdPerHour::from_dollars(dollars);
+    Offer { cpu_cores: Some(4), machine: Some(format!("machine of {key}")), ..Offer::new("fake", key.into(), 0, price) }
 }
 
 /// What goes wrong, at which effect.
@@ -109,6 +102,8 @@ pub(crate) struct World {
     pub(crate) visibility: u32,
     /// Offers that cannot be had.
     pub(crate) sold_out: Vec<String>,
+    /// Offers whose hosts are not what they were said to be.
+    pub(crate) unfit: Vec<String>,
     pub(crate) create_error: Option<BrokerErrorKind>,
     /// The worker runs until it is stopped.
     pub(crate) endless: bool,
@@ -128,6 +123,7 @@ pub(crate) struct Fake {
     pub(crate) world: Arc<Mutex<World>>,
     pub(crate) crashed: Arc<Notify>,
     pub(crate) stop: Arc<watch::Sender<Stop>>,
+    pub(crate) bad_hosts: BadHosts,
 }
 
 impl Fake {
@@ -138,6 +134,7 @@ impl Fake {
             world: Arc::new(Mutex::new(world)),
             crashed: Arc::new(Notify::new()),
             stop: Arc::new(watch::Sender::new(Stop::Go)),
+            bad_hosts: BadHosts::default(),
         }
     }
 
@@ -145,8 +142,13 @@ impl Fake {
         change(&mut self.world.lock().unwrap());
     }
 
-    pub(crate) fn ports(&self) -> Ports<'_> {
-        Ports { broker: self, select, hosts: self, secrets: &[] }
+    /// The one cloud there is.
+    pub(crate) fn clouds(&self) -> Clouds {
+        vec![Cloud { broker: Arc::new(self.clone()), patience: QUICK, is_local: false }].into()
+    }
+
+    pub(crate) fn ports<'a>(&'a self, clouds: &'a Clouds) -> Ports<'a> {
+        Ports { clouds, select, bad_hosts: &self.bad_hosts, hosts: self, secrets: &[] }
     }
 
     /// One effect on the world: counted, and struck by the fault armed for its number.
@@ -190,7 +192,7 @@ impl Fake {
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "the signature is the market's")]
-fn select(mut offers: Vec<Offer>, _: &GpuRequest) -> Result<Vec<Offer>, Trouble> {
+fn select(mut offers: Vec<Offer>, _: &RunSpec) -> Result<Vec<Offer>, Trouble> {
     offers.sort_by_key(|offer| offer.price);
     Ok(offers)
 }
@@ -219,8 +221,17 @@ impl Broker for Fake {
         "fake"
     }
 
-    async fn offers(&self, _: &GpuRequest) -> Result<Vec<Offer>, BrokerError> {
-        self.effect("offers", |world| world.offers.clone()).await.map_err(Struck::broker)
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
+
+    async fn check(&self) -> Result<Account, BrokerError> {
+        Ok(Account::default())
+    }
+
+    async fn offers(&self, _: &GpuRequest) -> Result<Offers, BrokerError> {
+        let listed = self.effect("offers", |world| world.offers.clone()).await.map_err(Struck::broker)?;
+        Ok(Offers { offers: listed, dropped: Vec::new() })
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
@@ -260,6 +271,10 @@ impl Broker for Fake {
             shown
         });
         listed.await.map_err(Struck::broker)
+    }
+
+    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
+        Ok(self.list().await?.into_iter().find(|instance| instance.id == *id))
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
@@ -344,8 +359,12 @@ impl FakeHost {
 
 #[async_trait]
 impl Host for FakeHost {
-    async fn probe(&self, _: &Offer, _: Bytes) -> Result<String, HostError> {
-        self.on_machine("probe", |_, _| "a fake host".to_owned()).await
+    async fn probe(&self, offer: &Offer, _: &GpuRequest) -> Result<String, HostError> {
+        self.on_machine("probe", |_, _| ()).await?;
+        if self.fake.world.lock().unwrap().unfit.contains(&offer.key) {
+            return Err(HostError { transient: false, message: "it has 0 GPUs".into(), hint: None });
+        }
+        Ok("a fake host".to_owned())
     }
 
     async fn push_worker(&self, on: &Listener<'_>) -> Result<(), HostError> {
@@ -422,6 +441,6 @@ impl Host for FakeHost {
 }
 
 /// No offer at all.
-pub(crate) fn nothing(_: Vec<Offer>, _: &GpuRequest) -> Result<Vec<Offer>, Trouble> {
+pub(crate) fn nothing(_: Vec<Offer>, _: &RunSpec) -> Result<Vec<Offer>, Trouble> {
     Err(Trouble { kind: TroubleKind::NoOffer, message: "no offer: --gpu-filter removed the last".into(), hint: None })
 }

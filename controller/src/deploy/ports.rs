@@ -6,22 +6,24 @@ use std::time::Instant;
 use async_trait::async_trait;
 use outliers_protocol::{JobSpec, Manifest, Progress};
 
-use crate::broker::{Broker, GpuRequest, Offer, SshEndpoint};
+use crate::broker::{GpuRequest, Offer, SshEndpoint};
+use crate::clouds::{BadHosts, Clouds};
 use crate::host::JobStatus;
-use crate::run::{Pin, Trouble};
+use crate::run::{Pin, RunSpec, Trouble};
 use crate::secret::Secret;
-use crate::units::Bytes;
 
-/// Offers and wishes in, the offers that satisfy them out, best first.
-pub type Select = fn(Vec<Offer>, &GpuRequest) -> Result<Vec<Offer>, Trouble>;
+/// Offers and what is to be done in, the offers that will do out, best first.
+pub type Select = fn(Vec<Offer>, &RunSpec) -> Result<Vec<Offer>, Trouble>;
 
 /// Everything a run needs from outside.
 #[derive(Clone, Copy)]
 pub struct Ports<'a> {
-    /// The cloud.
-    pub broker: &'a dyn Broker,
+    /// Where to rent.
+    pub clouds: &'a Clouds,
     /// The offers that pass the request's filters, best first.
     pub select: Select,
+    /// Machines not to rent again.
+    pub bad_hosts: &'a BadHosts,
     /// The way to rented hosts.
     pub hosts: &'a dyn Hosts,
     /// Given to the worker and to nobody else: name of the variable and its value.
@@ -52,7 +54,7 @@ pub trait Hosts: Send + Sync {
 #[async_trait]
 pub trait Host: Send + Sync {
     /// Looks at the machine: one line in words. An error when it is not what was rented.
-    async fn probe(&self, offer: &Offer, disk: Bytes) -> Result<String, HostError>;
+    async fn probe(&self, offer: &Offer, want: &GpuRequest) -> Result<String, HostError>;
 
     /// Makes sure that the worker is there.
     async fn push_worker(&self, on: &Listener<'_>) -> Result<(), HostError>;

@@ -3,30 +3,36 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use futures::future::join_all;
 use tokio::sync::watch;
 
-use super::{DeployEvent, Driver, OnEvent, Patience, Ports, Stop, Stuck};
+use super::{DeployEvent, Driver, OnEvent, Ports, Stop, Stuck};
 use crate::broker::{BrokerError, Instance, InstanceId};
+use crate::clouds::Cloud;
 use crate::ledger::{Ledger, now_ms};
 use crate::reconcile::{self, Action, Finish};
 use crate::run::{Ending, RunEvent, RunState};
 
-/// Brings ledger and broker into agreement: ends strays, finishes what has nothing left to decide, leaves the rest.
+/// Brings ledger and clouds into agreement: ends strays, finishes what has nothing left to decide, leaves the rest.
 /// Returns what was found.
 ///
 /// # Errors
-/// [`Stuck`] when the broker does not answer, or an instance does not go.
-pub async fn recover(
-    ledger: &Ledger,
-    ports: Ports<'_>,
-    patience: &Patience,
-    on: &OnEvent<'_>,
-) -> Result<Vec<Action>, Stuck> {
-    let actions = look(ledger, ports, patience).await?;
+/// [`Stuck`] when a cloud does not answer, or an instance does not go.
+pub async fn recover(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<Vec<Action>, Stuck> {
+    let each = join_all(ports.clouds.iter().map(|cloud| recover_on(ledger, ports, cloud, on))).await;
+    let mut actions = Vec::new();
+    for found in each {
+        actions.extend(found?);
+    }
+    Ok(actions)
+}
+
+async fn recover_on(ledger: &Ledger, ports: Ports<'_>, cloud: &Cloud, on: &OnEvent<'_>) -> Result<Vec<Action>, Stuck> {
+    let actions = look(ledger, cloud).await?.actions;
     for action in &actions {
         match action {
             Action::MarkGone { run } => mark_gone(ledger, run)?,
-            Action::Finish { run, why } => finish(ledger, ports, patience, on, run, *why).await?,
+            Action::Finish { run, why } => finish(ledger, ports, on, run, *why).await?,
             Action::Terminate { .. } | Action::Adopt { .. } | Action::LeaveAlone { .. } => {}
         }
     }
@@ -35,31 +41,42 @@ pub async fn recover(
         .filter_map(|action| if let Action::Terminate { instance, .. } = action { Some(instance) } else { None })
         .collect();
     if !strays.is_empty() {
-        end(ports, patience, on, &strays).await?;
+        end(cloud, on, &strays).await?;
     }
     Ok(actions)
+}
+
+/// A cloud's complete list, and what is to be done about it.
+#[derive(Debug, Default)]
+pub struct Looked {
+    /// Ours or not.
+    pub listed: Vec<Instance>,
+    /// About instances and runs.
+    pub actions: Vec<Action>,
 }
 
 /// Lists once, or as often as it takes to call a missing instance gone, and compares.
 ///
 /// # Errors
-/// [`Stuck`] when the broker does not answer.
-pub async fn look(ledger: &Ledger, ports: Ports<'_>, patience: &Patience) -> Result<Vec<Action>, Stuck> {
+/// [`Stuck`] when the cloud does not answer.
+pub async fn look(ledger: &Ledger, cloud: &Cloud) -> Result<Looked, Stuck> {
+    let (broker, patience) = (cloud.name(), &cloud.patience);
     let mut missing = BTreeMap::new();
     for again in (0..patience.absences).rev() {
         // In this order: a run's intent is in the ledger before its instance can be in a list.
-        let listed = ports.broker.list().await.map_err(|error| unanswered(&error))?;
+        let listed = cloud.call(cloud.broker.list()).await.map_err(|error| unanswered(&error))?;
         let leases = reconcile::leases(ledger)?;
-        reconcile::count_missing(&leases, ports.broker.name(), &listed, &mut missing);
+        reconcile::count_missing(&leases, broker, &listed, &mut missing);
         if again > 0 && !missing.is_empty() {
             tokio::time::sleep(patience.listing_interval).await;
             continue;
         }
         let now = now_ms() / 1000;
-        let broker = ports.broker.name();
-        return Ok(reconcile::compare(ledger.owner(), broker, now, &leases, &listed, &missing, patience.absences));
+        let owner = ledger.owner();
+        let actions = reconcile::compare(owner, broker, now, &leases, &listed, &missing, patience.absences);
+        return Ok(Looked { listed, actions });
     }
-    Ok(Vec::new())
+    Ok(Looked::default())
 }
 
 fn mark_gone(ledger: &Ledger, run: &str) -> Result<(), Stuck> {
@@ -76,14 +93,7 @@ fn mark_gone(ledger: &Ledger, run: &str) -> Result<(), Stuck> {
     Ok(())
 }
 
-async fn finish(
-    ledger: &Ledger,
-    ports: Ports<'_>,
-    patience: &Patience,
-    on: &OnEvent<'_>,
-    run: &str,
-    why: Finish,
-) -> Result<(), Stuck> {
+async fn finish(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>, run: &str, why: Finish) -> Result<(), Stuck> {
     let Some(mut run) = ledger.take(run)? else { return Ok(()) };
     if matches!(run.state(), RunState::Held { .. }) {
         run.append(RunEvent::Terminate)?;
@@ -94,7 +104,7 @@ async fn finish(
         Finish::Expired => Ending::Deadline,
         Finish::Ending => Ending::Interrupted,
     };
-    Driver::new(run, ports, patience.clone(), stop.subscribe(), on).stopping_as(ending).drive().await?;
+    Driver::new(run, ports, stop.subscribe(), on).stopping_as(ending).drive().await?;
     Ok(())
 }
 
@@ -102,12 +112,13 @@ async fn finish(
 ///
 /// # Errors
 /// [`Stuck`] when one does not go.
-pub async fn end(ports: Ports<'_>, patience: &Patience, on: &OnEvent<'_>, strays: &[&InstanceId]) -> Result<(), Stuck> {
+pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, strays: &[&InstanceId]) -> Result<(), Stuck> {
+    let patience = &cloud.patience;
     let deadline = Instant::now() + patience.terminate;
     let mut absences = 0;
     let mut trouble = None;
     loop {
-        match ports.broker.list().await {
+        match cloud.call(cloud.broker.list()).await {
             Ok(listed) => {
                 let left: Vec<Instance> = listed.into_iter().filter(|i| strays.contains(&&i.id)).collect();
                 absences = if left.is_empty() { absences + 1 } else { 0 };
@@ -116,7 +127,7 @@ pub async fn end(ports: Ports<'_>, patience: &Patience, on: &OnEvent<'_>, strays
                 }
                 for instance in left {
                     on(DeployEvent::Terminating(Box::new(instance.clone())));
-                    trouble = ports.broker.terminate(&instance.id).await.err();
+                    trouble = cloud.call(cloud.broker.terminate(&instance.id)).await.err();
                 }
             }
             Err(error) => trouble = Some(error),

@@ -9,7 +9,7 @@ use tokio::sync::Mutex;
 
 use super::KEY_FILE;
 use super::ports::{Host, HostError, HostTalk, Hosts, Listener};
-use crate::broker::{Offer, SshEndpoint};
+use crate::broker::{GpuRequest, Offer, SshEndpoint};
 use crate::host::{self, Cursor, HostErrorKind, HostEvent, HostFacts, JobStatus, RemoteHost, RemoteWorker};
 use crate::keys::{KeyError, RunKey};
 use crate::run::Pin;
@@ -19,6 +19,8 @@ use crate::units::Bytes;
 
 /// Nominal GPU memory is more than what the driver gives out.
 const MEMORY_SHARE: f64 = 0.85;
+/// Seconds by which a host's clock may be off before people are told.
+const MOST_SKEW: i64 = 60;
 /// One stay at a worker's side; then the loop looks around and comes back.
 const FOLLOW: Duration = Duration::from_secs(3600);
 
@@ -81,9 +83,9 @@ struct SshHost {
 
 #[async_trait]
 impl Host for SshHost {
-    async fn probe(&self, offer: &Offer, disk: Bytes) -> Result<String, HostError> {
+    async fn probe(&self, offer: &Offer, want: &GpuRequest) -> Result<String, HostError> {
         let facts = self.host.probe().await?;
-        match unfit(&facts, offer, disk) {
+        match unfit(&facts, offer, want) {
             None => Ok(in_words(&facts)),
             Some(why) => Err(HostError {
                 transient: false,
@@ -144,7 +146,12 @@ impl Host for SshHost {
 }
 
 /// What makes the host another thing than the one that was rented.
-fn unfit(facts: &HostFacts, offer: &Offer, disk: Bytes) -> Option<String> {
+fn unfit(facts: &HostFacts, offer: &Offer, want: &GpuRequest) -> Option<String> {
+    // The worker that is pushed was built for this machine's kind.
+    let built_for = std::env::consts::ARCH;
+    if facts.os != "Linux" || facts.arch != built_for {
+        return Some(format!("it is {} {}, the worker is for Linux {built_for}", facts.os, facts.arch));
+    }
     let gpus = facts.gpus.len();
     if gpus < offer.gpu_count as usize {
         return Some(format!("it has {gpus} GPUs, {} were rented", offer.gpu_count));
@@ -155,10 +162,24 @@ fn unfit(facts: &HostFacts, offer: &Offer, disk: Bytes) -> Option<String> {
     {
         return Some(format!("GPU {} has {} of memory", small.index, small.memory.unwrap_or_default()));
     }
-    match facts.disk_free {
-        Some(free) if free < disk => Some(format!("{free} of its disk are free, {disk} are needed")),
-        _ => None,
+    if let (Some(min), Some(cuda)) = (want.min_cuda, facts.cuda)
+        && cuda < min
+    {
+        return Some(format!("its driver serves CUDA {cuda}, {min} is needed"));
     }
+    let short = |what: &str, has: Option<Bytes>, needed: Option<Bytes>| match (has, needed) {
+        (Some(has), Some(needed)) if has < needed => Some(format!("{has} of its {what}, {needed} are needed")),
+        _ => None,
+    };
+    // What the system keeps for itself is not missing.
+    let ram = want.min_cpu_ram.map(|ram| Bytes((ram.0 as f64 * MEMORY_SHARE) as u64));
+    short("disk are free", facts.disk_free, want.min_disk).or_else(|| short("memory is all", facts.ram, ram))
+}
+
+/// What people should know of a host that serves all the same.
+fn odd(facts: &HostFacts) -> Option<String> {
+    let skew = facts.clock_skew.filter(|skew| skew.abs() > MOST_SKEW)?;
+    Some(format!("its clock is {} s {}", skew.abs(), if skew > 0 { "fast" } else { "slow" }))
 }
 
 fn in_words(facts: &HostFacts) -> String {
@@ -166,7 +187,8 @@ fn in_words(facts: &HostFacts) -> String {
     let ram = facts.ram.map(|ram| format!("{ram} memory"));
     let disk = facts.disk_free.map(|disk| format!("{disk} disk free"));
     let gpus = facts.gpus.first().map(|first| format!("{} x {}", facts.gpus.len(), first.name));
-    let parts = [gpus, Some(format!("{} {}", facts.os, facts.arch)), cores, ram, disk];
+    let cuda = facts.gpus.first().and_then(|gpu| Some(format!("driver {} (CUDA {})", gpu.driver, facts.cuda?)));
+    let parts = [gpus, cuda, Some(format!("{} {}", facts.os, facts.arch)), cores, ram, disk, odd(facts)];
     parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
@@ -226,13 +248,14 @@ mod tests {
         };
         HostFacts {
             os: "Linux".into(),
-            arch: "x86_64".into(),
+            arch: std::env::consts::ARCH.into(),
             user: "root".into(),
             home: "/root".into(),
             cores: Some(4),
             ram: None,
             disk_free: Some(Bytes::from_gib(disk)),
             clock_skew: None,
+            cuda: Some("12.4".parse().unwrap()),
             gpus: gpus.iter().enumerate().map(gpu).collect(),
         }
     }
@@ -240,12 +263,22 @@ mod tests {
     #[test]
     fn only_what_was_rented_is_taken() {
         let rented = Offer { gpu_count: 2, vram: Some(Bytes::from_gib(80)), ..offer("a", 1.0) };
-        let disk = Bytes::from_gib(50);
-        assert_eq!(unfit(&facts(&[79, 79], 100), &rented, disk), None);
-        assert!(unfit(&facts(&[79], 100), &rented, disk).unwrap().contains("1 GPUs"));
-        assert!(unfit(&facts(&[79, 40], 100), &rented, disk).unwrap().contains("GPU 1"));
-        assert!(unfit(&facts(&[79, 79], 10), &rented, disk).unwrap().contains("disk"));
-        assert_eq!(unfit(&facts(&[4], 100), &offer("cpu", 1.0), disk), None, "a CPU offer promises no GPU memory");
-        assert!(in_words(&facts(&[79], 100)).starts_with("1 x NVIDIA X, Linux x86_64, 4 CPU cores"));
+        let want = GpuRequest { min_disk: Some(Bytes::from_gib(50)), ..GpuRequest::default() };
+        let unfit = |facts: &HostFacts, offer: &Offer| super::unfit(facts, offer, &want);
+        assert_eq!(unfit(&facts(&[79, 79], 100), &rented), None);
+        assert!(unfit(&facts(&[79], 100), &rented).unwrap().contains("1 GPUs"));
+        assert!(unfit(&facts(&[79, 40], 100), &rented).unwrap().contains("GPU 1"));
+        assert!(unfit(&facts(&[79, 79], 10), &rented).unwrap().contains("disk"));
+        assert_eq!(unfit(&facts(&[4], 100), &offer("cpu", 1.0)), None, "a CPU offer promises no GPU memory");
+        let arm = HostFacts { arch: "riscv64".into(), ..facts(&[79, 79], 100) };
+        assert!(unfit(&arm, &rented).unwrap().contains("riscv64"));
+        let old = GpuRequest { min_cuda: Some("12.8".parse().unwrap()), ..GpuRequest::default() };
+        assert!(super::unfit(&facts(&[79, 79], 100), &rented, &old).unwrap().contains("CUDA 12.4"));
+        let much = GpuRequest { min_cpu_ram: Some(Bytes::from_gib(64)), ..GpuRequest::default() };
+        let small = HostFacts { ram: Some(Bytes::from_gib(32)), ..facts(&[79, 79], 100) };
+        assert!(super::unfit(&small, &rented, &much).unwrap().contains("memory"));
+        let late = HostFacts { clock_skew: Some(-700), ..facts(&[79], 100) };
+        assert!(in_words(&late).starts_with("1 x NVIDIA X, driver 1 (CUDA 12.4), Linux"), "{}", in_words(&late));
+        assert!(in_words(&late).contains("700 s slow"));
     }
 }

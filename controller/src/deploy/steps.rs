@@ -9,14 +9,23 @@ use outliers_protocol::{CorpusSource, JobSpec, Manifest, ModelSource};
 use super::bring::{self, Folders};
 use super::{DeployEvent, Driver, Host, HostError, HostTalk, StepError, Stop, Stuck};
 use crate::broker::{BrokerError, BrokerErrorKind, Instance, InstanceState, Lease, LeaseTag, Offer, SshEndpoint};
+use crate::clouds::Patience;
 use crate::host::JobStatus;
 use crate::ledger::{now_ms, random_word};
-use crate::run::{Ending, Intent, Pin, Refusal, Rental, RunEvent, Trouble, TroubleKind};
+use crate::market;
+use crate::run::{Ending, Intent, Pin, Refusal, Rental, RunEvent, RunState, Trouble, TroubleKind};
+use crate::units::UsdPerHour;
 
 type Step = Result<(), StepError>;
 
 /// Create calls that may stay unanswered before the offer counts as refused.
 const UNANSWERED: u32 = 3;
+/// Offers that are tried for one run, over all clouds.
+const MOST_TRIED: usize = 25;
+/// Instances of one run that may turn out not to serve: then the fault is hardly theirs.
+const MOST_RENTED: usize = 3;
+/// An instance may bill so much more than its offer said where no cap was given.
+const PRICE_SLACK: f64 = 1.1;
 
 /// For a worker that runs: only the run's own time limit ends the attempts to reach it.
 const UNTIL_TIME_IS_UP: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -28,14 +37,16 @@ impl Driver<'_> {
             return Err(StepError::End(ending));
         }
         let request = self.run.record().spec.request.clone();
-        let listed = match self.call(self.ports.broker.offers(&request)).await {
-            Ok(offers) => offers,
-            Err(error) => return self.try_again_broker(error, self.patience.settle).await,
+        let offered = match self.ports.clouds.offers(&request).await {
+            Ok(offered) => offered,
+            Err(error) => return self.try_again_broker(error, Patience::CLOUD.settle).await,
         };
-        let selected =
-            (self.ports.select)(listed.offers, &request).map_err(|t| StepError::End(Ending::Failed { trouble: t }))?;
-        let known = |key: &str| refused.iter().any(|refusal| refusal.offer.key == key);
-        let Some(offer) = selected.iter().find(|offer| !known(&offer.key)).cloned() else {
+        for error in &offered.silent {
+            (self.on)(DeployEvent::Talk(HostTalk::Note(format!("left out: {error}"))));
+        }
+        let selected = (self.ports.select)(offered.offers, &self.run.record().spec)
+            .map_err(|trouble| StepError::End(Ending::Failed { trouble }))?;
+        let Some(offer) = self.next_offer(&selected, refused) else {
             return Err(StepError::End(none_left(refused, selected.len())));
         };
         let tag = LeaseTag {
@@ -45,9 +56,20 @@ impl Driver<'_> {
             deadline: now_ms() / 1000 + self.run.record().spec.max_duration_s,
         };
         (self.on)(DeployEvent::Renting(Box::new(offer.clone())));
-        self.append(RunEvent::Creating { intent: Intent { offer, tag } })?;
+        self.append(RunEvent::Creating { intent: Box::new(Intent { offer, tag }) })?;
         self.memory.fresh_intent = true;
         Ok(())
+    }
+
+    /// The best offer that was not tried yet, as long as trying is of use.
+    fn next_offer(&self, selected: &[Offer], refused: &[Refusal]) -> Option<Offer> {
+        let rented = refused.iter().filter(|refusal| refusal.rented).count();
+        if refused.len() >= MOST_TRIED || rented >= MOST_RENTED {
+            return None;
+        }
+        let is = |offer: &Offer, tried: &Offer| (&offer.broker, &offer.key) == (&tried.broker, &tried.key);
+        let tried = |offer: &Offer| refused.iter().any(|refusal| is(offer, &refusal.offer));
+        selected.iter().find(|offer| !tried(offer) && !self.ports.bad_hosts.has(offer)).cloned()
     }
 
     /// Creating: makes the call that was announced, or finds out what became of one that an earlier process announced.
@@ -65,7 +87,8 @@ impl Driver<'_> {
             }
         };
         let lease = Lease { tag: intent.tag.clone(), ssh_public_key, disk: self.run.record().spec.disk };
-        match self.call(self.ports.broker.create(&intent.offer, &lease)).await {
+        let cloud = self.cloud()?;
+        match cloud.call(cloud.broker.create(&intent.offer, &lease)).await {
             Ok(instance) => self.created(&instance),
             Err(error) => self.not_created(error).await,
         }
@@ -83,7 +106,7 @@ impl Driver<'_> {
                 return Ok(()); // The next step asks the broker.
             }
             Kind::RateLimited | Kind::Unavailable => {
-                if self.pause(&error.to_string(), self.patience.settle).await {
+                if self.pause(&error.to_string(), self.cloud()?.patience.settle).await {
                     self.memory.fresh_intent = true;
                     return Ok(());
                 }
@@ -100,7 +123,7 @@ impl Driver<'_> {
     async fn settle(&mut self, intent: &Intent) -> Step {
         (self.on)(DeployEvent::Settling);
         let name = intent.tag.to_string();
-        let found = self.look_for(|instance| instance.name == name, self.patience.settle).await?;
+        let found = self.look_for(|instance| instance.name == name, self.cloud()?.patience.settle).await?;
         match found {
             Some(instance) => self.created(&instance),
             None => {
@@ -113,34 +136,51 @@ impl Driver<'_> {
 
     /// Rented: speaks to the host for the first time.
     pub(super) async fn reach(&mut self, rental: &Rental) -> Step {
-        if let Some(cap) = self.run.record().spec.request.max_price
-            && rental.price > cap
-        {
-            let message = format!("the instance bills {}, more than the {cap} that was allowed", rental.price);
-            return Err(StepError::End(failed(TroubleKind::Broker, message, None)));
+        if let Some(reason) = self.too_dear(&rental.offer, rental.price) {
+            return Err(StepError::Unfit(reason));
         }
         let pin = self.connect(rental, None, Duration::ZERO).await?;
-        Ok(self.append(RunEvent::Reached { pin })?)
+        let price = self.memory.price.take();
+        Ok(self.append(RunEvent::Reached { pin, price })?)
+    }
+
+    /// Why an instance of this price is not kept.
+    fn too_dear(&self, offer: &Offer, price: UsdPerHour) -> Option<String> {
+        let cap = self.run.record().spec.request.max_price;
+        let agreed = cap.unwrap_or_else(|| UsdPerHour::from_dollars(offer.price.0.dollars() * PRICE_SLACK));
+        let said = if cap.is_some() { "that was allowed" } else { "its offer said" };
+        let limit = cap.unwrap_or(offer.price);
+        (price > agreed).then(|| format!("the instance bills {price}, more than the {limit} {said}"))
     }
 
     /// Reachable: puts everything there and starts the worker.
     pub(super) async fn launch(&mut self, rental: &Rental, pin: &Pin) -> Step {
         self.connect(rental, Some(pin), Duration::ZERO).await?;
-        match self.prepare_and_launch(&rental.offer).await {
+        let done = match self.is_fit(&rental.offer).await {
+            Ok(()) => self.prepare_and_launch().await,
+            Err(error) if error.transient => Err(error),
+            Err(error) => return Err(StepError::Unfit(error.message)),
+        };
+        match done {
             Ok(()) => Ok(self.append(RunEvent::Launched)?),
-            Err(error) => self.try_again_host(error, self.patience.ssh).await,
+            Err(error) => self.try_again_host(error, self.cloud()?.patience.ssh).await,
         }
     }
 
-    async fn prepare_and_launch(&self, offer: &Offer) -> Result<(), HostError> {
+    /// An error that is not transient says that the host is not what was rented.
+    async fn is_fit(&self, offer: &Offer) -> Result<(), HostError> {
+        let facts = self.host().probe(offer, &self.run.record().spec.request).await?;
+        (self.on)(DeployEvent::Host(facts));
+        Ok(())
+    }
+
+    async fn prepare_and_launch(&self) -> Result<(), HostError> {
         let run = self.run.record().id.clone();
         let host = self.host();
         // A process before us may have got this far.
         if host.status(&run).await? != JobStatus::NotStarted {
             return Ok(());
         }
-        let facts = host.probe(offer, self.run.record().spec.disk).await?;
-        (self.on)(DeployEvent::Host(facts));
         host.push_worker(&|talk| (self.on)(DeployEvent::Talk(talk))).await?;
         let job = self.push_inputs(host, &run).await?;
         host.launch(&run, &job, self.ports.secrets).await
@@ -202,15 +242,19 @@ impl Driver<'_> {
     /// Resolves when the instance is no longer one that could answer. The broker is asked only while the connection is lost:
     /// without it, a host that is gone would be waited for as long as one that is merely out of reach.
     async fn instance_lost(&self, rental: &Rental, connection_lost: &AtomicBool) -> StepError {
+        let cloud = match self.cloud() {
+            Ok(cloud) => cloud,
+            Err(unknown) => return unknown,
+        };
         let mut absences = 0;
         loop {
-            tokio::time::sleep(self.patience.listing_interval.max(Duration::from_secs(1))).await;
+            tokio::time::sleep(cloud.patience.listing_interval.max(Duration::from_secs(1))).await;
             if !connection_lost.load(Ordering::Relaxed) {
                 absences = 0;
                 continue;
             }
             // A listing that failed says nothing.
-            let Ok(listed) = self.call(self.ports.broker.list()).await else { continue };
+            let Ok(listed) = cloud.call(cloud.broker.list()).await else { continue };
             match listed.into_iter().find(|instance| instance.id == rental.instance).map(|instance| instance.state) {
                 None => absences += 1,
                 Some(InstanceState::Failed(_) | InstanceState::Stopped | InstanceState::Terminating) => {
@@ -218,7 +262,7 @@ impl Driver<'_> {
                 }
                 Some(_) => absences = 0,
             }
-            if absences >= self.patience.absences {
+            if absences >= cloud.patience.absences {
                 return StepError::Vanished;
             }
         }
@@ -234,7 +278,7 @@ impl Driver<'_> {
         match self.fetch(&folders).await {
             Ok(manifest) => self.fetched(&folders, manifest.as_ref(), exit),
             Err(error) => {
-                let ended = self.try_again_host(error, self.patience.sync).await;
+                let ended = self.try_again_host(error, self.cloud()?.patience.sync).await;
                 self.memory.unfetchable = ended.is_err();
                 ended
             }
@@ -256,7 +300,7 @@ impl Driver<'_> {
         };
         match manifest {
             Ok(manifest) => self.fetched(&folders, manifest.as_ref(), None),
-            Err(error) => self.try_again_host(error, self.patience.sync).await,
+            Err(error) => self.try_again_host(error, self.cloud()?.patience.sync).await,
         }
     }
 
@@ -285,23 +329,24 @@ impl Driver<'_> {
         Ok(self.append(event)?)
     }
 
-    /// Terminating: until complete listings show no instance of this run, whatever create call it came from.
+    /// Discarding, terminating: until complete listings show no instance of this run, whatever create call it came from.
     pub(super) async fn terminate(&mut self, rental: &Rental) -> Step {
         self.memory.host = None;
-        let deadline = Instant::now() + self.patience.terminate;
-        let mut trouble = self.call(self.ports.broker.terminate(&rental.instance)).await.err();
+        let cloud = self.cloud()?;
+        let deadline = Instant::now() + cloud.patience.terminate;
+        let mut trouble = cloud.call(cloud.broker.terminate(&rental.instance)).await.err();
         let mut absences = 0;
         loop {
-            match self.call(self.ports.broker.list()).await {
+            match cloud.call(cloud.broker.list()).await {
                 Ok(listed) => {
                     let ours: Vec<Instance> = listed.into_iter().filter(|i| self.is_ours(i, rental)).collect();
                     absences = if ours.is_empty() { absences + 1 } else { 0 };
-                    if absences >= self.patience.absences {
+                    if absences >= cloud.patience.absences {
                         return Ok(self.append(RunEvent::Gone)?);
                     }
                     for instance in ours.iter().filter(|i| i.state != InstanceState::Terminating) {
                         (self.on)(DeployEvent::Terminating(Box::new(instance.clone())));
-                        trouble = self.call(self.ports.broker.terminate(&instance.id)).await.err();
+                        trouble = cloud.call(cloud.broker.terminate(&instance.id)).await.err();
                     }
                 }
                 Err(error) => trouble = Some(error),
@@ -311,7 +356,7 @@ impl Driver<'_> {
                 let message = format!("instance {} could not be seen gone: {why}", rental.instance);
                 return Err(StepError::Stuck(Stuck::Instance { run: self.run.record().id.clone(), message }));
             }
-            tokio::time::sleep(self.patience.listing_interval).await;
+            tokio::time::sleep(cloud.patience.listing_interval).await;
         }
     }
 
@@ -332,7 +377,7 @@ impl Driver<'_> {
         }
         loop {
             let endpoint = self.endpoint(rental, limit).await?;
-            let deadline = Instant::now() + self.patience.ssh;
+            let deadline = Instant::now() + self.cloud()?.patience.ssh;
             let on = |talk: HostTalk| (self.on)(DeployEvent::Talk(talk));
             match self.ports.hosts.reach(&endpoint, &self.run.folder(), pin, deadline, &on).await {
                 Ok((host, pin)) => {
@@ -340,6 +385,7 @@ impl Driver<'_> {
                     return Ok(pin);
                 }
                 Err(error) if error.transient && self.pause(&error.message, limit).await => {}
+                Err(error) if pin.is_none() => return Err(StepError::Unfit(error.message)),
                 Err(error) => return Err(StepError::End(failed(TroubleKind::Host, error.message, error.hint))),
             }
         }
@@ -347,12 +393,20 @@ impl Driver<'_> {
 
     /// The instance's address, when it has one.
     async fn endpoint(&mut self, rental: &Rental, limit: Duration) -> Result<SshEndpoint, StepError> {
-        let limit = limit.max(self.patience.boot);
+        let patience = &self.cloud()?.patience;
+        let limit = limit.max(patience.boot);
         let deadline = Instant::now() + limit;
         loop {
             let id = rental.instance.clone();
             let found = self.look_for(move |instance| instance.id == id, limit).await?;
-            let why = match found.ok_or(StepError::Vanished)?.state {
+            let found = found.ok_or(StepError::Vanished)?;
+            // A create call's answer may not tell, or tell the price of another moment.
+            let is_new = matches!(self.run.state(), RunState::Rented { .. });
+            if let Some(reason) = found.price.filter(|_| is_new).and_then(|price| self.too_dear(&rental.offer, price)) {
+                return Err(StepError::Unfit(reason));
+            }
+            self.memory.price = found.price;
+            let why = match found.state {
                 InstanceState::Ready(endpoint) => return Ok(endpoint),
                 InstanceState::Failed(why) => return Err(did_not_come_up(rental, &why)),
                 InstanceState::Stopped | InstanceState::Terminating => {
@@ -365,7 +419,7 @@ impl Driver<'_> {
                 return Err(did_not_come_up(rental, &why));
             }
             (self.on)(DeployEvent::Booting);
-            tokio::time::sleep(self.patience.listing_interval).await;
+            tokio::time::sleep(patience.listing_interval).await;
         }
     }
 
@@ -375,16 +429,17 @@ impl Driver<'_> {
         fits: impl Fn(&Instance) -> bool + Send,
         limit: Duration,
     ) -> Result<Option<Instance>, StepError> {
+        let cloud = self.cloud()?;
         let deadline = Instant::now() + limit;
         let mut absences = 0;
         loop {
-            match self.call(self.ports.broker.list()).await {
+            match cloud.call(cloud.broker.list()).await {
                 Ok(listed) => {
                     if let Some(instance) = listed.into_iter().find(&fits) {
                         return Ok(Some(instance));
                     }
                     absences += 1;
-                    if absences >= self.patience.absences {
+                    if absences >= cloud.patience.absences {
                         return Ok(None);
                     }
                 }
@@ -393,20 +448,12 @@ impl Driver<'_> {
                     return Err(StepError::Stuck(Stuck::Instance { run: self.run.record().id.clone(), message }));
                 }
                 Err(error) => {
-                    let pause = self.patience.listing_interval;
+                    let pause = cloud.patience.listing_interval;
                     (self.on)(DeployEvent::Retrying { reason: error.to_string(), pause });
                 }
             }
-            tokio::time::sleep(self.patience.listing_interval).await;
+            tokio::time::sleep(cloud.patience.listing_interval).await;
         }
-    }
-
-    /// A call to the broker that does not answer in time may have happened.
-    async fn call<T>(&self, call: impl Future<Output = Result<T, BrokerError>>) -> Result<T, BrokerError> {
-        tokio::time::timeout(self.patience.call, call).await.unwrap_or_else(|_| {
-            let message = format!("no answer within {} s", self.patience.call.as_secs());
-            Err(BrokerError { broker: self.ports.broker.name(), kind: BrokerErrorKind::Maybe, message })
-        })
     }
 
     async fn try_again_broker(&mut self, error: BrokerError, limit: Duration) -> Step {
@@ -434,7 +481,8 @@ impl Driver<'_> {
             return false;
         }
         self.memory.failing = Some((since, times + 1));
-        let pause = self.patience.backoff * (1 << times.min(5)).min(30);
+        let backoff = self.cloud().map_or(Patience::LOCAL.backoff, |cloud| cloud.patience.backoff);
+        let pause = backoff * (1 << times.min(5)).min(30);
         (self.on)(DeployEvent::Retrying { reason: reason.to_owned(), pause });
         tokio::time::sleep(pause).await;
         true
@@ -455,15 +503,14 @@ fn broker_failed(error: &BrokerError) -> Ending {
 }
 
 fn none_left(refused: &[Refusal], offered: usize) -> Ending {
-    let words: Vec<String> = refused.iter().map(|r| format!("{}: {}", r.offer.key, r.reason)).collect();
+    let words: Vec<String> = refused.iter().map(|r| format!("{}: {}", market::title(&r.offer), r.reason)).collect();
     let message =
         format!("{} of {offered} offers were tried and none could be had ({})", refused.len(), words.join("; "));
     failed(TroubleKind::NoOffer, message, Some("relax the filters, or try again later".to_owned()))
 }
 
 fn did_not_come_up(rental: &Rental, why: &str) -> StepError {
-    let message = format!("instance {} did not come up: {why}", rental.instance);
-    StepError::End(failed(TroubleKind::Host, message, Some("try again; another host may be given".to_owned())))
+    StepError::Unfit(format!("instance {} did not come up: {why}", rental.instance))
 }
 
 fn local_trouble(path: &Path, error: &std::io::Error) -> HostError {

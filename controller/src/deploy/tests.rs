@@ -4,7 +4,7 @@ use std::path::Path;
 
 use outliers_protocol::{Failure, FailureKind, Outcome, files};
 
-use super::fake::{Fake, Fault, QUICK, nothing, spec};
+use super::fake::{Fake, Fault, nothing, spec};
 use super::*;
 use crate::broker::BrokerErrorKind;
 use crate::ledger::Ledger;
@@ -30,7 +30,8 @@ async fn life(fake: &Fake, home: &Path) -> Life {
         }
     };
     let on = |_| {};
-    let driver = Driver::new(run, fake.ports(), QUICK, fake.stop.subscribe(), &on);
+    let clouds = fake.clouds();
+    let driver = Driver::new(run, fake.ports(&clouds), fake.stop.subscribe(), &on);
     tokio::select! {
         biased;
         () = fake.crashed.notified() => Life::Killed,
@@ -264,7 +265,7 @@ async fn with(change: impl FnOnce(&mut crate::run::RunSpec), fake: &Fake, home: 
     let mut wishes = spec(&home.join("results"));
     change(&mut wishes);
     let run = ledger.plan(&wishes).unwrap();
-    Driver::new(run, fake.ports(), QUICK, fake.stop.subscribe(), &|_| {}).drive().await.unwrap()
+    Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &|_| {}).drive().await.unwrap()
 }
 
 #[tokio::test]
@@ -361,8 +362,9 @@ async fn no_offer_means_nothing_rented() {
     let (fake, home) = (Fake::new(), home());
     let ledger = Ledger::open(&home.path().join("state")).unwrap();
     let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
-    let ports = Ports { select: nothing, ..fake.ports() };
-    let record = Driver::new(run, ports, QUICK, fake.stop.subscribe(), &|_| {}).drive().await.unwrap();
+    let clouds = fake.clouds();
+    let ports = Ports { select: nothing, ..fake.ports(&clouds) };
+    let record = Driver::new(run, ports, fake.stop.subscribe(), &|_| {}).drive().await.unwrap();
     assert_eq!(fake.world.lock().unwrap().creates, 0);
     let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert!(trouble.message.contains("--gpu-filter"));
@@ -444,12 +446,12 @@ async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
     let names = || -> Vec<String> { fake.world.lock().unwrap().machines.values().map(|m| m.name.clone()).collect() };
     assert_eq!(names().len(), 3);
 
-    recover(&ledger, fake.ports(), &QUICK, &|_| {}).await.unwrap();
+    recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
     assert_eq!(names().len(), 2, "the stray is gone, the abandoned run's instance and the foreign one are not");
     assert!(!names().contains(&tags[0]) && names().contains(&tags[1]));
 
     tokio::time::sleep(Duration::from_secs(3)).await;
-    recover(&ledger, fake.ports(), &QUICK, &|_| {}).await.unwrap();
+    recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
     assert_eq!(names(), [tags[1].clone()]);
     let run = ledger.find("last").unwrap();
     assert_eq!(run.state.ending(), Some(&Ending::Deadline));
@@ -466,7 +468,7 @@ async fn recovery_marks_what_went_away_and_never_rents() {
     fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
     assert!(matches!(life(&fake, home.path()).await, Life::Killed));
     fake.set(|world| world.machines.clear());
-    recover(&ledger, fake.ports(), &QUICK, &|_| {}).await.unwrap();
+    recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
     assert_eq!(ledger.find("last").unwrap().state.ending(), Some(&Ending::InstanceLost));
     assert_eq!(fake.world.lock().unwrap().creates, 1);
 
@@ -479,7 +481,7 @@ async fn recovery_marks_what_went_away_and_never_rents() {
         world.max_duration_s = 0;
     });
     assert!(matches!(life(&fake, home.path()).await, Life::Killed));
-    recover(&ledger, fake.ports(), &QUICK, &|_| {}).await.unwrap();
+    recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
     let run = ledger.find("last").unwrap();
     assert_eq!((run.state.word(), run.state.ending()), ("closed", Some(&Ending::Deadline)));
     assert_eq!(fake.world.lock().unwrap().creates, 0);

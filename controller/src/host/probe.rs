@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::retry::again;
 use super::{Answer, HostError, PATIENCE, RemoteHost};
-use crate::units::Bytes;
+use crate::units::{Bytes, CudaVersion};
 
 /// What a host is and has. `None`: it does not tell.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -27,6 +27,8 @@ pub struct HostFacts {
     pub disk_free: Option<Bytes>,
     /// The host's clock minus ours, seconds; exact to about the round trip.
     pub clock_skew: Option<i64>,
+    /// Newest CUDA version the driver serves.
+    pub cuda: Option<CudaVersion>,
     /// NVIDIA GPUs, in the driver's order.
     pub gpus: Vec<GpuFacts>,
 }
@@ -66,6 +68,7 @@ if command -v nvidia-smi >/dev/null 2>&1; then
   t=; command -v timeout >/dev/null 2>&1 && t='timeout 20'
   $t nvidia-smi --query-gpu=index,name,memory.total,driver_version,uuid --format=csv,noheader,nounits 2>/dev/null |
     sed 's/^/@gpu /'
+  echo "@cuda $($t nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9.]*\).*/\1/p' | head -n 1)"
 fi
 :
 "#;
@@ -102,6 +105,7 @@ fn read(answer: &Answer, before: SystemTime, after: SystemTime) -> HostFacts {
         ram: ram.into_iter().chain(limit).min().map(Bytes),
         disk_free: free_kib(&answer.field("disk")).map(|kib| Bytes(kib.saturating_mul(1024))),
         clock_skew: answer.number("clock").and_then(|theirs| skew(theirs, before, after)),
+        cuda: answer.field("cuda").parse().ok(),
         gpus: answer.fields("gpu").iter().filter_map(|line| gpu(line)).take(64).collect(),
     }
 }

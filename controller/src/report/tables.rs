@@ -6,16 +6,17 @@ use comfy_table::{Cell, CellAlignment, ContentLineStyle, LineStyle, Table, Table
 use outliers_protocol::{FeaturePeak, Inspection, Reading, Results, Sided};
 
 use super::beyond::beyond;
-use crate::broker::{Instance, InstanceState, Offer};
-use crate::ledger::RunRecord;
-use crate::market;
+use crate::broker::{Capabilities, Instance, InstanceState, Offer};
+use crate::estimate::Work;
+use crate::ledger::{RunRecord, now_ms};
+use crate::market::{self, Step};
 use crate::reconcile::{Action, Leave};
 use crate::settings::Span;
 use crate::text::clean;
 use crate::units::{Bytes, Usd};
 
-/// Features shown; the file has them all.
-const TOP: usize = 10;
+/// Lines shown of what may be long; the file, or `--json`, has them all.
+pub const TOP: usize = 10;
 
 /// One line below the header, nothing else: what remains reads well in a log, too.
 const STYLE: TableStyle = TableStyle::new()
@@ -31,7 +32,8 @@ pub fn table(header: &[&str]) -> Table {
     table
 }
 
-pub(super) fn text(text: &str) -> Cell {
+/// Text from elsewhere, made fit for a terminal.
+pub fn text(text: &str) -> Cell {
     Cell::new(clean(text.as_bytes(), 200))
 }
 
@@ -123,21 +125,34 @@ fn features(results: &Results) -> String {
     format!("\n{table}\n{rest}")
 }
 
-/// What can be rented.
-pub fn offers(offers: &[Offer], limit: Duration) -> String {
-    let mut table = table(&["#", "broker", "what", "price", "at most"]);
-    for (i, offer) in offers.iter().take(TOP).enumerate() {
+/// What can be rented: what a run is estimated to take and cost, and what it costs at most until the time limit.
+pub fn offers(offers: &[Offer], work: &Work, limit: Duration, most: usize) -> String {
+    let mut table = table(&["#", "broker", "what", "price", "a run takes", "and costs", "at most"]);
+    for (i, offer) in offers.iter().take(most).enumerate() {
+        let estimate = work.on(offer);
         table.add_row([
             number(i + 1),
             text(&offer.broker),
             text(&market::describe(offer)),
             number(offer.price),
+            number(Span(Duration::from_secs_f64(estimate.seconds))),
+            number(estimate.rank()),
             number(offer.price.cost(limit)),
         ]);
     }
-    let more = offers.len().saturating_sub(TOP);
+    let more = offers.len().saturating_sub(most);
     let rest = if more > 0 { format!("and {more} more\n") } else { String::new() };
     format!("{table}\n{rest}")
+}
+
+/// What the filters removed.
+pub fn steps(considered: usize, steps: &[Step]) -> String {
+    let removed: Vec<String> =
+        steps.iter().filter(|step| step.removed > 0).map(|step| format!("{} {}", step.option, step.removed)).collect();
+    match removed.is_empty() {
+        true => String::new(),
+        false => format!("of {considered} offers the filters removed: {}\n", removed.join(", ")),
+    }
 }
 
 /// What a run would need.
@@ -225,7 +240,7 @@ pub fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
         table.add_row([
             text(&run.id),
             text(&run.spec.model),
-            text(&run.spec.broker),
+            text(broker(run)),
             Cell::new(state),
             number(age(run.created_at_ms, now_ms)),
             number(run.cost(now_ms)),
@@ -237,7 +252,7 @@ pub fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
 
 /// One run with all that happened.
 pub fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
-    let mut out = format!("run {} of {} on {}\n", run.id, clean(run.spec.model.as_bytes(), 200), run.spec.broker);
+    let mut out = format!("run {} of {} on {}\n", run.id, clean(run.spec.model.as_bytes(), 200), broker(run));
     let state = if driven || run.state.is_at_rest() { "" } else { " (abandoned: the same command picks it up)" };
     out += &format!("state: {}{state}\n", run.state.word());
     if let Some(rental) = run.state.rental() {
@@ -260,28 +275,64 @@ pub fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
     format!("{out}{table}\n")
 }
 
-/// Instances and what is made of each.
-pub fn instances(listed: &[Instance], actions: &[Action]) -> String {
-    let mut table = table(&["instance", "run", "state", "hardware", "price", "what it is"]);
-    for instance in listed {
-        let state = match &instance.state {
-            InstanceState::Booting => "booting".to_owned(),
-            InstanceState::Ready(endpoint) => format!("ready at {endpoint}"),
-            InstanceState::Failed(why) => format!("failed: {why}"),
-            InstanceState::Stopped => "stopped".to_owned(),
-            InstanceState::Terminating => "terminating".to_owned(),
-            InstanceState::Unknown(word) => format!("unknown: {word}"),
-        };
+/// Where a run is, else where it may be.
+fn broker(run: &RunRecord) -> &str {
+    run.state.offer().map_or(&run.spec.brokers, |offer| &offer.broker)
+}
+
+/// Instances and what is made of each, in words.
+pub fn instances(listed: &[&Instance], words: &[String]) -> String {
+    let mut table = table(&["broker", "instance", "run", "state", "hardware", "price", "what it is"]);
+    for (instance, words) in listed.iter().zip(words) {
         table.add_row([
+            text(&instance.broker),
             text(&instance.id.0),
             text(&instance.tag().map(|tag| tag.run).unwrap_or_default()),
-            text(&state),
+            text(&state(instance)),
             text(&instance.hardware),
             number(instance.price.map(|price| price.to_string()).unwrap_or_default()),
-            text(&what_it_is(instance, actions)),
+            text(words),
         ]);
     }
     if listed.is_empty() { "no instances\n".to_owned() } else { format!("{table}\n") }
+}
+
+fn state(instance: &Instance) -> String {
+    match &instance.state {
+        InstanceState::Booting => "booting".to_owned(),
+        InstanceState::Ready(endpoint) => format!("ready at {endpoint}"),
+        InstanceState::Failed(why) => format!("failed: {why}"),
+        InstanceState::Stopped => "stopped".to_owned(),
+        InstanceState::Terminating => "terminating".to_owned(),
+        InstanceState::Unknown(word) => format!("unknown: {word}"),
+    }
+}
+
+/// One instance, with what ends it if everybody forgets it.
+pub fn instance(instance: &Instance, words: &str, run: Option<&RunRecord>, can: Capabilities) -> String {
+    let deadline = instance.tag().map_or_else(
+        || "none of ours".to_owned(),
+        |tag| {
+            let left = tag.deadline.saturating_sub(now_ms() / 1000);
+            let by = if can.server_deadline { "kept by the cloud itself" } else { "the cloud does not keep it" };
+            format!("in {} ({by})", Span(Duration::from_secs(left)))
+        },
+    );
+    let mut table = table(&["", ""]);
+    for (name, value) in [
+        ("broker", instance.broker.clone()),
+        ("instance", instance.id.0.clone()),
+        ("name", instance.name.clone()),
+        ("what it is", words.to_owned()),
+        ("run", run.map(|run| format!("{} of {}, {}", run.id, run.spec.model, run.state.word())).unwrap_or_default()),
+        ("state", state(instance)),
+        ("hardware", instance.hardware.clone()),
+        ("price", instance.price.map(|price| price.to_string()).unwrap_or_default()),
+        ("deadline", deadline),
+    ] {
+        table.add_row([Cell::new(name), text(&value)]);
+    }
+    format!("{table}\n")
 }
 
 /// What this program makes of an instance, in words.
@@ -317,7 +368,7 @@ pub fn epilogue(run: &RunRecord, cost: Usd) -> String {
     if let Some(results) = run.state.results() {
         out += &format!("files: {}\n", results.folder);
     }
-    let price = if run.spec.broker == crate::broker::local::NAME { " (made up: this machine)" } else { "" };
+    let price = if run.spec.brokers == crate::broker::local::NAME { " (made up: this machine)" } else { "" };
     out + &format!("run {}, cost {cost}{price}\n", run.id)
 }
 

@@ -1,0 +1,99 @@
+//! `offers`: what can be rented now, by what a run costs there.
+
+use outliers_protocol::JobSpec;
+use serde::Serialize;
+
+use super::{Context, SCHEMA, request};
+use crate::broker::{Dropped, Offer};
+use crate::cli::OffersArgs;
+use crate::estimate::{Estimate, Work};
+use crate::local_worker::Check;
+use crate::market::{self, Step};
+use crate::report::tables::{self, TOP};
+use crate::report::{Complaint, ExitStatus};
+use crate::units::Bytes;
+
+/// A run for the order where no model is named: about a model of 50 billion parameters over 32,768 tokens.
+const USUAL: (Bytes, f64) = (Bytes::from_gib(100), 1e15);
+/// Most offers of a table that is to be whole.
+const ALL: usize = 10_000;
+
+#[derive(Serialize)]
+struct Document<'a> {
+    schema: u32,
+    /// What the order is by.
+    work: Work,
+    considered: usize,
+    /// What the filters removed.
+    steps: Vec<Step>,
+    /// Left out before any filter.
+    dropped: Vec<Left<'a>>,
+    /// Clouds that did not answer, in their words.
+    silent: Vec<String>,
+    offers: Vec<Priced<'a>>,
+}
+
+#[derive(Serialize)]
+struct Left<'a> {
+    broker: &'a str,
+    #[serde(flatten)]
+    dropped: &'a Dropped,
+}
+
+#[derive(Serialize)]
+struct Priced<'a> {
+    #[serde(flatten)]
+    offer: &'a Offer,
+    estimate: Estimate,
+}
+
+/// Does it.
+pub(super) async fn command(context: &Context, args: &OffersArgs) -> Result<ExitStatus, Complaint> {
+    let want = request(&args.want);
+    let work = work(context, args).await?;
+    let offered = context.clouds(&args.want.broker)?.offers(&want).await?;
+    context.reporter.offered(&offered);
+    let selection = market::select(offered.offers, &want, &work)?;
+    let document = Document {
+        schema: SCHEMA,
+        work,
+        considered: selection.considered,
+        steps: selection.steps,
+        dropped: offered.dropped.iter().map(|(broker, dropped)| Left { broker, dropped }).collect(),
+        silent: offered.silent.iter().map(ToString::to_string).collect(),
+        offers: selection.offers.iter().map(|offer| Priced { offer, estimate: work.on(offer) }).collect(),
+    };
+    let most = if args.all { ALL } else { TOP };
+    context.reporter.result(&document, || {
+        let steps = tables::steps(document.considered, &document.steps);
+        tables::offers(&selection.offers, &work, context.settings.max_duration, most) + &steps
+    });
+    Ok(ExitStatus::Done)
+}
+
+async fn work(context: &Context, args: &OffersArgs) -> Result<Work, Complaint> {
+    let Some(model) = &args.model else {
+        let (read, operations) = USUAL;
+        let settings = &context.settings;
+        return Ok(Work { read, operations, read_rate: settings.read_rate, efficiency: settings.efficiency });
+    };
+    let model = crate::cli::ModelArgs { model: model.clone(), revision: args.revision.clone() };
+    let job: JobSpec = super::job::job(&model, &Default::default(), context.settings.thresholds, &context.here)?;
+    let inspection = context.worker().await?.inspect(&job, Check::Model).await?;
+    Ok(context.work(&inspection.plan))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn the_usual_run_is_one_that_takes_minutes() {
+        let (read, operations) = USUAL;
+        let work = Work { read, operations, read_rate: Bytes::from_gib(1), efficiency: 0.3 };
+        let took = work.at(Duration::ZERO, work.read_rate, Some(312e12), None).seconds;
+        assert!((60.0..600.0).contains(&took), "{took}");
+    }
+}

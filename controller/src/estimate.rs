@@ -1,0 +1,150 @@
+//! How long a run takes and what it costs, with every assumption said.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::broker::{Offer, local};
+use crate::gpu;
+use crate::settings::Span;
+use crate::units::{Bytes, Usd, UsdPerHour};
+
+/// From the create call to the first weight byte on a cloud: booting, SSH, the worker's upload.
+const START: Duration = Duration::from_secs(5 * 60);
+/// Operations per second of a CPU core: eight lanes, fused, at a modest clock.
+const CORE: f64 = 40e9;
+/// Nothing is timed longer: what a clock can hold, and nobody rents for.
+const LONGEST: f64 = 1e9;
+
+/// What a run has to move and to compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Work {
+    /// Weights, each byte once.
+    pub read: Bytes,
+    /// Floating-point operations.
+    pub operations: f64,
+    /// Assumed where an offer does not tell: bytes of weights an instance reads per second.
+    pub read_rate: Bytes,
+    /// Assumed: share of a device's peak arithmetic that is reached.
+    pub efficiency: f64,
+}
+
+/// What it takes, under its assumptions.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Estimate {
+    /// Assumed: seconds until the instance works.
+    pub start_seconds: f64,
+    /// Assumed: weight bytes read per second.
+    pub read_bytes_per_second: u64,
+    /// Assumed: operations per second that are reached; `None`: arithmetic was left out.
+    pub operations_per_second: Option<f64>,
+    /// Seconds to read the weights.
+    pub read_seconds: f64,
+    /// Seconds to compute.
+    pub compute_seconds: Option<f64>,
+    /// The start, and the longer of the two: they overlap.
+    pub seconds: f64,
+    /// Assumed price.
+    pub price: Option<UsdPerHour>,
+    /// Price times time.
+    pub cost: Option<Usd>,
+}
+
+impl Work {
+    /// What it takes at these rates; arithmetic is left out where `operations` is `None`.
+    pub fn at(&self, start: Duration, read: Bytes, operations: Option<f64>, price: Option<UsdPerHour>) -> Estimate {
+        let seconds_of = |amount: f64, rate: f64| (amount / rate).min(LONGEST);
+        let read_seconds = seconds_of(self.read.0 as f64, read.0.max(1) as f64);
+        let operations_per_second = operations.map(|peak| peak * self.efficiency).filter(|rate| *rate > 0.0);
+        let compute_seconds = operations_per_second.map(|rate| seconds_of(self.operations, rate));
+        let seconds = start.as_secs_f64() + compute_seconds.map_or(read_seconds, |compute| compute.max(read_seconds));
+        Estimate {
+            start_seconds: start.as_secs_f64(),
+            read_bytes_per_second: read.0,
+            operations_per_second,
+            read_seconds,
+            compute_seconds,
+            seconds,
+            price,
+            cost: price.map(|price| price.cost(Duration::from_secs_f64(seconds))),
+        }
+    }
+
+    /// What it takes on an offer. A GPU that is not in the table counts as the slowest that is.
+    pub fn on(&self, offer: &Offer) -> Estimate {
+        let start = if offer.broker == local::NAME { Duration::ZERO } else { START };
+        let peak = match &offer.gpu {
+            Some(name) => gpu::peak(name).unwrap_or_else(gpu::slowest_peak) * f64::from(offer.gpu_count),
+            None => CORE * f64::from(offer.cpu_cores.unwrap_or(1)),
+        };
+        self.at(start, offer.download.unwrap_or(self.read_rate), Some(peak), Some(offer.price))
+    }
+}
+
+impl Estimate {
+    /// What the whole run costs, for an order; what has no price is no bargain.
+    pub fn rank(&self) -> Usd {
+        self.cost.unwrap_or(Usd::from_micros(i64::MAX))
+    }
+
+    /// Lines for people.
+    pub fn in_words(&self) -> String {
+        let span = |seconds: f64| Span(Duration::from_secs_f64(seconds)).to_string();
+        let mut out = String::new();
+        if self.start_seconds > 0.0 {
+            out += &format!("start of the instance: {} (assumed)\n", span(self.start_seconds));
+        }
+        out += &format!("reading: {} at {}/s\n", span(self.read_seconds), Bytes(self.read_bytes_per_second));
+        out += &match (self.compute_seconds, self.operations_per_second) {
+            (Some(seconds), Some(rate)) => {
+                format!("computing: {} at {:.1} x 10^12 operations/s\n", span(seconds), rate / 1e12)
+            }
+            _ => "computing: left out (give the device's peak with --tflops)\n".to_owned(),
+        };
+        out += &format!("together: {} (reading and computing overlap)\n", span(self.seconds));
+        if let (Some(price), Some(cost)) = (self.price, self.cost) {
+            out += &format!("cost: {cost} at {price}\n");
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn work() -> Work {
+        Work { read: Bytes::from_gib(100), operations: 3e14, read_rate: Bytes::from_gib(1), efficiency: 0.5 }
+    }
+
+    #[test]
+    fn reading_and_computing_overlap() {
+        let (rate, price) = (Bytes::from_gib(1), Some(UsdPerHour::from_dollars(3.6)));
+        let reading = work().at(Duration::ZERO, rate, None, price);
+        assert_eq!((reading.seconds, reading.cost), (100.0, Some(Usd::from_dollars(0.1))));
+        let computing = work().at(Duration::from_secs(50), rate, Some(2e12), None);
+        assert_eq!((computing.seconds, computing.cost), (350.0, None));
+        assert_eq!(work().at(Duration::ZERO, rate, Some(1e15), None).seconds, 100.0);
+        let absurd = work().at(Duration::ZERO, Bytes(0), Some(1e-300), price);
+        assert!(absurd.seconds <= LONGEST && absurd.in_words().contains("together"), "no division ends the program");
+        assert!(reading.in_words().contains("left out"));
+    }
+
+    #[test]
+    fn a_dearer_instance_that_is_quicker_costs_less_in_the_end() {
+        let price = UsdPerHour::from_dollars;
+        let slow = Offer { download: Some(Bytes::from_mib(20)), ..Offer::new("vast", "a".into(), 1, price(1.0)) };
+        let fast = Offer { download: Some(Bytes::from_gib(1)), ..Offer::new("vast", "b".into(), 1, price(3.0)) };
+        let cost = |offer: Offer| work().on(&offer.with_gpu("H100 SXM", None)).rank();
+        assert!(cost(fast) < cost(slow));
+    }
+
+    #[test]
+    fn this_machine_needs_no_start() {
+        let here = Offer { cpu_cores: Some(8), ..Offer::new(local::NAME, "cpu".into(), 0, UsdPerHour::default()) };
+        let there = Offer { broker: "vast".into(), ..here.clone() };
+        assert_eq!(work().on(&here).start_seconds, 0.0);
+        assert!(work().on(&there).start_seconds > 0.0);
+        assert_eq!(work().on(&here).operations_per_second, Some(8.0 * CORE * 0.5));
+    }
+}
