@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 
 use crate::broker::{Instance, Offer};
-use crate::clouds::Cloud;
+use crate::clouds::{Cloud, Patience};
 use crate::ledger::{LedgerError, RunRecord, RunWriter};
 use crate::run::{Ending, RunEvent, RunState, Trouble, TroubleKind};
 use crate::units::UsdPerHour;
@@ -207,6 +207,12 @@ impl<'a> Driver<'a> {
             let message = format!("its instance is on {broker}, which is not among the clouds that can be asked");
             StepError::Stuck(Stuck::Instance { run: self.run.record().id.clone(), message })
         })
+    }
+
+    /// Of the run's cloud; before it has one, of the first that it may have.
+    fn patience(&self) -> &'a Patience {
+        let cloud = self.cloud().ok().or_else(|| self.ports.clouds.iter().next());
+        cloud.map_or(&Patience::CLOUD, |cloud| &cloud.patience)
     }
 
     /// Writes an event and tells about it. What is remembered of the old state's failures goes with it.

@@ -9,7 +9,6 @@ use outliers_protocol::{CorpusSource, JobSpec, Manifest, ModelSource};
 use super::bring::{self, Folders};
 use super::{DeployEvent, Driver, Host, HostError, HostTalk, StepError, Stop, Stuck};
 use crate::broker::{BrokerError, BrokerErrorKind, Instance, InstanceState, Lease, LeaseTag, Offer, SshEndpoint};
-use crate::clouds::Patience;
 use crate::host::JobStatus;
 use crate::ledger::{now_ms, random_word};
 use crate::market;
@@ -39,7 +38,7 @@ impl Driver<'_> {
         let request = self.run.record().spec.request.clone();
         let offered = match self.ports.clouds.offers(&request).await {
             Ok(offered) => offered,
-            Err(error) => return self.try_again_broker(error, Patience::CLOUD.settle).await,
+            Err(error) => return self.try_again_broker(error, self.patience().settle).await,
         };
         for error in &offered.silent {
             (self.on)(DeployEvent::Talk(HostTalk::Note(format!("left out: {error}"))));
@@ -481,8 +480,7 @@ impl Driver<'_> {
             return false;
         }
         self.memory.failing = Some((since, times + 1));
-        let backoff = self.cloud().map_or(Patience::LOCAL.backoff, |cloud| cloud.patience.backoff);
-        let pause = backoff * (1 << times.min(5)).min(30);
+        let pause = self.patience().backoff * (1 << times.min(5)).min(30);
         (self.on)(DeployEvent::Retrying { reason: reason.to_owned(), pause });
         tokio::time::sleep(pause).await;
         true

@@ -86,6 +86,16 @@ async fn a_run_goes_through_all_states_and_leaves_nothing() {
 
 /// Every fault of `first` at every effect; then, if `second` is given, that one at every effect after it.
 async fn sweep(first: Fault, second: Option<Fault>, check: impl Fn(&Fake, &[Life], &str)) -> usize {
+    sweep_with(first, second, |_| {}, check).await
+}
+
+/// The same in a world that was changed first.
+async fn sweep_with(
+    first: Fault,
+    second: Option<Fault>,
+    change: impl Fn(&mut super::fake::World),
+    check: impl Fn(&Fake, &[Life], &str),
+) -> usize {
     let mut runs = 0;
     for at in 1.. {
         let mut later = at;
@@ -93,6 +103,7 @@ async fn sweep(first: Fault, second: Option<Fault>, check: impl Fn(&Fake, &[Life
             later += 1;
             let (fake, home) = (Fake::new(), home());
             fake.set(|world| world.armed = vec![(at, first)]);
+            fake.set(&change);
             if let Some(second) = second {
                 fake.set(|world| world.armed.push((later, second)));
             }
@@ -379,6 +390,66 @@ async fn an_instance_that_bills_more_than_allowed_is_given_back() {
     closed_and_clean(&fake, &record, "price");
     let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert!(trouble.message.contains("$9.00/h"), "{}", trouble.message);
+}
+
+#[tokio::test]
+async fn without_a_cap_the_offers_price_is_what_was_agreed() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.price_on_arrival = Some(UsdPerHour::from_dollars(1.9)));
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "price");
+    // $1.90 is far above the $1.00 of the first offer, and below the $2.00 of the second.
+    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    let words: Vec<_> = record.events.iter().map(|entry| entry.event.word()).collect();
+    let expected = ["creating", "created", "discarded", "gone", "creating", "created", "reached", "launched"];
+    assert_eq!(words[..8], expected);
+}
+
+#[tokio::test]
+async fn a_host_that_is_not_what_was_rented_is_exchanged_and_remembered() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.unfit = vec!["a".into()]);
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "unfit");
+    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    assert_eq!(fake.world.lock().unwrap().creates, 2);
+    let (bad, good) = (super::fake::offer("a", 1.0), super::fake::offer("b", 2.0));
+    assert!(fake.bad_hosts.has(&bad) && !fake.bad_hosts.has(&good));
+    // The next run of the batch does not go there again.
+    let again = with(|_| {}, &fake, &home.path().join("next")).await;
+    assert_eq!((again.state.ending(), fake.world.lock().unwrap().creates), (Some(&Ending::Completed), 3));
+}
+
+#[tokio::test]
+async fn after_some_hosts_that_do_not_serve_the_fault_is_not_theirs() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| {
+        world.offers = (0..9).map(|i| super::fake::offer(&format!("o{i}"), 1.0)).collect();
+        world.unfit = world.offers.iter().map(|offer| offer.key.clone()).collect();
+    });
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "all unfit");
+    assert_eq!(fake.world.lock().unwrap().creates, 3);
+    let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert!(
+        trouble.message.starts_with("3 of 9 offers were tried") && trouble.message.contains("0 GPUs"),
+        "{trouble:?}"
+    );
+}
+
+#[tokio::test]
+async fn killed_anywhere_while_a_host_is_exchanged_the_run_still_completes() {
+    let runs = sweep_with(
+        Fault::CrashAfter,
+        None,
+        |world| world.unfit = vec!["a".into()],
+        |fake, lives, what| {
+            let record = last(lives);
+            closed_and_clean(fake, record, what);
+            assert_eq!(record.state.ending(), Some(&Ending::Completed), "{what}");
+        },
+    );
+    assert!(runs.await > 15);
 }
 
 #[tokio::test]
