@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use outliers_protocol::SiteKinds;
 
 use crate::settings::Span;
 use crate::units::CudaVersion;
@@ -170,30 +171,13 @@ pub struct JobArgs {
     /// Tokens computed together, in whole sequences.
     #[arg(long, value_name = "N")]
     pub micro_batch_tokens: Option<usize>,
-    /// What to study beside the norm outputs, which always are, separated by commas. Massive activations need residual, super experts
-    /// expert-out. Costs a pass over those values, no arithmetic of the model.
-    #[arg(long, value_enum, value_name = "KINDS", value_delimiter = ',')]
-    pub sites: Vec<SitesArg>,
+    /// What to study beside the norm outputs, which always are, separated by commas: residual (massive activations), attention-out,
+    /// mlp-out, expert-out (super experts), all. Costs a pass over those values, no arithmetic of the model.
+    #[arg(long, value_name = "KINDS", value_delimiter = ',')]
+    pub sites: Vec<SiteKinds>,
     /// Also write every studied activation to this file among the results. Large: tokens x hidden x sites x 4 bytes.
     #[arg(long, value_name = "FILE.safetensors")]
     pub save_activations: Option<String>,
-}
-
-/// What can be studied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum SitesArg {
-    /// Outputs of the norms: outlier features.
-    Norms,
-    /// The residual stream after each layer: massive activations.
-    Residual,
-    /// What attention adds to it.
-    AttentionOut,
-    /// What the MLP, or all experts together, add to it.
-    MlpOut,
-    /// Each routed expert's down projection: super experts.
-    ExpertOut,
-    /// All of these.
-    All,
 }
 
 /// Whether each window starts with the BOS token.

@@ -59,7 +59,7 @@ async fn the_worker_runs_on_the_local_brokers_instance() {
     let key = RunKey::create(folder.path(), "key", "").unwrap();
     let broker = LocalBroker::new(folder.path().join("cloud"), programs::controller());
     let want = GpuRequest { gpu_count: Some(0), ..GpuRequest::default() };
-    let offer = broker.offers(&want).await.unwrap().into_iter().find(|offer| offer.gpu_count == 0).unwrap();
+    let offer = broker.offers(&want).await.unwrap().offers.into_iter().find(|offer| offer.gpu_count == 0).unwrap();
     let deadline = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs() + 300;
     let word = |s: &str| s.to_owned();
     let tag = LeaseTag { owner: word("me"), run: word("r1"), nonce: word("n1"), deadline };

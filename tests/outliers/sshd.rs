@@ -1,13 +1,16 @@
 //! The same deploy against a real OpenSSH server, as an instance of a small cloud of this test's own.
 
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use outliers::broker::{
-    Broker, BrokerError, BrokerErrorKind, GpuRequest, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer,
+    Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
+    Lease, LeaseTag, Offer, Offers,
 };
-use outliers::deploy::{Driver, Patience, Ports, SshHosts, Stop};
+use outliers::clouds::{BadHosts, Cloud, Clouds, Patience};
+use outliers::deploy::{Driver, Ports, SshHosts, Stop};
+use outliers::estimate::Work;
 use outliers::ledger::{Ledger, RunRecord, RunWriter, now_ms};
 use outliers::run::{Ending, Intent, Pin, RunEvent, RunSpec, Trouble};
 use outliers::units::{Bytes, UsdPerHour};
@@ -35,8 +38,16 @@ impl Broker for SshdCloud {
         NAME
     }
 
-    async fn offers(&self, _want: &GpuRequest) -> Result<Vec<Offer>, BrokerError> {
-        Ok(vec![offer()])
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
+
+    async fn check(&self) -> Result<Account, BrokerError> {
+        Ok(Account::default())
+    }
+
+    async fn offers(&self, _want: &GpuRequest) -> Result<Offers, BrokerError> {
+        Ok(Offers { offers: vec![offer()], dropped: Vec::new() })
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
@@ -68,6 +79,10 @@ impl Broker for SshdCloud {
         Ok(self.instances.lock().unwrap().iter().map(|(instance, _)| instance.clone()).collect())
     }
 
+    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
+        Ok(self.list().await?.into_iter().find(|instance| instance.id == *id))
+    }
+
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
         self.instances.lock().unwrap().retain(|(instance, _)| instance.id != *id);
         Ok(())
@@ -76,21 +91,14 @@ impl Broker for SshdCloud {
 
 fn offer() -> Offer {
     Offer {
-        broker: NAME.to_owned(),
-        key: "one".to_owned(),
-        gpu: None,
-        gpu_raw: None,
-        gpu_count: 0,
-        vram: None,
         cpu_ram: Some(Bytes::from_gib(1)),
         cpu_cores: Some(1),
         disk: Some(Bytes::from_gib(1)),
-        price: UsdPerHour::from_dollars(1.0),
-        region: None,
+        ..Offer::new(NAME, "one".to_owned(), 0, UsdPerHour::from_dollars(1.0))
     }
 }
 
-fn all(offers: Vec<Offer>, _want: &GpuRequest) -> Result<Vec<Offer>, Trouble> {
+fn all(offers: Vec<Offer>, _spec: &RunSpec) -> Result<Vec<Offer>, Trouble> {
     Ok(offers)
 }
 
@@ -104,10 +112,11 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
     job.save_activations = Some("activations.safetensors".to_owned());
     RunSpec {
         model,
-        broker: NAME.to_owned(),
+        brokers: NAME.to_owned(),
         job,
         job_key: fixture.to_owned(),
         request: GpuRequest { gpu_count: Some(0), ..GpuRequest::default() },
+        work: Work::default(),
         disk: Bytes::from_mib(16),
         push_model: true,
         keep_running: false,
@@ -116,11 +125,12 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
     }
 }
 
-async fn drive(cloud: &SshdCloud, run: RunWriter, patience: Patience) -> RunRecord {
-    let hosts = SshHosts::new(worker(), Bytes::from_gib(1));
-    let ports = Ports { broker: cloud, select: all, hosts: &hosts, secrets: &[] };
+async fn drive(cloud: &Arc<SshdCloud>, run: RunWriter, patience: Patience) -> RunRecord {
+    let (hosts, bad_hosts) = (SshHosts::new(worker(), Bytes::from_gib(1)), BadHosts::default());
+    let clouds = Clouds::from(vec![Cloud { broker: cloud.clone(), patience, is_local: false }]);
+    let ports = Ports { clouds: &clouds, select: all, bad_hosts: &bad_hosts, hosts: &hosts, secrets: &[] };
     let stop = tokio::sync::watch::Sender::new(Stop::Go);
-    let record = Driver::new(run, ports, patience, stop.subscribe(), &|_| {}).drive().await.unwrap();
+    let record = Driver::new(run, ports, stop.subscribe(), &|_| {}).drive().await.unwrap();
     assert!(record.state.is_closed(), "{:?}", record.state);
     assert!(cloud.instances.lock().unwrap().is_empty(), "an instance is left");
     record
@@ -137,7 +147,7 @@ async fn a_deploy_to_openssh_equals_the_reference() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let (cloud, ledger) = (SshdCloud::default(), Ledger::open(&folder.path().join("state")).unwrap());
+    let (cloud, ledger) = (Arc::new(SshdCloud::default()), Ledger::open(&folder.path().join("state")).unwrap());
     let run = ledger.plan(&spec("olmoe-bf16", &folder.path().join("results"))).unwrap();
     let record = drive(&cloud, run, Patience::LOCAL).await;
     assert_eq!(record.state.ending(), Some(&Ending::Completed), "{record:?}");
@@ -160,7 +170,7 @@ async fn a_server_that_does_not_know_our_key_is_given_back() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let cloud = SshdCloud { deaf: true, ..SshdCloud::default() };
+    let cloud = Arc::new(SshdCloud { deaf: true, ..SshdCloud::default() });
     let ledger = Ledger::open(&folder.path().join("state")).unwrap();
     let run = ledger.plan(&spec("llama-f32", &folder.path().join("results"))).unwrap();
     let patience = Patience { ssh: std::time::Duration::from_secs(6), ..Patience::LOCAL };
@@ -175,7 +185,7 @@ async fn a_server_with_another_host_key_than_the_pinned_one_is_given_back() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let (cloud, ledger) = (SshdCloud::default(), Ledger::open(&folder.path().join("state")).unwrap());
+    let (cloud, ledger) = (Arc::new(SshdCloud::default()), Ledger::open(&folder.path().join("state")).unwrap());
     let mut run = ledger.plan(&spec("llama-f32", &folder.path().join("results"))).unwrap();
     // A controller got as far as pinning a key; then the host behind the address became another.
     let tag = LeaseTag {
@@ -186,11 +196,11 @@ async fn a_server_with_another_host_key_than_the_pinned_one_is_given_back() {
     };
     let another = outliers::keys::RunKey::create(folder.path(), "another", "host").unwrap();
     let key = outliers::keys::RunKey::create(&run.folder(), outliers::deploy::KEY_FILE, "run").unwrap();
-    run.append(RunEvent::Creating { intent: Intent { offer: offer(), tag: tag.clone() } }).unwrap();
+    run.append(RunEvent::Creating { intent: Box::new(Intent { offer: offer(), tag: tag.clone() }) }).unwrap();
     let lease = Lease { tag, ssh_public_key: key.public_line().to_owned(), disk: Bytes(0) };
     let instance = cloud.create(&offer(), &lease).await.unwrap();
     run.append(RunEvent::Created { instance: instance.id, price: instance.price }).unwrap();
-    run.append(RunEvent::Reached { pin: Pin(another.public_line().to_owned()) }).unwrap();
+    run.append(RunEvent::Reached { pin: Pin(another.public_line().to_owned()), price: None }).unwrap();
     let record = drive(&cloud, run, Patience::LOCAL).await;
     let said = record.state.ending().unwrap().to_string();
     assert!(said.contains("host key"), "{said}");
@@ -202,10 +212,11 @@ async fn an_instance_without_room_is_given_back() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let cloud = SshdCloud { disk: Some(3), ..SshdCloud::default() };
+    let cloud = Arc::new(SshdCloud { disk: Some(3), ..SshdCloud::default() });
     let ledger = Ledger::open(&folder.path().join("state")).unwrap();
     for (disk, word) in [(Bytes::from_mib(16), "disk"), (Bytes(0), "free")] {
-        let spec = RunSpec { disk, ..spec("llama-f32", &folder.path().join("results")) };
+        let mut spec = RunSpec { disk, ..spec("llama-f32", &folder.path().join("results")) };
+        spec.request.min_disk = Some(disk);
         let record = drive(&cloud, ledger.plan(&spec).unwrap(), Patience::LOCAL).await;
         let said = record.state.ending().unwrap().to_string();
         assert!(said.contains(word), "{said}");

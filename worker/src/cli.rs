@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outliers_protocol::{
-    BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKind, Thresholds,
+    BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKinds,
+    Thresholds,
 };
 
 use crate::error::{Result, WorkerError};
@@ -173,45 +174,15 @@ pub struct JobArgs {
     /// A feature exceeds where |x| >= this.
     #[arg(long, default_value_t = Thresholds::default().magnitude)]
     pub threshold: f32,
-    /// What to study, separated by commas. The norm outputs always are.
-    #[arg(long, value_enum, value_name = "KINDS", value_delimiter = ',', default_value = "norms")]
-    pub sites: Vec<SitesArg>,
+    /// What to study, separated by commas: norms (always), residual, attention-out, mlp-out, expert-out, all.
+    #[arg(long, value_name = "KINDS", value_delimiter = ',', default_value = "norms")]
+    pub sites: Vec<SiteKinds>,
     /// Also write every studied activation to this file in the output folder. Large.
     #[arg(long, value_name = "FILE.safetensors")]
     pub save_activations: Option<String>,
     /// Tokens computed together, in whole sequences.
     #[arg(long, value_name = "N")]
     pub micro_batch_tokens: Option<usize>,
-}
-
-/// [`SiteKind`] on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum SitesArg {
-    /// Outputs of the norms: outlier features.
-    Norms,
-    /// The residual stream after each layer: massive activations.
-    Residual,
-    /// What attention adds to it.
-    AttentionOut,
-    /// What the MLP, or all experts together, add to it.
-    MlpOut,
-    /// Each routed expert's down projection: super experts.
-    ExpertOut,
-    /// All of these.
-    All,
-}
-
-impl SitesArg {
-    fn kinds(self) -> Vec<SiteKind> {
-        match self {
-            Self::Norms => vec![SiteKind::Norms],
-            Self::Residual => vec![SiteKind::Residual],
-            Self::AttentionOut => vec![SiteKind::AttentionOut],
-            Self::MlpOut => vec![SiteKind::MlpOut],
-            Self::ExpertOut => vec![SiteKind::ExpertOut],
-            Self::All => SiteKind::ALL.to_vec(),
-        }
-    }
 }
 
 /// [`BosPolicy`] on the command line.
@@ -272,7 +243,7 @@ impl JobArgs {
         job.devices = self.devices;
         job.layers = self.layers;
         job.thresholds.magnitude = self.threshold;
-        job.sites = self.sites.into_iter().flat_map(SitesArg::kinds).collect();
+        job.sites = self.sites.into_iter().flat_map(|SiteKinds(kinds)| kinds).collect();
         job.save_activations = self.save_activations;
         job.micro_batch_tokens = self.micro_batch_tokens.unwrap_or(job.micro_batch_tokens);
         Ok(job)

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use outliers_protocol::{
-    BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKind, Thresholds,
+    BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKinds, Thresholds,
 };
 
-use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg, SitesArg};
+use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg};
 use crate::report::Complaint;
 
 /// The job these options describe, with absolute paths.
@@ -35,22 +35,11 @@ pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Pat
     };
     job.devices.clone_from(&args.devices);
     job.layers = args.layers;
-    job.sites.extend(args.sites.iter().copied().flat_map(kinds));
+    job.sites.extend(args.sites.iter().flat_map(|SiteKinds(kinds)| kinds));
     job.save_activations.clone_from(&args.save_activations);
     job.micro_batch_tokens = args.micro_batch_tokens.unwrap_or(job.micro_batch_tokens);
     check(&job)?;
     Ok(job)
-}
-
-fn kinds(sites: SitesArg) -> Vec<SiteKind> {
-    match sites {
-        SitesArg::Norms => vec![SiteKind::Norms],
-        SitesArg::Residual => vec![SiteKind::Residual],
-        SitesArg::AttentionOut => vec![SiteKind::AttentionOut],
-        SitesArg::MlpOut => vec![SiteKind::MlpOut],
-        SitesArg::ExpertOut => vec![SiteKind::ExpertOut],
-        SitesArg::All => SiteKind::ALL.to_vec(),
-    }
 }
 
 /// What needs no model to be called wrong.
@@ -130,6 +119,8 @@ fn utf8(path: PathBuf) -> Result<String, Complaint> {
 
 #[cfg(test)]
 mod tests {
+    use outliers_protocol::SiteKind;
+
     use super::*;
 
     fn made(name: &str, args: &JobArgs, here: &Path) -> Result<JobSpec, Complaint> {
@@ -154,16 +145,15 @@ mod tests {
 
     #[test]
     fn norm_outputs_are_studied_whatever_else_is() {
-        let with = |sites: &[SitesArg]| {
-            let args = JobArgs { sites: sites.to_vec(), ..JobArgs::default() };
+        let with = |sites: &[&str]| {
+            let sites = sites.iter().map(|text| text.parse().unwrap()).collect();
+            let args = JobArgs { sites, ..JobArgs::default() };
             made("a/b", &args, Path::new("/")).unwrap().sites.into_iter().collect::<Vec<_>>()
         };
         assert_eq!(with(&[]), [SiteKind::Norms]);
-        assert_eq!(
-            with(&[SitesArg::ExpertOut, SitesArg::Residual]),
-            [SiteKind::Norms, SiteKind::Residual, SiteKind::ExpertOut]
-        );
-        assert_eq!(with(&[SitesArg::All, SitesArg::Norms]), SiteKind::ALL);
+        assert_eq!(with(&["expert-out", "residual"]), [SiteKind::Norms, SiteKind::Residual, SiteKind::ExpertOut]);
+        assert_eq!(with(&["all", "norms"]), SiteKind::ALL);
+        assert!("experts".parse::<SiteKinds>().is_err());
     }
 
     #[test]

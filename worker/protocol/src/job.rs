@@ -1,6 +1,7 @@
 //! The job: which model over which text, counted how.
 
 use std::collections::BTreeSet;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -83,6 +84,27 @@ pub enum SiteKind {
 impl SiteKind {
     /// All of them.
     pub const ALL: [Self; 5] = [Self::Norms, Self::Residual, Self::AttentionOut, Self::MlpOut, Self::ExpertOut];
+}
+
+/// Kinds as people write them: one by its name (`expert-out`), or `all`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SiteKinds(pub Vec<SiteKind>);
+
+impl FromStr for SiteKinds {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        use SiteKind::{AttentionOut, ExpertOut, MlpOut, Norms, Residual};
+        Ok(Self(match text {
+            "norms" => vec![Norms],
+            "residual" => vec![Residual],
+            "attention-out" => vec![AttentionOut],
+            "mlp-out" => vec![MlpOut],
+            "expert-out" => vec![ExpertOut],
+            "all" => SiteKind::ALL.to_vec(),
+            _ => return Err("there are norms, residual, attention-out, mlp-out, expert-out, all".to_owned()),
+        }))
+    }
 }
 
 impl From<Point> for SiteKind {

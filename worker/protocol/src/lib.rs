@@ -29,7 +29,8 @@ pub use inspection::{
     FileBytes, IgnoredTensors, Inspection, LayerInspection, PlanFigures, SiteInspection, VersionInfo,
 };
 pub use job::{
-    BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKind, Thresholds,
+    BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKind, SiteKinds,
+    Thresholds,
 };
 pub use metadata::{CorpusProvenance, DeviceInfo, HostInfo, Metadata, ModelProvenance, TokenizerProvenance};
 pub use progress::{Phase, Progress};
