@@ -79,6 +79,11 @@ impl Desk {
         std::fs::read_to_string(self.folder.path().join("stderr")).unwrap_or_default()
     }
 
+    /// What the last started command printed so far.
+    pub fn stdout(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("stdout")).unwrap_or_default()
+    }
+
     /// The local cloud's bill.
     pub fn bill(&self) -> Bill {
         LocalBroker::new(self.state().join("local"), controller()).bill().expect("the local cloud answers")

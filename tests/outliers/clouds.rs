@@ -1,0 +1,224 @@
+//! `outliers deploy` on fakes of real clouds' APIs, whose instances are real OpenSSH servers.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use outliers_clouds::dialect::lambda::Lambda;
+use outliers_clouds::dialect::prime::Prime;
+use outliers_clouds::dialect::runpod::RunPod;
+use outliers_clouds::dialect::vast::Vast;
+use outliers_clouds::{Dialect, FakeCloud, FakeInstance, Gpu, How, KEY, Op, Refusal, Rented, Stock};
+use outliers_protocol::files;
+use outliers_tests::desk::{Desk, Said};
+use outliers_tests::golden::{assert_activations_equal, assert_statistics_equal};
+use outliers_tests::programs::golden;
+use outliers_tests::sshd::Sshd;
+
+const FIXTURE: &str = "olmoe-bf16";
+
+/// A desk on which only these clouds are known.
+struct Place {
+    desk: Desk,
+    /// Where the hosts' tools lie: an `nvidia-smi` that names the GPUs that were rented.
+    tools: tempfile::TempDir,
+}
+
+impl Place {
+    fn new(clouds: &[&FakeCloud]) -> Self {
+        Self::with_settings(clouds, "")
+    }
+
+    fn with_settings(clouds: &[&FakeCloud], more: &str) -> Self {
+        let tools = tempfile::tempdir().unwrap();
+        let smi = tools.path().join("nvidia-smi");
+        let script = "#!/bin/sh\ncase \"$*\" in *query-gpu*) \
+            echo '0, NVIDIA A100-SXM4-80GB, 81251, 550.54.15, GPU-1';; \
+            *) echo '| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12.4 |';; esac\n";
+        std::fs::write(&smi, script).unwrap();
+        std::fs::set_permissions(&smi, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let settings = tools.path().join("outliers.toml");
+        let section = |cloud: &&FakeCloud| {
+            let name = cloud.dialect().cloud().name;
+            format!("[brokers.{name}]\nbase-url = \"{}\"\n", cloud.url())
+        };
+        std::fs::write(&settings, clouds.iter().map(section).collect::<String>() + more).unwrap();
+        let mut desk = Desk::new().with("OUTLIERS_CONFIG", settings.to_str().unwrap());
+        for cloud in clouds {
+            desk = desk.with(cloud.dialect().cloud().key_variable, KEY);
+        }
+        Self { desk, tools }
+    }
+
+    /// Makes every instance of `cloud` an OpenSSH server; `None` on a machine without one.
+    fn host(&self, cloud: &FakeCloud) -> Option<()> {
+        Sshd::start().unwrap()?;
+        let path = format!("SetEnv HOME={{folder}}/home PATH={}:/usr/bin:/bin", self.tools.path().display());
+        cloud.world().host = Some(Arc::new(move |instance: &FakeInstance| {
+            let server = Sshd::start_with(&path).unwrap().unwrap();
+            server.authorize(instance.public_key.as_deref().expect("a lease comes with a key")).unwrap();
+            Rented { ssh: server.endpoint(), machine: Box::new(server) }
+        }));
+        Some(())
+    }
+
+    /// Deploys a fixture that is uploaded, on whatever has an A100.
+    fn deploy(&self, more: &[&str]) -> Said {
+        let folder = golden(FIXTURE);
+        let text = |path: &Path| path.to_str().unwrap().to_owned();
+        let (model, ids) = (text(&folder.join("model")), text(&folder.join("golden.safetensors")));
+        let usual = ["deploy", "--model", &model, "--push-model", "--token-ids", &ids, "--precision", "f32", "--devices", "cpu"];
+        let rest = ["--gpu-filter", "A100", "--min-vram", "80", "--save-activations", "activations.safetensors", "-y", "--json"];
+        self.desk.run(usual.into_iter().chain(rest).chain(more.iter().copied()))
+    }
+
+    /// Two A100s of which the better cannot be had, then the same results as anywhere, and nothing left.
+    fn full_run(&self, cloud: &FakeCloud) {
+        {
+            let mut world = cloud.world();
+            world.stock = vec![
+                Stock::plain("1001", Gpu::A100, 1, 1.5),
+                Stock { region: "us-texas-1", ..Stock::plain("1002", Gpu::A100, 1, 1.9) },
+                Stock::plain("1003", Gpu::H100, 1, 1.0),
+            ];
+            world.shown_after = 1;
+            world.fail(Op::Create, How::Refuse(Refusal::NoCapacity));
+        }
+        let said = self.deploy(&[]).ok();
+        let deployed: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+        let events: Vec<&str> =
+            deployed["run"]["events"].as_array().unwrap().iter().map(|entry| entry["event"]["event"].as_str().unwrap()).collect();
+        assert_eq!(events[..4], ["creating", "not_created", "creating", "created"], "{said:?}");
+        let home = self.desk.results_folder();
+        let reference = golden(FIXTURE);
+        assert_activations_equal(&reference.join("golden.safetensors"), &home.join("activations.safetensors"));
+        assert_statistics_equal(&reference.join("outliers.json"), &self.desk.results());
+        assert!(home.join(files::METADATA).exists());
+        nothing_left(cloud);
+        let world = cloud.world();
+        assert_eq!(world.instances.len(), 1, "rented once");
+        assert!(world.keys.is_empty(), "the account's keys are as before: {:?}", world.keys);
+        assert!(!format!("{said:?}").contains(KEY));
+    }
+}
+
+/// The closing assertion: the cloud bills nothing.
+fn nothing_left(cloud: &FakeCloud) {
+    let world = cloud.world();
+    assert_eq!(world.live().count(), 0, "still billing: {world:?}");
+}
+
+fn deploys_to(dialect: impl Dialect) {
+    let cloud = FakeCloud::start(dialect);
+    let place = Place::new(&[&cloud]);
+    if place.host(&cloud).is_some() {
+        place.full_run(&cloud);
+    }
+}
+
+#[test]
+fn a_deploy_to_runpod() {
+    deploys_to(RunPod::default());
+}
+
+#[test]
+fn a_deploy_to_vast() {
+    deploys_to(Vast);
+}
+
+#[test]
+fn a_deploy_to_prime() {
+    deploys_to(Prime);
+}
+
+/// Lambda gives an address and nothing else: user and port are what its images have, unless the settings say otherwise.
+#[test]
+fn a_deploy_to_lambda() {
+    let Some(server) = Sshd::start().unwrap() else { return };
+    let user = server.endpoint().user;
+    drop(server);
+    let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+    let cloud = FakeCloud::start(Lambda);
+    let place = Place::with_settings(&[&cloud], &format!("ssh-user = \"{user}\"\nssh-port = {port}\n"));
+    let path = format!("Port {port}\nSetEnv HOME={{folder}}/home PATH={}:/usr/bin:/bin", place.tools.path().display());
+    cloud.world().host = Some(Arc::new(move |instance: &FakeInstance| {
+        let server = Sshd::start_with(&path).unwrap().unwrap();
+        server.authorize(instance.public_key.as_deref().expect("a lease comes with a key")).unwrap();
+        Rented { ssh: server.endpoint(), machine: Box::new(server) }
+    }));
+    place.full_run(&cloud);
+}
+
+/// Every cloud in one table; one that does not answer is left out, and said so.
+#[test]
+fn the_market_asks_all_clouds_at_once() {
+    let clouds = [
+        FakeCloud::start(RunPod::default()),
+        FakeCloud::start(Vast),
+        FakeCloud::start(Lambda),
+        FakeCloud::start(Prime),
+    ];
+    let place = Place::new(&clouds.iter().collect::<Vec<_>>());
+    let found = place.desk.json(&["offers", "--gpu-filter", "a100", "--min-vram", "80", "--all"]);
+    let offers = found["offers"].as_array().unwrap();
+    let mut brokers: Vec<&str> = offers.iter().map(|offer| offer["broker"].as_str().unwrap()).collect();
+    brokers.sort_unstable();
+    brokers.dedup();
+    assert_eq!(brokers, ["lambda", "prime", "runpod", "vast"], "{found:#}");
+    let costs: Vec<i64> = offers.iter().map(|offer| offer["estimate"]["cost"].as_i64().unwrap()).collect();
+    assert!(costs.is_sorted(), "{costs:?}");
+    let dropped = found["dropped"].as_array().unwrap();
+    assert!(dropped.iter().any(|left| left["broker"] == "prime" && left["reason"].as_str().unwrap().contains("EUR")), "{dropped:?}");
+
+    clouds[1].world().fail_always(Op::Offers, How::Refuse(Refusal::Unauthorized));
+    let said = place.desk.run(["offers", "--gpu-filter", "a100"]).ok();
+    assert!(said.stderr.contains("vast") && said.stdout.contains("runpod") && !said.stdout.contains("vast"), "{said:?}");
+
+    let said = place.desk.run(["offers", "--gpu-filter", "a100", "--max-price", "0.01", "--broker", "runpod,prime"]);
+    assert_eq!(said.code, Some(3), "{said:?}");
+    assert!(said.stderr.contains("--max-price") && said.stderr.contains("would find"), "{said:?}");
+}
+
+#[test]
+fn a_doctor_sees_what_is_wrong() {
+    let clouds = [FakeCloud::start(RunPod::default()), FakeCloud::start(Lambda)];
+    let place = Place::new(&clouds.iter().collect::<Vec<_>>());
+    let said = place.desk.run(["doctor"]).ok();
+    for word in ["runpod account", "lambda account", "prime API", "PRIME_API_KEY", "worker", "ledger"] {
+        assert!(said.stdout.contains(word), "{word}: {said:?}");
+    }
+    clouds[1].world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
+    let said = place.desk.run(["doctor"]);
+    assert!(said.code == Some(1) && said.stdout.contains("BAD") && !said.stdout.contains(KEY), "{said:?}");
+}
+
+/// Five hundred instances of others and one stray of ours: all are shown, only ours is ours, and the program stays small.
+#[test]
+fn a_large_account() {
+    let cloud = FakeCloud::start(RunPod::default());
+    {
+        let mut world = cloud.world();
+        for stock in &mut world.stock {
+            stock.left = 1000;
+        }
+        for i in 0..500 {
+            world.plant(&format!("someone-elses-{i}"));
+        }
+    }
+    let place = Place::new(&[&cloud]);
+    let mut child = place.desk.start(["instances", "list", "--broker", "runpod", "--json"]);
+    let mut peak_kib = 0;
+    let status = loop {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or_default();
+        peak_kib = line.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0).max(peak_kib);
+        match child.try_wait().unwrap() {
+            Some(status) => break status,
+            None => std::thread::sleep(std::time::Duration::from_millis(2)),
+        }
+    };
+    assert!(status.success(), "{}", place.desk.stderr());
+    let listed: serde_json::Value = serde_json::from_str(&place.desk.stdout()).unwrap();
+    assert_eq!(listed["instances"].as_array().unwrap().len(), 500);
+    assert!(peak_kib > 0 && peak_kib < 60 * 1024, "{peak_kib} KiB");
+    assert_eq!(cloud.world().count(Op::Terminate), 0, "nobody touches what is not ours");
+}
