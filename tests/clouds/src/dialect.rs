@@ -1,0 +1,44 @@
+//! What a cloud understands and how it speaks.
+
+use outliers::broker::CloudKind;
+use outliers::units::UsdPerHour;
+
+use crate::{Answer, Op, Refusal, Request, Stock, World};
+
+/// One cloud's API over a [`World`]: state in, reply out.
+///
+/// Strict: what the real cloud would refuse (an unknown field, a wrong type, a missing key, a wrong path) is refused here too. The
+/// core has checked the key and the account's funds, and injects faults, before a dialect sees a request.
+pub trait Dialect: Send + Sync + 'static {
+    /// The cloud that speaks it.
+    fn cloud(&self) -> &'static CloudKind;
+
+    /// What the request is for; `None`: the API has no such call.
+    fn operation(&self, request: &Request) -> Option<Op>;
+
+    /// Does what the request asks and answers.
+    ///
+    /// # Errors
+    /// A refusal, which [`Dialect::refuse`] puts into words.
+    fn answer(&self, world: &mut World, request: &Request) -> Result<Answer, Refusal>;
+
+    /// A refusal in the cloud's own words.
+    fn refuse(&self, refusal: &Refusal, on: Op) -> Answer;
+
+    /// The stock as far as this cloud tells of it (what it does not tell is `None`, or rounded as it rounds); `None`: it cannot
+    /// offer such a thing at all.
+    fn shows(&self, stock: &Stock) -> Option<Stock> {
+        Some(stock.clone())
+    }
+
+    /// What `stock` costs with so much disk.
+    fn price(&self, stock: &Stock, disk_gib: u64) -> UsdPerHour {
+        let _ = disk_gib;
+        stock.price
+    }
+
+    /// Whether its listings say how much there is in all, so that one that ends too early can be told ([`World::truncates`]).
+    fn tells_totals(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,230 @@
+//! The server: one loopback port, one thread, one world.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::State;
+use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH};
+use axum::http::{HeaderValue, Response, StatusCode, Uri};
+use futures::stream;
+use outliers::broker::{Access, Broker};
+use outliers::http::{Explain, Http, Limits};
+use outliers::secret::Secret;
+use tokio::sync::oneshot;
+
+use crate::{Answer, Dialect, Fault, How, Op, Refusal, Request, World};
+
+/// The key that every fake cloud takes.
+pub const KEY: &str = "sk-fake-3f9c61d2b7a84e05";
+
+/// Largest request body that is read.
+const LARGEST_BODY: usize = 4 << 20;
+
+/// A cloud on a loopback port. It ends when dropped.
+pub struct FakeCloud {
+    shared: Arc<Shared>,
+    url: String,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    dialect: Box<dyn Dialect>,
+    /// Path of the cloud's base URL, without a slash at its end.
+    base: String,
+    world: Mutex<World>,
+}
+
+impl FakeCloud {
+    /// A cloud that speaks `dialect`, with [`World::default`].
+    pub fn start(dialect: impl Dialect) -> Self {
+        Self::boxed(Box::new(dialect))
+    }
+
+    /// The same of a dialect chosen at run time.
+    pub fn boxed(dialect: Box<dyn Dialect>) -> Self {
+        let base: Uri = dialect.cloud().base_url.parse().expect("a cloud's base URL is a URL");
+        let base = base.path().trim_end_matches('/').to_owned();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a loopback port is free");
+        listener.set_nonblocking(true).expect("a socket can be told not to block");
+        let address = listener.local_addr().expect("a bound socket has an address");
+        let url = format!("http://{address}{base}");
+        let shared = Arc::new(Shared { dialect, base, world: Mutex::default() });
+        let (stop, stopped) = oneshot::channel();
+        let server = shared.clone();
+        let thread = std::thread::spawn(move || run(listener, server, stopped));
+        Self { shared, url, stop: Some(stop), thread: Some(thread) }
+    }
+
+    /// Where it answers, in place of the cloud's own base URL.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// What it speaks.
+    pub fn dialect(&self) -> &dyn Dialect {
+        &*self.shared.dialect
+    }
+
+    /// Everything it knows. The cloud waits as long as this is held: not across an `await`.
+    pub fn world(&self) -> MutexGuard<'_, World> {
+        self.shared.lock()
+    }
+
+    /// The real broker, speaking to this cloud with the right key and little patience between attempts.
+    pub fn broker(&self) -> Box<dyn Broker> {
+        self.connect(KEY, limits(), None)
+    }
+
+    /// The same, which soon gives up on an answer: for tests in which none comes.
+    pub fn impatient_broker(&self) -> Box<dyn Broker> {
+        self.connect(KEY, Limits { read: Duration::from_millis(300), ..limits() }, None)
+    }
+
+    /// The real broker with this key, these limits and this listener.
+    pub fn connect(&self, key: &str, limits: Limits, explain: Option<Explain>) -> Box<dyn Broker> {
+        let kind = self.dialect().cloud();
+        let http = Http::new(kind.name, &self.url, Some(Secret::new(key)), limits).expect("the fake's URL is one");
+        (kind.connect)(Access { http: http.explained(explain), image: kind.image.to_owned() })
+    }
+}
+
+/// Limits under which tests take milliseconds.
+pub fn limits() -> Limits {
+    Limits {
+        connect: Duration::from_secs(5),
+        read: Duration::from_secs(10),
+        total: Duration::from_secs(20),
+        attempts: 3,
+        backoff: Duration::from_millis(2),
+        hurry: 1000,
+    }
+}
+
+impl Drop for FakeCloud {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, World> {
+        // A test that failed while it held the world has said so.
+        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What to send; how it gets lost, if it does.
+    fn answer(&self, mut request: Request) -> (Answer, Option<Loss>) {
+        request.op = self.dialect.operation(&request);
+        let world = &mut *self.lock();
+        world.requests.push(request.clone());
+        let Some(op) = request.op else {
+            return (self.dialect.refuse(&Refusal::NotFound, Op::Get), None);
+        };
+        match world.take_fault(op) {
+            Some(fault) => self.go_wrong(world, &request, op, &fault),
+            None => (self.proper(world, &request, op), None),
+        }
+    }
+
+    fn proper(&self, world: &mut World, request: &Request, op: Op) -> Answer {
+        let answered = if request.authorization.as_deref() != Some(&format!("Bearer {KEY}")) {
+            Err(Refusal::Unauthorized)
+        } else if op == Op::Create && !world.funds {
+            Err(Refusal::Funds)
+        } else {
+            self.dialect.answer(world, request)
+        };
+        answered.unwrap_or_else(|refusal| self.dialect.refuse(&refusal, op))
+    }
+
+    fn go_wrong(&self, world: &mut World, request: &Request, op: Op, fault: &Fault) -> (Answer, Option<Loss>) {
+        let done = fault.applied.then(|| self.proper(world, request, op));
+        let success = |body: &str| (Answer::text(200, body), None);
+        match &fault.how {
+            How::Refuse(refusal) => (self.dialect.refuse(refusal, op), None),
+            How::Say(answer) => (answer.clone(), None),
+            How::Hang => (Answer::empty(200), Some(Loss::Whole)),
+            How::CutBody => {
+                let whole = done.unwrap_or_else(|| Answer::text(200, "{\"success\": true, \"data\": []}"));
+                (whole, Some(Loss::Half))
+            }
+            How::NotJson => success("{\"data\": [{\"id\": \"1"),
+            How::OtherJson => success("{\"data\": 17, \"offers\": 17, \"instances\": 17, \"pods\": 17, \"items\": 17}"),
+            How::Html => success("<!DOCTYPE html><html><body><h1>We will be right back</h1></body></html>"),
+            How::Empty => success(""),
+            How::EchoKey => {
+                let said = request.authorization.clone().unwrap_or_default();
+                (Answer::text(400, &format!("cannot parse the request: Authorization: {said}")), None)
+            }
+        }
+    }
+}
+
+/// How an answer is lost on its way.
+enum Loss {
+    Whole,
+    Half,
+}
+
+fn run(listener: std::net::TcpListener, shared: Arc<Shared>, stopped: oneshot::Receiver<()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
+    runtime.block_on(async {
+        let listener = tokio::net::TcpListener::from_std(listener).expect("the socket does not block");
+        let server = axum::serve(listener, Router::new().fallback(serve).with_state(shared));
+        tokio::select! {
+            _ = server => {}
+            _ = stopped => {}
+        }
+    });
+}
+
+async fn serve(State(shared): State<Arc<Shared>>, request: axum::extract::Request) -> Response<Body> {
+    let (head, body) = request.into_parts();
+    let Ok(body) = axum::body::to_bytes(body, LARGEST_BODY).await else {
+        return respond(Answer::empty(413), None);
+    };
+    let Some(path) = head.uri.path().strip_prefix(&shared.base) else {
+        return respond(Answer::text(404, "404 page not found"), None);
+    };
+    let request = Request {
+        method: head.method,
+        path: path.to_owned(),
+        query: query(&head.uri),
+        authorization: head.headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok()).map(str::to_owned),
+        body: String::from_utf8_lossy(&body).into_owned(),
+        op: None,
+    };
+    let (answer, loss) = shared.answer(request);
+    if matches!(loss, Some(Loss::Whole)) {
+        return futures::future::pending().await;
+    }
+    respond(answer, loss)
+}
+
+fn query(uri: &Uri) -> Vec<(String, String)> {
+    let query = axum::extract::Query::<Vec<(String, String)>>::try_from_uri(uri);
+    query.map(|query| query.0).unwrap_or_default()
+}
+
+fn respond(answer: Answer, loss: Option<Loss>) -> Response<Body> {
+    let bytes = Bytes::from(answer.body);
+    let length = bytes.len();
+    let body = match loss {
+        None => Body::from(bytes),
+        Some(_) => Body::from_stream(stream::iter([Ok(bytes.slice(..length / 2)), Err("the cable is cut")])),
+    };
+    let mut response = Response::new(body);
+    *response.status_mut() = StatusCode::from_u16(answer.status).expect("a dialect knows statuses");
+    response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
+    for (name, value) in answer.headers {
+        response.headers_mut().insert(name, value.parse().expect("a header is text"));
+    }
+    response
+}
