@@ -14,6 +14,7 @@ use crate::http::Http;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
 
 pub mod local;
+mod wire;
 
 /// Declares the clouds' modules and lists them: a new cloud is its file and its line here.
 macro_rules! clouds {
@@ -25,7 +26,7 @@ macro_rules! clouds {
     };
 }
 
-clouds! {}
+clouds! { lambda }
 
 /// One cloud.
 #[async_trait]

@@ -1,5 +1,7 @@
 //! What a cloud understands and how it speaks.
 
+pub mod lambda;
+
 use outliers::broker::CloudKind;
 use outliers::units::UsdPerHour;
 

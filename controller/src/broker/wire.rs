@@ -1,0 +1,102 @@
+//! What clouds' replies are made of, checked: nothing in them is trusted to be a price, a size or a host because it looks like one.
+
+use crate::gpu;
+use crate::units::{Bytes, UsdPerHour};
+
+use super::SshEndpoint;
+
+/// What a machine that reports its memory calls a gigabyte.
+pub(super) const GIB: u64 = 1 << 30;
+
+/// More than any instance costs, in dollars per hour.
+const HIGHEST_PRICE: f64 = 10_000.0;
+/// More than any machine has of anything, in bytes.
+const LARGEST_SIZE: f64 = 1e18;
+
+/// A price in dollars per hour, `None` if nobody asks that.
+pub(super) fn price(dollars: f64) -> Option<UsdPerHour> {
+    // NaN is in no range.
+    (dollars > 0.0 && dollars <= HIGHEST_PRICE).then(|| UsdPerHour::from_dollars(dollars))
+}
+
+/// So many units, `None` if no machine has that.
+pub(super) fn size(amount: f64, unit: u64) -> Option<Bytes> {
+    let bytes = amount * unit as f64;
+    (bytes > 0.0 && bytes <= LARGEST_SIZE).then_some(Bytes(bytes as u64))
+}
+
+/// An instance's hardware in words.
+pub(super) fn hardware(count: u32, raw: &str, vram: Option<Bytes>) -> String {
+    format!("{count} x {}", gpu::canonical_name(raw, vram))
+}
+
+/// Where SSH listens, `None` if that can be no user, no host or no port: an address is put into command lines by people.
+pub(super) fn endpoint(user: &str, host: &str, port: u16) -> Option<SshEndpoint> {
+    let is_user = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    let good_user = user.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_') && user.chars().all(is_user);
+    (good_user && user.len() <= 32 && is_host(host) && port > 0).then(|| SshEndpoint {
+        host: host.to_owned(),
+        port,
+        user: user.to_owned(),
+    })
+}
+
+/// Whether this is an address, or labels of letters, digits and inner dashes.
+fn is_host(host: &str) -> bool {
+    let label = |label: &str| {
+        let inner = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
+        !label.is_empty() && !label.starts_with('-') && !label.ends_with('-') && label.bytes().all(inner)
+    };
+    host.parse::<std::net::IpAddr>().is_ok() || host.len() <= 253 && host.split('.').all(label)
+}
+
+/// `text` as one segment of a path, percent-encoded; `None` for what would lead elsewhere.
+pub(super) fn segment(text: &str) -> Option<String> {
+    if matches!(text, "" | "." | "..") {
+        return None;
+    }
+    let encode = |b: u8| match b {
+        b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => char::from(b).to_string(),
+        _ => format!("%{b:02X}"),
+    };
+    Some(text.bytes().map(encode).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_nobody_can_mean() {
+        assert_eq!(price(1.8944), Some(UsdPerHour::from_dollars(1.8944)));
+        for dollars in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e5] {
+            assert_eq!(price(dollars), None, "{dollars}");
+        }
+        assert_eq!(size(80.0, GIB), Some(Bytes::from_gib(80)));
+        for amount in [0.0, -80.0, f64::NAN, 1e30] {
+            assert_eq!(size(amount, GIB), None, "{amount}");
+        }
+    }
+
+    #[test]
+    fn addresses_that_are_none() {
+        for host in ["203.0.113.42", "2001:db8::1", "ssh5.vast.ai", "a"] {
+            assert_eq!(endpoint("root", host, 22).map(|e| e.host), Some(host.to_owned()));
+        }
+        let hosts = ["", "-oProxyCommand=x", "a b", "a;b", "a..b", "a/b", "203.0.113.42\n", "$(x)", "a-.b"];
+        for host in hosts {
+            assert_eq!(endpoint("root", host, 22), None, "{host:?}");
+        }
+        for user in ["", "-l", "a b", "ro\not", "1x"] {
+            assert_eq!(endpoint(user, "a", 22), None, "{user:?}");
+        }
+        assert_eq!(endpoint("root", "a", 0), None);
+    }
+
+    #[test]
+    fn segments_stay_one_segment() {
+        assert_eq!(segment("9f2c-1_a").as_deref(), Some("9f2c-1_a"));
+        assert_eq!(segment("a/../b?c#d e").as_deref(), Some("a%2F..%2Fb%3Fc%23d%20e"));
+        assert_eq!([segment(""), segment("."), segment("..")], [None, None, None]);
+    }
+}
