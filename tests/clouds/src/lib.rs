@@ -4,6 +4,7 @@
 //! [`Fault`]s to come. What it says and understands is a [`Dialect`], one per real cloud; everything that is the same for all
 //! clouds, faults above all, is done once, here. The real brokers are tested against it.
 
+pub mod conformance;
 pub mod dialect;
 mod exchange;
 mod fault;

@@ -1,0 +1,158 @@
+//! Answers that are none: a failed reading is an error, never "nothing"; what can be asked again is; keys are shown nowhere.
+
+use std::sync::{Arc, Mutex};
+
+use outliers::broker::{BrokerError, BrokerErrorKind, Instance, InstanceId};
+use outliers::http::Explain;
+
+use super::{first_offer, kind, lease, live, rent, want};
+use crate::{FakeCloud, How, KEY, Op, Refusal, limits};
+
+/// A key that is none is said to be one.
+pub async fn a_wrong_key_is_told(cloud: &FakeCloud) {
+    let broker = cloud.connect("sk-wrong-0000", limits(), None);
+    let offer = first_offer(&*cloud.broker()).await;
+    let checked = broker.check().await;
+    assert_eq!(kind(&checked), Some(BrokerErrorKind::Auth), "{checked:?}");
+    let listed = broker.list().await;
+    assert_eq!(kind(&listed), Some(BrokerErrorKind::Auth), "{listed:?}");
+    let made = broker.create(&offer, &lease()).await;
+    assert_eq!(kind(&made), Some(BrokerErrorKind::Auth), "{made:?}");
+    // It may be that offers are for everybody.
+    let offers = broker.offers(&want()).await;
+    assert!(matches!(kind(&offers), None | Some(BrokerErrorKind::Auth)), "{offers:?}");
+    assert_eq!(live(cloud), []);
+}
+
+/// A reading that fails once succeeds.
+pub async fn readings_are_tried_again(cloud: &FakeCloud) {
+    let broker = cloud.broker();
+    let (_, made) = rent(&*broker).await;
+    for how in [How::Refuse(Refusal::Broken(502)), How::CutBody, How::Refuse(Refusal::RateLimited(None))] {
+        [Op::Offers, Op::List, Op::Get].into_iter().for_each(|op| cloud.world().fail(op, how.clone()));
+        assert!(!broker.offers(&want()).await.expect("the second try is answered").offers.is_empty());
+        assert_eq!(broker.list().await.expect("the second try is answered").len(), 1);
+        assert!(broker.get(&made.id).await.expect("the second try is answered").is_some());
+    }
+}
+
+/// A termination whose answer is lost is asked for again, and is a success.
+pub async fn terminations_are_tried_again(cloud: &FakeCloud) {
+    let broker = cloud.broker();
+    for how in [How::Refuse(Refusal::Broken(500)), How::CutBody] {
+        let (_, made) = rent(&*broker).await;
+        cloud.world().fail_after(Op::Terminate, how);
+        broker.terminate(&made.id).await.expect("it is gone");
+        assert_eq!(live(cloud), []);
+    }
+}
+
+/// The same when no answer comes.
+pub async fn unanswered_terminations_are_tried_again(cloud: &FakeCloud) {
+    let (_, made) = rent(&*cloud.broker()).await;
+    cloud.world().fail_after(Op::Terminate, How::Hang);
+    cloud.impatient_broker().terminate(&made.id).await.expect("it is gone");
+    assert_eq!(live(cloud), []);
+}
+
+/// A list that is none is an error, never empty.
+pub async fn nonsense_is_no_list(cloud: &FakeCloud) {
+    let broker = cloud.broker();
+    rent(&*broker).await;
+    for how in nonsense() {
+        cloud.world().fail_always(Op::List, how.clone());
+        let listed = broker.list().await;
+        cloud.world().faults.clear();
+        assert!(kind(&listed).is_some_and(is_trouble), "{how:?}: {listed:?}");
+    }
+}
+
+/// The same when no answer comes.
+pub async fn silence_is_no_list(cloud: &FakeCloud) {
+    cloud.world().fail_always(Op::List, How::Hang);
+    let listed = cloud.impatient_broker().list().await;
+    assert_eq!(kind(&listed), Some(BrokerErrorKind::Unavailable), "{listed:?}");
+}
+
+/// Offers that are none are an error.
+pub async fn nonsense_is_no_offer(cloud: &FakeCloud) {
+    let broker = cloud.broker();
+    for how in nonsense() {
+        cloud.world().fail_always(Op::Offers, how.clone());
+        let offers = broker.offers(&want()).await;
+        cloud.world().faults.clear();
+        assert!(kind(&offers).is_some_and(is_trouble), "{how:?}: {offers:?}");
+    }
+}
+
+/// An instance that cannot be read is not gone.
+pub async fn nonsense_is_not_gone(cloud: &FakeCloud) {
+    let broker = cloud.broker();
+    let (_, made) = rent(&*broker).await;
+    for how in nonsense() {
+        cloud.world().fail_always(Op::Get, how.clone());
+        let read = broker.get(&made.id).await;
+        cloud.world().faults.clear();
+        assert!(kind(&read).is_some_and(is_trouble), "{how:?}: {read:?}");
+    }
+}
+
+/// The account's key is in no error, no debug output and no explanation, though the cloud repeats it.
+pub async fn keys_are_shown_nowhere(cloud: &FakeCloud) {
+    let heard = Arc::new(Mutex::new(String::new()));
+    let listener = heard.clone();
+    let explain: Explain = Arc::new(move |words: &str| {
+        listener.lock().expect("nothing panics while it is held").push_str(words);
+    });
+    let broker = cloud.connect(KEY, limits(), Some(explain));
+    let (offer, made) = (first_offer(&*broker).await, rent(&*broker).await.1);
+    for op in [Op::Check, Op::Offers, Op::Create, Op::List, Op::Get, Op::Terminate, Op::Keys] {
+        cloud.world().fail_always(op, How::EchoKey);
+    }
+    let said = [
+        in_words(broker.check().await),
+        in_words(broker.offers(&want()).await),
+        in_words(broker.create(&offer, &lease()).await),
+        in_words(broker.list().await),
+        in_words(broker.get(&made.id).await),
+        in_words(broker.terminate(&made.id).await),
+    ];
+    let heard = heard.lock().expect("nothing panicked").clone();
+    assert!(heard.contains("Bearer ***"), "the explanation says that there is a key");
+    assert!(said.iter().all(|said| said.contains("cannot parse")), "the cloud's words are handed on: {said:?}");
+    for said in said.iter().chain([&heard]) {
+        assert!(!said.contains(KEY), "{said}");
+    }
+}
+
+/// An id that would be another path is no id.
+pub async fn ids_stay_ids(cloud: &FakeCloud) {
+    let broker = cloud.broker();
+    let (_, made) = rent(&*broker).await;
+    for id in [format!("x/../{}", made.id), format!("{}?x=1", made.id), String::new(), "..".to_owned()] {
+        let id = InstanceId(id);
+        let read: Result<Option<Instance>, BrokerError> = broker.get(&id).await;
+        assert!(!matches!(read, Ok(Some(_))), "{id}: {read:?}");
+        // Refused or not there: both will do.
+        let _ = broker.terminate(&id).await;
+    }
+    assert_eq!(live(cloud), [made.id]);
+}
+
+fn nonsense() -> [How; 7] {
+    let teapot = crate::Answer::text(418, "I'm a teapot");
+    let broken = How::Refuse(Refusal::Broken(500));
+    [How::NotJson, How::OtherJson, How::Html, How::Empty, How::CutBody, broken, How::Say(teapot)]
+}
+
+/// A kind that says that it is not known, or cannot be had.
+fn is_trouble(kind: BrokerErrorKind) -> bool {
+    matches!(kind, BrokerErrorKind::Unavailable | BrokerErrorKind::Rejected)
+}
+
+fn in_words<T>(result: Result<T, BrokerError>) -> String {
+    match result {
+        Ok(_) => panic!("the cloud refused"),
+        Err(error) => format!("{error} {error:?}"),
+    }
+}

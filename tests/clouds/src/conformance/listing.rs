@@ -1,0 +1,132 @@
+//! Lists are whole or an error, and instances are what the cloud says they are.
+
+use std::collections::BTreeSet;
+
+use outliers::broker::{BrokerErrorKind, InstanceState};
+
+use super::life::ready;
+use super::{found, kind, rent};
+use crate::{FakeCloud, Life, Op};
+
+/// Every page is read, and each instance comes once.
+pub async fn goes_to_the_last_page(cloud: &FakeCloud) {
+    let planted: BTreeSet<String> = {
+        let mut world = cloud.world();
+        world.page_size = 7;
+        world.stock.iter_mut().for_each(|stock| stock.left = 1000);
+        (0..40).map(|at| world.plant(&format!("somebody's box {at}"))).collect()
+    };
+    let listed = cloud.broker().list().await.expect("it is read");
+    assert_eq!(listed.len(), planted.len(), "none comes twice");
+    let listed: BTreeSet<String> = listed.into_iter().map(|instance| instance.id.0).collect();
+    assert_eq!(listed, planted);
+}
+
+/// A list that announces more than it shows is an error.
+pub async fn that_is_cut_short_is_an_error(cloud: &FakeCloud) {
+    if !cloud.dialect().tells_totals() {
+        return;
+    }
+    {
+        let mut world = cloud.world();
+        (world.page_size, world.truncates) = (2, true);
+        (0..5).for_each(|at| drop(world.plant(&format!("box {at}"))));
+    }
+    let listed = cloud.broker().list().await;
+    assert!(listed.is_err(), "{listed:?}");
+}
+
+/// An empty account is an empty list.
+pub async fn may_be_empty(cloud: &FakeCloud) {
+    assert_eq!(cloud.broker().list().await.expect("it is read"), []);
+}
+
+/// Others' instances are listed, and are not ours.
+pub async fn shows_what_is_not_ours(cloud: &FakeCloud) {
+    let names = ["somebody's box", "", "outliers", "outliers-a-b-c-soon", "outliers-A-b-c-1"];
+    names.iter().for_each(|name| drop(cloud.world().plant(name)));
+    let listed = cloud.broker().list().await.expect("it is read");
+    assert_eq!(listed.len(), names.len());
+    assert!(listed.iter().all(|instance| instance.tag().is_none()), "{listed:?}");
+}
+
+/// What is ready says where: the address the cloud gave, and one that is ready alone is ready in the list.
+pub async fn says_where_to_log_in(cloud: &FakeCloud) {
+    let broker = cloud.broker();
+    let (lease, made) = rent(&*broker).await;
+    let InstanceState::Ready(alone) = ready(&*broker, &made).await.state else { unreachable!("it is ready") };
+    let ssh = cloud.world().instances[0].ssh.clone();
+    assert_eq!(alone.host, ssh.host);
+    let listed = found(&*broker, &lease).await;
+    assert_eq!(listed[0].state, InstanceState::Ready(alone));
+}
+
+/// A status that nobody has heard of is handed on as a word; the instance is listed with its tag, and can be ended.
+pub async fn survives_unknown_words(cloud: &FakeCloud) {
+    let broker = cloud.broker();
+    let (lease, made) = rent(&*broker).await;
+    cloud.world().change(&made.id.0, |instance| {
+        instance.life = Life::Running;
+        instance.odd_status = Some("HIBERNATING_2".to_owned());
+    });
+    let listed = found(&*broker, &lease).await;
+    assert_eq!(listed.len(), 1);
+    for instance in [listed.into_iter().next(), broker.get(&made.id).await.expect("it is read")] {
+        let state = instance.map(|instance| instance.state);
+        let Some(InstanceState::Unknown(word)) = state else { panic!("{state:?} is unknown") };
+        assert!(word.contains("HIBERNATING_2"), "{word}");
+    }
+    broker.terminate(&made.id).await.expect("it can be ended");
+    assert_eq!(cloud.world().live().count(), 0);
+}
+
+/// One that will not come up, or stands still, is not called ready.
+pub async fn knows_what_does_not_serve(cloud: &FakeCloud) {
+    let broker = cloud.broker();
+    let (_, made) = rent(&*broker).await;
+    for life in [Life::Failed, Life::Stopped] {
+        cloud.world().change(&made.id.0, |instance| instance.life = life);
+        let state = broker.get(&made.id).await.expect("it is read").expect("it is there").state;
+        assert!(matches!(state, InstanceState::Failed(_) | InstanceState::Stopped), "{life:?}: {state:?}");
+    }
+}
+
+/// A new instance that the list does not show yet is missing, not an error; one that has ended and is still shown is not ready.
+pub async fn may_be_late(cloud: &FakeCloud) {
+    {
+        let mut world = cloud.world();
+        (world.shown_after, world.lingers) = (2, 2);
+    }
+    let broker = cloud.broker();
+    let (lease, made) = rent(&*broker).await;
+    assert_eq!(found(&*broker, &lease).await.len(), 0);
+    assert_eq!(found(&*broker, &lease).await.len(), 0);
+    assert_eq!(found(&*broker, &lease).await.len(), 1);
+    ready(&*broker, &made).await;
+    broker.terminate(&made.id).await.expect("it can be ended");
+    let lingering = found(&*broker, &lease).await;
+    assert!(lingering.iter().all(|instance| instance.state == InstanceState::Terminating), "{lingering:?}");
+    broker.terminate(&made.id).await.expect("what has ended is ended");
+}
+
+/// What ended by other hands is gone; to end it is a success.
+pub async fn forgets_what_ended(cloud: &FakeCloud) {
+    let broker = cloud.broker();
+    let (lease, made) = rent(&*broker).await;
+    assert!(cloud.world().end(&made.id.0));
+    assert_eq!(found(&*broker, &lease).await, []);
+    assert_eq!(broker.get(&made.id).await.expect("it is read"), None);
+    broker.terminate(&made.id).await.expect("it is gone");
+}
+
+/// An instance that does not go is not reported gone.
+pub async fn terminate_says_when_it_cannot(cloud: &FakeCloud) {
+    let broker = cloud.broker();
+    let (_, made) = rent(&*broker).await;
+    cloud.world().fail_always(Op::Terminate, crate::How::Refuse(crate::Refusal::Broken(503)));
+    let ended = broker.terminate(&made.id).await;
+    assert_eq!(kind(&ended), Some(BrokerErrorKind::Unavailable), "{ended:?}");
+    cloud.world().faults.clear();
+    broker.terminate(&made.id).await.expect("now it can be ended");
+    assert_eq!(cloud.world().live().count(), 0);
+}
