@@ -6,6 +6,7 @@
 //! [`transport`]. Everything that happens is an event; [`report`] makes sentences of them.
 
 pub mod broker;
+pub mod calendar;
 pub mod cli;
 pub mod clouds;
 pub mod commands;
