@@ -237,6 +237,34 @@ mod tests {
     }
 
     #[test]
+    fn every_gpu_that_runpod_names() {
+        for (id, gb, name) in [
+            ("NVIDIA A100 80GB PCIe", 80, "A100-80GB"),
+            ("NVIDIA A100-SXM4-80GB", 80, "A100-80GB"),
+            ("NVIDIA H100 PCIe", 80, "H100"),
+            ("NVIDIA H100 80GB HBM3", 80, "H100"),
+            ("NVIDIA H100 NVL", 94, "H100-94GB"),
+            ("NVIDIA H200", 141, "H200"),
+            ("NVIDIA H200 NVL", 143, "H200"),
+            ("NVIDIA B200", 180, "B200"),
+            ("NVIDIA L40S", 48, "L40S"),
+            ("NVIDIA L40", 48, "L40"),
+            ("NVIDIA L4", 24, "L4"),
+            ("NVIDIA A40", 48, "A40"),
+            ("NVIDIA RTX A6000", 48, "A6000"),
+            ("NVIDIA RTX 6000 Ada Generation", 48, "RTX 6000 Ada"),
+            ("NVIDIA GeForce RTX 4090", 24, "RTX 4090"),
+            ("NVIDIA GeForce RTX 5090", 32, "RTX 5090"),
+            ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 96, "RTX PRO 6000"),
+        ] {
+            let reported = Bytes::from_gib(gb);
+            assert_eq!(canonical_name(id, Some(reported)), name, "{id}");
+            assert_eq!(canonical_name(id, None), name, "{id}");
+            assert_eq!(nominal_vram(id, Some(reported)), identify(id, None).map(|model| model.vram), "{id}");
+        }
+    }
+
+    #[test]
     fn nominal_memory_is_that_of_the_box_unless_the_driver_disagrees() {
         let nominal = |raw, mib| nominal_vram(raw, Some(Bytes::from_mib(mib)));
         assert_eq!(nominal("NVIDIA H100 80GB HBM3", 81559), Some(Bytes::from_gib(80)));
