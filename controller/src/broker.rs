@@ -26,7 +26,12 @@ macro_rules! clouds {
     };
 }
 
-clouds! { lambda }
+clouds! {
+    /// Lambda.
+    lambda,
+    /// RunPod.
+    runpod,
+}
 
 /// One cloud.
 #[async_trait]
