@@ -19,7 +19,7 @@ pub mod listing;
 pub mod offers;
 
 /// Disk of every lease here.
-const DISK_GIB: u64 = 100;
+pub(crate) const DISK_GIB: u64 = 100;
 /// More looks than any fake needs to bring an instance up.
 const LOOKS: u32 = 20;
 

@@ -1,6 +1,7 @@
 //! What a cloud understands and how it speaks.
 
 pub mod lambda;
+pub mod runpod;
 
 use outliers::broker::CloudKind;
 use outliers::units::UsdPerHour;

@@ -63,6 +63,7 @@ macro_rules! clouds {
 
 clouds! {
     lambda = dialect::lambda::Lambda;
+    runpod = dialect::runpod::RunPod::default();
 }
 
 /// What every broker can show, that of this machine too.

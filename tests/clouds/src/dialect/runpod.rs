@@ -1,0 +1,287 @@
+//! RunPod: REST v2 and GraphQL over the same pods. Errors of the one are `application/problem+json`, of the other successes.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use outliers::broker::{CloudKind, runpod};
+use outliers::calendar::rfc3339;
+use outliers::units::UsdPerHour;
+use serde_json::{Value, json};
+
+use crate::conformance::DISK_GIB;
+use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Refusal, Request, Stock, World};
+
+mod graphql;
+
+/// RunPod's API.
+#[derive(Debug, Default)]
+pub struct RunPod {
+    /// When it ends which pod by itself, Unix seconds.
+    deadlines: Mutex<BTreeMap<String, u64>>,
+}
+
+impl Dialect for RunPod {
+    fn cloud(&self) -> &'static CloudKind {
+        &runpod::CLOUD
+    }
+
+    fn operation(&self, request: &Request) -> Option<Op> {
+        let (method, path) = request.route();
+        match (method, &path[..]) {
+            ("GET", ["v2", "catalog", "gpus"]) => Some(Op::Offers),
+            ("GET", ["v2", "pods"]) => Some(Op::List),
+            ("GET", ["v2", "pods", id]) if !id.is_empty() => Some(Op::Get),
+            ("DELETE", ["v2", "pods", id]) if !id.is_empty() => Some(Op::Terminate),
+            ("POST", ["graphql"]) => graphql::operation(request),
+            _ => None,
+        }
+    }
+
+    fn answer(&self, world: &mut World, request: &Request) -> Result<Answer, Refusal> {
+        self.keep_deadlines(world);
+        let (method, path) = request.route();
+        match (method, &path[..]) {
+            ("GET", ["v2", "catalog", "gpus"]) => catalog(world, request),
+            ("GET", ["v2", "pods"]) => pods(world, request),
+            ("GET", ["v2", "pods", id]) => Ok(Answer::json(200, &pod(&world.look_at(id).ok_or(Refusal::NotFound)?))),
+            ("DELETE", ["v2", "pods", id]) if world.end(id) => Ok(Answer::empty(204)),
+            ("POST", ["graphql"]) => self.graphql(world, request),
+            _ => Err(Refusal::NotFound),
+        }
+    }
+
+    fn refuse(&self, refusal: &Refusal, on: Op) -> Answer {
+        match on {
+            Op::Create | Op::Check => graphql::refuse(refusal),
+            _ => problem(refusal),
+        }
+    }
+
+    fn shows(&self, stock: &Stock) -> Option<Stock> {
+        // By the second, in dollars. Of a host's memory it tells on demand, and a disk is made to measure.
+        let sold = stock.currency == "USD" && stock.prepaid_hours.is_none();
+        sold.then(|| Stock { ram_gib: None, disk_gib: DISK_GIB, ..stock.clone() })
+    }
+
+    fn price(&self, stock: &Stock, disk_gib: u64) -> UsdPerHour {
+        // $0.10 per GB and month; no pod is asked for with less than 20 GB.
+        let gb = (disk_gib << 30).div_ceil(1_000_000_000).max(20);
+        UsdPerHour::from_dollars(stock.price.0.dollars() + gb as f64 * 0.10 / 730.0)
+    }
+
+    fn tells_totals(&self) -> bool {
+        true
+    }
+}
+
+impl RunPod {
+    fn keep_deadlines(&self, world: &mut World) {
+        let mut deadlines = self.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
+        deadlines.retain(|id, deadline| {
+            let passed = *deadline <= world.now;
+            if passed {
+                world.end(id);
+            }
+            !passed
+        });
+    }
+
+    fn set_deadline(&self, id: String, deadline: u64) {
+        self.deadlines.lock().unwrap_or_else(PoisonError::into_inner).insert(id, deadline);
+    }
+}
+
+/// A refusal of REST v2.
+fn problem(refusal: &Refusal) -> Answer {
+    let (status, title, detail) = match refusal {
+        Refusal::NoCapacity => (400, "Bad Request", graphql::SOLD_OUT),
+        Refusal::Unauthorized => (401, "Unauthorized", "missing bearer token"),
+        Refusal::Funds => (402, "Payment Required", "insufficient balance"),
+        Refusal::Invalid(_) => (422, "Unprocessable Entity", "Request validation failed."),
+        Refusal::RateLimited(_) => (429, "Too Many Requests", "rate limit exceeded for the minute window"),
+        Refusal::NotFound => (404, "Not Found", "pod not found"),
+        Refusal::Broken(status) => (*status, "Internal Server Error", "an upstream service failed"),
+    };
+    let mut document = json!({"title": title, "status": status, "detail": detail});
+    if let Refusal::Invalid(message) = refusal {
+        document["errors"] = json!([message]);
+    }
+    let after = if let Refusal::RateLimited(after) = refusal { *after } else { None };
+    let answer = Answer::text(status, &document.to_string());
+    Answer { headers: vec![("content-type", "application/problem+json".to_owned())], ..answer }.retry_after(after)
+}
+
+fn invalid(message: impl Into<String>) -> Refusal {
+    Refusal::Invalid(message.into())
+}
+
+/// The id of a type of GPU.
+fn gpu_id(gpu: Gpu) -> &'static str {
+    match gpu {
+        Gpu::A100 => "NVIDIA A100-SXM4-80GB",
+        Gpu::H100 => "NVIDIA H100 80GB HBM3",
+        Gpu::Rtx4090 => "NVIDIA GeForce RTX 4090",
+    }
+}
+
+const GPUS: [Gpu; 3] = [Gpu::A100, Gpu::H100, Gpu::Rtx4090];
+
+/// What it rents out at all, of this kind, by whole hosts.
+fn sold(world: &World, gpu: Gpu, secure: bool, spot: bool) -> impl Iterator<Item = &Stock> {
+    let for_dollars = |stock: &&Stock| stock.currency == "USD" && stock.prepaid_hours.is_none();
+    let of_kind = move |stock: &&Stock| stock.gpu == gpu && stock.secure == secure && stock.spot == spot;
+    world.stock.iter().filter(for_dollars).filter(of_kind)
+}
+
+/// What the catalogue is asked for.
+struct Question {
+    count: u32,
+    secure: bool,
+    min_cuda: (u32, u32),
+}
+
+impl Question {
+    fn read(request: &Request) -> Result<Self, Refusal> {
+        let known = ["include", "product", "count", "cloud", "countryCodes", "minCudaVersion", "cudaVersions"];
+        if let Some((name, _)) = request.query.iter().find(|(name, _)| !known.contains(&name.as_str())) {
+            return Err(invalid(format!("query parameter '{name}' not allowed")));
+        }
+        if request.parameter("include") != Some("AVAILABILITY") || request.parameter("product") != Some("POD") {
+            return Err(invalid("this fake tells of pods' availability only"));
+        }
+        let count = request.parameter("count").unwrap_or("1").parse().ok().filter(|count| *count > 0);
+        let secure = match request.parameter("cloud").unwrap_or("SECURE") {
+            "SECURE" => true,
+            "COMMUNITY" => false,
+            other => return Err(invalid(format!("cloud '{other}' is none"))),
+        };
+        let min_cuda = request.parameter("minCudaVersion").map_or(Some((0, 0)), cuda);
+        Ok(Self {
+            count: count.ok_or_else(|| invalid("count: minimum 1"))?,
+            secure,
+            min_cuda: min_cuda.ok_or_else(|| invalid("minCudaVersion: does not match the pattern"))?,
+        })
+    }
+}
+
+/// `12.8`.
+fn cuda(text: &str) -> Option<(u32, u32)> {
+    let (major, minor) = text.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// `GET /v2/catalog/gpus`
+fn catalog(world: &World, request: &Request) -> Result<Answer, Refusal> {
+    let question = Question::read(request)?;
+    let gpus: Vec<Value> = GPUS.iter().filter_map(|gpu| gpu_type(world, *gpu, &question)).collect();
+    Ok(Answer::json(200, &json!({"gpus": gpus})))
+}
+
+/// A type of GPU, if it is in the catalogue at all.
+fn gpu_type(world: &World, gpu: Gpu, question: &Question) -> Option<Value> {
+    let of_tier = |secure| sold(world, gpu, secure, false).chain(sold(world, gpu, secure, true));
+    let fits = |stock: &&Stock| stock.gpus == question.count && stock.cuda >= question.min_cuda;
+    let in_stock: Vec<&Stock> =
+        sold(world, gpu, question.secure, false).filter(fits).filter(|stock| stock.left > 0).collect();
+    // One price per type and tier: the cheapest of what is asked for, else of anything.
+    let price = |secure: bool| {
+        let each = |stock: &Stock| stock.price.0.dollars() / f64::from(stock.gpus);
+        let asked = in_stock.iter().filter(|stock| stock.secure == secure).map(|stock| each(stock)).reduce(f64::min);
+        asked.or_else(|| of_tier(secure).map(each).reduce(f64::min)).unwrap_or_default()
+    };
+    let most = |secure: bool| of_tier(secure).map(|stock| stock.gpus).max().unwrap_or_default();
+    if most(true) + most(false) == 0 {
+        return None;
+    }
+    let mut shown = json!({
+        "id": gpu_id(gpu),
+        "name": gpu.canonical(),
+        "pool": null,
+        "manufacturer": "NVIDIA",
+        "memory": gpu.sold_gib(),
+        "secure": most(true) > 0,
+        "community": most(false) > 0,
+        "price": {"secure": price(true), "community": price(false)},
+        "maxCount": {"secure": most(true), "community": most(false)},
+        "availability": if in_stock.is_empty() { "NONE" } else { "HIGH" },
+    });
+    if !in_stock.is_empty() {
+        let place = |stock: &&Stock| json!({"id": stock.region, "name": stock.region, "availability": "LOW"});
+        let version =
+            |stock: &&Stock| json!({"version": format!("{}.{}", stock.cuda.0, stock.cuda.1), "available": true});
+        shown["dataCenters"] = in_stock.iter().map(place).collect();
+        shown["cudaVersions"] = in_stock.iter().map(version).collect();
+    }
+    Some(shown)
+}
+
+/// `GET /v2/pods`. In pages, as it has been seen to do.
+fn pods(world: &mut World, request: &Request) -> Result<Answer, Refusal> {
+    if let Some((name, _)) = request.query.iter().find(|(name, _)| name != "cursor") {
+        return Err(invalid(format!("query parameter '{name}' not allowed")));
+    }
+    let begin: usize = match request.parameter("cursor") {
+        None => {
+            world.pass_listing();
+            0
+        }
+        Some(cursor) => {
+            cursor.strip_prefix("after-").and_then(|at| at.parse().ok()).ok_or_else(|| invalid("cursor"))?
+        }
+    };
+    let listed = world.listed();
+    let page: Vec<Value> = listed.iter().skip(begin).take(world.page_size).map(pod).collect();
+    let end = begin + page.len();
+    let more = end < listed.len() || world.truncates;
+    let cursor = (more && !world.truncates).then(|| format!("after-{end}"));
+    Ok(Answer::json(200, &json!({"pods": page, "pagination": {"hasNextPage": more, "nextCursor": cursor}})))
+}
+
+/// A pod as REST v2 shows it.
+fn pod(instance: &FakeInstance) -> Value {
+    let (status, runs) = match instance.life {
+        Life::Booting => ("STARTING", false),
+        Life::Running => ("RUNNING", true),
+        Life::Failed => ("ERROR", false),
+        Life::Stopped => ("EXITED", false),
+        Life::Ended => ("TERMINATED", false),
+    };
+    let ssh = &instance.ssh;
+    let bills = matches!(instance.life, Life::Booting | Life::Running | Life::Failed);
+    let direct = json!({
+        "host": ssh.host, "port": ssh.port, "username": ssh.user,
+        "command": format!("ssh {}@{} -p {}", ssh.user, ssh.host, ssh.port),
+    });
+    let port = json!({"private": 22, "public": ssh.port, "type": "tcp", "ip": ssh.host});
+    json!({
+        "id": instance.id,
+        "name": instance.name,
+        "image": "runpod/pytorch",
+        "args": "",
+        "disk": graphql::gb(instance.disk_gib),
+        "ports": ["22/tcp"],
+        "env": {"PUBLIC_KEY": instance.public_key},
+        "registry": null,
+        "status": instance.odd_status.as_deref().unwrap_or(status),
+        "actions": ["terminate"],
+        "mounts": {},
+        "gpu": {"id": gpu_id(instance.stock.gpu), "count": instance.stock.gpus},
+        "cloud": if instance.stock.secure { "SECURE" } else { "COMMUNITY" },
+        "dataCenterId": instance.stock.region,
+        "cudaVersion": "12.8",
+        "ssh": {
+            "proxy": {
+                "host": "ssh.runpod.io", "port": 22, "username": format!("{}-64411eb2", instance.id),
+                "command": format!("ssh {}-64411eb2@ssh.runpod.io", instance.id),
+            },
+            "direct": runs.then_some(direct),
+        },
+        "template": null,
+        "cost": if bills { instance.stock.price.0.dollars() } else { 0.0 },
+        "locked": false,
+        "globalNetworking": {"enabled": false},
+        "runtime": runs.then(|| json!({"uptime": 60, "ports": [port]})),
+        "createdAt": rfc3339(instance.created_at),
+        "startedAt": runs.then(|| rfc3339(instance.created_at)),
+    })
+}

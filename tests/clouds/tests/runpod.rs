@@ -1,0 +1,161 @@
+//! What only RunPod does: keeps deadlines, takes bids, lets a pod end itself.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use outliers::broker::{Broker, BrokerErrorKind, GpuRequest, Lease, Offer};
+use outliers::units::Bytes;
+use outliers_clouds::dialect::runpod::RunPod;
+use outliers_clouds::{Answer, FakeCloud, How, Op, Stock};
+use serde_json::{Value, json};
+
+fn lease(cloud: &FakeCloud) -> Lease {
+    Lease {
+        tag: format!("outliers-o-r-n-{}", cloud.world().now + 3600).parse().expect("this is a tag"),
+        ssh_public_key: "ssh-ed25519 AAAA me".to_owned(),
+        disk: Bytes::from_gib(100),
+    }
+}
+
+async fn first(broker: &dyn Broker, want: GpuRequest) -> Offer {
+    broker.offers(&want).await.expect("there are offers").offers.swap_remove(0)
+}
+
+fn questions(cloud: &FakeCloud) -> Vec<Value> {
+    let world = cloud.world();
+    let asked = world.requests.iter().filter(|request| request.path == "/graphql" && request.op == Some(Op::Offers));
+    asked.map(|request| request.json().expect("it is JSON")["variables"]["place"].clone()).collect()
+}
+
+#[tokio::test]
+async fn the_cloud_itself_ends_a_pod_at_its_deadline() {
+    let cloud = FakeCloud::start(RunPod::default());
+    let broker = cloud.broker();
+    let offer = first(&*broker, GpuRequest::default()).await;
+    broker.create(&offer, &lease(&cloud)).await.unwrap();
+    cloud.world().now += 3599;
+    assert_eq!(broker.list().await.unwrap().len(), 1);
+    cloud.world().now += 1;
+    assert_eq!(broker.list().await.unwrap(), []);
+    assert_eq!(cloud.world().live().count(), 0);
+}
+
+#[tokio::test]
+async fn a_bid_is_made_only_for_who_takes_spot() {
+    let cloud = FakeCloud::start(RunPod::default());
+    let broker = cloud.broker();
+    let want = GpuRequest { gpu_count: Some(2), ..GpuRequest::default() };
+    assert_eq!(broker.offers(&want).await.unwrap().offers, []);
+    let offer = first(&*broker, GpuRequest { spot: true, ..want }).await;
+    assert!(offer.spot);
+    let instance = broker.create(&offer, &lease(&cloud)).await.unwrap();
+    let world = cloud.world();
+    assert!(world.instances[0].stock.spot);
+    assert_eq!(instance.price, Some(world.instances[0].price));
+}
+
+#[tokio::test]
+async fn hosts_are_asked_about_only_where_it_matters() {
+    let cloud = FakeCloud::start(RunPod::default());
+    let broker = cloud.broker();
+    assert_eq!(first(&*broker, GpuRequest::default()).await.cpu_ram, None);
+    assert_eq!(questions(&cloud), [] as [Value; 0]);
+    let gpu_filter = Some("A100".to_owned());
+    let want = GpuRequest { min_cpu_ram: Some(Bytes::from_gib(100)), gpu_filter, ..GpuRequest::default() };
+    let offer = first(&*broker, want).await;
+    assert_eq!(offer.cpu_ram, Some(Bytes::from_gib(117)));
+    let expected = json!({
+        "gpuCount": 1, "secureCloud": true, "minDisk": 20, "dataCenterId": "us-kansas-2", "minMemoryInGb": 100
+    });
+    assert_eq!(questions(&cloud), [expected]);
+    // What was offered is what is asked for.
+    cloud.world().stock[0].ram_gib = Some(100);
+    assert_eq!(broker.create(&offer, &lease(&cloud)).await.unwrap_err().kind, BrokerErrorKind::NoCapacity);
+}
+
+#[tokio::test]
+async fn a_failure_in_unknown_words_may_have_made_a_pod() {
+    let cloud = FakeCloud::start(RunPod::default());
+    let broker = cloud.broker();
+    let offer = first(&*broker, GpuRequest::default()).await;
+    let words = json!({"errors": [{"message": "Something went wrong."}], "data": {"podFindAndDeployOnDemand": null}});
+    cloud.world().fail_after(Op::Create, How::Say(Answer::json(200, &words)));
+    let lease = lease(&cloud);
+    assert_eq!(broker.create(&offer, &lease).await.unwrap_err().kind, BrokerErrorKind::Maybe);
+    let found = broker.list().await.unwrap();
+    assert_eq!(found.iter().filter(|instance| instance.tag().as_ref() == Some(&lease.tag)).count(), 1);
+}
+
+#[tokio::test]
+async fn an_end_that_is_not_said_is_not_believed() {
+    let cloud = FakeCloud::start(RunPod::default());
+    let broker = cloud.broker();
+    let offer = first(&*broker, GpuRequest::default()).await;
+    let id = broker.create(&offer, &lease(&cloud)).await.unwrap().id;
+    cloud.world().fail(Op::Terminate, How::Html);
+    assert_eq!(broker.terminate(&id).await.unwrap_err().kind, BrokerErrorKind::Unavailable);
+    let refusal = json!({"title": "Conflict", "status": 409, "detail": "the pod belongs to a cluster"});
+    cloud.world().fail(Op::Terminate, How::Say(Answer::json(409, &refusal)));
+    let error = broker.terminate(&id).await.unwrap_err();
+    assert_eq!(error.kind, BrokerErrorKind::Rejected);
+    assert!(error.message.contains("belongs to a cluster"), "{error}");
+    broker.terminate(&id).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_out_of_stock_is_said() {
+    let cloud = FakeCloud::start(RunPod::default());
+    cloud.world().stock.retain(|stock| stock.id == "1004");
+    let offers = cloud.broker().offers(&GpuRequest::default()).await.unwrap();
+    assert_eq!((offers.offers.len(), offers.dropped.len()), (0, 1));
+    assert_eq!(offers.dropped[0].reason, "out of stock");
+    cloud.world().stock =
+        vec![Stock { price: outliers::units::UsdPerHour::from_dollars(-1.0), ..Stock::mixed().remove(0) }];
+    let offers = cloud.broker().offers(&GpuRequest::default()).await.unwrap();
+    assert_eq!(offers.dropped[0].reason, "its price makes no sense");
+}
+
+/// Runs the script with which a pod ends itself, with `programs` in place of all others but the shell's; what they were called with.
+fn end_itself(programs: &[(&str, &str)]) -> (bool, String, String) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let log = folder.path().join("log");
+    for (name, body) in programs {
+        let path = folder.path().join(name);
+        let log = log.display();
+        fs::write(&path, format!("#!/bin/sh\necho \"{name} $*\" >> {log}\n{body}\n")).expect("a program");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("it may run");
+    }
+    let script = FakeCloud::start(RunPod::default()).broker().self_destruct().expect("a pod can end itself");
+    let search = format!("{}:/usr/bin:/bin", folder.path().display());
+    let mut shell = Command::new("/bin/sh");
+    shell.arg("-c").arg(script).env_clear().env("PATH", search);
+    let output = shell.env("RUNPOD_POD_ID", "pod7").env("RUNPOD_API_KEY", "sekret").output().expect("there is a shell");
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8_lossy(&said).into_owned(), read(&log))
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+#[test]
+fn a_pod_ends_itself_by_whatever_works() {
+    let echo_key = "cat 2>/dev/null; echo $RUNPOD_API_KEY; echo $RUNPOD_API_KEY >&2";
+    let fails = format!("{echo_key}; exit 1");
+    let by_graphql = format!("{echo_key}; case \"$*\" in *graphql*) exit 0 ;; esac; exit 22");
+    let refused = format!("{echo_key}; case \"$*\" in *graphql*) echo '{{\"errors\": []}}'; exit 0 ;; esac; exit 22");
+    for (runpodctl, curl, ends, calls) in [
+        (echo_key, fails.as_str(), true, "runpodctl pod delete pod7\n"),
+        (fails.as_str(), echo_key, true, "runpodctl pod delete pod7\nrunpodctl remove pod pod7\ncurl "),
+        (fails.as_str(), by_graphql.as_str(), true, "https://api.runpod.io/graphql"),
+        (fails.as_str(), refused.as_str(), false, "https://api.runpod.io/graphql"),
+        (fails.as_str(), fails.as_str(), false, "--request DELETE https://api.runpod.io/v2/pods/pod7"),
+    ] {
+        let (ended, said, log) = end_itself(&[("runpodctl", runpodctl), ("curl", curl)]);
+        assert_eq!(ended, ends, "{log}");
+        assert!(log.contains(calls), "{log}");
+        assert!(!log.contains("sekret") && !said.contains("sekret"), "the key is in: {said}{log}");
+    }
+}
