@@ -10,10 +10,9 @@ use serde_json::{Value, json};
 
 use super::{
     Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
-    InstanceState, Lease, Offer, Offers, Tier,
+    InstanceState, Lease, Offer, Offers, Tier, wire,
 };
 use crate::calendar::rfc3339;
-use crate::gpu;
 use crate::http::{Call, Effect, Http, Method, Reply};
 use crate::units::Usd;
 
@@ -180,7 +179,7 @@ impl Broker for RunPod {
             name: lease.tag.to_string(),
             state: InstanceState::Booting,
             price: created.cost_per_hr.and_then(|gpus| goods::price(gpus, disk).ok()),
-            hardware: hardware(&goods.gpu, goods.count),
+            hardware: wire::hardware(goods.count, &goods.gpu, None),
             created_at: None,
         })
     }
@@ -245,10 +244,6 @@ fn tier_word(tier: Tier) -> &'static str {
         Tier::Secure => "SECURE",
         Tier::Community => "COMMUNITY",
     }
-}
-
-fn hardware(gpu: &str, count: u32) -> String {
-    format!("{count} x {}", gpu::canonical_name(gpu, None))
 }
 
 #[cfg(test)]

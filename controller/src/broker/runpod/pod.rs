@@ -4,8 +4,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use super::{NAME, goods, hardware};
-use crate::broker::{Instance, InstanceId, InstanceState, SshEndpoint};
+use super::{NAME, goods};
+use crate::broker::{Instance, InstanceId, InstanceState, SshEndpoint, wire};
 use crate::calendar::from_rfc3339;
 use crate::text::clean;
 use crate::units::UsdPerHour;
@@ -120,7 +120,7 @@ impl Pod {
             name: self.name.clone(),
             state: self.state()?,
             price: self.price(),
-            hardware: self.gpu.as_ref().map_or("CPU only".to_owned(), |gpu| hardware(&gpu.id, gpu.count)),
+            hardware: self.gpu.as_ref().map_or("CPU only".to_owned(), |gpu| wire::hardware(gpu.count, &gpu.id, None)),
             created_at: self.created_at.as_deref().and_then(from_rfc3339),
         })
     }
@@ -143,7 +143,7 @@ impl Pod {
             return None;
         }
         let direct = self.ssh.as_ref().and_then(|ssh| ssh.direct.as_ref());
-        let direct = direct.and_then(|direct| endpoint(&direct.host, direct.port, &direct.username));
+        let direct = direct.and_then(|direct| wire::endpoint(&direct.username, &direct.host, direct.port));
         direct.or_else(|| runtime?.ports.iter().flatten().find_map(Port::ssh))
     }
 
@@ -159,16 +159,6 @@ impl Port {
     fn ssh(&self) -> Option<SshEndpoint> {
         let is_ssh = self.private == Some(22) && self.r#type.as_deref() == Some("tcp");
         is_ssh.then_some(())?;
-        endpoint(self.ip.as_deref()?, self.public?, "root")
+        wire::endpoint("root", self.ip.as_deref()?, self.public?)
     }
-}
-
-/// An address, if it can be one.
-fn endpoint(host: &str, port: u16, user: &str) -> Option<SshEndpoint> {
-    let is_name = |text: &str| {
-        let known = |byte: u8| byte.is_ascii_alphanumeric() || b".:-_".contains(&byte);
-        !text.is_empty() && !text.starts_with('-') && text.bytes().all(known)
-    };
-    let plausible = is_name(host) && is_name(user) && port != 0;
-    plausible.then(|| SshEndpoint { host: host.to_owned(), port, user: user.to_owned() })
 }
