@@ -94,6 +94,10 @@ pub struct Access {
     pub http: Http,
     /// Container image for instances.
     pub image: String,
+    /// Who logs in, where the cloud does not say and the settings do.
+    pub ssh_user: Option<String>,
+    /// Where SSH servers listen, where the cloud does not say and the settings do.
+    pub ssh_port: Option<u16>,
 }
 
 /// What a cloud can do beyond renting.

@@ -187,7 +187,12 @@ impl Context {
             return Err(Complaint::refused(format!("{name} needs a key"), hint));
         };
         let http = Http::new(cloud.kind.name, &cloud.base_url, Some(key.clone()), Limits::default())?;
-        let access = Access { http: http.explained(self.explain()), image: cloud.image.clone() };
+        let access = Access {
+            http: http.explained(self.explain()),
+            image: cloud.image.clone(),
+            ssh_user: cloud.ssh_user.clone(),
+            ssh_port: cloud.ssh_port,
+        };
         let broker = Arc::from((cloud.kind.connect)(access));
         Ok(Cloud { broker, patience: Patience::CLOUD, is_local: false })
     }

@@ -129,6 +129,10 @@ pub struct CloudSettings {
     pub key: Option<Secret>,
     /// Container image for instances.
     pub image: String,
+    /// Who logs in to its instances, where the cloud does not say.
+    pub ssh_user: Option<String>,
+    /// Where their SSH servers listen, where the cloud does not say.
+    pub ssh_port: Option<u16>,
 }
 
 /// A settings' file. Every field may be missing; one that is not known is an error.
@@ -158,6 +162,8 @@ struct BrokerSection {
     #[serde(alias = "key_variable")]
     key_variable: Option<String>,
     image: Option<String>,
+    ssh_user: Option<String>,
+    ssh_port: Option<u16>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -251,6 +257,8 @@ fn clouds(
             key_variable,
             key,
             image: section.image.unwrap_or_else(|| kind.image.to_owned()),
+            ssh_user: section.ssh_user,
+            ssh_port: section.ssh_port,
         })
     };
     Ok(CLOUDS.iter().copied().filter_map(resolve).collect())

@@ -1,6 +1,7 @@
 //! End-to-end tests.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod clouds;
 mod deploy;
 mod host;
 mod hub;

@@ -42,11 +42,20 @@ const BETWEEN_LAUNCHES: Duration = Duration::from_secs(12);
 const LAUNCH: &str = "launch";
 
 fn connect(access: Access) -> Box<dyn Broker> {
-    Box::new(Lambda { http: access.http.paced(None, BETWEEN_CALLS).paced(Some(LAUNCH), BETWEEN_LAUNCHES) })
+    let http = access.http.paced(None, BETWEEN_CALLS).paced(Some(LAUNCH), BETWEEN_LAUNCHES);
+    let door = Door { user: access.ssh_user.unwrap_or(USER.to_owned()), port: access.ssh_port.unwrap_or(SSH_PORT) };
+    Box::new(Lambda { http, door })
 }
 
 struct Lambda {
     http: Http,
+    door: Door,
+}
+
+/// How one gets into a machine of which the cloud names only the address.
+struct Door {
+    user: String,
+    port: u16,
 }
 
 /// What [`Broker::create`] has to say to get an offer.
@@ -108,12 +117,14 @@ impl Broker for Lambda {
 
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
         let machines: Vec<Machine> = self.ask(Call::get("/instances"), "a list of instances").await?;
-        Ok(machines.into_iter().filter(|machine| !machine.is_gone()).map(Machine::into_instance).collect())
+        let live = machines.into_iter().filter(|machine| !machine.is_gone());
+        Ok(live.map(|machine| machine.into_instance(&self.door)).collect())
     }
 
     async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
         let machine = self.machine(id).await?;
-        Ok(machine.filter(|machine| !machine.is_gone()).map(Machine::into_instance))
+        let live = machine.filter(|machine| !machine.is_gone());
+        Ok(live.map(|machine| machine.into_instance(&self.door)))
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
@@ -404,10 +415,10 @@ impl Machine {
         self.status == "terminated"
     }
 
-    fn state(&self) -> InstanceState {
+    fn state(&self, door: &Door) -> InstanceState {
         match (self.status.as_str(), &self.ip) {
             ("booting", _) | ("active", None) => InstanceState::Booting,
-            ("active", Some(ip)) => match wire::endpoint(USER, ip, SSH_PORT) {
+            ("active", Some(ip)) => match wire::endpoint(&door.user, ip, door.port) {
                 Some(endpoint) => InstanceState::Ready(endpoint),
                 None => InstanceState::Unknown(format!("its address is `{}`", clean(ip.as_bytes(), 80))),
             },
@@ -417,8 +428,8 @@ impl Machine {
         }
     }
 
-    fn into_instance(self) -> Instance {
-        let state = self.state();
+    fn into_instance(self, door: &Door) -> Instance {
+        let state = self.state(door);
         let instance_type = self.instance_type.as_ref();
         let hardware = |it: &InstanceType| match it.specs.gpus {
             0 => format!("{} CPU cores", it.specs.vcpus.unwrap_or_default()),
@@ -510,7 +521,7 @@ mod tests {
         if let Some(ip) = ip {
             machine["ip"] = json!(ip);
         }
-        serde_json::from_value::<Machine>(machine).expect("the least there is").state()
+        serde_json::from_value::<Machine>(machine).expect("the least there is").state(&Door { user: USER.to_owned(), port: SSH_PORT })
     }
 
     #[test]

@@ -88,7 +88,8 @@ impl FakeCloud {
     pub fn connect(&self, key: &str, limits: Limits, explain: Option<Explain>) -> Box<dyn Broker> {
         let kind = self.dialect().cloud();
         let http = Http::new(kind.name, &self.url, Some(Secret::new(key)), limits).expect("the fake's URL is one");
-        (kind.connect)(Access { http: http.explained(explain), image: kind.image.to_owned() })
+        let http = http.explained(explain);
+        (kind.connect)(Access { http, image: kind.image.to_owned(), ssh_user: None, ssh_port: None })
     }
 }
 

@@ -130,7 +130,7 @@ fn prices_and_disks() {
 
 fn runpod() -> RunPod {
     let http = Http::new(NAME, "http://127.0.0.1:9", None, Limits::default()).unwrap();
-    RunPod::new(Access { http, image: "runpod/pytorch:x".to_owned() })
+    RunPod::new(Access { http, image: "runpod/pytorch:x".to_owned(), ssh_user: None, ssh_port: None })
 }
 
 fn lease() -> Lease {
