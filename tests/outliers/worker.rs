@@ -192,7 +192,7 @@ fn unknown_architectures_and_switches_are_refused_by_name() {
 fn a_checkpoint_that_is_not_what_its_config_says_is_refused_before_any_weight_is_read() {
     for (key, value, word) in [
         ("intermediate_size", 97, "has shape"),
-        ("num_hidden_layers", 7, "model.layers.6."),
+        ("num_hidden_layers", 4, "model.layers.3."),
         ("num_attention_heads", 3, "heads"),
         ("vocab_size", 5, "model.embed_tokens.weight"),
     ] {
