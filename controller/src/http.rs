@@ -4,9 +4,8 @@
 //! made twice without harm is repeated after any failure, and one that creates is never repeated unless the cloud said no.
 //! Keys are in no error, log or explanation.
 
-use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rand::Rng;
@@ -21,12 +20,20 @@ use crate::broker::{BrokerError, BrokerErrorKind};
 use crate::secret::Secret;
 use crate::text::clean;
 
+mod pace;
 mod redact;
+#[cfg(test)]
+mod tests;
+
+use pace::Paces;
+use redact::Hidden;
 
 /// Largest reply that is read: a listing of some thousand instances.
 const LARGEST_REPLY: usize = 32 << 20;
 /// Longest sentence of a cloud that is repeated to people.
 const LONGEST_WORDS: usize = 400;
+/// How many times longer than after a failure one waits after "too often" without a time: such clouds mean some seconds.
+const TOO_OFTEN: u32 = 8;
 
 /// What happens if a call is made twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,13 +95,14 @@ pub struct Limits {
     pub connect: Duration,
     /// Between two bytes of a reply.
     pub read: Duration,
-    /// For all attempts of one call together, waits included.
+    /// For all attempts of one call together, from the first on, waits between them included. An attempt that has begun is
+    /// given [`Limits::read`] all the same.
     pub total: Duration,
     /// Attempts, the first included.
     pub attempts: u32,
     /// First wait after a failure; doubles.
     pub backoff: Duration,
-    /// Between calls that a cloud wants apart, this many times less: 1 outside of tests.
+    /// Paces and backoff are this many times shorter: 1 outside of tests. What a cloud asks for is not shortened.
     pub hurry: u32,
 }
 
@@ -118,23 +126,16 @@ pub type Explain = Arc<dyn Fn(&str) + Send + Sync>;
 #[derive(Clone)]
 pub struct Http {
     client: reqwest::Client,
+    /// For calls that are made once: a fresh connection each, because one that was kept may be closed from the other side at this
+    /// very moment, and nobody could say whether the call went through.
+    fresh: reqwest::Client,
     broker: &'static str,
     base: String,
-    key: Option<Secret>,
+    key: Option<Hidden>,
     limits: Limits,
-    paces: Arc<Mutex<BTreeMap<&'static str, Pace>>>,
+    paces: Arc<Paces>,
     explain: Option<Explain>,
 }
-
-/// Calls that a cloud wants apart: one per `every`.
-#[derive(Clone, Copy, Debug)]
-struct Pace {
-    every: Duration,
-    next: Option<Instant>,
-}
-
-/// The pace of every call.
-const ALL: &str = "all";
 
 impl fmt::Debug for Http {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -169,23 +170,29 @@ impl Http {
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);
         }
-        let client = reqwest::Client::builder()
-            .user_agent(concat!("outliers/", env!("CARGO_PKG_VERSION")))
-            .default_headers(headers)
-            .connect_timeout(limits.connect)
-            .read_timeout(limits.read)
-            // A redirected creation would be made twice, and a key would go elsewhere.
-            .redirect(reqwest::redirect::Policy::none())
-            .build()
-            .map_err(|cause| error(BrokerErrorKind::Unavailable, format!("no HTTP client: {}", chain(&cause))))?;
-        Ok(Self { client, broker, base, key, limits, paces: Arc::default(), explain: None })
+        let client = |kept: usize| {
+            let builder = reqwest::Client::builder()
+                .user_agent(concat!("outliers/", env!("CARGO_PKG_VERSION")))
+                .default_headers(headers.clone())
+                .connect_timeout(limits.connect)
+                .read_timeout(limits.read)
+                .pool_max_idle_per_host(kept)
+                // A redirected creation would be made twice, and a key would go elsewhere.
+                .redirect(reqwest::redirect::Policy::none());
+            // No proxy knows this machine's own servers.
+            let builder = if is_here { builder.no_proxy() } else { builder };
+            let failed = |cause| error(BrokerErrorKind::Unavailable, format!("no HTTP client: {}", chain(&cause)));
+            builder.build().map_err(failed)
+        };
+        let (client, fresh) = (client(usize::MAX)?, client(0)?);
+        let key = key.map(|key| Hidden::new(&key));
+        Ok(Self { client, fresh, broker, base, key, limits, paces: Arc::default(), explain: None })
     }
 
-    /// At most one call per `every`; `name` limits only the calls marked with it.
+    /// At most one call per `every`, of all or of those marked with `name`.
     #[must_use]
     pub fn paced(self, name: Option<&'static str>, every: Duration) -> Self {
-        let every = every / self.limits.hurry.max(1);
-        self.lock_paces().insert(name.unwrap_or(ALL), Pace { every, next: None });
+        self.paces.set(name, every / self.limits.hurry.max(1));
         self
     }
 
@@ -207,48 +214,46 @@ impl Http {
     /// [`BrokerErrorKind::Maybe`] when a call with [`Effect::Once`] may have been carried out; [`BrokerErrorKind::RateLimited`] and
     /// [`BrokerErrorKind::Unavailable`] when it was not, after all attempts.
     pub async fn call(&self, call: Call) -> Result<Reply, BrokerError> {
+        self.paces.turn(call.pace).await;
+        // Only now: to wait for one's turn is no failure, however many wait before.
         let deadline = Instant::now() + self.limits.total;
         let mut attempt = 1;
         loop {
-            self.wait_for_turn(&call).await;
             let failure = match self.attempt(&call, deadline).await {
                 Ok(reply) => return Ok(reply),
                 Err(failure) => failure,
             };
+            self.tell(|| format!("! {}", failure.words));
             let again = failure.certainly_not_taken || call.effect != Effect::Once;
-            let pause = failure.wait.unwrap_or_else(|| self.backoff(attempt));
-            if !again || attempt >= self.limits.attempts || Instant::now() + pause >= deadline {
+            let pause = failure.wait.unwrap_or_else(|| self.backoff(attempt, &failure));
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !again || attempt >= self.limits.attempts || pause >= left {
                 return Err(self.give_up(&call, failure));
             }
             tracing::info!("{}: {}; again in {:.1} s", self.broker, failure.words, pause.as_secs_f64());
             tokio::time::sleep(pause).await;
+            self.paces.turn(call.pace).await;
             attempt += 1;
         }
     }
 
     async fn attempt(&self, call: &Call, deadline: Instant) -> Result<Reply, Failure> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let exchange = self.exchange(call);
-        let (status, headers, body) = match tokio::time::timeout(left, exchange).await {
+        let left = deadline.saturating_duration_since(Instant::now()).max(self.limits.read);
+        let (status, headers, body) = match tokio::time::timeout(left, self.exchange(call)).await {
             Ok(answered) => answered?,
-            Err(_) => {
-                return Err(Failure::unknown(format!("no answer within {:.0} s", self.limits.total.as_secs_f64())));
-            }
+            Err(_) => return Err(Failure::unknown(format!("no whole answer within {:.0} s", left.as_secs_f64()))),
         };
         let body = self.redacted(&body);
         self.tell(|| format!("< {status}\n{}", redact::document(&body)));
-        let reply = Reply { broker: self.broker, effect: call.effect, status, body };
+        let reply = Reply { broker: self.broker, effect: call.effect, key: self.key.clone(), status, body };
         match status {
             429 => Err(Failure {
                 wait: retry_after(&headers),
                 kind: Some(BrokerErrorKind::RateLimited),
                 ..Failure::refused(reply.in_words())
             }),
-            // What a proxy says before it has passed anything on.
-            503 if headers.contains_key(RETRY_AFTER) && call.effect != Effect::Once => {
-                Err(Failure { wait: retry_after(&headers), ..Failure::unknown(reply.in_words()) })
-            }
-            500.. => Err(Failure::unknown(reply.in_words())),
+            // The server's failure, or its impatience with a slow request. What was done until then is not known.
+            408 | 500.. => Err(Failure { wait: retry_after(&headers), ..Failure::unknown(reply.in_words()) }),
             _ => Ok(reply),
         }
     }
@@ -256,7 +261,8 @@ impl Http {
     /// Status, headers, body.
     async fn exchange(&self, call: &Call) -> Result<(u16, HeaderMap, String), Failure> {
         let url = format!("{}{}", self.base, call.path);
-        let mut request = self.client.request(call.method.clone(), &url).query(&call.query);
+        let client = if call.effect == Effect::Once { &self.fresh } else { &self.client };
+        let mut request = client.request(call.method.clone(), &url).query(&call.query);
         if let Some(body) = &call.body {
             request = request.json(body);
         }
@@ -295,37 +301,16 @@ impl Http {
         BrokerError { broker: self.broker, kind, message: format!("{} {}: {words}", call.method, call.path) }
     }
 
-    async fn wait_for_turn(&self, call: &Call) {
-        let now = Instant::now();
-        let turn = {
-            let mut paces = self.lock_paces();
-            let names = [Some(ALL), call.pace];
-            let mut of_call: Vec<&mut Pace> =
-                paces.iter_mut().filter(|(name, _)| names.contains(&Some(**name))).map(|(_, pace)| pace).collect();
-            let turn = of_call.iter().filter_map(|pace| pace.next).max().map_or(now, |next| next.max(now));
-            for pace in &mut of_call {
-                pace.next = Some(turn + pace.every);
-            }
-            turn
-        };
-        tokio::time::sleep_until(turn).await;
-    }
-
-    fn lock_paces(&self) -> std::sync::MutexGuard<'_, BTreeMap<&'static str, Pace>> {
-        self.paces.lock().expect("nothing panics while it is held")
-    }
-
     /// With jitter, so that many that failed together do not come back together.
-    fn backoff(&self, attempt: u32) -> Duration {
-        let most = self.limits.backoff * 2u32.saturating_pow(attempt - 1).min(64);
+    fn backoff(&self, attempt: u32, failure: &Failure) -> Duration {
+        let too_often = failure.kind == Some(BrokerErrorKind::RateLimited);
+        let first = self.limits.backoff * if too_often { TOO_OFTEN } else { 1 } / self.limits.hurry.max(1);
+        let most = first * 2u32.saturating_pow(attempt - 1).min(64);
         most.mul_f64(rand::rng().random_range(0.5..1.0))
     }
 
     fn redacted(&self, text: &str) -> String {
-        match &self.key {
-            Some(key) if !key.expose().is_empty() => text.replace(key.expose(), "***"),
-            _ => text.to_owned(),
-        }
+        self.key.as_ref().map_or_else(|| text.to_owned(), |key| key.out_of(text))
     }
 
     fn tell(&self, words: impl FnOnce() -> String) {
@@ -366,7 +351,8 @@ impl Failure {
 pub struct Reply {
     broker: &'static str,
     effect: Effect,
-    /// HTTP status; below 500 and not 429.
+    key: Option<Hidden>,
+    /// HTTP status; below 500, and neither 408 nor 429.
     pub status: u16,
     /// The body as text.
     pub body: String,
@@ -413,6 +399,8 @@ impl Reply {
     pub fn in_words(&self) -> String {
         let words = self.value().map(|value| redact::sentences(&value)).filter(|words| !words.is_empty());
         let words = words.unwrap_or_else(|| self.body.clone());
+        // Once more: an escape in the document may have hidden it.
+        let words = self.key.as_ref().map_or_else(|| words.clone(), |key| key.out_of(&words));
         let words = clean(words.trim().as_bytes(), LONGEST_WORDS);
         if words.is_empty() { format!("HTTP {}", self.status) } else { format!("HTTP {}: {words}", self.status) }
     }

@@ -1,10 +1,60 @@
 //! Secrets out, sentences in: what of a document people may see.
 
+use std::fmt;
+
 use serde_json::Value;
 
+use crate::secret::Secret;
+
+/// A key, to be taken out of texts, in every form in which a server may repeat it.
+#[derive(Clone)]
+pub(super) struct Hidden(Vec<String>);
+
+impl fmt::Debug for Hidden {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+impl Hidden {
+    pub(super) fn new(key: &Secret) -> Self {
+        let plain = key.expose();
+        let in_json = Value::from(plain).to_string();
+        let in_json = in_json.trim_matches('"');
+        let mut forms =
+            vec![plain.to_owned(), in_json.to_owned(), in_json.replace('/', "\\/"), percent(plain, |digits| digits)];
+        forms.push(percent(plain, |digits| digits.to_lowercase()));
+        forms.retain(|form| !form.is_empty());
+        Self(forms)
+    }
+
+    /// The text with `***` for the key.
+    pub(super) fn out_of(&self, text: &str) -> String {
+        self.0.iter().fold(text.to_owned(), |text, form| text.replace(form, "***"))
+    }
+}
+
+fn percent(text: &str, digits: impl Fn(String) -> String) -> String {
+    let encode = |b: u8| match b {
+        b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => char::from(b).to_string(),
+        _ => digits(format!("%{b:02X}")),
+    };
+    text.bytes().map(encode).collect()
+}
+
 /// Parts of field names whose values are nobody's business.
-const SECRET_NAMES: &[&str] =
-    &["api_key", "apikey", "secret", "password", "passwd", "token", "authorization", "private_key", "credential"];
+const SECRET_NAMES: &[&str] = &[
+    "api_key",
+    "apikey",
+    "secret",
+    "password",
+    "passwd",
+    "token",
+    "authorization",
+    "private_key",
+    "credential",
+    "jupyter",
+];
 /// What clouds call their explanations, in the order in which they read best.
 const SENTENCES: &[&str] = &["title", "code", "error", "errors", "message", "msg", "detail", "details", "suggestion"];
 /// Most pieces that make up one explanation.
@@ -25,9 +75,10 @@ pub(super) fn value(document: &Value) -> String {
 fn hide(value: &mut Value) {
     match value {
         Value::Object(fields) => {
+            // Some write `{"key": "HF_TOKEN", "value": "hf_.."}`.
+            let named = fields.get("key").or_else(|| fields.get("name")).and_then(Value::as_str).is_some_and(is_secret);
             for (name, value) in fields.iter_mut() {
-                let name = name.to_lowercase();
-                if SECRET_NAMES.iter().any(|secret| name.contains(secret)) && !value.is_null() {
+                if (is_secret(name) || named && name == "value") && !value.is_null() {
                     *value = Value::String("***".to_owned());
                 } else {
                     hide(value);
@@ -37,6 +88,11 @@ fn hide(value: &mut Value) {
         Value::Array(items) => items.iter_mut().for_each(hide),
         _ => {}
     }
+}
+
+fn is_secret(name: &str) -> bool {
+    let name = name.to_lowercase();
+    SECRET_NAMES.iter().any(|secret| name.contains(secret))
 }
 
 /// What a refusal says in its usual fields, each once.
@@ -75,10 +131,21 @@ mod tests {
     #[test]
     fn secrets_are_hidden_at_any_depth() {
         let text = value(&json!({
-            "instance_api_key": "abc1", "nested": [{"JUPYTER_TOKEN": "abc2", "kept": "fine"}], "password": null, "label": "x"
+            "instance_api_key": "abc1", "nested": [{"JUPYTER_TOKEN": "abc2", "kept": "fine"}], "password": null, "label": "x",
+            "env": [{"key": "HF_TOKEN", "value": "abc3"}, {"key": "PUBLIC_KEY", "value": "fine"}],
         }));
         assert!(!text.contains("abc") && text.contains("fine") && text.contains("\"label\": \"x\""), "{text}");
         assert_eq!(document("not json"), "not json");
+    }
+
+    #[test]
+    fn a_key_is_found_in_every_form() {
+        let hidden = Hidden::new(&Secret::new("s/k+\"1\u{e4}"));
+        for text in ["s/k+\"1\u{e4}", r#"s/k+\"1ä"#, r#"s\/k+\"1ä"#, "s%2Fk%2B%221%C3%A4", "s%2fk%2b%221%c3%a4"] {
+            assert_eq!(hidden.out_of(&format!("<{text}> and <{text}>")), "<***> and <***>", "{text}");
+        }
+        assert_eq!(Hidden::new(&Secret::new("")).out_of("all"), "all");
+        assert_eq!(format!("{hidden:?}"), "***");
     }
 
     #[test]

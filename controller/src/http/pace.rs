@@ -1,0 +1,93 @@
+//! Calls that a cloud wants apart.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until};
+
+/// The paces of one account, shared by all who call.
+#[derive(Debug, Default)]
+pub(super) struct Paces(Mutex<BTreeMap<Option<&'static str>, Pace>>);
+
+/// One call per `every`.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    every: Duration,
+    next: Instant,
+}
+
+impl Paces {
+    /// At most one call per `every`: of those of this name, or of all.
+    pub(super) fn set(&self, name: Option<&'static str>, every: Duration) {
+        self.lock().insert(name, Pace { every, next: Instant::now() });
+    }
+
+    /// Waits until a call of this name may be made. Who comes first goes first.
+    pub(super) async fn turn(&self, name: Option<&'static str>) {
+        // One after the other: a turn among all, taken for later, would hold up everybody else until then.
+        if name.is_some() {
+            self.turn_of(name).await;
+        }
+        self.turn_of(None).await;
+    }
+
+    async fn turn_of(&self, name: Option<&'static str>) {
+        if let Some(turn) = self.take(name, Instant::now()) {
+            sleep_until(turn).await;
+        }
+    }
+
+    /// When the next call of those of this name may be made, which is then taken; `None`: whenever it likes.
+    fn take(&self, name: Option<&'static str>, now: Instant) -> Option<Instant> {
+        let mut paces = self.lock();
+        let pace = paces.get_mut(&name)?;
+        let turn = pace.next.max(now);
+        pace.next = turn + pace.every;
+        Some(turn)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Option<&'static str>, Pace>> {
+        self.0.lock().expect("nothing panics while it is held")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_are_apart() {
+        let (paces, second) = (Paces::default(), Duration::from_secs(1));
+        let begun = Instant::now();
+        assert_eq!(paces.take(None, begun), None, "no pace, no wait");
+        paces.set(None, second);
+        let now = Instant::now();
+        assert_eq!(paces.take(None, now), Some(now));
+        assert_eq!(paces.take(None, now), Some(now + second));
+        let later = now + 60 * second;
+        assert_eq!(paces.take(None, later), Some(later), "what was not used is not saved up");
+        assert_eq!(paces.take(None, later), Some(later + second));
+        assert_eq!(paces.take(Some("launch"), later), None);
+    }
+
+    #[tokio::test]
+    async fn a_queue_of_one_kind_holds_up_no_other() {
+        let paces = Paces::default();
+        paces.set(None, Duration::from_millis(1));
+        paces.set(Some("launch"), Duration::from_secs(1));
+        let begun = Instant::now();
+        let launches = async {
+            tokio::join!(paces.turn(Some("launch")), paces.turn(Some("launch")));
+            begun.elapsed()
+        };
+        let other = async {
+            tokio::task::yield_now().await;
+            paces.turn(None).await;
+            begun.elapsed()
+        };
+        let (launches, other) = tokio::join!(launches, other);
+        assert!(launches >= Duration::from_secs(1), "{launches:?}");
+        assert!(other < Duration::from_millis(900), "{other:?}");
+    }
+}

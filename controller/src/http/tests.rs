@@ -1,0 +1,379 @@
+//! The client against a server that does what it is told, byte by byte.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::*;
+
+const KEY: &str = "sk-test-4b1d";
+
+/// What the server does with a request that it has read.
+#[derive(Clone, Debug)]
+enum Act {
+    /// Says this, and keeps the connection.
+    Say(String),
+    /// Says this, and closes.
+    SayAndClose(String),
+    /// Closes without a word.
+    Close,
+    /// Keeps silent until the client goes.
+    Hang,
+}
+
+/// A server on a loopback port that acts by a script: one act per request, the last one for ever.
+struct Server {
+    url: String,
+    hangs: bool,
+    seen: Arc<Mutex<Vec<String>>>,
+    connections: Arc<Mutex<usize>>,
+}
+
+impl Server {
+    fn start(script: &[Act]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/api", listener.local_addr().unwrap());
+        let (seen, connections) = (Arc::<Mutex<Vec<String>>>::default(), Arc::<Mutex<usize>>::default());
+        let acts = script.to_vec();
+        let (requests, opened) = (seen.clone(), connections.clone());
+        // Ends with the test's process; a thread that waits costs nothing.
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                *opened.lock().unwrap() += 1;
+                let (acts, requests) = (acts.clone(), requests.clone());
+                std::thread::spawn(move || converse(stream.unwrap(), &acts, &requests));
+            }
+        });
+        Self { url, hangs: matches!(script[0], Act::Hang), seen, connections }
+    }
+
+    fn seen(&self) -> Vec<String> {
+        self.seen.lock().unwrap().clone()
+    }
+
+    fn client(&self) -> Http {
+        // Only who is to wait in vain does not wait for long: the machine may be busy.
+        let read = if self.hangs { Duration::from_millis(300) } else { limits().read };
+        self.client_with(Limits { read, ..limits() })
+    }
+
+    fn client_with(&self, limits: Limits) -> Http {
+        Http::new("cloud", &self.url, Some(Secret::new(KEY)), limits).unwrap()
+    }
+}
+
+fn converse(mut stream: TcpStream, script: &[Act], seen: &Mutex<Vec<String>>) {
+    while let Some(request) = read_request(&mut stream) {
+        let act = {
+            let mut seen = seen.lock().unwrap();
+            seen.push(request);
+            script[(seen.len() - 1).min(script.len() - 1)].clone()
+        };
+        match act {
+            Act::Say(text) => stream.write_all(text.as_bytes()).unwrap(),
+            Act::SayAndClose(text) => {
+                let _ = stream.write_all(text.as_bytes());
+                let _ = stream.shutdown(Shutdown::Both);
+                return;
+            }
+            Act::Close => return,
+            Act::Hang => {
+                let _ = stream.read(&mut [0]);
+                return;
+            }
+        }
+    }
+}
+
+/// One request, head and body; `None` when the client has gone.
+fn read_request(stream: &mut TcpStream) -> Option<String> {
+    let mut bytes = Vec::new();
+    let mut byte = [0];
+    while !bytes.ends_with(b"\r\n\r\n") {
+        if stream.read(&mut byte).ok()? == 0 {
+            return None;
+        }
+        bytes.push(byte[0]);
+    }
+    let head = String::from_utf8(bytes).unwrap().to_lowercase();
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).map_or(0, |n| n.parse().unwrap());
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).ok()?;
+    Some(head + &String::from_utf8(body).unwrap())
+}
+
+fn say(status: &str, headers: &str, body: &str) -> Act {
+    Act::Say(format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\n{headers}\r\n{body}", body.len()))
+}
+
+fn ok() -> Act {
+    say("200 OK", "", "{\"data\": 1}")
+}
+
+fn cut() -> Act {
+    Act::SayAndClose("HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{\"data\": ".to_owned())
+}
+
+fn limits() -> Limits {
+    Limits {
+        read: Duration::from_secs(5),
+        total: Duration::from_secs(10),
+        attempts: 3,
+        hurry: 500,
+        ..Limits::default()
+    }
+}
+
+fn once() -> Call {
+    Call::new(Method::POST, "/things", Effect::Once).body(json!({"a": 1}))
+}
+
+fn idempotent() -> Call {
+    Call::new(Method::DELETE, "/things/1", Effect::Idempotent)
+}
+
+async fn kind(server: &Server, call: Call) -> BrokerErrorKind {
+    server.client().call(call).await.expect_err("the server fails").kind
+}
+
+#[tokio::test]
+async fn a_request_says_who_asks_for_what() {
+    let server = Server::start(&[ok()]);
+    let reply = server.client().call(once().query("q", "a b&c")).await.unwrap();
+    assert!(reply.is_success());
+    assert_eq!(reply.json::<Value>("a thing").unwrap(), json!({"data": 1}));
+    let seen = server.seen().remove(0);
+    assert!(seen.starts_with("post /api/things?q=a+b%26c http/1.1\r\n"), "{seen}");
+    assert!(seen.contains(&format!("authorization: bearer {KEY}\r\n")), "{seen}");
+    assert!(seen.contains("content-type: application/json\r\n") && seen.ends_with("{\"a\":1}"), "{seen}");
+}
+
+#[tokio::test]
+async fn what_may_have_happened_is_not_done_again() {
+    let broken = ["500 Internal Server Error", "502 Bad Gateway", "503 Service Unavailable", "504 Gateway Timeout"];
+    let mut acts: Vec<Act> = broken.iter().map(|status| say(status, "", "")).collect();
+    acts.extend([say("503 Service Unavailable", "retry-after: 0\r\n", ""), say("408 Request Timeout", "", "")]);
+    acts.extend([Act::Close, Act::Hang, cut()]);
+    for act in acts {
+        let server = Server::start(std::slice::from_ref(&act));
+        assert_eq!(kind(&server, once()).await, BrokerErrorKind::Maybe, "{act:?}");
+        assert_eq!(server.seen().len(), 1, "{act:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_can_be_done_again_is() {
+    for act in
+        [say("500 Internal Server Error", "", ""), say("408 Request Timeout", "", ""), Act::Close, cut(), Act::Hang]
+    {
+        for call in [Call::get("/things"), idempotent()] {
+            let server = Server::start(&[act.clone(), act.clone(), ok()]);
+            assert!(server.client().call(call.clone()).await.unwrap().is_success(), "{act:?}");
+            assert_eq!(server.seen().len(), 3, "{act:?}");
+
+            let server = Server::start(std::slice::from_ref(&act));
+            assert_eq!(kind(&server, call).await, BrokerErrorKind::Unavailable, "{act:?}");
+            assert_eq!(server.seen().len(), 3, "no more often than the limit says: {act:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn too_often_is_certainly_not_taken() {
+    let too_often = say("429 Too Many Requests", "", "Too Many Requests");
+    let server = Server::start(&[too_often.clone(), ok()]);
+    assert!(server.client().call(once()).await.unwrap().is_success());
+    assert_eq!(server.seen().len(), 2);
+
+    let server = Server::start(std::slice::from_ref(&too_often));
+    assert_eq!(kind(&server, once()).await, BrokerErrorKind::RateLimited);
+    assert_eq!(server.seen().len(), 3);
+
+    let server = Server::start(&[too_often, say("500 Internal Server Error", "", "")]);
+    assert_eq!(kind(&server, once()).await, BrokerErrorKind::Maybe, "the last one counts");
+    assert_eq!(server.seen().len(), 2);
+}
+
+#[tokio::test]
+async fn where_nobody_listens_nothing_happened() {
+    let port = {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap().port()
+    };
+    let base = format!("http://127.0.0.1:{port}");
+    let http = Http::new("cloud", &base, Some(Secret::new(KEY)), limits()).unwrap();
+    let heard = Arc::new(Mutex::new(0));
+    let counter = heard.clone();
+    let explain: Explain =
+        Arc::new(move |words: &str| *counter.lock().unwrap() += usize::from(words.starts_with("> ")));
+    let error = http.explained(Some(explain)).call(once()).await.unwrap_err();
+    assert_eq!(error.kind, BrokerErrorKind::Unavailable);
+    assert!(error.message.contains("cannot be reached"), "{error}");
+    assert_eq!(*heard.lock().unwrap(), 3, "so it is tried again");
+}
+
+#[tokio::test]
+async fn refusals_are_answers() {
+    for status in ["400 Bad Request", "401 Unauthorized", "404 Not Found", "422 Unprocessable Content"] {
+        let server = Server::start(&[say(status, "", "{\"error\": {\"message\": \"no \\u001b[31mway\"}}")]);
+        let reply = server.client().call(once()).await.unwrap();
+        assert!(!reply.is_success());
+        let error = reply.refusal(BrokerErrorKind::Rejected);
+        assert_eq!(error.to_string(), format!("cloud: HTTP {}: no way", &status[..3]));
+        assert_eq!(server.seen().len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_redirection_is_not_followed() {
+    let elsewhere = Server::start(&[ok()]);
+    let location = format!("location: {}/elsewhere\r\n", elsewhere.url);
+    let server = Server::start(&[say("307 Temporary Redirect", &location, "")]);
+    let reply = server.client().call(once()).await.unwrap();
+    assert_eq!(reply.status, 307);
+    assert_eq!(elsewhere.seen(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn what_the_cloud_asks_for_is_waited() {
+    // A date has whole seconds: two from now may be one and a bit.
+    let date = || httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(2));
+    let headers: [&dyn Fn() -> String; 3] =
+        [&|| "retry-after: 1\r\n".to_owned(), &|| format!("retry-after: {}\r\n", date()), &|| {
+            "ratelimit: \"default\";r=0;t=1\r\n".to_owned()
+        }];
+    for header in headers {
+        let begun = Instant::now();
+        let server = Server::start(&[say("429 Too Many Requests", &header(), ""), ok()]);
+        assert!(server.client().call(once()).await.unwrap().is_success());
+        assert!(begun.elapsed() >= Duration::from_millis(900), "{}: {:?}", header(), begun.elapsed());
+    }
+}
+
+#[tokio::test]
+async fn what_would_take_too_long_is_not_waited() {
+    for header in ["retry-after: 3600\r\n", "retry-after: 18446744073709551615\r\n"] {
+        let server = Server::start(&[say("429 Too Many Requests", header, "slow down")]);
+        let begun = Instant::now();
+        let error = server.client().call(once()).await.unwrap_err();
+        assert!(begun.elapsed() < Duration::from_secs(5));
+        assert_eq!(error.kind, BrokerErrorKind::RateLimited);
+        assert!(error.message.contains("slow down") && error.message.contains("asks to wait"), "{error}");
+        assert_eq!(server.seen().len(), 1);
+    }
+}
+
+#[test]
+fn waits_in_headers() {
+    let headers =
+        |name: &'static str, value: &str| HeaderMap::from_iter([(name.parse().unwrap(), value.parse().unwrap())]);
+    for (name, value, seconds) in [
+        ("retry-after", "7", Some(7)),
+        ("retry-after", " 0 ", Some(0)),
+        ("retry-after", "Thu, 01 Jan 1970 00:00:00 GMT", Some(0)),
+        ("retry-after", "soon", None),
+        ("retry-after", "-1", None),
+        ("ratelimit", "\"default\";r=0;t=5", Some(5)),
+        ("ratelimit", "limit=100", None),
+        ("x-other", "5", None),
+    ] {
+        assert_eq!(retry_after(&headers(name, value)), seconds.map(Duration::from_secs), "{name}: {value}");
+    }
+}
+
+#[tokio::test]
+async fn calls_keep_their_pace() {
+    let server = Server::start(&[ok()]);
+    let http = server.client().paced(None, Duration::from_secs(50)).clone();
+    let begun = Instant::now();
+    let calls = (0..4).map(|_| http.call(Call::get("/things")));
+    assert!(futures::future::join_all(calls).await.iter().all(Result::is_ok));
+    assert!(begun.elapsed() >= Duration::from_millis(300), "three times 50 s, hurried: {:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn waiting_for_a_turn_does_not_use_up_the_time() {
+    let server = Server::start(&[ok()]);
+    let limits = Limits { total: Duration::from_millis(300), ..limits() };
+    let http = server.client_with(limits).paced(Some("launch"), Duration::from_secs(100));
+    let calls = (0..4).map(|_| http.call(once().at_pace("launch")));
+    let replies = futures::future::join_all(calls).await;
+    assert!(replies.iter().all(Result::is_ok), "the last waits 600 ms: {replies:?}");
+    assert_eq!(server.seen().len(), 4);
+}
+
+#[tokio::test]
+async fn what_is_done_once_has_a_connection_of_its_own() {
+    let server = Server::start(&[ok()]);
+    let http = server.client();
+    for _ in 0..3 {
+        http.call(Call::get("/things")).await.unwrap();
+    }
+    assert_eq!(*server.connections.lock().unwrap(), 1, "readings share one");
+    for _ in 0..3 {
+        http.call(once()).await.unwrap();
+    }
+    assert_eq!(*server.connections.lock().unwrap(), 4);
+}
+
+#[tokio::test]
+async fn the_key_is_shown_nowhere() {
+    let echo = |status: &str| {
+        say(status, "", &format!("{{\"error\": \"bad header: Bearer {}\"}}", KEY.replace('4', "\\u0034")))
+    };
+    let plain = say("400 Bad Request", "", &format!("who is {KEY}?"));
+    let broken = say("500 Internal Server Error", "", &format!("while serving {KEY}"));
+    let heard = Arc::new(Mutex::new(String::new()));
+    for act in [echo("400 Bad Request"), echo("429 Too Many Requests"), plain, broken, Act::Close] {
+        let server = Server::start(&[act]);
+        let listener = heard.clone();
+        let explain: Explain = Arc::new(move |words: &str| listener.lock().unwrap().push_str(words));
+        let http = server.client().explained(Some(explain));
+        let said = match http.call(once().body(json!({"api_key": "other-secret"}))).await {
+            Ok(reply) => format!("{} {reply:?} {}", reply.in_words(), reply.body),
+            Err(error) => format!("{error} {error:?}"),
+        };
+        assert!(!said.contains(KEY), "{said}");
+        assert!(!format!("{http:?}").contains(KEY));
+    }
+    let heard = heard.lock().unwrap();
+    assert!(heard.contains("> POST ") && heard.contains("Bearer ***") && heard.contains("< 400"), "{heard}");
+    assert!(!heard.contains(KEY) && !heard.contains("other-secret"), "{heard}");
+}
+
+#[tokio::test]
+async fn a_reply_without_end_is_not_read_to_it() {
+    let long = format!("HTTP/1.1 200 OK\r\n\r\n{}", "x".repeat(LARGEST_REPLY + 1));
+    let server = Server::start(&[Act::SayAndClose(long)]);
+    let patient = server.client_with(Limits { read: Duration::from_secs(10), attempts: 1, ..limits() });
+    let error = patient.call(once()).await.unwrap_err();
+    assert_eq!(error.kind, BrokerErrorKind::Maybe);
+    assert!(error.message.contains("more than 32 MiB"), "{error}");
+}
+
+#[test]
+fn only_what_can_be_a_cloud_is_spoken_to() {
+    let new = |base: &str, key: Option<&str>| {
+        Http::new("cloud", base, key.map(Secret::new), limits()).map(|_| ()).map_err(|error| error.kind)
+    };
+    assert_eq!(new("https://cloud.example/api/", Some(KEY)), Ok(()));
+    assert_eq!(new("http://127.0.0.1:1", Some(KEY)), Ok(()));
+    assert_eq!(new("http://[::1]:1", Some(KEY)), Ok(()));
+    assert_eq!(new("http://cloud.example", None), Ok(()));
+    for base in ["http://cloud.example", "ftp://cloud.example", "cloud.example", "", "file:///etc/passwd"] {
+        assert_eq!(new(base, Some(KEY)), Err(BrokerErrorKind::Rejected), "{base}");
+    }
+    assert_eq!(new("https://cloud.example", Some("a\nb")), Err(BrokerErrorKind::Auth));
+}
+
+#[test]
+fn nonsense_after_a_creation_is_a_maybe() {
+    let reply = |effect| Reply { broker: "cloud", effect, key: None, status: 200, body: "<html>".to_owned() };
+    let kind = |effect| reply(effect).json::<Value>("a thing").unwrap_err().kind;
+    assert_eq!(kind(Effect::Once), BrokerErrorKind::Maybe);
+    assert_eq!(kind(Effect::Read), BrokerErrorKind::Unavailable);
+    assert_eq!(kind(Effect::Idempotent), BrokerErrorKind::Unavailable);
+}
