@@ -8,6 +8,22 @@ use outliers::units::UsdPerHour;
 
 use crate::{Answer, Op, Refusal, Request, Stock, World};
 
+/// Every dialect.
+pub fn all() -> Vec<Box<dyn Dialect>> {
+    vec![Box::new(lambda::Lambda)]
+}
+
+/// A cloud's own description of its API: a file of OpenAPI.
+#[derive(Clone, Copy, Debug)]
+pub struct Document {
+    /// Name of the file.
+    pub file: &'static str,
+    /// Paths that it does not describe.
+    pub elsewhere: &'static [&'static str],
+    /// Places in request bodies where it is known to be wrong, as JSON pointers: `/env`.
+    pub wrong: &'static [&'static str],
+}
+
 /// One cloud's API over a [`World`]: state in, reply out.
 ///
 /// Strict: what the real cloud would refuse (an unknown field, a wrong type, a missing key, a wrong path) is refused here too. The
@@ -15,6 +31,11 @@ use crate::{Answer, Op, Refusal, Request, Stock, World};
 pub trait Dialect: Send + Sync + 'static {
     /// The cloud that speaks it.
     fn cloud(&self) -> &'static CloudKind;
+
+    /// The cloud's own description of its API, if there is one.
+    fn document(&self) -> Option<Document> {
+        None
+    }
 
     /// What the request is for; `None`: the API has no such call.
     fn operation(&self, request: &Request) -> Option<Op>;

@@ -5,6 +5,7 @@ use outliers::units::UsdPerHour;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use crate::dialect::Document;
 use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Order, Refusal, Request, SshKey, Stock, World};
 
 /// Lambda's API.
@@ -14,6 +15,10 @@ pub struct Lambda;
 impl Dialect for Lambda {
     fn cloud(&self) -> &'static CloudKind {
         &lambda::CLOUD
+    }
+
+    fn document(&self) -> Option<Document> {
+        Some(Document { file: "lambda-cloud-1.10.0.openapi.json", elsewhere: &[], wrong: &[] })
     }
 
     fn operation(&self, request: &Request) -> Option<Op> {
