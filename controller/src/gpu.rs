@@ -36,10 +36,13 @@ const MODELS: &[(&str, u64, &[&str])] = &[
     ("V100-16GB", 16, &["v100", "16gb"]),
     ("T4", 16, &["t4"]),
     ("RTX PRO 6000", 96, &["rtx", "pro", "6000"]),
+    ("RTX PRO 6000", 96, &["rtx", "pro", "6000b"]),
     ("RTX 6000 Ada", 48, &["6000", "ada"]),
     ("RTX 6000 Ada", 48, &["6000ada"]),
     ("RTX 5000 Ada", 32, &["5000", "ada"]),
+    ("RTX 5000 Ada", 32, &["5000ada"]),
     ("RTX 4000 Ada", 20, &["4000", "ada"]),
+    ("RTX 4000 Ada", 20, &["4000ada"]),
     ("A6000", 48, &["a6000"]),
     ("A5000", 24, &["a5000"]),
     ("A4500", 20, &["a4500"]),
@@ -113,7 +116,7 @@ const LINES: &[&str] = &["nvidia", "geforce", "rtx", "gtx", "tesla", "quadro", "
 
 /// The model of a raw name. `vram`, where known, tells apart what the name does not (an A100 of 40 and of 80 GB).
 pub fn identify(raw: &str, vram: Option<Bytes>) -> Option<GpuModel> {
-    let words = words(raw);
+    let words = model_words(raw);
     let has = |word: &str| words.iter().any(|w| w == word);
     if OTHERS.iter().any(|other| has(other)) {
         return None;
@@ -177,6 +180,16 @@ fn contains(name: &str, part: &str) -> bool {
     })
 }
 
+/// The words of a name, of which a product line is one even where the model is glued to it: `RTX4090`.
+fn model_words(name: &str) -> Vec<String> {
+    let split =
+        |word: String| match word.strip_prefix("rtx").filter(|model| model.starts_with(|c: char| c.is_ascii_digit())) {
+            Some(model) => vec!["rtx".to_owned(), model.to_owned()],
+            None => vec![word],
+        };
+    words(name).into_iter().flat_map(split).collect()
+}
+
 fn words(name: &str) -> Vec<String> {
     let lower = name.to_lowercase();
     lower.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()).map(str::to_owned).collect()
@@ -212,6 +225,23 @@ mod tests {
             ("NVIDIA GeForce RTX 4090 Laptop GPU", Some(16376), "GeForce RTX 4090 Laptop GPU"),
             ("NVIDIA Quadro P400", Some(2048), "Quadro P400"),
             ("A100", None, "A100"),
+            ("A100 PCIE", Some(40960), "A100-40GB"),
+            ("H100 SXM", Some(81559), "H100"),
+            ("H200 NVL", Some(143_771), "H200"),
+            ("RTX 6000Ada", Some(49140), "RTX 6000 Ada"),
+            ("RTX 4000Ada", Some(20475), "RTX 4000 Ada"),
+            ("RTX PRO 6000 WS", Some(97887), "RTX PRO 6000"),
+            ("Tesla V100", Some(32510), "V100-32GB"),
+            ("RTX 4090D", Some(49140), "RTX 4090D"),
+            ("A100_80GB SXM4", Some(81920), "A100-80GB"),
+            ("RTX4090_24GB PCIe", None, "RTX 4090"),
+            ("RTX3090Ti_24GB PCIe", None, "RTX 3090"),
+            ("RTX5000Ada_32GB PCIe", None, "RTX 5000 Ada"),
+            ("RTX_PRO_6000B_96GB PCIe", None, "RTX PRO 6000"),
+            ("RTX6000_24GB PCIe", None, "RTX6000_24GB PCIe"),
+            ("H200_141GB SXM5", None, "H200"),
+            ("GH200_96GB PCIe", None, "GH200"),
+            ("L40S_48GB PCIe", None, "L40S"),
         ] {
             assert_eq!(canonical_name(raw, mib.map(Bytes::from_mib)), name, "{raw}");
         }
