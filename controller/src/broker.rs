@@ -26,12 +26,7 @@ macro_rules! clouds {
     };
 }
 
-clouds! {
-    /// Lambda.
-    lambda,
-    /// RunPod.
-    runpod,
-}
+clouds! { lambda, runpod, vast }
 
 /// One cloud.
 #[async_trait]

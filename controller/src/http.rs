@@ -359,6 +359,12 @@ pub struct Reply {
 }
 
 impl Reply {
+    /// A reply as a test has it written down.
+    #[cfg(test)]
+    pub(crate) fn recorded(effect: Effect, status: u16, body: impl fmt::Display) -> Self {
+        Self { broker: "test", effect, status, body: body.to_string() }
+    }
+
     /// Whether the cloud says that it was done.
     pub fn is_success(&self) -> bool {
         (200..300).contains(&self.status)

@@ -5,8 +5,10 @@ use crate::units::{Bytes, UsdPerHour};
 
 use super::SshEndpoint;
 
-/// What a machine that reports its memory calls a gigabyte.
-pub(super) const GIB: u64 = 1 << 30;
+/// A thousand millions: what clouds that sell disk mean by a gigabyte, or more.
+pub(super) const GB: u64 = 1_000_000_000;
+/// What a machine that reports its memory calls a megabyte.
+pub(super) const MIB: u64 = 1 << 20;
 
 /// More than any instance costs, in dollars per hour.
 const HIGHEST_PRICE: f64 = 10_000.0;
@@ -22,7 +24,7 @@ pub(super) fn price(dollars: f64) -> Option<UsdPerHour> {
 /// So many units, `None` if no machine has that.
 pub(super) fn size(amount: f64, unit: u64) -> Option<Bytes> {
     let bytes = amount * unit as f64;
-    (bytes > 0.0 && bytes <= LARGEST_SIZE).then_some(Bytes(bytes as u64))
+    (bytes > 0.0 && bytes <= LARGEST_SIZE).then_some(Bytes(bytes.round() as u64))
 }
 
 /// An instance's hardware in words.
@@ -50,18 +52,6 @@ fn is_host(host: &str) -> bool {
     host.parse::<std::net::IpAddr>().is_ok() || host.len() <= 253 && host.split('.').all(label)
 }
 
-/// `text` as one segment of a path, percent-encoded; `None` for what would lead elsewhere.
-pub(super) fn segment(text: &str) -> Option<String> {
-    if matches!(text, "" | "." | "..") {
-        return None;
-    }
-    let encode = |b: u8| match b {
-        b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => char::from(b).to_string(),
-        _ => format!("%{b:02X}"),
-    };
-    Some(text.bytes().map(encode).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -72,9 +62,9 @@ mod tests {
         for dollars in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e5] {
             assert_eq!(price(dollars), None, "{dollars}");
         }
-        assert_eq!(size(80.0, GIB), Some(Bytes::from_gib(80)));
+        assert_eq!(size(24564.0, MIB), Some(Bytes::from_mib(24564)));
         for amount in [0.0, -80.0, f64::NAN, 1e30] {
-            assert_eq!(size(amount, GIB), None, "{amount}");
+            assert_eq!(size(amount, MIB), None, "{amount}");
         }
     }
 
@@ -91,12 +81,5 @@ mod tests {
             assert_eq!(endpoint(user, "a", 22), None, "{user:?}");
         }
         assert_eq!(endpoint("root", "a", 0), None);
-    }
-
-    #[test]
-    fn segments_stay_one_segment() {
-        assert_eq!(segment("9f2c-1_a").as_deref(), Some("9f2c-1_a"));
-        assert_eq!(segment("a/../b?c#d e").as_deref(), Some("a%2F..%2Fb%3Fc%23d%20e"));
-        assert_eq!([segment(""), segment("."), segment("..")], [None, None, None]);
     }
 }
