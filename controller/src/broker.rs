@@ -26,7 +26,7 @@ macro_rules! clouds {
     };
 }
 
-clouds! { lambda, runpod, vast }
+clouds! { lambda, prime, runpod, vast }
 
 /// One cloud.
 #[async_trait]

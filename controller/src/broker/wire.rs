@@ -9,6 +9,8 @@ use super::SshEndpoint;
 pub(super) const GB: u64 = 1_000_000_000;
 /// What a machine that reports its memory calls a megabyte.
 pub(super) const MIB: u64 = 1 << 20;
+/// What it calls a gigabyte.
+pub(super) const GIB: u64 = 1 << 30;
 
 /// More than any instance costs, in dollars per hour.
 const HIGHEST_PRICE: f64 = 10_000.0;
@@ -52,6 +54,18 @@ fn is_host(host: &str) -> bool {
     host.parse::<std::net::IpAddr>().is_ok() || host.len() <= 253 && host.split('.').all(label)
 }
 
+/// `text` as one segment of a path, percent-encoded; `None` for what would lead elsewhere.
+pub(super) fn segment(text: &str) -> Option<String> {
+    if matches!(text, "" | "." | "..") {
+        return None;
+    }
+    let encode = |b: u8| match b {
+        b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => char::from(b).to_string(),
+        _ => format!("%{b:02X}"),
+    };
+    Some(text.bytes().map(encode).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -64,7 +78,7 @@ mod tests {
         }
         assert_eq!(size(24564.0, MIB), Some(Bytes::from_mib(24564)));
         for amount in [0.0, -80.0, f64::NAN, 1e30] {
-            assert_eq!(size(amount, MIB), None, "{amount}");
+            assert_eq!(size(amount, GIB), None, "{amount}");
         }
     }
 
@@ -81,5 +95,12 @@ mod tests {
             assert_eq!(endpoint(user, "a", 22), None, "{user:?}");
         }
         assert_eq!(endpoint("root", "a", 0), None);
+    }
+
+    #[test]
+    fn segments_stay_one_segment() {
+        assert_eq!(segment("9f2c-1_a").as_deref(), Some("9f2c-1_a"));
+        assert_eq!(segment("a/../b?c#d e").as_deref(), Some("a%2F..%2Fb%3Fc%23d%20e"));
+        assert_eq!([segment(""), segment("."), segment("..")], [None, None, None]);
     }
 }
