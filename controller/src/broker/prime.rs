@@ -120,7 +120,8 @@ impl Prime {
         for key in keys.iter().filter(|key| is_over(key)) {
             let Some(id) = wire::segment(&key.id) else { continue };
             let call = Call::new(Method::DELETE, format!("/ssh_keys/{id}"), Effect::Idempotent);
-            if let Err(error) = self.http.call(call).await {
+            let removed = self.http.call(call).await;
+            if let Err(error) = removed.and_then(|reply| if is_gone(&reply) { Ok(reply) } else { granted(reply) }) {
                 tracing::warn!("{error}: the key {} stays in the account", key.name);
             }
         }

@@ -1,7 +1,10 @@
 //! What a cloud understands and how it speaks.
 
 pub mod lambda;
+pub mod lambda;
+pub mod prime;
 pub mod runpod;
+pub mod vast;
 
 use outliers::broker::CloudKind;
 use outliers::units::UsdPerHour;
