@@ -362,7 +362,7 @@ impl Reply {
     /// A reply as a test has it written down.
     #[cfg(test)]
     pub(crate) fn recorded(effect: Effect, status: u16, body: impl fmt::Display) -> Self {
-        Self { broker: "test", effect, status, body: body.to_string() }
+        Self { broker: "test", effect, status, body: body.to_string(), key: None }
     }
 
     /// Whether the cloud says that it was done.

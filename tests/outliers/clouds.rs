@@ -66,8 +66,28 @@ impl Place {
         let folder = golden(FIXTURE);
         let text = |path: &Path| path.to_str().unwrap().to_owned();
         let (model, ids) = (text(&folder.join("model")), text(&folder.join("golden.safetensors")));
-        let usual = ["deploy", "--model", &model, "--push-model", "--token-ids", &ids, "--precision", "f32", "--devices", "cpu"];
-        let rest = ["--gpu-filter", "A100", "--min-vram", "80", "--save-activations", "activations.safetensors", "-y", "--json"];
+        let usual = [
+            "deploy",
+            "--model",
+            &model,
+            "--push-model",
+            "--token-ids",
+            &ids,
+            "--precision",
+            "f32",
+            "--devices",
+            "cpu",
+        ];
+        let rest = [
+            "--gpu-filter",
+            "A100",
+            "--min-vram",
+            "80",
+            "--save-activations",
+            "activations.safetensors",
+            "-y",
+            "--json",
+        ];
         self.desk.run(usual.into_iter().chain(rest).chain(more.iter().copied()))
     }
 
@@ -85,8 +105,12 @@ impl Place {
         }
         let said = self.deploy(&[]).ok();
         let deployed: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
-        let events: Vec<&str> =
-            deployed["run"]["events"].as_array().unwrap().iter().map(|entry| entry["event"]["event"].as_str().unwrap()).collect();
+        let events: Vec<&str> = deployed["run"]["events"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|entry| entry["event"]["event"].as_str().unwrap())
+            .collect();
         assert_eq!(events[..4], ["creating", "not_created", "creating", "created"], "{said:?}");
         let home = self.desk.results_folder();
         let reference = golden(FIXTURE);
@@ -167,11 +191,17 @@ fn the_market_asks_all_clouds_at_once() {
     let costs: Vec<i64> = offers.iter().map(|offer| offer["estimate"]["cost"].as_i64().unwrap()).collect();
     assert!(costs.is_sorted(), "{costs:?}");
     let dropped = found["dropped"].as_array().unwrap();
-    assert!(dropped.iter().any(|left| left["broker"] == "prime" && left["reason"].as_str().unwrap().contains("EUR")), "{dropped:?}");
+    assert!(
+        dropped.iter().any(|left| left["broker"] == "prime" && left["reason"].as_str().unwrap().contains("EUR")),
+        "{dropped:?}"
+    );
 
     clouds[1].world().fail_always(Op::Offers, How::Refuse(Refusal::Unauthorized));
     let said = place.desk.run(["offers", "--gpu-filter", "a100"]).ok();
-    assert!(said.stderr.contains("vast") && said.stdout.contains("runpod") && !said.stdout.contains("vast"), "{said:?}");
+    assert!(
+        said.stderr.contains("vast") && said.stdout.contains("runpod") && !said.stdout.contains("vast"),
+        "{said:?}"
+    );
 
     let said = place.desk.run(["offers", "--gpu-filter", "a100", "--max-price", "0.01", "--broker", "runpod,prime"]);
     assert_eq!(said.code, Some(3), "{said:?}");

@@ -81,7 +81,8 @@ impl Broker for Lambda {
     }
 
     async fn offers(&self, _want: &GpuRequest) -> Result<Offers, BrokerError> {
-        let types: BTreeMap<String, Value> = self.ask(Call::get("/instance-types"), "a table of instance types").await?;
+        let types: BTreeMap<String, Value> =
+            self.ask(Call::get("/instance-types"), "a table of instance types").await?;
         Ok(Offers::collect(types.into_values().flat_map(offers_of)))
     }
 
@@ -521,7 +522,9 @@ mod tests {
         if let Some(ip) = ip {
             machine["ip"] = json!(ip);
         }
-        serde_json::from_value::<Machine>(machine).expect("the least there is").state(&Door { user: USER.to_owned(), port: SSH_PORT })
+        serde_json::from_value::<Machine>(machine)
+            .expect("the least there is")
+            .state(&Door { user: USER.to_owned(), port: SSH_PORT })
     }
 
     #[test]

@@ -110,9 +110,8 @@ impl Prime {
     /// occasion, so a failure is only noted.
     async fn sweep_keys(&self, tag: Option<&LeaseTag>) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let is_over = |key: &SshKey| {
-            key.name.parse().is_ok_and(|of_key: LeaseTag| Some(&of_key) == tag || of_key.deadline < now)
-        };
+        let is_over =
+            |key: &SshKey| key.name.parse().is_ok_and(|of_key: LeaseTag| Some(&of_key) == tag || of_key.deadline < now);
         let keys: Vec<SshKey> = match self.all("/ssh_keys/").await {
             Ok(keys) => keys,
             Err(error) => return tracing::warn!("{error}: keys of former instances stay in the account"),
@@ -350,7 +349,8 @@ fn offer(item: Value, want: &GpuRequest, image: &str) -> Result<Offer, String> {
     let base = item.prices.on_demand.or(item.prices.community_price).filter(|_| extra >= 0.0);
     let price = base.and_then(|base| wire::price(base).and(wire::price(base + extra))).ok_or("no price that can be")?;
     let reported = item.gpu_memory.and_then(|gb| wire::size(gb, GIB));
-    let (raw, count) = (clean(format!("{} {}", item.place.gpu_type, item.place.socket).as_bytes(), 60), item.place.gpu_count);
+    let (raw, count) =
+        (clean(format!("{} {}", item.place.gpu_type, item.place.socket).as_bytes(), 60), item.place.gpu_count);
     let tier = item.tier();
     let region = item.region_in_words();
     let goods = Goods { place: item.place, image, disk, memory: ram.ordered };
@@ -485,7 +485,8 @@ impl Pod {
     fn into_instance(self) -> Instance {
         let state = self.state();
         // None given for a stopped one means that it costs what it costs.
-        let price = if state == InstanceState::Stopped { self.stopped_price_hr.or(self.price_hr) } else { self.price_hr };
+        let price =
+            if state == InstanceState::Stopped { self.stopped_price_hr.or(self.price_hr) } else { self.price_hr };
         Instance {
             broker: NAME.to_owned(),
             hardware: wire::hardware(self.gpu_count, &clean(self.gpu_name.as_bytes(), 60), None),
@@ -500,7 +501,9 @@ impl Pod {
     fn state(&self) -> InstanceState {
         let failed = |what: &str| {
             let why = self.installation_failure.as_deref().map(|words| clean(words.as_bytes(), 300));
-            InstanceState::Failed(why.filter(|words| !words.is_empty()).map_or(what.to_owned(), |why| format!("{what}: {why}")))
+            InstanceState::Failed(
+                why.filter(|words| !words.is_empty()).map_or(what.to_owned(), |why| format!("{what}: {why}")),
+            )
         };
         match (self.status.as_str(), self.installation_status.as_deref()) {
             ("ERROR", _) => failed("it could not be started"),
@@ -554,7 +557,9 @@ fn kind_of(reply: &Reply) -> BrokerErrorKind {
         402 => BrokerErrorKind::Budget,
         300..=399 | 408 => reply.unclear(),
         // Before "insufficient", which may also be said of capacity.
-        _ if says(&["funds", "wallet", "credit", "payment", "quota exceeded", "limit exceeded"]) => BrokerErrorKind::Budget,
+        _ if says(&["funds", "wallet", "credit", "payment", "quota exceeded", "limit exceeded"]) => {
+            BrokerErrorKind::Budget
+        }
         _ if says(NO_CAPACITY) => BrokerErrorKind::NoCapacity,
         404 => BrokerErrorKind::NotFound,
         _ => BrokerErrorKind::Rejected,

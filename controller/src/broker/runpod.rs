@@ -212,7 +212,9 @@ impl Broker for RunPod {
         match accepted(&reply) {
             _ if reply.status == 404 => Ok(()),
             // Any other success is a word of somebody between us and RunPod.
-            Ok(_) if reply.status != 204 => Err(reply.error(reply.unclear(), format!("it did not end: {}", reply.in_words()))),
+            Ok(_) if reply.status != 204 => {
+                Err(reply.error(reply.unclear(), format!("it did not end: {}", reply.in_words())))
+            }
             accepted => accepted.map(drop),
         }
     }

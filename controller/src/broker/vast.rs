@@ -133,7 +133,8 @@ impl Broker for Vast {
     }
 
     async fn offers(&self, want: &GpuRequest) -> Result<Offers, BrokerError> {
-        let mut found: Vec<_> = self.search(want, Rental::OnDemand).await?.into_iter().map(|ask| (ask, false)).collect();
+        let mut found: Vec<_> =
+            self.search(want, Rental::OnDemand).await?.into_iter().map(|ask| (ask, false)).collect();
         if want.spot {
             found.extend(self.search(want, Rental::Bid).await?.into_iter().map(|ask| (ask, true)));
         }

@@ -1,7 +1,6 @@
 //! What a cloud understands and how it speaks.
 
 pub mod lambda;
-pub mod lambda;
 pub mod prime;
 pub mod runpod;
 pub mod vast;
@@ -13,7 +12,7 @@ use crate::{Answer, Op, Refusal, Request, Stock, World};
 
 /// Every dialect.
 pub fn all() -> Vec<Box<dyn Dialect>> {
-    vec![Box::new(lambda::Lambda)]
+    vec![Box::new(lambda::Lambda), Box::new(prime::Prime), Box::new(runpod::RunPod::default()), Box::new(vast::Vast)]
 }
 
 /// A cloud's own description of its API: a file of OpenAPI.

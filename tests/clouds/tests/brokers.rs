@@ -63,6 +63,8 @@ macro_rules! clouds {
 
 clouds! {
     lambda = dialect::lambda::Lambda;
+    prime = dialect::prime::Prime;
+    vast = dialect::vast::Vast;
     runpod = dialect::runpod::RunPod::default();
 }
 

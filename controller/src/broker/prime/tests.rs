@@ -97,7 +97,8 @@ fn offers_that_cannot_be_compared_say_why() {
     }
     let want = GpuRequest { spot: true, ..GpuRequest::default() };
     assert!(offer(item_with(json!({"isSpot": true})), &want, CLOUD.image).unwrap().spot);
-    let shared = item_with(json!({"prices": {"communityPrice": 0.7, "currency": "USD"}, "security": "community_cloud"}));
+    let shared =
+        item_with(json!({"prices": {"communityPrice": 0.7, "currency": "USD"}, "security": "community_cloud"}));
     let shared = plain(shared).unwrap();
     assert_eq!((shared.price, shared.tier), (UsdPerHour::from_dollars(0.7), Some(Tier::Community)));
 }
@@ -140,7 +141,10 @@ fn memory_is_ordered_where_it_can_be_had() {
     let memory = json!({"memory": {"defaultCount": 32, "maxCount": 256, "pricePerUnit": 0.004, "step": 16}});
     let want = GpuRequest { min_cpu_ram: Some(Bytes::from_gib(60)), ..GpuRequest::default() };
     let offer = offer(item_with(memory), &want, CLOUD.image).unwrap();
-    assert_eq!((offer.cpu_ram, offer.price), (Some(Bytes::from_gib(64)), UsdPerHour::from_dollars(1.6568 + 32.0 * 0.004)));
+    assert_eq!(
+        (offer.cpu_ram, offer.price),
+        (Some(Bytes::from_gib(64)), UsdPerHour::from_dollars(1.6568 + 32.0 * 0.004))
+    );
     assert_eq!(order(&goods_of(&offer), offer.price, &lease(1), "k")["pod"]["memory"], 64);
 }
 
@@ -167,7 +171,10 @@ fn ready(user: &str, host: &str, port: u16) -> InstanceState {
 #[test]
 fn an_instance_in_our_words() {
     let instance = pod_with(json!({})).into_instance();
-    assert_eq!((instance.id.0.as_str(), instance.hardware.as_str()), ("9f2c1f0e-6f9b-4f4e-9d5c-0a1b2c3d4e5f", "1 x A100-80GB"));
+    assert_eq!(
+        (instance.id.0.as_str(), instance.hardware.as_str()),
+        ("9f2c1f0e-6f9b-4f4e-9d5c-0a1b2c3d4e5f", "1 x A100-80GB")
+    );
     assert_eq!(instance.tag().map(|tag| tag.deadline), Some(1_795_250_000));
     assert_eq!(instance.price, Some(UsdPerHour::from_dollars(1.657)));
     assert_eq!(instance.created_at, Some(1_795_233_600));
@@ -185,12 +192,18 @@ fn a_stopped_instance_costs_what_it_costs_unless_it_says_less() {
 fn every_state_the_cloud_knows() {
     let failed = |words: &str| InstanceState::Failed(words.to_owned());
     for (changes, expected) in [
-        (json!({"status": "PROVISIONING", "installationStatus": "PENDING", "sshConnection": null}), InstanceState::Booting),
+        (
+            json!({"status": "PROVISIONING", "installationStatus": "PENDING", "sshConnection": null}),
+            InstanceState::Booting,
+        ),
         (json!({"status": "PENDING", "installationStatus": null}), InstanceState::Booting),
         (json!({"installationStatus": "ACTIVE"}), InstanceState::Booting),
         (json!({"sshConnection": [null]}), InstanceState::Booting),
         (json!({"sshConnection": ["ubuntu@10.0.0.7"]}), ready("ubuntu", "10.0.0.7", 22)),
-        (json!({"installationStatus": "ERROR", "installationFailure": "no driver"}), failed("its installation failed: no driver")),
+        (
+            json!({"installationStatus": "ERROR", "installationFailure": "no driver"}),
+            failed("its installation failed: no driver"),
+        ),
         (json!({"status": "ERROR"}), failed("it could not be started")),
         (json!({"status": "STOPPED"}), InstanceState::Stopped),
         (json!({"status": "DELETING"}), InstanceState::Terminating),

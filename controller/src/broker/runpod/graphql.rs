@@ -107,7 +107,11 @@ mod tests {
                 "RUNPOD",
                 Some(BrokerErrorKind::NoCapacity),
             ),
-            ("This machine does not have the resources to deploy your pod.", "RUNPOD", Some(BrokerErrorKind::NoCapacity)),
+            (
+                "This machine does not have the resources to deploy your pod.",
+                "RUNPOD",
+                Some(BrokerErrorKind::NoCapacity),
+            ),
             ("Not enough free GPUs on the host", "INTERNAL_SERVER_ERROR", Some(BrokerErrorKind::NoCapacity)),
             ("Your balance is too low to rent this pod", "RUNPOD", Some(BrokerErrorKind::Budget)),
             ("You would exceed your spend limit", "RUNPOD", Some(BrokerErrorKind::Budget)),

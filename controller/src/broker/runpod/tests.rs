@@ -54,7 +54,8 @@ fn a_pod_in_our_words() {
 #[test]
 fn every_status() {
     let direct = json!({"direct": {"host": "h.example", "port": 22, "username": "u"}});
-    let mapped = |ports: Value| json!({"ssh": {"proxy": null, "direct": null}, "runtime": {"uptime": 9, "ports": ports}});
+    let mapped =
+        |ports: Value| json!({"ssh": {"proxy": null, "direct": null}, "runtime": {"uptime": 9, "ports": ports}});
     let booting = InstanceState::Booting;
     for (changes, expected) in [
         (json!({"status": "PROVISIONING", "ssh": direct}), booting.clone()),
@@ -70,7 +71,10 @@ fn every_status() {
         (mapped(json!([{"private": 22, "public": 7, "type": "http", "ip": "1.2.3.4"}])), booting.clone()),
         (mapped(json!("none")), booting.clone()),
         // What is no address must not reach a command line.
-        (json!({"ssh": {"direct": {"host": "-oProxyCommand=x", "port": 1, "username": "u"}}, "runtime": null}), booting.clone()),
+        (
+            json!({"ssh": {"direct": {"host": "-oProxyCommand=x", "port": 1, "username": "u"}}, "runtime": null}),
+            booting.clone(),
+        ),
         (json!({"ssh": {"direct": {"host": "h", "port": 70000, "username": "u"}}, "runtime": null}), booting),
         (json!({"status": "EXITED", "cost": 0.0}), InstanceState::Stopped),
         (json!({"status": "ERROR"}), InstanceState::Failed("RunPod says ERROR".to_owned())),
@@ -190,8 +194,14 @@ async fn nothing_but_ids_gets_into_a_url() {
 
 #[tokio::test]
 async fn a_key_of_another_broker_is_no_offer() {
-    for (broker, key) in [("vast", r#"{"gpu":"x","count":1,"tier":"secure"}"#), (NAME, "12345"), (NAME, r#"{"gpu":"x"}"#)] {
+    for (broker, key) in
+        [("vast", r#"{"gpu":"x","count":1,"tier":"secure"}"#), (NAME, "12345"), (NAME, r#"{"gpu":"x"}"#)]
+    {
         let offer = Offer { broker: broker.to_owned(), ..Offer::new(NAME, key.to_owned(), 1, UsdPerHour::default()) };
-        assert_eq!(runpod().create(&offer, &lease()).await.unwrap_err().kind, BrokerErrorKind::Rejected, "{broker} {key}");
+        assert_eq!(
+            runpod().create(&offer, &lease()).await.unwrap_err().kind,
+            BrokerErrorKind::Rejected,
+            "{broker} {key}"
+        );
     }
 }

@@ -85,8 +85,13 @@ fn offers_that_cannot_be_used_say_why() {
 #[test]
 fn a_search_asks_for_no_more_than_is_wanted() {
     let asked = query(&GpuRequest::default(), Rental::OnDemand);
-    assert_eq!((&asked["type"], &asked["num_gpus"], &asked["allocated_storage"]), (&json!("ondemand"), &json!({"eq": 1}), &json!(10)));
-    for field in ["gpu_ram", "cpu_ram", "disk_space", "dph_total", "cuda_max_good", "datacenter", "geolocation", "gpu_name"] {
+    assert_eq!(
+        (&asked["type"], &asked["num_gpus"], &asked["allocated_storage"]),
+        (&json!("ondemand"), &json!({"eq": 1}), &json!(10))
+    );
+    for field in
+        ["gpu_ram", "cpu_ram", "disk_space", "dph_total", "cuda_max_good", "datacenter", "geolocation", "gpu_name"]
+    {
         assert_eq!(asked.get(field), None, "{field}");
     }
     let want = GpuRequest {
@@ -120,7 +125,10 @@ fn an_order_names_a_price_only_for_a_bid() {
     let ordered = order(&OfferKey { ask: 1, bid: None }, &lease(), "image").unwrap();
     assert_eq!(ordered.get("price"), None);
     assert_eq!(ordered["label"], "outliers-me-r1-n1-1795250000");
-    assert_eq!((&ordered["disk"], &ordered["runtype"], &ordered["cancel_unavail"]), (&json!(100), &json!("ssh_direct"), &json!(true)));
+    assert_eq!(
+        (&ordered["disk"], &ordered["runtype"], &ordered["cancel_unavail"]),
+        (&json!(100), &json!("ssh_direct"), &json!(true))
+    );
     assert_eq!(order(&OfferKey { ask: 1, bid: Some(0.9) }, &lease(), "image").unwrap()["price"], 0.9);
     let broken = Lease { ssh_public_key: "ssh-ed25519 A\nssh-ed25519 B".to_owned(), ..lease() };
     assert!(order(&OfferKey { ask: 1, bid: None }, &broken, "image").is_err());
@@ -179,12 +187,16 @@ fn an_instance_in_our_words() {
 fn every_state_the_cloud_knows() {
     let oci = "Error response from daemon: failed to create task for container: OCI runtime create failed";
     let failed = |words: &str| InstanceState::Failed(words.to_owned());
-    let stopped = json!({"actual_status": null, "cur_state": "stopped", "intended_status": "stopped", "next_state": "stopped"});
+    let stopped =
+        json!({"actual_status": null, "cur_state": "stopped", "intended_status": "stopped", "next_state": "stopped"});
     for (changes, expected) in [
         (json!({"actual_status": null, "status_msg": null}), InstanceState::Booting),
         (json!({"actual_status": "loading", "ports": null}), InstanceState::Booting),
         (json!({"actual_status": "created", "status_msg": null}), InstanceState::Booting),
-        (json!({"actual_status": "created", "status_msg": oci}), failed(&format!("it was created and does not start: {oci}"))),
+        (
+            json!({"actual_status": "created", "status_msg": oci}),
+            failed(&format!("it was created and does not start: {oci}")),
+        ),
         (stopped, failed("it could not be started, or was outbid: success, running pytorch/pytorch_2.8.0")),
         (json!({"actual_status": "stopped"}), InstanceState::Stopped),
         (json!({"actual_status": "exited", "status_msg": ""}), failed("exited")),
@@ -256,7 +268,8 @@ fn self_destruct(variables: &[(&str, &str)]) -> (bool, String, String) {
     fs::set_permissions(&curl, fs::Permissions::from_mode(0o755)).unwrap();
     let path = format!("{}:/usr/bin:/bin", tools.path().display());
     let mut sh = Command::new("sh");
-    let out = sh.args(["-c", SELF_DESTRUCT]).env_clear().env("PATH", path).envs(variables.iter().copied()).output().unwrap();
+    let out =
+        sh.args(["-c", SELF_DESTRUCT]).env_clear().env("PATH", path).envs(variables.iter().copied()).output().unwrap();
     let said = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
     (out.status.success(), fs::read_to_string(note).unwrap_or_default(), said)
 }
@@ -266,10 +279,14 @@ fn an_instance_ends_itself_without_showing_its_key() {
     let (done, sent, said) = self_destruct(&[("CONTAINER_ID", "7835610"), ("CONTAINER_API_KEY", "abc123")]);
     assert!(done, "{said}");
     let (arguments, input) = sent.split_once('\n').unwrap();
-    assert!(arguments.contains("-X DELETE") && arguments.ends_with("https://console.vast.ai/api/v0/instances/7835610/"));
+    assert!(
+        arguments.contains("-X DELETE") && arguments.ends_with("https://console.vast.ai/api/v0/instances/7835610/")
+    );
     assert!(!arguments.contains("abc123") && !said.contains("abc123"));
     assert_eq!(input, "header = \"Authorization: Bearer abc123\"\n");
-    for elsewhere in [&[][..], &[("CONTAINER_ID", "7/../8"), ("CONTAINER_API_KEY", "abc123")], &[("CONTAINER_ID", "7835610")]] {
+    for elsewhere in
+        [&[][..], &[("CONTAINER_ID", "7/../8"), ("CONTAINER_API_KEY", "abc123")], &[("CONTAINER_ID", "7835610")]]
+    {
         let (done, sent, said) = self_destruct(elsewhere);
         assert!(!done && sent.is_empty() && !said.is_empty(), "{elsewhere:?} {sent} {said}");
     }
