@@ -5,6 +5,7 @@ use outliers::units::UsdPerHour;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::dialect::Document;
 use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Order, Refusal, Request, SshKey, Stock, World};
 
 /// Prime Intellect's API.
@@ -22,6 +23,10 @@ const IMAGES: [&str; 3] = ["vllm_llama_8b", "cuda_12_4_pytorch_2_4", "ubuntu_22_
 impl Dialect for Prime {
     fn cloud(&self) -> &'static CloudKind {
         &prime::CLOUD
+    }
+
+    fn document(&self) -> Option<Document> {
+        Some(Document { file: "primeintellect-compute.openapi.yml", elsewhere: &[], wrong: &[] })
     }
 
     fn operation(&self, request: &Request) -> Option<Op> {

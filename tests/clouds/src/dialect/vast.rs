@@ -5,6 +5,7 @@ use outliers::units::UsdPerHour;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use crate::dialect::Document;
 use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Order, Refusal, Request, Stock, World};
 
 /// Vast.ai's API.
@@ -19,6 +20,11 @@ const LARGEST_PAGE: usize = 25;
 impl Dialect for Vast {
     fn cloud(&self) -> &'static CloudKind {
         &vast::CLOUD
+    }
+
+    fn document(&self) -> Option<Document> {
+        // It lists some operators of a filter and describes others in words; its own client sends who it is.
+        Some(Document { file: "vast.openapi.yaml", elsewhere: &[], wrong: &["/num_gpus/eq", "/client_id"] })
     }
 
     fn operation(&self, request: &Request) -> Option<Op> {
@@ -42,7 +48,8 @@ impl Dialect for Vast {
             ("PUT", ["v0", "asks", ask, ""]) => return create(world, &number(ask)?, request.read()?),
             ("GET", ["v1", "instances", ""]) => list(world, request)?,
             ("GET", ["v0", "instances", id, ""]) => {
-                json!({"instances": world.look_at(&number(id)?).map(|found| instance(&found))})
+                let found = world.look_at(&number(id)?).filter(FakeInstance::is_live);
+                json!({"instances": found.as_ref().map(instance)})
             }
             ("DELETE", ["v0", "instances", id, ""]) => {
                 if request.json()? != json!({}) {
@@ -352,6 +359,8 @@ fn list(world: &mut World, request: &Request) -> Result<Value, Refusal> {
     };
     let id_of = |instance: &FakeInstance| instance.id.parse::<u64>().unwrap_or_default();
     let mut all = world.listed();
+    // It has no word for what is on its way out: what was destroyed is not there.
+    all.retain(FakeInstance::is_live);
     all.sort_by_key(id_of);
     let rest: Vec<&FakeInstance> = all.iter().filter(|instance| id_of(instance) > after).collect();
     let shown = &rest[..rest.len().min(limit).min(LARGEST_PAGE).min(world.page_size.max(1))];
