@@ -14,15 +14,15 @@ fn want() -> GpuRequest {
 
 fn lease() -> Lease {
     Lease {
-        tag: "outliers-me-r1-n1-4102444800".parse().unwrap(),
+        tag: "outliers-me-r1-n1-4102444800".parse().expect("it is a tag"),
         ssh_public_key: "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKey me".to_owned(),
         disk: DISK,
     }
 }
 
 async fn a100(cloud: &FakeCloud) -> Offer {
-    let offers = cloud.broker().offers(&want()).await.unwrap().offers;
-    offers.into_iter().find(|offer| offer.gpu.as_deref() == Some("A100-80GB")).unwrap()
+    let offers = cloud.broker().offers(&want()).await.expect("there are offers").offers;
+    offers.into_iter().find(|offer| offer.gpu.as_deref() == Some("A100-80GB")).expect("there is one")
 }
 
 fn key_names(cloud: &FakeCloud) -> Vec<String> {

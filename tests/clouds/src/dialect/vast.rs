@@ -138,8 +138,7 @@ fn search(dialect: &Vast, world: &World, query: &Map<String, Value>) -> Result<V
     let mut asks: Vec<Value> =
         shown.map(|stock| ask(&stock, storage)).filter(|ask| filters.iter().all(|f| f.passes(ask))).collect();
     for order in query.get("order").and_then(Value::as_array).into_iter().flatten().rev() {
-        let [Value::String(field), Value::String(direction)] = &order.as_array().map_or(&[][..], |pair| pair)[..]
-        else {
+        let [Value::String(field), Value::String(direction)] = order.as_array().map_or(&[][..], Vec::as_slice) else {
             return Err(invalid("'order'"));
         };
         asks.sort_by(|a, b| a[field].as_f64().unwrap_or(0.0).total_cmp(&b[field].as_f64().unwrap_or(0.0)));
