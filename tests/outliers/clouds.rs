@@ -91,13 +91,13 @@ impl Place {
         self.desk.run(usual.into_iter().chain(rest).chain(more.iter().copied()))
     }
 
-    /// Two A100s of which the better cannot be had, then the same results as anywhere, and nothing left.
+    /// Two A100s of which the first cannot be had, then the same results as anywhere, and nothing left.
     fn full_run(&self, cloud: &FakeCloud) {
         {
             let mut world = cloud.world();
             world.stock = vec![
                 Stock::plain("1001", Gpu::A100, 1, 1.5),
-                Stock { region: "us-texas-1", ..Stock::plain("1002", Gpu::A100, 1, 1.9) },
+                Stock { region: "us-texas-1", ..Stock::plain("1002", Gpu::A100, 1, 1.5) },
                 Stock::plain("1003", Gpu::H100, 1, 1.0),
             ];
             world.shown_after = 1;
@@ -109,7 +109,7 @@ impl Place {
             .as_array()
             .unwrap()
             .iter()
-            .map(|entry| entry["event"]["event"].as_str().unwrap())
+            .map(|entry| entry["event"].as_str().unwrap())
             .collect();
         assert_eq!(events[..4], ["creating", "not_created", "creating", "created"], "{said:?}");
         let home = self.desk.results_folder();
@@ -181,6 +181,7 @@ fn the_market_asks_all_clouds_at_once() {
         FakeCloud::start(Lambda),
         FakeCloud::start(Prime),
     ];
+    clouds[3].world().stock.push(Stock { currency: "EUR", ..Stock::plain("2001", Gpu::A100, 1, 1.0) });
     let place = Place::new(&clouds.iter().collect::<Vec<_>>());
     let found = place.desk.json(&["offers", "--gpu-filter", "a100", "--min-vram", "80", "--all"]);
     let offers = found["offers"].as_array().unwrap();
