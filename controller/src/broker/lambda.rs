@@ -92,7 +92,7 @@ impl Broker for Lambda {
             return Err(self.error(BrokerErrorKind::Rejected, message));
         };
         let key = self.register(lease).await?;
-        match self.launch(&goods, lease).await {
+        match self.launch(&goods, lease, &key.name).await {
             Ok(id) => Ok(Instance {
                 broker: NAME.to_owned(),
                 id,
@@ -108,8 +108,8 @@ impl Broker for Lambda {
             }),
             Err(error) => {
                 // Whatever may have come of it needs its key.
-                if error.kind != BrokerErrorKind::Maybe {
-                    self.remove_key(&key).await;
+                if error.kind != BrokerErrorKind::Maybe && key.name == lease.tag.to_string() {
+                    self.remove_key(&key.id).await;
                 }
                 Err(error)
             }
@@ -134,8 +134,13 @@ impl Broker for Lambda {
         let name = match granted(reply) {
             Ok(reply) => {
                 let ended: Data<Ended> = reply.json("a list of terminated instances")?;
-                let ended = ended.data.terminated_instances.into_iter().find(|machine| machine.id == id.0);
-                ended.ok_or_else(|| reply.error(reply.unclear(), "its answer does not name the instance"))?.name
+                match ended.data.terminated_instances.into_iter().find(|machine| machine.id == id.0) {
+                    Some(machine) => machine.name,
+                    None => {
+                        let unnamed = reply.error(reply.unclear(), "its answer does not name the instance");
+                        self.ended_nevertheless(id, unnamed).await?
+                    }
+                }
             }
             Err(refused) => self.ended_nevertheless(id, refused).await?,
         };
@@ -150,13 +155,12 @@ impl Lambda {
         Ok(granted(self.http.call(call).await?)?.json::<Data<T>>(what)?.data)
     }
 
-    async fn launch(&self, goods: &Goods, lease: &Lease) -> Result<InstanceId, BrokerError> {
-        let tag = lease.tag.to_string();
+    async fn launch(&self, goods: &Goods, lease: &Lease, key: &str) -> Result<InstanceId, BrokerError> {
         let call = Call::new(Method::POST, "/instance-operations/launch", Effect::Once).at_pace(LAUNCH).body(json!({
             "region_name": goods.region,
             "instance_type_name": goods.instance_type,
-            "ssh_key_names": [tag],
-            "name": tag,
+            "ssh_key_names": [key],
+            "name": lease.tag.to_string(),
         }));
         let reply = granted(self.http.call(call).await?)?;
         let launched: Data<Launched> = reply.json("a list of launched instances")?;
@@ -202,17 +206,17 @@ impl Lambda {
         }
     }
 
-    /// Puts the lease's key into the account under the tag's name: a launch can only name keys. Gives the key's id.
-    async fn register(&self, lease: &Lease) -> Result<String, BrokerError> {
-        let tag = lease.tag.to_string();
-        let body = json!({"name": tag, "public_key": lease.ssh_public_key.trim()});
+    /// Puts the lease's key into the account under the tag's name: a launch can only name keys. Gives it as the account has it.
+    async fn register(&self, lease: &Lease) -> Result<Key, BrokerError> {
+        let (tag, public_key) = (lease.tag.to_string(), lease.ssh_public_key.trim());
+        let body = json!({"name": tag, "public_key": public_key});
         let reply = self.http.call(Call::new(Method::POST, "/ssh-keys", Effect::Idempotent).body(body)).await?;
         match granted(reply) {
-            Ok(reply) => Ok(reply.json::<Data<Key>>("an SSH key")?.data.id),
-            // The first try arrived, its answer did not.
+            Ok(reply) => Ok(reply.json::<Data<Key>>("an SSH key")?.data),
+            // The first try arrived and its answer did not, or an earlier lease of the run has put the same key there.
             Err(refused) if refused.kind == BrokerErrorKind::Rejected => {
-                let known = self.keys().await?.into_iter().find(|key| key.name == tag);
-                known.map(|key| key.id).ok_or(refused)
+                let known = self.keys().await?.into_iter();
+                known.filter(|key| key.is(public_key)).max_by_key(|key| key.name == tag).ok_or(refused)
             }
             Err(refused) => Err(refused),
         }
@@ -301,6 +305,15 @@ struct Ended {
 struct Key {
     id: String,
     name: String,
+    public_key: Option<String>,
+}
+
+impl Key {
+    /// Whether it is this one. The comment, its third word, does not matter.
+    fn is(&self, public_key: &str) -> bool {
+        let words = |line: &str| line.split_whitespace().take(2).map(str::to_owned).collect::<Vec<_>>();
+        self.public_key.as_deref().is_some_and(|known| words(known) == words(public_key))
+    }
 }
 
 /// A type and the regions that have it now.

@@ -39,7 +39,10 @@ impl Dialect for Lambda {
         let data = match (method, &path[..]) {
             ("GET", ["instance-types"]) => instance_types(self, world),
             ("POST", ["instance-operations", "launch"]) => launch(world, request.read()?)?,
-            ("POST", ["instance-operations", "terminate"]) => terminate(world, &request.read::<Terminate>()?)?,
+            ("POST", ["instance-operations", "terminate"]) => match terminate(world, &request.read::<Terminate>()?)? {
+                Some(ended) => ended,
+                None => return Ok(failure(400, "global/unknown", "API encountered an unknown error.")),
+            },
             ("GET", ["instances"]) => {
                 world.pass_listing();
                 world.listed().iter().map(instance).collect()
@@ -67,7 +70,7 @@ impl Dialect for Lambda {
             Refusal::NotFound => (404, "global/object-does-not-exist", "Specified instance does not exist."),
             Refusal::Broken(status) => (*status, "provider/internal-unavailable", "Provider unavailable"),
         };
-        Answer::json(status, &json!({"error": {"code": code, "message": message}}))
+        failure(status, code, message)
     }
 
     fn shows(&self, stock: &Stock) -> Option<Stock> {
@@ -125,15 +128,18 @@ fn launch(world: &mut World, launch: Launch) -> Result<Value, Refusal> {
     Ok(json!({"instance_ids": [world.rent(order)?.id]}))
 }
 
-fn terminate(world: &mut World, terminate: &Terminate) -> Result<Value, Refusal> {
+/// `None`: one has ended already, for which this cloud has no words of its own.
+fn terminate(world: &mut World, terminate: &Terminate) -> Result<Option<Value>, Refusal> {
     let mut ended = Vec::new();
     for id in &terminate.instance_ids {
         let known = world.instances.iter().find(|instance| instance.id == *id).ok_or(Refusal::NotFound)?;
         let name = known.name.clone();
-        world.end(id);
+        if !world.end(id) {
+            return Ok(None);
+        }
         ended.push(json!({"id": id, "name": name, "status": "terminating"}));
     }
-    Ok(json!({"terminated_instances": ended}))
+    Ok(Some(json!({"terminated_instances": ended})))
 }
 
 fn add_key(world: &mut World, key: NewKey) -> Result<Value, Refusal> {
@@ -155,6 +161,10 @@ fn remove_key(world: &mut World, id: &str) -> Result<Value, Refusal> {
     let at = world.keys.iter().position(|key| key.id == id).ok_or(Refusal::NotFound)?;
     world.keys.remove(at);
     Ok(json!({}))
+}
+
+fn failure(status: u16, code: &str, message: &str) -> Answer {
+    Answer::json(status, &json!({"error": {"code": code, "message": message}}))
 }
 
 fn invalid(message: &str) -> Refusal {
