@@ -9,6 +9,7 @@ use outliers::units::UsdPerHour;
 use serde_json::{Value, json};
 
 use crate::conformance::DISK_GIB;
+use crate::dialect::Document;
 use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Refusal, Request, Stock, World};
 
 mod graphql;
@@ -23,6 +24,10 @@ pub struct RunPod {
 impl Dialect for RunPod {
     fn cloud(&self) -> &'static CloudKind {
         &runpod::CLOUD
+    }
+
+    fn document(&self) -> Option<Document> {
+        Some(Document { file: "runpod-rest-v2.openapi.json", elsewhere: &["/graphql"], wrong: &[] })
     }
 
     fn operation(&self, request: &Request) -> Option<Op> {
