@@ -306,22 +306,30 @@ pub enum RunsCommand {
     },
 }
 
+/// Where to look.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Only {
+    /// Only these brokers, separated by commas [default: this machine, and every cloud whose key is set].
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub broker: Vec<String>,
+}
+
 /// `instances`.
 #[derive(Subcommand, Debug)]
 pub enum InstancesCommand {
     /// All instances of all clouds whose key is set, and what this program makes of each.
     List {
-        /// Only these brokers, separated by commas.
-        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
-        broker: Vec<String>,
+        /// Where to look.
+        #[command(flatten)]
+        only: Only,
     },
     /// One instance: all that its cloud and the ledger know.
     Show {
         /// Its id, as `instances list` shows it.
         id: String,
-        /// Only these brokers, separated by commas.
-        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
-        broker: Vec<String>,
+        /// Where to look.
+        #[command(flatten)]
+        only: Only,
     },
     /// Print the command that opens a shell on an instance of this ledger, or run it.
     ///
@@ -332,9 +340,9 @@ pub enum InstancesCommand {
         /// Run it.
         #[arg(long)]
         run: bool,
-        /// Only these brokers, separated by commas.
-        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
-        broker: Vec<String>,
+        /// Where to look.
+        #[command(flatten)]
+        only: Only,
     },
     /// End instances, held ones and strays included. Instances of others are never touched.
     Terminate {
@@ -344,9 +352,9 @@ pub enum InstancesCommand {
         /// Every instance of this ledger.
         #[arg(long, conflicts_with = "ids")]
         all: bool,
-        /// Only these brokers, separated by commas.
-        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
-        broker: Vec<String>,
+        /// Where to look.
+        #[command(flatten)]
+        only: Only,
         /// Do not ask.
         #[arg(short, long)]
         yes: bool,

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::{Context, SCHEMA, ports, runs};
 use crate::broker::{Instance, InstanceState, SshEndpoint};
-use crate::cli::InstancesCommand;
+use crate::cli::{InstancesCommand, Only};
 use crate::clouds::{BadHosts, Cloud, Clouds};
 use crate::deploy::{KEY_FILE, Looked, Stop, look};
 use crate::ledger::Ledger;
@@ -36,15 +36,15 @@ struct Shown<'a> {
 pub(super) async fn command(context: &Context, command: InstancesCommand) -> Result<ExitStatus, Complaint> {
     let ledger = context.ledger()?;
     match command {
-        InstancesCommand::List { broker } => list(context, &ledger, &clouds(context, &broker)?).await,
-        InstancesCommand::Show { id, broker } => show(context, &ledger, &clouds(context, &broker)?, &id).await,
-        InstancesCommand::Ssh { id, run, broker } => {
-            let clouds = clouds(context, &broker)?;
+        InstancesCommand::List { only } => list(context, &ledger, &clouds(context, &only)?).await,
+        InstancesCommand::Show { id, only } => show(context, &ledger, &clouds(context, &only)?, &id).await,
+        InstancesCommand::Ssh { id, run, only } => {
+            let clouds = clouds(context, &only)?;
             let (_, instance) = find(&clouds, &id).await?;
             ssh(context, &ledger, &instance, run)
         }
-        InstancesCommand::Terminate { ids, all, broker, yes } => {
-            let clouds = clouds(context, &broker)?;
+        InstancesCommand::Terminate { ids, all, only, yes } => {
+            let clouds = clouds(context, &only)?;
             let chosen = choose(&ledger, &clouds, &ids, all).await?;
             consent(context, &chosen, all, yes)?;
             terminate(context, &ledger, &clouds, &chosen).await
@@ -53,8 +53,8 @@ pub(super) async fn command(context: &Context, command: InstancesCommand) -> Res
 }
 
 /// Those that were named, else all that can be asked: a forgotten instance may be on any of them.
-fn clouds(context: &Context, names: &[String]) -> Result<Clouds, Complaint> {
-    if names.is_empty() { context.all_clouds() } else { context.clouds(names) }
+fn clouds(context: &Context, only: &Only) -> Result<Clouds, Complaint> {
+    if only.broker.is_empty() { context.all_clouds() } else { context.clouds(&only.broker) }
 }
 
 async fn list(context: &Context, ledger: &Ledger, clouds: &Clouds) -> Result<ExitStatus, Complaint> {
