@@ -11,9 +11,9 @@ use crate::broker::{Instance, InstanceState, SshEndpoint};
 use crate::cli::{InstancesCommand, Only};
 use crate::clouds::{BadHosts, Cloud, Clouds};
 use crate::deploy::{KEY_FILE, Looked, Stop, look};
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, RunRecord};
 use crate::report::{Complaint, ExitStatus, tables};
-use crate::run::RunState;
+use crate::run::{Pin, RunEvent};
 use crate::transport::quote::quote;
 
 #[derive(Serialize)]
@@ -129,17 +129,11 @@ fn ssh(context: &Context, ledger: &Ledger, instance: &Instance, run: bool) -> Re
     let tag = tag.ok_or_else(|| Complaint::failed(format!("instance {} is not of this ledger", instance.id)))?;
     let record = ledger.run(&tag.run)?;
     let folder = ledger.run_folder(&record.id);
-    let pin = match &record.state {
-        RunState::Reachable { pin, .. }
-        | RunState::Launched { pin, .. }
-        | RunState::Ended { pin, .. }
-        | RunState::Salvaging { pin, .. } => Some(pin.0.clone()),
-        _ => None,
-    };
+    let pin = pin(&record);
     let known_hosts = folder.join("known_hosts");
     let strict = match &pin {
         Some(pin) => {
-            let line = format!("{} {pin}\n", address(endpoint)?);
+            let line = format!("{} {}\n", address(endpoint)?, pin.0);
             std::fs::write(&known_hosts, line)
                 .map_err(|error| Complaint::failed(format!("{}: {error}", known_hosts.display())))?;
             "yes"
@@ -174,6 +168,15 @@ fn ssh(context: &Context, ledger: &Ledger, instance: &Instance, run: bool) -> Re
     let document = serde_json::json!({ "schema": SCHEMA, "command": command });
     context.reporter.result(&document, || command.clone());
     Ok(ExitStatus::Done)
+}
+
+/// The host key that the run's present instance showed first.
+fn pin(record: &RunRecord) -> Option<&Pin> {
+    let since = record.events.iter().rev().take_while(|entry| !matches!(entry.event, RunEvent::Created { .. }));
+    since.into_iter().find_map(|entry| match &entry.event {
+        RunEvent::Reached { pin, .. } => Some(pin),
+        _ => None,
+    })
 }
 
 /// The endpoint as a `known_hosts` file names it. A cloud's word goes into a command line here, so it has to look like an address.
