@@ -52,6 +52,38 @@ fn worker_is_busy(desk: &Desk) -> bool {
 }
 
 #[test]
+fn a_kept_instance_can_be_shown_and_entered() {
+    let desk = Desk::new();
+    let _ = desk.run(fixture("llama-f32", &["--keep-running", "--num-sequences", "1"])).ok();
+    let listed = desk.json(&["instances", "list"]);
+    let id = listed["instances"][0]["id"].as_str().expect("it is kept").to_owned();
+    let shown = desk.run(["instances", "show", &id]).ok();
+    assert!(shown.stdout.contains("held") && shown.stdout.contains("deadline"), "{shown:?}");
+    let command = desk.run(["instances", "ssh", &id]).ok().stdout;
+    assert!(command.starts_with("ssh -i ") && command.contains("StrictHostKeyChecking=yes"), "{command}");
+    let shell = |command: &str| std::process::Command::new("sh").args(["-c", command]).output().unwrap();
+    if shell("command -v ssh").status.success() {
+        let said = shell(&format!("{} 'echo $HOME' 2>&1", command.trim()));
+        assert!(String::from_utf8_lossy(&said.stdout).contains(&id), "{said:?}");
+        // Somebody else behind the same address.
+        let hosts =
+            desk.state().join("runs").join(listed["instances"][0]["name"].as_str().unwrap().split('-').nth(2).unwrap());
+        let known = std::fs::read_to_string(hosts.join("known_hosts")).unwrap();
+        let (address, _) = known.split_once(' ').unwrap();
+        let other = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDn1pBGEfNCWyLLKkRzKDmJpDxkFMhfDkMr0Q0QxQQQQ";
+        std::fs::write(hosts.join("known_hosts"), format!("{address} {other}\n")).unwrap();
+        let said = shell(&format!("{} true 2>&1", command.trim().replacen("ssh", "ssh -o BatchMode=yes", 1)));
+        assert!(String::from_utf8_lossy(&said.stdout).contains("Host key verification failed"), "{said:?}");
+    } else {
+        eprintln!("skipped: no ssh");
+    }
+    let stranger = desk.run(["instances", "ssh", "i-nobody"]);
+    assert!(stranger.code == Some(2) && stranger.stderr.contains("no instance"), "{stranger:?}");
+    let _ = desk.run(["instances", "terminate", &id, "-y"]).ok();
+    desk.assert_nothing_left();
+}
+
+#[test]
 fn the_demo_finds_exactly_what_was_planted() {
     let desk = Desk::new();
     let said = desk.run(["demo"]).ok();

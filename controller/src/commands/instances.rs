@@ -122,43 +122,7 @@ async fn show(context: &Context, ledger: &Ledger, clouds: &Clouds, id: &str) -> 
 
 /// The command that opens a shell, with the run's key and the host key it showed first.
 fn ssh(context: &Context, ledger: &Ledger, instance: &Instance, run: bool) -> Result<ExitStatus, Complaint> {
-    let InstanceState::Ready(endpoint) = &instance.state else {
-        return Err(Complaint::failed(format!("instance {} has no address", instance.id)));
-    };
-    let tag = instance.tag().filter(|tag| tag.owner == ledger.owner());
-    let tag = tag.ok_or_else(|| Complaint::failed(format!("instance {} is not of this ledger", instance.id)))?;
-    let record = ledger.run(&tag.run)?;
-    let folder = ledger.run_folder(&record.id);
-    let pin = pin(&record);
-    let known_hosts = folder.join("known_hosts");
-    let strict = match &pin {
-        Some(pin) => {
-            let line = format!("{} {}\n", address(endpoint)?, pin.0);
-            std::fs::write(&known_hosts, line)
-                .map_err(|error| Complaint::failed(format!("{}: {error}", known_hosts.display())))?;
-            "yes"
-        }
-        None => "accept-new",
-    };
-    let key = folder.join(KEY_FILE);
-    if !key.exists() {
-        return Err(Complaint::failed(format!("the key of run {} is gone", record.id)));
-    }
-    address(endpoint)?;
-    let arguments = [
-        "-i".to_owned(),
-        key.to_string_lossy().into_owned(),
-        "-p".to_owned(),
-        endpoint.port.to_string(),
-        "-o".to_owned(),
-        "IdentitiesOnly=yes".to_owned(),
-        "-o".to_owned(),
-        format!("UserKnownHostsFile={}", known_hosts.display()),
-        "-o".to_owned(),
-        format!("StrictHostKeyChecking={strict}"),
-        "--".to_owned(),
-        format!("{}@{}", endpoint.user, endpoint.host),
-    ];
+    let arguments = ssh_arguments(ledger, instance)?;
     if run {
         let status = Command::new("ssh").args(&arguments).status();
         let status = status.map_err(|error| Complaint::failed(format!("ssh cannot be run: {error}")))?;
@@ -168,6 +132,38 @@ fn ssh(context: &Context, ledger: &Ledger, instance: &Instance, run: bool) -> Re
     let document = serde_json::json!({ "schema": SCHEMA, "command": command });
     context.reporter.result(&document, || command.clone());
     Ok(ExitStatus::Done)
+}
+
+fn ssh_arguments(ledger: &Ledger, instance: &Instance) -> Result<Vec<String>, Complaint> {
+    let InstanceState::Ready(endpoint) = &instance.state else {
+        return Err(Complaint::failed(format!("instance {} has no address", instance.id)));
+    };
+    let tag = instance.tag().filter(|tag| tag.owner == ledger.owner());
+    let tag = tag.ok_or_else(|| Complaint::failed(format!("instance {} is not of this ledger", instance.id)))?;
+    let (record, folder) = (ledger.run(&tag.run)?, ledger.run_folder(&tag.run));
+    let (key, known_hosts) = (folder.join(KEY_FILE), folder.join("known_hosts"));
+    if !key.exists() {
+        return Err(Complaint::failed(format!("the key of run {} is gone", record.id)));
+    }
+    let address = address(endpoint)?;
+    let strict = match pin(&record) {
+        Some(pin) => {
+            let written = std::fs::write(&known_hosts, format!("{address} {}\n", pin.0));
+            written.map_err(|error| Complaint::failed(format!("{}: {error}", known_hosts.display())))?;
+            "yes"
+        }
+        None => "accept-new",
+    };
+    let options = [
+        "IdentitiesOnly=yes".to_owned(),
+        format!("UserKnownHostsFile={}", known_hosts.display()),
+        format!("StrictHostKeyChecking={strict}"),
+    ];
+    let mut arguments = vec!["-i".to_owned(), key.to_string_lossy().into_owned()];
+    arguments.extend(["-p".to_owned(), endpoint.port.to_string()]);
+    arguments.extend(options.into_iter().flat_map(|option| ["-o".to_owned(), option]));
+    arguments.extend(["--".to_owned(), format!("{}@{}", endpoint.user, endpoint.host)]);
+    Ok(arguments)
 }
 
 /// The host key that the run's present instance showed first.
