@@ -9,7 +9,7 @@ use std::str::FromStr;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::gpu;
+use crate::gpu::{self, Form};
 use crate::http::Http;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
 
@@ -159,7 +159,7 @@ impl Offers {
 pub struct GpuRequest {
     /// GPUs per instance; `Some(0)`: a CPU will do, `None`: one GPU on a cloud, whatever is there on the local machine.
     pub gpu_count: Option<u32>,
-    /// Part of the GPU's canonical or raw name, case-insensitive.
+    /// Part of the GPU's canonical name with its form (`H100 SXM`) or of its raw name, case-insensitive.
     pub gpu_filter: Option<String>,
     /// Memory of each GPU.
     pub min_vram: Option<Bytes>,
@@ -213,6 +213,9 @@ pub struct Offer {
     pub gpu: Option<String>,
     /// The name the cloud gave.
     pub gpu_raw: Option<String>,
+    /// How the GPUs sit in the host, where that name tells it.
+    #[serde(default)]
+    pub form: Option<Form>,
     /// GPUs.
     pub gpu_count: u32,
     /// Memory of each GPU, as it is sold: 80 GiB for a card that reports 79.2.
@@ -255,6 +258,7 @@ impl Offer {
             key,
             gpu: None,
             gpu_raw: None,
+            form: None,
             gpu_count,
             vram: None,
             vram_reported: None,
@@ -277,6 +281,7 @@ impl Offer {
         Self {
             gpu: Some(gpu::canonical_name(raw, reported)),
             gpu_raw: Some(raw.to_owned()),
+            form: gpu::form(raw),
             vram: gpu::nominal_vram(raw, reported),
             vram_reported: reported,
             ..self

@@ -74,7 +74,7 @@ impl Work {
     pub fn on(&self, offer: &Offer) -> Estimate {
         let start = if offer.broker == local::NAME { Duration::ZERO } else { START };
         let peak = match &offer.gpu {
-            Some(name) => gpu::peak(name).unwrap_or_else(gpu::slowest_peak) * f64::from(offer.gpu_count),
+            Some(name) => gpu::peak(name, offer.form).unwrap_or_else(gpu::slowest_peak) * f64::from(offer.gpu_count),
             None => CORE * f64::from(offer.cpu_cores.unwrap_or(1)),
         };
         self.at(start, offer.download.unwrap_or(self.read_rate), Some(peak), Some(offer.price))

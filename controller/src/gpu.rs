@@ -1,5 +1,9 @@
 //! What a GPU is called, whatever a cloud calls it.
 
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
 use crate::units::Bytes;
 
 /// A GPU model we know by name.
@@ -98,9 +102,13 @@ const PEAKS: &[(&str, f64)] = &[
     ("RTX 3090", 71.0),
 ];
 
-/// Peak of one GPU in dense bf16 operations per second, by its canonical name.
-pub fn peak(name: &str) -> Option<f64> {
-    PEAKS.iter().find(|(known, _)| *known == name).map(|(_, tera)| tera * 1e12)
+/// The same where it is known that the form is the quicker one.
+const SXM_PEAKS: &[(&str, f64)] = &[("H200", 989.0), ("H100", 989.0)];
+
+/// Peak of one GPU in dense bf16 operations per second, by its canonical name and form.
+pub fn peak(name: &str, form: Option<Form>) -> Option<f64> {
+    let quicker = if form == Some(Form::Sxm) { SXM_PEAKS } else { &[] };
+    quicker.iter().chain(PEAKS).find(|(known, _)| *known == name).map(|(_, tera)| tera * 1e12)
 }
 
 /// The lowest peak in the table: for GPUs that are not in it.
@@ -131,6 +139,42 @@ pub fn identify(raw: &str, vram: Option<Bytes>) -> Option<GpuModel> {
     };
     let (name, gib, _) = named.or_else(measured)?;
     Some(GpuModel { name, vram: Bytes::from_gib(*gib) })
+}
+
+/// How a GPU sits in its host: what power it gets, and how it speaks to its neighbours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Form {
+    /// On a board with NVLink between all.
+    Sxm,
+    /// A card.
+    Pcie,
+    /// Cards in pairs.
+    Nvl,
+}
+
+impl fmt::Display for Form {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Sxm => "SXM",
+            Self::Pcie => "PCIe",
+            Self::Nvl => "NVL",
+        })
+    }
+}
+
+/// The form, where the raw name tells it.
+pub fn form(raw: &str) -> Option<Form> {
+    let words = words(raw);
+    let has = |word: &str| words.iter().any(|w| w == word);
+    match () {
+        () if words.iter().any(|word| word.starts_with("sxm")) => Some(Form::Sxm),
+        // The driver's name for the one on the board.
+        () if has("h100") && has("hbm3") => Some(Form::Sxm),
+        () if has("nvl") => Some(Form::Nvl),
+        () if has("pcie") => Some(Form::Pcie),
+        () => None,
+    }
 }
 
 /// Whether a name is one of NVIDIA's: by the table, else by the names of its product lines. A cloud's own word for the maker does not
@@ -248,6 +292,25 @@ mod tests {
     }
 
     #[test]
+    fn forms_of_many_clouds() {
+        for (raw, expected) in [
+            ("NVIDIA H100 80GB HBM3", Some(Form::Sxm)),
+            ("H100 (80 GB SXM5)", Some(Form::Sxm)),
+            ("NVIDIA A100-SXM4-80GB", Some(Form::Sxm)),
+            ("gpu_8x_a100_80gb_sxm4", Some(Form::Sxm)),
+            ("A100 PCIE", Some(Form::Pcie)),
+            ("NVIDIA A100 80GB PCIe", Some(Form::Pcie)),
+            ("NVIDIA H100 NVL", Some(Form::Nvl)),
+            ("H200", None),
+            ("RTX 4090", None),
+        ] {
+            assert_eq!(form(raw), expected, "{raw}");
+        }
+        assert!(peak("H100", Some(Form::Sxm)) > peak("H100", Some(Form::Pcie)));
+        assert_eq!(peak("L4", Some(Form::Sxm)), peak("L4", None));
+    }
+
+    #[test]
     fn makers_by_name() {
         for (raw, nvidia) in [
             ("NVIDIA H100 PCIe", true),
@@ -262,7 +325,11 @@ mod tests {
             assert_eq!(is_nvidia(raw), nvidia, "{raw}");
         }
         for (name, _, _) in MODELS {
-            assert_eq!(peak(name).is_some(), !name.starts_with("MI"), "{name} has no peak, or is none of NVIDIA's");
+            assert_eq!(
+                peak(name, None).is_some(),
+                !name.starts_with("MI"),
+                "{name} has no peak, or is none of NVIDIA's"
+            );
         }
     }
 

@@ -316,7 +316,14 @@ fn is_in(offer: &Offer, region: &str) -> bool {
 
 fn is_named(offer: &Offer, filter: &str) -> bool {
     let filter = filter.trim();
-    filter.is_empty() || [&offer.gpu, &offer.gpu_raw].into_iter().flatten().any(|name| gpu::matches(filter, name))
+    let names = [gpu_name(offer), offer.gpu_raw.clone()];
+    filter.is_empty() || names.iter().flatten().any(|name| gpu::matches(filter, name))
+}
+
+/// The canonical name with the form, where that is known.
+fn gpu_name(offer: &Offer) -> Option<String> {
+    let name = offer.gpu.as_ref()?;
+    Some(offer.form.map_or_else(|| name.clone(), |form| format!("{name} {form}")))
 }
 
 fn explain(filter: Filter, steps: Vec<Step>, offers: &[Offer], removed: &[Offer], want: &GpuRequest) -> NothingLeft {
@@ -411,7 +418,7 @@ impl fmt::Display for Filtered {
 
 /// An offer in a line: GPUs, cores, memory, disk, price, and its broker unless it is this machine.
 pub fn describe(offer: &Offer) -> String {
-    let gpus = offer.gpu.as_ref().map(|name| match offer.vram {
+    let gpus = gpu_name(offer).map(|name| match offer.vram {
         Some(vram) => format!("{} x {name} ({} each)", offer.gpu_count, gib_text(vram)),
         None => format!("{} x {name}", offer.gpu_count),
     });
@@ -431,7 +438,7 @@ pub fn describe(offer: &Offer) -> String {
 
 /// An offer in a word or two, for lists of what was tried.
 pub fn title(offer: &Offer) -> String {
-    let what = offer.gpu.as_ref().map(|name| format!("{} x {name}", offer.gpu_count));
+    let what = gpu_name(offer).map(|name| format!("{} x {name}", offer.gpu_count));
     let what = what.unwrap_or_else(|| "CPU only".to_owned());
     let place = offer.region.as_ref().map(|region| format!(" in {region}")).unwrap_or_default();
     format!("{what} on {}{place}", offer.broker)
@@ -604,6 +611,20 @@ mod tests {
         assert_eq!(filtered(offers.clone(), &query).relaxation.unwrap().option, "--gpu-count 2");
         offers.truncate(1);
         assert_eq!(filtered(offers, &query).relaxation.unwrap().option, "--spot");
+    }
+
+    #[test]
+    fn a_form_can_be_asked_for_whatever_a_cloud_calls_it() {
+        let named = |raw: &str| {
+            let offer = Offer::new("runpod", raw.to_owned(), 1, UsdPerHour::from_dollars(1.0));
+            offer.with_gpu(raw, None)
+        };
+        let offers = vec![named("NVIDIA H100 80GB HBM3"), named("NVIDIA H100 PCIe"), named("NVIDIA H100 NVL")];
+        for (filter, expected) in [("h100 sxm", 1), ("H100-PCIe", 1), ("H100", 3), ("hbm3", 1), ("A100 SXM", 0)] {
+            let query = GpuRequest { gpu_filter: Some(filter.into()), ..want() };
+            let found = select(offers.clone(), &query, &work()).map_or(0, |selection| selection.offers.len());
+            assert_eq!(found, expected, "{filter}");
+        }
     }
 
     #[test]
