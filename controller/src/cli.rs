@@ -112,6 +112,12 @@ pub enum Command {
     ///
     /// Example: outliers doctor
     Doctor,
+    /// End instances whose time is up, by the clouds' lists alone: for a timer, or a machine that knows nothing of the runs.
+    ///
+    /// Example: outliers reap --owner k3tpf36v --dry-run
+    ///
+    /// Runs of this machine's ledger end as runs do, results first. An owner is the second part of an instance's name.
+    Reap(ReapArgs),
     /// Print a completion script for a shell.
     ///
     /// Example: outliers completions bash > ~/.local/share/bash-completion/completions/outliers
@@ -359,6 +365,26 @@ pub enum InstancesCommand {
         #[arg(short, long)]
         yes: bool,
     },
+}
+
+/// `reap`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ReapArgs {
+    /// Where to look.
+    #[command(flatten)]
+    pub only: Only,
+    /// Only show what is overdue.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Whose instances [default: those of this machine's ledger].
+    #[arg(long, value_name = "OWNER", conflicts_with = "all_owners")]
+    pub owner: Option<String>,
+    /// Everybody's in these accounts. Asks twice.
+    #[arg(long)]
+    pub all_owners: bool,
+    /// Do not ask; twice for --all-owners.
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub yes: u8,
 }
 
 /// `analyze`.

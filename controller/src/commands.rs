@@ -32,6 +32,7 @@ pub mod instances;
 pub mod job;
 pub mod offers;
 pub mod plan;
+pub mod reap;
 pub mod runs;
 
 /// Version of the documents printed with `--json`.
@@ -88,6 +89,7 @@ async fn dispatch(
         Command::Plan(args) => plan::command(&context, &args).await,
         Command::Offers(args) => offers::command(&context, &args).await,
         Command::Doctor => doctor::command(&context).await,
+        Command::Reap(args) => reap::command(&context, &args).await,
         Command::Completions { shell } => Ok(completions::command(shell)),
         Command::InstanceServe { folder } => Ok(serve(&folder).await),
     };

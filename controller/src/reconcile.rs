@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::broker::{Instance, InstanceId};
+use crate::broker::{Instance, InstanceId, InstanceState, LeaseTag};
 use crate::ledger::{Ledger, LedgerError, RunRecord};
 use crate::run::RunState;
 
@@ -144,6 +144,13 @@ pub fn compare(
     actions
 }
 
+/// The lease of an instance whose time is up, if it is `owner`'s, or with `None` anybody's of this program. `now`: Unix seconds.
+pub fn overdue(owner: Option<&str>, now: u64, instance: &Instance) -> Option<LeaseTag> {
+    let tag = instance.tag()?;
+    let meant = owner.is_none_or(|owner| owner == tag.owner);
+    (meant && tag.deadline <= now && instance.state != InstanceState::Terminating).then_some(tag)
+}
+
 fn judge(owner: &str, leases: &[Lease], instance: &Instance) -> Action {
     let id = instance.id.clone();
     let leave = |why| Action::LeaveAlone { instance: id.clone(), why };
@@ -211,7 +218,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::broker::{InstanceState, LeaseTag};
     use crate::deploy::fake::offer;
     use crate::run::{Ending, Intent, Pin, Rental};
 
@@ -321,6 +327,21 @@ mod tests {
         count_missing(&leases, "fake", &[instance("i-r", tag("r", "n", NOW + 9))], &mut missing);
         assert!(missing.is_empty(), "one sight starts the count again");
         assert!(compare("me", "other", NOW, &leases, &[], &BTreeMap::from([("r".into(), 9)]), 3).is_empty());
+    }
+
+    #[test]
+    fn only_what_is_overdue_and_meant_is_reaped() {
+        let mine = |deadline| instance("x", tag("r", "n", deadline));
+        let theirs = instance("y", LeaseTag { owner: "you".into(), ..tag("r", "n", NOW) });
+        assert!(overdue(Some("me"), NOW, &mine(NOW)).is_some());
+        assert_eq!(overdue(Some("me"), NOW, &mine(NOW + 1)), None);
+        assert_eq!(overdue(Some("me"), NOW, &theirs), None);
+        assert!(overdue(None, NOW, &theirs).is_some());
+        for name in ["my-web-server", "outliers-me-r", "outliers-me-r-n-soon", ""] {
+            assert_eq!(overdue(None, u64::MAX, &instance("z", name)), None, "{name}");
+        }
+        let going = Instance { state: InstanceState::Terminating, ..mine(1) };
+        assert_eq!(overdue(Some("me"), NOW, &going), None);
     }
 
     #[test]

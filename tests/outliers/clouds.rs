@@ -209,6 +209,45 @@ fn the_market_asks_all_clouds_at_once() {
     assert!(said.stderr.contains("--max-price") && said.stderr.contains("would find"), "{said:?}");
 }
 
+/// On a machine that knows nothing: exactly what is overdue and of the owner ends, on every cloud.
+#[test]
+fn a_reaper_needs_nothing_but_keys() {
+    let clouds = [
+        FakeCloud::start(RunPod::default()),
+        FakeCloud::start(Vast),
+        FakeCloud::start(Lambda),
+        FakeCloud::start(Prime),
+    ];
+    let now = clouds[0].world().now;
+    let (past, future) = (now - 60, now + 3600);
+    let names = [
+        format!("outliers-me-r1-n1-{past}"),
+        format!("outliers-me-r2-n1-{future}"),
+        format!("outliers-you-r3-n1-{past}"),
+        "somebodys-web-server".to_owned(),
+        format!("outliers-me-{past}"),
+    ];
+    for cloud in &clouds {
+        names.iter().for_each(|name| drop(cloud.world().plant(name)));
+    }
+    let left = |cloud: &FakeCloud| cloud.world().live().map(|instance| instance.name.clone()).collect::<Vec<_>>();
+    let place = Place::new(&clouds.iter().collect::<Vec<_>>());
+    let shown = place.desk.json(&["reap", "--owner", "me", "--dry-run"]);
+    assert_eq!(shown["overdue"].as_array().unwrap().len(), 4, "{shown:#}");
+    assert!(clouds.iter().all(|cloud| left(cloud) == names), "a dry run ends nothing");
+    let reaped = place.desk.json(&["reap", "--owner", "me"]);
+    assert!(reaped["overdue"].as_array().unwrap().iter().all(|overdue| overdue["gone"] == true), "{reaped:#}");
+    assert!(clouds.iter().all(|cloud| left(cloud) == names[1..]), "{:?}", clouds.each_ref().map(left));
+    let said = place.desk.run(["reap", "--all-owners"]);
+    assert!(said.code == Some(2) && said.stderr.contains("--yes twice"), "{said:?}");
+    clouds[1].world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
+    let said = place.desk.run(["reap", "--all-owners", "-y", "-y"]);
+    assert!(said.code == Some(5) && said.stderr.contains("vast"), "{said:?}");
+    for (i, cloud) in clouds.iter().enumerate() {
+        assert_eq!(left(cloud).contains(&names[2]), i == 1, "what can be seen is ended, what cannot is told");
+    }
+}
+
 #[test]
 fn a_doctor_sees_what_is_wrong() {
     let clouds = [FakeCloud::start(RunPod::default()), FakeCloud::start(Lambda)];

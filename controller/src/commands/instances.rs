@@ -53,7 +53,7 @@ pub(super) async fn command(context: &Context, command: InstancesCommand) -> Res
 }
 
 /// Those that were named, else all that can be asked: a forgotten instance may be on any of them.
-fn clouds(context: &Context, only: &Only) -> Result<Clouds, Complaint> {
+pub(super) fn clouds(context: &Context, only: &Only) -> Result<Clouds, Complaint> {
     if only.broker.is_empty() { context.all_clouds() } else { context.clouds(&only.broker) }
 }
 
