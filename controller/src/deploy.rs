@@ -18,6 +18,8 @@ mod bring;
 pub(crate) mod fake;
 mod ports;
 mod recover;
+#[cfg(test)]
+mod schedules;
 mod ssh;
 mod steps;
 #[cfg(test)]

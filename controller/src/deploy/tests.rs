@@ -13,14 +13,14 @@ use crate::units::UsdPerHour;
 
 /// How one process ended.
 #[derive(Debug)]
-enum Life {
+pub(super) enum Life {
     Finished(Box<RunRecord>),
     Stuck(#[expect(dead_code, reason = "shown when an assertion fails")] Stuck),
     Killed,
 }
 
 /// One process: plans the run, or takes up the one that is there, and drives it.
-async fn life(fake: &Fake, home: &Path) -> Life {
+pub(super) async fn life(fake: &Fake, home: &Path) -> Life {
     let ledger = Ledger::open(&home.join("state")).unwrap();
     let run = match ledger.runs().unwrap().first() {
         Some(run) => ledger.take(&run.id).unwrap().expect("the process before is dead"),
@@ -43,7 +43,7 @@ async fn life(fake: &Fake, home: &Path) -> Life {
 }
 
 /// What must hold whenever a run is over.
-fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
+pub(super) fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
     let world = fake.world.lock().unwrap();
     assert!(record.state.is_closed(), "{what}: {:?}", record.state);
     assert!(world.machines.is_empty(), "{what}: an instance is left");
@@ -51,14 +51,15 @@ fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
     if let Some(results) = record.state.results() {
         let folder = Path::new(&results.folder);
         assert!(folder.join(RUN_FILE).exists(), "{what}");
-        assert_eq!(folder.join(files::RESULTS).exists(), results.complete, "{what}");
+        // Damaged ones are kept, and not called complete.
+        assert!(folder.join(files::RESULTS).exists() == results.complete || world.damage, "{what}");
     }
     if record.state.ending() == Some(&Ending::Completed) {
         assert!(record.state.results().is_some_and(|results| results.complete), "{what}");
     }
 }
 
-fn home() -> tempfile::TempDir {
+pub(super) fn home() -> tempfile::TempDir {
     // Thousands of small ledgers, each commit synced: memory is quicker where there is some.
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory).unwrap() } else { tempfile::tempdir().unwrap() }
