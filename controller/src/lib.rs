@@ -2,8 +2,8 @@
 //!
 //! What was typed ([`cli`]), what it means ([`settings`]), what it does ([`commands`]). A run's life is a pure state machine
 //! ([`run`]), recorded event by event ([`ledger`]), driven by one loop ([`deploy`]) and compared with the clouds' lists
-//! ([`reconcile`]). [`clouds`] are [`broker`]s side by side, reached over [`http`] and chosen from through [`market`]; a rented machine is a [`host`], spoken to over a
-//! [`transport`]. Everything that happens is an event; [`report`] makes sentences of them.
+//! ([`reconcile`]). [`clouds`] are [`broker`]s side by side, reached over [`http`] and chosen from through [`market`]; a rented
+//! machine is a [`host`], spoken to over a [`transport`]. Everything that happens is an event; [`report`] makes sentences of them.
 
 pub mod broker;
 pub mod calendar;
