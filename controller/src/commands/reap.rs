@@ -55,7 +55,7 @@ pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitSt
     let owner = args.owner.as_deref().unwrap_or(ledger.owner());
     let owner = (!args.all_owners).then_some(owner);
     let (mut found, mut troubles) = (Vec::new(), Vec::new());
-    for (cloud, listed) in join_all(clouds.iter().map(|cloud| list(cloud))).await {
+    for (cloud, listed) in join_all(clouds.iter().map(list)).await {
         match listed {
             Ok(listed) => found.push((cloud, overdue_of(listed, owner))),
             Err(why) => troubles.push(why),

@@ -67,8 +67,7 @@ async fn schedule(seed: u64) -> usize {
     };
     closed_and_clean(&fake, &record, &format!("seed {seed}"));
     agreed(&fake, home.path(), seed).await;
-    let fired = fake.world.lock().expect("no test panicked while it held the world").fired;
-    fired
+    fake.world.lock().expect("no test panicked while it held the world").fired
 }
 
 /// Ledger and cloud agree: another look finds nothing to do.

@@ -4,10 +4,14 @@ use serde::{Deserialize, Serialize};
 
 /// A histogram of magnitudes in bins of a 32nd of an octave between 2^-32 and 2^32. Smaller magnitudes count as 0, larger ones as 2^32.
 ///
-/// Quantiles are within 1.6 %: half the widest bin. Merging is addition, hence exact, associative and commutative. 16 KiB.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Quantiles are within 1.6 %: half the widest bin. Merging is addition, hence exact, associative and commutative. 256 bytes per
+/// octave between the smallest and the largest magnitude, so at most 16 KiB: there is one for every site of every layer.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Histogram {
-    counts: Box<[u64]>,
+    /// The first bin that is kept, the first of its octave.
+    first: usize,
+    /// Whole octaves from it on. What lies outside is empty, so two histograms of the same values are the same.
+    counts: Vec<u64>,
     total: u64,
 }
 
@@ -17,16 +21,12 @@ const FRACTION_BITS: u32 = 5;
 const DROPPED_BITS: u32 = f32::MANTISSA_DIGITS - 1 - FRACTION_BITS;
 /// Octaves on either side of 1.
 const OCTAVES: u32 = 32;
+/// Bins of an octave.
+const OCTAVE: usize = 1 << FRACTION_BITS;
 /// Bins.
 const BINS: usize = ((2 * OCTAVES) << FRACTION_BITS) as usize;
 /// The first bin's number in f32's own order of exponents and leading fractions.
 const FIRST: u32 = (f32::MAX_EXP as u32 - 1 - OCTAVES) << FRACTION_BITS;
-
-impl Default for Histogram {
-    fn default() -> Self {
-        Self { counts: vec![0; BINS].into_boxed_slice(), total: 0 }
-    }
-}
 
 impl Histogram {
     /// Bin of the magnitude with these bits (sign bit clear); monotone, because f32's order is that of its bits.
@@ -36,20 +36,43 @@ impl Histogram {
 
     /// Counts one magnitude, given by its bits (sign bit clear).
     pub fn add_bits(&mut self, magnitude_bits: u32) {
-        self.counts[Self::bin(magnitude_bits)] += 1;
+        let bin = Self::bin(magnitude_bits);
+        if !(self.first..self.first + self.counts.len()).contains(&bin) {
+            self.reach(bin, bin + 1);
+        }
+        self.counts[bin - self.first] += 1;
         self.total += 1;
+    }
+
+    /// Keeps the bins from `low` to before `high` as well.
+    #[cold]
+    fn reach(&mut self, low: usize, high: usize) {
+        let (low, high) = (low / OCTAVE * OCTAVE, high.next_multiple_of(OCTAVE));
+        if self.counts.is_empty() {
+            self.first = low;
+        }
+        if low < self.first {
+            self.counts.splice(..0, std::iter::repeat_n(0, self.first - low));
+            self.first = low;
+        }
+        self.counts.resize(self.counts.len().max(high - self.first), 0);
     }
 
     /// Adds another histogram's counts.
     pub fn merge(&mut self, other: &Self) {
-        self.counts.iter_mut().zip(&other.counts).for_each(|(a, b)| *a += b);
+        if other.counts.is_empty() {
+            return;
+        }
+        self.reach(other.first, other.first + other.counts.len());
+        let ours = &mut self.counts[other.first - self.first..];
+        ours.iter_mut().zip(&other.counts).for_each(|(a, b)| *a += b);
         self.total += other.total;
     }
 
     /// The bin that holds the value of this rank (from 0, ascending), and how many values lie in lower bins.
     pub fn bin_of_rank(&self, rank: u64) -> (usize, u64) {
         let mut below = 0;
-        for (bin, count) in self.counts.iter().enumerate() {
+        for (bin, count) in (self.first..).zip(&self.counts) {
             if rank < below + count {
                 return (bin, below);
             }
