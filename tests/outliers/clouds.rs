@@ -242,7 +242,7 @@ fn a_reaper_needs_nothing_but_keys() {
     assert!(said.code == Some(2) && said.stderr.contains("--yes twice"), "{said:?}");
     clouds[1].world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
     let said = place.desk.run(["reap", "--all-owners", "-y", "-y"]);
-    assert!(said.code == Some(5) && said.stderr.contains("vast"), "{said:?}");
+    assert!(said.code == Some(6) && said.stderr.contains("vast"), "{said:?}");
     for (i, cloud) in clouds.iter().enumerate() {
         assert_eq!(left(cloud).contains(&names[2]), i == 1, "what can be seen is ended, what cannot is told");
     }

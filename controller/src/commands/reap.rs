@@ -25,7 +25,7 @@ struct Document {
     dry_run: bool,
     /// Instances whose time is up.
     overdue: Vec<Overdue>,
-    /// Clouds whose list is not known, or on which something does not go, in words.
+    /// Clouds whose list is not known, runs and instances that do not end, in words.
     troubles: Vec<String>,
 }
 
@@ -45,16 +45,18 @@ struct Overdue {
 pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitStatus, Complaint> {
     let ledger = context.ledger()?;
     let clouds = super::instances::clouds(context, &args.only)?;
+    let (mut found, mut troubles) = (Vec::new(), Vec::new());
     if !args.dry_run {
-        // Runs of this ledger end as runs do, results first. A cloud that does not answer is met again below.
+        // Runs of this ledger end as runs do, results first.
         let (hosts, bad_hosts) = (context.hosts(&context.exe), Default::default());
         let ports = super::ports(&clouds, &bad_hosts, &hosts, &[]);
-        let recovered = recover(&ledger, ports, &|event| context.reporter.event(event)).await;
-        context.reporter.recovered(recovered.iter().flatten());
+        match recover(&ledger, ports, &|event| context.reporter.event(event)).await {
+            Ok(actions) => context.reporter.recovered(actions.iter()),
+            Err(stuck) => troubles.push(stuck.to_string()),
+        }
     }
     let owner = args.owner.as_deref().unwrap_or(ledger.owner());
     let owner = (!args.all_owners).then_some(owner);
-    let (mut found, mut troubles) = (Vec::new(), Vec::new());
     for (cloud, listed) in join_all(clouds.iter().map(list)).await {
         match listed {
             Ok(listed) => found.push((cloud, overdue_of(listed, owner))),
@@ -70,15 +72,15 @@ pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitSt
         troubles.extend(join_all(ends).await.into_iter().flatten());
     }
     let overdue: Vec<Overdue> = found.into_iter().flat_map(|(_, instances)| instances).collect();
-    let left = !args.dry_run && overdue.iter().any(|instance| !instance.gone);
     let document = Document { schema: SCHEMA, dry_run: args.dry_run, overdue, troubles };
     context.reporter.result(&document, || in_words(&document));
-    match (left, document.troubles.first()) {
-        (_, None) => Ok(ExitStatus::Done),
-        (left, Some(why)) => Err(Complaint {
-            status: if left { ExitStatus::InstanceLeft } else { ExitStatus::Cloud },
+    match document.troubles.first() {
+        None => Ok(ExitStatus::Done),
+        // What cannot be seen may be running, too.
+        Some(why) => Err(Complaint {
+            status: ExitStatus::InstanceLeft,
             message: why.clone(),
-            hint: Some("the same command tries again".to_owned()),
+            hint: Some("an instance may still be running and billing; the same command tries again".to_owned()),
         }),
     }
 }
