@@ -454,7 +454,7 @@ mod tests {
     use super::*;
     use crate::broker::{GpuRequest, InstanceId, LeaseTag, Offer};
     use crate::estimate::Work;
-    use crate::run::{Ending, Intent, Pin};
+    use crate::run::{Ending, Intent, Pin, Watch};
     use crate::units::{Bytes, UsdPerHour};
 
     pub(crate) fn spec() -> RunSpec {
@@ -469,6 +469,7 @@ mod tests {
             push_model: false,
             keep_running: false,
             max_duration_s: 60,
+            watch: Watch::NEVER,
             results: "/r".into(),
         }
     }

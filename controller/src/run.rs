@@ -44,8 +44,30 @@ pub struct RunSpec {
     pub keep_running: bool,
     /// Seconds from the create call to the instance's end.
     pub max_duration_s: u64,
+    /// What the guard on the instance waits for before that.
+    #[serde(default)]
+    pub watch: Watch,
     /// Folder of this machine below which the results' folder appears.
     pub results: String,
+}
+
+/// When the guard on an instance ends it before its time is up. 0: never.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watch {
+    /// Seconds without a word of ours.
+    pub lease_s: u64,
+    /// Seconds after the worker's end in which nobody came for its files.
+    pub unclaimed_s: u64,
+}
+
+impl Watch {
+    /// For an instance that is to stay: only its time limit ends it.
+    pub const NEVER: Self = Self { lease_s: 0, unclaimed_s: 0 };
+
+    /// The shorter of those that are set, in seconds.
+    pub fn shortest(self) -> u64 {
+        [self.lease_s, self.unclaimed_s].into_iter().filter(|s| *s > 0).min().unwrap_or(u64::MAX)
+    }
 }
 
 /// Where a run is in its life. Each variant owns what is known, and so what is possible, in it.

@@ -12,6 +12,7 @@ use outliers_protocol::Thresholds;
 use serde::Deserialize;
 
 use crate::broker::{CLOUDS, CloudKind, local};
+use crate::run::Watch;
 use crate::secret::Secret;
 use crate::units::Bytes;
 
@@ -89,6 +90,8 @@ pub struct Settings {
     pub clouds: Vec<CloudSettings>,
     /// After this an instance has no right to exist.
     pub max_duration: Duration,
+    /// What the guard on an instance waits for before that.
+    pub watch: Watch,
     /// Disk beside what the checkpoint needs.
     pub spare_disk: Bytes,
     /// Largest folder or corpus that is pushed.
@@ -176,6 +179,8 @@ struct WorkerSection {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct RunSection {
     max_duration: Option<Span>,
+    lease: Option<Span>,
+    unclaimed: Option<Span>,
     spare_disk: Option<Size>,
     push_limit: Option<Size>,
 }
@@ -212,6 +217,8 @@ impl Settings {
         let built_in = |field| missing_default(field);
         let results = user.results.or(defaults.results).ok_or_else(|| built_in("results"))?;
         let span = user.run.max_duration.or(defaults.run.max_duration);
+        let lease = user.run.lease.or(defaults.run.lease).ok_or_else(|| built_in("run.lease"))?;
+        let unclaimed = user.run.unclaimed.or(defaults.run.unclaimed).ok_or_else(|| built_in("run.unclaimed"))?;
         let spare = user.run.spare_disk.or(defaults.run.spare_disk);
         let limit = user.run.push_limit.or(defaults.run.push_limit);
         let rate = user.plan.read_rate.or(defaults.plan.read_rate);
@@ -222,6 +229,7 @@ impl Settings {
             broker,
             clouds,
             max_duration: span.ok_or_else(|| built_in("run.max-duration"))?.0,
+            watch: Watch { lease_s: lease.0.as_secs(), unclaimed_s: unclaimed.0.as_secs() },
             spare_disk: spare.ok_or_else(|| built_in("run.spare-disk"))?.0,
             push_limit: limit.ok_or_else(|| built_in("run.push-limit"))?.0,
             thresholds: thresholds(&user.thresholds, &defaults.thresholds),
@@ -476,6 +484,7 @@ mod tests {
         assert_eq!(settings.broker, DefaultBroker::Local);
         assert_eq!(settings.results, Path::new("/here/remote_results"));
         assert_eq!(settings.max_duration, Duration::from_secs(6 * 3600));
+        assert_eq!(settings.watch, Watch { lease_s: 7200, unclaimed_s: 3600 });
         assert_eq!(settings.push_limit, Bytes::from_gib(1));
         assert_eq!(settings.thresholds, Thresholds::default());
         assert!(settings.state.ends_with(".local/state/outliers"));

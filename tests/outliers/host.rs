@@ -15,6 +15,8 @@ use outliers_tests::sshd::Sshd;
 use tempfile::TempDir;
 use tokio::time::Instant;
 
+mod guard;
+
 /// Events as they came.
 #[derive(Default)]
 struct Events(Mutex<Vec<HostEvent>>);

@@ -12,7 +12,7 @@ use outliers::clouds::{BadHosts, Cloud, Clouds, Patience};
 use outliers::deploy::{Driver, Ports, SshHosts, Stop};
 use outliers::estimate::Work;
 use outliers::ledger::{Ledger, RunRecord, RunWriter, now_ms};
-use outliers::run::{Ending, Intent, Pin, RunEvent, RunSpec, Trouble};
+use outliers::run::{Ending, Intent, Pin, RunEvent, RunSpec, Trouble, Watch};
 use outliers::units::{Bytes, UsdPerHour};
 use outliers_protocol::{CorpusSource, JobSpec, ModelSource, Precision, Results, files};
 use outliers_tests::golden::{assert_activations_equal, assert_statistics_equal};
@@ -121,6 +121,7 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
         push_model: true,
         keep_running: false,
         max_duration_s: 600,
+        watch: Watch { lease_s: 600, unclaimed_s: 600 },
         results: text(results.to_owned()),
     }
 }

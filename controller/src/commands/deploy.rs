@@ -20,7 +20,7 @@ use crate::market;
 use crate::reconcile::Action;
 use crate::report::tables::TOP;
 use crate::report::{Complaint, ExitStatus, Reporter, tables};
-use crate::run::{Ending, RunSpec};
+use crate::run::{Ending, RunSpec, Watch};
 use crate::secret::Secret;
 use crate::settings::{DefaultBroker, Span};
 use crate::units::{Bytes, Usd};
@@ -241,6 +241,8 @@ fn spec(
         push_model: args.push_model,
         keep_running: args.keep_running,
         max_duration_s: args.max_duration.map_or(context.settings.max_duration, |span| span.0).as_secs(),
+        // An instance that is kept is kept until its time is up.
+        watch: if args.keep_running { Watch::NEVER } else { context.settings.watch },
         results: results.ok_or_else(|| Complaint::refused("the results' folder is not UTF-8", "choose another"))?,
     })
 }

@@ -18,8 +18,8 @@ use crate::broker::{
 };
 use crate::clouds::{BadHosts, Cloud, Clouds, Patience};
 use crate::estimate::Work;
-use crate::host::JobStatus;
-use crate::run::{Pin, RunSpec, Trouble, TroubleKind};
+use crate::host::{JobStatus, Terms};
+use crate::run::{Pin, RunSpec, Trouble, TroubleKind, Watch};
 use crate::secret::Secret;
 use crate::units::{Bytes, UsdPerHour};
 
@@ -48,6 +48,7 @@ pub(crate) fn spec(results: &Path) -> RunSpec {
         push_model: false,
         keep_running: false,
         max_duration_s: 3600,
+        watch: Watch { lease_s: 600, unclaimed_s: 600 },
         results: results.to_string_lossy().into_owned(),
     }
 }
@@ -85,6 +86,7 @@ pub(crate) struct Machine {
     /// Listings still to come before it shows.
     hidden: u32,
     worker: JobStatus,
+    guarded: bool,
     price: UsdPerHour,
 }
 
@@ -250,6 +252,7 @@ impl Broker for Fake {
                 name: lease.tag.to_string(),
                 hidden: world.visibility,
                 worker: JobStatus::NotStarted,
+                guarded: false,
                 price: world.price_on_arrival.unwrap_or(offer.price),
             };
             world.machines.insert(id.clone(), machine.clone());
@@ -367,6 +370,11 @@ impl Host for FakeHost {
         Ok("a fake host".to_owned())
     }
 
+    async fn guard(&self, _: &str, terms: &Terms) -> Result<(), HostError> {
+        assert!(!terms.left.is_zero(), "a guard would end the instance at once");
+        self.on_machine("guard", |machine, _| machine.guarded = true).await
+    }
+
     async fn push_worker(&self, on: &Listener<'_>) -> Result<(), HostError> {
         on(HostTalk::Uploading { name: "worker".into(), sent: 1, total: 2 });
         self.on_machine("push worker", |_, _| ()).await
@@ -380,6 +388,7 @@ impl Host for FakeHost {
 
     async fn launch(&self, _: &str, _: &JobSpec, _: &[(&'static str, Secret)]) -> Result<(), HostError> {
         self.on_machine("launch", |machine, _| {
+            assert!(machine.guarded, "nothing runs without a guard");
             if machine.worker == JobStatus::NotStarted {
                 machine.worker = JobStatus::Running;
             }

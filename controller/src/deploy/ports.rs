@@ -8,7 +8,7 @@ use outliers_protocol::{JobSpec, Manifest, Progress};
 
 use crate::broker::{GpuRequest, Offer, SshEndpoint};
 use crate::clouds::{BadHosts, Clouds};
-use crate::host::JobStatus;
+use crate::host::{JobStatus, Terms};
 use crate::run::{Pin, RunSpec, Trouble};
 use crate::secret::Secret;
 
@@ -55,6 +55,9 @@ pub trait Hosts: Send + Sync {
 pub trait Host: Send + Sync {
     /// Looks at the machine: one line in words. An error when it is not what was rented.
     async fn probe(&self, offer: &Offer, want: &GpuRequest) -> Result<String, HostError>;
+
+    /// Makes sure that the run's guard watches over the instance, and tells it that we do as long as this value lives.
+    async fn guard(&self, run: &str, terms: &Terms) -> Result<(), HostError>;
 
     /// Makes sure that the worker is there.
     async fn push_worker(&self, on: &Listener<'_>) -> Result<(), HostError>;

@@ -1,16 +1,18 @@
 //! [`Hosts`] as they really are: over SSH.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use outliers_protocol::{JobSpec, Manifest};
 use tokio::sync::Mutex;
+use tokio::task::JoinSet;
 
 use super::KEY_FILE;
 use super::ports::{Host, HostError, HostTalk, Hosts, Listener};
 use crate::broker::{GpuRequest, Offer, SshEndpoint};
-use crate::host::{self, Cursor, HostErrorKind, HostEvent, HostFacts, JobStatus, RemoteHost, RemoteWorker};
+use crate::host::{self, Cursor, HostErrorKind, HostEvent, HostFacts, JobStatus, RemoteHost, RemoteWorker, Terms};
 use crate::keys::{KeyError, RunKey};
 use crate::run::Pin;
 use crate::secret::Secret;
@@ -69,16 +71,24 @@ impl Hosts for SshHosts {
         let pin = pin.map(|pin| HostKeyPin::new(&pin.0)).transpose().map_err(host::HostError::from)?;
         let tell = |event| tell(event, on);
         let (host, pin) = host::reach(endpoint, &folder.join(KEY_FILE), pin, deadline.into(), &tell).await?;
-        let host = SshHost { host, hosts: self.clone(), cursor: Mutex::default(), worker: Mutex::default() };
+        let host = SshHost {
+            host: Arc::new(host),
+            hosts: self.clone(),
+            cursor: Mutex::default(),
+            worker: Mutex::default(),
+            renewing: Mutex::default(),
+        };
         Ok((Box::new(host), Pin(pin.as_str().to_owned())))
     }
 }
 
 struct SshHost {
-    host: RemoteHost,
+    host: Arc<RemoteHost>,
     hosts: SshHosts,
     cursor: Mutex<Cursor>,
     worker: Mutex<Option<RemoteWorker>>,
+    /// Renews the guard's lease.
+    renewing: Mutex<JoinSet<()>>,
 }
 
 #[async_trait]
@@ -93,6 +103,23 @@ impl Host for SshHost {
                 hint: Some("nothing was run on it; try again, another host may be given".to_owned()),
             }),
         }
+    }
+
+    async fn guard(&self, run: &str, terms: &Terms) -> Result<(), HostError> {
+        self.host.guard(run, terms).await?;
+        let (host, run, pause) = (Arc::clone(&self.host), run.to_owned(), terms.renewal());
+        let mut renewing = self.renewing.lock().await;
+        renewing.abort_all();
+        renewing.spawn(async move {
+            loop {
+                tokio::time::sleep(pause).await;
+                // Whoever works with the host meets its trouble, and tells it.
+                if let Err(error) = host.renew_guard(&run).await {
+                    tracing::debug!("the guard's lease could not be renewed: {}", error.message);
+                }
+            }
+        });
+        Ok(())
     }
 
     async fn push_worker(&self, on: &Listener<'_>) -> Result<(), HostError> {

@@ -9,7 +9,7 @@ use outliers_protocol::{CorpusSource, JobSpec, Manifest, ModelSource};
 use super::bring::{self, Folders};
 use super::{DeployEvent, Driver, Host, HostError, HostTalk, StepError, Stop, Stuck};
 use crate::broker::{BrokerError, BrokerErrorKind, Instance, InstanceState, Lease, LeaseTag, Offer, SshEndpoint};
-use crate::host::JobStatus;
+use crate::host::{JobStatus, Terms};
 use crate::ledger::{now_ms, random_word};
 use crate::market;
 use crate::run::{Ending, Intent, Pin, Refusal, Rental, RunEvent, RunState, Trouble, TroubleKind};
@@ -378,7 +378,11 @@ impl Driver<'_> {
             let endpoint = self.endpoint(rental, limit).await?;
             let deadline = Instant::now() + self.cloud()?.patience.ssh;
             let on = |talk: HostTalk| (self.on)(DeployEvent::Talk(talk));
-            match self.ports.hosts.reach(&endpoint, &self.run.folder(), pin, deadline, &on).await {
+            let reached = match self.ports.hosts.reach(&endpoint, &self.run.folder(), pin, deadline, &on).await {
+                Ok((host, shown)) => self.guard(&*host, rental, pin.is_none()).await.map(|()| (host, shown)),
+                Err(error) => Err(error),
+            };
+            match reached {
                 Ok((host, pin)) => {
                     self.memory.host = Some(host);
                     return Ok(pin);
@@ -387,6 +391,24 @@ impl Driver<'_> {
                 Err(error) if pin.is_none() => return Err(StepError::Unfit(error.message)),
                 Err(error) => return Err(StepError::End(failed(TroubleKind::Host, error.message, error.hint))),
             }
+        }
+    }
+
+    /// Puts the guard in place, for which there must be time left. No host is used that takes none; one that is in use already is.
+    async fn guard(&self, host: &dyn Host, rental: &Rental, is_new: bool) -> Result<(), HostError> {
+        let left = Duration::from_secs(rental.tag.deadline.saturating_sub(now_ms() / 1000));
+        if left.is_zero() {
+            return Ok(());
+        }
+        let end_itself = self.ports.clouds.get(&rental.offer.broker).and_then(|cloud| cloud.broker.self_destruct());
+        let terms = Terms { watch: self.run.record().spec.watch, left, end_itself };
+        match host.guard(&self.run.record().id, &terms).await {
+            Err(error) if !is_new => {
+                let note = format!("the guard on the instance could not be reached: {}", error.message);
+                (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
+                Ok(())
+            }
+            other => other,
         }
     }
 

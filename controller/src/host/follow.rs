@@ -6,7 +6,7 @@ use outliers_protocol::{Progress, SCHEMA, files};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep_until};
 
-use super::launch::{STATE, read_state};
+use super::launch::{PROCESS, read_state};
 use super::retry::Retry;
 use super::{HostError, HostErrorKind, HostEvent, JobStatus, OnEvent, RemoteHost};
 use crate::text::clean;
@@ -100,7 +100,7 @@ impl RemoteHost {
     async fn look(&self, run: &str, cursor: &Cursor) -> Result<Look, HostError> {
         let folder = self.run_folder(run).await?;
         let script = format!(
-            "{STATE}\ntake() {{\n  if [ -f \"$1\" ] && [ ! -h \"$1\" ]; then s=$(($(wc -c < \"$1\"))); else s=0; fi\n\
+            "{PROCESS}\ntake() {{\n  if [ -f \"$1\" ] && [ ! -h \"$1\" ]; then s=$(($(wc -c < \"$1\"))); else s=0; fi\n\
                n=$((s - $2)); [ $n -lt 0 ] && n=0; [ $n -gt {TAKE} ] && n={TAKE}\n  echo \"@piece $s $n\"\n\
                [ $n -gt 0 ] && tail -c +$(($2 + 1)) \"$1\" | head -c $n\n  echo\n}}\n\
              if cd {} 2>/dev/null; then state; take {} {}; take {} {}; else echo '@state none'; fi",

@@ -13,8 +13,8 @@ use crate::transport::quote::quote;
 const WRAPPER: &str = "launch.sh";
 const SECRETS: &str = ".secrets";
 
-/// How a worker ends that got so long to end by itself after it was told to.
-const STOP_PATIENCE: u32 = 15;
+/// What the script gives a worker to end by itself, and the kernel to end it.
+const STOP_PATIENCE: Duration = Duration::from_secs(20);
 
 /// What a launch found or did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,34 +50,10 @@ pub enum JobStatus {
     },
 }
 
-/// `state` prints `@state none|running PID|ended STATUS|ended`, in the run's folder.
-///
-/// A pid alone proves nothing: it may belong to another process by now (so its start time is kept beside it), and a killed
-/// wrapper stays a zombie where the container's first process does not reap.
-pub(super) const STATE: &str = r#"
-started() {
-  if [ -r "/proc/$1/stat" ]; then sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20
-  else ps -o lstart= -p "$1" 2>/dev/null; fi
-}
-alive() {
-  case $1 in ''|*[!0-9]*) return 1;; esac
-  kill -0 "$1" 2>/dev/null || return 1
-  if [ -r "/proc/$1/stat" ]; then s=$(sed 's/.*) //' "/proc/$1/stat" 2>/dev/null)
-  else s=$(ps -o stat= -p "$1" 2>/dev/null); fi
-  case $s in Z*|X*|'') return 1;; esac
-  [ "$(started "$1")" = "$(sed -n 2p worker.pid)" ]
-}
-state() {
-  if [ -f exit_code ]; then echo "@state ended $(head -c 20 exit_code | tr -cd 0-9)"; return; fi
-  if [ ! -f worker.pid ]; then echo "@state none"; return; fi
-  p=$(sed -n 1p worker.pid)
-  if alive "$p"; then echo "@state running $p"
-  elif [ -f exit_code ]; then echo "@state ended $(head -c 20 exit_code | tr -cd 0-9)"
-  else echo "@state ended "; fi
-}
-"#;
+/// Shell functions about the run in the present folder: `state`, `alive`, `stop_worker`, `ticks`.
+pub(super) const PROCESS: &str = include_str!("process.sh");
 
-/// What [`STATE`] printed, with the wrapper's pid while it runs.
+/// What `state` of [`PROCESS`] printed, with the wrapper's pid while it runs.
 pub(super) fn read_state(host: &RemoteHost, answer: &Answer) -> Result<(JobStatus, Option<u32>), HostError> {
     let line = answer.field("state");
     let mut words = line.split_whitespace();
@@ -134,7 +110,7 @@ impl RemoteHost {
     async fn start(&self, folder: &str) -> Result<Launched, HostError> {
         // Everything it inherits is closed or a file: an open stream would keep the connection's channel open for hours.
         let script = format!(
-            "{STATE}\ncd {} || exit 1\n\
+            "{PROCESS}\ncd {} || exit 1\n\
              if command -v setsid >/dev/null 2>&1; then setsid sh ./{WRAPPER} </dev/null >>{log} 2>&1 &\n\
              else set -m; nohup sh ./{WRAPPER} </dev/null >>{log} 2>&1 & fi\n\
              i=0; while [ ! -f worker.pid ] && [ $i -lt 100 ]; do i=$((i + 1)); sleep 0.1 2>/dev/null || sleep 1; done\n\
@@ -157,29 +133,16 @@ impl RemoteHost {
 
     async fn state(&self, run: &str) -> Result<(JobStatus, Option<u32>), HostError> {
         let folder = self.run_folder(run).await?;
-        let script = format!("{STATE}\nif cd {} 2>/dev/null; then state; else echo '@state none'; fi", quote(&folder));
+        let script =
+            format!("{PROCESS}\nif cd {} 2>/dev/null; then state; else echo '@state none'; fi", quote(&folder));
         read_state(self, &self.sh(&script, SHORT).await?)
     }
 
     /// Ends a run's worker and all it started: asks, waits 15 seconds, kills. One that does not run is a success.
     pub async fn stop_worker(&self, run: &str) -> Result<(), HostError> {
         let folder = again!(PATIENCE, &|_| {}, self.run_folder(run));
-        // The wrapper leads a process group of its own. Without it, the group is still ours as long as its number is no other process.
-        let script = format!(
-            "{STATE}\ncd {} 2>/dev/null || exit 0\n[ -f worker.pid ] || exit 0\np=$(sed -n 1p worker.pid)\n\
-             case $p in ''|*[!0-9]*) exit 0;; esac\n\
-             if alive \"$p\"; then\n\
-               kill -TERM -\"$p\" 2>/dev/null || kill -TERM \"$p\" 2>/dev/null\n\
-               i=0; while alive \"$p\" && [ $i -lt {STOP_PATIENCE} ]; do i=$((i + 1)); sleep 1; done\n\
-               kill -KILL -\"$p\" 2>/dev/null; alive \"$p\" && kill -KILL \"$p\" 2>/dev/null\n\
-             elif [ ! -f exit_code ]; then\n\
-               now=$(started \"$p\"); was=$(sed -n 2p worker.pid)\n\
-               if [ -z \"$now\" ] || [ \"$now\" = \"$was\" ]; then kill -KILL -\"$p\" 2>/dev/null; fi\n\
-             fi\n\
-             i=0; while alive \"$p\" && [ $i -lt 5 ]; do i=$((i + 1)); sleep 1; done\nalive \"$p\" && exit 1; :",
-            quote(&folder)
-        );
-        let limit = SHORT + Duration::from_secs(u64::from(STOP_PATIENCE));
+        let script = format!("{PROCESS}\ncd {} 2>/dev/null || exit 0\nstop_worker", quote(&folder));
+        let limit = SHORT + STOP_PATIENCE;
         again!(PATIENCE, &|_| {}, self.sh(&script, limit));
         Ok(())
     }
@@ -206,7 +169,7 @@ fn wrapper(worker: &RemoteWorker, folder: &str) -> String {
     // `ln` fails if the name is taken: of two wrappers started at once, one goes on. The traps let the wrapper outlive the
     // signal that ends its worker, so that there is an exit status.
     format!(
-        "#!/bin/sh\n{STATE}\ncd {folder} || exit 125\numask 077\n\
+        "#!/bin/sh\n{PROCESS}\ncd {folder} || exit 125\numask 077\n\
          if [ -f {SECRETS} ]; then . ./{SECRETS}; rm -f {SECRETS}; fi\n\
          {{ echo $$; started $$; }} > .pid.$$\n\
          ln .pid.$$ worker.pid 2>/dev/null || {{ rm -f .pid.$$; exit 0; }}\nrm -f .pid.$$\n\

@@ -1,0 +1,83 @@
+//! A guard on the host: it outlives the worker and us, and ends both worker and instance when nobody looks after them.
+//!
+//! It is a shell script in a session of its own. We renew its lease as long as we are connected; without that, or when the
+//! run's time is up, or when the worker has ended and nobody comes for its files, it stops the worker and ends the instance by
+//! the means the cloud gives it ([`Broker::self_destruct`](crate::broker::Broker::self_destruct)). It never powers the machine
+//! off: the clouds that give no such means bill a machine that is off like one that runs, and its results would be out of reach.
+
+use std::time::Duration;
+
+use super::launch::PROCESS;
+use super::retry::again;
+use super::{HostError, PATIENCE, RemoteHost, SHORT};
+use crate::run::Watch;
+use crate::transport::quote::quote;
+
+const SCRIPT: &str = include_str!("guard.sh");
+/// Between two looks of the guard, at most.
+const LONGEST_PAUSE: u64 = 15;
+/// Between two renewals, at most.
+const LONGEST_RENEWAL: u64 = 60;
+
+/// What a guard goes by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// When it ends an instance that nobody looks after.
+    pub watch: Watch,
+    /// From now to the end of the run's time, by our clock: the host's may be wrong.
+    pub left: Duration,
+    /// The script by which the instance ends itself, where its cloud has one.
+    pub end_itself: Option<&'static str>,
+}
+
+impl Terms {
+    /// How often a guard's lease is renewed.
+    pub fn renewal(&self) -> Duration {
+        Duration::from_secs((self.watch.shortest() / 6).clamp(1, LONGEST_RENEWAL))
+    }
+}
+
+impl RemoteHost {
+    /// Puts a run's guard in place and starts it, unless one is on duty already; new terms replace the old.
+    pub async fn guard(&self, run: &str, terms: &Terms) -> Result<(), HostError> {
+        let folder = self.run_folder(run).await?;
+        let at = |name: &str| format!("{folder}/{name}");
+        let script = format!("{PROCESS}\n{SCRIPT}");
+        again!(PATIENCE, &|_| {}, self.sh(&format!("umask 077; mkdir -p {}", quote(&folder)), SHORT));
+        again!(PATIENCE, &|_| {}, self.place(script.as_bytes(), &at("guard.sh")));
+        if let Some(end) = terms.end_itself {
+            again!(PATIENCE, &|_| {}, self.place(end.as_bytes(), &at("guard.end.sh")));
+        }
+        let Watch { lease_s, unclaimed_s } = terms.watch;
+        let pause = (terms.watch.shortest() / 8).clamp(1, LONGEST_PAUSE);
+        let write = format!(
+            "{PROCESS}\ncd {} || exit 1\numask 077\n\
+             echo \"ends=$(($(ticks) + {})) lease={lease_s} unclaimed={unclaimed_s} pause={pause}\" > guard.terms.part\n\
+             mv -f guard.terms.part guard.terms",
+            quote(&folder),
+            terms.left.as_secs(),
+        );
+        again!(PATIENCE, &|_| {}, self.sh(&write, SHORT));
+        self.renew_guard(run).await
+    }
+
+    async fn place(&self, bytes: &[u8], path: &str) -> Result<(), HostError> {
+        Ok(self.transport.put_bytes(bytes, path, 0o600).await?)
+    }
+
+    /// Tells the guard that somebody looks after the run, and starts one if none is on duty.
+    pub async fn renew_guard(&self, run: &str) -> Result<(), HostError> {
+        let folder = self.run_folder(run).await?;
+        let script = format!(
+            "{PROCESS}\ncd {} || exit 1\numask 077\nticks > guard.lease.part && mv -f guard.lease.part guard.lease\n\
+             alive guard.pid && exit 0\n\
+             if command -v setsid > /dev/null 2>&1; then setsid sh ./guard.sh \"$PWD\" < /dev/null > /dev/null 2>&1 &\n\
+             else set -m; nohup sh ./guard.sh \"$PWD\" < /dev/null > /dev/null 2>&1 & fi\n\
+             i=0; while ! alive guard.pid && [ $i -lt 50 ]; do i=$((i + 1)); sleep 0.1 2> /dev/null || sleep 1; done\n\
+             alive guard.pid",
+            quote(&folder),
+        );
+        again!(PATIENCE, &|_| {}, self.sh(&script, SHORT));
+        Ok(())
+    }
+}

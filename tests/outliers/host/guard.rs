@@ -1,0 +1,122 @@
+//! The guard on a host, against a real OpenSSH server: nobody looks after the run any more, in every way in which that happens.
+
+use outliers::host::Terms;
+use outliers::run::Watch;
+
+use super::*;
+
+/// Stands for a cloud's own order.
+const END: &str = "echo ended >> \"$HOME/ended\"";
+/// One that is not taken.
+const FAILS: &str = "echo 'no such pod' >&2; exit 1";
+
+fn terms(lease_s: u64, unclaimed_s: u64, left_s: u64, end_itself: Option<&'static str>) -> Terms {
+    Terms { watch: Watch { lease_s, unclaimed_s }, left: Duration::from_secs(left_s), end_itself }
+}
+
+impl Scene {
+    async fn guarded(&self, run: &str, scenario: &str, terms: Terms) {
+        self.host.guard(run, &terms).await.unwrap();
+        self.launch(run, scenario).await;
+    }
+
+    fn said(&self, run: &str) -> String {
+        std::fs::read_to_string(self.remote(run, "guard.log")).unwrap_or_default()
+    }
+
+    fn told_to_end(&self) -> bool {
+        self.server.home().join("ended").exists()
+    }
+
+    async fn until(&self, what: &str, holds: impl Fn(&Self) -> bool) {
+        let limit = within(30);
+        while !holds(self) {
+            assert!(Instant::now() < limit, "in vain: {what}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    fn guard_pid(&self, run: &str) -> u32 {
+        let text = std::fs::read_to_string(self.remote(run, "guard.pid")).unwrap();
+        text.lines().next().unwrap().parse().unwrap()
+    }
+}
+
+#[tokio::test]
+async fn without_a_word_of_ours_worker_and_instance_end() {
+    let Some(scene) = Scene::new().await else { return };
+    scene.guarded("r", "hangs", terms(3, 600, 600, Some(END))).await;
+    assert!(!scene.told_to_end());
+    scene.until("the order to end", Scene::told_to_end).await;
+    assert_eq!(scene.host.status("r").await.unwrap(), JobStatus::Ended { exit: Some(143) }, "before the instance");
+    assert!(scene.said("r").contains("nobody looked after this run for 3 s"), "{}", scene.said("r"));
+    let log = std::fs::read_to_string(scene.remote("r", "worker.log")).unwrap();
+    assert!(log.contains("guard: nobody looked after"), "the reason comes home with the worker's log: {log}");
+}
+
+#[tokio::test]
+async fn as_long_as_we_are_heard_nothing_ends_and_a_killed_guard_is_replaced() {
+    let Some(scene) = Scene::new().await else { return };
+    scene.guarded("r", "hangs", terms(3, 600, 600, Some(END))).await;
+    let first = scene.guard_pid("r");
+    kill(&first.to_string());
+    for _ in 0..6 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        scene.host.renew_guard("r").await.unwrap();
+    }
+    assert_eq!(scene.host.status("r").await.unwrap(), JobStatus::Running);
+    assert!(!scene.told_to_end() && scene.said("r").is_empty(), "{}", scene.said("r"));
+    assert_ne!(scene.guard_pid("r"), first);
+    kill(&scene.guard_pid("r").to_string());
+    scene.host.stop_worker("r").await.unwrap();
+}
+
+#[tokio::test]
+async fn files_that_nobody_comes_for_end_the_instance_and_a_running_worker_does_not() {
+    let Some(scene) = Scene::new().await else { return };
+    scene.guarded("runs", "hangs", terms(600, 2, 600, Some(END))).await;
+    scene.guarded("ended", "quick", terms(600, 2, 600, None)).await;
+    scene.until("its word", |scene| scene.said("ended").contains("nobody came for its files in 2 s")).await;
+    assert!(scene.said("ended").contains("no means to end itself: it bills until"), "{}", scene.said("ended"));
+    assert!(!scene.told_to_end() && scene.said("runs").is_empty());
+    assert_eq!(scene.fetch("ended").await.manifest.unwrap().files.len(), 2, "they are there all the same");
+    kill(&scene.guard_pid("runs").to_string());
+    scene.host.stop_worker("runs").await.unwrap();
+}
+
+#[tokio::test]
+async fn the_time_limit_ends_everything_and_a_refused_order_is_given_again() {
+    let Some(scene) = Scene::new().await else { return };
+    scene.guarded("r", "stubborn", terms(0, 0, 3, Some(FAILS))).await;
+    let pid = scene.guard_pid("r");
+    scene.until("its word", |scene| scene.said("r").contains("once more in a minute")).await;
+    assert!(
+        scene.said("r").contains("the time limit of the run is reached") && scene.said("r").contains("no such pod")
+    );
+    assert_eq!(scene.host.status("r").await.unwrap(), JobStatus::Ended { exit: None }, "however stubborn");
+    assert!(living_in_group(pid) > 0, "it goes on trying");
+    kill(&format!("-{pid}"));
+}
+
+#[tokio::test]
+async fn of_many_guards_one_stays_and_none_outlives_the_runs_folder() {
+    let Some(scene) = Scene::new().await else { return };
+    scene.host.guard("r", &terms(600, 8, 600, Some(END))).await.unwrap();
+    kill(&scene.guard_pid("r").to_string());
+    let renew = || scene.host.renew_guard("r");
+    let (a, b, c, d) = tokio::join!(renew(), renew(), renew(), renew());
+    (a.unwrap(), b.unwrap(), c.unwrap(), d.unwrap());
+    let folder = scene.remote("r", "");
+    let on_duty = || {
+        let table = std::process::Command::new("ps").args(["-A", "-o", "args="]).output().unwrap();
+        let table = String::from_utf8(table.stdout).unwrap();
+        table
+            .lines()
+            .filter(|line| line.contains("guard.sh") && line.contains(folder.to_str().unwrap().trim_end_matches('/')))
+            .count()
+    };
+    scene.until("one", |_| on_duty() == 1).await;
+    std::fs::remove_dir_all(&folder).unwrap();
+    scene.until("none", |_| on_duty() == 0).await;
+    assert!(!scene.told_to_end());
+}
