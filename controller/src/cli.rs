@@ -78,6 +78,13 @@ pub enum Command {
     ///
     /// If it is interrupted by a crash, the same command picks the run up where it is.
     Deploy(Box<DeployArgs>),
+    /// Take up a run whose controller went away: follow its worker from where its log was left, bring home, end the rental.
+    ///
+    /// Example: outliers attach last
+    Attach {
+        /// The beginning of its id, or `last` [default: the only one that nobody drives].
+        run: Option<String>,
+    },
     /// Make a small model with planted outlier features, deploy it on this machine, and compare what is found.
     ///
     /// Example: outliers demo

@@ -23,6 +23,7 @@ use crate::text::clean_lines;
 use crate::units::{Bytes, UsdPerHour};
 
 pub mod analyze;
+mod attach;
 pub mod completions;
 pub mod demo;
 pub mod deploy;
@@ -81,6 +82,7 @@ async fn dispatch(
     let context = Context { settings, reporter, here, exe, explain: cli.global.explain };
     let done = match cli.command {
         Command::Deploy(args) => deploy::command(&context, &args).await,
+        Command::Attach { run } => attach::command(&context, run.as_deref()).await,
         Command::Demo(args) => demo::command(&context, &args).await,
         Command::Runs(command) => runs::command(&context, command).await,
         Command::Instances(command) => instances::command(&context, command).await,

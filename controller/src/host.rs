@@ -86,6 +86,8 @@ pub enum HostEvent {
     BadProgress(String),
     /// A line of the worker's log.
     Log(String),
+    /// So far the worker's files have been read, and all of it was told.
+    Read(Cursor),
     /// The log grew faster than it can be followed: so many bytes were passed over. The whole log is fetched at the end.
     LogSkipped(u64),
     /// A file is being brought home.

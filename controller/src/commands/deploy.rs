@@ -119,8 +119,7 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
     let key = job_key(&job, &clouds.names()).map_err(|error| Complaint::failed(format!("the corpus: {error}")))?;
     let hosts = context.hosts(worker.path());
-    let hub = matches!(job.model, ModelSource::Hub { .. });
-    let secrets: Vec<(&'static str, Secret)> = if hub { context.settings.hub_variables() } else { Vec::new() };
+    let secrets = secrets(context, &job);
     let bad_hosts = BadHosts::default();
     let ports = ports(&clouds, &bad_hosts, &hosts, &secrets);
     let ledger = context.ledger()?;
@@ -141,6 +140,12 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
     let run = ledger.plan(&spec)?;
     reporter.say(&format!("Run {}", run.record().id));
     drive(reporter, run, ports).await.map(Some)
+}
+
+/// What the worker of this job is given: a model that is a folder needs nothing of the hub.
+pub(super) fn secrets(context: &Context, job: &JobSpec) -> Vec<(&'static str, Secret)> {
+    let hub = matches!(job.model, ModelSource::Hub { .. });
+    if hub { context.settings.hub_variables() } else { Vec::new() }
 }
 
 /// Brings ledger and cloud into agreement; returns the unfinished run of the same work, if nobody drives one.

@@ -108,7 +108,7 @@ async fn follow(context: &Context, ledger: &Ledger, run: &RunRecord, pin: &Pin) 
         return Err(Complaint::failed(format!("instance {} cannot be spoken to", rental.instance)));
     };
     // Nothing is pushed from here.
-    let hosts = context.hosts(&context.exe);
+    let hosts = context.hosts(&context.exe).from_start();
     let deadline = Instant::now() + cloud.patience.ssh;
     let failed = |error: HostError| Complaint { status: ExitStatus::Cloud, message: error.message, hint: error.hint };
     let folder = ledger.run_folder(&run.id);

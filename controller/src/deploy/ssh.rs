@@ -23,6 +23,8 @@ use crate::units::Bytes;
 const MEMORY_SHARE: f64 = 0.85;
 /// Seconds by which a host's clock may be off before people are told.
 const MOST_SKEW: i64 = 60;
+/// How far the worker's files have been read, in the run's folder.
+const CURSOR_FILE: &str = "cursor.json";
 /// One stay at a worker's side; then the loop looks around and comes back.
 const FOLLOW: Duration = Duration::from_secs(3600);
 
@@ -31,12 +33,19 @@ const FOLLOW: Duration = Duration::from_secs(3600);
 pub struct SshHosts {
     worker: PathBuf,
     push_limit: Bytes,
+    from_start: bool,
 }
 
 impl SshHosts {
     /// `worker` is the program to push; models and corpora of at most `push_limit` go with it.
     pub fn new(worker: PathBuf, push_limit: Bytes) -> Self {
-        Self { worker, push_limit }
+        Self { worker, push_limit, from_start: false }
+    }
+
+    /// Follows every worker from its first word, whatever an earlier process has told already.
+    #[must_use]
+    pub fn from_start(self) -> Self {
+        Self { from_start: true, ..self }
     }
 }
 
@@ -74,7 +83,8 @@ impl Hosts for SshHosts {
         let host = SshHost {
             host: Arc::new(host),
             hosts: self.clone(),
-            cursor: Mutex::default(),
+            cursor: Mutex::new(if self.from_start { Cursor::default() } else { read_cursor(folder) }),
+            folder: folder.to_owned(),
             worker: Mutex::default(),
             renewing: Mutex::default(),
         };
@@ -86,6 +96,8 @@ struct SshHost {
     host: Arc<RemoteHost>,
     hosts: SshHosts,
     cursor: Mutex<Cursor>,
+    /// The run's, on this machine.
+    folder: PathBuf,
     worker: Mutex<Option<RemoteWorker>>,
     /// Renews the guard's lease.
     renewing: Mutex<JoinSet<()>>,
@@ -157,7 +169,11 @@ impl Host for SshHost {
     async fn follow(&self, run: &str, on: &Listener<'_>) -> Result<JobStatus, HostError> {
         let mut cursor = self.cursor.lock().await;
         let deadline = tokio::time::Instant::now() + FOLLOW;
-        match self.host.follow(run, &mut cursor, deadline, &|event| tell(event, on)).await {
+        let heard = |event| match event {
+            HostEvent::Read(cursor) => self.keep(cursor),
+            other => tell(other, on),
+        };
+        match self.host.follow(run, &mut cursor, deadline, &heard).await {
             Err(error) if error.kind == HostErrorKind::Deadline => Ok(JobStatus::Running),
             other => Ok(other?),
         }
@@ -170,6 +186,24 @@ impl Host for SshHost {
     async fn stop_worker(&self, run: &str) -> Result<(), HostError> {
         Ok(self.host.stop_worker(run).await?)
     }
+}
+
+impl SshHost {
+    /// Where the next process goes on; without it, it starts with the first line again.
+    fn keep(&self, cursor: Cursor) {
+        if self.hosts.from_start {
+            return;
+        }
+        let text = serde_json::to_vec(&cursor).unwrap_or_default();
+        if let Err(error) = std::fs::write(self.folder.join(CURSOR_FILE), text) {
+            tracing::debug!("{CURSOR_FILE}: {error}");
+        }
+    }
+}
+
+fn read_cursor(folder: &Path) -> Cursor {
+    let text = std::fs::read(folder.join(CURSOR_FILE)).unwrap_or_default();
+    serde_json::from_slice(&text).unwrap_or_default()
 }
 
 /// What makes the host another thing than the one that was rented.
@@ -240,6 +274,7 @@ fn tell(event: HostEvent, on: &Listener<'_>) {
         HostEvent::Uploading { .. }
         | HostEvent::AlreadyThere
         | HostEvent::Connected
+        | HostEvent::Read(_)
         | HostEvent::Probed(_)
         | HostEvent::Launched { .. } => {}
     }

@@ -80,6 +80,9 @@ impl RemoteHost {
                         seen_running = true;
                     }
                     let news = cursor.take_progress(&look.progress, on) | cursor.take_log(&look.log, on);
+                    if news {
+                        on(HostEvent::Read(*cursor));
+                    }
                     if look.status != JobStatus::Running && !news {
                         cursor.take_rest(&look, on);
                         return Ok(look.status);

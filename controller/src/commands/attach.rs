@@ -1,0 +1,52 @@
+//! `attach`: drives a run on whose controller went away.
+
+use super::deploy::{Deployed, drive, secrets, tell};
+use super::{Context, ports};
+use crate::clouds::BadHosts;
+use crate::ledger::{Ledger, RunRecord};
+use crate::report::{Complaint, ExitStatus};
+
+/// Does it.
+pub(super) async fn command(context: &Context, name: Option<&str>) -> Result<ExitStatus, Complaint> {
+    let ledger = context.ledger()?;
+    let run = match name {
+        Some(name) => ledger.find(name)?,
+        None => the_only_one(&ledger)?,
+    };
+    let deployed = if run.state.is_at_rest() { Deployed::of(run) } else { take_up(context, &ledger, &run).await? };
+    tell(context, &deployed);
+    Ok(deployed.status())
+}
+
+async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<Deployed, Complaint> {
+    let Some(taken) = ledger.take(&run.id)? else {
+        return Err(Complaint::refused(
+            format!("run {} is driven by another process", run.id),
+            format!("`outliers runs logs {0}` shows what its worker says, `outliers runs cancel {0}` ends it", run.id),
+        ));
+    };
+    let brokers: Vec<String> = run.spec.brokers.split(", ").map(str::to_owned).collect();
+    let (clouds, worker) = (context.clouds(&brokers)?, context.worker().await?);
+    let (hosts, bad_hosts) = (context.hosts(worker.path()), BadHosts::default());
+    let secrets = secrets(context, &run.spec.job);
+    context.reporter.picked_up(taken.record());
+    drive(&context.reporter, taken, ports(&clouds, &bad_hosts, &hosts, &secrets)).await
+}
+
+/// The run that nobody drives and that is not over, if there is just one.
+fn the_only_one(ledger: &Ledger) -> Result<RunRecord, Complaint> {
+    let mut left = Vec::new();
+    for run in ledger.runs()? {
+        if !run.state.is_at_rest() && !ledger.is_driven(&run.id)? {
+            left.push(run);
+        }
+    }
+    if left.len() == 1 {
+        return Ok(left.remove(0));
+    }
+    let ids: Vec<&str> = left.iter().map(|run| run.id.as_str()).collect();
+    Err(match ids[..] {
+        [] => Complaint::refused("no run was left behind", "`outliers runs list` shows all of them"),
+        _ => Complaint::refused(format!("{} runs were left behind: {}", ids.len(), ids.join(", ")), "name one of them"),
+    })
+}
