@@ -140,6 +140,8 @@ enum StepError {
     End(Ending),
     /// The instance is gone.
     Vanished,
+    /// The instance is listed, and does not run any more.
+    Down,
     /// The instance does not serve, for this reason.
     Unfit(String),
     /// Nothing more can be done now.
@@ -178,7 +180,10 @@ impl<'a> Driver<'a> {
             match step {
                 Ok(()) => {}
                 Err(StepError::End(ending)) => self.end(ending)?,
+                Err(StepError::Vanished) if self.is_replaceable() => self.lost()?,
                 Err(StepError::Vanished) => self.append(RunEvent::Vanished)?,
+                Err(StepError::Down) if self.is_replaceable() => self.lost()?,
+                Err(StepError::Down) => self.end(Ending::InstanceLost)?,
                 Err(StepError::Unfit(reason)) => self.unfit(reason)?,
                 Err(StepError::Stuck(stuck)) => return Err(stuck),
             }
@@ -193,8 +198,8 @@ impl<'a> Driver<'a> {
             RunState::Creating { intent, .. } => self.create(&intent).await,
             RunState::Rented { rental } => self.reach(&rental).await,
             RunState::Reachable { rental, pin } => self.launch(&rental, &pin).await,
-            RunState::Launched { rental, pin } => self.follow(&rental, &pin).await,
-            RunState::Ended { rental, pin, exit } => self.sync(&rental, &pin, exit).await,
+            RunState::Launched { rental, pin, .. } => self.follow(&rental, &pin).await,
+            RunState::Ended { rental, pin, exit, restarts } => self.sync(&rental, &pin, exit, restarts).await,
             RunState::Salvaging { rental, pin, .. } => self.salvage(&rental, &pin).await,
             RunState::Synced { .. } => self.after_sync(),
             RunState::Discarding { rental, .. } | RunState::Terminating { rental, .. } => self.terminate(&rental).await,
@@ -231,10 +236,26 @@ impl<'a> Driver<'a> {
             RunState::Rented { rental } | RunState::Reachable { rental, .. } => {
                 self.ports.bad_hosts.remember(&rental.offer);
                 (self.on)(DeployEvent::Refused { reason: reason.clone() });
-                self.append(RunEvent::Discarded { reason })
+                self.append(RunEvent::Discarded { reason, lost: false })
             }
             _ => self.end(Ending::Failed { trouble: Trouble { kind: TroubleKind::Host, message: reason, hint: None } }),
         }
+    }
+
+    /// Whether another instance could do what this one cannot any more, and nobody wants the run to end.
+    fn is_replaceable(&self) -> bool {
+        let still_to_do = matches!(
+            self.run.state(),
+            RunState::Rented { .. } | RunState::Reachable { .. } | RunState::Launched { .. } | RunState::Ended { .. }
+        );
+        still_to_do && *self.stop.borrow() == Stop::Go && !self.run.cancel_asked()
+    }
+
+    fn lost(&mut self) -> Result<(), LedgerError> {
+        self.memory.host = None;
+        let reason = Ending::InstanceLost.to_string();
+        (self.on)(DeployEvent::Refused { reason: reason.clone() });
+        self.append(RunEvent::Discarded { reason, lost: true })
     }
 
     /// Ends the run early, as its state allows.

@@ -238,7 +238,7 @@ mod tests {
     }
 
     fn launched(run: &str, deadline: u64) -> RunState {
-        RunState::Launched { rental: rental(tag(run, "n", deadline)), pin: Pin("p".into()) }
+        RunState::Launched { rental: rental(tag(run, "n", deadline)), pin: Pin("p".into()), restarts: 0 }
     }
 
     fn instance(id: &str, name: impl ToString) -> Instance {

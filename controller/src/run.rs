@@ -5,8 +5,11 @@
 //!
 //! ```text
 //! Planned -> Creating -> Rented -> Reachable -> Launched -> Ended -> Synced -> Terminating -> Closed
-//!    ^___________|          |          |           |          |         |          ^
-//!      not created          |__________|___________|__________|         |-> Held --|
+//!    ^___________|          |          |           ^__________|         |          ^
+//!    |  not created         |          |           | restarted|         |          |
+//!    |______________________|__________|___________|__________|         |-> Held --|
+//!    |    does not serve, or went away: Discarding |          |                    |
+//!                           |__________|___________|__________|                    |
 //!                              stopped: straight on, or by Salvaging ______________|
 //! ```
 
@@ -104,6 +107,9 @@ pub enum RunState {
         rental: Rental,
         /// The host key.
         pin: Pin,
+        /// How often it was started again on this instance.
+        #[serde(default)]
+        restarts: u32,
     },
     /// The worker's process is gone; its files are on the instance.
     Ended {
@@ -113,6 +119,9 @@ pub enum RunState {
         pin: Pin,
         /// Exit status; `None`: ended by a signal, or unknown.
         exit: Option<i32>,
+        /// How often it was started again on this instance.
+        #[serde(default)]
+        restarts: u32,
     },
     /// The run is over before its end; what there is comes home before the instance ends.
     Salvaging {
@@ -141,12 +150,15 @@ pub enum RunState {
         /// Where the files are.
         results: Brought,
     },
-    /// The instance does not serve and is to end; then another offer is taken.
+    /// The instance does not serve, or went away, and is to end if it has not; then another one is rented.
     Discarding {
         /// The instance.
         rental: Rental,
         /// Why.
         reason: String,
+        /// It served until it went away, and its worker's work with it.
+        #[serde(default)]
+        lost: bool,
     },
     /// The instance is to end. Left only when complete listings no longer show it.
     Terminating {
@@ -200,10 +212,13 @@ pub enum RunEvent {
         /// What the instance bills, as the cloud said when it was up.
         price: Option<UsdPerHour>,
     },
-    /// The instance does not serve, and nothing was run on it: another one is to be had.
+    /// The instance does not serve, or went away: another one is to be had.
     Discarded {
         /// Why.
         reason: String,
+        /// It served until it went away.
+        #[serde(default)]
+        lost: bool,
     },
     /// The worker runs, or has run.
     Launched,
@@ -212,6 +227,8 @@ pub enum RunEvent {
         /// Exit status, if there is one.
         exit: Option<i32>,
     },
+    /// The worker died, and was started again to go on from its last save point.
+    Restarted,
     /// Files are at home.
     Fetched {
         /// Where.
@@ -281,6 +298,9 @@ pub struct Refusal {
     /// An instance was rented, did not serve, and was ended again.
     #[serde(default)]
     pub rented: bool,
+    /// That instance served until it went away by itself: nothing speaks against another one like it.
+    #[serde(default)]
+    pub lost: bool,
 }
 
 /// Files brought home.
@@ -444,11 +464,14 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
     use {RunEvent as E, RunState as S};
     let new = match (state.clone(), event.clone()) {
         (S::Planned { refused }, E::Creating { intent }) => S::Creating { intent: *intent, refused },
-        (S::Planned { .. }, E::Stopped { ending }) => S::Closed { ending, results: None, loss: None },
+        (S::Planned { refused }, E::Stopped { ending }) => {
+            let loss = refused.iter().any(|refusal| refusal.lost).then(|| WENT_AWAY.to_owned());
+            S::Closed { ending, results: None, loss }
+        }
 
         (S::Creating { refused, .. }, E::NotCreated { refused: false, .. }) => S::Planned { refused },
         (S::Creating { intent, mut refused }, E::NotCreated { reason, refused: true }) => {
-            refused.push(Refusal { offer: intent.offer, reason, rented: false });
+            refused.push(Refusal { offer: intent.offer, reason, rented: false, lost: false });
             S::Planned { refused }
         }
         (S::Creating { intent: Intent { offer, tag }, refused }, E::Created { instance, price }) => {
@@ -460,23 +483,28 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
             let price = price.unwrap_or(rental.price);
             S::Reachable { rental: Rental { price, ..rental }, pin }
         }
-        (S::Rented { rental } | S::Reachable { rental, .. }, E::Discarded { reason }) => {
-            S::Discarding { rental, reason }
-        }
-        (S::Discarding { rental, reason }, E::Gone | E::Vanished) => {
+        (
+            S::Rented { rental } | S::Reachable { rental, .. } | S::Launched { rental, .. } | S::Ended { rental, .. },
+            E::Discarded { reason, lost },
+        ) => S::Discarding { rental, reason, lost },
+        (S::Discarding { rental, reason, lost }, E::Gone | E::Vanished) => {
             let Rental { offer, mut refused, .. } = rental;
-            refused.push(Refusal { offer, reason, rented: true });
+            refused.push(Refusal { offer, reason, rented: true, lost });
             S::Planned { refused }
         }
-        (S::Reachable { rental, pin }, E::Launched) => S::Launched { rental, pin },
-        (S::Launched { rental, pin }, E::WorkerEnded { exit }) => S::Ended { rental, pin, exit },
+        (S::Reachable { rental, pin }, E::Launched) => S::Launched { rental, pin, restarts: 0 },
+        (S::Launched { rental, pin, restarts }, E::WorkerEnded { exit }) => S::Ended { rental, pin, exit, restarts },
+        (S::Ended { rental, pin, restarts, .. }, E::Restarted) => S::Launched { rental, pin, restarts: restarts + 1 },
         (S::Ended { rental, .. }, E::Fetched { results, ending }) => S::Synced { rental, ending, results },
 
         // Before the launch there is nothing to bring home.
-        (S::Rented { rental } | S::Reachable { rental, .. } | S::Discarding { rental, .. }, E::Stopped { ending }) => {
+        (S::Rented { rental } | S::Reachable { rental, .. }, E::Stopped { ending }) => {
             S::Terminating { rental, ending, results: None, loss: None }
         }
-        (S::Launched { rental, pin } | S::Ended { rental, pin, .. }, E::Stopped { ending }) => {
+        (S::Discarding { rental, lost, .. }, E::Stopped { ending }) => {
+            S::Terminating { rental, ending, results: None, loss: lost.then(|| WENT_AWAY.to_owned()) }
+        }
+        (S::Launched { rental, pin, .. } | S::Ended { rental, pin, .. }, E::Stopped { ending }) => {
             S::Salvaging { rental, pin, ending }
         }
         // The reason for stopping stands, whatever the files say.
@@ -509,13 +537,15 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
     Ok(new)
 }
 
+const WENT_AWAY: &str = "the instance went away before its files were brought home";
+
 /// Results that are at home stay what they are when the instance goes; otherwise they went with it.
 fn vanished(state: &RunState) -> RunState {
     let ran = matches!(state, RunState::Launched { .. } | RunState::Ended { .. } | RunState::Salvaging { .. });
     RunState::Closed {
         ending: state.ending().cloned().unwrap_or(Ending::InstanceLost),
         results: state.results().cloned(),
-        loss: ran.then(|| "the instance went away before its files were brought home".to_owned()),
+        loss: ran.then(|| WENT_AWAY.to_owned()),
     }
 }
 
@@ -530,6 +560,7 @@ impl RunEvent {
             Self::Discarded { .. } => "discarded",
             Self::Launched => "launched",
             Self::WorkerEnded { .. } => "worker ended",
+            Self::Restarted => "restarted",
             Self::Fetched { .. } => "fetched",
             Self::NotFetched { .. } => "not fetched",
             Self::Stopped { .. } => "stopped",
@@ -611,7 +642,9 @@ mod tests {
             RunEvent::Created { instance: InstanceId("i1".into()), price: Some(UsdPerHour::from_dollars(2.0)) },
             RunEvent::Created { instance: InstanceId("i1".into()), price: None },
             RunEvent::Reached { pin: Pin("key".into()), price: None },
-            RunEvent::Discarded { reason: "it has no GPU".into() },
+            RunEvent::Discarded { reason: "it has no GPU".into(), lost: false },
+            RunEvent::Discarded { reason: "it went away".into(), lost: true },
+            RunEvent::Restarted,
             RunEvent::Launched,
             RunEvent::WorkerEnded { exit: Some(0) },
             RunEvent::Fetched { results: brought(), ending: Ending::Completed },
@@ -686,7 +719,7 @@ mod tests {
             RunEvent::NotCreated { reason: "sold out".into(), refused: true },
             RunEvent::Creating { intent: intent() },
             RunEvent::Created { instance: InstanceId("i1".into()), price: None },
-            RunEvent::Discarded { reason: "it has no GPU".into() },
+            RunEvent::Discarded { reason: "it has no GPU".into(), lost: false },
         ];
         let discarding = replay(&path);
         assert!(discarding.tag().is_some(), "it bills until it is gone");
@@ -696,6 +729,31 @@ mod tests {
         assert_eq!(refused.iter().map(|refusal| refusal.rented).collect::<Vec<_>>(), [false, true]);
         let stopped = next(&discarding, &RunEvent::Stopped { ending: Ending::Interrupted }).unwrap();
         assert_eq!(stopped.word(), "terminating");
+    }
+
+    #[test]
+    fn what_went_away_with_the_workers_work_is_a_loss_unless_another_instance_makes_it_good() {
+        let launched = [
+            RunEvent::Creating { intent: intent() },
+            RunEvent::Created { instance: InstanceId("i1".into()), price: None },
+            RunEvent::Reached { pin: Pin("key".into()), price: None },
+            RunEvent::Launched,
+        ];
+        let lost = [RunEvent::Discarded { reason: "preempted".into(), lost: true }, RunEvent::Gone];
+        let ended = [
+            RunEvent::WorkerEnded { exit: Some(137) },
+            RunEvent::Restarted,
+            RunEvent::WorkerEnded { exit: Some(0) },
+            RunEvent::Fetched { results: brought(), ending: Ending::Completed },
+            RunEvent::Terminate,
+            RunEvent::Gone,
+        ];
+        let stop = [RunEvent::Stopped { ending: Ending::Interrupted }];
+        let RunState::Closed { loss, .. } = replay(&[&launched[..], &lost, &stop].concat()) else { panic!("closed") };
+        assert_eq!(loss.as_deref(), Some(WENT_AWAY));
+        let mended = replay(&[&launched[..], &lost, &launched, &ended].concat());
+        let whole = RunState::Closed { ending: Ending::Completed, results: Some(brought()), loss: None };
+        assert_eq!(mended, whole);
     }
 
     #[test]
@@ -712,7 +770,7 @@ mod tests {
         /// Over any sequence of events, illegal ones refused: what may bill is never forgotten, the end is the end, and
         /// state and events survive their journey through JSON.
         #[test]
-        fn laws(picks in prop::collection::vec(0usize..16, 0..60)) {
+        fn laws(picks in prop::collection::vec(0usize..18, 0..60)) {
             let all = events();
             let mut state = RunState::initial();
             for pick in picks {

@@ -87,6 +87,8 @@ pub(crate) struct Machine {
     hidden: u32,
     worker: JobStatus,
     guarded: bool,
+    /// The worker has written its manifest.
+    whole: bool,
     price: UsdPerHour,
 }
 
@@ -107,6 +109,8 @@ pub(crate) struct World {
     /// Offers whose hosts are not what they were said to be.
     pub(crate) unfit: Vec<String>,
     pub(crate) create_error: Option<BrokerErrorKind>,
+    /// So often a worker dies.
+    pub(crate) deaths: u32,
     /// The worker runs until it is stopped.
     pub(crate) endless: bool,
     /// The worker ends with this instead of results.
@@ -253,6 +257,7 @@ impl Broker for Fake {
                 hidden: world.visibility,
                 worker: JobStatus::NotStarted,
                 guarded: false,
+                whole: false,
                 price: world.price_on_arrival.unwrap_or(offer.price),
             };
             world.machines.insert(id.clone(), machine.clone());
@@ -345,16 +350,9 @@ struct FakeHost {
 }
 
 impl FakeHost {
-    async fn on_machine<T>(
-        &self,
-        name: &'static str,
-        apply: impl FnOnce(&mut Machine, bool) -> T,
-    ) -> Result<T, HostError> {
+    async fn on_machine<T>(&self, name: &'static str, apply: impl FnOnce(&mut Machine) -> T) -> Result<T, HostError> {
         let id = self.id.clone();
-        let done = self.fake.effect(name, |world| {
-            let endless = world.endless;
-            world.machines.get_mut(&id).map(|machine| apply(machine, endless))
-        });
+        let done = self.fake.effect(name, |world| world.machines.get_mut(&id).map(apply));
         let gone = || HostError { transient: true, message: "connection reset".into(), hint: None };
         done.await.map_err(Struck::host)?.ok_or_else(gone)
     }
@@ -363,7 +361,7 @@ impl FakeHost {
 #[async_trait]
 impl Host for FakeHost {
     async fn probe(&self, offer: &Offer, _: &GpuRequest) -> Result<String, HostError> {
-        self.on_machine("probe", |_, _| ()).await?;
+        self.on_machine("probe", |_| ()).await?;
         if self.fake.world.lock().unwrap().unfit.contains(&offer.key) {
             return Err(HostError { transient: false, message: "it has 0 GPUs".into(), hint: None });
         }
@@ -372,22 +370,22 @@ impl Host for FakeHost {
 
     async fn guard(&self, _: &str, terms: &Terms) -> Result<(), HostError> {
         assert!(!terms.left.is_zero(), "a guard would end the instance at once");
-        self.on_machine("guard", |machine, _| machine.guarded = true).await
+        self.on_machine("guard", |machine| machine.guarded = true).await
     }
 
     async fn push_worker(&self, on: &Listener<'_>) -> Result<(), HostError> {
         on(HostTalk::Uploading { name: "worker".into(), sent: 1, total: 2 });
-        self.on_machine("push worker", |_, _| ()).await
+        self.on_machine("push worker", |_| ()).await
     }
 
     async fn push(&self, _: &str, local: &Path, name: &str, _: &Listener<'_>) -> Result<String, HostError> {
         assert!(local.exists());
-        self.on_machine("push", |_, _| ()).await?;
+        self.on_machine("push", |_| ()).await?;
         Ok(format!("/remote/{name}"))
     }
 
     async fn launch(&self, _: &str, _: &JobSpec, _: &[(&'static str, Secret)]) -> Result<(), HostError> {
-        self.on_machine("launch", |machine, _| {
+        self.on_machine("launch", |machine| {
             assert!(machine.guarded, "nothing runs without a guard");
             if machine.worker == JobStatus::NotStarted {
                 machine.worker = JobStatus::Running;
@@ -396,18 +394,34 @@ impl Host for FakeHost {
         .await
     }
 
+    async fn restart(&self, _: &str, _: &[(&'static str, Secret)]) -> Result<(), HostError> {
+        self.on_machine("restart", |machine| {
+            if !machine.whole {
+                machine.worker = JobStatus::Running;
+            }
+        })
+        .await
+    }
+
     async fn status(&self, _: &str) -> Result<JobStatus, HostError> {
-        self.on_machine("status", |machine, _| machine.worker).await
+        self.on_machine("status", |machine| machine.worker).await
     }
 
     async fn follow(&self, _: &str, _: &Listener<'_>) -> Result<JobStatus, HostError> {
-        let status = self.on_machine("follow", |machine, endless| {
-            if machine.worker == JobStatus::Running && !endless {
+        let id = self.id.clone();
+        let status = self.fake.effect("follow", |world| {
+            let machine = world.machines.get_mut(&id)?;
+            if machine.worker == JobStatus::Running && world.deaths > 0 {
+                world.deaths -= 1;
+                machine.worker = JobStatus::Ended { exit: Some(137) };
+            } else if machine.worker == JobStatus::Running && !world.endless {
                 machine.worker = JobStatus::Ended { exit: Some(0) };
+                machine.whole = true;
             }
-            machine.worker
+            Some(machine.worker)
         });
-        let status = status.await?;
+        let gone = || HostError { transient: true, message: "connection reset".into(), hint: None };
+        let status = status.await.map_err(Struck::host)?.ok_or_else(gone)?;
         if status == JobStatus::Running {
             return std::future::pending().await;
         }
@@ -415,8 +429,7 @@ impl Host for FakeHost {
     }
 
     async fn fetch(&self, _: &str, into: &Path, _: &Listener<'_>) -> Result<Option<Manifest>, HostError> {
-        let done =
-            self.on_machine("fetch", |machine, endless| !endless && machine.worker != JobStatus::Running).await?;
+        let done = self.on_machine("fetch", |machine| machine.whole).await?;
         fs::write(into.join(files::LOG), "said something\n").unwrap();
         if !done {
             return Ok(None);
@@ -440,7 +453,7 @@ impl Host for FakeHost {
     }
 
     async fn stop_worker(&self, _: &str) -> Result<(), HostError> {
-        self.on_machine("stop worker", |machine, _| {
+        self.on_machine("stop worker", |machine| {
             if machine.worker == JobStatus::Running {
                 machine.worker = JobStatus::Ended { exit: None };
             }

@@ -68,6 +68,9 @@ pub trait Host: Send + Sync {
     /// Starts the worker, detached. Starting it twice starts it once.
     async fn launch(&self, run: &str, job: &JobSpec, secrets: &[(&'static str, Secret)]) -> Result<(), HostError>;
 
+    /// Starts a worker again that died, on what it left. One that runs, or has ended as it should, is left alone.
+    async fn restart(&self, run: &str, secrets: &[(&'static str, Secret)]) -> Result<(), HostError>;
+
     /// Where the worker stands.
     async fn status(&self, run: &str) -> Result<JobStatus, HostError>;
 

@@ -38,6 +38,7 @@ fn prepare(world: &mut World, random: &mut StdRng) {
     world.unfit = pick(random, 0.1);
     world.visibility = random.random_range(0..3);
     world.endless = random.random_bool(0.05);
+    world.deaths = if random.random_bool(0.1) { random.random_range(1..4) } else { 0 };
     world.damage = random.random_bool(0.05);
     world.max_duration_s = if world.endless { 2 } else { 3600 };
     if random.random_bool(0.1) {

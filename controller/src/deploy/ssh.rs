@@ -162,6 +162,12 @@ impl Host for SshHost {
         Ok(())
     }
 
+    async fn restart(&self, run: &str, secrets: &[(&'static str, Secret)]) -> Result<(), HostError> {
+        let secrets: Vec<(&str, &Secret)> = secrets.iter().map(|(name, secret)| (*name, secret)).collect();
+        self.host.restart(run, &secrets).await?;
+        Ok(())
+    }
+
     async fn status(&self, run: &str) -> Result<JobStatus, HostError> {
         Ok(self.host.status(run).await?)
     }

@@ -21,8 +21,10 @@ type Step = Result<(), StepError>;
 const UNANSWERED: u32 = 3;
 /// Offers that are tried for one run, over all clouds.
 const MOST_TRIED: usize = 25;
-/// Instances of one run that may turn out not to serve: then the fault is hardly theirs.
+/// Instances of one run that may turn out not to serve, or go away: then the fault is hardly theirs.
 const MOST_RENTED: usize = 3;
+/// On one instance a worker that died is started again so often.
+const MOST_RESTARTS: u32 = 2;
 /// An instance may bill so much more than its offer said where no cap was given.
 const PRICE_SLACK: f64 = 1.1;
 
@@ -46,7 +48,9 @@ impl Driver<'_> {
         let selected = (self.ports.select)(offered.offers, &self.run.record().spec)
             .map_err(|trouble| StepError::End(Ending::Failed { trouble }))?;
         let Some(offer) = self.next_offer(&selected, refused) else {
-            return Err(StepError::End(none_left(refused, selected.len())));
+            let was_lost = refused.last().is_some_and(|refusal| refusal.lost);
+            let ending = if was_lost { Ending::InstanceLost } else { none_left(refused, selected.len()) };
+            return Err(StepError::End(ending));
         };
         let tag = LeaseTag {
             owner: self.run.owner().to_owned(),
@@ -67,7 +71,7 @@ impl Driver<'_> {
             return None;
         }
         let is = |offer: &Offer, tried: &Offer| (&offer.broker, &offer.key) == (&tried.broker, &tried.key);
-        let tried = |offer: &Offer| refused.iter().any(|refusal| is(offer, &refusal.offer));
+        let tried = |offer: &Offer| refused.iter().any(|refusal| !refusal.lost && is(offer, &refusal.offer));
         selected.iter().find(|offer| !tried(offer) && !self.ports.bad_hosts.has(offer)).cloned()
     }
 
@@ -257,7 +261,7 @@ impl Driver<'_> {
             match listed.into_iter().find(|instance| instance.id == rental.instance).map(|instance| instance.state) {
                 None => absences += 1,
                 Some(InstanceState::Failed(_) | InstanceState::Stopped | InstanceState::Terminating) => {
-                    return StepError::End(Ending::InstanceLost);
+                    return StepError::Down;
                 }
                 Some(_) => absences = 0,
             }
@@ -267,14 +271,18 @@ impl Driver<'_> {
         }
     }
 
-    /// Ended: brings the files home.
-    pub(super) async fn sync(&mut self, rental: &Rental, pin: &Pin, exit: Option<i32>) -> Step {
+    /// Ended: brings the files home, or starts a worker again that died.
+    pub(super) async fn sync(&mut self, rental: &Rental, pin: &Pin, exit: Option<i32>, restarts: u32) -> Step {
         let folders = self.folders();
         if let Some((results, ending)) = bring::already_home(&folders) {
             return Ok(self.append(RunEvent::Fetched { results, ending })?);
         }
         self.connect(rental, Some(pin), Duration::ZERO).await?;
         match self.fetch(&folders).await {
+            // Who fails says so in a manifest.
+            Ok(None) if restarts < MOST_RESTARTS && self.has_time() && self.is_replaceable() => {
+                self.restart(exit).await
+            }
             Ok(manifest) => self.fetched(&folders, manifest.as_ref(), exit),
             Err(error) => {
                 let ended = self.try_again_host(error, self.cloud()?.patience.sync).await;
@@ -282,6 +290,21 @@ impl Driver<'_> {
                 ended
             }
         }
+    }
+
+    async fn restart(&mut self, exit: Option<i32>) -> Step {
+        let how = exit.map_or_else(|| "was killed".to_owned(), |exit| format!("died with status {exit}"));
+        (self.on)(DeployEvent::Talk(HostTalk::Note(format!("the worker {how}; it is started again"))));
+        match self.host().restart(&self.run.record().id, self.ports.secrets).await {
+            Ok(()) => Ok(self.append(RunEvent::Restarted)?),
+            // Whatever happened to it, its files are not what they were.
+            Err(error) if !error.transient => Err(StepError::Down),
+            Err(error) => self.try_again_host(error, self.cloud()?.patience.sync).await,
+        }
+    }
+
+    fn has_time(&self) -> bool {
+        self.time_is_up_at().is_some_and(|at| at > Instant::now())
     }
 
     /// Salvaging: stops the worker and brings home what there is.
@@ -430,9 +453,7 @@ impl Driver<'_> {
             let why = match found.state {
                 InstanceState::Ready(endpoint) => return Ok(endpoint),
                 InstanceState::Failed(why) => return Err(did_not_come_up(rental, &why)),
-                InstanceState::Stopped | InstanceState::Terminating => {
-                    return Err(StepError::End(Ending::InstanceLost));
-                }
+                InstanceState::Stopped | InstanceState::Terminating => return Err(StepError::Down),
                 InstanceState::Booting => "it is still booting".to_owned(),
                 InstanceState::Unknown(word) => format!("its state is `{word}`"),
             };

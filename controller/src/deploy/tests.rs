@@ -241,13 +241,52 @@ async fn ctrl_c_and_then_a_crash_still_end_in_terminate() {
 }
 
 #[tokio::test]
-async fn an_instance_that_goes_away_ends_the_run() {
+async fn an_instance_that_goes_away_is_replaced_and_the_run_completes() {
     sweep(Fault::Preempted, None, |fake, lives, what| {
-        let record = last(lives);
-        assert!(record.state.is_closed(), "{what}");
-        assert!(fake.world.lock().unwrap().machines.is_empty(), "{what}");
+        closed_and_clean(fake, last(lives), what);
+        assert_eq!(last(lives).state.ending(), Some(&Ending::Completed), "{what}");
     })
     .await;
+}
+
+#[tokio::test]
+async fn instances_that_go_away_again_and_again_end_the_run_with_a_loss() {
+    let (fake, home) = (Fake::new(), home());
+    let (plain, ..) = happy().await;
+    let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
+    fake.set(|world| world.armed = (follow..200).map(|at| (at, Fault::Preempted)).collect());
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+    closed_and_clean(&fake, &record, "preempted");
+    let RunState::Closed { ending: Ending::InstanceLost, loss: Some(loss), .. } = &record.state else {
+        panic!("{:?}", record.state)
+    };
+    assert!(loss.contains("before its files were brought home"), "{loss}");
+    assert_eq!(fake.world.lock().unwrap().creates, 3);
+}
+
+#[tokio::test]
+async fn a_worker_that_dies_is_started_again_and_not_for_ever() {
+    for (deaths, completed) in [(1, true), (2, true), (3, false)] {
+        let (fake, home) = (Fake::new(), home());
+        fake.set(|world| world.deaths = deaths);
+        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+        closed_and_clean(&fake, &record, "died");
+        assert_eq!(record.state.ending() == Some(&Ending::Completed), completed, "{deaths}");
+        assert!(completed || record.state.ending() == Some(&Ending::WorkerVanished { exit: Some(137) }));
+        assert_eq!(fake.world.lock().unwrap().creates, 1);
+    }
+}
+
+#[tokio::test]
+async fn killed_anywhere_while_a_worker_is_started_again_the_run_still_completes() {
+    let dies = |world: &mut super::fake::World| world.deaths = 1;
+    for fault in [Fault::CrashBefore, Fault::CrashAfter] {
+        let runs = sweep_with(fault, None, dies, |fake, lives, what| {
+            closed_and_clean(fake, last(lives), what);
+            assert_eq!(last(lives).state.ending(), Some(&Ending::Completed), "{what}");
+        });
+        assert!(runs.await > 18);
+    }
 }
 
 #[tokio::test]

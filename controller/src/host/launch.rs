@@ -93,16 +93,50 @@ impl RemoteHost {
             (JobStatus::Running, pid) => return Ok(Launched::Running { pid: pid.unwrap_or(0) }),
             (JobStatus::Ended { exit }, _) => return Ok(Launched::Ended { exit }),
         }
-        let secrets = secrets_file(secrets)?;
         let job = serde_json::to_vec_pretty(job)
             .map_err(|e| HostError::new(HostErrorKind::Local, format!("the job cannot be written: {e}")))?;
         let at = |name: &str| format!("{folder}/{name}");
         self.sh(&format!("umask 077; mkdir -p {}", quote(&folder)), SHORT).await?;
         self.transport.put_bytes(&job, &at(files::JOB), 0o600).await?;
         self.transport.put_bytes(wrapper(worker, &folder).as_bytes(), &at(WRAPPER), 0o700).await?;
+        self.put_secrets(&folder, secrets).await?;
+        self.start(&folder).await
+    }
+
+    async fn put_secrets(&self, folder: &str, secrets: &[(&str, &Secret)]) -> Result<(), HostError> {
+        let secrets = secrets_file(secrets)?;
         if !secrets.is_empty() {
-            self.transport.put_bytes(secrets.as_bytes(), &at(SECRETS), 0o600).await?;
+            self.transport.put_bytes(secrets.as_bytes(), &format!("{folder}/{SECRETS}"), 0o600).await?;
         }
+        Ok(())
+    }
+
+    /// Starts a worker again that died: it goes on from its last save point, on the job it had.
+    ///
+    /// Idempotent: one that runs, or has left its manifest, is left alone and told so.
+    pub async fn restart(&self, run: &str, secrets: &[(&str, &Secret)]) -> Result<Launched, HostError> {
+        Ok(again!(PATIENCE, &|_| {}, self.restart_once(run, secrets)))
+    }
+
+    async fn restart_once(&self, run: &str, secrets: &[(&str, &Secret)]) -> Result<Launched, HostError> {
+        let folder = self.run_folder(run).await?;
+        // What a process of its own may have left running goes first: two workers in one folder would spoil it.
+        let clear = format!(
+            "{PROCESS}\ncd {} || exit 1\n[ -f {WRAPPER} ] && [ -f {job} ] || exit 1\n\
+             if [ -f {manifest} ] || alive worker.pid; then echo '@left alone'; exit 0; fi\n\
+             stop_worker || exit 1\nrm -f {exit} worker.pid",
+            quote(&folder),
+            job = files::JOB,
+            manifest = files::MANIFEST,
+            exit = files::EXIT_CODE,
+        );
+        if self.sh(&clear, SHORT + STOP_PATIENCE).await?.field("left") == "alone" {
+            return Ok(match self.state(run).await? {
+                (JobStatus::Ended { exit }, _) => Launched::Ended { exit },
+                (_, pid) => Launched::Running { pid: pid.unwrap_or(0) },
+            });
+        }
+        self.put_secrets(&folder, secrets).await?;
         self.start(&folder).await
     }
 
