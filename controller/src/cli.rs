@@ -281,6 +281,9 @@ pub struct DeployArgs {
     /// After this the instance ends: 90s, 45m, 6h [default: settings].
     #[arg(long, value_name = "TIME")]
     pub max_duration: Option<Span>,
+    /// Rent nothing that could bring the cost of this run above this, in USD, by its time limit.
+    #[arg(long, value_name = "USD", value_parser = dollars)]
+    pub budget: Option<f64>,
     /// Show the plan, what would be rented and its cost; rent nothing.
     #[arg(long)]
     pub dry_run: bool,

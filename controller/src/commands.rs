@@ -207,7 +207,7 @@ impl Context {
 
     /// The way to rented hosts, to which `worker` is pushed.
     pub fn hosts(&self, worker: &Path) -> SshHosts {
-        SshHosts::new(worker.to_owned(), self.settings.push_limit)
+        SshHosts::new(worker.to_owned(), self.settings.push_limit, self.settings.save_point_limit)
     }
 }
 

@@ -3,19 +3,22 @@
 //! There is one loop: it looks at the state, makes one step, writes what happened. A fresh run and one that was found after a
 //! crash take the same path; what only this process knows ([`Memory`]) merely saves work.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::broker::{Instance, Offer};
 use crate::clouds::{Cloud, Patience};
-use crate::ledger::{LedgerError, RunRecord, RunWriter};
+use crate::ledger::{LedgerError, RunRecord, RunWriter, now_ms};
 use crate::run::{Ending, RunEvent, RunState, Trouble, TroubleKind};
 use crate::units::UsdPerHour;
 
 mod bring;
 #[cfg(test)]
 pub(crate) mod fake;
+#[cfg(test)]
+mod mutants;
 mod ports;
 mod recover;
 #[cfg(test)]
@@ -314,7 +317,7 @@ impl<'a> Driver<'a> {
     fn time_is_up_at(&self) -> Option<Instant> {
         let deadline = Duration::from_secs(self.run.state().rental()?.tag.deadline);
         let reserve = (Duration::from_secs(self.run.record().spec.max_duration_s) / 10).min(Duration::from_secs(300));
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = Duration::from_millis(now_ms());
         Some(Instant::now() + deadline.saturating_sub(reserve).saturating_sub(now))
     }
 
@@ -328,7 +331,7 @@ impl<'a> Driver<'a> {
             tracing::warn!("{RUN_FILE} could not be written: {error}");
         }
         if record.state.is_closed()
-            && let Err(error) = self.ports.hosts.forget_key(&self.run.folder())
+            && let Err(error) = self.ports.hosts.forget(&self.run.folder())
         {
             tracing::warn!("the run's key could not be removed: {error}");
         }

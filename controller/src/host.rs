@@ -26,6 +26,7 @@ mod probe;
 mod push;
 mod reach;
 mod retry;
+mod savepoint;
 
 pub use error::{HostError, HostErrorKind};
 pub use fetch::Fetched;
@@ -35,6 +36,7 @@ pub use launch::{JobStatus, Launched};
 pub use probe::{GpuFacts, HostFacts};
 pub use push::{PushedFolder, RemoteWorker};
 pub use reach::reach;
+pub use savepoint::Stamp;
 
 /// For scripts that look and do not work: connection, three round trips and a slow disk.
 const SHORT: Duration = Duration::from_secs(60);

@@ -71,7 +71,8 @@ pub struct Entry {
 }
 
 impl RunRecord {
-    /// What the run's instance has cost until it was gone, or until `now_ms`: our arithmetic, not the cloud's bill.
+    /// What the run's instances have cost until they were seen gone, or until `now_ms`: our arithmetic, never less than the time
+    /// they can have existed times their price; not the cloud's bill.
     pub fn cost(&self, now_ms: u64) -> Usd {
         let mut cost = Usd::ZERO;
         let mut from = None;
@@ -79,12 +80,16 @@ impl RunRecord {
         let bill = |from: Option<(u64, crate::units::UsdPerHour)>, to: u64| {
             from.map_or(Usd::ZERO, |(since, price)| price.cost(Duration::from_millis(to.saturating_sub(since))))
         };
+        let mut asked_at = self.created_at_ms;
         for entry in &self.events {
             let Ok(new) = run::next(&state, &entry.event) else { break };
-            if let (RunEvent::Created { .. }, Some(rental)) = (&entry.event, new.rental()) {
-                from = Some((entry.at_ms, rental.price));
-            } else if matches!(entry.event, RunEvent::Gone | RunEvent::Vanished) {
-                cost = cost + bill(from.take(), entry.at_ms);
+            match (&entry.event, new.rental()) {
+                (RunEvent::Creating { .. }, _) => asked_at = entry.at_ms,
+                // It may have been there, and billed, from the first call on: a controller may have died in between.
+                (RunEvent::Created { .. }, Some(rental)) => from = Some((asked_at, rental.price)),
+                (RunEvent::Reached { .. }, Some(rental)) => from = from.map(|(since, _)| (since, rental.price)),
+                (RunEvent::Gone | RunEvent::Vanished, _) => cost = cost + bill(from.take(), entry.at_ms),
+                _ => {}
             }
             state = new;
         }
@@ -431,6 +436,10 @@ impl LedgerError {
 
 /// Milliseconds since the Unix epoch.
 pub fn now_ms() -> u64 {
+    #[cfg(test)]
+    if let Some(now) = crate::deploy::fake::wound_ms() {
+        return now;
+    }
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }
 
@@ -470,6 +479,7 @@ mod tests {
             keep_running: false,
             max_duration_s: 60,
             watch: Watch::NEVER,
+            budget: None,
             results: "/r".into(),
         }
     }
@@ -572,14 +582,15 @@ mod tests {
     }
 
     #[test]
-    fn the_bill_runs_from_created_to_gone() {
+    fn the_bill_runs_from_the_create_call_to_gone() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         let mut run = ledger.plan(&spec()).unwrap();
         assert_eq!(run.record().cost(now_ms() + 9_000_000), Usd::ZERO);
         run.append(creating()).unwrap();
-        run.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
         let since = run.record().changed_at_ms();
+        std::thread::sleep(Duration::from_millis(20));
+        run.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
         assert_eq!(run.record().cost(since + 2_000), Usd::from_dollars(2.0));
         run.append(RunEvent::Stopped { ending: Ending::Interrupted }).unwrap();
         std::thread::sleep(Duration::from_millis(20));

@@ -19,6 +19,7 @@ pub mod keys;
 pub mod ledger;
 pub mod local_worker;
 pub mod market;
+pub mod mutant;
 pub mod reconcile;
 pub mod report;
 pub mod run;

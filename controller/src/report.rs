@@ -42,7 +42,7 @@ pub enum ExitStatus {
     Refused,
     /// No offer.
     NoOffer,
-    /// Time is up.
+    /// Time or money is up.
     TimeUp,
     /// A cloud, its key or an instance failed.
     Cloud,
@@ -74,6 +74,7 @@ impl ExitStatus {
             Some(Ending::WorkerFailed { .. } | Ending::WorkerVanished { .. }) => Self::Failed,
             Some(Ending::Failed { trouble }) => match trouble.kind {
                 TroubleKind::NoOffer => Self::NoOffer,
+                TroubleKind::Budget => Self::TimeUp,
                 TroubleKind::Broker | TroubleKind::Host => Self::Cloud,
                 TroubleKind::Local => Self::Failed,
             },

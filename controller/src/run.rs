@@ -20,7 +20,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::broker::{GpuRequest, InstanceId, LeaseTag, Offer};
 use crate::estimate::Work;
-use crate::units::{Bytes, UsdPerHour};
+use crate::mutant::{Mutant, planted};
+use crate::units::{Bytes, Usd, UsdPerHour};
 
 /// What a run is to do. Fixed when the run is planned; everything a later process needs to carry on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,6 +51,9 @@ pub struct RunSpec {
     /// What the guard on the instance waits for before that.
     #[serde(default)]
     pub watch: Watch,
+    /// No instance is rented that could cost more than what is left of this until its time is up.
+    #[serde(default)]
+    pub budget: Option<Usd>,
     /// Folder of this machine below which the results' folder appears.
     pub results: String,
 }
@@ -360,6 +364,8 @@ pub struct Trouble {
 pub enum TroubleKind {
     /// No offer passes the filters, or none could be had.
     NoOffer,
+    /// What is left of the budget does not pay for any offer until its time limit.
+    Budget,
     /// The cloud refused us: key, funds, or a request it does not like.
     Broker,
     /// The instance did not come up, or cannot be spoken to.
@@ -465,8 +471,7 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
     let new = match (state.clone(), event.clone()) {
         (S::Planned { refused }, E::Creating { intent }) => S::Creating { intent: *intent, refused },
         (S::Planned { refused }, E::Stopped { ending }) => {
-            let loss = refused.iter().any(|refusal| refusal.lost).then(|| WENT_AWAY.to_owned());
-            S::Closed { ending, results: None, loss }
+            S::Closed { ending, results: None, loss: loss(&refused, false) }
         }
 
         (S::Creating { refused, .. }, E::NotCreated { refused: false, .. }) => S::Planned { refused },
@@ -499,15 +504,20 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
 
         // Before the launch there is nothing to bring home.
         (S::Rented { rental } | S::Reachable { rental, .. }, E::Stopped { ending }) => {
-            S::Terminating { rental, ending, results: None, loss: None }
+            let loss = loss(&rental.refused, false);
+            S::Terminating { rental, ending, results: None, loss }
         }
         (S::Discarding { rental, lost, .. }, E::Stopped { ending }) => {
-            S::Terminating { rental, ending, results: None, loss: lost.then(|| WENT_AWAY.to_owned()) }
+            let loss = loss(&rental.refused, lost);
+            S::Terminating { rental, ending, results: None, loss }
         }
         (S::Launched { rental, pin, .. } | S::Ended { rental, pin, .. }, E::Stopped { ending }) => {
             S::Salvaging { rental, pin, ending }
         }
         // The reason for stopping stands, whatever the files say.
+        (S::Salvaging { rental, .. }, E::Fetched { results, ending }) if planted(Mutant::EndingOverwritten) => {
+            S::Terminating { rental, ending, results: Some(results), loss: None }
+        }
         (S::Salvaging { rental, ending, .. }, E::Fetched { results, .. }) => {
             S::Terminating { rental, ending, results: Some(results), loss: None }
         }
@@ -539,13 +549,20 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
 
 const WENT_AWAY: &str = "the instance went away before its files were brought home";
 
+/// What is lost with nothing to make it good: of an instance that went away now, or of one before it.
+fn loss(refused: &[Refusal], now: bool) -> Option<String> {
+    (now || refused.iter().any(|refusal| refusal.lost)).then(|| WENT_AWAY.to_owned())
+}
+
 /// Results that are at home stay what they are when the instance goes; otherwise they went with it.
 fn vanished(state: &RunState) -> RunState {
     let ran = matches!(state, RunState::Launched { .. } | RunState::Ended { .. } | RunState::Salvaging { .. });
+    let before = state.rental().map_or(&[][..], |rental| &rental.refused);
+    let results = state.results().cloned();
     RunState::Closed {
         ending: state.ending().cloned().unwrap_or(Ending::InstanceLost),
-        results: state.results().cloned(),
-        loss: ran.then(|| WENT_AWAY.to_owned()),
+        loss: loss(before, ran).filter(|_| results.is_none()),
+        results,
     }
 }
 

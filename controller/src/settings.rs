@@ -96,6 +96,8 @@ pub struct Settings {
     pub spare_disk: Bytes,
     /// Largest folder or corpus that is pushed.
     pub push_limit: Bytes,
+    /// Largest save point that comes home while the worker runs.
+    pub save_point_limit: Bytes,
     /// When a feature counts.
     pub thresholds: Thresholds,
     /// Weight bytes per second, for plans.
@@ -183,6 +185,7 @@ struct RunSection {
     unclaimed: Option<Span>,
     spare_disk: Option<Size>,
     push_limit: Option<Size>,
+    save_point_limit: Option<Size>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -221,6 +224,7 @@ impl Settings {
         let unclaimed = user.run.unclaimed.or(defaults.run.unclaimed).ok_or_else(|| built_in("run.unclaimed"))?;
         let spare = user.run.spare_disk.or(defaults.run.spare_disk);
         let limit = user.run.push_limit.or(defaults.run.push_limit);
+        let save_point = user.run.save_point_limit.or(defaults.run.save_point_limit);
         let rate = user.plan.read_rate.or(defaults.plan.read_rate);
         Ok(Self {
             state: state_folder(environment)?,
@@ -232,6 +236,7 @@ impl Settings {
             watch: Watch { lease_s: lease.0.as_secs(), unclaimed_s: unclaimed.0.as_secs() },
             spare_disk: spare.ok_or_else(|| built_in("run.spare-disk"))?.0,
             push_limit: limit.ok_or_else(|| built_in("run.push-limit"))?.0,
+            save_point_limit: save_point.ok_or_else(|| built_in("run.save-point-limit"))?.0,
             thresholds: thresholds(&user.thresholds, &defaults.thresholds),
             read_rate: rate.ok_or_else(|| built_in("plan.read-rate"))?.0,
             efficiency: user.plan.efficiency.or(defaults.plan.efficiency).ok_or_else(|| built_in("plan.efficiency"))?,

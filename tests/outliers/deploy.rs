@@ -179,23 +179,67 @@ fn an_interrupt_ends_the_instance_and_a_second_one_skips_the_sync_alone() {
 }
 
 #[test]
-fn an_instance_that_vanishes_ends_the_run_and_says_so() {
+fn a_killed_controllers_run_is_attached_to_and_its_log_goes_on_where_it_was_left() {
     let desk = Desk::new();
-    let mut controller = desk.start(slow_deploy(&desk));
-    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
+    let mut controller = desk.start([slow_deploy(&desk), vec!["-v".to_owned()]].concat());
+    desk.wait_for("the worker to be heard", || desk.stderr().contains("layer 1/8"));
+    let refused = desk.run(["attach", "last"]);
+    assert!(refused.code == Some(2) && refused.stderr.contains("driven by another process"), "{refused:?}");
+    controller.kill().unwrap();
+    controller.wait().unwrap();
+    let said = desk.run(["attach", "-v"]).ok();
+    assert_eq!(desk.results().sequences, 120, "{said:?}");
+    let goes_on = said.stderr.contains("layer 8/8") && !said.stderr.contains("layer 1/8");
+    assert!(said.stderr.contains("Picking up run") && goes_on, "{said:?}");
+    desk.assert_nothing_left();
+    assert_eq!(desk.bill().entries.len(), 1, "the same instance, rented once");
+    let nothing = desk.run(["attach"]);
+    assert!(nothing.code == Some(2) && nothing.stderr.contains("no run was left behind"), "{nothing:?}");
+}
+
+/// Ends processes of the only instance with no time to say anything; all of them, or those of the worker.
+fn kill_on_the_instance(desk: &Desk, worker_only: bool) {
     let id = desk.bill().running[0].id.0.clone();
     let marked = format!("OUTLIERS_LOCAL_INSTANCE={id}");
     for entry in std::fs::read_dir("/proc").unwrap().filter_map(Result::ok) {
         let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
-        if String::from_utf8_lossy(&environment).contains(&marked) {
+        let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let of_worker =
+            ["launch.sh", "outliers-worker"].iter().any(|word| String::from_utf8_lossy(&command).contains(word));
+        if String::from_utf8_lossy(&environment).contains(&marked) && (of_worker || !worker_only) {
             let pid = entry.file_name().into_string().unwrap();
             // It may be gone already, with its parent.
             let _ = std::process::Command::new("kill").args(["-9", &pid]).output();
         }
     }
+}
+
+#[test]
+fn a_worker_that_is_killed_is_started_again_on_its_instance() {
+    let desk = Desk::new();
+    let mut controller = desk.start(slow_deploy(&desk));
+    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
+    kill_on_the_instance(&desk, true);
     let code = controller.wait().unwrap().code();
-    assert!(code.is_some_and(|code| code != 0 && code != 6), "{code:?}: {}", desk.stderr());
+    assert_eq!(code, Some(0), "{}", desk.stderr());
+    assert!(desk.stderr().contains("it is started again"), "{}", desk.stderr());
+    assert_eq!(desk.results().sequences, 120);
     desk.assert_nothing_left();
+    assert_eq!(desk.bill().entries.len(), 1);
+}
+
+#[test]
+fn an_instance_that_vanishes_is_replaced_and_the_run_completes() {
+    let desk = Desk::new();
+    let mut controller = desk.start(slow_deploy(&desk));
+    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
+    kill_on_the_instance(&desk, false);
+    let code = controller.wait().unwrap().code();
+    assert_eq!(code, Some(0), "{}", desk.stderr());
+    assert!(desk.stderr().contains("the instance went away by itself"), "{}", desk.stderr());
+    assert_eq!(desk.results().sequences, 120);
+    desk.assert_nothing_left();
+    assert_eq!(desk.bill().entries.len(), 2);
 }
 
 #[test]

@@ -16,6 +16,7 @@ use tempfile::TempDir;
 use tokio::time::Instant;
 
 mod guard;
+mod savepoint;
 
 /// Events as they came.
 #[derive(Default)]

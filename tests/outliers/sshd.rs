@@ -122,12 +122,13 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
         keep_running: false,
         max_duration_s: 600,
         watch: Watch { lease_s: 600, unclaimed_s: 600 },
+        budget: None,
         results: text(results.to_owned()),
     }
 }
 
 async fn drive(cloud: &Arc<SshdCloud>, run: RunWriter, patience: Patience) -> RunRecord {
-    let (hosts, bad_hosts) = (SshHosts::new(worker(), Bytes::from_gib(1)), BadHosts::default());
+    let (hosts, bad_hosts) = (SshHosts::new(worker(), Bytes::from_gib(1), Bytes::from_gib(1)), BadHosts::default());
     let clouds = Clouds::from(vec![Cloud { broker: cloud.clone(), patience, is_local: false }]);
     let ports = Ports { clouds: &clouds, select: all, bad_hosts: &bad_hosts, hosts: &hosts, secrets: &[] };
     let stop = tokio::sync::watch::Sender::new(Stop::Go);

@@ -248,6 +248,7 @@ fn spec(
         max_duration_s: args.max_duration.map_or(context.settings.max_duration, |span| span.0).as_secs(),
         // An instance that is kept is kept until its time is up.
         watch: if args.keep_running { Watch::NEVER } else { context.settings.watch },
+        budget: args.budget.map(Usd::from_dollars),
         results: results.ok_or_else(|| Complaint::refused("the results' folder is not UTF-8", "choose another"))?,
     })
 }

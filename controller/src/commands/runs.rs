@@ -1,11 +1,12 @@
 //! `runs`: the ledger, shown; a run, cancelled.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use outliers_protocol::files;
 use serde::Serialize;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::deploy::Deployed;
 use super::{Context, SCHEMA, ports};

@@ -1,14 +1,16 @@
 //! A cloud and its hosts in memory: stateful, and failing on request at the n-th effect.
 
-use std::collections::BTreeMap;
+use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use outliers_protocol::{FileEntry, JobSpec, Manifest, ModelSource, Outcome, SCHEMA, files};
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 
 use super::ports::{Host, HostError, HostTalk, Hosts, Listener, Ports};
 use super::{Stop, bring};
@@ -19,9 +21,16 @@ use crate::broker::{
 use crate::clouds::{BadHosts, Cloud, Clouds, Patience};
 use crate::estimate::Work;
 use crate::host::{JobStatus, Terms};
+use crate::ledger::now_ms;
+use crate::mutant::{Mutant, planted};
 use crate::run::{Pin, RunSpec, Trouble, TroubleKind, Watch};
 use crate::secret::Secret;
-use crate::units::{Bytes, UsdPerHour};
+use crate::units::{Bytes, Usd, UsdPerHour};
+
+/// As by default.
+const WATCH: Watch = Watch { lease_s: 7200, unclaimed_s: 3600 };
+/// Instances on one page of the list.
+const PAGE: usize = 2;
 
 /// Everything is quick here.
 pub(crate) const QUICK: Patience = Patience {
@@ -48,7 +57,8 @@ pub(crate) fn spec(results: &Path) -> RunSpec {
         push_model: false,
         keep_running: false,
         max_duration_s: 3600,
-        watch: Watch { lease_s: 600, unclaimed_s: 600 },
+        watch: WATCH,
+        budget: None,
         results: results.to_string_lossy().into_owned(),
     }
 }
@@ -79,10 +89,32 @@ pub(crate) enum Fault {
     Preempted,
 }
 
+thread_local! {
+    static WOUND: Cell<Option<(Instant, u64)>> = const { Cell::new(None) };
+}
+
+/// From here on this thread's wall clock shows `at_ms` and goes with its runtime's clock, which tests stop and wind.
+pub(crate) fn wind(at_ms: u64) {
+    WOUND.set(Some((Instant::now(), at_ms)));
+}
+
+/// What a wound clock shows.
+pub(crate) fn wound_ms() -> Option<u64> {
+    WOUND.get().map(|(since, at_ms)| at_ms + since.elapsed().as_millis() as u64)
+}
+
 /// One rented machine.
 #[derive(Clone, Debug)]
 pub(crate) struct Machine {
     pub(crate) name: String,
+    /// It is somebody else's: our hands must stay off it.
+    pub(crate) foreign: bool,
+    /// Some answer or list has shown it: one that none ever did costs what nobody can know.
+    known: bool,
+    /// Listed and billing, but down.
+    pub(crate) stopped: bool,
+    created_ms: u64,
+    deadline_ms: u64,
     /// Listings still to come before it shows.
     hidden: u32,
     worker: JobStatus,
@@ -99,6 +131,13 @@ pub(crate) struct World {
     pub(crate) effects: Vec<&'static str>,
     pub(crate) armed: Vec<(usize, Fault)>,
     pub(crate) fired: usize,
+    pub(crate) struck: Vec<(Fault, &'static str)>,
+    /// Names that instances have had.
+    names: BTreeSet<String>,
+    /// What instances that are gone have cost; without the time after a deadline that nobody on the instance could keep.
+    pub(crate) billed: Usd,
+    /// Instances can end themselves: their guards do.
+    pub(crate) self_destruct: bool,
     pub(crate) creates: usize,
     pub(crate) most_alive: usize,
     pub(crate) offers: Vec<Offer>,
@@ -120,6 +159,7 @@ pub(crate) struct World {
     pub(crate) price_on_arrival: Option<UsdPerHour>,
     pub(crate) outage: bool,
     pub(crate) max_duration_s: u64,
+    pub(crate) budget: Option<Usd>,
     next_id: usize,
 }
 
@@ -130,6 +170,59 @@ pub(crate) struct Fake {
     pub(crate) crashed: Arc<Notify>,
     pub(crate) stop: Arc<watch::Sender<Stop>>,
     pub(crate) bad_hosts: BadHosts,
+    pub(crate) patience: Patience,
+}
+
+impl World {
+    /// Ours.
+    pub(crate) fn ours(&self) -> impl Iterator<Item = &Machine> {
+        self.machines.values().filter(|machine| !machine.foreign)
+    }
+
+    /// What goes on without us: guards end instances whose time is up, and those nobody has looked after for `alone`.
+    pub(crate) fn pass(&mut self, alone: Duration) {
+        let now = now_ms();
+        let watched = |machine: &Machine| machine.guarded && self.self_destruct && !machine.foreign;
+        let over = |machine: &Machine| now >= machine.deadline_ms || alone >= Duration::from_secs(WATCH.lease_s);
+        let ended: Vec<String> =
+            self.machines.iter().filter(|(_, m)| watched(m) && over(m)).map(|(id, _)| id.clone()).collect();
+        ended.iter().for_each(|id| self.end(id));
+    }
+
+    /// The cloud takes ours back.
+    pub(crate) fn preempt(&mut self) {
+        let ours: Vec<String> = self.machines.iter().filter(|(_, m)| !m.foreign).map(|(id, _)| id.clone()).collect();
+        ours.iter().for_each(|id| self.end(id));
+    }
+
+    /// Somebody else's, first in every list.
+    pub(crate) fn add_foreign(&mut self, number: usize) {
+        let name = ["my-web-server", "outliers-somebody-else-n-1", "notes"][number % 3].to_owned();
+        let machine = Machine {
+            name,
+            foreign: true,
+            known: true,
+            stopped: false,
+            created_ms: 0,
+            deadline_ms: 0,
+            hidden: 0,
+            worker: JobStatus::NotStarted,
+            guarded: false,
+            whole: false,
+            price: UsdPerHour::from_dollars(9.0),
+        };
+        self.machines.insert(format!("a{number}"), machine);
+    }
+
+    fn end(&mut self, id: &str) {
+        let Some(machine) = self.machines.remove(id) else { return };
+        assert!(!machine.foreign, "an instance that is not ours was ended");
+        let until = now_ms().min(machine.deadline_ms);
+        let lived = Duration::from_millis(until.saturating_sub(machine.created_ms));
+        if machine.known {
+            self.billed = self.billed + machine.price.cost(lived);
+        }
+    }
 }
 
 impl Fake {
@@ -141,6 +234,7 @@ impl Fake {
             crashed: Arc::new(Notify::new()),
             stop: Arc::new(watch::Sender::new(Stop::Go)),
             bad_hosts: BadHosts::default(),
+            patience: QUICK,
         }
     }
 
@@ -150,7 +244,7 @@ impl Fake {
 
     /// The one cloud there is.
     pub(crate) fn clouds(&self) -> Clouds {
-        vec![Cloud { broker: Arc::new(self.clone()), patience: QUICK, is_local: false }].into()
+        vec![Cloud { broker: Arc::new(self.clone()), patience: self.patience.clone(), is_local: false }].into()
     }
 
     pub(crate) fn ports<'a>(&'a self, clouds: &'a Clouds) -> Ports<'a> {
@@ -161,13 +255,15 @@ impl Fake {
     async fn effect<T>(&self, name: &'static str, apply: impl FnOnce(&mut World) -> T) -> Result<T, Struck> {
         let outcome = {
             let mut world = self.world.lock().unwrap();
+            world.pass(Duration::ZERO);
             world.effects.push(name);
             let number = world.effects.len();
             let fault = world.armed.iter().find(|(at, _)| *at == number).map(|(_, fault)| *fault);
             world.fired += usize::from(fault.is_some());
+            world.struck.extend(fault.map(|fault| (fault, name)));
             match fault {
                 Some(Fault::Outage) => world.outage = true,
-                Some(Fault::Preempted) => world.machines.clear(),
+                Some(Fault::Preempted) => world.preempt(),
                 Some(Fault::Stop) => drop(self.stop.send(Stop::Now)),
                 Some(Fault::StopTwice) => drop(self.stop.send(Stop::SkipSync)),
                 _ => {}
@@ -182,7 +278,7 @@ impl Fake {
             };
             result.and_then(|after| {
                 let value = apply(&mut world);
-                let alive = world.machines.len();
+                let alive = world.ours().count();
                 world.most_alive = world.most_alive.max(alive);
                 after.map(|()| value)
             })
@@ -252,8 +348,19 @@ impl Broker for Fake {
             }
             world.next_id += 1;
             let id = format!("i{}", world.next_id);
+            let lived_on = lease.tag.deadline.saturating_sub(now_ms() / 1000);
+            assert!(lived_on <= world.max_duration_s, "its deadline is {lived_on} s away");
+            let reserved = offer.price.cost(Duration::from_secs(lived_on));
+            let within = world.budget.is_none_or(|budget| world.billed + reserved <= budget);
+            assert!(within, "{} were spent, {reserved} may come, {:?} is the budget", world.billed, world.budget);
+            assert!(world.names.insert(lease.tag.to_string()), "two instances with one name");
             let machine = Machine {
                 name: lease.tag.to_string(),
+                foreign: false,
+                known: false,
+                stopped: false,
+                created_ms: now_ms(),
+                deadline_ms: lease.tag.deadline * 1000,
                 hidden: world.visibility,
                 worker: JobStatus::NotStarted,
                 guarded: false,
@@ -269,13 +376,16 @@ impl Broker for Fake {
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
         let listed = self.effect("list", |world| {
             let mut shown = Vec::new();
+            let pages = if planted(Mutant::FirstPageOnly) { 1 } else { usize::MAX };
             for (id, machine) in &mut world.machines {
                 if machine.hidden == 0 {
+                    machine.known = true;
                     shown.push(instance(id, machine));
                 } else {
                     machine.hidden -= 1;
                 }
             }
+            shown.truncate(PAGE.saturating_mul(pages));
             shown
         });
         listed.await.map_err(Struck::broker)
@@ -286,7 +396,11 @@ impl Broker for Fake {
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
-        self.effect("terminate", |world| drop(world.machines.remove(&id.0))).await.map_err(Struck::broker)
+        let ended = self.effect("terminate", |world| match world.machines.get_mut(&id.0) {
+            Some(machine) if planted(Mutant::StopsInsteadOfEnding) => machine.stopped = true,
+            _ => world.end(&id.0),
+        });
+        ended.await.map_err(Struck::broker)
     }
 }
 
@@ -295,7 +409,10 @@ fn instance(id: &str, machine: &Machine) -> Instance {
         broker: "fake".into(),
         id: InstanceId(id.into()),
         name: machine.name.clone(),
-        state: InstanceState::Ready(SshEndpoint { host: id.into(), port: 22, user: "root".into() }),
+        state: match machine.stopped {
+            true => InstanceState::Stopped,
+            false => InstanceState::Ready(SshEndpoint { host: id.into(), port: 22, user: "root".into() }),
+        },
         price: Some(machine.price),
         hardware: "4 CPU cores".into(),
         created_at: None,
@@ -309,7 +426,7 @@ impl Hosts for Fake {
         Ok("ssh-fake AAAA".into())
     }
 
-    fn forget_key(&self, folder: &Path) -> Result<(), HostError> {
+    fn forget(&self, folder: &Path) -> Result<(), HostError> {
         match fs::remove_file(folder.join("key")) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => panic!("{error}"),
             _ => Ok(()),

@@ -1,10 +1,9 @@
 //! What a run does to the world, as traits: the real thing and the tests' fakes are two implementations of each.
 
-use std::path::Path;
-use std::time::Instant;
-
 use async_trait::async_trait;
 use outliers_protocol::{JobSpec, Manifest, Progress};
+use std::path::Path;
+use tokio::time::Instant;
 
 use crate::broker::{GpuRequest, Offer, SshEndpoint};
 use crate::clouds::{BadHosts, Clouds};
@@ -36,8 +35,8 @@ pub trait Hosts: Send + Sync {
     /// The run's SSH key below `folder`, made if there is none: the public half as a line of `authorized_keys`.
     fn key(&self, folder: &Path) -> Result<String, HostError>;
 
-    /// Removes the run's key. One that is gone already is a success.
-    fn forget_key(&self, folder: &Path) -> Result<(), HostError>;
+    /// Removes the run's key, and what else only a run that goes on needs. What is gone already is a success.
+    fn forget(&self, folder: &Path) -> Result<(), HostError>;
 
     /// Connects, again and again until `deadline`. The host must show `pin`, where there is one; returns the one it showed.
     async fn reach(

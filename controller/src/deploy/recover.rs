@@ -1,15 +1,16 @@
 //! Carries out what [`reconcile::compare`] finds.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
 
 use futures::future::join_all;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::{DeployEvent, Driver, OnEvent, Ports, Stop, Stuck};
 use crate::broker::{BrokerError, Instance, InstanceId};
 use crate::clouds::Cloud;
 use crate::ledger::{Ledger, now_ms};
+use crate::mutant::{Mutant, planted};
 use crate::reconcile::{self, Action, Finish};
 use crate::run::{Ending, RunEvent, RunState};
 
@@ -62,7 +63,8 @@ pub struct Looked {
 pub async fn look(ledger: &Ledger, cloud: &Cloud) -> Result<Looked, Stuck> {
     let (broker, patience) = (cloud.name(), &cloud.patience);
     let mut missing = BTreeMap::new();
-    for again in (0..patience.absences).rev() {
+    let absences = if planted(Mutant::JudgesAtOnce) { 1 } else { patience.absences };
+    for again in (0..absences).rev() {
         // In this order: a run's intent is in the ledger before its instance can be in a list.
         let listed = cloud.call(cloud.broker.list()).await.map_err(|error| unanswered(&error))?;
         let leases = reconcile::leases(ledger)?;
@@ -73,7 +75,7 @@ pub async fn look(ledger: &Ledger, cloud: &Cloud) -> Result<Looked, Stuck> {
         }
         let now = now_ms() / 1000;
         let owner = ledger.owner();
-        let actions = reconcile::compare(owner, broker, now, &leases, &listed, &missing, patience.absences);
+        let actions = reconcile::compare(owner, broker, now, &leases, &listed, &missing, absences);
         return Ok(Looked { listed, actions });
     }
     Ok(Looked::default())

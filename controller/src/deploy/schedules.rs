@@ -1,34 +1,68 @@
-//! Random schedules: worlds of every kind, up to six faults at any effect, processes that die and come back, until it is over.
+//! Random schedules: worlds of every kind, up to six faults at any effect, processes that die and come back hours later, until it
+//! is over. Time is the runtime's, stopped and wound: an hour takes no time, and the same seed gives the same trace.
 //!
-//! `OUTLIERS_SCHEDULES=N OUTLIERS_SEED=S cargo test -p outliers --lib schedules` runs more of them, or one again: schedule `i` of seed
-//! `S` is schedule 0 of seed `S + i`.
+//! `tests/schedules.sh --schedules N --seed S` runs more of them, or one again: schedule `i` of seed `S` is schedule 0 of seed `S + i`.
 
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Once;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::fake::{Fake, Fault, World, offer};
+use super::fake::{Fake, Fault, World, offer, wind};
 use super::tests::{Life, closed_and_clean, home, life};
 use super::*;
 use crate::ledger::Ledger;
-use crate::units::UsdPerHour;
+use crate::mutant::{Mutant, plant};
+use crate::reconcile::Action;
+use crate::units::{Usd, UsdPerHour};
 
 /// Without being asked for more.
 const SCHEDULES: u64 = 2000;
+/// Of these, so many are run twice.
+const TWICE: u64 = 200;
 /// Processes after which a run must have come to its end: each fault costs at most one, and one is the last.
 const MOST_LIVES: usize = 12;
 /// Effects among which faults are spread: a path without faults has about as many.
 const EFFECTS: usize = 30;
+/// 2026-01-01, in milliseconds: any moment will do, as long as it is always the same.
+const BEGIN_MS: u64 = 1_767_225_600_000;
+/// From the death of a controller to the next one, in seconds.
+const GAPS: [u64; 5] = [0, 30, 1200, 3 * 3600, 9 * 3600];
 
 const FAULTS: [Fault; 6] =
     [Fault::CrashBefore, Fault::CrashAfter, Fault::Fails, Fault::AnswerLost, Fault::Preempted, Fault::Stop];
+
+/// What a schedule came to.
+#[derive(Debug, PartialEq)]
+pub(super) struct Played {
+    /// Every effect, every event and the ending.
+    trace: Vec<String>,
+    /// Faults that struck, by fault and effect.
+    struck: Vec<(Fault, &'static str)>,
+}
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
+/// Every fourth world is a calm one: one fault, and all else as it should be.
 fn prepare(world: &mut World, random: &mut StdRng) {
+    world.self_destruct = random.random_bool(0.5);
+    world.max_duration_s = [1800, 7200, 6 * 3600][random.random_range(0..3)];
+    (0..random.random_range(0..4)).for_each(|number| world.add_foreign(number));
+    if random.random_bool(0.25) {
+        world.visibility = random.random_range(0..3);
+        world.armed = vec![(random.random_range(1..EFFECTS / 2), FAULTS[random.random_range(0..FAULTS.len())])];
+    } else {
+        trouble(world, random);
+    }
+}
+
+fn trouble(world: &mut World, random: &mut StdRng) {
     let offers = random.random_range(1..6);
     world.offers = (0..offers).map(|i| offer(&format!("o{i}"), f64::from(i + 1))).collect();
     let pick = |random: &mut StdRng, share: f64| -> Vec<String> {
@@ -40,9 +74,14 @@ fn prepare(world: &mut World, random: &mut StdRng) {
     world.endless = random.random_bool(0.05);
     world.deaths = if random.random_bool(0.1) { random.random_range(1..4) } else { 0 };
     world.damage = random.random_bool(0.05);
-    world.max_duration_s = if world.endless { 2 } else { 3600 };
-    if random.random_bool(0.1) {
-        world.price_on_arrival = Some(UsdPerHour::from_dollars(random.random_range(0.5..9.0)));
+    match random.random_range(0..10) {
+        0..3 => {
+            let hours = world.max_duration_s as f64 / 3600.0;
+            world.budget = Some(Usd::from_dollars(hours * random.random_range(0.8..6.0)));
+        }
+        // What a cloud bills beyond its own offer, no budget can know.
+        3 => world.price_on_arrival = Some(UsdPerHour::from_dollars(random.random_range(0.5..9.0))),
+        _ => {}
     }
     for _ in 0..random.random_range(1..7) {
         let fault = FAULTS[random.random_range(0..FAULTS.len())];
@@ -50,49 +89,181 @@ fn prepare(world: &mut World, random: &mut StdRng) {
     }
 }
 
-/// One schedule to its end; how many faults struck.
-async fn schedule(seed: u64) -> usize {
+/// Whether nothing of this world speaks against whole results: at most one fault, and none that ends the run.
+fn must_complete(world: &World) -> bool {
+    let harmless = |(_, fault): &(usize, Fault)| {
+        matches!(fault, Fault::CrashBefore | Fault::CrashAfter | Fault::Fails | Fault::AnswerLost)
+    };
+    let serves = |offer: &Offer| !world.sold_out.contains(&offer.key) && !world.unfit.contains(&offer.key);
+    world.armed.len() <= 1
+        && world.armed.iter().all(harmless)
+        && world.offers.iter().any(serves)
+        && world.unfit.len() <= 2
+        && !world.endless
+        && !world.damage
+        && world.deaths <= 2
+        && world.budget.is_none()
+        && world.price_on_arrival.is_none()
+}
+
+/// Another process looks after what is left, as `reap` does from a timer.
+async fn bystander(fake: &Fake, home: &Path) {
+    let ledger = Ledger::open(&home.join("state")).expect("it can be opened");
+    let clouds = fake.clouds();
+    let looks_after = recover(&ledger, fake.ports(&clouds), &|_| {});
+    tokio::select! {
+        biased;
+        () = fake.crashed.notified() => {}
+        _ = looks_after => {}
+    }
+}
+
+/// One schedule to its end.
+async fn schedule(seed: u64) -> Played {
+    wind(BEGIN_MS);
     let mut random = StdRng::seed_from_u64(seed);
-    let (fake, home) = (Fake::new(), home());
+    let (mut fake, home) = (Fake::new(), home());
+    fake.patience = Patience::CLOUD;
     fake.set(|world| prepare(world, &mut random));
-    let mut lives = Vec::new();
+    let must_complete = must_complete(&fake.world.lock().expect("nobody panicked"));
+    let (mut lives, mut hurried) = (0, true);
     let record = loop {
         let last = life(&fake, home.path()).await;
         // A new process has heard no Ctrl-C.
         fake.stop.send_replace(Stop::Go);
-        match last {
-            Life::Finished(record) => break record,
-            other => lives.push(other),
+        if let Life::Finished(record) = last {
+            break record;
         }
-        assert!(lives.len() < MOST_LIVES, "seed {seed}: no end: {lives:?}");
+        lives += 1;
+        assert!(lives < MOST_LIVES, "no end: {last:?}");
+        let gap = Duration::from_secs(GAPS[random.random_range(0..GAPS.len())]);
+        hurried &= gap < Duration::from_secs(60);
+        tokio::time::sleep(gap).await;
+        fake.set(|world| world.pass(gap));
+        if random.random_bool(0.3) {
+            bystander(&fake, home.path()).await;
+        }
     };
-    closed_and_clean(&fake, &record, &format!("seed {seed}"));
-    agreed(&fake, home.path(), seed).await;
-    fake.world.lock().expect("no test panicked while it held the world").fired
+    closed_and_clean(&fake, &record, "in the end");
+    honest(&fake, &record);
+    if must_complete && hurried {
+        let effects = &fake.world.lock().expect("nobody panicked").effects;
+        assert_eq!(record.state.ending(), Some(&Ending::Completed), "nothing spoke against it: {effects:?}");
+    }
+    agreed(&fake, home.path()).await;
+    played(&fake, &record)
+}
+
+/// What the record says is so: the ending that was decided first, losses by name, no cost understated, no budget overdrawn.
+fn honest(fake: &Fake, record: &RunRecord) {
+    let world = fake.world.lock().expect("nobody panicked");
+    let mut state = RunState::initial();
+    for entry in &record.events {
+        let next = crate::run::next(&state, &entry.event).expect("it was written so");
+        let stands = state.ending().is_none_or(|ending| next.ending() == Some(ending));
+        assert!(stands, "{:?} became {:?}", state.ending(), next.ending());
+        state = next;
+    }
+    let RunState::Closed { results, loss, .. } = &record.state else { unreachable!("it is closed") };
+    let launched = record.events.iter().any(|entry| entry.event == RunEvent::Launched);
+    assert!(!launched || results.is_some() || loss.is_some(), "something was lost, and nobody says so");
+    let cost = record.cost(now_ms());
+    assert!(cost >= world.billed, "it cost {}, and {cost} is said", world.billed);
+    if let Some(budget) = world.budget {
+        assert!(world.billed <= budget, "it cost {}, the budget was {budget}", world.billed);
+    }
 }
 
 /// Ledger and cloud agree: another look finds nothing to do.
-async fn agreed(fake: &Fake, home: &Path, seed: u64) {
+async fn agreed(fake: &Fake, home: &Path) {
     let ledger = Ledger::open(&home.join("state")).expect("it was open before");
     fake.set(|world| world.armed.clear());
     for cloud in fake.clouds().iter() {
         let looked = look(&ledger, cloud).await.expect("nothing fails any more");
-        assert!(looked.listed.is_empty() && looked.actions.is_empty(), "seed {seed}: {looked:?}");
+        let ours = looked.listed.iter().filter(|instance| instance.id.0.starts_with('i')).count();
+        let idle = |action: &Action| matches!(action, Action::LeaveAlone { .. });
+        assert!(ours == 0 && looked.actions.iter().all(idle), "{looked:?}");
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn every_random_schedule_ends_clean() {
+fn played(fake: &Fake, record: &RunRecord) -> Played {
+    let world = fake.world.lock().expect("nobody panicked");
+    let effects = world.effects.iter().map(|effect| (*effect).to_owned());
+    let events = record.events.iter().map(|entry| format!("{} {}", entry.at_ms, entry.event.word()));
+    let ending = record.state.ending().map(ToString::to_string);
+    Played { trace: effects.chain(events).chain(ending).collect(), struck: world.struck.clone() }
+}
+
+thread_local! {
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Where a bug is planted, panics are what is wanted, and their backtraces take long.
+fn hush() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let loud = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if !QUIET.get() {
+                loud(info);
+            }
+        }));
+    });
+}
+
+/// Plays one schedule on this thread, with a bug planted or none.
+///
+/// # Errors
+/// The first assertion that did not hold.
+pub(super) fn play(seed: u64, mutant: Option<Mutant>) -> Result<Played, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+    let runtime = runtime.expect("a runtime of one thread");
+    hush();
+    plant(mutant);
+    QUIET.set(mutant.is_some());
+    let played = catch_unwind(AssertUnwindSafe(|| runtime.block_on(schedule(seed))));
+    plant(None);
+    QUIET.set(false);
+    played.map_err(|panic| {
+        let said = panic.downcast_ref::<String>().cloned();
+        said.or_else(|| panic.downcast_ref::<&str>().map(|said| (*said).to_owned())).unwrap_or_default()
+    })
+}
+
+#[test]
+fn every_random_schedule_ends_clean_and_the_same_seed_plays_the_same() {
     let count = number("OUTLIERS_SCHEDULES").unwrap_or(SCHEDULES);
     let seed = number("OUTLIERS_SEED").unwrap_or_else(|| rand::rng().random_range(0..1 << 32));
     println!("{count} schedules from seed {seed}");
-    let mut struck = 0;
-    for first in (0..count).step_by(64) {
-        let batch = (first..count.min(first + 64)).map(|i| tokio::spawn(schedule(seed + i)));
-        for schedule in futures::future::join_all(batch).await {
-            struck += schedule.expect("the panic above names the seed");
+    let threads = std::thread::available_parallelism().map_or(2, usize::from) as u64;
+    let share = |thread: u64| -> Vec<(Fault, &'static str)> {
+        let mut struck = Vec::new();
+        for i in (thread..count).step_by(threads as usize) {
+            let played = play(seed + i, None).unwrap_or_else(|why| panic!("seed {}: {why}", seed + i));
+            if i < TWICE {
+                assert_eq!(play(seed + i, None).as_ref(), Ok(&played), "seed {} played otherwise", seed + i);
+            }
+            struck.extend(played.struck);
         }
+        struck
+    };
+    let struck: Vec<(Fault, &'static str)> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|thread| scope.spawn(move || share(thread))).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("the panic above names the seed")).collect()
+    });
+    print_coverage(&struck);
+    assert!(struck.len() as u64 >= count, "faults that do not strike test nothing");
+}
+
+/// How often each fault struck each effect.
+fn print_coverage(struck: &[(Fault, &'static str)]) {
+    let mut table: BTreeMap<&str, BTreeMap<String, u32>> = BTreeMap::new();
+    for (fault, effect) in struck {
+        *table.entry(effect).or_default().entry(format!("{fault:?}")).or_default() += 1;
     }
-    println!("{struck} faults struck");
-    assert!(struck as u64 >= count, "faults that do not strike test nothing");
+    println!("{} faults struck", struck.len());
+    for (effect, faults) in table {
+        let faults: Vec<String> = faults.iter().map(|(fault, times)| format!("{fault} {times}")).collect();
+        println!("{effect:>12}: {}", faults.join(", "));
+    }
 }

@@ -2,17 +2,20 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
-use outliers_protocol::{JobSpec, Manifest};
+use outliers_protocol::{JobSpec, Manifest, files};
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::KEY_FILE;
 use super::ports::{Host, HostError, HostTalk, Hosts, Listener};
 use crate::broker::{GpuRequest, Offer, SshEndpoint};
-use crate::host::{self, Cursor, HostErrorKind, HostEvent, HostFacts, JobStatus, RemoteHost, RemoteWorker, Terms};
+use crate::host::{
+    self, Cursor, HostErrorKind, HostEvent, HostFacts, JobStatus, RemoteHost, RemoteWorker, Stamp, Terms,
+};
 use crate::keys::{KeyError, RunKey};
 use crate::run::Pin;
 use crate::secret::Secret;
@@ -33,13 +36,15 @@ const FOLLOW: Duration = Duration::from_secs(3600);
 pub struct SshHosts {
     worker: PathBuf,
     push_limit: Bytes,
+    save_point_limit: Bytes,
     from_start: bool,
 }
 
 impl SshHosts {
-    /// `worker` is the program to push; models and corpora of at most `push_limit` go with it.
-    pub fn new(worker: PathBuf, push_limit: Bytes) -> Self {
-        Self { worker, push_limit, from_start: false }
+    /// `worker` is the program to push; models and corpora of at most `push_limit` go with it, and save points of at most
+    /// `save_point_limit` come home while it runs.
+    pub fn new(worker: PathBuf, push_limit: Bytes, save_point_limit: Bytes) -> Self {
+        Self { worker, push_limit, save_point_limit, from_start: false }
     }
 
     /// Follows every worker from its first word, whatever an earlier process has told already.
@@ -57,16 +62,21 @@ impl Hosts for SshHosts {
         key.map(|key| key.public_line().to_owned()).map_err(|error| key_error(&error))
     }
 
-    fn forget_key(&self, folder: &Path) -> Result<(), HostError> {
-        let path = folder.join(KEY_FILE);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(HostError {
-                transient: false,
-                message: format!("{}: {error}", path.display()),
-                hint: Some("remove the file by hand".to_owned()),
-            }),
-            _ => Ok(()),
+    fn forget(&self, folder: &Path) -> Result<(), HostError> {
+        for name in [KEY_FILE, CURSOR_FILE, files::SAVE_POINT] {
+            let path = folder.join(name);
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(HostError {
+                        transient: false,
+                        message: format!("{}: {error}", path.display()),
+                        hint: Some("remove the file by hand".to_owned()),
+                    });
+                }
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     async fn reach(
@@ -79,7 +89,7 @@ impl Hosts for SshHosts {
     ) -> Result<(Box<dyn Host>, Pin), HostError> {
         let pin = pin.map(|pin| HostKeyPin::new(&pin.0)).transpose().map_err(host::HostError::from)?;
         let tell = |event| tell(event, on);
-        let (host, pin) = host::reach(endpoint, &folder.join(KEY_FILE), pin, deadline.into(), &tell).await?;
+        let (host, pin) = host::reach(endpoint, &folder.join(KEY_FILE), pin, deadline, &tell).await?;
         let host = SshHost {
             host: Arc::new(host),
             hosts: self.clone(),
@@ -99,7 +109,7 @@ struct SshHost {
     /// The run's, on this machine.
     folder: PathBuf,
     worker: Mutex<Option<RemoteWorker>>,
-    /// Renews the guard's lease.
+    /// Renews the guard's lease, and keeps the worker's last save point here.
     renewing: Mutex<JoinSet<()>>,
 }
 
@@ -120,14 +130,19 @@ impl Host for SshHost {
     async fn guard(&self, run: &str, terms: &Terms) -> Result<(), HostError> {
         self.host.guard(run, terms).await?;
         let (host, run, pause) = (Arc::clone(&self.host), run.to_owned(), terms.renewal());
+        let (save_point, limit) = (self.folder.join(files::SAVE_POINT), self.hosts.save_point_limit);
         let mut renewing = self.renewing.lock().await;
         renewing.abort_all();
         renewing.spawn(async move {
+            let mut seen = Stamp::default();
             loop {
                 tokio::time::sleep(pause).await;
                 // Whoever works with the host meets its trouble, and tells it.
                 if let Err(error) = host.renew_guard(&run).await {
                     tracing::debug!("the guard's lease could not be renewed: {}", error.message);
+                }
+                if let Err(error) = host.fetch_save_point(&run, &save_point, limit, &mut seen).await {
+                    tracing::debug!("the save point did not come home: {}", error.message);
                 }
             }
         });
@@ -157,6 +172,10 @@ impl Host for SshHost {
             message: "the worker was not pushed over this connection".to_owned(),
             hint: None,
         })?;
+        let save_point = self.folder.join(files::SAVE_POINT);
+        if save_point.exists() {
+            self.host.put_save_point(run, &save_point).await?;
+        }
         let secrets: Vec<(&str, &Secret)> = secrets.iter().map(|(name, secret)| (*name, secret)).collect();
         self.host.launch(worker, run, job, &secrets).await?;
         Ok(())
@@ -174,7 +193,7 @@ impl Host for SshHost {
 
     async fn follow(&self, run: &str, on: &Listener<'_>) -> Result<JobStatus, HostError> {
         let mut cursor = self.cursor.lock().await;
-        let deadline = tokio::time::Instant::now() + FOLLOW;
+        let deadline = Instant::now() + FOLLOW;
         let heard = |event| match event {
             HostEvent::Read(cursor) => self.keep(cursor),
             other => tell(other, on),

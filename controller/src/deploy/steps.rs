@@ -2,9 +2,11 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use outliers_protocol::{CorpusSource, JobSpec, Manifest, ModelSource};
+
+use tokio::time::Instant;
 
 use super::bring::{self, Folders};
 use super::{DeployEvent, Driver, Host, HostError, HostTalk, StepError, Stop, Stuck};
@@ -12,8 +14,9 @@ use crate::broker::{BrokerError, BrokerErrorKind, Instance, InstanceState, Lease
 use crate::host::{JobStatus, Terms};
 use crate::ledger::{now_ms, random_word};
 use crate::market;
-use crate::run::{Ending, Intent, Pin, Refusal, Rental, RunEvent, RunState, Trouble, TroubleKind};
-use crate::units::UsdPerHour;
+use crate::mutant::{Mutant, planted};
+use crate::run::{Brought, Ending, Intent, Pin, Refusal, Rental, RunEvent, RunState, Trouble, TroubleKind};
+use crate::units::{Usd, UsdPerHour};
 
 type Step = Result<(), StepError>;
 
@@ -47,21 +50,53 @@ impl Driver<'_> {
         }
         let selected = (self.ports.select)(offered.offers, &self.run.record().spec)
             .map_err(|trouble| StepError::End(Ending::Failed { trouble }))?;
-        let Some(offer) = self.next_offer(&selected, refused) else {
+        let affordable = self.affordable(&selected).map_err(StepError::End)?;
+        let Some(offer) = self.next_offer(&affordable, refused) else {
             let was_lost = refused.last().is_some_and(|refusal| refusal.lost);
-            let ending = if was_lost { Ending::InstanceLost } else { none_left(refused, selected.len()) };
+            let ending = if was_lost { Ending::InstanceLost } else { none_left(refused, affordable.len()) };
             return Err(StepError::End(ending));
         };
         let tag = LeaseTag {
             owner: self.run.owner().to_owned(),
             run: self.run.record().id.clone(),
-            nonce: random_word(6),
-            deadline: now_ms() / 1000 + self.run.record().spec.max_duration_s,
+            nonce: if planted(Mutant::NameWithoutNonce) { "n".to_owned() } else { random_word(6) },
+            deadline: self.deadline(),
         };
         (self.on)(DeployEvent::Renting(Box::new(offer.clone())));
         self.append(RunEvent::Creating { intent: Box::new(Intent { offer, tag }) })?;
         self.memory.fresh_intent = true;
         Ok(())
+    }
+
+    /// Unix seconds.
+    fn deadline(&self) -> u64 {
+        let record = self.run.record();
+        let time = if planted(Mutant::NoDeadline) { u64::from(u32::MAX) } else { record.spec.max_duration_s };
+        let from_ms = if planted(Mutant::NameWithoutNonce) { record.created_at_ms } else { now_ms() };
+        from_ms / 1000 + time
+    }
+
+    /// The offers that what is left of the budget pays for until their time limit.
+    fn affordable(&self, selected: &[Offer]) -> Result<Vec<Offer>, Ending> {
+        let record = self.run.record();
+        let Some(budget) = record.spec.budget.filter(|_| !planted(Mutant::BudgetIgnored)) else {
+            return Ok(selected.to_vec());
+        };
+        let spent = record.cost(now_ms());
+        let left = Usd::from_micros(budget.micros() - spent.micros());
+        let limit = Duration::from_secs(record.spec.max_duration_s);
+        let worst = |offer: &Offer| self.agreed(offer).cost(limit);
+        let affordable: Vec<Offer> = selected.iter().filter(|offer| worst(offer) <= left).cloned().collect();
+        match selected.iter().map(worst).min() {
+            Some(least) if affordable.is_empty() => {
+                let message = format!(
+                    "the cheapest offer may cost {least} until its time limit, and {left} of {budget} are left"
+                );
+                let hint = "a shorter --max-duration reserves less; or raise --budget".to_owned();
+                Err(failed(TroubleKind::Budget, message, Some(hint)))
+            }
+            _ => Ok(affordable),
+        }
     }
 
     /// The best offer that was not tried yet, as long as trying is of use.
@@ -104,9 +139,14 @@ impl Driver<'_> {
     async fn not_created(&mut self, error: BrokerError) -> Step {
         use BrokerErrorKind as Kind;
         match error.kind {
+            Kind::Maybe if planted(Mutant::UnknownIsRefused) => {}
             Kind::Maybe => {
                 self.memory.unanswered += 1;
+                self.memory.fresh_intent = planted(Mutant::CreatesAgainBlindly);
                 return Ok(()); // The next step asks the broker.
+            }
+            Kind::RateLimited | Kind::Unavailable if planted(Mutant::BusyEndsTheRun) => {
+                self.memory.hopeless = Some(broker_failed(&error));
             }
             Kind::RateLimited | Kind::Unavailable => {
                 if self.pause(&error.to_string(), self.cloud()?.patience.settle).await {
@@ -150,16 +190,22 @@ impl Driver<'_> {
     /// Why an instance of this price is not kept.
     fn too_dear(&self, offer: &Offer, price: UsdPerHour) -> Option<String> {
         let cap = self.run.record().spec.request.max_price;
-        let agreed = cap.unwrap_or_else(|| UsdPerHour::from_dollars(offer.price.0.dollars() * PRICE_SLACK));
+        let agreed = self.agreed(offer);
         let said = if cap.is_some() { "that was allowed" } else { "its offer said" };
         let limit = cap.unwrap_or(offer.price);
         (price > agreed).then(|| format!("the instance bills {price}, more than the {limit} {said}"))
     }
 
+    /// What an instance of this offer may bill at most.
+    fn agreed(&self, offer: &Offer) -> UsdPerHour {
+        let cap = self.run.record().spec.request.max_price;
+        cap.unwrap_or_else(|| UsdPerHour::from_dollars(offer.price.0.dollars() * PRICE_SLACK))
+    }
+
     /// Reachable: puts everything there and starts the worker.
     pub(super) async fn launch(&mut self, rental: &Rental, pin: &Pin) -> Step {
         self.connect(rental, Some(pin), Duration::ZERO).await?;
-        let done = match self.is_fit(&rental.offer).await {
+        let done = match self.is_fit(rental).await {
             Ok(()) => self.prepare_and_launch().await,
             Err(error) if error.transient => Err(error),
             Err(error) => return Err(StepError::Unfit(error.message)),
@@ -170,11 +216,11 @@ impl Driver<'_> {
         }
     }
 
-    /// An error that is not transient says that the host is not what was rented.
-    async fn is_fit(&self, offer: &Offer) -> Result<(), HostError> {
-        let facts = self.host().probe(offer, &self.run.record().spec.request).await?;
+    /// An error that is not transient says that the host is not what was rented, or takes no guard.
+    async fn is_fit(&self, rental: &Rental) -> Result<(), HostError> {
+        let facts = self.host().probe(&rental.offer, &self.run.record().spec.request).await?;
         (self.on)(DeployEvent::Host(facts));
-        Ok(())
+        self.guard(rental).await
     }
 
     async fn prepare_and_launch(&self) -> Result<(), HostError> {
@@ -278,8 +324,16 @@ impl Driver<'_> {
             return Ok(self.append(RunEvent::Fetched { results, ending })?);
         }
         self.connect(rental, Some(pin), Duration::ZERO).await?;
+        if planted(Mutant::TerminatesBeforeSync) {
+            let cloud = self.cloud()?;
+            let _ = cloud.broker.terminate(&rental.instance).await;
+        }
         match self.fetch(&folders).await {
             // Who fails says so in a manifest.
+            Ok(None) if planted(Mutant::LostStatusIsSuccess) => {
+                let results = Brought { folder: folders.whole.to_string_lossy().into_owned(), complete: true };
+                Ok(self.append(RunEvent::Fetched { results, ending: Ending::Completed })?)
+            }
             Ok(None) if restarts < MOST_RESTARTS && self.has_time() && self.is_replaceable() => {
                 self.restart(exit).await
             }
@@ -357,6 +411,10 @@ impl Driver<'_> {
         let cloud = self.cloud()?;
         let deadline = Instant::now() + cloud.patience.terminate;
         let mut trouble = cloud.call(cloud.broker.terminate(&rental.instance)).await.err();
+        let forgets = matches!(self.run.state(), RunState::Discarding { .. }) && planted(Mutant::FailoverForgets);
+        if forgets || planted(Mutant::GivesUpOnTerminate) {
+            return Ok(self.append(RunEvent::Gone)?);
+        }
         let mut absences = 0;
         loop {
             match cloud.call(cloud.broker.list()).await {
@@ -401,13 +459,10 @@ impl Driver<'_> {
             let endpoint = self.endpoint(rental, limit).await?;
             let deadline = Instant::now() + self.cloud()?.patience.ssh;
             let on = |talk: HostTalk| (self.on)(DeployEvent::Talk(talk));
-            let reached = match self.ports.hosts.reach(&endpoint, &self.run.folder(), pin, deadline, &on).await {
-                Ok((host, shown)) => self.guard(&*host, rental, pin.is_none()).await.map(|()| (host, shown)),
-                Err(error) => Err(error),
-            };
-            match reached {
+            match self.ports.hosts.reach(&endpoint, &self.run.folder(), pin, deadline, &on).await {
                 Ok((host, pin)) => {
                     self.memory.host = Some(host);
+                    self.renew_guard(rental).await;
                     return Ok(pin);
                 }
                 Err(error) if error.transient && self.pause(&error.message, limit).await => {}
@@ -417,22 +472,26 @@ impl Driver<'_> {
         }
     }
 
-    /// Puts the guard in place, for which there must be time left. No host is used that takes none; one that is in use already is.
-    async fn guard(&self, host: &dyn Host, rental: &Rental, is_new: bool) -> Result<(), HostError> {
+    /// Tells the guard of a worker that runs or has run that we are here. A host that is in use goes on being used without one.
+    async fn renew_guard(&self, rental: &Rental) {
+        if matches!(self.run.state(), RunState::Rented { .. } | RunState::Reachable { .. }) {
+            return;
+        }
+        if let Err(error) = self.guard(rental).await {
+            let note = format!("the guard on the instance could not be reached: {}", error.message);
+            (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
+        }
+    }
+
+    /// Puts the guard in place, for which there must be time left.
+    async fn guard(&self, rental: &Rental) -> Result<(), HostError> {
         let left = Duration::from_secs(rental.tag.deadline.saturating_sub(now_ms() / 1000));
-        if left.is_zero() {
+        if left.is_zero() || planted(Mutant::NoGuard) {
             return Ok(());
         }
         let end_itself = self.ports.clouds.get(&rental.offer.broker).and_then(|cloud| cloud.broker.self_destruct());
         let terms = Terms { watch: self.run.record().spec.watch, left, end_itself };
-        match host.guard(&self.run.record().id, &terms).await {
-            Err(error) if !is_new => {
-                let note = format!("the guard on the instance could not be reached: {}", error.message);
-                (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
-                Ok(())
-            }
-            other => other,
-        }
+        self.host().guard(&self.run.record().id, &terms).await
     }
 
     /// The instance's address, when it has one.
@@ -473,15 +532,17 @@ impl Driver<'_> {
     ) -> Result<Option<Instance>, StepError> {
         let cloud = self.cloud()?;
         let deadline = Instant::now() + limit;
+        let enough = if planted(Mutant::AbsentOnceIsGone) { 1 } else { cloud.patience.absences };
         let mut absences = 0;
         loop {
             match cloud.call(cloud.broker.list()).await {
+                Err(_) if planted(Mutant::FailedListIsEmpty) => return Ok(None),
                 Ok(listed) => {
                     if let Some(instance) = listed.into_iter().find(&fits) {
                         return Ok(Some(instance));
                     }
                     absences += 1;
-                    if absences >= cloud.patience.absences {
+                    if absences >= enough {
                         return Ok(None);
                     }
                 }

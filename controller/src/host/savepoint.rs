@@ -1,0 +1,45 @@
+//! A save point at home: where the work goes on when its instance is gone.
+
+use std::path::Path;
+
+use outliers_protocol::files;
+
+use super::{HostError, RemoteHost, SHORT, names};
+use crate::transport::quote::quote;
+use crate::units::Bytes;
+
+/// Which file a save point was: its size, its time and its number. A new one is renamed over the old.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stamp(String);
+
+impl RemoteHost {
+    /// Brings a run's save point home, unless it is the one `seen`, or larger than `limit`; `true` if a new one came.
+    pub async fn fetch_save_point(
+        &self,
+        run: &str,
+        into: &Path,
+        limit: Bytes,
+        seen: &mut Stamp,
+    ) -> Result<bool, HostError> {
+        let path = format!("{}/{}", self.run_folder(run).await?, files::SAVE_POINT);
+        let script = format!(
+            "f={}\n[ -f \"$f\" ] && [ ! -h \"$f\" ] && echo \"@save $(stat -c '%s %Y %i' \"$f\")\"\n:",
+            quote(&path)
+        );
+        let stamp = Stamp(self.sh(&script, SHORT).await?.field("save"));
+        let size: Option<u64> = stamp.0.split(' ').next().and_then(|size| size.parse().ok());
+        if stamp == *seen || size.is_none_or(|size| size > limit.0) {
+            return Ok(false);
+        }
+        self.transport.get(&path, into, limit.0).await?;
+        *seen = stamp;
+        Ok(true)
+    }
+
+    /// Puts a save point where the run's worker, not started yet, looks for one. The worker checks it before it trusts it.
+    pub async fn put_save_point(&self, run: &str, from: &Path) -> Result<(), HostError> {
+        names::check_run(run)?;
+        self.push_file(from, &format!("outliers/{run}/{}", files::SAVE_POINT), u64::MAX, &|_| {}).await?;
+        Ok(())
+    }
+}
