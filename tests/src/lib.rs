@@ -3,6 +3,7 @@
 pub mod desk;
 pub mod golden;
 pub mod hub;
+pub mod line;
 pub mod programs;
 pub mod sshd;
 
