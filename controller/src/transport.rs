@@ -1,5 +1,6 @@
 //! Running commands and moving files on one host. Knows no broker and no run.
 
+use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
@@ -14,16 +15,11 @@ pub trait Transport: Send + Sync {
     /// Runs a shell command, feeding it `stdin`, and waits for it to end.
     async fn exec(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<ExecOutput, TransportError>;
 
-    /// Uploads a file: to a temporary name beside `remote`, then renamed over it. The folder must exist. `progress` is told the bytes sent so far.
-    async fn put(
-        &self,
-        local: &Path,
-        remote: &str,
-        mode: u32,
-        progress: &(dyn Fn(u64) + Send + Sync),
-    ) -> Result<(), TransportError>;
+    /// Sends parts of a large file. What lies between them on the host stays, so that an upload that broke off can go on.
+    async fn send(&self, what: &SendRequest<'_>) -> Result<(), TransportError>;
 
-    /// Writes a small file the same way. Its content never appears in a command line.
+    /// Writes a small file: to a temporary name beside `remote`, synced, then renamed over it. The folder must exist.
+    /// Its content never appears in a command line.
     async fn put_bytes(&self, content: &[u8], remote: &str, mode: u32) -> Result<(), TransportError>;
 
     /// Downloads a file of at most `limit` bytes to a temporary name beside `local`, synced, then renamed over it.
@@ -31,6 +27,20 @@ pub trait Transport: Send + Sync {
 
     /// The bytes of a remote file from `offset`, at most `limit` of them; empty at or past its end; `None` if there is no such file.
     async fn read_from(&self, remote: &str, offset: u64, limit: u64) -> Result<Option<Vec<u8>>, TransportError>;
+}
+
+/// Parts of a local file that are to lie in a remote one, at the same offsets.
+pub struct SendRequest<'a> {
+    /// The file here.
+    pub local: &'a Path,
+    /// The file there; made, private to its owner, if there is none. Neither synced nor compared: whoever uses it does.
+    pub remote: &'a str,
+    /// Byte ranges, in order; each starts at a multiple of 64 KiB.
+    pub parts: &'a [Range<u64>],
+    /// The host has `gzip`: on a narrow line bytes may travel compressed.
+    pub may_gzip: bool,
+    /// Is told how many bytes of the parts are acknowledged so far.
+    pub progress: &'a (dyn Fn(u64) + Send + Sync),
 }
 
 /// What a command left behind.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use outliers::broker::SshEndpoint;
 use outliers::keys::RunKey;
 use outliers::transport::ssh::{HostKeyPin, SshTransport};
-use outliers::transport::{Transport, TransportError, TransportErrorKind as Kind};
+use outliers::transport::{SendRequest, Transport, TransportError, TransportErrorKind as Kind};
 use outliers_tests::sshd::Sshd;
 use sha2::{Digest, Sha256};
 
@@ -29,6 +29,17 @@ fn noise(len: usize) -> Vec<u8> {
         state.to_le_bytes()
     };
     std::iter::repeat_with(&mut next).flatten().take(len).collect()
+}
+
+/// Sends a whole file.
+async fn put(
+    ssh: &SshTransport,
+    local: &Path,
+    remote: &str,
+    progress: &(dyn Fn(u64) + Send + Sync),
+) -> Result<(), TransportError> {
+    let whole = 0..local.metadata().map_or(1, |facts| facts.len());
+    ssh.send(&SendRequest { local, remote, parts: std::slice::from_ref(&whole), may_gzip: true, progress }).await
 }
 
 fn sha256(bytes: &[u8]) -> String {
@@ -99,18 +110,18 @@ async fn round_trip(server: &Sshd, name: &str) {
     let (from, back) = (here.path().join("from"), here.path().join("back"));
     std::fs::write(&from, &content).unwrap();
     let told = AtomicU64::new(0);
-    ssh.put(&from, remote, 0o755, &|sent| {
+    put(&ssh, &from, remote, &|sent| {
         told.fetch_max(sent, Ordering::Relaxed);
     })
     .await
     .unwrap();
     assert_eq!(told.into_inner(), content.len() as u64, "{name}");
     assert_eq!(sha256(&std::fs::read(remote).unwrap()), sha256(&content), "{name}");
-    assert_eq!(mode(Path::new(remote)), 0o755, "{name}");
+    assert_eq!(mode(Path::new(remote)), 0o600, "{name}: nobody else's before it is whole");
     // Over the existing file, and with another mode.
-    ssh.put_bytes(b"", remote, 0o600).await.unwrap();
+    ssh.put_bytes(b"", remote, 0o755).await.unwrap();
     assert_eq!(std::fs::read(remote).unwrap(), b"", "{name}");
-    assert_eq!(mode(Path::new(remote)), 0o600, "{name}");
+    assert_eq!(mode(Path::new(remote)), 0o755, "{name}");
     ssh.put_bytes(&content, remote, 0o644).await.unwrap();
     assert_eq!(ssh.get(remote, &back, content.len() as u64).await.unwrap(), content.len() as u64, "{name}");
     assert_eq!(sha256(&std::fs::read(&back).unwrap()), sha256(&content), "{name}");
@@ -139,7 +150,7 @@ async fn refuses_what_is_no_file(ssh: &SshTransport, server: &Sshd, here: &Path,
     }
     assert!(ssh.put_bytes(b"x", &at("folder"), 0o644).await.is_err(), "{name}: a file over a folder");
     assert!(ssh.put_bytes(b"x", &at("none/file"), 0o644).await.is_err(), "{name}: a file in no folder");
-    let missing = ssh.put(&here.join("nothing"), &at("x"), 0o644, &|_| {}).await.unwrap_err();
+    let missing = put(ssh, &here.join("nothing"), &at("x"), &|_| {}).await.unwrap_err();
     assert_eq!(missing.kind, Kind::Local, "{name}: {missing}");
 }
 
@@ -156,7 +167,7 @@ async fn transfers_survive_key_renewal() {
     let content = noise(12_000_000);
     std::fs::write(here.path().join("from"), &content).unwrap();
     let remote = server.home().join("file");
-    ssh.put(&here.path().join("from"), remote.to_str().unwrap(), 0o600, &|_| {}).await.unwrap();
+    put(&ssh, &here.path().join("from"), remote.to_str().unwrap(), &|_| {}).await.unwrap();
     ssh.get(remote.to_str().unwrap(), &here.path().join("back"), 1 << 30).await.unwrap();
     assert_eq!(sha256(&std::fs::read(here.path().join("back")).unwrap()), sha256(&content));
 }
@@ -314,11 +325,14 @@ async fn a_full_disk_is_no_space() {
         let here = tempfile::tempdir().unwrap();
         std::fs::write(here.path().join("big"), noise(12_000_000)).unwrap();
         let target = small.join("big");
-        let full = ssh.put(&here.path().join("big"), target.to_str().unwrap(), 0o600, &|_| {}).await;
+        let full = put(&ssh, &here.path().join("big"), target.to_str().unwrap(), &|_| {}).await;
+        std::fs::remove_file(&target).unwrap();
+        let bytes = ssh.put_bytes(&noise(3_000_000), target.to_str().unwrap(), 0o600).await;
         let left = std::fs::read_dir(&small).unwrap().count();
         std::process::Command::new("umount").arg("-l").arg(&small).status().unwrap();
-        let full = full.unwrap_err();
-        assert_eq!(full.kind, Kind::NoSpace, "{full}");
+        for full in [full.unwrap_err(), bytes.unwrap_err()] {
+            assert_eq!(full.kind, Kind::NoSpace, "{full}");
+        }
         assert_eq!(left, 0, "the part is gone");
     }
 }

@@ -3,36 +3,21 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use outliers_protocol::{SCHEMA, VersionInfo};
 use sha2::{Digest, Sha256};
 
-use super::probe::free_kib;
-use super::retry::again;
-use super::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost, SHORT, names};
+use super::{HostError, HostErrorKind, OnEvent, RemoteHost, SHORT, names};
 use crate::text::clean;
 use crate::transport::quote::quote;
 use crate::units::Bytes;
 
-/// Hashing a large file on a slow disk.
-const HASH_LIMIT: Duration = Duration::from_secs(900);
-/// A broken upload starts again; after this long without success it is given up.
-const PATIENCE: Duration = Duration::from_secs(300);
-/// Kept free beside an upload, for the run's own files.
-const SPARE: u64 = 16 << 20;
+mod delivery;
+
+use delivery::Item;
+
 /// Files of one pushed folder.
 const MAX_FILES: usize = 1000;
-
-/// `hash FILE` prints its SHA-256 as 64 hexadecimal digits, or nothing. Reading from standard input keeps the name out of the answer.
-const HASH: &str = r#"
-hash() {
-  [ -f "$1" ] && [ ! -h "$1" ] || return 0
-  if command -v sha256sum >/dev/null 2>&1; then sha256sum < "$1"
-  elif command -v shasum >/dev/null 2>&1; then shasum -a 256 < "$1"
-  else openssl dgst -sha256 -r < "$1"; fi | cut -c 1-64
-}
-"#;
 
 /// The worker program on a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,23 +43,15 @@ pub struct PushedFolder {
     pub sent: u64,
 }
 
-/// One local file and where it goes.
-struct Item {
-    local: PathBuf,
-    remote: String,
-    bytes: u64,
-    sha256: String,
-    mode: u32,
-}
-
 impl RemoteHost {
     /// Puts the worker program `local` at a path made of its content, unless it is there, and has it tell its version.
     pub async fn push_worker(&self, local: &Path, on: OnEvent<'_>) -> Result<RemoteWorker, HostError> {
-        let (bytes, sha256) = hash_file(local).await?;
-        let folder = format!("{}/.cache/outliers/bin/{sha256}", self.home().await?);
-        let path = format!("{folder}/outliers-worker");
-        let item = Item { local: local.to_owned(), remote: path.clone(), bytes, sha256: sha256.clone(), mode: 0o755 };
-        self.push(&folder, &[item], on).await?;
+        let mut item = Item::new(local.to_owned(), String::new(), 0o755).await?;
+        let folder = format!("{}/.cache/outliers/bin/{}", self.home().await?, item.sha256);
+        item.remote = format!("{folder}/outliers-worker");
+        let item = [item];
+        self.deliver(&folder, &item, on).await?;
+        let [Item { remote: path, sha256, .. }] = item;
         let version = self.worker_version(&path).await?;
         Ok(RemoteWorker { path, sha256, version })
     }
@@ -88,12 +65,11 @@ impl RemoteHost {
         on: OnEvent<'_>,
     ) -> Result<String, HostError> {
         names::check_relative(remote_rel)?;
-        let (bytes, sha256) = hash_file(local).await?;
-        check_size(local, bytes, limit)?;
         let remote = format!("{}/{remote_rel}", self.home().await?);
         let folder = remote.rsplit_once('/').map_or("/", |(folder, _)| folder).to_owned();
-        let item = Item { local: local.to_owned(), remote: remote.clone(), bytes, sha256, mode: 0o644 };
-        self.push(&folder, &[item], on).await?;
+        let item = Item::new(local.to_owned(), remote.clone(), 0o644).await?;
+        check_size(local, item.bytes, limit)?;
+        self.deliver(&folder, &[item], on).await?;
         Ok(remote)
     }
 
@@ -111,72 +87,12 @@ impl RemoteHost {
         let files = list_folder(local, limit)?;
         let mut items = Vec::new();
         for (name, file) in files {
-            let (bytes, sha256) = hash_file(&file).await?;
-            items.push(Item { local: file, remote: format!("{path}/{name}"), bytes, sha256, mode: 0o644 });
+            items.push(Item::new(file, format!("{path}/{name}"), 0o644).await?);
         }
         let bytes = items.iter().map(|item| item.bytes).sum();
         check_size(local, bytes, limit)?;
-        let sent = self.push(&path, &items, on).await?;
+        let sent = self.deliver(&path, &items, on).await?;
         Ok(PushedFolder { path, files: items.len(), bytes, sent })
-    }
-
-    /// Sends what is not there yet, into one folder; gives the bytes sent.
-    async fn push(&self, folder: &str, items: &[Item], on: OnEvent<'_>) -> Result<u64, HostError> {
-        Ok(again!(PATIENCE, on, self.push_once(folder, items, on)))
-    }
-
-    async fn push_once(&self, folder: &str, items: &[Item], on: OnEvent<'_>) -> Result<u64, HostError> {
-        let missing = self.missing(folder, items).await?;
-        let total = missing.iter().map(|item| item.bytes).sum();
-        if missing.is_empty() {
-            on(HostEvent::AlreadyThere);
-        }
-        let mut done = 0;
-        for item in &missing {
-            let progress = |sent| on(HostEvent::Uploading { sent: done + sent, total });
-            self.transport.put(&item.local, &item.remote, item.mode, &progress).await?;
-            done += item.bytes;
-        }
-        let still = if missing.is_empty() { Vec::new() } else { self.missing(folder, items).await? };
-        match still.first() {
-            None => Ok(total),
-            Some(item) => {
-                let message = format!("{}: {} is not what was sent (SHA-256 differs)", self.name, item.remote);
-                Err(HostError::new(HostErrorKind::Damaged, message)
-                    .hint("the local file changed meanwhile, or the host is faulty"))
-            }
-        }
-    }
-
-    /// Which items are not there or differ. Makes the folder and looks at the free space on the way.
-    async fn missing<'a>(&self, folder: &str, items: &'a [Item]) -> Result<Vec<&'a Item>, HostError> {
-        // Parts that a broken upload left are removed when nobody can be writing them any more.
-        let mut script = format!(
-            "{HASH}\numask 022\nmkdir -p {folder} || exit 1\n\
-             find {folder} -name '*.part.*' -type f -mmin +120 -exec rm -f {{}} \\; 2>/dev/null\n\
-             echo \"@disk $(df -Pk {folder} | tail -n 1)\"\n",
-            folder = quote(folder)
-        );
-        for item in items {
-            script.push_str(&format!("echo \"@have $(hash {})\"\n", quote(&item.remote)));
-        }
-        let answer = self.sh(&script, HASH_LIMIT).await?;
-        let have = answer.fields("have");
-        if have.len() != items.len() {
-            return Err(self.odd("it cannot compute SHA-256 sums"));
-        }
-        let missing: Vec<&Item> =
-            items.iter().zip(have).filter(|(i, have)| i.sha256 != *have).map(|(i, _)| i).collect();
-        let needed = missing.iter().map(|item| item.bytes + SPARE).sum();
-        match free_kib(&answer.field("disk")).map(|kib| kib.saturating_mul(1024)) {
-            Some(free) if free < needed => Err(self.no_space(folder, needed, free)),
-            _ => Ok(missing),
-        }
-    }
-
-    fn no_space(&self, folder: &str, needed: u64, free: u64) -> HostError {
-        let message = format!("{}: no space in {folder}: {} needed, {} free", self.name, Bytes(needed), Bytes(free));
-        HostError::new(HostErrorKind::NoSpace, message).hint("ask for more disk with the next instance")
     }
 
     /// Runs the worker's `version --json` and refuses a worker that speaks otherwise than we.

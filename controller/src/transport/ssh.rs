@@ -14,30 +14,50 @@ use russh::client::Handle;
 use russh::keys::{PrivateKey, load_secret_key};
 use tokio::sync::Mutex;
 
-use super::{ExecOutput, Transport, TransportError, TransportErrorKind};
+use super::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind};
 use crate::broker::SshEndpoint;
 
+mod clock;
 mod connect;
 mod exec;
 mod pin;
 mod plain;
 mod sftp;
+mod source;
+mod upload;
 
 pub use pin::HostKeyPin;
 
+use clock::Clock;
 use connect::Client;
-use sftp::{Sftp, Source};
+use sftp::Sftp;
+use source::Source;
+use upload::{Press, Queue, Upload};
 
-/// Above this, a file goes through several channels at once: the server's window bounds each of them to 2 MiB per round trip.
-const STRIPE_FROM: u64 = 8 << 20;
-/// Channels of a large upload. A server allows 10 per connection by default; some are left for commands.
-const STRIPES: usize = 4;
+/// How much silence a connection bears, and how long its keys are used.
+#[derive(Clone, Copy, Debug)]
+pub struct Tuning {
+    /// Nothing heard for so long: the server is asked whether it lives. Three questions without an answer end the connection.
+    pub keepalive: Duration,
+    /// Nothing heard for so long of a transfer under way: the line is dead.
+    pub stall: Duration,
+    /// Bytes each way after which keys are renewed.
+    pub rekey_after: usize,
+}
+
+impl Default for Tuning {
+    /// For lines across the world; RFC 4253 (section 9) wants new keys after a gigabyte.
+    fn default() -> Self {
+        Self { keepalive: Duration::from_secs(15), stall: Duration::from_secs(30), rekey_after: 1 << 30 }
+    }
+}
 
 /// Commands and files on one host over SSH.
 pub struct SshTransport {
     endpoint: SshEndpoint,
     key: Arc<PrivateKey>,
     pin: HostKeyPin,
+    tuning: Tuning,
     link: Mutex<Option<Arc<Link>>>,
     /// The server has no SFTP: files go through `cat`.
     without_sftp: AtomicBool,
@@ -58,18 +78,29 @@ impl SshTransport {
         private_key: &Path,
         pin: Option<&HostKeyPin>,
     ) -> Result<(Self, HostKeyPin), TransportError> {
+        Self::connect_with(endpoint, private_key, pin, Tuning::default()).await
+    }
+
+    /// The same with another patience.
+    pub async fn connect_with(
+        endpoint: &SshEndpoint,
+        private_key: &Path,
+        pin: Option<&HostKeyPin>,
+        tuning: Tuning,
+    ) -> Result<(Self, HostKeyPin), TransportError> {
         let key = load_secret_key(private_key, None).map_err(|e| {
             let message = format!("SSH key {} cannot be used: {e}", private_key.display());
             TransportError::new(TransportErrorKind::Local, message)
         })?;
         let key = Arc::new(key);
-        let (handle, seen) = connect::open(endpoint, &key, pin).await?;
+        let (handle, seen) = connect::open(endpoint, &key, pin, &tuning).await?;
         let pin = pin.cloned().unwrap_or(seen);
         let link = Arc::new(Link { handle, sftp: Mutex::new(None) });
         let transport = Self {
             endpoint: endpoint.clone(),
             key,
             pin: pin.clone(),
+            tuning,
             link: Mutex::new(Some(link)),
             without_sftp: AtomicBool::new(false),
         };
@@ -96,7 +127,7 @@ impl SshTransport {
             return Ok(link.clone());
         }
         *slot = None;
-        let (handle, _) = connect::open(&self.endpoint, &self.key, Some(&self.pin)).await?;
+        let (handle, _) = connect::open(&self.endpoint, &self.key, Some(&self.pin), &self.tuning).await?;
         let link = Arc::new(Link { handle, sftp: Mutex::new(None) });
         *slot = Some(link.clone());
         Ok(link)
@@ -120,30 +151,35 @@ impl SshTransport {
         }
         let mut slot = link.sftp.lock().await;
         if slot.is_none() {
-            *slot = Sftp::open(&link.handle).await?.map(Arc::new);
+            *slot = Sftp::open(&link.handle, self.tuning.stall).await?.map(Arc::new);
             self.without_sftp.store(slot.is_none(), Ordering::Relaxed);
         }
         Ok(slot.clone())
     }
 
-    async fn upload(
-        &self,
-        link: &Link,
-        source: &Source,
-        remote: &str,
-        mode: u32,
-        progress: &(dyn Fn(u64) + Send + Sync),
-    ) -> Result<(), TransportError> {
-        let part = format!("{remote}.part.{:016x}", rand::rng().random::<u64>());
-        let sent = match self.sftp(link).await? {
-            Some(first) => {
-                let stripes = if source.len() >= STRIPE_FROM { STRIPES } else { 1 };
-                let lanes = sftp::lanes(first, &link.handle, stripes).await;
-                sftp::upload(&lanes, &part, mode, source, progress).await
-            }
-            None => plain::upload(&link.handle, &part, mode, source, progress).await,
+    async fn upload(&self, link: &Link, source: &Source, what: &SendRequest<'_>) -> Result<(), TransportError> {
+        let sftp = self.sftp(link).await?;
+        let upload = Upload {
+            handle: &link.handle,
+            source,
+            remote: what.remote,
+            clock: Clock::new(self.tuning.stall, what.progress),
+            queue: Queue::of(what.parts),
+            press: Press::new(what.may_gzip),
         };
-        let result = match sent {
+        match upload.run(sftp).await {
+            Err(e) if e.kind == TransportErrorKind::Remote => Err(plain::explain(&link.handle, what.remote, e).await),
+            sent => sent,
+        }
+    }
+
+    async fn write(&self, link: &Link, content: &[u8], remote: &str, mode: u32) -> Result<(), TransportError> {
+        let part = format!("{remote}.part.{:016x}", rand::rng().random::<u64>());
+        let written = match self.sftp(link).await? {
+            Some(sftp) => sftp.write_new(&part, mode, content).await,
+            None => plain::write_new(&link.handle, &part, mode, content).await,
+        };
+        let result = match written {
             Ok(()) => self.rename(link, &part, remote).await,
             Err(e) if e.kind == TransportErrorKind::Remote => Err(plain::explain(&link.handle, &part, e).await),
             Err(e) => Err(e),
@@ -223,22 +259,16 @@ impl Transport for SshTransport {
         self.settle(&link, result).await
     }
 
-    async fn put(
-        &self,
-        local: &Path,
-        remote: &str,
-        mode: u32,
-        progress: &(dyn Fn(u64) + Send + Sync),
-    ) -> Result<(), TransportError> {
-        let source = Source::file(local).map_err(|e| here(local, &e))?;
+    async fn send(&self, what: &SendRequest<'_>) -> Result<(), TransportError> {
+        let source = Source::open(what.local).map_err(|e| here(what.local, &e))?;
         let link = self.link().await?;
-        let result = self.upload(&link, &source, remote, mode, progress).await;
+        let result = self.upload(&link, &source, what).await;
         self.settle(&link, result).await
     }
 
     async fn put_bytes(&self, content: &[u8], remote: &str, mode: u32) -> Result<(), TransportError> {
         let link = self.link().await?;
-        let result = self.upload(&link, &Source::bytes(content), remote, mode, &|_| {}).await;
+        let result = self.write(&link, content, remote, mode).await;
         self.settle(&link, result).await
     }
 

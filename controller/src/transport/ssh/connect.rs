@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use russh::client::{self, AuthResult, Handle};
 use russh::keys::{PrivateKey, PrivateKeyWithHashAlg, PublicKey, PublicKeyOrCertificate};
-use russh::{Preferred, cipher};
+use russh::{Limits, Preferred, cipher};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::HostKeyPin;
+use super::{HostKeyPin, Tuning};
 use crate::broker::SshEndpoint;
 use crate::text::clean;
 use crate::transport::{TransportError, TransportErrorKind as Kind};
@@ -24,6 +24,9 @@ const BANNER_LIMIT: Duration = Duration::from_secs(20);
 const PREFACE_LIMIT: Duration = Duration::from_secs(2);
 /// Key exchange, and again login.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
+
+/// New keys at the latest after so long, as RFC 4253 (section 9) wants it.
+const REKEY_TIME: Duration = Duration::from_secs(3600);
 
 /// What russh calls back.
 pub(super) struct Client {
@@ -47,10 +50,11 @@ pub(super) async fn open(
     endpoint: &SshEndpoint,
     key: &Arc<PrivateKey>,
     pin: Option<&HostKeyPin>,
+    tuning: &Tuning,
 ) -> Result<(Handle<Client>, HostKeyPin), TransportError> {
     let stream = dial(endpoint).await?;
     wait_for_greeting(endpoint, &stream).await?;
-    let (mut handle, seen) = handshake(endpoint, stream, pin).await?;
+    let (mut handle, seen) = handshake(endpoint, stream, pin, tuning).await?;
     let login = log_in(endpoint, &mut handle, key);
     timeout(HANDSHAKE_LIMIT, login).await.map_err(|_| too_long(endpoint, "login", HANDSHAKE_LIMIT))??;
     Ok((handle, seen))
@@ -113,10 +117,11 @@ async fn handshake(
     endpoint: &SshEndpoint,
     stream: TcpStream,
     pin: Option<&HostKeyPin>,
+    tuning: &Tuning,
 ) -> Result<(Handle<Client>, HostKeyPin), TransportError> {
     let seen = Arc::new(Mutex::new(None));
     let client = Client { pin: pin.cloned(), seen: seen.clone() };
-    let shake = client::connect_stream(Arc::new(config(pin)), stream, client);
+    let shake = client::connect_stream(Arc::new(config(pin, tuning)), stream, client);
     let result =
         timeout(HANDSHAKE_LIMIT, shake).await.map_err(|_| too_long(endpoint, "key exchange", HANDSHAKE_LIMIT))?;
     let seen = seen.lock().expect("no code panics while holding this lock").take();
@@ -135,7 +140,7 @@ fn changed(endpoint: &SshEndpoint, pin: Option<&HostKeyPin>, key: &PublicKey) ->
     TransportError::new(Kind::HostKeyChanged, message)
 }
 
-fn config(pin: Option<&HostKeyPin>) -> client::Config {
+fn config(pin: Option<&HostKeyPin>, tuning: &Tuning) -> client::Config {
     let mut keys = Preferred::DEFAULT.key.to_vec();
     if let Some(pinned) = pin.and_then(HostKeyPin::algorithm) {
         // RSA is one key under several signature names.
@@ -148,8 +153,10 @@ fn config(pin: Option<&HostKeyPin>) -> client::Config {
         // Ours bounds downloads: 16 MiB carry 100 MB/s over 150 ms.
         window_size: 16 << 20,
         channel_buffer_size: 4096,
-        keepalive_interval: Some(Duration::from_secs(15)),
-        keepalive_max: 4,
+        // Anything that comes counts as an answer: a slow upload is kept alive by its acknowledgements.
+        keepalive_interval: Some(tuning.keepalive),
+        keepalive_max: 3,
+        limits: Limits::new(tuning.rekey_after, tuning.rekey_after, REKEY_TIME),
         preferred: Preferred { key: Cow::Owned(keys), cipher: Cow::Owned(ciphers.to_vec()), ..Preferred::DEFAULT },
         ..client::Config::default()
     }

@@ -5,12 +5,16 @@ use std::time::Duration;
 use russh::ChannelMsg;
 use russh::client::{Handle, Msg};
 
+use super::clock::Clock;
 use super::connect::{Client, broken};
 use crate::text::clean;
 use crate::transport::{ExecOutput, TransportError, TransportErrorKind as Kind};
 
 /// More than this from one command is not an answer but a flood.
 const MAX_OUTPUT: usize = 64 << 20;
+/// Between attempts to open a channel.
+const PAUSES: [Duration; 4] =
+    [Duration::from_millis(25), Duration::from_millis(50), Duration::from_millis(100), Duration::from_millis(200)];
 /// Stream number of standard error.
 const STDERR: u32 = 1;
 
@@ -21,16 +25,36 @@ pub(super) async fn exec(
     stdin: &[u8],
     limit: Duration,
 ) -> Result<ExecOutput, TransportError> {
-    let name = format!("`{}`", clean(command.as_bytes(), 60));
-    match tokio::time::timeout(limit, run(handle, command, stdin, &name)).await {
+    let name = name(command);
+    match tokio::time::timeout(limit, run(handle, command, stdin, &name, &|| {})).await {
         Ok(result) => result,
         Err(_) => Err(TransportError::new(Kind::TimedOut, format!("{name} did not end within {} s", limit.as_secs()))),
     }
 }
 
-async fn run(handle: &Handle<Client>, command: &str, stdin: &[u8], name: &str) -> Result<ExecOutput, TransportError> {
+/// The same for a command that eats a part of a transfer: its limit is the transfer's clock, which hears of every byte eaten.
+pub(super) async fn feed(
+    handle: &Handle<Client>,
+    command: &str,
+    stdin: &[u8],
+    clock: &Clock<'_>,
+) -> Result<ExecOutput, TransportError> {
+    run(handle, command, stdin, &name(command), &|| clock.hear()).await
+}
+
+fn name(command: &str) -> String {
+    format!("`{}`", clean(command.as_bytes(), 60))
+}
+
+async fn run(
+    handle: &Handle<Client>,
+    command: &str,
+    stdin: &[u8],
+    name: &str,
+    hear: &(dyn Fn() + Send + Sync),
+) -> Result<ExecOutput, TransportError> {
     let fail = |e: russh::Error| broken(&name, &e);
-    let channel = handle.channel_open_session().await.map_err(fail)?;
+    let channel = open(handle).await.map_err(fail)?;
     channel.exec(true, command).await.map_err(fail)?;
     let (mut from, to) = channel.split();
     let feed = async {
@@ -50,12 +74,24 @@ async fn run(handle: &Handle<Client>, command: &str, stdin: &[u8], name: &str) -
             }
             message = from.wait() => message,
         };
+        hear();
         if let Some(result) = gathered.take(message, name) {
             // The server may wait for our half; it is gone already if it spoke first.
             let _ = to.close().await;
             return result;
         }
     }
+}
+
+/// A new channel. A server that allows few may not yet have seen that the last one is closed.
+async fn open(handle: &Handle<Client>) -> Result<Channel, russh::Error> {
+    for pause in PAUSES {
+        match handle.channel_open_session().await {
+            Err(russh::Error::ChannelOpenFailure(_)) => tokio::time::sleep(pause).await,
+            opened => return opened,
+        }
+    }
+    handle.channel_open_session().await
 }
 
 /// What a channel has said so far.

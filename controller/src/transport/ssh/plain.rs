@@ -5,14 +5,16 @@ use std::time::Duration;
 use russh::client::Handle;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
+use super::clock::Clock;
 use super::connect::Client;
-use super::exec::exec;
-use super::sftp::Source;
+use super::exec::{exec, feed};
 use crate::text::clean;
 use crate::transport::quote::quote;
 use crate::transport::{ExecOutput, TransportError, TransportErrorKind as Kind};
 
-/// Bytes per command. Each block has its own limit, so that the whole has none: a slow line is not a dead one.
+/// What `dd` counts offsets in.
+pub(super) const UNIT: u64 = 64 << 10;
+/// Bytes per command that reads. Each block has its own limit, so that the whole has none: a slow line is not a dead one.
 const BLOCK: u64 = 4 << 20;
 /// For one block: 14 kB/s.
 const BLOCK_LIMIT: Duration = Duration::from_secs(300);
@@ -22,27 +24,52 @@ const SHORT: Duration = Duration::from_secs(60);
 const MISSING: i32 = 44;
 const NOT_PLAIN: i32 = 45;
 
-/// Writes `source` to the new file `part` through `cat`, then gives it `mode`.
-pub(super) async fn upload(
+/// Makes a file, private to its owner, unless it is there.
+pub(super) async fn make(handle: &Handle<Client>, path: &str) -> Result<(), TransportError> {
+    demand(path, exec(handle, &in_sh(&format!("umask 077; : >> {}", quote(path))), &[], SHORT).await?).map(drop)
+}
+
+/// Writes bytes into a file at `offset`, a multiple of [`UNIT`].
+pub(super) async fn write_at(
+    handle: &Handle<Client>,
+    path: &str,
+    offset: u64,
+    bytes: &[u8],
+    clock: &Clock<'_>,
+) -> Result<(), TransportError> {
+    demand(path, feed(handle, &in_sh(&dd(path, offset)), bytes, clock).await?).map(drop)
+}
+
+/// The same with what `gzip` packed.
+pub(super) async fn unpack_at(
+    handle: &Handle<Client>,
+    path: &str,
+    offset: u64,
+    packed: &[u8],
+    clock: &Clock<'_>,
+) -> Result<(), TransportError> {
+    let script = format!("gzip -dc | {}", dd(path, offset));
+    demand(path, feed(handle, &in_sh(&script), packed, clock).await?).map(drop)
+}
+
+fn dd(path: &str, offset: u64) -> String {
+    format!("dd of={} bs={UNIT} seek={} conv=notrunc", quote(path), offset / UNIT)
+}
+
+/// Writes a few bytes into the new file `part`, then gives it `mode`.
+pub(super) async fn write_new(
     handle: &Handle<Client>,
     part: &str,
     mode: u32,
-    source: &Source,
-    progress: &(dyn Fn(u64) + Send + Sync),
+    bytes: &[u8],
 ) -> Result<(), TransportError> {
     let file = quote(part);
-    demand(part, exec(handle, &in_sh(&format!("umask 077; set -C; : > {file}")), &[], SHORT).await?)?;
-    let append = in_sh(&format!("cat >> {file}"));
-    let mut sent = 0;
-    while sent < source.len() {
-        let block = source.block(sent, BLOCK).await?;
-        demand(part, exec(handle, &append, &block, BLOCK_LIMIT).await?)?;
-        sent += block.len() as u64;
-        progress(sent);
-    }
-    // A shell that died in mid-block may still have said yes.
-    let seal = format!("[ $(wc -c < {file}) -eq {sent} ] && chmod {mode:o} {file}");
-    demand(part, exec(handle, &in_sh(&seal), &[], SHORT).await?).map(drop)
+    // A shell that died in mid-stream may still have said yes.
+    let script = format!(
+        "umask 077; set -C; cat > {file} && [ $(wc -c < {file}) -eq {} ] && chmod {mode:o} {file}",
+        bytes.len()
+    );
+    demand(part, exec(handle, &in_sh(&script), bytes, BLOCK_LIMIT).await?).map(drop)
 }
 
 /// Renames over an existing file, but not into a folder of that name.
@@ -107,8 +134,8 @@ pub(super) async fn explain(handle: &Handle<Client>, part: &str, error: Transpor
     if error.kind == Kind::NoSpace {
         return error;
     }
-    let file = quote(part);
-    let probe = format!("dd if=/dev/zero bs=65536 count=16 >> {file}");
+    let file = quote(&format!("{part}.probe"));
+    let probe = format!("dd if=/dev/zero of={file} bs=65536 count=16; told=$?; rm -f {file}; exit $told");
     match exec(handle, &in_sh(&probe), &[], SHORT).await {
         Ok(out) => match demand(part, out) {
             Err(told) if told.kind == Kind::NoSpace => told,

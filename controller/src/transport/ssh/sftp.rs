@@ -1,13 +1,10 @@
 //! Files over SFTP, with many requests under way at once.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use futures::stream::{FuturesOrdered, FuturesUnordered, StreamExt};
 use russh::ChannelMsg;
 use russh::client::Handle;
@@ -18,6 +15,7 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::Limit;
+use super::clock::Clock;
 use super::connect::{Client, broken};
 use super::exec::Channel;
 use crate::text::clean;
@@ -27,75 +25,27 @@ use crate::transport::{TransportError, TransportErrorKind as Kind};
 const CHUNK: u64 = 31 << 10;
 /// Requests under way per channel: together they fill OpenSSH's window of 2 MiB.
 const IN_FLIGHT: usize = 64;
-/// What a lane reads from disk at a time.
-const BLOCK: u64 = 64 * CHUNK;
-/// No single answer for so long: the link is dead. A clock per request would run out on a slow line, since requests queue.
-const NO_PROGRESS: Duration = Duration::from_secs(60);
-/// So long a request may take in all, queueing included.
+/// So long a request may take in all, queueing included: [`Clock`] says when a line is dead.
 const REQUEST_LIMIT_SECS: u64 = 24 * 3600;
 /// Type bits of a mode, and the value for a plain file.
 const TYPE_MASK: u32 = 0o170_000;
 const PLAIN_FILE: u32 = 0o100_000;
 
-/// What is uploaded.
-pub(super) enum Source {
-    /// A file, as long as it was when opened.
-    File(Arc<File>, u64),
-    /// A few bytes.
-    Bytes(Arc<[u8]>),
-}
-
-impl Source {
-    pub(super) fn file(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        let facts = file.metadata()?;
-        if !facts.is_file() {
-            return Err(io::Error::other("not a plain file"));
-        }
-        Ok(Self::File(Arc::new(file), facts.len()))
-    }
-
-    pub(super) fn bytes(content: &[u8]) -> Self {
-        Self::Bytes(content.into())
-    }
-
-    pub(super) fn len(&self) -> u64 {
-        match self {
-            Self::File(_, len) => *len,
-            Self::Bytes(bytes) => bytes.len() as u64,
-        }
-    }
-
-    /// The bytes from `offset`, `len` of them or fewer at the end.
-    pub(super) async fn block(&self, offset: u64, len: u64) -> Result<Vec<u8>, TransportError> {
-        let len = len.min(self.len().saturating_sub(offset)) as usize;
-        let read = match self {
-            Self::Bytes(bytes) => Ok(bytes[offset as usize..offset as usize + len].to_vec()),
-            Self::File(file, _) => {
-                let file = file.clone();
-                let read = move || {
-                    let mut block = vec![0; len];
-                    file.read_exact_at(&mut block, offset).map(|()| block)
-                };
-                tokio::task::spawn_blocking(read).await.unwrap_or_else(|e| Err(io::Error::other(e)))
-            }
-        };
-        read.map_err(|e| TransportError::new(Kind::Local, format!("reading the file to send: {e}")))
-    }
-}
-
 /// An SFTP session on a channel of its own.
-pub(super) struct Sftp(RawSftpSession);
+pub(super) struct Sftp {
+    session: RawSftpSession,
+    patience: Duration,
+}
 
 impl Sftp {
-    /// `None` when the server has no SFTP.
-    pub(super) async fn open(handle: &Handle<Client>) -> Result<Option<Self>, TransportError> {
-        timeout(NO_PROGRESS, Self::start(handle))
+    /// `None` when the server has no SFTP. No answer may take longer than `patience`.
+    pub(super) async fn open(handle: &Handle<Client>, patience: Duration) -> Result<Option<Self>, TransportError> {
+        timeout(patience, Self::start(handle, patience))
             .await
             .unwrap_or_else(|_| Err(TransportError::new(Kind::TimedOut, "SFTP: no answer to the first request")))
     }
 
-    async fn start(handle: &Handle<Client>) -> Result<Option<Self>, TransportError> {
+    async fn start(handle: &Handle<Client>, patience: Duration) -> Result<Option<Self>, TransportError> {
         let fail = |e: russh::Error| broken(&"SFTP", &e);
         let mut channel: Channel = handle.channel_open_session().await.map_err(fail)?;
         channel.request_subsystem(true, "sftp").await.map_err(fail)?;
@@ -110,7 +60,7 @@ impl Sftp {
         let config = Config { request_timeout_secs: REQUEST_LIMIT_SECS, ..Config::default() };
         let session = RawSftpSession::new_with_config(channel.into_stream(), config);
         match session.init().await {
-            Ok(_) => Ok(Some(Self(session))),
+            Ok(_) => Ok(Some(Self { session, patience })),
             Err(_) if handle.is_closed() => Err(fail(russh::Error::Disconnect)),
             // The server said yes and started something that speaks no SFTP, or nothing at all.
             Err(_) => Ok(None),
@@ -124,7 +74,7 @@ impl Sftp {
             payload.extend_from_slice(&(path.len() as u32).to_be_bytes());
             payload.extend_from_slice(path.as_bytes());
         }
-        match patient(to, self.0.extended("posix-rename@openssh.com", payload)).await? {
+        match self.patient(to, self.session.extended("posix-rename@openssh.com", payload)).await? {
             Packet::Status(status) if status.status_code == StatusCode::Ok => Ok(true),
             Packet::Status(status) if status.status_code == StatusCode::OpUnsupported => Ok(false),
             Packet::Status(status) => Err(wrong(to, &SftpError::Status(status))),
@@ -152,20 +102,21 @@ impl Sftp {
         if len == 0 {
             return Ok(Some(0));
         }
-        let handle = patient(remote, self.0.open(remote, OpenFlags::READ, FileAttributes::empty())).await?.handle;
+        let handle =
+            self.patient(remote, self.session.open(remote, OpenFlags::READ, FileAttributes::empty())).await?.handle;
         let result = self.stream(remote, &handle, offset, offset + len, out).await;
-        let closed = patient(remote, self.0.close(handle)).await;
+        let closed = self.patient(remote, self.session.close(handle)).await;
         let copied = result?;
         closed?;
         Ok(Some(copied))
     }
 
     async fn size_of(&self, remote: &str) -> Result<Option<u64>, TransportError> {
-        let attrs = match timeout(NO_PROGRESS, self.0.lstat(remote)).await {
+        let attrs = match timeout(self.patience, self.session.lstat(remote)).await {
             Ok(Ok(found)) => found.attrs,
             Ok(Err(SftpError::Status(status))) if status.status_code == StatusCode::NoSuchFile => return Ok(None),
             Ok(Err(e)) => return Err(wrong(remote, &e)),
-            Err(_) => return Err(stalled(remote)),
+            Err(_) => return Err(self.stalled(remote)),
         };
         let kind = attrs.permissions.unwrap_or(0) & TYPE_MASK;
         // A server that tells no type at all is taken at its word; a named pipe would never end, a link may lead anywhere.
@@ -192,7 +143,7 @@ impl Sftp {
                 flight.push_back(self.chunk(handle, next, end));
                 next = end;
             }
-            let answer = timeout(NO_PROGRESS, flight.next()).await.map_err(|_| stalled(remote))?;
+            let answer = timeout(self.patience, flight.next()).await.map_err(|_| self.stalled(remote))?;
             let Some(answer) = answer else { return Ok(copied) };
             let (bytes, whole) = answer.map_err(|e| wrong(remote, &e))?;
             out.write_all(&bytes)
@@ -210,7 +161,7 @@ impl Sftp {
         let mut bytes = Vec::new();
         while from + (bytes.len() as u64) < to {
             let at = from + bytes.len() as u64;
-            match self.0.read(handle, at, (to - at) as u32).await {
+            match self.session.read(handle, at, (to - at) as u32).await {
                 // An empty or overlong answer would never end or overrun.
                 Ok(data) if data.data.is_empty() || data.data.len() as u64 > to - at => {
                     return Err(SftpError::UnexpectedPacket);
@@ -222,115 +173,110 @@ impl Sftp {
         }
         Ok((bytes, true))
     }
-}
 
-/// Up to `wanted` sessions for one file: the first and, as far as the server allows, more beside it.
-pub(super) async fn lanes(first: Arc<Sftp>, handle: &Handle<Client>, wanted: usize) -> Vec<Arc<Sftp>> {
-    let more = (1..wanted).map(|_| Sftp::open(handle));
-    let more = futures::future::join_all(more).await;
-    let more = more.into_iter().filter_map(|opened| opened.ok().flatten().map(Arc::new));
-    std::iter::once(first).chain(more).collect()
-}
-
-/// Writes `source` to the new file `part` through all lanes, syncs it and gives it `mode`.
-pub(super) async fn upload(
-    lanes: &[Arc<Sftp>],
-    part: &str,
-    mode: u32,
-    source: &Source,
-    progress: &(dyn Fn(u64) + Send + Sync),
-) -> Result<(), TransportError> {
-    let [first, others @ ..] = lanes else {
-        return Err(TransportError::new(Kind::Local, "no SFTP channel"));
-    };
-    // Private until it is whole: it may be a secret.
-    let private = FileAttributes { permissions: Some(0o600), ..FileAttributes::empty() };
-    let create = OpenFlags::CREATE | OpenFlags::WRITE | OpenFlags::EXCLUDE;
-    let mut files = vec![(first, patient(part, first.0.open(part, create, private)).await?.handle)];
-    for lane in others {
-        let open = lane.0.open(part, OpenFlags::WRITE, FileAttributes::empty());
-        files.push((lane, patient(part, open).await?.handle));
-    }
-    let work = Work { next: AtomicU64::new(0), sent: AtomicU64::new(0), source, part, progress };
-    let written =
-        futures::future::try_join_all(files.iter().map(|(lane, handle)| work.lane(lane, handle))).await.map(drop);
-    let sealed = match written {
-        Ok(()) => seal(first, part, &files[0].1, mode).await,
-        Err(e) => Err(e),
-    };
-    for (lane, handle) in files {
-        let closed = patient(part, lane.0.close(handle)).await;
-        if sealed.is_ok() {
-            closed?;
-        }
-    }
-    sealed
-}
-
-async fn seal(sftp: &Sftp, part: &str, handle: &str, mode: u32) -> Result<(), TransportError> {
-    let attrs = FileAttributes { permissions: Some(mode), ..FileAttributes::empty() };
-    patient(part, sftp.0.fsetstat(handle, attrs)).await?;
-    match patient(part, sftp.0.fsync(handle)).await {
-        // Not every server knows how; the hash compared later is the proof.
-        Err(e) if e.kind != Kind::Remote => Err(e),
-        _ => Ok(()),
-    }
-}
-
-/// One upload shared by its lanes.
-struct Work<'a> {
-    next: AtomicU64,
-    sent: AtomicU64,
-    source: &'a Source,
-    part: &'a str,
-    progress: &'a (dyn Fn(u64) + Send + Sync),
-}
-
-impl Work<'_> {
-    /// Takes blocks until none is left.
-    async fn lane(&self, sftp: &Sftp, handle: &str) -> Result<(), TransportError> {
-        let mut flight = FuturesUnordered::new();
-        loop {
-            let at = self.next.fetch_add(BLOCK, Ordering::Relaxed);
-            if at >= self.source.len() {
-                break;
-            }
-            let block = self.source.block(at, BLOCK).await?;
-            for (i, chunk) in block.chunks(CHUNK as usize).enumerate() {
-                while flight.len() >= IN_FLIGHT {
-                    self.acknowledge(flight.next()).await?;
-                }
-                let (offset, chunk) = (at + i as u64 * CHUNK, chunk.to_vec());
-                flight.push(async move {
-                    let len = chunk.len() as u64;
-                    sftp.0.write(handle, offset, chunk).await.map(|_| len)
-                });
-            }
-        }
-        while !flight.is_empty() {
-            self.acknowledge(flight.next()).await?;
-        }
-        Ok(())
-    }
-
-    async fn acknowledge(
+    /// One request that nothing else queues before.
+    async fn patient<T>(
         &self,
-        next: impl Future<Output = Option<Result<u64, SftpError>>>,
-    ) -> Result<(), TransportError> {
-        let answer = timeout(NO_PROGRESS, next).await.map_err(|_| stalled(self.part))?;
-        let len = answer.transpose().map_err(|e| wrong(self.part, &e))?.unwrap_or(0);
-        (self.progress)(self.sent.fetch_add(len, Ordering::Relaxed) + len);
-        Ok(())
+        path: &str,
+        request: impl Future<Output = Result<T, SftpError>>,
+    ) -> Result<T, TransportError> {
+        timeout(self.patience, request).await.map_err(|_| self.stalled(path))?.map_err(|e| wrong(path, &e))
+    }
+
+    fn stalled(&self, path: &str) -> TransportError {
+        TransportError::new(Kind::TimedOut, format!("{path}: no progress for {} s", self.patience.as_secs_f64()))
+    }
+
+    /// Opens a file to write parts of it; makes it, private to its owner, if there is none.
+    pub(super) async fn writer<'a>(
+        self: Arc<Self>,
+        path: &'a str,
+        clock: &'a Clock<'a>,
+    ) -> Result<Writer<'a>, TransportError> {
+        let private = FileAttributes { permissions: Some(0o600), ..FileAttributes::empty() };
+        let open = self.session.open(path, OpenFlags::CREATE | OpenFlags::WRITE, private);
+        let handle = self.patient(path, open).await?.handle;
+        Ok(Writer { sftp: self, path, handle, clock, flight: FuturesUnordered::new() })
+    }
+
+    /// Writes a few bytes into the new file `part`, syncs it and gives it `mode`.
+    pub(super) async fn write_new(&self, part: &str, mode: u32, bytes: &[u8]) -> Result<(), TransportError> {
+        // Private until it is whole: it may be a secret.
+        let private = FileAttributes { permissions: Some(0o600), ..FileAttributes::empty() };
+        let create = OpenFlags::CREATE | OpenFlags::WRITE | OpenFlags::EXCLUDE;
+        let handle = self.patient(part, self.session.open(part, create, private)).await?.handle;
+        let sealed = self.fill(part, &handle, mode, bytes).await;
+        let closed = self.patient(part, self.session.close(handle)).await;
+        sealed.and(closed.map(drop))
+    }
+
+    async fn fill(&self, part: &str, handle: &str, mode: u32, bytes: &[u8]) -> Result<(), TransportError> {
+        for (i, chunk) in bytes.chunks(CHUNK as usize).enumerate() {
+            self.patient(part, self.session.write(handle, i as u64 * CHUNK, chunk.to_vec())).await?;
+        }
+        let attrs = FileAttributes { permissions: Some(mode), ..FileAttributes::empty() };
+        self.patient(part, self.session.fsetstat(handle, attrs)).await?;
+        match self.patient(part, self.session.fsync(handle)).await {
+            // Not every server knows how.
+            Err(e) if e.kind != Kind::Remote => Err(e),
+            _ => Ok(()),
+        }
     }
 }
 
-/// One request that nothing else queues before.
-async fn patient<T>(path: &str, request: impl Future<Output = Result<T, SftpError>>) -> Result<T, TransportError> {
-    timeout(NO_PROGRESS, request).await.map_err(|_| stalled(path))?.map_err(|e| wrong(path, &e))
+/// A remote file that is written through one channel, with many requests under way.
+pub(super) struct Writer<'a> {
+    sftp: Arc<Sftp>,
+    path: &'a str,
+    handle: String,
+    clock: &'a Clock<'a>,
+    flight: FuturesUnordered<BoxFuture<'a, Result<u64, SftpError>>>,
 }
 
-fn stalled(path: &str) -> TransportError {
-    TransportError::new(Kind::TimedOut, format!("{path}: no progress for {} s", NO_PROGRESS.as_secs()))
+impl Writer<'_> {
+    /// Sends bytes for `offset` and waits only where too many requests are under way.
+    pub(super) async fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), TransportError> {
+        for (i, chunk) in bytes.chunks(CHUNK as usize).enumerate() {
+            while self.flight.len() >= IN_FLIGHT {
+                self.acknowledge().await?;
+            }
+            let (sftp, handle, chunk) = (self.sftp.clone(), self.handle.clone(), chunk.to_vec());
+            let offset = offset + i as u64 * CHUNK;
+            self.flight.push(Box::pin(async move {
+                let len = chunk.len() as u64;
+                sftp.session.write(handle, offset, chunk).await.map(|_| len)
+            }));
+        }
+        // A request is sent when it is first asked for its answer.
+        match self.flight.next().now_or_never() {
+            Some(answer) => self.take(answer).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    async fn settle(&mut self) -> Result<(), TransportError> {
+        while self.acknowledge().await? {}
+        Ok(())
+    }
+
+    /// Waits until all that was sent is acknowledged, and closes the file.
+    pub(super) async fn close(mut self) -> Result<(), TransportError> {
+        let settled = self.settle().await;
+        let closed = self.sftp.patient(self.path, self.sftp.session.close(self.handle.as_str())).await;
+        settled.and(closed.map(drop))
+    }
+
+    /// Waits for one answer; `false` if none is due.
+    pub(super) async fn acknowledge(&mut self) -> Result<bool, TransportError> {
+        let answer = self.flight.next().await;
+        self.take(answer)
+    }
+
+    fn take(&self, answer: Option<Result<u64, SftpError>>) -> Result<bool, TransportError> {
+        let Some(answer) = answer else { return Ok(false) };
+        self.clock.acknowledge(answer.map_err(|e| wrong(self.path, &e))?);
+        Ok(true)
+    }
 }
 
 fn wrong(path: &str, error: &SftpError) -> TransportError {

@@ -1,0 +1,34 @@
+//! The local file of an upload.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::transport::{TransportError, TransportErrorKind as Kind};
+
+/// A plain file, open to be read in any order.
+pub(super) struct Source(Arc<File>);
+
+impl Source {
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        match file.metadata()?.is_file() {
+            true => Ok(Self(Arc::new(file))),
+            false => Err(io::Error::other("not a plain file")),
+        }
+    }
+
+    /// These bytes; an error if the file has become too short for them.
+    pub(super) async fn block(&self, range: Range<u64>) -> Result<Vec<u8>, TransportError> {
+        let file = self.0.clone();
+        let read = move || {
+            let mut block = vec![0; (range.end - range.start) as usize];
+            file.read_exact_at(&mut block, range.start).map(|()| block)
+        };
+        let read = tokio::task::spawn_blocking(read).await.unwrap_or_else(|e| Err(io::Error::other(e)));
+        read.map_err(|e| TransportError::new(Kind::Local, format!("reading the file to send: {e}")))
+    }
+}

@@ -1,0 +1,78 @@
+//! What the tests share: a server, a line to it, and a host at its end.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use outliers::broker::SshEndpoint;
+use outliers::host::RemoteHost;
+use outliers::transport::ssh::{SshTransport, Tuning};
+use outliers_tests::line::Line;
+use outliers_tests::sshd::Sshd;
+use tempfile::TempDir;
+
+/// A connection that loses patience soon.
+pub(crate) const HASTY: Tuning =
+    Tuning { keepalive: Duration::from_millis(500), stall: Duration::from_secs(1), rekey_after: 1 << 30 };
+
+/// A server at the end of a line.
+pub(crate) struct Scene {
+    pub(crate) server: Sshd,
+    pub(crate) line: Line,
+    pub(crate) here: TempDir,
+}
+
+impl Scene {
+    /// With more lines of `sshd_config`. `None` where there is no OpenSSH.
+    pub(crate) fn new(config: &str, line: impl FnOnce(&SshEndpoint) -> Line) -> Option<Self> {
+        let server = Sshd::start_with(config).unwrap()?;
+        let line = line(&server.endpoint());
+        Some(Self { server, line, here: tempfile::tempdir().unwrap() })
+    }
+
+    /// At the end of a line like the one within this machine.
+    pub(crate) fn near(config: &str) -> Option<Self> {
+        Self::new(config, |server| Line::long(server, Duration::ZERO).unwrap())
+    }
+
+    pub(crate) async fn ssh(&self, tuning: Tuning) -> SshTransport {
+        let (key, pin) = (self.server.key().private_path(), Some(self.server.host_key()));
+        SshTransport::connect_with(&self.line.endpoint(), key, pin, tuning).await.unwrap().0
+    }
+
+    pub(crate) async fn host(&self, tuning: Tuning) -> RemoteHost {
+        RemoteHost::new(Arc::new(self.ssh(tuning).await), "host")
+    }
+
+    /// A local file of this content.
+    pub(crate) fn file(&self, name: &str, content: &[u8]) -> PathBuf {
+        let path = self.here.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    }
+
+    /// A path below the server's home.
+    pub(crate) fn there(&self, name: &str) -> PathBuf {
+        self.server.home().join(name)
+    }
+}
+
+/// Names in a folder, sorted.
+pub(crate) fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut names: Vec<String> = entries.map(|e| e.unwrap().file_name().to_str().unwrap().to_owned()).collect();
+    names.sort();
+    names
+}
+
+/// `len` bytes that nothing can compress.
+pub(crate) fn noise(len: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    };
+    std::iter::repeat_with(&mut next).flatten().take(len).collect()
+}

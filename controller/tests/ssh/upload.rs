@@ -1,0 +1,222 @@
+//! Uploads over lines that are long, narrow, silent or break.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use outliers::host::{HostEvent, RemoteHost};
+use outliers::transport::ssh::{SshTransport, Tuning};
+use outliers::transport::{SendRequest, Transport, TransportError, TransportErrorKind as Kind};
+use outliers_tests::line::Line;
+use outliers_tests::sha256;
+
+use crate::scene::{HASTY, Scene, names, noise};
+
+const MB: usize = 1_000_000;
+const PLACE: &str = "outliers/data/big";
+
+/// Pushes a file to [`PLACE`]; the path there.
+async fn push(host: &RemoteHost, file: &Path, on: impl Fn(HostEvent) + Send + Sync) -> PathBuf {
+    host.push_file(file, PLACE, 1 << 40, &on).await.unwrap().into()
+}
+
+/// Pushes a file until more than `bytes` of it are acknowledged, and then forgets about it, as a killed controller does.
+async fn push_some(host: RemoteHost, file: &Path, bytes: u64) {
+    let enough = tokio::sync::Notify::new();
+    let on = |event| {
+        if matches!(event, HostEvent::Uploading { sent, .. } if sent > bytes) {
+            enough.notify_one();
+        }
+    };
+    tokio::select! {
+        _ = host.push_file(file, PLACE, 1 << 40, &on) => panic!("the whole file went too fast to be cut"),
+        () = enough.notified() => {}
+    }
+    drop(host);
+}
+
+/// Sends a whole file as it is.
+async fn send(
+    ssh: &SshTransport,
+    local: &Path,
+    remote: &Path,
+    progress: &(dyn Fn(u64) + Send + Sync),
+) -> Result<(), TransportError> {
+    let whole = 0..local.metadata().unwrap().len();
+    let (remote, parts) = (remote.to_str().unwrap(), std::slice::from_ref(&whole));
+    ssh.send(&SendRequest { local, remote, parts, may_gzip: true, progress }).await
+}
+
+/// Same content, and nothing beside it.
+fn assert_arrived(file: &Path, there: &Path) {
+    assert_eq!(sha256(&std::fs::read(there).unwrap()), sha256(&std::fs::read(file).unwrap()));
+    assert_eq!(names(there.parent().unwrap()), ["big"]);
+}
+
+/// The part file that an upload to [`PLACE`] has left.
+fn part(scene: &Scene) -> PathBuf {
+    let folder = scene.there(PLACE).parent().unwrap().to_owned();
+    let [name] = &names(&folder)[..] else { panic!("{:?}", names(&folder)) };
+    assert!(name.starts_with("big.part."), "{name}");
+    folder.join(name)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_goes_on_where_the_line_broke() {
+    for config in ["", "Subsystem other internal-sftp"] {
+        let Some(scene) = Scene::near(config) else { return };
+        let file = scene.file("big", &noise(60 * MB));
+        let host = scene.host(Tuning::default()).await;
+        scene.line.cut_after(45 * MB as u64);
+        let lost = AtomicBool::new(false);
+        let there = push(&host, &file, |event| {
+            lost.fetch_or(matches!(event, HostEvent::ConnectionLost { .. }), Ordering::Relaxed);
+        })
+        .await;
+        assert!(lost.into_inner(), "{config}: the line did break");
+        assert_arrived(&file, &there);
+        let carried = scene.line.carried_up() as usize / MB;
+        assert!(carried < 90, "{config}: {carried} MB went up for 60 MB in two attempts");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_controller_left_is_gone_on_with_and_what_is_wrong_there_is_sent_again() {
+    let Some(scene) = Scene::near("") else { return };
+    let content = noise(60 * MB);
+    let file = scene.file("big", &content);
+    push_some(scene.host(Tuning::default()).await, &file, 40 * MB as u64).await;
+    let part = part(&scene);
+    assert_eq!(part.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    // A disk that turns bits, within what had arrived.
+    let mut there = std::fs::read(&part).unwrap();
+    there[5 * MB] ^= 1;
+    std::fs::write(&part, &there).unwrap();
+    let before = scene.line.carried_up();
+    let host = scene.host(Tuning::default()).await;
+    let first = std::sync::Mutex::new(None);
+    let placed = push(&host, &file, |event| {
+        if let HostEvent::Uploading { sent, total } = event {
+            assert_eq!(total, first.lock().unwrap().get_or_insert((sent, total)).1);
+        }
+    })
+    .await;
+    assert_arrived(&file, &placed);
+    let carried = (scene.line.carried_up() - before) as usize;
+    assert!(carried > 4 << 20 && carried < 45 * MB, "{carried}");
+    let again = scene.line.carried_up();
+    push(&host, &file, |event| assert_eq!(event, HostEvent::AlreadyThere)).await;
+    assert!(scene.line.carried_up() - again < 100_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_part_that_is_no_part_of_ours_is_replaced_and_what_it_leads_to_is_left() {
+    let Some(scene) = Scene::near("") else { return };
+    let file = scene.file("big", &noise(10 * MB));
+    push_some(scene.host(Tuning::default()).await, &file, 1).await;
+    let part = part(&scene);
+    let plant = |what: &dyn Fn()| {
+        std::fs::remove_file(&part).unwrap();
+        what();
+    };
+    let precious = scene.file("precious", b"not ours");
+    let longer = || std::fs::write(&part, noise(11 * MB)).unwrap();
+    let link = || std::os::unix::fs::symlink(&precious, &part).unwrap();
+    for what in [&longer as &dyn Fn(), &link] {
+        plant(what);
+        let placed = push(&scene.host(Tuning::default()).await, &file, |_| {}).await;
+        assert_arrived(&file, &placed);
+        assert_eq!(std::fs::read(&precious).unwrap(), b"not ours");
+        // The next kind finds the place as before.
+        std::fs::rename(&placed, &part).unwrap();
+    }
+}
+
+/// The kernel refuses to start a program that somebody may still write to, and a server notices late that its client is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_starts_although_a_dead_connection_still_holds_it_open() {
+    let Some(scene) = Scene::near("") else { return };
+    let version = format!(
+        r#"{{"version":"{}","schema":1,"target":"any","cuda":false,"architectures":[]}}"#,
+        env!("CARGO_PKG_VERSION")
+    );
+    let mut program = format!("#!/bin/sh\necho '{version}'\nexit 0\n").into_bytes();
+    program.extend(noise(60 * MB));
+    let file = scene.file("worker", &program);
+    let host = scene.host(HASTY).await;
+    let frozen = AtomicBool::new(false);
+    let on = |event| {
+        if matches!(event, HostEvent::Uploading { sent, .. } if sent > 30 * MB as u64)
+            && !frozen.swap(true, Ordering::Relaxed)
+        {
+            assert!(scene.server.freeze_sessions().unwrap() > 0);
+        }
+    };
+    let worker = host.push_worker(&file, &on).await.unwrap();
+    assert!(frozen.into_inner());
+    assert_eq!(worker.sha256, sha256(&program));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_line_is_given_up_and_a_slow_one_is_not() {
+    let line = |server: &_| Line::narrow(server, 2 * MB as u64).unwrap();
+    let Some(scene) = Scene::new("", line) else { return };
+    let file = scene.file("big", &noise(8 * MB));
+    // Every request of the file is under way at once, and the last waits four times longer than the patience.
+    let placed = push(&scene.host(HASTY).await, &file, |_| {}).await;
+    assert_arrived(&file, &placed);
+    let ssh = scene.ssh(HASTY).await;
+    let frozen = AtomicBool::new(false);
+    let freeze = |_| {
+        if !frozen.swap(true, Ordering::Relaxed) {
+            scene.server.freeze_sessions().unwrap();
+        }
+    };
+    let silent = send(&ssh, &file, &scene.there("silent"), &freeze).await.unwrap_err();
+    assert_eq!(silent.kind, Kind::TimedOut, "{silent}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_narrow_line_carries_what_shrinks_compressed() {
+    for config in ["", "Subsystem other internal-sftp"] {
+        let line = |server: &_| Line::narrow(server, 3 * MB as u64).unwrap();
+        let Some(scene) = Scene::new(config, line) else { return };
+        let text: String = (0..2_000_000).map(|i| format!("{i:07} outliers\n")).collect();
+        let file = scene.file("big", text.as_bytes());
+        let placed = push(&scene.host(Tuning::default()).await, &file, |_| {}).await;
+        assert_arrived(&file, &placed);
+        let carried = scene.line.carried_up() as usize / MB;
+        assert!(carried < 26, "{config}: {carried} MB for 34 MB of text");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn servers_with_few_channels_take_files_too() {
+    for config in ["MaxSessions 1", "MaxSessions 3", "MaxSessions 2\nSubsystem other internal-sftp"] {
+        let Some(scene) = Scene::near(config) else { return };
+        let file = scene.file("big", &noise(20 * MB + 1));
+        let remote = scene.there("big");
+        let ssh = scene.ssh(Tuning::default()).await;
+        send(&ssh, &file, &remote, &|_| {}).await.unwrap_or_else(|e| panic!("{config}: {e}"));
+        assert_eq!(sha256(&std::fs::read(&remote).unwrap()), sha256(&std::fs::read(&file).unwrap()), "{config}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_are_renewed_by_either_side_in_mid_transfer() {
+    let often = Tuning { rekey_after: 2 << 20, ..Tuning::default() };
+    for (config, tuning) in [("RekeyLimit 1M", Tuning::default()), ("", often), ("RekeyLimit 3M", often)] {
+        let Some(scene) = Scene::near(config) else { return };
+        let content = noise(40 * MB);
+        let file = scene.file("big", &content);
+        let ssh = scene.ssh(tuning).await;
+        let (remote, back) = (scene.there("big"), scene.here.path().join("back"));
+        send(&ssh, &file, &remote, &|_| {}).await.unwrap_or_else(|e| panic!("{config} {tuning:?}: {e}"));
+        let remote = remote.to_str().unwrap();
+        ssh.get(remote, &back, 1 << 30).await.unwrap_or_else(|e| panic!("{config} {tuning:?}: {e}"));
+        assert_eq!(sha256(&std::fs::read(&back).unwrap()), sha256(&content), "{config}");
+        let echoed = ssh.exec("cat", &content, Duration::from_secs(60)).await.unwrap();
+        assert_eq!(sha256(&echoed.stdout), sha256(&content), "{config}");
+    }
+}
