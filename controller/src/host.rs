@@ -16,6 +16,7 @@ use tokio::sync::OnceCell;
 use crate::text::clean;
 use crate::transport::{Transport, TransportErrorKind};
 
+mod bundle;
 mod error;
 mod fetch;
 mod follow;

@@ -1,6 +1,6 @@
 //! Bringing a run's files home, trusting nothing that the host says of them.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use outliers_protocol::{FileEntry, Manifest, SCHEMA, files};
 
+use super::bundle::Wanted;
 use super::push::hash_file;
 use super::retry::again;
-use super::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost, SHORT, names};
+use super::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost, names};
 use crate::transport::TransportErrorKind;
-use crate::transport::quote::quote;
 use crate::units::Bytes;
 
 /// A manifest is a list of a dozen files.
@@ -20,8 +20,13 @@ const MAX_MANIFEST: u64 = 1 << 20;
 const MAX_FILES: usize = 200;
 /// Of one file: saved activations are the largest.
 const MAX_FILE: u64 = 256 << 30;
-/// Of a file that no manifest vouches for; of a log, its end.
-const MAX_LOOSE: u64 = 16 << 20;
+/// Of a file that no manifest vouches for.
+const MAX_LOOSE: u64 = 8 << 20;
+/// Of a log, its end.
+const MAX_LOG: u64 = 16 << 20;
+/// Files up to this come several in one answer, and so many bytes of them.
+const SMALL: u64 = 8 << 20;
+const MAX_BATCH: u64 = 32 << 20;
 /// A lost connection is made again for so long.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// Files worth having from a worker that did not finish, besides its log.
@@ -41,7 +46,7 @@ pub struct Fetched {
 impl RemoteHost {
     /// Brings a run's files into the folder `into`: all of them, each with the size and hash its manifest names, or none.
     ///
-    /// They come into `<into>.part` first. A folder left by an earlier, partial fetch is replaced; a whole one is kept and its
+    /// They come into `<into>.part` first, where a fetch that broke off finds what it had verified. A folder left by an earlier, partial fetch is replaced; a whole one is kept and its
     /// manifest compared. Without a manifest on the host, log, job, progress and metadata are brought and marked partial.
     pub async fn fetch(&self, run: &str, into: &Path, on: OnEvent<'_>) -> Result<Fetched, HostError> {
         Ok(again!(PATIENCE, on, self.fetch_once(run, into, on)))
@@ -49,8 +54,8 @@ impl RemoteHost {
 
     async fn fetch_once(&self, run: &str, into: &Path, on: OnEvent<'_>) -> Result<Fetched, HostError> {
         let folder = self.run_folder(run).await?;
-        let remote = |name: &str| format!("{folder}/{name}");
-        let text = self.transport.read_from(&remote(files::MANIFEST), 0, MAX_MANIFEST).await?;
+        let mut found = self.look_for_files(&folder).await?;
+        let text = found.remove(files::MANIFEST);
         let manifest = text.as_deref().map(|text| self.read_manifest(text)).transpose()?;
         if let (Some(manifest), Some(known)) = (&manifest, kept(into)?) {
             return self.compare_with_kept(manifest, &known, into);
@@ -58,21 +63,91 @@ impl RemoteHost {
         check_replaceable(into)?;
         let part = beside(into, ".part");
         let here = |e: io::Error| local_error(&part, &e);
-        remove_folder(&part).map_err(here)?;
         fs::create_dir_all(&part).map_err(here)?;
-        for entry in manifest.iter().flat_map(|manifest| &manifest.files) {
-            self.fetch_verified(&remote(&entry.name), entry, &part, on).await?;
+        let entries = manifest.as_ref().map_or(&[][..], |manifest| &manifest.files);
+        let lacking = keep_verified(&part, entries).await?;
+        self.check_room(&part, &lacking)?;
+        self.fetch_entries(&folder, lacking, &mut found, &part, on).await?;
+        for (name, bytes) in found.iter().filter(|(name, _)| entries.iter().all(|entry| entry.name != **name)) {
+            self.keep(&part.join(name), bytes, on)?;
         }
-        for name in LOOSE {
-            self.fetch_loose(&remote(name), &part.join(name), on).await?;
-        }
-        self.fetch_log(&remote(files::LOG), &part.join(files::LOG), on).await?;
         if let Some(text) = &text {
             write_synced(&part.join(files::MANIFEST), text).map_err(here)?;
         }
         let files = list(&part).map_err(here)?;
         settle(&part, into).map_err(|e| local_error(into, &e))?;
         Ok(Fetched { partial: manifest.is_none(), manifest, files })
+    }
+
+    /// The manifest, the files worth having without one, and the log, of a huge one the last part: one command.
+    async fn look_for_files(&self, folder: &str) -> Result<HashMap<&'static str, Vec<u8>>, HostError> {
+        let wanted = |name| match name {
+            files::MANIFEST => Wanted { name, limit: MAX_MANIFEST, from_end: false },
+            files::LOG => Wanted { name, limit: MAX_LOG, from_end: true },
+            _ => Wanted { name, limit: MAX_LOOSE, from_end: false },
+        };
+        let names = [&[files::MANIFEST, files::LOG][..], &LOOSE].concat();
+        let wanted: Vec<_> = names.iter().map(|name| wanted(name)).collect();
+        let found = self.bundle(folder, &wanted).await?;
+        Ok(found.into_iter().map(|(i, bytes)| (names[i], bytes)).collect())
+    }
+
+    /// Brings what a manifest names: small files many at once, large ones each by itself.
+    async fn fetch_entries(
+        &self,
+        folder: &str,
+        entries: Vec<&FileEntry>,
+        found: &mut HashMap<&'static str, Vec<u8>>,
+        part: &Path,
+        on: OnEvent<'_>,
+    ) -> Result<(), HostError> {
+        let (mut small, mut large) = (Vec::new(), Vec::new());
+        for entry in entries {
+            match found.remove(entry.name.as_str()) {
+                // It may have been a part of the file.
+                Some(bytes) if bytes.len() as u64 == entry.bytes => self.keep_verified(entry, &bytes, part, on).await?,
+                _ if entry.bytes <= SMALL => small.push(entry),
+                _ => large.push(entry),
+            }
+        }
+        for few in batches(&small) {
+            // One byte more would come of a file that is longer than its manifest says.
+            let wanted = few.iter().map(|e| Wanted { name: &e.name, limit: e.bytes + 1, from_end: false });
+            let came = self.bundle(folder, &wanted.collect::<Vec<_>>()).await?;
+            for (i, entry) in few.iter().enumerate() {
+                let bytes =
+                    came.get(&i).ok_or_else(|| self.damaged(&format!("{} is no plain file there", entry.name)))?;
+                self.keep_verified(entry, bytes, part, on).await?;
+            }
+        }
+        for entry in large {
+            self.fetch_verified(&format!("{folder}/{}", entry.name), entry, part, on).await?;
+        }
+        Ok(())
+    }
+
+    async fn keep_verified(
+        &self,
+        entry: &FileEntry,
+        bytes: &[u8],
+        part: &Path,
+        on: OnEvent<'_>,
+    ) -> Result<(), HostError> {
+        let local = part.join(&entry.name);
+        self.keep(&local, bytes, on)?;
+        self.verify(&local, entry).await
+    }
+
+    /// A host may name more than there is room for here.
+    fn check_room(&self, part: &Path, entries: &[&FileEntry]) -> Result<(), HostError> {
+        let free = rustix::fs::statvfs(part).map_err(|e| local_error(part, &e.into()))?;
+        let (free, needed) =
+            (Bytes(free.f_bavail.saturating_mul(free.f_frsize)), Bytes(entries.iter().map(|e| e.bytes).sum()));
+        if needed.0 <= free.0 {
+            return Ok(());
+        }
+        let message = format!("{}: the results are {needed}, {} has {free} left", self.name, part.display());
+        Err(HostError::new(HostErrorKind::TooLarge, message).hint("make room, or name a folder on a larger disk"))
     }
 
     fn read_manifest(&self, text: &[u8]) -> Result<Manifest, HostError> {
@@ -113,42 +188,17 @@ impl RemoteHost {
             TransportErrorKind::Remote => self.damaged(&e.message),
             _ => e.into(),
         })?;
-        // Hashed as it lies on our disk, not as it came over the line.
-        let (on_disk, sha256) = hash_file(&local).await?;
-        if bytes != entry.bytes || on_disk != entry.bytes {
+        if bytes != entry.bytes {
             return Err(self.damaged(&format!("{} has {bytes} bytes, its manifest says {}", entry.name, entry.bytes)));
         }
-        match sha256 == entry.sha256 {
+        self.verify(&local, entry).await
+    }
+
+    /// Compares a file with its manifest, as it lies on our disk, not as it came over the line.
+    async fn verify(&self, local: &Path, entry: &FileEntry) -> Result<(), HostError> {
+        match is_verified(local, entry).await? {
             true => Ok(()),
-            false => Err(self.damaged(&format!("{} has another SHA-256 than its manifest says", entry.name))),
-        }
-    }
-
-    /// A file that need not be there; one that is too large or no plain file is left.
-    async fn fetch_loose(&self, remote: &str, local: &Path, on: OnEvent<'_>) -> Result<(), HostError> {
-        if local.exists() {
-            return Ok(());
-        }
-        match self.transport.read_from(remote, 0, MAX_LOOSE).await.map_err(HostError::from) {
-            Ok(Some(bytes)) => self.keep(local, &bytes, on),
-            Ok(None) => Ok(()),
-            Err(error) if error.kind == HostErrorKind::Host => Ok(()),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// The whole log, or its last part where it is huge.
-    async fn fetch_log(&self, remote: &str, local: &Path, on: OnEvent<'_>) -> Result<(), HostError> {
-        if local.exists() {
-            return Ok(());
-        }
-        let file = quote(remote);
-        let script = format!("if [ -f {file} ] && [ ! -h {file} ]; then echo \"@size $(($(wc -c < {file})))\"; fi; :");
-        let Some(size) = self.sh(&script, SHORT).await?.number("size") else { return Ok(()) };
-        let from = size.saturating_sub(MAX_LOOSE);
-        match self.transport.read_from(remote, from, MAX_LOOSE).await? {
-            Some(bytes) => self.keep(local, &bytes, on),
-            None => Ok(()),
+            false => Err(self.damaged(&format!("{} has another length or SHA-256 than its manifest says", entry.name))),
         }
     }
 
@@ -176,6 +226,40 @@ impl RemoteHost {
         let message = format!("{}: {name} has {}, we take {}", self.name, Bytes(bytes), Bytes(MAX_FILE));
         HostError::new(HostErrorKind::TooLarge, message)
     }
+}
+
+/// Removes from an unfinished fetch what is not vouched for; gives the entries still to bring.
+async fn keep_verified<'a>(part: &Path, entries: &'a [FileEntry]) -> Result<Vec<&'a FileEntry>, HostError> {
+    let mut lacking: Vec<_> = entries.iter().collect();
+    for name in list(part).map_err(|e| local_error(part, &e))? {
+        let local = part.join(&name);
+        let entry = lacking.iter().position(|entry| entry.name == name);
+        match entry {
+            Some(i) if is_verified(&local, lacking[i]).await? => drop(lacking.remove(i)),
+            _ => fs::remove_file(&local).map_err(|e| local_error(&local, &e))?,
+        }
+    }
+    Ok(lacking)
+}
+
+async fn is_verified(local: &Path, entry: &FileEntry) -> Result<bool, HostError> {
+    let (bytes, sha256) = hash_file(local).await?;
+    Ok(bytes == entry.bytes && sha256 == entry.sha256)
+}
+
+/// As many files at once as one answer may hold.
+fn batches<'a>(entries: &[&'a FileEntry]) -> Vec<Vec<&'a FileEntry>> {
+    let mut batches: Vec<Vec<&FileEntry>> = Vec::new();
+    let mut room = 0;
+    for entry in entries {
+        if entry.bytes >= room {
+            batches.push(Vec::new());
+            room = MAX_BATCH;
+        }
+        room = room.saturating_sub(entry.bytes + 1);
+        batches.last_mut().expect("the first entry finds no room").push(entry);
+    }
+    batches
 }
 
 /// The manifest of a folder brought home whole before.
