@@ -23,8 +23,10 @@ use crate::transport::{TransportError, TransportErrorKind as Kind};
 
 /// Bytes per request: with its header it stays below the 32 KiB that every server takes.
 const CHUNK: u64 = 31 << 10;
-/// Requests under way per channel: together they fill OpenSSH's window of 2 MiB.
-const IN_FLIGHT: usize = 64;
+/// Writes under way per channel: together they fill OpenSSH's window of 2 MiB.
+const WRITES: usize = 64;
+/// Reads under way: they fill half of our own window.
+const READS: usize = 256;
 /// So long a request may take in all, queueing included: [`Clock`] says when a line is dead.
 const REQUEST_LIMIT_SECS: u64 = 24 * 3600;
 /// Type bits of a mode, and the value for a plain file.
@@ -138,8 +140,8 @@ impl Sftp {
         let mut flight = FuturesOrdered::new();
         let (mut next, mut copied) = (from, 0);
         loop {
-            while next < to && flight.len() < IN_FLIGHT {
-                let end = to.min(next + CHUNK);
+            while next < to && flight.len() < READS {
+                let end = to.min(next.saturating_add(CHUNK));
                 flight.push_back(self.chunk(handle, next, end));
                 next = end;
             }
@@ -237,7 +239,7 @@ impl Writer<'_> {
     /// Sends bytes for `offset` and waits only where too many requests are under way.
     pub(super) async fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), TransportError> {
         for (i, chunk) in bytes.chunks(CHUNK as usize).enumerate() {
-            while self.flight.len() >= IN_FLIGHT {
+            while self.flight.len() >= WRITES {
                 self.acknowledge().await?;
             }
             let (sftp, handle, chunk) = (self.sftp.clone(), self.handle.clone(), chunk.to_vec());
