@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use outliers::broker::SshEndpoint;
-use outliers::host::{HostErrorKind, RemoteHost};
+use outliers::host::{Cursor, HostErrorKind, HostEvent, RemoteHost};
 use outliers::keys::RunKey;
 use outliers::transport::ssh::SshTransport;
 use outliers::transport::{Transport, TransportErrorKind as Kind};
@@ -266,4 +266,38 @@ async fn a_manifest_that_is_a_bomb_or_a_lie_brings_nothing_home() {
         assert_eq!(fetch(files, &into).await, HostErrorKind::Host);
     }
     assert!(!into.exists());
+}
+
+/// What follows from a host whose progress file holds these bytes again and again and never ends.
+async fn follow(progress: Vec<u8>) -> Vec<HostEvent> {
+    let answer = move |script: &str| match script.contains("take()") {
+        true => {
+            let head = format!("@state running 7\n@piece 99999999999999 {}\n", progress.len());
+            [head.into_bytes(), progress.clone(), b"\n@piece 0 0\n\n".to_vec()].concat()
+        }
+        false => b"/root".to_vec(),
+    };
+    let (ssh, _folder) = liar(answer).await;
+    let host = RemoteHost::new(Arc::new(ssh), "liar");
+    let events = Mutex::new(Vec::new());
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(2);
+    let ended = host.follow("r1", &mut Cursor::default(), deadline, &|event| events.lock().unwrap().push(event)).await;
+    assert_eq!(ended.unwrap_err().kind, HostErrorKind::Deadline);
+    events.into_inner().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_progress_file_that_never_ends_or_is_a_bomb_ends_at_the_deadline() {
+    let bad = |events: Vec<HostEvent>| {
+        let line = |event| if let HostEvent::BadProgress(line) = event { Some(line) } else { None };
+        events.into_iter().filter_map(line).collect::<Vec<_>>()
+    };
+    let endless = bad(follow(vec![b'['; 256 << 10]).await);
+    assert_eq!(endless.len(), 1, "one line, told once");
+    let deep = [&[b'['; 50_000][..], b"\n{\"schema\":1e999}\n\x1b]0;owned\x07{\n"].concat();
+    let bombs = bad(follow(deep).await);
+    assert!(bombs.len() >= 3 && bombs.len().is_multiple_of(3), "{}", bombs.len());
+    for line in endless.iter().chain(&bombs) {
+        assert!(line.chars().count() <= 201 && !line.chars().any(char::is_control), "{line:?}");
+    }
 }
