@@ -189,14 +189,16 @@ impl Sftp {
         TransportError::new(Kind::TimedOut, format!("{path}: no progress for {} s", self.patience.as_secs_f64()))
     }
 
-    /// Opens a file to write parts of it; makes it, private to its owner, if there is none.
+    /// Opens a file to write parts of it; `make`s it, private to its owner, if there is none.
     pub(super) async fn writer<'a>(
         self: Arc<Self>,
         path: &'a str,
+        make: bool,
         clock: &'a Clock<'a>,
     ) -> Result<Writer<'a>, TransportError> {
         let private = FileAttributes { permissions: Some(0o600), ..FileAttributes::empty() };
-        let open = self.session.open(path, OpenFlags::CREATE | OpenFlags::WRITE, private);
+        let flags = if make { OpenFlags::CREATE | OpenFlags::WRITE } else { OpenFlags::WRITE };
+        let open = self.session.open(path, flags, private);
         let handle = self.patient(path, open).await?.handle;
         Ok(Writer { sftp: self, path, handle, clock, flight: FuturesUnordered::new() })
     }

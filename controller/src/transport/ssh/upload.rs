@@ -51,7 +51,7 @@ impl Upload<'_> {
                 // Lanes beside the first need not come to be: servers limit the channels of a connection.
                 Some(first) => {
                     let more = (1..self.lanes()).map(|_| self.extra_sftp());
-                    try_join(self.through_sftp(first), try_join_all(more)).await?;
+                    try_join(self.first_sftp(first), try_join_all(more)).await?;
                 }
                 None => plain::make(self.handle, self.remote).await?,
             }
@@ -67,15 +67,20 @@ impl Upload<'_> {
         self.queue.len().clamp(1, LANES)
     }
 
+    async fn first_sftp(&self, sftp: Arc<Sftp>) -> Result<(), TransportError> {
+        self.fill(sftp.writer(self.remote, true, &self.clock).await?).await
+    }
+
+    /// The first lane has made the file long before this one is open. Making it here, when all is over, would bring it back.
     async fn extra_sftp(&self) -> Result<(), TransportError> {
-        match Sftp::open(self.handle, self.clock.patience()).await {
-            Ok(Some(sftp)) => self.through_sftp(Arc::new(sftp)).await,
-            Ok(None) | Err(_) => Ok(()),
+        let Ok(Some(sftp)) = Sftp::open(self.handle, self.clock.patience()).await else { return Ok(()) };
+        match Arc::new(sftp).writer(self.remote, false, &self.clock).await {
+            Ok(file) => self.fill(file).await,
+            Err(_) => Ok(()),
         }
     }
 
-    async fn through_sftp(&self, sftp: Arc<Sftp>) -> Result<(), TransportError> {
-        let mut file = sftp.writer(self.remote, &self.clock).await?;
+    async fn fill(&self, mut file: Writer<'_>) -> Result<(), TransportError> {
         let sent = self.blocks(&mut file).await;
         let closed = file.close().await;
         sent.and(closed)
