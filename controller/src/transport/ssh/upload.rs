@@ -20,7 +20,7 @@ use super::connect::Client;
 use super::plain;
 use super::sftp::{Sftp, Writer};
 use super::source::Source;
-use crate::transport::{TransportError, TransportErrorKind};
+use crate::transport::TransportError;
 
 /// Channels of one upload, as measured (`benches/upload.rs`). OpenSSH allows 10 per connection; two are left for commands.
 const LANES: usize = 8;
@@ -134,10 +134,11 @@ impl Upload<'_> {
         Ok(())
     }
 
-    /// A lane of commands, which the server may refuse: one channel is enough.
+    /// A lane of commands, which the server may refuse: one channel is enough. Nor does a full disk end the others in the
+    /// middle of a command, which would go on there alone and make again what is removed here.
     async fn extra_commands(&self) -> Result<(), TransportError> {
         match self.through_commands().await {
-            Err(e) if e.kind == TransportErrorKind::Remote => Ok(()),
+            Err(e) if !e.kind.is_transient() => Ok(()),
             done => done,
         }
     }
