@@ -591,6 +591,8 @@ mod catalogue {
         /// The hub wants a token whose owner was given access.
         #[serde(default)]
         gated: bool,
+        /// Trained further than on plain text.
+        post_trained: bool,
     }
 
     #[derive(Deserialize, PartialEq)]
@@ -627,6 +629,7 @@ mod catalogue {
             let id = &model.id;
             assert_eq!(id.split('/').count(), 2, "{id}");
             assert!(model.layers > 0 && model.parameters > 0 && !model.architecture.is_empty(), "{id}");
+            assert!(model.post_trained || !id.ends_with("-Instruct"), "{id}");
             let moe = model.kind == Kind::Moe;
             assert_eq!(
                 (model.experts.is_some(), model.top_k.is_some(), model.active.is_some()),
