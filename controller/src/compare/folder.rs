@@ -1,0 +1,386 @@
+//! Folders of results, read so that their figures can be trusted: whole, unchanged, of a known version, and agreeing with themselves.
+//!
+//! A folder that is not is never left out in silence: [`read_all`] names every such folder and gives no figures at all, unless it is told
+//! to go on without them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use outliers_protocol::{Axis, Manifest, Metadata, Outcome, Reading, Results, SCHEMA, files};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::predecessor::Imported;
+use super::statistics::{Shape, Statistics};
+use super::tally::Tally;
+use crate::files::{digest, is_plain_name, sha256};
+use crate::text::clean;
+
+/// The document of an imported run, in the place of [`files::RESULTS`].
+pub const IMPORTED: &str = "imported.json";
+
+/// Any of them makes a folder one of results, whole or not.
+const MARKS: [&str; 5] = [files::MANIFEST, files::RESULTS, IMPORTED, files::JOB, files::PROGRESS];
+
+/// How deep below a folder results may lie: `<survey>/<model>/`.
+const DEPTH: usize = 2;
+
+/// A folder of results.
+#[derive(Clone, Debug)]
+pub struct ResultFolder {
+    /// Where.
+    pub path: PathBuf,
+    /// What it holds, or why that is not to be used.
+    pub content: Result<Content, Flaw>,
+}
+
+/// What a folder holds.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// A run of ours.
+    Run(Box<Run>),
+    /// An imported run of another program.
+    Imported(Box<Imported>),
+}
+
+/// A complete run of ours.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// SHA-256 of the job as it was run: two runs with the same one were asked for the same.
+    pub job_sha256: String,
+    /// What was counted.
+    pub results: Results,
+    /// Where the numbers come from.
+    pub metadata: Metadata,
+    /// The counts behind them; `None` where the manifest names no such file.
+    pub statistics: Option<Statistics>,
+    /// What is systematic within each sequence, by [`Axis::Layers`] and by [`Axis::Sites`]; `None` without statistics.
+    pub tallies: Option<[Vec<Tally>; 2]>,
+}
+
+/// Why figures are not to be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Flaw {
+    /// The run did not come to its end, or is not at home yet.
+    #[error("partial: {0}")]
+    Partial(String),
+    /// Something is not what it was when it was written.
+    #[error("damaged: {0}")]
+    Damaged(String),
+    /// Written by another version of this program.
+    #[error("of another version: {0}")]
+    Version(String),
+}
+
+/// Why nothing is compared.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// A folder cannot be looked into.
+    #[error("{}: {why}", path.display())]
+    Unreadable {
+        /// Which.
+        path: PathBuf,
+        /// What the system says.
+        why: String,
+    },
+    /// There are no results.
+    #[error("no results in {}", list(.0))]
+    Nothing(Vec<PathBuf>),
+    /// Some results are not to be used.
+    #[error("{}", flawed(.0))]
+    Flawed(Vec<(PathBuf, Flaw)>),
+}
+
+fn list(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+fn flawed(folders: &[(PathBuf, Flaw)]) -> String {
+    let lines = folders.iter().map(|(path, flaw)| format!("{} is {flaw}", path.display()));
+    lines.collect::<Vec<_>>().join("; ")
+}
+
+/// Reads the results in or below these folders, by name, each once.
+///
+/// # Errors
+/// A folder cannot be looked into, there are no results, or, unless `allow_partial`, some are not to be used.
+pub fn read_all(folders: &[PathBuf], allow_partial: bool) -> Result<Vec<ResultFolder>, ReadError> {
+    let mut paths = Vec::new();
+    for folder in folders {
+        find(folder, DEPTH, &mut paths)?;
+    }
+    paths.sort();
+    paths.dedup();
+    if paths.is_empty() {
+        return Err(ReadError::Nothing(folders.to_vec()));
+    }
+    let read: Vec<ResultFolder> = paths.into_iter().map(|path| ResultFolder { content: read(&path), path }).collect();
+    let flaws: Vec<(PathBuf, Flaw)> =
+        read.iter().filter_map(|folder| Some((folder.path.clone(), folder.content.as_ref().err()?.clone()))).collect();
+    if flaws.is_empty() || allow_partial { Ok(read) } else { Err(ReadError::Flawed(flaws)) }
+}
+
+/// Folders of results at `folder` or at most `depth` below it.
+fn find(folder: &Path, depth: usize, found: &mut Vec<PathBuf>) -> Result<(), ReadError> {
+    if MARKS.iter().any(|name| folder.join(name).exists()) {
+        found.push(folder.to_owned());
+        return Ok(());
+    }
+    let unreadable = |error: std::io::Error| ReadError::Unreadable { path: folder.to_owned(), why: error.to_string() };
+    for entry in fs::read_dir(folder).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        if depth > 0 && path.is_dir() {
+            find(&path, depth - 1, found)?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads one folder.
+///
+/// # Errors
+/// Why it is not to be used.
+pub fn read(folder: &Path) -> Result<Content, Flaw> {
+    if folder.extension().is_some_and(|extension| extension == "part") {
+        return Err(Flaw::Partial("it is still arriving".to_owned()));
+    }
+    let manifest = vouched(folder)?;
+    let names = |name: &str| manifest.files.iter().any(|file| file.name == name);
+    if names(IMPORTED) {
+        let imported: Imported = document(folder, IMPORTED)?;
+        imported.check().map_err(|why| Flaw::Damaged(format!("{IMPORTED}: {why}")))?;
+        return Ok(Content::Imported(Box::new(imported)));
+    }
+    let missing = [files::RESULTS, files::METADATA].into_iter().find(|name| !names(name));
+    if let Some(name) = missing {
+        return Err(Flaw::Damaged(format!("its manifest does not name {name}")));
+    }
+    Ok(Content::Run(Box::new(run(folder, names(files::STATISTICS))?)))
+}
+
+/// The manifest of a complete run, every file of which is there as it was written.
+fn vouched(folder: &Path) -> Result<Manifest, Flaw> {
+    if !folder.join(files::MANIFEST).exists() {
+        return Err(Flaw::Partial("there is no manifest: the run did not come to its end".to_owned()));
+    }
+    let manifest: Manifest = document(folder, files::MANIFEST)?;
+    if let Outcome::Failed(failure) = &manifest.outcome {
+        return Err(Flaw::Partial(format!("the run failed: {}", clean(failure.message.as_bytes(), 500))));
+    }
+    for file in &manifest.files {
+        if !is_plain_name(&file.name) {
+            return Err(Flaw::Damaged("its manifest names a file outside the folder".to_owned()));
+        }
+        let there = digest(&folder.join(&file.name))
+            .map_err(|error| Flaw::Damaged(format!("{} cannot be read: {error}", file.name)))?;
+        if there != (file.bytes, file.sha256.clone()) {
+            return Err(Flaw::Damaged(format!("{} is not the file that its manifest names", file.name)));
+        }
+    }
+    Ok(manifest)
+}
+
+#[derive(Deserialize)]
+struct Versioned {
+    schema: u32,
+}
+
+/// A document of a version this program knows.
+fn document<T: DeserializeOwned>(folder: &Path, name: &str) -> Result<T, Flaw> {
+    let wrong = |why: String| Flaw::Damaged(format!("{name}: {why}"));
+    let text = fs::read(folder.join(name)).map_err(|error| wrong(error.to_string()))?;
+    // The version first: a document of another one may lack what this one has.
+    let Versioned { schema } = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
+    if schema != SCHEMA {
+        return Err(Flaw::Version(format!("{name} has schema {schema}, this program reads {SCHEMA}")));
+    }
+    serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
+}
+
+fn run(folder: &Path, with_statistics: bool) -> Result<Run, Flaw> {
+    let results: Results = document(folder, files::RESULTS)?;
+    let metadata: Metadata = document(folder, files::METADATA)?;
+    agree(&results, &metadata).map_err(|why| Flaw::Damaged(format!("{}: {why}", files::RESULTS)))?;
+    let job = serde_json::to_vec(&metadata.job).expect("a job holds no maps with keys other than strings");
+    let wrong = |why: String| Flaw::Damaged(format!("{}: {why}", files::STATISTICS));
+    let statistics = match with_statistics {
+        false => None,
+        true => {
+            let bytes = fs::read(folder.join(files::STATISTICS)).map_err(|error| wrong(error.to_string()))?;
+            let shape = Shape { sites: results.n_sites, sequences: results.sequences, hidden: results.hidden };
+            Some(Statistics::read(&bytes, shape).map_err(wrong)?)
+        }
+    };
+    let tallies = statistics.as_ref().map(|statistics| Tally::of_run(statistics, &results));
+    if let Some(tallies) = &tallies {
+        same_counts(tallies, &results).map_err(wrong)?;
+    }
+    Ok(Run { job_sha256: sha256(&job), results, metadata, statistics, tallies })
+}
+
+/// The parts of a run's documents say the same.
+fn agree(results: &Results, metadata: &Metadata) -> Result<(), String> {
+    let corpus = &metadata.corpus;
+    let lengths = [
+        ("sequences", results.per_sequence.len(), results.sequences),
+        ("sequences of the metadata", corpus.sequences, results.sequences),
+        ("tokens of the metadata", corpus.tokens_per_sequence, results.tokens_per_sequence),
+        ("norm outputs", results.sites.len(), results.n_sites),
+    ];
+    if let Some((what, is, expected)) = lengths.into_iter().find(|(_, is, expected)| is != expected) {
+        return Err(format!("{is} {what}, where it counts {expected}"));
+    }
+    for reading in [Reading::Unique, Reading::MeanPerSequence, Reading::SumOverSequences] {
+        for axis in [Axis::Layers, Axis::Sites] {
+            let counted = recount(results, reading, axis);
+            let verdicts = results.verdicts.iter().filter(|verdict| (verdict.reading, verdict.axis) == (reading, axis));
+            let counts: Vec<f64> = verdicts.map(|verdict| verdict.count).collect();
+            if counts != [counted] {
+                return Err(format!("its verdicts say {counts:?} where its features and sequences come to {counted}"));
+            }
+        }
+    }
+    let fits = |feature: &outliers_protocol::Feature| feature.dim < results.hidden;
+    if results.features.iter().all(fits) { Ok(()) } else { Err("a feature lies outside the hidden size".to_owned()) }
+}
+
+/// A verdict's count, from the features or from the sequences.
+fn recount(results: &Results, reading: Reading, axis: Axis) -> f64 {
+    let unique = results.features.iter().filter(|feature| match axis {
+        Axis::Layers => feature.systematic_by_layers,
+        Axis::Sites => feature.systematic_by_sites,
+    });
+    let sum: usize = results
+        .per_sequence
+        .iter()
+        .map(|sequence| match axis {
+            Axis::Layers => sequence.systematic_by_layers,
+            Axis::Sites => sequence.systematic_by_sites,
+        })
+        .sum();
+    match reading {
+        Reading::Unique => unique.count() as f64,
+        Reading::SumOverSequences => sum as f64,
+        Reading::MeanPerSequence => sum as f64 / results.sequences.max(1) as f64,
+    }
+}
+
+/// Sequence by sequence, the stored counts come to what the results say.
+fn same_counts([by_layers, by_sites]: &[Vec<Tally>; 2], results: &Results) -> Result<(), String> {
+    for ((sequence, layers), sites) in results.per_sequence.iter().zip(by_layers).zip(by_sites) {
+        let said = (sequence.systematic_by_layers, sequence.systematic_by_sites);
+        if said != (layers.features, sites.features) {
+            return Err(format!("sequence {} comes to other counts than {} says", sequence.sequence, files::RESULTS));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::super::fixture::{change, copy};
+    use super::*;
+
+    fn mixture() -> (tempfile::TempDir, PathBuf) {
+        let home = tempfile::tempdir().unwrap();
+        let folder = copy("mixture", &home.path().join("m-r"));
+        (home, folder)
+    }
+
+    #[test]
+    fn a_real_run_is_read_with_all_its_counts() {
+        let (_home, folder) = mixture();
+        let Ok(Content::Run(run)) = read(&folder) else { panic!("{:?}", read(&folder)) };
+        let (statistics, [by_layers, by_sites]) = (run.statistics.unwrap(), run.tallies.unwrap());
+        let total: u64 = statistics.count.rows().flatten().sum();
+        assert_eq!(total, run.results.total_occurrences);
+        for (tallies, axis) in [(by_layers, Axis::Layers), (by_sites, Axis::Sites)] {
+            let verdict =
+                run.results.verdicts.iter().find(|v| (v.reading, v.axis) == (Reading::SumOverSequences, axis));
+            let (verdict, features) = (verdict.unwrap(), tallies.iter().map(|t| t.features).sum::<usize>());
+            let mean = |of: fn(&Tally) -> f64| 100.0 * tallies.iter().map(of).sum::<f64>() / features as f64;
+            assert_eq!(verdict.count, features as f64);
+            assert!((verdict.mean_layer_percent.unwrap() - mean(|t| t.layer_share)).abs() < 1e-9);
+            assert!((verdict.mean_sequence_percent.unwrap() - mean(|t| t.position_share)).abs() < 1e-9);
+        }
+    }
+
+    #[test]
+    fn folders_are_found_by_survey_and_model_and_each_once() {
+        let home = tempfile::tempdir().unwrap();
+        let at = |name: &str| home.path().join(name);
+        copy("dense", &at("z"));
+        copy("mixture", &at("survey/a"));
+        fs::create_dir_all(at("notes/deep/er")).unwrap();
+        fs::write(at("README.md"), "x").unwrap();
+        let read = read_all(&[home.path().to_owned(), at("survey"), at("z")], false).unwrap();
+        let paths: Vec<_> = read.iter().map(|folder| folder.path.clone()).collect();
+        assert_eq!(paths, [at("survey/a"), at("z")]);
+        assert!(matches!(read_all(&[at("notes")], true), Err(ReadError::Nothing(_))));
+        assert!(matches!(read_all(&[at("nowhere")], true), Err(ReadError::Unreadable { .. })));
+    }
+
+    #[test]
+    fn one_bad_folder_is_named_and_stops_all_unless_it_may_be_partial() {
+        let home = tempfile::tempdir().unwrap();
+        let at = |name: &str| home.path().join(name);
+        copy("dense", &at("good"));
+        fs::remove_file(copy("mixture", &at("cut.partial")).join(files::MANIFEST)).unwrap();
+        copy("mixture", &at("coming.part"));
+        let all = [home.path().to_owned()];
+        let error = read_all(&all, false).unwrap_err().to_string();
+        assert!(error.contains("cut.partial is partial") && error.contains("coming.part is partial"), "{error}");
+        let read = read_all(&all, true).unwrap();
+        assert_eq!(read.iter().map(|folder| folder.content.is_ok()).collect::<Vec<_>>(), [false, false, true]);
+    }
+
+    #[test]
+    fn a_changed_byte_is_damage_in_every_file() {
+        for name in [files::RESULTS, files::METADATA, files::STATISTICS, files::JOB] {
+            let (_home, folder) = mixture();
+            let mut bytes = fs::read(folder.join(name)).unwrap();
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            fs::write(folder.join(name), &bytes).unwrap();
+            let Err(Flaw::Damaged(why)) = read(&folder) else { panic!("{name}: {:?}", read(&folder)) };
+            assert!(why.contains(name), "{why}");
+            fs::remove_file(folder.join(name)).unwrap();
+            assert!(matches!(read(&folder), Err(Flaw::Damaged(why)) if why.contains(name)));
+        }
+    }
+
+    #[test]
+    fn documents_that_contradict_each_other_are_damage() {
+        let changes: [(&str, fn(&mut Value), &str); 7] = [
+            (files::RESULTS, |r| r["verdicts"][0]["count"] = json!(99.0), "verdicts"),
+            (files::RESULTS, |r| r["verdicts"] = json!([]), "verdicts"),
+            (files::RESULTS, |r| r["sequences"] = json!(7), "sequences"),
+            (files::RESULTS, |r| r["features"][0]["dim"] = json!(64), "hidden"),
+            (files::RESULTS, |r| r["hidden"] = json!(63), files::STATISTICS),
+            (files::RESULTS, |r| r["thresholds"]["layer_fraction"] = json!(0.9), files::STATISTICS),
+            (files::METADATA, |m| m["corpus"]["tokens_per_sequence"] = json!(1), "tokens"),
+        ];
+        for (name, how, expected) in changes {
+            let (_home, folder) = mixture();
+            change(&folder, name, how);
+            let Err(Flaw::Damaged(why)) = read(&folder) else { panic!("{expected}: it passes") };
+            assert!(why.contains(expected), "{expected}: {why}");
+        }
+    }
+
+    #[test]
+    fn other_versions_and_failed_runs_are_told_from_damage() {
+        let (_home, folder) = mixture();
+        change(&folder, files::RESULTS, |results| *results = json!({"schema": SCHEMA + 1}));
+        assert!(matches!(read(&folder), Err(Flaw::Version(why)) if why.contains(files::RESULTS)));
+        let failed = json!({"schema": SCHEMA, "files": [], "outcome": {"failed": {"kind": "corpus", "message": "no \u{1b}[2Jtext"}}});
+        fs::write(folder.join(files::MANIFEST), failed.to_string()).unwrap();
+        assert_eq!(read(&folder).unwrap_err(), Flaw::Partial("the run failed: no text".to_owned()));
+        let outside =
+            json!({"schema": SCHEMA, "files": [{"name": "../x", "bytes": 0, "sha256": ""}], "outcome": "complete"});
+        fs::write(folder.join(files::MANIFEST), outside.to_string()).unwrap();
+        assert!(matches!(read(&folder), Err(Flaw::Damaged(why)) if why.contains("outside")));
+    }
+}

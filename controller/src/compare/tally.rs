@@ -1,0 +1,138 @@
+//! What is systematic within each sequence, and how sure a figure is that comes from so many sequences.
+
+use outliers_protocol::{Axis, Results, Thresholds};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
+
+use super::statistics::Statistics;
+
+/// Samples drawn for an interval.
+const RESAMPLES: usize = 4000;
+
+/// The same samples for every figure and every call: a report is the same whenever it is made.
+const SEED: u64 = 0x6f75_746c;
+
+/// The features that are systematic within one sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Tally {
+    /// How many.
+    pub features: usize,
+    /// Sum of their shares of layers (or norm outputs), each from 0 to 1.
+    pub layer_share: f64,
+    /// Sum of their shares of positions, each from 0 to 1.
+    pub position_share: f64,
+}
+
+impl Tally {
+    /// Of every sequence, by layers and by norm outputs.
+    pub fn of_run(statistics: &Statistics, results: &Results) -> [Vec<Self>; 2] {
+        [Axis::Layers, Axis::Sites].map(|axis| {
+            let (spread, whole) = match axis {
+                Axis::Layers => (&statistics.sequence_layers, results.n_layers),
+                Axis::Sites => (&statistics.sequence_sites, results.n_sites),
+            };
+            let rows = spread.rows().zip(statistics.sequence_positions.rows());
+            rows.map(|(parts, positions)| {
+                let mut tally = Self::default();
+                for (part, positions) in parts.iter().zip(positions) {
+                    let share = *part as f64 / whole as f64;
+                    let positions = *positions as f64 / results.tokens_per_sequence as f64;
+                    tally.judge(*part, share, positions, &results.thresholds);
+                }
+                tally
+            })
+            .collect()
+        })
+    }
+
+    fn judge(&mut self, part: u64, layer_share: f64, position_share: f64, thresholds: &Thresholds) {
+        if part > 0 && layer_share >= thresholds.layer_fraction && position_share >= thresholds.position_fraction {
+            self.add(layer_share, position_share);
+        }
+    }
+
+    /// Counts one systematic feature.
+    pub fn add(&mut self, layer_share: f64, position_share: f64) {
+        self.features += 1;
+        self.layer_share += layer_share;
+        self.position_share += position_share;
+    }
+}
+
+/// A figure, and the interval that holds 95 % of what other samples of as many sequences would give.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Estimate {
+    /// The figure.
+    pub value: f64,
+    /// Its interval; `None` where sequences alone do not give one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interval: Option<[f64; 2]>,
+}
+
+impl Estimate {
+    /// Without an interval.
+    pub fn bare(value: f64) -> Self {
+        Self { value, interval: None }
+    }
+
+    /// The same figure on another scale.
+    pub fn scaled(self, by: f64) -> Self {
+        Self { value: self.value * by, interval: self.interval.map(|ends| ends.map(|end| end * by)) }
+    }
+}
+
+/// The percentile bootstrap (Efron 1979): the middle 95 % of a statistic over samples of `items`, drawn with replacement, as many as there
+/// are. `None` if there are fewer than two, or if a sample has no such statistic.
+pub fn interval<T>(items: &[T], statistic: impl Fn(&[&T]) -> Option<f64>) -> Option<[f64; 2]> {
+    if items.len() < 2 {
+        return None;
+    }
+    let mut random = StdRng::seed_from_u64(SEED);
+    let mut draw = || -> Vec<&T> { items.iter().map(|_| &items[random.random_range(0..items.len())]).collect() };
+    let mut values = (0..RESAMPLES).map(|_| statistic(&draw())).collect::<Option<Vec<f64>>>()?;
+    values.sort_by(f64::total_cmp);
+    let at = |share: f64| values[(share * (RESAMPLES - 1) as f64).round() as usize];
+    Some([at(0.025), at(0.975)])
+}
+
+/// The mean of numbers; `None` of none.
+pub fn mean(numbers: impl ExactSizeIterator<Item = f64>) -> Option<f64> {
+    let count = numbers.len();
+    (count > 0).then(|| numbers.sum::<f64>() / count as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn mean_of(items: &[&f64]) -> Option<f64> {
+        mean(items.iter().map(|item| **item))
+    }
+
+    #[test]
+    fn one_sequence_gives_no_interval_and_equal_ones_a_point() {
+        assert_eq!(interval(&[3.0], mean_of), None);
+        assert_eq!(interval(&[3.0; 9], mean_of), Some([3.0, 3.0]));
+        assert_eq!(interval(&[3.0; 9], |_| None), None);
+    }
+
+    #[test]
+    fn the_interval_of_a_mean_is_that_of_theory() {
+        // Standard error of the mean of 0..100 is 28.87 / 10: 95 % lie within 1.96 of it.
+        let items: Vec<f64> = (0..100).map(f64::from).collect();
+        let [low, high] = interval(&items, mean_of).unwrap();
+        assert!((low - (49.5 - 5.66)).abs() < 0.5 && (high - (49.5 + 5.66)).abs() < 0.5, "{low} {high}");
+    }
+
+    proptest! {
+        #[test]
+        fn an_interval_lies_within_its_items(items in proptest::collection::vec(-1e6..1e6, 2..20)) {
+            let [low, high] = interval(&items, mean_of).unwrap();
+            let (least, most) = items.iter().fold((f64::MAX, f64::MIN), |(a, b), x| (a.min(*x), b.max(*x)));
+            prop_assert!(least - 1e-6 <= low && low <= high && high <= most + 1e-6);
+        }
+    }
+}
