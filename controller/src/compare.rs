@@ -1,11 +1,17 @@
 //! Results side by side: what was counted, how sure it is, how it was defined, and what others published.
 //!
 //! [`folder`] reads result folders and refuses what is not whole; [`predecessor`] makes results of the predecessor's files; [`tally`] says
-//! how sure a figure is.
+//! how sure a figure is; [`published`] holds what others found. [`comparison`] makes one list of figures of them all, and [`difference`]
+//! says which of them differ by definition or provenance alone.
 
+pub mod comparison;
+pub mod difference;
 #[cfg(test)]
 mod fixture;
 pub mod folder;
 pub mod predecessor;
+pub mod published;
 pub mod statistics;
 pub mod tally;
+
+pub use comparison::Comparison;

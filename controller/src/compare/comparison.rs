@@ -1,0 +1,378 @@
+//! Many results made into one list of figures, each with its definition and its source.
+
+use outliers_protocol::{Axis, Metadata, Reading, Results, SCHEMA, Verdict};
+use serde::Serialize;
+
+use super::difference::{Difference, differences};
+use super::folder::{Content, ResultFolder, Run};
+use super::predecessor::{Imported, Outliers};
+use super::published::{self, Table};
+use super::tally::{Estimate, Tally, interval, mean};
+
+/// Results, what they come to, and what was published of the same models.
+#[derive(Clone, Debug, Serialize)]
+pub struct Comparison {
+    /// Document version.
+    pub schema: u32,
+    /// The results, in the order they were given.
+    pub models: Vec<Compared>,
+    /// Every count of every model under its reading, with those that others published of it.
+    pub figures: Vec<Figure>,
+    /// What is not the same for all models, or not what the reader may expect.
+    pub differences: Vec<Difference>,
+    /// The tables that others published.
+    pub published: &'static [Table],
+}
+
+/// One result.
+#[derive(Clone, Debug, Serialize)]
+pub struct Compared {
+    /// Its number in tables and plots, from 1.
+    pub number: usize,
+    /// The model, and the folder where two results are of one model.
+    pub label: String,
+    /// The model as the result has it.
+    pub model: String,
+    /// Where it lies.
+    pub folder: String,
+    /// What kind of result it is.
+    pub standing: Standing,
+    /// Parameters: of the catalogue, else of the tensors used.
+    pub parameters: Option<u64>,
+    /// Parameters that work on one token; `None` for models that are not in the catalogue.
+    pub active_parameters: Option<u64>,
+    /// Trained further than on plain text; `None` for models that are not in the catalogue.
+    pub post_trained: Option<bool>,
+    /// Sequences.
+    pub sequences: Option<usize>,
+    /// Tokens of each.
+    pub tokens_per_sequence: Option<usize>,
+    /// Perplexity on its own text by its own tokenizer.
+    pub perplexity: Option<Estimate>,
+    /// SHA-256 of the job.
+    pub job_sha256: Option<String>,
+    /// Where the numbers come from.
+    pub provenance: Option<Box<Metadata>>,
+    /// All that was counted; not printed, `results.json` has it.
+    #[serde(skip)]
+    pub run: Option<Box<Run>>,
+}
+
+/// What kind of result it is.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "standing", content = "why")]
+pub enum Standing {
+    /// A complete run.
+    Complete,
+    /// A complete run of the predecessor, under its own definitions.
+    Imported {
+        /// Those definitions.
+        definition: String,
+    },
+    /// Not to be used, and why. It has no figures.
+    Unusable(String),
+}
+
+/// Who counted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// The result itself.
+    Ours,
+    /// An imported result.
+    Imported,
+    /// A published table, by its name.
+    Published(&'static str),
+}
+
+impl Source {
+    /// In a word or two.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Ours => "this run",
+            Self::Imported => "imported, the predecessor",
+            Self::Published("paper") => "published, the paper",
+            Self::Published("predecessor") => "published, the predecessor",
+            Self::Published(name) => name,
+        }
+    }
+}
+
+/// One count.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Figure {
+    /// The model's number.
+    pub number: usize,
+    /// The model's label.
+    pub model: String,
+    /// Who counted.
+    pub source: Source,
+    /// How sequences are pooled.
+    pub reading: Reading,
+    /// What the share of layers is taken of.
+    pub axis: Axis,
+    /// Systematic outlier features.
+    pub count: Estimate,
+    /// Mean percentage of layers (or norm outputs) over what was counted.
+    pub layers: Option<Estimate>,
+    /// Mean percentage of sequence positions over what was counted.
+    pub positions: Option<Estimate>,
+}
+
+impl Comparison {
+    /// Of these results.
+    pub fn of(folders: Vec<ResultFolder>) -> Self {
+        let mut models: Vec<Compared> = Vec::new();
+        let mut figures = Vec::new();
+        for (folder, number) in folders.into_iter().zip(1..) {
+            let path = folder.path.display().to_string();
+            let (model, own) = match folder.content {
+                Ok(Content::Run(run)) => of_run(number, path, run),
+                Ok(Content::Imported(imported)) => of_imported(number, path, &imported),
+                Err(flaw) => (Compared::unusable(number, path, flaw.to_string()), Vec::new()),
+            };
+            figures.extend(own);
+            if !matches!(model.standing, Standing::Unusable(_)) {
+                figures.extend(published_of(&model));
+            }
+            models.push(model);
+        }
+        tell_apart(&mut models);
+        for figure in &mut figures {
+            figure.model.clone_from(&models[figure.number - 1].label);
+        }
+        let differences = differences(&models);
+        Self { schema: SCHEMA, models, figures, differences, published: published::tables() }
+    }
+
+    /// The figures of a model.
+    pub fn figures_of(&self, model: &Compared) -> impl Iterator<Item = &Figure> {
+        self.figures.iter().filter(move |figure| figure.number == model.number)
+    }
+
+    /// A model's own figure under a reading.
+    pub fn own(&self, model: &Compared, reading: Reading, axis: Axis) -> Option<&Figure> {
+        let own = |figure: &&Figure| !matches!(figure.source, Source::Published(_));
+        self.figures_of(model).filter(own).find(|figure| (figure.reading, figure.axis) == (reading, axis))
+    }
+}
+
+impl Compared {
+    fn new(number: usize, folder: String, model: &str, standing: Standing) -> Self {
+        let known = published::known(model);
+        Self {
+            number,
+            label: short(model),
+            model: model.to_owned(),
+            folder,
+            standing,
+            parameters: known.map(|known| known.parameters),
+            active_parameters: known.map(published::Known::active),
+            post_trained: known.map(|known| known.post_trained),
+            sequences: None,
+            tokens_per_sequence: None,
+            perplexity: None,
+            job_sha256: None,
+            provenance: None,
+            run: None,
+        }
+    }
+
+    fn unusable(number: usize, folder: String, why: String) -> Self {
+        let name = folder.clone();
+        Self::new(number, folder, &name, Standing::Unusable(why))
+    }
+
+    /// Share of the parameters that work on one token, from 0 to 1.
+    pub fn active_share(&self) -> Option<f64> {
+        Some(self.active_parameters? as f64 / self.parameters? as f64)
+    }
+
+    /// What was counted, if it is a run of ours.
+    pub fn results(&self) -> Option<&Results> {
+        self.run.as_ref().map(|run| &run.results)
+    }
+}
+
+/// A hub id as it is; of a path, the last part.
+fn short(model: &str) -> String {
+    let is_id = model.split('/').count() == 2 && !model.starts_with(['/', '.']);
+    let last = model.trim_end_matches('/').rsplit('/').next().filter(|last| !last.is_empty() && !is_id);
+    last.unwrap_or(model).to_owned()
+}
+
+/// Results that would have the same label get their folder's name, too.
+fn tell_apart(models: &mut [Compared]) {
+    let labels: Vec<String> = models.iter().map(|model| model.label.clone()).collect();
+    for model in models {
+        if labels.iter().filter(|label| **label == model.label).count() > 1 {
+            model.label = format!("{} ({})", model.label, short(&format!("./{}", model.folder)));
+        }
+    }
+}
+
+fn of_run(number: usize, folder: String, run: Box<Run>) -> (Compared, Vec<Figure>) {
+    let results = &run.results;
+    let mut model = Compared::new(number, folder, &results.model, Standing::Complete);
+    model.parameters = model.parameters.or(Some(run.metadata.model.parameters));
+    model.sequences = Some(results.sequences);
+    model.tokens_per_sequence = Some(results.tokens_per_sequence);
+    model.perplexity = results.perplexity.map(|perplexity| {
+        let losses: Option<Vec<f64>> = results.per_sequence.iter().map(|sequence| sequence.mean_nll).collect();
+        Estimate { value: perplexity.perplexity, interval: losses.and_then(|losses| perplexity_interval(&losses)) }
+    });
+    model.job_sha256 = Some(run.job_sha256.clone());
+    let figures = results.verdicts.iter().map(|verdict| {
+        let tallies = run.tallies.as_ref().map(|[layers, sites]| match verdict.axis {
+            Axis::Layers => layers.as_slice(),
+            Axis::Sites => sites.as_slice(),
+        });
+        figure(&model, Source::Ours, verdict, tallies.unwrap_or_default())
+    });
+    let figures = figures.collect();
+    model.provenance = Some(Box::new(run.metadata.clone()));
+    model.run = Some(run);
+    (model, figures)
+}
+
+fn of_imported(number: usize, folder: String, imported: &Imported) -> (Compared, Vec<Figure>) {
+    let standing = Standing::Imported { definition: imported.definition.clone() };
+    let mut model = Compared::new(number, folder, &imported.model, standing);
+    let outliers = imported.outliers.as_ref();
+    model.sequences = outliers.map(|outliers| outliers.sequences);
+    model.tokens_per_sequence = outliers.map(|outliers| outliers.tokens_per_sequence);
+    model.perplexity = imported.perplexity.as_ref().map(|perplexity| Estimate {
+        value: perplexity.perplexity,
+        interval: perplexity_interval(&perplexity.batches),
+    });
+    let of = |outliers: &Outliers| {
+        let verdicts = outliers.verdicts();
+        verdicts.iter().map(|verdict| figure(&model, Source::Imported, verdict, &outliers.batches)).collect()
+    };
+    let figures = outliers.map(of).unwrap_or_default();
+    (model, figures)
+}
+
+/// Sequences are equally long: the mean of their means is the corpus's.
+fn perplexity_interval(losses: &[f64]) -> Option<[f64; 2]> {
+    interval(losses, |sample| mean(sample.iter().map(|loss| **loss)).map(f64::exp))
+}
+
+/// A verdict with its intervals over `sequences`, which are empty where there is nothing to draw from.
+fn figure(model: &Compared, source: Source, verdict: &Verdict, sequences: &[Tally]) -> Figure {
+    // Over the whole corpus, a feature's layers are the union of its layers in each sequence, and only their number is stored.
+    let drawn = if verdict.reading == Reading::Unique { &[] } else { sequences };
+    let divisor = if verdict.reading == Reading::MeanPerSequence { drawn.len() as f64 } else { 1.0 };
+    let count = |sample: &[&Tally]| sample.iter().map(|tally| tally.features).sum::<usize>() as f64;
+    let percent = |value: Option<f64>, of: fn(&Tally) -> f64| {
+        let share = |sample: &[&Tally]| {
+            let features = count(sample);
+            (features > 0.0).then(|| 100.0 * sample.iter().map(|tally| of(tally)).sum::<f64>() / features)
+        };
+        value.map(|value| Estimate { value, interval: interval(drawn, share) })
+    };
+    Figure {
+        number: model.number,
+        model: model.label.clone(),
+        source,
+        reading: verdict.reading,
+        axis: verdict.axis,
+        count: Estimate { value: verdict.count, interval: interval(drawn, |sample| Some(count(sample) / divisor)) },
+        layers: percent(verdict.mean_layer_percent, |tally| tally.layer_share),
+        positions: percent(verdict.mean_sequence_percent, |tally| tally.position_share),
+    }
+}
+
+fn published_of(model: &Compared) -> Vec<Figure> {
+    let figure = |(table, row): (&'static Table, &'static published::Row)| Figure {
+        number: model.number,
+        model: model.label.clone(),
+        source: Source::Published(&table.name),
+        reading: table.reading,
+        axis: table.axis,
+        count: Estimate::bare(row.count),
+        layers: Some(Estimate::bare(row.layers)),
+        positions: Some(Estimate::bare(row.positions)),
+    };
+    published::of_model(&model.model).map(figure).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::fixture::{copy, rename};
+    use super::super::folder::read_all;
+    use super::*;
+
+    fn compared(home: &Path) -> Comparison {
+        Comparison::of(read_all(&[home.to_owned()], true).unwrap())
+    }
+
+    #[test]
+    fn a_run_has_six_figures_of_its_own_and_those_published_of_its_model() {
+        let home = tempfile::tempdir().unwrap();
+        rename(&copy("mixture", &home.path().join("a")), "allenai/OLMoE-1B-7B-0125");
+        rename(&copy("dense", &home.path().join("b")), "openai-community/gpt2");
+        let compared = compared(home.path());
+        let of = |number: usize| compared.figures_of(&compared.models[number - 1]);
+        assert_eq!((of(1).count(), of(2).count()), (7, 7));
+        let theirs: Vec<_> = of(1).chain(of(2)).filter(|f| f.source != Source::Ours).collect();
+        let names: Vec<_> = theirs.iter().map(|f| (f.source.name(), f.count.value, f.reading)).collect();
+        assert_eq!(
+            names,
+            [
+                ("published, the predecessor", 49.0, Reading::SumOverSequences),
+                ("published, the paper", 1.0, Reading::Unique),
+            ]
+        );
+        let sparse = &compared.models[0];
+        assert!((sparse.active_share().unwrap() - 0.185).abs() < 0.001);
+        assert_eq!(compared.models[1].active_share(), Some(1.0), "a dense model");
+    }
+
+    #[test]
+    fn figures_lie_in_their_intervals_and_the_sum_is_the_mean_times_sequences() {
+        let home = tempfile::tempdir().unwrap();
+        copy("dense", &home.path().join("a"));
+        let compared = compared(home.path());
+        let model = &compared.models[0];
+        for axis in [Axis::Layers, Axis::Sites] {
+            let of = |reading| compared.own(model, reading, axis).unwrap();
+            assert_eq!(of(Reading::Unique).count.interval, None);
+            let (mean, sum) = (of(Reading::MeanPerSequence).count, of(Reading::SumOverSequences).count);
+            assert_eq!(sum, mean.scaled(6.0));
+            let [low, high] = mean.interval.unwrap();
+            assert!(low < mean.value && mean.value < high, "{mean:?}");
+            for share in [of(Reading::SumOverSequences).layers, of(Reading::SumOverSequences).positions] {
+                let share = share.unwrap();
+                assert!(
+                    share.interval.is_some_and(|[low, high]| low <= share.value && share.value <= high),
+                    "{share:?}"
+                );
+            }
+        }
+        let perplexity = model.perplexity.unwrap();
+        assert!(perplexity.interval.is_some_and(|[low, high]| low < perplexity.value && perplexity.value < high));
+    }
+
+    #[test]
+    fn equal_names_are_told_apart_and_paths_are_shortened() {
+        let home = tempfile::tempdir().unwrap();
+        copy("dense", &home.path().join("a"));
+        copy("dense", &home.path().join("b"));
+        rename(&copy("mixture", &home.path().join("c")), "/very/long/way/to/model/");
+        let labels: Vec<_> = compared(home.path()).models.into_iter().map(|model| model.label).collect();
+        assert_eq!(labels, ["tests/gpt2 (a)", "tests/gpt2 (b)", "model"]);
+    }
+
+    #[test]
+    fn what_is_not_to_be_used_is_there_without_figures() {
+        let home = tempfile::tempdir().unwrap();
+        let folder = copy("dense", &home.path().join("a"));
+        std::fs::write(folder.join("results.json"), "{}").unwrap();
+        let compared = compared(home.path());
+        assert!(compared.figures.is_empty());
+        assert!(matches!(&compared.models[0].standing, Standing::Unusable(why) if why.contains("damaged")));
+    }
+}

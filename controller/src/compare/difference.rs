@@ -1,0 +1,170 @@
+//! What makes figures differ without any model differing: definitions, precision, text, windows, the kind of training.
+
+use outliers_protocol::Metadata;
+use serde::Serialize;
+
+use super::comparison::{Compared, Standing};
+
+/// One thing to know about some of the figures.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Difference {
+    /// What it is about, in a word or two.
+    pub about: &'static str,
+    /// What holds.
+    pub says: String,
+    /// Numbers of the models of which it holds; empty: of all figures.
+    pub models: Vec<usize>,
+}
+
+/// What a model's figures were made with: one property, in words.
+type Property = (&'static str, fn(&Compared) -> Option<String>);
+
+const PROPERTIES: [Property; 9] = [
+    ("definition", definition),
+    ("thresholds", |model| model.provenance.as_deref().map(thresholds)),
+    ("computed in", |model| model.provenance.as_deref().map(precision)),
+    ("weights stored as", |model| model.provenance.as_deref().map(stored)),
+    ("text", |model| model.provenance.as_deref().map(text)),
+    ("windows", windows),
+    ("first token", |model| model.provenance.as_deref().map(first_token)),
+    ("training", training),
+    ("layers run", layers_run),
+];
+
+/// What holds of all figures.
+const ALWAYS: [(&str, &str); 4] = [
+    (
+        "counted as",
+        "by layers, a layer counts if either of its two norm outputs has a value over the threshold (the paper); by norm outputs, each of \
+         the two counts by itself (the predecessor), so that the same share is harder to reach",
+    ),
+    (
+        "pooled as",
+        "unique: judged once over all sequences; mean per sequence and sum over sequences: judged within each sequence, so that in the sum \
+         one feature counts as often as there are sequences in which it is systematic",
+    ),
+    (
+        "intervals",
+        "the middle 95 % of 4,000 resamples of the sequences with replacement. None for unique features: which layers a feature has in each \
+         sequence is not stored, only how many. They say what other windows of the same text would give, not other texts",
+    ),
+    ("perplexity", "per token of each model's own tokenizer: comparable between models of one tokenizer on one text"),
+];
+
+/// All there is to know, models with the same value together.
+pub(super) fn differences(models: &[Compared]) -> Vec<Difference> {
+    let always = ALWAYS.map(|(about, says)| Difference { about, says: says.to_owned(), models: Vec::new() });
+    let mut all = Vec::from(always);
+    for (about, of) in PROPERTIES {
+        let mut groups: Vec<Difference> = Vec::new();
+        for model in models.iter().filter(|model| !matches!(model.standing, Standing::Unusable(_))) {
+            let Some(says) = of(model) else { continue };
+            match groups.iter_mut().find(|group| group.says == says) {
+                Some(group) => group.models.push(model.number),
+                None => groups.push(Difference { about, says, models: vec![model.number] }),
+            }
+        }
+        all.extend(groups);
+    }
+    all
+}
+
+fn definition(model: &Compared) -> Option<String> {
+    match &model.standing {
+        Standing::Imported { definition } => Some(format!("the predecessor's: {definition}")),
+        Standing::Complete | Standing::Unusable(_) => None,
+    }
+}
+
+fn thresholds(metadata: &Metadata) -> String {
+    let of = metadata.job.thresholds;
+    let percent = |share: f64| (share * 1e4).round() / 1e2;
+    format!(
+        "|x| >= {}, in >= {} % of layers (or norm outputs) and at >= {} % of positions",
+        of.magnitude,
+        percent(of.layer_fraction),
+        percent(of.position_fraction)
+    )
+}
+
+fn precision(metadata: &Metadata) -> String {
+    match metadata.compute_dtype.as_str() {
+        "bf16" => "bf16: at a threshold of 6, values from 5.984375 up round to 6 and count".to_owned(),
+        other => format!("{other}: values count from the threshold up, unrounded"),
+    }
+}
+
+fn stored(metadata: &Metadata) -> String {
+    metadata.model.stored_dtypes.keys().cloned().collect::<Vec<_>>().join(", ")
+}
+
+fn text(metadata: &Metadata) -> String {
+    let corpus = &metadata.corpus;
+    let hash: String = corpus.sha256.chars().take(12).collect();
+    format!("{}, SHA-256 {hash}...", corpus.source)
+}
+
+fn windows(model: &Compared) -> Option<String> {
+    Some(format!("{} sequences of {} tokens", model.sequences?, model.tokens_per_sequence?))
+}
+
+fn first_token(metadata: &Metadata) -> String {
+    match &metadata.tokenizer {
+        None => "whatever the given token ids begin with".to_owned(),
+        Some(tokenizer) if tokenizer.bos_token_id.is_some() => {
+            "the beginning-of-sequence token, on which massive activations like to sit".to_owned()
+        }
+        Some(_) => "a token of the text: no beginning-of-sequence token".to_owned(),
+    }
+}
+
+fn training(model: &Compared) -> Option<String> {
+    let says = match model.post_trained {
+        Some(true) => "post-trained (instructions, reasoning, chat)",
+        Some(false) => "a base model",
+        None => "not known: the model is not in the catalogue",
+    };
+    Some(says.to_owned())
+}
+
+fn layers_run(model: &Compared) -> Option<String> {
+    let layers = model.provenance.as_ref()?.job.layers?;
+    Some(format!("only the first {layers}: shares are of those, and there is no perplexity"))
+}
+
+#[cfg(test)]
+mod tests {
+    use outliers_protocol::files;
+    use serde_json::json;
+
+    use super::super::comparison::Comparison;
+    use super::super::fixture::{change, copy, rename};
+    use super::super::folder::read_all;
+
+    #[test]
+    fn what_only_looks_like_a_difference_is_said_of_the_right_models() {
+        let home = tempfile::tempdir().unwrap();
+        let at = |name: &str| home.path().join(name);
+        rename(&copy("mixture", &at("1")), "Qwen/Qwen3-30B-A3B");
+        change(&at("1"), files::METADATA, |metadata| {
+            metadata["compute_dtype"] = json!("bf16");
+            metadata["job"]["layers"] = json!(3);
+            metadata["tokenizer"] = json!({"file": "t", "sha256": "s", "vocab": 9, "bos_token_id": 1});
+        });
+        rename(&copy("dense", &at("2")), "openai-community/gpt2");
+        copy("dense", &at("3"));
+        let compared = Comparison::of(read_all(&[home.path().to_owned()], false).unwrap());
+        let of = |about: &str| {
+            let these = compared.differences.iter().filter(|d| d.about == about);
+            these.map(|d| (d.says.as_str(), d.models.as_slice())).collect::<Vec<_>>()
+        };
+        let numbers = |about: &str| of(about).iter().map(|(_, models)| models.to_vec()).collect::<Vec<_>>();
+        assert!(of("computed in")[0].0.contains("5.984375"));
+        assert_eq!(numbers("computed in"), [vec![1], vec![2, 3]]);
+        assert_eq!(numbers("training"), [vec![1], vec![2], vec![3]]);
+        assert_eq!(numbers("first token"), [vec![1], vec![2, 3]]);
+        assert_eq!(numbers("layers run"), [vec![1]]);
+        assert_eq!(numbers("text"), [vec![1, 2, 3]]);
+        assert_eq!(numbers("intervals"), [Vec::<usize>::new()]);
+    }
+}

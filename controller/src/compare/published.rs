@@ -1,0 +1,150 @@
+//! What is known of models without running them: the figures others published, and the catalogue's sizes.
+
+use std::sync::LazyLock;
+
+use outliers_protocol::{Axis, Reading};
+use serde::{Deserialize, Serialize};
+
+static PUBLISHED: LazyLock<Vec<Table>> = LazyLock::new(|| {
+    #[derive(Deserialize)]
+    struct File {
+        table: Vec<Table>,
+    }
+    let file: File = toml::from_str(include_str!("../../../config/published.toml")).expect("a test reads it");
+    file.table
+});
+
+static CATALOGUE: LazyLock<Vec<Known>> = LazyLock::new(|| {
+    #[derive(Deserialize)]
+    struct File {
+        model: Vec<Known>,
+    }
+    let file: File = toml::from_str(include_str!("../../../config/models.toml")).expect("a test reads it");
+    file.model
+});
+
+/// A published table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Table {
+    /// One word for it.
+    pub name: String,
+    /// Its heading.
+    pub title: String,
+    /// Where it stands.
+    pub source: String,
+    /// What its counts are.
+    pub definition: String,
+    /// How sequences are pooled.
+    pub reading: Reading,
+    /// What the share of layers is taken of.
+    pub axis: Axis,
+    /// The text.
+    pub corpus: String,
+    /// Sequences, where a count depends on their number.
+    pub sequences: Option<u32>,
+    /// Its rows.
+    #[serde(rename = "model")]
+    pub models: Vec<Row>,
+}
+
+/// A row of a published table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Row {
+    /// As the table calls it.
+    pub name: String,
+    /// Hub ids of the model it is about; none: nothing that can be run here.
+    #[serde(default)]
+    pub ids: Vec<String>,
+    /// Parameters, as published there.
+    pub parameters: u64,
+    /// Active parameters per token; `None` for dense models.
+    pub active: Option<u64>,
+    /// Perplexity, where one was published.
+    pub perplexity: Option<f64>,
+    /// The count.
+    pub count: f64,
+    /// How many of the features have values of one sign.
+    pub one_sided: Option<u32>,
+    /// Mean percentage of layers (or norm outputs).
+    pub layers: f64,
+    /// Mean percentage of sequence positions.
+    pub positions: f64,
+    /// Quartiles of the values of the most common outlier feature.
+    pub quartiles: Option<[f64; 3]>,
+    /// What is odd about it.
+    pub note: Option<String>,
+}
+
+/// What the catalogue (`config/models.toml`) knows of a model.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Known {
+    /// Hub id.
+    pub id: String,
+    /// Parameters.
+    pub parameters: u64,
+    /// Active parameters per token; `None` for dense models, of which all are.
+    pub active: Option<u64>,
+    /// Trained further than on plain text: to follow instructions, to reason, to chat.
+    pub post_trained: bool,
+}
+
+impl Known {
+    /// Parameters that work on one token.
+    pub fn active(&self) -> u64 {
+        self.active.unwrap_or(self.parameters)
+    }
+}
+
+/// All published tables.
+pub fn tables() -> &'static [Table] {
+    &PUBLISHED
+}
+
+/// What the tables say of a model, each row with its table.
+pub fn of_model(id: &str) -> impl Iterator<Item = (&'static Table, &'static Row)> {
+    let rows = tables().iter().flat_map(|table| table.models.iter().map(move |row| (table, row)));
+    rows.filter(move |(_, row)| row.ids.iter().any(|known| known.eq_ignore_ascii_case(id)))
+}
+
+/// What the catalogue says of a model.
+pub fn known(id: &str) -> Option<&'static Known> {
+    CATALOGUE.iter().find(|model| model.id.eq_ignore_ascii_case(id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_published_tables_are_as_published() {
+        let [paper, predecessor] = tables() else { panic!("two tables") };
+        assert_eq!((paper.models.len(), predecessor.models.len()), (10, 12));
+        let sums = |table: &Table| {
+            let of = |f: fn(&Row) -> f64| table.models.iter().map(f).sum::<f64>();
+            (of(|row| row.count), of(|row| row.layers), of(|row| row.positions))
+        };
+        assert_eq!(sums(paper), (37.0, 529.0, 338.0));
+        let (count, layers, positions) = sums(predecessor);
+        assert_eq!((count, layers.round(), positions.round()), (37_496.0, 469.0, 636.0));
+    }
+
+    #[test]
+    fn rows_are_about_models_of_the_catalogue() {
+        for table in tables() {
+            for row in &table.models {
+                assert!((0.0..=100.0).contains(&row.layers) && (0.0..=100.0).contains(&row.positions), "{}", row.name);
+                for id in &row.ids {
+                    let known = known(id).unwrap_or_else(|| panic!("{id} is not in the catalogue"));
+                    // Sources count embeddings differently, and round.
+                    let ratio = row.parameters as f64 / known.parameters as f64;
+                    assert!((0.9..1.1).contains(&ratio), "{id}: {ratio}");
+                    assert_eq!(row.active.is_some(), known.active.is_some(), "{id}");
+                }
+            }
+        }
+        assert_eq!(of_model("qwen/qwen3-8b").count(), 1);
+        assert_eq!(of_model("nobody/nothing").count(), 0);
+    }
+}
