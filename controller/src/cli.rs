@@ -115,6 +115,14 @@ pub enum Command {
     ///
     /// Example: outliers offers --gpu-filter H100 --max-price 4 --model allenai/OLMoE-1B-7B-0125
     Offers(Box<OffersArgs>),
+    /// Put results side by side: every way of counting, how sure it is, and what others published.
+    ///
+    /// Example: outliers compare remote_results --html report.html
+    Compare(CompareArgs),
+    /// Make a result of the predecessor's files, so that it can be compared.
+    ///
+    /// Example: outliers import results/olmoe_20251024_163000
+    Import(ImportArgs),
     /// Check keys, clouds, clocks, SSH, the ledger, and whether an instance was left behind.
     ///
     /// Example: outliers doctor
@@ -407,6 +415,45 @@ pub struct AnalyzeArgs {
     #[command(flatten)]
     pub job: JobArgs,
     /// Folder for the results [default: below the results' folder].
+    #[arg(short, long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+}
+
+/// `compare`.
+#[derive(Args, Clone, Debug)]
+pub struct CompareArgs {
+    /// Folders of results, or folders of such folders [default: the results' folder].
+    #[arg(value_name = "DIR")]
+    pub folders: Vec<PathBuf>,
+    /// What to print.
+    #[arg(long, value_enum, default_value_t)]
+    pub format: CompareFormat,
+    /// Go on without the figures of results that are partial or damaged, and say so beside the others.
+    #[arg(long)]
+    pub allow_partial: bool,
+}
+
+/// What `compare` prints.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum CompareFormat {
+    /// Tables for people.
+    #[default]
+    Table,
+    /// Tables for a document.
+    Markdown,
+    /// One line per figure.
+    Csv,
+    /// All of it, for programs.
+    Json,
+}
+
+/// `import`.
+#[derive(Args, Clone, Debug)]
+pub struct ImportArgs {
+    /// The predecessor's final_analysis_results.json, perplexity_results.json, or folders that hold them; of one model.
+    #[arg(value_name = "PATH", required = true)]
+    pub paths: Vec<PathBuf>,
+    /// Folder for the result [default: below the results' folder].
     #[arg(short, long, value_name = "DIR")]
     pub output: Option<PathBuf>,
 }

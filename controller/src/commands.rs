@@ -23,11 +23,13 @@ use crate::text::clean_lines;
 use crate::units::{Bytes, UsdPerHour};
 
 pub mod analyze;
-mod attach;
+pub mod attach;
+pub mod compare;
 pub mod completions;
 pub mod demo;
 pub mod deploy;
 pub mod doctor;
+pub mod import;
 pub mod inspect;
 pub mod instances;
 pub mod job;
@@ -90,6 +92,8 @@ async fn dispatch(
         Command::Inspect(args) => inspect::command(&context, &args).await,
         Command::Plan(args) => plan::command(&context, &args).await,
         Command::Offers(args) => offers::command(&context, &args).await,
+        Command::Compare(args) => compare::command(&context, &args),
+        Command::Import(args) => import::command(&context, &args),
         Command::Doctor => doctor::command(&context).await,
         Command::Reap(args) => reap::command(&context, &args).await,
         Command::Completions { shell } => Ok(completions::command(shell)),

@@ -2,7 +2,7 @@
 //!
 //! [`folder`] reads result folders and refuses what is not whole; [`predecessor`] makes results of the predecessor's files; [`tally`] says
 //! how sure a figure is; [`published`] holds what others found. [`comparison`] makes one list of figures of them all, and [`difference`]
-//! says which of them differ by definition or provenance alone.
+//! says which of them differ by definition or provenance alone. [`sheet`] makes tables of it, which [`print`] writes.
 
 pub mod comparison;
 pub mod difference;
@@ -10,7 +10,9 @@ pub mod difference;
 mod fixture;
 pub mod folder;
 pub mod predecessor;
+pub mod print;
 pub mod published;
+pub mod sheet;
 pub mod statistics;
 pub mod tally;
 

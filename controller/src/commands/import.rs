@@ -1,0 +1,62 @@
+//! `import`: the predecessor's files made into a result that can be compared.
+
+use std::fs;
+use std::path::Path;
+
+use outliers_protocol::{FileEntry, Manifest, Outcome, SCHEMA, files};
+use serde::Serialize;
+
+use super::Context;
+use crate::cli::ImportArgs;
+use crate::compare::folder::IMPORTED;
+use crate::compare::predecessor::{Imported, import};
+use crate::deploy::slug;
+use crate::files::{sha256, write_whole};
+use crate::report::{Complaint, ExitStatus};
+
+/// Does it.
+pub(super) fn command(context: &Context, args: &ImportArgs) -> Result<ExitStatus, Complaint> {
+    let imported = import(&args.paths).map_err(|error| {
+        Complaint::refused(
+            error.to_string(),
+            "give the predecessor's final_analysis_results.json, perplexity_results.json, or their folders",
+        )
+    })?;
+    // Of the same files the same name: importing twice makes one result.
+    let hash = sha256(imported.sources.iter().map(|source| source.sha256.as_str()).collect::<String>().as_bytes());
+    let usual = || context.settings.results.join(format!("{}-imported-{}", slug(&imported.model), &hash[..8]));
+    let folder = args.output.as_ref().map_or_else(usual, |path| context.here.join(path));
+    write(&folder, &imported).map_err(|error| Complaint::failed(format!("{}: {error}", folder.display())))?;
+    context.reporter.result(&imported, || in_words(&imported, &folder));
+    Ok(ExitStatus::Done)
+}
+
+/// The document, then the manifest that vouches for it.
+fn write(folder: &Path, imported: &Imported) -> std::io::Result<()> {
+    fs::create_dir_all(folder)?;
+    let document = json(imported);
+    let entry = FileEntry { name: IMPORTED.to_owned(), bytes: document.len() as u64, sha256: sha256(&document) };
+    write_whole(&folder.join(IMPORTED), &document)?;
+    let manifest = Manifest { schema: SCHEMA, outcome: Outcome::Complete, files: vec![entry] };
+    write_whole(&folder.join(files::MANIFEST), &json(&manifest))
+}
+
+fn json(document: &impl Serialize) -> Vec<u8> {
+    let mut text = serde_json::to_vec_pretty(document).expect("documents hold no maps with keys other than strings");
+    text.push(b'\n');
+    text
+}
+
+fn in_words(imported: &Imported, folder: &Path) -> String {
+    let mut out = format!("{}\n", crate::text::clean(imported.model.as_bytes(), 200));
+    if let Some(outliers) = &imported.outliers {
+        for verdict in outliers.verdicts() {
+            out += &format!("{}: {}\n", verdict.label, crate::compare::sheet::short(verdict.count));
+        }
+        out += &format!("{} distinct features, each systematic in at least one batch\n", outliers.distinct_features);
+    }
+    if let Some(perplexity) = &imported.perplexity {
+        out += &format!("perplexity {:.4}\n", perplexity.perplexity);
+    }
+    out + &format!("counted as: {}\nfiles: {}\n", imported.definition, folder.display())
+}

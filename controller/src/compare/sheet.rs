@@ -1,0 +1,255 @@
+//! Tables of a comparison, made once for terminals, Markdown and HTML.
+
+use outliers_protocol::{Axis, Reading};
+
+use super::Comparison;
+use super::comparison::{Compared, Figure, Standing};
+use super::published::{Row, Table};
+use super::tally::Estimate;
+
+/// A table of text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sheet {
+    /// One word for it, the same in every report.
+    pub name: String,
+    /// Its heading.
+    pub title: String,
+    /// Its columns.
+    pub columns: Vec<Column>,
+    /// As many cells each as there are columns.
+    pub rows: Vec<Vec<String>>,
+    /// What to know about it.
+    pub notes: Vec<String>,
+}
+
+/// A column of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Column {
+    /// Its heading.
+    pub name: &'static str,
+    /// Its cells are numbers.
+    pub numeric: bool,
+}
+
+/// A column of words.
+pub(super) const fn words(name: &'static str) -> Column {
+    Column { name, numeric: false }
+}
+
+/// A column of numbers.
+pub(super) const fn numbers(name: &'static str) -> Column {
+    Column { name, numeric: true }
+}
+
+/// What there is nothing of.
+pub(super) const NONE: &str = "-";
+
+/// The tables of a comparison, in the order they are read.
+pub fn sheets(comparison: &Comparison) -> Vec<Sheet> {
+    let mut sheets = vec![models(comparison), counts(comparison), differences(comparison)];
+    sheets.extend(comparison.published.iter().map(published));
+    sheets
+}
+
+fn models(comparison: &Comparison) -> Sheet {
+    let row = |model: &Compared| {
+        vec![
+            model.number.to_string(),
+            model.label.clone(),
+            optional(model.parameters, |n| short(n as f64)),
+            optional(model.active_parameters, |n| short(n as f64)),
+            optional(model.active_share(), |share| format!("{:.1} %", 100.0 * (1.0 - share))),
+            optional(model.sequences.zip(model.tokens_per_sequence), |(n, of)| format!("{n} x {of}")),
+            optional(model.provenance.as_ref(), |metadata| metadata.compute_dtype.clone()),
+            optional(model.perplexity, |perplexity| estimate(perplexity, 2)),
+            standing(model),
+        ]
+    };
+    Sheet {
+        name: "models".to_owned(),
+        title: "Models".to_owned(),
+        columns: vec![
+            numbers("#"),
+            words("model"),
+            numbers("parameters"),
+            numbers("active"),
+            numbers("sparsity"),
+            numbers("tokens"),
+            words("computed in"),
+            numbers("perplexity (95 %)"),
+            words("result"),
+        ],
+        rows: comparison.models.iter().map(row).collect(),
+        notes: vec![
+            "parameters: of the catalogue, else of the tensors used; active: per token; sparsity: the share that is not active".to_owned(),
+        ],
+    }
+}
+
+fn standing(model: &Compared) -> String {
+    match &model.standing {
+        Standing::Complete => "complete".to_owned(),
+        Standing::Imported { .. } => "imported: the predecessor's definitions".to_owned(),
+        Standing::Unusable(why) => format!("NO FIGURES, {why}"),
+    }
+}
+
+fn counts(comparison: &Comparison) -> Sheet {
+    let row = |figure: &Figure| {
+        let percent = |value: Option<Estimate>| optional(value, |value| estimate(value, 1));
+        vec![
+            figure.number.to_string(),
+            figure.model.clone(),
+            figure.source.name().to_owned(),
+            reading(figure.reading, figure.axis).to_owned(),
+            count(figure),
+            percent(figure.layers),
+            percent(figure.positions),
+        ]
+    };
+    Sheet {
+        name: "counts".to_owned(),
+        title: "Systematic outlier features, counted in every way".to_owned(),
+        columns: vec![
+            numbers("#"),
+            words("model"),
+            words("whose figure"),
+            words("counted as"),
+            numbers("count (95 %)"),
+            numbers("mean L% (95 %)"),
+            numbers("mean S% (95 %)"),
+        ],
+        rows: comparison.figures.iter().map(row).collect(),
+        notes: vec![
+            "L%: share of layers (or norm outputs) in which a counted feature has outliers; S%: share of sequence positions. Rows of one model are \
+             only comparable where `counted as` is the same"
+                .to_owned(),
+        ],
+    }
+}
+
+/// A count as it is: whole, unless it is a mean.
+pub(super) fn count(figure: &Figure) -> String {
+    estimate(figure.count, if figure.reading == Reading::MeanPerSequence { 2 } else { 0 })
+}
+
+/// How something was counted, in words.
+pub fn reading(reading: Reading, axis: Axis) -> &'static str {
+    match (reading, axis) {
+        (Reading::Unique, Axis::Layers) => "unique, by layers (the paper's)",
+        (Reading::Unique, Axis::Sites) => "unique, by norm outputs",
+        (Reading::MeanPerSequence, Axis::Layers) => "mean per sequence, by layers",
+        (Reading::MeanPerSequence, Axis::Sites) => "mean per sequence, by norm outputs",
+        (Reading::SumOverSequences, Axis::Layers) => "sum over sequences, by layers",
+        (Reading::SumOverSequences, Axis::Sites) => "sum over sequences, by norm outputs (the predecessor's)",
+    }
+}
+
+fn differences(comparison: &Comparison) -> Sheet {
+    let rows = comparison.differences.iter().map(|difference| {
+        let numbers: Vec<String> = difference.models.iter().map(usize::to_string).collect();
+        let models = if numbers.is_empty() { "all".to_owned() } else { numbers.join(", ") };
+        vec![difference.about.to_owned(), difference.says.clone(), models]
+    });
+    Sheet {
+        name: "differences".to_owned(),
+        title: "What differs by definition or provenance alone".to_owned(),
+        columns: vec![words("about"), words("what holds"), words("models")],
+        rows: rows.collect(),
+        notes: Vec::new(),
+    }
+}
+
+fn published(table: &Table) -> Sheet {
+    let has = |of: fn(&Row) -> bool| table.models.iter().any(of);
+    let (active, perplexity) = (has(|row| row.active.is_some()), has(|row| row.perplexity.is_some()));
+    let (quartiles, notes) = (has(|row| row.quartiles.is_some()), has(|row| row.note.is_some()));
+    let all: [(bool, Column, fn(&Row) -> String); 10] = [
+        (true, words("model"), |row| row.name.clone()),
+        (true, numbers("parameters"), |row| short(row.parameters as f64)),
+        (active, numbers("active"), |row| optional(row.active, |n| short(n as f64))),
+        (perplexity, numbers("perplexity"), |row| optional(row.perplexity, |n| n.to_string())),
+        (true, numbers("count"), |row| row.count.to_string()),
+        (quartiles, numbers("one-sided"), |row| optional(row.one_sided, |n| n.to_string())),
+        (true, numbers("L%"), |row| row.layers.to_string()),
+        (true, numbers("S%"), |row| row.positions.to_string()),
+        (quartiles, numbers("quartiles"), |row| optional(row.quartiles, |[a, b, c]| format!("{a}, {b}, {c}"))),
+        (notes, words("note"), |row| row.note.clone().unwrap_or_default()),
+    ];
+    let shown = || all.iter().filter(|(shown, ..)| *shown);
+    let mut about = vec![
+        format!("source: {}", table.source),
+        format!("counted as: {}", table.definition),
+        format!("text: {}", table.corpus),
+    ];
+    if quartiles {
+        about.push("quartiles: of the values of the most common outlier feature".to_owned());
+    }
+    Sheet {
+        name: table.name.clone(),
+        title: format!("Published: {}", table.title),
+        columns: shown().map(|(_, column, _)| *column).collect(),
+        rows: table.models.iter().map(|row| shown().map(|(.., cell)| cell(row)).collect()).collect(),
+        notes: about,
+    }
+}
+
+pub(super) fn optional<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> String {
+    value.map_or_else(|| NONE.to_owned(), show)
+}
+
+/// `3.33 (3.00 to 3.67)`.
+pub(super) fn estimate(estimate: Estimate, digits: usize) -> String {
+    let value = format!("{:.digits$}", estimate.value);
+    match estimate.interval {
+        Some([low, high]) => format!("{value} ({low:.digits$} to {high:.digits$})"),
+        None => value,
+    }
+}
+
+/// A large number in three digits: `6.92 B`.
+pub fn short(number: f64) -> String {
+    let (scaled, unit) = match number.abs() {
+        n if n >= 1e12 => (number / 1e12, " T"),
+        n if n >= 1e9 => (number / 1e9, " B"),
+        n if n >= 1e6 => (number / 1e6, " M"),
+        n if n >= 1e4 => (number / 1e3, " k"),
+        _ => (number, ""),
+    };
+    let digits = match scaled.abs() {
+        n if n >= 100.0 => 0,
+        n if n >= 10.0 => 1,
+        _ => 2,
+    };
+    let text = format!("{scaled:.digits$}");
+    let plain = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    format!("{plain}{unit}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_short() {
+        for (number, expected) in [
+            (6_919_161_856.0, "6.92 B"),
+            (596_049_920.0, "596 M"),
+            (1_026_408_232_448.0, "1.03 T"),
+            (100.0, "100"),
+            (2500.0, "2500"),
+            (46_702_792_704.0, "46.7 B"),
+            (0.0, "0"),
+            (0.5, "0.5"),
+            (-12_500.0, "-12.5 k"),
+        ] {
+            assert_eq!(short(number), expected);
+        }
+    }
+
+    #[test]
+    fn intervals_stand_beside_their_figure() {
+        assert_eq!(estimate(Estimate { value: 10.0 / 3.0, interval: Some([3.0, 3.666]) }, 2), "3.33 (3.00 to 3.67)");
+        assert_eq!(estimate(Estimate::bare(49.0), 0), "49");
+    }
+}
