@@ -428,6 +428,12 @@ pub struct CompareArgs {
     /// What to print.
     #[arg(long, value_enum, default_value_t)]
     pub format: CompareFormat,
+    /// Also make a page of it: one file, with plots, that needs nothing else.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Also write every plot to this folder, as SVG.
+    #[arg(long, value_name = "DIR")]
+    pub svg: Option<PathBuf>,
     /// Go on without the figures of results that are partial or damaged, and say so beside the others.
     #[arg(long)]
     pub allow_partial: bool,

@@ -2,13 +2,19 @@
 //!
 //! [`folder`] reads result folders and refuses what is not whole; [`predecessor`] makes results of the predecessor's files; [`tally`] says
 //! how sure a figure is; [`published`] holds what others found. [`comparison`] makes one list of figures of them all, and [`difference`]
-//! says which of them differ by definition or provenance alone. [`sheet`] makes tables of it, which [`print`] writes.
+//! says which of them differ by definition or provenance alone. [`sheet`] makes tables of it, which [`print`] writes; [`page`] is
+//! all of it with [`plots`] (each drawn by [`plot`]), the tables of every model ([`detail`]) and its thresholds ([`ladder`]).
 
 pub mod comparison;
+pub mod detail;
 pub mod difference;
 #[cfg(test)]
 mod fixture;
 pub mod folder;
+pub mod ladder;
+pub mod page;
+pub mod plot;
+pub mod plots;
 pub mod predecessor;
 pub mod print;
 pub mod published;

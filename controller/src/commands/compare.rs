@@ -1,9 +1,13 @@
 //! `compare`: results side by side, in tables and as a page.
 
+use std::fs;
+use std::path::Path;
+
 use super::Context;
 use crate::cli::{CompareArgs, CompareFormat};
 use crate::compare::folder::{ReadError, read_all};
-use crate::compare::{Comparison, print};
+use crate::compare::{Comparison, page, plots, print};
+use crate::files::write_whole;
 use crate::report::{Complaint, ExitStatus};
 
 /// Does it.
@@ -13,6 +17,16 @@ pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatu
         false => args.folders.clone(),
     };
     let comparison = Comparison::of(read_all(&folders, args.allow_partial)?);
+    if let Some(file) = &args.html {
+        let file = context.here.join(file);
+        write(&file, &page::page(&comparison))?;
+        context.reporter.say(&format!("page: {}", file.display()));
+    }
+    if let Some(folder) = &args.svg {
+        let folder = context.here.join(folder);
+        let drawn = drawings(&comparison, &folder)?;
+        context.reporter.say(&format!("{drawn} plots: {}", folder.display()));
+    }
     context.reporter.result(&comparison, || match args.format {
         CompareFormat::Table => print::terminal(&comparison),
         CompareFormat::Markdown => print::markdown(&comparison),
@@ -22,6 +36,19 @@ pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatu
         }
     });
     Ok(ExitStatus::Done)
+}
+
+/// Writes every plot; gives their number.
+fn drawings(comparison: &Comparison, folder: &Path) -> Result<usize, Complaint> {
+    fs::create_dir_all(folder).map_err(|error| Complaint::failed(format!("{}: {error}", folder.display())))?;
+    let mut drawn = plots::across(comparison);
+    drawn.extend(comparison.models.iter().flat_map(plots::of_model));
+    drawn.iter().try_for_each(|plot| write(&folder.join(format!("{}.svg", plot.name)), &plot.svg))?;
+    Ok(drawn.len())
+}
+
+fn write(path: &Path, text: &str) -> Result<(), Complaint> {
+    write_whole(path, text.as_bytes()).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))
 }
 
 impl From<ReadError> for Complaint {

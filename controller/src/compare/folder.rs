@@ -353,7 +353,8 @@ mod tests {
 
     #[test]
     fn documents_that_contradict_each_other_are_damage() {
-        let changes: [(&str, fn(&mut Value), &str); 7] = [
+        type Change = (&'static str, fn(&mut Value), &'static str);
+        let changes: [Change; 7] = [
             (files::RESULTS, |r| r["verdicts"][0]["count"] = json!(99.0), "verdicts"),
             (files::RESULTS, |r| r["verdicts"] = json!([]), "verdicts"),
             (files::RESULTS, |r| r["sequences"] = json!(7), "sequences"),

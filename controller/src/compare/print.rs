@@ -1,6 +1,6 @@
 //! A comparison as text: for a terminal, as Markdown, as CSV. Names are hostile in each of them in another way.
 
-use comfy_table::{Cell, CellAlignment};
+use comfy_table::{Cell, CellAlignment, ContentArrangement};
 
 use super::Comparison;
 use super::comparison::{Compared, Figure, Standing};
@@ -17,6 +17,7 @@ pub fn terminal(comparison: &Comparison) -> String {
     let mut out = String::new();
     for sheet in sheets(comparison) {
         let mut rows = table(&sheet.columns.iter().map(|column| column.name).collect::<Vec<_>>());
+        rows.set_content_arrangement(ContentArrangement::Dynamic);
         for row in &sheet.rows {
             rows.add_row(row.iter().zip(&sheet.columns).map(|(value, column)| cell(value, *column)));
         }

@@ -4,6 +4,7 @@ use outliers_protocol::{Axis, Reading};
 
 use super::Comparison;
 use super::comparison::{Compared, Figure, Standing};
+use super::plots::letter;
 use super::published::{Row, Table};
 use super::tally::Estimate;
 
@@ -160,11 +161,14 @@ fn differences(comparison: &Comparison) -> Sheet {
     }
 }
 
+/// A column of a published table: whether that table has it, and its cells.
+type PublishedColumn = (bool, Column, fn(&Row) -> String);
+
 fn published(table: &Table) -> Sheet {
     let has = |of: fn(&Row) -> bool| table.models.iter().any(of);
     let (active, perplexity) = (has(|row| row.active.is_some()), has(|row| row.perplexity.is_some()));
     let (quartiles, notes) = (has(|row| row.quartiles.is_some()), has(|row| row.note.is_some()));
-    let all: [(bool, Column, fn(&Row) -> String); 10] = [
+    let all: [PublishedColumn; 10] = [
         (true, words("model"), |row| row.name.clone()),
         (true, numbers("parameters"), |row| short(row.parameters as f64)),
         (active, numbers("active"), |row| optional(row.active, |n| short(n as f64))),
@@ -177,6 +181,13 @@ fn published(table: &Table) -> Sheet {
         (notes, words("note"), |row| row.note.clone().unwrap_or_default()),
     ];
     let shown = || all.iter().filter(|(shown, ..)| *shown);
+    let row = |(i, row): (usize, &Row)| {
+        let mut cells = vec![letter(i)];
+        cells.extend(shown().map(|(.., cell)| cell(row)));
+        cells
+    };
+    let mut columns = vec![words("key")];
+    columns.extend(shown().map(|(_, column, _)| *column));
     let mut about = vec![
         format!("source: {}", table.source),
         format!("counted as: {}", table.definition),
@@ -188,8 +199,8 @@ fn published(table: &Table) -> Sheet {
     Sheet {
         name: table.name.clone(),
         title: format!("Published: {}", table.title),
-        columns: shown().map(|(_, column, _)| *column).collect(),
-        rows: table.models.iter().map(|row| shown().map(|(.., cell)| cell(row)).collect()).collect(),
+        columns,
+        rows: table.models.iter().enumerate().map(row).collect(),
         notes: about,
     }
 }

@@ -1,0 +1,345 @@
+//! Tables of one model, for the page: its features, thresholds, massive activations, experts and routers.
+
+use outliers_protocol::{ExpertPeak, Feature, MassiveActivations, Point, Results, RouterSummary, Sided, SuperExperts};
+
+use super::folder::Run;
+use super::ladder::{LAYER_PERCENTS, POSITION_PERCENTS, rungs, shares};
+use super::plots::{peak_quartiles, strongest};
+use super::sheet::{Column, Sheet, numbers, optional, words};
+
+/// Rows of what may be long; `results.json` has them all.
+const ROWS: usize = 40;
+
+/// Places named per feature.
+const PLACES: usize = 3;
+
+/// The tables that have anything to show; `name` is put before each one's.
+pub fn sheets(name: &str, run: &Run) -> Vec<Sheet> {
+    let results = &run.results;
+    let all = [
+        features(run),
+        ladder(run),
+        Some(share_table(results)),
+        results.massive_activations.as_ref().map(massive),
+        results.super_experts.as_ref().map(super_experts),
+        (!results.routers.is_empty()).then(|| routers(&results.routers)),
+    ];
+    let named = |sheet: Sheet| Sheet { name: format!("{name}-{}", sheet.name), ..sheet };
+    all.into_iter().flatten().map(named).collect()
+}
+
+fn sheet<const N: usize>(name: &str, title: &str, columns: [Column; N], rows: Vec<[String; N]>) -> Sheet {
+    Sheet {
+        name: name.to_owned(),
+        title: title.to_owned(),
+        columns: Vec::from(columns),
+        rows: rows.into_iter().map(Vec::from).collect(),
+        notes: Vec::new(),
+    }
+}
+
+fn noted(mut sheet: Sheet, note: impl Into<String>) -> Sheet {
+    sheet.notes.push(note.into());
+    sheet
+}
+
+fn first(what: &str, shown: usize, all: usize) -> String {
+    if all > shown { format!("The first {shown} of {all} {what}; results.json has them all. ") } else { String::new() }
+}
+
+fn features(run: &Run) -> Option<Sheet> {
+    let results = &run.results;
+    let strongest = strongest(results);
+    if strongest.is_empty() {
+        return None;
+    }
+    let columns = [
+        numbers("feature"),
+        words("systematic by"),
+        numbers("L%"),
+        numbers("S%"),
+        words("signs"),
+        numbers("min"),
+        numbers("max"),
+        numbers("quartiles of peaks"),
+        numbers("gain"),
+        numbers("x / gain"),
+        words("layers, attention's norm"),
+        words("layers, MLP's norm"),
+        words("where its largest values stand"),
+    ];
+    let row = |feature: &&Feature| {
+        let quartiles = run.statistics.as_ref().and_then(|statistics| peak_quartiles(statistics, feature.dim));
+        let peak = feature.peak.as_ref();
+        [
+            feature.dim.to_string(),
+            systematic(feature).to_owned(),
+            format!("{:.1}", 100.0 * feature.layer_fraction),
+            format!("{:.1}", 100.0 * feature.position_fraction),
+            signs(feature.sided).to_owned(),
+            format!("{:.2}", feature.min),
+            format!("{:.2}", feature.max),
+            optional(quartiles, |[a, b, c]| format!("{a:.1}, {b:.1}, {c:.1}")),
+            optional(peak.and_then(|peak| peak.gain), |gain| format!("{gain:.2}")),
+            optional(peak.and_then(|peak| peak.value_over_gain), |value| format!("{value:.2}")),
+            ranges(&feature.layers_before_attention),
+            ranges(&feature.layers_before_mlp),
+            places(results, feature.dim),
+        ]
+    };
+    let rows = strongest.iter().take(ROWS).map(row).collect();
+    let note = first("features", ROWS, strongest.len())
+        + "L%, S%: share of layers and of positions with an outlier, over all sequences. Quartiles of peaks: over the norm outputs where the feature has \
+           outliers, of its largest value at each. Gain: of the norm where its value is largest; under RMSNorm a large value may be a large gain. \
+           Where: layer, sequence:position and token id of its values among the 100 largest of their kind of norm output.";
+    Some(noted(sheet("features", "Features with outliers", columns, rows), note))
+}
+
+fn systematic(feature: &Feature) -> &'static str {
+    match (feature.systematic_by_layers, feature.systematic_by_sites) {
+        (true, true) => "layers, norm outputs",
+        (true, false) => "layers",
+        (false, true) => "norm outputs",
+        (false, false) => "neither",
+    }
+}
+
+fn signs(sided: Sided) -> &'static str {
+    match sided {
+        Sided::Pos => "all +",
+        Sided::Neg => "all -",
+        Sided::Both => "both",
+    }
+}
+
+/// `0-3, 7`, of ascending numbers.
+fn ranges(numbers: &[usize]) -> String {
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for number in numbers {
+        match runs.last_mut() {
+            Some((_, last)) if last.checked_add(1) == Some(*number) => *last = *number,
+            _ => runs.push((*number, *number)),
+        }
+    }
+    let words = runs.iter().map(|(from, to)| if from == to { from.to_string() } else { format!("{from}-{to}") });
+    words.collect::<Vec<_>>().join(", ")
+}
+
+fn places(results: &Results, feature: usize) -> String {
+    let norms = results.top_records.iter().filter(|top| top.point.is_norm_output());
+    let mut records: Vec<_> = norms.flat_map(|top| &top.records).filter(|record| record.dim == feature).collect();
+    records.sort_by(|a, b| b.value.abs().total_cmp(&a.value.abs()));
+    let words = records.iter().take(PLACES).map(|record| {
+        let (layer, sequence, position) = (record.layer, record.sequence, record.position);
+        format!("layer {layer}, {sequence}:{position}, token {}", record.token_id)
+    });
+    words.collect::<Vec<_>>().join("; ")
+}
+
+fn ladder(run: &Run) -> Option<Sheet> {
+    let rungs = rungs(run);
+    if rungs.is_empty() {
+        return None;
+    }
+    let own = run.results.thresholds;
+    let columns = [
+        numbers("|x| >="),
+        numbers("anywhere"),
+        numbers("in enough layers"),
+        numbers("and systematic at the run's own"),
+    ];
+    let rows = rungs.iter().map(|rung| {
+        let systematic = if rung.magnitude < own.magnitude { None } else { Some(rung.systematic) };
+        [
+            rung.magnitude.to_string(),
+            rung.anywhere.to_string(),
+            rung.in_layers.to_string(),
+            optional(systematic, |n| n.to_string()),
+        ]
+    });
+    let note = format!(
+        "Enough layers: >= {:.0} %. Positions are counted at the run's own threshold of {} alone: above it the last column is the most that can be \
+         systematic, below it nothing is known.",
+        100.0 * own.layer_fraction,
+        own.magnitude
+    );
+    Some(noted(sheet("ladder", "Threshold ladder: magnitude", columns, rows.collect()), note))
+}
+
+fn share_table(results: &Results) -> Sheet {
+    let header = ["any", "S% >= 1", "S% >= 6", "S% >= 25", "S% >= 50", "S% >= 75"];
+    let mut columns = vec![words("in layers")];
+    columns.extend(header.map(numbers));
+    let rows = LAYER_PERCENTS.map(|layers| {
+        let mut row = vec![if layers == 0.0 { "any".to_owned() } else { format!("L% >= {layers}") }];
+        row.extend(POSITION_PERCENTS.map(|positions| shares(results, layers, positions).to_string()));
+        row
+    });
+    Sheet {
+        name: "shares".to_owned(),
+        title: "Threshold ladder: shares of layers and positions".to_owned(),
+        columns,
+        rows: Vec::from(rows),
+        notes: vec![format!(
+            "Features with values of magnitude {} and more in at least a share of layers and at at least a share of positions.",
+            results.thresholds.magnitude
+        )],
+    }
+}
+
+fn massive(massive: &MassiveActivations) -> Sheet {
+    let columns = [
+        numbers("dimension"),
+        numbers("layers"),
+        numbers("first"),
+        numbers("last"),
+        numbers("values"),
+        numbers("at position 0"),
+        numbers("min"),
+        numbers("max"),
+    ];
+    let rows = massive.dims.iter().take(ROWS).map(|dim| {
+        [
+            dim.dim.to_string(),
+            dim.n_layers.to_string(),
+            dim.first_layer.to_string(),
+            dim.last_layer.to_string(),
+            dim.values.to_string(),
+            dim.values_at_position_0.to_string(),
+            format!("{:.1}", dim.min),
+            format!("{:.1}", dim.max),
+        ]
+    });
+    let found = match (massive.onset_layer, massive.last_layer) {
+        (Some(first), Some(last)) => format!(
+            "At {} tokens ({} at position 0) of {} sequences, from layer {first} to layer {last}; by each token's own median: {} values. ",
+            massive.tokens, massive.tokens_at_position_0, massive.sequences, massive.values_by_token_median
+        ),
+        _ => "None. ".to_owned(),
+    };
+    let note = format!("{found}{}Rule: {}", first("dimensions", ROWS, massive.n_dims), massive.rule);
+    noted(sheet("massive-table", "Massive activations", columns, rows.collect()), note)
+}
+
+fn super_experts(experts: &SuperExperts) -> Sheet {
+    let columns = [
+        words(""),
+        numbers("layer"),
+        numbers("expert"),
+        numbers("largest output"),
+        numbers("dimension"),
+        words("where"),
+        numbers("tokens sent"),
+    ];
+    let row = |what: &str, peak: &ExpertPeak| {
+        let at = peak.at;
+        [
+            what.to_owned(),
+            at.layer.to_string(),
+            optional(at.expert, |expert| expert.to_string()),
+            format!("{:.2}", at.value),
+            at.dim.to_string(),
+            format!("{}:{}, token {}", at.sequence, at.position, at.token_id),
+            peak.tokens.to_string(),
+        ]
+    };
+    let mut rows: Vec<_> = experts.candidates.iter().take(ROWS).map(|peak| row("candidate", peak)).collect();
+    rows.extend(experts.runner_up.iter().map(|peak| row("next, no candidate", peak)));
+    let note = format!(
+        "{}The largest always is a candidate: only its distance to the next says whether it is out of the ordinary. 99.5 % of {} experts in the first {} \
+         layers have at most {:.2}. Rule: {}",
+        first("candidates", ROWS, experts.candidates.len()),
+        experts.experts_considered,
+        experts.layers_considered,
+        experts.percentile_99_5,
+        experts.rule
+    );
+    noted(sheet("super-experts", "Super experts", columns, rows), note)
+}
+
+fn routers(routers: &[RouterSummary]) -> Sheet {
+    let columns = [
+        numbers("layer"),
+        numbers("experts"),
+        numbers("per token"),
+        numbers("never hit"),
+        numbers("busiest"),
+        numbers("its load / mean"),
+        numbers("entropy"),
+        numbers("gate mass"),
+        numbers("at position 0"),
+        numbers("favourite there"),
+        numbers("its share there"),
+        numbers("elsewhere"),
+    ];
+    let rows = routers.iter().map(|router| {
+        [
+            router.layer.to_string(),
+            router.experts.to_string(),
+            router.experts_per_token.to_string(),
+            router.never_hit.to_string(),
+            router.busiest.to_string(),
+            format!("{:.2}", router.max_over_mean),
+            format!("{:.3}", router.normalised_entropy),
+            format!("{:.3}", router.gate_mass_per_token),
+            format!("{:.3}", router.gate_mass_per_token_at_position_0),
+            router.favourite_at_position_0.to_string(),
+            format!("{:.3}", router.favourite_share_at_position_0),
+            format!("{:.3}", router.favourite_share_elsewhere),
+        ]
+    });
+    let note = "Entropy of the experts' shares over its largest possible value: 1 is even. Gate mass: sum of a token's gate weights. The favourite \
+                at position 0 is the expert with the largest share of the gate mass of first tokens.";
+    noted(sheet("routers-table", "Router load", columns, rows.collect()), note)
+}
+
+/// The kinds of studied values that are no norm outputs, in words; empty if there are none.
+pub fn other_sites(results: &Results) -> String {
+    let mut kinds: Vec<&str> = results.other_sites.iter().map(|site| kind(site.point)).collect();
+    kinds.sort_unstable();
+    kinds.dedup();
+    kinds.join(", ")
+}
+
+fn kind(point: Point) -> &'static str {
+    match point {
+        Point::BeforeAttention | Point::BeforeMlp | Point::AfterAttention | Point::AfterMlp => "norm outputs",
+        Point::Residual => "residual stream",
+        Point::AttentionOut => "attention outputs",
+        Point::MlpOut => "MLP outputs",
+        Point::ExpertOut => "expert outputs",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::copy;
+    use super::super::folder::{Content, read};
+    use super::*;
+
+    fn sheets_of(name: &str) -> Vec<Sheet> {
+        let home = tempfile::tempdir().unwrap();
+        match read(&copy(name, &home.path().join("r"))).unwrap() {
+            Content::Run(run) => sheets("m", &run),
+            Content::Imported(_) => unreachable!("fixtures are runs"),
+        }
+    }
+
+    #[test]
+    fn tables_are_there_for_what_was_measured_and_are_whole() {
+        let names = |name: &str| sheets_of(name).into_iter().map(|sheet| sheet.name).collect::<Vec<_>>();
+        let all = ["features", "ladder", "shares", "massive-table", "super-experts", "routers-table"];
+        assert_eq!(names("mixture"), all.map(|name| format!("m-{name}")));
+        assert_eq!(names("dense"), ["m-features", "m-ladder", "m-shares"]);
+        for sheet in sheets_of("mixture") {
+            assert!(sheet.rows.iter().all(|row| row.len() == sheet.columns.len()), "{}", sheet.name);
+        }
+    }
+
+    #[test]
+    fn layers_are_named_in_ranges() {
+        assert_eq!(ranges(&[]), "");
+        assert_eq!(ranges(&[0, 1, 2, 5, 7, 8]), "0-2, 5, 7-8");
+        assert_eq!(ranges(&[usize::MAX, 0]), format!("{}, 0", usize::MAX));
+    }
+}

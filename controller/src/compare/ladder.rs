@@ -1,0 +1,123 @@
+//! How counts fall as thresholds rise, from what one run stored.
+//!
+//! Values are stored as extremes per norm output and feature, so that any magnitude can be asked for in layers; positions are stored for the
+//! run's own magnitude alone, and there any pair of shares can be asked for.
+
+use outliers_protocol::Results;
+
+use super::folder::Run;
+
+/// Thresholds of magnitude: around the paper's 6, from what non-outlier features reach (3.5) to massive activations (100).
+pub const MAGNITUDES: [f32; 12] = [3.5, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 100.0];
+
+/// Shares of layers, in percent; 0: in any.
+pub const LAYER_PERCENTS: [f64; 6] = [0.0, 10.0, 25.0, 50.0, 75.0, 100.0];
+
+/// Shares of positions, in percent; 0: at any.
+pub const POSITION_PERCENTS: [f64; 6] = [0.0, 1.0, 6.0, 25.0, 50.0, 75.0];
+
+/// Features at one threshold of magnitude.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rung {
+    /// |x| >= this.
+    pub magnitude: f32,
+    /// Features that reach it anywhere.
+    pub anywhere: usize,
+    /// Those that reach it in at least the run's share of layers, wherever in the sequences.
+    pub in_layers: usize,
+    /// Those of them that are systematic at the run's own magnitude. From there up, systematic ones are among these.
+    pub systematic: usize,
+}
+
+/// Of all magnitudes; empty without statistics.
+pub fn rungs(run: &Run) -> Vec<Rung> {
+    let Some(statistics) = &run.statistics else { return Vec::new() };
+    let results = &run.results;
+    let order = layer_order(results);
+    let peaks: Vec<Vec<f32>> = (0..results.hidden)
+        .map(|feature| {
+            let mut layers = vec![0.0f32; results.n_layers];
+            for (site, layer) in order.iter().enumerate() {
+                layers[*layer] = layers[*layer].max(statistics.max_abs(site, feature));
+            }
+            layers
+        })
+        .collect();
+    let systematic: Vec<usize> = results.features.iter().filter(|f| f.systematic_by_layers).map(|f| f.dim).collect();
+    MAGNITUDES.iter().map(|magnitude| rung(*magnitude, &peaks, &systematic, results)).collect()
+}
+
+/// The place of each norm output's layer among the layers that are studied.
+fn layer_order(results: &Results) -> Vec<usize> {
+    let mut layers: Vec<usize> = results.sites.iter().map(|site| site.layer).collect();
+    layers.dedup();
+    let place = |layer: usize| layers.iter().position(|known| *known == layer).unwrap_or(0);
+    results.sites.iter().map(|site| place(site.layer).min(results.n_layers.saturating_sub(1))).collect()
+}
+
+fn rung(magnitude: f32, peaks: &[Vec<f32>], systematic: &[usize], results: &Results) -> Rung {
+    let layers = |feature: &Vec<f32>| feature.iter().filter(|peak| **peak >= magnitude).count();
+    let enough = |n: usize| n > 0 && n as f64 / results.n_layers as f64 >= results.thresholds.layer_fraction;
+    let wide = |(_, feature): &(usize, &Vec<f32>)| enough(layers(feature));
+    Rung {
+        magnitude,
+        anywhere: peaks.iter().filter(|feature| layers(feature) > 0).count(),
+        in_layers: peaks.iter().enumerate().filter(wide).count(),
+        systematic: peaks.iter().enumerate().filter(wide).filter(|(dim, _)| systematic.contains(dim)).count(),
+    }
+}
+
+/// Features in at least a share of layers and at at least a share of positions, both in percent, at the run's own magnitude.
+pub fn shares(results: &Results, layer_percent: f64, position_percent: f64) -> usize {
+    let within = |f: &&outliers_protocol::Feature| {
+        f.layer_fraction >= layer_percent / 100.0 && f.position_fraction >= position_percent / 100.0
+    };
+    results.features.iter().filter(within).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::copy;
+    use super::super::folder::{Content, read};
+    use super::*;
+
+    fn runs() -> impl Iterator<Item = Run> {
+        ["mixture", "dense"].into_iter().map(|name| {
+            let home = tempfile::tempdir().unwrap();
+            match read(&copy(name, &home.path().join("r"))).unwrap() {
+                Content::Run(run) => *run,
+                Content::Imported(_) => unreachable!("fixtures are runs"),
+            }
+        })
+    }
+
+    #[test]
+    fn the_runs_own_rung_is_what_it_counted() {
+        for run in runs() {
+            let rungs = rungs(&run);
+            let own = rungs.iter().find(|rung| rung.magnitude == run.results.thresholds.magnitude).unwrap();
+            let features = &run.results.features;
+            let share = run.results.thresholds.layer_fraction;
+            assert_eq!(own.anywhere, features.len());
+            assert_eq!(own.in_layers, features.iter().filter(|f| f.layer_fraction >= share).count());
+            assert_eq!(own.systematic, features.iter().filter(|f| f.systematic_by_layers).count());
+            assert!(own.systematic > 0, "else this shows nothing");
+        }
+    }
+
+    #[test]
+    fn counts_fall_as_thresholds_rise() {
+        for run in runs() {
+            for pair in rungs(&run).windows(2) {
+                assert!(pair[0].anywhere >= pair[1].anywhere && pair[0].in_layers >= pair[1].in_layers);
+                assert!(pair[0].systematic >= pair[1].systematic && pair[0].anywhere >= pair[0].in_layers);
+            }
+            assert_eq!(shares(&run.results, 0.0, 0.0), run.results.features.len());
+            assert_eq!(shares(&run.results, 25.0, 6.0) as f64, run.results.verdicts[0].count);
+            for [low, high] in [[0.0, 10.0], [25.0, 50.0], [50.0, 100.0]] {
+                assert!(shares(&run.results, low, 6.0) >= shares(&run.results, high, 6.0));
+                assert!(shares(&run.results, 25.0, low) >= shares(&run.results, 25.0, high));
+            }
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! A comparison as one page: no script, no font, no picture and no address of anywhere else in it.
+//!
+//! Whatever comes from results is escaped where it is put in ([`maud`] does so unless told otherwise, which only our own drawings and styles
+//! are), and the page's own policy forbids all else.
+
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+
+use super::Comparison;
+use super::comparison::{Compared, Standing};
+use super::detail;
+use super::plot::{Colour, Plot, Rgb, Tint};
+use super::plots;
+use super::sheet::{Sheet, sheets};
+use crate::text::clean;
+
+/// Nothing is loaded and nothing runs.
+const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'";
+
+/// Text wider than this gets room in a table.
+const WIDE: usize = 40;
+
+/// The page, with the plots in it.
+pub fn page(comparison: &Comparison) -> String {
+    let models = &comparison.models;
+    let title = match models.as_slice() {
+        [model] => format!("Outlier features of {}", model.label),
+        _ => format!("Outlier features of {} models", models.len()),
+    };
+    let sheets = sheets(comparison);
+    let sheet = |name: &str| sheets.iter().find(|sheet| sheet.name == name).map_or_else(|| html! {}, table);
+    html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                meta http-equiv="Content-Security-Policy" content=(POLICY);
+                title { (shown(&title)) }
+                style { (PreEscaped(style())) }
+            }
+            body {
+                a.skip href="#main" { "Skip to the figures" }
+                header {
+                    h1 { (shown(&title)) }
+                    p { "Hidden dimensions that carry values of large magnitude at the norms' outputs, in many layers and at many positions \
+                         (Dettmers et al. 2022, LLM.int8()), counted in every way that is in use." }
+                }
+                nav aria-label="Contents" { (contents(comparison)) }
+                main id="main" {
+                    section id="models" { h2 { "Models and counts" } (unusable(models)) (sheet("models")) (sheet("counts")) }
+                    section id="figures" { h2 { "Across models" } (across(comparison)) }
+                    section id="differences" { h2 { "Differences that are only definition or provenance" } (sheet("differences")) }
+                    @for model in models { (of_model(model)) }
+                    section id="published" {
+                        h2 { "What others published" }
+                        @for table in comparison.published { (sheet(&table.name)) }
+                    }
+                }
+                footer { p.note { "Made by outliers " (env!("CARGO_PKG_VERSION")) " from the folders named above." } }
+            }
+        }
+    }
+    .into_string()
+}
+
+/// Text of elsewhere, without what commands a terminal or turns the direction of reading.
+fn shown(text: &str) -> String {
+    clean(text.as_bytes(), 2000)
+}
+
+/// The page's styles, each colour with its value on paper and on a dark screen, for text and drawings alike.
+fn style() -> String {
+    let name = |colour: Colour| match colour {
+        Colour::Heat(step) => format!("heat-{step}"),
+        named => format!("{named:?}").to_lowercase(),
+    };
+    let hex = |[r, g, b]: Rgb| format!("#{r:02X}{g:02X}{b:02X}");
+    let values = |of: fn(&Tint) -> Rgb| {
+        Colour::ALL.iter().map(|colour| format!("--{}:{};", name(colour.0), hex(of(colour)))).collect::<String>()
+    };
+    let (light, dark) = (values(|colour| colour.1), values(|colour| colour.2));
+    let mut style = format!(
+        ":root{{color-scheme:light dark;{light}}}\n@media print{{:root{{color-scheme:light}}}}\n\
+         @media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
+    );
+    for (colour, light, _) in Colour::ALL {
+        let (name, light) = (name(colour), hex(light));
+        style +=
+            &format!("svg [fill=\"{light}\"]{{fill:var(--{name})}}svg [stroke=\"{light}\"]{{stroke:var(--{name})}}\n");
+    }
+    style + include_str!("page.css")
+}
+
+fn contents(comparison: &Comparison) -> Markup {
+    html! {
+        ul {
+            li { a href="#models" { "Models and counts" } }
+            li { a href="#figures" { "Across models" } }
+            li { a href="#differences" { "Definitions and provenance" } }
+            @for model in comparison.models.iter().filter(|model| model.run.is_some()) {
+                li { a href={ "#model-" (model.number) } { (model.number) ". " (shown(&model.label)) } }
+            }
+            li { a href="#published" { "Published tables" } }
+        }
+    }
+}
+
+/// Results without figures come first: nobody should miss that a point is missing.
+fn unusable(models: &[Compared]) -> Markup {
+    html! {
+        @for model in models {
+            @if let Standing::Unusable(why) = &model.standing {
+                p.warning role="note" { strong { "No figures of " (shown(&model.folder)) ": " } (shown(why)) }
+            }
+        }
+    }
+}
+
+fn across(comparison: &Comparison) -> Markup {
+    let all = plots::across(comparison);
+    html! {
+        p { "Numbers are the models of the first table, letters the rows of the published tables. Figures by the predecessor's definition are not \
+             numbers of distinct features, and stand in plots of their own." }
+        (grid(&all))
+    }
+}
+
+fn of_model(model: &Compared) -> Markup {
+    let Some(run) = model.run.as_deref() else { return html! {} };
+    html! {
+        section id={ "model-" (model.number) } {
+            h2 { (model.number) ". " (shown(&model.label)) }
+            (facts(model))
+            (grid(&plots::of_model(model)))
+            @for sheet in detail::sheets(&format!("model{}", model.number), run) { (table(&sheet)) }
+        }
+    }
+}
+
+fn facts(model: &Compared) -> Markup {
+    let Some(metadata) = model.provenance.as_deref() else { return html! {} };
+    let stored: Vec<String> = metadata.model.stored_dtypes.keys().cloned().collect();
+    let others = model.results().map(detail::other_sites).unwrap_or_default();
+    let facts = [
+        ("model", metadata.model.name.clone()),
+        ("revision", metadata.model.revision.clone().unwrap_or_else(|| "a folder".to_owned())),
+        ("architecture", metadata.model.architecture.clone()),
+        ("precision", format!("stored as {}, computed in {}", stored.join(", "), metadata.compute_dtype)),
+        ("text", format!("{}, SHA-256 {}", metadata.corpus.source, metadata.corpus.sha256)),
+        ("token ids", format!("SHA-256 {}", metadata.corpus.token_ids_sha256)),
+        ("job", format!("SHA-256 {}", model.job_sha256.as_deref().unwrap_or_default())),
+        ("studied besides norm outputs", if others.is_empty() { "nothing".to_owned() } else { others }),
+        ("folder", model.folder.clone()),
+    ];
+    html! { dl.facts { @for (name, value) in facts { dt { (name) } dd { (shown(&value)) } } } }
+}
+
+fn grid(plots: &[Plot]) -> Markup {
+    html! {
+        div.plots {
+            @for plot in plots {
+                figure id=(plot.name) {
+                    (PreEscaped(&plot.svg))
+                    figcaption { strong { (plot.title) } (plot.description) }
+                }
+            }
+        }
+    }
+}
+
+fn table(sheet: &Sheet) -> Markup {
+    // The row's name: the first column of words that is not a mere key.
+    let head = sheet.columns.iter().position(|column| !column.numeric && column.name != "key").unwrap_or(0);
+    let class = |column: usize, cell: &str| {
+        let numeric = sheet.columns[column].numeric;
+        if numeric { Some("n") } else { (cell.chars().count() > WIDE).then_some("wide") }
+    };
+    if sheet.rows.is_empty() {
+        return html! { h3 id={ "table-" (sheet.name) } { (shown(&sheet.title)) } (notes(sheet)) };
+    }
+    // Rows of one model belong together.
+    let begins = |row: usize| row > 0 && grouped(sheet) && sheet.rows[row][0] != sheet.rows[row - 1][0];
+    html! {
+        div.scroll tabindex="0" role="region" aria-label=(shown(&sheet.title)) {
+            table id={ "table-" (sheet.name) } {
+                caption { (shown(&sheet.title)) }
+                thead { tr {
+                    @for column in &sheet.columns { th scope="col" class=[column.numeric.then_some("n")] { (column.name) } }
+                } }
+                tbody {
+                    @for (number, row) in sheet.rows.iter().enumerate() {
+                        tr class=[begins(number).then_some("next")] {
+                            @for (column, cell) in row.iter().enumerate() {
+                                @if column == head { th scope="row" class=[class(column, cell)] { (shown(cell)) } }
+                                @else { td class=[class(column, cell)] { (shown(cell)) } }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        (notes(sheet))
+    }
+}
+
+fn notes(sheet: &Sheet) -> Markup {
+    html! { @for note in &sheet.notes { p.note { (shown(note)) } } }
+}
+
+/// Whether several rows are of the same thing.
+fn grouped(sheet: &Sheet) -> bool {
+    sheet.rows.windows(2).any(|pair| pair[0][0] == pair[1][0])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::{copy, rename};
+    use super::super::folder::read_all;
+    use super::*;
+
+    const EVIL: &str = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&\u{202e}";
+
+    fn page_of(model: &str) -> String {
+        let home = tempfile::tempdir().unwrap();
+        rename(&copy("mixture", &home.path().join("a")), model);
+        copy("dense", &home.path().join("b"));
+        let broken = copy("dense", &home.path().join("c"));
+        std::fs::write(broken.join("results.json"), "{}").unwrap();
+        page(&Comparison::of(read_all(&[home.path().to_owned()], true).unwrap()))
+    }
+
+    #[test]
+    fn names_are_text_wherever_they_stand() {
+        let page = page_of(EVIL);
+        for forbidden in
+            ["<script", "<img", "\u{202e}", "alert(1)<", "http:", "https:", "url(", "@import", "<link", "<iframe"]
+        {
+            // The namespace of drawings is a name, not an address that is loaded.
+            let page = page.replace("xmlns=\"http://www.w3.org/2000/svg\"", "");
+            assert!(!page.contains(forbidden), "{forbidden}");
+        }
+        assert!(page.contains("&lt;script&gt;alert(1)"));
+    }
+
+    #[test]
+    fn everything_that_was_measured_is_on_the_page() {
+        let page = page_of("allenai/OLMoE-1B-7B-0125");
+        for id in [
+            "table-models",
+            "table-counts",
+            "table-differences",
+            "table-paper",
+            "table-predecessor",
+            "table-model1-features",
+            "table-model1-ladder",
+            "table-model1-shares",
+            "table-model1-massive-table",
+            "table-model1-super-experts",
+            "table-model1-routers-table",
+            "model1-magnitudes",
+            "model1-features",
+            "model1-massive",
+            "model1-experts",
+            "model1-routers",
+            "model2-features",
+            "affected-parameters-paper",
+            "affected-perplexity-paper",
+            "count-perplexity-paper",
+            "magnitude-parameters",
+        ] {
+            assert_eq!(page.matches(&format!(" id=\"{id}\"")).count(), 1, "{id}");
+        }
+        assert!(page.contains("No figures of") && page.contains("damaged"), "what is missing is said");
+        let ids: Vec<&str> = page.split(" id=\"").skip(1).filter_map(|rest| rest.split('"').next()).collect();
+        assert_eq!(ids.iter().collect::<std::collections::BTreeSet<_>>().len(), ids.len(), "ids are unique");
+        assert_eq!(page.matches("<svg").count(), page.matches("<desc").count());
+    }
+
+    #[test]
+    fn every_colour_of_the_drawings_can_change_with_the_mode() {
+        let page = page_of("a/b");
+        let known: Vec<String> =
+            Colour::ALL.iter().map(|(_, [r, g, b], _)| format!("#{r:02X}{g:02X}{b:02X}")).collect();
+        for attribute in [" fill=\"#", " stroke=\"#"] {
+            for rest in page.split(attribute).skip(1) {
+                let colour = format!("#{}", &rest[..6]);
+                assert!(known.contains(&colour), "{attribute}{colour}");
+            }
+        }
+    }
+}
