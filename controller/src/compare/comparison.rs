@@ -111,12 +111,26 @@ pub struct Figure {
     pub reading: Reading,
     /// What the share of layers is taken of.
     pub axis: Axis,
+    /// Both in words.
+    pub counted_as: String,
     /// Systematic outlier features.
     pub count: Estimate,
     /// Mean percentage of layers (or norm outputs) over what was counted.
     pub layers: Option<Estimate>,
     /// Mean percentage of sequence positions over what was counted.
     pub positions: Option<Estimate>,
+}
+
+/// How something was counted, in words.
+fn reading(reading: Reading, axis: Axis) -> &'static str {
+    match (reading, axis) {
+        (Reading::Unique, Axis::Layers) => "unique, by layers (the paper's)",
+        (Reading::Unique, Axis::Sites) => "unique, by norm outputs",
+        (Reading::MeanPerSequence, Axis::Layers) => "mean per sequence, by layers",
+        (Reading::MeanPerSequence, Axis::Sites) => "mean per sequence, by norm outputs",
+        (Reading::SumOverSequences, Axis::Layers) => "sum over sequences, by layers",
+        (Reading::SumOverSequences, Axis::Sites) => "sum over sequences, by norm outputs (the predecessor's)",
+    }
 }
 
 impl Comparison {
@@ -274,9 +288,14 @@ fn figure(model: &Compared, source: Source, verdict: &Verdict, sequences: &[Tall
     Figure {
         number: model.number,
         model: model.label.clone(),
-        source,
         reading: verdict.reading,
         axis: verdict.axis,
+        counted_as: match source {
+            // Of some imported runs, a sequence is a batch of several.
+            Source::Imported => verdict.label.clone(),
+            Source::Ours | Source::Published(_) => reading(verdict.reading, verdict.axis).to_owned(),
+        },
+        source,
         count: Estimate { value: verdict.count, interval: interval(drawn, |sample| Some(count(sample) / divisor)) },
         layers: percent(verdict.mean_layer_percent, |tally| tally.layer_share),
         positions: percent(verdict.mean_sequence_percent, |tally| tally.position_share),
@@ -290,6 +309,7 @@ fn published_of(model: &Compared) -> Vec<Figure> {
         source: Source::Published(&table.name),
         reading: table.reading,
         axis: table.axis,
+        counted_as: reading(table.reading, table.axis).to_owned(),
         count: Estimate::bare(row.count),
         layers: Some(Estimate::bare(row.layers)),
         positions: Some(Estimate::bare(row.positions)),
@@ -354,6 +374,34 @@ mod tests {
         }
         let perplexity = model.perplexity.unwrap();
         assert!(perplexity.interval.is_some_and(|[low, high]| low < perplexity.value && perplexity.value < high));
+    }
+
+    #[test]
+    fn figures_equal_those_of_an_independent_program() {
+        #[derive(serde::Deserialize)]
+        struct Independent {
+            reading: Reading,
+            axis: Axis,
+            count: f64,
+            layers: f64,
+            positions: f64,
+        }
+        for name in ["mixture", "dense"] {
+            let home = tempfile::tempdir().unwrap();
+            copy(name, &home.path().join("a"));
+            let compared = compared(home.path());
+            let reference = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/results"));
+            let text = std::fs::read(reference.join(format!("{name}-reference.json"))).unwrap();
+            let expected: Vec<Independent> = serde_json::from_slice(&text).unwrap();
+            assert_eq!(expected.len(), compared.figures.len());
+            for expected in expected {
+                let figure = compared.own(&compared.models[0], expected.reading, expected.axis).unwrap();
+                let ours = [figure.count.value, figure.layers.unwrap().value, figure.positions.unwrap().value];
+                for (ours, theirs) in ours.into_iter().zip([expected.count, expected.layers, expected.positions]) {
+                    assert!((ours - theirs).abs() < 1e-9, "{name}, {}: {ours} {theirs}", figure.counted_as);
+                }
+            }
+        }
     }
 
     #[test]

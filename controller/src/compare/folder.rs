@@ -22,6 +22,9 @@ pub const IMPORTED: &str = "imported.json";
 /// Any of them makes a folder one of results, whole or not.
 const MARKS: [&str; 5] = [files::MANIFEST, files::RESULTS, IMPORTED, files::JOB, files::PROGRESS];
 
+/// Largest file that is read. Statistics of the largest models are a tenth of it.
+const LARGEST: u64 = 1 << 30;
+
 /// How deep below a folder results may lie: `<survey>/<model>/`.
 const DEPTH: usize = 2;
 
@@ -188,13 +191,22 @@ struct Versioned {
 /// A document of a version this program knows.
 fn document<T: DeserializeOwned>(folder: &Path, name: &str) -> Result<T, Flaw> {
     let wrong = |why: String| Flaw::Damaged(format!("{name}: {why}"));
-    let text = fs::read(folder.join(name)).map_err(|error| wrong(error.to_string()))?;
+    let text = content(&folder.join(name)).map_err(wrong)?;
     // The version first: a document of another one may lack what this one has.
     let Versioned { schema } = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
     if schema != SCHEMA {
         return Err(Flaw::Version(format!("{name} has schema {schema}, this program reads {SCHEMA}")));
     }
     serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
+}
+
+/// A file that fits into memory.
+fn content(path: &Path) -> Result<Vec<u8>, String> {
+    let bytes = fs::metadata(path).map_err(|error| error.to_string())?.len();
+    if bytes > LARGEST {
+        return Err(format!("it has {bytes} bytes, which no run writes"));
+    }
+    fs::read(path).map_err(|error| error.to_string())
 }
 
 fn run(folder: &Path, with_statistics: bool) -> Result<Run, Flaw> {
@@ -206,7 +218,7 @@ fn run(folder: &Path, with_statistics: bool) -> Result<Run, Flaw> {
     let statistics = match with_statistics {
         false => None,
         true => {
-            let bytes = fs::read(folder.join(files::STATISTICS)).map_err(|error| wrong(error.to_string()))?;
+            let bytes = content(&folder.join(files::STATISTICS)).map_err(wrong)?;
             let shape = Shape { sites: results.n_sites, sequences: results.sequences, hidden: results.hidden };
             Some(Statistics::read(&bytes, shape).map_err(wrong)?)
         }
@@ -226,6 +238,7 @@ fn agree(results: &Results, metadata: &Metadata) -> Result<(), String> {
         ("sequences of the metadata", corpus.sequences, results.sequences),
         ("tokens of the metadata", corpus.tokens_per_sequence, results.tokens_per_sequence),
         ("norm outputs", results.sites.len(), results.n_sites),
+        ("layers with norm outputs", layers(results).len(), results.n_layers),
     ];
     if let Some((what, is, expected)) = lengths.into_iter().find(|(_, is, expected)| is != expected) {
         return Err(format!("{is} {what}, where it counts {expected}"));
@@ -244,20 +257,27 @@ fn agree(results: &Results, metadata: &Metadata) -> Result<(), String> {
     if results.features.iter().all(fits) { Ok(()) } else { Err("a feature lies outside the hidden size".to_owned()) }
 }
 
+/// The layers that have studied norm outputs, in order.
+pub(super) fn layers(results: &Results) -> Vec<usize> {
+    let mut layers: Vec<usize> = results.sites.iter().map(|site| site.layer).collect();
+    layers.dedup();
+    layers
+}
+
 /// A verdict's count, from the features or from the sequences.
 fn recount(results: &Results, reading: Reading, axis: Axis) -> f64 {
     let unique = results.features.iter().filter(|feature| match axis {
         Axis::Layers => feature.systematic_by_layers,
         Axis::Sites => feature.systematic_by_sites,
     });
-    let sum: usize = results
+    let sum = results
         .per_sequence
         .iter()
         .map(|sequence| match axis {
             Axis::Layers => sequence.systematic_by_layers,
             Axis::Sites => sequence.systematic_by_sites,
         })
-        .sum();
+        .fold(0, usize::saturating_add);
     match reading {
         Reading::Unique => unique.count() as f64,
         Reading::SumOverSequences => sum as f64,
@@ -354,12 +374,14 @@ mod tests {
     #[test]
     fn documents_that_contradict_each_other_are_damage() {
         type Change = (&'static str, fn(&mut Value), &'static str);
-        let changes: [Change; 7] = [
+        let changes: [Change; 9] = [
             (files::RESULTS, |r| r["verdicts"][0]["count"] = json!(99.0), "verdicts"),
             (files::RESULTS, |r| r["verdicts"] = json!([]), "verdicts"),
             (files::RESULTS, |r| r["sequences"] = json!(7), "sequences"),
             (files::RESULTS, |r| r["features"][0]["dim"] = json!(64), "hidden"),
             (files::RESULTS, |r| r["hidden"] = json!(63), files::STATISTICS),
+            (files::RESULTS, |r| r["n_layers"] = json!(1u64 << 50), "layers"),
+            (files::RESULTS, |r| r["per_sequence"][0]["systematic_by_sites"] = json!(u64::MAX), "verdicts"),
             (files::RESULTS, |r| r["thresholds"]["layer_fraction"] = json!(0.9), files::STATISTICS),
             (files::METADATA, |m| m["corpus"]["tokens_per_sequence"] = json!(1), "tokens"),
         ];

@@ -5,7 +5,7 @@
 
 use outliers_protocol::Results;
 
-use super::folder::Run;
+use super::folder::{Run, layers};
 
 /// Thresholds of magnitude: around the paper's 6, from what non-outlier features reach (3.5) to massive activations (100).
 pub const MAGNITUDES: [f32; 12] = [3.5, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 100.0];
@@ -49,10 +49,9 @@ pub fn rungs(run: &Run) -> Vec<Rung> {
 
 /// The place of each norm output's layer among the layers that are studied.
 fn layer_order(results: &Results) -> Vec<usize> {
-    let mut layers: Vec<usize> = results.sites.iter().map(|site| site.layer).collect();
-    layers.dedup();
-    let place = |layer: usize| layers.iter().position(|known| *known == layer).unwrap_or(0);
-    results.sites.iter().map(|site| place(site.layer).min(results.n_layers.saturating_sub(1))).collect()
+    let layers = layers(results);
+    let place = |layer: usize| layers.iter().position(|known| *known == layer).expect("it is of a norm output");
+    results.sites.iter().map(|site| place(site.layer)).collect()
 }
 
 fn rung(magnitude: f32, peaks: &[Vec<f32>], systematic: &[usize], results: &Results) -> Rung {

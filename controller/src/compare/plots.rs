@@ -6,11 +6,12 @@ use outliers_protocol::{Axis as Spread, Feature, Point as Place, Reading, Result
 
 use super::Comparison;
 use super::comparison::Compared;
-use super::folder::Run;
+use super::folder::{Run, layers};
 use super::ladder::{self, Rung};
 use super::plot::{Axis, Colour, Group, Kind, Mark, Plot, Point, heat, points};
 use super::published::{Row, Table};
 use super::statistics::Statistics;
+use super::tally::mean;
 
 /// Features in a heat map.
 const FEATURES: usize = 24;
@@ -321,8 +322,7 @@ fn features(name: &str, title: &str, run: &Run) -> Option<Plot> {
     let threshold = f64::from(results.thresholds.magnitude);
     let largest = f64::from(results.max_abs).max(threshold * 2.0);
     let scale = Heat { threshold, largest };
-    let mut layers: Vec<usize> = results.sites.iter().map(|site| site.layer).collect();
-    layers.dedup();
+    let layers = layers(results);
     let row = |feature: &&Feature| {
         let cell = |layer: &usize| {
             let at = results.sites.iter().enumerate().filter(|(_, site)| site.layer == *layer);
@@ -437,12 +437,11 @@ fn experts(name: &str, title: &str, run: &Run) -> Option<Plot> {
 fn routers(name: &str, title: &str, run: &Run) -> Option<Plot> {
     let loads = &run.statistics.as_ref()?.router_tokens;
     let relative = |of: fn(&[u64]) -> u64| {
-        let layers = loads.iter().filter(|(_, loads)| loads.iter().sum::<u64>() > 0);
-        layers.map(move |(layer, loads)| {
+        loads.iter().filter_map(move |(layer, loads)| {
             let mut sorted = loads.clone();
             sorted.sort_unstable();
-            let mean = loads.iter().sum::<u64>() as f64 / loads.len() as f64;
-            (*layer, of(&sorted) as f64 / mean)
+            let mean = mean(loads.iter().map(|tokens| *tokens as f64))?;
+            (mean > 0.0).then(|| (*layer, of(&sorted) as f64 / mean))
         })
     };
     let groups = [

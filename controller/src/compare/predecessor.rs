@@ -25,6 +25,9 @@ pub const DEFINITION: &str = "|x| >= 6 compared in bf16 (from 5.984375 up) at th
     judged within each batch, in >= 25 % of the norm outputs and at >= 6 % of the positions, and counts once for every batch it is \
     systematic in; windows overlap by half and were decoded and encoded again, with the tokenizer's special tokens";
 
+/// No model is wider.
+const MOST_FEATURES: usize = 1 << 24;
+
 /// `imported.json`: a run of the predecessor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Imported {
@@ -134,10 +137,19 @@ impl Imported {
             return Err("it holds neither outlier features nor a perplexity".to_owned());
         }
         if let Some(outliers) = &self.outliers
-            && outliers.batches.len() * outliers.batch_size < outliers.sequences
+            && outliers.batches.len().saturating_mul(outliers.batch_size) < outliers.sequences
         {
             let (batches, of) = (outliers.batches.len(), outliers.batch_size);
             return Err(format!("{batches} batches of {of} cannot hold {} sequences", outliers.sequences));
+        }
+        let odd = |tally: &&Tally| {
+            let most = 0.0..=tally.features as f64;
+            tally.features > MOST_FEATURES
+                || !most.contains(&tally.layer_share)
+                || !most.contains(&tally.position_share)
+        };
+        if let Some(odd) = self.outliers.iter().flat_map(|outliers| &outliers.batches).find(odd) {
+            return Err(format!("a batch of {} features has shares that cannot be", odd.features));
         }
         Ok(())
     }

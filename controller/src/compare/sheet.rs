@@ -1,6 +1,6 @@
 //! Tables of a comparison, made once for terminals, Markdown and HTML.
 
-use outliers_protocol::{Axis, Reading};
+use outliers_protocol::Reading;
 
 use super::Comparison;
 use super::comparison::{Compared, Figure, Standing};
@@ -102,7 +102,7 @@ fn counts(comparison: &Comparison) -> Sheet {
             figure.number.to_string(),
             figure.model.clone(),
             figure.source.name().to_owned(),
-            reading(figure.reading, figure.axis).to_owned(),
+            figure.counted_as.clone(),
             count(figure),
             percent(figure.layers),
             percent(figure.positions),
@@ -123,7 +123,7 @@ fn counts(comparison: &Comparison) -> Sheet {
         rows: comparison.figures.iter().map(row).collect(),
         notes: vec![
             "L%: share of layers (or norm outputs) in which a counted feature has outliers; S%: share of sequence positions. Rows of one model are \
-             only comparable where `counted as` is the same"
+             only comparable where they are counted as the same"
                 .to_owned(),
         ],
     }
@@ -132,18 +132,6 @@ fn counts(comparison: &Comparison) -> Sheet {
 /// A count as it is: whole, unless it is a mean.
 pub(super) fn count(figure: &Figure) -> String {
     estimate(figure.count, if figure.reading == Reading::MeanPerSequence { 2 } else { 0 })
-}
-
-/// How something was counted, in words.
-pub fn reading(reading: Reading, axis: Axis) -> &'static str {
-    match (reading, axis) {
-        (Reading::Unique, Axis::Layers) => "unique, by layers (the paper's)",
-        (Reading::Unique, Axis::Sites) => "unique, by norm outputs",
-        (Reading::MeanPerSequence, Axis::Layers) => "mean per sequence, by layers",
-        (Reading::MeanPerSequence, Axis::Sites) => "mean per sequence, by norm outputs",
-        (Reading::SumOverSequences, Axis::Layers) => "sum over sequences, by layers",
-        (Reading::SumOverSequences, Axis::Sites) => "sum over sequences, by norm outputs (the predecessor's)",
-    }
 }
 
 fn differences(comparison: &Comparison) -> Sheet {
