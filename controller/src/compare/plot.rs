@@ -4,20 +4,23 @@
 //! Every colour here has a meaning and a value of its own, so that a page can give it another one ([`Colour::ALL`]). Text in a plot is ours
 //! alone: models have numbers in it.
 
-use std::ops::Range;
-
 use maud::html;
 use plotters::chart::{ChartBuilder, ChartContext};
 use plotters::coord::Shift;
 use plotters::coord::cartesian::Cartesian2d;
-use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
 use plotters::drawing::{DrawingArea, DrawingAreaErrorKind, IntoDrawingArea};
 use plotters::element::{Circle, PathElement, Rectangle, Text};
 use plotters::prelude::SVGBackend;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use plotters::style::{Color, FontDesc, IntoFont, RGBColor, ShapeStyle, TextStyle};
+use plotters::style::{Color, FontDesc, IntoFont, ShapeStyle, TextStyle};
 
-use super::sheet::short;
+use scale::Scale;
+
+mod colour;
+mod scale;
+
+pub use colour::{Colour, Rgb, Tint};
+pub use scale::Kind;
 
 /// A plot's width in its own units; twice what it is meant to be shown at, because marks stand on whole units.
 const WIDTH: u32 = 840;
@@ -32,65 +35,6 @@ const CHARACTER: i32 = 15;
 /// Half of a mark's width: of a point, and of one on a line.
 const POINT: i32 = 8;
 const DOT: i32 = 5;
-
-/// A colour by what it stands for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Colour {
-    /// What is drawn on.
-    Surface,
-    /// Text and axes.
-    Ink,
-    /// Labels of points.
-    Muted,
-    /// The grid.
-    Grid,
-    /// The first quantity, and so on.
-    First,
-    /// The second.
-    Second,
-    /// The third.
-    Third,
-    /// The fourth.
-    Fourth,
-    /// A step of a scale of magnitudes, from 0: nothing of note, to 7: the largest.
-    Heat(u8),
-}
-
-/// Red, green, blue.
-pub type Rgb = [u8; 3];
-
-/// A colour with its value on paper and on a dark screen.
-pub type Tint = (Colour, Rgb, Rgb);
-
-impl Colour {
-    /// Steps of [`Self::Heat`].
-    pub const STEPS: u8 = 8;
-
-    /// Each with its value on paper and on a dark screen.
-    pub const ALL: [Tint; 16] = [
-        (Self::Surface, [0xff, 0xff, 0xff], [0x14, 0x18, 0x1d]),
-        (Self::Ink, [0x1b, 0x1f, 0x24], [0xe6, 0xea, 0xef]),
-        (Self::Muted, [0x4f, 0x58, 0x63], [0xb3, 0xbc, 0xc7]),
-        (Self::Grid, [0xd8, 0xde, 0xe4], [0x36, 0x3f, 0x4a]),
-        (Self::First, [0x0b, 0x5c, 0xad], [0x6c, 0xb4, 0xff]),
-        (Self::Second, [0xb0, 0x4a, 0x00], [0xff, 0xa6, 0x57]),
-        (Self::Third, [0x1a, 0x70, 0x37], [0x6c, 0xd0, 0x8a]),
-        (Self::Fourth, [0x7a, 0x3f, 0xb8], [0xcf, 0xa6, 0xff]),
-        (Self::Heat(0), [0xef, 0xf2, 0xf5], [0x22, 0x28, 0x30]),
-        (Self::Heat(1), [0xfd, 0xe0, 0xa6], [0x4a, 0x1f, 0x5e]),
-        (Self::Heat(2), [0xfd, 0xbf, 0x6f], [0x71, 0x20, 0x6e]),
-        (Self::Heat(3), [0xf9, 0x91, 0x4f], [0x98, 0x2d, 0x68]),
-        (Self::Heat(4), [0xe6, 0x5f, 0x52], [0xc0, 0x42, 0x55]),
-        (Self::Heat(5), [0xbf, 0x37, 0x68], [0xe1, 0x64, 0x3b]),
-        (Self::Heat(6), [0x87, 0x22, 0x6f], [0xf7, 0x99, 0x26]),
-        (Self::Heat(7), [0x45, 0x0d, 0x54], [0xfb, 0xe0, 0x6b]),
-    ];
-
-    fn rgb(self) -> RGBColor {
-        let [r, g, b] = Self::ALL.iter().find(|(colour, ..)| *colour == self).map_or([0; 3], |(_, light, _)| *light);
-        RGBColor(r, g, b)
-    }
-}
 
 /// How a point is drawn. Shape and filling tell it apart where colour does not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,21 +71,6 @@ pub struct Point {
     pub interval: Option<[f64; 2]>,
     /// What stands beside it; a number or a letter.
     pub key: String,
-}
-
-/// What an axis does with its values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// From 0 to what is needed.
-    Linear,
-    /// Powers of ten are equally far apart; values must be positive.
-    Log,
-    /// From 0, and as far as it takes: powers of ten are almost equally far apart. For counts, which may be 0.
-    Count,
-    /// 0 to 100.
-    Percent,
-    /// Whole numbers from 0, as layers have.
-    Index,
 }
 
 /// An axis.
@@ -387,136 +316,6 @@ impl Group {
     }
 }
 
-// ------------------------------------------------------------------------------------------------------------- axes
-
-/// An axis with the places that are named.
-#[derive(Clone, Debug, PartialEq)]
-struct Scale {
-    low: f64,
-    high: f64,
-    shape: Shape,
-    ticks: Vec<(f64, String)>,
-}
-
-/// What is evenly spread along an axis.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Shape {
-    Values,
-    Logarithms,
-    /// Logarithms of the next number.
-    Successors,
-}
-
-impl Shape {
-    fn of(self, value: f64) -> f64 {
-        match self {
-            Self::Values => value,
-            Self::Logarithms => value.log10(),
-            Self::Successors => (value + 1.0).log10(),
-        }
-    }
-
-    fn back(self, place: f64) -> f64 {
-        match self {
-            Self::Values => place,
-            Self::Logarithms => 10f64.powf(place),
-            Self::Successors => 10f64.powf(place) - 1.0,
-        }
-    }
-}
-
-impl Scale {
-    /// One that holds all values, which are finite and, on a logarithmic axis, positive.
-    fn of(kind: Kind, values: impl Iterator<Item = f64>) -> Self {
-        let (least, most) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| (a.min(x), b.max(x)));
-        match kind {
-            Kind::Percent => Self::even(0.0, 100.0, 25.0, 4.0),
-            Kind::Index => Self::even(0.0, most, nice(most / 8.0).max(1.0), 0.5),
-            Kind::Linear => {
-                let most = if most > 0.0 { most * 1.08 } else { 1.0 };
-                Self::even(0.0, most, nice(most / 5.0), 0.0)
-            }
-            Kind::Log => Self::log(least, most),
-            Kind::Count => Self::count(most.max(1.0)),
-        }
-    }
-
-    /// Every `step` from `low` to `high`, with some space beside them.
-    fn even(low: f64, high: f64, step: f64, space: f64) -> Self {
-        let count = ((high - low) / step).floor() as usize;
-        let ticks = (0..=count.min(1000)).map(|i| low + i as f64 * step).map(|at| (at, short(at))).collect();
-        Self { low: low - space, high: high + space, shape: Shape::Values, ticks }
-    }
-
-    fn log(least: f64, most: f64) -> Self {
-        // A tenth of the way on either side, and never less than a factor of two in all.
-        let space = ((most / least).log10() * 0.1).max(0.15);
-        let (low, high) = (least.log10() - space, most.log10() + space);
-        let decades = (low.floor() as i32)..=(high.ceil() as i32);
-        let steps: &[f64] = if high - low < 1.0 {
-            &[1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0]
-        } else if high - low < 2.5 {
-            &[1.0, 2.0, 5.0]
-        } else {
-            &[1.0]
-        };
-        let at = decades.flat_map(|decade| steps.iter().map(move |step| step * 10f64.powi(decade)));
-        let ticks = at.filter(|at| (low..=high).contains(&at.log10())).map(|at| (at, short(at))).collect();
-        Self { low, high, shape: Shape::Logarithms, ticks }
-    }
-
-    fn count(most: f64) -> Self {
-        let shape = Shape::Successors;
-        let decades = (0..=most.log10().ceil() as i32).map(|decade| 10f64.powi(decade));
-        let ticks =
-            std::iter::once(0.0).chain(decades).filter(|at| *at <= most * 1.3).map(|at| (at, short(at))).collect();
-        Self { low: -0.1, high: shape.of(most) + 0.15, shape, ticks }
-    }
-
-    /// One place per label, from 0.
-    fn labels(labels: &[&str]) -> Self {
-        let ticks = labels.iter().enumerate().map(|(i, label)| (i as f64, (*label).to_owned())).collect();
-        Self { low: -0.5, high: labels.len() as f64 - 0.5, shape: Shape::Values, ticks }
-    }
-}
-
-/// The next of 1, 2, 5, 10, 20, ... and their parts.
-fn nice(step: f64) -> f64 {
-    if step <= 0.0 {
-        return 1.0;
-    }
-    let power = 10f64.powf(step.log10().floor());
-    let scaled = [1.0, 2.0, 5.0].into_iter().find(|nice| step / power <= *nice).unwrap_or(10.0);
-    scaled * power
-}
-
-impl Ranged for Scale {
-    type FormatOption = NoDefaultFormatting;
-    type ValueType = f64;
-
-    fn map(&self, value: &f64, (from, to): (i32, i32)) -> i32 {
-        let share = (self.shape.of(*value) - self.low) / (self.high - self.low);
-        from + (share * f64::from(to - from)).round() as i32
-    }
-
-    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
-        match hint.weight().allow_light_points() {
-            true => Vec::new(),
-            false => self.ticks.iter().map(|(at, _)| *at).collect(),
-        }
-    }
-
-    fn range(&self) -> Range<f64> {
-        self.shape.back(self.low)..self.shape.back(self.high)
-    }
-}
-
-impl ValueFormatter<f64> for Scale {
-    fn format_ext(&self, value: &f64) -> String {
-        self.ticks.iter().find(|(at, _)| at == value).map_or_else(String::new, |(_, label)| label.clone())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -556,40 +355,6 @@ mod tests {
         assert!(heat("n", "t", "d", ["x", "y"], &[], &[]).is_none());
     }
 
-    #[test]
-    fn every_colour_has_a_value_of_its_own_in_both_modes() {
-        let distinct =
-            |of: fn(&Tint) -> Rgb| Colour::ALL.iter().map(of).collect::<std::collections::BTreeSet<_>>().len();
-        assert_eq!((distinct(|c| c.1), distinct(|c| c.2)), (Colour::ALL.len(), Colour::ALL.len()));
-    }
-
-    /// Relative luminance and contrast of WCAG 2.1.
-    fn contrast(a: Rgb, b: Rgb) -> f64 {
-        let luminance = |rgb: Rgb| {
-            let linear = rgb.map(|c| {
-                let c = f64::from(c) / 255.0;
-                if c <= 0.040_45 { c / 12.92 } else { ((c + 0.055) / 1.055).powf(2.4) }
-            });
-            0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-        };
-        let (a, b) = (luminance(a) + 0.05, luminance(b) + 0.05);
-        a.max(b) / a.min(b)
-    }
-
-    #[test]
-    fn text_and_marks_stand_out_in_both_modes() {
-        let (_, light, dark) = Colour::ALL[0];
-        for (colour, on_light, on_dark) in Colour::ALL {
-            let least = match colour {
-                Colour::Ink | Colour::Muted => 7.0,
-                Colour::First | Colour::Second | Colour::Third | Colour::Fourth => 4.5,
-                Colour::Surface | Colour::Grid | Colour::Heat(_) => 1.0,
-            };
-            let (a, b) = (contrast(on_light, light), contrast(on_dark, dark));
-            assert!(a >= least && b >= least, "{colour:?}: {a} {b}");
-        }
-    }
-
     proptest! {
         #[test]
         fn any_values_find_their_place(values in proptest::collection::vec((1e-30f64..1e30, 1e-30f64..1e30), 1..5)) {
@@ -597,17 +362,6 @@ mod tests {
                 let plot = plot([x, Kind::Log], &values).unwrap();
                 prop_assert_eq!(plot.svg.matches("<circle").count(), values.len() + 1);
                 prop_assert!(!plot.svg.contains("NaN") && plot.svg.len() < 100_000);
-            }
-        }
-
-        #[test]
-        fn scales_hold_their_values_and_name_some_places(least in 1e-12f64..1e12, factor in 1f64..1e12) {
-            for kind in [Kind::Linear, Kind::Log, Kind::Count] {
-                let scale = Scale::of(kind, [least, least * factor].into_iter());
-                for value in [least, least * factor] {
-                    prop_assert!((0..=1000).contains(&scale.map(&value, (0, 1000))));
-                }
-                prop_assert!((2..=40).contains(&scale.ticks.len()), "{:?}", scale);
             }
         }
     }

@@ -1,26 +1,20 @@
-//! Which plots a comparison has: across models, the paper's figures 3 and 4; of one model, its layers, features, experts.
+//! Which plots a comparison has: across models, the paper's figures 3 and 4; of one model ([`of_model`]), its layers, features, experts.
 
-use std::collections::BTreeMap;
-
-use outliers_protocol::{Axis as Spread, Feature, Point as Place, Reading, Results};
+use outliers_protocol::{Axis as Spread, Reading};
 
 use super::Comparison;
 use super::comparison::Compared;
-use super::folder::{Run, layers};
-use super::ladder::{self, Rung};
-use super::plot::{Axis, Colour, Group, Kind, Mark, Plot, Point, heat, points};
+use super::folder::Run;
+use super::plot::{Axis, Colour, Group, Kind, Mark, Plot, Point, points};
 use super::published::{Row, Table};
-use super::statistics::Statistics;
-use super::tally::mean;
 
-/// Features in a heat map.
-const FEATURES: usize = 24;
+mod model;
+
+pub use model::{of_model, peak_quartiles, strongest};
 
 const fn mark(colour: Colour, round: bool, filled: bool) -> Mark {
     Mark { colour, round, filled }
 }
-
-// ---------------------------------------------------------------------------------------------------- across models
 
 /// What models are laid out by.
 struct By {
@@ -239,218 +233,8 @@ pub fn letter(row: usize) -> String {
 fn typical_peak(run: &Run) -> Option<f64> {
     let systematic = run.results.features.iter().filter(|feature| feature.systematic_by_layers);
     let most_common = systematic.max_by_key(|feature| feature.occurrences)?;
-    let magnitudes = peaks(run.statistics.as_ref()?, most_common.dim).into_iter().map(f64::abs).collect();
-    quartiles(magnitudes).map(|[_, median, _]| median)
-}
-
-/// Quartiles, over the norm outputs where a feature has outliers, of its value of largest magnitude at each; signed. `None` if it has none.
-pub fn peak_quartiles(statistics: &Statistics, feature: usize) -> Option<[f64; 3]> {
-    quartiles(peaks(statistics, feature))
-}
-
-/// A feature's value of largest magnitude at each norm output where it has outliers.
-fn peaks(statistics: &Statistics, feature: usize) -> Vec<f64> {
-    let sites = 0..statistics.count.rows().len();
-    let with_outliers = sites.filter(|site| statistics.count.at(*site, feature) > 0);
-    with_outliers.map(|site| f64::from(statistics.peak(site, feature))).collect()
-}
-
-/// Each one of the values: between two of opposite sign there may be none.
-fn quartiles(mut values: Vec<f64>) -> Option<[f64; 3]> {
-    values.sort_by(f64::total_cmp);
-    let last = values.len().checked_sub(1)?;
-    Some([0.25, 0.5, 0.75].map(|share| values[(share * last as f64).round() as usize]))
-}
-
-// ------------------------------------------------------------------------------------------------------ of one model
-
-const LAYER: Axis = Axis { label: "layer", kind: Kind::Index };
-
-/// The plots of one model; empty without a run.
-pub fn of_model(model: &Compared) -> Vec<Plot> {
-    let Some(run) = model.run.as_deref() else { return Vec::new() };
-    let number = model.number;
-    let named = |what: &str| format!("model{number}-{what}");
-    let titled = |what: &str| format!("{what}, model {number}");
-    let results = &run.results;
-    let all = [
-        magnitudes(&named("magnitudes"), &titled("Magnitudes by layer"), results),
-        features(&named("features"), &titled("Outlier features by layer"), run),
-        rungs(&named("ladder"), &titled("Features by threshold"), run),
-        massive(&named("massive"), &titled("Residual stream: the largest values by layer"), results),
-        experts(&named("experts"), &titled("Experts: the largest outputs by layer"), run),
-        routers(&named("routers"), &titled("Routers: load of the experts by layer"), run),
-    ];
-    all.into_iter().flatten().collect()
-}
-
-fn curve(name: &str, mark: Mark, values: impl IntoIterator<Item = (usize, f64)>) -> Group {
-    let points = values.into_iter().map(|(layer, y)| Point { x: layer as f64, y, ..Point::default() });
-    Group { name: name.to_owned(), mark, joined: true, points: points.collect() }
-}
-
-fn magnitudes(name: &str, title: &str, results: &Results) -> Option<Plot> {
-    let norms = |first: Place, second: Place, of: fn(&outliers_protocol::SiteSummary) -> Option<f64>| {
-        let sites = results.sites.iter().filter(move |site| site.point == first || site.point == second);
-        sites.filter_map(move |site| Some((site.layer, of(site)?))).collect::<Vec<_>>()
-    };
-    let largest = |site: &outliers_protocol::SiteSummary| Some(f64::from(site.max_abs));
-    let high = |site: &outliers_protocol::SiteSummary| site.rows.map(|rows| rows.magnitude.p99_9);
-    let (attention, mlp) = ((Place::BeforeAttention, Place::AfterMlp), (Place::BeforeMlp, Place::AfterAttention));
-    let groups = [
-        curve("largest, attention's norm", mark(Colour::First, true, true), norms(attention.0, attention.1, largest)),
-        curve("largest, MLP's norm", mark(Colour::Second, false, true), norms(mlp.0, mlp.1, largest)),
-        curve("99.9 %, attention's norm", mark(Colour::First, true, false), norms(attention.0, attention.1, high)),
-        curve("99.9 %, MLP's norm", mark(Colour::Second, false, false), norms(mlp.0, mlp.1, high)),
-    ];
-    let description = "The largest magnitude at each norm output, and the magnitude that 99.9 % of its values do not exceed, by layer.";
-    points(name, title, description, [LAYER, Axis { label: "|x|", kind: Kind::Log }], &groups)
-}
-
-/// Features in the order of tables and heat maps: systematic ones first, by magnitude.
-pub fn strongest(results: &Results) -> Vec<&Feature> {
-    let mut features: Vec<&Feature> = results.features.iter().collect();
-    features.sort_by(|a, b| {
-        let rank = |f: &Feature| (f.systematic_by_layers, f.systematic_by_sites);
-        rank(b).cmp(&rank(a)).then(b.max_abs.total_cmp(&a.max_abs))
-    });
-    features
-}
-
-fn features(name: &str, title: &str, run: &Run) -> Option<Plot> {
-    let (results, statistics) = (&run.results, run.statistics.as_ref()?);
-    let threshold = f64::from(results.thresholds.magnitude);
-    let largest = f64::from(results.max_abs).max(threshold * 2.0);
-    let scale = Heat { threshold, largest };
-    let layers = layers(results);
-    let row = |feature: &&Feature| {
-        let cell = |layer: &usize| {
-            let at = results.sites.iter().enumerate().filter(|(_, site)| site.layer == *layer);
-            let peak = at.map(|(site, _)| statistics.max_abs(site, feature.dim)).fold(0.0, f32::max);
-            scale.step(f64::from(peak))
-        };
-        let star = if feature.systematic_by_layers { "" } else { "*" };
-        (format!("{}{star}", feature.dim), layers.iter().map(cell).collect())
-    };
-    let rows: Vec<(String, Vec<u8>)> = strongest(results).iter().take(FEATURES).map(row).collect();
-    let shown = if results.features.len() > FEATURES {
-        format!(" The first {FEATURES} of {}.", results.features.len())
-    } else {
-        String::new()
-    };
-    let description = format!(
-        "Largest magnitude of each feature in each layer, at either norm output. Systematic features first; those with a star have outliers but \
-         are not systematic.{shown}"
-    );
-    heat(name, title, &description, ["layer", "feature"], &scale.words(), &rows)
-}
-
-/// Steps from the threshold to the largest magnitude, each the same factor; below the threshold: step 0.
-struct Heat {
-    threshold: f64,
-    largest: f64,
-}
-
-impl Heat {
-    const ABOVE: u8 = Colour::STEPS - 1;
-
-    fn factor(&self) -> f64 {
-        (self.largest / self.threshold).powf(1.0 / f64::from(Self::ABOVE))
-    }
-
-    fn step(&self, magnitude: f64) -> u8 {
-        if magnitude < self.threshold {
-            return 0;
-        }
-        let steps = (magnitude / self.threshold).ln() / self.factor().ln();
-        1 + (steps.floor() as u8).min(Self::ABOVE - 1)
-    }
-
-    /// From where each step goes.
-    fn words(&self) -> Vec<String> {
-        let from = |step: i32| self.threshold * self.factor().powi(step);
-        let above = (0..i32::from(Self::ABOVE)).map(|step| format!(">= {}", super::sheet::short(from(step))));
-        std::iter::once(format!("< {}", super::sheet::short(self.threshold))).chain(above).collect()
-    }
-}
-
-fn rungs(name: &str, title: &str, run: &Run) -> Option<Plot> {
-    let (rungs, own) = (ladder::rungs(run), run.results.thresholds.magnitude);
-    let line = |label: &str, mark: Mark, of: fn(&Rung) -> usize, from: f32| {
-        let known = rungs.iter().filter(|rung| rung.magnitude >= from);
-        let points = known.map(|rung| Point { x: f64::from(rung.magnitude), y: of(rung) as f64, ..Point::default() });
-        Group { name: label.to_owned(), mark, joined: true, points: points.collect() }
-    };
-    let groups = [
-        line("anywhere", mark(Colour::First, true, true), |rung| rung.anywhere, 0.0),
-        line("in enough layers", mark(Colour::Second, false, true), |rung| rung.in_layers, 0.0),
-        line("and systematic", mark(Colour::Third, true, false), |rung| rung.systematic, own),
-    ];
-    let description = "Features whose largest magnitude reaches a threshold: anywhere; in the share of layers that the run asks for; and those of \
-        the latter that are systematic at the run's own threshold, above which no others can be.";
-    points(
-        name,
-        title,
-        description,
-        [Axis { label: "threshold of |x|", kind: Kind::Log }, Axis { label: "features", kind: Kind::Linear }],
-        &groups,
-    )
-}
-
-fn massive(name: &str, title: &str, results: &Results) -> Option<Plot> {
-    let massive = results.massive_activations.as_ref()?;
-    let top =
-        |rank: usize| massive.layers.iter().filter_map(move |l| Some((l.layer, *l.mean_top_magnitudes.get(rank)?)));
-    let groups = [
-        curve("largest", mark(Colour::First, true, true), top(0)),
-        curve("second", mark(Colour::Second, false, true), top(1)),
-        curve("third", mark(Colour::Fourth, true, false), top(2)),
-        curve("median", mark(Colour::Third, false, false), massive.layers.iter().map(|l| (l.layer, l.mean_median))),
-    ];
-    let description = "Largest, second, third largest and median magnitude of a sequence's residual stream after each layer, mean over sequences \
-        (Sun et al. 2024, section 2).";
-    points(name, title, description, [LAYER, Axis { label: "|x|", kind: Kind::Log }], &groups)
-}
-
-fn experts(name: &str, title: &str, run: &Run) -> Option<Plot> {
-    let peaks = &run.statistics.as_ref()?.expert_peaks;
-    let ranked: BTreeMap<usize, Vec<f64>> = peaks
-        .iter()
-        .map(|(layer, peaks)| {
-            let mut magnitudes: Vec<f64> = peaks.iter().map(|peak| f64::from(peak.abs())).collect();
-            magnitudes.sort_by(|a, b| b.total_cmp(a));
-            (*layer, magnitudes)
-        })
-        .collect();
-    let rank = |rank: usize| ranked.iter().filter_map(move |(layer, peaks)| Some((*layer, *peaks.get(rank)?)));
-    let median = ranked.iter().filter_map(|(layer, peaks)| Some((*layer, *peaks.get(peaks.len() / 2)?)));
-    let groups = [
-        curve("largest expert", mark(Colour::First, true, true), rank(0)),
-        curve("second", mark(Colour::Second, false, true), rank(1)),
-        curve("median expert", mark(Colour::Third, true, false), median),
-    ];
-    let description = "Largest magnitude at the output of an expert's down projection, before its weight: the expert with the largest, the next, and \
-        the median expert of each layer. A super expert stands far above the rest (Su et al. 2025).";
-    points(name, title, description, [LAYER, Axis { label: "|x|", kind: Kind::Log }], &groups)
-}
-
-fn routers(name: &str, title: &str, run: &Run) -> Option<Plot> {
-    let loads = &run.statistics.as_ref()?.router_tokens;
-    let relative = |of: fn(&[u64]) -> u64| {
-        loads.iter().filter_map(move |(layer, loads)| {
-            let mut sorted = loads.clone();
-            sorted.sort_unstable();
-            let mean = mean(loads.iter().map(|tokens| *tokens as f64))?;
-            (mean > 0.0).then(|| (*layer, of(&sorted) as f64 / mean))
-        })
-    };
-    let groups = [
-        curve("busiest", mark(Colour::First, true, true), relative(|loads| loads[loads.len() - 1])),
-        curve("median", mark(Colour::Third, true, false), relative(|loads| loads[loads.len() / 2])),
-        curve("idlest", mark(Colour::Second, false, true), relative(|loads| loads[0])),
-    ];
-    let description = "Tokens sent to the busiest, the median and the idlest expert of each layer, over the mean of its experts: 1 is even.";
-    points(name, title, description, [LAYER, Axis { label: "tokens / mean", kind: Kind::Linear }], &groups)
+    let magnitudes = model::peaks(run.statistics.as_ref()?, most_common.dim).into_iter().map(f64::abs).collect();
+    model::quartiles(magnitudes).map(|[_, median, _]| median)
 }
 
 #[cfg(test)]
@@ -489,14 +273,6 @@ mod tests {
             plot.svg.contains(">\nl\n<") && plot.svg.contains(">\n2\n<"),
             "keys of the last row and the last model"
         );
-    }
-
-    #[test]
-    fn heat_goes_from_the_threshold_to_the_largest_in_even_factors() {
-        let heat = Heat { threshold: 6.0, largest: 768.0 };
-        assert_eq!([5.99, 6.0, 11.9, 12.1, 768.0, 1e9].map(|x| heat.step(x)), [0, 1, 1, 2, 7, 7]);
-        assert_eq!(heat.words().len(), usize::from(Colour::STEPS));
-        assert_eq!(&heat.words()[..3], ["< 6", ">= 6", ">= 12"]);
     }
 
     #[test]
