@@ -193,7 +193,7 @@ fn the_page_can_be_read_in_a_browser_on_a_phone_and_on_a_desk_by_day_and_by_nigh
     assert!(complaints.is_empty(), "{complaints:?}");
     for (width, dark, background) in [(360, false, "rgb(255, 255, 255)"), (1440, true, "rgb(20, 24, 29)")] {
         let seen = browser.measure(&page, width, dark);
-        assert_eq!(seen["title"], "Outlier features of 2 models", "no name breaks out");
+        assert_eq!(seen["title"], "Outlier features in 2 results", "no name breaks out");
         assert_eq!(seen["width"], width);
         assert!(seen["needed"].as_u64().unwrap() <= u64::from(width), "it scrolls sideways: {seen}");
         assert_eq!(seen["outside"], 0, "{seen}");

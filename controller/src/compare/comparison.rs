@@ -146,7 +146,7 @@ impl Comparison {
                 Err(flaw) => (Compared::unusable(number, path, flaw.to_string()), Vec::new()),
             };
             figures.extend(own);
-            if !matches!(model.standing, Standing::Unusable(_)) {
+            if !model.is_unusable() {
                 figures.extend(published_of(&model));
             }
             models.push(model);
@@ -195,6 +195,11 @@ impl Compared {
     fn unusable(number: usize, folder: String, why: String) -> Self {
         let name = folder.clone();
         Self::new(number, folder, &name, Standing::Unusable(why))
+    }
+
+    /// Whether it is there only to say that it is not to be used.
+    pub fn is_unusable(&self) -> bool {
+        matches!(self.standing, Standing::Unusable(_))
     }
 
     /// Share of the parameters that work on one token, from 0 to 1.

@@ -57,7 +57,7 @@ pub(super) fn differences(models: &[Compared]) -> Vec<Difference> {
     let mut all = Vec::from(always);
     for (about, of) in PROPERTIES {
         let mut groups: Vec<Difference> = Vec::new();
-        for model in models.iter().filter(|model| !matches!(model.standing, Standing::Unusable(_))) {
+        for model in models.iter().filter(|model| !model.is_unusable()) {
             let Some(says) = of(model) else { continue };
             match groups.iter_mut().find(|group| group.says == says) {
                 Some(group) => group.models.push(model.number),

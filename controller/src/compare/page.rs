@@ -22,9 +22,10 @@ const WIDE: usize = 40;
 /// The page, with the plots in it.
 pub fn page(comparison: &Comparison) -> String {
     let models = &comparison.models;
-    let title = match models.as_slice() {
+    let usable: Vec<&Compared> = models.iter().filter(|model| !model.is_unusable()).collect();
+    let title = match usable.as_slice() {
         [model] => format!("Outlier features of {}", model.label),
-        _ => format!("Outlier features of {} models", models.len()),
+        _ => format!("Outlier features in {} results", usable.len()),
     };
     let sheets = sheets(comparison);
     let sheet = |name: &str| sheets.iter().find(|sheet| sheet.name == name).map_or_else(|| html! {}, table);

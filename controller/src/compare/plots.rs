@@ -129,6 +129,7 @@ fn affected(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot>
     let figure = match (under.name, by.name) {
         ("paper", "parameters") => "; the paper's figure 3a",
         ("paper", "perplexity") => "; the paper's figure 3b",
+        ("predecessor", _) => ", as the predecessor counts",
         _ => "",
     };
     points(
@@ -160,7 +161,11 @@ fn counted(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot> 
             published_points(under, by, |row| Some(row.count)),
         ),
     ];
-    let figure = if (under.name, by.name) == ("paper", "perplexity") { "; the paper's figure 4b" } else { "" };
+    let figure = match (under.name, by.name) {
+        ("paper", "perplexity") => "; the paper's figure 4b",
+        ("predecessor", _) => ", as the predecessor counts",
+        _ => "",
+    };
     points(
         &format!("count-{}-{}", by.name, under.name),
         &format!("Outlier features counted, by {}{figure}", by.words),
@@ -255,7 +260,12 @@ mod tests {
         let compared = compared();
         let names: Vec<String> = across(&compared).into_iter().map(|plot| plot.name).collect();
         assert_eq!(names.len(), 18, "{names:?}");
-        assert_eq!(names.iter().collect::<std::collections::BTreeSet<_>>().len(), 18, "{names:?}");
+        let titles: std::collections::BTreeSet<String> = across(&compared).into_iter().map(|plot| plot.title).collect();
+        assert_eq!(
+            (names.iter().collect::<std::collections::BTreeSet<_>>().len(), titles.len()),
+            (18, 18),
+            "{names:?}"
+        );
         let of = |i: usize| of_model(&compared.models[i]).into_iter().map(|plot| plot.name).collect::<Vec<_>>();
         let what = ["magnitudes", "features", "ladder", "massive", "experts", "routers"];
         assert_eq!(of(0), what.map(|what| format!("model1-{what}")));
