@@ -105,7 +105,9 @@ async fn of_many_guards_one_stays_and_none_outlives_the_runs_folder() {
     kill(&scene.guard_pid("r").to_string());
     let renew = || scene.host.renew_guard("r");
     let (a, b, c, d) = tokio::join!(renew(), renew(), renew(), renew());
-    (a.unwrap(), b.unwrap(), c.unwrap(), d.unwrap());
+    for renewed in [a, b, c, d] {
+        renewed.unwrap();
+    }
     let folder = scene.remote("r", "");
     let on_duty = || {
         let table = std::process::Command::new("ps").args(["-A", "-o", "args="]).output().unwrap();
