@@ -22,6 +22,9 @@ pub struct JobSpec {
     /// What reports call the model, where its path on the instance is not what was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
+    /// Where its weights come from. `None`: straight from the hub, or from the model's folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights: Option<Weights>,
     /// The text.
     #[serde(default)]
     pub corpus: CorpusSpec,
@@ -47,6 +50,9 @@ pub struct JobSpec {
     /// Tokens computed together; whole sequences, at least one.
     #[serde(default = "default_micro_batch_tokens")]
     pub micro_batch_tokens: usize,
+    /// Bytes of weights that may be in memory at a time, decoded and on their way together. `None`: by what is free.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream_budget_bytes: Option<u64>,
 }
 
 fn current_schema() -> u32 {
@@ -126,6 +132,7 @@ impl JobSpec {
             schema: SCHEMA,
             model,
             label: None,
+            weights: None,
             corpus: CorpusSpec::default(),
             precision: Precision::default(),
             devices: Vec::new(),
@@ -134,6 +141,7 @@ impl JobSpec {
             sites: norms_alone(),
             save_activations: None,
             micro_batch_tokens: default_micro_batch_tokens(),
+            stream_budget_bytes: None,
         }
     }
 
@@ -177,6 +185,44 @@ impl ModelSource {
         match self {
             Self::Hub { id, .. } => id,
             Self::Folder { path } => path,
+        }
+    }
+}
+
+/// Where weights come from, where that is not where the model is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Weights {
+    /// Over the network as they are used; none of them is written to disk.
+    Hub,
+    /// Fetched into the hub's cache folder first, and found there by the next run.
+    Cache,
+    /// The weight files of another folder.
+    Local {
+        /// Absolute, or relative to the worker's current folder.
+        path: String,
+    },
+    /// Made-up numbers of the shapes and dtypes that the configuration asks for: for measurements, and for trying a model without having it.
+    Synthetic {
+        /// Equal seeds make equal weights.
+        seed: u64,
+    },
+}
+
+/// As people write them: `hub`, `cache`, `local:DIR`, `synthetic:SEED`.
+impl FromStr for Weights {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "hub" => Ok(Self::Hub),
+            None if text == "cache" => Ok(Self::Cache),
+            Some(("local", path)) if !path.is_empty() => Ok(Self::Local { path: path.to_owned() }),
+            Some(("synthetic", seed)) => {
+                let seed = seed.parse().map_err(|_| format!("{seed:?} is not a seed: use a whole number"))?;
+                Ok(Self::Synthetic { seed })
+            }
+            _ => Err("there are hub, cache, local:DIR and synthetic:SEED".to_owned()),
         }
     }
 }

@@ -30,7 +30,7 @@ pub use inspection::{
 };
 pub use job::{
     BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKind, SiteKinds,
-    Thresholds,
+    Thresholds, Weights,
 };
 pub use metadata::{CorpusProvenance, DeviceInfo, HostInfo, Metadata, ModelProvenance, TokenizerProvenance};
 pub use progress::{Phase, Progress};
