@@ -23,6 +23,7 @@ pub mod hub;
 pub mod inspect;
 pub mod mla;
 pub mod model;
+mod noise;
 pub mod norm;
 pub mod output;
 pub mod progress;

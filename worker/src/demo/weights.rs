@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::plant::{Planted, RARE_DIM};
 use super::{EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB};
 use crate::error::Result;
+use crate::noise::{mix, name_hash};
 use crate::safetensors::{StoredDtype, TensorSpec, Writer};
 
 /// Standard deviations. The embedding outweighs what the layers add to it, so that every hidden state keeps the
@@ -87,19 +88,6 @@ impl Plan {
 fn rare(token: usize, noise: f32) -> f32 {
     let is_rare = token >= VOCAB / 2 && token % 8 == 5;
     if is_rare { 2.0_f32.copysign(noise) } else { noise / 8.0 }
-}
-
-/// splitmix64's output function.
-fn mix(counter: u64) -> u64 {
-    let mut z = counter.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(0x9E37_79B9_7F4A_7C15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
-}
-
-/// FNV-1a.
-fn name_hash(name: &str) -> u64 {
-    name.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3))
 }
 
 /// Nearly normal, variance 1, never beyond 3.47: the sum of four uniform 16-bit numbers. Logarithms and cosines would
