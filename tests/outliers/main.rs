@@ -12,4 +12,5 @@ mod rewrite;
 mod sites;
 mod ssh;
 mod sshd;
+mod streamed;
 mod worker;

@@ -9,6 +9,7 @@ use outliers_protocol::{CorpusSource, CorpusSpec, JobSpec, Metadata, ModelSource
 use outliers_tests::golden::TOLERANCE;
 use outliers_tests::programs::{golden, goldens, run_worker, worker};
 use outliers_worker::decoder::{FfnSpec, Need, NormOrder, Role};
+use outliers_worker::meter::Meter;
 use outliers_worker::model::Model;
 use outliers_worker::progress::ProgressSink;
 use outliers_worker::source::Checkpoint;
@@ -191,6 +192,7 @@ fn streaming_experts_one_by_one_equals_all_at_once_bit_for_bit() {
                 with_head: true,
                 group_elements,
                 progress: &ProgressSink::silent(),
+                meter: &Meter::default(),
             };
             let nll = pass.run(&mut [&mut study], None).unwrap().nll;
             (nll, study.report(&job.thresholds, &tokens.ids))

@@ -10,7 +10,7 @@ use outliers_worker::error::Result;
 use outliers_worker::inspect::active_parameters;
 use outliers_worker::model::Model;
 use outliers_worker::safetensors::{HeaderTensor, StoredDtype};
-use outliers_worker::source::{TensorEntry, TensorIndex, WeightSource};
+use outliers_worker::source::{SyntheticSource, TensorEntry, TensorIndex, WeightSource};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -205,6 +205,35 @@ impl Listed {
 fn numbers(range: &str) -> std::ops::RangeInclusive<usize> {
     let (first, last) = range.trim().split_once('-').unwrap_or((range.trim(), range.trim()));
     first.parse().unwrap()..=last.parse().unwrap()
+}
+
+/// Made-up weights have the names and shapes of the published ones, and as many bytes but for what is stored in another dtype here
+/// and there.
+#[test]
+fn made_up_weights_are_those_of_the_published_checkpoint() {
+    for model in Published::all() {
+        let name = &model.name;
+        let made = SyntheticSource::new(&model.config, 1).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let opened = Model::open(&model.config, &made, None).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!((opened.unexplained.len(), opened.ignored.len()), (0, 0), "{name}");
+        let (mut ours, mut theirs) = (0, 0);
+        for tensor in made.names() {
+            let entry = made.entry(tensor).unwrap();
+            let listed = published(&model, tensor).unwrap_or_else(|| panic!("{name} has no {tensor}"));
+            assert_eq!(entry.shape, listed.shape, "{name}: {tensor}");
+            (ours, theirs) = (ours + entry.len, theirs + listed.bytes());
+        }
+        let used = model.tensors.values().filter(|listed| listed.ignore.is_none()).count();
+        assert_eq!(made.names().count(), used, "{name}");
+        let ratio = ours as f64 / theirs as f64;
+        assert!((0.99..=1.01).contains(&ratio), "{name}: {ours} bytes for {theirs}");
+    }
+}
+
+/// A tensor of a manifest, under whichever prefix the publisher chose.
+fn published<'a>(model: &'a Published, name: &str) -> Option<&'a Listed> {
+    let same = |listed: &&String| listed.ends_with(name) || name.ends_with(listed.as_str());
+    model.tensors.get(name).or_else(|| model.tensors.keys().find(same).map(|key| &model.tensors[key]))
 }
 
 #[test]

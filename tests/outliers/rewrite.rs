@@ -5,6 +5,8 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 use outliers_worker::decoder::{DecoderSpec, Need};
+use outliers_worker::loader::{Loader, Spare};
+use outliers_worker::meter::Meter;
 use outliers_worker::model::Model;
 use outliers_worker::safetensors::{StoredDtype, TensorSpec, Writer};
 use outliers_worker::source::Checkpoint;
@@ -19,9 +21,11 @@ pub(crate) fn spec_of(model: &Path) -> DecoderSpec {
 pub(crate) fn rewrite(from: &Path, to: &Path, mut edit: impl FnMut(usize, &Need, &mut [f32])) {
     let checkpoint = Checkpoint::open_folder(from).unwrap();
     let model = Model::open(&checkpoint.config, &*checkpoint.weights, None).unwrap();
+    let (spare, meter) = (Spare::default(), Meter::default());
+    let mut loader = Loader::new(&model, DType::F32, &spare, &meter);
     let mut tensors: BTreeMap<String, (Vec<u64>, Vec<f32>)> = BTreeMap::new();
     for (layer, need) in model.spec.needs() {
-        let value = model.load(layer, &need, DType::F32, &Device::Cpu).unwrap().contiguous().unwrap();
+        let value = loader.tensor(layer, &need, &Device::Cpu).unwrap().contiguous().unwrap();
         let mut values: Vec<f32> = value.flatten_all().unwrap().to_vec1().unwrap();
         edit(layer, &need, &mut values);
         let mut shape: Vec<u64> = need.shape.iter().map(|&n| n as u64).collect();

@@ -1,15 +1,15 @@
 //! A Hugging Face hub on the loopback interface: folders served as repositories, faults on request.
 //!
 //! It answers as the real one does where clients depend on it: the model API with `blobs=true`, `resolve` with ranges,
-//! commit and entity-tag headers, large files behind a redirect to another origin, `X-Error-Code` on refusals.
+//! commit and entity-tag headers, large files behind a redirect to signed addresses of another origin that expire, `X-Error-Code` on refusals.
+
+mod repo;
+mod wire;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use axum::Router;
@@ -18,48 +18,13 @@ use axum::extract::{Request, State};
 use axum::http::header::{
     ACCEPT_RANGES, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, LOCATION, RANGE,
 };
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
-use futures::StreamExt;
-use futures::stream;
-use serde_json::{Value, json};
-use sha1::Digest as _;
+use axum::http::{HeaderName, HeaderValue, Method, Response, StatusCode};
+use serde_json::Value;
 use tokio::sync::oneshot;
 
-/// A repository to serve.
-#[derive(Clone, Debug)]
-pub struct Repo {
-    id: String,
-    folder: PathBuf,
-    token: Option<String>,
-}
-
-impl Repo {
-    /// Serves the files of `folder` as `id` (`owner/name`), on the branch `main`.
-    pub fn new(id: &str, folder: &Path) -> Self {
-        Self { id: id.to_owned(), folder: folder.to_owned(), token: None }
-    }
-
-    /// Gated: files only with this token.
-    #[must_use]
-    pub fn gated(mut self, token: &str) -> Self {
-        self.token = Some(token.to_owned());
-        self
-    }
-
-    /// The commit that `main` is.
-    pub fn commit(&self) -> String {
-        hex(&sha1::Sha1::digest(self.id.as_bytes()))
-    }
-
-    fn read(&self, file: &str) -> Option<Vec<u8>> {
-        fs::read(self.folder.join(file)).ok()
-    }
-
-    /// As on the real hub: weights are stored apart from git, the rest is in it.
-    fn is_large(file: &str) -> bool {
-        file.ends_with(".safetensors") || file.ends_with(".bin")
-    }
-}
+pub use repo::Repo;
+use wire::Line;
+pub use wire::Wire;
 
 /// What goes wrong with a request.
 #[derive(Clone, Debug)]
@@ -74,6 +39,16 @@ pub enum Fault {
     Corrupt,
     /// The whole file, whatever range was asked for.
     IgnoreRange,
+    /// A well-formed answer to a shorter range: so many bytes of it.
+    Short(usize),
+    /// So many bytes per second, never silent.
+    Slow(u64),
+    /// The right number of bytes from another place, honestly described.
+    OtherPlace,
+    /// An error page with the status of a success.
+    Page,
+    /// The entity tag of another version of the file.
+    OtherVersion,
     /// A listing without sizes and hashes, as some mirrors give.
     BareListing,
 }
@@ -98,11 +73,17 @@ struct Shared {
     repos: BTreeMap<String, Repo>,
     faults: Vec<(String, usize, Fault)>,
     seen: Vec<Seen>,
+    /// Signatures of earlier generations have expired.
+    generation: usize,
+    /// A signature serves so many requests.
+    uses: Option<usize>,
+    used: usize,
 }
 
 #[derive(Clone)]
 struct Server {
     shared: Arc<Mutex<Shared>>,
+    line: Arc<Line>,
     cdn_url: String,
     cdn: bool,
 }
@@ -111,6 +92,7 @@ struct Server {
 pub struct MockHub {
     address: SocketAddr,
     shared: Arc<Mutex<Shared>>,
+    line: Arc<Line>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -121,6 +103,14 @@ impl MockHub {
     /// # Errors
     /// When no port can be opened.
     pub fn start(repos: impl IntoIterator<Item = Repo>) -> Result<Self> {
+        Self::behind(Wire::default(), repos)
+    }
+
+    /// The same at the other end of a wire.
+    ///
+    /// # Errors
+    /// When no port can be opened.
+    pub fn behind(wire: Wire, repos: impl IntoIterator<Item = Repo>) -> Result<Self> {
         let repos = repos.into_iter().map(|repo| (repo.id.clone(), repo)).collect();
         let shared = Arc::new(Mutex::new(Shared { repos, ..Shared::default() }));
         let listen = || -> Result<std::net::TcpListener> {
@@ -133,7 +123,9 @@ impl MockHub {
         let cdn_url = format!("http://{}", cdn.local_addr()?);
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let (stop, stopped) = oneshot::channel();
-        let server = |cdn| Server { shared: Arc::clone(&shared), cdn_url: cdn_url.clone(), cdn };
+        let line = Line::new(wire);
+        let server =
+            |cdn| Server { shared: Arc::clone(&shared), line: Arc::clone(&line), cdn_url: cdn_url.clone(), cdn };
         let (hub_server, cdn_server) = (server(false), server(true));
         let thread = std::thread::spawn(move || {
             runtime.spawn(serve(hub, hub_server));
@@ -142,7 +134,7 @@ impl MockHub {
             // Not a graceful end: a stalled answer would keep it waiting.
             runtime.shutdown_background();
         });
-        Ok(Self { address, shared, stop: Some(stop), thread: Some(thread) })
+        Ok(Self { address, shared, line, stop: Some(stop), thread: Some(thread) })
     }
 
     /// The endpoint.
@@ -153,6 +145,16 @@ impl MockHub {
     /// Lets the next `times` requests whose path contains `path` go wrong. Later faults wait for earlier ones.
     pub fn fail(&self, path: &str, times: usize, fault: Fault) {
         self.lock().faults.push((path.to_owned(), times, fault));
+    }
+
+    /// Lets every signed address expire after so many requests.
+    pub fn expire_after(&self, uses: usize) {
+        self.lock().uses = Some(uses);
+    }
+
+    /// Bytes of weight files (and whatever came in their place) that were sent so far.
+    pub fn carried(&self) -> u64 {
+        self.line.carried()
     }
 
     /// All requests so far, in order.
@@ -185,29 +187,15 @@ async fn serve(listener: std::net::TcpListener, server: Server) {
 }
 
 async fn answer(State(server): State<Server>, request: Request) -> Response<Body> {
-    let text = |name: HeaderName| {
-        let value = request.headers().get(name)?;
-        value.to_str().ok().map(str::to_owned)
-    };
-    let seen = Seen {
-        method: request.method().to_string(),
-        path: request.uri().to_string(),
-        range: text(RANGE),
-        authorization: text(AUTHORIZATION),
-        cdn: server.cdn,
-    };
-    let fault = {
-        let mut shared = server.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        shared.seen.push(seen.clone());
-        take_fault(&mut shared.faults, &seen.path)
-    };
+    let (path, head) = (request.uri().path().to_owned(), request.method() == Method::HEAD);
+    let (seen, fault) = server.note(request);
+    tokio::time::sleep(server.line.latency()).await;
     if let Some(Fault::Status(status, headers)) = fault {
         return refusal(status, &headers);
     }
-    let path = request.uri().path().to_owned();
     let reply = if server.cdn { server.file(&path, &seen, true, fault) } else { server.hub(&path, &seen, fault) };
     let mut reply = reply.unwrap_or_else(|(status, code)| refusal(status, &[("x-error-code", code.to_owned())]));
-    if request.method() == Method::HEAD {
+    if head {
         *reply.body_mut() = Body::empty();
     }
     reply
@@ -224,7 +212,7 @@ fn take_fault(faults: &mut Vec<(String, usize, Fault)>, path: &str) -> Option<Fa
 }
 
 fn refusal(status: u16, headers: &[(&'static str, String)]) -> Response<Body> {
-    let mut reply = Response::new(Body::from("<html><body>error page</body></html>"));
+    let mut reply = Response::new(Body::from(PAGE));
     *reply.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     for (name, value) in headers {
         if let Ok(value) = HeaderValue::from_bytes(value.as_bytes()) {
@@ -234,14 +222,39 @@ fn refusal(status: u16, headers: &[(&'static str, String)]) -> Response<Body> {
     reply
 }
 
+/// What servers send in the place of what was asked for.
+const PAGE: &[u8] = b"<html><body>error page</body></html>";
+
 /// Status and `X-Error-Code`.
 type Refused = (u16, &'static str);
 
 impl Server {
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes a request down, and says what goes wrong with it.
+    fn note(&self, request: Request) -> (Seen, Option<Fault>) {
+        let text = |name: HeaderName| {
+            let value = request.headers().get(name)?;
+            value.to_str().ok().map(str::to_owned)
+        };
+        let seen = Seen {
+            method: request.method().to_string(),
+            path: request.uri().to_string(),
+            range: text(RANGE),
+            authorization: text(AUTHORIZATION),
+            cdn: self.cdn,
+        };
+        let mut shared = self.lock();
+        shared.seen.push(seen.clone());
+        let fault = take_fault(&mut shared.faults, &seen.path);
+        (seen, fault)
+    }
+
     fn repo(&self, owner: &str, name: &str) -> Result<Repo, Refused> {
-        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         // The hub does not tell strangers what does not exist from what is private.
-        shared.repos.get(&format!("{owner}/{name}")).cloned().ok_or((401, "RepoNotFound"))
+        self.lock().repos.get(&format!("{owner}/{name}")).cloned().ok_or((401, "RepoNotFound"))
     }
 
     fn hub(&self, path: &str, seen: &Seen, fault: Option<Fault>) -> Result<Response<Body>, Refused> {
@@ -252,7 +265,7 @@ impl Server {
                 let revision = rest.strip_prefix("revision/").ok_or((404, ""))?;
                 check_revision(&repo, revision)?;
                 let bare = matches!(fault, Some(Fault::BareListing)) || !seen.path.contains("blobs=true");
-                Ok(json_reply(&listing(&repo, bare)))
+                Ok(json_reply(&repo.listing(bare)))
             }
             [owner, name, "resolve", revision, file] => {
                 let repo = self.repo(owner, name)?;
@@ -271,52 +284,73 @@ impl Server {
     }
 
     fn redirect(&self, repo: &Repo, file: &str) -> Result<Response<Body>, Refused> {
-        let bytes = repo.read(file).ok_or((404, "EntryNotFound"))?;
-        let to = format!("{}/{}/resolve/main/{file}?signature=SIGNED", self.cdn_url, repo.id);
-        let tag = sha256(&bytes);
+        let stored = repo.read(file).ok_or((404, "EntryNotFound"))?;
+        let generation = self.lock().generation;
+        let to = format!("{}/{}/resolve/main/{file}?signature=SIGNED-{generation}", self.cdn_url, repo.id);
         let headers = [
             (LOCATION, to),
-            (HeaderName::from_static("x-linked-etag"), format!("\"{tag}\"")),
-            (HeaderName::from_static("x-linked-size"), bytes.len().to_string()),
+            (HeaderName::from_static("x-linked-etag"), format!("\"{}\"", stored.sha256)),
+            (HeaderName::from_static("x-linked-size"), stored.bytes.len().to_string()),
             (HeaderName::from_static("x-repo-commit"), repo.commit()),
         ];
         Ok(reply(StatusCode::FOUND, headers, Body::empty()))
     }
 
+    /// Whether a signed address still serves; counts its uses.
+    fn check_signature(&self, path: &str) -> Result<(), Refused> {
+        let mut shared = self.lock();
+        if !path.ends_with(&format!("signature=SIGNED-{}", shared.generation)) {
+            return Err((403, ""));
+        }
+        shared.used += 1;
+        if shared.uses.is_some_and(|uses| shared.used >= uses) {
+            (shared.used, shared.generation) = (0, shared.generation + 1);
+        }
+        Ok(())
+    }
+
     fn file(&self, path: &str, seen: &Seen, large: bool, fault: Option<Fault>) -> Result<Response<Body>, Refused> {
         let parts: Vec<&str> = path.trim_start_matches('/').splitn(5, '/').collect();
         let [owner, name, _, _, file] = parts[..] else { return Err((404, "")) };
-        if large && !seen.path.ends_with("signature=SIGNED") {
-            return Err((403, ""));
+        if large {
+            self.check_signature(&seen.path)?;
         }
         let repo = self.repo(owner, name)?;
-        let mut bytes = repo.read(file).ok_or((404, "EntryNotFound"))?;
-        let tag = if large { sha256(&bytes) } else { git_sha1(&bytes) };
-        if matches!(fault, Some(Fault::Corrupt)) {
-            bytes.iter_mut().for_each(|byte| *byte ^= 0x55);
-        }
-        let ranged = if matches!(fault, Some(Fault::IgnoreRange)) { None } else { seen.range.as_deref() };
-        let total = bytes.len();
-        let range = ranged.map(|range| parse_range(range, total).ok_or((416, ""))).transpose()?;
-        let piece = range.clone().unwrap_or(0..total);
-        let body = bytes[piece.clone()].to_vec();
-        let mut headers = HeaderMap::new();
-        let mut set = |name: HeaderName, value: String| {
-            if let Ok(value) = HeaderValue::from_str(&value) {
-                headers.insert(name, value);
-            }
+        let stored = repo.read(file).ok_or((404, "EntryNotFound"))?;
+        let whole = match fault {
+            Some(Fault::Corrupt) => stored.bytes.iter().map(|byte| byte ^ 0x55).collect(),
+            Some(Fault::Page) => Bytes::from_static(PAGE),
+            _ => stored.bytes.clone(),
         };
-        set(ETAG, format!("\"{tag}\""));
-        set(ACCEPT_RANGES, "bytes".to_owned());
-        set(HeaderName::from_static("x-repo-commit"), repo.commit());
-        set(CONTENT_LENGTH, body.len().to_string());
+        let total = whole.len();
+        let ignored = matches!(fault, Some(Fault::IgnoreRange | Fault::Page));
+        let ranged = seen.range.as_deref().filter(|_| !ignored);
+        let range = ranged.map(|range| parse_range(range, total).ok_or((416, ""))).transpose()?;
+        let piece = match (&fault, range.clone().unwrap_or(0..total)) {
+            (Some(Fault::Short(len)), piece) => piece.start..piece.end.min(piece.start + len),
+            (Some(Fault::OtherPlace), piece) if piece.start > 0 => 0..piece.len(),
+            (Some(Fault::OtherPlace), piece) => 1..piece.end,
+            (_, piece) => piece,
+        };
+        let tag = match fault {
+            Some(Fault::OtherVersion) => "another".to_owned(),
+            _ => Repo::tag(file, &stored),
+        };
+        let mut headers = vec![
+            (ETAG, format!("\"{tag}\"")),
+            (ACCEPT_RANGES, "bytes".to_owned()),
+            (HeaderName::from_static("x-repo-commit"), repo.commit()),
+            (CONTENT_LENGTH, piece.len().to_string()),
+        ];
         if range.is_some() {
-            set(CONTENT_RANGE, format!("bytes {}-{}/{total}", piece.start, piece.end - 1));
+            headers.push((CONTENT_RANGE, format!("bytes {}-{}/{total}", piece.start, piece.end - 1)));
         }
-        let mut reply = Response::new(faulty_body(body, fault));
-        *reply.status_mut() = if range.is_some() { StatusCode::PARTIAL_CONTENT } else { StatusCode::OK };
-        *reply.headers_mut() = headers;
-        Ok(reply)
+        let status = if range.is_some() { StatusCode::PARTIAL_CONTENT } else { StatusCode::OK };
+        let bytes = whole.slice(piece);
+        // Small files are the hub's own: they are not counted.
+        let line = if large { &self.line } else { &Line::new(Wire::default()) };
+        let body = wire::body(line, bytes, fault.as_ref());
+        Ok(reply(status, headers, body))
     }
 }
 
@@ -325,53 +359,12 @@ fn check_revision(repo: &Repo, revision: &str) -> Result<(), Refused> {
     if known { Ok(()) } else { Err((404, "RevisionNotFound")) }
 }
 
-fn faulty_body(bytes: Vec<u8>, fault: Option<Fault>) -> Body {
-    let part = |length: usize| Bytes::copy_from_slice(&bytes[..length.min(bytes.len())]);
-    match fault {
-        Some(Fault::Truncate(after)) => {
-            let broken = stream::once(async {
-                // A moment for the bytes before it to leave.
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                Err(std::io::Error::other("cut"))
-            });
-            Body::from_stream(stream::iter([Ok(part(after))]).chain(broken))
-        }
-        Some(Fault::Stall(after)) => {
-            let silence = stream::pending::<Result<Bytes, std::io::Error>>();
-            Body::from_stream(stream::iter([Ok(part(after))]).chain(silence))
-        }
-        _ => Body::from(bytes),
-    }
-}
-
 /// `bytes=a-b` and `bytes=a-`.
 fn parse_range(text: &str, total: usize) -> Option<Range<usize>> {
     let (start, end) = text.strip_prefix("bytes=")?.split_once('-')?;
     let start: usize = start.parse().ok()?;
     let end = if end.is_empty() { total } else { (end.parse::<usize>().ok()? + 1).min(total) };
     (start < end).then_some(start..end)
-}
-
-fn listing(repo: &Repo, bare: bool) -> Value {
-    let mut names: Vec<String> = fs::read_dir(&repo.folder)
-        .map(|entries| entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect())
-        .unwrap_or_default();
-    names.sort();
-    let file = |name: String| {
-        if bare {
-            return json!({"rfilename": name});
-        }
-        let bytes = repo.read(&name).unwrap_or_default();
-        let mut entry = json!({"rfilename": name, "size": bytes.len(), "blobId": git_sha1(&bytes)});
-        if Repo::is_large(&name) {
-            // The blob is only the pointer file: its hash is not the content's.
-            entry["blobId"] = json!(git_sha1(b"pointer"));
-            entry["lfs"] = json!({"sha256": sha256(&bytes), "size": bytes.len(), "pointerSize": 135});
-        }
-        entry
-    };
-    json!({"id": repo.id, "modelId": repo.id, "sha": repo.commit(), "private": false,
-           "siblings": names.into_iter().map(file).collect::<Vec<_>>()})
 }
 
 fn json_reply(value: &Value) -> Response<Body> {
@@ -384,17 +377,4 @@ fn reply(status: StatusCode, headers: impl IntoIterator<Item = (HeaderName, Stri
     let headers = headers.into_iter().filter_map(|(name, value)| Some((name, HeaderValue::from_str(&value).ok()?)));
     reply.headers_mut().extend(headers);
     reply
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    hex(&sha2::Digest::finalize(sha2::Digest::chain_update(sha2::Sha256::default(), bytes)))
-}
-
-fn git_sha1(bytes: &[u8]) -> String {
-    let hasher = sha1::Sha1::new().chain_update(format!("blob {}\0", bytes.len())).chain_update(bytes);
-    hex(&hasher.finalize())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -8,6 +8,7 @@ use clap::Parser;
 use outliers_protocol::{Failure, FailureKind, Inspection, SCHEMA, VersionInfo};
 use serde::Serialize;
 
+use crate::budget::StreamBudget;
 use crate::cli::{Bench, Cli, Command, HubArgs, JobArgs, read_job};
 use crate::device;
 use crate::error::{Result, WorkerError};
@@ -115,7 +116,7 @@ fn dispatch(cli: Cli) -> Result<()> {
 fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Inspection> {
     let job = options.job()?;
     let devices = device::open(&job.devices)?;
-    let checkpoint = run::metadata(&job.model, hub)?;
+    let checkpoint = run::metadata(&job, hub)?;
     let model = Model::open(&checkpoint.config, &*checkpoint.weights, job.layers)?;
     let (vocab, max_positions) = (model.spec.vocab, model.spec.max_positions);
     let longest = max_positions.unwrap_or(usize::MAX);
@@ -127,7 +128,9 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
         (job.corpus.num_sequences.unwrap_or(corpus::DEFAULT_SEQUENCES), tokens)
     };
     let compute = device::compute_dtype(job.precision, &devices);
-    let run = PlannedRun { sequences, tokens, compute, micro_batch_tokens: job.micro_batch_tokens };
+    let group_elements = StreamBudget::planned(job.stream_budget_bytes).group_elements(compute);
+    let micro_batch_tokens = job.micro_batch_tokens;
+    let run = PlannedRun { sequences, tokens, compute, micro_batch_tokens, group_elements };
     Ok(inspect::inspect(job.model.name(), &checkpoint, &model, run))
 }
 

@@ -8,8 +8,12 @@
 mod answer;
 mod cache;
 mod http;
+mod intake;
 mod listing;
 mod pieces;
+mod plan;
+mod remote;
+mod streamed;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,19 +28,23 @@ pub use listing::{Digest, RepoFile, RepoListing};
 use crate::error::{Result, WorkerError};
 use crate::safetensors::{Header, HeaderTensor};
 use crate::source::{
-    CONFIG_FILE, Checkpoint, Container, MAX_JSON_BYTES, TOKENIZER_SETTINGS, TensorEntry, TensorIndex, TokenizerFiles,
-    WeightFiles, WeightMap, WeightSource, no_weights, read_config, read_small,
+    CONFIG_FILE, Checkpoint, Container, Described, LocalSource, MAX_JSON_BYTES, TOKENIZER_SETTINGS, TensorEntry,
+    TensorIndex, TokenizerFiles, WeightFiles, WeightMap, WeightSource, no_weights, read_small,
 };
 use crate::torch;
 use cache::Cache;
 use http::Client;
 use pieces::Pieces;
+use remote::RemoteFile;
+use streamed::HubSource;
 
 /// The public hub.
 pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 
-/// Files fetched, and headers read, at the same time.
-const PARALLEL: usize = 4;
+/// Files fetched into the cache at the same time.
+const PARALLEL_FILES: usize = 4;
+/// Headers read at the same time: each is one short answer, and models have up to 163.
+const PARALLEL_HEADERS: usize = 16;
 /// Bytes of a weight file asked for in the hope that they hold the whole header (or pickle): true of every surveyed model
 /// but the one-file-per-model ones.
 const LIKELY_HEADER: u64 = 1 << 20;
@@ -77,7 +85,7 @@ pub struct FetchProgress {
 
 /// A client of one hub.
 pub struct Hub {
-    client: Client,
+    client: Arc<Client>,
     cache: Cache,
 }
 
@@ -88,7 +96,7 @@ impl Hub {
     /// Kind `Job`: the endpoint is not an http(s) address, or the token would travel unencrypted.
     pub fn new(options: HubOptions) -> Result<Self> {
         let client = Client::new(&options.endpoint, options.token, options.patience)?;
-        Ok(Self { client, cache: Cache::new(options.cache) })
+        Ok(Self { client: Arc::new(client), cache: Cache::new(options.cache) })
     }
 
     /// Commit and files of `id` (`owner/name`) at `revision` (branch, tag or commit).
@@ -108,14 +116,57 @@ impl Hub {
     /// # Errors
     /// As [`resolve`](Hub::resolve) and [`Checkpoint::open_folder`].
     pub fn fetch_metadata(&self, id: &str, revision: &str) -> Result<Checkpoint> {
-        let listing = self.resolve(id, revision)?;
+        let listing = Arc::new(self.resolve(id, revision)?);
         let shards = self.fetch_small(&listing)?;
-        let found = in_parallel(&shards.files, |file| self.tensors(&listing, file, shards.container))?;
-        let index = TensorIndex::assemble(found, shards.map.as_ref()).map_err(|e| e.context(id))?;
-        let folder = self.cache.snapshot(&listing);
-        let (config, config_sha256) = read_config(&folder)?;
-        let weights = Arc::new(HeadersOnly { index });
-        Ok(Checkpoint { folder, revision: Some(listing.commit), config, config_sha256, weights })
+        let (index, _) = self.index(&listing, &shards)?;
+        Ok(self.described(&listing)?.with(HeadersOnly { index }))
+    }
+
+    /// A checkpoint whose weights come over the network as they are read, at most `read_ahead` bytes before that: none of them is written
+    /// to disk. Pickled ones are, since their records can only be found by reading all of them: `progress` is for those.
+    ///
+    /// # Errors
+    /// As [`fetch_metadata`](Hub::fetch_metadata) and [`fetch_all`](Hub::fetch_all).
+    pub fn stream(
+        &self,
+        id: &str,
+        revision: &str,
+        read_ahead: u64,
+        progress: &(dyn Fn(FetchProgress) + Sync),
+    ) -> Result<Checkpoint> {
+        let listing = Arc::new(self.resolve(id, revision)?);
+        let shards = self.fetch_small(&listing)?;
+        if shards.container == Container::Torch {
+            return self.fetch_shards(&listing, &shards, progress);
+        }
+        let (index, files) = self.index(&listing, &shards)?;
+        Ok(self.described(&listing)?.with(HubSource::new(index, files, self.client.patience, read_ahead)))
+    }
+
+    /// The checked tensors of all weight files, and the files.
+    fn index(&self, listing: &Arc<RepoListing>, shards: &Shards) -> Result<(TensorIndex, Vec<RemoteFile>)> {
+        let id = &listing.id;
+        let open = |file: &RepoFile| {
+            let named = || WorkerError::network(format!("the hub does not tell the size of {} of {id}", file.name));
+            Ok(RemoteFile::new(&self.client, listing, &file.name, file.size.ok_or_else(named)?))
+        };
+        let files = shards.files.iter().map(open).collect::<Result<Vec<_>>>()?;
+        let found = in_parallel(PARALLEL_HEADERS, &files, |file| tensors(file, shards.container))?;
+        Ok((TensorIndex::assemble(found, shards.map.as_ref()).map_err(|e| e.context(id))?, files))
+    }
+
+    /// Configuration and tokenizer alone.
+    ///
+    /// # Errors
+    /// As [`resolve`](Hub::resolve); kind `Checkpoint` for a repository without config.json.
+    pub fn describe(&self, id: &str, revision: &str) -> Result<Described> {
+        let listing = self.resolve(id, revision)?;
+        self.fetch_description(&listing)?;
+        self.described(&listing)
+    }
+
+    fn described(&self, listing: &RepoListing) -> Result<Described> {
+        Described::read(&self.cache.snapshot(listing), Some(listing.commit.clone()))
     }
 
     /// Everything a run needs: as [`fetch_metadata`](Hub::fetch_metadata), and the weight files into the cache.
@@ -127,34 +178,49 @@ impl Hub {
     pub fn fetch_all(&self, id: &str, revision: &str, progress: &(dyn Fn(FetchProgress) + Sync)) -> Result<Checkpoint> {
         let listing = self.resolve(id, revision)?;
         let shards = self.fetch_small(&listing)?;
+        self.fetch_shards(&listing, &shards, progress)
+    }
+
+    fn fetch_shards(
+        &self,
+        listing: &RepoListing,
+        shards: &Shards,
+        progress: &(dyn Fn(FetchProgress) + Sync),
+    ) -> Result<Checkpoint> {
         let counter = Counter::new(&shards.files, progress);
-        in_parallel(&shards.files, |file| {
-            self.cache.fetch(&self.client, &listing, file, &|bytes| counter.add(bytes))?;
+        in_parallel(PARALLEL_FILES, &shards.files, |file| {
+            self.cache.fetch(&self.client, listing, file, &|bytes| counter.add(bytes))?;
             counter.file_done();
             Ok(())
         })?;
-        let mut checkpoint = Checkpoint::open_folder(&self.cache.snapshot(&listing))?;
-        checkpoint.revision = Some(listing.commit);
-        Ok(checkpoint)
+        Ok(self.described(listing)?.with(LocalSource::open(&self.cache.snapshot(listing))?))
     }
 
     /// Fetches what is not weights, and returns which files are.
     fn fetch_small(&self, listing: &RepoListing) -> Result<Shards> {
+        self.fetch_description(listing)?;
+        let place = || format!("model {}", listing.id);
+        let chosen = Container::choose(|name| listing.file(name).is_some()).ok_or_else(|| no_weights(place()))?;
+        if chosen.is_index() {
+            self.fetch_file(listing, chosen.file)?;
+        }
+        let snapshot = self.cache.snapshot(listing);
+        let weights = WeightFiles::read(chosen, |name| read_small(&snapshot.join(name)));
+        self.shards(listing, weights.map_err(|error| error.context(place()))?)
+    }
+
+    /// Fetches configuration and tokenizer.
+    fn fetch_description(&self, listing: &RepoListing) -> Result<()> {
         let there = |name: &str| listing.file(name).is_some();
         if !there(CONFIG_FILE) {
             let message = format!("model {} has no {CONFIG_FILE}", listing.id);
             return Err(WorkerError::checkpoint(message).hint("choose a repository in the transformers format"));
         }
-        let place = || format!("model {}", listing.id);
-        let chosen = Container::choose(there).ok_or_else(|| no_weights(place()))?;
         let tokenizer = TokenizerFiles::choose(there).map_or(&[][..], TokenizerFiles::names);
-        let index = chosen.is_index().then_some(&chosen.file);
-        for name in [CONFIG_FILE].iter().chain(tokenizer).chain(&TOKENIZER_SETTINGS).chain(index) {
+        for name in [CONFIG_FILE].iter().chain(tokenizer).chain(&TOKENIZER_SETTINGS) {
             self.fetch_file(listing, name)?;
         }
-        let snapshot = self.cache.snapshot(listing);
-        let weights = WeightFiles::read(chosen, |name| read_small(&snapshot.join(name)));
-        self.shards(listing, weights.map_err(|error| error.context(place()))?)
+        Ok(())
     }
 
     /// Fetches a file of bounded size into the cache, if the repository has it.
@@ -190,35 +256,31 @@ impl Hub {
             digest: file.digest.clone().or(found.digest),
         })
     }
+}
 
-    /// The checked tensors of a weight file, by ranged requests.
-    fn tensors(
-        &self,
-        listing: &RepoListing,
-        file: &RepoFile,
-        container: Container,
-    ) -> Result<(FileBytes, Vec<HeaderTensor>)> {
-        let named = |error: WorkerError| error.context(format!("{} of {}", file.name, listing.id));
-        let bytes = file.size.ok_or_else(|| named(WorkerError::network("the hub does not tell its size")))?;
-        let tensors = match container {
-            Container::Safetensors => self.header(listing, file, bytes).map_err(named)?.tensors,
-            Container::Torch => {
-                let pieces = Pieces::new(&self.client, listing, &file.name, bytes);
-                torch::Contents::read(bytes, &|range| pieces.read(range)).map_err(named)?.outlined()
-            }
-        };
-        Ok((FileBytes { name: file.name.clone(), bytes }, tensors))
-    }
-
-    fn header(&self, listing: &RepoListing, file: &RepoFile, bytes: u64) -> Result<Header> {
-        let mut start = self.client.read_range(listing, &file.name, 0..LIKELY_HEADER.min(bytes))?;
-        let needed = Header::bytes_needed(&start, bytes)?;
-        let have = start.len() as u64;
-        if needed > have {
-            start.extend(self.client.read_range(listing, &file.name, have..needed)?);
+/// The checked tensors of a weight file, by ranged requests.
+fn tensors(file: &RemoteFile, container: Container) -> Result<(FileBytes, Vec<HeaderTensor>)> {
+    let bytes = file.size();
+    let read = || match container {
+        Container::Safetensors => Ok(header(file)?.tensors),
+        Container::Torch => {
+            let pieces = Pieces::new(file);
+            Ok(torch::Contents::read(bytes, &|range| pieces.read(range))?.outlined())
         }
-        Header::parse(&start, bytes)
+    };
+    let tensors = read().map_err(|error: WorkerError| error.context(file.asked()))?;
+    Ok((FileBytes { name: file.name().to_owned(), bytes }, tensors))
+}
+
+fn header(file: &RemoteFile) -> Result<Header> {
+    let bytes = file.size();
+    let mut start = file.read(0..LIKELY_HEADER.min(bytes))?;
+    let needed = Header::bytes_needed(&start, bytes)?;
+    let have = start.len() as u64;
+    if needed > have {
+        start.extend(file.read(have..needed)?);
     }
+    Header::parse(&start, bytes)
 }
 
 /// The weight files of a repository.
@@ -292,8 +354,12 @@ impl<'a> Counter<'a> {
     }
 }
 
-/// Applies `work` to all `items`, a few at a time, results in order. After an error no further item is begun.
-fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> Result<R> + Sync) -> Result<Vec<R>> {
+/// Applies `work` to all `items`, so many at a time, results in order. After an error no further item is begun.
+fn in_parallel<T: Sync, R: Send>(
+    parallel: usize,
+    items: &[T],
+    work: impl Fn(&T) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
     let next = AtomicUsize::new(0);
     let worker = || {
         let mut done = Vec::new();
@@ -305,7 +371,7 @@ fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> Result<R> + S
         }
     };
     let parts: Vec<Result<Vec<(usize, R)>>> = thread::scope(|scope| {
-        let threads: Vec<_> = (0..PARALLEL.min(items.len())).map(|_| scope.spawn(worker)).collect();
+        let threads: Vec<_> = (0..parallel.min(items.len())).map(|_| scope.spawn(worker)).collect();
         threads.into_iter().map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
     });
     let mut all: Vec<(usize, R)> = parts.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();

@@ -9,7 +9,7 @@ use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec, Need, Role};
 use crate::model::Model;
 use crate::source::Checkpoint;
 use crate::stats::Site;
-use crate::stream::{GROUP_ELEMENTS, VOCAB_BLOCK};
+use crate::stream::VOCAB_BLOCK;
 
 /// The run to plan for.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +22,8 @@ pub struct PlannedRun {
     pub compute: DType,
     /// Tokens computed together.
     pub micro_batch_tokens: usize,
+    /// Values decoded per group of experts.
+    pub group_elements: u64,
 }
 
 /// Describes a checked model.
@@ -118,7 +120,7 @@ fn plan(checkpoint: &Checkpoint, model: &Model<'_>, run: PlannedRun) -> PlanFigu
     let mixture = spec.layers.iter().any(|l| matches!(l.ffn, FfnSpec::Moe(_)));
     let states = hidden_states * if mixture { 3 } else { 1 };
     let mut units: Vec<u64> =
-        spec.units(GROUP_ELEMENTS).iter().map(|u| weights(&u.needs) + model.unit_bytes(u) / 4).collect();
+        spec.units(run.group_elements).iter().map(|u| weights(&u.needs) + model.unit_bytes(u) / 4).collect();
     units.sort_unstable_by(|a, b| b.cmp(a));
     let two_largest: u64 = units.iter().take(2).sum();
     let block = (VOCAB_BLOCK.min(spec.vocab) as u64) * width * (value + 4);

@@ -3,13 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use candle_core::{DType, Device, Tensor};
 use outliers_protocol::{FailureKind, IgnoredTensors};
 use serde_json::Value;
 
 use crate::arch::{self, Architecture, Family, Quantisation};
 use crate::decoder::{DecoderSpec, Need, Role, Unit};
-use crate::dtype::{self, Encoded};
+use crate::dtype;
 use crate::error::{Result, WorkerError};
 use crate::safetensors::StoredDtype;
 use crate::source::{TensorEntry, WeightSource};
@@ -17,7 +16,7 @@ use crate::source::{TensorEntry, WeightSource};
 /// Problems listed in one error; the rest are counted.
 const LISTED: usize = 5;
 /// Inputs that share an exponent in MXFP4, two per byte.
-const MXFP4_BLOCK: usize = 32;
+pub(crate) const MXFP4_BLOCK: usize = 32;
 
 /// A model whose every tensor is known to be there, in the right shape and in a dtype that can be decoded.
 pub struct Model<'a> {
@@ -165,41 +164,6 @@ impl<'a> Model<'a> {
     /// The published name of a needed tensor, without what quantisation appends. Stacked experts share one.
     pub fn name_of(&self, layer: usize, need: &Need) -> String {
         self.family.names.of(self.base, layer, need.role, need.expert)
-    }
-
-    /// Reads and decodes a needed tensor onto a device. One that is stored `[in, out]` comes as a transposed view, since products take
-    /// either order: nothing is moved.
-    ///
-    /// # Errors
-    /// The source's; a value that is not finite, by name.
-    pub fn load(&self, layer: usize, need: &Need, compute: DType, device: &Device) -> Result<Tensor> {
-        let stored = self.stored(layer, need);
-        let values = self.read(&stored.values)?;
-        let scales = stored.scales.as_ref().map(|piece| self.read(piece)).transpose()?.unwrap_or_default();
-        let mut shape = need.shape.clone();
-        if stored.input_major {
-            shape.reverse();
-        }
-        let entry = stored.values.entry;
-        let encoded = match stored.format {
-            Format::Plain => Encoded::Plain { dtype: &entry.dtype, bytes: &values },
-            Format::Fp8Blocks { block } => Encoded::Fp8Blocks {
-                bytes: &values,
-                scales: &scales,
-                scale_dtype: stored.scales.as_ref().map_or(&entry.dtype, |piece| &piece.entry.dtype),
-                shape: [shape[0], shape[1]],
-                block,
-            },
-            Format::Mxfp4 => Encoded::Mxfp4 { blocks: &values, scales: &scales },
-        };
-        let tensor = dtype::decode(&encoded, &shape, compute, device, &entry.name)?;
-        Ok(if stored.input_major { tensor.t()? } else { tensor })
-    }
-
-    fn read(&self, piece: &Piece<'_>) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; (piece.range.end - piece.range.start) as usize];
-        self.source.read(piece.entry, piece.range.clone(), &mut bytes)?;
-        Ok(bytes)
     }
 
     /// Where a tensor is, that was found when the model was opened.

@@ -6,22 +6,25 @@ use std::time::Duration;
 
 use candle_core::DType;
 use outliers_protocol::{
-    HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Perplexity, Phase, Results, SCHEMA, files,
+    HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Perplexity, Phase, Results, SCHEMA, Weights,
+    files,
 };
 use sha2::{Digest, Sha256};
 use sysinfo::System;
 
+use crate::budget::StreamBudget;
 use crate::corpus::{self, Tokens};
 use crate::device::{self, Machine, Placement};
 use crate::error::{Result, WorkerError};
-use crate::hub::Hub;
+use crate::hub::{FetchProgress, Hub};
+use crate::meter::Meter;
 use crate::model::Model;
 use crate::output::{ActivationDump, OutputFolder, hex, write_statistics};
 use crate::progress::{ProgressSink, now_ms};
 use crate::savepoint::SavePoints;
-use crate::source::Checkpoint;
+use crate::source::{Checkpoint, Described, LocalSource, SyntheticSource};
 use crate::stats::{Observer, Scope, Study};
-use crate::stream::{GROUP_ELEMENTS, Pass, Passed};
+use crate::stream::{Pass, Passed};
 
 /// Runs a job into a folder. Whatever happens, the folder ends with a manifest that says so, unless the disk refuses it.
 ///
@@ -51,31 +54,57 @@ pub fn run(job: &JobSpec, output: &Path, hub: &Hub, save_every: Duration, talk: 
     Ok(results)
 }
 
-/// Finds the checkpoint a job names; weights of a hub model are fetched into the cache.
+/// Finds the checkpoint a job names, with the weights it asks for.
 ///
 /// # Errors
-/// Model not found or gated, network, damaged files.
-pub fn checkpoint(source: &ModelSource, hub: &Hub, progress: &ProgressSink) -> Result<Checkpoint> {
-    match source {
-        ModelSource::Folder { path } => Checkpoint::open_folder(&PathBuf::from(path)),
-        ModelSource::Hub { id, revision } => {
+/// Model not found or gated, network, damaged files; weights from the hub for a model that is a folder.
+pub fn checkpoint(job: &JobSpec, budget: StreamBudget, hub: &Hub, progress: &ProgressSink) -> Result<Checkpoint> {
+    let fetched = |fetched: FetchProgress| {
+        progress.work(0, fetched.bytes_total, 0);
+        progress.bytes(fetched.bytes_done);
+    };
+    match (&job.model, &job.weights) {
+        (ModelSource::Hub { id, revision }, None | Some(Weights::Hub)) => {
             progress.phase(Phase::Fetching);
-            hub.fetch_all(id, revision, &|fetched| {
-                progress.work(0, fetched.bytes_total, 0);
-                progress.bytes(fetched.bytes_done);
-            })
+            hub.stream(id, revision, budget.read_ahead(), &fetched)
+        }
+        (ModelSource::Hub { id, revision }, Some(Weights::Cache)) => {
+            progress.phase(Phase::Fetching);
+            hub.fetch_all(id, revision, &fetched)
+        }
+        _ => metadata(job, hub),
+    }
+}
+
+/// The same without any weights that would have to be fetched: enough to inspect and to plan.
+///
+/// # Errors
+/// As [`checkpoint`].
+pub fn metadata(job: &JobSpec, hub: &Hub) -> Result<Checkpoint> {
+    match (&job.model, &job.weights) {
+        (model, Some(Weights::Local { path })) => {
+            Ok(described(model, hub)?.with(LocalSource::open(&PathBuf::from(path))?))
+        }
+        (model, Some(Weights::Synthetic { seed })) => {
+            let described = described(model, hub)?;
+            let source = SyntheticSource::new(described.config(), *seed)?;
+            Ok(described.with(source))
+        }
+        (ModelSource::Hub { id, revision }, None | Some(Weights::Hub | Weights::Cache)) => {
+            hub.fetch_metadata(id, revision)
+        }
+        (ModelSource::Folder { path }, None) => Checkpoint::open_folder(&PathBuf::from(path)),
+        (ModelSource::Folder { path }, Some(Weights::Hub | Weights::Cache)) => {
+            Err(WorkerError::job(format!("{path} is a folder: its weights cannot come from the hub"))
+                .hint("leave out --weights, or name the model by its hub id (owner/name)"))
         }
     }
 }
 
-/// The same without any weights: enough to inspect and to plan.
-///
-/// # Errors
-/// As [`checkpoint`].
-pub fn metadata(source: &ModelSource, hub: &Hub) -> Result<Checkpoint> {
-    match source {
-        ModelSource::Folder { path } => Checkpoint::open_folder(&PathBuf::from(path)),
-        ModelSource::Hub { id, revision } => hub.fetch_metadata(id, revision),
+fn described(model: &ModelSource, hub: &Hub) -> Result<Described> {
+    match model {
+        ModelSource::Folder { path } => Described::read(&PathBuf::from(path), None),
+        ModelSource::Hub { id, revision } => hub.describe(id, revision),
     }
 }
 
@@ -93,7 +122,8 @@ impl Run<'_> {
         check(job)?;
         let devices = device::open(&job.devices)?;
         let compute = device::compute_dtype(job.precision, &devices);
-        let checkpoint = checkpoint(&job.model, hub, progress)?;
+        let budget = StreamBudget::new(job.stream_budget_bytes);
+        let checkpoint = checkpoint(job, budget, hub, progress)?;
         progress.phase(Phase::Checking);
         let source = &*checkpoint.weights;
         let model = Model::open(&checkpoint.config, source, job.layers)?;
@@ -116,7 +146,8 @@ impl Run<'_> {
             let run = identity(job, &checkpoint, &tokens, compute);
             SavePoints::new(folder.file(files::SAVE_POINT), run, save_every)
         });
-        let (study, passed) = self.pass(&model, &tokens, compute, &devices, save.as_mut())?;
+        let group_elements = budget.group_elements(compute);
+        let (study, passed) = self.pass(&model, &tokens, compute, &devices, group_elements, save.as_mut())?;
         progress.phase(Phase::Writing);
         write_statistics(&folder.file(files::STATISTICS), &study, job.thresholds.magnitude)?;
         let results = results(job, &model, &tokens, &study, passed.nll.as_deref());
@@ -150,6 +181,7 @@ impl Run<'_> {
         tokens: &Tokens,
         compute: DType,
         devices: &[Placement],
+        group_elements: u64,
         save: Option<&mut SavePoints>,
     ) -> Result<(Study, Passed)> {
         let Self { job, folder, progress } = *self;
@@ -163,8 +195,18 @@ impl Run<'_> {
         if let Some(dump) = &mut dump {
             observers.push(dump);
         }
-        let (micro_batch_tokens, group_elements) = (job.micro_batch_tokens, GROUP_ELEMENTS);
-        let pass = Pass { model, tokens, compute, devices, micro_batch_tokens, with_head, group_elements, progress };
+        let (micro_batch_tokens, meter) = (job.micro_batch_tokens, Meter::default());
+        let pass = Pass {
+            model,
+            tokens,
+            compute,
+            devices,
+            micro_batch_tokens,
+            with_head,
+            group_elements,
+            progress,
+            meter: &meter,
+        };
         let passed = pass.run(&mut observers, save)?;
         if let Some(dump) = dump {
             dump.finish(passed.nll.as_deref())?;
@@ -175,8 +217,9 @@ impl Run<'_> {
 
 /// A name for everything that a pass's numbers depend on.
 fn identity(job: &JobSpec, checkpoint: &Checkpoint, tokens: &Tokens, compute: DType) -> String {
-    // Where it runs does not matter, nor what reports call the model.
-    let job = JobSpec { devices: Vec::new(), label: None, ..job.clone() };
+    // Where it runs does not matter, nor what reports call the model, nor by which way weights come, unless they are made up.
+    let weights = job.weights.clone().filter(|weights| matches!(weights, Weights::Synthetic { .. }));
+    let job = JobSpec { devices: Vec::new(), label: None, weights, stream_budget_bytes: None, ..job.clone() };
     let parts = (env!("CARGO_PKG_VERSION"), &job, &checkpoint.config_sha256, &tokens.provenance.token_ids_sha256);
     let text = serde_json::to_vec(&(parts, compute.as_str(), checkpoint.weights.files()));
     hex(&Sha256::digest(text.expect("plain data")))

@@ -17,11 +17,13 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 mod layout;
+mod synthetic;
 
 pub(crate) use layout::{ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_SETTINGS, WeightFiles, no_weights};
 pub use layout::{
     CONFIG_FILE, Container, INDEX_FILE, SINGLE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TokenizerFiles, WeightMap,
 };
+pub use synthetic::SyntheticSource;
 
 use crate::error::{IoContext, Result, WorkerError};
 use crate::safetensors::{HeaderTensor, StoredDtype, shown};
@@ -111,6 +113,19 @@ impl TensorIndex {
     }
 }
 
+/// Bytes of a file that a pass will read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Index into [`WeightSource::files`].
+    pub file: usize,
+    /// Counted from the start of the file.
+    pub bytes: Range<u64>,
+    /// Number of the layer: what is small may be fetched together with the rest of its layer.
+    pub layer: usize,
+    /// Number of the streaming unit: what is large may be fetched together with the rest of its unit.
+    pub unit: usize,
+}
+
 /// Gives out the bytes of tensors. Implementations count what they read: each weight byte is to be read once per run.
 pub trait WeightSource: Send + Sync {
     /// All tensors and files.
@@ -121,6 +136,9 @@ pub trait WeightSource: Send + Sync {
     /// # Errors
     /// Kind `Internal` when the range is not inside the tensor or has another length than `into`; else the source's own.
     fn read(&self, entry: &TensorEntry, range: Range<u64>, into: &mut [u8]) -> Result<()>;
+
+    /// Says what will be read, in that order, so that a source that is far away can begin to bring it. Other reads stay possible.
+    fn announce(&self, _order: &[Wanted]) {}
 
     /// Weight bytes read so far, each counted as often as it was read.
     fn bytes_read(&self) -> u64;
@@ -158,8 +176,13 @@ pub struct LocalSource {
 }
 
 impl LocalSource {
-    /// Opens the weight files of `folder` and checks their headers and the index.
-    fn open(folder: &Path, weights: &WeightFiles) -> Result<Self> {
+    /// Opens the weight files of `folder` and checks their headers and the index: one set of files is used ([`Container`] says which),
+    /// others that lie beside it are not looked at.
+    ///
+    /// # Errors
+    /// Kind `Checkpoint` or `Storage` for what is in it.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let weights = weight_files(folder)?;
         let mut shards = Vec::with_capacity(weights.names.len());
         let mut files = Vec::with_capacity(weights.names.len());
         for name in &weights.names {
@@ -221,6 +244,42 @@ pub(crate) fn bad_json(file: &str, error: &serde_json::Error) -> WorkerError {
         .hint("the file is damaged: fetch it again")
 }
 
+/// A model's files but for its weights.
+pub struct Described {
+    folder: PathBuf,
+    revision: Option<String>,
+    config: Value,
+    config_sha256: String,
+}
+
+impl Described {
+    /// The configuration in `folder`, which is `revision` of a hub model.
+    ///
+    /// # Errors
+    /// Kind `Job` when there is no such folder; `Checkpoint` or `Storage` for its config.json.
+    pub fn read(folder: &Path, revision: Option<String>) -> Result<Self> {
+        if !folder.is_dir() {
+            let message = format!("there is no folder {}", folder.display());
+            return Err(
+                WorkerError::job(message).hint("`--model` takes a Hugging Face id (owner/name) or an existing folder")
+            );
+        }
+        let (config, config_sha256) = read_config(folder)?;
+        Ok(Self { folder: folder.to_owned(), revision, config, config_sha256 })
+    }
+
+    /// config.json.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// The model with these weights.
+    pub fn with(self, weights: impl WeightSource + 'static) -> Checkpoint {
+        let Self { folder, revision, config, config_sha256 } = self;
+        Checkpoint { folder, revision, config, config_sha256, weights: Arc::new(weights) }
+    }
+}
+
 /// A model's files, before any weight is read.
 #[derive(Clone)]
 pub struct Checkpoint {
@@ -237,21 +296,12 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a folder with config.json and weights: one set of files is used ([`Container`] says which), others that lie
-    /// beside it are not looked at.
+    /// Opens a folder with config.json and weights.
     ///
     /// # Errors
-    /// Kind `Job` when there is no such folder; `Checkpoint` or `Storage` for what is in it.
+    /// As [`Described::read`] and [`LocalSource::open`].
     pub fn open_folder(folder: &Path) -> Result<Self> {
-        if !folder.is_dir() {
-            let message = format!("there is no folder {}", folder.display());
-            return Err(
-                WorkerError::job(message).hint("`--model` takes a Hugging Face id (owner/name) or an existing folder")
-            );
-        }
-        let (config, config_sha256) = read_config(folder)?;
-        let source = LocalSource::open(folder, &weight_files(folder)?)?;
-        Ok(Self { folder: folder.to_owned(), revision: None, config, config_sha256, weights: Arc::new(source) })
+        Ok(Described::read(folder, None)?.with(LocalSource::open(folder)?))
     }
 
     /// The tokenizer's files that are used, if the checkpoint has any that this program can read.
@@ -261,7 +311,7 @@ impl Checkpoint {
 }
 
 /// config.json and its SHA-256.
-pub(crate) fn read_config(folder: &Path) -> Result<(Value, String)> {
+fn read_config(folder: &Path) -> Result<(Value, String)> {
     let Some(bytes) = read_small(&folder.join(CONFIG_FILE))? else {
         let message = format!("{} has no {CONFIG_FILE}", folder.display());
         return Err(WorkerError::checkpoint(message).hint("name the folder that holds config.json and the weights"));

@@ -4,7 +4,6 @@
 //! While one unit computes, the next is read and decoded by a second thread; never more than two are alive, so that peak
 //! memory does not grow with depth.
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::mpsc::sync_channel;
 
@@ -17,21 +16,22 @@ use crate::corpus::Tokens;
 use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec, MixerSpec, MoeSpec, Need, NormOrder, Part, Role, Unit};
 use crate::delta_net::delta_net;
 use crate::device::Placement;
-use crate::dtype::{self, Encoded};
+use crate::dtype;
 use crate::error::{Result, WorkerError};
 use crate::ffn::{self, ExpertRows, Gathered, MlpWeights, Routing};
 use crate::fused;
+use crate::loader::{self, LoadedUnit, Loader, Spare, rows_of};
+use crate::meter::{Meter, Work};
 use crate::mla::latent_attention;
-use crate::model::{Model, Stored};
+use crate::model::{Model, Piece};
 use crate::norm::Norm;
 use crate::progress::ProgressSink;
 use crate::rope::{RopeSpec, RopeTable};
 use crate::savepoint::{self, Give, SavePoint, SavePoints};
+use crate::source::Wanted;
 use crate::stats::{Observer, Site, with_f32};
 use crate::weights::{MixerWeights, UnitTensors, on, zeros_like};
 
-/// Values decoded per expert group: 256 MiB in f32. With two groups alive this bounds the memory of any mixture.
-pub const GROUP_ELEMENTS: u64 = 64 << 20;
 /// Vocabulary rows per block of embedding and head.
 pub const VOCAB_BLOCK: usize = 4096;
 
@@ -53,6 +53,8 @@ pub struct Pass<'a> {
     pub group_elements: u64,
     /// Told of every step.
     pub progress: &'a ProgressSink,
+    /// Told how long each kind of work takes.
+    pub meter: &'a Meter,
 }
 
 /// What a pass gives beside what its observers saw.
@@ -104,6 +106,7 @@ impl Pass<'_> {
             })
         });
         let resumed_at_layer = found.as_ref().map(|point| point.next_layer);
+        self.model.source.announce(&self.reading_order(resumed_at_layer));
         let (mut batches, kept) = match found {
             Some(point) => {
                 self.progress.say(format!("going on at layer {}", point.next_layer));
@@ -165,6 +168,28 @@ impl Pass<'_> {
         (self.micro_batch_tokens / self.tokens.tokens).max(1) * self.tokens.tokens
     }
 
+    /// Every byte that the pass will read, in the order in which it will.
+    fn reading_order(&self, resumed_at_layer: Option<usize>) -> Vec<Wanted> {
+        let spec = self.spec();
+        let mut order = ReadingOrder::new(self.model);
+        if resumed_at_layer.is_none() {
+            order.blocks(&spec.embedding_need());
+            order.unit(0, 0, &spec.input_needs());
+        }
+        for unit in self.units(resumed_at_layer.unwrap_or(0)) {
+            order.unit(unit.layer, unit.layer, &unit.needs);
+        }
+        if self.with_head {
+            let after = spec.layers.len();
+            order.unit(0, after, &spec.output_needs());
+            order.unit(0, after, spec.head_bias_need().as_slice());
+            if !spec.head.tied || resumed_at_layer.is_some() {
+                order.blocks(&spec.head_need());
+            }
+        }
+        order.wanted
+    }
+
     // ------------------------------------------------------------------------------------------------- embedding
 
     /// Token ids to hidden states, the table read once in blocks of rows.
@@ -177,8 +202,12 @@ impl Pass<'_> {
         let mut values: Vec<Vec<f32>> =
             self.tokens.ids.chunks(rows).map(|batch| vec![0f32; batch.len() * width]).collect();
         let mut kept = (self.spec().head.tied && self.with_head).then(Vec::new);
-        let load = |block: &Range<usize>| self.read_rows(&stored, block);
-        pipeline(vocab_blocks(self.spec().vocab, VOCAB_BLOCK), load, |block, bytes| {
+        let load = |block: &Range<usize>| {
+            let mut bytes = Vec::new();
+            self.meter.time(Work::Reading, || loader::read(self.model.source, &rows_of(&stored, block), &mut bytes))?;
+            Ok(bytes)
+        };
+        pipeline(self.meter, vocab_blocks(self.spec().vocab, VOCAB_BLOCK), load, |block, bytes| {
             let from = order.partition_point(|&t| self.tokens.ids[t] < block.start as i64);
             let to = order.partition_point(|&t| self.tokens.ids[t] < block.end as i64);
             let row_bytes = bytes.len() / block.len();
@@ -196,7 +225,7 @@ impl Pass<'_> {
             Ok(())
         })?;
         let device = &self.devices[0].device;
-        let mut input = self.load(0, &self.spec().input_needs(), device)?;
+        let mut input = self.loader(&Spare::default()).unit(0, &self.spec().input_needs(), device)?.tensors;
         let lead_in = input.linear_if_there(Role::ProjectIn);
         let positions = input.linear_if_there(Role::Positions).map(|p| self.position_rows(&p.weight)).transpose()?;
         let batch = |(i, values): (usize, Vec<f32>)| {
@@ -225,15 +254,6 @@ impl Pass<'_> {
         Ok(table.narrow(0, learned.offset, n)?)
     }
 
-    /// Stored bytes of some rows of a matrix.
-    fn read_rows(&self, stored: &Stored<'_>, rows: &Range<usize>) -> Result<Vec<u8>> {
-        let entry = stored.values.entry;
-        let row_bytes = entry.len / entry.shape[0];
-        let mut bytes = vec![0; (rows.len() as u64 * row_bytes) as usize];
-        self.model.source.read(entry, rows.start as u64 * row_bytes..rows.end as u64 * row_bytes, &mut bytes)?;
-        Ok(bytes)
-    }
-
     // ---------------------------------------------------------------------------------------------------- layers
 
     fn layers(
@@ -243,13 +263,16 @@ impl Pass<'_> {
         observers: &mut [&mut dyn Observer],
         mut save: Option<&mut SavePoints>,
     ) -> Result<()> {
-        let units = self.spec().units(self.group_elements).into_iter().filter(|unit| unit.layer >= first).collect();
+        let units = self.units(first);
         let mut tables = RopeTables { positions: self.tokens.tokens, made: Vec::new() };
-        let load = |unit: &Unit| self.load(unit.layer, &unit.needs, &self.placement(unit.layer).device);
-        pipeline(units, load, |unit, tensors| {
+        let spare = Spare::new(self.two_largest(&units));
+        let mut loader = self.loader(&spare);
+        let load = |unit: &Unit| loader.unit(unit.layer, &unit.needs, &self.placement(unit.layer).device);
+        pipeline(self.meter, units, load, |unit, LoadedUnit { tensors, memory }| {
             let layer = &self.spec().layers[unit.layer];
             let table = layer.mixer.rope().map(|rope| tables.get(rope));
             self.compute(&unit, layer, tensors, table, batches, observers).map_err(|e| e.context(&unit))?;
+            spare.give_back(memory);
             let ends_layer = self.ends_layer(&unit);
             self.progress.unit_done(&unit, ends_layer, self.model.source.bytes_read());
             if let Some(points) = save.as_deref_mut().filter(|points| ends_layer && points.is_due()) {
@@ -271,10 +294,21 @@ impl Pass<'_> {
         &self.devices[layer % self.devices.len()]
     }
 
-    /// Reads and decodes tensors of a layer onto a device.
-    fn load(&self, layer: usize, needs: &[Need], device: &Device) -> Result<UnitTensors> {
-        let one = |need: &Need| Ok(((need.role, need.expert), self.model.load(layer, need, self.compute, device)?));
-        Ok(UnitTensors::new(needs.iter().map(one).collect::<Result<HashMap<_, _>>>()?))
+    /// The units of the layers from `first` on.
+    fn units(&self, first: usize) -> Vec<Unit> {
+        self.spec().units(self.group_elements).into_iter().filter(|unit| unit.layer >= first).collect()
+    }
+
+    fn loader<'l>(&'l self, spare: &'l Spare) -> Loader<'l> {
+        Loader::new(self.model, self.compute, spare, self.meter)
+    }
+
+    /// Bytes of the two largest units, decoded: one in use, one on its way.
+    fn two_largest(&self, units: &[Unit]) -> u64 {
+        let decoded = |unit: &Unit| unit.needs.iter().map(Need::elements).sum::<u64>();
+        let mut sizes: Vec<u64> = units.iter().map(decoded).collect();
+        sizes.sort_unstable_by(|a, b| b.cmp(a));
+        sizes.iter().take(2).sum::<u64>() * self.compute.size_in_bytes() as u64
     }
 
     /// All micro-batches through one unit.
@@ -349,7 +383,7 @@ impl Pass<'_> {
         device: &Device,
         observers: &mut [&mut dyn Observer],
     ) -> Result<()> {
-        let mut output = self.load(0, &self.spec().output_needs(), device)?;
+        let mut output = self.loader(&Spare::default()).unit(0, &self.spec().output_needs(), device)?.tensors;
         let spec = self.spec().final_norm;
         let norm = spec.map(|spec| output.norm(spec, Role::FinalNorm, Role::FinalNormBias)).transpose()?;
         let lead_out = output.linear_if_there(Role::ProjectOut);
@@ -380,20 +414,18 @@ impl Pass<'_> {
         let mut likelihoods = Likelihoods::new(self.tokens);
         let need = self.spec().head_need();
         let stored = self.model.stored(0, &need);
-        let bias =
-            self.spec().head_bias_need().map(|need| self.model.load(0, &need, self.compute, device)).transpose()?;
-        let load = |block: &(Range<usize>, Option<Vec<u8>>)| {
-            let fresh = if block.1.is_none() { Some(self.read_rows(&stored, &block.0)?) } else { None };
-            let bytes = block.1.as_ref().or(fresh.as_ref()).expect("one of the two");
-            let entry = stored.values.entry;
-            let encoded = Encoded::Plain { dtype: &entry.dtype, bytes };
-            dtype::decode(&encoded, &[block.0.len(), need.shape[1]], self.compute, device, &entry.name)
+        let spare = Spare::new(2 * (VOCAB_BLOCK * need.shape[1] * self.compute.size_in_bytes()) as u64);
+        let mut loader = self.loader(&spare);
+        let bias = self.spec().head_bias_need().map(|need| loader.tensor(0, &need, device)).transpose()?;
+        let load = |block: &(Range<usize>, Option<Vec<u8>>)| match &block.1 {
+            Some(bytes) => loader.decode_rows(&stored, &block.0, bytes, device),
+            None => loader.rows(&stored, &block.0, device),
         };
         let blocks = match kept {
             Some(kept) => kept.into_iter().map(|(range, bytes)| (range, Some(bytes))).collect(),
             None => vocab_blocks(self.spec().vocab, VOCAB_BLOCK).into_iter().map(|range| (range, None)).collect(),
         };
-        pipeline(blocks, load, |(block, _), matrix| {
+        pipeline(self.meter, blocks, load, |(block, _), matrix| {
             let bias = bias.as_ref().map(|bias| bias.narrow(0, block.start, block.len())).transpose()?;
             for batch in &batches {
                 let mut logits = batch.hidden.matmul(&matrix.t()?)?;
@@ -409,6 +441,7 @@ impl Pass<'_> {
                 })?;
             }
             self.progress.bytes(self.model.source.bytes_read());
+            spare.give_back([matrix]);
             Ok(())
         })?;
         Ok(likelihoods.nll())
@@ -593,14 +626,51 @@ fn early() -> WorkerError {
     WorkerError::internal("experts before their router")
 }
 
+/// What a pass will read, as it is put together.
+struct ReadingOrder<'a> {
+    model: &'a Model<'a>,
+    wanted: Vec<Wanted>,
+    units: usize,
+}
+
+impl<'a> ReadingOrder<'a> {
+    fn new(model: &'a Model<'a>) -> Self {
+        Self { model, wanted: Vec::new(), units: 0 }
+    }
+
+    /// Tensors that are loaded together. `beside` is the layer whose small tensors they may be fetched with.
+    fn unit(&mut self, layer: usize, beside: usize, needs: &[Need]) {
+        for need in needs {
+            self.model.stored(layer, need).pieces().for_each(|piece| self.piece(piece, beside));
+        }
+        self.units += 1;
+    }
+
+    /// A table in blocks of rows.
+    fn blocks(&mut self, table: &Need) {
+        let stored = self.model.stored(0, table);
+        for rows in vocab_blocks(table.shape[0], VOCAB_BLOCK) {
+            self.piece(&rows_of(&stored, &rows), 0);
+            self.units += 1;
+        }
+    }
+
+    fn piece(&mut self, piece: &Piece<'_>, layer: usize) {
+        let Piece { entry, range } = piece;
+        let bytes = entry.offset + range.start..entry.offset + range.end;
+        self.wanted.push(Wanted { file: entry.file, bytes, layer, unit: self.units });
+    }
+}
+
 fn vocab_blocks(vocab: usize, size: usize) -> Vec<Range<usize>> {
     (0..vocab).step_by(size).map(|first| first..(first + size).min(vocab)).collect()
 }
 
 /// Loads items in order on a second thread while earlier ones are consumed here. At most one is waiting and one in use.
 fn pipeline<I: Send, T: Send>(
+    meter: &Meter,
     items: Vec<I>,
-    load: impl Fn(&I) -> Result<T> + Send,
+    mut load: impl FnMut(&I) -> Result<T> + Send,
     mut consume: impl FnMut(I, T) -> Result<()>,
 ) -> Result<()> {
     std::thread::scope(|scope| {
@@ -615,9 +685,9 @@ fn pipeline<I: Send, T: Send>(
                 }
             }
         });
-        for loaded in receive {
+        while let Ok(loaded) = meter.time(Work::Waiting, || receive.recv()) {
             let (item, value) = loaded?;
-            consume(item, value)?;
+            meter.time(Work::Computing, || consume(item, value))?;
         }
         Ok(())
     })

@@ -12,6 +12,8 @@ use crate::error::{Result, WorkerError};
 pub(super) enum Refusal {
     /// Another try may do.
     Retry { why: String, pause: Option<Duration> },
+    /// A signed address serves no longer, or serves something else: another try needs a fresh one from the hub.
+    Expired(String),
     /// It will not.
     Final(WorkerError),
 }

@@ -9,6 +9,7 @@ use hf_hub::CacheRepo;
 use sha1::Digest as _;
 use sha2::Digest as _;
 
+use super::answer::Refusal;
 use super::http::Client;
 use super::listing::{Digest, RepoFile, RepoListing};
 use crate::error::{IoContext, Result, WorkerError};
@@ -176,7 +177,8 @@ impl Download {
         let mut failed = 0;
         while self.have < wanted.size {
             let before = self.have;
-            let (why, pause) = match client.try_open(wanted.listing, wanted.name, self.have..wanted.size)? {
+            let refusal = match client.open(wanted.listing, wanted.name, self.have..wanted.size) {
+                Err(Refusal::Final(error)) => return Err(error),
                 Err(refusal) => refusal,
                 Ok(opened) => {
                     if opened.start < self.have {
@@ -184,7 +186,7 @@ impl Download {
                         on_bytes(-signed(self.have));
                         self.restart(wanted)?;
                     }
-                    (self.append(opened.body, wanted, on_bytes)?, None)
+                    Refusal::again(self.append(opened.body, wanted, on_bytes)?)
                 }
             };
             if self.have == wanted.size {
@@ -192,7 +194,7 @@ impl Download {
             }
             failed = if self.have > before { 1 } else { failed + 1 };
             let context = || format!("cannot fetch {}", wanted.listing.asked(wanted.name));
-            client.pause(failed, &why, pause).map_err(|error| error.context(context()))?;
+            client.pause(failed, refusal).map_err(|error| error.context(context()))?;
         }
         Ok(())
     }

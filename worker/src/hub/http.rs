@@ -3,8 +3,9 @@
 use std::fmt;
 use std::io::Read;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ureq::http::header::{AUTHORIZATION, RANGE};
 use ureq::http::{Response, StatusCode};
@@ -20,6 +21,9 @@ use crate::error::{Result, WorkerError};
 /// Redirects followed: relative ones inside the hub, one to where large files lie.
 const MAX_REDIRECTS: usize = 5;
 
+/// Connections kept open between two requests.
+pub(super) const MAX_CONNECTIONS: usize = 64;
+
 /// How long to try before giving up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Patience {
@@ -29,6 +33,8 @@ pub struct Patience {
     pub response: Duration,
     /// For the next bytes of a running answer.
     pub silence: Duration,
+    /// How much later than is usual a range of weights may be before it is asked for a second time, on another connection.
+    pub late: Duration,
     /// Tries in a row that brought nothing.
     pub tries: u32,
     /// Pause after the first failed try; doubled each time.
@@ -43,6 +49,7 @@ impl Default for Patience {
             connect: Duration::from_secs(15),
             response: Duration::from_secs(60),
             silence: Duration::from_secs(60),
+            late: Duration::from_secs(3),
             tries: 6,
             pause: Duration::from_secs(1),
             longest_pause: Duration::from_secs(330),
@@ -91,11 +98,19 @@ pub(super) struct Opened {
     pub(super) body: Box<dyn Read>,
 }
 
+/// An answer to a request for bytes, and where it came from after all redirects.
+pub(super) struct Answer {
+    pub(super) response: Response<Body>,
+    pub(super) url: String,
+}
+
 pub(super) struct Client {
     agent: Agent,
     endpoint: String,
     token: Option<Token>,
     pub(super) patience: Patience,
+    /// The hub asked to be left alone until then. It counts all requests of an address together, so all of them wait.
+    resting: Mutex<Option<Instant>>,
 }
 
 impl Client {
@@ -109,20 +124,23 @@ impl Client {
             .timeout_connect(Some(patience.connect))
             .timeout_recv_response(Some(patience.response))
             .timeout_per_read(Some(patience.silence))
+            // Every connection is used again: a fresh one costs two round trips more, and begins slowly.
+            .max_idle_connections(MAX_CONNECTIONS)
+            .max_idle_connections_per_host(MAX_CONNECTIONS)
             // A compressed body would have neither the listed size nor meaningful ranges.
             .accept_encoding("identity")
             .user_agent(concat!("outliers-worker/", env!("CARGO_PKG_VERSION")));
         if loopback {
             config = config.proxy(None);
         }
-        Ok(Self { agent: config.build().into(), endpoint, token, patience })
+        Ok(Self { agent: config.build().into(), endpoint, token, patience, resting: Mutex::default() })
     }
 
     /// The bytes of a small document, at most `limit`.
     pub(super) fn read_small(&self, path: &str, asked: &Asked<'_>, limit: u64) -> Result<Vec<u8>> {
         let url = format!("{}{path}", self.endpoint);
         self.persist(asked, || {
-            let response = self.get(&url, None, asked)?;
+            let response = self.get(&url, None, asked)?.response;
             let mut bytes = Vec::new();
             let read = response.into_body().into_reader().take(limit + 1).read_to_end(&mut bytes);
             read.map_err(|error| Refusal::again(format!("the answer broke off: {error}")))?;
@@ -134,29 +152,9 @@ impl Client {
         })
     }
 
-    /// The bytes `range` of a file; the whole range or an error.
-    pub(super) fn read_range(&self, listing: &RepoListing, file: &str, range: Range<u64>) -> Result<Vec<u8>> {
-        let asked = listing.asked(file);
-        self.persist(&asked, || {
-            let opened = self.open(listing, file, range.clone())?;
-            let length = range.end - range.start;
-            // A server that ignores ranges begins at 0.
-            let skip = range.start - opened.start;
-            let mut bytes = Vec::new();
-            let mut body = opened.body;
-            let skipped = std::io::copy(&mut body.by_ref().take(skip), &mut std::io::sink());
-            let read = skipped.and_then(|_| body.take(length).read_to_end(&mut bytes));
-            read.map_err(|error| Refusal::again(format!("the answer broke off: {error}")))?;
-            if bytes.len() as u64 != length {
-                return Err(Refusal::again(format!("{} of {length} bytes arrived", bytes.len())));
-            }
-            Ok(bytes)
-        })
-    }
-
     /// Opens `range` of a file once, without trying again. The body may begin before the range, never after it.
-    fn open(&self, listing: &RepoListing, file: &str, range: Range<u64>) -> Result<Opened, Refusal> {
-        let response = self.get(&self.file_url(listing, file), Some(&range), &listing.asked(file))?;
+    pub(super) fn open(&self, listing: &RepoListing, file: &str, range: Range<u64>) -> Result<Opened, Refusal> {
+        let response = self.get(&self.file_url(listing, file), Some(&range), &listing.asked(file))?.response;
         let start = match response.status() {
             StatusCode::PARTIAL_CONTENT => content_range(&response).map(|(start, _)| start),
             _ => Some(0),
@@ -169,39 +167,25 @@ impl Client {
         }
     }
 
-    /// As [`open`](Self::open), for a caller with a loop of its own: `Ok(Err(..))` is worth another try after the pause.
-    pub(super) fn try_open(
-        &self,
-        listing: &RepoListing,
-        file: &str,
-        range: Range<u64>,
-    ) -> Result<Result<Opened, (String, Option<Duration>)>> {
-        match self.open(listing, file, range) {
-            Ok(opened) => Ok(Ok(opened)),
-            Err(Refusal::Retry { why, pause }) => Ok(Err((why, pause))),
-            Err(Refusal::Final(error)) => Err(error),
-        }
-    }
-
     /// Size and hash of a file as its download would state them.
     pub(super) fn describe(&self, listing: &RepoListing, file: &str) -> Result<RepoFile> {
         let asked = listing.asked(file);
         self.persist(&asked, || {
             let mut digest = None;
-            let response = self.follow(&self.file_url(listing, file), Some(&(0..1)), &asked, &mut |response| {
+            let answer = self.follow(&self.file_url(listing, file), Some(&(0..1)), &asked, &mut |response| {
                 digest = digest.take().or_else(|| etag(response));
             })?;
-            let size = content_range(&response).and_then(|(_, total)| total);
+            let size = content_range(&answer.response).and_then(|(_, total)| total);
             Ok(RepoFile { name: file.to_owned(), size, digest })
         })
     }
 
-    fn file_url(&self, listing: &RepoListing, file: &str) -> String {
+    pub(super) fn file_url(&self, listing: &RepoListing, file: &str) -> String {
         let file: Vec<String> = file.split('/').map(encode).collect();
         format!("{}/{}/resolve/{}/{}", self.endpoint, listing.id, listing.commit, file.join("/"))
     }
 
-    fn get(&self, url: &str, range: Option<&Range<u64>>, asked: &Asked<'_>) -> Result<Response<Body>, Refusal> {
+    pub(super) fn get(&self, url: &str, range: Option<&Range<u64>>, asked: &Asked<'_>) -> Result<Answer, Refusal> {
         self.follow(url, range, asked, &mut |_| ())
     }
 
@@ -212,12 +196,15 @@ impl Client {
         range: Option<&Range<u64>>,
         asked: &Asked<'_>,
         see: &mut dyn FnMut(&Response<Body>),
-    ) -> Result<Response<Body>, Refusal> {
+    ) -> Result<Answer, Refusal> {
         let mut url = url.to_owned();
         for _ in 0..=MAX_REDIRECTS {
             let mut request = self.agent.get(&url);
-            if let Some(token) = self.token.as_ref().filter(|_| same_origin(&url, &self.endpoint)) {
-                request = request.header(AUTHORIZATION, format!("Bearer {}", token.0));
+            if self.is_hub(&url) {
+                self.let_it_rest();
+                if let Some(token) = &self.token {
+                    request = request.header(AUTHORIZATION, format!("Bearer {}", token.0));
+                }
             }
             if let Some(range) = range {
                 request = request.header(RANGE, format!("bytes={}-{}", range.start, range.end.saturating_sub(1)));
@@ -225,32 +212,56 @@ impl Client {
             let response = request.call().map_err(unreachable)?;
             see(&response);
             match response.status() {
-                StatusCode::OK | StatusCode::PARTIAL_CONTENT => return Ok(response),
+                StatusCode::OK | StatusCode::PARTIAL_CONTENT => return Ok(Answer { response, url }),
                 status if status.is_redirection() => url = redirect(&url, &response)?,
-                _ => return Err(self.refused(&response, asked, same_origin(&url, &self.endpoint))),
+                _ => return Err(self.refused(&response, asked, self.is_hub(&url))),
             }
         }
         Err(Refusal::Final(WorkerError::network(format!("{asked}: more than {MAX_REDIRECTS} redirects"))))
     }
 
+    /// Whether an address is the hub's own: it gets the token, and its limits count.
+    pub(super) fn is_hub(&self, url: &str) -> bool {
+        same_origin(url, &self.endpoint)
+    }
+
+    fn let_it_rest(&self) {
+        let until = *self.resting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(left) = until.and_then(|until| until.checked_duration_since(Instant::now())) {
+            thread::sleep(left);
+        }
+    }
+
+    fn rest_for(&self, wait: Duration) {
+        let until = Instant::now() + wait;
+        let mut resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
+        *resting = Some(resting.map_or(until, |other| other.max(until)));
+    }
+
     /// Tries until it works, is refused for good, or patience runs out.
-    fn persist<T>(&self, asked: &Asked<'_>, mut attempt: impl FnMut() -> Result<T, Refusal>) -> Result<T> {
+    pub(super) fn persist<T>(&self, asked: &Asked<'_>, mut attempt: impl FnMut() -> Result<T, Refusal>) -> Result<T> {
         let mut tries = 0;
         loop {
             match attempt() {
                 Ok(value) => return Ok(value),
                 Err(Refusal::Final(error)) => return Err(error),
-                Err(Refusal::Retry { why, pause }) => {
+                Err(refusal) => {
                     tries += 1;
-                    self.pause(tries, &why, pause).map_err(|error| error.context(format!("cannot fetch {asked}")))?;
+                    self.pause(tries, refusal).map_err(|error| error.context(format!("cannot fetch {asked}")))?;
                 }
             }
         }
     }
 
     /// Waits before the next try, or says that it was the last.
-    pub(super) fn pause(&self, failed: u32, why: &str, asked_for: Option<Duration>) -> Result<()> {
+    pub(super) fn pause(&self, failed: u32, refusal: Refusal) -> Result<()> {
         let Patience { tries, pause, longest_pause, .. } = self.patience;
+        let (why, asked_for) = match refusal {
+            Refusal::Final(error) => return Err(error),
+            // A fresh address is a request away.
+            Refusal::Expired(why) => (why, (failed == 1).then_some(Duration::ZERO)),
+            Refusal::Retry { why, pause } => (why, pause),
+        };
         if failed >= tries {
             let message = format!("{why} (tried {failed} times)");
             return Err(WorkerError::network(message).hint("check the network, or try again later"));
@@ -278,11 +289,14 @@ impl Client {
         let why = format!("{host} answered {}{said}", status.as_u16());
         if status == StatusCode::TOO_MANY_REQUESTS || status == StatusCode::REQUEST_TIMEOUT || status.is_server_error()
         {
-            return Refusal::Retry { why, pause: wait_asked_for(response) };
+            let pause = wait_asked_for(response);
+            if let Some(wait) = pause.filter(|wait| from_hub && *wait <= self.patience.longest_pause) {
+                self.rest_for(wait);
+            }
+            return Refusal::Retry { why, pause };
         }
         if !from_hub {
-            // Signed addresses expire: the next try gets a fresh one.
-            return Refusal::again(why);
+            return Refusal::Expired(why);
         }
         Refusal::Final(self.explained(status, header(response, "x-error-code").unwrap_or(""), &said, asked))
     }

@@ -4,24 +4,20 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::LIKELY_HEADER;
-use super::http::Client;
-use super::listing::RepoListing;
+use super::remote::RemoteFile;
 use crate::error::Result;
 
 /// Reads ranges of one file. Every request asks for what follows too, and its answer is kept: what describes the tensors
 /// lies together.
 pub(super) struct Pieces<'a> {
-    client: &'a Client,
-    listing: &'a RepoListing,
-    file: &'a str,
-    file_len: u64,
+    file: &'a RemoteFile,
     /// First byte and bytes of each answer.
     kept: RefCell<Vec<(u64, Vec<u8>)>>,
 }
 
 impl<'a> Pieces<'a> {
-    pub(super) fn new(client: &'a Client, listing: &'a RepoListing, file: &'a str, file_len: u64) -> Self {
-        Self { client, listing, file, file_len, kept: RefCell::default() }
+    pub(super) fn new(file: &'a RemoteFile) -> Self {
+        Self { file, kept: RefCell::default() }
     }
 
     /// The bytes of a range inside the file.
@@ -29,8 +25,8 @@ impl<'a> Pieces<'a> {
         if let Some(bytes) = self.kept.borrow().iter().find_map(|(start, bytes)| part(*start, bytes, &range)) {
             return Ok(bytes.to_vec());
         }
-        let end = range.end.max(range.start.saturating_add(LIKELY_HEADER)).min(self.file_len);
-        let bytes = self.client.read_range(self.listing, self.file, range.start..end)?;
+        let end = range.end.max(range.start.saturating_add(LIKELY_HEADER)).min(self.file.size());
+        let bytes = self.file.read(range.start..end)?;
         let wanted = bytes[..(range.end - range.start) as usize].to_vec();
         self.kept.borrow_mut().push((range.start, bytes));
         Ok(wanted)

@@ -1,0 +1,372 @@
+//! Weights straight from the hub: the same bytes, each fetched once, none on disk, and every fault of the way survived or named.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use outliers_protocol::{FailureKind, Metadata, Results, files};
+use outliers_tests::hub::{Fault, MockHub, Repo, Seen, Wire};
+use outliers_tests::programs::worker;
+use outliers_worker::demo;
+use outliers_worker::error::WorkerError;
+use outliers_worker::hub::{Hub, HubOptions, Patience, Token};
+use outliers_worker::source::{Checkpoint, TensorEntry, Wanted, WeightSource};
+
+const ID: &str = "owner/demo-model";
+const SHARD: &str = "model-00001-of-00002.safetensors?";
+const OTHER_SHARD: &str = "model-00002-of-00002.safetensors?";
+/// Small enough that the demo's 8 MB come in many parts.
+const READ_AHEAD: u64 = 4 << 20;
+/// Largest part with that little memory.
+const PART: u64 = 1 << 20;
+
+/// A hub with the demo model, and an empty cache.
+struct Setup {
+    dir: tempfile::TempDir,
+    hub: MockHub,
+    patience: Patience,
+}
+
+impl Setup {
+    fn new() -> Self {
+        Self::with(|repo| repo)
+    }
+
+    fn with(change: impl FnOnce(Repo) -> Repo) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("repo");
+        demo::make(&folder, 0).unwrap();
+        let hub = MockHub::start([change(Repo::new(ID, &folder))]).unwrap();
+        let patience = Patience {
+            response: Duration::from_secs(20),
+            silence: Duration::from_secs(2),
+            late: Duration::from_millis(200),
+            tries: 4,
+            pause: Duration::from_millis(10),
+            longest_pause: Duration::from_secs(3),
+            ..Patience::default()
+        };
+        Self { dir, hub, patience }
+    }
+
+    fn repo(&self) -> PathBuf {
+        self.dir.path().join("repo")
+    }
+
+    fn options(&self) -> HubOptions {
+        let cache = self.dir.path().join("cache");
+        HubOptions { endpoint: self.hub.url(), patience: self.patience, ..HubOptions::new(cache) }
+    }
+
+    fn stream(&self) -> Checkpoint {
+        Hub::new(self.options()).unwrap().stream(ID, "main", READ_AHEAD, &|_| ()).unwrap()
+    }
+
+    /// All tensors of the model, read from the hub with `fault` happening to so many requests for weights.
+    fn read_with(&self, fault: &Fault, times: usize) -> Result<Tensors, WorkerError> {
+        let checkpoint = self.stream();
+        self.hub.fail(SHARD, times, fault.clone());
+        read_all(&*checkpoint.weights)
+    }
+
+    fn stored(&self) -> Tensors {
+        read_all(&*Checkpoint::open_folder(&self.repo()).unwrap().weights).unwrap()
+    }
+
+    /// Requests for weights, without the one per file that brings its header.
+    fn ranges(&self) -> Vec<Seen> {
+        let (mut ranges, mut files) = (Vec::new(), Vec::new());
+        for seen in self.hub.seen().into_iter().filter(|seen| seen.path.contains(".safetensors") && !seen.cdn) {
+            files.push(seen.path);
+        }
+        let mut headers: Vec<&String> = files.iter().collect();
+        for seen in self.hub.seen().into_iter().filter(|seen| seen.cdn) {
+            let of = headers.iter().position(|file| seen.path.starts_with(&file.replace(&commit(), "main")));
+            match of {
+                Some(at) => drop(headers.remove(at)),
+                None => ranges.push(seen),
+            }
+        }
+        ranges
+    }
+}
+
+fn commit() -> String {
+    Repo::new(ID, Path::new("")).commit()
+}
+
+type Tensors = BTreeMap<String, Vec<u8>>;
+
+/// Announces all tensors, one unit each, and reads them in that order.
+fn read_all(weights: &dyn WeightSource) -> Result<Tensors, WorkerError> {
+    let entries = in_order(weights);
+    weights.announce(&announced(&entries));
+    entries.into_iter().map(|entry| Ok((entry.name.clone(), read(weights, &entry, 0..entry.len)?))).collect()
+}
+
+/// Not the order of the files: as a pass, it comes back to both of them.
+fn in_order(weights: &dyn WeightSource) -> Vec<TensorEntry> {
+    weights.names().map(|name| weights.entry(name).unwrap().clone()).collect()
+}
+
+fn announced(entries: &[TensorEntry]) -> Vec<Wanted> {
+    let wanted = |(unit, entry): (usize, &TensorEntry)| Wanted {
+        file: entry.file,
+        bytes: entry.offset..entry.offset + entry.len,
+        layer: unit / 20,
+        unit,
+    };
+    entries.iter().enumerate().map(wanted).collect()
+}
+
+fn read(weights: &dyn WeightSource, entry: &TensorEntry, range: Range<u64>) -> Result<Vec<u8>, WorkerError> {
+    let mut bytes = vec![0; (range.end - range.start) as usize];
+    weights.read(entry, range, &mut bytes)?;
+    Ok(bytes)
+}
+
+fn length(seen: &Seen) -> u64 {
+    let (start, end) = seen.range.as_ref().unwrap().strip_prefix("bytes=").unwrap().split_once('-').unwrap();
+    end.parse::<u64>().unwrap() + 1 - start.parse::<u64>().unwrap()
+}
+
+fn size_of(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
+    entries
+        .map(|entry| match entry.file_type().unwrap() {
+            kind if kind.is_dir() => size_of(&entry.path()),
+            kind if kind.is_file() => entry.metadata().unwrap().len(),
+            _ => 0,
+        })
+        .sum()
+}
+
+/// Runs the worker; returns results and metadata.
+fn run(arguments: &[&str], hub: &MockHub, home: &Path) -> (Results, Metadata) {
+    let output = tempfile::tempdir().unwrap();
+    let mut command = Command::new(worker());
+    command.args(["run", "--num-sequences", "2", "--sequence-length", "64", "--precision", "f32"]).args(arguments);
+    command
+        .arg("--output")
+        .arg(output.path())
+        .env("HF_ENDPOINT", hub.url())
+        .env("HF_HOME", home)
+        .env_remove("HF_TOKEN");
+    let run = command.output().unwrap();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    let read = |name: &str| fs::read(output.path().join(name)).unwrap();
+    let results = serde_json::from_slice(&read(files::RESULTS)).unwrap();
+    (results, serde_json::from_slice(&read(files::METADATA)).unwrap())
+}
+
+#[test]
+fn a_run_over_the_hub_equals_one_from_disk_and_leaves_no_weights_there() {
+    let setup = Setup::new();
+    let home = setup.dir.path().join("home");
+    let (streamed, metadata) = run(&["--model", ID], &setup.hub, &home);
+    let repo = setup.repo();
+    let (local, _) = run(&["--model", repo.to_str().unwrap()], &setup.hub, &home);
+    assert_eq!(streamed, Results { model: ID.to_owned(), ..local });
+    assert!(streamed.perplexity.is_some());
+
+    let weights: u64 = setup.stored().values().map(|bytes| bytes.len() as u64).sum();
+    assert_eq!((metadata.weight_bytes_read, metadata.weight_bytes_expected), (weights, weights));
+    assert!(size_of(&home) < weights / 20, "{} bytes on disk for {weights} of weights", size_of(&home));
+    let fetched: u64 = setup.ranges().iter().map(length).sum();
+    assert!((weights..=weights * 101 / 100).contains(&fetched), "{fetched} bytes fetched for {weights}");
+    for shard in [SHARD, OTHER_SHARD] {
+        let asked =
+            setup.hub.seen().into_iter().filter(|seen| !seen.cdn && seen.path.contains(&shard[..shard.len() - 1]));
+        assert_eq!(asked.count(), 1, "each file's address is asked for once");
+    }
+}
+
+#[test]
+fn a_cached_run_keeps_the_weights_and_finds_them_again() {
+    let setup = Setup::new();
+    let home = setup.dir.path().join("home");
+    let (first, _) = run(&["--model", ID, "--weights", "cache"], &setup.hub, &home);
+    let (requests, carried) = (setup.hub.seen().len(), setup.hub.carried());
+    let (second, _) = run(&["--model", ID, "--weights", "cache"], &setup.hub, &home);
+    assert_eq!(first, second);
+    assert_eq!((setup.hub.seen().len(), setup.hub.carried()), (requests + 1, carried), "only the listing");
+    // Another folder's weights under the hub's configuration.
+    let local = format!("local:{}", setup.repo().display());
+    let (third, _) = run(&["--model", ID, "--weights", &local], &setup.hub, &home);
+    assert_eq!((first, setup.hub.carried()), (third, carried));
+}
+
+#[test]
+fn passing_faults_change_no_byte() {
+    let limit = || vec![("ratelimit", "\"cdn\";r=0;t=1".to_owned())];
+    let faults = [
+        Fault::Status(403, Vec::new()),
+        Fault::Status(429, limit()),
+        Fault::Status(503, vec![("retry-after", "1".to_owned())]),
+        Fault::Truncate(0),
+        Fault::Truncate(100_000),
+        Fault::Stall(0),
+        Fault::Stall(50_000),
+        Fault::Slow(10_000),
+        Fault::Short(70_000),
+        Fault::OtherPlace,
+        Fault::Page,
+        Fault::OtherVersion,
+        Fault::IgnoreRange,
+    ];
+    let stored = Setup::new().stored();
+    std::thread::scope(|scope| {
+        for fault in &faults {
+            let stored = &stored;
+            scope.spawn(move || {
+                let setup = Setup::new();
+                let read = setup.read_with(fault, 2).unwrap_or_else(|error| panic!("{fault:?}: {error}"));
+                assert!(read == *stored, "{fault:?}");
+            });
+        }
+    });
+}
+
+#[test]
+fn lasting_faults_are_named() {
+    let cases = [
+        (Fault::Status(403, Vec::new()), "the hub's file server answered 403"),
+        (Fault::Status(503, Vec::new()), "the hub's file server answered 503"),
+        (Fault::Status(429, vec![("retry-after", "4000".to_owned())]), "wait 4000 seconds"),
+        (Fault::Truncate(0), "broke off after 0 of"),
+        (Fault::Stall(0), "timeout: per read"),
+        (Fault::OtherPlace, "Content-Range"),
+        (Fault::Page, "36 bytes came instead"),
+        (Fault::OtherVersion, "changed while it was read"),
+    ];
+    std::thread::scope(|scope| {
+        for (fault, says) in &cases {
+            scope.spawn(move || {
+                let setup = Setup::new();
+                let error = setup.read_with(fault, 100_000).unwrap_err();
+                assert_eq!(error.kind(), FailureKind::Network, "{fault:?}: {error}");
+                assert!(error.message().contains(says), "{fault:?}: {error}");
+                assert!(error.message().contains(&format!("{} of {ID}", &SHARD[..SHARD.len() - 1])), "{error}");
+                assert!(!error.message().contains("SIGNED"), "{error}");
+                assert!(error.hint_text().is_some(), "{error}");
+            });
+        }
+    });
+}
+
+#[test]
+fn a_file_that_was_replaced_is_not_mixed_with_what_it_was() {
+    let setup = Setup::new();
+    let checkpoint = setup.stream();
+    let path = setup.repo().join(&SHARD[..SHARD.len() - 1]);
+    let mut bytes = fs::read(&path).unwrap();
+    bytes.reverse();
+    fs::write(&path, &bytes).unwrap();
+    let error = read_all(&*checkpoint.weights).unwrap_err();
+    assert!(error.message().contains("changed while it was read"), "{error}");
+    // Another length, and a server that does not tell versions apart, would be noticed too.
+    bytes.truncate(bytes.len() - 10);
+    fs::write(&path, &bytes).unwrap();
+    let error = read_all(&*checkpoint.weights).unwrap_err();
+    assert!(error.message().contains("another version"), "{error}");
+}
+
+#[test]
+fn a_range_that_is_late_is_asked_for_again_before_its_connection_is_given_up() {
+    let mut setup = Setup::new();
+    // Nobody would notice the silence otherwise.
+    setup.patience.silence = Duration::from_secs(600);
+    setup.patience.response = Duration::from_secs(600);
+    for fault in [Fault::Stall(1000), Fault::Slow(1000)] {
+        let asked = setup.hub.seen().len();
+        assert!(setup.read_with(&fault, 1).unwrap() == setup.stored(), "{fault:?}");
+        let seen = setup.hub.seen();
+        let ranges: Vec<&String> = seen[asked..].iter().filter(|s| s.cdn).filter_map(|s| s.range.as_ref()).collect();
+        let twice = ranges.iter().any(|range| ranges.iter().filter(|other| *other == range).count() == 2);
+        assert!(twice, "{fault:?}: {ranges:?}");
+    }
+}
+
+#[test]
+fn a_broken_range_is_resumed_where_it_broke() {
+    let mut setup = Setup::new();
+    setup.patience.late = Duration::from_secs(600);
+    assert!(setup.read_with(&Fault::Truncate(65_536), 1).unwrap() == setup.stored());
+    let ranges = setup.ranges();
+    let start = |seen: &Seen| -> u64 {
+        let range = seen.range.as_ref().unwrap().strip_prefix("bytes=").unwrap();
+        range.split_once('-').unwrap().0.parse().unwrap()
+    };
+    let resumed =
+        |seen: &&Seen| ranges.iter().any(|first| start(first) + 65_536 == start(seen) && first.path == seen.path);
+    assert!(ranges.iter().any(|seen| resumed(&seen)), "{ranges:?}");
+}
+
+#[test]
+fn addresses_expire_and_are_asked_for_again() {
+    let mut setup = Setup::new();
+    // Several ranges may meet the same expiry, and some of them the next one too.
+    setup.patience.tries = 20;
+    let checkpoint = setup.stream();
+    setup.hub.expire_after(5);
+    assert!(read_all(&*checkpoint.weights).unwrap() == setup.stored());
+    let resolves = setup.hub.seen().iter().filter(|seen| !seen.cdn && seen.path.contains(".safetensors")).count();
+    let ranges = setup.hub.seen().iter().filter(|seen| seen.cdn).count();
+    assert!((3..=2 + ranges).contains(&resolves), "{resolves} addresses for {ranges} ranges");
+}
+
+#[test]
+fn the_token_goes_to_the_hub_alone() {
+    let setup = Setup::with(|repo| repo.gated("hf_right"));
+    let options = HubOptions { token: Token::new("hf_right"), ..setup.options() };
+    let checkpoint = Hub::new(options).unwrap().stream(ID, "main", READ_AHEAD, &|_| ()).unwrap();
+    setup.hub.expire_after(30);
+    assert!(read_all(&*checkpoint.weights).unwrap() == setup.stored());
+    let seen = setup.hub.seen();
+    assert!(seen.iter().filter(|seen| seen.cdn).all(|seen| seen.authorization.is_none()));
+    assert!(seen.iter().filter(|seen| !seen.cdn).all(|seen| seen.authorization.as_deref() == Some("Bearer hf_right")));
+}
+
+#[test]
+fn no_more_is_on_its_way_than_allowed() {
+    let setup = Setup::new();
+    let checkpoint = setup.stream();
+    let weights = &*checkpoint.weights;
+    let entries = in_order(weights);
+    weights.announce(&announced(&entries));
+    for entry in &entries {
+        read(weights, entry, 0..entry.len).unwrap();
+        let asked: u64 = setup.ranges().iter().map(length).sum();
+        let most = weights.bytes_read() + READ_AHEAD + PART;
+        assert!(asked <= most, "{asked} bytes asked for after {} were read", weights.bytes_read());
+    }
+}
+
+#[test]
+fn what_was_not_announced_can_be_read_too() {
+    let setup = Setup::new();
+    let checkpoint = setup.stream();
+    let weights = &*checkpoint.weights;
+    let entry = weights.entry("lm_head.weight").unwrap().clone();
+    let stored = &setup.stored()["lm_head.weight"];
+    assert!(read(weights, &entry, 0..entry.len).unwrap() == *stored);
+    weights.announce(&announced(std::slice::from_ref(&entry)));
+    // In pieces, twice, and across what is left.
+    for range in [10..20, 0..entry.len, 5..entry.len - 5, 0..entry.len] {
+        let expected = &stored[range.start as usize..range.end as usize];
+        assert!(read(weights, &entry, range.clone()).unwrap() == expected, "{range:?}");
+    }
+}
+
+#[test]
+fn a_long_wire_changes_no_byte() {
+    let setup = Setup::new();
+    let wire = Wire { latency: Duration::from_millis(30), bytes_per_second: Some(40_000_000) };
+    let hub = MockHub::behind(wire, [Repo::new(ID, &setup.repo())]).unwrap();
+    let options = HubOptions { endpoint: hub.url(), ..setup.options() };
+    let checkpoint = Hub::new(options).unwrap().stream(ID, "main", READ_AHEAD, &|_| ()).unwrap();
+    assert!(read_all(&*checkpoint.weights).unwrap() == setup.stored());
+}

@@ -1,0 +1,74 @@
+//! How much memory weights may take while they stream.
+
+use candle_core::DType;
+use sysinfo::System;
+
+/// Values decoded per group of experts, where nobody asked for another budget: 256 MiB in f32.
+pub const GROUP_ELEMENTS: u64 = 64 << 20;
+/// Bounds of the budget that is taken from what is free.
+const LEAST: u64 = 256 << 20;
+const MOST: u64 = 4 << 30;
+/// Where the system does not tell what is free.
+const USUAL: u64 = 1 << 30;
+
+/// Bytes for weights: a quarter for the group of experts in use, a quarter for the one being decoded, half for stored bytes on
+/// their way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StreamBudget {
+    bytes: u64,
+    /// Asked for, not found.
+    asked: bool,
+}
+
+impl StreamBudget {
+    /// As asked for; else a quarter of the memory that is free now.
+    pub fn new(asked: Option<u64>) -> Self {
+        let free = || free_memory().map_or(USUAL, |free| (free / 4).clamp(LEAST, MOST));
+        Self { bytes: asked.unwrap_or_else(free), asked: asked.is_some() }
+    }
+
+    /// As asked for; else what a machine with enough memory takes. For plans, which are not made for this machine.
+    pub fn planned(asked: Option<u64>) -> Self {
+        Self { bytes: asked.unwrap_or(MOST), asked: asked.is_some() }
+    }
+
+    /// Values of a group of experts in a pass of this dtype. More than [`GROUP_ELEMENTS`] only if asked for: larger ones save nothing.
+    pub fn group_elements(self, compute: DType) -> u64 {
+        let elements = self.bytes / 4 / compute.size_in_bytes() as u64;
+        if self.asked { elements } else { elements.min(GROUP_ELEMENTS) }
+    }
+
+    /// Bytes that may be on their way from the hub, or wait to be decoded.
+    pub fn read_ahead(self) -> u64 {
+        self.bytes / 2
+    }
+}
+
+/// Bytes that this process may still take, by the machine and by its control group.
+fn free_memory() -> Option<u64> {
+    let system = System::new_all().ok()?;
+    let group = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);
+    Some(system.available_memory().min(group))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_asked_for_is_kept_and_shared() {
+        let budget = StreamBudget::new(Some(1 << 30));
+        assert_eq!(budget.read_ahead(), 512 << 20);
+        assert_eq!(budget.group_elements(DType::F32) * 4 * 2 + budget.read_ahead(), 1 << 30);
+        assert_eq!(budget.group_elements(DType::BF16), 2 * budget.group_elements(DType::F32));
+        assert!(StreamBudget::new(Some(16 << 30)).group_elements(DType::F32) > GROUP_ELEMENTS);
+    }
+
+    #[test]
+    fn what_is_found_is_bounded() {
+        let found = StreamBudget::new(None);
+        assert!((LEAST..=MOST).contains(&found.bytes), "{found:?}");
+        assert!(found.group_elements(DType::F32) <= GROUP_ELEMENTS);
+        assert_eq!(StreamBudget::planned(None).group_elements(DType::BF16), GROUP_ELEMENTS);
+    }
+}

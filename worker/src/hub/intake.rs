@@ -1,0 +1,426 @@
+//! Brings announced bytes in before they are asked for: many ranges at a time, in the order of reading, in bounded memory.
+//!
+//! Every part is fetched by a thread of its own into a buffer that is used again. What is on the wire or waits to be read stays within the
+//! limit, but for a part that a reader is waiting for. A part that is late is asked for a second time, and whichever answer is whole
+//! first counts: one slow connection does not hold up the others.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::answer::Refusal;
+use super::http::Patience;
+use super::plan::Part;
+use super::remote::RemoteFile;
+use crate::error::{Result, WorkerError};
+
+/// How often idle threads look for parts that are late.
+const LOOK: Duration = Duration::from_millis(100);
+/// Fetches of one part at the same time, the second for one that is late.
+const ATTEMPTS: u32 = 2;
+/// A part is late after so many times its due, and given up (to be resumed on another connection) after [`HOPELESS`] times.
+const LATE: f64 = 3.0;
+const HOPELESS: f64 = 10.0;
+
+/// Memory and connections.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Bytes of buffers.
+    pub(super) bytes: u64,
+    /// Requests at the same time.
+    pub(super) connections: usize,
+}
+
+/// A fetch of announced bytes under way; it ends when dropped.
+pub(super) struct Intake {
+    shared: Arc<Shared>,
+    /// Numbers of the parts by file and offset.
+    by_place: Vec<usize>,
+}
+
+struct Shared {
+    files: Arc<Vec<RemoteFile>>,
+    parts: Vec<Part>,
+    limits: Limits,
+    patience: Patience,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    status: Vec<Status>,
+    /// The first part that nobody has begun.
+    next: usize,
+    /// Parts that are being fetched.
+    coming: Vec<usize>,
+    /// Bytes of parts begun and not read yet.
+    held: u64,
+    /// The last part that a reader waits for.
+    waiting: Option<usize>,
+    pool: Pool,
+    pace: Pace,
+    failed: Option<WorkerError>,
+    closed: bool,
+}
+
+enum Status {
+    Planned,
+    /// `begun` fetches, of which so many are still `running`.
+    Coming {
+        since: Instant,
+        begun: u32,
+        running: u32,
+        settled: Arc<AtomicBool>,
+    },
+    /// With the bytes that are still to be read.
+    Here {
+        bytes: Arc<Vec<u8>>,
+        left: u64,
+    },
+    Gone,
+}
+
+/// A fetch to be done.
+struct Task {
+    part: usize,
+    buffer: Vec<u8>,
+    settled: Arc<AtomicBool>,
+    hopeless_after: Duration,
+}
+
+impl Intake {
+    pub(super) fn start(files: &Arc<Vec<RemoteFile>>, parts: Vec<Part>, limits: Limits, patience: Patience) -> Self {
+        let mut by_place: Vec<usize> = (0..parts.len()).collect();
+        by_place.sort_by_key(|&part| (parts[part].file, parts[part].range.start));
+        let threads = limits.connections.min(parts.len());
+        let state = State {
+            status: parts.iter().map(|_| Status::Planned).collect(),
+            next: 0,
+            coming: Vec::new(),
+            held: 0,
+            waiting: None,
+            pool: Pool::default(),
+            pace: Pace::default(),
+            failed: None,
+            closed: false,
+        };
+        let (files, state) = (Arc::clone(files), Mutex::new(state));
+        let shared = Arc::new(Shared { files, parts, limits, patience, state, changed: Condvar::new() });
+        for _ in 0..threads {
+            let shared = Arc::clone(&shared);
+            // Not joined: one that is blocked on a silent connection must not hold up the end of a run.
+            thread::spawn(move || shared.work());
+        }
+        Self { shared, by_place }
+    }
+
+    /// Copies bytes of a file that were announced, waiting for them if need be. `Ok(false)`: some were not, or have been read already.
+    pub(super) fn read(&self, file: usize, bytes: &Range<u64>, into: &mut [u8]) -> Result<bool> {
+        let Some(parts) = self.covering(file, bytes) else { return Ok(false) };
+        for part in parts {
+            let Some(here) = self.shared.wait_for(part)? else { return Ok(false) };
+            let of = &self.shared.parts[part].range;
+            let (start, end) = (bytes.start.max(of.start), bytes.end.min(of.end));
+            let place = |at: u64, from: u64| (at - from) as usize;
+            into[place(start, bytes.start)..place(end, bytes.start)]
+                .copy_from_slice(&here[place(start, of.start)..place(end, of.start)]);
+            self.shared.has_read(part, end - start, here);
+        }
+        Ok(true)
+    }
+
+    /// The parts that hold all of `bytes`.
+    fn covering(&self, file: usize, bytes: &Range<u64>) -> Option<Vec<usize>> {
+        let part = |at: usize| &self.shared.parts[at];
+        let first = self.by_place.partition_point(|&at| (part(at).file, part(at).range.end) <= (file, bytes.start));
+        let mut covering = Vec::new();
+        let mut end = bytes.start;
+        for &at in &self.by_place[first..] {
+            if end >= bytes.end {
+                break;
+            }
+            if part(at).file != file || part(at).range.start > end {
+                return None;
+            }
+            end = part(at).range.end;
+            covering.push(at);
+        }
+        (end >= bytes.end).then_some(covering)
+    }
+}
+
+impl Drop for Intake {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // --------------------------------------------------------------------------------------------------- readers
+
+    /// The bytes of a part; `None` if all that was wanted of it has been read.
+    fn wait_for(&self, part: usize) -> Result<Option<Arc<Vec<u8>>>> {
+        let mut state = self.lock();
+        loop {
+            match &state.status[part] {
+                Status::Here { bytes, .. } => return Ok(Some(Arc::clone(bytes))),
+                Status::Gone => return Ok(None),
+                Status::Planned | Status::Coming { .. } => {}
+            }
+            if let Some(error) = &state.failed {
+                return Err(error.clone());
+            }
+            if state.waiting < Some(part) {
+                state.waiting = Some(part);
+                self.changed.notify_all();
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Notes that `count` bytes of a part were copied. After the last one its buffer is free.
+    fn has_read(&self, part: usize, count: u64, bytes: Arc<Vec<u8>>) {
+        drop(bytes);
+        let mut state = self.lock();
+        let Status::Here { left, .. } = &mut state.status[part] else { return };
+        *left = left.saturating_sub(count);
+        if *left > 0 {
+            return;
+        }
+        let Status::Here { bytes, .. } = std::mem::replace(&mut state.status[part], Status::Gone) else { return };
+        state.held -= self.parts[part].len();
+        // Near the end nobody will use it again.
+        if let Some(buffer) = Arc::into_inner(bytes).filter(|_| state.next < self.parts.len()) {
+            state.pool.give_back(buffer);
+        }
+        self.changed.notify_all();
+    }
+
+    // --------------------------------------------------------------------------------------------------- fetchers
+
+    /// What each thread does until nothing is left to do.
+    fn work(&self) {
+        let _alarm = Alarm(self);
+        while let Some(mut task) = self.next_task() {
+            let fetched = self.fetch(&mut task);
+            self.settle(task, fetched);
+        }
+    }
+
+    fn next_task(&self) -> Option<Task> {
+        let mut state = self.lock();
+        loop {
+            if state.closed || state.failed.is_some() {
+                return None;
+            }
+            let late = state.late(&self.parts, self.patience.late);
+            // What somebody waits for comes first.
+            let part = late.filter(|part| state.waiting >= Some(*part)).or_else(|| self.may_begin(&state)).or(late);
+            if let Some(part) = part {
+                return Some(self.begin(&mut state, part));
+            }
+            if state.next == self.parts.len() && state.coming.is_empty() {
+                return None;
+            }
+            state = self.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// The next part, if there is room for it or a reader waits.
+    fn may_begin(&self, state: &State) -> Option<usize> {
+        let part = self.parts.get(state.next)?;
+        let room = state.held + part.len() <= self.limits.bytes || state.waiting >= Some(state.next);
+        room.then_some(state.next)
+    }
+
+    fn begin(&self, state: &mut State, part: usize) -> Task {
+        let len = self.parts[part].len();
+        let since = Instant::now();
+        let settled = match &mut state.status[part] {
+            Status::Coming { begun, running, settled, .. } => {
+                (*begun, *running) = (*begun + 1, *running + 1);
+                Arc::clone(settled)
+            }
+            status => {
+                let settled = Arc::new(AtomicBool::new(false));
+                *status = Status::Coming { since, begun: 1, running: 1, settled: Arc::clone(&settled) };
+                state.next += 1;
+                state.held += len;
+                state.coming.push(part);
+                settled
+            }
+        };
+        let room = self.limits.bytes.saturating_sub(state.held);
+        let buffer = state.pool.take(len as usize, room);
+        let hopeless_after = self.patience.silence + state.pace.due(len).mul_f64(HOPELESS);
+        Task { part, buffer, settled, hopeless_after }
+    }
+
+    /// Fills the task's buffer, trying again as long as it helps. `Ok(false)`: it is not needed any more.
+    fn fetch(&self, task: &mut Task) -> Result<bool> {
+        let Part { file, range, .. } = &self.parts[task.part];
+        let file = &self.files[*file];
+        let buffer = &mut task.buffer;
+        buffer.resize((range.end - range.start) as usize, 0);
+        let (mut filled, mut failed) = (0, 0);
+        loop {
+            if task.settled.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
+            let (before, begun) = (filled, Instant::now());
+            let go_on = || !task.settled.load(Ordering::Relaxed) && begun.elapsed() < task.hopeless_after;
+            let refusal = match file.read_on(range.start, buffer, &mut filled, &go_on) {
+                _ if filled == buffer.len() => return Ok(true),
+                Ok(()) => {
+                    let why = format!("only {filled} of {} bytes came in time", buffer.len());
+                    Refusal::Retry { why, pause: Some(Duration::ZERO) }
+                }
+                Err(refusal) => refusal,
+            };
+            if task.settled.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
+            failed = if filled > before { 1 } else { failed + 1 };
+            file.wait(failed, refusal)?;
+        }
+    }
+
+    fn settle(&self, task: Task, fetched: Result<bool>) {
+        let mut state = self.lock();
+        let Task { part, buffer, .. } = task;
+        let Status::Coming { since, running, settled, .. } = &mut state.status[part] else {
+            // The other one was faster.
+            state.pool.give_back(buffer);
+            return;
+        };
+        match fetched {
+            Ok(true) => {
+                settled.store(true, Ordering::Relaxed);
+                let (took, Part { wanted, .. }) = (since.elapsed(), &self.parts[part]);
+                state.status[part] = Status::Here { bytes: Arc::new(buffer), left: *wanted };
+                state.coming.retain(|&other| other != part);
+                state.pace.see(self.parts[part].len(), took);
+            }
+            // The other one may still do it.
+            _ if *running > 1 => {
+                *running -= 1;
+                state.pool.give_back(buffer);
+            }
+            Err(error) => state.failed = Some(error),
+            Ok(false) => state.failed = Some(WorkerError::internal("a range was given up that was still needed")),
+        }
+        self.changed.notify_all();
+    }
+}
+
+/// Tells readers when a thread that they wait for has panicked.
+struct Alarm<'a>(&'a Shared);
+
+impl Drop for Alarm<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.lock().failed = Some(WorkerError::internal("a thread that fetched weights panicked"));
+            self.0.changed.notify_all();
+        }
+    }
+}
+
+impl State {
+    /// The first part, in the order of reading, that should be here by now and is fetched only once.
+    fn late(&self, parts: &[Part], patience: Duration) -> Option<usize> {
+        let late = |part: &&usize| match &self.status[**part] {
+            Status::Coming { since, begun, .. } if *begun < ATTEMPTS => {
+                since.elapsed() > patience + self.pace.due(parts[**part].len()).mul_f64(LATE)
+            }
+            _ => false,
+        };
+        self.coming.iter().filter(late).min().copied()
+    }
+}
+
+/// Buffers that have been read.
+#[derive(Default)]
+struct Pool {
+    free: VecDeque<Vec<u8>>,
+    bytes: u64,
+}
+
+impl Pool {
+    /// A buffer of at least `len` bytes, the best fit; what is free beyond `room` bytes is given back to the system.
+    fn take(&mut self, len: usize, room: u64) -> Vec<u8> {
+        let fits = |at: &usize| (len..=len.saturating_mul(2)).contains(&self.free[*at].capacity());
+        let best = (0..self.free.len()).filter(fits).min_by_key(|at| self.free[*at].capacity());
+        let buffer = best.and_then(|at| self.free.remove(at)).unwrap_or_default();
+        self.bytes -= buffer.capacity() as u64;
+        while self.bytes > room {
+            let Some(oldest) = self.free.pop_front() else { break };
+            self.bytes -= oldest.capacity() as u64;
+        }
+        buffer
+    }
+
+    fn give_back(&mut self, buffer: Vec<u8>) {
+        self.bytes += buffer.capacity() as u64;
+        self.free.push_back(buffer);
+    }
+}
+
+/// How long ranges take, by those that came.
+#[derive(Default)]
+struct Pace {
+    seconds_per_byte: Option<f64>,
+}
+
+impl Pace {
+    /// Smaller ones tell how far the server is, not how fast it sends.
+    const TELLING: u64 = 64 << 10;
+    /// Until one has come: 4 MB/s, a slow connection.
+    const ASSUMED: f64 = 1.0 / 4e6;
+
+    fn see(&mut self, bytes: u64, took: Duration) {
+        if bytes < Self::TELLING {
+            return;
+        }
+        let seen = took.as_secs_f64() / bytes as f64;
+        self.seconds_per_byte = Some(self.seconds_per_byte.map_or(seen, |known| 0.9 * known + 0.1 * seen));
+    }
+
+    fn due(&self, bytes: u64) -> Duration {
+        Duration::from_secs_f64(self.seconds_per_byte.unwrap_or(Self::ASSUMED) * bytes as f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_used_again_and_those_too_many_are_given_back() {
+        let mut pool = Pool::default();
+        for len in [100, 200, 300] {
+            pool.give_back(vec![0; len]);
+        }
+        assert_eq!(pool.take(150, 1000).capacity(), 200);
+        assert_eq!(pool.bytes, 400);
+        assert_eq!(pool.take(10, 1000).capacity(), 0, "a large buffer is not spent on a small part");
+        pool.take(10, 350);
+        assert_eq!((pool.bytes, pool.free.len()), (300, 1));
+    }
+
+    #[test]
+    fn the_pace_follows_large_ranges() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.due(4_000_000), Duration::from_secs(1));
+        pace.see(10, Duration::from_secs(5));
+        pace.see(1 << 20, Duration::from_secs(1));
+        assert_eq!(pace.due(2 << 20), Duration::from_secs(2));
+    }
+}

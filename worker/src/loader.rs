@@ -1,0 +1,274 @@
+//! From a source's bytes to tensors, in memory that is used again: a fresh buffer costs more than decoding into it, since the system clears and
+//! maps its pages, and what the allocator keeps of the old ones comes on top.
+
+use std::collections::HashMap;
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::decoder::Need;
+use crate::dtype::{self, Encoded};
+use crate::error::Result;
+use crate::meter::{Meter, Work};
+use crate::model::{Format, Model, Piece, Stored};
+use crate::source::WeightSource;
+use crate::weights::UnitTensors;
+
+/// Reads and decodes tensors of one model, one after the other.
+pub struct Loader<'a> {
+    model: &'a Model<'a>,
+    compute: DType,
+    spare: &'a Spare,
+    meter: &'a Meter,
+    values: Vec<u8>,
+    scales: Vec<u8>,
+}
+
+/// A unit's tensors, and the memory that is free once nothing uses them any more.
+pub struct LoadedUnit {
+    /// By role and expert.
+    pub tensors: UnitTensors,
+    /// For [`Spare::give_back`].
+    pub memory: Vec<Tensor>,
+}
+
+impl<'a> Loader<'a> {
+    /// Decodes to `compute`, into memory from `spare` where there is some; `meter` is told how long everything takes.
+    pub fn new(model: &'a Model<'a>, compute: DType, spare: &'a Spare, meter: &'a Meter) -> Self {
+        Self { model, compute, spare, meter, values: Vec::new(), scales: Vec::new() }
+    }
+
+    /// Tensors of a layer, onto a device.
+    ///
+    /// # Errors
+    /// As [`tensor`](Self::tensor).
+    pub fn unit(&mut self, layer: usize, needs: &[Need], device: &Device) -> Result<LoadedUnit> {
+        let mut tensors = HashMap::with_capacity(needs.len());
+        let mut memory = Vec::new();
+        for need in needs {
+            let decoded = self.decoded(layer, need, device)?;
+            memory.extend(Spare::takes(&decoded.tensor).then(|| decoded.tensor.clone()));
+            tensors.insert((need.role, need.expert), decoded.out_by_in()?);
+        }
+        Ok(LoadedUnit { tensors: UnitTensors::new(tensors), memory })
+    }
+
+    /// One tensor onto a device. One that is stored `[in, out]` comes as a transposed view, since products take either order: nothing
+    /// is moved.
+    ///
+    /// # Errors
+    /// The source's; a value that is not finite, by name.
+    pub fn tensor(&mut self, layer: usize, need: &Need, device: &Device) -> Result<Tensor> {
+        self.decoded(layer, need, device)?.out_by_in()
+    }
+
+    fn decoded(&mut self, layer: usize, need: &Need, device: &Device) -> Result<Decoded> {
+        let stored = self.model.stored(layer, need);
+        self.scales.clear();
+        self.meter.time(Work::Reading, || {
+            read(self.model.source, &stored.values, &mut self.values)?;
+            stored.scales.as_ref().map_or(Ok(()), |scales| read(self.model.source, scales, &mut self.scales))
+        })?;
+        let mut shape = need.shape.clone();
+        if stored.input_major {
+            shape.reverse();
+        }
+        let encoded = encoded(&stored, &self.values, &self.scales, &shape);
+        let name = &stored.values.entry.name;
+        let decode = || self.spare.decode(&encoded, &shape, self.compute, device, name);
+        let tensor = self.meter.time(Work::Decoding, decode)?;
+        Ok(Decoded { tensor, input_major: stored.input_major })
+    }
+
+    /// Some rows of a stored matrix of plain floats, onto a device.
+    ///
+    /// # Errors
+    /// As [`tensor`](Self::tensor).
+    pub fn rows(&mut self, stored: &Stored<'_>, rows: &Range<usize>, device: &Device) -> Result<Tensor> {
+        let mut bytes = std::mem::take(&mut self.values);
+        self.meter.time(Work::Reading, || read(self.model.source, &rows_of(stored, rows), &mut bytes))?;
+        let decoded = self.decode_rows(stored, rows, &bytes, device);
+        self.values = bytes;
+        decoded
+    }
+
+    /// The same from bytes that were read before.
+    ///
+    /// # Errors
+    /// A value that is not finite, by name.
+    pub fn decode_rows(
+        &self,
+        stored: &Stored<'_>,
+        rows: &Range<usize>,
+        bytes: &[u8],
+        device: &Device,
+    ) -> Result<Tensor> {
+        let entry = stored.values.entry;
+        let encoded = Encoded::Plain { dtype: &entry.dtype, bytes };
+        let shape = [rows.len(), entry.shape[1] as usize];
+        self.meter.time(Work::Decoding, || self.spare.decode(&encoded, &shape, self.compute, device, &entry.name))
+    }
+}
+
+/// A tensor as it is stored.
+struct Decoded {
+    tensor: Tensor,
+    input_major: bool,
+}
+
+impl Decoded {
+    fn out_by_in(self) -> Result<Tensor> {
+        Ok(if self.input_major { self.tensor.t()? } else { self.tensor })
+    }
+}
+
+/// Some rows of a stored matrix, as stored.
+pub fn rows_of<'a>(stored: &Stored<'a>, rows: &Range<usize>) -> Piece<'a> {
+    let entry = stored.values.entry;
+    let row_bytes = entry.len / entry.shape[0];
+    Piece { entry, range: rows.start as u64 * row_bytes..rows.end as u64 * row_bytes }
+}
+
+/// Fills `into` with the bytes of a piece.
+///
+/// # Errors
+/// The source's.
+pub fn read(source: &dyn WeightSource, piece: &Piece<'_>, into: &mut Vec<u8>) -> Result<()> {
+    into.resize((piece.range.end - piece.range.start) as usize, 0);
+    source.read(piece.entry, piece.range.clone(), into)
+}
+
+fn encoded<'b>(stored: &'b Stored<'_>, values: &'b [u8], scales: &'b [u8], shape: &[usize]) -> Encoded<'b> {
+    let dtype = &stored.values.entry.dtype;
+    match stored.format {
+        Format::Plain => Encoded::Plain { dtype, bytes: values },
+        Format::Fp8Blocks { block } => Encoded::Fp8Blocks {
+            bytes: values,
+            scales,
+            scale_dtype: stored.scales.as_ref().map_or(dtype, |piece| &piece.entry.dtype),
+            shape: [shape[0], shape[1]],
+            block,
+        },
+        Format::Mxfp4 => Encoded::Mxfp4 { blocks: values, scales },
+    }
+}
+
+/// Memory of matrices on the CPU that no computation needs any more.
+#[derive(Default)]
+pub struct Spare {
+    /// Most bytes of matrices, in use and free together; when there are more, free ones are dropped.
+    limit: u64,
+    matrices: Mutex<Matrices>,
+}
+
+#[derive(Default)]
+struct Matrices {
+    /// The longest unused first.
+    free: VecDeque<Tensor>,
+    free_bytes: u64,
+    used_bytes: u64,
+}
+
+impl Spare {
+    /// Keeps `limit` bytes at most, those in use included.
+    pub fn new(limit: u64) -> Self {
+        Self { limit, matrices: Mutex::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Matrices> {
+        self.matrices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a tensor's memory is worth keeping. Vectors may live on in blocks that hold them.
+    fn takes(tensor: &Tensor) -> bool {
+        tensor.device().is_cpu() && tensor.rank() == 2
+    }
+
+    fn decode(
+        &self,
+        encoded: &Encoded<'_>,
+        shape: &[usize],
+        compute: DType,
+        device: &Device,
+        name: &str,
+    ) -> Result<Tensor> {
+        let free = (device.is_cpu() && shape.len() == 2).then(|| self.take(shape, compute)).flatten();
+        match free {
+            Some(tensor) => dtype::decode_into(encoded, &tensor, name).map(|()| tensor),
+            None => dtype::decode(encoded, shape, compute, device, name),
+        }
+    }
+
+    /// A free matrix; without one, room is made for a new one.
+    fn take(&self, shape: &[usize], compute: DType) -> Option<Tensor> {
+        let mut matrices = self.lock();
+        let bytes = (shape[0] * shape[1] * compute.size_in_bytes()) as u64;
+        matrices.used_bytes += bytes;
+        let found = matrices.free.iter().position(|free| free.dims() == shape && free.dtype() == compute);
+        if let Some(at) = found {
+            matrices.free_bytes -= bytes;
+            return matrices.free.remove(at);
+        }
+        matrices.keep_within(self.limit);
+        None
+    }
+
+    /// Takes back what [`LoadedUnit::memory`] names. None of it may still be in use, nor any view of it: it will be overwritten.
+    pub fn give_back(&self, memory: impl IntoIterator<Item = Tensor>) {
+        let mut matrices = self.lock();
+        for tensor in memory.into_iter().filter(Self::takes) {
+            let bytes = bytes_of(&tensor);
+            matrices.used_bytes = matrices.used_bytes.saturating_sub(bytes);
+            matrices.free_bytes += bytes;
+            matrices.free.push_back(tensor);
+        }
+        matrices.keep_within(self.limit);
+    }
+}
+
+impl Matrices {
+    fn keep_within(&mut self, limit: u64) {
+        while self.used_bytes + self.free_bytes > limit {
+            let Some(oldest) = self.free.pop_front() else { return };
+            self.free_bytes -= bytes_of(&oldest);
+        }
+    }
+}
+
+fn bytes_of(tensor: &Tensor) -> u64 {
+    (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::safetensors::StoredDtype;
+
+    fn decoded(spare: &Spare, values: &[f32], shape: &[usize]) -> Tensor {
+        let encoded = Encoded::Plain { dtype: &StoredDtype::F32, bytes: bytemuck::cast_slice(values) };
+        spare.decode(&encoded, shape, DType::F32, &Device::Cpu, "t").unwrap()
+    }
+
+    #[test]
+    fn memory_is_used_again_for_the_same_shape_alone() {
+        let spare = Spare::new(1 << 20);
+        let first = decoded(&spare, &[1.0, 2.0, 3.0, 4.0], &[2, 2]);
+        let id = first.id();
+        spare.give_back([first]);
+        assert_ne!(decoded(&spare, &[1.0, 2.0, 3.0, 4.0], &[1, 4]).id(), id);
+        let again = decoded(&spare, &[5.0, 6.0, 7.0, 8.0], &[2, 2]);
+        assert_eq!(again.id(), id);
+        assert_eq!(again.to_vec2::<f32>().unwrap(), [[5.0, 6.0], [7.0, 8.0]]);
+    }
+
+    #[test]
+    fn no_more_is_kept_than_allowed() {
+        let spare = Spare::new(40);
+        let tensors: Vec<Tensor> = (0..3).map(|_| decoded(&spare, &[1.0; 4], &[2, 2])).collect();
+        spare.give_back(tensors);
+        let matrices = spare.lock();
+        assert_eq!((matrices.free_bytes, matrices.used_bytes, matrices.free.len()), (32, 0, 2));
+    }
+}
