@@ -5,9 +5,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use outliers_protocol::{Failure, FailureKind, Inspection, SCHEMA, VersionInfo};
+use outliers_protocol::{Failure, FailureKind, Inspection, SCHEMA, VersionInfo, Weights};
 use serde::Serialize;
 
+use crate::bench::run::RunTable;
 use crate::budget::StreamBudget;
 use crate::cli::{Bench, Cli, Command, HubArgs, JobArgs, read_job};
 use crate::device;
@@ -106,6 +107,7 @@ fn dispatch(cli: Cli) -> Result<()> {
         }
         Command::Bench { what } => match what {
             Bench::Memory { hidden, layers } => print_table(&bench::memory(hidden, &layers)?, cli.json),
+            Bench::Run { options } => print_table(&bench_run(*options, &hub)?, cli.json),
             Bench::Decode { values, rounds } => print_table(&bench::decode::decode(values, rounds)?, cli.json),
         },
         Command::Version => version(cli.json),
@@ -132,6 +134,17 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
     let micro_batch_tokens = job.micro_batch_tokens;
     let run = PlannedRun { sequences, tokens, compute, micro_batch_tokens, group_elements };
     Ok(inspect::inspect(job.model.name(), &checkpoint, &model, run))
+}
+
+fn bench_run(options: JobArgs, hub: &Hub) -> Result<RunTable> {
+    let mut job = options.job()?;
+    job.weights.get_or_insert(Weights::Synthetic { seed: 1 });
+    let sequences = job.corpus.num_sequences.unwrap_or(4);
+    let tokens = job.corpus.sequence_length.unwrap_or(512);
+    if sequences == 0 || tokens == 0 {
+        return Err(WorkerError::job("a run needs a sequence and a token at least"));
+    }
+    bench::run::run(&job, sequences, tokens, hub)
 }
 
 fn version(json: bool) {

@@ -1,13 +1,15 @@
 //! Measurements of the worker on this machine.
 //!
-//! [`memory()`] starts a process for each run, since peak memory is a process's; [`decode`] measures within this one.
+//! [`memory()`] starts a process for each run, since peak memory is a process's; [`decode`] and [`run`] measure within this one.
 
 pub mod decode;
+pub mod run;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use half::bf16;
 use outliers_protocol::{Metadata, files};
@@ -17,6 +19,23 @@ use serde_json::json;
 use crate::arch::{self, Architecture};
 use crate::error::{Result, WorkerError};
 use crate::safetensors::{StoredDtype, TensorSpec, Writer};
+
+/// Thousand millions per second.
+fn giga(amount: usize, seconds: f64) -> f64 {
+    amount as f64 / seconds / 1e9
+}
+
+/// Seconds of the fastest round, after one that warms up.
+fn fastest(rounds: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    work()?;
+    let mut best = f64::INFINITY;
+    for _ in 0..rounds.max(1) {
+        let start = Instant::now();
+        work()?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(best)
+}
 
 /// What [`memory`] measured.
 #[derive(Clone, Debug, Serialize)]

@@ -120,6 +120,13 @@ pub enum Bench {
         #[arg(long, value_delimiter = ',', default_values_t = [4, 16, 64])]
         layers: Vec<usize>,
     },
+    /// A whole run over made-up token ids and, unless --weights says otherwise, made-up weights, beside what this machine can do at
+    /// best in each kind of work. Needs nothing of the model but its config.json.
+    Run {
+        /// The job; of the text only --num-sequences [default: 4] and --sequence-length [default: 512].
+        #[command(flatten)]
+        options: Box<JobArgs>,
+    },
     /// How fast each stored format becomes values, beside copying and reading the same memory.
     ///
     /// Decoding is done where it approaches the speed of a copy: no arithmetic can be faster than the memory it reads and

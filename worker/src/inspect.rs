@@ -101,7 +101,7 @@ pub fn active_parameters(spec: &DecoderSpec) -> u64 {
 }
 
 /// Floating-point operations: two per active parameter and token, and four per head value and visible key.
-fn flops(spec: &DecoderSpec, run: PlannedRun) -> f64 {
+pub(crate) fn flops(spec: &DecoderSpec, run: PlannedRun) -> f64 {
     let tokens = (run.sequences * run.tokens) as f64;
     let pairs = run.sequences as f64 * run.tokens as f64 * (run.tokens as f64 + 1.0) / 2.0;
     // Per visible pair of tokens and head: the product of query and key, and the weighted value.

@@ -2,13 +2,13 @@
 
 use std::fmt;
 use std::hint::black_box;
-use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::{fastest, giga};
 use crate::dtype::{self, Encoded};
 use crate::error::{Result, WorkerError};
 use crate::safetensors::StoredDtype;
@@ -110,22 +110,6 @@ pub fn decode(values: usize, rounds: usize) -> Result<DecodeTable> {
     }
     let threads = rayon::current_num_threads();
     Ok(DecodeTable { values, threads, copy_gb_per_second, read_gb_per_second, rows })
-}
-
-fn giga(amount: usize, seconds: f64) -> f64 {
-    amount as f64 / seconds / 1e9
-}
-
-/// Seconds of the fastest round, after one that warms up.
-fn fastest(rounds: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
-    work()?;
-    let mut best = f64::INFINITY;
-    for _ in 0..rounds.max(1) {
-        let start = Instant::now();
-        work()?;
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    Ok(best)
 }
 
 /// GB/s of copying `bytes` (read and written) and of reading them, with all threads and in memory that is there.

@@ -1,0 +1,292 @@
+//! A whole run over made-up weights, beside what this machine can do at best: where it falls short, the table says in which kind of work.
+
+use std::fmt;
+use std::hint::black_box;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use outliers_protocol::{CorpusProvenance, JobSpec};
+use serde::Serialize;
+
+use super::decode::{self, DecodeTable};
+use super::{fastest, giga};
+use crate::budget::StreamBudget;
+use crate::corpus::Tokens;
+use crate::device;
+use crate::error::Result;
+use crate::ffn::{ExpertRows, Routing};
+use crate::hub::Hub;
+use crate::inspect::{self, PlannedRun};
+use crate::meter::{Meter, Work};
+use crate::model::Model;
+use crate::progress::ProgressSink;
+use crate::run;
+use crate::safetensors::StoredDtype;
+use crate::stats::{Observer, Scope, Site, Study};
+use crate::stream::Pass;
+
+/// Rows and columns of the matrices that show what products can reach.
+const SQUARE: usize = 2048;
+/// Values decoded to show what decoding can reach.
+const DECODED: usize = 1 << 24;
+/// Bytes read to show what the source can reach.
+const READ: u64 = 256 << 20;
+/// Repetitions of everything that shows a ceiling.
+const ROUNDS: usize = 3;
+
+/// What [`run`](fn@run) measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunTable {
+    /// As typed.
+    pub model: String,
+    /// Layers run.
+    pub layers: usize,
+    /// Tokens run.
+    pub tokens: usize,
+    /// Dtype of the pass.
+    pub compute: String,
+    /// Threads.
+    pub threads: usize,
+    /// Stored bytes that were read.
+    pub weight_bytes: u64,
+    /// Floating-point operations, by count.
+    pub flops: f64,
+    /// Wall seconds.
+    pub seconds: f64,
+    /// Of those, seconds in which the computing thread waited for weights.
+    pub waiting_seconds: f64,
+    /// Peak resident memory of this process so far, bytes.
+    pub peak_memory_bytes: Option<u64>,
+    /// Kinds of work, and all of it.
+    pub rows: Vec<RunRow>,
+}
+
+/// One kind of work.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunRow {
+    /// Which.
+    pub work: &'static str,
+    /// Of the rates: GB/s or GFLOP/s.
+    pub unit: &'static str,
+    /// Seconds spent on it. Reading and decoding happen beside computing.
+    pub seconds: f64,
+    /// Rate reached in the run.
+    pub achieved: f64,
+    /// Rate of the same work alone.
+    pub ceiling: f64,
+    /// One over the other.
+    pub share: f64,
+}
+
+impl RunRow {
+    /// `amount` in thousand millions of the unit.
+    fn new(work: &'static str, unit: &'static str, amount: f64, seconds: f64, ceiling: f64) -> Self {
+        let achieved = amount / seconds.max(1e-9);
+        Self { work, unit, seconds, achieved, ceiling, share: achieved / ceiling }
+    }
+}
+
+impl fmt::Display for RunTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gb = |bytes: u64| bytes as f64 / 1e9;
+        writeln!(
+            f,
+            "{}: {} layers, {} tokens, {} on {} threads; {:.2} GB of weights, {:.3} TFLOP",
+            self.model,
+            self.layers,
+            self.tokens,
+            self.compute,
+            self.threads,
+            gb(self.weight_bytes),
+            self.flops / 1e12
+        )?;
+        writeln!(f, "{:<14} {:>9} {:>10} {:>10} {:<8} {:>7}", "work", "seconds", "achieved", "alone", "", "share")?;
+        for r in &self.rows {
+            let (achieved, ceiling, share) = (r.achieved, r.ceiling, 100.0 * r.share);
+            let (work, unit, seconds) = (r.work, r.unit, r.seconds);
+            writeln!(f, "{work:<14} {seconds:>9.2} {achieved:>10.2} {ceiling:>10.2} {unit:<8} {share:>6.0}%")?;
+        }
+        let waited = 100.0 * self.waiting_seconds / self.seconds.max(1e-9);
+        write!(f, "{:.2} s in all, {waited:.0} % of it waiting for weights", self.seconds)?;
+        match self.peak_memory_bytes {
+            Some(peak) => writeln!(f, "; peak memory {:.2} GB", gb(peak)),
+            None => writeln!(f),
+        }
+    }
+}
+
+/// Runs `job`'s model over made-up token ids, then measures each kind of work alone.
+///
+/// # Errors
+/// The model's, the source's, the device's.
+pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<RunTable> {
+    let devices = device::open(&job.devices)?;
+    let compute = device::compute_dtype(job.precision, &devices);
+    let budget = StreamBudget::new(job.stream_budget_bytes);
+    let progress = ProgressSink::silent();
+    let checkpoint = run::checkpoint(job, budget, hub, &progress)?;
+    let source = &*checkpoint.weights;
+    let model = Model::open(&checkpoint.config, source, job.layers)?;
+    let spec = &model.spec;
+    let tokens = made_up(spec.vocab, sequences, tokens);
+    let (meter, group_elements) = (Meter::default(), budget.group_elements(compute));
+    let (micro_batch_tokens, with_head) = (job.micro_batch_tokens, job.layers.is_none());
+    let pass = Pass {
+        model: &model,
+        tokens: &tokens,
+        compute,
+        devices: &devices,
+        micro_batch_tokens,
+        with_head,
+        group_elements,
+        progress: &progress,
+        meter: &meter,
+    };
+    let study = Study::new(Scope::new(job, spec, &tokens), job.thresholds.magnitude);
+    let mut watched = Watched { study, seconds: 0.0, bytes: 0 };
+    let start = Instant::now();
+    pass.run(&mut [&mut watched], None)?;
+    let seconds = start.elapsed().as_secs_f64();
+    let peak_memory_bytes = run::peak_memory();
+
+    let weight_bytes = source.bytes_read();
+    let planned = PlannedRun { sequences, tokens: tokens.tokens, compute, micro_batch_tokens, group_elements };
+    let flops = inspect::flops(spec, planned);
+    let products = products(compute, &devices[0].device)?;
+    let computing = meter.seconds(Work::Computing) - watched.seconds;
+    let giga_bytes = weight_bytes as f64 / 1e9;
+    let statistics = watched.alone(spec.hidden, &tokens, compute, &devices[0].device)?;
+    let (reading, decoding) = (meter.seconds(Work::Reading), meter.seconds(Work::Decoding));
+    let rows = vec![
+        RunRow::new("reading", "GB/s", giga_bytes, reading, reading_alone(&model)?),
+        RunRow::new("decoding", "GB/s", giga_bytes, decoding, decoding_alone(&model, compute)?),
+        RunRow::new("layers, head", "GFLOP/s", flops / 1e9, computing, products),
+        RunRow::new("statistics", "GB/s", watched.bytes as f64 / 1e9, watched.seconds, statistics),
+        RunRow::new("whole run", "GFLOP/s", flops / 1e9, seconds, products),
+    ];
+    Ok(RunTable {
+        model: job.model_name().to_owned(),
+        layers: spec.layers.len(),
+        tokens: tokens.ids.len(),
+        compute: compute.as_str().to_owned(),
+        threads: rayon::current_num_threads(),
+        weight_bytes,
+        flops,
+        seconds,
+        waiting_seconds: meter.seconds(Work::Waiting),
+        peak_memory_bytes,
+        rows,
+    })
+}
+
+/// Ids from all over the vocabulary.
+fn made_up(vocab: usize, sequences: usize, tokens: usize) -> Tokens {
+    let ids = (0..sequences * tokens).map(|i| (i.wrapping_mul(7919) % vocab) as i64).collect();
+    let provenance = CorpusProvenance {
+        source: "made-up token ids".to_owned(),
+        sha256: String::new(),
+        token_ids_sha256: String::new(),
+        sequences,
+        tokens_per_sequence: tokens,
+        tokens_available: sequences * tokens,
+    };
+    Tokens { ids, sequences, tokens, provenance, tokenizer: None }
+}
+
+/// A study, and how long it takes.
+struct Watched {
+    study: Study,
+    seconds: f64,
+    bytes: u64,
+}
+
+impl Watched {
+    fn time(&mut self, what: impl FnOnce(&mut Study) -> Result<()>) -> Result<()> {
+        let start = Instant::now();
+        let result = what(&mut self.study);
+        self.seconds += start.elapsed().as_secs_f64();
+        result
+    }
+
+    /// GB/s of the same statistics with nothing beside them.
+    fn alone(&self, hidden: usize, tokens: &Tokens, compute: DType, device: &Device) -> Result<f64> {
+        let x = Tensor::randn(0f32, 1f32, (tokens.tokens, hidden), device)?.to_dtype(compute)?;
+        let site = self.study.outliers().sites()[0];
+        let mut study = self.study.clone();
+        let seconds = fastest(ROUNDS, || study.observe(site, 0, &x))?;
+        Ok(giga(x.elem_count() * compute.size_in_bytes(), seconds))
+    }
+}
+
+impl Observer for Watched {
+    fn wants(&self, site: Site) -> bool {
+        self.study.wants(site)
+    }
+
+    fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
+        self.bytes += (x.elem_count() * x.dtype().size_in_bytes()) as u64;
+        self.time(|study| study.observe(site, first_token, x))
+    }
+
+    fn gain(&mut self, site: Site, gain: &Tensor) -> Result<()> {
+        self.study.gain(site, gain)
+    }
+
+    fn expert(&mut self, layer: usize, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
+        self.time(|study| study.expert(layer, expert, first_token, rows))
+    }
+
+    fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
+        self.time(|study| study.routing(layer, first_token, routing))
+    }
+}
+
+/// GFLOP/s of products of large square matrices.
+fn products(compute: DType, device: &Device) -> Result<f64> {
+    let matrix = || Tensor::randn(0f32, 1f32, (SQUARE, SQUARE), device)?.to_dtype(compute);
+    let (a, b) = (matrix()?, matrix()?);
+    let seconds = fastest(ROUNDS, || {
+        black_box(a.matmul(&b.t()?)?);
+        device.synchronize().map_err(Into::into)
+    })?;
+    Ok(giga(2 * SQUARE * SQUARE * SQUARE, seconds))
+}
+
+/// GB/s of the source, read in the order of the pass.
+fn reading_alone(model: &Model<'_>) -> Result<f64> {
+    let needs = model.spec.needs();
+    let mut bytes = Vec::new();
+    let (mut read, start) = (0, Instant::now());
+    for (layer, need) in &needs {
+        for piece in model.stored(*layer, need).pieces() {
+            crate::loader::read(model.source, piece, &mut bytes)?;
+            read += bytes.len() as u64;
+        }
+        if read >= READ {
+            break;
+        }
+    }
+    Ok(giga(read as usize, start.elapsed().as_secs_f64()))
+}
+
+/// GB/s of stored bytes of the model's formats, each by its share of the bytes.
+fn decoding_alone(model: &Model<'_>, compute: DType) -> Result<f64> {
+    let DecodeTable { rows, .. } = decode::decode(DECODED, ROUNDS)?;
+    let into = if compute == DType::F32 { "f32" } else { "bf16" };
+    let rate = |stored: &str| rows.iter().find(|r| r.stored.starts_with(stored) && r.into == into);
+    let (mut bytes, mut seconds) = (0.0, 0.0);
+    for (dtype, len) in model.stored_dtypes() {
+        let stored = match StoredDtype::from_name(&dtype) {
+            StoredDtype::F8E4M3 => "FP8",
+            StoredDtype::U8 => "MXFP4",
+            StoredDtype::F32 => "F32",
+            StoredDtype::F16 => "F16",
+            _ => "BF16",
+        };
+        if let Some(row) = rate(stored) {
+            bytes += len as f64;
+            seconds += len as f64 / row.stored_gb_per_second;
+        }
+    }
+    Ok(bytes / seconds.max(1e-9))
+}
