@@ -202,7 +202,8 @@ impl Context {
             ssh_port: cloud.ssh_port,
         };
         let broker = Arc::from((cloud.kind.connect)(access));
-        Ok(Cloud { broker, patience: Patience::CLOUD, is_local: false })
+        let listing_interval = cloud.listing_interval.unwrap_or(Patience::CLOUD.listing_interval);
+        Ok(Cloud { broker, patience: Patience { listing_interval, ..Patience::CLOUD }, is_local: false })
     }
 
     fn explain(&self) -> Option<Explain> {

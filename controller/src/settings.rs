@@ -138,6 +138,8 @@ pub struct CloudSettings {
     pub ssh_user: Option<String>,
     /// Where their SSH servers listen, where the cloud does not say.
     pub ssh_port: Option<u16>,
+    /// Between two looks at its list while something is waited for.
+    pub listing_interval: Option<Duration>,
 }
 
 /// A settings' file. Every field may be missing; one that is not known is an error.
@@ -169,6 +171,7 @@ struct BrokerSection {
     image: Option<String>,
     ssh_user: Option<String>,
     ssh_port: Option<u16>,
+    listing_interval: Option<Span>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -272,6 +275,7 @@ fn clouds(
             image: section.image.unwrap_or_else(|| kind.image.to_owned()),
             ssh_user: section.ssh_user,
             ssh_port: section.ssh_port,
+            listing_interval: section.listing_interval.map(|span| span.0),
         })
     };
     Ok(CLOUDS.iter().copied().filter_map(resolve).collect())

@@ -14,6 +14,8 @@ use outliers_tests::golden::{assert_activations_equal, assert_statistics_equal};
 use outliers_tests::programs::golden;
 use outliers_tests::sshd::Sshd;
 
+mod kills;
+
 const FIXTURE: &str = "olmoe-bf16";
 
 /// A desk on which only these clouds are known.
@@ -62,7 +64,11 @@ impl Place {
     }
 
     /// Deploys a fixture that is uploaded, on whatever has an A100.
-    fn deploy(&self, more: &[&str]) -> Said {
+    fn deploy(&self) -> Said {
+        self.desk.run(Self::deployment())
+    }
+
+    fn deployment() -> Vec<String> {
         let folder = golden(FIXTURE);
         let text = |path: &Path| path.to_str().unwrap().to_owned();
         let (model, ids) = (text(&folder.join("model")), text(&folder.join("golden.safetensors")));
@@ -88,7 +94,7 @@ impl Place {
             "-y",
             "--json",
         ];
-        self.desk.run(usual.into_iter().chain(rest).chain(more.iter().copied()))
+        usual.into_iter().chain(rest).map(str::to_owned).collect()
     }
 
     /// Two A100s of which the first cannot be had, then the same results as anywhere, and nothing left.
@@ -103,7 +109,7 @@ impl Place {
             world.shown_after = 1;
             world.fail(Op::Create, How::Refuse(Refusal::NoCapacity));
         }
-        let said = self.deploy(&[]).ok();
+        let said = self.deploy().ok();
         let deployed: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
         let events: Vec<&str> = deployed["run"]["events"]
             .as_array()

@@ -15,7 +15,7 @@ use outliers::http::{Explain, Http, Limits};
 use outliers::secret::Secret;
 use tokio::sync::oneshot;
 
-use crate::{Answer, Dialect, Fault, How, Op, Refusal, Request, World};
+use crate::{Answer, Dialect, Fault, How, Moment, Op, Refusal, Request, World};
 
 /// The key that every fake cloud takes.
 pub const KEY: &str = "sk-fake-3f9c61d2b7a84e05";
@@ -125,13 +125,16 @@ impl Shared {
         request.op = self.dialect.operation(&request);
         let world = &mut *self.lock();
         world.requests.push(request.clone());
+        tell(world, world.requests.len(), Moment::Arrived);
         let Some(op) = request.op else {
             return (self.dialect.refuse(&Refusal::NotFound, Op::Get), None);
         };
-        match world.take_fault(op) {
+        let answered = match world.take_fault(op) {
             Some(fault) => self.go_wrong(world, &request, op, &fault),
             None => (self.proper(world, &request, op), None),
-        }
+        };
+        tell(world, world.requests.len(), Moment::Applied);
+        answered
     }
 
     fn proper(&self, world: &mut World, request: &Request, op: Op) -> Answer {
@@ -165,6 +168,12 @@ impl Shared {
                 (Answer::text(400, &format!("cannot parse the request: Authorization: {said}")), None)
             }
         }
+    }
+}
+
+fn tell(world: &World, number: usize, moment: Moment) {
+    if let Some(watch) = &world.watch {
+        watch(number, moment);
     }
 }
 
@@ -203,6 +212,12 @@ async fn serve(State(shared): State<Arc<Shared>>, request: axum::extract::Reques
         op: None,
     };
     let (answer, loss) = shared.answer(request);
+    let number = shared.lock().requests.len();
+    tokio::spawn(async move {
+        // The answer leaves first.
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        tell(&shared.lock(), number, Moment::Answered);
+    });
     if matches!(loss, Some(Loss::Whole)) {
         return futures::future::pending().await;
     }

@@ -219,6 +219,20 @@ pub struct Rented {
     pub machine: Box<dyn Any + Send>,
 }
 
+/// How far a request has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// It is here, and nothing has happened.
+    Arrived,
+    /// What it asks for has happened, and nothing was said.
+    Applied,
+    /// The answer is on its way.
+    Answered,
+}
+
+/// Hears of requests.
+pub type Watch = Arc<dyn Fn(usize, Moment) + Send + Sync>;
+
 /// Makes the machine behind an instance.
 pub type Host = Arc<dyn Fn(&FakeInstance) -> Rented + Send + Sync>;
 
@@ -250,6 +264,8 @@ pub struct World {
     pub funds: bool,
     /// Real machines instead of addresses of which nobody answers.
     pub host: Option<Host>,
+    /// Is told of every request, by its number from 1 on, as it goes through the cloud.
+    pub watch: Option<Watch>,
     machines: BTreeMap<String, Box<dyn Any + Send>>,
     made: u64,
 }
@@ -276,6 +292,7 @@ impl Default for World {
             lingers: 0,
             funds: true,
             host: None,
+            watch: None,
             machines: BTreeMap::new(),
             made: 0,
         }

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Kills the real controller at N points of a deploy to a fake cloud, and runs the same command again.
+#     tests/kills.sh 200
+set -euo pipefail
+cd "$(dirname "$0")/.."
+OUTLIERS_KILLS=${1:-200} exec cargo test --locked --workspace --test outliers -- clouds::kills --nocapture

@@ -1,0 +1,135 @@
+//! kill -9 of the real controller, at every request to a cloud and at moments between them; then the same command once more.
+//!
+//! The cloud is a fake over real HTTP, with a bill; the instances are real OpenSSH servers, the ledger and the results real files.
+//! `tests/kills.sh N` strikes at N points.
+
+use std::process::Child;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use outliers_clouds::Moment;
+
+use super::*;
+
+/// Without being asked for more.
+const POINTS: usize = 12;
+const MOMENTS: [Moment; 3] = [Moment::Arrived, Moment::Applied, Moment::Answered];
+
+/// Where the controller dies.
+#[derive(Clone, Copy, Debug)]
+enum Point {
+    /// At the n-th request to the cloud, from 1 on.
+    Request(usize, Moment),
+    /// After this part of the time that a run takes.
+    Time(f64),
+}
+
+/// Moments of requests, then times between them: half of each, or every moment of every request and the rest times.
+fn points(count: usize, requests: usize) -> Vec<Point> {
+    let all: Vec<Point> =
+        (1..=requests).flat_map(|number| MOMENTS.map(|moment| Point::Request(number, moment))).collect();
+    let kept = all.len().min(count.div_ceil(2));
+    let times = count - kept;
+    let of_requests = (0..kept).map(|i| all[i * all.len() / kept]);
+    of_requests.chain((0..times).map(|i| Point::Time((i as f64 + 0.5) / times as f64))).collect()
+}
+
+/// A cloud of its own with one place that uses it; `None` on a machine without an SSH server.
+fn scene() -> Option<(FakeCloud, Place)> {
+    let cloud = FakeCloud::start(RunPod::default());
+    let place = Place::with_settings(&[&cloud], "listing-interval = \"1s\"\n");
+    cloud.world().stock = vec![Stock { left: 9, ..Stock::plain("1001", Gpu::A100, 1, 1.5) }];
+    cloud.world().shown_after = 1;
+    place.host(&cloud)?;
+    Some((cloud, place))
+}
+
+/// Starts a deploy that dies when its `at`-th request has come so far.
+fn start_to_die_at(place: &Place, cloud: &FakeCloud, at: usize, when: Moment) -> Child {
+    let (aim, struck) = (Arc::new(AtomicUsize::new(0)), AtomicBool::new(false));
+    let target = aim.clone();
+    // Nobody is answered before the aim is taken.
+    let mut world = cloud.world();
+    world.watch = Some(Arc::new(move |number, moment| {
+        if (number, moment) == (at, when) && !struck.swap(true, Ordering::SeqCst) {
+            kill(aim.load(Ordering::SeqCst));
+        }
+    }));
+    let controller = place.desk.start(Place::deployment());
+    target.store(controller.id() as usize, Ordering::SeqCst);
+    drop(world);
+    controller
+}
+
+/// One point: whether the controller was still there to be struck.
+fn strike(point: Point, whole: Duration) -> bool {
+    let (cloud, place) = scene().expect("there was a server a moment ago");
+    let mut controller = match point {
+        Point::Request(number, moment) => start_to_die_at(&place, &cloud, number, moment),
+        Point::Time(share) => {
+            let controller = place.desk.start(Place::deployment());
+            std::thread::sleep(whole.mul_f64(share));
+            kill(controller.id() as usize);
+            controller
+        }
+    };
+    let died = controller.wait().expect("it was started here").code().is_none();
+    cloud.world().watch = None;
+    let what = format!("{point:?}");
+    let again = place.desk.run(Place::deployment());
+    assert_eq!(again.code, Some(0), "{what}: {again:?}");
+    agreed(&cloud, &place, &what);
+    died
+}
+
+/// The closing assertion: nothing bills, every run is closed with whole results or a named loss, the cloud's list holds nothing.
+fn agreed(cloud: &FakeCloud, place: &Place, what: &str) {
+    nothing_left(cloud);
+    let world = cloud.world();
+    assert!(world.keys.is_empty(), "{what}: the account's keys are as before");
+    assert!(world.instances.len() <= 2, "{what}: {} instances", world.instances.len());
+    drop(world);
+    let runs = place.desk.json(&["runs", "list"]);
+    let mut whole = 0;
+    for run in runs["runs"].as_array().expect("a list") {
+        assert_eq!(run["state"]["state"], "closed", "{what}: {run:#}");
+        let is_whole = run["state"]["results"]["complete"] == true;
+        whole += usize::from(is_whole);
+        assert!(is_whole || run["state"]["loss"].is_string(), "{what}: lost without a word: {run:#}");
+        if is_whole {
+            let folder = Path::new(run["state"]["results"]["folder"].as_str().expect("a path"));
+            let results = std::fs::read(folder.join(files::RESULTS)).expect("whole results are there");
+            let results = serde_json::from_slice(&results).expect("results");
+            assert_statistics_equal(&golden(FIXTURE).join("outliers.json"), &results);
+        }
+    }
+    assert!(whole >= 1, "{what}: {runs:#}");
+    let listed = place.desk.json(&["instances", "list", "--broker", "runpod"]);
+    assert_eq!(listed["instances"].as_array().map(Vec::len), Some(0), "{what}: {listed:#}");
+}
+
+fn kill(pid: usize) {
+    let _ = std::process::Command::new("kill").args(["-9", &pid.to_string()]).status();
+}
+
+#[test]
+fn killed_at_any_point_the_real_controller_leaves_nothing_and_loses_nothing() {
+    let Some((cloud, place)) = scene() else { return };
+    let begun = Instant::now();
+    let _ = place.deploy().ok();
+    let (whole, requests) = (begun.elapsed(), cloud.world().requests.len());
+    drop((cloud, place));
+    let wanted = std::env::var("OUTLIERS_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(POINTS);
+    let points = points(wanted, requests);
+    let (next, died) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let strike_all = || {
+        while let Some(point) = points.get(next.fetch_add(1, Ordering::SeqCst)) {
+            died.fetch_add(usize::from(strike(*point, whole)), Ordering::SeqCst);
+        }
+    };
+    // Most of the time is waiting.
+    std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(strike_all))));
+    let (died, seconds) = (died.into_inner(), whole.as_secs_f64());
+    println!("{requests} requests in {seconds:.1} s; of {} controllers {died} died of it", points.len());
+    assert!(died * 10 >= points.len() * 7, "only {died} of {} were still there to be struck", points.len());
+}
