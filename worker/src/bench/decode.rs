@@ -123,7 +123,8 @@ fn ceilings(bytes: usize, rounds: usize) -> (f64, f64) {
     });
     let add = |sum: u64, word: &[u8; 8]| sum.wrapping_add(u64::from_le_bytes(*word));
     let read = fastest(rounds, || {
-        let sum: u64 = from.par_chunks(PIECE).map(|piece| piece.as_chunks().0.iter().fold(0, add)).sum();
+        let sums = from.par_chunks(PIECE).map(|piece| piece.as_chunks().0.iter().fold(0, add));
+        let sum = sums.reduce(|| 0, u64::wrapping_add);
         black_box(sum);
         Ok(())
     });

@@ -284,6 +284,9 @@ mod tests {
         assert_eq!(whole, bytes(&llama("bfloat16"), name, 0..100 * 64 * 2));
     }
 
+    /// Stored bytes to numbers.
+    type Widen = fn(&[u8]) -> Vec<f64>;
+
     /// Mean and root mean square of a matrix.
     fn moments(values: &[f64]) -> (f64, f64) {
         let n = values.len() as f64;
@@ -293,7 +296,7 @@ mod tests {
     #[test]
     fn numbers_are_centred_and_as_wide_as_their_inputs_ask_for() {
         let name = "model.layers.1.mlp.down_proj.weight";
-        let wide: [(&str, fn(&[u8]) -> Vec<f64>); 3] = [
+        let wide: [(&str, Widen); 3] = [
             ("float32", |b| b.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect()),
             ("float16", |b| b.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f64()).collect()),
             ("bfloat16", |b| b.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f64()).collect()),
