@@ -11,7 +11,7 @@ use russh::client::Handle;
 use russh_sftp::client::error::Error as SftpError;
 use russh_sftp::client::{Config, RawSftpSession};
 use russh_sftp::protocol::{FileAttributes, OpenFlags, Packet, StatusCode};
-use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::Limit;
@@ -59,14 +59,22 @@ impl Sftp {
                 Some(_) => {}
             }
         }
-        let config = Config { request_timeout_secs: REQUEST_LIMIT_SECS, ..Config::default() };
-        let session = RawSftpSession::new_with_config(channel.into_stream(), config);
-        match session.init().await {
-            Ok(_) => Ok(Some(Self { session, patience })),
+        match Self::over(channel.into_stream(), patience).await {
+            Ok(session) => Ok(Some(session)),
             Err(_) if handle.is_closed() => Err(fail(russh::Error::Disconnect)),
             // The server said yes and started something that speaks no SFTP, or nothing at all.
             Err(_) => Ok(None),
         }
+    }
+
+    async fn over(
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        patience: Duration,
+    ) -> Result<Self, SftpError> {
+        let config = Config { request_timeout_secs: REQUEST_LIMIT_SECS, ..Config::default() };
+        let session = RawSftpSession::new_with_config(stream, config);
+        session.init().await?;
+        Ok(Self { session, patience })
     }
 
     /// Renames over an existing file; `false` when the server cannot.
@@ -299,4 +307,50 @@ fn wrong(path: &str, error: &SftpError) -> TransportError {
         other => other.to_string(),
     };
     TransportError::new(kind, format!("{path}: {}", clean(what.as_bytes(), 200)))
+}
+
+#[cfg(test)]
+mod tests {
+    use russh_sftp::protocol::{Attrs, Data, Handle, Status};
+    use russh_sftp::server;
+
+    use super::*;
+
+    /// A server whose file is as long as a file can be.
+    struct Endless;
+
+    impl server::Handler for Endless {
+        type Error = StatusCode;
+
+        fn unimplemented(&self) -> StatusCode {
+            StatusCode::OpUnsupported
+        }
+
+        async fn lstat(&mut self, id: u32, _: String) -> Result<Attrs, StatusCode> {
+            Ok(Attrs { id, attrs: FileAttributes { size: Some(u64::MAX), ..FileAttributes::empty() } })
+        }
+
+        async fn open(&mut self, id: u32, _: String, _: OpenFlags, _: FileAttributes) -> Result<Handle, StatusCode> {
+            Ok(Handle { id, handle: "1".to_owned() })
+        }
+
+        async fn read(&mut self, id: u32, _: String, _: u64, len: u32) -> Result<Data, StatusCode> {
+            Ok(Data { id, data: vec![0; len as usize] })
+        }
+
+        async fn close(&mut self, id: u32, _: String) -> Result<Status, StatusCode> {
+            Ok(Status { id, status_code: StatusCode::Ok, error_message: String::new(), language_tag: String::new() })
+        }
+    }
+
+    #[tokio::test]
+    async fn the_end_of_an_endless_file_is_an_end() {
+        let (ours, theirs) = tokio::io::duplex(1 << 20);
+        server::run(theirs, Endless).await;
+        let sftp = Sftp::over(ours, Duration::from_secs(20)).await.unwrap();
+        let (mut content, limit) = (Vec::new(), 16 << 10);
+        let read = sftp.download("log", u64::MAX - 100, Limit::Cut(limit), &mut content);
+        let copied = timeout(Duration::from_secs(20), read).await.expect("it ends").unwrap();
+        assert_eq!((copied, content.len()), (Some(100), 100));
+    }
 }
