@@ -165,7 +165,8 @@ impl Cursor {
             taken += line.len();
             on(HostEvent::Log(clean(line, SHOWN)));
         }
-        self.log += taken as u64;
+        // A host may claim a length close to the end of numbers.
+        self.log = self.log.saturating_add(taken as u64);
         let behind = piece.size.saturating_sub(self.log);
         if behind > MAX_LAG {
             on(HostEvent::LogSkipped(behind - TAKE));
@@ -178,7 +179,7 @@ impl Cursor {
     fn take_rest(&mut self, look: &Look, on: OnEvent<'_>) {
         if !look.log.bytes.is_empty() {
             on(HostEvent::Log(clean(&look.log.bytes, SHOWN)));
-            self.log += look.log.bytes.len() as u64;
+            self.log = self.log.saturating_add(look.log.bytes.len() as u64);
         }
         if !look.progress.bytes.is_empty() {
             on(HostEvent::BadProgress(clean(&look.progress.bytes, 200)));
@@ -255,6 +256,17 @@ mod tests {
         let events = events.into_inner().unwrap();
         assert_eq!(events[0], HostEvent::Log("one".to_owned()));
         assert_eq!(events[1], HostEvent::LogSkipped((10 << 20) - 14 - TAKE));
+    }
+
+    #[test]
+    fn a_log_of_impossible_length_is_no_panic() {
+        let mut cursor = Cursor { log: u64::MAX - TAKE, ..Cursor::default() };
+        let piece = || Piece { size: u64::MAX, bytes: [vec![b'x'; TAKE as usize], b"\n".to_vec()].concat() };
+        cursor.take_log(&piece(), &|_| {});
+        assert_eq!(cursor.log, u64::MAX);
+        let look = Look { status: JobStatus::NotStarted, pid: None, progress: Piece::default(), log: piece() };
+        cursor.take_rest(&look, &|_| {});
+        assert_eq!(cursor.log, u64::MAX);
     }
 
     proptest! {
