@@ -20,11 +20,15 @@ use crate::broker::{BrokerError, BrokerErrorKind};
 use crate::secret::Secret;
 use crate::text::clean;
 
+#[cfg(fuzzing)]
+mod answers;
 mod pace;
 mod redact;
 #[cfg(test)]
 mod tests;
 
+#[cfg(fuzzing)]
+pub use answers::Answers;
 use pace::Paces;
 use redact::Hidden;
 
@@ -135,6 +139,8 @@ pub struct Http {
     limits: Limits,
     paces: Arc<Paces>,
     explain: Option<Explain>,
+    #[cfg(fuzzing)]
+    answers: Option<Answers>,
 }
 
 impl fmt::Debug for Http {
@@ -186,7 +192,18 @@ impl Http {
         };
         let (client, fresh) = (client(usize::MAX)?, client(0)?);
         let key = key.map(|key| Hidden::new(&key));
-        Ok(Self { client, fresh, broker, base, key, limits, paces: Arc::default(), explain: None })
+        Ok(Self {
+            client,
+            fresh,
+            broker,
+            base,
+            key,
+            limits,
+            paces: Arc::default(),
+            explain: None,
+            #[cfg(fuzzing)]
+            answers: None,
+        })
     }
 
     /// At most one call per `every`, of all or of those marked with `name`.
@@ -200,6 +217,13 @@ impl Http {
     #[must_use]
     pub fn explained(self, explain: Option<Explain>) -> Self {
         Self { explain, ..self }
+    }
+
+    /// Is told these answers and speaks to nobody.
+    #[cfg(fuzzing)]
+    #[must_use]
+    pub fn answered(self, answers: Answers) -> Self {
+        Self { answers: Some(answers), ..self }
     }
 
     /// Which cloud.
@@ -267,6 +291,10 @@ impl Http {
             request = request.json(body);
         }
         self.tell(|| self.request_in_words(call));
+        #[cfg(fuzzing)]
+        if let Some(answers) = &self.answers {
+            return answers.next();
+        }
         let mut response = request.send().await.map_err(|error| self.transport_failure(&error))?;
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let mut body = Vec::new();

@@ -27,6 +27,8 @@ mod source;
 mod upload;
 
 pub use pin::HostKeyPin;
+#[cfg(fuzzing)]
+pub use sftp::read_over;
 
 use clock::Clock;
 use connect::Client;

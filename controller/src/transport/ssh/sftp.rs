@@ -309,6 +309,18 @@ fn wrong(path: &str, error: &SftpError) -> TransportError {
     TransportError::new(kind, format!("{path}: {}", clean(what.as_bytes(), 200)))
 }
 
+/// For fuzzing alone: at most `limit` bytes from `offset` of a file that a server at the other end of `stream` says it has.
+#[cfg(fuzzing)]
+pub async fn read_over(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    offset: u64,
+    limit: u64,
+) -> Result<Option<Vec<u8>>, TransportError> {
+    let sftp = Sftp::over(stream, Duration::from_secs(20)).await.map_err(|e| wrong("a file", &e))?;
+    let mut content = Vec::new();
+    Ok(sftp.download("a file", offset, Limit::Cut(limit), &mut content).await?.map(|_| content))
+}
+
 #[cfg(test)]
 mod tests {
     use russh_sftp::protocol::{Attrs, Data, Handle, Status};

@@ -1,0 +1,45 @@
+//! Answers without a server, for fuzzing alone: what a cloud might say, without the cost of saying it.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use reqwest::header::{HeaderMap, HeaderValue, RETRY_AFTER};
+
+use super::Failure;
+
+/// What is still to be said. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Answers(Arc<Mutex<VecDeque<Vec<u8>>>>);
+
+impl Answers {
+    /// Says `script` from now on, whatever was left: answers that each begin with a line `=== <status> <Retry-After>`, of which
+    /// the last part may be missing, and hold a body.
+    pub fn say(&self, script: &[u8]) {
+        let mut answers: VecDeque<Vec<u8>> = VecDeque::new();
+        for line in script.split_inclusive(|b| *b == b'\n') {
+            match answers.back_mut() {
+                Some(answer) if !line.starts_with(MARK) => answer.extend_from_slice(line),
+                _ => answers.push_back(line.to_vec()),
+            }
+        }
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = answers;
+    }
+
+    /// The next; after the last the connection breaks.
+    pub(super) fn next(&self) -> Result<(u16, HeaderMap, String), Failure> {
+        let answer = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        let answer = answer.ok_or_else(|| Failure::unknown("the connection broke".to_owned()))?;
+        let end = answer.iter().position(|b| *b == b'\n').unwrap_or(answer.len());
+        let (head, body) = answer.split_at(end);
+        let head = String::from_utf8_lossy(head.strip_prefix(MARK).unwrap_or(head)).into_owned();
+        let (status, wait) = head.split_once(' ').unwrap_or((&head, ""));
+        let mut headers = HeaderMap::new();
+        if let (false, Ok(wait)) = (wait.is_empty(), HeaderValue::from_str(wait)) {
+            headers.insert(RETRY_AFTER, wait);
+        }
+        let status = status.parse().ok().filter(|status| (100..1000).contains(status)).unwrap_or(200);
+        Ok((status, headers, String::from_utf8_lossy(body.get(1..).unwrap_or_default()).into_owned()))
+    }
+}
+
+const MARK: &[u8] = b"=== ";
