@@ -1,0 +1,11 @@
+//! What Vast.ai answers.
+
+#![no_main]
+
+use std::sync::LazyLock;
+
+use outliers_fuzz::cloud::Cloud;
+
+static CLOUD: LazyLock<Cloud> = LazyLock::new(|| Cloud::new("vast", include_bytes!("../seeds/broker_vast/offers")));
+
+libfuzzer_sys::fuzz_target!(|script: &[u8]| CLOUD.hear(script));

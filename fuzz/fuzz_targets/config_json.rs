@@ -1,0 +1,5 @@
+//! A `config.json`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|text: &[u8]| outliers_fuzz::checkpoint::config(text));

@@ -1,0 +1,75 @@
+//! Files of a published checkpoint.
+
+use outliers_worker::arch;
+use outliers_worker::decoder::{DecoderSpec, FfnSpec};
+use outliers_worker::error::WorkerError;
+use outliers_worker::safetensors::{Header, element_count};
+use outliers_worker::source::{Container, WeightMap};
+use serde_json::Value;
+
+use crate::assert_harmless;
+
+/// Tensors of which a list is made here; the largest published checkpoints have a hundred thousand.
+const MOST_TENSORS: usize = 1 << 17;
+
+/// A safetensors file: if its header is taken, the tensors tile the file, and nothing after the header was needed to know it.
+pub fn header(file: &[u8]) {
+    let len = file.len() as u64;
+    let Some(header) = good(Header::parse(file, len)) else { return };
+    let needed = Header::bytes_needed(file, len).expect("it was enough");
+    let mut end = needed;
+    for tensor in &header.tensors {
+        assert_eq!(tensor.offset, end, "{tensor:?}");
+        end += tensor.len;
+        let values = element_count(&tensor.shape).expect("it was counted");
+        assert!(tensor.dtype.size().is_none_or(|size| values * size == tensor.len), "{tensor:?}");
+        assert!(header.tensor(&tensor.name).is_some());
+    }
+    assert_eq!(end, len);
+    let alone = good(Header::parse(&file[..needed as usize], len));
+    assert_eq!(alone, Some(header), "something behind the header counts");
+}
+
+/// A `config.json`: if it is taken, the names and shapes of all its tensors can be told.
+pub fn config(text: &[u8]) {
+    let Ok(value) = serde_json::from_slice::<Value>(text) else { return };
+    let Some(architecture) = good(arch::read(&value)) else { return };
+    let (names, spec) = (architecture.family.names, architecture.spec);
+    if tensors(&spec) > MOST_TENSORS {
+        return;
+    }
+    for (layer, need) in spec.needs() {
+        let name = names.of(names.bases[0], layer, need.role, need.expert);
+        assert!(!name.contains(['{', '}']), "{name}");
+    }
+}
+
+/// About so many.
+fn tensors(spec: &DecoderSpec) -> usize {
+    let of = |ffn: &FfnSpec| match ffn {
+        FfnSpec::Dense(_) => 16,
+        FfnSpec::Moe(moe) => 16 + 6 * moe.experts,
+    };
+    spec.layers.iter().map(|layer| of(&layer.ffn)).sum()
+}
+
+/// A list of shards.
+pub fn index(text: &[u8]) {
+    for container in [Container::Safetensors, Container::Torch] {
+        let Some(map) = good(WeightMap::parse(text, container)) else { continue };
+        let files = map.files();
+        let plain = |file: &String| !file.contains(['/', '\\', '\0']) && !matches!(file.as_str(), "" | "." | "..");
+        assert!(!files.is_empty() && files.iter().all(plain), "{files:?}");
+        assert!(map.tensors().all(|(_, file)| files.iter().any(|known| known == file)));
+    }
+}
+
+fn good<T>(result: Result<T, WorkerError>) -> Option<T> {
+    let error = match result {
+        Ok(value) => return Some(value),
+        Err(error) => error,
+    };
+    assert_harmless(error.message());
+    assert!(error.message().len() < 8192, "a message of {} bytes", error.message().len());
+    None
+}

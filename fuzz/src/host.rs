@@ -1,0 +1,202 @@
+//! A rented host that says whatever it is told to.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use outliers::host::{Cursor, HostError, HostEvent, RemoteHost};
+use outliers::transport::{ExecOutput, Transport, TransportError, TransportErrorKind};
+use tokio::time::Instant;
+
+use crate::assert_harmless;
+
+/// Where it begins to speak after a login shell's greetings.
+const MARK: &[u8] = b"\n@outliers@\n";
+/// Between two answers of a script.
+const NEXT: &[u8] = b"===\n";
+/// The only run on it.
+const RUN: &str = "r1";
+
+/// Asks a host everything that can be asked, each question answered by `script` from its beginning: what a command prints or a
+/// file holds, with lines `===` between. An answer with `!` before it failed; to one with `-` there is no file.
+pub fn hear(script: &[u8]) {
+    let answered = || RemoteHost::new(Arc::new(Scripted::new(script)), "host");
+    crate::run(async {
+        if let Some(facts) = good(answered().probe().await) {
+            [&facts.os, &facts.arch, &facts.user, &facts.home].into_iter().for_each(|text| assert_harmless(text));
+            facts.gpus.iter().for_each(|gpu| assert_harmless(&gpu.name));
+        }
+        good(answered().status(RUN).await);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        good(answered().follow(RUN, &mut Cursor::default(), deadline, &check_event).await);
+        let home = tempfile::tempdir().expect("a folder");
+        let into = home.path().join(RUN);
+        if let Some(fetched) = good(answered().fetch(RUN, &into, &check_event).await) {
+            assert_eq!(names(&into), fetched.files);
+        }
+        assert!(names(home.path()).iter().all(|name| name == RUN || name == "r1.part"), "{:?}", names(home.path()));
+    });
+}
+
+/// Follows a run whose progress file and log are `text`, in one piece and in several: what is told is the same.
+pub fn follow(text: &[u8]) {
+    let whole = crate::run(followed(text, text.len()));
+    let pieces = crate::run(followed(text, text.len() / 8 + 1));
+    assert_eq!(whole, pieces, "other events in pieces");
+}
+
+async fn followed(text: &[u8], step: usize) -> Vec<String> {
+    let told = Mutex::new(Vec::new());
+    let on = |event: HostEvent| {
+        check_event(event.clone());
+        if matches!(event, HostEvent::Progress(_) | HostEvent::BadProgress(_) | HostEvent::Log(_)) {
+            told.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{event:?}"));
+        }
+    };
+    let host = RemoteHost::new(Arc::new(Growing { text: text.to_vec(), step, shown: Mutex::new(0) }), "host");
+    let deadline = Instant::now() + Duration::from_secs(3600);
+    good(host.follow(RUN, &mut Cursor::default(), deadline, &on).await).expect("this host is a good one");
+    let mut told = told.into_inner().unwrap_or_else(PoisonError::into_inner);
+    // Progress and log are two files: in which order their lines are told depends on the pieces.
+    told.sort_by_key(|event| event.starts_with("Log"));
+    told
+}
+
+fn good<T>(result: Result<T, HostError>) -> Option<T> {
+    result.inspect_err(|error| assert_harmless(&error.to_string())).ok()
+}
+
+fn check_event(event: HostEvent) {
+    match event {
+        HostEvent::Log(text) | HostEvent::BadProgress(text) => assert_harmless(&text),
+        HostEvent::Progress(progress) => progress.message.iter().for_each(|text| assert_harmless(text)),
+        _ => {}
+    }
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// Answers in turn; after the last it fails.
+struct Scripted(Mutex<VecDeque<Vec<u8>>>);
+
+impl Scripted {
+    fn new(script: &[u8]) -> Self {
+        let mut answers = VecDeque::from([Vec::new()]);
+        for line in script.split_inclusive(|b| *b == b'\n') {
+            match answers.back_mut() {
+                Some(answer) if line != NEXT => answer.extend_from_slice(line),
+                _ => answers.push_back(Vec::new()),
+            }
+        }
+        // The end of a line before a `===` belongs to that.
+        answers
+            .iter_mut()
+            .filter(|answer| answer.ends_with(b"\n"))
+            .for_each(|answer| answer.truncate(answer.len() - 1));
+        Self(Mutex::new(answers))
+    }
+
+    fn next(&self) -> Result<Vec<u8>, TransportError> {
+        let next = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        next.ok_or_else(|| TransportError::new(TransportErrorKind::Remote, "it says nothing any more"))
+    }
+}
+
+#[async_trait]
+impl Transport for Scripted {
+    async fn exec(&self, _: &str, _: &[u8], _: Duration) -> Result<ExecOutput, TransportError> {
+        let answer = self.next()?;
+        let (status, said) = match answer.strip_prefix(b"!") {
+            Some(said) => (None, said),
+            None => (Some(0), &answer[..]),
+        };
+        Ok(ExecOutput { status, stdout: [MARK, said].concat(), stderr: said.to_vec() })
+    }
+
+    async fn put(&self, _: &Path, _: &str, _: u32, _: &(dyn Fn(u64) + Send + Sync)) -> Result<(), TransportError> {
+        self.next().map(drop)
+    }
+
+    async fn put_bytes(&self, _: &[u8], _: &str, _: u32) -> Result<(), TransportError> {
+        self.next().map(drop)
+    }
+
+    async fn get(&self, _: &str, local: &Path, limit: u64) -> Result<u64, TransportError> {
+        let content = self.next()?;
+        if content.len() as u64 > limit {
+            return Err(TransportError::new(TransportErrorKind::Remote, "too much"));
+        }
+        std::fs::write(local, &content).map_err(|e| TransportError::new(TransportErrorKind::Local, e.to_string()))?;
+        Ok(content.len() as u64)
+    }
+
+    async fn read_from(&self, _: &str, _: u64, limit: u64) -> Result<Option<Vec<u8>>, TransportError> {
+        let mut content = self.next()?;
+        content.truncate(limit as usize);
+        Ok(Some(content).filter(|content| !content.starts_with(b"-")))
+    }
+}
+
+/// A worker's files that grow by `step` bytes between two looks, as a good host shows them.
+struct Growing {
+    text: Vec<u8>,
+    step: usize,
+    shown: Mutex<usize>,
+}
+
+impl Growing {
+    /// What the script that looks prints: it names each file with the bytes that are known of it.
+    fn look(&self, script: &str) -> Vec<u8> {
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        *shown = self.text.len().min(*shown + self.step);
+        let state: &[u8] = if *shown < self.text.len() { b"@state running 7\n" } else { b"@state ended 0\n" };
+        let mut out = [MARK, state].concat();
+        for file in ["take progress.jsonl ", "take worker.log "] {
+            let (_, rest) = script.split_once(file).expect("it looks at both");
+            let known: usize = rest.split(';').next().and_then(|n| n.trim().parse().ok()).expect("it says from where");
+            let new = &self.text[known.min(*shown)..*shown];
+            out.extend_from_slice(format!("@piece {} {}\n", *shown, new.len()).as_bytes());
+            out.extend_from_slice(new);
+            out.push(b'\n');
+        }
+        out
+    }
+}
+
+#[async_trait]
+impl Transport for Growing {
+    async fn exec(&self, _: &str, script: &[u8], _: Duration) -> Result<ExecOutput, TransportError> {
+        let script = String::from_utf8_lossy(script);
+        let home = || [MARK, b"/root"].concat();
+        let stdout = if script.contains("take worker.log") { self.look(&script) } else { home() };
+        Ok(ExecOutput { status: Some(0), stdout, stderr: Vec::new() })
+    }
+
+    async fn put(&self, _: &Path, _: &str, _: u32, _: &(dyn Fn(u64) + Send + Sync)) -> Result<(), TransportError> {
+        Err(unasked())
+    }
+
+    async fn put_bytes(&self, _: &[u8], _: &str, _: u32) -> Result<(), TransportError> {
+        Err(unasked())
+    }
+
+    async fn get(&self, _: &str, _: &Path, _: u64) -> Result<u64, TransportError> {
+        Err(unasked())
+    }
+
+    async fn read_from(&self, _: &str, _: u64, _: u64) -> Result<Option<Vec<u8>>, TransportError> {
+        Err(unasked())
+    }
+}
+
+/// Following takes nothing but commands.
+fn unasked() -> TransportError {
+    TransportError::new(TransportErrorKind::Remote, "nobody asks for that")
+}
