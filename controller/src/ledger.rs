@@ -20,8 +20,8 @@ use serde::Serialize;
 use crate::run::{self, IllegalEvent, RunEvent, RunSpec, RunState};
 use crate::units::Usd;
 
-/// Version of the tables. An older program refuses a newer ledger.
-const SCHEMA: i64 = 2;
+/// Version of the tables and of what stands in them. An older program refuses a newer ledger.
+const SCHEMA: i64 = 3;
 
 /// How long a writer waits for another one.
 const BUSY: Duration = Duration::from_secs(20);
