@@ -295,6 +295,10 @@ impl Client {
             }
             return Refusal::Retry { why, pause };
         }
+        if !from_hub && status == StatusCode::RANGE_NOT_SATISFIABLE {
+            // Only bytes that the hub has announced are asked for.
+            return Refusal::Expired(format!("{why}: its file is shorter than the hub's, it is another version"));
+        }
         if !from_hub {
             return Refusal::Expired(why);
         }
