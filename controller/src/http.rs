@@ -416,7 +416,12 @@ impl Reply {
 
     /// An error about this reply.
     pub fn error(&self, kind: BrokerErrorKind, message: impl Into<String>) -> BrokerError {
-        BrokerError { broker: self.broker, kind, message: message.into() }
+        BrokerError { broker: self.broker, kind, message: self.without_key(&message.into()) }
+    }
+
+    /// Once more after every change of the text: an escape may have hidden the key, or a control character within it.
+    fn without_key(&self, text: &str) -> String {
+        self.key.as_ref().map_or_else(|| text.to_owned(), |key| key.out_of(text))
     }
 
     /// An error with the cloud's own words.
@@ -433,9 +438,8 @@ impl Reply {
     pub fn in_words(&self) -> String {
         let words = self.value().map(|value| redact::sentences(&value)).filter(|words| !words.is_empty());
         let words = words.unwrap_or_else(|| self.body.clone());
-        // Once more: an escape in the document may have hidden it.
-        let words = self.key.as_ref().map_or_else(|| words.clone(), |key| key.out_of(&words));
-        let words = clean(words.trim().as_bytes(), LONGEST_WORDS);
+        let words = clean(self.without_key(&words).trim().as_bytes(), LONGEST_WORDS);
+        let words = self.without_key(&words);
         if words.is_empty() { format!("HTTP {}", self.status) } else { format!("HTTP {}: {words}", self.status) }
     }
 }

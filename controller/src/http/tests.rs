@@ -344,6 +344,24 @@ async fn the_key_is_shown_nowhere() {
     assert!(!heard.contains(KEY) && !heard.contains("other-secret"), "{heard}");
 }
 
+/// Found by a fuzzer.
+#[test]
+fn a_key_does_not_come_together_again_in_an_error() {
+    for between in ["\u{1}", "\u{1b}[0m", "\u{202e}"] {
+        let body = format!("no such key: {}", KEY.replacen('-', &format!("-{between}"), 1));
+        let key = Some(Hidden::new(&Secret::new(KEY)));
+        let reply = Reply { key, ..Reply::recorded(Effect::Read, 401, body) };
+        let errors = [
+            reply.refusal(BrokerErrorKind::Auth),
+            reply.json::<Value>("a list").unwrap_err(),
+            reply.error(BrokerErrorKind::Maybe, clean(reply.body.as_bytes(), 120)),
+        ];
+        for error in errors {
+            assert!(error.message.contains("***") && !error.message.contains(KEY), "{error}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_reply_without_end_is_not_read_to_it() {
     let long = format!("HTTP/1.1 200 OK\r\n\r\n{}", "x".repeat(LARGEST_REPLY + 1));
