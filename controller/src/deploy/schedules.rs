@@ -141,6 +141,8 @@ async fn schedule(seed: u64) -> Played {
         tokio::time::sleep(gap).await;
         fake.set(|world| world.pass(gap));
         if random.random_bool(0.3) {
+            // It may have ended a run that was giving back its instance: then nobody rents another.
+            hurried = false;
             bystander(&fake, home.path()).await;
         }
     };
