@@ -19,7 +19,6 @@ use crate::report::{Complaint, ExitStatus, Reporter};
 use crate::run::{RunSpec, Trouble, TroubleKind};
 use crate::secret::Secret;
 use crate::settings::{CloudSettings, DefaultBroker, Environment, Settings, known_brokers};
-use crate::text::clean_lines;
 use crate::units::{Bytes, UsdPerHour};
 
 pub mod analyze;
@@ -207,7 +206,7 @@ impl Context {
     }
 
     fn explain(&self) -> Option<Explain> {
-        self.explain.then(|| -> Explain { Arc::new(|words| eprintln!("{}", clean_lines(words))) })
+        self.explain.then(|| -> Explain { Arc::new(|words| eprintln!("{words}")) })
     }
 
     /// The way to rented hosts, to which `worker` is pushed.

@@ -18,7 +18,7 @@ pub use reqwest::Method;
 
 use crate::broker::{BrokerError, BrokerErrorKind};
 use crate::secret::Secret;
-use crate::text::clean;
+use crate::text::{clean, clean_lines};
 
 #[cfg(fuzzing)]
 mod answers;
@@ -343,7 +343,8 @@ impl Http {
 
     fn tell(&self, words: impl FnOnce() -> String) {
         if let Some(explain) = &self.explain {
-            explain(&self.redacted(&words()));
+            // Cleaning may bring together a key that control characters held apart.
+            explain(&self.redacted(&clean_lines(&self.redacted(&words()))));
         }
     }
 

@@ -363,6 +363,20 @@ fn a_key_does_not_come_together_again_in_an_error() {
 }
 
 #[tokio::test]
+async fn a_key_does_not_come_together_again_in_an_explanation() {
+    for between in ["\u{1}", "\u{1b}[0m", "\u{202e}"] {
+        let body = format!("no such key: {}\u{1b}[31m", KEY.replacen('-', &format!("-{between}"), 1));
+        let server = Server::start(&[say("400 Bad Request", "", &body)]);
+        let heard = Arc::new(Mutex::new(String::new()));
+        let listener = heard.clone();
+        let explain: Explain = Arc::new(move |words: &str| listener.lock().unwrap().push_str(words));
+        server.client().explained(Some(explain)).call(once()).await.unwrap();
+        let heard = heard.lock().unwrap();
+        assert!(heard.contains("no such key: ***") && !heard.contains('\u{1b}'), "{heard:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_reply_without_end_is_not_read_to_it() {
     let long = format!("HTTP/1.1 200 OK\r\n\r\n{}", "x".repeat(LARGEST_REPLY + 1));
     let server = Server::start(&[Act::SayAndClose(long)]);
