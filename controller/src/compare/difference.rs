@@ -1,6 +1,6 @@
 //! What makes figures differ without any model differing: definitions, precision, text, windows, the kind of training.
 
-use outliers_protocol::Metadata;
+use outliers_protocol::{Metadata, Weights};
 use serde::Serialize;
 
 use super::comparison::{Compared, Standing};
@@ -19,8 +19,9 @@ pub struct Difference {
 /// What a model's figures were made with: one property, in words.
 type Property = (&'static str, fn(&Compared) -> Option<String>);
 
-const PROPERTIES: [Property; 9] = [
+const PROPERTIES: [Property; 10] = [
     ("definition", definition),
+    ("weights", |model| made_up(model.provenance.as_deref()?)),
     ("thresholds", |model| model.provenance.as_deref().map(thresholds)),
     ("computed in", |model| model.provenance.as_deref().map(precision)),
     ("weights stored as", |model| model.provenance.as_deref().map(stored)),
@@ -74,6 +75,11 @@ fn definition(model: &Compared) -> Option<String> {
         Standing::Imported { definition } => Some(format!("the predecessor's: {definition}")),
         Standing::Complete | Standing::Unusable(_) => None,
     }
+}
+
+fn made_up(metadata: &Metadata) -> Option<String> {
+    let Weights::Synthetic { seed } = metadata.job.weights.as_ref()? else { return None };
+    Some(format!("MADE UP (seed {seed}): random values in the model's shapes; nothing here is about the model"))
 }
 
 fn thresholds(metadata: &Metadata) -> String {
@@ -134,7 +140,7 @@ fn layers_run(model: &Compared) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use outliers_protocol::files;
+    use outliers_protocol::{Weights, files};
     use serde_json::json;
 
     use super::super::comparison::Comparison;
@@ -149,6 +155,7 @@ mod tests {
         change(&at("1"), files::METADATA, |metadata| {
             metadata["compute_dtype"] = json!("bf16");
             metadata["job"]["layers"] = json!(3);
+            metadata["job"]["weights"] = json!(Weights::Synthetic { seed: 7 });
             metadata["tokenizer"] = json!({"file": "t", "sha256": "s", "vocab": 9, "bos_token_id": 1});
         });
         rename(&copy("dense", &at("2")), "openai-community/gpt2");
@@ -164,6 +171,8 @@ mod tests {
         assert_eq!(numbers("training"), [vec![1], vec![2], vec![3]]);
         assert_eq!(numbers("first token"), [vec![1], vec![2, 3]]);
         assert_eq!(numbers("layers run"), [vec![1]]);
+        assert_eq!(numbers("weights"), [vec![1]]);
+        assert!(of("weights")[0].0.contains("MADE UP (seed 7)"));
         assert_eq!(numbers("text"), [vec![1, 2, 3]]);
         assert_eq!(numbers("intervals"), [Vec::<usize>::new()]);
     }
