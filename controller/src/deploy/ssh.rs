@@ -96,7 +96,7 @@ impl Hosts for SshHosts {
             cursor: Mutex::new(if self.from_start { Cursor::default() } else { read_cursor(folder) }),
             folder: folder.to_owned(),
             worker: Mutex::default(),
-            renewing: Mutex::default(),
+            beside: Mutex::default(),
         };
         Ok((Box::new(host), Pin(pin.as_str().to_owned())))
     }
@@ -109,8 +109,8 @@ struct SshHost {
     /// The run's, on this machine.
     folder: PathBuf,
     worker: Mutex<Option<RemoteWorker>>,
-    /// Renews the guard's lease, and keeps the worker's last save point here.
-    renewing: Mutex<JoinSet<()>>,
+    /// Renews the guard's lease, and brings the worker's last save point home.
+    beside: Mutex<JoinSet<()>>,
 }
 
 #[async_trait]
@@ -131,21 +131,11 @@ impl Host for SshHost {
         self.host.guard(run, terms).await?;
         let (host, run, pause) = (Arc::clone(&self.host), run.to_owned(), terms.renewal());
         let (save_point, limit) = (self.folder.join(files::SAVE_POINT), self.hosts.save_point_limit);
-        let mut renewing = self.renewing.lock().await;
-        renewing.abort_all();
-        renewing.spawn(async move {
-            let mut seen = Stamp::default();
-            loop {
-                tokio::time::sleep(pause).await;
-                // Whoever works with the host meets its trouble, and tells it.
-                if let Err(error) = host.renew_guard(&run).await {
-                    tracing::debug!("the guard's lease could not be renewed: {}", error.message);
-                }
-                if let Err(error) = host.fetch_save_point(&run, &save_point, limit, &mut seen).await {
-                    tracing::debug!("the save point did not come home: {}", error.message);
-                }
-            }
-        });
+        let mut beside = JoinSet::new();
+        // A save point that takes long to come must not keep the lease waiting.
+        beside.spawn(renew(Arc::clone(&host), run.clone(), pause));
+        beside.spawn(keep_save_point(host, run, save_point, limit, pause));
+        *self.beside.lock().await = beside;
         Ok(())
     }
 
@@ -210,6 +200,27 @@ impl Host for SshHost {
 
     async fn stop_worker(&self, run: &str) -> Result<(), HostError> {
         Ok(self.host.stop_worker(run).await?)
+    }
+}
+
+/// For ever, every `pause`. Whoever works with the host meets its trouble, and tells it.
+async fn renew(host: Arc<RemoteHost>, run: String, pause: Duration) {
+    loop {
+        tokio::time::sleep(pause).await;
+        if let Err(error) = host.renew_guard(&run).await {
+            tracing::debug!("the guard's lease could not be renewed: {}", error.message);
+        }
+    }
+}
+
+/// For ever, every `pause`: the run's newest save point of at most `limit` comes to `place`.
+async fn keep_save_point(host: Arc<RemoteHost>, run: String, place: PathBuf, limit: Bytes, pause: Duration) {
+    let mut seen = Stamp::default();
+    loop {
+        tokio::time::sleep(pause).await;
+        if let Err(error) = host.fetch_save_point(&run, &place, limit, &mut seen).await {
+            tracing::debug!("the save point did not come home: {}", error.message);
+        }
     }
 }
 
