@@ -245,13 +245,13 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Whether another instance could do what this one cannot any more, and nobody wants the run to end.
+    /// Whether another instance could do what this one cannot any more, and neither time nor anybody wants the run to end.
     fn is_replaceable(&self) -> bool {
         let still_to_do = matches!(
             self.run.state(),
             RunState::Rented { .. } | RunState::Reachable { .. } | RunState::Launched { .. } | RunState::Ended { .. }
         );
-        still_to_do && *self.stop.borrow() == Stop::Go && !self.run.cancel_asked()
+        still_to_do && self.has_time() && *self.stop.borrow() == Stop::Go && !self.run.cancel_asked()
     }
 
     fn lost(&mut self) -> Result<(), LedgerError> {
@@ -319,6 +319,10 @@ impl<'a> Driver<'a> {
         let reserve = (Duration::from_secs(self.run.record().spec.max_duration_s) / 10).min(Duration::from_secs(300));
         let now = Duration::from_millis(now_ms());
         Some(Instant::now() + deadline.saturating_sub(reserve).saturating_sub(now))
+    }
+
+    fn has_time(&self) -> bool {
+        self.time_is_up_at().is_some_and(|at| at > Instant::now())
     }
 
     /// Leaves things in order: the record beside the results, no key. Nothing of it matters enough to fail a finished run.

@@ -357,10 +357,6 @@ impl Driver<'_> {
         }
     }
 
-    fn has_time(&self) -> bool {
-        self.time_is_up_at().is_some_and(|at| at > Instant::now())
-    }
-
     /// Salvaging: stops the worker and brings home what there is.
     pub(super) async fn salvage(&mut self, rental: &Rental, pin: &Pin) -> Step {
         if std::mem::take(&mut self.memory.unfetchable) {
