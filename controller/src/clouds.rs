@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures::future::join_all;
 
 use crate::broker::{Broker, BrokerError, BrokerErrorKind, Dropped, GpuRequest, Offer};
+use crate::run::BETWEEN_BROKERS;
 
 /// A cloud and how it is dealt with.
 #[derive(Clone)]
@@ -127,9 +128,9 @@ impl Clouds {
         self.0.iter().find(|cloud| cloud.name() == name)
     }
 
-    /// Their names, for people.
+    /// Their names, as a run keeps them.
     pub fn names(&self) -> String {
-        self.0.iter().map(Cloud::name).collect::<Vec<_>>().join(", ")
+        self.0.iter().map(Cloud::name).collect::<Vec<_>>().join(BETWEEN_BROKERS)
     }
 
     /// Only this machine.

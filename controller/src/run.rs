@@ -23,12 +23,15 @@ use crate::estimate::Work;
 use crate::mutant::{Mutant, planted};
 use crate::units::{Bytes, Usd, UsdPerHour};
 
+/// What stands between the names of several brokers.
+pub const BETWEEN_BROKERS: &str = ", ";
+
 /// What a run is to do. Fixed when the run is planned; everything a later process needs to carry on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunSpec {
     /// The model as typed: hub id or folder.
     pub model: String,
-    /// Names of the brokers that may be rented from, separated by commas.
+    /// Names of the brokers that may be rented from, with [`BETWEEN_BROKERS`] between them.
     #[serde(alias = "broker")]
     pub brokers: String,
     /// The job, with paths as they are on this machine.
@@ -56,6 +59,13 @@ pub struct RunSpec {
     pub budget: Option<Usd>,
     /// Folder of this machine below which the results' folder appears.
     pub results: String,
+}
+
+impl RunSpec {
+    /// The brokers that may be rented from, one by one.
+    pub fn broker_names(&self) -> Vec<String> {
+        self.brokers.split(BETWEEN_BROKERS).map(str::to_owned).collect()
+    }
 }
 
 /// When the guard on an instance ends it before its time is up. 0: never.

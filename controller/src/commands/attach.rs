@@ -25,8 +25,7 @@ async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<
             format!("`outliers runs logs {0}` shows what its worker says, `outliers runs cancel {0}` ends it", run.id),
         ));
     };
-    let brokers: Vec<String> = run.spec.brokers.split(", ").map(str::to_owned).collect();
-    let (clouds, worker) = (context.clouds(&brokers)?, context.worker().await?);
+    let (clouds, worker) = (context.clouds(&run.spec.broker_names())?, context.worker().await?);
     let (hosts, bad_hosts) = (context.hosts(worker.path()), BadHosts::default());
     let secrets = secrets(context, &run.spec.job);
     context.reporter.picked_up(taken.record());
