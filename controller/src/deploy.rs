@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use crate::broker::{Instance, Offer};
 use crate::clouds::{Cloud, Patience};
+use crate::files;
 use crate::ledger::{LedgerError, RunRecord, RunWriter, now_ms};
 use crate::run::{Ending, RunEvent, RunState, Trouble, TroubleKind};
 use crate::units::UsdPerHour;
@@ -330,7 +331,7 @@ impl<'a> Driver<'a> {
         let record = self.run.record();
         if let Some(results) = record.state.results()
             && let Ok(text) = serde_json::to_vec_pretty(record)
-            && let Err(error) = bring::write_whole(&std::path::Path::new(&results.folder).join(RUN_FILE), &text)
+            && let Err(error) = files::write_whole(&std::path::Path::new(&results.folder).join(RUN_FILE), &text)
         {
             tracing::warn!("{RUN_FILE} could not be written: {error}");
         }
@@ -359,7 +360,7 @@ pub fn job_key(job: &outliers_protocol::JobSpec, brokers: &str) -> std::io::Resu
         CorpusSource::TokenIds(path) => vec![path],
     };
     for path in paths {
-        hash.update(bring::hash_file(std::path::Path::new(path))?.1);
+        hash.update(files::digest(std::path::Path::new(path))?.1);
     }
-    Ok(bring::hex(&hash.finalize()))
+    Ok(files::hex(&hash.finalize()))
 }

@@ -21,16 +21,19 @@ pub fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Whether a name stays in the folder it is joined to.
+/// Whether a name is a plain, visible file name that means the same on every system, and so stays in the folder it is joined to.
 pub fn is_plain_name(name: &str) -> bool {
-    Path::new(name).file_name() == Some(name.as_ref())
+    let odd =
+        |c: char| c.is_control() || matches!(c, '/' | '\\' | ':' | '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}');
+    !name.is_empty() && name.len() <= 200 && !name.starts_with(['.', '-']) && !name.contains(odd)
 }
 
-/// Writes a file beside its name, synced, then renames it.
+/// Writes a file beside its name, synced, then renames it, durably.
 ///
 /// # Errors
 /// Disk full, no such folder, not allowed.
@@ -40,7 +43,11 @@ pub fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut file = File::create(&part)?;
     file.write_all(content)?;
     file.sync_all()?;
-    fs::rename(&part, path)
+    fs::rename(&part, path)?;
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => File::open(folder)?.sync_all(),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -59,10 +66,28 @@ mod tests {
     }
 
     #[test]
-    fn names_do_not_leave_their_folder() {
-        assert!(is_plain_name("results.json"));
-        for name in ["", ".", "..", "a/b", "/etc/passwd", "../a", "a/"] {
-            assert!(!is_plain_name(name), "{name}");
+    fn only_plain_names_pass() {
+        for good in ["results.json", "a-b_c.safetensors", "x", "naïve.txt", "a b"] {
+            assert!(is_plain_name(good), "{good}");
         }
+        for bad in [
+            "",
+            ".",
+            "..",
+            "../x",
+            "/etc/passwd",
+            "a/b",
+            "a/",
+            "a\\b",
+            ".ssh",
+            "-rf",
+            "a\nb",
+            "a\0b",
+            "c:",
+            "\u{202e}x",
+        ] {
+            assert!(!is_plain_name(bad), "{bad:?}");
+        }
+        assert!(!is_plain_name(&"x".repeat(201)));
     }
 }

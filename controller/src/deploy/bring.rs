@@ -1,12 +1,12 @@
 //! Results at home: named, compared with the manifest, moved into place as one.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use outliers_protocol::{Manifest, Outcome, SCHEMA, files};
-use sha2::{Digest, Sha256};
 
+use crate::files::{digest, is_plain_name};
 use crate::run::{Brought, Ending, RunSpec, Trouble, TroubleKind};
 
 /// Where a run's files come to lie. Three names, so that a reader can trust the first.
@@ -90,38 +90,16 @@ pub(super) fn verify(folder: &Path, manifest: &Manifest) -> Result<(), String> {
         }
     }
     for file in &manifest.files {
-        if Path::new(&file.name).file_name() != Some(file.name.as_ref()) {
+        if !is_plain_name(&file.name) {
             return Err("the worker's manifest names a file outside its folder".to_owned());
         }
         let (bytes, sha256) =
-            hash_file(&folder.join(&file.name)).map_err(|e| format!("{} did not arrive: {e}", file.name))?;
+            digest(&folder.join(&file.name)).map_err(|e| format!("{} did not arrive: {e}", file.name))?;
         if (bytes, &sha256) != (file.bytes, &file.sha256) {
             return Err(format!("{} did not arrive whole: size or hash differ from the manifest", file.name));
         }
     }
     Ok(())
-}
-
-/// Size and SHA-256, lower-case hexadecimal, of a file.
-pub(super) fn hash_file(path: &Path) -> io::Result<(u64, String)> {
-    let mut file = File::open(path)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 16];
-    let mut bytes = 0;
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok((bytes, hex(&hash.finalize()))),
-            n => {
-                hash.update(&buffer[..n]);
-                bytes += n as u64;
-            }
-        }
-    }
-}
-
-/// Lower-case hexadecimal.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Renames a folder over another one, and makes that durable.
@@ -145,16 +123,6 @@ pub(super) fn empty_folder(path: &Path) -> io::Result<()> {
     fs::create_dir_all(path)
 }
 
-/// Writes a file beside its name, synced, then renames it.
-pub(super) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut part = path.as_os_str().to_owned();
-    part.push(".part");
-    let mut file = File::create(&part)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    fs::rename(&part, path)
-}
-
 #[cfg(test)]
 mod tests {
     use outliers_protocol::FileEntry;
@@ -163,7 +131,7 @@ mod tests {
 
     fn entry(folder: &Path, name: &str, content: &[u8]) -> FileEntry {
         fs::write(folder.join(name), content).unwrap();
-        let (bytes, sha256) = hash_file(&folder.join(name)).unwrap();
+        let (bytes, sha256) = digest(&folder.join(name)).unwrap();
         FileEntry { name: name.into(), bytes, sha256 }
     }
 
@@ -187,14 +155,6 @@ mod tests {
             assert_eq!(slug(model), expected);
             assert_eq!(Path::new(&slug(model)).components().count(), 1);
         }
-    }
-
-    #[test]
-    fn hash_is_the_published_one() {
-        let folder = tempfile::tempdir().unwrap();
-        fs::write(folder.path().join("a"), b"abc").unwrap();
-        let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!(hash_file(&folder.path().join("a")).unwrap(), (3, expected.to_owned()));
     }
 
     #[test]

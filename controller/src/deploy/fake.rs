@@ -12,14 +12,15 @@ use outliers_protocol::{FileEntry, JobSpec, Manifest, ModelSource, Outcome, SCHE
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
+use super::Stop;
 use super::ports::{Host, HostError, HostTalk, Hosts, Listener, Ports};
-use super::{Stop, bring};
 use crate::broker::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
     Lease, Offer, Offers, SshEndpoint,
 };
 use crate::clouds::{BadHosts, Cloud, Clouds, Patience};
 use crate::estimate::Work;
+use crate::files::digest;
 use crate::host::{JobStatus, Terms};
 use crate::ledger::now_ms;
 use crate::mutant::{Mutant, planted};
@@ -558,7 +559,7 @@ impl Host for FakeHost {
         let mut entries = Vec::new();
         for name in [files::RESULTS, files::METADATA] {
             fs::write(into.join(name), name).unwrap();
-            let (bytes, sha256) = bring::hash_file(&into.join(name)).unwrap();
+            let (bytes, sha256) = digest(&into.join(name)).unwrap();
             entries.push(FileEntry { name: name.into(), bytes, sha256 });
         }
         if damage {

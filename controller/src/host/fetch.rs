@@ -11,7 +11,8 @@ use outliers_protocol::{FileEntry, Manifest, SCHEMA, files};
 use super::bundle::Wanted;
 use super::push::hash_file;
 use super::retry::again;
-use super::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost, names};
+use super::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost};
+use crate::files::is_plain_name;
 use crate::transport::TransportErrorKind;
 use crate::units::Bytes;
 
@@ -161,7 +162,7 @@ impl RemoteHost {
             let name = &entry.name;
             let ours = name == files::MANIFEST || name.ends_with(".part");
             // Compared without case: some file systems at home know none.
-            if !names::is_plain(name) || ours || !names.insert(name.to_lowercase()) {
+            if !is_plain_name(name) || ours || !names.insert(name.to_lowercase()) {
                 return Err(self.damaged(&format!("its manifest names the file {name:?}")));
             }
             if entry.bytes > MAX_FILE {

@@ -1,6 +1,7 @@
 //! Names that become paths, here or there.
 
 use super::{HostError, HostErrorKind};
+use crate::files::is_plain_name;
 
 /// A run's name: letters, digits, `-` and `_`, at most 100.
 pub(super) fn check_run(run: &str) -> Result<(), HostError> {
@@ -11,16 +12,9 @@ pub(super) fn check_run(run: &str) -> Result<(), HostError> {
     Err(HostError::new(HostErrorKind::Local, format!("{run:?} cannot name a run: only letters, digits, - and _")))
 }
 
-/// Whether a name from a manifest or a local folder is a plain, visible file name that means the same on every system.
-pub(super) fn is_plain(name: &str) -> bool {
-    let odd =
-        |c: char| c.is_control() || matches!(c, '/' | '\\' | ':' | '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}');
-    !name.is_empty() && name.len() <= 200 && !name.starts_with(['.', '-']) && !name.contains(odd)
-}
-
 /// A path below the home folder: plain components only.
 pub(super) fn check_relative(path: &str) -> Result<(), HostError> {
-    let component = |part: &str| is_plain(part) || (part.starts_with('.') && is_plain(&part[1..]));
+    let component = |part: &str| is_plain_name(part) || (part.starts_with('.') && is_plain_name(&part[1..]));
     if path.split('/').all(component) {
         return Ok(());
     }
@@ -30,19 +24,6 @@ pub(super) fn check_relative(path: &str) -> Result<(), HostError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_plain_names_pass() {
-        for good in ["results.json", "a-b_c.safetensors", "x", "naïve.txt", "a b"] {
-            assert!(is_plain(good), "{good}");
-        }
-        for bad in
-            ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", ".ssh", "-rf", "a\nb", "a\0b", "c:", "\u{202e}x"]
-        {
-            assert!(!is_plain(bad), "{bad:?}");
-        }
-        assert!(!is_plain(&"x".repeat(201)));
-    }
 
     #[test]
     fn only_plain_paths_below_home_pass() {

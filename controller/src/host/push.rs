@@ -1,13 +1,12 @@
 //! Files to the host: the worker, and what a job reads.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use outliers_protocol::{SCHEMA, VersionInfo};
-use sha2::{Digest, Sha256};
 
 use super::{HostError, HostErrorKind, OnEvent, RemoteHost, SHORT, names};
+use crate::files::{digest, is_plain_name};
 use crate::text::clean;
 use crate::transport::quote::quote;
 use crate::units::Bytes;
@@ -154,7 +153,7 @@ fn list_folder(folder: &Path, limit: u64) -> Result<Vec<(String, PathBuf)>, Host
         if !facts.is_file() || name.starts_with('.') {
             continue;
         }
-        if !names::is_plain(&name) {
+        if !is_plain_name(&name) {
             return Err(wrong(format!("{:?} is no plain file name", path.file_name())));
         }
         bytes += facts.len();
@@ -172,33 +171,6 @@ fn list_folder(folder: &Path, limit: u64) -> Result<Vec<(String, PathBuf)>, Host
 /// Size and SHA-256 of a local file.
 pub(super) async fn hash_file(path: &Path) -> Result<(u64, String), HostError> {
     let owned = path.to_owned();
-    let hashed =
-        tokio::task::spawn_blocking(move || hash_now(&owned)).await.unwrap_or_else(|e| Err(io::Error::other(e)));
+    let hashed = tokio::task::spawn_blocking(move || digest(&owned)).await.unwrap_or_else(|e| Err(io::Error::other(e)));
     hashed.map_err(|e| HostError::new(HostErrorKind::Local, format!("{}: {e}", path.display())))
-}
-
-fn hash_now(path: &Path) -> io::Result<(u64, String)> {
-    let mut file = File::open(path)?;
-    let mut hash = Sha256::new();
-    let mut block = vec![0; 1 << 20];
-    let mut bytes = 0;
-    loop {
-        match file.read(&mut block)? {
-            0 => break,
-            n => {
-                hash.update(&block[..n]);
-                bytes += n as u64;
-            }
-        }
-    }
-    Ok((bytes, hex(&hash.finalize())))
-}
-
-/// Lower-case hexadecimal.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("a String takes everything");
-        text
-    })
 }

@@ -15,6 +15,7 @@ use futures::future::try_join_all;
 use sha2::{Digest, Sha256};
 
 use super::hash_file;
+use crate::files::hex;
 use crate::host::probe::free_kib;
 use crate::host::retry::Retry;
 use crate::host::{Answer, HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost, SHORT};
@@ -337,7 +338,7 @@ fn hash_blocks_now(path: &Path, block: u64) -> io::Result<Vec<String>> {
         let mut hash = Sha256::new();
         match io::copy(&mut (&mut file).take(block), &mut hash)? {
             0 => return Ok(hashes),
-            _ => hashes.push(super::hex(&hash.finalize())),
+            _ => hashes.push(hex(&hash.finalize())),
         }
     }
 }
