@@ -13,6 +13,7 @@ use outliers::broker::SshEndpoint;
 use outliers::transport::ssh::SshTransport;
 use outliers::transport::{SendRequest, Transport};
 use outliers_tests::line::Line;
+use outliers_tests::noise;
 use outliers_tests::sshd::Sshd;
 
 /// Uploads to a real `sshd`, side by side.
@@ -125,16 +126,4 @@ fn finish(mut command: Command) -> Result<()> {
 fn arrived(file: &Path, remote: &Path) -> Result<()> {
     ensure!(file.metadata()?.len() == remote.metadata()?.len(), "{} is not whole", remote.display());
     Ok(std::fs::remove_file(remote)?)
-}
-
-/// Bytes that nothing can compress.
-fn noise(len: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    };
-    std::iter::repeat_with(&mut next).flatten().take(len).collect()
 }

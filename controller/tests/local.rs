@@ -14,6 +14,7 @@ use outliers::broker::{
     Broker, BrokerErrorKind, GpuRequest, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
 };
 use outliers::units::{Bytes, Usd};
+use outliers_tests::noise;
 use russh::client::{self, AuthResult};
 use russh::keys::{Algorithm, PrivateKey, PrivateKeyWithHashAlg, PublicKeyOrCertificate, key::safe_rng};
 use russh::{ChannelMsg, Sig};
@@ -213,15 +214,6 @@ fn instance_pid(cloud: &Cloud, instance: &Instance) -> u32 {
     let text = fs::read_to_string(cloud.folder(instance).join("ready.json")).unwrap();
     let ready: serde_json::Value = serde_json::from_str(&text).unwrap();
     u32::try_from(ready["pid"].as_u64().unwrap()).unwrap()
-}
-
-fn noise(bytes: usize) -> Vec<u8> {
-    let mut state = 1u32;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 24) as u8
-    };
-    (0..bytes).map(|_| next()).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -215,31 +215,21 @@ fn kill_on_the_instance(desk: &Desk, worker_only: bool) {
 }
 
 #[test]
-fn a_worker_that_is_killed_is_started_again_on_its_instance() {
-    let desk = Desk::new();
-    let mut controller = desk.start(slow_deploy(&desk));
-    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
-    kill_on_the_instance(&desk, true);
-    let code = controller.wait().unwrap().code();
-    assert_eq!(code, Some(0), "{}", desk.stderr());
-    assert!(desk.stderr().contains("it is started again"), "{}", desk.stderr());
-    assert_eq!(desk.results().sequences, 120);
-    desk.assert_nothing_left();
-    assert_eq!(desk.bill().entries.len(), 1);
-}
-
-#[test]
-fn an_instance_that_vanishes_is_replaced_and_the_run_completes() {
-    let desk = Desk::new();
-    let mut controller = desk.start(slow_deploy(&desk));
-    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
-    kill_on_the_instance(&desk, false);
-    let code = controller.wait().unwrap().code();
-    assert_eq!(code, Some(0), "{}", desk.stderr());
-    assert!(desk.stderr().contains("the instance went away by itself"), "{}", desk.stderr());
-    assert_eq!(desk.results().sequences, 120);
-    desk.assert_nothing_left();
-    assert_eq!(desk.bill().entries.len(), 2);
+fn a_run_whose_worker_or_instance_dies_completes_all_the_same() {
+    for (worker_only, said, instances) in
+        [(true, "it is started again", 1), (false, "the instance went away by itself", 2)]
+    {
+        let desk = Desk::new();
+        let mut controller = desk.start(slow_deploy(&desk));
+        desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
+        kill_on_the_instance(&desk, worker_only);
+        let code = controller.wait().unwrap().code();
+        assert_eq!(code, Some(0), "{}", desk.stderr());
+        assert!(desk.stderr().contains(said), "{}", desk.stderr());
+        assert_eq!(desk.results().sequences, 120);
+        desk.assert_nothing_left();
+        assert_eq!(desk.bill().entries.len(), instances, "{said}");
+    }
 }
 
 #[test]

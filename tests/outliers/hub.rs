@@ -12,39 +12,28 @@ use outliers_worker::error::WorkerError;
 use outliers_worker::hub::{Hub, HubOptions, Patience, Token};
 use outliers_worker::source::Checkpoint;
 
-const ID: &str = "owner/demo-model";
+pub(crate) const ID: &str = "owner/demo-model";
 const SHARD: &str = "model-00001-of-00002.safetensors";
 const OTHER_SHARD: &str = "model-00002-of-00002.safetensors";
 
 /// A hub with the demo model, and an empty cache.
-struct Setup {
-    dir: tempfile::TempDir,
-    hub: MockHub,
+pub(crate) struct Setup {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) hub: MockHub,
+    pub(crate) patience: Patience,
 }
 
 impl Setup {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::with(|repo| repo)
     }
 
-    fn with(change: impl FnOnce(Repo) -> Repo) -> Self {
+    pub(crate) fn with(change: impl FnOnce(Repo) -> Repo) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("repo");
         demo::make(&folder, 0).unwrap();
         fs::write(folder.join("pytorch_model.bin"), "not wanted").unwrap();
         let hub = MockHub::start([change(Repo::new(ID, &folder))]).unwrap();
-        Self { dir, hub }
-    }
-
-    fn repo(&self) -> std::path::PathBuf {
-        self.dir.path().join("repo")
-    }
-
-    fn cache(&self) -> std::path::PathBuf {
-        self.dir.path().join("cache")
-    }
-
-    fn options(&self) -> HubOptions {
         let patience = Patience {
             response: Duration::from_secs(5),
             silence: Duration::from_millis(1500),
@@ -53,7 +42,19 @@ impl Setup {
             longest_pause: Duration::from_secs(3),
             ..Patience::default()
         };
-        HubOptions { endpoint: self.hub.url(), patience, ..HubOptions::new(self.cache()) }
+        Self { dir, hub, patience }
+    }
+
+    pub(crate) fn repo(&self) -> std::path::PathBuf {
+        self.dir.path().join("repo")
+    }
+
+    fn cache(&self) -> std::path::PathBuf {
+        self.dir.path().join("cache")
+    }
+
+    pub(crate) fn options(&self) -> HubOptions {
+        HubOptions { endpoint: self.hub.url(), patience: self.patience, ..HubOptions::new(self.cache()) }
     }
 
     fn client(&self) -> Hub {

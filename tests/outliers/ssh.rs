@@ -9,6 +9,7 @@ use outliers::broker::SshEndpoint;
 use outliers::keys::RunKey;
 use outliers::transport::ssh::{HostKeyPin, SshTransport};
 use outliers::transport::{SendRequest, Transport, TransportError, TransportErrorKind as Kind};
+use outliers_tests::noise;
 use outliers_tests::sshd::Sshd;
 use sha2::{Digest, Sha256};
 
@@ -17,18 +18,6 @@ const LIMIT: Duration = Duration::from_secs(30);
 async fn connect(server: &Sshd) -> SshTransport {
     let pin = Some(server.host_key());
     SshTransport::connect(&server.endpoint(), server.key().private_path(), pin).await.unwrap().0
-}
-
-/// `len` bytes that repeat nowhere within a block.
-fn noise(len: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    };
-    std::iter::repeat_with(&mut next).flatten().take(len).collect()
 }
 
 /// Sends a whole file.

@@ -3,19 +3,19 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use outliers_protocol::{FailureKind, Metadata, Results, files};
 use outliers_tests::hub::{Fault, MockHub, Repo, Seen, Wire};
 use outliers_tests::programs::worker;
-use outliers_worker::demo;
 use outliers_worker::error::WorkerError;
 use outliers_worker::hub::{Hub, HubOptions, Patience, Token};
 use outliers_worker::source::{Checkpoint, TensorEntry, Wanted, WeightSource};
 
-const ID: &str = "owner/demo-model";
+use crate::hub::{ID, Setup};
+
 const SHARD: &str = "model-00001-of-00002.safetensors?";
 const OTHER_SHARD: &str = "model-00002-of-00002.safetensors?";
 /// Small enough that the demo's 8 MB come in many parts.
@@ -23,44 +23,19 @@ const READ_AHEAD: u64 = 4 << 20;
 /// Largest part with that little memory.
 const PART: u64 = 1 << 20;
 
-/// A hub with the demo model, and an empty cache.
-struct Setup {
-    dir: tempfile::TempDir,
-    hub: MockHub,
-    patience: Patience,
+/// Patience with ranges.
+fn patient(setup: Setup) -> Setup {
+    let patience = Patience {
+        response: Duration::from_secs(20),
+        silence: Duration::from_secs(2),
+        late: Duration::from_millis(200),
+        tries: 4,
+        ..setup.patience
+    };
+    Setup { patience, ..setup }
 }
 
 impl Setup {
-    fn new() -> Self {
-        Self::with(|repo| repo)
-    }
-
-    fn with(change: impl FnOnce(Repo) -> Repo) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let folder = dir.path().join("repo");
-        demo::make(&folder, 0).unwrap();
-        let hub = MockHub::start([change(Repo::new(ID, &folder))]).unwrap();
-        let patience = Patience {
-            response: Duration::from_secs(20),
-            silence: Duration::from_secs(2),
-            late: Duration::from_millis(200),
-            tries: 4,
-            pause: Duration::from_millis(10),
-            longest_pause: Duration::from_secs(3),
-            ..Patience::default()
-        };
-        Self { dir, hub, patience }
-    }
-
-    fn repo(&self) -> PathBuf {
-        self.dir.path().join("repo")
-    }
-
-    fn options(&self) -> HubOptions {
-        let cache = self.dir.path().join("cache");
-        HubOptions { endpoint: self.hub.url(), patience: self.patience, ..HubOptions::new(cache) }
-    }
-
     fn stream(&self) -> Checkpoint {
         Hub::new(self.options()).unwrap().stream(ID, "main", READ_AHEAD, &|_| ()).unwrap()
     }
@@ -164,7 +139,7 @@ fn run(arguments: &[&str], hub: &MockHub, home: &Path) -> (Results, Metadata) {
 
 #[test]
 fn a_run_over_the_hub_equals_one_from_disk_and_leaves_no_weights_there() {
-    let setup = Setup::new();
+    let setup = patient(Setup::new());
     let home = setup.dir.path().join("home");
     let (streamed, metadata) = run(&["--model", ID], &setup.hub, &home);
     let repo = setup.repo();
@@ -186,7 +161,7 @@ fn a_run_over_the_hub_equals_one_from_disk_and_leaves_no_weights_there() {
 
 #[test]
 fn a_cached_run_keeps_the_weights_and_finds_them_again() {
-    let setup = Setup::new();
+    let setup = patient(Setup::new());
     let home = setup.dir.path().join("home");
     let (first, _) = run(&["--model", ID, "--weights", "cache"], &setup.hub, &home);
     let (requests, carried) = (setup.hub.seen().len(), setup.hub.carried());
@@ -217,12 +192,12 @@ fn passing_faults_change_no_byte() {
         Fault::OtherVersion,
         Fault::IgnoreRange,
     ];
-    let stored = Setup::new().stored();
+    let stored = patient(Setup::new()).stored();
     std::thread::scope(|scope| {
         for fault in &faults {
             let stored = &stored;
             scope.spawn(move || {
-                let setup = Setup::new();
+                let setup = patient(Setup::new());
                 let read = setup.read_with(fault, 2).unwrap_or_else(|error| panic!("{fault:?}: {error}"));
                 assert!(read == *stored, "{fault:?}");
             });
@@ -245,7 +220,7 @@ fn lasting_faults_are_named() {
     std::thread::scope(|scope| {
         for (fault, says) in &cases {
             scope.spawn(move || {
-                let setup = Setup::new();
+                let setup = patient(Setup::new());
                 let error = setup.read_with(fault, 100_000).unwrap_err();
                 assert_eq!(error.kind(), FailureKind::Network, "{fault:?}: {error}");
                 assert!(error.message().contains(says), "{fault:?}: {error}");
@@ -259,7 +234,7 @@ fn lasting_faults_are_named() {
 
 #[test]
 fn a_file_that_was_replaced_is_not_mixed_with_what_it_was() {
-    let setup = Setup::new();
+    let setup = patient(Setup::new());
     let checkpoint = setup.stream();
     let path = setup.repo().join(&SHARD[..SHARD.len() - 1]);
     let mut bytes = fs::read(&path).unwrap();
@@ -276,7 +251,7 @@ fn a_file_that_was_replaced_is_not_mixed_with_what_it_was() {
 
 #[test]
 fn a_range_that_is_late_is_asked_for_again_before_its_connection_is_given_up() {
-    let mut setup = Setup::new();
+    let mut setup = patient(Setup::new());
     // Nobody would notice the silence otherwise.
     setup.patience.silence = Duration::from_secs(600);
     setup.patience.response = Duration::from_secs(600);
@@ -292,7 +267,7 @@ fn a_range_that_is_late_is_asked_for_again_before_its_connection_is_given_up() {
 
 #[test]
 fn a_broken_range_is_resumed_where_it_broke() {
-    let mut setup = Setup::new();
+    let mut setup = patient(Setup::new());
     setup.patience.late = Duration::from_secs(600);
     assert!(setup.read_with(&Fault::Truncate(65_536), 1).unwrap() == setup.stored());
     let ranges = setup.ranges();
@@ -307,7 +282,7 @@ fn a_broken_range_is_resumed_where_it_broke() {
 
 #[test]
 fn addresses_expire_and_are_asked_for_again() {
-    let mut setup = Setup::new();
+    let mut setup = patient(Setup::new());
     // Several ranges may meet the same expiry, and some of them the next one too.
     setup.patience.tries = 20;
     let checkpoint = setup.stream();
@@ -320,7 +295,7 @@ fn addresses_expire_and_are_asked_for_again() {
 
 #[test]
 fn the_token_goes_to_the_hub_alone() {
-    let setup = Setup::with(|repo| repo.gated("hf_right"));
+    let setup = patient(Setup::with(|repo| repo.gated("hf_right")));
     let options = HubOptions { token: Token::new("hf_right"), ..setup.options() };
     let checkpoint = Hub::new(options).unwrap().stream(ID, "main", READ_AHEAD, &|_| ()).unwrap();
     setup.hub.expire_after(30);
@@ -332,7 +307,7 @@ fn the_token_goes_to_the_hub_alone() {
 
 #[test]
 fn no_more_is_on_its_way_than_allowed() {
-    let setup = Setup::new();
+    let setup = patient(Setup::new());
     let checkpoint = setup.stream();
     let weights = &*checkpoint.weights;
     let entries = in_order(weights);
@@ -347,7 +322,7 @@ fn no_more_is_on_its_way_than_allowed() {
 
 #[test]
 fn what_was_not_announced_can_be_read_too() {
-    let setup = Setup::new();
+    let setup = patient(Setup::new());
     let checkpoint = setup.stream();
     let weights = &*checkpoint.weights;
     let entry = weights.entry("lm_head.weight").unwrap().clone();
@@ -363,7 +338,7 @@ fn what_was_not_announced_can_be_read_too() {
 
 #[test]
 fn a_long_wire_changes_no_byte() {
-    let setup = Setup::new();
+    let setup = patient(Setup::new());
     let wire = Wire { latency: Duration::from_millis(30), bytes_per_second: Some(40_000_000) };
     let hub = MockHub::behind(wire, [Repo::new(ID, &setup.repo())]).unwrap();
     let options = HubOptions { endpoint: hub.url(), ..setup.options() };

@@ -64,15 +64,3 @@ pub(crate) fn names(folder: &Path) -> Vec<String> {
     names.sort();
     names
 }
-
-/// `len` bytes that nothing can compress.
-pub(crate) fn noise(len: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    };
-    std::iter::repeat_with(&mut next).flatten().take(len).collect()
-}

@@ -9,9 +9,9 @@ use outliers::host::{HostEvent, RemoteHost};
 use outliers::transport::ssh::{SshTransport, Tuning};
 use outliers::transport::{SendRequest, Transport, TransportError, TransportErrorKind as Kind};
 use outliers_tests::line::Line;
-use outliers_tests::sha256;
+use outliers_tests::{noise, sha256};
 
-use crate::scene::{HASTY, Scene, names, noise};
+use crate::scene::{HASTY, Scene, names};
 
 const MB: usize = 1_000_000;
 const PLACE: &str = "outliers/data/big";
