@@ -290,7 +290,8 @@ pub fn read(config: &Value) -> Result<Architecture> {
 
 /// More than any model has; a damaged or hostile configuration must not make us allocate by its word.
 const MOST_LAYERS: usize = 4096;
-const MOST_EXPERTS: usize = 1 << 16;
+/// Of all layers together: Kimi-K2 has 23 thousand.
+const MOST_EXPERTS: usize = 1 << 20;
 const MOST: u64 = 1 << 31;
 
 /// Numbers that would divide by zero or index out of range later.
@@ -298,6 +299,11 @@ fn check(spec: &DecoderSpec) -> Result<()> {
     let bad = |what: String| Err(WorkerError::new(FailureKind::Checkpoint, format!("config.json: {what}")));
     if spec.hidden == 0 || spec.vocab == 0 || spec.layers.is_empty() {
         return bad(format!("{} layers of width {} over {} tokens", spec.layers.len(), spec.hidden, spec.vocab));
+    }
+    let experts = |layer: &LayerSpec| if let FfnSpec::Moe(moe) = &layer.ffn { moe.experts } else { 0 };
+    let experts: usize = spec.layers.iter().map(experts).sum();
+    if experts > MOST_EXPERTS {
+        return bad(format!("{experts} experts in {} layers, more than {MOST_EXPERTS}", spec.layers.len()));
     }
     let problem = |layer: &LayerSpec| unsound_mixer(&layer.mixer).or_else(|| unsound_ffn(&layer.ffn));
     match spec.layers.iter().enumerate().find_map(|(i, layer)| Some((i, problem(layer)?))) {
@@ -347,7 +353,7 @@ fn unsound_ffn(ffn: &FfnSpec) -> Option<String> {
             return Some(format!("top {} of {} experts in {top_groups} of {groups} groups", moe.top_k, moe.experts));
         }
     }
-    let sound = (1..=moe.experts).contains(&moe.top_k) && moe.experts <= MOST_EXPERTS;
+    let sound = (1..=moe.experts).contains(&moe.top_k);
     (!sound).then(|| format!("top {} of {} experts", moe.top_k, moe.experts))
 }
 
@@ -564,6 +570,15 @@ mod tests {
         });
         config["text_config"] = config.clone();
         config
+    }
+
+    #[test]
+    fn nothing_is_listed_by_the_word_of_a_hostile_configuration() {
+        let mut config = config("OlmoeForCausalLM");
+        for (layers, experts, fine) in [(64, 512, true), (4096, 256, true), (4096, 257, false), (5000, 2, false)] {
+            (config["num_hidden_layers"], config["num_experts"]) = (json!(layers), json!(experts));
+            assert_eq!(read(&config).is_ok(), fine, "{layers} layers of {experts} experts");
+        }
     }
 
     #[test]
