@@ -8,6 +8,9 @@ use outliers_protocol::{Failure, FailureKind};
 /// Result of everything in this crate.
 pub type Result<T, E = WorkerError> = std::result::Result<T, E>;
 
+/// Characters of a message or a hint.
+const LONGEST: usize = 4000;
+
 /// A failure that ends a run: its kind for programs, its message and hint for people.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -27,7 +30,7 @@ macro_rules! constructors {
 impl WorkerError {
     /// An error of `kind`, without a hint.
     pub fn new(kind: FailureKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), hint: None }
+        Self { kind, message: printable(&message.into(), LONGEST), hint: None }
     }
 
     constructors! {
@@ -68,14 +71,14 @@ impl WorkerError {
     /// Adds what to do about it, replacing an earlier hint.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint = Some(hint.into());
+        self.hint = Some(printable(&hint.into(), LONGEST));
         self
     }
 
     /// Puts `context` and a colon before the message; kind and hint stay.
     #[must_use]
     pub fn context(mut self, context: impl std::fmt::Display) -> Self {
-        self.message = format!("{context}: {}", self.message);
+        self.message = printable(&format!("{context}: {}", self.message), LONGEST);
         self
     }
 
@@ -93,6 +96,19 @@ impl WorkerError {
     pub fn hint_text(&self) -> Option<&str> {
         self.hint.as_deref()
     }
+}
+
+/// What a stranger wrote (a server, a configuration), fit for a sentence: at most `limit` characters, none that steers a terminal or
+/// turns the direction of the text; white space is a space.
+pub fn printable(text: &str, limit: usize) -> String {
+    let turns = |c| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let plain = text.chars().map(|c| if c.is_whitespace() { ' ' } else { c }).filter(|&c| !c.is_control() && !turns(c));
+    let mut chars = plain.peekable();
+    let mut out: String = chars.by_ref().take(limit).collect();
+    if chars.peek().is_some() {
+        out.push('…');
+    }
+    out
 }
 
 /// As the manifest carries it.
@@ -144,6 +160,17 @@ mod tests {
         assert_eq!(error.kind(), FailureKind::Storage);
         assert!(error.message().starts_with("cannot write /data/x: "));
         assert!(error.hint_text().is_some_and(|hint| hint.contains("disk")));
+    }
+
+    #[test]
+    fn no_words_of_strangers_steer_a_terminal_or_have_no_end() {
+        let stranger = "\u{1b}[2J\u{202e}x\ny\0";
+        let error = WorkerError::unsupported(format!("activation {stranger}")).hint(stranger).context(stranger);
+        assert_eq!(error.message(), "[2Jx y: activation [2Jx y");
+        assert_eq!(error.hint_text(), Some("[2Jx y"));
+        let long = WorkerError::unsupported("é".repeat(1_000_000));
+        assert_eq!(long.message().chars().count(), LONGEST + 1);
+        assert_eq!((printable("abc", 3), printable("abcd", 3)), ("abc".to_owned(), "abc…".to_owned()));
     }
 
     #[test]

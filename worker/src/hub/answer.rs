@@ -103,11 +103,6 @@ pub(super) fn etag(response: &Response<Body>) -> Option<Digest> {
     Digest::from_hex(tag.trim_start_matches("W/").trim_matches('"'))
 }
 
-/// A server's text without control characters, of bounded length.
-pub(super) fn printable(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).take(300).collect()
-}
-
 /// One segment of a path, percent-encoded.
 pub(super) fn encode(segment: &str) -> String {
     let byte = |byte: u8| match byte {

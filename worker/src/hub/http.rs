@@ -12,11 +12,10 @@ use ureq::http::{Response, StatusCode};
 use ureq::{Agent, Body};
 
 use super::answer::{
-    Refusal, check_endpoint, content_range, encode, etag, header, printable, redirect, same_origin, unreachable,
-    wait_asked_for,
+    Refusal, check_endpoint, content_range, encode, etag, header, redirect, same_origin, unreachable, wait_asked_for,
 };
 use super::listing::{RepoFile, RepoListing};
-use crate::error::{Result, WorkerError};
+use crate::error::{Result, WorkerError, printable};
 
 /// Redirects followed: relative ones inside the hub, one to where large files lie.
 const MAX_REDIRECTS: usize = 5;
@@ -284,7 +283,8 @@ impl Client {
     /// What a status other than success means.
     fn refused(&self, response: &Response<Body>, asked: &Asked<'_>, from_hub: bool) -> Refusal {
         let status = response.status();
-        let said = header(response, "x-error-message").map_or(String::new(), |text| format!(": {}", printable(text)));
+        let said =
+            header(response, "x-error-message").map_or(String::new(), |text| format!(": {}", printable(text, 300)));
         let host = if from_hub { "the hub" } else { "the hub's file server" };
         let why = format!("{host} answered {}{said}", status.as_u16());
         if status == StatusCode::TOO_MANY_REQUESTS || status == StatusCode::REQUEST_TIMEOUT || status.is_server_error()
