@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use outliers_protocol::SiteKinds;
+use outliers_protocol::{ByteSize, SiteKinds, Weights};
 
 use crate::settings::Span;
 use crate::units::CudaVersion;
@@ -159,9 +159,17 @@ pub struct ModelArgs {
     pub revision: String,
 }
 
-/// The text and how it is run.
+/// The weights, the text, and how it is run.
 #[derive(Args, Clone, Debug, Default)]
 pub struct JobArgs {
+    /// Where the weights come from: hub (over the network as they are used, none on disk), cache (fetched to the instance's disk first),
+    /// local:DIR (a folder of this machine, where that is the instance), synthetic:SEED (made up, to try a model of any size)
+    /// [default: hub, or the model's folder].
+    #[arg(long, value_name = "WHERE")]
+    pub weights: Option<Weights>,
+    /// Memory for weights while they stream, such as 800MiB or 4GB [default: a quarter of what is free, 4 GiB at most].
+    #[arg(long, value_name = "SIZE")]
+    pub stream_budget: Option<ByteSize>,
     /// Sequences [default: 16, or all rows of the token ids].
     #[arg(long, value_name = "N")]
     pub num_sequences: Option<usize>,

@@ -5,8 +5,8 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use outliers_protocol::{
-    BosPolicy, CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Packing, Precision, Progress,
-    SCHEMA, VersionInfo, files,
+    BosPolicy, ByteSize, CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Packing, Precision,
+    Progress, SCHEMA, VersionInfo, Weights, files,
 };
 use serde::de::DeserializeOwned;
 use tokio::process::Command;
@@ -211,6 +211,8 @@ fn inspect_arguments(job: &JobSpec, check: Check) -> Vec<String> {
     if let ModelSource::Hub { revision, .. } = &job.model {
         option("revision", Some(revision.clone()));
     }
+    option("weights", job.weights.as_ref().map(Weights::to_string));
+    option("stream-budget", job.stream_budget_bytes.map(|bytes| ByteSize(bytes).to_string()));
     option("num-sequences", job.corpus.num_sequences.map(|n| n.to_string()));
     option("sequence-length", job.corpus.sequence_length.map(|n| n.to_string()));
     let precision = match job.precision {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use outliers_protocol::Thresholds;
+use outliers_protocol::{ByteSize, Thresholds};
 use serde::Deserialize;
 
 use crate::broker::{CLOUDS, CloudKind, local};
@@ -186,9 +186,9 @@ struct RunSection {
     max_duration: Option<Span>,
     lease: Option<Span>,
     unclaimed: Option<Span>,
-    spare_disk: Option<Size>,
-    push_limit: Option<Size>,
-    save_point_limit: Option<Size>,
+    spare_disk: Option<ByteSize>,
+    push_limit: Option<ByteSize>,
+    save_point_limit: Option<ByteSize>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -202,7 +202,7 @@ struct ThresholdSection {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct PlanSection {
-    read_rate: Option<Size>,
+    read_rate: Option<ByteSize>,
     efficiency: Option<f64>,
 }
 
@@ -237,11 +237,11 @@ impl Settings {
             clouds,
             max_duration: span.ok_or_else(|| built_in("run.max-duration"))?.0,
             watch: Watch { lease_s: lease.0.as_secs(), unclaimed_s: unclaimed.0.as_secs() },
-            spare_disk: spare.ok_or_else(|| built_in("run.spare-disk"))?.0,
-            push_limit: limit.ok_or_else(|| built_in("run.push-limit"))?.0,
-            save_point_limit: save_point.ok_or_else(|| built_in("run.save-point-limit"))?.0,
+            spare_disk: size(spare, "run.spare-disk")?,
+            push_limit: size(limit, "run.push-limit")?,
+            save_point_limit: size(save_point, "run.save-point-limit")?,
             thresholds: thresholds(&user.thresholds, &defaults.thresholds),
-            read_rate: rate.ok_or_else(|| built_in("plan.read-rate"))?.0,
+            read_rate: size(rate, "plan.read-rate")?,
             efficiency: user.plan.efficiency.or(defaults.plan.efficiency).ok_or_else(|| built_in("plan.efficiency"))?,
             hf_token: hf_token(environment),
             hf_endpoint: environment.get(variables::HF_ENDPOINT).map(str::to_owned),
@@ -254,6 +254,10 @@ impl Settings {
         let token = self.hf_token.clone().map(|token| (variables::HF_TOKEN, token));
         token.into_iter().chain(endpoint).collect()
     }
+}
+
+fn size(found: Option<ByteSize>, field: &'static str) -> Result<Bytes, SettingsError> {
+    found.map(|ByteSize(bytes)| Bytes(bytes)).ok_or_else(|| missing_default(field))
 }
 
 fn clouds(
@@ -437,40 +441,6 @@ impl fmt::Display for Span {
     }
 }
 
-/// An amount of memory as people write it: `512 MiB`, `1.5 GiB`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub struct Size(pub Bytes);
-
-impl FromStr for Size {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("`{text}` is not an amount of memory: write 512 MiB or 1.5 GiB");
-        let text = text.trim();
-        let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-        let number: f64 = text[..split].parse().map_err(|_| wrong())?;
-        let unit = match text[split..].trim() {
-            "B" => 0,
-            "KiB" => 10,
-            "MiB" => 20,
-            "GiB" => 30,
-            "TiB" => 40,
-            _ => return Err(wrong()),
-        };
-        let bytes = number * (1u64 << unit) as f64;
-        if bytes < 1e18 { Ok(Self(Bytes(bytes as u64))) } else { Err(wrong()) }
-    }
-}
-
-impl TryFrom<String> for Size {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -547,11 +517,6 @@ mod tests {
         for text in ["", "5", "m", "5x", "0s", "-5m", "99999999999999999999s", "9999999999999d", "5m3"] {
             assert!(text.parse::<Span>().is_err(), "{text}");
         }
-        assert_eq!("1.5 GiB".parse(), Ok(Size(Bytes(3 << 29))));
-        assert_eq!("512MiB".parse(), Ok(Size(Bytes::from_mib(512))));
-        for text in ["", "GiB", "1", "1 GB", "1e3 MiB", "9999999999 TiB", "-1 GiB"] {
-            assert!(text.parse::<Size>().is_err(), "{text}");
-        }
         assert_eq!(Span(Duration::from_secs(3725)).to_string(), "1 h 02 min");
         assert_eq!(Span(Duration::from_secs(65)).to_string(), "1 min 05 s");
     }
@@ -560,7 +525,6 @@ mod tests {
         #[test]
         fn nothing_typed_makes_them_panic(text in "\\PC{0,12}") {
             let _ = text.parse::<Span>();
-            let _ = text.parse::<Size>();
         }
     }
 }

@@ -133,7 +133,7 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
     let group_elements = StreamBudget::planned(job.stream_budget_bytes).group_elements(compute);
     let micro_batch_tokens = job.micro_batch_tokens;
     let run = PlannedRun { sequences, tokens, compute, micro_batch_tokens, group_elements };
-    Ok(inspect::inspect(job.model.name(), &checkpoint, &model, run))
+    Ok(inspect::inspect(&job, &checkpoint, &model, run))
 }
 
 fn bench_run(options: JobArgs, hub: &Hub) -> Result<RunTable> {

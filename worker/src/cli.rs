@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outliers_protocol::{
-    BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKinds,
+    BUILTIN_CORPUS, BosPolicy, ByteSize, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKinds,
     Thresholds, Weights,
 };
 
@@ -196,8 +196,8 @@ pub struct JobArgs {
     pub micro_batch_tokens: Option<usize>,
     /// Memory for weights while they stream, such as 800MiB or 4GB: a group of experts in use, one being decoded, the rest on its way
     /// [default: a quarter of what is free, 4 GiB at most].
-    #[arg(long, value_name = "BYTES", value_parser = bytes)]
-    pub stream_budget: Option<u64>,
+    #[arg(long, value_name = "SIZE")]
+    pub stream_budget: Option<ByteSize>,
 }
 
 /// [`BosPolicy`] on the command line.
@@ -262,29 +262,9 @@ impl JobArgs {
         job.save_activations = self.save_activations;
         job.micro_batch_tokens = self.micro_batch_tokens.unwrap_or(job.micro_batch_tokens);
         job.weights = self.weights;
-        job.stream_budget_bytes = self.stream_budget;
+        job.stream_budget_bytes = self.stream_budget.map(|ByteSize(bytes)| bytes);
         Ok(job)
     }
-}
-
-/// A number of bytes, with or without a unit.
-fn bytes(text: &str) -> std::result::Result<u64, String> {
-    const UNITS: [(&str, u64); 10] = [
-        ("KiB", 1 << 10),
-        ("MiB", 1 << 20),
-        ("GiB", 1 << 30),
-        ("kB", 1_000),
-        ("MB", 1_000_000),
-        ("GB", 1_000_000_000),
-        ("K", 1 << 10),
-        ("M", 1 << 20),
-        ("G", 1 << 30),
-        ("", 1),
-    ];
-    let with_unit = |(unit, size): (&str, u64)| Some((text.trim().strip_suffix(unit)?.trim_end(), size));
-    let (number, size) = UNITS.into_iter().find_map(with_unit).expect("the last unit is empty");
-    let bytes = number.parse::<u64>().ok().and_then(|number| number.checked_mul(size)).filter(|bytes| *bytes > 0);
-    bytes.ok_or_else(|| "use a number of bytes, such as 800MiB or 4GB".to_owned())
 }
 
 /// A folder that is there, or a path by its look, is a folder; `owner/name` is a hub id.
@@ -315,19 +295,4 @@ pub fn read_job(path: &Path) -> Result<JobSpec> {
         serde_json::from_str(&text).map_err(|e| e.to_string())
     };
     parsed.map_err(|e| WorkerError::job(format!("{} is not a job: {e}", path.display())))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bytes_are_written_as_people_do() {
-        for (text, expected) in [("1024", 1024), ("800MiB", 800 << 20), ("4 GB", 4_000_000_000), ("2G", 2 << 30)] {
-            assert_eq!(bytes(text), Ok(expected), "{text}");
-        }
-        for text in ["", "0", "MiB", "-1", "1.5GB", "99999999999999GiB", "12 parsecs"] {
-            assert!(bytes(text).is_err(), "{text}");
-        }
-    }
 }

@@ -1,12 +1,13 @@
 //! What a checkpoint is and what a run over it needs: arithmetic over headers, no weight byte read.
 
 use candle_core::DType;
-use outliers_protocol::{Inspection, LayerInspection, PlanFigures, Point, SCHEMA, SiteInspection};
+use outliers_protocol::{Inspection, JobSpec, LayerInspection, PlanFigures, Point, SCHEMA, SiteInspection};
 use serde_json::Value;
 
 use crate::attention::{QUERY_BLOCK, SCORE_VALUES};
 use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec, Need, Role};
 use crate::model::Model;
+use crate::run::disk_bytes;
 use crate::source::Checkpoint;
 use crate::stats::Site;
 use crate::stream::VOCAB_BLOCK;
@@ -26,13 +27,13 @@ pub struct PlannedRun {
     pub group_elements: u64,
 }
 
-/// Describes a checked model.
-pub fn inspect(name: &str, checkpoint: &Checkpoint, model: &Model<'_>, run: PlannedRun) -> Inspection {
+/// Describes the checked model of a job.
+pub fn inspect(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>, run: PlannedRun) -> Inspection {
     let spec = &model.spec;
     let head = spec.head_needs();
     Inspection {
         schema: SCHEMA,
-        model: name.to_owned(),
+        model: job.model.name().to_owned(),
         revision: checkpoint.revision.clone(),
         architecture: model.family.architecture.to_owned(),
         model_type: string(&checkpoint.config, "model_type"),
@@ -52,7 +53,7 @@ pub fn inspect(name: &str, checkpoint: &Checkpoint, model: &Model<'_>, run: Plan
         unexplained: model.unexplained.clone(),
         files: checkpoint.weights.files().to_vec(),
         tokenizer: checkpoint.tokenizer().map(|files| files.to_string()),
-        plan: plan(checkpoint, model, run),
+        plan: plan(model, run, disk_bytes(job, checkpoint.weights.files())),
     }
 }
 
@@ -109,7 +110,7 @@ pub(crate) fn flops(spec: &DecoderSpec, run: PlannedRun) -> f64 {
     2.0 * active_parameters(spec) as f64 * tokens + attention
 }
 
-fn plan(checkpoint: &Checkpoint, model: &Model<'_>, run: PlannedRun) -> PlanFigures {
+fn plan(model: &Model<'_>, run: PlannedRun, disk_bytes: u64) -> PlanFigures {
     let spec = &model.spec;
     let value = run.compute.size_in_bytes() as u64;
     let (tokens, width) = ((run.sequences * run.tokens) as u64, spec.hidden as u64);
@@ -134,7 +135,7 @@ fn plan(checkpoint: &Checkpoint, model: &Model<'_>, run: PlannedRun) -> PlanFigu
         streamed_memory_bytes: states + two_largest.max(block) + workspace,
         resident_memory_bytes: states + all + workspace,
         hidden_state_bytes: hidden_states,
-        disk_bytes: checkpoint.weights.files().iter().map(|f| f.bytes).sum(),
+        disk_bytes,
         bytes_to_read: stored,
     }
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use candle_core::DType;
 use outliers_protocol::{
-    HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Perplexity, Phase, Results, SCHEMA, Weights,
-    files,
+    FileBytes, HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Perplexity, Phase, Results, SCHEMA,
+    Weights, files,
 };
 use sha2::{Digest, Sha256};
 use sysinfo::System;
@@ -22,7 +22,7 @@ use crate::model::Model;
 use crate::output::{ActivationDump, OutputFolder, hex, write_statistics};
 use crate::progress::{ProgressSink, now_ms};
 use crate::savepoint::SavePoints;
-use crate::source::{Checkpoint, Described, LocalSource, SyntheticSource};
+use crate::source::{Checkpoint, Container, Described, LocalSource, SyntheticSource};
 use crate::stats::{Observer, Scope, Study};
 use crate::stream::{Pass, Passed};
 
@@ -73,6 +73,16 @@ pub fn checkpoint(job: &JobSpec, budget: StreamBudget, hub: &Hub, progress: &Pro
             hub.fetch_all(id, revision, &fetched)
         }
         _ => metadata(job, hub),
+    }
+}
+
+/// Bytes of weights that a run of this job writes to the disk of its machine, or finds there where the model is a folder.
+pub fn disk_bytes(job: &JobSpec, files: &[FileBytes]) -> u64 {
+    let streams = |file: &FileBytes| Container::of(&file.name) == Some(Container::Safetensors);
+    match (&job.model, &job.weights) {
+        (_, Some(Weights::Local { .. } | Weights::Synthetic { .. })) => 0,
+        (ModelSource::Hub { .. }, None | Some(Weights::Hub)) if files.iter().all(streams) => 0,
+        _ => files.iter().map(|file| file.bytes).sum(),
     }
 }
 
@@ -238,6 +248,9 @@ fn check(job: &JobSpec) -> Result<()> {
     if !share.contains(&t.layer_fraction) || !share.contains(&t.position_fraction) {
         return Err(WorkerError::job("layer and position fractions must be between 0 and 1"));
     }
+    if job.stream_budget_bytes == Some(0) {
+        return Err(WorkerError::job("a stream budget of nothing lets no weights through"));
+    }
     match &job.save_activations {
         Some(name) if name.contains('/') || name.starts_with('.') || name.is_empty() => {
             Err(WorkerError::job(format!("save_activations {name:?} must be a plain file name")))
@@ -333,4 +346,30 @@ fn seconds(progress: &ProgressSink) -> BTreeMap<String, f64> {
         *seconds.entry(format!("{phase:?}").to_lowercase()).or_default() += spent;
     }
     seconds
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_weights_that_do_not_stream_take_disk() {
+        let file = |name: &str| FileBytes { name: name.to_owned(), bytes: 10 };
+        let (streams, pickled) = ([file("a.safetensors"), file("b.safetensors")], [file("pytorch_model.bin")]);
+        let hub = ModelSource::Hub { id: "a/b".into(), revision: "main".into() };
+        let folder = ModelSource::Folder { path: "/m".into() };
+        let local = Weights::Local { path: "/w".into() };
+        for (model, weights, files, bytes) in [
+            (&hub, None, &streams[..], 0),
+            (&hub, Some(Weights::Hub), &streams[..], 0),
+            (&hub, Some(Weights::Cache), &streams[..], 20),
+            (&hub, None, &pickled[..], 10),
+            (&hub, Some(local), &streams[..], 0),
+            (&hub, Some(Weights::Synthetic { seed: 1 }), &streams[..], 0),
+            (&folder, None, &streams[..], 20),
+        ] {
+            let job = JobSpec { weights, ..JobSpec::new(model.clone()) };
+            assert_eq!(disk_bytes(&job, files), bytes, "{job:?}");
+        }
+    }
 }

@@ -4,7 +4,7 @@ use std::io::{BufRead, IsTerminal, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use outliers_protocol::{Inspection, JobSpec, ModelSource, Results, files};
+use outliers_protocol::{Inspection, JobSpec, ModelSource, Results, Weights, files};
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -196,6 +196,10 @@ async fn preflight(
         return Err(Complaint::refused("the model is a folder on this machine", hint));
     }
     let limit = context.settings.push_limit;
+    if matches!(job.weights, Some(Weights::Local { .. })) && !clouds.is_local() {
+        let hint = "leave out --weights: the instance streams them from the hub";
+        return Err(Complaint::refused("the weights are a folder on this machine", hint));
+    }
     for path in corpus_files(job) {
         check_size(path, Bytes(std::fs::metadata(path).map_or(0, |meta| meta.len())), limit)?;
     }

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use outliers_protocol::{
-    BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKinds, Thresholds,
+    BosPolicy, ByteSize, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKinds, Thresholds,
+    Weights,
 };
 
 use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg};
@@ -33,6 +34,8 @@ pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Pat
         PrecisionArg::Bf16 => Precision::Bf16,
         PrecisionArg::F16 => Precision::F16,
     };
+    job.weights = args.weights.clone().map(|weights| placed(weights, here)).transpose()?;
+    job.stream_budget_bytes = args.stream_budget.map(|ByteSize(bytes)| bytes);
     job.devices.clone_from(&args.devices);
     job.layers = args.layers;
     job.sites.extend(args.sites.iter().flat_map(|SiteKinds(kinds)| kinds));
@@ -46,6 +49,9 @@ pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Pat
 fn check(job: &JobSpec) -> Result<(), Complaint> {
     let zero =
         |name: &str| Err(Complaint::refused(format!("--{name} must be at least 1"), "leave it out for the default"));
+    if job.stream_budget_bytes == Some(0) {
+        return zero("stream-budget");
+    }
     match (job.corpus.num_sequences, job.corpus.sequence_length, job.layers, job.micro_batch_tokens) {
         (Some(0), ..) => zero("num-sequences"),
         (_, Some(0), ..) => zero("sequence-length"),
@@ -59,6 +65,18 @@ fn check(job: &JobSpec) -> Result<(), Complaint> {
             _ => Ok(()),
         },
     }
+}
+
+/// A folder with weights, by its absolute path.
+fn placed(weights: Weights, here: &Path) -> Result<Weights, Complaint> {
+    let Weights::Local { path } = weights else { return Ok(weights) };
+    let found = here.join(&path).canonicalize().map_err(|error| {
+        Complaint::refused(
+            format!("--weights local:{path}: {error}"),
+            "give a folder of this machine with weight files",
+        )
+    })?;
+    Ok(Weights::Local { path: utf8(found)? })
 }
 
 /// A folder that is there, or a path by its look, is a folder; `owner/name` is a hub id.
@@ -154,6 +172,23 @@ mod tests {
         assert_eq!(with(&["expert-out", "residual"]), [SiteKind::Norms, SiteKind::Residual, SiteKind::ExpertOut]);
         assert_eq!(with(&["all", "norms"]), SiteKind::ALL);
         assert!("experts".parse::<SiteKinds>().is_err());
+    }
+
+    #[test]
+    fn weights_come_from_where_they_are_said_to_be() {
+        let here = tempfile::tempdir().unwrap();
+        std::fs::create_dir(here.path().join("w")).unwrap();
+        let with = |text: &str| {
+            let args = JobArgs { weights: Some(text.parse().unwrap()), ..JobArgs::default() };
+            made("a/b", &args, here.path()).map(|job| job.weights)
+        };
+        let folder = here.path().canonicalize().unwrap().join("w");
+        assert_eq!(with("local:w").unwrap(), Some(Weights::Local { path: folder.to_str().unwrap().to_owned() }));
+        assert_eq!(with("local:missing").unwrap_err().status.number(), 2);
+        assert_eq!(with("synthetic:3").unwrap(), Some(Weights::Synthetic { seed: 3 }));
+        assert_eq!(made("a/b", &JobArgs::default(), here.path()).unwrap().weights, None);
+        let nothing = JobArgs { stream_budget: Some(ByteSize(0)), ..JobArgs::default() };
+        assert_eq!(made("a/b", &nothing, here.path()).unwrap_err().status.number(), 2);
     }
 
     #[test]

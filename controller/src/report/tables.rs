@@ -162,7 +162,7 @@ pub fn needs(inspection: &Inspection) -> String {
         ("parameters", format!("{}, {} active per token", inspection.parameters, inspection.active_parameters)),
         ("tokens", format!("{} sequences of {}", plan.sequences, plan.tokens_per_sequence)),
         ("weights to read, once", Bytes(plan.bytes_to_read).to_string()),
-        ("disk for the checkpoint", Bytes(plan.disk_bytes).to_string()),
+        ("weights on the disk", Bytes(plan.disk_bytes).to_string()),
         ("device memory, streamed", Bytes(plan.streamed_memory_bytes).to_string()),
         ("device memory, all resident", Bytes(plan.resident_memory_bytes).to_string()),
         ("arithmetic", format!("{:.3} x 10^12 operations", plan.flops / 1e12)),

@@ -123,7 +123,7 @@ pub struct PlanFigures {
     pub resident_memory_bytes: u64,
     /// Hidden states held between layers. Bytes.
     pub hidden_state_bytes: u64,
-    /// Disk for the checkpoint on the instance. Bytes.
+    /// Weights on the instance's disk: none where they stream from the hub. Bytes.
     pub disk_bytes: u64,
     /// Weight bytes the run reads.
     pub bytes_to_read: u64,

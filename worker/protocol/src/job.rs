@@ -1,6 +1,7 @@
 //! The job: which model over which text, counted how.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -223,6 +224,18 @@ impl FromStr for Weights {
                 Ok(Self::Synthetic { seed })
             }
             _ => Err("there are hub, cache, local:DIR and synthetic:SEED".to_owned()),
+        }
+    }
+}
+
+/// As [`FromStr`] reads them.
+impl fmt::Display for Weights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Hub => f.write_str("hub"),
+            Self::Cache => f.write_str("cache"),
+            Self::Local { path } => write!(f, "local:{path}"),
+            Self::Synthetic { seed } => write!(f, "synthetic:{seed}"),
         }
     }
 }

@@ -19,6 +19,7 @@ mod job;
 mod metadata;
 mod progress;
 mod results;
+mod size;
 
 pub use beyond::{
     ExpertPeak, FeaturePeak, GainSummary, MASSIVE_DIMS, MASSIVE_RECORDS, MagnitudeQuantiles, MassiveActivations,
@@ -38,6 +39,7 @@ pub use results::{
     Axis, Failure, FailureKind, Feature, FileEntry, Manifest, Outcome, Perplexity, Point, Reading, Results,
     SequenceSummary, Sided, SiteSummary, Verdict,
 };
+pub use size::ByteSize;
 
 /// Version of all documents in this crate. Raised when a reader of the old one would misread the new one.
 pub const SCHEMA: u32 = 1;

@@ -74,6 +74,11 @@ impl Container {
         }
     }
 
+    /// How a file of this name stores weights.
+    pub(crate) fn of(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|container| name.ends_with(container.extension()))
+    }
+
     /// Ending of its file names.
     const fn extension(self) -> &'static str {
         match self {
