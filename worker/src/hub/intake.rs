@@ -1,7 +1,7 @@
 //! Brings announced bytes in before they are asked for: many ranges at a time, in the order of reading, in bounded memory.
 //!
 //! Every part is fetched by a thread of its own into a buffer that is used again. What is on the wire or waits to be read stays within the
-//! limit, but for a part that a reader is waiting for. A part that is late is asked for a second time, and whichever answer is whole
+//! limit, but for a part that the reader of the earliest layer is waiting for: readers of later layers, on other devices, wait for room. A part that is late is asked for a second time, and whichever answer is whole
 //! first counts: one slow connection does not hold up the others.
 
 use std::collections::VecDeque;
@@ -56,10 +56,12 @@ struct State {
     next: usize,
     /// Parts that are being fetched.
     coming: Vec<usize>,
+    /// The first part that has not been read.
+    unread: usize,
     /// Bytes of parts begun and not read yet.
     held: u64,
-    /// The last part that a reader waits for.
-    waiting: Option<usize>,
+    /// Parts that readers wait for.
+    waiting: Vec<usize>,
     pool: Pool,
     pace: Pace,
     failed: Option<WorkerError>,
@@ -99,9 +101,10 @@ impl Intake {
         let state = State {
             status: parts.iter().map(|_| Status::Planned).collect(),
             next: 0,
+            unread: 0,
             coming: Vec::new(),
             held: 0,
-            waiting: None,
+            waiting: Vec::new(),
             pool: Pool::default(),
             pace: Pace::default(),
             failed: None,
@@ -169,20 +172,18 @@ impl Shared {
     /// The bytes of a part; `None` if all that was wanted of it has been read.
     fn wait_for(&self, part: usize) -> Result<Option<Arc<Vec<u8>>>> {
         let mut state = self.lock();
+        if let Some(found) = state.found(part) {
+            return found;
+        }
+        state.waiting.push(part);
+        self.changed.notify_all();
         loop {
-            match &state.status[part] {
-                Status::Here { bytes, .. } => return Ok(Some(Arc::clone(bytes))),
-                Status::Gone => return Ok(None),
-                Status::Planned | Status::Coming { .. } => {}
-            }
-            if let Some(error) = &state.failed {
-                return Err(error.clone());
-            }
-            if state.waiting < Some(part) {
-                state.waiting = Some(part);
-                self.changed.notify_all();
-            }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            if let Some(found) = state.found(part) {
+                let place = state.waiting.iter().position(|waited| *waited == part).expect("put there above");
+                state.waiting.swap_remove(place);
+                return found;
+            }
         }
     }
 
@@ -197,6 +198,8 @@ impl Shared {
         }
         let Status::Here { bytes, .. } = std::mem::replace(&mut state.status[part], Status::Gone) else { return };
         state.held -= self.parts[part].len();
+        let first = state.status[state.unread..].iter().position(|status| !matches!(status, Status::Gone));
+        state.unread = first.map_or(self.parts.len(), |first| state.unread + first);
         // Near the end nobody will use it again.
         if let Some(buffer) = Arc::into_inner(bytes).filter(|_| state.next < self.parts.len()) {
             state.pool.give_back(buffer);
@@ -223,7 +226,10 @@ impl Shared {
             }
             let late = state.late(&self.parts, self.patience.late);
             // What somebody waits for comes first.
-            let part = late.filter(|part| state.waiting >= Some(*part)).or_else(|| self.may_begin(&state)).or(late);
+            let part = late
+                .filter(|part| state.waiting.iter().any(|waited| waited >= part))
+                .or_else(|| self.may_begin(&state))
+                .or(late);
             if let Some(part) = part {
                 return Some(self.begin(&mut state, part));
             }
@@ -234,11 +240,14 @@ impl Shared {
         }
     }
 
-    /// The next part, if there is room for it or a reader waits.
+    /// The next part, if there is room for it or a reader of the earliest layer waits. One that is further on has to wait for room: what
+    /// takes it will be read by those behind, who never wait for a later layer.
     fn may_begin(&self, state: &State) -> Option<usize> {
         let part = self.parts.get(state.next)?;
-        let room = state.held + part.len() <= self.limits.bytes || state.waiting >= Some(state.next);
-        room.then_some(state.next)
+        let earliest = self.parts.get(state.unread).map_or(usize::MAX, |unread| unread.layer);
+        let must = |waited: &usize| *waited >= state.next && self.parts[*waited].layer <= earliest;
+        let room = state.held + part.len() <= self.limits.bytes;
+        (room || state.waiting.iter().any(must)).then_some(state.next)
     }
 
     fn begin(&self, state: &mut State, part: usize) -> Task {
@@ -334,6 +343,15 @@ impl Drop for Alarm<'_> {
 }
 
 impl State {
+    /// What a reader gets, as soon as it is known: the bytes of a part, `None` if all that was wanted of it has been read.
+    fn found(&self, part: usize) -> Option<Result<Option<Arc<Vec<u8>>>>> {
+        match &self.status[part] {
+            Status::Here { bytes, .. } => Some(Ok(Some(Arc::clone(bytes)))),
+            Status::Gone => Some(Ok(None)),
+            Status::Planned | Status::Coming { .. } => self.failed.clone().map(Err),
+        }
+    }
+
     /// The first part, in the order of reading, that should be here by now and is fetched only once.
     fn late(&self, parts: &[Part], patience: Duration) -> Option<usize> {
         let late = |part: &&usize| match &self.status[**part] {

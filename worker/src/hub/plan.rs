@@ -19,6 +19,8 @@ pub(super) struct Part {
     pub(super) range: Range<u64>,
     /// How many of them will be read.
     pub(super) wanted: u64,
+    /// Number of the layer that wants them.
+    pub(super) layer: usize,
 }
 
 impl Part {
@@ -97,19 +99,19 @@ fn run(pieces: &[Piece], gap: u64, largest: u64) -> usize {
 fn cut(together: &[Piece], largest: u64, parts: &mut Vec<(usize, Part)>) {
     let first = &together[0].wanted;
     let last = &together[together.len() - 1].wanted;
-    let (file, range) = (first.file, first.bytes.start..last.bytes.end);
+    let (file, layer, range) = (first.file, first.layer, first.bytes.start..last.bytes.end);
     let order = together.iter().map(|piece| piece.order).min().unwrap_or_default();
     let len = range.end - range.start;
     let count = len.div_ceil(largest);
     if count == 1 {
         let wanted = together.iter().map(|piece| piece.wanted.bytes.end - piece.wanted.bytes.start).sum();
-        parts.push((order, Part { file, range, wanted }));
+        parts.push((order, Part { file, range, wanted, layer }));
         return;
     }
     let size = len.div_ceil(count);
     for start in (range.start..range.end).step_by(size as usize) {
         let range = start..(start + size).min(range.end);
-        parts.push((order, Part { file, wanted: range.end - range.start, range }));
+        parts.push((order, Part { file, wanted: range.end - range.start, range, layer }));
     }
 }
 
