@@ -191,10 +191,11 @@ fn streaming_experts_one_by_one_equals_all_at_once_bit_for_bit() {
                 micro_batch_tokens: 4096,
                 with_head: true,
                 group_elements,
+                read_ahead: true,
                 progress: &ProgressSink::silent(),
                 meter: &Meter::default(),
             };
-            let nll = pass.run(&mut [&mut study], None).unwrap().nll;
+            let nll = pass.run(&mut study, None).unwrap().nll;
             (nll, study.report(&job.thresholds, &tokens.ids))
         };
         assert_eq!(pass(1), pass(u64::MAX), "{name}");

@@ -6,7 +6,7 @@ use std::path::Path;
 use candle_core::{DType, Device};
 use outliers_worker::decoder::{DecoderSpec, Need};
 use outliers_worker::loader::{Loader, Spare};
-use outliers_worker::meter::Meter;
+use outliers_worker::meter::{Meter, Thread};
 use outliers_worker::model::Model;
 use outliers_worker::safetensors::{StoredDtype, TensorSpec, Writer};
 use outliers_worker::source::Checkpoint;
@@ -22,7 +22,7 @@ pub(crate) fn rewrite(from: &Path, to: &Path, mut edit: impl FnMut(usize, &Need,
     let checkpoint = Checkpoint::open_folder(from).unwrap();
     let model = Model::open(&checkpoint.config, &*checkpoint.weights, None).unwrap();
     let (spare, meter) = (Spare::default(), Meter::default());
-    let mut loader = Loader::new(&model, DType::F32, &spare, &meter);
+    let mut loader = Loader::new(&model, DType::F32, &spare, meter.clock(Thread::Loader(0)));
     let mut tensors: BTreeMap<String, (Vec<u64>, Vec<f32>)> = BTreeMap::new();
     for (layer, need) in model.spec.needs() {
         let value = loader.tensor(layer, &need, &Device::Cpu).unwrap().contiguous().unwrap();

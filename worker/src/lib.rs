@@ -38,4 +38,5 @@ pub mod source;
 pub mod stats;
 pub mod stream;
 pub mod torch;
+pub mod watch;
 pub mod weights;

@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::decoder::Need;
 use crate::dtype::{self, Encoded};
 use crate::error::Result;
-use crate::meter::{Meter, Work};
+use crate::meter::{Clock, Subject, Work};
 use crate::model::{Format, Model, Piece, Stored};
 use crate::source::WeightSource;
 use crate::weights::UnitTensors;
@@ -21,7 +21,7 @@ pub struct Loader<'a> {
     model: &'a Model<'a>,
     compute: DType,
     spare: &'a Spare,
-    meter: &'a Meter,
+    clock: Clock<'a>,
     values: Vec<u8>,
     scales: Vec<u8>,
 }
@@ -35,9 +35,9 @@ pub struct LoadedUnit {
 }
 
 impl<'a> Loader<'a> {
-    /// Decodes to `compute`, into memory from `spare` where there is some; `meter` is told how long everything takes.
-    pub fn new(model: &'a Model<'a>, compute: DType, spare: &'a Spare, meter: &'a Meter) -> Self {
-        Self { model, compute, spare, meter, values: Vec::new(), scales: Vec::new() }
+    /// Decodes to `compute`, into memory from `spare` where there is some; `clock` is told how long everything takes.
+    pub fn new(model: &'a Model<'a>, compute: DType, spare: &'a Spare, clock: Clock<'a>) -> Self {
+        Self { model, compute, spare, clock, values: Vec::new(), scales: Vec::new() }
     }
 
     /// Tensors of a layer, onto a device.
@@ -67,7 +67,8 @@ impl<'a> Loader<'a> {
     fn decoded(&mut self, layer: usize, need: &Need, device: &Device) -> Result<Decoded> {
         let stored = self.model.stored(layer, need);
         self.scales.clear();
-        self.meter.time(Work::Reading, || {
+        let subject = || Subject { layer: Some(layer), micro_batches: None };
+        self.clock.time_about(Work::Reading, subject(), || {
             read(self.model.source, &stored.values, &mut self.values)?;
             stored.scales.as_ref().map_or(Ok(()), |scales| read(self.model.source, scales, &mut self.scales))
         })?;
@@ -78,7 +79,7 @@ impl<'a> Loader<'a> {
         let encoded = encoded(&stored, &self.values, &self.scales, &shape);
         let name = &stored.values.entry.name;
         let decode = || self.spare.decode(&encoded, &shape, self.compute, device, name);
-        let tensor = self.meter.time(Work::Decoding, decode)?;
+        let tensor = self.clock.time_about(Work::Decoding, subject(), decode)?;
         Ok(Decoded { tensor, input_major: stored.input_major })
     }
 
@@ -88,7 +89,7 @@ impl<'a> Loader<'a> {
     /// As [`tensor`](Self::tensor).
     pub fn rows(&mut self, stored: &Stored<'_>, rows: &Range<usize>, device: &Device) -> Result<Tensor> {
         let mut bytes = std::mem::take(&mut self.values);
-        self.meter.time(Work::Reading, || read(self.model.source, &rows_of(stored, rows), &mut bytes))?;
+        self.clock.time(Work::Reading, || read(self.model.source, &rows_of(stored, rows), &mut bytes))?;
         let decoded = self.decode_rows(stored, rows, &bytes, device);
         self.values = bytes;
         decoded
@@ -108,7 +109,7 @@ impl<'a> Loader<'a> {
         let entry = stored.values.entry;
         let encoded = Encoded::Plain { dtype: &entry.dtype, bytes };
         let shape = [rows.len(), entry.shape[1] as usize];
-        self.meter.time(Work::Decoding, || self.spare.decode(&encoded, &shape, self.compute, device, &entry.name))
+        self.clock.time(Work::Decoding, || self.spare.decode(&encoded, &shape, self.compute, device, &entry.name))
     }
 }
 

@@ -1,38 +1,219 @@
-//! Where the time of a pass goes.
+//! Where the time of a pass goes: how long each kind of work took, and on request when each piece of it began and ended, thread by thread.
 
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// What a thread of a pass is busy with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// The loader: bytes from the source, waiting for the network included.
+    /// A loader: bytes from the source, waiting for the network included.
     Reading,
-    /// The loader: bytes to tensors.
+    /// A loader: bytes to tensors.
     Decoding,
-    /// The computing thread: nothing to do until the loader is ready.
+    /// A device: nothing to do until weights are loaded, or hidden states come from another device.
     Waiting,
-    /// The computing thread: layers, statistics included.
-    Computing,
+    /// A device: token ids to hidden states.
+    Embedding,
+    /// A device: norm and token mixer.
+    Mixer,
+    /// A device: norm and feed-forward, router and experts.
+    FeedForward,
+    /// A device: statistics of what it computed.
+    Statistics,
+    /// A device: final norm, logits, likelihoods.
+    Head,
+    /// A device: a save point.
+    Saving,
 }
 
-/// Adds up. Reading and decoding happen beside waiting and computing.
-#[derive(Debug, Default)]
+impl Work {
+    /// All kinds.
+    pub const ALL: [Self; 9] = [
+        Self::Reading,
+        Self::Decoding,
+        Self::Waiting,
+        Self::Embedding,
+        Self::Mixer,
+        Self::FeedForward,
+        Self::Statistics,
+        Self::Head,
+        Self::Saving,
+    ];
+
+    /// In one word, for time lines.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Reading => "read",
+            Self::Decoding => "decode",
+            Self::Waiting => "wait",
+            Self::Embedding => "embedding",
+            Self::Mixer => "mixer",
+            Self::FeedForward => "ffn",
+            Self::Statistics => "statistics",
+            Self::Head => "head",
+            Self::Saving => "save",
+        }
+    }
+}
+
+/// What a piece of work is about, as far as it is about something.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Subject {
+    /// Layer, from 0.
+    pub layer: Option<usize>,
+    /// Numbers of the micro-batches, from 0.
+    pub micro_batches: Option<Range<usize>>,
+}
+
+/// One of the two threads that every device has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Thread {
+    /// The one that computes, by the device's number.
+    Device(usize),
+    /// The one that loads its weights.
+    Loader(usize),
+}
+
+/// A piece of work from its beginning to its end, or to where it was interrupted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Who did it.
+    pub thread: Thread,
+    /// What kind of work it was.
+    pub work: Work,
+    /// What it was about.
+    pub subject: Subject,
+    /// Since the meter was made.
+    pub start: Duration,
+    /// Since the meter was made.
+    pub end: Duration,
+}
+
+/// Adds up what all threads of a pass report.
+#[derive(Debug)]
 pub struct Meter {
-    nanoseconds: [AtomicU64; 4],
+    began: Instant,
+    nanoseconds: [AtomicU64; Work::ALL.len()],
+    /// `None`: only sums are kept.
+    spans: Option<Mutex<Vec<Span>>>,
+}
+
+impl Default for Meter {
+    fn default() -> Self {
+        Self { began: Instant::now(), nanoseconds: Default::default(), spans: None }
+    }
 }
 
 impl Meter {
-    /// Does something and adds the time it took.
-    pub fn time<R>(&self, work: Work, what: impl FnOnce() -> R) -> R {
-        let start = Instant::now();
+    /// One that also keeps every span: about 100 bytes for each tensor that is loaded and for each step of a micro-batch.
+    pub fn with_spans() -> Self {
+        Self { spans: Some(Mutex::default()), ..Self::default() }
+    }
+
+    /// The clock of one thread.
+    pub fn clock(&self, thread: Thread) -> Clock<'_> {
+        Clock {
+            meter: self,
+            thread,
+            now: RefCell::new(None),
+            since: Cell::new(Instant::now()),
+            spans: RefCell::default(),
+        }
+    }
+
+    /// Seconds that all threads together spent on a kind of work, without what interrupted it.
+    pub fn seconds(&self, work: Work) -> f64 {
+        Duration::from_nanos(self.nanoseconds[work as usize].load(Ordering::Relaxed)).as_secs_f64()
+    }
+
+    /// What was kept of the clocks that are gone, thread by thread in order of time.
+    pub fn spans(&self) -> Vec<Span> {
+        let Some(spans) = &self.spans else { return Vec::new() };
+        let mut spans = spans.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        spans.sort_by_key(|span| (span.thread, span.start));
+        spans
+    }
+}
+
+/// Measures what one thread does, one thing at a time: work within other work interrupts it, so that times add up and spans never overlap.
+pub struct Clock<'m> {
+    meter: &'m Meter,
+    thread: Thread,
+    now: RefCell<Option<(Work, Subject)>>,
+    since: Cell<Instant>,
+    /// Given to the meter in the end: threads do not wait for each other.
+    spans: RefCell<Vec<Span>>,
+}
+
+impl Clock<'_> {
+    /// Does something about `subject`.
+    pub fn time_about<R>(&self, work: Work, subject: Subject, what: impl FnOnce() -> R) -> R {
+        let outer = self.turn_to(Some((work, subject)));
         let result = what();
-        self.nanoseconds[work as usize].fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        self.turn_to(outer);
         result
     }
 
-    /// What it came to.
-    pub fn seconds(&self, work: Work) -> f64 {
-        Duration::from_nanos(self.nanoseconds[work as usize].load(Ordering::Relaxed)).as_secs_f64()
+    /// Does something about the same as the work that it interrupts.
+    pub fn time<R>(&self, work: Work, what: impl FnOnce() -> R) -> R {
+        let subject = self.now.borrow().as_ref().map(|(_, subject)| subject.clone());
+        self.time_about(work, subject.unwrap_or_default(), what)
+    }
+
+    fn turn_to(&self, next: Option<(Work, Subject)>) -> Option<(Work, Subject)> {
+        let (now, since) = (Instant::now(), self.since.get());
+        let ended = self.now.replace(next);
+        self.since.set(now);
+        if let Some((work, subject)) = &ended {
+            self.meter.nanoseconds[*work as usize].fetch_add((now - since).as_nanos() as u64, Ordering::Relaxed);
+            if self.meter.spans.is_some() {
+                let (start, end) = (since - self.meter.began, now - self.meter.began);
+                let span = Span { thread: self.thread, work: *work, subject: subject.clone(), start, end };
+                self.spans.borrow_mut().push(span);
+            }
+        }
+        ended
+    }
+}
+
+impl Drop for Clock<'_> {
+    fn drop(&mut self) {
+        if let Some(spans) = &self.meter.spans {
+            spans.lock().unwrap_or_else(PoisonError::into_inner).append(self.spans.get_mut());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inner_work_interrupts_outer_work() {
+        let meter = Meter::with_spans();
+        let clock = meter.clock(Thread::Device(1));
+        let subject = Subject { layer: Some(3), micro_batches: Some(0..2) };
+        let seen = clock.time_about(Work::Mixer, subject.clone(), || clock.time(Work::Statistics, || 7));
+        clock.time(Work::Waiting, || ());
+        drop(clock);
+        let spans = meter.spans();
+        let of = |span: &Span| (span.work, span.subject.clone());
+        let about = |work| (work, subject.clone());
+        let whole =
+            [about(Work::Mixer), about(Work::Statistics), about(Work::Mixer), (Work::Waiting, Subject::default())];
+        assert_eq!((seen, spans.iter().map(of).collect::<Vec<_>>()), (7, whole.to_vec()));
+        assert!(spans.windows(2).all(|pair| pair[0].end <= pair[1].start));
+        let sum: f64 = spans.iter().filter(|s| s.work == Work::Mixer).map(|s| (s.end - s.start).as_secs_f64()).sum();
+        assert!((meter.seconds(Work::Mixer) - sum).abs() < 1e-9);
+    }
+
+    #[test]
+    fn nothing_is_kept_unless_asked_for() {
+        let meter = Meter::default();
+        meter.clock(Thread::Loader(0)).time(Work::Reading, || ());
+        assert!(meter.spans().is_empty() && meter.seconds(Work::Reading) > 0.0);
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use outliers_protocol::{FileEntry, Manifest, Outcome, Point, SCHEMA, files};
@@ -18,7 +19,7 @@ use crate::files::write_atomic;
 use crate::safetensors::{StoredDtype, TensorSpec, Writer};
 use crate::stats::mixture::{ExpertLoad, ExpertPeaks, RouterStats};
 use crate::stats::top::Found;
-use crate::stats::{Column, Observer, OutlierStats, Scope, Site, Study, with_f32};
+use crate::stats::{Column, LayerObserver, Observer, OutlierStats, Scope, Site, Study, with_f32};
 
 /// A run's output folder.
 pub struct OutputFolder {
@@ -212,8 +213,9 @@ fn site_index(point: Point) -> usize {
 /// `layer.{i}.site.{j}` f32 `[S, N, H]` (j = 0 before attention, 1 before the MLP), if studied `debug.{i}.attn_out`, `.mlp_out` and
 /// `.block_out` f32 `[S, N, H]` (what attention and MLP add to the residual stream, and that stream after the layer), `router.{i}.indices` i64 and `.weights` f32
 /// `[S * N, k]`, `final_norm` `[S, N, H]`, `logits` `[S, N, V]`, `nll` `[S, N - 1]`, `input_ids` i64 `[S, N]`.
+#[derive(Clone)]
 pub struct ActivationDump {
-    writer: Writer,
+    writer: Arc<Writer>,
     others: Vec<Site>,
     hidden: usize,
     vocab: usize,
@@ -248,7 +250,7 @@ impl ActivationDump {
         let writer = Writer::create(path, &specs, &BTreeMap::new())?;
         let ids: Vec<u8> = tokens.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
         writer.write("input_ids", 0, &ids)?;
-        Ok(Self { writer, others, hidden: spec.hidden, vocab: spec.vocab })
+        Ok(Self { writer: Arc::new(writer), others, hidden: spec.hidden, vocab: spec.vocab })
     }
 
     /// Adds the negative log-likelihoods, if there are any, and puts the file in its place.
@@ -259,7 +261,8 @@ impl ActivationDump {
         if let Some(nll) = nll {
             self.writer.write("nll", 0, bytemuck::cast_slice(nll))?;
         }
-        self.writer.finish()
+        let writer = Arc::into_inner(self.writer);
+        writer.ok_or_else(|| WorkerError::internal("activations are still being written"))?.finish()
     }
 
     fn write_hidden(&self, name: &str, first_token: usize, x: &Tensor) -> Result<()> {
@@ -278,7 +281,7 @@ fn site_name(Site { layer, point }: Site) -> String {
     }
 }
 
-impl Observer for ActivationDump {
+impl LayerObserver for ActivationDump {
     fn wants(&self, site: Site) -> bool {
         site.point.is_norm_output() || self.others.contains(&site)
     }
@@ -293,6 +296,17 @@ impl Observer for ActivationDump {
         self.writer.write(&format!("router.{layer}.indices"), first * 8, &indices)?;
         self.writer.write(&format!("router.{layer}.weights"), first * 4, bytemuck::cast_slice(&routing.weights))
     }
+}
+
+/// Every value has a place of its own in the file: any thread may write it.
+impl Observer for ActivationDump {
+    type Layer = Self;
+
+    fn layer(&self, _layer: usize) -> Self {
+        self.clone()
+    }
+
+    fn join(&mut self, _seen: Self) {}
 
     fn final_norm(&mut self, first_token: usize, x: &Tensor) -> Result<()> {
         self.write_hidden("final_norm", first_token, x)

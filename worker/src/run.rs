@@ -23,8 +23,9 @@ use crate::output::{ActivationDump, OutputFolder, hex, write_statistics};
 use crate::progress::{ProgressSink, now_ms};
 use crate::savepoint::SavePoints;
 use crate::source::{Checkpoint, Container, Described, LocalSource, SyntheticSource};
-use crate::stats::{Observer, Scope, Study};
+use crate::stats::{Scope, Study};
 use crate::stream::{Pass, Passed};
+use crate::watch::Watch;
 
 /// Runs a job into a folder. Whatever happens, the folder ends with a manifest that says so, unless the disk refuses it.
 ///
@@ -199,12 +200,8 @@ impl Run<'_> {
         let spec = &model.spec;
         let scope = Scope::new(job, spec, tokens);
         let dump = |name: &String| ActivationDump::create(&folder.file(name), spec, &scope, tokens, with_head);
-        let mut dump = job.save_activations.as_ref().map(dump).transpose()?;
-        let mut study = Study::new(scope, job.thresholds.magnitude);
-        let mut observers: Vec<&mut dyn Observer> = vec![&mut study];
-        if let Some(dump) = &mut dump {
-            observers.push(dump);
-        }
+        let dump = job.save_activations.as_ref().map(dump).transpose()?;
+        let mut watch = Watch { study: Study::new(scope, job.thresholds.magnitude), dump };
         let (micro_batch_tokens, meter) = (job.micro_batch_tokens, Meter::default());
         let pass = Pass {
             model,
@@ -214,10 +211,12 @@ impl Run<'_> {
             micro_batch_tokens,
             with_head,
             group_elements,
+            read_ahead: true,
             progress,
             meter: &meter,
         };
-        let passed = pass.run(&mut observers, save)?;
+        let passed = pass.run(&mut watch, save)?;
+        let Watch { study, dump } = watch;
         if let Some(dump) = dump {
             dump.finish(passed.nll.as_deref())?;
         }

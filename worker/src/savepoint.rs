@@ -17,7 +17,7 @@ use crate::error::{IoContext, Result, WorkerError};
 use crate::files::{part_path, put_in_place};
 
 /// Version of the file; another is not read.
-const SCHEMA: u32 = 2;
+const SCHEMA: u32 = 3;
 /// Longest first line of a file of ours, bytes.
 const MAX_HEADER: u64 = 1 << 20;
 
@@ -36,8 +36,8 @@ pub struct SavePoint {
     pub next_layer: usize,
     /// Hidden states `[tokens, hidden]` of each micro-batch, little-endian in the dtype of the forward pass.
     pub hidden: Vec<Vec<u8>>,
-    /// What each observer has seen.
-    pub observed: Vec<Vec<u8>>,
+    /// What the observer has seen.
+    pub observed: Vec<u8>,
 }
 
 /// Gives a part of what is to be saved. Asked twice, for its hash and for its bytes, so that one part at a time is in memory.
@@ -50,8 +50,8 @@ struct Header {
     next_layer: usize,
     /// Bytes of each micro-batch's hidden states.
     hidden: Vec<u64>,
-    /// Bytes of what each observer has seen; after the others.
-    observed: Vec<u64>,
+    /// Bytes of what the observer has seen; after the others.
+    observed: u64,
     sha256: String,
 }
 
@@ -70,22 +70,22 @@ impl SavePoints {
     ///
     /// # Errors
     /// Storage; what a part gives.
-    pub fn save(&mut self, next_layer: usize, hidden: Vec<Give<'_>>, observed: Vec<Give<'_>>) -> Result<()> {
+    pub fn save(&mut self, next_layer: usize, hidden: Vec<Give<'_>>, observed: Give<'_>) -> Result<()> {
         let mut hash = Hash::new(next_layer);
-        let mut lengths = |parts: &[Give<'_>]| parts.iter().map(|give| Ok(hash.add(&give()?))).collect::<Result<_>>();
+        let mut length = |give: &Give<'_>| -> Result<u64> { Ok(hash.add(&give()?)) };
         let header = Header {
             schema: SCHEMA,
             run: self.run.clone(),
             next_layer,
-            hidden: lengths(&hidden)?,
-            observed: lengths(&observed)?,
+            hidden: hidden.iter().map(&mut length).collect::<Result<_>>()?,
+            observed: length(&observed)?,
             sha256: hash.hex(),
         };
         let line = serde_json::to_string(&header).map_err(|e| WorkerError::internal(format!("save point: {e}")))?;
         let part = part_path(&self.path);
         let mut file = File::create(&part).at("create", &part)?;
         writeln!(file, "{line}").at("write", &part)?;
-        for give in hidden.iter().chain(&observed) {
+        for give in hidden.iter().chain([&observed]) {
             file.write_all(&give()?).at("write", &part)?;
         }
         put_in_place(&file, &part, &self.path)?;
@@ -110,16 +110,14 @@ impl SavePoints {
         }
         // Lengths are a claim: no more is read than the file has.
         let mut hash = Hash::new(header.next_layer);
-        let mut parts = |lengths: &[u64]| -> std::result::Result<Vec<Vec<u8>>, String> {
-            let part = |length: &u64| {
-                let mut bytes = Vec::new();
-                (&mut file).take(*length).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
-                let whole = hash.add(&bytes) == *length;
-                if whole { Ok(bytes) } else { Err("it is damaged".to_owned()) }
-            };
-            lengths.iter().map(part).collect()
+        let mut part = |length: &u64| -> std::result::Result<Vec<u8>, String> {
+            let mut bytes = Vec::new();
+            (&mut file).take(*length).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+            let whole = hash.add(&bytes) == *length;
+            if whole { Ok(bytes) } else { Err("it is damaged".to_owned()) }
         };
-        let (hidden, observed) = (parts(&header.hidden)?, parts(&header.observed)?);
+        let hidden = header.hidden.iter().map(&mut part).collect::<std::result::Result<_, _>>()?;
+        let observed = part(&header.observed)?;
         if hash.hex() != header.sha256 {
             return Err("it is damaged".to_owned());
         }
@@ -193,14 +191,16 @@ mod tests {
     }
 
     fn point(next_layer: usize) -> SavePoint {
-        SavePoint { next_layer, hidden: vec![vec![1, 2, 3, 10, 13], vec![4]], observed: vec![vec![], vec![9; 300]] }
+        SavePoint { next_layer, hidden: vec![vec![1, 2, 3, 10, 13], vec![4]], observed: vec![9; 300] }
     }
 
     fn save(points: &mut SavePoints, point: &SavePoint) {
-        let give = |parts: &[Vec<u8>]| -> Vec<Give<'static>> {
-            parts.iter().cloned().map(|part| Box::new(move || Ok(part.clone())) as Give<'static>).collect()
+        let give = |part: &Vec<u8>| -> Give<'static> {
+            let part = part.clone();
+            Box::new(move || Ok(part.clone()))
         };
-        points.save(point.next_layer, give(&point.hidden), give(&point.observed)).unwrap();
+        let hidden = point.hidden.iter().map(give).collect();
+        points.save(point.next_layer, hidden, give(&point.observed)).unwrap();
     }
 
     #[test]
@@ -222,7 +222,7 @@ mod tests {
         let mut points = points(folder.path(), "a");
         save(&mut points, &point(7));
         let refuse: Give<'_> = Box::new(|| Err(WorkerError::internal("no")));
-        assert!(points.save(9, vec![refuse], Vec::new()).is_err());
+        assert!(points.save(9, Vec::new(), refuse).is_err());
         assert_eq!(points.load(), Ok(Some(point(7))));
     }
 

@@ -52,12 +52,12 @@ impl Site {
     }
 }
 
-/// Something that wants to see activations. Asked first, so that nothing is copied off a device for nobody.
-pub trait Observer {
+/// Sees one layer, on the thread that computes it. Asked first, so that nothing is copied off a device for nobody.
+pub trait LayerObserver: Send {
     /// Whether this site is of interest.
     fn wants(&self, site: Site) -> bool;
 
-    /// Values at a site: `x` `[rows, hidden]`, row `r` being token `first_token + r` (sequence-major); whole sequences.
+    /// Values at a site: `x` `[rows, hidden]`, row `r` being token `first_token + r` (sequence-major); whole sequences, in their order.
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()>;
 
     /// The gain of the norm whose output is `site`, `[hidden]`.
@@ -71,18 +71,31 @@ pub trait Observer {
         Ok(())
     }
 
-    /// What has been seen so far, for [`Self::restore`]. Nothing, for an observer that keeps nothing.
+    /// A mixture's choices at a layer.
+    fn routing(&mut self, _layer: usize, _first_token: usize, _routing: &Routing) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Something that wants to see a pass. Several layers are computed at the same time, each seen by an observer of its own; what they saw
+/// is joined in the order of the layers, so that no number depends on which thread was first.
+pub trait Observer: Send {
+    /// What sees a single layer.
+    type Layer: LayerObserver;
+
+    /// Begins to see a layer.
+    fn layer(&self, layer: usize) -> Self::Layer;
+
+    /// Takes what was seen of a layer, once all tokens have passed it. Layers come in their order.
+    fn join(&mut self, seen: Self::Layer);
+
+    /// What has been joined so far, for [`Self::restore`]. Nothing, for an observer that keeps nothing.
     fn state(&self) -> Result<Vec<u8>> {
         Ok(Vec::new())
     }
 
     /// Goes on from what [`Self::state`] gave, in a process that starts in the middle of the pass.
     fn restore(&mut self, _state: &[u8]) -> Result<()> {
-        Ok(())
-    }
-
-    /// A mixture's choices at a layer.
-    fn routing(&mut self, _layer: usize, _first_token: usize, _routing: &Routing) -> Result<()> {
         Ok(())
     }
 
@@ -224,6 +237,11 @@ impl OutlierStats {
         &self.sites
     }
 
+    /// T: a value counts where |x| >= T.
+    pub fn threshold(&self) -> f32 {
+        self.threshold
+    }
+
     /// Features.
     pub fn hidden(&self) -> usize {
         self.hidden
@@ -263,6 +281,10 @@ impl OutlierStats {
         bits.is_some_and(|b| b[word] >> (position % 64) & 1 == 1)
     }
 
+    fn index_of(&self, site: Site) -> usize {
+        self.sites.iter().position(|s| *s == site).expect("observed sites were announced")
+    }
+
     /// Words per sequence of a position bitmap.
     fn words(&self) -> usize {
         self.tokens.div_ceil(64)
@@ -273,7 +295,7 @@ impl OutlierStats {
     /// # Errors
     /// Internal: a value is NaN or infinite, so that no comparison means anything any more; the message names the site.
     pub fn count(&mut self, site: Site, first_token: usize, x: &[f32]) -> Result<()> {
-        let index = self.sites.iter().position(|s| *s == site).expect("observed sites were announced");
+        let index = self.index_of(site);
         let geometry = Geometry {
             hidden: self.hidden,
             tokens: self.tokens,
@@ -302,12 +324,16 @@ impl OutlierStats {
         .hint("try --precision f32; if it stays, the checkpoint or this program is wrong"))
     }
 
-    /// Adds another run over the same sites and sequences: counts of disjoint parts of the corpus, in any order and grouping.
+    /// Adds another run over the same sequences and the same sites or some of them: counts of disjoint parts of the corpus, in any order
+    /// and grouping.
     pub fn merge(&mut self, other: &Self) {
         debug_assert_eq!((self.hidden, self.sequences, self.tokens), (other.hidden, other.sequences, other.tokens));
-        for (mine, theirs) in self.stripes.iter_mut().flatten().zip(other.stripes.iter().flatten()) {
-            mine.columns.iter_mut().zip(&theirs.columns).for_each(|(a, b)| a.merge(b));
-            mine.hits.iter_mut().zip(&theirs.hits).for_each(|(a, b)| *a |= b);
+        for (site, theirs) in other.sites.iter().zip(&other.stripes) {
+            let mine = self.index_of(*site);
+            for (mine, theirs) in self.stripes[mine].iter_mut().zip(theirs) {
+                mine.columns.iter_mut().zip(&theirs.columns).for_each(|(a, b)| a.merge(b));
+                mine.hits.iter_mut().zip(&theirs.hits).for_each(|(a, b)| *a |= b);
+            }
         }
         let pairs = self.positions.iter_mut().zip(&other.positions).flat_map(|(a, b)| a.bits.iter_mut().zip(&b.bits));
         for (mine, theirs) in pairs {

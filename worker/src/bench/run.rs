@@ -22,7 +22,7 @@ use crate::model::Model;
 use crate::progress::ProgressSink;
 use crate::run;
 use crate::safetensors::StoredDtype;
-use crate::stats::{Observer, Scope, Site, Study};
+use crate::stats::{LayerObserver, Observer, Scope, Site, Study};
 use crate::stream::Pass;
 
 /// Rows and columns of the matrices that show what products can reach.
@@ -139,13 +139,14 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         micro_batch_tokens,
         with_head,
         group_elements,
+        read_ahead: true,
         progress: &progress,
         meter: &meter,
     };
     let study = Study::new(Scope::new(job, spec, &tokens), job.thresholds.magnitude);
-    let mut watched = Watched { study, seconds: 0.0, bytes: 0 };
+    let mut watched = Watched { study, bytes: 0 };
     let start = Instant::now();
-    pass.run(&mut [&mut watched], None)?;
+    pass.run(&mut watched, None)?;
     let seconds = start.elapsed().as_secs_f64();
     let peak_memory_bytes = run::peak_memory();
 
@@ -153,7 +154,8 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     let planned = PlannedRun { sequences, tokens: tokens.tokens, compute, micro_batch_tokens, group_elements };
     let flops = inspect::flops(spec, planned);
     let products = products(compute, &devices[0].device)?;
-    let computing = meter.seconds(Work::Computing) - watched.seconds;
+    let of = |kinds: &[Work]| kinds.iter().map(|work| meter.seconds(*work)).sum::<f64>();
+    let computing = of(&[Work::Embedding, Work::Mixer, Work::FeedForward, Work::Head]);
     let giga_bytes = weight_bytes as f64 / 1e9;
     let statistics = watched.alone(spec.hidden, &tokens, compute, &devices[0].device)?;
     let (reading, decoding) = (meter.seconds(Work::Reading), meter.seconds(Work::Decoding));
@@ -161,7 +163,7 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         RunRow::new("reading", "GB/s", giga_bytes, reading, reading_alone(&model)?),
         RunRow::new("decoding", "GB/s", giga_bytes, decoding, decoding_alone(&model, compute)?),
         RunRow::new("layers, head", "GFLOP/s", flops / 1e9, computing, products),
-        RunRow::new("statistics", "GB/s", watched.bytes as f64 / 1e9, watched.seconds, statistics),
+        RunRow::new("statistics", "GB/s", watched.bytes as f64 / 1e9, of(&[Work::Statistics]), statistics),
         RunRow::new("whole run", "GFLOP/s", flops / 1e9, seconds, products),
     ];
     Ok(RunTable {
@@ -193,21 +195,13 @@ fn made_up(vocab: usize, sequences: usize, tokens: usize) -> Tokens {
     Tokens { ids, sequences, tokens, provenance, tokenizer: None }
 }
 
-/// A study, and how long it takes.
+/// A study, and how many bytes it has seen.
 struct Watched {
     study: Study,
-    seconds: f64,
     bytes: u64,
 }
 
 impl Watched {
-    fn time(&mut self, what: impl FnOnce(&mut Study) -> Result<()>) -> Result<()> {
-        let start = Instant::now();
-        let result = what(&mut self.study);
-        self.seconds += start.elapsed().as_secs_f64();
-        result
-    }
-
     /// GB/s of the same statistics with nothing beside them.
     fn alone(&self, hidden: usize, tokens: &Tokens, compute: DType, device: &Device) -> Result<f64> {
         let x = Tensor::randn(0f32, 1f32, (tokens.tokens, hidden), device)?.to_dtype(compute)?;
@@ -216,16 +210,20 @@ impl Watched {
         let seconds = fastest(ROUNDS, || study.observe(site, 0, &x))?;
         Ok(giga(x.elem_count() * compute.size_in_bytes(), seconds))
     }
+
+    fn see(&mut self, x: &Tensor) {
+        self.bytes += (x.elem_count() * x.dtype().size_in_bytes()) as u64;
+    }
 }
 
-impl Observer for Watched {
+impl LayerObserver for Watched {
     fn wants(&self, site: Site) -> bool {
         self.study.wants(site)
     }
 
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
-        self.bytes += (x.elem_count() * x.dtype().size_in_bytes()) as u64;
-        self.time(|study| study.observe(site, first_token, x))
+        self.see(x);
+        self.study.observe(site, first_token, x)
     }
 
     fn gain(&mut self, site: Site, gain: &Tensor) -> Result<()> {
@@ -233,11 +231,25 @@ impl Observer for Watched {
     }
 
     fn expert(&mut self, layer: usize, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
-        self.time(|study| study.expert(layer, expert, first_token, rows))
+        self.see(&rows.out);
+        self.study.expert(layer, expert, first_token, rows)
     }
 
     fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
-        self.time(|study| study.routing(layer, first_token, routing))
+        self.study.routing(layer, first_token, routing)
+    }
+}
+
+impl Observer for Watched {
+    type Layer = Self;
+
+    fn layer(&self, layer: usize) -> Self {
+        Self { study: self.study.layer(layer), bytes: 0 }
+    }
+
+    fn join(&mut self, seen: Self) {
+        self.bytes += seen.bytes;
+        self.study.join(seen.study);
     }
 }
 

@@ -14,7 +14,7 @@ use super::massive::Massive;
 use super::mixture::{ExpertPeaks, RouterStats, super_experts};
 use super::rows::{RowStats, Scan};
 use super::top::{Found, Top};
-use super::{Judged, Observer, OutlierStats, Site, with_f32};
+use super::{Judged, LayerObserver, Observer, OutlierStats, Site, with_f32};
 use crate::corpus::Tokens;
 use crate::decoder::DecoderSpec;
 use crate::error::{Result, WorkerError};
@@ -55,6 +55,13 @@ impl Scope {
             sequences: tokens.sequences,
             tokens: tokens.tokens,
         }
+    }
+
+    /// The part of it that is in one layer.
+    fn of_layer(&self, layer: usize) -> Self {
+        let sites = |all: &[Site]| all.iter().filter(|site| site.layer == layer).copied().collect();
+        let experts = self.experts.iter().enumerate().map(|(at, experts)| if at == layer { *experts } else { 0 });
+        Self { norms: sites(&self.norms), others: sites(&self.others), experts: experts.collect(), ..*self }
     }
 }
 
@@ -164,17 +171,23 @@ impl Study {
         Ok(())
     }
 
-    /// Adds a study of the same scope over other sequences: in any order and grouping.
+    /// Adds a study of the same scope, or of single layers of it, over other sequences: in any order and grouping.
     pub fn merge(&mut self, other: &Self) {
         self.outliers.merge(&other.outliers);
-        self.rows.iter_mut().zip(other.rows.values()).for_each(|((_, mine), theirs)| mine.merge(theirs));
+        for (site, theirs) in &other.rows {
+            self.rows.get_mut(site).expect("in scope").merge(theirs);
+        }
         self.gains.extend(other.gains.iter().map(|(site, gain)| (*site, gain.clone())));
         for (point, theirs) in &other.records {
             self.records.entry(*point).or_insert_with(|| Top::new(TOP_RECORDS)).merge(theirs);
         }
         self.massive.merge(&other.massive);
-        self.routers.iter_mut().zip(other.routers.values()).for_each(|((_, mine), theirs)| mine.merge(theirs));
-        self.experts.iter_mut().zip(other.experts.values()).for_each(|((_, mine), theirs)| mine.merge(theirs));
+        for (layer, theirs) in &other.routers {
+            self.routers.get_mut(layer).expect("in scope").merge(theirs);
+        }
+        for (layer, theirs) in &other.experts {
+            self.experts.get_mut(layer).expect("in scope").merge(theirs);
+        }
     }
 
     // ------------------------------------------------------------------------------------------------------ report
@@ -242,8 +255,14 @@ fn gain_summary(gain: &[f32]) -> GainSummary {
 }
 
 impl Observer for Study {
-    fn wants(&self, site: Site) -> bool {
-        self.rows.contains_key(&site)
+    type Layer = Self;
+
+    fn layer(&self, layer: usize) -> Self {
+        Self::new(self.scope.of_layer(layer), self.outliers.threshold())
+    }
+
+    fn join(&mut self, seen: Self) {
+        self.merge(&seen);
     }
 
     fn state(&self) -> Result<Vec<u8>> {
@@ -258,6 +277,12 @@ impl Observer for Study {
         }
         *self = saved;
         Ok(())
+    }
+}
+
+impl LayerObserver for Study {
+    fn wants(&self, site: Site) -> bool {
+        self.rows.contains_key(&site)
     }
 
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {

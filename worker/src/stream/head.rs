@@ -1,0 +1,124 @@
+//! Hidden states to the likelihood of every token that follows.
+
+use std::ops::Range;
+
+use candle_core::Device;
+use rayon::prelude::*;
+
+use super::{KeptBlocks, MicroBatch, Pass, VOCAB_BLOCK, pipeline, vocab_blocks};
+use crate::corpus::Tokens;
+use crate::decoder::Role;
+use crate::error::Result;
+use crate::fused;
+use crate::loader::Spare;
+use crate::meter::{Thread, Work};
+use crate::stats::{Observer, with_f32};
+use crate::weights::on;
+
+impl Pass<'_> {
+    /// Final norm, and the matrix that leads out to the head's width.
+    fn before_head(&self, batches: &mut [MicroBatch], device: &Device, observer: &mut impl Observer) -> Result<()> {
+        let mut output = self.loader(0, &Spare::default()).unit(0, &self.spec().output_needs(), device)?.tensors;
+        let spec = self.spec().final_norm;
+        let norm = spec.map(|spec| output.norm(spec, Role::FinalNorm, Role::FinalNormBias)).transpose()?;
+        let lead_out = output.linear_if_there(Role::ProjectOut);
+        for batch in batches {
+            batch.hidden = on(&batch.hidden, device)?;
+            if let Some(norm) = &norm {
+                batch.hidden = norm.apply(&batch.hidden)?;
+                observer.final_norm(batch.first_token, &batch.hidden)?;
+            }
+            if let Some(lead_out) = &lead_out {
+                batch.hidden = lead_out.apply(&batch.hidden)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Final norm, then the head in blocks of the vocabulary, each read once and met by all tokens.
+    pub(super) fn head(
+        &self,
+        mut batches: Vec<MicroBatch>,
+        kept: KeptBlocks,
+        observer: &mut impl Observer,
+    ) -> Result<Vec<f32>> {
+        let device = &self.devices[0].device;
+        let clock = self.meter.clock(Thread::Device(0));
+        clock.time(Work::Head, || self.before_head(&mut batches, device, observer))?;
+        let mut likelihoods = Likelihoods::new(self.tokens);
+        let need = self.spec().head_need();
+        let stored = self.model.stored(0, &need);
+        let spare = Spare::new(2 * (VOCAB_BLOCK * need.shape[1] * self.compute.size_in_bytes()) as u64);
+        let mut loader = self.loader(0, &spare);
+        let bias = self.spec().head_bias_need().map(|need| loader.tensor(0, &need, device)).transpose()?;
+        let load = |block: &(Range<usize>, Option<Vec<u8>>)| match &block.1 {
+            Some(bytes) => loader.decode_rows(&stored, &block.0, bytes, device),
+            None => loader.rows(&stored, &block.0, device),
+        };
+        let blocks = match kept {
+            Some(kept) => kept.into_iter().map(|(range, bytes)| (range, Some(bytes))).collect(),
+            None => vocab_blocks(self.spec().vocab, VOCAB_BLOCK).into_iter().map(|range| (range, None)).collect(),
+        };
+        pipeline(&clock, Work::Head, blocks, load, |(block, _), matrix| {
+            let bias = bias.as_ref().map(|bias| bias.narrow(0, block.start, block.len())).transpose()?;
+            for batch in &batches {
+                let mut logits = batch.hidden.matmul(&matrix.t()?)?;
+                if let Some(bias) = &bias {
+                    logits = logits.broadcast_add(bias)?;
+                }
+                observer.logits(batch.first_token, block.start, &logits)?;
+                with_f32(&logits, |values| {
+                    likelihoods.add(batch.first_token, &block, values);
+                    Ok(())
+                })?;
+            }
+            self.progress.bytes(self.model.source.bytes_read());
+            spare.give_back([matrix]);
+            Ok(())
+        })?;
+        Ok(likelihoods.nll())
+    }
+}
+
+/// Negative log-likelihoods gathered block by block of the vocabulary.
+struct Likelihoods<'a> {
+    tokens: &'a Tokens,
+    rows: Vec<RowLikelihood>,
+}
+
+#[derive(Clone, Copy)]
+struct RowLikelihood {
+    top: f32,
+    /// Sum of exp(logit - top) so far.
+    sum: f64,
+    target: f32,
+}
+
+impl<'a> Likelihoods<'a> {
+    fn new(tokens: &'a Tokens) -> Self {
+        let empty = RowLikelihood { top: f32::NEG_INFINITY, sum: 0.0, target: f32::NAN };
+        Self { tokens, rows: vec![empty; tokens.ids.len()] }
+    }
+
+    /// Logits `[rows, block]` of the tokens from `first_token` on.
+    fn add(&mut self, first_token: usize, block: &Range<usize>, logits: &[f32]) {
+        let (n, ids) = (self.tokens.tokens, &self.tokens.ids);
+        let rows = self.rows[first_token..].par_iter_mut().zip(logits.par_chunks_exact(block.len())).enumerate();
+        rows.for_each(|(i, (row, logits))| {
+            let token = first_token + i;
+            let (top, sum) = fused::exp_sum(logits);
+            let joint = row.top.max(top);
+            let rescaled = |t: f32, s: f64| if s == 0.0 { 0.0 } else { s * f64::from(t - joint).exp() };
+            (row.sum, row.top) = (rescaled(row.top, row.sum) + rescaled(top, f64::from(sum)), joint);
+            if token % n + 1 < n && block.contains(&(ids[token + 1] as usize)) {
+                row.target = logits[ids[token + 1] as usize - block.start];
+            }
+        });
+    }
+
+    /// `[sequences, tokens - 1]`.
+    fn nll(&self) -> Vec<f32> {
+        let predicted = self.rows.chunks(self.tokens.tokens).flat_map(|rows| &rows[..rows.len() - 1]);
+        predicted.map(|row| (row.sum.ln() + f64::from(row.top) - f64::from(row.target)) as f32).collect()
+    }
+}

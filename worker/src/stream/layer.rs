@@ -1,0 +1,318 @@
+//! What the units of a layer do to the hidden states.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Device, Tensor};
+use outliers_protocol::Point;
+
+use super::{MicroBatch, Mixture, Wave};
+use crate::attention::attention;
+use crate::decoder::{FfnSpec, LayerSpec, MixerSpec, MoeSpec, NormOrder, Part, Role, Unit};
+use crate::delta_net::delta_net;
+use crate::error::{Result, WorkerError};
+use crate::ffn::{self, ExpertRows, Gathered, MlpWeights, Router, Routing, SharedWeights};
+use crate::meter::{Clock, Subject, Work};
+use crate::mla::latent_attention;
+use crate::norm::Norm;
+use crate::rope::{RopeSpec, RopeTable};
+use crate::stats::{LayerObserver, Site};
+use crate::weights::{MixerWeights, UnitTensors, on, zeros_like};
+
+/// A unit's weights, ready for any number of micro-batches.
+pub(super) enum Block {
+    /// Of [`Part::Mixer`].
+    Mixer { norm: Norm, weights: MixerWeights, table: Option<Arc<RopeTable>> },
+    /// Of [`Part::Dense`].
+    Dense { norm: Option<Norm>, weights: MlpWeights },
+    /// Of [`Part::Router`].
+    Router { norm: Option<Norm>, router: Router, shared: Option<SharedWeights> },
+    /// Of [`Part::Experts`].
+    Experts { group: Range<usize>, weights: Vec<MlpWeights> },
+}
+
+/// A layer on its device, and who looks on.
+pub(super) struct At<'a, L> {
+    pub(super) layer: usize,
+    pub(super) spec: &'a LayerSpec,
+    pub(super) device: &'a Device,
+    /// Tokens of a sequence.
+    pub(super) tokens: usize,
+    /// Rows of a whole micro-batch.
+    pub(super) batch_rows: usize,
+    pub(super) seen: &'a mut L,
+    pub(super) clock: &'a Clock<'a>,
+}
+
+impl<'a, L: LayerObserver> At<'a, L> {
+    /// Takes a unit's weights out of its tensors, and shows the gains among them.
+    pub(super) fn block(&mut self, unit: &Unit, mut tensors: UnitTensors, tables: &RopeTables) -> Result<Block> {
+        let tensors = &mut tensors;
+        Ok(match (&unit.part, &self.spec.ffn) {
+            (Part::Mixer, _) => {
+                let norm = tensors.norm(self.spec.norm, Role::MixerNorm, Role::MixerNormBias)?;
+                self.gain(0, &norm)?;
+                let table = self.spec.mixer.rope().map(|rope| tables.get(rope));
+                Block::Mixer { norm, weights: tensors.mixer(&self.spec.mixer)?, table }
+            }
+            (Part::Dense, FfnSpec::Dense(mlp)) => {
+                Block::Dense { norm: self.ffn_norm(tensors)?, weights: tensors.dense(*mlp)? }
+            }
+            (Part::Router, FfnSpec::Moe(moe)) => {
+                let norm = self.ffn_norm(tensors)?;
+                let (router, shared) = tensors.router(moe)?;
+                Block::Router { norm, router, shared }
+            }
+            (Part::Experts(group), FfnSpec::Moe(moe)) => {
+                let weights = group.clone().map(|expert| tensors.expert(moe.expert, expert));
+                Block::Experts { group: group.clone(), weights: weights.collect::<candle_core::Result<_>>()? }
+            }
+            (part, ffn) => return Err(WorkerError::internal(format!("unit {part:?} in a layer with {ffn:?}"))),
+        })
+    }
+
+    /// A wave through a unit.
+    pub(super) fn pass(&mut self, block: &Block, wave: &mut Wave) -> Result<()> {
+        match block {
+            Block::Mixer { norm, weights, table } => self.each(Work::Mixer, wave, |at, batch| {
+                batch.hidden = on(&batch.hidden, at.device)?;
+                at.mix(batch, norm, weights, table.as_deref())
+            }),
+            Block::Dense { norm, weights } => self.each(Work::FeedForward, wave, |at, batch| {
+                let x = at.before_ffn(batch, norm.as_ref())?;
+                let out = weights.apply(&x)?;
+                at.after_ffn(batch, norm.as_ref(), out)
+            }),
+            Block::Router { norm, router, shared } => {
+                let moe = self.moe()?;
+                self.each(Work::FeedForward, wave, |at, batch| {
+                    let x = at.before_ffn(batch, norm.as_ref())?;
+                    let routing = ffn::route(moe.router, moe.top_k, router, &x)?;
+                    at.routed(batch.first_token, &routing)?;
+                    let out = shared.as_ref().map_or_else(|| zeros_like(&x), |shared| shared.apply(&x))?;
+                    batch.mixture = Some(Mixture { out, x, routing });
+                    Ok(())
+                })
+            }
+            Block::Experts { group, weights } => {
+                let moe = self.moe()?;
+                let subject = Subject { layer: Some(self.layer), micro_batches: Some(wave.micro_batches()) };
+                let clock = self.clock;
+                clock.time_about(Work::FeedForward, subject, || self.experts(moe, group, weights, &mut wave.batches))
+            }
+        }
+    }
+
+    /// Does the same to each micro-batch of a wave.
+    fn each(
+        &mut self,
+        work: Work,
+        wave: &mut Wave,
+        mut what: impl FnMut(&mut Self, &mut MicroBatch) -> Result<()>,
+    ) -> Result<()> {
+        let (layer, clock) = (self.layer, self.clock);
+        for (number, batch) in wave.micro_batches().zip(&mut wave.batches) {
+            let subject = Subject { layer: Some(layer), micro_batches: Some(number..number + 1) };
+            clock.time_about(work, subject, || what(self, batch))?;
+        }
+        Ok(())
+    }
+
+    /// Values at a site, to whom they concern.
+    fn show(&mut self, point: Point, first_token: usize, x: &Tensor) -> Result<()> {
+        let site = Site { layer: self.layer, point };
+        if !self.seen.wants(site) {
+            return Ok(());
+        }
+        self.clock.time(Work::Statistics, || self.seen.observe(site, first_token, x))
+    }
+
+    /// A norm of the layer: 0 the mixer's, 1 the feed-forward's.
+    fn point(&self, norm: usize) -> Point {
+        self.spec.order.points()[norm]
+    }
+
+    fn gain(&mut self, norm: usize, of: &Norm) -> Result<()> {
+        self.seen.gain(Site { layer: self.layer, point: self.point(norm) }, of.gain())
+    }
+
+    // ----------------------------------------------------------------------------------------------------- mixer
+
+    /// Adds what the mixer makes of a micro-batch to its residual stream.
+    fn mix(
+        &mut self,
+        batch: &mut MicroBatch,
+        norm: &Norm,
+        weights: &MixerWeights,
+        table: Option<&RopeTable>,
+    ) -> Result<()> {
+        let first = batch.first_token;
+        if self.spec.order == NormOrder::After {
+            let out = self.mixed(weights, table, &batch.hidden)?;
+            self.show(Point::AttentionOut, first, &out)?;
+            batch.hidden = norm.apply(&(&batch.hidden + out)?)?;
+            return self.show(self.point(0), first, &batch.hidden);
+        }
+        let x = norm.apply(&batch.hidden)?;
+        self.show(self.point(0), first, &x)?;
+        let out = self.mixed(weights, table, &x)?;
+        self.show(Point::AttentionOut, first, &out)?;
+        batch.hidden = (&batch.hidden + out)?;
+        batch.shared_norm = (self.spec.order == NormOrder::Shared).then_some(x);
+        Ok(())
+    }
+
+    fn mixed(&self, weights: &MixerWeights, table: Option<&RopeTable>, x: &Tensor) -> Result<Tensor> {
+        let n = self.tokens;
+        Ok(match (&self.spec.mixer, weights, table) {
+            (MixerSpec::Attention(spec), MixerWeights::Attention(weights), table) => {
+                attention(spec, weights, table, x, n)?
+            }
+            (MixerSpec::Latent(spec), MixerWeights::Latent(weights), Some(table)) => {
+                latent_attention(spec, weights, table, x, n)?
+            }
+            (MixerSpec::DeltaNet(spec), MixerWeights::DeltaNet(weights), _) => delta_net(spec, weights, x, n)?,
+            (spec, ..) => return Err(WorkerError::internal(format!("other weights than those of {spec:?}"))),
+        })
+    }
+
+    // ---------------------------------------------------------------------------------------------- feed-forward
+
+    /// The feed-forward's norm, where it has one of its own.
+    fn ffn_norm(&mut self, tensors: &mut UnitTensors) -> Result<Option<Norm>> {
+        if self.spec.order == NormOrder::Shared {
+            return Ok(None);
+        }
+        let norm = tensors.norm(self.spec.norm, Role::FfnNorm, Role::FfnNormBias)?;
+        self.gain(1, &norm)?;
+        Ok(Some(norm))
+    }
+
+    /// The feed-forward's input.
+    fn before_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>) -> Result<Tensor> {
+        match (self.spec.order, norm) {
+            (NormOrder::Before, Some(norm)) => {
+                let x = norm.apply(&batch.hidden)?;
+                self.show(self.point(1), batch.first_token, &x)?;
+                Ok(x)
+            }
+            (NormOrder::Shared, _) => {
+                let shared = batch.shared_norm.take();
+                shared.ok_or_else(|| WorkerError::internal("a feed-forward before the mixer whose norm it shares"))
+            }
+            _ => Ok(batch.hidden.clone()),
+        }
+    }
+
+    /// Adds the feed-forward's output, which ends the layer.
+    fn after_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>, out: Tensor) -> Result<()> {
+        let first = batch.first_token;
+        self.show(Point::MlpOut, first, &out)?;
+        batch.hidden = (&batch.hidden + out)?;
+        if let (NormOrder::After, Some(norm)) = (self.spec.order, norm) {
+            batch.hidden = norm.apply(&batch.hidden)?;
+            self.show(self.point(1), first, &batch.hidden)?;
+        }
+        self.show(Point::Residual, first, &batch.hidden)
+    }
+
+    // --------------------------------------------------------------------------------------------------- mixture
+
+    fn moe(&self) -> Result<&'a MoeSpec> {
+        match &self.spec.ffn {
+            FfnSpec::Moe(moe) => Ok(moe),
+            dense => Err(WorkerError::internal(format!("a router in a layer with {dense:?}"))),
+        }
+    }
+
+    fn routed(&mut self, first_token: usize, routing: &Routing) -> Result<()> {
+        let (layer, clock) = (self.layer, self.clock);
+        clock.time(Work::Statistics, || self.seen.routing(layer, first_token, routing))
+    }
+
+    /// All experts of a group over the micro-batches of a wave; the last group closes the layer. An expert's rows are gathered across
+    /// micro-batches, those of a whole one or a little more at a time, so that its products are large however few of a micro-batch go to it.
+    fn experts(
+        &mut self,
+        moe: &MoeSpec,
+        group: &Range<usize>,
+        weights: &[MlpWeights],
+        batches: &mut [MicroBatch],
+    ) -> Result<()> {
+        for (expert, weights) in group.clone().zip(weights) {
+            let (mut gathered, mut rows) = (Vec::new(), 0);
+            for at in 0..batches.len() {
+                let mixture = batches[at].mixture.as_ref().ok_or_else(early)?;
+                if let Some(part) = ffn::gather(&mixture.x, &mixture.routing, expert)? {
+                    rows += part.rows.len();
+                    gathered.push((at, part));
+                }
+                if rows >= self.batch_rows || (at + 1 == batches.len() && rows > 0) {
+                    self.expert_on(expert, weights, std::mem::take(&mut gathered), batches)?;
+                    rows = 0;
+                }
+            }
+        }
+        if group.end == moe.experts {
+            for batch in batches {
+                let mixture = batch.mixture.take().ok_or_else(early)?;
+                self.after_ffn(batch, None, mixture.out)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One expert over rows of several micro-batches, each given by its index.
+    fn expert_on(
+        &mut self,
+        expert: usize,
+        weights: &MlpWeights,
+        gathered: Vec<(usize, Gathered)>,
+        batches: &mut [MicroBatch],
+    ) -> Result<()> {
+        let (indices, parts): (Vec<usize>, Vec<Gathered>) = gathered.into_iter().unzip();
+        for (at, rows) in indices.into_iter().zip(ffn::apply_expert(weights, parts)?) {
+            let batch = &mut batches[at];
+            self.expert(expert, batch.first_token, &rows)?;
+            let mixture = batch.mixture.take().ok_or_else(early)?;
+            let out = ffn::add_expert(mixture.out, &mixture.routing, &rows)?;
+            batch.mixture = Some(Mixture { out, ..mixture });
+        }
+        Ok(())
+    }
+
+    fn expert(&mut self, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
+        let (layer, clock) = (self.layer, self.clock);
+        if !self.seen.wants(Site { layer, point: Point::ExpertOut }) {
+            return Ok(());
+        }
+        clock.time(Work::Statistics, || self.seen.expert(layer, expert, first_token, rows))
+    }
+}
+
+fn early() -> WorkerError {
+    WorkerError::internal("experts before their router")
+}
+
+/// Rotation tables, one per kind of rotation in the model.
+pub(super) struct RopeTables {
+    positions: usize,
+    made: Mutex<Vec<(RopeSpec, Arc<RopeTable>)>>,
+}
+
+impl RopeTables {
+    /// For sequences of `positions` tokens.
+    pub(super) fn new(positions: usize) -> Self {
+        Self { positions, made: Mutex::default() }
+    }
+
+    fn get(&self, spec: &RopeSpec) -> Arc<RopeTable> {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, table)) = made.iter().find(|(of, _)| of == spec) {
+            return Arc::clone(table);
+        }
+        let table = Arc::new(spec.table(self.positions));
+        made.push((spec.clone(), Arc::clone(&table)));
+        table
+    }
+}

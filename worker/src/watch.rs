@@ -1,0 +1,73 @@
+//! What a run watches while its model passes: the statistics, and every activation if they are to be saved.
+
+use candle_core::Tensor;
+
+use crate::error::Result;
+use crate::ffn::{ExpertRows, Routing};
+use crate::output::ActivationDump;
+use crate::stats::{LayerObserver, Observer, Site, Study};
+
+/// Both, of the whole pass or of one layer.
+pub struct Watch {
+    /// The statistics.
+    pub study: Study,
+    /// The file of activations, if there is to be one. It keeps no state: a pass that writes it cannot be taken up again.
+    pub dump: Option<ActivationDump>,
+}
+
+impl LayerObserver for Watch {
+    fn wants(&self, site: Site) -> bool {
+        self.study.wants(site) || self.dump.as_ref().is_some_and(|dump| dump.wants(site))
+    }
+
+    fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
+        if self.study.wants(site) {
+            self.study.observe(site, first_token, x)?;
+        }
+        match &mut self.dump {
+            Some(dump) if dump.wants(site) => dump.observe(site, first_token, x),
+            _ => Ok(()),
+        }
+    }
+
+    fn gain(&mut self, site: Site, gain: &Tensor) -> Result<()> {
+        self.study.gain(site, gain)
+    }
+
+    fn expert(&mut self, layer: usize, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
+        self.study.expert(layer, expert, first_token, rows)
+    }
+
+    fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
+        self.study.routing(layer, first_token, routing)?;
+        self.dump.as_mut().map_or(Ok(()), |dump| dump.routing(layer, first_token, routing))
+    }
+}
+
+impl Observer for Watch {
+    type Layer = Self;
+
+    fn layer(&self, layer: usize) -> Self {
+        Self { study: self.study.layer(layer), dump: self.dump.as_ref().map(|dump| dump.layer(layer)) }
+    }
+
+    fn join(&mut self, seen: Self) {
+        self.study.join(seen.study);
+    }
+
+    fn state(&self) -> Result<Vec<u8>> {
+        self.study.state()
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<()> {
+        self.study.restore(state)
+    }
+
+    fn final_norm(&mut self, first_token: usize, x: &Tensor) -> Result<()> {
+        self.dump.as_mut().map_or(Ok(()), |dump| dump.final_norm(first_token, x))
+    }
+
+    fn logits(&mut self, first_token: usize, first_id: usize, x: &Tensor) -> Result<()> {
+        self.dump.as_mut().map_or(Ok(()), |dump| dump.logits(first_token, first_id, x))
+    }
+}

@@ -1,0 +1,351 @@
+//! Layers dealt to several devices: no bit depends on how many there are, which thread is slow, or what is loaded ahead.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use candle_core::{DType, Tensor};
+use outliers_protocol::{CorpusSource, CorpusSpec, JobSpec, ModelSource, Point, SiteKind};
+use outliers_worker::corpus::{self, Tokens};
+use outliers_worker::device;
+use outliers_worker::error::{Result, WorkerError};
+use outliers_worker::ffn::{ExpertRows, Routing};
+use outliers_worker::meter::{Meter, Span, Thread, Work};
+use outliers_worker::model::Model;
+use outliers_worker::progress::ProgressSink;
+use outliers_worker::savepoint::SavePoints;
+use outliers_worker::source::{Checkpoint, TensorEntry, TensorIndex, WeightSource};
+use outliers_worker::stats::{LayerObserver, Observer, Scope, Site, Study};
+use outliers_worker::stream::Pass;
+
+/// Dense ones in all three orders of norms, mixtures of every kind, every stored format.
+const FIXTURES: [&str; 9] = [
+    "deepseek-v3-fp8",
+    "glm4-moe-grouped",
+    "gpt-oss-mxfp4",
+    "gptj-bin",
+    "llama-f32",
+    "llama4-scout",
+    "olmoe-bf16",
+    "opt-350m",
+    "qwen3-next",
+];
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name)
+}
+
+/// A checkpoint, and its reference's token ids five times over in other orders, so that there are more micro-batches than devices.
+struct Fixture {
+    job: JobSpec,
+    checkpoint: Checkpoint,
+    tokens: Tokens,
+}
+
+impl Fixture {
+    fn open(name: &str) -> Self {
+        let model = golden(name).join("model");
+        let path = model.to_str().unwrap().to_owned();
+        let job = JobSpec { sites: SiteKind::ALL.into(), ..JobSpec::new(ModelSource::Folder { path }) };
+        let ids = golden(name).join("golden.safetensors");
+        let source = CorpusSource::TokenIds(ids.to_str().unwrap().to_owned());
+        let mut tokens = corpus::load(&CorpusSpec { source, ..CorpusSpec::default() }, None, usize::MAX, None).unwrap();
+        let rows: Vec<Vec<i64>> = tokens.ids.chunks(tokens.tokens).map(<[i64]>::to_vec).collect();
+        tokens.ids = (0..5).flat_map(|turn| rows.iter().flat_map(move |row| turned(row, turn))).collect();
+        tokens.sequences = 5 * rows.len();
+        Self { job, checkpoint: Checkpoint::open_folder(&model).unwrap(), tokens }
+    }
+
+    fn study(&self, model: &Model<'_>) -> Study {
+        Study::new(Scope::new(&self.job, &model.spec, &self.tokens), self.job.thresholds.magnitude)
+    }
+
+    /// A pass in micro-batches of one sequence, experts in groups of two or three.
+    fn pass<O: Observer>(
+        &self,
+        how: How,
+        source: &dyn WeightSource,
+        meter: &Meter,
+        observer: impl FnOnce(&Model<'_>, Study) -> O,
+        save: Option<&mut SavePoints>,
+    ) -> Result<(O, Vec<f32>)> {
+        let model = Model::open(&self.checkpoint.config, source, None)?;
+        let mut observer = observer(&model, self.study(&model));
+        let pass = Pass {
+            model: &model,
+            tokens: &self.tokens,
+            compute: DType::F32,
+            devices: &device::open(&[format!("cpu:{}", how.devices)])?,
+            micro_batch_tokens: 1,
+            with_head: true,
+            group_elements: how.group_elements,
+            read_ahead: how.read_ahead,
+            progress: &ProgressSink::silent(),
+            meter,
+        };
+        let nll = pass.run(&mut observer, save)?.nll.expect("a pass with the head");
+        Ok((observer, nll))
+    }
+
+    /// Everything that was measured, bit by bit.
+    fn measured(
+        &self,
+        how: How,
+        source: &dyn WeightSource,
+        save: Option<&mut SavePoints>,
+    ) -> Result<(Vec<u8>, Vec<u32>)> {
+        let (study, nll) = self.pass(how, source, &Meter::default(), |_, study| study, save)?;
+        Ok((study.state()?, nll.iter().map(|value| value.to_bits()).collect()))
+    }
+}
+
+fn turned(row: &[i64], turn: usize) -> Vec<i64> {
+    let at = turn * row.len() / 7;
+    [&row[at..], &row[..at]].concat()
+}
+
+#[derive(Clone, Copy, Debug)]
+struct How {
+    devices: usize,
+    read_ahead: bool,
+    group_elements: u64,
+}
+
+impl How {
+    fn on(devices: usize) -> Self {
+        Self { devices, read_ahead: true, group_elements: 10_000 }
+    }
+}
+
+/// A checkpoint's source that dawdles, each reading for another time, and fails on tensors of one name.
+struct Faulty<'a> {
+    of: &'a dyn WeightSource,
+    /// 0: none.
+    most_milliseconds: u64,
+    reads: AtomicU64,
+    fails_on: Option<String>,
+}
+
+impl<'a> Faulty<'a> {
+    fn new(of: &'a dyn WeightSource, most_milliseconds: u64, seed: u64, fails_on: Option<String>) -> Self {
+        Self { of, most_milliseconds, reads: AtomicU64::new(seed << 32), fails_on }
+    }
+}
+
+impl WeightSource for Faulty<'_> {
+    fn index(&self) -> &TensorIndex {
+        self.of.index()
+    }
+
+    fn read(&self, entry: &TensorEntry, range: Range<u64>, into: &mut [u8]) -> Result<()> {
+        if self.fails_on.as_ref().is_some_and(|name| entry.name.contains(name)) {
+            return Err(WorkerError::network("the wire is cut"));
+        }
+        let mixed = self.reads.fetch_add(1, Ordering::Relaxed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        // Most readings are fast, some of any length are not.
+        if mixed.is_multiple_of(8) {
+            std::thread::sleep(Duration::from_millis(mixed / 8 % (self.most_milliseconds + 1)));
+        }
+        self.of.read(entry, range, into)
+    }
+
+    fn bytes_read(&self) -> u64 {
+        self.of.bytes_read()
+    }
+}
+
+#[test]
+fn devices_delays_and_reading_ahead_change_no_bit() {
+    for name in FIXTURES {
+        let fixture = Fixture::open(name);
+        let source = &*fixture.checkpoint.weights;
+        let one = fixture.measured(How::on(1), source, None).unwrap();
+        for (seed, devices, read_ahead) in
+            [(0, 1, false), (1, 2, true), (2, 4, true), (3, 2, false), (4, 4, false), (5, 3, true)]
+        {
+            let how = How { read_ahead, ..How::on(devices) };
+            let slow = Faulty::new(source, 5, seed, None);
+            let other = fixture.measured(how, &slow, None).unwrap();
+            assert!(one == other, "{name}: {how:?}, delays {seed}");
+        }
+    }
+}
+
+/// The prefix that the tensors of a layer have in every fixture used here.
+fn of_layer(model: &Model<'_>, layer: usize) -> String {
+    let needs = model.spec.units(u64::MAX).into_iter().find(|unit| unit.layer == layer).expect("a layer").needs;
+    let name = model.name_of(layer, &needs[0]);
+    let at = name.find(&format!(".{layer}.")).expect("layers are numbered");
+    name[..at + format!(".{layer}.").len()].to_owned()
+}
+
+#[test]
+fn a_pass_that_died_goes_on_with_other_devices_to_the_same_bits() {
+    for name in ["llama-f32", "olmoe-bf16", "opt-350m", "qwen3-next"] {
+        let fixture = Fixture::open(name);
+        let source = &*fixture.checkpoint.weights;
+        let whole = fixture.measured(How::on(1), source, None).unwrap();
+        let (last, prefix) = {
+            let model = Model::open(&fixture.checkpoint.config, source, None).unwrap();
+            let last = model.spec.layers.len() - 1;
+            (last, of_layer(&model, last))
+        };
+        let mut saved = Vec::new();
+        for (devices, then) in [(1, 4), (2, 1), (4, 2)] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("save");
+            let mut points = SavePoints::new(path.clone(), "run".to_owned(), Duration::ZERO);
+            let cut = Faulty::new(source, 3, devices as u64, Some(prefix.clone()));
+            let error = fixture.measured(How::on(devices), &cut, Some(&mut points)).unwrap_err();
+            assert!(error.message().contains("the wire is cut"), "{name}: {error}");
+            assert_eq!(points.load().unwrap().map(|point| point.next_layer), Some(last), "{name} on {devices}");
+            saved.push(std::fs::read(&path).unwrap());
+            let resumed = fixture.measured(How::on(then), source, Some(&mut points)).unwrap();
+            assert!(resumed == whole, "{name}: from {devices} devices to {then}");
+        }
+        assert!(saved[0] == saved[1] && saved[0] == saved[2], "{name}: save points differ");
+    }
+}
+
+#[test]
+fn one_error_ends_all_devices_and_says_where() {
+    let fixture = Fixture::open("llama-f32");
+    let source = &*fixture.checkpoint.weights;
+    for devices in [1, 2, 4] {
+        let cut = Faulty::new(source, 0, 0, Some("layers.1.".to_owned()));
+        let error = fixture.measured(How::on(devices), &cut, None).unwrap_err();
+        let place = if devices == 1 { "layer 1 mixer: " } else { "layer 1 mixer on cpu#1: " };
+        assert_eq!(error.message(), format!("{place}the wire is cut"));
+    }
+}
+
+/// Looks on like a study, and does something at certain sites.
+struct Meddling<F> {
+    study: Study,
+    meddle: Arc<F>,
+}
+
+impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> LayerObserver for Meddling<F> {
+    fn wants(&self, site: Site) -> bool {
+        self.study.wants(site)
+    }
+
+    fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
+        (self.meddle)(site, first_token)?;
+        self.study.observe(site, first_token, x)
+    }
+
+    fn expert(&mut self, layer: usize, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
+        self.study.expert(layer, expert, first_token, rows)
+    }
+
+    fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
+        self.study.routing(layer, first_token, routing)
+    }
+}
+
+impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> Observer for Meddling<F> {
+    type Layer = Self;
+
+    fn layer(&self, layer: usize) -> Self {
+        Self { study: self.study.layer(layer), meddle: Arc::clone(&self.meddle) }
+    }
+
+    fn join(&mut self, seen: Self) {
+        self.study.join(seen.study);
+    }
+}
+
+impl Fixture {
+    /// A pass that is meddled with at every site, by the first token of the micro-batch.
+    fn meddled(&self, how: How, meter: &Meter, meddle: impl Fn(Site, usize) -> Result<()> + Send + Sync) -> Result<()> {
+        let meddle = Arc::new(meddle);
+        let observer = |_: &Model<'_>, study| Meddling { study, meddle };
+        self.pass(how, &*self.checkpoint.weights, meter, observer, None).map(|_| ())
+    }
+}
+
+#[test]
+fn an_error_or_a_panic_while_computing_leaves_nobody_waiting() {
+    let fixture = Fixture::open("olmoe-bf16");
+    let fails = |site: Site, _| match site.layer {
+        1 => Err(WorkerError::internal("seen enough")),
+        _ => Ok(()),
+    };
+    let error = fixture.meddled(How::on(4), &Meter::default(), fails).unwrap_err();
+    assert_eq!(error.message(), "layer 1 mixer on cpu#1: seen enough");
+    let panics = |site: Site, _| if site.layer == 1 { panic!("on purpose") } else { Ok(()) };
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        fixture.meddled(How::on(2), &Meter::default(), panics)
+    }));
+    assert!(caught.is_err());
+}
+
+/// Something that happens once, which others wait for.
+#[derive(Default)]
+struct Moment {
+    happened: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Moment {
+    fn now(&self) {
+        *self.happened.lock().unwrap() = true;
+        self.changed.notify_all();
+    }
+
+    /// False if it does not come.
+    fn wait(&self) -> bool {
+        let happened = self.happened.lock().unwrap();
+        let long = Duration::from_secs(30);
+        !self.changed.wait_timeout_while(happened, long, |happened| !*happened).unwrap().1.timed_out()
+    }
+}
+
+/// From when to when a layer worked on a micro-batch, by the meter.
+fn worked(spans: &[Span], layer: usize, micro_batch: usize) -> Range<Duration> {
+    let about = |span: &&Span| {
+        let batches = span.subject.micro_batches.as_ref();
+        span.subject.layer == Some(layer) && batches.is_some_and(|batches| batches.contains(&micro_batch))
+    };
+    let spans: Vec<&Span> = spans.iter().filter(about).collect();
+    let (start, end) = (spans.iter().map(|span| span.start).min(), spans.iter().map(|span| span.end).max());
+    start.expect("a layer works on every micro-batch")..end.expect("the same")
+}
+
+#[test]
+fn the_next_layer_begins_while_the_last_micro_batches_are_in_this_one() {
+    for name in ["llama-f32", "olmoe-bf16", "gpt-oss-mxfp4"] {
+        let fixture = Fixture::open(name);
+        let last = fixture.tokens.sequences - 1;
+        let last_token = last * fixture.tokens.tokens;
+        let meter = Meter::with_spans();
+        let next_began = Moment::default();
+        // The end of layer 0 on the last micro-batch waits for the beginning of layer 1 on the first: without a wavefront, for ever.
+        fixture
+            .meddled(How { group_elements: u64::MAX, ..How::on(2) }, &meter, |site, first_token| {
+                if site.layer == 1 && first_token == 0 {
+                    next_began.now();
+                }
+                let ends = site.layer == 0 && site.point == Point::Residual && first_token == last_token;
+                let came = !ends || next_began.wait();
+                came.then_some(()).ok_or_else(|| WorkerError::internal("layer 1 waits for all of layer 0"))
+            })
+            .unwrap();
+        let spans = meter.spans();
+        assert!(worked(&spans, 1, 0).start < worked(&spans, 0, last).end, "{name}");
+        for (before, after) in spans.iter().zip(&spans[1..]) {
+            assert!(before.thread != after.thread || before.end <= after.start, "{name}: {before:?} {after:?}");
+        }
+        for work in [Work::Mixer, Work::FeedForward, Work::Statistics] {
+            for (layer, device) in [(0, 0), (1, 1)] {
+                let here = |span: &Span| span.work == work && span.subject.layer == Some(layer);
+                assert!(spans.iter().any(here), "{name}: no {work:?} of layer {layer}");
+                assert!(spans.iter().filter(|span| here(span)).all(|span| span.thread == Thread::Device(device)));
+            }
+        }
+    }
+}
