@@ -191,6 +191,10 @@ pub struct JobArgs {
     /// Also write every studied activation to this file in the output folder. Large.
     #[arg(long, value_name = "FILE.safetensors")]
     pub save_activations: Option<String>,
+    /// Also write a time line of the pass to this file in the output folder: what each device and each loader did when, for
+    /// chrome://tracing or ui.perfetto.dev.
+    #[arg(long, value_name = "FILE.json")]
+    pub trace: Option<String>,
     /// Tokens computed together, in whole sequences.
     #[arg(long, value_name = "N")]
     pub micro_batch_tokens: Option<usize>,
@@ -260,6 +264,7 @@ impl JobArgs {
         job.thresholds.magnitude = self.threshold;
         job.sites = self.sites.into_iter().flat_map(|SiteKinds(kinds)| kinds).collect();
         job.save_activations = self.save_activations;
+        job.trace = self.trace;
         job.micro_batch_tokens = self.micro_batch_tokens.unwrap_or(job.micro_batch_tokens);
         job.weights = self.weights;
         job.stream_budget_bytes = self.stream_budget.map(|ByteSize(bytes)| bytes);

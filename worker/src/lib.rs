@@ -38,5 +38,6 @@ pub mod source;
 pub mod stats;
 pub mod stream;
 pub mod torch;
+pub mod trace;
 pub mod watch;
 pub mod weights;

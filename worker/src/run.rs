@@ -25,6 +25,7 @@ use crate::savepoint::SavePoints;
 use crate::source::{Checkpoint, Container, Described, LocalSource, SyntheticSource};
 use crate::stats::{Scope, Study};
 use crate::stream::{Pass, Passed};
+use crate::trace;
 use crate::watch::Watch;
 
 /// Runs a job into a folder. Whatever happens, the folder ends with a manifest that says so, unless the disk refuses it.
@@ -43,8 +44,7 @@ pub fn run(job: &JobSpec, output: &Path, hub: &Hub, save_every: Duration, talk: 
         Ok(_) => {
             SavePoints::remove(&folder.file(files::SAVE_POINT))?;
             let mut names = vec![files::JOB, files::RESULTS, files::METADATA, files::STATISTICS];
-            // Large, but asked for by name.
-            names.extend(job.save_activations.as_deref());
+            names.extend(asked_for(job).map(|(_, name)| name));
             folder.finish(Outcome::Complete, &names)
         }
         Err(error) => folder.finish(Outcome::Failed(error.clone().into()), &[files::JOB]),
@@ -202,7 +202,8 @@ impl Run<'_> {
         let dump = |name: &String| ActivationDump::create(&folder.file(name), spec, &scope, tokens, with_head);
         let dump = job.save_activations.as_ref().map(dump).transpose()?;
         let mut watch = Watch { study: Study::new(scope, job.thresholds.magnitude), dump };
-        let (micro_batch_tokens, meter) = (job.micro_batch_tokens, Meter::default());
+        let meter = if job.trace.is_some() { Meter::with_spans() } else { Meter::default() };
+        let micro_batch_tokens = job.micro_batch_tokens;
         let pass = Pass {
             model,
             tokens,
@@ -216,6 +217,9 @@ impl Run<'_> {
             meter: &meter,
         };
         let passed = pass.run(&mut watch, save)?;
+        if let Some(name) = &job.trace {
+            trace::write(&folder.file(name), &meter.spans(), devices)?;
+        }
         let Watch { study, dump } = watch;
         if let Some(dump) = dump {
             dump.finish(passed.nll.as_deref())?;
@@ -228,7 +232,8 @@ impl Run<'_> {
 fn identity(job: &JobSpec, checkpoint: &Checkpoint, tokens: &Tokens, compute: DType) -> String {
     // Where it runs does not matter, nor what reports call the model, nor by which way weights come, unless they are made up.
     let weights = job.weights.clone().filter(|weights| matches!(weights, Weights::Synthetic { .. }));
-    let job = JobSpec { devices: Vec::new(), label: None, weights, stream_budget_bytes: None, ..job.clone() };
+    let unnamed = JobSpec { devices: Vec::new(), label: None, trace: None, ..job.clone() };
+    let job = JobSpec { weights, stream_budget_bytes: None, ..unnamed };
     let parts = (env!("CARGO_PKG_VERSION"), &job, &checkpoint.config_sha256, &tokens.provenance.token_ids_sha256);
     let text = serde_json::to_vec(&(parts, compute.as_str(), checkpoint.weights.files()));
     hex(&Sha256::digest(text.expect("plain data")))
@@ -250,12 +255,18 @@ fn check(job: &JobSpec) -> Result<()> {
     if job.stream_budget_bytes == Some(0) {
         return Err(WorkerError::job("a stream budget of nothing lets no weights through"));
     }
-    match &job.save_activations {
-        Some(name) if name.contains('/') || name.starts_with('.') || name.is_empty() => {
-            Err(WorkerError::job(format!("save_activations {name:?} must be a plain file name")))
+    for (option, name) in asked_for(job) {
+        if name.contains('/') || name.starts_with('.') || name.is_empty() {
+            return Err(WorkerError::job(format!("{option} {name:?} must be a plain file name")));
         }
-        _ => Ok(()),
     }
+    Ok(())
+}
+
+/// Files of the output folder that are there only if a job names them: by which option, and how they are called.
+fn asked_for(job: &JobSpec) -> impl Iterator<Item = (&'static str, &str)> {
+    let named = [("save_activations", &job.save_activations), ("trace", &job.trace)];
+    named.into_iter().filter_map(|(option, name)| Some((option, name.as_deref()?)))
 }
 
 fn sample(names: &[String]) -> String {

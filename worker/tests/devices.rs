@@ -1,8 +1,10 @@
 //! Layers dealt to several devices: no bit depends on how many there are, which thread is slow, or what is loaded ahead.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -347,5 +349,59 @@ fn the_next_layer_begins_while_the_last_micro_batches_are_in_this_one() {
                 assert!(spans.iter().filter(|span| here(span)).all(|span| span.thread == Thread::Device(device)));
             }
         }
+    }
+}
+
+/// A row of a trace: what was done from when to when, microseconds.
+type Row = Vec<(String, f64, f64, serde_json::Value)>;
+
+#[test]
+fn a_trace_has_a_row_per_device_and_per_loader() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, ids) = (golden("olmoe-bf16").join("model"), golden("olmoe-bf16").join("golden.safetensors"));
+    let status = Command::new(env!("CARGO_BIN_EXE_outliers-worker"))
+        .args(["run", "--devices", "cpu:2", "--micro-batch-tokens", "1", "--trace", "trace.json", "--model"])
+        .args([&model, Path::new("--token-ids"), &ids, Path::new("--output"), folder.path()])
+        .stderr(Stdio::null())
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let read = |name: &str| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(folder.path().join(name)).unwrap()).unwrap()
+    };
+    let listed = |file: &serde_json::Value| file["name"] == "trace.json";
+    assert!(read("manifest.json")["files"].as_array().unwrap().iter().any(listed), "it is brought home");
+
+    let mut rows: BTreeMap<String, Row> = BTreeMap::new();
+    let mut names = BTreeMap::new();
+    for event in read("trace.json")["traceEvents"].as_array().unwrap() {
+        let number = |key: &str| event[key].as_f64().unwrap();
+        let thread = (event["pid"].as_u64().unwrap(), event["tid"].as_u64().unwrap());
+        let name = event["name"].as_str().unwrap().to_owned();
+        if event["ph"] == "M" {
+            names.insert(thread, event["args"]["name"].as_str().unwrap().to_owned());
+            continue;
+        }
+        assert_eq!(event["ph"], "X");
+        let span = (name, number("ts"), number("ts") + number("dur"), event["args"].clone());
+        rows.entry(names[&thread].clone()).or_default().push(span);
+    }
+    assert_eq!(rows.keys().collect::<Vec<_>>(), ["cpu#0", "cpu#0 loader", "cpu#1", "cpu#1 loader"]);
+    // Times are written in whole nanoseconds.
+    const ROUNDING: f64 = 1e-3;
+    for (name, row) in &rows {
+        assert!(row.windows(2).all(|pair| pair[0].2 <= pair[1].1 + ROUNDING), "{name} does two things at once");
+        let (mine, others): (&[&str], &[&str]) = match name.ends_with("loader") {
+            true => (&["read", "decode"], &["mixer", "ffn", "statistics", "wait"]),
+            false => (&["mixer", "ffn", "statistics", "wait"], &["read", "decode"]),
+        };
+        assert!(mine.iter().all(|kind| row.iter().any(|span| span.0 == *kind)), "{name}");
+        assert!(!row.iter().any(|span| others.contains(&span.0.as_str())), "{name}");
+        let device = if name.starts_with("cpu#0") { 0 } else { 1 };
+        let layers = row.iter().filter(|span| ["mixer", "ffn", "decode"].contains(&span.0.as_str()));
+        assert!(layers.filter_map(|span| span.3["layer"].as_u64()).all(|layer| layer % 2 == device), "{name}");
+        let mixed = row.iter().filter(|span| span.0 == "mixer").map(|span| &span.3);
+        assert!(mixed.clone().all(|about| about["micro_batch"].is_u64() && about["micro_batches"] == 1), "{name}");
     }
 }

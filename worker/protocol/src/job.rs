@@ -48,6 +48,9 @@ pub struct JobSpec {
     /// Outputs of single experts are never saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub save_activations: Option<String>,
+    /// File name inside the output folder for a time line of the pass, as JSON in Chrome's trace event format.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<String>,
     /// Tokens computed together; whole sequences, at least one.
     #[serde(default = "default_micro_batch_tokens")]
     pub micro_batch_tokens: usize,
@@ -141,6 +144,7 @@ impl JobSpec {
             thresholds: Thresholds::default(),
             sites: norms_alone(),
             save_activations: None,
+            trace: None,
             micro_batch_tokens: default_micro_batch_tokens(),
             stream_budget_bytes: None,
         }
