@@ -130,9 +130,10 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
         (job.corpus.num_sequences.unwrap_or(corpus::DEFAULT_SEQUENCES), tokens)
     };
     let compute = device::compute_dtype(job.precision, &devices);
-    let group_elements = StreamBudget::planned(job.stream_budget_bytes).group_elements(compute);
+    let sharing = device::sharing_memory(&devices);
+    let group_elements = StreamBudget::planned(job.stream_budget_bytes).group_elements(compute, sharing);
     let micro_batch_tokens = job.micro_batch_tokens;
-    let run = PlannedRun { sequences, tokens, compute, micro_batch_tokens, group_elements };
+    let run = PlannedRun { sequences, tokens, compute, micro_batch_tokens, group_elements, devices: sharing };
     Ok(inspect::inspect(&job, &checkpoint, &model, run))
 }
 

@@ -11,8 +11,8 @@ const MOST: u64 = 4 << 30;
 /// Where the system does not tell what is free.
 const USUAL: u64 = 1 << 30;
 
-/// Bytes for weights: a quarter for the group of experts in use, a quarter for the one being decoded, half for stored bytes on
-/// their way.
+/// Bytes for weights in one memory: a quarter for the groups of experts in use, a quarter for those being decoded, half for stored bytes
+/// on their way. Devices that share the memory share the quarters evenly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StreamBudget {
     bytes: u64,
@@ -32,9 +32,10 @@ impl StreamBudget {
         Self { bytes: asked.unwrap_or(MOST), asked: asked.is_some() }
     }
 
-    /// Values of a group of experts in a pass of this dtype. More than [`GROUP_ELEMENTS`] only if asked for: larger ones save nothing.
-    pub fn group_elements(self, compute: DType) -> u64 {
-        let elements = self.bytes / 4 / compute.size_in_bytes() as u64;
+    /// Values of a group of experts in a pass of this dtype, on each of `devices` that share the memory. More than [`GROUP_ELEMENTS`] only if
+    /// asked for: larger ones save nothing.
+    pub fn group_elements(self, compute: DType, devices: usize) -> u64 {
+        let elements = self.bytes / 4 / (devices.max(1) * compute.size_in_bytes()) as u64;
         if self.asked { elements } else { elements.min(GROUP_ELEMENTS) }
     }
 
@@ -44,8 +45,8 @@ impl StreamBudget {
     }
 }
 
-/// Bytes that this process may still take, by the machine and by its control group.
-fn free_memory() -> Option<u64> {
+/// Bytes that this process may still take, by the machine and by its control group; `None` where the system does not tell.
+pub fn free_memory() -> Option<u64> {
     let system = System::new_all().ok()?;
     let group = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);
     Some(system.available_memory().min(group))
@@ -59,16 +60,19 @@ mod tests {
     fn what_is_asked_for_is_kept_and_shared() {
         let budget = StreamBudget::new(Some(1 << 30));
         assert_eq!(budget.read_ahead(), 512 << 20);
-        assert_eq!(budget.group_elements(DType::F32) * 4 * 2 + budget.read_ahead(), 1 << 30);
-        assert_eq!(budget.group_elements(DType::BF16), 2 * budget.group_elements(DType::F32));
-        assert!(StreamBudget::new(Some(16 << 30)).group_elements(DType::F32) > GROUP_ELEMENTS);
+        for devices in [1, 4] {
+            let elements = budget.group_elements(DType::F32, devices);
+            assert_eq!(elements * 4 * 2 * devices as u64 + budget.read_ahead(), 1 << 30);
+            assert_eq!(budget.group_elements(DType::BF16, devices), 2 * elements);
+        }
+        assert!(StreamBudget::new(Some(16 << 30)).group_elements(DType::F32, 1) > GROUP_ELEMENTS);
     }
 
     #[test]
     fn what_is_found_is_bounded() {
         let found = StreamBudget::new(None);
         assert!((LEAST..=MOST).contains(&found.bytes), "{found:?}");
-        assert!(found.group_elements(DType::F32) <= GROUP_ELEMENTS);
-        assert_eq!(StreamBudget::planned(None).group_elements(DType::BF16), GROUP_ELEMENTS);
+        assert!(found.group_elements(DType::F32, 1) <= GROUP_ELEMENTS);
+        assert_eq!(StreamBudget::planned(None).group_elements(DType::BF16, 1), GROUP_ELEMENTS);
     }
 }

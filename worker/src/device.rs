@@ -56,6 +56,11 @@ fn cuda(index: usize) -> Result<Placement> {
     Ok(Placement { name: format!("cuda:{index}"), device })
 }
 
+/// How many devices hold their weights and work in the same memory: all on the CPU do, every GPU has its own.
+pub fn sharing_memory(devices: &[Placement]) -> usize {
+    devices.iter().filter(|placement| placement.device.is_cpu()).count().max(1)
+}
+
 /// The dtype of the forward pass.
 pub fn compute_dtype(precision: Precision, devices: &[Placement]) -> DType {
     match precision {

@@ -25,6 +25,8 @@ pub struct PlannedRun {
     pub micro_batch_tokens: usize,
     /// Values decoded per group of experts.
     pub group_elements: u64,
+    /// Devices whose weights and workspaces are in one memory.
+    pub devices: usize,
 }
 
 /// Describes the checked model of a job.
@@ -113,31 +115,42 @@ pub(crate) fn flops(spec: &DecoderSpec, run: PlannedRun) -> f64 {
 fn plan(model: &Model<'_>, run: PlannedRun, disk_bytes: u64) -> PlanFigures {
     let spec = &model.spec;
     let value = run.compute.size_in_bytes() as u64;
-    let (tokens, width) = ((run.sequences * run.tokens) as u64, spec.hidden as u64);
-    let hidden_states = tokens * width * value;
-    let weights = |needs: &[Need]| needs.iter().map(Need::elements).sum::<u64>() * value;
-    let stored: u64 = model.stored_dtypes().values().sum();
-    // A mixture keeps the norm's output and the sum of its experts for all tokens until its last group has passed.
-    let mixture = spec.layers.iter().any(|l| matches!(l.ffn, FfnSpec::Moe(_)));
-    let states = hidden_states * if mixture { 3 } else { 1 };
-    let mut units: Vec<u64> =
-        spec.units(run.group_elements).iter().map(|u| weights(&u.needs) + model.unit_bytes(u) / 4).collect();
-    units.sort_unstable_by(|a, b| b.cmp(a));
-    let two_largest: u64 = units.iter().take(2).sum();
-    let block = (VOCAB_BLOCK.min(spec.vocab) as u64) * width * (value + 4);
-    let all: u64 = model.parameters() * value;
-    let workspace = workspace(spec, run);
     PlanFigures {
         sequences: run.sequences,
         tokens_per_sequence: run.tokens,
         compute_bytes_per_value: value,
         flops: flops(spec, run),
-        streamed_memory_bytes: states + two_largest.max(block) + workspace,
-        resident_memory_bytes: states + all + workspace,
-        hidden_state_bytes: hidden_states,
+        streamed_memory_bytes: streamed_memory(model, run),
+        resident_memory_bytes: states(spec, run) + model.parameters() * value + workspace(spec, run),
+        hidden_state_bytes: hidden_states(spec, run),
         disk_bytes,
-        bytes_to_read: stored,
+        bytes_to_read: model.stored_dtypes().values().sum(),
     }
+}
+
+/// One hidden state per token, bytes.
+fn hidden_states(spec: &DecoderSpec, run: PlannedRun) -> u64 {
+    (run.sequences * run.tokens * spec.hidden * run.compute.size_in_bytes()) as u64
+}
+
+/// What is kept of all tokens. A mixture keeps the norm's output and the sum of its experts until its last group has passed.
+fn states(spec: &DecoderSpec, run: PlannedRun) -> u64 {
+    let mixture = spec.layers.iter().any(|l| matches!(l.ffn, FfnSpec::Moe(_)));
+    hidden_states(spec, run) * if mixture { 3 } else { 1 }
+}
+
+/// Memory of a run whose weights are streamed, bytes: hidden states, and for each device its two largest units and its workspace.
+pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
+    let spec = &model.spec;
+    let value = run.compute.size_in_bytes() as u64;
+    let weights = |needs: &[Need]| needs.iter().map(Need::elements).sum::<u64>() * value;
+    let mut units: Vec<u64> =
+        spec.units(run.group_elements).iter().map(|u| weights(&u.needs) + model.unit_bytes(u) / 4).collect();
+    units.sort_unstable_by(|a, b| b.cmp(a));
+    let two_largest: u64 = units.iter().take(2).sum();
+    let block = (VOCAB_BLOCK.min(spec.vocab) * spec.hidden) as u64 * (value + 4);
+    let workspace = workspace(spec, run);
+    states(spec, run) + (run.devices as u64 * (two_largest + workspace)).max(block + workspace)
 }
 
 /// Memory of one micro-batch on its way through the widest block: projections, one block of scores, one block of logits.

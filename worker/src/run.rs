@@ -12,11 +12,12 @@ use outliers_protocol::{
 use sha2::{Digest, Sha256};
 use sysinfo::System;
 
-use crate::budget::StreamBudget;
+use crate::budget::{self, StreamBudget};
 use crate::corpus::{self, Tokens};
 use crate::device::{self, Machine, Placement};
 use crate::error::{Result, WorkerError};
 use crate::hub::{FetchProgress, Hub};
+use crate::inspect::{self, PlannedRun};
 use crate::meter::Meter;
 use crate::model::Model;
 use crate::output::{ActivationDump, OutputFolder, hex, write_statistics};
@@ -157,7 +158,19 @@ impl Run<'_> {
             let run = identity(job, &checkpoint, &tokens, compute);
             SavePoints::new(folder.file(files::SAVE_POINT), run, save_every)
         });
-        let group_elements = budget.group_elements(compute);
+        let sharing = device::sharing_memory(&devices);
+        let group_elements = budget.group_elements(compute, sharing);
+        let planned = PlannedRun {
+            sequences: tokens.sequences,
+            tokens: tokens.tokens,
+            compute,
+            micro_batch_tokens: job.micro_batch_tokens,
+            group_elements,
+            devices: sharing,
+        };
+        if devices.iter().all(|placement| placement.device.is_cpu()) {
+            fits(inspect::streamed_memory(&model, planned), sharing, budget::free_memory())?;
+        }
         let (study, passed) = self.pass(&model, &tokens, compute, &devices, group_elements, save.as_mut())?;
         progress.phase(Phase::Writing);
         write_statistics(&folder.file(files::STATISTICS), &study, job.thresholds.magnitude)?;
@@ -237,6 +250,19 @@ fn identity(job: &JobSpec, checkpoint: &Checkpoint, tokens: &Tokens, compute: DT
     let parts = (env!("CARGO_PKG_VERSION"), &job, &checkpoint.config_sha256, &tokens.provenance.token_ids_sha256);
     let text = serde_json::to_vec(&(parts, compute.as_str(), checkpoint.weights.files()));
     hex(&Sha256::digest(text.expect("plain data")))
+}
+
+/// Refuses what would end without a word, killed by the system, after hours perhaps. All in bytes.
+fn fits(needed: u64, devices: usize, free: Option<u64>) -> Result<()> {
+    let Some(free) = free.filter(|free| *free < needed) else { return Ok(()) };
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    let on = if devices > 1 { format!(" on {devices} devices") } else { String::new() };
+    let (needed, free) = (gib(needed), gib(free));
+    let message = format!("the run{on} needs {needed:.2} GiB of memory, and {free:.2} GiB are free");
+    Err(WorkerError::device(message).hint(
+        "fewer --devices, a smaller --stream-budget or --micro-batch-tokens, or fewer sequences need less; `outliers-worker inspect` shows \
+         how much",
+    ))
 }
 
 fn check(job: &JobSpec) -> Result<()> {
@@ -381,5 +407,14 @@ mod tests {
             let job = JobSpec { weights, ..JobSpec::new(model.clone()) };
             assert_eq!(disk_bytes(&job, files), bytes, "{job:?}");
         }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_numbers() {
+        let gib = |n: u64| n << 30;
+        assert!(fits(gib(8), 4, Some(gib(8))).is_ok() && fits(gib(8), 4, None).is_ok());
+        let error = fits(gib(9), 4, Some(gib(8))).unwrap_err();
+        assert_eq!(error.message(), "the run on 4 devices needs 9.00 GiB of memory, and 8.00 GiB are free");
+        assert!(error.hint_text().is_some());
     }
 }

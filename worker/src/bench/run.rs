@@ -129,7 +129,8 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     let model = Model::open(&checkpoint.config, source, job.layers)?;
     let spec = &model.spec;
     let tokens = made_up(spec.vocab, sequences, tokens);
-    let (meter, group_elements) = (Meter::default(), budget.group_elements(compute));
+    let sharing = device::sharing_memory(&devices);
+    let (meter, group_elements) = (Meter::default(), budget.group_elements(compute, sharing));
     let (micro_batch_tokens, with_head) = (job.micro_batch_tokens, job.layers.is_none());
     let pass = Pass {
         model: &model,
@@ -151,7 +152,8 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     let peak_memory_bytes = run::peak_memory();
 
     let weight_bytes = source.bytes_read();
-    let planned = PlannedRun { sequences, tokens: tokens.tokens, compute, micro_batch_tokens, group_elements };
+    let planned =
+        PlannedRun { sequences, tokens: tokens.tokens, compute, micro_batch_tokens, group_elements, devices: sharing };
     let flops = inspect::flops(spec, planned);
     let products = products(compute, &devices[0].device)?;
     let of = |kinds: &[Work]| kinds.iter().map(|work| meter.seconds(*work)).sum::<f64>();
