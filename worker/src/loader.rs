@@ -22,6 +22,7 @@ pub struct Loader<'a> {
     compute: DType,
     spare: &'a Spare,
     clock: Clock<'a>,
+    subject: Subject,
     values: Vec<u8>,
     scales: Vec<u8>,
 }
@@ -37,7 +38,12 @@ pub struct LoadedUnit {
 impl<'a> Loader<'a> {
     /// Decodes to `compute`, into memory from `spare` where there is some; `clock` is told how long everything takes.
     pub fn new(model: &'a Model<'a>, compute: DType, spare: &'a Spare, clock: Clock<'a>) -> Self {
-        Self { model, compute, spare, clock, values: Vec::new(), scales: Vec::new() }
+        Self { model, compute, spare, clock, subject: Subject::default(), values: Vec::new(), scales: Vec::new() }
+    }
+
+    /// What the clock is told that all loading from now on is about.
+    pub fn about(&mut self, subject: Subject) {
+        self.subject = subject;
     }
 
     /// Tensors of a layer, onto a device.
@@ -67,8 +73,7 @@ impl<'a> Loader<'a> {
     fn decoded(&mut self, layer: usize, need: &Need, device: &Device) -> Result<Decoded> {
         let stored = self.model.stored(layer, need);
         self.scales.clear();
-        let subject = || Subject { layer: Some(layer), micro_batches: None };
-        self.clock.time_about(Work::Reading, subject(), || {
+        self.clock.time_about(Work::Reading, self.subject.clone(), || {
             read(self.model.source, &stored.values, &mut self.values)?;
             stored.scales.as_ref().map_or(Ok(()), |scales| read(self.model.source, scales, &mut self.scales))
         })?;
@@ -79,7 +84,7 @@ impl<'a> Loader<'a> {
         let encoded = encoded(&stored, &self.values, &self.scales, &shape);
         let name = &stored.values.entry.name;
         let decode = || self.spare.decode(&encoded, &shape, self.compute, device, name);
-        let tensor = self.clock.time_about(Work::Decoding, subject(), decode)?;
+        let tensor = self.clock.time_about(Work::Decoding, self.subject.clone(), decode)?;
         Ok(Decoded { tensor, input_major: stored.input_major })
     }
 

@@ -45,7 +45,9 @@ pub struct RunTable {
     pub tokens: usize,
     /// Dtype of the pass.
     pub compute: String,
-    /// Threads.
+    /// Devices.
+    pub devices: usize,
+    /// Threads that they share on the CPU.
     pub threads: usize,
     /// Stored bytes that were read.
     pub weight_bytes: u64,
@@ -53,7 +55,7 @@ pub struct RunTable {
     pub flops: f64,
     /// Wall seconds.
     pub seconds: f64,
-    /// Of those, seconds in which the computing thread waited for weights.
+    /// Seconds in which devices had nothing to do, waiting for weights or for each other; of all of them together.
     pub waiting_seconds: f64,
     /// Peak resident memory of this process so far, bytes.
     pub peak_memory_bytes: Option<u64>,
@@ -106,7 +108,7 @@ impl fmt::Display for RunTable {
             let (work, unit, seconds) = (r.work, r.unit, r.seconds);
             writeln!(f, "{work:<14} {seconds:>9.2} {achieved:>10.2} {ceiling:>10.2} {unit:<8} {share:>6.0}%")?;
         }
-        let waited = 100.0 * self.waiting_seconds / self.seconds.max(1e-9);
+        let waited = 100.0 * self.waiting_seconds / (self.devices as f64 * self.seconds).max(1e-9);
         write!(f, "{:.2} s in all, {waited:.0} % of it waiting for weights", self.seconds)?;
         match self.peak_memory_bytes {
             Some(peak) => writeln!(f, "; peak memory {:.2} GB", gb(peak)),
@@ -173,6 +175,7 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         layers: spec.layers.len(),
         tokens: tokens.ids.len(),
         compute: compute.as_str().to_owned(),
+        devices: devices.len(),
         threads: rayon::current_num_threads(),
         weight_bytes,
         flops,

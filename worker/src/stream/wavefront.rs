@@ -20,7 +20,7 @@ use crate::decoder::{Need, Unit};
 use crate::device::Placement;
 use crate::error::{Result, WorkerError};
 use crate::loader::{LoadedUnit, Spare};
-use crate::meter::{Clock, Thread, Work};
+use crate::meter::{Clock, Subject, Thread, Work};
 use crate::savepoint::SavePoints;
 use crate::stats::Observer;
 
@@ -168,6 +168,7 @@ impl<O: Observer> Wavefront<'_, O> {
             if self.stopped.load(Ordering::Relaxed) {
                 return Ok(());
             }
+            loader.about(Subject { layer: Some(unit.layer), micro_batches: None });
             let loaded = loader.unit(unit.layer, &unit.needs, &self.placement(device).device);
             let loaded = loaded.map_err(|error| self.locate(error, unit, device));
             let failed = loaded.is_err();
