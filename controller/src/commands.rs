@@ -28,12 +28,14 @@ pub mod completions;
 pub mod demo;
 pub mod deploy;
 pub mod doctor;
+mod drive;
 pub mod import;
 pub mod inspect;
 pub mod instances;
 pub mod job;
 pub mod offers;
 pub mod plan;
+mod prepare;
 pub mod reap;
 pub mod runs;
 
@@ -222,7 +224,7 @@ pub fn ports<'a>(
     hosts: &'a SshHosts,
     secrets: &'a [(&'static str, Secret)],
 ) -> Ports<'a> {
-    Ports { clouds, select, bad_hosts, hosts, secrets }
+    Ports { clouds, select, bad_hosts, hosts, secrets, turns: None }
 }
 
 fn select(offers: Vec<Offer>, spec: &RunSpec) -> Result<Vec<Offer>, Trouble> {

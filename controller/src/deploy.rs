@@ -3,6 +3,7 @@
 //! There is one loop: it looks at the state, makes one step, writes what happened. A fresh run and one that was found after a
 //! crash take the same path; what only this process knows ([`Memory`]) merely saves work.
 
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -12,8 +13,8 @@ use crate::broker::{Instance, Offer};
 use crate::clouds::{Cloud, Patience};
 use crate::files;
 use crate::ledger::{LedgerError, RunRecord, RunWriter, now_ms};
-use crate::run::{Ending, RunEvent, RunState, Trouble, TroubleKind};
-use crate::units::UsdPerHour;
+use crate::run::{Ending, Intent, RunEvent, RunState, Trouble, TroubleKind};
+use crate::units::{Usd, UsdPerHour};
 
 mod bring;
 #[cfg(test)]
@@ -28,11 +29,13 @@ mod ssh;
 mod steps;
 #[cfg(test)]
 mod tests;
+mod turns;
 
-pub use bring::slug;
+pub use bring::{holds, slug};
 pub use ports::{Host, HostError, HostTalk, Hosts, Listener, Ports, Select};
 pub use recover::{Looked, end, look, recover};
 pub use ssh::SshHosts;
+pub use turns::Turns;
 
 /// Name of the private key in a run's folder.
 pub const KEY_FILE: &str = "id_ed25519";
@@ -228,10 +231,23 @@ impl<'a> Driver<'a> {
 
     /// Writes an event and tells about it. What is remembered of the old state's failures goes with it.
     fn append(&mut self, event: RunEvent) -> Result<(), LedgerError> {
-        let state = self.run.append(event)?.clone();
-        self.memory.failing = None;
-        (self.on)(DeployEvent::State(Box::new(state)));
+        self.run.append(event)?;
+        self.changed();
         Ok(())
+    }
+
+    /// Writes the intent to rent, if the budget pays for it now.
+    fn reserve(&mut self, intent: Intent, worst: Usd) -> Result<bool, LedgerError> {
+        let reserved = self.run.reserve(intent, worst)?;
+        if reserved {
+            self.changed();
+        }
+        Ok(reserved)
+    }
+
+    fn changed(&mut self) {
+        self.memory.failing = None;
+        (self.on)(DeployEvent::State(Box::new(self.run.state().clone())));
     }
 
     /// An instance on which nothing was run yet is exchanged for another; later, the run ends.
@@ -330,8 +346,7 @@ impl<'a> Driver<'a> {
     fn tidy(&self) {
         let record = self.run.record();
         if let Some(results) = record.state.results()
-            && let Ok(text) = serde_json::to_vec_pretty(record)
-            && let Err(error) = files::write_whole(&std::path::Path::new(&results.folder).join(RUN_FILE), &text)
+            && let Err(error) = self.write_record(Path::new(&results.folder))
         {
             tracing::warn!("{RUN_FILE} could not be written: {error}");
         }
@@ -340,6 +355,12 @@ impl<'a> Driver<'a> {
         {
             tracing::warn!("the run's key could not be removed: {error}");
         }
+    }
+
+    /// The run's own record, which says whose results lie in a folder.
+    fn write_record(&self, folder: &Path) -> std::io::Result<()> {
+        let text = serde_json::to_vec_pretty(self.run.record())?;
+        files::write_whole(&folder.join(RUN_FILE), &text)
     }
 }
 

@@ -17,11 +17,13 @@ use rand::Rng;
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::Serialize;
 
-use crate::run::{self, IllegalEvent, RunEvent, RunSpec, RunState};
-use crate::units::Usd;
+use crate::broker::Offer;
+use crate::mutant::{Mutant, planted};
+use crate::run::{self, IllegalEvent, Intent, RunEvent, RunSpec, RunState};
+use crate::units::{Usd, UsdPerHour};
 
 /// Version of the tables and of what stands in them. An older program refuses a newer ledger.
-const SCHEMA: i64 = 3;
+const SCHEMA: i64 = 4;
 
 /// How long a writer waits for another one.
 const BUSY: Duration = Duration::from_secs(20);
@@ -70,30 +72,93 @@ pub struct Entry {
     pub event: RunEvent,
 }
 
+/// An instance that bills.
+#[derive(Clone, Copy)]
+struct OpenBill {
+    since_ms: u64,
+    price: UsdPerHour,
+}
+
+impl OpenBill {
+    fn until(self, to_ms: u64) -> Usd {
+        self.price.cost(Duration::from_millis(to_ms.saturating_sub(self.since_ms)))
+    }
+}
+
+/// What there is of a budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Purse {
+    /// All of it.
+    pub budget: Usd,
+    /// What nobody has spent, or may still spend until the time limits of the instances there are or may be.
+    pub left: Usd,
+    /// What may be left if the other runs under way cost nothing more than they have.
+    pub at_best: Usd,
+}
+
 impl RunRecord {
     /// What the run's instances have cost until they were seen gone, or until `now_ms`: our arithmetic, never less than the time
     /// they can have existed times their price; not the cloud's bill.
     pub fn cost(&self, now_ms: u64) -> Usd {
-        let mut cost = Usd::ZERO;
-        let mut from = None;
-        let mut state = RunState::initial();
-        let bill = |from: Option<(u64, crate::units::UsdPerHour)>, to: u64| {
-            from.map_or(Usd::ZERO, |(since, price)| price.cost(Duration::from_millis(to.saturating_sub(since))))
+        let (gone, present) = self.bills();
+        gone + present.map_or(Usd::ZERO, |bill| bill.until(now_ms))
+    }
+
+    /// What the run may have cost when the time of its instance, which exists or may exist, is up: so much of a budget is not to
+    /// be promised to anybody else.
+    pub fn at_most(&self, now_ms: u64) -> Usd {
+        let (gone, present) = self.bills();
+        let agreed = |offer: &Offer| self.spec.agreed(offer);
+        let present = match &self.state {
+            RunState::Creating { intent, .. } => {
+                Some(OpenBill { since_ms: self.changed_at_ms(), price: agreed(&intent.offer) })
+            }
+            // What it bills in the end is said when it is up.
+            RunState::Rented { rental } => {
+                present.map(|bill| OpenBill { price: bill.price.max(agreed(&rental.offer)), ..bill })
+            }
+            _ => present,
         };
+        let until_ms = now_ms.max(self.deadline().unwrap_or_default() * 1000);
+        gone + present.map_or(Usd::ZERO, |bill| bill.until(until_ms))
+    }
+
+    /// What instances that are gone have cost, and the bill of the one that is there.
+    fn bills(&self) -> (Usd, Option<OpenBill>) {
+        let mut gone = Usd::ZERO;
+        let mut present: Option<OpenBill> = None;
+        let mut state = RunState::initial();
         let mut asked_at = self.created_at_ms;
         for entry in &self.events {
             let Ok(new) = run::next(&state, &entry.event) else { break };
             match (&entry.event, new.rental()) {
                 (RunEvent::Creating { .. }, _) => asked_at = entry.at_ms,
                 // It may have been there, and billed, from the first call on: a controller may have died in between.
-                (RunEvent::Created { .. }, Some(rental)) => from = Some((asked_at, rental.price)),
-                (RunEvent::Reached { .. }, Some(rental)) => from = from.map(|(since, _)| (since, rental.price)),
-                (RunEvent::Gone | RunEvent::Vanished, _) => cost = cost + bill(from.take(), entry.at_ms),
+                (RunEvent::Created { .. }, Some(rental)) => {
+                    present = Some(OpenBill { since_ms: asked_at, price: rental.price });
+                }
+                (RunEvent::Reached { .. }, Some(rental)) => {
+                    present = present.map(|bill| OpenBill { price: rental.price, ..bill });
+                }
+                (RunEvent::Gone | RunEvent::Vanished, _) => {
+                    gone = gone + present.take().map_or(Usd::ZERO, |bill| bill.until(entry.at_ms));
+                }
                 _ => {}
             }
             state = new;
         }
-        cost + bill(from, now_ms)
+        (gone, present)
+    }
+
+    /// What must not be exceeded, by this run and those it shares the budget with.
+    fn budget(&self) -> Option<Usd> {
+        self.spec.budget.filter(|_| !planted(Mutant::BudgetIgnored))
+    }
+
+    /// Whether both spend one budget: the same run, or runs of the same survey.
+    fn shares_budget_with(&self, other: &Self) -> bool {
+        let survey = |run: &Self| run.spec.survey.as_ref().map(|member| member.survey.clone());
+        self.id == other.id || (survey(self).is_some() && survey(self) == survey(other))
     }
 
     /// When the last event was written; the run's creation if there is none.
@@ -157,12 +222,7 @@ impl Ledger {
     /// # Errors
     /// [`LedgerError::Damaged`] when a record cannot be read or replayed.
     pub fn runs(&self) -> Result<Vec<RunRecord>, LedgerError> {
-        let ids: Vec<String> = self
-            .connection()
-            .prepare("SELECT id FROM runs ORDER BY created_at_ms, id")?
-            .query_map([], |row| row.get(0))?
-            .collect::<Result<_, _>>()?;
-        ids.iter().map(|id| self.run(id)).collect()
+        read_runs(&self.connection())
     }
 
     /// One run by its id.
@@ -170,27 +230,7 @@ impl Ledger {
     /// # Errors
     /// [`LedgerError::NoSuchRun`], or [`LedgerError::Damaged`] when the record cannot be read or replayed.
     pub fn run(&self, id: &str) -> Result<RunRecord, LedgerError> {
-        let connection = self.connection();
-        let row: Option<(i64, String)> = connection
-            .query_row("SELECT created_at_ms, spec FROM runs WHERE id = ?1", [id], |row| Ok((row.get(0)?, row.get(1)?)))
-            .optional()?;
-        let Some((created_at_ms, spec)) = row else {
-            return Err(LedgerError::NoSuchRun { run: id.to_owned() });
-        };
-        let rows: Vec<(i64, String)> = connection
-            .prepare("SELECT at_ms, event FROM events WHERE run = ?1 ORDER BY seq")?
-            .query_map([id], |row| Ok((row.get(0)?, row.get(1)?)))?
-            .collect::<Result<_, _>>()?;
-        let damaged = |why: String| LedgerError::Damaged { run: id.to_owned(), why };
-        let spec = serde_json::from_str(&spec).map_err(|e| damaged(e.to_string()))?;
-        let mut state = RunState::initial();
-        let mut events = Vec::with_capacity(rows.len());
-        for (at_ms, text) in rows {
-            let event: RunEvent = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
-            state = run::next(&state, &event).map_err(|e| damaged(e.to_string()))?;
-            events.push(Entry { at_ms: at_ms as u64, event });
-        }
-        Ok(RunRecord { id: id.to_owned(), created_at_ms: created_at_ms as u64, spec, events, state })
+        read_run(&self.connection(), id)
     }
 
     /// One run by the beginning of its id, or the latest for `last`.
@@ -274,11 +314,22 @@ impl Ledger {
         Ok(None)
     }
 
+    /// Makes the caller the only one that goes on with this survey, as long as the file is open; `None`: somebody else is.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn take_survey(&self, name: &str) -> Result<Option<File>, LedgerError> {
+        Self::lock_in(&self.folder.join("surveys").join(name))
+    }
+
     fn lock(&self, id: &str) -> Result<Option<File>, LedgerError> {
-        let folder = self.run_folder(id);
+        Self::lock_in(&self.run_folder(id))
+    }
+
+    fn lock_in(folder: &Path) -> Result<Option<File>, LedgerError> {
         let path = folder.join("lock");
         let at = |source| LedgerError::Io { path: path.clone(), source };
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(at)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(at)?;
         let file = File::options().create(true).append(true).open(&path).map_err(at)?;
         match file.try_lock() {
             Ok(()) => Ok(Some(file)),
@@ -290,10 +341,7 @@ impl Ledger {
 
 /// Makes or checks the tables; returns the owner.
 fn prepare(connection: &Connection) -> Result<String, LedgerError> {
-    connection.execute_batch("BEGIN IMMEDIATE")?;
-    let owner = tables_and_owner(connection);
-    connection.execute_batch(if owner.is_ok() { "COMMIT" } else { "ROLLBACK" })?;
-    owner
+    atomically(connection, tables_and_owner)
 }
 
 fn tables_and_owner(connection: &Connection) -> Result<String, LedgerError> {
@@ -307,6 +355,48 @@ fn tables_and_owner(connection: &Connection) -> Result<String, LedgerError> {
         .execute("INSERT OR IGNORE INTO meta (key, value) VALUES ('owner', ?1)", [random_word(8)])
         .and_then(|_| connection.query_row("SELECT value FROM meta WHERE key = 'owner'", [], |row| row.get(0)))
         .map_err(LedgerError::from)
+}
+
+fn read_runs(connection: &Connection) -> Result<Vec<RunRecord>, LedgerError> {
+    let ids: Vec<String> = connection
+        .prepare("SELECT id FROM runs ORDER BY created_at_ms, id")?
+        .query_map([], |row| row.get(0))?
+        .collect::<Result<_, _>>()?;
+    ids.iter().map(|id| read_run(connection, id)).collect()
+}
+
+fn read_run(connection: &Connection, id: &str) -> Result<RunRecord, LedgerError> {
+    let row: Option<(i64, String)> = connection
+        .query_row("SELECT created_at_ms, spec FROM runs WHERE id = ?1", [id], |row| Ok((row.get(0)?, row.get(1)?)))
+        .optional()?;
+    let Some((created_at_ms, spec)) = row else {
+        return Err(LedgerError::NoSuchRun { run: id.to_owned() });
+    };
+    let rows: Vec<(i64, String)> = connection
+        .prepare("SELECT at_ms, event FROM events WHERE run = ?1 ORDER BY seq")?
+        .query_map([id], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .collect::<Result<_, _>>()?;
+    let damaged = |why: String| LedgerError::Damaged { run: id.to_owned(), why };
+    let spec = serde_json::from_str(&spec).map_err(|e| damaged(e.to_string()))?;
+    let mut state = RunState::initial();
+    let mut events = Vec::with_capacity(rows.len());
+    for (at_ms, text) in rows {
+        let event: RunEvent = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
+        state = run::next(&state, &event).map_err(|e| damaged(e.to_string()))?;
+        events.push(Entry { at_ms: at_ms as u64, event });
+    }
+    Ok(RunRecord { id: id.to_owned(), created_at_ms: created_at_ms as u64, spec, events, state })
+}
+
+/// Does something that nobody else's writing, in this process or another, may come in between.
+fn atomically<T>(
+    connection: &Connection,
+    act: impl FnOnce(&Connection) -> Result<T, LedgerError>,
+) -> Result<T, LedgerError> {
+    connection.execute_batch("BEGIN IMMEDIATE")?;
+    let done = act(connection);
+    connection.execute_batch(if done.is_ok() { "COMMIT" } else { "ROLLBACK" })?;
+    done
 }
 
 /// The right to drive one run: the only way to write its events. Dropping it abandons the run.
@@ -353,17 +443,77 @@ impl RunWriter {
     /// # Errors
     /// [`LedgerError::Illegal`] when the event cannot happen now: nothing is written. What SQLite says otherwise.
     pub fn append(&mut self, event: RunEvent) -> Result<&RunState, LedgerError> {
+        let ledger = self.ledger.clone();
+        self.append_to(&ledger.connection(), event)?;
+        Ok(&self.record.state)
+    }
+
+    /// Writes the intent to rent, unless the budget does not pay for it any more: `worst` is what the instance may cost until its
+    /// time limit. Runs that share the budget cannot do so at the same time.
+    ///
+    /// # Errors
+    /// As [`Self::append`].
+    pub fn reserve(&mut self, intent: Intent, worst: Usd) -> Result<bool, LedgerError> {
+        let ledger = self.ledger.clone();
+        atomically(&ledger.connection(), |connection| {
+            if let Some(budget) = self.record.budget()
+                && worst > less(budget, &self.sharers(connection)?, |run| run.at_most(now_ms()))
+            {
+                return Ok(false);
+            }
+            self.append_to(connection, RunEvent::Creating { intent: Box::new(intent) })?;
+            Ok(true)
+        })
+    }
+
+    /// What there is of the run's budget, if it has one.
+    ///
+    /// # Errors
+    /// What the file system or SQLite says.
+    pub fn purse(&self) -> Result<Option<Purse>, LedgerError> {
+        let Some(budget) = self.record.budget() else { return Ok(None) };
+        let (runs, now) = (self.sharers(&self.ledger.connection())?, now_ms());
+        let mut others_under_way = Vec::new();
+        for run in &runs {
+            if run.id != self.record.id && !run.state.is_at_rest() && self.ledger.is_driven(&run.id)? {
+                others_under_way.push(run.id.clone());
+            }
+        }
+        let at_best = |run: &RunRecord| {
+            if others_under_way.contains(&run.id) { run.cost(now) } else { run.at_most(now) }
+        };
+        let left = less(budget, &runs, |run| run.at_most(now));
+        Ok(Some(Purse { budget, left, at_best: less(budget, &runs, at_best) }))
+    }
+
+    /// This run, and those with which it shares its budget.
+    fn sharers(&self, connection: &Connection) -> Result<Vec<RunRecord>, LedgerError> {
+        if self.record.spec.survey.is_none() {
+            return Ok(vec![self.record.clone()]);
+        }
+        let mut runs = read_runs(connection)?;
+        runs.retain(|run| self.record.shares_budget_with(run));
+        Ok(runs)
+    }
+
+    fn append_to(&mut self, connection: &Connection, event: RunEvent) -> Result<(), LedgerError> {
         let state = run::next(&self.record.state, &event)?;
         let at_ms = now_ms();
         let seq = self.record.events.len() as i64;
-        self.ledger.connection().execute(
+        connection.execute(
             "INSERT INTO events (run, seq, at_ms, event) VALUES (?1, ?2, ?3, ?4)",
             params![self.record.id, seq, at_ms as i64, to_json(&event)],
         )?;
         self.record.events.push(Entry { at_ms, event });
         self.record.state = state;
-        Ok(&self.record.state)
+        Ok(())
     }
+}
+
+/// What is left of a budget without what these runs take of it.
+fn less(budget: Usd, runs: &[RunRecord], takes: impl Fn(&RunRecord) -> Usd) -> Usd {
+    let taken: Usd = runs.iter().map(takes).sum();
+    Usd::from_micros(budget.micros() - taken.micros())
 }
 
 /// Why the ledger could not be read or written.
@@ -463,8 +613,8 @@ mod tests {
     use super::*;
     use crate::broker::{GpuRequest, InstanceId, LeaseTag, Offer};
     use crate::estimate::Work;
-    use crate::run::{Ending, Intent, Pin, Watch};
-    use crate::units::{Bytes, UsdPerHour};
+    use crate::run::{Ending, Membership, Pin, Watch};
+    use crate::units::Bytes;
 
     pub(crate) fn spec() -> RunSpec {
         RunSpec {
@@ -481,6 +631,7 @@ mod tests {
             watch: Watch::NEVER,
             budget: None,
             results: "/r".into(),
+            survey: None,
         }
     }
 
@@ -597,6 +748,71 @@ mod tests {
         run.append(RunEvent::Gone).unwrap();
         let bill = run.record().cost(since + 9_000_000);
         assert!(bill >= Usd::from_dollars(0.02) && bill < Usd::from_dollars(60.0), "{bill}");
+    }
+
+    /// A run of the survey `s` with this budget in dollars.
+    fn member(budget: f64) -> RunSpec {
+        let survey = Some(Membership { survey: "s".into(), model: "m".into() });
+        RunSpec { survey, budget: Some(Usd::from_dollars(budget)), ..spec() }
+    }
+
+    /// The intent to rent for the run's time limit, and what that may cost: $3960/h for a minute is $66.
+    fn intent_of(spec: &RunSpec) -> (Intent, Usd) {
+        let offer = Offer::new("fake", "o".into(), 0, UsdPerHour::from_dollars(3600.0));
+        let worst = spec.agreed(&offer).cost(Duration::from_secs(spec.max_duration_s));
+        let deadline = now_ms() / 1000 + spec.max_duration_s;
+        (Intent { offer, tag: LeaseTag { owner: "o".into(), run: "r".into(), nonce: "n".into(), deadline } }, worst)
+    }
+
+    #[test]
+    fn runs_of_a_survey_cannot_together_pass_its_budget() {
+        let folder = tempfile::tempdir().unwrap();
+        let reserved = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for process in 0..4 {
+                let (folder, reserved) = (folder.path(), &reserved);
+                scope.spawn(move || {
+                    let ledger = Ledger::open(folder).unwrap();
+                    for _ in 0..2 {
+                        let mut run = ledger.plan(&member(200.0)).unwrap();
+                        let (intent, worst) = intent_of(&run.record().spec);
+                        let done = run.reserve(intent, worst).unwrap();
+                        reserved.fetch_add(usize::from(done), Ordering::Relaxed);
+                        assert_eq!(run.state().word(), if done { "creating" } else { "planned" }, "{process}");
+                    }
+                });
+            }
+        });
+        assert_eq!(reserved.into_inner(), 3, "3 x $66 of $200, however they race");
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let all: Usd = ledger.runs().unwrap().iter().map(|run| run.at_most(now_ms())).sum();
+        assert!(all <= Usd::from_dollars(200.0) && all > Usd::from_dollars(190.0), "{all}");
+        let mut alone = ledger.plan(&RunSpec { survey: None, ..member(66.0) }).unwrap();
+        let (intent, worst) = intent_of(&alone.record().spec);
+        assert!(alone.reserve(intent, worst).unwrap(), "a run without the survey has a budget of its own");
+    }
+
+    #[test]
+    fn a_purse_tells_what_is_gone_from_what_may_come_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let (mut one, two) = (ledger.plan(&member(100.0)).unwrap(), ledger.plan(&member(100.0)).unwrap());
+        let dollars = Usd::from_dollars;
+        let all = Purse { budget: dollars(100.0), left: dollars(100.0), at_best: dollars(100.0) };
+        assert_eq!(two.purse().unwrap(), Some(all));
+        let (intent, worst) = intent_of(&one.record().spec);
+        assert!(one.reserve(intent, worst).unwrap());
+        let purse = two.purse().unwrap().unwrap();
+        assert!(purse.left <= dollars(36.0) && purse.at_best > dollars(99.0), "{purse:?}");
+        one.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
+        assert!(two.purse().unwrap().unwrap().left < dollars(36.0), "the price is not the last word yet");
+        one.append(RunEvent::Reached { pin: Pin("p".into()), price: None }).unwrap();
+        let purse = two.purse().unwrap().unwrap();
+        assert!(purse.left > dollars(36.0) && purse.left <= dollars(41.0), "{purse:?}");
+        drop(one);
+        let purse = two.purse().unwrap().unwrap();
+        assert_eq!(purse.left, purse.at_best, "what nobody drives gives nothing back before its time is up");
+        assert_eq!(ledger.plan(&spec()).unwrap().purse().unwrap(), None);
     }
 
     #[test]

@@ -25,6 +25,8 @@ use crate::units::{Bytes, Usd, UsdPerHour};
 
 /// What stands between the names of several brokers.
 pub const BETWEEN_BROKERS: &str = ", ";
+/// An instance may bill so much more than its offer said where no cap was given.
+const PRICE_SLACK: f64 = 1.1;
 
 /// What a run is to do. Fixed when the run is planned; everything a later process needs to carry on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -54,14 +56,32 @@ pub struct RunSpec {
     /// What the guard on the instance waits for before that.
     #[serde(default)]
     pub watch: Watch,
-    /// No instance is rented that could cost more than what is left of this until its time is up.
+    /// No instance is rented that could cost more than what is left of this until its time is up. All runs of a survey share it.
     #[serde(default)]
     pub budget: Option<Usd>,
     /// Folder of this machine below which the results' folder appears.
     pub results: String,
+    /// The survey that it is part of.
+    #[serde(default)]
+    pub survey: Option<Membership>,
+}
+
+/// A run's place in a survey.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Membership {
+    /// The survey's name.
+    pub survey: String,
+    /// The model's name in it, which is that of its results' folder.
+    pub model: String,
 }
 
 impl RunSpec {
+    /// What an instance of this offer may bill at most; one that bills more is not kept.
+    pub fn agreed(&self, offer: &Offer) -> UsdPerHour {
+        let cap = self.request.max_price;
+        cap.unwrap_or_else(|| UsdPerHour::from_dollars(offer.price.0.dollars() * PRICE_SLACK))
+    }
+
     /// The brokers that may be rented from, one by one.
     pub fn broker_names(&self) -> Vec<String> {
         self.brokers.split(BETWEEN_BROKERS).map(str::to_owned).collect()

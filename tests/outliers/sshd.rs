@@ -124,13 +124,14 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
         watch: Watch { lease_s: 600, unclaimed_s: 600 },
         budget: None,
         results: text(results.to_owned()),
+        survey: None,
     }
 }
 
 async fn drive(cloud: &Arc<SshdCloud>, run: RunWriter, patience: Patience) -> RunRecord {
     let (hosts, bad_hosts) = (SshHosts::new(worker(), Bytes::from_gib(1), Bytes::from_gib(1)), BadHosts::default());
     let clouds = Clouds::from(vec![Cloud { broker: cloud.clone(), patience, is_local: false }]);
-    let ports = Ports { clouds: &clouds, select: all, bad_hosts: &bad_hosts, hosts: &hosts, secrets: &[] };
+    let ports = Ports { clouds: &clouds, select: all, bad_hosts: &bad_hosts, hosts: &hosts, secrets: &[], turns: None };
     let stop = tokio::sync::watch::Sender::new(Stop::Go);
     let record = Driver::new(run, ports, stop.subscribe(), &|_| {}).drive().await.unwrap();
     assert!(record.state.is_closed(), "{:?}", record.state);

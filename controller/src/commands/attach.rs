@@ -1,6 +1,8 @@
 //! `attach`: drives a run on whose controller went away.
 
-use super::deploy::{Deployed, drive, secrets, tell};
+use super::deploy::{Deployed, tell};
+use super::drive::drive;
+use super::prepare::secrets;
 use super::{Context, ports};
 use crate::clouds::BadHosts;
 use crate::ledger::{Ledger, RunRecord};

@@ -1,32 +1,24 @@
 //! `deploy`: pre-flight, plan, consent, and the drive.
 
-use std::io::{BufRead, IsTerminal, Write};
 use std::path::Path;
-use std::time::Duration;
 
-use outliers_protocol::{Inspection, JobSpec, ModelSource, Results, Weights, files};
+use outliers_protocol::{Inspection, JobSpec, Results, files};
 use serde::Serialize;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
 
+use super::drive::drive;
+use super::prepare::{Prepared, Wish, consent, prepare, secrets, writable};
 use super::{Context, SCHEMA, ports, request};
 use crate::broker::Offer;
 use crate::cli::DeployArgs;
-use crate::clouds::{BadHosts, Clouds};
-use crate::deploy::{DeployEvent, Driver, Ports, Stop, job_key, recover};
-use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms, random_word};
-use crate::local_worker::{Check, LocalWorker, corpus_files};
-use crate::market;
+use crate::clouds::BadHosts;
+use crate::deploy::{Ports, job_key, recover};
+use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
 use crate::reconcile::Action;
 use crate::report::tables::TOP;
 use crate::report::{Complaint, ExitStatus, Reporter, tables};
-use crate::run::{Ending, RunSpec, Watch};
-use crate::secret::Secret;
+use crate::run::{Ending, RunSpec};
 use crate::settings::{DefaultBroker, Span};
-use crate::units::{Bytes, Usd};
-
-/// Disk for a run's own files where the checkpoint lies elsewhere.
-const OWN_FILES: Bytes = Bytes::from_mib(64);
+use crate::units::Usd;
 
 /// What a deploy came to.
 #[derive(Debug, Serialize)]
@@ -93,7 +85,8 @@ pub(super) fn tell(context: &Context, deployed: &Deployed) {
     }
 }
 
-fn complaint_of(run: &RunRecord) -> Option<Complaint> {
+/// Why a run that is over is not what it was to be.
+pub(super) fn complaint_of(run: &RunRecord) -> Option<Complaint> {
     let ending = run.state.ending().filter(|ending| **ending != Ending::Completed)?;
     let hint = match ending {
         Ending::WorkerFailed { failure } => failure.hint.clone(),
@@ -129,23 +122,51 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
         reporter.picked_up(run.record());
         return drive(reporter, run, ports).await.map(Some);
     }
-    let inspection = preflight(context, &clouds, &worker, &job, args).await?;
-    let spec = spec(context, &clouds, job, key, &inspection, args)?;
-    let offers = offers(reporter, &clouds, &spec, &inspection, args.dry_run).await?;
+    let wish = wish(context, job, key, args);
+    let prepared = prepare(context, &clouds, &worker, wish, |offered| reporter.offered(offered)).await?;
     if args.dry_run {
+        show(reporter, &prepared);
         return Ok(None);
     }
-    consent(context, &clouds, &offers, &spec, args.yes)?;
-    writable(Path::new(&spec.results))?;
-    let run = ledger.plan(&spec)?;
+    consent(context, &clouds, args.yes, "an instance", || {
+        let question = "Rent the first of these, or the next if it cannot be had?".to_owned();
+        (tables::offers(&prepared.offers, &prepared.spec.work, prepared.limit(), TOP), question)
+    })?;
+    writable(Path::new(&prepared.spec.results))?;
+    let run = ledger.plan(&prepared.spec)?;
     reporter.say(&format!("Run {}", run.record().id));
     drive(reporter, run, ports).await.map(Some)
 }
 
-/// What the worker of this job is given: a model that is a folder needs nothing of the hub.
-pub(super) fn secrets(context: &Context, job: &JobSpec) -> Vec<(&'static str, Secret)> {
-    let hub = matches!(job.model, ModelSource::Hub { .. });
-    if hub { context.settings.hub_variables() } else { Vec::new() }
+fn wish(context: &Context, job: JobSpec, job_key: String, args: &DeployArgs) -> Wish {
+    Wish {
+        job,
+        job_key,
+        request: request(&args.want),
+        push_model: args.push_model,
+        keep_running: args.keep_running,
+        max_duration: args.max_duration.map_or(context.settings.max_duration, |span| span.0),
+        budget: args.budget.map(Usd::from_dollars),
+        results: context.settings.results.clone(),
+        survey: None,
+    }
+}
+
+/// The plan.
+fn show(reporter: &Reporter, prepared: &Prepared) {
+    let Prepared { spec, inspection, offers, considered } = prepared;
+    let plan = Plan {
+        schema: SCHEMA,
+        dry_run: true,
+        spec,
+        inspection,
+        offers,
+        considered: *considered,
+        at_most: prepared.at_most(),
+    };
+    let limit = prepared.limit();
+    let head = format!("Nothing is rented. Time limit {}.\n", Span(limit));
+    reporter.result(&plan, || head + &tables::needs(inspection) + &tables::offers(offers, &spec.work, limit, TOP));
 }
 
 /// Brings ledger and cloud into agreement; returns the unfinished run of the same work, if nobody drives one.
@@ -176,189 +197,4 @@ fn abandoned(ledger: &Ledger, key: &str) -> Result<Option<RunWriter>, Complaint>
         }
     }
     Ok(None)
-}
-
-/// Everything that can be known to be wrong before anything is rented.
-async fn preflight(
-    context: &Context,
-    clouds: &Clouds,
-    worker: &LocalWorker,
-    job: &JobSpec,
-    args: &DeployArgs,
-) -> Result<Inspection, Complaint> {
-    let folder = matches!(job.model, ModelSource::Folder { .. });
-    if args.push_model && !folder {
-        let hint = "a hub model is fetched by the instance";
-        return Err(Complaint::refused("--push-model needs a folder as --model", hint));
-    }
-    if folder && !args.push_model && !clouds.is_local() {
-        let hint = "add --push-model to upload it (when it is small), or use a hub id";
-        return Err(Complaint::refused("the model is a folder on this machine", hint));
-    }
-    let limit = context.settings.push_limit;
-    if matches!(job.weights, Some(Weights::Local { .. })) && !clouds.is_local() {
-        let hint = "leave out --weights: the instance streams them from the hub";
-        return Err(Complaint::refused("the weights are a folder on this machine", hint));
-    }
-    for path in corpus_files(job) {
-        check_size(path, Bytes(std::fs::metadata(path).map_or(0, |meta| meta.len())), limit)?;
-    }
-    // A device list is about the instance; it can be tried here only when the instance is here.
-    let check = if clouds.is_local() { Check::TextAndDevices } else { Check::Text };
-    let inspection = worker.inspect(job, check).await?;
-    if args.push_model {
-        check_size(job.model.name(), Bytes(inspection.files.iter().map(|file| file.bytes).sum()), limit)?;
-    }
-    Ok(inspection)
-}
-
-fn check_size(name: &str, bytes: Bytes, limit: Bytes) -> Result<(), Complaint> {
-    if bytes <= limit {
-        return Ok(());
-    }
-    Err(Complaint::refused(
-        format!("{name} has {bytes}; at most {limit} are uploaded"),
-        "put it on the hub, or raise run.push-limit in the settings",
-    ))
-}
-
-fn spec(
-    context: &Context,
-    clouds: &Clouds,
-    job: JobSpec,
-    job_key: String,
-    inspection: &Inspection,
-    args: &DeployArgs,
-) -> Result<RunSpec, Complaint> {
-    let disk = match &job.model {
-        ModelSource::Hub { .. } => Bytes(inspection.plan.disk_bytes + context.settings.spare_disk.0),
-        ModelSource::Folder { .. } if args.push_model => Bytes(inspection.plan.disk_bytes + OWN_FILES.0),
-        ModelSource::Folder { .. } => OWN_FILES,
-    };
-    let mut request = request(&args.want);
-    let disk = request.min_disk.map_or(disk, |typed| typed.max(disk));
-    request.min_disk = Some(disk);
-    let results = context.settings.results.to_str().map(str::to_owned);
-    Ok(RunSpec {
-        model: job.model.name().to_owned(),
-        brokers: clouds.names(),
-        job,
-        job_key,
-        request,
-        work: context.work(&inspection.plan),
-        disk,
-        push_model: args.push_model,
-        keep_running: args.keep_running,
-        max_duration_s: args.max_duration.map_or(context.settings.max_duration, |span| span.0).as_secs(),
-        // An instance that is kept is kept until its time is up.
-        watch: if args.keep_running { Watch::NEVER } else { context.settings.watch },
-        budget: args.budget.map(Usd::from_dollars),
-        results: results.ok_or_else(|| Complaint::refused("the results' folder is not UTF-8", "choose another"))?,
-    })
-}
-
-/// What can be rented, best first; with `show`, printed as the plan.
-async fn offers(
-    reporter: &Reporter,
-    clouds: &Clouds,
-    spec: &RunSpec,
-    inspection: &Inspection,
-    show: bool,
-) -> Result<Vec<Offer>, Complaint> {
-    let offered = clouds.offers(&spec.request).await?;
-    reporter.offered(&offered);
-    let market::Selection { offers, considered, .. } = market::select(offered.offers, &spec.request, &spec.work)?;
-    if show {
-        let limit = Duration::from_secs(spec.max_duration_s);
-        let at_most = offers.first().map_or(Usd::ZERO, |offer| offer.price.cost(limit));
-        let plan = Plan { schema: SCHEMA, dry_run: true, spec, inspection, offers: &offers, considered, at_most };
-        let head = format!("Nothing is rented. Time limit {}.\n", Span(limit));
-        reporter.result(&plan, || head + &tables::needs(inspection) + &tables::offers(&offers, &spec.work, limit, TOP));
-    }
-    Ok(offers)
-}
-
-/// Asks before real money is spent.
-fn consent(context: &Context, clouds: &Clouds, offers: &[Offer], spec: &RunSpec, yes: bool) -> Result<(), Complaint> {
-    if yes || clouds.is_local() {
-        return Ok(());
-    }
-    if !std::io::stdin().is_terminal() {
-        return Err(Complaint::refused("this would rent an instance, and nobody is there to ask", "add --yes"));
-    }
-    let limit = Duration::from_secs(spec.max_duration_s);
-    context.reporter.say(&tables::offers(offers, &spec.work, limit, TOP));
-    let _ = write!(std::io::stderr(), "Rent the first of these, or the next if it cannot be had? [y/N] ");
-    let mut answer = String::new();
-    let read = std::io::stdin().lock().read_line(&mut answer);
-    match (read, answer.trim()) {
-        (Ok(_), "y" | "Y" | "yes") => Ok(()),
-        _ => Err(Complaint::refused("nothing was rented", "answer y, or add --yes")),
-    }
-}
-
-/// Whether results can come to lie in `folder`; found out before they cost anything.
-fn writable(folder: &Path) -> Result<(), Complaint> {
-    let probe = folder.join(format!(".{}.part", random_word(8)));
-    let tried = std::fs::create_dir_all(folder)
-        .and_then(|()| std::fs::write(&probe, b"x"))
-        .and_then(|()| std::fs::remove_file(&probe));
-    tried.map_err(|error| {
-        Complaint::refused(
-            format!("results cannot be written to {}: {error}", folder.display()),
-            "run the command elsewhere, or set `results` in the settings",
-        )
-    })
-}
-
-/// Drives a run to its end, listening for Ctrl-C.
-///
-/// # Errors
-/// Status 6: its instance may be left.
-pub(super) async fn drive(reporter: &Reporter, run: RunWriter, ports: Ports<'_>) -> Result<Deployed, Complaint> {
-    let stop = watch::Sender::new(Stop::Go);
-    let on = |event| reporter.event(event);
-    let driver = Driver::new(run, ports, stop.subscribe(), &on);
-    let listen = listen(|level| {
-        reporter.event(DeployEvent::Stopping(level));
-        stop.send_replace(level);
-    });
-    let record = tokio::select! {
-        record = driver.drive() => record?,
-        error = listen => return Err(deaf(&error)),
-    };
-    Ok(Deployed::of(record))
-}
-
-fn deaf(error: &std::io::Error) -> Complaint {
-    Complaint {
-        status: ExitStatus::InstanceLeft,
-        message: format!("signals cannot be heard: {error}"),
-        hint: Some("an instance may still be running: outliers instances list".to_owned()),
-    }
-}
-
-/// Ctrl-C and its like, for ever: the first stops, the second skips the results. Nothing skips the end of the instance.
-async fn listen(heard: impl Fn(Stop)) -> std::io::Error {
-    let signals = || {
-        let (interrupt, terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-        std::io::Result::Ok((interrupt, terminate, signal(SignalKind::hangup())?))
-    };
-    let (mut interrupt, mut terminate, mut hangup) = match signals() {
-        Ok(signals) => signals,
-        Err(error) => return error,
-    };
-    let mut level = Stop::Go;
-    loop {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        }
-        let next = if level == Stop::Go { Stop::Now } else { Stop::SkipSync };
-        if next != level {
-            level = next;
-            heard(level);
-        }
-    }
 }

@@ -5,7 +5,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use outliers_protocol::{Manifest, Outcome, SCHEMA, files};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
+use super::RUN_FILE;
 use crate::files::{digest, is_plain_name};
 use crate::run::{Brought, Ending, RunSpec, Trouble, TroubleKind};
 
@@ -24,8 +27,10 @@ impl Folders {
     pub(super) fn of(spec: &RunSpec, run: &str) -> Self {
         let name = format!("{}-{run}", slug(&spec.model));
         let below = Path::new(&spec.results);
+        // In a survey a model has one place, and what failed never takes it.
+        let whole = spec.survey.as_ref().map_or(&name, |survey| &survey.model);
         Self {
-            whole: below.join(&name),
+            whole: below.join(whole),
             partial: below.join(format!("{name}.partial")),
             arriving: below.join(format!("{name}.part")),
         }
@@ -58,11 +63,34 @@ pub(super) fn settle(
 }
 
 /// Results that an earlier process moved into place before it could say so.
-pub(super) fn already_home(folders: &Folders) -> Option<(Brought, Ending)> {
-    let text = fs::read(folders.whole.join(files::MANIFEST)).ok()?;
-    let manifest: Manifest = serde_json::from_slice(&text).ok()?;
-    let (ending, complete) = judge(&folders.whole, Some(&manifest), None);
-    complete.then(|| (Brought { folder: folders.whole.to_string_lossy().into_owned(), complete }, ending))
+pub(super) fn already_home(folders: &Folders, run: &str) -> Option<(Brought, Ending)> {
+    let complete = holds(&folders.whole, run).is_ok();
+    complete.then(|| (Brought { folder: folders.whole.to_string_lossy().into_owned(), complete }, Ending::Completed))
+}
+
+/// Whether `folder` holds the whole results of this run; otherwise why not.
+///
+/// # Errors
+/// In words.
+pub fn holds(folder: &Path, run: &str) -> Result<(), String> {
+    #[derive(Deserialize)]
+    struct Owner {
+        id: String,
+    }
+    fn document<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
+        let wrong = |why: String| format!("{}: {why}", path.display());
+        let text = fs::read(path).map_err(|error| wrong(error.to_string()))?;
+        serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
+    }
+    let Owner { id } = document(&folder.join(RUN_FILE))?;
+    if id != run {
+        return Err(format!("{} holds the results of run {id}", folder.display()));
+    }
+    let manifest: Manifest = document(&folder.join(files::MANIFEST))?;
+    match judge(folder, Some(&manifest), None) {
+        (_, true) => Ok(()),
+        (ending, false) => Err(ending.to_string()),
+    }
 }
 
 fn judge(folder: &Path, manifest: Option<&Manifest>, exit: Option<i32>) -> (Ending, bool) {
@@ -199,14 +227,16 @@ mod tests {
         let (brought, ending) = settle(&folders, None, Some(9)).unwrap();
         assert_eq!(ending, Ending::WorkerVanished { exit: Some(9) });
         assert!(!brought.complete && folders.partial.join("worker.log").exists() && !folders.whole.exists());
-        assert!(already_home(&folders).is_none());
+        assert!(already_home(&folders, "r").is_none());
 
         empty_folder(&folders.arriving).unwrap();
         let manifest = complete(&folders.arriving);
         fs::write(folders.arriving.join(files::MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        fs::write(folders.arriving.join(RUN_FILE), r#"{"id":"r"}"#).unwrap();
         let (brought, ending) = settle(&folders, Some(&manifest), Some(0)).unwrap();
         assert!(brought.complete && !folders.arriving.exists());
         assert_eq!(ending, Ending::Completed);
-        assert_eq!(already_home(&folders), Some((brought, ending)));
+        assert_eq!(already_home(&folders, "r"), Some((brought, ending)));
+        assert!(already_home(&folders, "another").is_none(), "a place in a survey may hold an earlier run's");
     }
 }

@@ -61,6 +61,7 @@ pub(crate) fn spec(results: &Path) -> RunSpec {
         watch: WATCH,
         budget: None,
         results: results.to_string_lossy().into_owned(),
+        survey: None,
     }
 }
 
@@ -249,7 +250,7 @@ impl Fake {
     }
 
     pub(crate) fn ports<'a>(&'a self, clouds: &'a Clouds) -> Ports<'a> {
-        Ports { clouds, select, bad_hosts: &self.bad_hosts, hosts: self, secrets: &[] }
+        Ports { clouds, select, bad_hosts: &self.bad_hosts, hosts: self, secrets: &[], turns: None }
     }
 
     /// One effect on the world: counted, and struck by the fault armed for its number.

@@ -5,6 +5,7 @@ use outliers_protocol::{JobSpec, Manifest, Progress};
 use std::path::Path;
 use tokio::time::Instant;
 
+use super::Turns;
 use crate::broker::{GpuRequest, Offer, SshEndpoint};
 use crate::clouds::{BadHosts, Clouds};
 use crate::host::{JobStatus, Terms};
@@ -27,6 +28,8 @@ pub struct Ports<'a> {
     pub hosts: &'a dyn Hosts,
     /// Given to the worker and to nobody else: name of the variable and its value.
     pub secrets: &'a [(&'static str, Secret)],
+    /// When each of several runs may start its worker; one alone need not wait.
+    pub turns: Option<&'a Turns>,
 }
 
 /// The way to rented hosts.

@@ -12,13 +12,21 @@ use super::bring::{self, Folders};
 use super::{DeployEvent, Driver, Host, HostError, HostTalk, StepError, Stop, Stuck};
 use crate::broker::{BrokerError, BrokerErrorKind, Instance, InstanceState, Lease, LeaseTag, Offer, SshEndpoint};
 use crate::host::{JobStatus, Terms};
-use crate::ledger::{now_ms, random_word};
+use crate::ledger::{Purse, now_ms, random_word};
 use crate::market;
 use crate::mutant::{Mutant, planted};
 use crate::run::{Brought, Ending, Intent, Pin, Refusal, Rental, RunEvent, RunState, Trouble, TroubleKind};
 use crate::units::{Usd, UsdPerHour};
 
 type Step = Result<(), StepError>;
+
+/// What the budget pays for.
+enum Affordable {
+    /// These offers, none if there was none to begin with.
+    Now(Vec<Offer>),
+    /// The cheapest, which may cost so much, once other runs have ended for less than they reserved.
+    Later(Usd),
+}
 
 /// Create calls that may stay unanswered before the offer counts as refused.
 const UNANSWERED: u32 = 3;
@@ -28,8 +36,6 @@ const MOST_TRIED: usize = 25;
 const MOST_RENTED: usize = 3;
 /// On one instance a worker that died is started again so often.
 const MOST_RESTARTS: u32 = 2;
-/// An instance may bill so much more than its offer said where no cap was given.
-const PRICE_SLACK: f64 = 1.1;
 
 /// For a worker that runs: only the run's own time limit ends the attempts to reach it.
 const UNTIL_TIME_IS_UP: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -50,7 +56,10 @@ impl Driver<'_> {
         }
         let selected = (self.ports.select)(offered.offers, &self.run.record().spec)
             .map_err(|trouble| StepError::End(Ending::Failed { trouble }))?;
-        let affordable = self.affordable(&selected).map_err(StepError::End)?;
+        let affordable = match self.affordable(&selected)? {
+            Affordable::Now(offers) => offers,
+            Affordable::Later(least) => return self.wait_for_budget(least).await,
+        };
         let Some(offer) = self.next_offer(&affordable, refused) else {
             let was_lost = refused.last().is_some_and(|refusal| refusal.lost);
             let ending = if was_lost { Ending::InstanceLost } else { none_left(refused, affordable.len()) };
@@ -62,9 +71,13 @@ impl Driver<'_> {
             nonce: if planted(Mutant::NameWithoutNonce) { "n".to_owned() } else { random_word(6) },
             deadline: self.deadline(),
         };
-        (self.on)(DeployEvent::Renting(Box::new(offer.clone())));
-        self.append(RunEvent::Creating { intent: Box::new(Intent { offer, tag }) })?;
-        self.memory.fresh_intent = true;
+        let worst = self.worst(&offer);
+        let renting = DeployEvent::Renting(Box::new(offer.clone()));
+        // Another run may have reserved the money in the meantime: then this step is made again.
+        if self.reserve(Intent { offer, tag }, worst)? {
+            (self.on)(renting);
+            self.memory.fresh_intent = true;
+        }
         Ok(())
     }
 
@@ -76,27 +89,40 @@ impl Driver<'_> {
         from_ms / 1000 + time
     }
 
+    /// What an instance of this offer may cost until its time limit.
+    fn worst(&self, offer: &Offer) -> Usd {
+        let spec = &self.run.record().spec;
+        spec.agreed(offer).cost(Duration::from_secs(spec.max_duration_s))
+    }
+
     /// The offers that what is left of the budget pays for until their time limit.
-    fn affordable(&self, selected: &[Offer]) -> Result<Vec<Offer>, Ending> {
-        let record = self.run.record();
-        let Some(budget) = record.spec.budget.filter(|_| !planted(Mutant::BudgetIgnored)) else {
-            return Ok(selected.to_vec());
+    fn affordable(&self, selected: &[Offer]) -> Result<Affordable, StepError> {
+        let Some(Purse { budget, left, at_best }) = self.run.purse()? else {
+            return Ok(Affordable::Now(selected.to_vec()));
         };
-        let spent = record.cost(now_ms());
-        let left = Usd::from_micros(budget.micros() - spent.micros());
-        let limit = Duration::from_secs(record.spec.max_duration_s);
-        let worst = |offer: &Offer| self.agreed(offer).cost(limit);
-        let affordable: Vec<Offer> = selected.iter().filter(|offer| worst(offer) <= left).cloned().collect();
-        match selected.iter().map(worst).min() {
+        let affordable: Vec<Offer> = selected.iter().filter(|offer| self.worst(offer) <= left).cloned().collect();
+        match selected.iter().map(|offer| self.worst(offer)).min() {
+            Some(least) if affordable.is_empty() && least <= at_best => Ok(Affordable::Later(least)),
             Some(least) if affordable.is_empty() => {
                 let message = format!(
                     "the cheapest offer may cost {least} until its time limit, and {left} of {budget} are left"
                 );
                 let hint = "a shorter --max-duration reserves less; or raise --budget".to_owned();
-                Err(failed(TroubleKind::Budget, message, Some(hint)))
+                Err(StepError::End(failed(TroubleKind::Budget, message, Some(hint))))
             }
-            _ => Ok(affordable),
+            _ => Ok(Affordable::Now(affordable)),
         }
+    }
+
+    /// Until runs under the same budget have ended for less than they reserved, or will not leave enough any more.
+    async fn wait_for_budget(&self, least: Usd) -> Step {
+        let note = format!("the rest of the budget is reserved by runs under way; waiting until {least} are free");
+        (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
+        let unchanged = |purse: Purse| purse.left < least && least <= purse.at_best;
+        while self.run.purse()?.is_some_and(unchanged) {
+            tokio::time::sleep(self.patience().listing_interval).await;
+        }
+        Ok(())
     }
 
     /// The best offer that was not tried yet, as long as trying is of use.
@@ -189,17 +215,11 @@ impl Driver<'_> {
 
     /// Why an instance of this price is not kept.
     fn too_dear(&self, offer: &Offer, price: UsdPerHour) -> Option<String> {
-        let cap = self.run.record().spec.request.max_price;
-        let agreed = self.agreed(offer);
+        let spec = &self.run.record().spec;
+        let (cap, agreed) = (spec.request.max_price, spec.agreed(offer));
         let said = if cap.is_some() { "that was allowed" } else { "its offer said" };
         let limit = cap.unwrap_or(offer.price);
         (price > agreed).then(|| format!("the instance bills {price}, more than the {limit} {said}"))
-    }
-
-    /// What an instance of this offer may bill at most.
-    fn agreed(&self, offer: &Offer) -> UsdPerHour {
-        let cap = self.run.record().spec.request.max_price;
-        cap.unwrap_or_else(|| UsdPerHour::from_dollars(offer.price.0.dollars() * PRICE_SLACK))
     }
 
     /// Reachable: puts everything there and starts the worker.
@@ -232,6 +252,9 @@ impl Driver<'_> {
         }
         host.push_worker(&|talk| (self.on)(DeployEvent::Talk(talk))).await?;
         let job = self.push_inputs(host, &run).await?;
+        if let Some(turns) = self.ports.turns {
+            turns.wait().await;
+        }
         host.launch(&run, &job, self.ports.secrets).await
     }
 
@@ -320,7 +343,7 @@ impl Driver<'_> {
     /// Ended: brings the files home, or starts a worker again that died.
     pub(super) async fn sync(&mut self, rental: &Rental, pin: &Pin, exit: Option<i32>, restarts: u32) -> Step {
         let folders = self.folders();
-        if let Some((results, ending)) = bring::already_home(&folders) {
+        if let Some((results, ending)) = bring::already_home(&folders, &self.run.record().id) {
             return Ok(self.append(RunEvent::Fetched { results, ending })?);
         }
         self.connect(rental, Some(pin), Duration::ZERO).await?;
@@ -387,7 +410,8 @@ impl Driver<'_> {
     }
 
     fn fetched(&mut self, folders: &Folders, manifest: Option<&Manifest>, exit: Option<i32>) -> Step {
-        let (results, ending) = bring::settle(folders, manifest, exit).map_err(|error| {
+        let written = self.write_record(&folders.arriving);
+        let (results, ending) = written.and_then(|()| bring::settle(folders, manifest, exit)).map_err(|error| {
             let HostError { message, hint, .. } = local_trouble(&folders.arriving, &error);
             StepError::End(failed(TroubleKind::Local, message, hint))
         })?;

@@ -8,8 +8,8 @@ use super::fake::{Fake, Fault, nothing, spec};
 use super::*;
 use crate::broker::BrokerErrorKind;
 use crate::ledger::Ledger;
-use crate::run::{Ending, TroubleKind};
-use crate::units::UsdPerHour;
+use crate::run::{Ending, Membership, RunSpec, TroubleKind};
+use crate::units::{Usd, UsdPerHour};
 
 /// How one process ended.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ pub(super) async fn life(fake: &Fake, home: &Path) -> Life {
         None => {
             let max_duration_s = fake.world.lock().unwrap().max_duration_s;
             let budget = fake.world.lock().unwrap().budget;
-            ledger.plan(&crate::run::RunSpec { max_duration_s, budget, ..spec(&home.join("results")) }).unwrap()
+            ledger.plan(&RunSpec { max_duration_s, budget, ..spec(&home.join("results")) }).unwrap()
         }
     };
     let on = |_| {};
@@ -602,4 +602,60 @@ async fn recovery_marks_what_went_away_and_never_rents() {
     let run = ledger.find("last").unwrap();
     assert_eq!((run.state.word(), run.state.ending()), ("closed", Some(&Ending::Deadline)));
     assert_eq!(fake.world.lock().unwrap().creates, 0);
+}
+
+/// Runs of one survey, side by side in one process.
+async fn side_by_side(fake: &Fake, home: &Path, budget: f64) -> Vec<RunRecord> {
+    let ledger = Ledger::open(&home.join("state")).unwrap();
+    let (clouds, on) = (fake.clouds(), |_| {});
+    let drive = |model: &str| {
+        let survey = Some(Membership { survey: "s".into(), model: model.into() });
+        let budget = Some(Usd::from_dollars(budget));
+        let run = ledger.plan(&RunSpec { survey, budget, ..spec(&home.join("results/s")) }).unwrap();
+        Driver::new(run, fake.ports(&clouds), fake.stop.subscribe(), &on).drive()
+    };
+    let driven = futures::future::join_all(["a", "b", "c"].map(drive)).await;
+    driven.into_iter().map(Result::unwrap).collect()
+}
+
+/// The cheapest offer reserves $1.10.
+#[tokio::test]
+async fn parallel_runs_wait_for_the_budget_they_share_instead_of_passing_it() {
+    for (budget, at_once) in [(1.2, 1), (2.5, 2), (99.0, 3)] {
+        let (fake, home) = (Fake::new(), home());
+        let runs = side_by_side(&fake, home.path(), budget).await;
+        for (run, place) in runs.iter().zip(["a", "b", "c"]) {
+            assert_eq!(run.state.ending(), Some(&Ending::Completed), "{budget}");
+            let folder = home.path().join("results/s").join(place);
+            assert_eq!(run.state.results().unwrap().folder, folder.to_string_lossy());
+            holds(&folder, &run.id).unwrap();
+        }
+        assert_eq!(fake.world.lock().unwrap().most_alive, at_once, "of a budget of {budget}");
+    }
+}
+
+#[tokio::test]
+async fn a_budget_that_never_pays_for_a_run_ends_it_before_anything_is_rented() {
+    let (fake, home) = (Fake::new(), home());
+    for run in side_by_side(&fake, home.path(), 1.0).await {
+        let Some(Ending::Failed { trouble }) = run.state.ending() else { panic!("{:?}", run.state) };
+        assert_eq!(trouble.kind, TroubleKind::Budget);
+    }
+    assert_eq!(fake.world.lock().unwrap().creates, 0);
+}
+
+#[tokio::test]
+async fn a_survey_of_which_one_run_is_stopped_waiting_ends() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.endless = true);
+    let stop = async {
+        while fake.world.lock().unwrap().ours().count() == 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        fake.stop.send_replace(Stop::Now);
+    };
+    let (runs, ()) = tokio::join!(side_by_side(&fake, home.path(), 1.2), stop);
+    assert!(runs.iter().all(|run| run.state.ending() == Some(&Ending::Interrupted)), "{runs:?}");
+    let world = fake.world.lock().unwrap();
+    assert_eq!((world.creates, world.ours().count()), (1, 0));
 }

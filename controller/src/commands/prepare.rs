@@ -1,0 +1,214 @@
+//! From what was asked for to a run that may begin: everything that `deploy` and `survey` do before anything is rented.
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use outliers_protocol::{Inspection, JobSpec, ModelSource, Weights};
+
+use super::Context;
+use crate::broker::{GpuRequest, Offer};
+use crate::clouds::{Clouds, Offered};
+use crate::ledger::random_word;
+use crate::local_worker::{Check, LocalWorker, corpus_files};
+use crate::market;
+use crate::report::Complaint;
+use crate::run::{Membership, RunSpec, Watch};
+use crate::secret::Secret;
+use crate::units::{Bytes, Usd};
+
+/// Disk for a run's own files where the checkpoint lies elsewhere.
+const OWN_FILES: Bytes = Bytes::from_mib(64);
+
+/// What is asked of one run.
+pub(super) struct Wish {
+    /// The job, with paths as they are here.
+    pub(super) job: JobSpec,
+    /// What makes it the same work as another.
+    pub(super) job_key: String,
+    /// What was said of the instance. What was not is taken from the plan.
+    pub(super) request: GpuRequest,
+    /// Upload the model's folder.
+    pub(super) push_model: bool,
+    /// Hold the instance when the worker has ended.
+    pub(super) keep_running: bool,
+    /// From the create call to the instance's end.
+    pub(super) max_duration: Duration,
+    /// For this run, or for all of the survey.
+    pub(super) budget: Option<Usd>,
+    /// Folder below which the results' folder appears.
+    pub(super) results: PathBuf,
+    /// The survey it is part of.
+    pub(super) survey: Option<Membership>,
+}
+
+/// A run that may begin.
+pub(super) struct Prepared {
+    /// What it is to do.
+    pub(super) spec: RunSpec,
+    /// The checkpoint, and what the job needs.
+    pub(super) inspection: Inspection,
+    /// Best first, at least one; the first is rented, the others if it cannot be had.
+    pub(super) offers: Vec<Offer>,
+    /// Offers there were.
+    pub(super) considered: usize,
+}
+
+impl Prepared {
+    /// From the create call to the instance's end.
+    pub(super) fn limit(&self) -> Duration {
+        Duration::from_secs(self.spec.max_duration_s)
+    }
+
+    /// Price of the first offer until the time limit.
+    pub(super) fn at_most(&self) -> Usd {
+        self.offers.first().map_or(Usd::ZERO, |offer| offer.price.cost(self.limit()))
+    }
+}
+
+/// Looks at everything that can be known to be wrong before anything is rented. `offered` hears what the clouds have.
+///
+/// # Errors
+/// [`Complaint`]: what is wrong.
+pub(super) async fn prepare(
+    context: &Context,
+    clouds: &Clouds,
+    worker: &LocalWorker,
+    wish: Wish,
+    offered: impl Fn(&Offered),
+) -> Result<Prepared, Complaint> {
+    let inspection = preflight(context, clouds, worker, &wish.job, wish.push_model).await?;
+    let spec = spec(context, clouds, wish, &inspection)?;
+    let found = clouds.offers(&spec.request).await?;
+    offered(&found);
+    let market::Selection { offers, considered, .. } = market::select(found.offers, &spec.request, &spec.work)?;
+    Ok(Prepared { spec, inspection, offers, considered })
+}
+
+/// What the worker of this job is given: a model that is a folder needs nothing of the hub.
+pub(super) fn secrets(context: &Context, job: &JobSpec) -> Vec<(&'static str, Secret)> {
+    let hub = matches!(job.model, ModelSource::Hub { .. });
+    if hub { context.settings.hub_variables() } else { Vec::new() }
+}
+
+/// Everything that can be known to be wrong before anything is rented.
+async fn preflight(
+    context: &Context,
+    clouds: &Clouds,
+    worker: &LocalWorker,
+    job: &JobSpec,
+    push_model: bool,
+) -> Result<Inspection, Complaint> {
+    let folder = matches!(job.model, ModelSource::Folder { .. });
+    if push_model && !folder {
+        let hint = "a hub model is fetched by the instance";
+        return Err(Complaint::refused("--push-model needs a folder as --model", hint));
+    }
+    if folder && !push_model && !clouds.is_local() {
+        let hint = "add --push-model to upload it (when it is small), or use a hub id";
+        return Err(Complaint::refused("the model is a folder on this machine", hint));
+    }
+    let limit = context.settings.push_limit;
+    if matches!(job.weights, Some(Weights::Local { .. })) && !clouds.is_local() {
+        let hint = "leave out --weights: the instance streams them from the hub";
+        return Err(Complaint::refused("the weights are a folder on this machine", hint));
+    }
+    for path in corpus_files(job) {
+        check_size(path, Bytes(std::fs::metadata(path).map_or(0, |meta| meta.len())), limit)?;
+    }
+    // A device list is about the instance; it can be tried here only when the instance is here.
+    let check = if clouds.is_local() { Check::TextAndDevices } else { Check::Text };
+    let inspection = worker.inspect(job, check).await?;
+    if push_model {
+        check_size(job.model.name(), Bytes(inspection.files.iter().map(|file| file.bytes).sum()), limit)?;
+    }
+    Ok(inspection)
+}
+
+fn check_size(name: &str, bytes: Bytes, limit: Bytes) -> Result<(), Complaint> {
+    if bytes <= limit {
+        return Ok(());
+    }
+    Err(Complaint::refused(
+        format!("{name} has {bytes}; at most {limit} are uploaded"),
+        "put it on the hub, or raise run.push-limit in the settings",
+    ))
+}
+
+fn spec(context: &Context, clouds: &Clouds, wish: Wish, inspection: &Inspection) -> Result<RunSpec, Complaint> {
+    let disk = match &wish.job.model {
+        ModelSource::Hub { .. } => Bytes(inspection.plan.disk_bytes + context.settings.spare_disk.0),
+        ModelSource::Folder { .. } if wish.push_model => Bytes(inspection.plan.disk_bytes + OWN_FILES.0),
+        ModelSource::Folder { .. } => OWN_FILES,
+    };
+    let mut request = wish.request;
+    let disk = request.min_disk.map_or(disk, |typed| typed.max(disk));
+    request.min_disk = Some(disk);
+    // This machine may have no GPU, and a CPU has no such limit.
+    if !clouds.is_local() && request.gpu_count != Some(0) {
+        request.min_vram.get_or_insert(Bytes(inspection.plan.streamed_memory_bytes));
+    }
+    let results = wish.results.to_str().map(str::to_owned);
+    Ok(RunSpec {
+        model: wish.job.model.name().to_owned(),
+        brokers: clouds.names(),
+        job: wish.job,
+        job_key: wish.job_key,
+        request,
+        work: context.work(&inspection.plan),
+        disk,
+        push_model: wish.push_model,
+        keep_running: wish.keep_running,
+        max_duration_s: wish.max_duration.as_secs(),
+        // An instance that is kept is kept until its time is up.
+        watch: if wish.keep_running { Watch::NEVER } else { context.settings.watch },
+        budget: wish.budget,
+        results: results.ok_or_else(|| Complaint::refused("the results' folder is not UTF-8", "choose another"))?,
+        survey: wish.survey,
+    })
+}
+
+/// Asks before real money is spent, for `what`. `words` are what is shown, and the question.
+///
+/// # Errors
+/// Nobody says yes.
+pub(super) fn consent(
+    context: &Context,
+    clouds: &Clouds,
+    yes: bool,
+    what: &str,
+    words: impl FnOnce() -> (String, String),
+) -> Result<(), Complaint> {
+    if yes || clouds.is_local() {
+        return Ok(());
+    }
+    if !std::io::stdin().is_terminal() {
+        return Err(Complaint::refused(format!("this would rent {what}, and nobody is there to ask"), "add --yes"));
+    }
+    let (shown, question) = words();
+    context.reporter.say(&shown);
+    let _ = write!(std::io::stderr(), "{question} [y/N] ");
+    let mut answer = String::new();
+    let read = std::io::stdin().lock().read_line(&mut answer);
+    match (read, answer.trim()) {
+        (Ok(_), "y" | "Y" | "yes") => Ok(()),
+        _ => Err(Complaint::refused("nothing was rented", "answer y, or add --yes")),
+    }
+}
+
+/// Whether results can come to lie in `folder`; found out before they cost anything.
+///
+/// # Errors
+/// They cannot.
+pub(super) fn writable(folder: &Path) -> Result<(), Complaint> {
+    let probe = folder.join(format!(".{}.part", random_word(8)));
+    let tried = std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::write(&probe, b"x"))
+        .and_then(|()| std::fs::remove_file(&probe));
+    tried.map_err(|error| {
+        Complaint::refused(
+            format!("results cannot be written to {}: {error}", folder.display()),
+            "run the command elsewhere, or set `results` in the settings",
+        )
+    })
+}
