@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outliers_protocol::{ByteSize, SiteKinds, Weights};
+use serde::Deserialize;
 
 use crate::settings::Span;
 use crate::units::CudaVersion;
@@ -210,7 +211,8 @@ pub struct JobArgs {
 }
 
 /// Whether each window starts with the BOS token.
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Bos {
     /// As the tokenizer does.
     #[default]
@@ -222,7 +224,8 @@ pub enum Bos {
 }
 
 /// Arithmetic.
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum PrecisionArg {
     /// By device.
     #[default]

@@ -9,7 +9,7 @@ pub mod comparison;
 pub mod detail;
 pub mod difference;
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 pub mod folder;
 pub mod ladder;
 pub mod page;

@@ -4,7 +4,7 @@
 //! ([`run`]), recorded event by event ([`ledger`]), driven by one loop ([`deploy`]) and compared with the clouds' lists
 //! ([`reconcile`]). [`clouds`] are [`broker`]s side by side, reached over [`http`] and chosen from through [`market`]; a rented
 //! machine is a [`host`], spoken to over a [`transport`]. Everything that happens is an event; [`report`] makes sentences of them.
-//! What came home is put side by side by [`compare`].
+//! A [`survey`] is many runs at once. What came home is put side by side by [`compare`].
 
 pub mod broker;
 pub mod calendar;
@@ -28,6 +28,7 @@ pub mod report;
 pub mod run;
 pub mod secret;
 pub mod settings;
+pub mod survey;
 pub mod text;
 pub mod transport;
 pub mod units;

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -98,6 +99,10 @@ pub struct Settings {
     pub push_limit: Bytes,
     /// Largest save point that comes home while the worker runs.
     pub save_point_limit: Bytes,
+    /// Runs of a survey at the same time.
+    pub max_parallel: usize,
+    /// Between the starts of two workers of a survey.
+    pub stagger: Duration,
     /// When a feature counts.
     pub thresholds: Thresholds,
     /// Weight bytes per second, for plans.
@@ -153,6 +158,8 @@ struct File {
     #[serde(default)]
     run: RunSection,
     #[serde(default)]
+    survey: SurveySection,
+    #[serde(default)]
     thresholds: ThresholdSection,
     #[serde(default)]
     plan: PlanSection,
@@ -193,6 +200,13 @@ struct RunSection {
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct SurveySection {
+    max_parallel: Option<NonZero<usize>>,
+    stagger_seconds: Option<u32>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct ThresholdSection {
     magnitude: Option<f32>,
     layer_fraction: Option<f64>,
@@ -228,6 +242,8 @@ impl Settings {
         let spare = user.run.spare_disk.or(defaults.run.spare_disk);
         let limit = user.run.push_limit.or(defaults.run.push_limit);
         let save_point = user.run.save_point_limit.or(defaults.run.save_point_limit);
+        let parallel = user.survey.max_parallel.or(defaults.survey.max_parallel);
+        let stagger = user.survey.stagger_seconds.or(defaults.survey.stagger_seconds);
         let rate = user.plan.read_rate.or(defaults.plan.read_rate);
         Ok(Self {
             state: state_folder(environment)?,
@@ -240,6 +256,8 @@ impl Settings {
             spare_disk: size(spare, "run.spare-disk")?,
             push_limit: size(limit, "run.push-limit")?,
             save_point_limit: size(save_point, "run.save-point-limit")?,
+            max_parallel: parallel.ok_or_else(|| built_in("survey.max-parallel"))?.get(),
+            stagger: Duration::from_secs(stagger.ok_or_else(|| built_in("survey.stagger-seconds"))?.into()),
             thresholds: thresholds(&user.thresholds, &defaults.thresholds),
             read_rate: size(rate, "plan.read-rate")?,
             efficiency: user.plan.efficiency.or(defaults.plan.efficiency).ok_or_else(|| built_in("plan.efficiency"))?,
@@ -465,6 +483,7 @@ mod tests {
         assert_eq!(settings.max_duration, Duration::from_secs(6 * 3600));
         assert_eq!(settings.watch, Watch { lease_s: 7200, unclaimed_s: 3600 });
         assert_eq!(settings.push_limit, Bytes::from_gib(1));
+        assert_eq!((settings.max_parallel, settings.stagger), (3, Duration::from_secs(20)));
         assert_eq!(settings.thresholds, Thresholds::default());
         assert!(settings.state.ends_with(".local/state/outliers"));
         assert!(settings.hf_token.is_none() && settings.hub_variables().is_empty());
@@ -485,6 +504,7 @@ mod tests {
             ("[run]\nmax-duration = '5 parsecs'", "parsecs"),
             ("[run]\nmax_duration = '5m'", "max_duration"),
             ("[worker]\nbinary = 3", "binary"),
+            ("[survey]\nmax-parallel = 0", "max-parallel"),
             ("= 3", "1"),
         ] {
             let error = resolve(Some(text), &[]).unwrap_err();
@@ -537,6 +557,8 @@ mod catalogue {
 
     use serde::Deserialize;
 
+    use crate::survey::Survey;
+
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Catalogue {
@@ -568,15 +590,6 @@ mod catalogue {
     enum Kind {
         Dense,
         Moe,
-    }
-
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Survey {
-        name: String,
-        num_sequences: usize,
-        sequence_length: usize,
-        models: Vec<String>,
     }
 
     fn config() -> &'static Path {
@@ -617,13 +630,13 @@ mod catalogue {
         let mut sizes = Vec::new();
         for entry in std::fs::read_dir(config().join("surveys")).unwrap() {
             let path = entry.unwrap().path();
-            let survey: Survey = toml::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+            let survey = Survey::read(&path).unwrap();
             assert_eq!(path.file_stem().unwrap().to_str(), Some(survey.name.as_str()));
-            assert_eq!((survey.num_sequences, survey.sequence_length), (16, 2048), "the published setting");
-            for model in &survey.models {
-                assert!(known.contains(model), "{}: {model}", survey.name);
+            let (sequences, length) = (survey.job.num_sequences, survey.job.sequence_length);
+            assert_eq!((sequences, length), (Some(16), Some(2048)), "the published setting");
+            for entry in &survey.models {
+                assert!(known.contains(&entry.model.model), "{}: {}", survey.name, entry.name);
             }
-            assert_eq!(survey.models.iter().collect::<BTreeSet<_>>().len(), survey.models.len(), "{}", survey.name);
             sizes.push((survey.name, survey.models.len()));
         }
         sizes.sort();

@@ -1,19 +1,22 @@
 //! Folders of results, read so that their figures can be trusted: whole, unchanged, of a known version, and agreeing with themselves.
 //!
 //! A folder that is not is never left out in silence: [`read_all`] names every such folder and gives no figures at all, unless it is told
-//! to go on without them.
+//! to go on without them. Of a survey's folder its index decides what belongs to it: a model without results is named, too.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use outliers_protocol::{Axis, Manifest, Metadata, Outcome, Reading, Results, SCHEMA, files};
+use outliers_protocol::{Axis, Manifest, Metadata, Reading, Results, SCHEMA, files};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::predecessor::Imported;
 use super::statistics::{Shape, Statistics};
 use super::tally::Tally;
+use crate::deploy::holds;
 use crate::files::{digest, is_plain_name, sha256};
+use crate::survey::Outcome;
+use crate::survey::index::{Index, IndexError, Line};
 use crate::text::clean;
 
 /// The document of an imported run, in the place of [`files::RESULTS`].
@@ -108,26 +111,52 @@ fn flawed(folders: &[(PathBuf, Flaw)]) -> String {
 /// # Errors
 /// A folder cannot be looked into, there are no results, or, unless `allow_partial`, some are not to be used.
 pub fn read_all(folders: &[PathBuf], allow_partial: bool) -> Result<Vec<ResultFolder>, ReadError> {
-    let mut paths = Vec::new();
+    let mut found = Vec::new();
     for folder in folders {
-        find(folder, DEPTH, &mut paths)?;
+        find(folder, DEPTH, &mut found)?;
     }
-    paths.sort();
-    paths.dedup();
-    if paths.is_empty() {
+    found.sort_by(|a, b| a.path.cmp(&b.path));
+    found.dedup_by(|a, b| a.path == b.path);
+    if found.is_empty() {
         return Err(ReadError::Nothing(folders.to_vec()));
     }
-    let read: Vec<ResultFolder> = paths.into_iter().map(|path| ResultFolder { content: read(&path), path }).collect();
+    let judge = |Found { path, flaw }| {
+        let content = flaw.map_or_else(|| read(&path), Err);
+        ResultFolder { path, content }
+    };
+    let read: Vec<ResultFolder> = found.into_iter().map(judge).collect();
     let flaws: Vec<(PathBuf, Flaw)> =
         read.iter().filter_map(|folder| Some((folder.path.clone(), folder.content.as_ref().err()?.clone()))).collect();
     if flaws.is_empty() || allow_partial { Ok(read) } else { Err(ReadError::Flawed(flaws)) }
 }
 
+/// A place where results are, or should be.
+struct Found {
+    path: PathBuf,
+    /// Why they are not to be used, where that is known without looking.
+    flaw: Option<Flaw>,
+}
+
 /// Folders of results at `folder` or at most `depth` below it.
-fn find(folder: &Path, depth: usize, found: &mut Vec<PathBuf>) -> Result<(), ReadError> {
+fn find(folder: &Path, depth: usize, found: &mut Vec<Found>) -> Result<(), ReadError> {
     if MARKS.iter().any(|name| folder.join(name).exists()) {
-        found.push(folder.to_owned());
+        found.push(Found { path: folder.to_owned(), flaw: None });
         return Ok(());
+    }
+    match Index::read(folder) {
+        Ok(None) => {}
+        Ok(Some(index)) => {
+            found.extend(index.models.iter().map(|line| surveyed(folder, line)));
+            return Ok(());
+        }
+        Err(IndexError::Damaged(why)) => {
+            found.push(Found { path: folder.to_owned(), flaw: Some(Flaw::Damaged(why)) });
+            return Ok(());
+        }
+        Err(IndexError::Version(why)) => {
+            found.push(Found { path: folder.to_owned(), flaw: Some(Flaw::Version(why)) });
+            return Ok(());
+        }
     }
     let unreadable = |error: std::io::Error| ReadError::Unreadable { path: folder.to_owned(), why: error.to_string() };
     for entry in fs::read_dir(folder).map_err(unreadable)? {
@@ -137,6 +166,21 @@ fn find(folder: &Path, depth: usize, found: &mut Vec<PathBuf>) -> Result<(), Rea
         }
     }
     Ok(())
+}
+
+/// What a survey's index says of a model, and its folder does not contradict.
+fn surveyed(folder: &Path, line: &Line) -> Found {
+    let path = folder.join(line.folder.as_ref().unwrap_or(&line.name));
+    let why = clean(line.why.as_deref().unwrap_or_default().as_bytes(), 500);
+    let flaw = match (line.outcome, &line.run) {
+        (Outcome::Complete, Some(run)) => holds(&path, run).err().map(Flaw::Damaged),
+        (Outcome::Complete, None) => {
+            Some(Flaw::Damaged("the survey's index does not say of which run it is".to_owned()))
+        }
+        (Outcome::Open, _) => Some(Flaw::Partial("the survey has not got to its end".to_owned())),
+        (Outcome::Partial | Outcome::Failed, _) => Some(Flaw::Partial(format!("its run in the survey failed: {why}"))),
+    };
+    Found { path, flaw }
 }
 
 /// Reads one folder.
@@ -167,7 +211,7 @@ fn vouched(folder: &Path) -> Result<Manifest, Flaw> {
         return Err(Flaw::Partial("there is no manifest: the run did not come to its end".to_owned()));
     }
     let manifest: Manifest = document(folder, files::MANIFEST)?;
-    if let Outcome::Failed(failure) = &manifest.outcome {
+    if let outliers_protocol::Outcome::Failed(failure) = &manifest.outcome {
         return Err(Flaw::Partial(format!("the run failed: {}", clean(failure.message.as_bytes(), 500))));
     }
     for file in &manifest.files {
@@ -302,6 +346,7 @@ mod tests {
 
     use super::super::fixture::{change, copy};
     use super::*;
+    use crate::deploy::RUN_FILE;
 
     fn mixture() -> (tempfile::TempDir, PathBuf) {
         let home = tempfile::tempdir().unwrap();
@@ -354,6 +399,51 @@ mod tests {
         assert!(error.contains("cut.partial is partial") && error.contains("coming.part is partial"), "{error}");
         let read = read_all(&all, true).unwrap();
         assert_eq!(read.iter().map(|folder| folder.content.is_ok()).collect::<Vec<_>>(), [false, false, true]);
+    }
+
+    #[test]
+    fn a_surveys_index_decides_what_belongs_to_it() {
+        let home = tempfile::tempdir().unwrap();
+        let survey = home.path().join("survey");
+        for (name, run) in [("a", "run-a"), ("b", "run-b")] {
+            let folder = copy("mixture", &survey.join(name));
+            fs::write(folder.join(RUN_FILE), json!({ "id": run }).to_string()).unwrap();
+        }
+        fs::create_dir_all(survey.join("b-old.partial")).unwrap();
+        let line = |name: &str, outcome, run: Option<&str>| Line {
+            name: name.into(),
+            model: "owner/model".into(),
+            job_key: "k".into(),
+            run: run.map(str::to_owned),
+            outcome,
+            folder: None,
+            why: Some("its weights are \u{1b}[2Jbroken".into()),
+        };
+        let with = |models: Vec<Line>| {
+            Index { schema: crate::survey::index::SCHEMA, survey: "s".into(), file: "/s.toml".into(), models }
+                .write(&survey)
+                .unwrap();
+            read_all(&[home.path().to_owned()], false)
+        };
+        let whole =
+            with(vec![line("a", Outcome::Complete, Some("run-a")), line("b", Outcome::Complete, Some("run-b"))]);
+        assert_eq!(whole.unwrap().len(), 2, "what failed before is not asked");
+        for (other, word) in [
+            (
+                line("c", Outcome::Failed, Some("run-c")),
+                "c is partial: its run in the survey failed: its weights are broken",
+            ),
+            (line("c", Outcome::Open, None), "c is partial: the survey has not"),
+            (line("b", Outcome::Complete, Some("run-c")), "b is damaged"),
+            (line("c", Outcome::Complete, Some("run-c")), "c is damaged"),
+            (line("b", Outcome::Complete, None), "b is damaged"),
+        ] {
+            let error = with(vec![line("a", Outcome::Complete, Some("run-a")), other]).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
+        fs::write(survey.join("index.json"), "{").unwrap();
+        let error = read_all(std::slice::from_ref(&survey), false).unwrap_err().to_string();
+        assert!(error.contains("survey is damaged: index.json"), "{error}");
     }
 
     #[test]

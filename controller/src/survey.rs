@@ -1,0 +1,10 @@
+//! A survey: many models, one file that names them ([`file`]), what is known of each ([`member`]), and the index that says so to readers
+//! of its results ([`index`]).
+
+pub mod file;
+pub mod index;
+pub mod member;
+
+pub use file::{Entry, Survey, SurveyError};
+pub use index::{Index, Outcome};
+pub use member::Member;

@@ -1,0 +1,338 @@
+//! A survey's file: which models, over which text, with which wishes. Errors name the file, the line and the key.
+//!
+//! What it says is as if it had been typed: the same types, with the same meaning, as the options of `deploy`. Paths are seen from the
+//! file's own folder.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use outliers_protocol::SiteKinds;
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg, WantArgs};
+use crate::deploy::slug;
+use crate::files::is_plain_name;
+use crate::settings::Span;
+use crate::units::{CudaVersion, Usd};
+
+/// A survey as its file has it.
+#[derive(Clone, Debug)]
+pub struct Survey {
+    /// Its name, which is that of its folder among the results.
+    pub name: String,
+    /// The file.
+    pub path: PathBuf,
+    /// The text and how it is run, the same for all models.
+    pub job: JobArgs,
+    /// In the file's order, each name once.
+    pub models: Vec<Entry>,
+    /// Runs side by side.
+    pub max_parallel: Option<usize>,
+    /// For all runs together.
+    pub budget: Option<Usd>,
+    /// For each run.
+    pub max_duration: Option<Span>,
+}
+
+/// A model of a survey.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Its name in the survey, and that of its results' folder.
+    pub name: String,
+    /// The checkpoint.
+    pub model: ModelArgs,
+    /// What it needs of an instance beyond its plan.
+    pub want: WantArgs,
+    /// For its run, if not the survey's.
+    pub max_duration: Option<Span>,
+}
+
+/// Why a survey's file cannot be used.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}{}: {message}", path.display(), line.map(|line| format!(":{line}")).unwrap_or_default())]
+pub struct SurveyError {
+    /// Which file.
+    pub path: PathBuf,
+    /// Where in it, from 1, where that is known.
+    pub line: Option<usize>,
+    /// What is wrong, with the key.
+    pub message: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    name: Spanned<String>,
+    num_sequences: Option<usize>,
+    sequence_length: Option<usize>,
+    #[serde(default)]
+    corpus: Vec<PathBuf>,
+    token_ids: Option<PathBuf>,
+    #[serde(default)]
+    bos: Bos,
+    #[serde(default)]
+    separate_documents: bool,
+    #[serde(default)]
+    precision: PrecisionArg,
+    layers: Option<usize>,
+    micro_batch_tokens: Option<usize>,
+    #[serde(default)]
+    sites: Vec<Spanned<String>>,
+    max_parallel: Option<Spanned<usize>>,
+    budget: Option<Spanned<f64>>,
+    max_duration: Option<Span>,
+    #[serde(default)]
+    models: Vec<Spanned<String>>,
+    #[serde(default)]
+    model: Vec<ModelTable>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ModelTable {
+    id: Spanned<String>,
+    name: Option<Spanned<String>>,
+    #[serde(default = "main_branch")]
+    revision: String,
+    gpu_count: Option<u32>,
+    gpu_filter: Option<String>,
+    min_vram: Option<f64>,
+    min_cpu_ram: Option<f64>,
+    min_disk: Option<f64>,
+    min_cuda: Option<CudaVersion>,
+    max_price: Option<f64>,
+    region: Option<String>,
+    #[serde(default)]
+    spot: bool,
+    max_duration: Option<Span>,
+}
+
+fn main_branch() -> String {
+    "main".to_owned()
+}
+
+impl Survey {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// It cannot be read, or does not make sense.
+    pub fn read(path: &Path) -> Result<Self, SurveyError> {
+        let text = std::fs::read_to_string(path).map_err(|error| SurveyError {
+            path: path.to_owned(),
+            line: None,
+            message: error.to_string(),
+        })?;
+        Self::parse(&text, path)
+    }
+
+    /// Understands a file's text.
+    ///
+    /// # Errors
+    /// It does not make sense.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, SurveyError> {
+        let wrong = |span: Option<Range<usize>>, message: String| SurveyError {
+            path: path.to_owned(),
+            line: span.map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count()),
+            message,
+        };
+        let file: File = toml::from_str(text).map_err(|error| {
+            let line = error.span().map(|span| line_at(text, span.start)).unwrap_or_default();
+            let said = error.message().lines().next().unwrap_or_default();
+            wrong(error.span(), if line.is_empty() { said.to_owned() } else { format!("{said}, in `{line}`") })
+        })?;
+        file.understand(path).map_err(|Wrong { span, message }| wrong(Some(span), message))
+    }
+}
+
+/// The line of `text` in which byte `at` is.
+fn line_at(text: &str, at: usize) -> &str {
+    let from = text[..at].rfind('\n').map_or(0, |end| end + 1);
+    text[from..].lines().next().unwrap_or_default().trim()
+}
+
+/// What does not make sense, and where.
+struct Wrong {
+    span: Range<usize>,
+    message: String,
+}
+
+fn wrong<T>(at: &Spanned<T>, message: String) -> Wrong {
+    Wrong { span: at.span(), message }
+}
+
+impl File {
+    fn understand(self, path: &Path) -> Result<Survey, Wrong> {
+        check_name("name", &self.name)?;
+        if let Some(none) = self.max_parallel.as_ref().filter(|most| *most.get_ref() == 0) {
+            return Err(wrong(none, "max_parallel must be at least 1".to_owned()));
+        }
+        let possible = |budget: &Spanned<f64>| (0.0..=1e6).contains(budget.get_ref());
+        if let Some(odd) = self.budget.as_ref().filter(|budget| !possible(budget)) {
+            return Err(wrong(odd, "budget must be between 0 and 1000000 (USD)".to_owned()));
+        }
+        let mut sites = Vec::new();
+        for kind in &self.sites {
+            let known = kind.get_ref().parse::<SiteKinds>();
+            sites.push(known.map_err(|why| wrong(kind, format!("sites = [\"{}\"]: {why}", kind.get_ref())))?);
+        }
+        let plain = self.models.into_iter().map(ModelTable::plain);
+        let mut models = Vec::new();
+        let mut seen = BTreeSet::new();
+        for table in plain.chain(self.model) {
+            let at = table.name.as_ref().unwrap_or(&table.id).span();
+            let entry = table.understand()?;
+            if !seen.insert(entry.name.clone()) {
+                let message =
+                    format!("`{}` is there twice; give one of them a name of its own (name = ..)", entry.name);
+                return Err(Wrong { span: at, message });
+            }
+            models.push(entry);
+        }
+        if models.is_empty() {
+            return Err(wrong(&self.name, "it names no models (models = [\"owner/name\", ..])".to_owned()));
+        }
+        Ok(Survey {
+            name: self.name.into_inner(),
+            path: path.to_owned(),
+            job: JobArgs {
+                num_sequences: self.num_sequences,
+                sequence_length: self.sequence_length,
+                corpus: self.corpus,
+                token_ids: self.token_ids,
+                bos: self.bos,
+                separate_documents: self.separate_documents,
+                precision: self.precision,
+                layers: self.layers,
+                micro_batch_tokens: self.micro_batch_tokens,
+                sites,
+                ..JobArgs::default()
+            },
+            models,
+            max_parallel: self.max_parallel.map(Spanned::into_inner),
+            budget: self.budget.map(|budget| Usd::from_dollars(budget.into_inner())),
+            max_duration: self.max_duration,
+        })
+    }
+}
+
+impl ModelTable {
+    /// A model of which no more than its id is said.
+    fn plain(id: Spanned<String>) -> Self {
+        Self {
+            id,
+            name: None,
+            revision: main_branch(),
+            gpu_count: None,
+            gpu_filter: None,
+            min_vram: None,
+            min_cpu_ram: None,
+            min_disk: None,
+            min_cuda: None,
+            max_price: None,
+            region: None,
+            spot: false,
+            max_duration: None,
+        }
+    }
+
+    fn understand(self) -> Result<Entry, Wrong> {
+        let numbers = [
+            ("min_vram", self.min_vram),
+            ("min_cpu_ram", self.min_cpu_ram),
+            ("min_disk", self.min_disk),
+            ("max_price", self.max_price),
+        ];
+        let odd = |number: Option<f64>| number.is_some_and(|number| !(0.0..=1e9).contains(&number));
+        if let Some((key, _)) = numbers.into_iter().find(|(_, number)| odd(*number)) {
+            return Err(wrong(&self.id, format!("{key} of {} must be between 0 and 10^9", self.id.get_ref())));
+        }
+        if let Some(name) = &self.name {
+            check_name("name", name)?;
+        }
+        Ok(Entry {
+            name: self.name.map_or_else(|| slug(self.id.get_ref()), Spanned::into_inner),
+            model: ModelArgs { model: self.id.into_inner(), revision: self.revision },
+            want: WantArgs {
+                gpu_count: self.gpu_count,
+                gpu_filter: self.gpu_filter,
+                min_vram: self.min_vram,
+                min_cpu_ram: self.min_cpu_ram,
+                min_disk: self.min_disk,
+                min_cuda: self.min_cuda,
+                max_price: self.max_price,
+                region: self.region,
+                spot: self.spot,
+                ..WantArgs::default()
+            },
+            max_duration: self.max_duration,
+        })
+    }
+}
+
+/// A name becomes that of a folder.
+fn check_name(key: &str, name: &Spanned<String>) -> Result<(), Wrong> {
+    let text = name.get_ref();
+    let plain = text.len() <= 80 && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+    // What ends so would be taken for results that are not whole.
+    let reserved = text.starts_with('.') || [".part", ".partial"].iter().any(|end| text.ends_with(end));
+    if plain && !reserved && is_plain_name(text) && text != super::index::FILE {
+        return Ok(());
+    }
+    Err(wrong(name, format!("{key} = \"{text}\" must be a plain folder name: letters, digits, `-`, `_`, `.`")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> Result<Survey, SurveyError> {
+        Survey::parse(text, Path::new("s.toml"))
+    }
+
+    #[test]
+    fn models_are_strings_or_tables_with_wishes() {
+        let survey = parsed(
+            "name = 's'\nnum_sequences = 4\nbudget = 12.5\nmax_duration = '2h'\nprecision = 'bf16'\nsites = ['residual']\n\
+             models = ['owner/a', './b']\n[[model]]\nid = 'owner/c'\nrevision = 'abc'\ngpu_count = 8\nmin_vram = 80\n\
+             [[model]]\nid = 'owner/a'\nname = 'a-again'\nmax_duration = '9h'",
+        )
+        .unwrap();
+        let names: Vec<&str> = survey.models.iter().map(|entry| entry.name.as_str()).collect();
+        assert_eq!(names, ["owner--a", "b", "owner--c", "a-again"]);
+        assert_eq!(survey.models[2].model.revision, "abc");
+        assert_eq!((survey.models[2].want.gpu_count, survey.models[2].want.min_vram), (Some(8), Some(80.0)));
+        assert_eq!(survey.models[0].model.revision, "main");
+        assert_eq!(survey.budget, Some(Usd::from_dollars(12.5)));
+        assert_eq!((survey.job.num_sequences, survey.job.sites.len()), (Some(4), 1));
+        assert!(survey.models[3].max_duration.is_some());
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_line_and_key() {
+        for (text, line, word) in [
+            ("name = 's'\nmodls = ['a/b']", Some(2), "modls"),
+            ("name = 's'\n\nnum_sequences = 'many'\nmodels = ['a/b']", Some(3), "num_sequences"),
+            ("name = 's'\n[[model]]\nid = 'a/b'\nmin_vran = 80", Some(4), "min_vran"),
+            ("name = 's'\n[[model]]\nid = 'a/b'\nmin_vram = -1", Some(3), "min_vram"),
+            ("name = 's'\n[[model]]\nrevision = 'a'", Some(2), "id"),
+            ("name = 's'\nmodels = ['a/b',\n'c/d',\n'a/b']", Some(4), "a--b"),
+            ("name = '../x'\nmodels = ['a/b']", Some(1), "folder"),
+            ("name = 's'\nmodels = ['a/b']\n[[model]]\nid = 'c/d'\nname = 'x.partial'", Some(5), "x.partial"),
+            ("name = 's'\nmodels = []", Some(1), "no models"),
+            ("name = 's'\nmax_parallel = 0\nmodels = ['a/b']", Some(2), "max_parallel"),
+            ("name = 's'\nbudget = nan\nmodels = ['a/b']", Some(2), "budget"),
+            ("name = 's'\nsites = ['experts']\nmodels = ['a/b']", Some(2), "experts"),
+            ("name = 's'\nmax_duration = '5 parsecs'\nmodels = ['a/b']", Some(2), "parsecs"),
+            ("= 3", Some(1), "= 3"),
+            ("models = ['a/b']", Some(1), "name"),
+        ] {
+            let error = parsed(text).unwrap_err();
+            assert_eq!(error.line, line, "{error}");
+            assert!(error.to_string().starts_with("s.toml:") && error.message.contains(word), "{word}: {error}");
+        }
+        let missing = Survey::read(Path::new("/no/such.toml")).unwrap_err();
+        assert!(missing.line.is_none() && missing.to_string().contains("/no/such.toml"), "{missing}");
+    }
+}

@@ -1,0 +1,152 @@
+//! What became of each model of a survey, as a document beside their folders: readers need not guess which of them may be trusted.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::files::{is_plain_name, write_whole};
+
+/// Its name in the survey's folder.
+pub const FILE: &str = "index.json";
+
+/// Version of the document.
+pub const SCHEMA: u32 = 1;
+
+/// The document.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Index {
+    /// Document version.
+    pub schema: u32,
+    /// The survey's name.
+    pub survey: String,
+    /// Its file, as an absolute path: the same command goes on from there.
+    pub file: String,
+    /// In the file's order.
+    pub models: Vec<Line>,
+}
+
+/// One model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Line {
+    /// Its name in the survey.
+    pub name: String,
+    /// Hub id or folder.
+    pub model: String,
+    /// What was asked for: two runs with the same key would do the same work.
+    pub job_key: String,
+    /// The run that became this.
+    pub run: Option<String>,
+    /// What became of it.
+    pub outcome: Outcome,
+    /// Folder beside this document, where something came home.
+    pub folder: Option<String>,
+    /// Why it is not complete.
+    pub why: Option<String>,
+}
+
+/// What became of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Whole results are there, compared with the worker's manifest.
+    Complete,
+    /// Something came home, not all.
+    Partial,
+    /// Nothing did.
+    Failed,
+    /// It is not over, or has not begun.
+    Open,
+}
+
+impl Outcome {
+    /// One word, for tables.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::Partial => "partial",
+            Self::Failed => "failed",
+            Self::Open => "open",
+        }
+    }
+}
+
+/// Why an index cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum IndexError {
+    /// Another version wrote it.
+    Version(String),
+    /// It is not what was written.
+    Damaged(String),
+}
+
+impl Index {
+    /// Writes it into a survey's folder.
+    ///
+    /// # Errors
+    /// Disk full, no such folder, not allowed.
+    pub fn write(&self, folder: &Path) -> std::io::Result<()> {
+        write_whole(&folder.join(FILE), &serde_json::to_vec_pretty(self)?)
+    }
+
+    /// The index of a survey's folder; `None` where there is none.
+    ///
+    /// # Errors
+    /// It cannot be read, is of another version, or names folders outside its own.
+    pub fn read(folder: &Path) -> Result<Option<Self>, IndexError> {
+        #[derive(Deserialize)]
+        struct Versioned {
+            schema: u32,
+        }
+        let damaged = |why: String| IndexError::Damaged(format!("{FILE}: {why}"));
+        let text = match std::fs::read(folder.join(FILE)) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            text => text.map_err(|error| damaged(error.to_string()))?,
+        };
+        let Versioned { schema } = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+        if schema != SCHEMA {
+            let why = format!("{FILE} has schema {schema}, this program reads {SCHEMA}");
+            return Err(IndexError::Version(why));
+        }
+        let index: Self = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+        let outside = |line: &&Line| !line.folder.iter().chain([&line.name]).all(|name| is_plain_name(name));
+        match index.models.iter().find(outside) {
+            Some(line) => Err(damaged(format!("`{}` is not in its folder", line.name))),
+            None => Ok(Some(index)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(name: &str, outcome: Outcome) -> Line {
+        Line {
+            name: name.into(),
+            model: "owner/model".into(),
+            job_key: "k".into(),
+            run: Some("r".into()),
+            outcome,
+            folder: Some(name.into()),
+            why: None,
+        }
+    }
+
+    #[test]
+    fn it_is_read_as_it_was_written_and_doubted_otherwise() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(Index::read(folder.path()), Ok(None));
+        let models = vec![line("a", Outcome::Complete), line("b", Outcome::Failed)];
+        let index = Index { schema: SCHEMA, survey: "s".into(), file: "/s.toml".into(), models };
+        index.write(folder.path()).unwrap();
+        assert_eq!(Index::read(folder.path()), Ok(Some(index.clone())));
+        let outside = Index { models: vec![line("../a", Outcome::Complete)], ..index.clone() };
+        outside.write(folder.path()).unwrap();
+        assert!(matches!(Index::read(folder.path()), Err(IndexError::Damaged(why)) if why.contains("../a")));
+        let newer = serde_json::json!({ "schema": SCHEMA + 1 });
+        std::fs::write(folder.path().join(FILE), newer.to_string()).unwrap();
+        assert!(matches!(Index::read(folder.path()), Err(IndexError::Version(_))));
+        std::fs::write(folder.path().join(FILE), "{").unwrap();
+        assert!(matches!(Index::read(folder.path()), Err(IndexError::Damaged(_))));
+    }
+}
