@@ -86,6 +86,18 @@ pub enum Command {
         /// The beginning of its id, or `last` [default: the only one that nobody drives].
         run: Option<String>,
     },
+    /// What runs now, where, for how much and until when; what is finished; what was spent.
+    ///
+    /// Example: outliers status
+    Status,
+    /// Write down where everything stands, with the commands that carry on: handoffs/<date>.md, from the ledger and the results.
+    ///
+    /// Example: outliers handoff
+    Handoff {
+        /// Folder for the document [default: handoffs].
+        #[arg(short, long, value_name = "DIR")]
+        output: Option<PathBuf>,
+    },
     /// Make a small model with planted outlier features, deploy it on this machine, and compare what is found.
     ///
     /// Example: outliers demo

@@ -29,6 +29,7 @@ pub mod demo;
 pub mod deploy;
 pub mod doctor;
 mod drive;
+pub mod handoff;
 pub mod import;
 pub mod inspect;
 pub mod instances;
@@ -38,6 +39,7 @@ pub mod plan;
 mod prepare;
 pub mod reap;
 pub mod runs;
+pub mod status;
 
 /// Version of the documents printed with `--json`.
 pub const SCHEMA: u32 = 1;
@@ -86,6 +88,8 @@ async fn dispatch(
     let done = match cli.command {
         Command::Deploy(args) => deploy::command(&context, &args).await,
         Command::Attach { run } => attach::command(&context, run.as_deref()).await,
+        Command::Status => status::command(&context),
+        Command::Handoff { output } => handoff::command(&context, output.as_deref()),
         Command::Demo(args) => demo::command(&context, &args).await,
         Command::Runs(command) => runs::command(&context, command).await,
         Command::Instances(command) => instances::command(&context, command).await,

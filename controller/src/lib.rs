@@ -4,7 +4,8 @@
 //! ([`run`]), recorded event by event ([`ledger`]), driven by one loop ([`deploy`]) and compared with the clouds' lists
 //! ([`reconcile`]). [`clouds`] are [`broker`]s side by side, reached over [`http`] and chosen from through [`market`]; a rented
 //! machine is a [`host`], spoken to over a [`transport`]. Everything that happens is an event; [`report`] makes sentences of them.
-//! A [`survey`] is many runs at once. What came home is put side by side by [`compare`].
+//! A [`survey`] is many runs at once; where everything
+//! stands ([`standing`]) is told as a table, or as a document for whoever carries on ([`handoff`]). What came home is put side by side by [`compare`].
 
 pub mod broker;
 pub mod calendar;
@@ -16,6 +17,7 @@ pub mod deploy;
 pub mod estimate;
 pub mod files;
 pub mod gpu;
+pub mod handoff;
 pub mod host;
 pub mod http;
 pub mod keys;
@@ -28,6 +30,7 @@ pub mod report;
 pub mod run;
 pub mod secret;
 pub mod settings;
+pub mod standing;
 pub mod survey;
 pub mod text;
 pub mod transport;

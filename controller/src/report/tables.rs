@@ -12,6 +12,8 @@ use crate::ledger::{RunRecord, now_ms};
 use crate::market::{self, Step};
 use crate::reconcile::{Action, Leave};
 use crate::settings::Span;
+use crate::standing::Standing;
+use crate::survey::Outcome;
 use crate::text::clean;
 use crate::units::{Bytes, Usd};
 
@@ -37,7 +39,8 @@ pub fn text(text: &str) -> Cell {
     Cell::new(clean(text.as_bytes(), 200))
 }
 
-pub(super) fn number(text: impl std::fmt::Display) -> Cell {
+/// A figure, or anything that is read from its right end.
+pub fn number(text: impl std::fmt::Display) -> Cell {
     Cell::new(text).set_alignment(CellAlignment::Right)
 }
 
@@ -273,6 +276,72 @@ pub fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
         table.add_row([number(age(run.created_at_ms, entry.at_ms)), Cell::new(entry.event.word())]);
     }
     format!("{out}{table}\n")
+}
+
+/// What runs, what is finished, what it costs.
+pub fn standing(standing: &Standing) -> String {
+    let mut under_way =
+        table(&["run", "survey", "model", "state", "instance", "price", "cost", "at most", "done by plan", "deadline"]);
+    for run in &standing.under_way {
+        let state = if run.looked_after { run.state.clone() } else { format!("{}, abandoned", run.state) };
+        let in_time = |at: Option<u64>| match at {
+            None => "-".to_owned(),
+            Some(at) if at <= standing.at => "overdue".to_owned(),
+            Some(at) => format!("in {}", Span(Duration::from_secs(at - standing.at))),
+        };
+        let instance = run.instance.as_ref().zip(run.broker.as_ref()).map(|(id, broker)| format!("{id} on {broker}"));
+        under_way.add_row([
+            text(&run.run),
+            text(run.survey.as_deref().unwrap_or("-")),
+            text(&run.model),
+            Cell::new(state),
+            text(&instance.unwrap_or_else(|| "-".to_owned())),
+            number(run.price.map(|price| price.to_string()).unwrap_or_default()),
+            number(run.cost),
+            number(run.at_most),
+            number(in_time(run.expected)),
+            number(in_time(run.deadline)),
+        ]);
+    }
+    let mut surveys = table(&["survey", "complete", "failed", "open", "cost", "folder"]);
+    for survey in &standing.surveys {
+        let count = |outcomes: &[Outcome]| {
+            number(survey.index.models.iter().filter(|line| outcomes.contains(&line.outcome)).count())
+        };
+        surveys.add_row([
+            text(&survey.index.survey),
+            count(&[Outcome::Complete]),
+            count(&[Outcome::Partial, Outcome::Failed]),
+            count(&[Outcome::Open]),
+            number(survey.spent),
+            text(&survey.folder.to_string_lossy()),
+        ]);
+    }
+    let mut over = table(&["finished", "survey", "model", "ago", "cost", "how it ended"]);
+    for run in standing.over.iter().rev().take(TOP) {
+        over.add_row([
+            text(&run.run),
+            text(run.survey.as_deref().unwrap_or("-")),
+            text(&run.model),
+            number(age(run.ended * 1000, standing.at * 1000)),
+            number(run.cost),
+            text(&run.ending),
+        ]);
+    }
+    let mut out = String::new();
+    for (is_empty, table, nothing) in [
+        (standing.under_way.is_empty(), under_way, "nothing is under way\n"),
+        (standing.surveys.is_empty(), surveys, ""),
+        (standing.over.is_empty(), over, ""),
+    ] {
+        out += &if is_empty { nothing.to_owned() } else { format!("{table}\n\n") };
+    }
+    let more = standing.over.len().saturating_sub(TOP);
+    if more > 0 {
+        out += &format!("and {more} more finished: outliers runs list\n");
+    }
+    let Standing { spent, reserved, .. } = standing;
+    out + &format!("spent {spent}; what is under way may still cost {reserved} until its time limits\n")
 }
 
 /// Where a run is, else where it may be.

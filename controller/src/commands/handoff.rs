@@ -1,0 +1,39 @@
+//! `handoff`: where everything stands, written down for whoever carries on.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::status::Document;
+use super::{Context, SCHEMA};
+use crate::calendar::rfc3339;
+use crate::files::write_whole;
+use crate::handoff::document;
+use crate::ledger::now_ms;
+use crate::report::{Complaint, ExitStatus};
+use crate::standing::Standing;
+
+/// Where documents go, seen from the folder in which the command runs.
+const FOLDER: &str = "handoffs";
+
+#[derive(Serialize)]
+struct Written<'a> {
+    /// The document.
+    file: &'a Path,
+    #[serde(flatten)]
+    document: Document<'a>,
+}
+
+/// Does it. A second one on the same day takes the place of the first.
+pub(super) fn command(context: &Context, output: Option<&Path>) -> Result<ExitStatus, Complaint> {
+    let standing = Standing::look(&context.ledger()?, &context.settings.results, now_ms())?;
+    let moment = rfc3339(standing.at);
+    let date = moment.split('T').next().unwrap_or_default();
+    let folder = context.here.join(output.unwrap_or(Path::new(FOLDER)));
+    let file = folder.join(format!("{date}.md"));
+    let written = std::fs::create_dir_all(&folder).and_then(|()| write_whole(&file, document(&standing).as_bytes()));
+    written.map_err(|error| Complaint::failed(format!("{}: {error}", file.display())))?;
+    let document = Document { schema: SCHEMA, standing: &standing };
+    context.reporter.result(&Written { file: &file, document }, || file.display().to_string());
+    Ok(ExitStatus::Done)
+}

@@ -1,0 +1,251 @@
+//! Where everything stands, as a document for whoever carries on: what is done, what runs, what failed, what to type next.
+
+use std::path::Path;
+
+use crate::calendar::rfc3339;
+use crate::standing::{Over, Standing, SurveyStanding, UnderWay};
+use crate::survey::Outcome;
+use crate::text::clean;
+use crate::transport::quote::quote;
+
+/// The document, in Markdown.
+pub fn document(standing: &Standing) -> String {
+    let now = rfc3339(standing.at);
+    let date = now.split('T').next().unwrap_or_default();
+    let parts = [
+        ("Done", done(standing)),
+        ("Running", running(standing)),
+        ("Failed, and why", failed(standing)),
+        ("Blocked, and the way around", blocked(standing)),
+        ("Next steps", next_steps(standing)),
+        ("Spend", spend(standing)),
+    ];
+    let mut out =
+        format!("# Handoff, {date}\n\nMade by `outliers handoff` at {now} from the ledger and the files of results.\n");
+    for (title, lines) in parts {
+        let body = if lines.is_empty() { "Nothing.".to_owned() } else { lines.join("\n") };
+        out += &format!("\n## {title}\n\n{body}\n");
+    }
+    out
+}
+
+/// Text from elsewhere, fit for a cell of a table.
+fn cell(text: &str) -> String {
+    clean(text.as_bytes(), 500).replace('\\', "\\\\").replace('|', "\\|").replace('<', "&lt;")
+}
+
+fn table(header: &[&str], rows: Vec<Vec<String>>) -> Vec<String> {
+    if rows.is_empty() {
+        return rows.concat();
+    }
+    let line =
+        |cells: &[String]| format!("| {} |", cells.iter().map(|text| cell(text)).collect::<Vec<_>>().join(" | "));
+    let header: Vec<String> = header.iter().map(|name| (*name).to_owned()).collect();
+    let rule = format!("|{}", "---|".repeat(header.len()));
+    [line(&header), rule].into_iter().chain(rows.iter().map(|row| line(row))).collect()
+}
+
+fn or_dash(text: Option<String>) -> String {
+    text.unwrap_or_else(|| "-".to_owned())
+}
+
+fn done(standing: &Standing) -> Vec<String> {
+    let row = |run: &Over| {
+        vec![
+            run.model.clone(),
+            or_dash(run.survey.clone()),
+            run.run.clone(),
+            rfc3339(run.ended),
+            run.cost.to_string(),
+            or_dash(run.figures.map(|figures| format!("{:.0}", figures.features))),
+            or_dash(run.figures.and_then(|figures| figures.perplexity).map(|perplexity| format!("{perplexity:.4}"))),
+            or_dash(run.folder.clone()),
+        ]
+    };
+    let header = ["model", "survey", "run", "ended", "cost", "outlier features", "perplexity", "results"];
+    table(&header, standing.over.iter().filter(|run| run.completed).map(row).collect())
+}
+
+fn running(standing: &Standing) -> Vec<String> {
+    let row = |run: &UnderWay| {
+        let who = match (run.held, run.looked_after) {
+            (true, _) => "kept on request",
+            (false, true) => "a process drives it",
+            (false, false) => "NOBODY",
+        };
+        vec![
+            run.model.clone(),
+            or_dash(run.survey.clone()),
+            run.run.clone(),
+            run.state.clone(),
+            or_dash(run.instance.as_ref().zip(run.broker.as_ref()).map(|(id, broker)| format!("{id} on {broker}"))),
+            or_dash(run.price.map(|price| price.to_string())),
+            run.cost.to_string(),
+            run.at_most.to_string(),
+            or_dash(run.expected.map(rfc3339)),
+            or_dash(run.deadline.map(rfc3339)),
+            who.to_owned(),
+        ]
+    };
+    let header = [
+        "model",
+        "survey",
+        "run",
+        "state",
+        "instance",
+        "price",
+        "cost",
+        "at most",
+        "done by plan",
+        "deadline",
+        "who drives",
+    ];
+    table(&header, standing.under_way.iter().map(row).collect())
+}
+
+/// What failed and nothing later made good.
+fn failures(standing: &Standing) -> impl Iterator<Item = &Over> {
+    standing.over.iter().filter(|run| !run.completed && !run.superseded)
+}
+
+fn failed(standing: &Standing) -> Vec<String> {
+    let line = |run: &Over| {
+        let log = run.folder.as_ref().map(|_| format!("; its log: `outliers runs logs {}`", run.run));
+        format!(
+            "- {} (run {}, {}): {}{}",
+            cell(&run.model),
+            run.run,
+            run.cost,
+            cell(&run.ending),
+            log.unwrap_or_default()
+        )
+    };
+    failures(standing).map(line).collect()
+}
+
+fn blocked(standing: &Standing) -> Vec<String> {
+    let alone = standing.under_way.iter().filter(|run| !run.looked_after).map(|run| {
+        format!(
+            "- Run {} of {} is {}, and no process looks after it. Way around: `outliers attach {}`.",
+            run.run,
+            cell(&run.model),
+            run.state,
+            run.run
+        )
+    });
+    let with_a_hint = failures(standing).filter_map(|run| {
+        let hint = run.hint.as_ref()?;
+        Some(format!("- {} (run {}): {}. Way around: {}.", cell(&run.model), run.run, cell(&run.ending), cell(hint)))
+    });
+    alone.chain(with_a_hint).collect()
+}
+
+fn next_steps(standing: &Standing) -> Vec<String> {
+    let mut steps: Vec<String> = Vec::new();
+    let mut step =
+        |why: String, command: String| steps.push(format!("{}. {why}\n\n       {command}\n", steps.len() + 1));
+    // A survey takes up its own runs.
+    let survey_goes_on =
+        |run: &UnderWay| standing.surveys.iter().any(|survey| run.survey.as_ref() == Some(&survey.index.survey));
+    for run in standing.under_way.iter().filter(|run| !run.looked_after && !survey_goes_on(run)) {
+        step(format!("Take up run {} of {}.", run.run, cell(&run.model)), format!("outliers attach {}", run.run));
+    }
+    for survey in &standing.surveys {
+        let (why, command) = next_of(survey, standing);
+        step(why, command);
+    }
+    for run in standing.under_way.iter().filter(|run| run.held) {
+        let id = run.instance.as_deref().unwrap_or_default();
+        step(
+            format!("End the instance that is kept for {}, when it is not needed any more.", cell(&run.model)),
+            format!("outliers instances terminate {}", quote(id)),
+        );
+    }
+    steps
+}
+
+/// What a survey needs next.
+fn next_of(survey: &SurveyStanding, standing: &Standing) -> (String, String) {
+    let count =
+        |outcomes: &[Outcome]| survey.index.models.iter().filter(|line| outcomes.contains(&line.outcome)).count();
+    let (open, failed) = (count(&[Outcome::Open]), count(&[Outcome::Partial, Outcome::Failed]));
+    let name = cell(&survey.index.survey);
+    let file = quote(&clean(survey.index.file.as_bytes(), 4000));
+    let runs = |run: &&UnderWay| run.survey.as_ref() == Some(&survey.index.survey) && run.looked_after;
+    match (open, failed) {
+        (1.., _) if standing.under_way.iter().any(|run| runs(&run)) => {
+            (format!("Watch survey {name}: {open} models are open."), "outliers status".to_owned())
+        }
+        (1.., _) => (format!("Go on with survey {name}: {open} models are open."), format!("outliers survey {file}")),
+        (0, 1..) => (
+            format!("Mend what made {failed} models of survey {name} fail, and run them again."),
+            format!("outliers survey {file} --rerun-failed"),
+        ),
+        (0, 0) => (
+            format!("Look at survey {name}, which is complete."),
+            format!("outliers compare {} --html {}", path(&survey.folder), quote(&format!("{name}.html"))),
+        ),
+    }
+}
+
+fn path(path: &Path) -> String {
+    quote(&clean(path.to_string_lossy().as_bytes(), 4000))
+}
+
+fn spend(standing: &Standing) -> Vec<String> {
+    let by_survey =
+        standing.surveys.iter().map(|survey| format!("- survey {}: {}", cell(&survey.index.survey), survey.spent));
+    let all = [
+        format!("- all runs of this ledger: {}", standing.spent),
+        format!("- runs under way may still cost, until their time limits: {}", standing.reserved),
+    ];
+    by_survey.chain(all).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::standing::tests::standing;
+    use crate::units::Usd;
+
+    #[test]
+    fn it_says_what_is_done_what_runs_what_failed_and_what_to_type() {
+        let home = tempfile::tempdir().unwrap();
+        let text = document(&standing(home.path()));
+        assert_eq!(text, document(&standing(home.path())), "the same things make the same document");
+        let part = |title: &str| text.split("## ").find(|part| part.starts_with(title)).unwrap().to_owned();
+        assert!(text.starts_with("# Handoff, 2026-06-01\n\nMade by `outliers handoff` at 2026-06-01T12:00:00Z"));
+        assert!(part("Done").contains("| owner/a | moe-two | run1 |") && !part("Done").contains("owner/b"));
+        let running = part("Running");
+        assert!(running.contains("i-run3 on fake") && running.contains("2026-06-01T12:30:00Z"), "{running}");
+        assert!(running.contains("| a process drives it |") && running.contains("| NOBODY |"), "{running}");
+        let failed = part("Failed");
+        assert!(failed.contains("owner/b (run run2, ") && failed.contains("outliers runs logs run2"), "{failed}");
+        let blocked = part("Blocked");
+        assert!(blocked.contains("outliers attach run4") && blocked.contains("relax the filters"), "{blocked}");
+        assert!(blocked.contains("200 \\| removed"), "a cell stays a cell: {blocked}");
+        let next = part("Next");
+        assert!(next.contains("1. Watch survey moe-two: 1 models are open."), "{next}");
+        assert!(part("Spend").contains("may still cost, until their time limits: $6.00"), "{}", part("Spend"));
+    }
+
+    #[test]
+    fn a_survey_goes_on_is_mended_or_looked_at() {
+        let home = tempfile::tempdir().unwrap();
+        let mut standing = standing(home.path());
+        standing.under_way.clear();
+        let next = |standing: &Standing| next_of(&standing.surveys[0], standing).1;
+        assert_eq!(next(&standing), "outliers survey '/my surveys/moe-two.toml'");
+        standing.surveys[0].index.models.pop();
+        assert_eq!(next(&standing), "outliers survey '/my surveys/moe-two.toml' --rerun-failed");
+        standing.surveys[0].index.models.pop();
+        assert!(next(&standing).starts_with("outliers compare ") && next(&standing).contains("moe-two --html"));
+    }
+
+    #[test]
+    fn nothing_at_all_is_a_document_too() {
+        let nothing =
+            Standing { at: 0, under_way: vec![], over: vec![], surveys: vec![], spent: Usd::ZERO, reserved: Usd::ZERO };
+        assert_eq!(document(&nothing).matches("Nothing.").count(), 5, "all but the spend");
+    }
+}

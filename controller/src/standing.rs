@@ -1,0 +1,366 @@
+//! Where everything stands: made of the ledger and the files of results, never of memory. Given them and the clock, always the same.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use outliers_protocol::{Axis, Reading, Results, files};
+use serde::Serialize;
+
+use crate::ledger::{Ledger, LedgerError, RunRecord};
+use crate::run::{Ending, RunEvent, RunState};
+use crate::survey::Index;
+use crate::units::{Usd, UsdPerHour};
+
+/// The whole picture.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Standing {
+    /// The moment it is true of, in Unix seconds.
+    pub at: u64,
+    /// Runs that are not over, oldest first.
+    pub under_way: Vec<UnderWay>,
+    /// Runs that are, oldest first.
+    pub over: Vec<Over>,
+    /// Surveys among the results, by name.
+    pub surveys: Vec<SurveyStanding>,
+    /// By all runs of the ledger.
+    pub spent: Usd,
+    /// What the runs under way may still cost until their time limits.
+    pub reserved: Usd,
+}
+
+/// A run that is not over.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct UnderWay {
+    /// Its id.
+    pub run: String,
+    /// The survey it is part of.
+    pub survey: Option<String>,
+    /// Hub id or folder.
+    pub model: String,
+    /// One word.
+    pub state: String,
+    /// Some process looks after it, or it is kept on the user's wish.
+    pub looked_after: bool,
+    /// The instance stays on the user's wish.
+    pub held: bool,
+    /// Where its instance is, or may be.
+    pub broker: Option<String>,
+    /// Its instance.
+    pub instance: Option<String>,
+    /// What that bills.
+    pub price: Option<UsdPerHour>,
+    /// So far.
+    pub cost: Usd,
+    /// By its time limit.
+    pub at_most: Usd,
+    /// When it is done by the plan's estimate, in Unix seconds.
+    pub expected: Option<u64>,
+    /// When its instance has no right to exist any more, in Unix seconds.
+    pub deadline: Option<u64>,
+}
+
+/// A run that is over.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Over {
+    /// Its id.
+    pub run: String,
+    /// The survey it is part of.
+    pub survey: Option<String>,
+    /// Hub id or folder.
+    pub model: String,
+    /// How it ended, in words.
+    pub ending: String,
+    /// Whole results came home.
+    pub completed: bool,
+    /// A later run of the same work completed, or is under way.
+    pub superseded: bool,
+    /// What to do about it.
+    pub hint: Option<String>,
+    /// What it cost.
+    pub cost: Usd,
+    /// When, in Unix seconds.
+    pub ended: u64,
+    /// What came home.
+    pub folder: Option<String>,
+    /// What was found; `None` where the results are not there (any more).
+    pub figures: Option<Figures>,
+}
+
+/// The figures that a table has room for.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Figures {
+    /// Distinct systematic features over layers, the paper's count.
+    pub features: f64,
+    /// Of the same pass.
+    pub perplexity: Option<f64>,
+}
+
+/// A survey by its index.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SurveyStanding {
+    /// Where its results are.
+    pub folder: PathBuf,
+    /// What became of each model.
+    pub index: Index,
+    /// By all its runs.
+    pub spent: Usd,
+}
+
+impl Figures {
+    /// Those of a folder of results.
+    pub fn read(folder: &Path) -> Option<Self> {
+        let results: Results = serde_json::from_slice(&std::fs::read(folder.join(files::RESULTS)).ok()?).ok()?;
+        let mut verdicts = results.verdicts.iter();
+        let paper = verdicts.find(|verdict| (verdict.reading, verdict.axis) == (Reading::Unique, Axis::Layers))?;
+        Some(Self { features: paper.count, perplexity: results.perplexity.map(|perplexity| perplexity.perplexity) })
+    }
+}
+
+impl Standing {
+    /// Looks at the ledger, and at the surveys below `results`.
+    ///
+    /// # Errors
+    /// What the ledger says.
+    pub fn look(ledger: &Ledger, results: &Path, now_ms: u64) -> Result<Self, LedgerError> {
+        let runs = ledger.runs()?;
+        let mut driven = Vec::new();
+        for run in runs.iter().filter(|run| !run.state.is_closed()) {
+            if ledger.is_driven(&run.id)? {
+                driven.push(run.id.clone());
+            }
+        }
+        Ok(Self::of(&runs, &driven, surveys(results), now_ms))
+    }
+
+    /// From the runs, those that a process drives, and the surveys' folders and indices.
+    fn of(runs: &[RunRecord], driven: &[String], surveys: Vec<(PathBuf, Index)>, now_ms: u64) -> Self {
+        let spent_by = |survey: &str| {
+            let of_it = runs.iter().filter(|run| name_of_survey(run).as_deref() == Some(survey));
+            of_it.map(|run| run.cost(now_ms)).sum()
+        };
+        let (closed, open): (Vec<_>, Vec<_>) = runs.iter().partition(|run| run.state.is_closed());
+        let left = |run: &&RunRecord| Usd::from_micros(run.at_most(now_ms).micros() - run.cost(now_ms).micros());
+        Self {
+            at: now_ms / 1000,
+            reserved: open.iter().map(left).sum(),
+            under_way: open.iter().map(|run| UnderWay::of(run, driven.contains(&run.id), now_ms)).collect(),
+            over: closed.iter().map(|run| Over::of(run, runs, now_ms)).collect(),
+            surveys: surveys
+                .into_iter()
+                .map(|(folder, index)| SurveyStanding { spent: spent_by(&index.survey), folder, index })
+                .collect(),
+            spent: runs.iter().map(|run| run.cost(now_ms)).sum(),
+        }
+    }
+}
+
+/// Every survey that has an index in a folder below `results`, by name. What cannot be read is for `compare` to say.
+fn surveys(results: &Path) -> Vec<(PathBuf, Index)> {
+    let entries = std::fs::read_dir(results).into_iter().flatten().filter_map(Result::ok);
+    let mut found: Vec<(PathBuf, Index)> =
+        entries.filter_map(|entry| Some((entry.path(), Index::read(&entry.path()).ok()??))).collect();
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    found
+}
+
+fn name_of_survey(run: &RunRecord) -> Option<String> {
+    run.spec.survey.as_ref().map(|member| member.survey.clone())
+}
+
+impl UnderWay {
+    fn of(run: &RunRecord, driven: bool, now_ms: u64) -> Self {
+        let (rental, held) = (run.state.rental(), matches!(run.state, RunState::Held { .. }));
+        Self {
+            run: run.id.clone(),
+            survey: name_of_survey(run),
+            model: run.spec.model.clone(),
+            state: run.state.word().to_owned(),
+            looked_after: driven || held,
+            held,
+            broker: run.state.offer().map(|offer| offer.broker.clone()),
+            instance: rental.map(|rental| rental.instance.0.clone()),
+            price: rental.map(|rental| rental.price),
+            cost: run.cost(now_ms),
+            at_most: run.at_most(now_ms),
+            expected: expected(run),
+            deadline: run.deadline(),
+        }
+    }
+}
+
+/// The plan's estimate, counted from the worker's start, or before it from the create call.
+fn expected(run: &RunRecord) -> Option<u64> {
+    if run.state.ending().is_some() {
+        return None;
+    }
+    let estimate = run.spec.work.on(run.state.offer()?);
+    let last =
+        |is: fn(&RunEvent) -> bool| run.events.iter().rev().find(|entry| is(&entry.event)).map(|entry| entry.at_ms);
+    let asked = last(|event| matches!(event, RunEvent::Creating { .. }))?;
+    let launched = last(|event| matches!(event, RunEvent::Launched)).filter(|at| *at >= asked);
+    let (from, seconds) = match launched {
+        Some(at) => (at, estimate.seconds - estimate.start_seconds),
+        None => (asked, estimate.seconds),
+    };
+    Some((Duration::from_millis(from) + Duration::from_secs_f64(seconds.max(0.0))).as_secs())
+}
+
+impl Over {
+    fn of(run: &RunRecord, all: &[RunRecord], now_ms: u64) -> Self {
+        let completed = run.state.ending() == Some(&Ending::Completed);
+        let follows = |later: &RunRecord| {
+            let same_work = later.spec.job_key == run.spec.job_key && later.spec.survey == run.spec.survey;
+            let mends = !later.state.is_closed() || later.state.ending() == Some(&Ending::Completed);
+            same_work && later.created_at_ms > run.created_at_ms && mends
+        };
+        let hint = match run.state.ending() {
+            Some(Ending::WorkerFailed { failure }) => failure.hint.clone(),
+            Some(Ending::Failed { trouble }) => trouble.hint.clone(),
+            _ => None,
+        };
+        let results = run.state.results();
+        Self {
+            run: run.id.clone(),
+            survey: name_of_survey(run),
+            model: run.spec.model.clone(),
+            ending: run.state.ending().map(ToString::to_string).unwrap_or_default(),
+            completed,
+            superseded: all.iter().any(follows),
+            hint,
+            cost: run.cost(now_ms),
+            ended: run.changed_at_ms() / 1000,
+            folder: results.map(|results| results.folder.clone()),
+            figures: results.filter(|_| completed).and_then(|results| Figures::read(Path::new(&results.folder))),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::broker::{InstanceId, LeaseTag};
+    use crate::deploy::fake::{offer, spec};
+    use crate::ledger::Entry;
+    use crate::run::{Brought, Intent, Membership, Pin, RunSpec, Trouble, TroubleKind, next};
+    use crate::survey::Outcome;
+    use crate::survey::index::{self, Line};
+
+    /// 2026-06-01T12:00:00Z.
+    pub(crate) const NOW_MS: u64 = 1_780_315_200_000;
+
+    /// A run of the survey `moe-two` that began `minutes` ago, one event each minute.
+    fn run(id: &str, model: &str, minutes: u64, events: Vec<RunEvent>) -> RunRecord {
+        let survey = Some(Membership { survey: "moe-two".into(), model: model.replace('/', "--") });
+        let spec = RunSpec { model: model.into(), job_key: model.into(), survey, ..spec(Path::new("/nowhere")) };
+        let created_at_ms = NOW_MS - minutes * 60_000;
+        let at = |i: usize| created_at_ms + i as u64 * 60_000;
+        let state = events.iter().fold(RunState::initial(), |state, event| next(&state, event).unwrap());
+        let events = events.into_iter().enumerate().map(|(i, event)| Entry { at_ms: at(i), event }).collect();
+        RunRecord { id: id.into(), created_at_ms, spec, events, state }
+    }
+
+    fn rented(id: &str) -> Vec<RunEvent> {
+        let tag = LeaseTag { owner: "me".into(), run: id.into(), nonce: "n".into(), deadline: NOW_MS / 1000 + 1800 };
+        vec![
+            RunEvent::Creating { intent: Box::new(Intent { offer: offer("a", 6.0), tag }) },
+            RunEvent::Created { instance: InstanceId(format!("i-{id}")), price: None },
+            RunEvent::Reached { pin: Pin("p".into()), price: None },
+            RunEvent::Launched,
+        ]
+    }
+
+    fn ended(id: &str, results: Brought, ending: Ending) -> Vec<RunEvent> {
+        let end = [
+            RunEvent::WorkerEnded { exit: Some(0) },
+            RunEvent::Fetched { results, ending },
+            RunEvent::Terminate,
+            RunEvent::Gone,
+        ];
+        rented(id).into_iter().chain(end).collect()
+    }
+
+    /// One of each: complete (with real results at `home`), failed, under way, abandoned, and refused for want of an offer.
+    pub(crate) fn standing(home: &Path) -> Standing {
+        let whole = crate::compare::fixture::copy("mixture", &home.join("moe-two/owner--a"));
+        let whole = Brought { folder: whole.to_string_lossy().into_owned(), complete: true };
+        let partial = Brought { folder: "/nowhere/b-2.partial".into(), complete: false };
+        let broken = Ending::WorkerVanished { exit: Some(9) };
+        let trouble = Trouble {
+            kind: TroubleKind::NoOffer,
+            message: "--min-vram 200 | removed the last offer".into(),
+            hint: Some("relax the filters".into()),
+        };
+        let refused = vec![RunEvent::Stopped { ending: Ending::Failed { trouble } }];
+        let runs = [
+            run("run1", "owner/a", 60, ended("run1", whole, Ending::Completed)),
+            run("run2", "owner/b", 50, ended("run2", partial, broken)),
+            run("run3", "owner/c", 10, rented("run3")),
+            run("run4", "owner/d", 20, rented("run4")),
+            run("run5", "owner/e", 5, refused),
+        ];
+        let line = |name: &str, run: Option<&str>, outcome| Line {
+            name: name.into(),
+            model: name.replace("--", "/"),
+            job_key: "k".into(),
+            run: run.map(str::to_owned),
+            outcome,
+            folder: None,
+            why: None,
+        };
+        let index = Index {
+            schema: index::SCHEMA,
+            survey: "moe-two".into(),
+            file: "/my surveys/moe-two.toml".into(),
+            models: vec![
+                line("owner--a", Some("run1"), Outcome::Complete),
+                line("owner--b", Some("run2"), Outcome::Partial),
+                line("owner--c", Some("run3"), Outcome::Open),
+            ],
+        };
+        Standing::of(&runs, &["run3".to_owned()], vec![(home.join("moe-two"), index)], NOW_MS)
+    }
+
+    #[test]
+    fn everything_is_told_from_the_ledger_and_the_files() {
+        let home = tempfile::tempdir().unwrap();
+        let standing = standing(home.path());
+        let ids = |runs: &[&str]| runs.iter().map(|run| (*run).to_owned()).collect::<Vec<_>>();
+        assert_eq!(standing.under_way.iter().map(|run| run.run.clone()).collect::<Vec<_>>(), ids(&["run3", "run4"]));
+        let running = &standing.under_way[0];
+        assert!(running.looked_after && !standing.under_way[1].looked_after);
+        assert_eq!((running.cost, running.at_most), (Usd::from_dollars(1.0), Usd::from_dollars(4.0)));
+        assert_eq!(standing.reserved, Usd::from_dollars(6.0), "half an hour of two instances");
+        // A second for the reading, counted from the launch three minutes after the create call.
+        assert_eq!(running.expected, Some(NOW_MS / 1000 - 10 * 60 + 3 * 60 + 1));
+        let done = &standing.over[0];
+        assert!(done.completed && done.figures.is_some_and(|figures| figures.perplexity.is_some()));
+        assert_eq!(standing.over[2].hint.as_deref(), Some("relax the filters"));
+        assert_eq!(standing.surveys[0].spent, standing.spent);
+        assert_eq!(standing, super::tests::standing(tempfile::tempdir().unwrap().path()).moved(&standing));
+    }
+
+    impl Standing {
+        /// The same, with the folders of another one.
+        fn moved(mut self, other: &Self) -> Self {
+            for (survey, to) in self.surveys.iter_mut().zip(&other.surveys) {
+                survey.folder.clone_from(&to.folder);
+            }
+            for (run, to) in self.over.iter_mut().zip(&other.over) {
+                run.folder.clone_from(&to.folder);
+            }
+            self
+        }
+    }
+
+    #[test]
+    fn what_failed_and_was_mended_is_not_told_as_failed() {
+        let broken = Brought { folder: "/nowhere/a.partial".into(), complete: false };
+        let whole = Brought { folder: "/nowhere/a".into(), complete: true };
+        let first = run("run1", "owner/a", 60, ended("run1", broken, Ending::WorkerVanished { exit: None }));
+        let second = run("run2", "owner/a", 30, ended("run2", whole, Ending::Completed));
+        let other = RunRecord { spec: RunSpec { survey: None, ..second.spec.clone() }, ..second.clone() };
+        let superseded = |runs: &[RunRecord]| Standing::of(runs, &[], Vec::new(), NOW_MS).over[0].superseded;
+        assert!(superseded(&[first.clone(), second]));
+        assert!(!superseded(&[first, other]), "it stands in another place");
+    }
+}
