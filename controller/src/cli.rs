@@ -86,6 +86,13 @@ pub enum Command {
         /// The beginning of its id, or `last` [default: the only one that nobody drives].
         run: Option<String>,
     },
+    /// Run many models, side by side, over one text: a file names them, and each is deployed as by `deploy`.
+    ///
+    /// Example: outliers survey config/surveys/moe-nine.toml --dry-run
+    ///
+    /// All of them are looked at before the first instance is rented. The same command goes on after anything: what is complete is not run
+    /// again, what was left is picked up, what failed waits for --rerun-failed.
+    Survey(Box<SurveyArgs>),
     /// What runs now, where, for how much and until when; what is finished; what was spent.
     ///
     /// Example: outliers status
@@ -316,6 +323,41 @@ pub struct DeployArgs {
     #[arg(long, value_name = "USD", value_parser = dollars)]
     pub budget: Option<f64>,
     /// Show the plan, what would be rented and its cost; rent nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Do not ask.
+    #[arg(short, long)]
+    pub yes: bool,
+}
+
+/// `survey`.
+#[derive(Args, Clone, Debug)]
+pub struct SurveyArgs {
+    /// The survey's file (TOML): its name, its models, the text. See config/surveys.
+    pub file: PathBuf,
+    /// Only these models, by id or by their names in the survey, separated by commas.
+    #[arg(long, value_name = "MODELS", value_delimiter = ',')]
+    pub only: Vec<String>,
+    /// Instances at the same time [default: the file's, else settings].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub max_parallel: Option<u16>,
+    /// The instances, all of them; wins over what the file says of a model.
+    #[command(flatten)]
+    pub want: WantArgs,
+    /// Upload models that are folders. Without it, they are expected to be on the instance; on the local broker they are.
+    #[arg(long)]
+    pub push_model: bool,
+    /// After this an instance ends: 90s, 45m, 6h [default: the file's, else settings].
+    #[arg(long, value_name = "TIME")]
+    pub max_duration: Option<Span>,
+    /// Rent nothing that could bring the cost of all runs of the survey, earlier ones included, above this, in USD, by their time
+    /// limits [default: the file's].
+    #[arg(long, value_name = "USD", value_parser = dollars)]
+    pub budget: Option<f64>,
+    /// Also run again what failed.
+    #[arg(long)]
+    pub rerun_failed: bool,
+    /// Show what each model would rent, take and cost; rent nothing.
     #[arg(long)]
     pub dry_run: bool,
     /// Do not ask.

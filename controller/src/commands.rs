@@ -40,6 +40,7 @@ mod prepare;
 pub mod reap;
 pub mod runs;
 pub mod status;
+pub mod survey;
 
 /// Version of the documents printed with `--json`.
 pub const SCHEMA: u32 = 1;
@@ -88,6 +89,7 @@ async fn dispatch(
     let done = match cli.command {
         Command::Deploy(args) => deploy::command(&context, &args).await,
         Command::Attach { run } => attach::command(&context, run.as_deref()).await,
+        Command::Survey(args) => survey::command(&context, &args).await,
         Command::Status => status::command(&context),
         Command::Handoff { output } => handoff::command(&context, output.as_deref()),
         Command::Demo(args) => demo::command(&context, &args).await,

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use outliers_protocol::{Phase, Progress};
 use serde::Serialize;
 
@@ -30,6 +30,9 @@ const LINE: usize = 2000;
 
 /// Between two plain lines of progress.
 const PLAIN_PAUSE: Duration = Duration::from_secs(2);
+
+/// The same where several runs report side by side, for hours.
+const PLAIN_PAUSE_OF_MANY: Duration = Duration::from_secs(30);
 
 /// How the program ends. The numbers are documented in the help and stable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +68,14 @@ impl ExitStatus {
             Self::InstanceLeft => 6,
             Self::Interrupted => 130,
         }
+    }
+
+    /// Of several, what a person has to know first: whatever may still bill comes before everything.
+    pub fn worst(all: impl IntoIterator<Item = Self>) -> Self {
+        use ExitStatus::{Cloud, Done, Failed, InstanceLeft, Interrupted, NoOffer, Refused, TimeUp};
+        const ORDER: [ExitStatus; 8] = [InstanceLeft, Interrupted, Cloud, TimeUp, NoOffer, Failed, Refused, Done];
+        let rank = |status: &Self| ORDER.iter().position(|other| other == status);
+        all.into_iter().min_by_key(rank).unwrap_or(Done)
     }
 
     /// What a run that is over means for the program.
@@ -155,7 +166,14 @@ impl From<BrokerError> for Complaint {
 
 impl From<Stuck> for Complaint {
     fn from(stuck: Stuck) -> Self {
-        let hint = match &stuck {
+        Self::of_stuck(&stuck)
+    }
+}
+
+impl Complaint {
+    /// A run, or a list, that could not be brought to its end.
+    pub fn of_stuck(stuck: &Stuck) -> Self {
+        let hint = match stuck {
             Stuck::Instance { run, .. } => {
                 format!("an instance may still be running and billing. To end it: outliers runs cancel {run}")
             }
@@ -174,6 +192,11 @@ pub struct Reporter {
     verbose: bool,
     color: bool,
     bars: bool,
+    /// Whom it is about, where several are told about side by side.
+    label: String,
+    /// Between two plain lines of progress.
+    pause: Duration,
+    board: MultiProgress,
     now: Mutex<Now>,
 }
 
@@ -201,8 +224,31 @@ impl Reporter {
                 Color::Never => false,
             },
             bars: terminal && !plain && !global.quiet,
+            label: String::new(),
+            pause: PLAIN_PAUSE,
+            board: MultiProgress::new(),
             now: Mutex::default(),
         }
+    }
+
+    /// The same for one of several that go on at once: its sentences begin with its name, its bar stands beside the others'.
+    pub fn of_one(&self, label: &str) -> Self {
+        Self {
+            json: self.json,
+            quiet: self.quiet,
+            verbose: self.verbose,
+            color: self.color,
+            bars: self.bars,
+            label: clean(label.as_bytes(), 40),
+            pause: PLAIN_PAUSE_OF_MANY,
+            board: self.board.clone(),
+            now: Mutex::default(),
+        }
+    }
+
+    /// How all of several stand together.
+    pub fn together(&self, done: usize, all: usize, detail: &str) {
+        self.measure(&format!("{done} of {all} done"), done as u64, all as u64, detail);
     }
 
     /// Whether programs read standard output.
@@ -416,15 +462,15 @@ impl Reporter {
         }
         let mut now = self.lock();
         if self.bars {
-            let bar = now.bar.get_or_insert_with(new_bar);
+            let bar = now.bar.get_or_insert_with(|| self.board.add(new_bar()));
             bar.set_length(length);
             bar.set_position(position);
-            bar.set_prefix(label.to_owned());
+            bar.set_prefix(self.labelled(label));
             bar.set_message(detail.to_owned());
             return;
         }
         let due = match &now.plain {
-            Some((at, last)) => last != label || position == length || at.elapsed() >= PLAIN_PAUSE,
+            Some((at, last)) => last != label || position == length || at.elapsed() >= self.pause,
             None => true,
         };
         if due {
@@ -435,18 +481,19 @@ impl Reporter {
     }
 
     /// Takes the bar away.
-    fn done(&self) {
+    pub fn done(&self) {
         if let Some(bar) = self.lock().bar.take() {
             bar.finish_and_clear();
         }
     }
 
     fn write(&self, text: &str) {
-        let print = || drop(writeln!(std::io::stderr().lock(), "{text}"));
-        match &self.lock().bar {
-            Some(bar) => bar.suspend(print),
-            None => print(),
-        }
+        // A terminal that shows no bars is left alone.
+        self.board.suspend(|| drop(writeln!(std::io::stderr().lock(), "{}", self.labelled(text))));
+    }
+
+    fn labelled(&self, text: &str) -> String {
+        if self.label.is_empty() { text.to_owned() } else { format!("{}: {text}", self.label) }
     }
 
     fn paint(&self, code: &str, text: &str) -> String {
@@ -523,6 +570,15 @@ mod tests {
             assert_eq!(ExitStatus::of_run(&closed(ending.clone())).number(), number, "{ending:?}");
         }
         assert_eq!(ExitStatus::of_run(&RunState::initial()).number(), 6, "what has no ending is not over");
+    }
+
+    #[test]
+    fn an_instance_that_may_be_left_is_the_worst() {
+        use ExitStatus::{Done, Failed, InstanceLeft, Interrupted, TimeUp};
+        assert_eq!(ExitStatus::worst([]), Done);
+        assert_eq!(ExitStatus::worst([Done, Failed, Done]), Failed);
+        assert_eq!(ExitStatus::worst([Failed, TimeUp, Interrupted]), Interrupted);
+        assert_eq!(ExitStatus::worst([Interrupted, InstanceLeft, Failed]), InstanceLeft);
     }
 
     #[test]

@@ -1,0 +1,164 @@
+//! The runs of a survey, driven side by side.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use futures::{StreamExt, stream};
+use tokio::sync::watch;
+
+use super::tell::estimate;
+use super::{Session, Todo};
+use crate::commands::deploy::complaint_of;
+use crate::commands::drive::listening;
+use crate::commands::prepare::secrets;
+use crate::deploy::{Driver, Ports, Stop, Stuck, Turns};
+use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
+use crate::report::{Complaint, Reporter};
+use crate::run::RunSpec;
+use crate::secret::Secret;
+use crate::units::Usd;
+
+/// Between two looks at what all runs have cost.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// A run that is under way, or about to be.
+struct Task {
+    name: String,
+    secrets: Vec<(&'static str, Secret)>,
+    begin: Begin,
+    /// What it is estimated to cost, before it is known.
+    estimate: Usd,
+}
+
+enum Begin {
+    Left(Box<RunWriter>),
+    Anew(Box<RunSpec>),
+}
+
+impl Session<'_> {
+    /// Drives everything that is to be done; gives what could not be driven to its end, with its model's name.
+    pub(super) async fn drive(
+        &self,
+        ledger: &Ledger,
+        ports: Ports<'_>,
+        todo: Vec<Todo>,
+    ) -> Result<Vec<(String, Stuck)>, Complaint> {
+        let tasks = self.tasks(todo);
+        if tasks.is_empty() {
+            return Ok(Vec::new());
+        }
+        let board = self.context.reporter.of_one(&self.survey.name);
+        let estimates: Vec<(String, Usd)> = tasks.iter().map(|task| (task.name.clone(), task.estimate)).collect();
+        let turns = Turns::new(self.context.settings.stagger);
+        let ports = Ports { turns: Some(&turns), ..ports };
+        let driven = listening(&self.context.reporter, async |stop| {
+            let runs = stream::iter(tasks).map(|task| self.drive_one(ledger, ports, task, stop.clone()));
+            let all = runs.buffer_unordered(self.parallel()).filter_map(async |stuck| stuck).collect::<Vec<_>>();
+            tokio::select! {
+                stuck = all => stuck,
+                never = self.watch(ledger, &board, &estimates) => match never {},
+            }
+        });
+        let stuck = driven.await;
+        board.done();
+        stuck
+    }
+
+    /// What was left first: it bills already.
+    fn tasks(&self, todo: Vec<Todo>) -> Vec<Task> {
+        let mut tasks: Vec<Task> = Vec::new();
+        for (model, todo) in self.models.iter().zip(todo) {
+            let (begin, estimate) = match todo {
+                Todo::Nothing => continue,
+                Todo::PickUp(run) => {
+                    let offer = run.state().offer();
+                    let estimate = offer.and_then(|offer| run.record().spec.work.on(offer).cost);
+                    (Begin::Left(run), estimate)
+                }
+                Todo::Run(prepared) => {
+                    let estimate = estimate(&prepared).and_then(|estimate| estimate.cost);
+                    (Begin::Anew(Box::new(prepared.spec)), estimate)
+                }
+            };
+            let secrets = secrets(self.context, &model.job);
+            let estimate = estimate.unwrap_or(Usd::ZERO);
+            tasks.push(Task { name: model.entry.name.clone(), secrets, begin, estimate });
+        }
+        tasks.sort_by_key(|task| matches!(task.begin, Begin::Anew(_)));
+        tasks
+    }
+
+    async fn drive_one(
+        &self,
+        ledger: &Ledger,
+        ports: Ports<'_>,
+        task: Task,
+        stop: watch::Receiver<Stop>,
+    ) -> Option<(String, Stuck)> {
+        let reporter = self.context.reporter.of_one(&task.name);
+        let stopped = *stop.borrow() != Stop::Go;
+        let run = match task.begin {
+            Begin::Left(run) => {
+                reporter.picked_up(run.record());
+                Ok(*run)
+            }
+            // Nobody wants what has not begun.
+            Begin::Anew(_) if stopped => return None,
+            Begin::Anew(spec) => ledger.plan(&spec),
+        };
+        let ports = Ports { secrets: &task.secrets, ..ports };
+        let driven = match run {
+            Ok(run) => Driver::new(run, ports, stop, &|event| reporter.event(event)).drive().await,
+            Err(error) => Err(error.into()),
+        };
+        reporter.done();
+        if let Err(complaint) = self.write_index(ledger) {
+            reporter.sentence(&complaint);
+        }
+        match driven {
+            Ok(run) => {
+                self.tell_end(&reporter, &run);
+                None
+            }
+            Err(stuck) => Some((task.name, stuck)),
+        }
+    }
+
+    fn tell_end(&self, reporter: &Reporter, run: &RunRecord) {
+        match complaint_of(run) {
+            Some(complaint) => reporter.sentence(&complaint),
+            None => reporter.say(&format!("Complete, for {}", run.cost(now_ms()))),
+        }
+    }
+
+    /// Tells how all of it stands, for as long as it is asked to.
+    async fn watch(&self, ledger: &Ledger, board: &Reporter, estimates: &[(String, Usd)]) -> Infallible {
+        loop {
+            match ledger.runs() {
+                Ok(runs) => self.tell_all(board, &runs, estimates),
+                Err(error) => tracing::warn!("{error}"),
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    fn tell_all(&self, board: &Reporter, runs: &[RunRecord], estimates: &[(String, Usd)]) {
+        let now = now_ms();
+        let spent = self.spent(runs);
+        let (mut over, mut under_way, mut to_come) = (0, 0, Usd::ZERO);
+        for (name, estimate) in estimates {
+            let model = self.models.iter().find(|model| model.entry.name == *name);
+            let latest = model.and_then(|model| runs.iter().rev().find(|run| self.member(model).is_run_by(run)));
+            match latest {
+                Some(run) if run.state.is_at_rest() => over += 1,
+                Some(run) => {
+                    under_way += 1;
+                    to_come = to_come + Usd::from_micros((estimate.micros() - run.cost(now).micros()).max(0));
+                }
+                None => to_come = to_come + *estimate,
+            }
+        }
+        let detail = format!("{under_way} under way, {spent} so far, about {} in all", spent + to_come);
+        board.together(over, estimates.len(), &detail);
+    }
+}

@@ -1,0 +1,238 @@
+//! What a survey would do, and what it came to: tables and documents.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::{Model, Problem, Session, Todo, in_words};
+use crate::broker::Offer;
+use crate::commands::SCHEMA;
+use crate::commands::prepare::Prepared;
+use crate::deploy::Stuck;
+use crate::estimate::Estimate;
+use crate::ledger::{RunRecord, now_ms};
+use crate::market;
+use crate::report::{Complaint, ExitStatus, tables};
+use crate::run::{Ending, RunSpec};
+use crate::settings::Span;
+use crate::standing::Figures;
+use crate::survey::Outcome;
+use crate::survey::index::Line;
+use crate::text::clean_lines;
+use crate::units::Usd;
+
+/// What the first offer takes.
+pub(super) fn estimate(prepared: &Prepared) -> Option<Estimate> {
+    prepared.offers.first().map(|offer| prepared.spec.work.on(offer))
+}
+
+/// What would be done for a model.
+#[derive(Serialize)]
+pub(super) struct Row<'a> {
+    name: &'a str,
+    model: &'a str,
+    job_key: &'a str,
+    /// In words.
+    to_do: &'static str,
+    /// Why it cannot be done.
+    problem: Option<String>,
+    spec: Option<&'a RunSpec>,
+    /// The first of so many that would do.
+    offer: Option<&'a Offer>,
+    offers: usize,
+    estimate: Option<Estimate>,
+    /// Price of the offer until the time limit.
+    at_most: Option<Usd>,
+}
+
+/// What a survey would do.
+#[derive(Serialize)]
+struct Plan<'a> {
+    schema: u32,
+    dry_run: bool,
+    survey: &'a str,
+    models: Vec<Row<'a>>,
+    max_parallel: usize,
+    budget: Option<Usd>,
+    /// By all runs of the survey so far.
+    spent: Usd,
+    /// Of what would be run.
+    estimate: Usd,
+    at_most: Usd,
+}
+
+/// What a survey came to.
+#[derive(Serialize)]
+struct Surveyed<'a> {
+    schema: u32,
+    survey: &'a str,
+    folder: String,
+    models: Vec<Came>,
+    /// By all runs of the survey.
+    cost: Usd,
+    exit_status: u8,
+}
+
+/// What a model came to.
+#[derive(Serialize)]
+struct Came {
+    #[serde(flatten)]
+    line: Line,
+    /// By its latest run.
+    cost: Usd,
+    /// Of whole results.
+    figures: Option<Figures>,
+    #[serde(skip)]
+    status: ExitStatus,
+}
+
+impl Session<'_> {
+    pub(super) fn rows<'r>(&'r self, runs: &[RunRecord], todo: &'r [Todo], problems: &[Problem]) -> Vec<Row<'r>> {
+        let row = |(number, (model, todo)): (usize, (&'r Model<'_>, &'r Todo))| {
+            let problem = problems.iter().find(|problem| problem.model == number);
+            let prepared = todo.prepared();
+            let outcome = self.member(model).line(runs).outcome;
+            let to_do = match (todo, outcome) {
+                (Todo::PickUp(_), _) => "pick up",
+                (Todo::Run(_), _) => "run",
+                _ if problem.is_some() => "cannot be run",
+                (_, Outcome::Complete) => "nothing: complete",
+                (_, Outcome::Partial | Outcome::Failed) => "nothing: failed",
+                _ => "nothing: left out",
+            };
+            let estimate = prepared.and_then(estimate);
+            Row {
+                name: &model.entry.name,
+                model: &model.entry.model.model,
+                job_key: &model.job_key,
+                to_do,
+                problem: problem.map(|problem| in_words(&problem.complaint)),
+                spec: prepared.map(|prepared| &prepared.spec),
+                offer: prepared.and_then(|prepared| prepared.offers.first()),
+                offers: prepared.map_or(0, |prepared| prepared.offers.len()),
+                estimate,
+                at_most: prepared.map(Prepared::at_most),
+            }
+        };
+        self.models.iter().zip(todo).enumerate().map(row).collect()
+    }
+
+    /// The plan.
+    pub(super) fn show(&self, runs: &[RunRecord], todo: &[Todo], problems: &[Problem]) -> ExitStatus {
+        let models = self.rows(runs, todo, problems);
+        let costs = models.iter().filter_map(|row| row.estimate.as_ref()?.cost);
+        let plan = Plan {
+            schema: SCHEMA,
+            dry_run: true,
+            survey: &self.survey.name,
+            max_parallel: self.parallel(),
+            budget: self.budget(),
+            spent: self.spent(runs),
+            estimate: costs.sum(),
+            at_most: models.iter().filter_map(|row| row.at_most).sum(),
+            models,
+        };
+        self.context.reporter.result(&plan, || {
+            let budget = plan.budget.map_or_else(|| "none".to_owned(), |budget| budget.to_string());
+            let problems: Vec<String> = plan.models.iter().filter_map(|row| row.problem.clone()).collect();
+            let problems = clean_lines(&problems.join("\n"));
+            format!(
+                "Nothing is rented. {} at a time.\n{}\n{problems}\nabout {}, at most {} until the time limits; spent so far {}, budget {budget}\n",
+                plan.max_parallel,
+                table_of(&plan.models),
+                plan.estimate,
+                plan.at_most,
+                plan.spent,
+            )
+        });
+        ExitStatus::worst(problems.iter().map(|problem| problem.complaint.status))
+    }
+
+    pub(super) fn conclude(&self, runs: &[RunRecord], stuck: &[(String, Stuck)]) -> Result<ExitStatus, Complaint> {
+        let wanted = self.models.iter().filter(|model| model.wanted);
+        let models: Vec<Came> = wanted.map(|model| self.came(model, runs, stuck)).collect();
+        let status = ExitStatus::worst(models.iter().map(|came| came.status));
+        let surveyed = Surveyed {
+            schema: SCHEMA,
+            survey: &self.survey.name,
+            folder: self.folder.to_string_lossy().into_owned(),
+            cost: self.spent(runs),
+            exit_status: status.number(),
+            models,
+        };
+        self.context.reporter.result(&surveyed, || self.in_words(&surveyed));
+        let failed = |came: &&Came| matches!(came.line.outcome, Outcome::Partial | Outcome::Failed);
+        let failed = surveyed.models.iter().filter(failed).count();
+        if failed > 0 {
+            self.context.reporter.say(&format!("{failed} failed; --rerun-failed runs them again"));
+        }
+        for (name, stuck) in stuck {
+            self.context.reporter.of_one(name).sentence(&Complaint::of_stuck(stuck));
+        }
+        Ok(status)
+    }
+
+    fn came(&self, model: &Model<'_>, runs: &[RunRecord], stuck: &[(String, Stuck)]) -> Came {
+        let member = self.member(model);
+        let line = member.line(runs);
+        let run = member.run(runs);
+        let status = match (line.outcome, run) {
+            _ if stuck.iter().any(|(name, _)| *name == model.entry.name) => ExitStatus::InstanceLeft,
+            (Outcome::Complete, _) => ExitStatus::Done,
+            // It was to be run, and Ctrl-C came first.
+            (_, None) => ExitStatus::Interrupted,
+            (_, Some(run)) if run.state.ending().is_some_and(|ending| *ending == Ending::Completed) => {
+                ExitStatus::Failed
+            }
+            (_, Some(run)) => ExitStatus::of_run(&run.state),
+        };
+        let place = self.folder.join(&model.entry.name);
+        let figures = (line.outcome == Outcome::Complete).then(|| Figures::read(&place)).flatten();
+        Came { cost: run.map_or(Usd::ZERO, |run| run.cost(now_ms())), figures, line, status }
+    }
+
+    fn in_words(&self, surveyed: &Surveyed<'_>) -> String {
+        let mut table = tables::table(&["model", "run", "", "cost", "outlier features", "perplexity", "why"]);
+        for came in &surveyed.models {
+            let figure =
+                |figure: Option<f64>, digits: usize| figure.map_or_else(|| "-".to_owned(), |x| format!("{x:.digits$}"));
+            table.add_row([
+                tables::text(&came.line.name),
+                tables::text(came.line.run.as_deref().unwrap_or("-")),
+                tables::text(came.line.outcome.word()),
+                tables::number(came.cost),
+                tables::number(figure(came.figures.map(|figures| figures.features), 0)),
+                tables::number(figure(came.figures.and_then(|figures| figures.perplexity), 4)),
+                tables::text(came.line.why.as_deref().unwrap_or_default()),
+            ]);
+        }
+        let complete = surveyed.models.iter().filter(|came| came.line.outcome == Outcome::Complete).count();
+        let price = if self.clouds.is_local() { " (made up: this machine)" } else { "" };
+        format!(
+            "{table}\n{complete} of {} complete, cost of the survey {}{price}\nfiles: {}\nside by side: outliers compare {}\n",
+            surveyed.models.len(),
+            surveyed.cost,
+            surveyed.folder,
+            surveyed.folder,
+        )
+    }
+}
+
+pub(super) fn table_of(rows: &[Row<'_>]) -> String {
+    let mut table = tables::table(&["model", "to do", "what", "price", "takes", "costs", "at most"]);
+    for row in rows {
+        let of_offer = |of: fn(&Offer) -> String| row.offer.map(of).unwrap_or_default();
+        let takes = row.estimate.as_ref().map(|estimate| Span(Duration::from_secs_f64(estimate.seconds)).to_string());
+        let costs = row.estimate.as_ref().and_then(|estimate| estimate.cost).map(|cost| cost.to_string());
+        table.add_row([
+            tables::text(row.name),
+            tables::text(row.to_do),
+            tables::text(&of_offer(|offer| format!("{}: {}", offer.broker, market::describe(offer)))),
+            tables::number(of_offer(|offer| offer.price.to_string())),
+            tables::number(takes.unwrap_or_default()),
+            tables::number(costs.unwrap_or_default()),
+            tables::number(row.at_most.map(|most| most.to_string()).unwrap_or_default()),
+        ]);
+    }
+    format!("{table}\n")
+}
