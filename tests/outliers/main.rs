@@ -13,4 +13,5 @@ mod sites;
 mod ssh;
 mod sshd;
 mod streamed;
+mod survey;
 mod worker;

@@ -1,0 +1,196 @@
+//! `outliers survey` on the embedded broker: one tiny checkpoint per family of the nine-model survey, real processes, real deaths.
+
+use std::path::{Path, PathBuf};
+use std::process::Child;
+
+use outliers_tests::desk::{Desk, Said};
+use outliers_tests::programs::golden;
+use serde_json::Value;
+
+/// The nine-model survey's models, in its order, by the fixtures of their families.
+const NINE: [&str; 9] = [
+    "qwen3-moe",
+    "gpt-oss-mxfp4",
+    "olmoe-bf16",
+    "glm4-moe",
+    "llama4-maverick",
+    "llama4-scout",
+    "deepseek-v31-fp8",
+    "deepseek-v3-fp8",
+    "kimi-k2-fp8",
+];
+
+/// The one that is to fail.
+const BROKEN: &str = "olmoe-bf16";
+
+/// A desk with copies of these models in folders of their own, and a survey of them.
+fn desk(models: &[&str]) -> Desk {
+    let desk = Desk::new();
+    for model in models {
+        copy(&golden(model).join("model"), &desk.work().join("models").join(model));
+    }
+    let list: Vec<String> = models.iter().map(|model| format!("\"./models/{model}\"")).collect();
+    let text = format!(
+        "name = \"nine\"\nnum_sequences = 4\nsequence_length = 32\nprecision = \"f32\"\nmodels = [{}]\n",
+        list.join(", ")
+    );
+    std::fs::write(desk.work().join("nine.toml"), text).unwrap();
+    std::fs::write(desk.work().join("settings.toml"), "[survey]\nstagger-seconds = 0\n").unwrap();
+    desk
+}
+
+fn copy(from: &Path, into: &Path) {
+    std::fs::create_dir_all(into).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), into.join(entry.file_name())).unwrap();
+    }
+}
+
+fn survey<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    let arguments = ["survey", "nine.toml", "--config", "settings.toml", "--max-parallel", "2"];
+    arguments.iter().chain(more).copied().collect()
+}
+
+/// Values that are no numbers in place of a model's weights: its headers are as before.
+fn spoil(desk: &Desk, model: &str) -> PathBuf {
+    let weights = desk.work().join("models").join(model).join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[8 + header..].fill(0xff);
+    std::fs::write(&weights, bytes).unwrap();
+    weights
+}
+
+/// Of each model in the index: its name, what became of it, and why.
+fn index(desk: &Desk) -> Vec<(String, String, String)> {
+    let text = std::fs::read(desk.work().join("remote_results/nine/index.json")).unwrap();
+    let index: Value = serde_json::from_slice(&text).unwrap();
+    let word = |line: &Value, key: &str| line[key].as_str().unwrap_or_default().to_owned();
+    let line = |line: &Value| (word(line, "name"), word(line, "outcome"), word(line, "why"));
+    index["models"].as_array().unwrap().iter().map(line).collect()
+}
+
+fn compare(desk: &Desk, more: &[&str]) -> Said {
+    desk.run(["compare", "remote_results/nine", "--format", "json"].iter().chain(more))
+}
+
+/// Kills the controller at a moment when instances are running: it is halted first, so that the moment stays.
+fn kill_in_the_midst(desk: &Desk, controller: &mut Child) {
+    desk.wait_for("the survey to be in its midst", || {
+        signal(controller, "STOP");
+        let in_the_midst = desk.bill().entries.len() >= 2 && !desk.bill().running.is_empty();
+        if !in_the_midst {
+            signal(controller, "CONT");
+        }
+        in_the_midst
+    });
+    controller.kill().unwrap();
+    controller.wait().unwrap();
+}
+
+fn signal(child: &Child, name: &str) {
+    let sent = std::process::Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status();
+    assert!(sent.unwrap().success());
+}
+
+/// Parallel 2, one model failing on purpose, the controller killed in mid-run.
+#[test]
+fn nine_models_one_of_them_broken_survive_the_death_of_their_controller() {
+    let desk = desk(&NINE);
+    let weights = spoil(&desk, BROKEN);
+    let plan = desk.run(survey(&["--dry-run"])).ok();
+    assert!(NINE.iter().all(|model| plan.stdout.contains(model)) && plan.stdout.contains("at most"), "{plan:?}");
+    assert!(desk.bill().entries.is_empty() && !desk.work().join("remote_results").exists());
+
+    let mut controller = desk.start(survey(&[]));
+    desk.wait_for("the survey to begin", || !desk.bill().running.is_empty());
+    let busy = desk.run(survey(&[]));
+    assert!(busy.code == Some(2) && busy.stderr.contains("another process"), "{busy:?}");
+    kill_in_the_midst(&desk, &mut controller);
+    assert!(desk.bill().running.len() <= 2, "{:?}", desk.bill().running);
+    let status = desk.json(&["status"]);
+    let alone = |run: &Value| run["looked_after"] == Value::Bool(false) && run["survey"] == "nine";
+    assert!(status["under_way"].as_array().unwrap().iter().any(alone), "{status}");
+    let written = desk.run(["handoff"]).ok().stdout;
+    let handoff = std::fs::read_to_string(written.trim()).unwrap();
+    let command = format!("outliers survey {}", desk.work().join("nine.toml").display());
+    assert!(handoff.contains(&command) && handoff.contains("NOBODY"), "{handoff}");
+
+    let said = desk.run(survey(&[]));
+    assert_eq!(said.code, Some(1), "{said:?}");
+    assert!(said.stderr.contains("Picking up run") && said.stdout.contains("8 of 9 complete"), "{said:?}");
+    assert!(said.stdout.contains("holds NaN") && said.stderr.contains("--rerun-failed"), "{said:?}");
+    desk.assert_nothing_left();
+    assert_eq!(desk.bill().entries.len(), 9, "what was left was picked up: nothing was rented twice");
+    for (name, outcome, why) in index(&desk) {
+        let failed = name == BROKEN;
+        assert_eq!(outcome, if failed { "partial" } else { "complete" }, "{name}: {why}");
+        assert_eq!(why.contains("holds NaN"), failed, "{name}: {why}");
+    }
+    let partial = compare(&desk, &[]);
+    assert!(partial.code == Some(1) && partial.stderr.contains(BROKEN), "{partial:?}");
+    let _ = compare(&desk, &["--allow-partial"]).ok();
+
+    let again = desk.run(survey(&[]));
+    assert_eq!((again.code, desk.bill().entries.len()), (Some(1), 9), "what failed waits to be asked for: {again:?}");
+
+    copy(&golden(BROKEN).join("model"), weights.parent().unwrap());
+    let mended = desk.run(survey(&["--rerun-failed"])).ok();
+    assert!(mended.stdout.contains("9 of 9 complete"), "{mended:?}");
+    assert_eq!(desk.bill().entries.len(), 10, "only what failed was run again");
+    assert!(index(&desk).iter().all(|(_, outcome, _)| outcome == "complete"));
+    let compared: Value = serde_json::from_str(&compare(&desk, &[]).ok().stdout).unwrap();
+    assert_eq!(compared["models"].as_array().unwrap().len(), 9);
+
+    let handoff = std::fs::read_to_string(desk.run(["handoff"]).ok().stdout.trim()).unwrap();
+    assert!(handoff.contains("outliers compare ") && !handoff.contains("holds NaN"), "{handoff}");
+
+    let document = desk.json(&survey(&["--rerun-failed"]));
+    assert_eq!((&document["exit_status"], desk.bill().entries.len()), (&Value::from(0), 10), "nothing is left to do");
+    assert!(
+        document["models"].as_array().unwrap().iter().all(|model| model["figures"]["perplexity"].is_number()),
+        "{document}"
+    );
+    desk.assert_nothing_left();
+    let status = desk.run(["status"]).ok().stdout;
+    assert!(status.contains("nothing is under way") && status.contains("nine"), "{status}");
+}
+
+#[test]
+fn one_interrupt_ends_all_runs_and_the_same_command_goes_on() {
+    let desk = desk(&NINE[..4]);
+    let mut controller = desk.start(survey(&[]));
+    desk.wait_for("two instances", || desk.bill().running.len() == 2);
+    signal(&controller, "INT");
+    let code = controller.wait().unwrap().code();
+    assert_eq!(code, Some(130), "{}", desk.stderr());
+    desk.assert_nothing_left();
+    assert!(desk.bill().entries.len() < 4, "what had not begun does not begin");
+    let said = desk.run(survey(&["--only", "qwen3-moe,./models/glm4-moe"])).ok();
+    assert!(said.stdout.contains("2 of 2 complete"), "{said:?}");
+    let said = desk.run(survey(&[])).ok();
+    assert!(said.stdout.contains("4 of 4 complete"), "{said:?}");
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn all_that_is_wrong_is_said_at_once_and_nothing_is_rented() {
+    let desk = desk(&NINE[..3]);
+    for model in &NINE[..2] {
+        let config = desk.work().join("models").join(model).join("config.json");
+        let text = std::fs::read_to_string(&config).unwrap().replace("ForCausalLM", "ForNobody");
+        std::fs::write(config, text).unwrap();
+    }
+    let said = desk.run(survey(&[]));
+    assert_eq!(said.code, Some(2), "{said:?}");
+    let named = NINE[..2].iter().all(|model| said.stderr.contains(&format!("{model}: ")));
+    assert!(named && said.stderr.contains("nothing was rented"), "{said:?}");
+    assert!(desk.bill().entries.is_empty() && desk.bill().running.is_empty());
+    let unknown = desk.run(survey(&["--only", "gpt-5"]));
+    assert!(unknown.code == Some(2) && unknown.stderr.contains("olmoe-bf16"), "{unknown:?}");
+    std::fs::write(desk.work().join("nine.toml"), "name = 'nine'\nmodles = []\n").unwrap();
+    let typo = desk.run(survey(&[]));
+    assert!(typo.code == Some(2) && typo.stderr.contains("nine.toml:2") && typo.stderr.contains("modles"), "{typo:?}");
+    desk.assert_nothing_left();
+}
