@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use outliers_protocol::{ByteSize, SiteKinds, Weights};
+use outliers_protocol::{ByteSize, Dataset, SiteKinds, Weights};
 use serde::Deserialize;
 
 use crate::settings::Span;
@@ -196,9 +196,22 @@ pub struct JobArgs {
     /// Tokens per sequence, BOS included [default: 2048, or the model's limit if that is lower].
     #[arg(long, value_name = "N")]
     pub sequence_length: Option<usize>,
-    /// Text files, one document each [default: the English text shipped with the worker].
-    #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with = "token_ids")]
+    /// Text files, one document each, or .jsonl and .parquet files with many [default: the English text shipped with the worker].
+    #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with_all = ["token_ids", "dataset"])]
     pub corpus: Vec<PathBuf>,
+    /// Dataset on the hub, of which no more is read than is needed: owner/name[@REVISION][:FOLDER], or fineweb-edu (its sample of ten
+    /// thousand million tokens, at one commit).
+    #[arg(long, value_name = "ID", conflicts_with = "token_ids")]
+    pub dataset: Option<Dataset>,
+    /// Field or column of the documents that holds the text [default: text].
+    #[arg(long, value_name = "NAME")]
+    pub text_field: Option<String>,
+    /// Pass over so many documents first.
+    #[arg(long, value_name = "N")]
+    pub skip_documents: Option<usize>,
+    /// Take the documents in an order made from this seed.
+    #[arg(long, value_name = "SEED")]
+    pub shuffle: Option<u64>,
     /// Ready token ids: safetensors with `input_ids` i64 [sequences, tokens], or a JSON list of lists.
     #[arg(long, value_name = "FILE")]
     pub token_ids: Option<PathBuf>,
@@ -208,6 +221,10 @@ pub struct JobArgs {
     /// Cut each document by itself, instead of packing them one after another.
     #[arg(long)]
     pub separate_documents: bool,
+    /// Join all documents by spaces and begin each window in the middle of the one before it, as the predecessor did: to compare with its
+    /// figures.
+    #[arg(long, conflicts_with = "separate_documents")]
+    pub overlapping_windows: bool,
     /// Arithmetic; auto: f32 on a CPU, bf16 on a GPU. In bf16 everything from 5.984375 up rounds to 6 and counts.
     #[arg(long, value_enum, default_value_t)]
     pub precision: PrecisionArg,

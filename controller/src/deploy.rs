@@ -376,7 +376,7 @@ pub fn job_key(job: &outliers_protocol::JobSpec, brokers: &str) -> std::io::Resu
     let document = serde_json::json!({ "job": job, "broker": brokers });
     hash.update(document.to_string());
     let paths: Vec<&String> = match &job.corpus.source {
-        CorpusSource::Builtin(_) => Vec::new(),
+        CorpusSource::Builtin(_) | CorpusSource::Dataset(_) => Vec::new(),
         CorpusSource::Files(paths) => paths.iter().collect(),
         CorpusSource::TokenIds(path) => vec![path],
     };

@@ -229,7 +229,11 @@ fn inspect_arguments(job: &JobSpec, check: Check) -> Vec<String> {
             CorpusSource::Builtin(_) => {}
             CorpusSource::Files(paths) => paths.iter().for_each(|path| option("corpus", Some(path.clone()))),
             CorpusSource::TokenIds(path) => option("token-ids", Some(path.clone())),
+            CorpusSource::Dataset(dataset) => option("dataset", Some(dataset.to_string())),
         }
+        option("text-field", Some(job.corpus.text_field.clone()));
+        option("skip-documents", Some(job.corpus.skip_documents.to_string()));
+        option("shuffle", job.corpus.shuffle_seed.map(|seed| seed.to_string()));
         let bos = match job.corpus.bos {
             BosPolicy::Auto => "auto",
             BosPolicy::Always => "always",
@@ -240,8 +244,10 @@ fn inspect_arguments(job: &JobSpec, check: Check) -> Vec<String> {
     option("devices", Some(job.devices.join(",")).filter(|list| check == Check::TextAndDevices && !list.is_empty()));
     if check != Check::Model {
         arguments.push("--check-text".to_owned());
-        if job.corpus.packing == Packing::Separate {
-            arguments.push("--separate-documents".to_owned());
+        match job.corpus.packing {
+            Packing::Packed => {}
+            Packing::Separate => arguments.push("--separate-documents".to_owned()),
+            Packing::Overlapping => arguments.push("--overlapping-windows".to_owned()),
         }
     }
     arguments
@@ -280,7 +286,7 @@ pub fn is_refusal(error: &LocalWorkerError) -> bool {
 /// The local files a job's corpus names.
 pub fn corpus_files(job: &JobSpec) -> Vec<&str> {
     match &job.corpus.source {
-        CorpusSource::Builtin(_) => Vec::new(),
+        CorpusSource::Builtin(_) | CorpusSource::Dataset(_) => Vec::new(),
         CorpusSource::Files(paths) => paths.iter().map(String::as_str).collect(),
         CorpusSource::TokenIds(path) => vec![path],
     }

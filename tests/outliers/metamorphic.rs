@@ -9,6 +9,7 @@ use outliers_protocol::{CorpusSource, CorpusSpec, JobSpec, Metadata, ModelSource
 use outliers_tests::golden::TOLERANCE;
 use outliers_tests::programs::{golden, goldens, run_worker, worker};
 use outliers_worker::decoder::{FfnSpec, Need, NormOrder, Role};
+use outliers_worker::hub::{Hub, HubOptions};
 use outliers_worker::meter::Meter;
 use outliers_worker::model::Model;
 use outliers_worker::progress::ProgressSink;
@@ -175,11 +176,12 @@ fn streaming_experts_one_by_one_equals_all_at_once_bit_for_bit() {
         }
         let path = model.to_str().unwrap().to_owned();
         let job = JobSpec { sites: SiteKind::ALL.into(), ..JobSpec::new(ModelSource::Folder { path }) };
+        let hub = Hub::new(HubOptions::new("/nowhere")).unwrap();
         let source = CorpusSource::TokenIds(ids_of(&name).to_str().unwrap().to_owned());
         let checkpoint = Checkpoint::open_folder(&model).unwrap();
         let model = Model::open(&checkpoint.config, &*checkpoint.weights, None).unwrap();
         let tokens =
-            corpus::load(&CorpusSpec { source, ..CorpusSpec::default() }, None, model.spec.vocab, None).unwrap();
+            corpus::load(&CorpusSpec { source, ..CorpusSpec::default() }, None, model.spec.vocab, None, &hub).unwrap();
         let pass = |group_elements| {
             let mut study = Study::new(Scope::new(&job, &model.spec, &tokens), job.thresholds.magnitude);
             let devices = device::open(&["cpu".to_owned()]).unwrap();

@@ -111,7 +111,7 @@ impl MockHub {
     /// # Errors
     /// When no port can be opened.
     pub fn behind(wire: Wire, repos: impl IntoIterator<Item = Repo>) -> Result<Self> {
-        let repos = repos.into_iter().map(|repo| (repo.id.clone(), repo)).collect();
+        let repos = repos.into_iter().map(|repo| (repo.address(), repo)).collect();
         let shared = Arc::new(Mutex::new(Shared { repos, ..Shared::default() }));
         let listen = || -> Result<std::net::TcpListener> {
             let listener = std::net::TcpListener::bind("127.0.0.1:0").context("open a port")?;
@@ -252,23 +252,25 @@ impl Server {
         (seen, fault)
     }
 
-    fn repo(&self, owner: &str, name: &str) -> Result<Repo, Refused> {
+    fn repo(&self, prefix: &str, owner: &str, name: &str) -> Result<Repo, Refused> {
         // The hub does not tell strangers what does not exist from what is private.
-        self.lock().repos.get(&format!("{owner}/{name}")).cloned().ok_or((401, "RepoNotFound"))
+        self.lock().repos.get(&format!("{prefix}{owner}/{name}")).cloned().ok_or((401, "RepoNotFound"))
     }
 
     fn hub(&self, path: &str, seen: &Seen, fault: Option<Fault>) -> Result<Response<Body>, Refused> {
-        let parts: Vec<&str> = path.trim_start_matches('/').splitn(5, '/').collect();
+        let (prefix, rest) = kind(path);
+        let parts: Vec<&str> = rest.splitn(5, '/').collect();
         match parts[..] {
-            ["api", "models", owner, name, rest] => {
-                let repo = self.repo(owner, name)?;
+            ["api", interface @ ("models" | "datasets"), owner, name, rest] => {
+                let prefix = if interface == "datasets" { "datasets/" } else { "" };
+                let repo = self.repo(prefix, owner, name)?;
                 let revision = rest.strip_prefix("revision/").ok_or((404, ""))?;
                 check_revision(&repo, revision)?;
                 let bare = matches!(fault, Some(Fault::BareListing)) || !seen.path.contains("blobs=true");
                 Ok(json_reply(&repo.listing(bare)))
             }
             [owner, name, "resolve", revision, file] => {
-                let repo = self.repo(owner, name)?;
+                let repo = self.repo(prefix, owner, name)?;
                 check_revision(&repo, revision)?;
                 let expected = repo.token.as_ref().map(|token| format!("Bearer {token}"));
                 if expected.is_some() && expected != seen.authorization {
@@ -286,7 +288,7 @@ impl Server {
     fn redirect(&self, repo: &Repo, file: &str) -> Result<Response<Body>, Refused> {
         let stored = repo.read(file).ok_or((404, "EntryNotFound"))?;
         let generation = self.lock().generation;
-        let to = format!("{}/{}/resolve/main/{file}?signature=SIGNED-{generation}", self.cdn_url, repo.id);
+        let to = format!("{}/{}/resolve/main/{file}?signature=SIGNED-{generation}", self.cdn_url, repo.address());
         let headers = [
             (LOCATION, to),
             (HeaderName::from_static("x-linked-etag"), format!("\"{}\"", stored.sha256)),
@@ -310,12 +312,13 @@ impl Server {
     }
 
     fn file(&self, path: &str, seen: &Seen, large: bool, fault: Option<Fault>) -> Result<Response<Body>, Refused> {
-        let parts: Vec<&str> = path.trim_start_matches('/').splitn(5, '/').collect();
+        let (prefix, rest) = kind(path);
+        let parts: Vec<&str> = rest.splitn(5, '/').collect();
         let [owner, name, _, _, file] = parts[..] else { return Err((404, "")) };
         if large {
             self.check_signature(&seen.path)?;
         }
-        let repo = self.repo(owner, name)?;
+        let repo = self.repo(prefix, owner, name)?;
         let stored = repo.read(file).ok_or((404, "EntryNotFound"))?;
         let whole = match fault {
             Some(Fault::Corrupt) => stored.bytes.iter().map(|byte| byte ^ 0x55).collect(),
@@ -352,6 +355,12 @@ impl Server {
         let body = wire::body(line, bytes, fault.as_ref());
         Ok(reply(status, headers, body))
     }
+}
+
+/// The prefix of its kind of repository, and the rest of a path.
+fn kind(path: &str) -> (&'static str, &str) {
+    let path = path.trim_start_matches('/');
+    path.strip_prefix("datasets/").map_or(("", path), |rest| ("datasets/", rest))
 }
 
 fn check_revision(repo: &Repo, revision: &str) -> Result<(), Refused> {

@@ -123,7 +123,7 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
     let (vocab, max_positions) = (model.spec.vocab, model.spec.max_positions);
     let longest = max_positions.unwrap_or(usize::MAX);
     let (sequences, tokens) = if check_text {
-        let text = corpus::load(&job.corpus, Some(&checkpoint.folder), vocab, max_positions)?;
+        let text = corpus::load(&job.corpus, Some(&checkpoint.folder), vocab, max_positions, hub)?;
         (text.sequences, text.tokens)
     } else {
         let tokens = job.corpus.sequence_length.unwrap_or(corpus::DEFAULT_TOKENS.min(longest));

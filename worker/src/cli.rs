@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outliers_protocol::{
-    BUILTIN_CORPUS, BosPolicy, ByteSize, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKinds,
+    BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, JobSpec, ModelSource, Packing, Precision, SiteKinds,
     Thresholds, Weights,
 };
 
@@ -155,11 +155,24 @@ pub struct JobArgs {
     /// local:DIR (another folder), synthetic:SEED (made up) [default: hub, or the model's folder].
     #[arg(long, value_name = "WHERE")]
     pub weights: Option<Weights>,
-    /// Text file, one document each; may be repeated. Default: the English text shipped with the worker.
+    /// Text file, one document each, or a .jsonl or .parquet file with many; may be repeated [default: the English text shipped with the
+    /// worker].
     #[arg(long, value_name = "FILE")]
     pub corpus: Vec<String>,
+    /// Dataset on the hub, of which no more is read than is needed: owner/name[@REVISION][:FOLDER], or fineweb-edu.
+    #[arg(long, value_name = "ID", conflicts_with = "corpus")]
+    pub dataset: Option<Dataset>,
+    /// Field or column of the documents that holds the text.
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    pub text_field: String,
+    /// Pass over so many documents first.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub skip_documents: usize,
+    /// Take the documents in an order made from this seed.
+    #[arg(long, value_name = "SEED")]
+    pub shuffle: Option<u64>,
     /// Ready token ids instead of text: safetensors with `input_ids` i64 [sequences, tokens], or a JSON list of lists.
-    #[arg(long, value_name = "FILE", conflicts_with = "corpus")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["corpus", "dataset"])]
     pub token_ids: Option<String>,
     /// Sequences [default: 16, or all rows of the token ids].
     #[arg(long, value_name = "N")]
@@ -173,6 +186,9 @@ pub struct JobArgs {
     /// Cut each document by itself instead of packing all of them.
     #[arg(long)]
     pub separate_documents: bool,
+    /// Join all documents by spaces and begin each window in the middle of the one before it, as the predecessor did.
+    #[arg(long, conflicts_with = "separate_documents")]
+    pub overlapping_windows: bool,
     /// Arithmetic: auto is f32 on a CPU and bf16 on a GPU.
     #[arg(long, value_enum, default_value = "auto")]
     pub precision: PrecisionArg,
@@ -241,8 +257,8 @@ impl JobArgs {
         job.corpus = CorpusSpec {
             source: match self.token_ids {
                 Some(file) => CorpusSource::TokenIds(file),
-                None if self.corpus.is_empty() => CorpusSource::Builtin(BUILTIN_CORPUS.to_owned()),
-                None => CorpusSource::Files(self.corpus),
+                None if !self.corpus.is_empty() => CorpusSource::Files(self.corpus),
+                None => self.dataset.map_or_else(|| CorpusSpec::default().source, CorpusSource::Dataset),
             },
             num_sequences: self.num_sequences,
             sequence_length: self.sequence_length,
@@ -251,7 +267,14 @@ impl JobArgs {
                 BosArg::Always => BosPolicy::Always,
                 BosArg::Never => BosPolicy::Never,
             },
-            packing: if self.separate_documents { Packing::Separate } else { Packing::Packed },
+            packing: match (self.separate_documents, self.overlapping_windows) {
+                (true, _) => Packing::Separate,
+                (_, true) => Packing::Overlapping,
+                _ => Packing::Packed,
+            },
+            text_field: self.text_field,
+            skip_documents: self.skip_documents,
+            shuffle_seed: self.shuffle,
         };
         job.precision = match self.precision {
             PrecisionArg::Auto => Precision::Auto,

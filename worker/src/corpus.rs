@@ -1,20 +1,29 @@
 //! Text to token ids: what the model is fed, exactly, and where it came from.
 //!
-//! A text is tokenised once, as a whole, and cut into windows that never overlap; nothing is decoded and encoded again,
+//! A text is tokenised once, as a whole, and cut into windows; nothing is decoded and encoded again,
 //! so the ids that are hashed are the ids that are run. Cutting a text before tokenising it would be faster for huge
 //! files, but no cut is safe for every tokenizer (some merge across spaces), so there is a limit on size instead.
 
+mod cutter;
+mod documents;
 mod ids;
-mod text;
+mod lines;
+mod parquet;
 mod tokenizer;
 
+use std::fs::Metadata;
 use std::path::Path;
 
-use outliers_protocol::{BUILTIN_CORPUS, CorpusProvenance, CorpusSource, CorpusSpec, Packing, TokenizerProvenance};
+use outliers_protocol::{
+    BUILTIN_CORPUS, CorpusProvenance, CorpusSource, CorpusSpec, Dataset, Packing, TokenizerProvenance,
+};
 use sha2::{Digest, Sha256};
 
-use crate::error::{IoContext, Result, WorkerError};
-use text::Document;
+use crate::error::{Result, WorkerError};
+use crate::hub::Hub;
+use crate::safetensors::shown;
+use cutter::Cutter;
+use documents::{Document, Documents, Format, LocalFile, RangedFile, read_whole};
 use tokenizer::TextTokenizer;
 
 /// The English text that ships with the worker, see `assets/README.md`.
@@ -59,56 +68,105 @@ struct Limits {
 }
 
 /// The token ids that `spec` describes, for a model with `vocab` embedding rows and at most `max_positions` tokens per
-/// sequence. `model_folder` is where the tokenizer lies; ready token ids do without.
+/// sequence. `model_folder` is where the tokenizer lies; ready token ids do without. `hub` is where datasets are.
 ///
 /// # Errors
 /// Kind `Corpus` for a text or token-id file that is missing, empty, too short, not UTF-8, not tokenisable or does not fit
-/// the model; `Job` for options that cannot be met; `Checkpoint` for a damaged tokenizer; `Storage` for unreadable files.
+/// the model; `Job` for options that cannot be met; `Checkpoint` for a damaged tokenizer; `Storage` for unreadable files; as the hub answers
+/// for datasets.
 pub fn load(
     spec: &CorpusSpec,
     model_folder: Option<&Path>,
     vocab: usize,
     max_positions: Option<usize>,
+    hub: &Hub,
 ) -> Result<Tokens> {
     let limits = Limits { vocab, max_positions };
     match &spec.source {
         CorpusSource::TokenIds(path) => ready_ids(spec, Path::new(path), limits),
         CorpusSource::Builtin(name) if name == BUILTIN_CORPUS => {
             let document = Document { name: name.clone(), text: SHAKESPEARE.into() };
-            from_text(spec, &[document], model_folder, limits)
+            let text = Text { source: name.clone(), documents: Documents::one(document, spec), lasts: false };
+            from_text(spec, text, model_folder, limits)
         }
         CorpusSource::Builtin(name) => {
             let message = format!("there is no built-in corpus {name:?}");
             Err(WorkerError::job(message).hint(format!("the built-in corpus is called {BUILTIN_CORPUS:?}")))
         }
-        CorpusSource::Files(paths) => {
-            let documents = paths.iter().map(|p| Document::read(Path::new(p))).collect::<Result<Vec<_>>>()?;
-            from_text(spec, &documents, model_folder, limits)
-        }
+        CorpusSource::Files(paths) => from_text(spec, local_text(spec, paths)?, model_folder, limits),
+        CorpusSource::Dataset(dataset) => from_text(spec, hub_text(spec, dataset, hub)?, model_folder, limits),
     }
 }
 
-fn from_text(spec: &CorpusSpec, documents: &[Document], folder: Option<&Path>, limits: Limits) -> Result<Tokens> {
+/// A text, as it is read.
+struct Text {
+    source: String,
+    documents: Documents,
+    /// There may be far more than is needed: what is not needed is not read.
+    lasts: bool,
+}
+
+fn local_text(spec: &CorpusSpec, paths: &[String]) -> Result<Text> {
+    let open = |path: &String| Ok(Box::new(LocalFile::open(path)?) as Box<dyn RangedFile>);
+    let files = paths.iter().map(open).collect::<Result<Vec<_>>>()?;
+    let lasts = paths.iter().any(|path| Format::of(path) != Format::Text);
+    Ok(Text { source: paths.join(", "), documents: Documents::new(files, spec), lasts })
+}
+
+fn hub_text(spec: &CorpusSpec, dataset: &Dataset, hub: &Hub) -> Result<Text> {
+    let folder = format!("{}/", dataset.path);
+    let below = |name: &str| dataset.path.is_empty() || name == dataset.path || name.starts_with(&folder);
+    let chosen = |name: &str| below(name) && Format::of(name) != Format::Text;
+    let found = hub.dataset(&dataset.id, &dataset.revision, chosen)?;
+    if found.files.is_empty() {
+        let message = format!("dataset {dataset} has no .parquet or .jsonl files there");
+        return Err(WorkerError::corpus(message).hint("name a folder of it, as in owner/name@main:folder"));
+    }
+    let at = Dataset { revision: found.commit, ..dataset.clone() };
+    let files = found.files.into_iter().map(|file| Box::new(file) as Box<dyn RangedFile>).collect();
+    Ok(Text { source: at.to_string(), documents: Documents::new(files, spec), lasts: true })
+}
+
+fn from_text(spec: &CorpusSpec, text: Text, folder: Option<&Path>, limits: Limits) -> Result<Tokens> {
     let length = text_length(spec, limits)?;
-    if documents.iter().all(|document| document.text.trim().is_empty()) {
+    let tokenizer = TextTokenizer::open(folder, spec.bos)?;
+    let mut cutter = Cutter::new(&tokenizer, length, spec.packing)?;
+    let enough = spec.num_sequences.unwrap_or(DEFAULT_SEQUENCES);
+    let (mut hash, mut read, mut blank) = (Sha256::new(), 0, true);
+    for document in text.documents {
+        let document = document?;
+        cutter.add(&document)?;
+        hash.update(document.text.as_bytes());
+        (read, blank) = (read + 1, blank && document.text.trim().is_empty());
+        if text.lasts && cutter.has(enough) {
+            break;
+        }
+    }
+    if blank {
         return Err(WorkerError::corpus("the corpus is empty").hint("name text files that hold text"));
     }
-    let tokenizer = TextTokenizer::open(folder, spec.bos)?;
-    let encoded = documents.iter().map(|d| tokenizer.encode(d)).collect::<Result<Vec<_>>>()?;
-    let available = encoded.iter().map(Vec::len).sum();
-    let windows = windows(encoded, &tokenizer.prefix, length, spec.packing)?;
+    let (windows, available) = cutter.finish()?;
     let sequences = choose(spec, windows.len(), available, length)?;
     let ids: Vec<i64> = windows.into_iter().take(sequences).flatten().map(i64::from).collect();
     check_vocab(&ids, length, limits.vocab)?;
-    let hash = documents.iter().fold(Sha256::new(), |hash, document| hash.chain_update(document.text.as_bytes()));
-    let names: Vec<&str> = documents.iter().map(|document| document.name.as_str()).collect();
-    let provenance = provenance(names.join(", "), format!("{:x}", hash.finalize()), &ids, sequences, available);
+    let source = if text.lasts { text.source + &which(spec, read) } else { text.source };
+    let provenance = provenance(source, format!("{:x}", hash.finalize()), &ids, sequences, available);
     Ok(Tokens { ids, sequences, tokens: length, provenance, tokenizer: Some(tokenizer.provenance) })
 }
 
+/// Which documents were read.
+fn which(spec: &CorpusSpec, read: usize) -> String {
+    let order = spec.shuffle_seed.map_or("as stored".to_owned(), |seed| format!("shuffled with seed {seed}"));
+    format!(" (field {}, {read} documents after {}, {order})", shown(&spec.text_field), spec.skip_documents)
+}
+
 fn ready_ids(spec: &CorpusSpec, path: &Path, limits: Limits) -> Result<Tokens> {
-    let bytes = read_corpus(path)?;
     let named = |error: WorkerError| error.context(path.display());
+    if spec.skip_documents > 0 || spec.shuffle_seed.is_some() {
+        let error = WorkerError::job("ready token ids are run as they are: nothing is skipped or shuffled");
+        return Err(named(error.hint("leave out --skip-documents and --shuffle")));
+    }
+    let bytes = read_whole(&LocalFile::open(&path.to_string_lossy())?)?;
     let rows = ids::parse(&bytes).map_err(named)?;
     let length = rows.tokens;
     if let Some(asked) = spec.sequence_length.filter(|asked| *asked != length) {
@@ -170,21 +228,6 @@ fn check_length(length: usize, limits: Limits) -> Result<()> {
     }
 }
 
-/// Windows of `length` ids, each `prefix` and then fresh text; what does not fill a window is dropped.
-fn windows(documents: Vec<Vec<u32>>, prefix: &[u32], length: usize, packing: Packing) -> Result<Vec<Vec<u32>>> {
-    let body = length.checked_sub(prefix.len()).filter(|body| *body > 0);
-    let Some(body) = body else {
-        let message = format!("sequences of {length} tokens leave no room after {} special ones", prefix.len());
-        return Err(WorkerError::job(message).hint("use a larger sequence length"));
-    };
-    let runs = match packing {
-        Packing::Packed => vec![documents.concat()],
-        Packing::Separate => documents,
-    };
-    let window = |text: &[u32]| [prefix, text].concat();
-    Ok(runs.iter().flat_map(|run| run.chunks_exact(body)).map(window).collect())
-}
-
 /// How many windows to run: what was asked for must be there; a default takes what there is.
 fn choose(spec: &CorpusSpec, windows: usize, available: usize, length: usize) -> Result<usize> {
     let hint = "use more text, a shorter sequence length, or fewer sequences";
@@ -225,8 +268,8 @@ fn check_vocab(ids: &[i64], length: usize, vocab: usize) -> Result<()> {
     }
 }
 
-/// The bytes of a corpus file of bounded size.
-fn read_corpus(path: &Path) -> Result<Vec<u8>> {
+/// A corpus file that is there.
+fn look_at(path: &Path) -> Result<Metadata> {
     let metadata = path.metadata().map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => {
             let message = format!("there is no corpus file {}", path.display());
@@ -234,17 +277,10 @@ fn read_corpus(path: &Path) -> Result<Vec<u8>> {
         }
         _ => WorkerError::io("read", path, &error),
     })?;
-    if !metadata.is_file() {
-        return Err(
-            WorkerError::corpus(format!("{} is not a file", path.display())).hint("name the text files one by one")
-        );
+    if metadata.is_file() {
+        return Ok(metadata);
     }
-    if metadata.len() > MAX_CORPUS_BYTES {
-        let (bytes, name) = (metadata.len(), path.display());
-        let message = format!("{name} has {bytes} bytes, over the limit of {MAX_CORPUS_BYTES}");
-        return Err(WorkerError::corpus(message).hint("cut the text into several files, or tokenise it beforehand"));
-    }
-    std::fs::read(path).at("read", path)
+    Err(WorkerError::corpus(format!("{} is not a file", path.display())).hint("name the text files one by one"))
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 
 mod answer;
 mod cache;
+mod dataset;
 mod http;
 mod intake;
 mod listing;
@@ -22,8 +23,9 @@ use std::thread;
 
 use outliers_protocol::FileBytes;
 
+pub use dataset::{Dataset, DatasetFile};
 pub use http::{Patience, Token};
-pub use listing::{Digest, RepoFile, RepoListing};
+pub use listing::{Digest, RepoFile, RepoKind, RepoListing};
 
 use crate::error::{Result, WorkerError};
 use crate::safetensors::{Header, HeaderTensor};
@@ -104,9 +106,7 @@ impl Hub {
     /// # Errors
     /// Kind `Job` for an impossible id or revision; `ModelNotFound`, `ModelGated` or `Network` as the hub answers.
     pub fn resolve(&self, id: &str, revision: &str) -> Result<RepoListing> {
-        listing::check_id(id)?;
-        listing::check_revision(revision)?;
-        let listing = listing::fetch(&self.client, id, revision)?;
+        let listing = listing::fetch(&self.client, RepoKind::Model, id, revision)?;
         self.cache.remember(id, revision, &listing.commit)?;
         Ok(listing)
     }

@@ -151,7 +151,8 @@ impl Run<'_> {
             ));
         }
         progress.phase(Phase::Tokenizing);
-        let tokens = corpus::load(&job.corpus, Some(&checkpoint.folder), model.spec.vocab, model.spec.max_positions)?;
+        let tokens =
+            corpus::load(&job.corpus, Some(&checkpoint.folder), model.spec.vocab, model.spec.max_positions, hub)?;
         let expected: u64 = bytes_to_read(&model, job.layers.is_none());
         progress.work(model.spec.layers.len(), expected, tokens.ids.len());
         let mut save = job.save_activations.is_none().then(|| {

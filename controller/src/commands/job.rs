@@ -26,7 +26,14 @@ pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Pat
             Bos::Always => BosPolicy::Always,
             Bos::Never => BosPolicy::Never,
         },
-        packing: if args.separate_documents { Packing::Separate } else { Packing::Packed },
+        packing: match (args.separate_documents, args.overlapping_windows) {
+            (true, _) => Packing::Separate,
+            (_, true) => Packing::Overlapping,
+            _ => Packing::Packed,
+        },
+        text_field: args.text_field.clone().unwrap_or(CorpusSpec::default().text_field),
+        skip_documents: args.skip_documents.unwrap_or_default(),
+        shuffle_seed: args.shuffle,
     };
     job.precision = match args.precision {
         PrecisionArg::Auto => Precision::Auto,
@@ -112,7 +119,7 @@ fn corpus(args: &JobArgs, here: &Path) -> Result<CorpusSource, Complaint> {
         return Ok(CorpusSource::TokenIds(file("--token-ids", path, here)?));
     }
     if args.corpus.is_empty() {
-        return Ok(CorpusSpec::default().source);
+        return Ok(args.dataset.clone().map_or_else(|| CorpusSpec::default().source, CorpusSource::Dataset));
     }
     args.corpus.iter().map(|path| file("--corpus", path, here)).collect::<Result<_, _>>().map(CorpusSource::Files)
 }

@@ -268,10 +268,14 @@ impl Driver<'_> {
             job.label = Some(spec.model.clone());
         }
         match &mut job.corpus.source {
-            CorpusSource::Builtin(_) => {}
+            CorpusSource::Builtin(_) | CorpusSource::Dataset(_) => {}
             CorpusSource::Files(paths) => {
                 for (i, path) in paths.iter_mut().enumerate() {
-                    *path = host.push(run, Path::new(path), &format!("corpus-{i}.txt"), &on).await?;
+                    // The ending tells the worker how documents lie in it.
+                    let ending =
+                        Path::new(path).extension().filter(|ending| *ending == "jsonl" || *ending == "parquet");
+                    let ending = ending.and_then(|ending| ending.to_str()).unwrap_or("txt");
+                    *path = host.push(run, Path::new(path), &format!("corpus-{i}.{ending}"), &on).await?;
                 }
             }
             CorpusSource::TokenIds(path) => {

@@ -14,6 +14,8 @@ use sha1::Digest as _;
 #[derive(Clone, Debug)]
 pub struct Repo {
     pub(super) id: String,
+    /// What stands before its id in addresses.
+    prefix: &'static str,
     folder: PathBuf,
     pub(super) token: Option<String>,
     kept: Arc<Mutex<HashMap<PathBuf, Stored>>>,
@@ -31,7 +33,19 @@ pub(super) struct Stored {
 impl Repo {
     /// Serves the files of `folder` as `id` (`owner/name`), on the branch `main`.
     pub fn new(id: &str, folder: &Path) -> Self {
-        Self { id: id.to_owned(), folder: folder.to_owned(), token: None, kept: Arc::default() }
+        Self { id: id.to_owned(), prefix: "", folder: folder.to_owned(), token: None, kept: Arc::default() }
+    }
+
+    /// A dataset, which may have the name of a model.
+    #[must_use]
+    pub fn dataset(mut self) -> Self {
+        self.prefix = "datasets/";
+        self
+    }
+
+    /// Where it is on the hub.
+    pub(super) fn address(&self) -> String {
+        format!("{}{}", self.prefix, self.id)
     }
 
     /// Gated: files only with this token.
@@ -62,7 +76,7 @@ impl Repo {
 
     /// As on the real hub: weights are stored apart from git, the rest is in it.
     pub(super) fn is_large(file: &str) -> bool {
-        file.ends_with(".safetensors") || file.ends_with(".bin")
+        [".safetensors", ".bin", ".parquet", ".jsonl"].iter().any(|ending| file.ends_with(ending))
     }
 
     /// The entity tag of a file.
@@ -72,9 +86,8 @@ impl Repo {
 
     /// What the model API says; `bare`: without sizes and hashes, as some mirrors do.
     pub(super) fn listing(&self, bare: bool) -> Value {
-        let mut names: Vec<String> = fs::read_dir(&self.folder)
-            .map(|entries| entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect())
-            .unwrap_or_default();
+        let mut names = Vec::new();
+        collect(&self.folder, "", &mut names);
         names.sort();
         let file = |name: String| match self.read(&name).filter(|_| !bare) {
             None => json!({"rfilename": name}),
@@ -87,6 +100,17 @@ impl Repo {
         };
         json!({"id": self.id, "modelId": self.id, "sha": self.commit(), "private": false,
                "siblings": names.into_iter().map(file).collect::<Vec<_>>()})
+    }
+}
+
+/// Paths of all files below a folder.
+fn collect(folder: &Path, below: &str, names: &mut Vec<String>) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = format!("{below}{}", entry.file_name().to_string_lossy());
+        match entry.path().is_dir() {
+            true => collect(&entry.path(), &format!("{name}/"), names),
+            false => names.push(name),
+        }
     }
 }
 

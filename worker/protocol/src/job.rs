@@ -258,8 +258,21 @@ pub struct CorpusSpec {
     pub sequence_length: Option<usize>,
     /// Whether each window starts with the BOS token.
     pub bos: BosPolicy,
-    /// Whether windows may cross from one document into the next.
+    /// How documents become windows.
     pub packing: Packing,
+    /// The field or column that holds the text, where documents have several.
+    pub text_field: String,
+    /// So many documents are passed over first.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub skip_documents: usize,
+    /// Documents come in an order made from this seed, not as they are stored: files, the blocks of each file and the documents of each
+    /// block are shuffled, so that only the blocks in use are read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shuffle_seed: Option<u64>,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 impl Default for CorpusSpec {
@@ -270,6 +283,9 @@ impl Default for CorpusSpec {
             sequence_length: None,
             bos: BosPolicy::Auto,
             packing: Packing::Packed,
+            text_field: "text".to_owned(),
+            skip_documents: 0,
+            shuffle_seed: None,
         }
     }
 }
@@ -280,11 +296,57 @@ impl Default for CorpusSpec {
 pub enum CorpusSource {
     /// A text shipped with the worker.
     Builtin(String),
-    /// UTF-8 text files, one document each.
+    /// UTF-8 text files, one document each; JSON Lines (`.jsonl`) and Parquet (`.parquet`) files, one document per line or row, of which no
+    /// more are read than are needed.
     Files(Vec<String>),
+    /// A dataset on the hub, read in ranges: no more of it than is needed.
+    Dataset(Dataset),
     /// Ready token ids, fed to the model as they are: a safetensors file with `input_ids` i64 `[sequences, tokens]`,
     /// or a JSON list of lists. Never decoded nor encoded again.
     TokenIds(String),
+}
+
+/// The JSON Lines and Parquet files of a dataset repository.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Dataset {
+    /// `owner/name`.
+    pub id: String,
+    /// Branch, tag or commit.
+    pub revision: String,
+    /// Folder in the repository whose files are read, in the order of their names, or one file. Empty: all.
+    #[serde(default)]
+    pub path: String,
+}
+
+/// FineWeb-Edu's sample of 10 thousand million tokens (Penedo et al. 2024), as it was when this was written.
+const FINEWEB_EDU: (&str, &str, &str, &str) =
+    ("fineweb-edu", "HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT");
+
+/// As people write it: `owner/name[@REVISION][:PATH]`, or `fineweb-edu` for its sample of 10 thousand million tokens at one commit.
+impl FromStr for Dataset {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (short, id, revision, path) = FINEWEB_EDU;
+        if text == short {
+            return Ok(Self { id: id.to_owned(), revision: revision.to_owned(), path: path.to_owned() });
+        }
+        let (repository, path) = text.split_once(':').unwrap_or((text, ""));
+        let (id, revision) = repository.split_once('@').unwrap_or((repository, "main"));
+        if id.split('/').count() != 2 || id.split('/').any(str::is_empty) || revision.is_empty() {
+            return Err(format!("{text:?} is not a dataset: write owner/name, owner/name@revision:folder, or {short}"));
+        }
+        Ok(Self { id: id.to_owned(), revision: revision.to_owned(), path: path.trim_matches('/').to_owned() })
+    }
+}
+
+/// As [`FromStr`] reads it.
+impl fmt::Display for Dataset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}", self.id, self.revision)?;
+        if self.path.is_empty() { Ok(()) } else { write!(f, ":{}", self.path) }
+    }
 }
 
 /// Whether each window starts with the beginning-of-sequence token. Massive activations sit on it, so it is never left to chance.
@@ -300,7 +362,7 @@ pub enum BosPolicy {
     Never,
 }
 
-/// How documents become windows. Windows never overlap.
+/// How documents become windows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Packing {
@@ -309,6 +371,9 @@ pub enum Packing {
     Packed,
     /// Each document cut by itself; the rest that does not fill a window is dropped.
     Separate,
+    /// The predecessor's way, to compare with its figures: all documents joined by spaces, and each window begins in the middle of the one
+    /// before it, so that nearly every token is counted twice. (The predecessor also decoded and encoded every window again; here its ids stay.)
+    Overlapping,
 }
 
 /// Arithmetic of the forward pass. Statistics are always taken on the values as computed, widened to f32.

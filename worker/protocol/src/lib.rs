@@ -30,8 +30,8 @@ pub use inspection::{
     FileBytes, IgnoredTensors, Inspection, LayerInspection, PlanFigures, SiteInspection, VersionInfo,
 };
 pub use job::{
-    BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKind, SiteKinds,
-    Thresholds, Weights,
+    BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, Dataset, JobSpec, ModelSource, Packing, Precision, SiteKind,
+    SiteKinds, Thresholds, Weights,
 };
 pub use metadata::{CorpusProvenance, DeviceInfo, HostInfo, Metadata, ModelProvenance, TokenizerProvenance};
 pub use progress::{Phase, Progress};

@@ -81,9 +81,9 @@ pub struct TokenizerProvenance {
 /// Which text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CorpusProvenance {
-    /// Built-in name, file names, or token-id file.
+    /// Built-in name, file names, token-id file, or a dataset with its commit; of documents, which were read.
     pub source: String,
-    /// SHA-256 of the text or token-id bytes, in order.
+    /// SHA-256 of the text that was read, or of the token-id bytes, in order.
     pub sha256: String,
     /// SHA-256 of the token ids fed to the model: i64 little-endian, row by row.
     pub token_ids_sha256: String,
@@ -91,7 +91,7 @@ pub struct CorpusProvenance {
     pub sequences: usize,
     /// Tokens per sequence.
     pub tokens_per_sequence: usize,
-    /// Tokens the text held in all.
+    /// Tokens of the text that was read.
     pub tokens_available: usize,
 }
 

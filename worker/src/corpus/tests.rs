@@ -1,13 +1,25 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ::parquet::basic::{Compression, GzipLevel, ZstdLevel};
+use ::parquet::file::properties::WriterProperties;
+use ::parquet::file::writer::SerializedFileWriter;
 
 use outliers_protocol::{BosPolicy, FailureKind};
 use serde_json::{Value, json};
 
 use super::*;
+use crate::hub::HubOptions;
 use crate::safetensors::{StoredDtype, TensorSpec, Writer};
 use crate::source::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
+
+/// A hub that nothing is asked of.
+fn nowhere() -> Hub {
+    Hub::new(HubOptions::new("/nowhere")).unwrap()
+}
 
 /// A folder with a tokenizer of whole words `w0` to `w99` (ids 3 to 102), `<s>` 0, `</s>` 1, `<unk>` 2.
 struct Model(tempfile::TempDir);
@@ -61,7 +73,7 @@ impl Model {
     }
 
     fn load(&self, spec: &CorpusSpec) -> Result<Tokens> {
-        load(spec, Some(self.0.path()), 103, Some(64))
+        load(spec, Some(self.0.path()), 103, Some(64), &nowhere())
     }
 
     fn refused(&self, spec: &CorpusSpec) -> (FailureKind, String) {
@@ -184,7 +196,7 @@ fn texts_that_cannot_be_used_say_why() {
         assert_eq!(got, kind, "{message}");
         assert!(message.contains(says), "{message}");
     }
-    let error = load(&files(&[&foreign], None, Some(4)), Some(model.0.path()), 102, None).unwrap_err();
+    let error = load(&files(&[&foreign], None, Some(4)), Some(model.0.path()), 102, None, &nowhere()).unwrap_err();
     assert!(error.message().contains("token id 102 (sequence 0, position 2)"), "{error}");
     assert_eq!(model.refused(&files(&[&short], Some(0), Some(4))).0, FailureKind::Job);
     let spec = CorpusSpec { source: CorpusSource::Builtin("bible".to_owned()), ..CorpusSpec::default() };
@@ -194,14 +206,17 @@ fn texts_that_cannot_be_used_say_why() {
 #[test]
 fn without_a_tokenizer_only_ready_ids_will_do() {
     let dir = tempfile::tempdir().unwrap();
-    let error = load(&CorpusSpec::default(), Some(dir.path()), 100, None).unwrap_err();
+    let error = load(&CorpusSpec::default(), Some(dir.path()), 100, None, &nowhere()).unwrap_err();
     assert_eq!(error.kind(), FailureKind::Corpus);
     assert!(error.hint_text().unwrap().contains("--token-ids"));
     fs::write(dir.path().join(TOKENIZER_FILE), "{\"version\":\"1.0\"}").unwrap();
-    assert_eq!(load(&CorpusSpec::default(), Some(dir.path()), 100, None).unwrap_err().kind(), FailureKind::Checkpoint);
+    assert_eq!(
+        load(&CorpusSpec::default(), Some(dir.path()), 100, None, &nowhere()).unwrap_err().kind(),
+        FailureKind::Checkpoint
+    );
     let ids = dir.path().join("ids.json");
     fs::write(&ids, "[[1,2,3],[4,5,6]]").unwrap();
-    let tokens = load(&token_ids(&ids.display().to_string()), None, 100, None).unwrap();
+    let tokens = load(&token_ids(&ids.display().to_string()), None, 100, None, &nowhere()).unwrap();
     assert_eq!((tokens.sequences, tokens.tokens, &tokens.ids[..]), (2, 3, &[1, 2, 3, 4, 5, 6][..]));
     assert_eq!(tokens.tokenizer, None);
 }
@@ -270,4 +285,182 @@ fn ready_ids_are_checked() {
 fn the_shipped_text_is_the_one_that_results_refer_to() {
     let hash = format!("{:x}", Sha256::digest(SHAKESPEARE));
     assert_eq!(hash, "178a4e9397563009e36554fe7b304afdcf8b93d5ef00a6284262db82c1a5d3c2");
+}
+
+/// Documents of four words each, from `w{from}` on; the last word of one is not the first of the next.
+fn documents(from: usize, to: usize) -> Vec<String> {
+    (from..to).map(|i| (0..4).map(|j| format!("w{} ", (4 * i + j) % 100)).collect()).collect()
+}
+
+impl Model {
+    fn lines(&self, name: &str, documents: &[String]) -> String {
+        self.write(
+            name,
+            documents.iter().map(|text| json!({"id": 1, "text": text}).to_string() + "\n").collect::<String>(),
+        )
+    }
+
+    /// A Parquet file with so many rows in a block, as `codec` packs them.
+    fn parquet(&self, name: &str, documents: &[String], rows: usize, codec: Compression) -> String {
+        use ::parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
+        let schema = "message m { required int64 id; optional binary text (UTF8); }";
+        let schema = Arc::new(::parquet::schema::parser::parse_message_type(schema).unwrap());
+        let properties = WriterProperties::builder().set_compression(codec).build();
+        let path = self.0.path().join(name);
+        let mut file =
+            SerializedFileWriter::new(fs::File::create(&path).unwrap(), schema, Arc::new(properties)).unwrap();
+        for block in documents.chunks(rows) {
+            let mut group = file.next_row_group().unwrap();
+            let mut ids = group.next_column().unwrap().unwrap();
+            let numbers: Vec<i64> = (0..block.len() as i64).collect();
+            ids.typed::<Int64Type>().write_batch(&numbers, None, None).unwrap();
+            ids.close().unwrap();
+            let mut texts = group.next_column().unwrap().unwrap();
+            // An empty text stands for none.
+            let levels: Vec<i16> = block.iter().map(|text| i16::from(!text.is_empty())).collect();
+            let values: Vec<ByteArray> =
+                block.iter().filter(|text| !text.is_empty()).map(|text| text.as_str().into()).collect();
+            texts.typed::<ByteArrayType>().write_batch(&values, Some(&levels), None).unwrap();
+            texts.close().unwrap();
+            group.close().unwrap();
+        }
+        file.close().unwrap();
+        path.display().to_string()
+    }
+}
+
+#[test]
+fn the_same_documents_make_the_same_windows_however_they_are_stored() {
+    let model = Model::plain();
+    let all = documents(0, 40);
+    let texts: Vec<String> = all.iter().enumerate().map(|(i, text)| model.write(&format!("{i}.txt"), text)).collect();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let mut with_gaps = all.clone();
+    with_gaps.insert(7, String::new());
+    let codecs = [Compression::UNCOMPRESSED, Compression::SNAPPY, Compression::ZSTD(ZstdLevel::default())];
+    let mut stored = vec![model.lines("all.jsonl", &all), model.lines("all.none.jsonl", &with_gaps)];
+    for (i, codec) in codecs.into_iter().chain([Compression::GZIP(GzipLevel::default())]).enumerate() {
+        stored.push(model.parquet(&format!("{i}.parquet"), &with_gaps, 3, codec));
+    }
+    for packing in [Packing::Packed, Packing::Separate, Packing::Overlapping] {
+        let length = if packing == Packing::Separate { 3 } else { 7 };
+        let spec = CorpusSpec { packing, ..files(&texts, Some(9), Some(length)) };
+        let expected = model.load(&spec).unwrap();
+        assert_eq!(expected.sequences, 9);
+        for file in &stored {
+            let tokens = model.load(&CorpusSpec { packing, ..files(&[file], Some(9), Some(length)) }).unwrap();
+            // An empty line of text is a document too: joined, it is a second space.
+            assert_eq!(tokens.ids, expected.ids, "{file} {packing:?}");
+            assert!(tokens.provenance.source.contains("field \"text\""), "{}", tokens.provenance.source);
+        }
+    }
+}
+
+#[test]
+fn overlapping_windows_begin_in_the_middle_of_each_other() {
+    let model = Model::plain();
+    let text = model.words("t.txt", 0, 20);
+    let spec = CorpusSpec { packing: Packing::Overlapping, ..files(&[&text], Some(3), Some(6)) };
+    let tokens = model.load(&spec).unwrap();
+    assert_eq!(tokens.ids, [3, 4, 5, 6, 7, 8, 6, 7, 8, 9, 10, 11, 9, 10, 11, 12, 13, 14]);
+    assert_eq!(tokens.provenance.tokens_available, 20);
+}
+
+#[test]
+fn documents_are_skipped_and_shuffled_by_number() {
+    let model = Model::plain();
+    let all = documents(0, 24);
+    let first_words = |spec: CorpusSpec| -> Vec<i64> {
+        let spec = CorpusSpec { packing: Packing::Separate, num_sequences: Some(20), ..spec };
+        model.load(&spec).unwrap().ids.chunks(4).map(|window| (window[0] - 3) / 4).collect()
+    };
+    for file in [model.lines("a.jsonl", &all), model.parquet("a.parquet", &all, 5, Compression::SNAPPY)] {
+        let spec = files(&[&file], None, Some(4));
+        assert_eq!(first_words(spec.clone()), (0..20).collect::<Vec<i64>>());
+        assert_eq!(first_words(CorpusSpec { skip_documents: 4, ..spec.clone() }), (4..24).collect::<Vec<i64>>());
+        let shuffled = |seed| first_words(CorpusSpec { shuffle_seed: Some(seed), ..spec.clone() });
+        assert_eq!(shuffled(7), shuffled(7));
+        assert_ne!(shuffled(7), shuffled(8));
+        let distinct: std::collections::BTreeSet<i64> = shuffled(7).into_iter().collect();
+        assert_eq!(distinct.len(), 20, "each once");
+        assert!(!shuffled(7).is_sorted());
+    }
+    let ids = model.write("ids.json", "[[1,2]]");
+    assert_eq!(model.refused(&CorpusSpec { skip_documents: 1, ..token_ids(&ids) }).0, FailureKind::Job);
+}
+
+#[test]
+fn lines_over_the_seams_of_blocks_are_read_once() {
+    let model = Model::plain();
+    // Some 12 MB: three blocks of lines of very different lengths.
+    let long = |i: usize| format!("w{} ", i % 100) + &" ".repeat(if i % 7 == 0 { 300_000 } else { i % 50 });
+    let all: Vec<String> = (0..280).map(long).collect();
+    let file = model.lines("a.jsonl", &all);
+    assert!(fs::metadata(&file).unwrap().len() > 10 << 20);
+    let tokens = model.load(&CorpusSpec { num_sequences: Some(140), ..files(&[&file], None, Some(2)) }).unwrap();
+    let expected: Vec<i64> = (0..280).map(|i| 3 + i % 100).collect();
+    assert_eq!(tokens.ids, expected);
+}
+
+#[test]
+fn no_more_is_read_than_is_needed() {
+    struct Counting(LocalFile, Arc<AtomicU64>);
+    impl RangedFile for Counting {
+        fn name(&self) -> &str {
+            self.0.name()
+        }
+        fn size(&self) -> u64 {
+            self.0.size()
+        }
+        fn read(&self, range: std::ops::Range<u64>) -> Result<Vec<u8>> {
+            self.1.fetch_add(range.end - range.start, Ordering::Relaxed);
+            self.0.read(range)
+        }
+    }
+    let model = Model::plain();
+    let texts: Vec<String> = (0..200).map(|i| format!("w{} ", i % 100).repeat(20_000)).collect();
+    let file = model.parquet("a.parquet", &texts, 2, Compression::UNCOMPRESSED);
+    let read = Arc::new(AtomicU64::new(0));
+    let counting = Box::new(Counting(LocalFile::open(&file).unwrap(), Arc::clone(&read)));
+    let spec = files(&[&file], Some(5), Some(50));
+    let text = Text { source: "a".into(), documents: Documents::new(vec![counting], &spec), lasts: true };
+    from_text(&spec, text, Some(model.0.path()), Limits { vocab: 103, max_positions: None }).unwrap();
+    let (read, size) = (read.load(Ordering::Relaxed), fs::metadata(&file).unwrap().len());
+    assert!(read * 10 < size, "{read} of {size} bytes");
+}
+
+#[test]
+fn documents_that_cannot_be_read_say_which() {
+    let model = Model::plain();
+    let good = documents(0, 8);
+    let parquet = fs::read(model.parquet("good.parquet", &good, 4, Compression::SNAPPY)).unwrap();
+    let mut footer = parquet.clone();
+    let at = footer.len() - 20;
+    footer[at..at + 8].fill(0xff);
+    let mut length = parquet.clone();
+    let at = length.len() - 8;
+    length[at..at + 4].fill(0xff);
+    let pages = [&parquet[..4], &[0xee; 60][..], &parquet[64..]].concat();
+    for (file, says) in [
+        (model.write("a.jsonl", "{\"text\": \"w1\"}\nnot json\n"), "begins at byte 15 is not JSON"),
+        (model.write("b.jsonl", "{\"body\": \"w1\"}\n"), "has no field \"text\""),
+        (model.write("c.jsonl", "{\"text\": 7}\n"), "has no text in its field"),
+        (model.write("d.jsonl", "[1]\n"), "is no JSON object"),
+        (model.write("e.parquet", b"PAR1"), "too short"),
+        (model.write("f.parquet", b"not parquet at all"), "PAR1"),
+        (model.write("g.parquet", footer), "cannot be read"),
+        (model.write("h.parquet", length), "impossible length"),
+        (model.write("i.parquet", pages), "i.parquet"),
+    ] {
+        let (kind, message) = model.refused(&files(&[&file], Some(2), Some(4)));
+        assert_eq!(kind, FailureKind::Corpus, "{message}");
+        assert!(message.contains(says), "{message}");
+    }
+    let other = CorpusSpec { text_field: "body".into(), ..files(&[&model.lines("j.jsonl", &good)], None, Some(4)) };
+    assert!(model.refused(&other).1.contains("no field \"body\""));
+    let file = model.0.path().join("good.parquet").display().to_string();
+    let other = CorpusSpec { text_field: "id".into(), ..files(&[&file], None, Some(4)) };
+    assert!(model.refused(&other).1.contains("holds no texts"));
+    let other = CorpusSpec { text_field: "body".into(), ..files(&[&file], None, Some(4)) };
+    assert!(model.refused(&other).1.contains("no column \"body\": it has \"id\", \"text\""));
 }

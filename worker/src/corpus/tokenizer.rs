@@ -10,7 +10,7 @@ use outliers_protocol::{BosPolicy, TokenizerProvenance};
 use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
-use super::text::Document;
+use super::documents::Document;
 use crate::error::{Result, WorkerError};
 use crate::safetensors::shown;
 use crate::source::{TOKENIZER_FILE, TokenizerFiles, read_small};

@@ -5,6 +5,7 @@ use outliers_protocol::{CorpusSpec, FailureKind};
 
 use super::*;
 use crate::corpus;
+use crate::hub::{Hub, HubOptions};
 use crate::source::Checkpoint;
 
 /// OLMoE written down once more, in plain loops over f32: slow, obvious, and independent of the worker's own layers.
@@ -145,7 +146,8 @@ fn outliers(sites: &[Vec<Vec<f32>>]) -> Found {
 
 fn demo_ids(folder: &Path, tokens: usize) -> Vec<i64> {
     let spec = CorpusSpec { num_sequences: Some(1), sequence_length: Some(tokens), ..CorpusSpec::default() };
-    corpus::load(&spec, Some(folder), VOCAB, Some(MAX_POSITIONS)).unwrap().ids
+    let hub = Hub::new(HubOptions::new("/nowhere")).unwrap();
+    corpus::load(&spec, Some(folder), VOCAB, Some(MAX_POSITIONS), &hub).unwrap().ids
 }
 
 const TOKENS: usize = 384;

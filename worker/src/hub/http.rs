@@ -14,7 +14,7 @@ use ureq::{Agent, Body};
 use super::answer::{
     Refusal, check_endpoint, content_range, encode, etag, header, redirect, same_origin, unreachable, wait_asked_for,
 };
-use super::listing::{RepoFile, RepoListing};
+use super::listing::{RepoFile, RepoKind, RepoListing};
 use crate::error::{Result, WorkerError, printable};
 
 /// Redirects followed: relative ones inside the hub, one to where large files lie.
@@ -76,6 +76,7 @@ impl fmt::Debug for Token {
 
 /// What a request is about, for messages.
 pub(super) struct Asked<'a> {
+    pub(super) kind: RepoKind,
     pub(super) id: &'a str,
     pub(super) revision: &'a str,
     pub(super) file: Option<&'a str>,
@@ -181,7 +182,14 @@ impl Client {
 
     pub(super) fn file_url(&self, listing: &RepoListing, file: &str) -> String {
         let file: Vec<String> = file.split('/').map(encode).collect();
-        format!("{}/{}/resolve/{}/{}", self.endpoint, listing.id, listing.commit, file.join("/"))
+        format!(
+            "{}/{}{}/resolve/{}/{}",
+            self.endpoint,
+            listing.kind.prefix(),
+            listing.id,
+            listing.commit,
+            file.join("/")
+        )
     }
 
     pub(super) fn get(&self, url: &str, range: Option<&Range<u64>>, asked: &Asked<'_>) -> Result<Answer, Refusal> {
@@ -306,24 +314,25 @@ impl Client {
     }
 
     fn explained(&self, status: StatusCode, code: &str, said: &str, asked: &Asked<'_>) -> WorkerError {
-        let Asked { id, revision, .. } = asked;
+        let Asked { kind, id, revision, .. } = asked;
+        let page = format!("{}/{}{id}", self.endpoint, kind.prefix());
         match (status.as_u16(), code, &self.token, asked.file) {
-            (_, "GatedRepo", None, _) => WorkerError::model_gated(format!("model {id} is gated{said}"))
-                .hint(format!("accept its conditions at {}/{id}, then set HF_TOKEN", self.endpoint)),
+            (_, "GatedRepo", None, _) => WorkerError::model_gated(format!("{kind} {id} is gated{said}"))
+                .hint(format!("accept its conditions at {page}, then set HF_TOKEN")),
             (_, "GatedRepo", Some(_), _) => {
-                WorkerError::model_gated(format!("the token has no access to the gated model {id}{said}"))
-                    .hint(format!("accept its conditions at {}/{id} with the token's account", self.endpoint))
+                WorkerError::model_gated(format!("the token has no access to the gated {kind} {id}{said}"))
+                    .hint(format!("accept its conditions at {page} with the token's account"))
             }
             (_, "RevisionNotFound", ..) => {
-                WorkerError::model_not_found(format!("model {id} has no revision {revision}"))
+                WorkerError::model_not_found(format!("{kind} {id} has no revision {revision}"))
                     .hint("use a branch, tag or commit that its page lists; the default is main")
             }
-            (404, "EntryNotFound", _, Some(file)) => WorkerError::checkpoint(format!("model {id} has no file {file}")),
+            (404, "EntryNotFound", _, Some(file)) => WorkerError::checkpoint(format!("{kind} {id} has no file {file}")),
             (401, "", Some(_), _) => WorkerError::model_gated(format!("the hub refused the token{said}"))
                 .hint("check HF_TOKEN: it may be mistyped, expired or revoked"),
-            (401 | 404, ..) => WorkerError::model_not_found(format!("there is no model {id} on {}", self.endpoint))
-                .hint("check the spelling; a private model needs HF_TOKEN"),
-            (403, ..) => WorkerError::model_gated(format!("access to model {id} is forbidden{said}"))
+            (401 | 404, ..) => WorkerError::model_not_found(format!("there is no {kind} {id} on {}", self.endpoint))
+                .hint("check the spelling; a private one needs HF_TOKEN"),
+            (403, ..) => WorkerError::model_gated(format!("access to {kind} {id} is forbidden{said}"))
                 .hint("check what the token in HF_TOKEN may read"),
             (other, ..) => WorkerError::network(format!("the hub answered {other} for {asked}{said}")),
         }
@@ -332,7 +341,7 @@ impl Client {
 
 impl RepoListing {
     pub(super) fn asked<'a>(&'a self, file: &'a str) -> Asked<'a> {
-        Asked { id: &self.id, revision: &self.revision, file: Some(file) }
+        Asked { kind: self.kind, id: &self.id, revision: &self.revision, file: Some(file) }
     }
 }
 

@@ -1,5 +1,7 @@
 //! Names on the hub, and what a repository holds.
 
+use std::fmt;
+
 use serde::Deserialize;
 
 use super::answer::encode;
@@ -49,9 +51,47 @@ pub struct RepoFile {
     pub digest: Option<Digest>,
 }
 
+/// What a repository holds; the hub keeps the names of each kind apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RepoKind {
+    /// A model.
+    Model,
+    /// A dataset.
+    Dataset,
+}
+
+impl RepoKind {
+    /// Its part of the hub's interface for programs.
+    fn interface(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::Dataset => "datasets",
+        }
+    }
+
+    /// What stands before an id in the addresses of pages and files.
+    pub(super) fn prefix(self) -> &'static str {
+        match self {
+            Self::Model => "",
+            Self::Dataset => "datasets/",
+        }
+    }
+}
+
+impl fmt::Display for RepoKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Model => "model",
+            Self::Dataset => "dataset",
+        })
+    }
+}
+
 /// A repository at one commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RepoListing {
+    /// What it holds.
+    pub kind: RepoKind,
     /// `owner/name`.
     pub id: String,
     /// The revision that was asked for.
@@ -103,9 +143,11 @@ impl From<WireFile> for RepoFile {
     }
 }
 
-pub(super) fn fetch(client: &Client, id: &str, revision: &str) -> Result<RepoListing> {
-    let path = format!("/api/models/{id}/revision/{}?blobs=true", encode(revision));
-    let bytes = client.read_small(&path, &Asked { id, revision, file: None }, MAX_LISTING_BYTES)?;
+pub(super) fn fetch(client: &Client, kind: RepoKind, id: &str, revision: &str) -> Result<RepoListing> {
+    check_id(kind, id)?;
+    check_revision(revision)?;
+    let path = format!("/api/{}/{id}/revision/{}?blobs=true", kind.interface(), encode(revision));
+    let bytes = client.read_small(&path, &Asked { kind, id, revision, file: None }, MAX_LISTING_BYTES)?;
     let unreadable = |what: String| {
         let message = format!("the hub's description of {id} cannot be read: {what}");
         WorkerError::network(message).hint("check that the endpoint is a Hugging Face hub")
@@ -115,11 +157,11 @@ pub(super) fn fetch(client: &Client, id: &str, revision: &str) -> Result<RepoLis
         return Err(unreadable(format!("{} is not a commit", shown(&wire.sha))));
     }
     let files = wire.siblings.into_iter().map(RepoFile::from).collect();
-    Ok(RepoListing { id: id.to_owned(), revision: revision.to_owned(), commit: wire.sha, files })
+    Ok(RepoListing { kind, id: id.to_owned(), revision: revision.to_owned(), commit: wire.sha, files })
 }
 
 /// `owner/name`, or the bare name of a few old models; the hub's own rules, so that an id is safe in paths and addresses.
-pub(super) fn check_id(id: &str) -> Result<()> {
+fn check_id(kind: RepoKind, id: &str) -> Result<()> {
     let fine = |part: &str| {
         let allowed = part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
         let edges = part.starts_with(['-', '.']) || part.ends_with(['-', '.']);
@@ -128,12 +170,12 @@ pub(super) fn check_id(id: &str) -> Result<()> {
     if id.split('/').count() <= 2 && id.split('/').all(fine) {
         return Ok(());
     }
-    let message = format!("{} is not a model id", shown(id));
-    Err(WorkerError::job(message).hint("a model id looks like `allenai/OLMoE-1B-7B-0125`; a folder must exist"))
+    let message = format!("{} is not the id of a {kind}", shown(id));
+    Err(WorkerError::job(message).hint("an id looks like `allenai/OLMoE-1B-7B-0125`; a folder must exist"))
 }
 
 /// A branch, tag or commit; the cache makes a file of that name, so it must stay inside its folder.
-pub(super) fn check_revision(revision: &str) -> Result<()> {
+fn check_revision(revision: &str) -> Result<()> {
     let fine = |part: &str| !matches!(part, "" | "." | "..") && !part.contains("..");
     let visible = !revision.chars().any(|c| c.is_control() || c.is_whitespace() || c == '\\');
     if revision.len() <= 255 && visible && revision.split('/').all(fine) {
@@ -150,12 +192,12 @@ mod tests {
     #[test]
     fn ids_and_revisions_are_safe_in_paths() {
         for id in ["allenai/OLMoE-1B-7B-0125", "gpt2", "Qwen/Qwen3-0.6B", "a/b_c.d"] {
-            check_id(id).unwrap();
+            check_id(RepoKind::Model, id).unwrap();
         }
         for id in
             ["", "/", "a/", "/b", "a/b/c", "../x", "a/..", "a/.b", "a b/c", "a/b?x", "a/b#c", "a/b--c", "a/b\n", "é/a"]
         {
-            assert!(check_id(id).is_err(), "{id}");
+            assert!(check_id(RepoKind::Dataset, id).is_err(), "{id}");
         }
         for revision in ["main", "v1.0", "refs/pr/3", "9b0c1aa87e34a20052389dce1f0cf01da783f654"] {
             check_revision(revision).unwrap();

@@ -1,0 +1,158 @@
+//! Text from a dataset on the hub: the same windows as from files, by a few ranges, whatever happens to them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use outliers_protocol::{CorpusSource, CorpusSpec, FailureKind};
+use outliers_tests::hub::{Fault, MockHub, Repo};
+use outliers_worker::corpus::{self, Tokens};
+use outliers_worker::demo;
+use outliers_worker::error::WorkerError;
+use outliers_worker::hub::{Hub, HubOptions, Patience, Token};
+use parquet::basic::Compression;
+use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::file::properties::WriterProperties;
+use parquet::file::writer::SerializedFileWriter;
+
+const ID: &str = "owner/texts";
+const FOLDER: &str = "sample/10BT";
+/// Documents of a file, and of a block of it.
+const ROWS: usize = 400;
+const BLOCK: usize = 10;
+
+/// A dataset of two files, a model, and the hub that has the first.
+struct Setup {
+    dir: tempfile::TempDir,
+    hub: MockHub,
+}
+
+impl Setup {
+    fn with(change: impl FnOnce(Repo) -> Repo) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("texts").join(FOLDER);
+        fs::create_dir_all(&folder).unwrap();
+        for file in 0..2 {
+            write(&folder.join(format!("00{file}_00000.parquet")), &texts(file));
+        }
+        fs::write(dir.path().join("texts/README.md"), "not text to be counted").unwrap();
+        demo::make(&dir.path().join("model"), 0).unwrap();
+        let hub = MockHub::start([change(Repo::new(ID, &dir.path().join("texts")).dataset())]).unwrap();
+        Self { dir, hub }
+    }
+
+    fn new() -> Self {
+        Self::with(|repo| repo)
+    }
+
+    fn load(&self, source: CorpusSource, token: Option<Token>) -> Result<Tokens, WorkerError> {
+        let patience = Patience {
+            response: Duration::from_secs(5),
+            silence: Duration::from_secs(1),
+            tries: 3,
+            pause: Duration::from_millis(10),
+            ..Patience::default()
+        };
+        let options = HubOptions { endpoint: self.hub.url(), token, patience, ..HubOptions::new("/nowhere") };
+        let spec = CorpusSpec { source, num_sequences: Some(4), sequence_length: Some(128), ..CorpusSpec::default() };
+        corpus::load(&spec, Some(&self.dir.path().join("model")), 1 << 20, None, &Hub::new(options).unwrap())
+    }
+
+    fn dataset(&self, name: &str) -> Result<Tokens, WorkerError> {
+        self.load(CorpusSource::Dataset(name.parse().unwrap()), None)
+    }
+
+    /// The same texts as one plain file each.
+    fn files(&self) -> CorpusSource {
+        let place = |i: usize| -> PathBuf { self.dir.path().join(format!("{i}.txt")) };
+        let write = |(i, text): (usize, String)| {
+            fs::write(place(i), text).unwrap();
+            place(i).to_str().unwrap().to_owned()
+        };
+        CorpusSource::Files(texts(0).into_iter().take(4 * BLOCK).enumerate().map(write).collect())
+    }
+
+    fn bytes(&self) -> u64 {
+        let size = |file: usize| {
+            let path = self.dir.path().join("texts").join(FOLDER).join(format!("00{file}_00000.parquet"));
+            path.metadata().unwrap().len()
+        };
+        size(0) + size(1)
+    }
+}
+
+/// Lines of the text that ships with the worker, several to a document.
+fn texts(file: usize) -> Vec<String> {
+    let lines: Vec<&str> = corpus::SHAKESPEARE.lines().collect();
+    (0..ROWS).map(|row| lines[(file * ROWS + row) * 20 % (lines.len() - 60)..][..60].join("\n")).collect()
+}
+
+fn write(path: &Path, texts: &[String]) {
+    let schema = parquet::schema::parser::parse_message_type("message m { required binary text (UTF8); }").unwrap();
+    let properties = WriterProperties::builder().set_compression(Compression::SNAPPY).set_dictionary_enabled(false);
+    let to = fs::File::create(path).unwrap();
+    let mut file = SerializedFileWriter::new(to, Arc::new(schema), Arc::new(properties.build())).unwrap();
+    for block in texts.chunks(BLOCK) {
+        let mut group = file.next_row_group().unwrap();
+        let mut column = group.next_column().unwrap().unwrap();
+        let values: Vec<ByteArray> = block.iter().map(|text| text.as_str().into()).collect();
+        column.typed::<ByteArrayType>().write_batch(&values, None, None).unwrap();
+        column.close().unwrap();
+        group.close().unwrap();
+    }
+    file.close().unwrap();
+}
+
+#[test]
+fn the_windows_are_those_of_the_same_text_and_little_of_the_file_is_fetched() {
+    let setup = Setup::new();
+    let expected = setup.load(setup.files(), None).unwrap();
+    assert_eq!(setup.hub.seen().len(), 0);
+    let tokens = setup.dataset("owner/texts@main:sample/10BT").unwrap();
+    assert_eq!(tokens.ids, expected.ids);
+    assert_eq!((tokens.sequences, tokens.tokens), (4, 128));
+    let (fetched, all) = (setup.hub.carried(), setup.bytes());
+    println!("{fetched} of {all} bytes fetched");
+    assert!(fetched > 0 && fetched * 4 < all, "{fetched} of {all} bytes");
+    let source = &tokens.provenance.source;
+    let commit = Repo::new(ID, Path::new("")).commit();
+    assert!(source.starts_with(&format!("owner/texts@{commit}:sample/10BT (field \"text\", ")), "{source}");
+    assert_eq!(setup.hub.count("001_00000"), 0, "the second file is not needed");
+}
+
+#[test]
+fn what_goes_wrong_on_the_way_is_survived() {
+    let expected = Setup::new().dataset(ID).unwrap().ids;
+    let busy = |seconds: &str| Fault::Status(429, vec![("retry-after", seconds.to_owned())]);
+    let faults = [busy("0"), Fault::Status(503, Vec::new()), Fault::Truncate(100), Fault::Stall(100), Fault::Page];
+    for fault in faults {
+        let setup = Setup::new();
+        setup.hub.fail(".parquet", 2, fault.clone());
+        assert_eq!(setup.dataset(ID).unwrap().ids, expected, "{fault:?}");
+    }
+    let setup = Setup::new();
+    setup.hub.fail("api/datasets", 2, busy("0"));
+    setup.hub.expire_after(1);
+    assert_eq!(setup.dataset(ID).unwrap().ids, expected);
+}
+
+#[test]
+fn a_dataset_that_cannot_be_had_is_named() {
+    let setup = Setup::new();
+    for (name, kind, says) in [
+        ("owner/other", FailureKind::ModelNotFound, "no dataset owner/other"),
+        ("owner/texts@gone", FailureKind::ModelNotFound, "dataset owner/texts has no revision gone"),
+        ("owner/texts:elsewhere", FailureKind::Corpus, "no .parquet or .jsonl files"),
+    ] {
+        let error = setup.dataset(name).unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.message().contains(says) && error.hint_text().is_some(), "{error}");
+    }
+    let gated = Setup::with(|repo| repo.gated("hf_right"));
+    let error = gated.dataset(ID).unwrap_err();
+    assert_eq!(error.kind(), FailureKind::ModelGated);
+    assert!(error.hint_text().unwrap().contains("/datasets/owner/texts"), "{error:?}");
+    let source = CorpusSource::Dataset(ID.parse().unwrap());
+    assert!(gated.load(source, Token::new("hf_right")).is_ok());
+}
