@@ -70,10 +70,16 @@ struct File {
     #[serde(default)]
     corpus: Vec<PathBuf>,
     token_ids: Option<PathBuf>,
+    dataset: Option<Spanned<String>>,
+    text_field: Option<String>,
+    skip_documents: Option<usize>,
+    shuffle: Option<u64>,
     #[serde(default)]
     bos: Bos,
     #[serde(default)]
     separate_documents: bool,
+    #[serde(default)]
+    overlapping_windows: bool,
     #[serde(default)]
     precision: PrecisionArg,
     layers: Option<usize>,
@@ -177,6 +183,9 @@ impl File {
             let known = kind.get_ref().parse::<SiteKinds>();
             sites.push(known.map_err(|why| wrong(kind, format!("sites = [\"{}\"]: {why}", kind.get_ref())))?);
         }
+        let dataset = self.dataset.as_ref().map(|text| {
+            text.get_ref().parse().map_err(|why| wrong(text, format!("dataset: {why}")))
+        });
         let plain = self.models.into_iter().map(ModelTable::plain);
         let mut models = Vec::new();
         let mut seen = BTreeSet::new();
@@ -201,8 +210,13 @@ impl File {
                 sequence_length: self.sequence_length,
                 corpus: self.corpus,
                 token_ids: self.token_ids,
+                dataset: dataset.transpose()?,
+                text_field: self.text_field,
+                skip_documents: self.skip_documents,
+                shuffle: self.shuffle,
                 bos: self.bos,
                 separate_documents: self.separate_documents,
+                overlapping_windows: self.overlapping_windows,
                 precision: self.precision,
                 layers: self.layers,
                 micro_batch_tokens: self.micro_batch_tokens,
@@ -294,7 +308,7 @@ mod tests {
     #[test]
     fn models_are_strings_or_tables_with_wishes() {
         let survey = parsed(
-            "name = 's'\nnum_sequences = 4\nbudget = 12.5\nmax_duration = '2h'\nprecision = 'bf16'\nsites = ['residual']\n\
+            "name = 's'\nnum_sequences = 4\ndataset = 'fineweb-edu'\nshuffle = 3\nbudget = 12.5\nmax_duration = '2h'\nprecision = 'bf16'\nsites = ['residual']\n\
              models = ['owner/a', './b']\n[[model]]\nid = 'owner/c'\nrevision = 'abc'\ngpu_count = 8\nmin_vram = 80\n\
              [[model]]\nid = 'owner/a'\nname = 'a-again'\nmax_duration = '9h'",
         )
@@ -307,6 +321,8 @@ mod tests {
         assert_eq!(survey.budget, Some(Usd::from_dollars(12.5)));
         assert_eq!((survey.job.num_sequences, survey.job.sites.len()), (Some(4), 1));
         assert!(survey.models[3].max_duration.is_some());
+        let dataset = survey.job.dataset.unwrap();
+        assert_eq!((dataset.path.as_str(), survey.job.shuffle), ("sample/10BT", Some(3)));
     }
 
     #[test]
@@ -323,6 +339,7 @@ mod tests {
             ("name = 's'\nmodels = []", Some(1), "no models"),
             ("name = 's'\nmax_parallel = 0\nmodels = ['a/b']", Some(2), "max_parallel"),
             ("name = 's'\nbudget = nan\nmodels = ['a/b']", Some(2), "budget"),
+            ("name = 's'\ndataset = 'texts'\nmodels = ['a/b']", Some(2), "dataset"),
             ("name = 's'\nsites = ['experts']\nmodels = ['a/b']", Some(2), "experts"),
             ("name = 's'\nmax_duration = '5 parsecs'\nmodels = ['a/b']", Some(2), "parsecs"),
             ("= 3", Some(1), "= 3"),
