@@ -249,7 +249,7 @@ pub(crate) mod tests {
     pub(crate) const NOW_MS: u64 = 1_780_315_200_000;
 
     /// A run of the survey `moe-two` that began `minutes` ago, one event each minute.
-    fn run(id: &str, model: &str, minutes: u64, events: Vec<RunEvent>) -> RunRecord {
+    pub(crate) fn run(id: &str, model: &str, minutes: u64, events: Vec<RunEvent>) -> RunRecord {
         let survey = Some(Membership { survey: "moe-two".into(), model: model.replace('/', "--") });
         let spec = RunSpec { model: model.into(), job_key: model.into(), survey, ..spec(Path::new("/nowhere")) };
         let created_at_ms = NOW_MS - minutes * 60_000;
@@ -259,7 +259,8 @@ pub(crate) mod tests {
         RunRecord { id: id.into(), created_at_ms, spec, events, state }
     }
 
-    fn rented(id: &str) -> Vec<RunEvent> {
+    /// Up to the start of the worker.
+    pub(crate) fn rented(id: &str) -> Vec<RunEvent> {
         let tag = LeaseTag { owner: "me".into(), run: id.into(), nonce: "n".into(), deadline: NOW_MS / 1000 + 1800 };
         vec![
             RunEvent::Creating { intent: Box::new(Intent { offer: offer("a", 6.0), tag }) },
@@ -269,7 +270,8 @@ pub(crate) mod tests {
         ]
     }
 
-    fn ended(id: &str, results: Brought, ending: Ending) -> Vec<RunEvent> {
+    /// To the end of the instance.
+    pub(crate) fn ended(id: &str, results: Brought, ending: Ending) -> Vec<RunEvent> {
         let end = [
             RunEvent::WorkerEnded { exit: Some(0) },
             RunEvent::Fetched { results, ending },
@@ -330,8 +332,8 @@ pub(crate) mod tests {
         assert!(running.looked_after && !standing.under_way[1].looked_after);
         assert_eq!((running.cost, running.at_most), (Usd::from_dollars(1.0), Usd::from_dollars(4.0)));
         assert_eq!(standing.reserved, Usd::from_dollars(6.0), "half an hour of two instances");
-        // A second for the reading, counted from the launch three minutes after the create call.
-        assert_eq!(running.expected, Some(NOW_MS / 1000 - 10 * 60 + 3 * 60 + 1));
+        // Six seconds of arithmetic, counted from the launch three minutes after the create call.
+        assert_eq!(running.expected, Some(NOW_MS / 1000 - 10 * 60 + 3 * 60 + 6));
         let done = &standing.over[0];
         assert!(done.completed && done.figures.is_some_and(|figures| figures.perplexity.is_some()));
         assert_eq!(standing.over[2].hint.as_deref(), Some("relax the filters"));

@@ -80,7 +80,7 @@ pub(super) async fn command(context: &Context, args: &SurveyArgs) -> Result<Exit
     session.write_index(&ledger)?;
     let stuck = session.drive(&ledger, ports, todo).await?;
     session.write_index(&ledger)?;
-    session.conclude(&ledger.runs()?, &stuck)
+    Ok(session.conclude(&ledger.runs()?, &stuck))
 }
 
 /// A model that cannot be run.
@@ -223,7 +223,7 @@ impl<'a> Session<'a> {
 
     fn is_to_run(&self, model: &Model<'_>, runs: &[RunRecord]) -> bool {
         model.wanted
-            && match self.member(model).line(runs).outcome {
+            && match self.member(model).look(runs).0.outcome {
                 Outcome::Complete => false,
                 Outcome::Open => true,
                 Outcome::Partial | Outcome::Failed => self.args.rerun_failed,
@@ -298,7 +298,7 @@ impl<'a> Session<'a> {
             schema: index::SCHEMA,
             survey: self.survey.name.clone(),
             file: file.to_string_lossy().into_owned(),
-            models: self.models.iter().map(|model| self.member(model).line(&runs)).collect(),
+            models: self.models.iter().map(|model| self.member(model).look(&runs).0).collect(),
         };
         let wrong = |error| Complaint::failed(format!("{}: {error}", self.folder.join(index::FILE).display()));
         index.write(&self.folder).map_err(wrong)

@@ -659,3 +659,24 @@ async fn a_survey_of_which_one_run_is_stopped_waiting_ends() {
     let world = fake.world.lock().unwrap();
     assert_eq!((world.creates, world.ours().count()), (1, 0));
 }
+
+#[tokio::test(start_paused = true)]
+async fn workers_of_a_batch_start_a_pause_apart() {
+    let (fake, home, begun) = (Fake::new(), home(), Instant::now());
+    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let (clouds, turns) = (fake.clouds(), Turns::new(Duration::from_secs(20)));
+    let ports = Ports { turns: Some(&turns), ..fake.ports(&clouds) };
+    let launched = std::sync::Mutex::new(Vec::new());
+    let on = |event| {
+        if let DeployEvent::State(state) = event
+            && matches!(*state, RunState::Launched { .. })
+        {
+            launched.lock().unwrap().push(begun.elapsed().as_secs() / 20);
+        }
+    };
+    let drive = |_| Driver::new(ledger.plan(&spec(home.path())).unwrap(), ports, fake.stop.subscribe(), &on).drive();
+    for run in futures::future::join_all((0..3).map(drive)).await {
+        assert_eq!(run.unwrap().state.ending(), Some(&Ending::Completed));
+    }
+    assert_eq!(*launched.lock().unwrap(), [0, 1, 2]);
+}

@@ -47,16 +47,19 @@ impl Session<'_> {
         if tasks.is_empty() {
             return Ok(Vec::new());
         }
-        let board = self.context.reporter.of_one(&self.survey.name);
+        let (board, since_ms) = (self.context.reporter.of_one(&self.survey.name), now_ms());
+        // What was left bills, whether it is driven or not.
+        let left = tasks.iter().filter(|task| matches!(task.begin, Begin::Left(_))).count();
+        let parallel = self.parallel().max(left);
         let estimates: Vec<(String, Usd)> = tasks.iter().map(|task| (task.name.clone(), task.estimate)).collect();
         let turns = Turns::new(self.context.settings.stagger);
         let ports = Ports { turns: Some(&turns), ..ports };
         let driven = listening(&self.context.reporter, async |stop| {
             let runs = stream::iter(tasks).map(|task| self.drive_one(ledger, ports, task, stop.clone()));
-            let all = runs.buffer_unordered(self.parallel()).filter_map(async |stuck| stuck).collect::<Vec<_>>();
+            let all = runs.buffer_unordered(parallel).filter_map(async |stuck| stuck).collect::<Vec<_>>();
             tokio::select! {
                 stuck = all => stuck,
-                never = self.watch(ledger, &board, &estimates) => match never {},
+                never = self.watch(ledger, &board, &estimates, since_ms) => match never {},
             }
         });
         let stuck = driven.await;
@@ -132,23 +135,26 @@ impl Session<'_> {
     }
 
     /// Tells how all of it stands, for as long as it is asked to.
-    async fn watch(&self, ledger: &Ledger, board: &Reporter, estimates: &[(String, Usd)]) -> Infallible {
+    async fn watch(&self, ledger: &Ledger, board: &Reporter, estimates: &[(String, Usd)], since_ms: u64) -> Infallible {
         loop {
             match ledger.runs() {
-                Ok(runs) => self.tell_all(board, &runs, estimates),
+                Ok(runs) => self.tell_all(board, &runs, estimates, since_ms),
                 Err(error) => tracing::warn!("{error}"),
             }
             tokio::time::sleep(LOOK).await;
         }
     }
 
-    fn tell_all(&self, board: &Reporter, runs: &[RunRecord], estimates: &[(String, Usd)]) {
+    fn tell_all(&self, board: &Reporter, runs: &[RunRecord], estimates: &[(String, Usd)], since_ms: u64) {
         let now = now_ms();
         let spent = self.spent(runs);
         let (mut over, mut under_way, mut to_come) = (0, 0, Usd::ZERO);
         for (name, estimate) in estimates {
             let model = self.models.iter().find(|model| model.entry.name == *name);
+            // What was over before, and is run again, has not begun.
+            let is_of_now = |run: &&RunRecord| !run.state.is_at_rest() || run.changed_at_ms() >= since_ms;
             let latest = model.and_then(|model| runs.iter().rev().find(|run| self.member(model).is_run_by(run)));
+            let latest = latest.filter(is_of_now);
             match latest {
                 Some(run) if run.state.is_at_rest() => over += 1,
                 Some(run) => {

@@ -87,11 +87,12 @@ struct Came {
 }
 
 impl Session<'_> {
+    /// What would be done for each model.
     pub(super) fn rows<'r>(&'r self, runs: &[RunRecord], todo: &'r [Todo], problems: &[Problem]) -> Vec<Row<'r>> {
         let row = |(number, (model, todo)): (usize, (&'r Model<'_>, &'r Todo))| {
             let problem = problems.iter().find(|problem| problem.model == number);
             let prepared = todo.prepared();
-            let outcome = self.member(model).line(runs).outcome;
+            let outcome = self.member(model).look(runs).0.outcome;
             let to_do = match (todo, outcome) {
                 (Todo::PickUp(_), _) => "pick up",
                 (Todo::Run(_), _) => "run",
@@ -148,7 +149,8 @@ impl Session<'_> {
         ExitStatus::worst(problems.iter().map(|problem| problem.complaint.status))
     }
 
-    pub(super) fn conclude(&self, runs: &[RunRecord], stuck: &[(String, Stuck)]) -> Result<ExitStatus, Complaint> {
+    /// Prints what it came to; the exit status is that of the worst run.
+    pub(super) fn conclude(&self, runs: &[RunRecord], stuck: &[(String, Stuck)]) -> ExitStatus {
         let wanted = self.models.iter().filter(|model| model.wanted);
         let models: Vec<Came> = wanted.map(|model| self.came(model, runs, stuck)).collect();
         let status = ExitStatus::worst(models.iter().map(|came| came.status));
@@ -169,21 +171,17 @@ impl Session<'_> {
         for (name, stuck) in stuck {
             self.context.reporter.of_one(name).sentence(&Complaint::of_stuck(stuck));
         }
-        Ok(status)
+        status
     }
 
     fn came(&self, model: &Model<'_>, runs: &[RunRecord], stuck: &[(String, Stuck)]) -> Came {
-        let member = self.member(model);
-        let line = member.line(runs);
-        let run = member.run(runs);
+        let (line, run) = self.member(model).look(runs);
         let status = match (line.outcome, run) {
             _ if stuck.iter().any(|(name, _)| *name == model.entry.name) => ExitStatus::InstanceLeft,
             (Outcome::Complete, _) => ExitStatus::Done,
             // It was to be run, and Ctrl-C came first.
             (_, None) => ExitStatus::Interrupted,
-            (_, Some(run)) if run.state.ending().is_some_and(|ending| *ending == Ending::Completed) => {
-                ExitStatus::Failed
-            }
+            (_, Some(run)) if run.state.ending() == Some(&Ending::Completed) => ExitStatus::Failed,
             (_, Some(run)) => ExitStatus::of_run(&run.state),
         };
         let place = self.folder.join(&model.entry.name);
@@ -218,6 +216,7 @@ impl Session<'_> {
     }
 }
 
+/// The same as a table.
 pub(super) fn table_of(rows: &[Row<'_>]) -> String {
     let mut table = tables::table(&["model", "to do", "what", "price", "takes", "costs", "at most"]);
     for row in rows {
