@@ -244,6 +244,9 @@ pub struct JobArgs {
     /// Also write every studied activation to this file among the results. Large: tokens x hidden x sites x 4 bytes.
     #[arg(long, value_name = "FILE.safetensors")]
     pub save_activations: Option<String>,
+    /// Also write a time line of the pass to this file among the results, for Chrome's trace viewer or Perfetto.
+    #[arg(long, value_name = "FILE.json")]
+    pub trace: Option<String>,
 }
 
 /// Whether each window starts with the BOS token.

@@ -15,6 +15,7 @@ use outliers_worker::corpus::{self, Tokens};
 use outliers_worker::device;
 use outliers_worker::error::{Result, WorkerError};
 use outliers_worker::ffn::{ExpertRows, Routing};
+use outliers_worker::hub::{Hub, HubOptions};
 use outliers_worker::meter::{Meter, Span, Thread, Work};
 use outliers_worker::model::Model;
 use outliers_worker::progress::ProgressSink;
@@ -54,7 +55,9 @@ impl Fixture {
         let job = JobSpec { sites: SiteKind::ALL.into(), ..JobSpec::new(ModelSource::Folder { path }) };
         let ids = golden(name).join("golden.safetensors");
         let source = CorpusSource::TokenIds(ids.to_str().unwrap().to_owned());
-        let mut tokens = corpus::load(&CorpusSpec { source, ..CorpusSpec::default() }, None, usize::MAX, None).unwrap();
+        let hub = Hub::new(HubOptions::new("/nowhere")).unwrap();
+        let spec = CorpusSpec { source, ..CorpusSpec::default() };
+        let mut tokens = corpus::load(&spec, None, usize::MAX, None, &hub).unwrap();
         let rows: Vec<Vec<i64>> = tokens.ids.chunks(tokens.tokens).map(<[i64]>::to_vec).collect();
         tokens.ids = (0..5).flat_map(|turn| rows.iter().flat_map(move |row| turned(row, turn))).collect();
         tokens.sequences = 5 * rows.len();

@@ -8,6 +8,7 @@ use outliers_protocol::{
 };
 
 use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg};
+use crate::files::is_plain_name;
 use crate::report::Complaint;
 
 /// The job these options describe, with absolute paths.
@@ -47,6 +48,7 @@ pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Pat
     job.layers = args.layers;
     job.sites.extend(args.sites.iter().flat_map(|SiteKinds(kinds)| kinds));
     job.save_activations.clone_from(&args.save_activations);
+    job.trace.clone_from(&args.trace);
     job.micro_batch_tokens = args.micro_batch_tokens.unwrap_or(job.micro_batch_tokens);
     check(&job)?;
     Ok(job)
@@ -64,13 +66,19 @@ fn check(job: &JobSpec) -> Result<(), Complaint> {
         (_, Some(0), ..) => zero("sequence-length"),
         (_, _, Some(0), _) => zero("layers"),
         (.., 0) => zero("micro-batch-tokens"),
-        _ => match &job.save_activations {
-            Some(name) if Path::new(name).file_name() != Some(name.as_ref()) => Err(Complaint::refused(
-                "--save-activations takes a plain file name",
-                "the file comes home with the results",
-            )),
-            _ => Ok(()),
-        },
+        _ => plain_name("save-activations", job.save_activations.as_deref())
+            .and_then(|()| plain_name("trace", job.trace.as_deref())),
+    }
+}
+
+/// A file among the results.
+fn plain_name(option: &str, name: Option<&str>) -> Result<(), Complaint> {
+    match name {
+        Some(name) if !is_plain_name(name) => Err(Complaint::refused(
+            format!("--{option} takes a plain file name"),
+            "the file comes home with the results",
+        )),
+        _ => Ok(()),
     }
 }
 

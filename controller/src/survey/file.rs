@@ -183,9 +183,10 @@ impl File {
             let known = kind.get_ref().parse::<SiteKinds>();
             sites.push(known.map_err(|why| wrong(kind, format!("sites = [\"{}\"]: {why}", kind.get_ref())))?);
         }
-        let dataset = self.dataset.as_ref().map(|text| {
-            text.get_ref().parse().map_err(|why| wrong(text, format!("dataset: {why}")))
-        });
+        let dataset = self
+            .dataset
+            .as_ref()
+            .map(|text| text.get_ref().parse().map_err(|why| wrong(text, format!("dataset: {why}"))));
         let plain = self.models.into_iter().map(ModelTable::plain);
         let mut models = Vec::new();
         let mut seen = BTreeSet::new();
