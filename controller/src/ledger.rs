@@ -181,6 +181,9 @@ impl Ledger {
         let at = |source| LedgerError::Io { path: folder.to_owned(), source };
         // Keys lie below it.
         fs::DirBuilder::new().recursive(true).mode(0o700).create(folder.join("runs")).map_err(at)?;
+        // The change to a write-ahead log waits for nobody: it fails where two meet in it.
+        let opening = File::options().create(true).append(true).open(folder.join("opening")).map_err(at)?;
+        opening.lock().map_err(at)?;
         let connection = Connection::open(folder.join("ledger.db"))?;
         connection.busy_timeout(BUSY)?;
         // Every commit is on disk before the call returns: what costs money comes after it.
@@ -813,6 +816,23 @@ mod tests {
         let purse = two.purse().unwrap().unwrap();
         assert_eq!(purse.left, purse.at_best, "what nobody drives gives nothing back before its time is up");
         assert_eq!(ledger.plan(&spec()).unwrap().purse().unwrap(), None);
+    }
+
+    #[test]
+    fn many_may_open_a_ledger_that_is_not_there_yet() {
+        for _ in 0..20 {
+            let folder = tempfile::tempdir().unwrap();
+            let (open, start) = (|| Ledger::open(folder.path()).unwrap(), std::sync::Barrier::new(8));
+            let owners: Vec<String> = std::thread::scope(|scope| {
+                let one = || {
+                    start.wait();
+                    open().owner().to_owned()
+                };
+                let threads: Vec<_> = (0..8).map(|_| scope.spawn(one)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert!(owners.iter().all(|owner| *owner == owners[0]), "{owners:?}");
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::error::{Result, WorkerError};
 use crate::safetensors::shown;
 
 /// Bytes at the end of a file, asked for in the hope that they hold the whole footer.
-const LIKELY_FOOTER: u64 = 256 << 10;
+const LIKELY_FOOTER: u64 = 64 << 10;
 /// What the file ends with: the footer's length and the format's name.
 const TAIL: usize = 8;
 const MAGIC: &[u8] = b"PAR1";

@@ -440,7 +440,10 @@ fn documents_that_cannot_be_read_say_which() {
     let mut length = parquet.clone();
     let at = length.len() - 8;
     length[at..at + 4].fill(0xff);
-    let pages = [&parquet[..4], &[0xee; 60][..], &parquet[64..]].concat();
+    let tail: [u8; 4] = parquet[parquet.len() - 8..][..4].try_into().unwrap();
+    let mut pages = parquet.clone();
+    let end = pages.len() - 8 - u32::from_le_bytes(tail) as usize;
+    pages[4..end].fill(0xee);
     for (file, says) in [
         (model.write("a.jsonl", "{\"text\": \"w1\"}\nnot json\n"), "begins at byte 15 is not JSON"),
         (model.write("b.jsonl", "{\"body\": \"w1\"}\n"), "has no field \"text\""),
