@@ -5,7 +5,7 @@ use outliers_protocol::{Inspection, JobSpec, LayerInspection, PlanFigures, Point
 use serde_json::Value;
 
 use crate::attention::{QUERY_BLOCK, SCORE_VALUES};
-use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec, Need, Role};
+use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec, Need, Part, Role, Unit};
 use crate::model::Model;
 use crate::run::disk_bytes;
 use crate::source::Checkpoint;
@@ -90,26 +90,55 @@ fn site_inspection(model: &Model<'_>, site: Site) -> SiteInspection {
 /// Parameters one token passes through: of routed experts top-k, and without the tables of which it reads one row (learned positions,
 /// and the embedding, unless that is the head as well).
 pub fn active_parameters(spec: &DecoderSpec) -> u64 {
+    active_outside(spec) + spec.units(u64::MAX).iter().map(|unit| active_in(spec, unit)).sum::<u64>()
+}
+
+/// Those before the first layer and after the last.
+fn active_outside(spec: &DecoderSpec) -> u64 {
     let lead_in = spec.input_needs().into_iter().filter(|need| need.role != Role::Positions);
     let lead_out = spec.output_needs().into_iter().chain([spec.head_need()]).chain(spec.head_bias_need());
-    let outside: u64 = lead_in.chain(lead_out).map(|need| need.elements()).sum();
-    let layers = spec.units(u64::MAX).into_iter().map(|unit| {
-        let whole: u64 = unit.needs.iter().map(Need::elements).sum();
-        match (&unit.part, &spec.layers[unit.layer].ffn) {
-            (crate::decoder::Part::Experts(_), FfnSpec::Moe(moe)) => whole / moe.experts as u64 * moe.top_k as u64,
-            _ => whole,
-        }
-    });
-    outside + layers.sum::<u64>()
+    lead_in.chain(lead_out).map(|need| need.elements()).sum()
+}
+
+/// Those of a unit, all experts of a layer being one.
+fn active_in(spec: &DecoderSpec, unit: &Unit) -> u64 {
+    let whole: u64 = unit.needs.iter().map(Need::elements).sum();
+    match (&unit.part, &spec.layers[unit.layer].ffn) {
+        (Part::Experts(_), FfnSpec::Moe(moe)) => whole / moe.experts as u64 * moe.top_k as u64,
+        _ => whole,
+    }
 }
 
 /// Floating-point operations: two per active parameter and token, and four per head value and visible key.
-pub(crate) fn flops(spec: &DecoderSpec, run: PlannedRun) -> f64 {
-    let tokens = (run.sequences * run.tokens) as f64;
-    let pairs = run.sequences as f64 * run.tokens as f64 * (run.tokens as f64 + 1.0) / 2.0;
-    // Per visible pair of tokens and head: the product of query and key, and the weighted value.
-    let attention: f64 = spec.layers.iter().map(|l| 2.0 * l.mixer.pair_values() as f64 * pairs).sum();
-    2.0 * active_parameters(spec) as f64 * tokens + attention
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Flops {
+    /// Projections and attention.
+    pub(crate) mixer: f64,
+    /// MLPs, routers, experts.
+    pub(crate) feed_forward: f64,
+    /// Everything outside the layers.
+    pub(crate) head: f64,
+}
+
+impl Flops {
+    /// All of them.
+    pub(crate) fn total(self) -> f64 {
+        self.mixer + self.feed_forward + self.head
+    }
+
+    /// Of a run over a model.
+    pub(crate) fn of(spec: &DecoderSpec, run: PlannedRun) -> Self {
+        let tokens = (run.sequences * run.tokens) as f64;
+        let pairs = run.sequences as f64 * run.tokens as f64 * (run.tokens as f64 + 1.0) / 2.0;
+        // Per visible pair of tokens and head: the product of query and key, and the weighted value.
+        let attention: f64 = spec.layers.iter().map(|l| 2.0 * l.mixer.pair_values() as f64 * pairs).sum();
+        let mut flops = Self { mixer: attention, feed_forward: 0.0, head: 2.0 * active_outside(spec) as f64 * tokens };
+        for unit in spec.units(u64::MAX) {
+            let kind = if unit.part == Part::Mixer { &mut flops.mixer } else { &mut flops.feed_forward };
+            *kind += 2.0 * active_in(spec, &unit) as f64 * tokens;
+        }
+        flops
+    }
 }
 
 fn plan(model: &Model<'_>, run: PlannedRun, disk_bytes: u64) -> PlanFigures {
@@ -119,7 +148,7 @@ fn plan(model: &Model<'_>, run: PlannedRun, disk_bytes: u64) -> PlanFigures {
         sequences: run.sequences,
         tokens_per_sequence: run.tokens,
         compute_bytes_per_value: value,
-        flops: flops(spec, run),
+        flops: Flops::of(spec, run).total(),
         streamed_memory_bytes: streamed_memory(model, run),
         resident_memory_bytes: states(spec, run) + model.parameters() * value + workspace(spec, run),
         hidden_state_bytes: hidden_states(spec, run),

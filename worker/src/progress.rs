@@ -41,6 +41,8 @@ struct State {
     tokens: usize,
     phase_began: Instant,
     seconds: Vec<(Phase, f64)>,
+    /// Whether anybody is talked to, by bar or by lines.
+    talk: bool,
     bar: Option<ProgressBar>,
     stopping: bool,
 }
@@ -75,6 +77,7 @@ impl ProgressSink {
             tokens: 0,
             phase_began: now,
             seconds: Vec::new(),
+            talk,
             bar,
             stopping: false,
         };
@@ -120,7 +123,8 @@ impl ProgressSink {
         let message = message.into();
         match &state.bar {
             Some(bar) => bar.println(&message),
-            None => tracing::info!("{message}"),
+            None if state.talk => tracing::info!("{message}"),
+            None => {}
         }
         state.last.message = Some(message);
         state.write();
@@ -145,7 +149,7 @@ impl ProgressSink {
         let share = state.last.layer as f64 / state.last.layers.max(1) as f64;
         state.last.tokens_per_second = state.tokens as f64 * share / seconds.max(1e-9);
         state.last.eta_seconds = Some(seconds / share - seconds);
-        if state.bar.is_none() {
+        if state.talk && state.bar.is_none() {
             tracing::info!("layer {}/{} done", state.last.layer, state.last.layers);
         }
         state.write_unless_just_written();

@@ -16,7 +16,7 @@ use crate::device;
 use crate::error::Result;
 use crate::ffn::{ExpertRows, Routing};
 use crate::hub::Hub;
-use crate::inspect::{self, PlannedRun};
+use crate::inspect::{Flops, PlannedRun};
 use crate::meter::{Meter, Work};
 use crate::model::Model;
 use crate::progress::ProgressSink;
@@ -70,7 +70,7 @@ pub struct RunRow {
     pub work: &'static str,
     /// Of the rates: GB/s or GFLOP/s.
     pub unit: &'static str,
-    /// Seconds spent on it. Reading and decoding happen beside computing.
+    /// Seconds spent on it, by all devices together. Reading and decoding happen beside computing.
     pub seconds: f64,
     /// Rate reached in the run.
     pub achieved: f64,
@@ -90,31 +90,38 @@ impl RunRow {
 
 impl fmt::Display for RunTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let gb = |bytes: u64| bytes as f64 / 1e9;
-        writeln!(
-            f,
-            "{}: {} layers, {} tokens, {} on {} threads; {:.2} GB of weights, {:.3} TFLOP",
-            self.model,
-            self.layers,
-            self.tokens,
-            self.compute,
-            self.threads,
-            gb(self.weight_bytes),
-            self.flops / 1e12
-        )?;
-        writeln!(f, "{:<14} {:>9} {:>10} {:>10} {:<8} {:>7}", "work", "seconds", "achieved", "alone", "", "share")?;
+        let counted = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+        let layers = counted(self.layers, "layer");
+        let (devices, threads) = (counted(self.devices, "device"), counted(self.threads, "thread"));
+        let (bytes, flops) = (scaled(self.weight_bytes as f64, "B"), scaled(self.flops, "FLOP"));
+        writeln!(f, "{}: {layers}, {} tokens, {} on {devices}, {threads}", self.model, self.tokens, self.compute)?;
+        writeln!(f, "{bytes} of weights, {flops}")?;
+        writeln!(f, "{:<16} {:>9} {:>10} {:>10} {:<8} {:>6}", "work", "seconds", "achieved", "alone", "", "share")?;
         for r in &self.rows {
-            let (achieved, ceiling, share) = (r.achieved, r.ceiling, 100.0 * r.share);
-            let (work, unit, seconds) = (r.work, r.unit, r.seconds);
-            writeln!(f, "{work:<14} {seconds:>9.2} {achieved:>10.2} {ceiling:>10.2} {unit:<8} {share:>6.0}%")?;
+            let (achieved, ceiling, share) = (significant(r.achieved), significant(r.ceiling), 100.0 * r.share);
+            let (work, unit, seconds) = (r.work, r.unit, significant(r.seconds));
+            writeln!(f, "{work:<16} {seconds:>9} {achieved:>10} {ceiling:>10} {unit:<8} {share:>5.0}%")?;
         }
         let waited = 100.0 * self.waiting_seconds / (self.devices as f64 * self.seconds).max(1e-9);
-        write!(f, "{:.2} s in all, {waited:.0} % of it waiting for weights", self.seconds)?;
+        write!(f, "devices waited for weights or each other in {waited:.0} % of the time")?;
         match self.peak_memory_bytes {
-            Some(peak) => writeln!(f, "; peak memory {:.2} GB", gb(peak)),
+            Some(peak) => writeln!(f, "; peak memory {}", scaled(peak as f64, "B")),
             None => writeln!(f),
         }
     }
+}
+
+/// Three significant digits, or all before the point.
+fn significant(value: f64) -> String {
+    let digits = (2 - value.abs().max(1e-3).log10().floor() as i32).max(0) as usize;
+    format!("{value:.digits$}")
+}
+
+/// With the prefix that leaves one to three digits before the point.
+fn scaled(value: f64, unit: &str) -> String {
+    const PREFIXES: [(f64, &str); 5] = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
+    let (size, prefix) = PREFIXES.into_iter().find(|(size, _)| value >= *size).unwrap_or((1.0, ""));
+    format!("{} {prefix}{unit}", significant(value / size))
 }
 
 /// Runs `job`'s model over made-up token ids, then measures each kind of work alone.
@@ -156,19 +163,23 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     let weight_bytes = source.bytes_read();
     let planned =
         PlannedRun { sequences, tokens: tokens.tokens, compute, micro_batch_tokens, group_elements, devices: sharing };
-    let flops = inspect::flops(spec, planned);
+    let mut flops = Flops::of(spec, planned);
+    if !with_head {
+        flops.head = 0.0;
+    }
     let products = products(compute, &devices[0].device)?;
     let of = |kinds: &[Work]| kinds.iter().map(|work| meter.seconds(*work)).sum::<f64>();
-    let computing = of(&[Work::Embedding, Work::Mixer, Work::FeedForward, Work::Head]);
+    let computing = |work, flops: f64, kinds: &[Work]| RunRow::new(work, "GFLOP/s", flops / 1e9, of(kinds), products);
     let giga_bytes = weight_bytes as f64 / 1e9;
     let statistics = watched.alone(spec.hidden, &tokens, compute, &devices[0].device)?;
-    let (reading, decoding) = (meter.seconds(Work::Reading), meter.seconds(Work::Decoding));
     let rows = vec![
-        RunRow::new("reading", "GB/s", giga_bytes, reading, reading_alone(&model)?),
-        RunRow::new("decoding", "GB/s", giga_bytes, decoding, decoding_alone(&model, compute)?),
-        RunRow::new("layers, head", "GFLOP/s", flops / 1e9, computing, products),
+        RunRow::new("reading", "GB/s", giga_bytes, of(&[Work::Reading]), reading_alone(&model)?),
+        RunRow::new("decoding", "GB/s", giga_bytes, of(&[Work::Decoding]), decoding_alone(&model, compute)?),
+        computing("mixers", flops.mixer, &[Work::Mixer]),
+        computing("feed-forward", flops.feed_forward, &[Work::FeedForward]),
+        computing("embedding, head", flops.head, &[Work::Embedding, Work::Head]),
         RunRow::new("statistics", "GB/s", watched.bytes as f64 / 1e9, of(&[Work::Statistics]), statistics),
-        RunRow::new("whole run", "GFLOP/s", flops / 1e9, seconds, products),
+        RunRow::new("whole run", "GFLOP/s", flops.total() / 1e9, seconds, products),
     ];
     Ok(RunTable {
         model: job.model_name().to_owned(),
@@ -178,7 +189,7 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         devices: devices.len(),
         threads: rayon::current_num_threads(),
         weight_bytes,
-        flops,
+        flops: flops.total(),
         seconds,
         waiting_seconds: meter.seconds(Work::Waiting),
         peak_memory_bytes,
@@ -306,4 +317,20 @@ fn decoding_alone(model: &Model<'_>, compute: DType) -> Result<f64> {
         }
     }
     Ok(bytes / seconds.max(1e-9))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_three_digits_of_any_size() {
+        assert_eq!(
+            [0.0, 0.01234, 0.5, 12.345, 999.9, 12345.6].map(significant),
+            ["0.00000", "0.01234", "0.500", "12.3", "1000", "12346"]
+        );
+        assert_eq!(scaled(2_091_000_000.0, "B"), "2.09 GB");
+        assert_eq!(scaled(70_713_344.0, "FLOP"), "70.7 MFLOP");
+        assert_eq!(scaled(12.0, "B"), "12.0 B");
+    }
 }
