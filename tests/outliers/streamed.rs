@@ -321,6 +321,39 @@ fn no_more_is_on_its_way_than_allowed() {
 }
 
 #[test]
+fn a_reader_that_is_further_on_waits_for_room() {
+    let setup = Setup::new();
+    let checkpoint = setup.stream();
+    let weights = &*checkpoint.weights;
+    let entries = in_order(weights);
+    weights.announce(&announced(&entries));
+    let (last, others) = entries.split_last().unwrap();
+    std::thread::scope(|scope| {
+        let further_on = scope.spawn(|| read(weights, last, 0..last.len).unwrap());
+        for entry in others {
+            let before = weights.bytes_read();
+            let asked: u64 = setup.ranges().iter().map(length).sum();
+            assert!(asked <= before + READ_AHEAD + 2 * PART, "{asked} bytes asked for after {before} were read");
+            read(weights, entry, 0..entry.len).unwrap();
+        }
+        assert!(further_on.join().unwrap() == setup.stored()[&last.name]);
+    });
+}
+
+#[test]
+fn several_devices_stream_through_little_memory_without_waiting_for_each_other_for_ever() {
+    let setup = Setup::new();
+    let (home, repo) = (setup.dir.path().join("home"), setup.repo());
+    let (local, _) = run(&["--model", repo.to_str().unwrap(), "--micro-batch-tokens", "64"], &setup.hub, &home);
+    for devices in ["cpu:2", "cpu:4"] {
+        let options = ["--model", ID, "--micro-batch-tokens", "64", "--devices", devices, "--stream-budget", "64KiB"];
+        let (streamed, metadata) = run(&options, &setup.hub, &home);
+        assert_eq!(streamed, Results { model: ID.to_owned(), ..local.clone() }, "{devices}");
+        assert_eq!(metadata.weight_bytes_read, metadata.weight_bytes_expected, "{devices}");
+    }
+}
+
+#[test]
 fn what_was_not_announced_can_be_read_too() {
     let setup = patient(Setup::new());
     let checkpoint = setup.stream();
