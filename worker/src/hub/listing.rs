@@ -170,7 +170,7 @@ fn check_id(kind: RepoKind, id: &str) -> Result<()> {
     if id.split('/').count() <= 2 && id.split('/').all(fine) {
         return Ok(());
     }
-    let message = format!("{} is not the id of a {kind}", shown(id));
+    let message = format!("{} is not a {kind} id", shown(id));
     Err(WorkerError::job(message).hint("an id looks like `allenai/OLMoE-1B-7B-0125`; a folder must exist"))
 }
 
