@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use outliers::host::{Cursor, HostError, HostEvent, RemoteHost};
-use outliers::transport::{ExecOutput, Transport, TransportError, TransportErrorKind};
+use outliers::transport::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind};
 use tokio::time::Instant;
 
 use crate::assert_harmless;
@@ -120,7 +120,7 @@ impl Transport for Scripted {
         Ok(ExecOutput { status, stdout: [MARK, said].concat(), stderr: said.to_vec() })
     }
 
-    async fn put(&self, _: &Path, _: &str, _: u32, _: &(dyn Fn(u64) + Send + Sync)) -> Result<(), TransportError> {
+    async fn send(&self, _: &SendRequest<'_>) -> Result<(), TransportError> {
         self.next().map(drop)
     }
 
@@ -179,7 +179,7 @@ impl Transport for Growing {
         Ok(ExecOutput { status: Some(0), stdout, stderr: Vec::new() })
     }
 
-    async fn put(&self, _: &Path, _: &str, _: u32, _: &(dyn Fn(u64) + Send + Sync)) -> Result<(), TransportError> {
+    async fn send(&self, _: &SendRequest<'_>) -> Result<(), TransportError> {
         Err(unasked())
     }
 

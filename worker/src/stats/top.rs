@@ -5,7 +5,7 @@ use std::collections::BinaryHeap;
 
 use outliers_protocol::Record;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::rows::Row;
 
@@ -63,9 +63,20 @@ impl PartialOrd for Found {
 /// The `limit` greatest of the items offered.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(bound(deserialize = "T: Ord + Deserialize<'de>"))]
+#[serde(bound(serialize = "T: Ord + Clone + Serialize"))]
 pub struct Top<T> {
     limit: usize,
+    #[serde(serialize_with = "sorted")]
     least_first: BinaryHeap<Reverse<T>>,
+}
+
+/// The same items are the same bytes, whatever the order they came in; a heap's own order is not.
+fn sorted<T, S>(heap: &BinaryHeap<Reverse<T>>, serializer: S) -> Result<S::Ok, S::Error>
+where
+    T: Ord + Clone + Serialize,
+    S: Serializer,
+{
+    heap.clone().into_sorted_vec().serialize(serializer)
 }
 
 impl<T: Ord + Clone> Top<T> {
@@ -152,6 +163,10 @@ mod tests {
             merged.merge(&keep(left));
             prop_assert_eq!(keep(&all).descending(), sorted.clone());
             prop_assert_eq!(merged.descending(), sorted);
+            let bytes = |top: &Top<Found>| postcard::to_stdvec(top).unwrap();
+            prop_assert_eq!(bytes(&keep(&all)), bytes(&merged));
+            let read: Top<Found> = postcard::from_bytes(&bytes(&merged)).unwrap();
+            prop_assert_eq!(read.descending(), merged.descending());
         }
 
         #[test]
