@@ -1,6 +1,6 @@
 //! What makes figures differ without any model differing: definitions, precision, text, windows, the kind of training.
 
-use outliers_protocol::{Metadata, Weights};
+use outliers_protocol::{Metadata, Packing, Weights};
 use serde::Serialize;
 
 use super::comparison::{Compared, Standing};
@@ -111,7 +111,14 @@ fn text(metadata: &Metadata) -> String {
 }
 
 fn windows(model: &Compared) -> Option<String> {
-    Some(format!("{} sequences of {} tokens", model.sequences?, model.tokens_per_sequence?))
+    let cut = match model.provenance.as_ref().map(|metadata| metadata.job.corpus.packing) {
+        Some(Packing::Separate) => ", none over the end of a document",
+        Some(Packing::Overlapping) => {
+            ", each beginning in the middle of the one before it: nearly every token counts twice, and the intervals are too narrow"
+        }
+        Some(Packing::Packed) | None => "",
+    };
+    Some(format!("{} sequences of {} tokens{cut}", model.sequences?, model.tokens_per_sequence?))
 }
 
 fn first_token(metadata: &Metadata) -> String {
@@ -140,7 +147,7 @@ fn layers_run(model: &Compared) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use outliers_protocol::{Weights, files};
+    use outliers_protocol::{Packing, Weights, files};
     use serde_json::json;
 
     use super::super::comparison::Comparison;
@@ -155,6 +162,7 @@ mod tests {
         change(&at("1"), files::METADATA, |metadata| {
             metadata["compute_dtype"] = json!("bf16");
             metadata["job"]["layers"] = json!(3);
+            metadata["job"]["corpus"]["packing"] = json!(Packing::Overlapping);
             metadata["job"]["weights"] = json!(Weights::Synthetic { seed: 7 });
             metadata["tokenizer"] = json!({"file": "t", "sha256": "s", "vocab": 9, "bos_token_id": 1});
         });
@@ -171,6 +179,8 @@ mod tests {
         assert_eq!(numbers("training"), [vec![1], vec![2], vec![3]]);
         assert_eq!(numbers("first token"), [vec![1], vec![2, 3]]);
         assert_eq!(numbers("layers run"), [vec![1]]);
+        assert!(of("windows")[0].0.contains("counts twice"));
+        assert_eq!(numbers("windows"), [vec![1], vec![2, 3]]);
         assert_eq!(numbers("weights"), [vec![1]]);
         assert!(of("weights")[0].0.contains("MADE UP (seed 7)"));
         assert_eq!(numbers("text"), [vec![1, 2, 3]]);
