@@ -393,7 +393,7 @@ fn documents_are_skipped_and_shuffled_by_number() {
 fn lines_over_the_seams_of_blocks_are_read_once() {
     let model = Model::plain();
     // Some 12 MB: three blocks of lines of very different lengths.
-    let long = |i: usize| format!("w{} ", i % 100) + &" ".repeat(if i % 7 == 0 { 300_000 } else { i % 50 });
+    let long = |i: usize| format!("w{} ", i % 100) + &" ".repeat(if i.is_multiple_of(7) { 300_000 } else { i % 50 });
     let all: Vec<String> = (0..280).map(long).collect();
     let file = model.lines("a.jsonl", &all);
     assert!(fs::metadata(&file).unwrap().len() > 10 << 20);
