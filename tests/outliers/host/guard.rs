@@ -76,8 +76,8 @@ async fn files_that_nobody_comes_for_end_the_instance_and_a_running_worker_does_
     let Some(scene) = Scene::new().await else { return };
     scene.guarded("runs", "hangs", terms(600, 2, 600, Some(END))).await;
     scene.guarded("ended", "quick", terms(600, 2, 600, None)).await;
-    scene.until("its word", |scene| scene.said("ended").contains("nobody came for its files in 2 s")).await;
-    assert!(scene.said("ended").contains("no means to end itself: it bills until"), "{}", scene.said("ended"));
+    scene.until("its last word", |scene| scene.said("ended").contains("no means to end itself: it bills until")).await;
+    assert!(scene.said("ended").contains("nobody came for its files in 2 s"), "{}", scene.said("ended"));
     assert!(!scene.told_to_end() && scene.said("runs").is_empty());
     assert_eq!(scene.fetch("ended").await.manifest.unwrap().files.len(), 2, "they are there all the same");
     kill(&scene.guard_pid("runs").to_string());
