@@ -327,7 +327,7 @@ mod tests {
     fn numbers_have_three_digits_of_any_size() {
         assert_eq!(
             [0.0, 0.01234, 0.5, 12.345, 999.9, 12345.6].map(significant),
-            ["0.00000", "0.01234", "0.500", "12.3", "1000", "12346"]
+            ["0.00000", "0.0123", "0.500", "12.3", "1000", "12346"]
         );
         assert_eq!(scaled(2_091_000_000.0, "B"), "2.09 GB");
         assert_eq!(scaled(70_713_344.0, "FLOP"), "70.7 MFLOP");
