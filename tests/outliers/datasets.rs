@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use outliers_protocol::{CorpusSource, CorpusSpec, FailureKind};
+use outliers_protocol::{CorpusSource, CorpusSpec, FailureKind, Metadata, files};
+use outliers_tests::desk::Desk;
 use outliers_tests::hub::{Fault, MockHub, Repo};
 use outliers_worker::corpus::{self, Tokens};
 use outliers_worker::demo;
@@ -135,6 +136,21 @@ fn what_goes_wrong_on_the_way_is_survived() {
     setup.hub.fail("api/datasets", 2, busy("0"));
     setup.hub.expire_after(1);
     assert_eq!(setup.dataset(ID).unwrap().ids, expected);
+}
+
+/// The model is a folder: the hub is asked for the text alone.
+#[test]
+fn a_deployed_worker_is_given_what_a_gated_dataset_takes() {
+    let setup = Setup::with(|repo| repo.gated("hf_right"));
+    let desk = Desk::new().with("HF_ENDPOINT", &setup.hub.url()).with("HF_TOKEN", "hf_right");
+    let model = setup.dir.path().join("model");
+    let text = ["--dataset", ID, "--num-sequences", "4", "--sequence-length", "128", "--shuffle", "3"];
+    let _ = desk.run(["deploy", "-y", "--model", model.to_str().unwrap()].iter().chain(&text)).ok();
+    let metadata = fs::read_to_string(desk.results_folder().join(files::METADATA)).unwrap();
+    let metadata: Metadata = serde_json::from_str(&metadata).unwrap();
+    assert!(metadata.corpus.source.contains("shuffled with seed 3"), "{}", metadata.corpus.source);
+    assert_eq!((metadata.corpus.sequences, metadata.corpus.tokens_per_sequence), (4, 128));
+    desk.assert_nothing_left();
 }
 
 #[test]

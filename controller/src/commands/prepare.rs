@@ -108,11 +108,11 @@ async fn preflight(
         let hint = "add --push-model to upload it (when it is small), or use a hub id";
         return Err(Complaint::refused("the model is a folder on this machine", hint));
     }
-    let limit = context.settings.push_limit;
     if matches!(job.weights, Some(Weights::Local { .. })) && !clouds.is_local() {
         let hint = "leave out --weights: the instance streams them from the hub";
         return Err(Complaint::refused("the weights are a folder on this machine", hint));
     }
+    let limit = context.settings.push_limit;
     for path in corpus_files(job) {
         check_size(path, Bytes(std::fs::metadata(path).map_or(0, |meta| meta.len())), limit)?;
     }

@@ -194,6 +194,13 @@ impl ModelSource {
     }
 }
 
+impl JobSpec {
+    /// Whether the worker asks the hub for something: it needs the token, and the address where that is another one.
+    pub fn asks_the_hub(&self) -> bool {
+        matches!(self.model, ModelSource::Hub { .. }) || matches!(self.corpus.source, CorpusSource::Dataset(_))
+    }
+}
+
 /// Where weights come from, where that is not where the model is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]

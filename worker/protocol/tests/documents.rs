@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use outliers_protocol::{
-    Axis, BosPolicy, CorpusSource, JobSpec, ModelSource, Point, Precision, Reading, Results, SCHEMA, SiteKind,
+    Axis, BosPolicy, CorpusSource, Dataset, JobSpec, ModelSource, Point, Precision, Reading, Results, SCHEMA, SiteKind,
+    Weights,
 };
 use serde_json::json;
 
@@ -14,6 +15,36 @@ fn a_job_needs_nothing_but_a_model() {
     assert_eq!((job.schema, job.thresholds.magnitude), (SCHEMA, 6.0));
     assert_eq!((job.thresholds.layer_fraction, job.thresholds.position_fraction), (0.25, 0.06));
     assert_eq!((job.precision, job.corpus.bos), (Precision::Auto, BosPolicy::Auto));
+}
+
+#[test]
+fn datasets_and_weights_are_written_as_they_are_read() {
+    for (text, id, revision, path) in [
+        ("owner/name", "owner/name", "main", ""),
+        ("owner/name@v2", "owner/name", "v2", ""),
+        ("owner/name:sample/10BT/", "owner/name", "main", "sample/10BT"),
+        ("owner/name@abc:a.jsonl", "owner/name", "abc", "a.jsonl"),
+        ("fineweb-edu", "HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT"),
+    ] {
+        let dataset: Dataset = text.parse().unwrap();
+        assert_eq!((dataset.id.as_str(), dataset.revision.as_str(), dataset.path.as_str()), (id, revision, path));
+        assert_eq!(dataset.to_string().parse(), Ok(dataset));
+    }
+    for text in ["", "name", "owner/", "owner/name/more", "owner/name@", "/name", "fineweb"] {
+        assert!(text.parse::<Dataset>().unwrap_err().contains("owner/name"), "{text}");
+    }
+    for text in ["hub", "cache", "local:/a b", "synthetic:7"] {
+        assert_eq!(text.parse::<Weights>().unwrap().to_string(), text);
+    }
+}
+
+#[test]
+fn who_asks_the_hub_gets_what_it_takes() {
+    let hub = JobSpec::new(ModelSource::Hub { id: "owner/name".into(), revision: "main".into() });
+    let mut folder = JobSpec::new(ModelSource::Folder { path: "/m".into() });
+    assert!(hub.asks_the_hub() && !folder.asks_the_hub());
+    folder.corpus.source = CorpusSource::Dataset("fineweb-edu".parse().unwrap());
+    assert!(folder.asks_the_hub());
 }
 
 #[test]
