@@ -6,6 +6,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use outliers_protocol::JobSpec;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -13,6 +14,7 @@ use crate::broker::{Instance, Offer};
 use crate::clouds::{Cloud, Patience};
 use crate::files;
 use crate::ledger::{LedgerError, RunRecord, RunWriter, now_ms};
+use crate::local_worker::corpus_files;
 use crate::run::{Ending, Intent, RunEvent, RunState, Trouble, TroubleKind};
 use crate::units::{Usd, UsdPerHour};
 
@@ -364,24 +366,28 @@ impl<'a> Driver<'a> {
     }
 }
 
-/// What makes two runs the same work: the job, the content of its local files, and where it may run.
-///
-/// # Errors
-/// When a corpus file cannot be read.
-pub fn job_key(job: &outliers_protocol::JobSpec, brokers: &str) -> std::io::Result<String> {
-    use outliers_protocol::CorpusSource;
-    use sha2::{Digest, Sha256};
+/// What makes two runs the same work, but for where they run: the job, and the content of its local files, which is read once.
+#[derive(Clone, Debug)]
+pub struct JobIdentity {
+    /// The job.
+    pub job: JobSpec,
+    /// SHA-256 of each file, in the job's order.
+    files: Vec<String>,
+}
 
-    let mut hash = Sha256::new();
-    let document = serde_json::json!({ "job": job, "broker": brokers });
-    hash.update(document.to_string());
-    let paths: Vec<&String> = match &job.corpus.source {
-        CorpusSource::Builtin(_) | CorpusSource::Dataset(_) => Vec::new(),
-        CorpusSource::Files(paths) => paths.iter().collect(),
-        CorpusSource::TokenIds(path) => vec![path],
-    };
-    for path in paths {
-        hash.update(files::digest(std::path::Path::new(path))?.1);
+impl JobIdentity {
+    /// Reads the job's files.
+    ///
+    /// # Errors
+    /// When a corpus file cannot be read.
+    pub fn of(job: &JobSpec) -> std::io::Result<Self> {
+        let digest = |path: &str| files::digest(Path::new(path)).map(|(_, sha256)| sha256);
+        Ok(Self { job: job.clone(), files: corpus_files(job).into_iter().map(digest).collect::<Result<_, _>>()? })
     }
-    Ok(files::hex(&hash.finalize()))
+
+    /// The key of a run of it that may rent from these brokers.
+    pub fn key(&self, brokers: &str) -> String {
+        let document = serde_json::json!({ "job": self.job, "broker": brokers });
+        files::sha256((document.to_string() + &self.files.concat()).as_bytes())
+    }
 }

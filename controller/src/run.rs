@@ -377,6 +377,17 @@ pub enum Ending {
     InstanceLost,
 }
 
+impl Ending {
+    /// What whoever failed says is to be done about it.
+    pub fn hint(&self) -> Option<&str> {
+        match self {
+            Self::WorkerFailed { failure } => failure.hint.as_deref(),
+            Self::Failed { trouble } => trouble.hint.as_deref(),
+            _ => None,
+        }
+    }
+}
+
 /// A step that failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trouble {

@@ -213,11 +213,6 @@ impl Over {
             let mends = !later.state.is_closed() || later.state.ending() == Some(&Ending::Completed);
             same_work && later.created_at_ms > run.created_at_ms && mends
         };
-        let hint = match run.state.ending() {
-            Some(Ending::WorkerFailed { failure }) => failure.hint.clone(),
-            Some(Ending::Failed { trouble }) => trouble.hint.clone(),
-            _ => None,
-        };
         let results = run.state.results();
         Self {
             run: run.id.clone(),
@@ -226,7 +221,7 @@ impl Over {
             ending: run.state.ending().map(ToString::to_string).unwrap_or_default(),
             completed,
             superseded: all.iter().any(follows),
-            hint,
+            hint: run.state.ending().and_then(Ending::hint).map(str::to_owned),
             cost: run.cost(now_ms),
             ended: run.changed_at_ms() / 1000,
             folder: results.map(|results| results.folder.clone()),

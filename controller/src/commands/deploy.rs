@@ -6,12 +6,12 @@ use outliers_protocol::{Inspection, JobSpec, Results, files};
 use serde::Serialize;
 
 use super::drive::drive;
-use super::prepare::{Prepared, Wish, consent, prepare, secrets, writable};
+use super::prepare::{Prepared, Wish, consent, identity, prepare, secrets, writable};
 use super::{Context, SCHEMA, ports, request};
 use crate::broker::Offer;
 use crate::cli::DeployArgs;
 use crate::clouds::BadHosts;
-use crate::deploy::{Ports, job_key, recover};
+use crate::deploy::{Ports, recover};
 use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
 use crate::reconcile::Action;
 use crate::report::tables::TOP;
@@ -89,11 +89,9 @@ pub(super) fn tell(context: &Context, deployed: &Deployed) {
 pub(super) fn complaint_of(run: &RunRecord) -> Option<Complaint> {
     let ending = run.state.ending().filter(|ending| **ending != Ending::Completed)?;
     let hint = match ending {
-        Ending::WorkerFailed { failure } => failure.hint.clone(),
-        Ending::Failed { trouble } => trouble.hint.clone(),
         Ending::WorkerVanished { .. } => Some(format!("`outliers runs logs {}` shows its last words", run.id)),
         Ending::Deadline => Some("give it more time with --max-duration".to_owned()),
-        _ => None,
+        other => other.hint().map(str::to_owned),
     };
     Some(Complaint { status: ExitStatus::of_run(&run.state), message: ending.to_string(), hint })
 }
@@ -110,7 +108,7 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
     }
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
-    let key = job_key(&job, &clouds.names()).map_err(|error| Complaint::failed(format!("the corpus: {error}")))?;
+    let key = identity(&job)?.key(&clouds.names());
     let hosts = context.hosts(worker.path());
     let secrets = secrets(context, &job);
     let bad_hosts = BadHosts::default();

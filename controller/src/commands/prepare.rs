@@ -9,6 +9,7 @@ use outliers_protocol::{Inspection, JobSpec, ModelSource, Weights};
 use super::Context;
 use crate::broker::{GpuRequest, Offer};
 use crate::clouds::{Clouds, Offered};
+use crate::deploy::JobIdentity;
 use crate::ledger::random_word;
 use crate::local_worker::{Check, LocalWorker, corpus_files};
 use crate::market;
@@ -85,10 +86,14 @@ pub(super) async fn prepare(
     Ok(Prepared { spec, inspection, offers, considered })
 }
 
-/// What the worker of this job is given: a model that is a folder needs nothing of the hub.
+/// What makes the job the same work as another.
+pub(super) fn identity(job: &JobSpec) -> Result<JobIdentity, Complaint> {
+    JobIdentity::of(job).map_err(|error| Complaint::failed(format!("the corpus: {error}")))
+}
+
+/// What the worker of this job is given.
 pub(super) fn secrets(context: &Context, job: &JobSpec) -> Vec<(&'static str, Secret)> {
-    let hub = matches!(job.model, ModelSource::Hub { .. });
-    if hub { context.settings.hub_variables() } else { Vec::new() }
+    if job.asks_the_hub() { context.settings.hub_variables() } else { Vec::new() }
 }
 
 /// Everything that can be known to be wrong before anything is rented.

@@ -2,14 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use outliers_protocol::JobSpec;
-
-use super::prepare::{Prepared, Wish, consent, prepare, writable};
+use super::prepare::{Prepared, Wish, consent, identity, prepare, writable};
 use super::{Context, ports, request};
 use crate::broker::GpuRequest;
 use crate::cli::{SurveyArgs, WantArgs};
 use crate::clouds::{BadHosts, Clouds};
-use crate::deploy::{job_key, recover};
+use crate::deploy::{JobIdentity, recover};
 use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
 use crate::local_worker::LocalWorker;
 use crate::report::{Complaint, ExitStatus};
@@ -32,7 +30,7 @@ struct Model<'a> {
     entry: &'a Entry,
     /// It is to be run now, if it needs to be.
     wanted: bool,
-    job: JobSpec,
+    identity: JobIdentity,
     job_key: String,
 }
 
@@ -148,7 +146,7 @@ impl<'a> Session<'a> {
         Member {
             survey: &self.survey.name,
             name: &model.entry.name,
-            job: &model.job,
+            identity: &model.identity,
             job_key: &model.job_key,
             folder: &self.folder,
         }
@@ -172,7 +170,7 @@ impl<'a> Session<'a> {
     }
 
     fn pick_up(&self, ledger: &Ledger, run: &RunRecord) -> Result<Todo, Complaint> {
-        let unknown = run.spec.brokers.split(", ").find(|broker| self.clouds.get(broker).is_none());
+        let unknown = run.spec.broker_names().into_iter().find(|broker| self.clouds.get(broker).is_none());
         if let Some(broker) = unknown {
             let message = format!("run {} of {} was left, and may be on {broker}", run.id, run.spec.model);
             return Err(Complaint::refused(
@@ -248,7 +246,7 @@ impl<'a> Session<'a> {
         let settings = &self.context.settings;
         let limit = self.args.max_duration.or(model.entry.max_duration).or(self.survey.max_duration);
         Wish {
-            job: model.job.clone(),
+            job: model.identity.job.clone(),
             job_key: model.job_key.clone(),
             request: want(&self.args.want, &model.entry.want),
             push_model: self.args.push_model,
@@ -325,12 +323,8 @@ fn models<'a>(
     for (number, entry) in survey.models.iter().enumerate() {
         let wanted = args.only.is_empty() || args.only.iter().any(|word| is(entry, word));
         let job = super::job::job(&entry.model, &survey.job, context.settings.thresholds, here);
-        let key = job.and_then(|job| match job_key(&job, brokers) {
-            Ok(key) => Ok((job, key)),
-            Err(error) => Err(Complaint::failed(format!("the corpus: {error}"))),
-        });
-        match key {
-            Ok((job, job_key)) => models.push(Model { entry, wanted, job, job_key }),
+        match job.and_then(|job| identity(&job)) {
+            Ok(identity) => models.push(Model { entry, wanted, job_key: identity.key(brokers), identity }),
             Err(complaint) => problems.push(Problem { model: number, complaint }),
         }
     }

@@ -522,13 +522,13 @@ fn the_same_work_has_the_same_key() {
     std::fs::write(&text, "one").unwrap();
     let mut job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
     job.corpus.source = CorpusSource::Files(vec![text.to_string_lossy().into_owned()]);
-    let key = job_key(&job, "local").unwrap();
-    assert_eq!(key, job_key(&job, "local").unwrap());
-    assert_ne!(key, job_key(&job, "cloud").unwrap());
+    let key = JobIdentity::of(&job).unwrap().key("local");
+    assert_eq!(key, JobIdentity::of(&job).unwrap().key("local"));
+    assert_ne!(key, JobIdentity::of(&job).unwrap().key("cloud"));
     std::fs::write(&text, "two").unwrap();
-    assert_ne!(key, job_key(&job, "local").unwrap());
+    assert_ne!(key, JobIdentity::of(&job).unwrap().key("local"));
     std::fs::remove_file(&text).unwrap();
-    assert!(job_key(&job, "local").is_err());
+    assert!(JobIdentity::of(&job).is_err());
 }
 
 /// What another process finds: strays go, an abandoned run's instance stays until its time is up, then it is salvaged.

@@ -2,10 +2,8 @@
 
 use std::path::Path;
 
-use outliers_protocol::JobSpec;
-
 use super::index::{Line, Outcome};
-use crate::deploy::{holds, job_key};
+use crate::deploy::{JobIdentity, holds};
 use crate::ledger::RunRecord;
 use crate::run::{Brought, Ending, Membership, TroubleKind};
 
@@ -17,8 +15,8 @@ pub struct Member<'a> {
     /// The model's name in it.
     pub name: &'a str,
     /// The job.
-    pub job: &'a JobSpec,
-    /// Its key.
+    pub identity: &'a JobIdentity,
+    /// Its key, where this survey rents.
     pub job_key: &'a str,
     /// The survey's folder.
     pub folder: &'a Path,
@@ -45,8 +43,8 @@ impl Member<'_> {
     pub fn is_run_by(&self, run: &RunRecord) -> bool {
         let is_this = |member: &Membership| (member.survey.as_str(), member.model.as_str()) == (self.survey, self.name);
         run.spec.survey.as_ref().is_some_and(is_this)
-            && run.spec.job == *self.job
-            && job_key(self.job, &run.spec.brokers).is_ok_and(|key| key == run.spec.job_key)
+            && run.spec.job == self.identity.job
+            && run.spec.job_key == self.identity.key(&run.spec.brokers)
     }
 
     fn line(&self, run: Option<&RunRecord>, outcome: Outcome, why: Option<String>) -> Line {
@@ -54,7 +52,7 @@ impl Member<'_> {
         let name = |results: &Brought| Some(Path::new(&results.folder).file_name()?.to_str()?.to_owned());
         Line {
             name: self.name.to_owned(),
-            model: self.job.model.name().to_owned(),
+            model: self.identity.job.model.name().to_owned(),
             job_key: self.job_key.to_owned(),
             run: run.map(|run| run.id.clone()),
             outcome,
@@ -92,7 +90,7 @@ fn is_to_go_on(ending: &Ending) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use outliers_protocol::{Failure, FailureKind};
+    use outliers_protocol::{Failure, FailureKind, JobSpec};
 
     use super::*;
     use crate::compare::fixture::copy;
@@ -103,7 +101,7 @@ mod tests {
     /// A run of the model `owner/a`, its job and key set.
     fn of_a(id: &str, events: Vec<RunEvent>) -> RunRecord {
         let run = run(id, "owner/a", 60, events);
-        let job_key = job_key(&run.spec.job, &run.spec.brokers).unwrap();
+        let job_key = JobIdentity::of(&run.spec.job).unwrap().key(&run.spec.brokers);
         RunRecord { spec: RunSpec { job_key, ..run.spec.clone() }, ..run }
     }
 
@@ -112,7 +110,8 @@ mod tests {
     }
 
     fn line(folder: &Path, job: &JobSpec, runs: &[RunRecord]) -> Line {
-        Member { survey: "moe-two", name: "owner--a", job, job_key: "k", folder }.look(runs).0
+        let identity = JobIdentity::of(job).unwrap();
+        Member { survey: "moe-two", name: "owner--a", identity: &identity, job_key: "k", folder }.look(runs).0
     }
 
     #[test]
@@ -163,7 +162,7 @@ mod tests {
         let mut other_job = run.spec.job.clone();
         other_job.corpus.num_sequences = Some(3);
         assert!(found(&other_job, &run).is_none(), "another text");
-        let job_key = job_key(&run.spec.job, "vast").unwrap();
+        let job_key = JobIdentity::of(&run.spec.job).unwrap().key("vast");
         let elsewhere = RunSpec { brokers: "vast".into(), job_key, ..run.spec.clone() };
         assert!(found(&run.spec.job, &RunRecord { spec: elsewhere, ..run.clone() }).is_some(), "another cloud");
         let alone = RunSpec { survey: None, ..run.spec.clone() };

@@ -83,7 +83,7 @@ impl Session<'_> {
                     (Begin::Anew(Box::new(prepared.spec)), estimate)
                 }
             };
-            let secrets = secrets(self.context, &model.job);
+            let secrets = secrets(self.context, &model.identity.job);
             let estimate = estimate.unwrap_or(Usd::ZERO);
             tasks.push(Task { name: model.entry.name.clone(), secrets, begin, estimate });
         }
