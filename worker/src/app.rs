@@ -139,6 +139,9 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
 
 fn bench_run(options: JobArgs, hub: &Hub) -> Result<RunTable> {
     let mut job = options.job()?;
+    if job.trace.is_some() {
+        return Err(WorkerError::job("bench run writes no time line").hint("`outliers-worker run --trace` does"));
+    }
     job.weights.get_or_insert(Weights::Synthetic { seed: 1 });
     let sequences = job.corpus.num_sequences.unwrap_or(4);
     let tokens = job.corpus.sequence_length.unwrap_or(512);

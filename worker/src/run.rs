@@ -23,7 +23,7 @@ use crate::model::Model;
 use crate::output::{ActivationDump, OutputFolder, hex, write_statistics};
 use crate::progress::{ProgressSink, now_ms};
 use crate::savepoint::SavePoints;
-use crate::source::{Checkpoint, Container, Described, LocalSource, SyntheticSource};
+use crate::source::{Checkpoint, Container, Described, LocalSource, SyntheticSource, is_plain_name};
 use crate::stats::{Scope, Study};
 use crate::stream::{Pass, Passed};
 use crate::trace;
@@ -283,7 +283,7 @@ fn check(job: &JobSpec) -> Result<()> {
         return Err(WorkerError::job("a stream budget of nothing lets no weights through"));
     }
     for (option, name) in asked_for(job) {
-        if name.contains('/') || name.starts_with('.') || name.is_empty() {
+        if !is_plain_name(name) || name.starts_with('.') {
             return Err(WorkerError::job(format!("{option} {name:?} must be a plain file name")));
         }
     }
