@@ -87,20 +87,23 @@ fn site_inspection(model: &Model<'_>, site: Site) -> SiteInspection {
     SiteInspection { layer: site.layer, point: site.point, tensor: model.name(site.layer, role) }
 }
 
-/// Parameters one token passes through: of routed experts top-k, and without the tables of which it reads one row (learned positions,
-/// and the embedding, unless that is the head as well).
+/// Parameters that are there for one token, as models are commonly described: all that are used, of routed experts the top-k of each layer.
+/// The embedding counts whole, once where it is the head as well: of a dense model all parameters are active.
 pub fn active_parameters(spec: &DecoderSpec) -> u64 {
-    active_outside(spec) + spec.units(u64::MAX).iter().map(|unit| active_in(spec, unit)).sum::<u64>()
+    let outside = [spec.embedding_need()].into_iter().chain(spec.input_needs()).chain(spec.head_needs());
+    let inside = spec.units(u64::MAX).iter().map(|unit| active_in(spec, unit)).sum::<u64>();
+    outside.map(|need| need.elements()).sum::<u64>() + inside
 }
 
-/// Those before the first layer and after the last.
-fn active_outside(spec: &DecoderSpec) -> u64 {
+/// Parameters outside the layers that a token is multiplied with: not the tables of which it reads one row (learned positions, and the
+/// embedding, unless that is the head as well).
+fn multiplied_outside(spec: &DecoderSpec) -> u64 {
     let lead_in = spec.input_needs().into_iter().filter(|need| need.role != Role::Positions);
     let lead_out = spec.output_needs().into_iter().chain([spec.head_need()]).chain(spec.head_bias_need());
     lead_in.chain(lead_out).map(|need| need.elements()).sum()
 }
 
-/// Those of a unit, all experts of a layer being one.
+/// Active parameters of a unit, all experts of a layer being one.
 fn active_in(spec: &DecoderSpec, unit: &Unit) -> u64 {
     let whole: u64 = unit.needs.iter().map(Need::elements).sum();
     match (&unit.part, &spec.layers[unit.layer].ffn) {
@@ -109,7 +112,7 @@ fn active_in(spec: &DecoderSpec, unit: &Unit) -> u64 {
     }
 }
 
-/// Floating-point operations: two per active parameter and token, and four per head value and visible key.
+/// Floating-point operations: two per token and parameter it is multiplied with, and four per head value and visible key.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Flops {
     /// Projections and attention.
@@ -132,7 +135,8 @@ impl Flops {
         let pairs = run.sequences as f64 * run.tokens as f64 * (run.tokens as f64 + 1.0) / 2.0;
         // Per visible pair of tokens and head: the product of query and key, and the weighted value.
         let attention: f64 = spec.layers.iter().map(|l| 2.0 * l.mixer.pair_values() as f64 * pairs).sum();
-        let mut flops = Self { mixer: attention, feed_forward: 0.0, head: 2.0 * active_outside(spec) as f64 * tokens };
+        let mut flops =
+            Self { mixer: attention, feed_forward: 0.0, head: 2.0 * multiplied_outside(spec) as f64 * tokens };
         for unit in spec.units(u64::MAX) {
             let kind = if unit.part == Part::Mixer { &mut flops.mixer } else { &mut flops.feed_forward };
             *kind += 2.0 * active_in(spec, &unit) as f64 * tokens;
@@ -197,4 +201,40 @@ fn workspace(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     });
     let logits = rows * VOCAB_BLOCK.min(spec.vocab) as u64 * (value as u64 + 4);
     widest.max().unwrap_or(0).max(logits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch;
+
+    fn spec(config: &str, change: impl FnOnce(&mut Value)) -> DecoderSpec {
+        let mut config = serde_json::from_str(config).unwrap();
+        change(&mut config);
+        arch::read(&config).unwrap().spec
+    }
+
+    #[test]
+    fn of_a_mixture_all_is_active_but_the_experts_not_chosen() {
+        let text = include_str!("../../tests/golden/glm4-moe/model/config.json");
+        let mixture = |top_k: u64| spec(text, |config| config["num_experts_per_tok"] = top_k.into());
+        // By hand. Embedding, head, last norm; both norms, queries, keys, values with their biases, output; router with its correction.
+        let outside = 2 * 332 * 64 + 64;
+        let mixer = 2 * 64 + (96 + 2 * 32) * (64 + 1) + 64 * 96;
+        let (dense, expert, router) = (3 * 96 * 64, 3 * 32 * 64, 4 * 64 + 4);
+        let with = |experts: u64| outside + (mixer + dense) + 2 * (mixer + router + expert + experts * expert);
+        for top_k in [1, 2, 4] {
+            assert_eq!(active_parameters(&mixture(top_k)), with(top_k), "a shared expert is always active");
+        }
+        let all: u64 = mixture(2).needs().iter().map(|(_, need)| need.elements()).sum();
+        assert_eq!(all, with(4));
+    }
+
+    #[test]
+    fn of_a_dense_model_everything_is_active_and_an_embedding_that_is_the_head_is_one() {
+        let dense = spec(include_str!("../../tests/golden/gpt2/model/config.json"), |_| ());
+        // By hand. Tokens, positions, last norm; two norms, queries, keys and values, output, up, down, each with its bias.
+        let layer = 2 * 128 + (64 + 1) * 192 + (64 + 1) * 64 + (64 + 1) * 256 + (256 + 1) * 64;
+        assert_eq!(active_parameters(&dense), (300 + 96 + 2) * 64 + 2 * layer);
+    }
 }

@@ -355,6 +355,7 @@ fn provenance(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>) -> Mode
         architecture: model.family.architecture.to_owned(),
         config_sha256: checkpoint.config_sha256.clone(),
         parameters: model.parameters(),
+        active_parameters: Some(inspect::active_parameters(&model.spec)),
         stored_dtypes: model.stored_dtypes(),
         ignored: model.ignored.clone(),
         unexplained: model.unexplained.clone(),

@@ -29,8 +29,7 @@ pub struct Inspection {
     pub tied_head: bool,
     /// Parameters of the tensors used.
     pub parameters: u64,
-    /// Parameters one token passes through: routed experts counted as top-k of all. Tables of which it reads one row are left out:
-    /// learned positions, and the embedding unless it is the head as well.
+    /// Those of them that are there for one token, as in [`crate::ModelProvenance::active_parameters`].
     pub active_parameters: u64,
     /// Bytes of the tensors used, as stored.
     pub stored_bytes: u64,
@@ -115,7 +114,7 @@ pub struct PlanFigures {
     pub tokens_per_sequence: usize,
     /// Bytes per value of the forward pass (4 for f32, 2 for bf16).
     pub compute_bytes_per_value: u64,
-    /// Floating-point operations of the whole run: 2 x active parameters x tokens, plus causal attention.
+    /// Floating-point operations of the whole run: 2 x parameters a token is multiplied with x tokens, plus causal attention.
     pub flops: f64,
     /// Device memory when streamed: hidden states, the two largest streaming units, workspace. Bytes.
     pub streamed_memory_bytes: u64,

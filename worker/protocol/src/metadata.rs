@@ -57,6 +57,10 @@ pub struct ModelProvenance {
     pub config_sha256: String,
     /// Parameters of the tensors used.
     pub parameters: u64,
+    /// Those of them that are there for one token, as models are commonly described: all, but of routed experts the top-k of each layer. The
+    /// embedding counts whole, once where it is the head as well: of a dense model all parameters are active. `None` in older runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub active_parameters: Option<u64>,
     /// Bytes per stored dtype of the tensors used.
     pub stored_dtypes: BTreeMap<String, u64>,
     /// Tensors on disk that were known and left unread, by reason.
