@@ -37,9 +37,9 @@ pub struct Compared {
     pub folder: String,
     /// What kind of result it is.
     pub standing: Standing,
-    /// Parameters: of the catalogue, else of the tensors used.
+    /// Parameters: of the catalogue, else of the tensors used, as the run counted them.
     pub parameters: Option<u64>,
-    /// Parameters that work on one token; `None` for models that are not in the catalogue.
+    /// Parameters that work on one token, from where `parameters` are; `None` where neither says.
     pub active_parameters: Option<u64>,
     /// Trained further than on plain text; `None` for models that are not in the catalogue.
     pub post_trained: Option<bool>,
@@ -233,7 +233,11 @@ fn tell_apart(models: &mut [Compared]) {
 fn of_run(number: usize, folder: String, run: Box<Run>) -> (Compared, Vec<Figure>) {
     let results = &run.results;
     let mut model = Compared::new(number, folder, &results.model, Standing::Complete);
-    model.parameters = model.parameters.or(Some(run.metadata.model.parameters));
+    // Both from one place: a run may have used the first layers only, which would make a share of two models.
+    if model.parameters.is_none() {
+        let used = &run.metadata.model;
+        (model.parameters, model.active_parameters) = (Some(used.parameters), used.active_parameters);
+    }
     model.sequences = Some(results.sequences);
     model.tokens_per_sequence = Some(results.tokens_per_sequence);
     model.perplexity = results.perplexity.map(|perplexity| {
@@ -326,7 +330,10 @@ fn published_of(model: &Compared) -> Vec<Figure> {
 mod tests {
     use std::path::Path;
 
-    use super::super::fixture::{copy, rename};
+    use outliers_protocol::files;
+    use serde_json::json;
+
+    use super::super::fixture::{change, copy, rename};
     use super::super::folder::read_all;
     use super::*;
 
@@ -354,6 +361,26 @@ mod tests {
         let sparse = &compared.models[0];
         assert!((sparse.active_share().unwrap() - 0.185).abs() < 0.001);
         assert_eq!(compared.models[1].active_share(), Some(1.0), "a dense model");
+    }
+
+    #[test]
+    fn sizes_are_the_catalogues_and_else_those_of_the_tensors_used() {
+        let home = tempfile::tempdir().unwrap();
+        let with_active = |folder: &Path| {
+            change(folder, files::METADATA, |metadata| metadata["model"]["active_parameters"] = json!(150_000));
+        };
+        with_active(&copy("mixture", &home.path().join("a")));
+        rename(&copy("mixture", &home.path().join("b")), "allenai/OLMoE-1B-7B-0125");
+        with_active(&home.path().join("b"));
+        rename(&copy("mixture", &home.path().join("c")), "somebody/of-before");
+        change(&home.path().join("c"), files::METADATA, |metadata| {
+            metadata["model"].as_object_mut().unwrap().remove("active_parameters");
+        });
+        let sizes = compared(home.path()).models.into_iter().map(|model| (model.parameters, model.active_parameters));
+        assert_eq!(
+            sizes.collect::<Vec<_>>(),
+            [(Some(200_128), Some(150_000)), (Some(6_919_161_856), Some(1_282_000_000)), (Some(200_128), None)]
+        );
     }
 
     #[test]

@@ -82,7 +82,7 @@ fn models(comparison: &Comparison) -> Sheet {
         ],
         rows: comparison.models.iter().map(row).collect(),
         notes: vec![
-            "parameters: of the catalogue, else of the tensors used; active: per token; sparsity: the share that is not active".to_owned(),
+            "parameters: of the catalogue, else of the tensors used as the run counted them; active: per token, embedding included; sparsity: the share that is not active".to_owned(),
         ],
     }
 }
