@@ -26,6 +26,7 @@ pub mod rows;
 pub mod study;
 pub mod top;
 mod verdict;
+mod within;
 
 pub use study::{Report, Scope, Study};
 pub use verdict::Judged;
@@ -157,6 +158,11 @@ impl Column {
         self.sum2 += other.sum2;
         self.sum3 += other.sum3;
         self.sum4 += other.sum4;
+    }
+
+    /// The value of largest magnitude, signed.
+    pub fn peak(&self) -> f32 {
+        if self.max >= -self.min { self.max } else { self.min }
     }
 
     /// Largest |x|.

@@ -14,6 +14,7 @@
 //! | [`VersionInfo`] | standard output of `outliers-worker version --json` | the worker |
 
 mod beyond;
+mod index_set;
 mod inspection;
 mod job;
 mod metadata;
@@ -26,6 +27,7 @@ pub use beyond::{
     MassiveDim, MassiveLayer, MassiveRecord, OtherSite, Record, RouterSummary, RowSpread, RowStatistics, SuperExperts,
     TOP_RECORDS, TopRecords,
 };
+pub use index_set::IndexSet;
 pub use inspection::{
     FileBytes, IgnoredTensors, Inspection, LayerInspection, PlanFigures, SiteInspection, VersionInfo,
 };
@@ -37,7 +39,7 @@ pub use metadata::{CorpusProvenance, DeviceInfo, HostInfo, Metadata, ModelProven
 pub use progress::{Phase, Progress};
 pub use results::{
     Axis, Failure, FailureKind, Feature, FileEntry, Manifest, Outcome, Perplexity, Point, Reading, Results,
-    SequenceSummary, Sided, SiteSummary, Verdict,
+    SequenceSummary, Sided, SiteSummary, Verdict, WithinSequence,
 };
 pub use size::ByteSize;
 

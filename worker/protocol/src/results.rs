@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    FeaturePeak, GainSummary, MassiveActivations, OtherSite, RouterSummary, RowStatistics, SuperExperts, Thresholds,
-    TopRecords,
+    FeaturePeak, GainSummary, IndexSet, MassiveActivations, OtherSite, RouterSummary, RowStatistics, SuperExperts,
+    Thresholds, TopRecords,
 };
 
 /// `results.json`.
@@ -187,6 +187,25 @@ pub struct Feature {
     pub layers_before_attention: Vec<usize>,
     /// Layers whose MLP input has an occurrence.
     pub layers_before_mlp: Vec<usize>,
+    /// Where it has occurrences, sequence by sequence; sequences without one are left out. Only of features that are systematic, by either
+    /// axis, in any sample of the sequences drawn with replacement; empty in older runs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub within: Vec<WithinSequence>,
+    /// Its value of largest magnitude, signed, at each norm output with an occurrence, in the order of [`Results::sites`]: what quartiles are
+    /// taken of. Of the same features as `within`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub peaks: Vec<f32>,
+}
+
+/// Where a feature has occurrences within one sequence: what says whether it is systematic there, or over any set of sequences.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WithinSequence {
+    /// Index of the sequence.
+    pub sequence: usize,
+    /// Distinct positions.
+    pub positions: u64,
+    /// Norm outputs, as indices into [`Results::sites`].
+    pub sites: IndexSet,
 }
 
 /// Counts within one sequence.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use outliers_protocol::{Axis, Reading, Sided, Thresholds};
+use outliers_protocol::{Axis, IndexSet, Reading, Sided, Thresholds};
 use proptest::prelude::*;
 
 use super::*;
@@ -112,6 +112,34 @@ proptest! {
                 Reading::SumOverSequences => sum as f64,
             };
             prop_assert_eq!(verdict.count, want, "{}", &verdict.label);
+        }
+    }
+
+    #[test]
+    fn what_may_be_systematic_is_told_sequence_by_sequence(case in cases()) {
+        let judged = case.stats(1).judge(&Thresholds::default());
+        for feature in &judged.features {
+            let dim = feature.dim;
+            let all = std::iter::once(0..case.sequences).chain((0..case.sequences).map(|s| s..s + 1));
+            let systematic = all.clone().any(|sequences| [Axis::Layers, Axis::Sites].iter().any(|axis| case.systematic(dim, sequences.clone(), *axis)));
+            prop_assert!(!systematic || !feature.within.is_empty());
+            if feature.within.is_empty() {
+                prop_assert!(feature.peaks.is_empty());
+                continue;
+            }
+            let told: Vec<(usize, u64, String)> =
+                feature.within.iter().map(|w| (w.sequence, w.positions, w.sites.to_string())).collect();
+            let expected: Vec<_> = (0..case.sequences).filter_map(|s| {
+                let triples = case.triples(dim, s..s + 1);
+                let positions = triples.iter().map(|t| t.1).collect::<BTreeSet<_>>().len() as u64;
+                let sites: IndexSet = triples.iter().map(|t| t.0).collect();
+                (positions > 0).then(|| (s, positions, sites.to_string()))
+            }).collect();
+            prop_assert_eq!(told, expected);
+            let triples = case.triples(dim, 0..case.sequences);
+            let largest = |site: usize| triples.iter().filter(|t| t.0 == site).map(|t| t.2).max_by(|a, b| a.abs().total_cmp(&b.abs()));
+            let peaks: Vec<f32> = (0..case.values.len()).filter_map(largest).map(f32::abs).collect();
+            prop_assert_eq!(feature.peaks.iter().map(|peak| peak.abs()).collect::<Vec<_>>(), peaks);
         }
     }
 

@@ -110,7 +110,9 @@ impl OutlierStats {
         let corpus = judge(spread, self.sequences * self.tokens);
         let feature = (spread.sites > 0).then(|| {
             let within = |axis: usize| sequences.iter().filter(|within| within.by[axis].is_some()).count();
-            self.feature(dim, spread, layers, corpus, [within(0), within(1)])
+            let mut feature = self.feature(dim, spread, layers, corpus, [within(0), within(1)]);
+            self.detail(&mut feature, thresholds);
+            feature
         });
         Row { feature, corpus, sequences }
     }
@@ -170,6 +172,8 @@ impl OutlierStats {
             sequences_systematic_by_sites: within[1],
             layers_before_attention: feeding(Point::BeforeAttention),
             layers_before_mlp: feeding(Point::BeforeMlp),
+            within: Vec::new(),
+            peaks: Vec::new(),
         }
     }
 
