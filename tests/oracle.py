@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Compares the worker with Hugging Face transformers, and makes the fixtures of tests/golden again.
+"""Compares the worker and `outliers compare` with Hugging Face transformers; makes tests/golden and controller/tests/results again.
 
-    oracle.py check    ORACLE WORKER [--families F ..] [--seeds 1 2 3] [--sizes tiny small] [--no-odd]
+    oracle.py check    ORACLE WORKER [CONTROLLER] [--families F ..] [--seeds 1 2 3] [--sizes tiny small] [--no-odd]
     oracle.py fixtures ORACLE [--only NAME ..]
+    oracle.py results  ORACLE WORKER
 
 ORACLE is the folder of make_model.py, golden.py and outliers_ref.py: tiny checkpoints with random weights in the published layouts,
 activations of transformers at every studied norm, router choices, logits and likelihoods, and outlier statistics computed from
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
+
+import compare_figures
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-4  # of each tensor's root mean square
@@ -141,6 +144,33 @@ def fixtures(arguments):
         print(f"{name:24} {size / 1024:6.0f} KiB", flush=True)
 
 
+# Runs for the tests of what reads results: of which fixture, and what is studied.
+RESULTS = {"mixture": ("olmoe-bf16", ["norms", "residual", "expert_out"]), "dense": ("gpt2", ["norms"])}
+
+
+def results(arguments):
+    """Two runs of the worker, and their figures from the activations of a run that saves them."""
+    oracle = load_oracle(arguments.oracle)
+    worker, home = Path(arguments.worker).resolve(), HERE.parent / "controller" / "tests" / "results"
+    for name, (fixture, sites) in RESULTS.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            here = Path(scratch)
+            (here / "tests").symlink_to(HERE)
+            (here / "ids.json").write_text(json.dumps(np.random.default_rng(8).integers(0, 300, (6, 24)).tolist()))
+            job = {"schema": 1, "model": {"folder": {"path": f"tests/golden/{fixture}/model"}}, "label": f"tests/{fixture}",
+                   "corpus": {"source": {"token_ids": "ids.json"}}, "precision": "f32", "sites": sites}
+            for output, more in [(home / name, {}), (here / "saved", {"save_activations": "activations.safetensors"})]:
+                (here / "job.json").write_text(json.dumps(job | more))
+                subprocess.run(["rm", "-rf", output], check=True)
+                subprocess.run([worker, "run", "job.json", "--output", output], cwd=here, check=True, capture_output=True)
+            same = [(folder / "results.json").read_bytes() for folder in (home / name, here / "saved")]
+            assert same[0] == same[1], "results do not depend on what else is written"
+            (home / name / "progress.jsonl").unlink()
+            reference = oracle[2](here / "saved" / "activations.safetensors")
+        text = json.dumps(list(compare_figures.figures(reference)), indent=1) + "\n"
+        (home / f"{name}-reference.json").write_text(text)
+
+
 def compare_activations(golden, candidate, tolerance=TOLERANCE):
     """What differs, in the order of computation."""
     wrong = []
@@ -164,8 +194,8 @@ def compare_activations(golden, candidate, tolerance=TOLERANCE):
     return sorted(wrong, key=lambda w: [int(p) if p.isdigit() else 0 for p in w.split(":")[0].split(".")][1:2])
 
 
-def run_case(oracle, worker, case, folder):
-    """Makes a case and runs the worker on it: an error in words, or the line that sums it up."""
+def run_case(oracle, worker, controller, case, folder):
+    """Makes a case and runs the worker on it, and `compare` on that: an error in words, or the line that sums it up."""
     record(oracle, case, folder, 96, 4)
     output = folder / "out"
     run = subprocess.run(
@@ -179,7 +209,11 @@ def run_case(oracle, worker, case, folder):
         return False, wrong[:4]
     statistics = subprocess.run([sys.executable, HERE / "compare_statistics.py", folder / "outliers.json", output / "results.json"],
                                 capture_output=True, text=True)
-    return statistics.returncode == 0, statistics.stdout.strip().splitlines()[:4]
+    said = statistics.stdout.strip().splitlines()[:4]
+    if statistics.returncode != 0 or not controller:
+        return statistics.returncode == 0, said
+    wrong = compare_figures.differences(json.loads((folder / "outliers.json").read_text()), controller, output)
+    return not wrong, wrong[:4] or said + ["six figures of compare equal"]
 
 
 def check(arguments):
@@ -198,7 +232,7 @@ def check(arguments):
         for name, case in cases:
             with tempfile.TemporaryDirectory() as scratch:
                 try:
-                    ok, said = run_case(oracle, arguments.worker, case, Path(scratch))
+                    ok, said = run_case(oracle, arguments.worker, arguments.controller, case, Path(scratch))
                 except Exception as error:  # the rest still tells something
                     ok, said = False, [f"the reference cannot make this case: {error}"]
             passed, failed = passed + ok, failed + (not ok)
@@ -213,6 +247,7 @@ def main():
     one = commands.add_parser("check", help="compare the worker with the reference over families, seeds, sizes and odd shapes")
     one.add_argument("oracle")
     one.add_argument("worker")
+    one.add_argument("controller", nargs="?", help="compare its figures of each run, too")
     one.add_argument("--families", nargs="*", choices=list(ODD))
     one.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
     one.add_argument("--sizes", nargs="*", default=["tiny", "small"])
@@ -222,6 +257,10 @@ def main():
     two.add_argument("oracle")
     two.add_argument("--only", nargs="*", choices=list(FIXTURES))
     two.set_defaults(run=fixtures)
+    three = commands.add_parser("results", help="make controller/tests/results again")
+    three.add_argument("oracle")
+    three.add_argument("worker")
+    three.set_defaults(run=results)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Compares the worker with Hugging Face transformers: every family, three seeds, two sizes, odd shapes, several containers.
+# Compares the worker, and what `outliers compare` says of its runs, with Hugging Face transformers: every family, three seeds, two sizes,
+# odd shapes, several containers.
 #
 #   tests/oracle.sh ORACLE_FOLDER [PYTHON] [options of `oracle.py check`]
 #
@@ -9,5 +10,5 @@ oracle=$(realpath "${1:?usage: oracle.sh ORACLE_FOLDER [PYTHON] [--families F ..
 python=$(realpath -s "${2:-$(command -v python3)}")
 here=$(cd "$(dirname "$0")" && pwd)
 (cd "$here/.." && cargo build --workspace --bins --quiet)
-worker="${CARGO_TARGET_DIR:-$here/../target}/debug/outliers-worker"
-exec "$python" "$here/oracle.py" check "$oracle" "$worker" "${@:3}"
+programs="${CARGO_TARGET_DIR:-$here/../target}/debug"
+exec "$python" "$here/oracle.py" check "$oracle" "$programs/outliers-worker" "$programs/outliers" "${@:3}"
