@@ -1,7 +1,7 @@
 //! Results side by side: what was counted, how sure it is, how it was defined, and what others published.
 //!
 //! [`folder`] reads result folders and refuses what is not whole; [`predecessor`] makes results of the predecessor's files; [`tally`] says
-//! how sure a figure is; [`published`] holds what others found. [`comparison`] makes one list of figures of them all, and [`difference`]
+//! how sure a figure is, of unique features by other [`samples`] of the sequences; [`published`] holds what others found. [`comparison`] makes one list of figures of them all, and [`difference`]
 //! says which of them differ by definition or provenance alone. [`sheet`] makes tables of it, which [`print`] writes; [`page`] is
 //! all of it with [`plots`] (each drawn by [`plot`]), the tables of every model ([`detail`]) and its thresholds ([`ladder`]).
 
@@ -18,6 +18,7 @@ pub mod plots;
 pub mod predecessor;
 pub mod print;
 pub mod published;
+pub mod samples;
 pub mod sheet;
 pub mod statistics;
 pub mod tally;

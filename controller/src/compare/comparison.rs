@@ -7,7 +7,8 @@ use super::difference::{Difference, differences};
 use super::folder::{Content, ResultFolder, Run};
 use super::predecessor::{Imported, Outliers};
 use super::published::{self, Table};
-use super::tally::{Estimate, Tally, interval, mean};
+use super::samples::resampled;
+use super::tally::{Estimate, Tally, interval, mean, middle, samples};
 
 /// Results, what they come to, and what was published of the same models.
 #[derive(Clone, Debug, Serialize)]
@@ -245,14 +246,8 @@ fn of_run(number: usize, folder: String, run: Box<Run>) -> (Compared, Vec<Figure
         Estimate { value: perplexity.perplexity, interval: losses.and_then(|losses| perplexity_interval(&losses)) }
     });
     model.job_sha256 = Some(run.job_sha256.clone());
-    let figures = results.verdicts.iter().map(|verdict| {
-        let tallies = run.tallies.as_ref().map(|[layers, sites]| match verdict.axis {
-            Axis::Layers => layers.as_slice(),
-            Axis::Sites => sites.as_slice(),
-        });
-        figure(&model, Source::Ours, verdict, tallies.unwrap_or_default())
-    });
-    let figures = figures.collect();
+    let drawn = Drawn::of(resampled(results), run.tallies.as_ref().map(|[layers, sites]| [layers, sites]));
+    let figures = results.verdicts.iter().map(|verdict| figure(&model, Source::Ours, verdict, &drawn)).collect();
     model.provenance = Some(Box::new(run.metadata.clone()));
     model.run = Some(run);
     (model, figures)
@@ -270,7 +265,8 @@ fn of_imported(number: usize, folder: String, imported: &Imported) -> (Compared,
     });
     let of = |outliers: &Outliers| {
         let verdicts = outliers.verdicts();
-        verdicts.iter().map(|verdict| figure(&model, Source::Imported, verdict, &outliers.batches)).collect()
+        let drawn = Drawn::of(Default::default(), Some([&outliers.batches; 2]));
+        verdicts.iter().map(|verdict| figure(&model, Source::Imported, verdict, &drawn)).collect()
     };
     let figures = outliers.map(of).unwrap_or_default();
     (model, figures)
@@ -281,18 +277,41 @@ fn perplexity_interval(losses: &[f64]) -> Option<[f64; 2]> {
     interval(losses, |sample| mean(sample.iter().map(|loss| **loss)).map(f64::exp))
 }
 
-/// A verdict with its intervals over `sequences`, which are empty where there is nothing to draw from.
-fn figure(model: &Compared, source: Source, verdict: &Verdict, sequences: &[Tally]) -> Figure {
-    // Over the whole corpus, a feature's layers are the union of its layers in each sequence, and only their number is stored.
-    let drawn = if verdict.reading == Reading::Unique { &[] } else { sequences };
-    let divisor = if verdict.reading == Reading::MeanPerSequence { drawn.len() as f64 } else { 1.0 };
-    let count = |sample: &[&Tally]| sample.iter().map(|tally| tally.features).sum::<usize>() as f64;
+/// What samples of the sequences come to, by layers and by norm outputs; empty where there is nothing to draw from.
+struct Drawn {
+    /// All sequences of a sample judged together.
+    unique: [Vec<Tally>; 2],
+    /// Judged within each sequence and added up.
+    within: [Vec<Tally>; 2],
+    /// How many sequences were added up.
+    sequences: usize,
+}
+
+impl Drawn {
+    /// `within`: what is systematic within each sequence.
+    fn of(unique: [Vec<Tally>; 2], within: Option<[&Vec<Tally>; 2]>) -> Self {
+        let sum = |sequences: &Vec<Tally>| samples(sequences, |sample| Tally::sum(sample.iter().copied()));
+        let sequences = within.map_or(0, |[sequences, _]| sequences.len());
+        Self { unique, within: within.map(|within| within.map(sum)).unwrap_or_default(), sequences }
+    }
+
+    fn under(&self, reading: Reading, axis: Axis) -> &[Tally] {
+        let [layers, sites] = if reading == Reading::Unique { &self.unique } else { &self.within };
+        match axis {
+            Axis::Layers => layers,
+            Axis::Sites => sites,
+        }
+    }
+}
+
+/// A verdict with its intervals over samples.
+fn figure(model: &Compared, source: Source, verdict: &Verdict, drawn: &Drawn) -> Figure {
+    let divisor = if verdict.reading == Reading::MeanPerSequence { drawn.sequences as f64 } else { 1.0 };
+    let drawn = drawn.under(verdict.reading, verdict.axis);
+    let count = |tally: &Tally| Some(tally.features as f64 / divisor);
     let percent = |value: Option<f64>, of: fn(&Tally) -> f64| {
-        let share = |sample: &[&Tally]| {
-            let features = count(sample);
-            (features > 0.0).then(|| 100.0 * sample.iter().map(|tally| of(tally)).sum::<f64>() / features)
-        };
-        value.map(|value| Estimate { value, interval: interval(drawn, share) })
+        let share = |tally: &Tally| (tally.features > 0).then(|| 100.0 * of(tally) / tally.features as f64);
+        value.map(|value| Estimate { value, interval: middle(drawn.iter().map(share)) })
     };
     Figure {
         number: model.number,
@@ -305,7 +324,7 @@ fn figure(model: &Compared, source: Source, verdict: &Verdict, sequences: &[Tall
             Source::Ours | Source::Published(_) => reading(verdict.reading, verdict.axis).to_owned(),
         },
         source,
-        count: Estimate { value: verdict.count, interval: interval(drawn, |sample| Some(count(sample) / divisor)) },
+        count: Estimate { value: verdict.count, interval: middle(drawn.iter().map(count)) },
         layers: percent(verdict.mean_layer_percent, |tally| tally.layer_share),
         positions: percent(verdict.mean_sequence_percent, |tally| tally.position_share),
     }
@@ -391,7 +410,11 @@ mod tests {
         let model = &compared.models[0];
         for axis in [Axis::Layers, Axis::Sites] {
             let of = |reading| compared.own(model, reading, axis).unwrap();
-            assert_eq!(of(Reading::Unique).count.interval, None);
+            let unique = of(Reading::Unique).count;
+            assert!(
+                unique.interval.is_some_and(|[low, high]| low <= unique.value && unique.value <= high),
+                "{unique:?}"
+            );
             let (mean, sum) = (of(Reading::MeanPerSequence).count, of(Reading::SumOverSequences).count);
             assert_eq!(sum, mean.scaled(6.0));
             let [low, high] = mean.interval.unwrap();

@@ -1,10 +1,12 @@
 //! Tables of one model, for the page: its features, thresholds, massive activations, experts and routers.
 
-use outliers_protocol::{ExpertPeak, Feature, MassiveActivations, Point, Results, RouterSummary, Sided, SuperExperts};
+use outliers_protocol::{
+    ExpertPeak, Feature, IndexSet, MassiveActivations, Point, Results, RouterSummary, Sided, SuperExperts,
+};
 
 use super::folder::Run;
 use super::ladder::{LAYER_PERCENTS, POSITION_PERCENTS, rungs, shares};
-use super::plots::{peak_quartiles, strongest};
+use super::plots::{peak_quartiles, quartiles, strongest};
 use super::sheet::{Column, Sheet, numbers, optional, words};
 
 /// Rows of what may be long; `results.json` has them all.
@@ -58,6 +60,7 @@ fn features(run: &Run) -> Option<Sheet> {
         words("systematic by"),
         numbers("L%"),
         numbers("S%"),
+        numbers("in sequences"),
         words("signs"),
         numbers("min"),
         numbers("max"),
@@ -69,13 +72,17 @@ fn features(run: &Run) -> Option<Sheet> {
         words("where its largest values stand"),
     ];
     let row = |feature: &&Feature| {
-        let quartiles = run.statistics.as_ref().and_then(|statistics| peak_quartiles(statistics, feature.dim));
+        let quartiles = match &run.statistics {
+            Some(statistics) => peak_quartiles(statistics, feature.dim),
+            None => quartiles(feature.peaks.iter().copied().map(f64::from).collect()),
+        };
         let peak = feature.peak.as_ref();
         [
             feature.dim.to_string(),
             systematic(feature).to_owned(),
             format!("{:.1}", 100.0 * feature.layer_fraction),
             format!("{:.1}", 100.0 * feature.position_fraction),
+            format!("{}, {}", feature.sequences_systematic_by_layers, feature.sequences_systematic_by_sites),
             signs(feature.sided).to_owned(),
             format!("{:.2}", feature.min),
             format!("{:.2}", feature.max),
@@ -89,7 +96,8 @@ fn features(run: &Run) -> Option<Sheet> {
     };
     let rows = strongest.iter().take(ROWS).map(row).collect();
     let note = first("features", ROWS, strongest.len())
-        + "L%, S%: share of layers and of positions with an outlier, over all sequences. Quartiles of peaks: over the norm outputs where the feature has \
+        + "L%, S%: share of layers and of positions with an outlier, over all sequences. In sequences: in how many it is systematic by \
+           itself, by layers and by norm outputs. Quartiles of peaks: over the norm outputs where the feature has \
            outliers, of its largest value at each. Gain: of the norm where its value is largest; under RMSNorm a large value may be a large gain. \
            Where: layer, sequence:position and token id of its values among the 100 largest of their kind of norm output.";
     Some(noted(sheet("features", "Features with outliers", columns, rows), note))
@@ -112,17 +120,8 @@ fn signs(sided: Sided) -> &'static str {
     }
 }
 
-/// `0-3, 7`, of ascending numbers.
-fn ranges(numbers: &[usize]) -> String {
-    let mut runs: Vec<(usize, usize)> = Vec::new();
-    for number in numbers {
-        match runs.last_mut() {
-            Some((_, last)) if last.checked_add(1) == Some(*number) => *last = *number,
-            _ => runs.push((*number, *number)),
-        }
-    }
-    let words = runs.iter().map(|(from, to)| if from == to { from.to_string() } else { format!("{from}-{to}") });
-    words.collect::<Vec<_>>().join(", ")
+fn ranges(layers: &[usize]) -> String {
+    layers.iter().copied().collect::<IndexSet>().to_string()
 }
 
 fn places(results: &Results, feature: usize) -> String {
@@ -334,12 +333,5 @@ mod tests {
         for sheet in sheets_of("mixture") {
             assert!(sheet.rows.iter().all(|row| row.len() == sheet.columns.len()), "{}", sheet.name);
         }
-    }
-
-    #[test]
-    fn layers_are_named_in_ranges() {
-        assert_eq!(ranges(&[]), "");
-        assert_eq!(ranges(&[0, 1, 2, 5, 7, 8]), "0-2, 5, 7-8");
-        assert_eq!(ranges(&[usize::MAX, 0]), format!("{}, 0", usize::MAX));
     }
 }

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::predecessor::Imported;
+use super::samples;
 use super::statistics::{Shape, Statistics};
 use super::tally::Tally;
 use crate::deploy::holds;
@@ -298,7 +299,10 @@ fn agree(results: &Results, metadata: &Metadata) -> Result<(), String> {
         }
     }
     let fits = |feature: &outliers_protocol::Feature| feature.dim < results.hidden;
-    if results.features.iter().all(fits) { Ok(()) } else { Err("a feature lies outside the hidden size".to_owned()) }
+    match results.features.iter().all(fits) {
+        true => samples::check(results),
+        false => Err("a feature lies outside the hidden size".to_owned()),
+    }
 }
 
 /// The layers that have studied norm outputs, in order.
@@ -472,7 +476,7 @@ mod tests {
             (files::RESULTS, |r| r["hidden"] = json!(63), files::STATISTICS),
             (files::RESULTS, |r| r["n_layers"] = json!(1u64 << 50), "layers"),
             (files::RESULTS, |r| r["per_sequence"][0]["systematic_by_sites"] = json!(u64::MAX), "verdicts"),
-            (files::RESULTS, |r| r["thresholds"]["layer_fraction"] = json!(0.9), files::STATISTICS),
+            (files::RESULTS, |r| r["thresholds"]["layer_fraction"] = json!(0.9), "each sequence"),
             (files::METADATA, |m| m["corpus"]["tokens_per_sequence"] = json!(1), "tokens"),
         ];
         for (name, how, expected) in changes {

@@ -10,7 +10,7 @@ use super::published::{Row, Table};
 
 mod model;
 
-pub use model::{of_model, peak_quartiles, strongest};
+pub use model::{of_model, peak_quartiles, quartiles, strongest};
 
 const fn mark(colour: Colour, round: bool, filled: bool) -> Mark {
     Mark { colour, round, filled }
@@ -239,7 +239,7 @@ fn typical_peak(run: &Run) -> Option<f64> {
     let systematic = run.results.features.iter().filter(|feature| feature.systematic_by_layers);
     let most_common = systematic.max_by_key(|feature| feature.occurrences)?;
     let magnitudes = model::peaks(run.statistics.as_ref()?, most_common.dim).into_iter().map(f64::abs).collect();
-    model::quartiles(magnitudes).map(|[_, median, _]| median)
+    quartiles(magnitudes).map(|[_, median, _]| median)
 }
 
 #[cfg(test)]

@@ -199,7 +199,7 @@ mod tests {
         let text = csv(&compared("allenai/OLMoE-1B-7B-0125"));
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 1 + 7 + 1);
-        assert!(lines[1].starts_with("1,allenai/OLMoE-1B-7B-0125,this run,unique,layers,4,,,"), "{}", lines[1]);
+        assert!(lines[1].starts_with("1,allenai/OLMoE-1B-7B-0125,this run,unique,layers,4,4,4,"), "{}", lines[1]);
         assert!(lines[7].contains("\"published, the predecessor\",sum_over_sequences,sites,49,"), "{}", lines[7]);
         assert!(lines[8].contains("damaged"), "{}", lines[8]);
     }

@@ -46,10 +46,20 @@ impl Tally {
         })
     }
 
-    fn judge(&mut self, part: u64, layer_share: f64, position_share: f64, thresholds: &Thresholds) {
+    /// Counts a feature if it is systematic: in `part` layers (or norm outputs), which is a share of them, and at a share of positions.
+    pub fn judge(&mut self, part: u64, layer_share: f64, position_share: f64, thresholds: &Thresholds) {
         if part > 0 && layer_share >= thresholds.layer_fraction && position_share >= thresholds.position_fraction {
             self.add(layer_share, position_share);
         }
+    }
+
+    /// All of them added up.
+    pub fn sum<'a>(tallies: impl IntoIterator<Item = &'a Self>) -> Self {
+        tallies.into_iter().fold(Self::default(), |sum, tally| Self {
+            features: sum.features + tally.features,
+            layer_share: sum.layer_share + tally.layer_share,
+            position_share: sum.position_share + tally.position_share,
+        })
     }
 
     /// Counts one systematic feature.
@@ -82,17 +92,28 @@ impl Estimate {
     }
 }
 
-/// The percentile bootstrap (Efron 1979): the middle 95 % of a statistic over samples of `items`, drawn with replacement, as many as there
-/// are. `None` if there are fewer than two, or if a sample has no such statistic.
+/// The percentile bootstrap (Efron 1979): the middle 95 % of a statistic over samples of `items`. `None` if there are fewer than two, or if a
+/// sample has no such statistic.
 pub fn interval<T>(items: &[T], statistic: impl Fn(&[&T]) -> Option<f64>) -> Option<[f64; 2]> {
+    middle(samples(items, statistic))
+}
+
+/// A statistic over samples of `items`, drawn with replacement, each of as many as there are. Empty if there are fewer than two.
+pub fn samples<T, S>(items: &[T], statistic: impl Fn(&[&T]) -> S) -> Vec<S> {
     if items.len() < 2 {
-        return None;
+        return Vec::new();
     }
     let mut random = StdRng::seed_from_u64(SEED);
     let mut draw = || -> Vec<&T> { items.iter().map(|_| &items[random.random_range(0..items.len())]).collect() };
-    let mut values = (0..RESAMPLES).map(|_| statistic(&draw())).collect::<Option<Vec<f64>>>()?;
+    (0..RESAMPLES).map(|_| statistic(&draw())).collect()
+}
+
+/// The middle 95 % of what samples gave; `None` if there are none, or if one gave nothing.
+pub fn middle(values: impl IntoIterator<Item = Option<f64>>) -> Option<[f64; 2]> {
+    let mut values = values.into_iter().collect::<Option<Vec<f64>>>()?;
     values.sort_by(f64::total_cmp);
-    let at = |share: f64| values[(share * (RESAMPLES - 1) as f64).round() as usize];
+    let last = values.len().checked_sub(1)?;
+    let at = |share: f64| values[(share * last as f64).round() as usize];
     Some([at(0.025), at(0.975)])
 }
 

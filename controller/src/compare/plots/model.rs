@@ -218,7 +218,7 @@ pub(super) fn peaks(statistics: &Statistics, feature: usize) -> Vec<f64> {
 }
 
 /// Each one of the values: between two of opposite sign there may be none.
-pub(super) fn quartiles(mut values: Vec<f64>) -> Option<[f64; 3]> {
+pub fn quartiles(mut values: Vec<f64>) -> Option<[f64; 3]> {
     values.sort_by(f64::total_cmp);
     let last = values.len().checked_sub(1)?;
     Some([0.25, 0.5, 0.75].map(|share| values[(share * last as f64).round() as usize]))
