@@ -519,6 +519,9 @@ pub struct CompareArgs {
     /// Also write every plot to this folder, as SVG.
     #[arg(long, value_name = "DIR")]
     pub svg: Option<PathBuf>,
+    /// Also write every plot to this folder, as PNG.
+    #[arg(long, value_name = "DIR")]
+    pub png: Option<PathBuf>,
     /// Go on without the figures of results that are partial or damaged, and say so beside the others.
     #[arg(long)]
     pub allow_partial: bool,

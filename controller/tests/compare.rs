@@ -86,7 +86,8 @@ fn a_damaged_result_stops_the_comparison_and_is_named() {
 fn the_page_and_the_drawings_are_the_same_whenever_they_are_made() {
     let desk = desk();
     let make = |name: &str| {
-        let made = outliers(desk.path(), &["compare", "--html", name, "--svg", "svg", "--format", "csv"]);
+        let made =
+            outliers(desk.path(), &["compare", "--html", name, "--svg", "svg", "--png", "png", "--format", "csv"]);
         assert!(made.status.success(), "{:?}", said(&made));
         fs::read_to_string(desk.path().join(name)).unwrap()
     };
@@ -95,6 +96,10 @@ fn the_page_and_the_drawings_are_the_same_whenever_they_are_made() {
     for drawing in drawings(desk.path()) {
         let svg = fs::read_to_string(desk.path().join("svg").join(format!("{drawing}.svg"))).unwrap();
         assert!(page.contains(&svg) && svg.contains("xmlns="), "{drawing}");
+        let png = fs::read(desk.path().join("png").join(format!("{drawing}.png"))).unwrap();
+        let number = |at: usize| u32::from_be_bytes(png[at..at + 4].try_into().unwrap());
+        let size = format!("viewBox=\"0 0 {} {}\"", number(16), number(20));
+        assert!(png.starts_with(b"\x89PNG\r\n\x1a\n") && svg.contains(&size), "{drawing}: {size}");
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::Context;
 use crate::cli::{CompareArgs, CompareFormat};
 use crate::compare::folder::{ReadError, read_all};
-use crate::compare::{Comparison, page, plots, print};
+use crate::compare::{Comparison, page, pixels, plots, print};
 use crate::files::write_whole;
 use crate::report::{Complaint, ExitStatus};
 
@@ -19,13 +19,14 @@ pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatu
     let comparison = Comparison::of(read_all(&folders, args.allow_partial)?);
     if let Some(file) = &args.html {
         let file = context.here.join(file);
-        write(&file, &page::page(&comparison))?;
+        write(&file, page::page(&comparison).as_bytes())?;
         context.reporter.say(&format!("page: {}", file.display()));
     }
     if let Some(folder) = &args.svg {
-        let folder = context.here.join(folder);
-        let drawn = drawings(&comparison, &folder)?;
-        context.reporter.say(&format!("{drawn} plots: {}", folder.display()));
+        drawings(context, &comparison, folder, "svg", |svg| Ok(svg.as_bytes().to_vec()))?;
+    }
+    if let Some(folder) = &args.png {
+        drawings(context, &comparison, folder, "png", pixels::png)?;
     }
     context.reporter.result(&comparison, || match args.format {
         CompareFormat::Table => print::terminal(&comparison),
@@ -38,17 +39,29 @@ pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatu
     Ok(ExitStatus::Done)
 }
 
-/// Writes every plot; gives their number.
-fn drawings(comparison: &Comparison, folder: &Path) -> Result<usize, Complaint> {
-    fs::create_dir_all(folder).map_err(|error| Complaint::failed(format!("{}: {error}", folder.display())))?;
+/// Writes every plot in a format, and says so.
+fn drawings(
+    context: &Context,
+    comparison: &Comparison,
+    folder: &Path,
+    format: &str,
+    encode: impl Fn(&str) -> Result<Vec<u8>, String>,
+) -> Result<(), Complaint> {
+    let folder = context.here.join(folder);
+    fs::create_dir_all(&folder).map_err(|error| Complaint::failed(format!("{}: {error}", folder.display())))?;
     let mut drawn = plots::across(comparison);
     drawn.extend(comparison.models.iter().flat_map(plots::of_model));
-    drawn.iter().try_for_each(|plot| write(&folder.join(format!("{}.svg", plot.name)), &plot.svg))?;
-    Ok(drawn.len())
+    for plot in &drawn {
+        let file = folder.join(format!("{}.{format}", plot.name));
+        let bytes = encode(&plot.svg).map_err(|error| Complaint::failed(format!("{}: {error}", file.display())))?;
+        write(&file, &bytes)?;
+    }
+    context.reporter.say(&format!("{} plots: {}", drawn.len(), folder.display()));
+    Ok(())
 }
 
-fn write(path: &Path, text: &str) -> Result<(), Complaint> {
-    write_whole(path, text.as_bytes()).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))
+fn write(path: &Path, bytes: &[u8]) -> Result<(), Complaint> {
+    write_whole(path, bytes).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))
 }
 
 impl From<ReadError> for Complaint {

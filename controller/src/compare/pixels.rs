@@ -1,0 +1,77 @@
+//! A drawing as pixels, for what shows no SVG.
+//!
+//! The font comes along: a picture is the same on every machine, and letters are there where no fonts are installed.
+
+use std::sync::{Arc, LazyLock};
+
+use resvg::tiny_skia::{Pixmap, Transform};
+use resvg::usvg::{Options, Tree, fontdb};
+
+/// Ubuntu Light: sans-serif, under the Ubuntu Font Licence, which lets programs carry it.
+static FONTS: LazyLock<Arc<fontdb::Database>> = LazyLock::new(|| {
+    let mut fonts = fontdb::Database::new();
+    fonts.load_font_data(epaint_default_fonts::UBUNTU_LIGHT.to_vec());
+    let family = fonts.faces().next().map(|face| face.families[0].0.clone());
+    fonts.set_sans_serif_family(family.expect("it is a font, which has a name"));
+    Arc::new(fonts)
+});
+
+/// An SVG as PNG, one pixel per unit of its own.
+///
+/// # Errors
+/// What is wrong with the drawing.
+pub fn png(svg: &str) -> Result<Vec<u8>, String> {
+    let options = Options { fontdb: Arc::clone(&FONTS), ..Options::default() };
+    let tree = Tree::from_str(svg, &options).map_err(|error| error.to_string())?;
+    let size = tree.size().to_int_size();
+    let mut pixels = Pixmap::new(size.width(), size.height()).ok_or("it has no size")?;
+    resvg::render(&tree, Transform::identity(), &mut pixels.as_mut());
+    pixels.encode_png().map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::super::comparison::Comparison;
+    use super::super::fixture::{copy, rename};
+    use super::super::folder::read_all;
+    use super::super::plots;
+    use super::*;
+
+    /// Without anything between `<text` and `</text>`.
+    fn without_text(svg: &str) -> String {
+        let parts = svg.split("<text").enumerate();
+        parts.map(|(i, part)| if i == 0 { part } else { part.split_once("</text>").unwrap().1 }).collect()
+    }
+
+    fn pixels(svg: &str) -> Pixmap {
+        Pixmap::decode_png(&png(svg).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn every_plot_is_there_in_its_size_with_its_colours_and_letters() {
+        let home = tempfile::tempdir().unwrap();
+        rename(&copy("mixture", &home.path().join("a")), "<a href='x'>&\u{202e}");
+        copy("dense", &home.path().join("b"));
+        let compared = Comparison::of(read_all(&[home.path().to_owned()], false).unwrap());
+        let of_models = compared.models.iter().flat_map(plots::of_model);
+        for plot in plots::across(&compared).into_iter().chain(of_models) {
+            let (picture, silent) = (pixels(&plot.svg), pixels(&without_text(&plot.svg)));
+            let size = format!("viewBox=\"0 0 {} {}\"", picture.width(), picture.height());
+            assert!(plot.svg.contains(&size), "{}: {size}", plot.name);
+            let colours: BTreeSet<_> = picture.pixels().iter().map(|p| (p.red(), p.green(), p.blue())).collect();
+            assert!(colours.len() > 5, "{}: {colours:?}", plot.name);
+            assert!(picture.pixels().iter().all(|pixel| pixel.alpha() == 255), "{}: see-through", plot.name);
+            let letters = picture.pixels().iter().zip(silent.pixels()).filter(|(a, b)| a != b).count();
+            assert!(letters > 1000, "{}: {letters} pixels of text", plot.name);
+        }
+    }
+
+    #[test]
+    fn what_is_no_drawing_is_an_error() {
+        for text in ["", "<svg", "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"0\" height=\"0\"/>"] {
+            assert!(png(text).is_err(), "{text}");
+        }
+    }
+}
