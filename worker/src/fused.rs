@@ -14,6 +14,7 @@ use rayon::prelude::*;
 
 use crate::decoder::Window;
 use crate::rope::{Pairing, RopeTable};
+use crate::simd::vectorized;
 
 /// A stored float that computes as f32.
 trait Real: Copy + Send + Sync {
@@ -22,27 +23,33 @@ trait Real: Copy + Send + Sync {
 }
 
 impl Real for f32 {
+    #[inline(always)]
     fn wide(self) -> f32 {
         self
     }
+    #[inline(always)]
     fn narrow(value: f32) -> Self {
         value
     }
 }
 
 impl Real for bf16 {
+    #[inline(always)]
     fn wide(self) -> f32 {
         self.to_f32()
     }
+    #[inline(always)]
     fn narrow(value: f32) -> Self {
         Self::from_f32(value)
     }
 }
 
 impl Real for f16 {
+    #[inline(always)]
     fn wide(self) -> f32 {
         self.to_f32()
     }
+    #[inline(always)]
     fn narrow(value: f32) -> Self {
         Self::from_f32(value)
     }
@@ -81,6 +88,21 @@ fn lane_sum<T: Copy>(x: &[T], term: impl Fn(T) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
+/// The largest value, in as many lanes; minus infinity if there is none. NaNs are passed over.
+#[inline(always)]
+fn lane_max<T: Copy>(x: &[T], value: impl Fn(T) -> f32) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let chunks = x.chunks_exact(16);
+    let rest = chunks.remainder().iter().fold(f32::NEG_INFINITY, |top, &v| larger(top, value(v)));
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = larger(*lane, value(v));
+        }
+    }
+    lanes.into_iter().fold(rest, larger)
+}
+
 /// e^x for x <= 0 to within 2 units in the last place, in a form that vectorises.
 #[inline(always)]
 fn exp_negative(x: f32) -> f32 {
@@ -110,13 +132,21 @@ impl RmsNorm {
         let width = gain.len();
         let mut out = vec![T::narrow(0.0); x.len()];
         out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(rows_per_task(width)).for_each(|(out, x)| {
-            let mean = lane_sum(x, |v| v.wide() * v.wide()) / width as f32;
-            let scale = 1.0 / (mean + self.eps).sqrt();
-            for ((o, v), g) in out.iter_mut().zip(x).zip(gain) {
-                *o = T::narrow(T::narrow(v.wide() * scale).wide() * g.wide());
-            }
+            vectorized(
+                #[inline(always)]
+                || self.row(out, x, gain),
+            );
         });
         out
+    }
+
+    #[inline(always)]
+    fn row<T: Real>(&self, out: &mut [T], x: &[T], gain: &[T]) {
+        let mean = lane_sum(x, |v| v.wide() * v.wide()) / gain.len() as f32;
+        let scale = 1.0 / (mean + self.eps).sqrt();
+        for ((o, v), g) in out.iter_mut().zip(x).zip(gain) {
+            *o = T::narrow(T::narrow(v.wide() * scale).wide() * g.wide());
+        }
     }
 }
 
@@ -164,14 +194,23 @@ impl LayerNorm {
         let width = gain.len();
         let mut out = vec![T::narrow(0.0); x.len()];
         out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(rows_per_task(width)).for_each(|(out, x)| {
-            let mean = lane_sum(x, Real::wide) / width as f32;
-            let variance = lane_sum(x, |v| (v.wide() - mean) * (v.wide() - mean)) / width as f32;
-            let scale = 1.0 / (variance + self.eps).sqrt();
-            for (((o, v), g), b) in out.iter_mut().zip(x).zip(gain).zip(bias) {
-                *o = T::narrow((v.wide() - mean) * scale * g.wide() + b.wide());
-            }
+            vectorized(
+                #[inline(always)]
+                || self.row(out, x, gain, bias),
+            );
         });
         out
+    }
+
+    #[inline(always)]
+    fn row<T: Real>(&self, out: &mut [T], x: &[T], gain: &[T], bias: &[T]) {
+        let width = gain.len() as f32;
+        let mean = lane_sum(x, |v| v.wide()) / width;
+        let variance = lane_sum(x, |v| (v.wide() - mean) * (v.wide() - mean)) / width;
+        let scale = 1.0 / (variance + self.eps).sqrt();
+        for (((o, v), g), b) in out.iter_mut().zip(x).zip(gain).zip(bias) {
+            *o = T::narrow((v.wide() - mean) * scale * g.wide() + b.wide());
+        }
     }
 }
 
@@ -242,13 +281,19 @@ impl Rope<'_> {
         x.par_chunks_mut(self.width).with_min_len(rows_per_task(self.width)).enumerate().for_each(|(row, x)| {
             let at = (row % self.positions) * pairs;
             let (cos, sin) = (&self.table.cos[at..at + pairs], &self.table.sin[at..at + pairs]);
-            for head in x.chunks_exact_mut(self.part.head_dim) {
-                rotate_pairs(&mut head[rotated.clone()], self.table.pairing, cos, sin);
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    for head in x.chunks_exact_mut(self.part.head_dim) {
+                        rotate_pairs(&mut head[rotated.clone()], self.table.pairing, cos, sin);
+                    }
+                },
+            );
         });
     }
 }
 
+#[inline(always)]
 fn rotate_pairs<T: Real>(x: &mut [T], pairing: Pairing, cos: &[f32], sin: &[f32]) {
     match pairing {
         Pairing::Halves => {
@@ -377,7 +422,10 @@ impl CausalSoftmax<'_> {
                 let sink = self.sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head]);
                 let (seen, after) = scores.split_at_mut(range.end);
                 let (before, seen) = seen.split_at_mut(range.start);
-                softmax(seen, self.scale, sink);
+                vectorized(
+                    #[inline(always)]
+                    || softmax(seen, self.scale, sink),
+                );
                 before.fill(T::narrow(0.0));
                 after.fill(T::narrow(0.0));
             },
@@ -386,9 +434,13 @@ impl CausalSoftmax<'_> {
 }
 
 /// Softmax of `scores * scale`; `sink` is one more logit, whose share nobody gets.
+#[inline(always)]
 fn softmax<T: Real>(scores: &mut [T], scale: f32, sink: f32) {
-    let top = (scores.iter().fold(f32::NEG_INFINITY, |m, v| m.max(v.wide())) * scale).max(sink);
-    let mut row: Vec<f32> = scores.iter().map(|v| exp_negative(v.wide() * scale - top)).collect();
+    let top = (lane_max(scores, |v| v.wide()) * scale).max(sink);
+    let mut row = vec![0f32; scores.len()];
+    for (out, v) in row.iter_mut().zip(&*scores) {
+        *out = exp_negative(v.wide() * scale - top);
+    }
     let of_sink = if sink == f32::NEG_INFINITY { 0.0 } else { exp_negative(sink - top) };
     let inverse = 1.0 / (lane_sum(&row, |v| v) + of_sink);
     row.iter_mut().for_each(|v| *v *= inverse);
@@ -445,8 +497,13 @@ fn causal_softmax_composed(scores: &Tensor, block: ScoreBlock, scale: f64, sinks
 
 /// The largest value and the sum of `exp(value - largest)`: the parts of a log-sum-exp.
 pub fn exp_sum(values: &[f32]) -> (f32, f32) {
-    let top = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    (top, lane_sum(values, |v| exp_negative(v - top)))
+    vectorized(
+        #[inline(always)]
+        || {
+            let top = lane_max(values, |v| v);
+            (top, lane_sum(values, |v| exp_negative(v - top)))
+        },
+    )
 }
 
 // -------------------------------------------------------------------------------------------------------------- gates
@@ -487,6 +544,13 @@ impl Gate {
             }
         }
     }
+
+    #[inline(always)]
+    fn each<T: Real>(self, out: &mut [T], gate: &[T], up: &[T]) {
+        for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
+            *o = self.one(*g, *u);
+        }
+    }
 }
 
 /// Values per task of the elementwise operations.
@@ -499,9 +563,10 @@ impl Gated {
         let mut out = vec![T::narrow(0.0); gate.len()];
         let tasks = out.par_chunks_mut(ELEMENTS).zip(gate.par_chunks(ELEMENTS)).zip(up.par_chunks(ELEMENTS));
         tasks.for_each(|((out, gate), up)| {
-            for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
-                *o = self.0.one(*g, *u);
-            }
+            vectorized(
+                #[inline(always)]
+                || self.0.each(out, gate, up),
+            )
         });
         out
     }
@@ -558,16 +623,19 @@ impl GatedJoined {
         let mut out = vec![T::narrow(0.0); joined.len() / 2];
         let rows = out.par_chunks_mut(inner).zip(joined.par_chunks(2 * inner)).with_min_len(rows_per_task(2 * inner));
         rows.for_each(|(out, row)| {
-            if self.interleaved {
-                for (o, pair) in out.iter_mut().zip(row.as_chunks::<2>().0) {
-                    *o = self.how.one(pair[0], pair[1]);
-                }
-            } else {
-                let (gate, up) = row.split_at(inner);
-                for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
-                    *o = self.how.one(*g, *u);
-                }
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    if self.interleaved {
+                        for (o, pair) in out.iter_mut().zip(row.as_chunks::<2>().0) {
+                            *o = self.how.one(pair[0], pair[1]);
+                        }
+                    } else {
+                        let (gate, up) = row.split_at(inner);
+                        self.how.each(out, gate, up);
+                    }
+                },
+            );
         });
         out
     }
@@ -625,9 +693,15 @@ impl ScatterAdd<'_> {
         for ((row, weight), value) in self.rows.iter().zip(self.weights).zip(values.chunks_exact(self.width)) {
             let weight = T::narrow(*weight).wide();
             let at = *row as usize * self.width;
-            for (o, v) in out[at..at + self.width].iter_mut().zip(value) {
-                *o = T::narrow(o.wide() + T::narrow(v.wide() * weight).wide());
-            }
+            let out = &mut out[at..at + self.width];
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (o, v) in out.iter_mut().zip(value) {
+                        *o = T::narrow(o.wide() + T::narrow(v.wide() * weight).wide());
+                    }
+                },
+            );
         }
     }
 }

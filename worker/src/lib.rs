@@ -34,6 +34,7 @@ pub mod rope;
 pub mod run;
 pub mod safetensors;
 pub mod savepoint;
+pub mod simd;
 pub mod source;
 pub mod stats;
 pub mod stream;

@@ -6,6 +6,7 @@ use half::{bf16, f16};
 
 use super::Format;
 use super::convert::{Compute, widen_f16};
+use crate::simd::vectorized;
 
 /// A float of `N` bytes as it is stored.
 pub(super) trait Stored<const N: usize>: Sync {
@@ -49,29 +50,21 @@ impl<'a, S: Stored<N>, const N: usize> Wide<'a, S, N> {
 impl<T: Compute, S: Stored<N>, const N: usize> Format<T> for Wide<'_, S, N> {
     fn fill(&self, start: usize, out: &mut [T::Bits]) -> bool {
         let stored = &self.stored[start..][..out.len()];
-        vectorized(|| {
-            let mut fits = true;
-            for (out, bytes) in out.iter_mut().zip(stored) {
-                let value = S::wide(*bytes);
-                *out = T::narrow(value);
-                fits &= T::holds(value);
-            }
-            fits
-        })
+        vectorized(
+            #[inline(always)]
+            || {
+                let mut fits = true;
+                for (out, bytes) in out.iter_mut().zip(stored) {
+                    let value = S::wide(*bytes);
+                    *out = T::narrow(value);
+                    fits &= T::holds(value);
+                }
+                fits
+            },
+        )
     }
 
     fn value(&self, index: usize) -> f32 {
         S::wide(self.stored[index])
     }
-}
-
-/// Runs a loop with the widest vectors of this processor: its code is compiled a second time, for AVX2. Elsewhere than on
-/// x86-64 the plain code has the best already. Which of them ran cannot be told from the results.
-#[inline(always)]
-fn vectorized<R>(work: impl FnOnce() -> R) -> R {
-    #[cfg(target_arch = "x86_64")]
-    if let Some(avx2) = pulp::x86::V3::try_new() {
-        return pulp::Simd::vectorize(avx2, work);
-    }
-    work()
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::exact::ExactSum;
 use super::histogram::Histogram;
+use crate::simd::vectorized;
 
 /// What one pass over a row finds.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -40,11 +41,10 @@ impl Row {
         let max_bits = scratch.iter().copied().fold(0, u32::max);
         let median = *scratch.select_nth_unstable((x.len() - 1) / 2).1;
         let n = x.len() as f64;
-        let mean = sum(x, |v| [v, 0.0])[0] / n;
-        let [second, fourth] = sum(x, |v| {
-            let square = (v - mean) * (v - mean);
-            [square, square * square]
-        });
+        let (mean, [second, fourth]) = vectorized(
+            #[inline(always)]
+            || moments(x),
+        );
         Self {
             max_bits,
             median: f32::from_bits(median),
@@ -54,7 +54,19 @@ impl Row {
     }
 }
 
+/// Mean; sums of the second and fourth powers of what differs from it.
+#[inline(always)]
+fn moments(x: &[f32]) -> (f64, [f64; 2]) {
+    let mean = sum(x, |v| [v, 0.0])[0] / x.len() as f64;
+    let powers = sum(x, |v| {
+        let square = (v - mean) * (v - mean);
+        [square, square * square]
+    });
+    (mean, powers)
+}
+
 /// Two sums in eight lanes each: always in the same order, and in one that vectorises.
+#[inline(always)]
 fn sum(x: &[f32], terms: impl Fn(f64) -> [f64; 2]) -> [f64; 2] {
     let mut lanes = [[0f64; 8]; 2];
     let (chunks, rest) = x.as_chunks::<8>();
