@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use outliers_protocol::{ByteSize, Dataset, SiteKinds, Weights};
+use outliers_protocol::{Ablate, ByteSize, Dataset, SiteKinds, Weights};
 use serde::Deserialize;
 
 use crate::settings::Span;
@@ -247,6 +247,14 @@ pub struct JobArgs {
     /// Also write a time line of the pass to this file among the results, for Chrome's trace viewer or Perfetto.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<String>,
+    /// Also measure perplexity and the sharpness of attention without some features, and without as many others at random, as the paper
+    /// did: their dimensions (1512,7,2070), or the folder of an earlier run's results, whose systematic features are meant. Copies of the
+    /// tokens pass beside them, in the same run: no weight is read again.
+    #[arg(long, value_name = "FEATURES", conflicts_with = "layers")]
+    pub ablate: Option<Ablate>,
+    /// Draws the others by this [default: 0].
+    #[arg(long, value_name = "SEED", requires = "ablate")]
+    pub ablate_seed: Option<u64>,
 }
 
 /// Whether each window starts with the BOS token.

@@ -5,8 +5,8 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use outliers_protocol::{
-    BosPolicy, ByteSize, CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Packing, Precision,
-    Progress, SCHEMA, VersionInfo, Weights, files,
+    Ablation, BosPolicy, ByteSize, CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Packing,
+    Precision, Progress, SCHEMA, VersionInfo, Weights, files,
 };
 use serde::de::DeserializeOwned;
 use tokio::process::Command;
@@ -222,6 +222,8 @@ fn inspect_arguments(job: &JobSpec, check: Check) -> Vec<String> {
         Precision::F16 => "f16",
     };
     option("precision", Some(precision.to_owned()));
+    let features = |ablation: &Ablation| ablation.features.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+    option("ablate", job.ablation.as_ref().map(features));
     option("layers", job.layers.map(|n| n.to_string()));
     option("micro-batch-tokens", Some(job.micro_batch_tokens.to_string()));
     if check != Check::Model {

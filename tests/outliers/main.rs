@@ -1,6 +1,7 @@
 //! End-to-end tests.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod ablation;
 mod clouds;
 mod datasets;
 mod deploy;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use outliers_protocol::{CorpusSource, CorpusSpec, JobSpec, Metadata, ModelSource, Results, SiteKind, files};
 use outliers_tests::golden::TOLERANCE;
 use outliers_tests::programs::{golden, goldens, run_worker, worker};
+use outliers_worker::ablation::Arms;
 use outliers_worker::decoder::{FfnSpec, Need, NormOrder, Role};
 use outliers_worker::hub::{Hub, HubOptions};
 use outliers_worker::meter::Meter;
@@ -188,6 +189,7 @@ fn streaming_experts_one_by_one_equals_all_at_once_bit_for_bit() {
             let pass = Pass {
                 model: &model,
                 tokens: &tokens,
+                arms: &Arms::whole(),
                 compute: candle_core::DType::F32,
                 devices: &devices,
                 micro_batch_tokens: 4096,
@@ -197,7 +199,7 @@ fn streaming_experts_one_by_one_equals_all_at_once_bit_for_bit() {
                 progress: &ProgressSink::silent(),
                 meter: &Meter::default(),
             };
-            let nll = pass.run(&mut study, None).unwrap().nll;
+            let nll = pass.run(&mut study, None).unwrap().nll().map(<[f32]>::to_vec);
             (nll, study.report(&job.thresholds, &tokens.ids))
         };
         assert_eq!(pass(1), pass(u64::MAX), "{name}");

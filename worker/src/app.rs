@@ -8,6 +8,7 @@ use clap::Parser;
 use outliers_protocol::{Failure, FailureKind, Inspection, SCHEMA, VersionInfo, Weights};
 use serde::Serialize;
 
+use crate::ablation::Arms;
 use crate::bench::run::RunTable;
 use crate::budget::StreamBudget;
 use crate::cli::{Bench, Cli, Command, HubArgs, JobArgs, read_job};
@@ -133,14 +134,16 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
     let sharing = device::sharing_memory(&devices);
     let group_elements = StreamBudget::planned(job.stream_budget_bytes).group_elements(compute, sharing);
     let micro_batch_tokens = job.micro_batch_tokens;
-    let run = PlannedRun { sequences, tokens, compute, micro_batch_tokens, group_elements, devices: sharing };
+    let arms = Arms::of(job.ablation.as_ref(), model.spec.hidden)?.count();
+    let run = PlannedRun { sequences, tokens, arms, compute, micro_batch_tokens, group_elements, devices: sharing };
     Ok(inspect::inspect(&job, &checkpoint, &model, run))
 }
 
 fn bench_run(options: JobArgs, hub: &Hub) -> Result<RunTable> {
     let mut job = options.job()?;
-    if job.trace.is_some() {
-        return Err(WorkerError::job("bench run writes no time line").hint("`outliers-worker run --trace` does"));
+    if job.trace.is_some() || job.ablation.is_some() {
+        let error = WorkerError::job("bench run writes no time line and takes no features away");
+        return Err(error.hint("`outliers-worker run` does"));
     }
     job.weights.get_or_insert(Weights::Synthetic { seed: 1 });
     let sequences = job.corpus.num_sequences.unwrap_or(4);
@@ -175,6 +178,11 @@ fn print_verdicts(results: &outliers_protocol::Results) {
     }
     if let Some(p) = results.perplexity {
         println!("{:>10.3}  perplexity over {} predicted tokens", p.perplexity, p.predicted_tokens);
+    }
+    for arm in &results.ablation {
+        let attention = arm.attention.map_or_else(String::new, |share| format!(", of attention {share:.4}"));
+        let (perplexity, top, without) = (arm.perplexity.perplexity, arm.top_probability, arm.removed.label());
+        println!("{perplexity:>10.3}  perplexity, largest probability {top:.4}{attention}, without {without}");
     }
     if let Some(massive) = &results.massive_activations {
         let layers = massive.onset_layer.map_or_else(String::new, |onset| format!(", from layer {onset} on"));

@@ -1,7 +1,10 @@
 //! Softmax attention over whole sequences, blocked over queries and heads so that memory grows with the sequence, not with
 //! its square, and over the keys that a window shows, so that work grows with the window.
 
-use candle_core::{DType, Result, Tensor};
+use std::cell::Cell;
+
+use candle_core::{D, DType, Result, Tensor};
+use serde::{Deserialize, Serialize};
 
 use crate::decoder::{AttentionSpec, NormSpec, QkNorm, Temperature, Window};
 use crate::fused::{self, Gate, RotatedPart, ScoreBlock};
@@ -60,6 +63,37 @@ impl Projections {
     }
 }
 
+/// The largest share that each query of each head gives to one key, added up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TopShares {
+    /// Sum of the shares.
+    pub sum: f64,
+    /// How many: queries x heads.
+    pub count: u64,
+}
+
+impl TopShares {
+    /// Those of `shares` `[.., keys]`.
+    fn of(shares: &Tensor) -> Result<Self> {
+        let top: Vec<f32> = shares.max(D::Minus1)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        Ok(Self { sum: top.iter().map(|share| f64::from(*share)).sum(), count: top.len() as u64 })
+    }
+
+    /// Both together.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self { sum: self.sum + other.sum, count: self.count + other.count }
+    }
+
+    /// `None` of nothing.
+    pub fn mean(self) -> Option<f64> {
+        (self.count > 0).then(|| self.sum / self.count as f64)
+    }
+}
+
+/// Where a softmax adds its [`TopShares`], if anybody asks for them.
+pub type Watched<'a> = Option<&'a Cell<TopShares>>;
+
 /// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape, before the residual addition.
 /// `table` is there if the spec has a rotation.
 pub fn attention(
@@ -68,6 +102,7 @@ pub fn attention(
     table: Option<&RopeTable>,
     x: &Tensor,
     positions: usize,
+    watched: Watched<'_>,
 ) -> Result<Tensor> {
     let [query, mut key, mut value] = weights.projections.apply(spec, x)?;
     let (mut query, gate) = split_gate(spec, query)?;
@@ -92,7 +127,7 @@ pub fn attention(
     if let Some(temperature) = &spec.temperature {
         query = temper(temperature, query, positions)?;
     }
-    let mut mixed = mix_sequences(spec, weights, &[query, key, value], positions)?;
+    let mut mixed = mix_sequences(spec, weights, &[query, key, value], positions, watched)?;
     if let Some(gate) = gate {
         mixed = fused::gated(&gate, &mixed, Gate::Sigmoid)?;
     }
@@ -140,9 +175,10 @@ fn mix_sequences(
     weights: &AttentionWeights,
     [query, key, value]: &[Tensor; 3],
     positions: usize,
+    watched: Watched<'_>,
 ) -> Result<Tensor> {
     let sinks = weights.sinks.as_ref().map(|sinks| sinks.to_dtype(DType::F32)?.to_vec1()).transpose()?;
-    let mixing = Mixing::new(1.0 / (spec.head_dim as f64).sqrt(), spec.window, sinks.as_deref());
+    let mixing = Mixing::new(1.0 / (spec.head_dim as f64).sqrt(), spec.window, sinks.as_deref()).watched(watched);
     let one = |sequence: usize| {
         let heads = |t: &Tensor, heads: usize| {
             t.narrow(0, sequence * positions, positions)?.reshape((positions, heads, spec.head_dim))
@@ -161,12 +197,18 @@ pub struct Mixing<'a> {
     sinks: Option<&'a [f32]>,
     query_block: usize,
     score_values: usize,
+    watched: Watched<'a>,
 }
 
 impl<'a> Mixing<'a> {
     /// `scale` multiplies the scores; `sinks` are logits, one per query head, that join the denominator.
     pub fn new(scale: f64, window: Window, sinks: Option<&'a [f32]>) -> Self {
-        Self { scale, window, sinks, query_block: QUERY_BLOCK, score_values: SCORE_VALUES }
+        Self { scale, window, sinks, query_block: QUERY_BLOCK, score_values: SCORE_VALUES, watched: None }
+    }
+
+    /// Adds up the largest shares there.
+    pub fn watched(self, watched: Watched<'a>) -> Self {
+        Self { watched, ..self }
     }
 
     /// `query` `[n, heads, d]`, `key` `[kv_heads, n, d]` and `value` `[kv_heads, n, v]`, both contiguous, to `[n, heads * v]`.
@@ -200,6 +242,9 @@ impl<'a> Mixing<'a> {
             let scores = query.reshape((count, groups * queries, d))?.matmul(&of_heads(key)?.transpose(1, 2)?)?;
             let sinks = self.sinks.map(|sinks| &sinks[heads.clone()]);
             let shares = fused::causal_softmax(scores, block, self.scale, sinks)?;
+            if let Some(watched) = self.watched {
+                watched.set(watched.get().and(TopShares::of(&shares)?));
+            }
             let mixed = shares.matmul(&of_heads(value)?)?.reshape((heads.len(), queries, v))?;
             mixed.transpose(0, 1)?.reshape((queries, heads.len() * v))
         };
@@ -263,7 +308,7 @@ mod tests {
         let weights = weights(spec, &mut random);
         let x = random.tensor(&[sequences * positions, HIDDEN]);
         let table = spec.rope.as_ref().map(|rope| rope.table(positions));
-        let got = attention(spec, &weights, table.as_ref(), &x, positions).unwrap();
+        let got = attention(spec, &weights, table.as_ref(), &x, positions, None).unwrap();
         naive::assert_close(&got, &naive::attention(spec, &weights, &x, positions), 2e-5);
     }
 
@@ -417,7 +462,7 @@ mod tests {
         let norm = |norm: &Norm| Norm::new(NormSpec::rms(1e-5), bf16(norm.gain()), None).unwrap();
         weights.qk_norm = weights.qk_norm.map(|(query, key)| (norm(&query), norm(&key)));
         let table = spec.rope.as_ref().map(|rope| rope.table(9));
-        let got = attention(&spec, &weights, table.as_ref(), &bf16(&x), 9).unwrap();
+        let got = attention(&spec, &weights, table.as_ref(), &bf16(&x), 9, None).unwrap();
         assert_eq!(got.dtype(), DType::BF16);
         naive::assert_close(&got, &expected, 0.05);
     }

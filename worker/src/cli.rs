@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outliers_protocol::{
-    BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, JobSpec, ModelSource, Packing, Precision, SiteKinds,
-    Thresholds, Weights,
+    Ablate, Ablation, BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, JobSpec, ModelSource, Packing, Precision,
+    Results, SiteKinds, Thresholds, Weights,
 };
 
 use crate::error::{Result, WorkerError};
@@ -211,6 +211,14 @@ pub struct JobArgs {
     /// chrome://tracing or ui.perfetto.dev.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<String>,
+    /// Also measure perplexity and the sharpness of attention without some features, and without as many others: their dimensions
+    /// (1512,7,2070), or the folder of an earlier run's results, whose systematic features are meant. Copies of the tokens pass beside them; no weight
+    /// is read again.
+    #[arg(long, value_name = "FEATURES", conflicts_with = "layers")]
+    pub ablate: Option<Ablate>,
+    /// Draws the others by this.
+    #[arg(long, value_name = "SEED", default_value_t = 0, requires = "ablate")]
+    pub ablate_seed: u64,
     /// Tokens computed together, in whole sequences.
     #[arg(long, value_name = "N")]
     pub micro_batch_tokens: Option<usize>,
@@ -288,11 +296,26 @@ impl JobArgs {
         job.sites = self.sites.into_iter().flat_map(|SiteKinds(kinds)| kinds).collect();
         job.save_activations = self.save_activations;
         job.trace = self.trace;
+        job.ablation = self.ablate.map(|ablate| ablation(ablate, self.ablate_seed)).transpose()?;
         job.micro_batch_tokens = self.micro_batch_tokens.unwrap_or(job.micro_batch_tokens);
         job.weights = self.weights;
         job.stream_budget_bytes = self.stream_budget.map(|ByteSize(bytes)| bytes);
         Ok(job)
     }
+}
+
+/// The features that were named, or found by an earlier run.
+fn ablation(ablate: Ablate, seed: u64) -> Result<Ablation> {
+    let ablation = match ablate {
+        Ablate::Features(features) => Ablation::of(features),
+        Ablate::Results(file) => {
+            let text = std::fs::read_to_string(&file).map_err(|e| WorkerError::io("read", &file, &e))?;
+            let results: Results = serde_json::from_str(&text)
+                .map_err(|e| WorkerError::job(format!("{} holds no results: {e}", file.display())))?;
+            Ablation::found(&results)
+        }
+    };
+    Ok(Ablation { seed, ..ablation.map_err(WorkerError::job)? })
 }
 
 /// A folder that is there, or a path by its look, is a folder; `owner/name` is a hub id.

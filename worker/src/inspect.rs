@@ -19,6 +19,8 @@ pub struct PlannedRun {
     pub sequences: usize,
     /// Tokens per sequence.
     pub tokens: usize,
+    /// Copies of the tokens that pass: the whole ones, and those of an ablation.
+    pub arms: usize,
     /// Dtype of the forward pass.
     pub compute: DType,
     /// Tokens computed together.
@@ -141,7 +143,11 @@ impl Flops {
             let kind = if unit.part == Part::Mixer { &mut flops.mixer } else { &mut flops.feed_forward };
             *kind += 2.0 * active_in(spec, &unit) as f64 * tokens;
         }
-        flops
+        // Attention is looked at once more per arm.
+        let arms = run.arms as f64;
+        let (mixer, feed_forward, head) =
+            ((2.0 * arms - 1.0) * flops.mixer, arms * flops.feed_forward, arms * flops.head);
+        Self { mixer, feed_forward, head }
     }
 }
 
@@ -161,9 +167,9 @@ fn plan(model: &Model<'_>, run: PlannedRun, disk_bytes: u64) -> PlanFigures {
     }
 }
 
-/// One hidden state per token, bytes.
+/// One hidden state per token and copy, bytes.
 fn hidden_states(spec: &DecoderSpec, run: PlannedRun) -> u64 {
-    (run.sequences * run.tokens * spec.hidden * run.compute.size_in_bytes()) as u64
+    (run.arms * run.sequences * run.tokens * spec.hidden * run.compute.size_in_bytes()) as u64
 }
 
 /// What is kept of all tokens. A mixture keeps the norm's output and the sum of its experts until its last group has passed.

@@ -4,6 +4,7 @@
 //! [`decoder`] spec, [`model`] compares every tensor with it, [`corpus`] makes token ids, [`stream`] passes all of them through
 //! one unit of weights after another ([`weights`], [`attention`], [`ffn`], [`rope`], [`fused`]), [`stats`] counts and judges, [`output`] writes.
 
+pub mod ablation;
 pub mod app;
 pub mod arch;
 pub mod attention;

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::{Result, Tensor};
 
-use crate::attention::Mixing;
+use crate::attention::{Mixing, Watched};
 use crate::decoder::{LatentSpec, Window};
 use crate::fused::{self, RotatedPart};
 use crate::norm::Norm;
@@ -61,6 +61,7 @@ pub fn latent_attention(
     table: &RopeTable,
     x: &Tensor,
     positions: usize,
+    watched: Watched<'_>,
 ) -> Result<Tensor> {
     let head_dim = spec.nope_dim + spec.rope_dim;
     let query = weights.query.apply(x)?;
@@ -73,7 +74,7 @@ pub fn latent_attention(
         let rows = |t: &Tensor| t.narrow(0, sequence * positions, positions);
         let query = rows(&query)?.reshape((positions, spec.heads, head_dim))?;
         let narrow = Narrow { latent: rows(&latent)?, rotated: rows(&rotated)? };
-        narrow.mix(spec, &weights.kv_up, &query, EXPANDED_VALUES)
+        narrow.mix(spec, &weights.kv_up, &query, EXPANDED_VALUES, watched)
     };
     let mixed = (0..x.dim(0)? / positions).map(one).collect::<Result<Vec<_>>>()?;
     weights.output.apply(&Tensor::cat(&mixed, 0)?)
@@ -90,10 +91,17 @@ struct Narrow {
 impl Narrow {
     /// `query` `[n, heads, nope_dim + rope_dim]` to `[n, heads * value_dim]`, as many heads together as have `values_at_once`
     /// values in their keys and values, one at least.
-    fn mix(&self, spec: &LatentSpec, kv_up: &Linear, query: &Tensor, values_at_once: usize) -> Result<Tensor> {
+    fn mix(
+        &self,
+        spec: &LatentSpec,
+        kv_up: &Linear,
+        query: &Tensor,
+        values_at_once: usize,
+        watched: Watched<'_>,
+    ) -> Result<Tensor> {
         let per_token = spec.nope_dim + spec.rope_dim + spec.value_dim;
         let at_once = (values_at_once / (query.dim(0)? * per_token)).clamp(1, spec.heads);
-        let mixing = Mixing::new(spec.scale, Window::Full, None);
+        let mixing = Mixing::new(spec.scale, Window::Full, None).watched(watched);
         let some_heads = |first: usize| {
             let heads = first..(first + at_once).min(spec.heads);
             let query = query.narrow(1, heads.start, heads.len())?;
@@ -201,7 +209,7 @@ mod tests {
             let mut random = Random::new(positions as u64);
             let weights = weights(&spec, &mut random);
             let x = random.tensor(&[sequences * positions, HIDDEN]);
-            let got = latent_attention(&spec, &weights, &spec.rope.table(positions), &x, positions).unwrap();
+            let got = latent_attention(&spec, &weights, &spec.rope.table(positions), &x, positions, None).unwrap();
             let of_sequence = |x: &[Vec<f64>]| naive_sequence(&spec, &weights, &x.to_vec());
             let mixed: Rows = naive::rows(&x).chunks(positions).flat_map(of_sequence).collect();
             naive::assert_close(&got, &naive::linear(&mixed, &weights.output), 2e-5);
@@ -214,8 +222,8 @@ mod tests {
             let narrow = Narrow { latent: random.tensor(&[17, spec.kv_rank]), rotated: random.tensor(&[17, 2]) };
             let (query, kv_up) = (random.tensor(&[17, 5, 5]), random.tensor(&[5 * 7, spec.kv_rank]));
             let kv_up = Linear { weight: kv_up, bias: None };
-            let whole = narrow.mix(&spec, &kv_up, &query, usize::MAX).unwrap();
-            let in_turns = narrow.mix(&spec, &kv_up, &query, values_at_once).unwrap();
+            let whole = narrow.mix(&spec, &kv_up, &query, usize::MAX, None).unwrap();
+            let in_turns = narrow.mix(&spec, &kv_up, &query, values_at_once, None).unwrap();
             naive::assert_close(&in_turns, &naive::rows(&whole), 1e-6);
         }
     }

@@ -6,15 +6,16 @@ use std::time::Duration;
 
 use candle_core::DType;
 use outliers_protocol::{
-    FileBytes, HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Perplexity, Phase, Results, SCHEMA,
-    Weights, files,
+    FileBytes, HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Phase, Results, SCHEMA, Weights,
+    files,
 };
 use sha2::{Digest, Sha256};
 use sysinfo::System;
 
+use crate::ablation::{self, Arms, Sharpness};
 use crate::budget::{self, StreamBudget};
 use crate::corpus::{self, Tokens};
-use crate::device::{self, Machine, Placement};
+use crate::device::{self, Machine};
 use crate::error::{Result, WorkerError};
 use crate::hub::{FetchProgress, Hub};
 use crate::inspect::{self, PlannedRun};
@@ -159,11 +160,13 @@ impl Run<'_> {
             let run = identity(job, &checkpoint, &tokens, compute);
             SavePoints::new(folder.file(files::SAVE_POINT), run, save_every)
         });
+        let arms = Arms::of(job.ablation.as_ref(), model.spec.hidden)?;
         let sharing = device::sharing_memory(&devices);
         let group_elements = budget.group_elements(compute, sharing);
         let planned = PlannedRun {
             sequences: tokens.sequences,
             tokens: tokens.tokens,
+            arms: arms.count(),
             compute,
             micro_batch_tokens: job.micro_batch_tokens,
             group_elements,
@@ -172,10 +175,27 @@ impl Run<'_> {
         if devices.iter().all(|placement| placement.device.is_cpu()) {
             fits(inspect::streamed_memory(&model, planned), sharing, budget::free_memory())?;
         }
-        let (study, passed) = self.pass(&model, &tokens, compute, &devices, group_elements, save.as_mut())?;
+        let pass = Pass {
+            model: &model,
+            tokens: &tokens,
+            arms: &arms,
+            compute,
+            devices: &devices,
+            micro_batch_tokens: job.micro_batch_tokens,
+            with_head: job.layers.is_none(),
+            group_elements,
+            read_ahead: true,
+            progress,
+            meter: &if job.trace.is_some() { Meter::with_spans() } else { Meter::default() },
+        };
+        let (watch, passed) = self.pass(&pass, save.as_mut())?;
+        let study = &watch.study;
         progress.phase(Phase::Writing);
-        write_statistics(&folder.file(files::STATISTICS), &study, job.thresholds.magnitude)?;
-        let results = results(job, &model, &tokens, &study, passed.nll.as_deref());
+        write_statistics(&folder.file(files::STATISTICS), study, job.thresholds.magnitude)?;
+        let mut results = results(job, &model, &tokens, study, passed.nll());
+        if let Some(predicted) = &passed.predicted {
+            results.ablation = arms.report(model.spec.layers.len(), predicted, &watch.sharpness);
+        }
         folder.write_json(files::RESULTS, &results)?;
         let machine = device::machine();
         let metadata = Metadata {
@@ -200,45 +220,23 @@ impl Run<'_> {
         Ok(results)
     }
 
-    fn pass(
-        &self,
-        model: &Model<'_>,
-        tokens: &Tokens,
-        compute: DType,
-        devices: &[Placement],
-        group_elements: u64,
-        save: Option<&mut SavePoints>,
-    ) -> Result<(Study, Passed)> {
-        let Self { job, folder, progress } = *self;
-        let with_head = job.layers.is_none();
-        let spec = &model.spec;
+    /// Runs the pass and writes what is written of it as it goes.
+    fn pass(&self, pass: &Pass<'_>, save: Option<&mut SavePoints>) -> Result<(Watch, Passed)> {
+        let Self { job, folder, .. } = *self;
+        let (spec, tokens) = (&pass.model.spec, pass.tokens);
         let scope = Scope::new(job, spec, tokens);
-        let dump = |name: &String| ActivationDump::create(&folder.file(name), spec, &scope, tokens, with_head);
+        let dump = |name: &String| ActivationDump::create(&folder.file(name), spec, &scope, tokens, pass.with_head);
         let dump = job.save_activations.as_ref().map(dump).transpose()?;
-        let mut watch = Watch { study: Study::new(scope, job.thresholds.magnitude), dump };
-        let meter = if job.trace.is_some() { Meter::with_spans() } else { Meter::default() };
-        let micro_batch_tokens = job.micro_batch_tokens;
-        let pass = Pass {
-            model,
-            tokens,
-            compute,
-            devices,
-            micro_batch_tokens,
-            with_head,
-            group_elements,
-            read_ahead: true,
-            progress,
-            meter: &meter,
-        };
+        let study = Study::new(scope, job.thresholds.magnitude);
+        let mut watch = Watch { study, dump, sharpness: Sharpness::new() };
         let passed = pass.run(&mut watch, save)?;
         if let Some(name) = &job.trace {
-            trace::write(&folder.file(name), &meter.spans(), devices)?;
+            trace::write(&folder.file(name), &pass.meter.spans(), pass.devices)?;
         }
-        let Watch { study, dump } = watch;
-        if let Some(dump) = dump {
-            dump.finish(passed.nll.as_deref())?;
+        if let Some(dump) = watch.dump.take() {
+            dump.finish(passed.nll())?;
         }
-        Ok((study, passed))
+        Ok((watch, passed))
     }
 }
 
@@ -279,6 +277,10 @@ fn check(job: &JobSpec) -> Result<()> {
     if !share.contains(&t.layer_fraction) || !share.contains(&t.position_fraction) {
         return Err(WorkerError::job("layer and position fractions must be between 0 and 1"));
     }
+    if job.ablation.is_some() && job.layers.is_some() {
+        let error = WorkerError::job("an ablation of some layers alone: there would be no perplexity to compare");
+        return Err(error.hint("leave out --layers"));
+    }
     if job.stream_budget_bytes == Some(0) {
         return Err(WorkerError::job("a stream budget of nothing lets no weights through"));
     }
@@ -314,10 +316,9 @@ fn results(job: &JobSpec, model: &Model<'_>, tokens: &Tokens, study: &Study, nll
     let mut per_sequence = judged.per_sequence;
     // One token per sequence predicts nothing: no perplexity then.
     let nll = nll.filter(|nll| !nll.is_empty());
-    let mean = |nll: &[f32]| nll.iter().map(|v| f64::from(*v)).sum::<f64>() / nll.len() as f64;
     if let Some(nll) = nll {
         for (summary, nll) in per_sequence.iter_mut().zip(nll.chunks(tokens.tokens - 1)) {
-            summary.mean_nll = Some(mean(nll));
+            summary.mean_nll = ablation::mean(nll);
         }
     }
     Results {
@@ -335,16 +336,13 @@ fn results(job: &JobSpec, model: &Model<'_>, tokens: &Tokens, study: &Study, nll
         sites: judged.sites,
         total_occurrences: judged.total_occurrences,
         max_abs: judged.max_abs,
-        perplexity: nll.map(|nll| Perplexity {
-            perplexity: mean(nll).exp(),
-            mean_nll: mean(nll),
-            predicted_tokens: nll.len() as u64,
-        }),
+        perplexity: nll.and_then(ablation::perplexity),
         other_sites: report.other_sites,
         massive_activations: report.massive_activations,
         top_records: report.top_records,
         routers: report.routers,
         super_experts: report.super_experts,
+        ablation: Vec::new(),
     }
 }
 

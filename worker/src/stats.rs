@@ -15,6 +15,7 @@ use rayon::prelude::*;
 
 use serde::{Deserialize, Serialize};
 
+use crate::attention::TopShares;
 use crate::error::{Result, WorkerError};
 use crate::ffn::{ExpertRows, Routing};
 
@@ -69,6 +70,11 @@ pub trait LayerObserver: Send {
     /// What a routed expert's down projection made of its rows, if [`Point::ExpertOut`] is wanted of that layer. Row `r` belongs to
     /// token `first_token + rows.rows[r]`.
     fn expert(&mut self, _layer: usize, _expert: usize, _first_token: usize, _rows: &ExpertRows) -> Result<()> {
+        Ok(())
+    }
+
+    /// How sharp a layer's softmax is in each arm of an ablation, over some of the tokens; only with one.
+    fn attention(&mut self, _layer: usize, _arms: &[TopShares]) -> Result<()> {
         Ok(())
     }
 

@@ -15,6 +15,7 @@ mod head;
 mod layer;
 mod wavefront;
 
+use crate::ablation::Arms;
 use crate::corpus::Tokens;
 use crate::decoder::{DecoderSpec, Need, Unit};
 use crate::device::Placement;
@@ -38,6 +39,8 @@ pub struct Pass<'a> {
     pub model: &'a Model<'a>,
     /// Token ids.
     pub tokens: &'a Tokens,
+    /// Copies of the tokens, by what is taken away from them. The observer sees the whole ones alone.
+    pub arms: &'a Arms,
     /// Dtype of the forward pass.
     pub compute: DType,
     /// Layer `i` runs on device `i % devices`, embedding and head on the first.
@@ -58,14 +61,31 @@ pub struct Pass<'a> {
 
 /// What a pass gives beside what its observer saw.
 pub struct Passed {
-    /// Negative log-likelihood of every predicted token `[sequences, tokens - 1]`, nats, if asked to go on to the head.
-    pub nll: Option<Vec<f32>>,
+    /// What each arm predicted, the whole first, if asked to go on to the head.
+    pub predicted: Option<Vec<Predicted>>,
     /// The layer at which it took an earlier pass up.
     pub resumed_at_layer: Option<usize>,
 }
 
+impl Passed {
+    /// The whole model's likelihoods.
+    pub fn nll(&self) -> Option<&[f32]> {
+        Some(&self.predicted.as_ref()?.first()?.nll)
+    }
+}
+
+/// How well the tokens that follow were predicted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Predicted {
+    /// Negative log-likelihood of every predicted token `[sequences, tokens - 1]`, nats.
+    pub nll: Vec<f32>,
+    /// Mean over them of the largest probability.
+    pub top_probability: f64,
+}
+
 /// Whole sequences that are computed together, and what is kept of them between units.
 struct MicroBatch {
+    arm: usize,
     first_token: usize,
     /// Residual stream `[rows, hidden]`.
     hidden: Tensor,
@@ -76,12 +96,12 @@ struct MicroBatch {
 }
 
 impl MicroBatch {
-    fn new(first_token: usize, hidden: Tensor) -> Self {
-        Self { first_token, hidden, shared_norm: None, mixture: None }
+    fn new(arm: usize, first_token: usize, hidden: Tensor) -> Self {
+        Self { arm, first_token, hidden, shared_norm: None, mixture: None }
     }
 }
 
-/// Micro-batches that travel together. An expert's rows are gathered across them, and which rows a product is over decides how it is
+/// Micro-batches of an arm that travel together. An expert's rows are gathered across them, and which rows a product is over decides how it is
 /// rounded: so the cut depends on the job alone, never on the devices.
 struct Wave {
     /// From 0, in the order of the sequences.
@@ -90,19 +110,23 @@ struct Wave {
     batches: Vec<MicroBatch>,
 }
 
-/// As many waves as there are micro-batches, up to this: so many devices have something to do at the same time, and as few of a micro-batch's
+/// As many waves of an arm as it has micro-batches, up to this: so many devices have something to do at the same time, and as few of a micro-batch's
 /// rows as go to one expert come together from others.
 const WAVES: usize = 4;
 
 impl Wave {
+    /// Of micro-batches arm by arm: one that passes beside others is rounded as one that passes alone.
     fn all(batches: Vec<MicroBatch>) -> Vec<Self> {
-        let size = batches.len().div_ceil(WAVES).max(1);
-        let mut batches = batches.into_iter();
-        let wave = |number| {
-            let batches: Vec<MicroBatch> = batches.by_ref().take(size).collect();
-            (!batches.is_empty()).then_some(Self { number, first_batch: number * size, batches })
-        };
-        (0..).map_while(wave).collect()
+        let mut waves: Vec<Self> = Vec::new();
+        let of_arm = batches.iter().filter(|batch| batch.arm == 0).count();
+        let size = of_arm.div_ceil(WAVES).max(1);
+        for (number, batch) in batches.into_iter().enumerate() {
+            match waves.last_mut() {
+                Some(wave) if wave.batches.len() < size && wave.batches[0].arm == batch.arm => wave.batches.push(batch),
+                _ => waves.push(Self { number: waves.len(), first_batch: number, batches: vec![batch] }),
+            }
+        }
+        waves
     }
 
     /// Numbers of the micro-batches.
@@ -152,14 +176,15 @@ impl Pass<'_> {
             }
             None => {
                 self.progress.phase(Phase::Embedding);
-                self.embed()?
+                let (batches, kept) = self.embed()?;
+                (self.in_arms(batches), kept)
             }
         };
         self.progress.phase(Phase::Layers);
         let first = resumed_at_layer.unwrap_or(0);
         let waves = wavefront::run(self, first, Wave::all(batches), observer, save.as_deref_mut())?;
         if !self.with_head {
-            return Ok(Passed { nll: None, resumed_at_layer });
+            return Ok(Passed { predicted: None, resumed_at_layer });
         }
         let layers = self.spec().layers.len();
         if let Some(points) = save.filter(|points| first < layers && points.is_due()) {
@@ -167,8 +192,14 @@ impl Pass<'_> {
         }
         self.progress.phase(Phase::Head);
         let batches = waves.into_iter().flat_map(|wave| wave.batches).collect();
-        let nll = self.head(batches, kept, observer)?;
-        Ok(Passed { nll: Some(nll), resumed_at_layer })
+        let predicted = self.head(batches, kept, observer)?;
+        Ok(Passed { predicted: Some(predicted), resumed_at_layer })
+    }
+
+    /// The same hidden states for every arm.
+    fn in_arms(&self, batches: Vec<MicroBatch>) -> Vec<MicroBatch> {
+        let of_arm = |arm| batches.iter().map(move |b| MicroBatch::new(arm, b.first_token, b.hidden.clone()));
+        (0..self.arms.count()).flat_map(of_arm).collect()
     }
 
     /// Micro-batches and observer as they were.
@@ -176,10 +207,11 @@ impl Pass<'_> {
         observer.restore(&point.observed)?;
         let (width, rows) = (self.spec().hidden, self.batch_rows());
         let device = &self.placement(point.next_layer).device;
+        let of_arm = (point.hidden.len() / self.arms.count()).max(1);
         let batch = |(i, bytes): (usize, Vec<u8>)| {
             let tokens = bytes.len() / (width * self.compute.size_in_bytes());
             let hidden = savepoint::from_bytes(&bytes, self.compute, &[tokens, width], device)?;
-            Ok(MicroBatch::new(i * rows, hidden))
+            Ok(MicroBatch::new(i / of_arm, i % of_arm * rows, hidden))
         };
         point.hidden.into_iter().enumerate().map(batch).collect()
     }

@@ -2,7 +2,9 @@
 
 use candle_core::Tensor;
 
-use crate::error::Result;
+use crate::ablation::Sharpness;
+use crate::attention::TopShares;
+use crate::error::{Result, WorkerError};
 use crate::ffn::{ExpertRows, Routing};
 use crate::output::ActivationDump;
 use crate::stats::{LayerObserver, Observer, Site, Study};
@@ -13,6 +15,8 @@ pub struct Watch {
     pub study: Study,
     /// The file of activations, if there is to be one. It keeps no state: a pass that writes it cannot be taken up again.
     pub dump: Option<ActivationDump>,
+    /// How sharp attention is in each arm of an ablation.
+    pub sharpness: Sharpness,
 }
 
 impl LayerObserver for Watch {
@@ -38,6 +42,12 @@ impl LayerObserver for Watch {
         self.study.expert(layer, expert, first_token, rows)
     }
 
+    fn attention(&mut self, layer: usize, arms: &[TopShares]) -> Result<()> {
+        let sums = self.sharpness.entry(layer).or_insert_with(|| vec![TopShares::default(); arms.len()]);
+        sums.iter_mut().zip(arms).for_each(|(sum, more)| *sum = sum.and(*more));
+        Ok(())
+    }
+
     fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
         self.study.routing(layer, first_token, routing)?;
         self.dump.as_mut().map_or(Ok(()), |dump| dump.routing(layer, first_token, routing))
@@ -48,19 +58,27 @@ impl Observer for Watch {
     type Layer = Self;
 
     fn layer(&self, layer: usize) -> Self {
-        Self { study: self.study.layer(layer), dump: self.dump.as_ref().map(|dump| dump.layer(layer)) }
+        let dump = self.dump.as_ref().map(|dump| dump.layer(layer));
+        Self { study: self.study.layer(layer), dump, sharpness: Sharpness::new() }
     }
 
     fn join(&mut self, seen: Self) {
         self.study.join(seen.study);
+        self.sharpness.extend(seen.sharpness);
     }
 
     fn state(&self) -> Result<Vec<u8>> {
-        self.study.state()
+        let state = (self.study.state()?, &self.sharpness);
+        postcard::to_stdvec(&state)
+            .map_err(|error| WorkerError::internal(format!("a state that cannot be saved: {error}")))
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<()> {
-        self.study.restore(state)
+        let read = postcard::from_bytes(state);
+        let (study, sharpness): (Vec<u8>, Sharpness) =
+            read.map_err(|error| WorkerError::internal(format!("a saved state that cannot be read: {error}")))?;
+        self.sharpness = sharpness;
+        self.study.restore(&study)
     }
 
     fn final_norm(&mut self, first_token: usize, x: &Tensor) -> Result<()> {

@@ -10,7 +10,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use candle_core::{DType, Tensor};
-use outliers_protocol::{CorpusSource, CorpusSpec, JobSpec, ModelSource, Point, SiteKind};
+use outliers_protocol::{Ablation, CorpusSource, CorpusSpec, JobSpec, ModelSource, Point, SiteKind};
+use outliers_worker::ablation::{Arms, Sharpness};
 use outliers_worker::corpus::{self, Tokens};
 use outliers_worker::device;
 use outliers_worker::error::{Result, WorkerError};
@@ -22,7 +23,8 @@ use outliers_worker::progress::ProgressSink;
 use outliers_worker::savepoint::SavePoints;
 use outliers_worker::source::{Checkpoint, TensorEntry, TensorIndex, WeightSource};
 use outliers_worker::stats::{LayerObserver, Observer, Scope, Site, Study};
-use outliers_worker::stream::Pass;
+use outliers_worker::stream::{Pass, Predicted};
+use outliers_worker::watch::Watch;
 
 /// Dense ones in all three orders of norms, mixtures of every kind, every stored format.
 const FIXTURES: [&str; 9] = [
@@ -46,6 +48,7 @@ struct Fixture {
     job: JobSpec,
     checkpoint: Checkpoint,
     tokens: Tokens,
+    arms: Arms,
 }
 
 impl Fixture {
@@ -61,7 +64,14 @@ impl Fixture {
         let rows: Vec<Vec<i64>> = tokens.ids.chunks(tokens.tokens).map(<[i64]>::to_vec).collect();
         tokens.ids = (0..5).flat_map(|turn| rows.iter().flat_map(move |row| turned(row, turn))).collect();
         tokens.sequences = 5 * rows.len();
-        Self { job, checkpoint: Checkpoint::open_folder(&model).unwrap(), tokens }
+        Self { job, checkpoint: Checkpoint::open_folder(&model).unwrap(), tokens, arms: Arms::whole() }
+    }
+
+    /// With two more arms.
+    fn ablated(mut self) -> Self {
+        let model = Model::open(&self.checkpoint.config, &*self.checkpoint.weights, None).unwrap();
+        self.arms = Arms::of(Some(&Ablation { features: vec![1, 5], seed: 0 }), model.spec.hidden).unwrap();
+        self
     }
 
     fn study(&self, model: &Model<'_>) -> Study {
@@ -76,12 +86,13 @@ impl Fixture {
         meter: &Meter,
         observer: impl FnOnce(&Model<'_>, Study) -> O,
         save: Option<&mut SavePoints>,
-    ) -> Result<(O, Vec<f32>)> {
+    ) -> Result<(O, Vec<Predicted>)> {
         let model = Model::open(&self.checkpoint.config, source, None)?;
         let mut observer = observer(&model, self.study(&model));
         let pass = Pass {
             model: &model,
             tokens: &self.tokens,
+            arms: &self.arms,
             compute: DType::F32,
             devices: &device::open(&[format!("cpu:{}", how.devices)])?,
             micro_batch_tokens: 1,
@@ -91,20 +102,26 @@ impl Fixture {
             progress: &ProgressSink::silent(),
             meter,
         };
-        let nll = pass.run(&mut observer, save)?.nll.expect("a pass with the head");
-        Ok((observer, nll))
+        let predicted = pass.run(&mut observer, save)?.predicted.expect("a pass with the head");
+        Ok((observer, predicted))
     }
 
     /// Everything that was measured, bit by bit.
-    fn measured(
-        &self,
-        how: How,
-        source: &dyn WeightSource,
-        save: Option<&mut SavePoints>,
-    ) -> Result<(Vec<u8>, Vec<u32>)> {
-        let (study, nll) = self.pass(how, source, &Meter::default(), |_, study| study, save)?;
-        Ok((study.state()?, nll.iter().map(|value| value.to_bits()).collect()))
+    fn measured(&self, how: How, source: &dyn WeightSource, save: Option<&mut SavePoints>) -> Result<Measured> {
+        let watch = |_: &Model<'_>, study| Watch { study, dump: None, sharpness: Sharpness::new() };
+        let (Watch { study, sharpness, .. }, predicted) = self.pass(how, source, &Meter::default(), watch, save)?;
+        let bits =
+            |arm: &Predicted| (arm.nll.iter().map(|value| value.to_bits()).collect(), arm.top_probability.to_bits());
+        Ok(Measured { study: study.state()?, sharpness, predicted: predicted.iter().map(bits).collect() })
     }
+}
+
+#[derive(Debug, PartialEq)]
+struct Measured {
+    study: Vec<u8>,
+    sharpness: Sharpness,
+    /// Of each arm.
+    predicted: Vec<(Vec<u32>, u64)>,
 }
 
 fn turned(row: &[i64], turn: usize) -> Vec<i64> {
@@ -163,9 +180,23 @@ impl WeightSource for Faulty<'_> {
 }
 
 #[test]
-fn devices_delays_and_reading_ahead_change_no_bit() {
+fn taking_features_away_beside_them_changes_no_bit_of_the_whole_tokens() {
     for name in FIXTURES {
         let fixture = Fixture::open(name);
+        let alone = fixture.measured(How::on(1), &*fixture.checkpoint.weights, None).unwrap();
+        let fixture = fixture.ablated();
+        let beside = fixture.measured(How::on(1), &*fixture.checkpoint.weights, None).unwrap();
+        assert!(beside.study == alone.study && beside.predicted[0] == alone.predicted[0], "{name}");
+        assert!(alone.sharpness.is_empty() && !beside.sharpness.is_empty(), "{name}");
+        let [whole, without, others] = &beside.predicted[..] else { panic!("{name}: not three arms") };
+        assert!(whole != without && whole != others && without != others, "{name}");
+    }
+}
+
+#[test]
+fn devices_delays_and_reading_ahead_change_no_bit() {
+    for name in FIXTURES {
+        let fixture = Fixture::open(name).ablated();
         let source = &*fixture.checkpoint.weights;
         let one = fixture.measured(How::on(1), source, None).unwrap();
         for (seed, devices, read_ahead) in
@@ -190,7 +221,7 @@ fn of_layer(model: &Model<'_>, layer: usize) -> String {
 #[test]
 fn a_pass_that_died_goes_on_with_other_devices_to_the_same_bits() {
     for name in ["llama-f32", "olmoe-bf16", "opt-350m", "qwen3-next"] {
-        let fixture = Fixture::open(name);
+        let fixture = Fixture::open(name).ablated();
         let source = &*fixture.checkpoint.weights;
         let whole = fixture.measured(How::on(1), source, None).unwrap();
         let (last, prefix) = {

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use outliers_protocol::{
-    BosPolicy, ByteSize, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, SiteKinds, Thresholds,
-    Weights,
+    Ablate, Ablation, BosPolicy, ByteSize, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, Results,
+    SiteKinds, Thresholds, Weights,
 };
 
 use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg};
@@ -49,6 +49,7 @@ pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Pat
     job.sites.extend(args.sites.iter().flat_map(|SiteKinds(kinds)| kinds));
     job.save_activations.clone_from(&args.save_activations);
     job.trace.clone_from(&args.trace);
+    job.ablation = args.ablate.as_ref().map(|ablate| ablation(ablate, args.ablate_seed, here)).transpose()?;
     job.micro_batch_tokens = args.micro_batch_tokens.unwrap_or(job.micro_batch_tokens);
     check(&job)?;
     Ok(job)
@@ -80,6 +81,24 @@ fn plain_name(option: &str, name: Option<&str>) -> Result<(), Complaint> {
         )),
         _ => Ok(()),
     }
+}
+
+/// The features that were named, or found by an earlier run.
+fn ablation(ablate: &Ablate, seed: Option<u64>, here: &Path) -> Result<Ablation, Complaint> {
+    let refused = |why: String| {
+        Complaint::refused(format!("--ablate: {why}"), "name features, or the results of a run that found some")
+    };
+    let found = match ablate {
+        Ablate::Features(features) => Ablation::of(features.clone()),
+        Ablate::Results(file) => {
+            let text =
+                std::fs::read_to_string(here.join(file)).map_err(|e| refused(format!("{}: {e}", file.display())))?;
+            let results: Results = serde_json::from_str(&text)
+                .map_err(|e| refused(format!("{} holds no results: {e}", file.display())))?;
+            Ablation::found(&results)
+        }
+    };
+    Ok(Ablation { seed: seed.unwrap_or_default(), ..found.map_err(refused)? })
 }
 
 /// A folder with weights, by its absolute path.
@@ -217,6 +236,21 @@ mod tests {
         for wrong in ["empty", "missing", "."] {
             assert_eq!(made("a/b", &with(wrong), here.path()).unwrap_err().status.number(), 2);
         }
+    }
+
+    #[test]
+    fn features_to_take_away_are_named_or_found() {
+        let here = tempfile::tempdir().unwrap();
+        let with = |text: &str| {
+            let args = JobArgs { ablate: Some(text.parse().unwrap()), ablate_seed: Some(4), ..JobArgs::default() };
+            made("a/b", &args, here.path()).map(|job| job.ablation.unwrap())
+        };
+        assert_eq!(with("7,3,7").unwrap(), Ablation { features: vec![3, 7], seed: 4 });
+        std::fs::write(here.path().join("results.json"), "{}").unwrap();
+        for wrong in ["nowhere", ".", "results.json"] {
+            assert_eq!(with(wrong).unwrap_err().status.number(), 2, "{wrong}");
+        }
+        assert!("".parse::<Ablate>().is_err() && "1,,2".parse::<Ablate>().is_err());
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! Tables of one model, for the page: its features, thresholds, massive activations, experts and routers.
 
 use outliers_protocol::{
-    ExpertPeak, Feature, IndexSet, MassiveActivations, Point, Results, RouterSummary, Sided, SuperExperts,
+    AblationArm, ExpertPeak, Feature, IndexSet, MassiveActivations, Point, Results, RouterSummary, Sided, SuperExperts,
 };
 
 use super::folder::Run;
 use super::ladder::{LAYER_PERCENTS, POSITION_PERCENTS, rungs, shares};
 use super::plots::{peak_quartiles, quartiles, strongest};
-use super::sheet::{Column, Sheet, numbers, optional, words};
+use super::sheet::{Column, NONE, Sheet, numbers, optional, words};
 
 /// Rows of what may be long; `results.json` has them all.
 const ROWS: usize = 40;
@@ -25,9 +25,40 @@ pub fn sheets(name: &str, run: &Run) -> Vec<Sheet> {
         results.massive_activations.as_ref().map(massive),
         results.super_experts.as_ref().map(super_experts),
         (!results.routers.is_empty()).then(|| routers(&results.routers)),
+        (!results.ablation.is_empty()).then(|| ablation(&results.ablation)),
     ];
     let named = |sheet: Sheet| Sheet { name: format!("{name}-{}", sheet.name), ..sheet };
     all.into_iter().flatten().map(named).collect()
+}
+
+fn ablation(arms: &[AblationArm]) -> Sheet {
+    let columns = [
+        words("without"),
+        words("features"),
+        numbers("perplexity"),
+        numbers("of the whole"),
+        numbers("largest probability"),
+        numbers("largest attention share"),
+    ];
+    let whole = arms[0].perplexity.perplexity;
+    let named = |features: &[usize]| features.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    let row = |arm: &AblationArm| {
+        [
+            arm.removed.label().to_owned(),
+            if arm.features.is_empty() { NONE.to_owned() } else { named(&arm.features) },
+            format!("{:.4}", arm.perplexity.perplexity),
+            format!("{:.3} x", arm.perplexity.perplexity / whole),
+            format!("{:.4}", arm.top_probability),
+            optional(arm.attention, |share| format!("{share:.4}")),
+        ]
+    };
+    let sheet = sheet("ablation", "Without some features", columns, arms.iter().map(row).collect());
+    noted(
+        sheet,
+        "features set to 0 at every norm output that feeds attention or MLP (LLM.int8(), section 4.2); perplexity and the largest probability of \
+         the next token with all that follows in later layers; the largest share that attention gives to one key, mean over queries, heads and \
+         layers, with each layer's input that of the whole model but for the features",
+    )
 }
 
 fn sheet<const N: usize>(name: &str, title: &str, columns: [Column; N], rows: Vec<[String; N]>) -> Sheet {

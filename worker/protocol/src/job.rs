@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Point, SCHEMA};
+use crate::{Ablation, Point, SCHEMA};
 
 /// Name of the English text that ships with the worker.
 pub const BUILTIN_CORPUS: &str = "shakespeare";
@@ -51,6 +51,9 @@ pub struct JobSpec {
     /// File name inside the output folder for a time line of the pass, as JSON in Chrome's trace event format.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trace: Option<String>,
+    /// Features to take away in copies of the tokens that pass beside them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ablation: Option<Ablation>,
     /// Tokens computed together; whole sequences, at least one.
     #[serde(default = "default_micro_batch_tokens")]
     pub micro_batch_tokens: usize,
@@ -145,6 +148,7 @@ impl JobSpec {
             sites: norms_alone(),
             save_activations: None,
             trace: None,
+            ablation: None,
             micro_batch_tokens: default_micro_batch_tokens(),
             stream_budget_bytes: None,
         }

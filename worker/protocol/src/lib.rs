@@ -13,6 +13,7 @@
 //! | [`Inspection`] | standard output of `outliers-worker inspect --json` | the worker |
 //! | [`VersionInfo`] | standard output of `outliers-worker version --json` | the worker |
 
+mod ablation;
 mod beyond;
 mod index_set;
 mod inspection;
@@ -22,6 +23,7 @@ mod progress;
 mod results;
 mod size;
 
+pub use ablation::{Ablate, Ablation, AblationArm, Removed};
 pub use beyond::{
     ExpertPeak, FeaturePeak, GainSummary, MASSIVE_DIMS, MASSIVE_RECORDS, MagnitudeQuantiles, MassiveActivations,
     MassiveDim, MassiveLayer, MassiveRecord, OtherSite, Record, RouterSummary, RowSpread, RowStatistics, SuperExperts,

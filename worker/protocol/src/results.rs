@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    FeaturePeak, GainSummary, IndexSet, MassiveActivations, OtherSite, RouterSummary, RowStatistics, SuperExperts,
-    Thresholds, TopRecords,
+    AblationArm, FeaturePeak, GainSummary, IndexSet, MassiveActivations, OtherSite, RouterSummary, RowStatistics,
+    SuperExperts, Thresholds, TopRecords,
 };
 
 /// `results.json`.
@@ -60,6 +60,9 @@ pub struct Results {
     /// Super-expert candidates; `None` unless the experts' outputs were asked for and there are experts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub super_experts: Option<SuperExperts>,
+    /// The model without some features, the whole model first; empty unless asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ablation: Vec<AblationArm>,
 }
 
 /// One way to count systematic outlier features.

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use outliers_protocol::{
-    Axis, BosPolicy, CorpusSource, Dataset, JobSpec, ModelSource, Point, Precision, Reading, Results, SCHEMA, SiteKind,
-    Weights,
+    Ablate, Ablation, Axis, BosPolicy, CorpusSource, Dataset, JobSpec, ModelSource, Point, Precision, Reading, Results,
+    SCHEMA, SiteKind, Weights,
 };
 use serde_json::json;
 
@@ -36,6 +36,18 @@ fn datasets_and_weights_are_written_as_they_are_read() {
     for text in ["hub", "cache", "local:/a b", "synthetic:7"] {
         assert_eq!(text.parse::<Weights>().unwrap().to_string(), text);
     }
+}
+
+#[test]
+fn features_to_take_away_are_named_or_an_earlier_runs() {
+    let results = |path: &str| Ok(Ablate::Results(path.into()));
+    assert_eq!("12,7".parse(), Ok(Ablate::Features(vec![12, 7])));
+    assert_eq!(("runs/a".parse(), "a/r.json".parse()), (results("runs/a/results.json"), results("a/r.json")));
+    for wrong in ["", ",", "1,,2", "99999999999999999999999"] {
+        assert!(wrong.parse::<Ablate>().is_err(), "{wrong}");
+    }
+    assert_eq!(Ablation::of(vec![7, 3, 7]), Ok(Ablation { features: vec![3, 7], seed: 0 }));
+    assert!(Ablation::of(Vec::new()).is_err());
 }
 
 #[test]

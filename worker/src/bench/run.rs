@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::decode::{self, DecodeTable};
 use super::{fastest, giga};
+use crate::ablation::Arms;
 use crate::budget::StreamBudget;
 use crate::corpus::Tokens;
 use crate::device;
@@ -144,6 +145,7 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     let pass = Pass {
         model: &model,
         tokens: &tokens,
+        arms: &Arms::whole(),
         compute,
         devices: &devices,
         micro_batch_tokens,
@@ -161,8 +163,15 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     let peak_memory_bytes = run::peak_memory();
 
     let weight_bytes = source.bytes_read();
-    let planned =
-        PlannedRun { sequences, tokens: tokens.tokens, compute, micro_batch_tokens, group_elements, devices: sharing };
+    let planned = PlannedRun {
+        sequences,
+        tokens: tokens.tokens,
+        arms: 1,
+        compute,
+        micro_batch_tokens,
+        group_elements,
+        devices: sharing,
+    };
     let mut flops = Flops::of(spec, planned);
     if !with_head {
         flops.head = 0.0;

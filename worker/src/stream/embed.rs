@@ -60,7 +60,7 @@ impl Pass<'_> {
             if let Some(positions) = &positions {
                 hidden = (hidden + positions.repeat((tokens / self.tokens.tokens, 1))?)?;
             }
-            Ok(MicroBatch::new(i * rows, hidden))
+            Ok(MicroBatch::new(0, i * rows, hidden))
         };
         let batches = || values.into_iter().enumerate().map(batch).collect::<Result<_>>();
         Ok((clock.time(Work::Embedding, batches)?, kept))

@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::Device;
 use rayon::prelude::*;
 
-use super::{KeptBlocks, MicroBatch, Pass, VOCAB_BLOCK, pipeline, vocab_blocks};
+use super::{KeptBlocks, MicroBatch, Pass, Predicted, VOCAB_BLOCK, pipeline, vocab_blocks};
 use crate::corpus::Tokens;
 use crate::decoder::Role;
 use crate::error::Result;
@@ -26,7 +26,9 @@ impl Pass<'_> {
             batch.hidden = on(&batch.hidden, device)?;
             if let Some(norm) = &norm {
                 batch.hidden = norm.apply(&batch.hidden)?;
-                observer.final_norm(batch.first_token, &batch.hidden)?;
+                if batch.arm == 0 {
+                    observer.final_norm(batch.first_token, &batch.hidden)?;
+                }
             }
             if let Some(lead_out) = &lead_out {
                 batch.hidden = lead_out.apply(&batch.hidden)?;
@@ -41,11 +43,11 @@ impl Pass<'_> {
         mut batches: Vec<MicroBatch>,
         kept: KeptBlocks,
         observer: &mut impl Observer,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<Vec<Predicted>> {
         let device = &self.devices[0].device;
         let clock = self.meter.clock(Thread::Device(0));
         clock.time(Work::Head, || self.before_head(&mut batches, device, observer))?;
-        let mut likelihoods = Likelihoods::new(self.tokens);
+        let mut likelihoods = vec![Likelihoods::new(self.tokens); self.arms.count()];
         let need = self.spec().head_need();
         let stored = self.model.stored(0, &need);
         let spare = Spare::new(2 * (VOCAB_BLOCK * need.shape[1] * self.compute.size_in_bytes()) as u64);
@@ -66,9 +68,11 @@ impl Pass<'_> {
                 if let Some(bias) = &bias {
                     logits = logits.broadcast_add(bias)?;
                 }
-                observer.logits(batch.first_token, block.start, &logits)?;
+                if batch.arm == 0 {
+                    observer.logits(batch.first_token, block.start, &logits)?;
+                }
                 with_f32(&logits, |values| {
-                    likelihoods.add(batch.first_token, &block, values);
+                    likelihoods[batch.arm].add(batch.first_token, &block, values);
                     Ok(())
                 })?;
             }
@@ -76,11 +80,12 @@ impl Pass<'_> {
             spare.give_back([matrix]);
             Ok(())
         })?;
-        Ok(likelihoods.nll())
+        Ok(likelihoods.iter().map(Likelihoods::predicted).collect())
     }
 }
 
 /// Negative log-likelihoods gathered block by block of the vocabulary.
+#[derive(Clone)]
 struct Likelihoods<'a> {
     tokens: &'a Tokens,
     rows: Vec<RowLikelihood>,
@@ -116,9 +121,12 @@ impl<'a> Likelihoods<'a> {
         });
     }
 
-    /// `[sequences, tokens - 1]`.
-    fn nll(&self) -> Vec<f32> {
-        let predicted = self.rows.chunks(self.tokens.tokens).flat_map(|rows| &rows[..rows.len() - 1]);
-        predicted.map(|row| (row.sum.ln() + f64::from(row.top) - f64::from(row.target)) as f32).collect()
+    fn predicted(&self) -> Predicted {
+        let rows = || self.rows.chunks(self.tokens.tokens).flat_map(|rows| &rows[..rows.len() - 1]);
+        let nll: Vec<f32> =
+            rows().map(|row| (row.sum.ln() + f64::from(row.top) - f64::from(row.target)) as f32).collect();
+        // The largest probability: exp(top - top) over the sum.
+        let top_probability = rows().map(|row| 1.0 / row.sum).sum::<f64>() / nll.len().max(1) as f64;
+        Predicted { nll, top_probability }
     }
 }

@@ -1,5 +1,6 @@
 //! What the units of a layer do to the hidden states.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -7,7 +8,7 @@ use candle_core::{Device, Tensor};
 use outliers_protocol::Point;
 
 use super::{MicroBatch, Mixture, Wave};
-use crate::attention::attention;
+use crate::attention::{TopShares, Watched, attention};
 use crate::decoder::{FfnSpec, LayerSpec, MixerSpec, MoeSpec, NormOrder, Part, Role, Unit};
 use crate::delta_net::delta_net;
 use crate::error::{Result, WorkerError};
@@ -40,6 +41,8 @@ pub(super) struct At<'a, L> {
     pub(super) tokens: usize,
     /// Rows of a whole micro-batch.
     pub(super) batch_rows: usize,
+    /// What the norms' outputs of each arm but the first are multiplied by.
+    pub(super) masks: &'a [Tensor],
     pub(super) seen: &'a mut L,
     pub(super) clock: &'a Clock<'a>,
 }
@@ -88,7 +91,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
                 self.each(Work::FeedForward, wave, |at, batch| {
                     let x = at.before_ffn(batch, norm.as_ref())?;
                     let routing = ffn::route(moe.router, moe.top_k, router, &x)?;
-                    at.routed(batch.first_token, &routing)?;
+                    at.routed(batch, &routing)?;
                     let out = shared.as_ref().map_or_else(|| zeros_like(&x), |shared| shared.apply(&x))?;
                     batch.mixture = Some(Mixture { out, x, routing });
                     Ok(())
@@ -119,12 +122,20 @@ impl<'a, L: LayerObserver> At<'a, L> {
     }
 
     /// Values at a site, to whom they concern.
-    fn show(&mut self, point: Point, first_token: usize, x: &Tensor) -> Result<()> {
+    fn show(&mut self, point: Point, batch: &MicroBatch, x: &Tensor) -> Result<()> {
         let site = Site { layer: self.layer, point };
-        if !self.seen.wants(site) {
+        if batch.arm > 0 || !self.seen.wants(site) {
             return Ok(());
         }
-        self.clock.time(Work::Statistics, || self.seen.observe(site, first_token, x))
+        self.clock.time(Work::Statistics, || self.seen.observe(site, batch.first_token, x))
+    }
+
+    /// A norm's output with what its arm takes away.
+    fn in_arm(&self, arm: usize, x: Tensor) -> Result<Tensor> {
+        match arm.checked_sub(1) {
+            None => Ok(x),
+            Some(mask) => Ok(x.broadcast_mul(&self.masks[mask])?),
+        }
     }
 
     /// A norm of the layer: 0 the mixer's, 1 the feed-forward's.
@@ -146,30 +157,69 @@ impl<'a, L: LayerObserver> At<'a, L> {
         weights: &MixerWeights,
         table: Option<&RopeTable>,
     ) -> Result<()> {
-        let first = batch.first_token;
         if self.spec.order == NormOrder::After {
-            let out = self.mixed(weights, table, &batch.hidden)?;
-            self.show(Point::AttentionOut, first, &out)?;
-            batch.hidden = norm.apply(&(&batch.hidden + out)?)?;
-            return self.show(self.point(0), first, &batch.hidden);
+            let out = self.mixed(batch.arm, weights, table, &batch.hidden)?;
+            self.show(Point::AttentionOut, batch, &out)?;
+            let x = norm.apply(&(&batch.hidden + out)?)?;
+            self.show(self.point(0), batch, &x)?;
+            batch.hidden = self.in_arm(batch.arm, x)?;
+            return Ok(());
         }
         let x = norm.apply(&batch.hidden)?;
-        self.show(self.point(0), first, &x)?;
-        let out = self.mixed(weights, table, &x)?;
-        self.show(Point::AttentionOut, first, &out)?;
+        self.show(self.point(0), batch, &x)?;
+        let x = self.in_arm(batch.arm, x)?;
+        let out = self.mixed(batch.arm, weights, table, &x)?;
+        self.show(Point::AttentionOut, batch, &out)?;
         batch.hidden = (&batch.hidden + out)?;
         batch.shared_norm = (self.spec.order == NormOrder::Shared).then_some(x);
         Ok(())
     }
 
-    fn mixed(&self, weights: &MixerWeights, table: Option<&RopeTable>, x: &Tensor) -> Result<Tensor> {
+    /// What the mixer makes of an arm's input. Of the whole input it is also looked at how sharp attention is, here and with what each
+    /// arm takes away from it.
+    fn mixed(&mut self, arm: usize, weights: &MixerWeights, table: Option<&RopeTable>, x: &Tensor) -> Result<Tensor> {
+        if arm > 0 || self.masks.is_empty() || matches!(self.spec.mixer, MixerSpec::DeltaNet(_)) {
+            return self.mixer(weights, table, x, None);
+        }
+        let whole = Cell::default();
+        let out = self.mixer(weights, table, x, Some(&whole))?;
+        let mut shares = vec![whole.get()];
+        for arm in 1..=self.masks.len() {
+            shares.push(self.shares_without(arm, weights, table, x)?);
+        }
+        self.seen.attention(self.layer, &shares)?;
+        Ok(out)
+    }
+
+    fn shares_without(
+        &self,
+        arm: usize,
+        weights: &MixerWeights,
+        table: Option<&RopeTable>,
+        x: &Tensor,
+    ) -> Result<TopShares> {
+        // The embedding is no norm's output.
+        let is_norm_output = self.spec.order != NormOrder::After || self.layer > 0;
+        let x = if is_norm_output { self.in_arm(arm, x.clone())? } else { x.clone() };
+        let shares = Cell::default();
+        self.mixer(weights, table, &x, Some(&shares))?;
+        Ok(shares.get())
+    }
+
+    fn mixer(
+        &self,
+        weights: &MixerWeights,
+        table: Option<&RopeTable>,
+        x: &Tensor,
+        watched: Watched<'_>,
+    ) -> Result<Tensor> {
         let n = self.tokens;
         Ok(match (&self.spec.mixer, weights, table) {
             (MixerSpec::Attention(spec), MixerWeights::Attention(weights), table) => {
-                attention(spec, weights, table, x, n)?
+                attention(spec, weights, table, x, n, watched)?
             }
             (MixerSpec::Latent(spec), MixerWeights::Latent(weights), Some(table)) => {
-                latent_attention(spec, weights, table, x, n)?
+                latent_attention(spec, weights, table, x, n, watched)?
             }
             (MixerSpec::DeltaNet(spec), MixerWeights::DeltaNet(weights), _) => delta_net(spec, weights, x, n)?,
             (spec, ..) => return Err(WorkerError::internal(format!("other weights than those of {spec:?}"))),
@@ -193,8 +243,8 @@ impl<'a, L: LayerObserver> At<'a, L> {
         match (self.spec.order, norm) {
             (NormOrder::Before, Some(norm)) => {
                 let x = norm.apply(&batch.hidden)?;
-                self.show(self.point(1), batch.first_token, &x)?;
-                Ok(x)
+                self.show(self.point(1), batch, &x)?;
+                self.in_arm(batch.arm, x)
             }
             (NormOrder::Shared, _) => {
                 let shared = batch.shared_norm.take();
@@ -206,14 +256,14 @@ impl<'a, L: LayerObserver> At<'a, L> {
 
     /// Adds the feed-forward's output, which ends the layer.
     fn after_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>, out: Tensor) -> Result<()> {
-        let first = batch.first_token;
-        self.show(Point::MlpOut, first, &out)?;
+        self.show(Point::MlpOut, batch, &out)?;
         batch.hidden = (&batch.hidden + out)?;
         if let (NormOrder::After, Some(norm)) = (self.spec.order, norm) {
-            batch.hidden = norm.apply(&batch.hidden)?;
-            self.show(self.point(1), first, &batch.hidden)?;
+            let x = norm.apply(&batch.hidden)?;
+            self.show(self.point(1), batch, &x)?;
+            batch.hidden = self.in_arm(batch.arm, x)?;
         }
-        self.show(Point::Residual, first, &batch.hidden)
+        self.show(Point::Residual, batch, &batch.hidden)
     }
 
     // --------------------------------------------------------------------------------------------------- mixture
@@ -225,9 +275,12 @@ impl<'a, L: LayerObserver> At<'a, L> {
         }
     }
 
-    fn routed(&mut self, first_token: usize, routing: &Routing) -> Result<()> {
+    fn routed(&mut self, batch: &MicroBatch, routing: &Routing) -> Result<()> {
+        if batch.arm > 0 {
+            return Ok(());
+        }
         let (layer, clock) = (self.layer, self.clock);
-        clock.time(Work::Statistics, || self.seen.routing(layer, first_token, routing))
+        clock.time(Work::Statistics, || self.seen.routing(layer, batch.first_token, routing))
     }
 
     /// All experts of a group over the micro-batches of a wave; the last group closes the layer. An expert's rows are gathered across
@@ -273,7 +326,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
         let (indices, parts): (Vec<usize>, Vec<Gathered>) = gathered.into_iter().unzip();
         for (at, rows) in indices.into_iter().zip(ffn::apply_expert(weights, parts)?) {
             let batch = &mut batches[at];
-            self.expert(expert, batch.first_token, &rows)?;
+            self.expert(expert, batch, &rows)?;
             let mixture = batch.mixture.take().ok_or_else(early)?;
             let out = ffn::add_expert(mixture.out, &mixture.routing, &rows)?;
             batch.mixture = Some(Mixture { out, ..mixture });
@@ -281,12 +334,12 @@ impl<'a, L: LayerObserver> At<'a, L> {
         Ok(())
     }
 
-    fn expert(&mut self, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
+    fn expert(&mut self, expert: usize, batch: &MicroBatch, rows: &ExpertRows) -> Result<()> {
         let (layer, clock) = (self.layer, self.clock);
-        if !self.seen.wants(Site { layer, point: Point::ExpertOut }) {
+        if batch.arm > 0 || !self.seen.wants(Site { layer, point: Point::ExpertOut }) {
             return Ok(());
         }
-        clock.time(Work::Statistics, || self.seen.expert(layer, expert, first_token, rows))
+        clock.time(Work::Statistics, || self.seen.expert(layer, expert, batch.first_token, rows))
     }
 }
 

@@ -43,6 +43,8 @@ pub(super) struct Wavefront<'p, O> {
     observer: Mutex<&'p mut O>,
     save: Mutex<Option<&'p mut SavePoints>>,
     tables: RopeTables,
+    /// Of each device.
+    masks: Vec<Vec<Tensor>>,
     inboxes: Vec<Sender<Event>>,
     arrived: Mutex<Vec<Wave>>,
     stopped: AtomicBool,
@@ -65,7 +67,9 @@ pub(super) fn run<O: Observer>(
     save: Option<&mut SavePoints>,
 ) -> Result<Vec<Wave>> {
     let (inboxes, mail): (Vec<Sender<Event>>, Vec<Receiver<Event>>) = pass.devices.iter().map(|_| channel()).unzip();
+    let masks = |placement: &Placement| pass.arms.masks(pass.compute, &placement.device);
     let wavefront = Wavefront {
+        masks: pass.devices.iter().map(masks).collect::<Result<_>>()?,
         pass,
         units: pass.units(first),
         waves: waves.len(),
@@ -360,6 +364,7 @@ impl<'a, 'p, O: Observer> Lane<'a, 'p, O> {
             device: &front.placement(self.device).device,
             tokens: front.pass.tokens.tokens,
             batch_rows: front.pass.batch_rows(),
+            masks: &front.masks[self.device],
             seen,
             clock: &self.clock,
         };
