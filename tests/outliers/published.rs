@@ -5,9 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use candle_core::DType;
 use outliers_protocol::{FailureKind, FileBytes};
+use outliers_worker::budget::StreamBudget;
 use outliers_worker::error::Result;
-use outliers_worker::inspect::active_parameters;
+use outliers_worker::inspect::{PlannedRun, active_parameters, resident_memory, streamed_memory};
 use outliers_worker::model::Model;
 use outliers_worker::safetensors::{HeaderTensor, StoredDtype};
 use outliers_worker::source::{SyntheticSource, TensorEntry, TensorIndex, WeightSource};
@@ -306,4 +308,33 @@ fn settings_that_cannot_be_computed_are_refused_by_name() {
     assert_refused("Mixtral-8x7B-v0.1", unknown, unsupported, &["FalconForCausalLM"]);
     let gelu = set("/hidden_act", json!("gelu"));
     assert_refused("GLM-4.5-Air", gelu, unsupported, &["hidden_act", "gelu"]);
+}
+
+/// The README's table of twelve models is what planning gives.
+#[test]
+fn the_readme_says_what_models_take() {
+    let readme = std::fs::read_to_string(folder().join("../../README.md")).unwrap();
+    let rows = Published::all().filter_map(|published| {
+        let row = readme.lines().find(|line| line.starts_with(&format!("| `{}` | ", published.name)))?;
+        Some((published, row.to_owned()))
+    });
+    let rows: Vec<_> = rows.collect();
+    assert_eq!(rows.len(), 12);
+    for (published, row) in rows {
+        let source = published.source();
+        let model = Model::open(&published.config, &source, None).unwrap();
+        let compute = DType::BF16;
+        let group_elements = StreamBudget::planned(None).group_elements(compute, 1);
+        let (sequences, tokens, micro_batch_tokens) = (16, 2048, 4096);
+        let run = PlannedRun { sequences, tokens, arms: 1, compute, micro_batch_tokens, group_elements, devices: 1 };
+        let giga = |bytes: u64| bytes as f64 / 1e9;
+        let read = giga(model.stored_dtypes().values().sum());
+        let times = format!("{read:.0} / {:.0} / {:.0} s", read / 2.2, read / 5.0);
+        let [streamed, resident] = [streamed_memory, resident_memory].map(|memory| giga(memory(&model, run)));
+        let cost = read / 3600.0 * 1.64;
+        let name = &published.name;
+        let expected =
+            format!("| `{name}` | {read:.1} GB | {times} | {streamed:.1} GB | {resident:.0} GB | ${cost:.3} | ");
+        assert!(row.starts_with(&expected), "{row}\nshould begin with\n{expected}");
+    }
 }

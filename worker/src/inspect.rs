@@ -160,7 +160,7 @@ fn plan(model: &Model<'_>, run: PlannedRun, disk_bytes: u64) -> PlanFigures {
         compute_bytes_per_value: value,
         flops: Flops::of(spec, run).total(),
         streamed_memory_bytes: streamed_memory(model, run),
-        resident_memory_bytes: states(spec, run) + model.parameters() * value + workspace(spec, run),
+        resident_memory_bytes: resident_memory(model, run),
         hidden_state_bytes: hidden_states(spec, run),
         disk_bytes,
         bytes_to_read: model.stored_dtypes().values().sum(),
@@ -190,6 +190,12 @@ pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let block = (VOCAB_BLOCK.min(spec.vocab) * spec.hidden) as u64 * (value + 4);
     let workspace = workspace(spec, run);
     states(spec, run) + (run.devices as u64 * (two_largest + workspace)).max(block + workspace)
+}
+
+/// Memory of a run whose weights are all there at once, bytes.
+pub fn resident_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
+    let weights = model.parameters() * run.compute.size_in_bytes() as u64;
+    states(&model.spec, run) + weights + workspace(&model.spec, run)
 }
 
 /// Memory of one micro-batch on its way through the widest block: projections, one block of scores, one block of logits.
