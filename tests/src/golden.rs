@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use outliers_protocol::{Axis, Reading, Results, Sided};
+use outliers_protocol::{Axis, Feature, Reading, Results, Sided, Verdict};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -80,16 +80,64 @@ pub fn assert_statistics_equal(reference: &Path, results: &Results) {
         assert_eq!(sided, want["sided"], "feature {dim}: sides");
         assert_eq!(got.systematic_by_layers, want["systematic"].as_bool().expect("bool"), "feature {dim}");
     }
-    let count = |reading: Reading| {
-        let verdict = results.verdicts.iter().find(|v| v.reading == reading && v.axis == Axis::Layers);
-        verdict.expect("every reading is there").count
-    };
-    let sum = reference["sum_over_sequences"]["n_systematic"].as_f64().expect("number");
-    assert_eq!(count(Reading::Unique), corpus["n_systematic"].as_f64().expect("number"));
-    assert_eq!(count(Reading::SumOverSequences), sum);
-    assert_eq!(count(Reading::MeanPerSequence), sum / results.sequences as f64);
+    assert_figures_equal(&reference, results);
+    assert_sequences_equal(&reference, results);
     for (got, want) in results.per_sequence.iter().zip(reference["per_sequence"].as_array().expect("list")) {
         assert_eq!(got.features_any as u64, want["n_features_any"].as_u64().expect("number"));
         assert_eq!(got.systematic_by_layers as u64, want["n_systematic"].as_u64().expect("number"));
     }
+}
+
+/// Every count with its mean L % and S %, from the shares that the reference found over all sequences and within each.
+fn assert_figures_equal(reference: &Value, results: &Results) {
+    let number = |value: &Value| value.as_f64().expect("number");
+    let sequences = reference["per_sequence"].as_array().expect("list");
+    for axis in [Axis::Layers, Axis::Sites] {
+        let systematic = |part: &Value| -> Vec<[f64; 2]> {
+            let shares = part["features"].as_array().expect("list").iter().map(|feature| {
+                let part = match axis {
+                    Axis::Layers => number(&feature["layer_fraction"]),
+                    Axis::Sites => number(&feature["n_sites"]) / number(&reference["n_sites"]),
+                };
+                [part, number(&feature["position_fraction"])]
+            });
+            let least = ["layer_fraction_min", "position_fraction_min"].map(|key| number(&reference[key]));
+            shares.filter(|[part, positions]| *part >= least[0] && *positions >= least[1]).collect()
+        };
+        let whole = systematic(&reference["corpus"]);
+        let within: Vec<_> = sequences.iter().flat_map(systematic).collect();
+        for (reading, found, divisor) in [
+            (Reading::Unique, &whole, 1),
+            (Reading::MeanPerSequence, &within, sequences.len()),
+            (Reading::SumOverSequences, &within, 1),
+        ] {
+            let same = |verdict: &&Verdict| (verdict.reading, verdict.axis) == (reading, axis);
+            let verdict = results.verdicts.iter().find(same).expect("every reading is there");
+            assert_eq!(verdict.count, found.len() as f64 / divisor as f64, "{}", verdict.label);
+            for (column, ours) in [verdict.mean_layer_percent, verdict.mean_sequence_percent].into_iter().enumerate() {
+                let mean = 100.0 * found.iter().map(|shares| shares[column]).sum::<f64>() / found.len() as f64;
+                assert_eq!(ours.is_none(), found.is_empty(), "{}", verdict.label);
+                assert!(ours.is_none_or(|ours| (ours - mean).abs() < 1e-9), "{}: {ours:?}, not {mean}", verdict.label);
+            }
+        }
+    }
+}
+
+/// Where features are within each sequence, of all for which it is told.
+fn assert_sequences_equal(reference: &Value, results: &Results) {
+    let place = |index: usize| {
+        let layer = results.sites[index].layer;
+        let first = results.sites.iter().position(|site| site.layer == layer).expect("it is there");
+        format!("{layer}.{}", index - first)
+    };
+    let told = results.features.iter().filter(|feature| !feature.within.is_empty());
+    for (feature, within) in told.flat_map(|feature| feature.within.iter().map(move |within| (feature, within))) {
+        let features = reference["per_sequence"][within.sequence]["features"].as_array().expect("list");
+        let want = features.iter().find(|want| want["dim"] == feature.dim).expect("it is there as well");
+        let sites: Vec<String> = within.sites.ranges().flatten().map(place).collect();
+        assert_eq!(within.positions, want["n_positions"].as_u64().expect("number"), "feature {}", feature.dim);
+        assert_eq!(serde_json::json!(sites), want["sites"], "feature {}", feature.dim);
+    }
+    let systematic = |feature: &Feature| feature.systematic_by_layers || feature.sequences_systematic_by_layers > 0;
+    assert!(results.features.iter().filter(|f| systematic(f)).all(|f| !f.within.is_empty()), "told of all that matter");
 }
