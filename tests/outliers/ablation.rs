@@ -94,9 +94,13 @@ fn a_deploy_takes_away_what_an_earlier_one_found() {
     };
     let (_desk, _, file, found) = deploy(&[]);
     let systematic: Vec<usize> = found.features.iter().filter(|f| f.systematic_by_layers).map(|f| f.dim).collect();
-    let (_other, said, _, results) = deploy(&["--ablate", file.to_str().unwrap()]);
+    let (other, said, _, results) = deploy(&["--ablate", file.to_str().unwrap()]);
     assert_eq!(results.ablation[1].features, systematic);
     assert_eq!(results.verdicts, found.verdicts);
     assert_eq!(results.perplexity, found.perplexity);
     assert!(said.stdout.contains("as many others, at random"), "{said:?}");
+    let _ = other.run(["compare", "--html", "page.html"]).ok();
+    let page = std::fs::read_to_string(other.work().join("page.html")).unwrap();
+    let named = systematic.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    assert!(page.contains("Without some features") && page.contains(&named));
 }

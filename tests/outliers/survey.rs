@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Child;
 
+use outliers_tests::browser::{Browser, plots};
 use outliers_tests::desk::{Desk, Said};
 use outliers_tests::programs::golden;
 use serde_json::Value;
@@ -75,6 +76,22 @@ fn compare(desk: &Desk, more: &[&str]) -> Said {
     desk.run(["compare", "remote_results/nine", "--format", "json"].iter().chain(more))
 }
 
+/// The page of all nine, in a browser.
+fn read_page(desk: &Desk) {
+    let page = ["compare", "remote_results/nine", "--html", "page.html", "--svg", "plots", "--png", "pictures"];
+    let _ = desk.run(page).ok();
+    let drawn = plots(&desk.work().join("plots"));
+    assert_eq!(drawn, plots(&desk.work().join("pictures")));
+    let (page, keep) = (desk.work().join("page.html"), std::env::var_os("OUTLIERS_KEEP_PAGE"));
+    if let Some(folder) = keep {
+        std::fs::copy(&page, Path::new(&folder).join("nine.html")).unwrap();
+    }
+    match Browser::find() {
+        Some(browser) => browser.assert_readable(&page, "Outlier features in 9 results", &drawn),
+        None => eprintln!("NOT checked: how the page looks (no Chromium is installed)"),
+    }
+}
+
 /// Kills the controller at a moment when instances are running: it is halted first, so that the moment stays.
 fn kill_in_the_midst(desk: &Desk, controller: &mut Child) {
     desk.wait_for("the survey to be in its midst", || {
@@ -142,6 +159,8 @@ fn nine_models_one_of_them_broken_survive_the_death_of_their_controller() {
     assert!(index(&desk).iter().all(|(_, outcome, _)| outcome == "complete"));
     let compared: Value = serde_json::from_str(&compare(&desk, &[]).ok().stdout).unwrap();
     assert_eq!(compared["models"].as_array().unwrap().len(), 9);
+
+    read_page(&desk);
 
     let handoff = std::fs::read_to_string(desk.run(["handoff"]).ok().stdout.trim()).unwrap();
     assert!(handoff.contains("outliers compare ") && !handoff.contains("holds NaN"), "{handoff}");

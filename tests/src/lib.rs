@@ -1,5 +1,6 @@
 //! The servers and machines the end-to-end tests run against, and what they compare with.
 
+pub mod browser;
 pub mod desk;
 pub mod golden;
 pub mod hub;
