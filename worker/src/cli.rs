@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outliers_protocol::{
-    Ablate, Ablation, BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, JobSpec, ModelSource, Packing, Precision,
-    Results, SiteKinds, Thresholds, Weights,
+    Ablate, BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, JobSpec, ModelSource, Packing, Precision,
+    SiteKinds, Thresholds, Weights,
 };
 
 use crate::error::{Result, WorkerError};
@@ -296,26 +296,14 @@ impl JobArgs {
         job.sites = self.sites.into_iter().flat_map(|SiteKinds(kinds)| kinds).collect();
         job.save_activations = self.save_activations;
         job.trace = self.trace;
-        job.ablation = self.ablate.map(|ablate| ablation(ablate, self.ablate_seed)).transpose()?;
+        let ablation = |ablate: Ablate| ablate.ablation(Path::new(""), self.ablate_seed);
+        job.ablation =
+            self.ablate.map(ablation).transpose().map_err(|why| WorkerError::job(format!("--ablate: {why}")))?;
         job.micro_batch_tokens = self.micro_batch_tokens.unwrap_or(job.micro_batch_tokens);
         job.weights = self.weights;
         job.stream_budget_bytes = self.stream_budget.map(|ByteSize(bytes)| bytes);
         Ok(job)
     }
-}
-
-/// The features that were named, or found by an earlier run.
-fn ablation(ablate: Ablate, seed: u64) -> Result<Ablation> {
-    let ablation = match ablate {
-        Ablate::Features(features) => Ablation::of(features),
-        Ablate::Results(file) => {
-            let text = std::fs::read_to_string(&file).map_err(|e| WorkerError::io("read", &file, &e))?;
-            let results: Results = serde_json::from_str(&text)
-                .map_err(|e| WorkerError::job(format!("{} holds no results: {e}", file.display())))?;
-            Ablation::found(&results)
-        }
-    };
-    Ok(Ablation { seed, ..ablation.map_err(WorkerError::job)? })
 }
 
 /// A folder that is there, or a path by its look, is a folder; `owner/name` is a hub id.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use outliers_protocol::{
-    Ablate, Ablation, BosPolicy, ByteSize, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision, Results,
+    Ablate, Ablation, BosPolicy, ByteSize, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision,
     SiteKinds, Thresholds, Weights,
 };
 
@@ -85,20 +85,9 @@ fn plain_name(option: &str, name: Option<&str>) -> Result<(), Complaint> {
 
 /// The features that were named, or found by an earlier run.
 fn ablation(ablate: &Ablate, seed: Option<u64>, here: &Path) -> Result<Ablation, Complaint> {
-    let refused = |why: String| {
+    ablate.ablation(here, seed.unwrap_or_default()).map_err(|why| {
         Complaint::refused(format!("--ablate: {why}"), "name features, or the results of a run that found some")
-    };
-    let found = match ablate {
-        Ablate::Features(features) => Ablation::of(features.clone()),
-        Ablate::Results(file) => {
-            let text =
-                std::fs::read_to_string(here.join(file)).map_err(|e| refused(format!("{}: {e}", file.display())))?;
-            let results: Results = serde_json::from_str(&text)
-                .map_err(|e| refused(format!("{} holds no results: {e}", file.display())))?;
-            Ablation::found(&results)
-        }
-    };
-    Ok(Ablation { seed: seed.unwrap_or_default(), ..found.map_err(refused)? })
+    })
 }
 
 /// A folder with weights, by its absolute path.

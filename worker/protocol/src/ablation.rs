@@ -1,6 +1,7 @@
 //! What becomes of a model without some of its features: the paper's evidence that outlier features matter (LLM.int8(), section 4.2).
 
-use std::path::PathBuf;
+use std::fmt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -34,10 +35,7 @@ impl Ablation {
     }
 
     /// What an earlier run found: the features that are systematic over its whole corpus, by layers, as the paper counts.
-    ///
-    /// # Errors
-    /// It found none.
-    pub fn found(results: &Results) -> Result<Self, String> {
+    fn found(results: &Results) -> Result<Self, String> {
         let systematic = results.features.iter().filter(|feature| feature.systematic_by_layers);
         Self::of(systematic.map(|feature| feature.dim).collect())
             .map_err(|_| format!("the results of {} have no systematic feature to take away", results.model))
@@ -109,5 +107,24 @@ impl FromStr for Ablate {
         }
         let feature = |word: &str| word.parse().map_err(|_| format!("{word:?} is not a feature's number"));
         text.split(',').map(feature).collect::<Result<_, _>>().map(Self::Features)
+    }
+}
+
+impl Ablate {
+    /// The features themselves; a relative path is taken from `here`.
+    ///
+    /// # Errors
+    /// What is wrong with the file, or that there is no feature.
+    pub fn ablation(&self, here: &Path, seed: u64) -> Result<Ablation, String> {
+        let ablation = match self {
+            Self::Features(features) => Ablation::of(features.clone())?,
+            Self::Results(file) => {
+                let named = |why: &dyn fmt::Display| format!("{}: {why}", file.display());
+                let text = std::fs::read_to_string(here.join(file)).map_err(|error| named(&error))?;
+                let results = serde_json::from_str(&text).map_err(|error| named(&format!("no results: {error}")))?;
+                Ablation::found(&results)?
+            }
+        };
+        Ok(Ablation { seed, ..ablation })
     }
 }
