@@ -345,6 +345,18 @@ fn same_counts([by_layers, by_sites]: &[Vec<Tally>; 2], results: &Results) -> Re
 }
 
 #[cfg(test)]
+impl Run {
+    /// One of the runs that tests read.
+    pub(super) fn fixture(name: &str) -> Self {
+        let home = tempfile::tempdir().unwrap();
+        match read(&super::fixture::copy(name, &home.path().join("r"))).unwrap() {
+            Content::Run(run) => *run,
+            Content::Imported(_) => unreachable!("fixtures are runs"),
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
 

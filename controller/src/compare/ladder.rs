@@ -76,23 +76,11 @@ pub fn shares(results: &Results, layer_percent: f64, position_percent: f64) -> u
 
 #[cfg(test)]
 mod tests {
-    use super::super::fixture::copy;
-    use super::super::folder::{Content, read};
     use super::*;
-
-    fn runs() -> impl Iterator<Item = Run> {
-        ["mixture", "dense"].into_iter().map(|name| {
-            let home = tempfile::tempdir().unwrap();
-            match read(&copy(name, &home.path().join("r"))).unwrap() {
-                Content::Run(run) => *run,
-                Content::Imported(_) => unreachable!("fixtures are runs"),
-            }
-        })
-    }
 
     #[test]
     fn the_runs_own_rung_is_what_it_counted() {
-        for run in runs() {
+        for run in ["mixture", "dense"].map(Run::fixture) {
             let rungs = rungs(&run);
             let own = rungs.iter().find(|rung| rung.magnitude == run.results.thresholds.magnitude).unwrap();
             let features = &run.results.features;
@@ -106,7 +94,7 @@ mod tests {
 
     #[test]
     fn counts_fall_as_thresholds_rise() {
-        for run in runs() {
+        for run in ["mixture", "dense"].map(Run::fixture) {
             for pair in rungs(&run).windows(2) {
                 assert!(pair[0].anywhere >= pair[1].anywhere && pair[0].in_layers >= pair[1].in_layers);
                 assert!(pair[0].systematic >= pair[1].systematic && pair[0].anywhere >= pair[0].in_layers);

@@ -95,19 +95,9 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::super::fixture::{change, copy};
-    use super::super::folder::{Content, Flaw, Run, read};
+    use super::super::folder::{Flaw, Run, read};
     use super::super::plots::{peak_quartiles, quartiles};
     use super::*;
-
-    fn runs() -> impl Iterator<Item = Run> {
-        ["mixture", "dense"].into_iter().map(|name| {
-            let home = tempfile::tempdir().unwrap();
-            match read(&copy(name, &home.path().join("r"))).unwrap() {
-                Content::Run(run) => *run,
-                Content::Imported(_) => unreachable!("fixtures are runs"),
-            }
-        })
-    }
 
     fn close(tally: Tally, other: Tally) -> bool {
         let near = |a: f64, b: f64| (a - b).abs() < 1e-9;
@@ -118,7 +108,7 @@ mod tests {
 
     #[test]
     fn results_alone_tell_what_the_statistics_tell_of_every_sequence() {
-        for run in runs() {
+        for run in ["mixture", "dense"].map(Run::fixture) {
             let [by_layers, by_sites] = run.tallies.as_ref().unwrap();
             assert!(by_layers.iter().any(|tally| tally.features > 0), "else this shows nothing");
             for (sequence, (layers, sites)) in by_layers.iter().zip(by_sites).enumerate() {
@@ -130,7 +120,7 @@ mod tests {
 
     #[test]
     fn results_alone_tell_the_quartiles_of_peaks() {
-        for run in runs() {
+        for run in ["mixture", "dense"].map(Run::fixture) {
             for feature in run.results.features.iter().filter(|feature| !feature.within.is_empty()) {
                 let peaks = feature.peaks.iter().copied().map(f64::from).collect();
                 assert_eq!(quartiles(peaks), peak_quartiles(run.statistics.as_ref().unwrap(), feature.dim));
@@ -170,7 +160,7 @@ mod tests {
 
     #[test]
     fn older_runs_have_no_samples() {
-        for mut run in runs() {
+        for mut run in ["mixture", "dense"].map(Run::fixture) {
             assert!(resampled(&run.results).iter().all(|tallies| tallies.len() > 1000));
             run.results.features.iter_mut().for_each(|feature| feature.within.clear());
             assert_eq!(resampled(&run.results), [vec![], vec![]]);
