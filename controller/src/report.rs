@@ -22,7 +22,7 @@ use crate::settings::{Environment, SettingsError, Span};
 use crate::text::clean;
 use crate::units::Bytes;
 
-mod beyond;
+pub mod beyond;
 pub mod tables;
 
 /// Longest line of somebody else's that is shown.

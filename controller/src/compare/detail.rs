@@ -8,6 +8,7 @@ use super::folder::Run;
 use super::ladder::{LAYER_PERCENTS, POSITION_PERCENTS, rungs, shares};
 use super::plots::{peak_quartiles, quartiles, strongest};
 use super::sheet::{Column, NONE, Sheet, numbers, optional, words};
+use crate::report::beyond::{WITHOUT, without};
 
 /// Rows of what may be long; `results.json` has them all.
 const ROWS: usize = 40;
@@ -32,25 +33,13 @@ pub fn sheets(name: &str, run: &Run) -> Vec<Sheet> {
 }
 
 fn ablation(arms: &[AblationArm]) -> Sheet {
-    let columns = [
-        words("without"),
-        words("features"),
-        numbers("perplexity"),
-        numbers("of the whole"),
-        numbers("largest probability"),
-        numbers("largest attention share"),
-    ];
-    let whole = arms[0].perplexity.perplexity;
+    let [perplexity, of_the_whole, probability, share] = WITHOUT.map(numbers);
+    let columns = [words("without"), words("features"), perplexity, of_the_whole, probability, share];
     let named = |features: &[usize]| features.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
     let row = |arm: &AblationArm| {
-        [
-            arm.removed.label().to_owned(),
-            if arm.features.is_empty() { NONE.to_owned() } else { named(&arm.features) },
-            format!("{:.4}", arm.perplexity.perplexity),
-            format!("{:.3} x", arm.perplexity.perplexity / whole),
-            format!("{:.4}", arm.top_probability),
-            optional(arm.attention, |share| format!("{share:.4}")),
-        ]
+        let features = if arm.features.is_empty() { NONE.to_owned() } else { named(&arm.features) };
+        let [perplexity, of_the_whole, probability, share] = without(arm, &arms[0]);
+        [arm.removed.label().to_owned(), features, perplexity, of_the_whole, probability, share]
     };
     let sheet = sheet("ablation", "Without some features", columns, arms.iter().map(row).collect());
     noted(
@@ -343,16 +332,10 @@ fn kind(point: Point) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use super::super::fixture::copy;
-    use super::super::folder::{Content, read};
     use super::*;
 
     fn sheets_of(name: &str) -> Vec<Sheet> {
-        let home = tempfile::tempdir().unwrap();
-        match read(&copy(name, &home.path().join("r"))).unwrap() {
-            Content::Run(run) => sheets("m", &run),
-            Content::Imported(_) => unreachable!("fixtures are runs"),
-        }
+        sheets("m", &Run::fixture(name))
     }
 
     #[test]

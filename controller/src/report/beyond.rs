@@ -1,6 +1,6 @@
 //! What a run measured beside the outlier features, in a few lines: only what is there, never a wall.
 
-use outliers_protocol::{MassiveActivations, OtherSite, Point, Results, RouterSummary, SuperExperts};
+use outliers_protocol::{AblationArm, MassiveActivations, OtherSite, Point, Results, RouterSummary, SuperExperts};
 
 use super::tables::{number, table, text};
 use crate::text::clean;
@@ -8,9 +8,9 @@ use crate::text::clean;
 /// Dimensions, experts and layers shown; the file has them all.
 const SHOWN: usize = 5;
 
-/// Massive activations, the sites asked for, super experts and routers. Empty if nothing of it was measured.
+/// The model without some features, massive activations, the sites asked for, super experts and routers. Empty if nothing of it was measured.
 pub(super) fn beyond(results: &Results) -> String {
-    let mut out = String::new();
+    let mut out = ablation(&results.ablation);
     if !results.other_sites.is_empty() {
         out += &sites(results);
     }
@@ -21,6 +21,30 @@ pub(super) fn beyond(results: &Results) -> String {
         out += &super_experts(experts);
     }
     out + &routers(&results.routers)
+}
+
+/// Columns of what is measured without some features.
+pub const WITHOUT: [&str; 4] = ["perplexity", "of the whole", "largest probability", "largest attention share"];
+
+/// Their cells.
+pub fn without(arm: &AblationArm, whole: &AblationArm) -> [String; 4] {
+    [
+        format!("{:.4}", arm.perplexity.perplexity),
+        format!("{:.3} x", arm.perplexity.perplexity / whole.perplexity.perplexity),
+        format!("{:.4}", arm.top_probability),
+        arm.attention.map_or_else(|| "-".to_owned(), |share| format!("{share:.4}")),
+    ]
+}
+
+/// The model without some features, beside the whole one.
+fn ablation(arms: &[AblationArm]) -> String {
+    let Some(whole) = arms.first() else { return String::new() };
+    let mut rows = table(&[&["without", "features"], &WITHOUT[..]].concat());
+    for arm in arms {
+        let of_arm = [text(arm.removed.label()), number(arm.features.len())];
+        rows.add_row(of_arm.into_iter().chain(without(arm, whole).map(number)));
+    }
+    format!("\n{rows}\n")
 }
 
 fn name(point: Point) -> &'static str {

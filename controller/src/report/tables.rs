@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use comfy_table::{Cell, CellAlignment, ContentLineStyle, LineStyle, Table, TableStyle};
-use outliers_protocol::{AblationArm, FeaturePeak, Inspection, Reading, Results, Sided};
+use outliers_protocol::{FeaturePeak, Inspection, Reading, Results, Sided};
 
 use super::beyond::beyond;
 use crate::broker::{Capabilities, Instance, InstanceState, Offer};
@@ -82,26 +82,7 @@ pub fn results(model: &str, results: &Results) -> String {
         out += &format!("perplexity {:.4} over {tokens} predicted tokens\n", perplexity.perplexity);
     }
     out += &features(results);
-    out += &ablation(&results.ablation);
     out + &beyond(results)
-}
-
-/// The model without some features, beside the whole one.
-fn ablation(arms: &[AblationArm]) -> String {
-    let Some(whole) = arms.first() else { return String::new() };
-    let mut rows =
-        table(&["without", "features", "perplexity", "of the whole", "largest probability", "largest attention share"]);
-    for arm in arms {
-        rows.add_row([
-            Cell::new(arm.removed.label()),
-            number(arm.features.len()),
-            number(format!("{:.4}", arm.perplexity.perplexity)),
-            number(format!("{:.3} x", arm.perplexity.perplexity / whole.perplexity.perplexity)),
-            number(format!("{:.4}", arm.top_probability)),
-            number(arm.attention.map_or_else(|| "-".to_owned(), |share| format!("{share:.4}"))),
-        ]);
-    }
-    format!("\n{rows}\n")
 }
 
 fn features(results: &Results) -> String {
