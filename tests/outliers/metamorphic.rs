@@ -199,8 +199,8 @@ fn streaming_experts_one_by_one_equals_all_at_once_bit_for_bit() {
                 progress: &ProgressSink::silent(),
                 meter: &Meter::default(),
             };
-            let nll = pass.run(&mut study, None).unwrap().nll().map(<[f32]>::to_vec);
-            (nll, study.report(&job.thresholds, &tokens.ids))
+            let predicted = pass.run(&mut study, None).unwrap().predicted;
+            (predicted, study.report(&job.thresholds, &tokens.ids))
         };
         assert_eq!(pass(1), pass(u64::MAX), "{name}");
     }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
-use outliers_protocol::{Ablation, AblationArm, Perplexity, Removed};
+use outliers_protocol::{Ablation, AblationArm, Removed};
 
 use crate::attention::TopShares;
 use crate::error::{Result, WorkerError};
@@ -27,21 +27,26 @@ impl Arms {
         Self { hidden: 0, removed: vec![(Removed::Nothing, Vec::new())] }
     }
 
-    /// Those of a job, over a model of width `hidden`.
+    /// Those of a job, over a model of width `hidden` and sequences of `tokens`.
     ///
     /// # Errors
-    /// Job: features that the model does not have, none, or so many that not as many others are left.
-    pub fn of(ablation: Option<&Ablation>, hidden: usize) -> Result<Self> {
+    /// Job: features that the model does not have, none, or so many that not as many others are left; sequences without predictions.
+    pub fn of(ablation: Option<&Ablation>, hidden: usize, tokens: usize) -> Result<Self> {
         let Some(Ablation { features, seed }) = ablation else { return Ok(Self::whole()) };
-        let wrong = |why: String| Err(WorkerError::job(why).hint("features are counted from 0, ascending, each once"));
+        let wrong = |why: String, hint: &str| Err(WorkerError::job(why).hint(hint));
         if features.is_empty() || !features.is_sorted_by(|a, b| a < b) {
-            return wrong(format!("an ablation of {features:?}"));
+            return wrong(format!("an ablation of {features:?}"), "features are ascending, each once");
         }
         if let Some(feature) = features.iter().find(|feature| **feature >= hidden) {
-            return wrong(format!("there is no feature {feature} in a model of {hidden}"));
+            let why = format!("there is no feature {feature} in a model of {hidden}");
+            return wrong(why, "they are counted from 0; those of another model's results are not this one's");
         }
         if 2 * features.len() > hidden {
-            return wrong(format!("{} features of {hidden}: there are not as many others", features.len()));
+            let why = format!("{} features of {hidden} to take away: there are not as many others", features.len());
+            return wrong(why, "take away half of them at most");
+        }
+        if tokens < 2 {
+            return wrong("an ablation of sequences of one token, which predict nothing".to_owned(), "use longer ones");
         }
         let mut others: Vec<usize> = (0..hidden).filter(|feature| features.binary_search(feature).is_err()).collect();
         others.sort_by_cached_key(|feature| noise::mix(noise::mix(*seed) ^ *feature as u64));
@@ -79,7 +84,7 @@ impl Arms {
             Some(AblationArm {
                 removed: *removed,
                 features: features.clone(),
-                perplexity: perplexity(&predicted.nll)?,
+                perplexity: predicted.perplexity()?,
                 top_probability: predicted.top_probability,
                 attention: (!shares.is_empty()).then(|| shares.iter().sum::<f64>() / shares.len() as f64),
                 attention_by_layer: by_layer,
@@ -89,23 +94,12 @@ impl Arms {
     }
 }
 
-/// Of likelihoods in nats; `None` of none: a token by itself predicts nothing.
-pub fn perplexity(nll: &[f32]) -> Option<Perplexity> {
-    let mean_nll = mean(nll)?;
-    Some(Perplexity { perplexity: mean_nll.exp(), mean_nll, predicted_tokens: nll.len() as u64 })
-}
-
-/// Summed in f64; `None` of none.
-pub fn mean(values: &[f32]) -> Option<f64> {
-    (!values.is_empty()).then(|| values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn random(features: &[usize], seed: u64, hidden: usize) -> Vec<usize> {
-        let arms = Arms::of(Some(&Ablation { features: features.to_vec(), seed }), hidden).unwrap();
+        let arms = Arms::of(Some(&Ablation { features: features.to_vec(), seed }), hidden, 8).unwrap();
         arms.removed[2].1.clone()
     }
 
@@ -124,14 +118,16 @@ mod tests {
     #[test]
     fn features_that_cannot_be_taken_away_are_refused() {
         for features in [vec![], vec![4], vec![1, 1], vec![2, 1], vec![0, 1, 2]] {
-            let error = Arms::of(Some(&Ablation { features: features.clone(), seed: 0 }), 4).unwrap_err();
+            let error = Arms::of(Some(&Ablation { features: features.clone(), seed: 0 }), 4, 8).unwrap_err();
             assert!(error.hint_text().is_some(), "{features:?}: {}", error.message());
         }
+        let error = Arms::of(Some(&Ablation { features: vec![1], seed: 0 }), 4, 1).unwrap_err();
+        assert!(error.message().contains("one token"), "{}", error.message());
     }
 
     #[test]
     fn a_mask_is_zero_where_features_are_taken_away() {
-        let arms = Arms::of(Some(&Ablation { features: vec![1, 2], seed: 0 }), 4).unwrap();
+        let arms = Arms::of(Some(&Ablation { features: vec![1, 2], seed: 0 }), 4, 8).unwrap();
         let masks = arms.masks(DType::F32, &Device::Cpu).unwrap();
         let values: Vec<Vec<f32>> = masks.iter().map(|mask| mask.to_vec1().unwrap()).collect();
         assert_eq!(values, [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0]]);

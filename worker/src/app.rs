@@ -134,7 +134,7 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
     let sharing = device::sharing_memory(&devices);
     let group_elements = StreamBudget::planned(job.stream_budget_bytes).group_elements(compute, sharing);
     let micro_batch_tokens = job.micro_batch_tokens;
-    let arms = Arms::of(job.ablation.as_ref(), model.spec.hidden)?.count();
+    let arms = Arms::of(job.ablation.as_ref(), model.spec.hidden, tokens)?.count();
     let run = PlannedRun { sequences, tokens, arms, compute, micro_batch_tokens, group_elements, devices: sharing };
     Ok(inspect::inspect(&job, &checkpoint, &model, run))
 }

@@ -12,7 +12,7 @@ use outliers_protocol::{
 use sha2::{Digest, Sha256};
 use sysinfo::System;
 
-use crate::ablation::{self, Arms, Sharpness};
+use crate::ablation::{Arms, Sharpness};
 use crate::budget::{self, StreamBudget};
 use crate::corpus::{self, Tokens};
 use crate::device::{self, Machine};
@@ -26,7 +26,7 @@ use crate::progress::{ProgressSink, now_ms};
 use crate::savepoint::SavePoints;
 use crate::source::{Checkpoint, Container, Described, LocalSource, SyntheticSource, is_plain_name};
 use crate::stats::{Scope, Study};
-use crate::stream::{Pass, Passed};
+use crate::stream::{Pass, Passed, Predicted};
 use crate::trace;
 use crate::watch::Watch;
 
@@ -160,7 +160,7 @@ impl Run<'_> {
             let run = identity(job, &checkpoint, &tokens, compute);
             SavePoints::new(folder.file(files::SAVE_POINT), run, save_every)
         });
-        let arms = Arms::of(job.ablation.as_ref(), model.spec.hidden)?;
+        let arms = Arms::of(job.ablation.as_ref(), model.spec.hidden, tokens.tokens)?;
         let sharing = device::sharing_memory(&devices);
         let group_elements = budget.group_elements(compute, sharing);
         let planned = PlannedRun {
@@ -192,7 +192,7 @@ impl Run<'_> {
         let study = &watch.study;
         progress.phase(Phase::Writing);
         write_statistics(&folder.file(files::STATISTICS), study, job.thresholds.magnitude)?;
-        let mut results = results(job, &model, &tokens, study, passed.nll());
+        let mut results = results(job, &model, &tokens, study, passed.whole());
         if let Some(predicted) = &passed.predicted {
             results.ablation = arms.report(model.spec.layers.len(), predicted, &watch.sharpness);
         }
@@ -234,7 +234,7 @@ impl Run<'_> {
             trace::write(&folder.file(name), &pass.meter.spans(), pass.devices)?;
         }
         if let Some(dump) = watch.dump.take() {
-            dump.finish(passed.nll())?;
+            dump.finish(passed.whole().map(|predicted| predicted.nll.as_slice()))?;
         }
         Ok((watch, passed))
     }
@@ -310,15 +310,13 @@ fn bytes_to_read(model: &Model<'_>, with_head: bool) -> u64 {
     if with_head { all } else { all - head }
 }
 
-fn results(job: &JobSpec, model: &Model<'_>, tokens: &Tokens, study: &Study, nll: Option<&[f32]>) -> Results {
+fn results(job: &JobSpec, model: &Model<'_>, tokens: &Tokens, study: &Study, predicted: Option<&Predicted>) -> Results {
     let report = study.report(&job.thresholds, &tokens.ids);
     let judged = report.judged;
     let mut per_sequence = judged.per_sequence;
-    // One token per sequence predicts nothing: no perplexity then.
-    let nll = nll.filter(|nll| !nll.is_empty());
-    if let Some(nll) = nll {
-        for (summary, nll) in per_sequence.iter_mut().zip(nll.chunks(tokens.tokens - 1)) {
-            summary.mean_nll = ablation::mean(nll);
+    if let Some(predicted) = predicted {
+        for (summary, mean_nll) in per_sequence.iter_mut().zip(predicted.of_sequences(tokens.sequences)) {
+            summary.mean_nll = mean_nll;
         }
     }
     Results {
@@ -336,7 +334,7 @@ fn results(job: &JobSpec, model: &Model<'_>, tokens: &Tokens, study: &Study, nll
         sites: judged.sites,
         total_occurrences: judged.total_occurrences,
         max_abs: judged.max_abs,
-        perplexity: nll.and_then(ablation::perplexity),
+        perplexity: predicted.and_then(Predicted::perplexity),
         other_sites: report.other_sites,
         massive_activations: report.massive_activations,
         top_records: report.top_records,

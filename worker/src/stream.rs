@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::mpsc::sync_channel;
 
 use candle_core::{DType, Device, Tensor};
-use outliers_protocol::Phase;
+use outliers_protocol::{Perplexity, Phase};
 
 mod embed;
 mod head;
@@ -68,9 +68,9 @@ pub struct Passed {
 }
 
 impl Passed {
-    /// The whole model's likelihoods.
-    pub fn nll(&self) -> Option<&[f32]> {
-        Some(&self.predicted.as_ref()?.first()?.nll)
+    /// What the whole model predicted.
+    pub fn whole(&self) -> Option<&Predicted> {
+        self.predicted.as_ref()?.first()
     }
 }
 
@@ -81,6 +81,25 @@ pub struct Predicted {
     pub nll: Vec<f32>,
     /// Mean over them of the largest probability.
     pub top_probability: f64,
+}
+
+impl Predicted {
+    /// `None` without predictions: a token by itself predicts nothing.
+    pub fn perplexity(&self) -> Option<Perplexity> {
+        let mean_nll = mean(&self.nll)?;
+        Some(Perplexity { perplexity: mean_nll.exp(), mean_nll, predicted_tokens: self.nll.len() as u64 })
+    }
+
+    /// Mean negative log-likelihood of each of so many sequences; `None` without predictions.
+    pub fn of_sequences(&self, sequences: usize) -> Vec<Option<f64>> {
+        let each = self.nll.len() / sequences.max(1);
+        (0..sequences).map(|sequence| mean(&self.nll[sequence * each..][..each])).collect()
+    }
+}
+
+/// Summed in f64; `None` of nothing.
+fn mean(values: &[f32]) -> Option<f64> {
+    (!values.is_empty()).then(|| values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64)
 }
 
 /// Whole sequences that are computed together, and what is kept of them between units.

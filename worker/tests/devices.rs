@@ -70,7 +70,8 @@ impl Fixture {
     /// With two more arms.
     fn ablated(mut self) -> Self {
         let model = Model::open(&self.checkpoint.config, &*self.checkpoint.weights, None).unwrap();
-        self.arms = Arms::of(Some(&Ablation { features: vec![1, 5], seed: 0 }), model.spec.hidden).unwrap();
+        self.arms =
+            Arms::of(Some(&Ablation { features: vec![1, 5], seed: 0 }), model.spec.hidden, self.tokens.tokens).unwrap();
         self
     }
 
