@@ -41,6 +41,7 @@ while [ -z "$why" ]; do
     elif [ "$lease" -gt 0 ] && [ $((now - heard)) -ge "$lease" ]; then
         why="nobody looked after this run for $lease s"
     else
+        [ $((ends - now)) -lt "$pause" ] && pause=$((ends - now))
         sleep "$pause"
     fi
 done

@@ -34,7 +34,8 @@ stop_worker() {
     if alive worker.pid; then
         # The wrapper leads a process group of its own.
         kill -TERM -"$p" 2> /dev/null || kill -TERM "$p" 2> /dev/null
-        i=0; while alive worker.pid && [ $i -lt 15 ]; do i=$((i + 1)); sleep 1; done
+        end=$(($(ticks) + 15))
+        while alive worker.pid && [ "$(ticks)" -lt "$end" ]; do sleep 1; done
         kill -KILL -"$p" 2> /dev/null
         alive worker.pid && kill -KILL "$p" 2> /dev/null
     elif [ ! -f exit_code ]; then
@@ -43,7 +44,8 @@ stop_worker() {
         now=$(started "$p")
         if [ -z "$now" ] || [ "$now" = "$(sed -n 2p worker.pid)" ]; then kill -KILL -"$p" 2> /dev/null; fi
     fi
-    i=0; while alive worker.pid && [ $i -lt 5 ]; do i=$((i + 1)); sleep 1; done
+    end=$(($(ticks) + 5))
+    while alive worker.pid && [ "$(ticks)" -lt "$end" ]; do sleep 1; done
     ! alive worker.pid
 }
 
