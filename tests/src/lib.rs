@@ -8,6 +8,8 @@ pub mod line;
 pub mod programs;
 pub mod sshd;
 
+use std::io::Write;
+
 /// SHA-256 in lower-case hexadecimal.
 pub fn sha256(bytes: &[u8]) -> String {
     use sha2::{Digest, Sha256};
@@ -24,4 +26,10 @@ pub fn noise(len: usize) -> Vec<u8> {
         state.to_le_bytes()
     };
     std::iter::repeat_with(&mut next).flatten().take(len).collect()
+}
+
+/// Says what a test counted to whoever runs it, though it passes: the harness keeps what tests print.
+pub fn tell(line: &str) {
+    // Nobody listens, then.
+    let _ = writeln!(std::io::stdout(), "{line}");
 }

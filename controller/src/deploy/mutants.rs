@@ -1,5 +1,7 @@
 //! The evidence that the schedules are evidence: each bug of [`Mutant`] is planted, and must be caught.
 
+use outliers_tests::tell;
+
 use super::schedules::play;
 use crate::mutant::Mutant;
 
@@ -30,14 +32,14 @@ const ALL: [Mutant; 18] = [
 #[test]
 fn every_planted_bug_is_caught() {
     let mut missed = Vec::new();
-    println!("{:<22} {:>9}  caught by", "planted", "schedules");
+    tell(&format!("{:<22} {:>9}  caught by", "planted", "schedules"));
     for mutant in ALL {
         let caught = (0..WITHIN).find_map(|seed| play(seed, Some(mutant)).err().map(|why| (seed, why)));
         match caught {
             Some((seed, why)) => {
                 play(seed, None).unwrap_or_else(|why| panic!("seed {seed} fails without {mutant:?} too: {why}"));
                 let why: String = why.lines().next().unwrap_or_default().chars().take(100).collect();
-                println!("{:<22} {:>9}  {why}", format!("{mutant:?}"), seed + 1);
+                tell(&format!("{:<22} {:>9}  {why}", format!("{mutant:?}"), seed + 1));
             }
             None => missed.push(mutant),
         }

@@ -9,6 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Once;
 
+use outliers_tests::tell;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -236,7 +237,7 @@ pub(super) fn play(seed: u64, mutant: Option<Mutant>) -> Result<Played, String> 
 fn every_random_schedule_ends_clean_and_the_same_seed_plays_the_same() {
     let count = number("OUTLIERS_SCHEDULES").unwrap_or(SCHEDULES);
     let seed = number("OUTLIERS_SEED").unwrap_or_else(|| rand::rng().random_range(0..1 << 32));
-    println!("{count} schedules from seed {seed}");
+    tell(&format!("{count} schedules from seed {seed}"));
     let threads = std::thread::available_parallelism().map_or(2, usize::from) as u64;
     let share = |thread: u64| -> Vec<(Fault, &'static str)> {
         let mut struck = Vec::new();
@@ -263,9 +264,9 @@ fn print_coverage(struck: &[(Fault, &'static str)]) {
     for (fault, effect) in struck {
         *table.entry(effect).or_default().entry(format!("{fault:?}")).or_default() += 1;
     }
-    println!("{} faults struck", struck.len());
+    tell(&format!("{} faults struck", struck.len()));
     for (effect, faults) in table {
         let faults: Vec<String> = faults.iter().map(|(fault, times)| format!("{fault} {times}")).collect();
-        println!("{effect:>12}: {}", faults.join(", "));
+        tell(&format!("{effect:>12}: {}", faults.join(", ")));
     }
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use outliers_clouds::Moment;
+use outliers_tests::tell;
 
 use super::*;
 
@@ -131,6 +132,6 @@ fn killed_at_any_point_the_real_controller_leaves_nothing_and_loses_nothing() {
     // Most of the time is waiting.
     std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(strike_all))));
     let (died, seconds) = (died.into_inner(), whole.as_secs_f64());
-    println!("{requests} requests in {seconds:.1} s; of {} controllers {died} died of it", points.len());
+    tell(&format!("{requests} requests in {seconds:.1} s; of {} controllers {died} died of it", points.len()));
     assert!(died * 10 >= points.len() * 7, "only {died} of {} were still there to be struck", points.len());
 }
