@@ -109,6 +109,8 @@ pub struct Settings {
     pub read_rate: Bytes,
     /// Share of peak arithmetic, for plans.
     pub efficiency: f64,
+    /// Most requests to the hub in five minutes, of all runs together.
+    pub hub_requests: usize,
     /// Token for gated models.
     pub hf_token: Option<Secret>,
     /// Another hub.
@@ -160,6 +162,8 @@ struct File {
     #[serde(default)]
     survey: SurveySection,
     #[serde(default)]
+    hub: HubSection,
+    #[serde(default)]
     thresholds: ThresholdSection,
     #[serde(default)]
     plan: PlanSection,
@@ -207,6 +211,12 @@ struct SurveySection {
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct HubSection {
+    requests: Option<NonZero<usize>>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct ThresholdSection {
     magnitude: Option<f32>,
     layer_fraction: Option<f64>,
@@ -244,6 +254,7 @@ impl Settings {
         let save_point = user.run.save_point_limit.or(defaults.run.save_point_limit);
         let parallel = user.survey.max_parallel.or(defaults.survey.max_parallel);
         let stagger = user.survey.stagger_seconds.or(defaults.survey.stagger_seconds);
+        let requests = user.hub.requests.or(defaults.hub.requests).ok_or_else(|| built_in("hub.requests"))?;
         let rate = user.plan.read_rate.or(defaults.plan.read_rate);
         Ok(Self {
             state: state_folder(environment)?,
@@ -261,16 +272,19 @@ impl Settings {
             thresholds: thresholds(&user.thresholds, &defaults.thresholds),
             read_rate: size(rate, "plan.read-rate")?,
             efficiency: user.plan.efficiency.or(defaults.plan.efficiency).ok_or_else(|| built_in("plan.efficiency"))?,
+            hub_requests: requests.get(),
             hf_token: hf_token(environment),
             hf_endpoint: environment.get(variables::HF_ENDPOINT).map(str::to_owned),
         })
     }
 
-    /// What a worker that fetches from the hub is given.
-    pub fn hub_variables(&self) -> Vec<(&'static str, Secret)> {
+    /// What each of so many workers that fetch from the hub at the same time is given.
+    pub fn hub_variables(&self, workers: usize) -> Vec<(&'static str, Secret)> {
+        let share = (self.hub_requests / workers.max(1)).max(1);
         let endpoint = self.hf_endpoint.as_ref().map(|text| (variables::HF_ENDPOINT, Secret::new(text.clone())));
         let token = self.hf_token.clone().map(|token| (variables::HF_TOKEN, token));
-        token.into_iter().chain(endpoint).collect()
+        let share = (outliers_protocol::HUB_REQUESTS, Secret::new(share.to_string()));
+        token.into_iter().chain(endpoint).chain([share]).collect()
     }
 }
 
@@ -486,7 +500,7 @@ mod tests {
         assert_eq!((settings.max_parallel, settings.stagger), (3, Duration::from_secs(20)));
         assert_eq!(settings.thresholds, Thresholds::default());
         assert!(settings.state.ends_with(".local/state/outliers"));
-        assert!(settings.hf_token.is_none() && settings.hub_variables().is_empty());
+        assert!(settings.hf_token.is_none() && settings.hub_variables(1).len() == 1);
     }
 
     #[test]
@@ -505,6 +519,7 @@ mod tests {
             ("[run]\nmax_duration = '5m'", "max_duration"),
             ("[worker]\nbinary = 3", "binary"),
             ("[survey]\nmax-parallel = 0", "max-parallel"),
+            ("[hub]\nrequests = 0", "requests"),
             ("= 3", "1"),
         ] {
             let error = resolve(Some(text), &[]).unwrap_err();
@@ -519,7 +534,11 @@ mod tests {
     fn the_environment_says_where_things_are() {
         let settings = resolve(None, &[(variables::STATE, "/s"), (variables::HF_TOKEN, " hf_x\n")]).unwrap();
         assert_eq!(settings.state, Path::new("/s"));
-        assert_eq!(settings.hub_variables().len(), 1);
+        let given = |workers| {
+            settings.hub_variables(workers).into_iter().map(|(name, value)| (name, value.expose().to_owned()))
+        };
+        assert!(given(3).eq([("HF_TOKEN", "hf_x".to_owned()), ("OUTLIERS_HUB_REQUESTS", "333".to_owned())]));
+        assert_eq!(given(5000).last().unwrap().1, "1", "a worker that may ask nothing can do nothing");
         assert!(!format!("{settings:?}").contains("hf_x"), "a token is never printed");
         assert_eq!(settings.hf_token.unwrap().expose(), "hf_x");
         let settings = resolve(None, &[(variables::XDG_STATE_HOME, "/xdg"), (variables::HF_TOKEN, "")]).unwrap();

@@ -40,8 +40,8 @@ fn token(hub: &HubArgs) -> Option<Token> {
 }
 
 fn open_hub(args: &HubArgs) -> Result<Hub> {
-    let endpoint = args.hf_endpoint.clone();
-    Hub::new(HubOptions { endpoint, token: token(args), ..HubOptions::new(args.cache()?) })
+    let (endpoint, requests) = (args.hf_endpoint.clone(), args.hub_requests);
+    Hub::new(HubOptions { endpoint, token: token(args), requests, ..HubOptions::new(args.cache()?) })
 }
 
 fn start_log(verbose: bool) {

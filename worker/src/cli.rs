@@ -42,6 +42,9 @@ pub struct HubArgs {
     /// The Hugging Face cache itself.
     #[arg(long, global = true, env = "HF_HUB_CACHE", hide = true)]
     pub hf_hub_cache: Option<PathBuf>,
+    /// Most requests to the hub in five minutes: this program's share of what its limits leave to all runs together.
+    #[arg(long, global = true, env = outliers_protocol::HUB_REQUESTS, default_value_t = crate::hub::DEFAULT_REQUESTS, hide = true)]
+    pub hub_requests: usize,
 }
 
 impl HubArgs {

@@ -5,6 +5,7 @@
 //! no hash and waits for ever on a silent connection. Here every file is compared with the size and hash that the
 //! repository lists before it gets its name.
 
+mod allowance;
 mod answer;
 mod cache;
 mod dataset;
@@ -43,6 +44,9 @@ use streamed::HubSource;
 /// The public hub.
 pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 
+/// What the hub lets a free account ask of its API in five minutes; addresses of files it gives five times as often.
+pub const DEFAULT_REQUESTS: usize = 1000;
+
 /// Files fetched into the cache at the same time.
 const PARALLEL_FILES: usize = 4;
 /// Headers read at the same time: each is one short answer, and models have up to 163.
@@ -62,13 +66,16 @@ pub struct HubOptions {
     pub cache: PathBuf,
     /// How long to try.
     pub patience: Patience,
+    /// Most requests in five minutes, those for ranges of files whose address is known not among them.
+    pub requests: usize,
 }
 
 impl HubOptions {
     /// The public hub without a token.
     pub fn new(cache: impl Into<PathBuf>) -> Self {
         let endpoint = DEFAULT_ENDPOINT.to_owned();
-        Self { endpoint, token: None, cache: cache.into(), patience: Patience::default() }
+        let (patience, requests) = (Patience::default(), DEFAULT_REQUESTS);
+        Self { endpoint, token: None, cache: cache.into(), patience, requests }
     }
 }
 
@@ -97,7 +104,7 @@ impl Hub {
     /// # Errors
     /// Kind `Job`: the endpoint is not an http(s) address, or the token would travel unencrypted.
     pub fn new(options: HubOptions) -> Result<Self> {
-        let client = Client::new(&options.endpoint, options.token, options.patience)?;
+        let client = Client::new(&options)?;
         Ok(Self { client: Arc::new(client), cache: Cache::new(options.cache) })
     }
 

@@ -91,9 +91,9 @@ pub(super) fn identity(job: &JobSpec) -> Result<JobIdentity, Complaint> {
     JobIdentity::of(job).map_err(|error| Complaint::failed(format!("the corpus: {error}")))
 }
 
-/// What the worker of this job is given.
-pub(super) fn secrets(context: &Context, job: &JobSpec) -> Vec<(&'static str, Secret)> {
-    if job.asks_the_hub() { context.settings.hub_variables() } else { Vec::new() }
+/// What the worker of this job is given, which is one of so many at the same time.
+pub(super) fn secrets(context: &Context, job: &JobSpec, workers: usize) -> Vec<(&'static str, Secret)> {
+    if job.asks_the_hub() { context.settings.hub_variables(workers) } else { Vec::new() }
 }
 
 /// Everything that can be known to be wrong before anything is rented.

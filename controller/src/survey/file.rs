@@ -327,6 +327,19 @@ mod tests {
     }
 
     #[test]
+    fn the_surveys_that_come_along_name_commits() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/surveys");
+        let files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert!(files.len() >= 3);
+        for file in files {
+            for Entry { name, model, .. } in Survey::read(&file).unwrap().models {
+                let commit = model.revision.len() == 40 && model.revision.bytes().all(|b| b.is_ascii_hexdigit());
+                assert!(commit, "{}: {name} at {}: a branch moves", file.display(), model.revision);
+            }
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_named_with_its_line_and_key() {
         for (text, line, word) in [
             ("name = 's'\nmodls = ['a/b']", Some(2), "modls"),

@@ -48,6 +48,9 @@ pub use size::ByteSize;
 /// Version of all documents in this crate. Raised when a reader of the old one would misread the new one.
 pub const SCHEMA: u32 = 1;
 
+/// Environment variable of a worker: most requests to the hub in five minutes, its share of what all runs together may ask.
+pub const HUB_REQUESTS: &str = "OUTLIERS_HUB_REQUESTS";
+
 /// Names of the files in a run's output folder, the same on the instance and at home.
 pub mod files {
     /// The job, as the worker read it.

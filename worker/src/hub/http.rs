@@ -11,6 +11,8 @@ use ureq::http::header::{AUTHORIZATION, RANGE};
 use ureq::http::{Response, StatusCode};
 use ureq::{Agent, Body};
 
+use super::HubOptions;
+use super::allowance::{Allowance, WINDOW};
 use super::answer::{
     Refusal, check_endpoint, content_range, encode, etag, header, redirect, same_origin, unreachable, wait_asked_for,
 };
@@ -111,11 +113,13 @@ pub(super) struct Client {
     pub(super) patience: Patience,
     /// The hub asked to be left alone until then. It counts all requests of an address together, so all of them wait.
     resting: Mutex<Option<Instant>>,
+    allowance: Allowance,
 }
 
 impl Client {
-    pub(super) fn new(endpoint: &str, token: Option<Token>, patience: Patience) -> Result<Self> {
-        let endpoint = endpoint.trim_end_matches('/').to_owned();
+    pub(super) fn new(options: &HubOptions) -> Result<Self> {
+        let (endpoint, token, patience) =
+            (options.endpoint.trim_end_matches('/').to_owned(), options.token.clone(), options.patience);
         let loopback = check_endpoint(&endpoint, token.is_some())?;
         let mut config = Agent::config_builder()
             .http_status_as_error(false)
@@ -133,7 +137,8 @@ impl Client {
         if loopback {
             config = config.proxy(None);
         }
-        Ok(Self { agent: config.build().into(), endpoint, token, patience, resting: Mutex::default() })
+        let allowance = Allowance::new(options.requests, WINDOW);
+        Ok(Self { agent: config.build().into(), endpoint, token, patience, resting: Mutex::default(), allowance })
     }
 
     /// The bytes of a small document, at most `limit`.
@@ -172,7 +177,7 @@ impl Client {
         let asked = listing.asked(file);
         self.persist(&asked, || {
             let mut digest = None;
-            let answer = self.follow(&self.file_url(listing, file), Some(&(0..1)), &asked, &mut |response| {
+            let answer = self.follow(&self.file_url(listing, file), Some(&(0..1)), &asked, true, &mut |response| {
                 digest = digest.take().or_else(|| etag(response));
             })?;
             let size = content_range(&answer.response).and_then(|(_, total)| total);
@@ -192,22 +197,33 @@ impl Client {
         )
     }
 
+    /// Something that only the hub knows.
     pub(super) fn get(&self, url: &str, range: Option<&Range<u64>>, asked: &Asked<'_>) -> Result<Answer, Refusal> {
-        self.follow(url, range, asked, &mut |_| ())
+        self.follow(url, range, asked, true, &mut |_| ())
     }
 
-    /// A request and its redirects; `see` is shown every answer. The token goes to the hub's own address only.
+    /// Bytes from where they are known to be. A hub that sends its files itself counts no requests for them.
+    pub(super) fn get_at(&self, address: &str, range: &Range<u64>, asked: &Asked<'_>) -> Result<Answer, Refusal> {
+        self.follow(address, Some(range), asked, false, &mut |_| ())
+    }
+
+    /// A request and its redirects; `see` is shown every answer. The token goes to the hub's own address only; what goes there
+    /// is `counted`, or not.
     fn follow(
         &self,
         url: &str,
         range: Option<&Range<u64>>,
         asked: &Asked<'_>,
+        counted: bool,
         see: &mut dyn FnMut(&Response<Body>),
     ) -> Result<Answer, Refusal> {
         let mut url = url.to_owned();
         for _ in 0..=MAX_REDIRECTS {
             let mut request = self.agent.get(&url);
             if self.is_hub(&url) {
+                if counted {
+                    self.allowance.take();
+                }
                 self.let_it_rest();
                 if let Some(token) = &self.token {
                     request = request.header(AUTHORIZATION, format!("Bearer {}", token.0));

@@ -113,7 +113,7 @@ impl RemoteFile {
         // The lock must not be held while the answer is waited for.
         let known = self.place().address.clone();
         if let Some(address) = known {
-            return self.client.get(&address, Some(range), &asked).inspect_err(|refusal| {
+            return self.client.get_at(&address, range, &asked).inspect_err(|refusal| {
                 if matches!(refusal, Refusal::Expired(_)) {
                     self.forget(&address);
                 }

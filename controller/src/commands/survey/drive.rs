@@ -43,14 +43,14 @@ impl Session<'_> {
         ports: Ports<'_>,
         todo: Vec<Todo>,
     ) -> Result<Vec<(String, Stuck)>, Complaint> {
-        let tasks = self.tasks(todo);
+        // What was left bills, whether it is driven or not.
+        let left = todo.iter().filter(|todo| matches!(todo, Todo::PickUp(_))).count();
+        let parallel = self.parallel().max(left);
+        let tasks = self.tasks(todo, parallel);
         if tasks.is_empty() {
             return Ok(Vec::new());
         }
         let (board, since_ms) = (self.context.reporter.of_one(&self.survey.name), now_ms());
-        // What was left bills, whether it is driven or not.
-        let left = tasks.iter().filter(|task| matches!(task.begin, Begin::Left(_))).count();
-        let parallel = self.parallel().max(left);
         let estimates: Vec<(String, Usd)> = tasks.iter().map(|task| (task.name.clone(), task.estimate)).collect();
         let turns = Turns::new(self.context.settings.stagger);
         let ports = Ports { turns: Some(&turns), ..ports };
@@ -67,8 +67,8 @@ impl Session<'_> {
         stuck
     }
 
-    /// What was left first: it bills already.
-    fn tasks(&self, todo: Vec<Todo>) -> Vec<Task> {
+    /// What was left first: it bills already. So many are done at the same time.
+    fn tasks(&self, todo: Vec<Todo>, parallel: usize) -> Vec<Task> {
         let mut tasks: Vec<Task> = Vec::new();
         for (model, todo) in self.models.iter().zip(todo) {
             let (begin, estimate) = match todo {
@@ -83,7 +83,7 @@ impl Session<'_> {
                     (Begin::Anew(Box::new(prepared.spec)), estimate)
                 }
             };
-            let secrets = secrets(self.context, &model.identity.job);
+            let secrets = secrets(self.context, &model.identity.job, parallel);
             let estimate = estimate.unwrap_or(Usd::ZERO);
             tasks.push(Task { name: model.entry.name.clone(), secrets, begin, estimate });
         }

@@ -1,0 +1,65 @@
+//! How often a hub may be asked: a share of what its limits leave to all runs together.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The stretch of time for which the hub counts requests: <https://huggingface.co/docs/hub/rate-limits>.
+pub(super) const WINDOW: Duration = Duration::from_secs(300);
+
+/// At most so many requests in any window, wherever it begins.
+pub(super) struct Allowance {
+    most: usize,
+    window: Duration,
+    /// When the latest were made, the earliest first.
+    made: Mutex<VecDeque<Instant>>,
+}
+
+impl Allowance {
+    pub(super) fn new(most: usize, window: Duration) -> Self {
+        Self { most: most.max(1), window, made: Mutex::default() }
+    }
+
+    /// Waits until one more is allowed, and counts it.
+    pub(super) fn take(&self) {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if made.len() >= self.most
+            && let Some(first) = made.pop_front()
+        {
+            let wait = (first + self.window).saturating_duration_since(Instant::now());
+            if wait > Duration::ZERO {
+                tracing::info!(seconds = wait.as_secs_f32(), "its share of requests to the hub is used up; waiting");
+                // Others want one too, and must wait as well: the lock is kept.
+                thread::sleep(wait);
+            }
+        }
+        made.push_back(Instant::now());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_window_sees_more_than_are_allowed() {
+        let window = Duration::from_millis(120);
+        let allowance = Allowance::new(4, window);
+        let made = Mutex::new(Vec::new());
+        thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..5 {
+                        allowance.take();
+                        made.lock().unwrap().push(Instant::now());
+                    }
+                });
+            }
+        });
+        let mut made = made.into_inner().unwrap();
+        made.sort();
+        assert_eq!(made.len(), 15);
+        assert!(made[14] - made[0] >= 3 * window, "the fifth waits for the first, and so on");
+    }
+}
