@@ -17,7 +17,7 @@ use crate::error::{Result, WorkerError};
 use crate::hub::{Hub, HubOptions, Token};
 use crate::inspect::{self, PlannedRun};
 use crate::model::Model;
-use crate::{arch, bench, corpus, demo, run};
+use crate::{arch, bench, corpus, demo, fused, gpu, run};
 
 /// Parses arguments, does what they say, prints the outcome.
 ///
@@ -26,6 +26,9 @@ pub fn main_impl() -> ExitCode {
     let cli = Cli::parse();
     start_log(cli.verbose);
     let json = cli.json;
+    if cli.composed {
+        fused::compose_all();
+    }
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => report(error, json),
@@ -111,6 +114,7 @@ fn dispatch(cli: Cli) -> Result<()> {
             Bench::Run { options } => print_table(&bench_run(*options, &hub)?, cli.json),
             Bench::Decode { values, rounds } => print_table(&bench::decode::decode(values, rounds)?, cli.json),
         },
+        Command::Devices => print_table(&device::list(), cli.json),
         Command::Version => version(cli.json),
     }
     Ok(())
@@ -160,6 +164,7 @@ fn version(json: bool) {
         schema: SCHEMA,
         target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
         cuda: cfg!(feature = "cuda"),
+        oldest_cuda: gpu::oldest_driver(),
         architectures: arch::known().map(str::to_owned).collect(),
     };
     if json {

@@ -22,6 +22,9 @@ pub struct Cli {
     /// The Hugging Face hub.
     #[command(flatten)]
     pub hub: HubArgs,
+    /// Compute everything by the tensor library's operations, as on GPUs.
+    #[arg(long, global = true, hide = true)]
+    pub composed: bool,
     /// Print the result, or the failure, as JSON on standard output.
     #[arg(long, global = true)]
     pub json: bool,
@@ -107,6 +110,8 @@ pub enum Command {
         #[command(subcommand)]
         what: Bench,
     },
+    /// Say which devices this machine has, and why others do not serve.
+    Devices,
     /// Print version, protocol and known architectures.
     Version,
 }

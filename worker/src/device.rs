@@ -1,10 +1,14 @@
 //! Devices: what `--devices` means, and what is there.
 
+use std::fmt;
+
 use candle_core::{DType, Device};
 use outliers_protocol::{DeviceInfo, Precision};
+use serde::Serialize;
 use sysinfo::System;
 
 use crate::error::{Result, WorkerError};
+use crate::gpu::{self, Gpus};
 
 /// One device that layers are dealt to. Two placements on the CPU are two logical devices over the same memory.
 #[derive(Clone, Debug)]
@@ -18,17 +22,19 @@ pub struct Placement {
 /// Opens the devices typed: `cpu`, `cpu:N` (N logical devices), `cuda:I`. None typed: all GPUs, or the CPU.
 ///
 /// # Errors
-/// Job: not a device's name. Device: a GPU that is not there, or a worker built without CUDA.
+/// Job: not a device's name. Device: a GPU that is not there or cannot be used; none typed: that GPUs are there, and none can be used.
 pub fn open(typed: &[String]) -> Result<Vec<Placement>> {
+    let gpus = gpu::find();
     if typed.is_empty() {
-        let gpus: Vec<Placement> = (0..).map_while(|i| cuda(i).ok()).collect();
-        return Ok(if gpus.is_empty() { vec![cpu("cpu")] } else { gpus });
+        let opened = gpus.open_all()?.into_iter().map(|(index, device)| cuda(index, device));
+        let opened: Vec<Placement> = opened.collect();
+        return Ok(if opened.is_empty() { vec![cpu("cpu")] } else { opened });
     }
-    let opened = typed.iter().map(|name| open_one(name.trim())).collect::<Result<Vec<_>>>()?;
+    let opened = typed.iter().map(|name| open_one(name.trim(), &gpus)).collect::<Result<Vec<_>>>()?;
     Ok(opened.into_iter().flatten().collect())
 }
 
-fn open_one(name: &str) -> Result<Vec<Placement>> {
+fn open_one(name: &str, gpus: &Gpus) -> Result<Vec<Placement>> {
     let bad = || {
         WorkerError::job(format!("--devices: {name:?} is not a device"))
             .hint("use `cpu`, `cpu:2` for two logical CPU devices, or `cuda:0,cuda:1`")
@@ -40,7 +46,10 @@ fn open_one(name: &str) -> Result<Vec<Placement>> {
             n if n > 64 => Err(bad()),
             n => Ok((0usize..n).map(|i| cpu(&format!("cpu#{i}"))).collect()),
         },
-        Some(("cuda", i)) => Ok(vec![cuda(i.parse().map_err(|_| bad())?)?]),
+        Some(("cuda", index)) => {
+            let index = index.parse().map_err(|_| bad())?;
+            Ok(vec![cuda(index, gpus.open(index)?)])
+        }
         _ => Err(bad()),
     }
 }
@@ -49,11 +58,8 @@ fn cpu(name: &str) -> Placement {
     Placement { name: name.to_owned(), device: Device::Cpu }
 }
 
-fn cuda(index: usize) -> Result<Placement> {
-    // A stream of its own: the per-thread default stream would leave loader and compute thread unordered.
-    let device = Device::new_cuda_with_stream(index)
-        .map_err(|e| WorkerError::device(format!("cuda:{index} cannot be opened: {e}")).hint("use --devices cpu"))?;
-    Ok(Placement { name: format!("cuda:{index}"), device })
+fn cuda(index: usize, device: Device) -> Placement {
+    Placement { name: format!("cuda:{index}"), device }
 }
 
 /// How many devices hold their weights and work in the same memory: all on the CPU do, every GPU has its own.
@@ -90,12 +96,57 @@ pub fn machine() -> Machine {
 
 /// Provenance of the devices.
 pub fn describe(devices: &[Placement], machine: &Machine) -> Vec<DeviceInfo> {
-    let one = |d: &Placement| DeviceInfo {
-        name: d.name.clone(),
-        description: if d.device.is_cpu() { machine.cpu.clone() } else { "NVIDIA GPU".to_owned() },
-        memory_bytes: machine.memory_bytes.filter(|_| d.device.is_cpu()),
+    let gpus = gpu::find().describe();
+    let one = |d: &Placement| {
+        let gpu = gpus.iter().find(|gpu| gpu.name == d.name).cloned();
+        gpu.unwrap_or_else(|| DeviceInfo {
+            name: d.name.clone(),
+            description: machine.cpu.clone(),
+            memory_bytes: machine.memory_bytes,
+        })
     };
     devices.iter().map(one).collect()
+}
+
+/// What this machine has.
+#[derive(Clone, Debug, Serialize)]
+pub struct Devices {
+    /// The CPU first.
+    pub devices: Vec<Seen>,
+    /// Why no GPU serves, where none does.
+    pub why_no_gpu: Option<String>,
+}
+
+/// A device, and whether it serves.
+#[derive(Clone, Debug, Serialize)]
+pub struct Seen {
+    /// Its name as in `--devices`, and what it is.
+    #[serde(flatten)]
+    pub device: DeviceInfo,
+    /// Why it does not serve; `None`: it does.
+    pub unfit: Option<String>,
+}
+
+/// Looks for all there is.
+pub fn list() -> Devices {
+    let gpus = gpu::find();
+    let cpu = describe(&[cpu("cpu")], &machine()).into_iter().map(|device| Seen { device, unfit: None });
+    let others = gpus.describe().into_iter().zip(&gpus.gpus);
+    let others = others.map(|(device, gpu)| Seen { device, unfit: gpu.unfit.clone() });
+    Devices { devices: cpu.chain(others).collect(), why_no_gpu: gpus.why_none }
+}
+
+impl fmt::Display for Devices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Seen { device, unfit } in &self.devices {
+            write!(f, "{:<8} {}", device.name, device.description)?;
+            if let Some(bytes) = device.memory_bytes {
+                write!(f, ", {:.1} GiB", bytes as f64 / (1u64 << 30) as f64)?;
+            }
+            writeln!(f, "{}", unfit.as_ref().map_or_else(String::new, |why| format!(" (does not serve: {why})")))?;
+        }
+        self.why_no_gpu.as_ref().map_or(Ok(()), |why| writeln!(f, "no GPU: {why}"))
+    }
 }
 
 #[cfg(test)]
@@ -105,6 +156,16 @@ mod tests {
     fn names(typed: &[&str]) -> Result<Vec<String>> {
         let typed: Vec<String> = typed.iter().map(|s| (*s).to_owned()).collect();
         Ok(open(&typed)?.into_iter().map(|d| d.name).collect())
+    }
+
+    #[test]
+    fn what_is_listed_can_be_opened() {
+        let listed = list();
+        assert_eq!(listed.devices[0].device.name, "cpu");
+        assert_eq!(listed.why_no_gpu.is_some(), listed.devices.len() == 1, "{listed}");
+        for seen in listed.devices.iter().filter(|seen| seen.unfit.is_none()) {
+            assert_eq!(names(&[&seen.device.name]).unwrap(), [seen.device.name.as_str()]);
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! Arithmetic is f32 inside; results are rounded to the tensors' dtype where the reference implementation rounds.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Device, InplaceOp1, InplaceOp2, Layout, Result, Shape,
@@ -15,6 +16,18 @@ use rayon::prelude::*;
 use crate::decoder::Window;
 use crate::rope::{Pairing, RopeTable};
 use crate::simd::vectorized;
+
+static COMPOSED: AtomicBool = AtomicBool::new(false);
+
+/// From now on this process computes everything by the tensor library's operations, as it does on GPUs: slower, to be compared.
+pub fn compose_all() {
+    COMPOSED.store(true, Ordering::Relaxed);
+}
+
+/// Whether work on `x` is done by our own loops.
+pub(crate) fn has_loops(x: &Tensor) -> bool {
+    x.device().is_cpu() && !COMPOSED.load(Ordering::Relaxed)
+}
 
 /// A stored float that computes as f32.
 trait Real: Copy + Send + Sync {
@@ -169,11 +182,7 @@ impl CustomOp2 for RmsNorm {
 
 /// `x / sqrt(mean(x^2) + eps) * gain` over the last dimension. `x` `[.., width]` contiguous, `gain` `[width]`.
 pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
-    if x.device().is_cpu() {
-        x.apply_op2_no_bwd(gain, &RmsNorm { eps: eps as f32 })
-    } else {
-        rms_norm_composed(x, gain, eps)
-    }
+    if has_loops(x) { x.apply_op2_no_bwd(gain, &RmsNorm { eps: eps as f32 }) } else { rms_norm_composed(x, gain, eps) }
 }
 
 fn rms_norm_composed(x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
@@ -241,7 +250,7 @@ impl CustomOp3 for LayerNorm {
 
 /// `(x - mean) / sqrt(variance + eps) * gain + bias` over the last dimension. `x` `[.., width]` contiguous, `gain` and `bias` `[width]`.
 pub fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-    if x.device().is_cpu() {
+    if has_loops(x) {
         x.apply_op3_no_bwd(gain, bias, &LayerNorm { eps: eps as f32 })
     } else {
         layer_norm_composed(x, gain, bias, eps)
@@ -335,7 +344,7 @@ impl InplaceOp1 for Rope<'_> {
 /// Rotates a part of every head by its position. `x` `[sequences * positions, heads * head_dim]`, freshly computed
 /// (its storage is overwritten on a CPU); the table covers `positions`.
 pub fn rope(x: Tensor, table: &RopeTable, part: RotatedPart, positions: usize) -> Result<Tensor> {
-    if x.device().is_cpu() {
+    if has_loops(&x) {
         let x = x.contiguous()?;
         let width = x.dim(D::Minus1)?;
         x.inplace_op1(&Rope { table, part, width, positions })?;
@@ -469,7 +478,7 @@ impl InplaceOp1 for CausalSoftmax<'_> {
 /// (its storage is overwritten on a CPU): row `g * queries + i` belongs to the block's query `i`. `sinks`: a logit for each of
 /// the `batch * groups` heads that takes part unscaled in maximum and denominator and has no value.
 pub fn causal_softmax(scores: Tensor, block: ScoreBlock, scale: f64, sinks: Option<&[f32]>) -> Result<Tensor> {
-    if scores.device().is_cpu() {
+    if has_loops(&scores) {
         let keys = scores.dim(D::Minus1)?;
         scores.inplace_op1(&CausalSoftmax { block, keys, scale: scale as f32, sinks })?;
         return Ok(scores);
@@ -590,7 +599,7 @@ impl CustomOp2 for Gated {
 
 /// `gate` applied to `up`, elementwise.
 pub fn gated(gate: &Tensor, up: &Tensor, how: Gate) -> Result<Tensor> {
-    if gate.device().is_cpu() { gate.apply_op2_no_bwd(up, &Gated(how)) } else { gated_composed(gate, up, how) }
+    if has_loops(gate) { gate.apply_op2_no_bwd(up, &Gated(how)) } else { gated_composed(gate, up, how) }
 }
 
 fn gated_composed(gate: &Tensor, up: &Tensor, how: Gate) -> Result<Tensor> {
@@ -660,7 +669,7 @@ impl CustomOp1 for GatedJoined {
 /// The same where gate and up came from one product: `joined` `[rows, 2 * inner]`, in halves or interleaved (even columns gate).
 pub fn gated_joined(joined: &Tensor, interleaved: bool, how: Gate) -> Result<Tensor> {
     let inner = joined.dim(D::Minus1)? / 2;
-    if joined.device().is_cpu() {
+    if has_loops(joined) {
         joined.apply_op1_no_bwd(&GatedJoined { how, interleaved, inner })
     } else {
         gated_joined_composed(joined, interleaved, how)
@@ -724,7 +733,7 @@ impl InplaceOp2 for ScatterAdd<'_> {
 
 /// `out[rows[i]] += weights[i] * values[i]`. `out` `[n, width]` (its storage is overwritten on a CPU), `values` `[rows, width]`; `rows` distinct.
 pub fn scatter_add(out: Tensor, values: &Tensor, rows: &[u32], weights: &[f32]) -> Result<Tensor> {
-    if out.device().is_cpu() {
+    if has_loops(&out) {
         let width = out.dim(D::Minus1)?;
         out.inplace_op2(values, &ScatterAdd { rows, weights, width })?;
         return Ok(out);

@@ -21,6 +21,7 @@ pub mod error;
 pub mod ffn;
 pub mod files;
 pub mod fused;
+pub mod gpu;
 pub mod hub;
 pub mod inspect;
 pub mod loader;

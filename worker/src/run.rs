@@ -15,8 +15,9 @@ use sysinfo::System;
 use crate::ablation::{Arms, Sharpness};
 use crate::budget::{self, StreamBudget};
 use crate::corpus::{self, Tokens};
-use crate::device::{self, Machine};
+use crate::device::{self, Machine, Placement};
 use crate::error::{Result, WorkerError};
+use crate::gpu;
 use crate::hub::{FetchProgress, Hub};
 use crate::inspect::{self, PlannedRun};
 use crate::meter::Meter;
@@ -172,8 +173,14 @@ impl Run<'_> {
             group_elements,
             devices: sharing,
         };
-        if devices.iter().all(|placement| placement.device.is_cpu()) {
-            fits(inspect::streamed_memory(&model, planned), sharing, budget::free_memory())?;
+        let needed = inspect::streamed_memory(&model, planned);
+        let is_cpu = |placement: &&Placement| placement.device.is_cpu();
+        if devices.iter().any(|placement| is_cpu(&placement)) {
+            let on = if sharing > 1 { format!("{sharing} CPU devices") } else { "the CPU".to_owned() };
+            fits(needed, &on, budget::free_memory())?;
+        }
+        for Placement { name, device } in devices.iter().filter(|placement| !is_cpu(placement)) {
+            fits(needed, name, gpu::free_memory(device))?;
         }
         let pass = Pass {
             model: &model,
@@ -252,12 +259,11 @@ fn identity(job: &JobSpec, checkpoint: &Checkpoint, tokens: &Tokens, compute: DT
 }
 
 /// Refuses what would end without a word, killed by the system, after hours perhaps. All in bytes.
-fn fits(needed: u64, devices: usize, free: Option<u64>) -> Result<()> {
+fn fits(needed: u64, on: &str, free: Option<u64>) -> Result<()> {
     let Some(free) = free.filter(|free| *free < needed) else { return Ok(()) };
     let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
-    let on = if devices > 1 { format!(" on {devices} devices") } else { String::new() };
     let (needed, free) = (gib(needed), gib(free));
-    let message = format!("the run{on} needs {needed:.2} GiB of memory, and {free:.2} GiB are free");
+    let message = format!("the run on {on} needs {needed:.2} GiB of memory, and {free:.2} GiB are free");
     Err(WorkerError::device(message).hint(
         "fewer --devices, a smaller --stream-budget or --micro-batch-tokens, or fewer sequences need less; `outliers-worker inspect` shows \
          how much",
@@ -410,9 +416,9 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused_with_numbers() {
         let gib = |n: u64| n << 30;
-        assert!(fits(gib(8), 4, Some(gib(8))).is_ok() && fits(gib(8), 4, None).is_ok());
-        let error = fits(gib(9), 4, Some(gib(8))).unwrap_err();
-        assert_eq!(error.message(), "the run on 4 devices needs 9.00 GiB of memory, and 8.00 GiB are free");
+        assert!(fits(gib(8), "cuda:0", Some(gib(8))).is_ok() && fits(gib(8), "cuda:0", None).is_ok());
+        let error = fits(gib(9), "cuda:0", Some(gib(8))).unwrap_err();
+        assert_eq!(error.message(), "the run on cuda:0 needs 9.00 GiB of memory, and 8.00 GiB are free");
         assert!(error.hint_text().is_some());
     }
 }

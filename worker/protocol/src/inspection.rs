@@ -137,8 +137,11 @@ pub struct VersionInfo {
     pub schema: u32,
     /// Target triple's parts: `x86_64-linux`.
     pub target: String,
-    /// Built with CUDA.
+    /// Built with CUDA: it uses NVIDIA's GPUs where there are some.
     pub cuda: bool,
+    /// If so, the oldest CUDA that a driver may serve: `11.8`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oldest_cuda: Option<String>,
     /// Architectures it knows.
     pub architectures: Vec<String>,
 }

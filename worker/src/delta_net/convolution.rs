@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, b
 use rayon::prelude::*;
 
 use super::UNIT_EPS;
+use crate::fused::has_loops;
 
 /// One of queries, keys and values: which channels of the convolution, and what follows it.
 #[derive(Clone, Copy, Debug)]
@@ -22,7 +23,7 @@ impl Convolution {
     /// Convolves, and applies SiLU. `x` `[sequences * positions, heads * width]` and `taps` `[channels, kernel]`, both f32 and
     /// contiguous, to `[sequences * heads, positions, width]`. The last tap is for the current token; before a sequence there are zeros.
     pub(super) fn apply(&self, x: &Tensor, taps: &Tensor) -> Result<Tensor> {
-        if x.device().is_cpu() { x.apply_op2_no_bwd(taps, self) } else { self.composed(x, taps) }
+        if has_loops(x) { x.apply_op2_no_bwd(taps, self) } else { self.composed(x, taps) }
     }
 
     fn run(&self, x: &[f32], columns: usize, taps: &[f32], kernel: usize) -> Vec<f32> {

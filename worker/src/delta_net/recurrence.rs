@@ -22,6 +22,8 @@
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
+use crate::fused::has_loops;
+
 /// Tokens whose writes are solved for together.
 pub(super) const CHUNK: usize = 64;
 
@@ -46,7 +48,7 @@ pub(super) struct Heads {
 impl Heads {
     /// What the queries read, `[value heads, positions, value_dim]`.
     pub(super) fn delta_rule(&self) -> Result<Tensor> {
-        if !self.value.device().is_cpu() {
+        if !has_loops(&self.value) {
             return self.delta_rule_composed();
         }
         // The products of one head are too small to be shared among many cores, but heads are independent.
@@ -139,7 +141,7 @@ struct Solved {
 
 fn left_of(state: &Tensor, left: &Tensor) -> Result<Tensor> {
     // A product with one number is much faster on a CPU than one with a broadcast tensor.
-    if state.dim(0)? == 1 && state.device().is_cpu() {
+    if state.dim(0)? == 1 && has_loops(state) {
         return state.affine(f64::from(left.flatten_all()?.to_vec1::<f32>()?[0]), 0.0);
     }
     state.broadcast_mul(left)

@@ -1,0 +1,24 @@
+//! Empty libraries under the names that the tensor library wants linked. What it calls stands in `src/table.rs` instead, so that linkers,
+//! which leave out shared libraries that nothing is taken from, leave out all of these.
+
+use std::path::Path;
+use std::process::Command;
+
+/// `moe` is the tensor library's own, with products that are not used: see `nvcc.sh`.
+const WANTED: [&str; 7] = ["cuda", "cublas", "cublasLt", "curand", "nvrtc", "cudart", "moe"];
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    let folder = std::env::var("OUT_DIR").expect("cargo sets it");
+    let folder = Path::new(&folder);
+    let nothing = folder.join("nothing.c");
+    std::fs::write(&nothing, "").expect("the folder is writable");
+    let compiler = cc::Build::new().warnings(false).get_compiler();
+    for name in WANTED {
+        let mut command: Command = compiler.to_command();
+        command.args(["-shared", "-nostdlib", "-o"]).arg(folder.join(format!("lib{name}.so"))).arg(&nothing);
+        let status = command.status().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        assert!(status.success(), "{command:?} ended with {status}");
+    }
+    println!("cargo:rustc-link-search=native={}", folder.display());
+}

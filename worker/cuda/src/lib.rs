@@ -1,0 +1,178 @@
+//! NVIDIA's driver and libraries, found when the program runs instead of when it is built: one program that starts on machines with
+//! and without them, and says what it lacks.
+//!
+//! Linking this crate is what satisfies the tensor library's `-lcuda -lcublas ..` (see `table.rs`); its kernels are built through
+//! `nvcc.sh`.
+#![cfg(all(target_arch = "x86_64", target_os = "linux"))]
+
+mod libraries;
+mod table;
+
+use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::fmt;
+use std::sync::OnceLock;
+
+use table::Of;
+
+/// A version of CUDA: major, minor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct CudaVersion(pub u32, pub u32);
+
+impl fmt::Display for CudaVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.0, self.1)
+    }
+}
+
+/// What a driver must serve for the kernels to be read: drivers from R520 on. `nvcc.sh` writes the PTX version that this stands for.
+pub const OLDEST: CudaVersion = CudaVersion(11, 8);
+
+/// What the kernels are compiled for, and all that is newer: the first with bf16.
+pub const OLDEST_COMPUTE: (u32, u32) = (8, 0);
+
+/// A GPU, as its driver describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gpu {
+    /// Its name, such as `NVIDIA H100 80GB HBM3`.
+    pub name: String,
+    /// All of its memory, in bytes.
+    pub memory_bytes: u64,
+    /// Compute capability: major, minor.
+    pub compute: (u32, u32),
+}
+
+/// A driver and its GPUs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The newest CUDA that the driver serves.
+    pub driver: CudaVersion,
+    /// By the driver's index.
+    pub gpus: Vec<Gpu>,
+}
+
+/// Why no GPU serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unavailable {
+    /// There is no driver.
+    NoDriver {
+        /// What the system said.
+        why: String,
+    },
+    /// The driver shows no GPU.
+    NoGpu {
+        /// Its number for why; 0 when it counted none.
+        code: i32,
+    },
+    /// The driver does not read our kernels.
+    OldDriver {
+        /// What it serves.
+        driver: CudaVersion,
+    },
+    /// A library is missing beside driver and GPUs.
+    NoLibrary {
+        /// Its name.
+        name: &'static str,
+        /// Why not, for each place.
+        why: String,
+    },
+}
+
+impl fmt::Display for Unavailable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoDriver { why } => write!(f, "no NVIDIA driver: {why}"),
+            Self::NoGpu { code: 0 } => f.write_str("the NVIDIA driver shows no GPU"),
+            Self::NoGpu { code } => write!(f, "the NVIDIA driver shows no GPU (its error {code})"),
+            Self::OldDriver { driver } => write!(f, "the NVIDIA driver serves CUDA {driver}, {OLDEST} is needed"),
+            Self::NoLibrary { name, why } => write!(f, "{name} is not there: {why}"),
+        }
+    }
+}
+
+impl std::error::Error for Unavailable {}
+
+impl Unavailable {
+    /// Whether there is a GPU all the same, which somebody pays for perhaps.
+    pub fn wastes_a_gpu(&self) -> bool {
+        matches!(self, Self::OldDriver { .. } | Self::NoLibrary { .. })
+    }
+}
+
+/// Looks for driver, GPUs and libraries, once. What calls them must come after this: until then every call fails.
+///
+/// # Errors
+/// Why no GPU serves.
+pub fn find() -> Result<&'static Found, &'static Unavailable> {
+    static FOUND: OnceLock<Result<Found, Unavailable>> = OnceLock::new();
+    FOUND.get_or_init(look).as_ref()
+}
+
+fn look() -> Result<Found, Unavailable> {
+    let driver = libraries::driver().map_err(|why| Unavailable::NoDriver { why })?;
+    table::fill(Of::Driver, driver)
+        .map_err(|lacks| Unavailable::NoDriver { why: format!("libcuda.so.1 lacks {lacks}: it is too old") })?;
+    let found = ask_driver()?;
+    if found.driver < OLDEST {
+        return Err(Unavailable::OldDriver { driver: found.driver });
+    }
+    let missing = |name| move |why| Unavailable::NoLibrary { name, why };
+    let blas = libraries::blas(found.driver.0).map_err(missing("cuBLAS"))?;
+    table::fill(Of::Blas, blas).map_err(|lacks| missing("cuBLAS")(format!("it lacks {lacks}")))?;
+    // Random numbers are not drawn, but the tensor library makes a generator with every device.
+    match libraries::random() {
+        Ok(random) => table::fill(Of::Random, random).unwrap_or_else(|_| table::do_without(Of::Random)),
+        Err(_) => table::do_without(Of::Random),
+    }
+    Ok(found)
+}
+
+unsafe extern "C" {
+    fn cuInit(flags: c_uint) -> c_int;
+    fn cuDriverGetVersion(version: *mut c_int) -> c_int;
+    fn cuDeviceGetCount(count: *mut c_int) -> c_int;
+    fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> c_int;
+    fn cuDeviceGetName(name: *mut c_char, len: c_int, device: c_int) -> c_int;
+    fn cuDeviceTotalMem_v2(bytes: *mut usize, device: c_int) -> c_int;
+    fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int) -> c_int;
+}
+
+/// <https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__DEVICE.html>
+fn ask_driver() -> Result<Found, Unavailable> {
+    const COMPUTE_MAJOR: c_int = 75;
+    const COMPUTE_MINOR: c_int = 76;
+    let done = |code| if code == 0 { Ok(()) } else { Err(Unavailable::NoGpu { code }) };
+    let number = |ask: &dyn Fn(*mut c_int) -> c_int| {
+        let mut value = 0;
+        done(ask(&raw mut value)).map(|()| value)
+    };
+    // SAFETY: as its description asks, before all others.
+    done(unsafe { cuInit(0) })?;
+    // SAFETY: each writes one number where it is told to.
+    let version = number(&|at| unsafe { cuDriverGetVersion(at) })?.unsigned_abs();
+    // SAFETY: as above.
+    let count = number(&|at| unsafe { cuDeviceGetCount(at) })?;
+    if count < 1 {
+        return Err(Unavailable::NoGpu { code: 0 });
+    }
+    let gpu = |ordinal| {
+        // SAFETY: as above.
+        let device = number(&|at| unsafe { cuDeviceGet(at, ordinal) })?;
+        // SAFETY: as above.
+        let attribute = |which| number(&|at| unsafe { cuDeviceGetAttribute(at, which, device) });
+        let mut name = [0; 256];
+        // SAFETY: it writes at most so many bytes, with a zero at the end.
+        done(unsafe { cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, device) })?;
+        let mut memory = 0;
+        // SAFETY: it writes one number.
+        done(unsafe { cuDeviceTotalMem_v2(&raw mut memory, device) })?;
+        // SAFETY: it ends with a zero, or was left empty.
+        let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
+        let compute = (attribute(COMPUTE_MAJOR)?.unsigned_abs(), attribute(COMPUTE_MINOR)?.unsigned_abs());
+        Ok(Gpu { name, memory_bytes: memory as u64, compute })
+    };
+    let gpus = (0..count).map(gpu).collect::<Result<_, _>>()?;
+    Ok(Found { driver: CudaVersion(version / 1000, version % 1000 / 10), gpus })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,131 @@
+//! The functions of NVIDIA's libraries that the tensor library calls, as jumps through a table that is filled when the program runs.
+//!
+//! The tensor library links against `libcuda`, `libcublas` and others, so a program built with it does not even start where one of them is
+//! missing, and needs them all where it is built. Here each function is one jump to an address in [`SLOTS`]; until [`fill`] has found the
+//! real one, that is a function which answers [`MISSING`].
+
+use std::ffi::c_void;
+use std::sync::atomic::{AtomicPtr, Ordering};
+
+use libloading::Library;
+
+/// `CUDA_ERROR_NO_DEVICE`; the other libraries' numbers from 100 on mean nothing, so they read as unknown errors.
+pub(crate) const MISSING: i32 = 100;
+
+/// Answers every call that has nowhere to go. The ABI lets it ignore arguments.
+extern "C" fn missing() -> i32 {
+    MISSING
+}
+
+/// Answers calls of a library that is not needed for what is done: as if they had worked.
+extern "C" fn unneeded() -> i32 {
+    0
+}
+
+/// Names `$function`s, one table for all, and a jump for each.
+macro_rules! table {
+    ($($library:ident { $($function:ident)* })*) => {
+        /// Where each function is.
+        #[derive(Clone, Copy)]
+        #[repr(usize)]
+        #[expect(non_camel_case_types, reason = "names of C functions")]
+        pub(crate) enum Function { $($($function),*),* }
+
+        #[derive(Clone, Copy, PartialEq, Eq)]
+        pub(crate) enum Of { $($library),* }
+
+        pub(crate) const NAMES: &[(Of, &str)] = &[$($((Of::$library, stringify!($function))),*),*];
+
+        $($(
+            std::arch::global_asm!(
+                concat!(".globl ", stringify!($function)),
+                concat!(".type ", stringify!($function), ", @function"),
+                concat!(stringify!($function), ":"),
+                "jmp *({slots} + {at})(%rip)",
+                slots = sym SLOTS,
+                at = const 8 * Function::$function as usize,
+                options(att_syntax),
+            );
+        )*)*
+    };
+}
+
+static SLOTS: [AtomicPtr<c_void>; NAMES.len()] =
+    [const { AtomicPtr::new(missing as extern "C" fn() -> i32 as *mut c_void) }; NAMES.len()];
+
+/// Points the table at what `library` has; names the first function that it lacks.
+pub(crate) fn fill(of: Of, library: &'static Library) -> Result<(), &'static str> {
+    let functions = || NAMES.iter().zip(&SLOTS).filter(|((whose, _), _)| *whose == of);
+    for ((_, name), slot) in functions() {
+        // SAFETY: only the address is taken; whoever calls it does so under the name it was found by.
+        let found = unsafe { library.get::<*mut c_void>(*name) }.map_err(|_| *name)?;
+        // SAFETY: an address of a function of a library that is never unloaded.
+        slot.store(unsafe { found.try_as_raw_ptr() }.ok_or(*name)?, Ordering::Release);
+    }
+    Ok(())
+}
+
+/// Points the table at functions that do nothing.
+pub(crate) fn do_without(of: Of) {
+    for (_, slot) in NAMES.iter().zip(&SLOTS).filter(|((whose, _), _)| *whose == of) {
+        slot.store(unneeded as extern "C" fn() -> i32 as *mut c_void, Ordering::Release);
+    }
+}
+
+// All that the tensor library calls for what is done here, and `find`. What else it may call one day the linker names.
+table! {
+    Driver {
+        cuInit
+        cuDriverGetVersion
+        cuDeviceGetCount
+        cuDeviceGet
+        cuDeviceGetName
+        cuDeviceTotalMem_v2
+        cuDeviceGetAttribute
+        cuDevicePrimaryCtxRetain
+        cuDevicePrimaryCtxRelease_v2
+        cuCtxDestroy_v2
+        cuCtxGetCurrent
+        cuCtxSetCurrent
+        cuCtxSynchronize
+        cuMemGetInfo_v2
+        cuMemAlloc_v2
+        cuMemAllocAsync
+        cuMemFree_v2
+        cuMemFreeAsync
+        cuMemcpyDtoDAsync_v2
+        cuMemcpyDtoHAsync_v2
+        cuMemcpyHtoDAsync_v2
+        cuMemcpyPeerAsync
+        cuMemsetD8Async
+        cuModuleGetFunction
+        cuModuleLoad
+        cuModuleLoadData
+        cuModuleUnload
+        cuLaunchKernel
+        cuEventCreate
+        cuEventDestroy_v2
+        cuEventRecord
+        cuStreamCreate
+        cuStreamDestroy_v2
+        cuStreamIsCapturing
+        cuStreamSynchronize
+        cuStreamWaitEvent
+        cuGetErrorString
+    }
+    Blas {
+        cublasCreate_v2
+        cublasDestroy_v2
+        cublasSetStream_v2
+        cublasDgemmStridedBatched
+        cublasGemmStridedBatchedEx
+    }
+    Random {
+        curandCreateGenerator
+        curandDestroyGenerator
+        curandGenerateNormal
+        curandGenerateNormalDouble
+        curandSetPseudoRandomGeneratorSeed
+        curandSetStream
+    }
+}

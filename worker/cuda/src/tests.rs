@@ -1,0 +1,135 @@
+//! Made-up drivers and libraries, each looked for by a process of its own: what is found is found once.
+
+use std::path::Path;
+use std::process::Command;
+
+use super::*;
+use crate::table::NAMES;
+
+/// Set for the process that looks.
+const LOOKS: &str = "OUTLIERS_CUDA_TEST";
+
+/// One GPU of 40 GiB under a driver for CUDA 12.4, but for what a test says otherwise.
+const GPU: [(&str, &str); 7] = [
+    ("cuDriverGetVersion", "(int *v) { *v = 12040; return 0; }"),
+    ("cuDeviceGetCount", "(int *n) { *n = 1; return 0; }"),
+    ("cuDeviceGet", "(int *device, int ordinal) { *device = 7 + ordinal; return 0; }"),
+    (
+        "cuDeviceGetName",
+        "(char *name, int len, int device) { name[0] = 'G'; name[1] = '0' + device; name[2] = 0; return 0; }",
+    ),
+    ("cuDeviceTotalMem_v2", "(unsigned long *bytes, int device) { *bytes = 40ul << 30; return 0; }"),
+    ("cuDeviceGetAttribute", "(int *value, int which, int device) { *value = which == 75 ? 9 : 0; return 0; }"),
+    (
+        "cuLaunchKernel",
+        "(long a, int b, int c, int d, int e, int f, int g, int h, long i, long j, long k) \
+        { return a + 2 * b + 3 * c + 4 * d + 5 * e + 6 * f + 7 * g + 8 * h + 9 * i + 10 * j + 11 * k; }",
+    ),
+];
+
+/// Compiles a library that has every function of `of` in `folder`; `special` ones do something.
+fn library(folder: &Path, name: &str, of: Of, special: &[(&str, &str)]) {
+    let mut source = String::new();
+    for (_, function) in NAMES.iter().filter(|(whose, _)| *whose == of) {
+        let body = special.iter().find(|(name, _)| name == function).map_or("(void) { return 0; }", |(_, body)| body);
+        source.push_str(&format!("int {function}{body}\n"));
+    }
+    let file = folder.join("source.c");
+    std::fs::write(&file, source).unwrap();
+    let mut compile = Command::new("cc");
+    compile.args(["-shared", "-fPIC", "-w", "-o"]).arg(folder.join(name)).arg(&file);
+    assert!(compile.status().unwrap().success());
+}
+
+/// What a process says that finds its libraries in `folder`.
+fn looked_for_in(folder: &Path) -> String {
+    let mut process = Command::new(std::env::current_exe().unwrap());
+    process.args(["--exact", "tests::look_and_tell", "--ignored", "--nocapture"]);
+    let output = process.env("LD_LIBRARY_PATH", folder).env(LOOKS, "1").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let said = text.lines().find_map(|line| line.split_once("found: ")).map(|(_, said)| said.to_owned());
+    said.unwrap_or_else(|| panic!("{text}"))
+}
+
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+#[test]
+#[ignore = "the process that the others start"]
+fn look_and_tell() {
+    if std::env::var_os(LOOKS).is_none() {
+        return;
+    }
+    unsafe extern "C" {
+        #[expect(clippy::too_many_arguments, reason = "it has so many")]
+        fn cuLaunchKernel(
+            a: usize,
+            b: c_uint,
+            c: c_uint,
+            d: c_uint,
+            e: c_uint,
+            f: c_uint,
+            g: c_uint,
+            h: c_uint,
+            i: usize,
+            j: usize,
+            k: usize,
+        ) -> c_int;
+    }
+    // SAFETY: a made-up function of these arguments, or one that ignores them.
+    let launch = || unsafe { cuLaunchKernel(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11) };
+    let before = launch();
+    let found = match find() {
+        Ok(Found { driver, gpus }) => format!("{driver} {gpus:?}"),
+        Err(why) => format!("{why} (wasted: {})", why.wastes_a_gpu()),
+    };
+    println!("found: {before} then {} {found}", launch());
+}
+
+#[test]
+fn without_a_driver_every_call_says_that_no_device_is_there() {
+    let empty = folder();
+    let said = looked_for_in(empty.path());
+    // This machine may have a driver of its own.
+    assert!(said.starts_with("100 then "), "{said}");
+    if !Path::new("/proc/driver/nvidia").exists() {
+        assert!(said.starts_with("100 then 100 no NVIDIA driver: ") && said.ends_with("(wasted: false)"), "{said}");
+    }
+}
+
+#[test]
+fn a_driver_and_its_libraries_are_called_with_all_their_arguments() {
+    let folder = folder();
+    library(folder.path(), "libcuda.so.1", Of::Driver, &GPU);
+    library(folder.path(), "libcublas.so.12", Of::Blas, &[]);
+    let said = looked_for_in(folder.path());
+    let gpu = Gpu { name: "G7".to_owned(), memory_bytes: 40 << 30, compute: (9, 0) };
+    assert_eq!(said, format!("100 then {} 12.4 {:?}", (1..=11).map(|n| n * n).sum::<i32>(), [gpu]));
+}
+
+#[test]
+fn what_is_missing_or_too_old_is_named() {
+    let with = |name: &str, body: &'static str| {
+        let mut special = GPU;
+        let one = special.iter_mut().find(|(of, _)| *of == name).unwrap();
+        one.1 = body;
+        let folder = folder();
+        library(folder.path(), "libcuda.so.1", Of::Driver, &special);
+        looked_for_in(folder.path())
+    };
+    let old = with("cuDriverGetVersion", "(int *v) { *v = 11070; return 0; }");
+    assert!(old.contains("serves CUDA 11.7, 11.8 is needed (wasted: true)"), "{old}");
+    let none = with("cuDeviceGetCount", "(int *n) { *n = 0; return 0; }");
+    assert!(none.contains("shows no GPU (wasted: false)"), "{none}");
+    let broken = with("cuDeviceGetCount", "(int *n) { return 999; }");
+    assert!(broken.contains("shows no GPU (its error 999)"), "{broken}");
+    // A driver for CUDA 10 would take none of the releases that are looked for, wherever they lie.
+    let poor = folder();
+    std::fs::write(poor.path().join("empty.c"), "int cuInit(int flags) { return 0; }").unwrap();
+    let mut compile = Command::new("cc");
+    compile.args(["-shared", "-fPIC", "-o"]).arg(poor.path().join("libcuda.so.1")).arg(poor.path().join("empty.c"));
+    assert!(compile.status().unwrap().success());
+    let said = looked_for_in(poor.path());
+    assert!(said.contains("libcuda.so.1 lacks cu") && said.contains("too old"), "{said}");
+}

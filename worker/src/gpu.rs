@@ -1,0 +1,146 @@
+//! NVIDIA's GPUs, where this program was built for them and there are some.
+
+use candle_core::Device;
+use outliers_protocol::DeviceInfo;
+
+use crate::error::{Result, WorkerError};
+
+/// A GPU as its driver describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gpu {
+    /// Its name, such as `NVIDIA H100 80GB HBM3`.
+    pub name: String,
+    /// All of its memory, in bytes.
+    pub memory_bytes: u64,
+    /// Why it does not serve; `None`: it does.
+    pub unfit: Option<String>,
+}
+
+/// What was found of GPUs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gpus {
+    /// By the driver's index.
+    pub gpus: Vec<Gpu>,
+    /// Why none serves, where none does.
+    pub why_none: Option<String>,
+    /// There are some all the same, which somebody pays for perhaps.
+    pub wasted: bool,
+}
+
+/// Looks for them.
+#[cfg(feature = "cuda")]
+pub fn find() -> Gpus {
+    use outliers_cuda::{Found, Gpu as Seen, OLDEST_COMPUTE};
+
+    let one = |Seen { name, memory_bytes, compute }: &Seen| {
+        let ((major, minor), (least, dot)) = (*compute, OLDEST_COMPUTE);
+        let old = *compute < OLDEST_COMPUTE;
+        let unfit = old.then(|| format!("its compute capability is {major}.{minor}, {least}.{dot} is needed"));
+        Gpu { name: name.clone(), memory_bytes: *memory_bytes, unfit }
+    };
+    match outliers_cuda::find() {
+        Ok(Found { gpus, .. }) => Gpus { gpus: gpus.iter().map(one).collect(), why_none: None, wasted: false },
+        Err(why) => Gpus { gpus: Vec::new(), why_none: Some(why.to_string()), wasted: why.wastes_a_gpu() },
+    }
+}
+
+/// Looks for them.
+#[cfg(not(feature = "cuda"))]
+pub fn find() -> Gpus {
+    let why_none = Some("this worker was built without CUDA".to_owned());
+    Gpus { gpus: Vec::new(), why_none, wasted: false }
+}
+
+/// The oldest CUDA that a driver may serve, for a program that uses GPUs.
+pub fn oldest_driver() -> Option<String> {
+    #[cfg(feature = "cuda")]
+    return Some(outliers_cuda::OLDEST.to_string());
+    #[cfg(not(feature = "cuda"))]
+    None
+}
+
+impl Gpus {
+    /// Opens one, with a stream of its own: on the per-thread default stream, loader and compute thread would be unordered.
+    ///
+    /// # Errors
+    /// Device: it is not there, or does not serve.
+    pub fn open(&self, index: usize) -> Result<Device> {
+        let unusable =
+            |why: &str| WorkerError::device(format!("cuda:{index} cannot be used: {why}")).hint("use --devices cpu");
+        if let Some(why) = &self.why_none {
+            return Err(unusable(why));
+        }
+        let Some(gpu) = self.gpus.get(index) else {
+            return Err(unusable(&format!("there are {} GPUs", self.gpus.len())));
+        };
+        if let Some(why) = &gpu.unfit {
+            return Err(unusable(why));
+        }
+        Device::new_cuda_with_stream(index).map_err(|error| unusable(&error.to_string()))
+    }
+
+    /// Opens all that serve.
+    ///
+    /// # Errors
+    /// Device: there are some, but none serves, or one that should does not open.
+    pub fn open_all(&self) -> Result<Vec<(usize, Device)>> {
+        let fit = self.gpus.iter().enumerate().filter(|(_, gpu)| gpu.unfit.is_none()).map(|(index, _)| index);
+        let mut asked: Vec<usize> = fit.collect();
+        if asked.is_empty() && (self.wasted || !self.gpus.is_empty()) {
+            // It says why not.
+            asked.push(0);
+        }
+        asked.into_iter().map(|index| Ok((index, self.open(index)?))).collect()
+    }
+
+    /// As provenance, under the names of `--devices`.
+    pub fn describe(&self) -> Vec<DeviceInfo> {
+        let one = |(index, gpu): (usize, &Gpu)| DeviceInfo {
+            name: format!("cuda:{index}"),
+            description: gpu.name.clone(),
+            memory_bytes: Some(gpu.memory_bytes),
+        };
+        self.gpus.iter().enumerate().map(one).collect()
+    }
+}
+
+/// Bytes that are free on a GPU now; `None` for the CPU, and where the driver does not tell.
+#[cfg(feature = "cuda")]
+pub fn free_memory(device: &Device) -> Option<u64> {
+    let context = device.as_cuda_device().ok()?.cuda_stream().context().clone();
+    context.mem_get_info().ok().map(|(free, _)| free as u64)
+}
+
+/// Bytes that are free on a GPU now; `None` for the CPU, and where the driver does not tell.
+#[cfg(not(feature = "cuda"))]
+pub fn free_memory(_device: &Device) -> Option<u64> {
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gpu(unfit: Option<&str>) -> Gpu {
+        Gpu { name: "X".into(), memory_bytes: 1, unfit: unfit.map(str::to_owned) }
+    }
+
+    #[test]
+    fn gpus_that_cannot_be_used_are_not_passed_over_in_silence() {
+        let none = Gpus { gpus: Vec::new(), why_none: Some("no NVIDIA driver".into()), wasted: false };
+        assert!(none.open_all().unwrap().is_empty(), "the CPU serves");
+        assert!(none.open(0).unwrap_err().message().contains("no NVIDIA driver"));
+        let wasted = Gpus { why_none: Some("cuBLAS is not there".into()), wasted: true, ..none };
+        assert!(wasted.open_all().unwrap_err().message().contains("cuBLAS"));
+        let old = Gpus { gpus: vec![gpu(Some("its compute capability is 7.0"))], why_none: None, wasted: false };
+        assert!(old.open_all().unwrap_err().message().contains("7.0"));
+        assert!(old.open(1).unwrap_err().message().contains("there are 1"), "only those that are there");
+        assert_eq!(old.describe()[0].name, "cuda:0");
+    }
+
+    #[test]
+    fn this_machine_says_what_it_has() {
+        let found = find();
+        assert_eq!(found.why_none.is_none(), !found.gpus.is_empty(), "{found:?}");
+    }
+}
