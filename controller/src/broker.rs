@@ -181,6 +181,9 @@ pub struct GpuRequest {
     /// Newest CUDA version the host's driver must serve.
     #[serde(default)]
     pub min_cuda: Option<CudaVersion>,
+    /// What the worker itself needs of it. Offers that do not tell are rented, and looked at before the worker is pushed.
+    #[serde(default)]
+    pub worker_cuda: Option<CudaVersion>,
 }
 
 /// Who owns a host.

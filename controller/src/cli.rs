@@ -153,6 +153,11 @@ pub enum Command {
     ///
     /// Runs of this machine's ledger end as runs do, results first. An owner is the second part of an instance's name.
     Reap(ReapArgs),
+    /// Build the worker that instances get.
+    ///
+    /// Example: outliers worker build --cuda
+    #[command(subcommand)]
+    Worker(WorkerCommand),
     /// Print a completion script for a shell.
     ///
     /// Example: outliers completions bash > ~/.local/share/bash-completion/completions/outliers
@@ -165,6 +170,25 @@ pub enum Command {
     InstanceServe {
         /// The instance's folder.
         folder: PathBuf,
+    },
+}
+
+/// About the worker program.
+#[derive(Subcommand, Debug)]
+pub enum WorkerCommand {
+    /// Build one for other machines, from the project's folder: it starts wherever glibc is 2.28 or newer.
+    ///
+    /// Example: outliers worker build --cuda
+    ///
+    /// Needs Rust and Python 3 with pip, which brings the linker and the CUDA compiler; nothing is installed. The first build takes
+    /// a quarter of an hour.
+    Build {
+        /// Use NVIDIA's GPUs where there are some.
+        #[arg(long)]
+        cuda: bool,
+        /// Where it goes [default: beside this program, where deploy and survey find it].
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
     },
 }
 

@@ -41,6 +41,7 @@ pub mod reap;
 pub mod runs;
 pub mod status;
 pub mod survey;
+pub mod worker;
 
 /// Version of the documents printed with `--json`.
 pub const SCHEMA: u32 = 1;
@@ -103,6 +104,7 @@ async fn dispatch(
         Command::Import(args) => import::command(&context, &args),
         Command::Doctor => doctor::command(&context).await,
         Command::Reap(args) => reap::command(&context, &args).await,
+        Command::Worker(command) => worker::command(&context, command).await,
         Command::Completions { shell } => Ok(completions::command(shell)),
         Command::InstanceServe { folder } => Ok(serve(&folder).await),
     };
@@ -256,5 +258,6 @@ pub fn request(want: &WantArgs) -> GpuRequest {
         },
         spot: want.spot,
         min_cuda: want.min_cuda,
+        worker_cuda: None,
     }
 }

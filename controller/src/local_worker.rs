@@ -12,9 +12,12 @@ use serde::de::DeserializeOwned;
 use tokio::process::Command;
 
 use crate::text::clean;
+use crate::units::CudaVersion;
 
 /// Name of the program.
 const NAME: &str = "outliers-worker";
+/// Name of one that was built for other machines.
+pub const PORTABLE: &str = "outliers-worker-portable";
 
 /// Between two looks at the progress file.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -23,6 +26,16 @@ const PAUSE: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug)]
 pub struct LocalWorker {
     path: PathBuf,
+    pushed: Pushed,
+}
+
+/// The worker that instances get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pushed {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The oldest CUDA that an instance's driver may serve; `None`: it uses no GPU.
+    pub cuda: Option<CudaVersion>,
 }
 
 /// What `inspect` looks at beside the checkpoint.
@@ -94,7 +107,9 @@ impl LocalWorkerError {
             Self::Unrunnable { .. } => {
                 Some("it must be a program for this machine; see worker.binary in the settings".to_owned())
             }
-            Self::Version { .. } => Some("build both programs together".to_owned()),
+            Self::Version { .. } => {
+                Some("build both programs together; `outliers worker build` makes the portable one".to_owned())
+            }
             Self::Failed(failure) => failure.hint.clone(),
             Self::Odd { .. } | Self::File { .. } => None,
         }
@@ -102,25 +117,26 @@ impl LocalWorkerError {
 }
 
 impl LocalWorker {
-    /// The program the settings name, else the one beside `exe`; asked for its version.
+    /// The program the settings name, else the one beside `exe`; asked for its version, as is the one that is pushed.
     ///
     /// # Errors
     /// It is missing, does not run, or is of another version.
     pub async fn find(named: Option<&Path>, exe: &Path) -> Result<Self, LocalWorkerError> {
         let path = named.map_or_else(|| exe.with_file_name(NAME), Path::to_owned);
-        if !path.is_file() {
-            return Err(LocalWorkerError::Missing { path });
-        }
-        let worker = Self { path };
-        let info: VersionInfo = worker.ask(&["version".to_owned()]).await?;
-        let ours = format!("{} (documents {SCHEMA})", env!("CARGO_PKG_VERSION"));
-        let theirs = format!("{} (documents {})", info.version, info.schema);
-        if ours == theirs { Ok(worker) } else { Err(LocalWorkerError::Version { path: worker.path, theirs, ours }) }
+        let pushed = Pushed::look_at(path.clone()).await?;
+        let portable = exe.with_file_name(PORTABLE);
+        let pushed = if named.is_none() && portable.is_file() { Pushed::look_at(portable).await? } else { pushed };
+        Ok(Self { path, pushed })
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What instances get: the one beside it that was built for other machines, where there is one; else itself.
+    pub fn pushed(&self) -> &Pushed {
+        &self.pushed
     }
 
     /// What the job's checkpoint is, and what the job needs.
@@ -129,7 +145,7 @@ impl LocalWorker {
     /// The worker's own words, for a model that is not there, is gated, damaged or of an unknown architecture, and whatever
     /// `check` finds.
     pub async fn inspect(&self, job: &JobSpec, check: Check) -> Result<Inspection, LocalWorkerError> {
-        self.ask(&inspect_arguments(job, check)).await
+        ask(&self.path, &inspect_arguments(job, check)).await
     }
 
     /// Makes the demo's checkpoint in `folder`; returns what was planted.
@@ -137,7 +153,8 @@ impl LocalWorker {
     /// # Errors
     /// The worker's own words.
     pub async fn demo_model<T: DeserializeOwned>(&self, folder: &Path) -> Result<T, LocalWorkerError> {
-        self.ask(&["demo-model".to_owned(), "--output".to_owned(), folder.to_string_lossy().into_owned()]).await
+        let arguments = ["demo-model".to_owned(), "--output".to_owned(), folder.to_string_lossy().into_owned()];
+        ask(&self.path, &arguments).await
     }
 
     /// Runs a job into `folder`, passing on its progress.
@@ -167,35 +184,55 @@ impl LocalWorker {
         let mut command = Command::new(&self.path);
         command.arg("run").arg(&job_file).arg("--output").arg(folder);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).kill_on_drop(true);
-        let mut child = command.spawn().map_err(|source| self.unrunnable(source))?;
+        let mut child = command.spawn().map_err(unrunnable(&self.path))?;
         let mut read = 0;
         loop {
             let ended = tokio::time::timeout(PAUSE, child.wait()).await;
             read = pass_on(&folder.join(files::PROGRESS), read, on);
             let Ok(status) = ended else { continue };
-            let status = status.map_err(|source| self.unrunnable(source))?;
+            let status = status.map_err(unrunnable(&self.path))?;
             return if status.success() { Ok(()) } else { Err(last_words(folder, status)) };
         }
     }
+}
 
-    async fn ask<T: DeserializeOwned>(&self, arguments: &[String]) -> Result<T, LocalWorkerError> {
-        let mut command = Command::new(&self.path);
-        command.args(arguments).arg("--json").stdin(Stdio::null()).kill_on_drop(true);
-        let output = command.output().await.map_err(|source| self.unrunnable(source))?;
-        if output.status.success()
-            && let Ok(document) = serde_json::from_slice(&output.stdout)
-        {
-            return Ok(document);
+impl Pushed {
+    /// Asks the program at `path` what it is.
+    ///
+    /// # Errors
+    /// It is missing, does not run, or is of another version.
+    pub async fn look_at(path: PathBuf) -> Result<Self, LocalWorkerError> {
+        if !path.is_file() {
+            return Err(LocalWorkerError::Missing { path });
         }
-        match serde_json::from_slice::<Failure>(&output.stdout) {
-            Ok(failure) if !output.status.success() => Err(LocalWorkerError::Failed(failure)),
-            _ => Err(LocalWorkerError::Odd { status: output.status, said: clean(&output.stderr, 500) }),
+        let info: VersionInfo = ask(&path, &["version".to_owned()]).await?;
+        let ours = format!("{} (documents {SCHEMA})", env!("CARGO_PKG_VERSION"));
+        let theirs = format!("{} (documents {})", info.version, info.schema);
+        if ours != theirs {
+            return Err(LocalWorkerError::Version { path, theirs, ours });
         }
+        let cuda = info.oldest_cuda.filter(|_| info.cuda).and_then(|version| version.parse().ok());
+        Ok(Self { path, cuda })
     }
+}
 
-    fn unrunnable(&self, source: std::io::Error) -> LocalWorkerError {
-        LocalWorkerError::Unrunnable { path: self.path.clone(), source }
+async fn ask<T: DeserializeOwned>(program: &Path, arguments: &[String]) -> Result<T, LocalWorkerError> {
+    let mut command = Command::new(program);
+    command.args(arguments).arg("--json").stdin(Stdio::null()).kill_on_drop(true);
+    let output = command.output().await.map_err(unrunnable(program))?;
+    if output.status.success()
+        && let Ok(document) = serde_json::from_slice(&output.stdout)
+    {
+        return Ok(document);
     }
+    match serde_json::from_slice::<Failure>(&output.stdout) {
+        Ok(failure) if !output.status.success() => Err(LocalWorkerError::Failed(failure)),
+        _ => Err(LocalWorkerError::Odd { status: output.status, said: clean(&output.stderr, 500) }),
+    }
+}
+
+fn unrunnable(program: &Path) -> impl Fn(std::io::Error) -> LocalWorkerError {
+    |source| LocalWorkerError::Unrunnable { path: program.to_owned(), source }
 }
 
 /// The job as options of `inspect`.
@@ -313,6 +350,30 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_one_that_was_built_for_other_machines_is_pushed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (exe, ours) = (folder.path().join("outliers"), version(env!("CARGO_PKG_VERSION")));
+        let here = program(folder.path(), &ours);
+        let alone = LocalWorker::find(None, &exe).await.unwrap();
+        assert_eq!(*alone.pushed(), Pushed { path: here.clone(), cuda: None });
+        let portable = folder.path().join(PORTABLE);
+        std::fs::copy(&here, &portable).unwrap();
+        let with_cuda = ours.replace("\"cuda\":false", "\"cuda\":true,\"oldest_cuda\":\"11.8\"");
+        std::fs::write(&portable, format!("#!/bin/sh\n{with_cuda}\n")).unwrap();
+        let both = LocalWorker::find(None, &exe).await.unwrap();
+        let cuda = Some(CudaVersion { major: 11, minor: 8 });
+        assert_eq!((both.path(), both.pushed()), (&*here, &Pushed { path: portable.clone(), cuda }));
+        assert_eq!(
+            LocalWorker::find(Some(&here), &exe).await.unwrap().pushed(),
+            alone.pushed(),
+            "the settings name it"
+        );
+        std::fs::write(&portable, format!("#!/bin/sh\n{}\n", version("0.0.1"))).unwrap();
+        let stale = LocalWorker::find(None, &exe).await.unwrap_err();
+        assert!(stale.to_string().contains(PORTABLE) && stale.hint().unwrap().contains("worker build"), "{stale}");
+    }
+
+    #[tokio::test]
     async fn only_a_worker_of_our_version_is_taken() {
         let folder = tempfile::tempdir().unwrap();
         let exe = folder.path().join("outliers");
@@ -334,7 +395,8 @@ mod tests {
         let path =
             program(folder.path(), r#"echo '{"kind":"unsupported","message":"unknown","hint":"known: a"}'; exit 1"#);
         let job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
-        let error = LocalWorker { path }.inspect(&job, Check::Model).await.unwrap_err();
+        let pushed = Pushed { path: path.clone(), cuda: None };
+        let error = LocalWorker { path, pushed }.inspect(&job, Check::Model).await.unwrap_err();
         assert_eq!((error.to_string().as_str(), error.hint().as_deref()), ("unknown", Some("known: a")));
         assert!(is_refusal(&error));
     }
@@ -364,7 +426,8 @@ mod tests {
         let line = r#"{"schema":1,"at_ms":1,"phase":"layers","layer":1,"layers":2,"bytes_read":1,"bytes_total":2,"tokens_per_second":1.0}"#;
         let script =
             format!("printf '%s\\n%s' '{line}' 'half' > \"$4/progress.jsonl\"; echo said >&2; exit $(cat \"$4/code\")");
-        let worker = LocalWorker { path: program(folder.path(), &script) };
+        let path = program(folder.path(), &script);
+        let worker = LocalWorker { pushed: Pushed { path: path.clone(), cuda: None }, path };
         let out = folder.path().join("out");
         std::fs::create_dir(&out).unwrap();
         std::fs::write(out.join("code"), "0").unwrap();

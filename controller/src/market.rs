@@ -36,6 +36,8 @@ pub enum Filter {
     MinDisk,
     /// CUDA version of the host's driver.
     MinCuda,
+    /// The same, as the worker needs it.
+    WorkerCuda,
     /// Where.
     Region,
     /// Data centre or not.
@@ -46,7 +48,7 @@ pub enum Filter {
 
 impl Filter {
     /// All, in the order in which they are applied.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Maker,
         Self::Spot,
         Self::GpuFilter,
@@ -55,6 +57,7 @@ impl Filter {
         Self::MinCpuRam,
         Self::MinDisk,
         Self::MinCuda,
+        Self::WorkerCuda,
         Self::Region,
         Self::Tier,
         Self::MaxPrice,
@@ -66,6 +69,7 @@ impl Filter {
             Self::Maker => "NVIDIA only",
             Self::Spot => "--spot",
             Self::MinCuda => "--min-cuda",
+            Self::WorkerCuda => "a driver for the worker",
             Self::Region => "--region",
             Self::Tier => "--secure or --community",
             Self::GpuFilter => "--gpu-filter",
@@ -85,6 +89,7 @@ impl Filter {
             Self::Spot => return Some("no --spot (the default)".to_owned()),
             Self::Tier => return want.tier.map(|tier| format!("--{tier}")),
             Self::MinCuda => want.min_cuda?.to_string(),
+            Self::WorkerCuda => return Some(format!("{} (CUDA {})", self.option(), want.worker_cuda?)),
             Self::Region => want.region.as_ref().filter(|r| !r.trim().is_empty())?.trim().to_owned(),
             Self::GpuFilter => want.gpu_filter.as_ref().filter(|f| !f.trim().is_empty())?.trim().to_owned(),
             Self::GpuCount => match want.gpu_count {
@@ -103,7 +108,7 @@ impl Filter {
     /// Whether it restricts without having been asked for.
     fn is_default(self, want: &GpuRequest) -> bool {
         match self {
-            Self::Maker | Self::Spot => true,
+            Self::Maker | Self::Spot | Self::WorkerCuda => true,
             Self::GpuCount => want.gpu_count.is_none(),
             _ => false,
         }
@@ -121,6 +126,8 @@ impl Filter {
             Self::Spot => want.spot || !offer.spot,
             Self::Tier => want.tier.is_none_or(|tier| offer.tier == Some(tier)),
             Self::MinCuda => want.min_cuda.is_none_or(|min| offer.max_cuda.is_some_and(|max| max >= min)),
+            // What is not known is seen on the host before the worker is pushed.
+            Self::WorkerCuda => want.worker_cuda.is_none_or(|need| offer.max_cuda.is_none_or(|max| max >= need)),
             Self::Region => want.region.as_deref().is_none_or(|region| is_in(offer, region)),
             Self::GpuFilter => want.gpu_filter.as_deref().is_none_or(|filter| is_named(offer, filter)),
             Self::GpuCount => match want.gpu_count {
@@ -144,7 +151,7 @@ impl Filter {
             Self::MinCuda => offer.max_cuda.is_none(),
             Self::Region => offer.region.is_none(),
             Self::Tier => offer.tier.is_none(),
-            Self::Maker | Self::Spot | Self::GpuFilter | Self::GpuCount | Self::MaxPrice => false,
+            Self::Maker | Self::Spot | Self::GpuFilter | Self::GpuCount | Self::WorkerCuda | Self::MaxPrice => false,
         }
     }
 
@@ -154,7 +161,7 @@ impl Filter {
         match self {
             Self::GpuFilter => u64::from(offer.gpu_count == 0),
             Self::Maker | Self::Spot | Self::Region | Self::Tier => 0,
-            Self::MinCuda => offer
+            Self::MinCuda | Self::WorkerCuda => offer
                 .max_cuda
                 .map_or(u64::MAX, |max| u64::from(u32::MAX - max.major) << 32 | u64::from(u32::MAX - max.minor)),
             Self::GpuCount => u64::from(offer.gpu_count.abs_diff(want.gpu_count.unwrap_or(1))),
@@ -170,7 +177,7 @@ impl Filter {
         // Rounded to what lets the offer pass, not to the nearest.
         let down = |bytes: Bytes| format!("{}", (bytes.gib() * 10.0).floor() / 10.0);
         let value = match self {
-            Self::Maker => return None,
+            Self::Maker | Self::WorkerCuda => return None,
             Self::Spot => return Some(self.option().to_owned()),
             Self::Tier => return Some(format!("--{}", offer.tier?)),
             Self::MinCuda => offer.max_cuda?.to_string(),
@@ -350,7 +357,7 @@ fn reason(filter: Filter, steps: &[Step], removed: &[Offer], nearest: &Offer) ->
         Filter::Spot => "the cloud may take them back at any time".to_owned(),
         Filter::Tier => "the others are of the other kind, or do not say".to_owned(),
         Filter::Region => format!("the regions are {}", regions(removed)),
-        Filter::MinCuda => match nearest.max_cuda {
+        Filter::MinCuda | Filter::WorkerCuda => match nearest.max_cuda {
             Some(max) => format!("the newest is CUDA {max}"),
             None => "none says which CUDA version its driver serves, and unknown is not enough".to_owned(),
         },
@@ -704,10 +711,12 @@ mod tests {
             min_vram in any_bytes(), min_cpu_ram in any_bytes(), min_disk in any_bytes(),
             cents in proptest::option::of(0u32..1000),
             region in proptest::option::of("us|eu|mars"), tier in proptest::option::of(any_tier()), spot in any::<bool>(),
-            min_cuda in proptest::option::of(any_cuda()),
+            min_cuda in proptest::option::of(any_cuda()), worker_cuda in proptest::option::of(any_cuda()),
         ) -> GpuRequest {
             let max_price = cents.map(|cents| UsdPerHour::from_dollars(f64::from(cents) / 100.0));
-            GpuRequest { gpu_count, gpu_filter, min_vram, min_cpu_ram, min_disk, max_price, region, tier, spot, min_cuda }
+            GpuRequest {
+                gpu_count, gpu_filter, min_vram, min_cpu_ram, min_disk, max_price, region, tier, spot, min_cuda, worker_cuda,
+            }
         }
     }
 
@@ -718,7 +727,7 @@ mod tests {
         let bytes = || number().map(|gib| Bytes((gib * (1u64 << 30) as f64) as u64));
         let mut want = want.clone();
         match found.filter {
-            Filter::Maker => unreachable!("it cannot be relaxed"),
+            Filter::Maker | Filter::WorkerCuda => unreachable!("it cannot be relaxed"),
             Filter::Spot => want.spot = true,
             Filter::Tier => want.tier = found.offer.tier,
             Filter::Region => want.region = value.map(str::to_owned),

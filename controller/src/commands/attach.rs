@@ -28,7 +28,7 @@ async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<
         ));
     };
     let (clouds, worker) = (context.clouds(&run.spec.broker_names())?, context.worker().await?);
-    let (hosts, bad_hosts) = (context.hosts(worker.path()), BadHosts::default());
+    let (hosts, bad_hosts) = (context.hosts(&worker.pushed().path), BadHosts::default());
     let secrets = secrets(context, &run.spec.job, 1);
     context.reporter.picked_up(taken.record());
     drive(&context.reporter, taken, ports(&clouds, &bad_hosts, &hosts, &secrets)).await

@@ -11,7 +11,7 @@ use crate::broker::{GpuRequest, Offer};
 use crate::clouds::{Clouds, Offered};
 use crate::deploy::JobIdentity;
 use crate::ledger::random_word;
-use crate::local_worker::{Check, LocalWorker, corpus_files};
+use crate::local_worker::{Check, LocalWorker, Pushed, corpus_files};
 use crate::market;
 use crate::report::Complaint;
 use crate::run::{Membership, RunSpec, Watch};
@@ -79,6 +79,7 @@ pub(super) async fn prepare(
     offered: impl Fn(&Offered),
 ) -> Result<Prepared, Complaint> {
     let inspection = preflight(context, clouds, worker, &wish.job, wish.push_model).await?;
+    let wish = Wish { request: with_gpus(clouds, worker.pushed(), &wish.job, wish.request)?, ..wish };
     let spec = spec(context, clouds, wish, &inspection)?;
     let found = clouds.offers(&spec.request).await?;
     offered(&found);
@@ -128,6 +129,21 @@ async fn preflight(
         check_size(job.model.name(), Bytes(inspection.files.iter().map(|file| file.bytes).sum()), limit)?;
     }
     Ok(inspection)
+}
+
+/// The request for an instance whose GPUs the worker can use.
+fn with_gpus(clouds: &Clouds, pushed: &Pushed, job: &JobSpec, request: GpuRequest) -> Result<GpuRequest, Complaint> {
+    // None named: all GPUs that are there.
+    let uses_gpus = job.devices.is_empty() || job.devices.iter().any(|device| !device.starts_with("cpu"));
+    if clouds.is_local() || request.gpu_count == Some(0) || !uses_gpus {
+        return Ok(request);
+    }
+    if pushed.cuda.is_none() {
+        let message = format!("{} was built without CUDA: GPUs would be paid for and not used", pushed.path.display());
+        let hint = "`outliers worker build --cuda` builds one that uses them; or say --devices cpu, or --gpu-count 0";
+        return Err(Complaint::refused(message, hint));
+    }
+    Ok(GpuRequest { worker_cuda: pushed.cuda, ..request })
 }
 
 fn check_size(name: &str, bytes: Bytes, limit: Bytes) -> Result<(), Complaint> {

@@ -259,7 +259,7 @@ fn unfit(facts: &HostFacts, offer: &Offer, want: &GpuRequest) -> Option<String> 
     {
         return Some(format!("GPU {} has {} of memory", small.index, small.memory.unwrap_or_default()));
     }
-    if let (Some(min), Some(cuda)) = (want.min_cuda, facts.cuda)
+    if let (Some(min), Some(cuda)) = (want.min_cuda.max(want.worker_cuda), facts.cuda)
         && cuda < min
     {
         return Some(format!("its driver serves CUDA {cuda}, {min} is needed"));
@@ -372,6 +372,8 @@ mod tests {
         assert!(unfit(&arm, &rented).unwrap().contains("riscv64"));
         let old = GpuRequest { min_cuda: Some("12.8".parse().unwrap()), ..GpuRequest::default() };
         assert!(super::unfit(&facts(&[79, 79], 100), &rented, &old).unwrap().contains("CUDA 12.4"));
+        let worker = GpuRequest { worker_cuda: old.min_cuda, ..GpuRequest::default() };
+        assert!(super::unfit(&facts(&[79, 79], 100), &rented, &worker).unwrap().contains("12.8 is needed"));
         let much = GpuRequest { min_cpu_ram: Some(Bytes::from_gib(64)), ..GpuRequest::default() };
         let small = HostFacts { ram: Some(Bytes::from_gib(32)), ..facts(&[79, 79], 100) };
         assert!(super::unfit(&small, &rented, &much).unwrap().contains("memory"));

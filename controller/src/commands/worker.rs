@@ -1,0 +1,65 @@
+//! `worker`: a worker for instances, built from this project's source.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use tokio::process::Command;
+
+use super::{Context, SCHEMA};
+use crate::cli::WorkerCommand;
+use crate::local_worker::{PORTABLE, Pushed};
+use crate::report::{Complaint, ExitStatus};
+use crate::units::CudaVersion;
+
+/// What builds it, in the project's folder.
+const SCRIPT: &str = "worker/build.sh";
+
+/// What was built.
+#[derive(Debug, Serialize)]
+struct Document {
+    schema: u32,
+    path: PathBuf,
+    /// The oldest CUDA that a driver may serve, where it uses GPUs.
+    oldest_cuda: Option<CudaVersion>,
+}
+
+/// Does it.
+pub(super) async fn command(context: &Context, command: WorkerCommand) -> Result<ExitStatus, Complaint> {
+    let WorkerCommand::Build { cuda, output } = command;
+    let project = project(&context.here)?;
+    let output = output.map_or_else(|| context.exe.with_file_name(PORTABLE), |path| context.here.join(path));
+    let mut build = Command::new(project.join(SCRIPT));
+    build.args(cuda.then_some("--cuda")).arg("--output").arg(&output).kill_on_drop(true);
+    // What it says is for people; standard output is for what was built.
+    build.stdout(std::io::stderr());
+    let status = build.status().await.map_err(|error| Complaint::failed(format!("{SCRIPT}: {error}")))?;
+    if !status.success() {
+        return Err(Complaint::failed(format!("{SCRIPT} ended with {status}; why stands above")));
+    }
+    let Pushed { path, cuda } = Pushed::look_at(output).await?;
+    let what =
+        cuda.map_or_else(|| "for CPUs alone".to_owned(), |oldest| format!("for CPUs, and GPUs from CUDA {oldest} on"));
+    let words = format!("{}: {what}", path.display());
+    context.reporter.result(&Document { schema: SCHEMA, path, oldest_cuda: cuda }, || words);
+    Ok(ExitStatus::Done)
+}
+
+/// The folder of the project's source, from `here` upwards.
+fn project(here: &Path) -> Result<PathBuf, Complaint> {
+    let found = here.ancestors().find(|folder| folder.join(SCRIPT).is_file());
+    found.map(Path::to_owned).ok_or_else(|| {
+        Complaint::refused(format!("{SCRIPT} is not in {} or above", here.display()), "run it in the project's folder")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_project_is_found_from_any_folder_of_it() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        assert_eq!(project(&root.join("worker/src")).unwrap(), root);
+        assert_eq!(project(Path::new("/")).unwrap_err().status, ExitStatus::Refused);
+    }
+}
