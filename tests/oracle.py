@@ -2,12 +2,14 @@
 """Compares the worker and `outliers compare` with Hugging Face transformers; makes tests/golden and controller/tests/results again.
 
     oracle.py check    ORACLE WORKER [CONTROLLER] [--families F ..] [--seeds 1 2 3] [--sizes tiny small] [--no-odd]
+    oracle.py goldens  WORKER [--devices D] [--precision f32|bf16|f16] [--tolerance T]
     oracle.py fixtures ORACLE [--only NAME ..]
     oracle.py results  ORACLE WORKER
 
 ORACLE is the folder of make_model.py, golden.py and outliers_ref.py: tiny checkpoints with random weights in the published layouts,
 activations of transformers at every studied norm, router choices, logits and likelihoods, and outlier statistics computed from
-those by a program that shares nothing with ours. Needs torch, transformers, safetensors, tokenizers and numpy.
+those by a program that shares nothing with ours. Needs torch, transformers, safetensors, tokenizers and numpy; `goldens`, which
+compares with what is recorded in tests/golden, needs safetensors and numpy alone.
 """
 import argparse
 import json
@@ -23,6 +25,7 @@ import compare_figures
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-4  # of each tensor's root mean square
+HALF_TOLERANCE = 0.05  # the same in bf16 and f16, on average; on the CPU the worst is 0.033
 # Where eight layers amplify rounding, f32 itself does not hold 1e-4: against a run in f64, the reference's own f32 values turn out up
 # to 2.4e-4 (qwen3_next) and 1.4e-4 (opt_350m, whose norms come last) wrong and ours 1.4e-4 and 1.2e-4, neither always the better one.
 # Router choices and statistics must be equal all the same.
@@ -171,6 +174,42 @@ def results(arguments):
         (home / f"{name}-reference.json").write_text(text)
 
 
+def goldens(arguments):
+    """Every recorded fixture on the devices and in the precision asked for."""
+    failed = 0
+    for folder in sorted(path.parent for path in (HERE / "golden").glob("*/golden.safetensors")):
+        family = json.loads((folder / "model" / "config.json").read_text()).get("model_type")
+        golden = load_file(folder / "golden.safetensors")
+        tolerance = arguments.tolerance or (TOLERANCES.get(family, TOLERANCE) if arguments.precision == "f32" else HALF_TOLERANCE)
+        with tempfile.TemporaryDirectory() as output:
+            run = subprocess.run(
+                [arguments.worker, "run", "--model", folder / "model", "--token-ids", folder / "golden.safetensors", "--output", output,
+                 "--devices", arguments.devices, "--precision", arguments.precision, "--save-activations", "activations.safetensors"],
+                capture_output=True, text=True)
+            if run.returncode:
+                wrong = run.stderr.strip().splitlines()[-2:]
+            else:
+                compare_as = compare_activations if arguments.precision == "f32" else compare_on_average
+                wrong = compare_as(golden, load_file(Path(output) / "activations.safetensors"), tolerance)
+        failed += bool(wrong)
+        said = "; ".join(wrong[:3]) or f"within {tolerance:g} of each tensor's root mean square"
+        print(f"{'FAIL' if wrong else 'ok  '} {folder.name} on {arguments.devices} in {arguments.precision}: {said}", flush=True)
+    sys.exit(failed > 0)
+
+
+def compare_on_average(golden, candidate, tolerance):
+    """What differs by its root mean square: rounding to 8 or 11 bits sends some tokens to other experts, and those differ altogether."""
+    wrong = []
+    for name, want in golden.items():
+        if name.startswith("router.") or np.issubdtype(want.dtype, np.integer):
+            continue
+        square = lambda x: float(np.sqrt(np.mean(x.astype(np.float64) ** 2)))
+        off = square(candidate[name] - want) / square(want)
+        if not off <= tolerance:
+            wrong.append(f"{name}: off by {off:.3g} of its root mean square")
+    return wrong
+
+
 def compare_activations(golden, candidate, tolerance=TOLERANCE):
     """What differs, in the order of computation."""
     wrong = []
@@ -253,6 +292,12 @@ def main():
     one.add_argument("--sizes", nargs="*", default=["tiny", "small"])
     one.add_argument("--no-odd", action="store_true", help="only the presets")
     one.set_defaults(run=check)
+    four = commands.add_parser("goldens", help="compare the worker with tests/golden, on any devices")
+    four.add_argument("worker")
+    four.add_argument("--devices", default="cpu")
+    four.add_argument("--precision", default="f32", choices=["f32", "bf16", "f16"])
+    four.add_argument("--tolerance", type=float, help="of each tensor's root mean square [default: as for f32 on the CPU]")
+    four.set_defaults(run=goldens)
     two = commands.add_parser("fixtures", help="make tests/golden again")
     two.add_argument("oracle")
     two.add_argument("--only", nargs="*", choices=list(FIXTURES))
