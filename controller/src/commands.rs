@@ -144,7 +144,15 @@ impl Context {
     /// # Errors
     /// It is missing, or of another version.
     pub async fn worker(&self) -> Result<LocalWorker, Complaint> {
-        Ok(LocalWorker::find(self.settings.worker.as_deref(), &self.exe).await?)
+        let worker = LocalWorker::find(self.settings.worker.as_deref(), &self.exe).await?;
+        if worker.pushes_an_older_one() {
+            let pushed = worker.pushed().path.display();
+            self.reporter.say(&format!(
+                "{pushed} is older than {}: `outliers worker build` makes it anew",
+                worker.path().display()
+            ));
+        }
+        Ok(worker)
     }
 
     /// What a run has to move and to compute, under the settings' assumptions.

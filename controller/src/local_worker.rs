@@ -134,6 +134,12 @@ impl LocalWorker {
         &self.path
     }
 
+    /// Whether what instances get is older than this one: of the same version, but not of the same source perhaps.
+    pub fn pushes_an_older_one(&self) -> bool {
+        let made = |path: &Path| path.metadata().and_then(|meta| meta.modified());
+        matches!((made(&self.pushed.path), made(&self.path)), (Ok(pushed), Ok(here)) if pushed < here)
+    }
+
     /// What instances get: the one beside it that was built for other machines, where there is one; else itself.
     pub fn pushed(&self) -> &Pushed {
         &self.pushed
@@ -363,6 +369,10 @@ mod tests {
         let both = LocalWorker::find(None, &exe).await.unwrap();
         let cuda = Some(CudaVersion { major: 11, minor: 8 });
         assert_eq!((both.path(), both.pushed()), (&*here, &Pushed { path: portable.clone(), cuda }));
+        assert!(!both.pushes_an_older_one() && !alone.pushes_an_older_one());
+        let later = std::time::SystemTime::now() + Duration::from_secs(60);
+        std::fs::File::options().write(true).open(&here).unwrap().set_modified(later).unwrap();
+        assert!(both.pushes_an_older_one());
         assert_eq!(
             LocalWorker::find(Some(&here), &exe).await.unwrap().pushed(),
             alone.pushed(),

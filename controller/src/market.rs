@@ -601,6 +601,19 @@ mod tests {
     }
 
     #[test]
+    fn a_driver_too_old_for_the_worker_is_not_rented_and_one_that_nobody_names_is() {
+        let cuda = |text: &str| Some(text.parse::<CudaVersion>().unwrap());
+        let query = GpuRequest { worker_cuda: cuda("11.8"), ..want() };
+        let mut offers = cloud();
+        assert_eq!(select(offers.clone(), &query, &work()).unwrap().offers.len(), 3, "none of them tells");
+        offers.iter_mut().for_each(|offer| offer.max_cuda = cuda("11.7"));
+        let error = filtered(offers, &query);
+        assert_eq!(error.reason, "the newest is CUDA 11.7");
+        assert!(error.to_string().contains("a driver for the worker (CUDA 11.8)"), "{error}");
+        assert_eq!(error.relaxation, None, "no option changes it");
+    }
+
+    #[test]
     fn host_memory_is_not_gpu_memory() {
         let query = GpuRequest { min_cpu_ram: Some(Bytes::from_gib(64)), ..want() };
         assert_eq!(filtered(cloud(), &query).steps.last().unwrap().filter, Filter::MinCpuRam);

@@ -25,6 +25,9 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 
 const EXE: &str = env!("CARGO_BIN_EXE_outliers");
 
+/// After this nothing is hoped for any more: no bound, on a busy machine much takes long.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// A cloud of its own, which a failing test does not leave running.
 struct Cloud {
     broker: LocalBroker,
@@ -205,7 +208,7 @@ fn kill(pid: u32, signal: &str) {
 async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !condition() {
-        assert!(begun.elapsed() < Duration::from_secs(20), "{what} does not happen");
+        assert!(begun.elapsed() < PATIENCE, "{what} does not happen");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -377,7 +380,7 @@ async fn a_signal_reaches_the_command() {
     writer.exec(true, "sleep 100 & sleep 100").await.unwrap();
     tokio::time::sleep(Duration::from_millis(300)).await;
     writer.signal(Sig::TERM).await.unwrap();
-    let output = tokio::time::timeout(Duration::from_secs(10), collect(reader)).await.unwrap();
+    let output = tokio::time::timeout(PATIENCE, collect(reader)).await.unwrap();
     assert_eq!(output.signal.as_deref(), Some("TERM"));
 }
 
@@ -452,7 +455,7 @@ async fn a_detached_child_outlives_its_channel_and_connection() {
     let ssh = cloud.connect(&instance).await;
     let begun = Instant::now();
     let output = exec(&ssh, "setsid nohup sleep 300 </dev/null >log 2>&1 & echo $!").await;
-    assert!(begun.elapsed() < Duration::from_secs(10));
+    assert!(begun.elapsed() < PATIENCE);
     let pid: u32 = output.text().parse().unwrap();
     drop(ssh);
     tokio::time::sleep(Duration::from_millis(200)).await;
@@ -517,7 +520,7 @@ async fn the_children_of_a_killed_instance_are_found() {
     kill(instance_pid(&cloud, &instance), "-KILL");
     let begun = Instant::now();
     while matches!(cloud.only().await.state, InstanceState::Ready(_)) {
-        assert!(begun.elapsed() < Duration::from_secs(10));
+        assert!(begun.elapsed() < PATIENCE);
     }
     let dead = cloud.only().await;
     assert!(matches!(&dead.state, InstanceState::Failed(why) if why.contains("process ended")), "{dead:?}");
@@ -682,7 +685,7 @@ async fn a_create_cut_short_is_listed_and_can_be_ended() {
     }
     let begun = Instant::now();
     while cloud.only().await.state != InstanceState::Booting {
-        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", cloud.only().await);
+        assert!(begun.elapsed() < PATIENCE, "{:?}", cloud.only().await);
     }
     assert_eq!(cloud.only().await.tag(), instance.tag());
     let text = fs::read_to_string(folder.join("instance.json")).unwrap();
@@ -691,7 +694,7 @@ async fn a_create_cut_short_is_listed_and_can_be_ended() {
     fs::write(folder.join("instance.json"), record.to_string()).unwrap();
     let begun = Instant::now();
     while cloud.only().await.state != InstanceState::Failed("it never started".to_owned()) {
-        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", cloud.only().await);
+        assert!(begun.elapsed() < PATIENCE, "{:?}", cloud.only().await);
     }
     cloud.broker.terminate(&instance.id).await.unwrap();
     assert_eq!(cloud.broker.bill().unwrap().entries.len(), 1);
@@ -707,7 +710,7 @@ async fn a_termination_cut_short_can_be_finished() {
     kill(instance_pid(&cloud, &instance), "-KILL");
     let begun = Instant::now();
     while cloud.only().await.state == InstanceState::Terminating {
-        assert!(begun.elapsed() < Duration::from_secs(10));
+        assert!(begun.elapsed() < PATIENCE);
     }
     assert!(matches!(cloud.only().await.state, InstanceState::Failed(_)));
     // Cut short after the bill, and after the folder was moved away.

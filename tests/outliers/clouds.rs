@@ -11,7 +11,7 @@ use outliers_clouds::{Dialect, FakeCloud, FakeInstance, Gpu, How, KEY, Op, Refus
 use outliers_protocol::files;
 use outliers_tests::desk::{Desk, Said};
 use outliers_tests::golden::{assert_activations_equal, assert_statistics_equal};
-use outliers_tests::programs::golden;
+use outliers_tests::programs::{golden, run_worker, worker};
 use outliers_tests::sshd::Sshd;
 
 mod kills;
@@ -176,6 +176,35 @@ fn a_deploy_to_lambda() {
         Rented { ssh: server.endpoint(), machine: Box::new(server) }
     }));
     place.full_run(&cloud);
+}
+
+/// Whoever pays for a GPU wants it used.
+#[test]
+fn gpus_that_the_worker_would_not_use_are_not_rented() {
+    let cloud = FakeCloud::start(Vast);
+    let usual = Place::deployment();
+    let devices = usual.iter().position(|word| word == "--devices").unwrap();
+    let all_devices: Vec<_> = [&usual[..devices], &usual[devices + 2..]].concat();
+    let plain = Place::new(&[&cloud]).desk.run(&all_devices);
+    assert_eq!(plain.code, Some(2), "{plain:?}");
+    let said = format!("{plain:?}");
+    assert!(said.contains("without CUDA") && said.contains("outliers worker build --cuda"), "{said}");
+
+    // One that uses GPUs, but none under drivers of today.
+    let tools = tempfile::tempdir().unwrap();
+    let program = tools.path().join("outliers-worker");
+    let version = String::from_utf8(run_worker(["version", "--json"]).stdout).unwrap();
+    let version = version.replace("\"cuda\": false", "\"cuda\": true, \"oldest_cuda\": \"99.0\"");
+    let real = worker();
+    let script =
+        format!("#!/bin/sh\n[ \"$1\" != version ] || exec cat <<'END'\n{version}\nEND\nexec {real:?} \"$@\"\n");
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let place = Place::with_settings(&[&cloud], &format!("[worker]\nbinary = {program:?}\n"));
+    let demanding = place.desk.run(&all_devices);
+    assert_eq!(demanding.code, Some(3), "{demanding:?}");
+    assert!(format!("{demanding:?}").contains("a driver for the worker (CUDA 99.0)"), "{demanding:?}");
+    assert_eq!(cloud.world().count(Op::Create), 0);
 }
 
 /// Every cloud in one table; one that does not answer is left out, and said so.

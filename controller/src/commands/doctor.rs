@@ -117,7 +117,12 @@ fn keys(state: &Path) -> Finding {
 
 async fn worker(context: &Context) -> Finding {
     match context.worker().await {
-        Ok(worker) => Finding::new("worker", Health::Good, worker.path().display().to_string()),
+        Ok(worker) => {
+            let cuda = worker.pushed().cuda;
+            let what = cuda.map_or_else(|| "without CUDA".to_owned(), |oldest| format!("with CUDA, from {oldest} on"));
+            let (here, pushed) = (worker.path().display(), worker.pushed().path.display());
+            Finding::new("worker", Health::Good, format!("{here}; instances get {pushed}, {what}"))
+        }
         Err(complaint) => Finding { hint: complaint.hint, ..Finding::new("worker", Health::Bad, complaint.message) },
     }
 }
