@@ -538,7 +538,7 @@ mod tests {
             settings.hub_variables(workers).into_iter().map(|(name, value)| (name, value.expose().to_owned()))
         };
         assert!(given(3).eq([("HF_TOKEN", "hf_x".to_owned()), ("OUTLIERS_HUB_REQUESTS", "333".to_owned())]));
-        assert_eq!(given(5000).last().unwrap().1, "1", "a worker that may ask nothing can do nothing");
+        assert_eq!(given(5000).next_back().unwrap().1, "1", "a worker that may ask nothing can do nothing");
         assert!(!format!("{settings:?}").contains("hf_x"), "a token is never printed");
         assert_eq!(settings.hf_token.unwrap().expose(), "hf_x");
         let settings = resolve(None, &[(variables::XDG_STATE_HOME, "/xdg"), (variables::HF_TOKEN, "")]).unwrap();

@@ -29,7 +29,7 @@ macro_rules! table {
         #[derive(Clone, Copy)]
         #[repr(usize)]
         #[expect(non_camel_case_types, reason = "names of C functions")]
-        pub(crate) enum Function { $($($function),*),* }
+        pub(crate) enum Slot { $($($function),*),* }
 
         #[derive(Clone, Copy, PartialEq, Eq)]
         pub(crate) enum Of { $($library),* }
@@ -43,7 +43,7 @@ macro_rules! table {
                 concat!(stringify!($function), ":"),
                 "jmp *({slots} + {at})(%rip)",
                 slots = sym SLOTS,
-                at = const 8 * Function::$function as usize,
+                at = const 8 * Slot::$function as usize,
                 options(att_syntax),
             );
         )*)*

@@ -62,7 +62,6 @@ fn look_and_tell() {
         return;
     }
     unsafe extern "C" {
-        #[expect(clippy::too_many_arguments, reason = "it has so many")]
         fn cuLaunchKernel(
             a: usize,
             b: c_uint,
