@@ -72,7 +72,7 @@ async fn happy() -> (Fake, Box<RunRecord>, tempfile::TempDir) {
     (fake, record, home)
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_run_goes_through_all_states_and_leaves_nothing() {
     let (fake, record, home) = happy().await;
     closed_and_clean(&fake, &record, "happy path");
@@ -138,7 +138,7 @@ fn last(lives: &[Life]) -> &RunRecord {
 }
 
 /// kill -9 before and after every effect: the next process ends the run as if nothing had happened.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn killed_anywhere_the_run_still_completes() {
     for fault in [Fault::CrashBefore, Fault::CrashAfter] {
         let runs = sweep(fault, None, |fake, lives, what| {
@@ -154,7 +154,7 @@ async fn killed_anywhere_the_run_still_completes() {
 }
 
 /// And killed again while it recovers.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn killed_twice_the_run_still_completes() {
     for first in [Fault::CrashBefore, Fault::CrashAfter] {
         for second in [Fault::CrashBefore, Fault::CrashAfter] {
@@ -168,7 +168,7 @@ async fn killed_twice_the_run_still_completes() {
 }
 
 /// One failure, or one lost answer, is lived through within the same process.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_single_failure_anywhere_is_survived() {
     for fault in [Fault::Fails, Fault::AnswerLost] {
         sweep(fault, None, |fake, lives, what| {
@@ -182,7 +182,7 @@ async fn a_single_failure_anywhere_is_survived() {
 }
 
 /// A failure and then a crash, at every pair of points.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_lost_answer_and_then_a_crash_are_survived() {
     sweep(Fault::AnswerLost, Some(Fault::CrashAfter), |fake, lives, what| {
         closed_and_clean(fake, last(lives), what);
@@ -193,7 +193,7 @@ async fn a_lost_answer_and_then_a_crash_are_survived() {
 
 /// When everything stops working, the program says that an instance may be left, never that all is well; and a later
 /// process, when things work again, ends it.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn an_outage_is_told_and_mended_later() {
     for at in 1.. {
         let (fake, home) = (Fake::new(), home());
@@ -219,7 +219,7 @@ async fn an_outage_is_told_and_mended_later() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn ctrl_c_anywhere_ends_in_terminate() {
     for fault in [Fault::Stop, Fault::StopTwice] {
         sweep(fault, None, |fake, lives, what| {
@@ -233,7 +233,7 @@ async fn ctrl_c_anywhere_ends_in_terminate() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn ctrl_c_and_then_a_crash_still_end_in_terminate() {
     sweep(Fault::Stop, Some(Fault::CrashAfter), |fake, lives, what| {
         closed_and_clean(fake, last(lives), what);
@@ -241,7 +241,7 @@ async fn ctrl_c_and_then_a_crash_still_end_in_terminate() {
     .await;
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn an_instance_that_goes_away_is_replaced_and_the_run_completes() {
     sweep(Fault::Preempted, None, |fake, lives, what| {
         closed_and_clean(fake, last(lives), what);
@@ -250,7 +250,7 @@ async fn an_instance_that_goes_away_is_replaced_and_the_run_completes() {
     .await;
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn instances_that_go_away_again_and_again_end_the_run_with_a_loss() {
     let (fake, home) = (Fake::new(), home());
     let (plain, ..) = happy().await;
@@ -265,7 +265,7 @@ async fn instances_that_go_away_again_and_again_end_the_run_with_a_loss() {
     assert_eq!(fake.world.lock().unwrap().creates, 3);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_worker_that_dies_is_started_again_and_not_for_ever() {
     for (deaths, completed) in [(1, true), (2, true), (3, false)] {
         let (fake, home) = (Fake::new(), home());
@@ -278,7 +278,7 @@ async fn a_worker_that_dies_is_started_again_and_not_for_ever() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn killed_anywhere_while_a_worker_is_started_again_the_run_still_completes() {
     let dies = |world: &mut super::fake::World| world.deaths = 1;
     for fault in [Fault::CrashBefore, Fault::CrashAfter] {
@@ -290,7 +290,7 @@ async fn killed_anywhere_while_a_worker_is_started_again_the_run_still_completes
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn ctrl_c_in_mid_run_brings_home_what_there_is_and_a_second_one_does_not() {
     for (fault, salvaged) in [(Fault::Stop, true), (Fault::StopTwice, false)] {
         let (fake, home) = (Fake::new(), home());
@@ -320,7 +320,7 @@ async fn with(change: impl FnOnce(&mut crate::run::RunSpec), fake: &Fake, home: 
     Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &|_| {}).drive().await.unwrap()
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn the_time_limit_ends_a_run_that_does_not() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.endless = true);
@@ -330,7 +330,7 @@ async fn the_time_limit_ends_a_run_that_does_not() {
     assert!(record.state.results().is_some_and(|results| !results.complete));
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn cancelling_from_another_process_ends_the_run() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.endless = true);
@@ -355,7 +355,7 @@ async fn cancelling_from_another_process_ends_the_run() {
     assert_eq!(record.state.ending(), Some(&Ending::Cancelled));
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_held_instance_stays_and_is_no_loose_end() {
     let (fake, home) = (Fake::new(), home());
     let record = with(|spec| spec.keep_running = true, &fake, home.path()).await;
@@ -370,7 +370,7 @@ async fn a_held_instance_stays_and_is_no_loose_end() {
     assert_eq!(record.state.ending(), Some(&Ending::Completed));
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn the_next_offer_is_tried_and_the_last_refusal_tells_all() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.sold_out = vec!["a".into()]);
@@ -387,7 +387,7 @@ async fn the_next_offer_is_tried_and_the_last_refusal_tells_all() {
     assert!(trouble.message.contains("2 of 2 offers") && trouble.message.contains("gone"), "{}", trouble.message);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_refusal_of_us_is_not_tried_again_elsewhere() {
     for kind in [BrokerErrorKind::Auth, BrokerErrorKind::Budget] {
         let (fake, home) = (Fake::new(), home());
@@ -400,7 +400,7 @@ async fn a_refusal_of_us_is_not_tried_again_elsewhere() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_create_that_is_never_answered_gives_up() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.create_error = Some(BrokerErrorKind::Maybe));
@@ -409,7 +409,7 @@ async fn a_create_that_is_never_answered_gives_up() {
     assert!(fake.world.lock().unwrap().creates <= 8);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn no_offer_means_nothing_rented() {
     let (fake, home) = (Fake::new(), home());
     let ledger = Ledger::open(&home.path().join("state")).unwrap();
@@ -422,7 +422,7 @@ async fn no_offer_means_nothing_rented() {
     assert!(trouble.message.contains("--gpu-filter"));
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn an_instance_that_bills_more_than_allowed_is_given_back() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.price_on_arrival = Some(UsdPerHour::from_dollars(9.0)));
@@ -433,7 +433,7 @@ async fn an_instance_that_bills_more_than_allowed_is_given_back() {
     assert!(trouble.message.contains("$9.00/h"), "{}", trouble.message);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn without_a_cap_the_offers_price_is_what_was_agreed() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.price_on_arrival = Some(UsdPerHour::from_dollars(1.9)));
@@ -446,7 +446,7 @@ async fn without_a_cap_the_offers_price_is_what_was_agreed() {
     assert_eq!(words[..8], expected);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_host_that_is_not_what_was_rented_is_exchanged_and_remembered() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.unfit = vec!["a".into()]);
@@ -461,7 +461,7 @@ async fn a_host_that_is_not_what_was_rented_is_exchanged_and_remembered() {
     assert_eq!((again.state.ending(), fake.world.lock().unwrap().creates), (Some(&Ending::Completed), 3));
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn after_some_hosts_that_do_not_serve_the_fault_is_not_theirs() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| {
@@ -478,7 +478,7 @@ async fn after_some_hosts_that_do_not_serve_the_fault_is_not_theirs() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn killed_anywhere_while_a_host_is_exchanged_the_run_still_completes() {
     let runs = sweep_with(
         Fault::CrashAfter,
@@ -493,7 +493,7 @@ async fn killed_anywhere_while_a_host_is_exchanged_the_run_still_completes() {
     assert!(runs.await > 15);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn the_workers_own_words_end_the_run() {
     let (fake, home) = (Fake::new(), home());
     let failure = Failure { kind: FailureKind::Corpus, message: "no text".into(), hint: Some("give some".into()) };
@@ -504,7 +504,7 @@ async fn the_workers_own_words_end_the_run() {
     assert!(fake.world.lock().unwrap().machines.is_empty());
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn damaged_results_are_never_called_complete() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.damage = true);
@@ -575,7 +575,7 @@ async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
     assert!(run.state.results().is_some_and(|results| !results.complete), "what there was came home");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn recovery_marks_what_went_away_and_never_rents() {
     let (fake, home) = (Fake::new(), home());
     let (plain, ..) = happy().await;
@@ -619,7 +619,7 @@ async fn side_by_side(fake: &Fake, home: &Path, budget: f64) -> Vec<RunRecord> {
 }
 
 /// The cheapest offer reserves $1.10.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn parallel_runs_wait_for_the_budget_they_share_instead_of_passing_it() {
     for (budget, at_once) in [(1.2, 1), (2.5, 2), (99.0, 3)] {
         let (fake, home) = (Fake::new(), home());
@@ -634,7 +634,7 @@ async fn parallel_runs_wait_for_the_budget_they_share_instead_of_passing_it() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_budget_that_never_pays_for_a_run_ends_it_before_anything_is_rented() {
     let (fake, home) = (Fake::new(), home());
     for run in side_by_side(&fake, home.path(), 1.0).await {
@@ -644,7 +644,7 @@ async fn a_budget_that_never_pays_for_a_run_ends_it_before_anything_is_rented() 
     assert_eq!(fake.world.lock().unwrap().creates, 0);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_survey_of_which_one_run_is_stopped_waiting_ends() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.endless = true);
