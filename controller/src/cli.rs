@@ -180,8 +180,8 @@ pub enum WorkerCommand {
     ///
     /// Example: outliers worker build --cuda
     ///
-    /// Needs Rust and Python 3 with pip, which brings the linker and the CUDA compiler; nothing is installed. The first build takes
-    /// a quarter of an hour.
+    /// Needs Rust and Python 3 with pip, which brings the linker and the CUDA compiler; nothing is installed. The first build
+    /// compiles everything anew.
     Build {
         /// Use NVIDIA's GPUs where there are some.
         #[arg(long)]

@@ -144,15 +144,7 @@ impl Context {
     /// # Errors
     /// It is missing, or of another version.
     pub async fn worker(&self) -> Result<LocalWorker, Complaint> {
-        let worker = LocalWorker::find(self.settings.worker.as_deref(), &self.exe).await?;
-        if worker.pushes_an_older_one() {
-            let pushed = worker.pushed().path.display();
-            self.reporter.say(&format!(
-                "{pushed} is older than {}: `outliers worker build` makes it anew",
-                worker.path().display()
-            ));
-        }
-        Ok(worker)
+        Ok(LocalWorker::find(self.settings.worker.as_deref(), &self.exe).await?)
     }
 
     /// What a run has to move and to compute, under the settings' assumptions.
@@ -225,6 +217,16 @@ impl Context {
 
     fn explain(&self) -> Option<Explain> {
         self.explain.then(|| -> Explain { Arc::new(|words| eprintln!("{words}")) })
+    }
+
+    /// The way to rented hosts, which get a worker.
+    pub fn hosts_for(&self, worker: &LocalWorker) -> SshHosts {
+        let pushed = &worker.pushed().path;
+        if worker.pushes_an_older_one() {
+            let (old, new) = (pushed.display(), worker.path().display());
+            self.reporter.say(&format!("{old} is older than {new}: `outliers worker build` makes it anew"));
+        }
+        self.hosts(pushed)
     }
 
     /// The way to rented hosts, to which `worker` is pushed.

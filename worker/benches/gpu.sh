@@ -43,7 +43,13 @@ width() {
         --layers "$depth" --devices "$device" --precision bf16 --num-sequences 16 --sequence-length 2048 | tee "$out/$name.txt"
 }
 
-part "devices" "$worker" devices
+devices() {
+    "$worker" devices
+    # Without it all that follows would fail one by one.
+    "$worker" devices --json | grep -q "\"$device\""
+}
+
+part "devices" devices
 part "every fixture in f32" "$python" "$root/tests/oracle.py" goldens "$worker" --devices "$device"
 part "every fixture in bf16" "$python" "$root/tests/oracle.py" goldens "$worker" --devices "$device" --precision bf16
 part "OLMoE" width OLMoE-1B-7B-0125 16

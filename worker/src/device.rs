@@ -8,7 +8,7 @@ use serde::Serialize;
 use sysinfo::System;
 
 use crate::error::{Result, WorkerError};
-use crate::gpu::{self, Gpus};
+use crate::gpu;
 
 /// One device that layers are dealt to. Two placements on the CPU are two logical devices over the same memory.
 #[derive(Clone, Debug)]
@@ -24,17 +24,16 @@ pub struct Placement {
 /// # Errors
 /// Job: not a device's name. Device: a GPU that is not there or cannot be used; none typed: that GPUs are there, and none can be used.
 pub fn open(typed: &[String]) -> Result<Vec<Placement>> {
-    let gpus = gpu::find();
     if typed.is_empty() {
-        let opened = gpus.open_all()?.into_iter().map(|(index, device)| cuda(index, device));
+        let opened = gpu::find().open_all()?.into_iter().map(|(index, device)| cuda(index, device));
         let opened: Vec<Placement> = opened.collect();
         return Ok(if opened.is_empty() { vec![cpu("cpu")] } else { opened });
     }
-    let opened = typed.iter().map(|name| open_one(name.trim(), &gpus)).collect::<Result<Vec<_>>>()?;
+    let opened = typed.iter().map(|name| open_one(name.trim())).collect::<Result<Vec<_>>>()?;
     Ok(opened.into_iter().flatten().collect())
 }
 
-fn open_one(name: &str, gpus: &Gpus) -> Result<Vec<Placement>> {
+fn open_one(name: &str) -> Result<Vec<Placement>> {
     let bad = || {
         WorkerError::job(format!("--devices: {name:?} is not a device"))
             .hint("use `cpu`, `cpu:2` for two logical CPU devices, or `cuda:0,cuda:1`")
@@ -48,7 +47,7 @@ fn open_one(name: &str, gpus: &Gpus) -> Result<Vec<Placement>> {
         },
         Some(("cuda", index)) => {
             let index = index.parse().map_err(|_| bad())?;
-            Ok(vec![cuda(index, gpus.open(index)?)])
+            Ok(vec![cuda(index, gpu::find().open(index)?)])
         }
         _ => Err(bad()),
     }
@@ -96,7 +95,9 @@ pub fn machine() -> Machine {
 
 /// Provenance of the devices.
 pub fn describe(devices: &[Placement], machine: &Machine) -> Vec<DeviceInfo> {
-    let gpus = gpu::find().describe();
+    // Whoever uses the CPU alone has nothing to ask of a driver.
+    let only_cpus = devices.iter().all(|placement| placement.device.is_cpu());
+    let gpus = if only_cpus { Vec::new() } else { gpu::find().describe() };
     let one = |d: &Placement| {
         let gpu = gpus.iter().find(|gpu| gpu.name == d.name).cloned();
         gpu.unwrap_or_else(|| DeviceInfo {

@@ -174,12 +174,12 @@ impl Run<'_> {
             devices: sharing,
         };
         let needed = inspect::streamed_memory(&model, planned);
-        let is_cpu = |placement: &&Placement| placement.device.is_cpu();
-        if devices.iter().any(|placement| is_cpu(&placement)) {
+        let (cpus, gpus): (Vec<&Placement>, Vec<_>) = devices.iter().partition(|placement| placement.device.is_cpu());
+        if !cpus.is_empty() {
             let on = if sharing > 1 { format!("{sharing} CPU devices") } else { "the CPU".to_owned() };
             fits(needed, &on, budget::free_memory())?;
         }
-        for Placement { name, device } in devices.iter().filter(|placement| !is_cpu(placement)) {
+        for Placement { name, device } in gpus {
             fits(needed, name, gpu::free_memory(device))?;
         }
         let pass = Pass {

@@ -28,8 +28,10 @@ async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<
         ));
     };
     let (clouds, worker) = (context.clouds(&run.spec.broker_names())?, context.worker().await?);
-    let (hosts, bad_hosts) = (context.hosts(&worker.pushed().path), BadHosts::default());
-    let secrets = secrets(context, &run.spec.job, 1);
+    let (hosts, bad_hosts) = (context.hosts_for(&worker), BadHosts::default());
+    // The others of its survey may run beside it.
+    let workers = if run.spec.survey.is_some() { context.settings.max_parallel } else { 1 };
+    let secrets = secrets(context, &run.spec.job, workers);
     context.reporter.picked_up(taken.record());
     drive(&context.reporter, taken, ports(&clouds, &bad_hosts, &hosts, &secrets)).await
 }

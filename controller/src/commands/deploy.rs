@@ -109,7 +109,7 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
     let key = identity(&job)?.key(&clouds.names());
-    let hosts = context.hosts(&worker.pushed().path);
+    let hosts = context.hosts_for(&worker);
     let secrets = secrets(context, &job, 1);
     let bad_hosts = BadHosts::default();
     let ports = ports(&clouds, &bad_hosts, &hosts, &secrets);

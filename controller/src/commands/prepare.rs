@@ -78,8 +78,8 @@ pub(super) async fn prepare(
     wish: Wish,
     offered: impl Fn(&Offered),
 ) -> Result<Prepared, Complaint> {
-    let inspection = preflight(context, clouds, worker, &wish.job, wish.push_model).await?;
     let wish = Wish { request: with_gpus(clouds, worker.pushed(), &wish.job, wish.request)?, ..wish };
+    let inspection = preflight(context, clouds, worker, &wish.job, wish.push_model).await?;
     let spec = spec(context, clouds, wish, &inspection)?;
     let found = clouds.offers(&spec.request).await?;
     offered(&found);

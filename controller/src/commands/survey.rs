@@ -61,7 +61,7 @@ pub(super) async fn command(context: &Context, args: &SurveyArgs) -> Result<Exit
     let (worker, ledger) = (context.worker().await?, context.ledger()?);
     let _only_one = if args.dry_run { None } else { Some(session.take(&ledger)?) };
     let mut todo = session.left(&ledger)?;
-    let (hosts, bad_hosts) = (context.hosts(&worker.pushed().path), BadHosts::default());
+    let (hosts, bad_hosts) = (context.hosts_for(&worker), BadHosts::default());
     let ports = ports(&session.clouds, &bad_hosts, &hosts, &[]);
     if !args.dry_run {
         let found = recover(&ledger, ports, &|event| context.reporter.event(event)).await?;

@@ -10,13 +10,13 @@ use libloading::Library;
 const INSTALLED: [&str; 2] = ["/usr/local/cuda/lib64", "/usr/local/cuda/targets/x86_64-linux/lib"];
 /// Where Pythons are, each in a folder `python3.*`.
 const PYTHONS: [&str; 5] = ["/usr/lib", "/usr/local/lib", "/opt/conda/lib", "/venv/main/lib", "/opt/venv/lib"];
-/// Releases of cuBLAS and cuRAND whose functions, as far as they are called, are the same.
+/// Releases of cuBLAS whose functions, as far as they are called, are the same.
 const BLAS_RELEASES: [u32; 3] = [13, 12, 11];
 
 /// A library that stays until the program ends: the table keeps its addresses.
 type Kept = &'static Library;
 
-/// The driver's own. What it says is the system's word.
+/// The driver's own, from where the system has it and nowhere else: it must be that of the running kernel module.
 pub(crate) fn driver() -> Result<Kept, String> {
     open(Path::new("libcuda.so.1"))
 }
