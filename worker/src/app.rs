@@ -17,7 +17,7 @@ use crate::error::{Result, WorkerError};
 use crate::hub::{Hub, HubOptions, Token};
 use crate::inspect::{self, PlannedRun};
 use crate::model::Model;
-use crate::{arch, bench, corpus, demo, fused, gpu, run};
+use crate::{arch, bench, corpus, demo, fused, gpu, product, run};
 
 /// Parses arguments, does what they say, prints the outcome.
 ///
@@ -139,7 +139,19 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
     let group_elements = StreamBudget::planned(job.stream_budget_bytes).group_elements(compute, sharing);
     let micro_batch_tokens = job.micro_batch_tokens;
     let arms = Arms::of(job.ablation.as_ref(), model.spec.hidden, tokens)?.count();
-    let run = PlannedRun { sequences, tokens, arms, compute, micro_batch_tokens, group_elements, devices: sharing };
+    // A plan that names no devices is for any: on most, products take what the pass computes in.
+    let takes_bf16 = !job.devices.is_empty() && devices.iter().all(|on| product::takes_bf16(&on.device));
+    let run = PlannedRun {
+        sequences,
+        tokens,
+        arms,
+        compute,
+        micro_batch_tokens,
+        group_elements,
+        takes_bf16,
+        with_head: job.layers.is_none(),
+        devices: sharing,
+    };
     Ok(inspect::inspect(&job, &checkpoint, &model, run))
 }
 

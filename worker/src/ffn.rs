@@ -111,7 +111,7 @@ impl Routing {
 pub fn route(spec: RouterSpec, top_k: usize, router: &Router, x: &Tensor) -> Result<Routing> {
     let wide = |t: &Tensor| t.to_dtype(DType::F32);
     let bias = router.logits.bias.as_ref().map(wide).transpose()?;
-    let logits = Linear { weight: wide(&router.logits.weight)?, bias }.apply(&wide(x)?)?;
+    let logits = Linear { weight: router.logits.weight.clone(), bias }.apply(&wide(x)?)?;
     let (rows, experts) = logits.dims2()?;
     let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
     let none = vec![0.0; experts];

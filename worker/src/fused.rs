@@ -26,7 +26,12 @@ pub fn compose_all() {
 
 /// Whether work on `x` is done by our own loops.
 pub(crate) fn has_loops(x: &Tensor) -> bool {
-    x.device().is_cpu() && !COMPOSED.load(Ordering::Relaxed)
+    has_loops_on(x.device())
+}
+
+/// Whether work on this device is.
+pub(crate) fn has_loops_on(device: &Device) -> bool {
+    device.is_cpu() && !COMPOSED.load(Ordering::Relaxed)
 }
 
 /// A stored float that computes as f32.

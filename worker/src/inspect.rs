@@ -5,7 +5,7 @@ use outliers_protocol::{Inspection, JobSpec, LayerInspection, PlanFigures, Point
 use serde_json::Value;
 
 use crate::attention::{QUERY_BLOCK, SCORE_VALUES};
-use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec, Need, Part, Role, Unit};
+use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec, MoeSpec, Need, Part, Role, Unit};
 use crate::model::Model;
 use crate::run::disk_bytes;
 use crate::source::Checkpoint;
@@ -27,6 +27,10 @@ pub struct PlannedRun {
     pub micro_batch_tokens: usize,
     /// Values decoded per group of experts.
     pub group_elements: u64,
+    /// Whether products take weights of bf16 whatever the dtype.
+    pub takes_bf16: bool,
+    /// Whether the head follows the layers.
+    pub with_head: bool,
     /// Devices whose weights and workspaces are in one memory.
     pub devices: usize,
 }
@@ -143,6 +147,9 @@ impl Flops {
             let kind = if unit.part == Part::Mixer { &mut flops.mixer } else { &mut flops.feed_forward };
             *kind += 2.0 * active_in(spec, &unit) as f64 * tokens;
         }
+        if !run.with_head {
+            flops.head = 0.0;
+        }
         // Attention is looked at once more per arm.
         let arms = run.arms as f64;
         let (mixer, feed_forward, head) =
@@ -178,41 +185,78 @@ fn states(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     hidden_states(spec, run) * if mixture { 3 } else { 1 }
 }
 
-/// Memory of a run whose weights are streamed, bytes: hidden states, and for each device its two largest units and its workspace.
+/// What the program takes before it has a model, bytes.
+const OWN: u64 = 12 << 20;
+
+/// Memory of a run whose weights are streamed, bytes: what is kept of all tokens, and for each device its two largest units and its
+/// workspace; or the same for the head, which follows.
 pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let spec = &model.spec;
-    let value = run.compute.size_in_bytes() as u64;
-    let weights = |needs: &[Need]| needs.iter().map(Need::elements).sum::<u64>() * value;
-    let mut units: Vec<u64> =
-        spec.units(run.group_elements).iter().map(|u| weights(&u.needs) + model.unit_bytes(u) / 4).collect();
-    units.sort_unstable_by(|a, b| b.cmp(a));
-    let two_largest: u64 = units.iter().take(2).sum();
-    let block = (VOCAB_BLOCK.min(spec.vocab) * spec.hidden) as u64 * (value + 4);
-    let workspace = workspace(spec, run);
-    states(spec, run) + (run.devices as u64 * (two_largest + workspace)).max(block + workspace)
+    let units = spec.units(run.group_elements);
+    let mut sizes: Vec<u64> =
+        units.iter().map(|unit| model.kept_bytes(unit.layer, &unit.needs, run.compute, run.takes_bf16)).collect();
+    sizes.sort_unstable_by(|a, b| b.cmp(a));
+    let two_largest: u64 = sizes.iter().take(2).sum();
+    let needs = units.iter().flat_map(|unit| unit.needs.iter().map(|need| model.stored(unit.layer, need).bytes()));
+    let being_decoded = needs.max().unwrap_or(0);
+    let layers = states(spec, run) + run.devices as u64 * (two_largest + being_decoded + workspace(spec, run));
+    // A tied head is read once, before the layers.
+    let tied = if run.with_head && spec.head.tied { model.stored_bytes(0, [&spec.embedding_need()]) } else { 0 };
+    let head = if run.with_head { hidden_states(spec, run) + head_workspace(model, run) } else { 0 };
+    OWN + tied + layers.max(head).max(embedded(spec, run))
 }
 
 /// Memory of a run whose weights are all there at once, bytes.
 pub fn resident_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let weights = model.parameters() * run.compute.size_in_bytes() as u64;
-    states(&model.spec, run) + weights + workspace(&model.spec, run)
+    states(&model.spec, run) + weights + workspace(&model.spec, run).max(head_workspace(model, run))
 }
 
-/// Memory of one micro-batch on its way through the widest block: projections, one block of scores, one block of logits.
+/// Rows of a micro-batch: whole sequences.
+fn batch_rows(run: PlannedRun) -> usize {
+    (run.micro_batch_tokens / run.tokens.max(1)).clamp(1, run.sequences.max(1)) * run.tokens
+}
+
+/// The embedded tokens in f32, before they become hidden states.
+fn embedded(spec: &DecoderSpec, run: PlannedRun) -> u64 {
+    (run.sequences * run.tokens * (spec.embedding.width * size_of::<f32>() + size_of::<usize>())) as u64
+}
+
+/// Memory of a micro-batch on its way through the widest block: projections and one block of scores, or a feed-forward.
 fn workspace(spec: &DecoderSpec, run: PlannedRun) -> u64 {
-    let rows = ((run.micro_batch_tokens / run.tokens.max(1)).max(1) * run.tokens) as u64;
-    let value = run.compute.size_in_bytes();
+    let (rows, value) = (batch_rows(run), run.compute.size_in_bytes());
     let widest = spec.layers.iter().map(|l| {
-        let projections = l.mixer.projected_bytes(value) + 2 * spec.hidden * value;
         let scores = (l.mixer.score_heads() * QUERY_BLOCK * run.tokens).min(SCORE_VALUES) * value;
-        let mlp = match &l.ffn {
-            FfnSpec::Dense(mlp) => 3 * mlp.intermediate,
-            FfnSpec::Moe(m) => 3 * m.shared.map_or(0, |s| s.mlp.intermediate).max(m.expert.intermediate) + spec.hidden,
-        };
-        rows * projections.max(mlp * value) as u64 + scores as u64
+        let mixer = rows * (l.mixer.projected_bytes(value) + 2 * spec.hidden * value) + scores;
+        let mlp = |rows: usize, intermediate: usize| rows * (3 * intermediate + 2 * spec.hidden) * value;
+        mixer.max(match &l.ffn {
+            FfnSpec::Dense(dense) => mlp(rows, dense.intermediate),
+            FfnSpec::Moe(moe) => {
+                let shared = moe.shared.map_or(0, |shared| mlp(rows, shared.mlp.intermediate));
+                shared.max(mlp(expert_rows(moe, run), moe.expert.intermediate))
+            }
+        })
     });
-    let logits = rows * VOCAB_BLOCK.min(spec.vocab) as u64 * (value as u64 + 4);
-    widest.max().unwrap_or(0).max(logits)
+    let tiles = if run.takes_bf16 { outliers_amx::MEMORY } else { 0 };
+    (widest.max().unwrap_or(0) + tiles) as u64
+}
+
+/// Rows that an expert is given at once: what goes to it of all tokens if half as many more choose it as on average, but no more than a
+/// micro-batch and what goes to it of another.
+fn expert_rows(moe: &MoeSpec, run: PlannedRun) -> usize {
+    let share = |rows: usize| (3 * rows * moe.top_k).div_ceil(2 * moe.experts);
+    share(run.sequences * run.tokens).min(batch_rows(run) + share(batch_rows(run)))
+}
+
+/// Memory of the head: a block of the vocabulary in use and one on its way, and the logits of a micro-batch, which are counted in f32.
+fn head_workspace(model: &Model<'_>, run: PlannedRun) -> u64 {
+    let (need, value) = (model.spec.head_need(), run.compute.size_in_bytes());
+    let block = VOCAB_BLOCK.min(model.spec.vocab);
+    let stored = model.stored(0, &need);
+    let kept = 2 * stored.kept_as(run.compute, run.takes_bf16).size_in_bytes() * need.shape[1] * block;
+    let counted = if run.compute == DType::F32 { 0 } else { size_of::<f32>() };
+    let on_its_way = stored.bytes() as usize / need.shape[0] * block;
+    (kept + on_its_way + batch_rows(run) * block * (value + counted)) as u64
 }
 
 #[cfg(test)]

@@ -31,6 +31,7 @@ pub mod model;
 mod noise;
 pub mod norm;
 pub mod output;
+pub mod product;
 pub mod progress;
 pub mod rope;
 pub mod run;

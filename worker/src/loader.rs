@@ -13,6 +13,7 @@ use crate::dtype::{self, Encoded};
 use crate::error::Result;
 use crate::meter::{Clock, Subject, Work};
 use crate::model::{Format, Model, Piece, Stored};
+use crate::product;
 use crate::source::WeightSource;
 use crate::weights::UnitTensors;
 
@@ -36,7 +37,7 @@ pub struct LoadedUnit {
 }
 
 impl<'a> Loader<'a> {
-    /// Decodes to `compute`, into memory from `spare` where there is some; `clock` is told how long everything takes.
+    /// Decodes for a pass in `compute`, into memory from `spare` where there is some; `clock` is told how long everything takes.
     pub fn new(model: &'a Model<'a>, compute: DType, spare: &'a Spare, clock: Clock<'a>) -> Self {
         Self { model, compute, spare, clock, subject: Subject::default(), values: Vec::new(), scales: Vec::new() }
     }
@@ -83,7 +84,8 @@ impl<'a> Loader<'a> {
         }
         let encoded = encoded(&stored, &self.values, &self.scales, &shape);
         let name = &stored.values.entry.name;
-        let decode = || self.spare.decode(&encoded, &shape, self.compute, device, name);
+        let dtype = stored.kept_as(self.compute, need.is_matrix() && product::takes_bf16(device));
+        let decode = || self.spare.decode(&encoded, &shape, dtype, device, name);
         let tensor = self.clock.time_about(Work::Decoding, self.subject.clone(), decode)?;
         Ok(Decoded { tensor, input_major: stored.input_major })
     }
@@ -114,7 +116,8 @@ impl<'a> Loader<'a> {
         let entry = stored.values.entry;
         let encoded = Encoded::Plain { dtype: &entry.dtype, bytes };
         let shape = [rows.len(), entry.shape[1] as usize];
-        self.clock.time(Work::Decoding, || self.spare.decode(&encoded, &shape, self.compute, device, &entry.name))
+        let dtype = stored.kept_as(self.compute, product::takes_bf16(device));
+        self.clock.time(Work::Decoding, || self.spare.decode(&encoded, &shape, dtype, device, &entry.name))
     }
 }
 

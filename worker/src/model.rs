@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
+use candle_core::DType;
 use outliers_protocol::{FailureKind, IgnoredTensors};
 use serde_json::Value;
 
@@ -72,6 +73,13 @@ pub enum Format {
 }
 
 impl<'a> Stored<'a> {
+    /// The dtype in which a pass in `compute` has a matrix of these values: of [bf16](crate::product::takes_bf16) where products take that and
+    /// nothing is lost by it.
+    pub fn kept_as(&self, compute: DType, takes_bf16: bool) -> DType {
+        let is_bf16 = self.format == Format::Mxfp4 || self.values.entry.dtype == StoredDtype::BF16;
+        if takes_bf16 && is_bf16 { DType::BF16 } else { compute }
+    }
+
     /// Both pieces.
     pub fn pieces(&self) -> impl Iterator<Item = &Piece<'a>> {
         std::iter::once(&self.values).chain(&self.scales)
@@ -237,6 +245,15 @@ impl<'a> Model<'a> {
         let (index, parts) = stack.map_or((0, 1), |(expert, experts)| (expert as u64, experts as u64));
         let part = entry.len / parts;
         Ok(Piece { entry, range: index * part..(index + 1) * part })
+    }
+
+    /// Bytes of some tensors of a layer as a pass in `compute` has them, where products take bf16 or not.
+    pub fn kept_bytes(&self, layer: usize, needs: &[Need], compute: DType, takes_bf16: bool) -> u64 {
+        let bytes = |need: &Need| {
+            let dtype = self.stored(layer, need).kept_as(compute, takes_bf16 && need.is_matrix());
+            need.elements() * dtype.size_in_bytes() as u64
+        };
+        needs.iter().map(bytes).sum()
     }
 
     /// Stored bytes of some tensors of a layer.

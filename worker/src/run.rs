@@ -23,6 +23,7 @@ use crate::inspect::{self, PlannedRun};
 use crate::meter::Meter;
 use crate::model::Model;
 use crate::output::{ActivationDump, OutputFolder, hex, write_statistics};
+use crate::product;
 use crate::progress::{ProgressSink, now_ms};
 use crate::savepoint::SavePoints;
 use crate::source::{Checkpoint, Container, Described, LocalSource, SyntheticSource, is_plain_name};
@@ -171,6 +172,8 @@ impl Run<'_> {
             compute,
             micro_batch_tokens: job.micro_batch_tokens,
             group_elements,
+            takes_bf16: devices.iter().all(|on| product::takes_bf16(&on.device)),
+            with_head: job.layers.is_none(),
             devices: sharing,
         };
         let needed = inspect::streamed_memory(&model, planned);

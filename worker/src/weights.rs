@@ -13,10 +13,11 @@ use crate::delta_net::DeltaNetWeights;
 use crate::ffn::{MlpWeights, Router, SharedWeights, Widening};
 use crate::mla::{LatentQuery, LatentWeights};
 use crate::norm::Norm;
+use crate::product::product;
 
 /// A matrix `[out, in]` and perhaps a bias `[out]`.
 pub struct Linear {
-    /// `[out, in]`; a transposed view where the checkpoint stores `[in, out]`.
+    /// `[out, in]`, of the dtype of the pass or of bf16; a transposed view where the checkpoint stores `[in, out]`.
     pub weight: Tensor,
     /// `[out]`.
     pub bias: Option<Tensor>,
@@ -25,7 +26,7 @@ pub struct Linear {
 impl Linear {
     /// `x W^T + b` for `x` `[rows, in]`.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let product = x.matmul(&self.weight.t()?)?;
+        let product = product(x, &self.weight)?;
         self.bias.as_ref().map_or(Ok(product.clone()), |bias| product.broadcast_add(bias))
     }
 }

@@ -13,13 +13,15 @@ use super::{fastest, giga};
 use crate::ablation::Arms;
 use crate::budget::StreamBudget;
 use crate::corpus::Tokens;
+use crate::decoder::Need;
 use crate::device;
 use crate::error::Result;
 use crate::ffn::{ExpertRows, Routing};
 use crate::hub::Hub;
-use crate::inspect::{Flops, PlannedRun};
+use crate::inspect::{self, Flops, PlannedRun};
 use crate::meter::{Meter, Work};
 use crate::model::Model;
+use crate::product;
 use crate::progress::ProgressSink;
 use crate::run;
 use crate::safetensors::StoredDtype;
@@ -58,6 +60,8 @@ pub struct RunTable {
     pub seconds: f64,
     /// Seconds in which devices had nothing to do, waiting for weights or for each other; of all of them together.
     pub waiting_seconds: f64,
+    /// What a plan says that the run takes, bytes.
+    pub planned_memory_bytes: u64,
     /// Peak resident memory of this process so far, bytes.
     pub peak_memory_bytes: Option<u64>,
     /// Kinds of work, and all of it.
@@ -105,9 +109,10 @@ impl fmt::Display for RunTable {
         }
         let waited = 100.0 * self.waiting_seconds / (self.devices as f64 * self.seconds).max(1e-9);
         write!(f, "devices waited for weights or each other in {waited:.0} % of the time")?;
+        let planned = scaled(self.planned_memory_bytes as f64, "B");
         match self.peak_memory_bytes {
-            Some(peak) => writeln!(f, "; peak memory {}", scaled(peak as f64, "B")),
-            None => writeln!(f),
+            Some(peak) => writeln!(f, "; peak memory {}, {planned} were planned", scaled(peak as f64, "B")),
+            None => writeln!(f, "; {planned} of memory were planned"),
         }
     }
 }
@@ -170,13 +175,12 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         compute,
         micro_batch_tokens,
         group_elements,
+        takes_bf16: product::takes_bf16(&devices[0].device),
+        with_head,
         devices: sharing,
     };
-    let mut flops = Flops::of(spec, planned);
-    if !with_head {
-        flops.head = 0.0;
-    }
-    let products = products(compute, &devices[0].device)?;
+    let flops = Flops::of(spec, planned);
+    let products = products(&model, compute, &devices[0].device)?;
     let of = |kinds: &[Work]| kinds.iter().map(|work| meter.seconds(*work)).sum::<f64>();
     let computing = |work, flops: f64, kinds: &[Work]| RunRow::new(work, "GFLOP/s", flops / 1e9, of(kinds), products);
     let giga_bytes = weight_bytes as f64 / 1e9;
@@ -201,6 +205,7 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         flops: flops.total(),
         seconds,
         waiting_seconds: meter.seconds(Work::Waiting),
+        planned_memory_bytes: inspect::streamed_memory(&model, planned),
         peak_memory_bytes,
         rows,
     })
@@ -278,12 +283,18 @@ impl Observer for Watched {
     }
 }
 
-/// GFLOP/s of products of large square matrices.
-fn products(compute: DType, device: &Device) -> Result<f64> {
-    let matrix = || Tensor::randn(0f32, 1f32, (SQUARE, SQUARE), device)?.to_dtype(compute);
-    let (a, b) = (matrix()?, matrix()?);
+/// GFLOP/s of products of large square matrices of the dtypes that most of the model's have.
+fn products(model: &Model<'_>, compute: DType, device: &Device) -> Result<f64> {
+    let takes_bf16 = product::takes_bf16(device);
+    let is_kept = |layer, need: &Need| model.stored(layer, need).kept_as(compute, takes_bf16) == compute;
+    let (as_computed, as_stored): (Vec<_>, Vec<_>) =
+        model.spec.needs().into_iter().partition(|(layer, need)| is_kept(*layer, need));
+    let values = |needs: &[(usize, Need)]| needs.iter().map(|(_, need)| need.elements()).sum::<u64>();
+    let weights = if values(&as_stored) > values(&as_computed) { DType::BF16 } else { compute };
+    let matrix = |dtype| Tensor::randn(0f32, 1f32, (SQUARE, SQUARE), device)?.to_dtype(dtype);
+    let (a, b) = (matrix(compute)?, matrix(weights)?);
     let seconds = fastest(ROUNDS, || {
-        black_box(a.matmul(&b.t()?)?);
+        black_box(product::product(&a, &b)?);
         device.synchronize().map_err(Into::into)
     })?;
     Ok(giga(2 * SQUARE * SQUARE * SQUARE, seconds))

@@ -171,6 +171,11 @@ impl Need {
     pub fn elements(&self) -> u64 {
         self.shape.iter().map(|&n| n as u64).product()
     }
+
+    /// Whether it is a matrix, which something is multiplied by.
+    pub fn is_matrix(&self) -> bool {
+        self.shape.len() == 2
+    }
 }
 
 /// The roles of one feed-forward's tensors.

@@ -75,6 +75,6 @@ impl Pass<'_> {
                 "sequences of {n} tokens, but the model has learned {most} positions"
             )));
         }
-        Ok(table.narrow(0, learned.offset, n)?)
+        Ok(table.narrow(0, learned.offset, n)?.to_dtype(self.compute)?)
     }
 }

@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::fused;
 use crate::loader::Spare;
 use crate::meter::{Thread, Work};
+use crate::product::product;
 use crate::stats::{Observer, with_f32};
 use crate::weights::on;
 
@@ -64,7 +65,7 @@ impl Pass<'_> {
         pipeline(&clock, Work::Head, blocks, load, |(block, _), matrix| {
             let bias = bias.as_ref().map(|bias| bias.narrow(0, block.start, block.len())).transpose()?;
             for batch in &batches {
-                let mut logits = batch.hidden.matmul(&matrix.t()?)?;
+                let mut logits = product(&batch.hidden, &matrix)?;
                 if let Some(bias) = &bias {
                     logits = logits.broadcast_add(bias)?;
                 }

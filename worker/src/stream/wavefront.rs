@@ -16,11 +16,12 @@ use candle_core::Tensor;
 
 use super::layer::{At, Block, RopeTables};
 use super::{Pass, Wave};
-use crate::decoder::{Need, Unit};
+use crate::decoder::Unit;
 use crate::device::Placement;
 use crate::error::{Result, WorkerError};
 use crate::loader::{LoadedUnit, Spare};
 use crate::meter::{Clock, Subject, Thread, Work};
+use crate::product;
 use crate::savepoint::SavePoints;
 use crate::stats::Observer;
 
@@ -146,7 +147,8 @@ impl<O: Observer> Wavefront<'_, O> {
 
     /// Of a unit, decoded.
     fn bytes(&self, unit: &Unit) -> u64 {
-        unit.needs.iter().map(Need::elements).sum::<u64>() * self.pass.compute.size_in_bytes() as u64
+        let device = &self.placement(self.device_of(unit.layer)).device;
+        self.pass.model.kept_bytes(unit.layer, &unit.needs, self.pass.compute, product::takes_bf16(device))
     }
 
     /// Sends a wave to the device of unit `number`, or home if that was the last.

@@ -1,0 +1,220 @@
+//! From rows of numbers to tiles of their bf16 parts, and from tiles of sums back to rows.
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use crate::Order;
+use crate::tiles::{DEPTH, Line, SIDE};
+
+/// Most parts of a number.
+const MOST: usize = 3;
+
+/// A number that is a sum of bf16.
+///
+/// # Safety
+/// Implementations read no more than they are told, and write no more.
+pub unsafe trait Real: Copy + Send + Sync {
+    /// Of how many.
+    const PARTS: usize;
+
+    /// The parts of `count` (at most 32) numbers, one after the other, zeros after them; and zeros for parts that there are not.
+    ///
+    /// # Safety
+    /// AVX-512 (F, BW); `count` numbers at `from`.
+    unsafe fn parts(from: *const Self, count: usize) -> [__m512i; MOST];
+
+    /// Writes `count` (at most 16) sums.
+    ///
+    /// # Safety
+    /// AVX-512 (F, BW); room for `count` numbers at `to`.
+    unsafe fn write(to: *mut Self, count: usize, sums: __m512i);
+}
+
+/// The lowest ones.
+fn mask(count: usize) -> u32 {
+    if count >= DEPTH { !0 } else { (1 << count) - 1 }
+}
+
+// SAFETY: all loads and stores are masked to what there is.
+unsafe impl Real for f32 {
+    const PARTS: usize = 3;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn parts(from: *const Self, count: usize) -> [__m512i; MOST] {
+        let first = count.min(SIDE);
+        // SAFETY: `count` numbers are there, so the second sixteen begin at the end of the first.
+        let (low, high) = unsafe {
+            let low = _mm512_maskz_loadu_ps(mask(first) as __mmask16, from);
+            (low, _mm512_maskz_loadu_ps(mask(count - first) as __mmask16, from.add(first)))
+        };
+        let (low, high) = (split(low), split(high));
+        let upper_halves: [u16; DEPTH] = std::array::from_fn(|i| 2 * i as u16 + 1);
+        // SAFETY: as large as it has to be.
+        let upper_halves = unsafe { _mm512_loadu_si512(upper_halves.as_ptr().cast()) };
+        std::array::from_fn(|part| _mm512_permutex2var_epi16(low[part], upper_halves, high[part]))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn write(to: *mut Self, count: usize, sums: __m512i) {
+        // SAFETY: there is room for `count`.
+        unsafe { _mm512_mask_storeu_ps(to, mask(count) as __mmask16, _mm512_castsi512_ps(sums)) };
+    }
+}
+
+// SAFETY: all loads and stores are masked to what there is.
+unsafe impl Real for bf16 {
+    const PARTS: usize = 1;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn parts(from: *const Self, count: usize) -> [__m512i; MOST] {
+        // SAFETY: `count` numbers are there.
+        let x = unsafe { _mm512_maskz_loadu_epi16(mask(count), from.cast()) };
+        [x, _mm512_setzero_si512(), _mm512_setzero_si512()]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn write(to: *mut Self, count: usize, sums: __m512i) {
+        // To nearest, ties to even; what is no number stays none.
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(sums), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(_mm512_add_epi32(sums, _mm512_set1_epi32(0x7fff)), odd);
+        let value = _mm512_castsi512_ps(sums);
+        let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+        let quiet = _mm512_or_si512(sums, _mm512_set1_epi32(0x0040_0000));
+        let halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(_mm512_mask_blend_epi32(is_nan, rounded, quiet)));
+        // SAFETY: there is room for `count`, at most 16.
+        unsafe {
+            _mm512_mask_storeu_epi16(to.cast(), mask(count), _mm512_castsi256_si512(halves));
+        }
+    }
+}
+
+/// The parts of sixteen numbers, each in the upper half of 32 bits.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn split(x: __m512) -> [__m512i; MOST] {
+    // To nearest: parts of both signs, so that what products leave out of them is as often too much as too little. What rounding leaves is
+    // exact: at most 16 bits, then at most 8.
+    let (half, upper) = (_mm512_set1_epi32(0x8000), _mm512_set1_epi32(0xffff_0000_u32 as i32));
+    let rounded = |x: __m512| {
+        let bits = _mm512_add_epi32(_mm512_castps_si512(x), half);
+        _mm512_castsi512_ps(_mm512_and_si512(bits, upper))
+    };
+    let high = rounded(x);
+    let rest = _mm512_sub_ps(x, high);
+    let middle = rounded(rest);
+    [high, middle, _mm512_sub_ps(rest, middle)].map(|part| _mm512_castps_si512(part))
+}
+
+/// Sixteen by sixteen values of 32 bits, rows and columns exchanged.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(crate) fn transposed(r: [__m512i; SIDE]) -> [__m512i; SIDE] {
+    let mut t = r;
+    for i in 0..8 {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    // Of four rows, in each quarter of a register: column 0, 1, 2, 3 of that quarter.
+    let mut q = t;
+    for i in 0..4 {
+        let [a, b, c, d] = [t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]];
+        q[4 * i] = _mm512_unpacklo_epi64(a, c);
+        q[4 * i + 1] = _mm512_unpackhi_epi64(a, c);
+        q[4 * i + 2] = _mm512_unpacklo_epi64(b, d);
+        q[4 * i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    let mut out = q;
+    for column in 0..4 {
+        let [a, b, c, d] = [q[column], q[4 + column], q[8 + column], q[12 + column]];
+        let (even_low, even_high) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0x88>(c, d));
+        let (odd_low, odd_high) = (_mm512_shuffle_i32x4::<0xdd>(a, b), _mm512_shuffle_i32x4::<0xdd>(c, d));
+        out[column] = _mm512_shuffle_i32x4::<0x88>(even_low, even_high);
+        out[8 + column] = _mm512_shuffle_i32x4::<0xdd>(even_low, even_high);
+        out[4 + column] = _mm512_shuffle_i32x4::<0x88>(odd_low, odd_high);
+        out[12 + column] = _mm512_shuffle_i32x4::<0xdd>(odd_low, odd_high);
+    }
+    out
+}
+
+/// Lines of tiles along rows of `k` values in so many parts.
+pub(crate) fn lines(k: usize, parts: usize) -> usize {
+    k.div_ceil(DEPTH) * parts * SIDE
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn store(tile: [__m512i; SIDE], into: &mut [Line]) {
+    for (into, line) in into.iter_mut().zip(tile) {
+        // SAFETY: a line is as large.
+        unsafe { _mm512_store_si512((&raw mut *into).cast(), line) };
+    }
+}
+
+/// Tiles of at most sixteen rows of `a`, step by step and part by part: pairs of columns in each row of a tile, value beside value.
+///
+/// # Safety
+/// AVX-512 (F, BW).
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(crate) unsafe fn pack_right<A: Real>(a: &[A], k: usize, into: &mut [Line]) {
+    let rows = a.len() / k;
+    for (step, into) in into.chunks_exact_mut(A::PARTS * SIDE).enumerate() {
+        let (first, count) = (step * DEPTH, (k - step * DEPTH).min(DEPTH));
+        let rows: [_; SIDE] = std::array::from_fn(|row| {
+            let values = if row < rows { &a[row * k + first..][..count] } else { &[] };
+            // SAFETY: as many values as the slice has. (Most have all, which needs no masks then.)
+            unsafe {
+                match values.len() {
+                    DEPTH => A::parts(values.as_ptr(), DEPTH),
+                    count => A::parts(values.as_ptr(), count),
+                }
+            }
+        });
+        for (part, into) in into.chunks_exact_mut(SIDE).enumerate() {
+            store(transposed(std::array::from_fn(|row| rows[row][part])), into);
+        }
+    }
+}
+
+/// Tiles of at most sixteen rows of `b`, step by step.
+///
+/// # Safety
+/// AVX-512 (F, BW).
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(crate) unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]) {
+    let rows = SIDE.min(b.rows - first_row);
+    for (step, into) in into.chunks_exact_mut(SIDE).enumerate() {
+        let (first, count) = (step * DEPTH, (b.k - step * DEPTH).min(DEPTH));
+        let load = |values: &[bf16]| {
+            // SAFETY: as many values as the slice has.
+            unsafe { _mm512_maskz_loadu_epi16(mask(values.len()), values.as_ptr().cast()) }
+        };
+        let tile = match b.order {
+            Order::Rows => std::array::from_fn(|row| {
+                load(if row < rows { &b.values[(first_row + row) * b.k + first..][..count] } else { &[] })
+            }),
+            Order::Columns => {
+                let column = |at: usize| {
+                    let values = if at < count { &b.values[(first + at) * b.rows + first_row..][..rows] } else { &[] };
+                    _mm512_cvtepu16_epi32(_mm512_castsi512_si256(load(values)))
+                };
+                let pair = |pair| _mm512_or_si512(column(2 * pair), _mm512_slli_epi32::<16>(column(2 * pair + 1)));
+                transposed(std::array::from_fn(pair))
+            }
+        };
+        store(tile, into);
+    }
+}
+
+/// A matrix `[rows, k]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix<'a> {
+    pub(crate) values: &'a [bf16],
+    pub(crate) order: Order,
+    pub(crate) rows: usize,
+    pub(crate) k: usize,
+}

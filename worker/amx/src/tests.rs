@@ -1,0 +1,134 @@
+//! Against sums in f64. On a processor without tiles there is nothing to test, and the test says so.
+
+use half::bf16;
+use proptest::prelude::*;
+
+use crate::{Order, Real, Tiles};
+
+/// A number of the test, as f64 and back.
+trait Number: Real {
+    /// Half a unit in the last place, relative.
+    const ROUNDING: f64;
+    fn of(value: f32) -> Self;
+    fn wide(self) -> f64;
+}
+
+impl Number for f32 {
+    const ROUNDING: f64 = 6e-8;
+    fn of(value: f32) -> Self {
+        value
+    }
+    fn wide(self) -> f64 {
+        self.into()
+    }
+}
+
+impl Number for bf16 {
+    const ROUNDING: f64 = 3.92e-3;
+    fn of(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+    fn wide(self) -> f64 {
+        self.to_f64()
+    }
+}
+
+/// Numbers of many magnitudes.
+fn numbers<T: Number>(count: usize, seed: u64) -> Vec<T> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 24) as f32
+    };
+    (0..count).map(|_| T::of((next() - 0.5) * 2f32.powf(12.0 * next() - 6.0))).collect()
+}
+
+fn tiles() -> Option<Tiles> {
+    let tiles = Tiles::find();
+    if tiles.is_none() {
+        eprintln!("this processor has no AMX: nothing was tested");
+    }
+    tiles
+}
+
+fn check<A: Number>(m: usize, n: usize, k: usize, order: Order) {
+    let Some(tiles) = tiles() else { return };
+    let (a, b): (Vec<A>, Vec<bf16>) = (numbers(m * k, 1), numbers(n * k, 2));
+    let of_b = |row: usize, at: usize| if order == Order::Rows { b[row * k + at] } else { b[at * n + row] }.wide();
+    let got = tiles.product(&a, &b, order, n, k);
+    assert_eq!(got.len(), m * n);
+    // Against the sum of the magnitudes of the terms. Each of three products per value is rounded once to f32, to either side.
+    let tolerance = A::ROUNDING + f32::ROUNDING * (3.0 * k as f64).sqrt();
+    for (i, got) in got.iter().enumerate() {
+        let terms = || (0..k).map(|at| a[i / n * k + at].wide() * of_b(i % n, at));
+        let (sum, magnitude) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+        let off = (got.wide() - sum).abs() / magnitude.max(1e-30);
+        assert!(off <= tolerance, "row {}, column {}: {}, not {sum}: off by {off:e}", i / n, i % n, got.wide());
+    }
+}
+
+fn check_all(m: usize, n: usize, k: usize) {
+    for order in [Order::Rows, Order::Columns] {
+        check::<f32>(m, n, k, order);
+        check::<bf16>(m, n, k, order);
+    }
+}
+
+#[test]
+fn whole_blocks_and_many_of_them() {
+    check_all(32, 32, 32);
+    check_all(96, 128, 256);
+    // More rows and columns than are taken at once.
+    check::<f32>(1100, 40, 8192, Order::Rows);
+    check::<bf16>(33, 200, 8192, Order::Columns);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_shape(m in 1..80usize, n in 1..80usize, k in 1..150usize) {
+        check_all(m, n, k);
+    }
+
+    #[test]
+    fn a_row_is_the_same_in_any_company(m in 1..70usize, n in 1..70usize, k in 1..100usize, row in any::<prop::sample::Index>()) {
+        let Some(tiles) = tiles() else { return Ok(()) };
+        let (a, b): (Vec<f32>, Vec<bf16>) = (numbers(m * k, 3), numbers(n * k, 4));
+        let row = row.index(m);
+        let (all, alone) = (tiles.product(&a, &b, Order::Rows, n, k), tiles.product(&a[row * k..][..k], &b, Order::Rows, n, k));
+        prop_assert_eq!(&all[row * n..][..n], &alone[..]);
+    }
+}
+
+#[test]
+fn what_is_no_number_stays_none_and_in_its_row() {
+    let Some(tiles) = tiles() else { return };
+    for bad in [f32::NAN, f32::INFINITY, f32::from_bits(0x7f80_0001)] {
+        let mut a = vec![1f32; 3 * 40];
+        a[45] = bad;
+        let of_f32 = tiles.product(&a, &[bf16::ONE; 2 * 40], Order::Rows, 2, 40);
+        assert!(of_f32[2..4].iter().all(|v| !v.is_finite()), "{of_f32:?}");
+        assert_eq!([of_f32[0], of_f32[1], of_f32[4], of_f32[5]], [40.0; 4]);
+        let a: Vec<bf16> = a.into_iter().map(bf16::from_f32).collect();
+        let of_bf16 = tiles.product(&a, &[bf16::ONE; 2 * 40], Order::Rows, 2, 40);
+        assert!(of_bf16[2..4].iter().all(|v| !v.is_finite()), "{of_bf16:?}");
+        assert_eq!([of_bf16[0], of_bf16[5]], [bf16::from_f32(40.0); 2]);
+    }
+}
+
+#[test]
+fn nothing_times_something_is_nothing() {
+    let Some(tiles) = tiles() else { return };
+    assert_eq!(tiles.product::<f32>(&[], &[bf16::ONE; 6], Order::Rows, 2, 3), []);
+    assert_eq!(tiles.product::<f32>(&[1.0; 6], &[], Order::Rows, 0, 3), []);
+}
+
+#[test]
+#[should_panic(expected = "in rows of")]
+fn shapes_that_do_not_fit_are_refused() {
+    match tiles() {
+        Some(tiles) => drop(tiles.product(&[1f32; 7], &[bf16::ONE; 6], Order::Rows, 2, 3)),
+        None => panic!("in rows of"),
+    }
+}
