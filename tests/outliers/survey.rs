@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Child;
 
+use outliers::broker::InstanceState;
+use outliers::broker::local::Bill;
 use outliers_tests::browser::{Browser, plots};
 use outliers_tests::desk::{Desk, Said};
 use outliers_tests::programs::golden;
@@ -92,11 +94,14 @@ fn read_page(desk: &Desk) {
     }
 }
 
-/// Kills the controller at a moment when instances are running: it is halted first, so that the moment stays.
+/// Kills the controller at a moment when instances are running: it is halted first, so that the moment stays. All of them are up: one that
+/// died with its controller before it started would be exchanged, and there is only this machine to exchange it for.
 fn kill_in_the_midst(desk: &Desk, controller: &mut Child) {
     desk.wait_for("the survey to be in its midst", || {
         signal(controller, "STOP");
-        let in_the_midst = desk.bill().entries.len() >= 2 && !desk.bill().running.is_empty();
+        let Bill { entries, running } = desk.bill();
+        let are_up = running.iter().all(|instance| matches!(instance.state, InstanceState::Ready(_)));
+        let in_the_midst = entries.len() >= 2 && !running.is_empty() && are_up;
         if !in_the_midst {
             signal(controller, "CONT");
         }

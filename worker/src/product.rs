@@ -7,15 +7,18 @@ use crate::fused;
 
 /// Whether products on this device take weights of bf16 whatever the dtype of the pass: exactly, and faster than any others.
 pub fn takes_bf16(device: &Device) -> bool {
-    fused::has_loops_on(device) && Tiles::find().is_some()
+    tiles(device).is_some()
+}
+
+fn tiles(device: &Device) -> Option<Tiles> {
+    fused::has_loops_on(device).then(Tiles::find).flatten()
 }
 
 /// `x W^T`. `x` `[rows, in]`; `weight` `[out, in]`, of the same dtype or of bf16, perhaps a transposed view.
 pub fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if weight.dtype() == DType::BF16
         && matches!(x.dtype(), DType::F32 | DType::BF16)
-        && takes_bf16(x.device())
-        && let Some(tiles) = Tiles::find()
+        && let Some(tiles) = tiles(x.device())
     {
         return x.contiguous()?.apply_op2_no_bwd(weight, &OnTiles(tiles));
     }
