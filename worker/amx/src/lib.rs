@@ -5,16 +5,12 @@
 //! tile products, with nothing rounded but the sums. Each value of a result is summed up in one order, whatever the other rows and columns
 //! and the number of threads. (Numbers below the least normal one, 1.2e-38, count as zero. A row with an infinity becomes NaN.)
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-mod pack;
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-mod product;
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-use pack as sealed;
+#[cfg_attr(all(target_arch = "x86_64", target_os = "linux"), path = "x86/unit.rs")]
+#[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), path = "none.rs")]
+mod unit;
+
 #[cfg(test)]
 mod tests;
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-mod tiles;
 
 use half::bf16;
 
@@ -28,17 +24,10 @@ pub enum Order {
 }
 
 /// Numbers that tiles multiply by bf16: [`f32`] and [`bf16`].
-pub trait Real: sealed::Real {}
+pub trait Real: unit::Real {}
 
 impl Real for f32 {}
 impl Real for bf16 {}
-
-#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-mod sealed {
-    pub trait Real: Copy + Send + Sync {}
-    impl Real for f32 {}
-    impl Real for half::bf16 {}
-}
 
 /// Most bytes that a product takes beside its matrices; each thread that helps takes another MiB or two.
 pub const MEMORY: usize = 16 << 20;
@@ -50,11 +39,7 @@ pub struct Tiles(());
 impl Tiles {
     /// The unit, if there is one. Asks the system for it, once.
     pub fn find() -> Option<Self> {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if tiles::are_there() {
-            return Some(Self(()));
-        }
-        None
+        unit::are_there().then_some(Self(()))
     }
 
     /// `a b^T`, row by row: `a` `[m, k]` row by row, `b` `[n, k]` in an order of its own, the result `[m, n]`. With all threads of the pool.
@@ -62,12 +47,6 @@ impl Tiles {
     /// # Panics
     /// If `a` is not a number of rows of length `k`, or `b` not `n` of them.
     pub fn product<A: Real>(self, a: &[A], b: &[bf16], order: Order, n: usize, k: usize) -> Vec<A> {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        return product::product(a, b, order, n, k);
-        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-        {
-            let _ = (a, b, order, n, k);
-            unreachable!("tiles are found on Linux on x86-64 alone")
-        }
+        unit::product(a, b, order, n, k)
     }
 }

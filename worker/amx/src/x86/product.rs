@@ -6,8 +6,8 @@ use std::cell::RefCell;
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::pack::{self, Matrix, Real, transposed};
-use crate::tiles::{BLOCK, Configured, DEPTH, Line, SIDE, Sums, multiply};
+use super::pack::{self, Matrix, Real, transposed};
+use super::tiles::{BLOCK, Configured, DEPTH, Line, SIDE, Sums, multiply};
 use crate::{MEMORY, Order};
 
 /// Bytes of tiles of `b` that a core works on: with what meets them they fit into 2 MiB.
@@ -34,7 +34,9 @@ fn with_memory<R>(which: usize, lines: usize, work: impl FnOnce(&mut [Line]) -> 
     // Taken out while it is used: a thread that waits for others may be given other work of this kind.
     let mut memory = LINES.with(|memory| memory[which].take());
     if memory.len() < lines {
-        memory.resize(lines, Line([0; DEPTH]));
+        // Another, not the same one grown: that would move what nobody needs, and perhaps take twice as much.
+        drop(memory);
+        memory = vec![Line([0; DEPTH]); lines];
     }
     let result = work(&mut memory[..lines]);
     LINES.with(|kept| kept[which].replace(memory));

@@ -4,8 +4,8 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
+use super::tiles::{DEPTH, Line, SIDE};
 use crate::Order;
-use crate::tiles::{DEPTH, Line, SIDE};
 
 /// Most parts of a number.
 const MOST: usize = 3;
@@ -93,20 +93,17 @@ unsafe impl Real for bf16 {
     }
 }
 
-/// The parts of sixteen numbers, each in the upper half of 32 bits.
+/// The parts of sixteen numbers, each in the upper half of 32 bits: a number's first eight significant bits, the next eight, and the last.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn split(x: __m512) -> [__m512i; MOST] {
-    // To nearest: parts of both signs, so that what products leave out of them is as often too much as too little. What rounding leaves is
-    // exact: at most 16 bits, then at most 8.
-    let (half, upper) = (_mm512_set1_epi32(0x8000), _mm512_set1_epi32(0xffff_0000_u32 as i32));
-    let rounded = |x: __m512| {
-        let bits = _mm512_add_epi32(_mm512_castps_si512(x), half);
-        _mm512_castsi512_ps(_mm512_and_si512(bits, upper))
+    let first_bits = |x: __m512| {
+        let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+        _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), upper))
     };
-    let high = rounded(x);
+    let high = first_bits(x);
     let rest = _mm512_sub_ps(x, high);
-    let middle = rounded(rest);
+    let middle = first_bits(rest);
     [high, middle, _mm512_sub_ps(rest, middle)].map(|part| _mm512_castps_si512(part))
 }
 
@@ -217,4 +214,49 @@ pub(crate) struct Matrix<'a> {
     pub(crate) order: Order,
     pub(crate) rows: usize,
     pub(crate) k: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What the parts of sixteen numbers add up to.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn put_together(x: [f32; SIDE]) -> [f32; SIDE] {
+        // SAFETY: sixteen numbers are there.
+        let parts = unsafe { f32::parts(x.as_ptr(), SIDE) };
+        let values = parts.map(|part| {
+            let mut halves = [bf16::ZERO; DEPTH];
+            // SAFETY: as large as it has to be.
+            unsafe { _mm512_storeu_si512(halves.as_mut_ptr().cast(), part) };
+            halves
+        });
+        std::array::from_fn(|i| values.iter().map(|part| part[i].to_f32()).sum())
+    }
+
+    fn check(x: f32) {
+        if !(is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")) {
+            eprintln!("this processor has no AVX-512: nothing was tested");
+            return;
+        }
+        // SAFETY: it has.
+        assert_eq!(unsafe { put_together([x; SIDE]) }, [x; SIDE]);
+    }
+
+    #[test]
+    fn the_largest_numbers_have_parts_too() {
+        for x in [0.0, f32::MAX, f32::MIN, f32::from_bits(0x7f7f_8000), 1.0 + f32::EPSILON, 2.0 - f32::EPSILON] {
+            check(x);
+        }
+    }
+
+    proptest! {
+        /// Whose last part is a normal number: others count as zero on tiles.
+        #[test]
+        fn three_parts_are_the_number(sign in any::<bool>(), exponent in 24..255u32, fraction in 0..1u32 << 23) {
+            check(f32::from_bits(u32::from(sign) << 31 | exponent << 23 | fraction));
+        }
+    }
 }
