@@ -140,7 +140,7 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
     let micro_batch_tokens = job.micro_batch_tokens;
     let arms = Arms::of(job.ablation.as_ref(), model.spec.hidden, tokens)?.count();
     // A plan that names no devices is for any: on most, products take what the pass computes in.
-    let takes_bf16 = !job.devices.is_empty() && devices.iter().all(|on| product::takes_bf16(&on.device));
+    let takes_bf16 = !job.devices.is_empty() && product::all_take_bf16(&devices);
     let run = PlannedRun {
         sequences,
         tokens,

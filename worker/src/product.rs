@@ -3,11 +3,17 @@
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 use outliers_amx::{Order, Tiles};
 
+use crate::device::Placement;
 use crate::fused;
 
 /// Whether products on this device take weights of bf16 whatever the dtype of the pass: exactly, and faster than any others.
 pub fn takes_bf16(device: &Device) -> bool {
     tiles(device).is_some()
+}
+
+/// Whether products on all of these do.
+pub fn all_take_bf16(devices: &[Placement]) -> bool {
+    devices.iter().all(|placement| takes_bf16(&placement.device))
 }
 
 fn tiles(device: &Device) -> Option<Tiles> {

@@ -172,7 +172,7 @@ impl Run<'_> {
             compute,
             micro_batch_tokens: job.micro_batch_tokens,
             group_elements,
-            takes_bf16: devices.iter().all(|on| product::takes_bf16(&on.device)),
+            takes_bf16: product::all_take_bf16(&devices),
             with_head: job.layers.is_none(),
             devices: sharing,
         };

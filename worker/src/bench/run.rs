@@ -175,7 +175,7 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         compute,
         micro_batch_tokens,
         group_elements,
-        takes_bf16: product::takes_bf16(&devices[0].device),
+        takes_bf16: product::all_take_bf16(&devices),
         with_head,
         devices: sharing,
     };
