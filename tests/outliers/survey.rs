@@ -95,7 +95,7 @@ fn read_page(desk: &Desk) {
 }
 
 /// Kills the controller at a moment when instances are running: it is halted first, so that the moment stays. All of them are up: one that
-/// died with its controller before it started would be exchanged, and there is only this machine to exchange it for.
+/// was not even started would be billed, and then another.
 fn kill_in_the_midst(desk: &Desk, controller: &mut Child) {
     desk.wait_for("the survey to be in its midst", || {
         signal(controller, "STOP");
@@ -179,6 +179,35 @@ fn nine_models_one_of_them_broken_survive_the_death_of_their_controller() {
     desk.assert_nothing_left();
     let status = desk.run(["status"]).ok().stdout;
     assert!(status.contains("nothing is under way") && status.contains("nine"), "{status}");
+}
+
+/// As a controller leaves it that dies between noting an instance and starting it. There is only this machine to rent.
+#[test]
+fn an_instance_that_never_started_is_exchanged_for_another_like_it() {
+    let desk = desk(&NINE[..1]);
+    let mut controller = desk.start(survey(&[]));
+    desk.wait_for("an instance", || !desk.bill().running.is_empty());
+    controller.kill().unwrap();
+    controller.wait().unwrap();
+    let instance = desk.state().join("local/instances").join(&desk.bill().running[0].id.0);
+    let ready = instance.join("ready.json");
+    // It may have been started already.
+    desk.wait_for("it to be up", || ready.exists() || !matches!(desk.bill().running[0].state, InstanceState::Booting));
+    if let Ok(text) = std::fs::read_to_string(&ready) {
+        let ready: Value = serde_json::from_str(&text).unwrap();
+        let killed = std::process::Command::new("kill").args(["-KILL", &ready["pid"].to_string()]).status();
+        assert!(killed.unwrap().success());
+        std::fs::remove_file(instance.join("ready.json")).unwrap();
+    }
+    let mut record: Value = serde_json::from_slice(&std::fs::read(instance.join("instance.json")).unwrap()).unwrap();
+    record["created_at"] = (record["created_at"].as_u64().unwrap() - 1000).into();
+    std::fs::write(instance.join("instance.json"), record.to_string()).unwrap();
+    desk.wait_for("its state", || desk.bill().running[0].state == InstanceState::Stopped);
+
+    let said = desk.run(survey(&[])).ok();
+    assert!(said.stdout.contains("1 of 1 complete"), "{said:?}");
+    assert_eq!(desk.bill().entries.len(), 2);
+    desk.assert_nothing_left();
 }
 
 #[test]

@@ -297,7 +297,8 @@ fn state_of(folder: &Folder, record: &Record) -> io::Result<InstanceState> {
         }
         (true, None) => InstanceState::Booting,
         (false, None) if young => InstanceState::Booting,
-        (false, None) => InstanceState::Failed("it never started".to_owned()),
+        // Whoever created it was cut short before starting it, which speaks against no other one.
+        (false, None) => InstanceState::Stopped,
         (false, Some(_)) => {
             InstanceState::Failed(format!("its process ended; the last of its log: {}", last_words(folder)))
         }
