@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# What the worker computes on NVIDIA GPUs that this machine's processor stands for (`tests/gpu/`): no GPU is needed, and nothing is said of speed.
+#
+#     tests/gpu.sh [WORKER]
+#
+# WORKER is built by `worker/build.sh --cuda`, here if none is given. Needs Python 3 with numpy and safetensors, as PYTHON or the search
+# path has it.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
+python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+worker=${1:-}
+if [ -z "$worker" ]; then
+    worker=$work/worker
+    worker/build.sh --cuda --output "$worker"
+fi
+worker=$(realpath "$worker")
+cargo build --release --locked --quiet --package outliers-tests-gpu
+cp "${CARGO_TARGET_DIR:-target}/release/liboutliers_gpu.so" "$work/libcuda.so.1"
+ln -s libcuda.so.1 "$work/libcublas.so.12"
+
+# Runs something with so many GPUs, whose streams take up to so many microseconds longer now and then.
+with() {
+    local gpus=$1 delay=$2
+    shift 2
+    env RUST_BACKTRACE=0 LD_LIBRARY_PATH="$work${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" OUTLIERS_GPUS="$gpus" OUTLIERS_GPU_DELAY_US="$delay" "$@"
+}
+
+with 2 0 "$worker" devices
+echo "== every fixture"
+with 1 0 "$python" tests/oracle.py goldens "$worker" --devices cuda:0
+with 1 0 "$python" tests/oracle.py goldens "$worker" --devices cuda:0 --precision bf16
+with 3 3000 "$python" tests/oracle.py goldens "$worker" --devices cuda:0,cuda:1,cuda:2
+
+echo "== no bit depends on how long streams take, on how many GPUs there are, or on what is loaded at once"
+results() {
+    local gpus=$1 delay=$2 budget=$3 fixture=$4 devices=cuda:0 i
+    for ((i = 1; i < gpus; i++)); do devices=$devices,cuda:$i; done
+    rm -rf "$work/results"
+    with "$gpus" "$delay" "$worker" run --model "$fixture/model" --token-ids "$fixture/golden.safetensors" --sites all \
+        --output "$work/results" --devices "$devices" --stream-budget "$budget" 2> "$work/said" || { cat "$work/said" >&2; return 1; }
+    sha256sum < "$work/results/results.json"
+}
+for fixture in tests/golden/*/; do
+    [ -e "$fixture/golden.safetensors" ] || continue
+    expected=$(results 1 0 1GB "$fixture")
+    for how in "1 2000 1GB" "1 2000 1MB" "2 2000 1GB" "3 500 1MB"; do
+        # shellcheck disable=SC2086
+        got=$(results $how "$fixture")
+        [ "$got" = "$expected" ] || { echo "FAIL $fixture: GPUs, delay, budget $how change the results"; exit 1; }
+    done
+    echo "ok   $(basename "$fixture")"
+done

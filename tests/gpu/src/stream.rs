@@ -1,0 +1,165 @@
+//! Streams: what is asked of one is done in order, by a thread of its own and at its own time; between two there is no order but by events.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// What a stream is to do.
+type Task = Box<dyn FnOnce() -> Result<(), String> + Send>;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A number that only grows, and whoever waits for it.
+#[derive(Debug, Default)]
+struct Counter {
+    value: Mutex<u64>,
+    grown: Condvar,
+}
+
+impl Counter {
+    fn reach(&self, value: u64) {
+        let mut now = lock(&self.value);
+        *now = value.max(*now);
+        self.grown.notify_all();
+    }
+
+    fn wait_for(&self, value: u64) {
+        let mut now = lock(&self.value);
+        while *now < value {
+            now = self.grown.wait(now).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// A moment in a stream.
+#[derive(Debug, Default)]
+pub(crate) struct Event {
+    /// How often it was recorded.
+    recorded: AtomicU64,
+    /// The last of these that was reached.
+    reached: Counter,
+}
+
+impl Event {
+    /// Until all that came before it was last recorded is done.
+    pub(crate) fn synchronize(&self) {
+        self.reached.wait_for(self.recorded.load(Ordering::SeqCst));
+    }
+}
+
+/// Work in order.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    tasks: Sender<(u64, Task)>,
+    asked: AtomicU64,
+    done: Arc<Counter>,
+    failed: Arc<Mutex<Option<String>>>,
+}
+
+impl Stream {
+    /// One whose tasks now and then take up to `delay` longer, each time others, as a real one's may.
+    pub(crate) fn new(delay: Duration) -> Self {
+        let (tasks, receiver) = channel::<(u64, Task)>();
+        let (done, failed) = (Arc::new(Counter::default()), Arc::new(Mutex::new(None)));
+        let (counter, failure) = (Arc::clone(&done), Arc::clone(&failed));
+        static STREAMS: AtomicU64 = AtomicU64::new(1);
+        let mut dice = STREAMS.fetch_add(1, Ordering::SeqCst);
+        std::thread::spawn(move || {
+            while let Ok((number, task)) = receiver.recv() {
+                dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                if !delay.is_zero() && dice >> 61 == 0 {
+                    std::thread::sleep(delay.mul_f64((dice >> 32 & 0xffff) as f64 / 65_536.0));
+                }
+                // After an error nothing more is done, as on a GPU.
+                if lock(&failure).is_none()
+                    && let Err(why) = task()
+                {
+                    eprintln!("emulated GPU: {why}");
+                    *lock(&failure) = Some(why);
+                }
+                counter.reach(number);
+            }
+        });
+        Self { tasks, asked: AtomicU64::new(0), done, failed }
+    }
+
+    /// Asks for something, after all that was asked for before.
+    pub(crate) fn ask(&self, task: impl FnOnce() -> Result<(), String> + Send + 'static) {
+        let number = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
+        // Its thread ends with the stream alone.
+        let _ = self.tasks.send((number, Box::new(task)));
+    }
+
+    /// Until all that was asked for is done.
+    ///
+    /// # Errors
+    /// Something of it failed.
+    pub(crate) fn synchronize(&self) -> Result<(), String> {
+        self.done.wait_for(self.asked.load(Ordering::SeqCst));
+        lock(&self.failed).clone().map_or(Ok(()), Err)
+    }
+
+    /// The event is reached when all that was asked for so far is done.
+    pub(crate) fn record(&self, event: &Arc<Event>) {
+        let ticket = event.recorded.fetch_add(1, Ordering::SeqCst) + 1;
+        let event = Arc::clone(event);
+        self.ask(move || {
+            event.reached.reach(ticket);
+            Ok(())
+        });
+    }
+
+    /// What is asked for from now on is done after the event as it was last recorded.
+    pub(crate) fn wait(&self, event: &Arc<Event>) {
+        let ticket = event.recorded.load(Ordering::SeqCst);
+        let event = Arc::clone(event);
+        self.ask(move || {
+            event.reached.wait_for(ticket);
+            Ok(())
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_keeps_its_order_and_another_only_by_events() {
+        let delay = Duration::from_millis(3);
+        let (first, second) = (Stream::new(delay), Stream::new(delay));
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let note = |stream: &Stream, what: u32| {
+            let seen = Arc::clone(&seen);
+            stream.ask(move || {
+                lock(&seen).push(what);
+                Ok(())
+            });
+        };
+        let event = Arc::new(Event::default());
+        second.wait(&event);
+        for round in 0..20 {
+            note(&first, 2 * round);
+            first.record(&event);
+            second.wait(&event);
+            note(&second, 2 * round + 1);
+            second.record(&event);
+            first.wait(&event);
+        }
+        first.synchronize().unwrap();
+        event.synchronize();
+        assert_eq!(*lock(&seen), (0..40).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_failure_stays_and_nothing_comes_after_it() {
+        let stream = Stream::new(Duration::ZERO);
+        stream.ask(|| Err("no such address".to_owned()));
+        stream.ask(|| panic!("never reached"));
+        assert_eq!(stream.synchronize(), Err("no such address".to_owned()));
+        assert!(stream.synchronize().is_err());
+    }
+}
