@@ -234,7 +234,7 @@ struct Watched {
 impl Watched {
     /// GB/s of the same statistics with nothing beside them.
     fn alone(&self, hidden: usize, tokens: &Tokens, compute: DType, device: &Device) -> Result<f64> {
-        let x = Tensor::randn(0f32, 1f32, (tokens.tokens, hidden), device)?.to_dtype(compute)?;
+        let x = random([tokens.tokens, hidden], compute, device)?;
         let site = self.study.outliers().sites()[0];
         let mut study = self.study.clone();
         let seconds = fastest(ROUNDS, || study.observe(site, 0, &x))?;
@@ -283,6 +283,11 @@ impl Observer for Watched {
     }
 }
 
+/// Numbers as they come. Made on the host: a GPU's machine need not have the library that draws them there.
+fn random(shape: [usize; 2], dtype: DType, device: &Device) -> Result<Tensor> {
+    Ok(Tensor::randn(0f32, 1f32, &shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+}
+
 /// GFLOP/s of products of large square matrices of the dtypes that most of the model's have.
 fn products(model: &Model<'_>, compute: DType, device: &Device) -> Result<f64> {
     let takes_bf16 = product::takes_bf16(device);
@@ -291,7 +296,7 @@ fn products(model: &Model<'_>, compute: DType, device: &Device) -> Result<f64> {
         model.spec.needs().into_iter().partition(|(layer, need)| is_kept(*layer, need));
     let values = |needs: &[(usize, Need)]| needs.iter().map(|(_, need)| need.elements()).sum::<u64>();
     let weights = if values(&as_stored) > values(&as_computed) { DType::BF16 } else { compute };
-    let matrix = |dtype| Tensor::randn(0f32, 1f32, (SQUARE, SQUARE), device)?.to_dtype(dtype);
+    let matrix = |dtype| random([SQUARE, SQUARE], dtype, device);
     let (a, b) = (matrix(compute)?, matrix(weights)?);
     let seconds = fastest(ROUNDS, || {
         black_box(product::product(&a, &b)?);
