@@ -142,6 +142,14 @@ impl Reader<'_> {
         Ok(())
     }
 
+    /// As if nobody had written there.
+    ///
+    /// # Errors
+    /// The bytes are not allocated.
+    pub(crate) fn forget(&mut self, address: u64, len: usize) -> Result<(), String> {
+        self.fill(address, NOTHING, len)
+    }
+
     /// # Errors
     /// The bytes are not allocated.
     pub(crate) fn fill(&mut self, address: u64, value: u8, len: usize) -> Result<(), String> {

@@ -6,7 +6,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// What a stream is to do.
-type Task = Box<dyn FnOnce() -> Result<(), String> + Send>;
+enum Task {
+    Work(Box<dyn FnOnce() -> Result<(), String> + Send>),
+    Reach(Arc<Event>, u64),
+    WaitFor(Arc<Event>, u64),
+}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -73,12 +77,17 @@ impl Stream {
                 if !delay.is_zero() && dice >> 61 == 0 {
                     std::thread::sleep(delay.mul_f64((dice >> 32 & 0xffff) as f64 / 65_536.0));
                 }
-                // After an error nothing more is done, as on a GPU.
-                if lock(&failure).is_none()
-                    && let Err(why) = task()
-                {
-                    eprintln!("emulated GPU: {why}");
-                    *lock(&failure) = Some(why);
+                match task {
+                    Task::Reach(event, ticket) => event.reached.reach(ticket),
+                    Task::WaitFor(event, ticket) => event.reached.wait_for(ticket),
+                    // After an error nothing more is done, as on a GPU.
+                    Task::Work(_) if lock(&failure).is_some() => {}
+                    Task::Work(work) => {
+                        if let Err(why) = work() {
+                            eprintln!("emulated GPU: {why}");
+                            *lock(&failure) = Some(why);
+                        }
+                    }
                 }
                 counter.reach(number);
             }
@@ -87,10 +96,14 @@ impl Stream {
     }
 
     /// Asks for something, after all that was asked for before.
-    pub(crate) fn ask(&self, task: impl FnOnce() -> Result<(), String> + Send + 'static) {
+    pub(crate) fn ask(&self, work: impl FnOnce() -> Result<(), String> + Send + 'static) {
+        self.add(Task::Work(Box::new(work)));
+    }
+
+    fn add(&self, task: Task) {
         let number = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
         // Its thread ends with the stream alone.
-        let _ = self.tasks.send((number, Box::new(task)));
+        let _ = self.tasks.send((number, task));
     }
 
     /// Until all that was asked for is done.
@@ -105,21 +118,13 @@ impl Stream {
     /// The event is reached when all that was asked for so far is done.
     pub(crate) fn record(&self, event: &Arc<Event>) {
         let ticket = event.recorded.fetch_add(1, Ordering::SeqCst) + 1;
-        let event = Arc::clone(event);
-        self.ask(move || {
-            event.reached.reach(ticket);
-            Ok(())
-        });
+        self.add(Task::Reach(Arc::clone(event), ticket));
     }
 
     /// What is asked for from now on is done after the event as it was last recorded.
     pub(crate) fn wait(&self, event: &Arc<Event>) {
         let ticket = event.recorded.load(Ordering::SeqCst);
-        let event = Arc::clone(event);
-        self.ask(move || {
-            event.reached.wait_for(ticket);
-            Ok(())
-        });
+        self.add(Task::WaitFor(Arc::clone(event), ticket));
     }
 }
 
@@ -160,6 +165,9 @@ mod tests {
         stream.ask(|| Err("no such address".to_owned()));
         stream.ask(|| panic!("never reached"));
         assert_eq!(stream.synchronize(), Err("no such address".to_owned()));
+        let event = Arc::new(Event::default());
+        stream.record(&event);
+        event.synchronize();
         assert!(stream.synchronize().is_err());
     }
 }

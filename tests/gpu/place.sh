@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Puts the GPU that this machine's processor stands for into FOLDER, under the names by which programs look for a real one:
+#     tests/gpu/place.sh FOLDER && LD_LIBRARY_PATH=FOLDER outliers-worker devices
+set -euo pipefail
+folder=$(realpath -m "${1:?usage: place.sh FOLDER}")
+cd "$(dirname "$0")/../.."
+cargo build --release --locked --quiet --package outliers-tests-gpu
+mkdir -p "$folder"
+cp "${CARGO_TARGET_DIR:-target}/release/liboutliers_gpu.so" "$folder/libcuda.so.1.part"
+mv "$folder/libcuda.so.1.part" "$folder/libcuda.so.1"
+ln -sf libcuda.so.1 "$folder/libcublas.so.12"
