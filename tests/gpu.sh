@@ -18,18 +18,18 @@ if [ -z "$worker" ]; then
     worker/build.sh --cuda --output "$worker"
 fi
 worker=$(realpath "$worker")
-cargo build --release --locked --quiet --package outliers-tests-gpu
-cp "${CARGO_TARGET_DIR:-target}/release/liboutliers_gpu.so" "$work/libcuda.so.1"
-ln -s libcuda.so.1 "$work/libcublas.so.12"
+tests/gpu/place.sh "$work/gpu"
 
 # Runs something with so many GPUs, whose streams take up to so many microseconds longer now and then.
 with() {
     local gpus=$1 delay=$2
     shift 2
-    env RUST_BACKTRACE=0 LD_LIBRARY_PATH="$work${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" OUTLIERS_GPUS="$gpus" OUTLIERS_GPU_DELAY_US="$delay" "$@"
+    env RUST_BACKTRACE=0 LD_LIBRARY_PATH="$work/gpu${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" OUTLIERS_GPUS="$gpus" OUTLIERS_GPU_DELAY_US="$delay" "$@"
 }
 
 with 2 0 "$worker" devices
+echo "== weights on their way"
+CUDARC_CUDA_VERSION=12040 OUTLIERS_GPU="$work/gpu" cargo test --locked --quiet --package outliers-cuda --features staging
 echo "== every fixture"
 with 1 0 "$python" tests/oracle.py goldens "$worker" --devices cuda:0
 with 1 0 "$python" tests/oracle.py goldens "$worker" --devices cuda:0 --precision bf16

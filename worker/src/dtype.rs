@@ -15,13 +15,15 @@ mod plain;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::error::{Result, WorkerError};
 use crate::safetensors::StoredDtype;
-use convert::Compute;
+pub use convert::Compute;
 
 /// Values per task of the thread pool, where the format does not say otherwise. A multiple of every block length.
 const TASK: usize = 1 << 16;
@@ -98,6 +100,25 @@ pub fn decode_into(stored: &Encoded<'_>, into: &Tensor, tensor: &str) -> Result<
     op.outcome.into_inner()
 }
 
+/// Decodes part by part, with all threads: `parts` is told of how many values a part is a multiple, and asks for each where it wants it.
+///
+/// # Errors
+/// As [`decode`], and those of `parts`.
+pub fn decode_in_parts<T: Compute, R>(
+    stored: &Encoded<'_>,
+    shape: &[usize],
+    tensor: &str,
+    parts: impl FnOnce(usize, &mut dyn FnMut(Range<usize>, &mut [T]) -> Result<()>) -> Result<R>,
+) -> Result<R> {
+    stored.check(shape, tensor)?;
+    parts(stored.granule(), &mut |values, out| {
+        fill::<T>(&stored.part(&values), T::bits_mut(out), tensor).map_err(|error| {
+            // Which element it is, among all.
+            decode(stored, shape, T::DTYPE, &Device::Cpu, tensor).err().unwrap_or(error)
+        })
+    })
+}
+
 /// The operation behind [`decode_into`]. Its outcome travels beside candle's own, which would flatten it to text.
 struct DecodeInto<'a> {
     stored: &'a Encoded<'a>,
@@ -122,6 +143,43 @@ impl InplaceOp1 for DecodeInto<'_> {
         };
         *self.outcome.borrow_mut() = outcome;
         Ok(())
+    }
+}
+
+impl<'a> Encoded<'a> {
+    /// A part of the values may begin at multiples of this.
+    fn granule(&self) -> usize {
+        match self {
+            Self::Plain { .. } => 1,
+            Self::Fp8Blocks { shape, block, .. } => block[0].min(shape[0]) * shape[1],
+            Self::Mxfp4 { .. } => mxfp4::BLOCK,
+        }
+    }
+
+    /// Some of the values of one that was [checked](Self::check), as if they were all.
+    fn part(&self, values: &Range<usize>) -> Self {
+        match *self {
+            Self::Plain { dtype, bytes } => {
+                let size = dtype.size().unwrap_or_default() as usize;
+                Self::Plain { dtype, bytes: &bytes[values.start * size..values.end * size] }
+            }
+            Self::Fp8Blocks { bytes, scales, scale_dtype, shape, block } => {
+                let rows = values.start / shape[1]..values.end / shape[1];
+                let row_of_tiles = shape[1].div_ceil(block[1]) * fp8::scale_size(scale_dtype).unwrap_or_default();
+                let tiles = rows.start / block[0]..rows.end.div_ceil(block[0]);
+                Self::Fp8Blocks {
+                    bytes: &bytes[values.clone()],
+                    scales: &scales[tiles.start * row_of_tiles..tiles.end * row_of_tiles],
+                    scale_dtype,
+                    shape: [rows.len(), shape[1]],
+                    block,
+                }
+            }
+            Self::Mxfp4 { blocks, scales } => Self::Mxfp4 {
+                blocks: &blocks[values.start / 2..values.end / 2],
+                scales: &scales[values.start / mxfp4::BLOCK..values.end / mxfp4::BLOCK],
+            },
+        }
     }
 }
 

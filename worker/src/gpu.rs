@@ -1,7 +1,15 @@
 //! NVIDIA's GPUs, where this program was built for them and there are some.
 
+#[cfg(feature = "cuda")]
+mod lift;
+#[cfg(not(feature = "cuda"))]
+#[path = "gpu/no_lift.rs"]
+mod lift;
+
 use candle_core::Device;
 use outliers_protocol::DeviceInfo;
+
+pub use lift::{Arrival, Lift};
 
 use crate::error::{Result, WorkerError};
 

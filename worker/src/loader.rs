@@ -11,6 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::decoder::Need;
 use crate::dtype::{self, Encoded};
 use crate::error::Result;
+use crate::gpu::{Arrival, Lift};
 use crate::meter::{Clock, Subject, Work};
 use crate::model::{Format, Model, Piece, Stored};
 use crate::product;
@@ -21,7 +22,10 @@ use crate::weights::UnitTensors;
 pub struct Loader<'a> {
     model: &'a Model<'a>,
     compute: DType,
+    device: &'a Device,
     spare: &'a Spare,
+    /// To a GPU.
+    lift: Option<Lift>,
     clock: Clock<'a>,
     subject: Subject,
     values: Vec<u8>,
@@ -36,10 +40,40 @@ pub struct LoadedUnit {
     pub memory: Vec<Tensor>,
 }
 
+/// Something whose values may still be on their way to a GPU.
+#[must_use]
+pub struct OnItsWay<T> {
+    // Dropped first: what arrives must not be given back before it has.
+    arrival: Option<Arrival>,
+    value: T,
+}
+
+impl<T> OnItsWay<T> {
+    /// What its device is asked for from now on is done after the arrival.
+    ///
+    /// # Errors
+    /// Device: the driver's.
+    pub fn arrived(self) -> Result<T> {
+        let Self { arrival, value } = self;
+        arrival.map(Arrival::wait).transpose()?;
+        Ok(value)
+    }
+}
+
 impl<'a> Loader<'a> {
-    /// Decodes for a pass in `compute`, into memory from `spare` where there is some; `clock` is told how long everything takes.
-    pub fn new(model: &'a Model<'a>, compute: DType, spare: &'a Spare, clock: Clock<'a>) -> Self {
-        Self { model, compute, spare, clock, subject: Subject::default(), values: Vec::new(), scales: Vec::new() }
+    /// Decodes for a pass in `compute` on `device`, into memory from `spare` where there is some; `clock` is told how long everything takes.
+    ///
+    /// # Errors
+    /// Device: a GPU that cannot be used.
+    pub fn new(
+        model: &'a Model<'a>,
+        compute: DType,
+        device: &'a Device,
+        spare: &'a Spare,
+        clock: Clock<'a>,
+    ) -> Result<Self> {
+        let (lift, subject) = (Lift::to(device)?, Subject::default());
+        Ok(Self { model, compute, device, spare, lift, clock, subject, values: Vec::new(), scales: Vec::new() })
     }
 
     /// What the clock is told that all loading from now on is about.
@@ -47,31 +81,40 @@ impl<'a> Loader<'a> {
         self.subject = subject;
     }
 
-    /// Tensors of a layer, onto a device.
+    /// Tensors of a layer.
     ///
     /// # Errors
     /// As [`tensor`](Self::tensor).
-    pub fn unit(&mut self, layer: usize, needs: &[Need], device: &Device) -> Result<LoadedUnit> {
+    pub fn unit(&mut self, layer: usize, needs: &[Need]) -> Result<OnItsWay<LoadedUnit>> {
         let mut tensors = HashMap::with_capacity(needs.len());
         let mut memory = Vec::new();
-        for need in needs {
-            let decoded = self.decoded(layer, need, device)?;
+        let loaded = needs.iter().try_for_each(|need| {
+            let decoded = self.decoded(layer, need)?;
             memory.extend(Spare::takes(&decoded.tensor).then(|| decoded.tensor.clone()));
             tensors.insert((need.role, need.expert), decoded.out_by_in()?);
-        }
-        Ok(LoadedUnit { tensors: UnitTensors::new(tensors), memory })
+            Ok(())
+        });
+        // Also of what came before an error.
+        let unit = self.on_its_way(LoadedUnit { tensors: UnitTensors::new(tensors), memory })?;
+        loaded.map(|()| unit)
     }
 
-    /// One tensor onto a device. One that is stored `[in, out]` comes as a transposed view, since products take either order: nothing
+    /// One tensor. One that is stored `[in, out]` comes as a transposed view, since products take either order: nothing
     /// is moved.
     ///
     /// # Errors
     /// The source's; a value that is not finite, by name.
-    pub fn tensor(&mut self, layer: usize, need: &Need, device: &Device) -> Result<Tensor> {
-        self.decoded(layer, need, device)?.out_by_in()
+    pub fn tensor(&mut self, layer: usize, need: &Need) -> Result<OnItsWay<Tensor>> {
+        let tensor = self.decoded(layer, need)?.out_by_in()?;
+        self.on_its_way(tensor)
     }
 
-    fn decoded(&mut self, layer: usize, need: &Need, device: &Device) -> Result<Decoded> {
+    fn on_its_way<T>(&self, value: T) -> Result<OnItsWay<T>> {
+        let arrival = self.lift.as_ref().map(Lift::arrival).transpose()?;
+        Ok(OnItsWay { arrival, value })
+    }
+
+    fn decoded(&mut self, layer: usize, need: &Need) -> Result<Decoded> {
         let stored = self.model.stored(layer, need);
         self.scales.clear();
         self.clock.time_about(Work::Reading, self.subject.clone(), || {
@@ -84,20 +127,21 @@ impl<'a> Loader<'a> {
         }
         let encoded = encoded(&stored, &self.values, &self.scales, &shape);
         let name = &stored.values.entry.name;
-        let dtype = stored.kept_as(self.compute, need.is_matrix() && product::takes_bf16(device));
-        let decode = || self.spare.decode(&encoded, &shape, dtype, device, name);
+        let dtype = stored.kept_as(self.compute, need.is_matrix() && product::takes_bf16(self.device));
+        let way = Way { lift: self.lift.as_mut(), spare: self.spare, device: self.device };
+        let decode = || way.decode(&encoded, &shape, dtype, name);
         let tensor = self.clock.time_about(Work::Decoding, self.subject.clone(), decode)?;
         Ok(Decoded { tensor, input_major: stored.input_major })
     }
 
-    /// Some rows of a stored matrix of plain floats, onto a device.
+    /// Some rows of a stored matrix of plain floats.
     ///
     /// # Errors
     /// As [`tensor`](Self::tensor).
-    pub fn rows(&mut self, stored: &Stored<'_>, rows: &Range<usize>, device: &Device) -> Result<Tensor> {
+    pub fn rows(&mut self, stored: &Stored<'_>, rows: &Range<usize>) -> Result<OnItsWay<Tensor>> {
         let mut bytes = std::mem::take(&mut self.values);
         self.clock.time(Work::Reading, || read(self.model.source, &rows_of(stored, rows), &mut bytes))?;
-        let decoded = self.decode_rows(stored, rows, &bytes, device);
+        let decoded = self.decode_rows(stored, rows, &bytes);
         self.values = bytes;
         decoded
     }
@@ -106,18 +150,30 @@ impl<'a> Loader<'a> {
     ///
     /// # Errors
     /// A value that is not finite, by name.
-    pub fn decode_rows(
-        &self,
-        stored: &Stored<'_>,
-        rows: &Range<usize>,
-        bytes: &[u8],
-        device: &Device,
-    ) -> Result<Tensor> {
+    pub fn decode_rows(&mut self, stored: &Stored<'_>, rows: &Range<usize>, bytes: &[u8]) -> Result<OnItsWay<Tensor>> {
         let entry = stored.values.entry;
         let encoded = Encoded::Plain { dtype: &entry.dtype, bytes };
         let shape = [rows.len(), entry.shape[1] as usize];
-        let dtype = stored.kept_as(self.compute, product::takes_bf16(device));
-        self.clock.time(Work::Decoding, || self.spare.decode(&encoded, &shape, dtype, device, &entry.name))
+        let dtype = stored.kept_as(self.compute, product::takes_bf16(self.device));
+        let way = Way { lift: self.lift.as_mut(), spare: self.spare, device: self.device };
+        let tensor = self.clock.time(Work::Decoding, || way.decode(&encoded, &shape, dtype, &entry.name))?;
+        self.on_its_way(tensor)
+    }
+}
+
+/// How decoded values come to where they are computed with.
+struct Way<'a> {
+    lift: Option<&'a mut Lift>,
+    spare: &'a Spare,
+    device: &'a Device,
+}
+
+impl Way<'_> {
+    fn decode(self, encoded: &Encoded<'_>, shape: &[usize], dtype: DType, name: &str) -> Result<Tensor> {
+        match self.lift {
+            Some(lift) => lift.decode(encoded, shape, dtype, name),
+            None => self.spare.decode(encoded, shape, dtype, self.device, name),
+        }
     }
 }
 

@@ -287,8 +287,9 @@ impl Pass<'_> {
     }
 
     /// For the thread that loads a device's weights.
-    fn loader<'l>(&'l self, device: usize, spare: &'l Spare) -> Loader<'l> {
-        Loader::new(self.model, self.compute, spare, self.meter.clock(Thread::Loader(device)))
+    fn loader<'l>(&'l self, device: usize, spare: &'l Spare) -> Result<Loader<'l>> {
+        let clock = self.meter.clock(Thread::Loader(device));
+        Loader::new(self.model, self.compute, &self.devices[device].device, spare, clock)
     }
 }
 

@@ -6,12 +6,16 @@
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
 mod libraries;
+#[cfg(feature = "staging")]
+mod staging;
 mod table;
 
 use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::fmt;
 use std::sync::OnceLock;
 
+#[cfg(feature = "staging")]
+pub use staging::{Arrival, Staging};
 use table::Of;
 
 /// A version of CUDA: major, minor.

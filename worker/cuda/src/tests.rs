@@ -43,12 +43,17 @@ fn library(folder: &Path, name: &str, of: Of, special: &[(&str, &str)]) {
 
 /// What a process says that finds its libraries in `folder`.
 fn looked_for_in(folder: &Path) -> String {
+    said_by("tests::look_and_tell", &[("LD_LIBRARY_PATH", &folder.to_string_lossy()), (LOOKS, "1")])
+}
+
+/// What an ignored test says in a process of its own.
+pub(crate) fn said_by(test: &str, environment: &[(&str, &str)]) -> String {
     let mut process = Command::new(std::env::current_exe().unwrap());
-    process.args(["--exact", "tests::look_and_tell", "--ignored", "--nocapture"]);
-    let output = process.env("LD_LIBRARY_PATH", folder).env(LOOKS, "1").output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    let said = text.lines().find_map(|line| line.split_once("found: ")).map(|(_, said)| said.to_owned());
-    said.unwrap_or_else(|| panic!("{text}"))
+    process.args(["--exact", test, "--ignored", "--nocapture"]).envs(environment.iter().copied());
+    let output = process.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let said = text.lines().find_map(|line| line.split_once("said: ")).map(|(_, said)| said.to_owned());
+    said.unwrap_or_else(|| panic!("{text}{}", String::from_utf8_lossy(&output.stderr)))
 }
 
 fn folder() -> tempfile::TempDir {
@@ -83,7 +88,7 @@ fn look_and_tell() {
         Ok(Found { driver, gpus }) => format!("{driver} {gpus:?}"),
         Err(why) => format!("{why} (wasted: {})", why.wastes_a_gpu()),
     };
-    println!("found: {before} then {} {found}", launch());
+    println!("said: {before} then {} {found}", launch());
 }
 
 #[test]

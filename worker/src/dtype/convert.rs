@@ -6,7 +6,7 @@ use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 
 /// A dtype of the forward pass.
-pub(super) trait Compute: WithDType {
+pub trait Compute: WithDType {
     /// What is written: a type whose zeros the system hands out without being asked to write them.
     type Bits: Copy + Default + Send + Sync + std::fmt::Debug + PartialEq;
 

@@ -48,7 +48,7 @@ impl Pass<'_> {
             Ok(())
         })?;
         let device = &self.devices[0].device;
-        let mut input = self.loader(0, &Spare::default()).unit(0, &self.spec().input_needs(), device)?.tensors;
+        let mut input = self.loader(0, &Spare::default())?.unit(0, &self.spec().input_needs())?.arrived()?.tensors;
         let lead_in = input.linear_if_there(Role::ProjectIn);
         let positions = input.linear_if_there(Role::Positions).map(|p| self.position_rows(&p.weight)).transpose()?;
         let batch = |(i, values): (usize, Vec<f32>)| {

@@ -19,7 +19,7 @@ use crate::weights::on;
 impl Pass<'_> {
     /// Final norm, and the matrix that leads out to the head's width.
     fn before_head(&self, batches: &mut [MicroBatch], device: &Device, observer: &mut impl Observer) -> Result<()> {
-        let mut output = self.loader(0, &Spare::default()).unit(0, &self.spec().output_needs(), device)?.tensors;
+        let mut output = self.loader(0, &Spare::default())?.unit(0, &self.spec().output_needs())?.arrived()?.tensors;
         let spec = self.spec().final_norm;
         let norm = spec.map(|spec| output.norm(spec, Role::FinalNorm, Role::FinalNormBias)).transpose()?;
         let lead_out = output.linear_if_there(Role::ProjectOut);
@@ -52,17 +52,18 @@ impl Pass<'_> {
         let need = self.spec().head_need();
         let stored = self.model.stored(0, &need);
         let spare = Spare::new(2 * (VOCAB_BLOCK * need.shape[1] * self.compute.size_in_bytes()) as u64);
-        let mut loader = self.loader(0, &spare);
-        let bias = self.spec().head_bias_need().map(|need| loader.tensor(0, &need, device)).transpose()?;
+        let mut loader = self.loader(0, &spare)?;
+        let bias = self.spec().head_bias_need().map(|need| loader.tensor(0, &need)?.arrived()).transpose()?;
         let load = |block: &(Range<usize>, Option<Vec<u8>>)| match &block.1 {
-            Some(bytes) => loader.decode_rows(&stored, &block.0, bytes, device),
-            None => loader.rows(&stored, &block.0, device),
+            Some(bytes) => loader.decode_rows(&stored, &block.0, bytes),
+            None => loader.rows(&stored, &block.0),
         };
         let blocks = match kept {
             Some(kept) => kept.into_iter().map(|(range, bytes)| (range, Some(bytes))).collect(),
             None => vocab_blocks(self.spec().vocab, VOCAB_BLOCK).into_iter().map(|range| (range, None)).collect(),
         };
         pipeline(&clock, Work::Head, blocks, load, |(block, _), matrix| {
+            let matrix = matrix.arrived()?;
             let bias = bias.as_ref().map(|bias| bias.narrow(0, block.start, block.len())).transpose()?;
             for batch in &batches {
                 let mut logits = product(&batch.hidden, &matrix)?;

@@ -19,7 +19,7 @@ use super::{Pass, Wave};
 use crate::decoder::Unit;
 use crate::device::Placement;
 use crate::error::{Result, WorkerError};
-use crate::loader::{LoadedUnit, Spare};
+use crate::loader::{LoadedUnit, OnItsWay, Spare};
 use crate::meter::{Clock, Subject, Thread, Work};
 use crate::product;
 use crate::savepoint::SavePoints;
@@ -28,7 +28,7 @@ use crate::stats::Observer;
 /// What a device waits for.
 enum Event {
     /// The next unit of its layers, or why there are no more.
-    Loaded(Result<LoadedUnit>),
+    Loaded(Result<OnItsWay<LoadedUnit>>),
     /// A wave, at the first unit of a layer.
     Arrived(usize, Wave),
     /// Another thread has failed.
@@ -160,7 +160,7 @@ impl<O: Observer> Wavefront<'_, O> {
 
     /// The loader of a device; `room` tells of bytes that are free again.
     fn load(&self, device: usize, spare: &Spare, room: &Receiver<u64>) -> Result<()> {
-        let mut loader = self.pass.loader(device, spare);
+        let mut loader = self.pass.loader(device, spare)?;
         let limit = if self.pass.read_ahead { self.room(device) } else { 0 };
         let mut held = 0;
         for (_, unit) in self.units_of(device) {
@@ -175,7 +175,7 @@ impl<O: Observer> Wavefront<'_, O> {
                 return Ok(());
             }
             loader.about(Subject { layer: Some(unit.layer), micro_batches: None });
-            let loaded = loader.unit(unit.layer, &unit.needs, &self.placement(device).device);
+            let loaded = loader.unit(unit.layer, &unit.needs);
             let loaded = loaded.map_err(|error| self.locate(error, unit, device));
             let failed = loaded.is_err();
             held += bytes;
@@ -264,11 +264,11 @@ impl<'a, 'p, O: Observer> Lane<'a, 'p, O> {
         self.held.iter().position(waits)
     }
 
-    fn hold(&mut self, loaded: Result<LoadedUnit>) -> Result<()> {
+    fn hold(&mut self, loaded: Result<OnItsWay<LoadedUnit>>) -> Result<()> {
         let number = self.coming.pop_front().ok_or_else(|| WorkerError::internal("a unit that nobody asked for"))?;
         let front = self.front;
         let unit = &front.units[number];
-        let (block, memory) = match loaded {
+        let (block, memory) = match loaded.and_then(OnItsWay::arrived) {
             Ok(LoadedUnit { tensors, memory }) => {
                 (Ok(self.at(unit, |at| at.block(unit, tensors, &front.tables))?), memory)
             }
