@@ -58,10 +58,11 @@ async fn without_a_word_of_ours_worker_and_instance_end() {
 #[tokio::test]
 async fn as_long_as_we_are_heard_nothing_ends_and_a_killed_guard_is_replaced() {
     let Some(scene) = Scene::new().await else { return };
-    scene.guarded("r", "hangs", terms(3, 600, 600, Some(END))).await;
+    // On a busy machine a word of ours takes seconds: the lease is many times as long as the pause, and we speak for longer than the lease.
+    scene.guarded("r", "hangs", terms(10, 600, 600, Some(END))).await;
     let first = scene.guard_pid("r");
     kill(&first.to_string());
-    for _ in 0..6 {
+    for _ in 0..14 {
         tokio::time::sleep(Duration::from_secs(1)).await;
         scene.host.renew_guard("r").await.unwrap();
     }
