@@ -335,6 +335,7 @@ fn the_readme_says_what_models_take() {
             micro_batch_tokens,
             group_elements,
             takes_bf16: false,
+            widens: false,
             with_head: true,
             devices: 1,
         };

@@ -149,6 +149,7 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
         micro_batch_tokens,
         group_elements,
         takes_bf16,
+        widens: !job.devices.is_empty() && product::widens(&devices, compute),
         with_head: job.layers.is_none(),
         devices: sharing,
     };

@@ -29,6 +29,8 @@ pub struct PlannedRun {
     pub group_elements: u64,
     /// Whether products take weights of bf16 whatever the dtype.
     pub takes_bf16: bool,
+    /// Whether products [make f32](crate::product::widens) of what they multiply.
+    pub widens: bool,
     /// Whether the head follows the layers.
     pub with_head: bool,
     /// Devices whose weights and workspaces are in one memory.
@@ -199,7 +201,9 @@ pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let two_largest: u64 = sizes.iter().take(2).sum();
     let needs = units.iter().flat_map(|unit| unit.needs.iter().map(|need| model.stored(unit.layer, need).bytes()));
     let being_decoded = needs.max().unwrap_or(0);
-    let layers = states(spec, run) + run.devices as u64 * (two_largest + being_decoded + workspace(spec, run));
+    let widened = units.iter().map(|unit| widened(spec, unit, run)).max().unwrap_or(0);
+    let layers =
+        states(spec, run) + run.devices as u64 * (two_largest + being_decoded + workspace(spec, run) + widened);
     // A tied head is read once, before the layers.
     let tied = if run.with_head && spec.head.tied { model.stored_bytes(0, [&spec.embedding_need()]) } else { 0 };
     let head = if run.with_head { hidden_states(spec, run) + head_workspace(model, run) } else { 0 };
@@ -241,6 +245,21 @@ fn workspace(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     (widest.max().unwrap_or(0) + tiles) as u64
 }
 
+/// Memory of a unit's largest product in f32, where the pass is in another dtype and products are not: a matrix, what it multiplies and
+/// what comes out.
+fn widened(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
+    if !run.widens {
+        return 0;
+    }
+    let rows = |need: &Need| match &spec.layers[unit.layer].ffn {
+        FfnSpec::Moe(moe) if need.expert.is_some() => expert_rows(moe, run),
+        _ => batch_rows(run),
+    };
+    let values = |need: &Need| need.shape.iter().product::<usize>() + rows(need) * need.shape.iter().sum::<usize>();
+    let matrices = unit.needs.iter().filter(|need| need.is_matrix());
+    (matrices.map(values).max().unwrap_or(0) * size_of::<f32>()) as u64
+}
+
 /// Rows that an expert is given at once: what goes to it of all tokens if half as many more choose it as on average, but no more than a
 /// micro-batch and what goes to it of another.
 fn expert_rows(moe: &MoeSpec, run: PlannedRun) -> usize {
@@ -255,8 +274,9 @@ fn head_workspace(model: &Model<'_>, run: PlannedRun) -> u64 {
     let stored = model.stored(0, &need);
     let kept = 2 * stored.kept_as(run.compute, run.takes_bf16).size_in_bytes() * need.shape[1] * block;
     let counted = if run.compute == DType::F32 { 0 } else { size_of::<f32>() };
+    let widened = if run.widens { size_of::<f32>() * (block + batch_rows(run)) * need.shape[1] } else { 0 };
     let on_its_way = stored.bytes() as usize / need.shape[0] * block;
-    (kept + on_its_way + batch_rows(run) * block * (value + counted)) as u64
+    (kept + on_its_way + widened + batch_rows(run) * block * (value + counted)) as u64
 }
 
 #[cfg(test)]

@@ -16,6 +16,12 @@ pub fn all_take_bf16(devices: &[Placement]) -> bool {
     devices.iter().all(|placement| takes_bf16(&placement.device))
 }
 
+/// Whether products in `compute` on these make f32 of all that they multiply, each time.
+pub fn widens(devices: &[Placement], compute: DType) -> bool {
+    let on_cpus = !devices.is_empty() && devices.iter().all(|placement| placement.device.is_cpu());
+    compute == DType::BF16 && on_cpus && !all_take_bf16(devices)
+}
+
 fn tiles(device: &Device) -> Option<Tiles> {
     fused::has_loops_on(device).then(Tiles::find).flatten()
 }

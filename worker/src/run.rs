@@ -173,6 +173,7 @@ impl Run<'_> {
             micro_batch_tokens: job.micro_batch_tokens,
             group_elements,
             takes_bf16: product::all_take_bf16(&devices),
+            widens: product::widens(&devices, compute),
             with_head: job.layers.is_none(),
             devices: sharing,
         };

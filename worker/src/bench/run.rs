@@ -176,6 +176,7 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         micro_batch_tokens,
         group_elements,
         takes_bf16: product::all_take_bf16(&devices),
+        widens: product::widens(&devices, compute),
         with_head,
         devices: sharing,
     };
