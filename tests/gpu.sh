@@ -54,3 +54,13 @@ for fixture in tests/golden/*/; do
     done
     echo "ok   $(basename "$fixture")"
 done
+
+echo "== no more of a GPU's memory than planned, however far it is behind"
+for layers in 1 3; do
+    with 1 0 env OUTLIERS_GPU_MEMORY=80000000000 OUTLIERS_GPU_PEAK="$work/peak" "$worker" bench run --model tests/published/gpt-oss-120b \
+        --weights synthetic:1 --layers $layers --devices cuda:0 --precision bf16 --num-sequences 1 --sequence-length 8 --json > "$work/bench.json"
+    planned=$("$python" -c "import json; print(json.load(open('$work/bench.json'))['planned_memory_bytes'])")
+    taken=$(cat "$work/peak")
+    echo "$layers layers of gpt-oss-120b: $((taken / 1000000)) MB of $((planned / 1000000)) planned"
+    [ "$taken" -le "$planned" ]
+done

@@ -9,7 +9,7 @@ mod lift;
 use candle_core::Device;
 use outliers_protocol::DeviceInfo;
 
-pub use lift::{Arrival, Lift};
+pub use lift::{Arrival, Departure, Lift, departure};
 
 use crate::error::{Result, WorkerError};
 

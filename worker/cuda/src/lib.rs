@@ -15,7 +15,7 @@ use std::fmt;
 use std::sync::OnceLock;
 
 #[cfg(feature = "staging")]
-pub use staging::{Arrival, Staging};
+pub use staging::{Arrival, Departure, Staging};
 use table::Of;
 
 /// A version of CUDA: major, minor.

@@ -110,6 +110,27 @@ impl Drop for Arrival {
     }
 }
 
+/// When all is done that a stream was asked for so far.
+pub struct Departure(CudaEvent);
+
+impl Departure {
+    /// Of what was dropped, among other things.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn from(compute: &CudaStream) -> Result<Self, DriverError> {
+        Ok(Self(compute.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?))
+    }
+
+    /// Until then.
+    ///
+    /// # Errors
+    /// The driver's, also of what was asked for.
+    pub fn wait(self) -> Result<(), DriverError> {
+        self.0.synchronize()
+    }
+}
+
 impl Drop for Staging {
     fn drop(&mut self) {
         for buffer in &mut self.buffers {

@@ -6,8 +6,8 @@ use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaStorage, DType, Device, Storage, Tensor};
 use half::{bf16, f16};
-pub use outliers_cuda::Arrival;
 use outliers_cuda::Staging;
+pub use outliers_cuda::{Arrival, Departure};
 
 use crate::dtype::{self, Compute, Encoded};
 use crate::error::{Result, WorkerError};
@@ -67,8 +67,17 @@ impl Lift {
     }
 }
 
+/// When the memory is free again of all that was dropped so far; the CPU's is at once.
+///
+/// # Errors
+/// Device: the driver's.
+pub fn departure(device: &Device) -> Result<Option<Departure>> {
+    let Device::Cuda(device) = device else { return Ok(None) };
+    Ok(Some(Departure::from(&device.cuda_stream())?))
+}
+
 impl From<DriverError> for WorkerError {
     fn from(error: DriverError) -> Self {
-        Self::device(format!("weights cannot be brought to the GPU: {error}"))
+        Self::device(format!("the GPU's driver: {error}"))
     }
 }

@@ -48,3 +48,24 @@ impl Arrival {
         match self.0 {}
     }
 }
+
+/// When the memory is free again of all that was dropped so far: at once.
+///
+/// # Errors
+/// None.
+pub fn departure(_device: &Device) -> Result<Option<Departure>> {
+    Ok(None)
+}
+
+/// There is none.
+pub struct Departure(Infallible);
+
+impl Departure {
+    /// Never called.
+    ///
+    /// # Errors
+    /// None.
+    pub fn wait(self) -> Result<()> {
+        match self.0 {}
+    }
+}

@@ -19,6 +19,7 @@ use super::{Pass, Wave};
 use crate::decoder::Unit;
 use crate::device::Placement;
 use crate::error::{Result, WorkerError};
+use crate::gpu::{self, Departure};
 use crate::loader::{LoadedUnit, OnItsWay, Spare};
 use crate::meter::{Clock, Subject, Thread, Work};
 use crate::product;
@@ -33,6 +34,13 @@ enum Event {
     Arrived(usize, Wave),
     /// Another thread has failed.
     Stop,
+}
+
+/// Memory that nothing needs any more.
+struct Freed {
+    bytes: u64,
+    /// When it can be had again: a GPU may be far behind what it was asked for.
+    departure: Option<Departure>,
 }
 
 /// What all threads share.
@@ -158,18 +166,18 @@ impl<O: Observer> Wavefront<'_, O> {
         let _ = self.inboxes[self.device_of(unit.layer)].send(Event::Arrived(number, wave));
     }
 
-    /// The loader of a device; `room` tells of bytes that are free again.
-    fn load(&self, device: usize, spare: &Spare, room: &Receiver<u64>) -> Result<()> {
+    /// The loader of a device; `room` tells what is free again.
+    fn load(&self, device: usize, spare: &Spare, room: &Receiver<Freed>) -> Result<()> {
         let mut loader = self.pass.loader(device, spare)?;
         let limit = if self.pass.read_ahead { self.room(device) } else { 0 };
         let mut held = 0;
         for (_, unit) in self.units_of(device) {
             let bytes = self.bytes(unit);
-            held -= room.try_iter().sum::<u64>();
             while held > 0 && held + bytes > limit {
                 // The device has gone: it failed, and said so.
-                let Ok(freed) = room.recv() else { return Ok(()) };
-                held -= freed;
+                let Ok(Freed { bytes, departure }) = room.recv() else { return Ok(()) };
+                departure.map(Departure::wait).transpose()?;
+                held -= bytes;
             }
             if self.stopped.load(Ordering::Relaxed) {
                 return Ok(());
@@ -211,7 +219,7 @@ struct Lane<'a, 'p, O: Observer> {
     device: usize,
     clock: Clock<'a>,
     spare: &'a Spare,
-    freed: Sender<u64>,
+    freed: Sender<Freed>,
     /// Numbers of the units that are still to be loaded.
     coming: VecDeque<usize>,
     /// In their order.
@@ -225,7 +233,7 @@ struct Lane<'a, 'p, O: Observer> {
 }
 
 impl<'a, 'p, O: Observer> Lane<'a, 'p, O> {
-    fn new(front: &'a Wavefront<'p, O>, device: usize, spare: &'a Spare, freed: Sender<u64>) -> Self {
+    fn new(front: &'a Wavefront<'p, O>, device: usize, spare: &'a Spare, freed: Sender<Freed>) -> Self {
         Self {
             front,
             device,
@@ -324,7 +332,7 @@ impl<'a, 'p, O: Observer> Lane<'a, 'p, O> {
         held.passed += 1;
         let (next, passed) = (held.number + 1, held.passed);
         if passed == front.waves {
-            self.let_go(held);
+            self.let_go(held)?;
         } else {
             self.held.insert(at, held);
         }
@@ -340,20 +348,22 @@ impl<'a, 'p, O: Observer> Lane<'a, 'p, O> {
     }
 
     /// All waves have passed a unit.
-    fn let_go(&mut self, Held { number, block, memory, .. }: Held) {
+    fn let_go(&mut self, Held { number, block, memory, .. }: Held) -> Result<()> {
         let front = self.front;
         let unit = &front.units[number];
         // Views of the memory that will be used again.
         drop(block);
         self.spare.give_back(memory);
+        let departure = gpu::departure(&front.placement(self.device).device)?;
         // The loader has gone when there is nothing more to load.
-        let _ = self.freed.send(front.bytes(unit));
+        let _ = self.freed.send(Freed { bytes: front.bytes(unit), departure });
         let ends_layer = front.units.get(number + 1).is_none_or(|next| next.layer > unit.layer);
         if ends_layer && let Some(seen) = self.seen.remove(&unit.layer) {
             // Before the last wave goes on to the next layer, which therefore is joined later.
             lock(&front.observer).join(seen);
         }
         front.pass.progress.unit_done(unit, ends_layer, front.pass.model.source.bytes_read());
+        Ok(())
     }
 
     /// Does something with a unit's layer; an error says where.
