@@ -84,7 +84,10 @@ impl Gpus {
         if let Some(why) = &gpu.unfit {
             return Err(unusable(why));
         }
-        Device::new_cuda_with_stream(index).map_err(|error| unusable(&error.to_string()))
+        let device = Device::new_cuda_with_stream(index).map_err(|error| unusable(&error.to_string()))?;
+        #[cfg(feature = "cuda")]
+        outliers_cuda::keep_memory(index as u32).map_err(|code| unusable(&format!("its driver's error {code}")))?;
+        Ok(device)
     }
 
     /// Opens all that serve.

@@ -226,6 +226,17 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_in
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetDefaultMemPool(pool: *mut u64, _device: c_int) -> c_int {
+    // SAFETY: as the function is described.
+    answer(unsafe { give(pool, 1) })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemPoolSetAttribute(_pool: u64, _attribute: c_int, _value: *const c_void) -> c_int {
+    answer(Ok(()))
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) -> c_int {
     // SAFETY: as the function is described.
     answer(unsafe { give(context, device as usize + 1) })

@@ -10,7 +10,7 @@ mod libraries;
 mod staging;
 mod table;
 
-use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fmt;
 use std::sync::OnceLock;
 
@@ -130,7 +130,32 @@ fn look() -> Result<Found, Unavailable> {
     Ok(found)
 }
 
+/// Has the driver keep what is given back on a GPU: by default it returns all of that to the system whenever anybody waits for the GPU, and
+/// gets it from there again.
+///
+/// # Errors
+/// The driver's number for why not.
+/// <https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MALLOC__ASYNC.html>
+pub fn keep_memory(gpu: u32) -> Result<(), i32> {
+    const RELEASE_THRESHOLD: c_int = 4;
+    // Some virtual GPUs keep none, and take memory in another way.
+    const NOT_SUPPORTED: c_int = 801;
+    let done = |code| if code == 0 { Ok(()) } else { Err(code) };
+    let (mut device, mut pool, all) = (0, std::ptr::null_mut(), u64::MAX);
+    // SAFETY: each writes what it was asked for where it is told to; the last one reads a number of 64 bits, as this attribute is.
+    unsafe {
+        done(cuDeviceGet(&raw mut device, gpu as c_int))?;
+        match cuDeviceGetDefaultMemPool(&raw mut pool, device) {
+            NOT_SUPPORTED => Ok(()),
+            0 => done(cuMemPoolSetAttribute(pool, RELEASE_THRESHOLD, (&raw const all).cast())),
+            code => Err(code),
+        }
+    }
+}
+
 unsafe extern "C" {
+    fn cuDeviceGetDefaultMemPool(pool: *mut *mut c_void, device: c_int) -> c_int;
+    fn cuMemPoolSetAttribute(pool: *mut c_void, attribute: c_int, value: *const c_void) -> c_int;
     fn cuInit(flags: c_uint) -> c_int;
     fn cuDriverGetVersion(version: *mut c_int) -> c_int;
     fn cuDeviceGetCount(count: *mut c_int) -> c_int;

@@ -83,6 +83,7 @@ table! {
         cuDeviceGetName
         cuDeviceTotalMem_v2
         cuDeviceGetAttribute
+        cuDeviceGetDefaultMemPool
         cuDevicePrimaryCtxRetain
         cuDevicePrimaryCtxRelease_v2
         cuCtxDestroy_v2
@@ -95,6 +96,7 @@ table! {
         cuMemFree_v2
         cuMemFreeAsync
         cuMemHostAlloc
+        cuMemPoolSetAttribute
         cuMemFreeHost
         cuMemcpyDtoDAsync_v2
         cuMemcpyDtoHAsync_v2
