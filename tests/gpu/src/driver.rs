@@ -517,13 +517,17 @@ pub extern "C" fn cublasSetStream_v2(handle: u64, on: u64) -> c_int {
 /// Rows, columns, depth, and how many of such products.
 type Sizes = [c_int; 4];
 
+fn matrix(address: u64, transpose: c_int, kind: Option<Kind>, leading: c_int, stride: c_longlong) -> Option<Matrix> {
+    Some(Matrix { address, kind: kind?, transposed: transpose != 0, leading: leading as usize, stride })
+}
+
 /// Addresses are checked when it is computed.
-fn product(handle: u64, sizes: Sizes, [alpha, beta]: [f64; 2], [a, b, c]: [Option<Matrix>; 3]) -> c_int {
+fn product(handle: u64, sizes: Sizes, [alpha, beta]: [f64; 2], matrices: [Option<Matrix>; 3]) -> c_int {
     let Ok(on) = machine().blas.get(handle).and_then(|handle| stream(handle.load(Ordering::SeqCst))) else {
         return NO_HANDLE;
     };
-    let (Some(a), Some(b), Some(c)) = (a, b, c) else {
-        eprintln!("emulated GPU: a product of {a:?} and {b:?} into {c:?}");
+    let [Some(a), Some(b), Some(c)] = matrices else {
+        eprintln!("emulated GPU: a product of matrices {matrices:?}");
         return UNSUPPORTED;
     };
     let [rows, columns, depth, batch] = sizes.map(|n| n.max(0) as usize);
@@ -553,16 +557,12 @@ pub unsafe extern "C" fn cublasDgemmStridedBatched(
     stride_c: c_longlong,
     batch: c_int,
 ) -> c_int {
-    let matrix = |address, transpose: c_int, leading: c_int, stride| {
-        Some(Matrix { address, kind: Kind::F64, transposed: transpose != 0, leading: leading as usize, stride })
-    };
-    let matrices = [
-        matrix(a, transpose_a, leading_a, stride_a),
-        matrix(b, transpose_b, leading_b, stride_b),
-        matrix(c, 0, leading_c, stride_c),
-    ];
+    let kind = Some(Kind::F64);
+    let a = matrix(a, transpose_a, kind, leading_a, stride_a);
+    let b = matrix(b, transpose_b, kind, leading_b, stride_b);
+    let c = matrix(c, 0, kind, leading_c, stride_c);
     // SAFETY: as the function is described.
-    product(handle, [rows, columns, depth, batch], unsafe { [*alpha, *beta] }, matrices)
+    product(handle, [rows, columns, depth, batch], unsafe { [*alpha, *beta] }, [a, b, c])
 }
 
 #[unsafe(no_mangle)]
@@ -596,16 +596,10 @@ pub unsafe extern "C" fn cublasGemmStridedBatchedEx(
     if !COMPUTE_F32.contains(&compute) {
         return UNSUPPORTED;
     }
-    let matrix = |address, transpose: c_int, kind, leading: c_int, stride| {
-        let kind = Kind::new(kind)?;
-        Some(Matrix { address, kind, transposed: transpose != 0, leading: leading as usize, stride })
-    };
-    let matrices = [
-        matrix(a, transpose_a, kind_a, leading_a, stride_a),
-        matrix(b, transpose_b, kind_b, leading_b, stride_b),
-        matrix(c, 0, kind_c, leading_c, stride_c),
-    ];
+    let a = matrix(a, transpose_a, Kind::new(kind_a), leading_a, stride_a);
+    let b = matrix(b, transpose_b, Kind::new(kind_b), leading_b, stride_b);
+    let c = matrix(c, 0, Kind::new(kind_c), leading_c, stride_c);
     // SAFETY: numbers of the type that this way to compute has.
     let factors = unsafe { [*alpha, *beta] }.map(f64::from);
-    product(handle, [rows, columns, depth, batch], factors, matrices)
+    product(handle, [rows, columns, depth, batch], factors, [a, b, c])
 }

@@ -117,19 +117,14 @@ pub(crate) enum One {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Comparison {
-    Eq,
-    Ne,
-    Lt,
-    Le,
-    Gt,
-    Ge,
+pub(crate) struct Comparison {
+    pub(crate) order: Order,
     /// True also where one is no number.
-    Unordered(Plain),
+    pub(crate) or_unordered: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Plain {
+pub(crate) enum Order {
     Eq,
     Ne,
     Lt,

@@ -6,7 +6,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::{
-    Address, Atomic, Comparison, Instruction, Kernel, One, Operation, Plain, Rounding, Source, Space, Special, Two,
+    Address, Atomic, Comparison, Instruction, Kernel, One, Operation, Order, Rounding, Source, Space, Special, Two,
     Type,
 };
 
@@ -459,21 +459,20 @@ fn pair_type(words: &[&str]) -> Option<Type> {
 }
 
 fn comparison(word: &str) -> Option<Comparison> {
-    Some(match word {
-        "eq" => Comparison::Eq,
-        "ne" => Comparison::Ne,
-        "lt" => Comparison::Lt,
-        "le" => Comparison::Le,
-        "gt" => Comparison::Gt,
-        "ge" => Comparison::Ge,
-        "equ" => Comparison::Unordered(Plain::Eq),
-        "neu" => Comparison::Unordered(Plain::Ne),
-        "ltu" => Comparison::Unordered(Plain::Lt),
-        "leu" => Comparison::Unordered(Plain::Le),
-        "gtu" => Comparison::Unordered(Plain::Gt),
-        "geu" => Comparison::Unordered(Plain::Ge),
+    let (order, or_unordered) = match word.strip_suffix('u') {
+        Some(order) => (order, true),
+        None => (word, false),
+    };
+    let order = match order {
+        "eq" => Order::Eq,
+        "ne" => Order::Ne,
+        "lt" => Order::Lt,
+        "le" => Order::Le,
+        "gt" => Order::Gt,
+        "ge" => Order::Ge,
         _ => return None,
-    })
+    };
+    Some(Comparison { order, or_unordered })
 }
 
 fn special(text: &str) -> Option<Source> {

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use super::{
-    Address, Atomic, Comparison, Instruction, Kernel, One, Operation, Plain, Rounding, Source, Space, Special, Two,
+    Address, Atomic, Comparison, Instruction, Kernel, One, Operation, Order, Rounding, Source, Space, Special, Two,
     Type,
 };
 use crate::memory::Memory;
@@ -498,23 +498,14 @@ fn compare(what: Comparison, kind: Type, a: u64, b: u64) -> bool {
         let mask = mask(kind.bits());
         Some((a & mask).cmp(&(b & mask)))
     };
-    let (plain, unordered) = match what {
-        Comparison::Eq => (Plain::Eq, false),
-        Comparison::Ne => (Plain::Ne, false),
-        Comparison::Lt => (Plain::Lt, false),
-        Comparison::Le => (Plain::Le, false),
-        Comparison::Gt => (Plain::Gt, false),
-        Comparison::Ge => (Plain::Ge, false),
-        Comparison::Unordered(plain) => (plain, true),
-    };
-    let Some(order) = order else { return unordered };
-    match plain {
-        Plain::Eq => order == Ordering::Equal,
-        Plain::Ne => order != Ordering::Equal,
-        Plain::Lt => order == Ordering::Less,
-        Plain::Le => order != Ordering::Greater,
-        Plain::Gt => order == Ordering::Greater,
-        Plain::Ge => order != Ordering::Less,
+    let Some(order) = order else { return what.or_unordered };
+    match what.order {
+        Order::Eq => order == Ordering::Equal,
+        Order::Ne => order != Ordering::Equal,
+        Order::Lt => order == Ordering::Less,
+        Order::Le => order != Ordering::Greater,
+        Order::Gt => order == Ordering::Greater,
+        Order::Ge => order != Ordering::Less,
     }
 }
 
