@@ -2,6 +2,9 @@
 
 use std::process::ExitCode;
 
+#[global_allocator]
+static HEAP: outliers_heap::Heap = outliers_heap::Heap;
+
 fn main() -> ExitCode {
     outliers_worker::app::main_impl()
 }

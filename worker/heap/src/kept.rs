@@ -1,0 +1,155 @@
+//! Which memory is kept, as addresses alone.
+
+/// Bytes from an address on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) at: usize,
+    pub(crate) bytes: usize,
+}
+
+impl Span {
+    fn end(self) -> usize {
+        self.at + self.bytes
+    }
+}
+
+/// Most spans that are kept.
+const MOST: usize = 256;
+
+/// Spans that touch nowhere, in the order in which they were kept. Takes no memory beside itself.
+pub(crate) struct Kept {
+    spans: [Span; MOST],
+    count: usize,
+    bytes: usize,
+}
+
+impl Kept {
+    pub(crate) const fn new() -> Self {
+        Self { spans: [Span { at: 0, bytes: 0 }; MOST], count: 0, bytes: 0 }
+    }
+
+    /// Of all spans.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The address of so many bytes, of the span that they fill best.
+    pub(crate) fn take(&mut self, bytes: usize) -> Option<usize> {
+        let spans = &mut self.spans[..self.count];
+        let (index, best) =
+            spans.iter_mut().enumerate().filter(|(_, span)| span.bytes >= bytes).min_by_key(|(_, span)| span.bytes)?;
+        let at = best.at;
+        (best.at, best.bytes) = (best.at + bytes, best.bytes - bytes);
+        self.bytes -= bytes;
+        if best.bytes == 0 {
+            self.remove(index);
+        }
+        Some(at)
+    }
+
+    /// Keeps a span, as one with those beside it. What can no longer be kept instead.
+    #[must_use]
+    pub(crate) fn keep(&mut self, mut span: Span) -> Option<Span> {
+        self.bytes += span.bytes;
+        while let Some(index) = self.spans[..self.count].iter().position(|s| s.end() == span.at || s.at == span.end()) {
+            let beside = self.remove(index);
+            span = Span { at: span.at.min(beside.at), bytes: span.bytes + beside.bytes };
+        }
+        let oldest = (self.count == MOST).then(|| self.remove(0));
+        self.bytes -= oldest.map_or(0, |oldest| oldest.bytes);
+        self.spans[self.count] = span;
+        self.count += 1;
+        oldest
+    }
+
+    /// At most so many bytes of what was kept longest, which are kept no more. `None` if there are none.
+    pub(crate) fn drop_some(&mut self, most: usize) -> Option<Span> {
+        let oldest = self.spans[..self.count].first_mut()?;
+        let bytes = most.min(oldest.bytes);
+        oldest.bytes -= bytes;
+        self.bytes -= bytes;
+        let dropped = Span { at: oldest.end(), bytes };
+        if oldest.bytes == 0 {
+            self.remove(0);
+        }
+        Some(dropped)
+    }
+
+    fn remove(&mut self, index: usize) -> Span {
+        let span = self.spans[index];
+        self.spans.copy_within(index + 1..self.count, index);
+        self.count -= 1;
+        span
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What one step did to the places that are kept.
+    fn without(places: &mut BTreeSet<usize>, span: Span) {
+        for place in span.at..span.end() {
+            assert!(places.remove(&place), "{place} was not kept");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_byte_is_had_twice_or_forgotten(steps in prop::collection::vec((0..3u8, 0..400usize, 1..9usize), 1..800)) {
+            let (mut kept, mut places) = (Kept::new(), BTreeSet::new());
+            for (kind, at, bytes) in steps {
+                let span = Span { at, bytes };
+                match kind {
+                    0 if (at..span.end()).all(|place| !places.contains(&place)) => {
+                        places.extend(at..span.end());
+                        if let Some(dropped) = kept.keep(span) {
+                            without(&mut places, dropped);
+                        }
+                    }
+                    0 => {}
+                    1 => match kept.take(bytes) {
+                        Some(at) => without(&mut places, Span { at, bytes }),
+                        None => prop_assert!(kept.spans[..kept.count].iter().all(|span| span.bytes < bytes)),
+                    },
+                    _ => match kept.drop_some(bytes) {
+                        Some(dropped) => {
+                            prop_assert!(dropped.bytes <= bytes && dropped.bytes > 0);
+                            without(&mut places, dropped);
+                        }
+                        None => prop_assert!(places.is_empty()),
+                    },
+                }
+                prop_assert_eq!(kept.bytes(), places.len());
+            }
+        }
+    }
+
+    #[test]
+    fn the_smallest_that_is_large_enough_is_taken_and_neighbours_become_one() {
+        let mut kept = Kept::new();
+        for (at, bytes) in [(100, 50), (200, 10), (300, 20)] {
+            assert_eq!(kept.keep(Span { at, bytes }), None);
+        }
+        assert_eq!((kept.take(10), kept.take(11), kept.take(50)), (Some(200), Some(300), Some(100)));
+        assert_eq!((kept.take(10), kept.take(9)), (None, Some(311)));
+        for at in [0, 20, 10] {
+            assert_eq!(kept.keep(Span { at, bytes: 10 }), None);
+        }
+        assert_eq!((kept.count, kept.take(30)), (1, Some(0)));
+    }
+
+    #[test]
+    fn of_too_many_the_oldest_goes() {
+        let mut kept = Kept::new();
+        for place in 0..MOST {
+            assert_eq!(kept.keep(Span { at: 2 * place, bytes: 1 }), None);
+        }
+        assert_eq!(kept.keep(Span { at: 2 * MOST, bytes: 1 }), Some(Span { at: 0, bytes: 1 }));
+        assert_eq!(kept.bytes(), MOST);
+    }
+}

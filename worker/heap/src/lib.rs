@@ -1,0 +1,96 @@
+//! The worker's memory. A pass makes and drops tensors of many MiB, layer after layer. The C library gives such blocks back to the
+//! system, which fills the next ones with zeros, page by page: a tenth of the time of a pass on a CPU.
+//!
+//! Here a block that is dropped is kept for the next that fits into it, but only as far as what is in use and what is kept do not
+//! exceed together the most that was ever in use at once. So a process never takes more than it would without.
+
+#[cfg(target_os = "linux")]
+mod blocks;
+#[cfg(any(target_os = "linux", test))]
+mod kept;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+
+/// The system's allocator, but for large blocks on Linux.
+#[derive(Debug)]
+pub struct Heap;
+
+#[cfg(target_os = "linux")]
+// SAFETY: large blocks are memory of their own, which nobody else has until they are deallocated; all others are the system's.
+// Which of both a block is depends on its layout alone, which callers give again.
+unsafe impl GlobalAlloc for Heap {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        match blocks::size(layout) {
+            Some(size) => blocks::take(size).map_or(std::ptr::null_mut(), |(block, _)| block),
+            // SAFETY: the caller's promise.
+            None => unsafe { System.alloc(layout) },
+        }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        let Some(size) = blocks::size(layout) else {
+            // SAFETY: the caller's promise.
+            return unsafe { System.alloc_zeroed(layout) };
+        };
+        let Some((block, used)) = blocks::take(size) else {
+            return std::ptr::null_mut();
+        };
+        if used {
+            // SAFETY: the block is at least as large, and the caller's alone.
+            unsafe { block.write_bytes(0, layout.size()) };
+        }
+        block
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        match blocks::size(layout) {
+            Some(size) => blocks::give(block, size),
+            // SAFETY: the caller's promise.
+            None => unsafe { System.dealloc(block, layout) },
+        }
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        // SAFETY: the caller's promise: such a layout there is.
+        let new = unsafe { Layout::from_size_align_unchecked(new_size, layout.align()) };
+        match (blocks::size(layout), blocks::size(new)) {
+            // SAFETY: the caller's promise.
+            (None, None) => return unsafe { System.realloc(block, layout, new_size) },
+            (Some(old), Some(new)) if old == new => return block,
+            _ => {}
+        }
+        // SAFETY: a layout that is not empty; what is copied lies within both blocks, which are two; the old one is the caller's.
+        unsafe {
+            let moved = self.alloc(new);
+            if !moved.is_null() {
+                moved.copy_from_nonoverlapping(block, layout.size().min(new_size));
+                self.dealloc(block, layout);
+            }
+            moved
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+// SAFETY: the system's allocator, and nothing else.
+unsafe impl GlobalAlloc for Heap {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(block, layout) }
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        // SAFETY: the caller's promise.
+        unsafe { System.realloc(block, layout, new_size) }
+    }
+}
