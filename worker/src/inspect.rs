@@ -241,8 +241,8 @@ fn workspace(spec: &DecoderSpec, run: PlannedRun) -> u64 {
             }
         })
     });
-    let tiles = if run.takes_bf16 { outliers_amx::MEMORY } else { 0 };
-    (widest.max().unwrap_or(0) + tiles) as u64
+    let laid_out = if run.takes_bf16 { outliers_matmul::MEMORY } else { 0 };
+    (widest.max().unwrap_or(0) + laid_out) as u64
 }
 
 /// Memory of a unit's largest product in f32, where the pass is in another dtype and products are not: a matrix, what it multiplies and

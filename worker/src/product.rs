@@ -1,14 +1,14 @@
 //! Hidden states times weights.
 
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
-use outliers_amx::{Order, Tiles};
+use outliers_matmul::{Order, Unit};
 
 use crate::device::Placement;
 use crate::fused;
 
 /// Whether products on this device take weights of bf16 whatever the dtype of the pass: exactly, and faster than any others.
 pub fn takes_bf16(device: &Device) -> bool {
-    tiles(device).is_some()
+    unit(device).is_some()
 }
 
 /// Whether products on all of these do.
@@ -22,26 +22,26 @@ pub fn widens(devices: &[Placement], compute: DType) -> bool {
     compute == DType::BF16 && on_cpus && !all_take_bf16(devices)
 }
 
-fn tiles(device: &Device) -> Option<Tiles> {
-    fused::has_loops_on(device).then(Tiles::find).flatten()
+fn unit(device: &Device) -> Option<Unit> {
+    fused::has_loops_on(device).then(Unit::find).flatten()
 }
 
 /// `x W^T`. `x` `[rows, in]`; `weight` `[out, in]`, of the same dtype or of bf16, perhaps a transposed view.
 pub fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if weight.dtype() == DType::BF16
         && matches!(x.dtype(), DType::F32 | DType::BF16)
-        && let Some(tiles) = tiles(x.device())
+        && let Some(unit) = unit(x.device())
     {
-        return x.contiguous()?.apply_op2_no_bwd(weight, &OnTiles(tiles));
+        return x.contiguous()?.apply_op2_no_bwd(weight, &ByUnit(unit));
     }
     x.matmul(&weight.to_dtype(x.dtype())?.t()?)
 }
 
-struct OnTiles(Tiles);
+struct ByUnit(Unit);
 
-impl CustomOp2 for OnTiles {
+impl CustomOp2 for ByUnit {
     fn name(&self) -> &'static str {
-        "product-on-tiles"
+        "product-by-unit"
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, weight: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
@@ -49,19 +49,19 @@ impl CustomOp2 for OnTiles {
         let order = match *lw.stride() {
             [_, 1] if lw.is_contiguous() => Order::Rows,
             [1, _] if lw.is_fortran_contiguous() => Order::Columns,
-            ref other => bail!("product-on-tiles: weights {:?} with strides {other:?}", lw.shape()),
+            ref other => bail!("product-by-unit: weights {:?} with strides {other:?}", lw.shape()),
         };
         let (Some((first, end)), CpuStorage::BF16(weight)) = (lx.contiguous_offsets(), weight) else {
-            bail!("product-on-tiles: weights are not of bf16, or what they multiply is not contiguous");
+            bail!("product-by-unit: weights are not of bf16, or what they multiply is not contiguous");
         };
         if k != depth {
-            bail!("product-on-tiles: rows of {k} values times rows of {depth}");
+            bail!("product-by-unit: rows of {k} values times rows of {depth}");
         }
         let weight = &weight[lw.start_offset()..][..n * k];
         let out = match x {
             CpuStorage::F32(x) => CpuStorage::F32(self.0.product(&x[first..end], weight, order, n, k)),
             CpuStorage::BF16(x) => CpuStorage::BF16(self.0.product(&x[first..end], weight, order, n, k)),
-            _ => bail!("product-on-tiles: neither f32 nor bf16"),
+            _ => bail!("product-by-unit: neither f32 nor bf16"),
         };
         Ok((out, Shape::from((rows, n))))
     }

@@ -1,9 +1,9 @@
-//! Against sums in f64. On a processor without tiles there is nothing to test, and the test says so.
+//! Against sums in f64, by all that this processor has. If that is nothing there is nothing to test, and the test says so.
 
 use half::bf16;
 use proptest::prelude::*;
 
-use crate::{Order, Real, Tiles};
+use crate::{Order, Real, Unit};
 
 /// A number of the test, as f64 and back.
 trait Number: Real {
@@ -43,19 +43,24 @@ fn numbers<T: Number>(count: usize, seed: u64) -> Vec<T> {
     (0..count).map(|_| T::of((next() - 0.5) * 2f32.powf(12.0 * next() - 6.0))).collect()
 }
 
-fn tiles() -> Option<Tiles> {
-    let tiles = Tiles::find();
-    if tiles.is_none() {
-        eprintln!("this processor has no AMX: nothing was tested");
+fn units() -> Vec<Unit> {
+    let units: Vec<Unit> = Unit::all().collect();
+    if units.is_empty() {
+        eprintln!("this processor has neither AMX nor AVX-512: nothing was tested");
     }
-    tiles
+    units
 }
 
 fn check<A: Number>(m: usize, n: usize, k: usize, order: Order) {
-    let Some(tiles) = tiles() else { return };
+    for unit in units() {
+        check_one::<A>(unit, m, n, k, order);
+    }
+}
+
+fn check_one<A: Number>(unit: Unit, m: usize, n: usize, k: usize, order: Order) {
     let (a, b): (Vec<A>, Vec<bf16>) = (numbers(m * k, 1), numbers(n * k, 2));
     let of_b = |row: usize, at: usize| if order == Order::Rows { b[row * k + at] } else { b[at * n + row] }.wide();
-    let got = tiles.product(&a, &b, order, n, k);
+    let got = unit.product(&a, &b, order, n, k);
     assert_eq!(got.len(), m * n);
     // Against the sum of the magnitudes of the terms. Each of three products per value is rounded once to f32, to either side.
     let tolerance = A::ROUNDING + f32::ROUNDING * (3.0 * k as f64).sqrt();
@@ -63,7 +68,13 @@ fn check<A: Number>(m: usize, n: usize, k: usize, order: Order) {
         let terms = || (0..k).map(|at| a[i / n * k + at].wide() * of_b(i % n, at));
         let (sum, magnitude) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
         let off = (got.wide() - sum).abs() / magnitude.max(1e-30);
-        assert!(off <= tolerance, "row {}, column {}: {}, not {sum}: off by {off:e}", i / n, i % n, got.wide());
+        assert!(
+            off <= tolerance,
+            "{unit:?}, row {}, column {}: {}, not {sum}: off by {off:e}",
+            i / n,
+            i % n,
+            got.wide()
+        );
     }
 }
 
@@ -93,25 +104,27 @@ proptest! {
 
     #[test]
     fn a_row_is_the_same_in_any_company(m in 1..70usize, n in 1..70usize, k in 1..100usize, row in any::<prop::sample::Index>()) {
-        let Some(tiles) = tiles() else { return Ok(()) };
         let (a, b): (Vec<f32>, Vec<bf16>) = (numbers(m * k, 3), numbers(n * k, 4));
         let row = row.index(m);
-        let (all, alone) = (tiles.product(&a, &b, Order::Rows, n, k), tiles.product(&a[row * k..][..k], &b, Order::Rows, n, k));
-        prop_assert_eq!(&all[row * n..][..n], &alone[..]);
+        for unit in units() {
+            let product = |a: &[f32]| unit.product(a, &b, Order::Rows, n, k);
+            prop_assert_eq!(&product(&a)[row * n..][..n], &product(&a[row * k..][..k])[..]);
+        }
     }
 }
 
+const NOT_FINITE: [f32; 3] = [f32::NAN, f32::INFINITY, f32::from_bits(0x7f80_0001)];
+
 #[test]
 fn what_is_no_number_stays_none_and_in_its_row() {
-    let Some(tiles) = tiles() else { return };
-    for bad in [f32::NAN, f32::INFINITY, f32::from_bits(0x7f80_0001)] {
+    for (unit, bad) in units().into_iter().flat_map(|unit| NOT_FINITE.map(|bad| (unit, bad))) {
         let mut a = vec![1f32; 3 * 40];
         a[45] = bad;
-        let of_f32 = tiles.product(&a, &[bf16::ONE; 2 * 40], Order::Rows, 2, 40);
+        let of_f32 = unit.product(&a, &[bf16::ONE; 2 * 40], Order::Rows, 2, 40);
         assert!(of_f32[2..4].iter().all(|v| !v.is_finite()), "{of_f32:?}");
         assert_eq!([of_f32[0], of_f32[1], of_f32[4], of_f32[5]], [40.0; 4]);
         let a: Vec<bf16> = a.into_iter().map(bf16::from_f32).collect();
-        let of_bf16 = tiles.product(&a, &[bf16::ONE; 2 * 40], Order::Rows, 2, 40);
+        let of_bf16 = unit.product(&a, &[bf16::ONE; 2 * 40], Order::Rows, 2, 40);
         assert!(of_bf16[2..4].iter().all(|v| !v.is_finite()), "{of_bf16:?}");
         assert_eq!([of_bf16[0], of_bf16[5]], [bf16::from_f32(40.0); 2]);
     }
@@ -119,16 +132,18 @@ fn what_is_no_number_stays_none_and_in_its_row() {
 
 #[test]
 fn nothing_times_something_is_nothing() {
-    let Some(tiles) = tiles() else { return };
-    assert_eq!(tiles.product::<f32>(&[], &[bf16::ONE; 6], Order::Rows, 2, 3), []);
-    assert_eq!(tiles.product::<f32>(&[1.0; 6], &[], Order::Rows, 0, 3), []);
+    for unit in units() {
+        assert_eq!(unit.product::<f32>(&[], &[bf16::ONE; 6], Order::Rows, 2, 3), []);
+        assert_eq!(unit.product::<f32>(&[1.0; 6], &[], Order::Rows, 0, 3), []);
+    }
 }
 
 #[test]
 fn shapes_that_do_not_fit_are_refused() {
-    let Some(tiles) = tiles() else { return };
-    let refused =
-        std::panic::catch_unwind(|| tiles.product(&[1f32; 7], &[bf16::ONE; 6], Order::Rows, 2, 3)).unwrap_err();
-    let why = refused.downcast_ref::<String>().map_or("", String::as_str);
-    assert!(why.contains("7 and 6 values in rows of 3, 2 in b"), "{why}");
+    for unit in units() {
+        let product = || unit.product(&[1f32; 7], &[bf16::ONE; 6], Order::Rows, 2, 3);
+        let refused = std::panic::catch_unwind(product).unwrap_err();
+        let why = refused.downcast_ref::<String>().map_or("", String::as_str);
+        assert!(why.contains("7 and 6 values in rows of 3, 2 in b"), "{why}");
+    }
 }

@@ -1,11 +1,20 @@
-//! From rows of numbers to tiles of their bf16 parts, and from tiles of sums back to rows.
+//! From rows of numbers to blocks that are multiplied, and from blocks of sums back to rows.
 
 use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::tiles::{DEPTH, Line, SIDE};
 use crate::Order;
+
+/// Rows of a block, and 32-bit columns of it.
+pub(crate) const SIDE: usize = 16;
+/// Values of each row that are laid out in one step.
+pub(crate) const DEPTH: usize = 2 * SIDE;
+
+/// A row of a block, where loads like it best.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub(crate) [u16; DEPTH]);
 
 /// Most parts of a number.
 const MOST: usize = 3;
@@ -23,6 +32,12 @@ pub unsafe trait Real: Copy + Send + Sync {
     /// # Safety
     /// AVX-512 (F, BW); `count` numbers at `from`.
     unsafe fn parts(from: *const Self, count: usize) -> [__m512i; MOST];
+
+    /// At most 16 numbers as f32, zeros after them.
+    ///
+    /// # Safety
+    /// AVX-512 (F, BW); `count` numbers at `from`.
+    unsafe fn wide(from: *const Self, count: usize) -> __m512i;
 
     /// Writes `count` (at most 16) sums.
     ///
@@ -58,6 +73,13 @@ unsafe impl Real for f32 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn wide(from: *const Self, count: usize) -> __m512i {
+        // SAFETY: `count` numbers are there.
+        unsafe { _mm512_castps_si512(_mm512_maskz_loadu_ps(mask(count) as __mmask16, from)) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
     unsafe fn write(to: *mut Self, count: usize, sums: __m512i) {
         // SAFETY: there is room for `count`.
         unsafe { _mm512_mask_storeu_ps(to, mask(count) as __mmask16, _mm512_castsi512_ps(sums)) };
@@ -74,6 +96,14 @@ unsafe impl Real for bf16 {
         // SAFETY: `count` numbers are there.
         let x = unsafe { _mm512_maskz_loadu_epi16(mask(count), from.cast()) };
         [x, _mm512_setzero_si512(), _mm512_setzero_si512()]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn wide(from: *const Self, count: usize) -> __m512i {
+        // SAFETY: `count` numbers are there.
+        let x = unsafe { _mm512_maskz_loadu_epi16(mask(count), from.cast()) };
+        _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(x)))
     }
 
     #[inline]
@@ -138,72 +168,112 @@ pub(crate) fn transposed(r: [__m512i; SIDE]) -> [__m512i; SIDE] {
     out
 }
 
-/// Lines of tiles along rows of `k` values in so many parts.
-pub(crate) fn lines(k: usize, parts: usize) -> usize {
-    k.div_ceil(DEPTH) * parts * SIDE
-}
-
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn store(tile: [__m512i; SIDE], into: &mut [Line]) {
-    for (into, line) in into.iter_mut().zip(tile) {
+fn store(block: [__m512i; SIDE], into: &mut [Line]) {
+    for (into, line) in into.iter_mut().zip(block) {
         // SAFETY: a line is as large.
         unsafe { _mm512_store_si512((&raw mut *into).cast(), line) };
     }
 }
 
-/// Tiles of at most sixteen rows of `a`, step by step and part by part: pairs of columns in each row of a tile, value beside value.
+/// `count` values of each of the sixteen rows, as `load` makes them; zeros of rows that there are not. (Most have as many as they could,
+/// which needs no masks then.)
+///
+/// # Safety
+/// `load` reads no more than it is told.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn rows<T, R>(
+    values: &[T],
+    k: usize,
+    first: usize,
+    full: usize,
+    load: impl Fn(*const T, usize) -> R,
+) -> [R; SIDE] {
+    let rows = values.len() / k;
+    std::array::from_fn(|row| {
+        let row = if row < rows { &values[row * k + first..][..(k - first).min(full)] } else { &[] };
+        if row.len() == full { load(row.as_ptr(), full) } else { load(row.as_ptr(), row.len()) }
+    })
+}
+
+/// At most sixteen rows of `a`, step by step and part by part: in each line two values of every row beside each other.
 ///
 /// # Safety
 /// AVX-512 (F, BW).
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(crate) unsafe fn pack_right<A: Real>(a: &[A], k: usize, into: &mut [Line]) {
-    let rows = a.len() / k;
+pub(crate) unsafe fn pairs_of_right<A: Real>(a: &[A], k: usize, into: &mut [Line]) {
     for (step, into) in into.chunks_exact_mut(A::PARTS * SIDE).enumerate() {
-        let (first, count) = (step * DEPTH, (k - step * DEPTH).min(DEPTH));
-        let rows: [_; SIDE] = std::array::from_fn(|row| {
-            let values = if row < rows { &a[row * k + first..][..count] } else { &[] };
-            // SAFETY: as many values as the slice has. (Most have all, which needs no masks then.)
-            unsafe {
-                match values.len() {
-                    DEPTH => A::parts(values.as_ptr(), DEPTH),
-                    count => A::parts(values.as_ptr(), count),
-                }
-            }
-        });
+        // SAFETY: as many values as there are.
+        let rows = unsafe { rows(a, k, step * DEPTH, DEPTH, |from, count| A::parts(from, count)) };
         for (part, into) in into.chunks_exact_mut(SIDE).enumerate() {
             store(transposed(std::array::from_fn(|row| rows[row][part])), into);
         }
     }
 }
 
-/// Tiles of at most sixteen rows of `b`, step by step.
+/// At most sixteen rows of `a`, step by step: in each line one value of every row, as f32.
 ///
 /// # Safety
 /// AVX-512 (F, BW).
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(crate) unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]) {
-    let rows = SIDE.min(b.rows - first_row);
+pub(crate) unsafe fn singles_of_right<A: Real>(a: &[A], k: usize, into: &mut [Line]) {
+    for (half, into) in into.chunks_exact_mut(SIDE).enumerate() {
+        let first = (half * SIDE).min(k);
+        // SAFETY: as many values as there are.
+        let rows = unsafe { rows(a, k, first, SIDE, |from, count| A::wide(from, count)) };
+        store(transposed(rows), into);
+    }
+}
+
+/// At most sixteen rows of `b`, step by step: in each line the values of one row.
+///
+/// # Safety
+/// AVX-512 (F, BW).
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(crate) unsafe fn pairs_of_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]) {
     for (step, into) in into.chunks_exact_mut(SIDE).enumerate() {
-        let (first, count) = (step * DEPTH, (b.k - step * DEPTH).min(DEPTH));
-        let load = |values: &[bf16]| {
-            // SAFETY: as many values as the slice has.
-            unsafe { _mm512_maskz_loadu_epi16(mask(values.len()), values.as_ptr().cast()) }
-        };
-        let tile = match b.order {
-            Order::Rows => std::array::from_fn(|row| {
-                load(if row < rows { &b.values[(first_row + row) * b.k + first..][..count] } else { &[] })
-            }),
+        let first = step * DEPTH;
+        let block = match b.order {
+            // SAFETY: as many values as there are.
+            Order::Rows => unsafe {
+                rows(b.rows_from(first_row), b.k, first, DEPTH, |from, count| bf16::parts(from, count)[0])
+            },
             Order::Columns => {
                 let column = |at: usize| {
-                    let values = if at < count { &b.values[(first + at) * b.rows + first_row..][..rows] } else { &[] };
-                    _mm512_cvtepu16_epi32(_mm512_castsi512_si256(load(values)))
+                    let values = b.column(first + at, first_row);
+                    // SAFETY: as many values as the slice has.
+                    let x = unsafe { _mm512_maskz_loadu_epi16(mask(values.len()), values.as_ptr().cast()) };
+                    _mm512_cvtepu16_epi32(_mm512_castsi512_si256(x))
                 };
                 let pair = |pair| _mm512_or_si512(column(2 * pair), _mm512_slli_epi32::<16>(column(2 * pair + 1)));
                 transposed(std::array::from_fn(pair))
             }
         };
-        store(tile, into);
+        store(block, into);
+    }
+}
+
+/// At most sixteen rows of `b`, half a step by half a step: in each line the values of one row, as f32.
+///
+/// # Safety
+/// AVX-512 (F, BW).
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(crate) unsafe fn singles_of_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]) {
+    for (half, into) in into.chunks_exact_mut(SIDE).enumerate() {
+        let first = (half * SIDE).min(b.k);
+        // SAFETY: as many values as there are.
+        let block = unsafe {
+            match b.order {
+                Order::Rows => rows(b.rows_from(first_row), b.k, first, SIDE, |from, count| bf16::wide(from, count)),
+                Order::Columns => transposed(std::array::from_fn(|at| {
+                    let values = b.column(first + at, first_row);
+                    bf16::wide(values.as_ptr(), values.len())
+                })),
+            }
+        };
+        store(block, into);
     }
 }
 
@@ -214,6 +284,18 @@ pub(crate) struct Matrix<'a> {
     pub(crate) order: Order,
     pub(crate) rows: usize,
     pub(crate) k: usize,
+}
+
+impl Matrix<'_> {
+    /// At most sixteen rows, of a matrix in that order.
+    fn rows_from(&self, first: usize) -> &[bf16] {
+        &self.values[first * self.k..(first + SIDE).min(self.rows) * self.k]
+    }
+
+    /// Values of at most sixteen rows in a column, of a matrix in that order; none of columns that there are not.
+    fn column(&self, at: usize, first: usize) -> &[bf16] {
+        if at < self.k { &self.values[at * self.rows..][first..(first + SIDE).min(self.rows)] } else { &[] }
+    }
 }
 
 #[cfg(test)]

@@ -1,37 +1,19 @@
-//! The instructions themselves.
+//! AMX, the tile unit.
 
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
-use std::sync::OnceLock;
 
-/// Rows of a tile, and 32-bit columns of it.
-pub(crate) const SIDE: usize = 16;
-/// Values of bf16 in a row of a tile.
-pub(crate) const DEPTH: usize = 2 * SIDE;
-/// Rows of `b` that meet [`SIDE`] rows of `a` in one pass of [`multiply`].
-pub(crate) const BLOCK: usize = 2 * SIDE;
+use super::pack::{self, Line, Matrix, Real, SIDE};
+use super::product::{Method, Sums};
+
 /// Bytes of a row of a tile.
 const ROW: usize = 64;
 
-/// A row of a tile, where loads like it best.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-pub(crate) struct Line(pub(crate) [u16; DEPTH]);
-
-/// Sums of a block, tile by tile: each row is one of `b`, each column one of `a`.
-#[repr(C, align(64))]
-pub(crate) struct Sums(pub(crate) [[[f32; SIDE]; SIDE]; 2]);
-
 /// Whether this processor has the unit, and the system lets this process use it.
 pub(crate) fn are_there() -> bool {
-    static FOUND: OnceLock<bool> = OnceLock::new();
-    *FOUND.get_or_init(|| {
-        // Intel's manual, CPUID leaf 7: AMX-BF16 and AMX-TILE.
-        let wanted = 1 << 22 | 1 << 24;
-        let has_tiles = __cpuid_count(0, 0).eax >= 7 && __cpuid_count(7, 0).edx & wanted == wanted;
-        let has_vectors = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
-        has_tiles && has_vectors && is_granted()
-    })
+    // Intel's manual, CPUID leaf 7: AMX-BF16 and AMX-TILE.
+    let wanted = 1 << 22 | 1 << 24;
+    __cpuid_count(0, 0).eax >= 7 && __cpuid_count(7, 0).edx & wanted == wanted && is_granted()
 }
 
 /// Tiles are eight KiB more for the system to keep per thread, which it does for those that ask alone (Linux 5.16 on).
@@ -43,12 +25,12 @@ fn is_granted() -> bool {
 }
 
 /// The tiles of this thread, all of full size, until it is dropped.
-pub(crate) struct Configured(());
+struct Configured(());
 
 impl Configured {
     /// # Safety
     /// Tiles [are there](are_there).
-    pub(crate) unsafe fn new() -> Self {
+    unsafe fn new() -> Self {
         #[repr(C, align(64))]
         struct Configuration([u8; 64]);
         let mut configuration = Configuration([0; 64]);
@@ -70,7 +52,36 @@ impl Drop for Configured {
     }
 }
 
-/// The sums over `steps` tiles of twice 16 rows of `b` times 16 rows of `a` in `parts` parts.
+/// AMX.
+pub(crate) struct Tiles;
+
+// SAFETY: reads and writes as many tiles as there are steps, and parts of each.
+unsafe impl<A: Real> Method<A> for Tiles {
+    const LEFT: usize = SIDE;
+    const RIGHT: usize = SIDE * A::PARTS;
+
+    unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]) {
+        // SAFETY: there are vectors wherever there are tiles.
+        unsafe { pack::pairs_of_left(b, first_row, into) };
+    }
+
+    unsafe fn pack_right(a: &[A], k: usize, into: &mut [Line]) {
+        // SAFETY: as above.
+        unsafe { pack::pairs_of_right(a, k, into) };
+    }
+
+    unsafe fn get_ready() -> impl Sized {
+        // SAFETY: there are tiles.
+        unsafe { Configured::new() }
+    }
+
+    unsafe fn multiply(left: [*const Line; 2], right: *const Line, steps: usize, sums: &mut Sums) {
+        // SAFETY: the caller's promise.
+        unsafe { multiply(left, right, steps, A::PARTS, sums) };
+    }
+}
+
+/// As [`Method::multiply`], of numbers in so many parts.
 ///
 /// Of the eight tile registers five are used. A processor has more than it names, so that a load need not wait until the register's last
 /// product is done; but while the other thread of its core has tiles too, only so many that each name in use makes all others wait. On a
@@ -78,7 +89,7 @@ impl Drop for Configured {
 ///
 /// # Safety
 /// Tiles are [`Configured`]. After each address of `left` there are `steps` tiles, after `right` `steps * parts`.
-pub(crate) unsafe fn multiply(left: [*const Line; 2], right: *const Line, steps: usize, parts: usize, sums: &mut Sums) {
+unsafe fn multiply(left: [*const Line; 2], right: *const Line, steps: usize, parts: usize, sums: &mut Sums) {
     let [mut first, mut second] = left;
     let mut right = right;
     // SAFETY: all addresses are of tiles that the caller promised, or of `sums`, two tiles large. No other code knows these registers.

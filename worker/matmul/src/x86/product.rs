@@ -1,0 +1,188 @@
+//! Products of whole matrices, in blocks that stay in a core's memory.
+
+use std::arch::x86_64::*;
+use std::cell::RefCell;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::pack::{DEPTH, Line, Matrix, Real, SIDE, transposed};
+use crate::{MEMORY, Order};
+
+/// Rows of `b` that meet [`SIDE`] rows of `a` in one [`Method::multiply`].
+const BLOCK: usize = 2 * SIDE;
+
+/// Bytes of `b` that a core works on: with what meets them they fit into 2 MiB.
+const LEFT: usize = 1 << 20;
+
+/// Sums of a block: each row is one of `b`, each column one of `a`.
+#[repr(C, align(64))]
+pub(crate) struct Sums(pub(crate) [[[f32; SIDE]; SIDE]; 2]);
+
+/// How [`SIDE`] rows of either matrix are laid out, [`DEPTH`] values of each in one step, and multiplied.
+///
+/// # Safety
+/// Implementations read and write as many lines as there are steps times [`Self::LEFT`] and [`Self::RIGHT`]. To call them, this processor
+/// has to have what they use.
+pub(crate) unsafe trait Method<A> {
+    /// Lines of rows of `b` per step.
+    const LEFT: usize;
+    /// Lines of rows of `a` per step.
+    const RIGHT: usize;
+
+    /// Lays out rows of `b` from one on.
+    unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]);
+
+    /// Lays out rows of `a`, each of `k` values.
+    unsafe fn pack_right(a: &[A], k: usize, into: &mut [Line]);
+
+    /// This thread, for as long as what is returned lives.
+    unsafe fn get_ready() -> impl Sized;
+
+    /// Twice [`SIDE`] rows of `b` times [`SIDE`] rows of `a`, on a thread that is ready.
+    unsafe fn multiply(left: [*const Line; 2], right: *const Line, steps: usize, sums: &mut Sums);
+}
+
+/// A result in which each task has columns of its own.
+#[derive(Clone, Copy)]
+struct Out<T> {
+    values: *mut T,
+    rows: usize,
+    columns: usize,
+}
+
+// SAFETY: tasks write to columns of their own alone, as [`multiply_columns`] is called.
+unsafe impl<T: Send> Sync for Out<T> {}
+
+thread_local! {
+    /// Memory for what is laid out, of `b` and of `a`, that each product uses again.
+    static LINES: [RefCell<Vec<Line>>; 2] = const { [RefCell::new(Vec::new()), RefCell::new(Vec::new())] };
+}
+
+/// `lines` lines of memory that this thread keeps, with anything in them.
+fn with_memory<R>(which: usize, lines: usize, work: impl FnOnce(&mut [Line]) -> R) -> R {
+    // Taken out while it is used: a thread that waits for others may be given other work of this kind.
+    let mut memory = LINES.with(|memory| memory[which].take());
+    if memory.len() < lines {
+        // Another, not the same one grown: that would move what nobody needs, and perhaps take twice as much.
+        drop(memory);
+        memory = vec![Line([0; DEPTH]); lines];
+    }
+    let result = work(&mut memory[..lines]);
+    LINES.with(|kept| kept[which].replace(memory));
+    result
+}
+
+/// As [`Unit::product`](crate::Unit::product).
+///
+/// # Safety
+/// This processor has what the method uses, and AVX-512 (F, BW).
+pub(crate) unsafe fn product_by<A: Real, M: Method<A>>(
+    a: &[A],
+    b: &[bf16],
+    order: Order,
+    n: usize,
+    k: usize,
+) -> Vec<A> {
+    let m = a.len().checked_div(k).unwrap_or_default();
+    assert!(m * k == a.len() && n * k == b.len(), "{} and {} values in rows of {k}, {n} in b", a.len(), b.len());
+    if k == 0 || n == 0 {
+        return Vec::new();
+    }
+    let mut out: Vec<A> = Vec::with_capacity(m * n);
+    let b = Matrix { values: b, order, rows: n, k };
+    let rows_at_once = SIDE * (MEMORY / (size_of::<Line>() * steps(k) * M::RIGHT)).max(1);
+    for (chunk, a) in a.chunks(rows_at_once * k).enumerate() {
+        // SAFETY: within the capacity, rows of this chunk alone are written; the caller's promise.
+        unsafe {
+            let values = out.as_mut_ptr().add(chunk * rows_at_once * n);
+            multiply_rows::<A, M>(a, &b, Out { values, rows: a.len() / k, columns: n });
+        }
+    }
+    // SAFETY: all rows of all chunks were written.
+    unsafe { out.set_len(m * n) };
+    out
+}
+
+/// Of [`DEPTH`] values each.
+fn steps(k: usize) -> usize {
+    k.div_ceil(DEPTH)
+}
+
+/// All of `b` over some rows of `a`.
+///
+/// # Safety
+/// As [`product_by`]; nobody else writes to these rows.
+unsafe fn multiply_rows<A: Real, M: Method<A>>(a: &[A], b: &Matrix<'_>, out: Out<A>) {
+    let lines = steps(b.k) * M::RIGHT;
+    with_memory(1, out.rows.div_ceil(SIDE) * lines, |right| {
+        let chunks = right.par_chunks_exact_mut(lines).zip(a.par_chunks(SIDE * b.k));
+        // SAFETY: this processor has what the method uses.
+        chunks.with_min_len(2).for_each(|(right, a)| unsafe { M::pack_right(a, b.k, right) });
+        let right: &[Line] = right;
+        let in_memory = (LEFT / (size_of::<Line>() * steps(b.k) * M::LEFT) * SIDE / BLOCK * BLOCK).max(BLOCK);
+        let of_a_thread = b.rows.div_ceil(rayon::current_num_threads()).next_multiple_of(BLOCK);
+        let columns = in_memory.min(of_a_thread);
+        (0..b.rows.div_ceil(columns)).into_par_iter().for_each(|task| {
+            let first = task * columns;
+            // SAFETY: as above, and no other task has these columns.
+            unsafe { multiply_columns::<A, M>(b, first, columns.min(b.rows - first), right, out) };
+        });
+    });
+}
+
+/// Some rows of `b`, which become columns, over what is laid out of `a`.
+///
+/// # Safety
+/// As [`product_by`]; nobody else writes to these columns.
+unsafe fn multiply_columns<A: Real, M: Method<A>>(
+    b: &Matrix<'_>,
+    first: usize,
+    count: usize,
+    right: &[Line],
+    out: Out<A>,
+) {
+    let steps = steps(b.k);
+    let lines = steps * M::LEFT;
+    // Whole blocks: the second half of the last one may have no rows, and be multiplied all the same.
+    with_memory(0, count.div_ceil(BLOCK) * 2 * lines, |left| {
+        for (row, left) in (first..first + count).step_by(SIDE).zip(left.chunks_exact_mut(lines)) {
+            // SAFETY: this processor has what the method uses.
+            unsafe { M::pack_left(b, row, left) };
+        }
+        // SAFETY: as above.
+        let _ready = unsafe { M::get_ready() };
+        let mut sums = Sums([[[0.0; SIDE]; SIDE]; 2]);
+        for (chunk, right) in right.chunks_exact(steps * M::RIGHT).enumerate() {
+            for (block, left) in left.chunks_exact(2 * lines).enumerate() {
+                let left = [left.as_ptr(), left[lines..].as_ptr()];
+                // SAFETY: this thread is ready, and both sides have as many lines as their matrices take.
+                unsafe {
+                    M::multiply(left, right.as_ptr(), steps, &mut sums);
+                    write(&sums, out, chunk * SIDE, first + block * BLOCK);
+                }
+            }
+        }
+    });
+}
+
+/// A block of sums, as far as there are rows and columns for it.
+///
+/// # Safety
+/// AVX-512 (F, BW); nobody else writes to these columns.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn write<A: Real>(sums: &Sums, out: Out<A>, row: usize, column: usize) {
+    for (half, sums) in sums.0.iter().enumerate() {
+        let column = column + half * SIDE;
+        if column >= out.columns {
+            break;
+        }
+        // SAFETY: a row of sums is as large.
+        let lines = std::array::from_fn(|line| unsafe { _mm512_load_si512(sums[line].as_ptr().cast()) });
+        let count = SIDE.min(out.columns - column);
+        for (at, line) in transposed(lines).into_iter().enumerate().take(out.rows - row) {
+            // SAFETY: that row has as many columns, and they are this task's.
+            unsafe { A::write(out.values.add((row + at) * out.columns + column), count, line) };
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! Which of them a processor has, as Linux gives them to programs on x86-64.
+
+mod pack;
+mod product;
+mod tiles;
+mod vectors;
+
+use std::sync::OnceLock;
+
+use half::bf16;
+
+use self::product::product_by;
+use self::tiles::Tiles;
+use self::vectors::{Pairs, Singles};
+use crate::Order;
+
+pub(crate) use pack::Real;
+
+/// A way to multiply that [was found](found).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// AMX.
+    Tiles,
+    /// AVX-512, and AVX512_BF16 for bf16.
+    Pairs,
+    /// AVX-512 as the first processors have it.
+    Singles,
+}
+
+pub(crate) fn found() -> &'static [Kind] {
+    static FOUND: OnceLock<Vec<Kind>> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        let vectors = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+        let pairs = vectors && is_x86_feature_detected!("avx512bf16");
+        let kinds = [(Kind::Tiles, vectors && tiles::are_there()), (Kind::Pairs, pairs), (Kind::Singles, vectors)];
+        kinds.into_iter().filter_map(|(kind, is_there)| is_there.then_some(kind)).collect()
+    })
+}
+
+/// As [`Unit::product`](crate::Unit::product).
+pub(crate) fn product<A: Real>(kind: Kind, a: &[A], b: &[bf16], order: Order, n: usize, k: usize) -> Vec<A> {
+    // SAFETY: the processor has what was found.
+    unsafe {
+        match kind {
+            Kind::Tiles => product_by::<A, Tiles>(a, b, order, n, k),
+            Kind::Pairs if A::PARTS == 1 => product_by::<A, Pairs>(a, b, order, n, k),
+            Kind::Pairs | Kind::Singles => product_by::<A, Singles>(a, b, order, n, k),
+        }
+    }
+}

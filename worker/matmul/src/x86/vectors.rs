@@ -1,0 +1,109 @@
+//! AVX-512: sixteen sums at a time, of which each row of `b` has its own.
+
+use std::arch::x86_64::*;
+
+use super::pack::{self, Line, Matrix, Real, SIDE};
+use super::product::{Method, Sums};
+
+/// Pairs of bf16.
+pub(crate) struct Pairs;
+
+/// Single f32, which bf16 become.
+pub(crate) struct Singles;
+
+/// A block of `b` times one of `a`: lines of `right`, one after the other, each times one 32-bit value of every row of `left`.
+macro_rules! multiply {
+    ($name:ident, $features:literal, $add:ident) => {
+        /// # Safety
+        /// AVX-512 of this kind; so many blocks of lines after each address.
+        #[target_feature(enable = $features)]
+        unsafe fn $name(left: [*const Line; 2], right: *const Line, blocks: usize, sums: &mut Sums) {
+            for (left, sums) in left.into_iter().zip(&mut sums.0) {
+                let mut rows = [_mm512_setzero_ps(); SIDE];
+                let (mut left, mut right) = (left.cast::<i32>(), right);
+                for _ in 0..blocks {
+                    for at in 0..SIDE {
+                        // SAFETY: a block has as many lines, and a line as many values.
+                        unsafe {
+                            let x = _mm512_load_si512(right.add(at).cast());
+                            for (row, sum) in rows.iter_mut().enumerate() {
+                                *sum = $add(*sum, x, _mm512_set1_epi32(*left.add(row * SIDE + at)));
+                            }
+                        }
+                    }
+                    (left, right) = (left.wrapping_add(SIDE * SIDE), right.wrapping_add(SIDE));
+                }
+                for (sums, row) in sums.iter_mut().zip(rows) {
+                    // SAFETY: a row of sums is as large.
+                    unsafe { _mm512_store_ps(sums.as_mut_ptr(), row) };
+                }
+            }
+        }
+    };
+}
+
+/// Two products and a sum in each place.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn add_pairs(sum: __m512, x: __m512i, y: __m512i) -> __m512 {
+    // SAFETY: the same bits.
+    let [x, y] = unsafe { [x, y].map(|pairs| std::mem::transmute::<__m512i, __m512bh>(pairs)) };
+    _mm512_dpbf16_ps(sum, x, y)
+}
+
+/// A product and a sum in each place.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_singles(sum: __m512, x: __m512i, y: __m512i) -> __m512 {
+    _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), sum)
+}
+
+multiply!(multiply_pairs, "avx512f,avx512bf16", add_pairs);
+multiply!(multiply_singles, "avx512f", add_singles);
+
+// SAFETY: one block of lines per step, on either side.
+unsafe impl<A: Real> Method<A> for Pairs {
+    const LEFT: usize = SIDE;
+    const RIGHT: usize = SIDE;
+
+    unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]) {
+        // SAFETY: the caller's promise, as in all of these.
+        unsafe { pack::pairs_of_left(b, first_row, into) };
+    }
+
+    unsafe fn pack_right(a: &[A], k: usize, into: &mut [Line]) {
+        assert!(A::PARTS == 1, "values of a pair are of one part each");
+        // SAFETY: as above.
+        unsafe { pack::pairs_of_right(a, k, into) };
+    }
+
+    unsafe fn get_ready() -> impl Sized {}
+
+    unsafe fn multiply(left: [*const Line; 2], right: *const Line, steps: usize, sums: &mut Sums) {
+        // SAFETY: as above.
+        unsafe { multiply_pairs(left, right, steps, sums) };
+    }
+}
+
+// SAFETY: two blocks of lines per step, on either side.
+unsafe impl<A: Real> Method<A> for Singles {
+    const LEFT: usize = 2 * SIDE;
+    const RIGHT: usize = 2 * SIDE;
+
+    unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]) {
+        // SAFETY: as above.
+        unsafe { pack::singles_of_left(b, first_row, into) };
+    }
+
+    unsafe fn pack_right(a: &[A], k: usize, into: &mut [Line]) {
+        // SAFETY: as above.
+        unsafe { pack::singles_of_right(a, k, into) };
+    }
+
+    unsafe fn get_ready() -> impl Sized {}
+
+    unsafe fn multiply(left: [*const Line; 2], right: *const Line, steps: usize, sums: &mut Sums) {
+        // SAFETY: as above.
+        unsafe { multiply_singles(left, right, 2 * steps, sums) };
+    }
+}
