@@ -129,7 +129,7 @@ pub fn attention(
     }
     let mut mixed = mix_sequences(spec, weights, &[query, key, value], positions, watched)?;
     if let Some(gate) = gate {
-        mixed = fused::gated(&gate, &mixed, Gate::Sigmoid)?;
+        mixed = fused::gated(gate, &mixed, Gate::Sigmoid)?;
     }
     weights.output.apply(&mixed)
 }

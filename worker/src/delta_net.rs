@@ -46,7 +46,7 @@ pub fn delta_net(spec: &DeltaNetSpec, weights: &DeltaNetWeights, x: &Tensor, pos
     let normed = weights.norm.apply(&mixed)?.reshape((rows, values))?;
     let served = values / spec.key_heads;
     let z = columns(spec, &qkvz, 2 * spec.key_dim + served, served)?;
-    weights.output.apply(&fused::gated(&z, &normed, Gate::Silu)?)
+    weights.output.apply(&fused::gated(z, &normed, Gate::Silu)?)
 }
 
 /// Columns `first..first + width` of each key head's group: `[rows, key_heads * width]`.

@@ -40,7 +40,7 @@ impl MlpWeights {
                 let up = up.apply(x)?;
                 if self.kind == MlpKind::Relu { up.relu()? } else { up.gelu()? }
             }
-            Widening::Separate { gate, up } => fused::gated(&gate.apply(x)?, &up.apply(x)?, self.gate())?,
+            Widening::Separate { gate, up } => fused::gated(gate.apply(x)?, &up.apply(x)?, self.gate())?,
             Widening::Joined(both) => fused::gated_joined(&both.apply(x)?, self.is_interleaved(), self.gate())?,
         };
         self.down.apply(&inner)

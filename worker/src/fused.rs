@@ -51,14 +51,19 @@ impl Real for f32 {
     }
 }
 
+/// Without branches, so that loops vectorise.
 impl Real for bf16 {
     #[inline(always)]
     fn wide(self) -> f32 {
-        self.to_f32()
+        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
     #[inline(always)]
     fn narrow(value: f32) -> Self {
-        Self::from_f32(value)
+        let bits = value.to_bits();
+        // To nearest, ties to even; what is no number stays none.
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        let quiet = bits >> 16 | 0x40;
+        Self::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
     }
 }
 
@@ -559,10 +564,11 @@ impl Gate {
         }
     }
 
+    /// Puts what comes through in the gate's place.
     #[inline(always)]
-    fn each<T: Real>(self, out: &mut [T], gate: &[T], up: &[T]) {
-        for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
-            *o = self.one(*g, *u);
+    fn open<T: Real>(self, gate: &mut [T], up: &[T]) {
+        for (g, u) in gate.iter_mut().zip(up) {
+            *g = self.one(*g, *u);
         }
     }
 }
@@ -573,38 +579,40 @@ const ELEMENTS: usize = 16_384;
 struct Gated(Gate);
 
 impl Gated {
-    fn run<T: Real>(&self, gate: &[T], up: &[T]) -> Vec<T> {
-        let mut out = vec![T::narrow(0.0); gate.len()];
-        let tasks = out.par_chunks_mut(ELEMENTS).zip(gate.par_chunks(ELEMENTS)).zip(up.par_chunks(ELEMENTS));
-        tasks.for_each(|((out, gate), up)| {
+    fn run<T: Real>(&self, gate: &mut [T], up: &[T]) {
+        gate.par_chunks_mut(ELEMENTS).zip(up.par_chunks(ELEMENTS)).for_each(|(gate, up)| {
             vectorized(
                 #[inline(always)]
-                || self.0.each(out, gate, up),
+                || self.0.open(gate, up),
             )
         });
-        out
     }
 }
 
-impl CustomOp2 for Gated {
+impl InplaceOp2 for Gated {
     fn name(&self) -> &'static str {
         "gated"
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        let out = match (s1, s2) {
-            (CpuStorage::F32(g), CpuStorage::F32(u)) => CpuStorage::F32(self.run(part(g, l1)?, part(u, l2)?)),
-            (CpuStorage::BF16(g), CpuStorage::BF16(u)) => CpuStorage::BF16(self.run(part(g, l1)?, part(u, l2)?)),
-            (CpuStorage::F16(g), CpuStorage::F16(u)) => CpuStorage::F16(self.run(part(g, l1)?, part(u, l2)?)),
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
+        match (s1, s2) {
+            (CpuStorage::F32(g), CpuStorage::F32(u)) => self.run(part_mut(g, l1)?, part(u, l2)?),
+            (CpuStorage::BF16(g), CpuStorage::BF16(u)) => self.run(part_mut(g, l1)?, part(u, l2)?),
+            (CpuStorage::F16(g), CpuStorage::F16(u)) => self.run(part_mut(g, l1)?, part(u, l2)?),
             _ => bail!("gated: gate and up differ in dtype"),
-        };
-        Ok((out, l1.shape().clone()))
+        }
+        Ok(())
     }
 }
 
-/// `gate` applied to `up`, elementwise.
-pub fn gated(gate: &Tensor, up: &Tensor, how: Gate) -> Result<Tensor> {
-    if has_loops(gate) { gate.apply_op2_no_bwd(up, &Gated(how)) } else { gated_composed(gate, up, how) }
+/// `gate` applied to `up`, elementwise. `gate` is freshly computed: its storage is overwritten on a CPU.
+pub fn gated(gate: Tensor, up: &Tensor, how: Gate) -> Result<Tensor> {
+    if has_loops(&gate) {
+        let gate = gate.contiguous()?;
+        gate.inplace_op2(up, &Gated(how))?;
+        return Ok(gate);
+    }
+    gated_composed(&gate, up, how)
 }
 
 fn gated_composed(gate: &Tensor, up: &Tensor, how: Gate) -> Result<Tensor> {
@@ -646,7 +654,9 @@ impl GatedJoined {
                         }
                     } else {
                         let (gate, up) = row.split_at(inner);
-                        self.how.each(out, gate, up);
+                        for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
+                            *o = self.how.one(*g, *u);
+                        }
                     }
                 },
             );
@@ -788,6 +798,19 @@ mod tests {
     }
 
     #[test]
+    fn halves_are_rounded_as_everywhere() {
+        for upper in 0..=u16::MAX {
+            let value = bf16::from_bits(upper);
+            assert_eq!(value.wide().is_nan(), value.is_nan());
+            assert!(value.is_nan() || value.wide() == value.to_f32());
+            for lower in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let value = f32::from_bits(u32::from(upper) << 16 | lower);
+                assert_eq!(<bf16 as Real>::narrow(value).to_bits(), bf16::from_f32(value).to_bits(), "{value:e}");
+            }
+        }
+    }
+
+    #[test]
     fn fused_forms_equal_composed_ones() {
         let (x, gain) = (values(&[12, 40], 1), values(&[40], 2));
         close(&rms_norm(&x, &gain, 1e-5).unwrap(), &rms_norm_composed(&x, &gain, 1e-5).unwrap(), 1e-5);
@@ -797,7 +820,7 @@ mod tests {
         let up = values(&[12, 40], 3);
         for how in [Gate::Silu, Gate::Sigmoid, Gate::Clamped { limit: 2.5, alpha: 1.702 }] {
             let composed = gated_composed(&x, &up, how).unwrap();
-            close(&gated(&x, &up, how).unwrap(), &composed, 1e-5);
+            close(&gated(x.copy().unwrap(), &up, how).unwrap(), &composed, 1e-5);
             let halves = Tensor::cat(&[&x, &up], 1).unwrap();
             close(&gated_joined(&halves, false, how).unwrap(), &composed, 1e-5);
             let pairs = Tensor::stack(&[&x, &up], 2).unwrap().reshape((12, 80)).unwrap();
