@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::decoder::{AttentionSpec, NormSpec, QkNorm, Temperature, Window};
 use crate::fused::{self, Gate, RotatedPart, ScoreBlock};
 use crate::norm::Norm;
+use crate::product::product;
 use crate::rope::RopeTable;
 use crate::weights::Linear;
 
@@ -239,13 +240,13 @@ impl<'a> Mixing<'a> {
             let heads = kv * groups..(kv + count) * groups;
             let query = query.narrow(1, heads.start, heads.len())?.transpose(0, 1)?.contiguous()?;
             let of_heads = |t: &Tensor| t.narrow(0, kv, count)?.narrow(1, first_key, keys);
-            let scores = query.reshape((count, groups * queries, d))?.matmul(&of_heads(key)?.transpose(1, 2)?)?;
+            let scores = product(&query.reshape((count, groups * queries, d))?, &of_heads(key)?)?;
             let sinks = self.sinks.map(|sinks| &sinks[heads.clone()]);
             let shares = fused::causal_softmax(scores, block, self.scale, sinks)?;
             if let Some(watched) = self.watched {
                 watched.set(watched.get().and(TopShares::of(&shares)?));
             }
-            let mixed = shares.matmul(&of_heads(value)?)?.reshape((heads.len(), queries, v))?;
+            let mixed = product(&shares, &of_heads(value)?.t()?)?.reshape((heads.len(), queries, v))?;
             mixed.transpose(0, 1)?.reshape((queries, heads.len() * v))
         };
         let mixed = (0..kv_heads).step_by(at_once).map(some_heads).collect::<Result<Vec<_>>>()?;

@@ -1,7 +1,8 @@
 //! Hidden states times weights.
 
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
-use outliers_matmul::{Order, Unit};
+use half::bf16;
+use outliers_matmul::{Order, Real, Unit};
 
 use crate::device::Placement;
 use crate::fused;
@@ -26,7 +27,8 @@ fn unit(device: &Device) -> Option<Unit> {
     fused::has_loops_on(device).then(Unit::find).flatten()
 }
 
-/// `x W^T`. `x` `[rows, in]`; `weight` `[out, in]`, of the same dtype or of bf16, perhaps a transposed view.
+/// `x W^T`. `x` `[.., rows, in]`; `weight` `[.., out, in]`, of the same dtype or of bf16, each matrix perhaps a transposed view. There may
+/// be one matrix of each, or as many.
 pub fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if weight.dtype() == DType::BF16
         && matches!(x.dtype(), DType::F32 | DType::BF16)
@@ -45,25 +47,67 @@ impl CustomOp2 for ByUnit {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, weight: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
-        let ((rows, k), (n, depth)) = (lx.shape().dims2()?, lw.shape().dims2()?);
-        let order = match *lw.stride() {
-            [_, 1] if lw.is_contiguous() => Order::Rows,
-            [1, _] if lw.is_fortran_contiguous() => Order::Columns,
-            ref other => bail!("product-by-unit: weights {:?} with strides {other:?}", lw.shape()),
-        };
-        let (Some((first, end)), CpuStorage::BF16(weight)) = (lx.contiguous_offsets(), weight) else {
-            bail!("product-by-unit: weights are not of bf16, or what they multiply is not contiguous");
-        };
-        if k != depth {
-            bail!("product-by-unit: rows of {k} values times rows of {depth}");
+        let weights = Weights::new(weight, lw)?;
+        let (batch, [rows, k]) = matrices(lx.dims())?;
+        if (batch, k) != (weights.batch, weights.k) {
+            bail!("product-by-unit: {:?} times {:?}", lx.shape(), lw.shape());
         }
-        let weight = &weight[lw.start_offset()..][..n * k];
+        let Some((first, end)) = lx.contiguous_offsets() else {
+            bail!("product-by-unit: what is multiplied is not contiguous");
+        };
         let out = match x {
-            CpuStorage::F32(x) => CpuStorage::F32(self.0.product(&x[first..end], weight, order, n, k)),
-            CpuStorage::BF16(x) => CpuStorage::BF16(self.0.product(&x[first..end], weight, order, n, k)),
+            CpuStorage::F32(x) => CpuStorage::F32(weights.multiply(self.0, &x[first..end], rows)),
+            CpuStorage::BF16(x) => CpuStorage::BF16(weights.multiply(self.0, &x[first..end], rows)),
             _ => bail!("product-by-unit: neither f32 nor bf16"),
         };
-        Ok((out, Shape::from((rows, n))))
+        let dims = [&lx.dims()[..lx.dims().len() - 1], &[weights.n]].concat();
+        Ok((out, Shape::from(dims)))
+    }
+}
+
+/// How many matrices there are, and their rows and columns.
+fn matrices(dims: &[usize]) -> Result<(usize, [usize; 2])> {
+    match *dims {
+        [rows, columns] => Ok((1, [rows, columns])),
+        [batch, rows, columns] => Ok((batch, [rows, columns])),
+        _ => bail!("product-by-unit: {dims:?} are no matrices"),
+    }
+}
+
+/// Matrices `[n, k]`, at equal distances.
+struct Weights<'a> {
+    values: &'a [bf16],
+    order: Order,
+    batch: usize,
+    distance: usize,
+    n: usize,
+    k: usize,
+}
+
+impl<'a> Weights<'a> {
+    fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+        let CpuStorage::BF16(values) = storage else { bail!("product-by-unit: weights are not of bf16") };
+        let (batch, [n, k]) = matrices(layout.dims())?;
+        let (of_batch, of_matrix) = layout.stride().split_at(layout.dims().len() - 2);
+        let order = match *of_matrix {
+            // A stride of what there is but one of says nothing.
+            [row, column] if (column == 1 || k == 1) && (row == k || n == 1) => Order::Rows,
+            [row, column] if (row == 1 || n == 1) && (column == n || k == 1) => Order::Columns,
+            _ => bail!("product-by-unit: weights {:?} with strides {:?}", layout.shape(), layout.stride()),
+        };
+        let distance = of_batch.first().copied().unwrap_or_default();
+        Ok(Self { values: &values[layout.start_offset()..], order, batch, distance, n, k })
+    }
+
+    /// Of as many matrices of so many rows.
+    fn multiply<A: Real>(&self, unit: Unit, x: &[A], rows: usize) -> Vec<A> {
+        let mut out = Vec::with_capacity(self.batch * rows * self.n);
+        for index in 0..self.batch {
+            let x = &x[index * rows * self.k..][..rows * self.k];
+            let weight = &self.values[index * self.distance..][..self.n * self.k];
+            unit.append_product(&mut out, x, weight, self.order, self.n, self.k);
+        }
+        out
     }
 }
 
@@ -71,8 +115,8 @@ impl CustomOp2 for ByUnit {
 mod tests {
     use super::*;
 
-    fn values(rows: usize, columns: usize, dtype: DType) -> Tensor {
-        Tensor::randn(0f32, 1f32, (rows, columns), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+    fn values(shape: impl Into<Shape>, dtype: DType) -> Tensor {
+        Tensor::randn(0f32, 1f32, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
     }
 
     fn check(x: &Tensor, weight: &Tensor) {
@@ -87,20 +131,29 @@ mod tests {
     #[test]
     fn weights_of_bf16_in_any_order_and_any_part() {
         for dtype in [DType::F32, DType::BF16] {
-            let x = values(21, 70, dtype);
-            check(&x, &values(45, 70, DType::BF16));
-            check(&x, &values(70, 45, DType::BF16).t().unwrap());
-            check(&x, &values(60, 70, DType::BF16).narrow(0, 11, 33).unwrap());
-            check(&values(30, 70, dtype).narrow(0, 3, 5).unwrap(), &values(1, 70, DType::BF16));
-            check(&values(70, 8, dtype).t().unwrap(), &values(17, 70, DType::BF16));
+            let x = values((21, 70), dtype);
+            check(&x, &values((45, 70), DType::BF16));
+            check(&x, &values((70, 45), DType::BF16).t().unwrap());
+            check(&x, &values((60, 70), DType::BF16).narrow(0, 11, 33).unwrap());
+            check(&values((30, 70), dtype).narrow(0, 3, 5).unwrap(), &values((1, 70), DType::BF16));
+            check(&values((70, 8), dtype).t().unwrap(), &values((17, 70), DType::BF16));
+            let several = values((3, 9, 70), dtype);
+            check(&several, &values((3, 11, 70), DType::BF16));
+            check(&several, &values((3, 20, 70), DType::BF16).narrow(1, 6, 11).unwrap());
+            check(
+                &several,
+                &values((5, 90, 4), DType::BF16).narrow(0, 1, 3).unwrap().narrow(1, 20, 70).unwrap().t().unwrap(),
+            );
+            check(&values((4, 2, 1), dtype), &values((4, 3, 1), DType::BF16));
         }
-        check(&values(21, 70, DType::F32), &values(45, 70, DType::F32));
+        check(&values((21, 70), DType::F32), &values((45, 70), DType::F32));
     }
 
     #[test]
     fn shapes_that_do_not_fit_are_errors() {
-        assert!(product(&values(3, 4, DType::F32), &values(5, 6, DType::BF16)).is_err());
-        let columns = values(6, 8, DType::BF16).narrow(1, 2, 4).unwrap();
-        check(&values(3, 4, DType::F32), &columns.contiguous().unwrap());
+        assert!(product(&values((3, 4), DType::F32), &values((5, 6), DType::BF16)).is_err());
+        assert!(product(&values((2, 3, 4), DType::F32), &values((5, 4), DType::BF16)).is_err());
+        let columns = values((6, 8), DType::BF16).narrow(1, 2, 4).unwrap();
+        check(&values((3, 4), DType::F32), &columns.contiguous().unwrap());
     }
 }

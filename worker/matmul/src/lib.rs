@@ -52,11 +52,12 @@ impl Unit {
         unit::found().iter().copied().map(Self)
     }
 
-    /// `a b^T`, row by row: `a` `[m, k]` row by row, `b` `[n, k]` in an order of its own, the result `[m, n]`. With all threads of the pool.
+    /// Adds `a b^T` to what there is of a result, row by row: `a` `[m, k]` row by row, `b` `[n, k]` in an order of its own, the product
+    /// `[m, n]`. With all threads of the pool.
     ///
     /// # Panics
     /// If `a` is not a number of rows of length `k`, or `b` not `n` of them.
-    pub fn product<A: Real>(self, a: &[A], b: &[bf16], order: Order, n: usize, k: usize) -> Vec<A> {
-        unit::product(self.0, a, b, order, n, k)
+    pub fn append_product<A: Real>(self, out: &mut Vec<A>, a: &[A], b: &[bf16], order: Order, n: usize, k: usize) {
+        unit::append_product(self.0, out, a, b, order, n, k);
     }
 }

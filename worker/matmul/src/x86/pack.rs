@@ -280,13 +280,20 @@ pub(crate) unsafe fn singles_of_left(b: &Matrix<'_>, first_row: usize, into: &mu
 /// A matrix `[rows, k]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix<'a> {
-    pub(crate) values: &'a [bf16],
-    pub(crate) order: Order,
+    values: &'a [bf16],
+    order: Order,
     pub(crate) rows: usize,
     pub(crate) k: usize,
 }
 
-impl Matrix<'_> {
+impl<'a> Matrix<'a> {
+    /// # Panics
+    /// If there are more values or fewer.
+    pub(crate) fn new(values: &'a [bf16], order: Order, rows: usize, k: usize) -> Self {
+        assert!(rows * k == values.len(), "{} values in {rows} rows of {k}", values.len());
+        Self { values, order, rows, k }
+    }
+
     /// At most sixteen rows, of a matrix in that order.
     fn rows_from(&self, first: usize) -> &[bf16] {
         &self.values[first * self.k..(first + SIDE).min(self.rows) * self.k]

@@ -3,11 +3,10 @@
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
-use half::bf16;
 use rayon::prelude::*;
 
 use super::pack::{DEPTH, Line, Matrix, Real, SIDE, transposed};
-use crate::{MEMORY, Order};
+use crate::MEMORY;
 
 /// Rows of `b` that meet [`SIDE`] rows of `a` in one [`Method::multiply`].
 const BLOCK: usize = 2 * SIDE;
@@ -73,35 +72,28 @@ fn with_memory<R>(which: usize, lines: usize, work: impl FnOnce(&mut [Line]) -> 
     result
 }
 
-/// As [`Unit::product`](crate::Unit::product).
+/// As [`Unit::append_product`](crate::Unit::append_product).
 ///
 /// # Safety
 /// This processor has what the method uses, and AVX-512 (F, BW).
-pub(crate) unsafe fn product_by<A: Real, M: Method<A>>(
-    a: &[A],
-    b: &[bf16],
-    order: Order,
-    n: usize,
-    k: usize,
-) -> Vec<A> {
+pub(crate) unsafe fn append_by<A: Real, M: Method<A>>(out: &mut Vec<A>, a: &[A], b: &Matrix<'_>) {
+    let (n, k) = (b.rows, b.k);
     let m = a.len().checked_div(k).unwrap_or_default();
-    assert!(m * k == a.len() && n * k == b.len(), "{} and {} values in rows of {k}, {n} in b", a.len(), b.len());
+    assert!(m * k == a.len(), "{} values in rows of {k}", a.len());
     if k == 0 || n == 0 {
-        return Vec::new();
+        return;
     }
-    let mut out: Vec<A> = Vec::with_capacity(m * n);
-    let b = Matrix { values: b, order, rows: n, k };
+    out.reserve(m * n);
     let rows_at_once = SIDE * (MEMORY / (size_of::<Line>() * steps(k) * M::RIGHT)).max(1);
     for (chunk, a) in a.chunks(rows_at_once * k).enumerate() {
         // SAFETY: within the capacity, rows of this chunk alone are written; the caller's promise.
         unsafe {
-            let values = out.as_mut_ptr().add(chunk * rows_at_once * n);
-            multiply_rows::<A, M>(a, &b, Out { values, rows: a.len() / k, columns: n });
+            let values = out.as_mut_ptr().add(out.len() + chunk * rows_at_once * n);
+            multiply_rows::<A, M>(a, b, Out { values, rows: a.len() / k, columns: n });
         }
     }
     // SAFETY: all rows of all chunks were written.
-    unsafe { out.set_len(m * n) };
-    out
+    unsafe { out.set_len(out.len() + m * n) };
 }
 
 /// Of [`DEPTH`] values each.
@@ -112,7 +104,7 @@ fn steps(k: usize) -> usize {
 /// All of `b` over some rows of `a`.
 ///
 /// # Safety
-/// As [`product_by`]; nobody else writes to these rows.
+/// As [`append_by`]; nobody else writes to these rows.
 unsafe fn multiply_rows<A: Real, M: Method<A>>(a: &[A], b: &Matrix<'_>, out: Out<A>) {
     let lines = steps(b.k) * M::RIGHT;
     with_memory(1, out.rows.div_ceil(SIDE) * lines, |right| {
@@ -134,7 +126,7 @@ unsafe fn multiply_rows<A: Real, M: Method<A>>(a: &[A], b: &Matrix<'_>, out: Out
 /// Some rows of `b`, which become columns, over what is laid out of `a`.
 ///
 /// # Safety
-/// As [`product_by`]; nobody else writes to these columns.
+/// As [`append_by`]; nobody else writes to these columns.
 unsafe fn multiply_columns<A: Real, M: Method<A>>(
     b: &Matrix<'_>,
     first: usize,

@@ -9,7 +9,8 @@ use std::sync::OnceLock;
 
 use half::bf16;
 
-use self::product::product_by;
+use self::pack::Matrix;
+use self::product::append_by;
 use self::tiles::Tiles;
 use self::vectors::{Pairs, Singles};
 use crate::Order;
@@ -37,14 +38,23 @@ pub(crate) fn found() -> &'static [Kind] {
     })
 }
 
-/// As [`Unit::product`](crate::Unit::product).
-pub(crate) fn product<A: Real>(kind: Kind, a: &[A], b: &[bf16], order: Order, n: usize, k: usize) -> Vec<A> {
+/// As [`Unit::append_product`](crate::Unit::append_product).
+pub(crate) fn append_product<A: Real>(
+    kind: Kind,
+    out: &mut Vec<A>,
+    a: &[A],
+    b: &[bf16],
+    order: Order,
+    n: usize,
+    k: usize,
+) {
+    let b = Matrix::new(b, order, n, k);
     // SAFETY: the processor has what was found.
     unsafe {
         match kind {
-            Kind::Tiles => product_by::<A, Tiles>(a, b, order, n, k),
-            Kind::Pairs if A::PARTS == 1 => product_by::<A, Pairs>(a, b, order, n, k),
-            Kind::Pairs | Kind::Singles => product_by::<A, Singles>(a, b, order, n, k),
+            Kind::Tiles => append_by::<A, Tiles>(out, a, &b),
+            Kind::Pairs if A::PARTS == 1 => append_by::<A, Pairs>(out, a, &b),
+            Kind::Pairs | Kind::Singles => append_by::<A, Singles>(out, a, &b),
         }
     }
 }
