@@ -550,26 +550,31 @@ fn sigmoid(x: f32) -> f32 {
     (if x >= 0.0 { 1.0 } else { e }) / (1.0 + e)
 }
 
-impl Gate {
-    #[inline(always)]
-    fn one<T: Real>(self, gate: T, up: T) -> T {
-        let (g, u) = (gate.wide(), up.wide());
-        match self {
-            Self::Silu => T::narrow(T::narrow(g * sigmoid(g)).wide() * u),
-            Self::Sigmoid => T::narrow(T::narrow(sigmoid(g)).wide() * u),
-            Self::Clamped { limit, alpha } => {
-                let (g, u) = (g.min(limit), u.clamp(-limit, limit));
-                T::narrow((u + 1.0) * (g * sigmoid(alpha * g)))
-            }
-        }
-    }
+/// The smaller one; what is no number stays none.
+#[inline(always)]
+fn at_most(x: f32, limit: f32) -> f32 {
+    if x > limit { limit } else { x }
+}
 
-    /// Puts what comes through in the gate's place.
+impl Gate {
+    /// Puts what comes through in the gate's place. (One loop for each kind: where a loop has to choose it does not vectorise.)
     #[inline(always)]
     fn open<T: Real>(self, gate: &mut [T], up: &[T]) {
-        for (g, u) in gate.iter_mut().zip(up) {
-            *g = self.one(*g, *u);
+        match self {
+            Self::Silu => replace_each(gate, up, |g, u| T::narrow(T::narrow(g * sigmoid(g)).wide() * u)),
+            Self::Sigmoid => replace_each(gate, up, |g, u| T::narrow(T::narrow(sigmoid(g)).wide() * u)),
+            Self::Clamped { limit, alpha } => replace_each(gate, up, |g, u| {
+                let (g, u) = (at_most(g, limit), -at_most(-at_most(u, limit), limit));
+                T::narrow((u + 1.0) * (g * sigmoid(alpha * g)))
+            }),
         }
+    }
+}
+
+#[inline(always)]
+fn replace_each<T: Real>(gate: &mut [T], up: &[T], through: impl Fn(f32, f32) -> T) {
+    for (g, u) in gate.iter_mut().zip(up) {
+        *g = through(g.wide(), u.wide());
     }
 }
 
@@ -649,19 +654,29 @@ impl GatedJoined {
                 #[inline(always)]
                 || {
                     if self.interleaved {
-                        for (o, pair) in out.iter_mut().zip(row.as_chunks::<2>().0) {
-                            *o = self.how.one(pair[0], pair[1]);
-                        }
+                        self.open_pairs(out, row);
                     } else {
                         let (gate, up) = row.split_at(inner);
-                        for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
-                            *o = self.how.one(*g, *u);
-                        }
+                        out.copy_from_slice(gate);
+                        self.how.open(out, up);
                     }
                 },
             );
         });
         out
+    }
+
+    /// Of gates and what they open for beside each other. They are parted first: arithmetic on every other value does not vectorise.
+    #[inline(always)]
+    fn open_pairs<T: Real>(&self, out: &mut [T], pairs: &[T]) {
+        const SOME: usize = 64;
+        for (out, pairs) in out.chunks_mut(SOME).zip(pairs.chunks(2 * SOME)) {
+            let mut up = [T::narrow(0.0); SOME];
+            for ((g, u), pair) in out.iter_mut().zip(&mut up).zip(pairs.as_chunks::<2>().0) {
+                [*g, *u] = *pair;
+            }
+            self.how.open(out, &up);
+        }
     }
 }
 
@@ -701,6 +716,60 @@ fn gated_joined_composed(joined: &Tensor, interleaved: bool, how: Gate) -> Resul
         (joined.narrow(1, 0, inner)?, joined.narrow(1, inner, inner)?)
     };
     gated_composed(&gate.contiguous()?, &up.contiguous()?, how)
+}
+
+// ---------------------------------------------------------------------------------------------------------------- sum
+
+struct Sum;
+
+impl Sum {
+    fn run<T: Real>(&self, x: &mut [T], y: &[T]) {
+        let add = |x: &mut [T], y: &[T]| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (x, y) in x.iter_mut().zip(y) {
+                        *x = T::narrow(x.wide() + y.wide());
+                    }
+                },
+            );
+        };
+        if x.len() == y.len() {
+            x.par_chunks_mut(ELEMENTS).zip(y.par_chunks(ELEMENTS)).for_each(|(x, y)| add(x, y));
+        } else {
+            let rows = x.par_chunks_exact_mut(y.len().max(1)).with_min_len(rows_per_task(y.len()));
+            rows.for_each(|row| add(row, y));
+        }
+    }
+}
+
+impl InplaceOp2 for Sum {
+    fn name(&self) -> &'static str {
+        "sum"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
+        if l1.dims() != l2.dims() && l1.dims().last() != Some(&l2.shape().elem_count()) {
+            bail!("sum: {:?} and {:?} are neither alike nor rows and one of them", l1.shape(), l2.shape());
+        }
+        match (s1, s2) {
+            (CpuStorage::F32(x), CpuStorage::F32(y)) => self.run(part_mut(x, l1)?, part(y, l2)?),
+            (CpuStorage::BF16(x), CpuStorage::BF16(y)) => self.run(part_mut(x, l1)?, part(y, l2)?),
+            (CpuStorage::F16(x), CpuStorage::F16(y)) => self.run(part_mut(x, l1)?, part(y, l2)?),
+            _ => bail!("sum: dtypes differ"),
+        }
+        Ok(())
+    }
+}
+
+/// `x + y`: `x` `[.., width]`, freshly computed (its storage is overwritten on a CPU), and `y` of the same shape or `[width]`.
+pub fn sum(x: Tensor, y: &Tensor) -> Result<Tensor> {
+    if has_loops(&x) {
+        let x = x.contiguous()?;
+        x.inplace_op2(&y.contiguous()?, &Sum)?;
+        return Ok(x);
+    }
+    x.broadcast_add(y)
 }
 
 // -------------------------------------------------------------------------------------------------------- scatter-add
@@ -831,6 +900,33 @@ mod tests {
         let added = values(&[3, 40], 5);
         let composed = scatter_add_composed(&x, &added, &rows, &weights).unwrap();
         close(&scatter_add(x.copy().unwrap(), &added, &rows, &weights).unwrap(), &composed, 1e-6);
+    }
+
+    #[test]
+    fn sums_are_those_of_rows_and_of_alike() {
+        for dtype in [DType::F32, DType::BF16] {
+            let of = |shape: &[usize], seed| values(shape, seed).to_dtype(dtype).unwrap();
+            let x = of(&[7, 33], 1);
+            for y in [of(&[7, 33], 2), of(&[33], 3)] {
+                let wide = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
+                let expected = wide(&x).broadcast_add(&wide(&y)).unwrap().to_dtype(dtype).unwrap();
+                let got = sum(x.copy().unwrap(), &y).unwrap();
+                assert_eq!((got.dtype(), got.dims()), (dtype, x.dims()));
+                close(&wide(&got), &wide(&expected), 0.0);
+            }
+            assert!(sum(x, &of(&[7], 4)).is_err());
+        }
+    }
+
+    #[test]
+    fn a_clamped_gate_lets_through_what_is_no_number() {
+        let opened = |gate: f32, up: f32| {
+            let mut gate = [gate];
+            Gate::Clamped { limit: 7.0, alpha: 1.702 }.open(&mut gate, &[up]);
+            gate[0]
+        };
+        assert!(opened(f32::NAN, 1.0).is_nan() && opened(1.0, f32::NAN).is_nan());
+        assert_eq!((opened(99.0, 99.0), opened(99.0, -99.0)), (opened(7.0, 7.0), opened(7.0, -7.0)));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::decoder::{
 };
 use crate::delta_net::DeltaNetWeights;
 use crate::ffn::{MlpWeights, Router, SharedWeights, Widening};
+use crate::fused;
 use crate::mla::{LatentQuery, LatentWeights};
 use crate::norm::Norm;
 use crate::product::product;
@@ -27,7 +28,10 @@ impl Linear {
     /// `x W^T + b` for `x` `[rows, in]`.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let product = product(x, &self.weight)?;
-        self.bias.as_ref().map_or(Ok(product.clone()), |bias| product.broadcast_add(bias))
+        match &self.bias {
+            Some(bias) => fused::sum(product, bias),
+            None => Ok(product),
+        }
     }
 }
 

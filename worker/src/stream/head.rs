@@ -68,7 +68,7 @@ impl Pass<'_> {
             for batch in &batches {
                 let mut logits = product(&batch.hidden, &matrix)?;
                 if let Some(bias) = &bias {
-                    logits = logits.broadcast_add(bias)?;
+                    logits = fused::sum(logits, bias)?;
                 }
                 if batch.arm == 0 {
                     observer.logits(batch.first_token, block.start, &logits)?;

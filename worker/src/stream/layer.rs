@@ -13,6 +13,7 @@ use crate::decoder::{FfnSpec, LayerSpec, MixerSpec, MoeSpec, NormOrder, Part, Ro
 use crate::delta_net::delta_net;
 use crate::error::{Result, WorkerError};
 use crate::ffn::{self, ExpertRows, Gathered, MlpWeights, Router, Routing, SharedWeights};
+use crate::fused;
 use crate::meter::{Clock, Subject, Work};
 use crate::mla::latent_attention;
 use crate::norm::Norm;
@@ -160,7 +161,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
         if self.spec.order == NormOrder::After {
             let out = self.mixed(batch.arm, weights, table, &batch.hidden)?;
             self.show(Point::AttentionOut, batch, &out)?;
-            let x = norm.apply(&(&batch.hidden + out)?)?;
+            let x = norm.apply(&fused::sum(out, &batch.hidden)?)?;
             self.show(self.point(0), batch, &x)?;
             batch.hidden = self.in_arm(batch.arm, x)?;
             return Ok(());
@@ -170,7 +171,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
         let x = self.in_arm(batch.arm, x)?;
         let out = self.mixed(batch.arm, weights, table, &x)?;
         self.show(Point::AttentionOut, batch, &out)?;
-        batch.hidden = (&batch.hidden + out)?;
+        batch.hidden = fused::sum(out, &batch.hidden)?;
         batch.shared_norm = (self.spec.order == NormOrder::Shared).then_some(x);
         Ok(())
     }
@@ -257,7 +258,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
     /// Adds the feed-forward's output, which ends the layer.
     fn after_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>, out: Tensor) -> Result<()> {
         self.show(Point::MlpOut, batch, &out)?;
-        batch.hidden = (&batch.hidden + out)?;
+        batch.hidden = fused::sum(out, &batch.hidden)?;
         if let (NormOrder::After, Some(norm)) = (self.spec.order, norm) {
             let x = norm.apply(&batch.hidden)?;
             self.show(self.point(1), batch, &x)?;
