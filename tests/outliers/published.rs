@@ -11,6 +11,7 @@ use outliers_worker::budget::StreamBudget;
 use outliers_worker::error::Result;
 use outliers_worker::inspect::{PlannedRun, active_parameters, resident_memory, streamed_memory};
 use outliers_worker::model::Model;
+use outliers_worker::product::Arithmetic;
 use outliers_worker::safetensors::{HeaderTensor, StoredDtype};
 use outliers_worker::source::{SyntheticSource, TensorEntry, TensorIndex, WeightSource};
 use serde::Deserialize;
@@ -334,8 +335,7 @@ fn the_readme_says_what_models_take() {
             compute,
             micro_batch_tokens,
             group_elements,
-            takes_bf16: false,
-            widens: false,
+            arithmetic: Arithmetic::default(),
             with_head: true,
             devices: 1,
         };

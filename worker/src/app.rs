@@ -17,7 +17,8 @@ use crate::error::{Result, WorkerError};
 use crate::hub::{Hub, HubOptions, Token};
 use crate::inspect::{self, PlannedRun};
 use crate::model::Model;
-use crate::{arch, bench, corpus, demo, fused, gpu, product, run};
+use crate::product::Arithmetic;
+use crate::{arch, bench, corpus, demo, fused, gpu, run};
 
 /// Parses arguments, does what they say, prints the outcome.
 ///
@@ -139,8 +140,6 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
     let group_elements = StreamBudget::planned(job.stream_budget_bytes).group_elements(compute, sharing);
     let micro_batch_tokens = job.micro_batch_tokens;
     let arms = Arms::of(job.ablation.as_ref(), model.spec.hidden, tokens)?.count();
-    // A plan that names no devices is for any: on most, products take what the pass computes in.
-    let takes_bf16 = !job.devices.is_empty() && product::all_take_bf16(&devices);
     let run = PlannedRun {
         sequences,
         tokens,
@@ -148,8 +147,8 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
         compute,
         micro_batch_tokens,
         group_elements,
-        takes_bf16,
-        widens: !job.devices.is_empty() && product::widens(&devices, compute),
+        // A plan that names no devices is for GPUs.
+        arithmetic: if job.devices.is_empty() { Arithmetic::default() } else { Arithmetic::of(&devices, compute) },
         with_head: job.layers.is_none(),
         devices: sharing,
     };

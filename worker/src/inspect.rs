@@ -1,12 +1,14 @@
 //! What a checkpoint is and what a run over it needs: arithmetic over headers, no weight byte read.
 
 use candle_core::DType;
+use half::bf16;
 use outliers_protocol::{Inspection, JobSpec, LayerInspection, PlanFigures, Point, SCHEMA, SiteInspection};
 use serde_json::Value;
 
 use crate::attention::{QUERY_BLOCK, SCORE_VALUES};
-use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec, MoeSpec, Need, Part, Role, Unit};
+use crate::decoder::{DecoderSpec, FfnSpec, GateUp, LayerSpec, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, Unit};
 use crate::model::Model;
+use crate::product::Arithmetic;
 use crate::run::disk_bytes;
 use crate::source::Checkpoint;
 use crate::stats::Site;
@@ -27,10 +29,8 @@ pub struct PlannedRun {
     pub micro_batch_tokens: usize,
     /// Values decoded per group of experts.
     pub group_elements: u64,
-    /// Whether products take weights of bf16 whatever the dtype.
-    pub takes_bf16: bool,
-    /// Whether products [make f32](crate::product::widens) of what they multiply.
-    pub widens: bool,
+    /// How its devices compute.
+    pub arithmetic: Arithmetic,
     /// Whether the head follows the layers.
     pub with_head: bool,
     /// Devices whose weights and workspaces are in one memory.
@@ -181,10 +181,30 @@ fn hidden_states(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     (run.arms * run.sequences * run.tokens * spec.hidden * run.compute.size_in_bytes()) as u64
 }
 
-/// What is kept of all tokens. A mixture keeps the norm's output and the sum of its experts until its last group has passed.
-fn states(spec: &DecoderSpec, run: PlannedRun) -> u64 {
-    let mixture = spec.layers.iter().any(|l| matches!(l.ffn, FfnSpec::Moe(_)));
-    hidden_states(spec, run) * if mixture { 3 } else { 1 }
+/// What is kept of all tokens while a unit is computed: hidden states; the norm's output that a mixer leaves for the feed-forward; of a
+/// mixture the norm's output and the sum of its experts.
+fn states(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
+    let shared = u64::from(spec.layers[unit.layer].order == NormOrder::Shared);
+    hidden_states(spec, run)
+        * match unit.part {
+            Part::Mixer | Part::Dense => 1 + shared,
+            Part::Router | Part::Experts(_) => 3,
+        }
+}
+
+/// Memory that is taken beside weights while the unit that takes most is computed, bytes. Several devices may be at different ones.
+fn busiest(spec: &DecoderSpec, units: &[Unit], run: PlannedRun) -> u64 {
+    let states = |unit: &Unit| states(spec, unit, run);
+    let work = |unit: &Unit| workspace(spec, unit, run) + widened(spec, unit, run);
+    if run.devices > 1 {
+        most(units, states) + run.devices as u64 * most(units, work)
+    } else {
+        most(units, |unit| states(unit) + work(unit))
+    }
+}
+
+fn most(units: &[Unit], bytes: impl Fn(&Unit) -> u64) -> u64 {
+    units.iter().map(bytes).max().unwrap_or(0)
 }
 
 /// What the program takes before it has a model, bytes.
@@ -195,25 +215,27 @@ const OWN: u64 = 12 << 20;
 pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let spec = &model.spec;
     let units = spec.units(run.group_elements);
-    let mut sizes: Vec<u64> =
-        units.iter().map(|unit| model.kept_bytes(unit.layer, &unit.needs, run.compute, run.takes_bf16)).collect();
+    let mut sizes: Vec<u64> = units
+        .iter()
+        .map(|unit| model.kept_bytes(unit.layer, &unit.needs, run.compute, run.arithmetic.takes_bf16))
+        .collect();
     sizes.sort_unstable_by(|a, b| b.cmp(a));
     let two_largest: u64 = sizes.iter().take(2).sum();
     let needs = units.iter().flat_map(|unit| unit.needs.iter().map(|need| model.stored(unit.layer, need).bytes()));
     let being_decoded = needs.max().unwrap_or(0);
-    let widened = units.iter().map(|unit| widened(spec, unit, run)).max().unwrap_or(0);
-    let layers =
-        states(spec, run) + run.devices as u64 * (two_largest + being_decoded + workspace(spec, run) + widened);
+    let layers = run.devices as u64 * (two_largest + being_decoded) + busiest(spec, &units, run);
     // A tied head is read once, before the layers.
     let tied = if run.with_head && spec.head.tied { model.stored_bytes(0, [&spec.embedding_need()]) } else { 0 };
     let head = if run.with_head { hidden_states(spec, run) + head_workspace(model, run) } else { 0 };
-    OWN + tied + layers.max(head).max(embedded(spec, run))
+    let laid_out = run.devices as u64 * most(&units, |unit| laid_out(spec, unit, run));
+    OWN + tied + laid_out + layers.max(head).max(embedded(spec, run))
 }
 
 /// Memory of a run whose weights are all there at once, bytes.
 pub fn resident_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let weights = model.parameters() * run.compute.size_in_bytes() as u64;
-    states(&model.spec, run) + weights + workspace(&model.spec, run).max(head_workspace(model, run))
+    let units = model.spec.units(run.group_elements);
+    weights + busiest(&model.spec, &units, run).max(hidden_states(&model.spec, run) + head_workspace(model, run))
 }
 
 /// Rows of a micro-batch: whole sequences.
@@ -226,36 +248,61 @@ fn embedded(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     (run.sequences * run.tokens * (spec.embedding.width * size_of::<f32>() + size_of::<usize>())) as u64
 }
 
-/// Memory of a micro-batch on its way through the widest block: projections and one block of scores, or a feed-forward.
-fn workspace(spec: &DecoderSpec, run: PlannedRun) -> u64 {
-    let (rows, value) = (batch_rows(run), run.compute.size_in_bytes());
-    let widest = spec.layers.iter().map(|l| {
-        let scores = (l.mixer.score_heads() * QUERY_BLOCK * run.tokens).min(SCORE_VALUES) * value;
-        let mixer = rows * (l.mixer.projected_bytes(value) + 2 * spec.hidden * value) + scores;
-        let mlp = |rows: usize, intermediate: usize| rows * (3 * intermediate + 2 * spec.hidden) * value;
-        mixer.max(match &l.ffn {
-            FfnSpec::Dense(dense) => mlp(rows, dense.intermediate),
-            FfnSpec::Moe(moe) => {
-                let shared = moe.shared.map_or(0, |shared| mlp(rows, shared.mlp.intermediate));
-                shared.max(mlp(expert_rows(moe, run), moe.expert.intermediate))
-            }
-        })
-    });
-    let laid_out = if run.takes_bf16 { outliers_matmul::MEMORY } else { 0 };
-    (widest.max().unwrap_or(0) + laid_out) as u64
+/// Memory of a micro-batch on its way through a unit, bytes: projections and one block of scores, or a feed-forward.
+fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
+    let (rows, value) = (rows(spec, unit, run), run.compute.size_in_bytes());
+    let LayerSpec { mixer, ffn, .. } = &spec.layers[unit.layer];
+    let feed_forward = |mlp: &MlpSpec| {
+        // Gate and up, what is made of them on the way, and what comes of them, which may take the gate's place.
+        let inner = match (mlp.gate_up(), run.arithmetic.in_place) {
+            (None | Some(GateUp::Separate), true) => 2,
+            (Some(GateUp::Halves | GateUp::Interleaved), true) => 3,
+            (None | Some(GateUp::Separate), false) => 4,
+            (Some(GateUp::Halves | GateUp::Interleaved), false) => 8,
+        };
+        rows * (inner * mlp.intermediate + 2 * spec.hidden) * value
+    };
+    let bytes = match (&unit.part, ffn) {
+        (Part::Mixer, _) => {
+            // By operations of the tensor library a softmax has five of them in f32 beside each other.
+            let softmax = if run.arithmetic.in_place { 0 } else { 5 * size_of::<f32>() };
+            let scores = (mixer.score_heads() * QUERY_BLOCK * run.tokens).min(SCORE_VALUES) * (value + softmax);
+            rows * (mixer.projected_bytes(value) + 2 * spec.hidden * value) + scores
+        }
+        (_, FfnSpec::Dense(mlp)) => feed_forward(mlp),
+        (Part::Experts(_), FfnSpec::Moe(moe)) => feed_forward(&moe.expert),
+        (_, FfnSpec::Moe(moe)) => moe.shared.map_or(0, |shared| feed_forward(&shared.mlp)),
+    };
+    bytes as u64
+}
+
+/// Rows that a unit is given at once.
+fn rows(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> usize {
+    match (&unit.part, &spec.layers[unit.layer].ffn) {
+        (Part::Experts(_), FfnSpec::Moe(moe)) => expert_rows(moe, run),
+        _ => batch_rows(run),
+    }
+}
+
+/// What is laid out of a unit's largest input for its product with weights of bf16, bytes: an f32 in three parts at most.
+fn laid_out(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
+    if !run.arithmetic.takes_bf16 {
+        return 0;
+    }
+    let value = if run.compute == DType::F32 { 3 * size_of::<bf16>() } else { size_of::<bf16>() };
+    let inputs = unit.needs.iter().filter(|need| need.is_matrix()).map(|need| need.shape[1]);
+    let bytes = rows(spec, unit, run) * inputs.max().unwrap_or(0) * value;
+    bytes.min(outliers_matmul::MEMORY) as u64
 }
 
 /// Memory of a unit's largest product in f32, where the pass is in another dtype and products are not: a matrix, what it multiplies and
 /// what comes out.
 fn widened(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
-    if !run.widens {
+    if !run.arithmetic.widens {
         return 0;
     }
-    let rows = |need: &Need| match &spec.layers[unit.layer].ffn {
-        FfnSpec::Moe(moe) if need.expert.is_some() => expert_rows(moe, run),
-        _ => batch_rows(run),
-    };
-    let values = |need: &Need| need.shape.iter().product::<usize>() + rows(need) * need.shape.iter().sum::<usize>();
+    let rows = rows(spec, unit, run);
+    let values = |need: &Need| need.shape.iter().product::<usize>() + rows * need.shape.iter().sum::<usize>();
     let matrices = unit.needs.iter().filter(|need| need.is_matrix());
     (matrices.map(values).max().unwrap_or(0) * size_of::<f32>()) as u64
 }
@@ -272,9 +319,9 @@ fn head_workspace(model: &Model<'_>, run: PlannedRun) -> u64 {
     let (need, value) = (model.spec.head_need(), run.compute.size_in_bytes());
     let block = VOCAB_BLOCK.min(model.spec.vocab);
     let stored = model.stored(0, &need);
-    let kept = 2 * stored.kept_as(run.compute, run.takes_bf16).size_in_bytes() * need.shape[1] * block;
+    let kept = 2 * stored.kept_as(run.compute, run.arithmetic.takes_bf16).size_in_bytes() * need.shape[1] * block;
     let counted = if run.compute == DType::F32 { 0 } else { size_of::<f32>() };
-    let widened = if run.widens { size_of::<f32>() * (block + batch_rows(run)) * need.shape[1] } else { 0 };
+    let widened = if run.arithmetic.widens { size_of::<f32>() * (block + batch_rows(run)) * need.shape[1] } else { 0 };
     let on_its_way = stored.bytes() as usize / need.shape[0] * block;
     (kept + on_its_way + widened + batch_rows(run) * block * (value + counted)) as u64
 }

@@ -12,15 +12,26 @@ pub fn takes_bf16(device: &Device) -> bool {
     unit(device).is_some()
 }
 
-/// Whether products on all of these do.
-pub fn all_take_bf16(devices: &[Placement]) -> bool {
-    devices.iter().all(|placement| takes_bf16(&placement.device))
+/// What a plan of memory has to know of how devices compute. The default is what GPUs do.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Arithmetic {
+    /// Products [take weights of bf16](takes_bf16).
+    pub takes_bf16: bool,
+    /// Products make f32 of all that they multiply, each time.
+    pub widens: bool,
+    /// Elementwise work is done by our own loops, mostly in place.
+    pub in_place: bool,
 }
 
-/// Whether products in `compute` on these make f32 of all that they multiply, each time.
-pub fn widens(devices: &[Placement], compute: DType) -> bool {
-    let on_cpus = !devices.is_empty() && devices.iter().all(|placement| placement.device.is_cpu());
-    compute == DType::BF16 && on_cpus && !all_take_bf16(devices)
+impl Arithmetic {
+    /// Of all these devices, in a pass of that dtype.
+    pub fn of(devices: &[Placement], compute: DType) -> Self {
+        let all =
+            |is: fn(&Device) -> bool| !devices.is_empty() && devices.iter().all(|placement| is(&placement.device));
+        let takes_bf16 = all(takes_bf16);
+        let widens = compute == DType::BF16 && all(Device::is_cpu) && !takes_bf16;
+        Self { takes_bf16, widens, in_place: all(fused::has_loops_on) }
+    }
 }
 
 fn unit(device: &Device) -> Option<Unit> {

@@ -23,7 +23,7 @@ use crate::inspect::{self, PlannedRun};
 use crate::meter::Meter;
 use crate::model::Model;
 use crate::output::{ActivationDump, OutputFolder, hex, write_statistics};
-use crate::product;
+use crate::product::Arithmetic;
 use crate::progress::{ProgressSink, now_ms};
 use crate::savepoint::SavePoints;
 use crate::source::{Checkpoint, Container, Described, LocalSource, SyntheticSource, is_plain_name};
@@ -172,8 +172,7 @@ impl Run<'_> {
             compute,
             micro_batch_tokens: job.micro_batch_tokens,
             group_elements,
-            takes_bf16: product::all_take_bf16(&devices),
-            widens: product::widens(&devices, compute),
+            arithmetic: Arithmetic::of(&devices, compute),
             with_head: job.layers.is_none(),
             devices: sharing,
         };

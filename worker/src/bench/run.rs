@@ -21,7 +21,7 @@ use crate::hub::Hub;
 use crate::inspect::{self, Flops, PlannedRun};
 use crate::meter::{Meter, Work};
 use crate::model::Model;
-use crate::product;
+use crate::product::{self, Arithmetic};
 use crate::progress::ProgressSink;
 use crate::run;
 use crate::safetensors::StoredDtype;
@@ -175,8 +175,7 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         compute,
         micro_batch_tokens,
         group_elements,
-        takes_bf16: product::all_take_bf16(&devices),
-        widens: product::widens(&devices, compute),
+        arithmetic: Arithmetic::of(&devices, compute),
         with_head,
         devices: sharing,
     };
