@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use crate::{Order, Real, Unit};
 
 /// A number of the test, as f64 and back.
-trait Number: Real {
+pub(crate) trait Number: Real {
     /// Half a unit in the last place, relative.
     const ROUNDING: f64;
     fn of(value: f32) -> Self;
@@ -52,36 +52,38 @@ fn units() -> Vec<Unit> {
 }
 
 fn product<A: Number>(unit: Unit, a: &[A], b: &[bf16], order: Order, n: usize, k: usize) -> Vec<A> {
-    let mut out = vec![A::of(7.0)];
+    let mut out = Vec::new();
     unit.append_product(&mut out, a, b, order, n, k);
-    assert_eq!(out.remove(0).wide(), 7.0, "what there was stays");
     out
 }
 
 fn check<A: Number>(m: usize, n: usize, k: usize, order: Order) {
     for unit in units() {
-        check_one::<A>(unit, m, n, k, order);
+        check_by(&format!("{unit:?}"), [m, n, k], order, |out: &mut Vec<A>, a, b| {
+            unit.append_product(out, a, b, order, n, k)
+        });
     }
 }
 
-fn check_one<A: Number>(unit: Unit, m: usize, n: usize, k: usize, order: Order) {
+/// Whether something appends products of `[m, k]` and `[n, k]` to what there is.
+pub(crate) fn check_by<A: Number>(
+    by: &str,
+    [m, n, k]: [usize; 3],
+    order: Order,
+    append: impl Fn(&mut Vec<A>, &[A], &[bf16]),
+) {
     let (a, b): (Vec<A>, Vec<bf16>) = (numbers(m * k, 1), numbers(n * k, 2));
     let of_b = |row: usize, at: usize| if order == Order::Rows { b[row * k + at] } else { b[at * n + row] }.wide();
-    let got = product(unit, &a, &b, order, n, k);
-    assert_eq!(got.len(), m * n);
+    let mut got = vec![A::of(7.0)];
+    append(&mut got, &a, &b);
+    assert_eq!((got.len(), got.remove(0).wide()), (m * n + 1, 7.0), "what there was stays");
     // Against the sum of the magnitudes of the terms. Each of three products per value is rounded once to f32, to either side.
     let tolerance = A::ROUNDING + f32::ROUNDING * (3.0 * k as f64).sqrt();
     for (i, got) in got.iter().enumerate() {
         let terms = || (0..k).map(|at| a[i / n * k + at].wide() * of_b(i % n, at));
         let (sum, magnitude) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
         let off = (got.wide() - sum).abs() / magnitude.max(1e-30);
-        assert!(
-            off <= tolerance,
-            "{unit:?}, row {}, column {}: {}, not {sum}: off by {off:e}",
-            i / n,
-            i % n,
-            got.wide()
-        );
+        assert!(off <= tolerance, "{by}, row {}, column {}: {}, not {sum}: off by {off:e}", i / n, i % n, got.wide());
     }
 }
 

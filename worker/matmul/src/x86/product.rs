@@ -178,3 +178,76 @@ unsafe fn write<A: Real>(sums: &Sums, out: Out<A>, row: usize, column: usize) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::super::pack::DEPTH;
+    use super::super::tiles::Tiles;
+    use super::*;
+    use crate::Order;
+    use crate::tests::{Number, check_by};
+
+    /// What the tile unit does, number by number (Intel's manual, TDPBF16PS): for processors that have none.
+    struct ByHand;
+
+    // SAFETY: reads and writes what tiles would.
+    unsafe impl<A: Real> Method<A> for ByHand {
+        const LEFT: usize = <Tiles as Method<A>>::LEFT;
+        const RIGHT: usize = <Tiles as Method<A>>::RIGHT;
+
+        unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]) {
+            // SAFETY: the caller's promise, as in all of these.
+            unsafe { <Tiles as Method<A>>::pack_left(b, first_row, into) };
+        }
+
+        unsafe fn pack_right(a: &[A], k: usize, into: &mut [Line]) {
+            // SAFETY: as above.
+            unsafe { <Tiles as Method<A>>::pack_right(a, k, into) };
+        }
+
+        unsafe fn get_ready() -> impl Sized {}
+
+        unsafe fn multiply(left: [*const Line; 2], right: *const Line, steps: usize, sums: &mut Sums) {
+            let value = |line: &Line, at: usize| bf16::from_bits(line.0[at]).to_f32();
+            for (left, sums) in left.into_iter().zip(&mut sums.0) {
+                // SAFETY: as above.
+                let left = unsafe { std::slice::from_raw_parts(left, steps * SIDE) };
+                // SAFETY: as above.
+                let right = unsafe { std::slice::from_raw_parts(right, steps * SIDE * A::PARTS) };
+                for (row, column) in (0..SIDE).flat_map(|row| (0..SIDE).map(move |column| (row, column))) {
+                    let blocks = left.chunks(SIDE).zip(right.chunks(SIDE * A::PARTS));
+                    let products = blocks.flat_map(|(left, right)| {
+                        let of_part = move |right: &[Line], at: usize| {
+                            value(&left[row], at) * value(&right[at / 2], 2 * column + at % 2)
+                        };
+                        right.chunks(SIDE).flat_map(move |part| (0..DEPTH).map(move |at| of_part(part, at)))
+                    });
+                    sums[row][column] = products.sum();
+                }
+            }
+        }
+    }
+
+    fn check<A: Number>(shape: [usize; 3], order: Order) {
+        check_by("tiles by hand", shape, order, |out: &mut Vec<A>, a, b| {
+            let b = Matrix::new(b, order, shape[1], shape[2]);
+            // SAFETY: the processor has vectors.
+            unsafe { append_by::<A, ByHand>(out, a, &b) };
+        });
+    }
+
+    #[test]
+    fn tiles_are_laid_out_as_the_unit_takes_them() {
+        if super::super::found().is_empty() {
+            eprintln!("this processor has no AVX-512: nothing was tested");
+            return;
+        }
+        for (shape, order) in [([32, 32, 32], Order::Rows), ([37, 41, 70], Order::Rows), ([19, 50, 33], Order::Columns)]
+        {
+            check::<f32>(shape, order);
+            check::<bf16>(shape, order);
+        }
+    }
+}
