@@ -14,6 +14,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::decoder::Window;
+use crate::dtype::Compute;
 use crate::rope::{Pairing, RopeTable};
 use crate::simd::vectorized;
 
@@ -59,11 +60,9 @@ impl Real for bf16 {
     }
     #[inline(always)]
     fn narrow(value: f32) -> Self {
-        let bits = value.to_bits();
-        // To nearest, ties to even; what is no number stays none.
-        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-        let quiet = bits >> 16 | 0x40;
-        Self::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
+        // What is no number stays none.
+        let quiet = (value.to_bits() >> 16) as u16 | 0x40;
+        Self::from_bits(if value.is_nan() { quiet } else { <Self as Compute>::narrow(value) })
     }
 }
 
@@ -89,6 +88,32 @@ fn part_mut<'a, T>(data: &'a mut [T], layout: &Layout) -> Result<&'a mut [T]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&mut data[start..end]),
         None => bail!("fused operation on a non-contiguous tensor {:?}", layout.shape()),
+    }
+}
+
+/// An operation that puts its result in the place of its first argument.
+trait Overwrite {
+    const NAME: &'static str;
+
+    fn run<T: Real>(&self, x: &mut [T], y: &[T]);
+}
+
+/// The same, over tensors of any float.
+struct InPlace<O>(O);
+
+impl<O: Overwrite> InplaceOp2 for InPlace<O> {
+    fn name(&self) -> &'static str {
+        O::NAME
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
+        match (s1, s2) {
+            (CpuStorage::F32(x), CpuStorage::F32(y)) => self.0.run(part_mut(x, l1)?, part(y, l2)?),
+            (CpuStorage::BF16(x), CpuStorage::BF16(y)) => self.0.run(part_mut(x, l1)?, part(y, l2)?),
+            (CpuStorage::F16(x), CpuStorage::F16(y)) => self.0.run(part_mut(x, l1)?, part(y, l2)?),
+            _ => bail!("{}: not floats of one dtype", O::NAME),
+        }
+        Ok(())
     }
 }
 
@@ -583,7 +608,9 @@ const ELEMENTS: usize = 16_384;
 
 struct Gated(Gate);
 
-impl Gated {
+impl Overwrite for Gated {
+    const NAME: &'static str = "gated";
+
     fn run<T: Real>(&self, gate: &mut [T], up: &[T]) {
         gate.par_chunks_mut(ELEMENTS).zip(up.par_chunks(ELEMENTS)).for_each(|(gate, up)| {
             vectorized(
@@ -594,27 +621,11 @@ impl Gated {
     }
 }
 
-impl InplaceOp2 for Gated {
-    fn name(&self) -> &'static str {
-        "gated"
-    }
-
-    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
-        match (s1, s2) {
-            (CpuStorage::F32(g), CpuStorage::F32(u)) => self.run(part_mut(g, l1)?, part(u, l2)?),
-            (CpuStorage::BF16(g), CpuStorage::BF16(u)) => self.run(part_mut(g, l1)?, part(u, l2)?),
-            (CpuStorage::F16(g), CpuStorage::F16(u)) => self.run(part_mut(g, l1)?, part(u, l2)?),
-            _ => bail!("gated: gate and up differ in dtype"),
-        }
-        Ok(())
-    }
-}
-
 /// `gate` applied to `up`, elementwise. `gate` is freshly computed: its storage is overwritten on a CPU.
 pub fn gated(gate: Tensor, up: &Tensor, how: Gate) -> Result<Tensor> {
     if has_loops(&gate) {
         let gate = gate.contiguous()?;
-        gate.inplace_op2(up, &Gated(how))?;
+        gate.inplace_op2(up, &InPlace(Gated(how)))?;
         return Ok(gate);
     }
     gated_composed(&gate, up, how)
@@ -722,7 +733,9 @@ fn gated_joined_composed(joined: &Tensor, interleaved: bool, how: Gate) -> Resul
 
 struct Sum;
 
-impl Sum {
+impl Overwrite for Sum {
+    const NAME: &'static str = "sum";
+
     fn run<T: Real>(&self, x: &mut [T], y: &[T]) {
         let add = |x: &mut [T], y: &[T]| {
             vectorized(
@@ -743,30 +756,14 @@ impl Sum {
     }
 }
 
-impl InplaceOp2 for Sum {
-    fn name(&self) -> &'static str {
-        "sum"
-    }
-
-    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
-        if l1.dims() != l2.dims() && l1.dims().last() != Some(&l2.shape().elem_count()) {
-            bail!("sum: {:?} and {:?} are neither alike nor rows and one of them", l1.shape(), l2.shape());
-        }
-        match (s1, s2) {
-            (CpuStorage::F32(x), CpuStorage::F32(y)) => self.run(part_mut(x, l1)?, part(y, l2)?),
-            (CpuStorage::BF16(x), CpuStorage::BF16(y)) => self.run(part_mut(x, l1)?, part(y, l2)?),
-            (CpuStorage::F16(x), CpuStorage::F16(y)) => self.run(part_mut(x, l1)?, part(y, l2)?),
-            _ => bail!("sum: dtypes differ"),
-        }
-        Ok(())
-    }
-}
-
 /// `x + y`: `x` `[.., width]`, freshly computed (its storage is overwritten on a CPU), and `y` of the same shape or `[width]`.
 pub fn sum(x: Tensor, y: &Tensor) -> Result<Tensor> {
     if has_loops(&x) {
+        if x.dims() != y.dims() && x.dims().last() != Some(&y.elem_count()) {
+            bail!("sum: {:?} and {:?} are neither alike nor rows and one of them", x.shape(), y.shape());
+        }
         let x = x.contiguous()?;
-        x.inplace_op2(&y.contiguous()?, &Sum)?;
+        x.inplace_op2(&y.contiguous()?, &InPlace(Sum))?;
         return Ok(x);
     }
     x.broadcast_add(y)
@@ -780,7 +777,9 @@ struct ScatterAdd<'a> {
     width: usize,
 }
 
-impl ScatterAdd<'_> {
+impl Overwrite for ScatterAdd<'_> {
+    const NAME: &'static str = "scatter-add";
+
     fn run<T: Real>(&self, out: &mut [T], values: &[T]) {
         // Rows of one expert are distinct and few; the memory is the limit, not the core.
         for ((row, weight), value) in self.rows.iter().zip(self.weights).zip(values.chunks_exact(self.width)) {
@@ -799,27 +798,11 @@ impl ScatterAdd<'_> {
     }
 }
 
-impl InplaceOp2 for ScatterAdd<'_> {
-    fn name(&self) -> &'static str {
-        "scatter-add"
-    }
-
-    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
-        match (s1, s2) {
-            (CpuStorage::F32(o), CpuStorage::F32(v)) => self.run(part_mut(o, l1)?, part(v, l2)?),
-            (CpuStorage::BF16(o), CpuStorage::BF16(v)) => self.run(part_mut(o, l1)?, part(v, l2)?),
-            (CpuStorage::F16(o), CpuStorage::F16(v)) => self.run(part_mut(o, l1)?, part(v, l2)?),
-            _ => bail!("scatter-add: dtypes differ"),
-        }
-        Ok(())
-    }
-}
-
 /// `out[rows[i]] += weights[i] * values[i]`. `out` `[n, width]` (its storage is overwritten on a CPU), `values` `[rows, width]`; `rows` distinct.
 pub fn scatter_add(out: Tensor, values: &Tensor, rows: &[u32], weights: &[f32]) -> Result<Tensor> {
     if has_loops(&out) {
         let width = out.dim(D::Minus1)?;
-        out.inplace_op2(values, &ScatterAdd { rows, weights, width })?;
+        out.inplace_op2(values, &InPlace(ScatterAdd { rows, weights, width }))?;
         return Ok(out);
     }
     scatter_add_composed(&out, values, rows, weights)

@@ -11,7 +11,7 @@ use crate::model::Model;
 use crate::product::Arithmetic;
 use crate::run::disk_bytes;
 use crate::source::Checkpoint;
-use crate::stats::Site;
+use crate::stats::{Site, study};
 use crate::stream::VOCAB_BLOCK;
 
 /// The run to plan for.
@@ -228,7 +228,9 @@ pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let tied = if run.with_head && spec.head.tied { model.stored_bytes(0, [&spec.embedding_need()]) } else { 0 };
     let head = if run.with_head { hidden_states(spec, run) + head_workspace(model, run) } else { 0 };
     let laid_out = run.devices as u64 * most(&units, |unit| laid_out(spec, unit, run));
-    OWN + tied + laid_out + layers.max(head).max(embedded(spec, run))
+    // On GPUs they are in another memory.
+    let noted = if run.arithmetic.in_place { study::bytes(spec.sites().len(), spec.hidden) } else { 0 };
+    OWN + noted + tied + laid_out + layers.max(head).max(embedded(spec, run))
 }
 
 /// Memory of a run whose weights are all there at once, bytes.

@@ -4,10 +4,9 @@
 //! Here a block that is dropped is kept for the next that fits into it, but only as far as what is in use and what is kept do not
 //! exceed together the most that was ever in use at once. So a process never takes more than it would without.
 
-#[cfg(target_os = "linux")]
+#[cfg_attr(target_os = "linux", path = "linux/blocks.rs")]
+#[cfg_attr(not(target_os = "linux"), path = "none.rs")]
 mod blocks;
-#[cfg(any(target_os = "linux", test))]
-mod kept;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
@@ -15,7 +14,6 @@ use std::alloc::{GlobalAlloc, Layout, System};
 #[derive(Debug)]
 pub struct Heap;
 
-#[cfg(target_os = "linux")]
 // SAFETY: large blocks are memory of their own, which nobody else has until they are deallocated; all others are the system's.
 // Which of both a block is depends on its layout alone, which callers give again.
 unsafe impl GlobalAlloc for Heap {
@@ -68,29 +66,5 @@ unsafe impl GlobalAlloc for Heap {
             }
             moved
         }
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-// SAFETY: the system's allocator, and nothing else.
-unsafe impl GlobalAlloc for Heap {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(block, layout) }
-    }
-
-    unsafe fn realloc(&self, block: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        // SAFETY: the caller's promise.
-        unsafe { System.realloc(block, layout, new_size) }
     }
 }

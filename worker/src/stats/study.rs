@@ -14,7 +14,7 @@ use super::massive::Massive;
 use super::mixture::{ExpertPeaks, RouterStats, super_experts};
 use super::rows::{RowStats, Scan};
 use super::top::{Found, Top};
-use super::{Judged, LayerObserver, Observer, OutlierStats, Site, with_f32};
+use super::{Column, Judged, LayerObserver, Observer, OutlierStats, Site, with_f32};
 use crate::corpus::Tokens;
 use crate::decoder::DecoderSpec;
 use crate::error::{Result, WorkerError};
@@ -67,7 +67,8 @@ impl Scope {
 
 /// All statistics of a run.
 ///
-/// Size: that of [`OutlierStats`], and about 50 KiB per site, 100 records per kind of site, 100 bytes per expert, one gain vector per norm.
+/// Size: that of [`OutlierStats`], and about 50 KiB per site, 100 records per kind of site, 100 bytes per expert, one gain vector per norm
+/// (as [`bytes`] adds up).
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Study {
     scope: Scope,
@@ -78,6 +79,12 @@ pub struct Study {
     massive: Massive,
     routers: BTreeMap<usize, RouterStats>,
     experts: BTreeMap<usize, ExpertPeaks>,
+}
+
+/// Bytes that a study of so many norm outputs takes by and by, features that exceed apart.
+pub fn bytes(norms: usize, hidden: usize) -> u64 {
+    const ROWS: usize = 50 << 10;
+    (norms * (hidden * (size_of::<Column>() + size_of::<f32>()) + ROWS)) as u64
 }
 
 /// The parts of [`outliers_protocol::Results`] that a study gives.

@@ -1,9 +1,11 @@
 //! Large blocks, straight from the system.
 
+mod kept;
+
 use std::alloc::Layout;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::kept::{Kept, Span};
+use self::kept::{Kept, Span};
 
 /// Smaller blocks are not worth the search.
 const LEAST: usize = 256 << 10;
