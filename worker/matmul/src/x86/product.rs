@@ -11,7 +11,7 @@ use crate::MEMORY;
 /// Rows of `b` that meet [`SIDE`] rows of `a` in one [`Method::multiply`].
 const BLOCK: usize = 2 * SIDE;
 
-/// Bytes of `b` that a core works on: with what meets them they fit into 2 MiB.
+/// Bytes of `b` that a core works on while rows of `a` pass: about its own memory.
 const LEFT: usize = 1 << 20;
 
 /// Sums of a block: each row is one of `b`, each column one of `a`.
@@ -113,8 +113,9 @@ unsafe fn multiply_rows<A: Real, M: Method<A>>(a: &[A], b: &Matrix<'_>, out: Out
         chunks.with_min_len(2).for_each(|(right, a)| unsafe { M::pack_right(a, b.k, right) });
         let right: &[Line] = right;
         let in_memory = (LEFT / (size_of::<Line>() * steps(b.k) * M::LEFT) * SIDE / BLOCK * BLOCK).max(BLOCK);
-        let of_a_thread = b.rows.div_ceil(rayon::current_num_threads()).next_multiple_of(BLOCK);
-        let columns = in_memory.min(of_a_thread);
+        // As many for every thread: none waits for another's.
+        let tasks = b.rows.div_ceil(in_memory).next_multiple_of(rayon::current_num_threads());
+        let columns = b.rows.div_ceil(tasks).next_multiple_of(BLOCK);
         (0..b.rows.div_ceil(columns)).into_par_iter().for_each(|task| {
             let first = task * columns;
             // SAFETY: as above, and no other task has these columns.
