@@ -9,7 +9,8 @@ with a Python that has torch, transformers, safetensors and numpy, on an idle ma
 
 Every process is pinned to as many processors as it may have threads, so that nobody's helper threads are for nothing. Wall time of
 the worker is that of the whole process; of transformers, loading and running alone: importing it takes seconds that do not grow. Peak
-memory is that of the process, from the system. Where the two count differently in f32, the row says so and the exit code is 1.
+memory is that of the process, from the system. `products` is what the model's multiplications take where nothing else is to do, at the
+rate that the worker's reach by themselves (`outliers-worker bench run`). Where the two count differently in f32, the row says so and the exit code is 1.
 """
 import argparse
 import json
@@ -79,6 +80,17 @@ def worker(options, model, ids, folder):
     return {"seconds": seconds, "memory": memory, "counted": counted}
 
 
+def products(options, model):
+    """Seconds of the pass's multiplications by themselves, in the worker's precision."""
+    ask = [options.worker.resolve(), "inspect", "--model", model, "--json"]
+    ask += ["--num-sequences", options.seqs, "--sequence-length", options.tokens]
+    operations = json.loads(timed(ask, options.threads)[0])["plan"]["flops"]
+    bench = [options.worker.resolve(), "bench", "run", "--model", model, "--json", "--layers", 1, "--devices", "cpu"]
+    bench += ["--num-sequences", 1, "--sequence-length", 64, "--precision", options.worker_precision]
+    whole = json.loads(timed(bench, options.threads)[0])["rows"][-1]
+    return operations / 1e9 / whole["ceiling"]
+
+
 def compare(options, family, scratch):
     model, ids = scratch / "model", scratch / "ids.safetensors"
     make = [sys.executable, "make_model.py", "--family", family, "--out", model, "--seed", 1, "--size", options.size]
@@ -92,19 +104,21 @@ def compare(options, family, scratch):
     ratios = {f"{name}_of_{dtype}": ours[key] / theirs[dtype][key]
               for name, key in (("wall", "seconds"), ("memory", "memory")) for dtype in theirs}
     same = options.worker_precision != "f32" or ours["counted"] == theirs["f32"]["counted"]
-    return {"family": family, "worker": ours, "transformers": theirs, "ratios": ratios, "same_counts": same}
+    return {"family": family, "worker": ours, "transformers": theirs, "products": products(options, model), "ratios": ratios,
+            "same_counts": same}
 
 
 def show(row):
     sides = [row["worker"], row["transformers"]["bf16"], row["transformers"]["f32"]]
-    measured = [f"{side['seconds']:9.2f}" for side in sides] + [f"{side['memory'] / 1e9:9.2f}" for side in sides]
+    measured = [f"{seconds:9.2f}" for seconds in [row["products"]] + [side["seconds"] for side in sides]]
+    measured += [f"{side['memory'] / 1e9:9.2f}" for side in sides]
     ratios = [f"{row['ratios'][name]:9.2f}{' ' if row['ratios'][name] <= most else '!'}" for name, most in TARGETS.items()]
     print(f"{row['family']:<14}" + "".join(measured + ratios), "" if row["same_counts"] else "COUNTS DIFFER", flush=True)
 
 
 def head():
-    print(f"{'':<14}{'seconds':>27}{'peak memory, GB':>27}{'wall, worker over':>20}{'memory, worker over':>20}")
-    columns = ["worker", "bf16", "f32"] * 2
+    print(f"{'':<14}{'seconds':>36}{'peak memory, GB':>27}{'wall, worker over':>20}{'memory, worker over':>20}")
+    columns = ["products"] + ["worker", "bf16", "f32"] * 2
     print(f"{'family':<14}" + "".join(f"{name:>9}" for name in columns) + "".join(f"{name.split('_')[2]:>9} " for name in TARGETS))
 
 
