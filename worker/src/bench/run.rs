@@ -20,7 +20,7 @@ use crate::ffn::{ExpertRows, Routing};
 use crate::hub::Hub;
 use crate::inspect::{self, Flops, PlannedRun};
 use crate::meter::{Meter, Work};
-use crate::model::Model;
+use crate::model::{Model, Piece};
 use crate::product::{self, Arithmetic};
 use crate::progress::ProgressSink;
 use crate::run;
@@ -34,6 +34,8 @@ const SQUARE: usize = 2048;
 const DECODED: usize = 1 << 24;
 /// Bytes read to show what the source can reach.
 const READ: u64 = 256 << 20;
+/// Bytes of it at a time.
+const READ_AT_ONCE: u64 = 4 << 20;
 /// Repetitions of everything that shows a ceiling.
 const ROUNDS: usize = 3;
 
@@ -305,15 +307,20 @@ fn products(model: &Model<'_>, compute: DType, device: &Device) -> Result<f64> {
     Ok(giga(2 * SQUARE * SQUARE * SQUARE, seconds))
 }
 
-/// GB/s of the source, read in the order of the pass.
+/// GB/s of the source, read in the order of the pass into memory that is used again.
 fn reading_alone(model: &Model<'_>) -> Result<f64> {
     let needs = model.spec.needs();
-    let mut bytes = Vec::new();
+    // Touched, so that the system has given it.
+    let mut bytes = vec![1; READ_AT_ONCE as usize];
     let (mut read, start) = (0, Instant::now());
     for (layer, need) in &needs {
-        for piece in model.stored(*layer, need).pieces() {
-            crate::loader::read(model.source, piece, &mut bytes)?;
-            read += bytes.len() as u64;
+        for Piece { entry, range } in model.stored(*layer, need).pieces() {
+            for from in range.clone().step_by(READ_AT_ONCE as usize) {
+                let part = from..range.end.min(from + READ_AT_ONCE);
+                let len = part.end - part.start;
+                model.source.read(entry, part, &mut bytes[..len as usize])?;
+                read += len;
+            }
         }
         if read >= READ {
             break;

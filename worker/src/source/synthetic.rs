@@ -19,6 +19,7 @@ use crate::error::{Result, WorkerError};
 use crate::model::MXFP4_BLOCK;
 use crate::noise::{mix, name_hash};
 use crate::safetensors::{HeaderTensor, StoredDtype};
+use crate::simd::vectorized;
 
 /// Bytes a thread makes at a time, a multiple of a word.
 const TASK: usize = 1 << 16;
@@ -138,6 +139,7 @@ impl Made {
         Self { dtype: StoredDtype::U8, noise: 0, fixed: repeated((127 + exponent).clamp(1, 254) as u64, 8) }
     }
 
+    #[inline(always)]
     fn word(&self, key: u64, index: u64) -> [u8; 8] {
         (mix(key.wrapping_add(index)) & self.noise | self.fixed).to_le_bytes()
     }
@@ -149,9 +151,10 @@ impl Made {
         head.copy_from_slice(&self.word(key, start / 8)[skip..][..head.len()]);
         let first = start.div_ceil(8);
         let (words, tail) = body.as_chunks_mut::<8>();
-        for (word, index) in words.iter_mut().zip(first..) {
-            *word = self.word(key, index);
-        }
+        vectorized(
+            #[inline(always)]
+            || words.iter_mut().zip(first..).for_each(|(word, index)| *word = self.word(key, index)),
+        );
         tail.copy_from_slice(&self.word(key, first + words.len() as u64)[..tail.len()]);
     }
 }
