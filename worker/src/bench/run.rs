@@ -28,8 +28,12 @@ use crate::safetensors::StoredDtype;
 use crate::stats::{LayerObserver, Observer, Scope, Site, Study};
 use crate::stream::Pass;
 
-/// Rows and columns of the matrices that show what products can reach.
-const SQUARE: usize = 2048;
+/// Rows and columns of the matrices that show what products can reach: the first whose product takes so long that its start does not count.
+const SQUARES: [usize; 3] = [2048, 4096, 8192];
+/// Seconds that are that long.
+const LONG: f64 = 2e-3;
+/// Seconds of products: threads take a while until each has a processor of its own, and a GPU until it has its speed.
+const PRODUCTS: f64 = 0.5;
 /// Values decoded to show what decoding can reach.
 const DECODED: usize = 1 << 24;
 /// Bytes read to show what the source can reach.
@@ -298,13 +302,21 @@ fn products(model: &Model<'_>, compute: DType, device: &Device) -> Result<f64> {
         model.spec.needs().into_iter().partition(|(layer, need)| is_kept(*layer, need));
     let values = |needs: &[(usize, Need)]| needs.iter().map(|(_, need)| need.elements()).sum::<u64>();
     let weights = if values(&as_stored) > values(&as_computed) { DType::BF16 } else { compute };
-    let matrix = |dtype| random([SQUARE, SQUARE], dtype, device);
-    let (a, b) = (matrix(compute)?, matrix(weights)?);
-    let seconds = fastest(ROUNDS, || {
-        black_box(product::product(&a, &b)?);
-        device.synchronize().map_err(Into::into)
-    })?;
-    Ok(giga(2 * SQUARE * SQUARE * SQUARE, seconds))
+    let mut rate = 0.0;
+    for side in SQUARES {
+        let matrix = |dtype| random([side, side], dtype, device);
+        let (a, b) = (matrix(compute)?, matrix(weights)?);
+        let mut multiply = || {
+            black_box(product::product(&a, &b)?);
+            device.synchronize().map_err(Into::into)
+        };
+        let once = fastest(1, &mut multiply)?;
+        rate = giga(2 * side * side * side, fastest(ROUNDS.max((PRODUCTS / once) as usize), multiply)?);
+        if once > LONG {
+            break;
+        }
+    }
+    Ok(rate)
 }
 
 /// GB/s of the source, read in the order of the pass into memory that is used again.
