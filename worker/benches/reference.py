@@ -10,7 +10,8 @@ with a Python that has torch, transformers, safetensors and numpy, on an idle ma
 Every process is pinned to as many processors as it may have threads, so that nobody's helper threads are for nothing. Wall time of
 the worker is that of the whole process; of transformers, loading and running alone: importing it takes seconds that do not grow. Peak
 memory is that of the process, from the system. `products` is what the model's multiplications take where nothing else is to do, at the
-rate that the worker's reach by themselves (`outliers-worker bench run`). Where the two count differently in f32, the row says so and the exit code is 1.
+rate that the worker's reach by themselves (`outliers-worker bench run`). Where the two count differently in f32, the row says so and the
+exit code is 1.
 """
 import argparse
 import json

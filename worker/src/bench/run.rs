@@ -28,9 +28,9 @@ use crate::safetensors::StoredDtype;
 use crate::stats::{LayerObserver, Observer, Scope, Site, Study};
 use crate::stream::Pass;
 
-/// Rows and columns of the matrices that show what products can reach: the first whose product takes so long that its start does not count.
+/// Rows and columns of the matrices that show what products can reach: larger ones where a product is over so soon that its start counts.
 const SQUARES: [usize; 3] = [2048, 4096, 8192];
-/// Seconds that are that long.
+/// Seconds of a product whose start does not count.
 const LONG: f64 = 2e-3;
 /// Seconds of products: threads take a while until each has a processor of its own, and a GPU until it has its speed.
 const PRODUCTS: f64 = 0.5;
@@ -302,7 +302,7 @@ fn products(model: &Model<'_>, compute: DType, device: &Device) -> Result<f64> {
         model.spec.needs().into_iter().partition(|(layer, need)| is_kept(*layer, need));
     let values = |needs: &[(usize, Need)]| needs.iter().map(|(_, need)| need.elements()).sum::<u64>();
     let weights = if values(&as_stored) > values(&as_computed) { DType::BF16 } else { compute };
-    let mut rate = 0.0;
+    let mut best = 0f64;
     for side in SQUARES {
         let matrix = |dtype| random([side, side], dtype, device);
         let (a, b) = (matrix(compute)?, matrix(weights)?);
@@ -311,12 +311,13 @@ fn products(model: &Model<'_>, compute: DType, device: &Device) -> Result<f64> {
             device.synchronize().map_err(Into::into)
         };
         let once = fastest(1, &mut multiply)?;
-        rate = giga(2 * side * side * side, fastest(ROUNDS.max((PRODUCTS / once) as usize), multiply)?);
+        let seconds = fastest(ROUNDS.max((PRODUCTS / once) as usize), multiply)?;
+        best = best.max(giga(2 * side * side * side, seconds));
         if once > LONG {
             break;
         }
     }
-    Ok(rate)
+    Ok(best)
 }
 
 /// GB/s of the source, read in the order of the pass into memory that is used again.
