@@ -64,7 +64,8 @@ pub fn index(text: &[u8]) {
     }
 }
 
-fn good<T>(result: Result<T, WorkerError>) -> Option<T> {
+/// What was taken, or nothing after an error that is fit for a terminal.
+pub(crate) fn good<T>(result: Result<T, WorkerError>) -> Option<T> {
     let error = match result {
         Ok(value) => return Some(value),
         Err(error) => error,

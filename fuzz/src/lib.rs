@@ -8,6 +8,8 @@ use tokio::runtime::{Builder, Runtime};
 #[cfg(feature = "worker")]
 pub mod checkpoint;
 pub mod cloud;
+#[cfg(feature = "worker")]
+pub mod corpus;
 pub mod host;
 pub mod sftp;
 

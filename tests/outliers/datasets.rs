@@ -1,10 +1,12 @@
 //! Text from a dataset on the hub: the same windows as from files, by a few ranges, whatever happens to them.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use flate2::write::GzEncoder;
 use outliers_protocol::{CorpusSource, CorpusSpec, FailureKind, Metadata, files};
 use outliers_tests::desk::Desk;
 use outliers_tests::hub::{Fault, MockHub, Repo};
@@ -16,6 +18,7 @@ use parquet::basic::Compression;
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
+use serde_json::{Value, json};
 
 const ID: &str = "owner/texts";
 const FOLDER: &str = "sample/10BT";
@@ -138,6 +141,45 @@ fn what_goes_wrong_on_the_way_is_survived() {
     assert_eq!(setup.dataset(ID).unwrap().ids, expected);
 }
 
+/// Each in a folder of its own: as crawled sets, and tables, are published.
+#[test]
+fn other_formats_give_the_same_windows_and_are_left_alone_beside_parquet() {
+    let lines: String = texts(0).iter().take(4 * BLOCK).map(|text| json!({"text": text}).to_string() + "\n").collect();
+    let mut packed = GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    packed.write_all(lines.as_bytes()).unwrap();
+    let cells: String =
+        texts(0).iter().take(4 * BLOCK).map(|text| format!("\"{}\"\n", text.replace('"', "\"\""))).collect();
+    let rows: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let files = [
+        ("en/train.json.gz", packed.finish().unwrap()),
+        ("tables/train.csv", format!("text\n{cells}").into_bytes()),
+        ("upper/train.NDJSON", lines.into_bytes()),
+        ("array/train.json", json!(rows).to_string().into_bytes()),
+    ];
+    let setup = Setup::new();
+    let expected = setup.load(setup.files(), None).unwrap();
+    let root = setup.dir.path().join("texts");
+    for (name, bytes) in &files {
+        fs::create_dir_all(root.join(name).parent().unwrap()).unwrap();
+        fs::write(root.join(name), bytes).unwrap();
+        fs::write(root.join(name).parent().unwrap().join("dataset_infos.json"), "{\n}").unwrap();
+    }
+    for (name, _) in &files {
+        for path in [name, name.split('/').next().unwrap()] {
+            let tokens = setup.dataset(&format!("{ID}:{path}")).unwrap();
+            assert_eq!(tokens.ids, expected.ids, "{path}");
+        }
+    }
+    fs::remove_dir_all(root.join("upper")).unwrap();
+    let whole = setup.hub.count("en/train.json.gz");
+    assert_eq!(setup.dataset(ID).unwrap().ids, expected.ids);
+    assert_eq!(
+        setup.hub.count("en/train.json.gz"),
+        whole,
+        "it stands before the Parquet files, and is not read beside them"
+    );
+}
+
 /// The model is a folder: the hub is asked for the text alone.
 #[test]
 fn a_deployed_worker_is_given_what_a_gated_dataset_takes() {
@@ -159,7 +201,7 @@ fn a_dataset_that_cannot_be_had_is_named() {
     for (name, kind, says) in [
         ("owner/other", FailureKind::ModelNotFound, "no dataset owner/other"),
         ("owner/texts@gone", FailureKind::ModelNotFound, "dataset owner/texts has no revision gone"),
-        ("owner/texts:elsewhere", FailureKind::Corpus, "no .parquet or .jsonl files"),
+        ("owner/texts:elsewhere", FailureKind::Corpus, "no .parquet, .jsonl, .ndjson, .json, .csv or .tsv files"),
     ] {
         let error = setup.dataset(name).unwrap_err();
         assert_eq!(error.kind(), kind, "{error}");

@@ -163,8 +163,9 @@ pub struct JobArgs {
     /// local:DIR (another folder), synthetic:SEED (made up) [default: hub, or the model's folder].
     #[arg(long, value_name = "WHERE")]
     pub weights: Option<Weights>,
-    /// Text file, one document each, or a .jsonl or .parquet file with many; may be repeated [default: the English text shipped with the
-    /// worker].
+    /// Text file, one document each, or a .parquet, .jsonl, .ndjson, .json, .csv or .tsv file
+    /// with many; also packed (.gz, .zst); may be repeated [default: the English text shipped
+    /// with the worker].
     #[arg(long, value_name = "FILE")]
     pub corpus: Vec<String>,
     /// Dataset on the hub, of which no more is read than is needed: owner/name[@REVISION][:FOLDER], or fineweb-edu.

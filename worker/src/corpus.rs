@@ -4,18 +4,25 @@
 //! so the ids that are hashed are the ids that are run. Cutting a text before tokenising it would be faster for huge
 //! files, but no cut is safe for every tokenizer (some merge across spaces), so there is a limit on size instead.
 
+mod array;
 mod cutter;
 mod documents;
+mod file;
+mod foreign;
 mod ids;
 mod lines;
+mod packed;
 mod parquet;
+mod rows;
+mod table;
+mod text;
 mod tokenizer;
 
-use std::fs::Metadata;
 use std::path::Path;
 
 use outliers_protocol::{
-    BUILTIN_CORPUS, CorpusProvenance, CorpusSource, CorpusSpec, Dataset, Packing, TokenizerProvenance,
+    BUILTIN_CORPUS, CorpusContent, CorpusFormat, CorpusProvenance, CorpusSource, CorpusSpec, Dataset, Packing,
+    TokenizerProvenance,
 };
 use sha2::{Digest, Sha256};
 
@@ -23,7 +30,8 @@ use crate::error::{Result, WorkerError};
 use crate::hub::Hub;
 use crate::safetensors::shown;
 use cutter::Cutter;
-use documents::{Document, Documents, Format, LocalFile, RangedFile, read_whole};
+use documents::{Document, Documents};
+use file::{LocalFile, MAX_TEXT_BYTES, RangedFile, read_whole};
 use tokenizer::TextTokenizer;
 
 /// The English text that ships with the worker, see `assets/README.md`.
@@ -35,8 +43,9 @@ pub const DEFAULT_SEQUENCES: usize = 16;
 pub const DEFAULT_TOKENS: usize = 2048;
 /// Fewest tokens per sequence: the second is the first that can be predicted.
 const FEWEST_TOKENS: usize = 2;
-/// Longest corpus file, bytes: tokenising needs some 50 times that in memory.
-const MAX_CORPUS_BYTES: u64 = 256 << 20;
+/// Files of a dataset that describe it: the hub and its programs write them.
+const DESCRIPTIONS: [&str; 5] =
+    ["config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"];
 
 /// The token ids of a run.
 #[derive(Clone, Debug, PartialEq)]
@@ -109,22 +118,40 @@ struct Text {
 fn local_text(spec: &CorpusSpec, paths: &[String]) -> Result<Text> {
     let open = |path: &String| Ok(Box::new(LocalFile::open(path)?) as Box<dyn RangedFile>);
     let files = paths.iter().map(open).collect::<Result<Vec<_>>>()?;
-    let lasts = paths.iter().any(|path| Format::of(path) != Format::Text);
+    let lasts = paths.iter().any(|path| content(path) != CorpusContent::Text);
     Ok(Text { source: paths.join(", "), documents: Documents::new(files, spec), lasts })
 }
 
 fn hub_text(spec: &CorpusSpec, dataset: &Dataset, hub: &Hub) -> Result<Text> {
-    let folder = format!("{}/", dataset.path);
-    let below = |name: &str| dataset.path.is_empty() || name == dataset.path || name.starts_with(&folder);
-    let chosen = |name: &str| below(name) && Format::of(name) != Format::Text;
-    let found = hub.dataset(&dataset.id, &dataset.revision, chosen)?;
+    let mut found = hub.dataset(&dataset.id, &dataset.revision, |name| holds_documents(dataset, name))?;
     if found.files.is_empty() {
-        let message = format!("dataset {dataset} has no .parquet or .jsonl files there");
+        let message = format!("dataset {dataset} has no .parquet, .jsonl, .ndjson, .json, .csv or .tsv files there");
         return Err(WorkerError::corpus(message).hint("name a folder of it, as in owner/name@main:folder"));
+    }
+    // Beside files that are read by ranges, others are the same packed, or say something about them.
+    if found.files.iter().any(|file| by_ranges(file.name())) {
+        found.files.retain(|file| by_ranges(file.name()));
     }
     let at = Dataset { revision: found.commit, ..dataset.clone() };
     let files = found.files.into_iter().map(|file| Box::new(file) as Box<dyn RangedFile>).collect();
     Ok(Text { source: at.to_string(), documents: Documents::new(files, spec), lasts: true })
+}
+
+/// Whether a file of a dataset's repository is one of those that were asked for.
+fn holds_documents(dataset: &Dataset, name: &str) -> bool {
+    let below = dataset.path.is_empty() || name.strip_prefix(&dataset.path).is_some_and(|rest| rest.starts_with('/'));
+    let describes = name.rsplit('/').next().is_some_and(|file| DESCRIPTIONS.contains(&file));
+    content(name) != CorpusContent::Text && (name == dataset.path || below && !describes)
+}
+
+/// Whether no more of a file is read than is needed.
+fn by_ranges(name: &str) -> bool {
+    let CorpusFormat { content, compression } = CorpusFormat::of(name);
+    compression.is_none() && matches!(content, CorpusContent::Parquet | CorpusContent::JsonLines)
+}
+
+fn content(name: &str) -> CorpusContent {
+    CorpusFormat::of(name).content
 }
 
 fn from_text(spec: &CorpusSpec, text: Text, folder: Option<&Path>, limits: Limits) -> Result<Tokens> {
@@ -143,7 +170,9 @@ fn from_text(spec: &CorpusSpec, text: Text, folder: Option<&Path>, limits: Limit
         }
     }
     if blank {
-        return Err(WorkerError::corpus("the corpus is empty").hint("name text files that hold text"));
+        let rows = format!("rows without text in their field {} are left out", shown(&spec.text_field));
+        let hint = if text.lasts { rows } else { "name text files that hold text".to_owned() };
+        return Err(WorkerError::corpus("the corpus is empty").hint(hint));
     }
     let (windows, available) = cutter.finish()?;
     let sequences = choose(spec, windows.len(), available, length)?;
@@ -166,7 +195,7 @@ fn ready_ids(spec: &CorpusSpec, path: &Path, limits: Limits) -> Result<Tokens> {
         let error = WorkerError::job("ready token ids are run as they are: nothing is skipped or shuffled");
         return Err(named(error.hint("leave out --skip-documents and --shuffle")));
     }
-    let bytes = read_whole(&LocalFile::open(&path.to_string_lossy())?)?;
+    let bytes = read_whole(&LocalFile::open(&path.to_string_lossy())?, MAX_TEXT_BYTES)?;
     let rows = ids::parse(&bytes).map_err(named)?;
     let length = rows.tokens;
     if let Some(asked) = spec.sequence_length.filter(|asked| *asked != length) {
@@ -266,21 +295,6 @@ fn check_vocab(ids: &[i64], length: usize, vocab: usize) -> Result<()> {
             Err(WorkerError::corpus(message).hint("the token ids were made with another model's tokenizer"))
         }
     }
-}
-
-/// A corpus file that is there.
-fn look_at(path: &Path) -> Result<Metadata> {
-    let metadata = path.metadata().map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => {
-            let message = format!("there is no corpus file {}", path.display());
-            WorkerError::corpus(message).hint("corpus files are read on the machine that runs the worker")
-        }
-        _ => WorkerError::io("read", path, &error),
-    })?;
-    if metadata.is_file() {
-        return Ok(metadata);
-    }
-    Err(WorkerError::corpus(format!("{} is not a file", path.display())).hint("name the text files one by one"))
 }
 
 #[cfg(test)]

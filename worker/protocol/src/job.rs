@@ -307,8 +307,9 @@ impl Default for CorpusSpec {
 pub enum CorpusSource {
     /// A text shipped with the worker.
     Builtin(String),
-    /// UTF-8 text files, one document each; JSON Lines (`.jsonl`) and Parquet (`.parquet`) files, one document per line or row, of which no
-    /// more are read than are needed.
+    /// UTF-8 text files, one document each, and files of many documents;
+    /// [`CorpusFormat`](crate::CorpusFormat) tells them by their names.
+    /// Of JSON Lines and Parquet no more is read than is needed.
     Files(Vec<String>),
     /// A dataset on the hub, read in ranges: no more of it than is needed.
     Dataset(Dataset),
@@ -317,7 +318,7 @@ pub enum CorpusSource {
     TokenIds(String),
 }
 
-/// The JSON Lines and Parquet files of a dataset repository.
+/// The files of a dataset repository that hold many documents each.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Dataset {

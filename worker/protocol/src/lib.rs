@@ -15,6 +15,7 @@
 
 mod ablation;
 mod beyond;
+mod corpus_format;
 mod index_set;
 mod inspection;
 mod job;
@@ -29,6 +30,7 @@ pub use beyond::{
     MassiveDim, MassiveLayer, MassiveRecord, OtherSite, Record, RouterSummary, RowSpread, RowStatistics, SuperExperts,
     TOP_RECORDS, TopRecords,
 };
+pub use corpus_format::{CorpusCompression, CorpusContent, CorpusFormat};
 pub use index_set::IndexSet;
 pub use inspection::{
     FileBytes, IgnoredTensors, Inspection, LayerInspection, PlanFigures, SiteInspection, VersionInfo,
@@ -37,7 +39,9 @@ pub use job::{
     BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, Dataset, JobSpec, ModelSource, Packing, Precision, SiteKind,
     SiteKinds, Thresholds, Weights,
 };
-pub use metadata::{CorpusProvenance, DeviceInfo, HostInfo, Metadata, ModelProvenance, TokenizerProvenance};
+pub use metadata::{
+    CONFIG_RULES, ConfigReading, CorpusProvenance, DeviceInfo, HostInfo, Metadata, ModelProvenance, TokenizerProvenance,
+};
 pub use progress::{Phase, Progress};
 pub use results::{
     Axis, Failure, FailureKind, Feature, FileEntry, Manifest, Outcome, Perplexity, Point, Reading, Results,

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use outliers_protocol::{
-    Ablate, Ablation, Axis, BosPolicy, CorpusSource, Dataset, JobSpec, ModelSource, Point, Precision, Reading, Results,
-    SCHEMA, SiteKind, Weights,
+    Ablate, Ablation, Axis, BosPolicy, CorpusCompression, CorpusContent, CorpusFormat, CorpusSource, Dataset, JobSpec,
+    ModelSource, Point, Precision, Reading, Results, SCHEMA, SiteKind, Weights,
 };
 use serde_json::json;
 
@@ -116,4 +116,27 @@ fn results_without_later_measurements_are_read() {
     });
     let results: Results = serde_json::from_value(old).unwrap();
     assert!(results.massive_activations.is_none() && results.routers.is_empty() && results.sites[0].rows.is_none());
+}
+
+#[test]
+fn a_corpus_file_is_what_its_name_ends_in() {
+    use CorpusContent::{Csv, Json, JsonLines, Parquet, Text, Tsv};
+    let (gzip, zstd) = (Some(CorpusCompression::Gzip), Some(CorpusCompression::Zstd));
+    for (name, content, compression, ending) in [
+        ("book.txt", Text, None, "txt"),
+        ("book", Text, None, "txt"),
+        ("/a.jsonl/book.md", Text, None, "txt"),
+        ("book.gz", Text, gzip, "txt.gz"),
+        ("a.jsonl", JsonLines, None, "jsonl"),
+        ("A.NDJSON", JsonLines, None, "jsonl"),
+        ("a.JSON.GZ", Json, gzip, "json.gz"),
+        ("a.b.csv.zst", Csv, zstd, "csv.zst"),
+        ("a.tsv", Tsv, None, "tsv"),
+        ("0.Parquet", Parquet, None, "parquet"),
+    ] {
+        let format = CorpusFormat::of(name);
+        assert_eq!(format, CorpusFormat { content, compression }, "{name}");
+        assert_eq!(format.to_string(), ending, "{name}");
+        assert_eq!(CorpusFormat::of(&format!("corpus-0.{ending}")), format, "{name}");
+    }
 }

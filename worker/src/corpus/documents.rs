@@ -2,18 +2,15 @@
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
-use std::fs::File;
-use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
 
-use outliers_protocol::CorpusSpec;
+use outliers_protocol::{CorpusContent, CorpusFormat, CorpusSpec};
 
+use super::file::{CONVERT, MAX_HELD_BYTES, MAX_TEXT_BYTES, RangedFile};
 use super::lines::Lines;
+use super::packed::Unpacked;
 use super::parquet::TextColumn;
-use super::{MAX_CORPUS_BYTES, look_at};
-use crate::error::{IoContext, Result, WorkerError};
-use crate::hub::DatasetFile;
+use super::{array, table, text};
+use crate::error::{Result, WorkerError};
 use crate::noise::{mix, name_hash};
 
 /// A text under its name.
@@ -28,85 +25,9 @@ impl Document {
         let text = String::from_utf8(bytes).map_err(|error| {
             let at = error.utf8_error().valid_up_to();
             let message = format!("{name} is not UTF-8: the bytes from {at} on are not text");
-            WorkerError::corpus(message).hint("convert it, for example with `iconv -t utf-8`")
+            WorkerError::corpus(message).hint(CONVERT)
         })?;
         Ok(Self { name, text: text.into() })
-    }
-}
-
-/// A file that is read by ranges.
-pub(super) trait RangedFile {
-    /// For messages.
-    fn name(&self) -> &str;
-    /// Bytes.
-    fn size(&self) -> u64;
-    /// The bytes of a range inside it.
-    fn read(&self, range: Range<u64>) -> Result<Vec<u8>>;
-}
-
-impl RangedFile for DatasetFile {
-    fn name(&self) -> &str {
-        self.name()
-    }
-
-    fn size(&self) -> u64 {
-        self.size()
-    }
-
-    fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
-        self.read(range)
-    }
-}
-
-/// A file of this machine.
-pub(super) struct LocalFile {
-    name: String,
-    file: File,
-    size: u64,
-}
-
-impl LocalFile {
-    pub(super) fn open(path: &str) -> Result<Self> {
-        let size = look_at(Path::new(path))?.len();
-        Ok(Self { name: path.to_owned(), file: File::open(path).at("open", path)?, size })
-    }
-}
-
-impl RangedFile for LocalFile {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; (range.end - range.start) as usize];
-        self.file.read_exact_at(&mut bytes, range.start).at("read", &self.name)?;
-        Ok(bytes)
-    }
-}
-
-/// How a file holds documents.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Format {
-    /// It is one.
-    Text,
-    /// One per line, as JSON objects.
-    Lines,
-    /// One per row.
-    Parquet,
-}
-
-impl Format {
-    /// By its name's ending.
-    pub(super) fn of(name: &str) -> Self {
-        match Path::new(name).extension().and_then(|extension| extension.to_str()) {
-            Some("jsonl") => Self::Lines,
-            Some("parquet") => Self::Parquet,
-            _ => Self::Text,
-        }
     }
 }
 
@@ -128,10 +49,45 @@ struct Blocks {
     left: VecDeque<usize>,
 }
 
+/// How the documents of a file are read; with `field` as a whole.
 enum Content {
     Text,
+    Array { field: String },
+    Table { delimiter: u8, field: String },
     Lines(Lines),
     Parquet(Box<TextColumn>),
+}
+
+impl Content {
+    fn open(file: &dyn RangedFile, content: CorpusContent, field: &str) -> Result<Self> {
+        let owned = || field.to_owned();
+        Ok(match content {
+            CorpusContent::Text => Self::Text,
+            CorpusContent::Json if array::is_array(file)? => Self::Array { field: owned() },
+            CorpusContent::Json | CorpusContent::JsonLines => Self::Lines(Lines::new(file, field)),
+            CorpusContent::Csv => Self::Table { delimiter: b',', field: owned() },
+            CorpusContent::Tsv => Self::Table { delimiter: b'\t', field: owned() },
+            CorpusContent::Parquet => Self::Parquet(Box::new(TextColumn::open(file, field)?)),
+        })
+    }
+
+    fn blocks(&self) -> usize {
+        match self {
+            Self::Text | Self::Array { .. } | Self::Table { .. } => 1,
+            Self::Lines(lines) => lines.blocks(),
+            Self::Parquet(column) => column.blocks(),
+        }
+    }
+
+    fn read(&mut self, file: &dyn RangedFile, block: usize) -> Result<Vec<Document>> {
+        match self {
+            Self::Text => Ok(vec![text::read(file)?]),
+            Self::Array { field } => array::read(file, field),
+            Self::Table { delimiter, field } => table::read(file, *delimiter, field),
+            Self::Lines(lines) => lines.read(file, block),
+            Self::Parquet(column) => column.read(file, block),
+        }
+    }
 }
 
 impl Documents {
@@ -160,7 +116,7 @@ impl Documents {
             if let Some(open) = &mut self.open
                 && let Some(block) = open.left.pop_front()
             {
-                let mut documents = open.read(block)?;
+                let mut documents = open.content.read(&*open.file, block)?;
                 if let Some(seed) = self.shuffle {
                     shuffle(&mut documents, mix(seed ^ name_hash(&format!("{block} {}", open.file.name()))));
                 }
@@ -194,41 +150,19 @@ impl Iterator for Documents {
 
 impl Blocks {
     fn open(file: Box<dyn RangedFile>, field: &str, seed: Option<u64>) -> Result<Self> {
-        let content = match Format::of(file.name()) {
-            Format::Text => Content::Text,
-            Format::Lines => Content::Lines(Lines::new(&*file, field)),
-            Format::Parquet => Content::Parquet(Box::new(TextColumn::open(&*file, field)?)),
+        let format = CorpusFormat::of(file.name());
+        let most = if format.content == CorpusContent::Text { MAX_TEXT_BYTES } else { MAX_HELD_BYTES };
+        let file: Box<dyn RangedFile> = match format.compression {
+            Some(compression) => Box::new(Unpacked::of(&*file, compression, most)?),
+            None => file,
         };
-        let blocks = match &content {
-            Content::Text => 1,
-            Content::Lines(lines) => lines.blocks(),
-            Content::Parquet(column) => column.blocks(),
-        };
-        let mut left: Vec<usize> = (0..blocks).collect();
+        let content = Content::open(&*file, format.content, field)?;
+        let mut left: Vec<usize> = (0..content.blocks()).collect();
         if let Some(seed) = seed {
             shuffle(&mut left, mix(seed ^ name_hash(file.name())));
         }
         Ok(Self { file, content, left: left.into() })
     }
-
-    fn read(&self, block: usize) -> Result<Vec<Document>> {
-        let file = &*self.file;
-        match &self.content {
-            Content::Text => Ok(vec![Document::of(file.name().to_owned(), read_whole(file)?)?]),
-            Content::Lines(lines) => lines.read(file, block),
-            Content::Parquet(column) => column.read(file, block),
-        }
-    }
-}
-
-/// The bytes of a file of bounded size.
-pub(super) fn read_whole(file: &dyn RangedFile) -> Result<Vec<u8>> {
-    let (name, bytes) = (file.name(), file.size());
-    if bytes > MAX_CORPUS_BYTES {
-        let message = format!("{name} has {bytes} bytes, over the limit of {MAX_CORPUS_BYTES}");
-        return Err(WorkerError::corpus(message).hint("cut the text into several files, or tokenise it beforehand"));
-    }
-    file.read(0..bytes)
 }
 
 /// The same order for the same seed, everywhere (Fisher and Yates).

@@ -1,5 +1,7 @@
 //! Ready token ids: a safetensors file with `input_ids`, or a JSON list of lists.
 
+use super::file::bom;
+use super::foreign;
 use crate::error::{Result, WorkerError};
 use crate::safetensors::{Header, StoredDtype};
 
@@ -20,6 +22,10 @@ pub(super) struct Rows {
 pub(super) fn parse(bytes: &[u8]) -> Result<Rows> {
     if bytes.get(8) == Some(&b'{') {
         return from_safetensors(bytes);
+    }
+    let bytes = &bytes[bom(bytes)..];
+    if let Some(format) = foreign::of(bytes) {
+        return Err(WorkerError::corpus(format!("it is {}", format.name)).hint(HINT));
     }
     match bytes.iter().find(|byte| !byte.is_ascii_whitespace()) {
         None => Err(empty()),

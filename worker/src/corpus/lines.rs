@@ -1,11 +1,15 @@
-//! JSON Lines: one object per line, one of whose fields is the text. Read in blocks, of which each holds the lines that begin in it, so that
-//! any of them can be had without those before it.
+//! JSON Lines: one row per line. Read in blocks, of which each holds the lines that begin in it,
+//! so that any of them can be had without those before it.
+
+use std::ops::Range;
 
 use serde_json::Value;
 
-use super::documents::{Document, RangedFile};
+use super::documents::Document;
+use super::file::{RangedFile, bom, line_at};
+use super::foreign;
+use super::rows::{Fault, Rows};
 use crate::error::{Result, WorkerError};
-use crate::safetensors::shown;
 
 /// Bytes of a block.
 const BLOCK: u64 = 4 << 20;
@@ -13,71 +17,76 @@ const BLOCK: u64 = 4 << 20;
 const MORE: u64 = 1 << 20;
 /// Longest line, bytes.
 const LONGEST: u64 = 256 << 20;
+/// Blocks that are read without a row that has the field, until the file is refused.
+const MOST_WITHOUT: usize = 16;
 
 /// The lines of a file.
 pub(super) struct Lines {
     blocks: usize,
-    field: String,
+    /// Blocks that were read.
+    read: usize,
+    rows: Rows,
 }
 
 impl Lines {
     pub(super) fn new(file: &dyn RangedFile, field: &str) -> Self {
-        Self { blocks: file.size().div_ceil(BLOCK) as usize, field: field.to_owned() }
+        Self { blocks: file.size().div_ceil(BLOCK) as usize, read: 0, rows: Rows::new(field) }
     }
 
     pub(super) fn blocks(&self) -> usize {
         self.blocks
     }
 
-    /// The texts of the lines that begin in a block.
-    pub(super) fn read(&self, file: &dyn RangedFile, block: usize) -> Result<Vec<Document>> {
+    /// The texts of the lines that begin in a block, each of which is read once.
+    pub(super) fn read(&mut self, file: &dyn RangedFile, block: usize) -> Result<Vec<Document>> {
         let start = block as u64 * BLOCK;
-        let mut end = (start + BLOCK).min(file.size());
-        // A line begins here if the byte before it ends one.
-        let from = start.saturating_sub(1);
-        let mut bytes = file.read(from..end)?;
-        let first = match (block, bytes.iter().position(|byte| *byte == b'\n')) {
-            (0, _) => 0,
-            (_, Some(at)) => at + 1,
-            (_, None) => return Ok(Vec::new()),
-        };
-        if first == bytes.len() {
-            return Ok(Vec::new());
-        }
-        while bytes.last() != Some(&b'\n') && end < file.size() {
-            if bytes.len() as u64 > LONGEST {
-                let message = format!("{} has a line of more than {LONGEST} bytes", file.name());
-                return Err(WorkerError::corpus(message).hint("JSON Lines files have one document per line"));
-            }
-            let more = file.read(end..(end + MORE).min(file.size()))?;
-            end += more.len() as u64;
-            let line_end = more.iter().position(|byte| *byte == b'\n').map_or(more.len(), |at| at + 1);
-            bytes.extend(&more[..line_end]);
-        }
-        let mut at = from + first as u64;
+        let (mut at, lines) = lines_in(file, start..(start + BLOCK).min(file.size()))?;
         let mut documents = Vec::new();
-        for line in bytes[first..].split_inclusive(|byte| *byte == b'\n') {
-            if !line.iter().all(u8::is_ascii_whitespace) {
-                documents.push(self.document(file.name(), at, line)?);
+        for line in lines.split_inclusive(|byte| *byte == b'\n') {
+            let row = &line[if at == 0 { bom(line) } else { 0 }..];
+            if !row.iter().all(u8::is_ascii_whitespace)
+                && let Some(text) = self.text(row).map_err(|fault| wrong(file, at, fault))?
+            {
+                documents.push(Document { name: format!("{} at byte {at}", file.name()), text: text.into() });
             }
             at += line.len() as u64;
+        }
+        self.read += 1;
+        if self.read >= self.blocks.min(MOST_WITHOUT) {
+            self.rows.check(file.name())?;
         }
         Ok(documents)
     }
 
-    fn document(&self, file: &str, at: u64, line: &[u8]) -> Result<Document> {
-        let wrong = |what: String| {
-            let message = format!("the line of {file} that begins at byte {at} {what}");
-            Err(WorkerError::corpus(message).hint("name the field that holds the text with --text-field"))
-        };
-        match serde_json::from_slice::<Value>(line) {
-            Err(error) => wrong(format!("is not JSON: column {}", error.column())),
-            Ok(Value::Object(mut fields)) => match fields.remove(&self.field) {
-                Some(Value::String(text)) => Ok(Document { name: format!("{file} at byte {at}"), text: text.into() }),
-                Some(_) => wrong(format!("has no text in its field {}", shown(&self.field))),
-                None => wrong(format!("has no field {}", shown(&self.field))),
-            },
-            Ok(_) => wrong("is no JSON object".to_owned()),
-        }
+    fn text(&mut self, row: &[u8]) -> Result<Option<String>, Fault> {
+        let value = serde_json::from_slice::<Value>(row).map_err(|error| Fault::syntax(row, &error))?;
+        self.rows.text(value)
     }
+}
+
+/// What is wrong with the line that begins at a byte, or with the file.
+fn wrong(file: &dyn RangedFile, at: u64, fault: Fault) -> WorkerError {
+    foreign::explain(file, None, fault.at(line_at(file, at)))
+}
+
+/// Where the first line that begins in a range begins, and the bytes of all of them.
+fn lines_in(file: &dyn RangedFile, range: Range<u64>) -> Result<(u64, Vec<u8>)> {
+    let mut end = range.end;
+    // A line begins here if the byte before it ends one.
+    let from = range.start.saturating_sub(1);
+    let mut bytes = file.read(from..end)?;
+    let newline = bytes.iter().position(|byte| *byte == b'\n');
+    let first = if range.start == 0 { 0 } else { newline.map_or(bytes.len(), |at| at + 1) };
+    let mut lines = bytes.split_off(first);
+    while !lines.is_empty() && lines.last() != Some(&b'\n') && end < file.size() {
+        if lines.len() as u64 > LONGEST {
+            let message = format!("{} has a line of more than {LONGEST} bytes", file.name());
+            return Err(WorkerError::corpus(message).hint("JSON Lines files have one document per line"));
+        }
+        let more = file.read(end..(end + MORE).min(file.size()))?;
+        end += more.len() as u64;
+        let line_end = more.iter().position(|byte| *byte == b'\n').map_or(more.len(), |at| at + 1);
+        lines.extend(&more[..line_end]);
+    }
+    Ok((from + first as u64, lines))
 }

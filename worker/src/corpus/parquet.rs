@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use bytes::{Buf, Bytes};
-use parquet::basic::Type;
+use parquet::basic::{Compression, Type};
 use parquet::column::page::PageReader;
 use parquet::column::reader::{get_column_reader, get_typed_column_reader};
 use parquet::data_type::{ByteArray, ByteArrayType};
@@ -14,7 +14,9 @@ use parquet::errors::{ParquetError, Result as ParquetResult};
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 use parquet::file::reader::{ChunkReader, Length, SerializedPageReader};
 
-use super::documents::{Document, RangedFile};
+use super::documents::Document;
+use super::file::RangedFile;
+use super::foreign;
 use crate::error::{Result, WorkerError};
 use crate::safetensors::shown;
 
@@ -64,7 +66,7 @@ impl TextColumn {
         let piece = self.fetch(file, block)?;
         let texts = guarded(file, || self.decode(piece, block))?;
         let named = |(row, text): (usize, Option<ByteArray>)| {
-            let name = format!("row {} of {}", rows_before + row as i64, file.name());
+            let name = format!("row {} of {}", rows_before + row as i64 + 1, file.name());
             text.map(|text| Document::of(name, text.data().to_vec()))
         };
         texts.into_iter().enumerate().filter_map(named).collect()
@@ -73,6 +75,13 @@ impl TextColumn {
     fn fetch(&self, file: &dyn RangedFile, block: usize) -> Result<Piece> {
         let chunk = self.metadata.row_group(block).column(self.column);
         let first = chunk.dictionary_page_offset().filter(|at| *at > 0).unwrap_or(chunk.data_page_offset());
+        if chunk.compression() == Compression::LZO {
+            let message =
+                format!("column {} of {} is packed with LZO", shown(&chunk.column_path().string()), file.name());
+            return Err(
+                WorkerError::corpus(message).hint("write it again with another codec, for example zstd or snappy")
+            );
+        }
         let (bytes, unpacked) = (chunk.compressed_size(), chunk.uncompressed_size());
         let possible = (0..=MOST_CHUNK).contains(&bytes) && (0..=MOST_CHUNK).contains(&unpacked);
         let range = (first as u64)..(first.saturating_add(bytes) as u64);
@@ -111,7 +120,8 @@ fn footer(file: &dyn RangedFile) -> Result<Vec<u8>> {
     let size = file.size();
     let damaged = |what: &str| {
         let message = format!("{} is no Parquet file: {what}", file.name());
-        WorkerError::corpus(message).hint("the file is damaged, or has the wrong name")
+        let error = WorkerError::corpus(message).hint("the file is damaged, or has the wrong name");
+        foreign::explain(file, Some(&foreign::PARQUET), error)
     };
     let mut end = file.read(size.saturating_sub(LIKELY_FOOTER)..size)?;
     let body = end.len().checked_sub(TAIL).ok_or_else(|| damaged("it is too short"))?;

@@ -16,6 +16,8 @@ use crate::hub::HubOptions;
 use crate::safetensors::{StoredDtype, TensorSpec, Writer};
 use crate::source::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
 
+mod formats;
+
 /// A hub that nothing is asked of.
 fn nowhere() -> Hub {
     Hub::new(HubOptions::new("/nowhere")).unwrap()
@@ -445,10 +447,10 @@ fn documents_that_cannot_be_read_say_which() {
     let end = pages.len() - 8 - u32::from_le_bytes(tail) as usize;
     pages[4..end].fill(0xee);
     for (file, says) in [
-        (model.write("a.jsonl", "{\"text\": \"w1\"}\nnot json\n"), "begins at byte 15 is not JSON"),
+        (model.write("a.jsonl", "{\"text\": \"w1\"}\nnot json\n"), "a.jsonl is not JSON"),
         (model.write("b.jsonl", "{\"body\": \"w1\"}\n"), "has no field \"text\""),
         (model.write("c.jsonl", "{\"text\": 7}\n"), "has no text in its field"),
-        (model.write("d.jsonl", "[1]\n"), "is no JSON object"),
+        (model.write("d.jsonl", "[1]\n"), "is an array, not an object"),
         (model.write("e.parquet", b"PAR1"), "too short"),
         (model.write("f.parquet", b"not parquet at all"), "PAR1"),
         (model.write("g.parquet", footer), "cannot be read"),

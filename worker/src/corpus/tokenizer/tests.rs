@@ -197,7 +197,8 @@ fn damaged_tokenizers_are_named() {
     let whole = fs::read_to_string(testdata("kimi").join("tiktoken.model")).unwrap();
     let first = whole.lines().next().unwrap();
     for (content, says) in [
-        (String::new(), "no token for byte 0"),
+        (String::new(), "it is empty"),
+        ("\n".to_owned(), "no token for byte 0"),
         (whole.lines().skip(1).collect::<Vec<_>>().join("\n"), "gaps"),
         (format!("{whole}{first}"), "appears twice"),
         (format!("{whole}YWFhYWFh 7"), "gaps"),

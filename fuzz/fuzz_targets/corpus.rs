@@ -1,0 +1,5 @@
+//! A file of documents, in any format.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| outliers_fuzz::corpus::documents(input));

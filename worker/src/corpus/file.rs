@@ -1,0 +1,138 @@
+//! Files that are read by ranges, here or on the hub.
+
+use std::fs::{File, Metadata};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::error::{IoContext, Result, WorkerError};
+use crate::hub::DatasetFile;
+
+/// Longest text, bytes: tokenising needs some 50 times that in memory.
+pub(super) const MAX_TEXT_BYTES: u64 = 256 << 20;
+/// Longest file of documents that is held as a whole, unpacked, bytes.
+pub(super) const MAX_HELD_BYTES: u64 = 1 << 30;
+/// Bytes that are counted through to name a line by its number.
+const MOST_COUNTED: u64 = 1 << 30;
+/// Counted at a time.
+const COUNTED: u64 = 16 << 20;
+/// The mark that some programs put before UTF-8.
+const BOM: &[u8] = b"\xef\xbb\xbf";
+
+/// What to do about a text in another encoding.
+pub(super) const CONVERT: &str = "convert it to UTF-8, for example with `iconv -t utf-8`";
+
+/// A file that is read by ranges.
+pub(super) trait RangedFile {
+    /// For messages.
+    fn name(&self) -> &str;
+    /// Bytes.
+    fn size(&self) -> u64;
+    /// The bytes of a range inside it.
+    fn read(&self, range: Range<u64>) -> Result<Vec<u8>>;
+}
+
+impl RangedFile for DatasetFile {
+    fn name(&self) -> &str {
+        self.name()
+    }
+
+    fn size(&self) -> u64 {
+        self.size()
+    }
+
+    fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
+        self.read(range)
+    }
+}
+
+/// A file of this machine.
+pub(super) struct LocalFile {
+    name: String,
+    file: File,
+    size: u64,
+}
+
+impl LocalFile {
+    pub(super) fn open(path: &str) -> Result<Self> {
+        let size = look_at(Path::new(path))?.len();
+        Ok(Self { name: path.to_owned(), file: File::open(path).at("open", path)?, size })
+    }
+}
+
+impl RangedFile for LocalFile {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        self.file.read_exact_at(&mut bytes, range.start).at("read", &self.name)?;
+        Ok(bytes)
+    }
+}
+
+/// A corpus file that is there.
+fn look_at(path: &Path) -> Result<Metadata> {
+    let metadata = path.metadata().map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => {
+            let message = format!("there is no corpus file {}", path.display());
+            WorkerError::corpus(message).hint("corpus files are read on the machine that runs the worker")
+        }
+        _ => WorkerError::io("read", path, &error),
+    })?;
+    if metadata.is_file() {
+        return Ok(metadata);
+    }
+    Err(WorkerError::corpus(format!("{} is not a file", path.display())).hint("name the text files one by one"))
+}
+
+/// The bytes of a file that has at most so many.
+pub(super) fn read_whole(file: &dyn RangedFile, most: u64) -> Result<Vec<u8>> {
+    let (name, bytes) = (file.name(), file.size());
+    if bytes > most {
+        return Err(too_long(format!("{name} has {bytes} bytes"), most));
+    }
+    file.read(0..bytes)
+}
+
+/// The refusal of a file that is held as a whole.
+pub(super) fn too_long(what: String, most: u64) -> WorkerError {
+    let message = format!("{what}, over the limit of {most}");
+    WorkerError::corpus(message).hint("cut it into several files; .jsonl and .parquet files may have any length")
+}
+
+/// The first bytes of a file, at most so many.
+pub(super) fn head(file: &dyn RangedFile, most: u64) -> Result<Vec<u8>> {
+    file.read(0..file.size().min(most))
+}
+
+/// How many bytes before a text are none of it.
+pub(super) fn bom(bytes: &[u8]) -> usize {
+    if bytes.starts_with(BOM) { BOM.len() } else { 0 }
+}
+
+/// The number of the line that holds the byte after these, from 1 on.
+pub(super) fn line_after(bytes: &[u8]) -> usize {
+    1 + bytes.iter().filter(|byte| **byte == b'\n').count()
+}
+
+/// What the line that begins at a byte is called in messages.
+/// The lines before it are counted only here, after an error.
+pub(super) fn line_at(file: &dyn RangedFile, at: u64) -> String {
+    match (at <= MOST_COUNTED).then(|| number_at(file, at)) {
+        Some(Ok(number)) => format!("line {number} of {}", file.name()),
+        _ => format!("the line of {} that begins at byte {at}", file.name()),
+    }
+}
+
+fn number_at(file: &dyn RangedFile, at: u64) -> Result<usize> {
+    let pieces = (0..at).step_by(COUNTED as usize);
+    pieces
+        .map(|from| file.read(from..at.min(from + COUNTED)))
+        .try_fold(1, |number, piece| Ok(number + line_after(&piece?) - 1))
+}

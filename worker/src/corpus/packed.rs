@@ -1,0 +1,96 @@
+//! Files that are packed as a whole: unpacked into memory, up to a limit.
+
+use std::io::{self, Cursor, Read};
+use std::ops::Range;
+
+use flate2::read::MultiGzDecoder;
+use outliers_protocol::CorpusCompression;
+
+use super::file::{RangedFile, too_long};
+use super::foreign;
+use crate::error::{Result, WorkerError};
+use crate::safetensors::shown;
+
+/// Packed bytes read at a time.
+const PIECE: u64 = 16 << 20;
+
+/// What was in a packed file.
+pub(super) struct Unpacked {
+    name: String,
+    bytes: Vec<u8>,
+}
+
+impl Unpacked {
+    /// Unpacks a file into at most so many bytes.
+    pub(super) fn of(file: &dyn RangedFile, compression: CorpusCompression, most: u64) -> Result<Self> {
+        let name = file.name().to_owned();
+        let mut bytes = Vec::new();
+        unpack(Pieces::of(file), compression, most, &mut bytes).map_err(|error| damaged(file, compression, error))?;
+        if bytes.len() as u64 > most {
+            return Err(too_long(format!("{name} has more bytes when it is unpacked"), most));
+        }
+        Ok(Self { name, bytes })
+    }
+}
+
+/// What was wrong with the file, or on the way to it.
+fn damaged(file: &dyn RangedFile, compression: CorpusCompression, error: io::Error) -> WorkerError {
+    let (said, wanted) = match compression {
+        CorpusCompression::Gzip => ("gzip", &foreign::GZIP),
+        CorpusCompression::Zstd => ("zstd", &foreign::ZSTD),
+    };
+    let error = match error.downcast::<WorkerError>() {
+        Ok(error) => return error,
+        Err(error) => error,
+    };
+    let why = foreign::other(file, Some(wanted))
+        .map_or_else(|| shown(&error.to_string()), |found| format!("it is {}", found.name));
+    let message = format!("{} cannot be unpacked with {said}: {why}", file.name());
+    WorkerError::corpus(message).hint("the file is damaged, not all there, or has the ending of another format")
+}
+
+/// Takes no more than one byte over the limit.
+fn unpack(from: Pieces<'_>, compression: CorpusCompression, most: u64, into: &mut Vec<u8>) -> io::Result<usize> {
+    match compression {
+        CorpusCompression::Gzip => MultiGzDecoder::new(from).take(most + 1).read_to_end(into),
+        CorpusCompression::Zstd => zstd::Decoder::new(from)?.take(most + 1).read_to_end(into),
+    }
+}
+
+impl RangedFile for Unpacked {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn size(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
+        Ok(self.bytes[range.start as usize..range.end as usize].to_vec())
+    }
+}
+
+/// A file from its beginning to its end.
+struct Pieces<'a> {
+    file: &'a dyn RangedFile,
+    read: u64,
+    piece: Cursor<Vec<u8>>,
+}
+
+impl<'a> Pieces<'a> {
+    fn of(file: &'a dyn RangedFile) -> Self {
+        Self { file, read: 0, piece: Cursor::default() }
+    }
+}
+
+impl Read for Pieces<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.piece.position() == self.piece.get_ref().len() as u64 {
+            let end = self.file.size().min(self.read + PIECE);
+            self.piece = Cursor::new(self.file.read(self.read..end).map_err(io::Error::other)?);
+            self.read = end;
+        }
+        self.piece.read(into)
+    }
+}
