@@ -165,7 +165,8 @@ fn pickled() -> Setup {
     let map = serde_json::json!({"weight_map": {"f32": BIN, "second": OTHER_BIN}});
     fs::write(repo.join("pytorch_model.bin.index.json"), map.to_string()).unwrap();
     fs::write(repo.join("config.json"), "{}").unwrap();
-    for extra in ["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "consolidated.00.pt", "tiktoken.model"] {
+    // A file `pytorch_model.bin` would be the one that counts, as in transformers.
+    for extra in ["tf_model.h5", "flax_model.msgpack", "consolidated.00.pt", "tiktoken.model"] {
         fs::write(repo.join(extra), "not wanted").unwrap();
     }
     setup
@@ -431,7 +432,10 @@ fn repositories_that_cannot_be_used_say_why() {
     type Case<'a> = (&'a dyn Fn(&Path), &'static str);
     let cases: [Case<'_>; 4] = [
         (&|repo| fs::remove_file(repo.join("config.json")).unwrap(), "has no config.json"),
-        (&|repo| fs::remove_file(repo.join(SHARD)).unwrap(), "names model-00001-of-00002.safetensors, which"),
+        (
+            &|repo| fs::remove_file(repo.join(SHARD)).unwrap(),
+            "names files that model owner/demo-model does not have: model-00001-of-00002.safetensors",
+        ),
         (
             &|repo| {
                 fs::remove_file(repo.join("model.safetensors.index.json")).unwrap();
@@ -447,6 +451,23 @@ fn repositories_that_cannot_be_used_say_why() {
         let error = setup.client().fetch_metadata(ID, "main").map(|_| ()).unwrap_err();
         assert_eq!(error.kind(), FailureKind::Checkpoint, "{error}");
         assert!(error.message().contains(says), "{error}");
+    }
+}
+
+/// As locally: what transformers reads, and the same words about it.
+#[test]
+fn the_only_weight_file_of_a_repository_counts_whatever_its_index_says() {
+    let setup = Setup::new();
+    fs::copy(setup.repo().join(SHARD), setup.repo().join("model.safetensors")).unwrap();
+    let local = Checkpoint::open_folder(&setup.repo()).unwrap();
+    let note = "two sets of weights lie here: model.safetensors, which is read";
+    assert!(local.weights.notes()[0].starts_with(note), "{:?}", local.weights.notes());
+    let client = setup.client();
+    let planned = client.fetch_metadata(ID, "main").unwrap();
+    let streamed = client.stream(ID, "main", 1 << 20, &|_| ()).unwrap();
+    let fetched = setup.fetch().unwrap();
+    for checkpoint in [planned, streamed, fetched] {
+        assert_eq!(checkpoint.weights.index(), local.weights.index());
     }
 }
 

@@ -7,6 +7,7 @@ pub mod hub;
 pub mod line;
 pub mod programs;
 pub mod sshd;
+pub mod torch;
 
 use std::io::Write;
 

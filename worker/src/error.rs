@@ -111,6 +111,17 @@ pub fn printable(text: &str, limit: usize) -> String {
     out
 }
 
+/// Names in a sentence: the first five, and how many more there are.
+pub fn listed(names: impl IntoIterator<Item = impl std::fmt::Display>) -> String {
+    const SHOWN: usize = 5;
+    let names: Vec<String> = names.into_iter().map(|name| name.to_string()).collect();
+    let shown = names[..names.len().min(SHOWN)].join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
 /// As the manifest carries it.
 impl From<WorkerError> for Failure {
     fn from(error: WorkerError) -> Self {
@@ -171,6 +182,13 @@ mod tests {
         let long = WorkerError::unsupported("é".repeat(1_000_000));
         assert_eq!(long.message().chars().count(), LONGEST + 1);
         assert_eq!((printable("abc", 3), printable("abcd", 3)), ("abc".to_owned(), "abc…".to_owned()));
+    }
+
+    #[test]
+    fn long_lists_end_with_a_number() {
+        assert_eq!(listed(["a"]), "a");
+        assert_eq!(listed(["a", "b", "c", "d", "e"]), "a, b, c, d, e");
+        assert_eq!(listed(0..8), "0, 1, 2, 3, 4 and 3 more");
     }
 
     #[test]

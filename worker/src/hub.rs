@@ -31,8 +31,8 @@ pub use listing::{Digest, RepoFile, RepoKind, RepoListing};
 use crate::error::{Result, WorkerError};
 use crate::safetensors::{Header, HeaderTensor};
 use crate::source::{
-    CONFIG_FILE, Checkpoint, Container, Described, LocalSource, MAX_JSON_BYTES, TOKENIZER_SETTINGS, TensorEntry,
-    TensorIndex, TokenizerFiles, WeightFiles, WeightMap, WeightSource, no_weights, read_small,
+    CONFIG_FILE, Checkpoint, Container, Described, LocalSource, MAX_JSON_BYTES, Place, TOKENIZER_SETTINGS, TensorEntry,
+    TensorIndex, TokenizerFiles, WeightFiles, WeightSource, read_small,
 };
 use crate::torch;
 use cache::Cache;
@@ -143,7 +143,7 @@ impl Hub {
     ) -> Result<Checkpoint> {
         let listing = Arc::new(self.resolve(id, revision)?);
         let shards = self.fetch_small(&listing)?;
-        if shards.container == Container::Torch {
+        if shards.weights.container == Container::Torch {
             return self.fetch_shards(&listing, &shards, progress);
         }
         let (index, files) = self.index(&listing, &shards)?;
@@ -158,8 +158,8 @@ impl Hub {
             Ok(RemoteFile::new(&self.client, listing, &file.name, file.size.ok_or_else(named)?))
         };
         let files = shards.files.iter().map(open).collect::<Result<Vec<_>>>()?;
-        let found = in_parallel(PARALLEL_HEADERS, &files, |file| tensors(file, shards.container))?;
-        Ok((TensorIndex::assemble(found, shards.map.as_ref()).map_err(|e| e.context(id))?, files))
+        let found = in_parallel(PARALLEL_HEADERS, &files, |file| tensors(file, shards.weights.container))?;
+        Ok((TensorIndex::of(&shards.weights, found).map_err(|e| e.context(id))?, files))
     }
 
     /// Configuration and tokenizer alone.
@@ -200,20 +200,27 @@ impl Hub {
             counter.file_done();
             Ok(())
         })?;
-        Ok(self.described(listing)?.with(LocalSource::open(&self.cache.snapshot(listing))?))
+        let weights = LocalSource::open_files(&self.cache.snapshot(listing), &shards.weights)?;
+        Ok(self.described(listing)?.with(weights))
     }
 
     /// Fetches what is not weights, and returns which files are.
     fn fetch_small(&self, listing: &RepoListing) -> Result<Shards> {
         self.fetch_description(listing)?;
-        let place = || format!("model {}", listing.id);
-        let chosen = Container::choose(|name| listing.file(name).is_some()).ok_or_else(|| no_weights(place()))?;
-        if chosen.is_index() {
-            self.fetch_file(listing, chosen.file)?;
-        }
         let snapshot = self.cache.snapshot(listing);
-        let weights = WeightFiles::read(chosen, |name| read_small(&snapshot.join(name)));
-        self.shards(listing, weights.map_err(|error| error.context(place()))?)
+        let has = |name: &str| listing.file(name).is_some();
+        let read = |name: &str| {
+            // The configuration is there already.
+            if name != CONFIG_FILE {
+                self.fetch_file(listing, name)?;
+            }
+            Ok(read_small(&snapshot.join(name))?.unwrap_or_default())
+        };
+        let name = format!("model {}", listing.id);
+        let weights = WeightFiles::find(&Place { name: &name, has: &has, read: &read })?;
+        let files = weights.names.iter().filter_map(|name| listing.file(name));
+        let files = files.map(|file| self.sized(listing, file)).collect::<Result<_>>()?;
+        Ok(Shards { weights, files })
     }
 
     /// Fetches configuration and tokenizer.
@@ -239,16 +246,6 @@ impl Hub {
             return Err(WorkerError::checkpoint(message));
         }
         self.cache.fetch(&self.client, listing, &file, &|_| ())
-    }
-
-    fn shards(&self, listing: &RepoListing, weights: WeightFiles) -> Result<Shards> {
-        let WeightFiles { container, names, map } = weights;
-        let find = |name: &String| match listing.file(name) {
-            Some(file) => self.sized(listing, file),
-            None => Err(missing_shard(listing, name, container)),
-        };
-        let files = names.iter().map(find).collect::<Result<_>>()?;
-        Ok(Shards { container, files, map })
     }
 
     /// Some mirrors list names only: size and hash are then in the answer to a request for the file.
@@ -292,15 +289,8 @@ fn header(file: &RemoteFile) -> Result<Header> {
 
 /// The weight files of a repository.
 struct Shards {
-    container: Container,
+    weights: WeightFiles,
     files: Vec<RepoFile>,
-    map: Option<WeightMap>,
-}
-
-fn missing_shard(listing: &RepoListing, name: &str, container: Container) -> WorkerError {
-    let message =
-        format!("{} of {} names {name}, which the repository does not have", container.index_file(), listing.id);
-    WorkerError::checkpoint(message).hint("choose another revision: this one is incomplete")
 }
 
 /// Tensors whose bytes were never fetched.

@@ -39,6 +39,7 @@ pub mod safetensors;
 pub mod savepoint;
 pub mod simd;
 pub mod source;
+pub mod stand_in;
 pub mod stats;
 pub mod stream;
 pub mod torch;

@@ -17,19 +17,23 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 mod layout;
+mod strided;
 mod synthetic;
 
-pub(crate) use layout::{ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_SETTINGS, WeightFiles, no_weights};
+pub(crate) use layout::{ADDED_TOKENS_FILE, Place, SPECIAL_TOKENS_FILE, TOKENIZER_SETTINGS, WeightFiles};
 pub use layout::{
     CONFIG_FILE, Container, INDEX_FILE, SINGLE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TokenizerFiles, WeightMap,
 };
 pub use synthetic::SyntheticSource;
 
-use crate::error::{IoContext, Result, WorkerError};
+use crate::error::{IoContext, Result, WorkerError, listed, printable};
 use crate::safetensors::{HeaderTensor, StoredDtype, shown};
+use crate::stand_in;
 
 /// Longest configuration or index file accepted, bytes; the largest published index (Kimi-K2) has 10 MB.
 pub(crate) const MAX_JSON_BYTES: u64 = 256 << 20;
+/// Characters of a note in the log.
+const LONGEST_NOTE: usize = 2000;
 
 /// One stored tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,10 +46,19 @@ pub struct TensorEntry {
     pub shape: Vec<u64>,
     /// Index into [`WeightSource::files`].
     pub file: usize,
+    /// Values from one index to the next, per dimension, where they do not lie in row-major order without gaps.
+    pub strides: Option<Vec<u64>>,
     /// First byte, counted from the start of the file.
     pub offset: u64,
-    /// Bytes.
+    /// Bytes of its values in row-major order, wherever they lie.
     pub len: u64,
+}
+
+impl TensorEntry {
+    /// Whether both are the same bytes of the same file.
+    pub fn shares_bytes(&self, other: &Self) -> bool {
+        (self.file, self.offset, self.len) == (other.file, other.offset, other.len)
+    }
 }
 
 /// All tensors of a checkpoint by name, and the files they are in.
@@ -53,61 +66,86 @@ pub struct TensorEntry {
 pub struct TensorIndex {
     entries: BTreeMap<String, TensorEntry>,
     files: Vec<FileBytes>,
+    notes: Vec<String>,
+}
+
+/// A tensor that one file held before another.
+struct Twice {
+    name: String,
+    /// Both, as indices into the files.
+    files: [usize; 2],
 }
 
 impl TensorIndex {
-    /// Puts the checked headers of all weight files together, and against the index where there is one.
+    /// Puts the checked headers of all weight files together, and against the index where there is one. Of a tensor in
+    /// several files the last counts, as in transformers.
     ///
     /// # Errors
-    /// Kind `Checkpoint`: a tensor in two files, or one that the index puts where it is not.
+    /// Kind `Checkpoint`: a tensor that the index names and no file holds, or one in two files that no index names.
     pub fn assemble(shards: Vec<(FileBytes, Vec<HeaderTensor>)>, weight_map: Option<&WeightMap>) -> Result<Self> {
         let mut index = Self::default();
+        let mut twice = Vec::new();
         for (file, tensors) in shards {
-            index.add(file, tensors)?;
+            index.add(file, tensors, &mut twice);
         }
+        twice.retain(|Twice { name, .. }| weight_map.is_none_or(|map| map.file_of(name).is_none()));
+        index.refuse_twice(&twice)?;
         if let Some(map) = weight_map {
             index.check_against(map)?;
         }
         Ok(index)
     }
 
-    fn add(&mut self, file: FileBytes, tensors: Vec<HeaderTensor>) -> Result<()> {
+    /// The same of files that were found, with what there is to say of the choice.
+    pub(crate) fn of(weights: &WeightFiles, shards: Vec<(FileBytes, Vec<HeaderTensor>)>) -> Result<Self> {
+        let mut index = Self::assemble(shards, weights.map.as_ref())?;
+        index.notes.extend_from_slice(&weights.notes);
+        Ok(index)
+    }
+
+    fn add(&mut self, file: FileBytes, tensors: Vec<HeaderTensor>, twice: &mut Vec<Twice>) {
         let number = self.files.len();
-        for tensor in tensors {
-            let entry = TensorEntry {
-                name: tensor.name.clone(),
-                dtype: tensor.dtype,
-                shape: tensor.shape,
-                file: number,
-                offset: tensor.offset,
-                len: tensor.len,
-            };
-            if let Some(other) = self.entries.insert(tensor.name, entry) {
-                let (name, first) = (shown(&other.name), &self.files[other.file].name);
-                let message = format!("tensor {name} is in two files: {first} and {}", file.name);
-                return Err(WorkerError::checkpoint(message).hint("remove the file that does not belong there"));
+        for HeaderTensor { name, dtype, shape, strides, offset, len } in tensors {
+            let entry = TensorEntry { name: name.clone(), dtype, shape, strides, file: number, offset, len };
+            if let Some(other) = self.entries.insert(name, entry) {
+                twice.push(Twice { name: other.name, files: [other.file, number] });
             }
         }
         self.files.push(file);
-        Ok(())
     }
 
-    /// Every tensor the index names must be where it says. Tensors it does not name are no harm: they stay usable by name.
-    fn check_against(&self, map: &WeightMap) -> Result<()> {
-        let index = map.index_file();
+    fn refuse_twice(&self, twice: &[Twice]) -> Result<()> {
+        if twice.is_empty() {
+            return Ok(());
+        }
+        let named = |Twice { name, files: [a, b] }: &Twice| {
+            format!("{} ({} and {})", shown(name), self.files[*a].name, self.files[*b].name)
+        };
+        let message = format!("two files hold tensors of the same name: {}", listed(twice.iter().map(named)));
+        Err(WorkerError::checkpoint(message).hint("remove the file that does not belong there"))
+    }
+
+    /// Every tensor the index names must be somewhere. Tensors it does not name are no harm: they stay usable by name.
+    fn check_against(&mut self, map: &WeightMap) -> Result<()> {
+        let (index, mut missing, mut elsewhere) = (map.index_file(), Vec::new(), Vec::new());
         for (name, file) in map.tensors() {
-            let found = self.entries.get(name).map(|entry| self.files[entry.file].name.as_str());
-            if found == Some(file) {
-                continue;
+            match self.entries.get(name).map(|entry| self.files[entry.file].name.as_str()) {
+                None => missing.push(format!("{} ({file})", shown(name))),
+                Some(found) if found != file => elsewhere.push(format!("{} ({found}, not {file})", shown(name))),
+                Some(_) => {}
             }
-            let name = shown(name);
-            let message = match found {
-                None => format!("{index} says that tensor {name} is in {file}, but it is not in that file"),
-                Some(other) => format!("{index} says that tensor {name} is in {file}, but it is in {other}"),
-            };
+        }
+        if !missing.is_empty() {
+            let message = format!("{index} names tensors that its files do not hold: {}", listed(missing));
             return Err(
                 WorkerError::checkpoint(message).hint("index and files are of different versions: fetch both again")
             );
+        }
+        if !elsewhere.is_empty() {
+            let elsewhere = listed(elsewhere);
+            self.notes.push(format!(
+                "tensors are read from other files than {index} says, as transformers does: {elsewhere}"
+            ));
         }
         Ok(())
     }
@@ -134,7 +172,8 @@ pub trait WeightSource: Send + Sync {
     /// Fills `into` with the bytes `range` of the tensor, counted from its first byte; little-endian as stored.
     ///
     /// # Errors
-    /// Kind `Internal` when the range is not inside the tensor or has another length than `into`; else the source's own.
+    /// Kind `Internal` when the range is not inside the tensor, has another length than `into`, or cuts a value of a
+    /// tensor with strides; else the source's own.
     fn read(&self, entry: &TensorEntry, range: Range<u64>, into: &mut [u8]) -> Result<()>;
 
     /// Says what will be read, in that order, so that a source that is far away can begin to bring it. Other reads stay possible.
@@ -157,6 +196,11 @@ pub trait WeightSource: Send + Sync {
     fn files(&self) -> &[FileBytes] {
         &self.index().files
     }
+
+    /// What readers of the results should know of how these weights were chosen.
+    fn notes(&self) -> &[String] {
+        &self.index().notes
+    }
 }
 
 /// The contract of [`WeightSource::read`], shared by its implementations.
@@ -176,24 +220,39 @@ pub struct LocalSource {
 }
 
 impl LocalSource {
-    /// Opens the weight files of `folder` and checks their headers and the index: one set of files is used ([`Container`] says which),
-    /// others that lie beside it are not looked at.
+    /// Opens the weight files of `folder` and checks their headers and the index: one set of files is used, the one that
+    /// transformers reads; others that lie beside it are not looked at.
     ///
     /// # Errors
     /// Kind `Checkpoint` or `Storage` for what is in it.
     pub fn open(folder: &Path) -> Result<Self> {
-        let weights = weight_files(folder)?;
+        Self::open_files(folder, &weight_files(folder)?)
+    }
+
+    /// The same of files that were chosen already.
+    pub(crate) fn open_files(folder: &Path, weights: &WeightFiles) -> Result<Self> {
         let mut shards = Vec::with_capacity(weights.names.len());
         let mut files = Vec::with_capacity(weights.names.len());
         for name in &weights.names {
             let path = folder.join(name);
-            let file = open_shard(folder, name, weights.map.as_ref())?;
+            let file = File::open(&path).at("open", &path)?;
             let bytes = file.metadata().at("read the size of", &path)?.len();
             shards.push((FileBytes { name: name.clone(), bytes }, weights.container.read_tensors(&path)?));
             files.push(file);
         }
-        let index = TensorIndex::assemble(shards, weights.map.as_ref()).map_err(|e| e.context(folder.display()))?;
+        let index = TensorIndex::of(weights, shards).map_err(|e| e.context(folder.display()))?;
         Ok(Self { index, folder: folder.to_owned(), files, read: AtomicU64::new(0) })
+    }
+
+    fn read_at(&self, file: usize, offset: u64, into: &mut [u8]) -> Result<()> {
+        let path = || self.folder.join(&self.index.files[file].name);
+        self.files[file].read_exact_at(into, offset).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                let message = format!("{} became shorter while it was read", path().display());
+                WorkerError::checkpoint(message).hint("something else is writing to that folder")
+            }
+            _ => WorkerError::io("read", path(), &error),
+        })
     }
 }
 
@@ -204,14 +263,13 @@ impl WeightSource for LocalSource {
 
     fn read(&self, entry: &TensorEntry, range: Range<u64>, into: &mut [u8]) -> Result<()> {
         check_range(entry, &range, into)?;
-        let path = || self.folder.join(&self.index.files[entry.file].name);
-        self.files[entry.file].read_exact_at(into, entry.offset + range.start).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => {
-                let message = format!("{} became shorter while it was read", path().display());
-                WorkerError::checkpoint(message).hint("something else is writing to that folder")
+        match &entry.strides {
+            None => self.read_at(entry.file, entry.offset + range.start, into)?,
+            Some(strides) => {
+                let read = |offset, into: &mut [u8]| self.read_at(entry.file, offset, into);
+                strided::gather(entry, strides, range, into, &read)?;
             }
-            _ => WorkerError::io("read", path(), &error),
-        })?;
+        }
         self.read.fetch_add(into.len() as u64, Ordering::Relaxed);
         Ok(())
     }
@@ -219,17 +277,6 @@ impl WeightSource for LocalSource {
     fn bytes_read(&self) -> u64 {
         self.read.load(Ordering::Relaxed)
     }
-}
-
-fn open_shard(folder: &Path, name: &str, map: Option<&WeightMap>) -> Result<File> {
-    let path = folder.join(name);
-    File::open(&path).map_err(|error| match (error.kind(), map) {
-        (io::ErrorKind::NotFound, Some(map)) => {
-            let message = format!("{} names {name}, but {} has no such file", map.index_file(), folder.display());
-            WorkerError::checkpoint(message).hint("copy the missing shard there, or fetch the model again")
-        }
-        _ => WorkerError::io("open", &path, &error),
-    })
 }
 
 /// Whether `name` can only be a file directly inside a folder: no separators, no `.` or `..`, nothing invisible.
@@ -273,8 +320,11 @@ impl Described {
         &self.config
     }
 
-    /// The model with these weights.
+    /// The model with these weights. What there is to say of their choice is said as warnings.
     pub fn with(self, weights: impl WeightSource + 'static) -> Checkpoint {
+        for note in weights.notes() {
+            tracing::warn!("{}", printable(note, LONGEST_NOTE));
+        }
         let Self { folder, revision, config, config_sha256 } = self;
         Checkpoint { folder, revision, config, config_sha256, weights: Arc::new(weights) }
     }
@@ -325,14 +375,24 @@ fn read_config(folder: &Path) -> Result<(Value, String)> {
 
 /// The weight files of a folder.
 fn weight_files(folder: &Path) -> Result<WeightFiles> {
-    let read = |name: &str| read_small(&folder.join(name));
-    match Container::choose(|name| folder.join(name).is_file()) {
-        Some(chosen) => WeightFiles::read(chosen, read).map_err(|error| error.context(folder.display())),
-        None => Err(no_weights(folder.display())),
-    }
+    refuse_distributed(folder)?;
+    let has = |name: &str| folder.join(name).is_file();
+    let read = |name: &str| Ok(read_small(&folder.join(name))?.unwrap_or_default());
+    WeightFiles::find(&Place { name: &folder.display(), has: &has, read: &read })
 }
 
-/// The bytes of a JSON file of bounded size; `None` when it does not exist.
+/// Where several processes wrote their slices of the tensors, transformers reads those before all other files.
+fn refuse_distributed(folder: &Path) -> Result<()> {
+    let entries = std::fs::read_dir(folder).at("list", folder)?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let Some(name) = names.filter(|name| layout::is_distributed(name)).min() else { return Ok(()) };
+    let message =
+        format!("{} holds a distributed checkpoint ({name}), of which the tensors are in slices", folder.display());
+    let hint = "save it whole (save_pretrained), or take those files away if the weights beside them are the ones that are meant";
+    Err(WorkerError::unsupported(message).hint(hint))
+}
+
+/// The bytes of a JSON or tokenizer file of bounded size; `None` when it does not exist.
 pub(crate) fn read_small(path: &Path) -> Result<Option<Vec<u8>>> {
     let bytes = match path.metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -343,7 +403,9 @@ pub(crate) fn read_small(path: &Path) -> Result<Option<Vec<u8>>> {
         let message = format!("{} has {bytes} bytes, over the limit of {MAX_JSON_BYTES}", path.display());
         return Err(WorkerError::checkpoint(message));
     }
-    std::fs::read(path).at("read", path).map(Some)
+    let bytes = std::fs::read(path).at("read", path)?;
+    stand_in::refuse(&bytes).map_err(|error| error.context(path.display()))?;
+    Ok(Some(bytes))
 }
 
 #[cfg(test)]

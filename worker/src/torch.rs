@@ -18,6 +18,7 @@ use std::path::Path;
 
 use crate::error::{IoContext, Result, WorkerError};
 use crate::safetensors::{HeaderTensor, StoredDtype, element_count, shown};
+use crate::stand_in;
 use pickle::View;
 use zip::{Archive, Record};
 
@@ -26,6 +27,8 @@ pub type ReadRange<'a> = &'a dyn Fn(Range<u64>) -> Result<Vec<u8>>;
 
 /// Longest pickle accepted, bytes: dozens of times that of any published shard, and at most half a gigabyte unpickled.
 const MAX_PICKLE_BYTES: u64 = 8 << 20;
+/// Largest tensor that repeats the values of a smaller record, bytes.
+const MAX_REPEATED_BYTES: u64 = 1 << 30;
 /// Most tensors in one file.
 const MAX_TENSORS: usize = 1 << 20;
 /// How the format before the archives begins: a pickled magic number.
@@ -50,7 +53,7 @@ impl Contents {
     /// Kind `Checkpoint`: not such an archive, damaged, or a pickle that wants more than tensors; `Unsupported` for the
     /// format of PyTorch before 1.6. The file's name is the caller's to add.
     pub fn read(file_len: u64, read: ReadRange<'_>) -> Result<Self> {
-        let archive = Archive::read(file_len, read).map_err(|error| legacy(file_len, read).unwrap_or(error))?;
+        let archive = Archive::read(file_len, read).map_err(|error| explained(file_len, read).unwrap_or(error))?;
         let (folder, pickle) = the_pickle(&archive)?;
         let program = archive.contents(pickle, MAX_PICKLE_BYTES, read)?;
         // It lies right behind the pickle, where a reader that reads ahead has been already.
@@ -110,13 +113,15 @@ fn damaged(message: impl Into<String>) -> WorkerError {
     WorkerError::checkpoint(message).hint("the file is damaged or incomplete: fetch it again")
 }
 
-/// The better explanation of a file that is no archive, if it is one of those from before them.
-fn legacy(file_len: u64, read: ReadRange<'_>) -> Option<WorkerError> {
-    let len = LEGACY_MAGIC.len() as u64;
-    let begins_so = file_len >= len && read(0..len).is_ok_and(|start| start == LEGACY_MAGIC);
+/// The better explanation of a file that is no archive: something else under its name, or the format from before them.
+fn explained(file_len: u64, read: ReadRange<'_>) -> Option<WorkerError> {
+    let start = read(0..file_len.min(stand_in::ENOUGH as u64)).ok()?;
+    if let Err(error) = stand_in::refuse(&start) {
+        return Some(error);
+    }
     let message = "it is in the format of PyTorch before 1.6, which has no directory of its tensors";
     let hint = "convert it to safetensors, or choose a revision of the model that has them";
-    begins_so.then(|| WorkerError::unsupported(message).hint(hint))
+    start.starts_with(LEGACY_MAGIC).then(|| WorkerError::unsupported(message).hint(hint))
 }
 
 /// Nobody publishes such weights, but a file that says so must not be read the other way round.
@@ -144,18 +149,18 @@ fn the_pickle(archive: &Archive) -> Result<(&str, &Record)> {
 /// Compares a tensor with the record that its storage is.
 fn place(view: &View<'_>, folder: &str, archive: &Archive) -> Result<Placed> {
     let wrong = |what: String| damaged(format!("tensor {}: {what}", shown(view.name)));
-    let key = view.storage.key;
+    let pickle::Storage { element, key, values } = view.storage;
     let name = format!("{folder}/data/{key}");
     let Some((number, record)) = archive.find(&name) else {
         return Err(wrong(format!("the archive has no record {}", shown(&name))));
     };
     record.check_stored()?;
-    let (dtype, values) = (view.storage.dtype, view.storage.values);
-    let size = dtype.size().expect("storages are of known types");
-    if values.checked_mul(size) != Some(record.len) {
-        let what =
-            format!("{values} values of {dtype} do not fill the {} bytes of record {}", record.len, shown(&name));
-        return Err(wrong(what));
+    if values.checked_mul(element.size) != Some(record.len) {
+        let (dtype, len) = (element.dtype(), record.len);
+        return Err(wrong(format!(
+            "{values} values of {dtype} do not fill the {len} bytes of record {}",
+            shown(&name)
+        )));
     }
     let Some(count) = element_count(&view.shape) else {
         return Err(wrong(format!("its shape {:?} overflows", view.shape)));
@@ -165,15 +170,18 @@ fn place(view: &View<'_>, folder: &str, archive: &Archive) -> Result<Placed> {
         let what = format!("shape {shape:?} with strides {strides:?} from {offset} leaves its {values} values");
         return Err(wrong(what));
     };
-    let contiguous = view.is_contiguous();
-    debug_assert!(!contiguous || count == span, "contiguous tensors have no gaps");
-    let tensor = HeaderTensor {
-        name: view.name.to_owned(),
-        dtype: if contiguous { dtype.clone() } else { StoredDtype::strided(dtype, &view.strides) },
-        shape: view.shape.clone(),
-        offset: view.offset * size,
-        len: span * size,
+    let spread = !view.is_contiguous();
+    // What overlaps itself may be larger than its record, but not by any factor that a file likes to state.
+    let most = values.max(MAX_REPEATED_BYTES / element.size);
+    let dtype = match element.dtype() {
+        dtype if view.altered => StoredDtype::Other(format!("{dtype}, negated or conjugated")),
+        dtype if spread && (dtype.size().is_none() || count > most) => StoredDtype::strided(&dtype, &view.strides),
+        dtype => dtype,
     };
+    let strides = (spread && dtype.size().is_some()).then(|| view.strides.clone());
+    let len = if strides.is_some() { count } else { span } * element.size;
+    let offset = view.offset * element.size;
+    let tensor = HeaderTensor { name: view.name.to_owned(), dtype, shape: view.shape.clone(), strides, offset, len };
     Ok(Placed { tensor, record: number })
 }
 

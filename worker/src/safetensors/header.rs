@@ -11,6 +11,7 @@ use serde::de::{Error as _, MapAccess, Visitor};
 
 use super::{StoredDtype, element_count, shown};
 use crate::error::{IoContext, Result, WorkerError};
+use crate::stand_in;
 
 /// Longest header accepted, bytes; the reference library's limit.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -30,9 +31,12 @@ pub struct HeaderTensor {
     pub dtype: StoredDtype,
     /// Dimensions, outermost first; empty for a scalar.
     pub shape: Vec<u64>,
+    /// Values from one index to the next, per dimension, where they do not lie in row-major order without gaps; never
+    /// so in safetensors.
+    pub strides: Option<Vec<u64>>,
     /// First byte, counted from the start of the file.
     pub offset: u64,
-    /// Bytes.
+    /// Bytes of its values, wherever they lie.
     pub len: u64,
 }
 
@@ -49,8 +53,10 @@ impl Header {
     /// Bytes that must be read from the start of a file to have its whole header: 8 plus the length they state.
     ///
     /// # Errors
-    /// Kind `Checkpoint`: fewer than 8 bytes, a length over [`MAX_HEADER_BYTES`], or beyond the end of the file.
+    /// Kind `Checkpoint`: what [`stand_in::refuse`] knows; fewer than 8 bytes, a length over [`MAX_HEADER_BYTES`], or
+    /// beyond the end of the file.
     pub fn bytes_needed(start: &[u8], file_len: u64) -> Result<u64> {
+        stand_in::refuse(start)?;
         let Some(prefix) = start.first_chunk::<8>() else {
             return Err(damaged(format!("{} bytes are too short for a safetensors file", start.len())));
         };
@@ -87,7 +93,7 @@ impl Header {
     }
 }
 
-/// Reads the header of `path` and nothing after it.
+/// Reads the header of `path` and next to nothing after it.
 ///
 /// # Errors
 /// Kind `Storage` when the file cannot be read, `Checkpoint` when it is not a whole safetensors file; both name the file.
@@ -95,10 +101,10 @@ pub fn read_header(path: &Path) -> Result<Header> {
     let mut file = File::open(path).at("open", path)?;
     let file_len = file.metadata().at("read the size of", path)?.len();
     let mut start = Vec::new();
-    read_up_to(&mut file, PREFIX, &mut start).at("read", path)?;
+    read_up_to(&mut file, stand_in::ENOUGH as u64, &mut start).at("read", path)?;
     let named = |error: WorkerError| error.context(path.display());
     let needed = Header::bytes_needed(&start, file_len).map_err(named)?;
-    read_up_to(&mut file, needed - PREFIX, &mut start).at("read", path)?;
+    read_up_to(&mut file, needed.saturating_sub(start.len() as u64), &mut start).at("read", path)?;
     Header::parse(&start, file_len).map_err(named)
 }
 
@@ -169,7 +175,7 @@ impl RawTensor {
         {
             return Err(wrong(format!("shape {shape:?} of {dtype} does not fill its {len} bytes")));
         }
-        Ok(HeaderTensor { name: self.name, dtype, shape, offset: data_start + begin, len })
+        Ok(HeaderTensor { name: self.name, dtype, shape, strides: None, offset: data_start + begin, len })
     }
 }
 

@@ -55,7 +55,8 @@ impl SyntheticSource {
                 }
                 let size = kind.dtype.size().ok_or_else(|| WorkerError::internal("a dtype without a size"))?;
                 let len = size * shape.iter().product::<u64>();
-                tensors.push(HeaderTensor { name: name.clone(), dtype: kind.dtype.clone(), shape, offset: end, len });
+                let dtype = kind.dtype.clone();
+                tensors.push(HeaderTensor { name: name.clone(), dtype, shape, strides: None, offset: end, len });
                 made.insert(name, kind);
                 end += len;
             }
@@ -178,7 +179,7 @@ struct Layout {
 impl Layout {
     /// Name, shape and content of the tensors that hold a need: one, or codes and scales.
     fn tensors(&self, layer: usize, need: &Need) -> Vec<(String, Vec<u64>, Made)> {
-        let Architecture { family, spec, quantisation } = &self.architecture;
+        let Architecture { family, spec, quantisation, .. } = &self.architecture;
         let names = family.names;
         let name = names.of(names.bases[0], layer, need.role, need.expert);
         let stack = need.expert.filter(|_| names.is_stacked(need.role)).map(|_| spec.layers[layer].experts());

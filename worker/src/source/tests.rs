@@ -71,7 +71,10 @@ fn a_single_file_needs_no_index() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join(CONFIG_FILE), "{}").unwrap();
     let error = refused(dir.path());
-    assert!(error.message().contains("has no weights: neither model.safetensors.index.json"), "{error}");
+    assert!(
+        error.message().contains("has no weights: neither model.safetensors nor model.safetensors.index.json"),
+        "{error}"
+    );
     shard(dir.path(), SINGLE_FILE, &[("a", 1)]);
     assert!(Checkpoint::open_folder(dir.path()).unwrap().weights.entry("a").is_some());
 }
@@ -97,10 +100,24 @@ fn trap_1_pickles_are_read_where_there_is_no_safetensors() {
     weights.read(rows, 4..12, &mut two).unwrap();
     assert_eq!(two, [5.0_f32 / 8.0, 6.0 / 8.0].map(f32::to_le_bytes).concat()[..]);
     assert_eq!(weights.bytes_read(), 8);
-    // Buffers that nobody reads are listed, so that they can be ignored by name, and say why they cannot be decoded.
-    let buffer = weights.entry("strided.expanded").unwrap();
-    assert_eq!(buffer.dtype, StoredDtype::strided(&StoredDtype::F32, &[0, 1]));
-    assert!(!crate::dtype::can_decode(&buffer.dtype));
+}
+
+#[test]
+fn views_of_pickled_tensors_are_read_in_row_major_order() {
+    let dir = pickled();
+    let weights = Checkpoint::open_folder(dir.path()).unwrap().weights;
+    let read = |name: &str| {
+        let entry = weights.entry(name).unwrap();
+        let mut bytes = vec![0; entry.len as usize];
+        weights.read(entry, 0..entry.len, &mut bytes).unwrap();
+        let eighths = bytes.as_chunks().0.iter().map(|value| f32::from_le_bytes(*value) * 8.0).collect::<Vec<_>>();
+        (entry.shape.clone(), eighths)
+    };
+    let by_column = vec![0.0, 4.0, 8.0, 1.0, 5.0, 9.0, 2.0, 6.0, 10.0, 3.0, 7.0, 11.0];
+    assert_eq!(read("strided.transposed"), (vec![4, 3], by_column));
+    assert_eq!(read("strided.expanded"), (vec![2, 4], vec![0.0, 1.0, 2.0, 3.0, 0.0, 1.0, 2.0, 3.0]));
+    assert_eq!(read("strided.every_other"), (vec![3, 2], vec![0.0, 2.0, 4.0, 6.0, 8.0, 10.0]));
+    assert_eq!(weights.bytes_read(), 48 + 32 + 24);
 }
 
 #[test]
@@ -117,12 +134,14 @@ fn trap_1_pickles_come_in_shards_too() {
     weights.read(weights.entry("second").unwrap(), 0..6, &mut all).unwrap();
     assert_eq!(all, [0.0, 1.0, 2.0].map(half::f16::from_f32).map(half::f16::to_le_bytes).concat()[..]);
     fs::write(&index, map(first)).unwrap();
-    assert!(refused(dir.path()).message().contains("pytorch_model.bin.index.json says that tensor \"second\""));
+    assert!(
+        refused(dir.path()).message().contains("pytorch_model.bin.index.json names tensors that its files do not hold")
+    );
     fs::write(&index, map("model.safetensors")).unwrap();
     assert!(refused(dir.path()).message().contains("not a plain *.bin"));
     fs::write(&index, map(second)).unwrap();
     fs::remove_file(dir.path().join(second)).unwrap();
-    assert!(refused(dir.path()).message().contains("pytorch_model.bin.index.json names pytorch_model-00002"));
+    assert!(refused(dir.path()).message().contains("pytorch_model.bin.index.json names files that"));
 }
 
 #[test]
@@ -140,16 +159,97 @@ fn trap_2_of_several_copies_exactly_one_is_used() {
         fs::write(dir.path().join(extra), "not wanted").unwrap();
     }
     assert_eq!(used(), ["pytorch_model.bin"]);
+    fs::remove_file(dir.path().join("pytorch_model.bin")).unwrap();
     // Each of these is preferred to all before it.
     fs::copy(testdata("second.bin"), dir.path().join("shard.bin")).unwrap();
     let map = json!({"weight_map": {"second": "shard.bin"}}).to_string();
     fs::write(dir.path().join(Container::Torch.index_file()), map).unwrap();
     assert_eq!(used(), ["shard.bin"]);
-    shard(dir.path(), SINGLE_FILE, &[("a", 1)]);
-    assert_eq!(used(), [SINGLE_FILE]);
+    fs::copy(testdata("second.bin"), dir.path().join("pytorch_model.bin")).unwrap();
+    assert_eq!(used(), ["pytorch_model.bin"]);
     shard(dir.path(), "shard.safetensors", &[("b", 1)]);
     index(dir.path(), &[("b", "shard.safetensors")]);
     assert_eq!(used(), ["shard.safetensors"]);
+    shard(dir.path(), SINGLE_FILE, &[("a", 1)]);
+    assert_eq!(used(), [SINGLE_FILE]);
+}
+
+#[test]
+fn slices_that_transformers_would_read_first_are_refused() {
+    let dir = pickled();
+    fs::write(dir.path().join("shard-0000-model-00001-of-00001.safetensors"), "").unwrap();
+    Checkpoint::open_folder(dir.path()).unwrap();
+    fs::write(dir.path().join("shard-00000-model-00001-of-00001.safetensors"), "").unwrap();
+    let error = refused(dir.path());
+    assert_eq!(error.kind(), FailureKind::Unsupported);
+    assert!(
+        error.message().contains("distributed checkpoint (shard-00000-model-00001-of-00001.safetensors)"),
+        "{error}"
+    );
+}
+
+/// The names of the files used, and what is said of the choice.
+fn choice(folder: &Path) -> (Vec<String>, Vec<String>) {
+    let weights = Checkpoint::open_folder(folder).unwrap().weights;
+    (weights.files().iter().map(|file| file.name.clone()).collect(), weights.notes().to_vec())
+}
+
+#[test]
+fn the_only_file_counts_whatever_an_index_beside_it_says() {
+    let single = vec![SINGLE_FILE.to_owned()];
+    let dir = two_shards();
+    shard(dir.path(), SINGLE_FILE, &[("a", 1)]);
+    let others = "model 00002-of-000163 é.safetensors, model-1-of-61.safetensors";
+    let two_sets = "two sets of weights lie here: model.safetensors, which is read, as transformers does, and the files that \
+                    model.safetensors.index.json names";
+    assert_eq!(choice(dir.path()), (single.clone(), vec![format!("{two_sets} ({others}), which are not")]));
+    index(dir.path(), &[("a", SINGLE_FILE), ("c", "model-1-of-61.safetensors")]);
+    let note = format!("{two_sets} (model-1-of-61.safetensors), which are not");
+    assert_eq!(choice(dir.path()), (single.clone(), vec![note]));
+    index(dir.path(), &[("a", "gone.safetensors")]);
+    let gone = "model.safetensors is read, as transformers does; model.safetensors.index.json beside it names files that are not there \
+                (gone.safetensors)";
+    assert_eq!(choice(dir.path()), (single.clone(), vec![gone.to_owned()]));
+    fs::write(dir.path().join(INDEX_FILE), "{").unwrap();
+    let (used, notes) = choice(dir.path());
+    assert_eq!((used, notes.len()), (single.clone(), 1));
+    assert!(
+        notes[0].starts_with("model.safetensors is read; model.safetensors.index.json beside it is not"),
+        "{notes:?}"
+    );
+    index(dir.path(), &[("a", SINGLE_FILE), ("b", SINGLE_FILE)]);
+    assert_eq!(choice(dir.path()), (single, Vec::new()), "nothing else is named");
+}
+
+#[test]
+fn a_configuration_may_name_its_weights() {
+    let dir = two_shards();
+    shard(dir.path(), SINGLE_FILE, &[("a", 1)]);
+    shard(dir.path(), "best.safetensors", &[("a", 3)]);
+    fs::rename(dir.path().join(INDEX_FILE), dir.path().join("old.safetensors.index.json")).unwrap();
+    let name = |value: serde_json::Value| {
+        fs::write(dir.path().join(CONFIG_FILE), json!({ "transformers_weights": value }).to_string()).unwrap();
+    };
+    for (file, used) in [
+        (json!("best.safetensors"), &["best.safetensors"][..]),
+        (json!("old.safetensors.index.json"), &["model 00002-of-000163 é.safetensors", "model-1-of-61.safetensors"]),
+        (json!(null), &[SINGLE_FILE]),
+    ] {
+        name(file);
+        assert_eq!(choice(dir.path()), (used.iter().map(ToString::to_string).collect(), Vec::new()));
+    }
+    for (file, says) in [
+        (json!("gone.safetensors"), "there is no file gone.safetensors"),
+        (json!("../best.safetensors"), "\"\\\"../best.safetensors\\\"\" is no safetensors file"),
+        (json!("pytorch_model.bin"), "is no safetensors file"),
+        (json!("pytorch_model.bin.index.json"), "is no safetensors file"),
+        (json!(7), "\"7\" is no safetensors file"),
+    ] {
+        name(file);
+        let error = refused(dir.path());
+        assert!(error.message().contains("names its weights (transformers_weights): "), "{error}");
+        assert!(error.message().contains(says) && error.hint_text().is_some(), "{error}");
+    }
 }
 
 /// DeepSeek, Kimi, gpt-oss, and a shard that is alone but says otherwise: the index is believed, the names are not read.
@@ -160,7 +260,7 @@ fn trap_3_numbers_in_file_names_mean_nothing() {
         &["model-1-of-61.safetensors", "model-61-of-61.safetensors"],
         &["model-00000-of-00002.safetensors", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
         &["model-00007-of-00009.safetensors"],
-        &["1.safetensors", "model.safetensors"],
+        &["1.safetensors", "weights.safetensors"],
     ] {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join(CONFIG_FILE), "{}").unwrap();
@@ -203,11 +303,37 @@ fn a_missing_shard_is_named_with_its_folder() {
 }
 
 #[test]
+fn missing_shards_are_named_once_each_and_counted_and_what_is_whole_is_named() {
+    let dir = two_shards();
+    let names: Vec<String> = (1..=8).map(|i| format!("gone-{i}.safetensors")).collect();
+    let tensors: Vec<String> = (0..24).map(|i| format!("t{i}")).collect();
+    let map: Vec<_> = tensors.iter().enumerate().map(|(i, t)| (t.as_str(), names[i % 8].as_str())).collect();
+    index(dir.path(), &map);
+    let error = refused(dir.path());
+    let gone =
+        "gone-1.safetensors, gone-2.safetensors, gone-3.safetensors, gone-4.safetensors, gone-5.safetensors and 3 more";
+    assert!(error.message().ends_with(&format!("does not have: {gone}")), "{error}");
+    assert!(error.hint_text().unwrap().contains("choose another revision"));
+    // A second index is no help while its own shards are missing.
+    let torch_index = dir.path().join(Container::Torch.index_file());
+    fs::write(&torch_index, json!({"weight_map": {"second": "second.bin"}}).to_string()).unwrap();
+    assert!(refused(dir.path()).hint_text().unwrap().contains("choose another revision"));
+    fs::copy(testdata("second.bin"), dir.path().join("second.bin")).unwrap();
+    let hint = |error: WorkerError| error.hint_text().unwrap().to_owned();
+    assert!(hint(refused(dir.path())).contains("pytorch_model.bin.index.json beside it is whole"));
+    fs::copy(testdata("second.bin"), dir.path().join("pytorch_model.bin")).unwrap();
+    assert!(hint(refused(dir.path())).contains("pytorch_model.bin beside it is whole"));
+}
+
+#[test]
 fn an_index_that_lies_is_refused() {
     let first = "model-1-of-61.safetensors";
     for (map, says) in [
-        (vec![("a", first), ("z", first)], "\"z\" is in model-1-of-61.safetensors, but it is not in that file"),
-        (vec![("a", first), ("c", first)], "not in that file"),
+        (
+            vec![("a", first), ("z", first)],
+            "names tensors that its files do not hold: \"z\" (model-1-of-61.safetensors)",
+        ),
+        (vec![("a", first), ("c", first)], "its files do not hold: \"c\""),
         (vec![("a", "../../etc/x.safetensors")], "not a plain"),
         (vec![("a", "sub/x.safetensors")], "not a plain"),
         (vec![("a", "/etc/x.safetensors")], "not a plain"),
@@ -223,13 +349,49 @@ fn an_index_that_lies_is_refused() {
 }
 
 #[test]
-fn a_tensor_in_two_files_is_refused() {
+fn tensors_that_an_index_promises_in_vain_are_counted() {
     let dir = two_shards();
-    let second = "model 00002-of-000163 é.safetensors";
-    shard(dir.path(), second, &[("a", 2)]);
-    index(dir.path(), &[("b", "model-1-of-61.safetensors"), ("a", second)]);
+    let names: Vec<String> = (1..=7).map(|i| format!("z{i}")).collect();
+    let map: Vec<_> = names.iter().map(|name| (name.as_str(), "model-1-of-61.safetensors")).collect();
+    index(dir.path(), &map);
     let error = refused(dir.path());
-    assert!(error.message().contains("two files"), "{error}");
+    assert!(error.message().ends_with("\"z5\" (model-1-of-61.safetensors) and 2 more"), "{error}");
+    assert_eq!(error.message().matches("\"z1\"").count(), 1);
+}
+
+const FIRST: &str = "model-1-of-61.safetensors";
+const SECOND: &str = "model-2-of-61.safetensors";
+
+/// Files that both hold `a`, of different lengths.
+fn overlapping() -> tempfile::TempDir {
+    let dir = two_shards();
+    shard(dir.path(), SECOND, &[("a", 9), ("c", 1)]);
+    dir
+}
+
+/// As transformers reads them: file after file in the order of their names, the index telling only which.
+#[test]
+fn of_a_tensor_in_two_files_the_last_counts() {
+    let dir = overlapping();
+    let a = || Checkpoint::open_folder(dir.path()).unwrap().weights.entry("a").unwrap().shape.clone();
+    index(dir.path(), &[("b", FIRST), ("c", SECOND), ("a", SECOND)]);
+    assert_eq!((a(), choice(dir.path()).1), (vec![9], Vec::new()), "it is where the index says");
+    index(dir.path(), &[("b", FIRST), ("c", SECOND), ("a", FIRST)]);
+    let note = "tensors are read from other files than model.safetensors.index.json says, as transformers does: \
+                \"a\" (model-2-of-61.safetensors, not model-1-of-61.safetensors)";
+    assert_eq!((a(), choice(dir.path()).1), (vec![9], vec![note.to_owned()]));
+    index(dir.path(), &[("a", FIRST), ("b", SECOND), ("c", SECOND)]);
+    assert!(choice(dir.path()).1[0].contains("\"b\" (model-1-of-61.safetensors, not"), "only there");
+}
+
+#[test]
+fn a_tensor_in_two_files_that_no_index_names_is_refused() {
+    let dir = overlapping();
+    index(dir.path(), &[("b", FIRST), ("c", SECOND)]);
+    let error = refused(dir.path());
+    let says =
+        "two files hold tensors of the same name: \"a\" (model-1-of-61.safetensors and model-2-of-61.safetensors)";
+    assert!(error.message().ends_with(says), "{error}");
 }
 
 #[test]

@@ -37,6 +37,15 @@ impl<'a> Bytes<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
+    /// As many bytes as the number says that `len` reads off the front.
+    pub(super) fn after(&mut self, len: impl FnOnce(&mut Self) -> Option<u64>) -> Option<&'a [u8]> {
+        let mut rest = *self;
+        let len = usize::try_from(len(&mut rest)?).ok()?;
+        let taken = rest.take(len)?;
+        *self = rest;
+        Some(taken)
+    }
+
     /// Up to the next line feed, which is taken too.
     pub(super) fn line(&mut self) -> Option<&'a [u8]> {
         let end = self.0.iter().position(|byte| *byte == b'\n')?;

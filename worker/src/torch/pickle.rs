@@ -16,25 +16,83 @@ use crate::safetensors::{StoredDtype, shown};
 const MAX_RANK: usize = 16;
 /// Longest name of a storage; real ones are numbers.
 const MAX_KEY: usize = 64;
+/// Arguments of the function that takes most.
+const MAX_ARGUMENTS: usize = 8;
+/// Newest version of the instructions.
+const LAST_PROTOCOL: u8 = 5;
 
-/// PyTorch's names for typed storages.
-static STORAGES: [(&str, StoredDtype); 10] = [
-    ("DoubleStorage", StoredDtype::F64),
-    ("FloatStorage", StoredDtype::F32),
-    ("HalfStorage", StoredDtype::F16),
-    ("BFloat16Storage", StoredDtype::BF16),
-    ("LongStorage", StoredDtype::I64),
-    ("IntStorage", StoredDtype::I32),
-    ("ShortStorage", StoredDtype::I16),
-    ("CharStorage", StoredDtype::I8),
-    ("ByteStorage", StoredDtype::U8),
-    ("BoolStorage", StoredDtype::Bool),
+/// How values are stored: what safetensors calls it, and bytes per value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Element {
+    pub(super) name: &'static str,
+    pub(super) size: u64,
+}
+
+impl Element {
+    /// The same as a type of this program, if it knows it.
+    pub(super) fn dtype(self) -> StoredDtype {
+        StoredDtype::from_name(self.name)
+    }
+}
+
+/// PyTorch's names for storages of one type and for the type. Newer types have no storages of their own.
+#[rustfmt::skip]
+static ELEMENTS: [(&str, &str, Element); 25] = [
+    ("DoubleStorage", "float64", Element { name: "F64", size: 8 }),
+    ("FloatStorage", "float32", Element { name: "F32", size: 4 }),
+    ("HalfStorage", "float16", Element { name: "F16", size: 2 }),
+    ("BFloat16Storage", "bfloat16", Element { name: "BF16", size: 2 }),
+    ("LongStorage", "int64", Element { name: "I64", size: 8 }),
+    ("IntStorage", "int32", Element { name: "I32", size: 4 }),
+    ("ShortStorage", "int16", Element { name: "I16", size: 2 }),
+    ("CharStorage", "int8", Element { name: "I8", size: 1 }),
+    ("ByteStorage", "uint8", Element { name: "U8", size: 1 }),
+    ("BoolStorage", "bool", Element { name: "BOOL", size: 1 }),
+    ("ComplexFloatStorage", "complex64", Element { name: "C64", size: 8 }),
+    ("ComplexDoubleStorage", "complex128", Element { name: "C128", size: 16 }),
+    ("QInt8Storage", "qint8", Element { name: "QI8", size: 1 }),
+    ("QUInt8Storage", "quint8", Element { name: "QU8", size: 1 }),
+    ("QInt32Storage", "qint32", Element { name: "QI32", size: 4 }),
+    ("", "complex32", Element { name: "C32", size: 4 }),
+    ("", "float8_e4m3fn", Element { name: "F8_E4M3", size: 1 }),
+    ("", "float8_e5m2", Element { name: "F8_E5M2", size: 1 }),
+    ("", "float8_e8m0fnu", Element { name: "F8_E8M0", size: 1 }),
+    ("", "float8_e4m3fnuz", Element { name: "F8_E4M3FNUZ", size: 1 }),
+    ("", "float8_e5m2fnuz", Element { name: "F8_E5M2FNUZ", size: 1 }),
+    ("", "float4_e2m1fn_x2", Element { name: "F4_X2", size: 1 }),
+    ("", "uint16", Element { name: "U16", size: 2 }),
+    ("", "uint32", Element { name: "U32", size: 4 }),
+    ("", "uint64", Element { name: "U64", size: 8 }),
+];
+
+/// Names on PyTorch's own list of what pickles of tensors may use, whose results no readable tensor depends on.
+static HARMLESS: [(&str, &str); 20] = [
+    ("_codecs", "encode"),
+    ("builtins", "bytearray"),
+    ("builtins", "complex"),
+    ("builtins", "set"),
+    ("__builtin__", "bytearray"),
+    ("__builtin__", "complex"),
+    ("__builtin__", "set"),
+    ("collections", "Counter"),
+    ("torch", "Tensor"),
+    ("torch", "device"),
+    ("torch", "per_channel_affine"),
+    ("torch", "per_channel_affine_float_qparams"),
+    ("torch", "per_tensor_affine"),
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"),
+    ("torch._utils", "_rebuild_device_tensor_from_numpy"),
+    ("torch._utils", "_rebuild_meta_tensor_no_storage"),
+    ("torch._utils", "_rebuild_sparse_tensor"),
+    ("torch._utils", "_rebuild_wrapper_subclass"),
+    ("torch.nn.parameter", "Parameter"),
+    ("torch.serialization", "_get_layout"),
 ];
 
 /// The values of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Storage<'p> {
-    pub(super) dtype: &'static StoredDtype,
+    pub(super) element: Element,
     /// Name of its record.
     pub(super) key: &'p str,
     /// Number of values.
@@ -51,6 +109,8 @@ pub(super) struct View<'p> {
     pub(super) shape: Vec<u64>,
     /// Values from one index to the next, per dimension; as many as in `shape`.
     pub(super) strides: Vec<u64>,
+    /// Its values are the stored ones negated or conjugated.
+    pub(super) altered: bool,
 }
 
 impl View<'_> {
@@ -85,6 +145,13 @@ pub(super) fn state_dict(program: &[u8]) -> Result<Vec<View<'_>>> {
         return Err(WorkerError::checkpoint("its pickle is not a dictionary of tensors")
             .hint("save the model's state_dict, not the model itself"));
     };
+    if let Some(entry) = machine.wrapped(entries) {
+        let entry = shown(entry);
+        let message = format!("its tensors are inside its entry {entry}, where transformers does not look for them");
+        return Err(
+            WorkerError::checkpoint(message).hint(format!("save that entry alone: torch.save(loaded[{entry}], ...)"))
+        );
+    }
     let views = machine.named_tensors(entries);
     if views.is_empty() {
         return Err(WorkerError::checkpoint("its pickle holds no tensors").hint("choose another file or revision"));
@@ -96,28 +163,52 @@ pub(super) fn state_dict(program: &[u8]) -> Result<Vec<View<'_>>> {
 #[derive(Clone, Copy)]
 enum Global {
     OrderedDict,
+    /// A tuple by another name.
+    Size,
+    /// Storage, offset, shape, strides, and more.
     RebuildTensor,
+    /// The same of a storage without a type, which comes after.
+    RebuildTyped,
     RebuildParameter,
-    Storage(&'static StoredDtype),
+    /// One of these functions, a class, its arguments, attributes.
+    RebuildFromType,
+    Storage(Element),
+    UntypedStorage,
+    Type(Element),
+    Harmless,
 }
 
 impl Global {
     fn find(module: &str, name: &str) -> Result<Self> {
-        match (module, name) {
-            ("collections", "OrderedDict") => return Ok(Self::OrderedDict),
-            ("torch._utils", "_rebuild_tensor_v2") => return Ok(Self::RebuildTensor),
-            ("torch._utils", "_rebuild_parameter") => return Ok(Self::RebuildParameter),
-            ("torch", name) => {
-                if let Some((_, dtype)) = STORAGES.iter().find(|(known, _)| *known == name) {
-                    return Ok(Self::Storage(dtype));
-                }
+        let known = match (module, name) {
+            ("collections", "OrderedDict") => Some(Self::OrderedDict),
+            ("torch", "Size") => Some(Self::Size),
+            ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2" | "_rebuild_qtensor") => {
+                Some(Self::RebuildTensor)
             }
-            _ => {}
-        }
-        let message =
-            format!("its pickle wants to use {}, which is no part of a tensor", shown(&format!("{module}.{name}")));
-        Err(WorkerError::checkpoint(message)
-            .hint("nothing was executed, but do not use this file elsewhere unless you know where it comes from"))
+            ("torch._utils", "_rebuild_tensor_v3") => Some(Self::RebuildTyped),
+            ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") => Some(Self::RebuildParameter),
+            ("torch._tensor", "_rebuild_from_type_v2") => Some(Self::RebuildFromType),
+            ("torch.storage", "UntypedStorage") => Some(Self::UntypedStorage),
+            pair if HARMLESS.contains(&pair) => Some(Self::Harmless),
+            ("torch", name) => Self::element(name),
+            _ => None,
+        };
+        known.ok_or_else(|| {
+            let named = shown(&format!("{module}.{name}"));
+            WorkerError::checkpoint(format!("its pickle wants to use {named}, which is no part of a tensor"))
+                .hint("nothing was executed, but do not use this file elsewhere unless you know where it comes from")
+        })
+    }
+
+    /// A storage or a type of values.
+    fn element(name: &str) -> Option<Self> {
+        ELEMENTS.iter().find_map(|(storage, dtype, element)| match name {
+            "" => None,
+            name if name == *storage => Some(Self::Storage(*element)),
+            name if name == *dtype => Some(Self::Type(*element)),
+            _ => None,
+        })
     }
 }
 
@@ -133,6 +224,11 @@ enum Value<'p> {
     /// Index into [`Machine::dicts`].
     Dict(usize),
     Storage(Storage<'p>),
+    /// The bytes of a record, of which the tensor says what they are.
+    Untyped {
+        key: &'p str,
+        bytes: u64,
+    },
     /// Index into [`Machine::tensors`].
     Tensor(usize),
 }
@@ -164,54 +260,64 @@ impl<'p> Machine<'p> {
     fn step(&mut self, program: &mut Bytes<'p>) -> Result<Option<Value<'p>>> {
         match need(program.u8())? {
             b'.' => return self.pop().map(Some),
-            // Protocol number.
-            0x80 => need(program.u8()).map(|_| ())?,
+            0x80 => check_protocol(need(program.u8())?)?,
+            // How long the next part is.
+            0x95 => need(program.u64()).map(|_| ())?,
             b'(' => self.marks.push(self.stack.len()),
-            b'N' | 0x88 | 0x89 | b']' => self.stack.push(Value::Opaque),
-            b'G' => need(program.take(8)).map(|_| self.stack.push(Value::Opaque))?,
-            b'K' => self.push_int(program.u8())?,
-            b'M' => self.push_int(program.u16())?,
-            b'J' => self.push_int(program.i32())?,
-            0x8a => self.push_int(long(program))?,
-            b'X' => self.push_text(program)?,
             b'c' => self.push_global(program)?,
+            0x93 => self.push_stacked_global()?,
             b')' => self.push_tuple(Vec::new()),
             0x85 => self.pop_many(1).map(|items| self.push_tuple(items))?,
             0x86 => self.pop_many(2).map(|items| self.push_tuple(items))?,
             0x87 => self.pop_many(3).map(|items| self.push_tuple(items))?,
             b't' => self.pop_to_mark().map(|items| self.push_tuple(items))?,
+            // A frozen set.
+            0x91 => self.pop_to_mark().map(|_| self.stack.push(Value::Opaque))?,
             b'}' => self.push_dict(),
             b's' => self.pop_many(2).and_then(|pair| self.set_items(&pair))?,
             b'u' => self.pop_to_mark().and_then(|pairs| self.set_items(&pairs))?,
+            // Into lists and sets.
             b'a' => self.pop().map(|_| ())?,
-            b'e' => self.pop_to_mark().map(|_| ())?,
+            b'e' | 0x90 => self.pop_to_mark().map(|_| ())?,
             b'q' => self.remember(program.u8().map(u32::from))?,
             b'r' => self.remember(program.u32())?,
+            0x94 => self.remember(u32::try_from(self.memo.len()).ok())?,
             b'h' => self.recall(program.u8().map(u32::from))?,
             b'j' => self.recall(program.u32())?,
             b'Q' => self.load_storage()?,
             b'R' => self.call()?,
             // Attributes of the object below, which stays: nothing in them is a tensor of the dictionary.
             b'b' => self.pop().map(|_| ())?,
-            other => {
-                return Err(damaged(format!(
-                    "its pickle uses the instruction {other:#04x}, which tensors do not need"
-                )));
-            }
+            other => self.push_literal(other, program)?,
         }
         Ok(None)
     }
 
-    fn push_int(&mut self, value: Option<impl Into<i64>>) -> Result<()> {
-        self.stack.push(Value::Int(need(value)?.into()));
-        Ok(())
-    }
-
-    fn push_text(&mut self, program: &mut Bytes<'p>) -> Result<()> {
-        let len = need(program.u32())?;
-        let text = need(usize::try_from(len).ok().and_then(|len| program.take(len)))?;
-        let text = std::str::from_utf8(text).map_err(|_| damaged("its pickle holds text that is not UTF-8"))?;
-        self.stack.push(Value::Text(text));
+    /// Instructions that bring their value along.
+    fn push_literal(&mut self, instruction: u8, program: &mut Bytes<'p>) -> Result<()> {
+        let (one, four) = (|p: &mut Bytes<'p>| p.u8().map(u64::from), |p: &mut Bytes<'p>| p.u32().map(u64::from));
+        let value = match instruction {
+            // None, true, false, an empty list, an empty set.
+            b'N' | 0x88 | 0x89 | b']' | 0x8f => Value::Opaque,
+            // A float, bytes.
+            b'G' => need(program.take(8)).map(|_| Value::Opaque)?,
+            b'C' => need(program.after(one)).map(|_| Value::Opaque)?,
+            b'B' => need(program.after(four)).map(|_| Value::Opaque)?,
+            0x8e | 0x96 => need(program.after(Bytes::u64)).map(|_| Value::Opaque)?,
+            b'K' => Value::Int(need(program.u8())?.into()),
+            b'M' => Value::Int(need(program.u16())?.into()),
+            b'J' => Value::Int(need(program.i32())?.into()),
+            0x8a => integer(need(program.after(one))?),
+            0x8b => integer(need(program.after(four))?),
+            0x8c => text(need(program.after(one))?)?,
+            b'X' => text(need(program.after(four))?)?,
+            0x8d => text(need(program.after(Bytes::u64))?)?,
+            other => {
+                let what = format!("its pickle uses the instruction {other:#04x}, which tensors do not need");
+                return Err(damaged(what));
+            }
+        };
+        self.stack.push(value);
         Ok(())
     }
 
@@ -219,6 +325,14 @@ impl<'p> Machine<'p> {
         let (module, name) = (need(program.line())?, need(program.line())?);
         let global = Global::find(&String::from_utf8_lossy(module), &String::from_utf8_lossy(name))?;
         self.stack.push(Value::Global(global));
+        Ok(())
+    }
+
+    /// A name whose parts lie on the stack.
+    fn push_stacked_global(&mut self) -> Result<()> {
+        let (name, module) = (self.pop()?, self.pop()?);
+        let (Value::Text(module), Value::Text(name)) = (module, name) else { return Err(malformed()) };
+        self.stack.push(Value::Global(Global::find(module, name)?));
         Ok(())
     }
 
@@ -277,7 +391,7 @@ impl<'p> Machine<'p> {
 
     /// `("storage", type, key, device, values)`: the only kind of object that lies outside the pickle.
     fn load_storage(&mut self) -> Result<()> {
-        let &[Value::Text("storage"), Value::Global(Global::Storage(dtype)), Value::Text(key), _, Value::Int(values)] =
+        let &[Value::Text("storage"), Value::Global(kind), Value::Text(key), _, Value::Int(values)] =
             self.pop_tuple()?
         else {
             return Err(malformed());
@@ -286,44 +400,97 @@ impl<'p> Machine<'p> {
             return Err(damaged(format!("its pickle names a storage {}", shown(key))));
         }
         let values = u64::try_from(values).map_err(|_| malformed())?;
-        self.stack.push(Value::Storage(Storage { dtype, key, values }));
+        self.stack.push(match kind {
+            Global::Storage(element) => Value::Storage(Storage { element, key, values }),
+            Global::UntypedStorage => Value::Untyped { key, bytes: values },
+            _ => return Err(malformed()),
+        });
         Ok(())
     }
 
     /// What the call of a known name would give.
     fn call(&mut self) -> Result<()> {
-        let arguments = self.pop_tuple()?.to_vec();
-        match (self.pop()?, &arguments[..]) {
-            (Value::Global(Global::OrderedDict), []) => self.push_dict(),
-            (
-                Value::Global(Global::RebuildTensor),
-                [Value::Storage(storage), Value::Int(offset), Value::Tuple(shape), Value::Tuple(strides), ..],
-            ) => self.push_tensor(*storage, *offset, *shape, *strides)?,
-            // Data, whether it is trained, hooks.
-            (Value::Global(Global::RebuildParameter), [data @ Value::Tensor(_), ..]) => self.stack.push(*data),
-            _ => return Err(malformed()),
-        }
+        let arguments = self.pop()?;
+        let (Value::Tuple(arguments), Value::Global(function)) = (arguments, self.pop()?) else {
+            return Err(malformed());
+        };
+        let value = match (function, self.arguments(arguments).as_slice()) {
+            (Global::RebuildFromType, [Value::Global(function), _, Value::Tuple(inner), ..]) => {
+                let inner = self.arguments(*inner);
+                self.result(*function, &inner)?
+            }
+            (function, arguments) => self.result(function, arguments)?,
+        };
+        self.stack.push(value);
         Ok(())
     }
 
-    fn push_tensor(&mut self, storage: Storage<'p>, offset: i64, shape: usize, strides: usize) -> Result<()> {
-        let (shape, strides) = (self.numbers(shape)?, self.numbers(strides)?);
+    /// The first of them: no known function has more that matter, and a hostile pickle may give a million, many times.
+    fn arguments(&self, tuple: usize) -> Vec<Value<'p>> {
+        self.tuples[tuple].iter().take(MAX_ARGUMENTS).copied().collect()
+    }
+
+    fn result(&mut self, function: Global, arguments: &[Value<'p>]) -> Result<Value<'p>> {
+        match (function, arguments) {
+            (Global::OrderedDict, []) => {
+                self.dicts.push(Vec::new());
+                Ok(Value::Dict(self.dicts.len() - 1))
+            }
+            (Global::Size, [tuple @ Value::Tuple(_)]) => Ok(*tuple),
+            // Whether it is trained, hooks, and what must be done with the values.
+            (Global::RebuildTensor, [Value::Storage(storage), place @ ..]) => {
+                self.tensor(*storage, place, place.get(5))
+            }
+            (Global::RebuildTyped, [Value::Untyped { key, bytes }, place @ ..]) => {
+                let Some(Value::Global(Global::Type(element))) = place.get(5) else { return Err(malformed()) };
+                let values = bytes / element.size;
+                let storage = Storage { element: *element, key, values };
+                self.tensor(storage, place, place.get(6))
+            }
+            // Data, whether it is trained, hooks.
+            (Global::RebuildParameter, [data @ (Value::Tensor(_) | Value::Opaque), ..]) => Ok(*data),
+            (Global::Harmless, _) => Ok(Value::Opaque),
+            _ => Err(malformed()),
+        }
+    }
+
+    /// A tensor at `[offset, shape, strides, ..]`; `changes` has entries if its values are not the stored ones.
+    fn tensor(&mut self, storage: Storage<'p>, place: &[Value<'p>], changes: Option<&Value<'p>>) -> Result<Value<'p>> {
+        let [Value::Int(offset), Value::Tuple(shape), Value::Tuple(strides), ..] = place else {
+            return Err(malformed());
+        };
+        let (shape, strides) = (self.numbers(*shape)?, self.numbers(*strides)?);
         if shape.len() != strides.len() || shape.len() > MAX_RANK {
             return Err(damaged(format!("its pickle has a tensor of {} dimensions", shape.len())));
         }
-        let offset = u64::try_from(offset).map_err(|_| malformed())?;
-        self.stack.push(Value::Tensor(self.tensors.len()));
-        self.tensors.push(View { name: "", storage, offset, shape, strides });
-        Ok(())
+        let offset = u64::try_from(*offset).map_err(|_| malformed())?;
+        let altered = matches!(changes, Some(Value::Dict(changes)) if !self.dicts[*changes].is_empty());
+        self.tensors.push(View { name: "", storage, offset, shape, strides, altered });
+        Ok(Value::Tensor(self.tensors.len() - 1))
+    }
+
+    /// The entry that holds more tensors than the dictionary that it is in: a `state_dict` among other things.
+    fn wrapped(&self, dict: usize) -> Option<&'p str> {
+        let count = |entries: &Vec<_>| entries.iter().filter(|entry| self.named_tensor(entry).is_some()).count();
+        // Each once: one dictionary may be a million entries.
+        let counts: Vec<usize> = self.dicts.iter().map(count).collect();
+        self.dicts[dict].iter().find_map(|(key, value)| match (*key, *value) {
+            (Value::Text(name), Value::Dict(inner)) if counts[inner] > counts[dict] => Some(name),
+            _ => None,
+        })
     }
 
     /// The entries of a dictionary that are tensors.
     fn named_tensors(&self, dict: usize) -> Vec<View<'p>> {
-        let named = |(key, value): &(Value<'p>, Value<'p>)| match (*key, *value) {
-            (Value::Text(name), Value::Tensor(number)) => Some(View { name, ..self.tensors[number].clone() }),
+        let named = self.dicts[dict].iter().filter_map(|entry| self.named_tensor(entry));
+        named.map(|(name, view)| View { name, ..view.clone() }).collect()
+    }
+
+    fn named_tensor(&self, (key, value): &(Value<'p>, Value<'p>)) -> Option<(&'p str, &View<'p>)> {
+        match (*key, *value) {
+            (Value::Text(name), Value::Tensor(number)) => Some((name, &self.tensors[number])),
             _ => None,
-        };
-        self.dicts[dict].iter().filter_map(named).collect()
+        }
     }
 
     /// A tuple of non-negative numbers.
@@ -337,14 +504,28 @@ impl<'p> Machine<'p> {
     }
 }
 
-/// A number of up to eight bytes; real ones count values.
-fn long(program: &mut Bytes<'_>) -> Option<i64> {
-    let len = usize::from(program.u8()?);
-    let bytes = program.take(len).filter(|bytes| bytes.len() <= 8)?;
+/// Later protocols may have instructions that nobody knows yet.
+fn check_protocol(number: u8) -> Result<()> {
+    if number <= LAST_PROTOCOL {
+        return Ok(());
+    }
+    let message = format!("it is of pickle protocol {number}; those up to {LAST_PROTOCOL} are read");
+    Err(WorkerError::unsupported(message)
+        .hint("save it again with torch.save and its own pickle protocol, or as safetensors"))
+}
+
+/// A little-endian number; only those of up to eight bytes can count values.
+fn integer<'p>(bytes: &[u8]) -> Value<'p> {
     let negative = bytes.last().is_some_and(|last| last & 0x80 != 0);
     let mut wide = [if negative { 0xff } else { 0 }; 8];
-    wide[..len].copy_from_slice(bytes);
-    Some(i64::from_le_bytes(wide))
+    let Some(low) = wide.get_mut(..bytes.len()) else { return Value::Opaque };
+    low.copy_from_slice(bytes);
+    Value::Int(i64::from_le_bytes(wide))
+}
+
+fn text(bytes: &[u8]) -> Result<Value<'_>> {
+    let text = std::str::from_utf8(bytes).map_err(|_| damaged("its pickle holds text that is not UTF-8"))?;
+    Ok(Value::Text(text))
 }
 
 fn need<T>(value: Option<T>) -> Result<T> {

@@ -113,15 +113,99 @@ fn every_tensor_that_pytorch_writes_is_where_the_reference_says() {
     assert_eq!(find("tied").offset, find("f32").offset);
     assert_eq!(find("h.0.attn.bias").offset, find("h.1.attn.bias").offset);
     assert_eq!(find("scalar").shape, [0_u64; 0]);
-    let said: Vec<_> = strided.iter().map(|t| (t.dtype.to_string(), t.shape.clone(), t.len)).collect();
+    let said: Vec<_> =
+        strided.iter().map(|t| (t.dtype.clone(), t.shape.clone(), t.strides.clone().unwrap(), t.len)).collect();
     assert_eq!(
         said,
         [
-            ("F32 with strides [1, 4]".to_owned(), vec![4, 3], 48),
-            ("F32 with strides [0, 1]".to_owned(), vec![2, 4], 16),
-            ("F32 with strides [4, 2]".to_owned(), vec![3, 2], 44),
+            (StoredDtype::F32, vec![4, 3], vec![1, 4], 48),
+            (StoredDtype::F32, vec![2, 4], vec![0, 1], 32),
+            (StoredDtype::F32, vec![3, 2], vec![4, 2], 24),
         ]
     );
+}
+
+/// Complex and quantised buffers, types without storages, tensors with attributes or changed values, settings, an optimizer's state.
+#[test]
+fn nothing_beside_the_tensors_makes_them_unreadable_in_any_protocol() {
+    for protocol in 2..=5 {
+        let path = testdata(&format!("others-{protocol}.bin"));
+        let tensors = read_tensors(&path).unwrap();
+        let listed: Vec<_> =
+            tensors.iter().map(|t| (t.name.as_str(), t.dtype.name(), t.shape.as_slice(), t.len)).collect();
+        let expected: [(&str, &str, &[u64], u64); 12] = [
+            ("values", "F32", &[4], 16),
+            ("transposed", "F32", &[3, 2], 24),
+            ("complex64", "C64", &[4], 32),
+            ("complex32", "C32", &[4], 16),
+            ("float8_e4m3fn", "F8_E4M3", &[4], 4),
+            ("float8_e8m0fnu", "F8_E8M0", &[4], 4),
+            ("uint16", "U16", &[4], 8),
+            ("qint8", "QI8", &[4], 4),
+            ("negated", "F32, negated or conjugated", &[4], 16),
+            ("attribute", "F32", &[4], 16),
+            ("parameter", "F32", &[4], 16),
+            ("buffer", "F32", &[4], 16),
+        ];
+        assert_eq!(listed, expected, "protocol {protocol}");
+        let file = std::fs::read(&path).unwrap();
+        let bytes = |name: &str| {
+            let tensor = tensors.iter().find(|tensor| tensor.name == name).unwrap();
+            file[tensor.offset as usize..][..tensor.len as usize].to_vec()
+        };
+        let floats = |first: f32| (0..4).flat_map(|i| (first + i as f32).to_le_bytes()).collect::<Vec<_>>();
+        for (name, first) in [("values", 0.0), ("attribute", 0.0), ("parameter", 1.0), ("buffer", 2.0)] {
+            assert_eq!(bytes(name), floats(first), "protocol {protocol}: {name}");
+        }
+        assert_eq!(bytes("float8_e4m3fn"), [0, 0x38, 0x40, 0x44], "0, 1, 2 and 3");
+    }
+}
+
+#[test]
+fn a_state_dict_inside_something_else_is_refused_with_its_key() {
+    let weights = dictionary(&[("a", tensor("0", 6, 0, &[6], &[1])), ("b", tensor("0", 6, 0, &[6], &[1]))]);
+    let inner = weights[2..weights.len() - 1].to_vec();
+    let step = ("global_step", tensor("0", 6, 0, &[1], &[1]));
+    for key in ["state_dict", "model"] {
+        let error = refused(&file(&dictionary(&[("epoch", int(3)), step.clone(), (key, inner.clone())])));
+        assert!(error.message().contains(&format!("inside its entry {key:?}")), "{error}");
+        assert!(error.hint_text().unwrap().contains(&format!("torch.save(loaded[{key:?}]")), "{error}");
+    }
+    let with_optimizer = [step, ("x", int(1)), ("y", tensor("0", 6, 0, &[6], &[1])), ("optimizer", inner)];
+    let names: Vec<_> = read(&file(&dictionary(&with_optimizer))).unwrap().into_iter().map(|t| t.name).collect();
+    assert_eq!(names, ["global_step", "y"]);
+}
+
+#[test]
+fn protocols_of_the_future_are_named() {
+    let error = refused(&file(b"\x80\x06}."));
+    assert_eq!(error.kind(), FailureKind::Unsupported);
+    assert!(error.message().contains("pickle protocol 6"), "{error}");
+}
+
+/// A stride of zero can state any size over a record of any size.
+#[test]
+fn repeated_values_are_read_up_to_a_bound() {
+    let gib = 1_i64 << 30;
+    let expanded = |rows: i64| read(&one(6, 0, &[rows, 6], &[0, 1])).unwrap().remove(0);
+    let largest = expanded(gib / 24);
+    assert_eq!(
+        (largest.dtype, largest.strides, largest.len),
+        (StoredDtype::F32, Some(vec![0, 1]), (gib / 24) as u64 * 24)
+    );
+    let larger = expanded(gib / 24 + 1);
+    assert_eq!((larger.dtype.name(), larger.strides, larger.len), ("F32 with strides [0, 1]", None, 24));
+}
+
+#[test]
+fn what_is_no_checkpoint_at_all_is_said_to_be_what_it_is() {
+    for (file, says) in [
+        (&b""[..], "it is empty"),
+        (b"<!DOCTYPE html><title>Sign in</title>", "HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n", "Git LFS pointer"),
+    ] {
+        assert!(refused(file).message().contains(says));
+    }
 }
 
 #[test]
@@ -214,7 +298,10 @@ fn pickles_that_are_no_state_dict_say_so() {
         (b"(Ns.", "not one of a dictionary"),
         (b"NNR.", "not one of a dictionary"),
         (b"NQ.", "not one of a dictionary"),
-        (b"\x8a\x20aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa.", "not one of a dictionary"),
+        (b"\x8a\x20aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa.", "not a dictionary"),
+        (b"\x8b\xff\xff\xff\xffa.", "not one of a dictionary"),
+        (b"\x8d\xff\xff\xff\xff\xff\xff\xff\xffa.", "not one of a dictionary"),
+        (b"NN\x93.", "not one of a dictionary"),
         (b"\x81.", "instruction 0x81"),
         (b"i__main__\nx\n.", "instruction 0x69"),
     ] {
@@ -237,6 +324,14 @@ fn pickle_bombs_cost_no_more_than_their_bytes() {
     let shape = [b"(".as_slice(), &b"K\x01".repeat(1 << 20), b"tq\x00"].concat();
     let error = refused(&file(&[shape, tensor("0", 6, 0, &[1], &[1])[..].to_vec(), b".".to_vec()].concat()));
     assert!(error.message().contains("not a dictionary"), "{error}");
+    // The same as arguments of a hundred thousand calls, and one dictionary as so many entries.
+    let calls = [&b"("[..], &b"N".repeat(1 << 20), b"tq\x00ccollections\nCounter\nq\x01"].concat();
+    let error = refused(&file(&[calls, b"h\x01h\x00R".repeat(100_000), b".".to_vec()].concat()));
+    assert!(error.message().contains("not a dictionary"), "{error}");
+    let entries = [b"}q\x00(".to_vec(), [text("x"), b"N".to_vec()].concat().repeat(100_000), b"u".to_vec()].concat();
+    let many =
+        [entries, b"}(".to_vec(), [text("y"), b"h\x00".to_vec()].concat().repeat(100_000), b"u.".to_vec()].concat();
+    assert!(refused(&file(&many)).message().contains("holds no tensors"));
     let large = zip(&[("m/data.pkl", &vec![b'N'; MAX_PICKLE_BYTES as usize + 1])]);
     assert!(refused(&large).message().contains("over the limit"));
 }
@@ -254,9 +349,8 @@ fn archives_that_are_none_or_lie_are_refused() {
     let directory = u32::from_le_bytes(good[end + 16..end + 20].try_into().unwrap()) as usize;
     let second = directory + 46 + "m/data.pkl".len();
     for (file, says) in [
-        (Vec::new(), "no zip archive"),
         (b"PK".to_vec(), "no zip archive"),
-        (b"<html>error page</html>".repeat(9), "no zip archive"),
+        (b"not an archive".repeat(9), "no zip archive"),
         (good[..good.len() - 1].to_vec(), "no zip archive"),
         (good[1..].to_vec(), "its directory"),
         (with(end + 16, &u32::MAX.to_le_bytes()), "does not fit"),
@@ -324,8 +418,8 @@ fn views() -> impl Strategy<Value = View<'static>> {
     let dims = prop::collection::vec((0_u64..5, 0_u64..20), 0..4);
     dims.prop_map(|dims| {
         let (shape, strides) = dims.into_iter().unzip();
-        let storage = pickle::Storage { dtype: &StoredDtype::F32, key: "0", values: 1000 };
-        View { name: "x", storage, offset: 0, shape, strides }
+        let storage = pickle::Storage { element: pickle::Element { name: "F32", size: 4 }, key: "0", values: 1000 };
+        View { name: "x", storage, offset: 0, shape, strides, altered: false }
     })
 }
 
@@ -335,6 +429,13 @@ fn places(view: &View<'_>) -> Vec<u64> {
     dims.fold(vec![0], |places, (dim, stride)| {
         places.iter().flat_map(|place| (0..*dim).map(move |i| place + i * stride)).collect()
     })
+}
+
+/// Bytes from the first value to the last, both included.
+fn spread(tensor: &HeaderTensor) -> u64 {
+    let Some(strides) = &tensor.strides else { return tensor.len };
+    let last: u64 = tensor.shape.iter().zip(strides).map(|(dim, stride)| (dim - 1) * stride).sum();
+    (last + 1) * tensor.dtype.size().unwrap()
 }
 
 proptest! {
@@ -348,20 +449,22 @@ proptest! {
 
     /// Whatever is wrong with a file, the answer is tensors inside it or an error.
     #[test]
-    fn damaged_files_are_refused_or_harmless(at in 0_usize..5689, bytes in prop::collection::vec(any::<u8>(), 1..9)) {
-        let mut file = std::fs::read(testdata("tensors.bin")).unwrap();
+    fn damaged_files_are_refused_or_harmless(
+        name in prop::sample::select(vec!["tensors.bin", "others-2.bin", "others-4.bin"]),
+        at in 0_usize..5519, bytes in prop::collection::vec(any::<u8>(), 1..9)) {
+        let mut file = std::fs::read(testdata(name)).unwrap();
         let end = (at + bytes.len()).min(file.len());
         file[at..end].copy_from_slice(&bytes[..end - at]);
         if let Ok(tensors) = read(&file) {
             for tensor in tensors {
-                prop_assert!(tensor.offset + tensor.len <= file.len() as u64);
+                prop_assert!(tensor.offset + spread(&tensor) <= file.len() as u64);
             }
         }
     }
 
     #[test]
     fn random_programs_end(program in prop::collection::vec(
-        prop::sample::select(b".(NKMJX)}tusaeqrhjQRbc\x85\x86\x87\x88\x8a\x01\x00\n0".to_vec()), 0..64)) {
+        prop::sample::select(b".(NKMJX)}tusaeqrhjQRbcCB\x85\x86\x87\x88\x8a\x8b\x8c\x8d\x8e\x8f\x90\x91\x93\x94\x95\x01\x00\n0".to_vec()), 0..64)) {
         let _ = read(&file(&program));
     }
 }

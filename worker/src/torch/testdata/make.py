@@ -45,6 +45,28 @@ def tensors():
     return state
 
 
+def others():
+    """What state dictionaries hold beside plain tensors, and tensors that are pickled in other ways than those."""
+    values = torch.arange(4, dtype=torch.float32)
+    state = OrderedDict(values=values)
+    state["transposed"] = torch.arange(6, dtype=torch.float32).reshape(2, 3).t()
+    for name in ["complex64", "complex32", "float8_e4m3fn", "float8_e8m0fnu", "uint16"]:
+        state[name] = values.to(getattr(torch, name))
+    state["qint8"] = torch.quantize_per_tensor(values, 1.0, 0, torch.qint8)
+    state["negated"] = torch._neg_view(values)
+    state["attribute"] = values.clone()
+    state["attribute"].note = "a"
+    state["parameter"] = torch.nn.Parameter(values + 1)
+    state["parameter"].note = "b"
+    state["buffer"] = torch.nn.Buffer(values + 2)
+    state["sparse"] = torch.eye(2).to_sparse()
+    state["meta"] = torch.zeros(2, device="meta")
+    state.update(step=3, rate=0.5, on=True, nothing=None, large=2**80, text="c", raw=b"d", array=bytearray(b"e"), complex=1j,
+                 names=["f", values], pair=(1, values), set={1, 2}, size=values.size(), dtype=torch.bfloat16,
+                 device=torch.device("cpu"), optimizer={"state": {0: {"exp_avg": values}}, "lr": 0.1})
+    return state
+
+
 def main():
     state = tensors()
     torch.save(state, HERE / "tensors.bin")
@@ -52,6 +74,8 @@ def main():
     torch.save(OrderedDict(a=torch.zeros(2)), HERE / "legacy.bin", _use_new_zipfile_serialization=False)
     torch.save({"a": torch.zeros(2), "b": System()}, HERE / "system.bin")
     torch.save(torch.nn.Linear(2, 1), HERE / "module.bin")
+    for protocol in [2, 3, 4, 5]:
+        torch.save(others(), HERE / f"others-{protocol}.bin", pickle_protocol=protocol)
     whole = {k: v.detach().clone().contiguous() for k, v in state.items() if isinstance(v, torch.Tensor)}
     save_file({k: v for k, v in whole.items() if not k.startswith("strided.")}, HERE / "tensors.safetensors")
 
