@@ -5,6 +5,8 @@
     oracle.py goldens  WORKER [--devices D] [--precision f32|bf16|f16] [--tolerance T]
     oracle.py fixtures ORACLE [--only NAME ..]
     oracle.py results  ORACLE WORKER
+    oracle.py classes  ORACLE [--check]
+    oracle.py keys     ORACLE WORKER [--families F ..]
 
 ORACLE is the folder of make_model.py, golden.py and outliers_ref.py: tiny checkpoints with random weights in the published layouts,
 activations of transformers at every studied norm, router choices, logits and likelihoods, and outlier statistics computed from
@@ -30,6 +32,11 @@ HALF_TOLERANCE = 0.05  # the same in bf16 and f16, on average; on the CPU the wo
 # to 2.4e-4 (qwen3_next) and 1.4e-4 (opt_350m, whose norms come last) wrong and ours 1.4e-4 and 1.2e-4, neither always the better one.
 # Router choices and statistics must be equal all the same.
 TOLERANCES = {"qwen3_next": 3e-4, "opt_350m": 2e-4}
+
+# The data from which the worker reads a config.json, and the model types of its families.
+CLASSES = HERE.parent / "worker" / "src" / "arch" / "config" / "classes.json"
+MODEL_TYPES = ["deepseek_v3", "glm4_moe", "gpt2", "gpt_oss", "gptj", "llama", "llama4", "mixtral", "olmoe", "opt", "qwen2", "qwen3", "qwen3_moe",
+               "qwen3_next"]
 
 KINDS = ["sliding_attention", "full_attention"]
 # Fixtures: family, seed, how it is stored, configuration. Small on purpose; what each exercises is in golden/README.md.
@@ -61,6 +68,14 @@ FIXTURES = {
     "qwen3": ("qwen3", 20, {}, {"num_hidden_layers": 3}),
     "qwen3-moe": ("qwen3_moe", 21, {}, {"num_hidden_layers": 3, "num_experts": 6, "mlp_only_layers": [1]}),
     "qwen3-next": ("qwen3_next", 22, {}, {"num_hidden_layers": 4, "num_experts": 4}),
+    # What config.json leaves out, and what transformers 5 makes of it. The windows are 4 tokens long.
+    "qwen2-stored-head": ("qwen2", 23, {"stored_head": True}, {"num_hidden_layers": 2}),
+    "qwen3-defaults": ("qwen3", 24, {"without": ["head_dim", "max_window_layers", "rope_theta"]},
+                       {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128, "use_sliding_window": True,
+                        "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                        "max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0, "mscale_all_dim": 0}}),
+    "qwen3-moe-saved": ("qwen3_moe", 25, {"saved": True}, {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2,
+                                                           "use_sliding_window": True, "sliding_window": 4}),
 }
 # The chunks of DeltaNet are 64 tokens long; windows and attention chunks here are 16.
 FIXTURE_TOKENS = {"qwen3-next": 72}
@@ -92,6 +107,9 @@ ODD = {
     "qwen3": [UNTIED, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}],
     "qwen2": [UNTIED, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}],
 }
+# Families whose configurations are walked over, key by key: one of each class.
+WALKED = ["olmoe", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next", "llama4_scout", "llama4_maverick", "deepseek_v3", "gpt2", "opt",
+          "gptj", "llama", "qwen3", "qwen2"]
 
 
 def load_oracle(folder):
@@ -128,10 +146,33 @@ def record(oracle, case, folder, tokens, seqs):
     """Checkpoint, golden activations and reference statistics of one case, below `folder`."""
     make, golden, analyse = oracle
     family, seed, storage, config = case
+    altered = {key: value for key, value in storage.items() if key in ("without", "saved", "stored_head")}
+    storage = {key: value for key, value in storage.items() if key not in altered}
     make(family, folder / "model", seed, size=json.dumps(config), **storage)
+    alter(folder / "model", seed, **altered)
     golden(folder / "model", folder / "golden.safetensors", tokens=tokens, seqs=seqs, seed=seed)
     statistics = analyse(folder / "golden.safetensors", with_positions=True)
     (folder / "outliers.json").write_text(json.dumps(statistics, indent=1) + "\n")
+
+
+def alter(folder, seed, without=(), saved=False, stored_head=False):
+    """Keys left out of config.json, config.json as transformers 5 saves it, a head of its own beside the embedding it is tied to."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if saved:
+        transformers.AutoConfig.from_pretrained(folder).save_pretrained(folder)
+        config = {**json.loads(path.read_text()), "architectures": config["architectures"]}
+    config = {key: value for key, value in config.items() if key not in without}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    if stored_head:
+        tensors = load_file(folder / "model.safetensors")
+        embedding = tensors["model.embed_tokens.weight"]
+        # Rows in another order: the same dtype, shape and scale, and all else.
+        tensors["lm_head.weight"] = embedding[np.random.default_rng(seed).permutation(len(embedding))].contiguous()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def fixtures(arguments):
@@ -280,6 +321,145 @@ def check(arguments):
     sys.exit(failed > 0)
 
 
+def keys(arguments):
+    """Every key of every family's configuration: left out, null, and as `save_pretrained` of transformers 5 writes it."""
+    oracle = load_oracle(arguments.oracle)
+    wrong = 0
+    print("family key | left out | null | as transformers 5 writes it")
+    for family in arguments.families or WALKED:
+        with tempfile.TemporaryDirectory() as scratch:
+            walk = Walk(oracle, arguments.worker, family, Path(scratch))
+            for key, outcomes in walk.rows(arguments.only):
+                wrong += sum(outcome.startswith("FAIL") for outcome in outcomes)
+                print(f"{family} {key} | {' | '.join(outcomes)}", flush=True)
+    print(f"{wrong} wrong")
+    sys.exit(wrong > 0)
+
+
+class Walk:
+    """One family's tiny checkpoint, under configurations that differ from the published one in one key."""
+
+    def __init__(self, oracle, worker, family, folder):
+        import hf
+        import torch
+        from golden import sample_ids
+
+        self.worker, self.folder, self.hf, self.torch = Path(worker).resolve(), folder, hf, torch
+        oracle[0](family, folder / "model", 71, size=json.dumps({"num_hidden_layers": 4, "n_layer": 4} if family in ("gpt2", "gptj") else {}))
+        self.published = json.loads((folder / "model" / "config.json").read_text())
+        self.nested = "text_config" in self.published
+        model = hf.load_oracle(folder / "model")
+        config = model.config.get_text_config()
+        self.ids, _ = sample_ids(model, folder / "model", 40, 2, 71, config.vocab_size, 1e-4)
+        self.fields = {name for name in vars(type(config)())} | set(config.attribute_map)
+        (folder / "ids.json").write_text(json.dumps(self.ids.tolist()))
+        model.config.save_pretrained(folder / "saved")
+        self.saved = json.loads((folder / "saved" / "config.json").read_text())
+
+    def settings(self, config):
+        return config["text_config"] if self.nested else config
+
+    def rows(self, only):
+        """A key, and what comes of its being left out, null, and as it is saved; first of all, the whole as it is saved."""
+        whole = {**self.saved, "architectures": self.published["architectures"]}
+        if quantised := self.published.get("quantization_config"):
+            whole["quantization_config"] = quantised
+        if not only:
+            yield "(all)", ["-", "-", self.outcome("", whole)]
+        published, saved = self.settings(self.published), self.settings(self.saved)
+        # What is not a setting of the model, and what decides in which form Python gets the logits.
+        hidden = {"architectures", "model_type", "quantization_config", "text_config", "vision_config", "return_dict"}
+        for key in sorted({*published, *saved, *self.fields} - hidden):
+            if key.startswith("_") and key not in published or only and key not in only:
+                continue
+            outcomes = []
+            for variant, applies in (("absent", key in published), ("null", True), ("saved", key in saved)):
+                changed = json.loads(json.dumps(self.published))
+                settings = self.settings(changed)
+                settings[key] = saved[key] if variant == "saved" and applies else None
+                if variant == "absent" and applies:
+                    del settings[key]
+                outcomes.append(self.outcome(key, changed) if applies else "-")
+            yield key, outcomes
+
+    def outcome(self, key, config):
+        (self.folder / "model" / "config.json").write_text(json.dumps(config))
+        said, have = self.ours()
+        try:
+            want = self.theirs()
+        except Exception as error:  # whatever it is, transformers does not run this configuration
+            want = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}" if str(error) else type(error).__name__
+        if have is None:
+            return "refused by name" if key and key in said else f"FAIL: refused without the key: {said[:160]}"
+        if isinstance(want, str):
+            return f"FAIL: runs here, but not in transformers ({want})"
+        wrong = compare_activations(want, have)
+        return f"FAIL: {'; '.join(wrong[:2])}" if wrong else "equal"
+
+    def ours(self):
+        with tempfile.TemporaryDirectory() as output:
+            run = subprocess.run(
+                [self.worker, "run", "--model", self.folder / "model", "--token-ids", self.folder / "ids.json", "--precision", "f32",
+                 "--devices", "cpu", "--output", output, "--save-activations", "a.safetensors"], capture_output=True, text=True)
+            if run.returncode:
+                return run.stderr.strip(), None
+            return "", load_file(Path(output) / "a.safetensors")
+
+    def theirs(self):
+        """Activations of transformers; an error where it makes up weights that the file lacks."""
+        from golden import record
+
+        info = {}
+        model = self.hf.load_oracle(self.folder / "model", info=info)
+        missing = [name for name in info.get("missing_keys", []) if "lm_head" not in name or not model.config.get_text_config().tie_word_embeddings]
+        if missing or info.get("mismatched_keys"):
+            raise ValueError(f"transformers makes up {sorted(missing)[:2] or 'weights of other shapes'}")
+        return {name: tensor.numpy() for name, tensor in record(model, self.ids)[0].items()}
+
+
+def classes(arguments):
+    """The configuration classes of transformers as data: `worker/src/arch/config/classes.json`, or what differs from it."""
+    load_oracle(arguments.oracle)
+    from dataclasses import fields
+
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    base = {field.name for field in fields(transformers.PreTrainedConfig)}
+    found = {"PreTrainedConfig": described(transformers.PreTrainedConfig, base=set())}
+    for model_type in MODEL_TYPES:
+        of = CONFIG_MAPPING[model_type]
+        found[of.__name__] = described(of, base)
+        for nested in of.sub_configs.values():
+            if nested.__name__.endswith("TextConfig"):
+                found[nested.__name__] = described(nested, base)
+    rows = (f"  {json.dumps(name)}: {json.dumps(each)}" for name, each in found.items())
+    text = "{\n" + ",\n".join(rows) + "\n}\n"
+    if arguments.check:
+        same = CLASSES.read_text() == text
+        print(f"{'ok  ' if same else 'FAIL'} {CLASSES.name} is what transformers {transformers.__version__} says of {len(found)} classes")
+        sys.exit(not same)
+    CLASSES.write_text(text)
+
+
+def described(of, base):
+    """A class: its model type, what an absent attribute is, which may be null, which names are one setting, the rotation by default."""
+    from dataclasses import MISSING, fields
+
+    own = [field for field in fields(of) if field.name not in base]
+    default = lambda field: None if field.default is MISSING else field.default
+    said = {
+        "model_type": of.model_type,
+        "attributes": {field.name: default(field) for field in own},
+        "nullable": [field.name for field in own if "None" in str(field.type) or default(field) is None],
+    }
+    if of.attribute_map:
+        said["aliases"] = of.attribute_map
+    if rope := getattr(of(), "rope_parameters", None):
+        said["rope_parameters"] = rope
+    return said
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -306,6 +486,16 @@ def main():
     three.add_argument("oracle")
     three.add_argument("worker")
     three.set_defaults(run=results)
+    six = commands.add_parser("keys", help="walk over every key of every family's configuration")
+    six.add_argument("oracle")
+    six.add_argument("worker")
+    six.add_argument("--families", nargs="*", choices=WALKED)
+    six.add_argument("--only", nargs="*", help="these keys alone")
+    six.set_defaults(run=keys)
+    five = commands.add_parser("classes", help="make worker/src/arch/config/classes.json again")
+    five.add_argument("oracle")
+    five.add_argument("--check", action="store_true", help="say whether it is as transformers has it, and write nothing")
+    five.set_defaults(run=classes)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -3,6 +3,10 @@
 # odd shapes, several containers.
 #
 #   tests/oracle.sh ORACLE_FOLDER [PYTHON] [options of `oracle.py check`]
+#   tests/oracle.sh ORACLE_FOLDER PYTHON keys [options of `oracle.py keys`]
+#
+# `keys` walks over every key of every family's config.json: left out, null, and as transformers 5 saves it, the result equals that of
+# transformers or is a refusal that names the key; before that, the worker's data on configuration classes is compared with transformers'.
 #
 # ORACLE_FOLDER holds make_model.py, golden.py and outliers_ref.py; PYTHON has transformers, torch and numpy.
 set -euo pipefail
@@ -11,4 +15,8 @@ python=$(realpath -s "${2:-$(command -v python3)}")
 here=$(cd "$(dirname "$0")" && pwd)
 (cd "$here/.." && cargo build --workspace --bins --quiet)
 programs="${CARGO_TARGET_DIR:-$here/../target}/debug"
+if [ "${3:-}" = keys ]; then
+    "$python" "$here/oracle.py" classes "$oracle" --check
+    exec "$python" "$here/oracle.py" keys "$oracle" "$programs/outliers-worker" "${@:4}"
+fi
 exec "$python" "$here/oracle.py" check "$oracle" "$programs/outliers-worker" "$programs/outliers" "${@:3}"

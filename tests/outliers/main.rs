@@ -2,9 +2,11 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod ablation;
+mod checkpoints;
 mod clouds;
 mod datasets;
 mod deploy;
+mod endings;
 mod host;
 mod hub;
 mod metamorphic;
@@ -16,4 +18,5 @@ mod ssh;
 mod sshd;
 mod streamed;
 mod survey;
+mod weight_files;
 mod worker;

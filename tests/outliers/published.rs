@@ -95,7 +95,8 @@ impl Published {
         let tensors = self.tensors.iter().map(|(name, listed)| {
             let (dtype, len) = (StoredDtype::from_name(&listed.dtype), listed.bytes());
             offset += len;
-            HeaderTensor { name: name.clone(), dtype, shape: listed.shape.clone(), offset: offset - len, len }
+            let (name, shape) = (name.clone(), listed.shape.clone());
+            HeaderTensor { name, dtype, shape, strides: None, offset: offset - len, len }
         });
         let file = FileBytes { name: "model.safetensors".to_owned(), bytes: self.totals.stored_bytes };
         Headers(TensorIndex::assemble(vec![(file, tensors.collect())], None).unwrap())
@@ -118,7 +119,7 @@ impl Published {
         };
         let used: BTreeSet<String> = needs.iter().flat_map(stored).collect();
         let names = |ignored: bool| -> BTreeSet<String> {
-            let chosen = self.tensors.iter().filter(|(_, listed)| listed.ignore.is_some() == ignored);
+            let chosen = self.tensors.iter().filter(|(_, listed)| listed.is_unread().is_some() == ignored);
             chosen.map(|(name, _)| name.clone()).collect()
         };
         let used_bytes: u64 = model.stored_dtypes().values().sum();
@@ -149,8 +150,8 @@ impl Published {
     fn reasons(&self) -> BTreeMap<&str, (usize, u64)> {
         let mut reasons = BTreeMap::new();
         for listed in self.tensors.values() {
-            if let Some(why) = &listed.ignore {
-                let sum: &mut (usize, u64) = reasons.entry(why.as_str()).or_default();
+            if let Some(why) = listed.is_unread() {
+                let sum: &mut (usize, u64) = reasons.entry(why).or_default();
                 *sum = (sum.0 + 1, sum.1 + listed.bytes());
             }
         }
@@ -166,12 +167,11 @@ impl Published {
 }
 
 /// Our words for what is left unread, and the manifests'.
-const REASONS: [(&str, &str); 5] = [
+const REASONS: [(&str, &str); 4] = [
     ("multi-token prediction", "mtp"),
     ("vision tower", "vision"),
     ("causal mask (a buffer)", "causal-mask-buffer"),
     ("rotary frequencies (a buffer)", "rotary-inv-freq-buffer"),
-    ("a copy of the embedding, to which the head is tied", "tied-duplicate"),
 ];
 
 /// Tensors and bytes that a model leaves unread, by the manifests' words.
@@ -188,6 +188,11 @@ impl Listed {
             (0..self.experts.unwrap_or(1)).map(move |expert| name.replace("{expert}", &expert.to_string()))
         };
         layers.iter().map(named).flat_map(with_experts).map(|name| (name, self.clone())).collect()
+    }
+
+    /// Why it is left unread. A head that is stored although it is tied is read all the same: nobody knows before that it is a copy.
+    fn is_unread(&self) -> Option<&str> {
+        self.ignore.as_deref().filter(|why| *why != "tied-duplicate")
     }
 
     fn bytes(&self) -> u64 {

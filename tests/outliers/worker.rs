@@ -9,16 +9,20 @@ use serde::de::DeserializeOwned;
 
 use crate::rewrite::spec_of;
 
-fn read<T: DeserializeOwned>(folder: &Path, name: &str) -> T {
+pub(crate) fn read<T: DeserializeOwned>(folder: &Path, name: &str) -> T {
     let text = std::fs::read(folder.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
     serde_json::from_slice(&text).unwrap_or_else(|e| panic!("{name}: {e}"))
 }
 
 /// Runs a fixture; returns the output folder.
 fn run_fixture(name: &str, more: &[&str]) -> tempfile::TempDir {
+    run_like(name, &golden(name).join("model"), more)
+}
+
+/// Runs a model over the token ids of a fixture; returns the output folder.
+pub(crate) fn run_like(name: &str, model: &Path, more: &[&str]) -> tempfile::TempDir {
     let output = tempfile::tempdir().unwrap();
-    let fixture = golden(name);
-    let (model, ids) = (fixture.join("model"), fixture.join("golden.safetensors"));
+    let ids = golden(name).join("golden.safetensors");
     let mut arguments = vec!["run", "--model", model.to_str().unwrap(), "--token-ids", ids.to_str().unwrap()];
     arguments.extend(["--output", output.path().to_str().unwrap(), "--precision", "f32"]);
     arguments.extend(more);
@@ -135,7 +139,7 @@ fn a_job_file_in_either_format_is_the_same_job() {
 // --------------------------------------------------------------------------------------------------------- bad input
 
 /// A copy of a fixture's model to damage.
-fn copy(name: &str) -> tempfile::TempDir {
+pub(crate) fn copy(name: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for entry in std::fs::read_dir(golden(name).join("model")).unwrap() {
         let entry = entry.unwrap();
@@ -145,7 +149,7 @@ fn copy(name: &str) -> tempfile::TempDir {
 }
 
 /// Runs a job that must fail: the manifest, the exit code and the words on standard error say the same.
-fn failure(model: &Path, more: &[&str]) -> (FailureKind, String) {
+pub(crate) fn failure(model: &Path, more: &[&str]) -> (FailureKind, String) {
     let output = tempfile::tempdir().unwrap();
     let mut arguments = vec!["run", "--model", model.to_str().unwrap(), "--output", output.path().to_str().unwrap()];
     arguments.extend(more);
@@ -161,7 +165,7 @@ fn failure(model: &Path, more: &[&str]) -> (FailureKind, String) {
     (failure.kind, failure.message + " | " + &failure.hint.unwrap_or_default())
 }
 
-fn edit_config(model: &Path, edit: impl Fn(&mut serde_json::Value)) {
+pub(crate) fn edit_config(model: &Path, edit: impl Fn(&mut serde_json::Value)) {
     let path = model.join("config.json");
     let mut config = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     edit(&mut config);

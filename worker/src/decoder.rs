@@ -58,6 +58,8 @@ pub struct LearnedPositions {
 pub struct HeadSpec {
     /// The head's matrix is the embedding.
     pub tied: bool,
+    /// The head is read from where it is stored, although the configuration ties it to the embedding: it counts as no parameters.
+    pub stored: bool,
     /// One number per token id is added (GPT-J).
     pub bias: bool,
 }

@@ -62,6 +62,11 @@ pub enum Encoded<'a> {
     },
 }
 
+/// Whether scales of FP8 blocks that are stored so can be decoded.
+pub fn can_scale(stored: &StoredDtype) -> bool {
+    fp8::scale_size(stored).is_some()
+}
+
 /// Whether numbers stored so, without scales of their own, can be decoded.
 pub fn can_decode(stored: &StoredDtype) -> bool {
     matches!(stored, StoredDtype::F32 | StoredDtype::F16 | StoredDtype::BF16)
@@ -207,7 +212,7 @@ impl Encoded<'_> {
             Self::Fp8Blocks { bytes, scales, scale_dtype, shape: matrix, block } => {
                 let size = fp8::scale_size(scale_dtype).ok_or_else(|| {
                     WorkerError::unsupported(format!("tensor {tensor}: its scales are stored as {scale_dtype}"))
-                        .hint("scales of FP8 blocks are F32 or BF16")
+                        .hint("scales of FP8 blocks are F32, BF16 or F8_E8M0")
                 })?;
                 if block.contains(&0) || product(matrix) != values {
                     return Err(WorkerError::internal(format!(

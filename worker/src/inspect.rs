@@ -61,6 +61,8 @@ pub fn inspect(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>, run: P
         sites: spec.sites().into_iter().map(|site| site_inspection(model, site)).collect(),
         ignored: model.ignored.clone(),
         unexplained: model.unexplained.clone(),
+        config: model.config.clone(),
+        checkpoint_notes: model.checkpoint_notes(),
         files: checkpoint.weights.files().to_vec(),
         tokenizer: checkpoint.tokenizer().map(|files| files.to_string()),
         plan: plan(model, run, disk_bytes(job, checkpoint.weights.files())),
@@ -98,7 +100,8 @@ fn site_inspection(model: &Model<'_>, site: Site) -> SiteInspection {
 /// Parameters that are there for one token, as models are commonly described: all that are used, of routed experts the top-k of each layer.
 /// The embedding counts whole, once where it is the head as well: of a dense model all parameters are active.
 pub fn active_parameters(spec: &DecoderSpec) -> u64 {
-    let outside = [spec.embedding_need()].into_iter().chain(spec.input_needs()).chain(spec.head_needs());
+    let head = spec.head_needs().into_iter().filter(|need| need.role != Role::Head || !spec.head.stored);
+    let outside = [spec.embedding_need()].into_iter().chain(spec.input_needs()).chain(head);
     let inside = spec.units(u64::MAX).iter().map(|unit| active_in(spec, unit)).sum::<u64>();
     outside.map(|need| need.elements()).sum::<u64>() + inside
 }

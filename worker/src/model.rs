@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use candle_core::DType;
-use outliers_protocol::{FailureKind, IgnoredTensors};
+use outliers_protocol::{ConfigReading, FailureKind, IgnoredTensors};
 use serde_json::Value;
 
 use crate::arch::{self, Architecture, Family, Quantisation};
 use crate::decoder::{DecoderSpec, Need, Role, Unit};
 use crate::dtype;
-use crate::error::{Result, WorkerError};
-use crate::safetensors::StoredDtype;
+use crate::error::{Result, WorkerError, listed};
+use crate::safetensors::{StoredDtype, shown};
 use crate::source::{TensorEntry, WeightSource};
 
 /// Problems listed in one error; the rest are counted.
@@ -31,9 +31,15 @@ pub struct Model<'a> {
     pub ignored: Vec<IgnoredTensors>,
     /// Tensors on disk that the architecture does not explain.
     pub unexplained: Vec<String>,
+    /// What config.json leaves out, and what in it is not known.
+    pub config: ConfigReading,
+    /// What is stored otherwise than config.json says.
+    notes: Vec<String>,
     quantisation: Option<Quantisation>,
     /// What `{base}` stands for in this checkpoint's names.
     base: &'static str,
+    /// Where the embedding is: [`Role::Head`] if it is tied and the head alone is stored.
+    embedding: Role,
 }
 
 /// Where the bytes of a needed tensor are, and how they are stored.
@@ -97,17 +103,42 @@ impl<'a> Model<'a> {
     /// # Errors
     /// Unsupported architectures and switches; missing tensors, wrong shapes and dtypes by name; more layers asked for than there are.
     pub fn open(config: &Value, source: &'a dyn WeightSource, layers: Option<usize>) -> Result<Self> {
-        let Architecture { family, spec, quantisation } = arch::read(config)?;
+        let Architecture { family, spec, quantisation, reading: config } = arch::read(config)?;
         let names = family.names;
-        let has = |base: &&&str| source.entry(&names.of(base, 0, Role::Embedding, None)).is_some();
+        // Every family has this norm, whatever is tied.
+        let has = |base: &&&str| source.entry(&names.of(base, 0, Role::MixerNorm, None)).is_some();
         let base = names.bases.iter().find(has).unwrap_or(&names.bases[0]);
-        let (ignored, unexplained) = (Vec::new(), Vec::new());
-        let mut model = Self { family, spec, source, ignored, unexplained, quantisation, base };
+        let (ignored, unexplained, notes) = Default::default();
+        let embedding = Role::Embedding;
+        let mut model =
+            Self { family, spec, source, ignored, unexplained, config, notes, quantisation, base, embedding };
+        model.settle_head();
         model.check()?;
         if let Some(layers) = layers {
             model.keep_layers(layers)?;
         }
         Ok(model)
+    }
+
+    /// A tied head may be stored all the same. As in transformers, what is stored counts: a head that is stored beside the embedding is
+    /// used, and one that is stored without it is the embedding.
+    fn settle_head(&mut self) {
+        if !self.spec.head.tied {
+            return;
+        }
+        let entry = |role| self.source.entry(&self.name(0, role));
+        match (entry(Role::Embedding), entry(Role::Head)) {
+            (Some(embedding), Some(head)) if !embedding.shares_bytes(head) => {
+                (self.spec.head.tied, self.spec.head.stored) = (false, true);
+                let words = "config.json ties the head to the embedding, but a head of its own is stored: it is the one that is used";
+                self.notes.push(words.to_owned());
+            }
+            (None, Some(_)) => {
+                self.embedding = Role::Head;
+                self.notes.push("the embedding is not stored: the head to which it is tied is used".to_owned());
+            }
+            _ => {}
+        }
     }
 
     fn keep_layers(&mut self, layers: usize) -> Result<()> {
@@ -121,16 +152,16 @@ impl<'a> Model<'a> {
 
     fn check(&mut self) -> Result<()> {
         let mut used = BTreeSet::new();
-        let mut problems = Vec::new();
+        let mut problems: Vec<Problem> = Vec::new();
         for (layer, need) in self.spec.needs() {
             match self.locate(layer, &need) {
                 Ok(stored) => used
                     .extend(stored.pieces().map(|piece| piece.entry).map(|entry: &'a TensorEntry| entry.name.as_str())),
+                // Experts of one stacked tensor have one problem between them.
+                Err(problem) if problems.contains(&problem) => {}
                 Err(problem) => problems.push(problem),
             }
         }
-        // Experts of one stacked tensor have one problem between them.
-        problems.dedup();
         if problems.is_empty() {
             (self.ignored, self.unexplained) = self.left_over(&used);
             return Ok(());
@@ -140,14 +171,18 @@ impl<'a> Model<'a> {
         let listed: Vec<String> = problems.into_iter().take(LISTED).map(|p| p.what).collect();
         let rest = if more > 0 { format!("; and {more} more") } else { String::new() };
         let message = format!("the checkpoint is not what its config.json says: {}{rest}", listed.join("; "));
-        Err(WorkerError::new(kind, message))
+        let error = WorkerError::new(kind, message);
+        Err(match self.config.explain() {
+            Some(explained) => error.hint(explained),
+            None => error,
+        })
     }
 
     /// Tensors on disk that are not used: ignored by reason, and unexplained.
     fn left_over(&self, used: &BTreeSet<&str>) -> (Vec<IgnoredTensors>, Vec<String>) {
         let mut ignored: BTreeMap<&str, IgnoredTensors> = BTreeMap::new();
         let mut unexplained = Vec::new();
-        // Some repositories store the head although it is tied.
+        // Files of PyTorch name it twice where it is tied.
         let tied_copy = self.spec.head.tied.then(|| self.name(0, Role::Head));
         for name in self.source.names().filter(|name| !used.contains(name)) {
             let tied = tied_copy.as_deref() == Some(name);
@@ -162,6 +197,22 @@ impl<'a> Model<'a> {
             group.bytes += self.source.entry(name).map_or(0, |entry| entry.len);
         }
         (ignored.into_values().collect(), unexplained)
+    }
+
+    /// What is not as config.json and the index of the weights say.
+    pub fn checkpoint_notes(&self) -> Vec<String> {
+        self.source.notes().iter().chain(&self.notes).cloned().collect()
+    }
+
+    /// What somebody who reads the figures should know of the checkpoint, beside the source's own notes.
+    pub fn warnings(&self) -> Vec<String> {
+        let about = |what: &str, names: &[String]| {
+            (!names.is_empty()).then(|| format!("{what}: {}", listed(names.iter().map(|name| shown(name)))))
+        };
+        let tensors =
+            about("tensors on disk that the architecture does not explain are left unread", &self.unexplained);
+        let keys = about("keys of config.json that are not known change nothing here", &self.config.unknown);
+        self.notes.iter().cloned().chain(tensors).chain(keys).collect()
     }
 
     /// The published name of a tensor that is not an expert's.
@@ -182,10 +233,14 @@ impl<'a> Model<'a> {
 
     fn locate(&self, layer: usize, need: &Need) -> std::result::Result<Stored<'a>, Problem> {
         let names = self.family.names;
-        let name = names.of(self.base, layer, need.role, need.expert);
+        let role = if need.role == Role::Embedding { self.embedding } else { need.role };
+        let name = names.of(self.base, layer, role, need.expert);
         let stack = need.expert.filter(|_| names.is_stacked(need.role)).map(|e| (e, self.spec.layers[layer].experts()));
-        if self.quantisation == Some(Quantisation::Mxfp4) && matches!(need.role, Role::ExpertGateUp | Role::ExpertDown)
-        {
+        let is_packed = self.quantisation == Some(Quantisation::Mxfp4)
+            && matches!(need.role, Role::ExpertGateUp | Role::ExpertDown)
+            // The setting outlives the format where a model was saved again as plain floats.
+            && (self.source.entry(&name).is_none() || self.source.entry(&format!("{name}_blocks")).is_some());
+        if is_packed {
             return self.locate_mxfp4(&name, &need.shape, stack);
         }
         let input_major = names.input_major.contains(&need.role);
@@ -199,7 +254,9 @@ impl<'a> Model<'a> {
             (StoredDtype::F8E4M3, Some(Quantisation::Fp8Blocks { block })) if shape.len() == 2 => {
                 let tiles = [shape[0].div_ceil(block[0]), shape[1].div_ceil(block[1])];
                 let scales = self.piece(&format!("{name}_scale_inv"), &tiles, stack)?;
-                decodable(scales.entry)?;
+                if !dtype::can_scale(&scales.entry.dtype) {
+                    return Err(Problem::dtype(scales.entry));
+                }
                 Ok(stored(Some(scales), Format::Fp8Blocks { block }))
             }
             _ => decodable(values.entry).map(|()| stored(None, Format::Plain)),
@@ -279,7 +336,8 @@ impl<'a> Model<'a> {
 
     /// Values in the tensors used; scales of quantised ones are not counted.
     pub fn parameters(&self) -> u64 {
-        self.spec.needs().iter().map(|(_, need)| need.elements()).sum()
+        let counts = |need: &&Need| need.role != Role::Head || !self.spec.head.stored;
+        self.spec.needs().iter().map(|(_, need)| need).filter(counts).map(Need::elements).sum()
     }
 }
 

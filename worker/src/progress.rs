@@ -117,12 +117,22 @@ impl ProgressSink {
         state.write();
     }
 
+    /// A sentence for people, and for followers, that they should not overlook.
+    pub fn warn(&self, message: impl Into<String>) {
+        self.tell(message.into(), true);
+    }
+
     /// A sentence for people, and for followers.
     pub fn say(&self, message: impl Into<String>) {
+        self.tell(message.into(), false);
+    }
+
+    fn tell(&self, message: String, warning: bool) {
         let mut state = self.shared.lock();
-        let message = message.into();
         match &state.bar {
+            Some(bar) if warning => bar.println(format!("warning: {message}")),
             Some(bar) => bar.println(&message),
+            None if state.talk && warning => tracing::warn!("{message}"),
             None if state.talk => tracing::info!("{message}"),
             None => {}
         }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use candle_core::DType;
 use outliers_protocol::{
-    FileBytes, HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Phase, Results, SCHEMA, Weights,
-    files,
+    CONFIG_RULES, FileBytes, HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Phase, Results,
+    SCHEMA, Weights, files,
 };
 use sha2::{Digest, Sha256};
 use sysinfo::System;
@@ -146,13 +146,7 @@ impl Run<'_> {
             progress
                 .say(format!("{} tensors left unread: {} ({}, ...)", ignored.tensors, ignored.why, ignored.example));
         }
-        if !model.unexplained.is_empty() {
-            progress.say(format!(
-                "{} tensors on disk are not explained: {}",
-                model.unexplained.len(),
-                sample(&model.unexplained)
-            ));
-        }
+        model.warnings().into_iter().for_each(|warning| progress.warn(warning));
         progress.phase(Phase::Tokenizing);
         let tokens =
             corpus::load(&job.corpus, Some(&checkpoint.folder), model.spec.vocab, model.spec.max_positions, hub)?;
@@ -256,7 +250,8 @@ fn identity(job: &JobSpec, checkpoint: &Checkpoint, tokens: &Tokens, compute: DT
     let weights = job.weights.clone().filter(|weights| matches!(weights, Weights::Synthetic { .. }));
     let unnamed = JobSpec { devices: Vec::new(), label: None, trace: None, ..job.clone() };
     let job = JobSpec { weights, stream_budget_bytes: None, ..unnamed };
-    let parts = (env!("CARGO_PKG_VERSION"), &job, &checkpoint.config_sha256, &tokens.provenance.token_ids_sha256);
+    let parts =
+        (env!("CARGO_PKG_VERSION"), CONFIG_RULES, &job, &checkpoint.config_sha256, &tokens.provenance.token_ids_sha256);
     let text = serde_json::to_vec(&(parts, compute.as_str(), checkpoint.weights.files()));
     hex(&Sha256::digest(text.expect("plain data")))
 }
@@ -305,11 +300,6 @@ fn check(job: &JobSpec) -> Result<()> {
 fn asked_for(job: &JobSpec) -> impl Iterator<Item = (&'static str, &str)> {
     let named = [("save_activations", &job.save_activations), ("trace", &job.trace)];
     named.into_iter().filter_map(|(option, name)| Some((option, name.as_deref()?)))
-}
-
-fn sample(names: &[String]) -> String {
-    let shown: Vec<&str> = names.iter().take(3).map(String::as_str).collect();
-    shown.join(", ") + if names.len() > shown.len() { ", ..." } else { "" }
 }
 
 /// Weight bytes one pass reads.
@@ -364,6 +354,8 @@ fn provenance(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>) -> Mode
         stored_dtypes: model.stored_dtypes(),
         ignored: model.ignored.clone(),
         unexplained: model.unexplained.clone(),
+        config: Some(model.config.clone()),
+        checkpoint_notes: model.checkpoint_notes(),
     }
 }
 

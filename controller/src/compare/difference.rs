@@ -1,6 +1,6 @@
 //! What makes figures differ without any model differing: definitions, precision, text, windows, the kind of training.
 
-use outliers_protocol::{Metadata, Packing, Weights};
+use outliers_protocol::{CONFIG_RULES, Metadata, Packing, Weights};
 use serde::Serialize;
 
 use super::comparison::{Compared, Standing};
@@ -19,12 +19,14 @@ pub struct Difference {
 /// What a model's figures were made with: one property, in words.
 type Property = (&'static str, fn(&Compared) -> Option<String>);
 
-const PROPERTIES: [Property; 10] = [
+const PROPERTIES: [Property; 12] = [
     ("definition", definition),
     ("weights", |model| made_up(model.provenance.as_deref()?)),
     ("thresholds", |model| model.provenance.as_deref().map(thresholds)),
     ("computed in", |model| model.provenance.as_deref().map(precision)),
     ("weights stored as", |model| model.provenance.as_deref().map(stored)),
+    ("config.json", |model| config_rules(model.provenance.as_deref()?)),
+    ("checkpoint", |model| checkpoint_notes(model.provenance.as_deref()?)),
     ("text", |model| model.provenance.as_deref().map(text)),
     ("windows", windows),
     ("first token", |model| model.provenance.as_deref().map(first_token)),
@@ -106,6 +108,21 @@ fn stored(metadata: &Metadata) -> String {
     metadata.model.stored_dtypes.keys().cloned().collect::<Vec<_>>().join(", ")
 }
 
+fn config_rules(metadata: &Metadata) -> Option<String> {
+    let rules = metadata.model.config.as_ref().map_or(1, |config| config.rules);
+    (rules < CONFIG_RULES).then(|| {
+        format!(
+            "read by rules {rules} of an older worker; rules {CONFIG_RULES} take absent keys as transformers does, and read windows, layer \
+             types and stored heads that older ones did not: a run of today may differ"
+        )
+    })
+}
+
+fn checkpoint_notes(metadata: &Metadata) -> Option<String> {
+    let notes = &metadata.model.checkpoint_notes;
+    (!notes.is_empty()).then(|| notes.join("; "))
+}
+
 fn text(metadata: &Metadata) -> String {
     let corpus = &metadata.corpus;
     let hash: String = corpus.sha256.chars().take(12).collect();
@@ -149,7 +166,7 @@ fn layers_run(model: &Compared) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use outliers_protocol::{Packing, Weights, files};
+    use outliers_protocol::{CONFIG_RULES, Packing, Weights, files};
     use serde_json::json;
 
     use super::super::comparison::Comparison;
@@ -170,6 +187,11 @@ mod tests {
         });
         rename(&copy("dense", &at("2")), "openai-community/gpt2");
         copy("dense", &at("3"));
+        change(&at("3"), files::METADATA, |metadata| {
+            let now = json!({"rules": CONFIG_RULES, "class": "GPT2Config", "defaults": {}, "nulls": [], "unknown": []});
+            metadata["model"]["config"] = now;
+            metadata["model"]["checkpoint_notes"] = json!(["a head of its own is stored"]);
+        });
         let compared = Comparison::of(read_all(&[home.path().to_owned()], false).unwrap());
         let of = |about: &str| {
             let these = compared.differences.iter().filter(|d| d.about == about);
@@ -187,5 +209,8 @@ mod tests {
         assert!(of("weights")[0].0.contains("MADE UP (seed 7)"));
         assert_eq!(numbers("text"), [vec![1, 2, 3]]);
         assert_eq!(numbers("intervals"), [Vec::<usize>::new()]);
+        assert_eq!(numbers("config.json"), [vec![1, 2]]);
+        assert!(of("config.json")[0].0.contains("may differ"));
+        assert_eq!(of("checkpoint"), [("a head of its own is stored", &[3][..])]);
     }
 }

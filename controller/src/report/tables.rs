@@ -128,8 +128,9 @@ fn features(results: &Results) -> String {
     format!("\n{table}\n{rest}")
 }
 
-/// What can be rented: what a run is estimated to take and cost, and what it costs at most until the time limit.
-pub fn offers(offers: &[Offer], work: &Work, limit: Duration, most: usize) -> String {
+/// What can be rented: what a run is estimated to take and cost, and what it costs at most until the time limit, or by what is
+/// agreed to if that is less.
+pub fn offers(offers: &[Offer], work: &Work, limit: Duration, agreed: Option<Usd>, most: usize) -> String {
     let mut table = table(&["#", "broker", "what", "price", "a run takes", "and costs", "at most"]);
     for (i, offer) in offers.iter().take(most).enumerate() {
         let estimate = work.on(offer);
@@ -138,14 +139,24 @@ pub fn offers(offers: &[Offer], work: &Work, limit: Duration, most: usize) -> St
             text(&offer.broker),
             text(&market::describe(offer)),
             number(offer.price),
-            number(Span(Duration::from_secs_f64(estimate.seconds))),
+            number(format!("{}{}", Span(Duration::from_secs_f64(estimate.seconds)), mark(estimate.is_over(limit)))),
             number(estimate.rank()),
-            number(offer.price.cost(limit)),
+            number(agreed.into_iter().chain([offer.price.cost(limit).up_to_cents()]).min().unwrap_or_default()),
         ]);
     }
     let more = offers.len().saturating_sub(most);
-    let rest = if more > 0 { format!("and {more} more\n") } else { String::new() };
+    let mut rest = if more > 0 { format!("and {more} more\n") } else { String::new() };
+    if offers.iter().take(most).any(|offer| work.on(offer).is_over(limit)) {
+        rest += &format!("{OVER}: longer than the time limit of {}, which --max-duration raises\n", Span(limit));
+    }
     format!("{table}\n{rest}")
+}
+
+/// Marks a run that does not end in time.
+const OVER: &str = "(!)";
+
+fn mark(is_over: bool) -> String {
+    if is_over { format!(" {OVER}") } else { String::new() }
 }
 
 /// What the filters removed.
@@ -158,7 +169,7 @@ pub fn steps(considered: usize, steps: &[Step]) -> String {
     }
 }
 
-/// What a run would need.
+/// What a run would need, after what is to be known of the choice of its weights.
 pub fn needs(inspection: &Inspection) -> String {
     let plan = &inspection.plan;
     let rows = [
@@ -174,7 +185,9 @@ pub fn needs(inspection: &Inspection) -> String {
     for (name, value) in rows {
         table.add_row([Cell::new(name), Cell::new(value)]);
     }
-    format!("{table}\n")
+    let note = |note: &String| format!("note: {}\n", clean(note.as_bytes(), 2000));
+    let notes: String = inspection.checkpoint_notes.iter().map(note).collect();
+    format!("{notes}{table}\n")
 }
 
 /// A checkpoint.
@@ -227,6 +240,14 @@ pub fn inspection(inspection: &Inspection) -> String {
     }
     if !inspection.unexplained.is_empty() {
         out += &format!("{} tensors on disk are not explained by the architecture\n", inspection.unexplained.len());
+    }
+    let config = &inspection.config;
+    if !config.unknown.is_empty() {
+        let keys = clean(config.unknown.join(", ").as_bytes(), 300);
+        out += &format!("config.json has keys that {} does not know; they change nothing: {keys}\n", config.class);
+    }
+    if let Some(explained) = config.explain() {
+        out += &format!("{}\n", clean(explained.as_bytes(), 600));
     }
     out + &needs(inspection)
 }
@@ -340,6 +361,9 @@ pub fn standing(standing: &Standing) -> String {
     if more > 0 {
         out += &format!("and {more} more finished: outliers runs list\n");
     }
+    for lost in &standing.unreadable {
+        out += &format!("run {}: its record is damaged: {}\n", lost.run, clean(lost.why.as_bytes(), 200));
+    }
     let Standing { spent, reserved, .. } = standing;
     out + &format!("spent {spent}; what is under way may still cost {reserved} until its time limits\n")
 }
@@ -355,7 +379,7 @@ pub fn instances(listed: &[&Instance], words: &[String]) -> String {
     for (instance, words) in listed.iter().zip(words) {
         table.add_row([
             text(&instance.broker),
-            text(&instance.id.0),
+            text(if instance.id.0.is_empty() { "?" } else { &instance.id.0 }),
             text(&instance.tag().map(|tag| tag.run).unwrap_or_default()),
             text(&state(instance)),
             text(&instance.hardware),
@@ -374,6 +398,7 @@ fn state(instance: &Instance) -> String {
         InstanceState::Stopped => "stopped".to_owned(),
         InstanceState::Terminating => "terminating".to_owned(),
         InstanceState::Unknown(word) => format!("unknown: {word}"),
+        InstanceState::Unreadable(why) => format!("unreadable: {why}"),
     }
 }
 
@@ -422,6 +447,10 @@ pub fn what_it_is(instance: &Instance, actions: &[Action]) -> String {
                     Leave::OtherOwner => "of another ledger",
                     Leave::Driven => "of a run under way",
                     Leave::Held => "kept",
+                    Leave::Unreadable => "unknown: its entry in the cloud's list cannot be read",
+                    Leave::Superseded => "of a run that has another instance, or none, as far as is known here",
+                    Leave::RunUnknown => "of a run that is not known here",
+                    Leave::RecordUnreadable => "of a run whose record cannot be read",
                 };
                 return words.to_owned();
             }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Point;
+use crate::{ConfigReading, Point};
 
 /// Output of `outliers-worker inspect --json`: architecture, sites and exact bytes from the safetensors headers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -47,6 +47,11 @@ pub struct Inspection {
     pub ignored: Vec<IgnoredTensors>,
     /// Tensors on disk that the architecture does not explain.
     pub unexplained: Vec<String>,
+    /// How config.json was read.
+    pub config: ConfigReading,
+    /// As in [`crate::ModelProvenance::checkpoint_notes`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub checkpoint_notes: Vec<String>,
     /// Files the run needs, with their sizes.
     pub files: Vec<FileBytes>,
     /// Tokenizer file; `None`: only ready token ids can be used.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::{IgnoredTensors, JobSpec};
 
@@ -67,6 +68,42 @@ pub struct ModelProvenance {
     pub ignored: Vec<IgnoredTensors>,
     /// Tensors on disk that the architecture does not explain.
     pub unexplained: Vec<String>,
+    /// How config.json was read. `None` in older runs, which gave absent keys one default for all families.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<ConfigReading>,
+    /// What is not as config.json and the index of the weights say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub checkpoint_notes: Vec<String>,
+}
+
+/// Version of the rules by which config.json is read: it counts up whenever a checkpoint may come to mean something else.
+pub const CONFIG_RULES: u32 = 2;
+
+/// How config.json was read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ConfigReading {
+    /// [`CONFIG_RULES`] of the program that read it.
+    pub rules: u32,
+    /// The configuration class of transformers that says what an absent key means.
+    pub class: String,
+    /// Settings that config.json leaves out, with the class's defaults.
+    pub defaults: BTreeMap<String, Value>,
+    /// Settings that are null where the class allows it.
+    pub nulls: Vec<String>,
+    /// Keys that neither the class nor the program knows; they changed nothing.
+    pub unknown: Vec<String>,
+}
+
+impl ConfigReading {
+    /// Which settings are not in the file, and what stood in for them.
+    pub fn explain(&self) -> Option<String> {
+        let defaults: Vec<String> = self.defaults.iter().map(|(key, value)| format!("{key} = {value}")).collect();
+        let absent = (!defaults.is_empty())
+            .then(|| format!("config.json leaves out keys that {} takes as {}", self.class, defaults.join(", ")));
+        let null = (!self.nulls.is_empty()).then(|| format!("config.json says null for {}", self.nulls.join(", ")));
+        let parts: Vec<String> = absent.into_iter().chain(null).collect();
+        (!parts.is_empty()).then(|| parts.join("; "))
+    }
 }
 
 /// Which tokenizer.

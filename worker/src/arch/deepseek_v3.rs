@@ -3,13 +3,21 @@
 
 use super::{
     Config, Family, LIKE_LLAMA, NEXT_TOKEN_LAYERS, Names, ROTARY_BUFFERS, SEPARATE_EXPERTS, SHARED_EXPERTS,
-    decoder_like_llama, ffn_like_deepseek, pre_norm, yarn_magnitude,
+    decoder_like_llama, ffn_like_deepseek, pre_norm, unsupported, yarn_magnitude,
 };
 use crate::decoder::{DecoderSpec, LatentSpec, MixerSpec, NormSpec, Role};
 use crate::error::Result;
 use crate::rope::{Pairing, RopeSpec};
 
-pub(super) const FAMILY: Family = Family { architecture: "DeepseekV3ForCausalLM", spec, names: &NAMES };
+pub(super) const FAMILY: Family = Family {
+    architecture: "DeepseekV3ForCausalLM",
+    model_types: &["deepseek_v3", "kimi_k2"],
+    class: "DeepseekV3Config",
+    wrapper: None,
+    spec,
+    unused: &[("transformers has no such attribute", &["ep_size"])],
+    names: &NAMES,
+};
 
 const NAMES: Names = Names {
     tensors: &[
@@ -25,7 +33,7 @@ const NAMES: Names = Names {
             (Role::KeyValueUp, "{base}layers.{layer}.self_attn.kv_b_proj.weight"),
         ],
     ],
-    bases: &["model."],
+    bases: &["model.", ""],
     input_major: &[],
     ignored: &[NEXT_TOKEN_LAYERS, ROTARY_BUFFERS],
 };
@@ -34,19 +42,26 @@ const NAMES: Names = Names {
 const INNER_EPS: f64 = 1e-6;
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
-    config.expect_word("hidden_act", "silu")?;
+    config.expect_silu()?;
     config.expect_flag("attention_bias", false)?;
-    config.expect_flag("rope_interleave", true)?;
-    let norm = NormSpec::rms(config.number_opt("rms_norm_eps")?.unwrap_or(1e-6));
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
     let (nope_dim, rope_dim) = (config.count("qk_nope_head_dim")?, config.count("qk_rope_head_dim")?);
-    let scaling = config.rope_settings();
+    let head_dim = config.count_or("head_dim", rope_dim)?;
+    let heads = config.count("num_attention_heads")?;
+    let kv_heads = config.count_or("num_key_value_heads", heads)?;
+    if (head_dim, kv_heads) != (rope_dim, heads) {
+        let what = format!("head_dim {head_dim}, num_key_value_heads {kv_heads}");
+        return Err(unsupported(format!("{what} beside qk_rope_head_dim {rope_dim}, num_attention_heads {heads}")));
+    }
     // YaRN's growth of queries and keys, here in the softmax.
-    let magnitude = match (scaling.number_opt("factor")?, scaling.number_opt("mscale_all_dim")?) {
-        (Some(factor), Some(all)) => yarn_magnitude(factor, all),
+    let rotation = config.rope_settings()?;
+    let magnitude = match rotation.nonzero("mscale_all_dim")? {
+        Some(all) if rotation.kind()? != "default" => yarn_magnitude(rotation.number("factor")?, all),
         _ => 1.0,
     };
+    let pairing = if config.flag("rope_interleave")? { Pairing::Interleaved } else { Pairing::Halves };
     let latent = LatentSpec {
-        heads: config.count("num_attention_heads")?,
+        heads,
         query_rank: config.count_opt("q_lora_rank")?,
         kv_rank: config.count("kv_lora_rank")?,
         nope_dim,
@@ -54,7 +69,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         value_dim: config.count("v_head_dim")?,
         norm: NormSpec::rms(INNER_EPS),
         scale: magnitude * magnitude / ((nope_dim + rope_dim) as f64).sqrt(),
-        rope: RopeSpec { pairing: Pairing::Interleaved, ..config.rope(rope_dim)? },
+        rope: RopeSpec { pairing, ..config.rope(rope_dim)? },
     };
     let layer = |index| Ok(pre_norm(norm, MixerSpec::Latent(latent.clone()), ffn_like_deepseek(config, index)?));
     decoder_like_llama(config, (0..config.layers()?).map(layer).collect::<Result<_>>()?)

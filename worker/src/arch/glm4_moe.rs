@@ -7,19 +7,27 @@ use super::{
 use crate::decoder::{AttentionSpec, DecoderSpec, MixerSpec, NormSpec, QkNorm};
 use crate::error::Result;
 
-pub(super) const FAMILY: Family = Family { architecture: "Glm4MoeForCausalLM", spec, names: &NAMES };
+pub(super) const FAMILY: Family = Family {
+    architecture: "Glm4MoeForCausalLM",
+    model_types: &["glm4_moe"],
+    class: "Glm4MoeConfig",
+    wrapper: None,
+    spec,
+    unused: &[],
+    names: &NAMES,
+};
 
 const NAMES: Names = Names {
     tensors: &[LIKE_LLAMA, SEPARATE_EXPERTS, SHARED_EXPERTS],
-    bases: &["model."],
+    bases: &["model.", ""],
     input_major: &[],
     ignored: &[NEXT_TOKEN_LAYERS],
 };
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
-    config.expect_word("hidden_act", "silu")?;
-    let norm = NormSpec::rms(config.number_opt("rms_norm_eps")?.unwrap_or(1e-5));
-    let qk_norm = if config.flag("use_qk_norm", false)? { QkNorm::PerHead(norm) } else { QkNorm::None };
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let qk_norm = if config.flag("use_qk_norm")? { QkNorm::PerHead(norm) } else { QkNorm::None };
     let attention = attention_like_llama(config)?;
     // `attention_bias` is about q, k and v alone.
     let attention = AttentionSpec { qk_norm, output_bias: false, ..attention };

@@ -1,13 +1,21 @@
 //! GPT-2 (Radford et al. 2019): learned positions, LayerNorm, fused q/k/v, matrices stored `[in, out]`. Hugging Face `GPT2LMHeadModel`.
 
-use super::{Config, Family, Ignored, Names, Pattern};
+use super::{Config, Family, Ignored, Names, Pattern, Unused};
 use crate::decoder::{
     AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, HeadSpec, LayerSpec, LearnedPositions, MixerSpec, MlpKind,
     MlpSpec, NormOrder, NormSpec, Role,
 };
 use crate::error::Result;
 
-pub(super) const FAMILY: Family = Family { architecture: "GPT2LMHeadModel", spec, names: &NAMES };
+pub(super) const FAMILY: Family = Family {
+    architecture: "GPT2LMHeadModel",
+    model_types: &["gpt2"],
+    class: "GPT2Config",
+    wrapper: None,
+    spec,
+    unused: UNUSED,
+    names: &NAMES,
+};
 
 const NAMES: Names = Names {
     tensors: &[&[
@@ -37,20 +45,30 @@ const NAMES: Names = Names {
     ],
 };
 
+const UNUSED: &[Unused] = &[
+    ("training alone uses it", &["attn_pdrop", "embd_pdrop", "resid_pdrop"]),
+    ("classifiers alone use it", SUMMARY),
+    ("what is rounded in half precision alone depends on it", &["reorder_and_upcast_attn"]),
+    ("the length of the table of positions says it", &["n_ctx"]),
+];
+/// Of a head that no causal language model has.
+const SUMMARY: &[&str] =
+    &["summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"];
+
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
-    config.expect_word("activation_function", "gelu_new")?;
+    config.expect("activation_function", &["gelu_new".into()])?;
     config.expect_flag("scale_attn_weights", true)?;
     config.expect_flag("scale_attn_by_inverse_layer_idx", false)?;
     config.expect_flag("add_cross_attention", false)?;
     let (hidden, heads, rows) = (config.count("n_embd")?, config.count("n_head")?, config.count("n_positions")?);
-    let norm = NormSpec::layer(config.number_opt("layer_norm_epsilon")?.unwrap_or(1e-5));
+    let norm = NormSpec::layer(config.number("layer_norm_epsilon")?);
     let attention = AttentionSpec {
         fused_qkv: true,
         qkv_bias: true,
         output_bias: true,
         ..AttentionSpec::plain(heads, heads, hidden / heads.max(1))
     };
-    let intermediate = config.count_opt("n_inner")?.unwrap_or(4 * hidden);
+    let intermediate = config.count_or("n_inner", 4 * hidden)?;
     let mlp = MlpSpec { intermediate, kind: MlpKind::GeluTanh, bias: true };
     let mixer = MixerSpec::Attention(attention);
     let layer = LayerSpec { norm, order: NormOrder::Before, mixer, ffn: FfnSpec::Dense(mlp) };
@@ -61,6 +79,6 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         embedding: EmbeddingSpec { width: hidden, positions: Some(LearnedPositions { rows, offset: 0 }) },
         layers: vec![layer; config.layers_under("n_layer")?],
         final_norm: Some(norm),
-        head: HeadSpec { tied: config.flag("tie_word_embeddings", true)?, bias: false },
+        head: HeadSpec { tied: config.flag("tie_word_embeddings")?, stored: false, bias: false },
     })
 }

@@ -1,14 +1,22 @@
 //! gpt-oss (OpenAI 2025): attention sinks, windows in every second layer, clamped SwiGLU experts with biases in MXFP4, YaRN without
 //! rounding. Hugging Face `GptOssForCausalLM`.
 
-use super::{Config, Family, LIKE_LLAMA, Names, attention_like_llama, decoder_like_llama, pre_norm, unsupported};
+use super::{Config, Family, LIKE_LLAMA, Names, Windowed, attention_like_llama, decoder_like_llama, pre_norm, windows};
 use crate::decoder::{
     AttentionSpec, DecoderSpec, FfnSpec, GateUp, MixerSpec, MlpKind, MlpSpec, MoeSpec, NormSpec, Role, RouterSpec,
     Window,
 };
 use crate::error::Result;
 
-pub(super) const FAMILY: Family = Family { architecture: "GptOssForCausalLM", spec, names: &NAMES };
+pub(super) const FAMILY: Family = Family {
+    architecture: "GptOssForCausalLM",
+    model_types: &["gpt_oss"],
+    class: "GptOssConfig",
+    wrapper: None,
+    spec,
+    unused: &[("transformers has no such attribute", &["experts_per_token", "initial_context_length"])],
+    names: &NAMES,
+};
 
 const NAMES: Names = Names {
     tensors: &[
@@ -23,41 +31,38 @@ const NAMES: Names = Names {
             (Role::ExpertDownBias, "{base}layers.{layer}.mlp.experts.down_proj_bias"),
         ],
     ],
-    bases: &["model."],
+    bases: &["model.", ""],
     // As plain floats. Their MXFP4 form is output-major.
     input_major: &[Role::ExpertGateUp, Role::ExpertDown],
     ignored: &[],
 };
 
-/// Slope inside the sigmoid; not in the configuration.
-const ALPHA: f64 = 1.702;
-
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
-    config.expect_word("hidden_act", "silu")?;
-    let norm = NormSpec::rms(config.number_opt("rms_norm_eps")?.unwrap_or(1e-5));
-    let limit = config.number_opt("swiglu_limit")?.unwrap_or(7.0);
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let (limit, alpha) = (config.number("swiglu_limit")?, config.number("swiglu_alpha")?);
     let moe = MoeSpec {
         experts: config.count("num_local_experts")?,
         top_k: config.count("num_experts_per_tok")?,
         expert: MlpSpec {
             intermediate: config.count("intermediate_size")?,
-            kind: MlpKind::ClampedSwiglu { stored: GateUp::Interleaved, limit, alpha: ALPHA },
+            kind: MlpKind::ClampedSwiglu { stored: GateUp::Interleaved, limit, alpha },
             bias: true,
         },
         router: RouterSpec::TopKSoftmax,
         shared: None,
     };
-    let window = Window::Sliding(config.count("sliding_window")?);
-    let kinds = config.words_opt("layer_types")?;
-    let layer = |index: usize| {
-        let kind = kinds.as_ref().map_or(["sliding_attention", "full_attention"][index % 2], |kinds| kinds[index]);
-        let window = match kind {
-            "sliding_attention" => window,
-            "full_attention" => Window::Full,
-            other => return Err(unsupported(format!("layer_types[{index}] {other:?}"))),
-        };
-        let attention = AttentionSpec { sinks: true, window, ..attention_like_llama(config)? };
-        Ok(pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Moe(moe.clone())))
+    let alternating = |layer: usize| ["sliding_attention", "full_attention"][layer % 2];
+    let kinds = match config.layer_types()? {
+        Some(kinds) => kinds,
+        None => (0..config.layers()?).map(alternating).collect(),
     };
-    decoder_like_llama(config, (0..config.layers()?).map(layer).collect::<Result<_>>()?)
+    let window = config.count_opt("sliding_window")?.map(Window::Sliding);
+    let windowed = Windowed { kind: "sliding_attention", key: "sliding_window", window };
+    let attention = AttentionSpec { sinks: true, ..attention_like_llama(config)? };
+    let layer = |window| {
+        let mixer = MixerSpec::Attention(AttentionSpec { window, ..attention.clone() });
+        pre_norm(norm, mixer, FfnSpec::Moe(moe.clone()))
+    };
+    decoder_like_llama(config, windows(kinds, &windowed)?.into_iter().map(layer).collect())
 }

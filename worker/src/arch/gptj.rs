@@ -1,15 +1,23 @@
 //! GPT-J (Wang and Komatsuzaki 2021): one norm feeds attention and MLP side by side, interleaved rotation of a part of each head, a
 //! head with a bias. Hugging Face `GPTJForCausalLM`.
 
-use super::{Config, Family, Ignored, Names, Pattern};
+use super::{Config, Family, Ignored, Names, Pattern, Unused};
 use crate::decoder::{
     AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, HeadSpec, LayerSpec, MixerSpec, MlpKind, MlpSpec, NormOrder,
     NormSpec, Role,
 };
 use crate::error::Result;
-use crate::rope::{Pairing, RopeSpec};
+use crate::rope::{Pairing, RopeScaling, RopeSpec};
 
-pub(super) const FAMILY: Family = Family { architecture: "GPTJForCausalLM", spec, names: &NAMES };
+pub(super) const FAMILY: Family = Family {
+    architecture: "GPTJForCausalLM",
+    model_types: &["gptj"],
+    class: "GPTJConfig",
+    wrapper: None,
+    spec,
+    unused: UNUSED,
+    names: &NAMES,
+};
 
 const NAMES: Names = Names {
     tensors: &[&[
@@ -29,7 +37,7 @@ const NAMES: Names = Names {
         (Role::Down, "{base}h.{layer}.mlp.fc_out.weight"),
         (Role::DownBias, "{base}h.{layer}.mlp.fc_out.bias"),
     ]],
-    bases: &["transformer."],
+    bases: &["transformer.", ""],
     input_major: &[],
     ignored: &[
         Ignored { names: Pattern::Suffix(".attn.bias"), why: "causal mask (a buffer)" },
@@ -37,26 +45,38 @@ const NAMES: Names = Names {
     ],
 };
 
+const UNUSED: &[Unused] = &[
+    ("training alone uses it", &["attn_pdrop", "embd_pdrop", "resid_pdrop"]),
+    (
+        "classifiers alone use it",
+        &["summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"],
+    ),
+    ("rotations need no table of positions", &["n_ctx"]),
+];
+/// Base of the frequencies; not in the configuration.
+const THETA: f64 = 10_000.0;
+
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
-    config.expect_word("activation_function", "gelu_new")?;
+    config.expect("activation_function", &["gelu_new".into()])?;
     config.expect_flag("rotary", true)?;
+    config.expect_flag("scale_attn_weights", true)?;
     let (hidden, heads) = (config.count("n_embd")?, config.count("n_head")?);
     let head_dim = hidden / heads.max(1);
-    let norm = NormSpec::layer(config.number_opt("layer_norm_epsilon")?.unwrap_or(1e-5));
-    let rotary = config.count_opt("rotary_dim")?.unwrap_or(head_dim);
-    let rope = RopeSpec { pairing: Pairing::Interleaved, ..config.rope(rotary)? };
+    let norm = NormSpec::layer(config.number("layer_norm_epsilon")?);
+    let rotary = config.count("rotary_dim")?;
+    let rope = RopeSpec { theta: THETA, dims: rotary, pairing: Pairing::Interleaved, scaling: RopeScaling::None };
     let attention = AttentionSpec { rope: Some(rope), ..AttentionSpec::plain(heads, heads, head_dim) };
-    let intermediate = config.count_opt("n_inner")?.unwrap_or(4 * hidden);
+    let intermediate = config.count_or("n_inner", 4 * hidden)?;
     let mlp = MlpSpec { intermediate, kind: MlpKind::GeluTanh, bias: true };
     let mixer = MixerSpec::Attention(attention);
     let layer = LayerSpec { norm, order: NormOrder::Shared, mixer, ffn: FfnSpec::Dense(mlp) };
     Ok(DecoderSpec {
         hidden,
         vocab: config.count("vocab_size")?,
-        max_positions: config.count_opt("n_positions")?,
+        max_positions: Some(config.count("n_positions")?),
         embedding: EmbeddingSpec { width: hidden, positions: None },
         layers: vec![layer; config.layers_under("n_layer")?],
         final_norm: Some(norm),
-        head: HeadSpec { tied: config.flag("tie_word_embeddings", false)?, bias: true },
+        head: HeadSpec { tied: config.flag("tie_word_embeddings")?, stored: false, bias: true },
     })
 }

@@ -4,14 +4,23 @@ use super::{Config, Family, LIKE_LLAMA, Names, ROTARY_BUFFERS, attention_like_ll
 use crate::decoder::{DecoderSpec, FfnSpec, MixerSpec, MlpSpec, NormSpec};
 use crate::error::Result;
 
-pub(super) const FAMILY: Family = Family { architecture: "LlamaForCausalLM", spec, names: &NAMES };
+pub(super) const FAMILY: Family = Family {
+    architecture: "LlamaForCausalLM",
+    model_types: &["llama"],
+    class: "LlamaConfig",
+    wrapper: None,
+    spec,
+    unused: &[],
+    names: &NAMES,
+};
 
-const NAMES: Names = Names { tensors: &[LIKE_LLAMA], bases: &["model."], input_major: &[], ignored: &[ROTARY_BUFFERS] };
+const NAMES: Names =
+    Names { tensors: &[LIKE_LLAMA], bases: &["model.", ""], input_major: &[], ignored: &[ROTARY_BUFFERS] };
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
-    config.expect_word("hidden_act", "silu")?;
-    let norm = NormSpec::rms(config.number_opt("rms_norm_eps")?.unwrap_or(1e-6));
-    let bias = config.flag("mlp_bias", false)?;
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let bias = config.flag("mlp_bias")?;
     let mlp = MlpSpec { bias, ..MlpSpec::swiglu(config.count("intermediate_size")?) };
     let attention = attention_like_llama(config)?;
     let layer = pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Dense(mlp));

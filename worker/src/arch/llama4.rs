@@ -1,7 +1,10 @@
 //! Llama 4 Scout and Maverick (Meta 2025), the text part: chunked attention with interleaved rotation, every fourth layer without
 //! either, experts whose input is scaled by the router, a shared expert. Hugging Face `Llama4ForConditionalGeneration`.
 
-use super::{Config, Family, Ignored, Names, Pattern, attention_like_llama, decoder_like_llama, pre_norm};
+use super::{
+    Config, Family, Ignored, Names, Pattern, Unused, Windowed, attention_like_llama, decoder_like_llama, pre_norm,
+    windows,
+};
 use crate::decoder::{
     AttentionSpec, DecoderSpec, FfnSpec, GateUp, MixerSpec, MlpKind, MlpSpec, MoeSpec, NormSpec, QkNorm, Role,
     RouterSpec, SharedSpec, Temperature, Window,
@@ -9,7 +12,15 @@ use crate::decoder::{
 use crate::error::Result;
 use crate::rope::{Pairing, RopeSpec};
 
-pub(super) const FAMILY: Family = Family { architecture: "Llama4ForConditionalGeneration", spec, names: &NAMES };
+pub(super) const FAMILY: Family = Family {
+    architecture: "Llama4ForConditionalGeneration",
+    model_types: &["llama4"],
+    class: "Llama4TextConfig",
+    wrapper: Some("Llama4Config"),
+    spec,
+    unused: UNUSED,
+    names: &NAMES,
+};
 
 const NAMES: Names = Names {
     tensors: &[
@@ -35,51 +46,66 @@ const NAMES: Names = Names {
     ],
 };
 
-// What the published class assumes where the file is silent.
-const CHUNK: usize = 8192;
-const NO_ROPE_INTERVAL: usize = 4;
-const TEMPERATURE: Temperature = Temperature { scale: 0.1, floor: 8192.0 };
+const UNUSED: &[Unused] = &[
+    ("the text part alone is computed", &["boi_token_index", "eoi_token_index", "image_token_index", "vision_config"]),
+    ("the text part alone is computed", &["boi_token_id", "eoi_token_id", "image_token_id"]),
+    ("the settings of the text part count", &["tie_word_embeddings"]),
+    ("transformers has no such attribute", &["for_llm_compressor"]),
+];
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
-    let config = &config.nested("text_config")?;
-    config.expect_word("hidden_act", "silu")?;
-    let norm = NormSpec::rms(config.number_opt("rms_norm_eps")?.unwrap_or(1e-5));
-    let count = config.layers()?;
-    let interval = config.count_opt("no_rope_layer_interval")?.unwrap_or(NO_ROPE_INTERVAL).max(1);
-    let rotated = match config.counts_opt("no_rope_layers")? {
-        // 1 says that the layer HAS a rotation.
-        Some(flags) => config.one_per_layer("no_rope_layers", flags.into_iter().map(|flag| flag == 1).collect())?,
-        None => (1..=count).map(|layer| !layer.is_multiple_of(interval)).collect(),
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let rotated = rotated_layers(config)?;
+    let window = config.count_opt("attention_chunk_size")?.map(Window::Chunked);
+    let windowed = Windowed { kind: "chunked_attention", key: "attention_chunk_size", window };
+    let kinds = match config.layer_types()? {
+        Some(kinds) => kinds,
+        None => rotated.iter().map(|rotated| if *rotated { "chunked_attention" } else { "full_attention" }).collect(),
     };
-    let step = config.count_opt("interleave_moe_layer_step")?.unwrap_or(1).max(1);
-    let moe_layers = config.counts_opt("moe_layers")?;
-    let layer = |index: usize| {
-        let attention = if rotated[index] { rotating(config, norm)? } else { unrotated(config)? };
-        let by_step = (index + 1).is_multiple_of(step);
-        let sparse = moe_layers.as_ref().map_or(by_step, |listed| listed.contains(&index));
-        let ffn = if sparse { FfnSpec::Moe(mixture(config)?) } else { FfnSpec::Dense(dense(config)?) };
-        Ok(pre_norm(norm, MixerSpec::Attention(attention), ffn))
+    let attentions = [unrotated(config)?, rotating(config, norm)?];
+    let (dense, mixture, sparse) = (dense(config)?, mixture(config)?, sparse_layers(config)?);
+    let layer = |((window, rotated), sparse): ((Window, bool), bool)| {
+        let attention = AttentionSpec { window, ..attentions[usize::from(rotated)].clone() };
+        let ffn = if sparse { FfnSpec::Moe(mixture.clone()) } else { FfnSpec::Dense(dense) };
+        pre_norm(norm, MixerSpec::Attention(attention), ffn)
     };
-    decoder_like_llama(config, (0..count).map(layer).collect::<Result<_>>()?)
+    let windows = windows(kinds, &windowed)?;
+    decoder_like_llama(config, windows.into_iter().zip(rotated).zip(sparse).map(layer).collect())
+}
+
+/// Which layers rotate: those that `no_rope_layers` marks with 1 (!), else all but every `no_rope_layer_interval`-th.
+fn rotated_layers(config: &Config<'_>) -> Result<Vec<bool>> {
+    let interval = config.divisor("no_rope_layer_interval")?;
+    match config.counts_opt("no_rope_layers")?.filter(|flags| !flags.is_empty()) {
+        Some(flags) => config.one_per_layer("no_rope_layers", flags.into_iter().map(|flag| flag != 0).collect()),
+        None => Ok((1..=config.layers()?).map(|layer| !layer.is_multiple_of(interval)).collect()),
+    }
+}
+
+/// Which layers have experts: those that `moe_layers` lists, else every `interleave_moe_layer_step`-th.
+fn sparse_layers(config: &Config<'_>) -> Result<Vec<bool>> {
+    let step = config.divisor("interleave_moe_layer_step")?;
+    let listed = config.counts_opt("moe_layers")?;
+    let is_sparse = |layer: usize| match &listed {
+        Some(listed) => listed.contains(&layer),
+        None => (layer + 1).is_multiple_of(step),
+    };
+    Ok((0..config.layers()?).map(is_sparse).collect())
 }
 
 fn rotating(config: &Config<'_>, norm: NormSpec) -> Result<AttentionSpec> {
     let attention = attention_like_llama(config)?;
-    let normed = config.flag("use_qk_norm", true)?;
     Ok(AttentionSpec {
-        rope: Some(RopeSpec { pairing: Pairing::Interleaved, ..config.rope(attention.head_dim)? }),
-        qk_norm: if normed { QkNorm::AfterRope { eps: norm.eps } } else { QkNorm::None },
-        window: Window::Chunked(config.count_opt("attention_chunk_size")?.unwrap_or(CHUNK)),
+        rope: attention.rope.map(|rope| RopeSpec { pairing: Pairing::Interleaved, ..rope }),
+        qk_norm: if config.flag("use_qk_norm")? { QkNorm::AfterRope { eps: norm.eps } } else { QkNorm::None },
         ..attention
     })
 }
 
 fn unrotated(config: &Config<'_>) -> Result<AttentionSpec> {
-    let temperature = Temperature {
-        scale: config.number_opt("attn_scale")?.unwrap_or(TEMPERATURE.scale),
-        floor: config.number_opt("floor_scale")?.unwrap_or(TEMPERATURE.floor),
-    };
-    let tuned = config.flag("attn_temperature_tuning", true)?;
+    let temperature = Temperature { scale: config.number("attn_scale")?, floor: config.number("floor_scale")? };
+    let tuned = config.flag("attn_temperature_tuning")?;
     Ok(AttentionSpec { rope: None, temperature: tuned.then_some(temperature), ..attention_like_llama(config)? })
 }
 

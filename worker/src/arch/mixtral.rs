@@ -6,7 +6,15 @@ use crate::decoder::{
 };
 use crate::error::Result;
 
-pub(super) const FAMILY: Family = Family { architecture: "MixtralForCausalLM", spec, names: &NAMES };
+pub(super) const FAMILY: Family = Family {
+    architecture: "MixtralForCausalLM",
+    model_types: &["mixtral"],
+    class: "MixtralConfig",
+    wrapper: None,
+    spec,
+    unused: &[],
+    names: &NAMES,
+};
 
 const NAMES: Names = Names {
     tensors: &[
@@ -18,14 +26,14 @@ const NAMES: Names = Names {
             (Role::ExpertDown, "{base}layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"),
         ],
     ],
-    bases: &["model."],
+    bases: &["model.", ""],
     input_major: &[],
     ignored: &[],
 };
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
-    config.expect_word("hidden_act", "silu")?;
-    let norm = NormSpec::rms(config.number_opt("rms_norm_eps")?.unwrap_or(1e-5));
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
     let attention = AttentionSpec {
         window: config.count_opt("sliding_window")?.map_or(Window::Full, Window::Sliding),
         ..attention_like_llama(config)?

@@ -5,24 +5,32 @@ use super::{Config, Family, LIKE_LLAMA, Names, SEPARATE_EXPERTS, attention_like_
 use crate::decoder::{AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, QkNorm, RouterSpec};
 use crate::error::Result;
 
-pub(super) const FAMILY: Family = Family { architecture: "OlmoeForCausalLM", spec, names: &NAMES };
+pub(super) const FAMILY: Family = Family {
+    architecture: "OlmoeForCausalLM",
+    model_types: &["olmoe"],
+    class: "OlmoeConfig",
+    wrapper: None,
+    spec,
+    unused: &[],
+    names: &NAMES,
+};
 
 const NAMES: Names =
-    Names { tensors: &[LIKE_LLAMA, SEPARATE_EXPERTS], bases: &["model."], input_major: &[], ignored: &[] };
+    Names { tensors: &[LIKE_LLAMA, SEPARATE_EXPERTS], bases: &["model.", ""], input_major: &[], ignored: &[] };
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
-    config.expect_word("hidden_act", "silu")?;
-    let norm = NormSpec::rms(config.number_opt("rms_norm_eps")?.unwrap_or(1e-5));
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
     let attention = AttentionSpec {
         qk_norm: QkNorm::WholeProjection(norm),
         clip_qkv: config.number_opt("clip_qkv")?,
         ..attention_like_llama(config)?
     };
     let moe = MoeSpec {
-        experts: config.count_opt("num_experts")?.unwrap_or(64),
-        top_k: config.count_opt("num_experts_per_tok")?.unwrap_or(8),
+        experts: config.count("num_experts")?,
+        top_k: config.count("num_experts_per_tok")?,
         expert: MlpSpec::swiglu(config.count("intermediate_size")?),
-        router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob", false)? },
+        router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob")? },
         shared: None,
     };
     let layer = pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Moe(moe));

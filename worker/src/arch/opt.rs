@@ -1,14 +1,22 @@
 //! OPT (Zhang et al. 2022): learned positions from row 2 on, ReLU; the 350M model has its norms after the residual additions and an
 //! embedding of half the width. Hugging Face `OPTForCausalLM`.
 
-use super::{Config, Family, Names};
+use super::{Config, Family, Names, Unused};
 use crate::decoder::{
     AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, HeadSpec, LayerSpec, LearnedPositions, MixerSpec, MlpKind,
     MlpSpec, NormOrder, NormSpec, Role,
 };
 use crate::error::Result;
 
-pub(super) const FAMILY: Family = Family { architecture: "OPTForCausalLM", spec, names: &NAMES };
+pub(super) const FAMILY: Family = Family {
+    architecture: "OPTForCausalLM",
+    model_types: &["opt"],
+    class: "OPTConfig",
+    wrapper: None,
+    spec,
+    unused: UNUSED,
+    names: &NAMES,
+};
 
 const NAMES: Names = Names {
     tensors: &[&[
@@ -36,7 +44,7 @@ const NAMES: Names = Names {
         (Role::Down, "{base}layers.{layer}.fc2.weight"),
         (Role::DownBias, "{base}layers.{layer}.fc2.bias"),
     ]],
-    bases: &["model.decoder.", "decoder."],
+    bases: &["model.decoder.", "decoder.", ""],
     input_major: &[],
     ignored: &[],
 };
@@ -46,14 +54,16 @@ const POSITION_OFFSET: usize = 2;
 /// PyTorch's default; not in the configuration.
 const NORM_EPS: f64 = 1e-5;
 
+const UNUSED: &[Unused] = &[("training alone uses it", &["activation_dropout", "dropout", "init_std", "layerdrop"])];
+
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
-    config.expect_word("activation_function", "relu")?;
+    config.expect("activation_function", &["relu".into()])?;
     config.expect_flag("enable_bias", true)?;
     config.expect_flag("layer_norm_elementwise_affine", true)?;
     let (hidden, heads) = (config.count("hidden_size")?, config.count("num_attention_heads")?);
     let positions = config.count("max_position_embeddings")?;
-    let pre_norm = config.flag("do_layer_norm_before", true)?;
-    let last_norm = pre_norm && !config.flag("_remove_final_layer_norm", false)?;
+    let pre_norm = config.flag("do_layer_norm_before")?;
+    let last_norm = !config.flag("_remove_final_layer_norm")? && pre_norm;
     let norm = NormSpec::layer(NORM_EPS);
     let attention = AttentionSpec {
         qkv_bias: true,
@@ -68,11 +78,11 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         vocab: config.count("vocab_size")?,
         max_positions: Some(positions),
         embedding: EmbeddingSpec {
-            width: config.count_opt("word_embed_proj_dim")?.unwrap_or(hidden),
+            width: config.count_or("word_embed_proj_dim", hidden)?,
             positions: Some(LearnedPositions { rows: positions + POSITION_OFFSET, offset: POSITION_OFFSET }),
         },
         layers: vec![layer; config.layers()?],
         final_norm: last_norm.then_some(norm),
-        head: HeadSpec { tied: config.flag("tie_word_embeddings", true)?, bias: false },
+        head: HeadSpec { tied: config.flag("tie_word_embeddings")?, stored: false, bias: false },
     })
 }

@@ -1,24 +1,28 @@
 //! Qwen3 (2025), dense: q/k norm per head. Hugging Face `Qwen3ForCausalLM`.
 
-use super::{Config, Family, LIKE_LLAMA, Names, attention_like_llama, decoder_like_llama, pre_norm, windowed_from};
+use super::{Config, Family, LIKE_LLAMA, Names, attention_like_llama, decoder_like_llama, pre_norm, qwen_windows};
 use crate::decoder::{AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, NormSpec, QkNorm};
 use crate::error::Result;
 
-pub(super) const FAMILY: Family = Family { architecture: "Qwen3ForCausalLM", spec, names: &NAMES };
+pub(super) const FAMILY: Family = Family {
+    architecture: "Qwen3ForCausalLM",
+    model_types: &["qwen3"],
+    class: "Qwen3Config",
+    wrapper: None,
+    spec,
+    unused: &[],
+    names: &NAMES,
+};
 
-const NAMES: Names = Names { tensors: &[LIKE_LLAMA], bases: &["model."], input_major: &[], ignored: &[] };
+const NAMES: Names = Names { tensors: &[LIKE_LLAMA], bases: &["model.", ""], input_major: &[], ignored: &[] };
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
-    config.expect_word("hidden_act", "silu")?;
-    let norm = NormSpec::rms(config.number_opt("rms_norm_eps")?.unwrap_or(1e-6));
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
     let mlp = MlpSpec::swiglu(config.count("intermediate_size")?);
-    let layer = |index| {
-        let attention = AttentionSpec {
-            qk_norm: QkNorm::PerHead(norm),
-            window: windowed_from(config, index)?,
-            ..attention_like_llama(config)?
-        };
+    let layer = |window| {
+        let attention = AttentionSpec { qk_norm: QkNorm::PerHead(norm), window, ..attention_like_llama(config)? };
         Ok(pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Dense(mlp)))
     };
-    decoder_like_llama(config, (0..config.layers()?).map(layer).collect::<Result<_>>()?)
+    decoder_like_llama(config, qwen_windows(config)?.into_iter().map(layer).collect::<Result<_>>()?)
 }

@@ -2,38 +2,45 @@
 
 use super::{
     Config, Family, LIKE_LLAMA, Names, SEPARATE_EXPERTS, attention_like_llama, decoder_like_llama, pre_norm,
-    sparse_layers, windowed_from,
+    qwen_window, sparse_layers,
 };
-use crate::decoder::{AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, QkNorm, RouterSpec};
+use crate::decoder::{
+    AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, QkNorm, RouterSpec, Window,
+};
 use crate::error::Result;
 
-pub(super) const FAMILY: Family = Family { architecture: "Qwen3MoeForCausalLM", spec, names: &NAMES };
+pub(super) const FAMILY: Family = Family {
+    architecture: "Qwen3MoeForCausalLM",
+    model_types: &["qwen3_moe"],
+    class: "Qwen3MoeConfig",
+    wrapper: None,
+    spec,
+    unused: &[("of a mixture, all layers have the window: it has no such attribute", &["max_window_layers"])],
+    names: &NAMES,
+};
 
 const NAMES: Names =
-    Names { tensors: &[LIKE_LLAMA, SEPARATE_EXPERTS], bases: &["model."], input_major: &[], ignored: &[] };
+    Names { tensors: &[LIKE_LLAMA, SEPARATE_EXPERTS], bases: &["model.", ""], input_major: &[], ignored: &[] };
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
-    config.expect_word("hidden_act", "silu")?;
-    let norm = NormSpec::rms(config.number_opt("rms_norm_eps")?.unwrap_or(1e-6));
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
     let moe = MoeSpec {
         experts: config.count("num_experts")?,
         top_k: config.count("num_experts_per_tok")?,
         expert: MlpSpec::swiglu(config.count("moe_intermediate_size")?),
-        router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob", false)? },
+        router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob")? },
         shared: None,
     };
-    let layer = |(index, sparse)| {
-        let attention = AttentionSpec {
-            qk_norm: QkNorm::PerHead(norm),
-            window: windowed_from(config, index)?,
-            ..attention_like_llama(config)?
-        };
-        let ffn = if sparse {
-            FfnSpec::Moe(moe.clone())
-        } else {
-            FfnSpec::Dense(MlpSpec::swiglu(config.count("intermediate_size")?))
-        };
-        Ok(pre_norm(norm, MixerSpec::Attention(attention), ffn))
+    let attention = AttentionSpec {
+        qk_norm: QkNorm::PerHead(norm),
+        window: qwen_window(config)?.unwrap_or(Window::Full),
+        ..attention_like_llama(config)?
     };
-    decoder_like_llama(config, sparse_layers(config)?.into_iter().enumerate().map(layer).collect::<Result<_>>()?)
+    let dense = MlpSpec::swiglu(config.count("intermediate_size")?);
+    let layer = |sparse| {
+        let ffn = if sparse { FfnSpec::Moe(moe.clone()) } else { FfnSpec::Dense(dense) };
+        pre_norm(norm, MixerSpec::Attention(attention.clone()), ffn)
+    };
+    decoder_like_llama(config, sparse_layers(config)?.into_iter().map(layer).collect())
 }

@@ -11,7 +11,15 @@ use crate::decoder::{
 };
 use crate::error::Result;
 
-pub(super) const FAMILY: Family = Family { architecture: "Qwen3NextForCausalLM", spec, names: &NAMES };
+pub(super) const FAMILY: Family = Family {
+    architecture: "Qwen3NextForCausalLM",
+    model_types: &["qwen3_next"],
+    class: "Qwen3NextConfig",
+    wrapper: None,
+    spec,
+    unused: &[("transformers has no such attribute", &["use_sliding_window"])],
+    names: &NAMES,
+};
 
 const NAMES: Names = Names {
     tensors: &[
@@ -31,14 +39,20 @@ const NAMES: Names = Names {
         LIKE_LLAMA,
         SEPARATE_EXPERTS,
     ],
-    bases: &["model."],
+    bases: &["model.", ""],
     input_major: &[],
     ignored: &[Ignored { names: Pattern::Prefix("mtp."), why: "multi-token prediction" }],
 };
 
+/// Every so many layers, one has full attention where `layer_types` says nothing. No attribute of the class.
+fn full_attention_interval(config: &Config<'_>) -> Result<usize> {
+    const KEY: &str = "full_attention_interval";
+    Ok(if config.has(KEY) { config.divisor(KEY)? } else { 4 })
+}
+
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
-    config.expect_word("hidden_act", "silu")?;
-    let eps = config.number_opt("rms_norm_eps")?.unwrap_or(1e-6);
+    config.expect_silu()?;
+    let eps = config.number("rms_norm_eps")?;
     let norm = NormSpec { kind: NormKind::RmsZeroCentred, eps };
     let attention =
         AttentionSpec { qk_norm: QkNorm::PerHead(norm), output_gate: true, ..attention_like_llama(config)? };
@@ -54,11 +68,12 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         experts: config.count("num_experts")?,
         top_k: config.count("num_experts_per_tok")?,
         expert: MlpSpec::swiglu(config.count("moe_intermediate_size")?),
-        router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob", true)? },
+        router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob")? },
         shared: Some(SharedSpec { mlp: MlpSpec::swiglu(config.count("shared_expert_intermediate_size")?), gate: true }),
     };
-    let interval = config.count_opt("full_attention_interval")?.unwrap_or(4).max(1);
-    let kinds = config.words_opt("layer_types")?;
+    let interval = full_attention_interval(config)?;
+    let kinds = config.layer_types()?;
+    let dense = MlpSpec::swiglu(config.count("intermediate_size")?);
     let layer = |(index, sparse): (usize, bool)| {
         let by_interval = if (index + 1).is_multiple_of(interval) { "full_attention" } else { "linear_attention" };
         let mixer = match kinds.as_ref().map_or(by_interval, |kinds| kinds[index]) {
@@ -66,11 +81,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
             "linear_attention" => MixerSpec::DeltaNet(delta),
             other => return Err(unsupported(format!("layer_types[{index}] {other:?}"))),
         };
-        let ffn = if sparse {
-            FfnSpec::Moe(moe.clone())
-        } else {
-            FfnSpec::Dense(MlpSpec::swiglu(config.count("intermediate_size")?))
-        };
+        let ffn = if sparse { FfnSpec::Moe(moe.clone()) } else { FfnSpec::Dense(dense) };
         Ok(pre_norm(norm, mixer, ffn))
     };
     decoder_like_llama(config, sparse_layers(config)?.into_iter().enumerate().map(layer).collect::<Result<_>>()?)

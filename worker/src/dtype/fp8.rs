@@ -2,7 +2,7 @@
 
 use super::Format;
 use super::convert::Compute;
-use crate::error::Result;
+use crate::error::{Result, WorkerError};
 use crate::safetensors::StoredDtype;
 
 /// Largest finite code.
@@ -42,8 +42,22 @@ pub(super) fn scale_size(dtype: &StoredDtype) -> Option<usize> {
     match dtype {
         StoredDtype::F32 => Some(4),
         StoredDtype::BF16 => Some(2),
+        StoredDtype::F8E8M0 => Some(1),
         _ => None,
     }
+}
+
+/// Scales stored as E8M0: `2^(byte - 127)`, of which 255 is NaN (OCP Microscaling Formats 1.0, section 5.4.1).
+fn powers(bytes: &[u8], tensor: &str) -> Result<Vec<f32>> {
+    if let Some(at) = bytes.iter().position(|byte| *byte == u8::MAX) {
+        return Err(WorkerError::checkpoint(format!("tensor {tensor}: scale {at} is NaN")));
+    }
+    Ok(bytes.iter().map(|byte| f32::from_bits(power_of_two(*byte))).collect())
+}
+
+/// Bits of `2^(byte - 127)`; the smallest of them is subnormal.
+const fn power_of_two(byte: u8) -> u32 {
+    if byte == 0 { 1 << 22 } else { (byte as u32) << 23 }
 }
 
 /// A matrix of codes; a task is one row of tiles.
@@ -65,7 +79,10 @@ impl<'a> Blocks<'a> {
         block: [usize; 2],
         tensor: &str,
     ) -> Result<Self> {
-        let scales = super::to_f32(scales, scale_dtype, &format!("of scales of {tensor}"))?;
+        let scales = match scale_dtype {
+            StoredDtype::F8E8M0 => powers(scales, tensor)?,
+            _ => super::to_f32(scales, scale_dtype, &format!("of scales of {tensor}"))?,
+        };
         if codes.is_empty() {
             return Ok(Self { codes, scales, columns: 1, block: [1, 1] });
         }
@@ -166,6 +183,14 @@ mod tests {
         // In the order of their codes, and as many steps per octave as there are mantissas.
         assert!(CODES[..0x7f].windows(2).all(|pair| pair[0] < pair[1]));
         assert!((8..0x77).all(|code| CODES[code + 8] == 2.0 * CODES[code]));
+    }
+
+    #[test]
+    fn scales_in_e8m0_are_powers_of_two() {
+        let bytes = [0, 1, 126, 127, 128, 254];
+        let want = [-127, -126, -1, 0, 1, 127].map(|exponent| 2f64.powi(exponent) as f32);
+        assert_eq!(powers(&bytes, "w").unwrap(), want);
+        assert!(powers(&[127, 255], "w").unwrap_err().message().contains("scale 1"));
     }
 
     #[test]

@@ -363,8 +363,8 @@ fn lengths_must_follow_from_the_shape() {
     refused(&fp8(&zeros[..399], &zeros[..8], [200, 2], [128, 128]), &[200, 2], FailureKind::Checkpoint);
     refused(&fp8(&zeros[..400], &zeros[..8], [200, 2], [0, 128]), &[200, 2], FailureKind::Internal);
     refused(&fp8(&zeros[..400], &zeros[..8], [200, 2], [128, 128]), &[200, 3], FailureKind::Internal);
-    let scale_dtype = &StoredDtype::F8E8M0;
-    let exponents = Encoded::Fp8Blocks { bytes: &[0], scales: &[0], scale_dtype, shape: [1, 1], block: [128, 128] };
+    let scale_dtype = &StoredDtype::F16;
+    let exponents = Encoded::Fp8Blocks { bytes: &[0], scales: &[0, 0], scale_dtype, shape: [1, 1], block: [128, 128] };
     refused(&exponents, &[1, 1], FailureKind::Unsupported);
     refused(&Encoded::Mxfp4 { blocks: &zeros[..16], scales: &zeros[..2] }, &[32], FailureKind::Checkpoint);
     refused(&Encoded::Mxfp4 { blocks: &zeros[..15], scales: &zeros[..1] }, &[32], FailureKind::Checkpoint);

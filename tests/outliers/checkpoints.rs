@@ -1,0 +1,191 @@
+//! The same model described in other words, as other programs save it: what transformers takes for the same is computed the same, to the
+//! activations recorded from it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use outliers_protocol::{FailureKind, Metadata, files};
+use outliers_tests::golden::assert_activations_equal;
+use outliers_tests::programs::{golden, run_worker};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::{Value, json};
+
+use crate::worker::{copy, edit_config, failure, read, run_like};
+
+/// Runs an altered fixture, compares with what was recorded of the original, and tells what is noted of the checkpoint.
+fn assert_same(name: &str, alter: impl Fn(&Path)) -> Metadata {
+    let model = copy(name);
+    alter(model.path());
+    let output = run_like(name, model.path(), &["--save-activations", "activations.safetensors"]);
+    let golden = golden(name).join("golden.safetensors");
+    assert_activations_equal(&golden, &output.path().join("activations.safetensors"));
+    read(output.path(), files::METADATA)
+}
+
+fn without(keys: &'static [&'static str]) -> impl Fn(&Path) {
+    move |model| {
+        edit_config(model, |config| {
+            let nested = config.get("text_config").is_some();
+            let settings = if nested { &mut config["text_config"] } else { config };
+            keys.iter().for_each(|key| drop(settings.as_object_mut().unwrap().remove(*key).expect(key)));
+        });
+    }
+}
+
+/// Tensors of a file, to be changed and written again.
+type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+fn edit_tensors(model: &Path, edit: impl Fn(Tensors) -> Tensors) {
+    let path = model.join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let owned =
+        |(name, view): (String, TensorView<'_>)| (name, (view.dtype(), view.shape().to_vec(), view.data().to_vec()));
+    let edited = edit(tensors.tensors().into_iter().map(owned).collect());
+    let views =
+        edited.iter().map(|(name, (dtype, shape, data))| (name, TensorView::new(*dtype, shape.clone(), data).unwrap()));
+    std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+#[test]
+fn absent_keys_are_the_defaults_of_the_familys_class() {
+    // The last number: how many of them have a default of their own, and are not derived from others.
+    for (fixture, keys, defaults) in [
+        ("mixtral", &["rope_theta"][..], 1),
+        ("gpt-oss-mxfp4", &["rope_theta", "attention_bias", "swiglu_limit", "layer_types"], 3),
+        ("glm4-moe", &["partial_rotary_factor", "first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob"], 5),
+        (
+            "qwen3-next",
+            &["partial_rotary_factor", "norm_topk_prob", "decoder_sparse_step", "full_attention_interval"],
+            3,
+        ),
+        ("llama4-scout", &["attn_temperature_tuning", "attn_scale", "use_qk_norm", "rope_theta", "no_rope_layers"], 4),
+        ("deepseek-v31-fp8", &["rope_theta", "routed_scaling_factor", "scoring_func"], 2),
+    ] {
+        let config = assert_same(fixture, without(keys)).model.config.unwrap();
+        let noted = |key: &&&str| config.defaults.keys().any(|noted| noted.ends_with(**key));
+        assert_eq!(keys.iter().filter(noted).count(), defaults, "{fixture}: {:?}", config.defaults);
+    }
+}
+
+#[test]
+fn settings_under_their_other_names_are_the_same() {
+    assert_same("llama4-scout", |model| {
+        edit_config(model, |config| config["text_config"]["attn_temperature_tuning"] = json!(4));
+    });
+    assert_same("qwen3-moe", |model| {
+        edit_config(model, |config| {
+            let experts = config.as_object_mut().unwrap().remove("num_experts").unwrap();
+            config["num_local_experts"] = experts;
+        });
+    });
+    assert_same("llama-f32", |model| {
+        edit_config(model, |config| {
+            let mut rope = config.as_object_mut().unwrap().remove("rope_scaling").unwrap();
+            rope["rope_theta"] = config.as_object_mut().unwrap().remove("rope_theta").unwrap();
+            config["original_max_position_embeddings"] = rope["original_max_position_embeddings"].take();
+            rope.as_object_mut().unwrap().remove("original_max_position_embeddings");
+            config["rope_parameters"] = rope;
+        });
+    });
+}
+
+#[test]
+fn tensors_without_their_prefix_are_found() {
+    let bare = |tensors: Tensors| {
+        tensors.into_iter().map(|(name, tensor)| (name.trim_start_matches("model.").to_owned(), tensor)).collect()
+    };
+    assert_same("qwen3", |model| edit_tensors(model, bare));
+    assert_same("mixtral", |model| edit_tensors(model, bare));
+}
+
+#[test]
+fn what_is_stored_of_a_tied_head_counts() {
+    // Its golden values are those of a head that differs from the embedding.
+    let metadata = assert_same("qwen2-stored-head", |_| {});
+    assert!(metadata.model.checkpoint_notes[0].contains("a head of its own"), "{:?}", metadata.model.checkpoint_notes);
+    let metadata = assert_same("qwen3", |model| {
+        edit_tensors(model, |mut tensors| {
+            let embedding = tensors.remove("model.embed_tokens.weight").unwrap();
+            tensors.insert("lm_head.weight".to_owned(), embedding);
+            tensors
+        });
+    });
+    assert!(
+        metadata.model.checkpoint_notes[0].contains("embedding is not stored"),
+        "{:?}",
+        metadata.model.checkpoint_notes
+    );
+}
+
+#[test]
+fn formats_that_are_announced_but_not_stored_are_plain() {
+    assert_same("gpt-oss-plain", |model| {
+        edit_config(model, |config| config["quantization_config"] = json!({"quant_method": "mxfp4"}));
+    });
+    assert_same("glm4-moe", |model| {
+        edit_config(model, |config| config["quantization_config"] = json!({"quant_method": "fp8"}));
+    });
+}
+
+#[test]
+fn scales_in_e8m0_are_those_in_f32() {
+    let powers = |(dtype, shape, data): (Dtype, Vec<usize>, Vec<u8>)| {
+        assert_eq!(dtype, Dtype::F32);
+        let exponents = data.chunks_exact(4).map(|bytes| {
+            let bits = u32::from_le_bytes(bytes.try_into().unwrap());
+            assert_eq!(bits & 0x807f_ffff, 0, "a positive power of two");
+            (bits >> 23) as u8
+        });
+        (Dtype::F8_E8M0, shape, exponents.collect())
+    };
+    assert_same("deepseek-v31-fp8", |model| {
+        edit_tensors(model, |tensors| {
+            let convert = |(name, tensor): (String, _)| {
+                let tensor = if name.ends_with("_scale_inv") { powers(tensor) } else { tensor };
+                (name, tensor)
+            };
+            tensors.into_iter().map(convert).collect()
+        });
+    });
+}
+
+#[test]
+fn keys_that_nobody_knows_are_in_the_metadata_and_on_the_screen() {
+    let model = copy("llama-f32");
+    edit_config(model.path(), |config| config["embedding_multiplier"] = json!(12));
+    let output = tempfile::tempdir().unwrap();
+    let arguments =
+        ["run", "--model", model.path().to_str().unwrap(), "--num-sequences", "1", "--sequence-length", "32"];
+    let run = run_worker(arguments.into_iter().chain(["--output", output.path().to_str().unwrap()]));
+    assert!(run.status.success());
+    let metadata: Metadata = read(output.path(), files::METADATA);
+    assert_eq!(metadata.model.config.unwrap().unknown, ["embedding_multiplier"]);
+    let said = String::from_utf8_lossy(&run.stderr);
+    assert!(said.contains("WARN") && said.contains("embedding_multiplier"), "{said}");
+}
+
+#[test]
+fn a_wrong_default_is_the_configurations_fault() {
+    // The class says 128, the tensors 32.
+    let model = copy("qwen3");
+    without(&["head_dim"])(model.path());
+    let (kind, said) = failure(model.path(), &[]);
+    assert_eq!(kind, FailureKind::Checkpoint);
+    assert!(said.contains("config.json leaves out") && said.contains("head_dim = 128"), "{said}");
+    let model = copy("deepseek-v3-fp8");
+    edit_config(model.path(), |config| config["q_lora_rank"] = Value::Null);
+    let said = failure(model.path(), &[]).1;
+    assert!(said.contains("null for q_lora_rank"), "{said}");
+}
+
+#[test]
+fn a_list_of_missing_tensors_names_each_once_and_counts_the_rest() {
+    let model = copy("gpt-oss-mxfp4");
+    edit_tensors(model.path(), |tensors| tensors.into_iter().filter(|(name, _)| !name.contains("experts")).collect());
+    let said = failure(model.path(), &[]).1;
+    let names: Vec<&str> = said.split("tensor ").skip(1).map(|rest| rest.split(' ').next().unwrap()).collect();
+    let mut once = names.clone();
+    once.dedup();
+    assert!(names.len() == 5 && once == names && said.contains("; and 3 more"), "{said}");
+}

@@ -1,0 +1,241 @@
+use outliers_protocol::FailureKind;
+use serde_json::{Value, json};
+
+use super::super::{Architecture, FAMILIES, read};
+use super::class::Class;
+use super::*;
+use crate::decoder::{AttentionSpec, FfnSpec, MixerSpec, MlpKind, RouterSpec, Window};
+use crate::rope::RopeSpec;
+use crate::rope::{Pairing, RopeScaling};
+
+/// A configuration of the architecture that says nothing but this.
+fn with(architecture: &str, settings: Value) -> Value {
+    let mut config = json!({"architectures": [architecture]});
+    let settings = if architecture.starts_with("Llama4") { json!({"text_config": settings}) } else { settings };
+    config.as_object_mut().unwrap().extend(settings.as_object().unwrap().clone());
+    config
+}
+
+fn attention(architecture: &str, settings: Value, layer: usize) -> AttentionSpec {
+    match &read(&with(architecture, settings)).unwrap().spec.layers[layer].mixer {
+        MixerSpec::Attention(attention) => attention.clone(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refused(architecture: &str, settings: Value) -> WorkerError {
+    read(&with(architecture, settings.clone())).map(|_| panic!("{settings} was read")).unwrap_err()
+}
+
+#[test]
+fn an_empty_configuration_is_the_class_of_its_family() {
+    for family in FAMILIES {
+        // The width of GLM's heads is not in the class: published models say it.
+        let Architecture { reading, .. } = read(&with(family.architecture, json!({"head_dim": 64}))).unwrap();
+        assert_eq!(reading.class, family.class);
+        assert!(reading.defaults.len() > 5, "{}: {:?}", family.class, reading.defaults);
+    }
+    let theta = |architecture| attention(architecture, json!({}), 0).rope.unwrap().theta;
+    assert_eq!(
+        [theta("MixtralForCausalLM"), theta("GptOssForCausalLM"), theta("LlamaForCausalLM")],
+        [1e6, 150_000.0, 1e4]
+    );
+    assert_eq!(theta("Llama4ForConditionalGeneration"), 500_000.0);
+    let dims = |architecture, layer| attention(architecture, json!({"head_dim": 64}), layer).rope.unwrap().dims;
+    assert_eq!(
+        [dims("Glm4MoeForCausalLM", 0), dims("Qwen3NextForCausalLM", 3), dims("Qwen3ForCausalLM", 0)],
+        [32, 16, 64]
+    );
+    let width = |architecture, layer| attention(architecture, json!({}), layer).head_dim;
+    assert_eq!(
+        [width("Qwen3ForCausalLM", 0), width("Qwen3NextForCausalLM", 3), width("GptOssForCausalLM", 0)],
+        [128, 256, 64]
+    );
+    let oss = attention("GptOssForCausalLM", json!({}), 0);
+    assert!(oss.qkv_bias && oss.output_bias);
+    assert!(matches!(oss.rope.unwrap().scaling, RopeScaling::Yarn { factor: 32.0, truncate: false, .. }));
+}
+
+#[test]
+fn every_attribute_of_every_class_is_read_or_known_to_change_nothing() {
+    for family in FAMILIES {
+        let values = Map::new();
+        let class = Class::of(family.class);
+        let config = Config::new(&values, class, "");
+        (family.spec)(&config).unwrap();
+        let read = config.read.borrow();
+        let settled = |key: &str| {
+            let is_read = class.names(key).any(|name| read.contains(name));
+            // The last is refused where it is true.
+            let described = ["architectures", "model_type", "is_encoder_decoder"].contains(&key);
+            is_read || described || unused::reason(key, family.unused).is_some()
+        };
+        let open: Vec<&str> = class.attributes().filter(|key| !settled(key)).collect();
+        assert!(open.is_empty(), "{}: {open:?}", family.class);
+    }
+}
+
+#[test]
+fn published_configurations_hold_no_key_that_is_not_known() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/published");
+    let mut read_ones = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let Ok(text) = std::fs::read(entry.as_ref().unwrap().path().join("config.json")) else { continue };
+        let Architecture { reading, .. } = read(&serde_json::from_slice(&text).unwrap()).unwrap();
+        assert!(reading.unknown.is_empty(), "{:?}: {:?}", entry.unwrap().path(), reading.unknown);
+        read_ones += 1;
+    }
+    assert!(read_ones > 20, "{read_ones}");
+}
+
+#[test]
+fn keys_that_are_null_or_of_another_type_are_named() {
+    for key in ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size"] {
+        for bad in [Value::Null, json!("many"), json!(-3), json!(1.5)] {
+            let error = refused("LlamaForCausalLM", json!({key: bad}));
+            assert_eq!(error.kind(), FailureKind::Checkpoint, "{error}");
+            assert!(error.message().contains(key), "{error}");
+        }
+    }
+    for (architecture, key) in
+        [("Qwen3ForCausalLM", "head_dim"), ("LlamaForCausalLM", "use_cache"), ("MixtralForCausalLM", "rope_theta")]
+    {
+        assert!(refused(architecture, json!({key: null})).message().contains(key));
+    }
+    // Where the class takes null, it is what the class makes of it.
+    let llama =
+        attention("LlamaForCausalLM", json!({"num_key_value_heads": null, "head_dim": null, "hidden_size": 64}), 0);
+    assert_eq!((llama.kv_heads, llama.head_dim), (32, 2));
+}
+
+#[test]
+fn a_setting_goes_by_all_its_names_but_not_by_two_that_differ() {
+    let experts = |settings| match &read(&with("Qwen3MoeForCausalLM", settings)).unwrap().spec.layers[0].ffn {
+        FfnSpec::Moe(moe) => moe.experts,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(experts(json!({"num_local_experts": 16})), 16);
+    assert_eq!(experts(json!({"num_local_experts": 16, "num_experts": 16})), 16);
+    let error = refused("Qwen3MoeForCausalLM", json!({"num_local_experts": 16, "num_experts": 8}));
+    assert!(error.message().contains("num_local_experts") && error.message().contains("num_experts"), "{error}");
+}
+
+#[test]
+fn whole_numbers_are_switches() {
+    let tuned = |value: Value| {
+        let settings = json!({"attn_temperature_tuning": value});
+        attention("Llama4ForConditionalGeneration", settings, 3).temperature.is_some()
+    };
+    assert!(tuned(json!(4)) && tuned(json!(true)) && !tuned(json!(0)));
+    assert!(refused("LlamaForCausalLM", json!({"mlp_bias": "yes"})).message().contains("mlp_bias"));
+}
+
+#[test]
+fn layer_types_and_windows_of_qwens_are_those_of_their_classes() {
+    let windows = |architecture: &str, settings: Value| -> Vec<Window> {
+        let spec = read(&with(architecture, settings)).unwrap().spec;
+        let window = |mixer: &MixerSpec| match mixer {
+            MixerSpec::Attention(attention) => attention.window,
+            other => panic!("{other:?}"),
+        };
+        spec.layers.iter().map(|layer| window(&layer.mixer)).collect()
+    };
+    let (full, four) = (Window::Full, Window::Sliding(4));
+    let base = json!({"num_hidden_layers": 2, "use_sliding_window": true, "sliding_window": 4, "max_window_layers": 1});
+    let but = |key: &str, value: Value| {
+        let mut changed = base.clone();
+        changed[key] = value;
+        changed
+    };
+    for architecture in ["Qwen2ForCausalLM", "Qwen3ForCausalLM"] {
+        assert_eq!(windows(architecture, base.clone()), [full, four]);
+        assert_eq!(windows(architecture, but("use_sliding_window", json!(false))), [full, full]);
+        assert_eq!(
+            windows(architecture, but("layer_types", json!(["sliding_attention", "full_attention"]))),
+            [four, full]
+        );
+        let error = refused(architecture, but("layer_types", json!(["chunked_attention", "full_attention"])));
+        assert!(error.message().contains("layer_types[0]"), "{error}");
+    }
+    // The mixture has no `max_window_layers`.
+    assert_eq!(windows("Qwen3MoeForCausalLM", base.clone()), [four, four]);
+}
+
+#[test]
+fn settings_that_change_the_computation_are_read_or_refused_by_name() {
+    let oss = read(&with("GptOssForCausalLM", json!({"swiglu_alpha": 1.5, "swiglu_limit": 5.0}))).unwrap().spec;
+    let FfnSpec::Moe(moe) = &oss.layers[0].ffn else { panic!() };
+    assert!(matches!(moe.expert.kind, MlpKind::ClampedSwiglu { limit: 5.0, alpha: 1.5, .. }));
+    let next = read(&with("Qwen3NextForCausalLM", json!({"norm_topk_prob": false}))).unwrap().spec;
+    let FfnSpec::Moe(moe) = &next.layers[0].ffn else { panic!() };
+    assert_eq!(moe.router, RouterSpec::SoftmaxTopK { normalise: false });
+    for (architecture, key, value) in [
+        ("LlamaForCausalLM", "hidden_act", json!("gelu")),
+        ("LlamaForCausalLM", "partial_rotary_factor", json!(0.5)),
+        ("GPT2LMHeadModel", "scale_attn_by_inverse_layer_idx", json!(true)),
+        ("GPT2LMHeadModel", "is_encoder_decoder", json!(true)),
+        ("DeepseekV3ForCausalLM", "scoring_func", json!("softmax")),
+        ("OPTForCausalLM", "enable_bias", json!(false)),
+        ("Qwen3NextForCausalLM", "decoder_sparse_step", json!(0)),
+        ("LlamaForCausalLM", "per_layer_config", json!({"0": {"head_dim": 8}})),
+    ] {
+        let error = refused(architecture, json!({key: value}));
+        assert!(error.message().contains(key), "{error}");
+    }
+}
+
+#[test]
+fn keys_that_nobody_knows_are_listed() {
+    let config =
+        with("LlamaForCausalLM", json!({"scale_emb": 12, "rope_scaling": {"rope_type": "default", "mrope": [1]}}));
+    assert_eq!(read(&config).unwrap().reading.unknown, ["rope_scaling.mrope", "scale_emb"]);
+}
+
+#[test]
+fn model_type_stands_in_for_the_architecture_and_must_not_contradict_it() {
+    assert_eq!(read(&json!({"model_type": "qwen3"})).unwrap().family.architecture, "Qwen3ForCausalLM");
+    let error =
+        read(&json!({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3"})).map(|_| ()).unwrap_err();
+    assert!(error.message().contains("model_type"), "{error}");
+}
+
+#[test]
+fn rope_is_read_in_the_old_spelling_and_the_new() {
+    let rope = |settings: Value| attention("LlamaForCausalLM", settings, 0).rope.unwrap();
+    let old = json!({"head_dim": 4, "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}});
+    let new = json!({"head_dim": 4, "rope_parameters": {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}});
+    let scaling = RopeScaling::Linear { factor: 2.0 };
+    let want = RopeSpec { theta: 500.0, dims: 4, pairing: Pairing::Halves, scaling };
+    assert_eq!(rope(old), want);
+    assert_eq!(rope(new), want);
+    let error = refused("LlamaForCausalLM", json!({"rope_scaling": {"type": "linear"}}));
+    assert!(error.message().contains("rope_scaling.factor"), "{error}");
+}
+
+#[test]
+fn yarn_takes_zero_for_not_given_and_its_context_from_where_it_is() {
+    let yarn = |settings: Value| match attention("LlamaForCausalLM", settings, 0).rope.unwrap().scaling {
+        RopeScaling::Yarn { original_positions, beta_fast, attention_factor, .. } => {
+            (original_positions, beta_fast, attention_factor)
+        }
+        other => panic!("{other:?}"),
+    };
+    let scaling = json!({"rope_type": "yarn", "factor": 4.0, "mscale": 0, "mscale_all_dim": 0, "beta_fast": null});
+    let by_paper = 0.1 * 4f64.ln() + 1.0;
+    assert_eq!(yarn(json!({"max_position_embeddings": 640, "rope_scaling": scaling})), (640.0, 32.0, by_paper));
+    let top = json!({"original_max_position_embeddings": 77, "rope_scaling": scaling});
+    assert_eq!(yarn(top).0, 77.0);
+}
+
+#[test]
+fn fp8_tiles_are_those_of_the_class_where_nothing_is_said() {
+    let config = |settings: Value| {
+        let mut config = with("DeepseekV3ForCausalLM", json!({}));
+        config["quantization_config"] = settings;
+        config
+    };
+    let found = read(&config(json!({"quant_method": "fp8"}))).unwrap().quantisation;
+    assert_eq!(found, Some(Quantisation::Fp8Blocks { block: [128, 128] }));
+    let error = read(&config(json!({"quant_method": "fp8", "weight_block_size": null}))).map(|_| ()).unwrap_err();
+    assert!(error.message().contains("weight_block_size"), "{error}");
+}
