@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -145,7 +145,11 @@ impl Shared {
         } else {
             self.dialect.answer(world, request)
         };
-        answered.unwrap_or_else(|refusal| self.dialect.refuse(&refusal, op))
+        let mut answer = answered.unwrap_or_else(|refusal| self.dialect.refuse(&refusal, op));
+        if matches!(op, Op::List | Op::Get) {
+            world.show(&mut answer.body);
+        }
+        answer
     }
 
     fn go_wrong(&self, world: &mut World, request: &Request, op: Op, fault: &Fault) -> (Answer, Option<Loss>) {
@@ -212,7 +216,11 @@ async fn serve(State(shared): State<Arc<Shared>>, request: axum::extract::Reques
         op: None,
     };
     let (answer, loss) = shared.answer(request);
-    let number = shared.lock().requests.len();
+    let (number, ahead) = {
+        let world = shared.lock();
+        (world.requests.len(), world.clock_ahead)
+    };
+    let answer = answer.header("date", date(ahead));
     tokio::spawn(async move {
         // The answer leaves first.
         tokio::time::sleep(Duration::from_millis(2)).await;
@@ -222,6 +230,12 @@ async fn serve(State(shared): State<Arc<Shared>>, request: axum::extract::Reques
         return futures::future::pending().await;
     }
     respond(answer, loss)
+}
+
+/// The header of an answer that is sent now, by a clock that is so many seconds ahead.
+fn date(ahead: i64) -> String {
+    let (now, by) = (SystemTime::now(), Duration::from_secs(ahead.unsigned_abs()));
+    httpdate::fmt_http_date(if ahead < 0 { now - by } else { now + by })
 }
 
 fn query(uri: &Uri) -> Vec<(String, String)> {

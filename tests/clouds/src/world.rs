@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use outliers::broker::SshEndpoint;
 use outliers::units::{Usd, UsdPerHour};
+use serde_json::{Map, Value};
 
 use crate::{Fault, How, Op, Refusal, Request};
 
@@ -148,6 +149,55 @@ pub struct Order {
     pub price: UsdPerHour,
 }
 
+/// A field of an instance that the API shows otherwise than it should, in lists and alone.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Odd {
+    /// Of this instance.
+    pub id: String,
+    /// This field.
+    pub field: String,
+    /// Is this; `None`: is missing.
+    pub value: Option<Value>,
+}
+
+impl Odd {
+    /// The answer with the oddity in it.
+    pub(crate) fn put_into(&self, answer: &mut Value) {
+        each_entry(answer, &mut |entry| {
+            if id_of(entry).as_ref() != Some(&self.id) {
+                return;
+            }
+            match &self.value {
+                Some(value) => drop(entry.insert(self.field.clone(), value.clone())),
+                None => drop(entry.shift_remove(&self.field)),
+            }
+        });
+    }
+}
+
+fn id_of(entry: &Map<String, Value>) -> Option<String> {
+    match entry.get("id")? {
+        Value::String(id) => Some(id.clone()),
+        Value::Number(id) => Some(id.to_string()),
+        _ => None,
+    }
+}
+
+/// Everything in an answer that has an id.
+fn each_entry(answer: &mut Value, act: &mut impl FnMut(&mut Map<String, Value>)) {
+    match answer {
+        Value::Array(entries) => entries.iter_mut().for_each(|entry| each_entry(entry, act)),
+        Value::Object(entry) => {
+            if entry.contains_key("id") {
+                act(entry);
+            } else {
+                entry.values_mut().for_each(|part| each_entry(part, act));
+            }
+        }
+        _ => {}
+    }
+}
+
 /// Where an instance is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Life {
@@ -246,6 +296,10 @@ pub struct World {
     pub instances: Vec<FakeInstance>,
     /// SSH keys of the account.
     pub keys: Vec<SshKey>,
+    /// What is odd about an instance.
+    pub odd: Option<Odd>,
+    /// Every field that an instance was shown with.
+    pub fields: BTreeMap<String, Value>,
     /// What will go wrong, first come first.
     pub faults: Vec<Fault>,
     /// All requests so far.
@@ -260,6 +314,8 @@ pub struct World {
     pub boots_after: u32,
     /// Listings and looks at which an ended instance is still shown.
     pub lingers: u32,
+    /// Seconds by which its clock is ahead of this machine's, as the date of its answers tells.
+    pub clock_ahead: i64,
     /// Whether the account can pay.
     pub funds: bool,
     /// Real machines instead of addresses of which nobody answers.
@@ -283,6 +339,8 @@ impl Default for World {
             stock: Stock::mixed(),
             instances: Vec::new(),
             keys: Vec::new(),
+            odd: None,
+            fields: BTreeMap::new(),
             faults: Vec::new(),
             requests: Vec::new(),
             page_size: 25,
@@ -290,6 +348,7 @@ impl Default for World {
             shown_after: 0,
             boots_after: 1,
             lingers: 0,
+            clock_ahead: 0,
             funds: true,
             host: None,
             watch: None,
@@ -313,6 +372,18 @@ impl World {
     /// Lets every request of this kind go wrong before anything happens.
     pub fn fail_always(&mut self, on: Op, how: How) {
         self.faults.push(Fault { on, applied: false, how, times: u32::MAX });
+    }
+
+    /// What is shown of instances: remembered, and with what is odd about them.
+    pub(crate) fn show(&mut self, body: &mut String) {
+        let Ok(mut answer) = serde_json::from_str::<Value>(body) else { return };
+        each_entry(&mut answer, &mut |entry| {
+            self.fields.extend(entry.iter().map(|(field, value)| (field.clone(), value.clone())));
+        });
+        if let Some(odd) = &self.odd {
+            odd.put_into(&mut answer);
+            *body = answer.to_string();
+        }
     }
 
     pub(crate) fn take_fault(&mut self, on: Op) -> Option<Fault> {

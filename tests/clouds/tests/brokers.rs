@@ -30,8 +30,8 @@ macro_rules! clouds {
 
             properties! { $dialect =>
                 offers {
-                    are_in_our_units are_priced_whole are_what_can_be_had may_be_taken_back_only_if_wanted may_be_none
-                    of_others_are_refused may_be_many
+                    are_in_our_units are_priced_whole are_what_can_be_had may_be_taken_back_only_if_wanted
+                    left_out_are_none_that_the_market_keeps may_be_none of_others_are_refused may_be_many
                 }
                 creation {
                     carries_the_lease leaves_nothing_behind sweeps_old_keys knows_no_capacity knows_no_funds
@@ -42,7 +42,7 @@ macro_rules! clouds {
                 listing {
                     goes_to_the_last_page that_is_cut_short_is_an_error may_be_empty shows_what_is_not_ours
                     says_where_to_log_in survives_unknown_words knows_what_does_not_serve may_be_late forgets_what_ended
-                    terminate_says_when_it_cannot
+                    terminate_says_when_it_cannot reads_each_entry_by_itself counts_what_it_cannot_read
                 }
                 answers {
                     a_wrong_key_is_told readings_are_tried_again terminations_are_tried_again

@@ -8,7 +8,7 @@ use std::process::Command;
 use outliers::broker::{Broker, BrokerErrorKind, GpuRequest, Lease, Offer};
 use outliers::units::Bytes;
 use outliers_clouds::dialect::runpod::RunPod;
-use outliers_clouds::{Answer, FakeCloud, How, Op, Stock};
+use outliers_clouds::{Answer, FakeCloud, How, Op, Refusal, Stock};
 use serde_json::{Value, json};
 
 fn lease(cloud: &FakeCloud) -> Lease {
@@ -40,6 +40,36 @@ async fn the_cloud_itself_ends_a_pod_at_its_deadline() {
     cloud.world().now += 1;
     assert_eq!(broker.list().await.unwrap(), []);
     assert_eq!(cloud.world().live().count(), 0);
+}
+
+#[tokio::test]
+async fn without_graphql_a_pod_is_rented_by_rest() {
+    let cloud = FakeCloud::start(RunPod::rest_alone());
+    let broker = cloud.broker();
+    broker.check().await.unwrap();
+    let want =
+        GpuRequest { min_cpu_ram: Some(Bytes::from_gib(1)), min_cuda: "12.4".parse().ok(), ..GpuRequest::default() };
+    let offer = first(&*broker, want).await;
+    assert_eq!(offer.cpu_ram, None, "only GraphQL tells");
+    let lease = lease(&cloud);
+    let made = broker.create(&offer, &lease).await.unwrap();
+    assert_eq!(made.tag(), Some(lease.tag.clone()));
+    {
+        let world = cloud.world();
+        assert_eq!(made.price, Some(world.instances[0].price));
+        assert_eq!(world.instances[0].public_key.as_deref(), Some("ssh-ed25519 AAAA me"));
+    }
+    assert_eq!(broker.list().await.unwrap().len(), 1);
+    broker.terminate(&made.id).await.unwrap();
+    assert_eq!(cloud.world().live().count(), 0);
+
+    cloud.world().fail(Op::Create, How::Refuse(Refusal::NoCapacity));
+    assert_eq!(broker.create(&offer, &lease).await.unwrap_err().kind, BrokerErrorKind::NoCapacity);
+    cloud.world().fail_after(Op::Create, How::CutBody);
+    assert_eq!(broker.create(&offer, &lease).await.unwrap_err().kind, BrokerErrorKind::Maybe);
+    assert_eq!(cloud.world().live().count(), 1, "it was made, and a look at the list tells");
+    let bid = Offer { key: offer.key.replace('}', ",\"bid_per_gpu\":100000}"), ..offer };
+    assert_eq!(broker.create(&bid, &lease).await.unwrap_err().kind, BrokerErrorKind::Rejected);
 }
 
 #[tokio::test]

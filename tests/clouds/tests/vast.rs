@@ -1,10 +1,12 @@
 //! What only Vast.ai does.
 
 use outliers::broker::{BrokerErrorKind, GpuRequest, InstanceId, InstanceState, Lease, Offer, Tier};
+use outliers::estimate::Work;
+use outliers::market::{self, Filter};
 use outliers::units::{Bytes, Usd, UsdPerHour};
 use outliers_clouds::dialect::Dialect;
 use outliers_clouds::dialect::vast::Vast;
-use outliers_clouds::{Answer, FakeCloud, Fault, How, Op};
+use outliers_clouds::{Answer, FakeCloud, Fault, How, Op, Refusal};
 use serde_json::json;
 
 const DISK: Bytes = Bytes(100_000_000_000);
@@ -35,7 +37,8 @@ async fn an_instance_from_offer_to_end() {
     // 100 GB at 20 cents a month.
     assert_eq!(offer.price, UsdPerHour(Usd::from_dollars(1.89) + Usd::from_dollars(100.0 * 0.2 / 720.0)));
     assert_eq!((offer.gpu.as_deref(), offer.cpu_ram), (Some("A100-80GB"), Some(Bytes::from_gib(117))));
-    assert_eq!(offer.disk, Some(Bytes::from_gib(stock.disk_gib)));
+    // Whole gigabytes are reserved.
+    assert_eq!(offer.disk, Some(Bytes(Bytes::from_gib(stock.disk_gib).0 / 1_000_000_000 * 1_000_000_000)));
 
     let created = broker.create(&offer, &lease()).await.unwrap();
     assert_eq!(created.tag(), Some(lease().tag));
@@ -117,6 +120,80 @@ async fn ids_are_numbers() {
     assert_eq!(cloud.broker().terminate(&id).await.unwrap_err().kind, BrokerErrorKind::Rejected);
     assert_eq!(cloud.broker().get(&id).await.unwrap_err().kind, BrokerErrorKind::Rejected);
     assert!(cloud.world().requests.is_empty());
+}
+
+/// As hosts were reported to be offered: V100 and Quadro RTX below compute capability 8.0, GH200 with an ARM processor; A100X is an
+/// Ampere card.
+#[tokio::test]
+async fn hosts_that_the_worker_cannot_use_are_left_out_and_counted() {
+    let ask = |id: u32, gpu: &str, capability: u32, arch: &str| {
+        json!({
+            "id": id, "gpu_name": gpu, "num_gpus": 1, "dph_total": f64::from(id) / 10.0, "gpu_ram": 81920, "cpu_ram": 257_000,
+            "cpu_cores": 64, "cpu_cores_effective": 16, "disk_space": 500, "cuda_max_good": 12.8, "duration": 9_000_000,
+            "hosting_type": 1, "compute_cap": capability, "cpu_arch": arch, "rentable": true, "rented": false,
+        })
+    };
+    let asks = [
+        ask(1, "Tesla V100", 700, "amd64"),
+        ask(2, "Q RTX 8000", 750, "amd64"),
+        ask(3, "GH200 SXM", 900, "arm64"),
+        ask(4, "A100X", 800, "amd64"),
+        ask(5, "RTX 9000", 750, "amd64"),
+        ask(6, "H100 PCIE", 900, "arm64"),
+    ];
+    let cloud = FakeCloud::start(Vast);
+    cloud.world().fail_always(Op::Offers, How::Say(Answer::json(200, &json!({"success": true, "offers": asks}))));
+    let offers = cloud.broker().offers(&want()).await.unwrap().offers;
+    let found = market::select(offers, &want(), &Work::default()).unwrap();
+    assert_eq!(found.offers.iter().filter_map(|offer| offer.gpu.as_deref()).collect::<Vec<_>>(), ["A100X"]);
+    let removed: Vec<_> =
+        found.steps.iter().filter(|step| step.removed > 0).map(|step| (step.filter, step.removed)).collect();
+    assert_eq!(removed, [(Filter::Processor, 2), (Filter::Capability, 3)]);
+}
+
+#[tokio::test]
+async fn a_price_that_a_host_asks_for_is_seen_and_nothing_is_sent_but_the_question() {
+    let cloud = FakeCloud::start(Vast);
+    let broker = cloud.broker();
+    let id = InstanceId("123".to_owned());
+    assert_eq!(broker.price_rise(&id).await.unwrap(), None);
+    let rises = json!([
+        {"pending_price_increase_id": 998, "contract_id": 77, "new_gpu_costpersec": 1.0, "old_gpu_costpersec": 0.5},
+        {"pending_price_increase_id": 999, "contract_id": 123, "host_id": 7, "new_gpu_costpersec": 0.0002,
+         "old_gpu_costpersec": 0.0001, "new_disk_ram_costpersec": null, "old_disk_ram_costpersec": null},
+    ]);
+    let answer = json!({"success": true, "count": 2, "truncated": false, "pending_price_increases": rises});
+    cloud.world().fail(Op::Get, How::Say(Answer::json(200, &answer)));
+    let asked = broker.price_rise(&id).await.unwrap();
+    assert_eq!(asked.as_deref(), Some("$0.72/h for its GPUs instead of $0.36/h"));
+    assert!(cloud.world().requests.iter().all(|request| request.method == outliers::http::Method::GET));
+}
+
+#[tokio::test]
+async fn searches_that_are_used_up_are_told_and_not_tried_again() {
+    let cloud = FakeCloud::start(Vast);
+    let used_up = json!({"success": false, "error": "search_quota_exceeded", "msg": "Search quota exceeded"});
+    cloud.world().fail_always(Op::Offers, How::Say(Answer::json(429, &used_up).retry_after(Some(1))));
+    let error = cloud.broker().offers(&want()).await.unwrap_err();
+    assert_eq!((error.kind, cloud.world().count(Op::Offers)), (BrokerErrorKind::Budget, 1));
+    assert!(error.message.contains("quota of searches is used up"), "{error}");
+}
+
+#[tokio::test]
+async fn who_is_asked_to_wait_for_long_does_not_ask_before() {
+    let cloud = FakeCloud::start(Vast);
+    let broker = cloud.broker();
+    cloud.world().fail(Op::Offers, How::Refuse(Refusal::RateLimited(Some(300))));
+    for _ in 0..3 {
+        let error = broker.offers(&want()).await.unwrap_err();
+        assert_eq!(error.kind, BrokerErrorKind::RateLimited);
+        assert!(
+            error.message.contains("it asks to wait 2") || error.message.contains("it asks to wait 300 s"),
+            "{error}"
+        );
+    }
+    assert_eq!(cloud.world().count(Op::Offers), 1);
+    assert_eq!(broker.list().await.unwrap().len(), 0, "calls of another kind are made");
 }
 
 #[tokio::test]

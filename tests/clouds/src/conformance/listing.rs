@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 
 use outliers::broker::{BrokerErrorKind, InstanceState};
+use serde_json::{Value, json};
 
 use super::life::ready;
 use super::{found, kind, rent};
-use crate::{FakeCloud, Life, Op};
+use crate::{FakeCloud, Life, Odd, Op};
 
 /// Every page is read, and each instance comes once.
 pub async fn goes_to_the_last_page(cloud: &FakeCloud) {
@@ -78,6 +79,53 @@ pub async fn survives_unknown_words(cloud: &FakeCloud) {
     }
     broker.terminate(&made.id).await.expect("it can be ended");
     assert_eq!(cloud.world().live().count(), 0);
+}
+
+/// Whatever field of an instance is missing, null or of another type: the others are listed as ever, and it is listed
+/// too, by its id or by its tag, and can be ended.
+pub async fn reads_each_entry_by_itself(cloud: &FakeCloud) {
+    let stranger = cloud.world().plant("somebody's box");
+    let broker = cloud.broker();
+    let (lease, made) = rent(&*broker).await;
+    assert_eq!(broker.list().await.expect("it is read").len(), 2);
+    let fields = cloud.world().fields.clone();
+    assert!(fields.contains_key("id") && fields.len() > 5, "{fields:?}");
+    for (field, usual) in &fields {
+        for value in [None, Some(Value::Null), Some(json!({"odd": true})), Some(of_another_type(usual))] {
+            let odd = Odd { id: made.id.0.clone(), field: field.clone(), value };
+            let what = format!("{odd:?}");
+            cloud.world().odd = Some(odd);
+            let listed = broker.list().await.unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert_eq!(listed.len(), 2, "{what}: {listed:?}");
+            assert!(listed.iter().any(|instance| instance.id.0 == stranger), "{what}: {listed:?}");
+            let ours = listed.iter().find(|instance| instance.id.0 != stranger).expect("there are two");
+            let (named, tagged) = (ours.id == made.id, ours.tag().as_ref() == Some(&lease.tag));
+            assert!(named || field == "id", "{what}: {ours:?}");
+            assert!(tagged || ["name", "label"].contains(&field.as_str()), "{what}: {ours:?}");
+            let alone = broker.get(&made.id).await;
+            assert!(!matches!(alone, Ok(None)), "{what}: it is not gone");
+        }
+    }
+    broker.terminate(&made.id).await.expect("it can be ended");
+    assert_eq!(cloud.world().live().count(), 1);
+}
+
+/// The same value otherwise written: a number as a text, a text as a number.
+fn of_another_type(value: &Value) -> Value {
+    match value {
+        Value::Number(number) => json!(number.to_string()),
+        Value::String(text) => text.parse::<u64>().map_or(json!(77), |number| json!(number)),
+        _ => json!("odd"),
+    }
+}
+
+/// An entry of which neither id nor name can be read is counted: it may be anybody's.
+pub async fn counts_what_it_cannot_read(cloud: &FakeCloud) {
+    let id = cloud.world().plant("somebody's box");
+    cloud.world().odd = Some(Odd { id, field: "id".to_owned(), value: Some(json!([7])) });
+    let listed = cloud.broker().list().await.expect("it is read");
+    assert_eq!(listed.len(), 1);
+    assert!(matches!(listed[0].state, InstanceState::Unreadable(_)) && listed[0].id.0.is_empty(), "{listed:?}");
 }
 
 /// One that will not come up, or stands still, is not called ready.

@@ -1,7 +1,9 @@
 //! What is for rent: in our units, at the price of everything, and nothing that cannot be compared.
 
 use outliers::broker::{BrokerErrorKind, GpuRequest, Offer, Offers, Tier};
-use outliers::units::{Bytes, Usd};
+use outliers::estimate::Work;
+use outliers::market;
+use outliers::units::{Bytes, Usd, UsdPerHour};
 
 use super::{DISK_GIB, find, kind, lease, want};
 use crate::{FakeCloud, Op, Stock};
@@ -61,6 +63,55 @@ pub async fn may_be_taken_back_only_if_wanted(cloud: &FakeCloud) {
     }
 }
 
+/// A broker that asks its cloud for less leaves out nothing that the market would keep.
+pub async fn left_out_are_none_that_the_market_keeps(cloud: &FakeCloud) {
+    let mut wanted = Vec::new();
+    for gpu_filter in [None, Some("H100 SXM"), Some("a100"), Some("rtx 4090")] {
+        for (min_cpu_ram, min_vram) in [(None, None), (Some(64), Some(80)), (Some(118), None)] {
+            for (region, tier) in [(None, None), (Some("us"), Some(Tier::Secure)), (Some("oslo"), None)] {
+                for (max_price, spot, gpus) in [(None, false, 1), (Some(1.95), true, 2), (Some(30.0), false, 8)] {
+                    wanted.push(GpuRequest {
+                        gpu_count: Some(gpus),
+                        gpu_filter: gpu_filter.map(str::to_owned),
+                        min_vram: min_vram.map(Bytes::from_gib),
+                        min_cpu_ram: min_cpu_ram.map(Bytes::from_gib),
+                        max_price: max_price.map(UsdPerHour::from_dollars),
+                        region: region.map(str::to_owned),
+                        tier,
+                        spot,
+                        // Some clouds never say it, and the market then keeps none of theirs.
+                        min_cuda: if gpus == 2 { "12.8".parse().ok() } else { None },
+                        ..want()
+                    });
+                }
+            }
+        }
+    }
+    let mut kept_of_any = 0;
+    for want in wanted {
+        // All that changes what an offer is, and nothing that leaves one out.
+        let plain = GpuRequest {
+            gpu_count: want.gpu_count,
+            spot: want.spot,
+            min_disk: want.min_disk,
+            min_cpu_ram: want.min_cpu_ram.map(|_| Bytes(1)),
+            ..GpuRequest::default()
+        };
+        let all = kept(cloud, &plain, &want).await;
+        let asked = kept(cloud, &want, &want).await;
+        assert!(all.iter().all(|offer| asked.contains(offer)), "{want:?}: of {all:?} only {asked:?}");
+        kept_of_any += all.len();
+    }
+    assert!(kept_of_any > 0, "the market keeps something");
+}
+
+/// What the market keeps for `want` of the offers that come when `asked` is asked for.
+async fn kept(cloud: &FakeCloud, asked: &GpuRequest, want: &GpuRequest) -> Vec<(Option<String>, u32, Option<String>)> {
+    let offers = cloud.broker().offers(asked).await.expect("a cloud that works shows its offers").offers;
+    let selected = market::select(offers, want, &Work::default()).map_or_else(|_| Vec::new(), |found| found.offers);
+    selected.into_iter().map(|offer| (offer.gpu_raw, offer.gpu_count, offer.region)).collect()
+}
+
 /// An account whose cloud has nothing is told so without an error.
 pub async fn may_be_none(cloud: &FakeCloud) {
     cloud.world().stock.clear();
@@ -88,7 +139,7 @@ pub async fn may_be_many(cloud: &FakeCloud) {
 }
 
 fn many(plain: &Stock, at: i64) -> Stock {
-    let price = outliers::units::UsdPerHour(plain.price.0 + Usd::from_micros(at * 10_000));
+    let price = UsdPerHour(plain.price.0 + Usd::from_micros(at * 10_000));
     Stock { id: (2000 + at).to_string(), price, ..plain.clone() }
 }
 

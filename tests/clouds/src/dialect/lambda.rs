@@ -18,7 +18,7 @@ impl Dialect for Lambda {
     }
 
     fn document(&self) -> Option<Document> {
-        Some(Document { file: "lambda-cloud-1.10.0.openapi.json", elsewhere: &[], wrong: &[] })
+        Some(Document { file: "lambda.json", elsewhere: &[], wrong: &[] })
     }
 
     fn operation(&self, request: &Request) -> Option<Op> {

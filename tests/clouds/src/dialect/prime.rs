@@ -26,7 +26,7 @@ impl Dialect for Prime {
     }
 
     fn document(&self) -> Option<Document> {
-        Some(Document { file: "primeintellect-compute.openapi.yml", elsewhere: &[], wrong: &[] })
+        Some(Document { file: "prime.json", elsewhere: &[], wrong: &[] })
     }
 
     fn operation(&self, request: &Request) -> Option<Op> {

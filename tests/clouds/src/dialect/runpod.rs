@@ -6,11 +6,12 @@ use std::sync::{Mutex, PoisonError};
 use outliers::broker::{CloudKind, runpod};
 use outliers::calendar::rfc3339;
 use outliers::units::UsdPerHour;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::conformance::DISK_GIB;
 use crate::dialect::Document;
-use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Refusal, Request, Stock, World};
+use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Order, Refusal, Request, Stock, World};
 
 mod graphql;
 
@@ -19,6 +20,8 @@ mod graphql;
 pub struct RunPod {
     /// When it ends which pod by itself, Unix seconds.
     deadlines: Mutex<BTreeMap<String, u64>>,
+    /// Its GraphQL is there no more.
+    rest_alone: bool,
 }
 
 impl Dialect for RunPod {
@@ -27,7 +30,7 @@ impl Dialect for RunPod {
     }
 
     fn document(&self) -> Option<Document> {
-        Some(Document { file: "runpod-rest-v2.openapi.json", elsewhere: &["/graphql"], wrong: &[] })
+        Some(Document { file: "runpod.json", elsewhere: &["/graphql"], wrong: &[] })
     }
 
     fn operation(&self, request: &Request) -> Option<Op> {
@@ -37,6 +40,9 @@ impl Dialect for RunPod {
             ("GET", ["v2", "pods"]) => Some(Op::List),
             ("GET", ["v2", "pods", id]) if !id.is_empty() => Some(Op::Get),
             ("DELETE", ["v2", "pods", id]) if !id.is_empty() => Some(Op::Terminate),
+            ("POST", ["v2", "pods"]) => Some(Op::Create),
+            // Nothing goes wrong with what is not there.
+            ("POST", ["graphql"]) if self.rest_alone => Some(Op::Keys),
             ("POST", ["graphql"]) => graphql::operation(request),
             _ => None,
         }
@@ -50,6 +56,12 @@ impl Dialect for RunPod {
             ("GET", ["v2", "pods"]) => pods(world, request),
             ("GET", ["v2", "pods", id]) => Ok(Answer::json(200, &pod(&world.look_at(id).ok_or(Refusal::NotFound)?))),
             ("DELETE", ["v2", "pods", id]) if world.end(id) => Ok(Answer::empty(204)),
+            ("POST", ["v2", "pods"]) => create(self, world, &request.read()?),
+            ("POST", ["graphql"]) if self.rest_alone => {
+                let gone =
+                    json!({"errors": [{"message": "The GraphQL API was retired.", "extensions": {"code": "GONE"}}]});
+                Ok(Answer::json(410, &gone))
+            }
             ("POST", ["graphql"]) => self.graphql(world, request),
             _ => Err(Refusal::NotFound),
         }
@@ -57,7 +69,7 @@ impl Dialect for RunPod {
 
     fn refuse(&self, refusal: &Refusal, on: Op) -> Answer {
         match on {
-            Op::Create | Op::Check => graphql::refuse(refusal),
+            Op::Create | Op::Check if !self.rest_alone => graphql::refuse(refusal),
             _ => problem(refusal),
         }
     }
@@ -80,6 +92,11 @@ impl Dialect for RunPod {
 }
 
 impl RunPod {
+    /// As it may be some day: REST v2 and nothing else.
+    pub fn rest_alone() -> Self {
+        Self { rest_alone: true, ..Self::default() }
+    }
+
     fn keep_deadlines(&self, world: &mut World) {
         let mut deadlines = self.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
         deadlines.retain(|id, deadline| {
@@ -218,6 +235,56 @@ fn gpu_type(world: &World, gpu: Gpu, question: &Question) -> Option<Value> {
         shown["cudaVersions"] = in_stock.iter().map(version).collect();
     }
     Some(shown)
+}
+
+/// `POST /v2/pods`: strict, and one type of GPU at one place.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct Create {
+    name: String,
+    image: String,
+    gpu: CreateGpu,
+    cloud: Option<String>,
+    #[serde(default)]
+    data_center_ids: Vec<String>,
+    disk: u64,
+    ports: Vec<String>,
+    #[serde(default)]
+    env: BTreeMap<String, String>,
+    #[serde(default)]
+    start_ssh: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct CreateGpu {
+    id: String,
+    count: u32,
+    min_cuda_version: Option<String>,
+}
+
+fn create(cloud: &RunPod, world: &mut World, create: &Create) -> Result<Answer, Refusal> {
+    if create.name.is_empty() || create.image.is_empty() || create.ports != ["22/tcp"] || !create.start_ssh {
+        return Err(invalid("this fake makes pods that can be logged in to"));
+    }
+    let secure = create.cloud.as_deref().unwrap_or("SECURE") == "SECURE";
+    let min_cuda = create.gpu.min_cuda_version.as_deref().map_or(Some((0, 0)), cuda);
+    let min_cuda = min_cuda.ok_or_else(|| invalid("gpu.minCudaVersion: does not match the pattern"))?;
+    let gpu = GPUS.iter().find(|gpu| gpu_id(**gpu) == create.gpu.id).ok_or_else(|| invalid("gpu.id: unknown"))?;
+    let is_there = |stock: &&Stock| {
+        let here = create.data_center_ids.is_empty() || create.data_center_ids.iter().any(|id| id == stock.region);
+        here && stock.gpus == create.gpu.count && stock.left > 0 && stock.cuda >= min_cuda
+    };
+    let stock = sold(world, *gpu, secure, false).find(is_there).cloned().ok_or(Refusal::NoCapacity)?;
+    let disk_gib = (create.disk * 1_000_000_000) >> 30;
+    let order = Order {
+        price: cloud.price(&stock, disk_gib),
+        stock: stock.id,
+        name: create.name.clone(),
+        disk_gib,
+        public_key: create.env.get("PUBLIC_KEY").cloned(),
+    };
+    Ok(Answer::json(201, &pod(&world.rent(order)?)))
 }
 
 /// `GET /v2/pods`. In pages, as it has been seen to do.

@@ -24,7 +24,7 @@ impl Dialect for Vast {
 
     fn document(&self) -> Option<Document> {
         // It lists some operators of a filter and describes others in words; its own client sends who it is.
-        Some(Document { file: "vast.openapi.yaml", elsewhere: &[], wrong: &["/num_gpus/eq", "/client_id"] })
+        Some(Document { file: "vast.json", elsewhere: &[], wrong: &["/num_gpus/eq", "/client_id"] })
     }
 
     fn operation(&self, request: &Request) -> Option<Op> {
@@ -47,6 +47,9 @@ impl Dialect for Vast {
             ("POST", ["v0", "bundles", ""]) => search(self, world, &request.read()?)?,
             ("PUT", ["v0", "asks", ask, ""]) => return create(world, &number(ask)?, request.read()?),
             ("GET", ["v1", "instances", ""]) => list(world, request)?,
+            ("GET", ["v0", "instances", "pending-price-increases", ""]) => {
+                json!({"success": true, "count": 0, "truncated": false, "pending_price_increases": []})
+            }
             ("GET", ["v0", "instances", id, ""]) => {
                 let found = world.look_at(&number(id)?).filter(FakeInstance::is_live);
                 json!({"instances": found.as_ref().map(instance)})
