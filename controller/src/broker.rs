@@ -49,7 +49,8 @@ pub trait Broker: Send + Sync {
     /// [`BrokerErrorKind::Maybe`] when an instance may have come of it; every other kind says that none did.
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError>;
 
-    /// Every instance of this account, ours or not, to the last page.
+    /// Every instance of this account, ours or not, to the last page. What cannot be read is
+    /// [`InstanceState::Unreadable`], never missing.
     async fn list(&self) -> Result<Vec<Instance>, BrokerError>;
 
     /// One instance; `None` when the cloud says that there is none, which may be too early to know.
@@ -58,6 +59,18 @@ pub trait Broker: Send + Sync {
     /// Ends an instance and its billing, and takes back what its creation left in the account. One that is gone already is a
     /// success.
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError>;
+
+    /// Seconds by which the cloud's clock is ahead of this machine's, by its latest answer; `None`: it is the same clock, or no
+    /// answer told.
+    fn clock_skew(&self) -> Option<i64> {
+        None
+    }
+
+    /// The price that an instance's host wants from some time on, in words, where a cloud lets hosts ask and nobody has answered.
+    /// Nothing here ever says yes.
+    async fn price_rise(&self, _id: &InstanceId) -> Result<Option<String>, BrokerError> {
+        Ok(None)
+    }
 
     /// A POSIX shell script with which an instance ends itself, billing included, by a credential that can do nothing else;
     /// `None` where the cloud gives none.
@@ -226,6 +239,12 @@ pub struct Offer {
     /// Memory of each GPU, as the cloud reports it.
     #[serde(default)]
     pub vram_reported: Option<Bytes>,
+    /// Compute capability of the GPUs times ten (80 for 8.0): the cloud's figure where it has one, else the model's.
+    #[serde(default)]
+    pub capability: Option<u32>,
+    /// The host's processor is ARM's, on which no program for x86-64 runs.
+    #[serde(default)]
+    pub arm: bool,
     /// Memory of the host; `None`: unknown, never another quantity.
     pub cpu_ram: Option<Bytes>,
     /// CPU cores.
@@ -265,6 +284,8 @@ impl Offer {
             gpu_count,
             vram: None,
             vram_reported: None,
+            capability: None,
+            arm: false,
             cpu_ram: None,
             cpu_cores: None,
             disk: None,
@@ -287,6 +308,8 @@ impl Offer {
             form: gpu::form(raw),
             vram: gpu::nominal_vram(raw, reported),
             vram_reported: reported,
+            capability: gpu::capability(raw),
+            arm: gpu::is_with_arm(raw),
             ..self
         }
     }
@@ -375,6 +398,11 @@ pub struct Instance {
 }
 
 impl Instance {
+    /// Whether neither its name nor its tag can be read: it may be ours.
+    pub fn is_nameless(&self) -> bool {
+        matches!(self.state, InstanceState::Unreadable(_)) && self.name.is_empty()
+    }
+
     /// The lease, if the instance is one of ours.
     pub fn tag(&self) -> Option<LeaseTag> {
         self.name.parse().ok()
@@ -397,6 +425,9 @@ pub enum InstanceState {
     Terminating,
     /// A word of the cloud that we do not know.
     Unknown(String),
+    /// What the cloud shows of it cannot be read, for this reason. Its name is empty where that is why, and so is
+    /// its id: then it may be any instance.
+    Unreadable(String),
 }
 
 /// Where an instance's SSH server listens.
@@ -426,6 +457,13 @@ pub struct BrokerError {
     pub kind: BrokerErrorKind,
     /// The cloud's own words where there are any. Never a key.
     pub message: String,
+}
+
+impl BrokerError {
+    /// What a person may do about it, where something can be done.
+    pub fn hint(&self) -> Option<String> {
+        matches!(self.kind, BrokerErrorKind::Auth).then(|| format!("check the key for {}", self.broker))
+    }
 }
 
 /// What a caller may do about a failed call.

@@ -1,13 +1,14 @@
 //! What was typed, and the help that teaches it. Nothing is decided here.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outliers_protocol::{Ablate, ByteSize, Dataset, SiteKinds, Weights};
 use serde::Deserialize;
 
 use crate::settings::Span;
-use crate::units::CudaVersion;
+use crate::units::{CudaVersion, Positive};
 
 /// How outlier features survive in mixture-of-experts models: rents an instance, runs the worker on it, brings the results
 /// home, ends the rental.
@@ -27,10 +28,10 @@ pub struct Cli {
 const EXIT_CODES: &str = "\
 Exit codes:
   0    done, and no instance is left (but one that was to be kept)
-  1    the run failed
+  1    the run failed, or something on this machine
   2    wrong arguments, or refused before anything was rented
   3    no offer matched, or none could be had
-  4    the time limit was reached
+  4    the time limit or the budget was reached
   5    a cloud, its key, or an instance failed
   6    an instance may still be running; the command to mend it is printed last
   130  interrupted or cancelled; the instance was ended";
@@ -146,7 +147,7 @@ pub enum Command {
     /// Check keys, clouds, clocks, SSH, the ledger, and whether an instance was left behind.
     ///
     /// Example: outliers doctor
-    Doctor,
+    Doctor(DoctorArgs),
     /// End instances whose time is up, by the clouds' lists alone: for a timer, or a machine that knows nothing of the runs.
     ///
     /// Example: outliers reap --owner k3tpf36v --dry-run
@@ -171,6 +172,14 @@ pub enum Command {
         /// The instance's folder.
         folder: PathBuf,
     },
+}
+
+impl Command {
+    /// Whether it looks at instances or ends them, and does nothing else: that must not depend on settings that
+    /// have nothing to do with clouds.
+    pub fn only_ends(&self) -> bool {
+        matches!(self, Self::Instances(_) | Self::Reap(_) | Self::Runs(RunsCommand::Cancel { .. }))
+    }
 }
 
 /// About the worker program.
@@ -215,12 +224,13 @@ pub struct JobArgs {
     #[arg(long, value_name = "SIZE")]
     pub stream_budget: Option<ByteSize>,
     /// Sequences [default: 16, or all rows of the token ids].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub num_sequences: Option<usize>,
     /// Tokens per sequence, BOS included [default: 2048, or the model's limit if that is lower].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub sequence_length: Option<usize>,
-    /// Text files, one document each, or .jsonl and .parquet files with many [default: the English text shipped with the worker].
+    /// Text files, one document each, or .parquet, .jsonl, .ndjson, .json, .csv and .tsv files
+    /// with many; also packed (.gz, .zst) [default: the English text shipped with the worker].
     #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with_all = ["token_ids", "dataset"])]
     pub corpus: Vec<PathBuf>,
     /// Dataset on the hub, of which no more is read than is needed: owner/name[@REVISION][:FOLDER], or fineweb-edu (its sample of ten
@@ -231,10 +241,10 @@ pub struct JobArgs {
     #[arg(long, value_name = "NAME")]
     pub text_field: Option<String>,
     /// Pass over so many documents first.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub skip_documents: Option<usize>,
     /// Take the documents in an order made from this seed.
-    #[arg(long, value_name = "SEED")]
+    #[arg(long, value_name = "SEED", value_parser = whole::<u64>, allow_negative_numbers = true)]
     pub shuffle: Option<u64>,
     /// Ready token ids: safetensors with `input_ids` i64 [sequences, tokens], or a JSON list of lists.
     #[arg(long, value_name = "FILE")]
@@ -253,13 +263,13 @@ pub struct JobArgs {
     #[arg(long, value_enum, default_value_t)]
     pub precision: PrecisionArg,
     /// Only the first N layers: a quick look, without perplexity.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub layers: Option<usize>,
     /// cpu, cpu:2 (two logical devices), cuda:0,cuda:1 [default: all GPUs, else the CPU].
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub devices: Vec<String>,
     /// Tokens computed together, in whole sequences.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub micro_batch_tokens: Option<usize>,
     /// What to study beside the norm outputs, which always are, separated by commas: residual (massive activations), attention-out,
     /// mlp-out, expert-out (super experts), all. Costs a pass over those values, no arithmetic of the model.
@@ -277,7 +287,7 @@ pub struct JobArgs {
     #[arg(long, value_name = "FEATURES", conflicts_with = "layers")]
     pub ablate: Option<Ablate>,
     /// Draws the others by this [default: 0].
-    #[arg(long, value_name = "SEED", requires = "ablate")]
+    #[arg(long, value_name = "SEED", value_parser = whole::<u64>, allow_negative_numbers = true, requires = "ablate")]
     pub ablate_seed: Option<u64>,
 }
 
@@ -316,23 +326,23 @@ pub struct WantArgs {
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub broker: Vec<String>,
     /// GPUs of the instance; 0: a CPU will do [default: 1 on a cloud, whatever is there on this machine].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<u32>, allow_negative_numbers = true)]
     pub gpu_count: Option<u32>,
     /// Part of the GPU's name, as in A100 or H100.
     #[arg(long, value_name = "TEXT")]
     pub gpu_filter: Option<String>,
     /// Least memory of each GPU, in GiB.
-    #[arg(long, value_name = "GIB", value_parser = gib)]
+    #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true)]
     pub min_vram: Option<f64>,
     /// Least memory of the host, in GiB.
-    #[arg(long, value_name = "GIB", value_parser = gib)]
+    #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true)]
     pub min_cpu_ram: Option<f64>,
     /// Least disk, in GiB; never less than the checkpoint needs.
-    #[arg(long, value_name = "GIB", value_parser = gib)]
+    #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true)]
     pub min_disk: Option<f64>,
     /// Highest price of the whole instance (not of one GPU) with its disk, in USD per hour.
-    #[arg(long, value_name = "USD", value_parser = dollars)]
-    pub max_price: Option<f64>,
+    #[arg(long, value_name = "USD", allow_negative_numbers = true)]
+    pub max_price: Option<Positive>,
     /// Part of the region's or country's name.
     #[arg(long, value_name = "TEXT")]
     pub region: Option<String>,
@@ -369,11 +379,14 @@ pub struct DeployArgs {
     #[arg(long)]
     pub keep_running: bool,
     /// After this the instance ends: 90s, 45m, 6h [default: settings].
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
     pub max_duration: Option<Span>,
+    /// Rent also where the run is estimated to take longer than its time limit; what there is by then is brought home.
+    #[arg(long)]
+    pub allow_cut_short: bool,
     /// Rent nothing that could bring the cost of this run above this, in USD, by its time limit.
-    #[arg(long, value_name = "USD", value_parser = dollars)]
-    pub budget: Option<f64>,
+    #[arg(long, value_name = "USD", allow_negative_numbers = true)]
+    pub budget: Option<Positive>,
     /// Show the plan, what would be rented and its cost; rent nothing.
     #[arg(long)]
     pub dry_run: bool,
@@ -391,7 +404,7 @@ pub struct SurveyArgs {
     #[arg(long, value_name = "MODELS", value_delimiter = ',')]
     pub only: Vec<String>,
     /// Instances at the same time [default: the file's, else settings].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..), allow_negative_numbers = true)]
     pub max_parallel: Option<u16>,
     /// The instances, all of them; wins over what the file says of a model.
     #[command(flatten)]
@@ -400,12 +413,15 @@ pub struct SurveyArgs {
     #[arg(long)]
     pub push_model: bool,
     /// After this an instance ends: 90s, 45m, 6h [default: the file's, else settings].
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
     pub max_duration: Option<Span>,
+    /// Rent also where the run is estimated to take longer than its time limit; what there is by then is brought home.
+    #[arg(long)]
+    pub allow_cut_short: bool,
     /// Rent nothing that could bring the cost of all runs of the survey, earlier ones included, above this, in USD, by their time
     /// limits [default: the file's].
-    #[arg(long, value_name = "USD", value_parser = dollars)]
-    pub budget: Option<f64>,
+    #[arg(long, value_name = "USD", allow_negative_numbers = true)]
+    pub budget: Option<Positive>,
     /// Also run again what failed.
     #[arg(long)]
     pub rerun_failed: bool,
@@ -485,21 +501,41 @@ pub enum InstancesCommand {
         #[command(flatten)]
         only: Only,
     },
-    /// End instances, held ones and strays included. Instances of others are never touched.
-    Terminate {
-        /// Ids, as `instances list` shows them.
-        #[arg(required_unless_present = "all")]
-        ids: Vec<String>,
-        /// Every instance of this ledger.
-        #[arg(long, conflicts_with = "ids")]
-        all: bool,
-        /// Where to look.
-        #[command(flatten)]
-        only: Only,
-        /// Do not ask.
-        #[arg(short, long)]
-        yes: bool,
-    },
+    /// End instances, held ones and strays included. Instances of others are not touched unless it is said so.
+    ///
+    /// Needs no ledger, and no list where one broker is named. What another ledger rented, or one that is lost, wants --owner.
+    Terminate(TerminateArgs),
+}
+
+/// `instances terminate`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct TerminateArgs {
+    /// Ids, as `instances list` shows them.
+    #[arg(required_unless_present = "all")]
+    pub ids: Vec<String>,
+    /// Every instance of this ledger, or of --owner.
+    #[arg(long, conflicts_with = "ids")]
+    pub all: bool,
+    /// Where to look.
+    #[command(flatten)]
+    pub only: Only,
+    /// Whose instances are meant: the second part of their names [default: those of this machine's ledger].
+    #[arg(long, value_name = "OWNER")]
+    pub owner: Option<String>,
+    /// Whosever the instances are.
+    #[arg(long, conflicts_with_all = ["all", "owner"])]
+    pub force: bool,
+    /// Do not ask.
+    #[arg(short, long)]
+    pub yes: bool,
+}
+
+/// `doctor`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct DoctorArgs {
+    /// First make a damaged ledger anew, of what is left of it, the results and the clouds' lists. The damaged file is kept.
+    #[arg(long)]
+    pub repair: bool,
 }
 
 /// `reap`.
@@ -625,30 +661,31 @@ pub struct PlanArgs {
     #[command(flatten)]
     pub want: WantArgs,
     /// Price of the whole instance, in USD per hour [default: the cheapest matching offer's].
-    #[arg(long, value_name = "USD", value_parser = dollars)]
-    pub price: Option<f64>,
+    #[arg(long, value_name = "USD", allow_negative_numbers = true)]
+    pub price: Option<Positive>,
     /// Weight bytes the instance reads per second, in GiB [default: settings].
-    #[arg(long, value_name = "GIB", value_parser = gib)]
-    pub bandwidth: Option<f64>,
+    #[arg(long, value_name = "GIB", allow_negative_numbers = true)]
+    pub bandwidth: Option<Positive>,
     /// Peak arithmetic of the instance, in 10^12 operations per second; without it, only the reading is timed.
-    #[arg(long, value_name = "N", value_parser = dollars)]
-    pub tflops: Option<f64>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub tflops: Option<Positive>,
 }
 
+/// Of memory or disk; none is a lower limit that everything passes.
 fn gib(text: &str) -> Result<f64, String> {
-    positive(text, 1e9)
-}
-
-fn dollars(text: &str) -> Result<f64, String> {
-    positive(text, 1e6)
-}
-
-fn positive(text: &str, most: f64) -> Result<f64, String> {
     match text.parse::<f64>() {
-        Ok(number) if number >= 0.0 && number <= most => Ok(number),
-        Ok(_) => Err(format!("it must be between 0 and {most}")),
+        Ok(number) if (0.0..=1e9).contains(&number) => Ok(number),
+        Ok(number) if number < 0.0 => Err("it must be positive".to_owned()),
+        Ok(_) => Err("it must be between 0 and 1000000000".to_owned()),
         Err(_) => Err("it must be a number".to_owned()),
     }
+}
+
+fn whole<T: FromStr>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|_| match text.strip_prefix('-').map(str::parse::<f64>) {
+        Some(Ok(_)) => "it must be positive".to_owned(),
+        _ => "it must be a whole number".to_owned(),
+    })
 }
 
 #[cfg(test)]
@@ -663,6 +700,12 @@ mod tests {
     }
 
     #[test]
+    fn the_help_and_the_readme_have_one_table_of_exit_codes() {
+        assert!(include_str!("../../README.md").contains(&format!("\n{EXIT_CODES}\n")));
+        assert!(EXIT_CODES.contains("4    the time limit or the budget"));
+    }
+
+    #[test]
     fn every_command_teaches_with_an_example_first() {
         for command in Cli::command().get_subcommands().filter(|command| !command.is_hide_set()) {
             let help = command.get_long_about().map(ToString::to_string).unwrap_or_default();
@@ -671,12 +714,36 @@ mod tests {
     }
 
     #[test]
-    fn prices_are_numbers() {
-        for text in ["-1", "nan", "inf", "cheap", "1e99"] {
-            assert!(
-                Cli::try_parse_from(["outliers", "deploy", "--model", "a/b", "--max-price", text]).is_err(),
-                "{text}"
-            );
+    fn a_negative_number_is_a_wrong_value_and_no_option() {
+        let deploy = ["--model", "a/b"];
+        for (command, before, option, said) in [
+            ("deploy", &deploy[..], "--max-price", "must be a positive number"),
+            ("deploy", &deploy, "--budget", "must be a positive number"),
+            ("deploy", &deploy, "--min-vram", "must be positive"),
+            ("deploy", &deploy, "--gpu-count", "must be positive"),
+            ("deploy", &deploy, "--num-sequences", "must be positive"),
+            ("deploy", &deploy, "--sequence-length", "must be positive"),
+            ("deploy", &deploy, "--max-duration", "is not a time"),
+            ("plan", &deploy, "--tflops", "must be a positive number"),
+            ("plan", &deploy, "--bandwidth", "must be a positive number"),
+            ("survey", &["s.toml"], "--max-parallel", "is not in 1.."),
+        ] {
+            let typed = ["outliers", command].into_iter().chain(before.iter().copied()).chain([option, "-1"]);
+            let error = Cli::try_parse_from(typed).unwrap_err().to_string();
+            assert!(error.contains(said) && error.contains(option), "{error}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_such_as_somebody_can_mean() {
+        let deploy = ["--max-price", "--budget", "--min-vram", "--max-duration"].map(|option| ("deploy", option));
+        let plan = ["--price", "--bandwidth", "--tflops", "--max-price"].map(|option| ("plan", option));
+        for (command, option) in deploy.into_iter().chain(plan) {
+            for text in ["-1", "nan", "inf", "cheap", "1e99", "0"] {
+                let typed = ["outliers", command, "--model", "a/b", &format!("{option}={text}")];
+                let none_is_fine = option == "--min-vram" && text == "0";
+                assert_eq!(Cli::try_parse_from(typed).is_err(), !none_is_fine, "{option} {text}");
+            }
         }
     }
 }

@@ -7,8 +7,12 @@ use std::time::Duration;
 
 use futures::future::join_all;
 
-use crate::broker::{Broker, BrokerError, BrokerErrorKind, Dropped, GpuRequest, Offer};
+use crate::broker::{Broker, BrokerError, BrokerErrorKind, Dropped, GpuRequest, Instance, InstanceId, Offer};
 use crate::run::BETWEEN_BROKERS;
+use crate::settings::Span;
+
+/// Seconds by which this machine's clock may differ from that of a cloud on which something is rented: instances end at times of day.
+const MOST_SKEW: i64 = 5 * 60;
 
 /// A cloud and how it is dealt with.
 #[derive(Clone)]
@@ -33,6 +37,11 @@ impl Cloud {
         self.broker.name()
     }
 
+    /// Unix seconds by the cloud's clock, when it is `now` by ours.
+    pub fn time(&self, now: u64) -> u64 {
+        now.saturating_add_signed(self.broker.clock_skew().unwrap_or_default())
+    }
+
     /// A call that does not answer in time may have happened.
     ///
     /// # Errors
@@ -42,6 +51,60 @@ impl Cloud {
             let message = format!("no answer within {} s", self.patience.call.as_secs());
             Err(BrokerError { broker: self.name(), kind: BrokerErrorKind::Maybe, message })
         })
+    }
+}
+
+impl Cloud {
+    /// The list, in which these instances surely are if they are there: an entry without a readable id may be any of
+    /// them, so that the cloud's word on each decides.
+    ///
+    /// # Errors
+    /// The list's, and that of a word that is missing: a list that cannot tell is none.
+    pub async fn list(&self, known: &[&InstanceId]) -> Result<Vec<Instance>, BrokerError> {
+        let mut listed = self.call(self.broker.list()).await?;
+        if listed.iter().any(|instance| instance.id.0.is_empty()) {
+            for id in known {
+                if !listed.iter().any(|instance| instance.id == **id) {
+                    listed.extend(self.call(self.broker.get(id)).await?);
+                }
+            }
+        }
+        Ok(listed)
+    }
+
+    /// The instance of this name, if there is one.
+    ///
+    /// # Errors
+    /// The list's; also when an entry that cannot be read may be it.
+    pub async fn named(&self, name: &str) -> Result<Option<Instance>, BrokerError> {
+        let listed = self.call(self.broker.list()).await?;
+        let unclear = |message: &str| {
+            Err(BrokerError { broker: self.name(), kind: BrokerErrorKind::Unavailable, message: message.to_owned() })
+        };
+        let nameless = listed.iter().any(Instance::is_nameless);
+        match listed.into_iter().find(|instance| instance.name == name) {
+            Some(found) if found.id.0.is_empty() => unclear("it lists the instance, and its id cannot be read"),
+            None if nameless => unclear("an entry of its list cannot be read, and may be the instance"),
+            found => Ok(found),
+        }
+    }
+
+    /// Those of these instances that are there: by the list, or, where there is none, by the cloud's word on
+    /// each.
+    ///
+    /// # Errors
+    /// The list's, where that word is missing too.
+    pub async fn those_of(&self, ids: &[&InstanceId]) -> Result<Vec<Instance>, BrokerError> {
+        let unlisted = match self.list(ids).await {
+            Ok(listed) => return Ok(listed.into_iter().filter(|instance| ids.contains(&&instance.id)).collect()),
+            Err(error) => error,
+        };
+        let mut there = Vec::new();
+        for id in ids {
+            let alone = self.call(self.broker.get(id)).await;
+            there.extend(alone.map_err(|_| unlisted.clone())?);
+        }
+        Ok(there)
     }
 }
 
@@ -136,6 +199,15 @@ impl Clouds {
     /// Only this machine.
     pub fn is_local(&self) -> bool {
         self.0.iter().all(|cloud| cloud.is_local)
+    }
+
+    /// Why nothing can be rented by this machine's clock, as far as the clouds have answered.
+    pub fn wrong_clock(&self) -> Option<String> {
+        let skew = |cloud: &Cloud| Some((cloud.name(), cloud.broker.clock_skew()?));
+        let (name, skew) = self.0.iter().filter_map(skew).find(|(_, skew)| skew.abs() > MOST_SKEW)?;
+        let by = Span(Duration::from_secs(skew.unsigned_abs()));
+        let way = if skew > 0 { "behind" } else { "ahead of" };
+        Some(format!("this machine's clock is {by} {way} that of {name}: an instance would end at the wrong time"))
     }
 
     /// Asks all of them at once.

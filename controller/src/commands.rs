@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use outliers_protocol::PlanFigures;
 
@@ -18,7 +19,7 @@ use crate::market;
 use crate::report::{Complaint, ExitStatus, Reporter};
 use crate::run::{RunSpec, Trouble, TroubleKind};
 use crate::secret::Secret;
-use crate::settings::{CloudSettings, DefaultBroker, Environment, Settings, known_brokers};
+use crate::settings::{CloudSettings, DefaultBroker, Environment, Settings, Span, known_brokers};
 use crate::units::{Bytes, UsdPerHour};
 
 pub mod analyze;
@@ -60,6 +61,14 @@ pub struct Context {
     pub explain: bool,
 }
 
+/// What this machine knows of its own runs, as far as it can be read.
+pub struct Home {
+    /// The ledger.
+    pub ledger: Option<Ledger>,
+    /// In whose name this machine rents.
+    pub owner: Option<String>,
+}
+
 /// Does what was typed.
 pub async fn run(cli: Cli) -> ExitStatus {
     let environment = Environment::of_process();
@@ -82,7 +91,7 @@ async fn dispatch(
     environment: &Environment,
     reporter: Reporter,
 ) -> Result<ExitStatus, (Reporter, Complaint)> {
-    let (settings, here, exe) = match surroundings(&cli, environment) {
+    let (settings, here, exe) = match surroundings(&cli, environment, &reporter) {
         Ok(known) => known,
         Err(complaint) => return Err((reporter, complaint)),
     };
@@ -102,7 +111,7 @@ async fn dispatch(
         Command::Offers(args) => offers::command(&context, &args).await,
         Command::Compare(args) => compare::command(&context, &args),
         Command::Import(args) => import::command(&context, &args),
-        Command::Doctor => doctor::command(&context).await,
+        Command::Doctor(args) => doctor::command(&context, &args).await,
         Command::Reap(args) => reap::command(&context, &args).await,
         Command::Worker(command) => worker::command(&context, command).await,
         Command::Completions { shell } => Ok(completions::command(shell)),
@@ -122,11 +131,22 @@ async fn serve(folder: &Path) -> ExitStatus {
 }
 
 /// The settings, the current folder and this program.
-fn surroundings(cli: &Cli, environment: &Environment) -> Result<(Settings, PathBuf, PathBuf), Complaint> {
+fn surroundings(
+    cli: &Cli,
+    environment: &Environment,
+    reporter: &Reporter,
+) -> Result<(Settings, PathBuf, PathBuf), Complaint> {
     let lost = |what: &str, error: &std::io::Error| Complaint::failed(format!("{what}: {error}"));
     let here = std::env::current_dir().map_err(|error| lost("the current folder", &error))?;
     let exe = std::env::current_exe().map_err(|error| lost("this program's path", &error))?;
-    let settings = Settings::resolve(cli.global.config.as_deref(), environment, &here)?;
+    let config = cli.global.config.as_deref();
+    let settings = match Settings::resolve(config, environment, &here) {
+        Err(error) if cli.command.only_ends() => {
+            reporter.sentence(&error.into());
+            Settings::for_endings(config, environment, &here)?
+        }
+        settings => settings?,
+    };
     Ok((settings, here, exe))
 }
 
@@ -137,6 +157,21 @@ impl Context {
     /// What the ledger says.
     pub fn ledger(&self) -> Result<Ledger, Complaint> {
         Ok(Ledger::open(&self.settings.state)?)
+    }
+
+    /// The ledger where it can be read; else that is said, and tags and the clouds' lists have to do.
+    pub fn home(&self) -> Home {
+        let read = Ledger::open(&self.settings.state).and_then(|ledger| Ok((ledger.records()?, ledger)));
+        match read {
+            Ok((records, ledger)) => {
+                self.reporter.unreadable(&records.unreadable);
+                Home { owner: Some(ledger.owner().to_owned()), ledger: Some(ledger) }
+            }
+            Err(error) => {
+                self.reporter.sentence(&error.into());
+                Home { owner: Ledger::owner_beside(&self.settings.state), ledger: None }
+            }
+        }
     }
 
     /// The worker program beside this one.
@@ -246,8 +281,33 @@ pub fn ports<'a>(
 }
 
 fn select(offers: Vec<Offer>, spec: &RunSpec) -> Result<Vec<Offer>, Trouble> {
-    let selected = market::select(offers, &spec.request, &spec.work).map(|selection| selection.offers);
-    selected.map_err(|none| Trouble { kind: TroubleKind::NoOffer, message: none.to_string(), hint: None })
+    let trouble = |message, hint| Trouble { kind: TroubleKind::NoOffer, message, hint };
+    let selected = market::select(offers, &spec.request, &spec.work).map_err(|none| trouble(none.to_string(), None))?;
+    in_time(selected.offers, spec).map_err(|late| trouble(late.message, late.hint))
+}
+
+/// The offers on which the run is estimated to end within its time limit, unless it may be cut short.
+///
+/// # Errors
+/// There is none.
+fn in_time(offers: Vec<Offer>, spec: &RunSpec) -> Result<Vec<Offer>, Complaint> {
+    let seconds = |offer: &Offer| spec.work.on(offer).seconds;
+    let quickest = offers.iter().min_by(|a, b| seconds(a).total_cmp(&seconds(b))).cloned();
+    let (in_time, late): (Vec<Offer>, Vec<Offer>) = offers.into_iter().partition(|offer| spec.is_in_time(offer));
+    let Some(quickest) = quickest.filter(|_| in_time.is_empty() && !late.is_empty()) else { return Ok(in_time) };
+    let (takes, limit) = (seconds(&quickest), spec.max_duration_s);
+    let message = format!(
+        "the run is estimated to take {} on the quickest offer ({}), {} longer than its time limit of {}",
+        Span(Duration::from_secs_f64(takes)),
+        market::title(&quickest),
+        Span(Duration::from_secs_f64(takes - limit as f64)),
+        Span(Duration::from_secs(limit)),
+    );
+    let minutes = (takes / 60.0).ceil();
+    let hint = format!(
+        "--max-duration {minutes}m or more; --allow-cut-short takes it all the same, with what there is by then"
+    );
+    Err(Complaint::refused(message, hint))
 }
 
 /// What is wanted of an instance.
@@ -259,7 +319,7 @@ pub fn request(want: &WantArgs) -> GpuRequest {
         min_vram: want.min_vram.map(gib),
         min_cpu_ram: want.min_cpu_ram.map(gib),
         min_disk: want.min_disk.map(gib),
-        max_price: want.max_price.map(UsdPerHour::from_dollars),
+        max_price: want.max_price.map(|usd| UsdPerHour::from_dollars(usd.get())),
         region: want.region.clone(),
         tier: match (want.secure, want.community) {
             (true, _) => Some(Tier::Secure),

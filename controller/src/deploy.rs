@@ -10,15 +10,17 @@ use outliers_protocol::JobSpec;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::broker::{Instance, Offer};
+use crate::broker::{InstanceId, Offer};
 use crate::clouds::{Cloud, Patience};
 use crate::files;
 use crate::ledger::{LedgerError, RunRecord, RunWriter, now_ms};
 use crate::local_worker::corpus_files;
 use crate::run::{Ending, Intent, RunEvent, RunState, Trouble, TroubleKind};
 use crate::units::{Usd, UsdPerHour};
+use crate::waiting::{Failed, told};
 
 mod bring;
+mod ending;
 #[cfg(test)]
 pub(crate) mod fake;
 #[cfg(test)]
@@ -35,7 +37,7 @@ mod turns;
 
 pub use bring::{holds, slug};
 pub use ports::{Host, HostError, HostTalk, Hosts, Listener, Ports, Select};
-pub use recover::{Looked, end, look, recover};
+pub use recover::{Looked, Target, carry_out, end, look, recover, release};
 pub use ssh::SshHosts;
 pub use turns::Turns;
 
@@ -85,9 +87,35 @@ pub enum DeployEvent {
     /// Something on the host.
     Talk(HostTalk),
     /// An instance is told to go.
-    Terminating(Box<Instance>),
+    Terminating(InstanceId),
+    /// Its cloud does not let it go.
+    NotEnding(Box<NotEnding>),
+    /// Something takes long.
+    Waiting {
+        /// What is waited for.
+        what: String,
+        /// The last attempt that failed.
+        failed: Option<Failed>,
+    },
     /// A person asked to stop.
     Stopping(Stop),
+}
+
+/// An instance that bills on although it was told to go.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NotEnding {
+    /// Its cloud.
+    pub broker: String,
+    /// Which.
+    pub instance: InstanceId,
+    /// What the cloud answers.
+    pub why: String,
+    /// It is told again after so long.
+    pub pause: Duration,
+    /// What it bills, where that is known.
+    pub price: Option<UsdPerHour>,
+    /// What it, or its run, has cost so far.
+    pub cost: Option<Usd>,
 }
 
 /// Hears [`DeployEvent`]s.
@@ -104,13 +132,21 @@ pub enum Stuck {
         /// What is wrong.
         message: String,
     },
+    /// The broker does not answer, and no open run of this ledger can have an instance there.
+    #[error("{message}")]
+    Silent {
+        /// What is wrong.
+        message: String,
+        /// What to do about it.
+        hint: Option<String>,
+    },
     /// The broker does not answer, or a stray instance does not go.
     #[error("{message}")]
     Broker {
         /// What is wrong.
         message: String,
     },
-    /// The ledger cannot be written: nothing more may be done.
+    /// The ledger cannot be read or written. No instance was left because of it.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
 }
@@ -180,25 +216,83 @@ impl<'a> Driver<'a> {
     /// [`Stuck`]: the instance may still exist; the same run can be driven again later.
     pub async fn drive(mut self) -> Result<RunRecord, Stuck> {
         while !self.run.state().is_at_rest() {
-            let interrupt = self.interrupt();
-            let step = tokio::select! {
-                biased;
-                ending = interrupt => Err(StepError::End(ending)),
-                step = self.step() => step,
-            };
-            match step {
-                Ok(()) => {}
-                Err(StepError::End(ending)) => self.end(ending)?,
-                Err(StepError::Vanished) if self.is_replaceable() => self.lost()?,
-                Err(StepError::Vanished) => self.append(RunEvent::Vanished)?,
-                Err(StepError::Down) if self.is_replaceable() => self.lost()?,
-                Err(StepError::Down) => self.end(Ending::InstanceLost)?,
-                Err(StepError::Unfit(reason)) => self.unfit(reason)?,
-                Err(StepError::Stuck(stuck)) => return Err(stuck),
+            match self.advance().await {
+                Err(Stuck::Ledger(error)) if error.is_of_the_file() => self.unrecorded(error).await?,
+                advanced => advanced?,
             }
         }
         self.tidy();
         Ok(self.run.record().clone())
+    }
+
+    /// One step, and what it means for the run.
+    async fn advance(&mut self) -> Result<(), Stuck> {
+        let interrupt = self.interrupt();
+        let step = tokio::select! {
+            biased;
+            ending = interrupt => Err(StepError::End(ending)),
+            step = self.told_step() => step,
+        };
+        match step {
+            Ok(()) => {}
+            Err(StepError::End(ending)) => self.end(ending)?,
+            Err(StepError::Vanished) if self.is_replaceable() => self.lost()?,
+            Err(StepError::Vanished) => self.append(RunEvent::Vanished)?,
+            Err(StepError::Down) if self.is_replaceable() => self.lost()?,
+            Err(StepError::Down) => self.end(Ending::InstanceLost)?,
+            Err(StepError::Unfit(reason)) => self.unfit(reason)?,
+            Err(StepError::Stuck(stuck)) => return Err(stuck),
+        }
+        Ok(())
+    }
+
+    /// The ledger cannot be written. A run that has an instance and time left waits for that to pass, since the
+    /// worker needs no ledger; one that is to end, or cannot go on, ends its instance all the same.
+    async fn unrecorded(&mut self, error: LedgerError) -> Result<(), Stuck> {
+        let Some(tag) = self.run.state().tag().cloned() else { return Err(error.into()) };
+        if self.is_replaceable() {
+            let pause = self.patience().listing_interval;
+            (self.on)(DeployEvent::Retrying { reason: error.to_string(), pause });
+            let mut stop = self.stop.clone();
+            tokio::select! {
+                Ok(_) = stop.wait_for(|level| *level != Stop::Go) => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+            return Ok(());
+        }
+        let known = self.run.state().rental().map(|rental| rental.instance.clone());
+        match self.see_gone(&tag, known.as_ref()).await {
+            Err(StepError::Stuck(stuck)) => Err(stuck),
+            _ => Err(error.into()),
+        }
+    }
+
+    /// A step that says what it waits for.
+    async fn told_step(&mut self) -> Result<(), StepError> {
+        let (on, what) = (self.on, self.awaited());
+        let say = |failed: Option<&Failed>| {
+            if let Some(what) = &what {
+                on(DeployEvent::Waiting { what: what.clone(), failed: failed.cloned() });
+            }
+        };
+        told(say, self.step()).await
+    }
+
+    /// What the present state's step may wait for long without a word.
+    fn awaited(&self) -> Option<String> {
+        match self.run.state() {
+            RunState::Planned { .. } => Some("the clouds' offers".to_owned()),
+            RunState::Creating { intent, .. } => Some(format!("{} to rent", intent.offer.broker)),
+            RunState::Rented { rental } => {
+                Some(format!("instance {} on {} to come up and answer", rental.instance, rental.offer.broker))
+            }
+            RunState::Reachable { rental, .. } => Some(format!("instance {} to be made ready", rental.instance)),
+            RunState::Ended { rental, .. } | RunState::Salvaging { rental, .. } => {
+                Some(format!("the files on instance {}", rental.instance))
+            }
+            // The worker says what it does, and an ending says more than this.
+            _ => None,
+        }
     }
 
     async fn step(&mut self) -> Result<(), StepError> {
@@ -335,8 +429,10 @@ impl<'a> Driver<'a> {
     /// When the work has to stop, so that there is time left to bring the files home before the instance ends itself.
     fn time_is_up_at(&self) -> Option<Instant> {
         let deadline = Duration::from_secs(self.run.state().rental()?.tag.deadline);
-        let reserve = (Duration::from_secs(self.run.record().spec.max_duration_s) / 10).min(Duration::from_secs(300));
-        let now = Duration::from_millis(now_ms());
+        let whole = deadline.saturating_sub(Duration::from_millis(self.run.record().asked_at_ms()?));
+        let reserve = (whole / 10).min(Duration::from_secs(300));
+        let by_the_cloud = |now: u64| self.cloud().map_or(now, |cloud| cloud.time(now));
+        let now = Duration::from_secs(by_the_cloud(now_ms() / 1000)) + Duration::from_millis(now_ms() % 1000);
         Some(Instant::now() + deadline.saturating_sub(reserve).saturating_sub(now))
     }
 

@@ -87,6 +87,11 @@ impl Estimate {
         self.cost.unwrap_or(Usd::from_micros(i64::MAX))
     }
 
+    /// Whether it takes longer than an instance may exist.
+    pub fn is_over(&self, limit: Duration) -> bool {
+        self.seconds > limit.as_secs_f64()
+    }
+
     /// Lines for people.
     pub fn in_words(&self) -> String {
         let span = |seconds: f64| Span(Duration::from_secs_f64(seconds)).to_string();

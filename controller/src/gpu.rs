@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::Bytes;
+use crate::units::{Bytes, CudaVersion};
 
 /// A GPU model we know by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +27,8 @@ const MODELS: &[(&str, u64, &[&str])] = &[
     ("H200", 141, &["h200"]),
     ("H100-94GB", 94, &["h100", "nvl"]),
     ("H100", 80, &["h100"]),
+    ("A100X", 80, &["a100x"]),
+    ("A800", 80, &["a800"]),
     ("A100-40GB", 40, &["a100", "40gb"]),
     ("A100-80GB", 80, &["a100", "80gb"]),
     ("L40S", 48, &["l40s"]),
@@ -62,6 +64,38 @@ const MODELS: &[(&str, u64, &[&str])] = &[
     ("MI300X", 192, &["mi300x"]),
 ];
 
+/// Compute capability times ten, and the models that have it, each by the words that must all be in its name. The first that fits
+/// counts, so newer lines stand before older ones that share a number with them. From NVIDIA's table "CUDA GPUs".
+const CAPABILITIES: &[(u32, &[&str])] = &[
+    (121, &["gb10"]),
+    (120, &["rtx pro", "5090", "5080", "5070", "5060", "5050"]),
+    (103, &["gb300", "b300"]),
+    (100, &["gb200", "b200", "b100"]),
+    (90, &["gh200", "h200", "h800", "h100", "h20"]),
+    (89, &["ada", "6000ada", "5880ada", "5000ada", "4500ada", "4000ada", "2000ada"]),
+    (89, &["l40s", "l40", "l20", "l4", "l2", "4090", "4080", "4070", "4060", "4050"]),
+    (87, &["orin"]),
+    (86, &["a40", "a16", "a10", "a10g", "a10m", "a2", "a6000", "a5500", "a5000", "a4500", "a4000", "a2000", "a1000"]),
+    (86, &["3090", "3080", "3070", "3060", "3050"]),
+    (80, &["a100", "a100x", "a800", "a30", "a30x"]),
+    (75, &["t4", "t4g", "t1000", "t600", "t400", "2080", "2070", "2060", "titan rtx"]),
+    (75, &["rtx 8000", "rtx 6000", "rtx 5000", "rtx 4000", "rtx 3000", "gtx 1660", "gtx 1650", "gtx 1630"]),
+    (70, &["v100", "v100s", "gv100", "titan v"]),
+    (61, &["p40", "p6", "p4", "gtx", "titan", "quadro"]),
+    (60, &["p100", "gp100"]),
+    (52, &["m60", "m40", "m10", "m6", "m4"]),
+    (37, &["k80"]),
+];
+
+/// Least compute capability that the worker computes on, times ten: bf16, from Ampere on.
+pub const LEAST_CAPABILITY: u32 = 80;
+
+/// Oldest CUDA that a driver may serve for the worker to use its GPU.
+pub const OLDEST_CUDA: CudaVersion = CudaVersion { major: 11, minor: 8 };
+
+/// Names of modules whose host has an ARM processor, or which have one themselves.
+const WITH_ARM: &[&str] = &["gh200", "gb200", "gb300", "gb10", "orin", "t4g"];
+
 /// Dense bf16 operations per second, in 10^12, by canonical name, from the makers' data sheets (fp16 where a GPU has no bf16). Where
 /// one name is sold in several forms, the slower.
 const PEAKS: &[(&str, f64)] = &[
@@ -74,6 +108,8 @@ const PEAKS: &[(&str, f64)] = &[
     ("H200", 835.0),
     ("H100-94GB", 835.0),
     ("H100", 756.0),
+    ("A100X", 312.0),
+    ("A800", 312.0),
     ("A100-40GB", 312.0),
     ("A100-80GB", 312.0),
     ("A100", 312.0),
@@ -180,12 +216,26 @@ pub fn form(raw: &str) -> Option<Form> {
 /// Whether a name is one of NVIDIA's: by the table, else by the names of its product lines. A cloud's own word for the maker does not
 /// count.
 pub fn is_nvidia(raw: &str) -> bool {
-    let words = words(raw);
-    let has = |word: &&str| words.iter().any(|w| w == word);
-    match identify(raw, None) {
-        Some(model) => !model.name.starts_with("MI"),
-        None => LINES.iter().any(has),
-    }
+    let is_other = identify(raw, None).is_some_and(|model| model.name.starts_with("MI"));
+    !is_other && (capability(raw).is_some() || LINES.iter().any(|line| words(raw).iter().any(|word| word == line)))
+}
+
+/// Compute capability times ten (80 for 8.0), of models that are in the table.
+pub fn capability(raw: &str) -> Option<u32> {
+    let words = model_words(raw);
+    // The number may have a letter or a word glued to it: `3090ti`, `4090d`.
+    let is = |word: &str, model: &str| {
+        let number = model.bytes().all(|b| b.is_ascii_digit());
+        let rest = word.strip_prefix(model);
+        rest.is_some_and(|rest| rest.is_empty() || number && !rest.starts_with(|c: char| c.is_ascii_digit()))
+    };
+    let has = |model: &str| model.split(' ').all(|part| words.iter().any(|word| is(word, part)));
+    CAPABILITIES.iter().find(|(_, models)| models.iter().any(|model| has(model))).map(|(capability, _)| *capability)
+}
+
+/// Whether the processor beside this GPU is ARM's: programs for x86-64 do not run there.
+pub fn is_with_arm(raw: &str) -> bool {
+    words(raw).iter().any(|word| WITH_ARM.contains(&word.as_str()))
 }
 
 /// The canonical name, or the raw one without its maker when the model is not in the table.
@@ -317,6 +367,7 @@ mod tests {
             ("RTX 4090", true),
             ("A100 SXM4", true),
             ("NVIDIA RTX 9999 Future", true),
+            ("A100X", true),
             ("AMD Instinct MI300X OAM", false),
             ("MI300X", false),
             ("Radeon RX 7900", false),
@@ -325,11 +376,64 @@ mod tests {
             assert_eq!(is_nvidia(raw), nvidia, "{raw}");
         }
         for (name, _, _) in MODELS {
-            assert_eq!(
-                peak(name, None).is_some(),
-                !name.starts_with("MI"),
-                "{name} has no peak, or is none of NVIDIA's"
-            );
+            let (peak, capability) = (peak(name, None), capability(name));
+            assert_eq!(peak.is_some(), !name.starts_with("MI"), "{name} has no peak, or is none of NVIDIA's");
+            assert_eq!(capability.is_some(), peak.is_some(), "{name} has a capability");
+        }
+    }
+
+    #[test]
+    fn capabilities_by_name() {
+        for (raw, expected) in [
+            ("Tesla V100", Some(70)),
+            ("Tesla V100-SXM2-16GB", Some(70)),
+            ("Q RTX 8000", Some(75)),
+            ("Quadro RTX 6000", Some(75)),
+            ("RTX6000_24GB PCIe", Some(75)),
+            ("Titan V", Some(70)),
+            ("Titan Xp", Some(61)),
+            ("Titan RTX", Some(75)),
+            ("Tesla T4", Some(75)),
+            ("Tesla P100", Some(60)),
+            ("Tesla P40", Some(61)),
+            ("Tesla K80", Some(37)),
+            ("RTX 2080 Ti", Some(75)),
+            ("RTX 2060S", Some(75)),
+            ("GTX 1080 Ti", Some(61)),
+            ("GTX 1660 S", Some(75)),
+            ("Quadro P4000", Some(61)),
+            ("A100X", Some(80)),
+            ("A100 SXM4", Some(80)),
+            ("A800 PCIE", Some(80)),
+            ("A30", Some(80)),
+            ("A40", Some(86)),
+            ("NVIDIA A10G", Some(86)),
+            ("RTX A4000", Some(86)),
+            ("Quadro RTX A6000", Some(86)),
+            ("RTX3090Ti_24GB PCIe", Some(86)),
+            ("RTX 3060 laptop", Some(86)),
+            ("RTX 4090D", Some(89)),
+            ("RTX 4070S Ti", Some(89)),
+            ("RTX 6000Ada", Some(89)),
+            ("NVIDIA RTX 6000 Ada Generation", Some(89)),
+            ("NVIDIA RTX 4000 SFF Ada Generation", Some(89)),
+            ("NVIDIA L40S", Some(89)),
+            ("NVIDIA H100 NVL", Some(90)),
+            ("GH200 SXM", Some(90)),
+            ("NVIDIA B200", Some(100)),
+            ("B300 SXM6", Some(103)),
+            ("NVIDIA RTX PRO 6000 Blackwell Server Edition", Some(120)),
+            ("RTX 5070 Ti", Some(120)),
+            ("NVIDIA RTX 9999 Future", None),
+            ("MI300X", None),
+            ("", None),
+        ] {
+            assert_eq!(capability(raw), expected, "{raw}");
+        }
+        for (raw, arm) in
+            [("GH200 SXM", true), ("GB200", true), ("NVIDIA GB300", true), ("H200", false), ("B200", false)]
+        {
+            assert_eq!(is_with_arm(raw), arm, "{raw}");
         }
     }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::calendar::rfc3339;
+use crate::ledger::Unreadable;
 use crate::standing::{Over, Standing, SurveyStanding, UnderWay};
 use crate::survey::Outcome;
 use crate::text::clean;
@@ -12,7 +13,7 @@ use crate::transport::quote::quote;
 pub fn document(standing: &Standing) -> String {
     let now = rfc3339(standing.at);
     let date = now.split('T').next().unwrap_or_default();
-    let parts = [
+    let mut parts = vec![
         ("Done", done(standing)),
         ("Running", running(standing)),
         ("Failed, and why", failed(standing)),
@@ -22,6 +23,9 @@ pub fn document(standing: &Standing) -> String {
     ];
     let mut out =
         format!("# Handoff, {date}\n\nMade by `outliers handoff` at {now} from the ledger and the files of results.\n");
+    if !standing.unreadable.is_empty() {
+        parts.insert(3, ("Unreadable in the ledger", unreadable(standing)));
+    }
     for (title, lines) in parts {
         let body = if lines.is_empty() { "Nothing.".to_owned() } else { lines.join("\n") };
         out += &format!("\n## {title}\n\n{body}\n");
@@ -101,6 +105,13 @@ fn running(standing: &Standing) -> Vec<String> {
         "who drives",
     ];
     table(&header, standing.under_way.iter().map(row).collect())
+}
+
+fn unreadable(standing: &Standing) -> Vec<String> {
+    let line = |lost: &Unreadable| {
+        format!("- run {}: {}; `outliers instances list` shows what it rented", lost.run, cell(&lost.why))
+    };
+    standing.unreadable.iter().map(line).collect()
 }
 
 /// What failed and nothing later made good.
@@ -244,8 +255,15 @@ mod tests {
 
     #[test]
     fn nothing_at_all_is_a_document_too() {
-        let nothing =
-            Standing { at: 0, under_way: vec![], over: vec![], surveys: vec![], spent: Usd::ZERO, reserved: Usd::ZERO };
+        let nothing = Standing {
+            at: 0,
+            under_way: vec![],
+            over: vec![],
+            surveys: vec![],
+            spent: Usd::ZERO,
+            reserved: Usd::ZERO,
+            unreadable: vec![],
+        };
         assert_eq!(document(&nothing).matches("Nothing.").count(), 5, "all but the spend");
     }
 }

@@ -6,10 +6,11 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use rand::Rng;
-use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, RETRY_AFTER};
+use reqwest::header::{AUTHORIZATION, DATE, HeaderMap, HeaderValue, RETRY_AFTER};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::time::Instant;
@@ -19,6 +20,7 @@ pub use reqwest::Method;
 use crate::broker::{BrokerError, BrokerErrorKind};
 use crate::secret::Secret;
 use crate::text::{clean, clean_lines};
+use crate::waiting::{self, Failed};
 
 #[cfg(fuzzing)]
 mod answers;
@@ -38,6 +40,9 @@ const LARGEST_REPLY: usize = 32 << 20;
 const LONGEST_WORDS: usize = 400;
 /// How many times longer than after a failure one waits after "too often" without a time: such clouds mean some seconds.
 const TOO_OFTEN: u32 = 8;
+
+/// No clock is so far away.
+const NO_SKEW: i64 = i64::MIN;
 
 /// What happens if a call is made twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +143,10 @@ pub struct Http {
     key: Option<Hidden>,
     limits: Limits,
     paces: Arc<Paces>,
+    /// Seconds by which the cloud's clock is ahead of ours, by its latest answer; the least number: no answer yet.
+    skew: Arc<AtomicI64>,
+    /// Words in an answer "too often" that say that no wait will help.
+    final_words: &'static [&'static str],
     explain: Option<Explain>,
     #[cfg(fuzzing)]
     answers: Option<Answers>,
@@ -200,6 +209,8 @@ impl Http {
             key,
             limits,
             paces: Arc::default(),
+            skew: Arc::new(AtomicI64::new(NO_SKEW)),
+            final_words: &[],
             explain: None,
             #[cfg(fuzzing)]
             answers: None,
@@ -211,6 +222,12 @@ impl Http {
     pub fn paced(self, name: Option<&'static str>, every: Duration) -> Self {
         self.paces.set(name, every / self.limits.hurry.max(1));
         self
+    }
+
+    /// A refusal "too often" that holds one of these is an answer as any other: no wait helps.
+    #[must_use]
+    pub fn final_when(self, final_words: &'static [&'static str]) -> Self {
+        Self { final_words, ..self }
     }
 
     /// Tells `explain` what is sent and what comes back.
@@ -231,13 +248,23 @@ impl Http {
         self.broker
     }
 
+    /// Seconds by which the cloud's clock is ahead of this machine's, by the date of its latest answer.
+    pub fn clock_skew(&self) -> Option<i64> {
+        Some(self.skew.load(Ordering::Relaxed)).filter(|skew| *skew != NO_SKEW)
+    }
+
     /// Makes the call, again where that is safe. Any answer that is neither "too often" nor the server's failure is returned,
-    /// refusals included.
+    /// refusals included. Until the time is over that the cloud has asked to wait, no call of this pace is made at all.
     ///
     /// # Errors
     /// [`BrokerErrorKind::Maybe`] when a call with [`Effect::Once`] may have been carried out; [`BrokerErrorKind::RateLimited`] and
     /// [`BrokerErrorKind::Unavailable`] when it was not, after all attempts.
     pub async fn call(&self, call: Call) -> Result<Reply, BrokerError> {
+        let held = self.paces.held(call.pace);
+        if held >= self.limits.total {
+            let failure = Failure::too_often("it has asked to be left alone".to_owned(), Some(held));
+            return Err(self.give_up(&call, failure));
+        }
         self.paces.turn(call.pace).await;
         // Only now: to wait for one's turn is no failure, however many wait before.
         let deadline = Instant::now() + self.limits.total;
@@ -248,6 +275,9 @@ impl Http {
                 Err(failure) => failure,
             };
             self.tell(|| format!("! {}", failure.words));
+            if let Some(wait) = failure.wait {
+                self.paces.hold(call.pace, wait);
+            }
             let again = failure.certainly_not_taken || call.effect != Effect::Once;
             let pause = failure.wait.unwrap_or_else(|| self.backoff(attempt, &failure));
             let left = deadline.saturating_duration_since(Instant::now());
@@ -255,6 +285,7 @@ impl Http {
                 return Err(self.give_up(&call, failure));
             }
             tracing::info!("{}: {}; again in {:.1} s", self.broker, failure.words, pause.as_secs_f64());
+            waiting::tell(|| Failed { words: format!("{}: {}", self.broker, failure.words), pause });
             tokio::time::sleep(pause).await;
             self.paces.turn(call.pace).await;
             attempt += 1;
@@ -271,11 +302,8 @@ impl Http {
         self.tell(|| format!("< {status}\n{}", redact::document(&body)));
         let reply = Reply { broker: self.broker, effect: call.effect, key: self.key.clone(), status, body };
         match status {
-            429 => Err(Failure {
-                wait: retry_after(&headers),
-                kind: Some(BrokerErrorKind::RateLimited),
-                ..Failure::refused(reply.in_words())
-            }),
+            429 if self.final_words.iter().any(|word| reply.body.contains(word)) => Ok(reply),
+            429 => Err(Failure::too_often(reply.in_words(), retry_after(&headers))),
             // The server's failure, or its impatience with a slow request. What was done until then is not known.
             408 | 500.. => Err(Failure { wait: retry_after(&headers), ..Failure::unknown(reply.in_words()) }),
             _ => Ok(reply),
@@ -295,7 +323,11 @@ impl Http {
         if let Some(answers) = &self.answers {
             return answers.next();
         }
+        let begun = SystemTime::now();
         let mut response = request.send().await.map_err(|error| self.transport_failure(&error))?;
+        if let Some(skew) = skew(response.headers(), begun) {
+            self.skew.store(skew, Ordering::Relaxed);
+        }
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(|error| self.transport_failure(&error))? {
@@ -370,6 +402,10 @@ impl Failure {
         Self { certainly_not_taken: true, wait: None, kind: None, words }
     }
 
+    fn too_often(words: String, wait: Option<Duration>) -> Self {
+        Self { wait, kind: Some(BrokerErrorKind::RateLimited), ..Self::refused(words) }
+    }
+
     fn unknown(words: String) -> Self {
         Self { certainly_not_taken: false, wait: None, kind: None, words }
     }
@@ -381,7 +417,7 @@ pub struct Reply {
     broker: &'static str,
     effect: Effect,
     key: Option<Hidden>,
-    /// HTTP status; below 500, and neither 408 nor 429.
+    /// HTTP status; below 500, and not 408; 429 only as [`Http::final_when`] says.
     pub status: u16,
     /// The body as text.
     pub body: String,
@@ -467,12 +503,18 @@ pub async fn clock_skew(url: &str) -> Result<Option<i64>, String> {
     let limits = Limits::default();
     let client = reqwest::Client::builder().connect_timeout(limits.connect).timeout(limits.read).build();
     let client = client.map_err(|error| chain(&error))?;
+    let begun = SystemTime::now();
     let response = client.head(url).send().await.map_err(|error| chain(&error))?;
-    let date = response.headers().get(reqwest::header::DATE).and_then(|date| date.to_str().ok());
-    let Some(theirs) = date.and_then(|date| httpdate::parse_http_date(date).ok()) else { return Ok(None) };
+    Ok(skew(response.headers(), begun))
+}
+
+/// How many seconds the date of an answer is ahead of our clock, to a request made at `begun`: any time since then is none.
+fn skew(headers: &HeaderMap, begun: SystemTime) -> Option<i64> {
+    let theirs = httpdate::parse_http_date(headers.get(DATE)?.to_str().ok()?).ok()?;
     let seconds =
         |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64);
-    Ok(Some(seconds(theirs) - seconds(SystemTime::now())))
+    let (theirs, begun, ended) = (seconds(theirs), seconds(begun), seconds(SystemTime::now()));
+    Some(theirs - theirs.clamp(begun.min(ended), ended))
 }
 
 /// An error with its causes.

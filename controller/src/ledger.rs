@@ -14,16 +14,26 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rand::Rng;
-use rusqlite::{Connection, OptionalExtension, params};
-use serde::Serialize;
+use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
+use serde::{Deserialize, Serialize};
 
 use crate::broker::Offer;
+use crate::files::write_whole;
 use crate::mutant::{Mutant, planted};
 use crate::run::{self, IllegalEvent, Intent, RunEvent, RunSpec, RunState};
 use crate::units::{Usd, UsdPerHour};
 
+mod repair;
+
+pub use repair::Repaired;
+
 /// Version of the tables and of what stands in them. An older program refuses a newer ledger.
 const SCHEMA: i64 = 4;
+
+/// Name of the SQLite file.
+const FILE: &str = "ledger.db";
+/// Name of the file beside it that holds the owner's name: it outlives the ledger, as instances do.
+const OWNER_FILE: &str = "owner";
 
 /// How long a writer waits for another one.
 const BUSY: Duration = Duration::from_secs(20);
@@ -48,7 +58,7 @@ pub struct Ledger {
 }
 
 /// A run as the ledger has it.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunRecord {
     /// Lower-case letters and digits.
     pub id: String,
@@ -63,13 +73,31 @@ pub struct RunRecord {
 }
 
 /// One event and when it was written.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
     /// Milliseconds since the Unix epoch.
     pub at_ms: u64,
     /// What happened.
     #[serde(flatten)]
     pub event: RunEvent,
+}
+
+/// All that the ledger has.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Records {
+    /// Oldest first.
+    pub runs: Vec<RunRecord>,
+    /// Runs of which no more than the id can be told.
+    pub unreadable: Vec<Unreadable>,
+}
+
+/// A run whose record cannot be read. What it rented carries its id in its tag, and is found by that.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Unreadable {
+    /// Its id.
+    pub run: String,
+    /// What is wrong with its record.
+    pub why: String,
 }
 
 /// An instance that bills.
@@ -105,10 +133,15 @@ impl RunRecord {
     }
 
     /// What the run may have cost when the time of its instance, which exists or may exist, is up: so much of a budget is not to
-    /// be promised to anybody else.
+    /// be promised to anybody else. Never more than was agreed, to which the run is held, unless it has cost more.
     pub fn at_most(&self, now_ms: u64) -> Usd {
+        let most = self.at_most_by_prices(now_ms);
+        self.spec.ceiling().map_or(most, |agreed| most.min(agreed.max(self.cost(now_ms))))
+    }
+
+    fn at_most_by_prices(&self, now_ms: u64) -> Usd {
         let (gone, present) = self.bills();
-        let agreed = |offer: &Offer| self.spec.agreed(offer);
+        let agreed = |offer: &Offer| self.spec.highest_price(offer);
         let present = match &self.state {
             RunState::Creating { intent, .. } => {
                 Some(OpenBill { since_ms: self.changed_at_ms(), price: agreed(&intent.offer) })
@@ -121,6 +154,24 @@ impl RunRecord {
         };
         let until_ms = now_ms.max(self.deadline().unwrap_or_default() * 1000);
         gone + present.map_or(Usd::ZERO, |bill| bill.until(until_ms))
+    }
+
+    /// What instances that are gone have cost.
+    pub fn spent_before(&self) -> Usd {
+        self.bills().0
+    }
+
+    /// What the run will have cost by its instance's time limit if that bills `price` from the create call on.
+    pub fn at_price(&self, price: UsdPerHour) -> Usd {
+        let (gone, present) = self.bills();
+        let until_ms = self.deadline().unwrap_or_default() * 1000;
+        gone + present.map_or(Usd::ZERO, |bill| OpenBill { price, ..bill }.until(until_ms))
+    }
+
+    /// When the last create call was announced, in milliseconds since the Unix epoch.
+    pub fn asked_at_ms(&self) -> Option<u64> {
+        let asked = |entry: &&Entry| matches!(entry.event, RunEvent::Creating { .. });
+        self.events.iter().rev().find(asked).map(|entry| entry.at_ms)
     }
 
     /// What instances that are gone have cost, and the bill of the one that is there.
@@ -184,12 +235,24 @@ impl Ledger {
         // The change to a write-ahead log waits for nobody: it fails where two meet in it.
         let opening = File::options().create(true).append(true).open(folder.join("opening")).map_err(at)?;
         opening.lock().map_err(at)?;
-        let connection = Connection::open(folder.join("ledger.db"))?;
-        connection.busy_timeout(BUSY)?;
-        // Every commit is on disk before the call returns: what costs money comes after it.
-        connection.execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")?;
-        let owner = prepare(&connection)?;
+        let named = Self::owner_beside(folder);
+        let (connection, owner) =
+            connect(&folder.join(FILE), named.as_deref()).map_err(|error| error.of_file(folder.join(FILE)))?;
+        if named.as_deref() != Some(&owner) {
+            // Without it the ledger serves as well; only its loss would be worse.
+            if let Err(error) = write_whole(&folder.join(OWNER_FILE), owner.as_bytes()) {
+                tracing::info!("{}: {error}", folder.join(OWNER_FILE).display());
+            }
+        }
         Ok(Self { connection: Arc::new(Mutex::new(connection)), folder: folder.to_owned(), owner })
+    }
+
+    /// The owner's name as it stands beside the ledger, whatever became of that.
+    pub fn owner_beside(folder: &Path) -> Option<String> {
+        let text = fs::read_to_string(folder.join(OWNER_FILE)).ok()?;
+        let owner = text.trim();
+        let is_word = !owner.is_empty() && owner.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        is_word.then(|| owner.to_owned())
     }
 
     /// The name of this ledger in lease tags: random, made once.
@@ -211,21 +274,30 @@ impl Ledger {
         // Locked before it is recorded: nobody ever sees the run unlocked and takes it for abandoned.
         let lock = self.lock(&id)?.ok_or_else(|| LedgerError::Driven { run: id.clone() })?;
         let created_at_ms = now_ms();
-        self.connection().execute(
+        let written = self.connection().execute(
             "INSERT INTO runs (id, created_at_ms, job_key, spec) VALUES (?1, ?2, ?3, ?4)",
             params![id, created_at_ms as i64, spec.job_key, to_json(spec)],
-        )?;
+        );
+        written.map_err(|error| self.named(error.into()))?;
         let record =
             RunRecord { id, created_at_ms, spec: spec.clone(), events: Vec::new(), state: RunState::initial() };
         Ok(RunWriter { ledger: self.clone(), record, _lock: lock })
     }
 
-    /// All runs, oldest first.
+    /// All runs, each read by itself.
     ///
     /// # Errors
-    /// [`LedgerError::Damaged`] when a record cannot be read or replayed.
+    /// What SQLite says of the whole file.
+    pub fn records(&self) -> Result<Records, LedgerError> {
+        read_records(&self.connection()).map_err(|error| self.named(error))
+    }
+
+    /// All runs that can be read, oldest first.
+    ///
+    /// # Errors
+    /// As [`Self::records`].
     pub fn runs(&self) -> Result<Vec<RunRecord>, LedgerError> {
-        read_runs(&self.connection())
+        Ok(self.records()?.runs)
     }
 
     /// One run by its id.
@@ -233,23 +305,24 @@ impl Ledger {
     /// # Errors
     /// [`LedgerError::NoSuchRun`], or [`LedgerError::Damaged`] when the record cannot be read or replayed.
     pub fn run(&self, id: &str) -> Result<RunRecord, LedgerError> {
-        read_run(&self.connection(), id)
+        read_run(&self.connection(), id).map_err(|error| self.named(error))
     }
 
     /// One run by the beginning of its id, or the latest for `last`.
     ///
     /// # Errors
-    /// [`LedgerError::NoSuchRun`] or [`LedgerError::Ambiguous`].
+    /// [`LedgerError::NoSuchRun`] or [`LedgerError::Ambiguous`], or as [`Self::run`].
     pub fn find(&self, prefix: &str) -> Result<RunRecord, LedgerError> {
-        let mut found: Vec<RunRecord> = self.runs()?;
+        let mut found = read_ids(&self.connection()).map_err(|error| self.named(error))?;
         if prefix == "last" {
-            return found.pop().ok_or_else(|| LedgerError::NoSuchRun { run: prefix.to_owned() });
+            found.drain(..found.len().saturating_sub(1));
+        } else {
+            found.retain(|id| id.starts_with(prefix));
         }
-        found.retain(|run| run.id.starts_with(prefix));
-        match found.len() {
-            1 => Ok(found.remove(0)),
-            0 => Err(LedgerError::NoSuchRun { run: prefix.to_owned() }),
-            n => Err(LedgerError::Ambiguous { prefix: prefix.to_owned(), count: n }),
+        match &found[..] {
+            [id] => self.run(id),
+            [] => Err(LedgerError::NoSuchRun { run: prefix.to_owned() }),
+            several => Err(LedgerError::Ambiguous { prefix: prefix.to_owned(), count: several.len() }),
         }
     }
 
@@ -301,6 +374,11 @@ impl Ledger {
         self.run_folder(id).join("cancel")
     }
 
+    /// The error with the file's name.
+    fn named(&self, error: LedgerError) -> LedgerError {
+        error.of_file(self.folder.join(FILE))
+    }
+
     fn connection(&self) -> MutexGuard<'_, Connection> {
         // SQLite rolls back what a panicking thread left open; the connection stays usable.
         self.connection.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -342,33 +420,72 @@ impl Ledger {
     }
 }
 
-/// Makes or checks the tables; returns the owner.
-fn prepare(connection: &Connection) -> Result<String, LedgerError> {
-    atomically(connection, tables_and_owner)
+/// Opens the file, makes or checks its tables; returns the owner, who is called `named` if it has none yet.
+fn connect(path: &Path, named: Option<&str>) -> Result<(Connection, String), LedgerError> {
+    let connection = Connection::open(path)?;
+    connection.busy_timeout(BUSY)?;
+    // Every commit is on disk before the call returns: what costs money comes after it.
+    connection.execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")?;
+    let owner = atomically(&connection, |connection| tables_and_owner(connection, named))?;
+    Ok((connection, owner))
 }
 
-fn tables_and_owner(connection: &Connection) -> Result<String, LedgerError> {
+fn tables_and_owner(connection: &Connection, named: Option<&str>) -> Result<String, LedgerError> {
     let found: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
     if found > SCHEMA {
         return Err(LedgerError::Newer { found, known: SCHEMA });
     }
     connection.execute_batch(TABLES)?;
-    connection.execute_batch(&format!("PRAGMA user_version = {SCHEMA}"))?;
+    // What is there is not written again: a full disk is no reason not to read.
+    if found < SCHEMA {
+        connection.execute_batch(&format!("PRAGMA user_version = {SCHEMA}"))?;
+    }
+    let named = named.map_or_else(|| random_word(8), str::to_owned);
     connection
-        .execute("INSERT OR IGNORE INTO meta (key, value) VALUES ('owner', ?1)", [random_word(8)])
+        .execute("INSERT OR IGNORE INTO meta (key, value) VALUES ('owner', ?1)", [named])
         .and_then(|_| connection.query_row("SELECT value FROM meta WHERE key = 'owner'", [], |row| row.get(0)))
         .map_err(LedgerError::from)
 }
 
-fn read_runs(connection: &Connection) -> Result<Vec<RunRecord>, LedgerError> {
-    let ids: Vec<String> = connection
+/// Oldest first.
+fn read_ids(connection: &Connection) -> Result<Vec<String>, LedgerError> {
+    let ids = connection
         .prepare("SELECT id FROM runs ORDER BY created_at_ms, id")?
         .query_map([], |row| row.get(0))?
         .collect::<Result<_, _>>()?;
-    ids.iter().map(|id| read_run(connection, id)).collect()
+    Ok(ids)
+}
+
+fn read_records(connection: &Connection) -> Result<Records, LedgerError> {
+    let mut records = Records::default();
+    for id in read_ids(connection)? {
+        match read_run(connection, &id) {
+            Ok(run) => records.runs.push(run),
+            Err(LedgerError::Damaged { run, why }) => records.unreadable.push(Unreadable { run, why }),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(records)
 }
 
 fn read_run(connection: &Connection, id: &str) -> Result<RunRecord, LedgerError> {
+    replay(connection, id).map_err(|error| match error {
+        LedgerError::Sqlite { source, .. } if is_of_the_row(&source) => {
+            LedgerError::Damaged { run: id.to_owned(), why: source.to_string() }
+        }
+        error => error,
+    })
+}
+
+/// Whether other rows may be good all the same.
+fn is_of_the_row(error: &rusqlite::Error) -> bool {
+    match error {
+        rusqlite::Error::SqliteFailure(failure, _) => failure.code == ErrorCode::DatabaseCorrupt,
+        _ => true,
+    }
+}
+
+fn replay(connection: &Connection, id: &str) -> Result<RunRecord, LedgerError> {
     let row: Option<(i64, String)> = connection
         .query_row("SELECT created_at_ms, spec FROM runs WHERE id = ?1", [id], |row| Ok((row.get(0)?, row.get(1)?)))
         .optional()?;
@@ -447,7 +564,7 @@ impl RunWriter {
     /// [`LedgerError::Illegal`] when the event cannot happen now: nothing is written. What SQLite says otherwise.
     pub fn append(&mut self, event: RunEvent) -> Result<&RunState, LedgerError> {
         let ledger = self.ledger.clone();
-        self.append_to(&ledger.connection(), event)?;
+        self.append_to(&ledger.connection(), event).map_err(|error| ledger.named(error))?;
         Ok(&self.record.state)
     }
 
@@ -467,6 +584,7 @@ impl RunWriter {
             self.append_to(connection, RunEvent::Creating { intent: Box::new(intent) })?;
             Ok(true)
         })
+        .map_err(|error| ledger.named(error))
     }
 
     /// What there is of the run's budget, if it has one.
@@ -475,7 +593,8 @@ impl RunWriter {
     /// What the file system or SQLite says.
     pub fn purse(&self) -> Result<Option<Purse>, LedgerError> {
         let Some(budget) = self.record.budget() else { return Ok(None) };
-        let (runs, now) = (self.sharers(&self.ledger.connection())?, now_ms());
+        let runs = self.sharers(&self.ledger.connection()).map_err(|error| self.ledger.named(error))?;
+        let now = now_ms();
         let mut others_under_way = Vec::new();
         for run in &runs {
             if run.id != self.record.id && !run.state.is_at_rest() && self.ledger.is_driven(&run.id)? {
@@ -489,12 +608,16 @@ impl RunWriter {
         Ok(Some(Purse { budget, left, at_best: less(budget, &runs, at_best) }))
     }
 
-    /// This run, and those with which it shares its budget.
+    /// This run, and those with which it shares its budget. One of these that cannot be read is an
+    /// error: nobody knows what it has spent.
     fn sharers(&self, connection: &Connection) -> Result<Vec<RunRecord>, LedgerError> {
-        if self.record.spec.survey.is_none() {
-            return Ok(vec![self.record.clone()]);
+        let Some(member) = &self.record.spec.survey else { return Ok(vec![self.record.clone()]) };
+        let Records { mut runs, unreadable } = read_records(connection)?;
+        for Unreadable { run, why } in unreadable {
+            if may_be_of(connection, &run, &member.survey)? {
+                return Err(LedgerError::Damaged { run, why });
+            }
         }
-        let mut runs = read_runs(connection)?;
         runs.retain(|run| self.record.shares_budget_with(run));
         Ok(runs)
     }
@@ -511,6 +634,19 @@ impl RunWriter {
         self.record.state = state;
         Ok(())
     }
+}
+
+/// Whether an unreadable run may be part of the survey: unless what is left of its record says otherwise.
+fn may_be_of(connection: &Connection, run: &str, survey: &str) -> Result<bool, LedgerError> {
+    let spec: Result<String, _> = connection.query_row("SELECT spec FROM runs WHERE id = ?1", [run], |row| row.get(0));
+    let spec = match spec {
+        Err(error) if !is_of_the_row(&error) => return Err(error.into()),
+        spec => spec.ok().and_then(|text| serde_json::from_str::<serde_json::Value>(&text).ok()),
+    };
+    Ok(spec.is_none_or(|spec| match spec.get("survey") {
+        None | Some(serde_json::Value::Null) => false,
+        Some(of) => of.get("survey").and_then(serde_json::Value::as_str).is_none_or(|name| name == survey),
+    }))
 }
 
 /// What is left of a budget without what these runs take of it.
@@ -570,21 +706,64 @@ pub enum LedgerError {
         source: io::Error,
     },
     /// SQLite said no.
-    #[error("the ledger: {0}")]
-    Sqlite(#[from] rusqlite::Error),
+    #[error("{}: {source}", path.as_ref().map_or("the ledger".into(), |path| path.to_string_lossy()))]
+    Sqlite {
+        /// The file.
+        path: Option<PathBuf>,
+        /// What it said.
+        source: rusqlite::Error,
+    },
+}
+
+impl From<rusqlite::Error> for LedgerError {
+    fn from(source: rusqlite::Error) -> Self {
+        Self::Sqlite { path: None, source }
+    }
 }
 
 impl LedgerError {
+    /// The same with the file's name, where it is about the file.
+    fn of_file(self, path: PathBuf) -> Self {
+        match self {
+            Self::Sqlite { source, .. } => Self::Sqlite { path: Some(path), source },
+            error => error,
+        }
+    }
+
+    /// Whether it is about the file or its disk, and may pass.
+    pub fn is_of_the_file(&self) -> bool {
+        matches!(self, Self::Sqlite { .. } | Self::Io { .. })
+    }
+
     /// What to do about it, where something can be done.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Newer { .. } => Some("use the newer program, or another state folder (OUTLIERS_STATE)".to_owned()),
             Self::NoSuchRun { .. } => Some("`outliers runs list` shows all runs".to_owned()),
+            Self::Damaged { run, .. } => Some(format!(
+                "what run {run} rented carries its id: `outliers instances list` shows it, \
+                 `outliers instances terminate` ends it"
+            )),
             Self::Ambiguous { .. } => Some("give more letters of the id".to_owned()),
             Self::Driven { run } => Some(format!("`outliers runs show {run}` shows how it is going")),
-            _ => None,
+            Self::Sqlite { source, .. } if is_damage(source) => Some(
+                "`outliers doctor --repair` keeps the file aside and makes a new one of what is left; \
+                 `instances list`, `instances terminate` and `reap` work without it"
+                    .to_owned(),
+            ),
+            Self::Sqlite { .. } | Self::Io { .. } => Some(
+                "the state folder must be writable and have room (OUTLIERS_STATE); \
+                 `instances list`, `instances terminate` and `reap` work without it"
+                    .to_owned(),
+            ),
+            Self::Illegal(_) => None,
         }
     }
+}
+
+/// Whether the file is not, or no longer, a ledger.
+fn is_damage(error: &rusqlite::Error) -> bool {
+    matches!(error.sqlite_error_code(), None | Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt))
 }
 
 /// Milliseconds since the Unix epoch.
@@ -608,7 +787,7 @@ fn to_json<T: Serialize>(value: &T) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use outliers_protocol::{JobSpec, ModelSource};
@@ -633,6 +812,8 @@ mod tests {
             max_duration_s: 60,
             watch: Watch::NEVER,
             budget: None,
+            agreed: None,
+            only_in_time: false,
             results: "/r".into(),
             survey: None,
         }
@@ -729,10 +910,53 @@ mod tests {
         let mut run = ledger.plan(&spec()).unwrap();
         run.append(creating()).unwrap();
         let raw = Connection::open(folder.path().join("ledger.db")).unwrap();
-        raw.execute("UPDATE events SET event = '{\"event\":\"gone\"}'", []).unwrap();
-        assert!(matches!(ledger.runs(), Err(LedgerError::Damaged { .. })));
-        raw.execute("UPDATE events SET event = '{'", []).unwrap();
-        assert!(matches!(ledger.runs(), Err(LedgerError::Damaged { .. })));
+        let damage = |change: &str| raw.execute(change, [&run.record().id]).unwrap();
+        for change in [
+            "UPDATE events SET event = '{\"event\":\"gone\"}' WHERE run = ?1",
+            "UPDATE events SET event = '{' WHERE run = ?1",
+            "UPDATE events SET event = CAST(x'ff' AS TEXT) WHERE run = ?1",
+            "UPDATE runs SET spec = replace(spec, '\"magnitude\":6.0', '\"magnitude\":null') WHERE id = ?1",
+        ] {
+            damage(change);
+            assert!(matches!(ledger.run(&run.record().id), Err(LedgerError::Damaged { .. })), "{change}");
+        }
+        assert!(matches!(ledger.find("last"), Err(LedgerError::Damaged { .. })), "no other run is meant");
+    }
+
+    #[test]
+    fn one_unreadable_record_leaves_all_others_readable() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let ids: Vec<String> = (0..3).map(|_| ledger.plan(&spec()).unwrap().record().id.clone()).collect();
+        let raw = Connection::open(folder.path().join("ledger.db")).unwrap();
+        raw.execute("UPDATE runs SET spec = '{\"model\":' WHERE id = ?1", [&ids[1]]).unwrap();
+        let Records { runs, unreadable } = ledger.records().unwrap();
+        assert_eq!(runs.len(), 2);
+        assert!(runs.iter().all(|run| run.id != ids[1]));
+        assert_eq!(unreadable.iter().map(|lost| &lost.run).collect::<Vec<_>>(), [&ids[1]]);
+        assert!(unreadable[0].why.contains("EOF"), "{unreadable:?}");
+        assert!(ledger.take(&ids[0]).unwrap().is_some() && ledger.find(&ids[2]).is_ok());
+    }
+
+    #[test]
+    fn what_an_unreadable_run_has_spent_of_a_shared_budget_is_not_taken_for_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let (lost, of_survey) = (ledger.plan(&member(200.0)).unwrap(), ledger.plan(&member(200.0)).unwrap());
+        let alone = ledger.plan(&RunSpec { survey: None, ..member(200.0) }).unwrap();
+        let raw = Connection::open(folder.path().join("ledger.db")).unwrap();
+        let damage =
+            |spec: &str| raw.execute("UPDATE runs SET spec = ?2 WHERE id = ?1", [&lost.record().id, spec]).unwrap();
+        for (spec, known) in [
+            ("{", false),
+            (r#"{"survey":{"survey":"s"}}"#, false),
+            (r#"{"survey":{"survey":"other"}}"#, true),
+            (r#"{"survey":null}"#, true),
+        ] {
+            damage(spec);
+            assert_eq!(of_survey.purse().is_ok(), known, "{spec}");
+            assert!(alone.purse().is_ok(), "it shares with nobody");
+        }
     }
 
     #[test]
@@ -753,6 +977,31 @@ mod tests {
         assert!(bill >= Usd::from_dollars(0.02) && bill < Usd::from_dollars(60.0), "{bill}");
     }
 
+    #[test]
+    fn what_a_run_may_cost_is_never_shown_above_what_was_agreed() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        // $3600/h for a minute.
+        let agreed = Usd::from_dollars(60.0);
+        let mut run = ledger.plan(&RunSpec { agreed: Some(agreed), ..spec() }).unwrap();
+        let (intent, worst) = intent_of(&run.record().spec);
+        assert_eq!(worst, agreed, "no more than is shown is reserved");
+        assert!(run.reserve(intent, worst).unwrap());
+        let shown = |run: &RunWriter| run.record().at_most(now_ms());
+        assert!(shown(&run) <= agreed && shown(&run) > Usd::from_dollars(58.0), "{}", shown(&run));
+        let price = UsdPerHour::from_dollars(3900.0);
+        run.append(RunEvent::Created { instance: InstanceId("i".into()), price: Some(price) }).unwrap();
+        assert!(shown(&run) <= agreed, "{}: it is not kept", shown(&run));
+        assert!(run.record().at_price(price) > agreed);
+        let old: RunSpec = serde_json::from_value({
+            let mut spec = serde_json::to_value(spec()).unwrap();
+            spec.as_object_mut().unwrap().remove("agreed");
+            spec
+        })
+        .unwrap();
+        assert_eq!(old, spec(), "a run of an earlier version is read");
+    }
+
     /// A run of the survey `s` with this budget in dollars.
     fn member(budget: f64) -> RunSpec {
         let survey = Some(Membership { survey: "s".into(), model: "m".into() });
@@ -762,7 +1011,7 @@ mod tests {
     /// The intent to rent for the run's time limit, and what that may cost: $3960/h for a minute is $66.
     fn intent_of(spec: &RunSpec) -> (Intent, Usd) {
         let offer = Offer::new("fake", "o".into(), 0, UsdPerHour::from_dollars(3600.0));
-        let worst = spec.agreed(&offer).cost(Duration::from_secs(spec.max_duration_s));
+        let worst = spec.highest_price(&offer).cost(Duration::from_secs(spec.max_duration_s));
         let deadline = now_ms() / 1000 + spec.max_duration_s;
         (Intent { offer, tag: LeaseTag { owner: "o".into(), run: "r".into(), nonce: "n".into(), deadline } }, worst)
     }

@@ -35,6 +35,7 @@ pub mod survey;
 pub mod text;
 pub mod transport;
 pub mod units;
+pub mod waiting;
 
 use std::process::ExitCode;
 

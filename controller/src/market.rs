@@ -22,6 +22,10 @@ use crate::units::{Bytes, Usd, UsdPerHour};
 pub enum Filter {
     /// Who made the GPU: the worker computes on NVIDIA's.
     Maker,
+    /// The host's processor: the worker is a program for x86-64.
+    Processor,
+    /// Whether the GPU is new enough for the worker.
+    Capability,
     /// What the cloud may take back.
     Spot,
     /// Name of the GPU.
@@ -48,8 +52,10 @@ pub enum Filter {
 
 impl Filter {
     /// All, in the order in which they are applied.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::Maker,
+        Self::Processor,
+        Self::Capability,
         Self::Spot,
         Self::GpuFilter,
         Self::GpuCount,
@@ -67,6 +73,8 @@ impl Filter {
     pub const fn option(self) -> &'static str {
         match self {
             Self::Maker => "NVIDIA only",
+            Self::Processor => "x86-64 only",
+            Self::Capability => "compute capability 8.0",
             Self::Spot => "--spot",
             Self::MinCuda => "--min-cuda",
             Self::WorkerCuda => "a driver for the worker",
@@ -84,7 +92,8 @@ impl Filter {
     /// The option as it would be typed, `None` if `want` does not restrict by it.
     fn typed(self, want: &GpuRequest) -> Option<String> {
         let value = match self {
-            Self::Maker => return Some(self.option().to_owned()),
+            Self::Capability if want.gpu_count == Some(0) => return None,
+            Self::Maker | Self::Processor | Self::Capability => return Some(self.option().to_owned()),
             Self::Spot if want.spot => return None,
             Self::Spot => return Some("no --spot (the default)".to_owned()),
             Self::Tier => return want.tier.map(|tier| format!("--{tier}")),
@@ -108,7 +117,7 @@ impl Filter {
     /// Whether it restricts without having been asked for.
     fn is_default(self, want: &GpuRequest) -> bool {
         match self {
-            Self::Maker | Self::Spot | Self::WorkerCuda => true,
+            Self::Maker | Self::Processor | Self::Capability | Self::Spot | Self::WorkerCuda => true,
             Self::GpuCount => want.gpu_count.is_none(),
             _ => false,
         }
@@ -123,6 +132,12 @@ impl Filter {
         };
         match self {
             Self::Maker => offer.gpu_raw.as_deref().is_none_or(gpu::is_nvidia),
+            Self::Processor => !offer.arm,
+            // Of this machine's GPUs the worker itself says whether it can use them. A new model may be in no table.
+            Self::Capability => {
+                let of_no_use = |has| has < gpu::LEAST_CAPABILITY;
+                want.gpu_count == Some(0) || offer.broker == local::NAME || !offer.capability.is_some_and(of_no_use)
+            }
             Self::Spot => want.spot || !offer.spot,
             Self::Tier => want.tier.is_none_or(|tier| offer.tier == Some(tier)),
             Self::MinCuda => want.min_cuda.is_none_or(|min| offer.max_cuda.is_some_and(|max| max >= min)),
@@ -151,7 +166,8 @@ impl Filter {
             Self::MinCuda => offer.max_cuda.is_none(),
             Self::Region => offer.region.is_none(),
             Self::Tier => offer.tier.is_none(),
-            Self::Maker | Self::Spot | Self::GpuFilter | Self::GpuCount | Self::WorkerCuda | Self::MaxPrice => false,
+            Self::Maker | Self::Processor | Self::Capability | Self::Spot | Self::WorkerCuda => false,
+            Self::GpuFilter | Self::GpuCount | Self::MaxPrice => false,
         }
     }
 
@@ -160,7 +176,8 @@ impl Filter {
         let short = |has: Option<Bytes>| has.map_or(u64::MAX, |has| u64::MAX - 1 - has.0);
         match self {
             Self::GpuFilter => u64::from(offer.gpu_count == 0),
-            Self::Maker | Self::Spot | Self::Region | Self::Tier => 0,
+            Self::Maker | Self::Processor | Self::Spot | Self::Region | Self::Tier => 0,
+            Self::Capability => offer.capability.map_or(u64::MAX, |has| u64::from(u32::MAX - has)),
             Self::MinCuda | Self::WorkerCuda => offer
                 .max_cuda
                 .map_or(u64::MAX, |max| u64::from(u32::MAX - max.major) << 32 | u64::from(u32::MAX - max.minor)),
@@ -172,12 +189,20 @@ impl Filter {
         }
     }
 
+    /// Whether it is what the worker needs, and nothing that was typed.
+    const fn is_fixed(self) -> bool {
+        matches!(self, Self::Maker | Self::Processor | Self::Capability | Self::WorkerCuda)
+    }
+
     /// What the option would have to say for `offer` to pass; `None`: it cannot be said.
     fn relaxed(self, offer: &Offer) -> Option<String> {
+        if self.is_unknown(offer) {
+            return Some(format!("no {}", self.option()));
+        }
         // Rounded to what lets the offer pass, not to the nearest.
         let down = |bytes: Bytes| format!("{}", (bytes.gib() * 10.0).floor() / 10.0);
         let value = match self {
-            Self::Maker | Self::WorkerCuda => return None,
+            Self::Maker | Self::Processor | Self::Capability | Self::WorkerCuda => return None,
             Self::Spot => return Some(self.option().to_owned()),
             Self::Tier => return Some(format!("--{}", offer.tier?)),
             Self::MinCuda => offer.max_cuda?.to_string(),
@@ -245,8 +270,11 @@ pub struct Filtered {
     pub reason: String,
     /// Of the offers it removed, the one nearest to passing.
     pub nearest: Offer,
-    /// The smallest change of a single option after which an offer passes all filters; `None`: more than one has to change.
+    /// The smallest change of a single option after which an offer passes all filters; `None`: more than one has to change, or none
+    /// can.
     pub relaxation: Option<Relaxation>,
+    /// What the worker needs is what none of the offers has, whatever is typed.
+    pub is_fixed: bool,
 }
 
 /// A change of one option, and what it finds.
@@ -306,6 +334,18 @@ pub fn select(offers: Vec<Offer>, want: &GpuRequest, work: &Work) -> Result<Sele
     Ok(Selection { offers: left, considered, steps })
 }
 
+/// The request for what a worker with CUDA can use, where none is at hand to be asked.
+pub fn for_the_worker(want: GpuRequest) -> GpuRequest {
+    let cuda = (want.gpu_count != Some(0)).then_some(gpu::OLDEST_CUDA);
+    GpuRequest { worker_cuda: want.worker_cuda.or(cuda), ..want }
+}
+
+/// Whether an offer may come to satisfy `want` once more of it is known: with the figures that it has, everything that is kept
+/// passes. For brokers that leave out what nobody would take before they ask further.
+pub fn may_match(offer: &Offer, want: &GpuRequest) -> bool {
+    Filter::ALL.into_iter().all(|filter| filter.passes(offer, want) || filter.is_unknown(offer))
+}
+
 fn rank(offers: Vec<Offer>, work: &Work) -> Vec<Offer> {
     let mut ranked: Vec<(Usd, Offer)> = offers.into_iter().map(|offer| (work.on(&offer).rank(), offer)).collect();
     // The rest of the key only makes the order the same every time.
@@ -316,8 +356,13 @@ fn rank(offers: Vec<Offer>, work: &Work) -> Vec<Offer> {
     ranked.into_iter().map(|(_, offer)| offer).collect()
 }
 
+/// Two letters are the code of a country, a state or a continent (`EUR-IS-1`), and as such a word: `us` is no part of `Russia`.
 fn is_in(offer: &Offer, region: &str) -> bool {
     let (has, wanted) = (offer.region.as_deref().unwrap_or_default().to_lowercase(), region.trim().to_lowercase());
+    if wanted.chars().count() == 2 {
+        let mut words = has.split(|c: char| !c.is_alphanumeric());
+        return words.any(|word| word.starts_with(&wanted) && word.chars().count() <= 3);
+    }
     has.contains(&wanted)
 }
 
@@ -338,7 +383,10 @@ fn explain(filter: Filter, steps: Vec<Step>, offers: &[Offer], removed: &[Offer]
     let Some(nearest) = nearest.cloned() else { return NothingLeft::NoOffers };
     let reason = reason(filter, &steps, removed, &nearest);
     let relaxation = relax(filter, offers, want);
-    NothingLeft::Filtered(Box::new(Filtered { steps, considered: offers.len(), reason, nearest, relaxation }))
+    let usable = |offer: &Offer| Filter::ALL.into_iter().filter(|f| f.is_fixed()).all(|f| f.passes(offer, want));
+    let is_fixed = !offers.iter().any(usable);
+    let considered = offers.len();
+    NothingLeft::Filtered(Box::new(Filtered { steps, considered, reason, nearest, relaxation, is_fixed }))
 }
 
 fn reason(filter: Filter, steps: &[Step], removed: &[Offer], nearest: &Offer) -> String {
@@ -354,6 +402,8 @@ fn reason(filter: Filter, steps: &[Step], removed: &[Offer], nearest: &Offer) ->
     match filter {
         Filter::GpuFilter | Filter::GpuCount | Filter::MinVram if without_gpu => no_gpu(removed),
         Filter::Maker => format!("the GPUs are {}", names(removed)),
+        Filter::Processor => format!("beside {} is an ARM processor", names(removed)),
+        Filter::Capability => format!("the worker needs bf16, from Ampere on; the GPUs are {}", names(removed)),
         Filter::Spot => "the cloud may take them back at any time".to_owned(),
         Filter::Tier => "the others are of the other kind, or do not say".to_owned(),
         Filter::Region => format!("the regions are {}", regions(removed)),
@@ -418,6 +468,7 @@ impl fmt::Display for Filtered {
         write!(f, ": {} (nearest: {})", self.reason, describe(&self.nearest))?;
         match &self.relaxation {
             Some(found) => write!(f, "; {} would find {}", found.option, describe(&found.offer)),
+            None if self.is_fixed => write!(f, "; no option changes that"),
             None => write!(f, "; no single option is in the way alone: more than one has to be relaxed"),
         }
     }
@@ -611,7 +662,8 @@ mod tests {
         let error = filtered(offers, &query);
         assert_eq!(error.reason, "the newest is CUDA 11.7");
         assert!(error.to_string().contains("a driver for the worker (CUDA 11.8)"), "{error}");
-        assert_eq!(error.relaxation, None, "no option changes it");
+        assert_eq!(error.relaxation, None);
+        assert!(error.to_string().ends_with("no option changes that"), "{error}");
     }
 
     #[test]
@@ -645,6 +697,60 @@ mod tests {
             let query = GpuRequest { gpu_filter: Some(filter.into()), ..want() };
             let found = select(offers.clone(), &query, &work()).map_or(0, |selection| selection.offers.len());
             assert_eq!(found, expected, "{filter}");
+        }
+    }
+
+    #[test]
+    fn what_the_worker_cannot_use_is_left_out_and_counted() {
+        let named = |raw: &str| {
+            let offer = Offer::new("vast", raw.to_owned(), 1, UsdPerHour::from_dollars(1.0));
+            offer.with_gpu(raw, None)
+        };
+        let old = ["Tesla V100", "Q RTX 8000", "Titan V", "Tesla T4", "RTX 2080 Ti"].map(named);
+        let arm = ["GH200 SXM", "GB200"].map(named);
+        let good = ["A100X", "A800 PCIE", "A30", "RTX A4000", "RTX 3090", "B200", "RTX 9999 Future"].map(named);
+        let all = [&old[..], &arm, &good].concat();
+        let selection = select(all.clone(), &want(), &work()).unwrap();
+        assert_eq!(selection.offers.len(), good.len(), "{selection:?}");
+        let removed: Vec<_> = selection.steps.iter().map(|step| (step.filter, step.removed)).collect();
+        assert_eq!(removed, [(Filter::Processor, 2), (Filter::Capability, 5)]);
+        let reason = filtered(old.to_vec(), &want()).to_string();
+        assert!(reason.starts_with("compute capability 8.0 removed the last 5 offers") && reason.contains("Titan V"));
+        // A figure of the cloud's own is better than a name.
+        let told = |capability| vec![Offer { capability: Some(capability), ..named("RTX 9999 Future") }];
+        assert!(select(told(75), &want(), &work()).is_err() && select(told(130), &want(), &work()).is_ok());
+        let cpu = GpuRequest { gpu_count: Some(0), ..want() };
+        assert_eq!(select(all, &cpu, &work()).unwrap().offers.len(), good.len() + old.len(), "no GPU is asked for");
+    }
+
+    #[test]
+    fn an_option_that_is_alone_in_the_way_is_named() {
+        let query = GpuRequest { region: Some("Mars".to_owned()), ..want() };
+        // None of these says where it is.
+        let error = filtered(cloud(), &query);
+        assert_eq!(error.relaxation.as_ref().map(|found| found.option.as_str()), Some("no --region"), "{error}");
+        let mut offers = cloud();
+        offers[0].region = Some("US-KS-2".to_owned());
+        let found = filtered(offers, &query).relaxation.unwrap();
+        assert_eq!(found.filter, Filter::Region);
+        for query in [
+            GpuRequest { tier: Some(Tier::Secure), ..want() },
+            GpuRequest { min_cuda: Some("12.4".parse().unwrap()), ..want() },
+        ] {
+            let error = filtered(cloud(), &query);
+            assert!(error.relaxation.is_some() && !error.to_string().contains("no single option"), "{error}");
+        }
+        let arm = Offer { arm: true, ..offer("vast", Some(("H100", 1, 80)), 1.0) };
+        assert!(filtered(vec![arm], &want()).to_string().ends_with("no option changes that"));
+    }
+
+    #[test]
+    fn two_letters_of_a_region_are_a_word() {
+        let at = |region: &str| Offer { region: Some(region.to_owned()), ..offer("vast", Some(("H100", 1, 80)), 1.0) };
+        let offers = ["Texas, US", "Russia, RU", "Austria, AT", "US-KS-2", "EUR-IS-1", "EU-RO-1"].map(at).to_vec();
+        for (region, expected) in [("us", 2), ("eu", 2), ("US", 2), ("ru", 1), ("texas", 1), ("at", 1), ("ks", 1)] {
+            let query = GpuRequest { region: Some(region.to_owned()), ..want() };
+            assert_eq!(select(offers.clone(), &query, &work()).unwrap().offers.len(), expected, "{region}");
         }
     }
 
@@ -706,13 +812,15 @@ mod tests {
             cents in 1u32..1000,
             region in proptest::option::of("US-KS|EU-FR"), tier in proptest::option::of(any_tier()), spot in any::<bool>(),
             max_cuda in proptest::option::of(any_cuda()),
+            capability in proptest::option::of(70u32..91), arm in any::<bool>(),
         ) -> Offer {
             Offer {
                 gpu: gpu.as_ref().map(|(name, _)| name.clone()),
                 gpu_raw: gpu.as_ref().map(|(name, _)| name.clone()),
                 gpu_count: gpu.as_ref().map_or(0, |(_, count)| *count),
                 vram: vram.filter(|_| gpu.is_some()),
-                cpu_ram, disk, region, tier, spot, max_cuda,
+                capability: capability.filter(|_| gpu.is_some()),
+                cpu_ram, disk, region, tier, spot, max_cuda, arm,
                 ..offer(&broker, None, f64::from(cents) / 100.0)
             }
         }
@@ -741,7 +849,6 @@ mod tests {
         let bytes = || number().map(|gib| Bytes((gib * (1u64 << 30) as f64) as u64));
         let mut want = want.clone();
         match found.filter {
-            Filter::Maker | Filter::WorkerCuda => unreachable!("it cannot be relaxed"),
             Filter::Spot => want.spot = true,
             Filter::Tier => want.tier = found.offer.tier,
             Filter::Region => want.region = value.map(str::to_owned),
@@ -752,6 +859,9 @@ mod tests {
             Filter::MinCpuRam => want.min_cpu_ram = bytes(),
             Filter::MinDisk => want.min_disk = bytes(),
             Filter::MaxPrice => want.max_price = number().map(UsdPerHour::from_dollars),
+            Filter::Maker | Filter::Processor | Filter::Capability | Filter::WorkerCuda => {
+                unreachable!("it cannot be relaxed")
+            }
         }
         want
     }
@@ -789,6 +899,24 @@ mod tests {
                     }
                 }
             }
+        }
+
+        #[test]
+        fn what_is_kept_in_the_end_may_match_before_all_of_it_is_known(
+            offer in any_offer(), want in any_request(), known in any::<[bool; 6]>(),
+        ) {
+            let if_known = |is: bool, has: Option<Bytes>| has.filter(|_| is);
+            let before = Offer {
+                vram: if_known(known[0], offer.vram),
+                cpu_ram: if_known(known[1], offer.cpu_ram),
+                disk: if_known(known[2], offer.disk),
+                region: offer.region.clone().filter(|_| known[3]),
+                tier: offer.tier.filter(|_| known[4]),
+                max_cuda: offer.max_cuda.filter(|_| known[5]),
+                ..offer.clone()
+            };
+            let kept = Filter::ALL.iter().all(|filter| filter.passes(&offer, &want));
+            prop_assert!(!kept || may_match(&before, &want));
         }
 
         #[test]

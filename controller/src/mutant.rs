@@ -42,6 +42,8 @@ pub enum Mutant {
     EndsForeignInstances,
     /// What an instance can cost until its time limit is not held against the budget.
     BudgetIgnored,
+    /// What was agreed to before anything was rented is not held to.
+    ConsentIgnored,
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::broker::{Instance, InstanceId, InstanceState, LeaseTag};
-use crate::ledger::{Ledger, LedgerError, RunRecord};
+use crate::ledger::{Ledger, LedgerError, Records};
 use crate::mutant::{Mutant, planted};
 use crate::run::RunState;
 
@@ -64,12 +64,14 @@ pub enum Finish {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stray {
-    /// The ledger has no such run.
+    /// Its time is up, and the ledger has no such run.
     UnknownRun,
     /// The run is over.
     RunClosed,
-    /// The run has another instance, or none: this one came of an unanswered create call.
+    /// Its time is up, and the run has another instance, or none: this one came of an unanswered create call.
     Superseded,
+    /// Its time is up, and its run's record cannot be read.
+    Expired,
 }
 
 /// Why an instance is left alone.
@@ -84,6 +86,15 @@ pub enum Leave {
     Driven,
     /// The user wants to keep it.
     Held,
+    /// Its run's record cannot be read, and it has time left.
+    RecordUnreadable,
+    /// Nothing is known here of the run in its tag, which has time left: a ledger that is a copy, or made anew, does not
+    /// know what another machine began.
+    RunUnknown,
+    /// Its run has another instance, or none, as far as is known here, and it has time left.
+    Superseded,
+    /// What its cloud shows of it cannot be read.
+    Unreadable,
 }
 
 /// A run as far as this comparison goes.
@@ -91,8 +102,8 @@ pub enum Leave {
 pub struct Lease {
     /// The run's id.
     pub run: String,
-    /// Its state.
-    pub state: RunState,
+    /// Its state; `None`: its record cannot be read.
+    pub state: Option<RunState>,
     /// A process drives it.
     pub driven: bool,
 }
@@ -100,7 +111,14 @@ pub struct Lease {
 impl Lease {
     /// Whether its instance is, or may be, on this cloud.
     pub fn is_on(&self, broker: &str) -> bool {
-        self.state.offer().is_some_and(|offer| offer.broker == broker)
+        self.state.as_ref().and_then(RunState::offer).is_some_and(|offer| offer.broker == broker)
+    }
+}
+
+impl Lease {
+    /// The same as far as anybody knows: of an unreadable record nothing is known.
+    pub fn may_be_on(&self, broker: &str) -> bool {
+        self.state.is_none() || self.is_on(broker)
     }
 }
 
@@ -109,11 +127,15 @@ impl Lease {
 /// # Errors
 /// What the ledger says.
 pub fn leases(ledger: &Ledger) -> Result<Vec<Lease>, LedgerError> {
-    let of = |run: RunRecord| {
-        let driven = !run.state.is_closed() && ledger.is_driven(&run.id)?;
-        Ok(Lease { run: run.id, state: run.state, driven })
+    let Records { runs, unreadable } = ledger.records()?;
+    let readable = runs.into_iter().map(|run| (run.id, Some(run.state)));
+    let all = readable.chain(unreadable.into_iter().map(|lost| (lost.run, None)));
+    let of = |(run, state): (String, Option<RunState>)| {
+        let is_closed = state.as_ref().is_some_and(RunState::is_closed);
+        let driven = !is_closed && ledger.is_driven(&run)?;
+        Ok(Lease { run, state, driven })
     };
-    ledger.runs()?.into_iter().map(of).collect()
+    all.map(of).collect()
 }
 
 /// Compares what the ledger knows with one complete listing of one broker.
@@ -130,7 +152,7 @@ pub fn compare(
     enough: u32,
 ) -> Vec<Action> {
     // A run is known everywhere; only its own cloud's list says whether its instance is still there.
-    let of_instances = listed.iter().map(|instance| judge(owner, leases, instance));
+    let of_instances = listed.iter().map(|instance| judge(owner, now, leases, instance));
     let of_runs = leases
         .iter()
         .filter(|lease| lease.is_on(broker))
@@ -145,6 +167,19 @@ pub fn compare(
     actions
 }
 
+/// What the tags alone tell, where no ledger can be read.
+pub fn by_tag(listed: &[Instance]) -> Vec<Action> {
+    let judge = |instance: &Instance| {
+        let why = match instance.tag() {
+            _ if instance.is_nameless() || instance.id.0.is_empty() => Leave::Unreadable,
+            Some(_) => Leave::RunUnknown,
+            None => Leave::NotOurs,
+        };
+        Action::LeaveAlone { instance: instance.id.clone(), why }
+    };
+    listed.iter().map(judge).collect()
+}
+
 /// The lease of an instance whose time is up, if it is `owner`'s, or with `None` anybody's of this program. `now`: Unix seconds.
 pub fn overdue(owner: Option<&str>, now: u64, instance: &Instance) -> Option<LeaseTag> {
     let tag = instance.tag()?;
@@ -152,27 +187,32 @@ pub fn overdue(owner: Option<&str>, now: u64, instance: &Instance) -> Option<Lea
     (meant && tag.deadline <= now && instance.state != InstanceState::Terminating).then_some(tag)
 }
 
-fn judge(owner: &str, leases: &[Lease], instance: &Instance) -> Action {
+fn judge(owner: &str, now: u64, leases: &[Lease], instance: &Instance) -> Action {
     let id = instance.id.clone();
     let leave = |why| Action::LeaveAlone { instance: id.clone(), why };
     let terminate = |why| Action::Terminate { instance: id.clone(), why };
+    if instance.is_nameless() || id.0.is_empty() {
+        return leave(Leave::Unreadable);
+    }
     let Some(tag) = instance.tag() else { return leave(Leave::NotOurs) };
     if tag.owner != owner && !planted(Mutant::EndsForeignInstances) {
         return leave(Leave::OtherOwner);
     }
-    let Some(lease) = leases.iter().find(|lease| lease.run == tag.run) else { return terminate(Stray::UnknownRun) };
+    let is_over = tag.deadline <= now;
+    let Some(lease) = leases.iter().find(|lease| lease.run == tag.run) else {
+        return if is_over { terminate(Stray::UnknownRun) } else { leave(Leave::RunUnknown) };
+    };
     if lease.driven {
         return leave(Leave::Driven);
     }
-    if lease.state.is_closed() {
-        return terminate(Stray::RunClosed);
-    }
-    if lease.state.tag() != Some(&tag) {
-        return terminate(Stray::Superseded);
-    }
-    match lease.state {
-        RunState::Held { .. } => leave(Leave::Held),
-        _ => Action::Adopt { run: lease.run.clone(), instance: id.clone() },
+    match &lease.state {
+        None if is_over => terminate(Stray::Expired),
+        None => leave(Leave::RecordUnreadable),
+        Some(RunState::Closed { .. }) => terminate(Stray::RunClosed),
+        Some(state) if state.tag() != Some(&tag) && is_over => terminate(Stray::Superseded),
+        Some(state) if state.tag() != Some(&tag) => leave(Leave::Superseded),
+        Some(RunState::Held { .. }) => leave(Leave::Held),
+        Some(_) => Action::Adopt { run: lease.run.clone(), instance: id.clone() },
     }
 }
 
@@ -183,16 +223,17 @@ fn judge_run(
     missing: &BTreeMap<String, u32>,
     enough: u32,
 ) -> Option<Action> {
-    let tag = lease.state.tag()?;
+    let state = lease.state.as_ref()?;
+    let tag = state.tag()?;
     if lease.driven {
         return None;
     }
     let run = lease.run.clone();
-    if matches!(lease.state, RunState::Terminating { .. } | RunState::Discarding { .. }) {
+    if matches!(state, RunState::Terminating { .. } | RunState::Discarding { .. }) {
         return Some(Action::Finish { run, why: Finish::Ending });
     }
     let name = tag.to_string();
-    let known = lease.state.rental().map(|rental| &rental.instance);
+    let known = state.rental().map(|rental| &rental.instance);
     let shown = listed.iter().any(|instance| instance.name == name || Some(&instance.id) == known);
     // An unanswered create call may still make its instance: only driving the run settles that.
     let may_vanish = known.is_some();
@@ -202,10 +243,16 @@ fn judge_run(
     (tag.deadline <= now).then_some(Action::Finish { run, why: Finish::Expired })
 }
 
+/// The instances of runs that nobody drives, as far as they are on this cloud.
+pub fn abandoned_on<'a>(leases: &'a [Lease], broker: &'a str) -> impl Iterator<Item = &'a InstanceId> {
+    let abandoned = leases.iter().filter(move |lease| lease.is_on(broker) && !lease.driven);
+    abandoned.filter_map(|lease| Some(&lease.state.as_ref()?.rental()?.instance))
+}
+
 /// Counts, for each abandoned run with an instance, in how many listings in a row it was missing.
 pub fn count_missing(leases: &[Lease], broker: &str, listed: &[Instance], missing: &mut BTreeMap<String, u32>) {
     for lease in leases.iter().filter(|lease| lease.is_on(broker) && !lease.driven) {
-        let Some(rental) = lease.state.rental() else { continue };
+        let Some(rental) = lease.state.as_ref().and_then(RunState::rental) else { continue };
         if listed.iter().any(|instance| instance.id == rental.instance) {
             missing.remove(&lease.run);
         } else {
@@ -215,7 +262,7 @@ pub fn count_missing(leases: &[Lease], broker: &str, listed: &[Instance], missin
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
@@ -235,14 +282,14 @@ mod tests {
     }
 
     fn lease(run: &str, state: RunState) -> Lease {
-        Lease { run: run.into(), state, driven: false }
+        Lease { run: run.into(), state: Some(state), driven: false }
     }
 
     fn launched(run: &str, deadline: u64) -> RunState {
         RunState::Launched { rental: rental(tag(run, "n", deadline)), pin: Pin("p".into()), restarts: 0 }
     }
 
-    fn instance(id: &str, name: impl ToString) -> Instance {
+    pub(crate) fn instance(id: &str, name: impl ToString) -> Instance {
         Instance {
             broker: "fake".into(),
             id: InstanceId(id.into()),
@@ -287,21 +334,33 @@ mod tests {
     }
 
     #[test]
-    fn what_no_run_accounts_for_goes() {
+    fn what_no_run_accounts_for_goes_when_its_run_is_over_or_its_time_is_up() {
         let closed = RunState::Closed { ending: Ending::Completed, results: None, loss: None };
         let leases = [lease("done", closed), lease("r", launched("r", NOW + 9)), lease("p", RunState::initial())];
-        let far = NOW + 9;
-        let shown = [
-            instance("1", tag("done", "n", far)),
-            instance("2", tag("never", "n", far)),
-            instance("3", tag("r", "earlier", far)),
-            instance("4", tag("p", "n", far)),
-        ];
-        let why: Vec<_> = actions(&leases, &shown)
-            .iter()
-            .filter_map(|a| if let Action::Terminate { why, .. } = a { Some(*why) } else { None })
-            .collect();
-        assert_eq!(why, [Stray::RunClosed, Stray::UnknownRun, Stray::Superseded, Stray::Superseded]);
+        let why = |deadline| -> Vec<_> {
+            let shown = [
+                instance("1", tag("done", "n", deadline)),
+                instance("2", tag("never", "n", deadline)),
+                instance("3", tag("r", "earlier", deadline)),
+                instance("4", tag("p", "n", deadline)),
+            ];
+            let ended = |a: &Action| if let Action::Terminate { why, .. } = a { Some(*why) } else { None };
+            actions(&leases, &shown).iter().filter_map(ended).collect()
+        };
+        assert_eq!(why(NOW), [Stray::RunClosed, Stray::UnknownRun, Stray::Superseded, Stray::Superseded]);
+        assert_eq!(why(NOW + 1), [Stray::RunClosed], "a copied ledger may lack what its machine began since");
+    }
+
+    #[test]
+    fn what_an_unreadable_run_rented_ends_when_its_time_is_up() {
+        let lost = Lease { state: None, ..lease("r", RunState::initial()) };
+        let left = |why| Action::LeaveAlone { instance: InstanceId("1".into()), why };
+        let ended = Action::Terminate { instance: InstanceId("1".into()), why: Stray::Expired };
+        let judged =
+            |lost: &Lease, deadline| actions(std::slice::from_ref(lost), &[instance("1", tag("r", "n", deadline))]);
+        assert_eq!(judged(&lost, NOW + 1), [left(Leave::RecordUnreadable)]);
+        assert_eq!(judged(&lost, NOW), [ended]);
+        assert_eq!(judged(&Lease { driven: true, ..lost }, NOW), [left(Leave::Driven)]);
     }
 
     #[test]
@@ -396,7 +455,7 @@ mod tests {
                 if killed {
                     prop_assert_eq!(&tag.owner, "me");
                     prop_assert!(!run.driven);
-                    prop_assert!(run.state.tag() != Some(&tag));
+                    prop_assert!(run.state.as_ref().and_then(RunState::tag) != Some(&tag));
                 }
             }
         }

@@ -9,18 +9,19 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use outliers_protocol::{Phase, Progress};
 use serde::Serialize;
 
-use crate::broker::{BrokerError, BrokerErrorKind};
+use crate::broker::BrokerError;
 use crate::cli::{Color, Global};
 use crate::clouds::Offered;
-use crate::deploy::{DeployEvent, HostTalk, Stop, Stuck};
-use crate::ledger::{LedgerError, RunRecord};
+use crate::deploy::{DeployEvent, HostTalk, NotEnding, Stop, Stuck};
+use crate::ledger::{LedgerError, RunRecord, Unreadable};
 use crate::local_worker::LocalWorkerError;
 use crate::market::{self, NothingLeft};
-use crate::reconcile::{Action, Finish, Stray};
+use crate::reconcile::{Action, Finish, Leave, Stray};
 use crate::run::{Ending, RunState, TroubleKind};
 use crate::settings::{Environment, SettingsError, Span};
 use crate::text::clean;
 use crate::units::Bytes;
+use crate::waiting::{Failed, told};
 
 pub mod beyond;
 pub mod tables;
@@ -159,8 +160,7 @@ impl From<NothingLeft> for Complaint {
 
 impl From<BrokerError> for Complaint {
     fn from(error: BrokerError) -> Self {
-        let hint = matches!(error.kind, BrokerErrorKind::Auth).then(|| format!("check the key for {}", error.broker));
-        Self { status: ExitStatus::Cloud, message: error.to_string(), hint }
+        Self { status: ExitStatus::Cloud, message: error.to_string(), hint: error.hint() }
     }
 }
 
@@ -177,8 +177,15 @@ impl Complaint {
             Stuck::Instance { run, .. } => {
                 format!("an instance may still be running and billing. To end it: outliers runs cancel {run}")
             }
-            Stuck::Broker { .. } | Stuck::Ledger(_) => {
+            // An event that cannot happen says nothing of instances.
+            Stuck::Broker { .. } | Stuck::Ledger(LedgerError::Illegal(_)) => {
                 "an instance may still be running and billing. To see: outliers instances list".to_owned()
+            }
+            Stuck::Silent { hint, .. } => {
+                return Self { status: ExitStatus::Cloud, message: stuck.to_string(), hint: hint.clone() };
+            }
+            Stuck::Ledger(error) => {
+                return Self { status: ExitStatus::Failed, message: stuck.to_string(), hint: error.hint() };
             }
         };
         Self { status: ExitStatus::InstanceLeft, message: stuck.to_string(), hint: Some(hint) }
@@ -300,6 +307,20 @@ impl Reporter {
         }
     }
 
+    /// Something that is wrong and stops nothing.
+    pub fn warn(&self, text: &str) {
+        self.write(&format!("{}: {}", self.paint("33;1", "warning"), clean(text.as_bytes(), LINE)));
+    }
+
+    /// Runs of the ledger whose records cannot be read.
+    pub fn unreadable(&self, runs: &[Unreadable]) {
+        for Unreadable { run, why } in runs {
+            self.warn(&format!(
+                "run {run}: its record in the ledger is damaged ({why}); what it rented carries its id: outliers instances list"
+            ));
+        }
+    }
+
     /// A sentence for people.
     pub fn say(&self, text: &str) {
         if !self.quiet {
@@ -351,6 +372,13 @@ impl Reporter {
                 }
                 Action::Finish { run, why } => self.say(&format!("Run {run} was brought to its end: {}.", finish(*why))),
                 Action::MarkGone { run } => self.say(&format!("Run {run}: its instance is gone.")),
+                Action::LeaveAlone { instance, why: Leave::Unreadable } => self.warn(&format!(
+                    "an entry of a cloud's list cannot be read (its id: `{instance}`); outliers instances list"
+                )),
+                Action::LeaveAlone { instance, why: Leave::RunUnknown | Leave::Superseded } => self.warn(&format!(
+                    "instance {instance} is of this ledger by its tag, and no open run here accounts for it; it has time left. If \
+                     nobody uses it: outliers instances terminate {instance}"
+                )),
                 Action::LeaveAlone { .. } => {}
             }
         }
@@ -373,7 +401,13 @@ impl Reporter {
             DeployEvent::Booting => self.booting(),
             DeployEvent::Host(facts) => self.say(&format!("Host: {}", clean(facts.as_bytes(), LINE))),
             DeployEvent::Talk(talk) => self.talk(talk),
-            DeployEvent::Terminating(instance) => self.whisper(&format!("Ending instance {}", instance.id)),
+            DeployEvent::NotEnding(not) => self.not_ending(&not),
+            DeployEvent::Waiting { what, failed } => {
+                let why = failed.map(|failed| format!(" ({}; next try in {})", failed.words, Span(failed.pause)));
+                let words = format!("Waiting for {what}{}", why.unwrap_or_default());
+                self.say(&clean(words.as_bytes(), LINE));
+            }
+            DeployEvent::Terminating(id) => self.whisper(&format!("Ending instance {id}")),
             DeployEvent::Stopping(Stop::SkipSync) => self.say("Skipping the results; ending the instance"),
             DeployEvent::Stopping(_) => {
                 self.say(
@@ -381,6 +415,26 @@ impl Reporter {
                 );
             }
         }
+    }
+
+    /// Does `work`; says that it waits for `what` when that takes more than some seconds.
+    pub async fn waiting<T>(&self, what: &str, work: impl Future<Output = T>) -> T {
+        let say = |failed: Option<&Failed>| {
+            self.event(DeployEvent::Waiting { what: what.to_owned(), failed: failed.cloned() });
+        };
+        told(say, work).await
+    }
+
+    fn not_ending(&self, not: &NotEnding) {
+        let NotEnding { broker, instance, why, pause, price, cost } = not;
+        let bills = price.map_or_else(|| "it bills on".to_owned(), |price| format!("it bills {price}"));
+        let so_far =
+            cost.map_or_else(|| "what it cost so far is not known".to_owned(), |cost| format!("{cost} so far"));
+        self.warn(&format!(
+            "{broker} does not end instance {instance} ({why}); next try in {}; {bills}, {so_far}. \
+             By hand: outliers instances terminate {instance} --broker {broker}, or the cloud's own console",
+            Span(*pause)
+        ));
     }
 
     fn state(&self, state: &RunState) {
@@ -529,9 +583,10 @@ fn phase(phase: Phase) -> &'static str {
 /// In words, after "it was ended: ".
 pub fn stray(why: Stray) -> &'static str {
     match why {
-        Stray::UnknownRun => "no run of the ledger accounts for it",
+        Stray::UnknownRun => "its time was up, and no run of the ledger accounts for it",
         Stray::RunClosed => "its run is over",
-        Stray::Superseded => "its run has another instance, or none",
+        Stray::Superseded => "its time was up, and its run has another instance, or none",
+        Stray::Expired => "its time was up, and its run's record cannot be read",
     }
 }
 
@@ -579,6 +634,16 @@ mod tests {
         assert_eq!(ExitStatus::worst([Done, Failed, Done]), Failed);
         assert_eq!(ExitStatus::worst([Failed, TimeUp, Interrupted]), Interrupted);
         assert_eq!(ExitStatus::worst([Interrupted, InstanceLeft, Failed]), InstanceLeft);
+    }
+
+    #[test]
+    fn what_left_no_instance_does_not_say_so() {
+        let silent = Stuck::Silent { message: "no answer".into(), hint: Some("check the key".into()) };
+        assert_eq!(Complaint::of_stuck(&silent).status.number(), 5);
+        let full = LedgerError::Io { path: "/s".into(), source: std::io::ErrorKind::StorageFull.into() };
+        assert_eq!(Complaint::of_stuck(&Stuck::Ledger(full)).status.number(), 1, "a full disk is no cloud");
+        let unknown = Stuck::Broker { message: "no answer".into() };
+        assert_eq!(Complaint::of_stuck(&unknown).status.number(), 6);
     }
 
     #[test]

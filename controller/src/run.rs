@@ -14,6 +14,7 @@
 //! ```
 
 use std::fmt;
+use std::time::Duration;
 
 use outliers_protocol::{Failure, JobSpec};
 use serde::{Deserialize, Serialize};
@@ -25,8 +26,10 @@ use crate::units::{Bytes, Usd, UsdPerHour};
 
 /// What stands between the names of several brokers.
 pub const BETWEEN_BROKERS: &str = ", ";
-/// An instance may bill so much more than its offer said where no cap was given.
+/// An instance may bill so much more than its offer said where nobody was asked and no cap was given.
 const PRICE_SLACK: f64 = 1.1;
+/// So many times as long as the estimate has to be paid for before an offer is taken for less than the time limit.
+const ROOM: f64 = 2.0;
 
 /// What a run is to do. Fixed when the run is planned; everything a later process needs to carry on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -59,6 +62,12 @@ pub struct RunSpec {
     /// No instance is rented that could cost more than what is left of this until its time is up. All runs of a survey share it.
     #[serde(default)]
     pub budget: Option<Usd>,
+    /// What was agreed to: all instances of the run together cost no more. `None`: nobody was asked.
+    #[serde(default)]
+    pub agreed: Option<Usd>,
+    /// Only offers are taken on which the run is estimated to end within its time limit.
+    #[serde(default)]
+    pub only_in_time: bool,
     /// Folder of this machine below which the results' folder appears.
     pub results: String,
     /// The survey that it is part of.
@@ -76,10 +85,34 @@ pub struct Membership {
 }
 
 impl RunSpec {
+    /// What must not be exceeded by this run, whatever its instances bill.
+    pub fn ceiling(&self) -> Option<Usd> {
+        self.agreed.filter(|_| !planted(Mutant::ConsentIgnored))
+    }
+
     /// What an instance of this offer may bill at most; one that bills more is not kept.
-    pub fn agreed(&self, offer: &Offer) -> UsdPerHour {
-        let cap = self.request.max_price;
-        cap.unwrap_or_else(|| UsdPerHour::from_dollars(offer.price.0.dollars() * PRICE_SLACK))
+    pub fn highest_price(&self, offer: &Offer) -> UsdPerHour {
+        let slack = || UsdPerHour::from_dollars(offer.price.0.dollars() * PRICE_SLACK);
+        if self.ceiling().is_some() { offer.price } else { self.request.max_price.unwrap_or_else(slack) }
+    }
+
+    /// How long an instance of this offer may exist: until the time limit, or for as long as what was agreed lasts of which `spent`
+    /// is gone.
+    pub fn time_on(&self, offer: &Offer, spent: Usd) -> Duration {
+        let limit = Duration::from_secs(self.max_duration_s);
+        let lasts = self.ceiling().and_then(|agreed| offer.price.time(agreed - spent));
+        lasts.map_or(limit, |lasts| lasts.min(limit))
+    }
+
+    /// Whether the time limit allows for what the run takes on this offer, or nobody minds.
+    pub fn is_in_time(&self, offer: &Offer) -> bool {
+        !self.only_in_time || !self.work.on(offer).is_over(Duration::from_secs(self.max_duration_s))
+    }
+
+    /// Whether what was agreed, of which `spent` is gone, pays for this offer until the time limit, or for the work with room.
+    pub fn pays_for(&self, offer: &Offer, spent: Usd) -> bool {
+        let needed = (self.work.on(offer).seconds * ROOM).min(self.max_duration_s as f64);
+        self.time_on(offer, spent).as_secs_f64() >= needed
     }
 
     /// The brokers that may be rented from, one by one.
@@ -405,7 +438,7 @@ pub struct Trouble {
 pub enum TroubleKind {
     /// No offer passes the filters, or none could be had.
     NoOffer,
-    /// What is left of the budget does not pay for any offer until its time limit.
+    /// What is left of the budget, or of what was agreed, pays for no offer.
     Budget,
     /// The cloud refused us: key, funds, or a request it does not like.
     Broker,
@@ -758,6 +791,20 @@ mod tests {
         let price = |state: RunState| state.rental().unwrap().price;
         assert_eq!(price(created(None)), UsdPerHour::from_dollars(1.0));
         assert_eq!(price(created(Some(UsdPerHour::from_dollars(2.0)))), UsdPerHour::from_dollars(2.0));
+    }
+
+    #[test]
+    fn what_is_left_of_what_was_agreed_is_the_time_that_is_left() {
+        let hour = crate::deploy::fake::spec(std::path::Path::new("/r"));
+        let agreed = RunSpec { agreed: Some(Usd::from_dollars(1.0)), ..hour.clone() };
+        let time = |spec: &RunSpec, spent: f64| spec.time_on(&offer(), Usd::from_dollars(spent)).as_secs();
+        assert_eq!([0.0, 0.5, 1.0, 2.0].map(|spent| time(&agreed, spent)), [3600, 1800, 0, 0]);
+        assert_eq!([0.0, 2.0].map(|spent| time(&hour, spent)), [3600, 3600], "nobody was asked");
+        // The work is estimated to take five minutes and some seconds, of which twice as much has to be there.
+        let pays = |spent: f64| agreed.pays_for(&offer(), Usd::from_dollars(spent));
+        assert_eq!([0.0, 0.8, 0.9].map(pays), [true, true, false]);
+        assert_eq!(agreed.highest_price(&offer()), offer().price);
+        assert!(hour.highest_price(&offer()) > offer().price);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use serde::Deserialize;
 use crate::broker::{CLOUDS, CloudKind, local};
 use crate::run::Watch;
 use crate::secret::Secret;
-use crate::units::Bytes;
+use crate::units::{Bytes, Fraction, Positive};
 
 /// Every environment variable this program reads, beside the clouds' keys ([`CloudKind::key_variable`], or the variable that the
 /// settings name).
@@ -218,16 +218,29 @@ struct HubSection {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct ThresholdSection {
-    magnitude: Option<f32>,
-    layer_fraction: Option<f64>,
-    position_fraction: Option<f64>,
+    magnitude: Option<Positive>,
+    layer_fraction: Option<Fraction>,
+    position_fraction: Option<Fraction>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct PlanSection {
-    read_rate: Option<ByteSize>,
-    efficiency: Option<f64>,
+    read_rate: Option<SomeBytes>,
+    efficiency: Option<Fraction>,
+}
+
+/// An amount of memory that is not none.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(try_from = "ByteSize")]
+struct SomeBytes(ByteSize);
+
+impl TryFrom<ByteSize> for SomeBytes {
+    type Error = &'static str;
+
+    fn try_from(size: ByteSize) -> Result<Self, &'static str> {
+        if size.0 > 0 { Ok(Self(size)) } else { Err("it must be a positive number") }
+    }
 }
 
 impl Settings {
@@ -236,8 +249,23 @@ impl Settings {
     /// # Errors
     /// [`SettingsError`] when a file cannot be read or does not make sense, or there is no place for the state.
     pub fn resolve(config: Option<&Path>, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
+        Self::of(user_file(config, environment)?, environment, here)
+    }
+
+    /// The same of a file that makes no sense, of which nothing is taken but its clouds, where these do.
+    ///
+    /// # Errors
+    /// [`SettingsError`] when there is no place for the state.
+    pub fn for_endings(config: Option<&Path>, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
+        let text = user_path(config, environment).and_then(|path| std::fs::read_to_string(path).ok());
+        let table = text.and_then(|text| toml::from_str::<toml::Table>(&text).ok()).unwrap_or_default();
+        let clouds = |brokers: toml::Value| brokers.try_into().ok();
+        let brokers = table.get("brokers").cloned().and_then(clouds).unwrap_or_default();
+        Self::of(File { brokers, ..File::default() }, environment, here)
+    }
+
+    fn of(user: File, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
         let defaults = parse(DEFAULTS, Path::new("config/outliers.toml"))?;
-        let user = user_file(config, environment)?;
         let clouds = clouds(&user.brokers, environment)?;
         let broker = match user.broker.or(defaults.broker).as_deref() {
             None | Some("auto") if clouds.iter().any(|cloud| cloud.key.is_some()) => DefaultBroker::Clouds,
@@ -255,7 +283,8 @@ impl Settings {
         let parallel = user.survey.max_parallel.or(defaults.survey.max_parallel);
         let stagger = user.survey.stagger_seconds.or(defaults.survey.stagger_seconds);
         let requests = user.hub.requests.or(defaults.hub.requests).ok_or_else(|| built_in("hub.requests"))?;
-        let rate = user.plan.read_rate.or(defaults.plan.read_rate);
+        let rate = user.plan.read_rate.or(defaults.plan.read_rate).map(|rate| rate.0);
+        let efficiency = user.plan.efficiency.or(defaults.plan.efficiency);
         Ok(Self {
             state: state_folder(environment)?,
             results: here.join(results),
@@ -271,7 +300,7 @@ impl Settings {
             stagger: Duration::from_secs(stagger.ok_or_else(|| built_in("survey.stagger-seconds"))?.into()),
             thresholds: thresholds(&user.thresholds, &defaults.thresholds),
             read_rate: size(rate, "plan.read-rate")?,
-            efficiency: user.plan.efficiency.or(defaults.plan.efficiency).ok_or_else(|| built_in("plan.efficiency"))?,
+            efficiency: efficiency.ok_or_else(|| built_in("plan.efficiency"))?.get(),
             hub_requests: requests.get(),
             hf_token: hf_token(environment),
             hf_endpoint: environment.get(variables::HF_ENDPOINT).map(str::to_owned),
@@ -319,24 +348,30 @@ fn clouds(
 
 fn thresholds(user: &ThresholdSection, defaults: &ThresholdSection) -> Thresholds {
     let known = Thresholds::default();
+    let share =
+        |user: Option<Fraction>, default: Option<Fraction>, known: f64| user.or(default).map_or(known, Fraction::get);
     Thresholds {
-        magnitude: user.magnitude.or(defaults.magnitude).unwrap_or(known.magnitude),
-        layer_fraction: user.layer_fraction.or(defaults.layer_fraction).unwrap_or(known.layer_fraction),
-        position_fraction: user.position_fraction.or(defaults.position_fraction).unwrap_or(known.position_fraction),
+        magnitude: user.magnitude.or(defaults.magnitude).map_or(known.magnitude, |magnitude| magnitude.get() as f32),
+        layer_fraction: share(user.layer_fraction, defaults.layer_fraction, known.layer_fraction),
+        position_fraction: share(user.position_fraction, defaults.position_fraction, known.position_fraction),
     }
 }
 
 fn user_file(config: Option<&Path>, environment: &Environment) -> Result<File, SettingsError> {
+    let Some(path) = user_path(config, environment) else { return Ok(File::default()) };
+    let text =
+        std::fs::read_to_string(&path).map_err(|source| SettingsError::Unreadable { path: path.clone(), source })?;
+    parse(&text, &path)
+}
+
+fn user_path(config: Option<&Path>, environment: &Environment) -> Option<PathBuf> {
     let named = config.map(Path::to_owned).or_else(|| environment.path(variables::CONFIG));
     let usual = || {
         let base = environment.path(variables::XDG_CONFIG_HOME);
         let base = base.or_else(|| Some(environment.path(variables::HOME)?.join(".config")))?;
         Some(base.join("outliers/outliers.toml")).filter(|path| path.exists())
     };
-    let Some(path) = named.or_else(usual) else { return Ok(File::default()) };
-    let text =
-        std::fs::read_to_string(&path).map_err(|source| SettingsError::Unreadable { path: path.clone(), source })?;
-    parse(&text, &path)
+    named.or_else(usual)
 }
 
 fn parse(text: &str, path: &Path) -> Result<File, SettingsError> {
@@ -520,6 +555,14 @@ mod tests {
             ("[worker]\nbinary = 3", "binary"),
             ("[survey]\nmax-parallel = 0", "max-parallel"),
             ("[hub]\nrequests = 0", "requests"),
+            ("[thresholds]\nmagnitude = nan", "magnitude"),
+            ("[thresholds]\nmagnitude = 0", "magnitude"),
+            ("[thresholds]\nlayer-fraction = 1.5", "layer-fraction"),
+            ("[thresholds]\nposition-fraction = -0.06", "position-fraction"),
+            ("[plan]\nefficiency = 0.0", "efficiency"),
+            ("[plan]\nefficiency = inf", "efficiency"),
+            ("[plan]\nread-rate = '0 GiB'", "read-rate"),
+            ("[run]\nmax-duration = '0s'", "max-duration"),
             ("= 3", "1"),
         ] {
             let error = resolve(Some(text), &[]).unwrap_err();

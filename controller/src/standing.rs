@@ -6,7 +6,7 @@ use std::time::Duration;
 use outliers_protocol::{Axis, Reading, Results, files};
 use serde::Serialize;
 
-use crate::ledger::{Ledger, LedgerError, RunRecord};
+use crate::ledger::{Ledger, LedgerError, Records, RunRecord, Unreadable};
 use crate::run::{Ending, RunEvent, RunState};
 use crate::survey::Index;
 use crate::units::{Usd, UsdPerHour};
@@ -20,6 +20,9 @@ pub struct Standing {
     pub under_way: Vec<UnderWay>,
     /// Runs that are, oldest first.
     pub over: Vec<Over>,
+    /// Runs whose records cannot be read; what they cost is not among the figures.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unreadable: Vec<Unreadable>,
     /// Surveys among the results, by name.
     pub surveys: Vec<SurveyStanding>,
     /// By all runs of the ledger.
@@ -122,14 +125,14 @@ impl Standing {
     /// # Errors
     /// What the ledger says.
     pub fn look(ledger: &Ledger, results: &Path, now_ms: u64) -> Result<Self, LedgerError> {
-        let runs = ledger.runs()?;
+        let Records { runs, unreadable } = ledger.records()?;
         let mut driven = Vec::new();
         for run in runs.iter().filter(|run| !run.state.is_closed()) {
             if ledger.is_driven(&run.id)? {
                 driven.push(run.id.clone());
             }
         }
-        Ok(Self::of(&runs, &driven, surveys(results), now_ms))
+        Ok(Self { unreadable, ..Self::of(&runs, &driven, surveys(results), now_ms) })
     }
 
     /// From the runs, those that a process drives, and the surveys' folders and indices.
@@ -144,6 +147,7 @@ impl Standing {
             at: now_ms / 1000,
             reserved: open.iter().map(left).sum(),
             under_way: open.iter().map(|run| UnderWay::of(run, driven.contains(&run.id), now_ms)).collect(),
+            unreadable: Vec::new(),
             over: closed.iter().map(|run| Over::of(run, runs, now_ms)).collect(),
             surveys: surveys
                 .into_iter()

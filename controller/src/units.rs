@@ -33,12 +33,25 @@ impl Usd {
     pub const fn micros(self) -> i64 {
         self.0
     }
+
+    /// The next whole cent: what is shown with two digits is then no less than what is meant.
+    #[must_use]
+    pub const fn up_to_cents(self) -> Self {
+        Self((self.0 + 9_999).div_euclid(10_000) * 10_000)
+    }
 }
 
 impl std::ops::Add for Usd {
     type Output = Self;
     fn add(self, other: Self) -> Self {
         Self(self.0 + other.0)
+    }
+}
+
+impl std::ops::Sub for Usd {
+    type Output = Self;
+    fn sub(self, other: Self) -> Self {
+        Self(self.0 - other.0)
     }
 }
 
@@ -71,12 +84,67 @@ impl UsdPerHour {
     pub fn cost(self, time: std::time::Duration) -> Usd {
         Usd::from_dollars(self.0.dollars() * time.as_secs_f64() / 3600.0)
     }
+
+    /// For how long so much money lasts, in whole seconds; `None`: for ever.
+    pub fn time(self, money: Usd) -> Option<std::time::Duration> {
+        let seconds = money.micros().max(0) as f64 * 3600.0 / self.0.micros() as f64;
+        (seconds < 1e12).then(|| std::time::Duration::from_secs(seconds as u64))
+    }
 }
 
 impl fmt::Display for UsdPerHour {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/h", self.0)
     }
+}
+
+/// Declares a number that people give, with its bounds: everything out of them is refused where it is
+/// read, on the command line and in files alike.
+macro_rules! bounded {
+    ($(#[$doc:meta])* $name:ident, $most:literal, $rule:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, PartialOrd, Deserialize)]
+        #[serde(try_from = "f64")]
+        pub struct $name(f64);
+
+        impl $name {
+            /// The number itself.
+            pub fn get(self) -> f64 {
+                self.0
+            }
+        }
+
+        impl TryFrom<f64> for $name {
+            type Error = String;
+
+            fn try_from(number: f64) -> Result<Self, String> {
+                // NaN is in no range.
+                let fits = (LEAST..=$most).contains(&number);
+                if fits { Ok(Self(number)) } else { Err(format!(concat!("it must be ", $rule, ", not {}"), number)) }
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = String;
+
+            fn from_str(text: &str) -> Result<Self, String> {
+                text.parse::<f64>().map_err(|_| concat!("it must be ", $rule).to_owned())?.try_into()
+            }
+        }
+    };
+}
+
+/// Less than any amount, rate or share that somebody can mean; what is divided by it stays finite.
+const LEAST: f64 = 1e-9;
+
+bounded! {
+    /// An amount or a rate.
+    Positive, 1e6, "a positive number up to 1000000"
+}
+
+bounded! {
+    /// A share of something.
+    Fraction, 1.0, "a positive number up to 1"
 }
 
 /// Bytes.
@@ -154,5 +222,30 @@ impl From<CudaVersion> for String {
 impl fmt::Display for CudaVersion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_that_nobody_can_mean_are_refused_wherever_they_are_read() {
+        #[derive(Debug, Deserialize)]
+        struct File {
+            amount: Option<Positive>,
+            share: Option<Fraction>,
+        }
+        for text in ["nan", "-nan", "inf", "-inf", "0", "0.0", "-1", "-0.5", "1e99", "1e-300"] {
+            assert!(text.parse::<Positive>().is_err() && text.parse::<Fraction>().is_err(), "{text}");
+            for key in ["amount", "share"] {
+                let error = toml::from_str::<File>(&format!("{key} = {text}")).unwrap_err().to_string();
+                assert!(error.contains(key) && error.contains("positive number"), "{error}");
+            }
+        }
+        assert!("1.5".parse::<Fraction>().is_err() && "much".parse::<Positive>().is_err());
+        assert_eq!("1.5".parse::<Positive>().map(Positive::get), Ok(1.5));
+        let file: File = toml::from_str("amount = 3\nshare = 1").unwrap();
+        assert_eq!((file.amount.map(Positive::get), file.share.map(Fraction::get)), (Some(3.0), Some(1.0)));
     }
 }

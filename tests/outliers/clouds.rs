@@ -19,18 +19,18 @@ mod kills;
 const FIXTURE: &str = "olmoe-bf16";
 
 /// A desk on which only these clouds are known.
-struct Place {
-    desk: Desk,
+pub(super) struct Place {
+    pub(super) desk: Desk,
     /// Where the hosts' tools lie: an `nvidia-smi` that names the GPUs that were rented.
     tools: tempfile::TempDir,
 }
 
 impl Place {
-    fn new(clouds: &[&FakeCloud]) -> Self {
+    pub(super) fn new(clouds: &[&FakeCloud]) -> Self {
         Self::with_settings(clouds, "")
     }
 
-    fn with_settings(clouds: &[&FakeCloud], more: &str) -> Self {
+    pub(super) fn with_settings(clouds: &[&FakeCloud], more: &str) -> Self {
         let tools = tempfile::tempdir().unwrap();
         let smi = tools.path().join("nvidia-smi");
         let script = "#!/bin/sh\ncase \"$*\" in *query-gpu*) \
@@ -205,6 +205,92 @@ fn gpus_that_the_worker_would_not_use_are_not_rented() {
     assert_eq!(demanding.code, Some(3), "{demanding:?}");
     assert!(format!("{demanding:?}").contains("a driver for the worker (CUDA 99.0)"), "{demanding:?}");
     assert_eq!(cloud.world().count(Op::Create), 0);
+}
+
+/// Of an offer that is dearer than the one that was shown, as much time is rented as what was agreed pays for.
+#[test]
+fn what_is_paid_is_no_more_than_what_was_shown() {
+    let cloud = FakeCloud::start(Vast);
+    let place = Place::new(&[&cloud]);
+    if place.host(&cloud).is_none() {
+        return;
+    }
+    {
+        let mut world = cloud.world();
+        world.stock = vec![Stock::plain("1001", Gpu::A100, 1, 1.5), Stock::plain("1002", Gpu::A100, 1, 1.65)];
+        world.fail(Op::Create, How::Refuse(Refusal::NoCapacity));
+    }
+    let plan = Place::deployment().into_iter().map(|word| if word == "-y" { "--dry-run".to_owned() } else { word });
+    let said = place.desk.run(plan).ok();
+    let plan: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+    let at_most = plan["at_most"].as_i64().unwrap();
+    assert!(at_most > 9_000_000 && at_most % 10_000 == 0, "six hours, to the cent above: {at_most}");
+
+    let budget = format!("{:.2}", at_most as f64 / 1e6);
+    let said = place.desk.run(Place::deployment().into_iter().chain(["--budget".to_owned(), budget])).ok();
+    let deployed: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+    let run = &deployed["run"];
+    assert_eq!(run["spec"]["agreed"], at_most, "{said:?}");
+    let rented = &run["events"][2];
+    assert_eq!(rented["event"], "creating", "{said:?}");
+    let (price, tag) =
+        (rented["intent"]["offer"]["price"].as_f64().unwrap(), rented["intent"]["tag"].as_str().unwrap());
+    let deadline: f64 = tag.rsplit('-').next().unwrap().parse().unwrap();
+    let time = deadline - rented["at_ms"].as_f64().unwrap() / 1000.0;
+    assert!(price > 1_650_000.0 && time < 6.0 * 3600.0 && price * time / 3600.0 <= at_most as f64, "{said:?}");
+    assert!(deployed["cost_micro_usd"].as_i64().unwrap() <= at_most);
+    nothing_left(&cloud);
+}
+
+/// The start of an instance alone is estimated to take five minutes.
+#[test]
+fn a_run_that_would_be_cut_short_is_refused_unless_that_is_allowed() {
+    let cloud = FakeCloud::start(Vast);
+    let place = Place::with_settings(&[&cloud], "[run]\nmax-duration = \"2m\"\n");
+    let run = |more: &[&str]| {
+        let usual = Place::deployment().into_iter().filter(|word| word != "-y");
+        place.desk.run(usual.chain(more.iter().map(|word| (*word).to_owned())))
+    };
+    for typed in [&["--dry-run"][..], &["-y"]] {
+        let said = run(typed);
+        assert_eq!(said.code, Some(2), "{said:?}");
+        let words = ["longer than its time limit of 2 min 00 s", "--max-duration 6m", "--allow-cut-short"];
+        assert!(words.iter().all(|word| said.stderr.contains(word)), "{said:?}");
+    }
+    assert_eq!(cloud.world().count(Op::Create), 0);
+    drop(run(&["--dry-run", "--max-duration", "6m"]).ok());
+    drop(run(&["--dry-run", "--allow-cut-short"]).ok());
+
+    let said = place.desk.run(["offers", "--gpu-filter", "a100"]).ok();
+    assert!(said.stdout.contains("(!)") && said.stdout.contains("time limit of 2 min 00 s"), "{said:?}");
+    let found = place.desk.json(&["offers", "--gpu-filter", "a100"]);
+    assert_eq!(found["offers"][0]["over_limit"], true, "{found:#}");
+}
+
+#[test]
+fn a_clock_that_is_off_by_hours_rents_nothing_and_a_little_less_exact_one_keeps_the_clouds_time() {
+    let cloud = FakeCloud::start(Vast);
+    let place = Place::new(&[&cloud]);
+    for (ahead, said) in [(7 * 3600 + 30, "7 h 00 min behind that of vast"), (-7 * 3600, "ahead of that of vast")] {
+        cloud.world().clock_ahead = ahead;
+        let refused = place.deploy();
+        assert!(refused.code == Some(2) && refused.stderr.contains(said), "{refused:?}");
+        let doctor = place.desk.run(["doctor"]);
+        assert!(doctor.stdout.contains("its clock is"), "{doctor:?}");
+    }
+    assert_eq!(cloud.world().count(Op::Create), 0);
+
+    cloud.world().clock_ahead = 200;
+    cloud.world().stock = vec![Stock::plain("1001", Gpu::A100, 1, 1.5)];
+    if place.host(&cloud).is_none() {
+        return;
+    }
+    let said = place.deploy().ok();
+    let deployed: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+    let asked = &deployed["run"]["events"][0];
+    let deadline: f64 = asked["intent"]["tag"].as_str().unwrap().rsplit('-').next().unwrap().parse().unwrap();
+    let after = deadline - asked["at_ms"].as_f64().unwrap() / 1000.0 - 6.0 * 3600.0;
+    assert!((195.0..=205.0).contains(&after), "{after}");
 }
 
 /// Every cloud in one table; one that does not answer is left out, and said so.

@@ -52,6 +52,19 @@ fn worker_is_busy(desk: &Desk) -> bool {
 }
 
 #[test]
+fn runs_of_the_same_job_are_named_before_another_is_rented() {
+    let desk = Desk::new();
+    let first = desk.run(fixture("llama-f32", &["--num-sequences", "1"])).ok();
+    assert!(!first.stderr.contains("of the same job"), "{first:?}");
+    let again = desk.run(fixture("llama-f32", &["--num-sequences", "1", "--dry-run"])).ok();
+    let folder = desk.results_folder();
+    let said = format!("of the same job is complete: {}", folder.display());
+    assert!(again.stderr.contains(&said), "{again:?}");
+    let other = desk.run(fixture("llama-f32", &["--num-sequences", "2", "--dry-run"])).ok();
+    assert!(!other.stderr.contains("of the same job"), "{other:?}");
+}
+
+#[test]
 fn a_kept_instance_can_be_shown_and_entered() {
     let desk = Desk::new();
     let _ = desk.run(fixture("llama-f32", &["--keep-running", "--num-sequences", "1"])).ok();

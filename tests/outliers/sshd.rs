@@ -123,6 +123,8 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
         max_duration_s: 600,
         watch: Watch { lease_s: 600, unclaimed_s: 600 },
         budget: None,
+        agreed: None,
+        only_in_time: false,
         results: text(results.to_owned()),
         survey: None,
     }

@@ -11,11 +11,12 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::wire::{self, GIB};
+use super::wire::{self, GIB, lenient};
 use super::{
     Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
     InstanceState, Lease, LeaseTag, Offer, Offers, Tier,
 };
+use crate::gpu;
 use crate::http::{Call, Effect, Http, Method, Reply};
 use crate::text::clean;
 use crate::units::UsdPerHour;
@@ -75,6 +76,10 @@ impl Broker for Lambda {
         Capabilities::default()
     }
 
+    fn clock_skew(&self) -> Option<i64> {
+        self.http.clock_skew()
+    }
+
     async fn check(&self) -> Result<Account, BrokerError> {
         // The API has no call that says whose a key is.
         self.list().await.map(|_| Account::default())
@@ -117,15 +122,13 @@ impl Broker for Lambda {
     }
 
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
-        let machines: Vec<Machine> = self.ask(Call::get("/instances"), "a list of instances").await?;
-        let live = machines.into_iter().filter(|machine| !machine.is_gone());
-        Ok(live.map(|machine| machine.into_instance(&self.door)).collect())
+        let machines: Vec<Value> = self.ask(Call::get("/instances"), "a list of instances").await?;
+        Ok(wire::entries(NAME, &machines, |machine: Machine| machine.live(&self.door)))
     }
 
     async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
-        let machine = self.machine(id).await?;
-        let live = machine.filter(|machine| !machine.is_gone());
-        Ok(live.map(|machine| machine.into_instance(&self.door)))
+        let Some((reply, machine)) = self.machine(id).await? else { return Ok(None) };
+        wire::alone(&reply, NAME, id, &machine, |machine: Machine| machine.live(&self.door))
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
@@ -134,8 +137,9 @@ impl Broker for Lambda {
         let name = match granted(reply) {
             Ok(reply) => {
                 let ended: Data<Ended> = reply.json("a list of terminated instances")?;
-                match ended.data.terminated_instances.into_iter().find(|machine| machine.id == id.0) {
-                    Some(machine) => machine.name,
+                let named = |machine: &&Value| wire::id_of(machine).as_ref() == Some(&id.0);
+                match ended.data.terminated_instances.iter().find(named) {
+                    Some(machine) => machine.get("name").and_then(Value::as_str).map(str::to_owned),
                     None => {
                         let unnamed = reply.error(reply.unclear(), "its answer does not name the instance");
                         self.ended_nevertheless(id, unnamed).await?
@@ -173,12 +177,16 @@ impl Lambda {
         }
     }
 
-    async fn machine(&self, id: &InstanceId) -> Result<Option<Machine>, BrokerError> {
+    /// What the cloud says of one, unread.
+    async fn machine(&self, id: &InstanceId) -> Result<Option<(Reply, Value)>, BrokerError> {
         let Some(segment) = wire::segment(&id.0) else {
             return Err(self.error(BrokerErrorKind::Rejected, format!("{:?} is no id of this cloud's", id.0)));
         };
-        match self.ask(Call::get(format!("/instances/{segment}")), "an instance").await {
-            Ok(machine) => Ok(Some(machine)),
+        match granted(self.http.call(Call::get(format!("/instances/{segment}"))).await?) {
+            Ok(reply) => {
+                let machine = reply.json::<Data<Value>>("an instance")?.data;
+                Ok(Some((reply, machine)))
+            }
             Err(error) if error.kind == BrokerErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
@@ -190,12 +198,13 @@ impl Lambda {
         if refused.kind == BrokerErrorKind::NotFound {
             return Ok(None);
         }
-        let Some(machine) = self.machine(id).await? else { return Ok(None) };
-        if machine.is_gone() || machine.status == "terminating" {
+        let Some((_, machine)) = self.machine(id).await? else { return Ok(None) };
+        let Ok(machine) = serde_json::from_value::<Machine>(machine) else { return Err(refused) };
+        if machine.is_gone() || machine.status.as_deref() == Some("terminating") {
             return Ok(machine.name);
         }
         // It says `vm-has-not-launched` of one that it is still making: that passes.
-        match machine.actions.terminate.filter(|action| !action.available) {
+        match machine.actions.and_then(|actions| actions.terminate).filter(|action| !action.available) {
             Some(Action { reason_code: Some(why), .. }) if why == "vm-is-terminating" => Ok(machine.name),
             Some(Action { reason_code, .. }) => {
                 let why = clean(reason_code.unwrap_or_default().as_bytes(), 80);
@@ -298,7 +307,8 @@ struct Launched {
 
 #[derive(Deserialize)]
 struct Ended {
-    terminated_instances: Vec<Machine>,
+    /// Each read by itself.
+    terminated_instances: Vec<Value>,
 }
 
 #[derive(Deserialize)]
@@ -376,16 +386,14 @@ fn offers_of(entry: Value) -> Vec<Result<Offer, String>> {
 }
 
 fn offer(instance: &InstanceType, region: &Region) -> Result<Offer, String> {
-    // Grace machines run no x86 programs; nothing but the name tells them.
-    if instance.name.contains("gh200") || instance.name.contains("gb200") {
-        return Err("with an ARM processor".to_owned());
-    }
     let price = instance.price().ok_or("without a price that can be one")?;
     let goods = Goods { instance_type: instance.name.clone(), region: region.name.clone() };
     let key = serde_json::to_string(&goods).map_err(|error| error.to_string())?;
     let specs = &instance.specs;
     let offer = Offer::new(NAME, key, specs.gpus, price);
     let offer = if specs.gpus > 0 { offer.with_gpu(&instance.gpu(), instance.vram()) } else { offer };
+    // `gpu_1x_gh200`: a description may leave the module out.
+    let arm = offer.arm || gpu::is_with_arm(&instance.name);
     let place = match &region.description {
         Some(description) => format!("{} ({description})", region.name),
         None => region.name.clone(),
@@ -396,6 +404,7 @@ fn offer(instance: &InstanceType, region: &Region) -> Result<Offer, String> {
         disk: specs.storage_gib.and_then(|gib| wire::size(gib, GIB)),
         region: Some(clean(place.as_bytes(), 100)),
         tier: Some(Tier::Secure),
+        arm,
         ..offer
     })
 }
@@ -403,18 +412,23 @@ fn offer(instance: &InstanceType, region: &Region) -> Result<Offer, String> {
 /// An instance on the wire.
 #[derive(Deserialize)]
 struct Machine {
+    #[serde(deserialize_with = "wire::id")]
     id: String,
     name: Option<String>,
-    status: String,
+    #[serde(default, deserialize_with = "wire::word")]
+    status: Option<String>,
     /// Missing until it has one.
+    #[serde(default, deserialize_with = "lenient")]
     ip: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
     instance_type: Option<InstanceType>,
-    #[serde(default)]
-    actions: Actions,
+    #[serde(default, deserialize_with = "lenient")]
+    actions: Option<Actions>,
 }
 
-#[derive(Default, Deserialize)]
+#[derive(Deserialize)]
 struct Actions {
+    #[serde(default, deserialize_with = "lenient")]
     terminate: Option<Action>,
 }
 
@@ -426,17 +440,23 @@ struct Action {
 
 impl Machine {
     fn is_gone(&self) -> bool {
-        self.status == "terminated"
+        self.status.as_deref() == Some("terminated")
+    }
+
+    /// `None`: it is no more.
+    fn live(self, door: &Door) -> Option<Instance> {
+        (!self.is_gone()).then(|| self.into_instance(door))
     }
 
     fn state(&self, door: &Door) -> InstanceState {
-        match (self.status.as_str(), &self.ip) {
+        let status = self.status.as_deref().unwrap_or_default();
+        match (status, &self.ip) {
             ("booting", _) | ("active", None) => InstanceState::Booting,
             ("active", Some(ip)) => match wire::endpoint(&door.user, ip, door.port) {
                 Some(endpoint) => InstanceState::Ready(endpoint),
                 None => InstanceState::Unknown(format!("its address is `{}`", clean(ip.as_bytes(), 80))),
             },
-            ("unhealthy" | "preempted", _) => InstanceState::Failed(format!("the cloud calls it {}", self.status)),
+            ("unhealthy" | "preempted", _) => InstanceState::Failed(format!("the cloud calls it {status}")),
             ("terminating" | "terminated", _) => InstanceState::Terminating,
             (other, _) => InstanceState::Unknown(clean(other.as_bytes(), 80)),
         }
@@ -512,13 +532,24 @@ mod tests {
         let here = || json!([{"name": "r"}]);
         for (entry, why) in [
             (entry("gpu_8x_h100", "H100 (80 GB SXM5)", json!(249), json!([])), "sold out"),
-            (entry("gpu_1x_gh200", "GH200 (96 GB)", json!(149), here()), "with an ARM processor"),
             (entry("gpu_1x", "A10 (24 GB)", json!(-1), here()), "without a price that can be one"),
             (entry("gpu_1x", "A10 (24 GB)", json!(1e12), here()), "without a price that can be one"),
             (entry("gpu_1x", "A10 (24 GB)", json!("75"), here()), "described in a way that is not understood"),
             (json!(17), "described in a way that is not understood"),
         ] {
             assert_eq!(offers_of(entry), [Err(why.to_owned())]);
+        }
+    }
+
+    #[test]
+    fn a_grace_machine_has_an_arm_processor() {
+        for (name, words, arm) in [
+            ("gpu_1x_gh200", "GH200 (96 GB)", true),
+            ("gpu_1x_gh200", "Hopper", true),
+            ("gpu_1x_h100_pcie", "H100 (80 GB PCIe)", false),
+        ] {
+            let offers = offers_of(entry(name, words, json!(149), json!([{"name": "r"}])));
+            assert_eq!(offers[0].as_ref().map(|offer| offer.arm), Ok(arm), "{name}");
         }
     }
 

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::wire::{self, GB, GIB};
+use super::wire::{self, GB, GIB, lenient};
 use super::{
     Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, Dropped, GpuRequest, Instance,
     InstanceId, InstanceState, Lease, LeaseTag, Offer, Offers, SshEndpoint, Tier,
@@ -146,6 +146,10 @@ impl Broker for Prime {
         Capabilities { server_deadline: false, self_destruct: false, spot: true }
     }
 
+    fn clock_skew(&self) -> Option<i64> {
+        self.http.clock_skew()
+    }
+
     async fn check(&self) -> Result<Account, BrokerError> {
         let reply = granted(self.http.call(Call::get("/pods/").query("offset", 0).query("limit", 1)).await?)?;
         reply.json::<Page<Value>>("a page of a list")?;
@@ -192,8 +196,8 @@ impl Broker for Prime {
     }
 
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
-        let pods: Vec<Pod> = self.all("/pods/").await?;
-        Ok(pods.into_iter().filter(|pod| !pod.is_over()).map(Pod::into_instance).collect())
+        let pods: Vec<Value> = self.all("/pods/").await?;
+        Ok(wire::entries(NAME, &pods, Pod::live))
     }
 
     async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
@@ -201,8 +205,9 @@ impl Broker for Prime {
         if is_gone(&reply) {
             return Ok(None);
         }
-        let pod: Pod = granted(reply)?.json("an instance")?;
-        Ok(Some(pod).filter(|pod| !pod.is_over()).map(Pod::into_instance))
+        let reply = granted(reply)?;
+        let pod: Value = reply.json("an instance")?;
+        wire::alone(&reply, NAME, id, &pod, Pod::live)
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
@@ -462,15 +467,24 @@ struct SshKey {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Pod {
+    #[serde(deserialize_with = "wire::id")]
     id: String,
     name: String,
-    status: String,
+    #[serde(default, deserialize_with = "wire::word")]
+    status: Option<String>,
+    #[serde(default, deserialize_with = "wire::word")]
     installation_status: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
     installation_failure: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
     created_at: Option<String>,
-    gpu_name: String,
-    gpu_count: u32,
+    #[serde(default, deserialize_with = "lenient")]
+    gpu_name: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
+    gpu_count: Option<u32>,
+    #[serde(default, deserialize_with = "lenient")]
     price_hr: Option<f64>,
+    #[serde(default, deserialize_with = "lenient")]
     stopped_price_hr: Option<f64>,
     /// Text, a list of texts and nulls, or null.
     ssh_connection: Option<Value>,
@@ -479,7 +493,12 @@ struct Pod {
 impl Pod {
     /// It is in the history, whatever list still shows it.
     fn is_over(&self) -> bool {
-        self.status == "TERMINATED"
+        self.status.as_deref() == Some("TERMINATED")
+    }
+
+    /// `None`: it is over.
+    fn live(self) -> Option<Instance> {
+        (!self.is_over()).then(|| self.into_instance())
     }
 
     fn into_instance(self) -> Instance {
@@ -487,9 +506,10 @@ impl Pod {
         // None given for a stopped one means that it costs what it costs.
         let price =
             if state == InstanceState::Stopped { self.stopped_price_hr.or(self.price_hr) } else { self.price_hr };
+        let gpus = self.gpu_name.unwrap_or_default();
         Instance {
             broker: NAME.to_owned(),
-            hardware: wire::hardware(self.gpu_count, &clean(self.gpu_name.as_bytes(), 60), None),
+            hardware: wire::hardware(self.gpu_count.unwrap_or(1), &clean(gpus.as_bytes(), 60), None),
             id: InstanceId(self.id),
             name: self.name,
             state,
@@ -505,7 +525,7 @@ impl Pod {
                 why.filter(|words| !words.is_empty()).map_or(what.to_owned(), |why| format!("{what}: {why}")),
             )
         };
-        match (self.status.as_str(), self.installation_status.as_deref()) {
+        match (self.status.as_deref().unwrap_or_default(), self.installation_status.as_deref()) {
             ("ERROR", _) => failed("it could not be started"),
             ("PROVISIONING" | "PENDING" | "ACTIVE", Some("ERROR" | "TERMINATED")) => failed("its installation failed"),
             // The address may come later than the word.

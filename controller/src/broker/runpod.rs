@@ -2,7 +2,8 @@
 //!
 //! REST v2 lists, shows and ends pods and says what is in stock. GraphQL does what v2 cannot: it gives a pod a deadline that
 //! RunPod itself keeps (`terminateAfter`), names the memory of the hosts, and rents what may be taken back. So pods are created
-//! through GraphQL and everything else is REST, one account and one address for both.
+//! through GraphQL and everything else is REST, one account and one address for both. Where GraphQL says that it is there no more, pods
+//! are created by REST too: then the guard on the host alone keeps the deadline, memory of hosts is unknown and nothing is bid for.
 
 use async_trait::async_trait;
 use serde::Deserialize;
@@ -102,6 +103,45 @@ impl RunPod {
         order
     }
 
+    /// The same by `POST /v2/pods`, which knows neither deadlines nor bids.
+    async fn create_by_rest(&self, goods: &Goods, lease: &Lease) -> Result<Instance, BrokerError> {
+        if goods.bid_per_gpu.is_some() {
+            let message = "it takes no bids any more: its GraphQL API is gone, and REST has none";
+            return Err(self.error(BrokerErrorKind::Rejected, message));
+        }
+        let call = Call::new(Method::POST, "/v2/pods", Effect::Once).body(self.rest_order(goods, lease));
+        let reply = self.http.call(call).await?;
+        if !reply.is_success() {
+            // No capacity comes as a plain 400, in words.
+            let sold_out = graphql::says_no_capacity(&reply.in_words());
+            return Err(reply.refusal(if sold_out { BrokerErrorKind::NoCapacity } else { refused(reply.status) }));
+        }
+        let made = reply.json::<pod::Pod>("a pod")?.instance();
+        made.ok_or_else(|| reply.error(BrokerErrorKind::Maybe, "the new pod is said to have ended"))
+    }
+
+    /// What REST v2 is given (`CreatePodRequest`).
+    fn rest_order(&self, goods: &Goods, lease: &Lease) -> Value {
+        let mut order = json!({
+            "name": lease.tag.to_string(),
+            "image": self.image,
+            "cloud": tier_word(goods.tier),
+            "gpu": {"id": goods.gpu, "count": goods.count},
+            "disk": goods::disk_gb(Some(lease.disk)),
+            "ports": ["22/tcp"],
+            // Given a key already, it does not add those of the account.
+            "env": {"PUBLIC_KEY": lease.ssh_public_key.trim()},
+            "startSsh": true,
+        });
+        if let Some(place) = &goods.place {
+            order["dataCenterIds"] = json!([place]);
+        }
+        if let Some(cuda) = goods.min_cuda {
+            order["gpu"]["minCudaVersion"] = json!(cuda.to_string());
+        }
+        order
+    }
+
     /// One page of `GET /v2/pods`. The documents know of no pages; the server has been seen to make some.
     async fn page(&self, cursor: Option<&str>) -> Result<pod::Page, BrokerError> {
         let call = Call::get("/v2/pods");
@@ -140,7 +180,7 @@ struct Myself {
 #[serde(rename_all = "camelCase")]
 struct Created {
     id: String,
-    #[serde(default, deserialize_with = "pod::lenient")]
+    #[serde(default, deserialize_with = "wire::lenient")]
     cost_per_hr: Option<f64>,
 }
 
@@ -154,9 +194,16 @@ impl Broker for RunPod {
         Capabilities { server_deadline: true, self_destruct: true, spot: true }
     }
 
+    fn clock_skew(&self) -> Option<i64> {
+        self.http.clock_skew()
+    }
+
     async fn check(&self) -> Result<Account, BrokerError> {
         // REST v2 has no account. And a key that may not use GraphQL could not rent.
-        let myself: Myself = MYSELF.ask(&self.http, json!({})).await?;
+        let Some(myself) = MYSELF.ask::<Myself>(&self.http, json!({})).await? else {
+            self.page(None).await?;
+            return Ok(Account::default());
+        };
         let balance = myself.client_balance.filter(|balance| balance.abs() < 1e9).map(Usd::from_dollars);
         Ok(Account { who: myself.email.or(myself.id), balance })
     }
@@ -171,7 +218,8 @@ impl Broker for RunPod {
             self.error(BrokerErrorKind::Rejected, format!("{:?} is no offer of this broker", offer.key))
         })?;
         let operation = if goods.bid_per_gpu.is_some() { RENT } else { DEPLOY };
-        let created: Created = operation.ask(&self.http, json!({"input": self.order(&goods, lease)})).await?;
+        let created = operation.ask::<Created>(&self.http, json!({"input": self.order(&goods, lease)})).await?;
+        let Some(created) = created else { return self.create_by_rest(&goods, lease).await };
         let disk = goods::disk_gb(Some(lease.disk));
         Ok(Instance {
             broker: NAME.to_owned(),
@@ -190,7 +238,10 @@ impl Broker for RunPod {
         for _ in 0..MOST_PAGES {
             let page = self.page(cursor.as_deref()).await?;
             let next = page.next().map_err(|why| self.error(BrokerErrorKind::Unavailable, why))?;
-            found.extend(page.pods.iter().filter_map(pod::Pod::instance));
+            if next.is_some() && next == cursor {
+                return Err(self.error(BrokerErrorKind::Unavailable, "its list of pods repeats a page"));
+            }
+            found.extend(wire::entries(NAME, &page.pods, |pod: pod::Pod| pod.instance()));
             if next.is_none() {
                 return Ok(found);
             }
@@ -204,7 +255,8 @@ impl Broker for RunPod {
         if reply.status == 404 {
             return Ok(None);
         }
-        Ok(accepted(&reply)?.json::<pod::Pod>("a pod")?.instance())
+        let pod: Value = accepted(&reply)?.json("a pod")?;
+        wire::alone(&reply, NAME, id, &pod, |pod: pod::Pod| pod.instance())
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {

@@ -6,11 +6,10 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use serde::de::{DeserializeOwned, Deserializer};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::wire::{self, GB, MIB};
+use super::wire::{self, GB, MIB, lenient};
 use super::{
     Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
     InstanceState, Lease, Offer, Offers, SshEndpoint, Tier,
@@ -32,7 +31,8 @@ pub const CLOUD: CloudKind = CloudKind {
 
 const NAME: &str = "vast";
 
-/// Calls of one kind, and how far apart they have to be. Its refusals name intervals of 1 to 4.5 s and no time to wait.
+/// Calls of one kind, and how far apart they have to be. Its refusals name intervals of 1 to 4.5 s, and since late 2026 a time to
+/// wait (`Retry-After`).
 const PACES: &[(&str, Duration)] = &[
     (SEARCH, Duration::from_secs(5)),
     (CREATE, Duration::from_secs(5)),
@@ -46,6 +46,9 @@ const LIST: &str = "show instances";
 const GET: &str = "show instance";
 const DESTROY: &str = "destroy instance";
 
+/// Of a refusal "too often" that no wait of seconds ends: the account's searches are used up for now.
+const QUOTA_IS_USED_UP: &str = "search_quota_exceeded";
+
 /// Most offers in one reply, which has no second page; an unrestricted search finds fewer.
 const MOST_OFFERS: u32 = 3000;
 /// Most instances on a page.
@@ -54,15 +57,18 @@ const PAGE: usize = 25;
 const MOST_PAGES: usize = 1000;
 /// A host whose contract ends sooner is not worth a start. Seconds.
 const SHORTEST_CONTRACT: u64 = 6 * 3600;
-/// Drivers report less than the nominal memory of a GPU, at most this much less.
-const REPORTED_OF_NOMINAL: f64 = 0.93;
+/// Drivers report less than the nominal memory of a GPU, at most this much less ([`crate::gpu::nominal_vram`]).
+const REPORTED_OF_NOMINAL: f64 = 0.9;
+/// Figures of the cloud that are rounded here may be so much less before that: CUDA versions, and dollars.
+const ROUNDING: (f64, f64) = (0.06, 1e-6);
 /// Disk of an instance for which nobody asked for more; the cloud's own default is 8. GB.
 const SMALLEST_DISK: u64 = 10;
 /// What can be bid, in dollars per hour.
 const BIDS: std::ops::RangeInclusive<f64> = 0.001..=128.0;
 
 fn connect(access: Access) -> Box<dyn Broker> {
-    let http = PACES.iter().fold(access.http, |http, (name, every)| http.paced(Some(name), *every));
+    let http = access.http.final_when(&[QUOTA_IS_USED_UP]);
+    let http = PACES.iter().fold(http, |http, (name, every)| http.paced(Some(name), *every));
     Box::new(Vast { http, image: access.image })
 }
 
@@ -121,6 +127,10 @@ impl Broker for Vast {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities { server_deadline: false, self_destruct: true, spot: true }
+    }
+
+    fn clock_skew(&self) -> Option<i64> {
+        self.http.clock_skew()
     }
 
     async fn check(&self) -> Result<Account, BrokerError> {
@@ -186,7 +196,7 @@ impl Broker for Vast {
                 Some(next) if token.as_ref() != Some(&next) => token = Some(next),
                 Some(_) => break,
                 None if contracts.len() >= page.total_instances => {
-                    return Ok(contracts.into_iter().map(Contract::into_instance).collect());
+                    return Ok(wire::entries(NAME, &contracts, |contract: Contract| Some(contract.into_instance())));
                 }
                 None => {
                     let message = format!("it lists {} of {} instances", contracts.len(), page.total_instances);
@@ -204,7 +214,12 @@ impl Broker for Vast {
             return Ok(None);
         }
         let reply = granted(reply)?;
-        Ok(reply.json::<Single>("an instance")?.instances.map(Contract::into_instance))
+        match reply.json::<Single>("an instance")?.instances {
+            Some(contract) => {
+                wire::alone(&reply, NAME, id, &contract, |contract: Contract| Some(contract.into_instance()))
+            }
+            None => Ok(None),
+        }
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
@@ -216,6 +231,14 @@ impl Broker for Vast {
         }
         let reply = granted(reply)?;
         reply.json::<Destroyed>("a confirmation").map(drop)
+    }
+
+    async fn price_rise(&self, id: &InstanceId) -> Result<Option<String>, BrokerError> {
+        let contract = self.number(id)?;
+        let reply = granted(self.http.call(Call::get("/v0/instances/pending-price-increases/").at_pace(GET)).await?)?;
+        let pending: PendingRises = reply.json("a list of prices that hosts ask for")?;
+        let ours = |rise: &PriceRise| rise.contract_id == Some(contract);
+        Ok(pending.pending_price_increases.iter().find(|rise| ours(rise)).map(PriceRise::in_words))
     }
 
     fn self_destruct(&self) -> Option<&'static str> {
@@ -251,7 +274,8 @@ enum Rental {
     Bid,
 }
 
-/// The search for `want`. Names and whatever the cloud cannot compare as we do are left to the market.
+/// The search for `want`: never less than the market would keep. Names, places and whatever else the cloud cannot compare as the
+/// market does are left to the market, which also counts what it leaves out.
 fn query(want: &GpuRequest, rental: Rental) -> Value {
     let mut query = json!({
         "type": rental,
@@ -280,18 +304,15 @@ fn query(want: &GpuRequest, rental: Rental) -> Value {
     if let Some(disk) = want.min_disk {
         only("disk_space", "gte", disk_of(disk).into());
     }
-    if let Some(price) = want.max_price {
-        only("dph_total", "lte", price.0.dollars().into());
+    // A bid may be below the price.
+    if let (Some(price), Rental::OnDemand) = (want.max_price, rental) {
+        only("dph_total", "lte", (price.0.dollars() + ROUNDING.1).into());
     }
     if let Some(cuda) = want.min_cuda {
-        only("cuda_max_good", "gte", (f64::from(cuda.major) + f64::from(cuda.minor) / 10.0).into());
+        only("cuda_max_good", "gte", (f64::from(cuda.major) + f64::from(cuda.minor) / 10.0 - ROUNDING.0).into());
     }
     if want.tier == Some(Tier::Secure) {
         only("datacenter", "eq", true.into());
-    }
-    let country = want.region.as_deref().map(str::trim);
-    if let Some(country) = country.filter(|code| code.len() == 2 && code.bytes().all(|b| b.is_ascii_alphabetic())) {
-        only("geolocation", "in", json!([country.to_uppercase()]));
     }
     query
 }
@@ -349,6 +370,12 @@ struct Ask {
     /// Seconds to the end of the host's contract.
     #[serde(default, deserialize_with = "lenient")]
     duration: Option<f64>,
+    /// Compute capability times a hundred.
+    #[serde(default, deserialize_with = "lenient")]
+    compute_cap: Option<u32>,
+    /// `amd64` or `arm64`.
+    #[serde(default, deserialize_with = "lenient")]
+    cpu_arch: Option<String>,
     #[serde(default, deserialize_with = "lenient")]
     machine_id: Option<u64>,
     /// 0: somebody's own machine; more: a data centre.
@@ -373,15 +400,22 @@ fn offer(ask: Value, spot: bool) -> Result<Offer, String> {
     if ask.num_gpus == 0 {
         return Err("no GPU".to_owned());
     }
+    // Whole gigabytes are reserved, and no fewer than these.
+    let disk = ask.disk_space.map(f64::floor);
+    if disk.is_some_and(|gb| gb < SMALLEST_DISK as f64) {
+        return Err(format!("less than {SMALLEST_DISK} GB of disk"));
+    }
     let bid = if spot { Some(ask.bid().ok_or("no bid is possible")?) } else { None };
     let price = ask.price(bid).ok_or("no price that can be")?;
     let key = serde_json::to_string(&OfferKey { ask: ask.id, bid }).map_err(|error| error.to_string())?;
     let reported = ask.gpu_ram.and_then(|mib| wire::size(mib, MIB));
     let offer = Offer::new(NAME, key, ask.num_gpus, price).with_gpu(&clean(ask.gpu_name.as_bytes(), 60), reported);
     Ok(Offer {
+        capability: ask.capability().or(offer.capability),
+        arm: ask.cpu_arch.as_deref().is_some_and(|arch| arch.starts_with("arm") || arch == "aarch64") || offer.arm,
         cpu_ram: ask.slice_of_ram(),
         cpu_cores: ask.cpu_cores_effective.filter(|cores| (1.0..1e5).contains(cores)).map(|cores| cores as u32),
-        disk: ask.disk_space.and_then(|gb| wire::size(gb, GB)),
+        disk: disk.and_then(|gb| wire::size(gb, GB)),
         region: ask.geolocation.map(|place| clean(place.as_bytes(), 60)).filter(|place| !place.is_empty()),
         tier: ask.hosting_type.map(|kind| if kind == 0 { Tier::Community } else { Tier::Secure }),
         spot,
@@ -403,6 +437,10 @@ impl Ask {
         let Some(bid) = bid else { return wire::price(self.dph_total) };
         let disk = self.dph_base.map_or(0.0, |base| (self.dph_total - base).max(0.0));
         wire::price(bid + disk)
+    }
+
+    fn capability(&self) -> Option<u32> {
+        self.compute_cap.filter(|cap| (100..10_000).contains(cap)).map(|cap| cap / 10)
     }
 
     fn slice_of_ram(&self) -> Option<Bytes> {
@@ -461,7 +499,8 @@ struct User {
 
 #[derive(Deserialize)]
 struct Page {
-    instances: Vec<Contract>,
+    /// Each read by itself.
+    instances: Vec<Value>,
     /// On this page.
     instances_found: Option<usize>,
     /// On all pages.
@@ -473,7 +512,7 @@ struct Page {
 struct Single {
     /// One, whatever the name says; null when there is none. Missing, it would be another kind of answer.
     #[serde(deserialize_with = "Option::deserialize")]
-    instances: Option<Contract>,
+    instances: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -482,11 +521,40 @@ struct Destroyed {
     success: bool,
 }
 
+#[derive(Deserialize)]
+struct PendingRises {
+    pending_price_increases: Vec<PriceRise>,
+}
+
+/// What a host wants for a contract that is extended. Until somebody accepts, the old price holds, and the contract is not extended.
+#[derive(Deserialize)]
+struct PriceRise {
+    #[serde(default, deserialize_with = "lenient")]
+    contract_id: Option<u64>,
+    /// Dollars per second, like the new one.
+    #[serde(default, deserialize_with = "lenient")]
+    old_gpu_costpersec: Option<f64>,
+    #[serde(default, deserialize_with = "lenient")]
+    new_gpu_costpersec: Option<f64>,
+}
+
+impl PriceRise {
+    fn in_words(&self) -> String {
+        let hourly = |second: Option<f64>| second.and_then(|dollars| wire::price(dollars * 3600.0));
+        match (hourly(self.old_gpu_costpersec), hourly(self.new_gpu_costpersec)) {
+            (Some(old), Some(new)) => format!("{new} for its GPUs instead of {old}"),
+            _ => "another price than was agreed".to_owned(),
+        }
+    }
+}
+
 /// An instance as the cloud gives it.
 #[derive(Deserialize)]
 struct Contract {
-    id: u64,
+    #[serde(deserialize_with = "wire::id")]
+    id: String,
     label: Option<String>,
+    #[serde(default, deserialize_with = "wire::word")]
     actual_status: Option<String>,
     #[serde(default, deserialize_with = "lenient")]
     intended_status: Option<String>,
@@ -524,7 +592,7 @@ impl Contract {
         let vram = self.gpu_ram.and_then(|mib| wire::size(mib, MIB));
         Instance {
             broker: NAME.to_owned(),
-            id: InstanceId(self.id.to_string()),
+            id: InstanceId(self.id),
             name: self.label.unwrap_or_default(),
             state,
             price: self.dph_total.and_then(wire::price),
@@ -574,15 +642,18 @@ impl Contract {
     }
 }
 
-/// A value of the type that is expected, else none: a field that changed its type is unknown, not a reason to lose the rest.
-fn lenient<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> Result<Option<T>, D::Error> {
-    Ok(serde_json::from_value(Value::deserialize(deserializer)?).ok())
-}
-
 /// The reply, unless the cloud said no: also with status 200.
 fn granted(reply: Reply) -> Result<Reply, BrokerError> {
     let failed = reply.value().is_some_and(|value| value.get("success") == Some(&Value::Bool(false)));
-    if reply.is_success() && !failed { Ok(reply) } else { Err(reply.refusal(kind_of(&reply))) }
+    if reply.is_success() && !failed {
+        return Ok(reply);
+    }
+    if reply.body.contains(QUOTA_IS_USED_UP) {
+        let message =
+            format!("the account's quota of searches is used up, and was not asked again ({})", reply.in_words());
+        return Err(reply.error(BrokerErrorKind::Budget, message));
+    }
+    Err(reply.refusal(kind_of(&reply)))
 }
 
 /// Whether the API itself says that there is no such instance. A page of some server in between says nothing.

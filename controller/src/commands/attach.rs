@@ -5,7 +5,7 @@ use super::drive::drive;
 use super::prepare::secrets;
 use super::{Context, ports};
 use crate::clouds::BadHosts;
-use crate::ledger::{Ledger, RunRecord};
+use crate::ledger::{Ledger, Records, RunRecord};
 use crate::report::{Complaint, ExitStatus};
 
 /// Does it.
@@ -13,7 +13,7 @@ pub(super) async fn command(context: &Context, name: Option<&str>) -> Result<Exi
     let ledger = context.ledger()?;
     let run = match name {
         Some(name) => ledger.find(name)?,
-        None => the_only_one(&ledger)?,
+        None => the_only_one(context, &ledger)?,
     };
     let deployed = if run.state.is_at_rest() { Deployed::of(run) } else { take_up(context, &ledger, &run).await? };
     tell(context, &deployed);
@@ -37,9 +37,11 @@ async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<
 }
 
 /// The run that nobody drives and that is not over, if there is just one.
-fn the_only_one(ledger: &Ledger) -> Result<RunRecord, Complaint> {
+fn the_only_one(context: &Context, ledger: &Ledger) -> Result<RunRecord, Complaint> {
     let mut left = Vec::new();
-    for run in ledger.runs()? {
+    let Records { runs, unreadable } = ledger.records()?;
+    context.reporter.unreadable(&unreadable);
+    for run in runs {
         if !run.state.is_at_rest() && !ledger.is_driven(&run.id)? {
             left.push(run);
         }

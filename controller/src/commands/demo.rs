@@ -137,6 +137,7 @@ fn options(folder: &Path) -> DeployArgs {
         push_model: true,
         keep_running: false,
         max_duration: None,
+        allow_cut_short: false,
         budget: None,
         dry_run: false,
         yes: true,

@@ -6,13 +6,15 @@ use outliers_protocol::{Inspection, JobSpec, Results, files};
 use serde::Serialize;
 
 use super::drive::drive;
+use super::instances::LISTS;
 use super::prepare::{Prepared, Wish, consent, identity, prepare, secrets, writable};
 use super::{Context, SCHEMA, ports, request};
 use crate::broker::Offer;
 use crate::cli::DeployArgs;
 use crate::clouds::BadHosts;
-use crate::deploy::{Ports, recover};
+use crate::deploy::{JobIdentity, Ports, recover};
 use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
+use crate::market::Step;
 use crate::reconcile::Action;
 use crate::report::tables::TOP;
 use crate::report::{Complaint, ExitStatus, Reporter, tables};
@@ -62,7 +64,9 @@ struct Plan<'a> {
     /// Best first; the first is rented, the others if it cannot be had.
     offers: &'a [Offer],
     considered: usize,
-    /// Price of the first offer until the time limit.
+    /// What the filters removed.
+    steps: &'a [Step],
+    /// What all of it costs at most, and nothing that is tried may exceed.
     at_most: Usd,
 }
 
@@ -108,7 +112,8 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
     }
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
-    let key = identity(&job)?.key(&clouds.names());
+    let identity = identity(&job)?;
+    let key = identity.key(&clouds.names());
     let hosts = context.hosts_for(&worker);
     let secrets = secrets(context, &job, 1);
     let bad_hosts = BadHosts::default();
@@ -120,6 +125,7 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
         reporter.picked_up(run.record());
         return drive(reporter, run, ports).await.map(Some);
     }
+    tell_of_the_same(reporter, &ledger, &identity)?;
     let wish = wish(context, job, key, args);
     let prepared = prepare(context, &clouds, &worker, wish, |offered| reporter.offered(offered)).await?;
     if args.dry_run {
@@ -127,13 +133,34 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
         return Ok(None);
     }
     consent(context, &clouds, args.yes, "an instance", || {
-        let question = "Rent the first of these, or the next if it cannot be had?".to_owned();
-        (tables::offers(&prepared.offers, &prepared.spec.work, prepared.limit(), TOP), question)
+        let at_most = prepared.at_most();
+        let question =
+            format!("Rent the first of these, or the next if it cannot be had, for at most {at_most} in all?");
+        (market(&prepared), question)
     })?;
     writable(Path::new(&prepared.spec.results))?;
     let run = ledger.plan(&prepared.spec)?;
     reporter.say(&format!("Run {}", run.record().id));
+    if prepared.spec.agreed.is_some() {
+        reporter.say(&format!("It costs at most {}", prepared.at_most()));
+    }
     drive(reporter, run, ports).await.map(Some)
+}
+
+/// Names runs of the same job that are under way or complete, wherever they run: nobody should pay twice unawares.
+fn tell_of_the_same(reporter: &Reporter, ledger: &Ledger, identity: &JobIdentity) -> Result<(), Complaint> {
+    for run in ledger.runs()? {
+        let id = &run.id;
+        let complete = run.state.results().filter(|_| run.state.ending() == Some(&Ending::Completed));
+        let words = match complete {
+            _ if identity.key(&run.spec.brokers) != run.spec.job_key => continue,
+            Some(results) => format!("is complete: {}", results.folder),
+            None if !run.state.is_at_rest() => format!("is under way: `outliers runs show {id}`"),
+            None => continue,
+        };
+        reporter.say(&format!("Run {id} of the same job {words}"));
+    }
+    Ok(())
 }
 
 fn wish(context: &Context, job: JobSpec, job_key: String, args: &DeployArgs) -> Wish {
@@ -144,15 +171,23 @@ fn wish(context: &Context, job: JobSpec, job_key: String, args: &DeployArgs) -> 
         push_model: args.push_model,
         keep_running: args.keep_running,
         max_duration: args.max_duration.map_or(context.settings.max_duration, |span| span.0),
-        budget: args.budget.map(Usd::from_dollars),
+        cut_short: args.allow_cut_short,
+        budget: args.budget.map(|usd| Usd::from_dollars(usd.get())),
         results: context.settings.results.clone(),
         survey: None,
     }
 }
 
+/// What can be rented, and what was left out.
+fn market(prepared: &Prepared) -> String {
+    let Prepared { spec, offers, considered, steps, .. } = prepared;
+    let agreed = spec.agreed.map(|_| prepared.at_most());
+    tables::offers(offers, &spec.work, prepared.limit(), agreed, TOP) + &tables::steps(*considered, steps)
+}
+
 /// The plan.
 fn show(reporter: &Reporter, prepared: &Prepared) {
-    let Prepared { spec, inspection, offers, considered } = prepared;
+    let Prepared { spec, inspection, offers, considered, steps } = prepared;
     let plan = Plan {
         schema: SCHEMA,
         dry_run: true,
@@ -160,11 +195,11 @@ fn show(reporter: &Reporter, prepared: &Prepared) {
         inspection,
         offers,
         considered: *considered,
+        steps,
         at_most: prepared.at_most(),
     };
-    let limit = prepared.limit();
-    let head = format!("Nothing is rented. Time limit {}.\n", Span(limit));
-    reporter.result(&plan, || head + &tables::needs(inspection) + &tables::offers(offers, &spec.work, limit, TOP));
+    let head = format!("Nothing is rented. Time limit {}.\n", Span(prepared.limit()));
+    reporter.result(&plan, || head + &tables::needs(inspection) + &market(prepared));
 }
 
 /// Brings ledger and cloud into agreement; returns the unfinished run of the same work, if nobody drives one.
@@ -176,8 +211,10 @@ async fn reconcile(
 ) -> Result<Option<RunWriter>, Complaint> {
     // Taken first: a run that is ours to go on with is nobody's to clean up.
     let run = abandoned(ledger, key)?;
-    let found: Vec<Action> = recover(ledger, ports, &|event| reporter.event(event)).await?;
+    let on = |event| reporter.event(event);
+    let found: Vec<Action> = reporter.waiting(LISTS, recover(ledger, ports, &on)).await?;
     reporter.recovered(found.iter());
+    reporter.unreadable(&ledger.records()?.unreadable);
     Ok(run)
 }
 

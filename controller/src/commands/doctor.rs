@@ -1,18 +1,20 @@
 //! `doctor`: whether everything that a run needs is there, and whether something was left behind.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use futures::future::join_all;
 use serde::Serialize;
 
 use super::{Context, SCHEMA};
-use crate::broker::Account;
-use crate::clouds::Cloud;
+use crate::broker::{Account, Instance};
+use crate::cli::DoctorArgs;
+use crate::clouds::{Cloud, Clouds};
 use crate::deploy::look;
 use crate::http::clock_skew;
 use crate::keys::RunKey;
-use crate::ledger::{Ledger, random_word};
-use crate::reconcile::Action;
+use crate::ledger::{Ledger, Records, Repaired, random_word};
+use crate::reconcile::{Action, Leave};
 use crate::report::{Complaint, ExitStatus, tables};
 use crate::settings::CloudSettings;
 
@@ -60,8 +62,12 @@ impl Finding {
 }
 
 /// Does it.
-pub(super) async fn command(context: &Context) -> Result<ExitStatus, Complaint> {
+pub(super) async fn command(context: &Context, args: &DoctorArgs) -> Result<ExitStatus, Complaint> {
+    let clouds = context.all_clouds()?;
     let mut checks = vec![keys(&context.settings.state), worker(context).await];
+    if args.repair {
+        checks.extend(repair(context, &clouds).await);
+    }
     let ledger = context.ledger();
     checks.push(match &ledger {
         Ok(ledger) => records(ledger),
@@ -70,12 +76,10 @@ pub(super) async fn command(context: &Context) -> Result<ExitStatus, Complaint> 
             Finding { hint: complaint.hint.clone(), ..finding }
         }
     });
-    if let Ok(ledger) = &ledger {
-        let clouds = context.all_clouds()?;
-        let looks = clouds.iter().map(|cloud| async { [account(cloud).await, strays(ledger, cloud).await] });
-        for found in join_all(looks).await {
-            checks.extend(found);
-        }
+    let ledger = ledger.as_ref().ok();
+    let looks = clouds.iter().map(|cloud| async { [account(cloud).await, strays(ledger, cloud).await] });
+    for found in context.reporter.waiting("the clouds' answers", join_all(looks)).await {
+        checks.extend(found);
     }
     checks.extend(join_all(context.settings.clouds.iter().map(reach)).await.into_iter().flatten());
     let status = if checks.iter().any(|check| check.is == Health::Bad) { ExitStatus::Failed } else { ExitStatus::Done };
@@ -128,8 +132,12 @@ async fn worker(context: &Context) -> Finding {
 }
 
 fn records(ledger: &Ledger) -> Finding {
-    match ledger.runs() {
-        Ok(runs) => {
+    match ledger.records() {
+        Ok(Records { unreadable, .. }) if !unreadable.is_empty() => {
+            let lost: Vec<String> = unreadable.iter().map(|lost| format!("run {}: {}", lost.run, lost.why)).collect();
+            Finding::new("ledger", Health::Bad, format!("unreadable records: {}", lost.join("; ")))
+        }
+        Ok(Records { runs, .. }) => {
             let open = runs.iter().filter(|run| !run.state.is_at_rest()).count();
             Finding::new("ledger", Health::Good, format!("{} runs, {open} of them not over", runs.len()))
         }
@@ -151,19 +159,62 @@ async fn account(cloud: &Cloud) -> Finding {
     }
 }
 
+/// Makes a damaged ledger anew, and says what of it is lost.
+async fn repair(context: &Context, clouds: &Clouds) -> Vec<Finding> {
+    let lists = join_all(clouds.iter().map(async |cloud| cloud.call(cloud.broker.list()).await)).await;
+    let listed: Vec<Instance> = lists.into_iter().flatten().flatten().collect();
+    let owners: BTreeSet<String> = listed.iter().filter_map(Instance::tag).map(|tag| tag.owner).collect();
+    let owner = owners.first().filter(|_| owners.len() == 1).cloned();
+    let repaired = match Ledger::repair(&context.settings.state, &context.settings.results, owner) {
+        Ok(repaired) => repaired,
+        Err(error) => {
+            return vec![Finding { hint: error.hint(), ..Finding::new("repair", Health::Bad, error.to_string()) }];
+        }
+    };
+    let Repaired { aside, kept, from_results, lost } = repaired;
+    let made_of = format!("{kept} runs read from it, {from_results} from results");
+    let first = match aside {
+        None if from_results == 0 && lost.is_empty() => "the ledger needs none".to_owned(),
+        None => format!("there was no ledger; {made_of}"),
+        Some(aside) => format!("the damaged file is {}; {made_of}", aside.display()),
+    };
+    let instance = |run: &str| {
+        let of_run = |instance: &&Instance| instance.tag().is_some_and(|tag| tag.run == run);
+        let found = listed.iter().find(of_run);
+        found.map(|found| format!(", its instance {} on {}", found.id, found.broker)).unwrap_or_default()
+    };
+    let lost = lost.iter().map(|lost| {
+        let found = format!("run {} is lost{}: {}", lost.run, instance(&lost.run), lost.why);
+        Finding::new("repair", Health::Odd, found).hint("outliers instances list")
+    });
+    std::iter::once(Finding::new("repair", Health::Good, first)).chain(lost).collect()
+}
+
 /// Instances that nobody accounts for.
-async fn strays(ledger: &Ledger, cloud: &Cloud) -> Finding {
+async fn strays(ledger: Option<&Ledger>, cloud: &Cloud) -> Finding {
     let what = format!("{} instances", cloud.name());
     let looked = match look(ledger, cloud).await {
         Ok(looked) => looked,
         Err(stuck) => return Finding::new(&what, Health::Bad, stuck.to_string()),
     };
-    let ours = looked.listed.iter().filter(|instance| instance.tag().is_some_and(|tag| tag.owner == ledger.owner()));
-    let left = looked.actions.iter().filter(|action| !matches!(action, Action::LeaveAlone { .. })).count();
-    let found = format!("{} in all, {} of this ledger", looked.listed.len(), ours.count());
+    let owner = ledger.map(Ledger::owner);
+    let is_ours = |instance: &&Instance| instance.tag().is_some_and(|tag| owner.is_none_or(|owner| tag.owner == owner));
+    let ours = looked.listed.iter().filter(is_ours);
+    let is_settled = |action: &&Action| {
+        let settled = [Leave::NotOurs, Leave::OtherOwner, Leave::Driven, Leave::Held];
+        matches!(action, Action::LeaveAlone { why, .. } if settled.contains(why))
+    };
+    let left = looked.actions.iter().filter(|action| !is_settled(action)).count();
+    let found = format!(
+        "{} in all, {} of this {}",
+        looked.listed.len(),
+        ours.count(),
+        if owner.is_some() { "ledger" } else { "program" }
+    );
     match left {
         0 => Finding::new(&what, Health::Good, found),
-        n => Finding::new(&what, Health::Odd, format!("{found}, {n} left behind")).hint("outliers instances list"),
+        n => Finding::new(&what, Health::Odd, format!("{found}, {n} left behind or unclear"))
+            .hint("outliers instances list"),
     }
 }
 

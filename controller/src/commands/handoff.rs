@@ -27,6 +27,7 @@ struct Written<'a> {
 /// Does it. A second one on the same day takes the place of the first.
 pub(super) fn command(context: &Context, output: Option<&Path>) -> Result<ExitStatus, Complaint> {
     let standing = Standing::look(&context.ledger()?, &context.settings.results, now_ms())?;
+    context.reporter.unreadable(&standing.unreadable);
     let moment = rfc3339(standing.at);
     let date = moment.split('T').next().unwrap_or_default();
     let folder = context.here.join(output.unwrap_or(Path::new(FOLDER)));

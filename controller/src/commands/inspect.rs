@@ -9,7 +9,8 @@ use crate::report::{Complaint, ExitStatus, tables};
 pub(super) async fn command(context: &Context, args: &InspectArgs) -> Result<ExitStatus, Complaint> {
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
-    let inspection = worker.inspect(&job, Check::Model).await?;
+    let what = format!("the headers of {}", job.model.name());
+    let inspection = context.reporter.waiting(&what, worker.inspect(&job, Check::Model)).await?;
     context.reporter.result(&inspection, || tables::inspection(&inspection));
     Ok(ExitStatus::Done)
 }

@@ -1,25 +1,31 @@
 //! `instances`: the clouds' lists, and what this program makes of them.
 
-use std::io::{BufRead, IsTerminal, Write};
 use std::process::Command;
 
 use futures::future::join_all;
 use serde::Serialize;
 
-use super::{Context, SCHEMA, ports, runs};
+use super::{Context, Home, SCHEMA};
 use crate::broker::{Instance, InstanceState, SshEndpoint};
 use crate::cli::{InstancesCommand, Only};
-use crate::clouds::{BadHosts, Cloud, Clouds};
-use crate::deploy::{KEY_FILE, Looked, Stop, look};
+use crate::clouds::{Cloud, Clouds};
+use crate::deploy::{KEY_FILE, Looked, look};
 use crate::ledger::{Ledger, RunRecord};
 use crate::report::{Complaint, ExitStatus, tables};
 use crate::run::{Pin, RunEvent};
 use crate::transport::quote::quote;
 
+mod terminate;
+
+/// What most commands here wait for.
+pub(super) const LISTS: &str = "the clouds' lists of instances";
+
 #[derive(Serialize)]
 struct Listed<'a> {
     schema: u32,
     instances: Vec<Shown<'a>>,
+    /// How many of them cannot be read.
+    unreadable: usize,
     /// Clouds whose list is not known, in their words.
     silent: Vec<String>,
 }
@@ -34,21 +40,15 @@ struct Shown<'a> {
 
 /// Does it.
 pub(super) async fn command(context: &Context, command: InstancesCommand) -> Result<ExitStatus, Complaint> {
-    let ledger = context.ledger()?;
     match command {
-        InstancesCommand::List { only } => list(context, &ledger, &clouds(context, &only)?).await,
-        InstancesCommand::Show { id, only } => show(context, &ledger, &clouds(context, &only)?, &id).await,
+        InstancesCommand::List { only } => list(context, &context.home(), &clouds(context, &only)?).await,
+        InstancesCommand::Show { id, only } => show(context, &context.home(), &clouds(context, &only)?, &id).await,
         InstancesCommand::Ssh { id, run, only } => {
             let clouds = clouds(context, &only)?;
-            let (_, instance) = find(&clouds, &id).await?;
-            ssh(context, &ledger, &instance, run)
+            let (_, instance) = context.reporter.waiting(LISTS, find(&clouds, &id)).await?;
+            ssh(context, &context.ledger()?, &instance, run)
         }
-        InstancesCommand::Terminate { ids, all, only, yes } => {
-            let clouds = clouds(context, &only)?;
-            let chosen = choose(&ledger, &clouds, &ids, all).await?;
-            consent(context, &chosen, all, yes)?;
-            terminate(context, &ledger, &clouds, &chosen).await
-        }
+        InstancesCommand::Terminate(args) => terminate::command(context, &args).await,
     }
 }
 
@@ -57,9 +57,10 @@ pub(super) fn clouds(context: &Context, only: &Only) -> Result<Clouds, Complaint
     if only.broker.is_empty() { context.all_clouds() } else { context.clouds(&only.broker) }
 }
 
-async fn list(context: &Context, ledger: &Ledger, clouds: &Clouds) -> Result<ExitStatus, Complaint> {
+async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitStatus, Complaint> {
     let (mut looks, mut silent) = (Vec::new(), Vec::new());
-    for looked in join_all(clouds.iter().map(|cloud| look(ledger, cloud))).await {
+    let all = join_all(clouds.iter().map(|cloud| look(home.ledger.as_ref(), cloud)));
+    for looked in context.reporter.waiting(LISTS, all).await {
         match looked {
             Ok(looked) => looks.push(looked),
             Err(stuck) => silent.push(stuck.to_string()),
@@ -71,7 +72,11 @@ async fn list(context: &Context, ledger: &Ledger, clouds: &Clouds) -> Result<Exi
     let words: Vec<String> = looks.iter().flat_map(shown).collect();
     let all: Vec<&Instance> = looks.iter().flat_map(|looked| &looked.listed).collect();
     let instances = all.iter().zip(&words).map(|(instance, words)| Shown { instance, what_it_is: words.clone() });
-    let document = Listed { schema: SCHEMA, instances: instances.collect(), silent };
+    let unreadable = all.iter().filter(|instance| matches!(instance.state, InstanceState::Unreadable(_))).count();
+    if unreadable > 0 {
+        context.reporter.warn(&format!("{unreadable} entries of the clouds' lists cannot be read"));
+    }
+    let document = Listed { schema: SCHEMA, instances: instances.collect(), unreadable, silent };
     context.reporter.result(&document, || tables::instances(&all, &words));
     match document.silent.first() {
         None => Ok(ExitStatus::Done),
@@ -103,12 +108,12 @@ fn missing(id: &str) -> Complaint {
     Complaint::refused(format!("there is no instance `{id}`"), "see `outliers instances list`")
 }
 
-async fn show(context: &Context, ledger: &Ledger, clouds: &Clouds, id: &str) -> Result<ExitStatus, Complaint> {
-    let (cloud, instance) = find(clouds, id).await?;
+async fn show(context: &Context, home: &Home, clouds: &Clouds, id: &str) -> Result<ExitStatus, Complaint> {
+    let (cloud, instance) = context.reporter.waiting(LISTS, find(clouds, id)).await?;
     // The list's word may be older than the cloud's word on the one.
     let instance = cloud.call(cloud.broker.get(&instance.id)).await?.unwrap_or(instance);
-    let run = instance.tag().and_then(|tag| ledger.run(&tag.run).ok());
-    let looked = look(ledger, cloud).await?;
+    let run = instance.tag().and_then(|tag| home.ledger.as_ref()?.run(&tag.run).ok());
+    let looked = look(home.ledger.as_ref(), cloud).await?;
     let words = tables::what_it_is(&instance, &looked.actions);
     let document = serde_json::json!({
         "schema": SCHEMA, "instance": instance, "what_it_is": words, "run": run.as_ref().map(|run| &run.id),
@@ -185,85 +190,6 @@ fn address(endpoint: &SshEndpoint) -> Result<String, Complaint> {
         return Err(Complaint::failed("the cloud gives an address that is none"));
     }
     Ok(if endpoint.port == 22 { endpoint.host.clone() } else { format!("[{}]:{}", endpoint.host, endpoint.port) })
-}
-
-/// The instances that are meant; all of them this ledger's.
-async fn choose<'a>(
-    ledger: &Ledger,
-    clouds: &'a Clouds,
-    ids: &[String],
-    all: bool,
-) -> Result<Vec<(&'a Cloud, Instance)>, Complaint> {
-    let ours = |instance: &Instance| instance.tag().is_some_and(|tag| tag.owner == ledger.owner());
-    let listed = everything(clouds).await?;
-    if all {
-        return Ok(listed.into_iter().filter(|(_, instance)| ours(instance)).collect());
-    }
-    let find = |id: &String| {
-        let found = listed.iter().find(|(_, instance)| instance.id.0 == *id).ok_or_else(|| missing(id))?;
-        Some(found.clone()).filter(|(_, instance)| ours(instance)).ok_or_else(|| {
-            Complaint::refused(format!("instance {id} was not rented by this ledger"), "end it where it was rented")
-        })
-    };
-    ids.iter().map(find).collect()
-}
-
-/// All of them at once wants more than a letter, where they cost something.
-fn consent(context: &Context, chosen: &[(&Cloud, Instance)], all: bool, yes: bool) -> Result<(), Complaint> {
-    if yes || chosen.iter().all(|(cloud, _)| cloud.is_local) {
-        return Ok(());
-    }
-    if !std::io::stdin().is_terminal() {
-        return Err(Complaint::refused("nobody is there to ask", "add --yes"));
-    }
-    let word = if all { chosen.len().to_string() } else { "y".to_owned() };
-    context.reporter.say(&format!("{} instances end, with all that is on them.", chosen.len()));
-    let _ = write!(std::io::stderr(), "Type {word} to go on: ");
-    let mut answer = String::new();
-    match std::io::stdin().lock().read_line(&mut answer) {
-        Ok(_) if answer.trim() == word => Ok(()),
-        _ => Err(Complaint::refused("nothing was ended", format!("type {word}, or add --yes"))),
-    }
-}
-
-async fn terminate(
-    context: &Context,
-    ledger: &Ledger,
-    clouds: &Clouds,
-    chosen: &[(&Cloud, Instance)],
-) -> Result<ExitStatus, Complaint> {
-    for (cloud, instance) in chosen {
-        end(context, ledger, clouds, cloud, instance).await?;
-    }
-    let ended: Vec<_> = chosen.iter().map(|(cloud, instance)| (cloud.name(), &instance.id)).collect();
-    let document = serde_json::json!({ "schema": SCHEMA, "ended": ended });
-    context.reporter.result(&document, || match ended.len() {
-        0 => "no instances to end".to_owned(),
-        1 => "1 instance ended, and seen gone".to_owned(),
-        n => format!("{n} instances ended, and seen gone"),
-    });
-    Ok(ExitStatus::Done)
-}
-
-/// Through its run where it has one, so that the ledger knows; else at the cloud.
-async fn end(
-    context: &Context,
-    ledger: &Ledger,
-    clouds: &Clouds,
-    cloud: &Cloud,
-    instance: &Instance,
-) -> Result<(), Complaint> {
-    let run = instance.tag().and_then(|tag| ledger.run(&tag.run).ok());
-    if let Some(run) = run.filter(|run| !run.state.is_closed() && run.state.tag() == instance.tag().as_ref()) {
-        let Some(taken) = ledger.take(&run.id)? else {
-            let hint = format!("`outliers runs cancel {}` ends it", run.id);
-            return Err(Complaint::refused(format!("a process drives run {} on it", run.id), hint));
-        };
-        let (hosts, bad_hosts) = (context.hosts(&context.exe), BadHosts::default());
-        let ports = ports(clouds, &bad_hosts, &hosts, &[]);
-        return runs::end(context, ports, taken, Stop::SkipSync).await.map(drop);
-    }
-    Ok(crate::deploy::end(cloud, &|event| context.reporter.event(event), &[&instance.id]).await?)
 }
 
 #[cfg(test)]

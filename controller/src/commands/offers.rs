@@ -45,15 +45,23 @@ struct Priced<'a> {
     #[serde(flatten)]
     offer: &'a Offer,
     estimate: Estimate,
+    /// Longer than the time limit of the settings.
+    over_limit: bool,
 }
 
 /// Does it.
 pub(super) async fn command(context: &Context, args: &OffersArgs) -> Result<ExitStatus, Complaint> {
-    let want = request(&args.want);
+    let want = market::for_the_worker(request(&args.want));
     let work = work(context, args).await?;
-    let offered = context.clouds(&args.want.broker)?.offers(&want).await?;
+    let clouds = context.clouds(&args.want.broker)?;
+    let offered = context.reporter.waiting("the clouds' offers", clouds.offers(&want)).await?;
     context.reporter.offered(&offered);
     let selection = market::select(offered.offers, &want, &work)?;
+    let limit = context.settings.max_duration;
+    let priced = |offer| {
+        let estimate = work.on(offer);
+        Priced { offer, over_limit: estimate.is_over(limit), estimate }
+    };
     let document = Document {
         schema: SCHEMA,
         work,
@@ -61,12 +69,12 @@ pub(super) async fn command(context: &Context, args: &OffersArgs) -> Result<Exit
         steps: selection.steps,
         dropped: offered.dropped.iter().map(|(broker, dropped)| Left { broker, dropped }).collect(),
         silent: offered.silent.iter().map(ToString::to_string).collect(),
-        offers: selection.offers.iter().map(|offer| Priced { offer, estimate: work.on(offer) }).collect(),
+        offers: selection.offers.iter().map(priced).collect(),
     };
     let most = if args.all { ALL } else { TOP };
     context.reporter.result(&document, || {
         let steps = tables::steps(document.considered, &document.steps);
-        tables::offers(&selection.offers, &work, context.settings.max_duration, most) + &steps
+        tables::offers(&selection.offers, &work, limit, None, most) + &steps
     });
     Ok(ExitStatus::Done)
 }

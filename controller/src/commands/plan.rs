@@ -29,12 +29,12 @@ struct Document<'a> {
 
 /// By the figures that were typed, else by the best offer.
 fn estimate(work: &Work, args: &PlanArgs, best: Option<&Offer>) -> Estimate {
-    let price = args.price.map(UsdPerHour::from_dollars);
+    let price = args.price.map(|usd| UsdPerHour::from_dollars(usd.get()));
     match (best, args.tflops) {
         (Some(offer), None) => work.on(&Offer { price: price.unwrap_or(offer.price), ..offer.clone() }),
         (best, tflops) => {
             let price = price.or_else(|| best.map(|offer| offer.price));
-            work.at(Duration::ZERO, work.read_rate, tflops.map(|peak| peak * 1e12), price)
+            work.at(Duration::ZERO, work.read_rate, tflops.map(|peak| peak.get() * 1e12), price)
         }
     }
 }
@@ -43,12 +43,15 @@ fn estimate(work: &Work, args: &PlanArgs, best: Option<&Offer>) -> Estimate {
 pub(super) async fn command(context: &Context, args: &PlanArgs) -> Result<ExitStatus, Complaint> {
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
-    let inspection = worker.inspect(&job, Check::Model).await?;
-    let (want, mut work) = (request(&args.want), context.work(&inspection.plan));
+    let what = format!("the headers of {}", job.model.name());
+    let inspection = context.reporter.waiting(&what, worker.inspect(&job, Check::Model)).await?;
+    let want = market::for_the_worker(request(&args.want));
+    let mut work = context.work(&inspection.plan);
     if let Some(gib) = args.bandwidth {
-        work.read_rate = Bytes((gib * (1u64 << 30) as f64) as u64);
+        work.read_rate = Bytes((gib.get() * (1u64 << 30) as f64) as u64);
     }
-    let offered = context.clouds(&args.want.broker)?.offers(&want).await?;
+    let clouds = context.clouds(&args.want.broker)?;
+    let offered = context.reporter.waiting("the clouds' offers", clouds.offers(&want)).await?;
     context.reporter.offered(&offered);
     let (offers, no_offers) = match market::select(offered.offers, &want, &work) {
         Ok(selection) => (selection.offers, None),
@@ -58,7 +61,7 @@ pub(super) async fn command(context: &Context, args: &PlanArgs) -> Result<ExitSt
     let limit = context.settings.max_duration;
     let document = Document { schema: SCHEMA, inspection: &inspection, estimate, offers: &offers, no_offers };
     context.reporter.result(&document, || {
-        let market = document.no_offers.clone().unwrap_or_else(|| tables::offers(&offers, &work, limit, TOP));
+        let market = document.no_offers.clone().unwrap_or_else(|| tables::offers(&offers, &work, limit, None, TOP));
         tables::needs(&inspection) + &document.estimate.in_words() + &market
     });
     Ok(ExitStatus::Done)

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use outliers_protocol::{Inspection, JobSpec, ModelSource, Weights};
 
-use super::Context;
+use super::{Context, in_time};
 use crate::broker::{GpuRequest, Offer};
 use crate::clouds::{Clouds, Offered};
 use crate::deploy::JobIdentity;
@@ -35,6 +35,8 @@ pub(super) struct Wish {
     pub(super) keep_running: bool,
     /// From the create call to the instance's end.
     pub(super) max_duration: Duration,
+    /// The run may take longer than that, and is ended then.
+    pub(super) cut_short: bool,
     /// For this run, or for all of the survey.
     pub(super) budget: Option<Usd>,
     /// Folder below which the results' folder appears.
@@ -53,6 +55,8 @@ pub(super) struct Prepared {
     pub(super) offers: Vec<Offer>,
     /// Offers there were.
     pub(super) considered: usize,
+    /// What the filters removed of them.
+    pub(super) steps: Vec<market::Step>,
 }
 
 impl Prepared {
@@ -61,10 +65,33 @@ impl Prepared {
         Duration::from_secs(self.spec.max_duration_s)
     }
 
-    /// Price of the first offer until the time limit.
+    /// What all of it costs at most, as it is shown: what is agreed to, within the run's own budget.
     pub(super) fn at_most(&self) -> Usd {
-        self.offers.first().map_or(Usd::ZERO, |offer| offer.price.cost(self.limit()))
+        let first = || self.offers.first().map_or(Usd::ZERO, |offer| until_the_limit(&self.spec, offer));
+        let agreed = self.spec.agreed.unwrap_or_else(first);
+        own_budget(&self.spec).map_or(agreed, |budget| agreed.min(budget))
     }
+
+    /// With the figure that whoever says yes is held to, and without the offers for which it does not pay. This machine costs
+    /// nothing that anybody has to agree to.
+    fn with_ceiling(mut self, clouds: &Clouds) -> Self {
+        if let (false, Some(first)) = (clouds.is_local(), self.offers.first()) {
+            let first = until_the_limit(&self.spec, first);
+            self.spec.agreed = own_budget(&self.spec).into_iter().chain([first]).max();
+            self.offers.retain(|offer| self.spec.pays_for(offer, Usd::ZERO));
+        }
+        self
+    }
+}
+
+/// Price of an offer until the time limit, to the cent above.
+fn until_the_limit(spec: &RunSpec, offer: &Offer) -> Usd {
+    offer.price.cost(Duration::from_secs(spec.max_duration_s)).up_to_cents()
+}
+
+/// The budget that no other run shares.
+fn own_budget(spec: &RunSpec) -> Option<Usd> {
+    spec.budget.filter(|_| spec.survey.is_none())
 }
 
 /// Looks at everything that can be known to be wrong before anything is rented. `offered` hears what the clouds have.
@@ -81,10 +108,17 @@ pub(super) async fn prepare(
     let wish = Wish { request: with_gpus(clouds, worker.pushed(), &wish.job, wish.request)?, ..wish };
     let inspection = preflight(context, clouds, worker, &wish.job, wish.push_model).await?;
     let spec = spec(context, clouds, wish, &inspection)?;
-    let found = clouds.offers(&spec.request).await?;
+    let found = context.reporter.waiting("the clouds' offers", clouds.offers(&spec.request)).await?;
     offered(&found);
-    let market::Selection { offers, considered, .. } = market::select(found.offers, &spec.request, &spec.work)?;
-    Ok(Prepared { spec, inspection, offers, considered })
+    if let Some(wrong) = clouds.wrong_clock() {
+        return Err(Complaint::refused(
+            wrong,
+            "set the clock, by NTP for example; `outliers doctor` compares it again",
+        ));
+    }
+    let market::Selection { offers, considered, steps } = market::select(found.offers, &spec.request, &spec.work)?;
+    let offers = in_time(offers, &spec)?;
+    Ok(Prepared { spec, inspection, offers, considered, steps }.with_ceiling(clouds))
 }
 
 /// What makes the job the same work as another.
@@ -124,7 +158,8 @@ async fn preflight(
     }
     // A device list is about the instance; it can be tried here only when the instance is here.
     let check = if clouds.is_local() { Check::TextAndDevices } else { Check::Text };
-    let inspection = worker.inspect(job, check).await?;
+    let what = format!("the headers of {}", job.model.name());
+    let inspection = context.reporter.waiting(&what, worker.inspect(job, check)).await?;
     if push_model {
         check_size(job.model.name(), Bytes(inspection.files.iter().map(|file| file.bytes).sum()), limit)?;
     }
@@ -184,6 +219,8 @@ fn spec(context: &Context, clouds: &Clouds, wish: Wish, inspection: &Inspection)
         // An instance that is kept is kept until its time is up.
         watch: if wish.keep_running { Watch::NEVER } else { context.settings.watch },
         budget: wish.budget,
+        agreed: None,
+        only_in_time: !wish.cut_short,
         results: results.ok_or_else(|| Complaint::refused("the results' folder is not UTF-8", "choose another"))?,
         survey: wish.survey,
     })

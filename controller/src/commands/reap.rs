@@ -9,130 +9,253 @@ use std::time::Duration;
 use futures::future::join_all;
 use serde::Serialize;
 
-use super::{Context, SCHEMA};
+use super::instances::LISTS;
+use super::{Context, Home, SCHEMA, ports};
 use crate::broker::{Instance, InstanceId, LeaseTag};
 use crate::cli::ReapArgs;
-use crate::clouds::Cloud;
-use crate::deploy::{end, recover};
+use crate::clouds::{BadHosts, Cloud, Clouds};
+use crate::deploy::{Looked, Stuck, Target, carry_out, end, look};
 use crate::ledger::now_ms;
-use crate::reconcile::overdue;
-use crate::report::{Complaint, ExitStatus, tables};
+use crate::reconcile::{Action, overdue};
+use crate::report::{Complaint, ExitStatus, finish, stray, tables};
 use crate::settings::Span;
 
 #[derive(Serialize)]
 struct Document {
     schema: u32,
     dry_run: bool,
+    /// Runs of this machine's ledger that come to their end.
+    runs: Vec<OfRun>,
+    /// Instances of this ledger whose run is over, or has another one.
+    strays: Vec<Doomed>,
     /// Instances whose time is up.
-    overdue: Vec<Overdue>,
+    overdue: Vec<Doomed>,
     /// Clouds whose list is not known, runs and instances that do not end, in words.
     troubles: Vec<String>,
 }
 
-#[derive(Serialize)]
-struct Overdue {
+#[derive(Debug, PartialEq, Serialize)]
+struct OfRun {
+    run: String,
+    broker: &'static str,
+    /// Where its list shows one.
+    instance: Option<InstanceId>,
+    why: &'static str,
+    /// Its end is in the ledger.
+    over: bool,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+struct Doomed {
     #[serde(flatten)]
     instance: Instance,
     owner: String,
     run: String,
+    why: &'static str,
     /// Since its time was up.
     seconds: u64,
     /// It is ended, and a complete list no longer shows it.
     gone: bool,
 }
 
+/// What is to end on one cloud.
+struct Found<'a> {
+    cloud: &'a Cloud,
+    looked: Looked,
+    runs: Vec<OfRun>,
+    strays: Vec<Doomed>,
+    overdue: Vec<Doomed>,
+}
+
+/// What stands in the way, and what it means for the exit status.
+struct Trouble {
+    status: ExitStatus,
+    words: String,
+}
+
 /// Does it.
 pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitStatus, Complaint> {
-    let ledger = context.ledger()?;
+    let home = context.home();
+    let owner = args.owner.as_deref().or(home.owner.as_deref());
+    if owner.is_none() && !args.all_owners {
+        let hint = "name the owner, the second part of the instances' names, with --owner";
+        return Err(Complaint::refused("whose instances are meant is not known: there is no ledger here", hint));
+    }
+    let owner = owner.filter(|_| !args.all_owners);
     let clouds = super::instances::clouds(context, &args.only)?;
-    let (mut found, mut troubles) = (Vec::new(), Vec::new());
-    if !args.dry_run {
-        // Runs of this ledger end as runs do, results first.
-        let (hosts, bad_hosts) = (context.hosts(&context.exe), Default::default());
-        let ports = super::ports(&clouds, &bad_hosts, &hosts, &[]);
-        match recover(&ledger, ports, &|event| context.reporter.event(event)).await {
-            Ok(actions) => context.reporter.recovered(actions.iter()),
-            Err(stuck) => troubles.push(stuck.to_string()),
+    let looks = clouds.iter().map(async |cloud| (cloud, look(home.ledger.as_ref(), cloud).await));
+    let (mut all, mut troubles) = (Vec::new(), Vec::new());
+    for (cloud, looked) in context.reporter.waiting(LISTS, join_all(looks)).await {
+        match looked {
+            Ok(looked) => all.push(Found::of(cloud, looked, owner, &mut troubles)),
+            Err(stuck) => troubles.push(unseen(&stuck, args)),
         }
     }
-    let owner = args.owner.as_deref().unwrap_or(ledger.owner());
-    let owner = (!args.all_owners).then_some(owner);
-    for (cloud, listed) in join_all(clouds.iter().map(list)).await {
-        match listed {
-            Ok(listed) => found.push((cloud, overdue_of(listed, owner))),
-            Err(why) => troubles.push(why),
-        }
-    }
-    let all: usize = found.iter().map(|(_, instances)| instances.len()).sum();
-    if !args.dry_run && args.all_owners {
-        consent(context, all, args.yes)?;
-    }
     if !args.dry_run {
-        let ends = found.iter_mut().map(|(cloud, instances)| end_all(context, cloud, instances));
-        troubles.extend(join_all(ends).await.into_iter().flatten());
+        let terminal = std::io::stdin().is_terminal();
+        consent(context, &all, args, terminal, &mut std::io::stdin().lock())?;
+        troubles.extend(end_all(context, &home, &clouds, &mut all).await);
     }
-    let overdue: Vec<Overdue> = found.into_iter().flat_map(|(_, instances)| instances).collect();
-    let document = Document { schema: SCHEMA, dry_run: args.dry_run, overdue, troubles };
-    context.reporter.result(&document, || in_words(&document));
-    match document.troubles.first() {
-        None => Ok(ExitStatus::Done),
-        // What cannot be seen may be running, too.
-        Some(why) => Err(Complaint {
-            status: ExitStatus::InstanceLeft,
-            message: why.clone(),
-            hint: Some("an instance may still be running and billing; the same command tries again".to_owned()),
-        }),
-    }
-}
-
-async fn list(cloud: &Cloud) -> (&Cloud, Result<Vec<Instance>, String>) {
-    let listed = cloud.call(cloud.broker.list()).await;
-    (cloud, listed.map_err(|error| format!("it is not known which instances exist: {error}")))
-}
-
-fn overdue_of(listed: Vec<Instance>, owner: Option<&str>) -> Vec<Overdue> {
-    let now = now_ms() / 1000;
-    let judge = |instance: Instance| {
-        let LeaseTag { owner, run, deadline, .. } = overdue(owner, now, &instance)?;
-        Some(Overdue { instance, owner, run, seconds: now.saturating_sub(deadline), gone: false })
+    let mut document = Document {
+        schema: SCHEMA,
+        dry_run: args.dry_run,
+        runs: Vec::new(),
+        strays: Vec::new(),
+        overdue: Vec::new(),
+        troubles: troubles.iter().map(|trouble| trouble.words.clone()).collect(),
     };
-    listed.into_iter().filter_map(judge).collect()
+    for found in all {
+        document.runs.extend(found.runs);
+        document.strays.extend(found.strays);
+        document.overdue.extend(found.overdue);
+    }
+    context.reporter.result(&document, || in_words(&document));
+    conclude(&troubles)
 }
 
-/// Ends them and waits until they are gone; why not, if one stays.
-async fn end_all(context: &Context, cloud: &Cloud, instances: &mut [Overdue]) -> Option<String> {
-    if instances.is_empty() {
-        return None;
-    }
-    let ids: Vec<&InstanceId> = instances.iter().map(|overdue| &overdue.instance.id).collect();
-    match end(cloud, &|event| context.reporter.event(event), &ids).await {
-        Ok(()) => {
-            instances.iter_mut().for_each(|overdue| overdue.gone = true);
-            None
+fn conclude(troubles: &[Trouble]) -> Result<ExitStatus, Complaint> {
+    let status = ExitStatus::worst(troubles.iter().map(|trouble| trouble.status));
+    let Some(first) = troubles.iter().find(|trouble| trouble.status == status) else { return Ok(ExitStatus::Done) };
+    let hint = match status {
+        ExitStatus::InstanceLeft => "an instance may still be running and billing; the same command tries again",
+        _ => "no run of this ledger is open there; `outliers doctor` looks at keys and clouds",
+    };
+    Err(Complaint { status, message: first.words.clone(), hint: Some(hint.to_owned()) })
+}
+
+/// What a cloud that cannot be looked at means. Of other people's instances nobody knows that there are none.
+fn unseen(stuck: &Stuck, args: &ReapArgs) -> Trouble {
+    let others = args.all_owners || args.owner.is_some();
+    let status = if others { ExitStatus::InstanceLeft } else { Complaint::of_stuck(stuck).status };
+    Trouble { status, words: stuck.to_string() }
+}
+
+impl<'a> Found<'a> {
+    /// What is to end; the only judge, whether it is then ended or only shown. With `None` of everybody's.
+    fn of(cloud: &'a Cloud, looked: Looked, owner: Option<&str>, troubles: &mut Vec<Trouble>) -> Self {
+        let now = now_ms() / 1000;
+        let runs = runs_of(&looked, cloud.name());
+        let is_stray = |instance: &Instance| {
+            looked.actions.iter().find_map(|action| match action {
+                Action::Terminate { instance: id, why } if *id == instance.id => Some(stray(*why)),
+                _ => None,
+            })
+        };
+        let (mut strays, mut late) = (Vec::new(), Vec::new());
+        for instance in &looked.listed {
+            let doomed = |LeaseTag { owner, run, deadline, .. }: LeaseTag, why| {
+                let seconds = now.saturating_sub(deadline);
+                Doomed { instance: instance.clone(), owner, run, why, seconds, gone: false }
+            };
+            let of_run = |tag: &LeaseTag| runs.iter().any(|of| of.run == tag.run && of.instance.is_some());
+            if let (Some(why), Some(tag)) = (is_stray(instance), instance.tag()) {
+                strays.push(doomed(tag, why));
+            } else if let Some(tag) = overdue(owner, now, instance).filter(|tag| !of_run(tag)) {
+                late.push(doomed(tag, "its time is up"));
+            }
         }
-        Err(stuck) => Some(stuck.to_string()),
+        let (late, unnamed): (Vec<_>, Vec<_>) = late.into_iter().partition(|doomed| !doomed.instance.id.0.is_empty());
+        troubles.extend(unnamed.iter().map(|doomed| Trouble {
+            status: ExitStatus::InstanceLeft,
+            words: format!("{} lists an instance of run {} without a readable id", cloud.name(), doomed.run),
+        }));
+        Self { cloud, looked, runs, strays, overdue: late }
+    }
+
+    fn count(&self) -> usize {
+        self.runs.len() + self.strays.len() + self.overdue.len()
     }
 }
 
-/// Other people's instances: asked twice, the second time for their number.
-fn consent(context: &Context, all: usize, yes: u8) -> Result<(), Complaint> {
-    if all == 0 || yes >= 2 {
+/// Runs of the ledger that come to their end.
+fn runs_of(looked: &Looked, broker: &'static str) -> Vec<OfRun> {
+    let instance = |run: &str| {
+        let of_run = |instance: &&Instance| instance.tag().is_some_and(|tag| tag.run == run);
+        looked.listed.iter().find(of_run).map(|instance| instance.id.clone())
+    };
+    let judge = |action: &Action| match action {
+        Action::Finish { run, why } => {
+            Some(OfRun { run: run.clone(), broker, instance: instance(run), why: finish(*why), over: false })
+        }
+        Action::MarkGone { run } => {
+            Some(OfRun { run: run.clone(), broker, instance: None, why: "its instance is gone", over: false })
+        }
+        _ => None,
+    };
+    looked.actions.iter().filter_map(judge).collect()
+}
+
+/// Ends what was found: runs of this ledger as runs do, results first.
+async fn end_all(context: &Context, home: &Home, clouds: &Clouds, all: &mut [Found<'_>]) -> Vec<Trouble> {
+    let (hosts, bad_hosts) = (context.hosts(&context.exe), BadHosts::default());
+    let ports = ports(clouds, &bad_hosts, &hosts, &[]);
+    let on = |event| context.reporter.event(event);
+    let each = all.iter_mut().map(async |found| {
+        let mut troubles = Vec::new();
+        if let Some(ledger) = &home.ledger {
+            match carry_out(ledger, ports, found.cloud, &found.looked, &on).await {
+                Ok(()) => {
+                    context.reporter.recovered(found.looked.actions.iter());
+                    found.runs.iter_mut().for_each(|run| run.over = true);
+                    found.strays.iter_mut().for_each(|stray| stray.gone = true);
+                }
+                Err(stuck) => troubles.push(Trouble::of(&stuck)),
+            }
+        }
+        let targets: Vec<Target> = found.overdue.iter().map(|overdue| Target::from(&overdue.instance)).collect();
+        if !targets.is_empty() {
+            match end(found.cloud, &on, &targets).await {
+                Ok(()) => found.overdue.iter_mut().for_each(|overdue| overdue.gone = true),
+                Err(stuck) => troubles.push(Trouble::of(&stuck)),
+            }
+        }
+        troubles
+    });
+    join_all(each).await.into_iter().flatten().collect()
+}
+
+impl Trouble {
+    fn of(stuck: &Stuck) -> Self {
+        Self { status: Complaint::of_stuck(stuck).status, words: stuck.to_string() }
+    }
+}
+
+/// On a terminal it is asked before anything ends. Other people's instances: twice, the second time for their number, and
+/// not without a terminal.
+fn consent(
+    context: &Context,
+    all: &[Found<'_>],
+    args: &ReapArgs,
+    terminal: bool,
+    answers: &mut dyn BufRead,
+) -> Result<(), Complaint> {
+    let count: usize = all.iter().map(Found::count).sum();
+    let enough = if args.all_owners { 2 } else { 1 };
+    if count == 0 || args.yes >= enough || (!terminal && !args.all_owners) {
         return Ok(());
     }
-    if !std::io::stdin().is_terminal() {
+    if !terminal {
         return Err(Complaint::refused(
-            format!("{all} instances may be other people's, and nobody is there to ask"),
+            format!("{count} instances may be other people's, and nobody is there to ask"),
             "say --yes twice, or leave --all-owners out",
         ));
     }
-    for (question, answer) in
-        [("End instances of every owner? [y/N]", "y".to_owned()), ("How many are they?", all.to_string())]
-    {
-        context.reporter.say(question);
+    let rows = all.iter().flat_map(|found| {
+        let runs = found.runs.iter().map(|of| format!("run {} on {}: {}", of.run, of.broker, of.why));
+        let instances = found.strays.iter().chain(&found.overdue);
+        runs.chain(instances.map(|d| format!("instance {} on {}: {}", d.instance.id, d.instance.broker, d.why)))
+    });
+    rows.for_each(|row| context.reporter.say(&row));
+    let mut questions = vec![(format!("End these {count}? [y/N]"), "y".to_owned())];
+    if args.all_owners {
+        let number = ("They may be other people's. How many are they?".to_owned(), count.to_string());
+        questions.push(number);
+    }
+    for (question, answer) in questions {
+        context.reporter.say(&question);
         let _ = std::io::stderr().flush();
         let mut typed = String::new();
-        let read = std::io::stdin().lock().read_line(&mut typed);
-        if read.is_err() || typed.trim() != answer {
+        if answers.read_line(&mut typed).is_err() || typed.trim() != answer {
             return Err(Complaint::refused("nothing was ended", "see them with --dry-run"));
         }
     }
@@ -140,20 +263,67 @@ fn consent(context: &Context, all: usize, yes: u8) -> Result<(), Complaint> {
 }
 
 fn in_words(document: &Document) -> String {
-    if document.overdue.is_empty() {
+    if document.overdue.is_empty() && document.strays.is_empty() && document.runs.is_empty() {
         return "no instance is overdue".to_owned();
     }
-    let mut table = tables::table(&["broker", "instance", "owner", "run", "overdue for", "price", ""]);
-    for overdue in &document.overdue {
-        let became = match (document.dry_run, overdue.gone) {
-            (true, _) => "would be ended",
-            (false, true) => "ended, and seen gone",
-            (false, false) => "STILL THERE",
-        };
-        let price = overdue.instance.price.map(|price| price.to_string()).unwrap_or_default();
-        let since = Span(Duration::from_secs(overdue.seconds)).to_string();
-        let Instance { broker, id, .. } = &overdue.instance;
-        table.add_row([broker, &id.0, &overdue.owner, &overdue.run, &since, &price, became].map(tables::text));
+    let mut table = tables::table(&["broker", "instance", "owner", "run", "overdue for", "price", "why", ""]);
+    let became = |done: bool| match (document.dry_run, done) {
+        (true, _) => "would be ended",
+        (false, true) => "ended, and seen gone",
+        (false, false) => "STILL THERE",
+    };
+    for OfRun { run, broker, instance, why, over } in &document.runs {
+        let id = instance.as_ref().map_or("-", |id| id.0.as_str());
+        table.add_row([*broker, id, "", run.as_str(), "", "", *why, became(*over)].map(tables::text));
+    }
+    for doomed in document.strays.iter().chain(&document.overdue) {
+        let Doomed { instance: Instance { broker, id, price, .. }, owner, run, why, seconds, gone } = doomed;
+        let price = price.map(|price| price.to_string()).unwrap_or_default();
+        let since = if *seconds == 0 { String::new() } else { Span(Duration::from_secs(*seconds)).to_string() };
+        table.add_row([broker.as_str(), &id.0, owner, run, &since, &price, *why, became(*gone)].map(tables::text));
     }
     format!("{table}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Color, Global};
+    use crate::report::Reporter;
+    use crate::settings::{Environment, Settings};
+
+    fn context() -> Context {
+        let environment = Environment::of(&[("HOME", "/nowhere")]);
+        let global = Global { quiet: true, color: Color::Never, ..Global::default() };
+        Context {
+            settings: Settings::resolve(None, &environment, std::path::Path::new("/")).unwrap(),
+            reporter: Reporter::new(&global, &environment),
+            here: "/".into(),
+            exe: "/".into(),
+            explain: false,
+        }
+    }
+
+    /// Whether the answers let one overdue instance end.
+    fn agreed(args: &ReapArgs, terminal: bool, mut answers: &[u8]) -> bool {
+        let context = context();
+        let cloud = context.cloud("local").unwrap();
+        let mut instance = crate::reconcile::tests::instance("i", "outliers-o-r-n-1");
+        instance.broker = "local".to_owned();
+        let looked = Looked { listed: vec![instance], actions: Vec::new() };
+        let found = Found::of(&cloud, looked, Some("o"), &mut Vec::new());
+        assert_eq!(found.count(), 1);
+        let asked = consent(&context, &[found], args, terminal, &mut answers);
+        asked.inspect_err(|complaint| assert_eq!(complaint.status, ExitStatus::Refused)).is_ok()
+    }
+
+    #[test]
+    fn a_terminal_is_asked_before_anything_ends_and_a_timer_is_not() {
+        let (plain, yes) = (ReapArgs::default(), ReapArgs { yes: 1, ..ReapArgs::default() });
+        assert!(agreed(&plain, true, b"y\n") && !agreed(&plain, true, b"n\n") && !agreed(&plain, true, b""));
+        assert!(agreed(&yes, true, b"") && agreed(&plain, false, b""));
+        let everybody = ReapArgs { all_owners: true, ..ReapArgs::default() };
+        assert!(agreed(&everybody, true, b"y\n1\n") && !agreed(&everybody, true, b"y\n2\n"));
+        assert!(!agreed(&everybody, false, b"y\n1\n") && !agreed(&ReapArgs { yes: 1, ..everybody }, false, b""));
+    }
 }

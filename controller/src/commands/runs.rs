@@ -13,10 +13,10 @@ use super::{Context, SCHEMA, ports};
 use crate::broker::InstanceState;
 use crate::cli::RunsCommand;
 use crate::clouds::{BadHosts, Clouds};
-use crate::deploy::{Driver, HostError, HostTalk, Hosts, Ports, Stop};
-use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
+use crate::deploy::{Driver, HostError, HostTalk, Hosts, Ports, Stop, Stuck, release};
+use crate::ledger::{Ledger, Records, RunRecord, RunWriter, Unreadable, now_ms};
 use crate::report::{Complaint, ExitStatus, tables};
-use crate::run::{Ending, Pin, RunEvent, RunState};
+use crate::run::{Ending, Pin, RunState};
 use crate::text::clean;
 
 /// How long the driver of a run may take to end it.
@@ -29,6 +29,8 @@ const LINE: usize = 2000;
 struct Listed<'a> {
     schema: u32,
     runs: Vec<Shown<'a>>,
+    /// Runs whose records cannot be read.
+    unreadable: &'a [Unreadable],
 }
 
 #[derive(Serialize)]
@@ -61,10 +63,13 @@ pub(super) async fn command(context: &Context, command: RunsCommand) -> Result<E
 }
 
 fn list(context: &Context, ledger: &Ledger) -> Result<ExitStatus, Complaint> {
-    let runs = ledger.runs()?;
+    let Records { runs, unreadable } = ledger.records()?;
+    context.reporter.unreadable(&unreadable);
     let driven: Vec<bool> = runs.iter().map(|run| is_driven(ledger, run)).collect::<Result<_, _>>()?;
     let shown = runs.iter().zip(&driven).map(|(run, driven)| Shown::of(run, *driven)).collect();
-    context.reporter.result(&Listed { schema: SCHEMA, runs: shown }, || tables::runs(&runs, &driven, now_ms()));
+    context.reporter.result(&Listed { schema: SCHEMA, runs: shown, unreadable: &unreadable }, || {
+        tables::runs(&runs, &driven, now_ms())
+    });
     Ok(ExitStatus::Done)
 }
 
@@ -149,26 +154,24 @@ async fn end_alone(context: &Context, run: RunWriter, how: Stop) -> Result<RunRe
         broker.map(|broker| context.cloud(&broker)).transpose()?.into_iter().collect::<Vec<_>>().into();
     // A run that is told to stop from the start pushes nothing.
     let (hosts, bad_hosts) = (context.hosts(&context.exe), BadHosts::default());
-    end(context, ports(&clouds, &bad_hosts, &hosts, &[]), run, how).await
+    Ok(end(context, ports(&clouds, &bad_hosts, &hosts, &[]), run, how).await?)
 }
 
 /// Ends a run that nobody drives.
 ///
 /// # Errors
-/// Status 6: its instance may be left.
+/// Its instance may be left.
 pub(super) async fn end(
     context: &Context,
     ports: Ports<'_>,
     mut run: RunWriter,
     how: Stop,
-) -> Result<RunRecord, Complaint> {
-    if matches!(run.state(), RunState::Held { .. }) {
-        run.append(RunEvent::Terminate)?;
-    }
-    let stop = watch::Sender::new(how);
+) -> Result<RunRecord, Stuck> {
     let on = |event| context.reporter.event(event);
+    release(&mut run, ports, &on).await?;
+    let stop = watch::Sender::new(how);
     let driver = Driver::new(run, ports, stop.subscribe(), &on);
-    Ok(driver.stopping_as(Ending::Cancelled).drive().await?)
+    driver.stopping_as(Ending::Cancelled).drive().await
 }
 
 /// Asks the process that drives a run to end it, and waits.

@@ -18,6 +18,7 @@ pub(super) struct Document<'a> {
 /// Does it.
 pub(super) fn command(context: &Context) -> Result<ExitStatus, Complaint> {
     let standing = Standing::look(&context.ledger()?, &context.settings.results, now_ms())?;
+    context.reporter.unreadable(&standing.unreadable);
     let document = Document { schema: SCHEMA, standing: &standing };
     context.reporter.result(&document, || tables::standing(&standing));
     Ok(ExitStatus::Done)

@@ -2,13 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+use super::instances::LISTS;
 use super::prepare::{Prepared, Wish, consent, identity, prepare, writable};
 use super::{Context, ports, request};
 use crate::broker::GpuRequest;
 use crate::cli::{SurveyArgs, WantArgs};
 use crate::clouds::{BadHosts, Clouds};
 use crate::deploy::{JobIdentity, recover};
-use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
+use crate::ledger::{Ledger, Records, RunRecord, RunWriter, now_ms};
 use crate::local_worker::LocalWorker;
 use crate::report::{Complaint, ExitStatus};
 use crate::run::Membership;
@@ -64,10 +65,12 @@ pub(super) async fn command(context: &Context, args: &SurveyArgs) -> Result<Exit
     let (hosts, bad_hosts) = (context.hosts_for(&worker), BadHosts::default());
     let ports = ports(&session.clouds, &bad_hosts, &hosts, &[]);
     if !args.dry_run {
-        let found = recover(&ledger, ports, &|event| context.reporter.event(event)).await?;
+        let on = |event| context.reporter.event(event);
+        let found = context.reporter.waiting(LISTS, recover(&ledger, ports, &on)).await?;
         context.reporter.recovered(found.iter());
     }
-    let runs = ledger.runs()?;
+    let Records { runs, unreadable } = ledger.records()?;
+    context.reporter.unreadable(&unreadable);
     let problems = session.prepare(&worker, &runs, &mut todo).await;
     if args.dry_run {
         return Ok(session.show(&runs, &todo, &problems));
@@ -252,6 +255,7 @@ impl<'a> Session<'a> {
             push_model: self.args.push_model,
             keep_running: false,
             max_duration: limit.map_or(settings.max_duration, |span| span.0),
+            cut_short: self.args.allow_cut_short,
             budget: self.budget(),
             results: self.folder.clone(),
             survey: Some(Membership { survey: self.survey.name.clone(), model: model.entry.name.clone() }),
@@ -259,7 +263,7 @@ impl<'a> Session<'a> {
     }
 
     fn budget(&self) -> Option<Usd> {
-        self.args.budget.map(Usd::from_dollars).or(self.survey.budget)
+        self.args.budget.map(|usd| Usd::from_dollars(usd.get())).or(self.survey.budget)
     }
 
     fn parallel(&self) -> usize {

@@ -33,6 +33,9 @@ const WATCH: Watch = Watch { lease_s: 7200, unclaimed_s: 3600 };
 /// Instances on one page of the list.
 const PAGE: usize = 2;
 
+/// How long a cloud may end nothing.
+const REFUSES: Duration = Duration::from_secs(300);
+
 /// Everything is quick here.
 pub(crate) const QUICK: Patience = Patience {
     call: Duration::from_secs(5),
@@ -60,6 +63,8 @@ pub(crate) fn spec(results: &Path) -> RunSpec {
         max_duration_s: 3600,
         watch: WATCH,
         budget: None,
+        agreed: None,
+        only_in_time: false,
         results: results.to_string_lossy().into_owned(),
         survey: None,
     }
@@ -89,6 +94,12 @@ pub(crate) enum Fault {
     StopTwice,
     /// The instance goes away.
     Preempted,
+    /// Every offer's price rises.
+    PriceRises,
+    /// From here on the cloud ends nothing for some minutes.
+    Refuses,
+    /// This once the cloud's list shows ours as entries of which nothing can be read.
+    Odd,
 }
 
 thread_local! {
@@ -124,6 +135,8 @@ pub(crate) struct Machine {
     /// The worker has written its manifest.
     whole: bool,
     price: UsdPerHour,
+    /// What its offer said.
+    offered: UsdPerHour,
 }
 
 /// The world outside.
@@ -131,6 +144,8 @@ pub(crate) struct Machine {
 pub(crate) struct World {
     pub(crate) machines: BTreeMap<String, Machine>,
     pub(crate) effects: Vec<&'static str>,
+    /// Names of the files that were pushed.
+    pub(crate) pushed: Vec<String>,
     pub(crate) armed: Vec<(usize, Fault)>,
     pub(crate) fired: usize,
     pub(crate) struck: Vec<(Fault, &'static str)>,
@@ -138,6 +153,8 @@ pub(crate) struct World {
     names: BTreeSet<String>,
     /// What instances that are gone have cost; without the time after a deadline that nobody on the instance could keep.
     pub(crate) billed: Usd,
+    /// The same without what one billed above its offer on which nothing was ever run: that is given back as soon as it is seen.
+    pub(crate) kept: Usd,
     /// Instances can end themselves: their guards do.
     pub(crate) self_destruct: bool,
     pub(crate) creates: usize,
@@ -160,8 +177,16 @@ pub(crate) struct World {
     pub(crate) damage: bool,
     pub(crate) price_on_arrival: Option<UsdPerHour>,
     pub(crate) outage: bool,
+    /// Until then nothing is ended.
+    pub(crate) refuses_until: Option<Instant>,
+    /// The list that is being made shows ours as entries of which nothing can be read.
+    odd: bool,
     pub(crate) max_duration_s: u64,
     pub(crate) budget: Option<Usd>,
+    /// What the hosts of all instances ask for.
+    pub(crate) rise: Option<String>,
+    /// What a person said yes to.
+    pub(crate) agreed: Option<Usd>,
     next_id: usize,
 }
 
@@ -197,6 +222,23 @@ impl World {
         ours.iter().for_each(|id| self.end(id));
     }
 
+    /// Instances bill this from the beginning, whatever was said before.
+    pub(crate) fn bill(&mut self, price: UsdPerHour) {
+        self.machines.values_mut().filter(|machine| !machine.foreign).for_each(|machine| machine.price = price);
+    }
+
+    fn raise_prices(&mut self) {
+        for offer in &mut self.offers {
+            offer.price = UsdPerHour::from_dollars(offer.price.0.dollars() * 1.3);
+        }
+    }
+
+    /// What the cloud asks for this offer at this moment.
+    fn price_of(&self, offer: &Offer) -> UsdPerHour {
+        let now = self.offers.iter().find(|now| now.key == offer.key).map_or(offer.price, |now| now.price);
+        self.price_on_arrival.unwrap_or(now)
+    }
+
     /// Somebody else's, first in every list.
     pub(crate) fn add_foreign(&mut self, number: usize) {
         let name = ["my-web-server", "outliers-somebody-else-n-1", "notes"][number % 3].to_owned();
@@ -212,6 +254,7 @@ impl World {
             guarded: false,
             whole: false,
             price: UsdPerHour::from_dollars(9.0),
+            offered: UsdPerHour::from_dollars(9.0),
         };
         self.machines.insert(format!("a{number}"), machine);
     }
@@ -223,6 +266,9 @@ impl World {
         let lived = Duration::from_millis(until.saturating_sub(machine.created_ms));
         if machine.known {
             self.billed = self.billed + machine.price.cost(lived);
+            let used = machine.worker != JobStatus::NotStarted;
+            let kept = if used { machine.price } else { machine.price.min(machine.offered) };
+            self.kept = self.kept + kept.cost(lived);
         }
     }
 }
@@ -266,6 +312,9 @@ impl Fake {
             match fault {
                 Some(Fault::Outage) => world.outage = true,
                 Some(Fault::Preempted) => world.preempt(),
+                Some(Fault::PriceRises) => world.raise_prices(),
+                Some(Fault::Odd) => world.odd = true,
+                Some(Fault::Refuses) => world.refuses_until = Some(Instant::now() + REFUSES),
                 Some(Fault::Stop) => drop(self.stop.send(Stop::Now)),
                 Some(Fault::StopTwice) => drop(self.stop.send(Stop::SkipSync)),
                 _ => {}
@@ -280,6 +329,7 @@ impl Fake {
             };
             result.and_then(|after| {
                 let value = apply(&mut world);
+                world.odd = false;
                 let alive = world.ours().count();
                 world.most_alive = world.most_alive.max(alive);
                 after.map(|()| value)
@@ -315,7 +365,7 @@ impl Struck {
     }
 
     fn host(self) -> HostError {
-        HostError { transient: true, message: format!("{self:?}"), hint: None }
+        HostError { transient: true, here: false, message: format!("{self:?}"), hint: None }
     }
 }
 
@@ -353,8 +403,9 @@ impl Broker for Fake {
             let lived_on = lease.tag.deadline.saturating_sub(now_ms() / 1000);
             assert!(lived_on <= world.max_duration_s, "its deadline is {lived_on} s away");
             let reserved = offer.price.cost(Duration::from_secs(lived_on));
-            let within = world.budget.is_none_or(|budget| world.billed + reserved <= budget);
-            assert!(within, "{} were spent, {reserved} may come, {:?} is the budget", world.billed, world.budget);
+            for most in [world.budget, world.agreed].into_iter().flatten() {
+                assert!(world.kept + reserved <= most, "{} were spent, {reserved} may come of {most}", world.kept);
+            }
             assert!(world.names.insert(lease.tag.to_string()), "two instances with one name");
             let machine = Machine {
                 name: lease.tag.to_string(),
@@ -367,7 +418,8 @@ impl Broker for Fake {
                 worker: JobStatus::NotStarted,
                 guarded: false,
                 whole: false,
-                price: world.price_on_arrival.unwrap_or(offer.price),
+                price: world.price_of(offer),
+                offered: offer.price,
             };
             world.machines.insert(id.clone(), machine.clone());
             Ok(instance(&id, &machine))
@@ -382,7 +434,8 @@ impl Broker for Fake {
             for (id, machine) in &mut world.machines {
                 if machine.hidden == 0 {
                     machine.known = true;
-                    shown.push(instance(id, machine));
+
+                    shown.push(if world.odd && !machine.foreign { unreadable_entry() } else { instance(id, machine) });
                 } else {
                     machine.hidden -= 1;
                 }
@@ -397,12 +450,34 @@ impl Broker for Fake {
         Ok(self.list().await?.into_iter().find(|instance| instance.id == *id))
     }
 
+    async fn price_rise(&self, _: &InstanceId) -> Result<Option<String>, BrokerError> {
+        Ok(self.world.lock().unwrap().rise.clone())
+    }
+
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
-        let ended = self.effect("terminate", |world| match world.machines.get_mut(&id.0) {
-            Some(machine) if planted(Mutant::StopsInsteadOfEnding) => machine.stopped = true,
-            _ => world.end(&id.0),
+        let ended = self.effect("terminate", |world| {
+            if world.refuses_until.is_some_and(|until| Instant::now() < until) {
+                return Err(Struck::NotApplied);
+            }
+            match world.machines.get_mut(&id.0) {
+                Some(machine) if planted(Mutant::StopsInsteadOfEnding) => machine.stopped = true,
+                _ => world.end(&id.0),
+            }
+            Ok(())
         });
-        ended.await.map_err(Struck::broker)
+        ended.await.and_then(|refused| refused).map_err(Struck::broker)
+    }
+}
+
+fn unreadable_entry() -> Instance {
+    Instance {
+        broker: "fake".into(),
+        id: InstanceId(String::new()),
+        name: String::new(),
+        state: InstanceState::Unreadable("it is no object".into()),
+        price: None,
+        hardware: String::new(),
+        created_at: None,
     }
 }
 
@@ -452,7 +527,7 @@ impl Hosts for Fake {
         loop {
             let error = match self.effect("reach", |world| world.machines.contains_key(&id)).await {
                 Ok(true) => return Ok((Box::new(FakeHost { fake: self.clone(), id }), shown)),
-                Ok(false) => HostError { transient: true, message: "refused".into(), hint: None },
+                Ok(false) => HostError { transient: true, here: false, message: "refused".into(), hint: None },
                 Err(struck) => struck.host(),
             };
             if Instant::now() >= deadline {
@@ -472,7 +547,7 @@ impl FakeHost {
     async fn on_machine<T>(&self, name: &'static str, apply: impl FnOnce(&mut Machine) -> T) -> Result<T, HostError> {
         let id = self.id.clone();
         let done = self.fake.effect(name, |world| world.machines.get_mut(&id).map(apply));
-        let gone = || HostError { transient: true, message: "connection reset".into(), hint: None };
+        let gone = || HostError { transient: true, here: false, message: "connection reset".into(), hint: None };
         done.await.map_err(Struck::host)?.ok_or_else(gone)
     }
 }
@@ -482,7 +557,7 @@ impl Host for FakeHost {
     async fn probe(&self, offer: &Offer, _: &GpuRequest) -> Result<String, HostError> {
         self.on_machine("probe", |_| ()).await?;
         if self.fake.world.lock().unwrap().unfit.contains(&offer.key) {
-            return Err(HostError { transient: false, message: "it has 0 GPUs".into(), hint: None });
+            return Err(HostError { transient: false, here: false, message: "it has 0 GPUs".into(), hint: None });
         }
         Ok("a fake host".to_owned())
     }
@@ -500,6 +575,7 @@ impl Host for FakeHost {
     async fn push(&self, _: &str, local: &Path, name: &str, _: &Listener<'_>) -> Result<String, HostError> {
         assert!(local.exists());
         self.on_machine("push", |_| ()).await?;
+        self.fake.set(|world| world.pushed.push(name.to_owned()));
         Ok(format!("/remote/{name}"))
     }
 
@@ -539,7 +615,7 @@ impl Host for FakeHost {
             }
             Some(machine.worker)
         });
-        let gone = || HostError { transient: true, message: "connection reset".into(), hint: None };
+        let gone = || HostError { transient: true, here: false, message: "connection reset".into(), hint: None };
         let status = status.await.map_err(Struck::host)?.ok_or_else(gone)?;
         if status == JobStatus::Running {
             return std::future::pending().await;

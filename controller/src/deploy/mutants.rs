@@ -8,7 +8,7 @@ use crate::mutant::Mutant;
 /// Schedules within which a bug must be caught.
 const WITHIN: u64 = 2000;
 
-const ALL: [Mutant; 18] = [
+const ALL: [Mutant; 19] = [
     Mutant::GivesUpOnTerminate,
     Mutant::FailedListIsEmpty,
     Mutant::AbsentOnceIsGone,
@@ -27,6 +27,7 @@ const ALL: [Mutant; 18] = [
     Mutant::JudgesAtOnce,
     Mutant::EndsForeignInstances,
     Mutant::BudgetIgnored,
+    Mutant::ConsentIgnored,
 ];
 
 #[test]

@@ -126,6 +126,8 @@ pub enum HostTalk {
 pub struct HostError {
     /// Trying again, on a new connection, can help.
     pub transient: bool,
+    /// It is this machine's fault: a full disk, a file that is not there.
+    pub here: bool,
     /// What happened, and where.
     pub message: String,
     /// What to do about it.

@@ -1,18 +1,21 @@
 //! Carries out what [`reconcile::compare`] finds.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use futures::future::join_all;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::{DeployEvent, Driver, OnEvent, Ports, Stop, Stuck};
-use crate::broker::{BrokerError, Instance, InstanceId};
+use super::ending::{Bill, Ender};
+use super::{Driver, OnEvent, Ports, Stop, Stuck};
+use crate::broker::{BrokerError, Instance, InstanceId, InstanceState};
 use crate::clouds::Cloud;
-use crate::ledger::{Ledger, now_ms};
+use crate::ledger::{Ledger, RunWriter, now_ms};
 use crate::mutant::{Mutant, planted};
 use crate::reconcile::{self, Action, Finish};
 use crate::run::{Ending, RunEvent, RunState};
+use crate::units::UsdPerHour;
 
 /// Brings ledger and clouds into agreement: ends strays, finishes what has nothing left to decide, leaves the rest.
 /// Returns what was found.
@@ -29,22 +32,40 @@ pub async fn recover(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>) -> Res
 }
 
 async fn recover_on(ledger: &Ledger, ports: Ports<'_>, cloud: &Cloud, on: &OnEvent<'_>) -> Result<Vec<Action>, Stuck> {
-    let actions = look(ledger, cloud).await?.actions;
-    for action in &actions {
-        match action {
-            Action::MarkGone { run } => mark_gone(ledger, run)?,
-            Action::Finish { run, why } => finish(ledger, ports, on, run, *why).await?,
-            Action::Terminate { .. } | Action::Adopt { .. } | Action::LeaveAlone { .. } => {}
-        }
+    let looked = look(Some(ledger), cloud).await?;
+    carry_out(ledger, ports, cloud, &looked, on).await?;
+    Ok(looked.actions)
+}
+
+/// Does what a look found to be done: all of it, whatever goes wrong with a part.
+///
+/// # Errors
+/// The first [`Stuck`].
+pub async fn carry_out(
+    ledger: &Ledger,
+    ports: Ports<'_>,
+    cloud: &Cloud,
+    looked: &Looked,
+    on: &OnEvent<'_>,
+) -> Result<(), Stuck> {
+    let mut done = Ok(());
+    for action in &looked.actions {
+        let this = match action {
+            Action::MarkGone { run } => mark_gone(ledger, run),
+            Action::Finish { run, why } => finish(ledger, ports, on, run, *why).await,
+            Action::Terminate { .. } | Action::Adopt { .. } | Action::LeaveAlone { .. } => Ok(()),
+        };
+        done = done.and(this);
     }
-    let strays: Vec<&InstanceId> = actions
-        .iter()
-        .filter_map(|action| if let Action::Terminate { instance, .. } = action { Some(instance) } else { None })
-        .collect();
+    let is_stray = |instance: &&Instance| {
+        let of_it = |action: &Action| matches!(action, Action::Terminate { instance: id, .. } if *id == instance.id);
+        looked.actions.iter().any(of_it)
+    };
+    let strays: Vec<Target> = looked.listed.iter().filter(is_stray).map(Target::from).collect();
     if !strays.is_empty() {
-        end(cloud, on, &strays).await?;
+        done = done.and(end(cloud, on, &strays).await);
     }
-    Ok(actions)
+    done
 }
 
 /// A cloud's complete list, and what is to be done about it.
@@ -56,17 +77,26 @@ pub struct Looked {
     pub actions: Vec<Action>,
 }
 
-/// Lists once, or as often as it takes to call a missing instance gone, and compares.
+/// Lists once, or as often as it takes to call a missing instance gone, and compares. Without a ledger the
+/// tags alone are judged, and nothing is to be done.
 ///
 /// # Errors
 /// [`Stuck`] when the cloud does not answer.
-pub async fn look(ledger: &Ledger, cloud: &Cloud) -> Result<Looked, Stuck> {
+pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, Stuck> {
+    let Some(ledger) = ledger else {
+        let listed = cloud.call(cloud.broker.list()).await.map_err(|error| unanswered(&error, true))?;
+        let actions = reconcile::by_tag(&listed);
+        return Ok(Looked { listed, actions });
+    };
     let (broker, patience) = (cloud.name(), &cloud.patience);
     let mut missing = BTreeMap::new();
     let absences = if planted(Mutant::JudgesAtOnce) { 1 } else { patience.absences };
     for again in (0..absences).rev() {
         // In this order: a run's intent is in the ledger before its instance can be in a list.
-        let listed = cloud.call(cloud.broker.list()).await.map_err(|error| unanswered(&error))?;
+        let before = reconcile::leases(ledger)?;
+        let known: Vec<&InstanceId> = reconcile::abandoned_on(&before, broker).collect();
+        let open = before.iter().any(|lease| lease.may_be_on(broker));
+        let listed = cloud.list(&known).await.map_err(|error| unanswered(&error, open))?;
         let leases = reconcile::leases(ledger)?;
         reconcile::count_missing(&leases, broker, &listed, &mut missing);
         if again > 0 && !missing.is_empty() {
@@ -97,9 +127,7 @@ fn mark_gone(ledger: &Ledger, run: &str) -> Result<(), Stuck> {
 
 async fn finish(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>, run: &str, why: Finish) -> Result<(), Stuck> {
     let Some(mut run) = ledger.take(run)? else { return Ok(()) };
-    if matches!(run.state(), RunState::Held { .. }) {
-        run.append(RunEvent::Terminate)?;
-    }
+    release(&mut run, ports, on).await?;
     // Told to stop from the start: it must bring home and end, never rent anew.
     let stop = watch::Sender::new(Stop::Now);
     let ending = match why {
@@ -110,33 +138,78 @@ async fn finish(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>, run: &str, 
     Ok(())
 }
 
-/// Ends instances and waits until complete listings no longer show them.
+/// What is held is held no more. Where the ledger cannot say so its instance ends at once.
+///
+/// # Errors
+/// [`Stuck`], with which the instance is gone unless it says otherwise.
+pub async fn release(run: &mut RunWriter, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<(), Stuck> {
+    let RunState::Held { rental, .. } = run.state().clone() else { return Ok(()) };
+    let Err(error) = run.append(RunEvent::Terminate) else { return Ok(()) };
+    if let Some(cloud) = ports.clouds.get(&rental.offer.broker) {
+        end(cloud, on, &[Target { price: Some(rental.price), ..Target::of(&rental.instance) }]).await?;
+    }
+    Err(error.into())
+}
+
+/// An instance that is to end.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// Its id.
+    pub id: InstanceId,
+    /// What it bills, where that is known.
+    pub price: Option<UsdPerHour>,
+    /// When it was made, Unix seconds, where that is known.
+    pub since: Option<u64>,
+}
+
+impl Target {
+    /// An instance of which no more is known.
+    pub fn of(id: &InstanceId) -> Self {
+        Self { id: id.clone(), price: None, since: None }
+    }
+
+    fn bill(&self) -> Bill {
+        let hours = self.since.map(|since| Duration::from_secs((now_ms() / 1000).saturating_sub(since)));
+        Bill { price: self.price, cost: self.price.zip(hours).map(|(price, time)| price.cost(time)) }
+    }
+}
+
+impl From<&Instance> for Target {
+    fn from(instance: &Instance) -> Self {
+        Self { price: instance.price, since: instance.created_at, ..Self::of(&instance.id) }
+    }
+}
+
+/// Ends instances and waits until complete listings no longer show them. No list is needed to end them, nor,
+/// where the cloud gives none, to see them gone.
 ///
 /// # Errors
 /// [`Stuck`] when one does not go.
-pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, strays: &[&InstanceId]) -> Result<(), Stuck> {
-    let patience = &cloud.patience;
+pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, targets: &[Target]) -> Result<(), Stuck> {
+    let (patience, ender) = (&cloud.patience, Ender::new(cloud, on));
     let deadline = Instant::now() + patience.terminate;
+    let ids: Vec<&InstanceId> = targets.iter().map(|target| &target.id).collect();
     let mut absences = 0;
-    let mut trouble = None;
+    let mut left = targets.to_vec();
     loop {
-        match cloud.call(cloud.broker.list()).await {
-            Ok(listed) => {
-                let left: Vec<Instance> = listed.into_iter().filter(|i| strays.contains(&&i.id)).collect();
-                absences = if left.is_empty() { absences + 1 } else { 0 };
+        let mut trouble = None;
+        for target in &left {
+            trouble = ender.end(&target.id, target.bill()).await.or(trouble);
+        }
+        match cloud.those_of(&ids).await {
+            Ok(there) => {
+                absences = if there.is_empty() { absences + 1 } else { 0 };
                 if absences >= patience.absences {
                     return Ok(());
                 }
-                for instance in left {
-                    on(DeployEvent::Terminating(Box::new(instance.clone())));
-                    trouble = cloud.call(cloud.broker.terminate(&instance.id)).await.err();
-                }
+                let bills = |instance: &&Instance| instance.state != InstanceState::Terminating;
+                left = there.iter().filter(bills).map(Target::from).collect();
             }
             Err(error) => trouble = Some(error),
         }
         if Instant::now() >= deadline {
             let why = trouble.map_or_else(|| "it is still listed".to_owned(), |error| error.to_string());
-            let names: Vec<&str> = strays.iter().map(|id| id.0.as_str()).collect();
+            let names: Vec<&str> = ids.iter().map(|id| id.0.as_str()).collect();
             let message = format!("instances could not be seen gone ({}): {why}", names.join(", "));
             return Err(Stuck::Broker { message });
         }
@@ -144,6 +217,8 @@ pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, strays: &[&InstanceId]) -> Res
     }
 }
 
-fn unanswered(error: &BrokerError) -> Stuck {
-    Stuck::Broker { message: format!("it is not known which instances exist: {error}") }
+/// What a missing list means, where an instance of ours may be in it or not.
+fn unanswered(error: &BrokerError, open: bool) -> Stuck {
+    let message = format!("it is not known which instances exist: {error}");
+    if open { Stuck::Broker { message } } else { Stuck::Silent { message, hint: error.hint() } }
 }

@@ -69,6 +69,7 @@ impl Hosts for SshHosts {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     return Err(HostError {
                         transient: false,
+                        here: false,
                         message: format!("{}: {error}", path.display()),
                         hint: Some("remove the file by hand".to_owned()),
                     });
@@ -121,6 +122,7 @@ impl Host for SshHost {
             None => Ok(in_words(&facts)),
             Some(why) => Err(HostError {
                 transient: false,
+                here: false,
                 message: format!("the host is not what was rented: {why}"),
                 hint: Some("nothing was run on it; try again, another host may be given".to_owned()),
             }),
@@ -159,6 +161,7 @@ impl Host for SshHost {
         let worker = self.worker.lock().await;
         let worker = worker.as_ref().ok_or_else(|| HostError {
             transient: true,
+            here: false,
             message: "the worker was not pushed over this connection".to_owned(),
             hint: None,
         })?;
@@ -318,13 +321,15 @@ fn tell(event: HostEvent, on: &Listener<'_>) {
 
 impl From<host::HostError> for HostError {
     fn from(error: host::HostError) -> Self {
-        Self { transient: error.is_transient(), message: error.message, hint: error.hint }
+        let (transient, here) = (error.is_transient(), error.kind == HostErrorKind::Local);
+        Self { transient, here, message: error.message, hint: error.hint }
     }
 }
 
 fn key_error(error: &KeyError) -> HostError {
     HostError {
         transient: false,
+        here: true,
         message: error.to_string(),
         hint: Some("the state folder must be writable (OUTLIERS_STATE)".to_owned()),
     }

@@ -4,13 +4,16 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use outliers_protocol::{CorpusSource, JobSpec, Manifest, ModelSource};
+use outliers_protocol::{CorpusFormat, CorpusSource, JobSpec, Manifest, ModelSource};
 
 use tokio::time::Instant;
 
 use super::bring::{self, Folders};
+use super::ending::{Bill, Ender};
 use super::{DeployEvent, Driver, Host, HostError, HostTalk, StepError, Stop, Stuck};
-use crate::broker::{BrokerError, BrokerErrorKind, Instance, InstanceState, Lease, LeaseTag, Offer, SshEndpoint};
+use crate::broker::{
+    BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
+};
 use crate::host::{JobStatus, Terms};
 use crate::ledger::{Purse, now_ms, random_word};
 use crate::market;
@@ -28,6 +31,14 @@ enum Affordable {
     Later(Usd),
 }
 
+/// What an instance is known by.
+#[derive(Clone, Copy)]
+enum Sought<'a> {
+    Id(&'a InstanceId),
+    /// After a create call that was not answered.
+    Name(&'a str),
+}
+
 /// Create calls that may stay unanswered before the offer counts as refused.
 const UNANSWERED: u32 = 3;
 /// Offers that are tried for one run, over all clouds.
@@ -36,6 +47,9 @@ const MOST_TRIED: usize = 25;
 const MOST_RENTED: usize = 3;
 /// On one instance a worker that died is started again so often.
 const MOST_RESTARTS: u32 = 2;
+
+/// Between two looks at what an instance bills while its worker runs.
+const BETWEEN_BILLS: Duration = Duration::from_secs(10 * 60);
 
 /// For a worker that runs: only the run's own time limit ends the attempts to reach it.
 const UNTIL_TIME_IS_UP: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -51,6 +65,10 @@ impl Driver<'_> {
             Ok(offered) => offered,
             Err(error) => return self.try_again_broker(error, self.patience().settle).await,
         };
+        if let Some(wrong) = self.ports.clouds.wrong_clock() {
+            let hint = "set the clock, then run it again".to_owned();
+            return Err(StepError::End(failed(TroubleKind::Local, wrong, Some(hint))));
+        }
         for error in &offered.silent {
             (self.on)(DeployEvent::Talk(HostTalk::Note(format!("left out: {error}"))));
         }
@@ -62,16 +80,11 @@ impl Driver<'_> {
         };
         let Some(offer) = self.next_offer(&affordable, refused) else {
             let was_lost = refused.last().is_some_and(|refusal| refusal.lost);
-            let ending = if was_lost { Ending::InstanceLost } else { none_left(refused, affordable.len()) };
+            let dearer = selected.len() - affordable.len();
+            let ending = if was_lost { Ending::InstanceLost } else { none_left(refused, affordable.len(), dearer) };
             return Err(StepError::End(ending));
         };
-        let tag = LeaseTag {
-            owner: self.run.owner().to_owned(),
-            run: self.run.record().id.clone(),
-            nonce: if planted(Mutant::NameWithoutNonce) { "n".to_owned() } else { random_word(6) },
-            deadline: self.deadline(),
-        };
-        let worst = self.worst(&offer);
+        let (tag, worst) = (self.tag(&offer), self.worst(&offer));
         let renting = DeployEvent::Renting(Box::new(offer.clone()));
         // Another run may have reserved the money in the meantime: then this step is made again.
         if self.reserve(Intent { offer, tag }, worst)? {
@@ -81,22 +94,45 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// Unix seconds.
-    fn deadline(&self) -> u64 {
+    fn tag(&self, offer: &Offer) -> LeaseTag {
+        LeaseTag {
+            owner: self.run.owner().to_owned(),
+            run: self.run.record().id.clone(),
+            nonce: if planted(Mutant::NameWithoutNonce) { "n".to_owned() } else { random_word(6) },
+            deadline: self.deadline(offer),
+        }
+    }
+
+    /// Unix seconds by the cloud's clock, which it and the instance keep.
+    fn deadline(&self, offer: &Offer) -> u64 {
         let record = self.run.record();
-        let time = if planted(Mutant::NoDeadline) { u64::from(u32::MAX) } else { record.spec.max_duration_s };
+        let time = record.spec.time_on(offer, record.spent_before()).as_secs();
+        let time = if planted(Mutant::NoDeadline) { u64::from(u32::MAX) } else { time };
         let from_ms = if planted(Mutant::NameWithoutNonce) { record.created_at_ms } else { now_ms() };
-        from_ms / 1000 + time
+        let from = from_ms / 1000;
+        self.ports.clouds.get(&offer.broker).map_or(from, |cloud| cloud.time(from)) + time
     }
 
     /// What an instance of this offer may cost until its time limit.
     fn worst(&self, offer: &Offer) -> Usd {
-        let spec = &self.run.record().spec;
-        spec.agreed(offer).cost(Duration::from_secs(spec.max_duration_s))
+        let record = self.run.record();
+        record.spec.highest_price(offer).cost(record.spec.time_on(offer, record.spent_before()))
     }
 
-    /// The offers that what is left of the budget pays for until their time limit.
+    /// The offers that what was agreed, and what is left of the budget, pay for.
     fn affordable(&self, selected: &[Offer]) -> Result<Affordable, StepError> {
+        let (record, spent) = (self.run.record(), self.run.record().spent_before());
+        let within: Vec<Offer> = selected.iter().filter(|offer| record.spec.pays_for(offer, spent)).cloned().collect();
+        if let (Some(agreed), true, Some(first)) = (record.spec.ceiling(), within.is_empty(), selected.first()) {
+            let message = format!(
+                "{} of {agreed} that were agreed are left, and the first offer is {}",
+                agreed - spent,
+                first.price
+            );
+            let hint = "run it again to agree to the prices of now; --budget agrees to more".to_owned();
+            return Err(StepError::End(failed(TroubleKind::Budget, message, Some(hint))));
+        }
+        let selected = &within;
         let Some(Purse { budget, left, at_best }) = self.run.purse()? else {
             return Ok(Affordable::Now(selected.to_vec()));
         };
@@ -192,7 +228,7 @@ impl Driver<'_> {
     async fn settle(&mut self, intent: &Intent) -> Step {
         (self.on)(DeployEvent::Settling);
         let name = intent.tag.to_string();
-        let found = self.look_for(|instance| instance.name == name, self.cloud()?.patience.settle).await?;
+        let found = self.look_for(Sought::Name(&name), self.cloud()?.patience.settle).await?;
         match found {
             Some(instance) => self.created(&instance),
             None => {
@@ -205,7 +241,7 @@ impl Driver<'_> {
 
     /// Rented: speaks to the host for the first time.
     pub(super) async fn reach(&mut self, rental: &Rental) -> Step {
-        if let Some(reason) = self.too_dear(&rental.offer, rental.price) {
+        if let Some(reason) = self.too_dear(&rental.offer, rental.price)? {
             return Err(StepError::Unfit(reason));
         }
         let pin = self.connect(rental, None, Duration::ZERO).await?;
@@ -214,12 +250,21 @@ impl Driver<'_> {
     }
 
     /// Why an instance of this price is not kept.
-    fn too_dear(&self, offer: &Offer, price: UsdPerHour) -> Option<String> {
-        let spec = &self.run.record().spec;
-        let (cap, agreed) = (spec.request.max_price, spec.agreed(offer));
+    fn too_dear(&self, offer: &Offer, price: UsdPerHour) -> Result<Option<String>, StepError> {
+        let (record, spec) = (self.run.record(), &self.run.record().spec);
+        let cap = spec.request.max_price;
+        if price <= spec.highest_price(offer) {
+            return Ok(None);
+        }
+        // More than the offer is no more than was agreed where a budget was, or the offers before were dearer.
+        let in_all = record.at_price(price);
+        let extra = in_all - record.at_price(offer.price);
+        let covered = spec.ceiling().is_some_and(|agreed| in_all <= agreed) && cap.is_none_or(|cap| price <= cap);
+        if covered && self.run.purse()?.is_none_or(|purse| extra <= purse.left) {
+            return Ok(None);
+        }
         let said = if cap.is_some() { "that was allowed" } else { "its offer said" };
-        let limit = cap.unwrap_or(offer.price);
-        (price > agreed).then(|| format!("the instance bills {price}, more than the {limit} {said}"))
+        Ok(Some(format!("the instance bills {price}, more than the {} {said}", cap.unwrap_or(offer.price))))
     }
 
     /// Reachable: puts everything there and starts the worker.
@@ -272,9 +317,7 @@ impl Driver<'_> {
             CorpusSource::Files(paths) => {
                 for (i, path) in paths.iter_mut().enumerate() {
                     // The ending tells the worker how documents lie in it.
-                    let ending =
-                        Path::new(path).extension().filter(|ending| *ending == "jsonl" || *ending == "parquet");
-                    let ending = ending.and_then(|ending| ending.to_str()).unwrap_or("txt");
+                    let ending = CorpusFormat::of(path);
                     *path = host.push(run, Path::new(path), &format!("corpus-{i}.{ending}"), &on).await?;
                 }
             }
@@ -303,6 +346,7 @@ impl Driver<'_> {
         let status = tokio::select! {
             status = self.host().follow(&run, &listen) => status,
             gone = self.instance_lost(rental, &lost) => return Err(gone),
+            dear = self.bills_more(rental) => return Err(dear),
         };
         match status {
             Ok(JobStatus::Running) => {
@@ -312,6 +356,33 @@ impl Driver<'_> {
             Ok(JobStatus::Ended { exit }) => Ok(self.append(RunEvent::WorkerEnded { exit })?),
             Ok(JobStatus::NotStarted) => Ok(self.append(RunEvent::WorkerEnded { exit: None })?),
             Err(error) => self.try_again_host(error, UNTIL_TIME_IS_UP).await,
+        }
+    }
+
+    /// Tells when the host wants more, to which nothing here agrees; resolves when the instance bills more than may be paid.
+    async fn bills_more(&self, rental: &Rental) -> StepError {
+        let cloud = match self.cloud() {
+            Ok(cloud) => cloud,
+            Err(unknown) => return unknown,
+        };
+        let mut told = None;
+        loop {
+            tokio::time::sleep(BETWEEN_BILLS).await;
+            // What is not answered is asked again.
+            let asked = cloud.call(cloud.broker.price_rise(&rental.instance)).await.ok().flatten();
+            if let Some(asked) = asked.filter(|asked| told.as_ref() != Some(asked)) {
+                let note = format!("the host of {} asks for {asked}; it is not agreed to", rental.instance);
+                (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
+                told = Some(asked);
+            }
+            let Ok(listed) = cloud.call(cloud.broker.list()).await else { continue };
+            let listed = listed.into_iter().find(|instance| instance.id == rental.instance);
+            let price = listed.and_then(|instance| instance.price).filter(|price| *price > rental.price);
+            match price.map(|price| self.too_dear(&rental.offer, price)) {
+                None | Some(Ok(None)) => {}
+                Some(Ok(Some(reason))) => return StepError::End(failed(TroubleKind::Budget, reason, None)),
+                Some(Err(error)) => return error,
+            }
         }
     }
 
@@ -330,7 +401,7 @@ impl Driver<'_> {
                 continue;
             }
             // A listing that failed says nothing.
-            let Ok(listed) = cloud.call(cloud.broker.list()).await else { continue };
+            let Ok(listed) = cloud.list(&[&rental.instance]).await else { continue };
             match listed.into_iter().find(|instance| instance.id == rental.instance).map(|instance| instance.state) {
                 None => absences += 1,
                 Some(InstanceState::Failed(_) | InstanceState::Stopped | InstanceState::Terminating) => {
@@ -432,41 +503,53 @@ impl Driver<'_> {
     /// Discarding, terminating: until complete listings show no instance of this run, whatever create call it came from.
     pub(super) async fn terminate(&mut self, rental: &Rental) -> Step {
         self.memory.host = None;
-        let cloud = self.cloud()?;
-        let deadline = Instant::now() + cloud.patience.terminate;
-        let mut trouble = cloud.call(cloud.broker.terminate(&rental.instance)).await.err();
         let forgets = matches!(self.run.state(), RunState::Discarding { .. }) && planted(Mutant::FailoverForgets);
         if forgets || planted(Mutant::GivesUpOnTerminate) {
-            return Ok(self.append(RunEvent::Gone)?);
+            let cloud = self.cloud()?;
+            let _ = cloud.call(cloud.broker.terminate(&rental.instance)).await;
+        } else {
+            self.see_gone(&rental.tag, Some(&rental.instance)).await?;
         }
+        Ok(self.append(RunEvent::Gone)?)
+    }
+
+    /// Ends every instance of this run, until complete listings show none.
+    pub(super) async fn see_gone(&self, tag: &LeaseTag, known: Option<&InstanceId>) -> Step {
+        let cloud = self.cloud()?;
+        let deadline = Instant::now() + cloud.patience.terminate;
+        let of_this_run = |other: LeaseTag| other.owner == tag.owner && other.run == tag.run;
+        let is_ours = |i: &Instance| Some(&i.id) == known || i.tag().is_some_and(of_this_run);
+        let ender = Ender::new(cloud, self.on);
+        let mut left: Vec<InstanceId> = known.into_iter().cloned().collect();
         let mut absences = 0;
         loop {
-            match cloud.call(cloud.broker.list()).await {
+            let mut trouble = None;
+            for id in &left {
+                let (price, cost) =
+                    (self.run.state().rental().map(|rental| rental.price), self.run.record().cost(now_ms()));
+                trouble = ender.end(id, Bill { price, cost: Some(cost) }).await.or(trouble);
+            }
+            match cloud.list(known.as_slice()).await {
                 Ok(listed) => {
-                    let ours: Vec<Instance> = listed.into_iter().filter(|i| self.is_ours(i, rental)).collect();
+                    let ours: Vec<Instance> = listed.into_iter().filter(is_ours).collect();
                     absences = if ours.is_empty() { absences + 1 } else { 0 };
                     if absences >= cloud.patience.absences {
-                        return Ok(self.append(RunEvent::Gone)?);
+                        return Ok(());
                     }
-                    for instance in ours.iter().filter(|i| i.state != InstanceState::Terminating) {
-                        (self.on)(DeployEvent::Terminating(Box::new(instance.clone())));
-                        trouble = cloud.call(cloud.broker.terminate(&instance.id)).await.err();
-                    }
+                    let bills = |instance: &Instance| instance.state != InstanceState::Terminating;
+                    left = ours.into_iter().filter(bills).map(|instance| instance.id).collect();
                 }
+                // What cannot be listed can be ended.
                 Err(error) => trouble = Some(error),
             }
             if Instant::now() >= deadline {
                 let why = trouble.map_or_else(|| "it is still listed".to_owned(), |error| error.to_string());
-                let message = format!("instance {} could not be seen gone: {why}", rental.instance);
+                let name = known.map_or_else(|| tag.to_string(), ToString::to_string);
+                let message = format!("instance {name} could not be seen gone: {why}");
                 return Err(StepError::Stuck(Stuck::Instance { run: self.run.record().id.clone(), message }));
             }
             tokio::time::sleep(cloud.patience.listing_interval).await;
         }
-    }
-
-    fn is_ours(&self, instance: &Instance, rental: &Rental) -> bool {
-        let of_this_run = |tag: LeaseTag| tag.owner == rental.tag.owner && tag.run == rental.tag.run;
-        instance.id == rental.instance || instance.tag().is_some_and(of_this_run)
     }
 
     fn host(&self) -> &dyn Host {
@@ -509,7 +592,9 @@ impl Driver<'_> {
 
     /// Puts the guard in place, for which there must be time left.
     async fn guard(&self, rental: &Rental) -> Result<(), HostError> {
-        let left = Duration::from_secs(rental.tag.deadline.saturating_sub(now_ms() / 1000));
+        let now = now_ms() / 1000;
+        let now = self.ports.clouds.get(&rental.offer.broker).map_or(now, |cloud| cloud.time(now));
+        let left = Duration::from_secs(rental.tag.deadline.saturating_sub(now));
         if left.is_zero() || planted(Mutant::NoGuard) {
             return Ok(());
         }
@@ -524,12 +609,13 @@ impl Driver<'_> {
         let limit = limit.max(patience.boot);
         let deadline = Instant::now() + limit;
         loop {
-            let id = rental.instance.clone();
-            let found = self.look_for(move |instance| instance.id == id, limit).await?;
+            let found = self.look_for(Sought::Id(&rental.instance), limit).await?;
             let found = found.ok_or(StepError::Vanished)?;
             // A create call's answer may not tell, or tell the price of another moment.
             let is_new = matches!(self.run.state(), RunState::Rented { .. });
-            if let Some(reason) = found.price.filter(|_| is_new).and_then(|price| self.too_dear(&rental.offer, price)) {
+            if let Some(price) = found.price.filter(|_| is_new)
+                && let Some(reason) = self.too_dear(&rental.offer, price)?
+            {
                 return Err(StepError::Unfit(reason));
             }
             self.memory.price = found.price;
@@ -539,6 +625,7 @@ impl Driver<'_> {
                 InstanceState::Stopped | InstanceState::Terminating => return Err(StepError::Down),
                 InstanceState::Booting => "it is still booting".to_owned(),
                 InstanceState::Unknown(word) => format!("its state is `{word}`"),
+                InstanceState::Unreadable(why) => format!("what the cloud shows of it cannot be read: {why}"),
             };
             if Instant::now() >= deadline {
                 return Err(did_not_come_up(rental, &why));
@@ -548,23 +635,24 @@ impl Driver<'_> {
         }
     }
 
-    /// The first listed instance that fits; `None` only after enough complete listings without one.
-    async fn look_for(
-        &mut self,
-        fits: impl Fn(&Instance) -> bool + Send,
-        limit: Duration,
-    ) -> Result<Option<Instance>, StepError> {
+    /// The instance; `None` only after enough complete listings without it.
+    async fn look_for(&mut self, sought: Sought<'_>, limit: Duration) -> Result<Option<Instance>, StepError> {
         let cloud = self.cloud()?;
         let deadline = Instant::now() + limit;
         let enough = if planted(Mutant::AbsentOnceIsGone) { 1 } else { cloud.patience.absences };
         let mut absences = 0;
         loop {
-            match cloud.call(cloud.broker.list()).await {
+            let found = match sought {
+                Sought::Id(id) => {
+                    let listed = cloud.list(&[id]).await;
+                    listed.map(|listed| listed.into_iter().find(|instance| instance.id == *id))
+                }
+                Sought::Name(name) => cloud.named(name).await,
+            };
+            match found {
                 Err(_) if planted(Mutant::FailedListIsEmpty) => return Ok(None),
-                Ok(listed) => {
-                    if let Some(instance) = listed.into_iter().find(&fits) {
-                        return Ok(Some(instance));
-                    }
+                Ok(Some(instance)) => return Ok(Some(instance)),
+                Ok(None) => {
                     absences += 1;
                     if absences >= enough {
                         return Ok(None);
@@ -598,7 +686,8 @@ impl Driver<'_> {
         if error.transient && self.pause(&error.message, limit).await {
             return Ok(());
         }
-        Err(StepError::End(failed(TroubleKind::Host, error.message, error.hint)))
+        let kind = if error.here { TroubleKind::Local } else { TroubleKind::Host };
+        Err(StepError::End(failed(kind, error.message, error.hint)))
     }
 
     /// Waits a little longer after every failure; false when the present state has failed for longer than `limit`.
@@ -628,11 +717,16 @@ fn broker_failed(error: &BrokerError) -> Ending {
     failed(TroubleKind::Broker, error.to_string(), hint)
 }
 
-fn none_left(refused: &[Refusal], offered: usize) -> Ending {
+/// `dearer` are those for which what was agreed does not pay.
+fn none_left(refused: &[Refusal], offered: usize, dearer: usize) -> Ending {
     let words: Vec<String> = refused.iter().map(|r| format!("{}: {}", market::title(&r.offer), r.reason)).collect();
     let message =
         format!("{} of {offered} offers were tried and none could be had ({})", refused.len(), words.join("; "));
-    failed(TroubleKind::NoOffer, message, Some("relax the filters, or try again later".to_owned()))
+    let hint = match dearer {
+        0 => "relax the filters, or try again later".to_owned(),
+        n => format!("{n} more would cost more than was agreed: --budget agrees to more; or try again later"),
+    };
+    failed(TroubleKind::NoOffer, message, Some(hint))
 }
 
 fn did_not_come_up(rental: &Rental, why: &str) -> StepError {
@@ -642,6 +736,7 @@ fn did_not_come_up(rental: &Rental, why: &str) -> StepError {
 fn local_trouble(path: &Path, error: &std::io::Error) -> HostError {
     HostError {
         transient: false,
+        here: true,
         message: format!("{}: {error}", path.display()),
         hint: Some("the results' folder must be writable and have room".to_owned()),
     }

@@ -4,12 +4,15 @@ use std::path::Path;
 
 use outliers_protocol::{Failure, FailureKind, Outcome, files};
 
-use super::fake::{Fake, Fault, nothing, spec};
+use super::fake::{Fake, Fault, nothing, spec, wind};
 use super::*;
 use crate::broker::BrokerErrorKind;
 use crate::ledger::Ledger;
 use crate::run::{Ending, Membership, RunSpec, TroubleKind};
 use crate::units::{Usd, UsdPerHour};
+
+/// The price of the first offer until the time limit of an hour.
+const AGREED: Usd = Usd::from_micros(1_000_000);
 
 /// How one process ended.
 #[derive(Debug)]
@@ -26,8 +29,11 @@ pub(super) async fn life(fake: &Fake, home: &Path) -> Life {
         Some(run) => ledger.take(&run.id).unwrap().expect("the process before is dead"),
         None => {
             let max_duration_s = fake.world.lock().unwrap().max_duration_s;
-            let budget = fake.world.lock().unwrap().budget;
-            ledger.plan(&RunSpec { max_duration_s, budget, ..spec(&home.join("results")) }).unwrap()
+            let (budget, agreed) = {
+                let world = fake.world.lock().unwrap();
+                (world.budget, world.agreed)
+            };
+            ledger.plan(&RunSpec { max_duration_s, budget, agreed, ..spec(&home.join("results")) }).unwrap()
         }
     };
     let on = |_| {};
@@ -49,6 +55,9 @@ pub(super) fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
     assert!(record.state.is_closed(), "{what}: {:?}", record.state);
     assert_eq!(world.ours().count(), 0, "{what}: an instance is left");
     assert!(world.most_alive <= 1, "{what}: {} instances at once", world.most_alive);
+    if let Some(agreed) = record.spec.agreed {
+        assert!(world.kept <= agreed, "{what}: {} were paid, {agreed} were agreed", world.kept);
+    }
     if let Some(results) = record.state.results() {
         let folder = Path::new(&results.folder);
         assert!(folder.join(RUN_FILE).exists(), "{what}");
@@ -68,6 +77,7 @@ pub(super) fn home() -> tempfile::TempDir {
 
 async fn happy() -> (Fake, Box<RunRecord>, tempfile::TempDir) {
     let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.agreed = Some(AGREED));
     let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     (fake, record, home)
 }
@@ -104,7 +114,7 @@ async fn sweep_with(
         loop {
             later += 1;
             let (fake, home) = (Fake::new(), home());
-            fake.set(|world| world.armed = vec![(at, first)]);
+            fake.set(|world| (world.armed, world.agreed) = (vec![(at, first)], Some(AGREED)));
             fake.set(&change);
             if let Some(second) = second {
                 fake.set(|world| world.armed.push((later, second)));
@@ -176,6 +186,20 @@ async fn a_single_failure_anywhere_is_survived() {
             closed_and_clean(fake, last(lives), what);
             assert_eq!(last(lives).state.ending(), Some(&Ending::Completed), "{what}");
             assert!(fake.world.lock().unwrap().creates <= 2, "{what}");
+        })
+        .await;
+    }
+}
+
+/// A list in which nothing can be read of the instance says neither that it is there nor that it is gone.
+#[tokio::test(start_paused = true)]
+async fn an_unreadable_entry_anywhere_is_never_an_instance_that_is_gone() {
+    for second in [None, Some(Fault::CrashAfter), Some(Fault::AnswerLost)] {
+        sweep(Fault::Odd, second, |fake, lives, what| {
+            closed_and_clean(fake, last(lives), what);
+            assert_eq!(last(lives).state.ending(), Some(&Ending::Completed), "{what}");
+            let made = last(lives).events.iter().filter(|entry| entry.event.word() == "created").count();
+            assert_eq!(made, 1, "{what}");
         })
         .await;
     }
@@ -316,6 +340,7 @@ async fn with(change: impl FnOnce(&mut crate::run::RunSpec), fake: &Fake, home: 
     let ledger = Ledger::open(&home.join("state")).unwrap();
     let mut wishes = spec(&home.join("results"));
     change(&mut wishes);
+    fake.set(|world| world.agreed = wishes.agreed);
     let run = ledger.plan(&wishes).unwrap();
     Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &|_| {}).drive().await.unwrap()
 }
@@ -447,6 +472,109 @@ async fn without_a_cap_the_offers_price_is_what_was_agreed() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_was_agreed_bounds_every_offer_that_is_tried() {
+    wind(now_ms());
+    for (dearer, rented) in [(2.0, true), (9.0, false)] {
+        let (fake, home) = (Fake::new(), home());
+        fake.set(|world| {
+            world.offers[1].price = UsdPerHour::from_dollars(dearer);
+            world.sold_out = vec!["a".into()];
+            world.endless = true;
+        });
+        let record = with(|spec| spec.agreed = Some(AGREED), &fake, home.path()).await;
+        closed_and_clean(&fake, &record, "dearer");
+        let cost = record.cost(now_ms());
+        if rented {
+            assert_eq!(record.state.ending(), Some(&Ending::Deadline), "half the time for twice the price");
+            assert!(cost <= AGREED && cost > Usd::from_dollars(0.8), "{cost}");
+        } else {
+            let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+            assert!(trouble.hint.as_ref().is_some_and(|hint| hint.contains("--budget")), "{trouble:?}");
+            assert_eq!(cost, Usd::ZERO);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bill_above_the_offer_is_not_kept_unless_what_was_agreed_covers_it() {
+    for (agreed, creates) in [(1.0, 2), (1.06, 1)] {
+        let (fake, home) = (Fake::new(), home());
+        fake.set(|world| world.price_on_arrival = Some(UsdPerHour::from_dollars(1.05)));
+        let agreed = Usd::from_dollars(agreed);
+        let record = with(|spec| spec.agreed = Some(agreed), &fake, home.path()).await;
+        closed_and_clean(&fake, &record, "bill");
+        assert_eq!(record.state.ending(), Some(&Ending::Completed));
+        assert_eq!(fake.world.lock().unwrap().creates, creates, "{agreed}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_price_that_rises_between_look_and_create_is_not_paid() {
+    wind(now_ms());
+    let create = happy().await.0.world.lock().unwrap().effects.iter().position(|name| *name == "create").unwrap();
+    for at in [create, create + 1] {
+        let (fake, home) = (Fake::new(), home());
+        fake.set(|world| {
+            world.endless = true;
+            world.armed = vec![(at, Fault::PriceRises)];
+        });
+        let record = with(|spec| spec.agreed = Some(AGREED), &fake, home.path()).await;
+        closed_and_clean(&fake, &record, "it rose");
+        assert!(record.cost(now_ms()) <= AGREED, "{}", record.cost(now_ms()));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_budget_of_what_is_shown_is_enough() {
+    let (fake, home) = (Fake::new(), home());
+    let budget = Some(AGREED);
+    let record = with(|spec| (spec.budget, spec.agreed) = (budget, budget), &fake, home.path()).await;
+    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+}
+
+/// What is told while an endless run goes on and `after` half an hour something happens.
+async fn told_while_it_runs(spec: RunSpec, after: impl FnOnce(&mut super::fake::World)) -> (RunRecord, Vec<String>) {
+    wind(now_ms());
+    let (fake, told) = (Fake::new(), std::sync::Mutex::new(Vec::new()));
+    fake.set(|world| world.endless = true);
+    let state = tempfile::tempdir().unwrap();
+    let run = Ledger::open(state.path()).unwrap().plan(&spec).unwrap();
+    let on = |event| {
+        if let DeployEvent::Talk(HostTalk::Note(note)) = event {
+            told.lock().unwrap().push(note);
+        }
+    };
+    let clouds = fake.clouds();
+    let driven = Driver::new(run, fake.ports(&clouds), fake.stop.subscribe(), &on).drive();
+    let change = async {
+        tokio::time::sleep(Duration::from_secs(1800)).await;
+        fake.set(after);
+    };
+    let (record, ()) = tokio::join!(driven, change);
+    let told = told.lock().unwrap().clone();
+    (record.unwrap(), told)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_price_that_the_host_wants_to_raise_is_told_once_and_not_agreed_to() {
+    let home = home();
+    let rise = |world: &mut super::fake::World| world.rise = Some("$2.00/h".into());
+    let (record, told) = told_while_it_runs(RunSpec { agreed: Some(AGREED), ..spec(home.path()) }, rise).await;
+    assert_eq!(record.state.ending(), Some(&Ending::Deadline), "it goes on at the old price");
+    assert_eq!(told, ["the host of i1 asks for $2.00/h; it is not agreed to"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bill_that_rises_during_the_run_ends_it_and_brings_home_what_there_is() {
+    let home = home();
+    let bill = |world: &mut super::fake::World| world.bill(UsdPerHour::from_dollars(1.2));
+    let (record, _) = told_while_it_runs(RunSpec { agreed: Some(AGREED), ..spec(home.path()) }, bill).await;
+    let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert!(trouble.kind == TroubleKind::Budget && trouble.message.contains("$1.20/h"), "{trouble:?}");
+    assert!(record.state.results().is_some() && record.state.is_closed());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_host_that_is_not_what_was_rented_is_exchanged_and_remembered() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.unfit = vec!["a".into()]);
@@ -531,7 +659,25 @@ fn the_same_work_has_the_same_key() {
     assert!(JobIdentity::of(&job).is_err());
 }
 
-/// What another process finds: strays go, an abandoned run's instance stays until its time is up, then it is salvaged.
+/// The worker there tells formats by names, as the one here did before anything was rented.
+#[tokio::test(start_paused = true)]
+async fn corpus_files_keep_the_endings_that_tell_their_formats() {
+    use outliers_protocol::CorpusSource;
+    let (fake, home) = (Fake::new(), home());
+    let texts = ["a.txt", "b", "C.JSONL", "d.ndjson", "e.json.gz", "f.csv", "g.tsv.zst", "h.parquet", "i.md"];
+    let text = |name: &str| {
+        let path = home.path().join(name);
+        std::fs::write(&path, "text").unwrap();
+        path.to_string_lossy().into_owned()
+    };
+    let corpus = CorpusSource::Files(texts.map(text).into());
+    with(|spec| spec.job.corpus.source = corpus, &fake, home.path()).await;
+    let endings = ["txt", "txt", "jsonl", "jsonl", "json.gz", "csv", "tsv.zst", "parquet", "txt"];
+    let expected: Vec<String> = endings.iter().enumerate().map(|(i, ending)| format!("corpus-{i}.{ending}")).collect();
+    assert_eq!(fake.world.lock().unwrap().pushed, expected);
+}
+
+/// What another process finds: what has time left stays; then strays go, and an abandoned run is salvaged.
 #[tokio::test]
 async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
     use crate::broker::{Broker, Lease, LeaseTag};
@@ -564,8 +710,11 @@ async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
     assert_eq!(names().len(), 3);
 
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
-    assert_eq!(names().len(), 2, "the stray is gone, the abandoned run's instance and the foreign one are not");
-    assert!(!names().contains(&tags[0]) && names().contains(&tags[1]));
+    assert_eq!(
+        names().len(),
+        3,
+        "an unknown run may be another machine's with a copy of this ledger, and has time left"
+    );
 
     tokio::time::sleep(Duration::from_secs(3)).await;
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
@@ -573,6 +722,22 @@ async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
     let run = ledger.find("last").unwrap();
     assert_eq!(run.state.ending(), Some(&Ending::Deadline));
     assert!(run.state.results().is_some_and(|results| !results.complete), "what there was came home");
+}
+
+/// A state folder that was copied before the newest run began.
+#[tokio::test(start_paused = true)]
+async fn a_copied_ledger_ends_no_live_instance_of_the_machine_it_was_copied_from() {
+    let (fake, home, copy) = (Fake::new(), home(), self::home());
+    drop(Ledger::open(&home.path().join("state")).unwrap());
+    std::fs::copy(home.path().join("state/ledger.db"), copy.path().join("ledger.db")).unwrap();
+    let (plain, ..) = happy().await;
+    let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
+    fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
+    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    let (ours, ledger) = (Ledger::open(&home.path().join("state")).unwrap(), Ledger::open(copy.path()).unwrap());
+    assert_eq!(ledger.owner(), ours.owner(), "it is a copy");
+    let found = recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
+    assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "{found:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -679,4 +844,134 @@ async fn workers_of_a_batch_start_a_pause_apart() {
         assert_eq!(run.unwrap().state.ending(), Some(&Ending::Completed));
     }
     assert_eq!(*launched.lock().unwrap(), [0, 1, 2]);
+}
+
+/// Drives a run whose ledger takes no more than `events`, as on a full disk; `heard` is told how often that was
+/// said, and may free the disk.
+async fn on_a_full_disk(
+    events: usize,
+    heard: impl Fn(&Fake, &rusqlite::Connection, usize) + Send + Sync,
+) -> (Fake, tempfile::TempDir, Result<RunRecord, Stuck>) {
+    super::fake::wind(1_767_225_600_000);
+    let (mut fake, home) = (Fake::new(), home());
+    fake.patience = Patience::CLOUD;
+    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let disk = rusqlite::Connection::open(home.path().join("state/ledger.db")).unwrap();
+    let full = format!(
+        "CREATE TRIGGER full BEFORE INSERT ON events WHEN (SELECT count(*) FROM events) >= {events} \
+         BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
+    );
+    disk.execute_batch(&full).unwrap();
+    let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
+    let (disk, said) = (std::sync::Mutex::new(disk), std::sync::atomic::AtomicUsize::new(0));
+    let on = |event| {
+        if matches!(&event, DeployEvent::Retrying { reason, .. } if reason.contains("disk is full")) {
+            let times = said.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;
+            heard(&fake, &disk.lock().unwrap(), times);
+        }
+    };
+    let driven = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await;
+    (fake, home, driven)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_is_full_at_any_event_leaves_no_instance() {
+    for events in 0..8 {
+        let (fake, home, driven) = on_a_full_disk(events, |_, _, _| {}).await;
+        let Err(Stuck::Ledger(error)) = driven else { panic!("{events}: {driven:?}") };
+        assert!(error.to_string().contains("ledger.db") && error.to_string().contains("full"), "{error}");
+        let created = fake.world.lock().unwrap().creates;
+        assert_eq!(created > 0, events > 0, "{events}: what cannot be intended is not rented");
+        assert_eq!(fake.world.lock().unwrap().ours().count(), 0, "{events}: an instance is left");
+        // With room again the same run comes to its end.
+        let disk = rusqlite::Connection::open(home.path().join("state/ledger.db")).unwrap();
+        disk.execute_batch("DROP TRIGGER full").unwrap();
+        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{events}") };
+        closed_and_clean(&fake, &record, "with room again");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_run_outlives_a_disk_that_is_full_for_a_while_and_ends_at_once_when_told_to() {
+    for events in 2..8 {
+        let free = |_: &Fake, disk: &rusqlite::Connection, times| {
+            if times == 3 {
+                disk.execute_batch("DROP TRIGGER full").unwrap();
+            }
+        };
+        let (fake, _home, driven) = on_a_full_disk(events, free).await;
+        // What was to end anyway has ended without a word in the ledger.
+        match driven {
+            Ok(record) => closed_and_clean(&fake, &record, "freed"),
+            Err(error) => assert!(events >= 6 && matches!(error, Stuck::Ledger(_)), "{events}: {error}"),
+        }
+        assert_eq!(fake.world.lock().unwrap().ours().count(), 0, "{events}");
+    }
+    let begun = Instant::now();
+    let stop = |fake: &Fake, _: &rusqlite::Connection, _| {
+        let _ = fake.stop.send(Stop::Now);
+    };
+    let (fake, _home, driven) = on_a_full_disk(4, stop).await;
+    assert!(matches!(driven, Err(Stuck::Ledger(_))) && begun.elapsed() < Duration::from_secs(60), "{driven:?}");
+    assert_eq!(fake.world.lock().unwrap().ours().count(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cloud_that_ends_nothing_for_minutes_is_told_within_five_seconds_and_outwaited() {
+    super::fake::wind(1_767_225_600_000);
+    let (mut fake, home) = (Fake::new(), home());
+    fake.patience = Patience::CLOUD;
+    fake.set(|world| world.refuses_until = Some(Instant::now() + Duration::from_secs(600)));
+    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
+    let (told, said) = (std::sync::Mutex::new(None), std::sync::Mutex::new(Vec::new()));
+    let on = |event| match event {
+        DeployEvent::Terminating(_) => {
+            told.lock().unwrap().get_or_insert_with(Instant::now);
+        }
+        DeployEvent::NotEnding(not) => said.lock().unwrap().push((Instant::now(), not)),
+        _ => {}
+    };
+    let record = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await.unwrap();
+    closed_and_clean(&fake, &record, "outwaited");
+    let (told, said) = (told.into_inner().unwrap().unwrap(), said.into_inner().unwrap());
+    let (first, not) = &said[0];
+    assert!(first.duration_since(told) < Duration::from_secs(5), "{said:?}");
+    assert_eq!((not.broker.as_str(), not.price), ("fake", Some(UsdPerHour::from_dollars(1.0))));
+    assert!(not.why.contains("NotApplied") && not.pause == Duration::from_secs(10), "{not:?}");
+    assert!(said.len() > 5 && said.len() <= 21, "now and then, not at every try: {}", said.len());
+    let cost = |at: usize| said[at].1.cost.unwrap();
+    assert!(cost(said.len() - 1) >= cost(0), "it goes on costing");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cloud_that_does_not_answer_leaves_nothing_open_unless_a_run_may_be_there() {
+    let (fake, home) = (Fake::new(), home());
+    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let silent = async || {
+        fake.set(|world| world.outage = true);
+        let stuck = recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap_err();
+        fake.set(|world| world.outage = false);
+        stuck
+    };
+    assert!(matches!(silent().await, Stuck::Silent { .. }), "an empty ledger has nothing anywhere");
+    let Life::Finished(_) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    assert!(matches!(silent().await, Stuck::Silent { .. }), "nor has one whose runs are over");
+    let mut run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
+    assert!(matches!(silent().await, Stuck::Silent { .. }), "nor has a run that asked for nothing");
+    let tag = "outliers-o-r-n-1".parse().unwrap();
+    let intent = Intent { offer: super::fake::offer("a", 1.0), tag };
+    run.append(RunEvent::Creating { intent: Box::new(intent) }).unwrap();
+    drop(run);
+    assert!(matches!(silent().await, Stuck::Broker { .. }), "this one may");
+}
+
+#[tokio::test(start_paused = true)]
+async fn results_that_cannot_be_written_at_home_are_no_fault_of_a_cloud() {
+    let (fake, home) = (Fake::new(), home());
+    std::fs::write(home.path().join("results"), "in the way").unwrap();
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+    assert_eq!(fake.world.lock().unwrap().ours().count(), 0);
+    let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert_eq!(trouble.kind, TroubleKind::Local, "{trouble:?}");
 }

@@ -10,17 +10,39 @@ use tokio::time::{Instant, sleep_until};
 #[derive(Debug, Default)]
 pub(super) struct Paces(Mutex<BTreeMap<Option<&'static str>, Pace>>);
 
-/// One call per `every`.
+/// One call per `every`, and none before `held` is over.
 #[derive(Clone, Copy, Debug)]
 struct Pace {
     every: Duration,
     next: Instant,
+    held: Instant,
+}
+
+impl Pace {
+    fn new(every: Duration) -> Self {
+        let now = Instant::now();
+        Self { every, next: now, held: now }
+    }
 }
 
 impl Paces {
     /// At most one call per `every`: of those of this name, or of all.
     pub(super) fn set(&self, name: Option<&'static str>, every: Duration) {
-        self.lock().insert(name, Pace { every, next: Instant::now() });
+        self.lock().insert(name, Pace::new(every));
+    }
+
+    /// No call of this name for so long: the cloud has asked for it. Calls without a name are not held up: one of them may end an
+    /// instance.
+    pub(super) fn hold(&self, name: Option<&'static str>, time: Duration) {
+        if let Some(pace) = self.lock().get_mut(&name).filter(|_| name.is_some()) {
+            pace.held = pace.held.max(Instant::now() + time);
+        }
+    }
+
+    /// How long calls of this name still have to wait because the cloud has asked for it.
+    pub(super) fn held(&self, name: Option<&'static str>) -> Duration {
+        let held = self.lock().get(&name).map(|pace| pace.held);
+        held.map_or(Duration::ZERO, |held| held.saturating_duration_since(Instant::now()))
     }
 
     /// Waits until a call of this name may be made. Who comes first goes first.
@@ -42,7 +64,7 @@ impl Paces {
     fn take(&self, name: Option<&'static str>, now: Instant) -> Option<Instant> {
         let mut paces = self.lock();
         let pace = paces.get_mut(&name)?;
-        let turn = pace.next.max(now);
+        let turn = pace.next.max(pace.held).max(now);
         pace.next = turn + pace.every;
         Some(turn)
     }
@@ -69,6 +91,20 @@ mod tests {
         assert_eq!(paces.take(None, later), Some(later), "what was not used is not saved up");
         assert_eq!(paces.take(None, later), Some(later + second));
         assert_eq!(paces.take(Some("launch"), later), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cloud_that_asks_to_wait_is_left_alone_for_calls_of_that_kind() {
+        let (paces, minute) = (Paces::default(), Duration::from_secs(60));
+        paces.set(Some("search"), Duration::from_secs(1));
+        paces.hold(Some("search"), minute);
+        paces.hold(None, minute);
+        assert_eq!((paces.held(Some("search")), paces.held(None)), (minute, Duration::ZERO));
+        let begun = Instant::now();
+        paces.turn(None).await;
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        paces.turn(Some("search")).await;
+        assert_eq!((begun.elapsed(), paces.held(Some("search"))), (minute, Duration::ZERO));
     }
 
     #[tokio::test]

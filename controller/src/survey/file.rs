@@ -15,7 +15,7 @@ use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg, WantArgs};
 use crate::deploy::slug;
 use crate::files::is_plain_name;
 use crate::settings::Span;
-use crate::units::{CudaVersion, Usd};
+use crate::units::{CudaVersion, Positive, Usd};
 
 /// A survey as its file has it.
 #[derive(Clone, Debug)]
@@ -87,7 +87,7 @@ struct File {
     #[serde(default)]
     sites: Vec<Spanned<String>>,
     max_parallel: Option<Spanned<usize>>,
-    budget: Option<Spanned<f64>>,
+    budget: Option<Positive>,
     max_duration: Option<Span>,
     #[serde(default)]
     models: Vec<Spanned<String>>,
@@ -108,7 +108,7 @@ struct ModelTable {
     min_cpu_ram: Option<f64>,
     min_disk: Option<f64>,
     min_cuda: Option<CudaVersion>,
-    max_price: Option<f64>,
+    max_price: Option<Positive>,
     region: Option<String>,
     #[serde(default)]
     spot: bool,
@@ -174,10 +174,6 @@ impl File {
         if let Some(none) = self.max_parallel.as_ref().filter(|most| *most.get_ref() == 0) {
             return Err(wrong(none, "max_parallel must be at least 1".to_owned()));
         }
-        let possible = |budget: &Spanned<f64>| (0.0..=1e6).contains(budget.get_ref());
-        if let Some(odd) = self.budget.as_ref().filter(|budget| !possible(budget)) {
-            return Err(wrong(odd, "budget must be between 0 and 1000000 (USD)".to_owned()));
-        }
         let mut sites = Vec::new();
         for kind in &self.sites {
             let known = kind.get_ref().parse::<SiteKinds>();
@@ -226,7 +222,7 @@ impl File {
             },
             models,
             max_parallel: self.max_parallel.map(Spanned::into_inner),
-            budget: self.budget.map(|budget| Usd::from_dollars(budget.into_inner())),
+            budget: self.budget.map(|budget| Usd::from_dollars(budget.get())),
             max_duration: self.max_duration,
         })
     }
@@ -253,12 +249,7 @@ impl ModelTable {
     }
 
     fn understand(self) -> Result<Entry, Wrong> {
-        let numbers = [
-            ("min_vram", self.min_vram),
-            ("min_cpu_ram", self.min_cpu_ram),
-            ("min_disk", self.min_disk),
-            ("max_price", self.max_price),
-        ];
+        let numbers = [("min_vram", self.min_vram), ("min_cpu_ram", self.min_cpu_ram), ("min_disk", self.min_disk)];
         let odd = |number: Option<f64>| number.is_some_and(|number| !(0.0..=1e9).contains(&number));
         if let Some((key, _)) = numbers.into_iter().find(|(_, number)| odd(*number)) {
             return Err(wrong(&self.id, format!("{key} of {} must be between 0 and 10^9", self.id.get_ref())));
@@ -346,6 +337,7 @@ mod tests {
             ("name = 's'\n\nnum_sequences = 'many'\nmodels = ['a/b']", Some(3), "num_sequences"),
             ("name = 's'\n[[model]]\nid = 'a/b'\nmin_vran = 80", Some(4), "min_vran"),
             ("name = 's'\n[[model]]\nid = 'a/b'\nmin_vram = -1", Some(3), "min_vram"),
+            ("name = 's'\n[[model]]\nid = 'a/b'\nmax_price = 0", Some(4), "max_price"),
             ("name = 's'\n[[model]]\nrevision = 'a'", Some(2), "id"),
             ("name = 's'\nmodels = ['a/b',\n'c/d',\n'a/b']", Some(4), "a--b"),
             ("name = '../x'\nmodels = ['a/b']", Some(1), "folder"),

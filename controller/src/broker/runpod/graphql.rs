@@ -15,6 +15,9 @@ const NO_CAPACITY: &[&str] = &[
     "does not have the resources",
     "enough disk space",
 ];
+/// How an API says that it is no more.
+const RETIRED: &[&str] =
+    &["has been retired", "was retired", "has been sunset", "no longer supported", "has been removed"];
 const NO_FUNDS: &[&str] = &["balance", "insufficient funds", "spend limit", "spending limit"];
 const NO_ACCESS: &[&str] = &["unauthenticated", "unauthorized", "forbidden", "not authorized", "invalid api key"];
 /// Codes of GraphQL servers for what was refused before anything was done.
@@ -30,10 +33,17 @@ pub(super) struct Operation {
 }
 
 impl Operation {
-    /// The field's value.
-    pub(super) async fn ask<T: DeserializeOwned>(self, http: &Http, variables: Value) -> Result<T, BrokerError> {
+    /// The field's value; `None` when GraphQL, or this of it, is there no more: then nothing was done.
+    pub(super) async fn ask<T: DeserializeOwned>(
+        self,
+        http: &Http,
+        variables: Value,
+    ) -> Result<Option<T>, BrokerError> {
         let body = json!({"query": self.query, "variables": variables});
         let reply = http.call(Call::new(Method::POST, "/graphql", self.effect).body(body)).await?;
+        if is_retired(reply.status, reply.value().as_ref(), self.field) {
+            return Ok(None);
+        }
         let value = read(reply.status, reply.value(), self.field).map_err(|kind| match kind {
             Some(kind) => reply.refusal(kind),
             None => reply.error(reply.unclear(), format!("it does not say what became of it: {}", reply.in_words())),
@@ -42,6 +52,17 @@ impl Operation {
             reply.error(reply.unclear(), format!("its answer is not {} ({error}): {}", self.field, reply.in_words()))
         })
     }
+}
+
+/// Whether the whole address is gone, or the field is unknown to it. A page of some server in between is neither.
+fn is_retired(status: u16, document: Option<&Value>, field: &str) -> bool {
+    let errors = document.and_then(|document| document.get("errors")).and_then(Value::as_array);
+    let unknown = format!("cannot query field \"{}\"", field.to_lowercase());
+    let says = |words: &str| words.contains(&unknown) || RETIRED.iter().any(|phrase| words.contains(phrase));
+    let told = errors.is_some_and(|errors| errors.iter().flat_map(words_of).any(|words| says(&words)));
+    status == 410
+        || told
+            && document.is_some_and(|document| document.pointer(&format!("/data/{field}")).is_none_or(Value::is_null))
 }
 
 /// The value of `field` in a reply, else the kind of refusal; `None` if it may have been carried out all the same.
@@ -72,6 +93,12 @@ fn refusal(status: u16, document: &Value) -> Option<BrokerErrorKind> {
     } else {
         not_executed.then_some(BrokerErrorKind::Rejected)
     }
+}
+
+/// Whether RunPod says, in whichever of its APIs, that there is nothing left of what was asked for.
+pub(super) fn says_no_capacity(words: &str) -> bool {
+    let words = words.to_lowercase();
+    NO_CAPACITY.iter().any(|phrase| words.contains(phrase))
 }
 
 /// Message and code of an error, in lower case.
@@ -123,6 +150,24 @@ mod tests {
         ] {
             let answer = json!({"errors": [error(message, code)], "data": nothing});
             assert_eq!(of(200, answer), Err(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn what_is_there_no_more_is_told_from_what_is_refused() {
+        let field = "podFindAndDeployOnDemand";
+        let unknown = json!({"errors": [error(&format!("Cannot query field \"{field}\" on type \"Mutation\"."), "X")]});
+        let retired = json!({"errors": [error("The GraphQL API was retired; use REST v2.", "GONE")]});
+        for (status, document, expected) in [
+            (410, None, true),
+            (400, Some(&unknown), true),
+            (200, Some(&unknown), true),
+            (404, Some(&retired), true),
+            (404, None, false),
+            (200, Some(&json!({"errors": [error("no instances available", "RUNPOD")], "data": {field: null}})), false),
+            (200, Some(&json!({"errors": retired["errors"], "data": {field: {"id": "x"}}})), false),
+        ] {
+            assert_eq!(is_retired(status, document, field), expected, "{status} {document:?}");
         }
     }
 

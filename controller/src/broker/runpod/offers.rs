@@ -9,12 +9,12 @@ use serde_json::{Map, Value, json};
 
 use super::goods::{self, Goods};
 use super::graphql::Operation;
-use super::pod::lenient;
 use super::{NAME, accepted, tier_word};
+use crate::broker::wire::lenient;
 use crate::broker::{BrokerError, GpuRequest, Offer, Offers, Tier};
-use crate::gpu;
 use crate::http::{Call, Effect, Http};
-use crate::units::{Bytes, CudaVersion, Usd};
+use crate::market;
+use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
 
 /// Questions about hosts that are asked at the same time.
 const AT_ONCE: usize = 4;
@@ -226,7 +226,8 @@ async fn hosts_at(http: &Http, want: &GpuRequest, place: Place) -> Result<Vec<((
     if let Some(cuda) = want.min_cuda {
         input.insert("minCudaVersion".to_owned(), json!(cuda.to_string()));
     }
-    let types: Vec<HostsOfType> = HOSTS.ask(http, json!({"place": input})).await?;
+    // What nobody can tell is unknown.
+    let types: Vec<HostsOfType> = HOSTS.ask(http, json!({"place": input})).await?.unwrap_or_default();
     let in_stock = |of_type: HostsOfType| {
         let host = of_type.host.filter(|host| host.stock_status)?;
         Some(((place.clone(), of_type.id), host))
@@ -239,17 +240,13 @@ impl Candidate {
         Place { secure: self.goods.tier == Tier::Secure, data_center: self.goods.place.clone() }
     }
 
-    /// Whether the market could take it, were its hosts known. Prices are not compared: a bid may be below any.
+    /// Whether the market could take it, were its hosts known. A bid may be below any price.
     fn is_wanted(&self, want: &GpuRequest) -> bool {
-        let name = gpu::canonical_name(&self.goods.gpu, self.vram);
-        let named = |filter: &str| gpu::matches(filter, &name) || gpu::matches(filter, &self.goods.gpu);
-        let at = |region: &str| {
-            self.goods.place.as_ref().is_some_and(|place| place.to_lowercase().contains(&region.to_lowercase()))
+        let may_match = |offer: Offer| {
+            let price = if want.spot { UsdPerHour::default() } else { offer.price };
+            market::may_match(&Offer { price, ..offer }, want)
         };
-        (self.in_stock || want.spot)
-            && want.gpu_filter.as_deref().is_none_or(named)
-            && want.region.as_deref().is_none_or(at)
-            && want.min_vram.is_none_or(|min| gpu::nominal_vram(&self.goods.gpu, self.vram) >= Some(min))
+        (self.in_stock || want.spot) && self.clone().offer(want).is_ok_and(may_match)
     }
 
     /// With what is known of its hosts; and once more as what may be taken back, if that is wanted and there is a price.

@@ -1,23 +1,19 @@
 //! A pod as REST v2 shows it (`GET /v2/pods`, `GET /v2/pods/{id}`).
 
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::{NAME, goods};
-use crate::broker::{Instance, InstanceId, InstanceState, SshEndpoint, wire};
+use crate::broker::wire::{self, lenient};
+use crate::broker::{Instance, InstanceId, InstanceState, SshEndpoint};
 use crate::calendar::from_rfc3339;
 use crate::text::clean;
 use crate::units::UsdPerHour;
 
-/// What is read where it is there and makes sense: a pod with one strange field is still a pod that bills.
-pub(super) fn lenient<'de, D: Deserializer<'de>, T: DeserializeOwned>(from: D) -> Result<Option<T>, D::Error> {
-    Ok(serde_json::from_value(Value::deserialize(from)?).ok())
-}
-
 #[derive(Deserialize)]
 pub(super) struct Page {
-    pub(super) pods: Vec<Pod>,
+    /// Each read by itself.
+    pub(super) pods: Vec<Value>,
     #[serde(default)]
     pagination: Option<Pagination>,
 }
@@ -50,6 +46,7 @@ impl Page {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Pod {
+    #[serde(deserialize_with = "wire::id")]
     id: String,
     name: String,
     #[serde(default, deserialize_with = "lenient")]

@@ -37,7 +37,7 @@ fn an_offer_in_our_units() {
     assert_eq!((offer.vram, offer.vram_reported), (Some(Bytes::from_gib(80)), Some(Bytes::from_mib(81559))));
     // An eighth of the machine, of which 32 of 256 cores are rented.
     assert_eq!((offer.cpu_ram, offer.cpu_cores), (Some(Bytes((1_031_854 << 20) / 8)), Some(32)));
-    assert_eq!(offer.disk, Some(Bytes(1_834_200_000_000)));
+    assert_eq!(offer.disk, Some(Bytes(1_834_000_000_000)), "whole gigabytes are rented");
     assert_eq!(offer.price, UsdPerHour::from_dollars(1.8944));
     assert_eq!((offer.region.as_deref(), offer.tier, offer.spot), (Some("Texas, US"), Some(Tier::Secure), false));
     assert_eq!(offer.max_cuda, Some(CudaVersion { major: 12, minor: 8 }));
@@ -65,12 +65,29 @@ fn what_the_cloud_does_not_say_is_unknown() {
 }
 
 #[test]
+fn the_cloud_tells_processor_and_compute_capability() {
+    let told = |field: &str, value: Value| {
+        let offer = offer(ask_with(field, value), false).unwrap();
+        (offer.capability, offer.arm)
+    };
+    assert_eq!(told("gpu_name", json!("H100 PCIE")), (Some(90), false));
+    assert_eq!(told("gpu_name", json!("Rubin R200")), (None, false));
+    assert_eq!(told("compute_cap", json!(1210)), (Some(121), false));
+    assert_eq!(told("compute_cap", json!(-3)), (Some(90), false), "no figure that can be one");
+    for (arch, arm) in [(json!("arm64"), true), (json!("aarch64"), true), (json!("amd64"), false), (json!(7), false)] {
+        assert_eq!(told("cpu_arch", arch.clone()).1, arm, "{arch}");
+    }
+    assert!(told("gpu_name", json!("GH200 SXM")).1);
+}
+
+#[test]
 fn offers_that_cannot_be_used_say_why() {
     for (field, value, reason) in [
         ("rentable", json!(false), "rented already"),
         ("rented", json!(true), "rented already"),
         ("duration", json!(3600), "the host's contract ends within 6 hours"),
         ("num_gpus", json!(0), "no GPU"),
+        ("disk_space", json!(9.9), "less than 10 GB of disk"),
         ("dph_total", json!(-1.5), "no price that can be"),
         ("dph_total", json!(1e30), "no price that can be"),
         ("dph_total", json!("cheap"), "not readable"),
@@ -104,20 +121,20 @@ fn a_search_asks_for_no_more_than_is_wanted() {
         min_cuda: Some("12.4".parse().unwrap()),
         ..GpuRequest::default()
     };
-    let asked = query(&want, Rental::Bid);
+    let asked = query(&want, Rental::OnDemand);
     for (field, expected) in [
-        ("type", json!("bid")),
-        ("gpu_ram", json!({"gte": 76185.0})),
+        ("type", json!("ondemand")),
+        ("gpu_ram", json!({"gte": 73728.0})),
         ("disk_space", json!({"gte": 100})),
         ("allocated_storage", json!(100)),
-        ("dph_total", json!({"lte": 3.0})),
-        ("cuda_max_good", json!({"gte": 12.4})),
+        ("dph_total", json!({"lte": 3.0 + 1e-6})),
+        ("cuda_max_good", json!({"gte": 12.4 - 0.06})),
         ("datacenter", json!({"eq": true})),
-        ("geolocation", json!({"in": ["US"]})),
     ] {
         assert_eq!(asked[field], expected, "{field}");
     }
-    assert_eq!(asked.get("num_gpus"), None);
+    assert_eq!((asked.get("num_gpus"), asked.get("geolocation")), (None, None));
+    assert_eq!(query(&want, Rental::Bid).get("dph_total"), None, "a bid may be lower");
 }
 
 #[test]
@@ -254,7 +271,11 @@ fn only_the_api_itself_says_that_an_instance_is_gone() {
 #[test]
 fn no_instance_is_null_and_nothing_else() {
     assert!(serde_json::from_str::<Single>(r#"{"instances": null}"#).unwrap().instances.is_none());
-    for other in ["{}", r#"{"instances": []}"#, r#"{"instances": {}}"#, "[]", "null"] {
+    // What is there and makes no sense is an instance that cannot be read, and no sign that it is gone.
+    for odd in [r#"{"instances": []}"#, r#"{"instances": {}}"#] {
+        assert!(serde_json::from_str::<Single>(odd).unwrap().instances.is_some(), "{odd}");
+    }
+    for other in ["{}", "[]", "null"] {
         assert!(serde_json::from_str::<Single>(other).is_err(), "{other}");
     }
 }

@@ -41,7 +41,7 @@ pub(super) struct Row<'a> {
     offer: Option<&'a Offer>,
     offers: usize,
     estimate: Option<Estimate>,
-    /// Price of the offer until the time limit.
+    /// Price of the offer until the time limit, which nothing that is tried instead may exceed.
     at_most: Option<Usd>,
 }
 

@@ -1,0 +1,223 @@
+//! `instances terminate`: ends what is named. It needs the id and the key; ledger and lists only help.
+
+use std::io::{BufRead, IsTerminal, Write};
+
+use futures::future::join_all;
+
+use super::{LISTS, clouds, missing};
+use crate::broker::{Instance, InstanceId};
+use crate::cli::TerminateArgs;
+use crate::clouds::{BadHosts, Cloud, Clouds};
+use crate::commands::{Context, Home, SCHEMA, ports, runs};
+use crate::deploy::{Stop, Stuck, Target};
+use crate::ledger::LedgerError;
+use crate::report::{Complaint, ExitStatus};
+
+/// An instance that is to end.
+struct Chosen<'a> {
+    cloud: &'a Cloud,
+    id: InstanceId,
+    /// As its cloud shows it, where it does.
+    shown: Option<Instance>,
+}
+
+/// Does it.
+pub(super) async fn command(context: &Context, args: &TerminateArgs) -> Result<ExitStatus, Complaint> {
+    let (home, clouds) = (context.home(), clouds(context, &args.only)?);
+    let (chosen, silent) = context.reporter.waiting(LISTS, choose(context, &home, &clouds, args)).await?;
+    consent(context, &chosen, args)?;
+    let mut wrong = silent;
+    let mut ended = Vec::new();
+    for chosen in &chosen {
+        match end(context, &home, &clouds, chosen).await {
+            Ok(()) => ended.push((chosen.cloud.name(), &chosen.id)),
+            Err(complaint) => wrong.push(complaint),
+        }
+    }
+    let document = serde_json::json!({ "schema": SCHEMA, "ended": ended });
+    match (&wrong[..], ended.len()) {
+        ([], 0) => context.reporter.result(&document, || "no instances to end".to_owned()),
+        (_, 0) => {}
+        (_, 1) => context.reporter.result(&document, || "1 instance ended, and seen gone".to_owned()),
+        (_, n) => context.reporter.result(&document, || format!("{n} instances ended, and seen gone")),
+    }
+    worst(context, wrong)
+}
+
+/// The complaint that a person has to hear first; the others are said before it.
+fn worst(context: &Context, mut all: Vec<Complaint>) -> Result<ExitStatus, Complaint> {
+    let worst = ExitStatus::worst(all.iter().map(|complaint| complaint.status));
+    let Some(at) = all.iter().position(|complaint| complaint.status == worst) else { return Ok(ExitStatus::Done) };
+    let last = all.remove(at);
+    all.iter().for_each(|complaint| context.reporter.sentence(complaint));
+    Err(last)
+}
+
+/// The instances that are meant, and what is to be said of clouds whose lists are not known.
+async fn choose<'a>(
+    context: &Context,
+    home: &Home,
+    clouds: &'a Clouds,
+    args: &TerminateArgs,
+) -> Result<(Vec<Chosen<'a>>, Vec<Complaint>), Complaint> {
+    let named: Vec<&Cloud> = clouds.iter().collect();
+    if let ([cloud], false, false) = (&named[..], args.all, args.only.broker.is_empty()) {
+        let chosen = join_all(args.ids.iter().map(|id| alone(context, home, cloud, id, args))).await;
+        return Ok((chosen.into_iter().collect::<Result<_, _>>()?, Vec::new()));
+    }
+    let lists = join_all(clouds.iter().map(async |cloud| (cloud, cloud.call(cloud.broker.list()).await))).await;
+    let (mut listed, mut silent) = (Vec::new(), Vec::new());
+    for (cloud, answer) in lists {
+        match answer {
+            Ok(found) => listed.extend(found.into_iter().map(|instance| (cloud, instance))),
+            Err(error) => silent.push(Complaint::from(error)),
+        }
+    }
+    let unreadable = |(cloud, instance): &(&Cloud, Instance)| {
+        let tag = instance.tag().filter(|_| instance.id.0.is_empty())?;
+        let message = format!("{} lists an instance of run {} whose id cannot be read", cloud.name(), tag.run);
+        let hint = Some("end it in the cloud's own console".to_owned());
+        Some(Complaint { status: ExitStatus::InstanceLeft, message, hint })
+    };
+    let of =
+        |(cloud, instance): (&'a Cloud, Instance)| Chosen { cloud, id: instance.id.clone(), shown: Some(instance) };
+    if args.all {
+        let meant = whose(home, args)?;
+        let is_meant = |(_, instance): &(&Cloud, Instance)| instance.tag().is_some_and(|tag| tag.owner == meant);
+        listed.retain(is_meant);
+        silent.extend(listed.iter().filter_map(unreadable));
+        listed.retain(|(_, instance)| !instance.id.0.is_empty());
+        return Ok((listed.into_iter().map(of).collect(), silent));
+    }
+    let find = |id: &String| match listed.iter().find(|(_, instance)| instance.id.0 == *id) {
+        Some((cloud, instance)) => permitted(home, args, instance).map(|()| of((*cloud, instance.clone()))),
+        None => Err(unseen(id, &silent)),
+    };
+    let chosen = args.ids.iter().map(find).collect::<Result<_, _>>()?;
+    Ok((chosen, Vec::new()))
+}
+
+/// Of a cloud that is named no list is needed.
+async fn alone<'a>(
+    context: &Context,
+    home: &Home,
+    cloud: &'a Cloud,
+    id: &str,
+    args: &TerminateArgs,
+) -> Result<Chosen<'a>, Complaint> {
+    let id = InstanceId(id.to_owned());
+    match cloud.call(cloud.broker.get(&id)).await {
+        Ok(None) => Err(missing(&id.0)),
+        Ok(Some(instance)) => {
+            permitted(home, args, &instance)?;
+            Ok(Chosen { cloud, id, shown: Some(instance) })
+        }
+        // Who names both knows more than the cloud tells.
+        Err(error) => {
+            context.reporter.warn(&format!("what {id} is cannot be learned: {error}"));
+            Ok(Chosen { cloud, id, shown: None })
+        }
+    }
+}
+
+fn unseen(id: &str, silent: &[Complaint]) -> Complaint {
+    let Some(first) = silent.first() else { return missing(id) };
+    Complaint {
+        status: first.status,
+        message: format!("`{id}` is in no list that can be read: {}", first.message),
+        hint: Some("no list is needed where the cloud is named: add --broker NAME".to_owned()),
+    }
+}
+
+/// Whose instances are meant.
+fn whose(home: &Home, args: &TerminateArgs) -> Result<String, Complaint> {
+    args.owner.clone().or_else(|| home.owner.clone()).ok_or_else(|| {
+        let hint = "name the owner, the second part of its name, with --owner; or say --force";
+        Complaint::refused("whose instances are meant is not known: there is no ledger here", hint)
+    })
+}
+
+fn permitted(home: &Home, args: &TerminateArgs, instance: &Instance) -> Result<(), Complaint> {
+    if args.force {
+        return Ok(());
+    }
+    let owner = instance.tag().map(|tag| tag.owner);
+    if owner == Some(whose(home, args)?) {
+        return Ok(());
+    }
+    let id = &instance.id;
+    Err(match owner {
+        Some(owner) => Complaint::refused(
+            format!("instance {id} was rented by another ledger, {owner}"),
+            format!("end it where it was rented, or add --owner {owner}"),
+        ),
+        None => Complaint::refused(
+            format!("instance {id} was not rented by this program, as far as its name tells"),
+            "if it is yours all the same: --force",
+        ),
+    })
+}
+
+/// All of them at once wants more than a letter, where they cost something.
+fn consent(context: &Context, chosen: &[Chosen<'_>], args: &TerminateArgs) -> Result<(), Complaint> {
+    if args.yes || chosen.iter().all(|chosen| chosen.cloud.is_local) {
+        return Ok(());
+    }
+    if !std::io::stdin().is_terminal() {
+        return Err(Complaint::refused("nobody is there to ask", "add --yes"));
+    }
+    let word = if args.all { chosen.len().to_string() } else { "y".to_owned() };
+    for Chosen { cloud, id, shown } in chosen {
+        let what = shown.as_ref().map_or("what it is cannot be learned", |instance| instance.name.as_str());
+        context.reporter.say(&format!("{id} on {}: {what}", cloud.name()));
+    }
+    context.reporter.say(&format!("{} instances end, with all that is on them.", chosen.len()));
+    let _ = write!(std::io::stderr(), "Type {word} to go on: ");
+    let mut answer = String::new();
+    match std::io::stdin().lock().read_line(&mut answer) {
+        Ok(_) if answer.trim() == word => Ok(()),
+        _ => Err(Complaint::refused("nothing was ended", format!("type {word}, or add --yes"))),
+    }
+}
+
+/// Through its run where it has one, so that the ledger knows; else, and where the ledger cannot be written, at
+/// the cloud.
+async fn end(context: &Context, home: &Home, clouds: &Clouds, chosen: &Chosen<'_>) -> Result<(), Complaint> {
+    match through_run(context, home, clouds, chosen).await {
+        Ok(true) => return Ok(()),
+        Ok(false) => {}
+        Err(Refused::Driven(complaint)) => return Err(complaint),
+        Err(Refused::Stuck(Stuck::Ledger(error))) => context.reporter.sentence(&Complaint::from(error)),
+        Err(Refused::Stuck(stuck)) => return Err(stuck.into()),
+    }
+    let target = chosen.shown.as_ref().map_or_else(|| Target::of(&chosen.id), Target::from);
+    Ok(crate::deploy::end(chosen.cloud, &|event| context.reporter.event(event), &[target]).await?)
+}
+
+/// Why an instance does not end through its run.
+enum Refused {
+    Driven(Complaint),
+    Stuck(Stuck),
+}
+
+impl From<LedgerError> for Refused {
+    fn from(error: LedgerError) -> Self {
+        Self::Stuck(error.into())
+    }
+}
+
+/// Whether it had an open run, which is over now.
+async fn through_run(context: &Context, home: &Home, clouds: &Clouds, chosen: &Chosen<'_>) -> Result<bool, Refused> {
+    let Some((ledger, tag)) = home.ledger.as_ref().zip(chosen.shown.as_ref().and_then(Instance::tag)) else {
+        return Ok(false);
+    };
+    let run = ledger.run(&tag.run).ok().filter(|run| !run.state.is_closed() && run.state.tag() == Some(&tag));
+    let Some(run) = run else { return Ok(false) };
+    let Some(taken) = ledger.take(&run.id)? else {
+        let hint = format!("`outliers runs cancel {}` ends it", run.id);
+        return Err(Refused::Driven(Complaint::refused(format!("a process drives run {} on it", run.id), hint)));
+    };
+    let (hosts, bad_hosts) = (context.hosts(&context.exe), BadHosts::default());
+    let ended = runs::end(context, ports(clouds, &bad_hosts, &hosts, &[]), taken, Stop::SkipSync).await;
+    ended.map(|_| true).map_err(Refused::Stuck)
+}

@@ -1,0 +1,76 @@
+//! Waits that take long say what they wait for.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::time::Instant;
+
+/// From the begin of a wait to the first word about it.
+pub const FIRST_WORD: Duration = Duration::from_secs(3);
+/// From one word to the next.
+pub const NEXT_WORD: Duration = Duration::from_secs(60);
+
+/// An attempt that failed and is made again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failed {
+    /// What was answered.
+    pub words: String,
+    /// The next attempt comes after so long.
+    pub pause: Duration,
+}
+
+tokio::task_local! {
+    /// Who waits for what this task does.
+    static WAITER: UnboundedSender<Failed>;
+}
+
+/// Tells whoever waits, if anybody does.
+pub fn tell(failed: impl FnOnce() -> Failed) {
+    let _ = WAITER.try_with(|waiter| waiter.send(failed()));
+}
+
+/// Does `work`. When that takes more than some seconds `say` is told so, with the last attempt that failed.
+pub async fn told<T>(say: impl Fn(Option<&Failed>), work: impl Future<Output = T>) -> T {
+    let (waiter, mut failures) = unbounded_channel();
+    let mut work = pin!(WAITER.scope(waiter, work));
+    let (mut last, mut at) = (None, Instant::now() + FIRST_WORD);
+    loop {
+        tokio::select! {
+            biased;
+            done = &mut work => return done,
+            Some(failed) = failures.recv() => last = Some(failed),
+            () = tokio::time::sleep_until(at) => {
+                say(last.as_ref());
+                at += NEXT_WORD;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_first_word_comes_within_five_seconds_and_says_what_failed() {
+        let (begun, said) = (Instant::now(), Mutex::new(Vec::new()));
+        let say = |failed: Option<&Failed>| {
+            said.lock().unwrap().push((begun.elapsed(), failed.map(|failed| failed.words.clone())));
+        };
+        told(say, tokio::time::sleep(Duration::from_secs(2))).await;
+        assert!(said.lock().unwrap().is_empty(), "what is quick needs no words");
+        let work = async {
+            tell(|| Failed { words: "HTTP 500".to_owned(), pause: Duration::from_secs(100) });
+            tokio::time::sleep(Duration::from_secs(100)).await;
+        };
+        told(say, work).await;
+        let said = said.into_inner().unwrap();
+        assert_eq!(said.len(), 2, "{said:?}");
+        assert!(said[0].0 < Duration::from_secs(2 + 5), "{said:?}");
+        assert!(said.iter().all(|(_, words)| words.as_deref() == Some("HTTP 500")), "{said:?}");
+        tell(|| unreachable!("nobody waits"));
+    }
+}
