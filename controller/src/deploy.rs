@@ -106,7 +106,7 @@ pub enum DeployEvent {
 pub struct NotEnding {
     /// Its cloud.
     pub broker: String,
-    /// Which.
+    /// Its id at the cloud.
     pub instance: InstanceId,
     /// What the cloud answers.
     pub why: String,

@@ -21,7 +21,7 @@ struct Chosen<'a> {
     shown: Option<Instance>,
 }
 
-/// Does it.
+/// Ends the instances that are named, or all.
 pub(super) async fn command(context: &Context, args: &TerminateArgs) -> Result<ExitStatus, Complaint> {
     let (home, clouds) = (context.home(), clouds(context, &args.only)?);
     let (chosen, silent) = context.reporter.waiting(LISTS, choose(context, &home, &clouds, args)).await?;
