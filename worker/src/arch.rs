@@ -330,6 +330,7 @@ pub fn read(config: &Value) -> Result<Architecture> {
         return finish(&top, family).map(|(spec, reading)| architecture(spec, reading));
     }
     let text = Config::new(top.object(TEXT_CONFIG)?, Class::of(family.class), "text_config.");
+    text.raw("architectures");
     text.raw("model_type");
     let (spec, mut reading) = finish(&text, family)?;
     reading.unknown.extend(top.finish(family.unused)?.unknown);

@@ -50,6 +50,7 @@ const UNUSED: &[Unused] = &[
     ("classifiers alone use it", SUMMARY),
     ("what is rounded in half precision alone depends on it", &["reorder_and_upcast_attn"]),
     ("the length of the table of positions says it", &["n_ctx"]),
+    ("transformers has no such attribute", &["n_special", "output_past", "predict_special_tokens"]),
 ];
 /// Of a head that no causal language model has.
 const SUMMARY: &[&str] =

@@ -54,7 +54,10 @@ const POSITION_OFFSET: usize = 2;
 /// PyTorch's default; not in the configuration.
 const NORM_EPS: f64 = 1e-5;
 
-const UNUSED: &[Unused] = &[("training alone uses it", &["activation_dropout", "dropout", "init_std", "layerdrop"])];
+const UNUSED: &[Unused] = &[
+    ("training alone uses it", &["activation_dropout", "dropout", "init_std", "layerdrop"]),
+    ("transformers has no such attribute", &["output_projection"]),
+];
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect("activation_function", &["relu".into()])?;

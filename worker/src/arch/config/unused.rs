@@ -9,12 +9,14 @@ pub(in crate::arch) const COMMON: &[Unused] = &[
         "training alone uses it",
         &[
             "attention_dropout",
+            "aux_loss_alpha",
             "gradient_checkpointing",
             "initializer_range",
             "output_router_logits",
             "pretraining_tp",
             "router_aux_loss_coef",
             "router_jitter_noise",
+            "seq_aux",
         ],
     ),
     (
