@@ -455,7 +455,7 @@ mod tests {
             "architectures": [architecture], "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2,
             "num_hidden_layers": 4, "intermediate_size": 12, "vocab_size": 16, "num_experts_per_tok": 2,
             "mlp_bias": true, "attention_bias": architecture != "DeepseekV3ForCausalLM", "use_qk_norm": true,
-            "head_dim": if architecture == "DeepseekV3ForCausalLM" { 2 } else { 4 },
+            "head_dim": if architecture == "DeepseekV3ForCausalLM" { 2 } else { 8 },
             // Mixtures.
             "num_local_experts": 3, "n_routed_experts": 3, "moe_intermediate_size": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
             "shared_expert_intermediate_size": 4, "intermediate_size_mlp": 12, "interleave_moe_layer_step": 2, "mlp_only_layers": [0], "n_group": 1, "topk_group": 1,
