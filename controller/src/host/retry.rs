@@ -137,7 +137,7 @@ mod tests {
         assert!((4..=6).contains(&attempts), "{attempts}");
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_row_of_failures_ends_with_its_budget_and_a_success_starts_a_new_one() {
         let events = std::sync::Mutex::new(Vec::new());
         let on = |event| events.lock().unwrap().push(event);
