@@ -1,5 +1,5 @@
-//! How full the wire from the hub is while weights stream: a real HTTP server behind a wire of known length and width, a model of
-//! several shards, and a reader that takes every tensor as it comes.
+//! How full the wire from the hub is while weights stream, verified or not: a real HTTP server behind a wire of known length and width, a
+//! model of several shards, and a reader that takes every tensor as it comes.
 //!
 //! `cargo bench --workspace --bench hub -- [MEGABYTES]`
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed measurement")]
@@ -26,12 +26,11 @@ fn main() {
     let repo = dir.path().join("repo");
     make(&repo, megabytes / SHARDS / 2);
     println!(
-        "{:>10} {:>12} {:>9} {:>9} {:>9} {:>13} {:>10}",
-        "latency", "wire MB/s", "MB", "seconds", "MB/s", "of the wire", "requests"
+        "{:>10} {:>12} {:>9} {:>9} {:>9} {:>9} {:>13} {:>10}",
+        "latency", "wire MB/s", "verified", "MB", "seconds", "MB/s", "of the wire", "requests"
     );
-    for (latency, width) in
-        [(0, None), (0, Some(100)), (100, Some(50)), (100, Some(100)), (100, Some(200)), (100, Some(400))]
-    {
+    let wires = [(0, None), (0, Some(100)), (100, Some(50)), (100, Some(100)), (100, Some(200)), (100, Some(400))];
+    for ((latency, width), hash_memory) in wires.into_iter().flat_map(|wire| [(wire, 0), (wire, READ_AHEAD)]) {
         let wire = Wire {
             latency: Duration::from_millis(latency),
             bytes_per_second: width.map(|width: u64| width * 1_000_000),
@@ -40,19 +39,20 @@ fn main() {
         let options = HubOptions { endpoint: hub.url(), ..HubOptions::new(dir.path().join("cache")) };
         let checkpoint = Hub::new(options).unwrap().stream(ID, "main", READ_AHEAD, &|_| ()).unwrap();
         let before = hub.seen().len();
-        let (bytes, seconds) = read(&checkpoint);
+        let (bytes, seconds) = read(&checkpoint, hash_memory);
+        let verified = checkpoint.weights.verified().len();
         let rate = bytes as f64 / seconds / 1e6;
         let of_wire = width.map_or_else(|| "-".to_owned(), |width| format!("{:.1} %", 100.0 * rate / width as f64));
         let shown = width.map_or_else(|| "unlimited".to_owned(), |width| width.to_string());
         let (megabytes, requests) = (bytes as f64 / 1e6, hub.seen().len() - before);
         println!(
-            "{latency:>7} ms {shown:>12} {megabytes:>9.0} {seconds:>9.2} {rate:>9.0} {of_wire:>13} {requests:>10}"
+            "{latency:>7} ms {shown:>12} {verified:>3} of {SHARDS} {megabytes:>9.0} {seconds:>9.2} {rate:>9.0} {of_wire:>13} {requests:>10}"
         );
     }
 }
 
-/// Reads all tensors in order, each a unit; bytes and seconds.
-fn read(checkpoint: &Checkpoint) -> (u64, f64) {
+/// Reads all tensors in order, each a unit, and waits for the hashes; bytes and seconds.
+fn read(checkpoint: &Checkpoint, hash_memory: u64) -> (u64, f64) {
     let weights = &*checkpoint.weights;
     let entries: Vec<_> = weights.names().map(|name| weights.entry(name).unwrap().clone()).collect();
     let wanted = entries.iter().enumerate().map(|(unit, entry)| Wanted {
@@ -64,11 +64,12 @@ fn read(checkpoint: &Checkpoint) -> (u64, f64) {
     let wanted: Vec<Wanted> = wanted.collect();
     let mut bytes = Vec::new();
     let start = Instant::now();
-    weights.announce(&wanted);
+    weights.announce(&wanted, hash_memory);
     for entry in &entries {
         bytes.resize(entry.len as usize, 0);
         weights.read(entry, 0..entry.len, &mut bytes).unwrap();
     }
+    weights.verify().unwrap();
     (weights.bytes_read(), start.elapsed().as_secs_f64())
 }
 

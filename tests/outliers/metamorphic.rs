@@ -195,6 +195,7 @@ fn streaming_experts_one_by_one_equals_all_at_once_bit_for_bit() {
                 micro_batch_tokens: 4096,
                 with_head: true,
                 group_elements,
+                hash_memory: 0,
                 read_ahead: true,
                 progress: &ProgressSink::silent(),
                 meter: &Meter::default(),

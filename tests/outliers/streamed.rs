@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use outliers_protocol::{FailureKind, Metadata, Results, files};
+use outliers_protocol::{FailureKind, Manifest, Metadata, Outcome, Results, files};
 use outliers_tests::hub::{Fault, MockHub, Repo, Seen, Wire};
 use outliers_tests::programs::worker;
 use outliers_worker::error::WorkerError;
@@ -20,6 +20,8 @@ const SHARD: &str = "model-00001-of-00002.safetensors?";
 const OTHER_SHARD: &str = "model-00002-of-00002.safetensors?";
 /// Small enough that the demo's 8 MB come in many parts.
 const READ_AHEAD: u64 = 4 << 20;
+/// Enough for both files.
+const HASH_MEMORY: u64 = 64 << 20;
 /// Largest part with that little memory.
 const PART: u64 = 1 << 20;
 
@@ -78,7 +80,7 @@ type Tensors = BTreeMap<String, Vec<u8>>;
 /// Announces all tensors, one unit each, and reads them in that order.
 fn read_all(weights: &dyn WeightSource) -> Result<Tensors, WorkerError> {
     let entries = in_order(weights);
-    weights.announce(&announced(&entries));
+    weights.announce(&announced(&entries), HASH_MEMORY);
     entries.into_iter().map(|entry| Ok((entry.name.clone(), read(weights, &entry, 0..entry.len)?))).collect()
 }
 
@@ -119,18 +121,18 @@ fn size_of(folder: &Path) -> u64 {
         .sum()
 }
 
+/// The worker's command for a run into a folder.
+fn command(arguments: &[&str], hub: &MockHub, home: &Path, output: &Path) -> Command {
+    let mut command = Command::new(worker());
+    command.args(["run", "--num-sequences", "2", "--sequence-length", "64", "--precision", "f32"]).args(arguments);
+    command.arg("--output").arg(output).env("HF_ENDPOINT", hub.url()).env("HF_HOME", home).env_remove("HF_TOKEN");
+    command
+}
+
 /// Runs the worker; returns results and metadata.
 fn run(arguments: &[&str], hub: &MockHub, home: &Path) -> (Results, Metadata) {
     let output = tempfile::tempdir().unwrap();
-    let mut command = Command::new(worker());
-    command.args(["run", "--num-sequences", "2", "--sequence-length", "64", "--precision", "f32"]).args(arguments);
-    command
-        .arg("--output")
-        .arg(output.path())
-        .env("HF_ENDPOINT", hub.url())
-        .env("HF_HOME", home)
-        .env_remove("HF_TOKEN");
-    let run = command.output().unwrap();
+    let run = command(arguments, hub, home, output.path()).output().unwrap();
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     let read = |name: &str| fs::read(output.path().join(name)).unwrap();
     let results = serde_json::from_slice(&read(files::RESULTS)).unwrap();
@@ -157,6 +159,54 @@ fn a_run_over_the_hub_equals_one_from_disk_and_leaves_no_weights_there() {
             setup.hub.seen().into_iter().filter(|seen| !seen.cdn && seen.path.contains(&shard[..shard.len() - 1]));
         assert_eq!(asked.count(), 1, "each file's address is asked for once");
     }
+}
+
+#[test]
+fn files_whose_bytes_differ_from_their_listed_hash_fail_the_run_and_are_named() {
+    let setup = patient(Setup::new());
+    let home = setup.dir.path().join("home");
+    for shard in [SHARD, OTHER_SHARD] {
+        let name = &shard[..shard.len() - 1];
+        let last = fs::metadata(setup.repo().join(name)).unwrap().len() as usize - 1;
+        for at in [last / 2, last] {
+            let setup = patient(Setup::new());
+            setup.hub.fail(shard, 100_000, Fault::FlipBit(at));
+            let output = tempfile::tempdir().unwrap();
+            let arguments = ["--model", ID, "--save-every", "0"];
+            let run = command(&arguments, &setup.hub, &home, output.path()).output().unwrap();
+            let said = String::from_utf8_lossy(&run.stderr);
+            assert!(!run.status.success() && said.contains(name), "{name}, byte {at}: {said}");
+            assert!(said.contains("is not what the hub lists"), "{said}");
+            let manifest: Manifest =
+                serde_json::from_slice(&fs::read(output.path().join(files::MANIFEST)).unwrap()).unwrap();
+            let Outcome::Failed(failure) = manifest.outcome else { panic!("{manifest:?}") };
+            assert_eq!(failure.kind, FailureKind::Checkpoint);
+            assert!(!output.path().join(files::SAVE_POINT).exists(), "it may hold what the damaged file made");
+            assert!(!output.path().join(files::RESULTS).exists());
+        }
+    }
+}
+
+#[test]
+fn what_was_verified_is_said_and_what_was_not_with_the_reason() {
+    let setup = patient(Setup::new());
+    let home = setup.dir.path().join("home");
+    let of = |arguments: &[&str]| run(arguments, &setup.hub, &home).1.model.weight_verification.unwrap();
+    let repo = setup.repo();
+    let cache = of(&["--model", ID, "--weights", "cache"]);
+    for verification in [of(&["--model", ID]), cache] {
+        assert_eq!((verification.verified_files, verification.unverified.len()), (2, 0), "{verification:?}");
+    }
+    let folder = of(&["--model", repo.to_str().unwrap()]);
+    assert_eq!((folder.verified_files, folder.unverified[0].files.len()), (0, 2));
+    assert!(folder.unverified[0].reason.contains("a folder"), "{folder:?}");
+    let little = of(&["--model", ID, "--stream-budget", "64KiB"]);
+    assert!(little.unverified.iter().any(|left| left.reason.contains("memory")), "{little:?}");
+    let output = tempfile::tempdir().unwrap();
+    let arguments = ["--model", ID, "--stream-budget", "64KiB"];
+    let said = command(&arguments, &setup.hub, &home, output.path()).output().unwrap().stderr;
+    let said = String::from_utf8_lossy(&said);
+    assert!(said.contains("weights unverified: "), "{said}");
 }
 
 #[test]
@@ -311,7 +361,7 @@ fn no_more_is_on_its_way_than_allowed() {
     let checkpoint = setup.stream();
     let weights = &*checkpoint.weights;
     let entries = in_order(weights);
-    weights.announce(&announced(&entries));
+    weights.announce(&announced(&entries), 0);
     for entry in &entries {
         read(weights, entry, 0..entry.len).unwrap();
         let asked: u64 = setup.ranges().iter().map(length).sum();
@@ -326,7 +376,7 @@ fn a_reader_that_is_further_on_waits_for_room() {
     let checkpoint = setup.stream();
     let weights = &*checkpoint.weights;
     let entries = in_order(weights);
-    weights.announce(&announced(&entries));
+    weights.announce(&announced(&entries), 0);
     let (last, others) = entries.split_last().unwrap();
     std::thread::scope(|scope| {
         let further_on = scope.spawn(|| read(weights, last, 0..last.len).unwrap());
@@ -361,7 +411,7 @@ fn what_was_not_announced_can_be_read_too() {
     let entry = weights.entry("lm_head.weight").unwrap().clone();
     let stored = &setup.stored()["lm_head.weight"];
     assert!(read(weights, &entry, 0..entry.len).unwrap() == *stored);
-    weights.announce(&announced(std::slice::from_ref(&entry)));
+    weights.announce(&announced(std::slice::from_ref(&entry)), 0);
     // In pieces, twice, and across what is left.
     for range in [10..20, 0..entry.len, 5..entry.len - 5, 0..entry.len] {
         let expected = &stored[range.start as usize..range.end as usize];

@@ -37,6 +37,8 @@ pub enum Fault {
     Stall(usize),
     /// The right number of wrong bytes.
     Corrupt,
+    /// One bit of the file's byte at this place is another.
+    FlipBit(usize),
     /// The whole file, whatever range was asked for.
     IgnoreRange,
     /// A well-formed answer to a shorter range: so many bytes of it.
@@ -322,6 +324,11 @@ impl Server {
         let stored = repo.read(file).ok_or((404, "EntryNotFound"))?;
         let whole = match fault {
             Some(Fault::Corrupt) => stored.bytes.iter().map(|byte| byte ^ 0x55).collect(),
+            Some(Fault::FlipBit(at)) => {
+                let mut bytes = stored.bytes.to_vec();
+                bytes[at] ^= 1;
+                bytes.into()
+            }
             Some(Fault::Page) => Bytes::from_static(PAGE),
             _ => stored.bytes.clone(),
         };

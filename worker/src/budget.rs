@@ -39,6 +39,12 @@ impl StreamBudget {
         if self.asked { elements } else { elements.min(GROUP_ELEMENTS) }
     }
 
+    /// Bytes that may be held until the hash of their file reaches them, where a run needs `needed` bytes of the same memory beside: as much
+    /// as a quarter of what was asked for; else half of what is free beyond that.
+    pub fn hash_memory(self, needed: u64) -> u64 {
+        if self.asked { self.bytes / 4 } else { free_memory().unwrap_or(USUAL).saturating_sub(needed) / 2 }
+    }
+
     /// Bytes that may be on their way from the hub, or wait to be decoded.
     pub fn read_ahead(self) -> u64 {
         self.bytes / 2
@@ -64,6 +70,7 @@ mod tests {
             let elements = budget.group_elements(DType::F32, devices);
             assert_eq!(elements * 4 * 2 * devices as u64 + budget.read_ahead(), 1 << 30);
             assert_eq!(budget.group_elements(DType::BF16, devices), 2 * elements);
+            assert_eq!(budget.hash_memory(64 << 30), 256 << 20);
         }
         assert!(StreamBudget::new(Some(16 << 30)).group_elements(DType::F32, 1) > GROUP_ELEMENTS);
     }

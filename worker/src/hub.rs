@@ -16,13 +16,14 @@ mod pieces;
 mod plan;
 mod remote;
 mod streamed;
+mod verify;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
-use outliers_protocol::FileBytes;
+use outliers_protocol::{FileBytes, WeightVerification};
 
 pub use dataset::{Dataset, DatasetFile};
 pub use http::{Patience, Token};
@@ -40,6 +41,7 @@ use http::Client;
 use pieces::Pieces;
 use remote::RemoteFile;
 use streamed::HubSource;
+pub(crate) use streamed::held_for_hashes;
 
 /// The public hub.
 pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
@@ -155,7 +157,7 @@ impl Hub {
         let id = &listing.id;
         let open = |file: &RepoFile| {
             let named = || WorkerError::network(format!("the hub does not tell the size of {} of {id}", file.name));
-            Ok(RemoteFile::new(&self.client, listing, &file.name, file.size.ok_or_else(named)?))
+            Ok(RemoteFile::new(&self.client, listing, file, file.size.ok_or_else(named)?))
         };
         let files = shards.files.iter().map(open).collect::<Result<Vec<_>>>()?;
         let found = in_parallel(PARALLEL_HEADERS, &files, |file| tensors(file, shards.weights.container))?;
@@ -195,12 +197,16 @@ impl Hub {
         progress: &(dyn Fn(FetchProgress) + Sync),
     ) -> Result<Checkpoint> {
         let counter = Counter::new(&shards.files, progress);
-        in_parallel(PARALLEL_FILES, &shards.files, |file| {
-            self.cache.fetch(&self.client, listing, file, &|bytes| counter.add(bytes))?;
+        let hashed = in_parallel(PARALLEL_FILES, &shards.files, |file| {
+            let hashed = self.cache.fetch(&self.client, listing, file, &|bytes| counter.add(bytes))?;
             counter.file_done();
-            Ok(())
+            Ok(hashed)
         })?;
-        let weights = LocalSource::open_files(&self.cache.snapshot(listing), &shards.weights)?;
+        let (verified, believed): (Vec<_>, Vec<_>) = shards.files.iter().zip(hashed).partition(|(_, hashed)| *hashed);
+        let mut verification = WeightVerification { verified_files: verified.len(), ..Default::default() };
+        let believed = believed.into_iter().map(|(file, _)| file.name.clone()).collect();
+        verification.leave_out("they were in the cache before, which is compared by size alone", believed);
+        let weights = LocalSource::open_files(&self.cache.snapshot(listing), &shards.weights, verification)?;
         Ok(self.described(listing)?.with(weights))
     }
 
@@ -245,7 +251,7 @@ impl Hub {
             let message = format!("{name} of {} is over the limit of {MAX_JSON_BYTES} bytes", listing.id);
             return Err(WorkerError::checkpoint(message));
         }
-        self.cache.fetch(&self.client, listing, &file, &|_| ())
+        self.cache.fetch(&self.client, listing, &file, &|_| ()).map(drop)
     }
 
     /// Some mirrors list names only: size and hash are then in the answer to a request for the file.

@@ -2,17 +2,20 @@
 
 use candle_core::DType;
 use half::bf16;
-use outliers_protocol::{Inspection, JobSpec, LayerInspection, PlanFigures, Point, SCHEMA, SiteInspection};
+use outliers_protocol::{
+    FileBytes, Inspection, JobSpec, LayerInspection, ModelSource, PlanFigures, Point, SCHEMA, SiteInspection, Weights,
+};
 use serde_json::Value;
 
 use crate::attention::{QUERY_BLOCK, SCORE_VALUES};
 use crate::decoder::{DecoderSpec, FfnSpec, GateUp, LayerSpec, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, Unit};
+use crate::hub::held_for_hashes;
 use crate::model::Model;
 use crate::product::Arithmetic;
 use crate::run::disk_bytes;
 use crate::source::Checkpoint;
 use crate::stats::{Site, study};
-use crate::stream::VOCAB_BLOCK;
+use crate::stream::{self, VOCAB_BLOCK};
 
 /// The run to plan for.
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +68,7 @@ pub fn inspect(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>, run: P
         checkpoint_notes: model.checkpoint_notes(),
         files: checkpoint.weights.files().to_vec(),
         tokenizer: checkpoint.tokenizer().map(|files| files.to_string()),
-        plan: plan(model, run, disk_bytes(job, checkpoint.weights.files())),
+        plan: plan(model, run, job, checkpoint.weights.files()),
     }
 }
 
@@ -163,7 +166,13 @@ impl Flops {
     }
 }
 
-fn plan(model: &Model<'_>, run: PlannedRun, disk_bytes: u64) -> PlanFigures {
+fn plan(model: &Model<'_>, run: PlannedRun, job: &JobSpec, files: &[FileBytes]) -> PlanFigures {
+    let disk_bytes = disk_bytes(job, files);
+    let streams = matches!((&job.model, &job.weights), (ModelSource::Hub { .. }, None | Some(Weights::Hub)));
+    let held = || {
+        let order = stream::reading_order(model, run.group_elements, run.with_head, None);
+        held_for_hashes(&order, files.iter().map(|file| file.bytes))
+    };
     let spec = &model.spec;
     let value = run.compute.size_in_bytes() as u64;
     PlanFigures {
@@ -174,6 +183,7 @@ fn plan(model: &Model<'_>, run: PlannedRun, disk_bytes: u64) -> PlanFigures {
         streamed_memory_bytes: streamed_memory(model, run),
         resident_memory_bytes: resident_memory(model, run),
         hidden_state_bytes: hidden_states(spec, run),
+        hash_memory_bytes: if streams && disk_bytes == 0 { held() } else { 0 },
         disk_bytes,
         bytes_to_read: model.stored_dtypes().values().sum(),
     }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use candle_core::DType;
 use outliers_protocol::{
-    CONFIG_RULES, FileBytes, HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Phase, Results,
-    SCHEMA, Weights, files,
+    CONFIG_RULES, FailureKind, FileBytes, HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Phase,
+    Results, SCHEMA, WeightVerification, Weights, files,
 };
 use sha2::{Digest, Sha256};
 use sysinfo::System;
@@ -51,7 +51,13 @@ pub fn run(job: &JobSpec, output: &Path, hub: &Hub, save_every: Duration, talk: 
             names.extend(asked_for(job).map(|(_, name)| name));
             folder.finish(Outcome::Complete, &names)
         }
-        Err(error) => folder.finish(Outcome::Failed(error.clone().into()), &[files::JOB]),
+        Err(error) => {
+            // What was computed so far may come of the file that is damaged.
+            if error.kind() == FailureKind::Checkpoint {
+                SavePoints::remove(&folder.file(files::SAVE_POINT))?;
+            }
+            folder.finish(Outcome::Failed(error.clone().into()), &[files::JOB])
+        }
     };
     progress.phase(if result.is_ok() { Phase::Done } else { Phase::Failed });
     let results = result?;
@@ -171,6 +177,7 @@ impl Run<'_> {
             devices: sharing,
         };
         let needed = inspect::streamed_memory(&model, planned);
+        let on_cpu = devices.iter().any(|placement| placement.device.is_cpu());
         let (cpus, gpus): (Vec<&Placement>, Vec<_>) = devices.iter().partition(|placement| placement.device.is_cpu());
         if !cpus.is_empty() {
             let on = if sharing > 1 { format!("{sharing} CPU devices") } else { "the CPU".to_owned() };
@@ -188,11 +195,20 @@ impl Run<'_> {
             micro_batch_tokens: job.micro_batch_tokens,
             with_head: job.layers.is_none(),
             group_elements,
+            hash_memory: budget.hash_memory(if on_cpu { needed } else { 0 }),
             read_ahead: true,
             progress,
             meter: &if job.trace.is_some() { Meter::with_spans() } else { Meter::default() },
         };
         let (watch, passed) = self.pass(&pass, save.as_mut())?;
+        let mut verification = source.verify()?;
+        if let (Some(verification), Some(layer)) = (&mut verification, passed.resumed_at_layer) {
+            let reason = format!("an earlier process read them before the save point at layer {layer}");
+            verification.leave_out(reason, passed.unverified_before.clone());
+        }
+        if matches!(job.model, ModelSource::Hub { .. }) {
+            verification.iter().flat_map(WeightVerification::warnings).for_each(|warning| progress.warn(warning));
+        }
         let study = &watch.study;
         progress.phase(Phase::Writing);
         write_statistics(&folder.file(files::STATISTICS), study, job.thresholds.magnitude)?;
@@ -206,7 +222,7 @@ impl Run<'_> {
             schema: SCHEMA,
             worker_version: env!("CARGO_PKG_VERSION").to_owned(),
             job: job.clone(),
-            model: provenance(job, &checkpoint, &model),
+            model: ModelProvenance { weight_verification: verification, ..provenance(job, &checkpoint, &model) },
             compute_dtype: compute.as_str().to_owned(),
             tokenizer: tokens.tokenizer.clone(),
             corpus: tokens.provenance.clone(),
@@ -356,6 +372,7 @@ fn provenance(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>) -> Mode
         unexplained: model.unexplained.clone(),
         config: Some(model.config.clone()),
         checkpoint_notes: model.checkpoint_notes(),
+        weight_verification: None,
     }
 }
 

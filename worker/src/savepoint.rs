@@ -17,7 +17,7 @@ use crate::error::{IoContext, Result, WorkerError};
 use crate::files::{part_path, put_in_place};
 
 /// Version of the file; another is not read.
-const SCHEMA: u32 = 4;
+const SCHEMA: u32 = 5;
 /// Longest first line of a file of ours, bytes.
 const MAX_HEADER: u64 = 1 << 20;
 
@@ -38,6 +38,8 @@ pub struct SavePoint {
     pub hidden: Vec<Vec<u8>>,
     /// What the observer has seen.
     pub observed: Vec<u8>,
+    /// Names of the weight files that had been verified.
+    pub verified: Vec<String>,
 }
 
 /// Gives a part of what is to be saved. Asked twice, for its hash and for its bytes, so that one part at a time is in memory.
@@ -52,6 +54,8 @@ struct Header {
     hidden: Vec<u64>,
     /// Bytes of what the observer has seen; after the others.
     observed: u64,
+    /// Weight files that had been verified.
+    verified: Vec<String>,
     sha256: String,
 }
 
@@ -66,11 +70,17 @@ impl SavePoints {
         self.last.elapsed() >= self.every
     }
 
-    /// Writes one in place of the last.
+    /// Writes one in place of the last. `verified` are the names of the weight files that have been verified.
     ///
     /// # Errors
     /// Storage; what a part gives.
-    pub fn save(&mut self, next_layer: usize, hidden: Vec<Give<'_>>, observed: Give<'_>) -> Result<()> {
+    pub fn save(
+        &mut self,
+        next_layer: usize,
+        hidden: Vec<Give<'_>>,
+        observed: Give<'_>,
+        verified: Vec<String>,
+    ) -> Result<()> {
         let mut hash = Hash::new(next_layer);
         let mut length = |give: &Give<'_>| -> Result<u64> { Ok(hash.add(&give()?)) };
         let header = Header {
@@ -79,6 +89,7 @@ impl SavePoints {
             next_layer,
             hidden: hidden.iter().map(&mut length).collect::<Result<_>>()?,
             observed: length(&observed)?,
+            verified,
             sha256: hash.hex(),
         };
         let line = serde_json::to_string(&header).map_err(|e| WorkerError::internal(format!("save point: {e}")))?;
@@ -121,7 +132,8 @@ impl SavePoints {
         if hash.hex() != header.sha256 {
             return Err("it is damaged".to_owned());
         }
-        Ok(Some(SavePoint { next_layer: header.next_layer, hidden, observed }))
+        let Header { next_layer, verified, .. } = header;
+        Ok(Some(SavePoint { next_layer, hidden, observed, verified }))
     }
 
     /// Takes it away: the run is complete.
@@ -191,7 +203,12 @@ mod tests {
     }
 
     fn point(next_layer: usize) -> SavePoint {
-        SavePoint { next_layer, hidden: vec![vec![1, 2, 3, 10, 13], vec![4]], observed: vec![9; 300] }
+        SavePoint {
+            next_layer,
+            hidden: vec![vec![1, 2, 3, 10, 13], vec![4]],
+            observed: vec![9; 300],
+            verified: vec!["a.safetensors".to_owned()],
+        }
     }
 
     fn save(points: &mut SavePoints, point: &SavePoint) {
@@ -200,7 +217,7 @@ mod tests {
             Box::new(move || Ok(part.clone()))
         };
         let hidden = point.hidden.iter().map(give).collect();
-        points.save(point.next_layer, hidden, give(&point.observed)).unwrap();
+        points.save(point.next_layer, hidden, give(&point.observed), point.verified.clone()).unwrap();
     }
 
     #[test]
@@ -222,7 +239,7 @@ mod tests {
         let mut points = points(folder.path(), "a");
         save(&mut points, &point(7));
         let refuse: Give<'_> = Box::new(|| Err(WorkerError::internal("no")));
-        assert!(points.save(9, Vec::new(), refuse).is_err());
+        assert!(points.save(9, Vec::new(), refuse, Vec::new()).is_err());
         assert_eq!(points.load(), Ok(Some(point(7))));
     }
 

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use outliers_protocol::FileBytes;
+use outliers_protocol::{FileBytes, WeightVerification};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -176,8 +176,22 @@ pub trait WeightSource: Send + Sync {
     /// tensor with strides; else the source's own.
     fn read(&self, entry: &TensorEntry, range: Range<u64>, into: &mut [u8]) -> Result<()>;
 
-    /// Says what will be read, in that order, so that a source that is far away can begin to bring it. Other reads stay possible.
-    fn announce(&self, _order: &[Wanted]) {}
+    /// Says what will be read, in that order, so that a source that is far away can begin to fetch it. Other reads stay possible. Up to
+    /// `hash_memory` bytes may be held until the hash of their file reaches them.
+    fn announce(&self, _order: &[Wanted], _hash_memory: u64) {}
+
+    /// Names of the files whose bytes, as far as they were read, have been found to have the hash that the hub lists.
+    fn verified(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Waits for the hashes of everything that was announced. `None`: there are no files.
+    ///
+    /// # Errors
+    /// Kind `Checkpoint`: a file is not the one that the hub lists.
+    fn verify(&self) -> Result<Option<WeightVerification>> {
+        Ok(None)
+    }
 
     /// Weight bytes read so far, each counted as often as it was read.
     fn bytes_read(&self) -> u64;
@@ -216,6 +230,7 @@ pub struct LocalSource {
     index: TensorIndex,
     folder: PathBuf,
     files: Vec<File>,
+    verification: WeightVerification,
     read: AtomicU64,
 }
 
@@ -226,11 +241,14 @@ impl LocalSource {
     /// # Errors
     /// Kind `Checkpoint` or `Storage` for what is in it.
     pub fn open(folder: &Path) -> Result<Self> {
-        Self::open_files(folder, &weight_files(folder)?)
+        let weights = weight_files(folder)?;
+        let mut verification = WeightVerification::default();
+        verification.leave_out("a folder lists no hashes", weights.names.clone());
+        Self::open_files(folder, &weights, verification)
     }
 
-    /// The same of files that were chosen already.
-    pub(crate) fn open_files(folder: &Path, weights: &WeightFiles) -> Result<Self> {
+    /// The same of files that were chosen already, and compared with what is listed of them.
+    pub(crate) fn open_files(folder: &Path, weights: &WeightFiles, verification: WeightVerification) -> Result<Self> {
         let mut shards = Vec::with_capacity(weights.names.len());
         let mut files = Vec::with_capacity(weights.names.len());
         for name in &weights.names {
@@ -241,7 +259,7 @@ impl LocalSource {
             files.push(file);
         }
         let index = TensorIndex::of(weights, shards).map_err(|e| e.context(folder.display()))?;
-        Ok(Self { index, folder: folder.to_owned(), files, read: AtomicU64::new(0) })
+        Ok(Self { index, folder: folder.to_owned(), files, verification, read: AtomicU64::new(0) })
     }
 
     fn read_at(&self, file: usize, offset: u64, into: &mut [u8]) -> Result<()> {
@@ -259,6 +277,10 @@ impl LocalSource {
 impl WeightSource for LocalSource {
     fn index(&self) -> &TensorIndex {
         &self.index
+    }
+
+    fn verify(&self) -> Result<Option<WeightVerification>> {
+        Ok(Some(self.verification.clone()))
     }
 
     fn read(&self, entry: &TensorEntry, range: Range<u64>, into: &mut [u8]) -> Result<()> {

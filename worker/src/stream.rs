@@ -4,6 +4,7 @@
 //! Layers are dealt to the devices in turn ([`wavefront`]). While a unit computes, the next are read and decoded by a second thread; no more
 //! are alive than the two largest take, so that peak memory does not grow with depth.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::mpsc::sync_channel;
 
@@ -51,6 +52,8 @@ pub struct Pass<'a> {
     pub with_head: bool,
     /// Values decoded per group of experts: bounds memory, changes no number.
     pub group_elements: u64,
+    /// Bytes of weights that may be held until the hash of their file reaches them.
+    pub hash_memory: u64,
     /// Whether units are loaded while others compute. Without, a device holds one at a time; no number changes.
     pub read_ahead: bool,
     /// Told of every step.
@@ -65,6 +68,8 @@ pub struct Passed {
     pub predicted: Option<Vec<Predicted>>,
     /// The layer at which it took an earlier pass up.
     pub resumed_at_layer: Option<usize>,
+    /// Names of the weight files that the earlier pass had read to their end without verifying them.
+    pub unverified_before: Vec<String>,
 }
 
 impl Passed {
@@ -187,7 +192,9 @@ impl Pass<'_> {
             })
         });
         let resumed_at_layer = found.as_ref().map(|point| point.next_layer);
-        self.model.source.announce(&self.reading_order(resumed_at_layer));
+        let order = self.reading_order(resumed_at_layer);
+        let unverified_before = found.as_ref().map_or_else(Vec::new, |point| self.unverified_before(point, &order));
+        self.model.source.announce(&order, self.hash_memory);
         let (batches, kept) = match found {
             Some(point) => {
                 self.progress.say(format!("going on at layer {}", point.next_layer));
@@ -203,7 +210,7 @@ impl Pass<'_> {
         let first = resumed_at_layer.unwrap_or(0);
         let waves = wavefront::run(self, first, Wave::all(batches), observer, save.as_deref_mut())?;
         if !self.with_head {
-            return Ok(Passed { predicted: None, resumed_at_layer });
+            return Ok(Passed { predicted: None, resumed_at_layer, unverified_before });
         }
         let layers = self.spec().layers.len();
         if let Some(points) = save.filter(|points| first < layers && points.is_due()) {
@@ -212,7 +219,15 @@ impl Pass<'_> {
         self.progress.phase(Phase::Head);
         let batches = waves.into_iter().flat_map(|wave| wave.batches).collect();
         let predicted = self.head(batches, kept, observer)?;
-        Ok(Passed { predicted: Some(predicted), resumed_at_layer })
+        Ok(Passed { predicted: Some(predicted), resumed_at_layer, unverified_before })
+    }
+
+    /// Files that are read before a save point and not after it, unless they had been verified there.
+    fn unverified_before(&self, point: &SavePoint, after: &[Wanted]) -> Vec<String> {
+        let files = |order: &[Wanted]| order.iter().map(|wanted| wanted.file).collect::<BTreeSet<_>>();
+        let (before, after) = (files(&self.reading_order(None)), files(after));
+        let names = before.difference(&after).map(|file| self.model.source.files()[*file].name.clone());
+        names.filter(|name| !point.verified.contains(name)).collect()
     }
 
     /// The same hidden states for every arm.
@@ -239,7 +254,8 @@ impl Pass<'_> {
     fn save(&self, points: &mut SavePoints, next_layer: usize, waves: &[Wave], observer: &impl Observer) {
         let batches = waves.iter().flat_map(|wave| &wave.batches);
         let hidden = batches.map(|batch| Box::new(|| savepoint::to_bytes(&batch.hidden)) as Give<'_>).collect();
-        if let Err(error) = points.save(next_layer, hidden, Box::new(|| observer.state())) {
+        let verified = self.model.source.verified();
+        if let Err(error) = points.save(next_layer, hidden, Box::new(|| observer.state()), verified) {
             self.progress.say(format!("no save point after layer {}: {error}", next_layer - 1));
         }
     }
@@ -253,26 +269,8 @@ impl Pass<'_> {
         (self.micro_batch_tokens / self.tokens.tokens).max(1) * self.tokens.tokens
     }
 
-    /// Every byte that the pass will read, in the order in which it will.
     fn reading_order(&self, resumed_at_layer: Option<usize>) -> Vec<Wanted> {
-        let spec = self.spec();
-        let mut order = ReadingOrder::new(self.model);
-        if resumed_at_layer.is_none() {
-            order.blocks(0, &spec.embedding_need());
-            order.unit(0, 0, &spec.input_needs());
-        }
-        for unit in self.units(resumed_at_layer.unwrap_or(0)) {
-            order.unit(unit.layer, unit.layer, &unit.needs);
-        }
-        if self.with_head {
-            let after = spec.layers.len();
-            order.unit(0, after, &spec.output_needs());
-            order.unit(0, after, spec.head_bias_need().as_slice());
-            if !spec.head.tied || resumed_at_layer.is_some() {
-                order.blocks(after, &spec.head_need());
-            }
-        }
-        order.wanted
+        reading_order(self.model, self.group_elements, self.with_head, resumed_at_layer)
     }
 
     /// Where a layer runs; after the last one, where the head does.
@@ -283,7 +281,7 @@ impl Pass<'_> {
 
     /// The units of the layers from `first` on.
     fn units(&self, first: usize) -> Vec<Unit> {
-        self.spec().units(self.group_elements).into_iter().filter(|unit| unit.layer >= first).collect()
+        units(self.spec(), self.group_elements, first)
     }
 
     /// For the thread that loads a device's weights.
@@ -291,6 +289,37 @@ impl Pass<'_> {
         let clock = self.meter.clock(Thread::Loader(device));
         Loader::new(self.model, self.compute, &self.devices[device].device, spare, clock)
     }
+}
+
+fn units(spec: &DecoderSpec, group_elements: u64, first: usize) -> Vec<Unit> {
+    spec.units(group_elements).into_iter().filter(|unit| unit.layer >= first).collect()
+}
+
+/// Every byte that a pass will read, in the order in which it will.
+pub(crate) fn reading_order(
+    model: &Model<'_>,
+    group_elements: u64,
+    with_head: bool,
+    resumed_at_layer: Option<usize>,
+) -> Vec<Wanted> {
+    let spec = &model.spec;
+    let mut order = ReadingOrder::new(model);
+    if resumed_at_layer.is_none() {
+        order.blocks(0, &spec.embedding_need());
+        order.unit(0, 0, &spec.input_needs());
+    }
+    for unit in units(spec, group_elements, resumed_at_layer.unwrap_or(0)) {
+        order.unit(unit.layer, unit.layer, &unit.needs);
+    }
+    if with_head {
+        let after = spec.layers.len();
+        order.unit(0, after, &spec.output_needs());
+        order.unit(0, after, spec.head_bias_need().as_slice());
+        if !spec.head.tied || resumed_at_layer.is_some() {
+            order.blocks(after, &spec.head_need());
+        }
+    }
+    order.wanted
 }
 
 /// What a pass will read, as it is put together.

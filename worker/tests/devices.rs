@@ -99,6 +99,7 @@ impl Fixture {
             micro_batch_tokens: 1,
             with_head: true,
             group_elements: how.group_elements,
+            hash_memory: 0,
             read_ahead: how.read_ahead,
             progress: &ProgressSink::silent(),
             meter,

@@ -1,6 +1,6 @@
 //! What makes figures differ without any model differing: definitions, precision, text, windows, the kind of training.
 
-use outliers_protocol::{CONFIG_RULES, Metadata, Packing, Weights};
+use outliers_protocol::{CONFIG_RULES, Metadata, ModelSource, Packing, Weights};
 use serde::Serialize;
 
 use super::comparison::{Compared, Standing};
@@ -19,7 +19,7 @@ pub struct Difference {
 /// What a model's figures were made with: one property, in words.
 type Property = (&'static str, fn(&Compared) -> Option<String>);
 
-const PROPERTIES: [Property; 12] = [
+const PROPERTIES: [Property; 13] = [
     ("definition", definition),
     ("weights", |model| made_up(model.provenance.as_deref()?)),
     ("thresholds", |model| model.provenance.as_deref().map(thresholds)),
@@ -27,6 +27,7 @@ const PROPERTIES: [Property; 12] = [
     ("weights stored as", |model| model.provenance.as_deref().map(stored)),
     ("config.json", |model| config_rules(model.provenance.as_deref()?)),
     ("checkpoint", |model| checkpoint_notes(model.provenance.as_deref()?)),
+    ("weight files", |model| unverified(model.provenance.as_deref()?)),
     ("text", |model| model.provenance.as_deref().map(text)),
     ("windows", windows),
     ("first token", |model| model.provenance.as_deref().map(first_token)),
@@ -123,6 +124,18 @@ fn checkpoint_notes(metadata: &Metadata) -> Option<String> {
     (!notes.is_empty()).then(|| notes.join("; "))
 }
 
+fn unverified(metadata: &Metadata) -> Option<String> {
+    let Some(verification) = &metadata.model.weight_verification else {
+        let streamed = matches!(
+            (&metadata.job.model, &metadata.job.weights),
+            (ModelSource::Hub { .. }, None | Some(Weights::Hub))
+        );
+        return streamed.then(|| "weights unverified: an older worker compared no hashes".to_owned());
+    };
+    let warnings: Vec<String> = verification.warnings().collect();
+    (!warnings.is_empty()).then(|| warnings.join("; "))
+}
+
 fn text(metadata: &Metadata) -> String {
     let corpus = &metadata.corpus;
     let hash: String = corpus.sha256.chars().take(12).collect();
@@ -191,6 +204,8 @@ mod tests {
             let now = json!({"rules": CONFIG_RULES, "class": "GPT2Config", "defaults": {}, "nulls": [], "unknown": []});
             metadata["model"]["config"] = now;
             metadata["model"]["checkpoint_notes"] = json!(["a head of its own is stored"]);
+            let left = json!([{"reason": "a folder lists no hashes", "files": ["model.safetensors"]}]);
+            metadata["model"]["weight_verification"] = json!({"verified_files": 1, "unverified": left});
         });
         let compared = Comparison::of(read_all(&[home.path().to_owned()], false).unwrap());
         let of = |about: &str| {
@@ -207,6 +222,9 @@ mod tests {
         assert_eq!(numbers("windows"), [vec![1], vec![2, 3]]);
         assert_eq!(numbers("weights"), [vec![1]]);
         assert!(of("weights")[0].0.contains("MADE UP (seed 7)"));
+        assert!(of("weight files").iter().any(|(says, models)| {
+            *says == "weights unverified: 1 of 2 files (a folder lists no hashes)" && models == &[3]
+        }));
         assert_eq!(numbers("text"), [vec![1, 2, 3]]);
         assert_eq!(numbers("intervals"), [Vec::<usize>::new()]);
         assert_eq!(numbers("config.json"), [vec![1, 2]]);

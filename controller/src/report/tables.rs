@@ -177,6 +177,7 @@ pub fn needs(inspection: &Inspection) -> String {
         ("tokens", format!("{} sequences of {}", plan.sequences, plan.tokens_per_sequence)),
         ("weights to read, once", Bytes(plan.bytes_to_read).to_string()),
         ("weights on the disk", Bytes(plan.disk_bytes).to_string()),
+        ("host memory to verify all weights", Bytes(plan.hash_memory_bytes).to_string()),
         ("device memory, streamed", Bytes(plan.streamed_memory_bytes).to_string()),
         ("device memory, all resident", Bytes(plan.resident_memory_bytes).to_string()),
         ("arithmetic", format!("{:.3} x 10^12 operations", plan.flops / 1e12)),

@@ -40,7 +40,8 @@ pub use job::{
     SiteKinds, Thresholds, Weights,
 };
 pub use metadata::{
-    CONFIG_RULES, ConfigReading, CorpusProvenance, DeviceInfo, HostInfo, Metadata, ModelProvenance, TokenizerProvenance,
+    CONFIG_RULES, ConfigReading, CorpusProvenance, DeviceInfo, HostInfo, Metadata, ModelProvenance,
+    TokenizerProvenance, UnverifiedWeights, WeightVerification,
 };
 pub use progress::{Phase, Progress};
 pub use results::{

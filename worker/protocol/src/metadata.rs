@@ -74,6 +74,46 @@ pub struct ModelProvenance {
     /// What is not as config.json and the index of the weights say.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub checkpoint_notes: Vec<String>,
+    /// Which weight files were compared with the hashes that the hub lists. `None` in older runs, and where weights are made up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight_verification: Option<WeightVerification>,
+}
+
+/// How the bytes of weight files, as they were read, compare with the hashes that the hub lists. A file that differs fails the run.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WeightVerification {
+    /// Files whose hash is the one listed.
+    pub verified_files: usize,
+    /// Files that were not compared, by reason.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unverified: Vec<UnverifiedWeights>,
+}
+
+/// Weight files that were read without a comparison of their hash.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnverifiedWeights {
+    /// Why not.
+    pub reason: String,
+    /// Their names.
+    pub files: Vec<String>,
+}
+
+impl WeightVerification {
+    /// Adds files that were not compared.
+    pub fn leave_out(&mut self, reason: impl Into<String>, files: Vec<String>) {
+        if !files.is_empty() {
+            self.unverified.push(UnverifiedWeights { reason: reason.into(), files });
+        }
+    }
+
+    /// One line for each reason: `weights unverified: 2 of 4 files (reason)`.
+    pub fn warnings(&self) -> impl Iterator<Item = String> {
+        let files = self.verified_files + self.unverified.iter().map(|left| left.files.len()).sum::<usize>();
+        let noun = if files == 1 { "file" } else { "files" };
+        self.unverified
+            .iter()
+            .map(move |left| format!("weights unverified: {} of {files} {noun} ({})", left.files.len(), left.reason))
+    }
 }
 
 /// Version of the rules by which config.json is read: it counts up whenever a checkpoint may come to mean something else.

@@ -162,6 +162,7 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         micro_batch_tokens,
         with_head,
         group_elements,
+        hash_memory: budget.hash_memory(0),
         read_ahead: true,
         progress: &progress,
         meter: &meter,
@@ -170,6 +171,7 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     let mut watched = Watched { study, bytes: 0 };
     let start = Instant::now();
     pass.run(&mut watched, None)?;
+    source.verify()?;
     let seconds = start.elapsed().as_secs_f64();
     let peak_memory_bytes = run::peak_memory();
 

@@ -5,16 +5,14 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use hf_hub::CacheRepo;
-use sha1::Digest as _;
-use sha2::Digest as _;
-
 use super::answer::Refusal;
 use super::http::Client;
 use super::listing::{Digest, RepoFile, RepoListing};
+use super::verify::Hasher;
 use crate::error::{IoContext, Result, WorkerError};
 use crate::files::{part_path, put_in_place, write_atomic};
 use crate::source::is_plain_name;
+use hf_hub::CacheRepo;
 
 /// Bytes between two calls of the progress callback, and of memory per download.
 const CHUNK: usize = 1 << 20;
@@ -34,6 +32,12 @@ struct Wanted<'a> {
     name: &'a str,
     size: u64,
     digest: &'a Digest,
+}
+
+impl Wanted<'_> {
+    fn hasher(&self) -> Hasher {
+        Hasher::new(self.digest, self.size)
+    }
 }
 
 impl Cache {
@@ -61,14 +65,14 @@ impl Cache {
         write_atomic(&refs, commit.as_bytes())
     }
 
-    /// Makes sure that a file is in the cache, whole, and linked into the snapshot.
+    /// Makes sure that a file is in the cache, whole, and linked into the snapshot. Gives whether its hash was compared.
     pub(super) fn fetch(
         &self,
         client: &Client,
         listing: &RepoListing,
         file: &RepoFile,
         on_bytes: OnBytes<'_>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         if !is_plain_name(&file.name) {
             return Err(WorkerError::internal(format!("{:?} is not a plain file name", file.name)));
         }
@@ -79,13 +83,15 @@ impl Cache {
         let wanted = Wanted { listing, name: &file.name, size, digest };
         let blob = self.repo(&listing.id).blob_path(digest.hex());
         let _lock = self.lock(&listing.id, digest.hex())?;
-        if is_whole(&blob, &wanted)? {
+        let there = is_whole(&blob, &wanted)?;
+        if there {
             on_bytes(signed(size));
         } else {
             make_parent(&blob)?;
             Download::start(&blob, &wanted)?.run(client, &wanted, on_bytes)?;
         }
-        link(&self.snapshot(listing).join(&file.name), &blob)
+        link(&self.snapshot(listing).join(&file.name), &blob)?;
+        Ok(!there || size <= REHASH_BYTES)
     }
 
     /// One process at a time per blob, or for the refs; released when the file is dropped.
@@ -108,7 +114,7 @@ fn is_whole(blob: &Path, wanted: &Wanted<'_>) -> Result<bool> {
         Ok(metadata) if metadata.len() != wanted.size => Ok(false),
         Ok(_) if wanted.size > REHASH_BYTES => Ok(true),
         Ok(_) => {
-            let mut hasher = Hasher::new(wanted);
+            let mut hasher = wanted.hasher();
             let mut file = File::open(blob).at("open", blob)?;
             io::copy(&mut file, &mut hasher).at("read", blob)?;
             Ok(hasher.hex() == wanted.digest.hex())
@@ -133,7 +139,7 @@ impl Download {
         let part = part_path(blob);
         let mut file =
             File::options().read(true).write(true).create(true).truncate(false).open(&part).at("create", &part)?;
-        let mut hasher = Hasher::new(wanted);
+        let mut hasher = wanted.hasher();
         let have = io::copy(&mut file, &mut hasher).at("read", &part)?;
         let mut download = Self { blob: blob.to_owned(), part, file, hasher, have };
         if have > wanted.size {
@@ -145,7 +151,7 @@ impl Download {
     fn restart(&mut self, wanted: &Wanted<'_>) -> Result<()> {
         self.file.set_len(0).at("truncate", &self.part)?;
         io::Seek::rewind(&mut self.file).at("rewind", &self.part)?;
-        self.hasher = Hasher::new(wanted);
+        self.hasher = wanted.hasher();
         self.have = 0;
         Ok(())
     }
@@ -232,49 +238,6 @@ fn fill_chunk(body: &mut impl Read, chunk: &mut [u8]) -> (usize, Option<io::Resu
         }
     }
     (filled, None)
-}
-
-/// The hash in which the hub lists a file.
-#[derive(Clone)]
-enum Hasher {
-    Sha256(sha2::Sha256),
-    Sha1(sha1::Sha1),
-}
-
-impl Hasher {
-    fn new(wanted: &Wanted<'_>) -> Self {
-        match wanted.digest {
-            Digest::Sha256(_) => Self::Sha256(sha2::Sha256::new()),
-            // Git hashes an object with its kind and size before it.
-            Digest::GitSha1(_) => Self::Sha1(sha1::Sha1::new().chain_update(format!("blob {}\0", wanted.size))),
-        }
-    }
-
-    fn add(&mut self, bytes: &[u8]) {
-        match self {
-            Self::Sha256(hasher) => sha2::Digest::update(hasher, bytes),
-            Self::Sha1(hasher) => sha1::Digest::update(hasher, bytes),
-        }
-    }
-
-    fn hex(self) -> String {
-        let bytes = match self {
-            Self::Sha256(hasher) => hasher.finalize().to_vec(),
-            Self::Sha1(hasher) => hasher.finalize().to_vec(),
-        };
-        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-}
-
-impl Write for Hasher {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.add(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 /// `snapshots/<commit>/<name>` -> `../../blobs/<hash>`, replaced atomically when it points elsewhere.

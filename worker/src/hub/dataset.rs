@@ -52,7 +52,7 @@ impl Hub {
             |name: &str| WorkerError::network(format!("the hub does not tell the size of {name} of {id}"));
         let open = |file: &listing::RepoFile| {
             let size = file.size.ok_or_else(|| unsized_file(&file.name))?;
-            Ok(DatasetFile(RemoteFile::new(&self.client, &listing, &file.name, size)))
+            Ok(DatasetFile(RemoteFile::new(&self.client, &listing, file, size)))
         };
         let files = names.into_iter().map(open).collect::<Result<_>>()?;
         Ok(Dataset { commit: listing.commit.clone(), files })

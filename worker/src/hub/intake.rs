@@ -3,6 +3,9 @@
 //! Every part is fetched by a thread of its own into a buffer that is used again. What is on the wire or waits to be read stays within the
 //! limit, but for a part that the reader of the earliest layer is waiting for: readers of later layers, on other devices, wait for room. A part that is late is asked for a second time, and whichever answer is whole
 //! first counts: one slow connection does not hold up the others.
+//!
+//! Files that are verified ([`super::verify`]) are hashed by threads of their own as their parts arrive, and a part of them is kept until
+//! it has been read and hashed.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -15,6 +18,7 @@ use super::answer::Refusal;
 use super::http::Patience;
 use super::plan::Part;
 use super::remote::RemoteFile;
+use super::verify::{Hasher, Schedule};
 use crate::error::{Result, WorkerError};
 
 /// How often idle threads look for parts that are late.
@@ -24,6 +28,8 @@ const ATTEMPTS: u32 = 2;
 /// A part is late after so many times its due, and given up (to be resumed on another connection) after [`HOPELESS`] times.
 const LATE: f64 = 3.0;
 const HOPELESS: f64 = 10.0;
+/// Files hashed at the same time. A pass seldom reads more.
+const HASHERS: usize = 4;
 
 /// Memory and connections.
 #[derive(Clone, Copy, Debug)]
@@ -56,12 +62,15 @@ struct State {
     next: usize,
     /// Parts that are being fetched.
     coming: Vec<usize>,
-    /// The first part that has not been read.
+    /// The first part that somebody wants and that has not been read.
     unread: usize,
-    /// Bytes of parts begun and not read yet.
+    /// Bytes of parts begun that are still to be read or hashed.
     held: u64,
     /// Parts that readers wait for.
     waiting: Vec<usize>,
+    checks: Vec<Check>,
+    /// Parts that are still to be hashed.
+    unhashed: Vec<bool>,
     pool: Pool,
     pace: Pace,
     failed: Option<WorkerError>,
@@ -77,12 +86,29 @@ enum Status {
         running: u32,
         settled: Arc<AtomicBool>,
     },
-    /// With the bytes that are still to be read.
+    /// With the number of bytes that are still to be read; 0: it waits for its hash alone.
     Here {
         bytes: Arc<Vec<u8>>,
         left: u64,
     },
     Gone,
+}
+
+/// A file on its way through a hash.
+struct Check {
+    file: usize,
+    /// All its parts, in the order of the file.
+    parts: Vec<usize>,
+    /// How many of them have been hashed.
+    hashed: usize,
+    /// `None` while a thread hashes the next part, and at the end.
+    hasher: Option<Hasher>,
+}
+
+impl Check {
+    fn is_whole(&self) -> bool {
+        self.hashed == self.parts.len()
+    }
 }
 
 /// A fetch to be done.
@@ -94,14 +120,24 @@ struct Task {
 }
 
 impl Intake {
-    pub(super) fn start(files: &Arc<Vec<RemoteFile>>, parts: Vec<Part>, limits: Limits, patience: Patience) -> Self {
+    pub(super) fn start(files: &Arc<Vec<RemoteFile>>, schedule: Schedule, limits: Limits, patience: Patience) -> Self {
+        let Schedule { parts, verified, .. } = schedule;
         let mut by_place: Vec<usize> = (0..parts.len()).collect();
         by_place.sort_by_key(|&part| (parts[part].file, parts[part].range.start));
         let threads = limits.connections.min(parts.len());
+        let hashers = HASHERS.min(verified.len());
+        let mut unhashed = vec![false; parts.len()];
+        verified.iter().flat_map(|(_, parts)| parts).for_each(|part| unhashed[*part] = true);
+        let check = |(file, parts): (usize, Vec<usize>)| {
+            let hasher = files[file].digest().map(|digest| Hasher::new(digest, files[file].size()));
+            Check { file, parts, hashed: 0, hasher }
+        };
         let state = State {
             status: parts.iter().map(|_| Status::Planned).collect(),
             next: 0,
             unread: 0,
+            checks: verified.into_iter().map(check).collect(),
+            unhashed,
             coming: Vec::new(),
             held: 0,
             waiting: Vec::new(),
@@ -116,6 +152,10 @@ impl Intake {
             let shared = Arc::clone(&shared);
             // Not joined: one that is blocked on a silent connection must not hold up the end of a run.
             thread::spawn(move || shared.work());
+        }
+        for _ in 0..hashers {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || shared.hash());
         }
         Self { shared, by_place }
     }
@@ -133,6 +173,28 @@ impl Intake {
             self.shared.has_read(part, end - start, here);
         }
         Ok(true)
+    }
+
+    /// Numbers of the files whose hash has been found to be the listed one.
+    pub(super) fn verified(&self) -> Vec<usize> {
+        self.shared.lock().checks.iter().filter(|check| check.is_whole()).map(|check| check.file).collect()
+    }
+
+    /// Waits until all files that are verified have been hashed.
+    ///
+    /// # Errors
+    /// Kind `Checkpoint`: a file is not the one that the hub lists. What failed the fetching of a part.
+    pub(super) fn verify(&self) -> Result<()> {
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(error) = &state.failed {
+                return Err(error.clone());
+            }
+            if state.checks.iter().all(Check::is_whole) {
+                return Ok(());
+            }
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// The parts that hold all of `bytes`.
@@ -196,15 +258,58 @@ impl Shared {
         if *left > 0 {
             return;
         }
+        let unread = |at: &usize| {
+            self.parts[*at].wanted > 0 && !matches!(state.status[*at], Status::Gone | Status::Here { left: 0, .. })
+        };
+        state.unread = (state.unread..self.parts.len()).find(unread).unwrap_or(self.parts.len());
+        self.release(&mut state, part);
+        self.changed.notify_all();
+    }
+
+    /// Lets go of a part that has been read and hashed, if it has been.
+    fn release(&self, state: &mut State, part: usize) {
+        if state.unhashed[part] || !matches!(state.status[part], Status::Here { left: 0, .. }) {
+            return;
+        }
         let Status::Here { bytes, .. } = std::mem::replace(&mut state.status[part], Status::Gone) else { return };
         state.held -= self.parts[part].len();
-        let first = state.status[state.unread..].iter().position(|status| !matches!(status, Status::Gone));
-        state.unread = first.map_or(self.parts.len(), |first| state.unread + first);
         // Near the end nobody will use it again.
         if let Some(buffer) = Arc::into_inner(bytes).filter(|_| state.next < self.parts.len()) {
             state.pool.give_back(buffer);
         }
-        self.changed.notify_all();
+    }
+
+    // --------------------------------------------------------------------------------------------------- hashes
+
+    /// What each hashing thread does until nothing is left to hash.
+    fn hash(&self) {
+        let _alarm = Alarm(self);
+        let mut state = self.lock();
+        loop {
+            if state.closed || state.failed.is_some() || state.checks.iter().all(Check::is_whole) {
+                return;
+            }
+            let Some((number, part, bytes, mut hasher)) = state.next_to_hash() else {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            drop(state);
+            hasher.add(&bytes);
+            drop(bytes);
+            state = self.lock();
+            state.unhashed[part] = false;
+            self.release(&mut state, part);
+            let Check { file, parts, hashed, hasher: kept } = &mut state.checks[number];
+            if *hashed + 1 < parts.len() {
+                (*hashed, *kept) = (*hashed + 1, Some(hasher));
+            } else {
+                match self.files[*file].check_hash(&hasher.hex()) {
+                    Ok(()) => *hashed += 1,
+                    Err(error) => state.failed = Some(error),
+                }
+            }
+            self.changed.notify_all();
+        }
     }
 
     // --------------------------------------------------------------------------------------------------- fetchers
@@ -247,7 +352,8 @@ impl Shared {
         let earliest = self.parts.get(state.unread).map_or(usize::MAX, |unread| unread.layer);
         let must = |waited: &usize| *waited >= state.next && self.parts[*waited].layer <= earliest;
         let room = state.held + part.len() <= self.limits.bytes;
-        (room || state.waiting.iter().any(must)).then_some(state.next)
+        // Hashing makes room by itself.
+        (room || (state.waiting.iter().any(must) && !state.hashing())).then_some(state.next)
     }
 
     fn begin(&self, state: &mut State, part: usize) -> Task {
@@ -316,6 +422,7 @@ impl Shared {
                 let (took, Part { wanted, .. }) = (since.elapsed(), &self.parts[part]);
                 state.status[part] = Status::Here { bytes: Arc::new(buffer), left: *wanted };
                 state.coming.retain(|&other| other != part);
+                self.release(&mut state, part);
                 state.pace.see(self.parts[part].len(), took);
             }
             // The other one may still do it.
@@ -346,10 +453,26 @@ impl State {
     /// What a reader gets, as soon as it is known: the bytes of a part, `None` if all that was wanted of it has been read.
     fn found(&self, part: usize) -> Option<Result<Option<Arc<Vec<u8>>>>> {
         match &self.status[part] {
+            Status::Here { left: 0, .. } | Status::Gone => Some(Ok(None)),
             Status::Here { bytes, .. } => Some(Ok(Some(Arc::clone(bytes)))),
-            Status::Gone => Some(Ok(None)),
             Status::Planned | Status::Coming { .. } => self.failed.clone().map(Err),
         }
+    }
+
+    /// Of the next part that can be hashed: the check, the part, its bytes and the hash so far, which is given back with [`Check::hasher`].
+    fn next_to_hash(&mut self) -> Option<(usize, usize, Arc<Vec<u8>>, Hasher)> {
+        let Self { checks, status, .. } = self;
+        checks.iter_mut().enumerate().find_map(|(number, check)| {
+            let part = *check.parts.get(check.hashed)?;
+            let Status::Here { bytes, .. } = &status[part] else { return None };
+            Some((number, part, Arc::clone(bytes), check.hasher.take()?))
+        })
+    }
+
+    /// Whether a part is being hashed or could be.
+    fn hashing(&self) -> bool {
+        let here = |part: &usize| matches!(self.status[*part], Status::Here { .. });
+        self.checks.iter().any(|check| check.parts.get(check.hashed).is_some_and(here))
     }
 
     /// The first part, in the order of reading, that should be here by now and is fetched only once.

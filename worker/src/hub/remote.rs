@@ -10,7 +10,7 @@ use ureq::http::{Response, StatusCode};
 
 use super::answer::{Refusal, content_range, header};
 use super::http::{Answer, Asked, Client};
-use super::listing::RepoListing;
+use super::listing::{Digest, RepoFile, RepoListing};
 use crate::error::{Result, WorkerError};
 
 /// Most bytes that are read and thrown away because a server begins at 0 whatever is asked for.
@@ -22,6 +22,7 @@ pub(super) struct RemoteFile {
     listing: Arc<RepoListing>,
     name: String,
     size: u64,
+    digest: Option<Digest>,
     place: Mutex<Place>,
 }
 
@@ -35,9 +36,11 @@ struct Place {
 }
 
 impl RemoteFile {
-    pub(super) fn new(client: &Arc<Client>, listing: &Arc<RepoListing>, name: &str, size: u64) -> Self {
+    /// A file of a size that is known, bytes.
+    pub(super) fn new(client: &Arc<Client>, listing: &Arc<RepoListing>, file: &RepoFile, size: u64) -> Self {
         let (client, listing) = (Arc::clone(client), Arc::clone(listing));
-        Self { client, listing, name: name.to_owned(), size, place: Mutex::default() }
+        let RepoFile { name, digest, .. } = file.clone();
+        Self { client, listing, name, size, digest, place: Mutex::default() }
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -46,6 +49,24 @@ impl RemoteFile {
 
     pub(super) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The hash that the hub lists, if it lists one.
+    pub(super) fn digest(&self) -> Option<&Digest> {
+        self.digest.as_ref()
+    }
+
+    /// Compares the hash of all its bytes, in hexadecimal, with the listed one.
+    ///
+    /// # Errors
+    /// Kind `Checkpoint` where they differ.
+    pub(super) fn check_hash(&self, found: &str) -> Result<()> {
+        let Some(listed) = self.digest.as_ref().map(Digest::hex).filter(|listed| *listed != found) else {
+            return Ok(());
+        };
+        let message = format!("{} is not what the hub lists: its hash is {found}, not {listed}", self.asked());
+        Err(WorkerError::checkpoint(message)
+            .hint("a proxy, a mirror or the network changed it on its way: run it again"))
     }
 
     /// What it is called in messages.

@@ -2,12 +2,15 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use outliers_protocol::WeightVerification;
 
 use super::http::{MAX_CONNECTIONS, Patience};
 use super::intake::{Intake, Limits};
 use super::plan;
 use super::remote::RemoteFile;
+use super::verify::{Schedule, Unverifiable};
 use crate::error::Result;
 use crate::source::{TensorEntry, TensorIndex, Wanted, WeightSource, check_range};
 
@@ -25,20 +28,42 @@ pub(super) struct HubSource {
     files: Arc<Vec<RemoteFile>>,
     patience: Patience,
     read_ahead: u64,
-    /// Of what was announced last.
-    intake: Mutex<Option<Arc<Intake>>>,
+    announced: Mutex<Announced>,
     read: AtomicU64,
+}
+
+/// Of what was announced last.
+#[derive(Default)]
+struct Announced {
+    intake: Option<Arc<Intake>>,
+    /// Numbers of the files that are not verified.
+    unverified: Vec<(usize, Unverifiable)>,
 }
 
 impl HubSource {
     pub(super) fn new(index: TensorIndex, files: Vec<RemoteFile>, patience: Patience, read_ahead: u64) -> Self {
-        let (files, intake, read) = (Arc::new(files), Mutex::default(), AtomicU64::new(0));
-        Self { index, files, patience, read_ahead, intake, read }
+        let (files, announced, read) = (Arc::new(files), Mutex::default(), AtomicU64::new(0));
+        Self { index, files, patience, read_ahead, announced, read }
+    }
+
+    fn announced(&self) -> MutexGuard<'_, Announced> {
+        self.announced.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn intake(&self) -> Option<Arc<Intake>> {
-        self.intake.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.announced().intake.clone()
     }
+
+    fn name(&self, file: usize) -> String {
+        self.files[file].name().to_owned()
+    }
+}
+
+/// Bytes that are to be held at most until the hash of their file reaches them, if all files of these sizes are verified whose
+/// reading order allows it.
+pub(crate) fn held_for_hashes(order: &[Wanted], sizes: impl Iterator<Item = u64>) -> u64 {
+    let sizes: Vec<Option<u64>> = sizes.map(Some).collect();
+    Schedule::new(plan::plan(order, LARGEST_PART), &sizes, LARGEST_PART, u64::MAX).held
 }
 
 impl WeightSource for HubSource {
@@ -46,12 +71,39 @@ impl WeightSource for HubSource {
         &self.index
     }
 
-    fn announce(&self, order: &[Wanted]) {
+    fn announce(&self, order: &[Wanted], hash_memory: u64) {
         // At least one part on every second connection and as many waiting, on a machine with little memory too.
         let largest = (self.read_ahead / CONNECTIONS as u64).clamp(SMALLEST_PART, LARGEST_PART);
-        let limits = Limits { bytes: self.read_ahead, connections: CONNECTIONS };
-        let intake = Intake::start(&self.files, plan::plan(order, largest), limits, self.patience);
-        *self.intake.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(intake));
+        let sizes: Vec<Option<u64>> = self.files.iter().map(|file| file.digest().map(|_| file.size())).collect();
+        let mut schedule = Schedule::new(plan::plan(order, largest), &sizes, largest, hash_memory);
+        let unverified = std::mem::take(&mut schedule.unverified);
+        let limits = Limits { bytes: self.read_ahead + schedule.held, connections: CONNECTIONS };
+        let intake = Some(Arc::new(Intake::start(&self.files, schedule, limits, self.patience)));
+        *self.announced() = Announced { intake, unverified };
+    }
+
+    fn verified(&self) -> Vec<String> {
+        self.intake()
+            .map_or_else(Vec::new, |intake| intake.verified().into_iter().map(|file| self.name(file)).collect())
+    }
+
+    fn verify(&self) -> Result<Option<WeightVerification>> {
+        let Some(intake) = self.intake() else { return Ok(None) };
+        intake.verify()?;
+        let mut verification = WeightVerification { verified_files: intake.verified().len(), ..Default::default() };
+        let mut reasons: Vec<(Unverifiable, Vec<String>)> = Vec::new();
+        for (file, why) in &self.announced().unverified {
+            let same = reasons.iter_mut().find_map(|(reason, files)| Some((reason.and(why)?, reason, files)));
+            match same {
+                Some((both, reason, files)) => {
+                    *reason = both;
+                    files.push(self.name(*file));
+                }
+                None => reasons.push((why.clone(), vec![self.name(*file)])),
+            }
+        }
+        reasons.into_iter().for_each(|(reason, files)| verification.leave_out(reason.to_string(), files));
+        Ok(Some(verification))
     }
 
     fn read(&self, entry: &TensorEntry, range: Range<u64>, into: &mut [u8]) -> Result<()> {
