@@ -220,8 +220,9 @@ pub struct JobArgs {
     /// [default: hub, or the model's folder].
     #[arg(long, value_name = "WHERE")]
     pub weights: Option<Weights>,
-    /// Memory for weights while they stream, such as 800MiB or 4GB [default: a quarter of what is free, 4 GiB at most].
-    /// A quarter as much again may hold bytes of files until their hash is compared; with the default, half of what is left free.
+    /// Memory for weights while they stream, such as 800MiB or 4GB [default: a quarter of what is
+    /// free, 4 GiB at most]. A quarter as much again may hold bytes of files until their hash is
+    /// compared; with the default, half of what is left free.
     #[arg(long, value_name = "SIZE")]
     pub stream_budget: Option<ByteSize>,
     /// Sequences [default: 16, or all rows of the token ids].

@@ -1,5 +1,6 @@
-//! How full the wire from the hub is while weights stream, verified or not: a real HTTP server behind a wire of known length and width, a
-//! model of several shards, and a reader that takes every tensor as it comes.
+//! How full the wire from the hub is while weights stream, verified or not: a real HTTP server
+//! behind a wire of known length and width, a model of several shards, and a reader that takes
+//! every tensor as it comes.
 //!
 //! `cargo bench --workspace --bench hub -- [MEGABYTES]`
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed measurement")]

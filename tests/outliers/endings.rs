@@ -261,7 +261,8 @@ fn a_refused_ending_is_told_with_the_price_and_the_way_out() {
     cloud.world().fail_always(Op::Terminate, How::Refuse(Refusal::Broken(500)));
     let mut child = desk.start(["instances", "terminate", &ids[1], "-y", "--owner", "me", "--broker", "lambda"]);
     desk.wait_for("the cloud to be told", || cloud.world().count(Op::Terminate) > 0);
-    // That it comes within five seconds is shown where a test's clock does not run while the machine is busy: in `waiting.rs`.
+    // That it comes within five seconds is shown where a test's clock does not run while the
+    // machine is busy: in `waiting.rs`.
     desk.wait_for("the first word", || desk.stderr().contains("does not end instance"));
     for word in ["HTTP 500", "next try in", "$1.89/h", "--broker lambda", &ids[1]] {
         assert!(desk.stderr().contains(word), "{word}: {}", desk.stderr());

@@ -39,8 +39,9 @@ impl StreamBudget {
         if self.asked { elements } else { elements.min(GROUP_ELEMENTS) }
     }
 
-    /// Bytes that may be held until the hash of their file reaches them, where a run needs `needed` bytes of the same memory beside: as much
-    /// as a quarter of what was asked for; else half of what is free beyond that.
+    /// Bytes that may be held until the hash of their file reaches them, where a run needs
+    /// `needed` bytes of the same memory beside: as much as a quarter of what was asked for; else
+    /// half of what is free beyond that.
     pub fn hash_memory(self, needed: u64) -> u64 {
         if self.asked { self.bytes / 4 } else { free_memory().unwrap_or(USUAL).saturating_sub(needed) / 2 }
     }

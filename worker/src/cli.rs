@@ -231,9 +231,10 @@ pub struct JobArgs {
     /// Tokens computed together, in whole sequences.
     #[arg(long, value_name = "N")]
     pub micro_batch_tokens: Option<usize>,
-    /// Memory for weights while they stream, such as 800MiB or 4GB: a group of experts in use, one being decoded, the rest on its way
-    /// [default: a quarter of what is free, 4 GiB at most].
-    /// A quarter as much again may hold bytes of files until their hash is compared; with the default, half of what is left free.
+    /// Memory for weights while they stream, such as 800MiB or 4GB: a group of experts in use, one
+    /// being decoded, the rest on its way [default: a quarter of what is free, 4 GiB at most]. A
+    /// quarter as much again may hold bytes of files until their hash is compared; with the
+    /// default, half of what is left free.
     #[arg(long, value_name = "SIZE")]
     pub stream_budget: Option<ByteSize>,
 }

@@ -70,7 +70,8 @@ impl SavePoints {
         self.last.elapsed() >= self.every
     }
 
-    /// Writes one in place of the last. `verified` are the names of the weight files that have been verified.
+    /// Writes one in place of the last. `verified` are the names of the weight files that have
+    /// been verified.
     ///
     /// # Errors
     /// Storage; what a part gives.

@@ -176,11 +176,13 @@ pub trait WeightSource: Send + Sync {
     /// tensor with strides; else the source's own.
     fn read(&self, entry: &TensorEntry, range: Range<u64>, into: &mut [u8]) -> Result<()>;
 
-    /// Says what will be read, in that order, so that a source that is far away can begin to fetch it. Other reads stay possible. Up to
-    /// `hash_memory` bytes may be held until the hash of their file reaches them.
+    /// Says what will be read, in that order, so that a source that is far away can begin to fetch
+    /// it. Other reads stay possible. Up to `hash_memory` bytes may be held until the hash of
+    /// their file reaches them.
     fn announce(&self, _order: &[Wanted], _hash_memory: u64) {}
 
-    /// Names of the files whose bytes, as far as they were read, have been found to have the hash that the hub lists.
+    /// Names of the files whose bytes, as far as they were read, have been found to have the hash
+    /// that the hub lists.
     fn verified(&self) -> Vec<String> {
         Vec::new()
     }

@@ -68,7 +68,8 @@ pub struct Passed {
     pub predicted: Option<Vec<Predicted>>,
     /// The layer at which it took an earlier pass up.
     pub resumed_at_layer: Option<usize>,
-    /// Names of the weight files that the earlier pass had read to their end without verifying them.
+    /// Names of the weight files that the earlier pass had read to their end without verifying
+    /// them.
     pub unverified_before: Vec<String>,
 }
 
@@ -222,7 +223,8 @@ impl Pass<'_> {
         Ok(Passed { predicted: Some(predicted), resumed_at_layer, unverified_before })
     }
 
-    /// Files that are read before a save point and not after it, unless they had been verified there.
+    /// Files that are read before a save point and not after it, unless they had been verified
+    /// there.
     fn unverified_before(&self, point: &SavePoint, after: &[Wanted]) -> Vec<String> {
         let files = |order: &[Wanted]| order.iter().map(|wanted| wanted.file).collect::<BTreeSet<_>>();
         let (before, after) = (files(&self.reading_order(None)), files(after));

@@ -127,8 +127,8 @@ pub struct PlanFigures {
     pub resident_memory_bytes: u64,
     /// Hidden states held between layers. Bytes.
     pub hidden_state_bytes: u64,
-    /// Host memory that holds bytes until the hash of their file reaches them, where weights stream from the hub; with less, some files
-    /// are not verified. Bytes.
+    /// Host memory that holds bytes until the hash of their file reaches them, where weights
+    /// stream from the hub; with less, some files are not verified. Bytes.
     #[serde(default)]
     pub hash_memory_bytes: u64,
     /// Weights on the instance's disk: none where they stream from the hub. Bytes.

@@ -74,12 +74,14 @@ pub struct ModelProvenance {
     /// What is not as config.json and the index of the weights say.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub checkpoint_notes: Vec<String>,
-    /// Which weight files were compared with the hashes that the hub lists. `None` in older runs, and where weights are made up.
+    /// Which weight files were compared with the hashes that the hub lists. `None` in older runs,
+    /// and where weights are made up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight_verification: Option<WeightVerification>,
 }
 
-/// How the bytes of weight files, as they were read, compare with the hashes that the hub lists. A file that differs fails the run.
+/// How the bytes of weight files, as they were read, compare with the hashes that the hub lists. A
+/// file that differs fails the run.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WeightVerification {
     /// Files whose hash is the one listed.

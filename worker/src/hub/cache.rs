@@ -65,7 +65,8 @@ impl Cache {
         write_atomic(&refs, commit.as_bytes())
     }
 
-    /// Makes sure that a file is in the cache, whole, and linked into the snapshot. Gives whether its hash was compared.
+    /// Makes sure that a file is in the cache, whole, and linked into the snapshot. Gives whether
+    /// its hash was compared.
     pub(super) fn fetch(
         &self,
         client: &Client,

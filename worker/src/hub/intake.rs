@@ -4,8 +4,8 @@
 //! limit, but for a part that the reader of the earliest layer is waiting for: readers of later layers, on other devices, wait for room. A part that is late is asked for a second time, and whichever answer is whole
 //! first counts: one slow connection does not hold up the others.
 //!
-//! Files that are verified ([`super::verify`]) are hashed by threads of their own as their parts arrive, and a part of them is kept until
-//! it has been read and hashed.
+//! Files that are verified ([`super::verify`]) are hashed by threads of their own as their parts
+//! arrive, and a part of them is kept until it has been read and hashed.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -182,8 +182,8 @@ impl Intake {
 
     /// Waits until all files that are verified have been hashed.
     ///
-    /// # Errors
-    /// Kind `Checkpoint`: a file is not the one that the hub lists. What failed the fetching of a part.
+    /// # Errors Kind `Checkpoint`: a file is not the one that the hub lists. What failed the
+    /// fetching of a part.
     pub(super) fn verify(&self) -> Result<()> {
         let mut state = self.shared.lock();
         loop {
@@ -279,7 +279,8 @@ impl Shared {
         }
     }
 
-    // --------------------------------------------------------------------------------------------------- hashes
+    // ---------------------------------------------------------------------------------------------------
+    // hashes
 
     /// What each hashing thread does until nothing is left to hash.
     fn hash(&self) {
@@ -459,7 +460,8 @@ impl State {
         }
     }
 
-    /// Of the next part that can be hashed: the check, the part, its bytes and the hash so far, which is given back with [`Check::hasher`].
+    /// Of the next part that can be hashed: the check, the part, its bytes and the hash so far,
+    /// which is given back with [`Check::hasher`].
     fn next_to_hash(&mut self) -> Option<(usize, usize, Arc<Vec<u8>>, Hasher)> {
         let Self { checks, status, .. } = self;
         checks.iter_mut().enumerate().find_map(|(number, check)| {

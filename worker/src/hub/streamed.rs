@@ -59,8 +59,8 @@ impl HubSource {
     }
 }
 
-/// Bytes that are to be held at most until the hash of their file reaches them, if all files of these sizes are verified whose
-/// reading order allows it.
+/// Bytes that are to be held at most until the hash of their file reaches them, if all files of
+/// these sizes are verified whose reading order allows it.
 pub(crate) fn held_for_hashes(order: &[Wanted], sizes: impl Iterator<Item = u64>) -> u64 {
     let sizes: Vec<Option<u64>> = sizes.map(Some).collect();
     Schedule::new(plan::plan(order, LARGEST_PART), &sizes, LARGEST_PART, u64::MAX).held

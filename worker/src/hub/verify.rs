@@ -1,11 +1,14 @@
-//! Which files are compared with the hashes that the hub lists while their bytes stream, and in what order they are hashed.
+//! Which files are compared with the hashes that the hub lists while their bytes stream, and in
+//! what order they are hashed.
 //!
-//! A hash takes the bytes of a file from the first to the last; a pass reads them layer by layer. Bytes that arrive before the hash
-//! has come to them are held in memory. How many these are at most is known before anything is fetched. A file is not verified if
-//! memory does not suffice, or if too much would have to be fetched for its hash alone; the reason is part of the results.
+//! A hash takes the bytes of a file from the first to the last; a pass reads them layer by layer.
+//! Bytes that arrive before the hash has come to them are held in memory. How many these are at
+//! most is known before anything is fetched. A file is not verified if memory does not suffice, or
+//! if too much would have to be fetched for its hash alone; the reason is part of the results.
 //!
-//! Hashes of ranges, as the hub's content-defined chunks have (Xet), would need no memory. They are given out by another service with
-//! credentials and a client of its own, which is a second tree of dependencies for what memory does as well.
+//! Hashes of ranges, as the hub's content-defined chunks have (Xet), would need no memory. They
+//! are given out by another service with credentials and a client of its own, which is a second
+//! tree of dependencies for what memory does as well.
 
 use std::ops::Range;
 
@@ -75,8 +78,8 @@ impl std::fmt::Display for Unverifiable {
 }
 
 impl Schedule {
-    /// Verifies as many files as extra bytes and `memory` (bytes) allow. `sizes` are those of the files that the hub lists a hash of.
-    /// No part is larger than `largest`, bytes.
+    /// Verifies as many files as extra bytes and `memory` (bytes) allow. `sizes` are those of the
+    /// files that the hub lists a hash of. No part is larger than `largest`, bytes.
     pub(super) fn new(parts: Vec<Part>, sizes: &[Option<u64>], largest: u64, memory: u64) -> Self {
         let (mut chosen, mut unverified) = choose(&parts, sizes);
         loop {
@@ -89,7 +92,8 @@ impl Schedule {
         }
     }
 
-    /// The parts of these files' gaps put where they are fetched: after what is before them in the file.
+    /// The parts of these files' gaps put where they are fetched: after what is before them in the
+    /// file.
     fn of(parts: &[Part], chosen: &[Gaps], largest: u64) -> Self {
         let mut extra: Vec<(usize, Part)> = Vec::new();
         for Gaps { file, gaps } in chosen {
