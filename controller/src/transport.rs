@@ -87,6 +87,8 @@ pub enum TransportErrorKind {
     Reset,
     /// It took too long.
     TimedOut,
+    /// The server opens no further channel, not even for one thing at a time.
+    NoChannel,
     /// No space left on the host.
     NoSpace,
     /// The host answered with an error of another kind.

@@ -94,6 +94,7 @@ fn word(kind: TransportErrorKind) -> &'static str {
         T::HostKeyChanged => "host key changed",
         T::Reset => "reset by peer",
         T::TimedOut => "timed out",
+        T::NoChannel => "no channel",
         T::NoSpace => "no space",
         T::Remote => "protocol error",
         T::Local => "error on this side",

@@ -2,6 +2,10 @@
 //!
 //! A connection that broke is given up and the next call makes a new one, against the same pinned host key. How often and
 //! how long to try is the caller's business: every method here is one attempt.
+//!
+//! Calls work beside each other, each on channels of its own. A server that opens no further one (`MaxSessions`)
+//! is given one call at a time from then on, each through commands alone: a command closes its channel before
+//! the next opens one.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,7 +16,7 @@ use async_trait::async_trait;
 use rand::Rng;
 use russh::client::Handle;
 use russh::keys::{PrivateKey, load_secret_key};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 
 use super::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind};
 use crate::broker::SshEndpoint;
@@ -31,10 +35,10 @@ pub use pin::HostKeyPin;
 pub use sftp::read_over;
 
 use clock::Clock;
-use connect::Client;
+use connect::{Client, Opened};
 use sftp::Sftp;
 use source::Source;
-use upload::{Press, Queue, Upload};
+use upload::{LANES, Press, Queue, Upload};
 
 /// How much silence a connection bears, and how long its keys are used.
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +67,42 @@ pub struct SshTransport {
     link: Mutex<Option<Arc<Link>>>,
     /// The server has no SFTP: files go through `cat`.
     without_sftp: AtomicBool,
+    /// The server has opened no channel beside others.
+    one_at_a_time: AtomicBool,
+    turns: Semaphore,
+    /// Over all connections.
+    opened: Opened,
+}
+
+/// More calls than are ever made beside each other.
+const ALL_TURNS: u32 = 1024;
+
+/// So often a call is made again for which the server opened no channel: alone, and on a connection that
+/// has none.
+const MOST_REFUSALS: u32 = 2;
+
+/// Does on the living connection what takes channels.
+///
+/// A macro, since futures made by an async closure cannot be proved to be `Send`.
+macro_rules! on_link {
+    ($self:ident, $link:ident, $work:expr) => {{
+        let mut refusals = 0;
+        loop {
+            let turn = $self.turn().await;
+            let $link = $self.link().await?;
+            let result = $work.await;
+            let result = $self.settle(&$link, result).await;
+            drop(turn);
+            match result {
+                Err(error) if error.kind == TransportErrorKind::NoChannel && refusals < MOST_REFUSALS => {
+                    refusals += 1;
+                    $self.one_at_a_time.store(true, Ordering::Relaxed);
+                    $self.forget(&$link).await;
+                }
+                result => break result,
+            }
+        }
+    }};
 }
 
 /// One living connection.
@@ -95,7 +135,8 @@ impl SshTransport {
             TransportError::new(TransportErrorKind::Local, message)
         })?;
         let key = Arc::new(key);
-        let (handle, seen) = connect::open(endpoint, &key, pin, &tuning).await?;
+        let opened = Opened::default();
+        let (handle, seen) = connect::open(endpoint, &key, pin, &tuning, &opened).await?;
         let pin = pin.cloned().unwrap_or(seen);
         let link = Arc::new(Link { handle, sftp: Mutex::new(None) });
         let transport = Self {
@@ -105,6 +146,9 @@ impl SshTransport {
             tuning,
             link: Mutex::new(Some(link)),
             without_sftp: AtomicBool::new(false),
+            one_at_a_time: AtomicBool::new(false),
+            turns: Semaphore::new(ALL_TURNS as usize),
+            opened,
         };
         Ok((transport, pin))
     }
@@ -129,26 +173,42 @@ impl SshTransport {
             return Ok(link.clone());
         }
         *slot = None;
-        let (handle, _) = connect::open(&self.endpoint, &self.key, Some(&self.pin), &self.tuning).await?;
+        if let Some(error) = self.opened.misconduct(&self.endpoint) {
+            return Err(error);
+        }
+        let (handle, _) = connect::open(&self.endpoint, &self.key, Some(&self.pin), &self.tuning, &self.opened).await?;
         let link = Arc::new(Link { handle, sftp: Mutex::new(None) });
         *slot = Some(link.clone());
         Ok(link)
     }
 
+    /// The right to open channels, beside others or alone; in the order in which it was asked for.
+    async fn turn(&self) -> SemaphorePermit<'_> {
+        let turns = if self.one_at_a_time.load(Ordering::Relaxed) { ALL_TURNS } else { 1 };
+        self.turns.acquire_many(turns).await.expect("nobody closes it")
+    }
+
     /// Passes a result on; after a failure of the connection the next call must not meet the same connection.
     async fn settle<T>(&self, link: &Arc<Link>, result: Result<T, TransportError>) -> Result<T, TransportError> {
+        // A connection that was ended because of what the host did is not merely broken.
+        let result = result.map_err(|error| self.opened.misconduct(&self.endpoint).unwrap_or(error));
         if result.as_ref().is_err_and(|e| e.kind.is_transient()) {
-            let mut slot = self.link.lock().await;
-            if slot.as_ref().is_some_and(|now| Arc::ptr_eq(now, link)) {
-                *slot = None;
-            }
+            self.forget(link).await;
         }
         result
     }
 
+    /// The next call makes a new connection.
+    async fn forget(&self, link: &Arc<Link>) {
+        let mut slot = self.link.lock().await;
+        if slot.as_ref().is_some_and(|now| Arc::ptr_eq(now, link)) {
+            *slot = None;
+        }
+    }
+
     /// The connection's SFTP channel; `None` if the server has no SFTP.
     async fn sftp(&self, link: &Link) -> Result<Option<Arc<Sftp>>, TransportError> {
-        if self.without_sftp.load(Ordering::Relaxed) {
+        if self.without_sftp.load(Ordering::Relaxed) || self.one_at_a_time.load(Ordering::Relaxed) {
             return Ok(None);
         }
         let mut slot = link.sftp.lock().await;
@@ -168,6 +228,7 @@ impl SshTransport {
             clock: Clock::new(self.tuning.stall, what.progress),
             queue: Queue::of(what.parts),
             press: Press::new(what.may_gzip),
+            lanes: if self.one_at_a_time.load(Ordering::Relaxed) { 1 } else { LANES },
         };
         match upload.run(sftp).await {
             Err(e) if e.kind == TransportErrorKind::Remote => Err(plain::explain(&link.handle, what.remote, e).await),
@@ -256,33 +317,23 @@ fn here(path: &Path, error: &std::io::Error) -> TransportError {
 #[async_trait]
 impl Transport for SshTransport {
     async fn exec(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<ExecOutput, TransportError> {
-        let link = self.link().await?;
-        let result = exec::exec(&link.handle, command, stdin, limit).await;
-        self.settle(&link, result).await
+        on_link!(self, link, exec::exec(&link.handle, command, stdin, limit))
     }
 
     async fn send(&self, what: &SendRequest<'_>) -> Result<(), TransportError> {
         let source = Source::open(what.local).map_err(|e| here(what.local, &e))?;
-        let link = self.link().await?;
-        let result = self.upload(&link, &source, what).await;
-        self.settle(&link, result).await
+        on_link!(self, link, self.upload(&link, &source, what))
     }
 
     async fn put_bytes(&self, content: &[u8], remote: &str, mode: u32) -> Result<(), TransportError> {
-        let link = self.link().await?;
-        let result = self.write(&link, content, remote, mode).await;
-        self.settle(&link, result).await
+        on_link!(self, link, self.write(&link, content, remote, mode))
     }
 
     async fn get(&self, remote: &str, local: &Path, limit: u64) -> Result<u64, TransportError> {
-        let link = self.link().await?;
-        let result = self.download(&link, remote, local, limit).await;
-        self.settle(&link, result).await
+        on_link!(self, link, self.download(&link, remote, local, limit))
     }
 
     async fn read_from(&self, remote: &str, offset: u64, limit: u64) -> Result<Option<Vec<u8>>, TransportError> {
-        let link = self.link().await?;
-        let result = self.read(&link, remote, offset, limit).await;
-        self.settle(&link, result).await
+        on_link!(self, link, self.read(&link, remote, offset, limit))
     }
 }

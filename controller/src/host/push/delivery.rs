@@ -218,7 +218,8 @@ impl RemoteHost {
 
     async fn send(&self, gap: &Gap<'_>, has_gzip: bool, tally: &Tally<'_>) -> Result<(), HostError> {
         let told = AtomicU64::new(0);
-        let progress = |sent| tally.add(sent - told.swap(sent, Ordering::Relaxed));
+        // An upload that begins anew tells what it had told before.
+        let progress = |sent: u64| tally.add(sent.saturating_sub(told.fetch_max(sent, Ordering::Relaxed)));
         let part = gap.item.part();
         let what = SendRequest {
             local: &gap.item.local,

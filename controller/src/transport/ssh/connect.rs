@@ -2,15 +2,18 @@
 
 use std::borrow::Cow;
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use russh::client::{self, AuthResult, Handle};
+use russh::client::{self, AuthResult, ChannelOpenHandle, Handle, Session};
 use russh::keys::{PrivateKey, PrivateKeyWithHashAlg, PublicKey, PublicKeyOrCertificate};
-use russh::{Limits, Preferred, cipher};
+use russh::{ChannelId, Limits, Preferred, cipher};
+use tokio::io::AsyncReadExt;
 use tokio::net::{TcpStream, lookup_host};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::timeout;
 
+use super::exec::Channel;
 use super::{HostKeyPin, Tuning};
 use crate::broker::SshEndpoint;
 use crate::text::clean;
@@ -20,20 +23,56 @@ use crate::transport::{TransportError, TransportErrorKind as Kind};
 const TCP_LIMIT: Duration = Duration::from_secs(15);
 /// From the open TCP connection to the server's greeting.
 const BANNER_LIMIT: Duration = Duration::from_secs(20);
-/// From the first bytes to the greeting: a server may send lines of text before it.
-const PREFACE_LIMIT: Duration = Duration::from_secs(2);
+/// How a greeting begins. Before it a server may send lines of text (RFC 4253, section 4.2): as many and as
+/// long as OpenSSH takes.
+const GREETING: &[u8] = b"SSH-";
+const MOST_LINES: usize = 1023;
+const LONGEST_LINE: usize = 8192;
+/// What is kept of such lines, for messages.
+const SHOWN: usize = 200;
+/// Between two looks at a greeting that has come in part.
+const LOOK: Duration = Duration::from_millis(50);
 /// Key exchange, and again login.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
 
 /// New keys at the latest after so long, as RFC 4253 (section 9) wants it.
 const REKEY_TIME: Duration = Duration::from_secs(3600);
 
+/// Channels that a server may try to open before its connection is ended.
+const MOST_OPENED: u32 = 10;
+
+/// How many channels a host has tried to open to this machine. Nothing here asks for one, and none is taken.
+#[derive(Clone, Default)]
+pub(super) struct Opened(Arc<AtomicU32>);
+
+impl Opened {
+    /// Takes note of one more; an error, which ends the connection, when they are too many.
+    fn note(&self) -> Result<(), russh::Error> {
+        match self.0.fetch_add(1, Ordering::Relaxed) < MOST_OPENED {
+            true => Ok(()),
+            false => Err(russh::Error::Disconnect),
+        }
+    }
+
+    /// Why a host that opened too many is not spoken to.
+    pub(super) fn misconduct(&self, endpoint: &SshEndpoint) -> Option<TransportError> {
+        let message = format!(
+            "{endpoint}: the host misbehaves: it tried to open more than {MOST_OPENED} channels to this machine, \
+             and was asked for none"
+        );
+        let too_many = self.0.load(Ordering::Relaxed) > MOST_OPENED;
+        too_many.then(|| TransportError::new(Kind::Remote, message))
+    }
+}
+
 /// What russh calls back.
 pub(super) struct Client {
     pin: Option<HostKeyPin>,
     seen: Arc<Mutex<Option<PublicKey>>>,
+    opened: Opened,
 }
 
+/// Every channel that a server opens is refused: a reply that is dropped says no.
 impl client::Handler for Client {
     type Error = russh::Error;
 
@@ -43,6 +82,95 @@ impl client::Handler for Client {
         *self.seen.lock().expect("no code panics while holding this lock") = Some(key);
         Ok(trusted)
     }
+
+    async fn server_channel_open_session(
+        &mut self,
+        _channel: Channel,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+
+    async fn server_channel_open_direct_tcpip(
+        &mut self,
+        _channel: Channel,
+        _host: &str,
+        _port: u32,
+        _from_host: &str,
+        _from_port: u32,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+
+    async fn server_channel_open_direct_streamlocal(
+        &mut self,
+        _channel: Channel,
+        _path: &str,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+
+    async fn server_channel_open_forwarded_tcpip(
+        &mut self,
+        _channel: Channel,
+        _host: &str,
+        _port: u32,
+        _from_host: &str,
+        _from_port: u32,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+
+    async fn server_channel_open_forwarded_streamlocal(
+        &mut self,
+        _channel: Channel,
+        _path: &str,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+
+    async fn server_channel_open_agent_forward(
+        &mut self,
+        _channel: Channel,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+
+    async fn server_channel_open_x11(
+        &mut self,
+        _channel: Channel,
+        _from_host: &str,
+        _from_port: u32,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+
+    /// So that those of unknown kinds are counted too; what follows refuses them.
+    async fn should_accept_unknown_server_channel(&mut self, _id: ChannelId, _kind: &str) -> bool {
+        true
+    }
+
+    async fn server_channel_open_unknown(
+        &mut self,
+        _channel: Channel,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
 }
 
 /// TCP, greeting, key exchange, host key, login.
@@ -51,12 +179,14 @@ pub(super) async fn open(
     key: &Arc<PrivateKey>,
     pin: Option<&HostKeyPin>,
     tuning: &Tuning,
+    opened: &Opened,
 ) -> Result<(Handle<Client>, HostKeyPin), TransportError> {
-    let stream = dial(endpoint).await?;
-    wait_for_greeting(endpoint, &stream).await?;
-    let (mut handle, seen) = handshake(endpoint, stream, pin, tuning).await?;
-    let login = log_in(endpoint, &mut handle, key);
-    timeout(HANDSHAKE_LIMIT, login).await.map_err(|_| too_long(endpoint, "login", HANDSHAKE_LIMIT))??;
+    let mut stream = dial(endpoint).await?;
+    wait_for_greeting(endpoint, &mut stream).await?;
+    let (mut handle, seen) = handshake(endpoint, stream, pin, tuning, opened).await?;
+    let login = timeout(HANDSHAKE_LIMIT, log_in(endpoint, &mut handle, key)).await;
+    let login = login.unwrap_or_else(|_| Err(too_long(endpoint, "login", HANDSHAKE_LIMIT)));
+    login.map_err(|error| opened.misconduct(endpoint).unwrap_or(error))?;
     Ok((handle, seen))
 }
 
@@ -87,29 +217,65 @@ fn dial_kind(error: &io::Error) -> Kind {
     }
 }
 
-/// Waits for the server's first bytes without taking them. A server that is not ready closes here, some with a line of text.
-async fn wait_for_greeting(endpoint: &SshEndpoint, stream: &TcpStream) -> Result<(), TransportError> {
-    let since = Instant::now();
-    let mut first = [0; 256];
+/// Waits for the server's greeting, which stays in the stream, and takes the lines before it: the SSH library
+/// bears few of them. A server that is not ready closes here, some with a line of text.
+async fn wait_for_greeting(endpoint: &SshEndpoint, stream: &mut TcpStream) -> Result<(), TransportError> {
+    let mut said = Vec::new();
+    let began = timeout(BANNER_LIMIT, take_preface(stream, &mut said)).await;
+    let words = match said.is_empty() {
+        true => String::new(),
+        false => format!("; it said {:?}", clean(&said, 80)),
+    };
+    let what = match began {
+        Ok(Ok(Began::Greeting)) => return Ok(()),
+        Ok(Ok(Began::Closed)) => "the connection was closed before the server's greeting",
+        Ok(Ok(Began::Flood)) => "more text than a server may send comes before its greeting",
+        Ok(Err(e)) => return Err(broken(endpoint, &russh::Error::IO(e))),
+        Err(_) => {
+            let error = too_long(endpoint, "the server's greeting", BANNER_LIMIT);
+            return Err(TransportError { message: error.message + &words, ..error });
+        }
+    };
+    Err(TransportError::new(Kind::Reset, format!("{endpoint}: {what}{words}")))
+}
+
+/// How a server begins.
+enum Began {
+    Greeting,
+    Closed,
+    Flood,
+}
+
+/// Takes what comes before the greeting; the first of it is kept in `said`.
+async fn take_preface(stream: &mut TcpStream, said: &mut Vec<u8>) -> io::Result<Began> {
+    let mut seen = [0; 4096];
+    // Of the line that has begun.
+    let (mut lines, mut length) = (0, 0);
     loop {
-        let seen = match timeout_at(since + BANNER_LIMIT, stream.peek(&mut first)).await {
-            Err(_) => return Err(too_long(endpoint, "the server's greeting", BANNER_LIMIT)),
-            Ok(Err(e)) => return Err(broken(endpoint, &russh::Error::IO(e))),
-            Ok(Ok(0)) => {
-                let message = format!("{endpoint}: the connection was closed before the server's greeting");
-                return Err(TransportError::new(Kind::Reset, message));
-            }
-            Ok(Ok(n)) => &first[..n],
-        };
-        if seen.starts_with(b"SSH-") || seen.windows(5).any(|w| w == b"\nSSH-") {
-            return Ok(());
+        let n = stream.peek(&mut seen).await?;
+        let there = &seen[..n];
+        if n == 0 {
+            return Ok(Began::Closed);
         }
-        if seen.len() >= 4 && since.elapsed() > PREFACE_LIMIT {
-            let message = format!("{endpoint}: not an SSH greeting: {:?}", clean(seen, 80));
-            return Err(TransportError::new(Kind::Reset, message));
+        if length == 0 && there.starts_with(GREETING) {
+            return Ok(Began::Greeting);
         }
-        // What was seen stays readable, so that the next look would return at once.
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        if length == 0 && GREETING.starts_with(there) {
+            // What was seen stays readable, so that the next look would return at once.
+            tokio::time::sleep(LOOK).await;
+            continue;
+        }
+        let end = there.iter().position(|b| *b == b'\n');
+        let taken = end.map_or(n, |end| end + 1);
+        said.extend_from_slice(&there[..taken.min(SHOWN.saturating_sub(said.len()))]);
+        stream.read_exact(&mut seen[..taken]).await?;
+        length += taken;
+        if lines == MOST_LINES || length > LONGEST_LINE + "\r\n".len() {
+            return Ok(Began::Flood);
+        }
+        if end.is_some() {
+            (lines, length) = (lines + 1, 0);
+        }
     }
 }
 
@@ -118,9 +284,10 @@ async fn handshake(
     stream: TcpStream,
     pin: Option<&HostKeyPin>,
     tuning: &Tuning,
+    opened: &Opened,
 ) -> Result<(Handle<Client>, HostKeyPin), TransportError> {
     let seen = Arc::new(Mutex::new(None));
-    let client = Client { pin: pin.cloned(), seen: seen.clone() };
+    let client = Client { pin: pin.cloned(), seen: seen.clone(), opened: opened.clone() };
     let shake = client::connect_stream(Arc::new(config(pin, tuning)), stream, client);
     let result =
         timeout(HANDSHAKE_LIMIT, shake).await.map_err(|_| too_long(endpoint, "key exchange", HANDSHAKE_LIMIT))?;
@@ -194,11 +361,13 @@ pub(super) fn broken(place: &dyn std::fmt::Display, error: &russh::Error) -> Tra
         E::IO(_) | E::Disconnect | E::HUP | E::SendError | E::RecvError => Kind::Reset,
         E::KeepaliveTimeout | E::InactivityTimeout | E::ConnectionTimeout | E::Elapsed(_) => Kind::TimedOut,
         E::UnknownKey => Kind::HostKeyChanged,
+        E::ChannelOpenFailure(_) => Kind::NoChannel,
         E::Keys(_) | E::CouldNotReadKey | E::InvalidConfig(_) => Kind::Local,
         _ => Kind::Remote,
     };
     let what = match error {
         E::Disconnect | E::HUP | E::SendError | E::RecvError => "the connection broke off".to_owned(),
+        E::ChannelOpenFailure(reason) => format!("the server opens no channel for it ({reason:?})"),
         other => other.to_string(),
     };
     TransportError::new(kind, format!("{place}: {what}"))

@@ -13,8 +13,14 @@ use crate::transport::{ExecOutput, TransportError, TransportErrorKind as Kind};
 /// More than this from one command is not an answer but a flood.
 const MAX_OUTPUT: usize = 64 << 20;
 /// Between attempts to open a channel.
-const PAUSES: [Duration; 4] =
-    [Duration::from_millis(25), Duration::from_millis(50), Duration::from_millis(100), Duration::from_millis(200)];
+const PAUSES: [Duration; 6] = [
+    Duration::from_millis(25),
+    Duration::from_millis(50),
+    Duration::from_millis(100),
+    Duration::from_millis(200),
+    Duration::from_millis(400),
+    Duration::from_millis(800),
+];
 /// Stream number of standard error.
 const STDERR: u32 = 1;
 

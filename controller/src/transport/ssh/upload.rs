@@ -23,7 +23,7 @@ use super::source::Source;
 use crate::transport::TransportError;
 
 /// Channels of one upload, as measured (`benches/upload.rs`). OpenSSH allows 10 per connection; two are left for commands.
-const LANES: usize = 8;
+pub(super) const LANES: usize = 8;
 /// What a lane takes at a time: as much as a channel's window holds.
 pub(super) const BLOCK: u64 = 31 * plain::UNIT;
 /// So much goes out before the first acknowledgement: two windows.
@@ -41,6 +41,8 @@ pub(super) struct Upload<'a> {
     pub(super) clock: Clock<'a>,
     pub(super) queue: Queue,
     pub(super) press: Press,
+    /// Channels at the same time, at most.
+    pub(super) lanes: usize,
 }
 
 impl Upload<'_> {
@@ -64,7 +66,7 @@ impl Upload<'_> {
     }
 
     fn lanes(&self) -> usize {
-        self.queue.len().clamp(1, LANES)
+        self.queue.len().clamp(1, self.lanes)
     }
 
     async fn first_sftp(&self, sftp: Arc<Sftp>) -> Result<(), TransportError> {
