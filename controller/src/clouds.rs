@@ -117,6 +117,8 @@ pub struct Patience {
     pub boot: Duration,
     /// From an address to an SSH session.
     pub ssh: Duration,
+    /// From the login to the worker's start; what is uploaded at a usable rate adds to it.
+    pub ready: Duration,
     /// To learn whether an unanswered create call made an instance.
     pub settle: Duration,
     /// To bring the files home.
@@ -137,6 +139,7 @@ impl Patience {
         call: Duration::from_secs(120),
         boot: Duration::from_secs(20 * 60),
         ssh: Duration::from_secs(10 * 60),
+        ready: Duration::from_secs(5 * 60),
         settle: Duration::from_secs(10 * 60),
         sync: Duration::from_secs(30 * 60),
         terminate: Duration::from_secs(15 * 60),
@@ -150,6 +153,7 @@ impl Patience {
         call: Duration::from_secs(60),
         boot: Duration::from_secs(60),
         ssh: Duration::from_secs(60),
+        ready: Duration::from_secs(5 * 60),
         settle: Duration::from_secs(60),
         sync: Duration::from_secs(10 * 60),
         terminate: Duration::from_secs(60),

@@ -4,6 +4,7 @@
 //! crash take the same path; what only this process knows ([`Memory`]) merely saves work.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use outliers_protocol::JobSpec;
@@ -23,6 +24,7 @@ mod bring;
 mod ending;
 #[cfg(test)]
 pub(crate) mod fake;
+mod grace;
 #[cfg(test)]
 mod mutants;
 mod ports;
@@ -40,6 +42,8 @@ pub use ports::{Host, HostError, HostTalk, Hosts, Listener, Ports, Select};
 pub use recover::{Looked, Target, carry_out, end, look, recover, release};
 pub use ssh::SshHosts;
 pub use turns::Turns;
+
+use grace::Grace;
 
 /// Name of the private key in a run's folder.
 pub const KEY_FILE: &str = "id_ed25519";
@@ -175,6 +179,8 @@ struct Memory {
     price: Option<UsdPerHour>,
     /// Since when the present state's step fails, and how often it did.
     failing: Option<(Instant, u32)>,
+    /// The time that is left to the host to have its worker run.
+    grace: Option<Arc<Grace>>,
     /// The files cannot be brought home.
     unfetchable: bool,
 }
@@ -343,6 +349,7 @@ impl<'a> Driver<'a> {
 
     fn changed(&mut self) {
         self.memory.failing = None;
+        self.memory.grace = None;
         (self.on)(DeployEvent::State(Box::new(self.run.state().clone())));
     }
 

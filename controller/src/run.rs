@@ -442,8 +442,10 @@ pub enum TroubleKind {
     Budget,
     /// The cloud refused us: key, funds, or a request it does not like.
     Broker,
-    /// The instance did not come up, or cannot be spoken to.
+    /// The instance cannot be spoken to any more, or did not do what it should.
     Host,
+    /// Instances were had, and none of them served.
+    Unfit,
     /// Something on this machine.
     Local,
 }

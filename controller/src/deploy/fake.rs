@@ -41,6 +41,7 @@ pub(crate) const QUICK: Patience = Patience {
     call: Duration::from_secs(5),
     boot: Duration::from_millis(200),
     ssh: Duration::from_millis(200),
+    ready: Duration::from_millis(200),
     settle: Duration::from_millis(200),
     sync: Duration::from_millis(200),
     terminate: Duration::from_millis(200),

@@ -1,6 +1,7 @@
 //! The steps, one per state. Each may be repeated after a crash at any line of it.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -10,7 +11,8 @@ use tokio::time::Instant;
 
 use super::bring::{self, Folders};
 use super::ending::{Bill, Ender};
-use super::{DeployEvent, Driver, Host, HostError, HostTalk, StepError, Stop, Stuck};
+use super::grace::Grace;
+use super::{DeployEvent, Driver, Host, HostError, HostTalk, Listener, StepError, Stop, Stuck};
 use crate::broker::{
     BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
 };
@@ -19,6 +21,7 @@ use crate::ledger::{Purse, now_ms, random_word};
 use crate::market;
 use crate::mutant::{Mutant, planted};
 use crate::run::{Brought, Ending, Intent, Pin, Refusal, Rental, RunEvent, RunState, Trouble, TroubleKind};
+use crate::settings::Span;
 use crate::units::{Usd, UsdPerHour};
 
 type Step = Result<(), StepError>;
@@ -267,49 +270,72 @@ impl Driver<'_> {
         Ok(Some(format!("the instance bills {price}, more than the {} {said}", cap.unwrap_or(offer.price))))
     }
 
-    /// Reachable: puts everything there and starts the worker.
+    /// Reachable: puts everything there and starts the worker, all within one patience. A host that does not come
+    /// so far is exchanged, unless the fault is this machine's.
     pub(super) async fn launch(&mut self, rental: &Rental, pin: &Pin) -> Step {
+        let patience = self.cloud()?.patience.ready;
+        let grace = Arc::clone(self.memory.grace.get_or_insert_with(|| Arc::new(Grace::new(patience))));
+        if grace.is_over() {
+            return Err(StepError::Unfit(grace.verdict().message));
+        }
         self.connect(rental, Some(pin), Duration::ZERO).await?;
-        let done = match self.is_fit(rental).await {
-            Ok(()) => self.prepare_and_launch().await,
-            Err(error) if error.transient => Err(error),
-            Err(error) => return Err(StepError::Unfit(error.message)),
-        };
-        match done {
+        match self.prepare_and_launch(rental, &grace).await {
             Ok(()) => Ok(self.append(RunEvent::Launched)?),
-            Err(error) => self.try_again_host(error, self.cloud()?.patience.ssh).await,
+            Err(error) if error.transient || error.here => {
+                grace.failed(&error.message);
+                self.try_again_host(error, UNTIL_TIME_IS_UP).await
+            }
+            Err(error) => Err(StepError::Unfit(error.message)),
         }
     }
 
-    /// An error that is not transient says that the host is not what was rented, or takes no guard.
-    async fn is_fit(&self, rental: &Rental) -> Result<(), HostError> {
-        let facts = self.host().probe(&rental.offer, &self.run.record().spec.request).await?;
+    async fn prepare_and_launch(&self, rental: &Rental, grace: &Grace) -> Result<(), HostError> {
+        let Some(job) = grace.within(self.prepare(rental, grace)).await? else { return Ok(()) };
+        let begun = Instant::now();
+        self.wait_for_turn().await;
+        grace.put_off(begun.elapsed());
+        grace.begin("starting the worker");
+        grace.within(self.host().launch(&self.run.record().id, &job, self.ports.secrets)).await
+    }
+
+    /// Looks at the host and puts everything there; the job to start, `None` if a process before this one started it.
+    async fn prepare(&self, rental: &Rental, grace: &Grace) -> Result<Option<JobSpec>, HostError> {
+        let (host, run) = (self.host(), &self.run.record().id);
+        grace.begin("looking at it");
+        let facts = host.probe(&rental.offer, &self.run.record().spec.request).await?;
         (self.on)(DeployEvent::Host(facts));
-        self.guard(rental).await
+        grace.begin("starting its guard");
+        self.guard(rental).await?;
+        if host.status(run).await? != JobStatus::NotStarted {
+            return Ok(None);
+        }
+        let on = |talk: HostTalk| {
+            grace.hear(&talk);
+            (self.on)(DeployEvent::Talk(talk));
+        };
+        grace.begin("sending the worker");
+        host.push_worker(&on).await?;
+        grace.begin("sending what the worker reads");
+        Ok(Some(self.push_inputs(host, run, &on).await?))
     }
 
-    async fn prepare_and_launch(&self) -> Result<(), HostError> {
-        let run = self.run.record().id.clone();
-        let host = self.host();
-        // A process before us may have got this far.
-        if host.status(&run).await? != JobStatus::NotStarted {
-            return Ok(());
-        }
-        host.push_worker(&|talk| (self.on)(DeployEvent::Talk(talk))).await?;
-        let job = self.push_inputs(host, &run).await?;
-        if let Some(turns) = self.ports.turns {
-            turns.wait().await;
-        }
-        host.launch(&run, &job, self.ports.secrets).await
+    /// Until the worker may start beside others of its batch; who waits is told for what, and for how long.
+    async fn wait_for_turn(&self) {
+        let Some(turns) = self.ports.turns else { return };
+        let say = |wait: Duration| {
+            let (apart, wait) = (Span(turns.pause()), Span(wait));
+            let note = format!("waiting {wait} for its turn: workers that read from the hub start {apart} apart");
+            (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
+        };
+        turns.wait(say).await;
     }
 
     /// The job with paths as the host sees them.
-    async fn push_inputs(&self, host: &dyn Host, run: &str) -> Result<JobSpec, HostError> {
-        let on = |talk: HostTalk| (self.on)(DeployEvent::Talk(talk));
+    async fn push_inputs(&self, host: &dyn Host, run: &str, on: &Listener<'_>) -> Result<JobSpec, HostError> {
         let spec = &self.run.record().spec;
         let mut job = spec.job.clone();
         if let (ModelSource::Folder { path }, true) = (&mut job.model, spec.push_model) {
-            *path = host.push(run, Path::new(path), "model", &on).await?;
+            *path = host.push(run, Path::new(path), "model", on).await?;
             job.label = Some(spec.model.clone());
         }
         match &mut job.corpus.source {
@@ -318,13 +344,13 @@ impl Driver<'_> {
                 for (i, path) in paths.iter_mut().enumerate() {
                     // The ending tells the worker how documents lie in it.
                     let ending = CorpusFormat::of(path);
-                    *path = host.push(run, Path::new(path), &format!("corpus-{i}.{ending}"), &on).await?;
+                    *path = host.push(run, Path::new(path), &format!("corpus-{i}.{ending}"), on).await?;
                 }
             }
             CorpusSource::TokenIds(path) => {
                 let json = Path::new(path).extension().is_some_and(|extension| extension == "json");
                 let name = if json { "token-ids.json" } else { "token-ids.safetensors" };
-                *path = host.push(run, Path::new(path), name, &on).await?;
+                *path = host.push(run, Path::new(path), name, on).await?;
             }
         }
         Ok(job)
@@ -565,6 +591,7 @@ impl Driver<'_> {
         loop {
             let endpoint = self.endpoint(rental, limit).await?;
             let deadline = Instant::now() + self.cloud()?.patience.ssh;
+            let deadline = self.memory.grace.as_ref().map_or(deadline, |grace| deadline.min(grace.end()));
             let on = |talk: HostTalk| (self.on)(DeployEvent::Talk(talk));
             match self.ports.hosts.reach(&endpoint, &self.run.folder(), pin, deadline, &on).await {
                 Ok((host, pin)) => {
@@ -573,21 +600,26 @@ impl Driver<'_> {
                     return Ok(pin);
                 }
                 Err(error) if error.transient && self.pause(&error.message, limit).await => {}
-                Err(error) if pin.is_none() => return Err(StepError::Unfit(error.message)),
-                Err(error) => return Err(StepError::End(failed(TroubleKind::Host, error.message, error.hint))),
+                Err(error) if !error.here && self.is_unused() => return Err(StepError::Unfit(error.message)),
+                Err(error) => return Err(StepError::End(host_failed(error))),
             }
         }
     }
 
     /// Tells the guard of a worker that runs or has run that we are here. A host that is in use goes on being used without one.
     async fn renew_guard(&self, rental: &Rental) {
-        if matches!(self.run.state(), RunState::Rented { .. } | RunState::Reachable { .. }) {
+        if self.is_unused() {
             return;
         }
         if let Err(error) = self.guard(rental).await {
             let note = format!("the guard on the instance could not be reached: {}", error.message);
             (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
         }
+    }
+
+    /// Nothing was run on the instance yet, as far as is known.
+    fn is_unused(&self) -> bool {
+        matches!(self.run.state(), RunState::Rented { .. } | RunState::Reachable { .. })
     }
 
     /// Puts the guard in place, for which there must be time left.
@@ -686,8 +718,7 @@ impl Driver<'_> {
         if error.transient && self.pause(&error.message, limit).await {
             return Ok(());
         }
-        let kind = if error.here { TroubleKind::Local } else { TroubleKind::Host };
-        Err(StepError::End(failed(kind, error.message, error.hint)))
+        Err(StepError::End(host_failed(error)))
     }
 
     /// Waits a little longer after every failure; false when the present state has failed for longer than `limit`.
@@ -708,6 +739,11 @@ fn failed(kind: TroubleKind, message: String, hint: Option<String>) -> Ending {
     Ending::Failed { trouble: Trouble { kind, message, hint } }
 }
 
+fn host_failed(error: HostError) -> Ending {
+    let kind = if error.here { TroubleKind::Local } else { TroubleKind::Host };
+    failed(kind, error.message, error.hint)
+}
+
 fn broker_failed(error: &BrokerError) -> Ending {
     let hint = match error.kind {
         BrokerErrorKind::Auth => Some(format!("check the key for {}", error.broker)),
@@ -726,7 +762,8 @@ fn none_left(refused: &[Refusal], offered: usize, dearer: usize) -> Ending {
         0 => "relax the filters, or try again later".to_owned(),
         n => format!("{n} more would cost more than was agreed: --budget agrees to more; or try again later"),
     };
-    failed(TroubleKind::NoOffer, message, Some(hint))
+    let did_not_serve = refused.iter().any(|refusal| refusal.rented && !refusal.lost);
+    failed(if did_not_serve { TroubleKind::Unfit } else { TroubleKind::NoOffer }, message, Some(hint))
 }
 
 fn did_not_come_up(rental: &Rental, why: &str) -> StepError {

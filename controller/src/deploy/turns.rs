@@ -1,30 +1,61 @@
 //! Who starts a worker next: a hub that many instances ask at the same moment for many gigabytes refuses some of them.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 /// Starts of workers, each at least a pause after the one before. Shared by all runs of a batch.
 #[derive(Debug)]
 pub struct Turns {
     pause: Duration,
+    /// When the next may start; nothing before the first has.
     next: Mutex<Option<Instant>>,
+    /// Who comes first, waits here; the others wait for that one.
+    queue: tokio::sync::Mutex<()>,
+    waiting: AtomicU32,
+}
+
+/// A place in the queue.
+struct Place<'a>(&'a AtomicU32);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Turns {
     /// With so much time between two starts.
     pub fn new(pause: Duration) -> Self {
-        Self { pause, next: Mutex::new(None) }
+        Self { pause, next: Mutex::default(), queue: tokio::sync::Mutex::default(), waiting: AtomicU32::new(0) }
     }
 
-    /// Returns when it is the caller's turn. One that gives up waiting takes no turn.
-    pub async fn wait(&self) {
-        let mut next = self.next.lock().await;
-        if let Some(at) = *next {
+    /// Between two starts.
+    pub fn pause(&self) -> Duration {
+        self.pause
+    }
+
+    /// Returns when it is the caller's turn; `say` hears how long that will be, unless it is now. One that gives
+    /// up waiting takes no turn.
+    pub async fn wait(&self, say: impl FnOnce(Duration)) {
+        let before = self.waiting.fetch_add(1, Ordering::Relaxed);
+        let _place = Place(&self.waiting);
+        let first = self.next().map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()));
+        let wait = first + self.pause * before;
+        if !wait.is_zero() {
+            say(wait);
+        }
+        let _first = self.queue.lock().await;
+        if let Some(at) = self.next() {
             tokio::time::sleep_until(at).await;
         }
-        *next = Some(Instant::now() + self.pause);
+        *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + self.pause);
+    }
+
+    fn next(&self) -> Option<Instant> {
+        *self.next.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -37,13 +68,15 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn starts_are_a_pause_apart_and_who_gives_up_takes_no_turn() {
         let (turns, begun) = (Turns::new(Duration::from_secs(20)), Instant::now());
-        turns.wait().await;
-        let gave_up = tokio::time::timeout(Duration::from_secs(1), turns.wait()).await;
+        turns.wait(|_| panic!("the first need not wait")).await;
+        let gave_up = tokio::time::timeout(Duration::from_secs(1), turns.wait(|_| {})).await;
         assert!(gave_up.is_err());
+        let told = Mutex::new(Vec::new());
         let waits = (0..3).map(|_| async {
-            turns.wait().await;
+            turns.wait(|wait| told.lock().unwrap().push(wait.as_secs())).await;
             begun.elapsed().as_secs()
         });
         assert_eq!(join_all(waits).await, [20, 40, 60]);
+        assert_eq!(told.into_inner().unwrap(), [19, 39, 59], "each was told how long, a second after the first");
     }
 }

@@ -83,7 +83,9 @@ impl Member<'_> {
 fn is_to_go_on(ending: &Ending) -> bool {
     match ending {
         Ending::Interrupted | Ending::Cancelled => true,
-        Ending::Failed { trouble } => matches!(trouble.kind, TroubleKind::NoOffer | TroubleKind::Budget),
+        Ending::Failed { trouble } => {
+            matches!(trouble.kind, TroubleKind::NoOffer | TroubleKind::Unfit | TroubleKind::Budget)
+        }
         _ => false,
     }
 }
@@ -126,6 +128,7 @@ mod tests {
             (stopped(Ending::Interrupted), Outcome::Open, false),
             (stopped(Ending::Cancelled), Outcome::Open, false),
             (stopped(trouble(TroubleKind::NoOffer)), Outcome::Open, false),
+            (stopped(trouble(TroubleKind::Unfit)), Outcome::Open, false),
             (stopped(trouble(TroubleKind::Budget)), Outcome::Open, false),
             (stopped(trouble(TroubleKind::Host)), Outcome::Failed, false),
             (ended("r", folder("a.partial", false), failed.clone()), Outcome::Partial, true),

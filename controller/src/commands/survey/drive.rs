@@ -25,6 +25,8 @@ const LOOK: Duration = Duration::from_secs(2);
 struct Task {
     name: String,
     secrets: Vec<(&'static str, Secret)>,
+    /// Its worker reads from the hub, and takes its turn.
+    asks_the_hub: bool,
     begin: Begin,
     /// What it is estimated to cost, before it is known.
     estimate: Usd,
@@ -83,9 +85,10 @@ impl Session<'_> {
                     (Begin::Anew(Box::new(prepared.spec)), estimate)
                 }
             };
-            let secrets = secrets(self.context, &model.identity.job, parallel);
+            let job = &model.identity.job;
+            let (secrets, asks_the_hub) = (secrets(self.context, job, parallel), job.asks_the_hub());
             let estimate = estimate.unwrap_or(Usd::ZERO);
-            tasks.push(Task { name: model.entry.name.clone(), secrets, begin, estimate });
+            tasks.push(Task { name: model.entry.name.clone(), secrets, asks_the_hub, begin, estimate });
         }
         tasks.sort_by_key(|task| matches!(task.begin, Begin::Anew(_)));
         tasks
@@ -109,7 +112,8 @@ impl Session<'_> {
             Begin::Anew(_) if stopped => return None,
             Begin::Anew(spec) => ledger.plan(&spec),
         };
-        let ports = Ports { secrets: &task.secrets, ..ports };
+        let turns = ports.turns.filter(|_| task.asks_the_hub);
+        let ports = Ports { secrets: &task.secrets, turns, ..ports };
         let driven = match run {
             Ok(run) => Driver::new(run, ports, stop, &|event| reporter.event(event)).drive().await,
             Err(error) => Err(error.into()),
