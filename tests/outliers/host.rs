@@ -399,6 +399,22 @@ async fn workers_that_cannot_serve_are_refused() {
 }
 
 #[tokio::test]
+async fn a_home_from_which_nothing_may_be_run_has_its_worker_elsewhere() {
+    let Some(mut scene) = Scene::new().await else { return };
+    if !scene.server.mount_home("noexec") {
+        return;
+    }
+    let worker = scene.worker().await;
+    let folder = Path::new(&worker.path).parent().unwrap().to_owned();
+    assert!(!folder.starts_with(scene.server.home()), "{}", worker.path);
+    let launched = scene.host.launch(&worker, "r1", &job("quick"), &[]).await.unwrap();
+    pid_of(launched);
+    assert_eq!(scene.follow("r1").await, ENDED_WELL);
+    assert!(!scene.fetch("r1").await.partial);
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[tokio::test]
 async fn a_damaged_worker_on_the_host_is_replaced() {
     let Some(scene) = Scene::new().await else { return };
     let worker = scene.worker().await;

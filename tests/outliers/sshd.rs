@@ -17,6 +17,7 @@ use outliers::units::{Bytes, UsdPerHour};
 use outliers_protocol::{CorpusSource, JobSpec, ModelSource, Precision, Results, files};
 use outliers_tests::golden::{assert_activations_equal, assert_statistics_equal};
 use outliers_tests::programs::{golden, worker};
+use outliers_tests::sha256;
 use outliers_tests::sshd::Sshd;
 
 /// A cloud whose instances are OpenSSH servers.
@@ -28,6 +29,10 @@ struct SshdCloud {
     deaf: bool,
     /// MiB of disk of an instance, where that can be arranged.
     disk: Option<u32>,
+    /// More lines of the servers' configuration.
+    config: &'static str,
+    /// Nothing can be run from an instance's home folder.
+    noexec: bool,
 }
 
 const NAME: &str = "sshd";
@@ -52,10 +57,13 @@ impl Broker for SshdCloud {
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
         let failed = |message: String| BrokerError { broker: NAME, kind: BrokerErrorKind::Unavailable, message };
-        let server = Sshd::start().map_err(|e| failed(e.to_string()))?;
+        let server = Sshd::start_with(self.config).map_err(|e| failed(e.to_string()))?;
         let mut server = server.ok_or_else(|| failed("no sshd".to_owned()))?;
         if let Some(mib) = self.disk {
             server.shrink_home(mib);
+        }
+        if self.noexec {
+            server.mount_home("noexec");
         }
         if !self.deaf {
             server.authorize(&lease.ssh_public_key).map_err(|e| failed(e.to_string()))?;
@@ -167,6 +175,36 @@ async fn a_deploy_to_openssh_equals_the_reference() {
         "the name asked for, not the path it was pushed to"
     );
     assert_eq!(*cloud.created.lock().unwrap(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn servers_with_one_channel_and_homes_without_programs_serve() {
+    if !sshd_is_here() {
+        return;
+    }
+    let mut clouds = vec![SshdCloud { config: "MaxSessions 1", ..SshdCloud::default() }];
+    if Sshd::start().unwrap().unwrap().mount_home("noexec") {
+        clouds.push(SshdCloud { noexec: true, ..SshdCloud::default() });
+    }
+    for cloud in clouds {
+        let folder = tempfile::tempdir().unwrap();
+        let (cloud, ledger) = (Arc::new(cloud), Ledger::open(&folder.path().join("state")).unwrap());
+        let run = ledger.plan(&spec("llama-f32", &folder.path().join("results"))).unwrap();
+        let record = drive(&cloud, run, Patience::LOCAL).await;
+        assert_eq!(record.state.ending(), Some(&Ending::Completed), "{:?}: {record:?}", cloud.config);
+        assert!(record.state.results().is_some_and(|results| results.complete));
+        assert_eq!(*cloud.created.lock().unwrap(), 1);
+    }
+    clear_away();
+}
+
+/// Removes the worker that lies beside a home folder.
+fn clear_away() {
+    use std::os::unix::fs::MetadataExt;
+    let here = tempfile::tempdir().unwrap();
+    let (user, sha256) = (here.path().metadata().unwrap().uid(), sha256(&std::fs::read(worker()).unwrap()));
+    // Where no home could be mounted, there is none.
+    let _ = std::fs::remove_dir_all(format!("/var/tmp/outliers-{user}/bin/{sha256}"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -25,6 +25,8 @@ pub struct Line {
 
 struct Shared {
     target: (String, u16),
+    /// What comes down before anything the server says.
+    preface: Vec<u8>,
     /// Each way.
     delay: Duration,
     /// Bytes per second, each way.
@@ -40,19 +42,25 @@ struct Shared {
 impl Line {
     /// A line to `server` on which an answer takes `round_trip`, as wide as this machine allows.
     pub fn long(server: &SshEndpoint, round_trip: Duration) -> Result<Self> {
-        Self::new(server, round_trip, None)
+        Self::new(server, Vec::new(), round_trip, None)
+    }
+
+    /// A line to `server` on which a gateway says `preface` first.
+    pub fn with_preface(server: &SshEndpoint, preface: &[u8]) -> Result<Self> {
+        Self::new(server, preface.to_vec(), Duration::ZERO, None)
     }
 
     /// A line to `server` that carries so many bytes per second each way.
     pub fn narrow(server: &SshEndpoint, bytes_per_second: u64) -> Result<Self> {
-        Self::new(server, Duration::ZERO, Some(bytes_per_second as f64))
+        Self::new(server, Vec::new(), Duration::ZERO, Some(bytes_per_second as f64))
     }
 
-    fn new(server: &SshEndpoint, round_trip: Duration, rate: Option<f64>) -> Result<Self> {
+    fn new(server: &SshEndpoint, preface: Vec<u8>, round_trip: Duration, rate: Option<f64>) -> Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0))?;
         let port = listener.local_addr()?.port();
         let shared = Arc::new(Shared {
             target: (server.host.clone(), server.port),
+            preface,
             delay: round_trip / 2,
             rate,
             until_cut: AtomicI64::new(i64::MAX),
@@ -120,10 +128,11 @@ impl Shared {
     }
 }
 
-fn relay(shared: &Arc<Shared>, client: TcpStream) -> std::io::Result<()> {
+fn relay(shared: &Arc<Shared>, mut client: TcpStream) -> std::io::Result<()> {
     let server = TcpStream::connect((shared.target.0.as_str(), shared.target.1))?;
     client.set_nodelay(true)?;
     server.set_nodelay(true)?;
+    client.write_all(&shared.preface)?;
     shared.sockets.lock().unwrap_or_else(PoisonError::into_inner).extend([client.try_clone()?, server.try_clone()?]);
     carry(shared, client.try_clone()?, server.try_clone()?, true);
     carry(shared, server, client, false);

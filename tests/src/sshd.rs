@@ -26,7 +26,7 @@ pub struct Sshd {
     user: String,
     key: RunKey,
     host_key: HostKeyPin,
-    shrunk: bool,
+    mounted: bool,
 }
 
 impl Sshd {
@@ -73,7 +73,7 @@ impl Sshd {
             user: current_user()?,
             key,
             host_key,
-            shrunk: false,
+            mounted: false,
         })
     }
 
@@ -115,13 +115,18 @@ impl Sshd {
     /// Gives the home folder a disk of its own of so many MiB; false, after saying so, where nothing can be mounted. It goes with
     /// the server.
     pub fn shrink_home(&mut self, mib: u32) -> bool {
+        self.mount_home(&format!("size={mib}m"))
+    }
+
+    /// The same with these options of `mount`, as `noexec`.
+    pub fn mount_home(&mut self, options: &str) -> bool {
         let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"]).arg(self.home());
-        self.shrunk = mount.stderr(Stdio::null()).status().is_ok_and(|status| status.success());
-        if !self.shrunk {
+        mount.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(self.home());
+        self.mounted = mount.stderr(Stdio::null()).status().is_ok_and(|status| status.success());
+        if !self.mounted {
             eprintln!("skipped: no tmpfs can be mounted here");
         }
-        self.shrunk
+        self.mounted
     }
 
     /// Lets another public key in as well.
@@ -204,7 +209,7 @@ impl Drop for Sshd {
         let _ = self.kill_sessions();
         let _ = self.child().kill();
         let _ = self.child().wait();
-        if self.shrunk {
+        if self.mounted {
             let _ = Command::new("umount").arg("-l").arg(self.home()).status();
         }
     }

@@ -151,10 +151,15 @@ impl Host for SshHost {
     async fn push(&self, run: &str, local: &Path, name: &str, on: &Listener<'_>) -> Result<String, HostError> {
         let remote = format!("outliers/{run}-input/{name}");
         let (tell, limit) = (named(name, on), self.hosts.push_limit.0);
-        if local.is_dir() {
-            return Ok(self.host.push_folder(local, &remote, limit, &tell).await?.path);
-        }
-        Ok(self.host.push_file(local, &remote, limit, &tell).await?)
+        let pushed = match local.is_dir() {
+            true => self.host.push_folder(local, &remote, limit, &tell).await.map(|folder| folder.path),
+            false => self.host.push_file(local, &remote, limit, &tell).await,
+        };
+        // No other host would be sent less.
+        pushed.map_err(|error| {
+            let here = matches!(error.kind, HostErrorKind::Local | HostErrorKind::TooLarge);
+            HostError { here, ..error.into() }
+        })
     }
 
     async fn launch(&self, run: &str, job: &JobSpec, secrets: &[(&'static str, Secret)]) -> Result<(), HostError> {

@@ -12,6 +12,7 @@ use crate::transport::quote::quote;
 use crate::units::Bytes;
 
 mod delivery;
+mod place;
 
 use delivery::Item;
 
@@ -44,9 +45,12 @@ pub struct PushedFolder {
 
 impl RemoteHost {
     /// Puts the worker program `local` at a path made of its content, unless it is there, and has it tell its version.
+    ///
+    /// It lies in `~/.cache/outliers`; where nothing can be written or run there, in a private folder of
+    /// `/var/tmp`, `/tmp` or `/dev/shm`, whichever of these serves first.
     pub async fn push_worker(&self, local: &Path, on: OnEvent<'_>) -> Result<RemoteWorker, HostError> {
         let mut item = Item::new(local.to_owned(), String::new(), 0o755).await?;
-        let folder = format!("{}/.cache/outliers/bin/{}", self.home().await?, item.sha256);
+        let folder = format!("{}/bin/{}", self.program_folder().await?, item.sha256);
         item.remote = format!("{folder}/outliers-worker");
         let item = [item];
         self.deliver(&folder, &item, on).await?;

@@ -124,3 +124,23 @@ async fn of_many_guards_one_stays_and_none_outlives_the_runs_folder() {
     scene.until("none", |_| on_duty() == 0).await;
     assert!(!scene.told_to_end());
 }
+
+/// A whole life where the server opens one channel at a time; the lease is renewed while the worker is followed.
+#[tokio::test]
+async fn a_server_with_one_channel_has_worker_guard_and_follower_take_turns() {
+    let Some(scene) = Scene::with("MaxSessions 1").await else { return };
+    scene.guarded("r", "slow", terms(600, 600, 600, None)).await;
+    let renewing = async {
+        for _ in 0..8 {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            scene.host.renew_guard("r").await.unwrap();
+        }
+    };
+    let (followed, ()) = tokio::join!(scene.follow("r"), renewing);
+    assert_eq!(followed, ENDED_WELL);
+    assert!(!scene.fetch("r").await.partial);
+    let left = std::fs::read_dir(scene.remote("r", "")).unwrap().map(|entry| entry.unwrap().file_name());
+    let parts = left.filter(|name| name.to_string_lossy().contains(".part")).count();
+    assert_eq!(parts, 0, "temporary files stay there");
+    kill(&scene.guard_pid("r").to_string());
+}
