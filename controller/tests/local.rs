@@ -818,3 +818,23 @@ async fn a_gpu_is_rented_once_at_a_time() {
     let again = cloud.broker.create(&offers[2], &lease).await.unwrap();
     assert_eq!(exec(&cloud.connect(&again).await, visible).await.text(), "0,1");
 }
+
+/// Anybody on the machine can connect to a loopback port; only the owner can log in.
+#[tokio::test]
+async fn connections_that_do_not_log_in_keep_nobody_out() {
+    let cloud = Cloud::new();
+    let instance = cloud.rent().await;
+    let to = endpoint(&instance);
+    let mut strangers = Vec::new();
+    for _ in 0..200 {
+        let mut stranger = tokio::net::TcpStream::connect((to.host.as_str(), to.port)).await.unwrap();
+        stranger.write_all(b"SSH-2.0-nobody\r\n").await.unwrap();
+        strangers.push(stranger);
+    }
+    let handle = cloud.connect(&instance).await;
+    assert_eq!(exec(&handle, "echo in").await.text(), "in");
+    // The oldest had to make room. A reset is as good as an end.
+    let ended = tokio::time::timeout(PATIENCE, strangers[0].read_to_end(&mut Vec::new())).await;
+    assert!(ended.is_ok(), "it is still there");
+    assert_eq!(exec(&handle, "echo still").await.text(), "still", "who has logged in is no stranger");
+}

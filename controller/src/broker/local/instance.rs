@@ -1,8 +1,11 @@
 //! The process that is an instance: an SSH server on a loopback port, and the end of everything it started.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::net::Shutdown;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +15,7 @@ use russh::server::Config;
 use russh::{MethodKind, MethodSet};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
 
 use super::command::Shell;
 use super::processes::Marks;
@@ -27,8 +31,11 @@ const CHANNEL_BUFFER: usize = 4096;
 /// A sleeping machine's timers stand still, the deadline does not: looked at this often.
 const DEADLINE_CHECK: Duration = Duration::from_secs(60);
 
-/// A client that says nothing is no client.
-const GREETING_LIMIT: Duration = Duration::from_secs(30);
+/// From the connection to the login: a client that says nothing is no client.
+const LOGIN_LIMIT: Duration = Duration::from_secs(30);
+/// Connections at the same time that have not logged in. Any user of the machine may make them; beyond these the
+/// oldest one is hung up on, so that whoever does log in finds a way in.
+const MOST_STRANGERS: usize = 100;
 
 /// Why an instance ends.
 enum End {
@@ -121,11 +128,19 @@ fn config(host_key: PrivateKey) -> Config {
 }
 
 async fn accept(listener: TcpListener, config: Arc<Config>, shell: Arc<Shell>, authorized: Arc<PublicKey>) {
+    let mut strangers: VecDeque<oneshot::Sender<()>> = VecDeque::new();
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let connection = Connection::new(Arc::clone(&shell), Arc::clone(&authorized));
-                tokio::spawn(converse(stream, Arc::clone(&config), connection));
+                strangers.retain(|stranger| !stranger.is_closed());
+                if strangers.len() >= MOST_STRANGERS {
+                    strangers.pop_front();
+                }
+                let (stays, turned_away) = oneshot::channel();
+                strangers.push_back(stays);
+                let (known, login) = oneshot::channel();
+                let connection = Connection::new(Arc::clone(&shell), Arc::clone(&authorized), known);
+                tokio::spawn(converse(stream, Arc::clone(&config), connection, login, turned_away));
             }
             Err(error) => {
                 // Out of descriptors, most likely: those in use may become free.
@@ -136,11 +151,33 @@ async fn accept(listener: TcpListener, config: Arc<Config>, shell: Arc<Shell>, a
     }
 }
 
-async fn converse(stream: TcpStream, config: Arc<Config>, connection: Connection) {
+/// Serves a connection to its end. One that does not log in in time, or whose place is wanted for another
+/// (`turned_away` is dropped), is hung up on.
+async fn converse(
+    stream: TcpStream,
+    config: Arc<Config>,
+    connection: Connection,
+    login: oneshot::Receiver<()>,
+    turned_away: oneshot::Receiver<()>,
+) {
     let result = async {
         stream.set_nodelay(true)?;
-        let greeting = tokio::time::timeout(GREETING_LIMIT, russh::server::run_stream(config, stream, connection));
-        greeting.await.map_err(|_| russh::Error::ConnectionTimeout)??.await
+        let socket = stream.into_std()?;
+        let line = socket.try_clone()?;
+        let stream = TcpStream::from_std(socket)?;
+        let mut session = pin!(async { russh::server::run_stream(config, stream, connection).await?.await });
+        let is_known = tokio::select! {
+            ended = &mut session => return ended,
+            Ok(()) = login => true,
+            _ = turned_away => false,
+            () = tokio::time::sleep(LOGIN_LIMIT) => false,
+        };
+        if !is_known {
+            // The library serves it on its own, and ends with the line.
+            line.shutdown(Shutdown::Both)?;
+        }
+        drop(line);
+        session.await
     };
     if let Err(error) = result.await {
         tracing::debug!(%error, "a connection ended with an error");
@@ -158,4 +195,38 @@ async fn end_everything(folder: &Folder, record: &Record) -> Result<()> {
     let marks = Marks::new(&record.id, folder.home(), Some(std::process::id()));
     let ended = tokio::task::spawn_blocking(move || marks.end_all()).await.map_err(io::Error::other)?;
     ended.map_err(anyhow::Error::msg)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::time::{Instant, timeout};
+
+    use super::*;
+
+    /// Serves a port within this process.
+    async fn serve_here() -> SocketAddr {
+        let key = || PrivateKey::random(&mut safe_rng(), Algorithm::Ed25519).unwrap();
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shell = Shell { id: "i".into(), home: "/".into(), gpus: String::new(), reaper: Reaper::default() };
+        let authorized = Arc::new(key().public_key().clone());
+        tokio::spawn(accept(listener, Arc::new(config(key())), Arc::new(shell), authorized));
+        address
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_log_in_is_hung_up_on() {
+        let (address, begun) = (serve_here().await, Instant::now());
+        for said in [&b""[..], b"SSH-2.0-nobody\r\n"] {
+            let mut stranger = TcpStream::connect(address).await.unwrap();
+            stranger.write_all(said).await.unwrap();
+            let mut heard = Vec::new();
+            let ended = timeout(10 * LOGIN_LIMIT, stranger.read_to_end(&mut heard)).await;
+            assert!(ended.is_ok(), "{:?} after {:?}", said, begun.elapsed());
+        }
+        assert!(begun.elapsed() >= 2 * LOGIN_LIMIT, "each was given its time");
+    }
 }

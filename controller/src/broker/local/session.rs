@@ -6,7 +6,7 @@ use std::sync::Arc;
 use russh::keys::{PublicKey, ssh_key::public::KeyData};
 use russh::server::{Auth, ChannelOpenHandle, Handler, Msg, PublicKeyOffer, Session, VerifiedPublicKey};
 use russh::{Channel, ChannelId, Pty};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use super::command::{self, Shell};
 use super::sftp;
@@ -18,6 +18,8 @@ pub(super) const USER: &str = "outliers";
 pub(super) struct Connection {
     shell: Arc<Shell>,
     authorized: Arc<PublicKey>,
+    /// Told when the client has logged in.
+    known: Option<oneshot::Sender<()>>,
     /// Open channels on which nothing runs yet.
     idle: HashMap<ChannelId, Channel<Msg>>,
     /// Dropped when the client closes the channel, or with the connection: whoever serves the channel lets go of it.
@@ -25,9 +27,9 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// A connection that lets `authorized` in and runs commands by `shell`.
-    pub(super) fn new(shell: Arc<Shell>, authorized: Arc<PublicKey>) -> Self {
-        Self { shell, authorized, idle: HashMap::new(), open: HashMap::new() }
+    /// A connection that lets `authorized` in, tells `known` so, and runs commands by `shell`.
+    pub(super) fn new(shell: Arc<Shell>, authorized: Arc<PublicKey>, known: oneshot::Sender<()>) -> Self {
+        Self { shell, authorized, known: Some(known), idle: HashMap::new(), open: HashMap::new() }
     }
 
     fn judge(&self, user: &str, key: &KeyData) -> Auth {
@@ -67,6 +69,14 @@ impl Handler for Connection {
 
     async fn auth_publickey(&mut self, user: &str, key: VerifiedPublicKey<'_>) -> Result<Auth, Self::Error> {
         Ok(self.judge(user, key.public_key.key_data()))
+    }
+
+    async fn auth_succeeded(&mut self, _session: &mut Session) -> Result<(), Self::Error> {
+        if let Some(known) = self.known.take() {
+            // Whoever waited for it has hung up at the same moment.
+            let _ = known.send(());
+        }
+        Ok(())
     }
 
     async fn channel_open_session(
