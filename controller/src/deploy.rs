@@ -484,7 +484,10 @@ impl JobIdentity {
     /// # Errors
     /// When a corpus file cannot be read.
     pub fn of(job: &JobSpec) -> std::io::Result<Self> {
-        let digest = |path: &str| files::digest(Path::new(path)).map(|(_, sha256)| sha256);
+        let digest = |path: &str| {
+            let named = |error: std::io::Error| std::io::Error::new(error.kind(), format!("{path}: {error}"));
+            files::digest(Path::new(path)).map(|(_, sha256)| sha256).map_err(named)
+        };
         Ok(Self { job: job.clone(), files: corpus_files(job).into_iter().map(digest).collect::<Result<_, _>>()? })
     }
 

@@ -1,18 +1,84 @@
 //! Files that somebody may read, or wrote: hashed, and written so that a reader sees all or nothing.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
+use rustix::fs::OFlags;
 use sha2::{Digest, Sha256};
 
-/// Size in bytes and SHA-256, lower-case hexadecimal, of a file.
+/// Most bytes of a document that is read as a whole: more than any that people, workers or this program write.
+pub const MOST: u64 = 256 << 20;
+
+/// Opens a regular file, and nothing else: a pipe or a device may be read for ever, and a pipe already waits when it
+/// is opened.
 ///
 /// # Errors
-/// It cannot be read.
+/// It is something else, or cannot be opened.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    // Before as well: there are devices on which opening has an effect.
+    regular(&fs::metadata(path)?)?;
+    // Waits for nobody, should a pipe have taken the file's place.
+    let file = File::options().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
+    regular(&file.metadata()?)?;
+    Ok(file)
+}
+
+fn regular(metadata: &Metadata) -> io::Result<()> {
+    if metadata.is_file() { Ok(()) } else { Err(io::Error::other("it is not a regular file")) }
+}
+
+/// The bytes of a regular file of at most `most` bytes.
+///
+/// # Errors
+/// It is something else, is longer, or cannot be read.
+pub fn read_small(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let too_long = |has: String| Err(io::Error::other(format!("it has {has}, over the limit of {most} bytes")));
+    let file = open_regular(path)?;
+    let bytes = file.metadata()?.len();
+    if bytes > most {
+        return too_long(format!("{bytes} bytes"));
+    }
+    let mut content = Vec::with_capacity(bytes as usize);
+    // Some tell no size, some grow meanwhile.
+    file.take(most + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > most { too_long("more bytes".to_owned()) } else { Ok(content) }
+}
+
+/// The text of a regular file of at most `most` bytes.
+///
+/// # Errors
+/// As [`read_small`], or it is not UTF-8.
+pub fn read_text(path: &Path, most: u64) -> io::Result<String> {
+    let text = String::from_utf8(read_small(path, most)?);
+    text.map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
+}
+
+/// Makes a folder, and those above it that are missing, for nobody else to look into, whatever the umask.
+///
+/// # Errors
+/// Not allowed, or a file is in the way.
+pub(crate) fn create_private_folder(folder: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)
+}
+
+/// Takes from everybody else what they may do with a file or folder of ours.
+///
+/// # Errors
+/// It is not there, or not ours.
+pub(crate) fn make_private(path: &Path) -> io::Result<()> {
+    let mode = fs::metadata(path)?.permissions().mode();
+    if mode & 0o077 == 0 { Ok(()) } else { fs::set_permissions(path, fs::Permissions::from_mode(mode & 0o700)) }
+}
+
+/// Size in bytes and SHA-256, lower-case hexadecimal, of a regular file.
+///
+/// # Errors
+/// It is something else, or cannot be read.
 pub fn digest(path: &Path) -> io::Result<(u64, String)> {
     let mut hash = Sha256::new();
-    let bytes = io::copy(&mut File::open(path)?, &mut hash)?;
+    let bytes = io::copy(&mut open_regular(path)?, &mut hash)?;
     Ok((bytes, hex(&hash.finalize())))
 }
 
@@ -63,6 +129,30 @@ mod tests {
         assert_eq!(digest(&path).unwrap(), (3, expected.to_owned()));
         assert_eq!(sha256(b"abc"), expected);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn nothing_is_read_but_regular_files_of_bounded_size() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at("a"), "abc").unwrap();
+        assert_eq!(read_small(&at("a"), 3).unwrap(), b"abc");
+        assert_eq!(read_text(&at("a"), 3).unwrap(), "abc");
+        assert!(read_small(&at("a"), 2).unwrap_err().to_string().contains("3 bytes, over the limit of 2"));
+        File::create(at("sparse")).unwrap().set_len(1 << 40).unwrap();
+        assert!(read_small(&at("sparse"), MOST).unwrap_err().to_string().contains("1099511627776 bytes"));
+        assert!(std::process::Command::new("mkfifo").arg(at("pipe")).status().unwrap().success());
+        for path in [at("pipe"), "/dev/zero".into(), folder.path().to_owned()] {
+            for error in [read_small(&path, MOST).unwrap_err(), digest(&path).unwrap_err()] {
+                assert_eq!(error.to_string(), "it is not a regular file", "{}", path.display());
+            }
+        }
+        // Of no size by the system's word, and read all the same.
+        assert!(read_small(Path::new("/proc/self/status"), 10).unwrap_err().to_string().contains("more bytes"));
+        fs::write(at("a"), b"\xff").unwrap();
+        assert!(read_text(&at("a"), 3).unwrap_err().to_string().contains("UTF-8"));
+        let missing = read_small(&at("none"), 1).unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

@@ -9,6 +9,8 @@ use russh::keys::ssh_key::LineEnding;
 use russh::keys::ssh_key::private::Ed25519Keypair;
 use russh::keys::{PrivateKey, load_secret_key};
 
+use crate::files::create_private_folder;
+
 /// A fresh Ed25519 key pair whose private half lies in a file of mode 0600.
 #[derive(Clone, Debug)]
 pub struct RunKey {
@@ -62,11 +64,6 @@ impl RunKey {
             _ => Ok(()),
         }
     }
-}
-
-fn create_private_folder(folder: &Path) -> io::Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)
 }
 
 /// The file exists whole or not at all, and never with wider permissions than 0600.

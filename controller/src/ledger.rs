@@ -18,7 +18,7 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 
 use crate::broker::Offer;
-use crate::files::write_whole;
+use crate::files::{create_private_folder, make_private, read_text, write_whole};
 use crate::mutant::{Mutant, planted};
 use crate::run::{self, IllegalEvent, Intent, RunEvent, RunSpec, RunState};
 use crate::units::{Usd, UsdPerHour};
@@ -34,6 +34,8 @@ const SCHEMA: i64 = 4;
 const FILE: &str = "ledger.db";
 /// Name of the file beside it that holds the owner's name: it outlives the ledger, as instances do.
 const OWNER_FILE: &str = "owner";
+/// Longest that this file may be, bytes.
+const MOST_OWNER: u64 = 4096;
 
 /// How long a writer waits for another one.
 const BUSY: Duration = Duration::from_secs(20);
@@ -249,7 +251,7 @@ impl Ledger {
 
     /// The owner's name as it stands beside the ledger, whatever became of that.
     pub fn owner_beside(folder: &Path) -> Option<String> {
-        let text = fs::read_to_string(folder.join(OWNER_FILE)).ok()?;
+        let text = read_text(&folder.join(OWNER_FILE), MOST_OWNER).ok()?;
         let owner = text.trim();
         let is_word = !owner.is_empty() && owner.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
         is_word.then(|| owner.to_owned())

@@ -11,6 +11,7 @@ use outliers_protocol::{
 use serde::de::DeserializeOwned;
 use tokio::process::Command;
 
+use crate::files::{MOST, read_small};
 use crate::text::clean;
 use crate::units::CudaVersion;
 
@@ -300,7 +301,7 @@ fn inspect_arguments(job: &JobSpec, check: Check) -> Vec<String> {
 
 /// Passes on the whole lines after byte `from`; returns where the next one begins.
 fn pass_on(path: &Path, from: usize, on: &(dyn Fn(Progress) + Send + Sync)) -> usize {
-    let Ok(bytes) = std::fs::read(path) else { return from };
+    let Ok(bytes) = read_small(path, MOST) else { return from };
     let Some(new) = bytes.get(from..) else { return from };
     let whole = new.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
     for line in new[..whole].split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
@@ -313,12 +314,12 @@ fn pass_on(path: &Path, from: usize, on: &(dyn Fn(Progress) + Send + Sync)) -> u
 
 /// What the worker said before it ended badly.
 fn last_words(folder: &Path, status: ExitStatus) -> LocalWorkerError {
-    let manifest = std::fs::read(folder.join(files::MANIFEST)).ok();
+    let manifest = read_small(&folder.join(files::MANIFEST), MOST).ok();
     let manifest = manifest.and_then(|text| serde_json::from_slice::<outliers_protocol::Manifest>(&text).ok());
     if let Some(outliers_protocol::Manifest { outcome: outliers_protocol::Outcome::Failed(failure), .. }) = manifest {
         return LocalWorkerError::Failed(failure);
     }
-    let log = std::fs::read(folder.join(files::LOG)).unwrap_or_default();
+    let log = read_small(&folder.join(files::LOG), MOST).unwrap_or_default();
     let tail = &log[log.len().saturating_sub(500)..];
     LocalWorkerError::Odd { status, said: clean(tail, 500) }
 }

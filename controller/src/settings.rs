@@ -13,6 +13,7 @@ use outliers_protocol::{ByteSize, Thresholds};
 use serde::Deserialize;
 
 use crate::broker::{CLOUDS, CloudKind, local};
+use crate::files::{MOST, read_text};
 use crate::run::Watch;
 use crate::secret::Secret;
 use crate::units::{Bytes, Fraction, Positive};
@@ -44,6 +45,9 @@ pub mod variables {
 
 /// The settings that are built in.
 const DEFAULTS: &str = include_str!("../../config/outliers.toml");
+
+/// Longest file that holds a token, bytes.
+const MOST_TOKEN: u64 = 64 << 10;
 
 /// The environment as it was at the start. It holds keys, so it is never printed.
 #[derive(Clone, Default)]
@@ -257,7 +261,7 @@ impl Settings {
     /// # Errors
     /// [`SettingsError`] when there is no place for the state.
     pub fn for_endings(config: Option<&Path>, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
-        let text = user_path(config, environment).and_then(|path| std::fs::read_to_string(path).ok());
+        let text = user_path(config, environment).and_then(|path| read_text(&path, MOST).ok());
         let table = text.and_then(|text| toml::from_str::<toml::Table>(&text).ok()).unwrap_or_default();
         let clouds = |brokers: toml::Value| brokers.try_into().ok();
         let brokers = table.get("brokers").cloned().and_then(clouds).unwrap_or_default();
@@ -359,8 +363,7 @@ fn thresholds(user: &ThresholdSection, defaults: &ThresholdSection) -> Threshold
 
 fn user_file(config: Option<&Path>, environment: &Environment) -> Result<File, SettingsError> {
     let Some(path) = user_path(config, environment) else { return Ok(File::default()) };
-    let text =
-        std::fs::read_to_string(&path).map_err(|source| SettingsError::Unreadable { path: path.clone(), source })?;
+    let text = read_text(&path, MOST).map_err(|source| SettingsError::Unreadable { path: path.clone(), source })?;
     parse(&text, &path)
 }
 
@@ -392,7 +395,7 @@ fn hf_token(environment: &Environment) -> Option<Secret> {
     let file = || {
         let home = environment.path(variables::HF_HOME);
         let home = home.or_else(|| Some(environment.path(variables::HOME)?.join(".cache/huggingface")))?;
-        std::fs::read_to_string(home.join("token")).ok()
+        read_text(&home.join("token"), MOST_TOKEN).ok()
     };
     let token = named.or_else(file)?.trim().to_owned();
     (!token.is_empty()).then(|| Secret::new(token))

@@ -6,6 +6,7 @@ use std::time::Duration;
 use outliers_protocol::{Axis, Reading, Results, files};
 use serde::Serialize;
 
+use crate::files::{MOST, read_small};
 use crate::ledger::{Ledger, LedgerError, Records, RunRecord, Unreadable};
 use crate::run::{Ending, RunEvent, RunState};
 use crate::survey::Index;
@@ -112,7 +113,7 @@ pub struct SurveyStanding {
 impl Figures {
     /// Those of a folder of results.
     pub fn read(folder: &Path) -> Option<Self> {
-        let results: Results = serde_json::from_slice(&std::fs::read(folder.join(files::RESULTS)).ok()?).ok()?;
+        let results: Results = serde_json::from_slice(&read_small(&folder.join(files::RESULTS), MOST).ok()?).ok()?;
         let mut verdicts = results.verdicts.iter();
         let paper = verdicts.find(|verdict| (verdict.reading, verdict.axis) == (Reading::Unique, Axis::Layers))?;
         Some(Self { features: paper.count, perplexity: results.perplexity.map(|perplexity| perplexity.perplexity) })

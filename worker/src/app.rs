@@ -14,11 +14,15 @@ use crate::budget::StreamBudget;
 use crate::cli::{Bench, Cli, Command, HubArgs, JobArgs, read_job};
 use crate::device;
 use crate::error::{Result, WorkerError};
+use crate::files::read_text;
 use crate::hub::{Hub, HubOptions, Token};
 use crate::inspect::{self, PlannedRun};
 use crate::model::Model;
 use crate::product::Arithmetic;
 use crate::{arch, bench, corpus, demo, fused, gpu, run};
+
+/// Longest file that holds a token, bytes.
+const MOST_TOKEN: u64 = 64 << 10;
 
 /// Parses arguments, does what they say, prints the outcome.
 ///
@@ -39,7 +43,7 @@ pub fn main_impl() -> ExitCode {
 /// `HF_TOKEN`, else the file that `hf auth login` leaves. Never an argument: everybody on the machine sees those.
 fn token(hub: &HubArgs) -> Option<Token> {
     let named = std::env::var("HF_TOKEN").ok();
-    let file = || std::fs::read_to_string(hub.home()?.join("token")).ok();
+    let file = || read_text(&hub.home()?.join("token"), MOST_TOKEN).ok();
     Token::new(&named.or_else(file)?)
 }
 

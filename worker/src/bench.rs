@@ -18,7 +18,9 @@ use serde_json::json;
 
 use crate::arch::{self, Architecture};
 use crate::error::{Result, WorkerError};
+use crate::files::read_small;
 use crate::safetensors::{StoredDtype, TensorSpec, Writer};
+use crate::source::MAX_JSON_BYTES;
 
 /// Thousand millions per second.
 fn giga(amount: usize, seconds: f64) -> f64 {
@@ -148,7 +150,7 @@ fn measure(scratch: &Path, model: &Path, layers: usize, sequences: usize) -> Res
         return Err(WorkerError::internal(format!("a measured run failed: {}", log.trim())));
     }
     let path = output.join(files::METADATA);
-    let text = std::fs::read(&path).map_err(|e| WorkerError::io("read", &path, &e))?;
+    let text = read_small(&path, MAX_JSON_BYTES).map_err(|e| WorkerError::io("read", &path, &e))?;
     let metadata: Metadata =
         serde_json::from_slice(&text).map_err(|e| WorkerError::internal(format!("unreadable metadata: {e}")))?;
     let silent = || WorkerError::internal("this system does not tell a process's peak memory");

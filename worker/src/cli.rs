@@ -8,7 +8,9 @@ use outliers_protocol::{
     SiteKinds, Thresholds, Weights,
 };
 
-use crate::error::{Result, WorkerError};
+use crate::error::{IoContext, Result, WorkerError};
+use crate::files::read_text;
+use crate::source::MAX_JSON_BYTES;
 
 /// Streams a language model layer by layer over text and counts its outlier features.
 ///
@@ -307,7 +309,7 @@ impl JobArgs {
         job.sites = self.sites.into_iter().flat_map(|SiteKinds(kinds)| kinds).collect();
         job.save_activations = self.save_activations;
         job.trace = self.trace;
-        let ablation = |ablate: Ablate| ablate.ablation(Path::new(""), self.ablate_seed);
+        let ablation = |ablate: Ablate| ablate.ablation(self.ablate_seed, |file| read_text(file, MAX_JSON_BYTES));
         job.ablation =
             self.ablate.map(ablation).transpose().map_err(|why| WorkerError::job(format!("--ablate: {why}")))?;
         job.micro_batch_tokens = self.micro_batch_tokens.unwrap_or(job.micro_batch_tokens);
@@ -337,7 +339,7 @@ fn model_source(model: &str, revision: &str) -> Result<ModelSource> {
 /// # Errors
 /// Storage: unreadable. Job: not a job; the message says where.
 pub fn read_job(path: &Path) -> Result<JobSpec> {
-    let text = std::fs::read_to_string(path).map_err(|e| WorkerError::io("read", path, &e))?;
+    let text = read_text(path, MAX_JSON_BYTES).at("read", path)?;
     let toml = path.extension().is_some_and(|e| e == "toml");
     let parsed = if toml {
         toml::from_str(&text).map_err(|e| e.to_string())

@@ -1,10 +1,57 @@
-//! Files that appear whole or not at all.
+//! Files that appear whole or not at all, and files of others, of which no more is read than they may have.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
+
 use crate::error::{IoContext, Result};
+
+/// Opens a regular file, and nothing else: a pipe or a device may be read for ever, and a pipe already waits when it
+/// is opened.
+///
+/// # Errors
+/// It is something else, or cannot be opened.
+pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
+    // Before as well: there are devices on which opening has an effect.
+    regular(&fs::metadata(path)?)?;
+    // Waits for nobody, should a pipe have taken the file's place.
+    let file = File::options().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
+    regular(&file.metadata()?)?;
+    Ok(file)
+}
+
+fn regular(metadata: &Metadata) -> io::Result<()> {
+    if metadata.is_file() { Ok(()) } else { Err(io::Error::other("it is not a regular file")) }
+}
+
+/// The bytes of a regular file of at most `most` bytes.
+///
+/// # Errors
+/// It is something else, is longer, or cannot be read.
+pub(crate) fn read_small(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let too_long = |has: String| Err(io::Error::other(format!("it has {has}, over the limit of {most} bytes")));
+    let file = open_regular(path)?;
+    let bytes = file.metadata()?.len();
+    if bytes > most {
+        return too_long(format!("{bytes} bytes"));
+    }
+    let mut content = Vec::with_capacity(bytes as usize);
+    // Some tell no size, some grow meanwhile.
+    file.take(most + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > most { too_long("more bytes".to_owned()) } else { Ok(content) }
+}
+
+/// The text of a regular file of at most `most` bytes.
+///
+/// # Errors
+/// As [`read_small`], or it is not UTF-8.
+pub(crate) fn read_text(path: &Path, most: u64) -> io::Result<String> {
+    let text = String::from_utf8(read_small(path, most)?);
+    text.map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
+}
 
 /// `x.json` -> `x.json.part`, in the same folder so that the rename is atomic.
 pub(crate) fn part_path(target: &Path) -> PathBuf {
@@ -38,4 +85,25 @@ fn sync_folder(target: &Path) -> Result<()> {
         _ => Path::new("."),
     };
     File::open(folder).and_then(|f| f.sync_all()).at("sync", folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_read_but_regular_files_of_bounded_size() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at("a"), "abc").unwrap();
+        assert_eq!(read_text(&at("a"), 3).unwrap(), "abc");
+        assert!(read_small(&at("a"), 2).unwrap_err().to_string().contains("3 bytes, over the limit of 2"));
+        File::create(at("sparse")).unwrap().set_len(1 << 40).unwrap();
+        assert!(read_small(&at("sparse"), 1 << 28).unwrap_err().to_string().contains("1099511627776 bytes"));
+        assert!(std::process::Command::new("mkfifo").arg(at("pipe")).status().unwrap().success());
+        for path in [at("pipe"), "/dev/zero".into(), folder.path().to_owned()] {
+            let error = read_small(&path, 1 << 28).unwrap_err();
+            assert_eq!(error.to_string(), "it is not a regular file", "{}", path.display());
+        }
+    }
 }

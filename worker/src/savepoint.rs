@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{IoContext, Result, WorkerError};
-use crate::files::{part_path, put_in_place};
+use crate::files::{open_regular, part_path, put_in_place};
 
 /// Version of the file; another is not read.
 const SCHEMA: u32 = 5;
@@ -110,7 +110,7 @@ impl SavePoints {
     /// # Errors
     /// Why the one that is there cannot be used, in words.
     pub fn load(&self) -> std::result::Result<Option<SavePoint>, String> {
-        let mut file = match File::open(&self.path) {
+        let mut file = match open_regular(&self.path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             other => BufReader::new(other.map_err(|e| e.to_string())?),
         };

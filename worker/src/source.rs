@@ -27,6 +27,7 @@ pub use layout::{
 pub use synthetic::SyntheticSource;
 
 use crate::error::{IoContext, Result, WorkerError, listed, printable};
+use crate::files::{self, open_regular};
 use crate::safetensors::{HeaderTensor, StoredDtype, shown};
 use crate::stand_in;
 
@@ -255,7 +256,7 @@ impl LocalSource {
         let mut files = Vec::with_capacity(weights.names.len());
         for name in &weights.names {
             let path = folder.join(name);
-            let file = File::open(&path).at("open", &path)?;
+            let file = open_regular(&path).at("open", &path)?;
             let bytes = file.metadata().at("read the size of", &path)?.len();
             shards.push((FileBytes { name: name.clone(), bytes }, weights.container.read_tensors(&path)?));
             files.push(file);
@@ -380,7 +381,7 @@ impl Checkpoint {
 
     /// The tokenizer's files that are used, if the checkpoint has any that this program can read.
     pub fn tokenizer(&self) -> Option<TokenizerFiles> {
-        TokenizerFiles::choose(|name| self.folder.join(name).is_file())
+        TokenizerFiles::choose(|name| self.folder.join(name).exists())
     }
 }
 
@@ -400,7 +401,7 @@ fn read_config(folder: &Path) -> Result<(Value, String)> {
 /// The weight files of a folder.
 fn weight_files(folder: &Path) -> Result<WeightFiles> {
     refuse_distributed(folder)?;
-    let has = |name: &str| folder.join(name).is_file();
+    let has = |name: &str| folder.join(name).exists();
     let read = |name: &str| Ok(read_small(&folder.join(name))?.unwrap_or_default());
     WeightFiles::find(&Place { name: &folder.display(), has: &has, read: &read })
 }
@@ -418,16 +419,19 @@ fn refuse_distributed(folder: &Path) -> Result<()> {
 
 /// The bytes of a JSON or tokenizer file of bounded size; `None` when it does not exist.
 pub(crate) fn read_small(path: &Path) -> Result<Option<Vec<u8>>> {
-    let bytes = match path.metadata() {
+    let metadata = match path.metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(WorkerError::io("read", path, &error)),
-        Ok(metadata) => metadata.len(),
+        metadata => metadata.at("read", path)?,
     };
+    if !metadata.is_file() {
+        return Err(WorkerError::checkpoint(format!("{} is not a regular file", path.display())));
+    }
+    let bytes = metadata.len();
     if bytes > MAX_JSON_BYTES {
         let message = format!("{} has {bytes} bytes, over the limit of {MAX_JSON_BYTES}", path.display());
         return Err(WorkerError::checkpoint(message));
     }
-    let bytes = std::fs::read(path).at("read", path)?;
+    let bytes = files::read_small(path, MAX_JSON_BYTES).at("read", path)?;
     stand_in::refuse(&bytes).map_err(|error| error.context(path.display()))?;
     Ok(Some(bytes))
 }

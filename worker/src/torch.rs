@@ -11,12 +11,12 @@ mod pickle;
 mod zip;
 
 use std::collections::HashSet;
-use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::error::{IoContext, Result, WorkerError};
+use crate::files::open_regular;
 use crate::safetensors::{HeaderTensor, StoredDtype, element_count, shown};
 use crate::stand_in;
 use pickle::View;
@@ -97,7 +97,7 @@ impl Contents {
 /// # Errors
 /// Kind `Storage` when the file cannot be read, else as [`Contents::read`]; both name the file.
 pub fn read_tensors(path: &Path) -> Result<Vec<HeaderTensor>> {
-    let file = File::open(path).at("open", path)?;
+    let file = open_regular(path).at("open", path)?;
     let file_len = file.metadata().at("read the size of", path)?.len();
     let read = |range: Range<u64>| {
         // Whoever asks has compared the range with the size of the file, and its length with a limit.

@@ -7,6 +7,7 @@ use outliers_protocol::{Results, files};
 use super::Context;
 use crate::cli::AnalyzeArgs;
 use crate::deploy::slug;
+use crate::files::{MOST, read_small};
 use crate::local_worker::{LocalWorkerError, is_refusal};
 use crate::report::{Complaint, ExitStatus, tables};
 
@@ -43,6 +44,6 @@ fn complaint(error: LocalWorkerError, folder: &Path) -> Complaint {
 }
 
 fn read(path: &Path) -> Result<Results, Complaint> {
-    let text = std::fs::read(path).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))?;
+    let text = read_small(path, MOST).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))?;
     serde_json::from_slice(&text).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))
 }

@@ -9,6 +9,7 @@ use super::deploy::{Deployed, deploy, tell};
 use super::{Context, SCHEMA};
 use crate::broker::{Instance, local};
 use crate::cli::{DemoArgs, DeployArgs, JobArgs, ModelArgs, WantArgs};
+use crate::files::{MOST, read_small};
 use crate::report::{Complaint, ExitStatus, tables};
 use crate::units::Usd;
 
@@ -124,7 +125,7 @@ async fn model(context: &Context, args: &DemoArgs) -> Result<PathBuf, Complaint>
 fn truth(folder: &Path) -> Result<Planted, Complaint> {
     let path = folder.join(TRUTH);
     let wrong = |why: String| Complaint::failed(format!("{}: {why}", path.display()));
-    let text = std::fs::read(&path).map_err(|error| wrong(error.to_string()))?;
+    let text = read_small(&path, MOST).map_err(|error| wrong(error.to_string()))?;
     serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
 }
 

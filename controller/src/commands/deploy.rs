@@ -13,6 +13,7 @@ use crate::broker::Offer;
 use crate::cli::DeployArgs;
 use crate::clouds::BadHosts;
 use crate::deploy::{JobIdentity, Ports, recover};
+use crate::files::{MOST, read_small};
 use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
 use crate::market::Step;
 use crate::reconcile::Action;
@@ -41,7 +42,7 @@ impl Deployed {
     /// From a run that is at rest.
     pub fn of(run: RunRecord) -> Self {
         let results = run.state.results().filter(|results| results.complete).and_then(|results| {
-            let text = std::fs::read(Path::new(&results.folder).join(files::RESULTS)).ok()?;
+            let text = read_small(&Path::new(&results.folder).join(files::RESULTS), MOST).ok()?;
             serde_json::from_slice(&text).ok()
         });
         let exit_status = ExitStatus::of_run(&run.state).number();
@@ -112,7 +113,7 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
     }
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
-    let identity = identity(&job)?;
+    let identity = identity(context, &job)?;
     let key = identity.key(&clouds.names());
     let hosts = context.hosts_for(&worker);
     let secrets = secrets(context, &job, 1);

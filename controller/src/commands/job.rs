@@ -8,7 +8,7 @@ use outliers_protocol::{
 };
 
 use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg};
-use crate::files::is_plain_name;
+use crate::files::{MOST, is_plain_name, read_text};
 use crate::report::Complaint;
 
 /// The job these options describe, with absolute paths.
@@ -85,7 +85,8 @@ fn plain_name(option: &str, name: Option<&str>) -> Result<(), Complaint> {
 
 /// The features that were named, or found by an earlier run.
 fn ablation(ablate: &Ablate, seed: Option<u64>, here: &Path) -> Result<Ablation, Complaint> {
-    ablate.ablation(here, seed.unwrap_or_default()).map_err(|why| {
+    let read = |file: &Path| read_text(&here.join(file), MOST);
+    ablate.ablation(seed.unwrap_or_default(), read).map_err(|why| {
         Complaint::refused(format!("--ablate: {why}"), "name features, or the results of a run that found some")
     })
 }

@@ -122,7 +122,16 @@ pub(super) async fn prepare(
 }
 
 /// What makes the job the same work as another.
-pub(super) fn identity(job: &JobSpec) -> Result<JobIdentity, Complaint> {
+pub(super) fn identity(context: &Context, job: &JobSpec) -> Result<JobIdentity, Complaint> {
+    for path in corpus_files(job) {
+        // Why one is not there is said by whoever reads it.
+        let Ok(metadata) = std::fs::metadata(path) else { continue };
+        if !metadata.is_file() {
+            return Err(Complaint::refused(format!("{path} is not a regular file"), "name the text files one by one"));
+        }
+        // Before it is hashed: it may be a terabyte.
+        check_size(path, Bytes(metadata.len()), context.settings.push_limit)?;
+    }
     JobIdentity::of(job).map_err(|error| Complaint::failed(format!("the corpus: {error}")))
 }
 
@@ -152,16 +161,13 @@ async fn preflight(
         let hint = "leave out --weights: the instance streams them from the hub";
         return Err(Complaint::refused("the weights are a folder on this machine", hint));
     }
-    let limit = context.settings.push_limit;
-    for path in corpus_files(job) {
-        check_size(path, Bytes(std::fs::metadata(path).map_or(0, |meta| meta.len())), limit)?;
-    }
     // A device list is about the instance; it can be tried here only when the instance is here.
     let check = if clouds.is_local() { Check::TextAndDevices } else { Check::Text };
     let what = format!("the headers of {}", job.model.name());
     let inspection = context.reporter.waiting(&what, worker.inspect(job, check)).await?;
     if push_model {
-        check_size(job.model.name(), Bytes(inspection.files.iter().map(|file| file.bytes).sum()), limit)?;
+        let bytes = Bytes(inspection.files.iter().map(|file| file.bytes).sum());
+        check_size(job.model.name(), bytes, context.settings.push_limit)?;
     }
     Ok(inspection)
 }

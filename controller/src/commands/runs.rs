@@ -14,6 +14,7 @@ use crate::broker::InstanceState;
 use crate::cli::RunsCommand;
 use crate::clouds::{BadHosts, Clouds};
 use crate::deploy::{Driver, HostError, HostTalk, Hosts, Ports, Stop, Stuck, release};
+use crate::files::{MOST, read_small};
 use crate::ledger::{Ledger, Records, RunRecord, RunWriter, Unreadable, now_ms};
 use crate::report::{Complaint, ExitStatus, tables};
 use crate::run::{Ending, Pin, RunState};
@@ -89,7 +90,7 @@ async fn logs(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitStat
     let run = ledger.find(name)?;
     if let Some(results) = run.state.results() {
         let path = Path::new(&results.folder).join(files::LOG);
-        let text = std::fs::read(&path).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))?;
+        let text = read_small(&path, MOST).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))?;
         let lines: Vec<String> = text.split(|b| *b == b'\n').map(|line| clean(line, LINE)).collect();
         let document = serde_json::json!({ "schema": SCHEMA, "run": run.id, "lines": lines });
         context.reporter.result(&document, || lines.join("\n"));

@@ -327,7 +327,7 @@ fn models<'a>(
     for (number, entry) in survey.models.iter().enumerate() {
         let wanted = args.only.is_empty() || args.only.iter().any(|word| is(entry, word));
         let job = super::job::job(&entry.model, &survey.job, context.settings.thresholds, here);
-        match job.and_then(|job| identity(&job)) {
+        match job.and_then(|job| identity(context, &job)) {
             Ok(identity) => models.push(Model { entry, wanted, job_key: identity.key(brokers), identity }),
             Err(complaint) => problems.push(Problem { model: number, complaint }),
         }

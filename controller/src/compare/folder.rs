@@ -15,7 +15,7 @@ use super::samples;
 use super::statistics::{Shape, Statistics};
 use super::tally::Tally;
 use crate::deploy::holds;
-use crate::files::{digest, is_plain_name, sha256};
+use crate::files::{digest, is_plain_name, read_small, sha256};
 use crate::survey::Outcome;
 use crate::survey::index::{Index, IndexError, Line};
 use crate::text::clean;
@@ -219,9 +219,11 @@ fn vouched(folder: &Path) -> Result<Manifest, Flaw> {
         if !is_plain_name(&file.name) {
             return Err(Flaw::Damaged("its manifest names a file outside the folder".to_owned()));
         }
-        let there = digest(&folder.join(&file.name))
-            .map_err(|error| Flaw::Damaged(format!("{} cannot be read: {error}", file.name)))?;
-        if there != (file.bytes, file.sha256.clone()) {
+        let path = folder.join(&file.name);
+        let unread = |error: std::io::Error| Flaw::Damaged(format!("{} cannot be read: {error}", file.name));
+        // By its size first: nobody reads a terabyte to learn that it is another file.
+        let size = fs::metadata(&path).map_err(unread)?.len();
+        if size != file.bytes || digest(&path).map_err(unread)? != (file.bytes, file.sha256.clone()) {
             return Err(Flaw::Damaged(format!("{} is not the file that its manifest names", file.name)));
         }
     }
@@ -247,11 +249,7 @@ fn document<T: DeserializeOwned>(folder: &Path, name: &str) -> Result<T, Flaw> {
 
 /// A file that fits into memory.
 fn content(path: &Path) -> Result<Vec<u8>, String> {
-    let bytes = fs::metadata(path).map_err(|error| error.to_string())?.len();
-    if bytes > LARGEST {
-        return Err(format!("it has {bytes} bytes, which no run writes"));
-    }
-    fs::read(path).map_err(|error| error.to_string())
+    read_small(path, LARGEST).map_err(|error| error.to_string())
 }
 
 fn run(folder: &Path, with_statistics: bool) -> Result<Run, Flaw> {

@@ -4,7 +4,6 @@
 //! `perplexity_results.json`. Files of both kinds were published cut off; what is not whole, or does not agree with itself, is refused.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 
@@ -13,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::tally::Tally;
-use crate::files::digest;
+use crate::files::{digest, open_regular};
 
 /// File name of the outlier features.
 pub const OUTLIERS: &str = "final_analysis_results.json";
@@ -229,7 +228,7 @@ fn model(
 
 /// Reads a document in a stream: they hold every feature twice, and some are hundreds of megabytes.
 fn read<T: DeserializeOwned>(path: &Path) -> Result<T, ImportError> {
-    let file = File::open(path).map_err(|error: io::Error| wrong(path, error.to_string()))?;
+    let file = open_regular(path).map_err(|error: io::Error| wrong(path, error.to_string()))?;
     serde_json::from_reader(BufReader::new(file)).map_err(|error| match error.is_eof() {
         true => wrong(path, format!("it is cut off: {error}")),
         false => wrong(path, format!("it is not the predecessor's: {error}")),

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::RUN_FILE;
-use crate::files::{digest, is_plain_name};
+use crate::files::{MOST, digest, is_plain_name, read_small};
 use crate::run::{Brought, Ending, RunSpec, Trouble, TroubleKind};
 
 /// Where a run's files come to lie. Three names, so that a reader can trust the first.
@@ -79,7 +79,7 @@ pub fn holds(folder: &Path, run: &str) -> Result<(), String> {
     }
     fn document<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
         let wrong = |why: String| format!("{}: {why}", path.display());
-        let text = fs::read(path).map_err(|error| wrong(error.to_string()))?;
+        let text = read_small(path, MOST).map_err(|error| wrong(error.to_string()))?;
         serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
     }
     let Owner { id } = document(&folder.join(RUN_FILE))?;

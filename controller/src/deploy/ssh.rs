@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::KEY_FILE;
 use super::ports::{Host, HostError, HostTalk, Hosts, Listener};
 use crate::broker::{GpuRequest, Offer, SshEndpoint};
+use crate::files::{MOST, read_small};
 use crate::host::{
     self, Cursor, HostErrorKind, HostEvent, HostFacts, JobStatus, RemoteHost, RemoteWorker, Stamp, Terms,
 };
@@ -246,7 +247,7 @@ impl SshHost {
 }
 
 fn read_cursor(folder: &Path) -> Cursor {
-    let text = std::fs::read(folder.join(CURSOR_FILE)).unwrap_or_default();
+    let text = read_small(&folder.join(CURSOR_FILE), MOST).unwrap_or_default();
     serde_json::from_slice(&text).unwrap_or_default()
 }
 

@@ -265,7 +265,7 @@ fn batches<'a>(entries: &[&'a FileEntry]) -> Vec<Vec<&'a FileEntry>> {
 
 /// The manifest of a folder brought home whole before.
 fn kept(folder: &Path) -> Result<Option<Vec<u8>>, HostError> {
-    match fs::read(folder.join(files::MANIFEST)) {
+    match crate::files::read_small(&folder.join(files::MANIFEST), MAX_MANIFEST) {
         Ok(text) => Ok(Some(text)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(local_error(folder, &e)),

@@ -9,7 +9,7 @@ use rusqlite::{Connection, OpenFlags, params};
 use super::{FILE, Ledger, LedgerError, OWNER_FILE, Records, RunRecord, Unreadable, now_ms, to_json};
 use crate::calendar::rfc3339;
 use crate::deploy::RUN_FILE;
-use crate::files::write_whole;
+use crate::files::{MOST, read_small, write_whole};
 use crate::run::{RunEvent, RunState, next};
 
 /// What a repair came to.
@@ -146,7 +146,7 @@ fn of_results(results: &Path) -> Vec<RunRecord> {
 }
 
 fn read(path: &Path) -> Option<RunRecord> {
-    let run: RunRecord = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+    let run: RunRecord = serde_json::from_slice(&read_small(path, MOST).ok()?).ok()?;
     let plain = !run.id.is_empty() && run.id.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
     let state = run.events.iter().try_fold(RunState::initial(), |state, entry| next(&state, &entry.event)).ok()?;
     plain.then_some(RunRecord { state, ..run })

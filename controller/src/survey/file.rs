@@ -13,7 +13,7 @@ use toml::Spanned;
 
 use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg, WantArgs};
 use crate::deploy::slug;
-use crate::files::is_plain_name;
+use crate::files::{MOST, is_plain_name, read_text};
 use crate::settings::Span;
 use crate::units::{CudaVersion, Positive, Usd};
 
@@ -125,7 +125,7 @@ impl Survey {
     /// # Errors
     /// It cannot be read, or does not make sense.
     pub fn read(path: &Path) -> Result<Self, SurveyError> {
-        let text = std::fs::read_to_string(path).map_err(|error| SurveyError {
+        let text = read_text(path, MOST).map_err(|error| SurveyError {
             path: path.to_owned(),
             line: None,
             message: error.to_string(),

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::files::{is_plain_name, write_whole};
+use crate::files::{MOST, is_plain_name, read_small, write_whole};
 
 /// Its name in the survey's folder.
 pub const FILE: &str = "index.json";
@@ -98,7 +98,7 @@ impl Index {
             schema: u32,
         }
         let damaged = |why: String| IndexError::Damaged(format!("{FILE}: {why}"));
-        let text = match std::fs::read(folder.join(FILE)) {
+        let text = match read_small(&folder.join(FILE), MOST) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             text => text.map_err(|error| damaged(error.to_string()))?,
         };

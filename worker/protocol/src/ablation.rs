@@ -1,8 +1,8 @@
 //! What becomes of a model without some of its features: the paper's evidence that outlier features matter (LLM.int8(), section 4.2).
 
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::{fmt, io};
 
 use serde::{Deserialize, Serialize};
 
@@ -111,16 +111,16 @@ impl FromStr for Ablate {
 }
 
 impl Ablate {
-    /// The features themselves; a relative path is taken from `here`.
+    /// The features themselves; `read` reads a file of results.
     ///
     /// # Errors
     /// What is wrong with the file, or that there is no feature.
-    pub fn ablation(&self, here: &Path, seed: u64) -> Result<Ablation, String> {
+    pub fn ablation(&self, seed: u64, read: impl Fn(&Path) -> io::Result<String>) -> Result<Ablation, String> {
         let ablation = match self {
             Self::Features(features) => Ablation::of(features.clone())?,
             Self::Results(file) => {
                 let named = |why: &dyn fmt::Display| format!("{}: {why}", file.display());
-                let text = std::fs::read_to_string(here.join(file)).map_err(|error| named(&error))?;
+                let text = read(file).map_err(|error| named(&error))?;
                 let results = serde_json::from_str(&text).map_err(|error| named(&format!("no results: {error}")))?;
                 Ablation::found(&results)?
             }

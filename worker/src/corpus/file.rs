@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::error::{IoContext, Result, WorkerError};
+use crate::files::open_regular;
 use crate::hub::DatasetFile;
 
 /// Longest text, bytes: tokenising needs some 50 times that in memory.
@@ -56,7 +57,7 @@ pub(super) struct LocalFile {
 impl LocalFile {
     pub(super) fn open(path: &str) -> Result<Self> {
         let size = look_at(Path::new(path))?.len();
-        Ok(Self { name: path.to_owned(), file: File::open(path).at("open", path)?, size })
+        Ok(Self { name: path.to_owned(), file: open_regular(Path::new(path)).at("open", path)?, size })
     }
 }
 
@@ -88,7 +89,7 @@ fn look_at(path: &Path) -> Result<Metadata> {
     if metadata.is_file() {
         return Ok(metadata);
     }
-    Err(WorkerError::corpus(format!("{} is not a file", path.display())).hint("name the text files one by one"))
+    Err(WorkerError::corpus(format!("{} is not a regular file", path.display())).hint("name the text files one by one"))
 }
 
 /// The bytes of a file that has at most so many.

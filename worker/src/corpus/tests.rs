@@ -192,7 +192,7 @@ fn texts_that_cannot_be_used_say_why() {
         (&short, 1, FailureKind::Job, "nothing to predict"),
         (&latin1, 4, FailureKind::Corpus, "not UTF-8: the bytes from 9 on"),
         (&missing, 4, FailureKind::Corpus, "there is no corpus file"),
-        (&folder, 4, FailureKind::Corpus, "is not a file"),
+        (&folder, 4, FailureKind::Corpus, "is not a regular file"),
     ] {
         let (got, message) = model.refused(&files(&[path], None, Some(length)));
         assert_eq!(got, kind, "{message}");

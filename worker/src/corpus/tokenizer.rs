@@ -32,7 +32,7 @@ impl TextTokenizer {
                 .hint("use ready token ids (`--token-ids`), or put a converted tokenizer.json beside config.json")
         };
         let folder = folder.ok_or_else(|| no_tokenizer("the model".to_owned()))?;
-        let files = TokenizerFiles::choose(|name| folder.join(name).is_file());
+        let files = TokenizerFiles::choose(|name| folder.join(name).exists());
         let files = files.ok_or_else(|| no_tokenizer(folder.display().to_string()))?;
         let read = |name: &&str| Ok(read_small(&folder.join(name))?.unwrap_or_default());
         let contents: Vec<Vec<u8>> = files.names().iter().map(read).collect::<Result<_>>()?;

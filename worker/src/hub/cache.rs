@@ -10,7 +10,7 @@ use super::http::Client;
 use super::listing::{Digest, RepoFile, RepoListing};
 use super::verify::Hasher;
 use crate::error::{IoContext, Result, WorkerError};
-use crate::files::{part_path, put_in_place, write_atomic};
+use crate::files::{open_regular, part_path, put_in_place, write_atomic};
 use crate::source::is_plain_name;
 use hf_hub::CacheRepo;
 
@@ -116,7 +116,7 @@ fn is_whole(blob: &Path, wanted: &Wanted<'_>) -> Result<bool> {
         Ok(_) if wanted.size > REHASH_BYTES => Ok(true),
         Ok(_) => {
             let mut hasher = wanted.hasher();
-            let mut file = File::open(blob).at("open", blob)?;
+            let mut file = open_regular(blob).at("open", blob)?;
             io::copy(&mut file, &mut hasher).at("read", blob)?;
             Ok(hasher.hex() == wanted.digest.hex())
         }

@@ -11,6 +11,7 @@ use serde::de::{Error as _, MapAccess, Visitor};
 
 use super::{StoredDtype, element_count, shown};
 use crate::error::{IoContext, Result, WorkerError};
+use crate::files::open_regular;
 use crate::stand_in;
 
 /// Longest header accepted, bytes; the reference library's limit.
@@ -98,7 +99,7 @@ impl Header {
 /// # Errors
 /// Kind `Storage` when the file cannot be read, `Checkpoint` when it is not a whole safetensors file; both name the file.
 pub fn read_header(path: &Path) -> Result<Header> {
-    let mut file = File::open(path).at("open", path)?;
+    let mut file = open_regular(path).at("open", path)?;
     let file_len = file.metadata().at("read the size of", path)?.len();
     let mut start = Vec::new();
     read_up_to(&mut file, stand_in::ENOUGH as u64, &mut start).at("read", path)?;

@@ -1,4 +1,5 @@
 use std::cell::RefCell;
+use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::PathBuf;
 

@@ -4,7 +4,6 @@
 //! this process or another, asks for the hashes of the part's blocks and sends the others: nothing there is trusted for its
 //! length or its name.
 
-use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -15,7 +14,7 @@ use futures::future::try_join_all;
 use sha2::{Digest, Sha256};
 
 use super::hash_file;
-use crate::files::hex;
+use crate::files::{hex, open_regular};
 use crate::host::probe::free_kib;
 use crate::host::retry::Retry;
 use crate::host::{Answer, HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost, SHORT};
@@ -333,7 +332,7 @@ async fn hash_blocks(path: &Path, block: u64) -> Result<Vec<String>, HostError> 
 }
 
 fn hash_blocks_now(path: &Path, block: u64) -> io::Result<Vec<String>> {
-    let mut file = File::open(path)?;
+    let mut file = open_regular(path)?;
     let mut hashes = Vec::new();
     loop {
         let mut hash = Sha256::new();

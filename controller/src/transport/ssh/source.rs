@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::files::open_regular;
 use crate::transport::{TransportError, TransportErrorKind as Kind};
 
 /// A plain file, open to be read in any order.
@@ -14,11 +15,7 @@ pub(super) struct Source(Arc<File>);
 
 impl Source {
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        match file.metadata()?.is_file() {
-            true => Ok(Self(Arc::new(file))),
-            false => Err(io::Error::other("not a plain file")),
-        }
+        Ok(Self(Arc::new(open_regular(path)?)))
     }
 
     /// These bytes; an error if the file has become too short for them.
