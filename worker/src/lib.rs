@@ -10,6 +10,7 @@ pub mod arch;
 pub mod attention;
 pub mod bench;
 pub mod budget;
+mod caught;
 pub mod cli;
 pub mod corpus;
 pub mod decoder;

@@ -147,7 +147,7 @@ fn file(option: &str, path: &Path, here: &Path) -> Result<String, Complaint> {
     let found = here.join(path).canonicalize().map_err(|error| wrong(error.to_string()))?;
     let meta = found.metadata().map_err(|error| wrong(error.to_string()))?;
     match (meta.is_file(), meta.len()) {
-        (false, _) => Err(wrong("it is no file".to_owned())),
+        (false, _) => Err(wrong("it is not a regular file".to_owned())),
         (true, 0) => Err(wrong("it is empty".to_owned())),
         (true, _) => utf8(found),
     }

@@ -2,7 +2,6 @@
 //! of that column alone.
 
 use std::io::Read;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use bytes::{Buf, Bytes};
@@ -17,6 +16,7 @@ use parquet::file::reader::{ChunkReader, Length, SerializedPageReader};
 use super::documents::Document;
 use super::file::RangedFile;
 use super::foreign;
+use crate::caught::caught;
 use crate::error::{Result, WorkerError};
 use crate::safetensors::shown;
 
@@ -142,7 +142,7 @@ fn footer(file: &dyn RangedFile) -> Result<Vec<u8>> {
 
 /// Damaged files make the library fail, and now and then panic.
 fn guarded<T>(file: &dyn RangedFile, read: impl FnOnce() -> ParquetResult<T>) -> Result<T> {
-    let why = match catch_unwind(AssertUnwindSafe(read)) {
+    let why = match caught(read) {
         Ok(Ok(value)) => return Ok(value),
         Ok(Err(error)) => shown(&error.to_string()),
         Err(_) => "what it holds makes no sense".to_owned(),

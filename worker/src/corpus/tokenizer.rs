@@ -1,5 +1,7 @@
 //! The checkpoint's tokenizer, in whichever form it is published, and what it puts before a text.
 
+mod growth;
+mod library;
 mod merges;
 mod python;
 mod ranks;
@@ -8,12 +10,12 @@ use std::path::Path;
 
 use outliers_protocol::{BosPolicy, TokenizerProvenance};
 use sha2::{Digest, Sha256};
-use tokenizers::Tokenizer;
 
 use super::documents::Document;
 use crate::error::{Result, WorkerError};
 use crate::safetensors::shown;
 use crate::source::{TOKENIZER_FILE, TokenizerFiles, read_small};
+use library::Library;
 use python::PythonConfig;
 use ranks::RankTokenizer;
 
@@ -65,7 +67,7 @@ impl TextTokenizer {
 /// Text to ids.
 enum Encoder {
     /// The `tokenizers` library.
-    Library(Box<Tokenizer>),
+    Library(Box<Library>),
     /// Ranks without merges.
     Ranks(Box<RankTokenizer>),
 }
@@ -73,7 +75,7 @@ enum Encoder {
 impl Encoder {
     /// From the contents of `files`, in their order.
     fn new(files: TokenizerFiles, contents: &[Vec<u8>], python: &PythonConfig) -> Result<Self> {
-        let library = |json: &[u8]| Ok(Self::Library(Box::new(parse(json, files)?)));
+        let library = |json: &[u8]| Ok(Self::Library(Box::new(Library::open(json, files)?)));
         match (files, contents) {
             (TokenizerFiles::Json, [json]) => library(json),
             (TokenizerFiles::VocabAndMerges, [vocab, merges]) => library(&merges::convert(vocab, merges, python)?),
@@ -84,14 +86,14 @@ impl Encoder {
 
     fn encode(&self, text: &str) -> tokenizers::Result<Vec<u32>> {
         match self {
-            Self::Library(tokenizer) => Ok(tokenizer.encode_fast(text, false)?.get_ids().to_vec()),
+            Self::Library(library) => library.encode(text),
             Self::Ranks(tokenizer) => Ok(tokenizer.encode(text)?),
         }
     }
 
     fn id(&self, token: &str) -> Option<u32> {
         match self {
-            Self::Library(tokenizer) => tokenizer.token_to_id(token),
+            Self::Library(library) => library.tokenizer.token_to_id(token),
             Self::Ranks(tokenizer) => tokenizer.special(token),
         }
     }
@@ -99,7 +101,7 @@ impl Encoder {
     /// Entries, special tokens included.
     fn vocab(&self) -> usize {
         match self {
-            Self::Library(tokenizer) => tokenizer.get_vocab_size(true),
+            Self::Library(library) => library.tokenizer.get_vocab_size(true),
             Self::Ranks(tokenizer) => tokenizer.vocab(),
         }
     }
@@ -107,21 +109,10 @@ impl Encoder {
     /// Special tokens that the tokenizer's own template puts before a text; only `tokenizer.json` has templates.
     fn template_prefix(&self) -> Result<Vec<u32>> {
         match self {
-            Self::Library(tokenizer) => template_prefix(tokenizer),
+            Self::Library(library) => library.template_prefix(),
             Self::Ranks(_) => Ok(Vec::new()),
         }
     }
-}
-
-/// Switches off what would cut or lengthen a text.
-fn parse(json: &[u8], files: TokenizerFiles) -> Result<Tokenizer> {
-    let unreadable = |error: tokenizers::Error| {
-        let message = format!("{files} cannot be read: {}", shown(&error.to_string()));
-        WorkerError::checkpoint(message).hint("fetch the tokenizer again, or use ready token ids (`--token-ids`)")
-    };
-    let mut tokenizer = Tokenizer::from_bytes(json).map_err(unreadable)?;
-    tokenizer.with_padding(None).with_truncation(None).map_err(unreadable)?;
-    Ok(tokenizer)
 }
 
 /// What the family's own tokenizer puts before plain text: the template of tokenizer.json, or what its Python class adds
@@ -138,18 +129,6 @@ fn own_prefix(encoder: &Encoder, python: &PythonConfig) -> Result<Vec<u32>> {
 fn some_prefix(encoder: &Encoder, python: &PythonConfig) -> Result<Vec<u32>> {
     let template = encoder.template_prefix()?;
     if template.is_empty() { Ok(vec![python.bos(encoder)?]) } else { Ok(template) }
-}
-
-/// Special tokens before the first one of a probe text.
-fn template_prefix(tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    let probe = tokenizer.encode("a", true).map_err(|error| {
-        WorkerError::checkpoint(format!("{TOKENIZER_FILE} cannot encode: {}", shown(&error.to_string())))
-    })?;
-    let special = probe.get_special_tokens_mask();
-    let prefix = special.iter().take_while(|mask| **mask == 1).count();
-    // A probe of special tokens only tells nothing about what stands before and what after the text.
-    let prefix = if prefix == special.len() { 0 } else { prefix };
-    Ok(probe.get_ids()[..prefix].to_vec())
 }
 
 #[cfg(test)]

@@ -47,6 +47,14 @@ impl Folder {
         fs::write(self.0.path().join(name), content).unwrap();
     }
 
+    /// Changes tokenizer.json.
+    fn change(&self, key: &str, value: Value) {
+        let path = self.0.path().join(TOKENIZER_FILE);
+        let mut tokenizer: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        tokenizer[key] = value;
+        fs::write(path, tokenizer.to_string()).unwrap();
+    }
+
     /// Changes the settings.
     fn set(&self, key: &str, value: Value) {
         let path = self.0.path().join(TOKENIZER_CONFIG_FILE);
@@ -123,7 +131,7 @@ fn assert_same_but_reserved(old: &TextTokenizer, new: &TextTokenizer) {
         assert_eq!(ranks.special(&format!("<|reserved_token_{id}|>")), Some(id));
         tokenizers::AddedToken::from(format!("<|reserved_token_{id}|>"), true)
     });
-    library.add_special_tokens(reserved).unwrap();
+    library.tokenizer.add_special_tokens(reserved).unwrap();
     let new = TextTokenizer {
         encoder: Encoder::Library(library),
         prefix: new.prefix.clone(),
@@ -211,4 +219,81 @@ fn damaged_tokenizers_are_named() {
         let error = folder.refused();
         assert!(error.message().contains("tiktoken.model") && error.message().contains(says), "{error}");
     }
+}
+
+/// So many steps like this one.
+fn steps(key: &str, step: &Value, count: usize) -> Value {
+    json!({"type": "Sequence", key: vec![step.clone(); count]})
+}
+
+fn replace(pattern: &Value, content: &str) -> Value {
+    json!({"type": "Replace", "pattern": pattern, "content": content})
+}
+
+fn template(single: &Value, ids: usize) -> Value {
+    json!({"type": "TemplateProcessing", "single": single, "pair": [],
+        "special_tokens": {"x": {"id": "x", "ids": vec![0; ids], "tokens": vec!["x"; ids]}}})
+}
+
+#[test]
+fn tokenizers_that_lengthen_a_text_out_of_all_measure_are_refused_by_name() {
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true});
+    let doubled = replace(&json!({"String": "e"}), "ee");
+    let untyped = json!({"normalizers": vec![json!({"pattern": {"Regex": "e"}, "content": "ee"}); 40]});
+    let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+    let special = json!({"SpecialToken": {"id": "x", "type_id": 0}});
+    for (key, value, says) in [
+        ("normalizer", steps("normalizers", &json!({"type": "ByteLevel"}), 20), "1048576 bytes of each byte"),
+        ("pre_tokenizer", steps("pretokenizers", &byte_level, 20), "1048576 bytes of each byte"),
+        ("normalizer", steps("normalizers", &doubled, 40), "1099511627776 bytes of each byte"),
+        ("normalizer", steps("normalizers", &steps("normalizers", &doubled, 20), 2), "1099511627776 bytes"),
+        ("normalizer", untyped, "bytes of each byte"),
+        ("normalizer", replace(&json!({"Regex": "x*"}), &"e".repeat(1000)), "1001 bytes of each byte"),
+        ("normalizer", json!({"type": "Prepend", "prepend": "e".repeat(1000)}), "1001 bytes of each byte"),
+        ("post_processor", template(&json!([text, text]), 1), "repeats the text"),
+        ("post_processor", template(&json!([special, text]), 1001), "1001 special tokens"),
+    ] {
+        let folder = Folder::of("opt", &[TOKENIZER_FILE]);
+        folder.change(key, value);
+        let error = folder.refused();
+        assert_eq!(error.kind(), FailureKind::Checkpoint, "{error}");
+        assert!(error.message().contains(TOKENIZER_FILE) && error.message().contains(says), "{says}: {error}");
+    }
+}
+
+#[test]
+fn empty_patterns_are_refused_by_the_files_name() {
+    let split = |pattern: Value| json!({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": false});
+    for (key, value) in [
+        ("normalizer", replace(&json!({"String": ""}), "x")),
+        ("normalizer", replace(&json!({"Regex": ""}), "x")),
+        ("pre_tokenizer", split(json!({"String": ""}))),
+        ("pre_tokenizer", steps("pretokenizers", &split(json!({"Regex": ""})), 1)),
+    ] {
+        let folder = Folder::of("opt", &[TOKENIZER_FILE]);
+        folder.change(key, value);
+        let error = folder.refused();
+        assert!(error.message().contains(TOKENIZER_FILE) && error.message().contains("empty pattern"), "{error}");
+    }
+}
+
+#[test]
+fn where_the_library_panics_the_file_is_named() {
+    let folder = Folder::of("opt", &[TOKENIZER_FILE]);
+    folder.change("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"}));
+    let error = folder.refused();
+    assert!(error.message().contains("tokenizer.json cannot be used: the tokenizer library fails"), "{error}");
+    // The second text of a pair, where there is one text.
+    let second = json!([{"Sequence": {"id": "B", "type_id": 0}}]);
+    let folder = Folder::of("opt", &[TOKENIZER_FILE]);
+    folder.change("post_processor", template(&second, 1));
+    let error = folder.refused();
+    assert!(error.message().contains("index out of bounds"), "{error}");
+    let folder = Folder::of("opt", &[TOKENIZER_FILE]);
+    folder.change("pre_tokenizer", json!({"type": "FixedLength", "length": 0}));
+    let tokenizer = folder.open(BosPolicy::Never).unwrap();
+    let error = tokenizer.encode(&Document { name: "book.txt".to_owned(), text: "a".into() }).unwrap_err();
+    assert_eq!(error.kind(), FailureKind::Corpus);
+    let named = error.message().contains("book.txt") && error.message().contains("tokenizer.json cannot be used");
+    assert!(named && error.message().contains("chunk size must be non-zero"), "{error}");
 }

@@ -1,0 +1,48 @@
+//! Libraries that panic over what a stranger's file holds: what they said becomes an error, and
+//! nothing is printed.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::Once;
+
+thread_local! {
+    /// Whether this thread is inside [`caught`].
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What `work` gives; if it panics, what it said. Whatever `work` changed is not to be used then.
+pub(crate) fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let usual = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !QUIET.try_with(Cell::get).unwrap_or(false) {
+                usual(info);
+            }
+        }));
+    });
+    let before = QUIET.replace(true);
+    let done = panic::catch_unwind(AssertUnwindSafe(work));
+    QUIET.set(before);
+    done.map_err(|said| words(&*said))
+}
+
+fn words(said: &(dyn Any + Send)) -> String {
+    let text = said.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| said.downcast_ref::<String>().cloned()).unwrap_or_else(|| "it does not say why".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_said_is_told_and_what_goes_well_passes() {
+        assert_eq!(caught(|| 3), Ok(3));
+        let index = |at: usize| caught(move || [1, 2].get(at..).expect("in it").len());
+        assert_eq!((index(1), index(5)), (Ok(1), Err("in it".to_owned())));
+        assert_eq!(caught(|| panic!("{} is odd", 3)), Err::<(), _>("3 is odd".to_owned()));
+        assert!(!QUIET.get());
+    }
+}
