@@ -179,7 +179,8 @@ impl Context {
     /// # Errors
     /// It is missing, or of another version.
     pub async fn worker(&self) -> Result<LocalWorker, Complaint> {
-        Ok(LocalWorker::find(self.settings.worker.as_deref(), &self.exe).await?)
+        let worker = LocalWorker::find(self.settings.worker.as_deref(), &self.exe).await?;
+        Ok(worker.limited(self.settings.look))
     }
 
     /// What a run has to move and to compute, under the settings' assumptions.

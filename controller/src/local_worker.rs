@@ -1,5 +1,6 @@
 //! The worker program on this machine: found, asked, run.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -8,12 +9,15 @@ use outliers_protocol::{
     Ablation, BosPolicy, ByteSize, CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Packing,
     Precision, Progress, SCHEMA, VersionInfo, Weights, files,
 };
+use rustix::process::Signal;
 use serde::de::DeserializeOwned;
 use tokio::process::Command;
 
+use crate::broker::local;
 use crate::files::{MOST, read_small};
+use crate::settings::Span;
 use crate::text::clean;
-use crate::units::CudaVersion;
+use crate::units::{Bytes, CudaVersion};
 
 /// Name of the program.
 const NAME: &str = "outliers-worker";
@@ -28,6 +32,25 @@ const PAUSE: Duration = Duration::from_millis(200);
 pub struct LocalWorker {
     path: PathBuf,
     pushed: Pushed,
+    limits: Limits,
+}
+
+/// What a look at a job may take of this machine: strangers made the files that are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Memory; never more than three quarters of what the machine has.
+    pub memory: Bytes,
+    /// Time.
+    pub time: Duration,
+}
+
+impl Limits {
+    /// None but the machine's.
+    pub const NONE: Self = Self { memory: Bytes::from_gib(1 << 20), time: Duration::MAX };
+
+    fn memory_here(self) -> Bytes {
+        local::memory().map_or(self.memory, |there| self.memory.min(Bytes(there.0 / 4 * 3)))
+    }
 }
 
 /// The worker that instances get.
@@ -88,6 +111,18 @@ pub enum LocalWorkerError {
         /// Its last words.
         said: String,
     },
+    /// It took more memory than it may have.
+    #[error("looking at the model and its text takes more than {memory} of memory")]
+    TooMuch {
+        /// The limit.
+        memory: Bytes,
+    },
+    /// It was not done in time.
+    #[error("looking at the model and its text takes longer than {}", Span(*time))]
+    TooLong {
+        /// The limit.
+        time: Duration,
+    },
     /// A file between us cannot be read or written.
     #[error("{}: {why}", path.display())]
     File {
@@ -112,6 +147,16 @@ impl LocalWorkerError {
                 Some("build both programs together; `outliers worker build` makes the portable one".to_owned())
             }
             Self::Failed(failure) => failure.hint.clone(),
+            Self::TooMuch { .. } => Some(
+                "cut the text into smaller files; a tokenizer.json that is damaged or hostile takes any amount; \
+                 worker.inspect-memory in the settings is the limit"
+                    .to_owned(),
+            ),
+            Self::TooLong { .. } => Some(
+                "a tokenizer.json that is damaged or hostile takes for ever, a slow hub long; \
+                 worker.inspect-time in the settings is the limit"
+                    .to_owned(),
+            ),
             Self::Odd { .. } | Self::File { .. } => None,
         }
     }
@@ -127,7 +172,13 @@ impl LocalWorker {
         let pushed = Pushed::look_at(path.clone()).await?;
         let portable = exe.with_file_name(PORTABLE);
         let pushed = if named.is_none() && portable.is_file() { Pushed::look_at(portable).await? } else { pushed };
-        Ok(Self { path, pushed })
+        Ok(Self { path, pushed, limits: Limits::NONE })
+    }
+
+    /// The same with limits on what a look takes.
+    #[must_use]
+    pub fn limited(self, limits: Limits) -> Self {
+        Self { limits, ..self }
     }
 
     /// Where it is.
@@ -150,9 +201,18 @@ impl LocalWorker {
     ///
     /// # Errors
     /// The worker's own words, for a model that is not there, is gated, damaged or of an unknown architecture, and whatever
-    /// `check` finds.
+    /// `check` finds; that it took too much memory or time.
     pub async fn inspect(&self, job: &JobSpec, check: Check) -> Result<Inspection, LocalWorkerError> {
-        ask(&self.path, &inspect_arguments(job, check)).await
+        let (memory, time) = (self.limits.memory_here(), self.limits.time);
+        let mut arguments = inspect_arguments(job, check);
+        arguments.push(format!("--memory-limit={}", ByteSize(memory.0)));
+        match tokio::time::timeout(time, ask(&self.path, &arguments)).await {
+            Err(_) => Err(LocalWorkerError::TooLong { time }),
+            Ok(Err(LocalWorkerError::Odd { status, said })) if ran_out_of_memory(status, &said) => {
+                Err(LocalWorkerError::TooMuch { memory })
+            }
+            Ok(answer) => answer,
+        }
     }
 
     /// Makes the demo's checkpoint in `folder`; returns what was planted.
@@ -234,8 +294,18 @@ async fn ask<T: DeserializeOwned>(program: &Path, arguments: &[String]) -> Resul
     }
     match serde_json::from_slice::<Failure>(&output.stdout) {
         Ok(failure) if !output.status.success() => Err(LocalWorkerError::Failed(failure)),
-        _ => Err(LocalWorkerError::Odd { status: output.status, said: clean(&output.stderr, 500) }),
+        _ => Err(LocalWorkerError::Odd { status: output.status, said: clean(tail(&output.stderr), 500) }),
     }
+}
+
+/// What is said last.
+fn tail(text: &[u8]) -> &[u8] {
+    &text[text.len().saturating_sub(500)..]
+}
+
+/// Whether it ended where the system gave it no more memory: it says so and aborts.
+fn ran_out_of_memory(status: ExitStatus, said: &str) -> bool {
+    status.signal() == Some(Signal::ABORT.as_raw()) && said.contains("memory allocation of")
 }
 
 fn unrunnable(program: &Path) -> impl Fn(std::io::Error) -> LocalWorkerError {
@@ -320,13 +390,16 @@ fn last_words(folder: &Path, status: ExitStatus) -> LocalWorkerError {
         return LocalWorkerError::Failed(failure);
     }
     let log = read_small(&folder.join(files::LOG), MOST).unwrap_or_default();
-    let tail = &log[log.len().saturating_sub(500)..];
-    LocalWorkerError::Odd { status, said: clean(tail, 500) }
+    LocalWorkerError::Odd { status, said: clean(tail(&log), 500) }
 }
 
 /// A failure that a person caused by what was asked, rather than the machine.
 pub fn is_refusal(error: &LocalWorkerError) -> bool {
-    matches!(error, LocalWorkerError::Failed(failure) if failure.kind != FailureKind::Internal)
+    match error {
+        LocalWorkerError::Failed(failure) => failure.kind != FailureKind::Internal,
+        LocalWorkerError::TooMuch { .. } | LocalWorkerError::TooLong { .. } => true,
+        _ => false,
+    }
 }
 
 /// The local files a job's corpus names.
@@ -407,9 +480,44 @@ mod tests {
             program(folder.path(), r#"echo '{"kind":"unsupported","message":"unknown","hint":"known: a"}'; exit 1"#);
         let job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
         let pushed = Pushed { path: path.clone(), cuda: None };
-        let error = LocalWorker { path, pushed }.inspect(&job, Check::Model).await.unwrap_err();
+        let worker = LocalWorker { path, pushed, limits: Limits::NONE };
+        let error = worker.inspect(&job, Check::Model).await.unwrap_err();
         assert_eq!((error.to_string().as_str(), error.hint().as_deref()), ("unknown", Some("known: a")));
         assert!(is_refusal(&error));
+    }
+
+    #[tokio::test]
+    async fn a_look_that_takes_for_ever_is_ended_and_one_without_memory_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let (pid, limit) = (folder.path().join("pid"), folder.path().join("limit"));
+        let tell = format!("for word; do case $word in --memory-limit=*) echo \"$word\" > {limit:?};; esac; done");
+        let path = program(folder.path(), &format!("{tell}\necho $$ > {pid:?}; exec sleep 600"));
+        let pushed = Pushed { path: path.clone(), cuda: None };
+        let worker = LocalWorker { path, pushed, limits: Limits::NONE };
+        let job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
+        let mut time = Duration::from_millis(200);
+        // Long enough for it to begin, however busy the machine is.
+        while !pid.exists() {
+            time *= 2;
+            let limited = worker.clone().limited(Limits { memory: Bytes(1 << 20), time });
+            let error = limited.inspect(&job, Check::Model).await.unwrap_err();
+            assert!(matches!(error, LocalWorkerError::TooLong { .. }) && is_refusal(&error), "{error}");
+            assert!(error.hint().unwrap().contains("worker.inspect-time"));
+        }
+        assert_eq!(std::fs::read_to_string(limit).unwrap().trim(), "--memory-limit=1048576 B");
+        let pid = std::fs::read_to_string(pid).unwrap();
+        let runs = || {
+            let state = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
+            state.contains("(sleep) S")
+        };
+        while runs() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        program(folder.path(), "echo 'memory allocation of 99 bytes failed' >&2; kill -ABRT $$");
+        let limited = worker.limited(Limits { memory: Bytes(1 << 20), ..Limits::NONE });
+        let error = limited.inspect(&job, Check::Model).await.unwrap_err();
+        assert!(matches!(error, LocalWorkerError::TooMuch { memory: Bytes(1_048_576) }), "{error}");
+        assert!(error.hint().unwrap().contains("worker.inspect-memory"));
     }
 
     #[test]
@@ -438,7 +546,7 @@ mod tests {
         let script =
             format!("printf '%s\\n%s' '{line}' 'half' > \"$4/progress.jsonl\"; echo said >&2; exit $(cat \"$4/code\")");
         let path = program(folder.path(), &script);
-        let worker = LocalWorker { pushed: Pushed { path: path.clone(), cuda: None }, path };
+        let worker = LocalWorker { pushed: Pushed { path: path.clone(), cuda: None }, path, limits: Limits::NONE };
         let out = folder.path().join("out");
         std::fs::create_dir(&out).unwrap();
         std::fs::write(out.join("code"), "0").unwrap();

@@ -14,6 +14,7 @@ use serde::Deserialize;
 
 use crate::broker::{CLOUDS, CloudKind, local};
 use crate::files::{MOST, read_text};
+use crate::local_worker::Limits;
 use crate::run::Watch;
 use crate::secret::Secret;
 use crate::units::{Bytes, Fraction, Positive};
@@ -89,6 +90,8 @@ pub struct Settings {
     pub results: PathBuf,
     /// The worker program, where the settings name one.
     pub worker: Option<PathBuf>,
+    /// What a look at a job may take of this machine.
+    pub look: Limits,
     /// The brokers of commands that name none.
     pub broker: DefaultBroker,
     /// Every cloud that is built in and not switched off, with its key where one is set.
@@ -190,9 +193,11 @@ struct BrokerSection {
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct WorkerSection {
     binary: Option<PathBuf>,
+    inspect_memory: Option<SomeBytes>,
+    inspect_time: Option<Span>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -278,6 +283,8 @@ impl Settings {
         };
         let built_in = |field| missing_default(field);
         let results = user.results.or(defaults.results).ok_or_else(|| built_in("results"))?;
+        let memory = user.worker.inspect_memory.or(defaults.worker.inspect_memory).map(|memory| memory.0);
+        let time = user.worker.inspect_time.or(defaults.worker.inspect_time);
         let span = user.run.max_duration.or(defaults.run.max_duration);
         let lease = user.run.lease.or(defaults.run.lease).ok_or_else(|| built_in("run.lease"))?;
         let unclaimed = user.run.unclaimed.or(defaults.run.unclaimed).ok_or_else(|| built_in("run.unclaimed"))?;
@@ -293,6 +300,10 @@ impl Settings {
             state: state_folder(environment)?,
             results: here.join(results),
             worker: user.worker.binary.or(defaults.worker.binary).map(|path| here.join(path)),
+            look: Limits {
+                memory: size(memory, "worker.inspect-memory")?,
+                time: time.ok_or_else(|| built_in("worker.inspect-time"))?.0,
+            },
             broker,
             clouds,
             max_duration: span.ok_or_else(|| built_in("run.max-duration"))?.0,
@@ -535,6 +546,8 @@ mod tests {
         assert_eq!(settings.max_duration, Duration::from_secs(6 * 3600));
         assert_eq!(settings.watch, Watch { lease_s: 7200, unclaimed_s: 3600 });
         assert_eq!(settings.push_limit, Bytes::from_gib(1));
+        let look = Limits { memory: Bytes::from_gib(16), time: Duration::from_secs(1800) };
+        assert_eq!(settings.look, look);
         assert_eq!((settings.max_parallel, settings.stagger), (3, Duration::from_secs(20)));
         assert_eq!(settings.thresholds, Thresholds::default());
         assert!(settings.state.ends_with(".local/state/outliers"));
@@ -556,6 +569,7 @@ mod tests {
             ("[run]\nmax-duration = '5 parsecs'", "parsecs"),
             ("[run]\nmax_duration = '5m'", "max_duration"),
             ("[worker]\nbinary = 3", "binary"),
+            ("[worker]\ninspect-memory = '0 GiB'", "inspect-memory"),
             ("[survey]\nmax-parallel = 0", "max-parallel"),
             ("[hub]\nrequests = 0", "requests"),
             ("[thresholds]\nmagnitude = nan", "magnitude"),

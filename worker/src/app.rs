@@ -5,7 +5,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use outliers_protocol::{Failure, FailureKind, Inspection, SCHEMA, VersionInfo, Weights};
+use outliers_protocol::{ByteSize, Failure, FailureKind, Inspection, SCHEMA, VersionInfo, Weights};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Serialize;
 
 use crate::ablation::Arms;
@@ -102,7 +103,10 @@ fn dispatch(cli: Cli) -> Result<()> {
                 print_verdicts(&results);
             }
         }
-        Command::Inspect { options, check_text } => {
+        Command::Inspect { options, check_text, memory_limit } => {
+            if let Some(ByteSize(bytes)) = memory_limit {
+                limit_memory(bytes)?;
+            }
             let inspection = inspect_command(*options, check_text, &hub)?;
             if cli.json {
                 print_json(&inspection);
@@ -123,6 +127,13 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Version => version(cli.json),
     }
     Ok(())
+}
+
+/// Lets the system give this process no more than so many bytes of memory: then it aborts.
+fn limit_memory(bytes: u64) -> Result<()> {
+    let allowed = getrlimit(Resource::Data).maximum.map_or(bytes, |allowed| allowed.min(bytes));
+    let limit = Rlimit { current: Some(allowed), maximum: Some(allowed) };
+    setrlimit(Resource::Data, limit).map_err(|error| WorkerError::internal(format!("no memory limit: {error}")))
 }
 
 fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Inspection> {

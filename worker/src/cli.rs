@@ -96,6 +96,9 @@ pub enum Command {
         /// Also cut the text into sequences, so that one that does not fit the model is refused now.
         #[arg(long)]
         check_text: bool,
+        /// Memory that may be taken; whoever needs more is ended by the system.
+        #[arg(long, value_name = "BYTES")]
+        memory_limit: Option<ByteSize>,
     },
     /// Write a small mixture-of-experts checkpoint with planted outlier features.
     DemoModel {

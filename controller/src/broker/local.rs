@@ -35,6 +35,7 @@ mod session;
 mod sftp;
 
 pub use bill::{Bill, BillEntry};
+pub(crate) use hardware::memory;
 pub use instance::serve;
 pub use processes::MARKER;
 

@@ -115,7 +115,8 @@ impl Hardware {
     }
 }
 
-fn memory() -> Option<Bytes> {
+/// Memory of this machine, or what of it this program may have.
+pub(crate) fn memory() -> Option<Bytes> {
     let mut system = sysinfo::System::new().ok()?;
     system.refresh_memory();
     let limit = system.cgroup_limits().map(|limits| limits.total_memory).filter(|limit| *limit > 0);
