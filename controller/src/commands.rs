@@ -236,7 +236,7 @@ impl Context {
             return Err(Complaint::refused(format!("there is no broker `{name}`"), hint));
         };
         let Some(key) = &cloud.key else {
-            let hint = format!("set {} to a key from {}", cloud.key_variable, cloud.kind.key_page);
+            let hint = format!("set {} to a key from {}", cloud.variable(), cloud.kind.key_page);
             return Err(Complaint::refused(format!("{name} needs a key"), hint));
         };
         let http = Http::new(cloud.kind.name, &cloud.base_url, Some(key.clone()), Limits::default())?;

@@ -6,7 +6,7 @@ use crate::calendar::rfc3339;
 use crate::ledger::Unreadable;
 use crate::standing::{Over, Standing, SurveyStanding, UnderWay};
 use crate::survey::Outcome;
-use crate::text::clean;
+use crate::text::{clean, markdown};
 use crate::transport::quote::quote;
 
 /// The document, in Markdown.
@@ -33,9 +33,9 @@ pub fn document(standing: &Standing) -> String {
     out
 }
 
-/// Text from elsewhere, fit for a cell of a table.
+/// Text from elsewhere, fit for a cell of a table and a line of a list.
 fn cell(text: &str) -> String {
-    clean(text.as_bytes(), 500).replace('\\', "\\\\").replace('|', "\\|").replace('<', "&lt;")
+    markdown(text, 500)
 }
 
 fn table(header: &[&str], rows: Vec<Vec<String>>) -> Vec<String> {
@@ -169,7 +169,7 @@ fn next_steps(standing: &Standing) -> Vec<String> {
         let id = run.instance.as_deref().unwrap_or_default();
         step(
             format!("End the instance that is kept for {}, when it is not needed any more.", cell(&run.model)),
-            format!("outliers instances terminate {}", quote(id)),
+            format!("outliers instances terminate {}", quote(&plain(id))),
         );
     }
     steps
@@ -181,7 +181,8 @@ fn next_of(survey: &SurveyStanding, standing: &Standing) -> (String, String) {
         |outcomes: &[Outcome]| survey.index.models.iter().filter(|line| outcomes.contains(&line.outcome)).count();
     let (open, failed) = (count(&[Outcome::Open]), count(&[Outcome::Partial, Outcome::Failed]));
     let name = cell(&survey.index.survey);
-    let file = quote(&clean(survey.index.file.as_bytes(), 4000));
+    let file = quote(&plain(&survey.index.file));
+    let page = quote(&format!("{}.html", plain(&survey.index.survey)));
     let runs = |run: &&UnderWay| run.survey.as_ref() == Some(&survey.index.survey) && run.looked_after;
     match (open, failed) {
         (1.., _) if standing.under_way.iter().any(|run| runs(&run)) => {
@@ -194,13 +195,18 @@ fn next_of(survey: &SurveyStanding, standing: &Standing) -> (String, String) {
         ),
         (0, 0) => (
             format!("Look at survey {name}, which is complete."),
-            format!("outliers compare {} --html {}", path(&survey.folder), quote(&format!("{name}.html"))),
+            format!("outliers compare {} --html {page}", path(&survey.folder)),
         ),
     }
 }
 
 fn path(path: &Path) -> String {
-    quote(&clean(path.to_string_lossy().as_bytes(), 4000))
+    quote(&plain(&path.to_string_lossy()))
+}
+
+/// Text from elsewhere in a command, which Markdown shows as it is.
+fn plain(text: &str) -> String {
+    clean(text.as_bytes(), 4000)
 }
 
 fn spend(standing: &Standing) -> Vec<String> {
@@ -238,6 +244,26 @@ mod tests {
         let next = part("Next");
         assert!(next.contains("1. Watch survey moe-two: 1 models are open."), "{next}");
         assert!(part("Spend").contains("may still cost, until their time limits: $6.00"), "{}", part("Spend"));
+    }
+
+    #[test]
+    fn what_clouds_and_models_are_called_makes_no_link_and_no_image() {
+        let home = tempfile::tempdir().unwrap();
+        let mut standing = standing(home.path());
+        let evil = "![a](http://evil.example/x.png) [b](//evil.example) <img src=x> www.evil.example";
+        standing.under_way.iter_mut().for_each(|run| {
+            run.instance = Some(evil.to_owned());
+            run.model = evil.to_owned();
+        });
+        for run in &mut standing.over {
+            (run.model, run.ending, run.hint) = (evil.to_owned(), evil.to_owned(), Some(evil.to_owned()));
+        }
+        standing.unreadable.push(Unreadable { run: "run9".into(), why: evil.into() });
+        let text = document(&standing);
+        for live in ["![", "](", "http://", "<img", "www."] {
+            assert!(!text.contains(live), "{live} in {text}");
+        }
+        assert!(text.contains("evil.example"), "it is shown: {text}");
     }
 
     #[test]

@@ -33,6 +33,7 @@ mod tests;
 pub use answers::Answers;
 use pace::Paces;
 use redact::Hidden;
+pub(crate) use redact::address;
 
 /// Largest reply that is read: a listing of some thousand instances.
 const LARGEST_REPLY: usize = 32 << 20;
@@ -170,9 +171,14 @@ impl Http {
         let Some(url) = url else {
             return Err(error(
                 BrokerErrorKind::Rejected,
-                format!("`{}` is no web address", clean(base.as_bytes(), 200)),
+                format!("`{}` is no web address", clean(redact::address(&base).as_bytes(), 200)),
             ));
         };
+        if !url.username().is_empty() || url.password().is_some() {
+            let shown = clean(redact::address(&base).as_bytes(), 200);
+            let message = format!("`{shown}` holds a password, beside which no key can be sent: leave it out");
+            return Err(error(BrokerErrorKind::Rejected, message));
+        }
         let is_here = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
         if url.scheme() == "http" && !is_here && key.is_some() {
             let message = format!("`{base}` is not encrypted: the key would be read on the way");

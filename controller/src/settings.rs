@@ -17,6 +17,7 @@ use crate::files::{MOST, read_text};
 use crate::local_worker::Limits;
 use crate::run::Watch;
 use crate::secret::Secret;
+use crate::text::toml_error;
 use crate::units::{Bytes, Fraction, Positive};
 
 /// Every environment variable this program reads, beside the clouds' keys ([`CloudKind::key_variable`], or the variable that the
@@ -154,6 +155,16 @@ pub struct CloudSettings {
     pub ssh_port: Option<u16>,
     /// Between two looks at its list while something is waited for.
     pub listing_interval: Option<Duration>,
+}
+
+impl CloudSettings {
+    /// The variable its key is read from, as it is told: what does not look like one may be the
+    /// key itself.
+    pub fn variable(&self) -> &str {
+        let fits = |b: u8| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_';
+        let is_name = self.key_variable.len() <= 60 && self.key_variable.bytes().all(fits);
+        if is_name { &self.key_variable } else { "the variable that key-variable in the settings names" }
+    }
 }
 
 /// A settings' file. Every field may be missing; one that is not known is an error.
@@ -389,7 +400,11 @@ fn user_path(config: Option<&Path>, environment: &Environment) -> Option<PathBuf
 }
 
 fn parse(text: &str, path: &Path) -> Result<File, SettingsError> {
-    toml::from_str(text).map_err(|error| SettingsError::Wrong { path: path.to_owned(), why: error.to_string() })
+    toml::from_str(text).map_err(|error| {
+        let (line, said) = toml_error(text, &error);
+        let at = line.map_or(String::new(), |line| format!("line {line}: "));
+        SettingsError::Wrong { path: path.to_owned(), why: at + &said }
+    })
 }
 
 fn state_folder(environment: &Environment) -> Result<PathBuf, SettingsError> {
@@ -580,7 +595,7 @@ mod tests {
             ("[plan]\nefficiency = inf", "efficiency"),
             ("[plan]\nread-rate = '0 GiB'", "read-rate"),
             ("[run]\nmax-duration = '0s'", "max-duration"),
-            ("= 3", "1"),
+            ("= 3", "line 1"),
         ] {
             let error = resolve(Some(text), &[]).unwrap_err();
             assert!(error.to_string().contains(word) && error.to_string().contains("mine.toml"), "{error}");
@@ -588,6 +603,24 @@ mod tests {
         }
         let missing = Settings::resolve(Some(Path::new("/no/such")), &Environment::of(&[]), Path::new("/"));
         assert!(matches!(missing, Err(SettingsError::Unreadable { .. })));
+    }
+
+    #[test]
+    fn a_key_that_stands_in_the_file_is_never_repeated() {
+        for text in [
+            "RUNPOD_API_KEY = 'rpa_geheim'",
+            "[brokers.runpod]\nkey = \"rpa_geheim\"",
+            "[brokers.runpod]\nenabled = \"rpa_geheim\"",
+            "[hub]\nrequests = 'rpa_geheim'",
+            "[hub]\ntoken = rpa_geheim",
+            "brokers = { runpod = { key = 'rpa_geheim' } }",
+            "broker = 'x'\nrpa_geheim\n",
+        ] {
+            let error = resolve(Some(text), &[]).unwrap_err().to_string();
+            assert!(!error.contains("geheim") && error.contains("mine.toml: "), "{text}: {error}");
+        }
+        let settings = resolve(Some("[brokers.runpod]\nkey-variable = 'rpa_geheim'"), &[]).unwrap();
+        assert!(settings.clouds.iter().all(|cloud| !cloud.variable().contains("geheim")));
     }
 
     #[test]

@@ -31,6 +31,41 @@ pub fn clean_lines(text: &str) -> String {
     text.lines().map(|line| clean(line.as_bytes(), 2000)).collect::<Vec<_>>().join("\n")
 }
 
+/// At most `limit` characters of a text as Markdown that shows them as they are: no link, no
+/// image, no cell of its own.
+pub fn markdown(text: &str, limit: usize) -> String {
+    let mut out = String::new();
+    for c in clean(text.as_bytes(), limit).chars() {
+        match c {
+            '&' => out += "&amp;",
+            '<' => out += "&lt;",
+            '>' => out += "&gt;",
+            '@' => out += "&#64;",
+            '\\' | '`' | '*' | '_' | '[' | ']' | '|' | '#' | '~' | '!' => out.extend(['\\', c]),
+            _ => out.push(c),
+        }
+    }
+    // Some make links of bare addresses.
+    out.replace("://", ":&#47;/").replace("www.", "www&#46;")
+}
+
+/// What is wrong with a TOML text: the number of its line, and why, with the name that stands
+/// there. No value is repeated, nor the line: people write keys into such files.
+pub fn toml_error(text: &str, error: &toml::de::Error) -> (Option<usize>, String) {
+    let said = clean(error.message().as_bytes(), 1000);
+    let value = said.split_once("string \"").and_then(|(before, rest)| {
+        let (_, after) = rest.rsplit_once("\", expected")?;
+        Some(format!("{before}a string, expected{after}"))
+    });
+    let said = value.unwrap_or(said);
+    let Some(span) = error.span() else { return (None, said) };
+    let at = text.floor_char_boundary(span.start);
+    let line = &text[text[..at].rfind('\n').map_or(0, |end| end + 1)..];
+    let name = line.lines().next().and_then(|line| line.split_once('=')).map_or("", |(name, _)| name.trim());
+    let said = if name.is_empty() { said } else { format!("`{}`: {said}", clean(name.as_bytes(), 80)) };
+    (Some(1 + text[..at].matches('\n').count()), said)
+}
+
 fn is_unsafe(c: char) -> bool {
     let direction = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     direction || (c.is_control() && !matches!(c, '\t' | '\n' | '\r'))
@@ -65,6 +100,14 @@ mod tests {
         assert_eq!(clean(b"a\tb\r\n", 99), "a b");
         assert_eq!(clean(b"abcdef", 3), "abc…");
         assert_eq!(clean(b"\xff", 3), "\u{fffd}");
+    }
+
+    #[test]
+    fn markdown_shows_what_was_said_and_follows_nothing() {
+        assert_eq!(markdown("owner/model-1 (run r2): 3 GiB", 99), "owner/model-1 (run r2): 3 GiB");
+        assert_eq!(markdown("![x](http://e) <b>|", 99), r"\!\[x\](http:&#47;/e) &lt;b&gt;\|");
+        assert_eq!(markdown("www.e.example a@e.example\n# `x`", 99), r"www&#46;e.example a&#64;e.example \# \`x\`");
+        assert_eq!(markdown("abcdef", 3), "abc…");
     }
 
     proptest! {

@@ -11,7 +11,7 @@ use crate::broker::{Account, Instance};
 use crate::cli::DoctorArgs;
 use crate::clouds::{Cloud, Clouds};
 use crate::deploy::look;
-use crate::http::clock_skew;
+use crate::http::{address, clock_skew};
 use crate::keys::RunKey;
 use crate::ledger::{Ledger, Records, Repaired, random_word};
 use crate::reconcile::{Action, Leave};
@@ -222,7 +222,7 @@ async fn strays(ledger: Option<&Ledger>, cloud: &Cloud) -> Finding {
 async fn reach(cloud: &CloudSettings) -> Option<Finding> {
     let what = format!("{} API", cloud.kind.name);
     if cloud.key.is_none() {
-        let found = format!("{} is not set", cloud.key_variable);
+        let found = format!("{} is not set", cloud.variable());
         return Some(Finding::new(&what, Health::Unused, found).hint(format!("keys: {}", cloud.kind.key_page)));
     }
     Some(match clock_skew(&cloud.base_url).await {
@@ -230,7 +230,7 @@ async fn reach(cloud: &CloudSettings) -> Option<Finding> {
             let found = format!("its clock is {} s {}", skew.abs(), if skew > 0 { "ahead" } else { "behind" });
             Finding::new(&what, Health::Bad, found).hint("set this machine's clock: deadlines are times of day")
         }
-        Ok(_) => Finding::new(&what, Health::Good, format!("{} answers, clocks agree", cloud.base_url)),
+        Ok(_) => Finding::new(&what, Health::Good, format!("{} answers, clocks agree", address(&cloud.base_url))),
         Err(why) => Finding::new(&what, Health::Bad, why).hint("check the network and any proxy"),
     })
 }

