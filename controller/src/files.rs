@@ -8,6 +8,18 @@ use std::path::Path;
 use rustix::fs::OFlags;
 use sha2::{Digest, Sha256};
 
+use crate::units::Bytes;
+
+/// So much of every disk is left free: the ledger grows, too.
+pub const RESERVE: Bytes = Bytes::from_mib(64);
+
+/// Free disk at `path`, or where it would be made; `None` if the system does not tell.
+pub fn free_disk(path: &Path) -> Option<Bytes> {
+    let there = path.ancestors().find(|path| path.exists())?;
+    let figures = rustix::fs::statvfs(there).ok()?;
+    Some(Bytes(figures.f_bavail.saturating_mul(figures.f_frsize)))
+}
+
 /// Most bytes of a document that is read as a whole: more than any that people, workers or this program write.
 pub const MOST: u64 = 256 << 20;
 
@@ -99,6 +111,23 @@ pub fn is_plain_name(name: &str) -> bool {
     !name.is_empty() && name.len() <= 200 && !name.starts_with(['.', '-']) && !name.contains(odd)
 }
 
+/// Gives a finished folder another name, durably. A folder of that name must be empty.
+///
+/// # Errors
+/// Another disk, a folder that is not empty, not allowed.
+pub fn rename_folder(from: &Path, to: &Path) -> io::Result<()> {
+    File::open(from)?.sync_all()?;
+    fs::rename(from, to)?;
+    sync_parent(to)
+}
+
+fn sync_parent(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => File::open(folder)?.sync_all(),
+        _ => Ok(()),
+    }
+}
+
 /// Writes a file beside its name, synced, then renames it, durably.
 ///
 /// # Errors
@@ -110,10 +139,7 @@ pub fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     file.write_all(content)?;
     file.sync_all()?;
     fs::rename(&part, path)?;
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => File::open(folder)?.sync_all(),
-        _ => Ok(()),
-    }
+    sync_parent(path)
 }
 
 #[cfg(test)]
@@ -153,6 +179,12 @@ mod tests {
         assert!(read_text(&at("a"), 3).unwrap_err().to_string().contains("UTF-8"));
         let missing = read_small(&at("none"), 1).unwrap_err();
         assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn free_disk_of_a_folder_to_come() {
+        let root = tempfile::tempdir().unwrap();
+        assert!(free_disk(&root.path().join("not/yet")).unwrap() > Bytes(0));
     }
 
     #[test]

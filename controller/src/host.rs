@@ -31,7 +31,7 @@ mod retry;
 mod savepoint;
 
 pub use error::{HostError, HostErrorKind};
-pub use fetch::Fetched;
+pub use fetch::{Fetched, unfinished};
 pub use follow::Cursor;
 pub use guard::Terms;
 pub use launch::{JobStatus, Launched};
@@ -94,6 +94,8 @@ pub enum HostEvent {
     Read(Cursor),
     /// The log grew faster than it can be followed: so many bytes were passed over. The whole log is fetched at the end.
     LogSkipped(u64),
+    /// The same of the progress file.
+    ProgressSkipped(u64),
     /// A file is being brought home.
     Fetching {
         /// Its name.

@@ -817,6 +817,7 @@ pub(crate) mod tests {
             agreed: None,
             only_in_time: false,
             results: "/r".into(),
+            output: Vec::new(),
             survey: None,
         }
     }

@@ -25,6 +25,7 @@ pub mod ledger;
 pub mod local_worker;
 pub mod market;
 pub mod mutant;
+pub mod output;
 pub mod reconcile;
 pub mod report;
 pub mod run;

@@ -16,12 +16,13 @@
 use std::fmt;
 use std::time::Duration;
 
-use outliers_protocol::{Failure, JobSpec};
+use outliers_protocol::{Failure, FileBytes, JobSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::broker::{GpuRequest, InstanceId, LeaseTag, Offer};
 use crate::estimate::Work;
 use crate::mutant::{Mutant, planted};
+use crate::output;
 use crate::units::{Bytes, Usd, UsdPerHour};
 
 /// What stands between the names of several brokers.
@@ -70,6 +71,9 @@ pub struct RunSpec {
     pub only_in_time: bool,
     /// Folder of this machine below which the results' folder appears.
     pub results: String,
+    /// The files that it leaves, each with the most bytes it can have. None: it was planned by an earlier version.
+    #[serde(default)]
+    pub output: Vec<FileBytes>,
     /// The survey that it is part of.
     #[serde(default)]
     pub survey: Option<Membership>,
@@ -113,6 +117,11 @@ impl RunSpec {
     pub fn pays_for(&self, offer: &Offer, spent: Usd) -> bool {
         let needed = (self.work.on(offer).seconds * ROOM).min(self.max_duration_s as f64);
         self.time_on(offer, spent).as_secs_f64() >= needed
+    }
+
+    /// The files that may come home beside log and progress, each with the most bytes it can have.
+    pub fn expected(&self) -> Vec<FileBytes> {
+        if self.output.is_empty() { output::unplanned(&self.job) } else { self.output.clone() }
     }
 
     /// The brokers that may be rented from, one by one.

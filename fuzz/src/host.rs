@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use outliers::host::{Cursor, HostError, HostEvent, RemoteHost};
 use outliers::transport::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind};
+use outliers_protocol::{FileBytes, files};
 use tokio::time::Instant;
 
 use crate::assert_harmless;
@@ -33,7 +34,9 @@ pub fn hear(script: &[u8]) {
         good(answered().follow(RUN, &mut Cursor::default(), deadline, &check_event).await);
         let home = tempfile::tempdir().expect("a folder");
         let into = home.path().join(RUN);
-        if let Some(fetched) = good(answered().fetch(RUN, &into, &check_event).await) {
+        let expected = [files::JOB, files::RESULTS, files::METADATA, files::STATISTICS]
+            .map(|name| FileBytes { name: name.to_owned(), bytes: 1 << 20 });
+        if let Some(fetched) = good(answered().fetch(RUN, &into, &expected, &check_event).await) {
             assert_eq!(names(&into), fetched.files);
         }
         assert!(names(home.path()).iter().all(|name| name == RUN || name == "r1.part"), "{:?}", names(home.path()));

@@ -43,6 +43,15 @@ case $scenario in
   hangs) exec sleep 600 ;;
   stubborn) trap '' TERM; while :; do sleep 1; done ;;
   huge-log) head -c 40000000 /dev/zero | tr '\0' 'l'; echo; echo last; finish ;;
+  huge-progress)
+    dd if=/dev/zero of="$out/progress.jsonl" bs=1 count=0 seek=2000000000 conv=notrunc 2>/dev/null
+    echo >> "$out/progress.jsonl"
+    finish ;;
+  vast | petabyte)
+    size=53687091200; [ "$scenario" = petabyte ] && size=1125899906842624
+    results
+    manifest "$(entry results.json results.json),{\"name\":\"vast.json\",\"bytes\":$size,\"sha256\":\"$(printf '%064d' 0)\"}" ;;
+  stranger) results; manifest "$(entry another.json results.json)" ;;
   climbs) results; manifest "$(entry ../results.json results.json)" ;;
   absolute) results; manifest "$(entry /etc/passwd results.json)" ;;
   nested) results; manifest "$(entry a/b results.json)" ;;

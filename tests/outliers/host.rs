@@ -5,12 +5,14 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use outliers::broker::SshEndpoint;
-use outliers::host::{Cursor, Fetched, HostErrorKind, HostEvent, JobStatus, Launched, RemoteHost, RemoteWorker, reach};
+use outliers::host::{
+    Cursor, Fetched, HostErrorKind, HostEvent, JobStatus, Launched, RemoteHost, RemoteWorker, reach, unfinished,
+};
 use outliers::keys::RunKey;
 use outliers::secret::Secret;
 use outliers::transport::TransportErrorKind as Kind;
 use outliers::transport::ssh::HostKeyPin;
-use outliers_protocol::{JobSpec, ModelSource};
+use outliers_protocol::{FileBytes, JobSpec, ModelSource};
 use outliers_tests::sshd::Sshd;
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -91,7 +93,7 @@ impl Scene {
     }
 
     async fn fetch(&self, run: &str) -> Fetched {
-        self.host.fetch(run, &self.home_folder(run), &self.events.on()).await.unwrap()
+        self.host.fetch(run, &self.home_folder(run), &expected(), &self.events.on()).await.unwrap()
     }
 
     fn home_folder(&self, run: &str) -> PathBuf {
@@ -109,6 +111,12 @@ fn within(seconds: u64) -> Instant {
 
 fn job(scenario: &str) -> JobSpec {
     JobSpec::new(ModelSource::Folder { path: scenario.to_owned() })
+}
+
+/// What the stand-in may leave.
+fn expected() -> Vec<FileBytes> {
+    let names = ["job.json", "results.json", "metadata.json", "linked.json", "missing.json", "pipe.json", "vast.json"];
+    names.map(|name| FileBytes { name: name.to_owned(), bytes: 1 << 20 }).to_vec()
 }
 
 fn kill(target: &str) {
@@ -349,16 +357,56 @@ async fn hostile_manifests_bring_nothing_home() {
     let Some(scene) = Scene::new().await else { return };
     let lies = [
         "climbs", "absolute", "nested", "hidden", "twice", "linked", "missing", "changed", "longer", "pipe",
-        "nonsense", "future",
+        "nonsense", "future", "stranger",
     ];
     for scenario in lies {
         scene.launch(scenario, scenario).await;
         assert_eq!(scene.follow(scenario).await, ENDED_WELL, "{scenario}: {}", scene.events.logs());
-        let error = scene.host.fetch(scenario, &scene.home_folder(scenario), &|_| {}).await.unwrap_err();
+        let error = scene.host.fetch(scenario, &scene.home_folder(scenario), &expected(), &|_| {}).await.unwrap_err();
         assert_eq!(error.kind, HostErrorKind::Damaged, "{scenario}: {error}");
         assert!(!scene.home_folder(scenario).exists(), "{scenario}");
+        assert!(!unfinished(&scene.home_folder(scenario)).exists(), "{scenario}: it says that nothing was kept");
         assert!(!scene.here.path().join("results/results.json").exists(), "{scenario}");
     }
+}
+
+/// A file of 50 GiB that takes no room there: of what the job makes, and larger than it makes it.
+#[tokio::test]
+async fn what_is_larger_than_the_job_makes_it_is_refused_before_a_byte_of_it_comes() {
+    let Some(scene) = Scene::new().await else { return };
+    scene.launch("r1", "vast").await;
+    assert_eq!(scene.follow("r1").await, ENDED_WELL, "{}", scene.events.logs());
+    let fetched = scene.host.fetch("r1", &scene.home_folder("r1"), &expected(), &scene.events.on()).await;
+    let error = fetched.unwrap_err();
+    assert_eq!(error.kind, HostErrorKind::TooLarge, "{error}");
+    assert!(error.message.contains("vast.json") && error.message.contains("50.0 GiB"), "{error}");
+    assert!(error.message.contains("1.0 MiB at most"), "{error}");
+    assert!(!scene.events.all().iter().any(|event| matches!(event, HostEvent::Fetching { .. })));
+    assert!(!scene.home_folder("r1").exists() && !unfinished(&scene.home_folder("r1")).exists());
+}
+
+/// What the manifest names is of the job, and there is no room for it: that is no fault of the host.
+#[tokio::test]
+async fn what_this_disk_has_no_room_for_is_refused_before_a_byte_of_it_comes() {
+    let Some(scene) = Scene::new().await else { return };
+    scene.launch("r1", "petabyte").await;
+    assert_eq!(scene.follow("r1").await, ENDED_WELL, "{}", scene.events.logs());
+    let any = [("results.json", 1 << 20), ("metadata.json", 1 << 20), ("vast.json", u64::MAX)];
+    let any = any.map(|(name, bytes)| FileBytes { name: name.to_owned(), bytes });
+    let error = scene.host.fetch("r1", &scene.home_folder("r1"), &any, &scene.events.on()).await.unwrap_err();
+    assert_eq!(error.kind, HostErrorKind::Local, "{error}");
+    assert!(error.message.contains("1024.00 TiB") && error.message.contains("are free there"), "{error}");
+    assert!(!unfinished(&scene.home_folder("r1")).exists());
+}
+
+/// As much as would take an hour to read.
+#[tokio::test]
+async fn a_progress_file_that_ran_away_keeps_nobody_after_the_worker_has_ended() {
+    let Some(scene) = Scene::new().await else { return };
+    scene.launch("r1", "huge-progress").await;
+    assert_eq!(scene.follow("r1").await, ENDED_WELL);
+    assert!(scene.events.all().iter().any(|e| matches!(e, HostEvent::ProgressSkipped(n) if *n > 1 << 30)));
+    assert_eq!(scene.events.layers().last(), Some(&4), "its last line is read");
 }
 
 #[tokio::test]
@@ -369,7 +417,7 @@ async fn a_folder_that_is_not_ours_is_not_replaced() {
     let into = scene.here.path().join("thesis");
     std::fs::create_dir(&into).unwrap();
     std::fs::write(into.join("chapter1"), "x").unwrap();
-    let error = scene.host.fetch("r1", &into, &|_| {}).await.unwrap_err();
+    let error = scene.host.fetch("r1", &into, &expected(), &|_| {}).await.unwrap_err();
     assert_eq!(error.kind, HostErrorKind::Local, "{error}");
     assert_eq!(std::fs::read(into.join("chapter1")).unwrap(), b"x");
     // Nor are the results of another run.
@@ -377,7 +425,7 @@ async fn a_folder_that_is_not_ours_is_not_replaced() {
     scene.follow("r2").await;
     scene.fetch("r1").await;
     std::fs::write(scene.remote("r2", "manifest.json"), r#"{"schema":1,"outcome":"complete","files":[]}"#).unwrap();
-    let error = scene.host.fetch("r2", &scene.home_folder("r1"), &|_| {}).await.unwrap_err();
+    let error = scene.host.fetch("r2", &scene.home_folder("r1"), &expected(), &|_| {}).await.unwrap_err();
     assert_eq!(error.kind, HostErrorKind::Local, "{error}");
 }
 

@@ -7,6 +7,7 @@ use outliers::broker::local::LocalBroker;
 use outliers::broker::{Broker, GpuRequest, InstanceState, Lease, LeaseTag, SshEndpoint};
 use outliers::host::{Cursor, HostEvent, JobStatus, Launched, reach};
 use outliers::keys::RunKey;
+use outliers::output::unplanned;
 use outliers::units::Bytes;
 use outliers_protocol::{CorpusSource, JobSpec, ModelSource, Outcome, Phase, Results};
 use outliers_tests::programs;
@@ -38,7 +39,7 @@ async fn whole_path(endpoint: &SshEndpoint, key: &Path) {
     let ended = host.follow("r1", &mut Cursor::default(), deadline, &on).await.unwrap();
     let home = tempfile::tempdir().unwrap();
     let into = home.path().join("r1");
-    let fetched = host.fetch("r1", &into, &on).await.unwrap();
+    let fetched = host.fetch("r1", &into, &unplanned(&job), &on).await.unwrap();
     let log = std::fs::read_to_string(into.join("worker.log")).unwrap_or_default();
     assert_eq!(ended, JobStatus::Ended { exit: Some(0) }, "{log}");
     assert_eq!(fetched.manifest.unwrap().outcome, Outcome::Complete);

@@ -134,6 +134,7 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
         agreed: None,
         only_in_time: false,
         results: text(results.to_owned()),
+        output: Vec::new(),
         survey: None,
     }
 }

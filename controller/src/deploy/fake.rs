@@ -67,6 +67,7 @@ pub(crate) fn spec(results: &Path) -> RunSpec {
         agreed: None,
         only_in_time: false,
         results: results.to_string_lossy().into_owned(),
+        output: Vec::new(),
         survey: None,
     }
 }

@@ -1,7 +1,7 @@
 //! What a run does to the world, as traits: the real thing and the tests' fakes are two implementations of each.
 
 use async_trait::async_trait;
-use outliers_protocol::{JobSpec, Manifest, Progress};
+use outliers_protocol::{FileBytes, JobSpec, Manifest, Progress};
 use std::path::Path;
 use tokio::time::Instant;
 
@@ -79,8 +79,15 @@ pub trait Host: Send + Sync {
     /// Passes on what the worker says until it has ended.
     async fn follow(&self, run: &str, on: &Listener<'_>) -> Result<JobStatus, HostError>;
 
-    /// Copies the worker's files into the local folder `into`; the manifest if the worker has written one.
-    async fn fetch(&self, run: &str, into: &Path, on: &Listener<'_>) -> Result<Option<Manifest>, HostError>;
+    /// Copies the worker's files into the local folder `into`: no others than are `expected`, and none that is larger. The manifest if
+    /// the worker has written one.
+    async fn fetch(
+        &self,
+        run: &str,
+        into: &Path,
+        expected: &[FileBytes],
+        on: &Listener<'_>,
+    ) -> Result<Option<Manifest>, HostError>;
 
     /// Ends the worker. One that has ended already is a success.
     async fn stop_worker(&self, run: &str) -> Result<(), HostError>;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use outliers_protocol::{JobSpec, Manifest, files};
+use outliers_protocol::{FileBytes, JobSpec, Manifest, files};
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -203,8 +203,14 @@ impl Host for SshHost {
         }
     }
 
-    async fn fetch(&self, run: &str, into: &Path, on: &Listener<'_>) -> Result<Option<Manifest>, HostError> {
-        Ok(self.host.fetch(run, into, &|event| tell(event, on)).await?.manifest)
+    async fn fetch(
+        &self,
+        run: &str,
+        into: &Path,
+        expected: &[FileBytes],
+        on: &Listener<'_>,
+    ) -> Result<Option<Manifest>, HostError> {
+        Ok(self.host.fetch(run, into, expected, &|event| tell(event, on)).await?.manifest)
     }
 
     async fn stop_worker(&self, run: &str) -> Result<(), HostError> {
@@ -314,6 +320,7 @@ fn tell(event: HostEvent, on: &Listener<'_>) {
         HostEvent::Waiting { what, attempt, .. } => note(format!("waiting for SSH (attempt {attempt}): {what}")),
         HostEvent::ConnectionLost { why } => on(HostTalk::Lost(why)),
         HostEvent::Reconnected => on(HostTalk::Back),
+        HostEvent::ProgressSkipped(bytes) => note(format!("{} of the progress file passed over", Bytes(bytes))),
         HostEvent::LogSkipped(bytes) => note(format!("{} of the log passed over", Bytes(bytes))),
         HostEvent::BadProgress(line) => note(format!("a damaged progress line: {line}")),
         HostEvent::Uploading { .. }

@@ -6,21 +6,19 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use outliers_protocol::{FileEntry, Manifest, SCHEMA, files};
+use outliers_protocol::{FileBytes, FileEntry, Manifest, SCHEMA, files};
 
 use super::bundle::Wanted;
 use super::push::hash_file;
 use super::retry::again;
 use super::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost};
-use crate::files::is_plain_name;
+use crate::files::{RESERVE, free_disk};
+use crate::text::clean;
 use crate::transport::TransportErrorKind;
 use crate::units::Bytes;
 
 /// A manifest is a list of a dozen files.
 const MAX_MANIFEST: u64 = 1 << 20;
-const MAX_FILES: usize = 200;
-/// Of one file: saved activations are the largest.
-const MAX_FILE: u64 = 256 << 30;
 /// Of a file that no manifest vouches for.
 const MAX_LOOSE: u64 = 8 << 20;
 /// Of a log, its end.
@@ -45,24 +43,53 @@ pub struct Fetched {
 }
 
 impl RemoteHost {
-    /// Brings a run's files into the folder `into`: all of them, each with the size and hash its manifest names, or none.
+    /// Brings a run's files into the folder `into`: all of them, each with the size and hash its manifest names, or none. A manifest may
+    /// name the files of `expected`, none larger than it says there.
     ///
-    /// They come into `<into>.part` first, where a fetch that broke off finds what it had verified. A folder left by an earlier, partial fetch is replaced; a whole one is kept and its
+    /// They come into [`unfinished`] first, where a fetch that broke off with the connection finds what it had verified; what ends in
+    /// another way leaves nothing there. A folder left by an earlier, partial fetch is replaced; a whole one is kept and its
     /// manifest compared. Without a manifest on the host, log, job, progress and metadata are brought and marked partial.
-    pub async fn fetch(&self, run: &str, into: &Path, on: OnEvent<'_>) -> Result<Fetched, HostError> {
-        Ok(again!(PATIENCE, on, self.fetch_once(run, into, on)))
+    pub async fn fetch(
+        &self,
+        run: &str,
+        into: &Path,
+        expected: &[FileBytes],
+        on: OnEvent<'_>,
+    ) -> Result<Fetched, HostError> {
+        let fetched = self.fetch_again(run, into, expected, on).await;
+        if fetched.as_ref().is_err_and(|error| !error.is_transient()) {
+            // It may never have come to be.
+            let _ = remove_folder(&unfinished(into));
+        }
+        fetched
     }
 
-    async fn fetch_once(&self, run: &str, into: &Path, on: OnEvent<'_>) -> Result<Fetched, HostError> {
+    async fn fetch_again(
+        &self,
+        run: &str,
+        into: &Path,
+        expected: &[FileBytes],
+        on: OnEvent<'_>,
+    ) -> Result<Fetched, HostError> {
+        Ok(again!(PATIENCE, on, self.fetch_once(run, into, expected, on)))
+    }
+
+    async fn fetch_once(
+        &self,
+        run: &str,
+        into: &Path,
+        expected: &[FileBytes],
+        on: OnEvent<'_>,
+    ) -> Result<Fetched, HostError> {
         let folder = self.run_folder(run).await?;
         let mut found = self.look_for_files(&folder).await?;
         let text = found.remove(files::MANIFEST);
-        let manifest = text.as_deref().map(|text| self.read_manifest(text)).transpose()?;
+        let manifest = text.as_deref().map(|text| self.read_manifest(text, expected)).transpose()?;
         if let (Some(manifest), Some(known)) = (&manifest, kept(into)?) {
             return self.compare_with_kept(manifest, &known, into);
         }
         check_replaceable(into)?;
-        let part = beside(into, ".part");
+        let part = unfinished(into);
         let here = |e: io::Error| local_error(&part, &e);
         fs::create_dir_all(&part).map_err(here)?;
         let entries = manifest.as_ref().map_or(&[][..], |manifest| &manifest.files);
@@ -139,19 +166,16 @@ impl RemoteHost {
         self.verify(&local, entry).await
     }
 
-    /// A host may name more than there is room for here.
+    /// Nothing is brought that this disk has no room for, and some of it is left to others.
     fn check_room(&self, part: &Path, entries: &[&FileEntry]) -> Result<(), HostError> {
-        let free = rustix::fs::statvfs(part).map_err(|e| local_error(part, &e.into()))?;
-        let (free, needed) =
-            (Bytes(free.f_bavail.saturating_mul(free.f_frsize)), Bytes(entries.iter().map(|e| e.bytes).sum()));
-        if needed.0 <= free.0 {
-            return Ok(());
-        }
-        let message = format!("{}: the results are {needed}, {} has {free} left", self.name, part.display());
-        Err(HostError::new(HostErrorKind::TooLarge, message).hint("make room, or name a folder on a larger disk"))
+        let bytes = entries.iter().fold(RESERVE.0, |sum, entry| sum.saturating_add(entry.bytes));
+        let Some(free) = free_disk(part).filter(|free| free.0 < bytes) else { return Ok(()) };
+        let (needed, place) = (Bytes(bytes), part.display());
+        let message = format!("{}: the results need {needed} in {place}, and {free} are free there", self.name);
+        Err(HostError::new(HostErrorKind::Local, message).hint("make room, or name a folder on a larger disk"))
     }
 
-    fn read_manifest(&self, text: &[u8]) -> Result<Manifest, HostError> {
+    fn read_manifest(&self, text: &[u8], expected: &[FileBytes]) -> Result<Manifest, HostError> {
         let manifest: Manifest =
             serde_json::from_slice(text).map_err(|e| self.damaged(&format!("its manifest cannot be read: {e}")))?;
         if manifest.schema != SCHEMA {
@@ -160,19 +184,17 @@ impl RemoteHost {
         let mut names = HashSet::new();
         for entry in &manifest.files {
             let name = &entry.name;
-            let ours = name == files::MANIFEST || name.ends_with(".part");
+            let most = expected.iter().find(|file| file.name == *name && name != files::MANIFEST);
             // Compared without case: some file systems at home know none.
-            if !is_plain_name(name) || ours || !names.insert(name.to_lowercase()) {
-                return Err(self.damaged(&format!("its manifest names the file {name:?}")));
-            }
-            if entry.bytes > MAX_FILE {
-                return Err(self.too_large(name, entry.bytes));
+            let Some(most) = most.filter(|_| names.insert(name.to_lowercase())) else {
+                let name = clean(name.as_bytes(), 200);
+                return Err(self.damaged(&format!("its manifest names the file {name:?}, which the job does not make")));
+            };
+            if entry.bytes > most.bytes {
+                return Err(self.too_large(entry, most));
             }
         }
-        match manifest.files.len() > MAX_FILES {
-            true => Err(self.damaged(&format!("its manifest names {} files", manifest.files.len()))),
-            false => Ok(manifest),
-        }
+        Ok(manifest)
     }
 
     async fn fetch_verified(
@@ -220,12 +242,13 @@ impl RemoteHost {
 
     fn damaged(&self, what: &str) -> HostError {
         HostError::new(HostErrorKind::Damaged, format!("{}: {what}", self.name))
-            .hint("nothing of it was kept; look at the run's folder on the host before the instance ends")
+            .hint("nothing of it was kept; another instance may serve better")
     }
 
-    fn too_large(&self, name: &str, bytes: u64) -> HostError {
-        let message = format!("{}: {name} has {}, we take {}", self.name, Bytes(bytes), Bytes(MAX_FILE));
-        HostError::new(HostErrorKind::TooLarge, message)
+    fn too_large(&self, entry: &FileEntry, most: &FileBytes) -> HostError {
+        let (bytes, most) = (Bytes(entry.bytes), Bytes(most.bytes));
+        let message = format!("{}: {} has {bytes} by its manifest; the job makes {most} at most", self.name, entry.name);
+        HostError::new(HostErrorKind::TooLarge, message).hint("nothing of it was kept; another instance may serve better")
     }
 }
 
@@ -293,6 +316,11 @@ fn list(folder: &Path) -> io::Result<Vec<String>> {
     let mut names = names?;
     names.sort();
     Ok(names)
+}
+
+/// Where files lie until all that are to come into `into` have come.
+pub fn unfinished(into: &Path) -> PathBuf {
+    beside(into, ".part")
 }
 
 /// Puts the finished folder in the place of a partial one or of nothing.

@@ -23,7 +23,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(2);
 const TAKE: u64 = 256 << 10;
 /// A line longer than this is no line of ours.
 const MAX_LINE: usize = 64 << 10;
-/// Further behind than this, the log is passed over up to its last `TAKE` bytes.
+/// Further behind than this, a file is passed over up to its last `TAKE` bytes.
 const MAX_LAG: u64 = 4 << 20;
 /// What is shown of a line.
 const SHOWN: usize = 2000;
@@ -151,7 +151,12 @@ impl Cursor {
                 on(read_progress(line, whole));
             }
         }
-        self.progress += taken as u64;
+        self.progress = self.progress.saturating_add(taken as u64);
+        if let Some(behind) = behind(piece, &mut self.progress) {
+            on(HostEvent::ProgressSkipped(behind));
+            // It goes on within a line.
+            self.overlong = true;
+        }
         taken > 0
     }
 
@@ -167,10 +172,8 @@ impl Cursor {
         }
         // A host may claim a length close to the end of numbers.
         self.log = self.log.saturating_add(taken as u64);
-        let behind = piece.size.saturating_sub(self.log);
-        if behind > MAX_LAG {
-            on(HostEvent::LogSkipped(behind - TAKE));
-            self.log = piece.size - TAKE;
+        if let Some(behind) = behind(piece, &mut self.log) {
+            on(HostEvent::LogSkipped(behind));
         }
         taken > 0
     }
@@ -183,9 +186,18 @@ impl Cursor {
         }
         if !look.progress.bytes.is_empty() {
             on(HostEvent::BadProgress(clean(&look.progress.bytes, 200)));
-            self.progress += look.progress.bytes.len() as u64;
+            self.progress = self.progress.saturating_add(look.progress.bytes.len() as u64);
         }
     }
+}
+
+/// Moves a cursor that is too far behind close to the end of its file; gives the bytes that are passed over.
+fn behind(piece: &Piece, at: &mut u64) -> Option<u64> {
+    let behind = piece.size.saturating_sub(*at);
+    (behind > MAX_LAG).then(|| {
+        *at = piece.size - TAKE;
+        behind - TAKE
+    })
 }
 
 fn read_progress(line: &[u8], whole: bool) -> HostEvent {
@@ -256,6 +268,21 @@ mod tests {
         let events = events.into_inner().unwrap();
         assert_eq!(events[0], HostEvent::Log("one".to_owned()));
         assert_eq!(events[1], HostEvent::LogSkipped((10 << 20) - 14 - TAKE));
+    }
+
+    #[test]
+    fn progress_that_runs_away_is_passed_over_and_goes_on_with_a_whole_line() {
+        let (events, mut cursor) = (Mutex::new(Vec::new()), Cursor::default());
+        let on = |event| events.lock().unwrap().push(event);
+        let line = format!("{LINE}\n");
+        assert!(cursor.take_progress(&Piece { size: 1 << 30, bytes: line.clone().into_bytes() }, &on));
+        assert_eq!(cursor.progress, (1 << 30) - TAKE);
+        let rest = format!("the end of a line\n{line}");
+        assert!(cursor.take_progress(&Piece { size: 1 << 30, bytes: rest.into_bytes() }, &on));
+        let events = events.into_inner().unwrap();
+        assert_eq!(events.len(), 3, "{events:?}");
+        assert_eq!(events[1], HostEvent::ProgressSkipped((1 << 30) - line.len() as u64 - TAKE));
+        assert!([&events[0], &events[2]].iter().all(|event| matches!(event, HostEvent::Progress(_))), "{events:?}");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use tokio::process::Command;
 
 use super::NAME;
 use crate::broker::Offer;
+use crate::files::free_disk;
 use crate::units::{Bytes, Usd, UsdPerHour};
 
 /// The price of one CPU core, in millionths of a dollar per hour: about what clouds ask, and enough for bills that differ.
@@ -124,13 +125,6 @@ pub(crate) fn memory() -> Option<Bytes> {
     (total > 0).then(|| Bytes(limit.map_or(total, |limit| limit.min(total))))
 }
 
-/// Free disk at `path`, or where it would be made.
-pub(super) fn free_disk(path: &Path) -> Option<Bytes> {
-    let there = path.ancestors().find(|path| path.exists())?;
-    let figures = rustix::fs::statvfs(there).ok()?;
-    Some(Bytes(figures.f_bavail.saturating_mul(figures.f_frsize)))
-}
-
 async fn list_gpus(nvidia_smi: &Path) -> Vec<Gpu> {
     let mut command = Command::new(nvidia_smi);
     command.args(["--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]);
@@ -203,12 +197,6 @@ mod tests {
             parse_gpus("Odd, name, 1024\n\n"),
             [Gpu { raw: "Odd, name".to_owned(), vram: Some(Bytes::from_gib(1)) }]
         );
-    }
-
-    #[test]
-    fn free_disk_of_a_folder_to_come() {
-        let root = tempfile::tempdir().unwrap();
-        assert!(free_disk(&root.path().join("not/yet")).unwrap() > Bytes(0));
     }
 
     #[tokio::test]

@@ -1,0 +1,208 @@
+//! The files that a run leaves for bringing home: their names, and how large they can be.
+
+use outliers_protocol::{FileBytes, Inspection, JobSpec, SiteKind, files};
+use serde::Serialize;
+
+use crate::units::Bytes;
+
+/// A line of a document: indentation, a name and a value. All in bytes.
+const LINE: f64 = 96.0;
+/// A line of a list of numbers.
+const ITEM: f64 = 40.0;
+/// What a document or a header has besides.
+const BASE: f64 = (1 << 20) as f64;
+/// What the results say of a layer, of a norm output and of an expert.
+const LAYER: f64 = 32_768.0;
+const SITE: f64 = 8192.0;
+const EXPERT: f64 = 1024.0;
+/// An event of a time line, and how many there are of each tensor and of each step of a sequence.
+const EVENT: f64 = 192.0;
+const EVENTS: f64 = 16.0;
+/// Log and progress, of which no more comes home.
+const WORDS: u64 = 24 << 20;
+/// Of a file of which no plan tells.
+const UNKNOWN: u64 = 256 << 30;
+
+/// The files that a run of `job` leaves, beside log and progress, each with the most bytes it can have.
+pub fn planned(job: &JobSpec, inspection: &Inspection) -> Vec<FileBytes> {
+    let figures = Figures::of(job, inspection);
+    let most = |name: &str| match name {
+        files::JOB => BASE + 4.0 * length(job),
+        files::RESULTS => figures.results(),
+        // Its text may name every document that was read.
+        files::METADATA => 4.0 * (BASE + length(job) + length(inspection)) + ITEM * figures.tokens,
+        files::STATISTICS => figures.statistics(),
+        name if job.trace.as_deref() == Some(name) => figures.trace(),
+        _ => figures.activations(),
+    };
+    // What is larger than any number is as large as the largest.
+    names(job).map(|name| FileBytes { name: name.to_owned(), bytes: most(name) as u64 }).collect()
+}
+
+/// The same for a job of which there is no plan.
+pub fn unplanned(job: &JobSpec) -> Vec<FileBytes> {
+    names(job).map(|name| FileBytes { name: name.to_owned(), bytes: UNKNOWN }).collect()
+}
+
+/// What these files take together at most, with log and progress.
+pub fn bytes(files: &[FileBytes]) -> Bytes {
+    Bytes(files.iter().fold(WORDS, |sum, file| sum.saturating_add(file.bytes)))
+}
+
+fn names(job: &JobSpec) -> impl Iterator<Item = &str> {
+    let asked_for = [&job.save_activations, &job.trace].into_iter().filter_map(|name| name.as_deref());
+    [files::JOB, files::RESULTS, files::METADATA, files::STATISTICS].into_iter().chain(asked_for)
+}
+
+/// Of a document as it is written.
+fn length(document: &impl Serialize) -> f64 {
+    serde_json::to_vec_pretty(document).map_or(0.0, |text| text.len() as f64)
+}
+
+/// What the sizes follow from.
+struct Figures {
+    hidden: f64,
+    vocab: f64,
+    layers: f64,
+    /// Studied norm outputs.
+    sites: f64,
+    /// Kinds of other sites that are saved with the activations.
+    kinds: f64,
+    /// Routed experts of all layers.
+    experts: f64,
+    tensors: f64,
+    sequences: f64,
+    /// Of all sequences.
+    tokens: f64,
+}
+
+impl Figures {
+    fn of(job: &JobSpec, inspection: &Inspection) -> Self {
+        let (plan, layers) = (&inspection.plan, &inspection.layers);
+        let is_saved = |kind: &&SiteKind| !matches!(kind, SiteKind::Norms | SiteKind::ExpertOut);
+        Self {
+            hidden: inspection.hidden as f64,
+            vocab: inspection.vocab as f64,
+            layers: layers.len() as f64,
+            sites: inspection.sites.len() as f64,
+            kinds: job.sites.iter().filter(is_saved).count() as f64,
+            experts: layers.iter().map(|layer| layer.experts as f64).sum(),
+            tensors: layers.iter().map(|layer| layer.tensors as f64).sum(),
+            sequences: plan.sequences as f64,
+            tokens: plan.sequences as f64 * plan.tokens_per_sequence as f64,
+        }
+    }
+
+    /// Were every feature systematic, with where it was in every sequence.
+    fn results(&self) -> f64 {
+        let within = self.sequences * (5.0 * LINE + 8.0 * self.sites);
+        let feature = 40.0 * LINE + (2.0 * self.layers + self.sites) * ITEM + within;
+        let parts = LAYER * self.layers + SITE * self.sites + EXPERT * self.experts + 8.0 * LINE * self.sequences;
+        2.0 * BASE + self.hidden * feature + parts
+    }
+
+    /// Eight numbers per norm output and feature, a gain, three per sequence and feature, seven per expert.
+    fn statistics(&self) -> f64 {
+        let features = self.hidden * (60.0 * self.sites + 24.0 * self.sequences);
+        BASE + features + 52.0 * self.experts + 2048.0 * self.layers
+    }
+
+    /// Hidden states at every site and after the last norm, logits, and of the routers no more than all experts.
+    fn activations(&self) -> f64 {
+        let states = 4.0 * self.hidden * (self.sites + self.kinds * self.layers + 1.0);
+        BASE + self.tokens * (states + 4.0 * self.vocab + 12.0 * self.experts + 12.0) + 4096.0 * self.layers
+    }
+
+    fn trace(&self) -> f64 {
+        let steps = self.sequences * (4.0 * self.layers + self.experts + self.vocab / 1024.0 + 16.0);
+        BASE + EVENT * EVENTS * (self.tensors + steps)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use outliers_protocol::ModelSource;
+    use serde_json::json;
+
+    use super::*;
+
+    /// Two layers of a mixture, four norm outputs of 64 features, eight sequences of 32 tokens.
+    fn inspection() -> Inspection {
+        let layer = |layer: usize| {
+            json!({ "layer": layer, "kind": "", "experts": 4, "tensors": 20, "parameters": 1, "bytes": 1 })
+        };
+        let site = |layer: usize, point: &str| json!({ "layer": layer, "point": point, "tensor": "" });
+        let sites = [0, 1].map(|at| [site(at, "before_attention"), site(at, "before_mlp")]).concat();
+        let document = json!({
+            "schema": 1, "model": "m", "revision": null, "architecture": "", "model_type": "", "hidden": 64, "vocab": 100,
+            "max_positions": null, "tied_head": false, "parameters": 1, "active_parameters": 1, "stored_bytes": 1,
+            "stored_dtypes": {}, "embedding_bytes": 1, "head_bytes": 1, "layers": [layer(0), layer(1)], "sites": sites,
+            "ignored": [], "unexplained": [], "files": [], "tokenizer": null,
+            "config": { "rules": 1, "class": "", "defaults": {}, "nulls": [], "unknown": [] },
+            "plan": {
+                "sequences": 8, "tokens_per_sequence": 32, "compute_bytes_per_value": 4, "flops": 1.0,
+                "streamed_memory_bytes": 1, "resident_memory_bytes": 1, "hidden_state_bytes": 1, "disk_bytes": 1,
+                "bytes_to_read": 1,
+            },
+        });
+        serde_json::from_value(document).unwrap()
+    }
+
+    fn job() -> JobSpec {
+        JobSpec::new(ModelSource::Hub { id: "a/b".into(), revision: "main".into() })
+    }
+
+    #[test]
+    fn only_what_the_job_names_is_among_them_and_each_has_its_bound() {
+        let names = |files: &[FileBytes]| files.iter().map(|file| file.name.clone()).collect::<Vec<_>>();
+        let usual = [files::JOB, files::RESULTS, files::METADATA, files::STATISTICS];
+        assert_eq!(names(&planned(&job(), &inspection())), usual);
+        let all = JobSpec { save_activations: Some("a".into()), trace: Some("t".into()), ..job() };
+        let files = planned(&all, &inspection());
+        assert_eq!(names(&files)[4..], ["a", "t"]);
+        assert_eq!(names(&unplanned(&all)), names(&files));
+        let most = |name: &str| files.iter().find(|file| file.name == name).unwrap().bytes;
+        // The numbers themselves, without headers.
+        assert!(most(files::STATISTICS) >= 64 * (4 * 60 + 8 * 24) + 2 * 4 * 52);
+        assert!(most("a") >= 8 * 32 * 4 * (64 * 5 + 100));
+        assert!(files.iter().all(|file| file.bytes < 16 << 20), "bounds that are none: {files:?}");
+        assert!(bytes(&files) > Bytes(WORDS));
+    }
+
+    #[test]
+    fn more_of_anything_is_never_less_and_no_number_is_too_large() {
+        let sum = |inspection: &Inspection, job: &JobSpec| bytes(&planned(job, inspection));
+        let all = JobSpec { save_activations: Some("a".into()), trace: Some("t".into()), ..job() };
+        let (small, mut large) = (inspection(), inspection());
+        large.plan.sequences = usize::MAX;
+        large.plan.tokens_per_sequence = usize::MAX;
+        assert!(sum(&small, &job()) < sum(&small, &all) && sum(&small, &all) < sum(&large, &all));
+        assert_eq!(sum(&large, &all), Bytes(u64::MAX));
+        let mut sites = all.clone();
+        sites.sites.extend(SiteKind::ALL);
+        assert!(sum(&small, &all) < sum(&small, &sites));
+    }
+
+    /// Of runs that were made: no file is larger than its bound, and the documents' bounds are not ten thousand times too large.
+    #[test]
+    fn real_results_are_within_their_bounds() {
+        for name in ["dense", "mixture"] {
+            let folder = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/results")).join(name);
+            let read = |name: &str| std::fs::read(folder.join(name)).unwrap();
+            let results: outliers_protocol::Results = serde_json::from_slice(&read(files::RESULTS)).unwrap();
+            let job: JobSpec = serde_json::from_slice(&read(files::JOB)).unwrap();
+            let mut inspection = inspection();
+            inspection.hidden = results.hidden;
+            inspection.plan.sequences = results.sequences;
+            inspection.plan.tokens_per_sequence = results.tokens_per_sequence;
+            let (layer, site) = (inspection.layers[0].clone(), inspection.sites[0].clone());
+            let experts = results.routers.first().map_or(0, |router| router.experts);
+            inspection.layers = vec![outliers_protocol::LayerInspection { experts, ..layer }; results.n_layers];
+            inspection.sites = vec![site; results.n_sites];
+            for file in planned(&job, &inspection) {
+                let (is, most) = (read(&file.name).len() as u64, file.bytes);
+                assert!(is <= most && most < 10_000 * is.max(1), "{name}/{}: {is} of {most}", file.name);
+            }
+        }
+    }
+}
