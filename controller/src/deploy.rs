@@ -4,7 +4,7 @@
 //! crash take the same path; what only this process knows ([`Memory`]) merely saves work.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use outliers_protocol::JobSpec;
@@ -17,6 +17,7 @@ use crate::files;
 use crate::ledger::{LedgerError, RunRecord, RunWriter, now_ms};
 use crate::local_worker::corpus_files;
 use crate::run::{Ending, Intent, RunEvent, RunState, Trouble, TroubleKind};
+use crate::settings::Span;
 use crate::units::{Usd, UsdPerHour};
 use crate::waiting::{Failed, told};
 
@@ -94,6 +95,8 @@ pub enum DeployEvent {
     Terminating(InstanceId),
     /// Its cloud does not let it go.
     NotEnding(Box<NotEnding>),
+    /// Results cannot be saved here, and lie on their instance.
+    Kept(Box<Kept>),
     /// Something takes long.
     Waiting {
         /// What is waited for.
@@ -120,6 +123,25 @@ pub struct NotEnding {
     pub price: Option<UsdPerHour>,
     /// What it, or its run, has cost so far.
     pub cost: Option<Usd>,
+}
+
+/// Results that nothing here takes, on an instance that bills on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Kept {
+    /// The run.
+    pub run: String,
+    /// Where they are.
+    pub instance: InstanceId,
+    /// Why they cannot be saved.
+    pub why: String,
+    /// What the instance bills.
+    pub price: UsdPerHour,
+    /// What the run has cost so far.
+    pub cost: Usd,
+    /// They are kept until then, in Unix seconds.
+    pub until: u64,
+    /// They are tried to be saved again after so long.
+    pub pause: Duration,
 }
 
 /// Hears [`DeployEvent`]s.
@@ -181,8 +203,13 @@ struct Memory {
     failing: Option<(Instant, u32)>,
     /// The time that is left to the host to have its worker run.
     grace: Option<Arc<Grace>>,
-    /// The files cannot be brought home.
-    unfetchable: bool,
+    /// The files cannot be brought home, for this reason.
+    unfetchable: Option<String>,
+    /// Nothing here takes the files: the instance is kept until then, and that was told then.
+    kept_until: Option<Instant>,
+    kept_told: Option<Instant>,
+    /// Since then nothing is wanted any more but what there is.
+    stopped_at: Arc<OnceLock<Instant>>,
 }
 
 /// Why a step did not get further.
@@ -233,6 +260,9 @@ impl<'a> Driver<'a> {
 
     /// One step, and what it means for the run.
     async fn advance(&mut self) -> Result<(), Stuck> {
+        if matches!(self.run.state(), RunState::Salvaging { .. }) || *self.stop.borrow() != Stop::Go {
+            self.memory.stopped_at.get_or_init(Instant::now);
+        }
         let interrupt = self.interrupt();
         let step = tokio::select! {
             biased;
@@ -293,7 +323,7 @@ impl<'a> Driver<'a> {
                 Some(format!("instance {} on {} to come up and answer", rental.instance, rental.offer.broker))
             }
             RunState::Reachable { rental, .. } => Some(format!("instance {} to be made ready", rental.instance)),
-            RunState::Ended { rental, .. } | RunState::Salvaging { rental, .. } => {
+            RunState::Ended { rental, .. } | RunState::Salvaging { rental, .. } if self.memory.kept_until.is_none() => {
                 Some(format!("the files on instance {}", rental.instance))
             }
             // The worker says what it does, and an ending says more than this.
@@ -350,6 +380,7 @@ impl<'a> Driver<'a> {
     fn changed(&mut self) {
         self.memory.failing = None;
         self.memory.grace = None;
+        self.memory.kept_until = None;
         (self.on)(DeployEvent::State(Box::new(self.run.state().clone())));
     }
 
@@ -384,7 +415,16 @@ impl<'a> Driver<'a> {
     /// Ends the run early, as its state allows.
     fn end(&mut self, ending: Ending) -> Result<(), LedgerError> {
         match self.run.state() {
-            RunState::Salvaging { .. } => self.append(RunEvent::NotFetched { reason: ending.to_string() }),
+            RunState::Salvaging { .. } => {
+                let limit = self.patience().sync;
+                let is_late = self.memory.stopped_at.get().is_some_and(|at| at.elapsed() >= limit);
+                let reason = match &ending {
+                    Ending::Failed { trouble } => trouble.message.clone(),
+                    _ if is_late => format!("what there is did not come home within {}", Span(limit)),
+                    other => other.to_string(),
+                };
+                self.append(RunEvent::NotFetched { reason })
+            }
             _ => self.append(RunEvent::Stopped { ending }),
         }
     }
@@ -402,7 +442,10 @@ impl<'a> Driver<'a> {
             _ => None,
         };
         let deadline = self.time_is_up_at();
-        let mut stop = self.stop.clone();
+        let is_coming_home = matches!(self.run.state(), RunState::Ended { .. } | RunState::Salvaging { .. });
+        let (stopped_at, limit) = (Arc::clone(&self.memory.stopped_at), self.patience().sync);
+        let is_stopped = stopped_at.get().is_some();
+        let (mut stop, mut first) = (self.stop.clone(), self.stop.clone());
         let cancel = self.run.cancel_probe();
         let stopped = self.stopping_as.clone();
         async move {
@@ -424,11 +467,19 @@ impl<'a> Driver<'a> {
                     _ => std::future::pending().await,
                 }
             };
+            // What is brought home after a stop comes soon, or not at all.
+            let endless = async {
+                if !is_coming_home || first.wait_for(|level| is_stopped || *level != Stop::Go).await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+                tokio::time::sleep_until(*stopped_at.get_or_init(Instant::now) + limit).await;
+            };
             tokio::select! {
                 biased;
                 () = asked => stopped,
                 () = cancelled => Ending::Cancelled,
                 () = late => Ending::Deadline,
+                () = endless => stopped,
             }
         }
     }
@@ -454,6 +505,9 @@ impl<'a> Driver<'a> {
             && let Err(error) = self.write_record(Path::new(&results.folder))
         {
             tracing::warn!("{RUN_FILE} could not be written: {error}");
+        }
+        if record.state.is_closed() {
+            self.places().iter().for_each(bring::clear);
         }
         if record.state.is_closed()
             && let Err(error) = self.ports.hosts.forget(&self.run.folder())

@@ -376,6 +376,19 @@ impl Ledger {
         self.run_folder(id).join("cancel")
     }
 
+    /// Names another folder, absolute, below which a run's results are to appear: for whoever drives it, now or later.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn send_results_to(&self, id: &str, folder: &str) -> Result<(), LedgerError> {
+        let path = self.results_file(id);
+        write_whole(&path, folder.as_bytes()).map_err(|source| LedgerError::Io { path, source })
+    }
+
+    fn results_file(&self, id: &str) -> PathBuf {
+        self.run_folder(id).join("results-folder")
+    }
+
     /// The error with the file's name.
     fn named(&self, error: LedgerError) -> LedgerError {
         error.of_file(self.folder.join(FILE))
@@ -542,6 +555,12 @@ impl RunWriter {
     /// Its folder: key, log.
     pub fn folder(&self) -> PathBuf {
         self.ledger.run_folder(&self.record.id)
+    }
+
+    /// Folder below which its results are to appear: the one that was named last.
+    pub fn results(&self) -> PathBuf {
+        let named = fs::read_to_string(self.ledger.results_file(&self.record.id)).ok();
+        named.unwrap_or_else(|| self.record.spec.results.clone()).into()
     }
 
     /// The owner in lease tags.

@@ -10,9 +10,10 @@ use outliers_protocol::{Phase, Progress};
 use serde::Serialize;
 
 use crate::broker::BrokerError;
+use crate::calendar::rfc3339;
 use crate::cli::{Color, Global};
 use crate::clouds::Offered;
-use crate::deploy::{DeployEvent, HostTalk, NotEnding, Stop, Stuck};
+use crate::deploy::{DeployEvent, HostTalk, Kept, NotEnding, Stop, Stuck};
 use crate::ledger::{LedgerError, RunRecord, Unreadable};
 use crate::local_worker::LocalWorkerError;
 use crate::market::{self, NothingLeft};
@@ -402,6 +403,7 @@ impl Reporter {
             DeployEvent::Host(facts) => self.say(&format!("Host: {}", clean(facts.as_bytes(), LINE))),
             DeployEvent::Talk(talk) => self.talk(talk),
             DeployEvent::NotEnding(not) => self.not_ending(&not),
+            DeployEvent::Kept(kept) => self.kept(&kept),
             DeployEvent::Waiting { what, failed } => {
                 let why = failed.map(|failed| format!(" ({}; next try in {})", failed.words, Span(failed.pause)));
                 let words = format!("Waiting for {what}{}", why.unwrap_or_default());
@@ -433,6 +435,17 @@ impl Reporter {
         self.warn(&format!(
             "{broker} does not end instance {instance} ({why}); next try in {}; {bills}, {so_far}. \
              By hand: outliers instances terminate {instance} --broker {broker}, or the cloud's own console",
+            Span(*pause)
+        ));
+    }
+
+    fn kept(&self, kept: &Kept) {
+        let Kept { run, instance, why, price, cost, until, pause } = kept;
+        self.warn(&format!(
+            "run {run}: its results cannot be saved ({why}); instance {instance} keeps them until {} and bills {price}, {cost} so \
+             far; next try in {}. Make room, or name another folder: outliers attach {run} --results DIR. \
+             Ctrl-C gives them up",
+            rfc3339(*until),
             Span(*pause)
         ));
     }

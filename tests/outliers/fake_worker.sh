@@ -44,7 +44,7 @@ case $scenario in
   stubborn) trap '' TERM; while :; do sleep 1; done ;;
   huge-log) head -c 40000000 /dev/zero | tr '\0' 'l'; echo; echo last; finish ;;
   huge-progress)
-    dd if=/dev/zero of="$out/progress.jsonl" bs=1 count=0 seek=2000000000 conv=notrunc 2>/dev/null
+    dd if=/dev/zero of="$out/progress.jsonl" bs=1 count=0 seek=2000000000 2>/dev/null
     echo >> "$out/progress.jsonl"
     finish ;;
   vast | petabyte)

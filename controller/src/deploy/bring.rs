@@ -1,15 +1,17 @@
-//! Results at home: named, compared with the manifest, moved into place as one.
+//! Results at home: named, compared with the manifest and with the job that was sent, moved into place as one.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use outliers_protocol::{Manifest, Outcome, SCHEMA, files};
+use outliers_protocol::{CorpusFormat, CorpusSource, JobSpec, Manifest, ModelSource, Outcome, SCHEMA, Weights, files};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::RUN_FILE;
-use crate::files::{MOST, digest, is_plain_name, read_small};
+use crate::files::{MOST, digest, is_plain_name, read_small, rename_folder};
+use crate::host::unfinished;
 use crate::run::{Brought, Ending, RunSpec, Trouble, TroubleKind};
 
 /// Where a run's files come to lie. Three names, so that a reader can trust the first.
@@ -24,11 +26,12 @@ pub(super) struct Folders {
 }
 
 impl Folders {
-    pub(super) fn of(spec: &RunSpec, run: &str) -> Self {
+    /// Below this folder.
+    pub(super) fn of(below: &Path, spec: &RunSpec, run: &str) -> Self {
         let name = format!("{}-{run}", slug(&spec.model));
-        let below = Path::new(&spec.results);
-        // In a survey a model has one place, and what failed never takes it.
-        let whole = spec.survey.as_ref().map_or(&name, |survey| &survey.model);
+        // In a survey's own folder a model has one place, and what failed never takes it.
+        let survey = spec.survey.as_ref().filter(|_| below == Path::new(&spec.results));
+        let whole = survey.map_or(&name, |survey| &survey.model);
         Self {
             whole: below.join(whole),
             partial: below.join(format!("{name}.partial")),
@@ -68,6 +71,20 @@ pub(super) fn already_home(folders: &Folders, run: &str) -> Option<(Brought, End
     complete.then(|| (Brought { folder: folders.whole.to_string_lossy().into_owned(), complete }, Ending::Completed))
 }
 
+/// Removes what did not arrive as a whole.
+pub(super) fn clear(folders: &Folders) {
+    for folder in [unfinished(&folders.arriving), folders.arriving.clone()] {
+        // It may never have come to be.
+        let _ = fs::remove_dir_all(folder);
+    }
+}
+
+fn document<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
+    let wrong = |why: String| format!("{}: {why}", path.display());
+    let text = read_small(path, MOST).map_err(|error| wrong(error.to_string()))?;
+    serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
+}
+
 /// Whether `folder` holds the whole results of this run; otherwise why not.
 ///
 /// # Errors
@@ -76,11 +93,6 @@ pub fn holds(folder: &Path, run: &str) -> Result<(), String> {
     #[derive(Deserialize)]
     struct Owner {
         id: String,
-    }
-    fn document<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
-        let wrong = |why: String| format!("{}: {why}", path.display());
-        let text = read_small(path, MOST).map_err(|error| wrong(error.to_string()))?;
-        serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
     }
     let Owner { id } = document(&folder.join(RUN_FILE))?;
     if id != run {
@@ -98,7 +110,7 @@ fn judge(folder: &Path, manifest: Option<&Manifest>, exit: Option<i32>) -> (Endi
     if let Outcome::Failed(failure) = &manifest.outcome {
         return (Ending::WorkerFailed { failure: failure.clone() }, false);
     }
-    match verify(folder, manifest) {
+    match verify(folder, manifest).and_then(|()| same_job(folder)) {
         Ok(()) => (Ending::Completed, true),
         Err(message) => {
             let hint = Some(format!("what arrived is kept; see {}", files::LOG));
@@ -130,17 +142,77 @@ pub(super) fn verify(folder: &Path, manifest: &Manifest) -> Result<(), String> {
     Ok(())
 }
 
+/// The results in a folder are of the job that its run was planned with.
+fn same_job(folder: &Path) -> Result<(), String> {
+    #[derive(Deserialize)]
+    struct Record {
+        spec: Option<Of>,
+    }
+    #[derive(Deserialize)]
+    struct Of {
+        job: JobSpec,
+    }
+    let Record { spec: Some(Of { job: sent }) } = document(&folder.join(RUN_FILE))? else { return Ok(()) };
+    let Of { job: ran } = document(&folder.join(files::METADATA))?;
+    let other = differences(&placeless(&sent), &placeless(&ran));
+    match other.is_empty() {
+        true => Ok(()),
+        false => Err(format!(
+            "the results are of another job than the one that was sent: {} and {RUN_FILE} differ in {}",
+            files::METADATA,
+            other.join(", ")
+        )),
+    }
+}
+
+/// A job without what is another path on every machine.
+fn placeless(job: &JobSpec) -> Value {
+    let mut job = JobSpec { label: None, ..job.clone() };
+    if let ModelSource::Folder { path } = &mut job.model {
+        path.clear();
+    }
+    if let Some(Weights::Local { path }) = &mut job.weights {
+        path.clear();
+    }
+    match &mut job.corpus.source {
+        CorpusSource::Files(paths) => paths.iter_mut().for_each(|path| *path = CorpusFormat::of(path).to_string()),
+        CorpusSource::TokenIds(path) => path.clear(),
+        CorpusSource::Builtin(_) | CorpusSource::Dataset(_) => {}
+    }
+    serde_json::to_value(job).unwrap_or_default()
+}
+
+/// The names of the parts that are not the same in two documents.
+fn differences(sent: &Value, ran: &Value) -> Vec<String> {
+    let parts = |document: &Value| -> Vec<String> {
+        document.as_object().into_iter().flatten().map(|(part, _)| part.clone()).collect()
+    };
+    let (mut all, others) = (parts(sent), parts(ran));
+    all.extend(others.into_iter().filter(|part| sent.get(part).is_none()));
+    all.retain(|part| !same(&sent[part.as_str()], &ran[part.as_str()]));
+    all
+}
+
+/// Fractions need not be the same to the last digit: they have been text in between.
+fn same(sent: &Value, ran: &Value) -> bool {
+    match (sent, ran) {
+        (Value::Object(a), Value::Object(b)) => {
+            a.len() == b.len() && a.iter().all(|(key, value)| b.get(key).is_some_and(|other| same(value, other)))
+        }
+        (Value::Number(a), Value::Number(b)) if a.is_f64() && b.is_f64() => {
+            let (a, b) = (a.as_f64().unwrap_or_default(), b.as_f64().unwrap_or_default());
+            (a - b).abs() <= 1e-9 * a.abs().max(b.abs())
+        }
+        _ => sent == ran,
+    }
+}
+
 /// Renames a folder over another one, and makes that durable.
 fn move_over(from: &Path, to: &Path) -> io::Result<()> {
     if to.exists() {
         fs::remove_dir_all(to)?;
     }
-    File::open(from)?.sync_all()?;
-    fs::rename(from, to)?;
-    match to.parent() {
-        Some(parent) => File::open(parent)?.sync_all(),
-        None => Ok(()),
-    }
+    rename_folder(from, to)
 }
 
 /// An empty folder at `path`.
@@ -212,6 +284,50 @@ mod tests {
         assert!(verify(at, &good).unwrap_err().contains("whole"), "same size, other content");
         fs::remove_file(at.join(files::RESULTS)).unwrap();
         assert!(verify(at, &good).unwrap_err().contains("did not arrive"));
+    }
+
+    #[test]
+    fn results_of_another_job_are_told_from_the_same_elsewhere() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut sent = JobSpec::new(ModelSource::Folder { path: "/home/me/model".into() });
+        sent.corpus.source = CorpusSource::Files(vec!["/home/me/A.TXT".into(), "b.jsonl.gz".into()]);
+        sent.thresholds.layer_fraction = 0.1 + 0.2;
+        let judged = |ran: &JobSpec| {
+            let write = |name: &str, document: Value| fs::write(folder.path().join(name), document.to_string()).unwrap();
+            write(RUN_FILE, serde_json::json!({ "id": "r", "spec": { "job": sent, "model": "m" } }));
+            write(files::METADATA, serde_json::json!({ "schema": 1, "job": ran }));
+            same_job(folder.path())
+        };
+        assert_eq!(judged(&sent), Ok(()));
+        let mut there = sent.clone();
+        there.model = ModelSource::Folder { path: "/root/outliers/r-input/model".into() };
+        there.label = Some("/home/me/model".into());
+        there.corpus.source = CorpusSource::Files(vec!["/x/corpus-0.txt".into(), "/x/corpus-1.jsonl.gz".into()]);
+        assert_eq!(judged(&there), Ok(()), "the same work at another place");
+        let changes: [(&str, fn(&mut JobSpec)); 5] = [
+            ("model", |job| job.model = ModelSource::Hub { id: "a/b".into(), revision: "main".into() }),
+            ("corpus", |job| job.corpus.num_sequences = Some(3)),
+            ("corpus", |job| job.corpus.source = CorpusSource::Files(vec!["a.txt".into(), "b.txt".into()])),
+            ("layers", |job| job.layers = Some(1)),
+            ("thresholds", |job| job.thresholds.magnitude = 5.0),
+        ];
+        for (part, change) in changes {
+            let mut other = there.clone();
+            change(&mut other);
+            let why = judged(&other).unwrap_err();
+            assert!(why.contains("another job") && why.ends_with(&format!("differ in {part}")), "{why}");
+        }
+        fs::write(folder.path().join(files::METADATA), "{}").unwrap();
+        assert!(same_job(folder.path()).unwrap_err().contains("job"));
+    }
+
+    #[test]
+    fn a_survey_has_places_in_its_own_folder_alone() {
+        let survey = Some(crate::run::Membership { survey: "s".into(), model: "m".into() });
+        let spec = RunSpec { survey, ..crate::deploy::fake::spec(Path::new("/results/s")) };
+        let whole = |below: &str| Folders::of(Path::new(below), &spec, "r").whole;
+        assert_eq!(whole("/results/s"), Path::new("/results/s/m"));
+        assert_eq!(whole("/elsewhere"), Path::new("/elsewhere/owner--model-r"));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use outliers_protocol::{FileEntry, JobSpec, Manifest, ModelSource, Outcome, SCHEMA, files};
+use outliers_protocol::{FileBytes, FileEntry, JobSpec, Manifest, ModelSource, Outcome, SCHEMA, files};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
@@ -100,6 +100,8 @@ pub(crate) enum Fault {
     PriceRises,
     /// From here on the cloud ends nothing for some minutes.
     Refuses,
+    /// For a while there is no room at home.
+    DiskFull,
     /// This once the cloud's list shows ours as entries of which nothing can be read.
     Odd,
 }
@@ -136,6 +138,8 @@ pub(crate) struct Machine {
     guarded: bool,
     /// The worker has written its manifest.
     whole: bool,
+    /// What the worker does.
+    job: Option<JobSpec>,
     price: UsdPerHour,
     /// What its offer said.
     offered: UsdPerHour,
@@ -177,6 +181,14 @@ pub(crate) struct World {
     pub(crate) outcome: Option<Outcome>,
     /// Flip a byte of what is brought home.
     pub(crate) damage: bool,
+    /// The manifest is not to be trusted.
+    pub(crate) damaged_manifest: bool,
+    /// The worker does another job: it runs so many layers.
+    pub(crate) other_layers: Option<usize>,
+    /// No file comes to its end.
+    pub(crate) stalls: bool,
+    /// Until then there is no room at home.
+    pub(crate) full_until: Option<Instant>,
     pub(crate) price_on_arrival: Option<UsdPerHour>,
     pub(crate) outage: bool,
     /// Until then nothing is ended.
@@ -255,6 +267,7 @@ impl World {
             worker: JobStatus::NotStarted,
             guarded: false,
             whole: false,
+            job: None,
             price: UsdPerHour::from_dollars(9.0),
             offered: UsdPerHour::from_dollars(9.0),
         };
@@ -316,6 +329,7 @@ impl Fake {
                 Some(Fault::Preempted) => world.preempt(),
                 Some(Fault::PriceRises) => world.raise_prices(),
                 Some(Fault::Odd) => world.odd = true,
+                Some(Fault::DiskFull) => world.full_until = Some(Instant::now() + self.patience.listing_interval * 10),
                 Some(Fault::Refuses) => world.refuses_until = Some(Instant::now() + REFUSES),
                 Some(Fault::Stop) => drop(self.stop.send(Stop::Now)),
                 Some(Fault::StopTwice) => drop(self.stop.send(Stop::SkipSync)),
@@ -420,6 +434,7 @@ impl Broker for Fake {
                 worker: JobStatus::NotStarted,
                 guarded: false,
                 whole: false,
+                job: None,
                 price: world.price_of(offer),
                 offered: offer.price,
             };
@@ -581,11 +596,14 @@ impl Host for FakeHost {
         Ok(format!("/remote/{name}"))
     }
 
-    async fn launch(&self, _: &str, _: &JobSpec, _: &[(&'static str, Secret)]) -> Result<(), HostError> {
+    async fn launch(&self, _: &str, job: &JobSpec, _: &[(&'static str, Secret)]) -> Result<(), HostError> {
+        let layers = self.fake.world.lock().unwrap().other_layers;
+        let job = JobSpec { layers: layers.or(job.layers), ..job.clone() };
         self.on_machine("launch", |machine| {
             assert!(machine.guarded, "nothing runs without a guard");
             if machine.worker == JobStatus::NotStarted {
                 machine.worker = JobStatus::Running;
+                machine.job = Some(job);
             }
         })
         .await
@@ -625,8 +643,28 @@ impl Host for FakeHost {
         Ok(status)
     }
 
-    async fn fetch(&self, _: &str, into: &Path, _: &Listener<'_>) -> Result<Option<Manifest>, HostError> {
-        let done = self.on_machine("fetch", |machine| machine.whole).await?;
+    async fn fetch(
+        &self,
+        _: &str,
+        into: &Path,
+        expected: &[FileBytes],
+        _: &Listener<'_>,
+    ) -> Result<Option<Manifest>, HostError> {
+        let (done, job) = self.on_machine("fetch", |machine| (machine.whole, machine.job.clone())).await?;
+        let (stalls, refused, full_until) = {
+            let world = self.fake.world.lock().unwrap();
+            (world.stalls, world.damaged_manifest, world.full_until)
+        };
+        let wrong = |here, message: &str| HostError { transient: false, here, message: message.into(), hint: None };
+        if stalls {
+            return std::future::pending().await;
+        }
+        if refused {
+            return Err(wrong(false, "its manifest names a file that the job does not make"));
+        }
+        if full_until.is_some_and(|until| Instant::now() < until) {
+            return Err(wrong(true, "no space left on device"));
+        }
         fs::write(into.join(files::LOG), "said something\n").unwrap();
         if !done {
             return Ok(None);
@@ -636,8 +674,10 @@ impl Host for FakeHost {
             (world.outcome.clone().unwrap_or(Outcome::Complete), world.damage)
         };
         let mut entries = Vec::new();
-        for name in [files::RESULTS, files::METADATA] {
-            fs::write(into.join(name), name).unwrap();
+        let metadata = serde_json::json!({ "job": job }).to_string();
+        for (name, text) in [(files::RESULTS, files::RESULTS), (files::METADATA, metadata.as_str())] {
+            assert!(expected.iter().any(|file| file.name == name && file.bytes >= text.len() as u64));
+            fs::write(into.join(name), text).unwrap();
             let (bytes, sha256) = digest(&into.join(name)).unwrap();
             entries.push(FileEntry { name: name.into(), bytes, sha256 });
         }

@@ -12,12 +12,12 @@ use tokio::time::Instant;
 use super::bring::{self, Folders};
 use super::ending::{Bill, Ender};
 use super::grace::Grace;
-use super::{DeployEvent, Driver, Host, HostError, HostTalk, Listener, StepError, Stop, Stuck};
+use super::{DeployEvent, Driver, Host, HostError, HostTalk, Kept, Listener, StepError, Stop, Stuck};
 use crate::broker::{
     BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
 };
 use crate::host::{JobStatus, Terms};
-use crate::ledger::{Purse, now_ms, random_word};
+use crate::ledger::{Purse, RunRecord, now_ms, random_word};
 use crate::market;
 use crate::mutant::{Mutant, planted};
 use crate::run::{Brought, Ending, Intent, Pin, Refusal, Rental, RunEvent, RunState, Trouble, TroubleKind};
@@ -50,6 +50,9 @@ const MOST_TRIED: usize = 25;
 const MOST_RENTED: usize = 3;
 /// On one instance a worker that died is started again so often.
 const MOST_RESTARTS: u32 = 2;
+
+/// Between two words about results that cannot be saved.
+const BETWEEN_WORDS: Duration = Duration::from_secs(30);
 
 /// Between two looks at what an instance bills while its worker runs.
 const BETWEEN_BILLS: Duration = Duration::from_secs(10 * 60);
@@ -443,8 +446,8 @@ impl Driver<'_> {
 
     /// Ended: brings the files home, or starts a worker again that died.
     pub(super) async fn sync(&mut self, rental: &Rental, pin: &Pin, exit: Option<i32>, restarts: u32) -> Step {
-        let folders = self.folders();
-        if let Some((results, ending)) = bring::already_home(&folders, &self.run.record().id) {
+        let run = self.run.record().id.clone();
+        if let Some((results, ending)) = self.places().iter().find_map(|place| bring::already_home(place, &run)) {
             return Ok(self.append(RunEvent::Fetched { results, ending })?);
         }
         self.connect(rental, Some(pin), Duration::ZERO).await?;
@@ -452,22 +455,76 @@ impl Driver<'_> {
             let cloud = self.cloud()?;
             let _ = cloud.broker.terminate(&rental.instance).await;
         }
-        match self.fetch(&folders).await {
-            // Who fails says so in a manifest.
+        // Who fails says so in a manifest.
+        let may_restart = restarts < MOST_RESTARTS && self.has_time() && self.is_replaceable();
+        match self.bring_home(exit, may_restart || planted(Mutant::LostStatusIsSuccess)).await {
+            Ok(Some((results, ending))) => Ok(self.append(RunEvent::Fetched { results, ending })?),
             Ok(None) if planted(Mutant::LostStatusIsSuccess) => {
-                let results = Brought { folder: folders.whole.to_string_lossy().into_owned(), complete: true };
+                let whole = self.places()[0].whole.to_string_lossy().into_owned();
+                let results = Brought { folder: whole, complete: true };
                 Ok(self.append(RunEvent::Fetched { results, ending: Ending::Completed })?)
             }
-            Ok(None) if restarts < MOST_RESTARTS && self.has_time() && self.is_replaceable() => {
-                self.restart(exit).await
-            }
-            Ok(manifest) => self.fetched(&folders, manifest.as_ref(), exit),
+            Ok(None) => self.restart(exit).await,
+            Err(error) if error.here => self.keep(rental, error).await,
             Err(error) => {
+                if !error.transient {
+                    let id = &rental.instance;
+                    let note = format!("the files lie as they are in ~/outliers/{run} on instance {id} until that ends");
+                    (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
+                }
+                let why = error.message.clone();
                 let ended = self.try_again_host(error, self.cloud()?.patience.sync).await;
-                self.memory.unfetchable = ended.is_err();
+                self.memory.unfetchable = ended.is_err().then_some(why);
                 ended
             }
         }
+    }
+
+    /// Nothing here takes the results: the instance keeps them as long as its time lasts, which is no longer than what was agreed pays
+    /// for, and every place is tried again.
+    async fn keep(&mut self, rental: &Rental, error: HostError) -> Step {
+        let until = match self.memory.kept_until {
+            Some(until) => until,
+            None => self.time_is_up_at().unwrap_or_else(Instant::now),
+        };
+        self.memory.kept_until = Some(until);
+        let stopped = match *self.stop.borrow() {
+            _ if self.run.cancel_asked() => Some(Ending::Cancelled),
+            Stop::Go => None,
+            _ => Some(self.stopping_as.clone()),
+        };
+        if stopped.is_some() || Instant::now() >= until {
+            self.memory.unfetchable = Some(error.message.clone());
+            let given_up = failed(TroubleKind::Local, error.message, error.hint);
+            return Err(StepError::End(stopped.unwrap_or(given_up)));
+        }
+        let next = until.min(Instant::now() + self.patience().listing_interval * 3);
+        self.tell_kept(rental, error.message, until, next);
+        let mut stop = self.stop.clone();
+        tokio::select! {
+            Ok(_) = stop.wait_for(|level| *level != Stop::Go) => {}
+            () = tokio::time::sleep_until(next) => {}
+        }
+        Ok(())
+    }
+
+    fn tell_kept(&mut self, rental: &Rental, why: String, until: Instant, next: Instant) {
+        let now = Instant::now();
+        if self.memory.kept_told.is_some_and(|at| now < at + BETWEEN_WORDS) {
+            return;
+        }
+        self.memory.kept_told = Some(now);
+        let record = self.run.record();
+        let kept = Kept {
+            run: record.id.clone(),
+            instance: rental.instance.clone(),
+            why,
+            price: rental.price,
+            cost: record.cost(now_ms()),
+            until: now_ms() / 1000 + (until - now).as_secs(),
+            pause: next - now,
+        };
+        (self.on)(DeployEvent::Kept(Box::new(kept)));
     }
 
     async fn restart(&mut self, exit: Option<i32>) -> Step {
@@ -483,40 +540,66 @@ impl Driver<'_> {
 
     /// Salvaging: stops the worker and brings home what there is.
     pub(super) async fn salvage(&mut self, rental: &Rental, pin: &Pin) -> Step {
-        if std::mem::take(&mut self.memory.unfetchable) {
-            let reason = "the instance could not be spoken to".to_owned();
+        if let Some(reason) = self.memory.unfetchable.take() {
             return Ok(self.append(RunEvent::NotFetched { reason })?);
         }
         self.connect(rental, Some(pin), Duration::ZERO).await?;
         let run = self.run.record().id.clone();
-        let folders = self.folders();
-        let manifest = match self.host().stop_worker(&run).await {
-            Ok(()) => self.fetch(&folders).await,
+        let brought = match self.host().stop_worker(&run).await {
+            Ok(()) => self.bring_home(None, false).await,
             Err(error) => Err(error),
         };
-        match manifest {
-            Ok(manifest) => self.fetched(&folders, manifest.as_ref(), None),
+        match brought {
+            Ok(brought) => {
+                let (results, ending) = brought.expect("what there is will do");
+                Ok(self.append(RunEvent::Fetched { results, ending })?)
+            }
             Err(error) => self.try_again_host(error, self.cloud()?.patience.sync).await,
         }
     }
 
-    fn folders(&self) -> Folders {
-        Folders::of(&self.run.record().spec, &self.run.record().id)
+    /// Where results may come to lie: below the folder that was asked for, or beside the ledger if that does not take them.
+    pub(super) fn places(&self) -> [Folders; 2] {
+        let record = self.run.record();
+        [self.run.results(), self.run.folder()].map(|below| Folders::of(&below, &record.spec, &record.id))
     }
 
-    async fn fetch(&self, folders: &Folders) -> Result<Option<Manifest>, HostError> {
-        bring::empty_folder(&folders.arriving).map_err(|e| local_trouble(&folders.arriving, &e))?;
-        let run = &self.run.record().id;
-        self.host().fetch(run, &folders.arriving, &|talk| (self.on)(DeployEvent::Talk(talk))).await
+    /// Brings the files into the first place that takes them; `None` where there is no manifest, and nothing less than whole will do.
+    async fn bring_home(&self, exit: Option<i32>, whole: bool) -> Result<Option<(Brought, Ending)>, HostError> {
+        let mut trouble = None;
+        for place in &self.places() {
+            let brought = match self.fetch(place).await {
+                Ok(None) if whole => return Ok(None),
+                Ok(manifest) => self.put_in_place(place, manifest.as_ref(), exit),
+                Err(error) => Err(error),
+            };
+            match brought {
+                Err(error) if error.here => {
+                    bring::clear(place);
+                    trouble.get_or_insert(error);
+                }
+                brought => return brought.map(Some),
+            }
+        }
+        Err(trouble.expect("there is a place"))
     }
 
-    fn fetched(&mut self, folders: &Folders, manifest: Option<&Manifest>, exit: Option<i32>) -> Step {
-        let written = self.write_record(&folders.arriving);
-        let (results, ending) = written.and_then(|()| bring::settle(folders, manifest, exit)).map_err(|error| {
-            let HostError { message, hint, .. } = local_trouble(&folders.arriving, &error);
-            StepError::End(failed(TroubleKind::Local, message, hint))
-        })?;
-        Ok(self.append(RunEvent::Fetched { results, ending })?)
+    async fn fetch(&self, place: &Folders) -> Result<Option<Manifest>, HostError> {
+        bring::empty_folder(&place.arriving).map_err(|e| local_trouble(&place.arriving, &e))?;
+        let RunRecord { id, spec, .. } = self.run.record();
+        let on = |talk| (self.on)(DeployEvent::Talk(talk));
+        self.host().fetch(id, &place.arriving, &spec.expected(), &on).await
+    }
+
+    fn put_in_place(
+        &self,
+        place: &Folders,
+        manifest: Option<&Manifest>,
+        exit: Option<i32>,
+    ) -> Result<(Brought, Ending), HostError> {
+        let written = self.write_record(&place.arriving);
+        let settled = written.and_then(|()| bring::settle(place, manifest, exit));
+        settled.map_err(|error| local_trouble(&place.arriving, &error))
     }
 
     /// Synced: on to the end, unless the user wants to keep the instance.

@@ -62,7 +62,8 @@ pub(super) fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
         let folder = Path::new(&results.folder);
         assert!(folder.join(RUN_FILE).exists(), "{what}");
         // Damaged ones are kept, and not called complete.
-        assert!(folder.join(files::RESULTS).exists() == results.complete || world.damage, "{what}");
+        let kept_aside = world.damage || world.other_layers.is_some();
+        assert!(folder.join(files::RESULTS).exists() == results.complete || kept_aside, "{what}");
     }
     if record.state.ending() == Some(&Ending::Completed) {
         assert!(record.state.results().is_some_and(|results| results.complete), "{what}");
@@ -967,11 +968,157 @@ async fn a_cloud_that_does_not_answer_leaves_nothing_open_unless_a_run_may_be_th
 }
 
 #[tokio::test(start_paused = true)]
-async fn results_that_cannot_be_written_at_home_are_no_fault_of_a_cloud() {
+async fn results_that_cannot_be_written_where_they_should_be_lie_beside_the_ledger() {
     let (fake, home) = (Fake::new(), home());
     std::fs::write(home.path().join("results"), "in the way").unwrap();
     let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
-    assert_eq!(fake.world.lock().unwrap().ours().count(), 0);
+    closed_and_clean(&fake, &record, "in the way");
+    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    let place = home.path().join("state/runs").join(&record.id).join(format!("owner--model-{}", record.id));
+    assert_eq!(record.state.results().unwrap().folder, place.to_string_lossy());
+    holds(&place, &record.id).unwrap();
+}
+
+/// There is no room at home for a while, from any moment on: nothing is lost, and nothing is done twice.
+#[tokio::test(start_paused = true)]
+async fn a_disk_without_room_for_results_at_any_moment_is_outwaited() {
+    for second in [None, Some(Fault::CrashBefore)] {
+        sweep(Fault::DiskFull, second, |fake, lives, what| {
+            closed_and_clean(fake, last(lives), what);
+            assert_eq!(last(lives).state.ending(), Some(&Ending::Completed), "{what}");
+            assert_eq!(fake.world.lock().unwrap().creates, 1, "{what}");
+        })
+        .await;
+    }
+}
+
+/// Drives a run whose results fit nowhere; `heard` is told how often that was said.
+async fn with_no_room(heard: impl Fn(&Fake, &Ledger, &Kept, usize) + Send + Sync) -> (Fake, RunRecord, Vec<Kept>) {
+    wind(1_767_225_600_000);
+    let (mut fake, home) = (Fake::new(), home());
+    fake.patience = Patience::CLOUD;
+    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    std::fs::write(home.path().join("results"), "in the way").unwrap();
+    let run = ledger.plan(&RunSpec { agreed: Some(AGREED), ..spec(&home.path().join("results")) }).unwrap();
+    let beside = run.folder().join(format!("owner--model-{}.part", run.record().id));
+    std::fs::write(beside, "in the way").unwrap();
+    let told = std::sync::Mutex::new(Vec::new());
+    let on = |event| {
+        if let DeployEvent::Kept(kept) = event {
+            let mut told = told.lock().unwrap();
+            told.push(*kept);
+            heard(&fake, &ledger, &told[told.len() - 1], told.len());
+        }
+    };
+    let record = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await.unwrap();
+    closed_and_clean(&fake, &record, "no room");
+    assert_eq!(fake.world.lock().unwrap().creates, 1);
+    let told = told.into_inner().unwrap();
+    (fake, record, told)
+}
+
+#[tokio::test(start_paused = true)]
+async fn results_that_fit_nowhere_keep_their_instance_until_its_time_is_up() {
+    let begun = Instant::now();
+    let (fake, record, told) = with_no_room(|_, _, _, _| {}).await;
     let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
-    assert_eq!(trouble.kind, TroubleKind::Local, "{trouble:?}");
+    assert_eq!(trouble.kind, TroubleKind::Local, "it is no fault of a cloud: {trouble:?}");
+    let RunState::Closed { results: None, loss: Some(loss), .. } = &record.state else { panic!("{:?}", record.state) };
+    assert!(loss.contains("results"), "{loss}");
+    // An hour was agreed to, and 5 minutes of it are for the ending.
+    let (lasted, cost) = (begun.elapsed().as_secs(), fake.world.lock().unwrap().kept);
+    assert!((3200..3600).contains(&lasted) && cost <= AGREED, "{lasted} s, {cost}");
+    let (first, last) = (&told[0], &told[told.len() - 1]);
+    assert!(told.len() > 50 && told.len() < 130, "it is said and tried every half minute: {}", told.len());
+    assert_eq!((first.price, first.pause.as_secs()), (UsdPerHour::from_dollars(1.0), 30));
+    assert!(first.why.contains("results") && first.cost < last.cost && first.until.abs_diff(last.until) <= 1, "{first:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_folder_takes_results_that_fit_nowhere() {
+    let elsewhere = tempfile::tempdir().unwrap();
+    let folder = elsewhere.path().join("larger");
+    let (_, record, told) = with_no_room(|_, ledger, kept, times| {
+        if times == 3 {
+            ledger.send_results_to(&kept.run, folder.to_str().unwrap()).unwrap();
+        }
+    })
+    .await;
+    assert_eq!((record.state.ending(), told.len()), (Some(&Ending::Completed), 3));
+    let place = folder.join(format!("owner--model-{}", record.id));
+    assert_eq!(record.state.results().unwrap().folder, place.to_string_lossy());
+    holds(&place, &record.id).unwrap();
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "nothing half-arrived is left");
+}
+
+#[tokio::test(start_paused = true)]
+async fn ctrl_c_gives_up_results_that_fit_nowhere() {
+    let begun = Instant::now();
+    let (_, record, told) = with_no_room(|fake, _, _, times| {
+        if times == 2 {
+            let _ = fake.stop.send(Stop::Now);
+        }
+    })
+    .await;
+    assert_eq!((record.state.ending(), told.len()), (Some(&Ending::Interrupted), 2));
+    assert!(matches!(&record.state, RunState::Closed { loss: Some(_), .. }), "what is lost is said");
+    assert!(begun.elapsed() < Duration::from_secs(300), "{:?}", begun.elapsed());
+}
+
+/// A host that sends its files for ever, after Ctrl-C before and while they come.
+#[tokio::test(start_paused = true)]
+async fn bringing_home_after_ctrl_c_has_an_end() {
+    let (plain, ..) = happy().await;
+    let effects = plain.world.lock().unwrap().effects.clone();
+    let follow = effects.iter().position(|name| *name == "follow").unwrap() + 1;
+    for (at, endless) in [(follow, true), (effects.iter().position(|name| *name == "fetch").unwrap() + 1, false)] {
+        let (mut fake, home, begun) = (Fake::new(), home(), Instant::now());
+        fake.patience = Patience::CLOUD;
+        fake.set(|world| {
+            (world.stalls, world.endless) = (true, endless);
+            world.armed = vec![(at, Fault::Stop)];
+        });
+        let ended = tokio::time::timeout(Duration::from_secs(2 * 3600), life(&fake, home.path())).await;
+        let Ok(Life::Finished(record)) = ended else { panic!("{at}: it is brought home for ever") };
+        closed_and_clean(&fake, &record, "stalled");
+        assert_eq!(record.state.ending(), Some(&Ending::Interrupted));
+        let RunState::Closed { loss: Some(loss), .. } = &record.state else { panic!("{:?}", record.state) };
+        assert!(loss.contains("within 30 min"), "{loss}");
+        assert!(begun.elapsed() < Duration::from_secs(3600), "{:?}", begun.elapsed());
+        let left = std::fs::read_dir(home.path().join("results")).unwrap().count();
+        assert_eq!(left, 0, "nothing half-arrived is left");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn results_of_another_job_are_kept_aside_and_not_called_complete() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.other_layers = Some(1));
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "another job");
+    let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert!(trouble.message.contains("another job") && trouble.message.contains("layers"), "{trouble:?}");
+    let results = record.state.results().unwrap();
+    assert!(!results.complete && results.folder.ends_with(".partial"), "{results:?}");
+    assert!(Path::new(&results.folder).join(files::RESULTS).exists());
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_refused_files_lie_is_told_before_the_instance_ends() {
+    let (fake, home, told) = (Fake::new(), home(), std::sync::Mutex::new(Vec::new()));
+    fake.set(|world| world.damaged_manifest = true);
+    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
+    let on = |event| match event {
+        DeployEvent::Talk(HostTalk::Note(note)) => told.lock().unwrap().push(note),
+        DeployEvent::Terminating(_) => told.lock().unwrap().push("ending".to_owned()),
+        _ => {}
+    };
+    let record = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await.unwrap();
+    closed_and_clean(&fake, &record, "refused");
+    let told = told.into_inner().unwrap();
+    assert!(told[0].contains(&format!("~/outliers/{} on instance i1", record.id)), "{told:?}");
+    assert!(told.len() > 1 && told[1..].iter().all(|word| word == "ending"), "{told:?}");
+    assert!(record.state.results().is_none());
+    assert_eq!(std::fs::read_dir(home.path().join("results")).unwrap().count(), 0, "nothing was kept");
 }
