@@ -119,6 +119,13 @@ pub struct Capabilities {
     pub spot: bool,
 }
 
+impl Capabilities {
+    /// Whether an instance ends at its deadline with nobody left who would end it.
+    pub fn ends_by_itself(self) -> bool {
+        self.server_deadline || self.self_destruct
+    }
+}
+
 /// What a cloud tells about an account.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Account {

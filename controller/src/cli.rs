@@ -27,7 +27,7 @@ pub struct Cli {
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0    done, and no instance is left (but one that was to be kept)
+  0    done, and no instance is left (but one that was to be kept, or to work on with --detach)
   1    the run failed, or something on this machine
   2    wrong arguments, or refused before anything was rented
   3    no offer matched, or none could be had
@@ -78,7 +78,9 @@ pub enum Command {
     ///
     /// Example: outliers deploy --model allenai/OLMoE-1B-7B-0125 --gpu-filter A100 --max-price 2.50
     ///
-    /// If it is interrupted by a crash, the same command picks the run up where it is.
+    /// If it is interrupted by a crash, the same command picks the run up where it is. Under `nohup` it outlives its terminal. Without
+    /// it, a terminal that closes (SIGHUP) lets go of a run whose worker is at work, for `outliers attach`, where the instance ends by
+    /// itself at its deadline; any other run is ended as by SIGTERM.
     Deploy(Box<DeployArgs>),
     /// Take up a run whose controller went away: follow its worker from where its log was left, bring home, end the rental.
     ///
@@ -97,7 +99,11 @@ pub enum Command {
     /// What runs now, where, for how much and until when; what is finished; what was spent.
     ///
     /// Example: outliers status
-    Status,
+    Status {
+        /// Show it again and again until nothing runs any more; Ctrl-C leaves.
+        #[arg(long)]
+        watch: bool,
+    },
     /// Write down where everything stands, with the commands that carry on: handoffs/<date>.md, from the ledger and the results.
     ///
     /// Example: outliers handoff
@@ -380,6 +386,10 @@ pub struct DeployArgs {
     /// Keep the instance when the worker has ended. It bills on until `outliers instances terminate`, at most for --max-duration.
     #[arg(long)]
     pub keep_running: bool,
+    /// Return as soon as the worker runs. Its instance bills on, until `outliers attach` has brought the results home, at most until
+    /// its deadline: then its guard ends it, or its cloud, and what nobody fetched is lost. Clouds that do neither are refused.
+    #[arg(long)]
+    pub detach: bool,
     /// After this the instance ends: 90s, 45m, 6h [default: settings].
     #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
     pub max_duration: Option<Span>,
@@ -453,10 +463,15 @@ pub enum RunsCommand {
         /// The beginning of its id, or `last`.
         run: String,
     },
-    /// What the worker said.
+    /// What the worker said: what came home; while nobody drives the run, read from the instance too.
+    ///
+    /// Only reads: it is no sign to the instance's guard that somebody looks after the run.
     Logs {
         /// The beginning of its id, or `last`.
         run: String,
+        /// Go on until the worker has ended, beside whoever drives the run.
+        #[arg(short, long)]
+        follow: bool,
     },
     /// Stop a run: bring home what there is, end its instance.
     Cancel {

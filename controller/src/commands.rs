@@ -1,5 +1,6 @@
 //! One file per command: each takes what was decided and says how the program ends.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -100,7 +101,7 @@ async fn dispatch(
         Command::Deploy(args) => deploy::command(&context, &args).await,
         Command::Attach { run } => attach::command(&context, run.as_deref()).await,
         Command::Survey(args) => survey::command(&context, &args).await,
-        Command::Status => status::command(&context),
+        Command::Status { watch } => status::command(&context, watch).await,
         Command::Handoff { output } => handoff::command(&context, output.as_deref()),
         Command::Demo(args) => demo::command(&context, &args).await,
         Command::Runs(command) => runs::command(&context, command).await,
@@ -252,7 +253,8 @@ impl Context {
     }
 
     fn explain(&self) -> Option<Explain> {
-        self.explain.then(|| -> Explain { Arc::new(|words| eprintln!("{words}")) })
+        // Whoever listened may be gone: that must end nothing here.
+        self.explain.then(|| -> Explain { Arc::new(|words| drop(writeln!(std::io::stderr().lock(), "{words}"))) })
     }
 
     /// The way to rented hosts, which get a worker.

@@ -41,7 +41,7 @@ mod turns;
 pub use bring::{holds, slug};
 pub use ports::{Host, HostError, HostTalk, Hosts, Listener, Ports, Select};
 pub use recover::{Looked, Target, carry_out, end, look, recover, release};
-pub use ssh::SshHosts;
+pub use ssh::{SshHosts, read_cursor};
 pub use turns::Turns;
 
 use grace::Grace;
@@ -58,6 +58,8 @@ pub enum Stop {
     /// Not at all.
     #[default]
     Go,
+    /// Whoever listened is gone: a run that another process can pick up is let go of, any other stops.
+    LetGo,
     /// Stop, bring home what there is, terminate.
     Now,
     /// Bring nothing home either. The instance is terminated all the same.
@@ -184,6 +186,7 @@ pub struct Driver<'a> {
     stop: watch::Receiver<Stop>,
     on: &'a OnEvent<'a>,
     stopping_as: Ending,
+    detach: bool,
     memory: Memory,
 }
 
@@ -210,6 +213,8 @@ struct Memory {
     kept_told: Option<Instant>,
     /// Since then nothing is wanted any more but what there is.
     stopped_at: Arc<OnceLock<Instant>>,
+    /// The run goes on without this process.
+    let_go: bool,
 }
 
 /// Why a step did not get further.
@@ -222,6 +227,8 @@ enum StepError {
     Down,
     /// The instance does not serve, for this reason.
     Unfit(String),
+    /// It goes on without this process.
+    LetGo,
     /// Nothing more can be done now.
     Stuck(Stuck),
 }
@@ -235,7 +242,12 @@ impl From<LedgerError> for StepError {
 impl<'a> Driver<'a> {
     /// Takes charge of a run.
     pub fn new(run: RunWriter, ports: Ports<'a>, stop: watch::Receiver<Stop>, on: &'a OnEvent<'a>) -> Self {
-        Self { run, ports, stop, on, stopping_as: Ending::Interrupted, memory: Memory::default() }
+        Self { run, ports, stop, on, stopping_as: Ending::Interrupted, detach: false, memory: Memory::default() }
+    }
+
+    /// Whether the run is let go of as soon as its worker is seen at work.
+    pub fn detaching(self, detach: bool) -> Self {
+        Self { detach, ..self }
     }
 
     /// How the run ends when it is stopped through its channel, if not as interrupted.
@@ -243,12 +255,13 @@ impl<'a> Driver<'a> {
         Self { stopping_as: ending, ..self }
     }
 
-    /// Drives the run until it is closed or held.
+    /// Drives the run until it is closed, held, or let go of: then it is not at rest, its worker is at work, and something other than
+    /// a controller ends its instance.
     ///
     /// # Errors
     /// [`Stuck`]: the instance may still exist; the same run can be driven again later.
     pub async fn drive(mut self) -> Result<RunRecord, Stuck> {
-        while !self.run.state().is_at_rest() {
+        while !self.run.state().is_at_rest() && !self.memory.let_go {
             match self.advance().await {
                 Err(Stuck::Ledger(error)) if error.is_of_the_file() => self.unrecorded(error).await?,
                 advanced => advanced?,
@@ -263,10 +276,11 @@ impl<'a> Driver<'a> {
         if matches!(self.run.state(), RunState::Salvaging { .. }) || *self.stop.borrow() != Stop::Go {
             self.memory.stopped_at.get_or_init(Instant::now);
         }
-        let interrupt = self.interrupt();
+        let (interrupt, let_go) = (self.interrupt(), self.let_go());
         let step = tokio::select! {
             biased;
             ending = interrupt => Err(StepError::End(ending)),
+            () = let_go => Err(StepError::LetGo),
             step = self.told_step() => step,
         };
         match step {
@@ -277,6 +291,7 @@ impl<'a> Driver<'a> {
             Err(StepError::Down) if self.is_replaceable() => self.lost()?,
             Err(StepError::Down) => self.end(Ending::InstanceLost)?,
             Err(StepError::Unfit(reason)) => self.unfit(reason)?,
+            Err(StepError::LetGo) => self.memory.let_go = true,
             Err(StepError::Stuck(stuck)) => return Err(stuck),
         }
         Ok(())
@@ -337,6 +352,7 @@ impl<'a> Driver<'a> {
             RunState::Creating { intent, .. } => self.create(&intent).await,
             RunState::Rented { rental } => self.reach(&rental).await,
             RunState::Reachable { rental, pin } => self.launch(&rental, &pin).await,
+            RunState::Launched { rental, pin, .. } if self.detach => self.leave(&rental, &pin).await,
             RunState::Launched { rental, pin, .. } => self.follow(&rental, &pin).await,
             RunState::Ended { rental, pin, exit, restarts } => self.sync(&rental, &pin, exit, restarts).await,
             RunState::Salvaging { rental, pin, .. } => self.salvage(&rental, &pin).await,
@@ -402,7 +418,31 @@ impl<'a> Driver<'a> {
             self.run.state(),
             RunState::Rented { .. } | RunState::Reachable { .. } | RunState::Launched { .. } | RunState::Ended { .. }
         );
-        still_to_do && self.has_time() && *self.stop.borrow() == Stop::Go && !self.run.cancel_asked()
+        still_to_do && self.has_time() && self.stop() < Stop::Now && !self.run.cancel_asked()
+    }
+
+    /// How urgently the run is to end: what another process cannot pick up is not let go of.
+    fn stop(&self) -> Stop {
+        match *self.stop.borrow() {
+            Stop::LetGo if !self.can_be_left() => Stop::Now,
+            level => level,
+        }
+    }
+
+    /// Whether the worker was started under its guard, on an instance that ends without a controller.
+    fn can_be_left(&self) -> bool {
+        matches!(self.run.state(), RunState::Launched { .. })
+            && self.cloud().is_ok_and(|cloud| cloud.broker.capabilities().ends_by_itself())
+    }
+
+    /// Resolves when the run is to be let go of, and can be.
+    fn let_go(&self) -> impl Future<Output = ()> + use<> {
+        let (can_be_left, mut stop) = (self.can_be_left(), self.stop.clone());
+        async move {
+            if !can_be_left || stop.wait_for(|level| *level == Stop::LetGo).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
     }
 
     fn lost(&mut self) -> Result<(), LedgerError> {
@@ -432,11 +472,12 @@ impl<'a> Driver<'a> {
     /// Resolves when the present state is to be left early; never for states that must run to their end.
     fn interrupt(&self) -> impl Future<Output = Ending> + use<> {
         let threshold = match self.run.state() {
+            RunState::Launched { .. } if self.can_be_left() => Some(Stop::Now),
             RunState::Planned { .. }
             | RunState::Rented { .. }
             | RunState::Reachable { .. }
             | RunState::Discarding { .. }
-            | RunState::Launched { .. } => Some(Stop::Now),
+            | RunState::Launched { .. } => Some(Stop::LetGo),
             // The files are on their way home already: that is what a first Ctrl-C asks for.
             RunState::Ended { .. } | RunState::Salvaging { .. } => Some(Stop::SkipSync),
             _ => None,
@@ -450,7 +491,7 @@ impl<'a> Driver<'a> {
         let stopped = self.stopping_as.clone();
         async move {
             let Some(threshold) = threshold else { return std::future::pending().await };
-            let early = threshold == Stop::Now;
+            let early = threshold < Stop::SkipSync;
             let asked = async {
                 if stop.wait_for(|level| *level >= threshold).await.is_err() {
                     std::future::pending::<()>().await;

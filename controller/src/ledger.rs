@@ -219,6 +219,11 @@ impl RunRecord {
         self.events.last().map_or(self.created_at_ms, |entry| entry.at_ms)
     }
 
+    /// Whether its worker was left to work on, if no process drives it.
+    pub fn is_detached(&self) -> bool {
+        self.spec.detach && matches!(self.state, RunState::Launched { .. })
+    }
+
     /// Unix seconds after which its instance has no right to exist, where there is or may be one.
     pub fn deadline(&self) -> Option<u64> {
         self.state.tag().map(|tag| tag.deadline)
@@ -830,6 +835,7 @@ pub(crate) mod tests {
             disk: Bytes::from_gib(1),
             push_model: false,
             keep_running: false,
+            detach: false,
             max_duration_s: 60,
             watch: Watch::NEVER,
             budget: None,

@@ -51,6 +51,8 @@ pub fn main_impl() -> ExitCode {
         .with_target(false)
         .with_ansi(false)
         .with_writer(std::io::stderr)
+        // A terminal that is gone must end nothing here.
+        .log_internal_errors(false)
         .init();
     match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(commands::run(cli)).into(),

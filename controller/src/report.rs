@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 use outliers_protocol::{Phase, Progress};
 use serde::Serialize;
 
@@ -35,6 +35,10 @@ const PLAIN_PAUSE: Duration = Duration::from_secs(2);
 
 /// The same where several runs report side by side, for hours.
 const PLAIN_PAUSE_OF_MANY: Duration = Duration::from_secs(30);
+
+/// Between two pictures of a screen, and the same where each stands below the one before.
+const REDRAW_PAUSE: Duration = Duration::from_secs(1);
+const PICTURE_PAUSE: Duration = Duration::from_secs(5);
 
 /// How the program ends. The numbers are documented in the help and stable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -200,6 +204,8 @@ pub struct Reporter {
     verbose: bool,
     color: bool,
     bars: bool,
+    /// Standard output is a terminal on which something may be drawn anew.
+    redraws: bool,
     /// Whom it is about, where several are told about side by side.
     label: String,
     /// Between two plain lines of progress.
@@ -232,6 +238,7 @@ impl Reporter {
                 Color::Never => false,
             },
             bars: terminal && !plain && !global.quiet,
+            redraws: std::io::stdout().is_terminal() && !plain && !global.json,
             label: String::new(),
             pause: PLAIN_PAUSE,
             board: MultiProgress::new(),
@@ -247,6 +254,7 @@ impl Reporter {
             verbose: self.verbose,
             color: self.color,
             bars: self.bars,
+            redraws: self.redraws,
             label: clean(label.as_bytes(), 40),
             pause: PLAIN_PAUSE_OF_MANY,
             board: self.board.clone(),
@@ -284,6 +292,17 @@ impl Reporter {
             text()
         };
         let _ = writeln!(std::io::stdout().lock(), "{line}");
+    }
+
+    /// Shows one picture after the other.
+    pub fn screen(&self) -> Screen<'_> {
+        let bar = self.redraws.then(|| {
+            let style = ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stdout());
+            // The last one stays.
+            bar.with_style(style).with_finish(ProgressFinish::Abandon)
+        });
+        Screen { reporter: self, bar }
     }
 
     /// Tells why a command failed. To programs too, on standard output.
@@ -410,6 +429,9 @@ impl Reporter {
                 self.say(&clean(words.as_bytes(), LINE));
             }
             DeployEvent::Terminating(id) => self.whisper(&format!("Ending instance {id}")),
+            DeployEvent::Stopping(Stop::LetGo) => {
+                self.say("SIGHUP: a run at work whose instance ends by itself is let go of, any other is ended");
+            }
             DeployEvent::Stopping(Stop::SkipSync) => self.say("Skipping the results; ending the instance"),
             DeployEvent::Stopping(_) => {
                 self.say(
@@ -569,6 +591,28 @@ impl Reporter {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Now> {
         self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// Pictures of the same: on a terminal each in the place of the one before, elsewhere below it.
+pub struct Screen<'a> {
+    reporter: &'a Reporter,
+    bar: Option<ProgressBar>,
+}
+
+impl Screen<'_> {
+    /// The next one: the document to programs, in one line; the text to people.
+    pub fn show<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
+        match &self.bar {
+            // In place, and in one piece: nothing flickers.
+            Some(bar) => bar.set_message(text().trim_end_matches('\n').to_owned()),
+            None => self.reporter.line(document, text),
+        }
+    }
+
+    /// Until the next one.
+    pub fn pause(&self) -> Duration {
+        if self.bar.is_some() { REDRAW_PAUSE } else { PICTURE_PAUSE }
     }
 }
 

@@ -55,6 +55,9 @@ pub struct RunSpec {
     pub push_model: bool,
     /// Hold the instance when the worker has ended.
     pub keep_running: bool,
+    /// Leave the instance to its guard when the worker runs: that nobody follows it is no sign that it is forgotten.
+    #[serde(default)]
+    pub detach: bool,
     /// Seconds from the create call to the instance's end.
     pub max_duration_s: u64,
     /// What the guard on the instance waits for before that.

@@ -47,6 +47,8 @@ pub struct UnderWay {
     pub looked_after: bool,
     /// The instance stays on the user's wish.
     pub held: bool,
+    /// Its worker was left to work on without any process here, on the user's wish.
+    pub detached: bool,
     /// Where its instance is, or may be.
     pub broker: Option<String>,
     /// Its instance.
@@ -136,6 +138,12 @@ impl Standing {
         Ok(Self { unreadable, ..Self::of(&runs, &driven, surveys(results), now_ms) })
     }
 
+    /// Whether anything here may change without anybody's doing: a process drives it, or it has time left.
+    pub fn is_at_work(&self) -> bool {
+        let has_time = |run: &UnderWay| run.deadline.is_some_and(|deadline| deadline > self.at);
+        self.under_way.iter().any(|run| !run.held && (run.looked_after || has_time(run)))
+    }
+
     /// From the runs, those that a process drives, and the surveys' folders and indices.
     fn of(runs: &[RunRecord], driven: &[String], surveys: Vec<(PathBuf, Index)>, now_ms: u64) -> Self {
         let spent_by = |survey: &str| {
@@ -182,6 +190,7 @@ impl UnderWay {
             state: run.state.word().to_owned(),
             looked_after: driven || held,
             held,
+            detached: !driven && run.is_detached(),
             broker: run.state.offer().map(|offer| offer.broker.clone()),
             instance: rental.map(|rental| rental.instance.0.clone()),
             price: rental.map(|rental| rental.price),
@@ -330,6 +339,7 @@ pub(crate) mod tests {
         assert_eq!(standing.under_way.iter().map(|run| run.run.clone()).collect::<Vec<_>>(), ids(&["run3", "run4"]));
         let running = &standing.under_way[0];
         assert!(running.looked_after && !standing.under_way[1].looked_after);
+        assert!(standing.is_at_work() && !running.detached && !standing.under_way[1].detached);
         assert_eq!((running.cost, running.at_most), (Usd::from_dollars(1.0), Usd::from_dollars(4.0)));
         assert_eq!(standing.reserved, Usd::from_dollars(6.0), "half an hour of two instances");
         // Six seconds of arithmetic, counted from the launch three minutes after the create call.
@@ -352,6 +362,23 @@ pub(crate) mod tests {
             }
             self
         }
+    }
+
+    #[test]
+    fn a_detached_run_is_at_work_until_its_time_is_up_and_a_held_one_is_not() {
+        let detached = run("run1", "owner/a", 10, rented("run1"));
+        let detached = RunRecord { spec: RunSpec { detach: true, ..detached.spec.clone() }, ..detached };
+        let whole = Brought { folder: "/nowhere/a".into(), complete: true };
+        let mut events = ended("run2", whole, Ending::Completed);
+        events.truncate(events.len() - 2);
+        events.push(RunEvent::Held);
+        let runs = [detached, run("run2", "owner/b", 10, events)];
+        let at = |runs: &[RunRecord], now_ms| Standing::of(runs, &[], Vec::new(), now_ms);
+        let standing = at(&runs, NOW_MS);
+        assert!(standing.under_way[0].detached && !standing.under_way[1].detached);
+        assert!(standing.is_at_work() && !at(&runs[1..], NOW_MS).is_at_work());
+        assert!(!at(&runs, NOW_MS + 1_800_000).is_at_work(), "its time is up");
+        assert!(!at(&[], NOW_MS).is_at_work());
     }
 
     #[test]

@@ -128,6 +128,7 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
         disk: Bytes::from_mib(16),
         push_model: true,
         keep_running: false,
+        detach: false,
         max_duration_s: 600,
         watch: Watch { lease_s: 600, unclaimed_s: 600 },
         budget: None,

@@ -137,6 +137,7 @@ fn options(folder: &Path) -> DeployArgs {
         want: WantArgs { broker: vec![local::NAME.to_owned()], gpu_count: Some(0), ..WantArgs::default() },
         push_model: true,
         keep_running: false,
+        detach: false,
         max_duration: None,
         allow_cut_short: false,
         budget: None,

@@ -5,13 +5,14 @@ use std::path::Path;
 use outliers_protocol::{Inspection, JobSpec, Results, files};
 use serde::Serialize;
 
-use super::drive::drive;
+use super::drive::drive_as;
 use super::instances::LISTS;
 use super::prepare::{Prepared, Wish, consent, identity, prepare, secrets, writable};
 use super::{Context, SCHEMA, ports, request};
-use crate::broker::Offer;
+use crate::broker::{InstanceId, Offer};
+use crate::calendar::rfc3339;
 use crate::cli::DeployArgs;
-use crate::clouds::BadHosts;
+use crate::clouds::{BadHosts, Clouds};
 use crate::deploy::{JobIdentity, Ports, recover};
 use crate::files::{MOST, read_small};
 use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
@@ -21,7 +22,7 @@ use crate::report::tables::TOP;
 use crate::report::{Complaint, ExitStatus, Reporter, tables};
 use crate::run::{Ending, RunSpec};
 use crate::settings::{DefaultBroker, Span};
-use crate::units::Usd;
+use crate::units::{Usd, UsdPerHour};
 
 /// What a deploy came to.
 #[derive(Debug, Serialize)]
@@ -74,8 +75,68 @@ struct Plan<'a> {
 /// Does it.
 pub(super) async fn command(context: &Context, args: &DeployArgs) -> Result<ExitStatus, Complaint> {
     let Some(deployed) = deploy(context, args).await? else { return Ok(ExitStatus::Done) };
+    if !deployed.run.state.is_at_rest() {
+        tell_of_detached(context, &deployed.run);
+        return Ok(ExitStatus::Done);
+    }
     tell(context, &deployed);
     Ok(deployed.status())
+}
+
+/// A run whose worker works on without any process here.
+#[derive(Serialize)]
+struct Detached<'a> {
+    schema: u32,
+    detached: bool,
+    run: &'a RunRecord,
+    broker: Option<&'a str>,
+    instance: Option<&'a InstanceId>,
+    /// What that bills.
+    price: Option<UsdPerHour>,
+    /// What all of it costs until the deadline.
+    at_most: Usd,
+    /// Until then it may bill, Unix seconds.
+    deadline: Option<u64>,
+    /// What follows it.
+    commands: [String; 3],
+    exit_status: u8,
+}
+
+fn tell_of_detached(context: &Context, run: &RunRecord) {
+    let (id, rental) = (&run.id, run.state.rental());
+    let document = Detached {
+        schema: SCHEMA,
+        detached: true,
+        run,
+        broker: rental.map(|rental| rental.offer.broker.as_str()),
+        instance: rental.map(|rental| &rental.instance),
+        price: rental.map(|rental| rental.price),
+        at_most: run.at_most(now_ms()),
+        deadline: run.deadline(),
+        commands: [
+            format!("outliers attach {id}"),
+            format!("outliers runs logs {id} -f"),
+            "outliers status --watch".to_owned(),
+        ],
+        exit_status: ExitStatus::Done.number(),
+    };
+    context.reporter.result(&document, || in_words(&document));
+}
+
+fn in_words(detached: &Detached<'_>) -> String {
+    let Detached { run, broker, instance, price, at_most, deadline, commands: [attach, logs, status], .. } = detached;
+    let instance = instance.map(ToString::to_string).unwrap_or_default();
+    let (broker, price) = (broker.unwrap_or_default(), price.map(|price| price.to_string()).unwrap_or_default());
+    let until = deadline.map(rfc3339).unwrap_or_default();
+    let width = logs.len();
+    format!(
+        "run {} works on, on instance {instance} of {broker}, at {price}\n\
+         it may bill until {until}, {at_most} in all; then its guard ends it, or its cloud, and what nobody fetched is lost\n\n  \
+         {attach:width$}  follows it, brings its results home, ends the instance\n  \
+         {logs}  what its worker says\n  \
+         {status:width$}  what it costs\n",
+        run.id,
+    )
 }
 
 /// Prints what a deploy came to.
@@ -111,6 +172,9 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
     if args.want.broker.is_empty() && context.settings.broker == DefaultBroker::Local {
         reporter.using_this_machine();
     }
+    if args.detach {
+        end_by_themselves(&clouds)?;
+    }
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
     let identity = identity(context, &job)?;
@@ -124,7 +188,7 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
         && let Some(run) = reconcile(reporter, &ledger, ports, &key).await?
     {
         reporter.picked_up(run.record());
-        return drive(reporter, run, ports).await.map(Some);
+        return drive_as(reporter, run, ports, args.detach).await.map(Some);
     }
     tell_of_the_same(reporter, &ledger, &identity)?;
     let wish = wish(context, job, key, args);
@@ -145,7 +209,18 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
     if prepared.spec.agreed.is_some() {
         reporter.say(&format!("It costs at most {}", prepared.at_most()));
     }
-    drive(reporter, run, ports).await.map(Some)
+    drive_as(reporter, run, ports, args.detach).await.map(Some)
+}
+
+/// Whether an instance that nobody looks after ends on each of these clouds.
+fn end_by_themselves(clouds: &Clouds) -> Result<(), Complaint> {
+    let Some(cloud) = clouds.iter().find(|cloud| !cloud.broker.capabilities().ends_by_itself()) else { return Ok(()) };
+    let message = format!(
+        "--detach leaves an instance alone, and {} keeps no deadline and gives it no means to end itself",
+        cloud.name()
+    );
+    let hint = "name other clouds with --broker; or leave out --detach and keep the command running, under nohup";
+    Err(Complaint::refused(message, hint))
 }
 
 /// Names runs of the same job that are under way or complete, wherever they run: nobody should pay twice unawares.
@@ -171,6 +246,7 @@ fn wish(context: &Context, job: JobSpec, job_key: String, args: &DeployArgs) -> 
         request: request(&args.want),
         push_model: args.push_model,
         keep_running: args.keep_running,
+        detach: args.detach,
         max_duration: args.max_duration.map_or(context.settings.max_duration, |span| span.0),
         cut_short: args.allow_cut_short,
         budget: args.budget.map(|usd| Usd::from_dollars(usd.get())),

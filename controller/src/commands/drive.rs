@@ -1,21 +1,59 @@
-//! Runs are driven while Ctrl-C is listened to: one listener for all of them.
+//! Runs are driven while signals are listened to: one listener for all of them.
 
-use tokio::signal::unix::{SignalKind, signal};
+use std::time::Duration;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 use super::deploy::Deployed;
+use crate::calendar::rfc3339;
 use crate::deploy::{DeployEvent, Driver, Ports, Stop};
-use crate::ledger::RunWriter;
+use crate::ledger::{RunRecord, RunWriter};
 use crate::report::{Complaint, ExitStatus, Reporter};
+use crate::settings::Span;
 
 /// Drives a run to its end, listening for Ctrl-C.
 ///
 /// # Errors
 /// Status 6: its instance may be left.
 pub(super) async fn drive(reporter: &Reporter, run: RunWriter, ports: Ports<'_>) -> Result<Deployed, Complaint> {
+    drive_as(reporter, run, ports, false).await
+}
+
+/// The same, or with `detach` only until its worker is at work: then what is returned is not at rest.
+///
+/// # Errors
+/// Status 6: its instance may be left.
+pub(super) async fn drive_as(
+    reporter: &Reporter,
+    run: RunWriter,
+    ports: Ports<'_>,
+    detach: bool,
+) -> Result<Deployed, Complaint> {
     let on = |event| reporter.event(event);
-    let driven = listening(reporter, async |stop| Driver::new(run, ports, stop, &on).drive().await).await?;
-    Ok(Deployed::of(driven?))
+    let driven = listening(reporter, async |stop| {
+        Driver::new(run, ports, stop, &on).detaching(detach).drive().await
+    });
+    let run = driven.await??;
+    if detach || run.state.is_at_rest() { Ok(Deployed::of(run)) } else { Err(let_go(&run)) }
+}
+
+/// A run that was let go of although nobody asked for that.
+fn let_go(run: &RunRecord) -> Complaint {
+    let bills = run.state.rental().map(|rental| {
+        let until = rfc3339(rental.tag.deadline);
+        format!(", and instance {} on {} bills {} until {until}", rental.instance, rental.offer.broker, rental.price)
+    });
+    let lease = Duration::from_secs(run.spec.watch.lease_s);
+    let sooner = match lease.is_zero() {
+        true => String::new(),
+        false => format!("; its guard ends the run when nobody was heard for {}", Span(lease)),
+    };
+    Complaint {
+        status: ExitStatus::InstanceLeft,
+        message: format!("run {} was let go of: its worker goes on{}", run.id, bills.unwrap_or_default()),
+        hint: Some(format!("`outliers attach {}` goes on with it{sooner}", run.id)),
+    }
 }
 
 /// Does `work`, which is told how urgently a person wants it to end.
@@ -45,11 +83,14 @@ fn deaf(error: &std::io::Error) -> Complaint {
     }
 }
 
-/// Ctrl-C and its like, for ever: the first stops, the second skips the results. Nothing skips the end of the instance.
+/// Signals, for ever. Ctrl-C and SIGTERM: the first stops, the second skips the results; nothing skips the end of the
+/// instance. SIGHUP lets go, unless something is ending already.
 async fn listen(heard: impl Fn(Stop)) -> std::io::Error {
     let signals = || {
         let (interrupt, terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-        std::io::Result::Ok((interrupt, terminate, signal(SignalKind::hangup())?))
+        // Whoever started us may have said that a closing terminal is nothing, and a handler would undo that.
+        let hangup = (!is_ignored(SignalKind::hangup())).then(|| signal(SignalKind::hangup()));
+        std::io::Result::Ok((interrupt, terminate, hangup.transpose()?))
     };
     let (mut interrupt, mut terminate, mut hangup) = match signals() {
         Ok(signals) => signals,
@@ -57,15 +98,51 @@ async fn listen(heard: impl Fn(Stop)) -> std::io::Error {
     };
     let mut level = Stop::Go;
     loop {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        }
-        let next = if level == Stop::Go { Stop::Now } else { Stop::SkipSync };
-        if next != level {
+        let more = if level < Stop::Now { Stop::Now } else { Stop::SkipSync };
+        let next = tokio::select! {
+            _ = interrupt.recv() => more,
+            _ = terminate.recv() => more,
+            () = received(&mut hangup) => Stop::LetGo,
+        };
+        if next > level {
             level = next;
             heard(level);
         }
+    }
+}
+
+/// Resolves when the signal comes; never, if it is not listened for.
+async fn received(signal: &mut Option<Signal>) {
+    match signal {
+        Some(signal) => {
+            signal.recv().await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether this process was started with the signal ignored, as `nohup` does. Where the system does not tell: no.
+fn is_ignored(signal: SignalKind) -> bool {
+    std::fs::read_to_string("/proc/self/status").is_ok_and(|status| ignores(&status, signal))
+}
+
+/// By the mask in the text of `/proc/PID/status`, of which bit 0 is signal 1.
+fn ignores(status: &str, signal: SignalKind) -> bool {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default();
+    (mask >> (signal.as_raw_value() - 1)) & 1 == 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ignored_signal_is_told_from_the_systems_mask() {
+        let status = |mask: &str| format!("Name:\toutliers\nSigBlk:\tffffffffffffffff\nSigIgn:\t{mask}\nSigCgt:\t1\n");
+        let ignored = |mask: &str| ignores(&status(mask), SignalKind::hangup());
+        assert!(ignored("0000000000000001") && ignored("0000000000001001"));
+        assert!(!ignored("0000000000001000") && !ignored("fffffffffffffffe") && !ignored("?"));
+        assert!(!ignores("", SignalKind::hangup()));
     }
 }

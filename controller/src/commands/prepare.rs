@@ -33,6 +33,8 @@ pub(super) struct Wish {
     pub(super) push_model: bool,
     /// Hold the instance when the worker has ended.
     pub(super) keep_running: bool,
+    /// Leave the instance to its guard when the worker runs.
+    pub(super) detach: bool,
     /// From the create call to the instance's end.
     pub(super) max_duration: Duration,
     /// The run may take longer than that, and is ended then.
@@ -217,9 +219,10 @@ fn spec(context: &Context, clouds: &Clouds, wish: Wish, inspection: &Inspection)
         disk,
         push_model: wish.push_model,
         keep_running: wish.keep_running,
+        detach: wish.detach,
         max_duration_s: wish.max_duration.as_secs(),
-        // An instance that is kept is kept until its time is up.
-        watch: if wish.keep_running { Watch::NEVER } else { context.settings.watch },
+        // An instance that is kept, or left alone with its results, stays until its time is up.
+        watch: if wish.keep_running || wish.detach { Watch::NEVER } else { context.settings.watch },
         budget: wish.budget,
         agreed: None,
         only_in_time: !wish.cut_short,

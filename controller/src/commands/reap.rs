@@ -133,7 +133,7 @@ fn unseen(stuck: &Stuck, args: &ReapArgs) -> Trouble {
 impl<'a> Found<'a> {
     /// What is to end; the only judge, whether it is then ended or only shown. With `None` of everybody's.
     fn of(cloud: &'a Cloud, looked: Looked, owner: Option<&str>, troubles: &mut Vec<Trouble>) -> Self {
-        let now = now_ms() / 1000;
+        let now = cloud.time(now_ms() / 1000);
         let runs = runs_of(&looked, cloud.name());
         let is_stray = |instance: &Instance| {
             looked.actions.iter().find_map(|action| match action {

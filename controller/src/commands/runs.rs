@@ -1,29 +1,27 @@
 //! `runs`: the ledger, shown; a run, cancelled.
 
-use std::path::Path;
 use std::time::Duration;
 
-use outliers_protocol::files;
 use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::deploy::Deployed;
 use super::{Context, SCHEMA, ports};
-use crate::broker::InstanceState;
 use crate::cli::RunsCommand;
 use crate::clouds::{BadHosts, Clouds};
-use crate::deploy::{Driver, HostError, HostTalk, Hosts, Ports, Stop, Stuck, release};
-use crate::files::{MOST, read_small};
+use crate::deploy::{Driver, Ports, Stop, Stuck, release};
 use crate::ledger::{Ledger, Records, RunRecord, RunWriter, Unreadable, now_ms};
 use crate::report::{Complaint, ExitStatus, tables};
-use crate::run::{Ending, Pin, RunState};
+use crate::run::Ending;
 use crate::text::clean;
+
+mod logs;
 
 /// How long the driver of a run may take to end it.
 const CANCEL_LIMIT: Duration = Duration::from_secs(30 * 60);
 
-/// Longest line of a log that is shown.
+/// Longest text of somebody else's that is shown.
 const LINE: usize = 2000;
 
 #[derive(Serialize)]
@@ -58,7 +56,7 @@ pub(super) async fn command(context: &Context, command: RunsCommand) -> Result<E
     match command {
         RunsCommand::List => list(context, &ledger),
         RunsCommand::Show { run } => show(context, &ledger, &run),
-        RunsCommand::Logs { run } => logs(context, &ledger, &run).await,
+        RunsCommand::Logs { run, follow } => logs::command(context, &ledger, &run, follow).await,
         RunsCommand::Cancel { run } => cancel(context, &ledger, &run).await,
     }
 }
@@ -83,51 +81,6 @@ fn show(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitStatus, Co
 
 fn is_driven(ledger: &Ledger, run: &RunRecord) -> Result<bool, Complaint> {
     Ok(!run.state.is_closed() && ledger.is_driven(&run.id)?)
-}
-
-/// The log that came home; while the worker runs, the one on the instance, until the worker ends.
-async fn logs(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitStatus, Complaint> {
-    let run = ledger.find(name)?;
-    if let Some(results) = run.state.results() {
-        let path = Path::new(&results.folder).join(files::LOG);
-        let text = read_small(&path, MOST).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))?;
-        let lines: Vec<String> = text.split(|b| *b == b'\n').map(|line| clean(line, LINE)).collect();
-        let document = serde_json::json!({ "schema": SCHEMA, "run": run.id, "lines": lines });
-        context.reporter.result(&document, || lines.join("\n"));
-        return Ok(ExitStatus::Done);
-    }
-    match &run.state {
-        RunState::Launched { pin, .. } | RunState::Ended { pin, .. } | RunState::Salvaging { pin, .. } => {
-            follow(context, ledger, &run, pin).await
-        }
-        state => Err(Complaint::refused(
-            format!("run {} is {} and has no log", run.id, state.word()),
-            "a run has a log from the start of its worker on",
-        )),
-    }
-}
-
-async fn follow(context: &Context, ledger: &Ledger, run: &RunRecord, pin: &Pin) -> Result<ExitStatus, Complaint> {
-    let rental = run.state.rental().ok_or_else(|| Complaint::failed("the run has no instance"))?;
-    let cloud = context.cloud(&rental.offer.broker)?;
-    let found = cloud.call(cloud.broker.get(&rental.instance)).await?;
-    let Some(InstanceState::Ready(endpoint)) = found.map(|instance| instance.state) else {
-        return Err(Complaint::failed(format!("instance {} cannot be spoken to", rental.instance)));
-    };
-    // Nothing is pushed from here.
-    let hosts = context.hosts(&context.exe).from_start();
-    let deadline = Instant::now() + cloud.patience.ssh;
-    let failed = |error: HostError| Complaint { status: ExitStatus::Cloud, message: error.message, hint: error.hint };
-    let folder = ledger.run_folder(&run.id);
-    let (host, _) = hosts.reach(&endpoint, &folder, Some(pin), deadline, &|_| {}).await.map_err(failed)?;
-    let print = |talk: HostTalk| {
-        if let HostTalk::Log(line) = talk {
-            let line = clean(line.as_bytes(), LINE);
-            context.reporter.line(&serde_json::json!({ "line": line }), || line.clone());
-        }
-    };
-    host.follow(&run.id, &print).await.map_err(failed)?;
-    Ok(ExitStatus::Done)
 }
 
 async fn cancel(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitStatus, Complaint> {

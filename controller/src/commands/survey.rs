@@ -254,6 +254,7 @@ impl<'a> Session<'a> {
             request: want(&self.args.want, &model.entry.want),
             push_model: self.args.push_model,
             keep_running: false,
+            detach: false,
             max_duration: limit.map_or(settings.max_duration, |span| span.0),
             cut_short: self.args.allow_cut_short,
             budget: self.budget(),

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -35,6 +35,10 @@ const PAGE: usize = 2;
 
 /// How long a cloud may end nothing.
 const REFUSES: Duration = Duration::from_secs(300);
+/// How long a disk may be full: longer than it takes to end an instance all the same.
+const FULL: Duration = Duration::from_secs(900);
+/// Seconds by which this machine's clock may jump ahead.
+const JUMP: i64 = 7 * 3600;
 
 /// Everything is quick here.
 pub(crate) const QUICK: Patience = Patience {
@@ -61,6 +65,7 @@ pub(crate) fn spec(results: &Path) -> RunSpec {
         disk: Bytes::from_gib(1),
         push_model: false,
         keep_running: false,
+        detach: false,
         max_duration_s: 3600,
         watch: WATCH,
         budget: None,
@@ -100,10 +105,18 @@ pub(crate) enum Fault {
     PriceRises,
     /// From here on the cloud ends nothing for some minutes.
     Refuses,
-    /// For a while there is no room at home.
-    DiskFull,
     /// This once the cloud's list shows ours as entries of which nothing can be read.
     Odd,
+    /// SIGHUP.
+    Hangup,
+    /// From here on the ledger takes no event, for some minutes or until the next process.
+    StateFull,
+    /// The same of the folder of results.
+    ResultsFull,
+    /// From here to the next controller nobody can read the run's row in the ledger.
+    Unreadable,
+    /// This machine's clock jumps hours ahead.
+    ClockJumps,
 }
 
 thread_local! {
@@ -187,8 +200,6 @@ pub(crate) struct World {
     pub(crate) other_layers: Option<usize>,
     /// No file comes to its end.
     pub(crate) stalls: bool,
-    /// Until then there is no room at home.
-    pub(crate) full_until: Option<Instant>,
     pub(crate) price_on_arrival: Option<UsdPerHour>,
     pub(crate) outage: bool,
     /// Until then nothing is ended.
@@ -201,6 +212,14 @@ pub(crate) struct World {
     pub(crate) rise: Option<String>,
     /// What a person said yes to.
     pub(crate) agreed: Option<Usd>,
+    /// Seconds by which the cloud's clock, which instances keep, is ahead of this machine's.
+    pub(crate) clock_ahead: i64,
+    /// The ledger's file, where something may happen to it.
+    pub(crate) ledger: PathBuf,
+    /// The run's row in it cannot be read.
+    pub(crate) unreadable: bool,
+    state_full_until: Option<Instant>,
+    results_full_until: Option<Instant>,
     next_id: usize,
 }
 
@@ -220,9 +239,60 @@ impl World {
         self.machines.values().filter(|machine| !machine.foreign)
     }
 
+    /// By the cloud's clock.
+    fn now_ms(&self) -> u64 {
+        now_ms().saturating_add_signed(self.clock_ahead * 1000)
+    }
+
+    /// This machine's clock goes hours ahead, where it is wound.
+    pub(crate) fn jump(&mut self) {
+        if let Some(now) = wound_ms() {
+            wind(now.saturating_add_signed(JUMP * 1000));
+            self.clock_ahead -= JUMP;
+        }
+    }
+
+    fn in_ledger(&self, sql: &str) {
+        let ledger = rusqlite::Connection::open(&self.ledger).unwrap();
+        ledger.execute_batch(sql).unwrap();
+    }
+
+    fn fill_state(&mut self) {
+        self.state_full_until = Some(Instant::now() + FULL);
+        self.in_ledger(
+            "CREATE TRIGGER IF NOT EXISTS full BEFORE INSERT ON events \
+             BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END",
+        );
+    }
+
+    /// Disks that are full for no longer than until `now`; with `None` whatever fills them.
+    pub(crate) fn make_room(&mut self, now: Option<Instant>) {
+        let over = |until: Option<Instant>| until.is_some_and(|until| now.is_none_or(|now| until <= now));
+        if over(self.state_full_until) {
+            self.state_full_until = None;
+            self.in_ledger("DROP TRIGGER IF EXISTS full");
+        }
+        if over(self.results_full_until) {
+            self.results_full_until = None;
+        }
+    }
+
+    fn damage(&mut self) {
+        if !std::mem::replace(&mut self.unreadable, true) {
+            self.in_ledger("UPDATE runs SET spec = 'x' || spec");
+        }
+    }
+
+    /// The run's row can be read again.
+    pub(crate) fn mend(&mut self) {
+        if std::mem::take(&mut self.unreadable) {
+            self.in_ledger("UPDATE runs SET spec = substr(spec, 2)");
+        }
+    }
+
     /// What goes on without us: guards end instances whose time is up, and those nobody has looked after for `alone`.
     pub(crate) fn pass(&mut self, alone: Duration) {
-        let now = now_ms();
+        let now = self.now_ms();
         let watched = |machine: &Machine| machine.guarded && self.self_destruct && !machine.foreign;
         let over = |machine: &Machine| now >= machine.deadline_ms || alone >= Duration::from_secs(WATCH.lease_s);
         let ended: Vec<String> =
@@ -277,9 +347,10 @@ impl World {
     fn end(&mut self, id: &str) {
         let Some(machine) = self.machines.remove(id) else { return };
         assert!(!machine.foreign, "an instance that is not ours was ended");
-        let until = now_ms().min(machine.deadline_ms);
+        let until = self.now_ms().min(machine.deadline_ms);
         let lived = Duration::from_millis(until.saturating_sub(machine.created_ms));
-        if machine.known {
+        // What cannot be written down nobody can know either.
+        if machine.known && self.state_full_until.is_none() {
             self.billed = self.billed + machine.price.cost(lived);
             let used = machine.worker != JobStatus::NotStarted;
             let kept = if used { machine.price } else { machine.price.min(machine.offered) };
@@ -319,6 +390,7 @@ impl Fake {
         let outcome = {
             let mut world = self.world.lock().unwrap();
             world.pass(Duration::ZERO);
+            world.make_room(Some(Instant::now()));
             world.effects.push(name);
             let number = world.effects.len();
             let fault = world.armed.iter().find(|(at, _)| *at == number).map(|(_, fault)| *fault);
@@ -329,10 +401,20 @@ impl Fake {
                 Some(Fault::Preempted) => world.preempt(),
                 Some(Fault::PriceRises) => world.raise_prices(),
                 Some(Fault::Odd) => world.odd = true,
-                Some(Fault::DiskFull) => world.full_until = Some(Instant::now() + self.patience.listing_interval * 10),
                 Some(Fault::Refuses) => world.refuses_until = Some(Instant::now() + REFUSES),
                 Some(Fault::Stop) => drop(self.stop.send(Stop::Now)),
                 Some(Fault::StopTwice) => drop(self.stop.send(Stop::SkipSync)),
+                Some(Fault::Hangup) => {
+                    self.stop.send_if_modified(|level| {
+                        let more = *level < Stop::LetGo;
+                        *level = Stop::LetGo.max(*level);
+                        more
+                    });
+                }
+                Some(Fault::StateFull) => world.fill_state(),
+                Some(Fault::ResultsFull) => world.results_full_until = Some(Instant::now() + FULL),
+                Some(Fault::Unreadable) => world.damage(),
+                Some(Fault::ClockJumps) => world.jump(),
                 _ => {}
             }
             let result = match fault {
@@ -392,7 +474,11 @@ impl Broker for Fake {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::default()
+        Capabilities { self_destruct: self.world.lock().unwrap().self_destruct, ..Capabilities::default() }
+    }
+
+    fn clock_skew(&self) -> Option<i64> {
+        Some(self.world.lock().unwrap().clock_ahead).filter(|ahead| *ahead != 0)
     }
 
     async fn check(&self) -> Result<Account, BrokerError> {
@@ -416,7 +502,7 @@ impl Broker for Fake {
             }
             world.next_id += 1;
             let id = format!("i{}", world.next_id);
-            let lived_on = lease.tag.deadline.saturating_sub(now_ms() / 1000);
+            let lived_on = lease.tag.deadline.saturating_sub(world.now_ms() / 1000);
             assert!(lived_on <= world.max_duration_s, "its deadline is {lived_on} s away");
             let reserved = offer.price.cost(Duration::from_secs(lived_on));
             for most in [world.budget, world.agreed].into_iter().flatten() {
@@ -428,7 +514,7 @@ impl Broker for Fake {
                 foreign: false,
                 known: false,
                 stopped: false,
-                created_ms: now_ms(),
+                created_ms: world.now_ms(),
                 deadline_ms: lease.tag.deadline * 1000,
                 hidden: world.visibility,
                 worker: JobStatus::NotStarted,
@@ -651,9 +737,9 @@ impl Host for FakeHost {
         _: &Listener<'_>,
     ) -> Result<Option<Manifest>, HostError> {
         let (done, job) = self.on_machine("fetch", |machine| (machine.whole, machine.job.clone())).await?;
-        let (stalls, refused, full_until) = {
+        let (stalls, refused, is_full) = {
             let world = self.fake.world.lock().unwrap();
-            (world.stalls, world.damaged_manifest, world.full_until)
+            (world.stalls, world.damaged_manifest, world.results_full_until.is_some())
         };
         let wrong = |here, message: &str| HostError { transient: false, here, message: message.into(), hint: None };
         if stalls {
@@ -662,7 +748,7 @@ impl Host for FakeHost {
         if refused {
             return Err(wrong(false, "its manifest names a file that the job does not make"));
         }
-        if full_until.is_some_and(|until| Instant::now() < until) {
+        if is_full {
             return Err(wrong(true, "no space left on device"));
         }
         fs::write(into.join(files::LOG), "said something\n").unwrap();

@@ -103,7 +103,8 @@ pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, Stuc
             tokio::time::sleep(patience.listing_interval).await;
             continue;
         }
-        let now = now_ms() / 1000;
+        // Deadlines are by the cloud's clock, whatever ours says.
+        let now = cloud.time(now_ms() / 1000);
         let owner = ledger.owner();
         let actions = reconcile::compare(owner, broker, now, &leases, &listed, &missing, absences);
         return Ok(Looked { listed, actions });

@@ -16,9 +16,9 @@ use rand::{Rng, SeedableRng};
 use super::fake::{Fake, Fault, World, offer, wind};
 use super::tests::{Life, closed_and_clean, home, life};
 use super::*;
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, Records};
 use crate::mutant::{Mutant, plant};
-use crate::reconcile::Action;
+use crate::reconcile::{Action, Stray};
 use crate::units::{Usd, UsdPerHour};
 
 /// Without being asked for more.
@@ -34,7 +34,10 @@ const BEGIN_MS: u64 = 1_767_225_600_000;
 /// From the death of a controller to the next one, in seconds.
 const GAPS: [u64; 5] = [0, 30, 1200, 3 * 3600, 9 * 3600];
 
-const FAULTS: [Fault; 9] = [
+/// By so many seconds the cloud's clock may be ahead of this machine's. With hours nothing is rented.
+const SKEWS: [i64; 3] = [200, 7 * 3600, -7 * 3600];
+
+const FAULTS: [Fault; 14] = [
     Fault::CrashBefore,
     Fault::CrashAfter,
     Fault::Fails,
@@ -44,6 +47,11 @@ const FAULTS: [Fault; 9] = [
     Fault::PriceRises,
     Fault::Refuses,
     Fault::Odd,
+    Fault::Hangup,
+    Fault::StateFull,
+    Fault::ResultsFull,
+    Fault::Unreadable,
+    Fault::ClockJumps,
 ];
 
 /// What a schedule came to.
@@ -62,6 +70,9 @@ fn number(name: &str) -> Option<u64> {
 /// Every fourth world is a calm one: one fault, and all else as it should be.
 fn prepare(world: &mut World, random: &mut StdRng) {
     world.self_destruct = random.random_bool(0.5);
+    if random.random_bool(0.05) {
+        world.clock_ahead = SKEWS[random.random_range(0..SKEWS.len())];
+    }
     world.max_duration_s = [1800, 7200, 6 * 3600][random.random_range(0..3)];
     (0..random.random_range(0..4)).for_each(|number| world.add_foreign(number));
     if random.random_bool(0.25) {
@@ -102,16 +113,21 @@ fn trouble(world: &mut World, random: &mut StdRng) {
     }
 }
 
+fn is_hours_off(world: &World) -> bool {
+    world.clock_ahead.abs() > 3600
+}
+
 /// Whether nothing of this world speaks against whole results: at most one fault, and none that ends the run.
 fn must_complete(world: &World) -> bool {
     let harmless = |(_, fault): &(usize, Fault)| {
-        use Fault::{AnswerLost, CrashAfter, CrashBefore, Fails, Odd, Refuses};
-        matches!(fault, CrashBefore | CrashAfter | Fails | AnswerLost | Refuses | Odd)
+        use Fault::{AnswerLost, CrashAfter, CrashBefore, Fails, Odd, Refuses, Unreadable};
+        matches!(fault, CrashBefore | CrashAfter | Fails | AnswerLost | Refuses | Odd | Unreadable)
     };
     let serves = |offer: &Offer| !world.sold_out.contains(&offer.key) && !world.unfit.contains(&offer.key);
     // What one that did not serve has cost may leave too little for the next.
     let affordable = world.agreed.is_none() || world.sold_out.is_empty() && world.unfit.is_empty();
     world.armed.len() <= 1
+        && !is_hours_off(world)
         && affordable
         && world.armed.iter().all(harmless)
         && world.offers.iter().any(serves)
@@ -135,14 +151,40 @@ async fn bystander(fake: &Fake, home: &Path) {
     }
 }
 
+/// Another process that cannot read the run's row: it names the run, and whatever it carries has its time.
+async fn onlooker(fake: &Fake, home: &Path) {
+    let ledger = Ledger::open(&home.join("state")).expect("it can be opened");
+    let Records { runs, unreadable } = ledger.records().expect("one row is not the ledger");
+    assert_eq!((runs.len(), unreadable.len()), (0, 1), "{unreadable:?}");
+    let clouds = fake.clouds();
+    let cloud = clouds.iter().next().expect("there is one");
+    let looked = tokio::select! {
+        biased;
+        () = fake.crashed.notified() => return,
+        looked = look(Some(&ledger), cloud) => looked,
+    };
+    let in_time = |action: &Action| {
+        matches!(action, Action::LeaveAlone { .. } | Action::Terminate { why: Stray::Expired, .. })
+    };
+    // A cloud that does not answer tells nothing.
+    let actions = looked.map(|looked| looked.actions).unwrap_or_default();
+    assert!(actions.iter().all(in_time), "{actions:?}");
+}
+
 /// One schedule to its end.
 async fn schedule(seed: u64) -> Played {
     wind(BEGIN_MS);
     let mut random = StdRng::seed_from_u64(seed);
     let (mut fake, home) = (Fake::new(), home());
     fake.patience = Patience::CLOUD;
-    fake.set(|world| prepare(world, &mut random));
-    let must_complete = must_complete(&fake.world.lock().expect("nobody panicked"));
+    fake.set(|world| {
+        prepare(world, &mut random);
+        world.ledger = home.path().join("state/ledger.db");
+    });
+    let (must_complete, hours_off) = {
+        let world = fake.world.lock().expect("nobody panicked");
+        (must_complete(&world), is_hours_off(&world))
+    };
     let (mut lives, mut hurried) = (0, true);
     let record = loop {
         let last = life(&fake, home.path()).await;
@@ -156,13 +198,24 @@ async fn schedule(seed: u64) -> Played {
         let gap = Duration::from_secs(GAPS[random.random_range(0..GAPS.len())]);
         hurried &= gap < Duration::from_secs(60);
         tokio::time::sleep(gap).await;
-        fake.set(|world| world.pass(gap));
+        fake.set(|world| {
+            world.make_room(None);
+            world.pass(gap);
+        });
         if random.random_bool(0.3) {
             // It may have ended a run that was giving back its instance: then nobody rents another.
             hurried = false;
-            bystander(&fake, home.path()).await;
+            let unreadable = fake.world.lock().expect("nobody panicked").unreadable;
+            if unreadable {
+                onlooker(&fake, home.path()).await;
+            } else {
+                bystander(&fake, home.path()).await;
+            }
         }
+        fake.set(World::mend);
     };
+    fake.set(World::mend);
+    assert!(!hours_off || fake.world.lock().expect("nobody panicked").creates == 0, "by such a clock nobody rents");
     closed_and_clean(&fake, &record, "in the end");
     if std::env::var_os("SHOW").is_some() {
         let w = fake.world.lock().expect("x");

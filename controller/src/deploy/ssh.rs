@@ -1,5 +1,7 @@
 //! [`Hosts`] as they really are: over SSH.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +17,7 @@ use super::ports::{Host, HostError, HostTalk, Hosts, Listener};
 use crate::broker::{GpuRequest, Offer, SshEndpoint};
 use crate::files::{MOST, read_small};
 use crate::host::{
-    self, Cursor, HostErrorKind, HostEvent, HostFacts, JobStatus, RemoteHost, RemoteWorker, Stamp, Terms,
+    self, Cursor, HostErrorKind, HostEvent, HostFacts, JobStatus, Launched, RemoteHost, RemoteWorker, Stamp, Terms,
 };
 use crate::keys::{KeyError, RunKey};
 use crate::run::Pin;
@@ -38,20 +40,13 @@ pub struct SshHosts {
     worker: PathBuf,
     push_limit: Bytes,
     save_point_limit: Bytes,
-    from_start: bool,
 }
 
 impl SshHosts {
     /// `worker` is the program to push; models and corpora of at most `push_limit` go with it, and save points of at most
     /// `save_point_limit` come home while it runs.
     pub fn new(worker: PathBuf, push_limit: Bytes, save_point_limit: Bytes) -> Self {
-        Self { worker, push_limit, save_point_limit, from_start: false }
-    }
-
-    /// Follows every worker from its first word, whatever an earlier process has told already.
-    #[must_use]
-    pub fn from_start(self) -> Self {
-        Self { from_start: true, ..self }
+        Self { worker, push_limit, save_point_limit }
     }
 }
 
@@ -95,7 +90,7 @@ impl Hosts for SshHosts {
         let host = SshHost {
             host: Arc::new(host),
             hosts: self.clone(),
-            cursor: Mutex::new(if self.from_start { Cursor::default() } else { read_cursor(folder) }),
+            cursor: Mutex::new(read_cursor(folder)),
             folder: folder.to_owned(),
             worker: Mutex::default(),
             beside: Mutex::default(),
@@ -176,7 +171,11 @@ impl Host for SshHost {
             self.host.put_save_point(run, &save_point).await?;
         }
         let secrets: Vec<(&str, &Secret)> = secrets.iter().map(|(name, secret)| (*name, secret)).collect();
-        self.host.launch(worker, run, job, &secrets).await?;
+        if let Launched::Started { .. } = self.host.launch(worker, run, job, &secrets).await? {
+            // Another instance's files, of which some may have been read, were others.
+            *self.cursor.lock().await = Cursor::default();
+            self.keep(Cursor::default());
+        }
         Ok(())
     }
 
@@ -195,6 +194,10 @@ impl Host for SshHost {
         let deadline = Instant::now() + FOLLOW;
         let heard = |event| match event {
             HostEvent::Read(cursor) => self.keep(cursor),
+            HostEvent::Log(line) => {
+                self.note_down(&line);
+                on(HostTalk::Log(line));
+            }
             other => tell(other, on),
         };
         match self.host.follow(run, &mut cursor, deadline, &heard).await {
@@ -242,17 +245,24 @@ async fn keep_save_point(host: Arc<RemoteHost>, run: String, place: PathBuf, lim
 impl SshHost {
     /// Where the next process goes on; without it, it starts with the first line again.
     fn keep(&self, cursor: Cursor) {
-        if self.hosts.from_start {
-            return;
-        }
         let text = serde_json::to_vec(&cursor).unwrap_or_default();
         if let Err(error) = std::fs::write(self.folder.join(CURSOR_FILE), text) {
             tracing::debug!("{CURSOR_FILE}: {error}");
         }
     }
+
+    /// The log, as far as it was followed, lies in the run's folder too: for whoever looks on.
+    fn note_down(&self, line: &str) {
+        let file = File::options().create(true).append(true).open(self.folder.join(files::LOG));
+        // In one piece: whoever looks on sees whole lines.
+        if let Err(error) = file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes())) {
+            tracing::debug!("{}: {error}", files::LOG);
+        }
+    }
 }
 
-fn read_cursor(folder: &Path) -> Cursor {
+/// How far the files of the run with this folder were read by the process that drives it, or drove it last.
+pub fn read_cursor(folder: &Path) -> Cursor {
     let text = read_small(&folder.join(CURSOR_FILE), MOST).unwrap_or_default();
     serde_json::from_slice(&text).unwrap_or_default()
 }

@@ -388,6 +388,17 @@ impl Driver<'_> {
         }
     }
 
+    /// Launched, to be let go of: looks first, since a worker that has ended is nobody's to leave.
+    pub(super) async fn leave(&mut self, rental: &Rental, pin: &Pin) -> Step {
+        self.connect(rental, Some(pin), UNTIL_TIME_IS_UP).await?;
+        match self.host().status(&self.run.record().id).await {
+            Ok(JobStatus::Running) => Err(StepError::LetGo),
+            Ok(JobStatus::Ended { exit }) => Ok(self.append(RunEvent::WorkerEnded { exit })?),
+            Ok(JobStatus::NotStarted) => Ok(self.append(RunEvent::WorkerEnded { exit: None })?),
+            Err(error) => self.try_again_host(error, UNTIL_TIME_IS_UP).await,
+        }
+    }
+
     /// Tells when the host wants more, to which nothing here agrees; resolves when the instance bills more than may be paid.
     async fn bills_more(&self, rental: &Rental) -> StepError {
         let cloud = match self.cloud() {

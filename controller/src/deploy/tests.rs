@@ -19,6 +19,7 @@ const AGREED: Usd = Usd::from_micros(1_000_000);
 pub(super) enum Life {
     Finished(Box<RunRecord>),
     Stuck(#[expect(dead_code, reason = "shown when an assertion fails")] Stuck),
+    LetGo,
     Killed,
 }
 
@@ -43,7 +44,8 @@ pub(super) async fn life(fake: &Fake, home: &Path) -> Life {
         biased;
         () = fake.crashed.notified() => Life::Killed,
         driven = driver.drive() => match driven {
-            Ok(record) => Life::Finished(Box::new(record)),
+            Ok(record) if record.state.is_at_rest() => Life::Finished(Box::new(record)),
+            Ok(_) => Life::LetGo,
             Err(stuck) => Life::Stuck(stuck),
         },
     }
@@ -127,6 +129,10 @@ async fn sweep_with(
             }
             while !matches!(lives.last(), Some(Life::Finished(_))) {
                 assert!(lives.len() < 6, "no end: {lives:?}");
+                if matches!(lives.last(), Some(Life::LetGo)) {
+                    // The next process has another terminal.
+                    fake.stop.send_replace(Stop::Go);
+                }
                 lives.push(life(&fake, home.path()).await);
             }
             let names = fake.world.lock().unwrap().effects.clone();
@@ -264,6 +270,48 @@ async fn ctrl_c_and_then_a_crash_still_end_in_terminate() {
         closed_and_clean(fake, last(lives), what);
     })
     .await;
+}
+
+/// A terminal that is gone: what its own instance ends is let go of while its worker works, and picked up again. Anything else
+/// ends, as by SIGTERM.
+#[tokio::test(start_paused = true)]
+async fn a_hangup_anywhere_lets_go_of_what_can_be_picked_up_and_ends_all_else() {
+    for ends_itself in [true, false] {
+        let let_go = std::cell::Cell::new(0);
+        let change = |world: &mut super::fake::World| world.self_destruct = ends_itself;
+        let check = |fake: &Fake, lives: &[Life], what: &str| {
+            closed_and_clean(fake, last(lives), what);
+            assert_eq!(lives.len() == 2, ends_itself && what.contains("(follow)"), "{what}: {lives:?}");
+            let ending = last(lives).state.ending();
+            if lives.len() == 2 {
+                let_go.set(let_go.get() + 1);
+                assert_eq!((ending, fake.world.lock().unwrap().creates), (Some(&Ending::Completed), 1), "{what}");
+            }
+            assert!(matches!(ending, Some(Ending::Interrupted | Ending::Completed)), "{what}: {ending:?}");
+        };
+        sweep_with(Fault::Hangup, None, change, check).await;
+        assert_eq!(let_go.get() > 0, ends_itself);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_detached_run_is_left_when_its_worker_is_seen_at_work_and_goes_on_with_the_next_process() {
+    let (fake, home) = (Fake::new(), home());
+    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let run = ledger.plan(&RunSpec { detach: true, ..spec(&home.path().join("results")) }).unwrap();
+    let (clouds, on) = (fake.clouds(), |_| {});
+    let driver = Driver::new(run, fake.ports(&clouds), fake.stop.subscribe(), &on).detaching(true);
+    let record = driver.drive().await.unwrap();
+    assert!(record.is_detached() && record.state.word() == "launched", "{:?}", record.state);
+    assert!(!ledger.is_driven(&record.id).unwrap());
+    let effects = fake.world.lock().unwrap().effects.clone();
+    assert!(effects.last() == Some(&"status") && !effects.contains(&"follow"), "{effects:?}");
+    recover(&ledger, fake.ports(&clouds), &on).await.unwrap();
+    assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "it has time left");
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    closed_and_clean(&fake, &record, "detached");
+    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    assert!(!record.is_detached() && fake.world.lock().unwrap().creates == 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -741,6 +789,47 @@ async fn a_copied_ledger_ends_no_live_instance_of_the_machine_it_was_copied_from
     assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "{found:?}");
 }
 
+/// The heartbeat is judged where it beats. Nobody with such a ledger could read it: the key is in the folder of the run.
+#[tokio::test(start_paused = true)]
+async fn a_heartbeat_that_stops_ends_an_instance_from_inside_and_not_by_a_copied_ledger() {
+    let (fake, home, copy) = (Fake::new(), home(), self::home());
+    drop(Ledger::open(&home.path().join("state")).unwrap());
+    std::fs::copy(home.path().join("state/ledger.db"), copy.path().join("ledger.db")).unwrap();
+    let (plain, ..) = happy().await;
+    let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
+    fake.set(|world| (world.self_destruct, world.armed) = (true, vec![(follow, Fault::CrashBefore)]));
+    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    let (ours, ledger) = (Ledger::open(&home.path().join("state")).unwrap(), Ledger::open(copy.path()).unwrap());
+    let run = ours.find("last").unwrap().id;
+    assert!(ours.run_folder(&run).join("key").exists() && !ledger.run_folder(&run).exists());
+    let look = async || drop(recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap());
+    look().await;
+    assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "it may beat");
+    // Nobody is heard for as long as the guard waits.
+    fake.set(|world| world.pass(Duration::from_secs(7200)));
+    assert_eq!(fake.world.lock().unwrap().ours().count(), 0);
+    look().await;
+    assert!(!fake.world.lock().unwrap().effects.contains(&"terminate"), "nobody had to end it from outside");
+}
+
+/// What has time left by the cloud's clock has time left, whatever this machine's clock says.
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_jumps_hours_ahead_ends_no_run_that_has_time_left() {
+    let (fake, home) = (Fake::new(), home());
+    let (plain, ..) = happy().await;
+    let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
+    wind(now_ms());
+    fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
+    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    fake.set(super::fake::World::jump);
+    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
+    assert_eq!(fake.world.lock().unwrap().ours().count(), 1);
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    closed_and_clean(&fake, &record, "ahead");
+    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+}
+
 #[tokio::test(start_paused = true)]
 async fn recovery_marks_what_went_away_and_never_rents() {
     let (fake, home) = (Fake::new(), home());
@@ -983,7 +1072,7 @@ async fn results_that_cannot_be_written_where_they_should_be_lie_beside_the_ledg
 #[tokio::test(start_paused = true)]
 async fn a_disk_without_room_for_results_at_any_moment_is_outwaited() {
     for second in [None, Some(Fault::CrashBefore)] {
-        sweep(Fault::DiskFull, second, |fake, lives, what| {
+        sweep(Fault::ResultsFull, second, |fake, lives, what| {
             closed_and_clean(fake, last(lives), what);
             assert_eq!(last(lives).state.ending(), Some(&Ending::Completed), "{what}");
             assert_eq!(fake.world.lock().unwrap().creates, 1, "{what}");

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep_until};
 
 use super::launch::{PROCESS, read_state};
-use super::retry::Retry;
-use super::{HostError, HostErrorKind, HostEvent, JobStatus, OnEvent, RemoteHost};
+use super::retry::{Retry, again};
+use super::{HostError, HostErrorKind, HostEvent, JobStatus, OnEvent, PATIENCE, RemoteHost};
 use crate::text::clean;
 use crate::transport::quote::quote;
 
@@ -95,6 +95,22 @@ impl RemoteHost {
             if Instant::now() >= deadline {
                 let message = format!("{}: the time for run {run} was over before its worker ended", self.name);
                 return Err(HostError::new(HostErrorKind::Deadline, message));
+            }
+        }
+    }
+
+    /// Reports what progress and log hold beyond the cursor now, and no more.
+    pub async fn catch_up(&self, run: &str, cursor: &mut Cursor, on: OnEvent<'_>) -> Result<JobStatus, HostError> {
+        let mut until = None;
+        loop {
+            let look = again!(PATIENCE, on, self.look(run, cursor));
+            let until = *until.get_or_insert(look.log.size);
+            let news = cursor.take_progress(&look.progress, on) | cursor.take_log(&look.log, on);
+            if !news && look.status != JobStatus::Running {
+                cursor.take_rest(&look, on);
+            }
+            if !news || cursor.log >= until {
+                return Ok(look.status);
             }
         }
     }

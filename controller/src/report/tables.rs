@@ -258,7 +258,7 @@ pub fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
     let mut table = table(&["run", "model", "broker", "state", "age", "cost", "how it ended"]);
     for (run, driven) in runs.iter().zip(driven) {
         let state = match (run.state.is_at_rest(), driven) {
-            (false, false) => format!("{}, abandoned", run.state.word()),
+            (false, false) => format!("{}, {}", run.state.word(), alone(run.is_detached())),
             _ => run.state.word().to_owned(),
         };
         let ending = run.state.ending().map(ToString::to_string).unwrap_or_default();
@@ -275,10 +275,19 @@ pub fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
     if runs.is_empty() { "no runs yet\n".to_owned() } else { format!("{table}\n") }
 }
 
+/// What a run is that no process drives.
+fn alone(detached: bool) -> &'static str {
+    if detached { "detached" } else { "abandoned" }
+}
+
 /// One run with all that happened.
 pub fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
     let mut out = format!("run {} of {} on {}\n", run.id, clean(run.spec.model.as_bytes(), 200), broker(run));
-    let state = if driven || run.state.is_at_rest() { "" } else { " (abandoned: the same command picks it up)" };
+    let state = match driven || run.state.is_at_rest() {
+        true => "",
+        false if run.is_detached() => " (detached: `outliers attach` brings its results home)",
+        false => " (abandoned: the same command picks it up)",
+    };
     out += &format!("state: {}{state}\n", run.state.word());
     if let Some(rental) = run.state.rental() {
         out += &format!("instance: {} at {}\n", rental.instance, rental.price);
@@ -305,7 +314,10 @@ pub fn standing(standing: &Standing) -> String {
     let mut under_way =
         table(&["run", "survey", "model", "state", "instance", "price", "cost", "at most", "done by plan", "deadline"]);
     for run in &standing.under_way {
-        let state = if run.looked_after { run.state.clone() } else { format!("{}, abandoned", run.state) };
+        let state = match run.looked_after {
+            true => run.state.clone(),
+            false => format!("{}, {}", run.state, alone(run.detached)),
+        };
         let in_time = |at: Option<u64>| match at {
             None => "-".to_owned(),
             Some(at) if at <= standing.at => "overdue".to_owned(),

@@ -134,6 +134,9 @@ impl Session<'_> {
     fn tell_end(&self, reporter: &Reporter, run: &RunRecord) {
         match complaint_of(run) {
             Some(complaint) => reporter.sentence(&complaint),
+            None if !run.state.is_at_rest() => {
+                reporter.say("Let go of: its worker works on, and the same command picks it up");
+            }
             None => reporter.say(&format!("Complete, for {}", run.cost(now_ms()))),
         }
     }

@@ -1,0 +1,235 @@
+//! `runs logs`: what the worker of a run said, read wherever it can be read.
+//!
+//! The process that drives a run writes down what it hears; whoever looks on reads that. Where nobody drives it, the
+//! rest is read from the instance itself. Nothing is changed there: its guard does not count it as looking after.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use outliers_protocol::files;
+use tokio::time::Instant;
+
+use crate::broker::InstanceState;
+use crate::commands::{Context, SCHEMA};
+use crate::deploy::{DeployEvent, HostTalk, KEY_FILE, read_cursor};
+use crate::host::{self, Cursor, HostError, HostEvent};
+use crate::ledger::{Ledger, RunRecord};
+use crate::report::{Complaint, ExitStatus};
+use crate::run::{Pin, RunState};
+use crate::text::clean;
+use crate::transport::ssh::HostKeyPin;
+use crate::units::Bytes;
+
+/// Longest line that is shown.
+const LINE: usize = 2000;
+/// Between two looks at what another process writes down.
+const PAUSE: Duration = Duration::from_millis(300);
+/// A worker is followed until it ends.
+const WITHOUT_END: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// Takes lines.
+type Say<'a> = dyn Fn(String) + Send + Sync + 'a;
+
+/// Prints the log of a run; with `follow`, what comes too.
+pub(super) async fn command(
+    context: &Context,
+    ledger: &Ledger,
+    name: &str,
+    follow: bool,
+) -> Result<ExitStatus, Complaint> {
+    let run = ledger.find(name)?;
+    if follow {
+        return go_on(context, ledger, &run.id).await;
+    }
+    let lines = so_far(context, ledger, &run).await?;
+    let document = serde_json::json!({ "schema": SCHEMA, "run": run.id, "lines": lines });
+    context.reporter.result(&document, || lines.join("\n"));
+    Ok(ExitStatus::Done)
+}
+
+/// All that the worker has said, as far as it can be read now.
+async fn so_far(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<Vec<String>, Complaint> {
+    if let Some(path) = at_home(run) {
+        return at_once(&path);
+    }
+    let mut lines = Tail::of(ledger, run).lines()?;
+    let Some(pin) = key_of(run) else {
+        return if lines.is_empty() { Err(has_none(run)) } else { Ok(lines) };
+    };
+    if ledger.is_driven(&run.id)? {
+        return Ok(lines);
+    }
+    let rest = Mutex::new(Vec::new());
+    let say = |line: String| rest.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(line);
+    let read = read_on(context, ledger, run, pin, false, &say).await;
+    lines.extend(rest.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner));
+    match read {
+        Err(complaint) if lines.is_empty() => return Err(complaint),
+        Err(complaint) => context.reporter.warn(&format!("only what came home before: {complaint}")),
+        Ok(()) => {}
+    }
+    Ok(lines)
+}
+
+/// Prints the log until the worker has ended, whoever drives the run meanwhile, or nobody.
+async fn go_on(context: &Context, ledger: &Ledger, id: &str) -> Result<ExitStatus, Complaint> {
+    let reporter = &context.reporter;
+    let say = |line: String| reporter.line(&serde_json::json!({ "line": line }), || line.clone());
+    let mut tail = Tail::of(ledger, &ledger.run(id)?);
+    let mut waits = false;
+    loop {
+        // In this order: what a process that is gone has written down is all there.
+        let driven = ledger.is_driven(id)?;
+        let run = ledger.run(id)?;
+        tail.lines()?.into_iter().for_each(say);
+        if let Some(path) = at_home(&run) {
+            at_once(&path)?.into_iter().skip(tail.count).for_each(say);
+            return Ok(ExitStatus::Done);
+        }
+        match key_of(&run) {
+            Some(pin) if !driven => {
+                read_on(context, ledger, &run, pin, true, &say).await?;
+                reporter.say(&format!("The worker has ended; `outliers attach {id}` brings its results home"));
+                return Ok(ExitStatus::Done);
+            }
+            None if run.state.is_closed() && tail.count > 0 => return Ok(ExitStatus::Done),
+            None if !driven => return Err(has_none(&run)),
+            None if !waits => {
+                waits = true;
+                reporter.say(&format!("Waiting for the worker of run {id}, which is {}", run.state.word()));
+            }
+            _ => {}
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// The log among the results.
+fn at_home(run: &RunRecord) -> Option<PathBuf> {
+    run.state.results().map(|results| Path::new(&results.folder).join(files::LOG))
+}
+
+/// The host key of an instance that has a log.
+fn key_of(run: &RunRecord) -> Option<&Pin> {
+    match &run.state {
+        RunState::Launched { pin, .. } | RunState::Ended { pin, .. } | RunState::Salvaging { pin, .. } => Some(pin),
+        _ => None,
+    }
+}
+
+fn has_none(run: &RunRecord) -> Complaint {
+    Complaint::refused(
+        format!("run {} is {} and has no log", run.id, run.state.word()),
+        "a run has a log from the start of its worker on",
+    )
+}
+
+/// Reads from the instance what nobody has read yet: what is there, or until the worker has ended.
+async fn read_on(
+    context: &Context,
+    ledger: &Ledger,
+    run: &RunRecord,
+    pin: &Pin,
+    to_the_end: bool,
+    say: &Say<'_>,
+) -> Result<(), Complaint> {
+    let rental = run.state.rental().ok_or_else(|| Complaint::failed("the run has no instance"))?;
+    let cloud = context.cloud(&rental.offer.broker)?;
+    let found = cloud.call(cloud.broker.get(&rental.instance)).await?;
+    let Some(InstanceState::Ready(endpoint)) = found.map(|instance| instance.state) else {
+        return Err(Complaint::failed(format!("instance {} cannot be spoken to", rental.instance)));
+    };
+    let failed = |error: HostError| Complaint { status: ExitStatus::Cloud, message: error.message, hint: error.hint };
+    let pin = HostKeyPin::new(&pin.0).map_err(|error| failed(error.into()))?;
+    let (folder, deadline) = (ledger.run_folder(&run.id), Instant::now() + cloud.patience.ssh);
+    let key = folder.join(KEY_FILE);
+    let (what, unheard) = (format!("instance {} to answer", rental.instance), |_: HostEvent| {});
+    let reached = host::reach(&endpoint, &key, Some(pin), deadline, &unheard);
+    let (host, _) = context.reporter.waiting(&what, reached).await.map_err(failed)?;
+    // Without what was written down there is nothing to go on from.
+    let mut cursor = if folder.join(files::LOG).exists() { read_cursor(&folder) } else { Cursor::default() };
+    let heard = |event: HostEvent| match event {
+        HostEvent::Log(line) => say(clean(line.as_bytes(), LINE)),
+        HostEvent::LogSkipped(bytes) => context.reporter.say(&format!("{} of the log passed over", Bytes(bytes))),
+        HostEvent::ConnectionLost { why } => context.reporter.event(DeployEvent::Talk(HostTalk::Lost(why))),
+        HostEvent::Reconnected => context.reporter.event(DeployEvent::Talk(HostTalk::Back)),
+        _ => {}
+    };
+    let read = match to_the_end {
+        true => host.follow(&run.id, &mut cursor, Instant::now() + WITHOUT_END, &heard).await,
+        false => host.catch_up(&run.id, &mut cursor, &heard).await,
+    };
+    read.map(drop).map_err(failed)
+}
+
+fn at_once(path: &Path) -> Result<Vec<String>, Complaint> {
+    std::fs::read(path).map(|text| lines_of(&text)).map_err(|error| unreadable(path, &error))
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> Complaint {
+    Complaint::failed(format!("{}: {error}", path.display()))
+}
+
+fn lines_of(text: &[u8]) -> Vec<String> {
+    text.split_inclusive(|b| *b == b'\n').map(|line| clean(line, LINE)).collect()
+}
+
+/// What the process that drives a run writes down of the worker's log.
+struct Tail {
+    path: PathBuf,
+    /// Bytes that were read.
+    read: u64,
+    /// Lines that were read.
+    count: usize,
+}
+
+impl Tail {
+    fn of(ledger: &Ledger, run: &RunRecord) -> Self {
+        Self { path: ledger.run_folder(&run.id).join(files::LOG), read: 0, count: 0 }
+    }
+
+    /// The whole lines that have come since the last look.
+    fn lines(&mut self) -> Result<Vec<String>, Complaint> {
+        let text = self.bytes().map_err(|error| unreadable(&self.path, &error))?;
+        let whole = text.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
+        let lines = lines_of(&text[..whole]);
+        self.read += whole as u64;
+        self.count += lines.len();
+        Ok(lines)
+    }
+
+    fn bytes(&self) -> io::Result<Vec<u8>> {
+        let mut file = match File::open(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            file => file?,
+        };
+        file.seek(SeekFrom::Start(self.read))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn lines_come_whole_and_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut tail = Tail { path: folder.path().join("log"), read: 0, count: 0 };
+        assert_eq!(tail.lines().unwrap(), [""; 0], "nobody has written yet");
+        let mut file = File::options().create(true).append(true).open(&tail.path).unwrap();
+        let mut write = |text: &str| file.write_all(text.as_bytes()).unwrap();
+        write("one\n\ntw");
+        assert_eq!(tail.lines().unwrap(), ["one", ""]);
+        write("o\u{1b}[2J\n");
+        assert_eq!(tail.lines().unwrap(), ["two"]);
+        assert_eq!((tail.lines().unwrap(), tail.count), (Vec::new(), 3));
+    }
+}
