@@ -35,9 +35,11 @@ TOLERANCES = {"qwen3_next": 3e-4, "opt_350m": 2e-4}
 
 # The data from which the worker reads a config.json, and the model types of its families.
 CLASSES = HERE.parent / "worker" / "src" / "arch" / "config" / "classes.json"
-MODEL_TYPES = ["deepseek_v3", "glm4_moe", "gpt2", "gpt_oss", "gptj", "llama", "llama4", "mixtral", "olmoe", "opt", "qwen2", "qwen3", "qwen3_moe",
-               "qwen3_next"]
+MODEL_TYPES = ["deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt2", "gpt_oss", "gptj", "llama", "llama4", "minimax_m2",
+               "mixtral", "olmoe", "opt", "qwen2", "qwen3", "qwen3_moe", "qwen3_next"]
 
+# Latent attention with less in it.
+NARROW = {"hidden_size": 64, "q_lora_rank": 24, "kv_lora_rank": 32, "intermediate_size": 72}
 KINDS = ["sliding_attention", "full_attention"]
 # Fixtures: family, seed, how it is stored, configuration. Small on purpose; what each exercises is in golden/README.md.
 FIXTURES = {
@@ -76,6 +78,14 @@ FIXTURES = {
                         "max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0, "mscale_all_dim": 0}}),
     "qwen3-moe-saved": ("qwen3_moe", 25, {"saved": True}, {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2,
                                                            "use_sliding_window": True, "sliding_window": 4}),
+    # Published in 2025-26.
+    "minimax-m2-fp8": ("minimax_m2", 26, {}, {"num_hidden_layers": 2, "num_local_experts": 6, "attn_type_list": [1, 1], "hidden_size": 136}),
+    "glm4-moe-lite": ("glm4_moe_lite", 27, {}, {"num_hidden_layers": 2, "n_routed_experts": 6, **NARROW}),
+    "moonlight": ("moonlight", 28, {}, {"num_hidden_layers": 2, "n_routed_experts": 6, "hidden_size": 64, "kv_lora_rank": 32}),
+    "deepseek-v32-fp8": ("deepseek_v32", 29, {}, {"num_hidden_layers": 2, "n_routed_experts": 8, "num_nextn_predict_layers": 0,
+                                                  "first_k_dense_replace": 1, **NARROW}),
+    "glm-moe-dsa": ("glm_moe_dsa", 30, {}, {"num_hidden_layers": 3, "n_routed_experts": 6, "indexer_types": ["full", "shared", "shared"],
+                                            "mlp_layer_types": ["dense", "sparse", "sparse"], "first_k_dense_replace": 1, **NARROW}),
 }
 # The chunks of DeltaNet are 64 tokens long; windows and attention chunks here are 16.
 FIXTURE_TOKENS = {"qwen3-next": 72}
@@ -106,9 +116,16 @@ ODD = {
     "llama": [TIED, {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 14}],
     "qwen3": [UNTIED, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}],
     "qwen2": [UNTIED, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}],
+    "minimax_m2": [TIED, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 20, "rotary_dim": 10}],
+    "minimax_m2_bf16": [LOCAL, {"rotary_dim": 32}],
+    "glm4_moe_lite": [ROUTED, TIED, {"q_lora_rank": None}, {"v_head_dim": 10}],
+    "moonlight": [ROUTED, {"n_shared_experts": 1}],
+    "deepseek_v32": [TIED, {"n_group": 1, "topk_group": 1, "n_routed_experts": 5}, {"rope_scaling": None}],
+    "glm_moe_dsa": [TIED, {"n_routed_experts": 5, "num_experts_per_tok": 5}],
+    "glm_moe_dsa_fp8": [{"v_head_dim": 10}],
 }
 # Families whose configurations are walked over, key by key: one of each class.
-WALKED = ["olmoe", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next", "llama4_scout", "llama4_maverick", "deepseek_v3", "gpt2", "opt",
+WALKED = ["minimax_m2", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "olmoe", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next", "llama4_scout", "llama4_maverick", "deepseek_v3", "gpt2", "opt",
           "gptj", "llama", "qwen3", "qwen2"]
 
 

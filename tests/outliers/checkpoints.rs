@@ -151,6 +151,28 @@ fn scales_in_e8m0_are_those_in_f32() {
 }
 
 #[test]
+fn sequences_of_which_an_indexer_would_choose_keys_are_refused_with_the_longest_that_works() {
+    for (name, indexers) in [("deepseek-v32-fp8", 2), ("glm-moe-dsa", 1)] {
+        let model = copy(name);
+        edit_config(model.path(), |config| config["index_topk"] = json!(31));
+        let ids = golden(name).join("golden.safetensors");
+        for text in [["--sequence-length", "32"], ["--token-ids", ids.to_str().unwrap()]] {
+            let (kind, said) = failure(model.path(), &text);
+            assert_eq!(kind, FailureKind::Job, "{said}");
+            assert!(said.contains("32 tokens") && said.contains("at most 31") && said.contains("index_topk"), "{said}");
+        }
+        let inspect = ["inspect", "--model", model.path().to_str().unwrap(), "--sequence-length", "32"];
+        let inspect = run_worker(inspect);
+        assert_eq!(inspect.status.code(), Some(2));
+        assert!(String::from_utf8_lossy(&inspect.stderr).contains("at most 31"));
+        // As long as it selects every key, it is told and left.
+        let ignored = assert_same(name, |model| edit_config(model, |config| config["index_topk"] = json!(32)));
+        let ignored = ignored.model.ignored.into_iter().find(|ignored| ignored.why.contains("index_topk")).unwrap();
+        assert!(ignored.tensors >= 5 * indexers && ignored.example.contains("indexer"), "{ignored:?}");
+    }
+}
+
+#[test]
 fn keys_that_nobody_knows_are_in_the_metadata_and_on_the_screen() {
     let model = copy("llama-f32");
     edit_config(model.path(), |config| config["embedding_multiplier"] = json!(12));

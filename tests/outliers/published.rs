@@ -86,7 +86,7 @@ impl Published {
         let entries = std::fs::read_dir(folder()).unwrap().map(|entry| entry.unwrap());
         let folders = entries.filter(|entry| entry.path().is_dir());
         let names: BTreeSet<String> = folders.map(|entry| entry.file_name().into_string().unwrap()).collect();
-        assert_eq!(names.len(), 30, "{names:?}");
+        assert_eq!(names.len(), 37, "{names:?}");
         names.into_iter().map(|name| Self::read(&name))
     }
 
@@ -167,11 +167,15 @@ impl Published {
 }
 
 /// Our words for what is left unread, and the manifests'.
-const REASONS: [(&str, &str); 4] = [
+const REASONS: [(&str, &str); 5] = [
     ("multi-token prediction", "mtp"),
     ("vision tower", "vision"),
     ("causal mask (a buffer)", "causal-mask-buffer"),
     ("rotary frequencies (a buffer)", "rotary-inv-freq-buffer"),
+    (
+        "sparse indexer: it selects every key of sequences of up to index_topk tokens, and longer ones are refused",
+        "indexer",
+    ),
 ];
 
 /// Tensors and bytes that a model leaves unread, by the manifests' words.
@@ -312,6 +316,12 @@ fn settings_that_cannot_be_computed_are_refused_by_name() {
     assert_refused("DeepSeek-V3.1", e5m2, unsupported, &["fmt", "e5m2"]);
     let unknown = set("/architectures", json!(["FalconForCausalLM"]));
     assert_refused("Mixtral-8x7B-v0.1", unknown, unsupported, &["FalconForCausalLM"]);
+    for key in ["qk_norm_type", "scoring_func"] {
+        let other = move |model: &mut Published| model.config[key] = json!("other");
+        assert_refused("MiniMax-M2", other, unsupported, &[key, "other"]);
+    }
+    let linear = |model: &mut Published| model.config["attn_type_list"][3] = json!(0);
+    assert_refused("MiniMax-M2", linear, unsupported, &["attn_type_list"]);
     let gelu = set("/hidden_act", json!("gelu"));
     assert_refused("GLM-4.5-Air", gelu, unsupported, &["hidden_act", "gelu"]);
 }

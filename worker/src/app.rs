@@ -13,6 +13,7 @@ use crate::ablation::Arms;
 use crate::bench::run::RunTable;
 use crate::budget::StreamBudget;
 use crate::cli::{Bench, Cli, Command, HubArgs, JobArgs, read_job};
+use crate::decoder::Longest;
 use crate::device;
 use crate::error::{Result, WorkerError};
 use crate::files::read_text;
@@ -141,13 +142,16 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
     let devices = device::open(&job.devices)?;
     let checkpoint = run::metadata(&job, hub)?;
     let model = Model::open(&checkpoint.config, &*checkpoint.weights, job.layers)?;
-    let (vocab, max_positions) = (model.spec.vocab, model.spec.max_positions);
-    let longest = max_positions.unwrap_or(usize::MAX);
+    let (vocab, longest) = (model.spec.vocab, model.spec.longest());
     let (sequences, tokens) = if check_text {
-        let text = corpus::load(&job.corpus, Some(&checkpoint.folder), vocab, max_positions, hub)?;
+        let text = corpus::load(&job.corpus, Some(&checkpoint.folder), vocab, longest, hub)?;
         (text.sequences, text.tokens)
     } else {
-        let tokens = job.corpus.sequence_length.unwrap_or(corpus::DEFAULT_TOKENS.min(longest));
+        let most = longest.map_or(usize::MAX, Longest::tokens);
+        let tokens = job.corpus.sequence_length.unwrap_or(corpus::DEFAULT_TOKENS.min(most));
+        if let Some(selected @ Longest::SelectedKeys(_)) = longest {
+            corpus::fits(tokens, selected)?;
+        }
         (job.corpus.num_sequences.unwrap_or(corpus::DEFAULT_SEQUENCES), tokens)
     };
     let compute = device::compute_dtype(job.precision, &devices);

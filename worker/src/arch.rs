@@ -49,12 +49,16 @@ macro_rules! families {
 // One line each.
 families! {
     deepseek_v3,
+    deepseek_v32,
     glm4_moe,
+    glm4_moe_lite,
+    glm_moe_dsa,
     gpt2,
     gpt_oss,
     gptj,
     llama,
     llama4,
+    minimax_m2,
     mixtral,
     olmoe,
     opt,
@@ -93,6 +97,8 @@ pub enum Pattern {
     Prefix(&'static str),
     /// Those that end so.
     Suffix(&'static str),
+    /// Those that hold this.
+    Within(&'static str),
     /// Those of layers past the configuration's last.
     LayersPastLast,
 }
@@ -102,6 +108,12 @@ const ROTARY_BUFFERS: Ignored =
     Ignored { names: Pattern::Suffix(".rotary_emb.inv_freq"), why: "rotary frequencies (a buffer)" };
 /// Layers that predict the token after next, stored behind the main stack.
 const NEXT_TOKEN_LAYERS: Ignored = Ignored { names: Pattern::LayersPastLast, why: "multi-token prediction" };
+
+/// What chooses keys in sparse attention.
+const INDEXER: Ignored = Ignored {
+    names: Pattern::Within(".self_attn.indexer."),
+    why: "sparse indexer: it selects every key of sequences of up to index_topk tokens, and longer ones are refused",
+};
 
 /// How matrices are stored, where not as plain floats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,6 +155,7 @@ impl Names {
         let is = |pattern: &Pattern| match pattern {
             Pattern::Prefix(prefix) => name.starts_with(prefix),
             Pattern::Suffix(suffix) => name.ends_with(suffix),
+            Pattern::Within(part) => name.contains(part),
             Pattern::LayersPastLast => past_last() == Some(true),
         };
         self.ignored.iter().find(|ignored| is(&ignored.names)).map(|ignored| ignored.why)
@@ -192,6 +205,12 @@ const SHARED_EXPERTS: &[(Role, &str)] = &[
 
 /// Keys that most families after Llama kept: grouped heads with rotary positions, without norms of queries and keys.
 fn attention_like_llama(config: &Config<'_>) -> Result<AttentionSpec> {
+    let attention = attention_without_positions(config)?;
+    Ok(AttentionSpec { rope: Some(config.rope(attention.head_dim)?), ..attention })
+}
+
+/// The same but for the rotation.
+fn attention_without_positions(config: &Config<'_>) -> Result<AttentionSpec> {
     let heads = config.count("num_attention_heads")?;
     let hidden = config.count("hidden_size")?;
     let head_dim = config.count_or("head_dim", hidden / heads.max(1))?;
@@ -199,7 +218,6 @@ fn attention_like_llama(config: &Config<'_>) -> Result<AttentionSpec> {
     Ok(AttentionSpec {
         qkv_bias: bias,
         output_bias: bias,
-        rope: Some(config.rope(head_dim)?),
         ..AttentionSpec::plain(heads, config.count_or("num_key_value_heads", heads)?, head_dim)
     })
 }
@@ -252,9 +270,27 @@ fn sparse_layers(config: &Config<'_>) -> Result<Vec<bool>> {
     Ok((0..config.layers()?).map(|layer| (layer + 1).is_multiple_of(step) && !dense.contains(&layer)).collect())
 }
 
-/// The feed-forward of a layer by DeepSeek-V3's keys: the first layers dense, then sigmoid routing with group limits, and a shared expert
-/// as wide as `n_shared_experts` routed ones.
-fn ffn_like_deepseek(config: &Config<'_>, layer: usize) -> Result<FfnSpec> {
+/// Which layers have experts: all but the first `first_k_dense_replace`.
+fn sparse_after_first(config: &Config<'_>) -> Result<Vec<bool>> {
+    let dense = config.count("first_k_dense_replace")?;
+    Ok((0..config.layers()?).map(|layer| layer >= dense).collect())
+}
+
+/// Which layers have experts: those that `mlp_layer_types` calls sparse; `None` where the class
+/// derives them.
+fn sparse_by_types(config: &Config<'_>) -> Result<Option<Vec<bool>>> {
+    let is_sparse = |(index, kind): (usize, &str)| match kind {
+        "sparse" => Ok(true),
+        "dense" => Ok(false),
+        _ => Err(unsupported(format!("mlp_layer_types[{index}] {kind:?}"))),
+    };
+    let kinds = config.words_opt("mlp_layer_types")?;
+    kinds.map(|kinds| kinds.into_iter().enumerate().map(is_sparse).collect()).transpose()
+}
+
+/// The feed-forward of a layer by DeepSeek-V3's keys: dense, or sigmoid routing with group limits,
+/// and a shared expert as wide as `n_shared_experts` routed ones.
+fn ffn_like_deepseek(config: &Config<'_>, sparse: bool) -> Result<FfnSpec> {
     config.expect("scoring_func", &["sigmoid".into()])?;
     config.expect("topk_method", &["noaux_tc".into()])?;
     config.expect("moe_layer_freq", &[1.into()])?;
@@ -274,7 +310,7 @@ fn ffn_like_deepseek(config: &Config<'_>, layer: usize) -> Result<FfnSpec> {
         },
         shared,
     };
-    Ok(if layer < config.count("first_k_dense_replace")? { FfnSpec::Dense(dense) } else { FfnSpec::Moe(moe) })
+    Ok(if sparse { FfnSpec::Moe(moe) } else { FfnSpec::Dense(dense) })
 }
 
 /// A pre-norm layer.
@@ -289,6 +325,7 @@ fn decoder_like_llama(config: &Config<'_>, layers: Vec<LayerSpec>) -> Result<Dec
         hidden,
         vocab: config.count("vocab_size")?,
         max_positions: Some(config.count("max_position_embeddings")?),
+        selected_keys: None,
         embedding: EmbeddingSpec { width: hidden, positions: None },
         final_norm: layers.first().map(|layer| layer.norm),
         layers,
@@ -449,13 +486,17 @@ mod tests {
     use super::*;
     use crate::decoder::Need;
 
+    /// Families whose heads' widths have names of their own, and that have no biases.
+    const LATENT: [&str; 4] =
+        ["DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "Glm4MoeLiteForCausalLM", "GlmMoeDsaForCausalLM"];
+
     /// Keys of all families, with switches that ask for as many tensors as a family knows.
     fn config(architecture: &str) -> Value {
+        let latent = LATENT.contains(&architecture);
         let mut config = json!({
             "architectures": [architecture], "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2,
             "num_hidden_layers": 4, "intermediate_size": 12, "vocab_size": 16, "num_experts_per_tok": 2,
-            "mlp_bias": true, "attention_bias": architecture != "DeepseekV3ForCausalLM", "use_qk_norm": true,
-            "head_dim": if architecture == "DeepseekV3ForCausalLM" { 2 } else { 8 },
+            "mlp_bias": !latent, "attention_bias": !latent, "use_qk_norm": true, "head_dim": if latent { 2 } else { 8 },
             // Mixtures.
             "num_local_experts": 3, "n_routed_experts": 3, "moe_intermediate_size": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
             "shared_expert_intermediate_size": 4, "intermediate_size_mlp": 12, "interleave_moe_layer_step": 2, "mlp_only_layers": [0], "n_group": 1, "topk_group": 1,

@@ -26,6 +26,7 @@ use outliers_protocol::{
 };
 use sha2::{Digest, Sha256};
 
+use crate::decoder::Longest;
 use crate::error::{Result, WorkerError};
 use crate::hub::Hub;
 use crate::safetensors::shown;
@@ -73,11 +74,12 @@ impl Tokens {
 #[derive(Clone, Copy)]
 struct Limits {
     vocab: usize,
-    max_positions: Option<usize>,
+    longest: Option<Longest>,
 }
 
-/// The token ids that `spec` describes, for a model with `vocab` embedding rows and at most `max_positions` tokens per
-/// sequence. `model_folder` is where the tokenizer lies; ready token ids do without. `hub` is where datasets are.
+/// The token ids that `spec` describes, for a model with `vocab` embedding rows and sequences of
+/// at most `longest` tokens. `model_folder` is where the tokenizer lies; ready token ids do
+/// without. `hub` is where datasets are.
 ///
 /// # Errors
 /// Kind `Corpus` for a text or token-id file that is missing, empty, too short, not UTF-8, not tokenisable or does not fit
@@ -87,10 +89,10 @@ pub fn load(
     spec: &CorpusSpec,
     model_folder: Option<&Path>,
     vocab: usize,
-    max_positions: Option<usize>,
+    longest: Option<Longest>,
     hub: &Hub,
 ) -> Result<Tokens> {
-    let limits = Limits { vocab, max_positions };
+    let limits = Limits { vocab, longest };
     match &spec.source {
         CorpusSource::TokenIds(path) => ready_ids(spec, Path::new(path), limits),
         CorpusSource::Builtin(name) if name == BUILTIN_CORPUS => {
@@ -237,7 +239,7 @@ pub fn token_ids_sha256(ids: &[i64]) -> String {
 
 /// Tokens per sequence: as asked, else the default within the model's limit.
 fn text_length(spec: &CorpusSpec, limits: Limits) -> Result<usize> {
-    let default = limits.max_positions.map_or(DEFAULT_TOKENS, |most| most.min(DEFAULT_TOKENS));
+    let default = limits.longest.map_or(DEFAULT_TOKENS, |most| most.tokens().min(DEFAULT_TOKENS));
     let length = spec.sequence_length.unwrap_or(default);
     check_length(length, limits)?;
     Ok(length)
@@ -248,13 +250,26 @@ fn check_length(length: usize, limits: Limits) -> Result<()> {
         let message = format!("sequences of {length} tokens leave nothing to predict");
         return Err(WorkerError::job(message).hint(format!("use at least {FEWEST_TOKENS} tokens per sequence")));
     }
-    match limits.max_positions {
-        Some(most) if length > most => {
-            let message = format!("sequences of {length} tokens exceed the model's limit of {most} positions");
-            Err(WorkerError::job(message).hint(format!("use a sequence length of at most {most}")))
-        }
-        _ => Ok(()),
+    limits.longest.map_or(Ok(()), |longest| fits(length, longest))
+}
+
+/// Refuses sequences that are longer than what is computed.
+///
+/// # Errors
+/// Kind `Job`: they are; the largest length that works is named.
+pub fn fits(length: usize, longest: Longest) -> Result<()> {
+    let most = longest.tokens();
+    if length <= most {
+        return Ok(());
     }
+    let message = match longest {
+        Longest::Positions(_) => format!("sequences of {length} tokens exceed the model's limit of {most} positions"),
+        Longest::SelectedKeys(_) => format!(
+            "sequences of {length} tokens: beyond {most} (index_topk) this model attends to the keys that its indexer \
+             selects, which is not computed"
+        ),
+    };
+    Err(WorkerError::job(message).hint(format!("use a sequence length of at most {most}")))
 }
 
 /// How many windows to run: what was asked for must be there; a default takes what there is.

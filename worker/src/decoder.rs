@@ -25,6 +25,9 @@ pub struct DecoderSpec {
     pub vocab: usize,
     /// Longest sequence the configuration allows.
     pub max_positions: Option<usize>,
+    /// Keys that an indexer selects for each query. It is not computed: up to as many tokens it
+    /// selects all.
+    pub selected_keys: Option<usize>,
     /// Token ids to the residual stream.
     pub embedding: EmbeddingSpec,
     /// From the input on.
@@ -33,6 +36,24 @@ pub struct DecoderSpec {
     pub final_norm: Option<NormSpec>,
     /// The residual stream to logits.
     pub head: HeadSpec,
+}
+
+/// The longest sequence that is computed, in tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Longest {
+    /// There are no more positions.
+    Positions(usize),
+    /// Beyond, attention is to the keys that an indexer selects, which is not computed.
+    SelectedKeys(usize),
+}
+
+impl Longest {
+    /// Tokens.
+    pub fn tokens(self) -> usize {
+        match self {
+            Self::Positions(tokens) | Self::SelectedKeys(tokens) => tokens,
+        }
+    }
 }
 
 /// How token ids enter.
@@ -421,6 +442,12 @@ impl fmt::Display for Unit {
 }
 
 impl DecoderSpec {
+    /// The longest sequence that is computed; `None`: any.
+    pub fn longest(&self) -> Option<Longest> {
+        let (positions, keys) = (self.max_positions.map(Longest::Positions), self.selected_keys);
+        positions.into_iter().chain(keys.map(Longest::SelectedKeys)).min_by_key(|longest| longest.tokens())
+    }
+
     /// The studied norm outputs in order of computation.
     pub fn sites(&self) -> Vec<Site> {
         let of =
@@ -549,5 +576,23 @@ impl FfnSpec {
                 format!("{} experts x {}, top {}{shared}", moe.experts, moe.expert.intermediate, moe.top_k)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::Longest;
+
+    #[test]
+    fn the_shorter_of_positions_and_selected_keys_is_the_longest_sequence() {
+        let longest = |positions: usize| {
+            let config = json!({
+                "architectures": ["DeepseekV32ForCausalLM"], "max_position_embeddings": positions, "index_topk": 100,
+            });
+            crate::arch::read(&config).unwrap().spec.longest()
+        };
+        assert_eq!((longest(99), longest(101)), (Some(Longest::Positions(99)), Some(Longest::SelectedKeys(100))));
     }
 }

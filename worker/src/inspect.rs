@@ -8,7 +8,9 @@ use outliers_protocol::{
 use serde_json::Value;
 
 use crate::attention::{QUERY_BLOCK, SCORE_VALUES};
-use crate::decoder::{DecoderSpec, FfnSpec, GateUp, LayerSpec, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, Unit};
+use crate::decoder::{
+    DecoderSpec, FfnSpec, GateUp, LayerSpec, Longest, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, Unit,
+};
 use crate::hub::held_for_hashes;
 use crate::model::Model;
 use crate::product::Arithmetic;
@@ -52,7 +54,7 @@ pub fn inspect(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>, run: P
         model_type: string(&checkpoint.config, "model_type"),
         hidden: spec.hidden,
         vocab: spec.vocab,
-        max_positions: spec.max_positions,
+        max_positions: spec.longest().map(Longest::tokens),
         tied_head: spec.head.tied,
         parameters: model.parameters(),
         active_parameters: active_parameters(spec),

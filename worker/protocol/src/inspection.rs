@@ -23,7 +23,7 @@ pub struct Inspection {
     pub hidden: usize,
     /// Rows of the embedding.
     pub vocab: usize,
-    /// Longest sequence the configuration allows.
+    /// Longest sequence that is computed.
     pub max_positions: Option<usize>,
     /// The head is the embedding.
     pub tied_head: bool,

@@ -1,9 +1,10 @@
-//! DeepSeek-V3 (2024), V3.1 and Kimi-K2 (2025): latent attention, sigmoid routing with a correction bias and group limits, FP8
-//! tiles. Hugging Face `DeepseekV3ForCausalLM`; the code that `auto_map` names is not needed.
+//! DeepSeek-V3 (2024), V3.1, Kimi-K2 and Moonlight (2025): latent attention, sigmoid routing with
+//! a correction bias and group limits, FP8 tiles. Hugging Face `DeepseekV3ForCausalLM`; the code
+//! that `auto_map` names is not needed.
 
 use super::{
     Config, Family, LIKE_LLAMA, NEXT_TOKEN_LAYERS, Names, ROTARY_BUFFERS, SEPARATE_EXPERTS, SHARED_EXPERTS,
-    decoder_like_llama, ffn_like_deepseek, pre_norm, unsupported, yarn_magnitude,
+    decoder_like_llama, ffn_like_deepseek, pre_norm, sparse_after_first, unsupported, yarn_magnitude,
 };
 use crate::decoder::{DecoderSpec, LatentSpec, MixerSpec, NormSpec, Role};
 use crate::error::Result;
@@ -19,39 +20,52 @@ pub(super) const FAMILY: Family = Family {
     names: &NAMES,
 };
 
-const NAMES: Names = Names {
-    tensors: &[
-        LIKE_LLAMA,
-        SEPARATE_EXPERTS,
-        SHARED_EXPERTS,
-        &[
-            (Role::QueryDown, "{base}layers.{layer}.self_attn.q_a_proj.weight"),
-            (Role::QueryDownNorm, "{base}layers.{layer}.self_attn.q_a_layernorm.weight"),
-            (Role::QueryUp, "{base}layers.{layer}.self_attn.q_b_proj.weight"),
-            (Role::KeyValueDown, "{base}layers.{layer}.self_attn.kv_a_proj_with_mqa.weight"),
-            (Role::KeyValueDownNorm, "{base}layers.{layer}.self_attn.kv_a_layernorm.weight"),
-            (Role::KeyValueUp, "{base}layers.{layer}.self_attn.kv_b_proj.weight"),
-        ],
-    ],
-    bases: &["model.", ""],
-    input_major: &[],
-    ignored: &[NEXT_TOKEN_LAYERS, ROTARY_BUFFERS],
-};
+const NAMES: Names =
+    Names { tensors: TENSORS, bases: &["model.", ""], input_major: &[], ignored: &[NEXT_TOKEN_LAYERS, ROTARY_BUFFERS] };
+
+/// Also of the families that build on this one.
+pub(super) const TENSORS: &[&[(Role, &str)]] = &[LIKE_LLAMA, SEPARATE_EXPERTS, SHARED_EXPERTS, LATENT];
+
+/// Names of latent attention.
+pub(super) const LATENT: &[(Role, &str)] = &[
+    (Role::QueryDown, "{base}layers.{layer}.self_attn.q_a_proj.weight"),
+    (Role::QueryDownNorm, "{base}layers.{layer}.self_attn.q_a_layernorm.weight"),
+    (Role::QueryUp, "{base}layers.{layer}.self_attn.q_b_proj.weight"),
+    (Role::KeyValueDown, "{base}layers.{layer}.self_attn.kv_a_proj_with_mqa.weight"),
+    (Role::KeyValueDownNorm, "{base}layers.{layer}.self_attn.kv_a_layernorm.weight"),
+    (Role::KeyValueUp, "{base}layers.{layer}.self_attn.kv_b_proj.weight"),
+];
 
 /// Of the norms inside the bottlenecks; not in the configuration.
 const INNER_EPS: f64 = 1e-6;
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
-    config.expect_silu()?;
-    config.expect_flag("attention_bias", false)?;
-    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
-    let (nope_dim, rope_dim) = (config.count("qk_nope_head_dim")?, config.count("qk_rope_head_dim")?);
+    let rope_dim = config.count("qk_rope_head_dim")?;
     let head_dim = config.count_or("head_dim", rope_dim)?;
+    if head_dim != rope_dim {
+        return Err(unsupported(format!("head_dim {head_dim} beside qk_rope_head_dim {rope_dim}")));
+    }
+    let pairing = if config.flag("rope_interleave")? { Pairing::Interleaved } else { Pairing::Halves };
+    decoder(config, pairing, sparse_after_first(config)?)
+}
+
+/// A decoder by this family's keys, of which the layers marked have experts.
+pub(super) fn decoder(config: &Config<'_>, pairing: Pairing, sparse: Vec<bool>) -> Result<DecoderSpec> {
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let latent = latent(config, pairing)?;
+    let layer = |sparse| Ok(pre_norm(norm, MixerSpec::Latent(latent.clone()), ffn_like_deepseek(config, sparse)?));
+    decoder_like_llama(config, sparse.into_iter().map(layer).collect::<Result<_>>()?)
+}
+
+/// Latent attention by this family's keys.
+pub(super) fn latent(config: &Config<'_>, pairing: Pairing) -> Result<LatentSpec> {
+    config.expect_flag("attention_bias", false)?;
+    let (nope_dim, rope_dim) = (config.count("qk_nope_head_dim")?, config.count("qk_rope_head_dim")?);
     let heads = config.count("num_attention_heads")?;
     let kv_heads = config.count_or("num_key_value_heads", heads)?;
-    if (head_dim, kv_heads) != (rope_dim, heads) {
-        let what = format!("head_dim {head_dim}, num_key_value_heads {kv_heads}");
-        return Err(unsupported(format!("{what} beside qk_rope_head_dim {rope_dim}, num_attention_heads {heads}")));
+    if kv_heads != heads {
+        return Err(unsupported(format!("num_key_value_heads {kv_heads} beside num_attention_heads {heads}")));
     }
     // YaRN's growth of queries and keys, here in the softmax.
     let rotation = config.rope_settings()?;
@@ -59,8 +73,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         Some(all) if rotation.kind()? != "default" => yarn_magnitude(rotation.number("factor")?, all),
         _ => 1.0,
     };
-    let pairing = if config.flag("rope_interleave")? { Pairing::Interleaved } else { Pairing::Halves };
-    let latent = LatentSpec {
+    Ok(LatentSpec {
         heads,
         query_rank: config.count_opt("q_lora_rank")?,
         kv_rank: config.count("kv_lora_rank")?,
@@ -70,7 +83,5 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         norm: NormSpec::rms(INNER_EPS),
         scale: magnitude * magnitude / ((nope_dim + rope_dim) as f64).sqrt(),
         rope: RopeSpec { pairing, ..config.rope(rope_dim)? },
-    };
-    let layer = |index| Ok(pre_norm(norm, MixerSpec::Latent(latent.clone()), ffn_like_deepseek(config, index)?));
-    decoder_like_llama(config, (0..config.layers()?).map(layer).collect::<Result<_>>()?)
+    })
 }

@@ -2,7 +2,7 @@
 
 use super::{
     Config, Family, LIKE_LLAMA, NEXT_TOKEN_LAYERS, Names, SEPARATE_EXPERTS, SHARED_EXPERTS, attention_like_llama,
-    decoder_like_llama, ffn_like_deepseek, pre_norm,
+    decoder_like_llama, ffn_like_deepseek, pre_norm, sparse_after_first,
 };
 use crate::decoder::{AttentionSpec, DecoderSpec, MixerSpec, NormSpec, QkNorm};
 use crate::error::Result;
@@ -30,7 +30,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     let qk_norm = if config.flag("use_qk_norm")? { QkNorm::PerHead(norm) } else { QkNorm::None };
     let attention = attention_like_llama(config)?;
     // `attention_bias` is about q, k and v alone.
-    let attention = AttentionSpec { qk_norm, output_bias: false, ..attention };
-    let layer = |index| Ok(pre_norm(norm, MixerSpec::Attention(attention.clone()), ffn_like_deepseek(config, index)?));
-    decoder_like_llama(config, (0..config.layers()?).map(layer).collect::<Result<_>>()?)
+    let mixer = MixerSpec::Attention(AttentionSpec { qk_norm, output_bias: false, ..attention });
+    let layer = |sparse| Ok(pre_norm(norm, mixer.clone(), ffn_like_deepseek(config, sparse)?));
+    decoder_like_llama(config, sparse_after_first(config)?.into_iter().map(layer).collect::<Result<_>>()?)
 }

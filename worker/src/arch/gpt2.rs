@@ -77,6 +77,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         hidden,
         vocab: config.count("vocab_size")?,
         max_positions: Some(rows),
+        selected_keys: None,
         embedding: EmbeddingSpec { width: hidden, positions: Some(LearnedPositions { rows, offset: 0 }) },
         layers: vec![layer; config.layers_under("n_layer")?],
         final_norm: Some(norm),

@@ -74,6 +74,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         hidden,
         vocab: config.count("vocab_size")?,
         max_positions: Some(config.count("n_positions")?),
+        selected_keys: None,
         embedding: EmbeddingSpec { width: hidden, positions: None },
         layers: vec![layer; config.layers_under("n_layer")?],
         final_norm: Some(norm),

@@ -16,20 +16,16 @@ pub(super) const FAMILY: Family = Family {
     names: &NAMES,
 };
 
-const NAMES: Names = Names {
-    tensors: &[
-        LIKE_LLAMA,
-        &[
-            (Role::Router, "{base}layers.{layer}.block_sparse_moe.gate.weight"),
-            (Role::ExpertGate, "{base}layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight"),
-            (Role::ExpertUp, "{base}layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight"),
-            (Role::ExpertDown, "{base}layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"),
-        ],
-    ],
-    bases: &["model.", ""],
-    input_major: &[],
-    ignored: &[],
-};
+const NAMES: Names =
+    Names { tensors: &[LIKE_LLAMA, EXPERTS], bases: &["model.", ""], input_major: &[], ignored: &[] };
+
+/// Names of router and experts, which other families took over.
+pub(super) const EXPERTS: &[(Role, &str)] = &[
+    (Role::Router, "{base}layers.{layer}.block_sparse_moe.gate.weight"),
+    (Role::ExpertGate, "{base}layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight"),
+    (Role::ExpertUp, "{base}layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight"),
+    (Role::ExpertDown, "{base}layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"),
+];
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect_silu()?;

@@ -80,6 +80,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         hidden,
         vocab: config.count("vocab_size")?,
         max_positions: Some(positions),
+        selected_keys: None,
         embedding: EmbeddingSpec {
             width: config.count_or("word_embed_proj_dim", hidden)?,
             positions: Some(LearnedPositions { rows: positions + POSITION_OFFSET, offset: POSITION_OFFSET }),

@@ -5,6 +5,7 @@ use outliers_protocol::{CorpusSpec, FailureKind};
 
 use super::*;
 use crate::corpus;
+use crate::decoder::Longest;
 use crate::hub::{Hub, HubOptions};
 use crate::source::Checkpoint;
 
@@ -147,7 +148,7 @@ fn outliers(sites: &[Vec<Vec<f32>>]) -> Found {
 fn demo_ids(folder: &Path, tokens: usize) -> Vec<i64> {
     let spec = CorpusSpec { num_sequences: Some(1), sequence_length: Some(tokens), ..CorpusSpec::default() };
     let hub = Hub::new(HubOptions::new("/nowhere")).unwrap();
-    corpus::load(&spec, Some(folder), VOCAB, Some(MAX_POSITIONS), &hub).unwrap().ids
+    corpus::load(&spec, Some(folder), VOCAB, Some(Longest::Positions(MAX_POSITIONS)), &hub).unwrap().ids
 }
 
 const TOKENS: usize = 384;

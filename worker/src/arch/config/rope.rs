@@ -107,8 +107,17 @@ impl<'a> Config<'a> {
     /// # Errors
     /// A setting that is missing or of another type, by name; an unknown kind of rotation.
     pub fn rope(&self, head_dim: usize) -> Result<RopeSpec> {
+        self.rope_of_part(head_dim, self.class.rope.get(PARTIAL).and_then(Value::as_f64))
+    }
+
+    /// The same where `part` of a head rotates unless the settings say another; `None`: it is
+    /// always the whole head.
+    ///
+    /// # Errors
+    /// As [`rope`](Self::rope).
+    pub fn rope_of_part(&self, head_dim: usize, part: Option<f64>) -> Result<RopeSpec> {
         let settings = self.rope_settings()?;
-        let dims = (head_dim as f64 * self.rotated_part(&settings)?) as usize;
+        let dims = (head_dim as f64 * self.rotated_part(&settings, part)?) as usize;
         let scaling = self.rope_scaling(&settings)?;
         Ok(RopeSpec { theta: self.rope_theta(&settings)?, dims, pairing: Pairing::Halves, scaling })
     }
@@ -167,17 +176,16 @@ impl<'a> Config<'a> {
         }
     }
 
-    fn rotated_part(&self, settings: &RopeSettings<'_>) -> Result<f64> {
-        let default = self.class.rope.get(PARTIAL);
+    fn rotated_part(&self, settings: &RopeSettings<'_>, default: Option<f64>) -> Result<f64> {
         let part = if settings.values.contains_key(PARTIAL) {
             settings.number(PARTIAL)?
         } else {
             match (self.raw(PARTIAL), default) {
                 (Some(Value::Null), _) | (None, None) => 1.0,
                 (Some(value), _) => value.as_f64().ok_or_else(|| ill_typed(&self.name(PARTIAL), "a number", value))?,
-                (None, Some(value)) => {
-                    self.assume(PARTIAL, value);
-                    value.as_f64().expect("a number in the data: tested")
+                (None, Some(part)) => {
+                    self.assume(PARTIAL, &part.into());
+                    part
                 }
             }
         };

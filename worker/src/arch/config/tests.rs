@@ -11,7 +11,8 @@ use crate::rope::{Pairing, RopeScaling};
 /// A configuration of the architecture that says nothing but this.
 fn with(architecture: &str, settings: Value) -> Value {
     let mut config = json!({"architectures": [architecture]});
-    let settings = if architecture.starts_with("Llama4") { json!({"text_config": settings}) } else { settings };
+    let nested = FAMILIES.iter().any(|family| family.architecture == architecture && family.wrapper.is_some());
+    let settings = if nested { json!({"text_config": settings}) } else { settings };
     config.as_object_mut().unwrap().extend(settings.as_object().unwrap().clone());
     config
 }
@@ -225,6 +226,44 @@ fn yarn_takes_zero_for_not_given_and_its_context_from_where_it_is() {
     assert_eq!(yarn(json!({"max_position_embeddings": 640, "rope_scaling": scaling})), (640.0, 32.0, by_paper));
     let top = json!({"original_max_position_embeddings": 77, "rope_scaling": scaling});
     assert_eq!(yarn(top).0, 77.0);
+}
+
+#[test]
+fn a_part_of_a_head_rotates_under_a_key_of_minimax_unless_the_settings_say_another() {
+    let dims = |settings: Value| {
+        let rope = attention("MiniMaxM2ForCausalLM", settings, 0).rope.unwrap();
+        (rope.dims, rope.theta)
+    };
+    assert_eq!(dims(json!({})), (128, 5e6));
+    assert_eq!(dims(json!({"rotary_dim": 64, "rope_theta": 1e4})), (64, 1e4));
+    // As transformers 5 saves it.
+    let saved = json!({"rotary_dim": 64, "rope_parameters": {"rope_theta": 7.0, "partial_rotary_factor": 0.25}});
+    assert_eq!(dims(saved), (32, 7.0));
+    assert!(refused("MiniMaxM2ForCausalLM", json!({"attn_type_list": [1, 0]})).message().contains("attn_type_list"));
+}
+
+#[test]
+fn layers_with_experts_are_those_the_class_takes_for_them() {
+    let sparse = |architecture: &str, mut settings: Value| -> Vec<bool> {
+        settings["num_hidden_layers"] = json!(4);
+        let spec = read(&with(architecture, settings)).unwrap().spec;
+        spec.layers.iter().map(|layer| layer.experts() > 0).collect()
+    };
+    let types = json!(["sparse", "dense", "sparse", "sparse"]);
+    let first = json!({"first_k_dense_replace": 2});
+    let both = json!({"first_k_dense_replace": 2, "mlp_layer_types": types});
+    assert_eq!(sparse("Glm4MoeLiteForCausalLM", first.clone()), [false, true, true, true]);
+    for architecture in ["DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"] {
+        assert_eq!(sparse(architecture, json!({})), [false, false, false, true]);
+        assert_eq!(sparse(architecture, first.clone()), [false, false, true, true]);
+    }
+    for architecture in ["Glm4MoeLiteForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"] {
+        assert_eq!(sparse(architecture, both.clone()), [true, false, true, true]);
+        let wrong = json!({"num_hidden_layers": 1, "mlp_layer_types": ["linear"]});
+        assert!(refused(architecture, wrong).message().contains("mlp_layer_types[0]"));
+    }
+    let error = refused("DeepseekV32ForCausalLM", json!({"num_hidden_layers": 1, "layer_types": ["full_attention"]}));
+    assert!(error.message().contains("layer_types[0]"), "{error}");
 }
 
 #[test]
