@@ -122,9 +122,11 @@ def main():
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(options.oracle.resolve()))
     import hf
+    import oracle
     import torch
     from safetensors.numpy import load_file
 
+    oracle.teach(hf)
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     failed = False

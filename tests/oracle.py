@@ -35,8 +35,8 @@ TOLERANCES = {"qwen3_next": 3e-4, "opt_350m": 2e-4}
 
 # The data from which the worker reads a config.json, and the model types of its families.
 CLASSES = HERE.parent / "worker" / "src" / "arch" / "config" / "classes.json"
-MODEL_TYPES = ["deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt2", "gpt_oss", "gptj", "llama", "llama4", "minimax_m2",
-               "mixtral", "olmoe", "opt", "qwen2", "qwen3", "qwen3_moe", "qwen3_next"]
+MODEL_TYPES = ["deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt2", "gpt_oss", "gptj", "kimi_k25", "llama", "llama4",
+               "minimax_m2", "mixtral", "olmoe", "opt", "qwen2", "qwen3", "qwen3_moe", "qwen3_next"]
 
 # Latent attention with less in it.
 NARROW = {"hidden_size": 64, "q_lora_rank": 24, "kv_lora_rank": 32, "intermediate_size": 72}
@@ -86,6 +86,10 @@ FIXTURES = {
                                                   "first_k_dense_replace": 1, **NARROW}),
     "glm-moe-dsa": ("glm_moe_dsa", 30, {}, {"num_hidden_layers": 3, "n_routed_experts": 6, "indexer_types": ["full", "shared", "shared"],
                                             "mlp_layer_types": ["dense", "sparse", "sparse"], "first_k_dense_replace": 1, **NARROW}),
+    "kimi-k2-int4": ("kimi_k2_int4", 31, {"tokenizer_json": False}, {"num_hidden_layers": 2, "n_routed_experts": 6, "kv_lora_rank": 32}),
+    "qwen3-moe-nvfp4": ("qwen3_moe", 32, {"stored_as": "nvfp4"}, {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek-v3-small-tiles": ("moonlight", 33, {"stored_as": "small_tiles"}, {"num_hidden_layers": 2, "n_routed_experts": 5, "hidden_size": 72,
+                                                                                "kv_lora_rank": 32}),
 }
 # The chunks of DeltaNet are 64 tokens long; windows and attention chunks here are 16.
 FIXTURE_TOKENS = {"qwen3-next": 72}
@@ -120,6 +124,8 @@ ODD = {
     "minimax_m2_bf16": [LOCAL, {"rotary_dim": 32}],
     "glm4_moe_lite": [ROUTED, TIED, {"q_lora_rank": None}, {"v_head_dim": 10}],
     "moonlight": [ROUTED, {"n_shared_experts": 1}],
+    "kimi_k2_int4": [ROUTED, {"n_group": 2, "topk_group": 1, "n_routed_experts": 8}],
+    "deepseek_v3_e8m0": [{"num_attention_heads": 3, "num_key_value_heads": 3, "v_head_dim": 10}],
     "deepseek_v32": [TIED, {"n_group": 1, "topk_group": 1, "n_routed_experts": 5}, {"rope_scaling": None}],
     "glm_moe_dsa": [TIED, {"n_routed_experts": 5, "num_experts_per_tok": 5}],
     "glm_moe_dsa_fp8": [{"v_head_dim": 10}],
@@ -127,6 +133,84 @@ ODD = {
 # Families whose configurations are walked over, key by key: one of each class.
 WALKED = ["minimax_m2", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "olmoe", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next", "llama4_scout", "llama4_maverick", "deepseek_v3", "gpt2", "opt",
           "gptj", "llama", "qwen3", "qwen2"]
+
+
+# The codes of NVFP4 and MXFP4 without their sign.
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+
+def nvfp4(weight):
+    """A matrix in NVFP4 as NVIDIA's ModelOpt stores it: codes, a scale in e4m3 per 16 inputs, a number that multiplies all scales."""
+    import torch
+
+    blocks = weight.float().reshape(len(weight), -1, 16)
+    peaks = blocks.abs().amax(-1)
+    number = (peaks.max() / (6 * 448)).clamp(min=1e-12).reshape(1)
+    scales = (peaks / 6 / number).to(torch.float8_e4m3fn)
+    scaled = blocks / (scales.float() * number).clamp(min=1e-12)[..., None]
+    between = torch.tensor([(a + b) / 2 for a, b in zip(E2M1, E2M1[1:])])
+    codes = (torch.bucketize(scaled.abs(), between) + 8 * (scaled < 0)).to(torch.uint8).reshape(len(weight), -1)
+    return {"": codes[:, ::2] | codes[:, 1::2] << 4, "_scale": scales, "_scale_2": number}
+
+
+def from_nvfp4(codes, scales, number):
+    import torch
+
+    values = torch.tensor([*E2M1, *(-value for value in E2M1)])
+    pairs = torch.stack([values[(codes & 15).long()], values[(codes >> 4).long()]], -1).flatten(1)
+    return pairs * (scales.float() * number).repeat_interleave(16, 1)
+
+
+def small_tiles(weight):
+    """A matrix in FP8 with a power of two as E8M0 for every 32 rows and columns."""
+    import torch
+
+    rows, columns = ((n + 31) // 32 for n in weight.shape)
+    padded = torch.zeros(rows * 32, columns * 32)
+    padded[:weight.shape[0], :weight.shape[1]] = weight.float()
+    peaks = padded.reshape(rows, 32, columns, 32).abs().amax((1, 3)).clamp(min=1e-12)
+    exponents = torch.ceil(torch.log2(peaks / 448))
+    codes = (weight.float() / tiles_of(torch.exp2(exponents), weight.shape, 32)).to(torch.float8_e4m3fn)
+    return {"": codes, "_scale_inv": (exponents + 127).to(torch.uint8).view(torch.float8_e8m0fnu)}
+
+
+def tiles_of(scales, shape, side):
+    return scales.float().repeat_interleave(side, 0)[:shape[0]].repeat_interleave(side, 1)[:, :shape[1]]
+
+
+# How a checkpoint is stored again, in formats that the reference does not write: of each matrix but those named, and what config.json says.
+PLAIN = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "bias", "A_log", "conv1d")
+FORMATS = {
+    "nvfp4": (nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4", "producer": {"name": "modelopt"}}),
+    "small_tiles": (small_tiles, {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "scale_fmt": "ue8m0",
+                                  "weight_block_size": [32, 32]}),
+}
+
+
+def teach(hf):
+    """Lets the reference read these formats: it gets the plain values."""
+    dequantized = hf.dequantized
+
+    def with_ours(tensors, dtype=None):
+        plain = {}
+        for name, tensor in tensors.items():
+            if f"{name}_scale_2" in tensors:
+                plain[name] = from_nvfp4(tensor, tensors[f"{name}_scale"], tensors[f"{name}_scale_2"])
+            elif name.endswith((".weight_scale", ".weight_scale_2")):
+                continue
+            elif f"{name}_scale_inv" in tensors:
+                scales = tensors[f"{name}_scale_inv"]
+                side = 32 if scales.numel() > -(-tensor.shape[0] // 128) * -(-tensor.shape[1] // 128) else 128
+                plain[name] = tensor.float() * tiles_of(scales, tensor.shape, side)
+            elif not name.endswith("_scale_inv"):
+                plain[name] = tensor
+        return dequantized(plain, *([dtype] if dtype else []))
+
+    def of_all(tensors, *dtype):
+        is_ours = any(name.endswith("_scale_2") or str(t.dtype).endswith("e8m0fnu") for name, t in tensors.items())
+        return (with_ours if is_ours else dequantized)(tensors, *dtype)
+
+    hf.dequantized = of_all
 
 
 def load_oracle(folder):
@@ -140,6 +224,7 @@ def load_oracle(folder):
     import torch
 
     torch.set_num_threads(1)
+    teach(hf)
     canonical = hf.canonical_router
 
     def with_all_experts(module, output):
@@ -163,7 +248,7 @@ def record(oracle, case, folder, tokens, seqs):
     """Checkpoint, golden activations and reference statistics of one case, below `folder`."""
     make, golden, analyse = oracle
     family, seed, storage, config = case
-    altered = {key: value for key, value in storage.items() if key in ("without", "saved", "stored_head")}
+    altered = {key: value for key, value in storage.items() if key in ("without", "saved", "stored_head", "stored_as")}
     storage = {key: value for key, value in storage.items() if key not in altered}
     make(family, folder / "model", seed, size=json.dumps(config), **storage)
     alter(folder / "model", seed, **altered)
@@ -172,8 +257,9 @@ def record(oracle, case, folder, tokens, seqs):
     (folder / "outliers.json").write_text(json.dumps(statistics, indent=1) + "\n")
 
 
-def alter(folder, seed, without=(), saved=False, stored_head=False):
-    """Keys left out of config.json, config.json as transformers 5 saves it, a head of its own beside the embedding it is tied to."""
+def alter(folder, seed, without=(), saved=False, stored_head=False, stored_as=None):
+    """Keys left out of config.json, config.json as transformers 5 saves it, a head of its own beside the embedding it is tied to, matrices in
+    another format."""
     import transformers
     from safetensors.torch import load_file, save_file
 
@@ -183,6 +269,13 @@ def alter(folder, seed, without=(), saved=False, stored_head=False):
         transformers.AutoConfig.from_pretrained(folder).save_pretrained(folder)
         config = {**json.loads(path.read_text()), "architectures": config["architectures"]}
     config = {key: value for key, value in config.items() if key not in without}
+    if stored_as:
+        encode, config["quantization_config"] = FORMATS[stored_as]
+        tensors = {}
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            parts = {"": tensor} if tensor.dim() != 2 or any(part in name for part in PLAIN) else encode(tensor)
+            tensors |= {name + part: values.contiguous() for part, values in parts.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     path.write_text(json.dumps(config, indent=2) + "\n")
     if stored_head:
         tensors = load_file(folder / "model.safetensors")

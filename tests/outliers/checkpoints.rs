@@ -151,6 +151,79 @@ fn scales_in_e8m0_are_those_in_f32() {
 }
 
 #[test]
+fn integers_of_four_bits_are_packed_from_the_shape_that_is_stored() {
+    let with_shapes = |convert: fn(Vec<u8>) -> (Dtype, Vec<u8>)| {
+        move |model: &Path| {
+            edit_tensors(model, |tensors| {
+                let edited = |(name, (dtype, shape, data)): (String, (Dtype, Vec<usize>, Vec<u8>))| {
+                    let (dtype, data) = if name.ends_with("_shape") { convert(data) } else { (dtype, data) };
+                    (name, (dtype, shape, data))
+                };
+                tensors.into_iter().map(edited).collect()
+            });
+        }
+    };
+    // As the library itself writes them.
+    let long = |data: Vec<u8>| {
+        let words = data.chunks_exact(4).flat_map(|word| [word, &[0; 4][..]].concat());
+        (Dtype::I64, words.collect::<Vec<u8>>())
+    };
+    assert_same("kimi-k2-int4", with_shapes(long));
+    let model = copy("kimi-k2-int4");
+    with_shapes(|data| (Dtype::I32, data.chunks_exact(4).rev().flatten().copied().collect()))(model.path());
+    let (kind, said) = failure(model.path(), &["--num-sequences", "1", "--sequence-length", "32"]);
+    assert_eq!(kind, FailureKind::Checkpoint);
+    assert!(said.contains("_packed is packed from shape [128, 32], expected [32, 128]"), "{said}");
+}
+
+#[test]
+fn kimi_k2_5_is_kimi_k2_below_a_prefix() {
+    let metadata = assert_same("kimi-k2-int4", |model| {
+        edit_tensors(model, |tensors| {
+            let below = |(name, tensor)| (format!("language_model.{name}"), tensor);
+            let mut renamed: Tensors = tensors.into_iter().map(below).collect();
+            renamed.insert("vision_tower.norm.weight".to_owned(), (Dtype::BF16, vec![1], vec![0, 0]));
+            renamed
+        });
+        edit_config(model, |config| {
+            let text = config.take();
+            *config = json!({
+                "architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "text_config": text,
+                "vision_config": {}, "tie_word_embeddings": false,
+            });
+        });
+    });
+    assert_eq!(metadata.model.ignored.iter().map(|ignored| ignored.why.as_str()).collect::<Vec<_>>(), ["vision tower"]);
+}
+
+#[test]
+fn nvfp4_is_read_under_the_names_of_both_who_write_it() {
+    assert_same("qwen3-moe-nvfp4", |model| {
+        edit_tensors(model, |tensors| {
+            let renamed = |(name, (dtype, shape, data)): (String, (Dtype, Vec<usize>, Vec<u8>))| {
+                if let Some(name) = name.strip_suffix("_scale_2") {
+                    let number = f32::from_le_bytes(data[..].try_into().unwrap());
+                    return (format!("{name}_global_scale"), (dtype, shape, number.recip().to_le_bytes().to_vec()));
+                }
+                let name = if dtype == Dtype::U8 { format!("{name}_packed") } else { name };
+                (name, (dtype, shape, data))
+            };
+            let mut renamed: Tensors = tensors.into_iter().map(renamed).collect();
+            let activations = "model.layers.0.self_attn.q_proj.input_global_scale";
+            renamed.insert(activations.to_owned(), (Dtype::F32, vec![1], vec![0; 4]));
+            renamed
+        });
+        let weights = json!({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16});
+        edit_config(model, |config| {
+            config["quantization_config"] = json!({
+                "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
+                "config_groups": {"group_0": {"weights": weights}},
+            });
+        });
+    });
+}
+
+#[test]
 fn sequences_of_which_an_indexer_would_choose_keys_are_refused_with_the_longest_that_works() {
     for (name, indexers) in [("deepseek-v32-fp8", 2), ("glm-moe-dsa", 1)] {
         let model = copy(name);

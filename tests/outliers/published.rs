@@ -86,7 +86,7 @@ impl Published {
         let entries = std::fs::read_dir(folder()).unwrap().map(|entry| entry.unwrap());
         let folders = entries.filter(|entry| entry.path().is_dir());
         let names: BTreeSet<String> = folders.map(|entry| entry.file_name().into_string().unwrap()).collect();
-        assert_eq!(names.len(), 37, "{names:?}");
+        assert_eq!(names.len(), 38, "{names:?}");
         names.into_iter().map(|name| Self::read(&name))
     }
 
@@ -288,6 +288,9 @@ fn damaged_checkpoints_are_refused_by_name() {
     let scales = "model.layers.0.mlp.experts.gate_up_proj_scales";
     assert_refused("gpt-oss-20b", reshaped(scales, &[32, 5760, 89]), damaged, &[scales, "[32, 5760, 89]"]);
     assert_refused("gpt-oss-20b", of_dtype(scales, "F8_E8M0"), FailureKind::Unsupported, &[scales, "F8_E8M0"]);
+    let packed = "model.layers.1.mlp.experts.7.down_proj.weight_packed";
+    assert_refused("Kimi-K2-Thinking", reshaped(packed, &[7168, 255]), damaged, &[packed, "[7168, 255]", "[7168, 256]"]);
+    assert_refused("Kimi-K2-Thinking", of_dtype(packed, "I64"), FailureKind::Unsupported, &[packed, "I64"]);
     let int4 = "model.layers.0.mlp.down_proj.weight";
     assert_refused("Qwen3-4B", of_dtype(int4, "I32"), FailureKind::Unsupported, &[int4, "I32"]);
 }
@@ -310,6 +313,10 @@ fn settings_that_cannot_be_computed_are_refused_by_name() {
     for (model, rope) in ropes {
         assert_refused(model, set(rope, json!("longrope")), unsupported, &["rope type", "longrope"]);
     }
+    let eight = set("/quantization_config/config_groups/group_0/weights/num_bits", json!(8));
+    assert_refused("Kimi-K2-Thinking", eight, unsupported, &["group_0", "num_bits", "8"]);
+    let other = set("/quantization_config/format", json!("marlin-24"));
+    assert_refused("Kimi-K2-Thinking", other, unsupported, &["format", "marlin-24", "pack-quantized"]);
     let gptq = json!({"quant_method": "gptq", "bits": 4});
     assert_refused("Qwen3-30B-A3B", set("/quantization_config", gptq), unsupported, &["quant_method", "gptq"]);
     let e5m2 = set("/quantization_config/fmt", json!("e5m2"));

@@ -56,6 +56,7 @@ families! {
     gpt2,
     gpt_oss,
     gptj,
+    kimi_k25,
     llama,
     llama4,
     minimax_m2,
@@ -125,7 +126,33 @@ pub enum Quantisation {
     },
     /// The experts' matrices as e2m1 in `*_blocks` with a shared exponent per 32 inputs in `*_scales` (gpt-oss), `[out, in]`.
     Mxfp4,
+    /// Matrices as integers of 4 bits in `*_packed`, a scale per group of inputs in `*_scale`,
+    /// their shape in `*_shape` (compressed-tensors). What is stored as plain floats stays so.
+    Int4 {
+        /// Inputs that share a scale, a multiple of 8.
+        group: usize,
+    },
+    /// Matrices as e2m1, a scale in e4m3 per 16 inputs in `*_scale`, and one number for all of it.
+    /// What is stored as plain floats stays so.
+    Nvfp4(Nvfp4Layout),
 }
+
+/// How those who publish NVFP4 name its parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nvfp4Layout {
+    /// Codes under the plain name, the number in `*_scale_2`: it multiplies.
+    ModelOpt,
+    /// Codes in `*_packed`, the number in `*_global_scale`: it divides.
+    CompressedTensors,
+}
+
+/// Tensors that only programs need that quantise activations, too.
+const OF_ACTIVATIONS: &[Ignored] = &[
+    Ignored { names: Pattern::Suffix(".input_scale"), why: "scales of activations" },
+    Ignored { names: Pattern::Suffix(".input_global_scale"), why: "scales of activations" },
+    Ignored { names: Pattern::Suffix(".k_scale"), why: "scales of activations" },
+    Ignored { names: Pattern::Suffix(".v_scale"), why: "scales of activations" },
+];
 
 impl Names {
     /// The template of a role's name.
@@ -158,7 +185,8 @@ impl Names {
             Pattern::Within(part) => name.contains(part),
             Pattern::LayersPastLast => past_last() == Some(true),
         };
-        self.ignored.iter().find(|ignored| is(&ignored.names)).map(|ignored| ignored.why)
+        let mut all = self.ignored.iter().chain(OF_ACTIVATIONS);
+        all.find(|ignored| is(&ignored.names)).map(|ignored| ignored.why)
     }
 }
 
@@ -359,19 +387,21 @@ pub fn read(config: &Value) -> Result<Architecture> {
     let values = config.as_object().ok_or_else(|| WorkerError::checkpoint("config.json is not a JSON object"))?;
     let family = family(values)?;
     let top = Config::new(values, Class::of(family.wrapper.unwrap_or(family.class)), "");
-    let quantisation = top.quantisation()?;
-    let architecture = |spec, reading| Architecture { family, spec, quantisation, reading };
+    let mut quantisation = top.quantisation()?;
     top.raw("architectures");
     top.raw("model_type");
     if family.wrapper.is_none() {
-        return finish(&top, family).map(|(spec, reading)| architecture(spec, reading));
+        let (spec, reading) = finish(&top, family)?;
+        return Ok(Architecture { family, spec, quantisation, reading });
     }
     let text = Config::new(top.object(TEXT_CONFIG)?, Class::of(family.class), "text_config.");
     text.raw("architectures");
     text.raw("model_type");
+    // Kimi-K2.5 has it there.
+    quantisation = quantisation.or(text.quantisation()?);
     let (spec, mut reading) = finish(&text, family)?;
     reading.unknown.extend(top.finish(family.unused)?.unknown);
-    Ok(architecture(spec, reading))
+    Ok(Architecture { family, spec, quantisation, reading })
 }
 
 /// Where multimodal configurations keep the settings of their text model.
@@ -487,8 +517,13 @@ mod tests {
     use crate::decoder::Need;
 
     /// Families whose heads' widths have names of their own, and that have no biases.
-    const LATENT: [&str; 4] =
-        ["DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "Glm4MoeLiteForCausalLM", "GlmMoeDsaForCausalLM"];
+    const LATENT: [&str; 5] = [
+        "DeepseekV3ForCausalLM",
+        "DeepseekV32ForCausalLM",
+        "Glm4MoeLiteForCausalLM",
+        "GlmMoeDsaForCausalLM",
+        "KimiK25ForConditionalGeneration",
+    ];
 
     /// Keys of all families, with switches that ask for as many tensors as a family knows.
     fn config(architecture: &str) -> Value {

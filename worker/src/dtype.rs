@@ -1,8 +1,9 @@
 //! Stored bytes to tensors: every format a checkpoint may use, straight to the dtype of the forward pass.
 //!
-//! A format says what its values are (`plain`, `fp8`, `mxfp4`); `convert` knows the dtypes they become; this file checks
-//! sizes, shares the work between threads, and turns a value that is not finite into an error that names it. Each value is
-//! computed in f32 exactly as its format defines it and rounded once to the dtype asked for, so results are the same bits on
+//! A format says what its values are (`plain`, `fp8`, `int4`, `mxfp4`, `nvfp4`); `convert` knows
+//! the dtypes they become; this file checks sizes, shares the work between threads, and turns a
+//! value that is not finite into an error that names it. Each value is computed in f32 exactly as
+//! its format defines it and rounded once to the dtype asked for, so results are the same bits on
 //! every machine.
 //!
 //! Formats of few bits are decoded by table: the whole product of code and scale, rounding included, is looked up, and nothing
@@ -10,7 +11,9 @@
 
 mod convert;
 mod fp8;
+mod int4;
 mod mxfp4;
+mod nvfp4;
 mod plain;
 #[cfg(test)]
 mod tests;
@@ -59,6 +62,29 @@ pub enum Encoded<'a> {
         blocks: &'a [u8],
         /// One byte per block: 2^(scale - 127). 255 would be NaN.
         scales: &'a [u8],
+    },
+    /// Integers of 4 bits (the low half of a byte first) in groups under one scale each: a value
+    /// is its code less 8, times the scale. compressed-tensors packs eight into a little-endian
+    /// word.
+    Int4 {
+        /// Two codes per byte.
+        codes: &'a [u8],
+        /// One scale per group.
+        scales: &'a [u8],
+        /// F32, F16 or BF16.
+        scale_dtype: &'a StoredDtype,
+        /// Values of a group, an even number.
+        group: usize,
+    },
+    /// NVFP4: blocks of 16 values of 4 bits (e2m1, the low half of a byte first) under an e4m3
+    /// scale each, which is first multiplied by one number.
+    Nvfp4 {
+        /// 8 bytes per block.
+        blocks: &'a [u8],
+        /// One code per block.
+        scales: &'a [u8],
+        /// What multiplies all scales.
+        whole: f32,
     },
 }
 
@@ -158,6 +184,8 @@ impl<'a> Encoded<'a> {
             Self::Plain { .. } => 1,
             Self::Fp8Blocks { shape, block, .. } => block[0].min(shape[0]) * shape[1],
             Self::Mxfp4 { .. } => mxfp4::BLOCK,
+            Self::Int4 { group, .. } => *group,
+            Self::Nvfp4 { .. } => nvfp4::BLOCK,
         }
     }
 
@@ -184,6 +212,20 @@ impl<'a> Encoded<'a> {
                 blocks: &blocks[values.start / 2..values.end / 2],
                 scales: &scales[values.start / mxfp4::BLOCK..values.end / mxfp4::BLOCK],
             },
+            Self::Int4 { codes, scales, scale_dtype, group } => {
+                let size = scale_dtype.size().unwrap_or_default() as usize;
+                Self::Int4 {
+                    codes: &codes[values.start / 2..values.end / 2],
+                    scales: &scales[values.start / group * size..values.end / group * size],
+                    scale_dtype,
+                    group,
+                }
+            }
+            Self::Nvfp4 { blocks, scales, whole } => Self::Nvfp4 {
+                blocks: &blocks[values.start / 2..values.end / 2],
+                scales: &scales[values.start / nvfp4::BLOCK..values.end / nvfp4::BLOCK],
+                whole,
+            },
         }
     }
 }
@@ -200,6 +242,13 @@ impl Encoded<'_> {
             Err(WorkerError::checkpoint(format!(
                 "tensor {tensor}: {found} bytes of {what} for shape {shape:?}, which needs {expected}"
             )))
+        };
+        let in_blocks = |values: Option<usize>, block: usize| {
+            if values.is_some_and(|n| n.is_multiple_of(block)) {
+                return Ok(());
+            }
+            let message = format!("tensor {tensor}: shape {shape:?} is not in blocks of {block} values");
+            Err(WorkerError::checkpoint(message))
         };
         match self {
             Self::Plain { dtype, bytes } => {
@@ -224,14 +273,27 @@ impl Encoded<'_> {
                 fits("scales", scales.len(), tiles.and_then(|n| n.checked_mul(size)))
             }
             Self::Mxfp4 { blocks, scales } => {
-                if !values.is_some_and(|n| n.is_multiple_of(mxfp4::BLOCK)) {
-                    return Err(WorkerError::checkpoint(format!(
-                        "tensor {tensor}: shape {shape:?} is not in blocks of {} values",
-                        mxfp4::BLOCK
-                    )));
-                }
+                in_blocks(values, mxfp4::BLOCK)?;
                 fits("codes", blocks.len(), values.map(|n| n / 2))?;
                 fits("scales", scales.len(), values.map(|n| n / mxfp4::BLOCK))
+            }
+            Self::Int4 { codes, scales, scale_dtype, group } => {
+                let size = scale_dtype.size().filter(|_| can_decode(scale_dtype));
+                let size = size.ok_or_else(|| {
+                    WorkerError::unsupported(format!("tensor {tensor}: its scales are stored as {scale_dtype}"))
+                        .hint("scales of groups are F32, F16 or BF16")
+                })?;
+                if *group == 0 || !group.is_multiple_of(2) {
+                    return Err(WorkerError::internal(format!("tensor {tensor}: groups of {group}")));
+                }
+                in_blocks(values, *group)?;
+                fits("codes", codes.len(), values.map(|n| n / 2))?;
+                fits("scales", scales.len(), values.and_then(|n| (n / group).checked_mul(size as usize)))
+            }
+            Self::Nvfp4 { blocks, scales, .. } => {
+                in_blocks(values, nvfp4::BLOCK)?;
+                fits("codes", blocks.len(), values.map(|n| n / 2))?;
+                fits("scales", scales.len(), values.map(|n| n / nvfp4::BLOCK))
             }
         }
     }
@@ -272,6 +334,12 @@ fn fill<T: Compute>(stored: &Encoded<'_>, out: &mut [T::Bits], tensor: &str) -> 
             all::<T>(&fp8::Blocks::new(bytes, scales, scale_dtype, shape, block, tensor)?, out, tensor)
         }
         Encoded::Mxfp4 { blocks, scales } => all::<T>(&mxfp4::Blocks::<T>::new(blocks, scales, tensor)?, out, tensor),
+        Encoded::Int4 { codes, scales, scale_dtype, group } => {
+            all::<T>(&int4::Groups::new(codes, scales, scale_dtype, group, tensor)?, out, tensor)
+        }
+        Encoded::Nvfp4 { blocks, scales, whole } => {
+            all::<T>(&nvfp4::Blocks::new(blocks, scales, whole), out, tensor)
+        }
     }
 }
 

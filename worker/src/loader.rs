@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::decoder::Need;
 use crate::dtype::{self, Encoded};
-use crate::error::Result;
+use crate::error::{Result, WorkerError};
 use crate::gpu::{Arrival, Lift};
 use crate::meter::{Clock, Subject, Work};
 use crate::model::{Format, Model, Piece, Stored};
@@ -30,6 +30,7 @@ pub struct Loader<'a> {
     subject: Subject,
     values: Vec<u8>,
     scales: Vec<u8>,
+    beside: Vec<u8>,
 }
 
 /// A unit's tensors, and the memory that is free once nothing uses them any more.
@@ -73,7 +74,8 @@ impl<'a> Loader<'a> {
         clock: Clock<'a>,
     ) -> Result<Self> {
         let (lift, subject) = (Lift::to(device)?, Subject::default());
-        Ok(Self { model, compute, device, spare, lift, clock, subject, values: Vec::new(), scales: Vec::new() })
+        let (values, scales, beside) = Default::default();
+        Ok(Self { model, compute, device, spare, lift, clock, subject, values, scales, beside })
     }
 
     /// What the clock is told that all loading from now on is about.
@@ -116,16 +118,20 @@ impl<'a> Loader<'a> {
 
     fn decoded(&mut self, layer: usize, need: &Need) -> Result<Decoded> {
         let stored = self.model.stored(layer, need);
-        self.scales.clear();
-        self.clock.time_about(Work::Reading, self.subject.clone(), || {
-            read(self.model.source, &stored.values, &mut self.values)?;
-            stored.scales.as_ref().map_or(Ok(()), |scales| read(self.model.source, scales, &mut self.scales))
+        let source = self.model.source;
+        self.clock.time_about(Work::Reading, self.subject.clone(), || -> Result<()> {
+            read(source, &stored.values, &mut self.values)?;
+            for (piece, into) in [(&stored.scales, &mut self.scales), (&stored.beside, &mut self.beside)] {
+                into.clear();
+                piece.as_ref().map_or(Ok(()), |piece| read(source, piece, into))?;
+            }
+            Ok(())
         })?;
         let mut shape = need.shape.clone();
         if stored.input_major {
             shape.reverse();
         }
-        let encoded = encoded(&stored, &self.values, &self.scales, &shape);
+        let encoded = encoded(&stored, [&self.values, &self.scales, &self.beside], &shape)?;
         let name = &stored.values.entry.name;
         let dtype = stored.kept_as(self.compute, need.is_matrix() && product::takes_bf16(self.device));
         let way = Way { lift: self.lift.as_mut(), spare: self.spare, device: self.device };
@@ -205,19 +211,51 @@ pub fn read(source: &dyn WeightSource, piece: &Piece<'_>, into: &mut Vec<u8>) ->
     source.read(piece.entry, piece.range.clone(), into)
 }
 
-fn encoded<'b>(stored: &'b Stored<'_>, values: &'b [u8], scales: &'b [u8], shape: &[usize]) -> Encoded<'b> {
+/// The bytes of a tensor's pieces, as what they are.
+fn encoded<'b>(
+    stored: &'b Stored<'_>,
+    [values, scales, beside]: [&'b [u8]; 3],
+    shape: &[usize],
+) -> Result<Encoded<'b>> {
     let dtype = &stored.values.entry.dtype;
-    match stored.format {
+    let scale_dtype = stored.scales.as_ref().map_or(dtype, |piece| &piece.entry.dtype);
+    Ok(match stored.format {
         Format::Plain => Encoded::Plain { dtype, bytes: values },
         Format::Fp8Blocks { block } => Encoded::Fp8Blocks {
             bytes: values,
             scales,
-            scale_dtype: stored.scales.as_ref().map_or(dtype, |piece| &piece.entry.dtype),
+            scale_dtype,
             shape: [shape[0], shape[1]],
             block,
         },
         Format::Mxfp4 => Encoded::Mxfp4 { blocks: values, scales },
+        Format::Int4 { group } => {
+            check_shape(stored, beside, shape)?;
+            Encoded::Int4 { codes: values, scales, scale_dtype, group }
+        }
+        Format::Nvfp4 { divided } => {
+            let number = beside.first_chunk().map_or(f32::NAN, |bytes| f32::from_le_bytes(*bytes));
+            let whole = if divided { number.recip() } else { number };
+            Encoded::Nvfp4 { blocks: values, scales, whole }
+        }
+    })
+}
+
+/// Refuses packed integers whose stored shape, two whole numbers, is another than the one
+/// expected.
+fn check_shape(stored: &Stored<'_>, bytes: &[u8], shape: &[usize]) -> Result<()> {
+    // As I32 or as I64.
+    let found: Vec<u64> = if bytes.len() == 2 * size_of::<u64>() {
+        bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect()
+    } else {
+        bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word).into()).collect()
+    };
+    if found.iter().copied().eq(shape.iter().map(|&n| n as u64)) {
+        return Ok(());
     }
+    let name = &stored.values.entry.name;
+    Err(WorkerError::checkpoint(format!("tensor {name} is packed from shape {found:?}, expected {shape:?}"))
+        .hint("the checkpoint is damaged: fetch it again, or report it to its authors"))
 }
 
 /// Memory of matrices on the CPU that no computation needs any more.

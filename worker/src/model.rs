@@ -7,7 +7,7 @@ use candle_core::DType;
 use outliers_protocol::{ConfigReading, FailureKind, IgnoredTensors};
 use serde_json::Value;
 
-use crate::arch::{self, Architecture, Family, Quantisation};
+use crate::arch::{self, Architecture, Family, Nvfp4Layout, Quantisation};
 use crate::decoder::{DecoderSpec, Need, Role, Unit};
 use crate::dtype;
 use crate::error::{Result, WorkerError, listed};
@@ -18,6 +18,8 @@ use crate::source::{TensorEntry, WeightSource};
 const LISTED: usize = 5;
 /// Inputs that share an exponent in MXFP4, two per byte.
 pub(crate) const MXFP4_BLOCK: usize = 32;
+/// Inputs that share a scale in NVFP4, two per byte.
+pub(crate) const NVFP4_BLOCK: usize = 16;
 
 /// A model whose every tensor is known to be there, in the right shape and in a dtype that can be decoded.
 pub struct Model<'a> {
@@ -49,6 +51,8 @@ pub struct Stored<'a> {
     pub values: Piece<'a>,
     /// What its values are multiplied by, for quantised formats.
     pub scales: Option<Piece<'a>>,
+    /// What else belongs to it: of [`Format::Int4`] its shape, of [`Format::Nvfp4`] one number.
+    pub beside: Option<Piece<'a>>,
     /// How to decode both.
     pub format: Format,
     /// Stored `[in, out]` instead of `[out, in]`.
@@ -76,6 +80,16 @@ pub enum Format {
     },
     /// e2m1, an exponent per 32 inputs.
     Mxfp4,
+    /// Integers of 4 bits, a scale per group of inputs.
+    Int4 {
+        /// Inputs of a group.
+        group: usize,
+    },
+    /// e2m1, a scale in e4m3 per 16 inputs, and an f32 for all of it.
+    Nvfp4 {
+        /// The f32 divides the scales; else it multiplies them.
+        divided: bool,
+    },
 }
 
 impl<'a> Stored<'a> {
@@ -86,12 +100,12 @@ impl<'a> Stored<'a> {
         if takes_bf16 && is_bf16 { DType::BF16 } else { compute }
     }
 
-    /// Both pieces.
+    /// All pieces.
     pub fn pieces(&self) -> impl Iterator<Item = &Piece<'a>> {
-        std::iter::once(&self.values).chain(&self.scales)
+        std::iter::once(&self.values).chain(&self.scales).chain(&self.beside)
     }
 
-    /// Bytes of both pieces.
+    /// Bytes of all pieces.
     pub fn bytes(&self) -> u64 {
         self.pieces().map(|piece| piece.range.end - piece.range.start).sum()
     }
@@ -243,13 +257,18 @@ impl<'a> Model<'a> {
         if is_packed {
             return self.locate_mxfp4(&name, &need.shape, stack);
         }
+        if let (None, [rows, inputs]) = (stack, &need.shape[..])
+            && let Some(packed) = self.locate_packed(&name, [*rows, *inputs])
+        {
+            return packed;
+        }
         let input_major = names.input_major.contains(&need.role);
         let mut shape = need.shape.clone();
         if input_major {
             shape.reverse();
         }
         let values = self.piece(&name, &shape, stack)?;
-        let stored = |scales, format| Stored { values: values.clone(), scales, format, input_major };
+        let stored = |scales, format| Stored { values: values.clone(), scales, beside: None, format, input_major };
         match (&values.entry.dtype, self.quantisation) {
             (StoredDtype::F8E4M3, Some(Quantisation::Fp8Blocks { block })) if shape.len() == 2 => {
                 let tiles = [shape[0].div_ceil(block[0]), shape[1].div_ceil(block[1])];
@@ -283,7 +302,70 @@ impl<'a> Model<'a> {
                 return Err(Problem::dtype(piece.entry));
             }
         }
-        Ok(Stored { values, scales: Some(scales), format: Format::Mxfp4, input_major: false })
+        Ok(Stored { values, scales: Some(scales), beside: None, format: Format::Mxfp4, input_major: false })
+    }
+
+    /// Where a matrix of 4 bits per number is; `None` where it is stored as plain floats.
+    fn locate_packed(&self, name: &str, shape: [usize; 2]) -> Option<std::result::Result<Stored<'a>, Problem>> {
+        let packed = format!("{name}_packed");
+        let has_packed = self.source.entry(&packed).is_some();
+        let is_packed = || self.source.entry(name).is_some_and(|entry| entry.dtype == StoredDtype::U8);
+        Some(match self.quantisation? {
+            Quantisation::Int4 { group } if has_packed => self.locate_int4(name, &packed, shape, group),
+            Quantisation::Nvfp4(Nvfp4Layout::CompressedTensors) if has_packed => {
+                self.locate_nvfp4(name, &packed, shape, ("_global_scale", true))
+            }
+            Quantisation::Nvfp4(Nvfp4Layout::ModelOpt) if is_packed() => {
+                self.locate_nvfp4(name, name, shape, ("_scale_2", false))
+            }
+            _ => return None,
+        })
+    }
+
+    fn locate_int4(
+        &self,
+        name: &str,
+        packed: &str,
+        [rows, inputs]: [usize; 2],
+        group: usize,
+    ) -> std::result::Result<Stored<'a>, Problem> {
+        whole_groups(packed, inputs, group)?;
+        let values = self.piece_of(packed, &[rows, inputs / 8], &[StoredDtype::I32])?;
+        let scales = self.piece(&format!("{name}_scale"), &[rows, inputs / group], None)?;
+        decodable(scales.entry)?;
+        let beside = self.piece_of(&format!("{name}_shape"), &[2], &[StoredDtype::I32, StoredDtype::I64])?;
+        let format = Format::Int4 { group };
+        Ok(Stored { values, scales: Some(scales), beside: Some(beside), format, input_major: false })
+    }
+
+    fn locate_nvfp4(
+        &self,
+        name: &str,
+        codes: &str,
+        [rows, inputs]: [usize; 2],
+        (number, divided): (&str, bool),
+    ) -> std::result::Result<Stored<'a>, Problem> {
+        whole_groups(codes, inputs, NVFP4_BLOCK)?;
+        let values = self.piece_of(codes, &[rows, inputs / 2], &[StoredDtype::U8])?;
+        let scales = self.piece_of(&format!("{name}_scale"), &[rows, inputs / NVFP4_BLOCK], &[StoredDtype::F8E4M3])?;
+        let number = format!("{name}{number}");
+        // Of no dimension or one.
+        let is_scalar = self.source.entry(&number).is_some_and(|entry| entry.shape.is_empty());
+        let one: &[usize] = if is_scalar { &[] } else { &[1] };
+        let beside = self.piece_of(&number, one, &[StoredDtype::F32])?;
+        let format = Format::Nvfp4 { divided };
+        Ok(Stored { values, scales: Some(scales), beside: Some(beside), format, input_major: false })
+    }
+
+    /// A stored tensor of one of these dtypes.
+    fn piece_of(
+        &self,
+        name: &str,
+        shape: &[usize],
+        dtypes: &[StoredDtype],
+    ) -> std::result::Result<Piece<'a>, Problem> {
+        let piece = self.piece(name, shape, None)?;
+        if dtypes.contains(&piece.entry.dtype) { Ok(piece) } else { Err(Problem::dtype(piece.entry)) }
     }
 
     /// A stored tensor of `shape`, or the slice `stack.0` of one that holds `stack.1` of that shape.
@@ -359,6 +441,14 @@ impl Problem {
             dtype: true,
         }
     }
+}
+
+/// Refuses a packed matrix of which a row is not in whole groups.
+fn whole_groups(name: &str, inputs: usize, group: usize) -> std::result::Result<(), Problem> {
+    if inputs.is_multiple_of(group) {
+        return Ok(());
+    }
+    Err(Problem::shape(format!("tensor {name} cannot be packed: {inputs} inputs are not a multiple of {group}")))
 }
 
 fn decodable(entry: &TensorEntry) -> std::result::Result<(), Problem> {

@@ -11,7 +11,7 @@ pub(super) mod class;
 pub(super) mod rope;
 pub(super) mod unused;
 
-use super::Quantisation;
+use super::{Nvfp4Layout, Quantisation};
 use crate::error::{Result, WorkerError};
 use class::Class;
 use unused::Unused;
@@ -284,7 +284,17 @@ impl<'a> Config<'a> {
         match method {
             "mxfp4" => Ok(Some(Quantisation::Mxfp4)),
             "fp8" => fp8_blocks(values).map(Some),
-            _ => Err(unsupported(format!("{key} with quant_method {method:?} (known: fp8, mxfp4)"))),
+            "compressed-tensors" => compressed_tensors(values).map(Some),
+            "modelopt" => match values.get("quant_algo") {
+                Some(Value::String(algorithm)) if algorithm == "NVFP4" => {
+                    Ok(Some(Quantisation::Nvfp4(Nvfp4Layout::ModelOpt)))
+                }
+                other => Err(unsupported(format!("{key}.quant_algo {} (known: NVFP4)", shown(other)))),
+            },
+            _ => {
+                let known = "compressed-tensors, fp8, modelopt, mxfp4";
+                Err(unsupported(format!("{key} with quant_method {method:?} (known: {known})")))
+            }
         }
     }
 }
@@ -309,6 +319,56 @@ fn fp8_blocks(values: &Map<String, Value>) -> Result<Quantisation> {
         Some(&[rows, columns]) => Ok(Quantisation::Fp8Blocks { block: [rows, columns] }),
         _ => refuse("weight_block_size", block, "two positive numbers"),
     }
+}
+
+/// Formats of compressed-tensors, of which all groups of layers must have the same one.
+fn compressed_tensors(values: &Map<String, Value>) -> Result<Quantisation> {
+    const KEY: &str = "quantization_config";
+    let format = values.get("format").and_then(Value::as_str).unwrap_or("?");
+    let wanted: Vec<(&str, Value)> = match format {
+        "pack-quantized" => vec![
+            ("num_bits", 4.into()),
+            ("type", "int".into()),
+            ("symmetric", true.into()),
+            ("strategy", "group".into()),
+            ("actorder", Value::Null),
+        ],
+        "nvfp4-pack-quantized" => {
+            vec![("num_bits", 4.into()), ("type", "float".into()), ("strategy", "tensor_group".into())]
+        }
+        _ => {
+            let known = "nvfp4-pack-quantized, pack-quantized";
+            return Err(unsupported(format!("{KEY}.format {format:?} (known: {known})")));
+        }
+    };
+    let groups = values.get("config_groups").and_then(Value::as_object);
+    let weights = groups.into_iter().flatten().map(|(name, group)| (name, &group["weights"]));
+    let mut size = None;
+    for (name, weights) in weights {
+        let name = format!("{KEY}.config_groups.{name}.weights");
+        for (key, wanted) in &wanted {
+            if weights[*key] != *wanted {
+                return Err(unsupported(format!("{name}.{key} {} (known: {wanted})", weights[*key])));
+            }
+        }
+        let found = &weights["group_size"];
+        let group = found.as_u64().filter(|group| (1..MOST).contains(group) && group.is_multiple_of(8));
+        let group = group.ok_or_else(|| ill_typed(&format!("{name}.group_size"), "a multiple of 8", found))?;
+        if *size.get_or_insert(group) != group {
+            return Err(unsupported(format!("{KEY}.config_groups with groups of {group} beside others")));
+        }
+    }
+    match (format, size) {
+        (_, None) => Err(ill_typed(&format!("{KEY}.config_groups"), "groups of layers", &Value::Null)),
+        ("pack-quantized", Some(group)) => Ok(Quantisation::Int4 { group: group as usize }),
+        (_, Some(16)) => Ok(Quantisation::Nvfp4(Nvfp4Layout::CompressedTensors)),
+        (_, Some(group)) => Err(unsupported(format!("{KEY}: NVFP4 in groups of {group} (known: 16)"))),
+    }
+}
+
+/// A value of the file in a sentence.
+fn shown(value: Option<&Value>) -> String {
+    value.map_or_else(|| "nothing".to_owned(), |value| value.to_string().chars().take(60).collect())
 }
 
 /// A key of another type than it should have.

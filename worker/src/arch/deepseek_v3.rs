@@ -39,7 +39,7 @@ pub(super) const LATENT: &[(Role, &str)] = &[
 /// Of the norms inside the bottlenecks; not in the configuration.
 const INNER_EPS: f64 = 1e-6;
 
-fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+pub(super) fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     let rope_dim = config.count("qk_rope_head_dim")?;
     let head_dim = config.count_or("head_dim", rope_dim)?;
     if head_dim != rope_dim {

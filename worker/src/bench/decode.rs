@@ -90,7 +90,7 @@ pub fn decode(values: usize, rounds: usize) -> Result<DecodeTable> {
     let (copy_gb_per_second, read_gb_per_second) = ceilings(4 * values, rounds);
     let mut rows = Vec::new();
     // One at a time: together they would not fit small machines.
-    for stored in STORED.into_iter().map(|dtype| sample(dtype, values)) {
+    for stored in STORED.into_iter().map(|kind| sample(kind, values)) {
         for (into, compute) in [("f32", DType::F32), ("bf16", DType::BF16)] {
             let encoded = stored.encoded(shape);
             let reused = Tensor::ones(&shape, compute, &Device::Cpu)?;
@@ -135,9 +135,24 @@ fn ceilings(bytes: usize, rounds: usize) -> (f64, f64) {
 /// A matrix in one format.
 struct Sample {
     name: &'static str,
-    dtype: StoredDtype,
+    kind: Kind,
     bytes: Vec<u8>,
     scales: Vec<u8>,
+}
+
+/// How a sample is stored.
+#[derive(Clone, Copy)]
+enum Kind {
+    F32,
+    F16,
+    Bf16,
+    /// In tiles of so many rows and columns, with scales in F32.
+    Fp8,
+    /// The same with scales in E8M0.
+    Fp8Powers,
+    Mxfp4,
+    Int4,
+    Nvfp4,
 }
 
 impl Sample {
@@ -146,47 +161,59 @@ impl Sample {
     }
 
     fn encoded(&self, shape: [usize; 2]) -> Encoded<'_> {
-        let Self { dtype, bytes, scales, .. } = self;
-        match dtype {
-            StoredDtype::F8E4M3 => {
-                Encoded::Fp8Blocks { bytes, scales, scale_dtype: &StoredDtype::F32, shape, block: BLOCK }
-            }
-            StoredDtype::U8 => Encoded::Mxfp4 { blocks: bytes, scales },
-            _ => Encoded::Plain { dtype, bytes },
+        let Self { kind, bytes, scales, .. } = self;
+        let tiles = |scale_dtype, block| Encoded::Fp8Blocks { bytes, scales, scale_dtype, shape, block };
+        match kind {
+            Kind::F32 => Encoded::Plain { dtype: &StoredDtype::F32, bytes },
+            Kind::F16 => Encoded::Plain { dtype: &StoredDtype::F16, bytes },
+            Kind::Bf16 => Encoded::Plain { dtype: &StoredDtype::BF16, bytes },
+            Kind::Fp8 => tiles(&StoredDtype::F32, BLOCK),
+            Kind::Fp8Powers => tiles(&StoredDtype::F8E8M0, SMALL_BLOCK),
+            Kind::Mxfp4 => Encoded::Mxfp4 { blocks: bytes, scales },
+            Kind::Int4 => Encoded::Int4 { codes: bytes, scales, scale_dtype: &StoredDtype::BF16, group: 32 },
+            Kind::Nvfp4 => Encoded::Nvfp4 { blocks: bytes, scales, whole: 1e-4 },
         }
     }
 }
 
-/// Tiles of the FP8 sample, as DeepSeek publishes.
+/// Tiles of an FP8 sample, as DeepSeek publishes.
 const BLOCK: [usize; 2] = [128, 128];
+/// Smaller ones, with scales in E8M0.
+const SMALL_BLOCK: [usize; 2] = [32, 32];
 
-/// What the formats store their values as, in the order of the table.
-const STORED: [StoredDtype; 5] =
-    [StoredDtype::F32, StoredDtype::F16, StoredDtype::BF16, StoredDtype::F8E4M3, StoredDtype::U8];
+/// The formats in the order of the table.
+const STORED: [Kind; 8] =
+    [Kind::F32, Kind::F16, Kind::Bf16, Kind::Fp8, Kind::Fp8Powers, Kind::Mxfp4, Kind::Int4, Kind::Nvfp4];
 
-/// `values` values, whole rows of them, in the format that stores them as `dtype`.
-fn sample(dtype: StoredDtype, values: usize) -> Sample {
+/// `values` values, whole rows of them, in a format.
+fn sample(kind: Kind, values: usize) -> Sample {
     // One row repeats: what the numbers are changes no decoder's speed.
     let floats = |bytes: fn(f32) -> Vec<u8>| {
         let row: Vec<u8> = noise().take(COLUMNS).flat_map(|byte| bytes(f32::from(byte) / 64.0 - 1.9)).collect();
         (row.repeat(values / COLUMNS), Vec::new())
     };
-    let (name, (bytes, scales)) = match dtype {
-        StoredDtype::F8E4M3 => {
-            let tiles = (values / COLUMNS).div_ceil(BLOCK[0]) * COLUMNS.div_ceil(BLOCK[1]);
-            let scales = (0..tiles).flat_map(|tile| (1e-4 + 1e-9 * tile as f32).to_le_bytes()).collect();
-            // The code of NaN has all bits below the sign.
-            ("FP8 in blocks", (noise().take(values).map(|code| code & 0xbf).collect(), scales))
+    let tiles = |block: [usize; 2]| (values / COLUMNS).div_ceil(block[0]) * COLUMNS.div_ceil(block[1]);
+    // The code of NaN has all bits below the sign.
+    let numbers = |count: usize| noise().take(count).map(|code| code & 0xbf).collect();
+    let nibbles = || noise().take(values / 2).collect();
+    let powers = |count: usize| noise().take(count).map(|byte| 118 + byte % 8).collect();
+    let (name, (bytes, scales)) = match kind {
+        Kind::F32 => ("F32", floats(|v| v.to_le_bytes().to_vec())),
+        Kind::F16 => ("F16", floats(|v| f16::from_f32(v).to_le_bytes().to_vec())),
+        Kind::Bf16 => ("BF16", floats(|v| bf16::from_f32(v).to_le_bytes().to_vec())),
+        Kind::Fp8 => {
+            let scale = |tile: usize| (1e-4 + 1e-9 * tile as f32).to_le_bytes();
+            ("FP8 in blocks", (numbers(values), (0..tiles(BLOCK)).flat_map(scale).collect()))
         }
-        StoredDtype::U8 => {
-            let scales = noise().take(values / 32).map(|byte| 118 + byte % 8).collect();
-            ("MXFP4", (noise().take(values / 2).collect(), scales))
+        Kind::Fp8Powers => ("FP8 32x32, E8M0", (numbers(values), powers(tiles(SMALL_BLOCK)))),
+        Kind::Mxfp4 => ("MXFP4", (nibbles(), powers(values / 32))),
+        Kind::Int4 => {
+            let scale = |byte: u8| bf16::from_f32(1e-3 + 1e-5 * f32::from(byte)).to_le_bytes();
+            ("INT4", (nibbles(), noise().take(values / 32).flat_map(scale).collect()))
         }
-        StoredDtype::F16 => ("F16", floats(|v| f16::from_f32(v).to_le_bytes().to_vec())),
-        StoredDtype::BF16 => ("BF16", floats(|v| bf16::from_f32(v).to_le_bytes().to_vec())),
-        _ => ("F32", floats(|v| v.to_le_bytes().to_vec())),
+        Kind::Nvfp4 => ("NVFP4", (nibbles(), numbers(values / 16))),
     };
-    Sample { name, dtype, bytes, scales }
+    Sample { name, kind, bytes, scales }
 }
 
 /// Bytes without a pattern.
@@ -205,11 +232,12 @@ mod tests {
     #[test]
     fn every_format_is_measured_into_both_dtypes() {
         let table = decode(3 * COLUMNS + 1, 1).unwrap();
-        assert_eq!((table.values, table.rows.len()), (4 * COLUMNS, 10));
+        assert_eq!((table.values, table.rows.len()), (4 * COLUMNS, 16));
         assert!(table.rows.iter().all(|row| row.g_values_per_second > 0.0 && row.of_copy > 0.0));
         let bytes_per_value = |i: usize| table.rows[i].stored_gb_per_second / table.rows[i].g_values_per_second;
-        assert!((bytes_per_value(0) - 4.0).abs() < 1e-9 && (bytes_per_value(9) - 17.0 / 32.0).abs() < 1e-9);
-        assert_eq!(table.to_string().lines().count(), 12);
+        assert!((bytes_per_value(0) - 4.0).abs() < 1e-9 && (bytes_per_value(11) - 17.0 / 32.0).abs() < 1e-9);
+        assert!((13..16).all(|i| (bytes_per_value(i) - 9.0 / 16.0).abs() < 1e-9));
+        assert_eq!(table.to_string().lines().count(), 18);
         assert!(decode(usize::MAX, 1).is_err());
     }
 }

@@ -354,6 +354,7 @@ fn decoding_alone(model: &Model<'_>, compute: DType) -> Result<f64> {
         let stored = match StoredDtype::from_name(&dtype) {
             StoredDtype::F8E4M3 => "FP8",
             StoredDtype::U8 => "MXFP4",
+            StoredDtype::I32 => "INT4",
             StoredDtype::F32 => "F32",
             StoredDtype::F16 => "F16",
             _ => "BF16",

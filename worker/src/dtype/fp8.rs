@@ -9,7 +9,7 @@ use crate::safetensors::StoredDtype;
 const MAX: f32 = 448.0;
 
 /// What each code is worth: sign, 4 bits of exponent with bias 7, 3 bits of mantissa; no infinities, all ones is NaN.
-static CODES: [f32; 256] = {
+pub(super) static CODES: [f32; 256] = {
     let mut codes = [0.0; 256];
     let mut code = 0;
     while code < 256 {

@@ -27,6 +27,11 @@ fn e2m1(code: u8) -> f64 {
     }
 }
 
+/// The `i`th code of two per byte.
+fn nibble(codes: &[u8], i: usize) -> u8 {
+    if i.is_multiple_of(2) { codes[i / 2] & 15 } else { codes[i / 2] >> 4 }
+}
+
 /// What the format defines, element by element, as f32.
 fn reference(stored: &Encoded<'_>) -> Vec<f32> {
     match *stored {
@@ -56,6 +61,15 @@ fn reference(stored: &Encoded<'_>) -> Vec<f32> {
                 (e2m1(code) * 2f64.powi(i32::from(scales[i / 32]) - 127)) as f32
             })
             .collect(),
+        Encoded::Int4 { codes, scales, scale_dtype, group } => {
+            let scales = reference(&Encoded::Plain { dtype: scale_dtype, bytes: scales });
+            let value = |i: usize| (f64::from(nibble(codes, i)) - 8.0) * f64::from(scales[i / group]);
+            (0..2 * codes.len()).map(|i| value(i) as f32).collect()
+        }
+        Encoded::Nvfp4 { blocks, scales, whole } => {
+            let scale = |i: usize| (e4m3(scales[i / 16]) * f64::from(whole)) as f32;
+            (0..2 * blocks.len()).map(|i| (e2m1(nibble(blocks, i)) * f64::from(scale(i))) as f32).collect()
+        }
     }
 }
 
@@ -339,6 +353,82 @@ proptest! {
     }
 }
 
+// -------------------------------------------------------------------------------------------------------------- INT4
+
+fn int4<'a>(codes: &'a [u8], scales: &'a [u8], group: usize) -> Encoded<'a> {
+    Encoded::Int4 { codes, scales, scale_dtype: &StoredDtype::F32, group }
+}
+
+#[test]
+fn all_integers_under_all_kinds_of_scales() {
+    let codes: Vec<u8> = (0..16).map(|i: u8| i << 4 | (15 - i)).collect();
+    let powers = (-149..128).map(|e| 2f64.powi(e) as f32);
+    let others = [0.0, -1.0, 1.0 / 3.0, f32::MAX, f32::MAX / 8.0, 65_504.0 / 8.0, 8_189.0, 9_000.0];
+    for scale in powers.chain(others) {
+        let scales = f32_bytes(&[scale]);
+        agrees(&int4(&codes, &scales, 32), &[1, 32]);
+        // Zeros fit under any scale.
+        agrees(&int4(&[0x88; 16], &scales, 32), &[32]);
+    }
+}
+
+#[test]
+fn scales_of_groups_may_be_halves_and_are_named_where_they_are_not_finite() {
+    for (scale_dtype, halves) in [(StoredDtype::BF16, 0x3f80_u16), (StoredDtype::F16, 0x3c01)] {
+        let scales: Vec<u8> = (0..6).flat_map(|i| (halves + i).to_le_bytes()).collect();
+        let codes = noise(9, 6 * 16);
+        agrees(&Encoded::Int4 { codes: &codes, scales: &scales, scale_dtype: &scale_dtype, group: 32 }, &[3, 64]);
+    }
+    let scales = f32_bytes(&[1.0, f32::NAN]);
+    let error = decode(&int4(&[0; 32], &scales, 32), &[64], DType::F32, &Device::Cpu, "w").unwrap_err();
+    assert!(error.message().contains("scales of w") && error.message().contains("element 1"), "{error}");
+}
+
+#[test]
+fn packed_words_hold_the_first_value_in_their_lowest_bits() {
+    // As compressed-tensors packs -8, -7 .. -1 and 0, 1 .. 7.
+    let words = [0x7654_3210_u32, 0xfedc_ba98];
+    let codes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let scales = f32_bytes(&[0.5, 2.0]);
+    let found = decode(&int4(&codes, &scales, 8), &[2, 8], DType::F32, &Device::Cpu, "w").unwrap();
+    let want = [
+        [-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5],
+        [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0f32],
+    ];
+    assert_eq!(found.to_vec2::<f32>().unwrap(), want);
+}
+
+proptest! {
+    #[test]
+    fn any_groups_decode(groups in 0usize..90, half in 1usize..70, seed: u64) {
+        let scales: Vec<f32> = noise(seed, groups).into_iter().map(|b| f32::from(b) / 100.0 - 1.0).collect();
+        agrees(&int4(&noise(!seed, half * groups), &f32_bytes(&scales), 2 * half), &[groups, 2 * half]);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------- NVFP4
+
+#[test]
+fn all_nibbles_under_all_scales_and_numbers_of_the_whole() {
+    let blocks: Vec<u8> = (0..8).map(|i: u8| i << 4 | (15 - i)).collect();
+    for whole in [1.0, 1.0 / 3.0, 2f32.powi(-100), 40.0, 1e36, f32::MAX, 0.0, f32::NAN] {
+        for scale in 0..=255u8 {
+            agrees(&Encoded::Nvfp4 { blocks: &blocks, scales: &[scale], whole }, &[16]);
+            for byte in [0x00, 0x72, 0x23] {
+                agrees(&Encoded::Nvfp4 { blocks: &[byte; 8], scales: &[scale], whole }, &[1, 16]);
+            }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_blocks_of_sixteen_decode(blocks in 0usize..130, whole in -2f32..2.0, seed: u64) {
+        let (nibbles, scales) = (noise(!seed, 8 * blocks), codes(seed, blocks));
+        agrees(&Encoded::Nvfp4 { blocks: &nibbles, scales: &scales, whole }, &[blocks, 16]);
+    }
+}
+
 // ----------------------------------------------------------------------------------------------------------- refusals
 
 #[test]
@@ -369,6 +459,16 @@ fn lengths_must_follow_from_the_shape() {
     refused(&Encoded::Mxfp4 { blocks: &zeros[..16], scales: &zeros[..2] }, &[32], FailureKind::Checkpoint);
     refused(&Encoded::Mxfp4 { blocks: &zeros[..15], scales: &zeros[..1] }, &[32], FailureKind::Checkpoint);
     refused(&Encoded::Mxfp4 { blocks: &zeros[..15], scales: &zeros[..1] }, &[30], FailureKind::Checkpoint);
+    refused(&int4(&zeros[..16], &zeros[..8], 32), &[32], FailureKind::Checkpoint);
+    refused(&int4(&zeros[..15], &zeros[..4], 32), &[32], FailureKind::Checkpoint);
+    refused(&int4(&zeros[..15], &zeros[..4], 32), &[30], FailureKind::Checkpoint);
+    refused(&int4(&zeros[..3], &zeros[..8], 3), &[6], FailureKind::Internal);
+    let words = Encoded::Int4 { codes: &zeros[..16], scales: &zeros[..4], scale_dtype: &StoredDtype::I32, group: 32 };
+    refused(&words, &[32], FailureKind::Unsupported);
+    let sixteenths = |blocks, scales| Encoded::Nvfp4 { blocks, scales, whole: 1.0 };
+    refused(&sixteenths(&zeros[..8], &zeros[..2]), &[16], FailureKind::Checkpoint);
+    refused(&sixteenths(&zeros[..7], &zeros[..1]), &[16], FailureKind::Checkpoint);
+    refused(&sixteenths(&zeros[..7], &zeros[..1]), &[14], FailureKind::Checkpoint);
 }
 
 #[test]

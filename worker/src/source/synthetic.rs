@@ -13,10 +13,10 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use super::{TensorEntry, TensorIndex, WeightSource, check_range};
-use crate::arch::{self, Architecture, Quantisation};
+use crate::arch::{self, Architecture, Nvfp4Layout, Quantisation};
 use crate::decoder::{Need, Role};
 use crate::error::{Result, WorkerError};
-use crate::model::MXFP4_BLOCK;
+use crate::model::{MXFP4_BLOCK, NVFP4_BLOCK};
 use crate::noise::{mix, name_hash};
 use crate::safetensors::{HeaderTensor, StoredDtype};
 use crate::simd::vectorized;
@@ -27,6 +27,8 @@ const TASK: usize = 1 << 16;
 const SPREAD: f64 = 1.53;
 /// Root mean square of all codes of e2m1.
 const SPREAD_OF_E2M1: f64 = 2.93;
+/// Root mean square of the whole numbers from -8 to 7.
+const SPREAD_OF_INT4: f64 = 4.64;
 
 /// Weights by configuration and seed.
 pub struct SyntheticSource {
@@ -130,9 +132,14 @@ impl Made {
         Self { dtype: dtype.clone(), noise: repeated(noise, bits), fixed: repeated(fixed, bits) }
     }
 
-    /// Two codes of e2m1 per byte.
-    fn codes() -> Self {
-        Self { dtype: StoredDtype::U8, noise: u64::MAX, fixed: 0 }
+    /// Two codes of 4 bits per byte.
+    fn codes(dtype: StoredDtype) -> Self {
+        Self { dtype, noise: u64::MAX, fixed: 0 }
+    }
+
+    /// The same 8 bytes over and over.
+    fn constant(dtype: StoredDtype, word: u64) -> Self {
+        Self { dtype, noise: 0, fixed: word }
     }
 
     /// Powers of two, as MXFP4 stores them.
@@ -192,7 +199,7 @@ impl Layout {
                 let codes = stacked(&[shape[0], blocks, MXFP4_BLOCK / 2]);
                 let power = Made::power(exponent(scale, SPREAD_OF_E2M1));
                 return vec![
-                    (format!("{name}_blocks"), codes, Made::codes()),
+                    (format!("{name}_blocks"), codes, Made::codes(StoredDtype::U8)),
                     (format!("{name}_scales"), stacked(&[shape[0], blocks]), power),
                 ];
             }
@@ -202,6 +209,30 @@ impl Layout {
                 return vec![
                     (name.clone(), stacked(&shape), Made::floats(&StoredDtype::F8E4M3, true, 0)),
                     (format!("{name}_scale_inv"), tiles, scales),
+                ];
+            }
+            // Of Kimi's checkpoints the experts.
+            Some(Quantisation::Int4 { group }) if need.expert.is_some() && stack.is_none() => {
+                let scales = Made::floats(&StoredDtype::BF16, false, exponent(scale, SPREAD * SPREAD_OF_INT4));
+                let sides = Made::constant(StoredDtype::I32, shape[0] as u64 | (shape[1] as u64) << 32);
+                return vec![
+                    (format!("{name}_packed"), stacked(&[shape[0], shape[1] / 8]), Made::codes(StoredDtype::I32)),
+                    (format!("{name}_scale"), stacked(&[shape[0], shape[1] / group]), scales),
+                    (format!("{name}_shape"), vec![2], sides),
+                ];
+            }
+            Some(Quantisation::Nvfp4(layout)) if is_fp8(need) && stack.is_none() => {
+                let scales = Made::floats(&StoredDtype::F8E4M3, false, 0);
+                let whole = (scale / (SPREAD * SPREAD_OF_E2M1)) as f32;
+                let (codes, number, whole) = match layout {
+                    Nvfp4Layout::ModelOpt => (name.clone(), "scale_2", whole),
+                    Nvfp4Layout::CompressedTensors => (format!("{name}_packed"), "global_scale", whole.recip()),
+                };
+                let whole = Made::constant(StoredDtype::F32, repeated(whole.to_bits().into(), 32));
+                return vec![
+                    (codes, stacked(&[shape[0], shape[1] / 2]), Made::codes(StoredDtype::U8)),
+                    (format!("{name}_scale"), stacked(&[shape[0], shape[1] / NVFP4_BLOCK]), scales),
+                    (format!("{name}_{number}"), vec![1], whole),
                 ];
             }
             _ => {}

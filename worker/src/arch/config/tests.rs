@@ -229,6 +229,43 @@ fn yarn_takes_zero_for_not_given_and_its_context_from_where_it_is() {
 }
 
 #[test]
+fn formats_of_compressed_tensors_are_those_of_all_groups_or_refused_by_name() {
+    let read_with = |quantisation: Value| {
+        let mut config = with("DeepseekV3ForCausalLM", json!({}));
+        config["quantization_config"] = quantisation;
+        read(&config).map(|architecture| architecture.quantisation.unwrap())
+    };
+    let weights = json!({
+        "num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 32, "actorder": null,
+    });
+    let groups = |groups: Value| {
+        json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups})
+    };
+    let one = groups(json!({"group_0": {"weights": weights}}));
+    assert_eq!(read_with(one.clone()).unwrap(), Quantisation::Int4 { group: 32 });
+    for (key, value) in [
+        ("num_bits", json!(8)),
+        ("symmetric", json!(false)),
+        ("strategy", json!("channel")),
+        ("actorder", json!("group")),
+        ("group_size", json!(12)),
+    ] {
+        let mut other = one.clone();
+        other["config_groups"]["group_0"]["weights"][key] = value;
+        let error = read_with(other).unwrap_err();
+        assert!(error.message().contains(&format!("group_0.weights.{key}")), "{error}");
+    }
+    let mut wider = weights.clone();
+    wider["group_size"] = json!(128);
+    let mixed = groups(json!({"group_0": {"weights": weights}, "group_1": {"weights": wider}}));
+    assert!(read_with(mixed).unwrap_err().message().contains("beside others"));
+    assert!(read_with(groups(json!({}))).unwrap_err().message().contains("config_groups"));
+    let algorithm = |algorithm: &str| json!({"quant_method": "modelopt", "quant_algo": algorithm});
+    assert_eq!(read_with(algorithm("NVFP4")).unwrap(), Quantisation::Nvfp4(Nvfp4Layout::ModelOpt));
+    assert!(read_with(algorithm("W4A8_AWQ")).unwrap_err().message().contains("W4A8_AWQ"));
+}
+
+#[test]
 fn a_part_of_a_head_rotates_under_a_key_of_minimax_unless_the_settings_say_another() {
     let dims = |settings: Value| {
         let rope = attention("MiniMaxM2ForCausalLM", settings, 0).rope.unwrap();

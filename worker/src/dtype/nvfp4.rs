@@ -1,0 +1,55 @@
+//! NVFP4: blocks of 16 four-bit floats under an e4m3 scale each, and one number for the whole
+//! tensor.
+
+use super::convert::Compute;
+use super::{Format, fp8, mxfp4};
+
+/// Values per scale.
+pub(super) const BLOCK: usize = 16;
+
+/// The values of a byte: the low half comes first.
+fn pair(byte: u8, scale: f32) -> [f32; 2] {
+    [byte & 15, byte >> 4].map(|code| mxfp4::CODES[usize::from(code)] * scale)
+}
+
+/// Blocks with their scales.
+pub(super) struct Blocks<'a> {
+    codes: &'a [[u8; BLOCK / 2]],
+    scales: &'a [u8],
+    whole: f32,
+}
+
+impl<'a> Blocks<'a> {
+    pub(super) fn new(codes: &'a [u8], scales: &'a [u8], whole: f32) -> Self {
+        Self { codes: codes.as_chunks().0, scales, whole }
+    }
+
+    /// What multiplies a block's codes, rounded once; NaN where the stored scale is.
+    fn scale(&self, block: usize) -> f32 {
+        fp8::CODES[usize::from(self.scales[block])] * self.whole
+    }
+}
+
+impl<T: Compute> Format<T> for Blocks<'_> {
+    fn fill(&self, start: usize, out: &mut [T::Bits]) -> bool {
+        let first = start / BLOCK;
+        let blocks = out.as_chunks_mut::<BLOCK>().0.iter_mut().zip(&self.codes[first..]);
+        let mut fits = true;
+        for (block, (out, codes)) in (first..).zip(blocks) {
+            let scale = self.scale(block);
+            let table = mxfp4::CODES.map(|code| T::narrow(code * scale));
+            for (out, byte) in out.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
+                *out = [table[usize::from(byte & 15)], table[usize::from(byte >> 4)]];
+            }
+            // Which codes occur matters only where the largest would not fit.
+            let all_fit = T::holds(mxfp4::CODES[7] * scale);
+            fits &= all_fit || codes.iter().all(|&byte| pair(byte, scale).into_iter().all(T::holds));
+        }
+        fits
+    }
+
+    fn value(&self, index: usize) -> f32 {
+        let block = index / BLOCK;
+        pair(self.codes[block][index % BLOCK / 2], self.scale(block))[index % 2]
+    }
+}
