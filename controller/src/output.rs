@@ -128,9 +128,7 @@ mod tests {
 
     /// Two layers of a mixture, four norm outputs of 64 features, eight sequences of 32 tokens.
     fn inspection() -> Inspection {
-        let layer = |layer: usize| {
-            json!({ "layer": layer, "kind": "", "experts": 4, "tensors": 20, "parameters": 1, "bytes": 1 })
-        };
+        let layer = |layer: usize| json!({ "layer": layer, "kind": "", "experts": 4, "tensors": 20, "parameters": 1, "bytes": 1 });
         let site = |layer: usize, point: &str| json!({ "layer": layer, "point": point, "tensor": "" });
         let sites = [0, 1].map(|at| [site(at, "before_attention"), site(at, "before_mlp")]).concat();
         let document = json!({

@@ -289,7 +289,12 @@ fn damaged_checkpoints_are_refused_by_name() {
     assert_refused("gpt-oss-20b", reshaped(scales, &[32, 5760, 89]), damaged, &[scales, "[32, 5760, 89]"]);
     assert_refused("gpt-oss-20b", of_dtype(scales, "F8_E8M0"), FailureKind::Unsupported, &[scales, "F8_E8M0"]);
     let packed = "model.layers.1.mlp.experts.7.down_proj.weight_packed";
-    assert_refused("Kimi-K2-Thinking", reshaped(packed, &[7168, 255]), damaged, &[packed, "[7168, 255]", "[7168, 256]"]);
+    assert_refused(
+        "Kimi-K2-Thinking",
+        reshaped(packed, &[7168, 255]),
+        damaged,
+        &[packed, "[7168, 255]", "[7168, 256]"],
+    );
     assert_refused("Kimi-K2-Thinking", of_dtype(packed, "I64"), FailureKind::Unsupported, &[packed, "I64"]);
     let int4 = "model.layers.0.mlp.down_proj.weight";
     assert_refused("Qwen3-4B", of_dtype(int4, "I32"), FailureKind::Unsupported, &[int4, "I32"]);

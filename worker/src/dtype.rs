@@ -337,9 +337,7 @@ fn fill<T: Compute>(stored: &Encoded<'_>, out: &mut [T::Bits], tensor: &str) -> 
         Encoded::Int4 { codes, scales, scale_dtype, group } => {
             all::<T>(&int4::Groups::new(codes, scales, scale_dtype, group, tensor)?, out, tensor)
         }
-        Encoded::Nvfp4 { blocks, scales, whole } => {
-            all::<T>(&nvfp4::Blocks::new(blocks, scales, whole), out, tensor)
-        }
+        Encoded::Nvfp4 { blocks, scales, whole } => all::<T>(&nvfp4::Blocks::new(blocks, scales, whole), out, tensor),
     }
 }
 

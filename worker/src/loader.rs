@@ -221,13 +221,9 @@ fn encoded<'b>(
     let scale_dtype = stored.scales.as_ref().map_or(dtype, |piece| &piece.entry.dtype);
     Ok(match stored.format {
         Format::Plain => Encoded::Plain { dtype, bytes: values },
-        Format::Fp8Blocks { block } => Encoded::Fp8Blocks {
-            bytes: values,
-            scales,
-            scale_dtype,
-            shape: [shape[0], shape[1]],
-            block,
-        },
+        Format::Fp8Blocks { block } => {
+            Encoded::Fp8Blocks { bytes: values, scales, scale_dtype, shape: [shape[0], shape[1]], block }
+        }
         Format::Mxfp4 => Encoded::Mxfp4 { blocks: values, scales },
         Format::Int4 { group } => {
             check_shape(stored, beside, shape)?;

@@ -358,12 +358,7 @@ impl<'a> Model<'a> {
     }
 
     /// A stored tensor of one of these dtypes.
-    fn piece_of(
-        &self,
-        name: &str,
-        shape: &[usize],
-        dtypes: &[StoredDtype],
-    ) -> std::result::Result<Piece<'a>, Problem> {
+    fn piece_of(&self, name: &str, shape: &[usize], dtypes: &[StoredDtype]) -> std::result::Result<Piece<'a>, Problem> {
         let piece = self.piece(name, shape, None)?;
         if dtypes.contains(&piece.entry.dtype) { Ok(piece) } else { Err(Problem::dtype(piece.entry)) }
     }

@@ -154,8 +154,7 @@ impl Run<'_> {
         }
         model.warnings().into_iter().for_each(|warning| progress.warn(warning));
         progress.phase(Phase::Tokenizing);
-        let tokens =
-            corpus::load(&job.corpus, Some(&checkpoint.folder), model.spec.vocab, model.spec.longest(), hub)?;
+        let tokens = corpus::load(&job.corpus, Some(&checkpoint.folder), model.spec.vocab, model.spec.longest(), hub)?;
         let expected: u64 = bytes_to_read(&model, job.layers.is_none());
         progress.work(model.spec.layers.len(), expected, tokens.ids.len());
         let mut save = job.save_activations.is_none().then(|| {

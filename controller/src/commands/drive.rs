@@ -31,9 +31,7 @@ pub(super) async fn drive_as(
     detach: bool,
 ) -> Result<Deployed, Complaint> {
     let on = |event| reporter.event(event);
-    let driven = listening(reporter, async |stop| {
-        Driver::new(run, ports, stop, &on).detaching(detach).drive().await
-    });
+    let driven = listening(reporter, async |stop| Driver::new(run, ports, stop, &on).detaching(detach).drive().await);
     let run = driven.await??;
     if detach || run.state.is_at_rest() { Ok(Deployed::of(run)) } else { Err(let_go(&run)) }
 }

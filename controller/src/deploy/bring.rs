@@ -293,7 +293,8 @@ mod tests {
         sent.corpus.source = CorpusSource::Files(vec!["/home/me/A.TXT".into(), "b.jsonl.gz".into()]);
         sent.thresholds.layer_fraction = 0.1 + 0.2;
         let judged = |ran: &JobSpec| {
-            let write = |name: &str, document: Value| fs::write(folder.path().join(name), document.to_string()).unwrap();
+            let write =
+                |name: &str, document: Value| fs::write(folder.path().join(name), document.to_string()).unwrap();
             write(RUN_FILE, serde_json::json!({ "id": "r", "spec": { "job": sent, "model": "m" } }));
             write(files::METADATA, serde_json::json!({ "schema": 1, "job": ran }));
             same_job(folder.path())
@@ -304,7 +305,8 @@ mod tests {
         there.label = Some("/home/me/model".into());
         there.corpus.source = CorpusSource::Files(vec!["/x/corpus-0.txt".into(), "/x/corpus-1.jsonl.gz".into()]);
         assert_eq!(judged(&there), Ok(()), "the same work at another place");
-        let changes: [(&str, fn(&mut JobSpec)); 5] = [
+        type Change = (&'static str, fn(&mut JobSpec));
+        let changes: [Change; 5] = [
             ("model", |job| job.model = ModelSource::Hub { id: "a/b".into(), revision: "main".into() }),
             ("corpus", |job| job.corpus.num_sequences = Some(3)),
             ("corpus", |job| job.corpus.source = CorpusSource::Files(vec!["a.txt".into(), "b.txt".into()])),

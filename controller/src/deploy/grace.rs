@@ -78,10 +78,7 @@ impl Grace {
     }
 
     /// Does the work, or ends it with [`Grace::verdict`] when the time is over first.
-    pub(super) async fn within<T>(
-        &self,
-        work: impl Future<Output = Result<T, HostError>>,
-    ) -> Result<T, HostError> {
+    pub(super) async fn within<T>(&self, work: impl Future<Output = Result<T, HostError>>) -> Result<T, HostError> {
         let mut work = pin!(work);
         loop {
             tokio::select! {

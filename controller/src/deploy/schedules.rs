@@ -163,9 +163,8 @@ async fn onlooker(fake: &Fake, home: &Path) {
         () = fake.crashed.notified() => return,
         looked = look(Some(&ledger), cloud) => looked,
     };
-    let in_time = |action: &Action| {
-        matches!(action, Action::LeaveAlone { .. } | Action::Terminate { why: Stray::Expired, .. })
-    };
+    let in_time =
+        |action: &Action| matches!(action, Action::LeaveAlone { .. } | Action::Terminate { why: Stray::Expired, .. });
     // A cloud that does not answer tells nothing.
     let actions = looked.map(|looked| looked.actions).unwrap_or_default();
     assert!(actions.iter().all(in_time), "{actions:?}");

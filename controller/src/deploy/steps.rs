@@ -480,7 +480,8 @@ impl Driver<'_> {
             Err(error) => {
                 if !error.transient {
                     let id = &rental.instance;
-                    let note = format!("the files lie as they are in ~/outliers/{run} on instance {id} until that ends");
+                    let note =
+                        format!("the files lie as they are in ~/outliers/{run} on instance {id} until that ends");
                     (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
                 }
                 let why = error.message.clone();

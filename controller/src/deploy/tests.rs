@@ -1120,7 +1120,10 @@ async fn results_that_fit_nowhere_keep_their_instance_until_its_time_is_up() {
     let (first, last) = (&told[0], &told[told.len() - 1]);
     assert!(told.len() > 50 && told.len() < 130, "it is said and tried every half minute: {}", told.len());
     assert_eq!((first.price, first.pause.as_secs()), (UsdPerHour::from_dollars(1.0), 30));
-    assert!(first.why.contains("results") && first.cost < last.cost && first.until.abs_diff(last.until) <= 1, "{first:?}");
+    assert!(
+        first.why.contains("results") && first.cost < last.cost && first.until.abs_diff(last.until) <= 1,
+        "{first:?}"
+    );
 }
 
 #[tokio::test(start_paused = true)]

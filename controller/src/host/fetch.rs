@@ -247,8 +247,10 @@ impl RemoteHost {
 
     fn too_large(&self, entry: &FileEntry, most: &FileBytes) -> HostError {
         let (bytes, most) = (Bytes(entry.bytes), Bytes(most.bytes));
-        let message = format!("{}: {} has {bytes} by its manifest; the job makes {most} at most", self.name, entry.name);
-        HostError::new(HostErrorKind::TooLarge, message).hint("nothing of it was kept; another instance may serve better")
+        let message =
+            format!("{}: {} has {bytes} by its manifest; the job makes {most} at most", self.name, entry.name);
+        HostError::new(HostErrorKind::TooLarge, message)
+            .hint("nothing of it was kept; another instance may serve better")
     }
 }
 

@@ -22,13 +22,17 @@ async fn lines_before_the_version_are_borne_as_openssh_bears_them() {
         format!("SSL is not spoken here\nS\n{}", line(300, "\n")),
     ];
     for preface in borne {
-        let Some(scene) = Scene::new("", |server| Line::with_preface(server, preface.as_bytes()).unwrap()) else { return };
+        let Some(scene) = Scene::new("", |server| Line::with_preface(server, preface.as_bytes()).unwrap()) else {
+            return;
+        };
         let ssh = scene.ssh(Tuning::default()).await;
         let said = ssh.exec("echo in", b"", Duration::from_secs(20)).await.unwrap();
         assert_eq!(said.stdout, b"in\n", "{} bytes", preface.len());
     }
     for preface in [line(9000, "\r\n"), "\x1b[31mno\n".repeat(1024)] {
-        let Some(scene) = Scene::new("", |server| Line::with_preface(server, preface.as_bytes()).unwrap()) else { return };
+        let Some(scene) = Scene::new("", |server| Line::with_preface(server, preface.as_bytes()).unwrap()) else {
+            return;
+        };
         let attempt = SshTransport::connect(&scene.line.endpoint(), scene.server.key().private_path(), None).await;
         let error = attempt.err().expect("too much text is no SSH server");
         assert_eq!(error.kind, Kind::Reset, "{error}");

@@ -10,7 +10,8 @@ use crate::error::{Result, WorkerError};
 pub(super) const BLOCK: usize = 32;
 
 /// What each code is worth: sign, 2 bits of exponent with bias 1, 1 bit of mantissa.
-pub(super) const CODES: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+pub(super) const CODES: [f32; 16] =
+    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
 /// The scale that is not a number.
 const NAN: u8 = 255;

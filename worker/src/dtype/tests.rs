@@ -391,10 +391,7 @@ fn packed_words_hold_the_first_value_in_their_lowest_bits() {
     let codes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     let scales = f32_bytes(&[0.5, 2.0]);
     let found = decode(&int4(&codes, &scales, 8), &[2, 8], DType::F32, &Device::Cpu, "w").unwrap();
-    let want = [
-        [-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5],
-        [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0f32],
-    ];
+    let want = [[-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5], [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0f32]];
     assert_eq!(found.to_vec2::<f32>().unwrap(), want);
 }
 

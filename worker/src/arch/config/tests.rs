@@ -238,9 +238,7 @@ fn formats_of_compressed_tensors_are_those_of_all_groups_or_refused_by_name() {
     let weights = json!({
         "num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 32, "actorder": null,
     });
-    let groups = |groups: Value| {
-        json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups})
-    };
+    let groups = |groups: Value| json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups});
     let one = groups(json!({"group_0": {"weights": weights}}));
     assert_eq!(read_with(one.clone()).unwrap(), Quantisation::Int4 { group: 32 });
     for (key, value) in [
