@@ -32,6 +32,12 @@ pub fn hear(script: &[u8]) {
         good(answered().status(RUN).await);
         let deadline = Instant::now() + Duration::from_secs(60);
         good(answered().follow(RUN, &mut Cursor::default(), deadline, &check_event).await);
+        let here = tempfile::tempdir().expect("a folder");
+        let program = here.path().join("worker");
+        std::fs::write(&program, "a program").expect("it is empty");
+        if let Some(worker) = good(answered().push_worker(&program, &check_event).await) {
+            assert_harmless(&worker.path);
+        }
         let home = tempfile::tempdir().expect("a folder");
         let into = home.path().join(RUN);
         let expected = [files::JOB, files::RESULTS, files::METADATA, files::STATISTICS]

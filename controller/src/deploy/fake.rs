@@ -185,6 +185,10 @@ pub(crate) struct World {
     pub(crate) sold_out: Vec<String>,
     /// Offers whose hosts are not what they were said to be.
     pub(crate) unfit: Vec<String>,
+    /// Offers whose hosts answer to nothing after the login: a look at them takes so long, and fails.
+    pub(crate) drags: Vec<(String, Duration)>,
+    /// So many hosts let no program run.
+    pub(crate) barred: u32,
     pub(crate) create_error: Option<BrokerErrorKind>,
     /// So often a worker dies.
     pub(crate) deaths: u32,
@@ -658,6 +662,11 @@ impl FakeHost {
 #[async_trait]
 impl Host for FakeHost {
     async fn probe(&self, offer: &Offer, _: &GpuRequest) -> Result<String, HostError> {
+        let drags = self.fake.world.lock().unwrap().drags.iter().find(|(key, _)| *key == offer.key).cloned();
+        if let Some((_, time)) = drags {
+            tokio::time::sleep(time).await;
+            return Err(HostError { transient: true, here: false, message: "no end of it".into(), hint: None });
+        }
         self.on_machine("probe", |_| ()).await?;
         if self.fake.world.lock().unwrap().unfit.contains(&offer.key) {
             return Err(HostError { transient: false, here: false, message: "it has 0 GPUs".into(), hint: None });
@@ -672,6 +681,15 @@ impl Host for FakeHost {
 
     async fn push_worker(&self, on: &Listener<'_>) -> Result<(), HostError> {
         on(HostTalk::Uploading { name: "worker".into(), sent: 1, total: 2 });
+        let is_barred = {
+            let mut world = self.fake.world.lock().unwrap();
+            let is_barred = world.barred > 0;
+            world.barred = world.barred.saturating_sub(1);
+            is_barred
+        };
+        if is_barred {
+            return Err(HostError { transient: false, here: false, message: "nothing runs here".into(), hint: None });
+        }
         self.on_machine("push worker", |_| ()).await
     }
 

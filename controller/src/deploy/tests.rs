@@ -655,6 +655,49 @@ async fn after_some_hosts_that_do_not_serve_the_fault_is_not_theirs() {
     );
 }
 
+/// A host that logs in and then ends no command, or fails again and again, costs one patience and no more.
+#[tokio::test(start_paused = true)]
+async fn a_host_that_drags_on_is_exchanged_after_the_stated_patience() {
+    for each in [Duration::MAX, Duration::from_secs(90), Duration::from_secs(1)] {
+        wind(now_ms());
+        let (mut fake, home, begun) = (Fake::new(), home(), Instant::now());
+        fake.patience = Patience::CLOUD;
+        fake.set(|world| world.drags = vec![("a".into(), each)]);
+        let record = with(|_| {}, &fake, home.path()).await;
+        closed_and_clean(&fake, &record, "drags");
+        assert_eq!(record.state.ending(), Some(&Ending::Completed), "{each:?}");
+        let rented: Vec<u64> = record.events.iter().filter(|e| e.event.word() == "created").map(|e| e.at_ms).collect();
+        let kept = rented[1] - rented[0];
+        // Ending one instance and renting another take some listings.
+        let most = (Patience::CLOUD.ready + Duration::from_secs(120)).as_millis() as u64;
+        assert!((Patience::CLOUD.ready.as_millis() as u64..most).contains(&kept), "{kept} ms for {each:?}");
+        let reason = record.events.iter().find_map(|entry| match &entry.event {
+            RunEvent::Discarded { reason, .. } => Some(reason.clone()),
+            _ => None,
+        });
+        assert!(reason.is_some_and(|reason| reason.contains("5 min 00 s after the login (looking at it)")));
+        assert!(begun.elapsed() < 2 * Patience::CLOUD.ready, "the second host answers at once");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn hosts_that_let_no_program_run_are_exchanged_and_the_reason_is_told_when_none_is_left() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.barred = 1);
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "barred");
+    assert_eq!((record.state.ending(), fake.world.lock().unwrap().creates), (Some(&Ending::Completed), 2));
+
+    let (fake, home) = (Fake::new(), self::home());
+    fake.set(|world| world.barred = 9);
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "all barred");
+    let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert_eq!(trouble.kind, TroubleKind::Unfit, "instances were had");
+    assert!(trouble.message.contains("2 of 2 offers") && trouble.message.contains("nothing runs"), "{trouble:?}");
+    assert_eq!(crate::report::ExitStatus::of_run(&record.state).number(), 1);
+}
+
 #[tokio::test(start_paused = true)]
 async fn killed_anywhere_while_a_host_is_exchanged_the_run_still_completes() {
     let runs = sweep_with(
@@ -916,24 +959,28 @@ async fn a_survey_of_which_one_run_is_stopped_waiting_ends() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn workers_of_a_batch_start_a_pause_apart() {
+async fn workers_of_a_batch_start_a_pause_apart_and_say_how_long_they_wait() {
     let (fake, home, begun) = (Fake::new(), home(), Instant::now());
     let ledger = Ledger::open(&home.path().join("state")).unwrap();
     let (clouds, turns) = (fake.clouds(), Turns::new(Duration::from_secs(20)));
     let ports = Ports { turns: Some(&turns), ..fake.ports(&clouds) };
-    let launched = std::sync::Mutex::new(Vec::new());
-    let on = |event| {
-        if let DeployEvent::State(state) = event
-            && matches!(*state, RunState::Launched { .. })
-        {
+    let (launched, told) = (std::sync::Mutex::new(Vec::new()), std::sync::Mutex::new(Vec::new()));
+    let on = |event| match event {
+        DeployEvent::State(state) if matches!(*state, RunState::Launched { .. }) => {
             launched.lock().unwrap().push(begun.elapsed().as_secs() / 20);
         }
+        DeployEvent::Talk(HostTalk::Note(note)) => told.lock().unwrap().push(note),
+        _ => {}
     };
     let drive = |_| Driver::new(ledger.plan(&spec(home.path())).unwrap(), ports, fake.stop.subscribe(), &on).drive();
     for run in futures::future::join_all((0..3).map(drive)).await {
         assert_eq!(run.unwrap().state.ending(), Some(&Ending::Completed));
     }
     assert_eq!(*launched.lock().unwrap(), [0, 1, 2]);
+    let told = told.into_inner().unwrap();
+    assert_eq!(told.len(), 2, "{told:?}");
+    assert!(told.iter().all(|note| note.contains("for its turn") && note.contains("start 20 s apart")), "{told:?}");
+    assert!(told[1].contains("waiting 39 s") || told[1].contains("waiting 40 s"), "{told:?}");
 }
 
 /// Drives a run whose ledger takes no more than `events`, as on a full disk; `heard` is told how often that was

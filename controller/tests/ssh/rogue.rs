@@ -200,6 +200,11 @@ async fn a_command_without_a_status_has_not_succeeded_and_a_late_one_counts() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn files_that_are_none_or_not_as_long_as_they_say_end_in_errors() {
+    lying_files().await;
+}
+
+/// Asks a liar for files.
+pub(crate) async fn lying_files() {
     let (ssh, folder) = liar(|_| Vec::new()).await;
     let home = |name: &str| folder.path().join(name);
     for name in ["giant", "device", "pipe", "link", "overlong", "empty", "escape"] {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use outliers::broker::SshEndpoint;
 use outliers::transport::ssh::{SshTransport, Tuning};
 use outliers::transport::{Transport, TransportErrorKind as Kind};
 use outliers_tests::line::Line;
@@ -11,28 +12,26 @@ use crate::scene::{HASTY, Scene};
 /// RFC 4253, section 4.2: a server may send lines before its version. OpenSSH's client takes 1023 of 8192 characters.
 #[tokio::test(flavor = "multi_thread")]
 async fn lines_before_the_version_are_borne_as_openssh_bears_them() {
-    let line = |length: usize, end: &str| format!("{}{end}", "x".repeat(length));
+    let text = |length: usize, end: &str| format!("{}{end}", "x".repeat(length));
     let borne = [
         "Welcome to the gateway. Authorised use only.\r\n".to_owned(),
         (0..8).map(|i| format!("0{i} This is a private system of a provider, do not enter.\r\n")).collect(),
-        line(62, "\n").repeat(50),
-        line(8192, "\r\n"),
+        text(62, "\n").repeat(50),
+        text(8192, "\r\n"),
         "\n".repeat(1023),
-        line(80, "\r\n").repeat(1023),
-        format!("SSL is not spoken here\nS\n{}", line(300, "\n")),
+        text(80, "\r\n").repeat(1023),
+        format!("SSL is not spoken here\nS\n{}", text(300, "\n")),
     ];
     for preface in borne {
-        let Some(scene) = Scene::new("", |server| Line::with_preface(server, preface.as_bytes()).unwrap()) else {
-            return;
-        };
+        let line = |server: &SshEndpoint| Line::with_preface(server, preface.as_bytes()).unwrap();
+        let Some(scene) = Scene::new("", line) else { return };
         let ssh = scene.ssh(Tuning::default()).await;
         let said = ssh.exec("echo in", b"", Duration::from_secs(20)).await.unwrap();
         assert_eq!(said.stdout, b"in\n", "{} bytes", preface.len());
     }
-    for preface in [line(9000, "\r\n"), "\x1b[31mno\n".repeat(1024)] {
-        let Some(scene) = Scene::new("", |server| Line::with_preface(server, preface.as_bytes()).unwrap()) else {
-            return;
-        };
+    for preface in [text(9000, "\r\n"), "\x1b[31mno\n".repeat(1024)] {
+        let line = |server: &SshEndpoint| Line::with_preface(server, preface.as_bytes()).unwrap();
+        let Some(scene) = Scene::new("", line) else { return };
         let attempt = SshTransport::connect(&scene.line.endpoint(), scene.server.key().private_path(), None).await;
         let error = attempt.err().expect("too much text is no SSH server");
         assert_eq!(error.kind, Kind::Reset, "{error}");
