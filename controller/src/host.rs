@@ -1,8 +1,8 @@
 //! A rented host as a place to run the worker: reach, probe, push, launch, follow, bring home.
 //!
 //! Layout on the host, below its home folder:
-//! `.cache/outliers/bin/<sha256>/outliers-worker` (content-addressed; elsewhere where nothing may be run there,
-//! see `push/place.rs`), `outliers/<run>/` with the job, the output files of
+//! `.cache/outliers/bin/<sha256>/outliers-worker` (content-addressed; elsewhere where nothing may
+//! be run there, see `push/place.rs`), `outliers/<run>/` with the job, the output files of
 //! [`outliers_protocol::files`], the pid file and the exit-code file.
 //!
 //! Every script goes to `sh` on its standard input, so that neither the login shell nor the length of a command line matters,

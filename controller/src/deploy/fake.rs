@@ -185,7 +185,8 @@ pub(crate) struct World {
     pub(crate) sold_out: Vec<String>,
     /// Offers whose hosts are not what they were said to be.
     pub(crate) unfit: Vec<String>,
-    /// Offers whose hosts answer to nothing after the login: a look at them takes so long, and fails.
+    /// Offers whose hosts answer to nothing after the login: a look at them takes so long, and
+    /// fails.
     pub(crate) drags: Vec<(String, Duration)>,
     /// So many hosts let no program run.
     pub(crate) barred: u32,

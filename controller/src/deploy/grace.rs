@@ -1,5 +1,5 @@
-//! How long a host may take from the login until its worker runs: one patience for all that is done there,
-//! however often a part of it fails and is tried again.
+//! How long a host may take from the login until its worker runs: one patience for all that is
+//! done there, however often a part of it fails and is tried again.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -14,8 +14,8 @@ use crate::settings::Span;
 /// Bytes per second at which an upload is worth waiting for.
 const USABLE_RATE: u64 = 128 << 10;
 
-/// One host's time. Each byte of an upload that the host acknowledges for the first time adds what it takes at
-/// the usable rate, so that a slow line is borne and one that drips is not.
+/// One host's time. Each byte of an upload that the host acknowledges for the first time adds what
+/// it takes at the usable rate, so that a slow line is borne and one that drips is not.
 pub(super) struct Grace {
     patience: Duration,
     spent: Mutex<Spent>,
@@ -112,7 +112,8 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(300);
 
-    /// An upload of 100 MB that gets on by `bytes` a second; how long it was borne, and whether to its end.
+    /// An upload of 100 MB that gets on by `bytes` a second; how long it was borne, and whether to
+    /// its end.
     async fn upload(bytes: u64) -> (u64, bool) {
         let (grace, begun) = (Grace::new(PATIENCE), Instant::now());
         let work = async {

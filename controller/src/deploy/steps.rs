@@ -273,8 +273,8 @@ impl Driver<'_> {
         Ok(Some(format!("the instance bills {price}, more than the {} {said}", cap.unwrap_or(offer.price))))
     }
 
-    /// Reachable: puts everything there and starts the worker, all within one patience. A host that does not come
-    /// so far is exchanged, unless the fault is this machine's.
+    /// Reachable: puts everything there and starts the worker, all within one patience. A host
+    /// that does not come so far is exchanged, unless the fault is this machine's.
     pub(super) async fn launch(&mut self, rental: &Rental, pin: &Pin) -> Step {
         let patience = self.cloud()?.patience.ready;
         let grace = Arc::clone(self.memory.grace.get_or_insert_with(|| Arc::new(Grace::new(patience))));
@@ -301,7 +301,8 @@ impl Driver<'_> {
         grace.within(self.host().launch(&self.run.record().id, &job, self.ports.secrets)).await
     }
 
-    /// Looks at the host and puts everything there; the job to start, `None` if a process before this one started it.
+    /// Looks at the host and puts everything there; the job to start, `None` if a process before
+    /// this one started it.
     async fn prepare(&self, rental: &Rental, grace: &Grace) -> Result<Option<JobSpec>, HostError> {
         let (host, run) = (self.host(), &self.run.record().id);
         grace.begin("looking at it");
@@ -322,7 +323,8 @@ impl Driver<'_> {
         Ok(Some(self.push_inputs(host, run, &on).await?))
     }
 
-    /// Until the worker may start beside others of its batch; who waits is told for what, and for how long.
+    /// Until the worker may start beside others of its batch; who waits is told for what, and for
+    /// how long.
     async fn wait_for_turn(&self) {
         let Some(turns) = self.ports.turns else { return };
         let say = |wait: Duration| {

@@ -655,7 +655,8 @@ async fn after_some_hosts_that_do_not_serve_the_fault_is_not_theirs() {
     );
 }
 
-/// A host that logs in and then ends no command, or fails again and again, costs one patience and no more.
+/// A host that logs in and then ends no command, or fails again and again, costs one patience and
+/// no more.
 #[tokio::test(start_paused = true)]
 async fn a_host_that_drags_on_is_exchanged_after_the_stated_patience() {
     for each in [Duration::MAX, Duration::from_secs(90), Duration::from_secs(1)] {

@@ -37,8 +37,8 @@ impl Turns {
         self.pause
     }
 
-    /// Returns when it is the caller's turn; `say` hears how long that will be, unless it is now. One that gives
-    /// up waiting takes no turn.
+    /// Returns when it is the caller's turn; `say` hears how long that will be, unless it is now.
+    /// One that gives up waiting takes no turn.
     pub async fn wait(&self, say: impl FnOnce(Duration)) {
         let before = self.waiting.fetch_add(1, Ordering::Relaxed);
         let _place = Place(&self.waiting);

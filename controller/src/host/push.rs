@@ -46,8 +46,8 @@ pub struct PushedFolder {
 impl RemoteHost {
     /// Puts the worker program `local` at a path made of its content, unless it is there, and has it tell its version.
     ///
-    /// It lies in `~/.cache/outliers`; where nothing can be written or run there, in a private folder of
-    /// `/var/tmp`, `/tmp` or `/dev/shm`, whichever of these serves first.
+    /// It lies in `~/.cache/outliers`; where nothing can be written or run there, in a private
+    /// folder of `/var/tmp`, `/tmp` or `/dev/shm`, whichever of these serves first.
     pub async fn push_worker(&self, local: &Path, on: OnEvent<'_>) -> Result<RemoteWorker, HostError> {
         let mut item = Item::new(local.to_owned(), String::new(), 0o755).await?;
         let folder = format!("{}/bin/{}", self.program_folder().await?, item.sha256);

@@ -3,9 +3,9 @@
 //! A connection that broke is given up and the next call makes a new one, against the same pinned host key. How often and
 //! how long to try is the caller's business: every method here is one attempt.
 //!
-//! Calls work beside each other, each on channels of its own. A server that opens no further one (`MaxSessions`)
-//! is given one call at a time from then on, each through commands alone: a command closes its channel before
-//! the next opens one.
+//! Calls work beside each other, each on channels of its own. A server that opens no further one
+//! (`MaxSessions`) is given one call at a time from then on, each through commands alone: a
+//! command closes its channel before the next opens one.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -77,8 +77,8 @@ pub struct SshTransport {
 /// More calls than are ever made beside each other.
 const ALL_TURNS: u32 = 1024;
 
-/// So often a call is made again for which the server opened no channel: alone, and on a connection that
-/// has none.
+/// So often a call is made again for which the server opened no channel: alone, and on a
+/// connection that has none.
 const MOST_REFUSALS: u32 = 2;
 
 /// Does on the living connection what takes channels.

@@ -1,5 +1,5 @@
-//! What a hostile host may do to this machine, and that none of it does harm: a whole run for each attack, against
-//! a small SSH server of this test's own, and a line about each in the test's log.
+//! What a hostile host may do to this machine, and that none of it does harm: a whole run for each
+//! attack, against a small SSH server of this test's own, and a line about each in the test's log.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,8 @@ mod host;
 use cloud::{Cloud, NAME};
 use host::{Bad, tampering};
 
-/// Longer than any of it takes on a busy machine: an attack that is not over then has kept an instance.
+/// Longer than any of it takes on a busy machine: an attack that is not over then has kept an
+/// instance.
 const PATIENCE: Duration = Duration::from_secs(150);
 /// From the login to the worker's start, for hosts that are to be exchanged.
 const READY: Duration = Duration::from_secs(20);
@@ -51,8 +52,8 @@ enum Expect {
     Without(&'static str),
 }
 
-/// What a host does, what it does to the worker's files before the worker ends (for `tamper.sh`), and what is to
-/// become of the run.
+/// What a host does, what it does to the worker's files before the worker ends (for `tamper.sh`),
+/// and what is to become of the run.
 type Row = (&'static str, Bad, &'static str, Expect);
 
 const ROWS: [Row; 23] = [

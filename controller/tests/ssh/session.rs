@@ -9,7 +9,8 @@ use outliers_tests::line::Line;
 
 use crate::scene::{HASTY, Scene};
 
-/// RFC 4253, section 4.2: a server may send lines before its version. OpenSSH's client takes 1023 of 8192 characters.
+/// RFC 4253, section 4.2: a server may send lines before its version. OpenSSH's client takes 1023
+/// of 8192 characters.
 #[tokio::test(flavor = "multi_thread")]
 async fn lines_before_the_version_are_borne_as_openssh_bears_them() {
     let text = |length: usize, end: &str| format!("{}{end}", "x".repeat(length));

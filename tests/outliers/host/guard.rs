@@ -125,7 +125,8 @@ async fn of_many_guards_one_stays_and_none_outlives_the_runs_folder() {
     assert!(!scene.told_to_end());
 }
 
-/// A whole life where the server opens one channel at a time; the lease is renewed while the worker is followed.
+/// A whole life where the server opens one channel at a time; the lease is renewed while the
+/// worker is followed.
 #[tokio::test]
 async fn a_server_with_one_channel_has_worker_guard_and_follower_take_turns() {
     let Some(scene) = Scene::with("MaxSessions 1").await else { return };

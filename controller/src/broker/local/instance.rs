@@ -33,8 +33,8 @@ const DEADLINE_CHECK: Duration = Duration::from_secs(60);
 
 /// From the connection to the login: a client that says nothing is no client.
 const LOGIN_LIMIT: Duration = Duration::from_secs(30);
-/// Connections at the same time that have not logged in. Any user of the machine may make them; beyond these the
-/// oldest one is hung up on, so that whoever does log in finds a way in.
+/// Connections at the same time that have not logged in. Any user of the machine may make them;
+/// beyond these the oldest one is hung up on, so that whoever does log in finds a way in.
 const MOST_STRANGERS: usize = 100;
 
 /// Why an instance ends.
@@ -151,8 +151,8 @@ async fn accept(listener: TcpListener, config: Arc<Config>, shell: Arc<Shell>, a
     }
 }
 
-/// Serves a connection to its end. One that does not log in in time, or whose place is wanted for another
-/// (`turned_away` is dropped), is hung up on.
+/// Serves a connection to its end. One that does not log in in time, or whose place is wanted for
+/// another (`turned_away` is dropped), is hung up on.
 async fn converse(
     stream: TcpStream,
     config: Arc<Config>,

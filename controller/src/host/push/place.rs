@@ -1,13 +1,16 @@
-//! Where on a host a program can be put and run: a home folder may be mounted `noexec`, or read-only.
+//! Where on a host a program can be put and run: a home folder may be mounted `noexec`, or
+//! read-only.
 
 use crate::host::{Answer, HostError, HostErrorKind, RemoteHost, SHORT};
 use crate::transport::quote::quote;
 
-/// Tried in this order when the home folder does not serve; the login user has a folder of its own in each.
+/// Tried in this order when the home folder does not serve; the login user has a folder of its own
+/// in each.
 const BESIDE_HOME: [&str; 3] = ["/var/tmp", "/tmp", "/dev/shm"];
 
-/// `try NUMBER FOLDER UMASK` makes the folder and runs a small program in it. It prints `@place NUMBER`, or
-/// `@barred` with the reason. A folder that others could change does not serve, whoever may run programs there.
+/// `try NUMBER FOLDER UMASK` makes the folder and runs a small program in it. It prints `@place
+/// NUMBER`, or `@barred` with the reason. A folder that others could change does not serve,
+/// whoever may run programs there.
 const TRY: &str = r#"
 barred() { echo "@barred $2 $3"; return 1; }
 try() {

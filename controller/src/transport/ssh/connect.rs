@@ -23,8 +23,8 @@ use crate::transport::{TransportError, TransportErrorKind as Kind};
 const TCP_LIMIT: Duration = Duration::from_secs(15);
 /// From the open TCP connection to the server's greeting.
 const BANNER_LIMIT: Duration = Duration::from_secs(20);
-/// How a greeting begins. Before it a server may send lines of text (RFC 4253, section 4.2): as many and as
-/// long as OpenSSH takes.
+/// How a greeting begins. Before it a server may send lines of text (RFC 4253, section 4.2): as
+/// many and as long as OpenSSH takes.
 const GREETING: &[u8] = b"SSH-";
 const MOST_LINES: usize = 1023;
 const LONGEST_LINE: usize = 8192;
@@ -41,7 +41,8 @@ const REKEY_TIME: Duration = Duration::from_secs(3600);
 /// Channels that a server may try to open before its connection is ended.
 const MOST_OPENED: u32 = 10;
 
-/// How many channels a host has tried to open to this machine. Nothing here asks for one, and none is taken.
+/// How many channels a host has tried to open to this machine. Nothing here asks for one, and none
+/// is taken.
 #[derive(Clone, Default)]
 pub(super) struct Opened(Arc<AtomicU32>);
 
@@ -217,8 +218,9 @@ fn dial_kind(error: &io::Error) -> Kind {
     }
 }
 
-/// Waits for the server's greeting, which stays in the stream, and takes the lines before it: the SSH library
-/// bears few of them. A server that is not ready closes here, some with a line of text.
+/// Waits for the server's greeting, which stays in the stream, and takes the lines before it: the
+/// SSH library bears few of them. A server that is not ready closes here, some with a line of
+/// text.
 async fn wait_for_greeting(endpoint: &SshEndpoint, stream: &mut TcpStream) -> Result<(), TransportError> {
     let mut said = Vec::new();
     let began = timeout(BANNER_LIMIT, take_preface(stream, &mut said)).await;

@@ -1,4 +1,5 @@
-//! A host with a shell and a home folder of its own, which does what it is told and one bad thing besides.
+//! A host with a shell and a home folder of its own, which does what it is told and one bad thing
+//! besides.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -245,7 +246,8 @@ async fn ask_for_forwards(handle: Handle, tally: Arc<Tally>) {
     }
 }
 
-/// A program in place of the worker: the real one, and what `attack` does to its files before it ends.
+/// A program in place of the worker: the real one, and what `attack` does to its files before it
+/// ends.
 pub(crate) fn tampering(worker: &Path, attack: &str, folder: &Path) -> PathBuf {
     use std::os::unix::fs::PermissionsExt;
     let program = folder.join("outliers-worker");
