@@ -247,3 +247,16 @@ fn all_that_is_wrong_is_said_at_once_and_nothing_is_rented() {
     assert!(typo.code == Some(2) && typo.stderr.contains("nine.toml:2") && typo.stderr.contains("modles"), "{typo:?}");
     desk.assert_nothing_left();
 }
+
+/// Turns are for the hub: workers that read nothing from it start at once.
+#[test]
+fn workers_that_do_not_read_from_the_hub_wait_for_no_turn() {
+    let desk = desk(&["llama-f32", "qwen3"]);
+    std::fs::write(desk.work().join("settings.toml"), "[survey]\nstagger-seconds = 3600\n").unwrap();
+    let mut controller = desk.start(survey(&[]));
+    desk.wait_for("the survey to end", || controller.try_wait().unwrap().is_some());
+    assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", desk.stderr());
+    assert!(desk.stdout().contains("2 of 2 complete"), "{}", desk.stdout());
+    assert!(!desk.stderr().contains("for its turn"), "{}", desk.stderr());
+    desk.assert_nothing_left();
+}
