@@ -68,7 +68,7 @@ impl Place {
         self.desk.run(Self::deployment())
     }
 
-    fn deployment() -> Vec<String> {
+    pub(super) fn deployment() -> Vec<String> {
         let folder = golden(FIXTURE);
         let text = |path: &Path| path.to_str().unwrap().to_owned();
         let (model, ids) = (text(&folder.join("model")), text(&folder.join("golden.safetensors")));

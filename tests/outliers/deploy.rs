@@ -23,7 +23,7 @@ fn fixture(name: &str, more: &[&str]) -> Vec<String> {
 }
 
 /// A deploy that takes some seconds.
-fn slow_deploy(desk: &Desk) -> Vec<String> {
+pub(super) fn slow_deploy(desk: &Desk) -> Vec<String> {
     let model = desk.work().join("model");
     if !model.exists() {
         assert!(run_worker(["demo-model", "--output", &text(&model)]).status.success());
@@ -32,14 +32,14 @@ fn slow_deploy(desk: &Desk) -> Vec<String> {
     arguments.map(str::to_owned).to_vec()
 }
 
-fn signal(child: &Child, signal: i32) {
+pub(super) fn signal(child: &Child, signal: i32) {
     let pid = i32::try_from(child.id()).expect("a pid");
     let sent = std::process::Command::new("kill").args([format!("-{signal}"), pid.to_string()]).status().unwrap();
     assert!(sent.success());
 }
 
 /// Whether the worker of the only run has begun with its layers.
-fn worker_is_busy(desk: &Desk) -> bool {
+pub(super) fn worker_is_busy(desk: &Desk) -> bool {
     let Ok(instances) = std::fs::read_dir(desk.state().join("local/instances")) else { return false };
     instances.filter_map(Result::ok).any(|instance| {
         let runs =

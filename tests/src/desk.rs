@@ -70,8 +70,26 @@ impl Desk {
 
     /// Starts `outliers ARGUMENTS`; what it says goes to files.
     pub fn start<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Child {
+        self.begin(&mut self.command(arguments))
+    }
+
+    /// The same by another program, which becomes `outliers`: `nohup`.
+    pub fn start_under<S: AsRef<std::ffi::OsStr>>(
+        &self,
+        other: &[&str],
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Child {
+        let plain = self.command(arguments);
+        let mut command = Command::new(other[0]);
+        command.args(&other[1..]).arg(plain.get_program()).args(plain.get_args());
+        command.current_dir(self.work()).stdin(Stdio::null()).env_clear();
+        command.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        self.begin(&mut command)
+    }
+
+    fn begin(&self, command: &mut Command) -> Child {
         let file = |name: &str| std::fs::File::create(self.folder.path().join(name)).expect("a writable folder");
-        self.command(arguments).stdout(file("stdout")).stderr(file("stderr")).spawn().expect("the controller starts")
+        command.stdout(file("stdout")).stderr(file("stderr")).spawn().expect("the controller starts")
     }
 
     /// What the last started command said on standard error so far.

@@ -31,8 +31,8 @@ pub(super) async fn drive_as(
     detach: bool,
 ) -> Result<Deployed, Complaint> {
     let on = |event| reporter.event(event);
-    let driven = listening(reporter, async |stop| Driver::new(run, ports, stop, &on).detaching(detach).drive().await);
-    let run = driven.await??;
+    let driver = async |stop| Driver::new(run, ports, stop, &on).detaching(detach).drive().await;
+    let run = listening(reporter, driver).await??;
     if detach || run.state.is_at_rest() { Ok(Deployed::of(run)) } else { Err(let_go(&run)) }
 }
 

@@ -125,6 +125,7 @@ impl Shared {
         request.op = self.dialect.operation(&request);
         let world = &mut *self.lock();
         world.requests.push(request.clone());
+        world.now += world.pace;
         tell(world, world.requests.len(), Moment::Arrived);
         let Some(op) = request.op else {
             return (self.dialect.refuse(&Refusal::NotFound, Op::Get), None);

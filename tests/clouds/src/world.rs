@@ -248,6 +248,12 @@ impl FakeInstance {
     pub fn is_live(&self) -> bool {
         self.life != Life::Ended
     }
+
+    /// What it cost until now.
+    pub fn cost(&self, now: u64) -> Usd {
+        let end = self.ended_at.unwrap_or(now);
+        self.price.cost(Duration::from_secs(end.saturating_sub(self.created_at)))
+    }
 }
 
 /// A public key in the account.
@@ -288,8 +294,10 @@ pub type Host = Arc<dyn Fn(&FakeInstance) -> Rented + Send + Sync>;
 
 /// Everything a fake cloud knows. Tests read and change it freely.
 pub struct World {
-    /// Unix seconds; the bill follows it. Stands still unless a test moves it.
+    /// Unix seconds; the bill follows it. Stands still unless a test moves it, or gives it a pace.
     pub now: u64,
+    /// Seconds that pass with each request.
+    pub pace: u64,
     /// What is rented out.
     pub stock: Vec<Stock>,
     /// All instances that ever were.
@@ -336,6 +344,7 @@ impl Default for World {
     fn default() -> Self {
         Self {
             now: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            pace: 0,
             stock: Stock::mixed(),
             instances: Vec::new(),
             keys: Vec::new(),
@@ -513,11 +522,7 @@ impl World {
 
     /// What everything cost until now.
     pub fn bill(&self) -> Usd {
-        let cost = |instance: &FakeInstance| {
-            let end = instance.ended_at.unwrap_or(self.now);
-            instance.price.cost(Duration::from_secs(end.saturating_sub(instance.created_at)))
-        };
-        self.instances.iter().map(cost).sum()
+        self.instances.iter().map(|instance| instance.cost(self.now)).sum()
     }
 }
 

@@ -1,13 +1,15 @@
 //! kill -9 of the real controller, at every request to a cloud and at moments between them; then the same command once more.
 //!
 //! The cloud is a fake over real HTTP, with a bill; the instances are real OpenSSH servers, the ledger and the results real files.
+//! Its list shows an entry that cannot be read as it should, and it refuses to end anything at first.
 //! `tests/kills.sh N` strikes at N points.
 
 use std::process::Child;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use outliers_clouds::Moment;
+use outliers::units::Usd;
+use outliers_clouds::{Fault, Moment, Odd};
 use outliers_tests::tell;
 
 use super::*;
@@ -15,6 +17,8 @@ use super::*;
 /// Without being asked for more.
 const POINTS: usize = 12;
 const MOMENTS: [Moment; 3] = [Moment::Arrived, Moment::Applied, Moment::Answered];
+/// Somebody else's instance, in the same account.
+const STRANGER: &str = "somebodys-web-server";
 
 /// Where the controller dies.
 #[derive(Clone, Copy, Debug)]
@@ -39,8 +43,16 @@ fn points(count: usize, requests: usize) -> Vec<Point> {
 fn scene() -> Option<(FakeCloud, Place)> {
     let cloud = FakeCloud::start(RunPod::default());
     let place = Place::with_settings(&[&cloud], "listing-interval = \"1s\"\n");
-    cloud.world().stock = vec![Stock { left: 9, ..Stock::plain("1001", Gpu::A100, 1, 1.5) }];
-    cloud.world().shown_after = 1;
+    {
+        let mut world = cloud.world();
+        world.stock = vec![Stock { left: 9, ..Stock::plain("1001", Gpu::A100, 1, 1.5) }];
+        world.shown_after = 1;
+        world.pace = 10;
+        let id = world.plant(STRANGER);
+        world.odd = Some(Odd { id, field: "status".to_owned(), value: None });
+        let how = How::Refuse(Refusal::Broken(500));
+        world.faults.push(Fault { on: Op::Terminate, applied: false, how, times: 2 });
+    }
     place.host(&cloud)?;
     Some((cloud, place))
 }
@@ -83,15 +95,24 @@ fn strike(point: Point, whole: Duration) -> bool {
     died
 }
 
-/// The closing assertion: nothing bills, every run is closed with whole results or a named loss, the cloud's list holds nothing.
+/// The closing assertion: nothing of ours bills, what was paid is no more than what was agreed, every run is closed with whole
+/// results or a named loss, and the cloud's list holds what is somebody else's.
 fn agreed(cloud: &FakeCloud, place: &Place, what: &str) {
-    nothing_left(cloud);
     let world = cloud.world();
-    assert!(world.instances.len() <= 2, "{what}: {} instances", world.instances.len());
+    let left: Vec<&str> = world.live().map(|instance| instance.name.as_str()).collect();
+    assert_eq!(left, [STRANGER], "{what}: still billing, or ended although it was not ours");
+    let ours = || world.instances.iter().filter(|instance| instance.name != STRANGER);
+    assert!(ours().count() <= 2, "{what}: {} instances", ours().count());
+    let paid: Usd = ours().map(|instance| instance.cost(world.now)).sum();
     drop(world);
     let runs = place.desk.json(&["runs", "list"]);
     let mut whole = 0;
+    let mut at_most = Usd::ZERO;
     for run in runs["runs"].as_array().expect("a list") {
+        let agreed = run["spec"]["agreed"].as_i64().expect("somebody said yes");
+        let cost = run["cost_micro_usd"].as_i64().expect("a figure");
+        assert!(cost <= agreed, "{what}: {cost} of {agreed}");
+        at_most = at_most + Usd::from_micros(agreed);
         assert_eq!(run["state"]["state"], "closed", "{what}: {run:#}");
         let is_whole = run["state"]["results"]["complete"] == true;
         whole += usize::from(is_whole);
@@ -104,8 +125,10 @@ fn agreed(cloud: &FakeCloud, place: &Place, what: &str) {
         }
     }
     assert!(whole >= 1, "{what}: {runs:#}");
+    assert!(Usd::ZERO < paid && paid <= at_most, "{what}: {paid} of {at_most}");
     let listed = place.desk.json(&["instances", "list", "--broker", "runpod"]);
-    assert_eq!(listed["instances"].as_array().map(Vec::len), Some(0), "{what}: {listed:#}");
+    let names = listed["instances"].as_array().expect("a list").iter().map(|instance| &instance["name"]);
+    assert_eq!(names.collect::<Vec<_>>(), [STRANGER], "{what}: {listed:#}");
 }
 
 fn kill(pid: usize) {
