@@ -78,9 +78,10 @@ pub enum Command {
     ///
     /// Example: outliers deploy --model allenai/OLMoE-1B-7B-0125 --gpu-filter A100 --max-price 2.50
     ///
-    /// If it is interrupted by a crash, the same command picks the run up where it is. Under `nohup` it outlives its terminal. Without
-    /// it, a terminal that closes (SIGHUP) lets go of a run whose worker is at work, for `outliers attach`, where the instance ends by
-    /// itself at its deadline; any other run is ended as by SIGTERM.
+    /// If it is interrupted by a crash, the same command picks the run up where it is. Under
+    /// `nohup` it outlives its terminal. Without it, a terminal that closes (SIGHUP) lets go of a
+    /// run whose worker is at work, for `outliers attach`, where the instance ends by itself at
+    /// its deadline; any other run is ended as by SIGTERM.
     Deploy(Box<DeployArgs>),
     /// Take up a run whose controller went away: follow its worker from where its log was left, bring home, end the rental.
     ///
@@ -386,8 +387,9 @@ pub struct DeployArgs {
     /// Keep the instance when the worker has ended. It bills on until `outliers instances terminate`, at most for --max-duration.
     #[arg(long)]
     pub keep_running: bool,
-    /// Return as soon as the worker runs. Its instance bills on, until `outliers attach` has brought the results home, at most until
-    /// its deadline: then its guard ends it, or its cloud, and what nobody fetched is lost. Clouds that do neither are refused.
+    /// Return as soon as the worker runs. Its instance bills on, until `outliers attach` has
+    /// brought the results home, at most until its deadline: then its guard ends it, or its
+    /// cloud, and what nobody fetched is lost. Clouds that do neither are refused.
     #[arg(long)]
     pub detach: bool,
     /// After this the instance ends: 90s, 45m, 6h [default: settings].
@@ -463,7 +465,8 @@ pub enum RunsCommand {
         /// The beginning of its id, or `last`.
         run: String,
     },
-    /// What the worker said: what came home; while nobody drives the run, read from the instance too.
+    /// What the worker said: what came home; while nobody drives the run, read from the instance
+    /// too.
     ///
     /// Only reads: it is no sign to the instance's guard that somebody looks after the run.
     Logs {

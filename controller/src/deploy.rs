@@ -58,7 +58,8 @@ pub enum Stop {
     /// Not at all.
     #[default]
     Go,
-    /// Whoever listened is gone: a run that another process can pick up is let go of, any other stops.
+    /// Whoever listened is gone: a run that another process can pick up is let go of, any other
+    /// stops.
     LetGo,
     /// Stop, bring home what there is, terminate.
     Now,
@@ -255,8 +256,8 @@ impl<'a> Driver<'a> {
         Self { stopping_as: ending, ..self }
     }
 
-    /// Drives the run until it is closed, held, or let go of: then it is not at rest, its worker is at work, and something other than
-    /// a controller ends its instance.
+    /// Drives the run until it is closed, held, or let go of: then it is not at rest, its worker
+    /// is at work, and something other than a controller ends its instance.
     ///
     /// # Errors
     /// [`Stuck`]: the instance may still exist; the same run can be driven again later.
@@ -429,7 +430,8 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Whether the worker was started under its guard, on an instance that ends without a controller.
+    /// Whether the worker was started under its guard, on an instance that ends without a
+    /// controller.
     fn can_be_left(&self) -> bool {
         matches!(self.run.state(), RunState::Launched { .. })
             && self.cloud().is_ok_and(|cloud| cloud.broker.capabilities().ends_by_itself())

@@ -75,6 +75,7 @@ fn running(standing: &Standing) -> Vec<String> {
         let who = match (run.held, run.looked_after) {
             (true, _) => "kept on request",
             (false, true) => "a process drives it",
+            (false, false) if run.detached => "detached: its guard waits",
             (false, false) => "NOBODY",
         };
         vec![
@@ -135,7 +136,8 @@ fn failed(standing: &Standing) -> Vec<String> {
 }
 
 fn blocked(standing: &Standing) -> Vec<String> {
-    let alone = standing.under_way.iter().filter(|run| !run.looked_after).map(|run| {
+    let forgotten = |run: &&UnderWay| !run.looked_after && !run.detached;
+    let alone = standing.under_way.iter().filter(forgotten).map(|run| {
         format!(
             "- Run {} of {} is {}, and no process looks after it. Way around: `outliers attach {}`.",
             run.run,

@@ -55,7 +55,8 @@ pub struct RunSpec {
     pub push_model: bool,
     /// Hold the instance when the worker has ended.
     pub keep_running: bool,
-    /// Leave the instance to its guard when the worker runs: that nobody follows it is no sign that it is forgotten.
+    /// Leave the instance to its guard when the worker runs: that nobody follows it is no sign
+    /// that it is forgotten.
     #[serde(default)]
     pub detach: bool,
     /// Seconds from the create call to the instance's end.

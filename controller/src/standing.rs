@@ -138,7 +138,8 @@ impl Standing {
         Ok(Self { unreadable, ..Self::of(&runs, &driven, surveys(results), now_ms) })
     }
 
-    /// Whether anything here may change without anybody's doing: a process drives it, or it has time left.
+    /// Whether anything here may change without anybody's doing: a process drives it, or it has
+    /// time left.
     pub fn is_at_work(&self) -> bool {
         let has_time = |run: &UnderWay| run.deadline.is_some_and(|deadline| deadline > self.at);
         self.under_way.iter().any(|run| !run.held && (run.looked_after || has_time(run)))

@@ -1,4 +1,5 @@
-//! Runs whose controller goes away, on purpose or with its terminal, and what looks on from elsewhere.
+//! Runs whose controller goes away, on purpose or with its terminal, and what looks on from
+//! elsewhere.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -63,7 +64,7 @@ fn a_detached_run_works_on_is_followed_and_comes_home_by_attach() {
         assert_eq!(document["commands"][i], *command, "{document:#}");
     }
     let instance = desk.bill().running[0].id.0.clone();
-    assert_eq!(document["instance"], *instance);
+    assert_eq!(document["instance"], instance.as_str());
 
     // Its guard misses nobody until the time limit.
     let folder = desk.state().join("local/instances").join(&instance).join("home/outliers").join(&id);

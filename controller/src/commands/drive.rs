@@ -20,7 +20,8 @@ pub(super) async fn drive(reporter: &Reporter, run: RunWriter, ports: Ports<'_>)
     drive_as(reporter, run, ports, false).await
 }
 
-/// The same, or with `detach` only until its worker is at work: then what is returned is not at rest.
+/// The same, or with `detach` only until its worker is at work: then what is returned is not at
+/// rest.
 ///
 /// # Errors
 /// Status 6: its instance may be left.
@@ -31,8 +32,8 @@ pub(super) async fn drive_as(
     detach: bool,
 ) -> Result<Deployed, Complaint> {
     let on = |event| reporter.event(event);
-    let driver = async |stop| Driver::new(run, ports, stop, &on).detaching(detach).drive().await;
-    let run = listening(reporter, driver).await??;
+    let driven = listening(reporter, async |stop| Driver::new(run, ports, stop, &on).detaching(detach).drive().await);
+    let run = driven.await??;
     if detach || run.state.is_at_rest() { Ok(Deployed::of(run)) } else { Err(let_go(&run)) }
 }
 
@@ -81,12 +82,13 @@ fn deaf(error: &std::io::Error) -> Complaint {
     }
 }
 
-/// Signals, for ever. Ctrl-C and SIGTERM: the first stops, the second skips the results; nothing skips the end of the
-/// instance. SIGHUP lets go, unless something is ending already.
+/// Signals, for ever. Ctrl-C and SIGTERM: the first stops, the second skips the results; nothing
+/// skips the end of the instance. SIGHUP lets go, unless something is ending already.
 async fn listen(heard: impl Fn(Stop)) -> std::io::Error {
     let signals = || {
         let (interrupt, terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-        // Whoever started us may have said that a closing terminal is nothing, and a handler would undo that.
+        // Whoever started us may have said that a closing terminal is nothing, and a handler
+        // would undo that.
         let hangup = (!is_ignored(SignalKind::hangup())).then(|| signal(SignalKind::hangup()));
         std::io::Result::Ok((interrupt, terminate, hangup.transpose()?))
     };
@@ -119,7 +121,8 @@ async fn received(signal: &mut Option<Signal>) {
     }
 }
 
-/// Whether this process was started with the signal ignored, as `nohup` does. Where the system does not tell: no.
+/// Whether this process was started with the signal ignored, as `nohup` does. Where the system
+/// does not tell: no.
 fn is_ignored(signal: SignalKind) -> bool {
     std::fs::read_to_string("/proc/self/status").is_ok_and(|status| ignores(&status, signal))
 }

@@ -34,7 +34,8 @@ const BEGIN_MS: u64 = 1_767_225_600_000;
 /// From the death of a controller to the next one, in seconds.
 const GAPS: [u64; 5] = [0, 30, 1200, 3 * 3600, 9 * 3600];
 
-/// By so many seconds the cloud's clock may be ahead of this machine's. With hours nothing is rented.
+/// By so many seconds the cloud's clock may be ahead of this machine's. With hours nothing is
+/// rented.
 const SKEWS: [i64; 3] = [200, 7 * 3600, -7 * 3600];
 
 const FAULTS: [Fault; 14] = [
@@ -151,7 +152,8 @@ async fn bystander(fake: &Fake, home: &Path) {
     }
 }
 
-/// Another process that cannot read the run's row: it names the run, and whatever it carries has its time.
+/// Another process that cannot read the run's row: it names the run, and whatever it carries has
+/// its time.
 async fn onlooker(fake: &Fake, home: &Path) {
     let ledger = Ledger::open(&home.join("state")).expect("it can be opened");
     let Records { runs, unreadable } = ledger.records().expect("one row is not the ledger");

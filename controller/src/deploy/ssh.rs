@@ -261,7 +261,8 @@ impl SshHost {
     }
 }
 
-/// How far the files of the run with this folder were read by the process that drives it, or drove it last.
+/// How far the files of the run with this folder were read by the process that drives it, or
+/// drove it last.
 pub fn read_cursor(folder: &Path) -> Cursor {
     let text = read_small(&folder.join(CURSOR_FILE), MOST).unwrap_or_default();
     serde_json::from_slice(&text).unwrap_or_default()

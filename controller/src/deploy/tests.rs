@@ -272,8 +272,8 @@ async fn ctrl_c_and_then_a_crash_still_end_in_terminate() {
     .await;
 }
 
-/// A terminal that is gone: what its own instance ends is let go of while its worker works, and picked up again. Anything else
-/// ends, as by SIGTERM.
+/// A terminal that is gone: what its own instance ends is let go of while its worker works, and
+/// picked up again. Anything else ends, as by SIGTERM.
 #[tokio::test(start_paused = true)]
 async fn a_hangup_anywhere_lets_go_of_what_can_be_picked_up_and_ends_all_else() {
     for ends_itself in [true, false] {
@@ -833,7 +833,8 @@ async fn a_copied_ledger_ends_no_live_instance_of_the_machine_it_was_copied_from
     assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "{found:?}");
 }
 
-/// The heartbeat is judged where it beats. Nobody with such a ledger could read it: the key is in the folder of the run.
+/// The heartbeat is judged where it beats. Nobody with such a ledger could read it: the key is in
+/// the folder of the run.
 #[tokio::test(start_paused = true)]
 async fn a_heartbeat_that_stops_ends_an_instance_from_inside_and_not_by_a_copied_ledger() {
     let (fake, home, copy) = (Fake::new(), home(), self::home());

@@ -1,8 +1,8 @@
 //! kill -9 of the real controller, at every request to a cloud and at moments between them; then the same command once more.
 //!
-//! The cloud is a fake over real HTTP, with a bill; the instances are real OpenSSH servers, the ledger and the results real files.
-//! Its list shows an entry that cannot be read as it should, and it refuses to end anything at first.
-//! `tests/kills.sh N` strikes at N points.
+//! The cloud is a fake over real HTTP, with a bill; the instances are real OpenSSH servers, the
+//! ledger and the results real files. Its list shows an entry that cannot be read as it should,
+//! and it refuses to end anything at first. `tests/kills.sh N` strikes at N points.
 
 use std::process::Child;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -95,8 +95,9 @@ fn strike(point: Point, whole: Duration) -> bool {
     died
 }
 
-/// The closing assertion: nothing of ours bills, what was paid is no more than what was agreed, every run is closed with whole
-/// results or a named loss, and the cloud's list holds what is somebody else's.
+/// The closing assertion: nothing of ours bills, what was paid is no more than what was agreed,
+/// every run is closed with whole results or a named loss, and the cloud's list holds what is
+/// somebody else's.
 fn agreed(cloud: &FakeCloud, place: &Place, what: &str) {
     let world = cloud.world();
     let left: Vec<&str> = world.live().map(|instance| instance.name.as_str()).collect();

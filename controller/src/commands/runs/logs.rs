@@ -1,7 +1,8 @@
 //! `runs logs`: what the worker of a run said, read wherever it can be read.
 //!
-//! The process that drives a run writes down what it hears; whoever looks on reads that. Where nobody drives it, the
-//! rest is read from the instance itself. Nothing is changed there: its guard does not count it as looking after.
+//! The process that drives a run writes down what it hears; whoever looks on reads that. Where
+//! nobody drives it, the rest is read from the instance itself. Nothing is changed there: its
+//! guard does not count it as looking after.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
