@@ -59,7 +59,8 @@ impl Ledger {
             }
             _ => {}
         }
-        let at_home = of_results(results);
+        // What did not fit among the results lies in the runs' own folders.
+        let at_home = [of_results(results), of_results(&folder.join("runs"))].concat();
         let owner = Self::owner_beside(folder).or(salvage.owner).or_else(|| only_owner(&at_home)).or(owner);
         let aside = set_aside(folder)?;
         if let Some(owner) = &owner {

@@ -44,6 +44,7 @@ fn a_ledger_that_is_garbage_is_kept_aside_and_made_again_of_the_results() {
     let told = finished(&ledger, results.path());
     let lost = ledger.plan(&spec()).unwrap().record().id.clone();
     let of_survey = finished(&ledger, &results.path().join("survey"));
+    let beside = finished(&ledger, &ledger.run_folder(&lost));
     let before = ledger.run(&told).unwrap();
     drop(ledger);
     fs::write(state.path().join(FILE), "no ledger at all, but some text that somebody wrote over it").unwrap();
@@ -51,13 +52,13 @@ fn a_ledger_that_is_garbage_is_kept_aside_and_made_again_of_the_results() {
     assert!(error.to_string().contains(FILE) && error.hint().unwrap().contains("doctor --repair"), "{error}");
     let (found, ledger) = repaired(state.path(), results.path());
     assert_eq!(ledger.owner(), owner, "its instances are still its own");
-    assert_eq!((found.kept, found.from_results), (0, 2));
+    assert_eq!((found.kept, found.from_results), (0, 3));
     assert_eq!(found.lost.iter().map(|lost| &lost.run).collect::<Vec<_>>(), [&lost]);
     let aside = found.aside.unwrap();
     assert!(aside.to_string_lossy().contains("ledger.db.damaged-20"), "{aside:?}");
     assert!(fs::read_to_string(aside).unwrap().starts_with("no ledger"));
     assert_eq!(ledger.run(&told).unwrap(), before);
-    assert!(ledger.run(&of_survey).is_ok());
+    assert!(ledger.run(&of_survey).is_ok() && ledger.run(&beside).is_ok());
     assert!(repaired(state.path(), results.path()).0.aside.is_none(), "there is nothing left to repair");
 }
 
