@@ -23,7 +23,8 @@ const WORDS: u64 = 24 << 20;
 /// Of a file of which no plan tells.
 const UNKNOWN: u64 = 256 << 30;
 
-/// The files that a run of `job` leaves, beside log and progress, each with the most bytes it can have.
+/// The files that a run of `job` leaves, beside log and progress, each with the most bytes it can
+/// have.
 pub fn planned(job: &JobSpec, inspection: &Inspection) -> Vec<FileBytes> {
     let figures = Figures::of(job, inspection);
     let most = |name: &str| match name {
@@ -101,13 +102,15 @@ impl Figures {
         2.0 * BASE + self.hidden * feature + parts
     }
 
-    /// Eight numbers per norm output and feature, a gain, three per sequence and feature, seven per expert.
+    /// Eight numbers and a gain per norm output and feature, three numbers per sequence and
+    /// feature, seven per expert.
     fn statistics(&self) -> f64 {
         let features = self.hidden * (60.0 * self.sites + 24.0 * self.sequences);
         BASE + features + 52.0 * self.experts + 2048.0 * self.layers
     }
 
-    /// Hidden states at every site and after the last norm, logits, and of the routers no more than all experts.
+    /// Hidden states at every site and after the last norm, logits, and of the routers no more
+    /// than all experts.
     fn activations(&self) -> f64 {
         let states = 4.0 * self.hidden * (self.sites + self.kinds * self.layers + 1.0);
         BASE + self.tokens * (states + 4.0 * self.vocab + 12.0 * self.experts + 12.0) + 4096.0 * self.layers
@@ -132,9 +135,10 @@ mod tests {
         let site = |layer: usize, point: &str| json!({ "layer": layer, "point": point, "tensor": "" });
         let sites = [0, 1].map(|at| [site(at, "before_attention"), site(at, "before_mlp")]).concat();
         let document = json!({
-            "schema": 1, "model": "m", "revision": null, "architecture": "", "model_type": "", "hidden": 64, "vocab": 100,
-            "max_positions": null, "tied_head": false, "parameters": 1, "active_parameters": 1, "stored_bytes": 1,
-            "stored_dtypes": {}, "embedding_bytes": 1, "head_bytes": 1, "layers": [layer(0), layer(1)], "sites": sites,
+            "schema": 1, "model": "m", "revision": null, "architecture": "", "model_type": "", "hidden": 64,
+            "vocab": 100, "max_positions": null, "tied_head": false, "parameters": 1, "active_parameters": 1,
+            "stored_bytes": 1, "stored_dtypes": {}, "embedding_bytes": 1, "head_bytes": 1,
+            "layers": [layer(0), layer(1)], "sites": sites,
             "ignored": [], "unexplained": [], "files": [], "tokenizer": null,
             "config": { "rules": 1, "class": "", "defaults": {}, "nulls": [], "unknown": [] },
             "plan": {
@@ -181,7 +185,7 @@ mod tests {
         assert!(sum(&small, &all) < sum(&small, &sites));
     }
 
-    /// Of runs that were made: no file is larger than its bound, and the documents' bounds are not ten thousand times too large.
+    /// Of runs that were made: no file is larger than its bound, and no bound is no bound.
     #[test]
     fn real_results_are_within_their_bounds() {
         for name in ["dense", "mixture"] {

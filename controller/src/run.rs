@@ -75,7 +75,8 @@ pub struct RunSpec {
     pub only_in_time: bool,
     /// Folder of this machine below which the results' folder appears.
     pub results: String,
-    /// The files that it leaves, each with the most bytes it can have. None: it was planned by an earlier version.
+    /// The files that it leaves, each with the most bytes it can have. None: it was planned by an
+    /// earlier version.
     #[serde(default)]
     pub output: Vec<FileBytes>,
     /// The survey that it is part of.

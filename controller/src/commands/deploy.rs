@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::drive::drive_as;
 use super::instances::LISTS;
-use super::prepare::{Prepared, Wish, consent, identity, prepare, secrets, writable};
+use super::prepare::{Prepared, Wish, consent, identity, prepare, room, secrets, writable};
 use super::{Context, SCHEMA, ports, request};
 use crate::broker::{InstanceId, Offer};
 use crate::calendar::rfc3339;
@@ -194,6 +194,7 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
     tell_of_the_same(reporter, &ledger, &identity)?;
     let wish = wish(context, job, key, args);
     let prepared = prepare(context, &clouds, &worker, wish, |offered| reporter.offered(offered)).await?;
+    room(context, [&prepared.spec])?;
     if args.dry_run {
         show(reporter, &prepared);
         return Ok(None);

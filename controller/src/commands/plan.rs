@@ -11,6 +11,7 @@ use crate::cli::PlanArgs;
 use crate::estimate::{Estimate, Work};
 use crate::local_worker::Check;
 use crate::market;
+use crate::output;
 use crate::report::tables::{self, TOP};
 use crate::report::{Complaint, ExitStatus};
 use crate::units::{Bytes, UsdPerHour};
@@ -20,6 +21,8 @@ use crate::units::{Bytes, UsdPerHour};
 struct Document<'a> {
     schema: u32,
     inspection: &'a Inspection,
+    /// What the results take at home, at most.
+    results: Bytes,
     estimate: Estimate,
     /// Matching offers, best first.
     offers: &'a [Offer],
@@ -59,10 +62,12 @@ pub(super) async fn command(context: &Context, args: &PlanArgs) -> Result<ExitSt
     };
     let estimate = estimate(&work, args, offers.first());
     let limit = context.settings.max_duration;
-    let document = Document { schema: SCHEMA, inspection: &inspection, estimate, offers: &offers, no_offers };
+    let results = output::bytes(&output::planned(&job, &inspection));
+    let document = Document { schema: SCHEMA, inspection: &inspection, results, estimate, offers: &offers, no_offers };
     context.reporter.result(&document, || {
         let market = document.no_offers.clone().unwrap_or_else(|| tables::offers(&offers, &work, limit, None, TOP));
-        tables::needs(&inspection) + &document.estimate.in_words() + &market
+        let home = format!("results, at home: {results} at most\n");
+        tables::needs(&inspection) + &home + &document.estimate.in_words() + &market
     });
     Ok(ExitStatus::Done)
 }

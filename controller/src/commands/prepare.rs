@@ -10,9 +10,11 @@ use super::{Context, in_time};
 use crate::broker::{GpuRequest, Offer};
 use crate::clouds::{Clouds, Offered};
 use crate::deploy::JobIdentity;
+use crate::files::{RESERVE, free_disk};
 use crate::ledger::random_word;
 use crate::local_worker::{Check, LocalWorker, Pushed, corpus_files};
 use crate::market;
+use crate::output;
 use crate::report::Complaint;
 use crate::run::{Membership, RunSpec, Watch};
 use crate::secret::Secret;
@@ -209,6 +211,7 @@ fn spec(context: &Context, clouds: &Clouds, wish: Wish, inspection: &Inspection)
         request.min_vram.get_or_insert(Bytes(inspection.plan.streamed_memory_bytes));
     }
     let results = wish.results.to_str().map(str::to_owned);
+    let output = output::planned(&wish.job, inspection);
     Ok(RunSpec {
         model: wish.job.model.name().to_owned(),
         brokers: clouds.names(),
@@ -227,6 +230,7 @@ fn spec(context: &Context, clouds: &Clouds, wish: Wish, inspection: &Inspection)
         agreed: None,
         only_in_time: !wish.cut_short,
         results: results.ok_or_else(|| Complaint::refused("the results' folder is not UTF-8", "choose another"))?,
+        output,
         survey: wish.survey,
     })
 }
@@ -259,6 +263,26 @@ pub(super) fn consent(
     }
 }
 
+/// Whether there is room for all that these runs bring home, and for the ledger; found out before
+/// it costs anything.
+///
+/// # Errors
+/// There is none.
+pub(super) fn room<'s>(context: &Context, specs: impl IntoIterator<Item = &'s RunSpec>) -> Result<(), Complaint> {
+    let mut needed = RESERVE;
+    for spec in specs {
+        needed = Bytes(needed.0.saturating_add(output::bytes(&spec.output).0));
+        fits("the results", needed, Path::new(&spec.results), "`results` in the settings")?;
+    }
+    fits("the ledger", RESERVE, &context.settings.state, "OUTLIERS_STATE")
+}
+
+fn fits(what: &str, needed: Bytes, folder: &Path, setting: &str) -> Result<(), Complaint> {
+    let Some(free) = free_disk(folder).filter(|free| *free < needed) else { return Ok(()) };
+    let message = format!("{what} may need {needed} in {}, and {free} are free there", folder.display());
+    Err(Complaint::refused(message, format!("make room, or set {setting} to a folder on another disk")))
+}
+
 /// Whether results can come to lie in `folder`; found out before they cost anything.
 ///
 /// # Errors
@@ -274,4 +298,21 @@ pub(super) fn writable(folder: &Path) -> Result<(), Complaint> {
             "run the command elsewhere, or set `results` in the settings",
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_what_it_needs_and_what_is_free() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("not/yet");
+        assert!(fits("the results", Bytes(1), &place, "HERE").is_ok());
+        let refused = fits("the results", Bytes(u64::MAX), &place, "HERE").unwrap_err();
+        assert_eq!(refused.status.number(), 2);
+        let said = ["the results may need 16777216.00 TiB", "not/yet", "are free there"];
+        assert!(said.iter().all(|word| refused.message.contains(word)), "{}", refused.message);
+        assert_eq!(refused.hint.as_deref(), Some("make room, or set HERE to a folder on another disk"));
+    }
 }
