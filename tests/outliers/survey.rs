@@ -210,6 +210,37 @@ fn an_instance_that_never_started_is_exchanged_for_another_like_it() {
     desk.assert_nothing_left();
 }
 
+/// What the results' own records and hashes tell is not rented again.
+#[test]
+fn a_survey_that_lost_its_ledger_goes_on_from_its_index_and_its_files() {
+    let desk = desk(&NINE[..3]);
+    let weights = spoil(&desk, BROKEN);
+    let first = desk.run(survey(&[]));
+    assert!(first.code == Some(1) && first.stdout.contains("2 of 3 complete"), "{first:?}");
+    let rented = desk.bill().entries.len();
+    for end in ["", "-wal", "-shm"] {
+        let _ = std::fs::remove_file(desk.state().join(format!("ledger.db{end}")));
+    }
+    std::fs::remove_dir_all(desk.state().join("runs")).unwrap();
+    let again = desk.run(survey(&[]));
+    assert!(again.code == Some(1) && again.stdout.contains("2 of 3 complete"), "{again:?}");
+    assert_eq!(desk.bill().entries.len(), rented, "nothing was rented again: {again:?}");
+    assert_eq!(index(&desk).iter().map(|line| line.1.as_str()).filter(|outcome| *outcome == "complete").count(), 2);
+    copy(&golden(BROKEN).join("model"), weights.parent().unwrap());
+    let mended = desk.run(survey(&["--rerun-failed"])).ok();
+    assert!(mended.stdout.contains("3 of 3 complete"), "{mended:?}");
+    assert_eq!(desk.bill().entries.len(), rented + 1, "only what failed was run again");
+    // What is not as it was written is not believed, and not overwritten either.
+    std::fs::remove_file(desk.state().join("ledger.db")).unwrap();
+    for end in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(desk.state().join(format!("ledger.db{end}")));
+    }
+    std::fs::write(desk.work().join("remote_results/nine").join(NINE[0]).join("results.json"), "{}").unwrap();
+    let damaged = desk.run(survey(&[]));
+    assert!(damaged.code == Some(2) && damaged.stderr.contains("holds results of other work"), "{damaged:?}");
+    desk.assert_nothing_left();
+}
+
 #[test]
 fn one_interrupt_ends_all_runs_and_the_same_command_goes_on() {
     let desk = desk(&NINE[..4]);

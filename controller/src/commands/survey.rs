@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::instances::LISTS;
-use super::prepare::{Prepared, Wish, consent, identity, prepare, writable};
+use super::prepare::{Prepared, Wish, consent, identity, prepare, room, writable};
 use super::{Context, ports, request};
 use crate::broker::GpuRequest;
 use crate::cli::{SurveyArgs, WantArgs};
@@ -43,6 +43,8 @@ struct Session<'a> {
     folder: PathBuf,
     clouds: Clouds,
     models: Vec<Model<'a>>,
+    /// What the index in the folder said when this began.
+    before: Option<Index>,
 }
 
 /// What is to be done for a model.
@@ -76,6 +78,7 @@ pub(super) async fn command(context: &Context, args: &SurveyArgs) -> Result<Exit
         return Ok(session.show(&runs, &todo, &problems));
     }
     refuse(&problems)?;
+    room(context, todo.iter().filter_map(Todo::prepared).map(|prepared| &prepared.spec))?;
     session.consent(&todo)?;
     writable(&session.folder)?;
     session.write_index(&ledger)?;
@@ -134,7 +137,9 @@ impl<'a> Session<'a> {
         }
         let models = models(context, args, survey, &clouds.names())?;
         let folder = context.settings.results.join(&survey.name);
-        Ok(Self { context, args, survey, folder, clouds, models })
+        // One that cannot be read says nothing.
+        let before = Index::read(&folder).ok().flatten();
+        Ok(Self { context, args, survey, folder, clouds, models, before })
     }
 
     /// The right to go on with it, for one process at a time.
@@ -152,6 +157,7 @@ impl<'a> Session<'a> {
             identity: &model.identity,
             job_key: &model.job_key,
             folder: &self.folder,
+            before: self.before.as_ref().and_then(|index| index.line(&model.entry.name)),
         }
     }
 

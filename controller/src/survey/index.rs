@@ -80,6 +80,11 @@ pub enum IndexError {
 }
 
 impl Index {
+    /// What it says of a model, by its name in the survey.
+    pub fn line(&self, name: &str) -> Option<&Line> {
+        self.models.iter().find(|line| line.name == name)
+    }
+
     /// Writes it into a survey's folder.
     ///
     /// # Errors

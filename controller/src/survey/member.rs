@@ -1,9 +1,10 @@
 //! What the ledger and the folders know of one model of a survey.
 
+use std::fs;
 use std::path::Path;
 
 use super::index::{Line, Outcome};
-use crate::deploy::{JobIdentity, holds};
+use crate::deploy::{JobIdentity, RUN_FILE, holds};
 use crate::ledger::RunRecord;
 use crate::run::{Brought, Ending, Membership, TroubleKind};
 
@@ -20,10 +21,14 @@ pub struct Member<'a> {
     pub job_key: &'a str,
     /// The survey's folder.
     pub folder: &'a Path,
+    /// What the index there said of it before.
+    pub before: Option<&'a Line>,
 }
 
 impl Member<'_> {
-    /// What became of it, and the run of this very work that says so: one whose whole results are there, else the latest.
+    /// What became of it, and the run of this very work that says so: one whose whole results are
+    /// there, else the latest. Where the ledger, which may have been lost, does not know, the
+    /// folder and its index do.
     pub fn look<'r>(&self, runs: &'r [RunRecord]) -> (Line, Option<&'r RunRecord>) {
         let mut latest = None;
         for run in runs.iter().rev().filter(|run| self.is_run_by(run)) {
@@ -33,10 +38,25 @@ impl Member<'_> {
             }
             latest.get_or_insert((run, outcome, why));
         }
-        match latest {
-            Some((run, outcome, why)) => (self.line(Some(run), outcome, why), Some(run)),
-            None => (self.line(None, Outcome::Open, None), None),
+        if let Some(line) = self.at_home() {
+            return (line, None);
         }
+        let is_failure = |line: &&Line| matches!(line.outcome, Outcome::Partial | Outcome::Failed);
+        let failed = self.before.filter(is_failure).filter(|line| line.job_key == self.job_key);
+        match (latest, failed) {
+            (Some((run, outcome, why)), _) => (self.line(Some(run), outcome, why), Some(run)),
+            (None, Some(before)) => (before.clone(), None),
+            (None, None) => (self.line(None, Outcome::Open, None), None),
+        }
+    }
+
+    /// Whole results of this very work in its place, by the record and the hashes beside them.
+    fn at_home(&self) -> Option<Line> {
+        let place = self.folder.join(self.name);
+        let run: RunRecord = serde_json::from_slice(&fs::read(place.join(RUN_FILE)).ok()?).ok()?;
+        let is_whole = self.is_run_by(&run) && holds(&place, &run.id).is_ok();
+        let line = || self.line(Some(&run), Outcome::Complete, None);
+        is_whole.then(|| Line { folder: Some(self.name.to_owned()), ..line() })
     }
 
     /// Whether a run does this work for this survey, wherever it may rent.
@@ -64,10 +84,16 @@ impl Member<'_> {
     fn judge(&self, run: &RunRecord) -> (Outcome, Option<String>) {
         let Some(ending) = run.state.ending().filter(|_| run.state.is_at_rest()) else { return (Outcome::Open, None) };
         if *ending == Ending::Completed {
-            // They were there: without them it is as if it had not been run.
-            return match holds(&self.folder.join(self.name), &run.id) {
-                Ok(()) => (Outcome::Complete, None),
-                Err(flaw) => (Outcome::Open, Some(flaw)),
+            let place = self.folder.join(self.name);
+            let Err(flaw) = holds(&place, &run.id) else { return (Outcome::Complete, None) };
+            let elsewhere = run.state.results().map(|results| Path::new(&results.folder));
+            return match elsewhere.filter(|folder| *folder != place && holds(folder, &run.id).is_ok()) {
+                Some(folder) => {
+                    let (from, to) = (folder.display(), place.display());
+                    (Outcome::Partial, Some(format!("its results could not be saved there: move {from} to {to}")))
+                }
+                // They were there: without them it is as if it had not been run.
+                None => (Outcome::Open, Some(flaw)),
             };
         }
         let why = Some(ending.to_string());
@@ -113,7 +139,8 @@ mod tests {
 
     fn line(folder: &Path, job: &JobSpec, runs: &[RunRecord]) -> Line {
         let identity = JobIdentity::of(job).unwrap();
-        Member { survey: "moe-two", name: "owner--a", identity: &identity, job_key: "k", folder }.look(runs).0
+        let (survey, name, job_key) = ("moe-two", "owner--a", "k");
+        Member { survey, name, identity: &identity, job_key, folder, before: None }.look(runs).0
     }
 
     #[test]
@@ -151,9 +178,47 @@ mod tests {
             (Outcome::Complete, Some("r1")),
             "whole results stay what they are"
         );
+        let moved = home.path().join("elsewhere");
+        std::fs::rename(&whole, &moved).unwrap();
+        let away = Brought { folder: moved.to_string_lossy().into_owned(), complete: true };
+        let away = line(home.path(), &job, &[of_a("r1", ended("r1", away, Ending::Completed))]);
+        assert!(away.outcome == Outcome::Partial && away.why.unwrap().contains("move "), "not run again unasked");
+        std::fs::rename(&moved, &whole).unwrap();
         std::fs::write(whole.join("results.json"), "{}").unwrap();
         let damaged = line(home.path(), &job, &both[..1]);
         assert!(damaged.outcome == Outcome::Open && damaged.why.unwrap().contains("results.json"));
+    }
+
+    #[test]
+    fn without_a_ledger_the_record_and_the_hashes_beside_the_results_tell() {
+        let home = tempfile::tempdir().unwrap();
+        let brought = Brought { folder: "/lost".into(), complete: true };
+        let run = of_a("r1", ended("r1", brought, Ending::Completed));
+        let place = copy("mixture", &home.path().join("owner--a"));
+        crate::compare::fixture::change(&place, "metadata.json", |metadata| {
+            metadata["job"] = serde_json::to_value(&run.spec.job).unwrap();
+        });
+        let record = |run: &RunRecord| {
+            std::fs::write(place.join(RUN_FILE), serde_json::to_string(run).unwrap()).unwrap();
+        };
+        record(&run);
+        let found = line(home.path(), &run.spec.job, &[]);
+        let got = (found.outcome, found.run.as_deref(), found.folder.as_deref());
+        assert_eq!(got, (Outcome::Complete, Some("r1"), Some("owner--a")));
+        let other = RunSpec { job_key: "of another text".into(), ..run.spec.clone() };
+        record(&RunRecord { spec: other, ..run.clone() });
+        assert_eq!(line(home.path(), &run.spec.job, &[]).outcome, Outcome::Open, "other work");
+        record(&run);
+        std::fs::write(place.join("results.json"), "{}").unwrap();
+        assert_eq!(line(home.path(), &run.spec.job, &[]).outcome, Outcome::Open, "damaged");
+        // What had failed waits to be asked for, unless it was other work.
+        let identity = JobIdentity::of(&run.spec.job).unwrap();
+        let before = Line { outcome: Outcome::Failed, why: Some("no".into()), ..found };
+        for (job_key, outcome) in [("k", Outcome::Failed), ("other", Outcome::Open)] {
+            let (folder, before) = (Path::new("/nowhere"), Some(&before));
+            let member = Member { survey: "moe-two", name: "owner--a", identity: &identity, job_key, folder, before };
+            assert_eq!(member.look(&[]).0.outcome, outcome);
+        }
     }
 
     #[test]

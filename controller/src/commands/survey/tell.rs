@@ -179,6 +179,8 @@ impl Session<'_> {
         let status = match (line.outcome, run) {
             _ if stuck.iter().any(|(name, _)| *name == model.entry.name) => ExitStatus::InstanceLeft,
             (Outcome::Complete, _) => ExitStatus::Done,
+            // Of an earlier ledger.
+            (Outcome::Partial | Outcome::Failed, None) => ExitStatus::Failed,
             // It was to be run, and Ctrl-C came first.
             (_, None) => ExitStatus::Interrupted,
             (_, Some(run)) if run.state.ending() == Some(&Ending::Completed) => ExitStatus::Failed,
