@@ -5,18 +5,24 @@ use std::path::Path;
 
 use super::Context;
 use crate::cli::{CompareArgs, CompareFormat};
-use crate::compare::folder::{ReadError, read_all};
+use crate::compare::folder::{ReadError, read_all, read_whole};
 use crate::compare::{Comparison, page, pixels, plots, print};
 use crate::files::write_whole;
 use crate::report::{Complaint, ExitStatus};
+use crate::text::clean;
 
 /// Does it.
 pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatus, Complaint> {
-    let folders = match args.folders.is_empty() {
-        true => vec![context.settings.results.clone()],
-        false => args.folders.clone(),
+    let (folders, left_out) = match args.folders.is_empty() {
+        true => read_whole(&context.settings.results, args.allow_partial)?,
+        false => (read_all(&args.folders, args.allow_partial)?, Vec::new()),
     };
-    let comparison = Comparison::of(read_all(&folders, args.allow_partial)?);
+    if !left_out.is_empty() {
+        let names: Vec<String> = left_out.iter().map(|path| path.display().to_string()).collect();
+        let names = clean(names.join(", ").as_bytes(), 2000);
+        context.reporter.say(&format!("Left out, not being whole results: {names}"));
+    }
+    let comparison = Comparison::of(folders);
     if let Some(file) = &args.html {
         let file = context.here.join(file);
         write(&file, page::page(&comparison).as_bytes())?;

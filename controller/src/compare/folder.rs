@@ -112,15 +112,36 @@ fn flawed(folders: &[(PathBuf, Flaw)]) -> String {
 /// # Errors
 /// A folder cannot be looked into, there are no results, or, unless `allow_partial`, some are not to be used.
 pub fn read_all(folders: &[PathBuf], allow_partial: bool) -> Result<Vec<ResultFolder>, ReadError> {
+    judged(find_all(folders)?, allow_partial)
+}
+
+/// Reads the results in or below a folder without those that are partial by their name, unless
+/// there are no others; gives the paths of those, too.
+///
+/// # Errors
+/// As [`read_all`].
+pub fn read_whole(folder: &Path, allow_partial: bool) -> Result<(Vec<ResultFolder>, Vec<PathBuf>), ReadError> {
+    let is_partial = |found: &Found| found.path.extension().is_some_and(|extension| extension == "partial");
+    let found = find_all(&[folder.to_owned()])?;
+    let (partial, whole): (Vec<Found>, Vec<Found>) = found.into_iter().partition(is_partial);
+    if whole.is_empty() {
+        return Ok((judged(partial, allow_partial)?, Vec::new()));
+    }
+    Ok((judged(whole, allow_partial)?, partial.into_iter().map(|found| found.path).collect()))
+}
+
+/// By name, each once; at least one.
+fn find_all(folders: &[PathBuf]) -> Result<Vec<Found>, ReadError> {
     let mut found = Vec::new();
     for folder in folders {
         find(folder, DEPTH, &mut found)?;
     }
     found.sort_by(|a, b| a.path.cmp(&b.path));
     found.dedup_by(|a, b| a.path == b.path);
-    if found.is_empty() {
-        return Err(ReadError::Nothing(folders.to_vec()));
-    }
+    if found.is_empty() { Err(ReadError::Nothing(folders.to_vec())) } else { Ok(found) }
+}
+
+fn judged(found: Vec<Found>, allow_partial: bool) -> Result<Vec<ResultFolder>, ReadError> {
     let judge = |Found { path, flaw }| {
         let content = flaw.map_or_else(|| read(&path), Err);
         ResultFolder { path, content }
@@ -413,6 +434,19 @@ mod tests {
         assert!(error.contains("cut.partial is partial") && error.contains("coming.part is partial"), "{error}");
         let read = read_all(&all, true).unwrap();
         assert_eq!(read.iter().map(|folder| folder.content.is_ok()).collect::<Vec<_>>(), [false, false, true]);
+    }
+
+    #[test]
+    fn what_is_partial_by_its_name_is_left_out_and_named_unless_there_is_nothing_else() {
+        let home = tempfile::tempdir().unwrap();
+        let at = |name: &str| home.path().join(name);
+        fs::remove_file(copy("mixture", &at("s/cut.partial")).join(files::MANIFEST)).unwrap();
+        let error = read_whole(home.path(), false).unwrap_err().to_string();
+        assert!(error.contains("cut.partial is partial"), "{error}");
+        copy("dense", &at("good-1.5"));
+        let (read, left_out) = read_whole(home.path(), false).unwrap();
+        assert_eq!(read.iter().map(|folder| folder.path.clone()).collect::<Vec<_>>(), [at("good-1.5")]);
+        assert_eq!(left_out, [at("s/cut.partial")]);
     }
 
     #[test]
