@@ -89,6 +89,10 @@ pub enum Command {
     Attach {
         /// The beginning of its id, or `last` [default: the only one that nobody drives].
         run: Option<String>,
+        /// Bring its results below this folder instead, also where another process drives it:
+        /// for a run whose results cannot be saved.
+        #[arg(long, value_name = "DIR")]
+        results: Option<PathBuf>,
     },
     /// Run many models, side by side, over one text: a file names them, and each is deployed as by `deploy`.
     ///
@@ -112,6 +116,9 @@ pub enum Command {
         /// Folder for the document [default: handoffs].
         #[arg(short, long, value_name = "DIR")]
         output: Option<PathBuf>,
+        /// Replace today's document even if somebody edited it.
+        #[arg(long)]
+        force: bool,
     },
     /// Make a small model with planted outlier features, deploy it on this machine, and compare what is found.
     ///
@@ -587,7 +594,8 @@ pub struct AnalyzeArgs {
     /// The text and how it is run.
     #[command(flatten)]
     pub job: JobArgs,
-    /// Folder for the results [default: below the results' folder].
+    /// Folder for the results, new or empty [default: <model>-<id> below the results' folder].
+    /// Until they are whole they lie in DIR.partial, where the same command goes on.
     #[arg(short, long, value_name = "DIR")]
     pub output: Option<PathBuf>,
 }
@@ -595,7 +603,8 @@ pub struct AnalyzeArgs {
 /// `compare`.
 #[derive(Args, Clone, Debug)]
 pub struct CompareArgs {
-    /// Folders of results, or folders of such folders [default: the results' folder].
+    /// Folders of results, or folders of such folders [default: the results' folder, without
+    /// what is partial].
     #[arg(value_name = "DIR")]
     pub folders: Vec<PathBuf>,
     /// What to print.

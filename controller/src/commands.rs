@@ -99,10 +99,10 @@ async fn dispatch(
     let context = Context { settings, reporter, here, exe, explain: cli.global.explain };
     let done = match cli.command {
         Command::Deploy(args) => deploy::command(&context, &args).await,
-        Command::Attach { run } => attach::command(&context, run.as_deref()).await,
+        Command::Attach { run, results } => attach::command(&context, run.as_deref(), results.as_deref()).await,
         Command::Survey(args) => survey::command(&context, &args).await,
         Command::Status { watch } => status::command(&context, watch).await,
-        Command::Handoff { output } => handoff::command(&context, output.as_deref()),
+        Command::Handoff { output, force } => handoff::command(&context, output.as_deref(), force),
         Command::Demo(args) => demo::command(&context, &args).await,
         Command::Runs(command) => runs::command(&context, command).await,
         Command::Instances(command) => instances::command(&context, command).await,

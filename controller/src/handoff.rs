@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::calendar::rfc3339;
+use crate::files::sha256;
 use crate::ledger::Unreadable;
 use crate::standing::{Over, Standing, SurveyStanding, UnderWay};
 use crate::survey::Outcome;
@@ -31,6 +32,23 @@ pub fn document(standing: &Standing) -> String {
         out += &format!("\n## {title}\n\n{body}\n");
     }
     out
+}
+
+/// What stands before the hash of a document in its last line, which Markdown does not show.
+const SEAL: &str = "\n<!-- outliers handoff, SHA-256 of what is above: ";
+const END: &str = " -->\n";
+
+/// A document with a last line by which it is known whether somebody has edited it.
+pub fn sealed(document: String) -> String {
+    let hash = sha256(document.as_bytes());
+    document + SEAL + &hash + END
+}
+
+/// Whether a document is as it was sealed.
+pub fn is_untouched(text: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(text);
+    let parts = text.rsplit_once(SEAL);
+    parts.is_some_and(|(document, seal)| seal.strip_suffix(END) == Some(&*sha256(document.as_bytes())))
 }
 
 /// Text from elsewhere, fit for a cell of a table and a line of a list.
@@ -279,6 +297,18 @@ mod tests {
         assert_eq!(next(&standing), "outliers survey '/my surveys/moe-two.toml' --rerun-failed");
         standing.surveys[0].index.models.pop();
         assert!(next(&standing).starts_with("outliers compare ") && next(&standing).contains("moe-two --html"));
+    }
+
+    #[test]
+    fn a_document_that_was_edited_is_known() {
+        let text = sealed("# Handoff\n\nNothing.\n".to_owned());
+        assert!(is_untouched(text.as_bytes()) && text.starts_with("# Handoff\n\nNothing.\n\n<!--"), "{text}");
+        let edits = [text.replace("Nothing", "Much"), format!("{text}a note\n"), format!("a note\n{text}")];
+        let cut = text.lines().take(3).collect::<Vec<_>>().join("\n");
+        for edited in edits.into_iter().chain([cut, String::new()]) {
+            assert!(!is_untouched(edited.as_bytes()), "{edited}");
+        }
+        assert!(!is_untouched(b"\xff"));
     }
 
     #[test]

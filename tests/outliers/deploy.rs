@@ -271,6 +271,198 @@ fn a_kept_instance_is_held_until_it_is_terminated() {
     desk.assert_nothing_left();
 }
 
+// ------------------------------------------------------------------------------------------------- no room at home
+
+#[test]
+fn results_that_this_disk_cannot_take_are_refused_before_anything_is_rented() {
+    let desk = Desk::new();
+    let planned = fixture("llama-f32", &[]).into_iter().skip(1).filter(|word| word != "-y");
+    let planned = desk.run(["plan".to_owned()].into_iter().chain(planned)).ok();
+    assert!(planned.stdout.contains("results, at home: "), "{planned:?}");
+    // Activations of eight million tokens in a model of a thousand thousand million parameters.
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("published/Kimi-K2-Instruct");
+    let rows = vec![format!("[{}1]", "0,".repeat(2047)); 4000];
+    std::fs::write(desk.work().join("ids.json"), format!("[{}]", rows.join(","))).unwrap();
+    let job = ["--weights", "synthetic:1", "--token-ids", "ids.json", "--save-activations", "all.safetensors"];
+    let said = desk.run(deploy(&model, &[&job[..], &["--allow-cut-short"]].concat()));
+    assert_eq!(said.code, Some(2), "{said:?}");
+    for word in ["the results may need", "TiB in ", "remote_results, and ", "are free there", "make room"] {
+        assert!(said.stderr.contains(word), "{word:?} is missing: {said:?}");
+    }
+    assert!(desk.bill().entries.is_empty() && !desk.work().join("remote_results").exists());
+    desk.assert_nothing_left();
+}
+
+/// A controller whose worker is busy, and whose results nothing will take; with the run.
+fn deployed_without_room(desk: &Desk) -> (Child, String) {
+    let controller = desk.start(slow_deploy(desk));
+    desk.wait_for("the worker to be busy", || worker_is_busy(desk));
+    let run = desk.json(&["runs", "list"])["runs"][0]["id"].as_str().unwrap().to_owned();
+    let results = desk.work().join("remote_results");
+    std::fs::remove_dir(&results).unwrap();
+    std::fs::write(&results, "in the way").unwrap();
+    std::fs::write(desk.state().join("runs").join(&run).join(format!("model-{run}.part")), "in the way").unwrap();
+    desk.wait_for("the results to fit nowhere", || desk.stderr().contains("its results cannot be saved"));
+    for word in ["keeps them until 20", "/h, $", " so far", &format!("outliers attach {run} --results DIR")] {
+        assert!(desk.stderr().contains(word), "{word:?} is missing: {}", desk.stderr());
+    }
+    assert_eq!(desk.bill().running.len(), 1, "they are nowhere but there");
+    (controller, run)
+}
+
+fn assert_saved(desk: &Desk, run: &str) {
+    let folder = desk.work().join("larger").join(format!("model-{run}"));
+    let results = std::fs::read(folder.join(files::RESULTS)).unwrap();
+    let results: serde_json::Value = serde_json::from_slice(&results).unwrap();
+    assert_eq!(results["sequences"], 120);
+    desk.assert_nothing_left();
+    assert_eq!(desk.bill().entries.len(), 1, "rented once");
+    let late = desk.run(["attach", run, "--results", "another"]);
+    assert!(late.code == Some(2) && late.stderr.contains("are at home already"), "{late:?}");
+}
+
+#[test]
+fn results_that_cannot_be_saved_stay_on_their_instance_until_another_folder_is_named() {
+    let desk = Desk::new();
+    let (mut controller, run) = deployed_without_room(&desk);
+    let said = desk.run(["attach", &run, "--results", "larger"]).ok();
+    assert!(said.stderr.contains("from now on"), "{said:?}");
+    assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", desk.stderr());
+    assert_saved(&desk, &run);
+}
+
+#[test]
+fn results_that_cannot_be_saved_outlive_their_controller_and_come_to_another_folder() {
+    let desk = Desk::new();
+    let (mut controller, run) = deployed_without_room(&desk);
+    controller.kill().unwrap();
+    controller.wait().unwrap();
+    assert_eq!(desk.bill().running.len(), 1);
+    let said = desk.run(["attach", "--results", "larger"]).ok();
+    assert!(said.stderr.contains("Picking up run") && said.stdout.contains("larger"), "{said:?}");
+    assert_saved(&desk, &run);
+}
+
+/// A disk of its own for a folder, as long as this lives.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    /// `None`, after saying so, where nothing can be mounted.
+    fn on(folder: std::path::PathBuf, mib: u32) -> Option<Self> {
+        std::fs::create_dir_all(&folder).unwrap();
+        let mut mount = std::process::Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"]).arg(&folder);
+        if mount.output().is_ok_and(|output| output.status.success()) {
+            return Some(Self(folder));
+        }
+        eprintln!("skipped: no tmpfs can be mounted here");
+        None
+    }
+
+    fn fill(&self) {
+        let mut file = std::fs::File::create(self.0.join("ballast")).unwrap();
+        let full = std::io::copy(&mut std::io::repeat(1), &mut file).unwrap_err();
+        assert_eq!(full.kind(), std::io::ErrorKind::StorageFull, "{full}");
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn results_for_which_a_disk_has_become_too_small_lie_beside_the_ledger() {
+    let desk = Desk::new();
+    let Some(disk) = SmallDisk::on(desk.work().join("remote_results"), 256) else { return };
+    let mut controller = desk.start(slow_deploy(&desk));
+    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
+    disk.fill();
+    assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", desk.stderr());
+    let run = desk.json(&["runs", "list"])["runs"][0]["id"].as_str().unwrap().to_owned();
+    let folder = desk.state().join("runs").join(&run).join(format!("model-{run}"));
+    assert!(folder.join(files::RESULTS).exists(), "{}", desk.stderr());
+    assert!(desk.stdout().contains(&text(&folder)), "it says where: {}", desk.stdout());
+    let left = std::fs::read_dir(desk.work().join("remote_results")).unwrap().count();
+    assert_eq!(left, 1, "nothing but the ballast");
+    desk.assert_nothing_left();
+}
+
+// ---------------------------------------------------------------------------------------------------- on this machine
+
+/// `analyze` of a fixture's model over its own token ids.
+fn analyze(name: &str, more: &[&str]) -> Vec<String> {
+    let words = fixture(name, more).into_iter().skip(1).filter(|word| word != "-y");
+    ["analyze".to_owned()].into_iter().chain(words).collect()
+}
+
+#[test]
+fn an_analysis_has_a_folder_of_its_own_and_touches_no_other() {
+    let desk = Desk::new();
+    let _ = desk.run(analyze("llama-f32", &[])).ok();
+    let first = desk.results_folder();
+    let name = first.file_name().unwrap().to_str().unwrap();
+    assert!(name.starts_with("model-") && name.len() == "model-".len() + 8, "{name}");
+    let results = std::fs::read(first.join(files::RESULTS)).unwrap();
+    let again = desk.run(analyze("llama-f32", &[])).ok();
+    assert_eq!(std::fs::read_dir(desk.work().join("remote_results")).unwrap().count(), 2, "{again:?}");
+    let other = desk.run(analyze("qwen3", &["--output", &text(&first)]));
+    assert!(other.code == Some(2) && other.stderr.contains("holds other results"), "{other:?}");
+    assert_eq!(std::fs::read(first.join(files::RESULTS)).unwrap(), results);
+    assert!(desk.bill().entries.is_empty());
+}
+
+#[test]
+fn an_analysis_that_fails_leaves_what_it_left_apart_and_compare_says_that_it_leaves_it_out() {
+    let desk = Desk::new();
+    let model = copied_model(&desk, "llama-f32");
+    let path = model.join("model.safetensors");
+    let whole = std::fs::read(&path).unwrap();
+    let mut bytes = whole.clone();
+    let end = bytes.len();
+    bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    let job = ["--num-sequences", "2", "--sequence-length", "32", "--output", "remote_results/mine"].map(str::to_owned);
+    let analysis: Vec<String> =
+        ["analyze".to_owned(), "--model".to_owned(), text(&model)].into_iter().chain(job).collect();
+    let said = desk.run(&analysis);
+    assert!(matches!(said.code, Some(1 | 2)) && said.stderr.contains("NaN"), "{said:?}");
+    let mine = desk.work().join("remote_results/mine");
+    let partial = desk.work().join("remote_results/mine.partial");
+    assert!(!mine.exists() && partial.join(files::LOG).exists());
+    let _ = desk.run(analyze("qwen3", &[])).ok();
+    let compared = desk.run(["compare"]).ok();
+    assert!(compared.stderr.contains("Left out") && compared.stderr.contains("mine.partial"), "{compared:?}");
+    let named = desk.run(["compare", "remote_results"]);
+    assert!(named.code == Some(1) && named.stderr.contains("mine.partial is partial"), "{named:?}");
+    // The same goes on there; another one does not.
+    let other = desk.run(analyze("qwen3", &["--output", "remote_results/mine"]));
+    assert!(other.code == Some(2) && other.stderr.contains("what another job left"), "{other:?}");
+    std::fs::write(&path, whole).unwrap();
+    let _ = desk.run(&analysis).ok();
+    assert!(mine.join(files::RESULTS).exists() && !partial.exists());
+    let compared = desk.run(["compare"]).ok();
+    assert!(!compared.stderr.contains("Left out"), "{compared:?}");
+}
+
+#[test]
+fn a_handoff_that_somebody_edited_is_not_overwritten() {
+    let desk = Desk::new();
+    let file = desk.run(["handoff"]).ok().stdout.trim().to_owned();
+    let again = desk.run(["handoff"]).ok().stdout;
+    assert_eq!(again.trim(), file, "what nobody edited is written anew");
+    let edited = std::fs::read_to_string(&file).unwrap().replace("Nothing.", "Ask Ada.");
+    std::fs::write(&file, &edited).unwrap();
+    let refused = desk.run(["handoff"]);
+    assert!(refused.code == Some(2) && refused.stderr.contains("was edited"), "{refused:?}");
+    assert!(refused.stderr.contains("--force") && refused.stderr.contains(&file), "{refused:?}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), edited);
+    let _ = desk.run(["handoff", "--output", "elsewhere"]).ok();
+    let _ = desk.run(["handoff", "--force"]).ok();
+    assert!(!std::fs::read_to_string(&file).unwrap().contains("Ask Ada."));
+}
+
 // --------------------------------------------------------------------------------------------------------- bad input
 
 /// Bad input: the exit code, a word of the explanation, and nothing was ever rented.

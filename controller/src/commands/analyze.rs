@@ -1,36 +1,72 @@
 //! `analyze`: the worker on this machine, no instance.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use outliers_protocol::{Results, files};
+use outliers_protocol::{JobSpec, Results, files};
 
 use super::Context;
 use crate::cli::AnalyzeArgs;
 use crate::deploy::slug;
-use crate::files::{MOST, read_small};
+use crate::files::{MOST, read_small, rename_folder};
+use crate::ledger::random_word;
 use crate::local_worker::{LocalWorkerError, is_refusal};
 use crate::report::{Complaint, ExitStatus, tables};
 
-/// Does it.
+/// Does it. Results lie in a folder of another name until they are whole: what fails never touches
+/// what lies in theirs.
 pub(super) async fn command(context: &Context, args: &AnalyzeArgs) -> Result<ExitStatus, Complaint> {
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
-    let usual = || context.settings.results.join(format!("{}-here", slug(job.model.name())));
+    let usual = || context.settings.results.join(format!("{}-{}", slug(job.model.name()), random_word(8)));
     let folder = args.output.as_ref().map_or_else(usual, |path| context.here.join(path));
+    let partial = partial(&folder, &job)?;
     let on = |progress| context.reporter.progress(&progress);
     let ran = tokio::select! {
-        ran = worker.run(&job, &folder, &on) => ran,
+        ran = worker.run(&job, &partial, &on) => ran,
         // The worker hears the terminal's Ctrl-C too; dropping it ends it in any case.
         _ = tokio::signal::ctrl_c() => {
-            return Err(Complaint { status: ExitStatus::Interrupted, message: "interrupted".to_owned(), hint: None });
+            let hint = Some(format!("the same with --output {} goes on where it was", folder.display()));
+            return Err(Complaint { status: ExitStatus::Interrupted, message: "interrupted".to_owned(), hint });
         }
     };
-    ran.map_err(|error| complaint(error, &folder))?;
-    let results = read(&folder.join(files::RESULTS))?;
+    if let Err(error) = ran {
+        let nothing_to_go_on_with = args.output.is_none() && !partial.join(files::SAVE_POINT).exists();
+        if is_refusal(&error) && nothing_to_go_on_with {
+            // What was asked for cannot be done: there is nothing but that word, which follows.
+            let _ = std::fs::remove_dir_all(&partial);
+        }
+        return Err(complaint(error, &partial));
+    }
+    let results = read(&partial.join(files::RESULTS))?;
+    rename_folder(&partial, &folder).map_err(|error| Complaint::failed(format!("{}: {error}", folder.display())))?;
     context
         .reporter
         .result(&results, || format!("{}files: {}\n", tables::results(job.model.name(), &results), folder.display()));
     Ok(ExitStatus::Done)
+}
+
+/// Where the results of `job` lie until they are whole and become `folder`.
+///
+/// # Errors
+/// Something else lies in either.
+fn partial(folder: &Path, job: &JobSpec) -> Result<PathBuf, Complaint> {
+    let refused = |place: &Path, what: &str| {
+        let message = format!("{} holds {what}", place.display());
+        Err(Complaint::refused(message, "name another folder with --output, or move that one away"))
+    };
+    let is_empty = |place: &Path| std::fs::read_dir(place).map_or(!place.exists(), |mut there| there.next().is_none());
+    if !is_empty(folder) {
+        return refused(folder, "other results");
+    }
+    let mut partial = folder.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    let begun = std::fs::read(partial.join(files::JOB)).ok();
+    let begun = begun.and_then(|text| serde_json::from_slice::<JobSpec>(&text).ok());
+    if !is_empty(&partial) && begun.as_ref() != Some(job) {
+        return refused(&partial, "what another job left");
+    }
+    Ok(partial)
 }
 
 fn complaint(error: LocalWorkerError, folder: &Path) -> Complaint {
@@ -46,4 +82,33 @@ fn complaint(error: LocalWorkerError, folder: &Path) -> Complaint {
 fn read(path: &Path) -> Result<Results, Complaint> {
     let text = read_small(path, MOST).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))?;
     serde_json::from_slice(&text).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use outliers_protocol::ModelSource;
+
+    use super::*;
+
+    #[test]
+    fn what_lies_in_a_folder_already_is_not_touched() {
+        let home = tempfile::tempdir().unwrap();
+        let job = JobSpec::new(ModelSource::Hub { id: "a/b".into(), revision: "main".into() });
+        let folder = home.path().join("out");
+        let beside = home.path().join("out.partial");
+        let found = |job: &JobSpec| partial(&folder, job).map_err(|complaint| complaint.message);
+        assert_eq!(found(&job), Ok(beside.clone()));
+        std::fs::create_dir(&folder).unwrap();
+        assert_eq!(found(&job), Ok(beside.clone()), "an empty folder is as good as none");
+        std::fs::create_dir(&beside).unwrap();
+        std::fs::write(beside.join(files::JOB), serde_json::to_vec(&job).unwrap()).unwrap();
+        assert_eq!(found(&job), Ok(beside.clone()), "the same job goes on");
+        let other = JobSpec { layers: Some(1), ..job.clone() };
+        assert!(found(&other).unwrap_err().contains("another job"));
+        std::fs::write(folder.join("results.json"), "{}").unwrap();
+        assert!(found(&job).unwrap_err().contains("other results"));
+        std::fs::remove_dir_all(&folder).unwrap();
+        std::fs::write(&folder, "a file").unwrap();
+        assert!(found(&job).unwrap_err().contains("other results"));
+    }
 }

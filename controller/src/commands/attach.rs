@@ -1,20 +1,33 @@
 //! `attach`: drives a run on whose controller went away.
 
+use std::path::Path;
+
 use super::deploy::{Deployed, tell};
 use super::drive::drive;
-use super::prepare::secrets;
+use super::prepare::{secrets, writable};
 use super::{Context, ports};
 use crate::clouds::BadHosts;
 use crate::ledger::{Ledger, Records, RunRecord};
 use crate::report::{Complaint, ExitStatus};
 
-/// Does it.
-pub(super) async fn command(context: &Context, name: Option<&str>) -> Result<ExitStatus, Complaint> {
+/// Does it; `results` is another folder for them.
+pub(super) async fn command(
+    context: &Context,
+    name: Option<&str>,
+    results: Option<&Path>,
+) -> Result<ExitStatus, Complaint> {
     let ledger = context.ledger()?;
     let run = match name {
         Some(name) => ledger.find(name)?,
         None => the_only_one(context, &ledger)?,
     };
+    if let Some(results) = results {
+        let folder = send_results(context, &ledger, &run, results)?;
+        if ledger.is_driven(&run.id)? {
+            context.reporter.say(&format!("Whoever drives run {} brings its results to {folder} from now on", run.id));
+            return Ok(ExitStatus::Done);
+        }
+    }
     let deployed = if run.state.is_at_rest() { Deployed::of(run) } else { take_up(context, &ledger, &run).await? };
     tell(context, &deployed);
     Ok(deployed.status())
@@ -34,6 +47,24 @@ async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<
     let secrets = secrets(context, &run.spec.job, workers);
     context.reporter.picked_up(taken.record());
     drive(&context.reporter, taken, ports(&clouds, &bad_hosts, &hosts, &secrets)).await
+}
+
+/// Names another folder for a run's results, which have not come home; gives its path.
+fn send_results(context: &Context, ledger: &Ledger, run: &RunRecord, folder: &Path) -> Result<String, Complaint> {
+    if let Some(results) = run.state.results() {
+        let message = format!("the results of run {} are at home already: {}", run.id, results.folder);
+        return Err(Complaint::refused(message, "move that folder"));
+    }
+    if run.state.is_at_rest() {
+        return Err(Complaint::refused(format!("run {} is over and left no results", run.id), "deploy it again"));
+    }
+    let folder = context.here.join(folder);
+    let Some(path) = folder.to_str() else {
+        return Err(Complaint::refused("the results' folder is not UTF-8", "choose another"));
+    };
+    writable(&folder)?;
+    ledger.send_results_to(&run.id, path)?;
+    Ok(path.to_owned())
 }
 
 /// The run that nobody drives and that is not over, if there is just one.

@@ -8,7 +8,7 @@ use super::status::Document;
 use super::{Context, SCHEMA};
 use crate::calendar::rfc3339;
 use crate::files::write_whole;
-use crate::handoff::document;
+use crate::handoff::{document, is_untouched, sealed};
 use crate::ledger::now_ms;
 use crate::report::{Complaint, ExitStatus};
 use crate::standing::Standing;
@@ -24,15 +24,23 @@ struct Written<'a> {
     document: Document<'a>,
 }
 
-/// Does it. A second one on the same day takes the place of the first.
-pub(super) fn command(context: &Context, output: Option<&Path>) -> Result<ExitStatus, Complaint> {
+/// Does it. A second one on the same day takes the place of the first, unless somebody has edited
+/// that.
+pub(super) fn command(context: &Context, output: Option<&Path>, force: bool) -> Result<ExitStatus, Complaint> {
     let standing = Standing::look(&context.ledger()?, &context.settings.results, now_ms())?;
     context.reporter.unreadable(&standing.unreadable);
     let moment = rfc3339(standing.at);
     let date = moment.split('T').next().unwrap_or_default();
     let folder = context.here.join(output.unwrap_or(Path::new(FOLDER)));
     let file = folder.join(format!("{date}.md"));
-    let written = std::fs::create_dir_all(&folder).and_then(|()| write_whole(&file, document(&standing).as_bytes()));
+    if !force && std::fs::read(&file).is_ok_and(|text| !is_untouched(&text)) {
+        return Err(Complaint::refused(
+            format!("{} was edited, or is of another version, and is left as it is", file.display()),
+            "--force replaces it; --output writes to another folder",
+        ));
+    }
+    let text = sealed(document(&standing));
+    let written = std::fs::create_dir_all(&folder).and_then(|()| write_whole(&file, text.as_bytes()));
     written.map_err(|error| Complaint::failed(format!("{}: {error}", file.display())))?;
     let document = Document { schema: SCHEMA, standing: &standing };
     context.reporter.result(&Written { file: &file, document }, || file.display().to_string());
