@@ -381,7 +381,8 @@ impl Ledger {
         self.run_folder(id).join("cancel")
     }
 
-    /// Names another folder, absolute, below which a run's results are to appear: for whoever drives it, now or later.
+    /// Names another folder, absolute, below which a run's results are to appear: for whoever
+    /// drives it, now or later.
     ///
     /// # Errors
     /// What the file system says.

@@ -464,9 +464,9 @@ impl Reporter {
     fn kept(&self, kept: &Kept) {
         let Kept { run, instance, why, price, cost, until, pause } = kept;
         self.warn(&format!(
-            "run {run}: its results cannot be saved ({why}); instance {instance} keeps them until {} and bills {price}, {cost} so \
-             far; next try in {}. Make room, or name another folder: outliers attach {run} --results DIR. \
-             Ctrl-C gives them up",
+            "run {run}: its results cannot be saved ({why}); instance {instance} keeps them until {} \
+             and bills {price}, {cost} so far; next try in {}. Make room, or name another folder: \
+             outliers attach {run} --results DIR. Ctrl-C gives them up",
             rfc3339(*until),
             Span(*pause)
         ));

@@ -50,7 +50,8 @@ case $scenario in
   vast | petabyte)
     size=53687091200; [ "$scenario" = petabyte ] && size=1125899906842624
     results
-    manifest "$(entry results.json results.json),{\"name\":\"vast.json\",\"bytes\":$size,\"sha256\":\"$(printf '%064d' 0)\"}" ;;
+    vast=$(printf '{"name":"vast.json","bytes":%s,"sha256":"%064d"}' $size 0)
+    manifest "$(entry results.json results.json),$vast" ;;
   stranger) results; manifest "$(entry another.json results.json)" ;;
   climbs) results; manifest "$(entry ../results.json results.json)" ;;
   absolute) results; manifest "$(entry /etc/passwd results.json)" ;;

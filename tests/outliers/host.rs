@@ -385,7 +385,7 @@ async fn what_is_larger_than_the_job_makes_it_is_refused_before_a_byte_of_it_com
     assert!(!scene.home_folder("r1").exists() && !unfinished(&scene.home_folder("r1")).exists());
 }
 
-/// What the manifest names is of the job, and there is no room for it: that is no fault of the host.
+/// What the manifest names is of the job, and there is no room for it: no fault of the host.
 #[tokio::test]
 async fn what_this_disk_has_no_room_for_is_refused_before_a_byte_of_it_comes() {
     let Some(scene) = Scene::new().await else { return };

@@ -1,4 +1,5 @@
-//! Results at home: named, compared with the manifest and with the job that was sent, moved into place as one.
+//! Results at home: named, compared with the manifest and with the job that was sent, moved into
+//! place as one.
 
 use std::fs;
 use std::io;
@@ -293,8 +294,8 @@ mod tests {
         sent.corpus.source = CorpusSource::Files(vec!["/home/me/A.TXT".into(), "b.jsonl.gz".into()]);
         sent.thresholds.layer_fraction = 0.1 + 0.2;
         let judged = |ran: &JobSpec| {
-            let write =
-                |name: &str, document: Value| fs::write(folder.path().join(name), document.to_string()).unwrap();
+            let at = folder.path();
+            let write = |name: &str, document: Value| fs::write(at.join(name), document.to_string()).unwrap();
             write(RUN_FILE, serde_json::json!({ "id": "r", "spec": { "job": sent, "model": "m" } }));
             write(files::METADATA, serde_json::json!({ "schema": 1, "job": ran }));
             same_job(folder.path())

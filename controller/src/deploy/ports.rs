@@ -79,8 +79,8 @@ pub trait Host: Send + Sync {
     /// Passes on what the worker says until it has ended.
     async fn follow(&self, run: &str, on: &Listener<'_>) -> Result<JobStatus, HostError>;
 
-    /// Copies the worker's files into the local folder `into`: no others than are `expected`, and none that is larger. The manifest if
-    /// the worker has written one.
+    /// Copies the worker's files into the local folder `into`: no others than are `expected`, and
+    /// none that is larger. The manifest if the worker has written one.
     async fn fetch(
         &self,
         run: &str,

@@ -481,9 +481,8 @@ impl Driver<'_> {
             Err(error) if error.here => self.keep(rental, error).await,
             Err(error) => {
                 if !error.transient {
-                    let id = &rental.instance;
-                    let note =
-                        format!("the files lie as they are in ~/outliers/{run} on instance {id} until that ends");
+                    let place = format!("~/outliers/{run} on instance {}", rental.instance);
+                    let note = format!("the files lie as they are in {place}, which ends now");
                     (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
                 }
                 let why = error.message.clone();
@@ -494,8 +493,8 @@ impl Driver<'_> {
         }
     }
 
-    /// Nothing here takes the results: the instance keeps them as long as its time lasts, which is no longer than what was agreed pays
-    /// for, and every place is tried again.
+    /// Nothing here takes the results: the instance keeps them as long as its time lasts, which is
+    /// no longer than what was agreed pays for, and every place is tried again.
     async fn keep(&mut self, rental: &Rental, error: HostError) -> Step {
         let until = match self.memory.kept_until {
             Some(until) => until,
@@ -572,13 +571,15 @@ impl Driver<'_> {
         }
     }
 
-    /// Where results may come to lie: below the folder that was asked for, or beside the ledger if that does not take them.
+    /// Where results may come to lie: below the folder that was asked for, or beside the ledger if
+    /// that does not take them.
     pub(super) fn places(&self) -> [Folders; 2] {
         let record = self.run.record();
         [self.run.results(), self.run.folder()].map(|below| Folders::of(&below, &record.spec, &record.id))
     }
 
-    /// Brings the files into the first place that takes them; `None` where there is no manifest, and nothing less than whole will do.
+    /// Brings the files into the first place that takes them; `None` where there is no manifest,
+    /// and nothing less than `whole` results will do.
     async fn bring_home(&self, exit: Option<i32>, whole: bool) -> Result<Option<(Brought, Ending)>, HostError> {
         let mut trouble = None;
         for place in &self.places() {

@@ -28,6 +28,7 @@ const SMALL: u64 = 8 << 20;
 const MAX_BATCH: u64 = 32 << 20;
 /// A lost connection is made again for so long.
 const PATIENCE: Duration = Duration::from_secs(300);
+const NOTHING_KEPT: &str = "nothing of it was kept; another instance may serve better";
 /// Files worth having from a worker that did not finish, besides its log.
 const LOOSE: [&str; 3] = [files::JOB, files::PROGRESS, files::METADATA];
 
@@ -43,12 +44,13 @@ pub struct Fetched {
 }
 
 impl RemoteHost {
-    /// Brings a run's files into the folder `into`: all of them, each with the size and hash its manifest names, or none. A manifest may
-    /// name the files of `expected`, none larger than it says there.
+    /// Brings a run's files into the folder `into`: all of them, each with the size and hash its
+    /// manifest names, or none. A manifest may name the files of `expected`, no larger than there.
     ///
-    /// They come into [`unfinished`] first, where a fetch that broke off with the connection finds what it had verified; what ends in
-    /// another way leaves nothing there. A folder left by an earlier, partial fetch is replaced; a whole one is kept and its
-    /// manifest compared. Without a manifest on the host, log, job, progress and metadata are brought and marked partial.
+    /// They come into [`unfinished`] first, where a fetch that broke off with the connection finds
+    /// what it had verified; what ends in another way leaves nothing there. A folder left by an
+    /// earlier, partial fetch is replaced; a whole one is kept and its manifest compared. Without
+    /// a manifest on the host, log, job, progress and metadata are brought and marked partial.
     pub async fn fetch(
         &self,
         run: &str,
@@ -242,15 +244,14 @@ impl RemoteHost {
 
     fn damaged(&self, what: &str) -> HostError {
         HostError::new(HostErrorKind::Damaged, format!("{}: {what}", self.name))
-            .hint("nothing of it was kept; another instance may serve better")
+            .hint(NOTHING_KEPT)
     }
 
     fn too_large(&self, entry: &FileEntry, most: &FileBytes) -> HostError {
         let (bytes, most) = (Bytes(entry.bytes), Bytes(most.bytes));
-        let message =
-            format!("{}: {} has {bytes} by its manifest; the job makes {most} at most", self.name, entry.name);
-        HostError::new(HostErrorKind::TooLarge, message)
-            .hint("nothing of it was kept; another instance may serve better")
+        let name = &entry.name;
+        let message = format!("{}: {name} has {bytes} by its manifest; the job makes {most} at most", self.name);
+        HostError::new(HostErrorKind::TooLarge, message).hint(NOTHING_KEPT)
     }
 }
 

@@ -207,7 +207,8 @@ impl Cursor {
     }
 }
 
-/// Moves a cursor that is too far behind close to the end of its file; gives the bytes that are passed over.
+/// Moves a cursor that is too far behind close to the end of its file; gives the bytes that are
+/// passed over.
 fn behind(piece: &Piece, at: &mut u64) -> Option<u64> {
     let behind = piece.size.saturating_sub(*at);
     (behind > MAX_LAG).then(|| {
