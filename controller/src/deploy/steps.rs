@@ -496,10 +496,7 @@ impl Driver<'_> {
     /// Nothing here takes the results: the instance keeps them as long as its time lasts, which is
     /// no longer than what was agreed pays for, and every place is tried again.
     async fn keep(&mut self, rental: &Rental, error: HostError) -> Step {
-        let until = match self.memory.kept_until {
-            Some(until) => until,
-            None => self.time_is_up_at().unwrap_or_else(Instant::now),
-        };
+        let until = self.memory.kept_until.or_else(|| self.time_is_up_at()).unwrap_or_else(Instant::now);
         self.memory.kept_until = Some(until);
         let stopped = match *self.stop.borrow() {
             _ if self.run.cancel_asked() => Some(Ending::Cancelled),
