@@ -6,9 +6,9 @@
 //! Any number of processes may read. Who drives a run holds the lock on `runs/<run>/lock`; the system releases it when the
 //! process dies, however it dies. A run that is not at rest and whose lock is free is *abandoned*: somebody should carry on.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -238,10 +238,11 @@ impl Ledger {
     pub fn open(folder: &Path) -> Result<Self, LedgerError> {
         let at = |source| LedgerError::Io { path: folder.to_owned(), source };
         // Keys lie below it.
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder.join("runs")).map_err(at)?;
+        create_private_folder(&folder.join("runs")).map_err(at)?;
         // The change to a write-ahead log waits for nobody: it fails where two meet in it.
-        let opening = File::options().create(true).append(true).open(folder.join("opening")).map_err(at)?;
+        let opening = private_file().create(true).open(folder.join("opening")).map_err(at)?;
         opening.lock().map_err(at)?;
+        close_to_others(folder);
         let named = Self::owner_beside(folder);
         let (connection, owner) =
             connect(&folder.join(FILE), named.as_deref()).map_err(|error| error.of_file(folder.join(FILE)))?;
@@ -431,12 +432,38 @@ impl Ledger {
     fn lock_in(folder: &Path) -> Result<Option<File>, LedgerError> {
         let path = folder.join("lock");
         let at = |source| LedgerError::Io { path: path.clone(), source };
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(at)?;
-        let file = File::options().create(true).append(true).open(&path).map_err(at)?;
+        create_private_folder(folder).map_err(at)?;
+        let file = private_file().create(true).open(&path).map_err(at)?;
         match file.try_lock() {
             Ok(()) => Ok(Some(file)),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(source)) => Err(at(source)),
+        }
+    }
+}
+
+/// A file that nobody else may read, whatever the umask.
+fn private_file() -> OpenOptions {
+    let mut options = File::options();
+    options.append(true).mode(0o600);
+    options
+}
+
+/// Takes from others what an earlier version or a umask of 000 left them. A folder that is shared
+/// on purpose (`/tmp`), or that others may only look into, may hold other things than ours, and
+/// stays as it is; what is in it is closed.
+fn close_to_others(folder: &Path) {
+    let mode = fs::metadata(folder).map_or(0, |metadata| metadata.permissions().mode());
+    let is_open = mode & 0o022 != 0 && mode & 0o1000 == 0;
+    let folder = folder.to_owned();
+    let database = ["", "-wal", "-shm"].map(|end| folder.join(format!("{FILE}{end}")));
+    // Made by us, for SQLite makes it for all to read, and the two beside it like it. One that is
+    // there is not opened: to close it again would take away the locks that SQLite holds on it.
+    let _ = private_file().create_new(true).open(&database[0]);
+    for path in database.iter().chain(is_open.then_some(&folder)) {
+        match make_private(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::info!("{}: {error}", path.display()),
+            _ => {}
         }
     }
 }
@@ -508,13 +535,14 @@ fn is_of_the_row(error: &rusqlite::Error) -> bool {
 
 fn replay(connection: &Connection, id: &str) -> Result<RunRecord, LedgerError> {
     let row: Option<(i64, String)> = connection
-        .query_row("SELECT created_at_ms, spec FROM runs WHERE id = ?1", [id], |row| Ok((row.get(0)?, row.get(1)?)))
+        .prepare_cached("SELECT created_at_ms, spec FROM runs WHERE id = ?1")?
+        .query_row([id], |row| Ok((row.get(0)?, row.get(1)?)))
         .optional()?;
     let Some((created_at_ms, spec)) = row else {
         return Err(LedgerError::NoSuchRun { run: id.to_owned() });
     };
     let rows: Vec<(i64, String)> = connection
-        .prepare("SELECT at_ms, event FROM events WHERE run = ?1 ORDER BY seq")?
+        .prepare_cached("SELECT at_ms, event FROM events WHERE run = ?1 ORDER BY seq")?
         .query_map([id], |row| Ok((row.get(0)?, row.get(1)?)))?
         .collect::<Result<_, _>>()?;
     let damaged = |why: String| LedgerError::Damaged { run: id.to_owned(), why };
@@ -1094,6 +1122,27 @@ pub(crate) mod tests {
         let purse = two.purse().unwrap().unwrap();
         assert_eq!(purse.left, purse.at_best, "what nobody drives gives nothing back before its time is up");
         assert_eq!(ledger.plan(&spec()).unwrap().purse().unwrap(), None);
+    }
+
+    #[test]
+    fn what_others_might_write_is_closed_to_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        for (before, after) in [(0o777, 0o700), (0o770, 0o700), (0o755, 0o755), (0o1777, 0o1777)] {
+            let state = folder.path().join(format!("{before:o}"));
+            fs::create_dir(&state).unwrap();
+            set(&state, before);
+            let ledger = Ledger::open(&state).unwrap();
+            ledger.plan(&spec()).unwrap();
+            let files = ["ledger.db", "ledger.db-wal", "ledger.db-shm"].map(|name| state.join(name));
+            assert!(files.iter().all(|file| mode(file) == 0o600), "{:?}", files.each_ref().map(|file| mode(file)));
+            files.iter().for_each(|file| set(file, 0o644));
+            let again = Ledger::open(&state).unwrap();
+            assert!(files.iter().all(|file| mode(file) == 0o600));
+            assert_eq!(again.runs().unwrap().len(), 1);
+            assert_eq!((mode(&state), mode(&state.join("runs"))), (after, 0o700));
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! no means to end itself, its guard stops the worker, and the deadline decides. A run that was
 //! detached has no heartbeat at all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde::Serialize;
 
@@ -159,20 +159,36 @@ pub fn compare(
     missing: &BTreeMap<String, u32>,
     enough: u32,
 ) -> Vec<Action> {
+    // Looked up by name: there may be tens of thousands of both.
+    let by_run: HashMap<&str, &Lease> = leases.iter().map(|lease| (lease.run.as_str(), lease)).collect();
+    let shown = Shown::of(listed);
     // A run is known everywhere; only its own cloud's list says whether its instance is still there.
-    let of_instances = listed.iter().map(|instance| judge(owner, now, leases, instance));
+    let of_instances = listed.iter().map(|instance| judge(owner, now, &by_run, instance));
     let of_runs = leases
         .iter()
         .filter(|lease| lease.is_on(broker))
-        .filter_map(|lease| judge_run(lease, now, listed, missing, enough));
+        .filter_map(|lease| judge_run(lease, now, &shown, missing, enough));
     let mut actions: Vec<Action> = of_instances.chain(of_runs).collect();
     // A run that is finished as a whole needs no word about its instance.
-    let finished: Vec<String> = actions
+    let finished: HashSet<String> = actions
         .iter()
         .filter_map(|action| if let Action::Finish { run, .. } = action { Some(run.clone()) } else { None })
         .collect();
     actions.retain(|action| !matches!(action, Action::Adopt { run, .. } if finished.contains(run)));
     actions
+}
+
+/// What a list shows.
+struct Shown<'a> {
+    names: HashSet<&'a str>,
+    ids: HashSet<&'a InstanceId>,
+}
+
+impl<'a> Shown<'a> {
+    fn of(listed: &'a [Instance]) -> Self {
+        let names = listed.iter().map(|instance| instance.name.as_str()).collect();
+        Self { names, ids: listed.iter().map(|instance| &instance.id).collect() }
+    }
 }
 
 /// What the tags alone tell, where no ledger can be read.
@@ -195,7 +211,7 @@ pub fn overdue(owner: Option<&str>, now: u64, instance: &Instance) -> Option<Lea
     (meant && tag.deadline <= now && instance.state != InstanceState::Terminating).then_some(tag)
 }
 
-fn judge(owner: &str, now: u64, leases: &[Lease], instance: &Instance) -> Action {
+fn judge(owner: &str, now: u64, leases: &HashMap<&str, &Lease>, instance: &Instance) -> Action {
     let id = instance.id.clone();
     let leave = |why| Action::LeaveAlone { instance: id.clone(), why };
     let terminate = |why| Action::Terminate { instance: id.clone(), why };
@@ -207,7 +223,7 @@ fn judge(owner: &str, now: u64, leases: &[Lease], instance: &Instance) -> Action
         return leave(Leave::OtherOwner);
     }
     let is_over = tag.deadline <= now;
-    let Some(lease) = leases.iter().find(|lease| lease.run == tag.run) else {
+    let Some(lease) = leases.get(tag.run.as_str()) else {
         return if is_over { terminate(Stray::UnknownRun) } else { leave(Leave::RunUnknown) };
     };
     if lease.driven {
@@ -227,7 +243,7 @@ fn judge(owner: &str, now: u64, leases: &[Lease], instance: &Instance) -> Action
 fn judge_run(
     lease: &Lease,
     now: u64,
-    listed: &[Instance],
+    shown: &Shown<'_>,
     missing: &BTreeMap<String, u32>,
     enough: u32,
 ) -> Option<Action> {
@@ -242,10 +258,10 @@ fn judge_run(
     }
     let name = tag.to_string();
     let known = state.rental().map(|rental| &rental.instance);
-    let shown = listed.iter().any(|instance| instance.name == name || Some(&instance.id) == known);
+    let is_shown = shown.names.contains(name.as_str()) || known.is_some_and(|id| shown.ids.contains(id));
     // An unanswered create call may still make its instance: only driving the run settles that.
     let may_vanish = known.is_some();
-    if !shown && may_vanish && missing.get(&lease.run).is_some_and(|times| *times >= enough) {
+    if !is_shown && may_vanish && missing.get(&lease.run).is_some_and(|times| *times >= enough) {
         return Some(Action::MarkGone { run });
     }
     (tag.deadline <= now).then_some(Action::Finish { run, why: Finish::Expired })
@@ -259,9 +275,10 @@ pub fn abandoned_on<'a>(leases: &'a [Lease], broker: &'a str) -> impl Iterator<I
 
 /// Counts, for each abandoned run with an instance, in how many listings in a row it was missing.
 pub fn count_missing(leases: &[Lease], broker: &str, listed: &[Instance], missing: &mut BTreeMap<String, u32>) {
+    let shown = Shown::of(listed);
     for lease in leases.iter().filter(|lease| lease.is_on(broker) && !lease.driven) {
         let Some(rental) = lease.state.as_ref().and_then(RunState::rental) else { continue };
-        if listed.iter().any(|instance| instance.id == rental.instance) {
+        if shown.ids.contains(&rental.instance) {
             missing.remove(&lease.run);
         } else {
             *missing.entry(lease.run.clone()).or_default() += 1;

@@ -280,6 +280,9 @@ impl Reporter {
         } else {
             text()
         };
+        if text.is_empty() {
+            return;
+        }
         // A closed pipe (`| head`) is no error of ours.
         let _ = writeln!(std::io::stdout().lock(), "{}", text.trim_end_matches('\n'));
     }

@@ -85,7 +85,7 @@ pub struct RunSpec {
 }
 
 /// A run's place in a survey.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Membership {
     /// The survey's name.
     pub survey: String,

@@ -3,6 +3,7 @@
 //! An option wins over the user's file, which wins over `config/outliers.toml`, which is built in.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fmt;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
@@ -53,23 +54,48 @@ const MOST_TOKEN: u64 = 64 << 10;
 
 /// The environment as it was at the start. It holds keys, so it is never printed.
 #[derive(Clone, Default)]
-pub struct Environment(BTreeMap<String, String>);
+pub struct Environment {
+    values: BTreeMap<String, String>,
+    /// Whether the home folder's name is none that this program can write down.
+    odd_home: bool,
+}
 
 impl Environment {
     /// This process's.
     pub fn of_process() -> Self {
-        let utf8 = |text: std::ffi::OsString| text.into_string().ok();
-        Self(std::env::vars_os().filter_map(|(name, value)| Some((utf8(name)?, utf8(value)?))).collect())
+        Self::of_system(std::env::vars_os())
+    }
+
+    fn of_system(pairs: impl Iterator<Item = (OsString, OsString)>) -> Self {
+        let mut environment = Self::default();
+        for (name, value) in pairs {
+            match (name.into_string(), value.into_string()) {
+                (Ok(name), Ok(value)) => drop(environment.values.insert(name, value)),
+                (Ok(name), Err(_)) => environment.odd_home |= name == variables::HOME,
+                (Err(_), _) => {}
+            }
+        }
+        environment
     }
 
     /// These and no others.
     pub fn of(pairs: &[(&str, &str)]) -> Self {
-        Self(pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())
+        Self::of_system(pairs.iter().map(|(name, value)| (OsString::from(name), OsString::from(value))))
     }
 
     /// The value, unless it is empty.
     fn get(&self, name: &str) -> Option<&str> {
-        self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
+        self.values.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    /// The home folder; else what is wrong with it.
+    fn home(&self) -> Result<PathBuf, &'static str> {
+        match self.path(variables::HOME) {
+            _ if self.odd_home => Err("is not UTF-8"),
+            None => Err("is not set"),
+            Some(home) if home.is_absolute() => Ok(home),
+            Some(_) => Err("is not an absolute path"),
+        }
     }
 
     fn path(&self, name: &str) -> Option<PathBuf> {
@@ -393,7 +419,7 @@ fn user_path(config: Option<&Path>, environment: &Environment) -> Option<PathBuf
     let named = config.map(Path::to_owned).or_else(|| environment.path(variables::CONFIG));
     let usual = || {
         let base = environment.path(variables::XDG_CONFIG_HOME);
-        let base = base.or_else(|| Some(environment.path(variables::HOME)?.join(".config")))?;
+        let base = base.or_else(|| Some(environment.home().ok()?.join(".config")))?;
         Some(base.join("outliers/outliers.toml")).filter(|path| path.exists())
     };
     named.or_else(usual)
@@ -410,8 +436,9 @@ fn parse(text: &str, path: &Path) -> Result<File, SettingsError> {
 fn state_folder(environment: &Environment) -> Result<PathBuf, SettingsError> {
     let named = environment.path(variables::STATE);
     let base = || environment.path(variables::XDG_STATE_HOME).map(|base| base.join("outliers"));
-    let home = || environment.path(variables::HOME).map(|home| home.join(".local/state/outliers"));
-    let folder = named.or_else(base).or_else(home).ok_or(SettingsError::NoState)?;
+    let home = || environment.home().map(|home| home.join(".local/state/outliers"));
+    let home = || home().map_err(|why| SettingsError::NoState { why });
+    let folder = named.or_else(base).map_or_else(home, Ok)?;
     std::path::absolute(&folder).map_err(|source| SettingsError::Unreadable { path: folder, source })
 }
 
@@ -420,7 +447,7 @@ fn hf_token(environment: &Environment) -> Option<Secret> {
     let named = environment.get(variables::HF_TOKEN).map(str::to_owned);
     let file = || {
         let home = environment.path(variables::HF_HOME);
-        let home = home.or_else(|| Some(environment.path(variables::HOME)?.join(".cache/huggingface")))?;
+        let home = home.or_else(|| Some(environment.home().ok()?.join(".cache/huggingface")))?;
         read_text(&home.join("token"), MOST_TOKEN).ok()
     };
     let token = named.or_else(file)?.trim().to_owned();
@@ -457,8 +484,11 @@ pub enum SettingsError {
         name: String,
     },
     /// There is no home folder.
-    #[error("there is no place for the ledger: no home folder")]
-    NoState,
+    #[error("there is no place for the ledger: HOME {why}")]
+    NoState {
+        /// What is wrong with it.
+        why: &'static str,
+    },
 }
 
 /// The names of all clouds that are built in.
@@ -474,7 +504,7 @@ impl SettingsError {
             Self::Unreadable { .. } => "name a file that can be read, or none".to_owned(),
             Self::Wrong { .. } => "config/outliers.toml shows every setting with its default".to_owned(),
             Self::NoSuchBroker { .. } => format!("built in: {}", known_brokers()),
-            Self::NoState => format!("set {} to a folder", variables::STATE),
+            Self::NoState { .. } => format!("set HOME to your folder, or {} to another", variables::STATE),
         }
     }
 }
@@ -539,6 +569,8 @@ impl fmt::Display for Span {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -638,7 +670,22 @@ mod tests {
         assert_eq!(settings.state, Path::new("/xdg/outliers"));
         assert!(settings.hf_token.is_none());
         let nowhere = Settings::resolve(None, &Environment::of(&[]), Path::new("/"));
-        assert!(matches!(nowhere, Err(SettingsError::NoState)));
+        assert!(matches!(nowhere, Err(SettingsError::NoState { why: "is not set" })));
+    }
+
+    #[test]
+    fn a_home_that_is_none_is_named() {
+        let resolve = |environment: &Environment| Settings::resolve(None, environment, Path::new("/here"));
+        let relative = resolve(&Environment::of(&[(variables::HOME, "me")])).unwrap_err();
+        assert!(relative.to_string().contains("HOME is not an absolute path"), "{relative}");
+        let odd = |more: &[(&str, &str)]| {
+            let pairs = more.iter().map(|(name, value)| (OsString::from(name), OsString::from(value)));
+            let home = (OsString::from(variables::HOME), OsString::from_vec(b"/home/m\xe9".to_vec()));
+            resolve(&Environment::of_system(pairs.chain([home])))
+        };
+        let error = odd(&[]).unwrap_err();
+        assert!(error.to_string().contains("HOME is not UTF-8") && error.hint().contains("OUTLIERS_STATE"), "{error}");
+        assert_eq!(odd(&[(variables::STATE, "/s")]).unwrap().state, Path::new("/s"), "it is not needed");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Where everything stands: made of the ledger and the files of results, never of memory. Given them and the clock, always the same.
 
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use serde::Serialize;
 
 use crate::files::{MOST, read_small};
 use crate::ledger::{Ledger, LedgerError, Records, RunRecord, Unreadable};
-use crate::run::{Ending, RunEvent, RunState};
+use crate::run::{Ending, Membership, RunEvent, RunState};
 use crate::survey::Index;
 use crate::units::{Usd, UsdPerHour};
 
@@ -145,12 +146,18 @@ impl Standing {
         self.under_way.iter().any(|run| !run.held && (run.looked_after || has_time(run)))
     }
 
-    /// From the runs, those that a process drives, and the surveys' folders and indices.
+    /// From the runs, those that a process drives, and the surveys' folders and indices. Each run
+    /// is looked at a few times, however many there are.
     fn of(runs: &[RunRecord], driven: &[String], surveys: Vec<(PathBuf, Index)>, now_ms: u64) -> Self {
-        let spent_by = |survey: &str| {
-            let of_it = runs.iter().filter(|run| name_of_survey(run).as_deref() == Some(survey));
-            of_it.map(|run| run.cost(now_ms)).sum()
-        };
+        let mut spent_by: HashMap<&str, Usd> = HashMap::new();
+        for run in runs {
+            if let Some(member) = &run.spec.survey {
+                let spent = spent_by.entry(&member.survey).or_default();
+                *spent = *spent + run.cost(now_ms);
+            }
+        }
+        let spent_by = |survey: &str| spent_by.get(survey).copied().unwrap_or_default();
+        let (driven, mended): (HashSet<&String>, Mended<'_>) = (driven.iter().collect(), Mended::by(runs));
         let (closed, open): (Vec<_>, Vec<_>) = runs.iter().partition(|run| run.state.is_closed());
         let left = |run: &&RunRecord| Usd::from_micros(run.at_most(now_ms).micros() - run.cost(now_ms).micros());
         Self {
@@ -158,7 +165,7 @@ impl Standing {
             reserved: open.iter().map(left).sum(),
             under_way: open.iter().map(|run| UnderWay::of(run, driven.contains(&run.id), now_ms)).collect(),
             unreadable: Vec::new(),
-            over: closed.iter().map(|run| Over::of(run, runs, now_ms)).collect(),
+            over: closed.iter().map(|run| Over::of(run, &mended, now_ms)).collect(),
             surveys: surveys
                 .into_iter()
                 .map(|(folder, index)| SurveyStanding { spent: spent_by(&index.survey), folder, index })
@@ -220,14 +227,34 @@ fn expected(run: &RunRecord) -> Option<u64> {
     Some((Duration::from_millis(from) + Duration::from_secs_f64(seconds.max(0.0))).as_secs())
 }
 
+/// Of each work, when the last run of it that completed or is under way was created.
+struct Mended<'a>(HashMap<(&'a str, Option<&'a Membership>), u64>);
+
+impl<'a> Mended<'a> {
+    fn by(runs: impl IntoIterator<Item = &'a RunRecord>) -> Self {
+        let mut latest = HashMap::new();
+        for run in runs {
+            if !run.state.is_closed() || run.state.ending() == Some(&Ending::Completed) {
+                let at = latest.entry(Self::work(run)).or_default();
+                *at = run.created_at_ms.max(*at);
+            }
+        }
+        Self(latest)
+    }
+
+    fn work(run: &RunRecord) -> (&str, Option<&Membership>) {
+        (&run.spec.job_key, run.spec.survey.as_ref())
+    }
+
+    /// Whether a later run of the same work did, or may do, what this one did not.
+    fn after(&self, run: &RunRecord) -> bool {
+        self.0.get(&Self::work(run)).is_some_and(|latest| *latest > run.created_at_ms)
+    }
+}
+
 impl Over {
-    fn of(run: &RunRecord, all: &[RunRecord], now_ms: u64) -> Self {
+    fn of(run: &RunRecord, mended: &Mended<'_>, now_ms: u64) -> Self {
         let completed = run.state.ending() == Some(&Ending::Completed);
-        let follows = |later: &RunRecord| {
-            let same_work = later.spec.job_key == run.spec.job_key && later.spec.survey == run.spec.survey;
-            let mends = !later.state.is_closed() || later.state.ending() == Some(&Ending::Completed);
-            same_work && later.created_at_ms > run.created_at_ms && mends
-        };
         let results = run.state.results();
         Self {
             run: run.id.clone(),
@@ -235,7 +262,7 @@ impl Over {
             model: run.spec.model.clone(),
             ending: run.state.ending().map(ToString::to_string).unwrap_or_default(),
             completed,
-            superseded: all.iter().any(follows),
+            superseded: mended.after(run),
             hint: run.state.ending().and_then(Ending::hint).map(str::to_owned),
             cost: run.cost(now_ms),
             ended: run.changed_at_ms() / 1000,
@@ -380,6 +407,20 @@ pub(crate) mod tests {
         assert!(standing.is_at_work() && !at(&runs[1..], NOW_MS).is_at_work());
         assert!(!at(&runs, NOW_MS + 1_800_000).is_at_work(), "its time is up");
         assert!(!at(&[], NOW_MS).is_at_work());
+    }
+
+    #[test]
+    fn what_was_mended_is_told_by_one_look_at_all_runs_however_many_there_are() {
+        let failed = || vec![RunEvent::Stopped { ending: Ending::Interrupted }];
+        let mut runs: Vec<RunRecord> =
+            (0..200).map(|i| run(&format!("r{i}"), &format!("owner/{}", i % 20), 300 - i, failed())).collect();
+        runs.push(run("open", "owner/7", 1, rented("open")));
+        let looks = std::cell::Cell::new(0);
+        let mended = Mended::by(runs.iter().inspect(|_| looks.set(looks.get() + 1)));
+        let superseded: Vec<&str> =
+            runs.iter().filter(|run| mended.after(run)).map(|run| run.spec.model.as_str()).collect();
+        assert_eq!(looks.get(), runs.len(), "not once per run");
+        assert_eq!(superseded, ["owner/7"; 10]);
     }
 
     #[test]

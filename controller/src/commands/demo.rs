@@ -9,7 +9,7 @@ use super::deploy::{Deployed, deploy, tell};
 use super::{Context, SCHEMA};
 use crate::broker::{Instance, local};
 use crate::cli::{DemoArgs, DeployArgs, JobArgs, ModelArgs, WantArgs};
-use crate::files::{MOST, read_small};
+use crate::files::{MOST, create_private_folder, read_small};
 use crate::report::{Complaint, ExitStatus, tables};
 use crate::units::Usd;
 
@@ -111,7 +111,10 @@ async fn model(context: &Context, args: &DemoArgs) -> Result<PathBuf, Complaint>
     let mut part = folder.as_os_str().to_owned();
     part.push(format!(".{}.part", crate::ledger::random_word(6)));
     let part = PathBuf::from(part);
-    std::fs::create_dir_all(folder.parent().unwrap_or(Path::new("/"))).map_err(trouble)?;
+    let parent = folder.parent().unwrap_or(Path::new("/"));
+    // The state's folder may be made here.
+    let made = if args.output.is_none() { create_private_folder(parent) } else { std::fs::create_dir_all(parent) };
+    made.map_err(trouble)?;
     let worker = context.worker().await?;
     worker.demo_model::<serde_json::Value>(&part).await?;
     match std::fs::rename(&part, &folder) {

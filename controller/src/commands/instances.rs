@@ -66,9 +66,7 @@ async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitSta
             Err(stuck) => silent.push(stuck.to_string()),
         }
     }
-    let shown = |looked: &'_ Looked| -> Vec<String> {
-        looked.listed.iter().map(|instance| tables::what_it_is(instance, &looked.actions)).collect()
-    };
+    let shown = |looked: &Looked| tables::what_they_are(&looked.listed, &looked.actions);
     let words: Vec<String> = looks.iter().flat_map(shown).collect();
     let all: Vec<&Instance> = looks.iter().flat_map(|looked| &looked.listed).collect();
     let instances = all.iter().zip(&words).map(|(instance, words)| Shown { instance, what_it_is: words.clone() });
@@ -77,7 +75,10 @@ async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitSta
         context.reporter.warn(&format!("{unreadable} entries of the clouds' lists cannot be read"));
     }
     let document = Listed { schema: SCHEMA, instances: instances.collect(), unreadable, silent };
-    context.reporter.result(&document, || tables::instances(&all, &words));
+    // A list that is not whole and shows none does not say that there is none.
+    let nothing_is_known = all.is_empty() && !document.silent.is_empty();
+    let table = || if nothing_is_known { String::new() } else { tables::instances(&all, &words) };
+    context.reporter.result(&document, table);
     match document.silent.first() {
         None => Ok(ExitStatus::Done),
         Some(words) => Err(Complaint {
@@ -114,7 +115,7 @@ async fn show(context: &Context, home: &Home, clouds: &Clouds, id: &str) -> Resu
     let instance = cloud.call(cloud.broker.get(&instance.id)).await?.unwrap_or(instance);
     let run = instance.tag().and_then(|tag| home.ledger.as_ref()?.run(&tag.run).ok());
     let looked = look(home.ledger.as_ref(), cloud).await?;
-    let words = tables::what_it_is(&instance, &looked.actions);
+    let words = tables::what_they_are(std::slice::from_ref(&instance), &looked.actions).concat();
     let document = serde_json::json!({
         "schema": SCHEMA, "instance": instance, "what_it_is": words, "run": run.as_ref().map(|run| &run.id),
         "capabilities": cloud.broker.capabilities(),

@@ -1,6 +1,6 @@
 //! Carries out what [`reconcile::compare`] finds.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -57,10 +57,12 @@ pub async fn carry_out(
         };
         done = done.and(this);
     }
-    let is_stray = |instance: &&Instance| {
-        let of_it = |action: &Action| matches!(action, Action::Terminate { instance: id, .. } if *id == instance.id);
-        looked.actions.iter().any(of_it)
-    };
+    let ended: HashSet<&InstanceId> = looked
+        .actions
+        .iter()
+        .filter_map(|action| if let Action::Terminate { instance, .. } = action { Some(instance) } else { None })
+        .collect();
+    let is_stray = |instance: &&Instance| ended.contains(&instance.id);
     let strays: Vec<Target> = looked.listed.iter().filter(is_stray).map(Target::from).collect();
     if !strays.is_empty() {
         done = done.and(end(cloud, on, &strays).await);

@@ -1,12 +1,13 @@
 //! Tables for people. Whatever comes from elsewhere is cleaned on its way in.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
-use comfy_table::{Cell, CellAlignment, ContentLineStyle, LineStyle, Table, TableStyle};
+use comfy_table::{Cell, CellAlignment, ColumnConstraint, ContentLineStyle, LineStyle, Table, TableStyle, Width};
 use outliers_protocol::{FeaturePeak, Inspection, Reading, Results, Sided};
 
 use super::beyond::beyond;
-use crate::broker::{Capabilities, Instance, InstanceState, Offer};
+use crate::broker::{Capabilities, Instance, InstanceId, InstanceState, Offer};
 use crate::estimate::Work;
 use crate::ledger::{RunRecord, now_ms};
 use crate::market::{self, Step};
@@ -20,6 +21,9 @@ use crate::units::{Bytes, Usd};
 /// Lines shown of what may be long; the file, or `--json`, has them all.
 pub const TOP: usize = 10;
 
+/// Widest column: longer cells take several lines.
+const WIDEST: u16 = 200;
+
 /// One line below the header, nothing else: what remains reads well in a log, too.
 const STYLE: TableStyle = TableStyle::new()
     .header_lines(ContentLineStyle::none())
@@ -31,12 +35,21 @@ pub fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(STYLE);
     table.set_header(header.iter().map(Cell::new));
+    for column in table.column_iter_mut() {
+        column.set_constraint(ColumnConstraint::UpperBoundary(Width::Fixed(WIDEST)));
+    }
     table
 }
 
 /// Text from elsewhere, made fit for a terminal.
 pub fn text(text: &str) -> Cell {
     Cell::new(clean(text.as_bytes(), 200))
+}
+
+/// A name from elsewhere, which is no sentence: one that is long would pad the lines of all
+/// others.
+pub fn name(name: &str) -> Cell {
+    Cell::new(clean(name.as_bytes(), 100))
 }
 
 /// A figure, or anything that is read from its right end.
@@ -136,7 +149,7 @@ pub fn offers(offers: &[Offer], work: &Work, limit: Duration, agreed: Option<Usd
         let estimate = work.on(offer);
         table.add_row([
             number(i + 1),
-            text(&offer.broker),
+            name(&offer.broker),
             text(&market::describe(offer)),
             number(offer.price),
             number(format!("{}{}", Span(Duration::from_secs_f64(estimate.seconds)), mark(estimate.is_over(limit)))),
@@ -263,9 +276,9 @@ pub fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
         };
         let ending = run.state.ending().map(ToString::to_string).unwrap_or_default();
         table.add_row([
-            text(&run.id),
-            text(&run.spec.model),
-            text(broker(run)),
+            name(&run.id),
+            name(&run.spec.model),
+            name(broker(run)),
             Cell::new(state),
             number(age(run.created_at_ms, now_ms)),
             number(run.cost(now_ms)),
@@ -325,11 +338,11 @@ pub fn standing(standing: &Standing) -> String {
         };
         let instance = run.instance.as_ref().zip(run.broker.as_ref()).map(|(id, broker)| format!("{id} on {broker}"));
         under_way.add_row([
-            text(&run.run),
-            text(run.survey.as_deref().unwrap_or("-")),
-            text(&run.model),
+            name(&run.run),
+            name(run.survey.as_deref().unwrap_or("-")),
+            name(&run.model),
             Cell::new(state),
-            text(&instance.unwrap_or_else(|| "-".to_owned())),
+            name(&instance.unwrap_or_else(|| "-".to_owned())),
             number(run.price.map(|price| price.to_string()).unwrap_or_default()),
             number(run.cost),
             number(run.at_most),
@@ -343,7 +356,7 @@ pub fn standing(standing: &Standing) -> String {
             number(survey.index.models.iter().filter(|line| outcomes.contains(&line.outcome)).count())
         };
         surveys.add_row([
-            text(&survey.index.survey),
+            name(&survey.index.survey),
             count(&[Outcome::Complete]),
             count(&[Outcome::Partial, Outcome::Failed]),
             count(&[Outcome::Open]),
@@ -354,9 +367,9 @@ pub fn standing(standing: &Standing) -> String {
     let mut over = table(&["finished", "survey", "model", "ago", "cost", "how it ended"]);
     for run in standing.over.iter().rev().take(TOP) {
         over.add_row([
-            text(&run.run),
-            text(run.survey.as_deref().unwrap_or("-")),
-            text(&run.model),
+            name(&run.run),
+            name(run.survey.as_deref().unwrap_or("-")),
+            name(&run.model),
             number(age(run.ended * 1000, standing.at * 1000)),
             number(run.cost),
             text(&run.ending),
@@ -391,11 +404,11 @@ pub fn instances(listed: &[&Instance], words: &[String]) -> String {
     let mut table = table(&["broker", "instance", "run", "state", "hardware", "price", "what it is"]);
     for (instance, words) in listed.iter().zip(words) {
         table.add_row([
-            text(&instance.broker),
-            text(if instance.id.0.is_empty() { "?" } else { &instance.id.0 }),
-            text(&instance.tag().map(|tag| tag.run).unwrap_or_default()),
+            name(&instance.broker),
+            name(if instance.id.0.is_empty() { "?" } else { &instance.id.0 }),
+            name(&instance.tag().map(|tag| tag.run).unwrap_or_default()),
             text(&state(instance)),
-            text(&instance.hardware),
+            name(&instance.hardware),
             number(instance.price.map(|price| price.to_string()).unwrap_or_default()),
             text(words),
         ]);
@@ -442,35 +455,44 @@ pub fn instance(instance: &Instance, words: &str, run: Option<&RunRecord>, can: 
     format!("{table}\n")
 }
 
-/// What this program makes of an instance, in words.
-pub fn what_it_is(instance: &Instance, actions: &[Action]) -> String {
-    let run = instance.tag().map(|tag| tag.run).unwrap_or_default();
+/// What this program makes of instances, in words.
+pub fn what_they_are<'a>(listed: &[Instance], actions: impl IntoIterator<Item = &'a Action>) -> Vec<String> {
+    let (mut of_instances, mut of_runs) = (HashMap::<&InstanceId, String>::new(), HashMap::<&str, String>::new());
     for action in actions {
         match action {
-            Action::Finish { run: ended, why } if *ended == run => {
-                return format!("to be ended: {}", super::finish(*why));
+            Action::Finish { run, why } => {
+                of_runs.entry(run).or_insert_with(|| format!("to be ended: {}", super::finish(*why)));
             }
-            Action::Adopt { instance: id, .. } if *id == instance.id => return "of an abandoned run".to_owned(),
-            Action::Terminate { instance: id, why } if *id == instance.id => {
-                return format!("stray: {}", super::stray(*why));
+            Action::Adopt { instance, .. } => {
+                of_instances.entry(instance).or_insert_with(|| "of an abandoned run".to_owned());
             }
-            Action::LeaveAlone { instance: id, why } if *id == instance.id => {
-                let words = match why {
-                    Leave::NotOurs => "not ours",
-                    Leave::OtherOwner => "of another ledger",
-                    Leave::Driven => "of a run under way",
-                    Leave::Held => "kept",
-                    Leave::Unreadable => "unknown: its entry in the cloud's list cannot be read",
-                    Leave::Superseded => "of a run that has another instance, or none, as far as is known here",
-                    Leave::RunUnknown => "of a run that is not known here",
-                    Leave::RecordUnreadable => "of a run whose record cannot be read",
-                };
-                return words.to_owned();
+            Action::Terminate { instance, why } => {
+                of_instances.entry(instance).or_insert_with(|| format!("stray: {}", super::stray(*why)));
             }
-            _ => {}
+            Action::LeaveAlone { instance, why } => {
+                of_instances.entry(instance).or_insert_with(|| left_alone(*why).to_owned());
+            }
+            Action::MarkGone { .. } => {}
         }
     }
-    String::new()
+    let words = |instance: &Instance| {
+        let of_run = || of_runs.get(instance.tag()?.run.as_str());
+        of_instances.get(&instance.id).or_else(of_run).cloned().unwrap_or_default()
+    };
+    listed.iter().map(words).collect()
+}
+
+fn left_alone(why: Leave) -> &'static str {
+    match why {
+        Leave::NotOurs => "not ours",
+        Leave::OtherOwner => "of another ledger",
+        Leave::Driven => "of a run under way",
+        Leave::Held => "kept",
+        Leave::Unreadable => "unknown: its entry in the cloud's list cannot be read",
+        Leave::Superseded => "of a run that has another instance, or none, as far as is known here",
+        Leave::RunUnknown => "of a run that is not known here",
+        Leave::RecordUnreadable => "of a run whose record cannot be read",
+    }
 }
 
 /// Where a finished run's files are and what it cost.
@@ -492,6 +514,33 @@ mod tests {
     use outliers_protocol::{Axis, Perplexity, Thresholds, Verdict};
 
     use super::*;
+
+    #[test]
+    fn instances_are_told_by_one_look_at_the_actions_however_many_there_are() {
+        let instance = |i: usize| crate::reconcile::tests::instance(&format!("i-{i}"), "plain");
+        let listed: Vec<Instance> = (0..300).map(instance).collect();
+        let actions = crate::reconcile::by_tag(&listed);
+        let looks = std::cell::Cell::new(0);
+        let words = what_they_are(&listed, actions.iter().inspect(|_| looks.set(looks.get() + 1)));
+        assert_eq!((looks.get(), words.len()), (300, 300), "not once per instance");
+        assert!(words.iter().all(|words| words == "not ours"));
+    }
+
+    #[test]
+    fn a_name_without_end_does_not_pad_the_others() {
+        let plain = crate::reconcile::tests::instance("i-1", "plain");
+        let mut evil = crate::reconcile::tests::instance(&"x".repeat(100_000), "evil");
+        evil.hardware = "漢".repeat(100_000);
+        let shown = instances(&[&plain, &evil], &["not ours".to_owned(), "not ours".to_owned()]);
+        assert!(shown.lines().all(|line| line.chars().count() < 500), "{shown}");
+        assert!(shown.len() < 5000, "{} bytes", shown.len());
+        let wide = {
+            let mut wide = table(&["a", "b"]);
+            wide.add_row([Cell::new("y".repeat(1000)), Cell::new("z")]);
+            wide.to_string()
+        };
+        assert!(wide.lines().count() > 4 && wide.lines().all(|line| line.chars().count() <= 220), "{wide}");
+    }
 
     #[test]
     fn hostile_names_cannot_command_the_terminal() {
