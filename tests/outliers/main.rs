@@ -10,6 +10,7 @@ mod deploy;
 mod endings;
 mod host;
 mod hub;
+mod inputs;
 mod metamorphic;
 mod published;
 mod real_worker;

@@ -1,0 +1,210 @@
+//! Files, settings and names that people and strangers give: what is none is refused by name,
+//! nothing is read for ever, and no secret is repeated.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use outliers_clouds::dialect::lambda::Lambda;
+use outliers_clouds::{FakeCloud, How, KEY, Op, Refusal};
+use outliers_tests::desk::{Desk, Said};
+use outliers_tests::programs::{golden, workspace};
+use serde_json::{Value, json};
+
+use crate::clouds::Place;
+
+/// Lists are asked for often, so that nobody waits for the next.
+const QUICK: &str = "listing-interval = \"1s\"\n";
+
+/// A model's folder to be spoiled.
+fn model(desk: &Desk) -> PathBuf {
+    let folder = desk.work().join("model");
+    fs::create_dir(&folder).unwrap();
+    for entry in fs::read_dir(golden("llama-f32").join("model")).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
+    }
+    folder
+}
+
+/// A pipe that nobody writes to.
+fn pipe(path: &Path) {
+    let _ = fs::remove_file(path);
+    assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+}
+
+/// A terabyte of zeros.
+fn endless(path: &Path) {
+    fs::File::create(path).unwrap().set_len(1 << 40).unwrap();
+}
+
+fn dry_run(desk: &Desk, more: &[&str]) -> Said {
+    let options = ["deploy", "--dry-run", "--model", "./model", "--num-sequences", "2", "--sequence-length", "16"];
+    desk.run(options.iter().chain(more))
+}
+
+/// Refused before anything was rented or even planned, with these words.
+fn assert_refused(desk: &Desk, said: &Said, words: &[&str]) {
+    assert_eq!(said.code, Some(2), "{words:?}: {said:?}");
+    assert!(words.iter().all(|word| said.stderr.contains(word)), "{words:?}: {said:?}");
+    assert!(!said.stderr.contains("panicked"), "{said:?}");
+    desk.assert_nothing_left();
+}
+
+fn change_tokenizer(model: &Path, key: &str, value: &Value) {
+    let path = model.join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    tokenizer[key] = value.clone();
+    fs::write(path, tokenizer.to_string()).unwrap();
+}
+
+#[test]
+fn tokenizers_that_would_fill_the_memory_or_make_the_library_panic_are_refused_by_name() {
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true});
+    let doubled = json!({"type": "Replace", "pattern": {"String": "e"}, "content": "ee"});
+    let empty = json!({"type": "Replace", "pattern": {"String": ""}, "content": "e"});
+    let second = json!({"type": "TemplateProcessing", "single": [{"Sequence": {"id": "B", "type_id": 0}}], "pair": [],
+        "special_tokens": {}});
+    for (key, value, word) in [
+        ("pre_tokenizer", json!({"type": "Sequence", "pretokenizers": vec![byte_level; 20]}), "of each byte"),
+        ("normalizer", json!({"type": "Sequence", "normalizers": vec![doubled; 40]}), "of each byte"),
+        ("normalizer", empty, "empty pattern"),
+        ("post_processor", second, "the tokenizer library fails"),
+        ("pre_tokenizer", json!({"type": "FixedLength", "length": 0}), "the tokenizer library fails"),
+    ] {
+        let desk = Desk::new();
+        change_tokenizer(&model(&desk), key, &value);
+        assert_refused(&desk, &dry_run(&desk, &[]), &["tokenizer.json", word]);
+    }
+}
+
+#[test]
+fn a_look_that_needs_more_memory_than_it_may_have_is_refused_as_such() {
+    let desk = Desk::new();
+    model(&desk);
+    fs::write(desk.work().join("book.txt"), "to be or not to be ".repeat(1 << 20)).unwrap();
+    fs::write(desk.work().join("mine.toml"), "[worker]\ninspect-memory = \"256 MiB\"\n").unwrap();
+    let said = dry_run(&desk, &["--corpus", "book.txt", "--config", "mine.toml"]);
+    assert_refused(&desk, &said, &["more than 256.0 MiB of memory", "worker.inspect-memory"]);
+}
+
+#[test]
+fn pipes_and_files_without_end_are_refused_and_never_waited_for() {
+    for (name, spoil, more, word) in [
+        ("model/config.json", pipe as fn(&Path), &[][..], "not a regular file"),
+        ("model/config.json", endless, &[], "over the limit"),
+        ("model/tokenizer.json", pipe, &[], "not a regular file"),
+        ("model/tokenizer.json", endless, &[], "over the limit"),
+        ("model/tokenizer_config.json", pipe, &[], "not a regular file"),
+        ("model/model.safetensors", pipe, &[], "not a regular file"),
+        ("book.txt", pipe, &["--corpus", "book.txt"], "not a regular file"),
+        ("book.txt", endless, &["--corpus", "book.txt"], "are uploaded"),
+        ("ids.json", pipe, &["--token-ids", "ids.json"], "not a regular file"),
+        ("found.json", pipe, &["--ablate", "./found.json"], "not a regular file"),
+        ("found.json", endless, &["--ablate", "./found.json"], "over the limit"),
+    ] {
+        let desk = Desk::new();
+        model(&desk);
+        let path = desk.work().join(name);
+        spoil(&path);
+        assert_refused(&desk, &dry_run(&desk, more), &[path.file_name().unwrap().to_str().unwrap(), word]);
+    }
+}
+
+#[test]
+fn settings_surveys_tokens_and_results_are_no_pipes() {
+    let desk = Desk::new();
+    pipe(&desk.work().join("pipe.toml"));
+    for command in [&["--config", "pipe.toml", "status"][..], &["survey", "pipe.toml", "-y"]] {
+        assert_refused(&desk, &desk.run(command), &["pipe.toml", "not a regular file"]);
+    }
+    let hub = desk.work().parent().unwrap().join("hf");
+    fs::create_dir(&hub).unwrap();
+    pipe(&hub.join("token"));
+    let _ = desk.run(["status"]).ok();
+    let results = desk.work().join("results");
+    fs::create_dir(&results).unwrap();
+    for entry in fs::read_dir(workspace().join("controller/tests/results/mixture")).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), results.join(entry.file_name())).unwrap();
+    }
+    let _ = desk.run(["compare", "results"]).ok();
+    for (name, spoil) in [("results.json", endless as fn(&Path)), ("results.json", pipe), ("manifest.json", pipe)] {
+        spoil(&results.join(name));
+        let said = desk.run(["compare", "results"]);
+        assert!(said.code == Some(1) && said.stderr.contains(name), "{said:?}");
+    }
+}
+
+#[test]
+fn what_is_secret_in_the_settings_is_in_no_answer() {
+    let desk = Desk::new().with("LAMBDA_API_KEY", KEY);
+    let settings = desk.work().join("mine.toml");
+    for text in ["LAMBDA_API_KEY = \"geheim\"", "[brokers.lambda]\nkey = \"geheim\"", "[hub]\nrequests = \"geheim\""] {
+        fs::write(&settings, text).unwrap();
+        let said = desk.run(["--config", "mine.toml", "status"]);
+        assert_refused(&desk, &said, &["mine.toml"]);
+        assert!(!said.stderr.contains("geheim"), "{said:?}");
+    }
+    fs::write(&settings, "[brokers.lambda]\nbase-url = \"http://me:geheim@127.0.0.1:9\"\n").unwrap();
+    let list = ["instances", "list", "--explain"];
+    for command in [&["offers", "--explain", "--broker", "lambda"][..], &["doctor"], &list] {
+        let said = desk.run(["--config", "mine.toml"].iter().chain(command));
+        assert!(said.code != Some(0) && (said.stderr.clone() + &said.stdout).contains("127.0.0.1:9"), "{said:?}");
+        assert!(!said.stderr.contains("geheim") && !said.stdout.contains("geheim"), "{said:?}");
+    }
+}
+
+#[test]
+fn a_list_that_could_not_be_had_does_not_say_that_there_are_none() {
+    let cloud = FakeCloud::start(Lambda);
+    let place = Place::with_settings(&[&cloud], QUICK);
+    let list = ["instances", "list", "--broker", "lambda"];
+    assert!(place.desk.run(list).ok().stdout.contains("no instances"));
+    cloud.world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
+    let said = place.desk.run(list);
+    assert!(said.code == Some(5) && said.stdout.is_empty() && said.stderr.contains("not whole"), "{said:?}");
+}
+
+#[test]
+fn a_home_that_is_none_is_named() {
+    let desk = Desk::new();
+    let odd = OsStr::from_bytes(b"/home/\xff");
+    for (home, word) in [(odd, "HOME is not UTF-8"), (OsStr::new("me"), "HOME is not an absolute path")] {
+        let mut command = desk.command(["status"]);
+        let said = Said::from(command.env_remove("OUTLIERS_STATE").env("HOME", home).output().unwrap());
+        assert!(said.code == Some(2) && said.stderr.contains(word), "{said:?}");
+        assert!(said.stderr.contains("OUTLIERS_STATE") && !desk.work().join("me").exists(), "{said:?}");
+    }
+}
+
+/// The same command under a umask that takes nothing away.
+fn without_umask(desk: &Desk, arguments: &[&str]) -> Said {
+    let inner = desk.command(arguments);
+    let mut outer = Command::new("sh");
+    outer.args(["-c", "umask 000; exec \"$@\"", "sh"]).arg(inner.get_program()).args(inner.get_args());
+    outer.current_dir(desk.work()).stdin(Stdio::null()).env_clear();
+    outer.envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    Said::from(outer.output().unwrap())
+}
+
+#[test]
+fn the_state_is_nobody_elses_whatever_the_umask() {
+    let desk = Desk::new();
+    let mode = |name: &str| fs::metadata(desk.state().join(name)).unwrap().permissions().mode() & 0o7777;
+    // Of all commands this one makes the folder by something else than the ledger.
+    fs::write(desk.work().join("mine.toml"), "[worker]\nbinary = \"/nowhere/outliers-worker\"\n").unwrap();
+    let said = without_umask(&desk, &["--config", "mine.toml", "demo"]);
+    assert!(said.code == Some(2) && said.stderr.contains("/nowhere"), "{said:?}");
+    assert_eq!(mode("."), 0o700);
+    let _ = without_umask(&desk, &["status"]).ok();
+    assert_eq!((mode("."), mode("runs"), mode("ledger.db")), (0o700, 0o700, 0o600));
+    // As an earlier version left it.
+    fs::set_permissions(desk.state(), fs::Permissions::from_mode(0o777)).unwrap();
+    fs::set_permissions(desk.state().join("ledger.db"), fs::Permissions::from_mode(0o644)).unwrap();
+    let _ = without_umask(&desk, &["status"]).ok();
+    assert_eq!((mode("."), mode("ledger.db")), (0o700, 0o600));
+}
