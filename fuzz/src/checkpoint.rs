@@ -1,10 +1,13 @@
 //! Files of a published checkpoint.
 
+use std::ops::Range;
+
 use outliers_worker::arch;
 use outliers_worker::decoder::{DecoderSpec, FfnSpec};
 use outliers_worker::error::WorkerError;
 use outliers_worker::safetensors::{Header, element_count};
 use outliers_worker::source::{Container, WeightMap};
+use outliers_worker::torch::Contents;
 use serde_json::Value;
 
 use crate::assert_harmless;
@@ -28,6 +31,21 @@ pub fn header(file: &[u8]) {
     assert_eq!(end, len);
     let alone = good(Header::parse(&file[..needed as usize], len));
     assert_eq!(alone, Some(header), "something behind the header counts");
+}
+
+/// A `pytorch_model.bin`, which holds a pickle of any protocol: if it is taken, the tensors can be
+/// counted, and those without gaps lie inside the file.
+pub fn pickle(file: &[u8]) {
+    let len = file.len() as u64;
+    let read = |range: Range<u64>| {
+        let bytes = file.get(range.start as usize..range.end as usize).map(<[u8]>::to_vec);
+        bytes.ok_or_else(|| WorkerError::checkpoint("bytes outside the file"))
+    };
+    let Some(contents) = good(Contents::read(len, &read)) else { return };
+    for tensor in good(contents.located(&read)).into_iter().flatten() {
+        assert!(element_count(&tensor.shape).is_some(), "{tensor:?}");
+        assert!(tensor.strides.is_some() || tensor.offset + tensor.len <= len, "{tensor:?}");
+    }
 }
 
 /// A `config.json`: if it is taken, the names and shapes of all its tensors can be told.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use outliers_protocol::{CorpusSource, CorpusSpec};
-use outliers_worker::corpus;
+use outliers_worker::corpus::{self, Tokens};
 use outliers_worker::hub::{Hub, HubOptions};
 use serde_json::json;
 use tempfile::TempDir;
@@ -13,8 +13,28 @@ use tempfile::TempDir;
 use crate::checkpoint::good;
 
 /// Endings, from which the first byte of an input chooses: a digit, in seeds.
-const ENDINGS: [&str; 10] =
-    ["txt", "jsonl", "json", "csv", "tsv", "parquet", "txt.gz", "jsonl.gz", "json.zst", "csv.zst"];
+const ENDINGS: [&str; 12] = [
+    "txt",
+    "jsonl",
+    "json",
+    "csv",
+    "tsv",
+    "parquet",
+    "txt.gz",
+    "jsonl.gz",
+    "json.zst",
+    "csv.zst",
+    "parquet.gz",
+    "ndjson.zst",
+];
+
+/// Files of a tokenizer, from which the first byte of an input chooses; the last stands beside a
+/// good tokenizer.json.
+const TOKENIZERS: [&str; 4] = ["tokenizer.json", "merges.txt", "tiktoken.model", "tokenizer_config.json"];
+/// A text with all that cuts words.
+const TEXT: &str = "a b  ab\n<unk> it's 123 e\u{301} 漢字 <|x|> aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
+/// No token's id is so large.
+const VOCAB: usize = 1 << 32;
 
 /// A file of documents: if it is taken, it makes windows of what was asked for.
 pub fn documents(input: &[u8]) {
@@ -22,12 +42,52 @@ pub fn documents(input: &[u8]) {
     let model = model();
     let path = model.join(format!("corpus.{}", ENDINGS[usize::from(ending.wrapping_sub(b'0')) % ENDINGS.len()]));
     fs::write(&path, bytes).expect("there is room for it");
-    let source = CorpusSource::Files(vec![path.to_str().expect("it is plain").to_owned()]);
-    let spec = CorpusSpec { source, sequence_length: Some(2), ..CorpusSpec::default() };
+    let Some(tokens) = load(CorpusSource::Files(vec![name(&path)]), Some(2), model, 3) else { return };
+    assert!(tokens.tokens == 2 && tokens.provenance.tokens_available >= tokens.ids.len());
+}
+
+/// Ready token ids: if they are taken, they are the model's.
+pub fn token_ids(bytes: &[u8]) {
+    let model = model();
+    let path = model.join("ids");
+    fs::write(&path, bytes).expect("there is room for it");
+    let Some(tokens) = load(CorpusSource::TokenIds(name(&path)), None, model, 3) else { return };
+    assert!(tokens.ids.iter().all(|id| (0..3).contains(id)), "{:?}", tokens.ids);
+}
+
+/// A file of a tokenizer: if it is taken, it makes windows of a text, or an error of it, and no
+/// text grows without end.
+pub fn tokenizer(input: &[u8]) {
+    let Some((which, bytes)) = input.split_first() else { return };
+    let which = TOKENIZERS[usize::from(which.wrapping_sub(b'0')) % TOKENIZERS.len()];
+    let folder = tempfile::tempdir().expect("there is a folder for such things");
+    let write = |name: &str, bytes: &[u8]| {
+        let path = folder.path().join(name);
+        fs::write(&path, bytes).expect("there is room for it");
+        path
+    };
+    match which {
+        "merges.txt" => drop(write("vocab.json", br#"{"a": 0, "b": 1, "ab": 2, "<unk>": 3}"#)),
+        "tokenizer_config.json" => drop(write("tokenizer.json", words().as_bytes())),
+        _ => {}
+    }
+    write(which, bytes);
+    let text = write("text.txt", TEXT.as_bytes());
+    load(CorpusSource::Files(vec![name(&text)]), Some(2), folder.path(), VOCAB);
+}
+
+fn name(path: &Path) -> String {
+    path.to_str().expect("it is plain").to_owned()
+}
+
+/// The tokens of a source for a model of so many embeddings, or nothing after an error that is fit
+/// for a terminal.
+fn load(source: CorpusSource, length: Option<usize>, model: &Path, vocab: usize) -> Option<Tokens> {
+    let spec = CorpusSpec { source, sequence_length: length, ..CorpusSpec::default() };
     let hub = Hub::new(HubOptions::new("/nowhere")).expect("it is asked for nothing");
-    let Some(tokens) = good(corpus::load(&spec, Some(model), 3, None, &hub)) else { return };
-    assert_eq!(tokens.ids.len(), tokens.sequences * tokens.tokens);
-    assert!(tokens.sequences > 0 && tokens.tokens == 2 && tokens.provenance.tokens_available >= tokens.ids.len());
+    let tokens = good(corpus::load(&spec, Some(model), vocab, None, &hub))?;
+    assert!(tokens.sequences > 0 && tokens.ids.len() == tokens.sequences * tokens.tokens);
+    Some(tokens)
 }
 
 /// A folder with a tokenizer that knows one word.
@@ -35,13 +95,18 @@ fn model() -> &'static Path {
     static MODEL: OnceLock<TempDir> = OnceLock::new();
     let made = MODEL.get_or_init(|| {
         let folder = tempfile::tempdir().expect("there is a folder for such things");
-        let tokenizer = json!({
-            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
-            "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
-            "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1}, "unk_token": "<unk>"}
-        });
-        fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).expect("there is room for it");
+        fs::write(folder.path().join("tokenizer.json"), words()).expect("there is room for it");
         folder
     });
     made.path()
+}
+
+/// A tokenizer.json of whole words.
+fn words() -> String {
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1}, "unk_token": "<unk>"}
+    });
+    tokenizer.to_string()
 }
