@@ -36,10 +36,11 @@ TOLERANCES = {"qwen3_next": 3e-4, "opt_350m": 2e-4}
 # The data from which the worker reads a config.json, and the model types of its families.
 CLASSES = HERE.parent / "worker" / "src" / "arch" / "config" / "classes.json"
 MODEL_TYPES = ["deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt2", "gpt_oss", "gptj", "kimi_k25", "llama", "llama4",
-               "minimax_m2", "mixtral", "olmoe", "opt", "qwen2", "qwen3", "qwen3_moe", "qwen3_next"]
+               "minimax_m2", "mixtral", "olmoe", "opt", "qwen2", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3_next"]
 
 # Latent attention with less in it.
 NARROW = {"hidden_size": 64, "q_lora_rank": 24, "kv_lora_rank": 32, "intermediate_size": 72}
+IN_TURN = ["linear_attention", "full_attention"]
 KINDS = ["sliding_attention", "full_attention"]
 # Fixtures: family, seed, how it is stored, configuration. Small on purpose; what each exercises is in golden/README.md.
 FIXTURES = {
@@ -90,6 +91,9 @@ FIXTURES = {
     "qwen3-moe-nvfp4": ("qwen3_moe", 32, {"stored_as": "nvfp4"}, {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2}),
     "deepseek-v3-small-tiles": ("moonlight", 33, {"stored_as": "small_tiles"}, {"num_hidden_layers": 2, "n_routed_experts": 5, "hidden_size": 72,
                                                                                 "kv_lora_rank": 32}),
+    "qwen3-5": ("qwen3_5", 34, {}, {"num_hidden_layers": 2, "layer_types": IN_TURN}),
+    "qwen3-5-moe": ("qwen3_5_moe", 35, {}, {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "layer_types": IN_TURN}),
+    "qwen3-5-moe-fp8": ("qwen3_5_moe_fp8", 36, {}, {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "layer_types": IN_TURN}),
 }
 # The chunks of DeltaNet are 64 tokens long; windows and attention chunks here are 16.
 FIXTURE_TOKENS = {"qwen3-next": 72}
@@ -124,6 +128,9 @@ ODD = {
     "minimax_m2_bf16": [LOCAL, {"rotary_dim": 32}],
     "glm4_moe_lite": [ROUTED, TIED, {"q_lora_rank": None}, {"v_head_dim": 10}],
     "moonlight": [ROUTED, {"n_shared_experts": 1}],
+    "qwen3_5": [UNTIED, {"linear_num_value_heads": 6, "linear_num_key_heads": 2, "linear_value_head_dim": 10}],
+    "qwen3_5_moe": [ONE, ALL, {"linear_num_value_heads": 6, "linear_num_key_heads": 2, "linear_value_head_dim": 10}],
+    "qwen3_5_moe_fp8": [ALL],
     "kimi_k2_int4": [ROUTED, {"n_group": 2, "topk_group": 1, "n_routed_experts": 8}],
     "deepseek_v3_e8m0": [{"num_attention_heads": 3, "num_key_value_heads": 3, "v_head_dim": 10}],
     "deepseek_v32": [TIED, {"n_group": 1, "topk_group": 1, "n_routed_experts": 5}, {"rope_scaling": None}],
@@ -131,7 +138,7 @@ ODD = {
     "glm_moe_dsa_fp8": [{"v_head_dim": 10}],
 }
 # Families whose configurations are walked over, key by key: one of each class.
-WALKED = ["minimax_m2", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "olmoe", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next", "llama4_scout", "llama4_maverick", "deepseek_v3", "gpt2", "opt",
+WALKED = ["qwen3_5", "qwen3_5_moe", "minimax_m2", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "olmoe", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next", "llama4_scout", "llama4_maverick", "deepseek_v3", "gpt2", "opt",
           "gptj", "llama", "qwen3", "qwen2"]
 
 

@@ -52,7 +52,7 @@ pub fn pickle(file: &[u8]) {
 pub fn config(text: &[u8]) {
     let Ok(value) = serde_json::from_slice::<Value>(text) else { return };
     let Some(architecture) = good(arch::read(&value)) else { return };
-    let (names, spec) = (architecture.family.names, architecture.spec);
+    let (names, spec) = (architecture.names, architecture.spec);
     if tensors(&spec) > MOST_TENSORS {
         return;
     }

@@ -177,6 +177,23 @@ fn integers_of_four_bits_are_packed_from_the_shape_that_is_stored() {
 }
 
 #[test]
+fn the_class_of_the_whole_ties_the_head_of_a_multimodal_model() {
+    let model = copy("qwen3-5");
+    let tied = |tied: bool| {
+        edit_config(model.path(), |config| {
+            config["tie_word_embeddings"] = json!(tied);
+            config["text_config"]["tie_word_embeddings"] = json!(!tied);
+        });
+        let said = run_worker(["inspect", "--json", "--model", model.path().to_str().unwrap()]);
+        assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+        serde_json::from_slice::<Value>(&said.stdout).unwrap()
+    };
+    assert!(tied(false)["checkpoint_notes"].is_null());
+    // What is stored counts all the same.
+    assert!(tied(true)["checkpoint_notes"][0].as_str().unwrap().contains("a head of its own"));
+}
+
+#[test]
 fn kimi_k2_5_is_kimi_k2_below_a_prefix() {
     let metadata = assert_same("kimi-k2-int4", |model| {
         edit_tensors(model, |tensors| {

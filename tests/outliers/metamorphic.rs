@@ -70,6 +70,10 @@ const MIXER_INPUTS: &[Role] = &[
     Role::KeyValueDown,
     Role::DeltaQkvz,
     Role::DeltaBa,
+    Role::DeltaQkv,
+    Role::DeltaGate,
+    Role::DeltaStrength,
+    Role::DeltaStep,
 ];
 const FFN_INPUTS: &[Role] = &[
     Role::Gate,

@@ -32,14 +32,14 @@ pub(crate) fn rewrite(from: &Path, to: &Path, mut edit: impl FnMut(usize, &Need,
         edit(layer, &need, &mut values);
         let mut shape: Vec<u64> = need.shape.iter().map(|&n| n as u64).collect();
         // By the family's table: the quantised form may lie the other way round.
-        if model.family.names.input_major.contains(&need.role) {
+        if model.names.input_major.contains(&need.role) {
             values = transposed(&values, need.shape[0], need.shape[1]);
             shape.reverse();
         }
         let dtype = model.stored(layer, &need).kept_as(DType::F32, need.is_matrix());
         assert!(dtype == DType::F32 || values.iter().all(|v| v.to_bits() & 0xffff == 0), "{need:?}: no bf16 any more");
         let name = model.name_of(layer, &need);
-        if need.expert.is_some() && model.family.names.is_stacked(need.role) {
+        if need.expert.is_some() && model.names.is_stacked(need.role) {
             let stack = tensors.entry(name).or_insert_with(|| ([&[0], &shape[..]].concat(), Vec::new(), dtype));
             stack.0[0] += 1;
             stack.1.extend(values);

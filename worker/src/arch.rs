@@ -6,8 +6,8 @@ use outliers_protocol::{ConfigReading, FailureKind};
 use serde_json::{Map, Value};
 
 use crate::decoder::{
-    AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, HeadSpec, LayerSpec, MixerSpec, MlpSpec, MoeSpec, NormOrder,
-    NormSpec, Role, RouterSpec, SharedSpec, Window,
+    AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, GateUp, HeadSpec, LayerSpec, MixerSpec, MlpKind, MlpSpec,
+    MoeSpec, NormOrder, NormSpec, Role, RouterSpec, SharedSpec, Window,
 };
 use crate::error::{Result, WorkerError};
 use crate::rope::RopeSpec;
@@ -36,6 +36,8 @@ pub struct Family {
     pub unused: &'static [Unused],
     /// Published tensor names.
     pub names: &'static Names,
+    /// The same in checkpoints that hold tensors of each expert, where `names` has them stacked.
+    pub unstacked: Option<&'static Names>,
 }
 
 /// Declares the files below `arch/` and lists their families.
@@ -65,6 +67,8 @@ families! {
     opt,
     qwen2,
     qwen3,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
     qwen3_next,
 }
@@ -370,12 +374,42 @@ pub fn known() -> impl Iterator<Item = &'static str> {
 pub struct Architecture {
     /// Its family.
     pub family: &'static Family,
+    /// Names of its tensors.
+    pub names: &'static Names,
     /// What to compute.
     pub spec: DecoderSpec,
     /// How its matrices are stored.
     pub quantisation: Option<Quantisation>,
     /// What the file leaves out, and what in it is not known.
     pub reading: ConfigReading,
+}
+
+impl Architecture {
+    /// As its experts are stored, where the family has names for both ways, by what a checkpoint
+    /// holds.
+    #[must_use]
+    pub fn as_stored(self, holds: impl Fn(&str) -> bool) -> Self {
+        let Some(unstacked) = self.family.unstacked else { return self };
+        let layer = self.spec.layers.iter().position(|layer| layer.experts() > 0).unwrap_or(0);
+        let name = |names: &Names, base: &str| names.of(base, layer, Role::ExpertDown, Some(0));
+        let has = |names: &Names| names.bases.iter().any(|base| holds(&name(names, base)));
+        let apart = has(unstacked);
+        if apart || has(self.family.names) { self.with_experts(apart) } else { self }
+    }
+
+    /// With tensors of each expert, or of all together.
+    fn with_experts(mut self, apart: bool) -> Self {
+        let Some(unstacked) = self.family.unstacked else { return self };
+        self.names = if apart { unstacked } else { self.family.names };
+        for layer in &mut self.spec.layers {
+            if let FfnSpec::Moe(moe) = &mut layer.ffn
+                && let MlpKind::Swiglu(stored) = &mut moe.expert.kind
+            {
+                *stored = if apart { GateUp::Separate } else { GateUp::Halves };
+            }
+        }
+        self
+    }
 }
 
 /// Reads a `config.json`.
@@ -392,16 +426,23 @@ pub fn read(config: &Value) -> Result<Architecture> {
     top.raw("model_type");
     if family.wrapper.is_none() {
         let (spec, reading) = finish(&top, family)?;
-        return Ok(Architecture { family, spec, quantisation, reading });
+        return Ok(Architecture { family, names: family.names, spec, quantisation, reading });
     }
     let text = Config::new(top.object(TEXT_CONFIG)?, Class::of(family.class), "text_config.");
     text.raw("architectures");
     text.raw("model_type");
     // Kimi-K2.5 has it there.
     quantisation = quantisation.or(text.quantisation()?);
-    let (spec, mut reading) = finish(&text, family)?;
+    let (mut spec, mut reading) = finish(&text, family)?;
+    // In transformers the class of the whole ties, unless the family says otherwise.
+    const TIED: &str = "tie_word_embeddings";
+    if top.knows(TIED) && config::unused::reason(TIED, family.unused).is_none() {
+        spec.head.tied = top.flag(TIED)?;
+    }
     reading.unknown.extend(top.finish(family.unused)?.unknown);
-    Ok(Architecture { family, spec, quantisation, reading })
+    // Who quantises them stores them apart.
+    let apart = quantisation.is_some();
+    Ok(Architecture { family, names: family.names, spec, quantisation, reading }.with_experts(apart))
 }
 
 /// Where multimodal configurations keep the settings of their text model.
@@ -563,20 +604,20 @@ mod tests {
     #[test]
     fn every_family_names_every_tensor_it_needs_and_each_once() {
         for name in known() {
-            let Architecture { family, spec, .. } = read(&config(name)).unwrap();
+            let Architecture { names: table, spec, .. } = read(&config(name)).unwrap();
             let needs = spec.needs();
             let of =
-                |(layer, need): &(usize, Need)| family.names.of(family.names.bases[0], *layer, need.role, need.expert);
+                |(layer, need): &(usize, Need)| table.of(table.bases[0], *layer, need.role, need.expert);
             let mut names: Vec<String> = needs.iter().map(of).collect();
             assert!(names.iter().all(|name| !name.contains('{')), "{name}: {names:?}");
             names.sort();
             names.dedup();
             // Experts of a stacked tensor share its name.
             let stacked =
-                |(_, need): &&(usize, Need)| need.expert.is_some_and(|e| e > 0) && family.names.is_stacked(need.role);
+                |(_, need): &&(usize, Need)| need.expert.is_some_and(|e| e > 0) && table.is_stacked(need.role);
             assert_eq!(names.len(), needs.len() - needs.iter().filter(stacked).count(), "{name}");
             // A tied model still may store the head; its name is asked for.
-            assert!(!family.names.of("", 0, Role::Head, None).is_empty());
+            assert!(!table.of("", 0, Role::Head, None).is_empty());
         }
     }
 

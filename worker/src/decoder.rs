@@ -275,8 +275,21 @@ pub struct DeltaNetSpec {
     pub value_dim: usize,
     /// Taps of the causal depthwise convolution, the last on the current token.
     pub kernel: usize,
+    /// How the matrices that lead in are stored.
+    pub stored: DeltaStored,
     /// Norm of the mixed values, per value head, before the gate.
     pub norm: NormSpec,
+}
+
+/// How the matrices that lead into a DeltaNet are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeltaStored {
+    /// Two, their rows grouped by key head: [q | k | values | gates] and [write strengths | steps]
+    /// (Qwen3-Next).
+    ByKeyHead,
+    /// One for queries, keys and values, all rows of a kind one after another, and one each for
+    /// gates, write strengths and steps (Qwen3.5).
+    ByKind,
 }
 
 /// A feed-forward block.

@@ -1,5 +1,6 @@
-//! Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) as Qwen3-Next has it: a short convolution mixes neighbouring tokens, then each
-//! value head writes to and reads from a matrix of its own, its state, by a gated delta rule ([`recurrence`]).
+//! Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) as Qwen3-Next and Qwen3.5 have it: a short
+//! convolution mixes neighbouring tokens, then each value head writes to and reads from a matrix
+//! of its own, its state, by a gated delta rule ([`recurrence`]).
 
 use candle_core::{DType, Result, Tensor};
 
@@ -19,10 +20,8 @@ const UNIT_EPS: f32 = 1e-6;
 
 /// A DeltaNet's tensors on one device. Names of the published tensors in brackets.
 pub struct DeltaNetWeights {
-    /// Per key head [q | k | values | gates] (`in_proj_qkvz`).
-    pub qkvz: Linear,
-    /// Per key head [write strengths | decays] (`in_proj_ba`).
-    pub ba: Linear,
+    /// To queries, keys, values, gates, write strengths and steps.
+    pub projections: DeltaProjections,
     /// `[channels, 1, kernel]` (`conv1d`).
     pub convolution: Tensor,
     /// `[value_heads]` (`A_log`).
@@ -35,51 +34,127 @@ pub struct DeltaNetWeights {
     pub output: Linear,
 }
 
+/// The matrices that lead in, as they are stored.
+pub enum DeltaProjections {
+    /// Rows grouped by key head.
+    ByKeyHead {
+        /// Per key head [q | k | values | gates] (`in_proj_qkvz`).
+        qkvz: Linear,
+        /// Per key head [write strengths | steps] (`in_proj_ba`).
+        ba: Linear,
+    },
+    /// One kind after another, the heads within it.
+    ByKind {
+        /// Queries, keys, values (`in_proj_qkv`).
+        qkv: Linear,
+        /// Gates (`in_proj_z`).
+        gates: Linear,
+        /// Write strengths (`in_proj_b`).
+        strengths: Linear,
+        /// Steps (`in_proj_a`).
+        steps: Linear,
+    },
+}
+
+impl DeltaProjections {
+    /// Of `x` `[rows, hidden]`.
+    fn apply(&self, x: &Tensor) -> Result<Projected> {
+        Ok(match self {
+            Self::ByKeyHead { qkvz, ba } => Projected::ByKeyHead { qkvz: qkvz.apply(x)?, ba: ba.apply(x)? },
+            Self::ByKind { qkv, gates, strengths, steps } => Projected::ByKind {
+                qkv: qkv.apply(x)?,
+                gates: gates.apply(x)?,
+                strengths: strengths.apply(x)?,
+                steps: steps.apply(x)?,
+            },
+        })
+    }
+}
+
+/// What the projections make of tokens: their columns are in the order of the matrices' rows.
+enum Projected {
+    ByKeyHead { qkvz: Tensor, ba: Tensor },
+    ByKind { qkv: Tensor, gates: Tensor, strengths: Tensor, steps: Tensor },
+}
+
+/// What is projected to.
+#[derive(Clone, Copy)]
+enum Kind {
+    Query,
+    Key,
+    Value,
+    Gate,
+    Strength,
+    Step,
+}
+
+impl Projected {
+    /// One kind, `[rows, heads * width]`: the heads one after another.
+    fn columns(&self, spec: &DeltaNetSpec, kind: Kind) -> Result<Tensor> {
+        let DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, .. } = *spec;
+        let (keys, values, served) = (key_heads * key_dim, value_heads * value_dim, value_heads / key_heads);
+        match self {
+            Self::ByKeyHead { qkvz, ba } => {
+                let (of_keys, of_values) = (2 * key_dim, served * value_dim);
+                match kind {
+                    Kind::Query => of_groups(qkvz, key_heads, 0, key_dim),
+                    Kind::Key => of_groups(qkvz, key_heads, key_dim, key_dim),
+                    Kind::Value => of_groups(qkvz, key_heads, of_keys, of_values),
+                    Kind::Gate => of_groups(qkvz, key_heads, of_keys + of_values, of_values),
+                    Kind::Strength => of_groups(ba, key_heads, 0, served),
+                    Kind::Step => of_groups(ba, key_heads, served, served),
+                }
+            }
+            Self::ByKind { qkv, gates, strengths, steps } => match kind {
+                Kind::Query => qkv.narrow(1, 0, keys)?.contiguous(),
+                Kind::Key => qkv.narrow(1, keys, keys)?.contiguous(),
+                Kind::Value => qkv.narrow(1, 2 * keys, values)?.contiguous(),
+                Kind::Gate => Ok(gates.clone()),
+                Kind::Strength => Ok(strengths.clone()),
+                Kind::Step => Ok(steps.clone()),
+            },
+        }
+    }
+}
+
+/// Columns `first..first + width` of each of `groups` equal groups: `[rows, groups * width]`.
+fn of_groups(projected: &Tensor, groups: usize, first: usize, width: usize) -> Result<Tensor> {
+    let (rows, all) = projected.dims2()?;
+    let grouped = projected.reshape((rows, groups, all / groups))?;
+    grouped.narrow(2, first, width)?.contiguous()?.reshape((rows, groups * width))
+}
+
 /// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape, before the residual addition.
 /// Between the projections everything but the gated norm is f32, whatever the dtype of `x`.
 pub fn delta_net(spec: &DeltaNetSpec, weights: &DeltaNetWeights, x: &Tensor, positions: usize) -> Result<Tensor> {
     let (rows, values) = (x.dim(0)?, spec.value_heads * spec.value_dim);
-    let qkvz = weights.qkvz.apply(x)?;
-    let mixed = heads(spec, weights, &qkvz, &weights.ba.apply(x)?, positions)?.delta_rule()?;
+    let projected = weights.projections.apply(x)?;
+    let mixed = heads(spec, weights, &projected, positions)?.delta_rule()?;
     let mixed = mixed.reshape((rows / positions, spec.value_heads, positions, spec.value_dim))?.transpose(1, 2)?;
     let mixed = mixed.contiguous()?.to_dtype(x.dtype())?.reshape((rows * spec.value_heads, spec.value_dim))?;
     let normed = weights.norm.apply(&mixed)?.reshape((rows, values))?;
-    let served = values / spec.key_heads;
-    let z = columns(spec, &qkvz, 2 * spec.key_dim + served, served)?;
-    weights.output.apply(&fused::gated(z, &normed, Gate::Silu)?)
-}
-
-/// Columns `first..first + width` of each key head's group: `[rows, key_heads * width]`.
-fn columns(spec: &DeltaNetSpec, projected: &Tensor, first: usize, width: usize) -> Result<Tensor> {
-    let (rows, all) = projected.dims2()?;
-    let groups = projected.reshape((rows, spec.key_heads, all / spec.key_heads))?;
-    groups.narrow(2, first, width)?.contiguous()?.reshape((rows, spec.key_heads * width))
+    let gates = projected.columns(spec, Kind::Gate)?;
+    weights.output.apply(&fused::gated(gates, &normed, Gate::Silu)?)
 }
 
 /// What the recurrence runs over. Queries, keys and values are convolved and pass through SiLU; queries and keys then become unit
 /// vectors, queries divided by the root of their width.
-fn heads(
-    spec: &DeltaNetSpec,
-    weights: &DeltaNetWeights,
-    qkvz: &Tensor,
-    ba: &Tensor,
-    positions: usize,
-) -> Result<Heads> {
+fn heads(spec: &DeltaNetSpec, weights: &DeltaNetWeights, projected: &Projected, positions: usize) -> Result<Heads> {
     let taps = weights.convolution.to_dtype(DType::F32)?.squeeze(1)?.contiguous()?;
-    let part = |first, width, convolution: Convolution| {
-        convolution.apply(&columns(spec, qkvz, first, width)?.to_dtype(DType::F32)?, &taps)
+    let part = |kind, convolution: Convolution| {
+        convolution.apply(&projected.columns(spec, kind)?.to_dtype(DType::F32)?, &taps)
     };
-    let DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, .. } = *spec;
-    let (keys, served) = (key_heads * key_dim, value_heads / key_heads);
+    let DeltaNetSpec { key_heads, value_heads, key_dim, .. } = *spec;
+    let keys = key_heads * key_dim;
     let query =
         Convolution { heads: key_heads, positions, first_channel: 0, length: Some((key_dim as f32).powf(-0.5)) };
     let key = Convolution { first_channel: keys, length: Some(1.0), ..query };
     let value = Convolution { heads: value_heads, first_channel: 2 * keys, length: None, ..query };
-    let (decay, strength) = gates(spec, weights, ba, positions)?;
+    let (decay, strength) = gates(spec, weights, projected, positions)?;
     Ok(Heads {
-        query: part(0, key_dim, query)?,
-        key: part(key_dim, key_dim, key)?,
-        value: part(2 * key_dim, served * value_dim, value)?,
+        query: part(Kind::Query, query)?,
+        key: part(Kind::Key, key)?,
+        value: part(Kind::Value, value)?,
         decay,
         strength,
     })
@@ -87,11 +162,15 @@ fn heads(
 
 /// Per value head and token, each `[sequences * value_heads, positions]`: the logarithm of what the state is multiplied by, never
 /// positive, and how much of a write is done, in (0, 1).
-fn gates(spec: &DeltaNetSpec, weights: &DeltaNetWeights, ba: &Tensor, positions: usize) -> Result<(Tensor, Tensor)> {
-    let served = spec.value_heads / spec.key_heads;
-    let half = |first| columns(spec, ba, first, served)?.to_dtype(DType::F32);
-    let strength = (half(0)?.neg()?.exp()? + 1.0)?.recip()?;
-    let step = softplus(&half(served)?.broadcast_add(&weights.step_bias.to_dtype(DType::F32)?)?)?;
+fn gates(
+    spec: &DeltaNetSpec,
+    weights: &DeltaNetWeights,
+    projected: &Projected,
+    positions: usize,
+) -> Result<(Tensor, Tensor)> {
+    let wide = |kind| projected.columns(spec, kind)?.to_dtype(DType::F32);
+    let strength = (wide(Kind::Strength)?.neg()?.exp()? + 1.0)?.recip()?;
+    let step = softplus(&wide(Kind::Step)?.broadcast_add(&weights.step_bias.to_dtype(DType::F32)?)?)?;
     let decay = step.broadcast_mul(&weights.decay.to_dtype(DType::F32)?.exp()?.neg()?)?;
     let by_head = |t: Tensor| {
         let sequences = t.dim(0)? / positions;

@@ -7,7 +7,7 @@ use candle_core::DType;
 use outliers_protocol::{ConfigReading, FailureKind, IgnoredTensors};
 use serde_json::Value;
 
-use crate::arch::{self, Architecture, Family, Nvfp4Layout, Quantisation};
+use crate::arch::{self, Architecture, Family, Names, Nvfp4Layout, Quantisation};
 use crate::decoder::{DecoderSpec, Need, Role, Unit};
 use crate::dtype;
 use crate::error::{Result, WorkerError, listed};
@@ -23,8 +23,10 @@ pub(crate) const NVFP4_BLOCK: usize = 16;
 
 /// A model whose every tensor is known to be there, in the right shape and in a dtype that can be decoded.
 pub struct Model<'a> {
-    /// Names and configuration reader.
+    /// Its family.
     pub family: &'static Family,
+    /// Names of its tensors.
+    pub names: &'static Names,
     /// What to compute.
     pub spec: DecoderSpec,
     /// Where the bytes are.
@@ -117,15 +119,15 @@ impl<'a> Model<'a> {
     /// # Errors
     /// Unsupported architectures and switches; missing tensors, wrong shapes and dtypes by name; more layers asked for than there are.
     pub fn open(config: &Value, source: &'a dyn WeightSource, layers: Option<usize>) -> Result<Self> {
-        let Architecture { family, spec, quantisation, reading: config } = arch::read(config)?;
-        let names = family.names;
+        let architecture = arch::read(config)?.as_stored(|name| source.entry(name).is_some());
+        let Architecture { family, names, spec, quantisation, reading: config } = architecture;
         // Every family has this norm, whatever is tied.
         let has = |base: &&&str| source.entry(&names.of(base, 0, Role::MixerNorm, None)).is_some();
         let base = names.bases.iter().find(has).unwrap_or(&names.bases[0]);
         let (ignored, unexplained, notes) = Default::default();
         let embedding = Role::Embedding;
         let mut model =
-            Self { family, spec, source, ignored, unexplained, config, notes, quantisation, base, embedding };
+            Self { family, names, spec, source, ignored, unexplained, config, notes, quantisation, base, embedding };
         model.settle_head();
         model.check()?;
         if let Some(layers) = layers {
@@ -200,7 +202,7 @@ impl<'a> Model<'a> {
         let tied_copy = self.spec.head.tied.then(|| self.name(0, Role::Head));
         for name in self.source.names().filter(|name| !used.contains(name)) {
             let tied = tied_copy.as_deref() == Some(name);
-            let known = self.family.names.ignores(name, self.base, self.spec.layers.len());
+            let known = self.names.ignores(name, self.base, self.spec.layers.len());
             let Some(why) = tied.then_some("a copy of the embedding, to which the head is tied").or(known) else {
                 unexplained.push(name.to_owned());
                 continue;
@@ -231,12 +233,12 @@ impl<'a> Model<'a> {
 
     /// The published name of a tensor that is not an expert's.
     pub fn name(&self, layer: usize, role: Role) -> String {
-        self.family.names.of(self.base, layer, role, None)
+        self.names.of(self.base, layer, role, None)
     }
 
     /// The published name of a needed tensor, without what quantisation appends. Stacked experts share one.
     pub fn name_of(&self, layer: usize, need: &Need) -> String {
-        self.family.names.of(self.base, layer, need.role, need.expert)
+        self.names.of(self.base, layer, need.role, need.expert)
     }
 
     /// Where a tensor is, that was found when the model was opened.
@@ -246,7 +248,7 @@ impl<'a> Model<'a> {
     }
 
     fn locate(&self, layer: usize, need: &Need) -> std::result::Result<Stored<'a>, Problem> {
-        let names = self.family.names;
+        let names = self.names;
         let role = if need.role == Role::Embedding { self.embedding } else { need.role };
         let name = names.of(self.base, layer, role, need.expert);
         let stack = need.expert.filter(|_| names.is_stacked(need.role)).map(|e| (e, self.spec.layers[layer].experts()));

@@ -6,10 +6,10 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use crate::attention::{AttentionWeights, Projections};
 use crate::decoder::{
-    AttentionSpec, DeltaNetSpec, GateUp, LatentSpec, MixerSpec, MlpRoles, MlpSpec, MoeSpec, NormSpec, QkNorm, Role,
-    SharedSpec,
+    AttentionSpec, DeltaNetSpec, DeltaStored, GateUp, LatentSpec, MixerSpec, MlpRoles, MlpSpec, MoeSpec, NormSpec,
+    QkNorm, Role, SharedSpec,
 };
-use crate::delta_net::DeltaNetWeights;
+use crate::delta_net::{DeltaNetWeights, DeltaProjections};
 use crate::ffn::{MlpWeights, Router, SharedWeights, Widening};
 use crate::fused;
 use crate::mla::{LatentQuery, LatentWeights};
@@ -144,9 +144,20 @@ impl UnitTensors {
     }
 
     fn delta_net(&mut self, spec: &DeltaNetSpec) -> Result<DeltaNetWeights> {
+        let projections = match spec.stored {
+            DeltaStored::ByKeyHead => DeltaProjections::ByKeyHead {
+                qkvz: self.plain(Role::DeltaQkvz)?,
+                ba: self.plain(Role::DeltaBa)?,
+            },
+            DeltaStored::ByKind => DeltaProjections::ByKind {
+                qkv: self.plain(Role::DeltaQkv)?,
+                gates: self.plain(Role::DeltaGate)?,
+                strengths: self.plain(Role::DeltaStrength)?,
+                steps: self.plain(Role::DeltaStep)?,
+            },
+        };
         Ok(DeltaNetWeights {
-            qkvz: self.plain(Role::DeltaQkvz)?,
-            ba: self.plain(Role::DeltaBa)?,
+            projections,
             convolution: self.take(Role::DeltaConvolution)?,
             decay: self.take(Role::DeltaDecay)?,
             step_bias: self.take(Role::DeltaStepBias)?,

@@ -18,6 +18,7 @@ pub(super) const FAMILY: Family = Family {
     spec,
     unused: &[("transformers has no such attribute", &["ep_size"])],
     names: &NAMES,
+    unstacked: None,
 };
 
 const NAMES: Names =

@@ -22,6 +22,7 @@ pub(super) const FAMILY: Family = Family {
         ("transformers has no such attribute", &["ep_size"]),
     ],
     names: &NAMES,
+    unstacked: None,
 };
 
 /// Of this family and those that build on it.

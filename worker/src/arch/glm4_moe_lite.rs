@@ -17,6 +17,7 @@ pub(super) const FAMILY: Family = Family {
         ("the widths of a head's parts say it", &["qk_head_dim"]),
     ],
     names: &NAMES,
+    unstacked: None,
 };
 
 const NAMES: Names = Names {

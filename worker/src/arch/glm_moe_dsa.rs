@@ -16,6 +16,7 @@ pub(super) const FAMILY: Family = Family {
         ("transformers has no such attribute", &["ep_size"]),
     ],
     names: &deepseek_v32::NAMES,
+    unstacked: None,
 };
 
 const INDEXER_KEYS: &[&str] = &[

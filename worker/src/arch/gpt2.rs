@@ -15,6 +15,7 @@ pub(super) const FAMILY: Family = Family {
     spec,
     unused: UNUSED,
     names: &NAMES,
+    unstacked: None,
 };
 
 const NAMES: Names = Names {

@@ -16,6 +16,7 @@ pub(super) const FAMILY: Family = Family {
     spec,
     unused: &[("transformers has no such attribute", &["experts_per_token", "initial_context_length"])],
     names: &NAMES,
+    unstacked: None,
 };
 
 const NAMES: Names = Names {

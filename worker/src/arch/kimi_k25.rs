@@ -12,6 +12,7 @@ pub(super) const FAMILY: Family = Family {
     spec: deepseek_v3::spec,
     unused: UNUSED,
     names: &NAMES,
+    unstacked: None,
 };
 
 const NAMES: Names = Names {

@@ -24,6 +24,7 @@ pub(super) const FAMILY: Family = Family {
         &["mtp_transformer_layers", "num_mtp_modules", "use_mtp"],
     )],
     names: &NAMES,
+    unstacked: None,
 };
 
 const NAMES: Names = Names {

@@ -12,6 +12,7 @@ pub(super) const FAMILY: Family = Family {
     spec,
     unused: &[],
     names: &NAMES,
+    unstacked: None,
 };
 
 const NAMES: Names = Names { tensors: &[LIKE_LLAMA], bases: &["model.", ""], input_major: &[], ignored: &[] };

@@ -17,6 +17,7 @@ pub(super) const FAMILY: Family = Family {
     spec,
     unused: &[("of a mixture, all layers have the window: it has no such attribute", &["max_window_layers"])],
     names: &NAMES,
+    unstacked: None,
 };
 
 const NAMES: Names =

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::{
-    AttentionSpec, DecoderSpec, DeltaNetSpec, FfnSpec, GateUp, LatentSpec, LayerSpec, MixerSpec, MlpSpec, MoeSpec,
-    NormKind, NormOrder, NormSpec, Part, QkNorm, Unit,
+    AttentionSpec, DecoderSpec, DeltaNetSpec, DeltaStored, FfnSpec, GateUp, LatentSpec, LayerSpec, MixerSpec, MlpSpec,
+    MoeSpec, NormKind, NormOrder, NormSpec, Part, QkNorm, Unit,
 };
 
 /// What a tensor is for. An architecture's name table maps each to a published name.
@@ -75,8 +75,16 @@ pub enum Role {
 
     /// DeltaNet's projection, per key head [q | k | values | gates].
     DeltaQkvz,
-    /// DeltaNet's projection, per key head [write strengths | decays].
+    /// DeltaNet's projection, per key head [write strengths | steps].
     DeltaBa,
+    /// DeltaNet's projection, all queries, all keys, all values `[channels, hidden]`.
+    DeltaQkv,
+    /// DeltaNet's projection to gates `[value_heads * value_dim, hidden]`.
+    DeltaGate,
+    /// DeltaNet's projection to write strengths `[value_heads, hidden]`.
+    DeltaStrength,
+    /// DeltaNet's projection to steps `[value_heads, hidden]`.
+    DeltaStep,
     /// Convolution `[channels, 1, kernel]`.
     DeltaConvolution,
     /// `A_log` `[value_heads]`.
@@ -386,9 +394,19 @@ impl DeltaNetSpec {
 
     fn needs(&self, hidden: usize, needs: &mut Vec<Need>) {
         let values = self.value_heads * self.value_dim;
+        match self.stored {
+            DeltaStored::ByKeyHead => needs.extend([
+                Need::new(Role::DeltaQkvz, &[self.channels() + values, hidden]),
+                Need::new(Role::DeltaBa, &[2 * self.value_heads, hidden]),
+            ]),
+            DeltaStored::ByKind => needs.extend([
+                Need::new(Role::DeltaQkv, &[self.channels(), hidden]),
+                Need::new(Role::DeltaGate, &[values, hidden]),
+                Need::new(Role::DeltaStrength, &[self.value_heads, hidden]),
+                Need::new(Role::DeltaStep, &[self.value_heads, hidden]),
+            ]),
+        }
         needs.extend([
-            Need::new(Role::DeltaQkvz, &[self.channels() + values, hidden]),
-            Need::new(Role::DeltaBa, &[2 * self.value_heads, hidden]),
             Need::new(Role::DeltaConvolution, &[self.channels(), 1, self.kernel]),
             Need::new(Role::DeltaDecay, &[self.value_heads]),
             Need::new(Role::DeltaStepBias, &[self.value_heads]),

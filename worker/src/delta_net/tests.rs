@@ -2,7 +2,7 @@ use candle_core::Device;
 use proptest::prelude::*;
 
 use super::*;
-use crate::decoder::NormSpec;
+use crate::decoder::{DeltaStored, NormSpec};
 
 /// Reproducible values, uniform in [-size / 2, size / 2).
 pub(super) fn values(shape: &[usize], size: f32, seed: u64) -> Tensor {
@@ -55,13 +55,16 @@ impl Block {
     ) -> Self {
         let value_heads = key_heads * served;
         let norm = NormSpec::rms(1e-6);
-        let spec = DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, kernel, norm };
+        let stored = DeltaStored::ByKeyHead;
+        let spec = DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, kernel, stored, norm };
         let linear =
             |rows: usize, columns: usize, seed| Linear { weight: values(&[rows, columns], 1.5, seed), bias: None };
         let (keys, all) = (key_heads * key_dim, value_heads * value_dim);
         let weights = DeltaNetWeights {
-            qkvz: linear(2 * keys + 2 * all, hidden, 1),
-            ba: linear(2 * value_heads, hidden, 2),
+            projections: DeltaProjections::ByKeyHead {
+                qkvz: linear(2 * keys + 2 * all, hidden, 1),
+                ba: linear(2 * value_heads, hidden, 2),
+            },
             convolution: values(&[2 * keys + all, 1, kernel], 2.0, 3),
             decay: (values(&[value_heads], 1.0, 4) + log_decay).unwrap(),
             step_bias: values(&[value_heads], 1.0, 5),
@@ -69,6 +72,35 @@ impl Block {
             output: linear(hidden, all, 7),
         };
         Self { spec, weights, hidden }
+    }
+
+    fn by_key_head(&self) -> (&Linear, &Linear) {
+        let DeltaProjections::ByKeyHead { qkvz, ba } = &self.weights.projections else { panic!() };
+        (qkvz, ba)
+    }
+
+    /// The same function with its rows in the other order.
+    fn by_kind(mut self) -> Self {
+        let (qkvz, ba) = self.by_key_head();
+        let DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, .. } = self.spec;
+        let (served, width) = (value_heads / key_heads, value_heads / key_heads * value_dim);
+        let rows = |of: &Linear, first: usize, width: usize| {
+            let each = of.weight.dim(0).unwrap() / key_heads;
+            let parts: Vec<Tensor> =
+                (0..key_heads).map(|head| of.weight.narrow(0, head * each + first, width).unwrap()).collect();
+            Tensor::cat(&parts, 0).unwrap()
+        };
+        let qkv = [rows(qkvz, 0, key_dim), rows(qkvz, key_dim, key_dim), rows(qkvz, 2 * key_dim, width)];
+        let linear = |weight: Tensor| Linear { weight, bias: None };
+        let projections = DeltaProjections::ByKind {
+            qkv: linear(Tensor::cat(&qkv, 0).unwrap()),
+            gates: linear(rows(qkvz, 2 * key_dim + width, width)),
+            strengths: linear(rows(ba, 0, served)),
+            steps: linear(rows(ba, served, served)),
+        };
+        self.spec.stored = DeltaStored::ByKind;
+        self.weights.projections = projections;
+        self
     }
 
     fn input(&self, sequences: usize, positions: usize) -> Tensor {
@@ -91,7 +123,8 @@ impl Block {
 
     fn naive_sequence(&self, x: &[f64]) -> (Vec<f64>, Vec<f64>) {
         let projected = |linear: &Linear| product(x, &floats(&linear.weight), self.hidden);
-        let (qkvz, ba) = (projected(&self.weights.qkvz), projected(&self.weights.ba));
+        let (qkvz, ba) = self.by_key_head();
+        let (qkvz, ba) = (projected(qkvz), projected(ba));
         let rows = x.len() / self.hidden;
         let (heads, magnified): (Vec<Vec<f64>>, Vec<Vec<f64>>) =
             (0..self.spec.value_heads).map(|head| self.naive_head(head, &qkvz, &ba, rows)).unzip();
@@ -222,6 +255,15 @@ fn sequences_neither_leak_into_each_other_nor_depend_on_their_order() {
 }
 
 #[test]
+fn the_order_of_the_stored_rows_does_not_show() {
+    for (key_heads, served) in [(1, 1), (2, 3), (3, 1)] {
+        let block = || Block::new(12, key_heads, served, [8, 6, 4], -1.0);
+        let x = block().input(2, 70);
+        close(&block().by_kind().run(&x, 70), &block().run(&x, 70), 1e-6);
+    }
+}
+
+#[test]
 fn tokens_do_not_see_the_future() {
     let block = Block::new(12, 1, 2, [8, 6, 4], -1.0);
     let x = block.input(1, 100);
@@ -235,7 +277,8 @@ fn tokens_do_not_see_the_future() {
 fn speed_of_the_published_shape() {
     let (sequences, positions) = (2, 2048);
     let mut block = Block::new(2048, 16, 2, [128, 128, 4], -1.0);
-    for linear in [&mut block.weights.qkvz, &mut block.weights.ba, &mut block.weights.output] {
+    let DeltaProjections::ByKeyHead { qkvz, ba } = &mut block.weights.projections else { panic!() };
+    for linear in [qkvz, ba, &mut block.weights.output] {
         linear.weight = (&linear.weight * 0.03).unwrap();
     }
     let x = block.input(sequences, positions);
@@ -249,9 +292,8 @@ fn speed_of_the_published_shape() {
         println!("{what}: {best:.3} s, {:.0} tokens/s", (sequences * positions) as f64 / best);
         best
     };
-    let qkvz = block.weights.qkvz.apply(&x).unwrap();
-    let ba = block.weights.ba.apply(&x).unwrap();
-    let inner = || heads(&block.spec, &block.weights, &qkvz, &ba, positions).unwrap();
+    let projected = block.weights.projections.apply(&x).unwrap();
+    let inner = || heads(&block.spec, &block.weights, &projected, positions).unwrap();
     seconds("whole block", &|| drop(block.run(&x, positions)));
     seconds("convolutions and gates", &|| drop(inner()));
     let inner = inner();

@@ -186,8 +186,7 @@ struct Layout {
 impl Layout {
     /// Name, shape and content of the tensors that hold a need: one, or codes and scales.
     fn tensors(&self, layer: usize, need: &Need) -> Vec<(String, Vec<u64>, Made)> {
-        let Architecture { family, spec, quantisation, .. } = &self.architecture;
-        let names = family.names;
+        let Architecture { names, spec, quantisation, .. } = &self.architecture;
         let name = names.of(names.bases[0], layer, need.role, need.expert);
         let stack = need.expert.filter(|_| names.is_stacked(need.role)).map(|_| spec.layers[layer].experts());
         let stacked = |shape: &[usize]| -> Vec<u64> { stack.iter().chain(shape).map(|&n| n as u64).collect() };

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::rope::{Pairing, RopeScaling, RopeSpec};
 
 /// Keys of the settings that some kind of rotation reads.
-const KNOWN: [&str; 14] = [
+const KNOWN: [&str; 16] = [
     "rope_type",
     "type",
     "rope_theta",
@@ -24,6 +24,9 @@ const KNOWN: [&str; 14] = [
     "mscale_all_dim",
     "truncate",
     "attention_factor",
+    // Which pairs turn by which of three positions, all of which are equal for text.
+    "mrope_section",
+    "mrope_interleaved",
 ];
 /// Share of a head that rotates.
 const PARTIAL: &str = "partial_rotary_factor";
