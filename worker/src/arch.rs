@@ -606,8 +606,7 @@ mod tests {
         for name in known() {
             let Architecture { names: table, spec, .. } = read(&config(name)).unwrap();
             let needs = spec.needs();
-            let of =
-                |(layer, need): &(usize, Need)| table.of(table.bases[0], *layer, need.role, need.expert);
+            let of = |(layer, need): &(usize, Need)| table.of(table.bases[0], *layer, need.role, need.expert);
             let mut names: Vec<String> = needs.iter().map(of).collect();
             assert!(names.iter().all(|name| !name.contains('{')), "{name}: {names:?}");
             names.sort();

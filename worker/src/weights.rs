@@ -145,10 +145,9 @@ impl UnitTensors {
 
     fn delta_net(&mut self, spec: &DeltaNetSpec) -> Result<DeltaNetWeights> {
         let projections = match spec.stored {
-            DeltaStored::ByKeyHead => DeltaProjections::ByKeyHead {
-                qkvz: self.plain(Role::DeltaQkvz)?,
-                ba: self.plain(Role::DeltaBa)?,
-            },
+            DeltaStored::ByKeyHead => {
+                DeltaProjections::ByKeyHead { qkvz: self.plain(Role::DeltaQkvz)?, ba: self.plain(Role::DeltaBa)? }
+            }
             DeltaStored::ByKind => DeltaProjections::ByKind {
                 qkv: self.plain(Role::DeltaQkv)?,
                 gates: self.plain(Role::DeltaGate)?,

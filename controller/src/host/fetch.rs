@@ -243,8 +243,7 @@ impl RemoteHost {
     }
 
     fn damaged(&self, what: &str) -> HostError {
-        HostError::new(HostErrorKind::Damaged, format!("{}: {what}", self.name))
-            .hint(NOTHING_KEPT)
+        HostError::new(HostErrorKind::Damaged, format!("{}: {what}", self.name)).hint(NOTHING_KEPT)
     }
 
     fn too_large(&self, entry: &FileEntry, most: &FileBytes) -> HostError {

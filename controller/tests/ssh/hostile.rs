@@ -13,6 +13,8 @@ use outliers::deploy::{DeployEvent, Driver, HostTalk, Ports, SshHosts, Stop};
 use outliers::estimate::Work;
 use outliers::keys::RunKey;
 use outliers::ledger::{Ledger, RunRecord};
+use outliers::local_worker::{Check, LocalWorker};
+use outliers::output;
 use outliers::run::{Ending, RunSpec, Trouble, Watch};
 use outliers::transport::TransportErrorKind as Kind;
 use outliers::transport::ssh::SshTransport;
@@ -226,7 +228,7 @@ async fn drive(
         heard.lock().unwrap().push(text);
     };
     let ledger = Ledger::open(&here.join("state")).map_err(|error| error.to_string())?;
-    let run = ledger.plan(&spec(&here.join("results"))).map_err(|error| error.to_string())?;
+    let run = ledger.plan(&spec(&here.join("results")).await).map_err(|error| error.to_string())?;
     let (hosts, bad_hosts) = (SshHosts::new(program, Bytes::from_gib(1), Bytes::from_gib(1)), BadHosts::default());
     let cloud = outliers::clouds::Cloud { broker: cloud.clone(), patience, is_local: false };
     let clouds = Clouds::from(vec![cloud]);
@@ -240,13 +242,15 @@ fn all(offers: Vec<Offer>, _spec: &RunSpec) -> Result<Vec<Offer>, Trouble> {
 }
 
 /// A run of the small fixture, its model uploaded.
-fn spec(results: &Path) -> RunSpec {
+async fn spec(results: &Path) -> RunSpec {
     let text = |path: PathBuf| path.to_str().unwrap().to_owned();
     let fixture = golden("llama-f32");
     let model = text(fixture.join("model"));
     let mut job = JobSpec::new(ModelSource::Folder { path: model.clone() });
     job.corpus.source = CorpusSource::TokenIds(text(fixture.join("golden.safetensors")));
     job.precision = Precision::F32;
+    let honest = LocalWorker::find(Some(&worker()), Path::new("")).await.unwrap();
+    let output = output::planned(&job, &honest.inspect(&job, Check::Model).await.unwrap());
     RunSpec {
         model,
         brokers: NAME.to_owned(),
@@ -257,12 +261,14 @@ fn spec(results: &Path) -> RunSpec {
         disk: Bytes::from_mib(16),
         push_model: true,
         keep_running: false,
+        detach: false,
         max_duration_s: 600,
         watch: Watch { lease_s: 600, unclaimed_s: 600 },
         budget: None,
         agreed: None,
         only_in_time: false,
         results: text(results.to_owned()),
+        output,
         survey: None,
     }
 }
