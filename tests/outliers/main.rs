@@ -7,6 +7,7 @@ mod checkpoints;
 mod clouds;
 mod datasets;
 mod deploy;
+mod docs;
 mod endings;
 mod host;
 mod hub;

@@ -1,0 +1,181 @@
+//! README.md, CONTRIBUTING.md and docs/: short lines, links that lead somewhere, commands that the programs accept.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use outliers::survey::Survey;
+
+const MOST_LINES: usize = 200;
+const MOST_COLUMNS: usize = 110;
+
+struct Page {
+    path: PathBuf,
+    text: String,
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn read(path: PathBuf) -> Page {
+    let text = fs::read_to_string(&path).unwrap();
+    Page { path, text }
+}
+
+fn pages() -> Vec<Page> {
+    let docs = fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let docs = docs.filter(|path| path.extension().is_some_and(|ending| ending == "md"));
+    docs.chain(["README.md", "CONTRIBUTING.md"].map(|name| root().join(name))).map(read).collect()
+}
+
+impl Page {
+    fn name(&self) -> String {
+        self.path.file_name().unwrap().to_string_lossy().into_owned()
+    }
+
+    /// The text of its code blocks, fenced or indented, with what stands after each opening fence.
+    fn blocks(&self) -> Vec<(String, String)> {
+        let mut blocks: Vec<(String, String)> = Vec::new();
+        let (mut fenced, mut indented) = (false, false);
+        for line in self.text.lines() {
+            if let Some(language) = line.strip_prefix("```") {
+                fenced = !fenced;
+                indented = false;
+                if fenced {
+                    blocks.push((language.to_owned(), String::new()));
+                }
+                continue;
+            }
+            let code = if fenced { Some(line) } else { line.strip_prefix("    ") };
+            if code.is_some() && !fenced && !indented {
+                blocks.push((String::new(), String::new()));
+            }
+            indented = code.is_some() && !fenced;
+            if let (Some(code), Some((_, block))) = (code, blocks.last_mut()) {
+                block.push_str(code);
+                block.push('\n');
+            }
+        }
+        blocks
+    }
+
+    /// Addresses of links and pictures.
+    fn links(&self) -> impl Iterator<Item = &str> {
+        self.text.split("](").skip(1).filter_map(|rest| rest.split(')').next())
+    }
+
+    /// The names by which links lead to its headings.
+    fn anchors(&self) -> Vec<String> {
+        let headings = self.text.lines().filter(|line| line.starts_with('#'));
+        let anchor = |line: &str| -> String {
+            let kept = line.trim_start_matches('#').trim().to_lowercase();
+            let kept = kept.chars().filter(|c| c.is_alphanumeric() || [' ', '-', '_'].contains(c));
+            kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+        };
+        headings.map(anchor).collect()
+    }
+}
+
+/// The commands in a block of code that run one of the two programs, as a shell would hand them
+/// over: without comments, variables and redirections.
+fn commands(block: &str) -> Vec<Vec<String>> {
+    let block = block.replace("\\\n", " ");
+    let lines = block.lines().filter_map(|line| line.split(" #").next());
+    let typed = lines.flat_map(|line| line.split(['&', '|', ';']));
+    let commands = typed.filter_map(|command| {
+        let mut words = command.split_whitespace().skip_while(|word| word.contains('='));
+        let program = Path::new(words.next()?).file_name()?.to_str()?;
+        ["outliers", "outliers-worker"].contains(&program).then(|| {
+            let arguments = words.take_while(|word| !word.starts_with('>'));
+            [program].into_iter().chain(arguments).map(str::to_owned).collect()
+        })
+    });
+    commands.collect()
+}
+
+/// What a program says against its arguments.
+fn refusal(command: &[String]) -> Option<String> {
+    let refused = match command[0].as_str() {
+        "outliers" => outliers::cli::Cli::try_parse_from(command).err(),
+        _ => outliers_worker::cli::Cli::try_parse_from(command).err(),
+    };
+    refused.filter(clap::Error::use_stderr).map(|error| error.to_string())
+}
+
+#[test]
+fn the_readme_is_short_and_no_line_is_wide() {
+    let mut wide = Vec::new();
+    for page in pages() {
+        let lines = page.text.lines().enumerate();
+        let too_wide = lines.filter(|(_, line)| line.chars().count() > MOST_COLUMNS);
+        wide.extend(too_wide.map(|(at, line)| format!("{}:{}: {line}", page.name(), at + 1)));
+    }
+    assert!(wide.is_empty(), "more than {MOST_COLUMNS} columns:\n{}", wide.join("\n"));
+    let lines = read(root().join("README.md")).text.lines().count();
+    assert!(lines <= MOST_LINES, "README.md has {lines} lines");
+}
+
+#[test]
+fn links_lead_to_files_and_headings_that_exist() {
+    let (mut seen, mut broken) = (0, Vec::new());
+    for page in pages() {
+        for link in page.links().filter(|link| !link.contains("://")) {
+            seen += 1;
+            let (file, anchor) = link.split_once('#').map_or((link, None), |(file, anchor)| (file, Some(anchor)));
+            let target = if file.is_empty() { page.path.clone() } else { page.path.parent().unwrap().join(file) };
+            let leads_there = match anchor {
+                _ if !target.exists() => false,
+                Some(anchor) => read(target).anchors().iter().any(|known| known == anchor),
+                None => true,
+            };
+            if !leads_there {
+                broken.push(format!("{}: {link}", page.name()));
+            }
+        }
+    }
+    assert!(seen > 20, "{seen} links");
+    assert!(broken.is_empty(), "{}", broken.join("\n"));
+}
+
+#[test]
+fn every_command_in_code_blocks_is_accepted() {
+    let (mut seen, mut refused) = (0, Vec::new());
+    for page in pages() {
+        for command in page.blocks().iter().flat_map(|(_, block)| commands(block)) {
+            seen += 1;
+            refused.extend(refusal(&command).map(|said| format!("{}: {}\n{said}", page.name(), command.join(" "))));
+        }
+    }
+    assert!(seen > 50, "{seen} commands");
+    assert!(refused.is_empty(), "{}", refused.join("\n"));
+}
+
+#[test]
+fn every_survey_in_code_blocks_is_read() {
+    let mut seen = 0;
+    for page in pages() {
+        for (language, block) in page.blocks() {
+            if language == "toml" && block.contains("models = ") {
+                seen += 1;
+                Survey::parse(&block, &page.path).unwrap();
+            }
+        }
+    }
+    assert!(seen > 1, "{seen} surveys");
+}
+
+#[test]
+fn a_command_that_no_program_accepts_is_found() {
+    let block = [
+        "cargo build && ./target/release/outliers demo",
+        "HF_TOKEN=x outliers plan --model a/b \\",
+        "    --layers 2 > plan.txt",
+        "outliers-worker devices --jsn   # --json",
+    ];
+    let commands = commands(&block.join("\n"));
+    let words: Vec<String> = commands.iter().map(|command| command.join(" ")).collect();
+    assert_eq!(words, ["outliers demo", "outliers plan --model a/b --layers 2", "outliers-worker devices --jsn"]);
+    let refused: Vec<bool> = commands.iter().map(|command| refusal(command).is_some()).collect();
+    assert_eq!(refused, [false, false, true]);
+}
