@@ -280,8 +280,9 @@ mod tests {
         }
         standing.unreadable.push(Unreadable { run: "run9".into(), why: evil.into() });
         let text = document(&standing);
+        let active = text.replace(r"\](", "");
         for live in ["![", "](", "http://", "<img", "www."] {
-            assert!(!text.contains(live), "{live} in {text}");
+            assert!(!active.contains(live), "{live} in {text}");
         }
         assert!(text.contains("evil.example"), "it is shown: {text}");
     }
