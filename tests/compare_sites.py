@@ -84,17 +84,22 @@ def top_records(what, got, layers, ids):
         same(f"{what} record {i} token id", record["token_id"], int(ids.reshape(-1)[token]))
 
 
+def massive_hits(x):
+    """x: [S, N, H] -> which values are massive by the median of their sequence, and of their token"""
+    a = np.abs(x)
+    medians = np.stack([lower_median(s) for s in x])[:, None, None], lower_median(x, -1)[..., None]
+    return tuple((a > 100) & (a >= 1000 * median.astype(np.float64)) for median in medians)
+
+
 def massive(got, layers, ids):
     """layers: {layer: [S, N, H]}"""
     tokens, dims, total, total_token, found = set(), {}, 0, 0, []
     for layer, x in layers.items():
         a, have = np.abs(x), got["layers"][layer]
-        by_sequence = np.stack([lower_median(s) for s in x])[:, None, None]
-        hit = (a > 100) & (a >= 1000 * by_sequence.astype(np.float64))
-        hit_token = (a > 100) & (a >= 1000 * lower_median(x, -1)[..., None].astype(np.float64))
+        hit, hit_token = massive_hits(x)
         same(f"massive layer {layer}", [have["values"], have["tokens"], have["values_by_token_median"], have["tokens_by_token_median"]],
              [int(hit.sum()), int(hit.any(-1).sum()), int(hit_token.sum()), int(hit_token.any(-1).sum())])
-        near(f"massive layer {layer} median", have["mean_median"], by_sequence.mean())
+        near(f"massive layer {layer} median", have["mean_median"], np.mean([lower_median(s) for s in x]))
         for i, want in enumerate(np.sort(a.reshape(len(a), -1), -1)[:, ::-1][:, :3].mean(0)):
             near(f"massive layer {layer} top {i + 1}", have["mean_top_magnitudes"][i], want)
         total, total_token = total + int(hit.sum()), total_token + int(hit_token.sum())
@@ -167,11 +172,8 @@ def super_experts(got, statistics, peaks, n_layers):
         near(f"expert {layer}.{e} peak at its place", have, y[np.nonzero(rows == token)[0][0], dim])
 
 
-def main():
-    golden, results, statistics = load(sys.argv[1]), json.load(open(sys.argv[2])), load(sys.argv[3])
-    model = {}
-    for file in Path(sys.argv[4]).glob("*.safetensors") if len(sys.argv) > 4 else []:
-        model.update(load(file))
+def compare(golden, results, statistics, model):
+    """Adds what differs to `wrong`. `golden` and `model`: arrays by name; without a `model` gains and experts are left out."""
     ids, n_layers = golden["input_ids"], results["n_layers"]
     hidden = golden["layer.0.site.0"].shape[-1]
     names = {"attention_out": "attn_out", "mlp_out": "mlp_out", "residual": "block_out"}
@@ -214,8 +216,17 @@ def main():
             row_statistics(f"expert_out {layer}", others[layer, "expert_out"]["rows"], np.concatenate([y for _, y in of_layer.values()]))
         if peaks:
             super_experts(results["super_experts"], statistics, peaks, n_layers)
+
+
+def main():
+    golden, results, statistics = load(sys.argv[1]), json.load(open(sys.argv[2])), load(sys.argv[3])
+    model = {}
+    for file in Path(sys.argv[4]).glob("*.safetensors") if len(sys.argv) > 4 else []:
+        model.update(load(file))
+    compare(golden, results, statistics, model)
     print("\n".join(wrong[:40]) or f"{compared} numbers equal")
     sys.exit(bool(wrong))
 
 
-main()
+if __name__ == "__main__":
+    main()
