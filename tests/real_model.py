@@ -9,7 +9,7 @@ f32 over the first 8 x 512 tokens of the text that ships with the worker: transf
 
 Prints a table. Exit code 1 if perplexity or a largest value differs by more than 1e-4 of itself, if any count, any set of systematic features
 or the token ids differ, or anything that compare_statistics.py and compare_sites.py compare. A scratch folder that is named is kept: its
-checkpoint is used again, and the worker's results lie in its folder `out`. Needs pip, torch, transformers, jinja2, 8 GB of memory and 1 GB of
+checkpoint is used again, and the worker's results lie in its folder `out`. Needs pip, torch, transformers, jinja2, 6 GB of memory and 1 GB of
 disk.
 """
 import argparse
