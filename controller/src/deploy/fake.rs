@@ -417,7 +417,9 @@ impl Fake {
                     });
                 }
                 Some(Fault::StateFull) => world.fill_state(),
-                Some(Fault::ResultsFull) => world.results_full_until = Some(Instant::now() + FULL),
+                Some(Fault::ResultsFull) => {
+                    world.results_full_until = Some(Instant::now() + self.patience.listing_interval * 10);
+                }
                 Some(Fault::Unreadable) => world.damage(),
                 Some(Fault::ClockJumps) => world.jump(),
                 _ => {}
