@@ -35,7 +35,7 @@ TOLERANCES = {"qwen3_next": 3e-4, "opt_350m": 2e-4}
 
 # The data from which the worker reads a config.json, and the model types of its families.
 CLASSES = HERE.parent / "worker" / "src" / "arch" / "config" / "classes.json"
-MODEL_TYPES = ["deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt2", "gpt_oss", "gptj", "kimi_k25", "llama", "llama4",
+MODEL_TYPES = ["afmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "gemma3", "gemma4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt2", "gpt_oss", "gptj", "kimi_k25", "llama", "llama4",
                "minimax_m2", "mixtral", "olmoe", "opt", "qwen2", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3_next"]
 
 # Latent attention with less in it.
@@ -91,6 +91,15 @@ FIXTURES = {
     "qwen3-moe-nvfp4": ("qwen3_moe", 32, {"stored_as": "nvfp4"}, {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2}),
     "deepseek-v3-small-tiles": ("moonlight", 33, {"stored_as": "small_tiles"}, {"num_hidden_layers": 2, "n_routed_experts": 5, "hidden_size": 72,
                                                                                 "kv_lora_rank": 32}),
+    "afmoe": ("afmoe", 37, {}, {"num_hidden_layers": 3, "num_dense_layers": 1, "num_experts": 5, "num_experts_per_tok": 2,
+                                "layer_types": [*KINDS, "sliding_attention"]}),
+    "deepseek-v2": ("deepseek_v2", 38, {}, {"num_hidden_layers": 2, "n_routed_experts": 8, "num_experts_per_tok": 2, **NARROW}),
+    "deepseek-v2-lite": ("deepseek_v2_lite", 39, {}, {"num_hidden_layers": 2, "n_routed_experts": 5, "hidden_size": 64, "kv_lora_rank": 32,
+                                                      "intermediate_size": 72}),
+    "gemma3": ("gemma3", 40, {}, {"num_hidden_layers": 3, "layer_types": [*KINDS, "sliding_attention"]}),
+    "gemma3-text": ("gemma3_text", 41, {}, {"num_hidden_layers": 3, "sliding_window_pattern": 2}),
+    "gemma4": ("gemma4", 42, {}, {"num_hidden_layers": 2, "num_experts": 5, "top_k_experts": 2, "layer_types": KINDS}),
+    "gemma4-dense": ("gemma4_dense", 43, {}, {"num_hidden_layers": 3, "layer_types": [*KINDS, "full_attention"]}),
     "qwen3-5": ("qwen3_5", 34, {}, {"num_hidden_layers": 2, "layer_types": IN_TURN}),
     "qwen3-5-moe": ("qwen3_5_moe", 35, {}, {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "layer_types": IN_TURN}),
     "qwen3-5-moe-fp8": ("qwen3_5_moe_fp8", 36, {}, {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "layer_types": IN_TURN}),
@@ -131,6 +140,13 @@ ODD = {
     "qwen3_5": [UNTIED, {"linear_num_value_heads": 6, "linear_num_key_heads": 2, "linear_value_head_dim": 10}],
     "qwen3_5_moe": [ONE, ALL, {"linear_num_value_heads": 6, "linear_num_key_heads": 2, "linear_value_head_dim": 10}],
     "qwen3_5_moe_fp8": [ALL],
+    "afmoe": [ONE, ALL, TIED, {"sliding_window": 5, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}],
+    "deepseek_v2": [{"n_routed_experts": 12, "n_group": 3, "topk_group": 1}, {"rope_scaling": None}],
+    "deepseek_v2_lite": [ROUTED, TIED, {"n_shared_experts": 1}],
+    "gemma3": [{"sliding_window": 5}, {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "query_pre_attn_scalar": 7}],
+    "gemma3_text": [{"final_logit_softcapping": 20.0}],
+    "gemma4": [{"num_experts": 1, "top_k_experts": 1}, {"attention_k_eq_v": False}],
+    "gemma4_dense": [{"global_head_dim": 24, "num_global_key_value_heads": 2}],
     "kimi_k2_int4": [ROUTED, {"n_group": 2, "topk_group": 1, "n_routed_experts": 8}],
     "deepseek_v3_e8m0": [{"num_attention_heads": 3, "num_key_value_heads": 3, "v_head_dim": 10}],
     "deepseek_v32": [TIED, {"n_group": 1, "topk_group": 1, "n_routed_experts": 5}, {"rope_scaling": None}],
@@ -138,7 +154,7 @@ ODD = {
     "glm_moe_dsa_fp8": [{"v_head_dim": 10}],
 }
 # Families whose configurations are walked over, key by key: one of each class.
-WALKED = ["qwen3_5", "qwen3_5_moe", "minimax_m2", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "olmoe", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next", "llama4_scout", "llama4_maverick", "deepseek_v3", "gpt2", "opt",
+WALKED = ["afmoe", "deepseek_v2", "gemma3", "gemma3_text", "gemma4", "qwen3_5", "qwen3_5_moe", "minimax_m2", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "olmoe", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next", "llama4_scout", "llama4_maverick", "deepseek_v3", "gpt2", "opt",
           "gptj", "llama", "qwen3", "qwen2"]
 
 

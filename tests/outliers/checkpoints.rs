@@ -194,6 +194,28 @@ fn the_class_of_the_whole_ties_the_head_of_a_multimodal_model() {
 }
 
 #[test]
+fn norms_that_act_and_are_not_studied_are_told() {
+    let templates = |fixture: &str| -> Vec<String> {
+        let model = golden(fixture).join("model");
+        let said = run_worker(["inspect", "--json", "--model", model.to_str().unwrap()]);
+        let inspected = serde_json::from_slice::<Value>(&said.stdout).unwrap();
+        let results: Value = read(run_like(fixture, &model, &[]).path(), files::RESULTS);
+        assert_eq!(inspected["unstudied_norms"], results["unstudied_norms"], "{fixture}");
+        serde_json::from_value(inspected["unstudied_norms"].clone()).unwrap_or_default()
+    };
+    let below = |base: &str, names: &[&str]| -> Vec<String> {
+        names.iter().map(|name| format!("{base}layers.{{layer}}.{name}.weight")).collect()
+    };
+    assert_eq!(templates("afmoe"), below("model.", &["post_attention_layernorm", "post_mlp_layernorm"]));
+    let dense = ["post_attention_layernorm", "post_feedforward_layernorm"];
+    assert_eq!(templates("gemma3"), below("language_model.model.", &dense));
+    let experts =
+        ["post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"];
+    assert_eq!(templates("gemma4"), below("model.language_model.", &[&dense[..], &experts[..]].concat()));
+    assert!(templates("olmoe-bf16").is_empty());
+}
+
+#[test]
 fn kimi_k2_5_is_kimi_k2_below_a_prefix() {
     let metadata = assert_same("kimi-k2-int4", |model| {
         edit_tensors(model, |tensors| {

@@ -74,6 +74,7 @@ const MIXER_INPUTS: &[Role] = &[
     Role::DeltaGate,
     Role::DeltaStrength,
     Role::DeltaStep,
+    Role::OutputGate,
 ];
 const FFN_INPUTS: &[Role] = &[
     Role::Gate,
@@ -90,11 +91,11 @@ const FFN_INPUTS: &[Role] = &[
 ];
 
 /// Grows feature `dim` at every norm and shrinks the columns that read it: the function stays, the feature's values grow.
-fn plant(need: &Need, values: &mut [f32], dim: usize, zero_centred: bool) {
+fn plant(need: &Need, values: &mut [f32], dim: usize, zero_centred: bool, ffn_inputs: &[Role]) {
     match need.role {
         Role::MixerNorm | Role::FfnNorm if zero_centred => values[dim] = (values[dim] + 1.0) * FACTOR - 1.0,
         Role::MixerNorm | Role::FfnNorm | Role::MixerNormBias | Role::FfnNormBias => values[dim] *= FACTOR,
-        role if MIXER_INPUTS.contains(&role) || FFN_INPUTS.contains(&role) => {
+        role if MIXER_INPUTS.contains(&role) || ffn_inputs.contains(&role) => {
             values.chunks_mut(need.shape[1]).for_each(|row| row[dim] /= FACTOR);
         }
         _ => {}
@@ -113,7 +114,11 @@ fn planting_a_feature_moves_its_statistics_and_nothing_else_in_every_family() {
         let zero_centred = spec.layers[0].norm.kind == outliers_worker::decoder::NormKind::RmsZeroCentred;
         let dim = 5;
         let planted = tempfile::tempdir().unwrap();
-        rewrite(&model, planted.path(), |_, need, values| plant(need, values, dim, zero_centred));
+        // Where an MLP stands beside the mixture, router and experts read the residual stream.
+        let has_beside = |ffn: &FfnSpec| matches!(ffn, FfnSpec::Moe(moe) if moe.beside.is_some());
+        let all_read = !spec.layers.iter().any(|layer| has_beside(&layer.ffn));
+        let ffn_inputs = if all_read { FFN_INPUTS } else { &[Role::Gate, Role::Up] };
+        rewrite(&model, planted.path(), |_, need, values| plant(need, values, dim, zero_centred, ffn_inputs));
         let (before, old) = run(&model, &ids_of(&name));
         let (after, new) = run(planted.path(), &ids_of(&name));
         for (tensor, values) in &old {

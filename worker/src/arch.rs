@@ -16,7 +16,7 @@ mod config;
 
 pub use config::Config;
 use config::class::Class;
-use config::rope::yarn_magnitude;
+use config::rope::{RopeKind, yarn_magnitude};
 use config::unsupported;
 use config::unused::Unused;
 
@@ -50,8 +50,13 @@ macro_rules! families {
 
 // One line each.
 families! {
+    afmoe,
+    deepseek_v2,
     deepseek_v3,
     deepseek_v32,
+    gemma3,
+    gemma3_text,
+    gemma4,
     glm4_moe,
     glm4_moe_lite,
     glm_moe_dsa,
@@ -169,6 +174,11 @@ impl Names {
     pub fn of(&self, base: &str, layer: usize, role: Role, expert: Option<usize>) -> String {
         let name = self.template(role).replace("{base}", base).replace("{layer}", &layer.to_string());
         expert.map_or(name.clone(), |e| name.replace("{expert}", &e.to_string()))
+    }
+
+    /// The published names of a role in all layers, with `{layer}` in them.
+    pub fn pattern(&self, base: &str, role: Role) -> String {
+        self.template(role).replace("{base}", base)
     }
 
     /// Whether the experts of a role lie in one tensor.
@@ -341,13 +351,14 @@ fn ffn_like_deepseek(config: &Config<'_>, sparse: bool) -> Result<FfnSpec> {
             scale: config.number("routed_scaling_factor")?,
         },
         shared,
+        beside: None,
     };
     Ok(if sparse { FfnSpec::Moe(moe) } else { FfnSpec::Dense(dense) })
 }
 
 /// A pre-norm layer.
 fn pre_norm(norm: NormSpec, mixer: MixerSpec, ffn: FfnSpec) -> LayerSpec {
-    LayerSpec { norm, order: NormOrder::Before, mixer, ffn }
+    LayerSpec { norm, order: NormOrder::Before, mixer, ffn, scalar: false }
 }
 
 /// A decoder by the same keys: embedding and head as wide as the residual stream, a last norm like the layers'.
@@ -358,10 +369,10 @@ fn decoder_like_llama(config: &Config<'_>, layers: Vec<LayerSpec>) -> Result<Dec
         vocab: config.count("vocab_size")?,
         max_positions: Some(config.count("max_position_embeddings")?),
         selected_keys: None,
-        embedding: EmbeddingSpec { width: hidden, positions: None },
+        embedding: EmbeddingSpec { width: hidden, positions: None, scale: None },
         final_norm: layers.first().map(|layer| layer.norm),
         layers,
-        head: HeadSpec { tied: config.flag("tie_word_embeddings")?, stored: false, bias: false },
+        head: HeadSpec { tied: config.flag("tie_word_embeddings")?, stored: false, bias: false, softcap: None },
     })
 }
 
@@ -540,7 +551,9 @@ fn unsound_mixer(mixer: &MixerSpec) -> Option<String> {
 /// What cannot be about a feed-forward.
 fn unsound_ffn(ffn: &FfnSpec) -> Option<String> {
     let FfnSpec::Moe(moe) = ffn else { return None };
-    if let RouterSpec::SigmoidGroups { groups, top_groups, .. } = moe.router {
+    if let RouterSpec::SigmoidGroups { groups, top_groups, .. } | RouterSpec::SoftmaxGroups { groups, top_groups, .. } =
+        moe.router
+    {
         let even = groups > 0 && moe.experts.is_multiple_of(groups) && (1..=groups).contains(&top_groups);
         if !even || moe.top_k > moe.experts / groups * top_groups {
             return Some(format!("top {} of {} experts in {top_groups} of {groups} groups", moe.top_k, moe.experts));
@@ -558,7 +571,8 @@ mod tests {
     use crate::decoder::Need;
 
     /// Families whose heads' widths have names of their own, and that have no biases.
-    const LATENT: [&str; 5] = [
+    const LATENT: [&str; 6] = [
+        "DeepseekV2ForCausalLM",
         "DeepseekV3ForCausalLM",
         "DeepseekV32ForCausalLM",
         "Glm4MoeLiteForCausalLM",
@@ -577,6 +591,8 @@ mod tests {
             "num_local_experts": 3, "n_routed_experts": 3, "moe_intermediate_size": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
             "shared_expert_intermediate_size": 4, "intermediate_size_mlp": 12, "interleave_moe_layer_step": 2, "mlp_only_layers": [0], "n_group": 1, "topk_group": 1,
             "sliding_window": 4,
+            // Gemma 4.
+            "hidden_size_per_layer_input": 0, "enable_moe_block": true, "top_k_experts": 2, "global_head_dim": 8,
             // Latent attention and DeltaNet.
             "q_lora_rank": 4, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 4,
             "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4,
@@ -588,6 +604,9 @@ mod tests {
             "max_position_embeddings": 16, "ffn_dim": 12, "word_embed_proj_dim": 4,
         });
         config.as_object_mut().unwrap().extend(older.as_object().unwrap().clone());
+        if architecture.starts_with("Gemma4") {
+            config["num_experts"] = json!(3);
+        }
         config["text_config"] = config.clone();
         config
     }

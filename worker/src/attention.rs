@@ -6,7 +6,7 @@ use std::cell::Cell;
 use candle_core::{D, DType, Result, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::decoder::{AttentionSpec, NormSpec, QkNorm, Temperature, Window};
+use crate::decoder::{AttentionSpec, NormSpec, OutputGate, QkNorm, Temperature, Window};
 use crate::fused::{self, Gate, RotatedPart, ScoreBlock};
 use crate::norm::Norm;
 use crate::product::product;
@@ -31,6 +31,8 @@ pub struct AttentionWeights {
     pub qk_norm: Option<(Norm, Norm)>,
     /// One logit per query head.
     pub sinks: Option<Tensor>,
+    /// To gates of the mixed values, where they have a matrix of their own.
+    pub gate: Option<Linear>,
 }
 
 /// Matrices that lead to queries (`heads * head_dim` rows, twice as many with an output gate), keys and values (`kv_heads * head_dim`).
@@ -46,6 +48,13 @@ pub enum Projections {
     },
     /// All rows in one matrix, one kind after another.
     Fused(Linear),
+    /// Keys are values too.
+    KeyIsValue {
+        /// Queries.
+        query: Linear,
+        /// Keys and values.
+        key: Linear,
+    },
 }
 
 impl Projections {
@@ -53,6 +62,12 @@ impl Projections {
     fn apply(&self, spec: &AttentionSpec, x: &Tensor) -> Result<[Tensor; 3]> {
         match self {
             Self::Separate { query, key, value } => Ok([query.apply(x)?, key.apply(x)?, value.apply(x)?]),
+            Self::KeyIsValue { query, key } => {
+                let key = key.apply(x)?;
+                // A copy: a rotation takes the place of what it rotates.
+                let value = key.copy()?;
+                Ok([query.apply(x)?, key, value])
+            }
             Self::Fused(all) => {
                 let all = all.apply(x)?;
                 let kv = spec.kv_heads * spec.head_dim;
@@ -106,10 +121,16 @@ pub fn attention(
     watched: Watched<'_>,
 ) -> Result<Tensor> {
     let [query, mut key, mut value] = weights.projections.apply(spec, x)?;
-    let (mut query, gate) = split_gate(spec, query)?;
+    let (mut query, mut gate) = split_gate(spec, query)?;
+    if let Some(separate) = &weights.gate {
+        gate = Some(separate.apply(x)?);
+    }
     if let Some((query_norm, key_norm)) = &weights.qk_norm {
         query = normalise(spec, query_norm, &query)?;
         key = normalise(spec, key_norm, &key)?;
+    }
+    if let Some(eps) = spec.value_norm {
+        value = normalise_heads(spec, &without_gain(spec, eps, x)?, &value)?;
     }
     if let Some(limit) = spec.clip_qkv {
         (query, key, value) = (query.clamp(-limit, limit)?, key.clamp(-limit, limit)?, value.clamp(-limit, limit)?);
@@ -120,8 +141,7 @@ pub fn attention(
         key = fused::rope(key, table, part, positions)?;
     }
     if let QkNorm::AfterRope { eps } = spec.qk_norm {
-        let gain = Tensor::ones(spec.head_dim, x.dtype(), x.device())?;
-        let norm = Norm::new(NormSpec::rms(eps), gain, None)?;
+        let norm = without_gain(spec, eps, x)?;
         query = normalise(spec, &norm, &query)?;
         key = normalise(spec, &norm, &key)?;
     }
@@ -137,7 +157,7 @@ pub fn attention(
 
 /// Queries `[rows, heads * head_dim]`, and gates of the same shape where each head's rows are [query | gate].
 fn split_gate(spec: &AttentionSpec, query: Tensor) -> Result<(Tensor, Option<Tensor>)> {
-    if !spec.output_gate {
+    if spec.output_gate != OutputGate::WithQuery {
         return Ok((query, None));
     }
     let rows = query.dim(0)?;
@@ -150,11 +170,19 @@ fn split_gate(spec: &AttentionSpec, query: Tensor) -> Result<(Tensor, Option<Ten
 fn normalise(spec: &AttentionSpec, norm: &Norm, x: &Tensor) -> Result<Tensor> {
     match spec.qk_norm {
         QkNorm::WholeProjection(_) => norm.apply(x),
-        QkNorm::PerHead(_) | QkNorm::AfterRope { .. } => {
-            norm.apply(&x.reshape((x.elem_count() / spec.head_dim, spec.head_dim))?)?.reshape(x.shape())
-        }
+        QkNorm::PerHead(_) | QkNorm::AfterRope { .. } => normalise_heads(spec, norm, x),
         QkNorm::None => Ok(x.clone()),
     }
+}
+
+/// Over each head.
+fn normalise_heads(spec: &AttentionSpec, norm: &Norm, x: &Tensor) -> Result<Tensor> {
+    norm.apply(&x.reshape((x.elem_count() / spec.head_dim, spec.head_dim))?)?.reshape(x.shape())
+}
+
+/// A norm of heads like `x` without a gain.
+fn without_gain(spec: &AttentionSpec, eps: f64, x: &Tensor) -> Result<Norm> {
+    Norm::new(NormSpec::rms(eps), Tensor::ones(spec.head_dim, x.dtype(), x.device())?, None)
 }
 
 /// Queries `[sequences * positions, width]`, each multiplied by its position's factor.
@@ -179,7 +207,8 @@ fn mix_sequences(
     watched: Watched<'_>,
 ) -> Result<Tensor> {
     let sinks = weights.sinks.as_ref().map(|sinks| sinks.to_dtype(DType::F32)?.to_vec1()).transpose()?;
-    let mixing = Mixing::new(1.0 / (spec.head_dim as f64).sqrt(), spec.window, sinks.as_deref()).watched(watched);
+    let scale = spec.scale.unwrap_or(1.0 / (spec.head_dim as f64).sqrt());
+    let mixing = Mixing::new(scale, spec.window, sinks.as_deref()).watched(watched);
     let one = |sequence: usize| {
         let heads = |t: &Tensor, heads: usize| {
             t.narrow(0, sequence * positions, positions)?.reshape((positions, heads, spec.head_dim))
@@ -277,13 +306,16 @@ mod tests {
 
     fn weights(spec: &AttentionSpec, random: &mut Random) -> AttentionWeights {
         let (width, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-        let queries = if spec.output_gate { 2 * width } else { width };
+        let queries = if spec.output_gate == OutputGate::WithQuery { 2 * width } else { width };
         let mut linear = |rows: usize, columns: usize, bias: bool| Linear {
             weight: random.tensor(&[rows, columns]),
             bias: bias.then(|| random.tensor(&[rows])),
         };
         let projections = if spec.fused_qkv {
             Projections::Fused(linear(queries + 2 * kv, HIDDEN, spec.qkv_bias))
+        } else if spec.key_is_value {
+            let query = linear(queries, HIDDEN, spec.qkv_bias);
+            Projections::KeyIsValue { query, key: linear(kv, HIDDEN, spec.qkv_bias) }
         } else {
             Projections::Separate {
                 query: linear(queries, HIDDEN, spec.qkv_bias),
@@ -292,6 +324,7 @@ mod tests {
             }
         };
         let output = linear(HIDDEN, width, spec.output_bias);
+        let gate = (spec.output_gate == OutputGate::Separate).then(|| linear(width, HIDDEN, false));
         let mut norms = |spec, [query, key]: [usize; 2]| {
             let mut norm = |width| Norm::new(spec, random.tensor(&[width]), None).unwrap();
             (norm(query), norm(key))
@@ -301,7 +334,8 @@ mod tests {
             QkNorm::WholeProjection(norm) => Some(norms(norm, [width, kv])),
             QkNorm::PerHead(norm) => Some(norms(norm, [spec.head_dim; 2])),
         };
-        AttentionWeights { projections, output, qk_norm, sinks: spec.sinks.then(|| random.tensor(&[spec.heads])) }
+        let sinks = spec.sinks.then(|| random.tensor(&[spec.heads]));
+        AttentionWeights { projections, output, qk_norm, sinks, gate }
     }
 
     fn check(spec: &AttentionSpec, sequences: usize, positions: usize) {
@@ -338,8 +372,14 @@ mod tests {
             check(&AttentionSpec { window, sinks: true, ..plain() }, 2, 13);
         }
         check(&AttentionSpec { sinks: true, kv_heads: 3, ..plain() }, 2, 13);
-        check(&AttentionSpec { output_gate: true, kv_heads: 3, ..plain() }, 2, 6);
-        check(&AttentionSpec { output_gate: true, fused_qkv: true, ..plain() }, 2, 6);
+        check(&AttentionSpec { output_gate: OutputGate::WithQuery, kv_heads: 3, ..plain() }, 2, 6);
+        check(&AttentionSpec { output_gate: OutputGate::WithQuery, fused_qkv: true, ..plain() }, 2, 6);
+        check(&AttentionSpec { output_gate: OutputGate::Separate, kv_heads: 3, ..plain() }, 2, 6);
+        check(&AttentionSpec { scale: Some(0.3), value_norm: Some(0.2), ..plain() }, 2, 6);
+        let rotated = AttentionSpec { rope: Some(rope(6, Pairing::Halves)), key_is_value: true, ..plain() };
+        check(&rotated, 2, 6);
+        let qk_norm = QkNorm::PerHead(NormSpec::rms(1e-5));
+        check(&AttentionSpec { qk_norm, value_norm: Some(1e-5), ..rotated }, 2, 6);
         check(&AttentionSpec { temperature: Some(Temperature { scale: 0.1, floor: 4.0 }), ..plain() }, 2, 13);
         check(&AttentionSpec { temperature: Some(Temperature { scale: 0.1, floor: 8192.0 }), ..plain() }, 2, 13);
     }
@@ -370,9 +410,16 @@ mod tests {
         let shape = (1..4usize, 1..6usize, 1..5usize);
         let rotation = proptest::option::of((pairing, any::<prop::sample::Index>()));
         let temperature = proptest::option::of((0.0..0.5f64, 1.0..20.0f64));
-        (shape, qk_norm, window, rotation, temperature, any::<[bool; 5]>()).prop_map(
-            |((kv_heads, groups, half_dim), qk_norm, window, rotation, temperature, switches)| {
-                let [fused_qkv, qkv_bias, output_bias, sinks, output_gate] = switches;
+        let values = (proptest::option::of(0.1..2.0f64), proptest::option::of(Just(1e-5)), any::<[bool; 2]>());
+        (shape, qk_norm, window, rotation, temperature, any::<[bool; 5]>(), values).prop_map(
+            |((kv_heads, groups, half_dim), qk_norm, window, rotation, temperature, switches, values)| {
+                let [fused_qkv, qkv_bias, output_bias, sinks, is_gated] = switches;
+                let (scale, value_norm, [key_is_value, with_query]) = values;
+                let output_gate = match (is_gated, with_query) {
+                    (false, _) => OutputGate::None,
+                    (true, true) => OutputGate::WithQuery,
+                    (true, false) => OutputGate::Separate,
+                };
                 AttentionSpec {
                     heads: kv_heads * groups,
                     kv_heads,
@@ -385,6 +432,9 @@ mod tests {
                     window,
                     sinks,
                     output_gate,
+                    scale,
+                    value_norm,
+                    key_is_value: key_is_value && !fused_qkv,
                     temperature: temperature.map(|(scale, floor)| Temperature { scale, floor }),
                     clip_qkv: None,
                 }
@@ -447,7 +497,7 @@ mod tests {
             rope: Some(rope(4, Pairing::Interleaved)),
             window: Window::Sliding(5),
             sinks: true,
-            output_gate: true,
+            output_gate: OutputGate::WithQuery,
             temperature: Some(Temperature { scale: 0.1, floor: 2.0 }),
             ..plain()
         };

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::ops::Range;
 
+use candle_core::DType;
 use outliers_protocol::Point;
 
 use crate::rope::RopeSpec;
@@ -57,12 +58,35 @@ impl Longest {
 }
 
 /// How token ids enter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EmbeddingSpec {
     /// Columns of the table. Where it is not the hidden size, a matrix without bias leads in, and one leads out before the head (OPT-350m).
     pub width: usize,
     /// Learned vectors added by position, where rotations do not say it.
     pub positions: Option<LearnedPositions>,
+    /// What multiplies the rows of the table.
+    pub scale: Option<EmbeddingScale>,
+}
+
+/// What multiplies embeddings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EmbeddingScale {
+    /// As the configuration says it.
+    pub factor: f64,
+    /// The factor itself is rounded to the dtype of the pass (Gemma).
+    pub rounded: bool,
+}
+
+impl EmbeddingScale {
+    /// What multiplies the embeddings of a pass in `compute`.
+    pub fn in_dtype(self, compute: DType) -> f32 {
+        let factor = self.factor as f32;
+        match compute {
+            DType::BF16 if self.rounded => half::bf16::from_f32(factor).to_f32(),
+            DType::F16 if self.rounded => half::f16::from_f32(factor).to_f32(),
+            _ => factor,
+        }
+    }
 }
 
 /// A table of position vectors.
@@ -75,7 +99,7 @@ pub struct LearnedPositions {
 }
 
 /// How logits leave.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HeadSpec {
     /// The head's matrix is the embedding.
     pub tied: bool,
@@ -83,6 +107,8 @@ pub struct HeadSpec {
     pub stored: bool,
     /// One number per token id is added (GPT-J).
     pub bias: bool,
+    /// Logits become `cap * tanh(logits / cap)` (Gemma).
+    pub softcap: Option<f64>,
 }
 
 /// One layer: a mixer over tokens and a feed-forward on each token, both added to the residual stream.
@@ -96,6 +122,8 @@ pub struct LayerSpec {
     pub mixer: MixerSpec,
     /// Works on each token alone.
     pub ffn: FfnSpec,
+    /// One stored number multiplies the residual stream after the layer (Gemma 4).
+    pub scalar: bool,
 }
 
 /// Where a layer's norms stand. Their outputs are the studied sites.
@@ -107,6 +135,10 @@ pub enum NormOrder {
     After,
     /// `n = norm(x)`, then `x += mixer(n) + ffn(n)` (GPT-J): [`Point::BeforeAttention`] alone.
     Shared,
+    /// `x += norm(mixer(norm(x)))`, then `x += norm(ffn(norm(x)))` (Gemma, Trinity):
+    /// [`Point::BeforeAttention`] and [`Point::BeforeMlp`]. The outer norms are not studied:
+    /// nothing is projected from their outputs.
+    Sandwich,
 }
 
 /// A norm over the last dimension, computed in f32.
@@ -177,10 +209,28 @@ pub struct AttentionSpec {
     pub window: Window,
     /// One learned logit per head joins the softmax's denominator and contributes no value (gpt-oss).
     pub sinks: bool,
-    /// The query matrix has twice the rows, per head [query | gate]; the mixed values are multiplied by sigmoid(gate) (Qwen3-Next).
-    pub output_gate: bool,
+    /// What opens the mixed values.
+    pub output_gate: OutputGate,
+    /// What multiplies the scores, where not the root of 1 / head_dim (Gemma).
+    pub scale: Option<f64>,
+    /// Values are normalised, each head by itself and without a gain (Gemma 4): added to the mean
+    /// square.
+    pub value_norm: Option<f64>,
+    /// Keys are values too, before their norm and rotation (Gemma 4).
+    pub key_is_value: bool,
     /// Queries grow with their position (Llama 4's layers without rotation).
     pub temperature: Option<Temperature>,
+}
+
+/// What the mixed values of each head are multiplied by before the output projection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutputGate {
+    /// Nothing.
+    None,
+    /// sigmoid(gate). The query matrix has twice the rows, per head [query | gate] (Qwen3-Next).
+    WithQuery,
+    /// sigmoid(gate), under a matrix of its own (Trinity).
+    Separate,
 }
 
 /// How queries and keys are normalised.
@@ -321,6 +371,8 @@ pub enum MlpKind {
     GeluTanh,
     /// `down(silu(gate x) * up x)`.
     Swiglu(GateUp),
+    /// `down(gelu(gate x) * up x)`, GELU in its tanh form (Gemma).
+    Geglu(GateUp),
     /// gpt-oss: `gate = min(gate, limit)`, `up = clamp(up, -limit, limit)`, `down((up + 1) * gate * sigmoid(alpha * gate))`.
     ClampedSwiglu {
         /// Where gate and up lie.
@@ -353,7 +405,7 @@ impl MlpSpec {
     pub fn gate_up(&self) -> Option<GateUp> {
         match self.kind {
             MlpKind::Relu | MlpKind::GeluTanh => None,
-            MlpKind::Swiglu(stored) | MlpKind::ClampedSwiglu { stored, .. } => Some(stored),
+            MlpKind::Swiglu(stored) | MlpKind::Geglu(stored) | MlpKind::ClampedSwiglu { stored, .. } => Some(stored),
         }
     }
 }
@@ -371,6 +423,10 @@ pub struct MoeSpec {
     pub router: RouterSpec,
     /// An expert that every token visits.
     pub shared: Option<SharedSpec>,
+    /// A dense MLP beside the mixture (Gemma 4). It reads the layer's norm; router and experts
+    /// read the residual stream, the experts under a norm of their own. Both outputs have norms
+    /// before they are added.
+    pub beside: Option<MlpSpec>,
 }
 
 /// The shared expert.
@@ -405,6 +461,22 @@ pub enum RouterSpec {
     },
     /// The top k logits; the sigmoid of each multiplies the expert's INPUT (Llama 4).
     SigmoidOfInput,
+    /// Softmax over all experts, then the top k of the best groups, weighted by their shares
+    /// (DeepSeek-V2).
+    SoftmaxGroups {
+        /// Equal groups of neighbouring experts, each judged by its best share.
+        groups: usize,
+        /// Groups an expert may be chosen from.
+        top_groups: usize,
+        /// What multiplies the weights in the end.
+        scale: f64,
+    },
+    /// The input is normalised and scaled; softmax over all experts, the top k divided by their
+    /// sum, each times a number of its expert (Gemma 4).
+    NormedSoftmax {
+        /// Added to the mean square.
+        eps: f64,
+    },
 }
 
 impl RouterSpec {
@@ -416,6 +488,11 @@ impl RouterSpec {
     /// Scores have a correction bias that takes part in choosing only.
     pub fn correction(&self) -> bool {
         matches!(self, Self::SigmoidGroups { .. })
+    }
+
+    /// Its input and its weights have stored scales.
+    pub fn scales(&self) -> bool {
+        matches!(self, Self::NormedSoftmax { .. })
     }
 }
 
@@ -454,7 +531,19 @@ impl fmt::Display for Unit {
     }
 }
 
+/// Norms over the residual stream's width whose outputs nothing is projected from, and of the
+/// experts' own input.
+const UNSTUDIED: [Role; 5] =
+    [Role::MixerPostNorm, Role::FfnPostNorm, Role::BesidePostNorm, Role::ExpertsNorm, Role::ExpertsPostNorm];
+
 impl DecoderSpec {
+    /// Norms of layers whose outputs are not studied, by role.
+    pub fn unstudied_norms(&self) -> Vec<Role> {
+        let needs = self.needs();
+        let has = |role: &Role| needs.iter().any(|(_, need)| need.role == *role);
+        UNSTUDIED.into_iter().filter(has).collect()
+    }
+
     /// The longest sequence that is computed; `None`: any.
     pub fn longest(&self) -> Option<Longest> {
         let (positions, keys) = (self.max_positions.map(Longest::Positions), self.selected_keys);
@@ -473,7 +562,7 @@ impl NormOrder {
     /// The studied points of a layer, in order of computation.
     pub fn points(self) -> &'static [Point] {
         match self {
-            Self::Before => &[Point::BeforeAttention, Point::BeforeMlp],
+            Self::Before | Self::Sandwich => &[Point::BeforeAttention, Point::BeforeMlp],
             Self::After => &[Point::AfterAttention, Point::AfterMlp],
             Self::Shared => &[Point::BeforeAttention],
         }
@@ -510,7 +599,10 @@ impl AttentionSpec {
             rope: None,
             window: Window::Full,
             sinks: false,
-            output_gate: false,
+            output_gate: OutputGate::None,
+            scale: None,
+            value_norm: None,
+            key_is_value: false,
             temperature: None,
         }
     }
@@ -548,7 +640,7 @@ impl MixerSpec {
     pub fn projected_bytes(&self, value: usize) -> usize {
         match self {
             Self::Attention(a) => {
-                let gate = if a.output_gate { a.heads } else { 0 };
+                let gate = if a.output_gate == OutputGate::None { 0 } else { a.heads };
                 (2 * a.heads + gate + 2 * a.kv_heads) * a.head_dim * value
             }
             Self::Latent(l) => l.heads * (3 * (l.nope_dim + l.rope_dim) + 2 * l.value_dim) * value,
@@ -586,7 +678,9 @@ impl FfnSpec {
             }
             Self::Moe(moe) => {
                 let shared = if moe.shared.is_some() { " + 1 shared" } else { "" };
-                format!("{} experts x {}, top {}{shared}", moe.experts, moe.expert.intermediate, moe.top_k)
+                let beside = |mlp: MlpSpec| format!(", beside a gated MLP {}", mlp.intermediate);
+                let beside = moe.beside.map_or_else(String::new, beside);
+                format!("{} experts x {}, top {}{shared}{beside}", moe.experts, moe.expert.intermediate, moe.top_k)
             }
         }
     }

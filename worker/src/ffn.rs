@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use crate::decoder::{GateUp, MlpKind, RouterSpec};
 use crate::fused::{self, Gate};
+use crate::norm::Norm;
 use crate::weights::Linear;
 
 /// A feed-forward's tensors on one device.
@@ -49,13 +50,17 @@ impl MlpWeights {
     fn gate(&self) -> Gate {
         match self.kind {
             MlpKind::ClampedSwiglu { limit, alpha, .. } => Gate::Clamped { limit: limit as f32, alpha: alpha as f32 },
+            MlpKind::Geglu(_) => Gate::GeluTanh,
             MlpKind::Relu | MlpKind::GeluTanh | MlpKind::Swiglu(_) => Gate::Silu,
         }
     }
 
     fn is_interleaved(&self) -> bool {
-        let interleaved = GateUp::Interleaved;
-        matches!(self.kind, MlpKind::Swiglu(stored) | MlpKind::ClampedSwiglu { stored, .. } if stored == interleaved)
+        let stored = match self.kind {
+            MlpKind::Swiglu(stored) | MlpKind::Geglu(stored) | MlpKind::ClampedSwiglu { stored, .. } => stored,
+            MlpKind::Relu | MlpKind::GeluTanh => return false,
+        };
+        stored == GateUp::Interleaved
     }
 }
 
@@ -82,8 +87,20 @@ impl SharedWeights {
 pub struct Router {
     /// `[experts, hidden]`.
     pub logits: Linear,
-    /// Added to the scores for the choice alone, `[experts]`.
-    pub correction: Option<Vec<f32>>,
+    /// Normalises and scales its input, in f32.
+    pub input: Option<Norm>,
+    /// `[experts]`: added to the scores for the choice alone, or what multiplies the weights.
+    pub per_expert: Option<Vec<f32>>,
+}
+
+/// A dense MLP beside a mixture, and the norms around both.
+pub struct Beside {
+    /// The MLP.
+    pub mlp: MlpWeights,
+    /// Of its output.
+    pub norm: Norm,
+    /// Of the experts' input.
+    pub experts: Norm,
 }
 
 /// Which experts each token goes to, and with what weight.
@@ -111,11 +128,13 @@ impl Routing {
 pub fn route(spec: RouterSpec, top_k: usize, router: &Router, x: &Tensor) -> Result<Routing> {
     let wide = |t: &Tensor| t.to_dtype(DType::F32);
     let bias = router.logits.bias.as_ref().map(wide).transpose()?;
-    let logits = Linear { weight: router.logits.weight.clone(), bias }.apply(&wide(x)?)?;
+    let x = wide(x)?;
+    let x = router.input.as_ref().map_or(Ok(x.clone()), |norm| norm.apply(&x))?;
+    let logits = Linear { weight: router.logits.weight.clone(), bias }.apply(&x)?;
     let (rows, experts) = logits.dims2()?;
     let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
     let none = vec![0.0; experts];
-    let correction = router.correction.as_deref().unwrap_or(&none);
+    let per_expert = router.per_expert.as_deref().unwrap_or(&none);
     let mut routing = Routing {
         top_k,
         experts: vec![0; rows * top_k],
@@ -124,21 +143,19 @@ pub fn route(spec: RouterSpec, top_k: usize, router: &Router, x: &Tensor) -> Res
     };
     let chosen = routing.experts.par_chunks_mut(top_k).zip(routing.weights.par_chunks_mut(top_k));
     chosen.zip(logits.par_chunks(experts)).for_each(|((experts, weights), logits)| {
-        choose(spec, logits, correction, experts, weights);
+        choose(spec, logits, per_expert, experts, weights);
     });
     Ok(routing)
 }
 
 /// One row: `experts` and `weights` are filled, in ascending order of experts.
-fn choose(spec: RouterSpec, logits: &[f32], correction: &[f32], experts: &mut [u32], weights: &mut [f32]) {
+fn choose(spec: RouterSpec, logits: &[f32], per_expert: &[f32], experts: &mut [u32], weights: &mut [f32]) {
     let sigmoid = |x: f32| 1.0 / (1.0 + (-x).exp());
     match spec {
         RouterSpec::SoftmaxTopK { normalise } => {
-            let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let shares: Vec<f32> = logits.iter().map(|l| (l - top).exp()).collect();
-            let sum: f32 = shares.iter().sum();
+            let shares = softmax(logits);
             top_k(&shares, experts);
-            fill(weights, experts, |e| shares[e] / sum);
+            fill(weights, experts, |e| shares[e]);
             if normalise {
                 scale_to(weights, 1.0, 0.0);
             }
@@ -151,9 +168,9 @@ fn choose(spec: RouterSpec, logits: &[f32], correction: &[f32], experts: &mut [u
         }
         RouterSpec::SigmoidGroups { groups, top_groups, normalise, scale } => {
             let scores: Vec<f32> = logits.iter().map(|l| sigmoid(*l)).collect();
-            let mut biased: Vec<f32> = scores.iter().zip(correction).map(|(s, b)| s + b).collect();
+            let mut biased: Vec<f32> = scores.iter().zip(per_expert).map(|(s, b)| s + b).collect();
             if top_groups < groups {
-                exclude_groups(&mut biased, groups, top_groups);
+                exclude_groups(&mut biased, groups, top_groups, best_two);
             }
             top_k(&biased, experts);
             fill(weights, experts, |e| scores[e]);
@@ -167,7 +184,32 @@ fn choose(spec: RouterSpec, logits: &[f32], correction: &[f32], experts: &mut [u
             top_k(logits, experts);
             fill(weights, experts, |e| sigmoid(logits[e]));
         }
+        RouterSpec::SoftmaxGroups { groups, top_groups, scale } => {
+            let shares = softmax(logits);
+            let mut chosen_from = shares.clone();
+            if top_groups < groups {
+                exclude_groups(&mut chosen_from, groups, top_groups, best);
+            }
+            top_k(&chosen_from, experts);
+            fill(weights, experts, |e| shares[e] * scale as f32);
+        }
+        RouterSpec::NormedSoftmax { .. } => {
+            let shares = softmax(logits);
+            top_k(&shares, experts);
+            fill(weights, experts, |e| shares[e]);
+            scale_to(weights, 1.0, 0.0);
+            weights.iter_mut().zip(&*experts).for_each(|(w, e)| *w *= per_expert[*e as usize]);
+        }
     }
+}
+
+/// Shares of all experts.
+fn softmax(logits: &[f32]) -> Vec<f32> {
+    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut shares: Vec<f32> = logits.iter().map(|l| (l - top).exp()).collect();
+    let sum: f32 = shares.iter().sum();
+    shares.iter_mut().for_each(|share| *share /= sum);
+    shares
 }
 
 /// The experts of the best scores, ascending; ties go to the lower number.
@@ -193,18 +235,23 @@ fn scale_to(weights: &mut [f32], scale: f32, eps: f32) {
     weights.iter_mut().for_each(|w| *w = *w / sum * scale);
 }
 
-/// Takes the experts outside the `top_groups` best groups out of the choice. A group is judged by the sum of its two best scores.
-fn exclude_groups(biased: &mut [f32], groups: usize, top_groups: usize) {
+/// The best score of a group.
+fn best(group: &[f32]) -> f32 {
+    group.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// The sum of its two best.
+fn best_two(group: &[f32]) -> f32 {
+    let (first, second) = group
+        .iter()
+        .fold((f32::NEG_INFINITY, f32::NEG_INFINITY), |(a, b), &s| if s > a { (s, a) } else { (a, b.max(s)) });
+    if group.len() > 1 { first + second } else { first }
+}
+
+/// Takes the experts outside the `top_groups` best groups out of the choice.
+fn exclude_groups(biased: &mut [f32], groups: usize, top_groups: usize, judge: fn(&[f32]) -> f32) {
     let size = biased.len() / groups;
-    let judged: Vec<f32> = biased
-        .chunks(size)
-        .map(|group| {
-            let (first, second) = group
-                .iter()
-                .fold((f32::NEG_INFINITY, f32::NEG_INFINITY), |(a, b), &s| if s > a { (s, a) } else { (a, b.max(s)) });
-            if size > 1 { first + second } else { first }
-        })
-        .collect();
+    let judged: Vec<f32> = biased.chunks(size).map(judge).collect();
     let mut kept = vec![0; top_groups];
     top_k(&judged, &mut kept);
     for (group, scores) in biased.chunks_mut(size).enumerate() {
@@ -283,7 +330,7 @@ mod tests {
         (experts, weights)
     }
 
-    fn softmax(logits: &[f32], k: usize, normalise: bool) -> (Vec<u32>, Vec<f32>) {
+    fn softmax_top(logits: &[f32], k: usize, normalise: bool) -> (Vec<u32>, Vec<f32>) {
         routed(RouterSpec::SoftmaxTopK { normalise }, logits, &[], k)
     }
 
@@ -291,24 +338,24 @@ mod tests {
     fn keeps_the_softmax_over_all_experts_unless_normalised() {
         let logits = [1.0, 3.0, 2.0, -1.0];
         let total: f32 = logits.iter().map(|l: &f32| l.exp()).sum();
-        let (experts, weights) = softmax(&logits, 2, false);
+        let (experts, weights) = softmax_top(&logits, 2, false);
         assert_eq!(experts, [1, 2]);
         assert!((weights[0] - 3f32.exp() / total).abs() < 1e-6);
-        let (_, weights) = softmax(&logits, 2, true);
+        let (_, weights) = softmax_top(&logits, 2, true);
         assert!((weights.iter().sum::<f32>() - 1.0).abs() < 1e-6);
     }
 
     #[test]
     fn ties_go_to_the_lower_number_and_all_experts_may_be_chosen() {
-        assert_eq!(softmax(&[0.5; 6], 3, false).0, [0, 1, 2]);
-        assert_eq!(softmax(&[2.0, 1.0, 3.0], 3, true).0, [0, 1, 2]);
-        assert_eq!(softmax(&[7.0], 1, true), (vec![0], vec![1.0]));
+        assert_eq!(softmax_top(&[0.5; 6], 3, false).0, [0, 1, 2]);
+        assert_eq!(softmax_top(&[2.0, 1.0, 3.0], 3, true).0, [0, 1, 2]);
+        assert_eq!(softmax_top(&[7.0], 1, true), (vec![0], vec![1.0]));
     }
 
     #[test]
     fn softmax_over_the_selected_is_the_normalised_softmax_over_all() {
         let logits = [0.3, -2.0, 1.7, 0.9, 1.1];
-        let (a, b) = (routed(RouterSpec::TopKSoftmax, &logits, &[], 3), softmax(&logits, 3, true));
+        let (a, b) = (routed(RouterSpec::TopKSoftmax, &logits, &[], 3), softmax_top(&logits, 3, true));
         assert_eq!(a.0, b.0);
         assert!(a.1.iter().zip(&b.1).all(|(a, b)| (a - b).abs() < 1e-6));
     }
@@ -332,6 +379,27 @@ mod tests {
         // Negative scores of chosen groups still come before excluded ones.
         let (experts, _) = routed(spec(1), &logits, &[-3.0; 8], 2);
         assert_eq!(experts, [2, 3]);
+    }
+
+    #[test]
+    fn shares_are_of_all_experts_also_where_groups_are_left_out() {
+        let logits = [3.0f32, -1.0, 2.0, 2.0, 2.5, -2.0];
+        let sum: f32 = logits.iter().map(|l| l.exp()).sum();
+        let spec = |top_groups| RouterSpec::SoftmaxGroups { groups: 3, top_groups, scale: 4.0 };
+        // By the sums of their shares the second group would come before the third.
+        let (experts, weights) = routed(spec(2), &logits, &[], 2);
+        assert_eq!(experts, [0, 4]);
+        assert!((weights[1] - 4.0 * 2.5f32.exp() / sum).abs() < 1e-6);
+        assert_eq!(routed(spec(1), &logits, &[], 2).0, [0, 1]);
+        assert_eq!(routed(spec(3), &logits, &[], 3).0, [0, 2, 4]);
+    }
+
+    #[test]
+    fn a_number_of_each_expert_multiplies_weights_that_add_up_to_one_before() {
+        let spec = RouterSpec::NormedSoftmax { eps: 1e-6 };
+        let (experts, weights) = routed(spec, &[1.0, 1.0, -9.0], &[2.0, 3.0, 9.0], 2);
+        assert_eq!(experts, [0, 1]);
+        assert!((weights[0] - 1.0).abs() < 1e-6 && (weights[1] - 1.5).abs() < 1e-6, "{weights:?}");
     }
 
     fn linear(out: usize, input: usize) -> Linear {

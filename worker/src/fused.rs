@@ -559,6 +559,8 @@ pub enum Gate {
     Silu,
     /// `sigmoid(gate) * up` (Qwen3-Next's attention).
     Sigmoid,
+    /// `gelu(gate) * up`, GELU in its tanh form (Gemma).
+    GeluTanh,
     /// `(clamp(up, -limit, limit) + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)` (gpt-oss).
     Clamped {
         /// Bound.
@@ -575,6 +577,14 @@ fn sigmoid(x: f32) -> f32 {
     (if x >= 0.0 { 1.0 } else { e }) / (1.0 + e)
 }
 
+/// `x / 2 * (1 + tanh(y))` with `y = sqrt(2 / pi) * (x + 0.044715 x^3)`, which is `x * sigmoid(2
+/// y)`.
+#[inline(always)]
+fn gelu_tanh(x: f32) -> f32 {
+    const TWICE: f32 = 2.0 * 0.797_884_56;
+    x * sigmoid(TWICE * (x + 0.044_715 * x * x * x))
+}
+
 /// The smaller one; what is no number stays none.
 #[inline(always)]
 fn at_most(x: f32, limit: f32) -> f32 {
@@ -588,6 +598,7 @@ impl Gate {
         match self {
             Self::Silu => replace_each(gate, up, |g, u| T::narrow(T::narrow(g * sigmoid(g)).wide() * u)),
             Self::Sigmoid => replace_each(gate, up, |g, u| T::narrow(T::narrow(sigmoid(g)).wide() * u)),
+            Self::GeluTanh => replace_each(gate, up, |g, u| T::narrow(T::narrow(gelu_tanh(g)).wide() * u)),
             Self::Clamped { limit, alpha } => replace_each(gate, up, |g, u| {
                 let (g, u) = (at_most(g, limit), -at_most(-at_most(u, limit), limit));
                 T::narrow((u + 1.0) * (g * sigmoid(alpha * g)))
@@ -635,6 +646,7 @@ fn gated_composed(gate: &Tensor, up: &Tensor, how: Gate) -> Result<Tensor> {
     match how {
         Gate::Silu => gate.silu()? * up,
         Gate::Sigmoid => sigmoid_composed(&gate.to_dtype(DType::F32)?, 1.0)?.to_dtype(gate.dtype())? * up,
+        Gate::GeluTanh => gate.gelu()? * up,
         Gate::Clamped { limit, alpha } => {
             let (limit, alpha) = (f64::from(limit), f64::from(alpha));
             let (g, u) = (gate.to_dtype(DType::F32)?.minimum(limit)?, up.to_dtype(DType::F32)?.clamp(-limit, limit)?);
@@ -870,7 +882,7 @@ mod tests {
         let composed = layer_norm_composed(&x, &gain, &bias, 1e-5).unwrap();
         close(&layer_norm(&x, &gain, &bias, 1e-5).unwrap(), &composed, 1e-5);
         let up = values(&[12, 40], 3);
-        for how in [Gate::Silu, Gate::Sigmoid, Gate::Clamped { limit: 2.5, alpha: 1.702 }] {
+        for how in [Gate::Silu, Gate::Sigmoid, Gate::GeluTanh, Gate::Clamped { limit: 2.5, alpha: 1.702 }] {
             let composed = gated_composed(&x, &up, how).unwrap();
             close(&gated(x.copy().unwrap(), &up, how).unwrap(), &composed, 1e-5);
             let halves = Tensor::cat(&[&x, &up], 1).unwrap();

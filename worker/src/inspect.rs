@@ -64,6 +64,7 @@ pub fn inspect(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>, run: P
         head_bytes: model.stored_bytes(0, &head),
         layers: spec.layers.iter().enumerate().map(|(i, layer)| layer_inspection(model, i, layer)).collect(),
         sites: spec.sites().into_iter().map(|site| site_inspection(model, site)).collect(),
+        unstudied_norms: model.unstudied_norms(),
         ignored: model.ignored.clone(),
         unexplained: model.unexplained.clone(),
         config: model.config.clone(),
@@ -123,7 +124,11 @@ fn multiplied_outside(spec: &DecoderSpec) -> u64 {
 fn active_in(spec: &DecoderSpec, unit: &Unit) -> u64 {
     let whole: u64 = unit.needs.iter().map(Need::elements).sum();
     match (&unit.part, &spec.layers[unit.layer].ffn) {
-        (Part::Experts(_), FfnSpec::Moe(moe)) => whole / moe.experts as u64 * moe.top_k as u64,
+        (Part::Experts(_), FfnSpec::Moe(moe)) => {
+            let of_experts = unit.needs.iter().filter(|need| need.expert.is_some());
+            let routed: u64 = of_experts.map(Need::elements).sum();
+            whole - routed + routed / moe.experts as u64 * moe.top_k as u64
+        }
         _ => whole,
     }
 }
@@ -197,13 +202,15 @@ fn hidden_states(spec: &DecoderSpec, run: PlannedRun) -> u64 {
 }
 
 /// What is kept of all tokens while a unit is computed: hidden states; the norm's output that a mixer leaves for the feed-forward; of a
-/// mixture the norm's output and the sum of its experts.
+/// mixture the norm's output, the sum of its experts, and the output of an MLP beside them.
 fn states(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
-    let shared = u64::from(spec.layers[unit.layer].order == NormOrder::Shared);
+    let layer = &spec.layers[unit.layer];
+    let shared = u64::from(layer.order == NormOrder::Shared);
+    let beside = u64::from(matches!(&layer.ffn, FfnSpec::Moe(moe) if moe.beside.is_some()));
     hidden_states(spec, run)
         * match unit.part {
             Part::Mixer | Part::Dense => 1 + shared,
-            Part::Router | Part::Experts(_) => 3,
+            Part::Router | Part::Experts(_) => 3 + beside,
         }
 }
 
@@ -288,7 +295,10 @@ fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
         }
         (_, FfnSpec::Dense(mlp)) => feed_forward(mlp),
         (Part::Experts(_), FfnSpec::Moe(moe)) => feed_forward(&moe.expert),
-        (_, FfnSpec::Moe(moe)) => moe.shared.map_or(0, |shared| feed_forward(&shared.mlp)),
+        (_, FfnSpec::Moe(moe)) => {
+            let shared = moe.shared.map(|shared| shared.mlp);
+            shared.iter().chain(&moe.beside).map(feed_forward).max().unwrap_or(0)
+        }
     };
     bytes as u64
 }

@@ -231,6 +231,11 @@ impl<'a> Model<'a> {
         self.notes.iter().cloned().chain(tensors).chain(keys).collect()
     }
 
+    /// Gains of norms whose outputs are not studied, with `{layer}` for the layer.
+    pub fn unstudied_norms(&self) -> Vec<String> {
+        self.spec.unstudied_norms().into_iter().map(|role| self.names.pattern(self.base, role)).collect()
+    }
+
     /// The published name of a tensor that is not an expert's.
     pub fn name(&self, layer: usize, role: Role) -> String {
         self.names.of(self.base, layer, role, None)

@@ -27,6 +27,11 @@ pub enum Pairing {
 pub enum RopeScaling {
     /// As they are.
     None,
+    /// The first `part` of the pairs turn as in a whole head, the others do not (Gemma 4).
+    Proportional {
+        /// Share of the pairs.
+        part: f64,
+    },
     /// All divided by `factor`.
     Linear {
         /// Divisor.
@@ -84,6 +89,10 @@ impl RopeSpec {
         let periods = (0..self.dims / 2).map(period);
         match self.scaling {
             RopeScaling::None => periods.map(f32::recip).collect(),
+            RopeScaling::Proportional { part } => {
+                let turning = (part * self.dims as f64) as usize / 2;
+                periods.enumerate().map(|(pair, period)| if pair < turning { period.recip() } else { 0.0 }).collect()
+            }
             RopeScaling::Linear { factor } => periods.map(|period| period.recip() / factor as f32).collect(),
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_positions } => {
                 let [factor, low, high] = [factor, low_freq_factor, high_freq_factor].map(|v| v as f32);
@@ -107,7 +116,10 @@ impl RopeSpec {
         let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f)));
         let factor = match self.scaling {
             RopeScaling::Yarn { attention_factor, .. } => attention_factor as f32,
-            RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => 1.0,
+            RopeScaling::None
+            | RopeScaling::Proportional { .. }
+            | RopeScaling::Linear { .. }
+            | RopeScaling::Llama3 { .. } => 1.0,
         };
         let (cos, sin) = angles.map(|a| (a.cos() as f32 * factor, a.sin() as f32 * factor)).unzip();
         RopeTable { cos, sin, pairs: self.dims / 2, pairing: self.pairing }
@@ -295,6 +307,13 @@ mod tests {
         let plain = spec(10_000.0, 8, RopeScaling::None).frequencies();
         let scaled = spec(10_000.0, 8, RopeScaling::Linear { factor: 4.0 }).frequencies();
         assert!(plain.iter().zip(&scaled).all(|(p, s)| p / 4.0 == *s));
+    }
+
+    #[test]
+    fn a_share_of_the_pairs_turns_as_in_a_whole_head() {
+        let whole = spec(1e6, 16, RopeScaling::None).frequencies();
+        let part = spec(1e6, 16, RopeScaling::Proportional { part: 0.25 }).frequencies();
+        assert_eq!((&part[..2], &part[2..]), (&whole[..2], &[0.0; 6][..]));
     }
 
     #[test]

@@ -339,6 +339,7 @@ fn results(job: &JobSpec, model: &Model<'_>, tokens: &Tokens, study: &Study, pre
         thresholds: job.thresholds,
         n_layers: model.spec.layers.len(),
         n_sites: study.outliers().sites().len(),
+        unstudied_norms: model.unstudied_norms(),
         hidden: model.spec.hidden,
         sequences: tokens.sequences,
         tokens_per_sequence: tokens.tokens,

@@ -172,6 +172,8 @@ struct Mixture {
     x: Tensor,
     routing: Routing,
     out: Tensor,
+    /// What a dense MLP beside the experts made of it.
+    beside: Option<Tensor>,
 }
 
 /// Bytes of the embedding, kept from the embedding pass if the head is the same matrix.

@@ -7,10 +7,10 @@ use candle_core::{DType, Device, Result, Tensor};
 use crate::attention::{AttentionWeights, Projections};
 use crate::decoder::{
     AttentionSpec, DeltaNetSpec, DeltaStored, GateUp, LatentSpec, MixerSpec, MlpRoles, MlpSpec, MoeSpec, NormSpec,
-    QkNorm, Role, SharedSpec,
+    OutputGate, QkNorm, Role, RouterSpec, SharedSpec,
 };
 use crate::delta_net::{DeltaNetWeights, DeltaProjections};
-use crate::ffn::{MlpWeights, Router, SharedWeights, Widening};
+use crate::ffn::{Beside, MlpWeights, Router, SharedWeights, Widening};
 use crate::fused;
 use crate::mla::{LatentQuery, LatentWeights};
 use crate::norm::Norm;
@@ -107,6 +107,11 @@ impl UnitTensors {
     fn attention(&mut self, spec: &AttentionSpec) -> Result<AttentionWeights> {
         let projections = if spec.fused_qkv {
             Projections::Fused(self.linear(Role::QueryKeyValue, Role::QueryKeyValueBias, None)?)
+        } else if spec.key_is_value {
+            Projections::KeyIsValue {
+                query: self.linear(Role::Query, Role::QueryBias, None)?,
+                key: self.linear(Role::Key, Role::KeyBias, None)?,
+            }
         } else {
             Projections::Separate {
                 query: self.linear(Role::Query, Role::QueryBias, None)?,
@@ -122,7 +127,10 @@ impl UnitTensors {
             )),
         };
         let sinks = if spec.sinks { Some(self.take(Role::Sinks)?) } else { None };
-        Ok(AttentionWeights { projections, output: self.linear(Role::Output, Role::OutputBias, None)?, qk_norm, sinks })
+        let separate = spec.output_gate == OutputGate::Separate;
+        let gate = if separate { Some(self.plain(Role::OutputGate)?) } else { None };
+        let output = self.linear(Role::Output, Role::OutputBias, None)?;
+        Ok(AttentionWeights { projections, output, qk_norm, sinks, gate })
     }
 
     fn latent(&mut self, spec: &LatentSpec) -> Result<LatentWeights> {
@@ -200,13 +208,49 @@ impl UnitTensors {
     /// # Errors
     /// One of their tensors is not there.
     pub fn router(&mut self, spec: &MoeSpec) -> Result<(Router, Option<SharedWeights>)> {
-        let correction = match spec.router.correction() {
-            true => Some(self.take(Role::CorrectionBias)?.to_dtype(DType::F32)?.to_vec1()?),
-            false => None,
+        let mut numbers = |role| self.take(role)?.to_dtype(DType::F32)?.to_vec1();
+        let per_expert = match spec.router {
+            router if router.correction() => Some(numbers(Role::CorrectionBias)?),
+            router if router.scales() => Some(numbers(Role::ExpertScale)?),
+            _ => None,
         };
-        let router = Router { logits: self.linear(Role::Router, Role::RouterBias, None)?, correction };
+        let input = match spec.router {
+            RouterSpec::NormedSoftmax { eps } => {
+                let scale = self.take(Role::RouterScale)?.to_dtype(DType::F32)?;
+                let root = (scale.elem_count() as f64).sqrt();
+                Some(Norm::new(NormSpec::rms(eps), (scale / root)?, None)?)
+            }
+            _ => None,
+        };
+        let router = Router { logits: self.linear(Role::Router, Role::RouterBias, None)?, input, per_expert };
         let shared = spec.shared.map(|shared| self.shared(shared)).transpose()?;
         Ok((router, shared))
+    }
+
+    /// The dense MLP beside a mixture, if it has one. `norm` is that of the layer.
+    ///
+    /// # Errors
+    /// One of their tensors is not there.
+    pub fn beside(&mut self, spec: &MoeSpec, norm: NormSpec) -> Result<Option<Beside>> {
+        let Some(mlp) = spec.beside else { return Ok(None) };
+        Ok(Some(Beside {
+            mlp: self.dense(mlp)?,
+            norm: Norm::new(norm, self.take(Role::BesidePostNorm)?, None)?,
+            experts: Norm::new(norm, self.take(Role::ExpertsNorm)?, None)?,
+        }))
+    }
+
+    /// A norm without a bias, if it is there.
+    ///
+    /// # Errors
+    /// The tensor library's.
+    pub fn norm_if_there(&mut self, spec: NormSpec, gain: Role) -> Result<Option<Norm>> {
+        self.tensors.remove(&(gain, None)).map(|gain| Norm::new(spec, gain, None)).transpose()
+    }
+
+    /// One tensor, if it is there.
+    pub fn take_if_there(&mut self, role: Role) -> Option<Tensor> {
+        self.tensors.remove(&(role, None))
     }
 
     fn shared(&mut self, spec: SharedSpec) -> Result<SharedWeights> {

@@ -224,6 +224,10 @@ pub fn inspection(inspection: &Inspection) -> String {
         .map(|(dtype, bytes)| format!("{} {}", clean(dtype.as_bytes(), 20), Bytes(*bytes)))
         .collect();
     out += &format!("stored: {} in all ({})\n", Bytes(inspection.stored_bytes), dtypes.join(", "));
+    if !inspection.unstudied_norms.is_empty() {
+        let norms: Vec<String> = inspection.unstudied_norms.iter().map(|name| clean(name.as_bytes(), 100)).collect();
+        out += &format!("norms that act and are not studied: {}\n", norms.join(", "));
+    }
     let mut table =
         table(&["layer", "kind", "experts", "tensors", "parameters", "bytes", "norms before attention, before MLP"]);
     for layer in &inspection.layers {
@@ -558,6 +562,7 @@ mod tests {
             thresholds: Thresholds::default(),
             n_layers: 4,
             n_sites: 8,
+            unstudied_norms: Vec::new(),
             hidden: 16,
             sequences: 2,
             tokens_per_sequence: 8,

@@ -43,6 +43,11 @@ pub struct Inspection {
     pub layers: Vec<LayerInspection>,
     /// The studied norm outputs, in order of computation.
     pub sites: Vec<SiteInspection>,
+    /// Gains of other norms of the layers, with `{layer}` for the layer: nothing is projected from
+    /// their outputs (norms of a sublayer's output), or only experts read them. They act and are
+    /// not studied.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unstudied_norms: Vec<String>,
     /// Tensors on disk that a text-only pass of the main stack does not use, by reason.
     pub ignored: Vec<IgnoredTensors>,
     /// Tensors on disk that the architecture does not explain.

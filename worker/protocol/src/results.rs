@@ -25,6 +25,11 @@ pub struct Results {
     pub n_layers: usize,
     /// Norm outputs studied (2 per layer in most families).
     pub n_sites: usize,
+    /// Gains of other norms of the layers, with `{layer}` for the layer: nothing is projected from
+    /// their outputs (norms of a sublayer's output), or only experts read them. They act and are
+    /// not studied.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unstudied_norms: Vec<String>,
     /// Hidden size: the number of features.
     pub hidden: usize,
     /// Sequences run.

@@ -196,6 +196,12 @@ impl<'a> Config<'a> {
         numbers.ok_or_else(wrong).map(Some)
     }
 
+    /// A word.
+    pub fn word(&self, key: &str) -> Result<&'a str> {
+        let value = self.required(key, "a word", self.get(key)?)?;
+        value.as_str().ok_or_else(|| ill_typed(&self.name(key), "a word", value))
+    }
+
     /// A list with one word per layer; absent or null is `None`.
     pub fn words_opt(&self, key: &str) -> Result<Option<Vec<&'a str>>> {
         let Some(value) = self.get(key)? else { return Ok(None) };

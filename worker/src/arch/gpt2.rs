@@ -73,15 +73,15 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     let intermediate = config.count_or("n_inner", 4 * hidden)?;
     let mlp = MlpSpec { intermediate, kind: MlpKind::GeluTanh, bias: true };
     let mixer = MixerSpec::Attention(attention);
-    let layer = LayerSpec { norm, order: NormOrder::Before, mixer, ffn: FfnSpec::Dense(mlp) };
+    let layer = LayerSpec { norm, order: NormOrder::Before, mixer, ffn: FfnSpec::Dense(mlp), scalar: false };
     Ok(DecoderSpec {
         hidden,
         vocab: config.count("vocab_size")?,
         max_positions: Some(rows),
         selected_keys: None,
-        embedding: EmbeddingSpec { width: hidden, positions: Some(LearnedPositions { rows, offset: 0 }) },
+        embedding: EmbeddingSpec { width: hidden, positions: Some(LearnedPositions { rows, offset: 0 }), scale: None },
         layers: vec![layer; config.layers_under("n_layer")?],
         final_norm: Some(norm),
-        head: HeadSpec { tied: config.flag("tie_word_embeddings")?, stored: false, bias: false },
+        head: HeadSpec { tied: config.flag("tie_word_embeddings")?, stored: false, bias: false, softcap: None },
     })
 }

@@ -52,6 +52,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         },
         router: RouterSpec::TopKSoftmax,
         shared: None,
+        beside: None,
     };
     let alternating = |layer: usize| ["sliding_attention", "full_attention"][layer % 2];
     let kinds = match config.layer_types()? {

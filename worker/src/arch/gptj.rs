@@ -70,15 +70,15 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     let intermediate = config.count_or("n_inner", 4 * hidden)?;
     let mlp = MlpSpec { intermediate, kind: MlpKind::GeluTanh, bias: true };
     let mixer = MixerSpec::Attention(attention);
-    let layer = LayerSpec { norm, order: NormOrder::Shared, mixer, ffn: FfnSpec::Dense(mlp) };
+    let layer = LayerSpec { norm, order: NormOrder::Shared, mixer, ffn: FfnSpec::Dense(mlp), scalar: false };
     Ok(DecoderSpec {
         hidden,
         vocab: config.count("vocab_size")?,
         max_positions: Some(config.count("n_positions")?),
         selected_keys: None,
-        embedding: EmbeddingSpec { width: hidden, positions: None },
+        embedding: EmbeddingSpec { width: hidden, positions: None, scale: None },
         layers: vec![layer; config.layers_under("n_layer")?],
         final_norm: Some(norm),
-        head: HeadSpec { tied: config.flag("tie_word_embeddings")?, stored: false, bias: true },
+        head: HeadSpec { tied: config.flag("tie_word_embeddings")?, stored: false, bias: true, softcap: None },
     })
 }

@@ -122,5 +122,6 @@ fn mixture(config: &Config<'_>) -> Result<MoeSpec> {
         expert: MlpSpec { intermediate, kind: MlpKind::Swiglu(GateUp::Halves), bias: false },
         router: RouterSpec::SigmoidOfInput,
         shared: Some(SharedSpec { mlp: MlpSpec::swiglu(intermediate), gate: false }),
+        beside: None,
     })
 }

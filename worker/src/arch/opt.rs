@@ -76,7 +76,8 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     };
     let mlp = MlpSpec { intermediate: config.count("ffn_dim")?, kind: MlpKind::Relu, bias: true };
     let order = if pre_norm { NormOrder::Before } else { NormOrder::After };
-    let layer = LayerSpec { norm, order, mixer: MixerSpec::Attention(attention), ffn: FfnSpec::Dense(mlp) };
+    let mixer = MixerSpec::Attention(attention);
+    let layer = LayerSpec { norm, order, mixer, ffn: FfnSpec::Dense(mlp), scalar: false };
     Ok(DecoderSpec {
         hidden,
         vocab: config.count("vocab_size")?,
@@ -85,9 +86,10 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         embedding: EmbeddingSpec {
             width: config.count_or("word_embed_proj_dim", hidden)?,
             positions: Some(LearnedPositions { rows: positions + POSITION_OFFSET, offset: POSITION_OFFSET }),
+            scale: None,
         },
         layers: vec![layer; config.layers()?],
         final_norm: last_norm.then_some(norm),
-        head: HeadSpec { tied: config.flag("tie_word_embeddings")?, stored: false, bias: false },
+        head: HeadSpec { tied: config.flag("tie_word_embeddings")?, stored: false, bias: false, softcap: None },
     })
 }

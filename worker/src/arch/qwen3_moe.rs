@@ -32,6 +32,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         expert: MlpSpec::swiglu(config.count("moe_intermediate_size")?),
         router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob")? },
         shared: None,
+        beside: None,
     };
     let attention = AttentionSpec {
         qk_norm: QkNorm::PerHead(norm),

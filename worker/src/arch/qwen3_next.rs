@@ -7,7 +7,7 @@ use super::{
 };
 use crate::decoder::{
     AttentionSpec, DecoderSpec, DeltaNetSpec, DeltaStored, FfnSpec, GateUp, MixerSpec, MlpKind, MlpSpec, MoeSpec,
-    NormKind, NormSpec, QkNorm, Role, RouterSpec, SharedSpec,
+    NormKind, NormSpec, OutputGate, QkNorm, Role, RouterSpec, SharedSpec,
 };
 use crate::error::Result;
 
@@ -76,8 +76,11 @@ pub(super) fn decoder(config: &Config<'_>, stored: DeltaStored, ffns: Vec<FfnSpe
     config.expect_silu()?;
     let eps = config.number("rms_norm_eps")?;
     let norm = NormSpec { kind: NormKind::RmsZeroCentred, eps };
-    let attention =
-        AttentionSpec { qk_norm: QkNorm::PerHead(norm), output_gate: true, ..attention_like_llama(config)? };
+    let attention = AttentionSpec {
+        qk_norm: QkNorm::PerHead(norm),
+        output_gate: OutputGate::WithQuery,
+        ..attention_like_llama(config)?
+    };
     let delta = DeltaNetSpec {
         key_heads: config.count("linear_num_key_heads")?,
         value_heads: config.count("linear_num_value_heads")?,
@@ -110,5 +113,6 @@ pub(super) fn mixture(config: &Config<'_>, stored: GateUp, normalise: bool) -> R
         expert: MlpSpec { intermediate, kind: MlpKind::Swiglu(stored), bias: false },
         router: RouterSpec::SoftmaxTopK { normalise },
         shared: Some(SharedSpec { mlp: MlpSpec::swiglu(config.count("shared_expert_intermediate_size")?), gate: true }),
+        beside: None,
     })
 }

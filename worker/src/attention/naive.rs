@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::{AttentionWeights, Projections};
-use crate::decoder::{AttentionSpec, NormKind, NormSpec, QkNorm, Window};
+use crate::decoder::{AttentionSpec, NormKind, NormSpec, OutputGate, QkNorm, Window};
 use crate::norm::Norm;
 use crate::rope::{Pairing, RopeScaling, RopeSpec};
 use crate::weights::Linear;
@@ -129,6 +129,7 @@ fn one_sequence(spec: &AttentionSpec, weights: &AttentionWeights, x: &Rows) -> R
     let (d, kv) = (spec.head_dim, spec.kv_heads * spec.head_dim);
     let [query, key, value] = match &weights.projections {
         Projections::Separate { query, key, value } => [linear(x, query), linear(x, key), linear(x, value)],
+        Projections::KeyIsValue { query, key } => [linear(x, query), linear(x, key), linear(x, key)],
         Projections::Fused(all) => {
             let all = linear(x, all);
             let queries = all[0].len() - 2 * kv;
@@ -136,7 +137,8 @@ fn one_sequence(spec: &AttentionSpec, weights: &AttentionWeights, x: &Rows) -> R
         }
     };
     // Per head [query | gate].
-    let stride = if spec.output_gate { 2 * d } else { d };
+    let with_query = spec.output_gate == OutputGate::WithQuery;
+    let stride = if with_query { 2 * d } else { d };
     let heads: Vec<Rows> = (0..spec.heads).map(|head| columns(&query, head * stride, d)).collect();
     let (query_norm, key_norm) = weights.qk_norm.as_ref().map(|(q, k)| (q, k)).unzip();
     let query = prepare(spec, query_norm, side_by_side(&heads));
@@ -146,20 +148,32 @@ fn one_sequence(spec: &AttentionSpec, weights: &AttentionWeights, x: &Rows) -> R
         x.iter().map(|row| row.iter().map(|v| v.clamp(-limit, limit)).collect()).collect()
     };
     let sinks = weights.sinks.as_ref().map(vector);
-    let gates = spec.output_gate.then(|| match &weights.projections {
-        Projections::Separate { query, .. } => linear(x, query),
-        Projections::Fused(all) => linear(x, all),
-    });
+    let gates = match (&weights.gate, &weights.projections) {
+        (Some(gate), _) => Some(linear(x, gate)),
+        (None, Projections::Separate { query, .. } | Projections::KeyIsValue { query, .. }) if with_query => {
+            Some(linear(x, query))
+        }
+        (None, Projections::Fused(all)) if with_query => Some(linear(x, all)),
+        _ => None,
+    };
+    let first_gate = |head: usize| if with_query { head * 2 * d + d } else { head * d };
+    let value: Rows = value
+        .iter()
+        .map(|row| match spec.value_norm {
+            Some(eps) => row.chunks(d).flat_map(|head| unit_rms(head, eps)).collect(),
+            None => row.clone(),
+        })
+        .collect();
     let one_head = |head: usize| {
         let shared = head / (spec.heads / spec.kv_heads);
         let of = |x: &Rows, head: usize| columns(x, head * d, d);
         let query = temper(spec, of(&query, head));
         let sink = sinks.as_ref().map(|sinks| sinks[head]);
-        let scale = (d as f64).powf(-0.5);
+        let scale = spec.scale.unwrap_or((d as f64).powf(-0.5));
         let mut mixed = mix(&query, &of(&key, shared), &of(&clip(&value), shared), scale, spec.window, sink);
         if let Some(gates) = &gates {
             for (mixed, gates) in mixed.iter_mut().zip(gates) {
-                for (value, gate) in mixed.iter_mut().zip(&gates[head * 2 * d + d..]) {
+                for (value, gate) in mixed.iter_mut().zip(&gates[first_gate(head)..]) {
                     *value /= 1.0 + (-gate).exp();
                 }
             }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{
     AttentionSpec, DecoderSpec, DeltaNetSpec, DeltaStored, FfnSpec, GateUp, LatentSpec, LayerSpec, MixerSpec, MlpSpec,
-    MoeSpec, NormKind, NormOrder, NormSpec, Part, QkNorm, Unit,
+    MoeSpec, NormKind, NormOrder, NormSpec, OutputGate, Part, QkNorm, Unit,
 };
 
 /// What a tensor is for. An architecture's name table maps each to a published name.
@@ -33,6 +33,8 @@ pub enum Role {
     MixerNorm,
     /// Its bias.
     MixerNormBias,
+    /// Gain of the norm of the mixer's output `[hidden]`.
+    MixerPostNorm,
     /// Projection `[heads * head_dim, hidden]`, twice the rows with an output gate.
     Query,
     /// Projection `[kv_heads * head_dim, hidden]`.
@@ -59,6 +61,8 @@ pub enum Role {
     KeyNorm,
     /// One logit per head `[heads]`.
     Sinks,
+    /// Gates of the mixed values `[heads * head_dim, hidden]`.
+    OutputGate,
 
     /// Queries' bottleneck `[query_rank, hidden]`.
     QueryDown,
@@ -100,6 +104,10 @@ pub enum Role {
     FfnNorm,
     /// Its bias.
     FfnNormBias,
+    /// Gain of the norm of the feed-forward's output `[hidden]`.
+    FfnPostNorm,
+    /// What multiplies the residual stream after the layer `[1]`.
+    LayerScalar,
     /// Projection `[intermediate, hidden]`.
     Gate,
     /// Projection `[intermediate, hidden]`.
@@ -123,6 +131,16 @@ pub enum Role {
     RouterBias,
     /// Added to its scores for the choice alone `[experts]`.
     CorrectionBias,
+    /// Gain of the norm of its input `[hidden]`.
+    RouterScale,
+    /// What multiplies the weights `[experts]`.
+    ExpertScale,
+    /// Gain of the norm of the experts' input `[hidden]`, where it is not the feed-forward's.
+    ExpertsNorm,
+    /// Gain of the norm of what the experts add up to `[hidden]`.
+    ExpertsPostNorm,
+    /// Gain of the norm of the output of the MLP beside them `[hidden]`.
+    BesidePostNorm,
     /// An expert's projection `[intermediate, hidden]`.
     ExpertGate,
     /// An expert's projection `[intermediate, hidden]`.
@@ -295,6 +313,7 @@ impl LayerSpec {
         let mut mixer = Vec::new();
         self.norm.needs(hidden, Role::MixerNorm, Role::MixerNormBias, &mut mixer);
         self.mixer.needs(hidden, &mut mixer);
+        mixer.extend((self.order == NormOrder::Sandwich).then(|| Need::new(Role::MixerPostNorm, &[hidden])));
         let mut ffn = Vec::new();
         if self.order != NormOrder::Shared {
             self.norm.needs(hidden, Role::FfnNorm, Role::FfnNormBias, &mut ffn);
@@ -302,17 +321,30 @@ impl LayerSpec {
         match &self.ffn {
             FfnSpec::Dense(mlp) => {
                 mlp.needs(hidden, &MlpRoles::DENSE, &mut ffn);
+                ffn.extend(self.closing_needs(hidden));
                 vec![unit(Part::Mixer, mixer), unit(Part::Dense, ffn)]
             }
             FfnSpec::Moe(moe) => {
                 moe.router_needs(hidden, &mut ffn);
                 let groups = moe.groups(hidden, group_elements).map(|group| {
-                    let needs = group.clone().flat_map(|expert| moe.expert_needs(expert, hidden)).collect();
+                    let mut needs: Vec<Need> =
+                        group.clone().flat_map(|expert| moe.expert_needs(expert, hidden)).collect();
+                    if group.end == moe.experts {
+                        needs.extend(self.closing_needs(hidden));
+                    }
                     unit(Part::Experts(group), needs)
                 });
                 [unit(Part::Mixer, mixer), unit(Part::Router, ffn)].into_iter().chain(groups).collect()
             }
         }
+    }
+
+    /// What ends the layer, after its feed-forward.
+    fn closing_needs(&self, hidden: usize) -> Vec<Need> {
+        let has_beside = matches!(&self.ffn, FfnSpec::Moe(moe) if moe.beside.is_some());
+        let norms = [(has_beside, Role::ExpertsPostNorm), (self.order == NormOrder::Sandwich, Role::FfnPostNorm)];
+        let norms = norms.into_iter().filter(|(is_there, _)| *is_there).map(|(_, role)| Need::new(role, &[hidden]));
+        norms.chain(self.scalar.then(|| Need::new(Role::LayerScalar, &[1]))).collect()
     }
 }
 
@@ -338,15 +370,13 @@ impl MixerSpec {
 impl AttentionSpec {
     fn needs(&self, hidden: usize, needs: &mut Vec<Need>) {
         let (values, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let queries = if self.output_gate { 2 * values } else { values };
+        let queries = if self.output_gate == OutputGate::WithQuery { 2 * values } else { values };
         let projections = if self.fused_qkv {
             vec![(Role::QueryKeyValue, Role::QueryKeyValueBias, queries + 2 * kv)]
         } else {
-            vec![
-                (Role::Query, Role::QueryBias, queries),
-                (Role::Key, Role::KeyBias, kv),
-                (Role::Value, Role::ValueBias, kv),
-            ]
+            let mut separate = vec![(Role::Query, Role::QueryBias, queries), (Role::Key, Role::KeyBias, kv)];
+            separate.extend((!self.key_is_value).then_some((Role::Value, Role::ValueBias, kv)));
+            separate
         };
         for (weight, bias, rows) in projections {
             needs.push(Need::new(weight, &[rows, hidden]));
@@ -363,6 +393,8 @@ impl AttentionSpec {
             needs.extend([Need::new(Role::QueryNorm, &[query]), Need::new(Role::KeyNorm, &[key])]);
         }
         needs.extend(self.sinks.then(|| Need::new(Role::Sinks, &[self.heads])));
+        let separate = self.output_gate == OutputGate::Separate;
+        needs.extend(separate.then(|| Need::new(Role::OutputGate, &[values, hidden])));
     }
 }
 
@@ -438,6 +470,13 @@ impl MoeSpec {
         needs.push(Need::new(Role::Router, &[self.experts, hidden]));
         needs.extend(self.router.bias().then(|| Need::new(Role::RouterBias, &[self.experts])));
         needs.extend(self.router.correction().then(|| Need::new(Role::CorrectionBias, &[self.experts])));
+        if self.router.scales() {
+            needs.extend([Need::new(Role::RouterScale, &[hidden]), Need::new(Role::ExpertScale, &[self.experts])]);
+        }
+        if let Some(mlp) = &self.beside {
+            mlp.needs(hidden, &MlpRoles::DENSE, needs);
+            needs.extend([Need::new(Role::BesidePostNorm, &[hidden]), Need::new(Role::ExpertsNorm, &[hidden])]);
+        }
         if let Some(shared) = &self.shared {
             shared.mlp.needs(hidden, &MlpRoles::SHARED, needs);
             needs.extend(shared.gate.then(|| Need::new(Role::SharedExpertGate, &[1, hidden])));

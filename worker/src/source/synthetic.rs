@@ -252,20 +252,14 @@ fn is_fp8(need: &Need) -> bool {
 /// Gains, and the logarithms of decays.
 fn is_positive(role: Role) -> bool {
     use Role::{
-        DeltaDecay, DeltaNorm, FfnNorm, FinalNorm, KeyNorm, KeyValueDownNorm, MixerNorm, QueryDownNorm, QueryNorm,
+        BesidePostNorm, DeltaDecay, DeltaNorm, ExpertScale, ExpertsNorm, ExpertsPostNorm, FfnNorm, FfnPostNorm,
+        FinalNorm, KeyNorm, KeyValueDownNorm, LayerScalar, MixerNorm, MixerPostNorm, QueryDownNorm, QueryNorm,
+        RouterScale,
     };
-    matches!(
-        role,
-        MixerNorm
-            | FfnNorm
-            | FinalNorm
-            | QueryNorm
-            | KeyNorm
-            | QueryDownNorm
-            | KeyValueDownNorm
-            | DeltaNorm
-            | DeltaDecay
-    )
+    let norms = [MixerNorm, MixerPostNorm, FfnNorm, FfnPostNorm, FinalNorm, QueryNorm, KeyNorm];
+    let inner = [QueryDownNorm, KeyValueDownNorm, DeltaNorm, DeltaDecay, LayerScalar];
+    let of_mixtures = [RouterScale, ExpertScale, ExpertsNorm, ExpertsPostNorm, BesidePostNorm];
+    norms.contains(&role) || inner.contains(&role) || of_mixtures.contains(&role)
 }
 
 /// Root mean square that keeps a block's output as wide as its input.

@@ -51,7 +51,11 @@ impl Pass<'_> {
         let mut input = self.loader(0, &Spare::default())?.unit(0, &self.spec().input_needs())?.arrived()?.tensors;
         let lead_in = input.linear_if_there(Role::ProjectIn);
         let positions = input.linear_if_there(Role::Positions).map(|p| self.position_rows(&p.weight)).transpose()?;
-        let batch = |(i, values): (usize, Vec<f32>)| {
+        let scale = self.spec().embedding.scale.map(|scale| scale.in_dtype(self.compute));
+        let batch = |(i, mut values): (usize, Vec<f32>)| {
+            if let Some(scale) = scale {
+                values.iter_mut().for_each(|value| *value *= scale);
+            }
             let tokens = values.len() / width;
             let mut hidden = dtype::from_f32(values, &[tokens, width], self.compute, device)?;
             if let Some(lead_in) = &lead_in {

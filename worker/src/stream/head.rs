@@ -70,6 +70,9 @@ impl Pass<'_> {
                 if let Some(bias) = &bias {
                     logits = fused::sum(logits, bias)?;
                 }
+                if let Some(cap) = self.spec().head.softcap {
+                    logits = ((logits / cap)?.tanh()? * cap)?;
+                }
                 if batch.arm == 0 {
                     observer.logits(batch.first_token, block.start, &logits)?;
                 }

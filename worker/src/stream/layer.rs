@@ -9,10 +9,10 @@ use outliers_protocol::Point;
 
 use super::{MicroBatch, Mixture, Wave};
 use crate::attention::{TopShares, Watched, attention};
-use crate::decoder::{FfnSpec, LayerSpec, MixerSpec, MoeSpec, NormOrder, Part, Role, Unit};
+use crate::decoder::{FfnSpec, LayerSpec, MixerSpec, MoeSpec, NormOrder, NormSpec, Part, Role, Unit};
 use crate::delta_net::delta_net;
 use crate::error::{Result, WorkerError};
-use crate::ffn::{self, ExpertRows, Gathered, MlpWeights, Router, Routing, SharedWeights};
+use crate::ffn::{self, Beside, ExpertRows, Gathered, MlpWeights, Router, Routing, SharedWeights};
 use crate::fused;
 use crate::meter::{Clock, Subject, Work};
 use crate::mla::latent_attention;
@@ -24,13 +24,41 @@ use crate::weights::{MixerWeights, UnitTensors, on, zeros_like};
 /// A unit's weights, ready for any number of micro-batches.
 pub(super) enum Block {
     /// Of [`Part::Mixer`].
-    Mixer { norm: Norm, weights: MixerWeights, table: Option<Arc<RopeTable>> },
+    Mixer { norm: Norm, weights: MixerWeights, table: Option<Arc<RopeTable>>, after: Option<Norm> },
     /// Of [`Part::Dense`].
-    Dense { norm: Option<Norm>, weights: MlpWeights },
+    Dense { norm: Option<Norm>, weights: MlpWeights, closing: Closing },
     /// Of [`Part::Router`].
-    Router { norm: Option<Norm>, router: Router, shared: Option<SharedWeights> },
+    Router { norm: Option<Norm>, router: Router, shared: Option<SharedWeights>, beside: Option<Beside> },
     /// Of [`Part::Experts`].
-    Experts { group: Range<usize>, weights: Vec<MlpWeights> },
+    Experts { group: Range<usize>, weights: Vec<MlpWeights>, closing: Closing },
+}
+
+/// What ends a layer, after its feed-forward.
+pub(super) struct Closing {
+    /// Of what experts add up to, before the MLP beside them is added.
+    experts: Option<Norm>,
+    /// Of the feed-forward's output.
+    output: Option<Norm>,
+    /// Multiplies the residual stream, `[1]`.
+    scalar: Option<Tensor>,
+}
+
+impl Closing {
+    fn take(tensors: &mut UnitTensors, norm: NormSpec) -> Result<Self> {
+        Ok(Self {
+            experts: tensors.norm_if_there(norm, Role::ExpertsPostNorm)?,
+            output: tensors.norm_if_there(norm, Role::FfnPostNorm)?,
+            scalar: tensors.take_if_there(Role::LayerScalar),
+        })
+    }
+}
+
+/// A norm's output, or what there is without one.
+fn normed(norm: Option<&Norm>, x: Tensor) -> Result<Tensor> {
+    match norm {
+        Some(norm) => Ok(norm.apply(&x)?),
+        None => Ok(x),
+    }
 }
 
 /// A layer on its device, and who looks on.
@@ -57,19 +85,22 @@ impl<'a, L: LayerObserver> At<'a, L> {
                 let norm = tensors.norm(self.spec.norm, Role::MixerNorm, Role::MixerNormBias)?;
                 self.gain(0, &norm)?;
                 let table = self.spec.mixer.rope().map(|rope| tables.get(rope));
-                Block::Mixer { norm, weights: tensors.mixer(&self.spec.mixer)?, table }
+                let after = tensors.norm_if_there(self.spec.norm, Role::MixerPostNorm)?;
+                Block::Mixer { norm, weights: tensors.mixer(&self.spec.mixer)?, table, after }
             }
             (Part::Dense, FfnSpec::Dense(mlp)) => {
-                Block::Dense { norm: self.ffn_norm(tensors)?, weights: tensors.dense(*mlp)? }
+                let (norm, weights) = (self.ffn_norm(tensors)?, tensors.dense(*mlp)?);
+                Block::Dense { norm, weights, closing: Closing::take(tensors, self.spec.norm)? }
             }
             (Part::Router, FfnSpec::Moe(moe)) => {
                 let norm = self.ffn_norm(tensors)?;
                 let (router, shared) = tensors.router(moe)?;
-                Block::Router { norm, router, shared }
+                Block::Router { norm, router, shared, beside: tensors.beside(moe, self.spec.norm)? }
             }
             (Part::Experts(group), FfnSpec::Moe(moe)) => {
                 let weights = group.clone().map(|expert| tensors.expert(moe.expert, expert));
-                Block::Experts { group: group.clone(), weights: weights.collect::<candle_core::Result<_>>()? }
+                let weights = weights.collect::<candle_core::Result<_>>()?;
+                Block::Experts { group: group.clone(), weights, closing: Closing::take(tensors, self.spec.norm)? }
             }
             (part, ffn) => return Err(WorkerError::internal(format!("unit {part:?} in a layer with {ffn:?}"))),
         })
@@ -78,31 +109,38 @@ impl<'a, L: LayerObserver> At<'a, L> {
     /// A wave through a unit.
     pub(super) fn pass(&mut self, block: &Block, wave: &mut Wave) -> Result<()> {
         match block {
-            Block::Mixer { norm, weights, table } => self.each(Work::Mixer, wave, |at, batch| {
+            Block::Mixer { norm, weights, table, after } => self.each(Work::Mixer, wave, |at, batch| {
                 batch.hidden = on(&batch.hidden, at.device)?;
-                at.mix(batch, norm, weights, table.as_deref())
+                at.mix(batch, norm, after.as_ref(), weights, table.as_deref())
             }),
-            Block::Dense { norm, weights } => self.each(Work::FeedForward, wave, |at, batch| {
+            Block::Dense { norm, weights, closing } => self.each(Work::FeedForward, wave, |at, batch| {
                 let x = at.before_ffn(batch, norm.as_ref())?;
                 let out = weights.apply(&x)?;
-                at.after_ffn(batch, norm.as_ref(), out)
+                at.after_ffn(batch, norm.as_ref(), closing, out)
             }),
-            Block::Router { norm, router, shared } => {
+            Block::Router { norm, router, shared, beside } => {
                 let moe = self.moe()?;
                 self.each(Work::FeedForward, wave, |at, batch| {
-                    let x = at.before_ffn(batch, norm.as_ref())?;
-                    let routing = ffn::route(moe.router, moe.top_k, router, &x)?;
+                    let mut x = at.before_ffn(batch, norm.as_ref())?;
+                    let routed = if beside.is_some() { &batch.hidden } else { &x };
+                    let routing = ffn::route(moe.router, moe.top_k, router, routed)?;
                     at.routed(batch, &routing)?;
                     let out = shared.as_ref().map_or_else(|| zeros_like(&x), |shared| shared.apply(&x))?;
-                    batch.mixture = Some(Mixture { out, x, routing });
+                    let mut of_beside = None;
+                    if let Some(beside) = beside {
+                        of_beside = Some(beside.norm.apply(&beside.mlp.apply(&x)?)?);
+                        x = beside.experts.apply(&batch.hidden)?;
+                    }
+                    batch.mixture = Some(Mixture { out, x, routing, beside: of_beside });
                     Ok(())
                 })
             }
-            Block::Experts { group, weights } => {
+            Block::Experts { group, weights, closing } => {
                 let moe = self.moe()?;
                 let subject = Subject { layer: Some(self.layer), micro_batches: Some(wave.micro_batches()) };
                 let clock = self.clock;
-                clock.time_about(Work::FeedForward, subject, || self.experts(moe, group, weights, &mut wave.batches))
+                let batches = &mut wave.batches;
+                clock.time_about(Work::FeedForward, subject, || self.experts(moe, group, weights, closing, batches))
             }
         }
     }
@@ -155,6 +193,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
         &mut self,
         batch: &mut MicroBatch,
         norm: &Norm,
+        after: Option<&Norm>,
         weights: &MixerWeights,
         table: Option<&RopeTable>,
     ) -> Result<()> {
@@ -169,7 +208,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
         let x = norm.apply(&batch.hidden)?;
         self.show(self.point(0), batch, &x)?;
         let x = self.in_arm(batch.arm, x)?;
-        let out = self.mixed(batch.arm, weights, table, &x)?;
+        let out = normed(after, self.mixed(batch.arm, weights, table, &x)?)?;
         self.show(Point::AttentionOut, batch, &out)?;
         batch.hidden = fused::sum(out, &batch.hidden)?;
         batch.shared_norm = (self.spec.order == NormOrder::Shared).then_some(x);
@@ -242,7 +281,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
     /// The feed-forward's input.
     fn before_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>) -> Result<Tensor> {
         match (self.spec.order, norm) {
-            (NormOrder::Before, Some(norm)) => {
+            (NormOrder::Before | NormOrder::Sandwich, Some(norm)) => {
                 let x = norm.apply(&batch.hidden)?;
                 self.show(self.point(1), batch, &x)?;
                 self.in_arm(batch.arm, x)
@@ -256,13 +295,23 @@ impl<'a, L: LayerObserver> At<'a, L> {
     }
 
     /// Adds the feed-forward's output, which ends the layer.
-    fn after_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>, out: Tensor) -> Result<()> {
+    fn after_ffn(
+        &mut self,
+        batch: &mut MicroBatch,
+        norm: Option<&Norm>,
+        closing: &Closing,
+        out: Tensor,
+    ) -> Result<()> {
+        let out = normed(closing.output.as_ref(), out)?;
         self.show(Point::MlpOut, batch, &out)?;
         batch.hidden = fused::sum(out, &batch.hidden)?;
         if let (NormOrder::After, Some(norm)) = (self.spec.order, norm) {
             let x = norm.apply(&batch.hidden)?;
             self.show(self.point(1), batch, &x)?;
             batch.hidden = self.in_arm(batch.arm, x)?;
+        }
+        if let Some(scalar) = &closing.scalar {
+            batch.hidden = batch.hidden.broadcast_mul(scalar)?;
         }
         self.show(Point::Residual, batch, &batch.hidden)
     }
@@ -291,6 +340,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
         moe: &MoeSpec,
         group: &Range<usize>,
         weights: &[MlpWeights],
+        closing: &Closing,
         batches: &mut [MicroBatch],
     ) -> Result<()> {
         for (expert, weights) in group.clone().zip(weights) {
@@ -309,8 +359,12 @@ impl<'a, L: LayerObserver> At<'a, L> {
         }
         if group.end == moe.experts {
             for batch in batches {
-                let mixture = batch.mixture.take().ok_or_else(early)?;
-                self.after_ffn(batch, None, mixture.out)?;
+                let Mixture { out, beside, .. } = batch.mixture.take().ok_or_else(early)?;
+                let mut out = normed(closing.experts.as_ref(), out)?;
+                if let Some(beside) = beside {
+                    out = fused::sum(out, &beside)?;
+                }
+                self.after_ffn(batch, None, closing, out)?;
             }
         }
         Ok(())

@@ -77,7 +77,58 @@ impl RopeSettings<'_> {
     }
 }
 
+/// One kind of layers, where each has a rotation of its own.
+pub(in crate::arch) struct RopeKind {
+    /// What `layer_types` calls it.
+    pub(in crate::arch) kind: &'static str,
+    /// Where its settings are.
+    pub(in crate::arch) key: &'static str,
+    /// The key of older files for the base of its frequencies.
+    pub(in crate::arch) theta: &'static str,
+    /// `rope_scaling` of older files is about it.
+    pub(in crate::arch) is_scaled: bool,
+}
+
 impl<'a> Config<'a> {
+    /// Rotary embedding of heads of width `head_dim` in layers of one kind.
+    ///
+    /// # Errors
+    /// As [`rope`](Self::rope).
+    pub(in crate::arch) fn rope_of_kind(&self, of: &RopeKind, head_dim: usize) -> Result<RopeSpec> {
+        let object = |key: &str| match self.raw(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => value.as_object().map(Some).ok_or_else(|| ill_typed(&self.name(key), "an object", value)),
+        };
+        let class = self.class.rope.get(of.kind).and_then(Value::as_object);
+        let all = object("rope_parameters")?;
+        if let Some((key, _)) = all.into_iter().flatten().find(|(_, value)| !value.is_object() && !value.is_null()) {
+            return Err(unsupported(format!("rope_parameters.{key} beside rotations for each kind of layer")));
+        }
+        let told = all.and_then(|all| all.get(of.kind)).and_then(Value::as_object);
+        let mut values = told.or(class).cloned().unwrap_or_default();
+        let scaling = object("rope_scaling")?.filter(|_| of.is_scaled);
+        values.extend(scaling.into_iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
+        let theta = match self.raw(of.theta).filter(|_| told.is_none_or(|told| !told.contains_key("rope_theta"))) {
+            Some(value) => value.as_f64().ok_or_else(|| ill_typed(&self.name(of.theta), "a number", value))?,
+            None => {
+                let settings = RopeSettings { key: of.key, values: Cow::Borrowed(&values) };
+                let default = class.and_then(|class| class.get("rope_theta")?.as_f64());
+                settings.number_opt("rope_theta")?.or(default).unwrap_or_default()
+            }
+        };
+        let settings = RopeSettings { key: of.key, values: Cow::Owned(values) };
+        self.look_at(&settings)?;
+        let part = settings.number_opt(PARTIAL)?.unwrap_or(1.0);
+        let scaling = match settings.kind()? {
+            "proportional" if settings.number_opt("factor")?.is_none_or(|factor| factor == 1.0) => {
+                RopeScaling::Proportional { part }
+            }
+            _ if part != 1.0 => return Err(unsupported(format!("{}.{PARTIAL} {part}", of.key))),
+            _ => self.rope_scaling(&settings)?,
+        };
+        Ok(RopeSpec { theta, dims: head_dim, pairing: Pairing::Halves, scaling })
+    }
+
     /// The settings of the rotation. `rope_scaling` counts before `rope_parameters` unless it is empty.
     pub(in crate::arch) fn rope_settings(&self) -> Result<RopeSettings<'a>> {
         let object = |key: &'static str| match self.raw(key) {

@@ -28,11 +28,16 @@ fn refused(architecture: &str, settings: Value) -> WorkerError {
     read(&with(architecture, settings.clone())).map(|_| panic!("{settings} was read")).unwrap_err()
 }
 
+/// What classes leave open or say otherwise, and all published models say: the width of GLM's
+/// heads, how many experts DeepSeek-V2 chooses, that Gemma 4's layers have no inputs of their own.
+fn published() -> Value {
+    json!({"head_dim": 64, "num_experts_per_tok": 2, "hidden_size_per_layer_input": 0})
+}
+
 #[test]
 fn an_empty_configuration_is_the_class_of_its_family() {
     for family in FAMILIES {
-        // The width of GLM's heads is not in the class: published models say it.
-        let Architecture { reading, .. } = read(&with(family.architecture, json!({"head_dim": 64}))).unwrap();
+        let Architecture { reading, .. } = read(&with(family.architecture, published())).unwrap();
         assert_eq!(reading.class, family.class);
         assert!(reading.defaults.len() > 5, "{}: {:?}", family.class, reading.defaults);
     }
@@ -60,9 +65,9 @@ fn an_empty_configuration_is_the_class_of_its_family() {
 #[test]
 fn every_attribute_of_every_class_is_read_or_known_to_change_nothing() {
     for family in FAMILIES {
-        let values = Map::new();
+        let values = published();
         let class = Class::of(family.class);
-        let config = Config::new(&values, class, "");
+        let config = Config::new(values.as_object().unwrap(), class, "");
         (family.spec)(&config).unwrap();
         let read = config.read.borrow();
         let settled = |key: &str| {
@@ -275,6 +280,40 @@ fn a_part_of_a_head_rotates_under_a_key_of_minimax_unless_the_settings_say_anoth
     let saved = json!({"rotary_dim": 64, "rope_parameters": {"rope_theta": 7.0, "partial_rotary_factor": 0.25}});
     assert_eq!(dims(saved), (32, 7.0));
     assert!(refused("MiniMaxM2ForCausalLM", json!({"attn_type_list": [1, 0]})).message().contains("attn_type_list"));
+}
+
+#[test]
+fn each_kind_of_layers_has_the_rotation_that_its_class_takes() {
+    let rope = |architecture: &str, settings: Value, layer: usize| {
+        let rope = attention(architecture, settings, layer).rope.unwrap();
+        (rope.theta, rope.dims, rope.scaling)
+    };
+    let gemma3 = "Gemma3ForCausalLM";
+    // Windowed, and the sixth sees all.
+    assert_eq!(rope(gemma3, json!({}), 0), (1e4, 256, RopeScaling::None));
+    assert_eq!(rope(gemma3, json!({}), 5), (1e6, 256, RopeScaling::None));
+    let old = json!({
+        "rope_theta": 7.0, "rope_local_base_freq": 5.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    });
+    assert_eq!(rope(gemma3, old.clone(), 0), (5.0, 256, RopeScaling::None));
+    assert_eq!(rope(gemma3, old, 5), (7.0, 256, RopeScaling::Linear { factor: 8.0 }));
+    let new = json!({"rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 9.0},
+        "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 3.0},
+    }});
+    assert_eq!(rope(gemma3, new.clone(), 0), (3.0, 256, RopeScaling::Linear { factor: 2.0 }));
+    assert_eq!(rope(gemma3, new, 5), (9.0, 256, RopeScaling::None));
+    let flat = refused(gemma3, json!({"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}));
+    assert!(flat.message().contains("rope_parameters."), "{flat}");
+    let gemma4 = json!({"hidden_size_per_layer_input": 0});
+    let proportional = RopeScaling::Proportional { part: 0.25 };
+    assert_eq!(rope("Gemma4ForConditionalGeneration", gemma4.clone(), 5), (1e6, 512, proportional));
+    assert_eq!(rope("Gemma4ForConditionalGeneration", gemma4, 0), (1e4, 256, RopeScaling::None));
+    let error = refused("Gemma4ForConditionalGeneration", json!({}));
+    assert!(error.message().contains("hidden_size_per_layer_input"), "{error}");
+    // Trinity turns nothing where it sees all.
+    assert!(attention("AfmoeForCausalLM", json!({}), 3).rope.is_none());
+    assert!(attention("AfmoeForCausalLM", json!({}), 2).rope.is_some());
 }
 
 #[test]
