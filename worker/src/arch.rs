@@ -469,13 +469,29 @@ fn finish(config: &Config<'_>, family: &Family) -> Result<(DecoderSpec, ConfigRe
     Ok((spec, reading))
 }
 
+/// Architectures that are known and not computed: how their names begin, and what is lacking.
+const LACKING: &[(&str, &str)] = &[
+    ("Dbrx", "LayerNorm without bias around experts that are stored as three tall matrices"),
+    ("DeepseekV4", "four residual streams that are mixed between sublayers, and attention to compressed keys"),
+    ("Grok", "capped attention scores, and norms around sublayers in its own scheme of names"),
+    ("Jamba", "Mamba layers"),
+    ("KimiK3", "experts in a latent space, attention to residuals of earlier layers, and another activation"),
+    ("KimiLinear", "a decay for each channel of a DeltaNet's keys, and latent attention without rotation"),
+    ("Longcat", "experts that do nothing, and two attentions in a layer"),
+    ("NemotronH", "Mamba-2 layers, and layers that have a mixer or an MLP alone"),
+    ("Qwen4Exp", "a table of n-grams beside the embedding, and attention to selected keys"),
+];
+
 /// The family that `architectures[0]` names, else `model_type`, which must agree with it.
 fn family(values: &Map<String, Value>) -> Result<&'static Family> {
     let null = &Value::Null;
     let named = |key: &str| values.get(key).unwrap_or(null);
     let (architecture, model_type) = (&named("architectures")[0], named("model_type"));
     let unknown = |what: String| {
-        Err(WorkerError::new(FailureKind::Unsupported, format!("{what} is not supported"))
+        let found = architecture.as_str().unwrap_or_default();
+        let lacking = LACKING.iter().find(|(name, _)| found.starts_with(*name));
+        let lacking = lacking.map_or_else(String::new, |(_, lacking)| format!(": it has {lacking}"));
+        Err(WorkerError::new(FailureKind::Unsupported, format!("{what} is not supported{lacking}"))
             .hint(format!("supported: {}", known().collect::<Vec<_>>().join(", "))))
     };
     let found = match (architecture.as_str(), model_type.as_str()) {
@@ -637,6 +653,28 @@ mod tests {
             // A tied model still may store the head; its name is asked for.
             assert!(!table.of("", 0, Role::Head, None).is_empty());
         }
+    }
+
+    #[test]
+    fn of_what_is_known_and_not_computed_it_is_said_what_is_lacking() {
+        for (name, lacking) in [
+            ("DeepseekV4ForCausalLM", "four residual streams"),
+            ("KimiK3ForConditionalGeneration", "latent space"),
+            ("Qwen4ExpForCausalLM", "n-grams"),
+            ("LongcatFlashForCausalLM", "do nothing"),
+            ("DbrxForCausalLM", "LayerNorm"),
+            ("JambaForCausalLM", "Mamba"),
+            ("Grok1ModelForCausalLM", "capped"),
+            ("NemotronHForCausalLM", "Mamba-2"),
+            ("KimiLinearForCausalLM", "each channel"),
+        ] {
+            let error = read(&json!({"architectures": [name]})).map(|_| ()).unwrap_err();
+            assert_eq!(error.kind(), FailureKind::Unsupported);
+            assert!(error.message().contains(name) && error.message().contains(lacking), "{error}");
+        }
+        // Nobody knows it.
+        let error = read(&json!({"architectures": ["FalconForCausalLM"]})).map(|_| ()).unwrap_err();
+        assert!(error.message().ends_with("is not supported"), "{error}");
     }
 
     #[test]
