@@ -209,8 +209,7 @@ fn norms_that_act_and_are_not_studied_are_told() {
     assert_eq!(templates("afmoe"), below("model.", &["post_attention_layernorm", "post_mlp_layernorm"]));
     let dense = ["post_attention_layernorm", "post_feedforward_layernorm"];
     assert_eq!(templates("gemma3"), below("language_model.model.", &dense));
-    let experts =
-        ["post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"];
+    let experts = ["post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"];
     assert_eq!(templates("gemma4"), below("model.language_model.", &[&dense[..], &experts[..]].concat()));
     assert!(templates("olmoe-bf16").is_empty());
 }

@@ -577,11 +577,10 @@ fn sigmoid(x: f32) -> f32 {
     (if x >= 0.0 { 1.0 } else { e }) / (1.0 + e)
 }
 
-/// `x / 2 * (1 + tanh(y))` with `y = sqrt(2 / pi) * (x + 0.044715 x^3)`, which is `x * sigmoid(2
-/// y)`.
+/// GELU in its tanh form: `x * sigmoid(2 y)` with `y = sqrt(2 / pi) * (x + 0.044715 x^3)`.
 #[inline(always)]
 fn gelu_tanh(x: f32) -> f32 {
-    const TWICE: f32 = 2.0 * 0.797_884_56;
+    const TWICE: f32 = 2.0 * 0.797_884_6;
     x * sigmoid(TWICE * (x + 0.044_715 * x * x * x))
 }
 

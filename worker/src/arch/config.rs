@@ -310,7 +310,7 @@ fn fp8_blocks(values: &Map<String, Value>) -> Result<Quantisation> {
     let refuse = |key: &str, value: &Value, known: &str| {
         Err(unsupported(format!("quantization_config.{key} {value} (known: {known})")))
     };
-    for (key, known) in [("fmt", &["e4m3", "float8_e4m3fn"][..]), ("expert_dtype", &["fp8"])] {
+    for (key, known) in [("fmt", &["e4m3", "float8_e4m3fn"][..]), ("expert_dtype", &["fp8"][..])] {
         match values.get(key) {
             Some(value) if !value.as_str().is_some_and(|value| known.contains(&value)) => {
                 return refuse(key, value, &known.join(", "));

@@ -23,8 +23,7 @@ pub(super) const FAMILY: Family = Family {
     unstacked: None,
 };
 
-const NAMES: Names =
-    Names { tensors: &[SANDWICH, LIKE_LLAMA], bases: &["model.", ""], input_major: &[], ignored: &[] };
+const NAMES: Names = Names { tensors: &[SANDWICH, LIKE_LLAMA], bases: &["model.", ""], input_major: &[], ignored: &[] };
 
 /// Names of the norms around the sublayers.
 pub(super) const SANDWICH: &[(Role, &str)] = &[

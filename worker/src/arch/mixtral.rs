@@ -17,8 +17,7 @@ pub(super) const FAMILY: Family = Family {
     unstacked: None,
 };
 
-const NAMES: Names =
-    Names { tensors: &[LIKE_LLAMA, EXPERTS], bases: &["model.", ""], input_major: &[], ignored: &[] };
+const NAMES: Names = Names { tensors: &[LIKE_LLAMA, EXPERTS], bases: &["model.", ""], input_major: &[], ignored: &[] };
 
 /// Names of router and experts, which other families took over.
 pub(super) const EXPERTS: &[(Role, &str)] = &[

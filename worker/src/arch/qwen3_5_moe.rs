@@ -35,13 +35,7 @@ const NAMES: Names = Names {
 };
 
 const UNSTACKED: Names = Names {
-    tensors: &[
-        qwen3_5::PROJECTIONS,
-        qwen3_next::DELTA_NET,
-        qwen3_next::SHARED_EXPERT,
-        LIKE_LLAMA,
-        SEPARATE_EXPERTS,
-    ],
+    tensors: &[qwen3_5::PROJECTIONS, qwen3_next::DELTA_NET, qwen3_next::SHARED_EXPERT, LIKE_LLAMA, SEPARATE_EXPERTS],
     ..NAMES
 };
 

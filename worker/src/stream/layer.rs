@@ -295,13 +295,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
     }
 
     /// Adds the feed-forward's output, which ends the layer.
-    fn after_ffn(
-        &mut self,
-        batch: &mut MicroBatch,
-        norm: Option<&Norm>,
-        closing: &Closing,
-        out: Tensor,
-    ) -> Result<()> {
+    fn after_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>, closing: &Closing, out: Tensor) -> Result<()> {
         let out = normed(closing.output.as_ref(), out)?;
         self.show(Point::MlpOut, batch, &out)?;
         batch.hidden = fused::sum(out, &batch.hidden)?;
