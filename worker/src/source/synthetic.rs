@@ -213,7 +213,7 @@ impl Layout {
             // Of Kimi's checkpoints the experts.
             Some(Quantisation::Int4 { group }) if need.expert.is_some() && stack.is_none() => {
                 let scales = Made::floats(&StoredDtype::BF16, false, exponent(scale, SPREAD * SPREAD_OF_INT4));
-                let sides = Made::constant(StoredDtype::I32, shape[0] as u64 | (shape[1] as u64) << 32);
+                let sides = Made::constant(StoredDtype::I32, shape[0] as u64 | ((shape[1] as u64) << 32));
                 return vec![
                     (format!("{name}_packed"), stacked(&[shape[0], shape[1] / 8]), Made::codes(StoredDtype::I32)),
                     (format!("{name}_scale"), stacked(&[shape[0], shape[1] / group]), scales),
