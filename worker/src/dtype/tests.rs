@@ -296,7 +296,7 @@ proptest! {
 
 #[test]
 fn all_nibbles_under_all_scales() {
-    let blocks: Vec<u8> = (0..16).map(|i: u8| i << 4 | (15 - i)).collect();
+    let blocks: Vec<u8> = (0..16).map(|i: u8| (i << 4) | (15 - i)).collect();
     for scale in 0..255u8 {
         agrees(&Encoded::Mxfp4 { blocks: &blocks, scales: &[scale] }, &[32]);
         // Each byte alone, so that not only the first of the values that do not fit is found.
@@ -361,7 +361,7 @@ fn int4<'a>(codes: &'a [u8], scales: &'a [u8], group: usize) -> Encoded<'a> {
 
 #[test]
 fn all_integers_under_all_kinds_of_scales() {
-    let codes: Vec<u8> = (0..16).map(|i: u8| i << 4 | (15 - i)).collect();
+    let codes: Vec<u8> = (0..16).map(|i: u8| (i << 4) | (15 - i)).collect();
     let powers = (-149..128).map(|e| 2f64.powi(e) as f32);
     let others = [0.0, -1.0, 1.0 / 3.0, f32::MAX, f32::MAX / 8.0, 65_504.0 / 8.0, 8_189.0, 9_000.0];
     for scale in powers.chain(others) {
@@ -407,7 +407,7 @@ proptest! {
 
 #[test]
 fn all_nibbles_under_all_scales_and_numbers_of_the_whole() {
-    let blocks: Vec<u8> = (0..8).map(|i: u8| i << 4 | (15 - i)).collect();
+    let blocks: Vec<u8> = (0..8).map(|i: u8| (i << 4) | (15 - i)).collect();
     for whole in [1.0, 1.0 / 3.0, 2f32.powi(-100), 40.0, 1e36, f32::MAX, 0.0, f32::NAN] {
         for scale in 0..=255u8 {
             agrees(&Encoded::Nvfp4 { blocks: &blocks, scales: &[scale], whole }, &[16]);
