@@ -37,6 +37,27 @@ def strongest(golden):
     return sorted(int(f) for f in np.argsort(-np.max(sites, axis=0))[:3])
 
 
+def drawn(features, hidden, seed=0):
+    """As many other features, as the worker draws them."""
+    whole = (1 << 64) - 1
+
+    def mix(counter):
+        z = (counter * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & whole
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & whole
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & whole
+        return z ^ (z >> 31)
+
+    others = [feature for feature in range(hidden) if feature not in features]
+    return sorted(sorted(others, key=lambda feature: mix(mix(seed) ^ feature))[:len(features)])
+
+
+def kept(features, hidden):
+    """What takes them out of a norm's output."""
+    mask = np.ones(hidden)
+    mask[features] = 0
+    return mask
+
+
 def case(options, name, scratch, load_file):
     """Checkpoint, file of token ids, token ids, features."""
     folder = GOLDEN / name

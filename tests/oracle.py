@@ -550,6 +550,22 @@ class Walk:
         return {name: tensor.numpy() for name, tensor in record(model, self.ids)[0].items()}
 
 
+# A class that transformers lacks, by the published code (`configuration_bailing_moe_v2.py`) as far as it is known.
+LACKING = {"BailingMoeV2Config": {
+    "model_type": "bailing_moe_v2",
+    "attributes": {"vocab_size": 157184, "hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 20, "num_attention_heads": 16,
+                   "num_key_value_heads": 4, "hidden_act": "silu", "use_qkv_bias": False, "use_bias": False, "rms_norm_eps": 1e-06,
+                   "tie_word_embeddings": False, "embedding_dropout": 0.0, "attention_dropout": 0.0, "output_dropout": 0.0,
+                   "initializer_range": 0.02, "max_position_embeddings": 32768, "use_cache": True, "max_window_layers": 20,
+                   "pad_token_id": 156892, "eos_token_id": 156892, "num_experts": 256, "num_shared_experts": 1, "num_experts_per_tok": 8,
+                   "n_group": 8, "topk_group": 4, "moe_intermediate_size": 512, "first_k_dense_replace": 1, "head_dim": 128,
+                   "output_router_logits": False, "use_qk_norm": True, "num_nextn_predict_layers": 0, "mtp_loss_scaling_factor": 0,
+                   "moe_router_enable_expert_bias": True, "routed_scaling_factor": 1.0},
+    "nullable": ["num_key_value_heads", "pad_token_id", "eos_token_id", "head_dim"],
+    "rope_parameters": {"rope_theta": 600000.0, "rope_type": "default"},
+}}
+
+
 def classes(arguments):
     """The configuration classes of transformers as data: `worker/src/arch/config/classes.json`, or what differs from it."""
     load_oracle(arguments.oracle)
@@ -566,6 +582,7 @@ def classes(arguments):
         for nested in of.sub_configs.values():
             if nested.__name__.endswith("TextConfig"):
                 found[nested.__name__] = described(nested, base)
+    found |= LACKING
     rows = (f"  {json.dumps(name)}: {json.dumps(each)}" for name, each in found.items())
     text = "{\n" + ",\n".join(rows) + "\n}\n"
     if arguments.check:

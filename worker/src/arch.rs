@@ -51,6 +51,7 @@ macro_rules! families {
 // One line each.
 families! {
     afmoe,
+    bailing_moe_v2,
     deepseek_v2,
     deepseek_v3,
     deepseek_v32,

@@ -317,6 +317,21 @@ fn each_kind_of_layers_has_the_rotation_that_its_class_takes() {
 }
 
 #[test]
+fn what_lings_code_would_compute_otherwise_is_refused() {
+    for (key, value) in [
+        ("score_function", json!("softmax")),
+        ("use_rmsnorm", json!(false)),
+        ("norm_topk_prob", json!(false)),
+        ("moe_shared_expert_intermediate_size", json!(513)),
+    ] {
+        let error = refused("BailingMoeV2ForCausalLM", json!({key: value}));
+        assert!(error.message().contains(key), "{error}");
+    }
+    let rope = attention("BailingMoeV2ForCausalLM", json!({"partial_rotary_factor": 0.5}), 0).rope.unwrap();
+    assert_eq!((rope.dims, rope.theta), (64, 600_000.0));
+}
+
+#[test]
 fn layers_with_experts_are_those_the_class_takes_for_them() {
     let sparse = |architecture: &str, mut settings: Value| -> Vec<bool> {
         settings["num_hidden_layers"] = json!(4);
