@@ -742,6 +742,19 @@ mod catalogue {
         gated: bool,
         /// Trained further than on plain text.
         post_trained: bool,
+        /// How experts are chosen.
+        router: Option<String>,
+        /// Where norms stand.
+        norms: Option<String>,
+        /// The dtypes of the weights.
+        stored: Option<String>,
+        optimiser: Option<String>,
+        #[serde(default)]
+        gated_attention: bool,
+        #[serde(default)]
+        learned_sinks: bool,
+        /// Of the last three.
+        source: Option<String>,
     }
 
     #[derive(Deserialize, PartialEq)]
@@ -764,7 +777,8 @@ mod catalogue {
         let models = catalogue().model;
         assert_eq!(models.iter().map(|m| &m.id).collect::<BTreeSet<_>>().len(), models.len(), "an id twice");
         let gated = models.iter().filter(|model| model.gated).map(|model| model.id.as_str());
-        assert!(gated.clone().count() == 2 && gated.clone().all(|id| id.starts_with("meta-llama/")));
+        let licensed = |id: &str| id.starts_with("meta-llama/") || id.starts_with("google/");
+        assert!(gated.clone().count() == 6 && gated.clone().all(licensed));
         for model in models {
             let id = &model.id;
             assert_eq!(id.split('/').count(), 2, "{id}");
@@ -777,6 +791,11 @@ mod catalogue {
                 "{id}"
             );
             assert!(model.top_k <= model.experts && model.active.unwrap_or(0) < model.parameters, "{id}");
+            assert!(model.optimiser.as_deref().is_none_or(|optimiser| ["AdamW", "Muon"].contains(&optimiser)), "{id}");
+            let claims = model.optimiser.is_some() || model.gated_attention || model.learned_sinks;
+            assert_eq!(claims, model.source.is_some(), "{id}");
+            let told = [&model.norms, &model.stored].map(Option::is_some);
+            assert!(told[0] == told[1] && model.router.is_some() == (told[0] && moe), "{id}");
             // Half a byte (MXFP4) to four bytes (F32) each, and what is stored beside the model itself.
             let bytes_each = model.stored_gb * 1e9 / model.parameters as f64;
             assert!((0.5..5.0).contains(&bytes_each), "{id}: {bytes_each}");
@@ -799,7 +818,13 @@ mod catalogue {
             sizes.push((survey.name, survey.models.len()));
         }
         sizes.sort();
-        let expected = [("dense-controls", 16), ("moe-nine", 9), ("seed-seven", 7)];
+        let expected = [
+            ("dense-controls", 16),
+            ("moe-2026", 12),
+            ("moe-nine", 9),
+            ("seed-seven", 7),
+            ("trajectories", 11),
+        ];
         assert_eq!(sizes, expected.map(|(name, n)| (name.to_owned(), n)));
     }
 }

@@ -7,6 +7,7 @@ use outliers_protocol::{
 use super::folder::Run;
 use super::ladder::{LAYER_PERCENTS, POSITION_PERCENTS, rungs, shares};
 use super::plots::{peak_quartiles, quartiles, strongest};
+use super::published;
 use super::sheet::{Column, NONE, Sheet, numbers, optional, words};
 use crate::report::beyond::{WITHOUT, without};
 
@@ -24,7 +25,7 @@ pub fn sheets(name: &str, run: &Run) -> Vec<Sheet> {
         ladder(run),
         Some(share_table(results)),
         results.massive_activations.as_ref().map(massive),
-        results.super_experts.as_ref().map(super_experts),
+        results.super_experts.as_ref().map(|experts| super_experts(&results.model, experts)),
         (!results.routers.is_empty()).then(|| routers(&results.routers)),
         (!results.ablation.is_empty()).then(|| ablation(&results.ablation)),
     ];
@@ -240,7 +241,7 @@ fn massive(massive: &MassiveActivations) -> Sheet {
     noted(sheet("massive-table", "Massive activations", columns, rows.collect()), note)
 }
 
-fn super_experts(experts: &SuperExperts) -> Sheet {
+fn super_experts(model: &str, experts: &SuperExperts) -> Sheet {
     let columns = [
         words(""),
         numbers("layer"),
@@ -265,8 +266,9 @@ fn super_experts(experts: &SuperExperts) -> Sheet {
     let mut rows: Vec<_> = experts.candidates.iter().take(ROWS).map(|peak| row("candidate", peak)).collect();
     rows.extend(experts.runner_up.iter().map(|peak| row("next, no candidate", peak)));
     let note = format!(
-        "{}The largest always is a candidate: only its distance to the next says whether it is out of the ordinary. 99.5 % of {} experts in the first {} \
+        "{}{}The largest always is a candidate: only its distance to the next says whether it is out of the ordinary. 99.5 % of {} experts in the first {} \
          layers have at most {:.2}. Rule: {}",
+        beside_published(model, experts),
         first("candidates", ROWS, experts.candidates.len()),
         experts.experts_considered,
         experts.layers_considered,
@@ -274,6 +276,23 @@ fn super_experts(experts: &SuperExperts) -> Sheet {
         experts.rule
     );
     noted(sheet("super-experts", "Super experts", columns, rows), note)
+}
+
+/// The model's published super experts, and whether they are among the candidates.
+fn beside_published(model: &str, experts: &SuperExperts) -> String {
+    let Some(published) = published::super_experts_of(model) else { return String::new() };
+    let is_found = |[layer, expert]: &&[usize; 2]| {
+        experts.candidates.iter().any(|peak| peak.at.layer == *layer && peak.at.expert == Some(*expert))
+    };
+    let named = |[layer, expert]: &[usize; 2]| format!("layer {layer} expert {expert}");
+    let missing: Vec<String> = published.experts.iter().filter(|at| !is_found(at)).map(named).collect();
+    let all: Vec<String> = published.experts.iter().map(named).collect();
+    let verdict = if missing.is_empty() {
+        "all of them are candidates here".to_owned()
+    } else {
+        format!("NOT among the candidates here: {}", missing.join(", "))
+    };
+    format!("Published ({}): {}; {verdict}. ", published.source, all.join(", "))
 }
 
 fn routers(routers: &[RouterSummary]) -> Sheet {

@@ -14,6 +14,15 @@ static PUBLISHED: LazyLock<Vec<Table>> = LazyLock::new(|| {
     file.table
 });
 
+static SUPER_EXPERTS: LazyLock<Vec<SuperExpertsOf>> = LazyLock::new(|| {
+    #[derive(Deserialize)]
+    struct File {
+        super_experts: Vec<SuperExpertsOf>,
+    }
+    let file: File = toml::from_str(include_str!("../../../config/published.toml")).expect("a test reads it");
+    file.super_experts
+});
+
 static CATALOGUE: LazyLock<Vec<Known>> = LazyLock::new(|| {
     #[derive(Deserialize)]
     struct File {
@@ -77,6 +86,18 @@ pub struct Row {
     pub note: Option<String>,
 }
 
+/// The super experts that others found in a model: what a run that looks for them must find.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SuperExpertsOf {
+    /// Hub id.
+    pub id: String,
+    /// Layer and expert of each.
+    pub experts: Vec<[usize; 2]>,
+    /// Where it stands.
+    pub source: String,
+}
+
 /// What the catalogue (`config/models.toml`) knows of a model.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct Known {
@@ -108,6 +129,11 @@ pub fn of_model(id: &str) -> impl Iterator<Item = (&'static Table, &'static Row)
     rows.filter(move |(_, row)| row.ids.iter().any(|known| known.eq_ignore_ascii_case(id)))
 }
 
+/// The published super experts of a model.
+pub fn super_experts_of(id: &str) -> Option<&'static SuperExpertsOf> {
+    SUPER_EXPERTS.iter().find(|model| model.id.eq_ignore_ascii_case(id))
+}
+
 /// What the catalogue says of a model.
 pub fn known(id: &str) -> Option<&'static Known> {
     CATALOGUE.iter().find(|model| model.id.eq_ignore_ascii_case(id))
@@ -128,6 +154,15 @@ mod tests {
         assert_eq!(sums(paper), (37.0, 529.0, 338.0));
         let (count, layers, positions) = sums(predecessor);
         assert_eq!((count, layers.round(), positions.round()), (37_496.0, 469.0, 636.0));
+    }
+
+    #[test]
+    fn published_super_experts_are_of_models_of_the_catalogue() {
+        for SuperExpertsOf { id, experts, source } in &*SUPER_EXPERTS {
+            assert!(known(id).is_some() && !experts.is_empty() && !source.is_empty(), "{id}");
+        }
+        assert_eq!(super_experts_of("deepseek-ai/deepseek-v2-lite").unwrap().experts, [[2, 54], [3, 38]]);
+        assert!(super_experts_of("nobody/nothing").is_none());
     }
 
     #[test]

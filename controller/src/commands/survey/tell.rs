@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use outliers_protocol::ModelSource;
 use serde::Serialize;
 
 use super::{Model, Problem, Session, Todo, in_words};
@@ -120,6 +121,12 @@ impl Session<'_> {
 
     /// The plan.
     pub(super) fn show(&self, runs: &[RunRecord], todo: &[Todo], problems: &[Problem]) -> ExitStatus {
+        for model in self.models.iter().filter(|model| model.wanted && !model.entry.is_at_commit()) {
+            if let ModelSource::Hub { id, revision } = &model.identity.job.model {
+                let words = format!("{id} is taken at {revision}, which may move: name a commit (revision = \"..\")");
+                self.context.reporter.warn(&words);
+            }
+        }
         let models = self.rows(runs, todo, problems);
         let costs = models.iter().filter_map(|row| row.estimate.as_ref()?.cost);
         let plan = Plan {
