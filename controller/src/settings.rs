@@ -818,13 +818,8 @@ mod catalogue {
             sizes.push((survey.name, survey.models.len()));
         }
         sizes.sort();
-        let expected = [
-            ("dense-controls", 16),
-            ("moe-2026", 12),
-            ("moe-nine", 9),
-            ("seed-seven", 7),
-            ("trajectories", 11),
-        ];
+        let expected =
+            [("dense-controls", 16), ("moe-2026", 12), ("moe-nine", 9), ("seed-seven", 7), ("trajectories", 11)];
         assert_eq!(sizes, expected.map(|(name, n)| (name.to_owned(), n)));
     }
 }
