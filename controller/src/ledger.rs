@@ -18,7 +18,7 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 
 use crate::broker::Offer;
-use crate::files::{create_private_folder, make_private, read_text, write_whole};
+use crate::files::{MOST, create_private_folder, make_private, read_text, write_whole};
 use crate::mutant::{Mutant, planted};
 use crate::run::{self, IllegalEvent, Intent, RunEvent, RunSpec, RunState};
 use crate::units::{Usd, UsdPerHour};
@@ -593,7 +593,7 @@ impl RunWriter {
 
     /// Folder below which its results are to appear: the one that was named last.
     pub fn results(&self) -> PathBuf {
-        let named = fs::read_to_string(self.ledger.results_file(&self.record.id)).ok();
+        let named = read_text(&self.ledger.results_file(&self.record.id), MOST).ok();
         named.unwrap_or_else(|| self.record.spec.results.clone()).into()
     }
 

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use outliers_protocol::{JobSpec, Results, files};
+use outliers_protocol::{JobSpec, Metadata, Results, files};
+use serde::de::DeserializeOwned;
 
 use super::Context;
 use crate::cli::AnalyzeArgs;
@@ -37,11 +38,14 @@ pub(super) async fn command(context: &Context, args: &AnalyzeArgs) -> Result<Exi
         }
         return Err(complaint(error, &partial));
     }
-    let results = read(&partial.join(files::RESULTS))?;
+    let results: Results = read(&partial.join(files::RESULTS))?;
+    let metadata: Metadata = read(&partial.join(files::METADATA))?;
     rename_folder(&partial, &folder).map_err(|error| Complaint::failed(format!("{}: {error}", folder.display())))?;
-    context
-        .reporter
-        .result(&results, || format!("{}files: {}\n", tables::results(job.model.name(), &results), folder.display()));
+    context.reporter.result(&results, || {
+        let verification = metadata.model.weight_verification.as_ref();
+        let table = tables::results(job.model.name(), &results, verification);
+        format!("{table}files: {}\n", folder.display())
+    });
     Ok(ExitStatus::Done)
 }
 
@@ -61,7 +65,7 @@ fn partial(folder: &Path, job: &JobSpec) -> Result<PathBuf, Complaint> {
     let mut partial = folder.as_os_str().to_owned();
     partial.push(".partial");
     let partial = PathBuf::from(partial);
-    let begun = std::fs::read(partial.join(files::JOB)).ok();
+    let begun = read_small(&partial.join(files::JOB), MOST).ok();
     let begun = begun.and_then(|text| serde_json::from_slice::<JobSpec>(&text).ok());
     if !is_empty(&partial) && begun.as_ref() != Some(job) {
         return refused(&partial, "what another job left");
@@ -79,7 +83,7 @@ fn complaint(error: LocalWorkerError, folder: &Path) -> Complaint {
     complaint
 }
 
-fn read(path: &Path) -> Result<Results, Complaint> {
+fn read<T: DeserializeOwned>(path: &Path) -> Result<T, Complaint> {
     let text = read_small(path, MOST).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))?;
     serde_json::from_slice(&text).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))
 }

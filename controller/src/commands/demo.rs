@@ -173,8 +173,7 @@ fn in_words(document: &Document) -> String {
         let right = if line.expected == line.found { "right" } else { "WRONG" };
         table.add_row([&line.dim.to_string(), &line.planted, yes(line.expected), yes(line.found), right]);
     }
-    let model = &deployed.run.spec.model;
-    let mut out = deployed.results.as_ref().map(|results| tables::results(model, results)).unwrap_or_default();
+    let mut out = deployed.table();
     out += &format!("\n{table}\n\n");
     out += &tables::epilogue(&deployed.run, Usd::from_micros(deployed.cost_micro_usd));
     if document.exact {

@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use outliers_protocol::{Inspection, JobSpec, Results, files};
+use outliers_protocol::{Inspection, JobSpec, Metadata, Results, WeightVerification, files};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::drive::drive_as;
 use super::instances::LISTS;
@@ -37,23 +38,42 @@ pub struct Deployed {
     pub exit_status: u8,
     /// What the worker counted, where it got so far.
     pub results: Option<Results>,
+    /// Which weight files were compared with the hashes that the hub lists.
+    pub weight_verification: Option<WeightVerification>,
 }
 
 impl Deployed {
     /// From a run that is at rest.
     pub fn of(run: RunRecord) -> Self {
-        let results = run.state.results().filter(|results| results.complete).and_then(|results| {
-            let text = read_small(&Path::new(&results.folder).join(files::RESULTS), MOST).ok()?;
-            serde_json::from_slice(&text).ok()
-        });
-        let exit_status = ExitStatus::of_run(&run.state).number();
-        Self { schema: SCHEMA, cost_micro_usd: run.cost(now_ms()).micros(), exit_status, results, run }
+        let folder = run.state.results().filter(|results| results.complete).map(|results| Path::new(&results.folder));
+        let results = folder.and_then(|folder| document(&folder.join(files::RESULTS)));
+        let metadata: Option<Metadata> = folder.and_then(|folder| document(&folder.join(files::METADATA)));
+        Self {
+            schema: SCHEMA,
+            cost_micro_usd: run.cost(now_ms()).micros(),
+            exit_status: ExitStatus::of_run(&run.state).number(),
+            results,
+            weight_verification: metadata.and_then(|metadata| metadata.model.weight_verification),
+            run,
+        }
+    }
+
+    /// The table of its results; empty without any.
+    pub fn table(&self) -> String {
+        let verification = self.weight_verification.as_ref();
+        let table = |results| tables::results(&self.run.spec.model, results, verification);
+        self.results.as_ref().map(table).unwrap_or_default()
     }
 
     /// What the program ends with.
     pub fn status(&self) -> ExitStatus {
         ExitStatus::of_run(&self.run.state)
     }
+}
+
+/// A document among the results, if it is there and can be read.
+fn document<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&read_small(path, MOST).ok()?).ok()
 }
 
 /// What a deploy would do.
@@ -143,10 +163,7 @@ fn in_words(detached: &Detached<'_>) -> String {
 /// Prints what a deploy came to.
 pub(super) fn tell(context: &Context, deployed: &Deployed) {
     let cost = Usd::from_micros(deployed.cost_micro_usd);
-    context.reporter.result(deployed, || {
-        let table = deployed.results.as_ref().map(|results| tables::results(&deployed.run.spec.model, results));
-        table.unwrap_or_default() + &tables::epilogue(&deployed.run, cost)
-    });
+    context.reporter.result(deployed, || deployed.table() + &tables::epilogue(&deployed.run, cost));
     if let Some(complaint) = complaint_of(&deployed.run) {
         context.reporter.sentence(&complaint);
     }

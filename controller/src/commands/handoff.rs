@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::status::Document;
 use super::{Context, SCHEMA};
 use crate::calendar::rfc3339;
-use crate::files::write_whole;
+use crate::files::{MOST, read_small, write_whole};
 use crate::handoff::{document, is_untouched, sealed};
 use crate::ledger::now_ms;
 use crate::report::{Complaint, ExitStatus};
@@ -33,7 +33,11 @@ pub(super) fn command(context: &Context, output: Option<&Path>, force: bool) -> 
     let date = moment.split('T').next().unwrap_or_default();
     let folder = context.here.join(output.unwrap_or(Path::new(FOLDER)));
     let file = folder.join(format!("{date}.md"));
-    if !force && std::fs::read(&file).is_ok_and(|text| !is_untouched(&text)) {
+    let is_edited = match read_small(&file, MOST) {
+        Ok(text) => !is_untouched(&text),
+        Err(error) => error.kind() != std::io::ErrorKind::NotFound,
+    };
+    if !force && is_edited {
         return Err(Complaint::refused(
             format!("{} was edited, or is of another version, and is left as it is", file.display()),
             "--force replaces it; --output writes to another folder",

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use comfy_table::{Cell, CellAlignment, ColumnConstraint, ContentLineStyle, LineStyle, Table, TableStyle, Width};
-use outliers_protocol::{FeaturePeak, Inspection, Reading, Results, Sided};
+use outliers_protocol::{FeaturePeak, Inspection, Reading, Results, Sided, WeightVerification};
 
 use super::beyond::beyond;
 use crate::broker::{Capabilities, Instance, InstanceId, InstanceState, Offer};
@@ -63,8 +63,9 @@ fn percent(share: Option<f64>) -> Cell {
 
 /// The verdicts side by side, perplexity, the strongest features and what else was measured.
 ///
-/// `model` is its name here; the results have the one on the instance.
-pub fn results(model: &str, results: &Results) -> String {
+/// `model` is its name here; the results have the one on the instance. What was not verified of
+/// the weights is said below the verdicts.
+pub fn results(model: &str, results: &Results, weights: Option<&WeightVerification>) -> String {
     let thresholds = results.thresholds;
     let mut out = format!(
         "{}: {} sequences of {} tokens, {} layers, {} norm outputs, {} features\n\
@@ -90,6 +91,9 @@ pub fn results(model: &str, results: &Results) -> String {
         ]);
     }
     out += &format!("\n{verdicts}\n\n");
+    for warning in weights.into_iter().flat_map(WeightVerification::warnings) {
+        out += &format!("{}\n", clean(warning.as_bytes(), 500));
+    }
     if let Some(perplexity) = results.perplexity {
         let tokens = perplexity.predicted_tokens;
         out += &format!("perplexity {:.4} over {tokens} predicted tokens\n", perplexity.perplexity);
@@ -580,7 +584,11 @@ mod tests {
             super_experts: None,
             ablation: Vec::new(),
         };
-        let shown = results(&evil.model, &evil);
+        let mut weights = WeightVerification { verified_files: 3, ..WeightVerification::default() };
+        weights.leave_out("no\u{1b}[2J memory", vec!["a.safetensors".into()]);
+        let shown = results(&evil.model, &evil, Some(&weights));
+        assert!(shown.contains("weights unverified: 1 of 4 files (no"), "{shown}");
+        assert!(!results(&evil.model, &evil, None).contains("unverified"));
         assert!(shown.chars().all(|c| !c.is_control() || c == '\n'), "{shown}");
         for expected in ["evilmodel", "ab", "33.3", "12.5000", "1.500"] {
             assert!(shown.contains(expected), "{expected} in {shown}");

@@ -1,10 +1,10 @@
 //! What the ledger and the folders know of one model of a survey.
 
-use std::fs;
 use std::path::Path;
 
 use super::index::{Line, Outcome};
 use crate::deploy::{JobIdentity, RUN_FILE, holds};
+use crate::files::{MOST, read_small};
 use crate::ledger::RunRecord;
 use crate::run::{Brought, Ending, Membership, TroubleKind};
 
@@ -53,7 +53,7 @@ impl Member<'_> {
     /// Whole results of this very work in its place, by the record and the hashes beside them.
     fn at_home(&self) -> Option<Line> {
         let place = self.folder.join(self.name);
-        let run: RunRecord = serde_json::from_slice(&fs::read(place.join(RUN_FILE)).ok()?).ok()?;
+        let run: RunRecord = serde_json::from_slice(&read_small(&place.join(RUN_FILE), MOST).ok()?).ok()?;
         let is_whole = self.is_run_by(&run) && holds(&place, &run.id).is_ok();
         let line = || self.line(Some(&run), Outcome::Complete, None);
         is_whole.then(|| Line { folder: Some(self.name.to_owned()), ..line() })

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use crate::broker::InstanceState;
 use crate::commands::{Context, SCHEMA};
 use crate::deploy::{DeployEvent, HostTalk, KEY_FILE, read_cursor};
+use crate::files::{MOST, read_small};
 use crate::host::{self, Cursor, HostError, HostEvent};
 use crate::ledger::{Ledger, RunRecord};
 use crate::report::{Complaint, ExitStatus};
@@ -167,7 +168,7 @@ async fn read_on(
 }
 
 fn at_once(path: &Path) -> Result<Vec<String>, Complaint> {
-    std::fs::read(path).map(|text| lines_of(&text)).map_err(|error| unreadable(path, &error))
+    read_small(path, MOST).map(|text| lines_of(&text)).map_err(|error| unreadable(path, &error))
 }
 
 fn unreadable(path: &Path, error: &io::Error) -> Complaint {
