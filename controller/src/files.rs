@@ -20,11 +20,12 @@ pub fn free_disk(path: &Path) -> Option<Bytes> {
     Some(Bytes(figures.f_bavail.saturating_mul(figures.f_frsize)))
 }
 
-/// Most bytes of a document that is read as a whole: more than any that people, workers or this program write.
+/// Most bytes of a document that is read as a whole: more than any that people, workers or this
+/// program write.
 pub const MOST: u64 = 256 << 20;
 
-/// Opens a regular file, and nothing else: a pipe or a device may be read for ever, and a pipe already waits when it
-/// is opened.
+/// Opens a regular file, and nothing else: a pipe or a device may be read for ever, and a pipe
+/// already waits when it is opened.
 ///
 /// # Errors
 /// It is something else, or cannot be opened.
@@ -67,7 +68,8 @@ pub fn read_text(path: &Path, most: u64) -> io::Result<String> {
     text.map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
 }
 
-/// Makes a folder, and those above it that are missing, for nobody else to look into, whatever the umask.
+/// Makes a folder, and those above it that are missing, for nobody else to look into, whatever the
+/// umask.
 ///
 /// # Errors
 /// Not allowed, or a file is in the way.

@@ -271,7 +271,8 @@ fn a_kept_instance_is_held_until_it_is_terminated() {
     desk.assert_nothing_left();
 }
 
-// ------------------------------------------------------------------------------------------------- no room at home
+// -------------------------------------------------------------------------------------------------
+// no room at home
 
 #[test]
 fn results_that_this_disk_cannot_take_are_refused_before_anything_is_rented() {
@@ -389,7 +390,8 @@ fn results_for_which_a_disk_has_become_too_small_lie_beside_the_ledger() {
     desk.assert_nothing_left();
 }
 
-// ---------------------------------------------------------------------------------------------------- on this machine
+// ----------------------------------------------------------------------------------------------------
+// on this machine
 
 /// `analyze` of a fixture's model over its own token ids.
 fn analyze(name: &str, more: &[&str]) -> Vec<String> {

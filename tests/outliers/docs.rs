@@ -1,4 +1,5 @@
-//! README.md, CONTRIBUTING.md and docs/: short lines, links that lead somewhere, commands that the programs accept.
+//! README.md, CONTRIBUTING.md and docs/: short lines, links that lead somewhere, commands that the
+//! programs accept.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
-//! Files that appear whole or not at all, and files of others, of which no more is read than they may have.
+//! Files that appear whole or not at all, and files of others, of which no more is read than they
+//! may have.
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read, Write};
@@ -9,8 +10,8 @@ use rustix::fs::OFlags;
 
 use crate::error::{IoContext, Result};
 
-/// Opens a regular file, and nothing else: a pipe or a device may be read for ever, and a pipe already waits when it
-/// is opened.
+/// Opens a regular file, and nothing else: a pipe or a device may be read for ever, and a pipe
+/// already waits when it is opened.
 ///
 /// # Errors
 /// It is something else, or cannot be opened.
