@@ -455,8 +455,7 @@ async fn a_home_from_which_nothing_may_be_run_has_its_worker_elsewhere() {
     let worker = scene.worker().await;
     let folder = Path::new(&worker.path).parent().unwrap().to_owned();
     assert!(!folder.starts_with(scene.server.home()), "{}", worker.path);
-    let launched = scene.host.launch(&worker, "r1", &job("quick"), &[]).await.unwrap();
-    pid_of(launched);
+    scene.host.launch(&worker, "r1", &job("quick"), &[]).await.unwrap();
     assert_eq!(scene.follow("r1").await, ENDED_WELL);
     assert!(!scene.fetch("r1").await.partial);
     std::fs::remove_dir_all(folder).unwrap();

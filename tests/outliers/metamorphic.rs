@@ -112,14 +112,21 @@ fn planting_a_feature_moves_its_statistics_and_nothing_else_in_every_family() {
             continue;
         }
         let zero_centred = spec.layers[0].norm.kind == outliers_worker::decoder::NormKind::RmsZeroCentred;
-        let dim = 5;
+        let (before, old) = run(&model, &ids_of(&name));
+        // The feature that is nearest to the threshold of all: some families' values are small.
+        let largest = |dim: usize| {
+            let studied = old.iter().filter(|(tensor, _)| tensor.starts_with("layer."));
+            let column =
+                |values: &'_ Vec<f32>| values.iter().skip(dim).step_by(spec.hidden).fold(0f32, |m, v| m.max(v.abs()));
+            studied.map(|(_, values)| column(values)).fold(0f32, f32::max)
+        };
+        let dim = (0..spec.hidden).max_by(|a, b| largest(*a).total_cmp(&largest(*b))).unwrap();
         let planted = tempfile::tempdir().unwrap();
         // Where an MLP stands beside the mixture, router and experts read the residual stream.
         let has_beside = |ffn: &FfnSpec| matches!(ffn, FfnSpec::Moe(moe) if moe.beside.is_some());
         let all_read = !spec.layers.iter().any(|layer| has_beside(&layer.ffn));
         let ffn_inputs = if all_read { FFN_INPUTS } else { &[Role::Gate, Role::Up] };
         rewrite(&model, planted.path(), |_, need, values| plant(need, values, dim, zero_centred, ffn_inputs));
-        let (before, old) = run(&model, &ids_of(&name));
         let (after, new) = run(planted.path(), &ids_of(&name));
         for (tensor, values) in &old {
             let grows = tensor.starts_with("layer.");

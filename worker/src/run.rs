@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use candle_core::DType;
 use outliers_protocol::{
-    CONFIG_RULES, FailureKind, FileBytes, HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Phase,
-    Results, SCHEMA, WeightVerification, Weights, files,
+    CONFIG_RULES, FileBytes, HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Phase, Results,
+    SCHEMA, WeightVerification, Weights, files,
 };
 use sha2::{Digest, Sha256};
 use sysinfo::System;
@@ -51,13 +51,7 @@ pub fn run(job: &JobSpec, output: &Path, hub: &Hub, save_every: Duration, talk: 
             names.extend(asked_for(job).map(|(_, name)| name));
             folder.finish(Outcome::Complete, &names)
         }
-        Err(error) => {
-            // What was computed so far may come of the file that is damaged.
-            if error.kind() == FailureKind::Checkpoint {
-                SavePoints::remove(&folder.file(files::SAVE_POINT))?;
-            }
-            folder.finish(Outcome::Failed(error.clone().into()), &[files::JOB])
-        }
+        Err(error) => folder.finish(Outcome::Failed(error.clone().into()), &[files::JOB]),
     };
     progress.phase(if result.is_ok() { Phase::Done } else { Phase::Failed });
     let results = result?;
@@ -199,8 +193,12 @@ impl Run<'_> {
             progress,
             meter: &if job.trace.is_some() { Meter::with_spans() } else { Meter::default() },
         };
-        let (watch, passed) = self.pass(&pass, save.as_mut())?;
-        let mut verification = source.verify()?;
+        let passed = self.pass(&pass, save.as_mut()).and_then(|passed| Ok((passed, source.verify()?)));
+        if source.is_damaged() {
+            // What was computed so far may come of the file that is damaged.
+            SavePoints::remove(&folder.file(files::SAVE_POINT))?;
+        }
+        let ((watch, passed), mut verification) = passed?;
         if let (Some(verification), Some(layer)) = (&mut verification, passed.resumed_at_layer) {
             let reason = format!("an earlier process read them before the save point at layer {layer}");
             verification.leave_out(reason, passed.unverified_before.clone());

@@ -188,6 +188,11 @@ pub trait WeightSource: Send + Sync {
         Vec::new()
     }
 
+    /// Whether a file has been found that is not the one that the hub lists.
+    fn is_damaged(&self) -> bool {
+        false
+    }
+
     /// Waits for the hashes of everything that was announced. `None`: there are no files.
     ///
     /// # Errors

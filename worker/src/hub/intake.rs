@@ -74,6 +74,8 @@ struct State {
     pool: Pool,
     pace: Pace,
     failed: Option<WorkerError>,
+    /// It failed since a file's hash is not the listed one.
+    damaged: bool,
     closed: bool,
 }
 
@@ -144,6 +146,7 @@ impl Intake {
             pool: Pool::default(),
             pace: Pace::default(),
             failed: None,
+            damaged: false,
             closed: false,
         };
         let (files, state) = (Arc::clone(files), Mutex::new(state));
@@ -178,6 +181,11 @@ impl Intake {
     /// Numbers of the files whose hash has been found to be the listed one.
     pub(super) fn verified(&self) -> Vec<usize> {
         self.shared.lock().checks.iter().filter(|check| check.is_whole()).map(|check| check.file).collect()
+    }
+
+    /// Whether a file's hash is not the listed one.
+    pub(super) fn is_damaged(&self) -> bool {
+        self.shared.lock().damaged
     }
 
     /// Waits until all files that are verified have been hashed.
@@ -306,7 +314,7 @@ impl Shared {
             } else {
                 match self.files[*file].check_hash(&hasher.hex()) {
                     Ok(()) => *hashed += 1,
-                    Err(error) => state.failed = Some(error),
+                    Err(error) => (state.failed, state.damaged) = (Some(error), true),
                 }
             }
             self.changed.notify_all();

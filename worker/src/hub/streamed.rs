@@ -87,6 +87,10 @@ impl WeightSource for HubSource {
             .map_or_else(Vec::new, |intake| intake.verified().into_iter().map(|file| self.name(file)).collect())
     }
 
+    fn is_damaged(&self) -> bool {
+        self.intake().is_some_and(|intake| intake.is_damaged())
+    }
+
     fn verify(&self) -> Result<Option<WeightVerification>> {
         let Some(intake) = self.intake() else { return Ok(None) };
         intake.verify()?;
