@@ -82,7 +82,7 @@ impl SavePoints {
         observed: Give<'_>,
         verified: Vec<String>,
     ) -> Result<()> {
-        let mut hash = Hash::new(next_layer);
+        let mut hash = Hash::new(next_layer, &verified);
         let mut length = |give: &Give<'_>| -> Result<u64> { Ok(hash.add(&give()?)) };
         let header = Header {
             schema: SCHEMA,
@@ -121,7 +121,7 @@ impl SavePoints {
             return Err("it belongs to another run".to_owned());
         }
         // Lengths are a claim: no more is read than the file has.
-        let mut hash = Hash::new(header.next_layer);
+        let mut hash = Hash::new(header.next_layer, &header.verified);
         let mut part = |length: &u64| -> std::result::Result<Vec<u8>, String> {
             let mut bytes = Vec::new();
             (&mut file).take(*length).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
@@ -149,12 +149,15 @@ impl SavePoints {
     }
 }
 
-/// SHA-256 over the next layer's number and all parts with their lengths.
+/// SHA-256 over the next layer's number, and the names of verified files and all parts with their
+/// lengths.
 struct Hash(Sha256);
 
 impl Hash {
-    fn new(next_layer: usize) -> Self {
-        Self(Sha256::new().chain_update((next_layer as u64).to_le_bytes()))
+    fn new(next_layer: usize, verified: &[String]) -> Self {
+        let mut hash = Self(Sha256::new().chain_update((next_layer as u64).to_le_bytes()));
+        verified.iter().for_each(|name| drop(hash.add(name.as_bytes())));
+        hash
     }
 
     /// Adds a part; gives its length.
