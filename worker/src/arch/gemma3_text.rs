@@ -7,8 +7,8 @@ use super::{
     unsupported, windows,
 };
 use crate::decoder::{
-    AttentionSpec, DecoderSpec, EmbeddingScale, EmbeddingSpec, FfnSpec, GateUp, HeadSpec, LayerSpec, MixerSpec, MlpKind,
-    MlpSpec, NormKind, NormOrder, NormSpec, QkNorm, Role, Window,
+    AttentionSpec, DecoderSpec, EmbeddingScale, EmbeddingSpec, FfnSpec, GateUp, HeadSpec, LayerSpec, MixerSpec,
+    MlpKind, MlpSpec, NormKind, NormOrder, NormSpec, QkNorm, Role, Window,
 };
 use crate::error::Result;
 
@@ -35,12 +35,8 @@ pub(super) const SANDWICH: &[(Role, &str)] = &[
 pub(super) const UNUSED: &[Unused] = &[("it says how Python runs the model", &["cache_implementation"])];
 
 /// Layers that see all, and layers with a window.
-pub(super) const FULL: RopeKind = RopeKind {
-    kind: "full_attention",
-    key: "rope_parameters.full_attention",
-    theta: "rope_theta",
-    is_scaled: true,
-};
+pub(super) const FULL: RopeKind =
+    RopeKind { kind: "full_attention", key: "rope_parameters.full_attention", theta: "rope_theta", is_scaled: true };
 pub(super) const SLIDING: RopeKind = RopeKind {
     kind: "sliding_attention",
     key: "rope_parameters.sliding_attention",

@@ -20,12 +20,8 @@ pub(super) const FAMILY: Family = Family {
     unstacked: None,
 };
 
-const NAMES: Names = Names {
-    tensors: deepseek_v3::TENSORS,
-    bases: &["model.", ""],
-    input_major: &[],
-    ignored: &[NEXT_TOKEN_LAYERS],
-};
+const NAMES: Names =
+    Names { tensors: deepseek_v3::TENSORS, bases: &["model.", ""], input_major: &[], ignored: &[NEXT_TOKEN_LAYERS] };
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     let pairing = if config.flag("rope_interleave")? { Pairing::Interleaved } else { Pairing::Halves };
