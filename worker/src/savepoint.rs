@@ -156,7 +156,9 @@ struct Hash(Sha256);
 impl Hash {
     fn new(next_layer: usize, verified: &[String]) -> Self {
         let mut hash = Self(Sha256::new().chain_update((next_layer as u64).to_le_bytes()));
-        verified.iter().for_each(|name| drop(hash.add(name.as_bytes())));
+        for name in verified {
+            hash.add(name.as_bytes());
+        }
         hash
     }
 
