@@ -201,7 +201,8 @@ def tiles_of(scales, shape, side):
     return scales.float().repeat_interleave(side, 0)[:shape[0]].repeat_interleave(side, 1)[:, :shape[1]]
 
 
-# How a checkpoint is stored again, in formats that the reference does not write: of each matrix but those named, and what config.json says.
+# How a checkpoint is stored again in formats that the reference does not write: each matrix but
+# those named, and what config.json says.
 PLAIN = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "bias", "A_log", "conv1d")
 FORMATS = {
     "nvfp4": (nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4", "producer": {"name": "modelopt"}}),
@@ -550,7 +551,8 @@ class Walk:
         return {name: tensor.numpy() for name, tensor in record(model, self.ids)[0].items()}
 
 
-# A class that transformers lacks, by the published code (`configuration_bailing_moe_v2.py`) as far as it is known.
+# A class that transformers lacks, by the published code (`configuration_bailing_moe_v2.py`) as
+# far as it is known.
 LACKING = {"BailingMoeV2Config": {
     "model_type": "bailing_moe_v2",
     "attributes": {"vocab_size": 157184, "hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 20, "num_attention_heads": 16,

@@ -109,7 +109,8 @@ def weights(gguf, reader, config):
         tensor = stored.pop(names.get_name(name, (".weight",)))
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
         if count := heads.get(name.split(".")[-2]):
-            # llama.cpp rotates neighbouring rows of a head, the published layout the head's first half with its second.
+            # llama.cpp rotates neighbouring rows of a head. The published layout rotates the
+            # first half of a head with the second.
             array = array.reshape(count, -1, 2, array.shape[-1]).swapaxes(1, 2)
         found[name] = torch.from_numpy(np.array(array, np.float32).reshape(like.shape))
     assert not stored, f"the GGUF has tensors without a published name: {sorted(stored)}"

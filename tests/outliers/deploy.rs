@@ -271,8 +271,7 @@ fn a_kept_instance_is_held_until_it_is_terminated() {
     desk.assert_nothing_left();
 }
 
-// -------------------------------------------------------------------------------------------------
-// no room at home
+// ------------------------------------------------------------------------------ no room at home
 
 #[test]
 fn results_that_this_disk_cannot_take_are_refused_before_anything_is_rented() {
@@ -280,7 +279,7 @@ fn results_that_this_disk_cannot_take_are_refused_before_anything_is_rented() {
     let planned = fixture("llama-f32", &[]).into_iter().skip(1).filter(|word| word != "-y");
     let planned = desk.run(["plan".to_owned()].into_iter().chain(planned)).ok();
     assert!(planned.stdout.contains("results, at home: "), "{planned:?}");
-    // Activations of eight million tokens in a model of a thousand thousand million parameters.
+    // Activations of eight million tokens in a model of 10^12 parameters.
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("published/Kimi-K2-Instruct");
     let rows = vec![format!("[{}1]", "0,".repeat(2047)); 4000];
     std::fs::write(desk.work().join("ids.json"), format!("[{}]", rows.join(","))).unwrap();
@@ -390,8 +389,7 @@ fn results_for_which_a_disk_has_become_too_small_lie_beside_the_ledger() {
     desk.assert_nothing_left();
 }
 
-// ----------------------------------------------------------------------------------------------------
-// on this machine
+// ------------------------------------------------------------------------------ on this machine
 
 /// `analyze` of a fixture's model over its own token ids.
 fn analyze(name: &str, more: &[&str]) -> Vec<String> {

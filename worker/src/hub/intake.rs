@@ -237,7 +237,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    // --------------------------------------------------------------------------------------------------- readers
+    // ------------------------------------------------------------------------------ readers
 
     /// The bytes of a part; `None` if all that was wanted of it has been read.
     fn wait_for(&self, part: usize) -> Result<Option<Arc<Vec<u8>>>> {
@@ -287,8 +287,7 @@ impl Shared {
         }
     }
 
-    // ---------------------------------------------------------------------------------------------------
-    // hashes
+    // ------------------------------------------------------------------------------ hashes
 
     /// What each hashing thread does until nothing is left to hash.
     fn hash(&self) {
@@ -321,7 +320,7 @@ impl Shared {
         }
     }
 
-    // --------------------------------------------------------------------------------------------------- fetchers
+    // ------------------------------------------------------------------------------ fetchers
 
     /// What each thread does until nothing is left to do.
     fn work(&self) {
