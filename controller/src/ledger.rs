@@ -127,8 +127,10 @@ pub struct Purse {
 }
 
 impl RunRecord {
-    /// What the run's instances have cost until they were seen gone, or until `now_ms`: our arithmetic, never less than the time
-    /// they can have existed times their price; not the cloud's bill.
+    /// What the run's instances have cost until they were seen gone, or until `now_ms`: our arithmetic,
+    /// never less than the time they can have existed times their price; not the cloud's bill. One
+    /// that may have been made by a call without an answer, and that no list shows, counts for as
+    /// long as it can have existed.
     pub fn cost(&self, now_ms: u64) -> Usd {
         let (gone, present) = self.bills();
         gone + present.map_or(Usd::ZERO, |bill| bill.until(now_ms))
@@ -192,6 +194,11 @@ impl RunRecord {
                 }
                 (RunEvent::Reached { .. }, Some(rental)) => {
                     present = present.map(|bill| OpenBill { price: rental.price, ..bill });
+                }
+                (RunEvent::NotCreated { unseen: true, .. }, _) => {
+                    let limit_ms = asked_at.saturating_add(self.spec.max_duration_s.saturating_mul(1000));
+                    let bill = state.offer().map(|offer| OpenBill { since_ms: asked_at, price: offer.price });
+                    gone = gone + bill.map_or(Usd::ZERO, |bill| bill.until(entry.at_ms.min(limit_ms)));
                 }
                 (RunEvent::Gone | RunEvent::Vanished, _) => {
                     gone = gone + present.take().map_or(Usd::ZERO, |bill| bill.until(entry.at_ms));
@@ -1173,7 +1180,7 @@ pub(crate) mod tests {
                     for _ in 0..5 {
                         let mut run = ledger.plan(&spec()).unwrap();
                         run.append(creating()).unwrap();
-                        run.append(RunEvent::NotCreated { reason: "no".into(), refused: true }).unwrap();
+                        run.append(RunEvent::NotCreated { reason: "no".into(), refused: true, unseen: false }).unwrap();
                         written.fetch_add(1, Ordering::Relaxed);
                     }
                 });

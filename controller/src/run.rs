@@ -278,6 +278,9 @@ pub enum RunEvent {
         reason: String,
         /// The offer is not worth another try.
         refused: bool,
+        /// No answer said so, but lists without it: it may have existed, and billed, in between.
+        #[serde(default)]
+        unseen: bool,
     },
     /// The intended instance exists.
     Created {
@@ -565,7 +568,7 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
         }
 
         (S::Creating { refused, .. }, E::NotCreated { refused: false, .. }) => S::Planned { refused },
-        (S::Creating { intent, mut refused }, E::NotCreated { reason, refused: true }) => {
+        (S::Creating { intent, mut refused }, E::NotCreated { reason, refused: true, .. }) => {
             refused.push(Refusal { offer: intent.offer, reason, rented: false, lost: false });
             S::Planned { refused }
         }
@@ -744,8 +747,8 @@ mod tests {
     fn events() -> Vec<RunEvent> {
         vec![
             RunEvent::Creating { intent: intent() },
-            RunEvent::NotCreated { reason: "no capacity".into(), refused: true },
-            RunEvent::NotCreated { reason: "no answer".into(), refused: false },
+            RunEvent::NotCreated { reason: "no capacity".into(), refused: true, unseen: false },
+            RunEvent::NotCreated { reason: "no answer".into(), refused: false, unseen: true },
             RunEvent::Created { instance: InstanceId("i1".into()), price: Some(UsdPerHour::from_dollars(2.0)) },
             RunEvent::Created { instance: InstanceId("i1".into()), price: None },
             RunEvent::Reached { pin: Pin("key".into()), price: None },
@@ -837,7 +840,7 @@ mod tests {
     fn an_instance_that_does_not_serve_is_gone_before_another_is_planned() {
         let mut path = vec![
             RunEvent::Creating { intent: intent() },
-            RunEvent::NotCreated { reason: "sold out".into(), refused: true },
+            RunEvent::NotCreated { reason: "sold out".into(), refused: true, unseen: false },
             RunEvent::Creating { intent: intent() },
             RunEvent::Created { instance: InstanceId("i1".into()), price: None },
             RunEvent::Discarded { reason: "it has no GPU".into(), lost: false },

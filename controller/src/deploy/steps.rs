@@ -189,7 +189,7 @@ impl Driver<'_> {
             Err(error) => {
                 self.memory.hopeless = Some(failed(TroubleKind::Local, error.message, error.hint));
                 let reason = "no SSH key could be made".to_owned();
-                return Ok(self.append(RunEvent::NotCreated { reason, refused: false })?);
+                return Ok(self.append(RunEvent::NotCreated { reason, refused: false, unseen: false })?);
             }
         };
         let lease = Lease { tag: intent.tag.clone(), ssh_public_key, disk: self.run.record().spec.disk };
@@ -227,7 +227,8 @@ impl Driver<'_> {
             Kind::NoCapacity | Kind::NotFound | Kind::Rejected => {}
         }
         (self.on)(DeployEvent::Refused { reason: error.to_string() });
-        Ok(self.append(RunEvent::NotCreated { reason: error.to_string(), refused: true })?)
+        let reason = error.to_string();
+        Ok(self.append(RunEvent::NotCreated { reason, refused: true, unseen: false })?)
     }
 
     /// Whether an announced instance exists. A single listing without it proves nothing: it may not show yet.
@@ -240,7 +241,7 @@ impl Driver<'_> {
             None => {
                 let reason = "the call was not answered and made no instance".to_owned();
                 let refused = self.memory.unanswered >= UNANSWERED;
-                Ok(self.append(RunEvent::NotCreated { reason, refused })?)
+                Ok(self.append(RunEvent::NotCreated { reason, refused, unseen: true })?)
             }
         }
     }

@@ -1027,6 +1027,8 @@ async fn a_disk_that_is_full_at_any_event_leaves_no_instance() {
         disk.execute_batch("DROP TRIGGER full").unwrap();
         let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{events}") };
         closed_and_clean(&fake, &record, "with room again");
+        let (billed, cost) = (fake.world.lock().unwrap().billed, record.cost(now_ms()));
+        assert!(cost >= billed, "{events}: {billed} were billed, and {cost} is said");
     }
 }
 
