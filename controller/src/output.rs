@@ -15,6 +15,8 @@ const BASE: f64 = (1 << 20) as f64;
 const LAYER: f64 = 32_768.0;
 const SITE: f64 = 8192.0;
 const EXPERT: f64 = 1024.0;
+/// What they say of a layer and of a sequence for each thing that is measured beside.
+const MEASURED: f64 = 131_072.0;
 /// An event of a time line, and how many there are of each tensor and of each step of a sequence.
 const EVENT: f64 = 192.0;
 const EVENTS: f64 = 16.0;
@@ -72,6 +74,8 @@ struct Figures {
     /// Routed experts of all layers.
     experts: f64,
     tensors: f64,
+    /// What is measured beside.
+    measurements: f64,
     sequences: f64,
     /// Of all sequences.
     tokens: f64,
@@ -86,9 +90,10 @@ impl Figures {
             vocab: inspection.vocab as f64,
             layers: layers.len() as f64,
             sites: inspection.sites.len() as f64,
-            kinds: job.sites.iter().filter(is_saved).count() as f64,
+            kinds: job.kinds().iter().filter(is_saved).count() as f64,
             experts: layers.iter().map(|layer| layer.experts as f64).sum(),
             tensors: layers.iter().map(|layer| layer.tensors as f64).sum(),
+            measurements: job.measure.len() as f64,
             sequences: plan.sequences as f64,
             tokens: plan.sequences as f64 * plan.tokens_per_sequence as f64,
         }
@@ -99,6 +104,7 @@ impl Figures {
         let within = self.sequences * (5.0 * LINE + 8.0 * self.sites);
         let feature = 40.0 * LINE + (2.0 * self.layers + self.sites) * ITEM + within;
         let parts = LAYER * self.layers + SITE * self.sites + EXPERT * self.experts + 8.0 * LINE * self.sequences;
+        let parts = parts + MEASURED * self.measurements * (self.layers + self.sequences / 100.0);
         2.0 * BASE + self.hidden * feature + parts
     }
 
@@ -124,7 +130,7 @@ impl Figures {
 
 #[cfg(test)]
 mod tests {
-    use outliers_protocol::ModelSource;
+    use outliers_protocol::{Measurement, ModelSource};
     use serde_json::json;
 
     use super::*;
@@ -183,6 +189,8 @@ mod tests {
         let mut sites = all.clone();
         sites.sites.extend(SiteKind::ALL);
         assert!(sum(&small, &all) < sum(&small, &sites));
+        let measure = JobSpec { measure: Measurement::ALL.into(), ..all.clone() };
+        assert!(sum(&small, &all) < sum(&small, &measure));
     }
 
     /// Of runs that were made: no file is larger than its bound, and no bound is no bound.

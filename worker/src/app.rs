@@ -21,6 +21,7 @@ use crate::hub::{Hub, HubOptions, Token};
 use crate::inspect::{self, PlannedRun};
 use crate::model::Model;
 use crate::product::Arithmetic;
+use crate::stats::study;
 use crate::{arch, bench, corpus, demo, fused, gpu, run};
 
 /// Longest file that holds a token, bytes.
@@ -166,6 +167,7 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
         compute,
         micro_batch_tokens,
         group_elements,
+        measured: study::measured_bytes(&job, &model.spec, sequences),
         // A plan that names no devices is for GPUs.
         arithmetic: if job.devices.is_empty() { Arithmetic::default() } else { Arithmetic::of(&devices, compute) },
         with_head: job.layers.is_none(),

@@ -1,7 +1,7 @@
 //! Softmax attention over whole sequences, blocked over queries and heads so that memory grows with the sequence, not with
 //! its square, and over the keys that a window shows, so that work grows with the window.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 
 use candle_core::{D, DType, Result, Tensor};
 use serde::{Deserialize, Serialize};
@@ -107,8 +107,89 @@ impl TopShares {
     }
 }
 
-/// Where a softmax adds its [`TopShares`], if anybody asks for them.
-pub type Watched<'a> = Option<&'a Cell<TopShares>>;
+/// The shares that a head's queries give to the first key of their sequence, added up. Queries count that see it, but for the first one,
+/// which sees nothing else.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FirstKey {
+    /// Sum of the shares in units of 2^-32: the same in any order.
+    sum: u64,
+    /// Queries.
+    queries: u64,
+}
+
+impl FirstKey {
+    /// The shares in units of 1.
+    const UNIT: f64 = (1u64 << 32) as f64;
+
+    fn add(&mut self, share: f32) {
+        self.sum += (f64::from(share) * Self::UNIT).round() as u64;
+        self.queries += 1;
+    }
+
+    /// Both together.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self { sum: self.sum + other.sum, queries: self.queries + other.queries }
+    }
+
+    /// `None` without queries.
+    pub fn mean(self) -> Option<f64> {
+        (self.queries > 0).then(|| self.sum as f64 / Self::UNIT / self.queries as f64)
+    }
+}
+
+/// What is kept of a softmax's shares.
+#[derive(Debug, Default)]
+pub struct Watching {
+    top: Option<Cell<TopShares>>,
+    /// By head.
+    first_key: Option<RefCell<Vec<FirstKey>>>,
+}
+
+impl Watching {
+    /// Keeps the largest shares, those of the first key, or both.
+    pub fn new(top: bool, first_key: bool) -> Self {
+        Self { top: top.then(Cell::default), first_key: first_key.then(RefCell::default) }
+    }
+
+    /// The largest shares; none unless they were to be kept.
+    pub fn top(&self) -> TopShares {
+        self.top.as_ref().map(Cell::get).unwrap_or_default()
+    }
+
+    /// The first key's shares by head; none unless they were to be kept.
+    pub fn first_key(&self) -> Vec<FirstKey> {
+        self.first_key.as_ref().map(|heads| heads.borrow().clone()).unwrap_or_default()
+    }
+
+    /// Takes a block of `shares` `[kv_heads, groups * queries, keys]`, the first of whose heads is `first_head`.
+    fn see(&self, shares: &Tensor, block: ScoreBlock, first_head: usize) -> Result<()> {
+        if let Some(top) = &self.top {
+            top.set(top.get().and(TopShares::of(shares)?));
+        }
+        let Some(first_key) = &self.first_key else { return Ok(()) };
+        if block.first_key > 0 {
+            return Ok(());
+        }
+        let of_key = shares.narrow(D::Minus1, 0, 1)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let mut heads = first_key.borrow_mut();
+        for (head, shares) in of_key.chunks_exact(block.queries).enumerate() {
+            let head = first_head + head;
+            if heads.len() <= head {
+                heads.resize(head + 1, FirstKey::default());
+            }
+            for (position, share) in (block.first_query..).zip(shares) {
+                if position > 0 && block.window.first_key(position) == 0 {
+                    heads[head].add(*share);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where a softmax tells of its shares, if anybody asks for them.
+pub type Watched<'a> = Option<&'a Watching>;
 
 /// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape, before the residual addition.
 /// `table` is there if the spec has a rotation.
@@ -221,6 +302,7 @@ fn mix_sequences(
 }
 
 /// Softmax attention within one sequence: what it needs beside queries, keys and values.
+#[derive(Clone, Copy)]
 pub struct Mixing<'a> {
     scale: f64,
     window: Window,
@@ -228,17 +310,24 @@ pub struct Mixing<'a> {
     query_block: usize,
     score_values: usize,
     watched: Watched<'a>,
+    first_head: usize,
 }
 
 impl<'a> Mixing<'a> {
     /// `scale` multiplies the scores; `sinks` are logits, one per query head, that join the denominator.
     pub fn new(scale: f64, window: Window, sinks: Option<&'a [f32]>) -> Self {
-        Self { scale, window, sinks, query_block: QUERY_BLOCK, score_values: SCORE_VALUES, watched: None }
+        let (query_block, score_values) = (QUERY_BLOCK, SCORE_VALUES);
+        Self { scale, window, sinks, query_block, score_values, watched: None, first_head: 0 }
     }
 
-    /// Adds up the largest shares there.
+    /// Tells of the shares there.
     pub fn watched(self, watched: Watched<'a>) -> Self {
         Self { watched, ..self }
+    }
+
+    /// The same for heads that are counted from `first_head` on.
+    pub fn at_head(self, first_head: usize) -> Self {
+        Self { first_head, ..self }
     }
 
     /// `query` `[n, heads, d]`, `key` `[kv_heads, n, d]` and `value` `[kv_heads, n, v]`, both contiguous, to `[n, heads * v]`.
@@ -273,7 +362,7 @@ impl<'a> Mixing<'a> {
             let sinks = self.sinks.map(|sinks| &sinks[heads.clone()]);
             let shares = fused::causal_softmax(scores, block, self.scale, sinks)?;
             if let Some(watched) = self.watched {
-                watched.set(watched.get().and(TopShares::of(&shares)?));
+                watched.see(&shares, block, self.first_head + heads.start)?;
             }
             let mixed = product(&shares, &of_heads(value)?.t()?)?.reshape((heads.len(), queries, v))?;
             mixed.transpose(0, 1)?.reshape((queries, heads.len() * v))

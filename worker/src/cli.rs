@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outliers_protocol::{
-    Ablate, BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, JobSpec, ModelSource, Packing, Precision,
-    SiteKinds, Thresholds, Weights,
+    Ablate, BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, JobSpec, Measurement, ModelSource, Packing,
+    Precision, SiteKinds, Thresholds, Weights,
 };
 
 use crate::error::{IoContext, Result, WorkerError};
@@ -218,6 +218,9 @@ pub struct JobArgs {
     /// What to study, separated by commas: norms (always), residual, attention-out, mlp-out, expert-out, all.
     #[arg(long, value_name = "KINDS", value_delimiter = ',', default_value = "norms")]
     pub sites: Vec<SiteKinds>,
+    /// What to measure beside, separated by commas: quantization-error, residual-sinks, spike-life, attention-sinks.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub measure: Vec<Measurement>,
     /// Also write every studied activation to this file in the output folder. Large.
     #[arg(long, value_name = "FILE.safetensors")]
     pub save_activations: Option<String>,
@@ -310,6 +313,7 @@ impl JobArgs {
         job.layers = self.layers;
         job.thresholds.magnitude = self.threshold;
         job.sites = self.sites.into_iter().flat_map(|SiteKinds(kinds)| kinds).collect();
+        job.measure = self.measure.into_iter().collect();
         job.save_activations = self.save_activations;
         job.trace = self.trace;
         let ablation = |ablate: Ablate| ablate.ablation(self.ablate_seed, |file| read_text(file, MAX_JSON_BYTES));

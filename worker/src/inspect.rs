@@ -34,6 +34,8 @@ pub struct PlannedRun {
     pub micro_batch_tokens: usize,
     /// Values decoded per group of experts.
     pub group_elements: u64,
+    /// Bytes that are noted of what is measured beside ([`study::measured_bytes`]).
+    pub measured: u64,
     /// How its devices compute.
     pub arithmetic: Arithmetic,
     /// Whether the head follows the layers.
@@ -251,7 +253,7 @@ pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let head = if run.with_head { hidden_states(spec, run) + head_workspace(model, run) } else { 0 };
     let laid_out = run.devices as u64 * most(&units, |unit| laid_out(spec, unit, run));
     // On GPUs they are in another memory.
-    let noted = if run.arithmetic.in_place { study::bytes(spec.sites().len(), spec.hidden) } else { 0 };
+    let noted = if run.arithmetic.in_place { study::bytes(spec.sites().len(), spec.hidden) + run.measured } else { 0 };
     OWN + noted + tied + laid_out + layers.max(head).max(embedded(spec, run))
 }
 

@@ -106,7 +106,7 @@ impl Narrow {
             let heads = first..(first + at_once).min(spec.heads);
             let query = query.narrow(1, heads.start, heads.len())?;
             let (key, value) = self.expand(spec, kv_up, heads)?;
-            mixing.mix(&query, &key, &value)
+            mixing.at_head(first).mix(&query, &key, &value)
         };
         let mixed = (0..spec.heads).step_by(at_once).map(some_heads).collect::<Result<Vec<_>>>()?;
         Tensor::cat(&mixed, 1)

@@ -27,7 +27,7 @@ use crate::product::Arithmetic;
 use crate::progress::{ProgressSink, now_ms};
 use crate::savepoint::SavePoints;
 use crate::source::{Checkpoint, Container, Described, LocalSource, SyntheticSource, is_plain_name};
-use crate::stats::{Scope, Study};
+use crate::stats::{Scope, Study, study};
 use crate::stream::{Pass, Passed, Predicted};
 use crate::trace;
 use crate::watch::Watch;
@@ -165,6 +165,7 @@ impl Run<'_> {
             compute,
             micro_batch_tokens: job.micro_batch_tokens,
             group_elements,
+            measured: study::measured_bytes(job, &model.spec, tokens.sequences),
             arithmetic: Arithmetic::of(&devices, compute),
             with_head: job.layers.is_none(),
             devices: sharing,
@@ -353,6 +354,10 @@ fn results(job: &JobSpec, model: &Model<'_>, tokens: &Tokens, study: &Study, pre
         top_records: report.top_records,
         routers: report.routers,
         super_experts: report.super_experts,
+        quantization_error: report.quantization_error,
+        residual_sinks: report.residual_sinks,
+        spike_life: report.spike_life,
+        attention_sinks: report.attention_sinks,
         ablation: Vec::new(),
     }
 }

@@ -15,15 +15,20 @@ use rayon::prelude::*;
 
 use serde::{Deserialize, Serialize};
 
-use crate::attention::TopShares;
+use crate::attention::{FirstKey, TopShares};
 use crate::error::{Result, WorkerError};
 use crate::ffn::{ExpertRows, Routing};
 
+pub mod attention_sinks;
 pub mod exact;
+mod fixed;
 pub mod histogram;
 pub mod massive;
 pub mod mixture;
+pub mod quantization;
+pub mod residual_sinks;
 pub mod rows;
+pub mod spike_life;
 pub mod study;
 pub mod top;
 mod verdict;
@@ -75,6 +80,16 @@ pub trait LayerObserver: Send {
 
     /// How sharp a layer's softmax is in each arm of an ablation, over some of the tokens; only with one.
     fn attention(&mut self, _layer: usize, _arms: &[TopShares]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Whether it is of interest what attention gives to the first key.
+    fn wants_first_key(&self) -> bool {
+        false
+    }
+
+    /// What each head of a layer gave to the first key, over some of the tokens; only if it is wanted.
+    fn first_key(&mut self, _layer: usize, _heads: &[FirstKey]) -> Result<()> {
         Ok(())
     }
 

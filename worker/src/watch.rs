@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use crate::ablation::Sharpness;
-use crate::attention::TopShares;
+use crate::attention::{FirstKey, TopShares};
 use crate::error::{Result, WorkerError};
 use crate::ffn::{ExpertRows, Routing};
 use crate::output::ActivationDump;
@@ -46,6 +46,14 @@ impl LayerObserver for Watch {
         let sums = self.sharpness.entry(layer).or_insert_with(|| vec![TopShares::default(); arms.len()]);
         sums.iter_mut().zip(arms).for_each(|(sum, more)| *sum = sum.and(*more));
         Ok(())
+    }
+
+    fn wants_first_key(&self) -> bool {
+        self.study.wants_first_key()
+    }
+
+    fn first_key(&mut self, layer: usize, heads: &[FirstKey]) -> Result<()> {
+        self.study.first_key(layer, heads)
     }
 
     fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {

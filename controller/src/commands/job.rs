@@ -47,6 +47,7 @@ pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Pat
     job.devices.clone_from(&args.devices);
     job.layers = args.layers;
     job.sites.extend(args.sites.iter().flat_map(|SiteKinds(kinds)| kinds));
+    job.measure.extend(&args.measure);
     job.save_activations.clone_from(&args.save_activations);
     job.trace.clone_from(&args.trace);
     job.ablation = args.ablate.as_ref().map(|ablate| ablation(ablate, args.ablate_seed, here)).transpose()?;

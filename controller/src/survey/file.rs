@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use outliers_protocol::SiteKinds;
+use outliers_protocol::{Measurement, SiteKinds};
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -95,6 +95,8 @@ struct File {
     micro_batch_tokens: Option<usize>,
     #[serde(default)]
     sites: Vec<Spanned<String>>,
+    #[serde(default)]
+    measure: Vec<Spanned<String>>,
     max_parallel: Option<Spanned<usize>>,
     budget: Option<Positive>,
     max_duration: Option<Span>,
@@ -181,6 +183,11 @@ impl File {
             let known = kind.get_ref().parse::<SiteKinds>();
             sites.push(known.map_err(|why| wrong(kind, format!("sites = [\"{}\"]: {why}", kind.get_ref())))?);
         }
+        let mut measure = Vec::new();
+        for name in &self.measure {
+            let known = name.get_ref().parse::<Measurement>();
+            measure.push(known.map_err(|why| wrong(name, format!("measure = [\"{}\"]: {why}", name.get_ref())))?);
+        }
         let dataset = self
             .dataset
             .as_ref()
@@ -220,6 +227,7 @@ impl File {
                 layers: self.layers,
                 micro_batch_tokens: self.micro_batch_tokens,
                 sites,
+                measure,
                 ..JobArgs::default()
             },
             models,
@@ -354,6 +362,7 @@ mod tests {
             ("name = 's'\nmax_parallel = 0\nmodels = ['a/b']", Some(2), "max_parallel"),
             ("name = 's'\nbudget = nan\nmodels = ['a/b']", Some(2), "budget"),
             ("name = 's'\ndataset = 'texts'\nmodels = ['a/b']", Some(2), "dataset"),
+            ("name = 's'\nmeasure = ['sinks']\nmodels = ['a/b']", Some(2), "residual-sinks"),
             ("name = 's'\nsites = ['experts']\nmodels = ['a/b']", Some(2), "experts"),
             ("name = 's'\nmax_duration = '5 parsecs'\nmodels = ['a/b']", Some(2), "parsecs"),
             ("= 3", Some(1), ""),

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Ablation, Point, SCHEMA};
+use crate::{Ablation, Measurement, Point, SCHEMA};
 
 /// Name of the English text that ships with the worker.
 pub const BUILTIN_CORPUS: &str = "shakespeare";
@@ -44,6 +44,9 @@ pub struct JobSpec {
     /// What is studied. Norm outputs always are, whether named or not; every other kind costs a pass over its values.
     #[serde(default = "norms_alone", skip_serializing_if = "is_norms_alone")]
     pub sites: BTreeSet<SiteKind>,
+    /// What is measured beside, from the same values.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub measure: BTreeSet<Measurement>,
     /// File name inside the output folder for every studied activation, as safetensors. Large: tokens x hidden x sites x 4 bytes.
     /// Outputs of single experts are never saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -146,6 +149,7 @@ impl JobSpec {
             layers: None,
             thresholds: Thresholds::default(),
             sites: norms_alone(),
+            measure: BTreeSet::new(),
             save_activations: None,
             trace: None,
             ablation: None,
@@ -154,9 +158,15 @@ impl JobSpec {
         }
     }
 
+    /// What is studied: what was asked for, and what the measurements need.
+    pub fn kinds(&self) -> BTreeSet<SiteKind> {
+        let needed = self.measure.iter().flat_map(|measurement| measurement.needs());
+        self.sites.iter().chain(needed).copied().collect()
+    }
+
     /// Whether values at this point of a layer are studied.
     pub fn studies(&self, point: Point) -> bool {
-        point.is_norm_output() || self.sites.contains(&point.into())
+        point.is_norm_output() || self.kinds().contains(&point.into())
     }
 
     /// What reports call the model.

@@ -19,6 +19,7 @@ mod corpus_format;
 mod index_set;
 mod inspection;
 mod job;
+mod measured;
 mod metadata;
 mod progress;
 mod results;
@@ -38,6 +39,11 @@ pub use inspection::{
 pub use job::{
     BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, Dataset, JobSpec, ModelSource, Packing, Precision, SiteKind,
     SiteKinds, Thresholds, Weights,
+};
+pub use measured::{
+    AttentionSinkLayer, AttentionSinks, Measurement, NumberFormat, PooledQuantization, QUANTIZED_ROWS,
+    QuantizationError, QuantizationErrors, RESIDUAL_SINKS, ResidualSink, ResidualSinkLayer, ResidualSinks,
+    SiteQuantization, SpikeLayer, SpikeLife,
 };
 pub use metadata::{
     CONFIG_RULES, ConfigReading, CorpusProvenance, DeviceInfo, HostInfo, Metadata, ModelProvenance,

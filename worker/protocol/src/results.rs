@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AblationArm, FeaturePeak, GainSummary, IndexSet, MassiveActivations, OtherSite, RouterSummary, RowStatistics,
-    SuperExperts, Thresholds, TopRecords,
+    AblationArm, AttentionSinks, FeaturePeak, GainSummary, IndexSet, MassiveActivations, OtherSite,
+    QuantizationErrors, ResidualSinks, RouterSummary, RowStatistics, SpikeLife, SuperExperts, Thresholds, TopRecords,
 };
 
 /// `results.json`.
@@ -65,6 +65,18 @@ pub struct Results {
     /// Super-expert candidates; `None` unless the experts' outputs were asked for and there are experts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub super_experts: Option<SuperExperts>,
+    /// What outliers cost in few bits; this and the next three: `None` unless asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization_error: Option<QuantizationErrors>,
+    /// Dimensions of the residual stream that are large at most tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub residual_sinks: Option<ResidualSinks>,
+    /// How the first token's spike comes and goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spike_life: Option<SpikeLife>,
+    /// Attention on the first key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention_sinks: Option<AttentionSinks>,
     /// The model without some features, the whole model first; empty unless asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ablation: Vec<AblationArm>,
@@ -246,7 +258,8 @@ pub struct SiteSummary {
     pub max_abs: f32,
     /// Root mean square of all values.
     pub rms: f64,
-    /// Fourth moment over squared second moment, all values pooled; 3 for a Gaussian. Token by token: `rows.kurtosis`.
+    /// Fourth central moment over squared second one, all values pooled; 3 for a Gaussian. The pooled excess kurtosis of
+    /// arXiv 2506.19697 is this less 3. Token by token: `rows.kurtosis`.
     pub kurtosis: f64,
     /// Row by row.
     #[serde(default, skip_serializing_if = "Option::is_none")]

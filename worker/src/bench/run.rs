@@ -183,6 +183,7 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         compute,
         micro_batch_tokens,
         group_elements,
+        measured: 0,
         arithmetic: Arithmetic::of(&devices, compute),
         with_head,
         devices: sharing,

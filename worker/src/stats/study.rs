@@ -1,20 +1,25 @@
 //! Everything a run measures, in one observer, so that values leave their device once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::Tensor;
 use outliers_protocol::{
-    FeaturePeak, GainSummary, JobSpec, MassiveActivations, OtherSite, Point, RouterSummary, SuperExperts, TOP_RECORDS,
-    Thresholds, TopRecords,
+    AttentionSinks, FeaturePeak, GainSummary, JobSpec, MassiveActivations, Measurement, OtherSite, Point,
+    QuantizationErrors, ResidualSinks, RouterSummary, SpikeLife, SuperExperts, TOP_RECORDS, Thresholds, TopRecords,
 };
 
 use serde::{Deserialize, Serialize};
 
+use super::attention_sinks::FirstKeys;
 use super::massive::Massive;
 use super::mixture::{ExpertPeaks, RouterStats, super_experts};
+use super::quantization::Quantization;
+use super::residual_sinks::Sinks;
 use super::rows::{RowStats, Scan};
+use super::spike_life::Spikes;
 use super::top::{Found, Top};
 use super::{Column, Judged, LayerObserver, Observer, OutlierStats, Site, with_f32};
+use crate::attention::FirstKey;
 use crate::corpus::Tokens;
 use crate::decoder::DecoderSpec;
 use crate::error::{Result, WorkerError};
@@ -29,6 +34,8 @@ pub struct Scope {
     pub others: Vec<Site>,
     /// Routed experts per layer, 0 in dense ones.
     pub experts: Vec<usize>,
+    /// What is measured beside.
+    pub measure: BTreeSet<Measurement>,
     /// Features.
     pub hidden: usize,
     /// Sequences.
@@ -51,6 +58,7 @@ impl Scope {
             norms: spec.sites(),
             others: experts.iter().enumerate().flat_map(of).collect(),
             experts,
+            measure: job.measure.clone(),
             hidden: spec.hidden,
             sequences: tokens.sequences,
             tokens: tokens.tokens,
@@ -61,7 +69,13 @@ impl Scope {
     fn of_layer(&self, layer: usize) -> Self {
         let sites = |all: &[Site]| all.iter().filter(|site| site.layer == layer).copied().collect();
         let experts = self.experts.iter().enumerate().map(|(at, experts)| if at == layer { *experts } else { 0 });
-        Self { norms: sites(&self.norms), others: sites(&self.others), experts: experts.collect(), ..*self }
+        Self {
+            norms: sites(&self.norms),
+            others: sites(&self.others),
+            experts: experts.collect(),
+            measure: self.measure.clone(),
+            ..*self
+        }
     }
 }
 
@@ -79,12 +93,30 @@ pub struct Study {
     massive: Massive,
     routers: BTreeMap<usize, RouterStats>,
     experts: BTreeMap<usize, ExpertPeaks>,
+    quantization: Option<Quantization>,
+    residual_sinks: Option<Sinks>,
+    spikes: Option<Spikes>,
+    first_keys: Option<FirstKeys>,
 }
 
 /// Bytes that a study of so many norm outputs takes by and by, features that exceed apart.
 pub fn bytes(norms: usize, hidden: usize) -> u64 {
     const ROWS: usize = 50 << 10;
     (norms * (hidden * (size_of::<Column>() + size_of::<f32>()) + ROWS)) as u64
+}
+
+/// Bytes that what a job measures beside takes by and by, over so many sequences.
+pub fn measured_bytes(job: &JobSpec, spec: &DecoderSpec, sequences: usize) -> u64 {
+    // Of a site's or a sequence's costs, and of a layer's heads.
+    const COSTS: usize = 5 << 10;
+    let (layers, norms, hidden) = (spec.layers.len(), spec.sites().len(), spec.hidden);
+    let of = |measurement: &Measurement| match measurement {
+        Measurement::QuantizationError => (norms + 4 * layers + sequences) * COSTS,
+        Measurement::ResidualSinks => 16 * layers * hidden,
+        Measurement::SpikeLife => 8 * layers * hidden,
+        Measurement::AttentionSinks => layers * COSTS,
+    };
+    job.measure.iter().map(of).sum::<usize>() as u64
 }
 
 /// The parts of [`outliers_protocol::Results`] that a study gives.
@@ -102,6 +134,21 @@ pub struct Report {
     pub routers: Vec<RouterSummary>,
     /// `None` unless experts' outputs were studied and there are any.
     pub super_experts: Option<SuperExperts>,
+    /// This and the rest: `None` unless asked for.
+    pub quantization_error: Option<QuantizationErrors>,
+    /// Dimensions that are large at most tokens.
+    pub residual_sinks: Option<ResidualSinks>,
+    /// First tokens by layer.
+    pub spike_life: Option<SpikeLife>,
+    /// Attention on the first key.
+    pub attention_sinks: Option<AttentionSinks>,
+}
+
+/// Adds one measurement to another, where there are both.
+fn merge<T>(mine: &mut Option<T>, theirs: Option<&T>, add: impl Fn(&mut T, &T)) {
+    if let (Some(mine), Some(theirs)) = (mine, theirs) {
+        add(mine, theirs);
+    }
 }
 
 impl Study {
@@ -112,6 +159,7 @@ impl Study {
         let rows = scope.norms.iter().chain(&scope.others).map(|site| (*site, RowStats::default())).collect();
         let mixtures = scope.experts.iter().copied().enumerate().filter(|(_, experts)| *experts > 0);
         let outputs = scope.others.iter().filter(|site| site.point == Point::ExpertOut);
+        let is_asked = |measurement: Measurement| scope.measure.contains(&measurement);
         Self {
             outliers,
             rows,
@@ -120,6 +168,11 @@ impl Study {
             massive: Massive::new(sequences, tokens),
             routers: mixtures.map(|(layer, experts)| (layer, RouterStats::new(experts))).collect(),
             experts: outputs.map(|site| (site.layer, ExpertPeaks::new(scope.experts[site.layer]))).collect(),
+            quantization: is_asked(Measurement::QuantizationError)
+                .then(|| Quantization::new(sequences, tokens, threshold)),
+            residual_sinks: is_asked(Measurement::ResidualSinks).then(|| Sinks::new(threshold)),
+            spikes: is_asked(Measurement::SpikeLife).then(Spikes::default),
+            first_keys: is_asked(Measurement::AttentionSinks).then(FirstKeys::default),
             scope,
         }
     }
@@ -162,7 +215,10 @@ impl Study {
             })?;
             if site.point == Point::Residual {
                 self.massive.add(site.layer, first, x, &scan);
+                self.residual_sinks.iter_mut().for_each(|sinks| sinks.add(site.layer, x, &scan));
+                self.first_keys.iter_mut().for_each(|keys| keys.add_residual(site.layer, &scan));
             }
+            self.spikes.iter_mut().for_each(|spikes| spikes.add(site, first, x, &scan));
         }
         Ok(())
     }
@@ -175,6 +231,9 @@ impl Study {
         self.rows.get_mut(&site).expect("studied sites were announced").add(scan);
         let top = self.records.entry(site.point).or_insert_with(|| Top::new(TOP_RECORDS));
         top.offer_rows(&scan.rows, x, |row, dim, value| Found { dim, value, ..place(row) });
+        if let Some(quantization) = &mut self.quantization {
+            quantization.add(site, x, self.scope.hidden, |row| place(row).token);
+        }
         Ok(())
     }
 
@@ -195,6 +254,10 @@ impl Study {
         for (layer, theirs) in &other.experts {
             self.experts.get_mut(layer).expect("in scope").merge(theirs);
         }
+        merge(&mut self.quantization, other.quantization.as_ref(), Quantization::merge);
+        merge(&mut self.residual_sinks, other.residual_sinks.as_ref(), Sinks::merge);
+        merge(&mut self.spikes, other.spikes.as_ref(), Spikes::merge);
+        merge(&mut self.first_keys, other.first_keys.as_ref(), FirstKeys::merge);
     }
 
     // ------------------------------------------------------------------------------------------------------ report
@@ -223,7 +286,16 @@ impl Study {
             top_records: self.records.iter().map(top).collect(),
             routers: self.routers.iter().map(|(layer, stats)| stats.summary(*layer)).collect(),
             super_experts: super_experts(self.scope.experts.len(), &self.experts, &self.routers, record),
+            quantization_error: self.quantization.as_ref().map(Quantization::summary),
+            residual_sinks: self.residual_sinks.as_ref().map(|sinks| sinks.summary(|layer| self.gain_after(layer))),
+            spike_life: self.spikes.as_ref().map(|spikes| spikes.summary(record)),
+            attention_sinks: self.first_keys.as_ref().map(FirstKeys::summary),
         }
+    }
+
+    /// Gains of the norm before attention that reads the residual stream after a layer.
+    fn gain_after(&self, layer: usize) -> Option<&[f32]> {
+        self.gain_of(Site { layer: layer + 1, point: Point::BeforeAttention })
     }
 
     fn other_site(&self, site: Site) -> OtherSite {
@@ -317,6 +389,15 @@ impl LayerObserver for Study {
         })
     }
 
+    fn wants_first_key(&self) -> bool {
+        self.first_keys.is_some()
+    }
+
+    fn first_key(&mut self, layer: usize, heads: &[FirstKey]) -> Result<()> {
+        self.first_keys.iter_mut().for_each(|keys| keys.add(layer, heads));
+        Ok(())
+    }
+
     fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
         let tokens = self.scope.tokens;
         self.routers.get_mut(&layer).expect("a mixture, by the spec").add(first_token, tokens, routing);
@@ -348,6 +429,7 @@ mod tests {
                 .chain([site(1, Point::ExpertOut)])
                 .collect(),
             experts: vec![0, EXPERTS],
+            measure: Measurement::ALL.into(),
             hidden: HIDDEN,
             sequences: SEQUENCES,
             tokens: TOKENS,
@@ -467,6 +549,8 @@ mod tests {
             prop_assert_eq!(a.judged.sites, b.judged.sites);
             prop_assert_eq!(a.other_sites, b.other_sites);
             prop_assert_eq!(a.routers, b.routers);
+            prop_assert_eq!(a.residual_sinks, b.residual_sinks);
+            prop_assert_eq!(a.quantization_error.unwrap().sites, b.quantization_error.unwrap().sites);
             let (a_massive, b_massive) = (a.massive_activations.unwrap(), b.massive_activations.unwrap());
             prop_assert_eq!(a_massive.dims, b_massive.dims);
             prop_assert_eq!(a_massive.tokens, b_massive.tokens);

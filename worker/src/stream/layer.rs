@@ -1,6 +1,5 @@
 //! What the units of a layer do to the hidden states.
 
-use std::cell::Cell;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -8,7 +7,7 @@ use candle_core::{Device, Tensor};
 use outliers_protocol::Point;
 
 use super::{MicroBatch, Mixture, Wave};
-use crate::attention::{TopShares, Watched, attention};
+use crate::attention::{TopShares, Watched, Watching, attention};
 use crate::decoder::{FfnSpec, LayerSpec, MixerSpec, MoeSpec, NormOrder, NormSpec, Part, Role, Unit};
 use crate::delta_net::delta_net;
 use crate::error::{Result, WorkerError};
@@ -215,15 +214,22 @@ impl<'a, L: LayerObserver> At<'a, L> {
         Ok(())
     }
 
-    /// What the mixer makes of an arm's input. Of the whole input it is also looked at how sharp attention is, here and with what each
-    /// arm takes away from it.
+    /// What the mixer makes of an arm's input. Of the whole input it is also looked at what attention gives to the first key, and how
+    /// sharp it is, here and with what each arm takes away from it.
     fn mixed(&mut self, arm: usize, weights: &MixerWeights, table: Option<&RopeTable>, x: &Tensor) -> Result<Tensor> {
-        if arm > 0 || self.masks.is_empty() || matches!(self.spec.mixer, MixerSpec::DeltaNet(_)) {
+        let (top, first_key) = (!self.masks.is_empty(), self.seen.wants_first_key());
+        if arm > 0 || !(top || first_key) || matches!(self.spec.mixer, MixerSpec::DeltaNet(_)) {
             return self.mixer(weights, table, x, None);
         }
-        let whole = Cell::default();
+        let whole = Watching::new(top, first_key);
         let out = self.mixer(weights, table, x, Some(&whole))?;
-        let mut shares = vec![whole.get()];
+        if first_key {
+            self.seen.first_key(self.layer, &whole.first_key())?;
+        }
+        if !top {
+            return Ok(out);
+        }
+        let mut shares = vec![whole.top()];
         for arm in 1..=self.masks.len() {
             shares.push(self.shares_without(arm, weights, table, x)?);
         }
@@ -241,9 +247,9 @@ impl<'a, L: LayerObserver> At<'a, L> {
         // The embedding is no norm's output.
         let is_norm_output = self.spec.order != NormOrder::After || self.layer > 0;
         let x = if is_norm_output { self.in_arm(arm, x.clone())? } else { x.clone() };
-        let shares = Cell::default();
+        let shares = Watching::new(true, false);
         self.mixer(weights, table, &x, Some(&shares))?;
-        Ok(shares.get())
+        Ok(shares.top())
     }
 
     fn mixer(

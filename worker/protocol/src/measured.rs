@@ -1,0 +1,295 @@
+//! What is measured where a job asks for it (`--measure`): each figure with its paper and its
+//! exact rule.
+//!
+//! A *row* is the vector of one token at one site, as in [`crate::RowStatistics`].
+
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Point, Record, SiteKind};
+
+/// Dimensions listed per layer in [`ResidualSinkLayer::dims`].
+pub const RESIDUAL_SINKS: usize = 20;
+/// Rows of a site that are quantised: about so many, all if there are no more.
+pub const QUANTIZED_ROWS: usize = 512;
+
+/// Something that is measured where it is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Measurement {
+    /// [`QuantizationErrors`].
+    QuantizationError,
+    /// [`ResidualSinks`].
+    ResidualSinks,
+    /// [`SpikeLife`].
+    SpikeLife,
+    /// [`AttentionSinks`].
+    AttentionSinks,
+}
+
+impl Measurement {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::QuantizationError, Self::ResidualSinks, Self::SpikeLife, Self::AttentionSinks];
+
+    /// Kinds of sites that are studied for it, asked for or not.
+    pub fn needs(self) -> &'static [SiteKind] {
+        match self {
+            Self::QuantizationError => &[],
+            Self::ResidualSinks | Self::AttentionSinks => &[SiteKind::Residual],
+            Self::SpikeLife => &[SiteKind::Residual, SiteKind::AttentionOut, SiteKind::MlpOut],
+        }
+    }
+}
+
+impl FromStr for Measurement {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Ok(match text {
+            "quantization-error" => Self::QuantizationError,
+            "residual-sinks" => Self::ResidualSinks,
+            "spike-life" => Self::SpikeLife,
+            "attention-sinks" => Self::AttentionSinks,
+            _ => return Err("there are quantization-error, residual-sinks, spike-life, attention-sinks".to_owned()),
+        })
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- quantization error
+
+/// A number format with its scales.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum NumberFormat {
+    /// Integers -127 to 127; scale of a row: its largest |x| / 127.
+    #[serde(rename = "int8_per_token")]
+    Int8PerToken,
+    /// E4M3; scale of 128 values: their largest |x| / 448.
+    #[serde(rename = "fp8_per_128")]
+    Fp8Per128,
+    /// E2M1; scale of 32 values: 2^(floor(log2 of their largest |x|) - 2), as the OCP
+    /// specification has it.
+    #[serde(rename = "mxfp4")]
+    Mxfp4,
+    /// E2M1; scale of 16 values: their largest |x| / 6 as E4M3 times g, where g = the row's
+    /// largest |x| / (448 x 6).
+    #[serde(rename = "nvfp4")]
+    Nvfp4,
+}
+
+impl NumberFormat {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Int8PerToken, Self::Fp8Per128, Self::Mxfp4, Self::Nvfp4];
+
+    /// For tables.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Int8PerToken => "INT8 per token",
+            Self::Fp8Per128 => "FP8 per 128",
+            Self::Mxfp4 => "MXFP4",
+            Self::Nvfp4 => "NVFP4",
+        }
+    }
+
+    /// Values of a block: those that share a scale, or 128 where a whole row does.
+    pub fn block(self) -> usize {
+        match self {
+            Self::Int8PerToken | Self::Fp8Per128 => 128,
+            Self::Mxfp4 => 32,
+            Self::Nvfp4 => 16,
+        }
+    }
+}
+
+/// What rounding activations to few bits costs (arXiv 2509.23202, 2603.08713, 2604.17789), on
+/// sampled rows.
+///
+/// The error of a row is `|Q(x) - x|^2 / |x|^2`; means are over rows. Rows of zeros are left out.
+/// A rotation multiplies each block of 16, 32 or 128 consecutive dimensions by an orthonormal
+/// Hadamard matrix (Sylvester's); what does not fill a block at the end is not rotated.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QuantizationErrors {
+    /// The rule in words.
+    pub rule: String,
+    /// All norm outputs together, one entry per rotation and format.
+    pub norm_outputs: Vec<PooledQuantization>,
+    /// One entry per studied site.
+    pub sites: Vec<SiteQuantization>,
+}
+
+/// The cost of one format at all norm outputs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PooledQuantization {
+    /// Over all rows.
+    #[serde(flatten)]
+    pub all: QuantizationError,
+    /// Mean error of each sequence's rows; `None` where none was sampled.
+    pub per_sequence: Vec<Option<f64>>,
+}
+
+/// The cost of every format at one site.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SiteQuantization {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// Where in the layer.
+    pub point: Point,
+    /// One entry per rotation and format.
+    pub errors: Vec<QuantizationError>,
+}
+
+/// The cost of one format.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QuantizationError {
+    /// The format.
+    pub format: NumberFormat,
+    /// Dimensions that are rotated together; 0: none are.
+    pub rotation: usize,
+    /// Rows that were quantised.
+    pub rows: u64,
+    /// Mean relative squared error of a row, without unit.
+    pub error: f64,
+    /// Share of the error that is in outlier blocks, 0 to 1. A block has [`NumberFormat::block`]
+    /// dimensions, or `rotation` if that is more; it is an outlier block of a row if it holds a
+    /// value of the threshold's magnitude before the rotation.
+    pub share_in_outlier_blocks: f64,
+    /// Share of the blocks that are outlier blocks, 0 to 1.
+    pub outlier_blocks: f64,
+}
+
+// ------------------------------------------------------------------------------------------------------ residual sinks
+
+/// Dimensions of the residual stream that are large at most tokens (arXiv 2601.22966), other than
+/// massive activations, which are at few.
+///
+/// The paper's readable parts state no number. Here a dimension is a sink after a layer if |x| >=
+/// T x RMS of the token's row at half of the tokens or more, T being the magnitude threshold: an
+/// RMSNorm with gains of 1 would make an outlier of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResidualSinks {
+    /// The rule in words.
+    pub rule: String,
+    /// One entry per layer.
+    pub layers: Vec<ResidualSinkLayer>,
+}
+
+/// The sinks after one layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResidualSinkLayer {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// How many dimensions are sinks.
+    pub n_dims: usize,
+    /// Share s of a token's sum of x^2 that is in them, mean over tokens, 0 to 1. The norm that
+    /// follows makes all other dimensions sqrt(1 - s) as large as they would be without them.
+    pub share_of_squares: f64,
+    /// Those with the largest shares, at most [`RESIDUAL_SINKS`].
+    pub dims: Vec<ResidualSink>,
+}
+
+/// One sink.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResidualSink {
+    /// Hidden dimension.
+    pub dim: usize,
+    /// Share of the tokens at which it is large, 0 to 1.
+    pub share_of_tokens: f64,
+    /// Share of a token's sum of x^2 that is in it, mean over tokens, 0 to 1.
+    pub share_of_squares: f64,
+    /// The gain there of the norm before the next layer's attention; `None` if no such norm
+    /// follows.
+    pub gain: Option<f32>,
+}
+
+// ---------------------------------------------------------------------------------------------------------- spike life
+
+/// How the first token's spike comes and goes (arXiv 2603.05498).
+///
+/// A token's magnitude is its largest |x| in the residual stream. A layer has a spike if the mean
+/// magnitude of first tokens, over sequences, is at least ten times that of all other tokens; the
+/// factor is ours.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SpikeLife {
+    /// The rule in words.
+    pub rule: String,
+    /// First layer after which there is a spike; `None`: there is none.
+    pub onset_layer: Option<usize>,
+    /// First layer after which there is none any more; `None`: there never was one, or it stays to
+    /// the end.
+    pub fall_layer: Option<usize>,
+    /// One entry per layer.
+    pub layers: Vec<SpikeLayer>,
+}
+
+/// First tokens against the rest, at one layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SpikeLayer {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// Mean magnitude of first tokens.
+    pub first: f64,
+    /// Mean magnitude of the others; `None` in sequences of one token.
+    pub others: Option<f64>,
+    /// The largest value of first tokens in the residual stream, signed.
+    pub residual: Option<Record>,
+    /// The largest value that attention adds to first tokens, signed.
+    pub attention_out: Option<Record>,
+    /// Largest |x| that attention adds to other tokens.
+    pub attention_out_others: f32,
+    /// The largest value that the MLP or the experts add to first tokens, signed.
+    pub mlp_out: Option<Record>,
+    /// Largest |x| that the MLP or the experts add to other tokens.
+    pub mlp_out_others: f32,
+    /// Length of the mean of the first tokens' rows, each made a unit vector, 0 to 1: 1 if they
+    /// point the same way in every sequence.
+    pub agreement: f64,
+    /// Cosine of that mean with the previous layer's; `None` at the first layer.
+    pub cosine_with_previous: Option<f64>,
+}
+
+// ----------------------------------------------------------------------------------------------------- attention sinks
+
+/// Attention on the first key, and the size of hidden states (F-Attn and M-Act of arXiv
+/// 2505.06708). Either may be there without the other (arXiv 2603.17771): none is inferred from
+/// the other.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AttentionSinks {
+    /// The rule in words.
+    pub rule: String,
+    /// Mean over layers of [`AttentionSinkLayer::first_key`], 0 to 1; `None` if no layer has one.
+    pub first_key: Option<f64>,
+    /// Mean over layers of [`AttentionSinkLayer::largest_hidden`].
+    pub largest_hidden: f64,
+    /// One entry per layer.
+    pub layers: Vec<AttentionSinkLayer>,
+}
+
+/// One layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AttentionSinkLayer {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// Mean over heads; `None` if the layer has no softmax or no query counts.
+    pub first_key: Option<f64>,
+    /// Share that a query gives to the first key of its sequence, 0 to 1, mean over queries, per
+    /// head. Queries count that see it, but for the first one, which sees nothing else. Learned
+    /// sinks take part in the softmax and are no key.
+    pub heads: Vec<f64>,
+    /// Largest |x| of a row of the residual stream after the layer, mean over tokens.
+    pub largest_hidden: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_measurement_has_a_name_that_is_read() {
+        for measurement in Measurement::ALL {
+            let name = serde_json::to_string(&measurement).unwrap();
+            assert_eq!(name.trim_matches('"').replace('_', "-").parse(), Ok(measurement));
+        }
+        let said = "sinks".parse::<Measurement>().unwrap_err();
+        assert!(said.contains("residual-sinks, spike-life"), "{said}");
+    }
+}

@@ -1,0 +1,184 @@
+//! How the first token's spike comes and goes (arXiv 2603.05498); the definitions are
+//! [`SpikeLife`]'.
+
+use std::collections::BTreeMap;
+
+use outliers_protocol::{Point, Record, SpikeLayer, SpikeLife};
+use serde::{Deserialize, Serialize};
+
+use super::Site;
+use super::exact::ExactSum;
+use super::fixed;
+use super::rows::{Row, Scan};
+use super::top::Found;
+
+/// How many times the others' mean magnitude a spike is.
+const TIMES: f64 = 10.0;
+
+/// First tokens and the others at one site.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Magnitudes {
+    first: u64,
+    others: u64,
+    first_sum: ExactSum,
+    others_sum: ExactSum,
+    /// The largest value of first tokens.
+    peak: Option<Found>,
+    /// Largest |x| of the others.
+    others_max: f32,
+}
+
+impl Magnitudes {
+    fn merge(&mut self, other: &Self) {
+        self.first += other.first;
+        self.others += other.others;
+        self.first_sum.merge(&other.first_sum);
+        self.others_sum.merge(&other.others_sum);
+        self.peak = self.peak.max(other.peak);
+        self.others_max = self.others_max.max(other.others_max);
+    }
+
+    fn mean_first(&self) -> f64 {
+        self.first_sum.value() / self.first.max(1) as f64
+    }
+
+    fn mean_others(&self) -> Option<f64> {
+        (self.others > 0).then(|| self.others_sum.value() / self.others as f64)
+    }
+}
+
+/// First tokens by site and layer. Memory: 8 bytes per layer and dimension.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Spikes {
+    sites: BTreeMap<Site, Magnitudes>,
+    /// Sum over sequences of the first token's row as a unit vector, in fixed point, by layer.
+    directions: BTreeMap<usize, Vec<i64>>,
+}
+
+impl Spikes {
+    /// Takes the values `x` `[tokens, hidden]` of the sequence that begins at `first_token`, at a
+    /// site of the residual stream or of what is added to it; others are passed over.
+    pub fn add(&mut self, site: Site, first_token: usize, x: &[f32], scan: &Scan) {
+        if !matches!(site.point, Point::Residual | Point::AttentionOut | Point::MlpOut) {
+            return;
+        }
+        let Some((first, others)) = scan.rows.split_first() else { return };
+        let row = &x[..x.len() / scan.rows.len()];
+        let mut seen = Magnitudes { first: 1, others: others.len() as u64, ..Magnitudes::default() };
+        seen.first_sum.add(f64::from(first.max_abs()));
+        others.iter().for_each(|row| seen.others_sum.add(f64::from(row.max_abs())));
+        seen.others_max = others.iter().map(Row::max_abs).fold(0.0, f32::max);
+        let (layer, token) = (site.layer, first_token);
+        let found = |(dim, value): (usize, &f32)| Found { layer, token, expert: None, dim, value: *value };
+        seen.peak = row.iter().enumerate().map(found).max();
+        self.sites.entry(site).or_default().merge(&seen);
+        if site.point == Point::Residual && first.squares > 0.0 {
+            let direction = self.directions.entry(site.layer).or_insert_with(|| vec![0; row.len()]);
+            let length = first.squares.sqrt();
+            direction.iter_mut().zip(row).for_each(|(sum, v)| *sum += fixed::of(f64::from(*v) / length));
+        }
+    }
+
+    /// Adds what was seen of other layers or other sequences.
+    pub fn merge(&mut self, other: &Self) {
+        for (site, theirs) in &other.sites {
+            self.sites.entry(*site).or_default().merge(theirs);
+        }
+        for (layer, theirs) in &other.directions {
+            let mine = self.directions.entry(*layer).or_insert_with(|| vec![0; theirs.len()]);
+            mine.iter_mut().zip(theirs).for_each(|(mine, theirs)| *mine += theirs);
+        }
+    }
+
+    /// As reports have it. `record` names a place.
+    pub fn summary(&self, record: impl Fn(&Found) -> Record) -> SpikeLife {
+        let residual = self.sites.iter().filter(|(site, _)| site.point == Point::Residual);
+        let residual: Vec<(usize, &Magnitudes)> = residual.map(|(site, seen)| (site.layer, seen)).collect();
+        let is_spike = |(_, seen): &&(usize, &Magnitudes)| {
+            seen.mean_others().is_some_and(|others| seen.mean_first() > 0.0 && seen.mean_first() >= TIMES * others)
+        };
+        let spikes: Vec<usize> = residual.iter().filter(is_spike).map(|(layer, _)| *layer).collect();
+        let after = |last: &usize| residual.iter().map(|(layer, _)| *layer).find(|layer| layer > last);
+        let mut previous: Option<Vec<f64>> = None;
+        let mut layers = Vec::with_capacity(residual.len());
+        for &(layer, seen) in &residual {
+            let at = |point| self.sites.get(&Site { layer, point });
+            let (attention, mlp) = (at(Point::AttentionOut), at(Point::MlpOut));
+            let peak = |seen: Option<&Magnitudes>| seen.and_then(|seen| seen.peak.as_ref()).map(&record);
+            let others = |seen: Option<&Magnitudes>| seen.map_or(0.0, |seen| seen.others_max);
+            let sum = self.directions.get(&layer).map_or(&[][..], Vec::as_slice);
+            let mean: Vec<f64> = sum.iter().map(|sum| fixed::value(*sum) / seen.first.max(1) as f64).collect();
+            layers.push(SpikeLayer {
+                layer,
+                first: seen.mean_first(),
+                others: seen.mean_others(),
+                residual: peak(Some(seen)),
+                attention_out: peak(attention),
+                attention_out_others: others(attention),
+                mlp_out: peak(mlp),
+                mlp_out_others: others(mlp),
+                agreement: product(&mean, &mean).sqrt(),
+                cosine_with_previous: previous.as_deref().and_then(|previous| cosine(previous, &mean)),
+            });
+            previous = Some(mean);
+        }
+        SpikeLife {
+            rule: format!(
+                "mean over sequences of the first token's largest |x| >= {TIMES} x the mean over other tokens"
+            ),
+            onset_layer: spikes.first().copied(),
+            fall_layer: spikes.last().and_then(after),
+            layers,
+        }
+    }
+}
+
+fn product(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// `None` if either is zero.
+fn cosine(a: &[f64], b: &[f64]) -> Option<f64> {
+    let lengths = (product(a, a) * product(b, b)).sqrt();
+    (lengths > 0.0).then(|| product(a, b) / lengths)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HIDDEN: usize = 4;
+
+    /// Two sequences of three tokens; the first tokens' dimension 2 is `value` after each layer,
+    /// all else is 1.
+    fn spikes(values: &[f32]) -> SpikeLife {
+        let mut all = Spikes::default();
+        for (layer, value) in values.iter().enumerate() {
+            for sequence in [1, 0] {
+                let mut x = vec![1.0; 3 * HIDDEN];
+                x[2] = *value;
+                let mut one = Spikes::default();
+                one.add(Site { layer, point: Point::Residual }, 3 * sequence, &x, &Scan::of(&x, HIDDEN));
+                x.iter_mut().for_each(|v| *v *= -2.0);
+                one.add(Site { layer, point: Point::MlpOut }, 3 * sequence, &x, &Scan::of(&x, HIDDEN));
+                all.merge(&one);
+            }
+        }
+        all.summary(|found| found.record(&[9; 6], 3))
+    }
+
+    #[test]
+    fn a_spike_begins_and_ends_where_it_does() {
+        let life = spikes(&[1.0, 9.0, 10.0, -80.0, 2.0]);
+        assert_eq!((life.onset_layer, life.fall_layer), (Some(2), Some(4)));
+        let layer = &life.layers[3];
+        assert_eq!((layer.first, layer.others), (80.0, Some(1.0)));
+        let (residual, added) = (layer.residual.unwrap(), layer.mlp_out.unwrap());
+        assert_eq!((residual.value, residual.dim, residual.sequence, residual.position), (-80.0, 2, 0, 0));
+        assert_eq!((added.value, layer.mlp_out_others, layer.attention_out), (160.0, 2.0, None));
+        assert!((layer.agreement - 1.0).abs() < 1e-9 && layer.cosine_with_previous.unwrap() < -0.9);
+        assert_eq!(life.layers[0].cosine_with_previous, None);
+        assert_eq!(spikes(&[1.0, 20.0]).fall_layer, None, "it stays");
+        assert_eq!(spikes(&[1.0, 2.0]).onset_layer, None);
+    }
+}
