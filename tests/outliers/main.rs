@@ -12,6 +12,7 @@ mod endings;
 mod host;
 mod hub;
 mod inputs;
+mod measures;
 mod metamorphic;
 mod published;
 mod real_worker;

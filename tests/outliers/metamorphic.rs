@@ -5,7 +5,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use outliers_protocol::{CorpusSource, CorpusSpec, JobSpec, Metadata, ModelSource, Results, SiteKind, files};
+use outliers_protocol::{
+    CorpusSource, CorpusSpec, JobSpec, Measurement, Metadata, ModelSource, Results, SiteKind, files,
+};
 use outliers_tests::golden::TOLERANCE;
 use outliers_tests::programs::{golden, goldens, run_worker, worker};
 use outliers_worker::ablation::Arms;
@@ -192,7 +194,8 @@ fn streaming_experts_one_by_one_equals_all_at_once_bit_for_bit() {
             continue;
         }
         let path = model.to_str().unwrap().to_owned();
-        let job = JobSpec { sites: SiteKind::ALL.into(), ..JobSpec::new(ModelSource::Folder { path }) };
+        let (sites, measure) = (SiteKind::ALL.into(), Measurement::ALL.into());
+        let job = JobSpec { sites, measure, ..JobSpec::new(ModelSource::Folder { path }) };
         let hub = Hub::new(HubOptions::new("/nowhere")).unwrap();
         let source = CorpusSource::TokenIds(ids_of(&name).to_str().unwrap().to_owned());
         let checkpoint = Checkpoint::open_folder(&model).unwrap();
@@ -246,7 +249,8 @@ fn dealing_layers_to_several_devices_changes_no_bit() {
 /// Runs with everything studied and a save point after every layer, into a folder that may hold an earlier attempt's.
 fn saved_run(model: &Path, ids: &Path, output: &Path) -> Command {
     let mut command = Command::new(worker());
-    command.args(["run", "--sites", "all", "--precision", "f32", "--save-every", "0", "--model"]).arg(model);
+    command.args(["run", "--sites", "all", "--precision", "f32", "--save-every", "0"]);
+    command.args(["--measure", "quantization-error,residual-sinks,spike-life,attention-sinks", "--model"]).arg(model);
     command.arg("--token-ids").arg(ids).arg("--output").arg(output).stderr(Stdio::null()).stdout(Stdio::null());
     command
 }

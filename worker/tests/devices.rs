@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use candle_core::{DType, Tensor};
-use outliers_protocol::{Ablation, CorpusSource, CorpusSpec, JobSpec, ModelSource, Point, SiteKind};
+use outliers_protocol::{Ablation, CorpusSource, CorpusSpec, JobSpec, Measurement, ModelSource, Point, SiteKind};
 use outliers_worker::ablation::{Arms, Sharpness};
 use outliers_worker::corpus::{self, Tokens};
 use outliers_worker::device;
@@ -55,7 +55,8 @@ impl Fixture {
     fn open(name: &str) -> Self {
         let model = golden(name).join("model");
         let path = model.to_str().unwrap().to_owned();
-        let job = JobSpec { sites: SiteKind::ALL.into(), ..JobSpec::new(ModelSource::Folder { path }) };
+        let (sites, measure) = (SiteKind::ALL.into(), Measurement::ALL.into());
+        let job = JobSpec { sites, measure, ..JobSpec::new(ModelSource::Folder { path }) };
         let ids = golden(name).join("golden.safetensors");
         let source = CorpusSource::TokenIds(ids.to_str().unwrap().to_owned());
         let hub = Hub::new(HubOptions::new("/nowhere")).unwrap();

@@ -1,0 +1,137 @@
+//! What `--measure` gives, beside what numpy makes of transformers' activations and attention weights by the same definitions
+//! (`tests/measures.py` made the numbers).
+
+use outliers_protocol::{Point, QuantizationError, Record, Results, files};
+use outliers_tests::programs::{golden, run_worker};
+use serde_json::Value;
+
+use crate::worker::{read, run_like};
+
+const ALL: [&str; 2] = ["--measure", "quantization-error,residual-sinks,spike-life,attention-sinks"];
+
+fn run(name: &str, more: &[&str]) -> Results {
+    read(run_like(name, &golden(name).join("model"), more).path(), files::RESULTS)
+}
+
+#[track_caller]
+fn near(what: &str, got: f64, want: &Value, tolerance: f64) {
+    let want = want.as_f64().unwrap_or_else(|| panic!("{what}: {want}"));
+    assert!((got - want).abs() <= tolerance * want.abs().max(1e-3), "{what}: {got} instead of {want}");
+}
+
+/// Values that are close to the middle between two numbers of a format may be rounded either way, and
+/// those that are close to the threshold count or do not.
+fn errors_equal(what: &str, got: &[QuantizationError], want: &Value) {
+    assert_eq!(got.len(), want.as_array().unwrap().len(), "{what}");
+    for (got, want) in got.iter().zip(want.as_array().unwrap()) {
+        let what = format!("{what}, {} rotated by {}", got.format.label(), got.rotation);
+        assert_eq!(serde_json::to_value(got.format).unwrap(), want["format"], "{what}");
+        assert_eq!(got.rotation as u64, want["rotation"], "{what}");
+        near(&what, got.error, &want["error"], 2e-3);
+        near(&what, got.share_in_outlier_blocks, &want["share_in_outlier_blocks"], 5e-3);
+        near(&what, got.outlier_blocks, &want["outlier_blocks"], 2e-2);
+    }
+}
+
+fn place_equals(what: &str, got: Option<Record>, want: &Value) {
+    let got = got.unwrap_or_else(|| panic!("{what}: no record"));
+    near(what, f64::from(got.value), &want["value"], 1e-3);
+    assert_eq!((got.dim as u64, got.position), (want["dim"].as_u64().unwrap(), 0), "{what}");
+    assert_eq!(got.sequence as u64, want["sequence"], "{what}");
+}
+
+#[test]
+fn figures_are_those_of_numpy_over_transformers() {
+    for name in ["llama-f32", "gpt-oss-mxfp4", "deepseek-v2-lite"] {
+        let results = run(name, &[&ALL[..], &["--threshold", "2"]].concat());
+        let want: Value = serde_json::from_slice(&std::fs::read(golden(name).join("measures.json")).unwrap()).unwrap();
+
+        let errors = results.quantization_error.unwrap();
+        let norms: Vec<_> = errors.sites.iter().filter(|site| site.point.is_norm_output()).collect();
+        assert_eq!((norms.len(), errors.norm_outputs.len()), (results.n_sites, 16));
+        for (at, (site, want)) in norms.iter().zip(want["quantization"].as_array().unwrap()).enumerate() {
+            errors_equal(&format!("{name} norm output {at}"), &site.errors, &want["errors"]);
+        }
+        let last = errors.sites.iter().rfind(|site| site.point == Point::Residual).unwrap();
+        errors_equal(&format!("{name} residual"), &last.errors, &want["residual_quantization"]);
+        for pooled in &errors.norm_outputs {
+            let means: Vec<f64> = pooled.per_sequence.iter().map(|mean| mean.unwrap()).collect();
+            let mean = means.iter().sum::<f64>() / means.len() as f64;
+            assert_eq!(means.len(), results.sequences);
+            assert!((mean / pooled.all.error - 1.0).abs() < 1e-9, "every row was quantised: {pooled:?}");
+        }
+
+        let sinks = results.residual_sinks.unwrap().layers;
+        for (got, want) in sinks.iter().zip(want["residual_sinks"].as_array().unwrap()) {
+            let what = format!("{name} sinks after layer {}", got.layer);
+            assert_eq!(got.n_dims as u64, want["n_dims"], "{what}");
+            near(&what, got.share_of_squares, &want["share_of_squares"], 1e-3);
+            for (got, want) in got.dims.iter().zip(want["dims"].as_array().unwrap()) {
+                assert_eq!(got.dim as u64, want["dim"], "{what}");
+                near(&what, got.share_of_tokens, &want["share_of_tokens"], 4e-2);
+                near(&what, got.share_of_squares, &want["share_of_squares"], 1e-3);
+            }
+        }
+
+        let life = results.spike_life.unwrap().layers;
+        for (got, want) in life.iter().zip(want["spike_life"].as_array().unwrap()) {
+            let what = format!("{name} first tokens after layer {}", got.layer);
+            near(&what, got.first, &want["first"], 1e-3);
+            near(&what, got.others.unwrap(), &want["others"], 1e-3);
+            place_equals(&what, got.residual, &want["residual"]);
+            place_equals(&what, got.attention_out, &want["attention_out"]);
+            place_equals(&what, got.mlp_out, &want["mlp_out"]);
+            near(&what, f64::from(got.attention_out_others), &want["attention_out_others"], 1e-3);
+            near(&what, f64::from(got.mlp_out_others), &want["mlp_out_others"], 1e-3);
+            near(&what, got.agreement, &want["agreement"], 1e-3);
+            match got.cosine_with_previous {
+                Some(cosine) => near(&what, cosine, &want["cosine_with_previous"], 1e-3),
+                None => assert!(want["cosine_with_previous"].is_null(), "{what}"),
+            }
+        }
+
+        let attention = results.attention_sinks.unwrap().layers;
+        for (got, want) in attention.iter().zip(want["attention_sinks"].as_array().unwrap()) {
+            let what = format!("{name} attention of layer {}", got.layer);
+            near(&what, got.first_key.unwrap(), &want["first_key"], 1e-3);
+            near(&what, got.largest_hidden, &want["largest_hidden"], 1e-3);
+            let heads = want["heads"].as_array().unwrap();
+            assert_eq!(got.heads.len(), heads.len(), "{what}");
+            got.heads.iter().zip(heads).for_each(|(got, want)| near(&what, *got, want, 1e-3));
+        }
+        assert_eq!([sinks.len(), life.len(), attention.len()], [results.n_layers; 3]);
+    }
+}
+
+#[test]
+fn measuring_more_changes_nothing_else_and_only_what_is_asked_for_is_there() {
+    let plain = run("olmoe-bf16", &["--sites", "all"]);
+    let all = run("olmoe-bf16", &[&["--sites", "all"], &ALL[..]].concat());
+    assert!(all.quantization_error.as_ref().unwrap().sites.iter().any(|site| site.point == Point::ExpertOut));
+    let without =
+        Results { quantization_error: None, residual_sinks: None, spike_life: None, attention_sinks: None, ..all };
+    assert_eq!(plain, without);
+    let one = run("olmoe-bf16", &["--measure", "attention-sinks"]);
+    assert!(one.attention_sinks.is_some() && one.residual_sinks.is_none() && one.quantization_error.is_none());
+    let points: Vec<Point> = one.other_sites.iter().map(|site| site.point).collect();
+    assert_eq!(points, vec![Point::Residual; one.n_layers], "what it needs, and no more");
+}
+
+#[test]
+fn layers_without_a_softmax_give_nothing_to_a_first_key() {
+    let results = run("qwen3-next", &["--measure", "attention-sinks"]);
+    let layers = results.attention_sinks.unwrap().layers;
+    let (with, without): (Vec<_>, Vec<_>) = layers.iter().partition(|layer| layer.first_key.is_some());
+    assert!(!with.is_empty() && !without.is_empty());
+    assert!(without.iter().all(|layer| layer.heads.is_empty()) && with.iter().all(|layer| !layer.heads.is_empty()));
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused_with_what_can() {
+    let (model, folder) = (golden("llama-f32").join("model"), tempfile::tempdir().unwrap());
+    let job = ["run", "--model", model.to_str().unwrap(), "--output", folder.path().to_str().unwrap()];
+    let said = run_worker(job.into_iter().chain(["--measure", "sinks"]));
+    assert_eq!(said.status.code(), Some(2));
+    let text = String::from_utf8_lossy(&said.stderr);
+    assert!(text.contains("quantization-error, residual-sinks, spike-life, attention-sinks"), "{text}");
+}
