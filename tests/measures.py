@@ -4,7 +4,7 @@ activations and attention weights that Hugging Face transformers computes. The t
 
     measures.py ORACLE_FOLDER
 
-ORACLE_FOLDER is the folder of hf.py and golden.py. Largest values come with their dimension and their sequence.
+ORACLE_FOLDER is the folder of hf.py and golden.py. Largest values come with their dimension.
 """
 import json
 import sys
@@ -112,7 +112,7 @@ def sinks(x):
 def place(x):
     """x: [sequences, hidden] -> its largest value"""
     sequence, dim = np.unravel_index(np.abs(x).argmax(), x.shape)
-    return {"value": float(x[sequence, dim]), "sequence": int(sequence), "dim": int(dim)}
+    return {"value": float(x[sequence, dim]), "dim": int(dim)}
 
 
 def spikes(residual, attention, mlp):

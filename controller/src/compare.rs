@@ -3,7 +3,7 @@
 //! [`folder`] reads result folders and refuses what is not whole; [`predecessor`] makes results of the predecessor's files; [`tally`] says
 //! how sure a figure is, of unique features by other [`samples`] of the sequences; [`published`] holds what others found. [`comparison`] makes one list of figures of them all, and [`difference`]
 //! says which of them differ by definition or provenance alone. [`sheet`] makes tables of it, which [`print`] writes; [`page`] is
-//! all of it with [`plots`] (each drawn by [`plot`], and made a picture by [`pixels`]), the tables of every model ([`detail`]) and its thresholds ([`ladder`]).
+//! all of it with [`plots`] (each drawn by [`plot`], and made a picture by [`pixels`]), the tables of every model ([`detail`], [`measured`]) and its thresholds ([`ladder`]).
 
 pub mod comparison;
 pub mod detail;
@@ -12,6 +12,7 @@ pub mod difference;
 pub(crate) mod fixture;
 pub mod folder;
 pub mod ladder;
+pub mod measured;
 pub mod page;
 pub mod pixels;
 pub mod plot;

@@ -6,6 +6,7 @@ use outliers_protocol::{
 
 use super::folder::Run;
 use super::ladder::{LAYER_PERCENTS, POSITION_PERCENTS, rungs, shares};
+use super::measured;
 use super::plots::{peak_quartiles, quartiles, strongest};
 use super::published;
 use super::sheet::{Column, NONE, Sheet, numbers, optional, words};
@@ -29,8 +30,9 @@ pub fn sheets(name: &str, run: &Run) -> Vec<Sheet> {
         (!results.routers.is_empty()).then(|| routers(&results.routers)),
         (!results.ablation.is_empty()).then(|| ablation(&results.ablation)),
     ];
+    let all = measured::sheets(results).into_iter().map(Some).chain(all);
     let named = |sheet: Sheet| Sheet { name: format!("{name}-{}", sheet.name), ..sheet };
-    all.into_iter().flatten().map(named).collect()
+    all.flatten().map(named).collect()
 }
 
 fn ablation(arms: &[AblationArm]) -> Sheet {

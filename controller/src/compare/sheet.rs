@@ -4,6 +4,7 @@ use outliers_protocol::Reading;
 
 use super::Comparison;
 use super::comparison::{Compared, Figure, Standing};
+use super::measured;
 use super::plots::letter;
 use super::published::{Row, Table};
 use super::tally::Estimate;
@@ -47,7 +48,9 @@ pub(super) const NONE: &str = "-";
 
 /// The tables of a comparison, in the order they are read.
 pub fn sheets(comparison: &Comparison) -> Vec<Sheet> {
-    let mut sheets = vec![models(comparison), counts(comparison), differences(comparison)];
+    let mut sheets = vec![models(comparison)];
+    sheets.extend(measured::across(comparison));
+    sheets.extend([counts(comparison), differences(comparison)]);
     sheets.extend(comparison.published.iter().map(published));
     sheets
 }

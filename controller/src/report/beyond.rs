@@ -1,6 +1,9 @@
 //! What a run measured beside the outlier features, in a few lines: only what is there, never a wall.
 
-use outliers_protocol::{AblationArm, MassiveActivations, OtherSite, Point, Results, RouterSummary, SuperExperts};
+use outliers_protocol::{
+    AblationArm, AttentionSinks, MassiveActivations, NumberFormat, OtherSite, Point, QuantizationErrors, ResidualSinks,
+    Results, RouterSummary, SpikeLife, SuperExperts,
+};
 
 use super::tables::{number, table, text};
 use crate::text::clean;
@@ -8,9 +11,11 @@ use crate::text::clean;
 /// Dimensions, experts and layers shown; the file has them all.
 const SHOWN: usize = 5;
 
-/// The model without some features, massive activations, the sites asked for, super experts and routers. Empty if nothing of it was measured.
+/// The model without some features, what outliers cost, massive activations, the sites asked for, super experts, sinks, spikes and
+/// routers. Empty if nothing of it was measured.
 pub(super) fn beyond(results: &Results) -> String {
     let mut out = ablation(&results.ablation);
+    out += &results.quantization_error.as_ref().map(quantization).unwrap_or_default();
     if !results.other_sites.is_empty() {
         out += &sites(results);
     }
@@ -20,6 +25,9 @@ pub(super) fn beyond(results: &Results) -> String {
     if let Some(experts) = &results.super_experts {
         out += &super_experts(experts);
     }
+    out += &results.residual_sinks.as_ref().map(residual_sinks).unwrap_or_default();
+    out += &results.spike_life.as_ref().map(spike_life).unwrap_or_default();
+    out += &results.attention_sinks.as_ref().map(attention_sinks).unwrap_or_default();
     out + &routers(&results.routers)
 }
 
@@ -47,7 +55,8 @@ fn ablation(arms: &[AblationArm]) -> String {
     format!("\n{rows}\n")
 }
 
-fn name(point: Point) -> &'static str {
+/// A kind of site in words.
+pub fn name(point: Point) -> &'static str {
     match point {
         Point::BeforeAttention => "norm before attention",
         Point::BeforeMlp => "norm before MLP",
@@ -85,6 +94,62 @@ fn sites(results: &Results) -> String {
     }
     format!(
         "\n{rows}\ntoken kurtosis: mean over tokens, in the layer where it is largest; token max/median: of the worst token\n"
+    )
+}
+
+/// A line per format, rotated and not.
+fn quantization(errors: &QuantizationErrors) -> String {
+    let mut rotations: Vec<usize> = errors.norm_outputs.iter().map(|pooled| pooled.all.rotation).collect();
+    rotations.sort_unstable();
+    rotations.dedup();
+    rotations.truncate(SHOWN);
+    let columns: Vec<String> = rotations
+        .iter()
+        .map(|rotation| if *rotation == 0 { "plain".to_owned() } else { format!("Hadamard {rotation}") })
+        .collect();
+    let header: Vec<&str> = std::iter::once("error, %").chain(columns.iter().map(String::as_str)).collect();
+    let mut rows = table(&header);
+    for format in NumberFormat::ALL {
+        let error = |rotation: &usize| {
+            let way = (format, *rotation);
+            let found = errors.norm_outputs.iter().find(|pooled| (pooled.all.format, pooled.all.rotation) == way);
+            number(found.map_or_else(|| "-".to_owned(), |pooled| format!("{:.4}", 100.0 * pooled.all.error)))
+        };
+        rows.add_row(std::iter::once(text(format.label())).chain(rotations.iter().map(error)));
+    }
+    format!("\n{rows}\nof norm outputs: {}\n", clean(errors.rule.as_bytes(), 300))
+}
+
+fn residual_sinks(sinks: &ResidualSinks) -> String {
+    let rule = clean(sinks.rule.as_bytes(), 300);
+    let most = sinks.layers.iter().max_by(|a, b| a.share_of_squares.total_cmp(&b.share_of_squares));
+    match most.filter(|layer| layer.n_dims > 0) {
+        None => format!("\nno residual sinks: {rule}\n"),
+        Some(layer) => {
+            let dims: Vec<String> = layer.dims.iter().take(SHOWN).map(|sink| sink.dim.to_string()).collect();
+            format!(
+                "\nresidual sinks: most in layer {}, {} dimensions with {:.1} % of x^2 ({})\n{rule}\n",
+                layer.layer,
+                layer.n_dims,
+                100.0 * layer.share_of_squares,
+                dims.join(", ")
+            )
+        }
+    }
+}
+
+fn spike_life(life: &SpikeLife) -> String {
+    let rule = clean(life.rule.as_bytes(), 300);
+    let Some(onset) = life.onset_layer else { return format!("\nno spike at first tokens: {rule}\n") };
+    let end = life.fall_layer.map_or_else(|| "stays to the end".to_owned(), |layer| format!("is gone in layer {layer}"));
+    format!("\nspike at first tokens: from layer {onset} on, {end}\n{rule}\n")
+}
+
+fn attention_sinks(sinks: &AttentionSinks) -> String {
+    let share = sinks.first_key.map_or_else(|| "-".to_owned(), |share| format!("{:.1} %", 100.0 * share));
+    format!(
+        "\nattention on the first key: {share}, mean over layers; mean largest |hidden|: {:.1}\n",
+        sinks.largest_hidden
     )
 }
 
@@ -227,6 +292,34 @@ mod tests {
         ] {
             assert!(shown.contains(expected), "{expected} in {shown}");
         }
+    }
+
+    #[test]
+    fn what_was_measured_beside_is_said() {
+        let error = |rotation: u64, error: f64| {
+            json!({"format": "mxfp4", "rotation": rotation, "rows": 8, "error": error, "share_in_outlier_blocks": 0.5,
+                   "outlier_blocks": 0.5, "per_sequence": []})
+        };
+        let shown = beyond(&results(json!({
+            "quantization_error": {"rule": "a rule\u{1b}[2J", "sites": [], "norm_outputs": [error(0, 0.02), error(32, 0.01)]},
+            "residual_sinks": {"rule": "r", "layers": [{"layer": 2, "n_dims": 1, "share_of_squares": 0.25, "dims": [
+                {"dim": 17, "share_of_tokens": 1.0, "share_of_squares": 0.25, "gain": 0.5}]}]},
+            "spike_life": {"rule": "r", "onset_layer": 1, "fall_layer": 3, "layers": []},
+            "attention_sinks": {"rule": "r", "first_key": 0.5, "largest_hidden": 94.25, "layers": []},
+        })));
+        for expected in [
+            "MXFP4",
+            "2.0000",
+            "Hadamard 32",
+            "1.0000",
+            "most in layer 2, 1 dimensions with 25.0 % of x^2 (17)",
+            "from layer 1 on, is gone in layer 3",
+            "attention on the first key: 50.0 %",
+            "94.2",
+        ] {
+            assert!(shown.contains(expected), "{expected} in {shown}");
+        }
+        assert!(shown.chars().all(|c| !c.is_control() || c == '\n'), "{shown}");
     }
 
     #[test]
