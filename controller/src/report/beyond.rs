@@ -71,11 +71,21 @@ pub fn name(point: Point) -> &'static str {
 
 /// One line per kind of site: the largest value and where, and how far single dimensions stand out of a token's vector.
 fn sites(results: &Results) -> String {
-    let mut rows =
-        table(&["values at", "largest", "layer", "dimension", "position", "token kurtosis", "token max/median"]);
+    let mut rows = table(&[
+        "values at",
+        "largest",
+        "layer",
+        "dimension",
+        "position",
+        "pooled excess kurtosis",
+        "token kurtosis",
+        "token max/median",
+    ]);
     for top in &results.top_records {
         let Some(record) = top.records.first() else { continue };
-        let norms = results.sites.iter().filter(|site| site.point == top.point).filter_map(|site| site.rows);
+        let at_point = || results.sites.iter().filter(|site| site.point == top.point);
+        let pooled = at_point().map(|site| site.kurtosis - 3.0).reduce(f64::max);
+        let norms = at_point().filter_map(|site| site.rows);
         let others =
             results.other_sites.iter().filter(|site| site.point == top.point).map(|site: &OtherSite| site.rows);
         let statistics: Vec<_> = norms.chain(others).collect();
@@ -88,12 +98,14 @@ fn sites(results: &Results) -> String {
             number(record.layer),
             number(record.dim),
             number(record.position),
+            number(pooled.map_or_else(|| "-".to_owned(), |pooled| format!("{pooled:.1}"))),
             number(format!("{kurtosis:.1}")),
             number(format!("{ratio:.0}")),
         ]);
     }
     format!(
-        "\n{rows}\ntoken kurtosis: mean over tokens, in the layer where it is largest; token max/median: of the worst token\n"
+        "\n{rows}\npooled excess kurtosis: of all values of a norm output, in the layer where it is largest; token kurtosis: mean \
+         over tokens, likewise; token max/median: of the worst token\n"
     )
 }
 
@@ -128,9 +140,9 @@ fn residual_sinks(sinks: &ResidualSinks) -> String {
         Some(layer) => {
             let dims: Vec<String> = layer.dims.iter().take(SHOWN).map(|sink| sink.dim.to_string()).collect();
             format!(
-                "\nresidual sinks: most in layer {}, {} dimensions with {:.1} % of x^2 ({})\n{rule}\n",
-                layer.layer,
+                "\nresidual sinks: {} in layer {}, where they are largest, with {:.1} % of x^2 ({})\n{rule}\n",
                 layer.n_dims,
+                layer.layer,
                 100.0 * layer.share_of_squares,
                 dims.join(", ")
             )
@@ -312,7 +324,7 @@ mod tests {
             "2.0000",
             "Hadamard 32",
             "1.0000",
-            "most in layer 2, 1 dimensions with 25.0 % of x^2 (17)",
+            "residual sinks: 1 in layer 2, where they are largest, with 25.0 % of x^2 (17)",
             "from layer 1 on, is gone in layer 3",
             "attention on the first key: 50.0 %",
             "94.2",
