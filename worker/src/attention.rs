@@ -118,7 +118,7 @@ pub struct FirstKey {
 }
 
 impl FirstKey {
-    /// The shares in units of 1.
+    /// Units of 1.
     const UNIT: f64 = (1u64 << 32) as f64;
 
     fn add(&mut self, share: f32) {

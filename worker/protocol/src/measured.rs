@@ -287,7 +287,8 @@ mod tests {
     fn every_measurement_has_a_name_that_is_read() {
         for measurement in Measurement::ALL {
             let name = serde_json::to_string(&measurement).unwrap();
-            assert_eq!(name.trim_matches('"').replace('_', "-").parse(), Ok(measurement));
+            let read = name.trim_matches('"').replace('_', "-").parse::<Measurement>();
+            assert_eq!(read, Ok(measurement));
         }
         let said = "sinks".parse::<Measurement>().unwrap_err();
         assert!(said.contains("residual-sinks, spike-life"), "{said}");
