@@ -3,6 +3,7 @@
 #     tests/schedules.sh --schedules 100000 --seed 1
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export OUTLIERS_SEED=$((RANDOM << 15 | RANDOM))
 while [ $# -gt 0 ]; do
     case $1 in
         --schedules) export OUTLIERS_SCHEDULES=$2 ;;
