@@ -16,7 +16,6 @@ fn differences(root: &Value, schema: &Value, value: &Value, at: &str) -> Vec<Str
         let of_each = any.iter().map(|schema| differences(root, schema, value, at));
         return of_each.min_by_key(Vec::len).unwrap();
     }
-    let mut found = Vec::new();
     let types: Vec<&str> = match &schema["type"] {
         Value::Array(types) => types.iter().map(|name| name.as_str().unwrap()).collect(),
         name => vec![name.as_str().unwrap()],
@@ -32,8 +31,9 @@ fn differences(root: &Value, schema: &Value, value: &Value, at: &str) -> Vec<Str
         other => panic!("{at}: type {other}"),
     };
     if !types.iter().any(is) {
-        found.push(format!("{at} is no {types:?}: {value}"));
+        return vec![format!("{at} is no {types:?}: {value}")];
     }
+    let mut found = Vec::new();
     if schema.get("const").is_some_and(|only| only != value) {
         found.push(format!("{at} is not {}: {value}", schema["const"]));
     }
