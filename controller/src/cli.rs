@@ -752,7 +752,7 @@ mod tests {
             ("deploy", &deploy, "--gpu-count", "must be positive"),
             ("deploy", &deploy, "--num-sequences", "must be positive"),
             ("deploy", &deploy, "--sequence-length", "must be positive"),
-            ("deploy", &deploy, "--max-duration", "is not a time"),
+            ("deploy", &deploy, "--max-duration", "must be positive"),
             ("plan", &deploy, "--tflops", "must be a positive number"),
             ("plan", &deploy, "--bandwidth", "must be a positive number"),
             ("survey", &["s.toml"], "--max-parallel", "is not in 1.."),

@@ -224,8 +224,11 @@ struct BrokerSection {
     #[serde(alias = "key_variable")]
     key_variable: Option<String>,
     image: Option<String>,
+    #[serde(alias = "ssh_user")]
     ssh_user: Option<String>,
+    #[serde(alias = "ssh_port")]
     ssh_port: Option<u16>,
+    #[serde(alias = "listing_interval")]
     listing_interval: Option<Span>,
 }
 
@@ -233,25 +236,33 @@ struct BrokerSection {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct WorkerSection {
     binary: Option<PathBuf>,
+    #[serde(alias = "inspect_memory")]
     inspect_memory: Option<SomeBytes>,
+    #[serde(alias = "inspect_time")]
     inspect_time: Option<Span>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct RunSection {
+    #[serde(alias = "max_duration")]
     max_duration: Option<Span>,
     lease: Option<Span>,
     unclaimed: Option<Span>,
+    #[serde(alias = "spare_disk")]
     spare_disk: Option<ByteSize>,
+    #[serde(alias = "push_limit")]
     push_limit: Option<ByteSize>,
+    #[serde(alias = "save_point_limit")]
     save_point_limit: Option<ByteSize>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct SurveySection {
+    #[serde(alias = "max_parallel")]
     max_parallel: Option<NonZero<usize>>,
+    #[serde(alias = "stagger_seconds")]
     stagger_seconds: Option<u32>,
 }
 
@@ -265,13 +276,16 @@ struct HubSection {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct ThresholdSection {
     magnitude: Option<Positive>,
+    #[serde(alias = "layer_fraction")]
     layer_fraction: Option<Fraction>,
+    #[serde(alias = "position_fraction")]
     position_fraction: Option<Fraction>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct PlanSection {
+    #[serde(alias = "read_rate")]
     read_rate: Option<SomeBytes>,
     efficiency: Option<Fraction>,
 }
@@ -521,6 +535,9 @@ impl FromStr for Span {
         let wrong = || format!("`{text}` is not a time: write 90s, 5m, 1h30m or 2d");
         let mut seconds: u64 = 0;
         let mut rest = text.trim();
+        if rest.strip_prefix('-').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())) {
+            return Err("it must be positive: write 90s, 5m, 1h30m or 2d".to_owned());
+        }
         if rest.is_empty() {
             return Err(wrong());
         }
@@ -604,6 +621,8 @@ mod tests {
     #[test]
     fn the_users_file_changes_only_what_it_names() {
         let settings = resolve(Some("broker = 'x'\n[run]\nmax-duration = '1h30m'"), &[]).unwrap();
+        let older = resolve(Some("[run]\nmax_duration = '1h30m'"), &[]).unwrap();
+        assert_eq!(older.max_duration, settings.max_duration, "the spelling with `_` is understood");
         assert_eq!(settings.broker, DefaultBroker::Named("x".into()));
         assert_eq!(settings.max_duration, Duration::from_secs(5400));
         assert_eq!(settings.push_limit, Bytes::from_gib(1));
@@ -614,7 +633,7 @@ mod tests {
         for (text, word) in [
             ("brokr = 'x'", "brokr"),
             ("[run]\nmax-duration = '5 parsecs'", "parsecs"),
-            ("[run]\nmax_duration = '5m'", "max_duration"),
+            ("[run]\nmax_durations = '5m'", "max_durations"),
             ("[worker]\nbinary = 3", "binary"),
             ("[worker]\ninspect-memory = '0 GiB'", "inspect-memory"),
             ("[survey]\nmax-parallel = 0", "max-parallel"),

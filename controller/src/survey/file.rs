@@ -71,32 +71,42 @@ pub struct SurveyError {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct File {
     name: Spanned<String>,
+    #[serde(alias = "num_sequences")]
     num_sequences: Option<usize>,
+    #[serde(alias = "sequence_length")]
     sequence_length: Option<usize>,
     #[serde(default)]
     corpus: Vec<PathBuf>,
+    #[serde(alias = "token_ids")]
     token_ids: Option<PathBuf>,
     dataset: Option<Spanned<String>>,
+    #[serde(alias = "text_field")]
     text_field: Option<String>,
+    #[serde(alias = "skip_documents")]
     skip_documents: Option<usize>,
     shuffle: Option<u64>,
     #[serde(default)]
     bos: Bos,
     #[serde(default)]
+    #[serde(alias = "separate_documents")]
     separate_documents: bool,
     #[serde(default)]
+    #[serde(alias = "overlapping_windows")]
     overlapping_windows: bool,
     #[serde(default)]
     precision: PrecisionArg,
     layers: Option<usize>,
+    #[serde(alias = "micro_batch_tokens")]
     micro_batch_tokens: Option<usize>,
     #[serde(default)]
     sites: Vec<Spanned<String>>,
+    #[serde(alias = "max_parallel")]
     max_parallel: Option<Spanned<usize>>,
     budget: Option<Positive>,
+    #[serde(alias = "max_duration")]
     max_duration: Option<Span>,
     #[serde(default)]
     models: Vec<Spanned<String>>,
@@ -105,22 +115,30 @@ struct File {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct ModelTable {
     id: Spanned<String>,
     name: Option<Spanned<String>>,
     #[serde(default = "main_branch")]
     revision: String,
+    #[serde(alias = "gpu_count")]
     gpu_count: Option<u32>,
+    #[serde(alias = "gpu_filter")]
     gpu_filter: Option<String>,
+    #[serde(alias = "min_vram")]
     min_vram: Option<f64>,
+    #[serde(alias = "min_cpu_ram")]
     min_cpu_ram: Option<f64>,
+    #[serde(alias = "min_disk")]
     min_disk: Option<f64>,
+    #[serde(alias = "min_cuda")]
     min_cuda: Option<CudaVersion>,
+    #[serde(alias = "max_price")]
     max_price: Option<Positive>,
     region: Option<String>,
     #[serde(default)]
     spot: bool,
+    #[serde(alias = "max_duration")]
     max_duration: Option<Span>,
 }
 
@@ -174,7 +192,7 @@ impl File {
     fn understand(self, path: &Path) -> Result<Survey, Wrong> {
         check_name("name", &self.name)?;
         if let Some(none) = self.max_parallel.as_ref().filter(|most| *most.get_ref() == 0) {
-            return Err(wrong(none, "max_parallel must be at least 1".to_owned()));
+            return Err(wrong(none, "max-parallel must be at least 1".to_owned()));
         }
         let mut sites = Vec::new();
         for kind in &self.sites {
@@ -251,7 +269,7 @@ impl ModelTable {
     }
 
     fn understand(self) -> Result<Entry, Wrong> {
-        let numbers = [("min_vram", self.min_vram), ("min_cpu_ram", self.min_cpu_ram), ("min_disk", self.min_disk)];
+        let numbers = [("min-vram", self.min_vram), ("min-cpu-ram", self.min_cpu_ram), ("min-disk", self.min_disk)];
         let odd = |number: Option<f64>| number.is_some_and(|number| !(0.0..=1e9).contains(&number));
         if let Some((key, _)) = numbers.into_iter().find(|(_, number)| odd(*number)) {
             return Err(wrong(&self.id, format!("{key} of {} must be between 0 and 10^9", self.id.get_ref())));
@@ -320,6 +338,16 @@ mod tests {
     }
 
     #[test]
+    fn keys_are_spelt_as_options_are_and_as_they_were_before() {
+        let new = "name = 's'\nnum-sequences = 4\nmax-duration = '2h'\n[[model]]\nid = 'a/b'\nmin-vram = 80";
+        for text in [new.to_owned(), new.replace('-', "_")] {
+            let survey = parsed(&text).unwrap();
+            assert_eq!((survey.job.num_sequences, survey.models[0].want.min_vram), (Some(4), Some(80.0)), "{text}");
+            assert!(survey.max_duration.is_some(), "{text}");
+        }
+    }
+
+    #[test]
     fn the_surveys_that_come_along_name_commits_where_they_are_known() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/surveys");
         let files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -344,14 +372,14 @@ mod tests {
             ("name = 's'\nmodls = ['a/b']", Some(2), "modls"),
             ("name = 's'\n\nnum_sequences = 'many'\nmodels = ['a/b']", Some(3), "num_sequences"),
             ("name = 's'\n[[model]]\nid = 'a/b'\nmin_vran = 80", Some(4), "min_vran"),
-            ("name = 's'\n[[model]]\nid = 'a/b'\nmin_vram = -1", Some(3), "min_vram"),
+            ("name = 's'\n[[model]]\nid = 'a/b'\nmin-vram = -1", Some(3), "min-vram"),
             ("name = 's'\n[[model]]\nid = 'a/b'\nmax_price = 0", Some(4), "max_price"),
             ("name = 's'\n[[model]]\nrevision = 'a'", Some(2), "id"),
             ("name = 's'\nmodels = ['a/b',\n'c/d',\n'a/b']", Some(4), "a--b"),
             ("name = '../x'\nmodels = ['a/b']", Some(1), "folder"),
             ("name = 's'\nmodels = ['a/b']\n[[model]]\nid = 'c/d'\nname = 'x.partial'", Some(5), "x.partial"),
             ("name = 's'\nmodels = []", Some(1), "no models"),
-            ("name = 's'\nmax_parallel = 0\nmodels = ['a/b']", Some(2), "max_parallel"),
+            ("name = 's'\nmax-parallel = 0\nmodels = ['a/b']", Some(2), "max-parallel"),
             ("name = 's'\nbudget = nan\nmodels = ['a/b']", Some(2), "budget"),
             ("name = 's'\ndataset = 'texts'\nmodels = ['a/b']", Some(2), "dataset"),
             ("name = 's'\nsites = ['experts']\nmodels = ['a/b']", Some(2), "experts"),
