@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use outliers_protocol::{Ablate, ByteSize, Dataset, SiteKinds, Weights};
+use outliers_protocol::{Ablate, ByteSize, Dataset, SiteKinds, Thresholds, Weights};
 use serde::Deserialize;
 
 use crate::settings::Span;
-use crate::units::{CudaVersion, Positive};
+use crate::units::{CudaVersion, Fraction, Positive};
 
 /// How outlier features survive in mixture-of-experts models: rents an instance, runs the worker on it, brings the results
 /// home, ends the rental.
@@ -305,6 +305,37 @@ pub struct JobArgs {
     /// Draws the others by this [default: 0].
     #[arg(long, value_name = "SEED", value_parser = whole::<u64>, allow_negative_numbers = true, requires = "ablate")]
     pub ablate_seed: Option<u64>,
+    /// What reports call the model, and the folder of its results [default: as --model has it].
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// When a feature counts.
+    #[command(flatten)]
+    pub thresholds: ThresholdArgs,
+}
+
+/// When a value is an outlier, and when a feature is systematic.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct ThresholdArgs {
+    /// |x| from which a value is an outlier [default: settings, else 6].
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub threshold: Option<Positive>,
+    /// Least share of layers of a systematic feature, up to 1 [default: settings, else 0.25].
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    pub layer_fraction: Option<Fraction>,
+    /// Least share of sequence positions of a systematic feature, up to 1 [default: settings, else 0.06].
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    pub position_fraction: Option<Fraction>,
+}
+
+impl ThresholdArgs {
+    /// These thresholds where they were typed, else those.
+    pub fn over(&self, others: Thresholds) -> Thresholds {
+        Thresholds {
+            magnitude: self.threshold.map_or(others.magnitude, |threshold| threshold.get() as f32),
+            layer_fraction: self.layer_fraction.map_or(others.layer_fraction, Fraction::get),
+            position_fraction: self.position_fraction.map_or(others.position_fraction, Fraction::get),
+        }
+    }
 }
 
 /// Whether each window starts with the BOS token.
@@ -749,6 +780,9 @@ mod tests {
             ("deploy", &deploy[..], "--max-price", "must be a positive number"),
             ("deploy", &deploy, "--budget", "must be a positive number"),
             ("deploy", &deploy, "--min-vram", "must be positive"),
+            ("deploy", &deploy, "--threshold", "must be a positive number"),
+            ("deploy", &deploy, "--layer-fraction", "must be a positive number up to 1"),
+            ("analyze", &deploy, "--position-fraction", "must be a positive number up to 1"),
             ("deploy", &deploy, "--gpu-count", "must be positive"),
             ("deploy", &deploy, "--num-sequences", "must be positive"),
             ("deploy", &deploy, "--sequence-length", "must be positive"),
