@@ -129,6 +129,11 @@ pub enum Command {
     /// Example: outliers runs show last
     #[command(subcommand)]
     Runs(RunsCommand),
+    /// Look at results again, open their page, or count by other shares of layers and positions.
+    ///
+    /// Example: outliers results show last
+    #[command(subcommand)]
+    Results(ResultsCommand),
     /// Look at instances, or end one.
     ///
     /// Example: outliers instances list
@@ -518,6 +523,34 @@ pub enum RunsCommand {
     Cancel {
         /// The beginning of its id, or `last`.
         run: String,
+    },
+}
+
+/// `results`.
+#[derive(Subcommand, Debug)]
+pub enum ResultsCommand {
+    /// All results below the results' folder, with their counts.
+    List,
+    /// The tables of one result.
+    Show {
+        /// The beginning of its run's id, its folder, or `last`: the one written last.
+        run: String,
+    },
+    /// The page of one result, in a browser. It is written into the result's folder.
+    Open {
+        /// The beginning of its run's id, its folder, or `last`: the one written last.
+        run: String,
+    },
+    /// Count by other shares of layers and positions, from what the run stored. Nothing is run and nothing is written.
+    ///
+    /// Example: outliers results recount last --layer-fraction 0.5
+    Recount {
+        /// The beginning of its run's id, its folder, or `last`: the one written last.
+        run: String,
+        /// The shares; those of the run where none is given. Another --threshold than the run's is refused: what reaches it
+        /// is not stored.
+        #[command(flatten)]
+        thresholds: ThresholdArgs,
     },
 }
 

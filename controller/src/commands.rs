@@ -40,6 +40,7 @@ pub mod offers;
 pub mod plan;
 mod prepare;
 pub mod reap;
+pub mod results;
 pub mod runs;
 pub mod status;
 pub mod survey;
@@ -105,6 +106,7 @@ async fn dispatch(
         Command::Handoff { output, force } => handoff::command(&context, output.as_deref(), force),
         Command::Demo(args) => demo::command(&context, &args).await,
         Command::Runs(command) => runs::command(&context, command).await,
+        Command::Results(command) => results::command(&context, &command),
         Command::Instances(command) => instances::command(&context, command).await,
         Command::Analyze(args) => analyze::command(&context, &args).await,
         Command::Inspect(args) => inspect::command(&context, &args).await,

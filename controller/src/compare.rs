@@ -4,6 +4,7 @@
 //! how sure a figure is, of unique features by other [`samples`] of the sequences; [`published`] holds what others found. [`comparison`] makes one list of figures of them all, and [`difference`]
 //! says which of them differ by definition or provenance alone. [`sheet`] makes tables of it, which [`print`] writes; [`page`] is
 //! all of it with [`plots`] (each drawn by [`plot`], and made a picture by [`pixels`]), the tables of every model ([`detail`]) and its thresholds ([`ladder`]).
+//! [`recount`] applies other shares of layers and positions to what a run stored.
 
 pub mod comparison;
 pub mod detail;
@@ -19,6 +20,7 @@ pub mod plots;
 pub mod predecessor;
 pub mod print;
 pub mod published;
+pub mod recount;
 pub mod samples;
 pub mod sheet;
 pub mod statistics;
