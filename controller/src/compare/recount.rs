@@ -6,9 +6,9 @@ use super::folder::Run;
 use super::statistics::Statistics;
 use super::tally::Tally;
 
-/// Applies shares of layers and positions to the stored counts of a run. Its threshold of magnitude stays: where values reach
-/// another one is not stored. What the run says of features within sequences is left out, because it says so only of features
-/// that its own shares could make systematic.
+/// Applies shares of layers and positions to the stored counts of a run. Its threshold of magnitude
+/// stays: where values reach another one is not stored. What the run says of features within
+/// sequences is left out: it says so only of features that its own shares could make systematic.
 ///
 /// # Errors
 /// Why the stored counts do not tell.
