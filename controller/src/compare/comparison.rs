@@ -15,7 +15,7 @@ use super::tally::{Estimate, Tally, interval, mean, middle, samples};
 pub struct Comparison {
     /// Document version.
     pub schema: u32,
-    /// The results, in the order they were given.
+    /// The results, in the order in which they began.
     pub models: Vec<Compared>,
     /// Every count of every model under its reading, with those that others published of it.
     pub figures: Vec<Figure>,
@@ -176,7 +176,8 @@ impl Comparison {
         let is_it = |model: &Compared, name: &str| {
             let last = model.model.rsplit('/').next().unwrap_or_default();
             let folder = model.folder.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
-            let called = [&model.number.to_string(), &model.label, &model.model, last, folder];
+            let number = model.number.to_string();
+            let called: [&str; 5] = [&number, &model.label, &model.model, last, folder];
             called.iter().any(|called| called.eq_ignore_ascii_case(name))
         };
         if let Some(name) = names.iter().find(|name| !self.models.iter().any(|model| is_it(model, name))) {
@@ -216,7 +217,7 @@ impl Comparison {
             }
         }
         if counts.is_empty() {
-            return "No result here says how many systematic outlier features there are by the paper's count.".to_owned();
+            return "No result here has a count of systematic outlier features by layers.".to_owned();
         }
         let beside: Vec<&str> = self.published.iter().map(|table| table.title.as_str()).collect();
         format!(

@@ -49,8 +49,9 @@ pub fn page(comparison: &Comparison) -> String {
                 nav aria-label="Contents" { (contents(comparison)) }
                 main id="main" {
                     p.answer id="answer" { (shown(&comparison.answer())) }
+                    (unusable(models))
                     section id="figures" { h2 { "Across models" } (across(comparison)) }
-                    section id="models" { h2 { "Models and counts" } (unusable(models)) (sheet("models")) (sheet("counts")) }
+                    section id="models" { h2 { "Models and counts" } (sheet("models")) (sheet("counts")) }
                     section id="differences" { h2 { "Differences that are only definition or provenance" } (sheet("differences")) }
                     @for model in models { (of_model(model)) }
                     section id="published" {
