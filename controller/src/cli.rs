@@ -8,7 +8,7 @@ use outliers_protocol::{Ablate, ByteSize, Dataset, SiteKinds, Thresholds, Weight
 use serde::Deserialize;
 
 use crate::settings::Span;
-use crate::units::{CudaVersion, Fraction, Positive};
+use crate::units::{CudaVersion, Fraction, PlotWidth, Positive};
 
 /// How outlier features survive in mixture-of-experts models: rents an instance, runs the worker on it, brings the results
 /// home, ends the rental.
@@ -683,6 +683,18 @@ pub struct CompareArgs {
     /// Also write every plot to this folder, as PNG.
     #[arg(long, value_name = "DIR")]
     pub png: Option<PathBuf>,
+    /// Also write every plot to this folder, as PDF: lines and letters as shapes, no picture.
+    #[arg(long, value_name = "DIR")]
+    pub pdf: Option<PathBuf>,
+    /// Width of the plots on paper, as in 84mm or 3.3in [default: 840 pixels].
+    #[arg(long, value_name = "WIDTH")]
+    pub size: Option<PlotWidth>,
+    /// Pixels per inch of PNG, with --size [default: 300].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(36..=2400), requires = "size")]
+    pub dpi: Option<u16>,
+    /// Only these results, by number, name or folder, separated by commas. Their numbers stay.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub only: Vec<String>,
     /// Go on without the figures of results that are partial or damaged, and say so beside the others.
     #[arg(long)]
     pub allow_partial: bool,

@@ -147,6 +147,30 @@ bounded! {
     Fraction, 1.0, "a positive number up to 1"
 }
 
+/// Width of a plot on paper, in millimetres; from 10 to 1000.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PlotWidth(f64);
+
+impl PlotWidth {
+    /// Inches.
+    pub fn inches(self) -> f64 {
+        self.0 / 25.4
+    }
+}
+
+/// As people write it: `84mm`, `8.4cm`, `3.3in`.
+impl FromStr for PlotWidth {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || "it must be a width from 10mm to 1000mm, as in 84mm, 8.4cm or 3.3in".to_owned();
+        let units = [("mm", 1.0), ("cm", 10.0), ("in", 25.4)];
+        let read = |(unit, length): (&str, f64)| Some(text.strip_suffix(unit)?.parse::<f64>().ok()? * length);
+        let width = units.into_iter().find_map(read).ok_or_else(wrong)?;
+        if (10.0..=1000.0).contains(&width) { Ok(Self(width)) } else { Err(wrong()) }
+    }
+}
+
 /// Bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -247,5 +271,15 @@ mod tests {
         assert_eq!("1.5".parse::<Positive>().map(Positive::get), Ok(1.5));
         let file: File = toml::from_str("amount = 3\nshare = 1").unwrap();
         assert_eq!((file.amount.map(Positive::get), file.share.map(Fraction::get)), (Some(3.0), Some(1.0)));
+    }
+
+    #[test]
+    fn widths_on_paper_are_read_in_three_units() {
+        for (text, inches) in [("25.4mm", 1.0), ("2.54cm", 1.0), ("3.3in", 3.3)] {
+            assert!((text.parse::<PlotWidth>().unwrap().inches() - inches).abs() < 1e-9, "{text}");
+        }
+        for wrong in ["84", "mm", "-84mm", "nanmm", "9mm", "2000mm", "84px"] {
+            assert!(wrong.parse::<PlotWidth>().unwrap_err().contains("84mm"), "{wrong}");
+        }
     }
 }

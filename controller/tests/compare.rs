@@ -104,6 +104,35 @@ fn the_page_and_the_drawings_are_the_same_whenever_they_are_made() {
 }
 
 #[test]
+fn figures_have_the_size_that_a_paper_asks_for_and_only_the_models_that_are_named() {
+    let desk = desk();
+    let made = outliers(
+        desk.path(),
+        &["compare", "--svg", "s", "--png", "p", "--pdf", "f", "--size", "84mm", "--dpi", "300", "--only", "one"],
+    );
+    assert!(made.status.success(), "{:?}", said(&made));
+    assert!(said(&made).0.contains("OLMoE") && !said(&made).0.contains("onerror"), "{:?}", said(&made));
+    let drawings = plots(&desk.path().join("s"));
+    assert!(drawings.iter().any(|name| name == "affected-parameters-paper"), "{drawings:?}");
+    for drawing in drawings {
+        let read = |folder: &str, kind: &str| {
+            let file = desk.path().join(folder).join(format!("{drawing}.{kind}"));
+            fs::read(file).unwrap()
+        };
+        let svg = String::from_utf8(read("s", "svg")).unwrap();
+        assert!(svg.contains("width=\"3.3071in\""), "{drawing}");
+        let png = read("p", "png");
+        assert_eq!(u32::from_be_bytes(png[16..20].try_into().unwrap()), 992, "{drawing}");
+        let pdf = String::from_utf8(read("f", "pdf")).unwrap();
+        assert!(pdf.contains("/MediaBox [0 0 238.110 "), "{drawing}");
+    }
+    for wrong in [&["--only", "nobody"][..], &["--size", "84"], &["--dpi", "300"]] {
+        let arguments = ["compare"].iter().chain(wrong).copied().collect::<Vec<_>>();
+        assert_eq!(outliers(desk.path(), &arguments).status.code(), Some(2), "{wrong:?}");
+    }
+}
+
+#[test]
 fn results_are_listed_shown_and_counted_by_other_shares() {
     let desk = desk();
     let list = outliers(desk.path(), &["results", "list"]);
