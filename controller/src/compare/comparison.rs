@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::difference::{Difference, differences};
 use super::folder::{Content, ResultFolder, Run};
 use super::predecessor::{Imported, Outliers};
-use super::published::{self, Table};
+use super::published::{self, Known, Table};
 use super::samples::resampled;
 use super::tally::{Estimate, Tally, interval, mean, middle, samples};
 
@@ -44,6 +44,8 @@ pub struct Compared {
     pub active_parameters: Option<u64>,
     /// Trained further than on plain text; `None` for models that are not in the catalogue.
     pub post_trained: Option<bool>,
+    /// All that the catalogue says of it.
+    pub catalogue: Option<&'static Known>,
     /// Sequences.
     pub sequences: Option<usize>,
     /// Tokens of each.
@@ -250,8 +252,9 @@ impl Compared {
             folder,
             standing,
             parameters: known.map(|known| known.parameters),
-            active_parameters: known.map(published::Known::active),
+            active_parameters: known.map(Known::active),
             post_trained: known.map(|known| known.post_trained),
+            catalogue: known,
             sequences: None,
             tokens_per_sequence: None,
             perplexity: None,

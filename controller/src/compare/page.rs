@@ -51,7 +51,7 @@ pub fn page(comparison: &Comparison) -> String {
                     p.answer id="answer" { (shown(&comparison.answer())) }
                     (unusable(models))
                     section id="figures" { h2 { "Across models" } (across(comparison)) }
-                    section id="models" { h2 { "Models and counts" } (sheet("models")) (sheet("counts")) }
+                    section id="models" { h2 { "Models and counts" } (sheet("models")) (sheet("counts")) (sheet("catalogue")) }
                     section id="differences" { h2 { "Differences that are only definition or provenance" } (sheet("differences")) }
                     @for model in models { (of_model(model)) }
                     section id="published" {

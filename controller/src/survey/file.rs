@@ -119,8 +119,8 @@ struct File {
 struct ModelTable {
     id: Spanned<String>,
     name: Option<Spanned<String>>,
-    #[serde(default = "main_branch")]
-    revision: String,
+    revision: Option<String>,
+    revisions: Option<Spanned<Vec<String>>>,
     #[serde(alias = "gpu_count")]
     gpu_count: Option<u32>,
     #[serde(alias = "gpu_filter")]
@@ -208,13 +208,14 @@ impl File {
         let mut seen = BTreeSet::new();
         for table in plain.chain(self.model) {
             let at = table.name.as_ref().unwrap_or(&table.id).span();
-            let entry = table.understand()?;
-            if !seen.insert(entry.name.clone()) {
-                let message =
-                    format!("`{}` is there twice; give one of them a name of its own (name = ..)", entry.name);
-                return Err(Wrong { span: at, message });
+            for entry in table.understand()? {
+                if !seen.insert(entry.name.clone()) {
+                    let message =
+                        format!("`{}` is there twice; give one of them a name of its own (name = ..)", entry.name);
+                    return Err(Wrong { span: at, message });
+                }
+                models.push(entry);
             }
-            models.push(entry);
         }
         if models.is_empty() {
             return Err(wrong(&self.name, "it names no models (models = [\"owner/name\", ..])".to_owned()));
@@ -254,7 +255,8 @@ impl ModelTable {
         Self {
             id,
             name: None,
-            revision: main_branch(),
+            revision: None,
+            revisions: None,
             gpu_count: None,
             gpu_filter: None,
             min_vram: None,
@@ -268,7 +270,8 @@ impl ModelTable {
         }
     }
 
-    fn understand(self) -> Result<Entry, Wrong> {
+    /// One model, or one for each of its revisions.
+    fn understand(self) -> Result<Vec<Entry>, Wrong> {
         let numbers = [("min-vram", self.min_vram), ("min-cpu-ram", self.min_cpu_ram), ("min-disk", self.min_disk)];
         let odd = |number: Option<f64>| number.is_some_and(|number| !(0.0..=1e9).contains(&number));
         if let Some((key, _)) = numbers.into_iter().find(|(_, number)| odd(*number)) {
@@ -277,9 +280,10 @@ impl ModelTable {
         if let Some(name) = &self.name {
             check_name("name", name)?;
         }
-        Ok(Entry {
+        let revisions = self.revisions()?;
+        let entry = Entry {
             name: self.name.map_or_else(|| slug(self.id.get_ref()), Spanned::into_inner),
-            model: ModelArgs { model: self.id.into_inner(), revision: self.revision },
+            model: ModelArgs { model: self.id.into_inner(), revision: self.revision.unwrap_or_else(main_branch) },
             want: WantArgs {
                 gpu_count: self.gpu_count,
                 gpu_filter: self.gpu_filter,
@@ -293,7 +297,27 @@ impl ModelTable {
                 ..WantArgs::default()
             },
             max_duration: self.max_duration,
-        })
+        };
+        if revisions.is_empty() {
+            return Ok(vec![entry]);
+        }
+        let at = |revision: String| {
+            let name = format!("{}-{}", entry.name, slug(&revision));
+            Entry { name, model: ModelArgs { revision, ..entry.model.clone() }, ..entry.clone() }
+        };
+        Ok(revisions.into_iter().map(at).collect())
+    }
+
+    /// Those that are listed; none where there is no list.
+    fn revisions(&self) -> Result<Vec<String>, Wrong> {
+        let Some(listed) = &self.revisions else { return Ok(Vec::new()) };
+        let why = match (&self.revision, listed.get_ref().as_slice()) {
+            (Some(_), _) => "give `revision` or `revisions`, not both",
+            (None, []) => "revisions = [] names none",
+            (None, several) if several.iter().any(String::is_empty) => "a revision is empty",
+            _ => return Ok(listed.get_ref().clone()),
+        };
+        Err(wrong(listed, why.to_owned()))
     }
 }
 
@@ -348,6 +372,17 @@ mod tests {
     }
 
     #[test]
+    fn a_model_is_run_at_each_of_its_revisions() {
+        let survey = parsed(
+            "name = 's'\n[[model]]\nid = 'a/b'\nmin_vram = 80\nrevisions = ['step5-tokens1B', 'refs/pr/1']",
+        )
+        .unwrap();
+        let entries: Vec<_> = survey.models.iter().map(|e| (e.name.as_str(), e.model.revision.as_str())).collect();
+        assert_eq!(entries, [("a--b-step5-tokens1B", "step5-tokens1B"), ("a--b-refs--pr--1", "refs/pr/1")]);
+        assert!(survey.models.iter().all(|e| e.model.model == "a/b" && e.want.min_vram == Some(80.0)));
+    }
+
+    #[test]
     fn the_surveys_that_come_along_name_commits_where_they_are_known() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/surveys");
         let files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -376,6 +411,9 @@ mod tests {
             ("name = 's'\n[[model]]\nid = 'a/b'\nmax_price = 0", Some(4), "max_price"),
             ("name = 's'\n[[model]]\nrevision = 'a'", Some(2), "id"),
             ("name = 's'\nmodels = ['a/b',\n'c/d',\n'a/b']", Some(4), "a--b"),
+            ("name = 's'\n[[model]]\nid = 'a/b'\nrevisions = []", Some(4), "names none"),
+            ("name = 's'\n[[model]]\nid = 'a/b'\nrevision = 'x'\nrevisions = ['y']", Some(5), "not both"),
+            ("name = 's'\n[[model]]\nid = 'a/b'\nrevisions = ['y', 'y']", Some(3), "twice"),
             ("name = '../x'\nmodels = ['a/b']", Some(1), "folder"),
             ("name = 's'\nmodels = ['a/b']\n[[model]]\nid = 'c/d'\nname = 'x.partial'", Some(5), "x.partial"),
             ("name = 's'\nmodels = []", Some(1), "no models"),
