@@ -9,6 +9,7 @@ use super::plot::{Axis, Colour, Group, Kind, Mark, Plot, Point, points};
 use super::published::{Row, Table};
 
 mod model;
+mod trajectory;
 
 pub use model::{of_model, peak_quartiles, quartiles, strongest};
 
@@ -100,6 +101,7 @@ pub fn across(comparison: &Comparison) -> Vec<Plot> {
         plots.extend(affected(comparison, &predecessor, by));
         plots.extend(counted(comparison, &predecessor, by));
     }
+    plots.extend(trajectory::trajectories(comparison));
     plots
 }
 
