@@ -65,6 +65,7 @@ families! {
     gpt_oss,
     gptj,
     kimi_k25,
+    kimi_linear,
     llama,
     llama4,
     minimax_m2,
@@ -477,7 +478,6 @@ const LACKING: &[(&str, &str)] = &[
     ("Grok", "capped attention scores, and norms around sublayers in its own scheme of names"),
     ("Jamba", "Mamba layers"),
     ("KimiK3", "experts in a latent space, attention to residuals of earlier layers, and another activation"),
-    ("KimiLinear", "a decay for each channel of a DeltaNet's keys, and latent attention without rotation"),
     ("Longcat", "experts that do nothing, and two attentions in a layer"),
     ("NemotronH", "Mamba-2 layers, and layers that have a mixer or an MLP alone"),
     ("Qwen4Exp", "a table of n-grams beside the embedding, and attention to selected keys"),
@@ -549,7 +549,7 @@ fn unsound_mixer(mixer: &MixerSpec) -> Option<String> {
             (!sound || !rotates(a.rope.as_ref(), a.head_dim)).then(words)
         }
         MixerSpec::Latent(l) => {
-            let sound = l.heads > 0 && l.value_dim > 0 && l.kv_rank > 0 && rotates(Some(&l.rope), l.rope_dim);
+            let sound = l.heads > 0 && l.value_dim > 0 && l.kv_rank > 0 && rotates(l.rope.as_ref(), l.rope_dim);
             let words = || {
                 format!(
                     "{} heads of width {}+{}, values of {}, rank {}",
@@ -560,6 +560,7 @@ fn unsound_mixer(mixer: &MixerSpec) -> Option<String> {
         }
         MixerSpec::DeltaNet(d) => {
             let sound = evenly(d.value_heads, d.key_heads) && d.key_dim > 0 && d.value_dim > 0 && d.kernel > 0;
+            let sound = sound && (!d.decays_channels() || d.value_heads == d.key_heads);
             (!sound).then(|| format!("{} value heads over {} key heads", d.value_heads, d.key_heads))
         }
     }
@@ -588,13 +589,14 @@ mod tests {
     use crate::decoder::Need;
 
     /// Families whose heads' widths have names of their own, and that have no biases.
-    const LATENT: [&str; 6] = [
+    const LATENT: [&str; 7] = [
         "DeepseekV2ForCausalLM",
         "DeepseekV3ForCausalLM",
         "DeepseekV32ForCausalLM",
         "Glm4MoeLiteForCausalLM",
         "GlmMoeDsaForCausalLM",
         "KimiK25ForConditionalGeneration",
+        "KimiLinearForCausalLM",
     ];
 
     /// Keys of all families, with switches that ask for as many tensors as a family knows.
@@ -614,6 +616,7 @@ mod tests {
             "q_lora_rank": 4, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 4,
             "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4,
             "linear_conv_kernel_dim": 4,
+            "linear_attn_config": {"full_attn_layers": [2, 4], "kda_layers": [1, 3], "head_dim": 4, "num_heads": 2},
         });
         let older = json!({
             // GPT-2, GPT-J, OPT.
@@ -667,7 +670,6 @@ mod tests {
             ("JambaForCausalLM", "Mamba"),
             ("Grok1ModelForCausalLM", "capped"),
             ("NemotronHForCausalLM", "Mamba-2"),
-            ("KimiLinearForCausalLM", "each channel"),
         ] {
             let error = read(&json!({"architectures": [name]})).map(|_| ()).unwrap_err();
             assert_eq!(error.kind(), FailureKind::Unsupported);

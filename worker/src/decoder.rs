@@ -308,11 +308,12 @@ pub struct LatentSpec {
     pub norm: NormSpec,
     /// What multiplies the scores.
     pub scale: f64,
-    /// Rotation of the `rope_dim` part.
-    pub rope: RopeSpec,
+    /// Rotation of the `rope_dim` part; `None` where it stays as it is (Kimi Linear).
+    pub rope: Option<RopeSpec>,
 }
 
-/// Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) as in Qwen3-Next: a linear recurrence over a matrix state per value head.
+/// Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) as in Qwen3-Next and Kimi Linear: a linear
+/// recurrence over a matrix state per value head.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DeltaNetSpec {
     /// Query and key heads; divides `value_heads`: key head j serves value heads j*r .. j*r + r-1.
@@ -340,6 +341,10 @@ pub enum DeltaStored {
     /// One for queries, keys and values, all rows of a kind one after another, and one each for
     /// gates, write strengths and steps (Qwen3.5).
     ByKind,
+    /// One of each kind, gates and steps through a bottleneck as wide as a value. There is a step,
+    /// and thereby a decay, for each channel of a key, and gates open by their sigmoid
+    /// (Kimi Linear).
+    Apart,
 }
 
 /// A feed-forward block.
@@ -613,7 +618,7 @@ impl MixerSpec {
     pub fn rope(&self) -> Option<&RopeSpec> {
         match self {
             Self::Attention(attention) => attention.rope.as_ref(),
-            Self::Latent(latent) => Some(&latent.rope),
+            Self::Latent(latent) => latent.rope.as_ref(),
             Self::DeltaNet(_) => None,
         }
     }
@@ -647,7 +652,9 @@ impl MixerSpec {
             Self::DeltaNet(d) => {
                 // f32 inside: convolved channels, queries and keys repeated for each value head, what was read twice.
                 let (values, repeated) = (d.value_heads * d.value_dim, 2 * d.value_heads * d.key_dim);
-                (d.channels() + values) * value + (d.channels() + repeated + 2 * values) * size_of::<f32>()
+                // Steps and decays.
+                let steps = if d.decays_channels() { 2 * d.value_heads * d.key_dim } else { 0 };
+                (d.channels() + values) * value + (d.channels() + repeated + 2 * values + steps) * size_of::<f32>()
             }
         }
     }
@@ -665,7 +672,10 @@ impl MixerSpec {
             Self::Latent(l) => {
                 format!("latent attention {} x {}+{}, rank {}", l.heads, l.nope_dim, l.rope_dim, l.kv_rank)
             }
-            Self::DeltaNet(d) => format!("DeltaNet {}/{} x {}", d.value_heads, d.key_heads, d.value_dim),
+            Self::DeltaNet(d) => {
+                let decays = if d.decays_channels() { ", a decay for each channel" } else { "" };
+                format!("DeltaNet {}/{} x {}{decays}", d.value_heads, d.key_heads, d.value_dim)
+            }
         }
     }
 }

@@ -162,11 +162,25 @@ impl UnitTensors {
                 strengths: self.plain(Role::DeltaStrength)?,
                 steps: self.plain(Role::DeltaStep)?,
             },
+            DeltaStored::Apart => DeltaProjections::Apart {
+                query: self.plain(Role::Query)?,
+                key: self.plain(Role::Key)?,
+                value: self.plain(Role::Value)?,
+                gates: [self.plain(Role::DeltaGateDown)?, self.plain(Role::DeltaGateUp)?],
+                strengths: self.plain(Role::DeltaStrength)?,
+                steps: [self.plain(Role::DeltaStepDown)?, self.plain(Role::DeltaStepUp)?],
+            },
+        };
+        let convolution = if spec.stored == DeltaStored::Apart {
+            let parts = [Role::DeltaQueryConvolution, Role::DeltaKeyConvolution, Role::DeltaValueConvolution];
+            Tensor::cat(&parts.map(|role| self.take(role)).into_iter().collect::<Result<Vec<_>>>()?, 0)?
+        } else {
+            self.take(Role::DeltaConvolution)?
         };
         Ok(DeltaNetWeights {
             projections,
-            convolution: self.take(Role::DeltaConvolution)?,
-            decay: self.take(Role::DeltaDecay)?,
+            convolution,
+            decay: self.take(Role::DeltaDecay)?.flatten_all()?,
             step_bias: self.take(Role::DeltaStepBias)?,
             norm: Norm::new(spec.norm, self.take(Role::DeltaNorm)?, None)?,
             output: self.plain(Role::DeltaOutput)?,

@@ -89,11 +89,25 @@ pub enum Role {
     DeltaStrength,
     /// DeltaNet's projection to steps `[value_heads, hidden]`.
     DeltaStep,
+    /// Gates' bottleneck `[value_dim, hidden]`.
+    DeltaGateDown,
+    /// Out of it `[value_heads * value_dim, value_dim]`.
+    DeltaGateUp,
+    /// Steps' bottleneck `[value_dim, hidden]`.
+    DeltaStepDown,
+    /// Out of it `[value_heads * key_dim, value_dim]`.
+    DeltaStepUp,
     /// Convolution `[channels, 1, kernel]`.
     DeltaConvolution,
-    /// `A_log` `[value_heads]`.
+    /// The same of queries alone.
+    DeltaQueryConvolution,
+    /// The same of keys alone.
+    DeltaKeyConvolution,
+    /// The same of values alone.
+    DeltaValueConvolution,
+    /// `A_log` `[value_heads]`, or `[1, 1, value_heads, 1]`.
     DeltaDecay,
-    /// `dt_bias` `[value_heads]`.
+    /// `dt_bias`, as many as steps.
     DeltaStepBias,
     /// Gain of the gated norm `[value_dim]`.
     DeltaNorm,
@@ -424,8 +438,14 @@ impl DeltaNetSpec {
         2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
     }
 
+    /// There is a decay for each channel of a key, not for each head.
+    pub fn decays_channels(&self) -> bool {
+        self.stored == DeltaStored::Apart
+    }
+
     fn needs(&self, hidden: usize, needs: &mut Vec<Need>) {
-        let values = self.value_heads * self.value_dim;
+        let (keys, values) = (self.key_heads * self.key_dim, self.value_heads * self.value_dim);
+        let steps = if self.decays_channels() { self.value_heads * self.key_dim } else { self.value_heads };
         match self.stored {
             DeltaStored::ByKeyHead => needs.extend([
                 Need::new(Role::DeltaQkvz, &[self.channels() + values, hidden]),
@@ -437,11 +457,32 @@ impl DeltaNetSpec {
                 Need::new(Role::DeltaStrength, &[self.value_heads, hidden]),
                 Need::new(Role::DeltaStep, &[self.value_heads, hidden]),
             ]),
+            DeltaStored::Apart => needs.extend([
+                Need::new(Role::Query, &[keys, hidden]),
+                Need::new(Role::Key, &[keys, hidden]),
+                Need::new(Role::Value, &[values, hidden]),
+                Need::new(Role::DeltaGateDown, &[self.value_dim, hidden]),
+                Need::new(Role::DeltaGateUp, &[values, self.value_dim]),
+                Need::new(Role::DeltaStrength, &[self.value_heads, hidden]),
+                Need::new(Role::DeltaStepDown, &[self.value_dim, hidden]),
+                Need::new(Role::DeltaStepUp, &[steps, self.value_dim]),
+            ]),
+        }
+        if self.stored == DeltaStored::Apart {
+            needs.extend([
+                Need::new(Role::DeltaQueryConvolution, &[keys, 1, self.kernel]),
+                Need::new(Role::DeltaKeyConvolution, &[keys, 1, self.kernel]),
+                Need::new(Role::DeltaValueConvolution, &[values, 1, self.kernel]),
+                Need::new(Role::DeltaDecay, &[1, 1, self.value_heads, 1]),
+            ]);
+        } else {
+            needs.extend([
+                Need::new(Role::DeltaConvolution, &[self.channels(), 1, self.kernel]),
+                Need::new(Role::DeltaDecay, &[self.value_heads]),
+            ]);
         }
         needs.extend([
-            Need::new(Role::DeltaConvolution, &[self.channels(), 1, self.kernel]),
-            Need::new(Role::DeltaDecay, &[self.value_heads]),
-            Need::new(Role::DeltaStepBias, &[self.value_heads]),
+            Need::new(Role::DeltaStepBias, &[steps]),
             Need::new(Role::DeltaNorm, &[self.value_dim]),
             Need::new(Role::DeltaOutput, &[hidden, values]),
         ]);

@@ -258,7 +258,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
             (MixerSpec::Attention(spec), MixerWeights::Attention(weights), table) => {
                 attention(spec, weights, table, x, n, watched)?
             }
-            (MixerSpec::Latent(spec), MixerWeights::Latent(weights), Some(table)) => {
+            (MixerSpec::Latent(spec), MixerWeights::Latent(weights), table) => {
                 latent_attention(spec, weights, table, x, n, watched)?
             }
             (MixerSpec::DeltaNet(spec), MixerWeights::DeltaNet(weights), _) => delta_net(spec, weights, x, n)?,
