@@ -155,9 +155,11 @@ ODD = {
     "deepseek_v32": [TIED, {"n_group": 1, "topk_group": 1, "n_routed_experts": 5}, {"rope_scaling": None}],
     "glm_moe_dsa": [TIED, {"n_routed_experts": 5, "num_experts_per_tok": 5}],
     "glm_moe_dsa_fp8": [{"v_head_dim": 10}],
+    "kimi_linear": [TIED, {"num_experts": 5, "num_experts_per_token": 5}, {"q_lora_rank": 24, "v_head_dim": 10},
+                    {"num_expert_group": 4, "topk_group": 2}],
 }
 # Families whose configurations are walked over, key by key: one of each class.
-WALKED = ["afmoe", "deepseek_v2", "gemma3", "gemma3_text", "gemma4", "qwen3_5", "qwen3_5_moe", "minimax_m2", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "olmoe", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next", "llama4_scout", "llama4_maverick", "deepseek_v3", "gpt2", "opt",
+WALKED = ["afmoe", "kimi_linear", "deepseek_v2", "gemma3", "gemma3_text", "gemma4", "qwen3_5", "qwen3_5_moe", "minimax_m2", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "olmoe", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next", "llama4_scout", "llama4_maverick", "deepseek_v3", "gpt2", "opt",
           "gptj", "llama", "qwen3", "qwen2"]
 
 

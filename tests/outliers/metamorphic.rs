@@ -74,6 +74,8 @@ const MIXER_INPUTS: &[Role] = &[
     Role::DeltaGate,
     Role::DeltaStrength,
     Role::DeltaStep,
+    Role::DeltaGateDown,
+    Role::DeltaStepDown,
     Role::OutputGate,
 ];
 const FFN_INPUTS: &[Role] = &[

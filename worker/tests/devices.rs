@@ -27,11 +27,12 @@ use outliers_worker::stream::{Pass, Predicted};
 use outliers_worker::watch::Watch;
 
 /// Dense ones in all three orders of norms, mixtures of every kind, every stored format.
-const FIXTURES: [&str; 9] = [
+const FIXTURES: [&str; 10] = [
     "deepseek-v3-fp8",
     "glm4-moe-grouped",
     "gpt-oss-mxfp4",
     "gptj-bin",
+    "kimi-linear",
     "llama-f32",
     "llama4-scout",
     "olmoe-bf16",
