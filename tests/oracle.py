@@ -556,8 +556,9 @@ class Walk:
         return {name: tensor.numpy() for name, tensor in record(model, self.ids)[0].items()}
 
 
-# A class that transformers lacks, by the published code (`configuration_bailing_moe_v2.py`) as
-# far as it is known.
+# A class that transformers lacks. The published code (`configuration_bailing_moe_v2.py`) was not
+# read: what is not in Ling-mini-2.0's config.json, or is another value there
+# (`routed_scaling_factor`), is unknown and stands here as recalled.
 LACKING = {"BailingMoeV2Config": {
     "model_type": "bailing_moe_v2",
     "attributes": {"vocab_size": 157184, "hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 20, "num_attention_heads": 16,
