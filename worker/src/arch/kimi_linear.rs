@@ -2,7 +2,7 @@
 //! one of latent attention without rotation, DeepSeek-V3's routing under Mixtral's names. Hugging
 //! Face `KimiLinearForCausalLM`; the code that `auto_map` names is not needed.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::config::ill_typed;
 use super::{
@@ -81,6 +81,7 @@ const OF_DELTA_NET: &str = "linear_attn_config";
 /// One of them; `None` where there is none of that name.
 fn of_delta_net<'a>(config: &Config<'a>, key: &str) -> Result<Option<&'a Value>> {
     if !config.has(OF_DELTA_NET) {
+        config.assume(OF_DELTA_NET, &json!({}));
         return Ok(None);
     }
     Ok(config.object(OF_DELTA_NET)?.get(key))
@@ -124,7 +125,7 @@ fn sees_all(config: &Config<'_>) -> Result<Vec<bool>> {
     const LISTS: [&str; 2] = ["full_attn_layers", "kda_layers"];
     let [full, linear] = LISTS.map(|key| of_delta_net(config, key));
     let (Some(full), Some(linear)) = (full?, linear?) else {
-        return Ok((0..layers).map(|layer| layer > 0 && layer % 4 == 0).collect());
+        return Ok((0..layers).map(|layer| layer > 0 && layer.is_multiple_of(4)).collect());
     };
     let mut kinds = vec![None; layers];
     for (key, list, sees_all) in [(LISTS[0], full, true), (LISTS[1], linear, false)] {
@@ -135,7 +136,8 @@ fn sees_all(config: &Config<'_>) -> Result<Vec<bool>> {
         }
     }
     let all: Option<Vec<bool>> = kinds.into_iter().collect();
-    all.ok_or_else(|| wrong(LISTS[1], &format!("a list that holds, with {}, each of {layers} layers", LISTS[0]), linear))
+    let wanted = || format!("a list that holds, with {}, each of {layers} layers", LISTS[0]);
+    all.ok_or_else(|| wrong(LISTS[1], &wanted(), linear))
 }
 
 /// Which layers have experts: what `mlp_layer_types` says, else all but the first.
