@@ -155,7 +155,7 @@ ODD = {
     "deepseek_v32": [TIED, {"n_group": 1, "topk_group": 1, "n_routed_experts": 5}, {"rope_scaling": None}],
     "glm_moe_dsa": [TIED, {"n_routed_experts": 5, "num_experts_per_tok": 5}],
     "glm_moe_dsa_fp8": [{"v_head_dim": 10}],
-    "kimi_linear": [TIED, {"num_experts": 5, "num_experts_per_token": 5}, {"q_lora_rank": 24, "v_head_dim": 10},
+    "kimi_linear": [{"num_experts": 5, "num_experts_per_token": 5}, {"q_lora_rank": 24, "v_head_dim": 10},
                     {"num_expert_group": 4, "topk_group": 2}],
 }
 # Families whose configurations are walked over, key by key: one of each class.

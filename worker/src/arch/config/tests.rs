@@ -331,7 +331,8 @@ fn kimi_linear_counts_its_layers_from_one_and_takes_other_lists_for_wrong() {
         assert!(error.message().contains("linear_attn_config."), "{error}");
     }
     let spec = |settings: Value| read(&with("KimiLinearForCausalLM", settings)).unwrap().spec;
-    assert!(spec(json!({})).layers[4].mixer.rope().is_none());
+    let sees_all = &spec(json!({})).layers[4].mixer;
+    assert!(sees_all.score_heads() == 32 && sees_all.rope().is_none());
     let error = refused("KimiLinearForCausalLM", json!({"mla_use_nope": false}));
     assert!(error.message().contains("mla_use_nope"), "{error}");
 }
