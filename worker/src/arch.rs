@@ -616,7 +616,6 @@ mod tests {
             "q_lora_rank": 4, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 4,
             "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4,
             "linear_conv_kernel_dim": 4,
-            "linear_attn_config": {"full_attn_layers": [2, 4], "kda_layers": [1, 3], "head_dim": 4, "num_heads": 2},
         });
         let older = json!({
             // GPT-2, GPT-J, OPT.
@@ -624,6 +623,8 @@ mod tests {
             "max_position_embeddings": 16, "ffn_dim": 12, "word_embed_proj_dim": 4,
         });
         config.as_object_mut().unwrap().extend(older.as_object().unwrap().clone());
+        config["linear_attn_config"] =
+            json!({"full_attn_layers": [2, 4], "kda_layers": [1, 3], "head_dim": 4, "num_heads": 2});
         if architecture.starts_with("Gemma4") {
             config["num_experts"] = json!(3);
         }

@@ -162,7 +162,10 @@ fn open(context: &Context, folder: &Path) -> Result<ExitStatus, Complaint> {
 
 fn count_anew(context: &Context, folder: &Path, asked: &ThresholdArgs) -> Result<ExitStatus, Complaint> {
     if asked.layer_fraction.is_none() && asked.position_fraction.is_none() && asked.threshold.is_none() {
-        return Err(Complaint::refused("no threshold was given", "give --layer-fraction, --position-fraction, or both"));
+        return Err(Complaint::refused(
+            "no threshold was given",
+            "give --layer-fraction, --position-fraction, or both",
+        ));
     }
     let run = whole(folder)?;
     let own = run.results.thresholds;

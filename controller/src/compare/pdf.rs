@@ -98,10 +98,8 @@ fn outline(path: &Path, transform: Transform, out: &mut String) {
             PathSegment::LineTo(to) => format!("{} l", place(to)),
             // PDF has cubic curves alone: the same curve, one degree higher.
             PathSegment::QuadTo(by, to) => {
-                let third = |end: Point| Point {
-                    x: end.x + 2.0 / 3.0 * (by.x - end.x),
-                    y: end.y + 2.0 / 3.0 * (by.y - end.y),
-                };
+                let third =
+                    |end: Point| Point { x: end.x + 2.0 / 3.0 * (by.x - end.x), y: end.y + 2.0 / 3.0 * (by.y - end.y) };
                 format!("{} {} {} c", place(third(last)), place(third(to)), place(to))
             }
             PathSegment::CubicTo(first, second, to) => {
@@ -133,7 +131,8 @@ mod tests {
     fn shapes_and_letters_stand_on_a_page_of_the_asked_width() {
         let text = String::from_utf8(pdf(SVG, 1.0).unwrap()).unwrap();
         assert!(text.starts_with("%PDF-1.4\n") && text.ends_with("%%EOF\n"));
-        for said in ["/MediaBox [0 0 72.000 36.000]", "1.000 0.000 0.000 rg", "0.000 0.000 1.000 RG", "3.000 w", " c\n"] {
+        for said in ["/MediaBox [0 0 72.000 36.000]", "1.000 0.000 0.000 rg", "0.000 0.000 1.000 RG", "3.000 w", " c\n"]
+        {
             assert!(text.contains(said), "{said}: {text}");
         }
         assert!(!text.contains("/Font") && !text.contains("/Image"));

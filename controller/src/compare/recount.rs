@@ -120,8 +120,7 @@ mod tests {
         for run in ["mixture", "dense"].map(Run::fixture) {
             for (layers, positions) in [(10.0, 1.0), (50.0, 6.0), (100.0, 25.0)] {
                 let own = run.results.thresholds;
-                let asked =
-                    Thresholds { layer_fraction: layers / 100.0, position_fraction: positions / 100.0, ..own };
+                let asked = Thresholds { layer_fraction: layers / 100.0, position_fraction: positions / 100.0, ..own };
                 let counted = recount(&run, asked).unwrap();
                 assert_eq!(counted.thresholds, asked);
                 assert_eq!(counted.verdicts[0].count, shares(&run.results, layers, positions) as f64);

@@ -373,10 +373,9 @@ mod tests {
 
     #[test]
     fn a_model_is_run_at_each_of_its_revisions() {
-        let survey = parsed(
-            "name = 's'\n[[model]]\nid = 'a/b'\nmin_vram = 80\nrevisions = ['step5-tokens1B', 'refs/pr/1']",
-        )
-        .unwrap();
+        let survey =
+            parsed("name = 's'\n[[model]]\nid = 'a/b'\nmin_vram = 80\nrevisions = ['step5-tokens1B', 'refs/pr/1']")
+                .unwrap();
         let entries: Vec<_> = survey.models.iter().map(|e| (e.name.as_str(), e.model.revision.as_str())).collect();
         assert_eq!(entries, [("a--b-step5-tokens1B", "step5-tokens1B"), ("a--b-refs--pr--1", "refs/pr/1")]);
         assert!(survey.models.iter().all(|e| e.model.model == "a/b" && e.want.min_vram == Some(80.0)));

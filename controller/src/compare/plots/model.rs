@@ -50,9 +50,17 @@ fn magnitudes(name: &str, title: &str, results: &Results) -> Option<Plot> {
     let high = |site: &outliers_protocol::SiteSummary| site.rows.map(|rows| rows.magnitude.p99_9);
     let (attention, mlp) = ((Place::BeforeAttention, Place::AfterMlp), (Place::BeforeMlp, Place::AfterAttention));
     let groups = [
-        curve("largest |x|, attention's norm", mark(Colour::First, true, true), norms(attention.0, attention.1, largest)),
+        curve(
+            "largest |x|, attention's norm",
+            mark(Colour::First, true, true),
+            norms(attention.0, attention.1, largest),
+        ),
         curve("largest |x|, MLP's norm", mark(Colour::Second, false, true), norms(mlp.0, mlp.1, largest)),
-        curve("99.9 % of |x|, attention's norm", mark(Colour::First, true, false), norms(attention.0, attention.1, high)),
+        curve(
+            "99.9 % of |x|, attention's norm",
+            mark(Colour::First, true, false),
+            norms(attention.0, attention.1, high),
+        ),
         curve("99.9 % of |x|, MLP's norm", mark(Colour::Second, false, false), norms(mlp.0, mlp.1, high)),
     ];
     let description = "The largest magnitude at each norm output, and the magnitude that 99.9 % of its values do not exceed, by layer.";

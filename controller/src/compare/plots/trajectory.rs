@@ -22,7 +22,7 @@ const MARKS: [Mark; 8] = [
 ];
 
 /// One curve per model that is there at two numbers of tokens seen, or more. `None` if there is no such model.
-pub fn trajectories(comparison: &Comparison) -> Option<Plot> {
+pub(super) fn trajectories(comparison: &Comparison) -> Option<Plot> {
     let mut curves: BTreeMap<String, Vec<Point>> = BTreeMap::new();
     for model in &comparison.models {
         let Some((name, tokens)) = seen(model) else { continue };
