@@ -262,11 +262,12 @@ impl Context {
     /// The way to rented hosts, which get a worker.
     pub fn hosts_for(&self, worker: &LocalWorker) -> SshHosts {
         let pushed = &worker.pushed().path;
+        let uses_gpus = worker.pushed().cuda.is_some();
         if worker.pushes_an_older_one() {
             let (old, new) = (pushed.display(), worker.path().display());
             self.reporter.say(&format!("{old} is older than {new}: `outliers worker build` makes it anew"));
         }
-        self.hosts(pushed)
+        self.hosts(pushed).using_gpus(uses_gpus)
     }
 
     /// The way to rented hosts, to which `worker` is pushed.

@@ -188,6 +188,8 @@ pub(crate) struct World {
     /// Offers whose hosts answer to nothing after the login: a look at them takes so long, and
     /// fails.
     pub(crate) drags: Vec<(String, Duration)>,
+    /// The worker here is one for CPUs.
+    pub(crate) without_cuda: bool,
     /// So many hosts let no program run.
     pub(crate) barred: u32,
     pub(crate) create_error: Option<BrokerErrorKind>,
@@ -611,6 +613,13 @@ impl Hosts for Fake {
     fn key(&self, folder: &Path) -> Result<String, HostError> {
         fs::write(folder.join("key"), "private").unwrap();
         Ok("ssh-fake AAAA".into())
+    }
+
+    fn serve(&self, want: &GpuRequest) -> Result<(), HostError> {
+        if !self.world.lock().unwrap().without_cuda || want.worker_cuda.is_none() {
+            return Ok(());
+        }
+        Err(HostError { transient: false, here: true, message: "built without CUDA".into(), hint: None })
     }
 
     fn forget(&self, folder: &Path) -> Result<(), HostError> {

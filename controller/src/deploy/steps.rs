@@ -67,6 +67,7 @@ impl Driver<'_> {
             return Err(StepError::End(ending));
         }
         let request = self.run.record().spec.request.clone();
+        self.ports.hosts.serve(&request).map_err(|error| StepError::End(host_failed(error)))?;
         let offered = match self.ports.clouds.offers(&request).await {
             Ok(offered) => offered,
             Err(error) => return self.try_again_broker(error, self.patience().settle).await,
@@ -319,9 +320,15 @@ impl Driver<'_> {
             (self.on)(DeployEvent::Talk(talk));
         };
         grace.begin("sending the worker");
+        self.ports.hosts.serve(&self.run.record().spec.request)?;
         host.push_worker(&on).await?;
         grace.begin("sending what the worker reads");
-        Ok(Some(self.push_inputs(host, run, &on).await?))
+        let mut job = self.push_inputs(host, run, &on).await?;
+        if self.run.record().spec.request.worker_cuda.is_some() && job.devices.is_empty() {
+            // By name: a worker that can use none of them fails, and does not compute on the CPU.
+            job.devices = (0..rental.offer.gpu_count).map(|index| format!("cuda:{index}")).collect();
+        }
+        Ok(Some(job))
     }
 
     /// Until the worker may start beside others of its batch; who waits is told for what, and for

@@ -770,6 +770,47 @@ async fn corpus_files_keep_the_endings_that_tell_their_formats() {
     assert_eq!(fake.world.lock().unwrap().pushed, expected);
 }
 
+/// A run for GPUs, on offers that have two.
+fn for_gpus(fake: &Fake, spec: &mut RunSpec) {
+    fake.set(|world| world.offers.iter_mut().for_each(|offer| offer.gpu_count = 2));
+    spec.request.worker_cuda = Some("11.8".parse().unwrap());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_worker_is_told_the_gpus_that_were_rented_for_it() {
+    let (fake, home) = (Fake::new(), home());
+    let record = with(|spec| for_gpus(&fake, spec), &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "for GPUs");
+    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    let metadata = Path::new(&record.state.results().unwrap().folder).join(files::METADATA);
+    let metadata: serde_json::Value = serde_json::from_slice(&std::fs::read(metadata).unwrap()).unwrap();
+    assert_eq!(metadata["job"]["devices"], serde_json::json!(["cuda:0", "cuda:1"]));
+}
+
+/// The worker may have been built anew since the run was planned.
+#[tokio::test(start_paused = true)]
+async fn a_run_for_gpus_that_is_picked_up_never_starts_a_worker_for_cpus() {
+    let begun = Fake::new();
+    let _ = with(|spec| for_gpus(&begun, spec), &begun, home().path()).await;
+    let effects = begun.world.lock().unwrap().effects.clone();
+    for killed_at in ["create", "push worker", "launch"] {
+        let (fake, home) = (Fake::new(), home());
+        let at = effects.iter().position(|effect| *effect == killed_at).unwrap() + 1;
+        fake.set(|world| world.armed = vec![(at, Fault::CrashBefore)]);
+        let ledger = Ledger::open(&home.path().join("state")).unwrap();
+        let mut wishes = spec(&home.path().join("results"));
+        for_gpus(&fake, &mut wishes);
+        drop(ledger.plan(&wishes).unwrap());
+        assert!(matches!(life(&fake, home.path()).await, Life::Killed), "{killed_at}");
+        fake.set(|world| world.without_cuda = true);
+        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{killed_at}") };
+        closed_and_clean(&fake, &record, killed_at);
+        let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+        assert!(trouble.kind == TroubleKind::Local && trouble.message.contains("without CUDA"), "{trouble:?}");
+        assert!(!record.events.iter().any(|entry| entry.event.word() == "launched"), "{killed_at}");
+    }
+}
+
 /// What another process finds: what has time left stays; then strays go, and an abandoned run is salvaged.
 #[tokio::test]
 async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
