@@ -131,7 +131,8 @@ impl<'a, L: LayerObserver> At<'a, L> {
                         of_beside = Some(beside.norm.apply(&beside.mlp.apply(&x)?)?);
                         x = beside.experts.apply(&batch.hidden)?;
                     }
-                    batch.mixture = Some(Mixture { out, x, routing, beside: of_beside });
+                    let pairs = routing.by_expert(moe.experts);
+                    batch.mixture = Some(Mixture { out, x, pairs, beside: of_beside });
                     Ok(())
                 })
             }
@@ -341,7 +342,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
             let (mut gathered, mut rows) = (Vec::new(), 0);
             for at in 0..batches.len() {
                 let mixture = batches[at].mixture.as_ref().ok_or_else(early)?;
-                if let Some(part) = ffn::gather(&mixture.x, &mixture.routing, expert)? {
+                if let Some(part) = ffn::gather(&mixture.x, &mixture.pairs, expert)? {
                     rows += part.rows.len();
                     gathered.push((at, part));
                 }
@@ -377,7 +378,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
             let batch = &mut batches[at];
             self.expert(expert, batch, &rows)?;
             let mixture = batch.mixture.take().ok_or_else(early)?;
-            let out = ffn::add_expert(mixture.out, &mixture.routing, &rows)?;
+            let out = ffn::add_expert(mixture.out, &mixture.pairs, &rows)?;
             batch.mixture = Some(Mixture { out, ..mixture });
         }
         Ok(())
