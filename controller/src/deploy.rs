@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::broker::{InstanceId, Offer};
 use crate::clouds::{Cloud, Patience};
 use crate::files;
-use crate::ledger::{LedgerError, RunRecord, RunWriter, now_ms};
+use crate::ledger::{LedgerError, RunRecord, RunWriter};
 use crate::local_worker::corpus_files;
 use crate::run::{Ending, Intent, RunEvent, RunState, Trouble, TroubleKind};
 use crate::settings::Span;
@@ -24,10 +24,8 @@ use crate::waiting::{Failed, told};
 mod bring;
 mod ending;
 #[cfg(test)]
-pub(crate) mod fake;
+mod fake;
 mod grace;
-#[cfg(test)]
-mod mutants;
 mod ports;
 mod recover;
 #[cfg(test)]
@@ -533,7 +531,8 @@ impl<'a> Driver<'a> {
         let whole = deadline.saturating_sub(Duration::from_millis(self.run.record().asked_at_ms()?));
         let reserve = (whole / 10).min(Duration::from_secs(300));
         let by_the_cloud = |now: u64| self.cloud().map_or(now, |cloud| cloud.time(now));
-        let now = Duration::from_secs(by_the_cloud(now_ms() / 1000)) + Duration::from_millis(now_ms() % 1000);
+        let now_ms = self.run.now_ms();
+        let now = Duration::from_secs(by_the_cloud(now_ms / 1000)) + Duration::from_millis(now_ms % 1000);
         Some(Instant::now() + deadline.saturating_sub(reserve).saturating_sub(now))
     }
 

@@ -24,7 +24,6 @@ pub mod keys;
 pub mod ledger;
 pub mod local_worker;
 pub mod market;
-pub mod mutant;
 pub mod output;
 pub mod reconcile;
 pub mod report;
