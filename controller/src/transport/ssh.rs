@@ -31,12 +31,10 @@ mod source;
 mod upload;
 
 pub use pin::HostKeyPin;
-#[cfg(fuzzing)]
-pub use sftp::read_over;
+pub use sftp::Sftp;
 
 use clock::Clock;
 use connect::{Client, Opened};
-use sftp::Sftp;
 use source::Source;
 use upload::{LANES, Press, Queue, Upload};
 
@@ -295,8 +293,7 @@ impl SshTransport {
         let Some(sftp) = self.sftp(link).await? else {
             return plain::read(&link.handle, remote, at, limit).await;
         };
-        let mut content = Vec::new();
-        Ok(sftp.download(remote, at, Limit::Cut(limit), &mut content).await?.map(|_| content))
+        sftp.read(remote, at, limit).await
     }
 }
 
