@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::broker::{InstanceId, Offer};
 use crate::clouds::{Cloud, Patience};
 use crate::files;
-use crate::ledger::{LedgerError, RunRecord, RunWriter};
+use crate::ledger::{LedgerError, RUN_FILE, RunRecord, RunWriter};
 use crate::local_worker::corpus_files;
 use crate::run::{Ending, Intent, RunEvent, RunState, Trouble, TroubleKind};
 use crate::settings::Span;
@@ -24,7 +24,7 @@ use crate::waiting::{Failed, told};
 mod bring;
 mod ending;
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 mod grace;
 mod ports;
 mod recover;
@@ -46,9 +46,6 @@ use grace::Grace;
 
 /// Name of the private key in a run's folder.
 pub const KEY_FILE: &str = "id_ed25519";
-
-/// Name of the run's own record in its results' folder.
-pub const RUN_FILE: &str = "run.json";
 
 /// How urgently a person wants it to end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 pub use reqwest::{Method, header};
 
-use crate::broker::{BrokerError, BrokerErrorKind};
+use crate::broker_error::{BrokerError, BrokerErrorKind};
 use crate::secret::Secret;
 use crate::text::{clean, clean_lines};
 use crate::waiting::{self, Failed};

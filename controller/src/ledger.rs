@@ -29,6 +29,9 @@ pub use repair::Repaired;
 /// Version of the tables and of what stands in them. An older program refuses a newer ledger.
 const SCHEMA: i64 = 4;
 
+/// Name of a run's own record in its results' folder.
+pub const RUN_FILE: &str = "run.json";
+
 /// Name of the SQLite file.
 const FILE: &str = "ledger.db";
 /// Name of the file beside it that holds the owner's name: it outlives the ledger, as instances do.

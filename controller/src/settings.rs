@@ -4,10 +4,8 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fmt;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use outliers_protocol::{ByteSize, Thresholds};
@@ -20,6 +18,8 @@ use crate::run::Watch;
 use crate::secret::Secret;
 use crate::text::toml_error;
 use crate::units::{Bytes, Fraction, Positive};
+
+pub use crate::units::Span;
 
 /// Every environment variable this program reads, beside the clouds' keys ([`CloudKind::key_variable`], or the variable that the
 /// settings name).
@@ -519,67 +519,6 @@ impl SettingsError {
             Self::Wrong { .. } => "config/outliers.toml shows every setting with its default".to_owned(),
             Self::NoSuchBroker { .. } => format!("built in: {}", known_brokers()),
             Self::NoState { .. } => format!("set HOME to your folder, or {} to another", variables::STATE),
-        }
-    }
-}
-
-/// A time as people write it: `90s`, `5m`, `1h30m`, `2d`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub struct Span(pub Duration);
-
-impl FromStr for Span {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("`{text}` is not a time: write 90s, 5m, 1h30m or 2d");
-        let mut seconds: u64 = 0;
-        let mut rest = text.trim();
-        if rest.strip_prefix('-').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())) {
-            return Err("it must be positive: write 90s, 5m, 1h30m or 2d".to_owned());
-        }
-        if rest.is_empty() {
-            return Err(wrong());
-        }
-        while !rest.is_empty() {
-            let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
-            let number: u64 = rest[..digits].parse().map_err(|_| wrong())?;
-            let unit = match rest.as_bytes()[digits] {
-                b's' => 1,
-                b'm' => 60,
-                b'h' => 3600,
-                b'd' => 86_400,
-                _ => return Err(wrong()),
-            };
-            seconds = number.checked_mul(unit).and_then(|n| seconds.checked_add(n)).ok_or_else(wrong)?;
-            rest = &rest[digits + 1..];
-        }
-        // Deadlines are added to clocks: a century is enough for everybody.
-        if seconds == 0 || seconds > 100 * 365 * 86_400 {
-            return Err(wrong());
-        }
-        Ok(Self(Duration::from_secs(seconds)))
-    }
-}
-
-impl TryFrom<String> for Span {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl fmt::Display for Span {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let seconds = self.0.as_secs();
-        if seconds < 10 {
-            return write!(f, "{:.1} s", self.0.as_secs_f64());
-        }
-        match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
-            (0, 0, s) => write!(f, "{s} s"),
-            (0, m, s) => write!(f, "{m} min {s:02} s"),
-            (h, m, _) => write!(f, "{h} h {m:02} min"),
         }
     }
 }

@@ -393,7 +393,7 @@ mod tests {
 
     use super::super::fixture::{change, copy};
     use super::*;
-    use crate::deploy::RUN_FILE;
+    use crate::ledger::RUN_FILE;
 
     fn mixture() -> (tempfile::TempDir, PathBuf) {
         let home = tempfile::tempdir().unwrap();

@@ -10,9 +10,9 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::RUN_FILE;
 use crate::files::{MOST, digest, is_plain_name, read_small, rename_folder};
 use crate::host::unfinished;
+use crate::ledger::RUN_FILE;
 use crate::run::{Brought, Ending, RunSpec, Trouble, TroubleKind};
 
 /// Where a run's files come to lie. Three names, so that a reader can trust the first.

@@ -18,8 +18,7 @@ use russh::client::Handle;
 use russh::keys::{PrivateKey, load_secret_key};
 use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 
-use super::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind};
-use crate::broker::SshEndpoint;
+use super::{ExecOutput, SendRequest, SshEndpoint, Transport, TransportError, TransportErrorKind};
 
 mod clock;
 mod connect;
