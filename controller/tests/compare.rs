@@ -196,7 +196,7 @@ fn the_page_of_a_result_is_handed_to_the_browser() {
 #[test]
 fn the_page_can_be_read_in_a_browser_on_a_phone_and_on_a_desk_by_day_and_by_night() {
     let Some(browser) = Browser::find() else {
-        eprintln!("skipped: no Chromium is installed");
+        outliers_tests::not_checked("no Chromium is installed");
         return;
     };
     let desk = desk();
