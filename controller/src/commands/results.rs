@@ -88,8 +88,31 @@ fn list(context: &Context) -> Result<ExitStatus, Complaint> {
         perplexity: model.perplexity.map(|perplexity| perplexity.value),
     });
     let list = List { schema: SCHEMA, results: listed.collect() };
-    context.reporter.result(&list, || tables::listed_results(&list.results));
+    context.reporter.result(&list, || in_words(&list.results));
     Ok(ExitStatus::Done)
+}
+
+fn in_words(results: &[Listed]) -> String {
+    if results.is_empty() {
+        return "no results yet\n".to_owned();
+    }
+    let mut table = tables::table(&["model", "tokens", "features", "perplexity", "result", "folder"]);
+    let optional = |text: Option<String>| tables::number(text.unwrap_or_else(|| "-".to_owned()));
+    for result in results {
+        table.add_row([
+            tables::name(&result.model),
+            optional(result.tokens.map(|[sequences, of]| format!("{sequences} x {of}"))),
+            optional(result.count.map(|count| count.to_string())),
+            optional(result.perplexity.map(|perplexity| format!("{perplexity:.4}"))),
+            tables::text(&match &result.standing {
+                Standing::Complete => "complete".to_owned(),
+                Standing::Imported { .. } => "imported".to_owned(),
+                Standing::Unusable(why) => why.clone(),
+            }),
+            tables::text(&result.folder.display().to_string()),
+        ]);
+    }
+    format!("{table}\nfeatures: systematic ones, unique, by layers\n")
 }
 
 /// The folder of a result: a path, the beginning of its run's id or the name of its folder, or `last`.

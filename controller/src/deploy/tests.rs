@@ -797,7 +797,7 @@ async fn a_run_for_gpus_that_is_picked_up_never_starts_a_worker_for_cpus() {
         let (fake, home) = (Fake::new(), home());
         let at = effects.iter().position(|effect| *effect == killed_at).unwrap() + 1;
         fake.set(|world| world.armed = vec![(at, Fault::CrashBefore)]);
-        let ledger = Ledger::open(&home.path().join("state")).unwrap();
+        let ledger = open_ledger(&home.path().join("state"));
         let mut wishes = spec(&home.path().join("results"));
         for_gpus(&fake, &mut wishes);
         drop(ledger.plan(&wishes).unwrap());

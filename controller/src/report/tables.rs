@@ -8,8 +8,6 @@ use outliers_protocol::{FeaturePeak, Inspection, Reading, Results, Sided, Weight
 
 use super::beyond::beyond;
 use crate::broker::{Capabilities, Instance, InstanceId, InstanceState, Offer};
-use crate::commands::results::Listed;
-use crate::compare::comparison::Standing::{Complete, Imported, Unusable};
 use crate::estimate::Work;
 use crate::ledger::{RunRecord, now_ms};
 use crate::market::{self, Step};
@@ -102,30 +100,6 @@ pub fn results(model: &str, results: &Results, weights: Option<&WeightVerificati
     }
     out += &features(results);
     out + &beyond(results)
-}
-
-/// Results that are at home.
-pub fn listed_results(results: &[Listed]) -> String {
-    if results.is_empty() {
-        return "no results yet\n".to_owned();
-    }
-    let mut table = table(&["model", "tokens", "features", "perplexity", "result", "folder"]);
-    let optional = |text: Option<String>| number(text.unwrap_or_else(|| "-".to_owned()));
-    for result in results {
-        table.add_row([
-            name(&result.model),
-            optional(result.tokens.map(|[sequences, of]| format!("{sequences} x {of}"))),
-            optional(result.count.map(|count| count.to_string())),
-            optional(result.perplexity.map(|perplexity| format!("{perplexity:.4}"))),
-            text(&match &result.standing {
-                Complete => "complete".to_owned(),
-                Imported { .. } => "imported".to_owned(),
-                Unusable(why) => why.clone(),
-            }),
-            text(&result.folder.display().to_string()),
-        ]);
-    }
-    format!("{table}\nfeatures: systematic ones, unique, by layers\n")
 }
 
 fn features(results: &Results) -> String {
