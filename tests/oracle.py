@@ -36,7 +36,7 @@ TOLERANCES = {"qwen3_next": 3e-4, "opt_350m": 2e-4}
 # The data from which the worker reads a config.json, and the model types of its families.
 CLASSES = HERE.parent / "worker" / "src" / "arch" / "config" / "classes.json"
 MODEL_TYPES = ["afmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "gemma3", "gemma4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt2", "gpt_oss", "gptj", "kimi_k25", "kimi_linear", "llama", "llama4",
-               "minimax_m2", "mixtral", "olmoe", "opt", "qwen2", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3_next"]
+               "minimax_m2", "mixtral", "nemotron_h", "olmoe", "opt", "qwen2", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3_next"]
 
 # Latent attention with less in it.
 NARROW = {"hidden_size": 64, "q_lora_rank": 24, "kv_lora_rank": 32, "intermediate_size": 72}
@@ -103,12 +103,16 @@ FIXTURES = {
     "qwen3-5": ("qwen3_5", 34, {}, {"num_hidden_layers": 2, "layer_types": IN_TURN}),
     "qwen3-5-moe": ("qwen3_5_moe", 35, {}, {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "layer_types": IN_TURN}),
     "qwen3-5-moe-fp8": ("qwen3_5_moe_fp8", 36, {}, {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "layer_types": IN_TURN}),
+    "nemotron-h": ("nemotron_h", 45, {}, {"hybrid_override_pattern": "ME*M", "num_hidden_layers": 4, "n_routed_experts": 5,
+                                          "num_experts_per_tok": 2}),
+    "nemotron-h-latent": ("nemotron_h_latent", 46, {}, {"hybrid_override_pattern": "ME*-", "num_hidden_layers": 4, "n_routed_experts": 5,
+                                                        "num_experts_per_tok": 2}),
     "kimi-linear": ("kimi_linear", 44, {"tokenizer_json": False},
                     {"num_hidden_layers": 3, "num_experts": 5, "num_experts_per_token": 2, "linear_attn_config": {
                         "full_attn_layers": [2], "kda_layers": [1, 3], "head_dim": 16, "num_heads": 3, "short_conv_kernel_size": 4}}),
 }
 # The chunks of DeltaNet are 64 tokens long; windows and attention chunks here are 16.
-FIXTURE_TOKENS = {"kimi-linear": 72, "qwen3-next": 72}
+FIXTURE_TOKENS = {"kimi-linear": 72, "nemotron-h": 72, "qwen3-next": 72}
 
 # Shapes beside the two presets: one expert, all experts, a head of the other kind, head counts that do not divide the hidden size.
 ONE = {"num_experts": 1, "num_experts_per_tok": 1}
@@ -605,7 +609,7 @@ def described(of, base):
     from dataclasses import MISSING, fields
 
     own = [field for field in fields(of) if field.name not in base]
-    default = lambda field: None if field.default is MISSING else field.default
+    default = lambda field: None if field.default is MISSING or "inf" in str(field.default) else field.default
     said = {
         "model_type": of.model_type,
         "attributes": {field.name: default(field) for field in own},

@@ -70,6 +70,7 @@ families! {
     llama4,
     minimax_m2,
     mixtral,
+    nemotron_h,
     olmoe,
     opt,
     qwen2,
@@ -354,6 +355,7 @@ fn ffn_like_deepseek(config: &Config<'_>, sparse: bool) -> Result<FfnSpec> {
         },
         shared,
         beside: None,
+        latent: None,
     };
     Ok(if sparse { FfnSpec::Moe(moe) } else { FfnSpec::Dense(dense) })
 }
@@ -479,7 +481,6 @@ const LACKING: &[(&str, &str)] = &[
     ("Jamba", "Mamba layers"),
     ("KimiK3", "experts in a latent space, attention to residuals of earlier layers, and another activation"),
     ("Longcat", "experts that do nothing, and two attentions in a layer"),
-    ("NemotronH", "Mamba-2 layers, and layers that have a mixer or an MLP alone"),
     ("Qwen4Exp", "a table of n-grams beside the embedding, and attention to selected keys"),
 ];
 
@@ -563,6 +564,11 @@ fn unsound_mixer(mixer: &MixerSpec) -> Option<String> {
             let sound = sound && (!d.decays_channels() || d.value_heads == d.key_heads);
             (!sound).then(|| format!("{} value heads over {} key heads", d.value_heads, d.key_heads))
         }
+        MixerSpec::Mamba(m) => {
+            let sound = evenly(m.heads, m.groups) && m.head_dim > 0 && m.state > 0 && m.kernel > 0;
+            (!sound).then(|| format!("{} Mamba heads in {} groups", m.heads, m.groups))
+        }
+        MixerSpec::None => None,
     }
 }
 
@@ -670,7 +676,6 @@ mod tests {
             ("DbrxForCausalLM", "LayerNorm"),
             ("JambaForCausalLM", "Mamba"),
             ("Grok1ModelForCausalLM", "capped"),
-            ("NemotronHForCausalLM", "Mamba-2"),
         ] {
             let error = read(&json!({"architectures": [name]})).map(|_| ()).unwrap_err();
             assert_eq!(error.kind(), FailureKind::Unsupported);

@@ -229,7 +229,7 @@ fn gates(
 }
 
 /// `ln(1 + e^x)`, as `max(x, 0) + ln(1 + e^-|x|)`: never overflows.
-fn softplus(x: &Tensor) -> Result<Tensor> {
+pub(crate) fn softplus(x: &Tensor) -> Result<Tensor> {
     x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?
 }
 

@@ -39,7 +39,11 @@ impl MlpWeights {
         let inner = match &self.widening {
             Widening::Up(up) => {
                 let up = up.apply(x)?;
-                if self.kind == MlpKind::Relu { up.relu()? } else { up.gelu()? }
+                match self.kind {
+                    MlpKind::Relu => up.relu()?,
+                    MlpKind::ReluSquared => up.relu()?.sqr()?,
+                    _ => up.gelu()?,
+                }
             }
             Widening::Separate { gate, up } => fused::gated(gate.apply(x)?, &up.apply(x)?, self.gate())?,
             Widening::Joined(both) => fused::gated_joined(&both.apply(x)?, self.is_interleaved(), self.gate())?,
@@ -51,14 +55,14 @@ impl MlpWeights {
         match self.kind {
             MlpKind::ClampedSwiglu { limit, alpha, .. } => Gate::Clamped { limit: limit as f32, alpha: alpha as f32 },
             MlpKind::Geglu(_) => Gate::GeluTanh,
-            MlpKind::Relu | MlpKind::GeluTanh | MlpKind::Swiglu(_) => Gate::Silu,
+            MlpKind::Relu | MlpKind::ReluSquared | MlpKind::GeluTanh | MlpKind::Swiglu(_) => Gate::Silu,
         }
     }
 
     fn is_interleaved(&self) -> bool {
         let stored = match self.kind {
             MlpKind::Swiglu(stored) | MlpKind::Geglu(stored) | MlpKind::ClampedSwiglu { stored, .. } => stored,
-            MlpKind::Relu | MlpKind::GeluTanh => return false,
+            MlpKind::Relu | MlpKind::ReluSquared | MlpKind::GeluTanh => return false,
         };
         stored == GateUp::Interleaved
     }

@@ -27,6 +27,7 @@ pub mod hub;
 pub mod inspect;
 pub mod loader;
 pub mod meter;
+pub mod mamba;
 pub mod mla;
 pub mod model;
 mod noise;

@@ -14,12 +14,13 @@ use crate::delta_net::delta_net;
 use crate::error::{Result, WorkerError};
 use crate::ffn::{self, Beside, ExpertRows, Gathered, MlpWeights, Router, Routing, SharedWeights};
 use crate::fused;
+use crate::mamba::mamba;
 use crate::meter::{Clock, Subject, Work};
 use crate::mla::latent_attention;
 use crate::norm::Norm;
 use crate::rope::{RopeSpec, RopeTable};
 use crate::stats::{LayerObserver, Site};
-use crate::weights::{MixerWeights, UnitTensors, on, zeros_like};
+use crate::weights::{Linear, MixerWeights, UnitTensors, on, zeros_like};
 
 /// A unit's weights, ready for any number of micro-batches.
 pub(super) enum Block {
@@ -28,7 +29,13 @@ pub(super) enum Block {
     /// Of [`Part::Dense`].
     Dense { norm: Option<Norm>, weights: MlpWeights, closing: Closing },
     /// Of [`Part::Router`].
-    Router { norm: Option<Norm>, router: Router, shared: Option<SharedWeights>, beside: Option<Beside> },
+    Router {
+        norm: Option<Norm>,
+        router: Router,
+        shared: Option<SharedWeights>,
+        beside: Option<Beside>,
+        latent: Option<Linear>,
+    },
     /// Of [`Part::Experts`].
     Experts { group: Range<usize>, weights: Vec<MlpWeights>, closing: Closing },
 }
@@ -37,6 +44,8 @@ pub(super) enum Block {
 pub(super) struct Closing {
     /// Of what experts add up to, before the MLP beside them is added.
     experts: Option<Norm>,
+    /// Out of the experts' space, before what is beside them is added.
+    latent: Option<Linear>,
     /// Of the feed-forward's output.
     output: Option<Norm>,
     /// Multiplies the residual stream, `[1]`.
@@ -47,6 +56,7 @@ impl Closing {
     fn take(tensors: &mut UnitTensors, norm: NormSpec) -> Result<Self> {
         Ok(Self {
             experts: tensors.norm_if_there(norm, Role::ExpertsPostNorm)?,
+            latent: tensors.linear_if_there(Role::LatentUp),
             output: tensors.norm_if_there(norm, Role::FfnPostNorm)?,
             scalar: tensors.take_if_there(Role::LayerScalar),
         })
@@ -95,7 +105,8 @@ impl<'a, L: LayerObserver> At<'a, L> {
             (Part::Router, FfnSpec::Moe(moe)) => {
                 let norm = self.ffn_norm(tensors)?;
                 let (router, shared) = tensors.router(moe)?;
-                Block::Router { norm, router, shared, beside: tensors.beside(moe, self.spec.norm)? }
+                let latent = tensors.linear_if_there(Role::LatentDown);
+                Block::Router { norm, router, shared, beside: tensors.beside(moe, self.spec.norm)?, latent }
             }
             (Part::Experts(group), FfnSpec::Moe(moe)) => {
                 let weights = group.clone().map(|expert| tensors.expert(moe.expert, expert));
@@ -118,18 +129,22 @@ impl<'a, L: LayerObserver> At<'a, L> {
                 let out = weights.apply(&x)?;
                 at.after_ffn(batch, norm.as_ref(), closing, out)
             }),
-            Block::Router { norm, router, shared, beside } => {
+            Block::Router { norm, router, shared, beside, latent } => {
                 let moe = self.moe()?;
                 self.each(Work::FeedForward, wave, |at, batch| {
                     let mut x = at.before_ffn(batch, norm.as_ref())?;
                     let routed = if beside.is_some() { &batch.hidden } else { &x };
                     let routing = ffn::route(moe.router, moe.top_k, router, routed)?;
                     at.routed(batch, &routing)?;
-                    let out = shared.as_ref().map_or_else(|| zeros_like(&x), |shared| shared.apply(&x))?;
+                    let mut out = shared.as_ref().map_or_else(|| zeros_like(&x), |shared| shared.apply(&x))?;
                     let mut of_beside = None;
                     if let Some(beside) = beside {
                         of_beside = Some(beside.norm.apply(&beside.mlp.apply(&x)?)?);
                         x = beside.experts.apply(&batch.hidden)?;
+                    }
+                    if let Some(latent) = latent {
+                        x = latent.apply(&x)?;
+                        of_beside = Some(std::mem::replace(&mut out, zeros_like(&x)?));
                     }
                     let pairs = routing.by_expert(moe.experts);
                     batch.mixture = Some(Mixture { out, x, pairs, beside: of_beside });
@@ -213,13 +228,14 @@ impl<'a, L: LayerObserver> At<'a, L> {
         self.show(Point::AttentionOut, batch, &out)?;
         batch.hidden = fused::sum(out, &batch.hidden)?;
         batch.shared_norm = (self.spec.order == NormOrder::Shared).then_some(x);
-        Ok(())
+        if self.spec.has_ffn() { Ok(()) } else { self.show(Point::Residual, batch, &batch.hidden) }
     }
 
     /// What the mixer makes of an arm's input. Of the whole input it is also looked at how sharp attention is, here and with what each
     /// arm takes away from it.
     fn mixed(&mut self, arm: usize, weights: &MixerWeights, table: Option<&RopeTable>, x: &Tensor) -> Result<Tensor> {
-        if arm > 0 || self.masks.is_empty() || matches!(self.spec.mixer, MixerSpec::DeltaNet(_)) {
+        let attends = !matches!(self.spec.mixer, MixerSpec::DeltaNet(_) | MixerSpec::Mamba(_));
+        if arm > 0 || self.masks.is_empty() || !attends {
             return self.mixer(weights, table, x, None);
         }
         let whole = Cell::default();
@@ -263,6 +279,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
                 latent_attention(spec, weights, table, x, n, watched)?
             }
             (MixerSpec::DeltaNet(spec), MixerWeights::DeltaNet(weights), _) => delta_net(spec, weights, x, n)?,
+            (MixerSpec::Mamba(spec), MixerWeights::Mamba(weights), _) => mamba(spec, weights, x, n)?,
             (spec, ..) => return Err(WorkerError::internal(format!("other weights than those of {spec:?}"))),
         })
     }
@@ -356,6 +373,9 @@ impl<'a, L: LayerObserver> At<'a, L> {
             for batch in batches {
                 let Mixture { out, beside, .. } = batch.mixture.take().ok_or_else(early)?;
                 let mut out = normed(closing.experts.as_ref(), out)?;
+                if let Some(latent) = &closing.latent {
+                    out = latent.apply(&out)?;
+                }
                 if let Some(beside) = beside {
                     out = fused::sum(out, &beside)?;
                 }
