@@ -161,9 +161,11 @@ ODD = {
     "glm_moe_dsa_fp8": [{"v_head_dim": 10}],
     "kimi_linear": [{"num_experts": 5, "num_experts_per_token": 5}, {"q_lora_rank": 24, "v_head_dim": 10},
                     {"num_expert_group": 4, "topk_group": 2}],
+    "nemotron_h": [TIED, ROUTED, {"n_groups": 1, "use_conv_bias": False}],
+    "nemotron_h_latent": [ROUTED, {"n_group": 4, "topk_group": 2}],
 }
 # Families whose configurations are walked over, key by key: one of each class.
-WALKED = ["afmoe", "kimi_linear", "deepseek_v2", "gemma3", "gemma3_text", "gemma4", "qwen3_5", "qwen3_5_moe", "minimax_m2", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "olmoe", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next", "llama4_scout", "llama4_maverick", "deepseek_v3", "gpt2", "opt",
+WALKED = ["afmoe", "kimi_linear", "nemotron_h", "deepseek_v2", "gemma3", "gemma3_text", "gemma4", "qwen3_5", "qwen3_5_moe", "minimax_m2", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "olmoe", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next", "llama4_scout", "llama4_maverick", "deepseek_v3", "gpt2", "opt",
           "gptj", "llama", "qwen3", "qwen2"]
 
 

@@ -76,6 +76,7 @@ const MIXER_INPUTS: &[Role] = &[
     Role::DeltaStep,
     Role::DeltaGateDown,
     Role::DeltaStepDown,
+    Role::MambaInput,
     Role::OutputGate,
 ];
 const FFN_INPUTS: &[Role] = &[
@@ -90,6 +91,7 @@ const FFN_INPUTS: &[Role] = &[
     Role::ExpertGate,
     Role::ExpertUp,
     Role::ExpertGateUp,
+    Role::LatentDown,
 ];
 
 /// Grows feature `dim` at every norm and shrinks the columns that read it: the function stays, the feature's values grow.

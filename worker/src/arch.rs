@@ -594,8 +594,8 @@ mod tests {
     use super::*;
     use crate::decoder::Need;
 
-    /// Families whose heads' widths have names of their own, and that have no biases.
-    const LATENT: [&str; 7] = [
+    /// Families that have no biases, most of them with names of their own for the widths of heads.
+    const LATENT: [&str; 8] = [
         "DeepseekV2ForCausalLM",
         "DeepseekV3ForCausalLM",
         "DeepseekV32ForCausalLM",
@@ -603,6 +603,7 @@ mod tests {
         "GlmMoeDsaForCausalLM",
         "KimiK25ForConditionalGeneration",
         "KimiLinearForCausalLM",
+        "NemotronHForCausalLM",
     ];
 
     /// Keys of all families, with switches that ask for as many tensors as a family knows.
@@ -633,6 +634,9 @@ mod tests {
             json!({"full_attn_layers": [2, 4], "kda_layers": [1, 3], "head_dim": 4, "num_heads": 2});
         if architecture.starts_with("Gemma4") {
             config["num_experts"] = json!(3);
+        }
+        if architecture.starts_with("Nemotron") {
+            config["sliding_window"] = Value::Null;
         }
         config["text_config"] = config.clone();
         config

@@ -592,7 +592,7 @@ impl DecoderSpec {
     pub fn sites(&self) -> Vec<Site> {
         let of = |(layer, spec): (usize, &LayerSpec)| {
             let points = spec.order.points().iter().enumerate();
-            let there = points.filter(|(norm, _)| if *norm == 0 { spec.has_mixer() } else { spec.has_ffn() });
+            let there = points.filter(move |(norm, _)| if *norm == 0 { spec.has_mixer() } else { spec.has_ffn() });
             there.map(move |(_, &point)| Site { layer, point })
         };
         self.layers.iter().enumerate().flat_map(of).collect()

@@ -150,7 +150,9 @@ mod tests {
                     let left = decay[head][t][0].exp();
                     row.iter_mut().zip(&written[head][t]).for_each(|(s, x)| *s = left * *s + b * x);
                 }
-                let read = |column: usize| state.iter().zip(&reads[head][t]).map(|(row, c)| row[column] * c).sum();
+                let read = |column: usize| -> f64 {
+                    state.iter().zip(&reads[head][t]).map(|(row, c)| row[column] * c).sum()
+                };
                 (0..written[head][t].len()).map(read).collect::<Vec<f64>>()
             };
             (0..written[head].len()).map(token).collect::<Vec<_>>()
@@ -200,6 +202,6 @@ mod tests {
         let x = tensor(&[1.0, 2.0, 3.0, 4.0]).reshape((4, 1)).unwrap();
         let got = convolved(&spec, &weights, &x, 2).unwrap();
         let silu = |v: f64| vec![v / (1.0 + (-v).exp())];
-        assert_close(&got, &[1.5, 12.5, 3.5, 34.5].map(silu), 1e-6);
+        assert_close(&got, &[1.5, 12.5, 3.5, 34.5].map(silu).to_vec(), 1e-6);
     }
 }

@@ -72,7 +72,13 @@ const NAMES: Names = Names {
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect("mlp_hidden_act", &["relu2".into()])?;
     config.expect("mamba_hidden_act", &["silu".into()])?;
-    config.expect("sliding_window", &[])?;
+    config.expect("sliding_window", &[Value::Null])?;
+    // Older names of settings, which the class takes over.
+    for key in ["mamba_n_groups", "mamba_d_conv", "mamba_dt_min", "mamba_conv_bias"] {
+        if config.has(key) {
+            return Err(unsupported(format!("a setting under its older name {key}")));
+        }
+    }
     for key in ["attention_bias", "mlp_bias", "residual_in_fp32", "use_bias"] {
         config.expect_flag(key, false)?;
     }
