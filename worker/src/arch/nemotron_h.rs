@@ -23,7 +23,10 @@ pub(super) const FAMILY: Family = Family {
         ("training alone uses it", &["hidden_dropout", "rescale_prenorm_residual", "time_step_floor", "time_step_max"]),
         ("it says how Python runs the model", &["chunk_size", "mamba_ssm_cache_dtype", "use_mamba_kernels"]),
         ("it says how Python runs the model", &["moe_shared_expert_overlap", "num_logits_to_keep"]),
-        ("the class does not read it", &["expand", "mamba_proj_bias", "n_shared_experts", "norm_eps", "time_step_limit"]),
+        (
+            "the class does not read it",
+            &["expand", "mamba_proj_bias", "n_shared_experts", "norm_eps", "time_step_limit"],
+        ),
         ("nothing is rotated", &["partial_rotary_factor", "rope_scaling", "rope_theta"]),
         (
             "layers that predict later tokens are not part of the main stack",

@@ -125,6 +125,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
                 at.mix(batch, norm, after.as_ref(), weights, table.as_deref())
             }),
             Block::Dense { norm, weights, closing } => self.each(Work::FeedForward, wave, |at, batch| {
+                batch.hidden = on(&batch.hidden, at.device)?;
                 let x = at.before_ffn(batch, norm.as_ref())?;
                 let out = weights.apply(&x)?;
                 at.after_ffn(batch, norm.as_ref(), closing, out)
@@ -132,6 +133,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
             Block::Router { norm, router, shared, beside, latent } => {
                 let moe = self.moe()?;
                 self.each(Work::FeedForward, wave, |at, batch| {
+                    batch.hidden = on(&batch.hidden, at.device)?;
                     let mut x = at.before_ffn(batch, norm.as_ref())?;
                     let routed = if beside.is_some() { &batch.hidden } else { &x };
                     let routing = ffn::route(moe.router, moe.top_k, router, routed)?;
