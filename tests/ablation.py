@@ -112,7 +112,11 @@ def attention(torch, hf, model, ids, masks):
 
     for layer, block in enumerate(hf.layers_of(model)):
         module = getattr(block, "self_attn", getattr(block, "attn", None))
-        if module is not None:
+        # Nemotron-H calls every block so.
+        if type(getattr(block, "mixer", None)).__name__.endswith("Attention"):
+            module = block.mixer
+        # Kimi Linear calls a DeltaNet so, too.
+        if module is not None and getattr(block, "block_type", None) != "linear_attention":
             handles.append(module.register_forward_hook(look(layer), with_kwargs=True))
     model(input_ids=ids, use_cache=False)
     for handle in handles:

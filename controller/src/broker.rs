@@ -13,6 +13,9 @@ use crate::gpu::{self, Form};
 use crate::http::Http;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
 
+pub use crate::broker_error::{BrokerError, BrokerErrorKind};
+pub use crate::transport::SshEndpoint;
+
 pub mod local;
 mod wire;
 
@@ -435,61 +438,4 @@ pub enum InstanceState {
     /// What the cloud shows of it cannot be read, for this reason. Its name is empty where that is why, and so is
     /// its id: then it may be any instance.
     Unreadable(String),
-}
-
-/// Where an instance's SSH server listens.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SshEndpoint {
-    /// Host name or address.
-    pub host: String,
-    /// Port.
-    pub port: u16,
-    /// User to log in as.
-    pub user: String,
-}
-
-impl fmt::Display for SshEndpoint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}@{}:{}", self.user, self.host, self.port)
-    }
-}
-
-/// Why a broker call did not give what was asked for.
-#[derive(Clone, Debug, thiserror::Error)]
-#[error("{broker}: {message}")]
-pub struct BrokerError {
-    /// Which cloud.
-    pub broker: &'static str,
-    /// What a caller may do about it.
-    pub kind: BrokerErrorKind,
-    /// The cloud's own words where there are any. Never a key.
-    pub message: String,
-}
-
-impl BrokerError {
-    /// What a person may do about it, where something can be done.
-    pub fn hint(&self) -> Option<String> {
-        matches!(self.kind, BrokerErrorKind::Auth).then(|| format!("check the key for {}", self.broker))
-    }
-}
-
-/// What a caller may do about a failed call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BrokerErrorKind {
-    /// This offer cannot be had now: try the next.
-    NoCapacity,
-    /// Asked too often.
-    RateLimited,
-    /// The key is missing, wrong, or not allowed to.
-    Auth,
-    /// No funds, or a limit of the account.
-    Budget,
-    /// No such thing.
-    NotFound,
-    /// The request itself is wrong.
-    Rejected,
-    /// The cloud did not take the request.
-    Unavailable,
-    /// It may have happened: list by tag before anything else.
-    Maybe,
 }

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use outliers_protocol::{Ablate, ByteSize, Dataset, Measurement, SiteKinds, Weights};
+use outliers_protocol::{Ablate, ByteSize, Dataset, Measurement, SiteKinds, Thresholds, Weights};
 use serde::Deserialize;
 
 use crate::settings::Span;
-use crate::units::{CudaVersion, Positive};
+use crate::units::{CudaVersion, Fraction, PlotWidth, Positive};
 
 /// How outlier features survive in mixture-of-experts models: rents an instance, runs the worker on it, brings the results
 /// home, ends the rental.
@@ -129,6 +129,11 @@ pub enum Command {
     /// Example: outliers runs show last
     #[command(subcommand)]
     Runs(RunsCommand),
+    /// Look at results again, open their page, or count by other shares of layers and positions.
+    ///
+    /// Example: outliers results show last
+    #[command(subcommand)]
+    Results(ResultsCommand),
     /// Look at instances, or end one.
     ///
     /// Example: outliers instances list
@@ -309,6 +314,37 @@ pub struct JobArgs {
     /// Draws the others by this [default: 0].
     #[arg(long, value_name = "SEED", value_parser = whole::<u64>, allow_negative_numbers = true, requires = "ablate")]
     pub ablate_seed: Option<u64>,
+    /// What reports call the model, and the folder of its results [default: as --model has it].
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// When a feature counts.
+    #[command(flatten)]
+    pub thresholds: ThresholdArgs,
+}
+
+/// When a value is an outlier, and when a feature is systematic.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct ThresholdArgs {
+    /// |x| from which a value is an outlier [default: settings, else 6].
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub threshold: Option<Positive>,
+    /// Least share of layers of a systematic feature, up to 1 [default: settings, else 0.25].
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    pub layer_fraction: Option<Fraction>,
+    /// Least share of sequence positions of a systematic feature, up to 1 [default: settings, else 0.06].
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    pub position_fraction: Option<Fraction>,
+}
+
+impl ThresholdArgs {
+    /// These thresholds where they were typed, else those.
+    pub fn over(&self, others: Thresholds) -> Thresholds {
+        Thresholds {
+            magnitude: self.threshold.map_or(others.magnitude, |threshold| threshold.get() as f32),
+            layer_fraction: self.layer_fraction.map_or(others.layer_fraction, Fraction::get),
+            position_fraction: self.position_fraction.map_or(others.position_fraction, Fraction::get),
+        }
+    }
 }
 
 /// Whether each window starts with the BOS token.
@@ -494,6 +530,34 @@ pub enum RunsCommand {
     },
 }
 
+/// `results`.
+#[derive(Subcommand, Debug)]
+pub enum ResultsCommand {
+    /// All results below the results' folder, with their counts.
+    List,
+    /// The tables of one result.
+    Show {
+        /// The beginning of its run's id, its folder, or `last`: the one written last.
+        run: String,
+    },
+    /// The page of one result, in a browser. It is written into the result's folder.
+    Open {
+        /// The beginning of its run's id, its folder, or `last`: the one written last.
+        run: String,
+    },
+    /// Count by other shares of layers and positions, from what the run stored. Nothing is run and nothing is written.
+    ///
+    /// Example: outliers results recount last --layer-fraction 0.5
+    Recount {
+        /// The beginning of its run's id, its folder, or `last`: the one written last.
+        run: String,
+        /// The shares; those of the run where none is given. Another --threshold than the run's is refused: what reaches it
+        /// is not stored.
+        #[command(flatten)]
+        thresholds: ThresholdArgs,
+    },
+}
+
 /// Where to look.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Only {
@@ -623,6 +687,18 @@ pub struct CompareArgs {
     /// Also write every plot to this folder, as PNG.
     #[arg(long, value_name = "DIR")]
     pub png: Option<PathBuf>,
+    /// Also write every plot to this folder, as PDF: lines and letters as shapes, no picture.
+    #[arg(long, value_name = "DIR")]
+    pub pdf: Option<PathBuf>,
+    /// Width of the plots on paper, as in 84mm or 3.3in [default: 840 pixels].
+    #[arg(long, value_name = "WIDTH")]
+    pub size: Option<PlotWidth>,
+    /// Pixels per inch of PNG, with --size [default: 300].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(36..=2400), requires = "size")]
+    pub dpi: Option<u16>,
+    /// Only these results, by number, name or folder, separated by commas. Their numbers stay.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub only: Vec<String>,
     /// Go on without the figures of results that are partial or damaged, and say so beside the others.
     #[arg(long)]
     pub allow_partial: bool,
@@ -753,10 +829,13 @@ mod tests {
             ("deploy", &deploy[..], "--max-price", "must be a positive number"),
             ("deploy", &deploy, "--budget", "must be a positive number"),
             ("deploy", &deploy, "--min-vram", "must be positive"),
+            ("deploy", &deploy, "--threshold", "must be a positive number"),
+            ("deploy", &deploy, "--layer-fraction", "must be a positive number up to 1"),
+            ("analyze", &deploy, "--position-fraction", "must be a positive number up to 1"),
             ("deploy", &deploy, "--gpu-count", "must be positive"),
             ("deploy", &deploy, "--num-sequences", "must be positive"),
             ("deploy", &deploy, "--sequence-length", "must be positive"),
-            ("deploy", &deploy, "--max-duration", "is not a time"),
+            ("deploy", &deploy, "--max-duration", "must be positive"),
             ("plan", &deploy, "--tflops", "must be a positive number"),
             ("plan", &deploy, "--bandwidth", "must be a positive number"),
             ("survey", &["s.toml"], "--max-parallel", "is not in 1.."),

@@ -40,6 +40,7 @@ pub mod offers;
 pub mod plan;
 mod prepare;
 pub mod reap;
+pub mod results;
 pub mod runs;
 pub mod status;
 pub mod survey;
@@ -105,6 +106,7 @@ async fn dispatch(
         Command::Handoff { output, force } => handoff::command(&context, output.as_deref(), force),
         Command::Demo(args) => demo::command(&context, &args).await,
         Command::Runs(command) => runs::command(&context, command).await,
+        Command::Results(command) => results::command(&context, &command),
         Command::Instances(command) => instances::command(&context, command).await,
         Command::Analyze(args) => analyze::command(&context, &args).await,
         Command::Inspect(args) => inspect::command(&context, &args).await,
@@ -260,11 +262,12 @@ impl Context {
     /// The way to rented hosts, which get a worker.
     pub fn hosts_for(&self, worker: &LocalWorker) -> SshHosts {
         let pushed = &worker.pushed().path;
+        let uses_gpus = worker.pushed().cuda.is_some();
         if worker.pushes_an_older_one() {
             let (old, new) = (pushed.display(), worker.path().display());
             self.reporter.say(&format!("{old} is older than {new}: `outliers worker build` makes it anew"));
         }
-        self.hosts(pushed)
+        self.hosts(pushed).using_gpus(uses_gpus)
     }
 
     /// The way to rented hosts, to which `worker` is pushed.

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::broker::{InstanceId, Offer};
 use crate::clouds::{Cloud, Patience};
 use crate::files;
-use crate::ledger::{LedgerError, RunRecord, RunWriter, now_ms};
+use crate::ledger::{LedgerError, RUN_FILE, RunRecord, RunWriter};
 use crate::local_worker::corpus_files;
 use crate::run::{Ending, Intent, RunEvent, RunState, Trouble, TroubleKind};
 use crate::settings::Span;
@@ -26,8 +26,6 @@ mod ending;
 #[cfg(test)]
 pub(crate) mod fake;
 mod grace;
-#[cfg(test)]
-mod mutants;
 mod ports;
 mod recover;
 #[cfg(test)]
@@ -48,9 +46,6 @@ use grace::Grace;
 
 /// Name of the private key in a run's folder.
 pub const KEY_FILE: &str = "id_ed25519";
-
-/// Name of the run's own record in its results' folder.
-pub const RUN_FILE: &str = "run.json";
 
 /// How urgently a person wants it to end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -533,7 +528,8 @@ impl<'a> Driver<'a> {
         let whole = deadline.saturating_sub(Duration::from_millis(self.run.record().asked_at_ms()?));
         let reserve = (whole / 10).min(Duration::from_secs(300));
         let by_the_cloud = |now: u64| self.cloud().map_or(now, |cloud| cloud.time(now));
-        let now = Duration::from_secs(by_the_cloud(now_ms() / 1000)) + Duration::from_millis(now_ms() % 1000);
+        let now_ms = self.run.now_ms();
+        let now = Duration::from_secs(by_the_cloud(now_ms / 1000)) + Duration::from_millis(now_ms % 1000);
         Some(Instant::now() + deadline.saturating_sub(reserve).saturating_sub(now))
     }
 

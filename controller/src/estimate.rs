@@ -6,8 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::broker::{Offer, local};
 use crate::gpu;
-use crate::settings::Span;
-use crate::units::{Bytes, Usd, UsdPerHour};
+use crate::units::{Bytes, Span, Usd, UsdPerHour};
 
 /// From the create call to the first weight byte on a cloud: booting, SSH, the worker's upload.
 const START: Duration = Duration::from_secs(5 * 60);

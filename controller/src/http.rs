@@ -9,28 +9,25 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, SystemTime};
 
+use async_trait::async_trait;
 use rand::Rng;
 use reqwest::header::{AUTHORIZATION, DATE, HeaderMap, HeaderValue, RETRY_AFTER};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::time::Instant;
 
-pub use reqwest::Method;
+pub use reqwest::{Method, header};
 
-use crate::broker::{BrokerError, BrokerErrorKind};
+use crate::broker_error::{BrokerError, BrokerErrorKind};
 use crate::secret::Secret;
 use crate::text::{clean, clean_lines};
 use crate::waiting::{self, Failed};
 
-#[cfg(fuzzing)]
-mod answers;
 mod pace;
 mod redact;
 #[cfg(test)]
 mod tests;
 
-#[cfg(fuzzing)]
-pub use answers::Answers;
 use pace::Paces;
 use redact::Hidden;
 pub(crate) use redact::address;
@@ -132,13 +129,83 @@ impl Default for Limits {
 /// Hears requests and replies in words, with every secret taken out.
 pub type Explain = Arc<dyn Fn(&str) + Send + Sync>;
 
+/// A server's answer to one request.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// HTTP status.
+    pub status: u16,
+    /// The headers.
+    pub headers: HeaderMap,
+    /// The whole body.
+    pub body: Vec<u8>,
+    /// Seconds by which the server's clock was ahead of this machine's when the headers came.
+    pub clock_skew: Option<i64>,
+}
+
+/// Why a request has no whole answer.
+#[derive(Clone, Debug)]
+pub struct NoAnswer {
+    /// No server was there to take the request.
+    pub certainly_not_taken: bool,
+    /// What happened.
+    pub words: String,
+}
+
+/// Sends one request of [`Http`], which decides on waits, repetition and redaction.
+#[async_trait]
+pub trait HttpTransport: Send + Sync {
+    /// Makes `call` at `url`, which is the base URL with the call's path.
+    ///
+    /// # Errors
+    /// [`NoAnswer`].
+    async fn exchange(&self, url: &str, call: &Call) -> Result<Answer, NoAnswer>;
+}
+
+/// The network.
+struct Network {
+    client: reqwest::Client,
+    /// For calls that are made once: a fresh connection each, because one that was kept may be closed
+    /// from the other side at this very moment, and nobody could say whether the call went through.
+    fresh: reqwest::Client,
+}
+
+#[async_trait]
+impl HttpTransport for Network {
+    async fn exchange(&self, url: &str, call: &Call) -> Result<Answer, NoAnswer> {
+        let client = if call.effect == Effect::Once { &self.fresh } else { &self.client };
+        let mut request = client.request(call.method.clone(), url).query(&call.query);
+        if let Some(body) = &call.body {
+            request = request.json(body);
+        }
+        let begun = SystemTime::now();
+        let mut response = request.send().await.map_err(|error| no_answer(&error))?;
+        let clock_skew = skew(response.headers(), begun);
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        let mut body = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(|error| no_answer(&error))? {
+            if body.len() + chunk.len() > LARGEST_REPLY {
+                let words = format!("its reply has more than {} MiB", LARGEST_REPLY >> 20);
+                return Err(NoAnswer { certainly_not_taken: false, words });
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(Answer { status, headers, body, clock_skew })
+    }
+}
+
+fn no_answer(error: &reqwest::Error) -> NoAnswer {
+    // Nobody was there to take it.
+    if error.is_connect() || error.is_builder() {
+        return NoAnswer { certainly_not_taken: true, words: chain(error) };
+    }
+    let what = if error.is_timeout() { "no answer in time" } else { "the connection broke" };
+    NoAnswer { certainly_not_taken: false, words: format!("{what}: {}", chain(error)) }
+}
+
 /// Speaks to one cloud. Clones share their paces.
 #[derive(Clone)]
 pub struct Http {
-    client: reqwest::Client,
-    /// For calls that are made once: a fresh connection each, because one that was kept may be closed from the other side at this
-    /// very moment, and nobody could say whether the call went through.
-    fresh: reqwest::Client,
+    transport: Arc<dyn HttpTransport>,
     broker: &'static str,
     base: String,
     key: Option<Hidden>,
@@ -149,8 +216,6 @@ pub struct Http {
     /// Words in an answer "too often" that say that no wait will help.
     final_words: &'static [&'static str],
     explain: Option<Explain>,
-    #[cfg(fuzzing)]
-    answers: Option<Answers>,
 }
 
 impl fmt::Debug for Http {
@@ -205,11 +270,10 @@ impl Http {
             let failed = |cause| error(BrokerErrorKind::Unavailable, format!("no HTTP client: {}", chain(&cause)));
             builder.build().map_err(failed)
         };
-        let (client, fresh) = (client(usize::MAX)?, client(0)?);
+        let network = Network { client: client(usize::MAX)?, fresh: client(0)? };
         let key = key.map(|key| Hidden::new(&key));
         Ok(Self {
-            client,
-            fresh,
+            transport: Arc::new(network),
             broker,
             base,
             key,
@@ -218,8 +282,6 @@ impl Http {
             skew: Arc::new(AtomicI64::new(NO_SKEW)),
             final_words: &[],
             explain: None,
-            #[cfg(fuzzing)]
-            answers: None,
         })
     }
 
@@ -242,11 +304,10 @@ impl Http {
         Self { explain, ..self }
     }
 
-    /// Is told these answers and speaks to nobody.
-    #[cfg(fuzzing)]
+    /// Requests go through `transport` instead of the network.
     #[must_use]
-    pub fn answered(self, answers: Answers) -> Self {
-        Self { answers: Some(answers), ..self }
+    pub fn over(self, transport: Arc<dyn HttpTransport>) -> Self {
+        Self { transport, ..self }
     }
 
     /// Which cloud.
@@ -319,39 +380,20 @@ impl Http {
     /// Status, headers, body.
     async fn exchange(&self, call: &Call) -> Result<(u16, HeaderMap, String), Failure> {
         let url = format!("{}{}", self.base, call.path);
-        let client = if call.effect == Effect::Once { &self.fresh } else { &self.client };
-        let mut request = client.request(call.method.clone(), &url).query(&call.query);
-        if let Some(body) = &call.body {
-            request = request.json(body);
-        }
         self.tell(|| self.request_in_words(call));
-        #[cfg(fuzzing)]
-        if let Some(answers) = &self.answers {
-            return answers.next();
-        }
-        let begun = SystemTime::now();
-        let mut response = request.send().await.map_err(|error| self.transport_failure(&error))?;
-        if let Some(skew) = skew(response.headers(), begun) {
+        let answer = self.transport.exchange(&url, call).await.map_err(|error| self.failure(&error))?;
+        if let Some(skew) = answer.clock_skew {
             self.skew.store(skew, Ordering::Relaxed);
         }
-        let (status, headers) = (response.status().as_u16(), response.headers().clone());
-        let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|error| self.transport_failure(&error))? {
-            if body.len() + chunk.len() > LARGEST_REPLY {
-                return Err(Failure::unknown(format!("its reply has more than {} MiB", LARGEST_REPLY >> 20)));
-            }
-            body.extend_from_slice(&chunk);
-        }
-        Ok((status, headers, String::from_utf8_lossy(&body).into_owned()))
+        Ok((answer.status, answer.headers, String::from_utf8_lossy(&answer.body).into_owned()))
     }
 
-    fn transport_failure(&self, error: &reqwest::Error) -> Failure {
-        // Nobody was there to take it.
-        if error.is_connect() || error.is_builder() {
-            return Failure::refused(format!("{} cannot be reached: {}", self.base, self.redacted(&chain(error))));
+    fn failure(&self, error: &NoAnswer) -> Failure {
+        let words = self.redacted(&error.words);
+        if error.certainly_not_taken {
+            return Failure::refused(format!("{} cannot be reached: {words}", self.base));
         }
-        let what = if error.is_timeout() { "no answer in time" } else { "the connection broke" };
-        Failure::unknown(format!("{what}: {}", self.redacted(&chain(error))))
+        Failure::unknown(words)
     }
 
     fn give_up(&self, call: &Call, failure: Failure) -> BrokerError {

@@ -19,7 +19,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::broker::Offer;
 use crate::files::{MOST, create_private_folder, make_private, read_text, write_whole};
-use crate::mutant::{Mutant, planted};
 use crate::run::{self, IllegalEvent, Intent, RunEvent, RunSpec, RunState};
 use crate::units::{Usd, UsdPerHour};
 
@@ -29,6 +28,9 @@ pub use repair::Repaired;
 
 /// Version of the tables and of what stands in them. An older program refuses a newer ledger.
 const SCHEMA: i64 = 4;
+
+/// Name of a run's own record in its results' folder.
+pub const RUN_FILE: &str = "run.json";
 
 /// Name of the SQLite file.
 const FILE: &str = "ledger.db";
@@ -51,12 +53,16 @@ const TABLES: &str = "
     ) STRICT;
 ";
 
+/// A wall clock: milliseconds since the Unix epoch.
+pub type Clock = fn() -> u64;
+
 /// The ledger of one state folder.
 #[derive(Clone)]
 pub struct Ledger {
     connection: Arc<Mutex<Connection>>,
     folder: PathBuf,
     owner: String,
+    clock: Clock,
 }
 
 /// A run as the ledger has it.
@@ -212,7 +218,7 @@ impl RunRecord {
 
     /// What must not be exceeded, by this run and those it shares the budget with.
     fn budget(&self) -> Option<Usd> {
-        self.spec.budget.filter(|_| !planted(Mutant::BudgetIgnored))
+        self.spec.budget
     }
 
     /// Whether both spend one budget: the same run, or runs of the same survey.
@@ -259,7 +265,18 @@ impl Ledger {
                 tracing::info!("{}: {error}", folder.join(OWNER_FILE).display());
             }
         }
-        Ok(Self { connection: Arc::new(Mutex::new(connection)), folder: folder.to_owned(), owner })
+        Ok(Self { connection: Arc::new(Mutex::new(connection)), folder: folder.to_owned(), owner, clock: now_ms })
+    }
+
+    /// The same ledger by another clock than the system's: it dates events, and all that is done with its runs.
+    #[must_use]
+    pub fn with_clock(self, clock: Clock) -> Self {
+        Self { clock, ..self }
+    }
+
+    /// Milliseconds since the Unix epoch, by this ledger's clock.
+    pub fn now_ms(&self) -> u64 {
+        (self.clock)()
     }
 
     /// The owner's name as it stands beside the ledger, whatever became of that.
@@ -288,7 +305,7 @@ impl Ledger {
         let id = random_word(8);
         // Locked before it is recorded: nobody ever sees the run unlocked and takes it for abandoned.
         let lock = self.lock(&id)?.ok_or_else(|| LedgerError::Driven { run: id.clone() })?;
-        let created_at_ms = now_ms();
+        let created_at_ms = self.now_ms();
         let written = self.connection().execute(
             "INSERT INTO runs (id, created_at_ms, job_key, spec) VALUES (?1, ?2, ?3, ?4)",
             params![id, created_at_ms as i64, spec.job_key, to_json(spec)],
@@ -604,6 +621,11 @@ impl RunWriter {
         named.unwrap_or_else(|| self.record.spec.results.clone()).into()
     }
 
+    /// Milliseconds since the Unix epoch, by the ledger's clock.
+    pub fn now_ms(&self) -> u64 {
+        self.ledger.now_ms()
+    }
+
     /// The owner in lease tags.
     pub fn owner(&self) -> &str {
         &self.ledger.owner
@@ -639,7 +661,7 @@ impl RunWriter {
         let ledger = self.ledger.clone();
         atomically(&ledger.connection(), |connection| {
             if let Some(budget) = self.record.budget()
-                && worst > less(budget, &self.sharers(connection)?, |run| run.at_most(now_ms()))
+                && worst > less(budget, &self.sharers(connection)?, |run| run.at_most(ledger.now_ms()))
             {
                 return Ok(false);
             }
@@ -656,7 +678,7 @@ impl RunWriter {
     pub fn purse(&self) -> Result<Option<Purse>, LedgerError> {
         let Some(budget) = self.record.budget() else { return Ok(None) };
         let runs = self.sharers(&self.ledger.connection()).map_err(|error| self.ledger.named(error))?;
-        let now = now_ms();
+        let now = self.now_ms();
         let mut others_under_way = Vec::new();
         for run in &runs {
             if run.id != self.record.id && !run.state.is_at_rest() && self.ledger.is_driven(&run.id)? {
@@ -686,7 +708,7 @@ impl RunWriter {
 
     fn append_to(&mut self, connection: &Connection, event: RunEvent) -> Result<(), LedgerError> {
         let state = run::next(&self.record.state, &event)?;
-        let at_ms = now_ms();
+        let at_ms = self.now_ms();
         let seq = self.record.events.len() as i64;
         connection.execute(
             "INSERT INTO events (run, seq, at_ms, event) VALUES (?1, ?2, ?3, ?4)",
@@ -828,12 +850,8 @@ fn is_damage(error: &rusqlite::Error) -> bool {
     matches!(error.sqlite_error_code(), None | Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt))
 }
 
-/// Milliseconds since the Unix epoch.
+/// Milliseconds since the Unix epoch, by the system's clock.
 pub fn now_ms() -> u64 {
-    #[cfg(test)]
-    if let Some(now) = crate::deploy::fake::wound_ms() {
-        return now;
-    }
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }
 

@@ -8,6 +8,7 @@
 //! stands ([`standing`]) is told as a table, or as a document for whoever carries on ([`handoff`]). What came home is put side by side by [`compare`].
 
 pub mod broker;
+pub mod broker_error;
 pub mod calendar;
 pub mod cli;
 pub mod clouds;
@@ -24,7 +25,6 @@ pub mod keys;
 pub mod ledger;
 pub mod local_worker;
 pub mod market;
-pub mod mutant;
 pub mod output;
 pub mod reconcile;
 pub mod report;

@@ -15,9 +15,8 @@ use tokio::process::Command;
 
 use crate::broker::local;
 use crate::files::{MOST, read_small};
-use crate::settings::Span;
 use crate::text::clean;
-use crate::units::{Bytes, CudaVersion};
+use crate::units::{Bytes, CudaVersion, Span};
 
 /// Name of the program.
 const NAME: &str = "outliers-worker";

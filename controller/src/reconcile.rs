@@ -16,7 +16,6 @@ use serde::Serialize;
 
 use crate::broker::{Instance, InstanceId, InstanceState, LeaseTag};
 use crate::ledger::{Ledger, LedgerError, Records};
-use crate::mutant::{Mutant, planted};
 use crate::run::RunState;
 
 /// What to do about one instance or one run.
@@ -219,7 +218,7 @@ fn judge(owner: &str, now: u64, leases: &HashMap<&str, &Lease>, instance: &Insta
         return leave(Leave::Unreadable);
     }
     let Some(tag) = instance.tag() else { return leave(Leave::NotOurs) };
-    if tag.owner != owner && !planted(Mutant::EndsForeignInstances) {
+    if tag.owner != owner {
         return leave(Leave::OtherOwner);
     }
     let is_over = tag.deadline <= now;

@@ -21,7 +21,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::broker::{GpuRequest, InstanceId, LeaseTag, Offer};
 use crate::estimate::Work;
-use crate::mutant::{Mutant, planted};
 use crate::output;
 use crate::units::{Bytes, Usd, UsdPerHour};
 
@@ -96,7 +95,7 @@ pub struct Membership {
 impl RunSpec {
     /// What must not be exceeded by this run, whatever its instances bill.
     pub fn ceiling(&self) -> Option<Usd> {
-        self.agreed.filter(|_| !planted(Mutant::ConsentIgnored))
+        self.agreed
     }
 
     /// What an instance of this offer may bill at most; one that bills more is not kept.
@@ -608,9 +607,6 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
             S::Salvaging { rental, pin, ending }
         }
         // The reason for stopping stands, whatever the files say.
-        (S::Salvaging { rental, .. }, E::Fetched { results, ending }) if planted(Mutant::EndingOverwritten) => {
-            S::Terminating { rental, ending, results: Some(results), loss: None }
-        }
         (S::Salvaging { rental, ending, .. }, E::Fetched { results, .. }) => {
             S::Terminating { rental, ending, results: Some(results), loss: None }
         }

@@ -4,10 +4,8 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fmt;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use outliers_protocol::{ByteSize, Thresholds};
@@ -20,6 +18,8 @@ use crate::run::Watch;
 use crate::secret::Secret;
 use crate::text::toml_error;
 use crate::units::{Bytes, Fraction, Positive};
+
+pub use crate::units::Span;
 
 /// Every environment variable this program reads, beside the clouds' keys ([`CloudKind::key_variable`], or the variable that the
 /// settings name).
@@ -224,8 +224,11 @@ struct BrokerSection {
     #[serde(alias = "key_variable")]
     key_variable: Option<String>,
     image: Option<String>,
+    #[serde(alias = "ssh_user")]
     ssh_user: Option<String>,
+    #[serde(alias = "ssh_port")]
     ssh_port: Option<u16>,
+    #[serde(alias = "listing_interval")]
     listing_interval: Option<Span>,
 }
 
@@ -233,25 +236,33 @@ struct BrokerSection {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct WorkerSection {
     binary: Option<PathBuf>,
+    #[serde(alias = "inspect_memory")]
     inspect_memory: Option<SomeBytes>,
+    #[serde(alias = "inspect_time")]
     inspect_time: Option<Span>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct RunSection {
+    #[serde(alias = "max_duration")]
     max_duration: Option<Span>,
     lease: Option<Span>,
     unclaimed: Option<Span>,
+    #[serde(alias = "spare_disk")]
     spare_disk: Option<ByteSize>,
+    #[serde(alias = "push_limit")]
     push_limit: Option<ByteSize>,
+    #[serde(alias = "save_point_limit")]
     save_point_limit: Option<ByteSize>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct SurveySection {
+    #[serde(alias = "max_parallel")]
     max_parallel: Option<NonZero<usize>>,
+    #[serde(alias = "stagger_seconds")]
     stagger_seconds: Option<u32>,
 }
 
@@ -265,13 +276,16 @@ struct HubSection {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct ThresholdSection {
     magnitude: Option<Positive>,
+    #[serde(alias = "layer_fraction")]
     layer_fraction: Option<Fraction>,
+    #[serde(alias = "position_fraction")]
     position_fraction: Option<Fraction>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct PlanSection {
+    #[serde(alias = "read_rate")]
     read_rate: Option<SomeBytes>,
     efficiency: Option<Fraction>,
 }
@@ -509,64 +523,6 @@ impl SettingsError {
     }
 }
 
-/// A time as people write it: `90s`, `5m`, `1h30m`, `2d`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub struct Span(pub Duration);
-
-impl FromStr for Span {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("`{text}` is not a time: write 90s, 5m, 1h30m or 2d");
-        let mut seconds: u64 = 0;
-        let mut rest = text.trim();
-        if rest.is_empty() {
-            return Err(wrong());
-        }
-        while !rest.is_empty() {
-            let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
-            let number: u64 = rest[..digits].parse().map_err(|_| wrong())?;
-            let unit = match rest.as_bytes()[digits] {
-                b's' => 1,
-                b'm' => 60,
-                b'h' => 3600,
-                b'd' => 86_400,
-                _ => return Err(wrong()),
-            };
-            seconds = number.checked_mul(unit).and_then(|n| seconds.checked_add(n)).ok_or_else(wrong)?;
-            rest = &rest[digits + 1..];
-        }
-        // Deadlines are added to clocks: a century is enough for everybody.
-        if seconds == 0 || seconds > 100 * 365 * 86_400 {
-            return Err(wrong());
-        }
-        Ok(Self(Duration::from_secs(seconds)))
-    }
-}
-
-impl TryFrom<String> for Span {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl fmt::Display for Span {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let seconds = self.0.as_secs();
-        if seconds < 10 {
-            return write!(f, "{:.1} s", self.0.as_secs_f64());
-        }
-        match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
-            (0, 0, s) => write!(f, "{s} s"),
-            (0, m, s) => write!(f, "{m} min {s:02} s"),
-            (h, m, _) => write!(f, "{h} h {m:02} min"),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::ffi::OsStringExt;
@@ -604,6 +560,8 @@ mod tests {
     #[test]
     fn the_users_file_changes_only_what_it_names() {
         let settings = resolve(Some("broker = 'x'\n[run]\nmax-duration = '1h30m'"), &[]).unwrap();
+        let older = resolve(Some("[run]\nmax_duration = '1h30m'"), &[]).unwrap();
+        assert_eq!(older.max_duration, settings.max_duration, "the spelling with `_` is understood");
         assert_eq!(settings.broker, DefaultBroker::Named("x".into()));
         assert_eq!(settings.max_duration, Duration::from_secs(5400));
         assert_eq!(settings.push_limit, Bytes::from_gib(1));
@@ -614,7 +572,7 @@ mod tests {
         for (text, word) in [
             ("brokr = 'x'", "brokr"),
             ("[run]\nmax-duration = '5 parsecs'", "parsecs"),
-            ("[run]\nmax_duration = '5m'", "max_duration"),
+            ("[run]\nmax_durations = '5m'", "max_durations"),
             ("[worker]\nbinary = 3", "binary"),
             ("[worker]\ninspect-memory = '0 GiB'", "inspect-memory"),
             ("[survey]\nmax-parallel = 0", "max-parallel"),

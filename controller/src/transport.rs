@@ -1,13 +1,32 @@
 //! Running commands and moving files on one host. Knows no broker and no run.
 
+use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 
 pub mod quote;
 pub mod ssh;
+
+/// Where a host's SSH server listens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SshEndpoint {
+    /// Host name or address.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+    /// User to log in as.
+    pub user: String,
+}
+
+impl fmt::Display for SshEndpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}:{}", self.user, self.host, self.port)
+    }
+}
 
 /// A host we can command.
 #[async_trait]

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -81,14 +82,14 @@ impl UsdPerHour {
     }
 
     /// What so much time costs.
-    pub fn cost(self, time: std::time::Duration) -> Usd {
+    pub fn cost(self, time: Duration) -> Usd {
         Usd::from_dollars(self.0.dollars() * time.as_secs_f64() / 3600.0)
     }
 
     /// For how long so much money lasts, in whole seconds; `None`: for ever.
-    pub fn time(self, money: Usd) -> Option<std::time::Duration> {
+    pub fn time(self, money: Usd) -> Option<Duration> {
         let seconds = money.micros().max(0) as f64 * 3600.0 / self.0.micros() as f64;
-        (seconds < 1e12).then(|| std::time::Duration::from_secs(seconds as u64))
+        (seconds < 1e12).then(|| Duration::from_secs(seconds as u64))
     }
 }
 
@@ -145,6 +146,30 @@ bounded! {
 bounded! {
     /// A share of something.
     Fraction, 1.0, "a positive number up to 1"
+}
+
+/// Width of a plot on paper, in millimetres; from 10 to 1000.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PlotWidth(f64);
+
+impl PlotWidth {
+    /// Inches.
+    pub fn inches(self) -> f64 {
+        self.0 / 25.4
+    }
+}
+
+/// As people write it: `84mm`, `8.4cm`, `3.3in`.
+impl FromStr for PlotWidth {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || "it must be a width from 10mm to 1000mm, as in 84mm, 8.4cm or 3.3in".to_owned();
+        let units = [("mm", 1.0), ("cm", 10.0), ("in", 25.4)];
+        let read = |(unit, length): (&str, f64)| Some(text.strip_suffix(unit)?.parse::<f64>().ok()? * length);
+        let width = units.into_iter().find_map(read).ok_or_else(wrong)?;
+        if (10.0..=1000.0).contains(&width) { Ok(Self(width)) } else { Err(wrong()) }
+    }
 }
 
 /// Bytes.
@@ -225,6 +250,67 @@ impl fmt::Display for CudaVersion {
     }
 }
 
+/// A time as people write it: `90s`, `5m`, `1h30m`, `2d`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Span(pub Duration);
+
+impl FromStr for Span {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is not a time: write 90s, 5m, 1h30m or 2d");
+        let mut seconds: u64 = 0;
+        let mut rest = text.trim();
+        if rest.strip_prefix('-').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())) {
+            return Err("it must be positive: write 90s, 5m, 1h30m or 2d".to_owned());
+        }
+        if rest.is_empty() {
+            return Err(wrong());
+        }
+        while !rest.is_empty() {
+            let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
+            let number: u64 = rest[..digits].parse().map_err(|_| wrong())?;
+            let unit = match rest.as_bytes()[digits] {
+                b's' => 1,
+                b'm' => 60,
+                b'h' => 3600,
+                b'd' => 86_400,
+                _ => return Err(wrong()),
+            };
+            seconds = number.checked_mul(unit).and_then(|n| seconds.checked_add(n)).ok_or_else(wrong)?;
+            rest = &rest[digits + 1..];
+        }
+        // Deadlines are added to clocks: a century is enough for everybody.
+        if seconds == 0 || seconds > 100 * 365 * 86_400 {
+            return Err(wrong());
+        }
+        Ok(Self(Duration::from_secs(seconds)))
+    }
+}
+
+impl TryFrom<String> for Span {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = self.0.as_secs();
+        if seconds < 10 {
+            return write!(f, "{:.1} s", self.0.as_secs_f64());
+        }
+        match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+            (0, 0, s) => write!(f, "{s} s"),
+            (0, m, s) => write!(f, "{m} min {s:02} s"),
+            (h, m, _) => write!(f, "{h} h {m:02} min"),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -247,5 +333,15 @@ mod tests {
         assert_eq!("1.5".parse::<Positive>().map(Positive::get), Ok(1.5));
         let file: File = toml::from_str("amount = 3\nshare = 1").unwrap();
         assert_eq!((file.amount.map(Positive::get), file.share.map(Fraction::get)), (Some(3.0), Some(1.0)));
+    }
+
+    #[test]
+    fn widths_on_paper_are_read_in_three_units() {
+        for (text, inches) in [("25.4mm", 1.0), ("2.54cm", 1.0), ("3.3in", 3.3)] {
+            assert!((text.parse::<PlotWidth>().unwrap().inches() - inches).abs() < 1e-9, "{text}");
+        }
+        for wrong in ["84", "mm", "-84mm", "nanmm", "9mm", "2000mm", "84px"] {
+            assert!(wrong.parse::<PlotWidth>().unwrap_err().contains("84mm"), "{wrong}");
+        }
     }
 }

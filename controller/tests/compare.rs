@@ -103,12 +103,100 @@ fn the_page_and_the_drawings_are_the_same_whenever_they_are_made() {
     }
 }
 
+#[test]
+fn figures_have_the_size_that_a_paper_asks_for_and_only_the_models_that_are_named() {
+    let desk = desk();
+    let made = outliers(
+        desk.path(),
+        &["compare", "--svg", "s", "--png", "p", "--pdf", "f", "--size", "84mm", "--dpi", "300", "--only", "one"],
+    );
+    assert!(made.status.success(), "{:?}", said(&made));
+    assert!(said(&made).0.contains("OLMoE") && !said(&made).0.contains("onerror"), "{:?}", said(&made));
+    let drawings = plots(&desk.path().join("s"));
+    assert!(drawings.iter().any(|name| name == "affected-parameters-paper"), "{drawings:?}");
+    for drawing in drawings {
+        let read = |folder: &str, kind: &str| {
+            let file = desk.path().join(folder).join(format!("{drawing}.{kind}"));
+            fs::read(file).unwrap()
+        };
+        let svg = String::from_utf8(read("s", "svg")).unwrap();
+        assert!(svg.contains("width=\"3.3071in\""), "{drawing}");
+        let png = read("p", "png");
+        assert_eq!(u32::from_be_bytes(png[16..20].try_into().unwrap()), 992, "{drawing}");
+        let pdf = String::from_utf8(read("f", "pdf")).unwrap();
+        assert!(pdf.contains("/MediaBox [0 0 238.110 "), "{drawing}");
+    }
+    for wrong in [&["--only", "nobody"][..], &["--size", "84"], &["--dpi", "300"]] {
+        let arguments = ["compare"].iter().chain(wrong).copied().collect::<Vec<_>>();
+        assert_eq!(outliers(desk.path(), &arguments).status.code(), Some(2), "{wrong:?}");
+    }
+}
+
+#[test]
+fn results_are_listed_shown_and_counted_by_other_shares() {
+    let desk = desk();
+    let list = outliers(desk.path(), &["results", "list"]);
+    let (stdout, _) = said(&list);
+    assert!(list.status.success() && stdout.contains("allenai/OLMoE-1B-7B-0125"), "{stdout}");
+    assert!(stdout.contains("gpt2-run") && stdout.contains("complete"), "{stdout}");
+    for run in ["gpt2-run", "ru", "remote_results/gpt2-run"] {
+        let shown = outliers(desk.path(), &["results", "show", run]);
+        assert!(shown.status.success() && said(&shown).0.contains("unique features, by layers"), "{run}: {shown:?}");
+    }
+    let nothing = outliers(desk.path(), &["results", "show", "zzz"]);
+    assert_eq!(nothing.status.code(), Some(2));
+    assert!(said(&nothing).1.contains("results list"));
+
+    let document = |more: &[&str]| {
+        let arguments = ["results", "recount", "gpt2-run", "--json"].iter().chain(more).copied().collect::<Vec<_>>();
+        let counted = outliers(desk.path(), &arguments);
+        assert!(counted.status.success(), "{:?}", said(&counted));
+        serde_json::from_slice::<Value>(&counted.stdout).unwrap()
+    };
+    let [low, high] = ["0.01", "1"].map(|share| document(&["--layer-fraction", share]));
+    assert_eq!(low["recounted"], true);
+    assert_eq!(low["own_thresholds"]["layer_fraction"], 0.25);
+    let count = |document: &Value| document["results"]["verdicts"][0]["count"].as_f64().unwrap();
+    assert!(count(&low) > count(&high), "{} {}", count(&low), count(&high));
+    let told = outliers(desk.path(), &["results", "recount", "gpt2-run", "--position-fraction", "0.5"]);
+    assert!(said(&told).0.starts_with("RECOUNTED from stored counts"), "{told:?}");
+    for refused in [&["--threshold", "5"][..], &[]] {
+        let arguments = ["results", "recount", "gpt2-run"].iter().chain(refused).copied().collect::<Vec<_>>();
+        assert_eq!(outliers(desk.path(), &arguments).status.code(), Some(2), "{refused:?}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn the_page_of_a_result_is_handed_to_the_browser() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let desk = desk();
+    let opener = desk.path().join("bin/xdg-open");
+    fs::create_dir(desk.path().join("bin")).unwrap();
+    fs::write(&opener, "#!/bin/sh\nprintf %s \"$1\" > \"$HOME/opened\"\n").unwrap();
+    fs::set_permissions(&opener, fs::Permissions::from_mode(0o755)).unwrap();
+    let open = |path: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_outliers"));
+        command.args(["results", "open", "gpt2-run"]).current_dir(desk.path()).env_clear();
+        command.env("HOME", desk.path()).env("OUTLIERS_STATE", desk.path().join("state"));
+        command.env("PATH", path).output().unwrap()
+    };
+    let opened = open(&desk.path().join("bin"));
+    assert!(opened.status.success(), "{:?}", said(&opened));
+    let page = fs::read_to_string(desk.path().join("opened")).unwrap();
+    assert!(fs::read_to_string(&page).unwrap().contains("<svg"), "{page}");
+    let alone = open(&desk.path().join("nothing"));
+    assert!(alone.status.success() && said(&alone).1.contains("no browser"), "{:?}", said(&alone));
+    assert!(said(&alone).0.contains("page.html"));
+}
+
 // ---------------------------------------------------------------------------------------------------- in a browser
 
 #[test]
 fn the_page_can_be_read_in_a_browser_on_a_phone_and_on_a_desk_by_day_and_by_night() {
     let Some(browser) = Browser::find() else {
-        eprintln!("skipped: no Chromium is installed");
+        outliers_tests::not_checked("no Chromium is installed");
         return;
     };
     let desk = desk();

@@ -377,8 +377,9 @@ async fn a_signal_reaches_the_command() {
     let instance = cloud.rent().await;
     let ssh = cloud.connect(&instance).await;
     let (reader, writer) = ssh.channel_open_session().await.unwrap().split();
-    writer.exec(true, "sleep 100 & sleep 100").await.unwrap();
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    writer.exec(true, "sleep 100 & touch up; sleep 100").await.unwrap();
+    let up = cloud.folder(&instance).join("home/up");
+    until("the command", || up.exists()).await;
     writer.signal(Sig::TERM).await.unwrap();
     let output = tokio::time::timeout(PATIENCE, collect(reader)).await.unwrap();
     assert_eq!(output.signal.as_deref(), Some("TERM"));
@@ -650,7 +651,7 @@ async fn an_instance_at_rest_uses_no_processor() {
         let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
         Some(fields[11].parse::<u64>().ok()? + fields[12].parse::<u64>().ok()?)
     };
-    let Some(before) = ticks() else { return };
+    let Some(before) = ticks() else { return outliers_tests::not_checked("there is no /proc") };
     tokio::time::sleep(Duration::from_secs(3)).await;
     let used = ticks().unwrap() - before;
     assert!(used <= 1, "{used} ticks in 3 s");

@@ -1,13 +1,16 @@
 //! A cloud that says whatever it is told to, and the real broker that has to live with it.
 
+use std::sync::Arc;
+
 use outliers::broker::{
     Access, Broker, BrokerError, CLOUDS, GpuRequest, Instance, InstanceId, InstanceState, Lease, Offer,
 };
-use outliers::http::{Answers, Http, Limits};
+use outliers::http::{Http, Limits};
 use outliers::secret::Secret;
 use outliers::units::{Bytes, UsdPerHour};
 use tokio::runtime::Runtime;
 
+use crate::answers::Answers;
 use crate::assert_harmless;
 
 /// The account's key. A cloud that repeats it must not get it into an error.
@@ -32,7 +35,7 @@ impl Cloud {
         let kind = CLOUDS.iter().find(|kind| kind.name == name).expect("it is built in");
         let answers = Answers::default();
         let http = Http::new(kind.name, kind.base_url, Some(Secret::new(KEY)), Limits::default());
-        let http = http.expect("the base URL is one").answered(answers.clone());
+        let http = http.expect("the base URL is one").over(Arc::new(answers.clone()));
         let runtime = crate::impatient();
         let access = Access { http, image: kind.image.to_owned(), ssh_user: None, ssh_port: None };
         // Paces begin now, and that takes the runtime's clock.

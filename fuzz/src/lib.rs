@@ -5,6 +5,7 @@ use std::future::Future;
 
 use tokio::runtime::{Builder, Runtime};
 
+pub mod answers;
 #[cfg(feature = "worker")]
 pub mod checkpoint;
 pub mod cloud;

@@ -17,6 +17,7 @@ mod metamorphic;
 mod published;
 mod real_worker;
 mod rewrite;
+mod schema;
 mod sites;
 mod ssh;
 mod sshd;

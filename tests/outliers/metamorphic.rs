@@ -76,6 +76,9 @@ const MIXER_INPUTS: &[Role] = &[
     Role::DeltaGate,
     Role::DeltaStrength,
     Role::DeltaStep,
+    Role::DeltaGateDown,
+    Role::DeltaStepDown,
+    Role::MambaInput,
     Role::OutputGate,
 ];
 const FFN_INPUTS: &[Role] = &[
@@ -127,7 +130,15 @@ fn planting_a_feature_moves_its_statistics_and_nothing_else_in_every_family() {
         // Where an MLP stands beside the mixture, router and experts read the residual stream.
         let has_beside = |ffn: &FfnSpec| matches!(ffn, FfnSpec::Moe(moe) if moe.beside.is_some());
         let all_read = !spec.layers.iter().any(|layer| has_beside(&layer.ffn));
-        let ffn_inputs = if all_read { FFN_INPUTS } else { &[Role::Gate, Role::Up] };
+        // In a space of their own, experts read no norm.
+        let is_latent = |ffn: &FfnSpec| matches!(ffn, FfnSpec::Moe(moe) if moe.latent.is_some());
+        let ffn_inputs: &[Role] = if spec.layers.iter().any(|layer| is_latent(&layer.ffn)) {
+            &[Role::Up, Role::Router, Role::SharedUp, Role::LatentDown]
+        } else if all_read {
+            FFN_INPUTS
+        } else {
+            &[Role::Gate, Role::Up]
+        };
         rewrite(&model, planted.path(), |_, need, values| plant(need, values, dim, zero_centred, ffn_inputs));
         let (after, new) = run(planted.path(), &ids_of(&name));
         for (tensor, values) in &old {

@@ -86,7 +86,7 @@ impl Published {
         let entries = std::fs::read_dir(folder()).unwrap().map(|entry| entry.unwrap());
         let folders = entries.filter(|entry| entry.path().is_dir());
         let names: BTreeSet<String> = folders.map(|entry| entry.file_name().into_string().unwrap()).collect();
-        assert_eq!(names.len(), 49, "{names:?}");
+        assert_eq!(names.len(), 51, "{names:?}");
         names.into_iter().map(|name| Self::read(&name))
     }
 
@@ -362,6 +362,7 @@ fn the_docs_say_what_models_take() {
             compute,
             micro_batch_tokens,
             group_elements,
+            measured: 0,
             arithmetic: Arithmetic::default(),
             with_head: true,
             devices: 1,

@@ -38,7 +38,7 @@ impl Sshd {
     /// The same with more lines of `sshd_config`, which win over ours. `{folder}` in them is the server's own folder.
     pub fn start_with(config: &str) -> Result<Option<Self>> {
         let Some(program) = find("sshd", &["/usr/sbin", "/usr/local/sbin", "/usr/bin", "/sbin"]) else {
-            eprintln!("skipped: no sshd");
+            crate::not_checked("no sshd is installed");
             return Ok(None);
         };
         make_privilege_separation_folder()?;
@@ -124,7 +124,7 @@ impl Sshd {
         mount.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(self.home());
         self.mounted = mount.stderr(Stdio::null()).status().is_ok_and(|status| status.success());
         if !self.mounted {
-            eprintln!("skipped: no tmpfs can be mounted here");
+            crate::not_checked("no tmpfs can be mounted");
         }
         self.mounted
     }

@@ -65,10 +65,12 @@ families! {
     gpt_oss,
     gptj,
     kimi_k25,
+    kimi_linear,
     llama,
     llama4,
     minimax_m2,
     mixtral,
+    nemotron_h,
     olmoe,
     opt,
     qwen2,
@@ -353,6 +355,7 @@ fn ffn_like_deepseek(config: &Config<'_>, sparse: bool) -> Result<FfnSpec> {
         },
         shared,
         beside: None,
+        latent: None,
     };
     Ok(if sparse { FfnSpec::Moe(moe) } else { FfnSpec::Dense(dense) })
 }
@@ -477,9 +480,7 @@ const LACKING: &[(&str, &str)] = &[
     ("Grok", "capped attention scores, and norms around sublayers in its own scheme of names"),
     ("Jamba", "Mamba layers"),
     ("KimiK3", "experts in a latent space, attention to residuals of earlier layers, and another activation"),
-    ("KimiLinear", "a decay for each channel of a DeltaNet's keys, and latent attention without rotation"),
     ("Longcat", "experts that do nothing, and two attentions in a layer"),
-    ("NemotronH", "Mamba-2 layers, and layers that have a mixer or an MLP alone"),
     ("Qwen4Exp", "a table of n-grams beside the embedding, and attention to selected keys"),
 ];
 
@@ -549,7 +550,7 @@ fn unsound_mixer(mixer: &MixerSpec) -> Option<String> {
             (!sound || !rotates(a.rope.as_ref(), a.head_dim)).then(words)
         }
         MixerSpec::Latent(l) => {
-            let sound = l.heads > 0 && l.value_dim > 0 && l.kv_rank > 0 && rotates(Some(&l.rope), l.rope_dim);
+            let sound = l.heads > 0 && l.value_dim > 0 && l.kv_rank > 0 && rotates(l.rope.as_ref(), l.rope_dim);
             let words = || {
                 format!(
                     "{} heads of width {}+{}, values of {}, rank {}",
@@ -560,8 +561,14 @@ fn unsound_mixer(mixer: &MixerSpec) -> Option<String> {
         }
         MixerSpec::DeltaNet(d) => {
             let sound = evenly(d.value_heads, d.key_heads) && d.key_dim > 0 && d.value_dim > 0 && d.kernel > 0;
+            let sound = sound && (!d.decays_channels() || d.value_heads == d.key_heads);
             (!sound).then(|| format!("{} value heads over {} key heads", d.value_heads, d.key_heads))
         }
+        MixerSpec::Mamba(m) => {
+            let sound = evenly(m.heads, m.groups) && m.head_dim > 0 && m.state > 0 && m.kernel > 0;
+            (!sound).then(|| format!("{} Mamba heads in {} groups", m.heads, m.groups))
+        }
+        MixerSpec::None => None,
     }
 }
 
@@ -587,14 +594,16 @@ mod tests {
     use super::*;
     use crate::decoder::Need;
 
-    /// Families whose heads' widths have names of their own, and that have no biases.
-    const LATENT: [&str; 6] = [
+    /// Families that have no biases, most of them with names of their own for the widths of heads.
+    const LATENT: [&str; 8] = [
         "DeepseekV2ForCausalLM",
         "DeepseekV3ForCausalLM",
         "DeepseekV32ForCausalLM",
         "Glm4MoeLiteForCausalLM",
         "GlmMoeDsaForCausalLM",
         "KimiK25ForConditionalGeneration",
+        "KimiLinearForCausalLM",
+        "NemotronHForCausalLM",
     ];
 
     /// Keys of all families, with switches that ask for as many tensors as a family knows.
@@ -621,8 +630,13 @@ mod tests {
             "max_position_embeddings": 16, "ffn_dim": 12, "word_embed_proj_dim": 4,
         });
         config.as_object_mut().unwrap().extend(older.as_object().unwrap().clone());
+        config["linear_attn_config"] =
+            json!({"full_attn_layers": [2, 4], "kda_layers": [1, 3], "head_dim": 4, "num_heads": 2});
         if architecture.starts_with("Gemma4") {
             config["num_experts"] = json!(3);
+        }
+        if architecture.starts_with("Nemotron") {
+            config["sliding_window"] = Value::Null;
         }
         config["text_config"] = config.clone();
         config
@@ -666,8 +680,6 @@ mod tests {
             ("DbrxForCausalLM", "LayerNorm"),
             ("JambaForCausalLM", "Mamba"),
             ("Grok1ModelForCausalLM", "capped"),
-            ("NemotronHForCausalLM", "Mamba-2"),
-            ("KimiLinearForCausalLM", "each channel"),
         ] {
             let error = read(&json!({"architectures": [name]})).map(|_| ()).unwrap_err();
             assert_eq!(error.kind(), FailureKind::Unsupported);

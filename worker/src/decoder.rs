@@ -182,6 +182,10 @@ pub enum MixerSpec {
     Latent(LatentSpec),
     /// Gated DeltaNet.
     DeltaNet(DeltaNetSpec),
+    /// Mamba-2.
+    Mamba(MambaSpec),
+    /// The layer is a feed-forward alone (Nemotron-H).
+    None,
 }
 
 /// Softmax attention with grouped key/value heads.
@@ -308,11 +312,12 @@ pub struct LatentSpec {
     pub norm: NormSpec,
     /// What multiplies the scores.
     pub scale: f64,
-    /// Rotation of the `rope_dim` part.
-    pub rope: RopeSpec,
+    /// Rotation of the `rope_dim` part; `None` where it stays as it is (Kimi Linear).
+    pub rope: Option<RopeSpec>,
 }
 
-/// Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) as in Qwen3-Next: a linear recurrence over a matrix state per value head.
+/// Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) as in Qwen3-Next and Kimi Linear: a linear
+/// recurrence over a matrix state per value head.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DeltaNetSpec {
     /// Query and key heads; divides `value_heads`: key head j serves value heads j*r .. j*r + r-1.
@@ -331,6 +336,28 @@ pub struct DeltaNetSpec {
     pub norm: NormSpec,
 }
 
+/// Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): a linear recurrence over a matrix state per head.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MambaSpec {
+    /// Heads.
+    pub heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Groups of neighbouring heads that share what writes to and reads from their states; also of
+    /// the norm.
+    pub groups: usize,
+    /// Rows of a head's state.
+    pub state: usize,
+    /// Taps of the causal depthwise convolution, the last on the current token.
+    pub kernel: usize,
+    /// The convolution has a bias.
+    pub convolution_bias: bool,
+    /// The shortest step.
+    pub shortest_step: f64,
+    /// Norm of the gated values, per group.
+    pub norm: NormSpec,
+}
+
 /// How the matrices that lead into a DeltaNet are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeltaStored {
@@ -340,6 +367,10 @@ pub enum DeltaStored {
     /// One for queries, keys and values, all rows of a kind one after another, and one each for
     /// gates, write strengths and steps (Qwen3.5).
     ByKind,
+    /// One of each kind, gates and steps through a bottleneck as wide as a value. There is a step,
+    /// and thereby a decay, for each channel of a key, and gates open by their sigmoid
+    /// (Kimi Linear).
+    Apart,
 }
 
 /// A feed-forward block.
@@ -349,6 +380,8 @@ pub enum FfnSpec {
     Dense(MlpSpec),
     /// Routed experts.
     Moe(MoeSpec),
+    /// The layer is a mixer alone (Nemotron-H).
+    None,
 }
 
 /// A feed-forward's shape.
@@ -367,6 +400,8 @@ pub struct MlpSpec {
 pub enum MlpKind {
     /// `down(relu(up x))`.
     Relu,
+    /// `down(relu(up x)^2)` (Nemotron-H).
+    ReluSquared,
     /// `down(gelu(up x))`, GELU in its tanh form.
     GeluTanh,
     /// `down(silu(gate x) * up x)`.
@@ -404,7 +439,7 @@ impl MlpSpec {
     /// Where gate and up lie, for gated kinds.
     pub fn gate_up(&self) -> Option<GateUp> {
         match self.kind {
-            MlpKind::Relu | MlpKind::GeluTanh => None,
+            MlpKind::Relu | MlpKind::ReluSquared | MlpKind::GeluTanh => None,
             MlpKind::Swiglu(stored) | MlpKind::Geglu(stored) | MlpKind::ClampedSwiglu { stored, .. } => Some(stored),
         }
     }
@@ -427,6 +462,9 @@ pub struct MoeSpec {
     /// read the residual stream, the experts under a norm of their own. Both outputs have norms
     /// before they are added.
     pub beside: Option<MlpSpec>,
+    /// Width of the space in which the experts work, between two matrices. Router and shared expert
+    /// read the layer's norm all the same (Nemotron 3 Super).
+    pub latent: Option<usize>,
 }
 
 /// The shared expert.
@@ -552,8 +590,11 @@ impl DecoderSpec {
 
     /// The studied norm outputs in order of computation.
     pub fn sites(&self) -> Vec<Site> {
-        let of =
-            |(layer, spec): (usize, &LayerSpec)| spec.order.points().iter().map(move |&point| Site { layer, point });
+        let of = |(layer, spec): (usize, &LayerSpec)| {
+            let points = spec.order.points().iter().enumerate();
+            let there = points.filter(move |(norm, _)| if *norm == 0 { spec.has_mixer() } else { spec.has_ffn() });
+            there.map(move |(_, &point)| Site { layer, point })
+        };
         self.layers.iter().enumerate().flat_map(of).collect()
     }
 }
@@ -572,13 +613,27 @@ impl NormOrder {
 impl LayerSpec {
     /// In words.
     pub fn describe(&self) -> String {
-        format!("{}; {}", self.mixer.describe(), self.ffn.describe())
+        match (self.has_mixer(), self.has_ffn()) {
+            (true, false) => self.mixer.describe(),
+            (false, true) => self.ffn.describe(),
+            _ => format!("{}; {}", self.mixer.describe(), self.ffn.describe()),
+        }
+    }
+
+    /// Tokens are mixed.
+    pub fn has_mixer(&self) -> bool {
+        self.mixer != MixerSpec::None
+    }
+
+    /// There is a feed-forward.
+    pub fn has_ffn(&self) -> bool {
+        self.ffn != FfnSpec::None
     }
 
     /// Routed experts, 0 in a dense layer.
     pub fn experts(&self) -> usize {
         match &self.ffn {
-            FfnSpec::Dense(_) => 0,
+            FfnSpec::Dense(_) | FfnSpec::None => 0,
             FfnSpec::Moe(moe) => moe.experts,
         }
     }
@@ -613,8 +668,8 @@ impl MixerSpec {
     pub fn rope(&self) -> Option<&RopeSpec> {
         match self {
             Self::Attention(attention) => attention.rope.as_ref(),
-            Self::Latent(latent) => Some(&latent.rope),
-            Self::DeltaNet(_) => None,
+            Self::Latent(latent) => latent.rope.as_ref(),
+            Self::DeltaNet(_) | Self::Mamba(_) | Self::None => None,
         }
     }
 
@@ -623,7 +678,7 @@ impl MixerSpec {
         match self {
             Self::Attention(a) => 2 * a.heads * a.head_dim,
             Self::Latent(l) => l.heads * (l.nope_dim + l.rope_dim + l.value_dim),
-            Self::DeltaNet(_) => 0,
+            Self::DeltaNet(_) | Self::Mamba(_) | Self::None => 0,
         }
     }
 
@@ -632,7 +687,7 @@ impl MixerSpec {
         match self {
             Self::Attention(a) => a.heads,
             Self::Latent(l) => l.heads,
-            Self::DeltaNet(_) => 0,
+            Self::DeltaNet(_) | Self::Mamba(_) | Self::None => 0,
         }
     }
 
@@ -644,16 +699,27 @@ impl MixerSpec {
                 (2 * a.heads + gate + 2 * a.kv_heads) * a.head_dim * value
             }
             Self::Latent(l) => l.heads * (3 * (l.nope_dim + l.rope_dim) + 2 * l.value_dim) * value,
+            Self::None => 0,
+            Self::Mamba(m) => {
+                // f32 inside: convolved channels twice, and what writes and reads for each head.
+                let repeated = 2 * m.heads * m.state;
+                (2 * m.inner() + m.channels()) * value
+                    + (2 * m.channels() + repeated + 4 * m.inner()) * size_of::<f32>()
+            }
             Self::DeltaNet(d) => {
                 // f32 inside: convolved channels, queries and keys repeated for each value head, what was read twice.
                 let (values, repeated) = (d.value_heads * d.value_dim, 2 * d.value_heads * d.key_dim);
-                (d.channels() + values) * value + (d.channels() + repeated + 2 * values) * size_of::<f32>()
+                // Steps and decays.
+                let steps = if d.decays_channels() { 2 * d.value_heads * d.key_dim } else { 0 };
+                (d.channels() + values) * value + (d.channels() + repeated + 2 * values + steps) * size_of::<f32>()
             }
         }
     }
 
     fn describe(&self) -> String {
         match self {
+            Self::None => String::new(),
+            Self::Mamba(m) => format!("Mamba-2 {} x {}, states of {}", m.heads, m.head_dim, m.state),
             Self::Attention(a) => {
                 let window = match a.window {
                     Window::Full => String::new(),
@@ -665,7 +731,10 @@ impl MixerSpec {
             Self::Latent(l) => {
                 format!("latent attention {} x {}+{}, rank {}", l.heads, l.nope_dim, l.rope_dim, l.kv_rank)
             }
-            Self::DeltaNet(d) => format!("DeltaNet {}/{} x {}", d.value_heads, d.key_heads, d.value_dim),
+            Self::DeltaNet(d) => {
+                let decays = if d.decays_channels() { ", a decay for each channel" } else { "" };
+                format!("DeltaNet {}/{} x {}{decays}", d.value_heads, d.key_heads, d.value_dim)
+            }
         }
     }
 }
@@ -673,6 +742,7 @@ impl MixerSpec {
 impl FfnSpec {
     fn describe(&self) -> String {
         match self {
+            Self::None => String::new(),
             Self::Dense(mlp) => {
                 format!("{} {}", if mlp.gate_up().is_some() { "gated MLP" } else { "MLP" }, mlp.intermediate)
             }
@@ -680,7 +750,9 @@ impl FfnSpec {
                 let shared = if moe.shared.is_some() { " + 1 shared" } else { "" };
                 let beside = |mlp: MlpSpec| format!(", beside a gated MLP {}", mlp.intermediate);
                 let beside = moe.beside.map_or_else(String::new, beside);
-                format!("{} experts x {}, top {}{shared}{beside}", moe.experts, moe.expert.intermediate, moe.top_k)
+                let latent = moe.latent.map_or_else(String::new, |width| format!(" in a space of {width}"));
+                let (experts, inner) = (moe.experts, moe.expert.intermediate);
+                format!("{experts} experts x {inner}{latent}, top {}{shared}{beside}", moe.top_k)
             }
         }
     }

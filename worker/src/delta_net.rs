@@ -1,10 +1,10 @@
-//! Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) as Qwen3-Next and Qwen3.5 have it: a short
-//! convolution mixes neighbouring tokens, then each value head writes to and reads from a matrix
-//! of its own, its state, by a gated delta rule ([`recurrence`]).
+//! Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) as Qwen3-Next, Qwen3.5 and Kimi Linear have
+//! it: a short convolution mixes neighbouring tokens, then each value head writes to and reads from
+//! a matrix of its own, its state, by a gated delta rule ([`recurrence`]).
 
 use candle_core::{DType, Result, Tensor};
 
-use crate::decoder::DeltaNetSpec;
+use crate::decoder::{DeltaNetSpec, DeltaStored};
 use crate::fused::{self, Gate};
 use crate::norm::Norm;
 use crate::weights::Linear;
@@ -22,11 +22,11 @@ const UNIT_EPS: f32 = 1e-6;
 pub struct DeltaNetWeights {
     /// To queries, keys, values, gates, write strengths and steps.
     pub projections: DeltaProjections,
-    /// `[channels, 1, kernel]` (`conv1d`).
+    /// `[channels, 1, kernel]` (`conv1d`, or `q_conv1d`, `k_conv1d` and `v_conv1d` one after another).
     pub convolution: Tensor,
     /// `[value_heads]` (`A_log`).
     pub decay: Tensor,
-    /// `[value_heads]` (`dt_bias`).
+    /// As many as steps (`dt_bias`).
     pub step_bias: Tensor,
     /// Over `value_dim`, before the gate.
     pub norm: Norm,
@@ -54,6 +54,21 @@ pub enum DeltaProjections {
         /// Steps (`in_proj_a`).
         steps: Linear,
     },
+    /// Each kind under a matrix of its own, or two through a bottleneck.
+    Apart {
+        /// Queries (`q_proj`).
+        query: Linear,
+        /// Keys (`k_proj`).
+        key: Linear,
+        /// Values (`v_proj`).
+        value: Linear,
+        /// Gates (`g_a_proj`, `g_b_proj`).
+        gates: [Linear; 2],
+        /// Write strengths (`b_proj`).
+        strengths: Linear,
+        /// Steps of each channel of a key (`f_a_proj`, `f_b_proj`).
+        steps: [Linear; 2],
+    },
 }
 
 impl DeltaProjections {
@@ -67,6 +82,17 @@ impl DeltaProjections {
                 strengths: strengths.apply(x)?,
                 steps: steps.apply(x)?,
             },
+            Self::Apart { query, key, value, gates, strengths, steps } => {
+                let through = |[down, up]: &[Linear; 2]| up.apply(&down.apply(x)?);
+                Projected::Apart {
+                    query: query.apply(x)?,
+                    key: key.apply(x)?,
+                    value: value.apply(x)?,
+                    gates: through(gates)?,
+                    strengths: strengths.apply(x)?,
+                    steps: through(steps)?,
+                }
+            }
         })
     }
 }
@@ -75,6 +101,7 @@ impl DeltaProjections {
 enum Projected {
     ByKeyHead { qkvz: Tensor, ba: Tensor },
     ByKind { qkv: Tensor, gates: Tensor, strengths: Tensor, steps: Tensor },
+    Apart { query: Tensor, key: Tensor, value: Tensor, gates: Tensor, strengths: Tensor, steps: Tensor },
 }
 
 /// What is projected to.
@@ -113,6 +140,17 @@ impl Projected {
                 Kind::Strength => Ok(strengths.clone()),
                 Kind::Step => Ok(steps.clone()),
             },
+            Self::Apart { query, key, value, gates, strengths, steps } => {
+                let of_kind = match kind {
+                    Kind::Query => query,
+                    Kind::Key => key,
+                    Kind::Value => value,
+                    Kind::Gate => gates,
+                    Kind::Strength => strengths,
+                    Kind::Step => steps,
+                };
+                Ok(of_kind.clone())
+            }
         }
     }
 }
@@ -134,7 +172,8 @@ pub fn delta_net(spec: &DeltaNetSpec, weights: &DeltaNetWeights, x: &Tensor, pos
     let mixed = mixed.contiguous()?.to_dtype(x.dtype())?.reshape((rows * spec.value_heads, spec.value_dim))?;
     let normed = weights.norm.apply(&mixed)?.reshape((rows, values))?;
     let gates = projected.columns(spec, Kind::Gate)?;
-    weights.output.apply(&fused::gated(gates, &normed, Gate::Silu)?)
+    let gate = if spec.stored == DeltaStored::Apart { Gate::Sigmoid } else { Gate::Silu };
+    weights.output.apply(&fused::gated(gates, &normed, gate)?)
 }
 
 /// What the recurrence runs over. Queries, keys and values are convolved and pass through SiLU; queries and keys then become unit
@@ -160,8 +199,9 @@ fn heads(spec: &DeltaNetSpec, weights: &DeltaNetWeights, projected: &Projected, 
     })
 }
 
-/// Per value head and token, each `[sequences * value_heads, positions]`: the logarithm of what the state is multiplied by, never
-/// positive, and how much of a write is done, in (0, 1).
+/// Per value head and token, each `[sequences * value_heads, positions]`: the logarithm of what the
+/// state is multiplied by, never positive (with one more dimension, `key_dim`, where each of its
+/// rows has its own), and how much of a write is done, in (0, 1).
 fn gates(
     spec: &DeltaNetSpec,
     weights: &DeltaNetWeights,
@@ -171,17 +211,25 @@ fn gates(
     let wide = |kind| projected.columns(spec, kind)?.to_dtype(DType::F32);
     let strength = (wide(Kind::Strength)?.neg()?.exp()? + 1.0)?.recip()?;
     let step = softplus(&wide(Kind::Step)?.broadcast_add(&weights.step_bias.to_dtype(DType::F32)?)?)?;
-    let decay = step.broadcast_mul(&weights.decay.to_dtype(DType::F32)?.exp()?.neg()?)?;
+    let rate = weights.decay.to_dtype(DType::F32)?.exp()?.neg()?.reshape((1, spec.value_heads, 1))?;
+    // A step for each head, or for each channel of its key.
     let by_head = |t: Tensor| {
-        let sequences = t.dim(0)? / positions;
-        let heads = t.reshape((sequences, positions, spec.value_heads))?.transpose(1, 2)?.contiguous()?;
-        heads.reshape((sequences * spec.value_heads, positions))
+        let (rows, columns) = t.dims2()?;
+        t.reshape((rows, spec.value_heads, columns / spec.value_heads))
     };
-    Ok((by_head(decay)?, by_head(strength)?))
+    let decay = by_head(step)?.broadcast_mul(&rate)?;
+    let heads_first = |t: Tensor| {
+        let (rows, heads, width) = t.dims3()?;
+        let t = t.reshape((rows / positions, positions, heads, width))?.transpose(1, 2)?.contiguous()?;
+        t.reshape((rows / positions * heads, positions, width))
+    };
+    let decay = heads_first(decay)?;
+    let decay = if spec.decays_channels() { decay } else { decay.squeeze(2)? };
+    Ok((decay, heads_first(by_head(strength)?)?.squeeze(2)?))
 }
 
 /// `ln(1 + e^x)`, as `max(x, 0) + ln(1 + e^-|x|)`: never overflows.
-fn softplus(x: &Tensor) -> Result<Tensor> {
+pub(crate) fn softplus(x: &Tensor) -> Result<Tensor> {
     x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?
 }
 

@@ -39,7 +39,11 @@ impl MlpWeights {
         let inner = match &self.widening {
             Widening::Up(up) => {
                 let up = up.apply(x)?;
-                if self.kind == MlpKind::Relu { up.relu()? } else { up.gelu()? }
+                match self.kind {
+                    MlpKind::Relu => up.relu()?,
+                    MlpKind::ReluSquared => up.relu()?.sqr()?,
+                    _ => up.gelu()?,
+                }
             }
             Widening::Separate { gate, up } => fused::gated(gate.apply(x)?, &up.apply(x)?, self.gate())?,
             Widening::Joined(both) => fused::gated_joined(&both.apply(x)?, self.is_interleaved(), self.gate())?,
@@ -51,14 +55,14 @@ impl MlpWeights {
         match self.kind {
             MlpKind::ClampedSwiglu { limit, alpha, .. } => Gate::Clamped { limit: limit as f32, alpha: alpha as f32 },
             MlpKind::Geglu(_) => Gate::GeluTanh,
-            MlpKind::Relu | MlpKind::GeluTanh | MlpKind::Swiglu(_) => Gate::Silu,
+            MlpKind::Relu | MlpKind::ReluSquared | MlpKind::GeluTanh | MlpKind::Swiglu(_) => Gate::Silu,
         }
     }
 
     fn is_interleaved(&self) -> bool {
         let stored = match self.kind {
             MlpKind::Swiglu(stored) | MlpKind::Geglu(stored) | MlpKind::ClampedSwiglu { stored, .. } => stored,
-            MlpKind::Relu | MlpKind::GeluTanh => return false,
+            MlpKind::Relu | MlpKind::ReluSquared | MlpKind::GeluTanh => return false,
         };
         stored == GateUp::Interleaved
     }
@@ -117,10 +121,46 @@ pub struct Routing {
 }
 
 impl Routing {
+    /// The same by expert, of which there are `experts`.
+    pub fn by_expert(&self, experts: usize) -> ByExpert {
+        let mut firsts = vec![0; experts + 1];
+        for expert in &self.experts {
+            firsts[*expert as usize + 1] += 1;
+        }
+        let mut before = 0;
+        for first in &mut firsts {
+            before += *first;
+            *first = before;
+        }
+        let mut next = firsts.clone();
+        let (mut rows, mut weights) = (vec![0; self.experts.len()], vec![0.0; self.experts.len()]);
+        for (i, (expert, weight)) in self.experts.iter().zip(&self.weights).enumerate() {
+            let at = &mut next[*expert as usize];
+            (rows[*at], weights[*at]) = ((i / self.top_k) as u32, *weight);
+            *at += 1;
+        }
+        ByExpert { firsts, rows, weights, scales_input: self.scales_input }
+    }
+}
+
+/// Pairs of token and expert, sorted once by expert.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ByExpert {
+    /// Where each expert's pairs begin, and after the last expert where they end.
+    firsts: Vec<usize>,
+    /// Tokens, ascending within an expert.
+    rows: Vec<u32>,
+    /// In the same order.
+    weights: Vec<f32>,
+    /// As of [`Routing`].
+    scales_input: bool,
+}
+
+impl ByExpert {
     /// Rows sent to one expert, ascending, with their weights.
-    pub fn of_expert(&self, expert: usize) -> (Vec<u32>, Vec<f32>) {
-        let hits = self.experts.iter().zip(&self.weights).enumerate().filter(|(_, (e, _))| **e as usize == expert);
-        hits.map(|(i, (_, weight))| ((i / self.top_k) as u32, *weight)).unzip()
+    pub fn of(&self, expert: usize) -> (&[u32], &[f32]) {
+        let range = self.firsts[expert]..self.firsts[expert + 1];
+        (&self.rows[range.clone()], &self.weights[range])
     }
 }
 
@@ -273,18 +313,18 @@ pub struct Gathered {
 
 /// Gathers the rows of `x` `[all rows, hidden]` that go to an expert, multiplied by their weights where those are of the input; `None`
 /// if none do.
-pub fn gather(x: &Tensor, routing: &Routing, expert: usize) -> Result<Option<Gathered>> {
-    let (rows, weights) = routing.of_expert(expert);
+pub fn gather(x: &Tensor, pairs: &ByExpert, expert: usize) -> Result<Option<Gathered>> {
+    let (rows, weights) = pairs.of(expert);
     if rows.is_empty() {
         return Ok(None);
     }
-    let index = Tensor::from_slice(&rows, rows.len(), x.device())?;
+    let index = Tensor::from_slice(rows, rows.len(), x.device())?;
     let mut x = x.index_select(&index, 0)?;
-    if routing.scales_input {
-        let scale = Tensor::from_slice(&weights, (weights.len(), 1), x.device())?.to_dtype(x.dtype())?;
+    if pairs.scales_input {
+        let scale = Tensor::from_slice(weights, (weights.len(), 1), x.device())?.to_dtype(x.dtype())?;
         x = x.broadcast_mul(&scale)?;
     }
-    Ok(Some(Gathered { x, rows, weights }))
+    Ok(Some(Gathered { x, rows: rows.to_vec(), weights: weights.to_vec() }))
 }
 
 /// One expert over rows gathered from several micro-batches, in products over all of them: what it made of each micro-batch's.
@@ -311,8 +351,8 @@ pub struct ExpertRows {
 }
 
 /// Adds an expert's weighted rows to `out` `[all rows, hidden]`.
-pub fn add_expert(out: Tensor, routing: &Routing, of: &ExpertRows) -> Result<Tensor> {
-    if routing.scales_input {
+pub fn add_expert(out: Tensor, pairs: &ByExpert, of: &ExpertRows) -> Result<Tensor> {
+    if pairs.scales_input {
         return fused::scatter_add(out, &of.out, &of.rows, &vec![1.0; of.rows.len()]);
     }
     fused::scatter_add(out, &of.out, &of.rows, &of.weights)
@@ -321,6 +361,7 @@ pub fn add_expert(out: Tensor, routing: &Routing, of: &ExpertRows) -> Result<Ten
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -411,6 +452,25 @@ mod tests {
         parts.remove(0)
     }
 
+    proptest! {
+        #[test]
+        fn pairs_by_expert_are_those_that_a_search_finds(
+            rows in prop::collection::vec(prop::sample::subsequence((0..7u32).collect::<Vec<_>>(), 3), 0..40),
+            scales_input in any::<bool>(),
+        ) {
+            let experts = rows.concat();
+            let weights: Vec<f32> = (0..experts.len()).map(|i| i as f32).collect();
+            let routing = Routing { top_k: 3, experts, weights, scales_input };
+            let pairs = routing.by_expert(7);
+            for expert in 0..7 {
+                let found = routing.experts.iter().enumerate().filter(|(_, e)| **e == expert);
+                let found: (Vec<u32>, Vec<f32>) = found.map(|(i, _)| (i as u32 / 3, routing.weights[i])).unzip();
+                let (rows, weights) = pairs.of(expert as usize);
+                prop_assert_eq!((rows, weights), (&found.0[..], &found.1[..]));
+            }
+        }
+    }
+
     #[test]
     fn rows_of_several_micro_batches_come_back_to_their_own() {
         let x = |from: f32| Tensor::arange(from, from + 12.0, &Device::Cpu).unwrap().reshape((3, 4)).unwrap();
@@ -421,11 +481,11 @@ mod tests {
             weights: vec![1.0; 3],
             scales_input: false,
         };
-        let batches = [(x(0.0), routing([1, 0, 1])), (x(100.0), routing([0, 1, 0]))];
-        let gathered = batches.iter().map(|(x, routing)| gather(x, routing, 1).unwrap().unwrap()).collect();
+        let batches = [(x(0.0), routing([1, 0, 1]).by_expert(2)), (x(100.0), routing([0, 1, 0]).by_expert(2))];
+        let gathered = batches.iter().map(|(x, pairs)| gather(x, pairs, 1).unwrap().unwrap()).collect();
         let parts = apply_expert(&weights, gathered).unwrap();
-        for (part, (x, routing)) in parts.iter().zip(&batches) {
-            let alone = only(apply_expert(&weights, vec![gather(x, routing, 1).unwrap().unwrap()]).unwrap());
+        for (part, (x, pairs)) in parts.iter().zip(&batches) {
+            let alone = only(apply_expert(&weights, vec![gather(x, pairs, 1).unwrap().unwrap()]).unwrap());
             assert_eq!(part.rows, alone.rows);
             assert_eq!(part.out.to_vec2::<f32>().unwrap(), alone.out.to_vec2::<f32>().unwrap());
         }
@@ -438,9 +498,10 @@ mod tests {
         let widening = Widening::Separate { gate: linear(3, 4), up: linear(3, 4) };
         let weights = MlpWeights { kind: MlpKind::Swiglu(GateUp::Separate), widening, down: linear(4, 3) };
         let routing = Routing { top_k: 1, experts: vec![1, 1], weights: vec![0.5, 0.25], scales_input: false };
-        assert!(gather(&x, &routing, 0).unwrap().is_none());
-        let of = only(apply_expert(&weights, vec![gather(&x, &routing, 1).unwrap().unwrap()]).unwrap());
-        let out = add_expert(x.zeros_like().unwrap(), &routing, &of).unwrap().to_vec2::<f32>().unwrap();
+        let pairs = routing.by_expert(3);
+        assert!(gather(&x, &pairs, 0).unwrap().is_none() && gather(&x, &pairs, 2).unwrap().is_none());
+        let of = only(apply_expert(&weights, vec![gather(&x, &pairs, 1).unwrap().unwrap()]).unwrap());
+        let out = add_expert(x.zeros_like().unwrap(), &pairs, &of).unwrap().to_vec2::<f32>().unwrap();
         assert!((out[0][0] - 2.0 * out[1][0]).abs() < 1e-3 && out[0][0] > 0.0);
     }
 
@@ -450,9 +511,9 @@ mod tests {
         let weights = MlpWeights { kind: MlpKind::Relu, widening: Widening::Up(linear(3, 4)), down: linear(4, 3) };
         let routing = |scales_input| Routing { top_k: 1, experts: vec![0], weights: vec![-0.5], scales_input };
         let out = |scales_input| {
-            let routing = routing(scales_input);
-            let of = only(apply_expert(&weights, vec![gather(&x, &routing, 0).unwrap().unwrap()]).unwrap());
-            add_expert(x.zeros_like().unwrap(), &routing, &of).unwrap().to_vec2::<f32>().unwrap()[0][0]
+            let pairs = routing(scales_input).by_expert(1);
+            let of = only(apply_expert(&weights, vec![gather(&x, &pairs, 0).unwrap().unwrap()]).unwrap());
+            add_expert(x.zeros_like().unwrap(), &pairs, &of).unwrap().to_vec2::<f32>().unwrap()[0][0]
         };
         assert_eq!((out(false), out(true)), (-6.0, 0.0));
     }

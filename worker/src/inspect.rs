@@ -295,6 +295,7 @@ fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
             let scores = (mixer.score_heads() * QUERY_BLOCK * run.tokens).min(SCORE_VALUES) * (value + softmax);
             rows * (mixer.projected_bytes(value) + 2 * spec.hidden * value) + scores
         }
+        (_, FfnSpec::None) => 0,
         (_, FfnSpec::Dense(mlp)) => feed_forward(mlp),
         (Part::Experts(_), FfnSpec::Moe(moe)) => feed_forward(&moe.expert),
         (_, FfnSpec::Moe(moe)) => {

@@ -26,6 +26,7 @@ pub mod gpu;
 pub mod hub;
 pub mod inspect;
 pub mod loader;
+pub mod mamba;
 pub mod meter;
 pub mod mla;
 pub mod model;

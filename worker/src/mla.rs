@@ -58,18 +58,20 @@ impl LatentQuery {
 pub fn latent_attention(
     spec: &LatentSpec,
     weights: &LatentWeights,
-    table: &RopeTable,
+    table: Option<&RopeTable>,
     x: &Tensor,
     positions: usize,
     watched: Watched<'_>,
 ) -> Result<Tensor> {
     let head_dim = spec.nope_dim + spec.rope_dim;
-    let query = weights.query.apply(x)?;
-    let query = fused::rope(query, table, RotatedPart { head_dim, first: spec.nope_dim }, positions)?;
+    let rotate = |part: Tensor, head_dim: usize, first: usize| match table {
+        Some(table) => fused::rope(part, table, RotatedPart { head_dim, first }, positions),
+        None => Ok(part),
+    };
+    let query = rotate(weights.query.apply(x)?, head_dim, spec.nope_dim)?;
     let down = weights.kv_down.apply(x)?;
     let latent = weights.kv_norm.apply(&down.narrow(1, 0, spec.kv_rank)?.contiguous()?)?;
-    let rotated = down.narrow(1, spec.kv_rank, spec.rope_dim)?.contiguous()?;
-    let rotated = fused::rope(rotated, table, RotatedPart { head_dim: spec.rope_dim, first: 0 }, positions)?;
+    let rotated = rotate(down.narrow(1, spec.kv_rank, spec.rope_dim)?.contiguous()?, spec.rope_dim, 0)?;
     let one = |sequence: usize| {
         let rows = |t: &Tensor| t.narrow(0, sequence * positions, positions);
         let query = rows(&query)?.reshape((positions, spec.heads, head_dim))?;
@@ -147,7 +149,7 @@ mod tests {
             value_dim,
             norm: NormSpec::rms(1e-6),
             scale: 0.6,
-            rope,
+            rope: Some(rope),
         }
     }
 
@@ -171,7 +173,9 @@ mod tests {
     fn naive_sequence(spec: &LatentSpec, weights: &LatentWeights, x: &Rows) -> Rows {
         let normed = |x: Rows, norm: &Norm| x.iter().map(|row| naive::rms_norm(row, norm, spec.norm)).collect();
         let rotated = |mut x: Rows| {
-            x.iter_mut().enumerate().for_each(|(position, row)| naive::rotate(row, &spec.rope, position));
+            if let Some(rope) = &spec.rope {
+                x.iter_mut().enumerate().for_each(|(position, row)| naive::rotate(row, rope, position));
+            }
             x
         };
         let query = match &weights.query {
@@ -204,12 +208,15 @@ mod tests {
             dims in (1..6usize, 1..4usize, 1..8usize),
             sequences in 1..3usize,
             positions in 1..30usize,
+            rotates: bool,
         ) {
-            let spec = spec(heads, query_rank, [dims.0, 2 * dims.1, dims.2]);
+            let mut spec = spec(heads, query_rank, [dims.0, 2 * dims.1, dims.2]);
+            spec.rope = spec.rope.filter(|_| rotates);
             let mut random = Random::new(positions as u64);
             let weights = weights(&spec, &mut random);
             let x = random.tensor(&[sequences * positions, HIDDEN]);
-            let got = latent_attention(&spec, &weights, &spec.rope.table(positions), &x, positions, None).unwrap();
+            let table = spec.rope.as_ref().map(|rope| rope.table(positions));
+            let got = latent_attention(&spec, &weights, table.as_ref(), &x, positions, None).unwrap();
             let of_sequence = |x: &[Vec<f64>]| naive_sequence(&spec, &weights, &x.to_vec());
             let mixed: Rows = naive::rows(&x).chunks(positions).flat_map(of_sequence).collect();
             naive::assert_close(&got, &naive::linear(&mixed, &weights.output), 2e-5);

@@ -21,7 +21,7 @@ use crate::corpus::Tokens;
 use crate::decoder::{DecoderSpec, Need, Unit};
 use crate::device::Placement;
 use crate::error::Result;
-use crate::ffn::Routing;
+use crate::ffn::ByExpert;
 use crate::loader::{Loader, Spare, rows_of};
 use crate::meter::{Clock, Meter, Thread, Work};
 use crate::model::{Model, Piece};
@@ -170,7 +170,7 @@ impl Wave {
 
 struct Mixture {
     x: Tensor,
-    routing: Routing,
+    pairs: ByExpert,
     out: Tensor,
     /// What a dense MLP beside the experts made of it.
     beside: Option<Tensor>,

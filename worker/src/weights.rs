@@ -6,12 +6,13 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use crate::attention::{AttentionWeights, Projections};
 use crate::decoder::{
-    AttentionSpec, DeltaNetSpec, DeltaStored, GateUp, LatentSpec, MixerSpec, MlpRoles, MlpSpec, MoeSpec, NormSpec,
-    OutputGate, QkNorm, Role, RouterSpec, SharedSpec,
+    AttentionSpec, DeltaNetSpec, DeltaStored, GateUp, LatentSpec, MambaSpec, MixerSpec, MlpRoles, MlpSpec, MoeSpec,
+    NormSpec, OutputGate, QkNorm, Role, RouterSpec, SharedSpec,
 };
 use crate::delta_net::{DeltaNetWeights, DeltaProjections};
 use crate::ffn::{Beside, MlpWeights, Router, SharedWeights, Widening};
 use crate::fused;
+use crate::mamba::MambaWeights;
 use crate::mla::{LatentQuery, LatentWeights};
 use crate::norm::Norm;
 use crate::product::product;
@@ -43,6 +44,8 @@ pub enum MixerWeights {
     Latent(LatentWeights),
     /// Of [`MixerSpec::DeltaNet`].
     DeltaNet(DeltaNetWeights),
+    /// Of [`MixerSpec::Mamba`].
+    Mamba(MambaWeights),
 }
 
 /// The decoded tensors of one streaming unit, by role and expert. Each is taken out once; one that is missing means that a spec's
@@ -101,6 +104,8 @@ impl UnitTensors {
             MixerSpec::Attention(spec) => MixerWeights::Attention(self.attention(spec)?),
             MixerSpec::Latent(spec) => MixerWeights::Latent(self.latent(spec)?),
             MixerSpec::DeltaNet(spec) => MixerWeights::DeltaNet(self.delta_net(spec)?),
+            MixerSpec::Mamba(spec) => MixerWeights::Mamba(self.mamba(spec)?),
+            MixerSpec::None => return Err(candle_core::Error::Msg("a mixer's unit in a layer without one".to_owned())),
         })
     }
 
@@ -162,14 +167,41 @@ impl UnitTensors {
                 strengths: self.plain(Role::DeltaStrength)?,
                 steps: self.plain(Role::DeltaStep)?,
             },
+            DeltaStored::Apart => DeltaProjections::Apart {
+                query: self.plain(Role::Query)?,
+                key: self.plain(Role::Key)?,
+                value: self.plain(Role::Value)?,
+                gates: [self.plain(Role::DeltaGateDown)?, self.plain(Role::DeltaGateUp)?],
+                strengths: self.plain(Role::DeltaStrength)?,
+                steps: [self.plain(Role::DeltaStepDown)?, self.plain(Role::DeltaStepUp)?],
+            },
+        };
+        let convolution = if spec.stored == DeltaStored::Apart {
+            let parts = [Role::DeltaQueryConvolution, Role::DeltaKeyConvolution, Role::DeltaValueConvolution];
+            Tensor::cat(&parts.map(|role| self.take(role)).into_iter().collect::<Result<Vec<_>>>()?, 0)?
+        } else {
+            self.take(Role::DeltaConvolution)?
         };
         Ok(DeltaNetWeights {
             projections,
-            convolution: self.take(Role::DeltaConvolution)?,
-            decay: self.take(Role::DeltaDecay)?,
+            convolution,
+            decay: self.take(Role::DeltaDecay)?.flatten_all()?,
             step_bias: self.take(Role::DeltaStepBias)?,
             norm: Norm::new(spec.norm, self.take(Role::DeltaNorm)?, None)?,
             output: self.plain(Role::DeltaOutput)?,
+        })
+    }
+
+    fn mamba(&mut self, spec: &MambaSpec) -> Result<MambaWeights> {
+        Ok(MambaWeights {
+            input: self.plain(Role::MambaInput)?,
+            convolution: self.take(Role::MambaConvolution)?,
+            bias: if spec.convolution_bias { Some(self.take(Role::MambaConvolutionBias)?) } else { None },
+            decay: self.take(Role::MambaDecay)?,
+            step_bias: self.take(Role::MambaStepBias)?,
+            skip: self.take(Role::MambaSkip)?,
+            gain: self.take(Role::MambaNorm)?,
+            output: self.plain(Role::MambaOutput)?,
         })
     }
 

@@ -27,13 +27,16 @@ use outliers_worker::stream::{Pass, Predicted};
 use outliers_worker::watch::Watch;
 
 /// Dense ones in all three orders of norms, mixtures of every kind, every stored format.
-const FIXTURES: [&str; 9] = [
+const FIXTURES: [&str; 12] = [
     "deepseek-v3-fp8",
     "glm4-moe-grouped",
     "gpt-oss-mxfp4",
     "gptj-bin",
+    "kimi-linear",
     "llama-f32",
     "llama4-scout",
+    "nemotron-h",
+    "nemotron-h-latent",
     "olmoe-bf16",
     "opt-350m",
     "qwen3-next",

@@ -18,7 +18,7 @@ use crate::report::{Complaint, ExitStatus, tables};
 pub(super) async fn command(context: &Context, args: &AnalyzeArgs) -> Result<ExitStatus, Complaint> {
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
-    let usual = || context.settings.results.join(format!("{}-{}", slug(job.model.name()), random_word(8)));
+    let usual = || context.settings.results.join(format!("{}-{}", slug(job.model_name()), random_word(8)));
     let folder = args.output.as_ref().map_or_else(usual, |path| context.here.join(path));
     let partial = partial(&folder, &job)?;
     let on = |progress| context.reporter.progress(&progress);
@@ -43,7 +43,7 @@ pub(super) async fn command(context: &Context, args: &AnalyzeArgs) -> Result<Exi
     rename_folder(&partial, &folder).map_err(|error| Complaint::failed(format!("{}: {error}", folder.display())))?;
     context.reporter.result(&results, || {
         let verification = metadata.model.weight_verification.as_ref();
-        let table = tables::results(job.model.name(), &results, verification);
+        let table = tables::results(job.model_name(), &results, verification);
         format!("{table}files: {}\n", folder.display())
     });
     Ok(ExitStatus::Done)

@@ -6,10 +6,17 @@ use std::path::Path;
 use super::Context;
 use crate::cli::{CompareArgs, CompareFormat};
 use crate::compare::folder::{ReadError, read_all, read_whole};
-use crate::compare::{Comparison, page, pixels, plots, print};
+use crate::compare::{Comparison, page, pdf, pixels, plots, print};
 use crate::files::write_whole;
 use crate::report::{Complaint, ExitStatus};
 use crate::text::clean;
+use crate::units::PlotWidth;
+
+/// Pixels per inch of pictures for paper, unless it is said.
+const DPI: u16 = 300;
+
+/// Width of PDF files, unless it is said: 840 units at 120 per inch.
+const PDF_INCHES: f64 = 7.0;
 
 /// Does it.
 pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatus, Complaint> {
@@ -22,17 +29,27 @@ pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatu
         let names = clean(names.join(", ").as_bytes(), 2000);
         context.reporter.say(&format!("Left out, not being whole results: {names}"));
     }
-    let comparison = Comparison::of(folders);
+    let mut comparison = Comparison::of(folders);
+    if !args.only.is_empty() {
+        let hint = "name results by number, name or folder, as `outliers compare` shows them";
+        comparison = comparison.only(&args.only).map_err(|why| Complaint::refused(format!("--only: {why}"), hint))?;
+    }
     if let Some(file) = &args.html {
         let file = context.here.join(file);
         write(&file, page::page(&comparison).as_bytes())?;
         context.reporter.say(&format!("page: {}", file.display()));
     }
     if let Some(folder) = &args.svg {
-        drawings(context, &comparison, folder, "svg", |svg| Ok(svg.as_bytes().to_vec()))?;
+        drawings(context, &comparison, folder, "svg", |svg| Ok(sized(svg, args.size).into_bytes()))?;
     }
     if let Some(folder) = &args.png {
-        drawings(context, &comparison, folder, "png", pixels::png)?;
+        let dpi = f64::from(args.dpi.unwrap_or(DPI));
+        let width = args.size.map(|size| (size.inches() * dpi).round() as u32);
+        drawings(context, &comparison, folder, "png", |svg| pixels::png(svg, width))?;
+    }
+    if let Some(folder) = &args.pdf {
+        let inches = args.size.map_or(PDF_INCHES, PlotWidth::inches);
+        drawings(context, &comparison, folder, "pdf", |svg| pdf::pdf(svg, inches))?;
     }
     context.reporter.result(&comparison, || match args.format {
         CompareFormat::Table => print::terminal(&comparison),
@@ -43,6 +60,18 @@ pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatu
         }
     });
     Ok(ExitStatus::Done)
+}
+
+/// A drawing that says how wide it is on paper; its own units stay.
+fn sized(svg: &str, width: Option<PlotWidth>) -> String {
+    let Some(inches) = width.map(PlotWidth::inches) else { return svg.to_owned() };
+    let side = |name: &str| {
+        let (_, rest) = svg.split_once(&format!(" {name}=\""))?;
+        rest.split_once('"')?.0.parse::<f64>().ok()
+    };
+    let (Some(wide), Some(high)) = (side("width"), side("height")) else { return svg.to_owned() };
+    let old = format!("width=\"{wide}\" height=\"{high}\"");
+    svg.replacen(&old, &format!("width=\"{inches:.4}in\" height=\"{:.4}in\"", inches * high / wide), 1)
 }
 
 /// Writes every plot in a format, and says so.

@@ -10,6 +10,10 @@ use outliers_protocol::{
 use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg};
 use crate::files::{MOST, is_plain_name, read_text};
 use crate::report::Complaint;
+use crate::text::clean;
+
+/// Most characters of a model's name.
+const LONGEST_NAME: usize = 100;
 
 /// The job these options describe, with absolute paths.
 ///
@@ -17,7 +21,8 @@ use crate::report::Complaint;
 /// The model is neither a folder nor a hub id; a file is not there.
 pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Path) -> Result<JobSpec, Complaint> {
     let mut job = JobSpec::new(source(model, here)?);
-    job.thresholds = thresholds;
+    job.label = args.name.as_deref().map(name).transpose()?;
+    job.thresholds = args.thresholds.over(thresholds);
     job.corpus = CorpusSpec {
         source: corpus(args, here)?,
         num_sequences: args.num_sequences,
@@ -70,6 +75,17 @@ fn check(job: &JobSpec) -> Result<(), Complaint> {
         (.., 0) => zero("micro-batch-tokens"),
         _ => plain_name("save-activations", job.save_activations.as_deref())
             .and_then(|()| plain_name("trace", job.trace.as_deref())),
+    }
+}
+
+/// What a model is called, on one line of tables.
+fn name(name: &str) -> Result<String, Complaint> {
+    match name.trim().is_empty() || clean(name.as_bytes(), LONGEST_NAME) != name {
+        true => Err(Complaint::refused(
+            format!("--name takes 1 to {LONGEST_NAME} characters of plain text"),
+            "leave it out for the model's own name",
+        )),
+        false => Ok(name.to_owned()),
     }
 }
 
@@ -165,6 +181,7 @@ mod tests {
     use outliers_protocol::SiteKind;
 
     use super::*;
+    use crate::cli::ThresholdArgs;
 
     fn made(name: &str, args: &JobArgs, here: &Path) -> Result<JobSpec, Complaint> {
         job(&ModelArgs { model: name.into(), revision: "main".into() }, args, Thresholds::default(), here)
@@ -214,6 +231,28 @@ mod tests {
         assert_eq!(made("a/b", &JobArgs::default(), here.path()).unwrap().weights, None);
         let nothing = JobArgs { stream_budget: Some(ByteSize(0)), ..JobArgs::default() };
         assert_eq!(made("a/b", &nothing, here.path()).unwrap_err().status.number(), 2);
+    }
+
+    #[test]
+    fn thresholds_that_are_typed_win_over_the_settings() {
+        let typed = |text: &str| ThresholdArgs { layer_fraction: Some(text.parse().unwrap()), ..Default::default() };
+        let args = JobArgs { thresholds: typed("0.5"), ..JobArgs::default() };
+        let settings = Thresholds { magnitude: 5.0, ..Thresholds::default() };
+        let model = ModelArgs { model: "a/b".into(), revision: "main".into() };
+        let job = job(&model, &args, settings, Path::new("/")).unwrap();
+        assert_eq!(job.thresholds, Thresholds { magnitude: 5.0, layer_fraction: 0.5, position_fraction: 0.06 });
+    }
+
+    #[test]
+    fn a_model_has_the_name_it_is_given() {
+        let with = |name: &str| {
+            let args = JobArgs { name: Some(name.into()), ..JobArgs::default() };
+            made("a/b", &args, Path::new("/")).map(|job| job.model_name().to_owned())
+        };
+        assert_eq!(with("OLMoE, step 5").unwrap(), "OLMoE, step 5");
+        for wrong in ["", " ", "a\nb", "\u{1b}[2J", "n".repeat(101).as_str()] {
+            assert_eq!(with(wrong).unwrap_err().status.number(), 2, "{wrong:?}");
+        }
     }
 
     #[test]

@@ -213,7 +213,7 @@ fn spec(context: &Context, clouds: &Clouds, wish: Wish, inspection: &Inspection)
     let results = wish.results.to_str().map(str::to_owned);
     let output = output::planned(&wish.job, inspection);
     Ok(RunSpec {
-        model: wish.job.model.name().to_owned(),
+        model: wish.job.model_name().to_owned(),
         brokers: clouds.names(),
         job: wish.job,
         job_key: wish.job_key,

@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::difference::{Difference, differences};
 use super::folder::{Content, ResultFolder, Run};
 use super::predecessor::{Imported, Outliers};
-use super::published::{self, Table};
+use super::published::{self, Known, Table};
 use super::samples::resampled;
 use super::tally::{Estimate, Tally, interval, mean, middle, samples};
 
@@ -15,7 +15,7 @@ use super::tally::{Estimate, Tally, interval, mean, middle, samples};
 pub struct Comparison {
     /// Document version.
     pub schema: u32,
-    /// The results, in the order they were given.
+    /// The results, in the order in which they began.
     pub models: Vec<Compared>,
     /// Every count of every model under its reading, with those that others published of it.
     pub figures: Vec<Figure>,
@@ -44,6 +44,8 @@ pub struct Compared {
     pub active_parameters: Option<u64>,
     /// Trained further than on plain text; `None` for models that are not in the catalogue.
     pub post_trained: Option<bool>,
+    /// All that the catalogue says of it.
+    pub catalogue: Option<&'static Known>,
     /// Sequences.
     pub sequences: Option<usize>,
     /// Tokens of each.
@@ -135,8 +137,15 @@ fn reading(reading: Reading, axis: Axis) -> &'static str {
 }
 
 impl Comparison {
-    /// Of these results.
-    pub fn of(folders: Vec<ResultFolder>) -> Self {
+    /// Of these results, numbered by when their runs began: one that is added later changes no other
+    /// number. Imported results follow, which do not say when they were made, then what is not to be
+    /// used.
+    pub fn of(mut folders: Vec<ResultFolder>) -> Self {
+        folders.sort_by_key(|folder| match &folder.content {
+            Ok(Content::Run(run)) => (0, run.metadata.started_at_ms),
+            Ok(Content::Imported(_)) => (1, 0),
+            Err(_) => (2, 0),
+        });
         let mut models: Vec<Compared> = Vec::new();
         let mut figures = Vec::new();
         for (folder, number) in folders.into_iter().zip(1..) {
@@ -158,6 +167,67 @@ impl Comparison {
         }
         let differences = differences(&models);
         Self { schema: SCHEMA, models, figures, differences, published: published::tables() }
+    }
+
+    /// These alone: by number, by label, by the model's name or its last part, or by folder. Numbers
+    /// stay those among all.
+    ///
+    /// # Errors
+    /// A name that is none of them.
+    pub fn only(mut self, names: &[String]) -> Result<Self, String> {
+        let is_it = |model: &Compared, name: &str| {
+            let last = model.model.rsplit('/').next().unwrap_or_default();
+            let folder = model.folder.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
+            let number = model.number.to_string();
+            let called: [&str; 5] = [&number, &model.label, &model.model, last, folder];
+            called.iter().any(|called| called.eq_ignore_ascii_case(name))
+        };
+        if let Some(name) = names.iter().find(|name| !self.models.iter().any(|model| is_it(model, name))) {
+            let known: Vec<&str> = self.models.iter().map(|model| model.label.as_str()).collect();
+            return Err(format!("`{name}` is none of {}", known.join(", ")));
+        }
+        self.models.retain(|model| names.iter().any(|name| is_it(model, name)));
+        let kept: Vec<usize> = self.models.iter().map(|model| model.number).collect();
+        self.figures.retain(|figure| kept.contains(&figure.number));
+        self.differences = differences(&self.models);
+        Ok(self)
+    }
+
+    /// What was found, in a paragraph: how many features, in which models, at which thresholds,
+    /// beside whom.
+    pub fn answer(&self) -> String {
+        let counted = |model: &Compared| {
+            let figure = self.own(model, Reading::Unique, Axis::Layers)?;
+            let published: Vec<String> = self
+                .figures_of(model)
+                .filter(|other| matches!(other.source, Source::Published(_)))
+                .filter(|other| (other.reading, other.axis) == (Reading::Unique, Axis::Layers))
+                .map(|other| format!("; {}: {}", other.source.name(), other.count.value))
+                .collect();
+            Some(format!("{} ({}{})", figure.count.value, model.label, published.concat()))
+        };
+        let counts: Vec<String> = self.models.iter().filter_map(counted).collect();
+        let mut thresholds: Vec<String> = Vec::new();
+        for of in self.models.iter().filter_map(|model| Some(model.results()?.thresholds)) {
+            let (layers, positions) = (of.layer_fraction * 100.0, of.position_fraction * 100.0);
+            let words = format!(
+                "|x| >= {} in at least {layers:.0} % of layers and at least {positions:.0} % of positions",
+                of.magnitude
+            );
+            if !thresholds.contains(&words) {
+                thresholds.push(words);
+            }
+        }
+        if counts.is_empty() {
+            return "No result here has a count of systematic outlier features by layers.".to_owned();
+        }
+        let beside: Vec<&str> = self.published.iter().map(|table| table.title.as_str()).collect();
+        format!(
+            "Systematic outlier features, unique and by layers: {}. Thresholds: {}. Beside them: {}.",
+            counts.join(", "),
+            thresholds.join("; "),
+            beside.join("; ")
+        )
     }
 
     /// The figures of a model.
@@ -182,8 +252,9 @@ impl Compared {
             folder,
             standing,
             parameters: known.map(|known| known.parameters),
-            active_parameters: known.map(published::Known::active),
+            active_parameters: known.map(Known::active),
             post_trained: known.map(|known| known.post_trained),
+            catalogue: known,
             sequences: None,
             tokens_per_sequence: None,
             perplexity: None,
@@ -466,7 +537,37 @@ mod tests {
         copy("dense", &home.path().join("b"));
         rename(&copy("mixture", &home.path().join("c")), "/very/long/way/to/model/");
         let labels: Vec<_> = compared(home.path()).models.into_iter().map(|model| model.label).collect();
-        assert_eq!(labels, ["tests/gpt2 (a)", "tests/gpt2 (b)", "model"]);
+        assert_eq!(labels, ["model", "tests/gpt2 (a)", "tests/gpt2 (b)"], "in the order in which they began");
+    }
+
+    #[test]
+    fn numbers_stay_when_runs_are_added_and_when_some_are_left_out() {
+        let home = tempfile::tempdir().unwrap();
+        rename(&copy("mixture", &home.path().join("z")), "a/first");
+        assert_eq!(compared(home.path()).models[0].number, 1);
+        rename(&copy("dense", &home.path().join("a")), "b/second");
+        let numbers = |compared: &Comparison| {
+            compared.models.iter().map(|model| (model.number, model.label.clone())).collect::<Vec<_>>()
+        };
+        let both = compared(home.path());
+        assert_eq!(numbers(&both), [(1, "a/first".to_owned()), (2, "b/second".to_owned())]);
+        for name in ["2", "b/second", "Second", "a"] {
+            let only = compared(home.path()).only(&[name.to_owned()]).unwrap();
+            assert_eq!(numbers(&only), [(2, "b/second".to_owned())], "{name}");
+            assert!(only.figures.iter().all(|figure| figure.number == 2) && !only.figures.is_empty());
+        }
+        assert!(compared(home.path()).only(&["3".to_owned()]).unwrap_err().contains("a/first, b/second"));
+    }
+
+    #[test]
+    fn the_answer_says_how_many_in_which_model_at_which_thresholds_beside_whom() {
+        let home = tempfile::tempdir().unwrap();
+        rename(&copy("dense", &home.path().join("a")), "openai-community/gpt2");
+        let answer = compared(home.path()).answer();
+        for said in ["3 (openai-community/gpt2", "; published, the paper: 1)", "|x| >= 6 in at least 25 %"] {
+            assert!(answer.contains(said), "{said}: {answer}");
+        }
+        assert!(answer.contains("at least 6 % of positions") && answer.contains("Beside them: "), "{answer}");
     }
 
     #[test]

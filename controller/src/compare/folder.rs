@@ -130,6 +130,18 @@ pub fn read_whole(folder: &Path, allow_partial: bool) -> Result<(Vec<ResultFolde
     Ok((judged(whole, allow_partial)?, partial.into_iter().map(|found| found.path).collect()))
 }
 
+/// The folders of results in or below these folders, by name, each once, without a look into them; none if there are none.
+///
+/// # Errors
+/// A folder cannot be looked into.
+pub fn paths(folders: &[PathBuf]) -> Result<Vec<PathBuf>, ReadError> {
+    match find_all(folders) {
+        Ok(found) => Ok(found.into_iter().map(|found| found.path).collect()),
+        Err(ReadError::Nothing(_)) => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
 /// By name, each once; at least one.
 fn find_all(folders: &[PathBuf]) -> Result<Vec<Found>, ReadError> {
     let mut found = Vec::new();
@@ -381,7 +393,7 @@ mod tests {
 
     use super::super::fixture::{change, copy};
     use super::*;
-    use crate::deploy::RUN_FILE;
+    use crate::ledger::RUN_FILE;
 
     fn mixture() -> (tempfile::TempDir, PathBuf) {
         let home = tempfile::tempdir().unwrap();

@@ -48,8 +48,10 @@ pub fn page(comparison: &Comparison) -> String {
                 }
                 nav aria-label="Contents" { (contents(comparison)) }
                 main id="main" {
-                    section id="models" { h2 { "Models and counts" } (unusable(models)) (sheet("models")) (sheet("measured")) (sheet("counts")) }
+                    p.answer id="answer" { (shown(&comparison.answer())) }
+                    (unusable(models))
                     section id="figures" { h2 { "Across models" } (across(comparison)) }
+                    section id="models" { h2 { "Models and counts" } (sheet("models")) (sheet("measured")) (sheet("counts")) (sheet("catalogue")) }
                     section id="differences" { h2 { "Differences that are only definition or provenance" } (sheet("differences")) }
                     @for model in models { (of_model(model)) }
                     section id="published" {
@@ -95,8 +97,8 @@ fn style() -> String {
 fn contents(comparison: &Comparison) -> Markup {
     html! {
         ul {
-            li { a href="#models" { "Models and counts" } }
             li { a href="#figures" { "Across models" } }
+            li { a href="#models" { "Models and counts" } }
             li { a href="#differences" { "Definitions and provenance" } }
             @for model in comparison.models.iter().filter(|model| model.run.is_some()) {
                 li { a href={ "#model-" (model.number) } { (model.number) ". " (shown(&model.label)) } }
@@ -120,7 +122,7 @@ fn unusable(models: &[Compared]) -> Markup {
 fn across(comparison: &Comparison) -> Markup {
     let all = plots::across(comparison);
     html! {
-        p { "Numbers are the models of the first table, letters the rows of the published tables. Figures by the predecessor's definition are not \
+        p { "Numbers are the models of the table below, letters the rows of the published tables. Figures by the predecessor's definition are not \
              numbers of distinct features, and stand in plots of their own." }
         (grid(&all))
     }
@@ -271,6 +273,8 @@ mod tests {
         ] {
             assert_eq!(page.matches(&format!(" id=\"{id}\"")).count(), 1, "{id}");
         }
+        let at = |id: &str| page.find(&format!(" id=\"{id}\"")).unwrap();
+        assert!(at("answer") < at("figures") && at("figures") < at("models"), "answer, figures, rows");
         assert!(page.contains("No figures of") && page.contains("damaged"), "what is missing is said");
         let ids: Vec<&str> = page.split(" id=\"").skip(1).filter_map(|rest| rest.split('"').next()).collect();
         assert_eq!(ids.iter().collect::<std::collections::BTreeSet<_>>().len(), ids.len(), "ids are unique");

@@ -16,16 +16,26 @@ static FONTS: LazyLock<Arc<fontdb::Database>> = LazyLock::new(|| {
     Arc::new(fonts)
 });
 
-/// An SVG as PNG, one pixel per unit of its own.
+/// An SVG as a tree of shapes, its letters among them.
 ///
 /// # Errors
 /// What is wrong with the drawing.
-pub fn png(svg: &str) -> Result<Vec<u8>, String> {
+pub(super) fn tree(svg: &str) -> Result<Tree, String> {
     let options = Options { fontdb: Arc::clone(&FONTS), ..Options::default() };
-    let tree = Tree::from_str(svg, &options).map_err(|error| error.to_string())?;
-    let size = tree.size().to_int_size();
-    let mut pixels = Pixmap::new(size.width(), size.height()).ok_or("it has no size")?;
-    resvg::render(&tree, Transform::identity(), &mut pixels.as_mut());
+    Tree::from_str(svg, &options).map_err(|error| error.to_string())
+}
+
+/// An SVG as PNG, so many pixels wide; without a width, one pixel per unit of its own.
+///
+/// # Errors
+/// What is wrong with the drawing.
+pub fn png(svg: &str, width: Option<u32>) -> Result<Vec<u8>, String> {
+    let tree = tree(svg)?;
+    let size = tree.size();
+    let scale = width.map_or(1.0, |width| width as f32 / size.width());
+    let side = |length: f32| (length * scale).round() as u32;
+    let mut pixels = Pixmap::new(side(size.width()), side(size.height())).ok_or("it has no size")?;
+    resvg::render(&tree, Transform::from_scale(scale, scale), &mut pixels.as_mut());
     pixels.encode_png().map_err(|error| error.to_string())
 }
 
@@ -46,7 +56,7 @@ mod tests {
     }
 
     fn pixels(svg: &str) -> Pixmap {
-        Pixmap::decode_png(&png(svg).unwrap()).unwrap()
+        Pixmap::decode_png(&png(svg, None).unwrap()).unwrap()
     }
 
     #[test]
@@ -71,7 +81,7 @@ mod tests {
     #[test]
     fn what_is_no_drawing_is_an_error() {
         for text in ["", "<svg", "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"0\" height=\"0\"/>"] {
-            assert!(png(text).is_err(), "{text}");
+            assert!(png(text, None).is_err(), "{text}");
         }
     }
 }

@@ -1,8 +1,8 @@
 //! One plot as SVG: axes that fit their values, marks that do not need colour to be told apart, a title and a description for those who do
 //! not see it.
 //!
-//! Every colour here has a meaning and a value of its own, so that a page can give it another one ([`Colour::ALL`]). Text in a plot is ours
-//! alone: models have numbers in it.
+//! Every colour here has a meaning and a value of its own, so that a page can give it another one ([`Colour::ALL`]). Text in a drawing is
+//! ours alone: models have numbers in it, and their names stand below it ([`Plot::keyed`]).
 
 use maud::html;
 use plotters::chart::{ChartBuilder, ChartContext};
@@ -12,9 +12,11 @@ use plotters::drawing::{DrawingArea, DrawingAreaErrorKind, IntoDrawingArea};
 use plotters::element::{Circle, PathElement, Rectangle, Text};
 use plotters::prelude::SVGBackend;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use plotters::style::{Color, FontDesc, IntoFont, ShapeStyle, TextStyle};
+use plotters::style::{Color, FontDesc, IntoFont, RGBColor, ShapeStyle, TextStyle};
 
 use scale::Scale;
+
+use crate::text::clean;
 
 mod colour;
 mod scale;
@@ -32,6 +34,10 @@ const FONT: i32 = 35;
 const LEGEND: i32 = 46;
 /// What a character of the legend is about wide.
 const CHARACTER: i32 = 15;
+/// Columns of the names of keys below a drawing, the height of their lines, and characters of a name.
+const KEY_COLUMNS: usize = 2;
+const KEY_LINE: u32 = 38;
+const KEY_NAME: usize = 24;
 /// Half of a mark's width: of a point, and of one on a line.
 const POINT: i32 = 8;
 const DOT: i32 = 5;
@@ -110,6 +116,41 @@ impl Plot {
             svg: format!("<svg {role}{attributes}>{head}{body}"),
         }
     }
+
+    /// The same with the names of its keys below the drawing, so that it can stand alone. Names may
+    /// be anybody's: they are cleaned, shortened and escaped.
+    #[must_use]
+    pub fn keyed(mut self, names: &[(String, String)]) -> Self {
+        let size = self.svg.split_once("viewBox=\"0 0 ").and_then(|(_, rest)| rest.split_once('"'));
+        let numbers = size.and_then(|(numbers, _)| numbers.split_once(' '));
+        let height = numbers.and_then(|(_, height)| height.parse::<u32>().ok()).expect("drawings have a size");
+        if names.is_empty() {
+            return self;
+        }
+        let lines = u32::try_from(names.len().div_ceil(KEY_COLUMNS)).unwrap_or(u32::MAX / KEY_LINE);
+        let whole = height + lines * KEY_LINE + KEY_LINE / 2;
+        let hex = |colour: Colour| {
+            let RGBColor(r, g, b) = colour.rgb();
+            format!("#{r:02X}{g:02X}{b:02X}")
+        };
+        let ground = whole - height;
+        let keys = html! {
+            rect x="0" y=(height) width=(WIDTH) height=(ground) fill=(hex(Colour::Surface)) stroke="none" {}
+            @for (i, (key, name)) in names.iter().enumerate() {
+                @let x = 20 + (i % KEY_COLUMNS) * (WIDTH as usize / KEY_COLUMNS);
+                @let y = height as usize + (i / KEY_COLUMNS + 1) * KEY_LINE as usize - 8;
+                text x=(x) y=(y) font-family="sans-serif" font-size="28" fill=(hex(Colour::Ink)) {
+                    (key) " " (clean(name.as_bytes(), KEY_NAME))
+                }
+            }
+        };
+        let old = format!("height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\"");
+        let new = format!("height=\"{whole}\" viewBox=\"0 0 {WIDTH} {whole}\"");
+        let drawing = self.svg.replacen(&old, &new, 1);
+        let body = drawing.trim_end().strip_suffix("</svg>").expect("drawings end with their tag");
+        self.svg = format!("{body}{}</svg>\n", keys.into_string());
+        self
+    }
 }
 
 /// Points (and lines) over two axes. `None` if there is no point to draw.
@@ -127,7 +168,7 @@ pub fn points(name: &str, title: &str, description: &str, [x, y]: [Axis; 2], gro
         let entries: Vec<(&str, Mark)> = groups.iter().map(|group| (group.name.as_str(), group.mark)).collect();
         let mut chart = chart(&legend(root, &entries)?, across, up)?;
         mesh(&mut chart, x.label, y.label, true)?;
-        groups.iter().try_for_each(|group| group.draw(&mut chart, root))?;
+        groups.iter().try_for_each(|group| group.draw(&mut chart, root, x.kind == Kind::Index))?;
         let area = chart.plotting_area();
         let placed: Vec<_> =
             all().map(|point| (area.map_coordinate(&(point.x, point.y)), point.key.as_str())).collect();
@@ -302,11 +343,13 @@ impl Group {
         group
     }
 
-    fn draw(&self, chart: &mut Chart<'_, '_>, root: &Canvas<'_>) -> Drawn<()> {
+    /// `of_wholes`: along an axis of layers, one without a value is a gap in the line.
+    fn draw(&self, chart: &mut Chart<'_, '_>, root: &Canvas<'_>, of_wholes: bool) -> Drawn<()> {
         let stroke = self.mark.colour.rgb().stroke_width(3);
         if self.joined {
             let path: Vec<(f64, f64)> = self.points.iter().map(|point| (point.x, point.y)).collect();
-            chart.draw_series([PathElement::new(path, stroke)])?;
+            let parts = path.chunk_by(|a, b| !of_wholes || b.0 - a.0 <= 1.0).filter(|part| part.len() > 1);
+            chart.draw_series(parts.map(|part| PathElement::new(part.to_vec(), stroke)))?;
         }
         let bars = self.points.iter().filter_map(|point| Some((point.x, point.interval?)));
         chart.draw_series(bars.map(|(x, [low, high])| PathElement::new(vec![(x, low), (x, high)], stroke)))?;
@@ -345,6 +388,30 @@ mod tests {
         }
         assert!(!svg.contains("<script"));
         assert_eq!(svg.matches("<circle").count(), 3, "two points and the legend's");
+    }
+
+    #[test]
+    fn a_layer_without_a_value_is_a_gap_in_the_line() {
+        let lines = |layers: &[f64]| {
+            let points = layers.iter().map(|x| Point { x: *x, y: 1.0 + x, ..Point::default() }).collect();
+            let group = Group { name: "load".into(), mark: MARK, joined: true, points };
+            let axes = [Kind::Index, Kind::Linear].map(|kind| Axis { label: "axis", kind });
+            let svg = super::points("name", "title", "says", axes, &[group]).unwrap().svg;
+            svg.matches("stroke-width=\"3\"").count()
+        };
+        let dots = lines(&[0.0, 2.0, 4.0]);
+        assert_eq!(lines(&[0.0, 1.0, 2.0]), dots + 1, "every second layer has no router: no line at all");
+        assert_eq!(lines(&[0.0, 1.0, 3.0, 4.0]), lines(&[0.0, 1.0, 2.0, 3.0]) + 1, "two lines for one");
+    }
+
+    #[test]
+    fn names_of_keys_stand_below_the_drawing() {
+        let plain = plot([Kind::Log, Kind::Percent], &[(1e9, 25.0)]).unwrap();
+        let keyed = plain.clone().keyed(&[("1".into(), "<script>".into()), ("a".into(), "n".repeat(99))]);
+        assert!(keyed.svg.contains("viewBox=\"0 0 840 657\"") && keyed.svg.contains("height=\"657\""));
+        assert!(keyed.svg.contains("1 &lt;script&gt;") && !keyed.svg.contains("<script"));
+        assert!(!keyed.svg.contains(&"n".repeat(30)) && keyed.svg.trim_end().ends_with("</svg>"));
+        assert_eq!(plain.clone().keyed(&[]), plain);
     }
 
     #[test]

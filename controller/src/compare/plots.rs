@@ -9,6 +9,7 @@ use super::plot::{Axis, Colour, Group, Kind, Mark, Plot, Point, points};
 use super::published::{Row, Table};
 
 mod model;
+mod trajectory;
 
 pub use model::{of_model, peak_quartiles, quartiles, strongest};
 
@@ -100,6 +101,7 @@ pub fn across(comparison: &Comparison) -> Vec<Plot> {
         plots.extend(affected(comparison, &predecessor, by));
         plots.extend(counted(comparison, &predecessor, by));
     }
+    plots.extend(trajectory::trajectories(comparison));
     plots
 }
 
@@ -132,7 +134,7 @@ fn affected(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot>
         ("predecessor", _) => ", as the predecessor counts",
         _ => "",
     };
-    points(
+    let plot = points(
         &format!("affected-{}-{}", by.name, under.name),
         &format!("Layers and positions affected, by {}{figure}", by.words),
         &format!(
@@ -143,7 +145,8 @@ fn affected(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot>
         ),
         [by.axis, Axis { label: "% affected", kind: Kind::Percent }],
         &groups,
-    )
+    )?;
+    Some(plot.keyed(&names(comparison, under, &groups)))
 }
 
 /// The count: figure 4b.
@@ -166,7 +169,7 @@ fn counted(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot> 
         ("predecessor", _) => ", as the predecessor counts",
         _ => "",
     };
-    points(
+    let plot = points(
         &format!("count-{}-{}", by.name, under.name),
         &format!("Outlier features counted, by {}{figure}", by.words),
         &format!(
@@ -177,7 +180,8 @@ fn counted(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot> 
         ),
         [by.axis, Axis { label: "features", kind }],
         &groups,
-    )
+    )?;
+    Some(plot.keyed(&names(comparison, under, &groups)))
 }
 
 /// How large the largest outlier feature is: figure 4a.
@@ -191,7 +195,7 @@ fn magnitude(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot
         group("here: median of its peaks", mark(Colour::Fourth, false, true), ours.collect()),
         group("the paper: median of its values", mark(Colour::Fourth, false, false), theirs),
     ];
-    points(
+    let plot = points(
         &format!("magnitude-{}", by.name),
         &format!("Magnitude of the most common outlier feature, by {}; the paper's figure 4a", by.words),
         &format!(
@@ -202,7 +206,18 @@ fn magnitude(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot
         ),
         [by.axis, Axis { label: "magnitude", kind: Kind::Linear }],
         &groups,
-    )
+    )?;
+    Some(plot.keyed(&names(comparison, under, &groups)))
+}
+
+/// The names of the keys that these points carry, models first.
+fn names(comparison: &Comparison, under: &Under<'_>, groups: &[Group]) -> Vec<(String, String)> {
+    let is_shown = |key: &str| groups.iter().flat_map(|group| &group.points).any(|point| point.key == key);
+    let short = |name: &str| name.rsplit('/').next().unwrap_or(name).to_owned();
+    let models = comparison.models.iter().map(|model| (model.number.to_string(), short(&model.label)));
+    let rows = under.table.iter().flat_map(|table| &table.models).enumerate();
+    let rows = rows.map(|(i, row)| (letter(i), short(&row.name)));
+    models.chain(rows).filter(|(key, _)| is_shown(key)).collect()
 }
 
 fn group(name: &str, mark: Mark, points: Vec<Point>) -> Group {

@@ -64,7 +64,7 @@ fn escaped(text: &str) -> String {
 /// One column of the CSV, and where it comes from.
 type CsvColumn = (&'static str, fn(&Compared, Option<&Figure>) -> Option<String>);
 
-const CSV: [CsvColumn; 24] = [
+const CSV: [CsvColumn; 30] = [
     ("number", |model, _| Some(model.number.to_string())),
     ("model", |model, _| Some(model.label.clone())),
     ("source", |_, figure| Some(figure?.source.name().to_owned())),
@@ -87,6 +87,12 @@ const CSV: [CsvColumn; 24] = [
     ("computed_in", |model, _| Some(model.provenance.as_ref()?.compute_dtype.clone())),
     ("token_ids_sha256", |model, _| Some(model.provenance.as_ref()?.corpus.token_ids_sha256.clone())),
     ("job_sha256", |model, _| model.job_sha256.clone()),
+    ("optimiser", |model, _| cause(model, 0)),
+    ("gated_attention", |model, _| cause(model, 1)),
+    ("learned_sinks", |model, _| cause(model, 2)),
+    ("norms", |model, _| cause(model, 3)),
+    ("router", |model, _| cause(model, 4)),
+    ("published_in", |model, _| cause(model, 5)),
     ("result", |model, _| {
         Some(match &model.standing {
             Standing::Complete => "complete".to_owned(),
@@ -122,6 +128,11 @@ fn field(text: &str) -> String {
         true => format!("\"{guard}{}\"", text.replace('"', "\"\"")),
         false => text,
     }
+}
+
+/// What the catalogue says, in the order of its columns.
+fn cause(model: &Compared, which: usize) -> Option<String> {
+    model.catalogue?.causes()[which].1.map(str::to_owned)
 }
 
 fn value(estimate: Option<Estimate>) -> Option<String> {

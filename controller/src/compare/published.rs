@@ -99,7 +99,7 @@ pub struct SuperExpertsOf {
 }
 
 /// What the catalogue (`config/models.toml`) knows of a model.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Known {
     /// Hub id.
     pub id: String,
@@ -109,9 +109,34 @@ pub struct Known {
     pub active: Option<u64>,
     /// Trained further than on plain text: to follow instructions, to reason, to chat.
     pub post_trained: bool,
+    /// What it was trained with; `None`: unknown.
+    pub optimiser: Option<String>,
+    /// Whether attention's output passes a gate; `None`: unknown.
+    pub gated_attention: Option<bool>,
+    /// Whether softmax has a learned sink; `None`: unknown.
+    pub learned_sinks: Option<bool>,
+    /// Where its norms stand.
+    pub norms: Option<String>,
+    /// How its experts are chosen.
+    pub router: Option<String>,
+    /// In which dtypes its weights are published.
+    pub stored: Option<String>,
 }
 
 impl Known {
+    /// What is suspected to make or unmake outliers, each by its name; `None`: unknown.
+    pub fn causes(&self) -> [(&'static str, Option<&str>); 6] {
+        let yes = |known: Option<bool>| known.map(|known| if known { "yes" } else { "no" });
+        [
+            ("optimiser", self.optimiser.as_deref()),
+            ("gated attention", yes(self.gated_attention)),
+            ("learned sinks", yes(self.learned_sinks)),
+            ("norms", self.norms.as_deref()),
+            ("router", self.router.as_deref()),
+            ("published in", self.stored.as_deref()),
+        ]
+    }
+
     /// Parameters that work on one token.
     pub fn active(&self) -> u64 {
         self.active.unwrap_or(self.parameters)

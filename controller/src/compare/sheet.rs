@@ -50,7 +50,9 @@ pub(super) const NONE: &str = "-";
 pub fn sheets(comparison: &Comparison) -> Vec<Sheet> {
     let mut sheets = vec![models(comparison)];
     sheets.extend(measured::across(comparison));
-    sheets.extend([counts(comparison), differences(comparison)]);
+    sheets.push(counts(comparison));
+    sheets.extend(catalogue(comparison));
+    sheets.push(differences(comparison));
     sheets.extend(comparison.published.iter().map(published));
     sheets
 }
@@ -88,6 +90,27 @@ fn models(comparison: &Comparison) -> Sheet {
             "parameters: of the catalogue, else of the tensors used as the run counted them; active: per token, embedding included; sparsity: the share that is not active".to_owned(),
         ],
     }
+}
+
+/// What the catalogue says may make or unmake outliers; `None` where it knows no model.
+fn catalogue(comparison: &Comparison) -> Option<Sheet> {
+    let row = |model: &Compared| {
+        let causes = model.catalogue?.causes().map(|(_, says)| says.unwrap_or("unknown").to_owned());
+        let mut cells = vec![model.number.to_string(), model.label.clone()];
+        cells.extend(causes);
+        Some(cells)
+    };
+    let rows: Vec<Vec<String>> = comparison.models.iter().filter_map(row).collect();
+    let first = comparison.models.iter().find_map(|model| model.catalogue)?;
+    let mut columns = vec![numbers("#"), words("model")];
+    columns.extend(first.causes().map(|(name, _)| words(name)));
+    Some(Sheet {
+        name: "catalogue".to_owned(),
+        title: "What is suspected to make or unmake outliers, by the catalogue".to_owned(),
+        columns,
+        rows,
+        notes: vec!["config/models.toml names the sources; what no report says is unknown".to_owned()],
+    })
 }
 
 fn standing(model: &Compared) -> String {
@@ -230,7 +253,25 @@ pub fn short(number: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fixture::{copy, rename};
+    use super::super::folder::read_all;
     use super::*;
+
+    #[test]
+    fn what_the_catalogue_knows_stands_in_columns() {
+        let home = tempfile::tempdir().unwrap();
+        rename(&copy("mixture", &home.path().join("a")), "allenai/OLMoE-1B-7B-0125");
+        copy("dense", &home.path().join("b"));
+        let compared = Comparison::of(read_all(&[home.path().to_owned()], false).unwrap());
+        let sheet = sheets(&compared).into_iter().find(|sheet| sheet.name == "catalogue").unwrap();
+        let names: Vec<&str> = sheet.columns.iter().map(|column| column.name).collect();
+        assert_eq!(
+            names,
+            ["#", "model", "optimiser", "gated attention", "learned sinks", "norms", "router", "published in"]
+        );
+        assert_eq!(sheet.rows.len(), 1, "the other is not in the catalogue");
+        assert_eq!(sheet.rows[0][..4], ["1", "allenai/OLMoE-1B-7B-0125", "AdamW", "unknown"]);
+    }
 
     #[test]
     fn numbers_are_short() {

@@ -10,9 +10,9 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::RUN_FILE;
 use crate::files::{MOST, digest, is_plain_name, read_small, rename_folder};
 use crate::host::unfinished;
+use crate::ledger::RUN_FILE;
 use crate::run::{Brought, Ending, RunSpec, Trouble, TroubleKind};
 
 /// Where a run's files come to lie. Three names, so that a reader can trust the first.
@@ -154,7 +154,11 @@ fn same_job(folder: &Path) -> Result<(), String> {
         job: JobSpec,
     }
     let Record { spec: Some(Of { job: sent }) } = document(&folder.join(RUN_FILE))? else { return Ok(()) };
-    let Of { job: ran } = document(&folder.join(files::METADATA))?;
+    let Of { job: mut ran } = document(&folder.join(files::METADATA))?;
+    if sent.devices.is_empty() {
+        // Then the GPUs that were rented are named on the way to the instance.
+        ran.devices.clear();
+    }
     let other = differences(&placeless(&sent), &placeless(&ran));
     match other.is_empty() {
         true => Ok(()),
@@ -305,6 +309,7 @@ mod tests {
         there.model = ModelSource::Folder { path: "/root/outliers/r-input/model".into() };
         there.label = Some("/home/me/model".into());
         there.corpus.source = CorpusSource::Files(vec!["/x/corpus-0.txt".into(), "/x/corpus-1.jsonl.gz".into()]);
+        there.devices = vec!["cuda:0".into()];
         assert_eq!(judged(&there), Ok(()), "the same work at another place");
         type Change = (&'static str, fn(&mut JobSpec));
         let changes: [Change; 5] = [

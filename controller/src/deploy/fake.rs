@@ -22,17 +22,13 @@ use crate::clouds::{BadHosts, Cloud, Clouds, Patience};
 use crate::estimate::Work;
 use crate::files::digest;
 use crate::host::{JobStatus, Terms};
-use crate::ledger::now_ms;
-use crate::mutant::{Mutant, planted};
+use crate::ledger::{self, Ledger};
 use crate::run::{Pin, RunSpec, Trouble, TroubleKind, Watch};
 use crate::secret::Secret;
 use crate::units::{Bytes, Usd, UsdPerHour};
 
 /// As by default.
 const WATCH: Watch = Watch { lease_s: 7200, unclaimed_s: 3600 };
-/// Instances on one page of the list.
-const PAGE: usize = 2;
-
 /// How long a cloud may end nothing.
 const REFUSES: Duration = Duration::from_secs(300);
 /// How long a disk may be full: longer than it takes to end an instance all the same.
@@ -129,8 +125,18 @@ pub(crate) fn wind(at_ms: u64) {
 }
 
 /// What a wound clock shows.
-pub(crate) fn wound_ms() -> Option<u64> {
+fn wound_ms() -> Option<u64> {
     WOUND.get().map(|(since, at_ms)| at_ms + since.elapsed().as_millis() as u64)
+}
+
+/// What this thread's clock shows, the system's where it is not wound.
+pub(crate) fn now_ms() -> u64 {
+    wound_ms().unwrap_or_else(ledger::now_ms)
+}
+
+/// The ledger below `folder`, by this thread's clock.
+pub(crate) fn open_ledger(folder: &Path) -> Ledger {
+    Ledger::open(folder).unwrap().with_clock(now_ms)
 }
 
 /// One rented machine.
@@ -188,6 +194,8 @@ pub(crate) struct World {
     /// Offers whose hosts answer to nothing after the login: a look at them takes so long, and
     /// fails.
     pub(crate) drags: Vec<(String, Duration)>,
+    /// The worker here is one for CPUs.
+    pub(crate) without_cuda: bool,
     /// So many hosts let no program run.
     pub(crate) barred: u32,
     pub(crate) create_error: Option<BrokerErrorKind>,
@@ -540,7 +548,6 @@ impl Broker for Fake {
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
         let listed = self.effect("list", |world| {
             let mut shown = Vec::new();
-            let pages = if planted(Mutant::FirstPageOnly) { 1 } else { usize::MAX };
             for (id, machine) in &mut world.machines {
                 if machine.hidden == 0 {
                     machine.known = true;
@@ -550,7 +557,6 @@ impl Broker for Fake {
                     machine.hidden -= 1;
                 }
             }
-            shown.truncate(PAGE.saturating_mul(pages));
             shown
         });
         listed.await.map_err(Struck::broker)
@@ -569,10 +575,7 @@ impl Broker for Fake {
             if world.refuses_until.is_some_and(|until| Instant::now() < until) {
                 return Err(Struck::NotApplied);
             }
-            match world.machines.get_mut(&id.0) {
-                Some(machine) if planted(Mutant::StopsInsteadOfEnding) => machine.stopped = true,
-                _ => world.end(&id.0),
-            }
+            world.end(&id.0);
             Ok(())
         });
         ended.await.and_then(|refused| refused).map_err(Struck::broker)
@@ -611,6 +614,13 @@ impl Hosts for Fake {
     fn key(&self, folder: &Path) -> Result<String, HostError> {
         fs::write(folder.join("key"), "private").unwrap();
         Ok("ssh-fake AAAA".into())
+    }
+
+    fn serve(&self, want: &GpuRequest) -> Result<(), HostError> {
+        if !self.world.lock().unwrap().without_cuda || want.worker_cuda.is_none() {
+            return Ok(());
+        }
+        Err(HostError { transient: false, here: true, message: "built without CUDA".into(), hint: None })
     }
 
     fn forget(&self, folder: &Path) -> Result<(), HostError> {

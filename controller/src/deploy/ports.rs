@@ -38,6 +38,10 @@ pub trait Hosts: Send + Sync {
     /// The run's SSH key below `folder`, made if there is none: the public half as a line of `authorized_keys`.
     fn key(&self, folder: &Path) -> Result<String, HostError>;
 
+    /// Whether the worker that would be pushed now uses the GPUs that are wanted for it. It may be
+    /// another one than when the run was planned.
+    fn serve(&self, want: &GpuRequest) -> Result<(), HostError>;
+
     /// Removes the run's key, and what else only a run that goes on needs. What is gone already is a success.
     fn forget(&self, folder: &Path) -> Result<(), HostError>;
 

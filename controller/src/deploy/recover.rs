@@ -12,7 +12,6 @@ use super::{Driver, OnEvent, Ports, Stop, Stuck};
 use crate::broker::{BrokerError, Instance, InstanceId, InstanceState};
 use crate::clouds::Cloud;
 use crate::ledger::{Ledger, RunWriter, now_ms};
-use crate::mutant::{Mutant, planted};
 use crate::reconcile::{self, Action, Finish};
 use crate::run::{Ending, RunEvent, RunState};
 use crate::units::UsdPerHour;
@@ -92,8 +91,7 @@ pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, Stuc
     };
     let (broker, patience) = (cloud.name(), &cloud.patience);
     let mut missing = BTreeMap::new();
-    let absences = if planted(Mutant::JudgesAtOnce) { 1 } else { patience.absences };
-    for again in (0..absences).rev() {
+    for again in (0..patience.absences).rev() {
         // In this order: a run's intent is in the ledger before its instance can be in a list.
         let before = reconcile::leases(ledger)?;
         let known: Vec<&InstanceId> = reconcile::abandoned_on(&before, broker).collect();
@@ -106,9 +104,9 @@ pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, Stuc
             continue;
         }
         // Deadlines are by the cloud's clock, whatever ours says.
-        let now = cloud.time(now_ms() / 1000);
+        let now = cloud.time(ledger.now_ms() / 1000);
         let owner = ledger.owner();
-        let actions = reconcile::compare(owner, broker, now, &leases, &listed, &missing, absences);
+        let actions = reconcile::compare(owner, broker, now, &leases, &listed, &missing, patience.absences);
         return Ok(Looked { listed, actions });
     }
     Ok(Looked::default())

@@ -1,28 +1,29 @@
 //! Random schedules: worlds of every kind, up to six faults at any effect, processes that die and come back hours later, until it
 //! is over. Time is the runtime's, stopped and wound: an hour takes no time, and the same seed gives the same trace.
 //!
-//! `tests/schedules.sh --schedules N --seed S` runs more of them, or one again: schedule `i` of seed `S` is schedule 0 of seed `S + i`.
+//! `tests/schedules.sh --schedules N --seed S` runs more of them, or one again: schedule `i` of
+//! seed `S` is schedule 0 of seed `S + i`. `tests/faults.sh` builds known bugs into a copy of the
+//! program and counts the schedules until each is caught.
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Once;
 
 use outliers_tests::tell;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::fake::{Fake, Fault, World, offer, wind};
+use super::fake::{Fake, Fault, World, now_ms, offer, open_ledger, wind};
 use super::tests::{Life, closed_and_clean, home, life};
 use super::*;
-use crate::ledger::{Entry, Ledger, Records};
-use crate::mutant::{Mutant, plant};
+use crate::ledger::{Entry, Records};
 use crate::reconcile::{Action, Stray};
 use crate::units::{Usd, UsdPerHour};
 
 /// Without being asked for more.
 const SCHEDULES: u64 = 2000;
+/// The first seed without being asked for another: the same commit gives the same answer.
+const SEED: u64 = 1;
 /// Of these, so many are run twice.
 const TWICE: u64 = 200;
 /// Processes after which a run must have come to its end: each fault costs at most one, and one is the last.
@@ -57,7 +58,7 @@ const FAULTS: [Fault; 14] = [
 
 /// What a schedule came to.
 #[derive(Debug, PartialEq)]
-pub(super) struct Played {
+struct Played {
     /// Every effect, every event and the ending.
     trace: Vec<String>,
     /// Faults that struck, by fault and effect.
@@ -65,7 +66,16 @@ pub(super) struct Played {
 }
 
 fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} is `{text}`, which is no number")))
+}
+
+/// `OUTLIERS_SEED`: a number, or `random`.
+fn first_seed() -> u64 {
+    match std::env::var("OUTLIERS_SEED").as_deref() {
+        Ok("random") => rand::rng().random_range(0..1 << 32),
+        _ => number("OUTLIERS_SEED").unwrap_or(SEED),
+    }
 }
 
 /// Every fourth world is a calm one: one fault, and all else as it should be.
@@ -142,7 +152,7 @@ fn must_complete(world: &World) -> bool {
 
 /// Another process looks after what is left, as `reap` does from a timer.
 async fn bystander(fake: &Fake, home: &Path) {
-    let ledger = Ledger::open(&home.join("state")).expect("it can be opened");
+    let ledger = open_ledger(&home.join("state"));
     let clouds = fake.clouds();
     let looks_after = recover(&ledger, fake.ports(&clouds), &|_| {});
     tokio::select! {
@@ -155,7 +165,7 @@ async fn bystander(fake: &Fake, home: &Path) {
 /// Another process that cannot read the run's row: it names the run, and whatever it carries has
 /// its time.
 async fn onlooker(fake: &Fake, home: &Path) {
-    let ledger = Ledger::open(&home.join("state")).expect("it can be opened");
+    let ledger = open_ledger(&home.join("state"));
     let Records { runs, unreadable } = ledger.records().expect("one row is not the ledger");
     assert_eq!((runs.len(), unreadable.len()), (0, 1), "{unreadable:?}");
     let clouds = fake.clouds();
@@ -259,7 +269,7 @@ fn honest(fake: &Fake, record: &RunRecord) {
 
 /// Ledger and cloud agree: another look finds nothing to do.
 async fn agreed(fake: &Fake, home: &Path) {
-    let ledger = Ledger::open(&home.join("state")).expect("it was open before");
+    let ledger = open_ledger(&home.join("state"));
     fake.set(|world| world.armed.clear());
     for cloud in fake.clouds().iter() {
         let looked = look(Some(&ledger), cloud).await.expect("nothing fails any more");
@@ -277,63 +287,52 @@ fn played(fake: &Fake, record: &RunRecord) -> Played {
     Played { trace: effects.chain(events).chain(ending).collect(), struck: world.struck.clone() }
 }
 
-thread_local! {
-    static QUIET: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Where a bug is planted, panics are what is wanted, and their backtraces take long.
-fn hush() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        let loud = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            if !QUIET.get() {
-                loud(info);
-            }
-        }));
-    });
-}
-
-/// Plays one schedule on this thread, with a bug planted or none.
+/// Plays one schedule on this thread.
 ///
 /// # Errors
 /// The first assertion that did not hold.
-pub(super) fn play(seed: u64, mutant: Option<Mutant>) -> Result<Played, String> {
+fn play(seed: u64) -> Result<Played, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
     let runtime = runtime.expect("a runtime of one thread");
-    hush();
-    plant(mutant);
-    QUIET.set(mutant.is_some());
     let played = catch_unwind(AssertUnwindSafe(|| runtime.block_on(schedule(seed))));
-    plant(None);
-    QUIET.set(false);
     played.map_err(|panic| {
         let said = panic.downcast_ref::<String>().cloned();
         said.or_else(|| panic.downcast_ref::<&str>().map(|said| (*said).to_owned())).unwrap_or_default()
     })
 }
 
+/// Every `step`-th of `count` schedules from the `first` on; the faults that struck.
+///
+/// # Errors
+/// The first schedule that did not end clean, or that played otherwise again, and why.
+fn play_share(seed: u64, first: u64, count: u64, step: usize) -> Result<Vec<(Fault, &'static str)>, (u64, String)> {
+    let mut struck = Vec::new();
+    for i in (first..count).step_by(step) {
+        let played = play(seed + i).map_err(|why| (i, why))?;
+        if i < TWICE && play(seed + i).as_ref() != Ok(&played) {
+            return Err((i, "it played otherwise the second time".to_owned()));
+        }
+        struck.extend(played.struck);
+    }
+    Ok(struck)
+}
+
 #[test]
 fn every_random_schedule_ends_clean_and_the_same_seed_plays_the_same() {
     let count = number("OUTLIERS_SCHEDULES").unwrap_or(SCHEDULES);
-    let seed = number("OUTLIERS_SEED").unwrap_or_else(|| rand::rng().random_range(0..1 << 32));
+    let seed = first_seed();
     tell(&format!("{count} schedules from seed {seed}"));
-    let threads = std::thread::available_parallelism().map_or(2, usize::from) as u64;
-    let share = |thread: u64| -> Vec<(Fault, &'static str)> {
-        let mut struck = Vec::new();
-        for i in (thread..count).step_by(threads as usize) {
-            let played = play(seed + i, None).unwrap_or_else(|why| panic!("seed {}: {why}", seed + i));
-            if i < TWICE {
-                assert_eq!(play(seed + i, None).as_ref(), Ok(&played), "seed {} played otherwise", seed + i);
-            }
-            struck.extend(played.struck);
-        }
-        struck
-    };
-    let struck: Vec<(Fault, &'static str)> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads).map(|thread| scope.spawn(move || share(thread))).collect();
-        threads.into_iter().flat_map(|thread| thread.join().expect("the panic above names the seed")).collect()
+    let threads = std::thread::available_parallelism().map_or(2, usize::from);
+    let shares: Vec<_> = std::thread::scope(|scope| {
+        let share = |first: usize| scope.spawn(move || play_share(seed, first as u64, count, threads));
+        let shares: Vec<_> = (0..threads).map(share).collect();
+        shares.into_iter().map(|share| share.join().expect("panics of schedules are caught")).collect()
     });
+    // Each share stops at its first failure: the earliest of these is the first of all, however many threads there are.
+    if let Some((i, why)) = shares.iter().filter_map(|share| share.as_ref().err()).min() {
+        panic!("schedule {} (seed {}): {why}", i + 1, seed + i);
+    }
+    let struck: Vec<(Fault, &'static str)> = shares.into_iter().flatten().flatten().collect();
     print_coverage(&struck);
     assert!(struck.len() as u64 >= count, "faults that do not strike test nothing");
 }

@@ -38,15 +38,22 @@ const FOLLOW: Duration = Duration::from_secs(3600);
 #[derive(Clone, Debug)]
 pub struct SshHosts {
     worker: PathBuf,
+    uses_gpus: bool,
     push_limit: Bytes,
     save_point_limit: Bytes,
 }
 
 impl SshHosts {
-    /// `worker` is the program to push; models and corpora of at most `push_limit` go with it, and save points of at most
-    /// `save_point_limit` come home while it runs.
+    /// `worker` is the program to push, one for CPUs; models and corpora of at most `push_limit` go
+    /// with it, and save points of at most `save_point_limit` come home while it runs.
     pub fn new(worker: PathBuf, push_limit: Bytes, save_point_limit: Bytes) -> Self {
-        Self { worker, push_limit, save_point_limit }
+        Self { worker, uses_gpus: false, push_limit, save_point_limit }
+    }
+
+    /// The same with a worker that uses GPUs, or with one for CPUs.
+    #[must_use]
+    pub fn using_gpus(self, uses_gpus: bool) -> Self {
+        Self { uses_gpus, ..self }
     }
 }
 
@@ -56,6 +63,18 @@ impl Hosts for SshHosts {
         let path = folder.join(KEY_FILE);
         let key = if path.exists() { RunKey::open(&path) } else { RunKey::create(folder, KEY_FILE, "outliers") };
         key.map(|key| key.public_line().to_owned()).map_err(|error| key_error(&error))
+    }
+
+    fn serve(&self, want: &GpuRequest) -> Result<(), HostError> {
+        if self.uses_gpus || want.worker_cuda.is_none() {
+            return Ok(());
+        }
+        Err(HostError {
+            transient: false,
+            here: true,
+            message: format!("{} was built without CUDA, and the run is one for GPUs", self.worker.display()),
+            hint: Some("`outliers worker build --cuda` builds one that uses them; then run it again".to_owned()),
+        })
     }
 
     fn forget(&self, folder: &Path) -> Result<(), HostError> {
@@ -385,6 +404,16 @@ mod tests {
             cuda: Some("12.4".parse().unwrap()),
             gpus: gpus.iter().enumerate().map(gpu).collect(),
         }
+    }
+
+    #[test]
+    fn a_worker_for_cpus_does_not_serve_a_run_for_gpus() {
+        let hosts = SshHosts::new("/bin/outliers-worker".into(), Bytes(0), Bytes(0));
+        let gpus = GpuRequest { worker_cuda: Some("11.8".parse().unwrap()), ..GpuRequest::default() };
+        assert!(hosts.serve(&GpuRequest::default()).is_ok());
+        let refused = hosts.serve(&gpus).unwrap_err();
+        assert!(refused.here && !refused.transient && refused.message.contains("without CUDA"), "{refused}");
+        assert!(hosts.using_gpus(true).serve(&gpus).is_ok());
     }
 
     #[test]

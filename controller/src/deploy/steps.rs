@@ -17,9 +17,8 @@ use crate::broker::{
     BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
 };
 use crate::host::{JobStatus, Terms};
-use crate::ledger::{Purse, RunRecord, now_ms, random_word};
+use crate::ledger::{Purse, RunRecord, random_word};
 use crate::market;
-use crate::mutant::{Mutant, planted};
 use crate::run::{Brought, Ending, Intent, Pin, Refusal, Rental, RunEvent, RunState, Trouble, TroubleKind};
 use crate::settings::Span;
 use crate::units::{Usd, UsdPerHour};
@@ -67,6 +66,7 @@ impl Driver<'_> {
             return Err(StepError::End(ending));
         }
         let request = self.run.record().spec.request.clone();
+        self.ports.hosts.serve(&request).map_err(|error| StepError::End(host_failed(error)))?;
         let offered = match self.ports.clouds.offers(&request).await {
             Ok(offered) => offered,
             Err(error) => return self.try_again_broker(error, self.patience().settle).await,
@@ -104,7 +104,7 @@ impl Driver<'_> {
         LeaseTag {
             owner: self.run.owner().to_owned(),
             run: self.run.record().id.clone(),
-            nonce: if planted(Mutant::NameWithoutNonce) { "n".to_owned() } else { random_word(6) },
+            nonce: random_word(6),
             deadline: self.deadline(offer),
         }
     }
@@ -113,9 +113,7 @@ impl Driver<'_> {
     fn deadline(&self, offer: &Offer) -> u64 {
         let record = self.run.record();
         let time = record.spec.time_on(offer, record.spent_before()).as_secs();
-        let time = if planted(Mutant::NoDeadline) { u64::from(u32::MAX) } else { time };
-        let from_ms = if planted(Mutant::NameWithoutNonce) { record.created_at_ms } else { now_ms() };
-        let from = from_ms / 1000;
+        let from = self.run.now_ms() / 1000;
         self.ports.clouds.get(&offer.broker).map_or(from, |cloud| cloud.time(from)) + time
     }
 
@@ -207,14 +205,9 @@ impl Driver<'_> {
     async fn not_created(&mut self, error: BrokerError) -> Step {
         use BrokerErrorKind as Kind;
         match error.kind {
-            Kind::Maybe if planted(Mutant::UnknownIsRefused) => {}
             Kind::Maybe => {
                 self.memory.unanswered += 1;
-                self.memory.fresh_intent = planted(Mutant::CreatesAgainBlindly);
                 return Ok(()); // The next step asks the broker.
-            }
-            Kind::RateLimited | Kind::Unavailable if planted(Mutant::BusyEndsTheRun) => {
-                self.memory.hopeless = Some(broker_failed(&error));
             }
             Kind::RateLimited | Kind::Unavailable => {
                 if self.pause(&error.to_string(), self.cloud()?.patience.settle).await {
@@ -319,9 +312,15 @@ impl Driver<'_> {
             (self.on)(DeployEvent::Talk(talk));
         };
         grace.begin("sending the worker");
+        self.ports.hosts.serve(&self.run.record().spec.request)?;
         host.push_worker(&on).await?;
         grace.begin("sending what the worker reads");
-        Ok(Some(self.push_inputs(host, run, &on).await?))
+        let mut job = self.push_inputs(host, run, &on).await?;
+        if self.run.record().spec.request.worker_cuda.is_some() && job.devices.is_empty() {
+            // By name: a worker that can use none of them fails, and does not compute on the CPU.
+            job.devices = (0..rental.offer.gpu_count).map(|index| format!("cuda:{index}")).collect();
+        }
+        Ok(Some(job))
     }
 
     /// Until the worker may start beside others of its batch; who waits is told for what, and for
@@ -465,19 +464,10 @@ impl Driver<'_> {
             return Ok(self.append(RunEvent::Fetched { results, ending })?);
         }
         self.connect(rental, Some(pin), Duration::ZERO).await?;
-        if planted(Mutant::TerminatesBeforeSync) {
-            let cloud = self.cloud()?;
-            let _ = cloud.broker.terminate(&rental.instance).await;
-        }
         // Who fails says so in a manifest.
         let may_restart = restarts < MOST_RESTARTS && self.has_time() && self.is_replaceable();
-        match self.bring_home(exit, may_restart || planted(Mutant::LostStatusIsSuccess)).await {
+        match self.bring_home(exit, may_restart).await {
             Ok(Some((results, ending))) => Ok(self.append(RunEvent::Fetched { results, ending })?),
-            Ok(None) if planted(Mutant::LostStatusIsSuccess) => {
-                let whole = self.places()[0].whole.to_string_lossy().into_owned();
-                let results = Brought { folder: whole, complete: true };
-                Ok(self.append(RunEvent::Fetched { results, ending: Ending::Completed })?)
-            }
             Ok(None) => self.restart(exit).await,
             Err(error) if error.here => self.keep(rental, error).await,
             Err(error) => {
@@ -531,8 +521,8 @@ impl Driver<'_> {
             instance: rental.instance.clone(),
             why,
             price: rental.price,
-            cost: record.cost(now_ms()),
-            until: now_ms() / 1000 + (until - now).as_secs(),
+            cost: record.cost(self.run.now_ms()),
+            until: self.run.now_ms() / 1000 + (until - now).as_secs(),
             pause: next - now,
         };
         (self.on)(DeployEvent::Kept(Box::new(kept)));
@@ -625,13 +615,7 @@ impl Driver<'_> {
     /// Discarding, terminating: until complete listings show no instance of this run, whatever create call it came from.
     pub(super) async fn terminate(&mut self, rental: &Rental) -> Step {
         self.memory.host = None;
-        let forgets = matches!(self.run.state(), RunState::Discarding { .. }) && planted(Mutant::FailoverForgets);
-        if forgets || planted(Mutant::GivesUpOnTerminate) {
-            let cloud = self.cloud()?;
-            let _ = cloud.call(cloud.broker.terminate(&rental.instance)).await;
-        } else {
-            self.see_gone(&rental.tag, Some(&rental.instance)).await?;
-        }
+        self.see_gone(&rental.tag, Some(&rental.instance)).await?;
         Ok(self.append(RunEvent::Gone)?)
     }
 
@@ -647,8 +631,8 @@ impl Driver<'_> {
         loop {
             let mut trouble = None;
             for id in &left {
-                let (price, cost) =
-                    (self.run.state().rental().map(|rental| rental.price), self.run.record().cost(now_ms()));
+                let price = self.run.state().rental().map(|rental| rental.price);
+                let cost = self.run.record().cost(self.run.now_ms());
                 trouble = ender.end(id, Bill { price, cost: Some(cost) }).await.or(trouble);
             }
             match cloud.list(known.as_slice()).await {
@@ -720,10 +704,10 @@ impl Driver<'_> {
 
     /// Puts the guard in place, for which there must be time left.
     async fn guard(&self, rental: &Rental) -> Result<(), HostError> {
-        let now = now_ms() / 1000;
+        let now = self.run.now_ms() / 1000;
         let now = self.ports.clouds.get(&rental.offer.broker).map_or(now, |cloud| cloud.time(now));
         let left = Duration::from_secs(rental.tag.deadline.saturating_sub(now));
-        if left.is_zero() || planted(Mutant::NoGuard) {
+        if left.is_zero() {
             return Ok(());
         }
         let end_itself = self.ports.clouds.get(&rental.offer.broker).and_then(|cloud| cloud.broker.self_destruct());
@@ -767,7 +751,6 @@ impl Driver<'_> {
     async fn look_for(&mut self, sought: Sought<'_>, limit: Duration) -> Result<Option<Instance>, StepError> {
         let cloud = self.cloud()?;
         let deadline = Instant::now() + limit;
-        let enough = if planted(Mutant::AbsentOnceIsGone) { 1 } else { cloud.patience.absences };
         let mut absences = 0;
         loop {
             let found = match sought {
@@ -778,11 +761,10 @@ impl Driver<'_> {
                 Sought::Name(name) => cloud.named(name).await,
             };
             match found {
-                Err(_) if planted(Mutant::FailedListIsEmpty) => return Ok(None),
                 Ok(Some(instance)) => return Ok(Some(instance)),
                 Ok(None) => {
                     absences += 1;
-                    if absences >= enough {
+                    if absences >= cloud.patience.absences {
                         return Ok(None);
                     }
                 }

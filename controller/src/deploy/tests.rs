@@ -4,7 +4,7 @@ use std::path::Path;
 
 use outliers_protocol::{Failure, FailureKind, Outcome, files};
 
-use super::fake::{Fake, Fault, nothing, spec, wind};
+use super::fake::{Fake, Fault, nothing, now_ms, open_ledger, spec, wind};
 use super::*;
 use crate::broker::BrokerErrorKind;
 use crate::ledger::Ledger;
@@ -25,7 +25,7 @@ pub(super) enum Life {
 
 /// One process: plans the run, or takes up the one that is there, and drives it.
 pub(super) async fn life(fake: &Fake, home: &Path) -> Life {
-    let ledger = Ledger::open(&home.join("state")).unwrap();
+    let ledger = open_ledger(&home.join("state"));
     let run = match ledger.runs().unwrap().first() {
         Some(run) => ledger.take(&run.id).unwrap().expect("the process before is dead"),
         None => {
@@ -297,7 +297,7 @@ async fn a_hangup_anywhere_lets_go_of_what_can_be_picked_up_and_ends_all_else() 
 #[tokio::test(start_paused = true)]
 async fn a_detached_run_is_left_when_its_worker_is_seen_at_work_and_goes_on_with_the_next_process() {
     let (fake, home) = (Fake::new(), home());
-    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let ledger = open_ledger(&home.path().join("state"));
     let run = ledger.plan(&RunSpec { detach: true, ..spec(&home.path().join("results")) }).unwrap();
     let (clouds, on) = (fake.clouds(), |_| {});
     let driver = Driver::new(run, fake.ports(&clouds), fake.stop.subscribe(), &on).detaching(true);
@@ -386,7 +386,7 @@ async fn ctrl_c_in_mid_run_brings_home_what_there_is_and_a_second_one_does_not()
 
 /// Drives a run with its own wishes to its end.
 async fn with(change: impl FnOnce(&mut crate::run::RunSpec), fake: &Fake, home: &Path) -> RunRecord {
-    let ledger = Ledger::open(&home.join("state")).unwrap();
+    let ledger = open_ledger(&home.join("state"));
     let mut wishes = spec(&home.join("results"));
     change(&mut wishes);
     fake.set(|world| world.agreed = wishes.agreed);
@@ -412,7 +412,7 @@ async fn cancelling_from_another_process_ends_the_run() {
     let cancel = async {
         loop {
             tokio::time::sleep(Duration::from_millis(20)).await;
-            let ledger = Ledger::open(&state).unwrap();
+            let ledger = open_ledger(&state);
             if let Some(run) = ledger.runs().unwrap().first()
                 && run.state.word() == "launched"
             {
@@ -435,7 +435,7 @@ async fn a_held_instance_stays_and_is_no_loose_end() {
     let record = with(|spec| spec.keep_running = true, &fake, home.path()).await;
     assert_eq!(record.state.word(), "held");
     assert_eq!(fake.world.lock().unwrap().machines.len(), 1);
-    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let ledger = open_ledger(&home.path().join("state"));
     let mut run = ledger.take(&record.id).unwrap().unwrap();
     run.append(RunEvent::Terminate).unwrap();
     drop(run);
@@ -486,7 +486,7 @@ async fn a_create_that_is_never_answered_gives_up() {
 #[tokio::test(start_paused = true)]
 async fn no_offer_means_nothing_rented() {
     let (fake, home) = (Fake::new(), home());
-    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let ledger = open_ledger(&home.path().join("state"));
     let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
     let clouds = fake.clouds();
     let ports = Ports { select: nothing, ..fake.ports(&clouds) };
@@ -587,7 +587,7 @@ async fn told_while_it_runs(spec: RunSpec, after: impl FnOnce(&mut super::fake::
     let (fake, told) = (Fake::new(), std::sync::Mutex::new(Vec::new()));
     fake.set(|world| world.endless = true);
     let state = tempfile::tempdir().unwrap();
-    let run = Ledger::open(state.path()).unwrap().plan(&spec).unwrap();
+    let run = open_ledger(state.path()).plan(&spec).unwrap();
     let on = |event| {
         if let DeployEvent::Talk(HostTalk::Note(note)) = event {
             told.lock().unwrap().push(note);
@@ -770,6 +770,47 @@ async fn corpus_files_keep_the_endings_that_tell_their_formats() {
     assert_eq!(fake.world.lock().unwrap().pushed, expected);
 }
 
+/// A run for GPUs, on offers that have two.
+fn for_gpus(fake: &Fake, spec: &mut RunSpec) {
+    fake.set(|world| world.offers.iter_mut().for_each(|offer| offer.gpu_count = 2));
+    spec.request.worker_cuda = Some("11.8".parse().unwrap());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_worker_is_told_the_gpus_that_were_rented_for_it() {
+    let (fake, home) = (Fake::new(), home());
+    let record = with(|spec| for_gpus(&fake, spec), &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "for GPUs");
+    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    let metadata = Path::new(&record.state.results().unwrap().folder).join(files::METADATA);
+    let metadata: serde_json::Value = serde_json::from_slice(&std::fs::read(metadata).unwrap()).unwrap();
+    assert_eq!(metadata["job"]["devices"], serde_json::json!(["cuda:0", "cuda:1"]));
+}
+
+/// The worker may have been built anew since the run was planned.
+#[tokio::test(start_paused = true)]
+async fn a_run_for_gpus_that_is_picked_up_never_starts_a_worker_for_cpus() {
+    let begun = Fake::new();
+    let _ = with(|spec| for_gpus(&begun, spec), &begun, home().path()).await;
+    let effects = begun.world.lock().unwrap().effects.clone();
+    for killed_at in ["create", "push worker", "launch"] {
+        let (fake, home) = (Fake::new(), home());
+        let at = effects.iter().position(|effect| *effect == killed_at).unwrap() + 1;
+        fake.set(|world| world.armed = vec![(at, Fault::CrashBefore)]);
+        let ledger = open_ledger(&home.path().join("state"));
+        let mut wishes = spec(&home.path().join("results"));
+        for_gpus(&fake, &mut wishes);
+        drop(ledger.plan(&wishes).unwrap());
+        assert!(matches!(life(&fake, home.path()).await, Life::Killed), "{killed_at}");
+        fake.set(|world| world.without_cuda = true);
+        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{killed_at}") };
+        closed_and_clean(&fake, &record, killed_at);
+        let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+        assert!(trouble.kind == TroubleKind::Local && trouble.message.contains("without CUDA"), "{trouble:?}");
+        assert!(!record.events.iter().any(|entry| entry.event.word() == "launched"), "{killed_at}");
+    }
+}
+
 /// What another process finds: what has time left stays; then strays go, and an abandoned run is salvaged.
 #[tokio::test]
 async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
@@ -782,7 +823,7 @@ async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
         world.max_duration_s = 3;
         world.visibility = 0;
     });
-    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let ledger = open_ledger(&home.path().join("state"));
     // Killed while the worker runs.
     let (plain, ..) = happy().await;
     let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
@@ -821,13 +862,13 @@ async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
 #[tokio::test(start_paused = true)]
 async fn a_copied_ledger_ends_no_live_instance_of_the_machine_it_was_copied_from() {
     let (fake, home, copy) = (Fake::new(), home(), self::home());
-    drop(Ledger::open(&home.path().join("state")).unwrap());
+    drop(open_ledger(&home.path().join("state")));
     std::fs::copy(home.path().join("state/ledger.db"), copy.path().join("ledger.db")).unwrap();
     let (plain, ..) = happy().await;
     let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
     fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
     assert!(matches!(life(&fake, home.path()).await, Life::Killed));
-    let (ours, ledger) = (Ledger::open(&home.path().join("state")).unwrap(), Ledger::open(copy.path()).unwrap());
+    let (ours, ledger) = (open_ledger(&home.path().join("state")), open_ledger(copy.path()));
     assert_eq!(ledger.owner(), ours.owner(), "it is a copy");
     let found = recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
     assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "{found:?}");
@@ -838,13 +879,13 @@ async fn a_copied_ledger_ends_no_live_instance_of_the_machine_it_was_copied_from
 #[tokio::test(start_paused = true)]
 async fn a_heartbeat_that_stops_ends_an_instance_from_inside_and_not_by_a_copied_ledger() {
     let (fake, home, copy) = (Fake::new(), home(), self::home());
-    drop(Ledger::open(&home.path().join("state")).unwrap());
+    drop(open_ledger(&home.path().join("state")));
     std::fs::copy(home.path().join("state/ledger.db"), copy.path().join("ledger.db")).unwrap();
     let (plain, ..) = happy().await;
     let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
     fake.set(|world| (world.self_destruct, world.armed) = (true, vec![(follow, Fault::CrashBefore)]));
     assert!(matches!(life(&fake, home.path()).await, Life::Killed));
-    let (ours, ledger) = (Ledger::open(&home.path().join("state")).unwrap(), Ledger::open(copy.path()).unwrap());
+    let (ours, ledger) = (open_ledger(&home.path().join("state")), open_ledger(copy.path()));
     let run = ours.find("last").unwrap().id;
     assert!(ours.run_folder(&run).join("key").exists() && !ledger.run_folder(&run).exists());
     let look = async || drop(recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap());
@@ -867,7 +908,7 @@ async fn a_clock_that_jumps_hours_ahead_ends_no_run_that_has_time_left() {
     fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
     assert!(matches!(life(&fake, home.path()).await, Life::Killed));
     fake.set(super::fake::World::jump);
-    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let ledger = open_ledger(&home.path().join("state"));
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
     assert_eq!(fake.world.lock().unwrap().ours().count(), 1);
     let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
@@ -880,7 +921,7 @@ async fn recovery_marks_what_went_away_and_never_rents() {
     let (fake, home) = (Fake::new(), home());
     let (plain, ..) = happy().await;
     let effects = plain.world.lock().unwrap().effects.clone();
-    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let ledger = open_ledger(&home.path().join("state"));
     let follow = effects.iter().position(|name| *name == "follow").unwrap();
     fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
     assert!(matches!(life(&fake, home.path()).await, Life::Killed));
@@ -891,7 +932,7 @@ async fn recovery_marks_what_went_away_and_never_rents() {
 
     // A create call that never happened, and whose run's time is up: closed, not created again.
     let (fake, home) = (Fake::new(), self::home());
-    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let ledger = open_ledger(&home.path().join("state"));
     let create = effects.iter().position(|name| *name == "create").unwrap() + 1;
     fake.set(|world| {
         world.armed = vec![(create, Fault::CrashBefore)];
@@ -906,7 +947,7 @@ async fn recovery_marks_what_went_away_and_never_rents() {
 
 /// Runs of one survey, side by side in one process.
 async fn side_by_side(fake: &Fake, home: &Path, budget: f64) -> Vec<RunRecord> {
-    let ledger = Ledger::open(&home.join("state")).unwrap();
+    let ledger = open_ledger(&home.join("state"));
     let (clouds, on) = (fake.clouds(), |_| {});
     let drive = |model: &str| {
         let survey = Some(Membership { survey: "s".into(), model: model.into() });
@@ -963,7 +1004,7 @@ async fn a_survey_of_which_one_run_is_stopped_waiting_ends() {
 #[tokio::test(start_paused = true)]
 async fn workers_of_a_batch_start_a_pause_apart_and_say_how_long_they_wait() {
     let (fake, home, begun) = (Fake::new(), home(), Instant::now());
-    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let ledger = open_ledger(&home.path().join("state"));
     let (clouds, turns) = (fake.clouds(), Turns::new(Duration::from_secs(20)));
     let ports = Ports { turns: Some(&turns), ..fake.ports(&clouds) };
     let (launched, told) = (std::sync::Mutex::new(Vec::new()), std::sync::Mutex::new(Vec::new()));
@@ -994,7 +1035,7 @@ async fn on_a_full_disk(
     super::fake::wind(1_767_225_600_000);
     let (mut fake, home) = (Fake::new(), home());
     fake.patience = Patience::CLOUD;
-    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let ledger = open_ledger(&home.path().join("state"));
     let disk = rusqlite::Connection::open(home.path().join("state/ledger.db")).unwrap();
     let full = format!(
         "CREATE TRIGGER full BEFORE INSERT ON events WHEN (SELECT count(*) FROM events) >= {events} \
@@ -1063,7 +1104,7 @@ async fn a_cloud_that_ends_nothing_for_minutes_is_told_within_five_seconds_and_o
     let (mut fake, home) = (Fake::new(), home());
     fake.patience = Patience::CLOUD;
     fake.set(|world| world.refuses_until = Some(Instant::now() + Duration::from_secs(600)));
-    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let ledger = open_ledger(&home.path().join("state"));
     let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
     let (told, said) = (std::sync::Mutex::new(None), std::sync::Mutex::new(Vec::new()));
     let on = |event| match event {
@@ -1088,7 +1129,7 @@ async fn a_cloud_that_ends_nothing_for_minutes_is_told_within_five_seconds_and_o
 #[tokio::test(start_paused = true)]
 async fn a_cloud_that_does_not_answer_leaves_nothing_open_unless_a_run_may_be_there() {
     let (fake, home) = (Fake::new(), home());
-    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let ledger = open_ledger(&home.path().join("state"));
     let silent = async || {
         fake.set(|world| world.outage = true);
         let stuck = recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap_err();
@@ -1137,7 +1178,7 @@ async fn with_no_room(heard: impl Fn(&Fake, &Ledger, &Kept, usize) + Send + Sync
     wind(1_767_225_600_000);
     let (mut fake, home) = (Fake::new(), home());
     fake.patience = Patience::CLOUD;
-    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let ledger = open_ledger(&home.path().join("state"));
     std::fs::write(home.path().join("results"), "in the way").unwrap();
     let run = ledger.plan(&RunSpec { agreed: Some(AGREED), ..spec(&home.path().join("results")) }).unwrap();
     let beside = run.folder().join(format!("owner--model-{}.part", run.record().id));
@@ -1248,7 +1289,7 @@ async fn results_of_another_job_are_kept_aside_and_not_called_complete() {
 async fn where_refused_files_lie_is_told_before_the_instance_ends() {
     let (fake, home, told) = (Fake::new(), home(), std::sync::Mutex::new(Vec::new()));
     fake.set(|world| world.damaged_manifest = true);
-    let ledger = Ledger::open(&home.path().join("state")).unwrap();
+    let ledger = open_ledger(&home.path().join("state"));
     let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
     let on = |event| match event {
         DeployEvent::Talk(HostTalk::Note(note)) => told.lock().unwrap().push(note),

@@ -6,9 +6,8 @@ use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, OpenFlags, params};
 
-use super::{FILE, Ledger, LedgerError, OWNER_FILE, Records, RunRecord, Unreadable, now_ms, to_json};
+use super::{FILE, Ledger, LedgerError, OWNER_FILE, RUN_FILE, Records, RunRecord, Unreadable, now_ms, to_json};
 use crate::calendar::rfc3339;
-use crate::deploy::RUN_FILE;
 use crate::files::{MOST, read_small, write_whole};
 use crate::run::{RunEvent, RunState, next};
 

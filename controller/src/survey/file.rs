@@ -71,34 +71,44 @@ pub struct SurveyError {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct File {
     name: Spanned<String>,
+    #[serde(alias = "num_sequences")]
     num_sequences: Option<usize>,
+    #[serde(alias = "sequence_length")]
     sequence_length: Option<usize>,
     #[serde(default)]
     corpus: Vec<PathBuf>,
+    #[serde(alias = "token_ids")]
     token_ids: Option<PathBuf>,
     dataset: Option<Spanned<String>>,
+    #[serde(alias = "text_field")]
     text_field: Option<String>,
+    #[serde(alias = "skip_documents")]
     skip_documents: Option<usize>,
     shuffle: Option<u64>,
     #[serde(default)]
     bos: Bos,
     #[serde(default)]
+    #[serde(alias = "separate_documents")]
     separate_documents: bool,
     #[serde(default)]
+    #[serde(alias = "overlapping_windows")]
     overlapping_windows: bool,
     #[serde(default)]
     precision: PrecisionArg,
     layers: Option<usize>,
+    #[serde(alias = "micro_batch_tokens")]
     micro_batch_tokens: Option<usize>,
     #[serde(default)]
     sites: Vec<Spanned<String>>,
     #[serde(default)]
     measure: Vec<Spanned<String>>,
+    #[serde(alias = "max_parallel")]
     max_parallel: Option<Spanned<usize>>,
     budget: Option<Positive>,
+    #[serde(alias = "max_duration")]
     max_duration: Option<Span>,
     #[serde(default)]
     models: Vec<Spanned<String>>,
@@ -107,22 +117,30 @@ struct File {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct ModelTable {
     id: Spanned<String>,
     name: Option<Spanned<String>>,
-    #[serde(default = "main_branch")]
-    revision: String,
+    revision: Option<String>,
+    revisions: Option<Spanned<Vec<String>>>,
+    #[serde(alias = "gpu_count")]
     gpu_count: Option<u32>,
+    #[serde(alias = "gpu_filter")]
     gpu_filter: Option<String>,
+    #[serde(alias = "min_vram")]
     min_vram: Option<f64>,
+    #[serde(alias = "min_cpu_ram")]
     min_cpu_ram: Option<f64>,
+    #[serde(alias = "min_disk")]
     min_disk: Option<f64>,
+    #[serde(alias = "min_cuda")]
     min_cuda: Option<CudaVersion>,
+    #[serde(alias = "max_price")]
     max_price: Option<Positive>,
     region: Option<String>,
     #[serde(default)]
     spot: bool,
+    #[serde(alias = "max_duration")]
     max_duration: Option<Span>,
 }
 
@@ -176,7 +194,7 @@ impl File {
     fn understand(self, path: &Path) -> Result<Survey, Wrong> {
         check_name("name", &self.name)?;
         if let Some(none) = self.max_parallel.as_ref().filter(|most| *most.get_ref() == 0) {
-            return Err(wrong(none, "max_parallel must be at least 1".to_owned()));
+            return Err(wrong(none, "max-parallel must be at least 1".to_owned()));
         }
         let mut sites = Vec::new();
         for kind in &self.sites {
@@ -197,13 +215,14 @@ impl File {
         let mut seen = BTreeSet::new();
         for table in plain.chain(self.model) {
             let at = table.name.as_ref().unwrap_or(&table.id).span();
-            let entry = table.understand()?;
-            if !seen.insert(entry.name.clone()) {
-                let message =
-                    format!("`{}` is there twice; give one of them a name of its own (name = ..)", entry.name);
-                return Err(Wrong { span: at, message });
+            for entry in table.understand()? {
+                if !seen.insert(entry.name.clone()) {
+                    let message =
+                        format!("`{}` is there twice; give one of them a name of its own (name = ..)", entry.name);
+                    return Err(Wrong { span: at, message });
+                }
+                models.push(entry);
             }
-            models.push(entry);
         }
         if models.is_empty() {
             return Err(wrong(&self.name, "it names no models (models = [\"owner/name\", ..])".to_owned()));
@@ -244,7 +263,8 @@ impl ModelTable {
         Self {
             id,
             name: None,
-            revision: main_branch(),
+            revision: None,
+            revisions: None,
             gpu_count: None,
             gpu_filter: None,
             min_vram: None,
@@ -258,8 +278,9 @@ impl ModelTable {
         }
     }
 
-    fn understand(self) -> Result<Entry, Wrong> {
-        let numbers = [("min_vram", self.min_vram), ("min_cpu_ram", self.min_cpu_ram), ("min_disk", self.min_disk)];
+    /// One model, or one for each of its revisions.
+    fn understand(self) -> Result<Vec<Entry>, Wrong> {
+        let numbers = [("min-vram", self.min_vram), ("min-cpu-ram", self.min_cpu_ram), ("min-disk", self.min_disk)];
         let odd = |number: Option<f64>| number.is_some_and(|number| !(0.0..=1e9).contains(&number));
         if let Some((key, _)) = numbers.into_iter().find(|(_, number)| odd(*number)) {
             return Err(wrong(&self.id, format!("{key} of {} must be between 0 and 10^9", self.id.get_ref())));
@@ -267,9 +288,10 @@ impl ModelTable {
         if let Some(name) = &self.name {
             check_name("name", name)?;
         }
-        Ok(Entry {
+        let revisions = self.revisions()?;
+        let entry = Entry {
             name: self.name.map_or_else(|| slug(self.id.get_ref()), Spanned::into_inner),
-            model: ModelArgs { model: self.id.into_inner(), revision: self.revision },
+            model: ModelArgs { model: self.id.into_inner(), revision: self.revision.unwrap_or_else(main_branch) },
             want: WantArgs {
                 gpu_count: self.gpu_count,
                 gpu_filter: self.gpu_filter,
@@ -283,7 +305,27 @@ impl ModelTable {
                 ..WantArgs::default()
             },
             max_duration: self.max_duration,
-        })
+        };
+        if revisions.is_empty() {
+            return Ok(vec![entry]);
+        }
+        let at = |revision: String| {
+            let name = format!("{}-{}", entry.name, slug(&revision));
+            Entry { name, model: ModelArgs { revision, ..entry.model.clone() }, ..entry.clone() }
+        };
+        Ok(revisions.into_iter().map(at).collect())
+    }
+
+    /// Those that are listed; none where there is no list.
+    fn revisions(&self) -> Result<Vec<String>, Wrong> {
+        let Some(listed) = &self.revisions else { return Ok(Vec::new()) };
+        let why = match (&self.revision, listed.get_ref().as_slice()) {
+            (Some(_), _) => "give `revision` or `revisions`, not both",
+            (None, []) => "revisions = [] names none",
+            (None, several) if several.iter().any(String::is_empty) => "a revision is empty",
+            _ => return Ok(listed.get_ref().clone()),
+        };
+        Err(wrong(listed, why.to_owned()))
     }
 }
 
@@ -328,6 +370,26 @@ mod tests {
     }
 
     #[test]
+    fn keys_are_spelt_as_options_are_and_as_they_were_before() {
+        let new = "name = 's'\nnum-sequences = 4\nmax-duration = '2h'\n[[model]]\nid = 'a/b'\nmin-vram = 80";
+        for text in [new.to_owned(), new.replace('-', "_")] {
+            let survey = parsed(&text).unwrap();
+            assert_eq!((survey.job.num_sequences, survey.models[0].want.min_vram), (Some(4), Some(80.0)), "{text}");
+            assert!(survey.max_duration.is_some(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_model_is_run_at_each_of_its_revisions() {
+        let survey =
+            parsed("name = 's'\n[[model]]\nid = 'a/b'\nmin_vram = 80\nrevisions = ['step5-tokens1B', 'refs/pr/1']")
+                .unwrap();
+        let entries: Vec<_> = survey.models.iter().map(|e| (e.name.as_str(), e.model.revision.as_str())).collect();
+        assert_eq!(entries, [("a--b-step5-tokens1B", "step5-tokens1B"), ("a--b-refs--pr--1", "refs/pr/1")]);
+        assert!(survey.models.iter().all(|e| e.model.model == "a/b" && e.want.min_vram == Some(80.0)));
+    }
+
+    #[test]
     fn the_surveys_that_come_along_name_commits_where_they_are_known() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/surveys");
         let files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -352,14 +414,17 @@ mod tests {
             ("name = 's'\nmodls = ['a/b']", Some(2), "modls"),
             ("name = 's'\n\nnum_sequences = 'many'\nmodels = ['a/b']", Some(3), "num_sequences"),
             ("name = 's'\n[[model]]\nid = 'a/b'\nmin_vran = 80", Some(4), "min_vran"),
-            ("name = 's'\n[[model]]\nid = 'a/b'\nmin_vram = -1", Some(3), "min_vram"),
+            ("name = 's'\n[[model]]\nid = 'a/b'\nmin-vram = -1", Some(3), "min-vram"),
             ("name = 's'\n[[model]]\nid = 'a/b'\nmax_price = 0", Some(4), "max_price"),
             ("name = 's'\n[[model]]\nrevision = 'a'", Some(2), "id"),
             ("name = 's'\nmodels = ['a/b',\n'c/d',\n'a/b']", Some(4), "a--b"),
+            ("name = 's'\n[[model]]\nid = 'a/b'\nrevisions = []", Some(4), "names none"),
+            ("name = 's'\n[[model]]\nid = 'a/b'\nrevision = 'x'\nrevisions = ['y']", Some(5), "not both"),
+            ("name = 's'\n[[model]]\nid = 'a/b'\nrevisions = ['y', 'y']", Some(3), "twice"),
             ("name = '../x'\nmodels = ['a/b']", Some(1), "folder"),
             ("name = 's'\nmodels = ['a/b']\n[[model]]\nid = 'c/d'\nname = 'x.partial'", Some(5), "x.partial"),
             ("name = 's'\nmodels = []", Some(1), "no models"),
-            ("name = 's'\nmax_parallel = 0\nmodels = ['a/b']", Some(2), "max_parallel"),
+            ("name = 's'\nmax-parallel = 0\nmodels = ['a/b']", Some(2), "max-parallel"),
             ("name = 's'\nbudget = nan\nmodels = ['a/b']", Some(2), "budget"),
             ("name = 's'\ndataset = 'texts'\nmodels = ['a/b']", Some(2), "dataset"),
             ("name = 's'\nmeasure = ['sinks']\nmodels = ['a/b']", Some(2), "residual-sinks"),

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use super::index::{Line, Outcome};
-use crate::deploy::{JobIdentity, RUN_FILE, holds};
+use crate::deploy::{JobIdentity, holds};
 use crate::files::{MOST, read_small};
-use crate::ledger::RunRecord;
+use crate::ledger::{RUN_FILE, RunRecord};
 use crate::run::{Brought, Ending, Membership, TroubleKind};
 
 /// A model of a survey, and what it is to be run as.
@@ -122,7 +122,6 @@ mod tests {
 
     use super::*;
     use crate::compare::fixture::copy;
-    use crate::deploy::RUN_FILE;
     use crate::run::{RunEvent, RunSpec, Trouble};
     use crate::standing::tests::{ended, rented, run};
 

@@ -18,8 +18,7 @@ use russh::client::Handle;
 use russh::keys::{PrivateKey, load_secret_key};
 use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 
-use super::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind};
-use crate::broker::SshEndpoint;
+use super::{ExecOutput, SendRequest, SshEndpoint, Transport, TransportError, TransportErrorKind};
 
 mod clock;
 mod connect;
@@ -31,12 +30,10 @@ mod source;
 mod upload;
 
 pub use pin::HostKeyPin;
-#[cfg(fuzzing)]
-pub use sftp::read_over;
+pub use sftp::Sftp;
 
 use clock::Clock;
 use connect::{Client, Opened};
-use sftp::Sftp;
 use source::Source;
 use upload::{LANES, Press, Queue, Upload};
 
@@ -295,8 +292,7 @@ impl SshTransport {
         let Some(sftp) = self.sftp(link).await? else {
             return plain::read(&link.handle, remote, at, limit).await;
         };
-        let mut content = Vec::new();
-        Ok(sftp.download(remote, at, Limit::Cut(limit), &mut content).await?.map(|_| content))
+        sftp.read(remote, at, limit).await
     }
 }
 

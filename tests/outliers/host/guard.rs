@@ -28,15 +28,6 @@ impl Scene {
         self.server.home().join("ended").exists()
     }
 
-    async fn until(&self, what: &str, holds: impl Fn(&Self) -> bool) {
-        // A stubborn worker alone takes 18 s of this: it is no bound, but when to stop hoping.
-        let limit = within(120);
-        while !holds(self) {
-            assert!(Instant::now() < limit, "in vain: {what}");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    }
-
     fn guard_pid(&self, run: &str) -> u32 {
         let text = std::fs::read_to_string(self.remote(run, "guard.pid")).unwrap();
         text.lines().next().unwrap().parse().unwrap()

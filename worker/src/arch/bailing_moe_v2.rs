@@ -90,5 +90,6 @@ fn mixture(config: &Config<'_>) -> Result<MoeSpec> {
         },
         shared: (shared > 0).then(|| SharedSpec { mlp: MlpSpec::swiglu(shared * intermediate), gate: false }),
         beside: None,
+        latent: None,
     })
 }

@@ -73,7 +73,7 @@ impl<'a> Config<'a> {
     }
 
     /// Notes that a default stands in for an absent key.
-    fn assume(&self, key: &str, default: &Value) {
+    pub(super) fn assume(&self, key: &str, default: &Value) {
         self.assumed.borrow_mut().insert(self.name(key), default.clone());
     }
 

@@ -42,6 +42,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         router: router(config)?,
         shared: (shared > 0).then(|| SharedSpec { mlp: MlpSpec::swiglu(shared * intermediate), gate: false }),
         beside: None,
+        latent: None,
     };
     let dense = MlpSpec::swiglu(config.count("intermediate_size")?);
     let layer = |sparse| {

@@ -61,6 +61,22 @@ pub(super) fn decoder(config: &Config<'_>, pairing: Pairing, sparse: Vec<bool>) 
 
 /// Latent attention by this family's keys.
 pub(super) fn latent(config: &Config<'_>, pairing: Pairing) -> Result<LatentSpec> {
+    let latent = latent_without_rotation(config)?;
+    // YaRN's growth of queries and keys, here in the softmax.
+    let rotation = config.rope_settings()?;
+    let magnitude = match rotation.nonzero("mscale_all_dim")? {
+        Some(all) if rotation.kind()? != "default" => yarn_magnitude(rotation.number("factor")?, all),
+        _ => 1.0,
+    };
+    Ok(LatentSpec {
+        scale: magnitude * magnitude / ((latent.nope_dim + latent.rope_dim) as f64).sqrt(),
+        rope: Some(RopeSpec { pairing, ..config.rope(latent.rope_dim)? }),
+        ..latent
+    })
+}
+
+/// The same but for the rotation.
+pub(super) fn latent_without_rotation(config: &Config<'_>) -> Result<LatentSpec> {
     config.expect_flag("attention_bias", false)?;
     let (nope_dim, rope_dim) = (config.count("qk_nope_head_dim")?, config.count("qk_rope_head_dim")?);
     let heads = config.count("num_attention_heads")?;
@@ -68,12 +84,6 @@ pub(super) fn latent(config: &Config<'_>, pairing: Pairing) -> Result<LatentSpec
     if kv_heads != heads {
         return Err(unsupported(format!("num_key_value_heads {kv_heads} beside num_attention_heads {heads}")));
     }
-    // YaRN's growth of queries and keys, here in the softmax.
-    let rotation = config.rope_settings()?;
-    let magnitude = match rotation.nonzero("mscale_all_dim")? {
-        Some(all) if rotation.kind()? != "default" => yarn_magnitude(rotation.number("factor")?, all),
-        _ => 1.0,
-    };
     Ok(LatentSpec {
         heads,
         query_rank: config.count_opt("q_lora_rank")?,
@@ -82,7 +92,7 @@ pub(super) fn latent(config: &Config<'_>, pairing: Pairing) -> Result<LatentSpec
         rope_dim,
         value_dim: config.count("v_head_dim")?,
         norm: NormSpec::rms(INNER_EPS),
-        scale: magnitude * magnitude / ((nope_dim + rope_dim) as f64).sqrt(),
-        rope: RopeSpec { pairing, ..config.rope(rope_dim)? },
+        scale: 1.0 / ((nope_dim + rope_dim) as f64).sqrt(),
+        rope: None,
     })
 }

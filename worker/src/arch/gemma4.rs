@@ -83,6 +83,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
             router: RouterSpec::NormedSoftmax { eps },
             shared: None,
             beside: Some(mlp),
+            latent: None,
         })
     } else {
         for key in ["num_experts", "top_k_experts", "moe_intermediate_size"] {

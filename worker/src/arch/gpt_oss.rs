@@ -53,6 +53,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         router: RouterSpec::TopKSoftmax,
         shared: None,
         beside: None,
+        latent: None,
     };
     let alternating = |layer: usize| ["sliding_attention", "full_attention"][layer % 2];
     let kinds = match config.layer_types()? {

@@ -123,5 +123,6 @@ fn mixture(config: &Config<'_>) -> Result<MoeSpec> {
         router: RouterSpec::SigmoidOfInput,
         shared: Some(SharedSpec { mlp: MlpSpec::swiglu(intermediate), gate: false }),
         beside: None,
+        latent: None,
     })
 }

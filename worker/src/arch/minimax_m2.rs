@@ -70,6 +70,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         router: RouterSpec::SigmoidGroups { groups: 1, top_groups: 1, normalise: true, scale: 1.0 },
         shared: None,
         beside: None,
+        latent: None,
     };
     let layer = pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Moe(moe));
     decoder_like_llama(config, vec![layer; config.layers()?])

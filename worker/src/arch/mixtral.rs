@@ -41,6 +41,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         router: RouterSpec::SoftmaxTopK { normalise: true },
         shared: None,
         beside: None,
+        latent: None,
     };
     let layer = pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Moe(moe));
     decoder_like_llama(config, vec![layer; config.layers()?])

@@ -34,6 +34,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob")? },
         shared: None,
         beside: None,
+        latent: None,
     };
     let layer = pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Moe(moe));
     decoder_like_llama(config, vec![layer; config.layers()?])

@@ -33,6 +33,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob")? },
         shared: None,
         beside: None,
+        latent: None,
     };
     let attention = AttentionSpec {
         qk_norm: QkNorm::PerHead(norm),

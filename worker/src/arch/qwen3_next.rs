@@ -114,5 +114,6 @@ pub(super) fn mixture(config: &Config<'_>, stored: GateUp, normalise: bool) -> R
         router: RouterSpec::SoftmaxTopK { normalise },
         shared: Some(SharedSpec { mlp: MlpSpec::swiglu(config.count("shared_expert_intermediate_size")?), gate: true }),
         beside: None,
+        latent: None,
     })
 }

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::{
-    AttentionSpec, DecoderSpec, DeltaNetSpec, DeltaStored, FfnSpec, GateUp, LatentSpec, LayerSpec, MixerSpec, MlpSpec,
-    MoeSpec, NormKind, NormOrder, NormSpec, OutputGate, Part, QkNorm, Unit,
+    AttentionSpec, DecoderSpec, DeltaNetSpec, DeltaStored, FfnSpec, GateUp, LatentSpec, LayerSpec, MambaSpec, MixerSpec,
+    MlpSpec, MoeSpec, NormKind, NormOrder, NormSpec, OutputGate, Part, QkNorm, Unit,
 };
 
 /// What a tensor is for. An architecture's name table maps each to a published name.
@@ -89,16 +89,47 @@ pub enum Role {
     DeltaStrength,
     /// DeltaNet's projection to steps `[value_heads, hidden]`.
     DeltaStep,
+    /// Gates' bottleneck `[value_dim, hidden]`.
+    DeltaGateDown,
+    /// Out of it `[value_heads * value_dim, value_dim]`.
+    DeltaGateUp,
+    /// Steps' bottleneck `[value_dim, hidden]`.
+    DeltaStepDown,
+    /// Out of it `[value_heads * key_dim, value_dim]`.
+    DeltaStepUp,
     /// Convolution `[channels, 1, kernel]`.
     DeltaConvolution,
-    /// `A_log` `[value_heads]`.
+    /// The same of queries alone.
+    DeltaQueryConvolution,
+    /// The same of keys alone.
+    DeltaKeyConvolution,
+    /// The same of values alone.
+    DeltaValueConvolution,
+    /// `A_log` `[value_heads]`, or `[1, 1, value_heads, 1]`.
     DeltaDecay,
-    /// `dt_bias` `[value_heads]`.
+    /// `dt_bias`, as many as steps.
     DeltaStepBias,
     /// Gain of the gated norm `[value_dim]`.
     DeltaNorm,
     /// DeltaNet's projection out `[hidden, value_heads * value_dim]`.
     DeltaOutput,
+
+    /// Mamba's projection [gates | values | writes | reads | steps].
+    MambaInput,
+    /// Convolution `[channels, 1, kernel]`.
+    MambaConvolution,
+    /// Its bias `[channels]`.
+    MambaConvolutionBias,
+    /// `A_log` `[heads]`.
+    MambaDecay,
+    /// `dt_bias` `[heads]`.
+    MambaStepBias,
+    /// `D` `[heads]`.
+    MambaSkip,
+    /// Gain of the norm of the gated values `[heads * head_dim]`.
+    MambaNorm,
+    /// Mamba's projection out `[hidden, heads * head_dim]`.
+    MambaOutput,
 
     /// Gain of the feed-forward's norm `[hidden]`.
     FfnNorm,
@@ -175,6 +206,10 @@ pub enum Role {
     SharedDownBias,
     /// What opens the shared expert `[1, hidden]`.
     SharedExpertGate,
+    /// Into the experts' space `[latent, hidden]`.
+    LatentDown,
+    /// Out of it `[hidden, latent]`.
+    LatentUp,
 }
 
 /// One tensor a model needs.
@@ -310,33 +345,44 @@ impl DecoderSpec {
 impl LayerSpec {
     fn units(&self, layer: usize, hidden: usize, group_elements: u64) -> Vec<Unit> {
         let unit = |part, needs| Unit { layer, part, needs };
-        let mut mixer = Vec::new();
-        self.norm.needs(hidden, Role::MixerNorm, Role::MixerNormBias, &mut mixer);
-        self.mixer.needs(hidden, &mut mixer);
-        mixer.extend((self.order == NormOrder::Sandwich).then(|| Need::new(Role::MixerPostNorm, &[hidden])));
+        let mut units = Vec::new();
+        if self.has_mixer() {
+            units.push(unit(Part::Mixer, self.mixer_needs(hidden)));
+        }
         let mut ffn = Vec::new();
         if self.order != NormOrder::Shared {
             self.norm.needs(hidden, Role::FfnNorm, Role::FfnNormBias, &mut ffn);
         }
         match &self.ffn {
+            FfnSpec::None => {}
             FfnSpec::Dense(mlp) => {
                 mlp.needs(hidden, &MlpRoles::DENSE, &mut ffn);
                 ffn.extend(self.closing_needs(hidden));
-                vec![unit(Part::Mixer, mixer), unit(Part::Dense, ffn)]
+                units.push(unit(Part::Dense, ffn));
             }
             FfnSpec::Moe(moe) => {
                 moe.router_needs(hidden, &mut ffn);
-                let groups = moe.groups(hidden, group_elements).map(|group| {
+                units.push(unit(Part::Router, ffn));
+                units.extend(moe.groups(hidden, group_elements).map(|group| {
                     let mut needs: Vec<Need> =
                         group.clone().flat_map(|expert| moe.expert_needs(expert, hidden)).collect();
                     if group.end == moe.experts {
                         needs.extend(self.closing_needs(hidden));
                     }
                     unit(Part::Experts(group), needs)
-                });
-                [unit(Part::Mixer, mixer), unit(Part::Router, ffn)].into_iter().chain(groups).collect()
+                }));
             }
         }
+        units
+    }
+
+    /// Norm and mixer.
+    fn mixer_needs(&self, hidden: usize) -> Vec<Need> {
+        let mut mixer = Vec::new();
+        self.norm.needs(hidden, Role::MixerNorm, Role::MixerNormBias, &mut mixer);
+        self.mixer.needs(hidden, &mut mixer);
+        mixer.extend((self.order == NormOrder::Sandwich).then(|| Need::new(Role::MixerPostNorm, &[hidden])));
+        mixer
     }
 
     /// What ends the layer, after its feed-forward.
@@ -344,7 +390,10 @@ impl LayerSpec {
         let has_beside = matches!(&self.ffn, FfnSpec::Moe(moe) if moe.beside.is_some());
         let norms = [(has_beside, Role::ExpertsPostNorm), (self.order == NormOrder::Sandwich, Role::FfnPostNorm)];
         let norms = norms.into_iter().filter(|(is_there, _)| *is_there).map(|(_, role)| Need::new(role, &[hidden]));
-        norms.chain(self.scalar.then(|| Need::new(Role::LayerScalar, &[1]))).collect()
+        let latent = if let FfnSpec::Moe(moe) = &self.ffn { moe.latent } else { None };
+        let latent = latent.map(|latent| Need::new(Role::LatentUp, &[hidden, latent]));
+        let scalar = self.scalar.then(|| Need::new(Role::LayerScalar, &[1]));
+        norms.chain(latent).chain(scalar).collect()
     }
 }
 
@@ -363,6 +412,8 @@ impl MixerSpec {
             Self::Attention(attention) => attention.needs(hidden, needs),
             Self::Latent(latent) => latent.needs(hidden, needs),
             Self::DeltaNet(delta) => delta.needs(hidden, needs),
+            Self::Mamba(mamba) => mamba.needs(hidden, needs),
+            Self::None => {}
         }
     }
 }
@@ -424,8 +475,14 @@ impl DeltaNetSpec {
         2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
     }
 
+    /// There is a decay for each channel of a key, not for each head.
+    pub fn decays_channels(&self) -> bool {
+        self.stored == DeltaStored::Apart
+    }
+
     fn needs(&self, hidden: usize, needs: &mut Vec<Need>) {
-        let values = self.value_heads * self.value_dim;
+        let (keys, values) = (self.key_heads * self.key_dim, self.value_heads * self.value_dim);
+        let steps = if self.decays_channels() { self.value_heads * self.key_dim } else { self.value_heads };
         match self.stored {
             DeltaStored::ByKeyHead => needs.extend([
                 Need::new(Role::DeltaQkvz, &[self.channels() + values, hidden]),
@@ -437,13 +494,62 @@ impl DeltaNetSpec {
                 Need::new(Role::DeltaStrength, &[self.value_heads, hidden]),
                 Need::new(Role::DeltaStep, &[self.value_heads, hidden]),
             ]),
+            DeltaStored::Apart => needs.extend([
+                Need::new(Role::Query, &[keys, hidden]),
+                Need::new(Role::Key, &[keys, hidden]),
+                Need::new(Role::Value, &[values, hidden]),
+                Need::new(Role::DeltaGateDown, &[self.value_dim, hidden]),
+                Need::new(Role::DeltaGateUp, &[values, self.value_dim]),
+                Need::new(Role::DeltaStrength, &[self.value_heads, hidden]),
+                Need::new(Role::DeltaStepDown, &[self.value_dim, hidden]),
+                Need::new(Role::DeltaStepUp, &[steps, self.value_dim]),
+            ]),
+        }
+        if self.stored == DeltaStored::Apart {
+            needs.extend([
+                Need::new(Role::DeltaQueryConvolution, &[keys, 1, self.kernel]),
+                Need::new(Role::DeltaKeyConvolution, &[keys, 1, self.kernel]),
+                Need::new(Role::DeltaValueConvolution, &[values, 1, self.kernel]),
+                Need::new(Role::DeltaDecay, &[1, 1, self.value_heads, 1]),
+            ]);
+        } else {
+            needs.extend([
+                Need::new(Role::DeltaConvolution, &[self.channels(), 1, self.kernel]),
+                Need::new(Role::DeltaDecay, &[self.value_heads]),
+            ]);
         }
         needs.extend([
-            Need::new(Role::DeltaConvolution, &[self.channels(), 1, self.kernel]),
-            Need::new(Role::DeltaDecay, &[self.value_heads]),
-            Need::new(Role::DeltaStepBias, &[self.value_heads]),
+            Need::new(Role::DeltaStepBias, &[steps]),
             Need::new(Role::DeltaNorm, &[self.value_dim]),
             Need::new(Role::DeltaOutput, &[hidden, values]),
+        ]);
+    }
+}
+
+impl MambaSpec {
+    /// Width of all heads.
+    pub fn inner(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Channels of the convolution: values, writes, reads.
+    pub fn channels(&self) -> usize {
+        self.inner() + 2 * self.groups * self.state
+    }
+
+    fn needs(&self, hidden: usize, needs: &mut Vec<Need>) {
+        let (inner, channels) = (self.inner(), self.channels());
+        needs.extend([
+            Need::new(Role::MambaInput, &[inner + channels + self.heads, hidden]),
+            Need::new(Role::MambaConvolution, &[channels, 1, self.kernel]),
+        ]);
+        needs.extend(self.convolution_bias.then(|| Need::new(Role::MambaConvolutionBias, &[channels])));
+        needs.extend([
+            Need::new(Role::MambaDecay, &[self.heads]),
+            Need::new(Role::MambaStepBias, &[self.heads]),
+            Need::new(Role::MambaSkip, &[self.heads]),
+            Need::new(Role::MambaNorm, &[inner]),
+            Need::new(Role::MambaOutput, &[hidden, inner]),
         ]);
     }
 }
@@ -477,6 +583,7 @@ impl MoeSpec {
             mlp.needs(hidden, &MlpRoles::DENSE, needs);
             needs.extend([Need::new(Role::BesidePostNorm, &[hidden]), Need::new(Role::ExpertsNorm, &[hidden])]);
         }
+        needs.extend(self.latent.map(|latent| Need::new(Role::LatentDown, &[latent, hidden])));
         if let Some(shared) = &self.shared {
             shared.mlp.needs(hidden, &MlpRoles::SHARED, needs);
             needs.extend(shared.gate.then(|| Need::new(Role::SharedExpertGate, &[1, hidden])));
@@ -485,7 +592,7 @@ impl MoeSpec {
 
     fn expert_needs(&self, expert: usize, hidden: usize) -> Vec<Need> {
         let mut needs = Vec::new();
-        self.expert.needs(hidden, &MlpRoles::EXPERT, &mut needs);
+        self.expert.needs(self.latent.unwrap_or(hidden), &MlpRoles::EXPERT, &mut needs);
         needs.iter_mut().for_each(|need| need.expert = Some(expert));
         needs
     }

@@ -18,11 +18,17 @@
 //!
 //! Products with `S`, and of keys and queries with keys, are products of matrices; what remains is a system with a unit lower triangle
 //! (the WY representation of Yang et al. 2024, arXiv 2406.06484, solved for the writes at once, `S` included).
+//!
+//! Where each row of `S` has a decay of its own (Kimi Delta Attention, arXiv 2510.26692), a is a
+//! vector and products of keys and queries with keys are weighted channel by channel
+//! ([`by_channel`]).
 
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::fused::has_loops;
+
+mod by_channel;
 
 /// Tokens whose writes are solved for together.
 pub(super) const CHUNK: usize = 64;
@@ -39,7 +45,9 @@ pub(super) struct Heads {
     pub(super) key: Tensor,
     /// `[value heads, positions, value_dim]`.
     pub(super) value: Tensor,
-    /// Logarithms of the decays `[value heads, positions]`, never positive.
+    /// Logarithms of the decays, never positive: `[value heads, positions]`, or
+    /// `[value heads, positions, key_dim]` where each row of the state has its own. Then each value
+    /// head has a key head.
     pub(super) decay: Tensor,
     /// Write strengths `[value heads, positions]`.
     pub(super) strength: Tensor,
@@ -48,6 +56,9 @@ pub(super) struct Heads {
 impl Heads {
     /// What the queries read, `[value heads, positions, value_dim]`.
     pub(super) fn delta_rule(&self) -> Result<Tensor> {
+        if self.decay.rank() == 3 {
+            return by_channel::delta_rule(self);
+        }
         if !has_loops(&self.value) {
             return self.delta_rule_composed();
         }
@@ -293,7 +304,7 @@ mod tests {
                 query: query[h / served][t].clone(),
                 key: key[h / served][t].clone(),
                 value: value[h][t].clone(),
-                decay: decay[h][t].exp(),
+                decay: vec![decay[h][t].exp(); 10],
                 strength: strength[h][t],
             };
             recurrence((0..value[h].len()).map(token))

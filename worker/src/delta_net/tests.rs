@@ -162,7 +162,7 @@ impl Block {
                 query: query.iter().map(|q| q / (key_dim as f64).sqrt()).collect(),
                 key: unit(vector(t, key_dim, keys + own, key_dim)),
                 value: vector(t, 2 * key_dim + member * value_dim, 2 * keys + head * value_dim, value_dim),
-                decay: (-a_log.exp() * (gates[served + member] + bias).exp().ln_1p()).exp(),
+                decay: vec![(-a_log.exp() * (gates[served + member] + bias).exp().ln_1p()).exp(); key_dim],
                 strength: 1.0 / (1.0 + (-gates[member]).exp()),
             }
         });
@@ -184,7 +184,8 @@ pub(super) struct Token {
     pub(super) query: Vec<f64>,
     pub(super) key: Vec<f64>,
     pub(super) value: Vec<f64>,
-    pub(super) decay: f64,
+    /// Of each row of the state.
+    pub(super) decay: Vec<f64>,
     pub(super) strength: f64,
 }
 
@@ -197,7 +198,9 @@ pub(super) fn recurrence(tokens: impl Iterator<Item = Token>) -> Vec<f64> {
     let step = |token: Token| {
         let columns = 0..token.value.len();
         state.resize(token.key.len(), vec![0.0; columns.len()]);
-        state.iter_mut().flatten().for_each(|s| *s *= token.decay);
+        for (row, decay) in state.iter_mut().zip(&token.decay) {
+            row.iter_mut().for_each(|s| *s *= decay);
+        }
         let missing = |c: usize| token.strength * (token.value[c] - read(&state, &token.key, c));
         let write: Vec<f64> = columns.clone().map(missing).collect();
         for (row, k) in state.iter_mut().zip(&token.key) {

@@ -480,10 +480,12 @@ mod tests {
         let weights = experts.iter().map(|e| 0.1 + *e as f32).collect();
         let routing = Routing { top_k: 1, experts, weights, scales_input: false };
         study.routing(1, first, &routing).unwrap();
+        let pairs = routing.by_expert(EXPERTS);
         for expert in 0..EXPERTS {
-            let (rows, weights) = routing.of_expert(expert);
+            let (rows, weights) = pairs.of(expert);
             if !rows.is_empty() {
                 let out: Vec<f32> = rows.iter().flat_map(|r| outputs[*r as usize]).copied().collect();
+                let (rows, weights) = (rows.to_vec(), weights.to_vec());
                 study.expert(1, expert, first, &ExpertRows { out: tensor(&out), rows, weights }).unwrap();
             }
         }

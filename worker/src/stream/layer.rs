@@ -13,12 +13,13 @@ use crate::delta_net::delta_net;
 use crate::error::{Result, WorkerError};
 use crate::ffn::{self, Beside, ExpertRows, Gathered, MlpWeights, Router, Routing, SharedWeights};
 use crate::fused;
+use crate::mamba::mamba;
 use crate::meter::{Clock, Subject, Work};
 use crate::mla::latent_attention;
 use crate::norm::Norm;
 use crate::rope::{RopeSpec, RopeTable};
 use crate::stats::{LayerObserver, Site};
-use crate::weights::{MixerWeights, UnitTensors, on, zeros_like};
+use crate::weights::{Linear, MixerWeights, UnitTensors, on, zeros_like};
 
 /// A unit's weights, ready for any number of micro-batches.
 pub(super) enum Block {
@@ -27,7 +28,13 @@ pub(super) enum Block {
     /// Of [`Part::Dense`].
     Dense { norm: Option<Norm>, weights: MlpWeights, closing: Closing },
     /// Of [`Part::Router`].
-    Router { norm: Option<Norm>, router: Router, shared: Option<SharedWeights>, beside: Option<Beside> },
+    Router {
+        norm: Option<Norm>,
+        router: Router,
+        shared: Option<SharedWeights>,
+        beside: Option<Beside>,
+        latent: Option<Linear>,
+    },
     /// Of [`Part::Experts`].
     Experts { group: Range<usize>, weights: Vec<MlpWeights>, closing: Closing },
 }
@@ -36,6 +43,8 @@ pub(super) enum Block {
 pub(super) struct Closing {
     /// Of what experts add up to, before the MLP beside them is added.
     experts: Option<Norm>,
+    /// Out of the experts' space, before what is beside them is added.
+    latent: Option<Linear>,
     /// Of the feed-forward's output.
     output: Option<Norm>,
     /// Multiplies the residual stream, `[1]`.
@@ -46,6 +55,7 @@ impl Closing {
     fn take(tensors: &mut UnitTensors, norm: NormSpec) -> Result<Self> {
         Ok(Self {
             experts: tensors.norm_if_there(norm, Role::ExpertsPostNorm)?,
+            latent: tensors.linear_if_there(Role::LatentUp),
             output: tensors.norm_if_there(norm, Role::FfnPostNorm)?,
             scalar: tensors.take_if_there(Role::LayerScalar),
         })
@@ -94,7 +104,8 @@ impl<'a, L: LayerObserver> At<'a, L> {
             (Part::Router, FfnSpec::Moe(moe)) => {
                 let norm = self.ffn_norm(tensors)?;
                 let (router, shared) = tensors.router(moe)?;
-                Block::Router { norm, router, shared, beside: tensors.beside(moe, self.spec.norm)? }
+                let latent = tensors.linear_if_there(Role::LatentDown);
+                Block::Router { norm, router, shared, beside: tensors.beside(moe, self.spec.norm)?, latent }
             }
             (Part::Experts(group), FfnSpec::Moe(moe)) => {
                 let weights = group.clone().map(|expert| tensors.expert(moe.expert, expert));
@@ -113,24 +124,31 @@ impl<'a, L: LayerObserver> At<'a, L> {
                 at.mix(batch, norm, after.as_ref(), weights, table.as_deref())
             }),
             Block::Dense { norm, weights, closing } => self.each(Work::FeedForward, wave, |at, batch| {
+                batch.hidden = on(&batch.hidden, at.device)?;
                 let x = at.before_ffn(batch, norm.as_ref())?;
                 let out = weights.apply(&x)?;
                 at.after_ffn(batch, norm.as_ref(), closing, out)
             }),
-            Block::Router { norm, router, shared, beside } => {
+            Block::Router { norm, router, shared, beside, latent } => {
                 let moe = self.moe()?;
                 self.each(Work::FeedForward, wave, |at, batch| {
+                    batch.hidden = on(&batch.hidden, at.device)?;
                     let mut x = at.before_ffn(batch, norm.as_ref())?;
                     let routed = if beside.is_some() { &batch.hidden } else { &x };
                     let routing = ffn::route(moe.router, moe.top_k, router, routed)?;
                     at.routed(batch, &routing)?;
-                    let out = shared.as_ref().map_or_else(|| zeros_like(&x), |shared| shared.apply(&x))?;
+                    let mut out = shared.as_ref().map_or_else(|| zeros_like(&x), |shared| shared.apply(&x))?;
                     let mut of_beside = None;
                     if let Some(beside) = beside {
                         of_beside = Some(beside.norm.apply(&beside.mlp.apply(&x)?)?);
                         x = beside.experts.apply(&batch.hidden)?;
                     }
-                    batch.mixture = Some(Mixture { out, x, routing, beside: of_beside });
+                    if let Some(latent) = latent {
+                        x = latent.apply(&x)?;
+                        of_beside = Some(std::mem::replace(&mut out, zeros_like(&x)?));
+                    }
+                    let pairs = routing.by_expert(moe.experts);
+                    batch.mixture = Some(Mixture { out, x, pairs, beside: of_beside });
                     Ok(())
                 })
             }
@@ -211,14 +229,15 @@ impl<'a, L: LayerObserver> At<'a, L> {
         self.show(Point::AttentionOut, batch, &out)?;
         batch.hidden = fused::sum(out, &batch.hidden)?;
         batch.shared_norm = (self.spec.order == NormOrder::Shared).then_some(x);
-        Ok(())
+        if self.spec.has_ffn() { Ok(()) } else { self.show(Point::Residual, batch, &batch.hidden) }
     }
 
     /// What the mixer makes of an arm's input. Of the whole input it is also looked at what attention gives to the first key, and how
     /// sharp it is, here and with what each arm takes away from it.
     fn mixed(&mut self, arm: usize, weights: &MixerWeights, table: Option<&RopeTable>, x: &Tensor) -> Result<Tensor> {
+        let attends = !matches!(self.spec.mixer, MixerSpec::DeltaNet(_) | MixerSpec::Mamba(_));
         let (top, first_key) = (!self.masks.is_empty(), self.seen.wants_first_key());
-        if arm > 0 || !(top || first_key) || matches!(self.spec.mixer, MixerSpec::DeltaNet(_)) {
+        if arm > 0 || !attends || !(top || first_key) {
             return self.mixer(weights, table, x, None);
         }
         let whole = Watching::new(top, first_key);
@@ -264,10 +283,11 @@ impl<'a, L: LayerObserver> At<'a, L> {
             (MixerSpec::Attention(spec), MixerWeights::Attention(weights), table) => {
                 attention(spec, weights, table, x, n, watched)?
             }
-            (MixerSpec::Latent(spec), MixerWeights::Latent(weights), Some(table)) => {
+            (MixerSpec::Latent(spec), MixerWeights::Latent(weights), table) => {
                 latent_attention(spec, weights, table, x, n, watched)?
             }
             (MixerSpec::DeltaNet(spec), MixerWeights::DeltaNet(weights), _) => delta_net(spec, weights, x, n)?,
+            (MixerSpec::Mamba(spec), MixerWeights::Mamba(weights), _) => mamba(spec, weights, x, n)?,
             (spec, ..) => return Err(WorkerError::internal(format!("other weights than those of {spec:?}"))),
         })
     }
@@ -347,7 +367,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
             let (mut gathered, mut rows) = (Vec::new(), 0);
             for at in 0..batches.len() {
                 let mixture = batches[at].mixture.as_ref().ok_or_else(early)?;
-                if let Some(part) = ffn::gather(&mixture.x, &mixture.routing, expert)? {
+                if let Some(part) = ffn::gather(&mixture.x, &mixture.pairs, expert)? {
                     rows += part.rows.len();
                     gathered.push((at, part));
                 }
@@ -361,6 +381,9 @@ impl<'a, L: LayerObserver> At<'a, L> {
             for batch in batches {
                 let Mixture { out, beside, .. } = batch.mixture.take().ok_or_else(early)?;
                 let mut out = normed(closing.experts.as_ref(), out)?;
+                if let Some(latent) = &closing.latent {
+                    out = latent.apply(&out)?;
+                }
                 if let Some(beside) = beside {
                     out = fused::sum(out, &beside)?;
                 }
@@ -383,7 +406,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
             let batch = &mut batches[at];
             self.expert(expert, batch, &rows)?;
             let mixture = batch.mixture.take().ok_or_else(early)?;
-            let out = ffn::add_expert(mixture.out, &mixture.routing, &rows)?;
+            let out = ffn::add_expert(mixture.out, &mixture.pairs, &rows)?;
             batch.mixture = Some(Mixture { out, ..mixture });
         }
         Ok(())

@@ -50,10 +50,18 @@ fn magnitudes(name: &str, title: &str, results: &Results) -> Option<Plot> {
     let high = |site: &outliers_protocol::SiteSummary| site.rows.map(|rows| rows.magnitude.p99_9);
     let (attention, mlp) = ((Place::BeforeAttention, Place::AfterMlp), (Place::BeforeMlp, Place::AfterAttention));
     let groups = [
-        curve("largest, attention's norm", mark(Colour::First, true, true), norms(attention.0, attention.1, largest)),
-        curve("largest, MLP's norm", mark(Colour::Second, false, true), norms(mlp.0, mlp.1, largest)),
-        curve("99.9 %, attention's norm", mark(Colour::First, true, false), norms(attention.0, attention.1, high)),
-        curve("99.9 %, MLP's norm", mark(Colour::Second, false, false), norms(mlp.0, mlp.1, high)),
+        curve(
+            "largest |x|, attention's norm",
+            mark(Colour::First, true, true),
+            norms(attention.0, attention.1, largest),
+        ),
+        curve("largest |x|, MLP's norm", mark(Colour::Second, false, true), norms(mlp.0, mlp.1, largest)),
+        curve(
+            "99.9 % of |x|, attention's norm",
+            mark(Colour::First, true, false),
+            norms(attention.0, attention.1, high),
+        ),
+        curve("99.9 % of |x|, MLP's norm", mark(Colour::Second, false, false), norms(mlp.0, mlp.1, high)),
     ];
     let description = "The largest magnitude at each norm output, and the magnitude that 99.9 % of its values do not exceed, by layer.";
     points(name, title, description, [LAYER, Axis { label: "|x|", kind: Kind::Log }], &groups)
@@ -122,7 +130,7 @@ impl Heat {
     fn words(&self) -> Vec<String> {
         let from = |step: i32| self.threshold * self.factor().powi(step);
         let above = (0..i32::from(Self::ABOVE)).map(|step| format!(">= {}", short(from(step))));
-        std::iter::once(format!("< {}", short(self.threshold))).chain(above).collect()
+        std::iter::once(format!("|x| < {}", short(self.threshold))).chain(above).collect()
     }
 }
 
@@ -233,6 +241,6 @@ mod tests {
         let heat = Heat { threshold: 6.0, largest: 768.0 };
         assert_eq!([5.99, 6.0, 11.9, 12.1, 768.0, 1e9].map(|x| heat.step(x)), [0, 1, 1, 2, 7, 7]);
         assert_eq!(heat.words().len(), usize::from(Colour::STEPS));
-        assert_eq!(&heat.words()[..3], ["< 6", ">= 6", ">= 12"]);
+        assert_eq!(&heat.words()[..3], ["|x| < 6", ">= 6", ">= 12"]);
     }
 }

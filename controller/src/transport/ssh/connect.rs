@@ -15,9 +15,8 @@ use tokio::time::timeout;
 
 use super::exec::Channel;
 use super::{HostKeyPin, Tuning};
-use crate::broker::SshEndpoint;
 use crate::text::clean;
-use crate::transport::{TransportError, TransportErrorKind as Kind};
+use crate::transport::{SshEndpoint, TransportError, TransportErrorKind as Kind};
 
 /// One TCP connect; packets to a machine that is still booting are often just dropped.
 const TCP_LIMIT: Duration = Duration::from_secs(15);

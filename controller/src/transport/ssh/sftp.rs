@@ -34,7 +34,7 @@ const TYPE_MASK: u32 = 0o170_000;
 const PLAIN_FILE: u32 = 0o100_000;
 
 /// An SFTP session on a channel of its own.
-pub(super) struct Sftp {
+pub struct Sftp {
     session: RawSftpSession,
     patience: Duration,
 }
@@ -67,14 +67,27 @@ impl Sftp {
         }
     }
 
-    async fn over(
+    /// A session with the server at the other end of `stream`. No answer may take longer than `patience`.
+    ///
+    /// # Errors
+    /// When what answers speaks no SFTP.
+    pub async fn over(
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         patience: Duration,
-    ) -> Result<Self, SftpError> {
+    ) -> Result<Self, TransportError> {
         let config = Config { request_timeout_secs: REQUEST_LIMIT_SECS, ..Config::default() };
         let session = RawSftpSession::new_with_config(stream, config);
-        session.init().await?;
+        session.init().await.map_err(|e| wrong("SFTP", &e))?;
         Ok(Self { session, patience })
+    }
+
+    /// At most `limit` bytes of a plain file, from `offset` on; `None` if there is no such file.
+    ///
+    /// # Errors
+    /// What the server says, or that it is silent.
+    pub async fn read(&self, remote: &str, offset: u64, limit: u64) -> Result<Option<Vec<u8>>, TransportError> {
+        let mut content = Vec::new();
+        Ok(self.download(remote, offset, Limit::Cut(limit), &mut content).await?.map(|_| content))
     }
 
     /// Renames over an existing file; `false` when the server cannot.
@@ -307,18 +320,6 @@ fn wrong(path: &str, error: &SftpError) -> TransportError {
         other => other.to_string(),
     };
     TransportError::new(kind, format!("{path}: {}", clean(what.as_bytes(), 200)))
-}
-
-/// For fuzzing alone: at most `limit` bytes from `offset` of a file that a server at the other end of `stream` says it has.
-#[cfg(fuzzing)]
-pub async fn read_over(
-    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    offset: u64,
-    limit: u64,
-) -> Result<Option<Vec<u8>>, TransportError> {
-    let sftp = Sftp::over(stream, Duration::from_secs(20)).await.map_err(|e| wrong("a file", &e))?;
-    let mut content = Vec::new();
-    Ok(sftp.download("a file", offset, Limit::Cut(limit), &mut content).await?.map(|_| content))
 }
 
 #[cfg(test)]

@@ -317,6 +317,27 @@ fn each_kind_of_layers_has_the_rotation_that_its_class_takes() {
 }
 
 #[test]
+fn kimi_linear_counts_its_layers_from_one_and_takes_other_lists_for_wrong() {
+    let kinds = |lists: Value| {
+        let config = with("KimiLinearForCausalLM", json!({"num_hidden_layers": 3, "linear_attn_config": lists}));
+        read(&config).map(|read| read.spec.layers.iter().map(|layer| layer.mixer.score_heads() > 0).collect::<Vec<_>>())
+    };
+    let lists = |full: Value, linear: Value| kinds(json!({"full_attn_layers": full, "kda_layers": linear}));
+    assert_eq!(lists(json!([2]), json!([1, 3])).unwrap(), [false, true, false]);
+    // Without both lists, what the class derives.
+    assert_eq!(kinds(json!({"full_attn_layers": [1]})).unwrap(), [false; 3]);
+    for (full, linear) in [(json!([0]), json!([1, 3])), (json!([4]), json!([1, 2, 3])), (json!([2]), json!([1]))] {
+        let error = lists(full, linear).unwrap_err();
+        assert!(error.message().contains("linear_attn_config."), "{error}");
+    }
+    let spec = |settings: Value| read(&with("KimiLinearForCausalLM", settings)).unwrap().spec;
+    let sees_all = &spec(json!({})).layers[4].mixer;
+    assert!(sees_all.score_heads() == 32 && sees_all.rope().is_none());
+    let error = refused("KimiLinearForCausalLM", json!({"mla_use_nope": false}));
+    assert!(error.message().contains("mla_use_nope"), "{error}");
+}
+
+#[test]
 fn what_lings_code_would_compute_otherwise_is_refused() {
     for (key, value) in [
         ("score_function", json!("softmax")),

@@ -1,11 +1,11 @@
-//! Answers without a server, for fuzzing alone: what a cloud might say, without the cost of saying it.
+//! Answers without a server: what a cloud might say, without the cost of saying it.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use reqwest::header::{HeaderMap, HeaderValue, RETRY_AFTER};
-
-use super::Failure;
+use async_trait::async_trait;
+use outliers::http::header::{HeaderMap, HeaderValue, RETRY_AFTER};
+use outliers::http::{Answer, Call, HttpTransport, NoAnswer};
 
 /// What is still to be said. Clones share it.
 #[derive(Clone, Debug, Default)]
@@ -26,9 +26,10 @@ impl Answers {
     }
 
     /// The next; after the last the connection breaks.
-    pub(super) fn next(&self) -> Result<(u16, HeaderMap, String), Failure> {
+    fn next(&self) -> Result<Answer, NoAnswer> {
         let answer = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-        let answer = answer.ok_or_else(|| Failure::unknown("the connection broke".to_owned()))?;
+        let broke = || NoAnswer { certainly_not_taken: false, words: "the connection broke".to_owned() };
+        let answer = answer.ok_or_else(broke)?;
         let end = answer.iter().position(|b| *b == b'\n').unwrap_or(answer.len());
         let (head, body) = answer.split_at(end);
         let head = String::from_utf8_lossy(head.strip_prefix(MARK).unwrap_or(head)).into_owned();
@@ -38,7 +39,15 @@ impl Answers {
             headers.insert(RETRY_AFTER, wait);
         }
         let status = status.parse().ok().filter(|status| (100..1000).contains(status)).unwrap_or(200);
-        Ok((status, headers, String::from_utf8_lossy(body.get(1..).unwrap_or_default()).into_owned()))
+        let body = body.get(1..).unwrap_or_default().to_vec();
+        Ok(Answer { status, headers, body, clock_skew: None })
+    }
+}
+
+#[async_trait]
+impl HttpTransport for Answers {
+    async fn exchange(&self, _: &str, _: &Call) -> Result<Answer, NoAnswer> {
+        self.next()
     }
 }
 

@@ -1,0 +1,212 @@
+//! `results`: what came home, shown again; its page, opened; its counts by other shares of layers and positions.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::SystemTime;
+
+use outliers_protocol::{Axis, Reading, Results, Thresholds, files};
+use serde::Serialize;
+
+use super::{Context, SCHEMA};
+use crate::cli::{ResultsCommand, ThresholdArgs};
+use crate::compare::comparison::Standing;
+use crate::compare::folder::{Content, ResultFolder, Run, paths, read, read_all};
+use crate::compare::recount::recount;
+use crate::compare::{Comparison, page};
+use crate::files::write_whole;
+use crate::report::{Complaint, ExitStatus, tables};
+
+/// The page of one result, in its folder.
+const PAGE: &str = "page.html";
+
+/// What opens a page in the user's browser.
+const OPENER: &str = if cfg!(target_os = "macos") { "open" } else { "xdg-open" };
+
+/// A result in a list.
+#[derive(Serialize)]
+pub struct Listed {
+    /// What the model is called.
+    pub model: String,
+    /// Its folder.
+    pub folder: PathBuf,
+    /// Whether it is complete, imported, or not to be used, and why.
+    #[serde(flatten)]
+    pub standing: Standing,
+    /// Sequences and tokens of each.
+    pub tokens: Option<[usize; 2]>,
+    /// Systematic features: unique, by layers.
+    pub count: Option<f64>,
+    /// Perplexity.
+    pub perplexity: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct List {
+    schema: u32,
+    results: Vec<Listed>,
+}
+
+/// Counts by other shares than the run's own.
+#[derive(Serialize)]
+struct Recounted<'a> {
+    schema: u32,
+    /// Not what the run counted.
+    recounted: bool,
+    folder: &'a Path,
+    /// The run's own.
+    own_thresholds: Thresholds,
+    results: Results,
+}
+
+#[derive(Serialize)]
+struct Opened<'a> {
+    schema: u32,
+    page: &'a Path,
+}
+
+/// Does it.
+pub(super) fn command(context: &Context, command: &ResultsCommand) -> Result<ExitStatus, Complaint> {
+    match command {
+        ResultsCommand::List => list(context),
+        ResultsCommand::Show { run } => show(context, &find(context, run)?),
+        ResultsCommand::Open { run } => open(context, &find(context, run)?),
+        ResultsCommand::Recount { run, thresholds } => count_anew(context, &find(context, run)?, thresholds),
+    }
+}
+
+fn list(context: &Context) -> Result<ExitStatus, Complaint> {
+    let below = std::slice::from_ref(&context.settings.results);
+    let none = !context.settings.results.exists() || paths(below)?.is_empty();
+    let folders = if none { Vec::new() } else { read_all(below, true)? };
+    let comparison = Comparison::of(folders);
+    let listed = comparison.models.iter().map(|model| Listed {
+        model: model.label.clone(),
+        folder: PathBuf::from(&model.folder),
+        standing: model.standing.clone(),
+        tokens: model.sequences.zip(model.tokens_per_sequence).map(|(sequences, tokens)| [sequences, tokens]),
+        count: comparison.own(model, Reading::Unique, Axis::Layers).map(|figure| figure.count.value),
+        perplexity: model.perplexity.map(|perplexity| perplexity.value),
+    });
+    let list = List { schema: SCHEMA, results: listed.collect() };
+    context.reporter.result(&list, || in_words(&list.results));
+    Ok(ExitStatus::Done)
+}
+
+fn in_words(results: &[Listed]) -> String {
+    if results.is_empty() {
+        return "no results yet\n".to_owned();
+    }
+    let mut table = tables::table(&["model", "tokens", "features", "perplexity", "result", "folder"]);
+    let optional = |text: Option<String>| tables::number(text.unwrap_or_else(|| "-".to_owned()));
+    for result in results {
+        table.add_row([
+            tables::name(&result.model),
+            optional(result.tokens.map(|[sequences, of]| format!("{sequences} x {of}"))),
+            optional(result.count.map(|count| count.to_string())),
+            optional(result.perplexity.map(|perplexity| format!("{perplexity:.4}"))),
+            tables::text(&match &result.standing {
+                Standing::Complete => "complete".to_owned(),
+                Standing::Imported { .. } => "imported".to_owned(),
+                Standing::Unusable(why) => why.clone(),
+            }),
+            tables::text(&result.folder.display().to_string()),
+        ]);
+    }
+    format!("{table}\nfeatures: systematic ones, unique, by layers\n")
+}
+
+/// The folder of a result: a path, the beginning of its run's id or the name of its folder, or `last`.
+fn find(context: &Context, run: &str) -> Result<PathBuf, Complaint> {
+    let path = context.here.join(run);
+    if path.is_dir() {
+        return Ok(path);
+    }
+    let results = &context.settings.results;
+    let refused = |message: String| Complaint::refused(message, "outliers results list");
+    let all = if results.exists() { paths(std::slice::from_ref(results))? } else { Vec::new() };
+    let written = |folder: &Path| {
+        let manifest = folder.join(files::MANIFEST).metadata();
+        manifest.and_then(|manifest| manifest.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
+    };
+    let is_it = |folder: &Path| {
+        let name = folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let id = name.rsplit('-').next().unwrap_or_default();
+        name == run || (!run.is_empty() && id.starts_with(run))
+    };
+    if run == "last" {
+        let last = all.into_iter().max_by_key(|folder| written(folder));
+        return last.ok_or_else(|| refused(format!("no results in {}", results.display())));
+    }
+    let mut found: Vec<PathBuf> = all.into_iter().filter(|folder| is_it(folder)).collect();
+    match (found.pop(), found.len()) {
+        (Some(folder), 0) => Ok(folder),
+        (Some(_), more) => Err(refused(format!("{} results begin with `{run}`", more + 1))),
+        (None, _) => Err(refused(format!("`{run}` is no result below {} and no folder", results.display()))),
+    }
+}
+
+/// A run of ours that is whole.
+fn whole(folder: &Path) -> Result<Box<Run>, Complaint> {
+    match read(folder) {
+        Ok(Content::Run(run)) => Ok(run),
+        Ok(Content::Imported(_)) => Err(Complaint::refused(
+            format!("{} was imported: only the predecessor's counts are known", folder.display()),
+            format!("outliers compare {}", folder.display()),
+        )),
+        Err(flaw) => Err(Complaint::failed(format!("{} is {flaw}", folder.display()))),
+    }
+}
+
+fn show(context: &Context, folder: &Path) -> Result<ExitStatus, Complaint> {
+    let run = whole(folder)?;
+    context.reporter.result(&run.results, || {
+        let verification = run.metadata.model.weight_verification.as_ref();
+        let table = tables::results(&run.results.model, &run.results, verification);
+        format!("{table}files: {}\n", folder.display())
+    });
+    Ok(ExitStatus::Done)
+}
+
+fn open(context: &Context, folder: &Path) -> Result<ExitStatus, Complaint> {
+    let run = whole(folder)?;
+    let content = Ok(Content::Run(run));
+    let comparison = Comparison::of(vec![ResultFolder { path: folder.to_owned(), content }]);
+    let file = folder.join(PAGE);
+    write_whole(&file, page::page(&comparison).as_bytes())
+        .map_err(|error| Complaint::failed(format!("{}: {error}", file.display())))?;
+    let mut opener = Command::new(OPENER);
+    opener.arg(&file).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    if !opener.status().is_ok_and(|status| status.success()) {
+        context.reporter.warn(&format!("`{OPENER}` opened no browser here"));
+    }
+    context.reporter.result(&Opened { schema: SCHEMA, page: &file }, || format!("page: {}\n", file.display()));
+    Ok(ExitStatus::Done)
+}
+
+fn count_anew(context: &Context, folder: &Path, asked: &ThresholdArgs) -> Result<ExitStatus, Complaint> {
+    if asked.layer_fraction.is_none() && asked.position_fraction.is_none() && asked.threshold.is_none() {
+        return Err(Complaint::refused(
+            "no threshold was given",
+            "give --layer-fraction, --position-fraction, or both",
+        ));
+    }
+    let run = whole(folder)?;
+    let own = run.results.thresholds;
+    let results = recount(&run, asked.over(own)).map_err(|why| {
+        let hint = "only the shares of layers and positions can be applied anew; else run the model again";
+        Complaint::refused(format!("{}: {why}", folder.display()), hint)
+    })?;
+    let anew = Recounted { schema: SCHEMA, recounted: true, folder, own_thresholds: own, results };
+    context.reporter.result(&anew, || {
+        let verification = run.metadata.model.weight_verification.as_ref();
+        let table = tables::results(&anew.results.model, &anew.results, verification);
+        format!(
+            "RECOUNTED from stored counts; the run's own shares are >= {} % of layers and >= {} % of positions\n\
+             {table}files, as the run counted: {}\n",
+            own.layer_fraction * 100.0,
+            own.position_fraction * 100.0,
+            folder.display()
+        )
+    });
+    Ok(ExitStatus::Done)
+}
