@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 use crate::decoder::{AttentionSpec, NormSpec, OutputGate, QkNorm, Temperature, Window};
 use crate::fused::{self, Gate, RotatedPart, ScoreBlock};
 use crate::norm::Norm;
+use crate::product::Linear;
 use crate::product::product;
 use crate::rope::RopeTable;
-use crate::weights::Linear;
 
 #[cfg(test)]
 pub(crate) mod naive;

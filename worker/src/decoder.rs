@@ -590,12 +590,15 @@ impl DecoderSpec {
 
     /// The studied norm outputs in order of computation.
     pub fn sites(&self) -> Vec<Site> {
-        let of = |(layer, spec): (usize, &LayerSpec)| {
-            let points = spec.order.points().iter().enumerate();
-            let there = points.filter(move |(norm, _)| if *norm == 0 { spec.has_mixer() } else { spec.has_ffn() });
-            there.map(move |(_, &point)| Site { layer, point })
-        };
-        self.layers.iter().enumerate().flat_map(of).collect()
+        let mut sites = Vec::new();
+        for (layer, spec) in self.layers.iter().enumerate() {
+            for (norm, &point) in spec.order.points().iter().enumerate() {
+                if [spec.has_mixer(), spec.has_ffn()][norm] {
+                    sites.push(Site { layer, point });
+                }
+            }
+        }
+        sites
     }
 }
 

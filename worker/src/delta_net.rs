@@ -7,7 +7,7 @@ use candle_core::{DType, Result, Tensor};
 use crate::decoder::{DeltaNetSpec, DeltaStored};
 use crate::fused::{self, Gate};
 use crate::norm::Norm;
-use crate::weights::Linear;
+use crate::product::Linear;
 
 mod convolution;
 mod recurrence;

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use crate::decoder::{GateUp, MlpKind, RouterSpec};
 use crate::fused::{self, Gate};
 use crate::norm::Norm;
-use crate::weights::Linear;
+use crate::product::Linear;
 
 /// A feed-forward's tensors on one device.
 pub struct MlpWeights {

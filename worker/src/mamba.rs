@@ -16,7 +16,7 @@ use candle_core::{DType, Result, Tensor};
 use crate::decoder::MambaSpec;
 use crate::delta_net::softplus;
 use crate::fused::{self, Gate};
-use crate::weights::Linear;
+use crate::product::Linear;
 
 /// Tokens that are computed together.
 const CHUNK: usize = 64;
@@ -150,9 +150,8 @@ mod tests {
                     let left = decay[head][t][0].exp();
                     row.iter_mut().zip(&written[head][t]).for_each(|(s, x)| *s = left * *s + b * x);
                 }
-                let read = |column: usize| -> f64 {
-                    state.iter().zip(&reads[head][t]).map(|(row, c)| row[column] * c).sum()
-                };
+                let read =
+                    |column: usize| -> f64 { state.iter().zip(&reads[head][t]).map(|(row, c)| row[column] * c).sum() };
                 (0..written[head][t].len()).map(read).collect::<Vec<f64>>()
             };
             (0..written[head].len()).map(token).collect::<Vec<_>>()

@@ -9,8 +9,8 @@ use crate::attention::{Mixing, Watched};
 use crate::decoder::{LatentSpec, Window};
 use crate::fused::{self, RotatedPart};
 use crate::norm::Norm;
+use crate::product::Linear;
 use crate::rope::RopeTable;
-use crate::weights::Linear;
 
 /// A latent attention's tensors on one device.
 pub struct LatentWeights {

@@ -34,6 +34,25 @@ impl Arithmetic {
     }
 }
 
+/// A matrix `[out, in]` and perhaps a bias `[out]`.
+pub struct Linear {
+    /// `[out, in]`, of the dtype of the pass or of bf16; a transposed view where the checkpoint stores `[in, out]`.
+    pub weight: Tensor,
+    /// `[out]`.
+    pub bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// `x W^T + b` for `x` `[rows, in]`.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        let product = product(x, &self.weight)?;
+        match &self.bias {
+            Some(bias) => fused::sum(product, bias),
+            None => Ok(product),
+        }
+    }
+}
+
 fn unit(device: &Device) -> Option<Unit> {
     fused::has_loops_on(device).then(Unit::find).flatten()
 }

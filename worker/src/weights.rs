@@ -11,30 +11,10 @@ use crate::decoder::{
 };
 use crate::delta_net::{DeltaNetWeights, DeltaProjections};
 use crate::ffn::{Beside, MlpWeights, Router, SharedWeights, Widening};
-use crate::fused;
 use crate::mamba::MambaWeights;
 use crate::mla::{LatentQuery, LatentWeights};
 use crate::norm::Norm;
-use crate::product::product;
-
-/// A matrix `[out, in]` and perhaps a bias `[out]`.
-pub struct Linear {
-    /// `[out, in]`, of the dtype of the pass or of bf16; a transposed view where the checkpoint stores `[in, out]`.
-    pub weight: Tensor,
-    /// `[out]`.
-    pub bias: Option<Tensor>,
-}
-
-impl Linear {
-    /// `x W^T + b` for `x` `[rows, in]`.
-    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let product = product(x, &self.weight)?;
-        match &self.bias {
-            Some(bias) => fused::sum(product, bias),
-            None => Ok(product),
-        }
-    }
-}
+use crate::product::Linear;
 
 /// A mixer's tensors on one device.
 pub enum MixerWeights {

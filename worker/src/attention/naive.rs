@@ -5,8 +5,8 @@ use candle_core::{DType, Device, Tensor};
 use super::{AttentionWeights, Projections};
 use crate::decoder::{AttentionSpec, NormKind, NormSpec, OutputGate, QkNorm, Window};
 use crate::norm::Norm;
+use crate::product::Linear;
 use crate::rope::{Pairing, RopeScaling, RopeSpec};
-use crate::weights::Linear;
 
 /// One vector per row.
 pub(crate) type Rows = Vec<Vec<f64>>;

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::{
-    AttentionSpec, DecoderSpec, DeltaNetSpec, DeltaStored, FfnSpec, GateUp, LatentSpec, LayerSpec, MambaSpec, MixerSpec,
-    MlpSpec, MoeSpec, NormKind, NormOrder, NormSpec, OutputGate, Part, QkNorm, Unit,
+    AttentionSpec, DecoderSpec, DeltaNetSpec, DeltaStored, FfnSpec, GateUp, LatentSpec, LayerSpec, MambaSpec,
+    MixerSpec, MlpSpec, MoeSpec, NormKind, NormOrder, NormSpec, OutputGate, Part, QkNorm, Unit,
 };
 
 /// What a tensor is for. An architecture's name table maps each to a published name.

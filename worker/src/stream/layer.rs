@@ -17,9 +17,10 @@ use crate::mamba::mamba;
 use crate::meter::{Clock, Subject, Work};
 use crate::mla::latent_attention;
 use crate::norm::Norm;
+use crate::product::Linear;
 use crate::rope::{RopeSpec, RopeTable};
 use crate::stats::{LayerObserver, Site};
-use crate::weights::{Linear, MixerWeights, UnitTensors, on, zeros_like};
+use crate::weights::{MixerWeights, UnitTensors, on, zeros_like};
 
 /// A unit's weights, ready for any number of micro-batches.
 pub(super) enum Block {
