@@ -115,8 +115,7 @@ fn quantization(errors: &QuantizationErrors) -> Sheet {
     let row = |pooled: &PooledQuantization| {
         let all = &pooled.all;
         let at_sites = errors.sites.iter().filter(|site| site.point.is_norm_output()).filter_map(|site| {
-            let same =
-                |error: &&QuantizationError| (error.format, error.rotation) == (all.format, all.rotation);
+            let same = |error: &&QuantizationError| (error.format, error.rotation) == (all.format, all.rotation);
             site.errors.iter().find(same).map(|error| (site, error.error))
         });
         let worst = at_sites.max_by(|a, b| a.1.total_cmp(&b.1));

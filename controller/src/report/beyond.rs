@@ -153,7 +153,8 @@ fn residual_sinks(sinks: &ResidualSinks) -> String {
 fn spike_life(life: &SpikeLife) -> String {
     let rule = clean(life.rule.as_bytes(), 300);
     let Some(onset) = life.onset_layer else { return format!("\nno spike at first tokens: {rule}\n") };
-    let end = life.fall_layer.map_or_else(|| "stays to the end".to_owned(), |layer| format!("is gone in layer {layer}"));
+    let end =
+        life.fall_layer.map_or_else(|| "stays to the end".to_owned(), |layer| format!("is gone in layer {layer}"));
     format!("\nspike at first tokens: from layer {onset} on, {end}\n{rule}\n")
 }
 

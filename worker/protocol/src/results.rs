@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AblationArm, AttentionSinks, FeaturePeak, GainSummary, IndexSet, MassiveActivations, OtherSite,
-    QuantizationErrors, ResidualSinks, RouterSummary, RowStatistics, SpikeLife, SuperExperts, Thresholds, TopRecords,
+    AblationArm, AttentionSinks, FeaturePeak, GainSummary, IndexSet, MassiveActivations, OtherSite, QuantizationErrors,
+    ResidualSinks, RouterSummary, RowStatistics, SpikeLife, SuperExperts, Thresholds, TopRecords,
 };
 
 /// `results.json`.
