@@ -195,14 +195,14 @@ impl Column {
 /// Sixty-four features at one site.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Stripe {
-    #[serde(with = "fixed")]
+    #[serde(with = "array")]
     columns: [Column; STRIPE],
     /// Per sequence: the features with an occurrence in it.
     hits: Vec<u64>,
 }
 
 /// Arrays longer than serde's own limit of 32.
-mod fixed {
+mod array {
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
