@@ -268,7 +268,8 @@ impl Ledger {
         Ok(Self { connection: Arc::new(Mutex::new(connection)), folder: folder.to_owned(), owner, clock: now_ms })
     }
 
-    /// The same ledger by another clock than the system's: it dates events, and all that is done with its runs.
+    /// The same ledger by another clock than the system's: it dates events, and all that is done
+    /// with its runs.
     #[must_use]
     pub fn with_clock(self, clock: Clock) -> Self {
         Self { clock, ..self }

@@ -328,7 +328,8 @@ fn every_random_schedule_ends_clean_and_the_same_seed_plays_the_same() {
         let shares: Vec<_> = (0..threads).map(share).collect();
         shares.into_iter().map(|share| share.join().expect("panics of schedules are caught")).collect()
     });
-    // Each share stops at its first failure: the earliest of these is the first of all, however many threads there are.
+    // Each share stops at its first failure: the earliest of these is the first of all, however
+    // many threads there are.
     if let Some((i, why)) = shares.iter().filter_map(|share| share.as_ref().err()).min() {
         panic!("schedule {} (seed {}): {why}", i + 1, seed + i);
     }
