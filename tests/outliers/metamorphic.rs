@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use outliers_protocol::{CorpusSource, CorpusSpec, JobSpec, Metadata, ModelSource, Results, SiteKind, files};
+use outliers_protocol::{CorpusSource, CorpusSpec, JobSpec, Metadata, ModelSource, Point, Results, SiteKind, files};
 use outliers_tests::golden::TOLERANCE;
 use outliers_tests::programs::{golden, goldens, run_worker, worker};
 use outliers_worker::ablation::Arms;
@@ -291,6 +291,24 @@ fn a_resumed_run_equals_an_uninterrupted_one_in_every_family() {
         for file in [files::RESULTS, files::STATISTICS] {
             let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
             assert!(read(output.path()) == read(whole.path()), "{name}: {file} differs");
+        }
+    }
+}
+
+#[test]
+fn every_row_of_every_site_is_seen_once_in_every_family() {
+    for name in goldens() {
+        let output = tempfile::tempdir().unwrap();
+        assert!(saved_run(&golden(&name).join("model"), &ids_of(&name), output.path()).status().unwrap().success());
+        let (spec, results) =
+            (spec_of(&golden(&name).join("model")), document::<Results>(output.path(), files::RESULTS));
+        let tokens = (results.sequences * results.tokens_per_sequence) as u64;
+        for site in &results.other_sites {
+            let rows = match &spec.layers[site.layer].ffn {
+                FfnSpec::Moe(moe) if site.point == Point::ExpertOut => tokens * moe.top_k as u64,
+                _ => tokens,
+            };
+            assert_eq!(site.rows.rows, rows, "{name}: {:?} of layer {}", site.point, site.layer);
         }
     }
 }
