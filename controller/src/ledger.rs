@@ -133,7 +133,7 @@ pub struct Purse {
 }
 
 impl RunRecord {
-    /// What the run's instances have cost until they were seen gone, or until `now_ms`: our arithmetic,
+    /// What the run's instances have cost until they were seen gone, or until `now_ms`: computed here,
     /// never less than the time they can have existed times their price; not the cloud's bill. One
     /// that may have been made by a call without an answer, and that no list shows, counts for as
     /// long as it can have existed.
