@@ -65,7 +65,7 @@ struct Opened<'a> {
     page: &'a Path,
 }
 
-/// Does it.
+/// Runs a `results` subcommand.
 pub(super) fn command(context: &Context, command: &ResultsCommand) -> Result<ExitStatus, Complaint> {
     match command {
         ResultsCommand::List => list(context),
