@@ -133,10 +133,10 @@ pub struct Purse {
 }
 
 impl RunRecord {
-    /// What the run's instances have cost until they were seen gone, or until `now_ms`. It is
-    /// computed from prices and times and is not the cloud's bill: never less than the time that the
-    /// instances can have existed times their price. An instance that no list showed, after a create
-    /// call without an answer, counts for as long as it can have existed.
+    /// What the run's instances have cost until they were seen gone, or until `now_ms`: computed
+    /// from prices and times, not the cloud's bill. Never less than the time that the instances can
+    /// have existed times their price. An instance that no list showed, after a create call
+    /// without an answer, counts for as long as it can have existed.
     pub fn cost(&self, now_ms: u64) -> Usd {
         let (gone, present) = self.bills();
         gone + present.map_or(Usd::ZERO, |bill| bill.until(now_ms))
