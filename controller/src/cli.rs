@@ -331,7 +331,8 @@ pub struct ThresholdArgs {
     /// Least share of layers of a systematic feature, up to 1 [default: settings, else 0.25].
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     pub layer_fraction: Option<Fraction>,
-    /// Least share of sequence positions of a systematic feature, up to 1 [default: settings, else 0.06].
+    /// Least share of sequence positions of a systematic feature, up to 1 [default: settings, else
+    /// 0.06].
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     pub position_fraction: Option<Fraction>,
 }
@@ -545,14 +546,15 @@ pub enum ResultsCommand {
         /// The beginning of its run's id, its folder, or `last`: the one written last.
         run: String,
     },
-    /// Count by other shares of layers and positions, from what the run stored. Nothing is run and nothing is written.
+    /// Count by other shares of layers and positions, from what the run stored. Nothing is run and
+    /// nothing is written.
     ///
     /// Example: outliers results recount last --layer-fraction 0.5
     Recount {
         /// The beginning of its run's id, its folder, or `last`: the one written last.
         run: String,
-        /// The shares; those of the run where none is given. Another --threshold than the run's is refused: what reaches it
-        /// is not stored.
+        /// The shares; those of the run where none is given. Another --threshold than the run's is
+        /// refused: what reaches it is not stored.
         #[command(flatten)]
         thresholds: ThresholdArgs,
     },

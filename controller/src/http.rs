@@ -164,8 +164,9 @@ pub trait HttpTransport: Send + Sync {
 /// The network.
 struct Network {
     client: reqwest::Client,
-    /// For calls that are made once: a fresh connection each, because one that was kept may be closed
-    /// from the other side at this very moment, and nobody could say whether the call went through.
+    /// For calls that are made once: a fresh connection each, because one that was kept may be
+    /// closed from the other side at this very moment, and nobody could say whether the call went
+    /// through.
     fresh: reqwest::Client,
 }
 

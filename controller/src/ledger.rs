@@ -133,10 +133,10 @@ pub struct Purse {
 }
 
 impl RunRecord {
-    /// What the run's instances have cost until they were seen gone, or until `now_ms`: our arithmetic,
-    /// never less than the time they can have existed times their price; not the cloud's bill. One
-    /// that may have been made by a call without an answer, and that no list shows, counts for as
-    /// long as it can have existed.
+    /// What the run's instances have cost until they were seen gone, or until `now_ms`: computed
+    /// from prices and times, not the cloud's bill. Never less than the time that the instances can
+    /// have existed times their price. An instance that no list showed, after a create call
+    /// without an answer, counts for as long as it can have existed.
     pub fn cost(&self, now_ms: u64) -> Usd {
         let (gone, present) = self.bills();
         gone + present.map_or(Usd::ZERO, |bill| bill.until(now_ms))
@@ -268,7 +268,8 @@ impl Ledger {
         Ok(Self { connection: Arc::new(Mutex::new(connection)), folder: folder.to_owned(), owner, clock: now_ms })
     }
 
-    /// The same ledger by another clock than the system's: it dates events, and all that is done with its runs.
+    /// The same ledger by another clock than the system's: it dates events, and all that is done
+    /// with its runs.
     #[must_use]
     pub fn with_clock(self, clock: Clock) -> Self {
         Self { clock, ..self }

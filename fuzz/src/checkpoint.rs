@@ -65,7 +65,7 @@ pub fn config(text: &[u8]) {
 /// About so many.
 fn tensors(spec: &DecoderSpec) -> usize {
     let of = |ffn: &FfnSpec| match ffn {
-        FfnSpec::Dense(_) => 16,
+        FfnSpec::Dense(_) | FfnSpec::None => 16,
         FfnSpec::Moe(moe) => 16 + 6 * moe.experts,
     };
     spec.layers.iter().map(|layer| of(&layer.ffn)).sum()

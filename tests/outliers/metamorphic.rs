@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use outliers_protocol::{
-    CorpusSource, CorpusSpec, JobSpec, Measurement, Metadata, ModelSource, Results, SiteKind, files,
+    CorpusSource, CorpusSpec, JobSpec, Measurement, Metadata, ModelSource, Point, Results, SiteKind, files,
 };
 use outliers_tests::golden::TOLERANCE;
 use outliers_tests::programs::{golden, goldens, run_worker, worker};
@@ -278,7 +278,7 @@ fn a_resumed_run_equals_an_uninterrupted_one_in_every_family() {
         let last = spec_of(&original).layers.len() - 1;
         // An attempt that dies in the last layer, on a weight that is not a number.
         rewrite(&original, model.path(), |layer, need, values| {
-            if (layer, need.role) == (last, Role::MixerNorm) {
+            if layer == last && matches!(need.role, Role::MixerNorm | Role::FfnNorm) {
                 values[0] = f32::NAN;
             }
         });
@@ -295,6 +295,24 @@ fn a_resumed_run_equals_an_uninterrupted_one_in_every_family() {
         for file in [files::RESULTS, files::STATISTICS] {
             let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
             assert!(read(output.path()) == read(whole.path()), "{name}: {file} differs");
+        }
+    }
+}
+
+#[test]
+fn every_row_of_every_site_is_seen_once_in_every_family() {
+    for name in goldens() {
+        let output = tempfile::tempdir().unwrap();
+        assert!(saved_run(&golden(&name).join("model"), &ids_of(&name), output.path()).status().unwrap().success());
+        let (spec, results) =
+            (spec_of(&golden(&name).join("model")), document::<Results>(output.path(), files::RESULTS));
+        let tokens = (results.sequences * results.tokens_per_sequence) as u64;
+        for site in &results.other_sites {
+            let rows = match &spec.layers[site.layer].ffn {
+                FfnSpec::Moe(moe) if site.point == Point::ExpertOut => tokens * moe.top_k as u64,
+                _ => tokens,
+            };
+            assert_eq!(site.rows.rows, rows, "{name}: {:?} of layer {}", site.point, site.layer);
         }
     }
 }

@@ -6,7 +6,8 @@ use outliers_protocol::files;
 use outliers_tests::programs::{golden, run_worker};
 use serde_json::Value;
 
-/// What of a value is not as a schema says, each with its place. Knows the words that our schema uses.
+/// What of a value is not as a schema says, each with its place. Knows the words that our schema
+/// uses.
 fn differences(root: &Value, schema: &Value, value: &Value, at: &str) -> Vec<String> {
     if let Some(reference) = schema["$ref"].as_str() {
         let name = reference.strip_prefix("#/$defs/").unwrap();

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use outliers_protocol::{Axis, Feature, Reading, Results, Sided, Verdict};
+use outliers_protocol::{Axis, Feature, Point, Reading, Results, Sided, Verdict};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -125,10 +125,10 @@ fn assert_figures_equal(reference: &Value, results: &Results) {
 
 /// Where features are within each sequence, of all for which it is told.
 fn assert_sequences_equal(reference: &Value, results: &Results) {
+    // A layer of one block has one of the two sites.
     let place = |index: usize| {
-        let layer = results.sites[index].layer;
-        let first = results.sites.iter().position(|site| site.layer == layer).expect("it is there");
-        format!("{layer}.{}", index - first)
+        let site = &results.sites[index];
+        format!("{}.{}", site.layer, u8::from(matches!(site.point, Point::BeforeMlp | Point::AfterMlp)))
     };
     let told = results.features.iter().filter(|feature| !feature.within.is_empty());
     for (feature, within) in told.flat_map(|feature| feature.within.iter().map(move |within| (feature, within))) {

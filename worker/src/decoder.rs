@@ -462,8 +462,8 @@ pub struct MoeSpec {
     /// read the residual stream, the experts under a norm of their own. Both outputs have norms
     /// before they are added.
     pub beside: Option<MlpSpec>,
-    /// Width of the space in which the experts work, between two matrices. Router and shared expert
-    /// read the layer's norm all the same (Nemotron 3 Super).
+    /// Width of the space in which the experts work, between two matrices. Router and shared
+    /// expert read the layer's norm all the same (Nemotron 3 Super).
     pub latent: Option<usize>,
 }
 

@@ -1,6 +1,6 @@
 //! Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) as Qwen3-Next, Qwen3.5 and Kimi Linear have
-//! it: a short convolution mixes neighbouring tokens, then each value head writes to and reads from
-//! a matrix of its own, its state, by a gated delta rule ([`recurrence`]).
+//! it: a short convolution mixes neighbouring tokens, then each value head writes to and reads
+//! from a matrix of its own, its state, by a gated delta rule ([`recurrence`]).
 
 use candle_core::{DType, Result, Tensor};
 
@@ -22,7 +22,8 @@ const UNIT_EPS: f32 = 1e-6;
 pub struct DeltaNetWeights {
     /// To queries, keys, values, gates, write strengths and steps.
     pub projections: DeltaProjections,
-    /// `[channels, 1, kernel]` (`conv1d`, or `q_conv1d`, `k_conv1d` and `v_conv1d` one after another).
+    /// `[channels, 1, kernel]` (`conv1d`, or `q_conv1d`, `k_conv1d` and `v_conv1d` one after
+    /// another).
     pub convolution: Tensor,
     /// `[value_heads]` (`A_log`).
     pub decay: Tensor,
@@ -199,9 +200,9 @@ fn heads(spec: &DeltaNetSpec, weights: &DeltaNetWeights, projected: &Projected, 
     })
 }
 
-/// Per value head and token, each `[sequences * value_heads, positions]`: the logarithm of what the
-/// state is multiplied by, never positive (with one more dimension, `key_dim`, where each of its
-/// rows has its own), and how much of a write is done, in (0, 1).
+/// Per value head and token, each `[sequences * value_heads, positions]`: the logarithm of what
+/// the state is multiplied by, never positive (with one more dimension, `key_dim`, where each of
+/// its rows has its own), and how much of a write is done, in (0, 1).
 fn gates(
     spec: &DeltaNetSpec,
     weights: &DeltaNetWeights,

@@ -78,8 +78,8 @@ fn convolved(spec: &MambaSpec, weights: &MambaWeights, x: &Tensor, positions: us
     sum.silu()?.reshape((rows, channels))
 }
 
-/// What the heads read, `[rows, heads * head_dim]`: of `mixed` `[rows, values | writes | reads]` and
-/// `step` `[rows, heads]`.
+/// What the heads read, `[rows, heads * head_dim]`: of `mixed` `[rows, values | writes | reads]`
+/// and `step` `[rows, heads]`.
 fn scan(spec: &MambaSpec, weights: &MambaWeights, mixed: &Tensor, step: &Tensor, positions: usize) -> Result<Tensor> {
     let MambaSpec { heads, head_dim, groups, state, .. } = *spec;
     let (rows, inner) = (mixed.dim(0)?, spec.inner());

@@ -36,7 +36,8 @@ impl Arithmetic {
 
 /// A matrix `[out, in]` and perhaps a bias `[out]`.
 pub struct Linear {
-    /// `[out, in]`, of the dtype of the pass or of bf16; a transposed view where the checkpoint stores `[in, out]`.
+    /// `[out, in]`, of the dtype of the pass or of bf16; a transposed view where the checkpoint
+    /// stores `[in, out]`.
     pub weight: Tensor,
     /// `[out]`.
     pub bias: Option<Tensor>,

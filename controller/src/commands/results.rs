@@ -1,4 +1,5 @@
-//! `results`: what came home, shown again; its page, opened; its counts by other shares of layers and positions.
+//! `results`: what came home, shown again; its page, opened; its counts by other shares of layers
+//! and positions.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -64,7 +65,7 @@ struct Opened<'a> {
     page: &'a Path,
 }
 
-/// Does it.
+/// Runs a `results` subcommand.
 pub(super) fn command(context: &Context, command: &ResultsCommand) -> Result<ExitStatus, Complaint> {
     match command {
         ResultsCommand::List => list(context),
@@ -115,7 +116,8 @@ fn in_words(results: &[Listed]) -> String {
     format!("{table}\nfeatures: systematic ones, unique, by layers\n")
 }
 
-/// The folder of a result: a path, the beginning of its run's id or the name of its folder, or `last`.
+/// The folder of a result: a path, the beginning of its run's id or the name of its folder, or
+/// `last`.
 fn find(context: &Context, run: &str) -> Result<PathBuf, Complaint> {
     let path = context.here.join(run);
     if path.is_dir() {

@@ -137,9 +137,9 @@ fn reading(reading: Reading, axis: Axis) -> &'static str {
 }
 
 impl Comparison {
-    /// Of these results, numbered by when their runs began: one that is added later changes no other
-    /// number. Imported results follow, which do not say when they were made, then what is not to be
-    /// used.
+    /// Of these results, numbered by when their runs began: one that is added later changes no
+    /// other number. Imported results follow, which do not say when they were made, then what is
+    /// not to be used.
     pub fn of(mut folders: Vec<ResultFolder>) -> Self {
         folders.sort_by_key(|folder| match &folder.content {
             Ok(Content::Run(run)) => (0, run.metadata.started_at_ms),
@@ -169,8 +169,8 @@ impl Comparison {
         Self { schema: SCHEMA, models, figures, differences, published: published::tables() }
     }
 
-    /// These alone: by number, by label, by the model's name or its last part, or by folder. Numbers
-    /// stay those among all.
+    /// These alone: by number, by label, by the model's name or its last part, or by folder.
+    /// Numbers stay those among all.
     ///
     /// # Errors
     /// A name that is none of them.

@@ -130,7 +130,8 @@ pub fn read_whole(folder: &Path, allow_partial: bool) -> Result<(Vec<ResultFolde
     Ok((judged(whole, allow_partial)?, partial.into_iter().map(|found| found.path).collect()))
 }
 
-/// The folders of results in or below these folders, by name, each once, without a look into them; none if there are none.
+/// The folders of results in or below these folders, by name, each once, without a look into them;
+/// none if there are none.
 ///
 /// # Errors
 /// A folder cannot be looked into.

@@ -1,5 +1,5 @@
-//! A drawing as PDF for a paper: one page of its size, every line and letter a shape, no font and no
-//! picture in it.
+//! A drawing as PDF for a paper: one page of its size, every line and letter a shape, no font and
+//! no picture in it.
 
 use std::fmt::Write;
 

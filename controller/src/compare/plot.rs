@@ -1,8 +1,9 @@
 //! One plot as SVG: axes that fit their values, marks that do not need colour to be told apart, a title and a description for those who do
 //! not see it.
 //!
-//! Every colour here has a meaning and a value of its own, so that a page can give it another one ([`Colour::ALL`]). Text in a drawing is
-//! ours alone: models have numbers in it, and their names stand below it ([`Plot::keyed`]).
+//! Every colour here has a meaning and a value of its own, so that a page can give it another one
+//! ([`Colour::ALL`]). Text in a drawing is ours alone: models have numbers in it, and their names
+//! stand below it ([`Plot::keyed`]).
 
 use maud::html;
 use plotters::chart::{ChartBuilder, ChartContext};
@@ -34,7 +35,8 @@ const FONT: i32 = 35;
 const LEGEND: i32 = 46;
 /// What a character of the legend is about wide.
 const CHARACTER: i32 = 15;
-/// Columns of the names of keys below a drawing, the height of their lines, and characters of a name.
+/// Columns of the names of keys below a drawing, the height of their lines, and characters of a
+/// name.
 const KEY_COLUMNS: usize = 2;
 const KEY_LINE: u32 = 38;
 const KEY_NAME: usize = 24;
@@ -117,8 +119,8 @@ impl Plot {
         }
     }
 
-    /// The same with the names of its keys below the drawing, so that it can stand alone. Names may
-    /// be anybody's: they are cleaned, shortened and escaped.
+    /// The same with the names of its keys below the drawing, so that it can stand alone. Names
+    /// may be anybody's: they are cleaned, shortened and escaped.
     #[must_use]
     pub fn keyed(mut self, names: &[(String, String)]) -> Self {
         let size = self.svg.split_once("viewBox=\"0 0 ").and_then(|(_, rest)| rest.split_once('"'));

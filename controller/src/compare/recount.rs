@@ -1,4 +1,5 @@
-//! Counts by other shares of layers and positions than the run's own, from what it stored; the model is not run again.
+//! Counts by other shares of layers and positions than the run's own, from what it stored; the
+//! model is not run again.
 
 use outliers_protocol::{Axis, Reading, Results, Thresholds, Verdict};
 
@@ -6,9 +7,10 @@ use super::folder::Run;
 use super::statistics::Statistics;
 use super::tally::Tally;
 
-/// Applies shares of layers and positions to the stored counts of a run. Its threshold of magnitude
-/// stays: where values reach another one is not stored. What the run says of features within
-/// sequences is left out: it says so only of features that its own shares could make systematic.
+/// Applies shares of layers and positions to the stored counts of a run. Its threshold of
+/// magnitude stays: where values reach another one is not stored. What the run says of features
+/// within sequences is left out: it says so only of features that its own shares could make
+/// systematic.
 ///
 /// # Errors
 /// Why the stored counts do not tell.

@@ -256,7 +256,7 @@ fn honest(fake: &Fake, record: &RunRecord) {
     let launched = record.events.iter().any(|entry| entry.event == RunEvent::Launched);
     assert!(!launched || results.is_some() || loss.is_some(), "something was lost, and nobody says so");
     let cost = record.cost(now_ms());
-    // What nobody ever saw is counted at the price of its offer, until the time limit that it was given.
+    // An instance that no list showed is counted at its offer's price, until its time limit.
     let unseen = |entry: &Entry| matches!(entry.event, RunEvent::NotCreated { unseen: true, .. });
     let as_given = world.price_on_arrival.is_none() && world.self_destruct;
     if as_given || !record.events.iter().any(unseen) {
@@ -328,7 +328,8 @@ fn every_random_schedule_ends_clean_and_the_same_seed_plays_the_same() {
         let shares: Vec<_> = (0..threads).map(share).collect();
         shares.into_iter().map(|share| share.join().expect("panics of schedules are caught")).collect()
     });
-    // Each share stops at its first failure: the earliest of these is the first of all, however many threads there are.
+    // Each share stops at its first failure: the earliest of these is the first of all, however
+    // many threads there are.
     if let Some((i, why)) = shares.iter().filter_map(|share| share.as_ref().err()).min() {
         panic!("schedule {} (seed {}): {why}", i + 1, seed + i);
     }

@@ -44,8 +44,8 @@ pub struct SshHosts {
 }
 
 impl SshHosts {
-    /// `worker` is the program to push, one for CPUs; models and corpora of at most `push_limit` go
-    /// with it, and save points of at most `save_point_limit` come home while it runs.
+    /// `worker` is the program to push, one for CPUs; models and corpora of at most `push_limit`
+    /// go with it, and save points of at most `save_point_limit` come home while it runs.
     pub fn new(worker: PathBuf, push_limit: Bytes, save_point_limit: Bytes) -> Self {
         Self { worker, uses_gpus: false, push_limit, save_point_limit }
     }

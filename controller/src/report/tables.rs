@@ -583,6 +583,10 @@ mod tests {
             routers: Vec::new(),
             super_experts: None,
             ablation: Vec::new(),
+            quantization_error: None,
+            residual_sinks: None,
+            spike_life: None,
+            attention_sinks: None,
         };
         let mut weights = WeightVerification { verified_files: 3, ..WeightVerification::default() };
         weights.leave_out("no\u{1b}[2J memory", vec!["a.safetensors".into()]);

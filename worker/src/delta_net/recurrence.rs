@@ -45,9 +45,9 @@ pub(super) struct Heads {
     pub(super) key: Tensor,
     /// `[value heads, positions, value_dim]`.
     pub(super) value: Tensor,
-    /// Logarithms of the decays, never positive: `[value heads, positions]`, or
-    /// `[value heads, positions, key_dim]` where each row of the state has its own. Then each value
-    /// head has a key head.
+    /// Logarithms of the decays, never positive: `[value heads, positions]`, or `[value heads,
+    /// positions, key_dim]` where each row of the state has its own. Then each value head has a
+    /// key head.
     pub(super) decay: Tensor,
     /// Write strengths `[value heads, positions]`.
     pub(super) strength: Tensor,

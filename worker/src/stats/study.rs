@@ -21,7 +21,7 @@ use super::top::{Found, Top};
 use super::{Column, Judged, LayerObserver, Observer, OutlierStats, Site, with_f32};
 use crate::attention::FirstKey;
 use crate::corpus::Tokens;
-use crate::decoder::DecoderSpec;
+use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec};
 use crate::error::{Result, WorkerError};
 use crate::ffn::{ExpertRows, Routing};
 
@@ -38,6 +38,9 @@ pub struct Scope {
     pub measure: BTreeSet<Measurement>,
     /// Features.
     pub hidden: usize,
+    /// Values of a row of an expert's output: `hidden`, or fewer where experts work in a space of
+    /// their own.
+    pub expert_width: usize,
     /// Sequences.
     pub sequences: usize,
     /// Tokens per sequence.
@@ -47,22 +50,33 @@ pub struct Scope {
 impl Scope {
     /// What a job asks to study.
     pub fn new(job: &JobSpec, spec: &DecoderSpec, tokens: &Tokens) -> Self {
-        let experts: Vec<usize> = spec.layers.iter().map(|layer| layer.experts()).collect();
-        let others = [Point::AttentionOut, Point::ExpertOut, Point::MlpOut, Point::Residual];
-        let of = |(layer, experts): (usize, &usize)| {
-            let has_experts = *experts > 0;
-            let there = others.into_iter().filter(move |point| has_experts || *point != Point::ExpertOut);
-            there.filter(|point| job.studies(*point)).map(move |point| Site { layer, point }).collect::<Vec<_>>()
+        let experts = spec.layers.iter().map(|layer| layer.experts()).collect();
+        let latent = |layer: &LayerSpec| if let FfnSpec::Moe(moe) = &layer.ffn { moe.latent } else { None };
+        let of = |(layer, spec): (usize, &LayerSpec)| {
+            let there = [
+                (Point::AttentionOut, spec.has_mixer()),
+                (Point::ExpertOut, spec.experts() > 0),
+                (Point::MlpOut, spec.has_ffn()),
+                (Point::Residual, true),
+            ];
+            let studied = there.into_iter().filter(|(point, is_there)| *is_there && job.studies(*point));
+            studied.map(|(point, _)| Site { layer, point }).collect::<Vec<_>>()
         };
         Self {
             norms: spec.sites(),
-            others: experts.iter().enumerate().flat_map(of).collect(),
+            others: spec.layers.iter().enumerate().flat_map(of).collect(),
             experts,
             measure: job.measure.clone(),
             hidden: spec.hidden,
+            expert_width: spec.layers.iter().find_map(latent).unwrap_or(spec.hidden),
             sequences: tokens.sequences,
             tokens: tokens.tokens,
         }
+    }
+
+    /// Values of a row at a site.
+    fn width(&self, point: Point) -> usize {
+        if point == Point::ExpertOut { self.expert_width } else { self.hidden }
     }
 
     /// The part of it that is in one layer.
@@ -304,7 +318,7 @@ impl Study {
             layer: site.layer,
             point: site.point,
             max_abs: rows.max_abs(),
-            rms: rows.rms(self.scope.hidden),
+            rms: rows.rms(self.scope.width(site.point)),
             rows: rows.summary(),
         }
     }
@@ -382,7 +396,7 @@ impl LayerObserver for Study {
             value,
         };
         with_f32(&rows.out, |x| {
-            let scan = Scan::of(x, self.scope.hidden);
+            let scan = Scan::of(x, self.scope.expert_width);
             self.add(Site { layer, point: Point::ExpertOut }, &scan, x, |row| place(row, 0, 0.0))?;
             self.experts.get_mut(&layer).expect("studied experts were announced").add(expert, &scan.rows, x, place);
             Ok(())
@@ -431,6 +445,7 @@ mod tests {
             experts: vec![0, EXPERTS],
             measure: Measurement::ALL.into(),
             hidden: HIDDEN,
+            expert_width: HIDDEN,
             sequences: SEQUENCES,
             tokens: TOKENS,
         }

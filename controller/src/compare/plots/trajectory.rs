@@ -21,7 +21,8 @@ const MARKS: [Mark; 8] = [
     mark(Colour::Fourth, true, false),
 ];
 
-/// One curve per model that is there at two numbers of tokens seen, or more. `None` if there is no such model.
+/// One curve per model that is there at two numbers of tokens seen, or more. `None` if there is no
+/// such model.
 pub(super) fn trajectories(comparison: &Comparison) -> Option<Plot> {
     let mut curves: BTreeMap<String, Vec<Point>> = BTreeMap::new();
     for model in &comparison.models {

@@ -67,7 +67,8 @@ impl Sftp {
         }
     }
 
-    /// A session with the server at the other end of `stream`. No answer may take longer than `patience`.
+    /// A session with the server at the other end of `stream`. No answer may take longer than
+    /// `patience`.
     ///
     /// # Errors
     /// When what answers speaks no SFTP.
