@@ -296,8 +296,8 @@ pub struct JobArgs {
     /// mlp-out, expert-out (super experts), all. Costs a pass over those values, no arithmetic of the model.
     #[arg(long, value_name = "KINDS", value_delimiter = ',')]
     pub sites: Vec<SiteKinds>,
-    /// What to measure beside, from the same pass, separated by commas: quantization-error (what outliers cost in 8 and 4 bits),
-    /// residual-sinks, spike-life, attention-sinks.
+    /// What to measure beside, from the same pass, separated by commas: quantization-error (what
+    /// outliers cost in 8 and 4 bits), residual-sinks, spike-life, attention-sinks.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub measure: Vec<Measurement>,
     /// Also write every studied activation to this file among the results. Large: tokens x hidden x sites x 4 bytes.

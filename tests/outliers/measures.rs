@@ -1,5 +1,5 @@
-//! What `--measure` gives, beside what numpy makes of transformers' activations and attention weights by the same definitions
-//! (`tests/measures.py` made the numbers).
+//! What `--measure` gives, beside what numpy makes of transformers' activations and attention
+//! weights by the same definitions (`tests/measures.py` made the numbers).
 
 use outliers_protocol::{Point, QuantizationError, Record, Results, files};
 use outliers_tests::programs::{golden, run_worker};
@@ -19,8 +19,8 @@ fn near(what: &str, got: f64, want: &Value, tolerance: f64) {
     assert!((got - want).abs() <= tolerance * want.abs().max(1e-3), "{what}: {got} instead of {want}");
 }
 
-/// Values that are close to the middle between two numbers of a format may be rounded either way, and
-/// those that are close to the threshold count or do not.
+/// Values that are close to the middle between two numbers of a format may be rounded either way,
+/// and those that are close to the threshold count or do not.
 fn errors_equal(what: &str, got: &[QuantizationError], want: &Value) {
     assert_eq!(got.len(), want.as_array().unwrap().len(), "{what}");
     for (got, want) in got.iter().zip(want.as_array().unwrap()) {

@@ -107,8 +107,8 @@ impl TopShares {
     }
 }
 
-/// The shares that a head's queries give to the first key of their sequence, added up. Queries count that see it, but for the first one,
-/// which sees nothing else.
+/// The shares that a head's queries give to the first key of their sequence, added up. Queries
+/// count that see it, but for the first one, which sees nothing else.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FirstKey {
     /// Sum of the shares in units of 2^-32: the same in any order.
@@ -162,7 +162,8 @@ impl Watching {
         self.first_key.as_ref().map(|heads| heads.borrow().clone()).unwrap_or_default()
     }
 
-    /// Takes a block of `shares` `[kv_heads, groups * queries, keys]`, the first of whose heads is `first_head`.
+    /// Takes a block of `shares` `[kv_heads, groups * queries, keys]`, the first of whose heads is
+    /// `first_head`.
     fn see(&self, shares: &Tensor, block: ScoreBlock, first_head: usize) -> Result<()> {
         if let Some(top) = &self.top {
             top.set(top.get().and(TopShares::of(shares)?));

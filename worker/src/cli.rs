@@ -218,7 +218,8 @@ pub struct JobArgs {
     /// What to study, separated by commas: norms (always), residual, attention-out, mlp-out, expert-out, all.
     #[arg(long, value_name = "KINDS", value_delimiter = ',', default_value = "norms")]
     pub sites: Vec<SiteKinds>,
-    /// What to measure beside, separated by commas: quantization-error, residual-sinks, spike-life, attention-sinks.
+    /// What to measure beside, separated by commas: quantization-error, residual-sinks,
+    /// spike-life, attention-sinks.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub measure: Vec<Measurement>,
     /// Also write every studied activation to this file in the output folder. Large.

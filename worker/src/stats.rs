@@ -21,7 +21,7 @@ use crate::ffn::{ExpertRows, Routing};
 
 pub mod attention_sinks;
 pub mod exact;
-mod fixed;
+mod fixed_point;
 pub mod histogram;
 pub mod massive;
 pub mod mixture;
@@ -88,7 +88,8 @@ pub trait LayerObserver: Send {
         false
     }
 
-    /// What each head of a layer gave to the first key, over some of the tokens; only if it is wanted.
+    /// What each head of a layer gave to the first key, over some of the tokens; only if it is
+    /// wanted.
     fn first_key(&mut self, _layer: usize, _heads: &[FirstKey]) -> Result<()> {
         Ok(())
     }

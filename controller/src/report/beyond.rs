@@ -11,8 +11,8 @@ use crate::text::clean;
 /// Dimensions, experts and layers shown; the file has them all.
 const SHOWN: usize = 5;
 
-/// The model without some features, what outliers cost, massive activations, the sites asked for, super experts, sinks, spikes and
-/// routers. Empty if nothing of it was measured.
+/// The model without some features, what outliers cost, massive activations, the sites asked for,
+/// super experts, sinks, spikes and routers. Empty if nothing of it was measured.
 pub(super) fn beyond(results: &Results) -> String {
     let mut out = ablation(&results.ablation);
     out += &results.quantization_error.as_ref().map(quantization).unwrap_or_default();

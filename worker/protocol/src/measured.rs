@@ -56,7 +56,7 @@ impl FromStr for Measurement {
     }
 }
 
-// -------------------------------------------------------------------------------------------------- quantization error
+// ---------------------------------------------------------------------------- quantization error
 
 /// A number format with its scales.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -157,7 +157,7 @@ pub struct QuantizationError {
     pub outlier_blocks: f64,
 }
 
-// ------------------------------------------------------------------------------------------------------ residual sinks
+// ---------------------------------------------------------------------------- residual sinks
 
 /// Dimensions of the residual stream that are large at most tokens (arXiv 2601.22966), other than
 /// massive activations, which are at few.
@@ -201,7 +201,7 @@ pub struct ResidualSink {
     pub gain: Option<f32>,
 }
 
-// ---------------------------------------------------------------------------------------------------------- spike life
+// ---------------------------------------------------------------------------- spike life
 
 /// How the first token's spike comes and goes (arXiv 2603.05498).
 ///
@@ -247,7 +247,7 @@ pub struct SpikeLayer {
     pub cosine_with_previous: Option<f64>,
 }
 
-// ----------------------------------------------------------------------------------------------------- attention sinks
+// ---------------------------------------------------------------------------- attention sinks
 
 /// Attention on the first key, and the size of hidden states (F-Attn and M-Act of arXiv
 /// 2505.06708). Either may be there without the other (arXiv 2603.17771): none is inferred from

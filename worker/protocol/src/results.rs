@@ -258,8 +258,8 @@ pub struct SiteSummary {
     pub max_abs: f32,
     /// Root mean square of all values.
     pub rms: f64,
-    /// Fourth central moment over squared second one, all values pooled; 3 for a Gaussian. The pooled excess kurtosis of
-    /// arXiv 2506.19697 is this less 3. Token by token: `rows.kurtosis`.
+    /// Fourth central moment over squared second one, all values pooled; 3 for a Gaussian. The
+    /// pooled excess kurtosis of arXiv 2506.19697 is this less 3. Token by token: `rows.kurtosis`.
     pub kurtosis: f64,
     /// Row by row.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -7,7 +7,7 @@ use outliers_protocol::{RESIDUAL_SINKS, ResidualSink, ResidualSinkLayer, Residua
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::fixed;
+use super::fixed_point;
 use super::rows::Scan;
 
 /// Share of the tokens from which on a dimension is a sink.
@@ -52,7 +52,7 @@ impl Sinks {
             for (row, x) in scan.rows.iter().zip(x.chunks_exact(hidden)).filter(|(row, _)| row.squares > 0.0) {
                 for (dim, v) in dims.iter_mut().zip(&x[chunk * CHUNK..]) {
                     let square = f64::from(*v) * f64::from(*v);
-                    dim.squares += fixed::of(square / row.squares);
+                    dim.squares += fixed_point::from_f64(square / row.squares);
                     dim.tokens += u64::from(square >= times * row.squares);
                 }
             }
@@ -79,7 +79,7 @@ impl Sinks {
             let sink = |(dim, counted): (usize, &Dim)| ResidualSink {
                 dim,
                 share_of_tokens: counted.tokens as f64 / layer.tokens as f64,
-                share_of_squares: fixed::value(counted.squares) / layer.tokens as f64,
+                share_of_squares: fixed_point::to_f64(counted.squares) / layer.tokens as f64,
                 gain: gains.map(|gains| gains[dim]),
             };
             let is_sink = |sink: &ResidualSink| sink.share_of_tokens >= MOST;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Site;
 use super::exact::ExactSum;
-use super::fixed;
+use super::fixed_point;
 use super::rows::{Row, Scan};
 use super::top::Found;
 
@@ -75,7 +75,7 @@ impl Spikes {
         if site.point == Point::Residual && first.squares > 0.0 {
             let direction = self.directions.entry(site.layer).or_insert_with(|| vec![0; row.len()]);
             let length = first.squares.sqrt();
-            direction.iter_mut().zip(row).for_each(|(sum, v)| *sum += fixed::of(f64::from(*v) / length));
+            direction.iter_mut().zip(row).for_each(|(sum, v)| *sum += fixed_point::from_f64(f64::from(*v) / length));
         }
     }
 
@@ -107,7 +107,7 @@ impl Spikes {
             let peak = |seen: Option<&Magnitudes>| seen.and_then(|seen| seen.peak.as_ref()).map(&record);
             let others = |seen: Option<&Magnitudes>| seen.map_or(0.0, |seen| seen.others_max);
             let sum = self.directions.get(&layer).map_or(&[][..], Vec::as_slice);
-            let mean: Vec<f64> = sum.iter().map(|sum| fixed::value(*sum) / seen.first.max(1) as f64).collect();
+            let mean: Vec<f64> = sum.iter().map(|sum| fixed_point::to_f64(*sum) / seen.first.max(1) as f64).collect();
             layers.push(SpikeLayer {
                 layer,
                 first: seen.mean_first(),

@@ -233,8 +233,9 @@ impl<'a, L: LayerObserver> At<'a, L> {
         if self.spec.has_ffn() { Ok(()) } else { self.show(Point::Residual, batch, &batch.hidden) }
     }
 
-    /// What the mixer makes of an arm's input. Of the whole input it is also looked at what attention gives to the first key, and how
-    /// sharp it is, here and with what each arm takes away from it.
+    /// What the mixer makes of an arm's input. Of the whole input it is also looked at what
+    /// attention gives to the first key, and how sharp it is, here and with what each arm takes
+    /// away from it.
     fn mixed(&mut self, arm: usize, weights: &MixerWeights, table: Option<&RopeTable>, x: &Tensor) -> Result<Tensor> {
         let attends = !matches!(self.spec.mixer, MixerSpec::DeltaNet(_) | MixerSpec::Mamba(_));
         let (top, first_key) = (!self.masks.is_empty(), self.seen.wants_first_key());
