@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::broker::{InstanceId, Offer};
 use crate::clouds::{Cloud, Patience};
 use crate::files;
-use crate::ledger::{LedgerError, RUN_FILE, RunRecord, RunWriter};
+use crate::ledger::{LedgerError, Meter, RUN_FILE, RunRecord, RunWriter};
 use crate::local_worker::corpus_files;
 use crate::run::{Ending, Intent, RunEvent, RunState, Trouble, TroubleKind};
 use crate::settings::Span;
@@ -67,6 +67,8 @@ pub enum Stop {
 pub enum DeployEvent {
     /// The run has a new state.
     State(Box<RunState>),
+    /// What it costs, as far as that is known: when it is taken up, and after each change.
+    Meter(Meter),
     /// This offer is being rented.
     Renting(Box<Offer>),
     /// The offer could not be had; the next one is tried.
@@ -257,6 +259,7 @@ impl<'a> Driver<'a> {
     /// # Errors
     /// [`Stuck`]: the instance may still exist; the same run can be driven again later.
     pub async fn drive(mut self) -> Result<RunRecord, Stuck> {
+        (self.on)(DeployEvent::Meter(self.run.record().meter()));
         while !self.run.state().is_at_rest() && !self.memory.let_go {
             match self.advance().await {
                 Err(Stuck::Ledger(error)) if error.is_of_the_file() => self.unrecorded(error).await?,
@@ -393,6 +396,7 @@ impl<'a> Driver<'a> {
         self.memory.failing = None;
         self.memory.grace = None;
         self.memory.kept_until = None;
+        (self.on)(DeployEvent::Meter(self.run.record().meter()));
         (self.on)(DeployEvent::State(Box::new(self.run.state().clone())));
     }
 

@@ -109,7 +109,7 @@ pub struct Unreadable {
 }
 
 /// An instance that bills.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 struct OpenBill {
     since_ms: u64,
     price: UsdPerHour,
@@ -118,6 +118,22 @@ struct OpenBill {
 impl OpenBill {
     fn until(self, to_ms: u64) -> Usd {
         self.price.cost(Duration::from_millis(to_ms.saturating_sub(self.since_ms)))
+    }
+}
+
+/// What a run has cost, and costs from now on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Meter {
+    gone: Usd,
+    present: Option<OpenBill>,
+    /// Unix seconds until which its instance may bill, where there is or may be one.
+    pub deadline: Option<u64>,
+}
+
+impl Meter {
+    /// What [`RunRecord::cost`] says.
+    pub fn cost(&self, now_ms: u64) -> Usd {
+        self.gone + self.present.map_or(Usd::ZERO, |bill| bill.until(now_ms))
     }
 }
 
@@ -138,8 +154,13 @@ impl RunRecord {
     /// have existed times their price. An instance that no list showed, after a create call
     /// without an answer, counts for as long as it can have existed.
     pub fn cost(&self, now_ms: u64) -> Usd {
+        self.meter().cost(now_ms)
+    }
+
+    /// The same as it goes on.
+    pub fn meter(&self) -> Meter {
         let (gone, present) = self.bills();
-        gone + present.map_or(Usd::ZERO, |bill| bill.until(now_ms))
+        Meter { gone, present, deadline: self.deadline() }
     }
 
     /// What the run may have cost when the time of its instance, which exists or may exist, is up: so much of a budget is not to
@@ -906,6 +927,15 @@ pub(crate) mod tests {
         let offer = Offer::new("fake", "o".into(), 0, UsdPerHour::from_dollars(3600.0));
         let tag = LeaseTag { owner: "o".into(), run: "r".into(), nonce: "n".into(), deadline: 7 };
         RunEvent::Creating { intent: Box::new(Intent { offer, tag }) }
+    }
+
+    /// A run whose instance bills 3600 dollars per hour until second 7.
+    pub(crate) fn rented() -> RunRecord {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Ledger::open(folder.path()).unwrap().plan(&spec()).unwrap();
+        run.append(creating()).unwrap();
+        run.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
+        run.record().clone()
     }
 
     #[test]

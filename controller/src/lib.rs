@@ -25,6 +25,7 @@ pub mod keys;
 pub mod ledger;
 pub mod local_worker;
 pub mod market;
+pub mod model_name;
 pub mod output;
 pub mod reconcile;
 pub mod report;

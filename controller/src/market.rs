@@ -474,8 +474,15 @@ impl fmt::Display for Filtered {
     }
 }
 
-/// An offer in a line: GPUs, cores, memory, disk, price, and its broker unless it is this machine.
+/// An offer in a line: its hardware, its price, and its broker unless it is this machine.
 pub fn describe(offer: &Offer) -> String {
+    let hardware = Some(hardware(offer)).filter(|hardware| !hardware.is_empty());
+    let broker = (offer.broker != local::NAME).then(|| format!("on {}", offer.broker));
+    [hardware, Some(offer.price.to_string()), broker].into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+/// What an offer is of: GPUs, cores, memory, disk, place and kind.
+pub fn hardware(offer: &Offer) -> String {
     let gpus = gpu_name(offer).map(|name| match offer.vram {
         Some(vram) => format!("{} x {name} ({} each)", offer.gpu_count, gib_text(vram)),
         None => format!("{} x {name}", offer.gpu_count),
@@ -488,8 +495,6 @@ pub fn describe(offer: &Offer) -> String {
         offer.region.clone(),
         offer.tier.map(|tier| tier.to_string()),
         offer.spot.then(|| "spot".to_owned()),
-        Some(offer.price.to_string()),
-        (offer.broker != local::NAME).then(|| format!("on {}", offer.broker)),
     ];
     parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }

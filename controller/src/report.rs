@@ -14,24 +14,28 @@ use crate::calendar::rfc3339;
 use crate::cli::{Color, Global};
 use crate::clouds::Offered;
 use crate::deploy::{DeployEvent, HostTalk, Kept, NotEnding, Stop, Stuck};
-use crate::ledger::{LedgerError, RunRecord, Unreadable};
+use crate::ledger::{LedgerError, Meter, RunRecord, Unreadable, now_ms};
 use crate::local_worker::LocalWorkerError;
 use crate::market::{self, NothingLeft};
 use crate::reconcile::{Action, Finish, Leave, Stray};
 use crate::run::{Ending, RunState, TroubleKind};
 use crate::settings::{Environment, SettingsError, Span};
-use crate::text::clean;
-use crate::units::Bytes;
+use crate::text::{clean, counted};
+use crate::units::{Bytes, grouped};
 use crate::waiting::{Failed, told};
 
 pub mod beyond;
+pub mod table;
 pub mod tables;
 
 /// Longest line of somebody else's that is shown.
 const LINE: usize = 2000;
 
-/// Between two plain lines of progress.
+/// Between the first two plain lines of progress of a phase; each pause after it is twice as long.
 const PLAIN_PAUSE: Duration = Duration::from_secs(2);
+
+/// The longest of them.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// The same where several runs report side by side, for hours.
 const PLAIN_PAUSE_OF_MANY: Duration = Duration::from_secs(30);
@@ -204,6 +208,8 @@ pub struct Reporter {
     verbose: bool,
     color: bool,
     bars: bool,
+    /// Standard error is a terminal, which shows what is typed.
+    echoes: bool,
     /// Standard output is a terminal on which something may be drawn anew.
     redraws: bool,
     /// Whom it is about, where several are told about side by side.
@@ -218,9 +224,34 @@ pub struct Reporter {
 #[derive(Default)]
 struct Now {
     bar: Option<ProgressBar>,
-    /// The last plain progress line: when, and of what.
-    plain: Option<(Instant, String)>,
+    /// The last plain progress line.
+    plain: Option<Plain>,
     booting: bool,
+    /// When the work whose progress is shown began, as far as it was seen here.
+    began: Option<Instant>,
+    /// What the run costs.
+    meter: Option<Meter>,
+}
+
+/// A plain progress line that was written.
+struct Plain {
+    at: Instant,
+    label: String,
+    position: u64,
+    /// Until the next one of the same.
+    pause: Duration,
+}
+
+impl Plain {
+    /// Whether there is more to say than the time.
+    fn is_news(&self, label: &str, position: u64, length: u64) -> bool {
+        self.label != label || (position == length && self.position != position)
+    }
+
+    /// How long to be silent after the next line.
+    fn next_pause(&self, label: &str) -> Option<Duration> {
+        (self.label == label).then(|| (self.pause * 2).min(LONGEST_PAUSE))
+    }
 }
 
 impl Reporter {
@@ -238,6 +269,7 @@ impl Reporter {
                 Color::Never => false,
             },
             bars: terminal && !plain && !global.quiet,
+            echoes: terminal,
             redraws: std::io::stdout().is_terminal() && !plain && !global.json,
             label: String::new(),
             pause: PLAIN_PAUSE,
@@ -254,6 +286,7 @@ impl Reporter {
             verbose: self.verbose,
             color: self.color,
             bars: self.bars,
+            echoes: self.echoes,
             redraws: self.redraws,
             label: clean(label.as_bytes(), 40),
             pause: PLAIN_PAUSE_OF_MANY,
@@ -310,6 +343,9 @@ impl Reporter {
 
     /// Tells why a command failed. To programs too, on standard output.
     pub fn complaint(&self, complaint: &Complaint) {
+        if complaint.status == ExitStatus::Interrupted {
+            self.begin_line();
+        }
         self.done();
         if self.json {
             let error = serde_json::json!({
@@ -369,11 +405,8 @@ impl Reporter {
             self.say(&format!("Left out, it does not answer: {}", clean(error.to_string().as_bytes(), LINE)));
         }
         for (broker, dropped) in &offered.dropped {
-            self.say(&format!(
-                "{broker}: {} offers left out: {}",
-                dropped.count,
-                clean(dropped.reason.as_bytes(), LINE)
-            ));
+            let offers = counted(dropped.count, "offer");
+            self.say(&format!("{broker}: {offers} left out: {}", clean(dropped.reason.as_bytes(), LINE)));
         }
     }
 
@@ -411,6 +444,7 @@ impl Reporter {
     pub fn event(&self, event: DeployEvent) {
         match event {
             DeployEvent::State(state) => self.state(&state),
+            DeployEvent::Meter(meter) => self.lock().meter = Some(meter),
             DeployEvent::Renting(offer) => {
                 self.say(&format!("Renting {}", clean(market::describe(&offer).as_bytes(), LINE)))
             }
@@ -433,10 +467,15 @@ impl Reporter {
             }
             DeployEvent::Terminating(id) => self.whisper(&format!("Ending instance {id}")),
             DeployEvent::Stopping(Stop::LetGo) => {
+                self.begin_line();
                 self.say("SIGHUP: a run at work whose instance ends by itself is let go of, any other is ended");
             }
-            DeployEvent::Stopping(Stop::SkipSync) => self.say("Skipping the results; ending the instance"),
+            DeployEvent::Stopping(Stop::SkipSync) => {
+                self.begin_line();
+                self.say("Skipping the results; ending the instance");
+            }
             DeployEvent::Stopping(_) => {
+                self.begin_line();
                 self.say(
                     "Stopping: bringing home what there is, then ending the instance (Ctrl-C again skips the first)",
                 );
@@ -510,7 +549,8 @@ impl Reporter {
             HostTalk::Uploading { name, sent, total } => {
                 let name = clean(name.as_bytes(), 80);
                 let label = format!("Uploading {name}");
-                self.measure(&label, sent, total, &format!("{} of {}", Bytes(sent), Bytes(total)));
+                let standing = self.standing();
+                self.measure(&label, sent, total, &format!("{} of {}{standing}", Bytes(sent), Bytes(total)));
             }
             HostTalk::Downloading { name, bytes } => {
                 self.whisper(&format!("Fetching {} ({})", clean(name.as_bytes(), 80), Bytes(bytes)));
@@ -527,24 +567,15 @@ impl Reporter {
 
     /// The worker's own report.
     pub fn progress(&self, progress: &Progress) {
-        let label = phase(progress.phase);
-        let mut detail = match progress.layers {
-            0 => "...".to_owned(),
-            layers => format!("{} of {layers} layers", progress.layer),
-        };
-        if progress.bytes_total > 0 {
-            detail += &format!(", {} of {} weights", Bytes(progress.bytes_read), Bytes(progress.bytes_total));
-        }
-        if progress.tokens_per_second > 0.0 {
-            detail += &format!(", {:.0} tokens/s", progress.tokens_per_second);
-        }
-        if let Some(eta) = progress.eta_seconds.filter(|eta| eta.is_finite() && *eta >= 1.0 && *eta < 1e9) {
-            detail += &format!(", {} left", Span(Duration::from_secs_f64(eta)));
-        }
-        if let Some(message) = &progress.message {
-            detail += &format!(" ({})", clean(message.as_bytes(), 200));
-        }
-        self.measure(label, progress.layer as u64, progress.layers as u64, &detail);
+        let detail = detail(progress) + &self.standing();
+        self.measure(phase(progress.phase), progress.layer as u64, progress.layers as u64, &detail);
+    }
+
+    /// How long it has taken, what the run has cost, and until when it may.
+    fn standing(&self) -> String {
+        let mut now = self.lock();
+        let began = *now.began.get_or_insert_with(Instant::now);
+        standing(began.elapsed(), now.meter.as_ref(), now_ms())
     }
 
     /// A bar on a terminal; a line now and then elsewhere.
@@ -561,12 +592,10 @@ impl Reporter {
             bar.set_message(detail.to_owned());
             return;
         }
-        let due = match &now.plain {
-            Some((at, last)) => last != label || position == length || at.elapsed() >= self.pause,
-            None => true,
-        };
-        if due {
-            now.plain = Some((Instant::now(), label.to_owned()));
+        let last = now.plain.as_ref();
+        if last.is_none_or(|last| last.is_news(label, position, length) || last.at.elapsed() >= last.pause) {
+            let pause = last.and_then(|last| last.next_pause(label)).unwrap_or(self.pause);
+            now.plain = Some(Plain { at: Instant::now(), label: label.to_owned(), position, pause });
             drop(now);
             self.write(&format!("{label}: {detail}"));
         }
@@ -576,6 +605,13 @@ impl Reporter {
     pub fn done(&self) {
         if let Some(bar) = self.lock().bar.take() {
             bar.finish_and_clear();
+        }
+    }
+
+    /// Ends the line on which a terminal shows the key that interrupts. A bar takes it away itself.
+    fn begin_line(&self) {
+        if self.echoes && self.lock().bar.is_none() {
+            let _ = writeln!(std::io::stderr().lock());
         }
     }
 
@@ -620,9 +656,41 @@ impl Screen<'_> {
 }
 
 fn new_bar() -> ProgressBar {
-    let style = ProgressStyle::with_template("{prefix:.bold} {bar:24.cyan/dim} {msg}")
+    // What does not fit is cut off: a line that is broken would be drawn again and again.
+    let style = ProgressStyle::with_template("{prefix:.bold} {bar:16.cyan/dim} {wide_msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(0).with_style(style)
+}
+
+/// How far the work is, what is left of it first.
+fn detail(progress: &Progress) -> String {
+    let mut parts = Vec::new();
+    if progress.phase == Phase::Layers {
+        parts.push(format!("{} of {}", progress.layer, counted(progress.layers, "layer")));
+    }
+    parts.extend(progress.message.as_ref().map(|message| clean(message.as_bytes(), 200)));
+    if let Some(eta) = progress.eta_seconds.filter(|eta| eta.is_finite() && *eta >= 1.0 && *eta < 1e9) {
+        parts.push(format!("{} left", Span(Duration::from_secs_f64(eta))));
+    }
+    if progress.phase == Phase::Layers && progress.tokens_per_second > 0.0 {
+        parts.push(format!("{} tokens/s", grouped(progress.tokens_per_second as u64)));
+    }
+    if progress.bytes_total > 0 {
+        parts.push(format!("{} of {} weights", Bytes(progress.bytes_read), Bytes(progress.bytes_total)));
+    }
+    parts.join(", ")
+}
+
+/// How it stands with time and money, to be added to a line.
+fn standing(elapsed: Duration, meter: Option<&Meter>, now_ms: u64) -> String {
+    let mut out = format!("; {} so far", Span(elapsed));
+    let Some(meter) = meter else { return out };
+    out += &format!(", {}", meter.cost(now_ms));
+    if let Some(deadline) = meter.deadline {
+        let until = rfc3339(deadline);
+        out += &format!(", until {} UTC at most", until.get(..16).unwrap_or(&until).replace('T', " "));
+    }
+    out
 }
 
 fn phase(phase: Phase) -> &'static str {
@@ -686,6 +754,47 @@ mod tests {
             assert_eq!(ExitStatus::of_run(&closed(ending.clone())).number(), number, "{ending:?}");
         }
         assert_eq!(ExitStatus::of_run(&RunState::initial()).number(), 6, "what has no ending is not over");
+    }
+
+    fn at(phase: Phase, message: Option<&str>) -> Progress {
+        Progress {
+            schema: 1,
+            at_ms: 0,
+            phase,
+            layer: 28,
+            layers: 28,
+            bytes_read: 1 << 30,
+            bytes_total: 2 << 30,
+            tokens_per_second: 1234.5,
+            eta_seconds: Some(75.0),
+            message: message.map(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn progress_says_how_far_it_is_what_is_left_and_what_it_costs() {
+        let layers = detail(&Progress { layer: 5, ..at(Phase::Layers, None) });
+        assert_eq!(layers, "5 of 28 layers, 1 min 15 s left, 1,234 tokens/s, 1.0 GiB of 2.0 GiB weights");
+        let head = detail(&at(Phase::Head, Some("3 of 38 parts of the vocabulary")));
+        assert!(head.starts_with("3 of 38 parts of the vocabulary, 1 min 15 s left") && !head.contains("28"), "{head}");
+        assert_eq!(standing(Duration::from_secs(65), None, 0), "; 1 min 05 s so far");
+        let run = crate::ledger::tests::rented();
+        let words = standing(Duration::from_secs(65), Some(&run.meter()), run.created_at_ms + 3_600_000);
+        assert!(words.starts_with("; 1 min 05 s so far, $3"), "{words}");
+        assert!(words.ends_with(", until 1970-01-01 00:00 UTC at most"), "{words}");
+    }
+
+    #[test]
+    fn a_log_says_nothing_again_and_again() {
+        let said = Plain { at: Instant::now(), label: "Perplexity".into(), position: 28, pause: PLAIN_PAUSE };
+        assert!(!said.is_news("Perplexity", 28, 28), "all layers are done as they were before");
+        assert!(said.is_news("Writing results", 28, 28) && said.is_news("Perplexity", 30, 30));
+        let pauses = (0..9).scan(PLAIN_PAUSE, |pause, _| {
+            *pause = Plain { at: Instant::now(), label: "x".into(), position: 0, pause: *pause }.next_pause("x")?;
+            Some(pause.as_secs())
+        });
+        assert_eq!(pauses.collect::<Vec<_>>(), [4, 8, 16, 32, 60, 60, 60, 60, 60]);
+        assert_eq!(said.next_pause("Layers"), None);
     }
 
     #[test]

@@ -26,6 +26,33 @@ pub fn clean(bytes: &[u8], limit: usize) -> String {
     out
 }
 
+/// At most so many columns of a terminal: of a longer text its beginning and its end.
+pub fn shorten(text: &str, columns: usize) -> String {
+    // Letters beyond ASCII take two at most.
+    let wide = |c: char| if c.is_ascii() { 1_usize } else { 2 };
+    if text.chars().map(wide).sum::<usize>() <= columns {
+        return text.to_owned();
+    }
+    let kept = columns.saturating_sub(1);
+    let part = |chars: &mut dyn Iterator<Item = char>, mut room: usize| -> Vec<char> {
+        let fits = |c: &char| {
+            let fits = wide(*c) <= room;
+            room = room.saturating_sub(wide(*c));
+            fits
+        };
+        chars.take_while(fits).collect()
+    };
+    let begin = part(&mut text.chars(), kept.div_ceil(2));
+    let end = part(&mut text.chars().rev(), kept / 2);
+    begin.into_iter().chain(['…']).chain(end.into_iter().rev()).collect()
+}
+
+/// So many of something, as in `1 offer` and `1,024 offers`.
+pub fn counted(count: usize, one: &str) -> String {
+    let ending = if count == 1 { "" } else { "s" };
+    format!("{} {one}{ending}", crate::units::grouped(count as u64))
+}
+
 /// The same for a text of several lines, which stay.
 pub fn clean_lines(text: &str) -> String {
     text.lines().map(|line| clean(line.as_bytes(), 2000)).collect::<Vec<_>>().join("\n")
@@ -100,6 +127,17 @@ mod tests {
         assert_eq!(clean(b"a\tb\r\n", 99), "a b");
         assert_eq!(clean(b"abcdef", 3), "abc…");
         assert_eq!(clean(b"\xff", 3), "\u{fffd}");
+    }
+
+    #[test]
+    fn what_is_too_long_keeps_both_ends() {
+        assert_eq!(shorten("abcdefgh", 8), "abcdefgh");
+        assert_eq!(shorten("abcdefgh", 7), "abc…fgh");
+        assert_eq!(shorten("abcdefgh", 4), "ab…h");
+        assert_eq!(shorten("漢字漢字漢字", 9), "漢字…漢字");
+        assert_eq!((shorten("ab", 0), shorten("", 0)), ("…".to_owned(), String::new()));
+        let counts = [0, 1, 2, 1024].map(|count| counted(count, "offer"));
+        assert_eq!(counts, ["0 offers", "1 offer", "2 offers", "1,024 offers"]);
     }
 
     #[test]

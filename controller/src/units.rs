@@ -172,6 +172,33 @@ impl FromStr for PlotWidth {
     }
 }
 
+/// A count with separators, as in `3,969,152`.
+pub fn grouped(count: u64) -> String {
+    let digits = count.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// A number with so many digits behind the point; a large one as in `1.2346e71`.
+pub fn figure(value: f64, digits: usize) -> String {
+    if value.is_finite() && value.abs() >= 1e9 { format!("{value:.digits$e}") } else { format!("{value:.digits$}") }
+}
+
+/// Arithmetic in words, as in `24.0 x 10^9 operations`.
+pub fn operations(count: f64) -> String {
+    let power = if count >= 1e11 { 12 } else { 9 };
+    let scaled = count / 10_f64.powi(power);
+    // Where one digit behind the point would be nothing, two that count are shown.
+    let digits = if scaled > 0.0 && scaled < 1.0 { (1.0 - scaled.log10().floor()).min(9.0) as usize } else { 1 };
+    format!("{scaled:.digits$} x 10^{power} operations")
+}
+
 /// Bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -333,6 +360,23 @@ mod tests {
         assert_eq!("1.5".parse::<Positive>().map(Positive::get), Ok(1.5));
         let file: File = toml::from_str("amount = 3\nshare = 1").unwrap();
         assert_eq!((file.amount.map(Positive::get), file.share.map(Fraction::get)), (Some(3.0), Some(1.0)));
+    }
+
+    #[test]
+    fn long_numbers_can_be_read() {
+        let counts = [0, 7, 999, 1_000, 3_969_152, u64::MAX].map(grouped);
+        assert_eq!(counts, ["0", "7", "999", "1,000", "3,969,152", "18,446,744,073,709,551,615"]);
+        assert_eq!([1289.29377, 0.5, 1.23456e71].map(|value| figure(value, 4)), ["1289.2938", "0.5000", "1.2346e71"]);
+        assert_eq!([f64::INFINITY, f64::NAN].map(|value| figure(value, 4)), ["inf", "NaN"]);
+        for (count, words) in [
+            (3.12e14, "312.0 x 10^12 operations"),
+            (2.34e11, "0.23 x 10^12 operations"),
+            (2.4e10, "24.0 x 10^9 operations"),
+            (5.0e6, "0.0050 x 10^9 operations"),
+            (0.0, "0.0 x 10^9 operations"),
+        ] {
+            assert_eq!(operations(count), words);
+        }
     }
 
     #[test]

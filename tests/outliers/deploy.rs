@@ -301,7 +301,7 @@ fn deployed_without_room(desk: &Desk) -> (Child, String) {
     let results = desk.work().join("remote_results");
     std::fs::remove_dir(&results).unwrap();
     std::fs::write(&results, "in the way").unwrap();
-    std::fs::write(desk.state().join("runs").join(&run).join(format!("model-{run}.part")), "in the way").unwrap();
+    std::fs::write(desk.state().join("runs").join(&run).join(format!("work-{run}.part")), "in the way").unwrap();
     desk.wait_for("the results to fit nowhere", || desk.stderr().contains("its results cannot be saved"));
     for word in ["keeps them until 20", "/h, $", " so far", &format!("outliers attach {run} --results DIR")] {
         assert!(desk.stderr().contains(word), "{word:?} is missing: {}", desk.stderr());
@@ -311,7 +311,7 @@ fn deployed_without_room(desk: &Desk) -> (Child, String) {
 }
 
 fn assert_saved(desk: &Desk, run: &str) {
-    let folder = desk.work().join("larger").join(format!("model-{run}"));
+    let folder = desk.work().join("larger").join(format!("work-{run}"));
     let results = std::fs::read(folder.join(files::RESULTS)).unwrap();
     let results: serde_json::Value = serde_json::from_slice(&results).unwrap();
     assert_eq!(results["sequences"], 120);
@@ -381,7 +381,7 @@ fn results_for_which_a_disk_has_become_too_small_lie_beside_the_ledger() {
     disk.fill();
     assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", desk.stderr());
     let run = desk.json(&["runs", "list"])["runs"][0]["id"].as_str().unwrap().to_owned();
-    let folder = desk.state().join("runs").join(&run).join(format!("model-{run}"));
+    let folder = desk.state().join("runs").join(&run).join(format!("work-{run}"));
     assert!(folder.join(files::RESULTS).exists(), "{}", desk.stderr());
     assert!(desk.stdout().contains(&text(&folder)), "it says where: {}", desk.stdout());
     let left = std::fs::read_dir(desk.work().join("remote_results")).unwrap().count();
@@ -403,7 +403,8 @@ fn an_analysis_has_a_folder_of_its_own_and_touches_no_other() {
     let _ = desk.run(analyze("llama-f32", &[])).ok();
     let first = desk.results_folder();
     let name = first.file_name().unwrap().to_str().unwrap();
-    assert!(name.starts_with("model-") && name.len() == "model-".len() + 8, "{name}");
+    assert!(name.starts_with("llama-f32-") && name.len() == "llama-f32-".len() + 8, "{name}");
+    assert!(!desk.json(&["results", "list"])["results"][0]["model"].as_str().unwrap().contains("model"), "its name");
     let results = std::fs::read(first.join(files::RESULTS)).unwrap();
     let again = desk.run(analyze("llama-f32", &[])).ok();
     assert_eq!(std::fs::read_dir(desk.work().join("remote_results")).unwrap().count(), 2, "{again:?}");

@@ -113,7 +113,7 @@ impl ProgressSink {
             state.layers_began = Instant::now();
         }
         state.last.phase = phase;
-        state.last.message = None;
+        (state.last.message, state.last.eta_seconds) = (None, None);
         state.write();
     }
 
@@ -163,6 +163,16 @@ impl ProgressSink {
             tracing::info!("layer {}/{} done", state.last.layer, state.last.layers);
         }
         state.write_unless_just_written();
+    }
+
+    /// So many of the parts of a phase that has no layers are done: `3 of 38 parts of the vocabulary`.
+    pub fn part_done(&self, done: usize, all: usize, what: &str, bytes_read: u64) {
+        let mut state = self.shared.lock();
+        state.last.bytes_read = bytes_read;
+        state.last.message = Some(format!("{done} of {all} {what}"));
+        let (seconds, share) = (state.phase_began.elapsed().as_secs_f64(), done.max(1) as f64 / all.max(1) as f64);
+        state.last.eta_seconds = Some((seconds / share - seconds).max(0.0));
+        if done == all { state.write() } else { state.write_unless_just_written() }
     }
 
     /// Seconds spent in each phase so far.

@@ -167,11 +167,13 @@ fn compare(planted: &Planted, results: &Results) -> Vec<Line> {
 
 fn in_words(document: &Document) -> String {
     let deployed = &document.deployed;
-    let mut table = tables::table(&["feature", "planted", "systematic", "found", ""]);
+    let mut table = tables::table(&["feature", "planted", "systematic", "found", "verdict"]);
     let yes = |is: bool| if is { "yes" } else { "no" };
     for line in &document.comparison {
         let right = if line.expected == line.found { "right" } else { "WRONG" };
-        table.add_row([&line.dim.to_string(), &line.planted, yes(line.expected), yes(line.found), right]);
+        let dim = line.dim.to_string();
+        let words = [dim.as_str(), &line.planted, yes(line.expected), yes(line.found), right];
+        table.add_row(words.map(tables::text));
     }
     let mut out = deployed.table();
     out += &format!("\n{table}\n\n");

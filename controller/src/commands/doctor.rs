@@ -17,6 +17,7 @@ use crate::ledger::{Ledger, Records, Repaired, random_word};
 use crate::reconcile::{Action, Leave};
 use crate::report::{Complaint, ExitStatus, tables};
 use crate::settings::CloudSettings;
+use crate::text::counted;
 
 /// Seconds by which this machine's clock may differ from a cloud's: deadlines are times of day.
 const MOST_SKEW: i64 = 60;
@@ -139,7 +140,7 @@ fn records(ledger: &Ledger) -> Finding {
         }
         Ok(Records { runs, .. }) => {
             let open = runs.iter().filter(|run| !run.state.is_at_rest()).count();
-            Finding::new("ledger", Health::Good, format!("{} runs, {open} of them not over", runs.len()))
+            Finding::new("ledger", Health::Good, format!("{}, {open} of them not over", counted(runs.len(), "run")))
         }
         Err(error) => Finding::new("ledger", Health::Bad, error.to_string()),
     }

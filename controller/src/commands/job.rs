@@ -9,6 +9,7 @@ use outliers_protocol::{
 
 use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg};
 use crate::files::{MOST, is_plain_name, read_text};
+use crate::model_name::of_folder;
 use crate::report::Complaint;
 use crate::text::clean;
 
@@ -21,7 +22,11 @@ const LONGEST_NAME: usize = 100;
 /// The model is neither a folder nor a hub id; a file is not there.
 pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Path) -> Result<JobSpec, Complaint> {
     let mut job = JobSpec::new(source(model, here)?);
-    job.label = args.name.as_deref().map(name).transpose()?;
+    job.label = match (&args.name, &job.model) {
+        (Some(typed), _) => Some(name(typed)?),
+        (None, ModelSource::Folder { path }) => of_folder(Path::new(path)),
+        (None, ModelSource::Hub { .. }) => None,
+    };
     job.thresholds = args.thresholds.over(thresholds);
     job.corpus = CorpusSpec {
         source: corpus(args, here)?,
@@ -250,6 +255,12 @@ mod tests {
             made("a/b", &args, Path::new("/")).map(|job| job.model_name().to_owned())
         };
         assert_eq!(with("OLMoE, step 5").unwrap(), "OLMoE, step 5");
+        let here = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(here.path().join("olmoe-step-5/model")).unwrap();
+        let named = |model: &str| made(model, &JobArgs::default(), here.path()).unwrap().model_name().to_owned();
+        assert_eq!(named("olmoe-step-5/model"), "olmoe-step-5");
+        assert_eq!(named("owner/model"), "owner/model", "a hub id is one");
+        assert!(named("olmoe-step-5").ends_with("/olmoe-step-5"));
         for wrong in ["", " ", "a\nb", "\u{1b}[2J", "n".repeat(101).as_str()] {
             assert_eq!(with(wrong).unwrap_err().status.number(), 2, "{wrong:?}");
         }

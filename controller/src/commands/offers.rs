@@ -101,7 +101,7 @@ mod tests {
     fn the_usual_run_is_one_that_takes_minutes() {
         let (read, operations) = USUAL;
         let work = Work { read, operations, read_rate: Bytes::from_gib(1), efficiency: 0.3 };
-        let took = work.at(Duration::ZERO, work.read_rate, Some(312e12), None).seconds;
+        let took = work.at(Duration::ZERO, work.read_rate, Some(work.reached(312e12)), None).seconds;
         assert!((60.0..600.0).contains(&took), "{took}");
     }
 }

@@ -37,7 +37,7 @@ fn estimate(work: &Work, args: &PlanArgs, best: Option<&Offer>) -> Estimate {
         (Some(offer), None) => work.on(&Offer { price: price.unwrap_or(offer.price), ..offer.clone() }),
         (best, tflops) => {
             let price = price.or_else(|| best.map(|offer| offer.price));
-            work.at(Duration::ZERO, work.read_rate, tflops.map(|peak| peak.get() * 1e12), price)
+            work.at(Duration::ZERO, work.read_rate, tflops.map(|peak| work.reached(peak.get() * 1e12)), price)
         }
     }
 }

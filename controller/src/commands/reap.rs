@@ -19,6 +19,7 @@ use crate::ledger::now_ms;
 use crate::reconcile::{Action, overdue};
 use crate::report::{Complaint, ExitStatus, finish, stray, tables};
 use crate::settings::Span;
+use crate::text::counted;
 
 #[derive(Serialize)]
 struct Document {
@@ -236,7 +237,7 @@ fn consent(
     }
     if !terminal {
         return Err(Complaint::refused(
-            format!("{count} instances may be other people's, and nobody is there to ask"),
+            format!("{} may be other people's, and nobody is there to ask", counted(count, "instance")),
             "say --yes twice, or leave --all-owners out",
         ));
     }
@@ -266,7 +267,7 @@ fn in_words(document: &Document) -> String {
     if document.overdue.is_empty() && document.strays.is_empty() && document.runs.is_empty() {
         return "no instance is overdue".to_owned();
     }
-    let mut table = tables::table(&["broker", "instance", "owner", "run", "overdue for", "price", "why", ""]);
+    let mut table = tables::table(&["broker", "instance", "owner", "run", "overdue for", "price", "why", "now"]);
     let became = |done: bool| match (document.dry_run, done) {
         (true, _) => "would be ended",
         (false, true) => "ended, and seen gone",
@@ -274,13 +275,15 @@ fn in_words(document: &Document) -> String {
     };
     for OfRun { run, broker, instance, why, over } in &document.runs {
         let id = instance.as_ref().map_or("-", |id| id.0.as_str());
-        table.add_row([*broker, id, "", run.as_str(), "", "", *why, became(*over)].map(tables::text));
+        let ids = [tables::name(broker), tables::id(id), tables::id(""), tables::id(run)];
+        table.add_row(ids.into_iter().chain(["", "", *why, became(*over)].map(tables::text)));
     }
     for doomed in document.strays.iter().chain(&document.overdue) {
         let Doomed { instance: Instance { broker, id, price, .. }, owner, run, why, seconds, gone } = doomed;
         let price = price.map(|price| price.to_string()).unwrap_or_default();
         let since = if *seconds == 0 { String::new() } else { Span(Duration::from_secs(*seconds)).to_string() };
-        table.add_row([broker.as_str(), &id.0, owner, run, &since, &price, *why, became(*gone)].map(tables::text));
+        let ids = [tables::name(broker), tables::id(&id.0), tables::id(owner), tables::id(run)];
+        table.add_row(ids.into_iter().chain([since.as_str(), &price, *why, became(*gone)].map(tables::text)));
     }
     format!("{table}\n")
 }

@@ -16,6 +16,7 @@ use crate::compare::recount::recount;
 use crate::compare::{Comparison, page};
 use crate::files::write_whole;
 use crate::report::{Complaint, ExitStatus, tables};
+use crate::units::figure;
 
 /// The page of one result, in its folder.
 const PAGE: &str = "page.html";
@@ -103,14 +104,14 @@ fn in_words(results: &[Listed]) -> String {
         table.add_row([
             tables::name(&result.model),
             optional(result.tokens.map(|[sequences, of]| format!("{sequences} x {of}"))),
-            optional(result.count.map(|count| count.to_string())),
-            optional(result.perplexity.map(|perplexity| format!("{perplexity:.4}"))),
+            optional(result.count.map(|count| figure(count, 0))),
+            optional(result.perplexity.map(|perplexity| figure(perplexity, 4))),
             tables::text(&match &result.standing {
                 Standing::Complete => "complete".to_owned(),
                 Standing::Imported { .. } => "imported".to_owned(),
                 Standing::Unusable(why) => why.clone(),
             }),
-            tables::text(&result.folder.display().to_string()),
+            tables::name(&result.folder.display().to_string()),
         ]);
     }
     format!("{table}\nfeatures: systematic ones, unique, by layers\n")

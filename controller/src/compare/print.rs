@@ -1,12 +1,10 @@
 //! A comparison as text: for a terminal, as Markdown, as CSV. Names are hostile in each of them in another way.
 
-use comfy_table::{Cell, CellAlignment, ContentArrangement};
-
 use super::Comparison;
 use super::comparison::{Compared, Figure, Standing};
 use super::sheet::{Column, Sheet, sheets};
 use super::tally::Estimate;
-use crate::report::tables::{table, text};
+use crate::report::tables::{Cell, number, table};
 use crate::text::clean;
 
 /// Longest cell.
@@ -17,7 +15,6 @@ pub fn terminal(comparison: &Comparison) -> String {
     let mut out = String::new();
     for sheet in sheets(comparison) {
         let mut rows = table(&sheet.columns.iter().map(|column| column.name).collect::<Vec<_>>());
-        rows.set_content_arrangement(ContentArrangement::Dynamic);
         for row in &sheet.rows {
             rows.add_row(row.iter().zip(&sheet.columns).map(|(value, column)| cell(value, *column)));
         }
@@ -31,10 +28,7 @@ pub fn terminal(comparison: &Comparison) -> String {
 }
 
 fn cell(value: &str, column: Column) -> Cell {
-    if column.numeric {
-        return text(value).set_alignment(CellAlignment::Right);
-    }
-    Cell::new(clean(value.as_bytes(), CELL))
+    if column.numeric { number(clean(value.as_bytes(), CELL)) } else { Cell::new(clean(value.as_bytes(), CELL)) }
 }
 
 /// As Markdown with tables.

@@ -7,6 +7,7 @@ use outliers_protocol::{
 
 use super::tables::{number, table, text};
 use crate::text::clean;
+use crate::units::figure;
 
 /// Dimensions, experts and layers shown; the file has them all.
 const SHOWN: usize = 5;
@@ -37,8 +38,8 @@ pub const WITHOUT: [&str; 4] = ["perplexity", "of the whole", "largest probabili
 /// Their cells.
 pub fn without(arm: &AblationArm, whole: &AblationArm) -> [String; 4] {
     [
-        format!("{:.4}", arm.perplexity.perplexity),
-        format!("{:.3} x", arm.perplexity.perplexity / whole.perplexity.perplexity),
+        figure(arm.perplexity.perplexity, 4),
+        format!("{} x", figure(arm.perplexity.perplexity / whole.perplexity.perplexity, 3)),
         format!("{:.4}", arm.top_probability),
         arm.attention.map_or_else(|| "-".to_owned(), |share| format!("{share:.4}")),
     ]

@@ -1,61 +1,26 @@
-//! Tables for people. Whatever comes from elsewhere is cleaned on its way in.
+//! What commands print for people.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
-use comfy_table::{Cell, CellAlignment, ColumnConstraint, ContentLineStyle, LineStyle, Table, TableStyle, Width};
 use outliers_protocol::{FeaturePeak, Inspection, Reading, Results, Sided, WeightVerification};
 
 use super::beyond::beyond;
+pub use super::table::{Cell, id, name, number, table, text};
 use crate::broker::{Capabilities, Instance, InstanceId, InstanceState, Offer};
 use crate::estimate::Work;
 use crate::ledger::{RunRecord, now_ms};
 use crate::market::{self, Step};
+use crate::model_name::short;
 use crate::reconcile::{Action, Leave};
 use crate::settings::Span;
 use crate::standing::Standing;
 use crate::survey::Outcome;
-use crate::text::clean;
-use crate::units::{Bytes, Usd};
+use crate::text::{clean, counted};
+use crate::units::{Bytes, Usd, figure, grouped, operations};
 
 /// Lines shown of what may be long; the file, or `--json`, has them all.
 pub const TOP: usize = 10;
-
-/// Widest column: longer cells take several lines.
-const WIDEST: u16 = 200;
-
-/// One line below the header, nothing else: what remains reads well in a log, too.
-const STYLE: TableStyle = TableStyle::new()
-    .header_lines(ContentLineStyle::none())
-    .header_separator(LineStyle::none().fill('─'))
-    .content_lines(ContentLineStyle::none());
-
-/// A table with a header.
-pub fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(STYLE);
-    table.set_header(header.iter().map(Cell::new));
-    for column in table.column_iter_mut() {
-        column.set_constraint(ColumnConstraint::UpperBoundary(Width::Fixed(WIDEST)));
-    }
-    table
-}
-
-/// Text from elsewhere, made fit for a terminal.
-pub fn text(text: &str) -> Cell {
-    Cell::new(clean(text.as_bytes(), 200))
-}
-
-/// A name from elsewhere, which is no sentence: one that is long would pad the lines of all
-/// others.
-pub fn name(name: &str) -> Cell {
-    Cell::new(clean(name.as_bytes(), 100))
-}
-
-/// A figure, or anything that is read from its right end.
-pub fn number(text: impl std::fmt::Display) -> Cell {
-    Cell::new(text).set_alignment(CellAlignment::Right)
-}
 
 fn percent(share: Option<f64>) -> Cell {
     number(share.map_or_else(|| "-".to_owned(), |share| format!("{share:.1}")))
@@ -68,24 +33,27 @@ fn percent(share: Option<f64>) -> Cell {
 pub fn results(model: &str, results: &Results, weights: Option<&WeightVerification>) -> String {
     let thresholds = results.thresholds;
     let mut out = format!(
-        "{}: {} sequences of {} tokens, {} layers, {} norm outputs, {} features\n\
+        "{}: {} of {}, {}, {}, {}\n\
          |x| >= {}, in >= {:.0} % of layers (or norm outputs) and >= {:.0} % of positions\n",
-        clean(model.as_bytes(), 200),
-        results.sequences,
-        results.tokens_per_sequence,
-        results.n_layers,
-        results.n_sites,
-        results.hidden,
+        clean(short(model).as_bytes(), 200),
+        counted(results.sequences, "sequence"),
+        counted(results.tokens_per_sequence, "token"),
+        counted(results.n_layers, "layer"),
+        counted(results.n_sites, "norm output"),
+        counted(results.hidden, "feature"),
         thresholds.magnitude,
         thresholds.layer_fraction * 100.0,
         thresholds.position_fraction * 100.0,
     );
     let mut verdicts = table(&["systematic outlier features", "count", "mean L%", "mean S%"]);
     for verdict in &results.verdicts {
-        let digits = if verdict.reading == Reading::MeanPerSequence { 2 } else { 0 };
+        let count = match verdict.reading {
+            Reading::MeanPerSequence => figure(verdict.count, 2),
+            _ => grouped(verdict.count as u64),
+        };
         verdicts.add_row([
             text(&verdict.label),
-            number(format!("{:.digits$}", verdict.count)),
+            number(count),
             percent(verdict.mean_layer_percent),
             percent(verdict.mean_sequence_percent),
         ]);
@@ -95,8 +63,8 @@ pub fn results(model: &str, results: &Results, weights: Option<&WeightVerificati
         out += &format!("{}\n", clean(warning.as_bytes(), 500));
     }
     if let Some(perplexity) = results.perplexity {
-        let tokens = perplexity.predicted_tokens;
-        out += &format!("perplexity {:.4} over {tokens} predicted tokens\n", perplexity.perplexity);
+        let tokens = counted(perplexity.predicted_tokens as usize, "predicted token");
+        out += &format!("perplexity {} over {tokens}\n", figure(perplexity.perplexity, 4));
     }
     out += &features(results);
     out + &beyond(results)
@@ -125,7 +93,7 @@ fn features(results: &Results) -> String {
         };
         // At the site of the largest magnitude: a large gain makes large values of small ones.
         let peak = |of: fn(&FeaturePeak) -> Option<f32>| {
-            number(feature.peak.as_ref().and_then(of).map_or_else(|| "-".to_owned(), |value| format!("{value:.2}")))
+            number(feature.peak.as_ref().and_then(of).map_or_else(|| "-".to_owned(), |value| figure(value.into(), 2)))
         };
         table.add_row([
             number(feature.dim),
@@ -133,28 +101,31 @@ fn features(results: &Results) -> String {
             percent(Some(feature.layer_fraction * 100.0)),
             percent(Some(feature.position_fraction * 100.0)),
             Cell::new(signs),
-            number(format!("{:.2}", feature.min)),
-            number(format!("{:.2}", feature.max)),
+            number(figure(feature.min.into(), 2)),
+            number(figure(feature.max.into(), 2)),
             peak(|peak| peak.gain),
             peak(|peak| peak.value_over_gain),
             Cell::new(by),
         ]);
     }
     let more = strongest.len().saturating_sub(TOP);
-    let rest = if more > 0 { format!("and {more} more features with outliers\n") } else { String::new() };
+    let rest = match more {
+        0 => String::new(),
+        more => format!("and {} with outliers\n", counted(more, "more feature")),
+    };
     format!("\n{table}\n{rest}")
 }
 
 /// What can be rented: what a run is estimated to take and cost, and what it costs at most until the time limit, or by what is
 /// agreed to if that is less.
 pub fn offers(offers: &[Offer], work: &Work, limit: Duration, agreed: Option<Usd>, most: usize) -> String {
-    let mut table = table(&["#", "broker", "what", "price", "a run takes", "and costs", "at most"]);
+    let mut table = table(&["#", "broker", "what", "price", "takes", "costs", "at most"]);
     for (i, offer) in offers.iter().take(most).enumerate() {
         let estimate = work.on(offer);
         table.add_row([
             number(i + 1),
             name(&offer.broker),
-            text(&market::describe(offer)),
+            name(&market::hardware(offer)),
             number(offer.price),
             number(format!("{}{}", Span(Duration::from_secs_f64(estimate.seconds)), mark(estimate.is_over(limit)))),
             number(estimate.rank()),
@@ -182,7 +153,7 @@ pub fn steps(considered: usize, steps: &[Step]) -> String {
         steps.iter().filter(|step| step.removed > 0).map(|step| format!("{} {}", step.option, step.removed)).collect();
     match removed.is_empty() {
         true => String::new(),
-        false => format!("of {considered} offers the filters removed: {}\n", removed.join(", ")),
+        false => format!("of {} the filters removed: {}\n", counted(considered, "offer"), removed.join(", ")),
     }
 }
 
@@ -190,16 +161,19 @@ pub fn steps(considered: usize, steps: &[Step]) -> String {
 pub fn needs(inspection: &Inspection) -> String {
     let plan = &inspection.plan;
     let rows = [
-        ("parameters", format!("{}, {} active per token", inspection.parameters, inspection.active_parameters)),
-        ("tokens", format!("{} sequences of {}", plan.sequences, plan.tokens_per_sequence)),
+        (
+            "parameters",
+            format!("{}, {} active per token", grouped(inspection.parameters), grouped(inspection.active_parameters)),
+        ),
+        ("tokens", format!("{} of {}", counted(plan.sequences, "sequence"), grouped(plan.tokens_per_sequence as u64))),
         ("weights to read, once", Bytes(plan.bytes_to_read).to_string()),
         ("weights on the disk", Bytes(plan.disk_bytes).to_string()),
         ("host memory to verify all weights", Bytes(plan.hash_memory_bytes).to_string()),
         ("device memory, streamed", Bytes(plan.streamed_memory_bytes).to_string()),
         ("device memory, all resident", Bytes(plan.resident_memory_bytes).to_string()),
-        ("arithmetic", format!("{:.3} x 10^12 operations", plan.flops / 1e12)),
+        ("arithmetic", operations(plan.flops)),
     ];
-    let mut table = table(&["a run needs", ""]);
+    let mut table = table(&["a run needs", "so much"]);
     for (name, value) in rows {
         table.add_row([Cell::new(name), Cell::new(value)]);
     }
@@ -211,14 +185,14 @@ pub fn needs(inspection: &Inspection) -> String {
 /// A checkpoint.
 pub fn inspection(inspection: &Inspection) -> String {
     let mut out = format!(
-        "{} ({}), revision {}\nwidth {}, vocabulary {}, {} layers, {} studied norm outputs, head {}, tokenizer {}\n",
+        "{} ({}), revision {}\nwidth {}, vocabulary {}, {}, {}, head {}, tokenizer {}\n",
         clean(inspection.model.as_bytes(), 200),
         clean(inspection.architecture.as_bytes(), 80),
         clean(inspection.revision.as_deref().unwrap_or("none").as_bytes(), 80),
-        inspection.hidden,
-        inspection.vocab,
-        inspection.layers.len(),
-        inspection.sites.len(),
+        grouped(inspection.hidden as u64),
+        grouped(inspection.vocab as u64),
+        counted(inspection.layers.len(), "layer"),
+        counted(inspection.sites.len(), "studied norm output"),
         if inspection.tied_head { "tied to the embedding" } else { "of its own" },
         clean(inspection.tokenizer.as_deref().unwrap_or("none: token ids only").as_bytes(), 80),
     );
@@ -246,7 +220,7 @@ pub fn inspection(inspection: &Inspection) -> String {
             text(&layer.kind),
             number(layer.experts),
             number(layer.tensors),
-            number(layer.parameters),
+            number(grouped(layer.parameters)),
             number(Bytes(layer.bytes)),
             Cell::new(norms.join("\n")),
         ]);
@@ -255,13 +229,14 @@ pub fn inspection(inspection: &Inspection) -> String {
     for ignored in &inspection.ignored {
         let bytes = Bytes(ignored.bytes);
         out += &format!(
-            "{} tensors ({bytes}) on disk are left unread: {}\n",
-            ignored.tensors,
+            "{} ({bytes}) on disk left unread: {}\n",
+            counted(ignored.tensors, "tensor"),
             clean(ignored.why.as_bytes(), 200)
         );
     }
     if !inspection.unexplained.is_empty() {
-        out += &format!("{} tensors on disk are not explained by the architecture\n", inspection.unexplained.len());
+        let tensors = counted(inspection.unexplained.len(), "tensor");
+        out += &format!("{tensors} on disk not explained by the architecture\n");
     }
     let config = &inspection.config;
     if !config.unknown.is_empty() {
@@ -284,8 +259,8 @@ pub fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
         };
         let ending = run.state.ending().map(ToString::to_string).unwrap_or_default();
         table.add_row([
-            name(&run.id),
-            name(&run.spec.model),
+            id(&run.id),
+            name(short(&run.spec.model)),
             name(broker(run)),
             Cell::new(state),
             number(age(run.created_at_ms, now_ms)),
@@ -346,11 +321,11 @@ pub fn standing(standing: &Standing) -> String {
         };
         let instance = run.instance.as_ref().zip(run.broker.as_ref()).map(|(id, broker)| format!("{id} on {broker}"));
         under_way.add_row([
-            name(&run.run),
+            id(&run.run),
             name(run.survey.as_deref().unwrap_or("-")),
-            name(&run.model),
+            name(short(&run.model)),
             Cell::new(state),
-            name(&instance.unwrap_or_else(|| "-".to_owned())),
+            id(&instance.unwrap_or_else(|| "-".to_owned())),
             number(run.price.map(|price| price.to_string()).unwrap_or_default()),
             number(run.cost),
             number(run.at_most),
@@ -375,9 +350,9 @@ pub fn standing(standing: &Standing) -> String {
     let mut over = table(&["finished", "survey", "model", "ago", "cost", "how it ended"]);
     for run in standing.over.iter().rev().take(TOP) {
         over.add_row([
-            name(&run.run),
+            id(&run.run),
             name(run.survey.as_deref().unwrap_or("-")),
-            name(&run.model),
+            name(short(&run.model)),
             number(age(run.ended * 1000, standing.at * 1000)),
             number(run.cost),
             text(&run.ending),
@@ -413,8 +388,8 @@ pub fn instances(listed: &[&Instance], words: &[String]) -> String {
     for (instance, words) in listed.iter().zip(words) {
         table.add_row([
             name(&instance.broker),
-            name(if instance.id.0.is_empty() { "?" } else { &instance.id.0 }),
-            name(&instance.tag().map(|tag| tag.run).unwrap_or_default()),
+            id(if instance.id.0.is_empty() { "?" } else { &instance.id.0 }),
+            id(&instance.tag().map(|tag| tag.run).unwrap_or_default()),
             text(&state(instance)),
             name(&instance.hardware),
             number(instance.price.map(|price| price.to_string()).unwrap_or_default()),
@@ -446,10 +421,9 @@ pub fn instance(instance: &Instance, words: &str, run: Option<&RunRecord>, can: 
             format!("in {} ({by})", Span(Duration::from_secs(left)))
         },
     );
-    let mut table = table(&["", ""]);
+    let mut table = table(&["instance", &clean(instance.id.0.as_bytes(), 100)]);
     for (name, value) in [
         ("broker", instance.broker.clone()),
-        ("instance", instance.id.0.clone()),
         ("name", instance.name.clone()),
         ("what it is", words.to_owned()),
         ("run", run.map(|run| format!("{} of {}, {}", run.id, run.spec.model, run.state.word())).unwrap_or_default()),

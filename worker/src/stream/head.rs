@@ -62,6 +62,7 @@ impl Pass<'_> {
             Some(kept) => kept.into_iter().map(|(range, bytes)| (range, Some(bytes))).collect(),
             None => vocab_blocks(self.spec().vocab, VOCAB_BLOCK).into_iter().map(|range| (range, None)).collect(),
         };
+        let (mut done, all) = (0, blocks.len());
         pipeline(&clock, Work::Head, blocks, load, |(block, _), matrix| {
             let matrix = matrix.arrived()?;
             let bias = bias.as_ref().map(|bias| bias.narrow(0, block.start, block.len())).transpose()?;
@@ -81,7 +82,8 @@ impl Pass<'_> {
                     Ok(())
                 })?;
             }
-            self.progress.bytes(self.model.source.bytes_read());
+            done += 1;
+            self.progress.part_done(done, all, "parts of the vocabulary", self.model.source.bytes_read());
             spare.give_back([matrix]);
             Ok(())
         })?;

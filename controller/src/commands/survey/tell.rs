@@ -20,7 +20,7 @@ use crate::standing::Figures;
 use crate::survey::Outcome;
 use crate::survey::index::Line;
 use crate::text::clean_lines;
-use crate::units::Usd;
+use crate::units::{Usd, figure};
 
 /// What the first offer takes.
 pub(super) fn estimate(prepared: &Prepared) -> Option<Estimate> {
@@ -199,17 +199,16 @@ impl Session<'_> {
     }
 
     fn in_words(&self, surveyed: &Surveyed<'_>) -> String {
-        let mut table = tables::table(&["model", "run", "", "cost", "outlier features", "perplexity", "why"]);
+        let mut table = tables::table(&["model", "run", "state", "cost", "outlier features", "perplexity", "why"]);
         for came in &surveyed.models {
-            let figure =
-                |figure: Option<f64>, digits: usize| figure.map_or_else(|| "-".to_owned(), |x| format!("{x:.digits$}"));
+            let optional = |of: Option<f64>, digits: usize| of.map_or_else(|| "-".to_owned(), |x| figure(x, digits));
             table.add_row([
-                tables::text(&came.line.name),
-                tables::text(came.line.run.as_deref().unwrap_or("-")),
+                tables::name(&came.line.name),
+                tables::id(came.line.run.as_deref().unwrap_or("-")),
                 tables::text(came.line.outcome.word()),
                 tables::number(came.cost),
-                tables::number(figure(came.figures.map(|figures| figures.features), 0)),
-                tables::number(figure(came.figures.and_then(|figures| figures.perplexity), 4)),
+                tables::number(optional(came.figures.map(|figures| figures.features), 0)),
+                tables::number(optional(came.figures.and_then(|figures| figures.perplexity), 4)),
                 tables::text(came.line.why.as_deref().unwrap_or_default()),
             ]);
         }
@@ -233,9 +232,9 @@ pub(super) fn table_of(rows: &[Row<'_>]) -> String {
         let takes = row.estimate.as_ref().map(|estimate| Span(Duration::from_secs_f64(estimate.seconds)).to_string());
         let costs = row.estimate.as_ref().and_then(|estimate| estimate.cost).map(|cost| cost.to_string());
         table.add_row([
-            tables::text(row.name),
+            tables::name(row.name),
             tables::text(row.to_do),
-            tables::text(&of_offer(|offer| format!("{}: {}", offer.broker, market::describe(offer)))),
+            tables::name(&of_offer(|offer| format!("{}: {}", offer.broker, market::hardware(offer)))),
             tables::number(of_offer(|offer| offer.price.to_string())),
             tables::number(takes.unwrap_or_default()),
             tables::number(costs.unwrap_or_default()),

@@ -1,0 +1,107 @@
+//! What a model that lies in a folder is called.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use crate::files::read_small;
+use crate::text::clean;
+
+/// Names of folders that say nothing of the model in them.
+const NOTHING: [&str; 7] = ["model", "models", "checkpoint", "checkpoints", "snapshots", "weights", "hf"];
+/// Largest config.json that is read for a name, bytes.
+const MOST: u64 = 4 << 20;
+/// Longest name, characters.
+const LONGEST: usize = 100;
+
+/// A hub id as it is, and of a path its last part.
+pub fn short(model: &str) -> &str {
+    let is_id = model.split('/').count() == 2 && !model.starts_with(['/', '.']);
+    let last = model.trim_end_matches('/').rsplit('/').next().filter(|last| !last.is_empty() && !is_id);
+    last.unwrap_or(model)
+}
+
+/// The name of the model in a folder whose own name says nothing: what its config.json says that it
+/// was loaded from, else the next folder above that has a name. `None`: the folder's own serves.
+pub fn of_folder(folder: &Path) -> Option<String> {
+    let names = || folder.ancestors().filter_map(|folder| folder.file_name()?.to_str());
+    if names().next().is_none_or(says_something) {
+        return None;
+    }
+    let above = || names().skip(1).find(|name| says_something(name)).map(readable);
+    loaded_from(folder).or_else(above).filter(|name| is_plain(name))
+}
+
+/// Whether a folder's name is a model's: no general word, and no commit of the hub's cache.
+fn says_something(name: &str) -> bool {
+    let is_commit = name.len() == 40 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
+    !is_commit && !NOTHING.contains(&name.to_lowercase().as_str())
+}
+
+/// Folders of the hub's cache are called `models--owner--name`.
+fn readable(name: &str) -> String {
+    name.strip_prefix("models--").map_or_else(|| name.to_owned(), |id| id.replace("--", "/"))
+}
+
+fn loaded_from(folder: &Path) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Config {
+        #[serde(rename = "_name_or_path")]
+        name_or_path: String,
+    }
+    let text = read_small(&folder.join("config.json"), MOST).ok()?;
+    let Config { name_or_path } = serde_json::from_slice(&text).ok()?;
+    let name = short(&name_or_path);
+    (says_something(name) && is_plain(name)).then(|| name.to_owned())
+}
+
+/// Whether it can stand in a line of a table as it is.
+fn is_plain(name: &str) -> bool {
+    !name.trim().is_empty() && clean(name.as_bytes(), LONGEST) == name
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_path_is_called_by_its_last_part_and_an_id_as_it_is() {
+        for (model, called) in [
+            ("allenai/OLMoE-1B-7B-0125", "allenai/OLMoE-1B-7B-0125"),
+            ("/home/me/checkpoints/tiny", "tiny"),
+            ("./tiny/", "tiny"),
+            ("OLMoE, step 5", "OLMoE, step 5"),
+            ("/", "/"),
+            ("", ""),
+        ] {
+            assert_eq!(short(model), called);
+        }
+    }
+
+    #[test]
+    fn a_model_is_never_called_model() {
+        let home = tempfile::tempdir().unwrap();
+        let called = |folder: &str, config: Option<&str>| {
+            let folder = home.path().join(folder);
+            fs::create_dir_all(&folder).unwrap();
+            let _ = fs::remove_file(folder.join("config.json"));
+            if let Some(config) = config {
+                fs::write(folder.join("config.json"), config).unwrap();
+            }
+            of_folder(&folder)
+        };
+        let named = |name: &str| Some(format!(r#"{{"_name_or_path": "{name}", "hidden_size": 8}}"#));
+        assert_eq!(called("olmoe-tiny", named("owner/other").as_deref()), None, "the folder's own name says enough");
+        assert_eq!(called("run-7/model", named("owner/name").as_deref()), Some("owner/name".into()));
+        assert_eq!(called("run-7/model", named("/data/llama-x").as_deref()), Some("llama-x".into()));
+        for nothing in [named(""), named("/data/model"), named("a\\u001b[2J"), None, Some("[]".into()), Some("{".into())] {
+            assert_eq!(called("run-7/model", nothing.as_deref()), Some("run-7".into()), "{nothing:?}");
+            assert_eq!(called("run-8/Checkpoint/weights", nothing.as_deref()), Some("run-8".into()), "{nothing:?}");
+        }
+        let cached = "models--owner--name/snapshots/0123456789abcdef0123456789abcdef01234567";
+        assert_eq!(called(cached, None), Some("owner/name".into()));
+        assert_eq!((of_folder(Path::new("/model")), of_folder(Path::new("/"))), (None, None), "nothing says more");
+    }
+}
