@@ -10,6 +10,16 @@ use serde::Deserialize;
 use crate::settings::Span;
 use crate::units::{CudaVersion, Fraction, PlotWidth, Positive};
 
+/// Headings of options.
+const MODEL: &str = "Model";
+const TEXT: &str = "Text";
+const MEASURE: &str = "What to measure";
+const COMPUTE: &str = "How to compute";
+const RENT: &str = "Where to rent";
+const MONEY: &str = "Money and time";
+const OUTPUT: &str = "Output";
+const ALL: &str = "Options of all commands";
+
 /// How outlier features survive in mixture-of-experts models: rents an instance, runs the worker on it, brings the results
 /// home, ends the rental.
 ///
@@ -40,22 +50,22 @@ Exit codes:
 #[derive(Args, Clone, Debug, Default)]
 pub struct Global {
     /// Print one JSON document on standard output instead of tables.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = ALL)]
     pub json: bool,
     /// When to use colours.
-    #[arg(long, global = true, value_enum, default_value_t, value_name = "WHEN")]
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "WHEN", help_heading = ALL)]
     pub color: Color,
     /// Say only what went wrong.
-    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = ALL)]
     pub quiet: bool,
     /// Say everything, the worker's log included.
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, help_heading = ALL)]
     pub verbose: bool,
     /// Show each request to a cloud and its reply, keys taken out.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = ALL)]
     pub explain: bool,
     /// Settings [default: ~/.config/outliers/outliers.toml].
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", help_heading = ALL)]
     pub config: Option<PathBuf>,
 }
 
@@ -224,10 +234,10 @@ pub enum WorkerCommand {
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
     /// Hub id (owner/name), or a folder with config.json and safetensors files.
-    #[arg(long, value_name = "ID|FOLDER")]
+    #[arg(long, value_name = "ID|FOLDER", help_heading = MODEL)]
     pub model: String,
     /// Branch, tag or commit of a hub model.
-    #[arg(long, default_value = "main")]
+    #[arg(long, default_value = "main", help_heading = MODEL)]
     pub revision: String,
 }
 
@@ -237,85 +247,98 @@ pub struct JobArgs {
     /// Where the weights come from: hub (over the network as they are used, none on disk), cache (fetched to the instance's disk first),
     /// local:DIR (a folder of this machine, where that is the instance), synthetic:SEED (made up, to try a model of any size)
     /// [default: hub, or the model's folder].
-    #[arg(long, value_name = "WHERE")]
+    #[arg(long, value_name = "WHERE", help_heading = MODEL)]
     pub weights: Option<Weights>,
     /// Memory for weights while they stream, such as 800MiB or 4GB [default: a quarter of what is
     /// free, 4 GiB at most]. A quarter as much again may hold bytes of files until their hash is
     /// compared; with the default, half of what is left free.
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", help_heading = COMPUTE)]
     pub stream_budget: Option<ByteSize>,
     /// Sequences [default: 16, or all rows of the token ids].
-    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = TEXT)]
     pub num_sequences: Option<usize>,
     /// Tokens per sequence, BOS included [default: 2048, or the model's limit if that is lower].
-    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = TEXT)]
     pub sequence_length: Option<usize>,
     /// Text files, one document each, or .parquet, .jsonl, .ndjson, .json, .csv and .tsv files
     /// with many; also packed (.gz, .zst) [default: the English text shipped with the worker].
-    #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with_all = ["token_ids", "dataset"])]
+    #[arg(
+        long,
+        value_name = "PATH",
+        num_args = 1..,
+        conflicts_with_all = ["token_ids", "dataset"],
+        help_heading = TEXT
+    )]
     pub corpus: Vec<PathBuf>,
     /// Dataset on the hub, of which no more is read than is needed: owner/name[@REVISION][:FOLDER], or fineweb-edu (its sample of ten
     /// thousand million tokens, at one commit).
-    #[arg(long, value_name = "ID", conflicts_with = "token_ids")]
+    #[arg(long, value_name = "ID", conflicts_with = "token_ids", help_heading = TEXT)]
     pub dataset: Option<Dataset>,
     /// Field or column of the documents that holds the text [default: text].
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help_heading = TEXT)]
     pub text_field: Option<String>,
     /// Pass over so many documents first.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = TEXT)]
     pub skip_documents: Option<usize>,
     /// Take the documents in an order made from this seed.
-    #[arg(long, value_name = "SEED", value_parser = whole::<u64>, allow_negative_numbers = true)]
+    #[arg(long, value_name = "SEED", value_parser = whole::<u64>, allow_negative_numbers = true, help_heading = TEXT)]
     pub shuffle: Option<u64>,
     /// Ready token ids: safetensors with `input_ids` i64 [sequences, tokens], or a JSON list of lists.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = TEXT)]
     pub token_ids: Option<PathBuf>,
     /// Whether each window starts with the BOS token; auto: as the family's own tokenizer does.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, help_heading = TEXT)]
     pub bos: Bos,
     /// Cut each document by itself, instead of packing them one after another.
-    #[arg(long)]
+    #[arg(long, help_heading = TEXT)]
     pub separate_documents: bool,
     /// Join all documents by spaces and begin each window in the middle of the one before it, as the predecessor did: to compare with its
     /// figures.
-    #[arg(long, conflicts_with = "separate_documents")]
+    #[arg(long, conflicts_with = "separate_documents", help_heading = TEXT)]
     pub overlapping_windows: bool,
     /// Arithmetic; auto: f32 on a CPU, bf16 on a GPU. In bf16 everything from 5.984375 up rounds to 6 and counts.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, help_heading = COMPUTE)]
     pub precision: PrecisionArg,
     /// Only the first N layers: a quick look, without perplexity.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = MEASURE)]
     pub layers: Option<usize>,
     /// cpu, cpu:2 (two logical devices), cuda:0,cuda:1 [default: all GPUs, else the CPU].
-    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = COMPUTE)]
     pub devices: Vec<String>,
     /// Tokens computed together, in whole sequences.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = COMPUTE)]
     pub micro_batch_tokens: Option<usize>,
     /// What to study beside the norm outputs, which always are, separated by commas: residual (massive activations), attention-out,
     /// mlp-out, expert-out (super experts), all. Costs a pass over those values, no arithmetic of the model.
-    #[arg(long, value_name = "KINDS", value_delimiter = ',')]
+    #[arg(long, value_name = "KINDS", value_delimiter = ',', help_heading = MEASURE)]
     pub sites: Vec<SiteKinds>,
     /// What to measure beside, from the same pass, separated by commas: quantization-error (what
     /// outliers cost in 8 and 4 bits), residual-sinks, spike-life, attention-sinks.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub measure: Vec<Measurement>,
     /// Also write every studied activation to this file among the results. Large: tokens x hidden x sites x 4 bytes.
-    #[arg(long, value_name = "FILE.safetensors")]
+    #[arg(long, value_name = "FILE.safetensors", help_heading = OUTPUT)]
     pub save_activations: Option<String>,
     /// Also write a time line of the pass to this file among the results, for Chrome's trace viewer or Perfetto.
-    #[arg(long, value_name = "FILE.json")]
+    #[arg(long, value_name = "FILE.json", help_heading = OUTPUT)]
     pub trace: Option<String>,
     /// Also measure perplexity and the sharpness of attention without some features, and without as many others at random, as the paper
     /// did: their dimensions (1512,7,2070), or the folder of an earlier run's results, whose systematic features are meant. Copies of the
     /// tokens pass beside them, in the same run: no weight is read again.
-    #[arg(long, value_name = "FEATURES", conflicts_with = "layers")]
+    #[arg(long, value_name = "FEATURES", conflicts_with = "layers", help_heading = MEASURE)]
     pub ablate: Option<Ablate>,
     /// Draws the others by this [default: 0].
-    #[arg(long, value_name = "SEED", value_parser = whole::<u64>, allow_negative_numbers = true, requires = "ablate")]
+    #[arg(
+        long,
+        value_name = "SEED",
+        value_parser = whole::<u64>,
+        allow_negative_numbers = true,
+        requires = "ablate",
+        help_heading = MEASURE
+    )]
     pub ablate_seed: Option<u64>,
     /// What reports call the model, and the folder of its results [default: as --model has it].
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help_heading = OUTPUT)]
     pub name: Option<String>,
     /// When a feature counts.
     #[command(flatten)]
@@ -326,14 +349,14 @@ pub struct JobArgs {
 #[derive(Args, Clone, Copy, Debug, Default)]
 pub struct ThresholdArgs {
     /// |x| from which a value is an outlier [default: settings, else 6].
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, help_heading = MEASURE)]
     pub threshold: Option<Positive>,
     /// Least share of layers of a systematic feature, up to 1 [default: settings, else 0.25].
-    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true, help_heading = MEASURE)]
     pub layer_fraction: Option<Fraction>,
     /// Least share of sequence positions of a systematic feature, up to 1 [default: settings, else
     /// 0.06].
-    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true, help_heading = MEASURE)]
     pub position_fraction: Option<Fraction>,
 }
 
@@ -380,40 +403,40 @@ pub enum PrecisionArg {
 #[derive(Args, Clone, Debug, Default)]
 pub struct WantArgs {
     /// Where to rent, separated by commas [default: every cloud whose key is set; this machine (`local`) if none is].
-    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = RENT)]
     pub broker: Vec<String>,
     /// GPUs of the instance; 0: a CPU will do [default: 1 on a cloud, whatever is there on this machine].
-    #[arg(long, value_name = "N", value_parser = whole::<u32>, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = whole::<u32>, allow_negative_numbers = true, help_heading = RENT)]
     pub gpu_count: Option<u32>,
     /// Part of the GPU's name, as in A100 or H100.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", help_heading = RENT)]
     pub gpu_filter: Option<String>,
     /// Least memory of each GPU, in GiB.
-    #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true)]
+    #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true, help_heading = RENT)]
     pub min_vram: Option<f64>,
     /// Least memory of the host, in GiB.
-    #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true)]
+    #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true, help_heading = RENT)]
     pub min_cpu_ram: Option<f64>,
     /// Least disk, in GiB; never less than the checkpoint needs.
-    #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true)]
+    #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true, help_heading = RENT)]
     pub min_disk: Option<f64>,
     /// Highest price of the whole instance (not of one GPU) with its disk, in USD per hour.
-    #[arg(long, value_name = "USD", allow_negative_numbers = true)]
+    #[arg(long, value_name = "USD", allow_negative_numbers = true, help_heading = MONEY)]
     pub max_price: Option<Positive>,
     /// Part of the region's or country's name.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", help_heading = RENT)]
     pub region: Option<String>,
     /// Also take what the cloud may take back at any time; it is cheaper, and a run may have to begin again.
-    #[arg(long)]
+    #[arg(long, help_heading = RENT)]
     pub spot: bool,
     /// Only from data centres.
-    #[arg(long, conflicts_with = "community")]
+    #[arg(long, conflicts_with = "community", help_heading = RENT)]
     pub secure: bool,
     /// Only from whoever rents out a machine.
-    #[arg(long)]
+    #[arg(long, help_heading = RENT)]
     pub community: bool,
     /// Oldest CUDA version the host's driver may stop at, as in 12.4.
-    #[arg(long, value_name = "VERSION")]
+    #[arg(long, value_name = "VERSION", help_heading = RENT)]
     pub min_cuda: Option<CudaVersion>,
 }
 
@@ -430,30 +453,30 @@ pub struct DeployArgs {
     #[command(flatten)]
     pub want: WantArgs,
     /// Upload the model's folder. Without it, a folder is expected to be on the instance; on the local broker it is, at the same path.
-    #[arg(long)]
+    #[arg(long, help_heading = MODEL)]
     pub push_model: bool,
     /// Keep the instance when the worker has ended. It bills on until `outliers instances terminate`, at most for --max-duration.
-    #[arg(long)]
+    #[arg(long, help_heading = MONEY)]
     pub keep_running: bool,
     /// Return as soon as the worker runs. Its instance bills on, until `outliers attach` has
     /// brought the results home, at most until its deadline: then its guard ends it, or its
     /// cloud, and what nobody fetched is lost. Clouds that do neither are refused.
-    #[arg(long)]
+    #[arg(long, help_heading = MONEY)]
     pub detach: bool,
     /// After this the instance ends: 90s, 45m, 6h [default: settings].
-    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, help_heading = MONEY)]
     pub max_duration: Option<Span>,
     /// Rent also where the run is estimated to take longer than its time limit; what there is by then is brought home.
-    #[arg(long)]
+    #[arg(long, help_heading = MONEY)]
     pub allow_cut_short: bool,
     /// Rent nothing that could bring the cost of this run above this, in USD, by its time limit.
-    #[arg(long, value_name = "USD", allow_negative_numbers = true)]
+    #[arg(long, value_name = "USD", allow_negative_numbers = true, help_heading = MONEY)]
     pub budget: Option<Positive>,
     /// Show the plan, what would be rented and its cost; rent nothing.
-    #[arg(long)]
+    #[arg(long, help_heading = MONEY)]
     pub dry_run: bool,
     /// Do not ask.
-    #[arg(short, long)]
+    #[arg(short, long, help_heading = MONEY)]
     pub yes: bool,
 }
 
@@ -463,35 +486,41 @@ pub struct SurveyArgs {
     /// The survey's file (TOML): its name, its models, the text. See config/surveys.
     pub file: PathBuf,
     /// Only these models, by id or by their names in the survey, separated by commas.
-    #[arg(long, value_name = "MODELS", value_delimiter = ',')]
+    #[arg(long, value_name = "MODELS", value_delimiter = ',', help_heading = MODEL)]
     pub only: Vec<String>,
     /// Instances at the same time [default: the file's, else settings].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..), allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = clap::value_parser!(u16).range(1..),
+        allow_negative_numbers = true,
+        help_heading = RENT
+    )]
     pub max_parallel: Option<u16>,
     /// The instances, all of them; wins over what the file says of a model.
     #[command(flatten)]
     pub want: WantArgs,
     /// Upload models that are folders. Without it, they are expected to be on the instance; on the local broker they are.
-    #[arg(long)]
+    #[arg(long, help_heading = MODEL)]
     pub push_model: bool,
     /// After this an instance ends: 90s, 45m, 6h [default: the file's, else settings].
-    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, help_heading = MONEY)]
     pub max_duration: Option<Span>,
     /// Rent also where the run is estimated to take longer than its time limit; what there is by then is brought home.
-    #[arg(long)]
+    #[arg(long, help_heading = MONEY)]
     pub allow_cut_short: bool,
     /// Rent nothing that could bring the cost of all runs of the survey, earlier ones included, above this, in USD, by their time
     /// limits [default: the file's].
-    #[arg(long, value_name = "USD", allow_negative_numbers = true)]
+    #[arg(long, value_name = "USD", allow_negative_numbers = true, help_heading = MONEY)]
     pub budget: Option<Positive>,
     /// Also run again what failed.
-    #[arg(long)]
+    #[arg(long, help_heading = MONEY)]
     pub rerun_failed: bool,
     /// Show what each model would rent, take and cost; rent nothing.
-    #[arg(long)]
+    #[arg(long, help_heading = MONEY)]
     pub dry_run: bool,
     /// Do not ask.
-    #[arg(short, long)]
+    #[arg(short, long, help_heading = MONEY)]
     pub yes: bool,
 }
 
@@ -666,7 +695,7 @@ pub struct AnalyzeArgs {
     pub job: JobArgs,
     /// Folder for the results, new or empty [default: <model>-<id> below the results' folder].
     /// Until they are whole they lie in DIR.partial, where the same command goes on.
-    #[arg(short, long, value_name = "DIR")]
+    #[arg(short, long, value_name = "DIR", help_heading = OUTPUT)]
     pub output: Option<PathBuf>,
 }
 
@@ -738,13 +767,13 @@ pub struct OffersArgs {
     #[command(flatten)]
     pub want: WantArgs,
     /// Order by what a run of this checkpoint costs: hub id or folder [default: by price, for a run of 100 GiB].
-    #[arg(long, value_name = "ID|FOLDER")]
+    #[arg(long, value_name = "ID|FOLDER", help_heading = MODEL)]
     pub model: Option<String>,
     /// Branch, tag or commit of a hub model.
-    #[arg(long, default_value = "main", requires = "model")]
+    #[arg(long, default_value = "main", requires = "model", help_heading = MODEL)]
     pub revision: String,
     /// Show all, not only the best 20.
-    #[arg(long)]
+    #[arg(long, help_heading = OUTPUT)]
     pub all: bool,
 }
 
@@ -772,13 +801,13 @@ pub struct PlanArgs {
     #[command(flatten)]
     pub want: WantArgs,
     /// Price of the whole instance, in USD per hour [default: the cheapest matching offer's].
-    #[arg(long, value_name = "USD", allow_negative_numbers = true)]
+    #[arg(long, value_name = "USD", allow_negative_numbers = true, help_heading = MONEY)]
     pub price: Option<Positive>,
     /// Weight bytes the instance reads per second, in GiB [default: settings].
-    #[arg(long, value_name = "GIB", allow_negative_numbers = true)]
+    #[arg(long, value_name = "GIB", allow_negative_numbers = true, help_heading = MONEY)]
     pub bandwidth: Option<Positive>,
     /// Peak arithmetic of the instance, in 10^12 operations per second; without it, only the reading is timed.
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = MONEY)]
     pub tflops: Option<Positive>,
 }
 

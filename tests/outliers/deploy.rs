@@ -73,6 +73,7 @@ fn a_kept_instance_can_be_shown_and_entered() {
     let shown = desk.run(["instances", "show", &id]).ok();
     assert!(shown.stdout.contains("held") && shown.stdout.contains("deadline"), "{shown:?}");
     let command = desk.run(["instances", "ssh", &id]).ok().stdout;
+    assert_eq!(desk.run(["instances", "ssh", &id[..5]]).ok().stdout, command, "the beginning is enough");
     assert!(command.starts_with("ssh -i ") && command.contains("StrictHostKeyChecking=yes"), "{command}");
     let shell = |command: &str| std::process::Command::new("sh").args(["-c", command]).output().unwrap();
     if shell("command -v ssh").status.success() {
@@ -120,6 +121,8 @@ fn a_deployed_fixture_equals_the_reference() {
         for file in [files::METADATA, files::STATISTICS, files::MANIFEST, files::LOG, files::PROGRESS] {
             assert!(home.join(file).exists(), "{name}: {file} did not come home");
         }
+        let progress = std::fs::read_to_string(home.join(files::PROGRESS)).unwrap();
+        assert!(progress.contains("parts of the vocabulary"), "{name}: how far perplexity is: {progress}");
         desk.assert_nothing_left();
         assert_eq!(desk.bill().entries.len(), 1, "{name}");
     }

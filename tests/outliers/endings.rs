@@ -170,6 +170,20 @@ fn what_another_or_a_lost_ledger_rented_ends_by_its_owners_name() {
 }
 
 #[test]
+fn what_would_end_is_shown_and_nothing_ends_unasked() {
+    let (cloud, ids) = planted("me");
+    let place = Place::with_settings(&[&cloud], QUICK);
+    for named in [&["--all"][..], &[ids[0].as_str(), ids[1].as_str()]] {
+        let said = place.desk.run([&["instances", "terminate", "--owner", "me"][..], named].concat());
+        assert!(said.code == Some(2) && said.stderr.contains("--yes"), "{said:?}");
+        let shown = |word: &str| said.stderr.contains(word);
+        assert!(shown(&ids[0]) && shown(&ids[1]) && !shown(&ids[2]) && shown("2 instances"), "{said:?}");
+        assert!(shown("hardware") && shown("price") && shown("/h") && shown("outliers-me-r1"), "{said:?}");
+    }
+    assert_eq!(cloud.world().count(Op::Terminate), 0);
+}
+
+#[test]
 fn a_damaged_ledger_is_repaired_and_what_is_lost_is_said() {
     let desk = Desk::new();
     let _ = run(&desk, &["deploy", "-y"], job("llama-f32")).ok();

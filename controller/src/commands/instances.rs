@@ -100,9 +100,19 @@ async fn everything(clouds: &Clouds) -> Result<Vec<(&Cloud, Instance)>, Complain
     Ok(all)
 }
 
+/// By its id or the beginning of it.
 async fn find<'a>(clouds: &'a Clouds, id: &str) -> Result<(&'a Cloud, Instance), Complaint> {
-    let found = everything(clouds).await?.into_iter().find(|(_, instance)| instance.id.0 == *id);
-    found.ok_or_else(|| missing(id))
+    let mut all = everything(clouds).await?;
+    let begins = |(_, instance): &(&Cloud, Instance)| !id.is_empty() && instance.id.0.starts_with(id);
+    let exact = all.iter().position(|(_, instance)| instance.id.0 == *id);
+    match (exact.or_else(|| all.iter().position(begins)), all.iter().filter(|found| begins(found)).count()) {
+        (Some(at), count) if exact.is_some() || count == 1 => Ok(all.swap_remove(at)),
+        (Some(_), count) => Err(Complaint::refused(
+            format!("the ids of {count} instances begin with `{id}`"),
+            "give more of it; see `outliers instances list`",
+        )),
+        (None, _) => Err(missing(id)),
+    }
 }
 
 fn missing(id: &str) -> Complaint {

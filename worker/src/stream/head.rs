@@ -58,7 +58,7 @@ impl Pass<'_> {
             Some(bytes) => loader.decode_rows(&stored, &block.0, bytes),
             None => loader.rows(&stored, &block.0),
         };
-        let blocks = match kept {
+        let blocks: Vec<(Range<usize>, Option<Vec<u8>>)> = match kept {
             Some(kept) => kept.into_iter().map(|(range, bytes)| (range, Some(bytes))).collect(),
             None => vocab_blocks(self.spec().vocab, VOCAB_BLOCK).into_iter().map(|range| (range, None)).collect(),
         };

@@ -11,7 +11,9 @@ use crate::clouds::{BadHosts, Cloud, Clouds};
 use crate::commands::{Context, Home, SCHEMA, ports, runs};
 use crate::deploy::{Stop, Stuck, Target};
 use crate::ledger::LedgerError;
-use crate::report::{Complaint, ExitStatus};
+use crate::model_name::short;
+use crate::report::{Complaint, ExitStatus, tables};
+use crate::text::counted;
 
 /// An instance that is to end.
 struct Chosen<'a> {
@@ -25,7 +27,8 @@ struct Chosen<'a> {
 pub(super) async fn command(context: &Context, args: &TerminateArgs) -> Result<ExitStatus, Complaint> {
     let (home, clouds) = (context.home(), clouds(context, &args.only)?);
     let (chosen, silent) = context.reporter.waiting(LISTS, choose(context, &home, &clouds, args)).await?;
-    consent(context, &chosen, args)?;
+    let terminal = std::io::stdin().is_terminal();
+    consent(context, &home, &chosen, args, terminal, &mut std::io::stdin().lock())?;
     let mut wrong = silent;
     let mut ended = Vec::new();
     for chosen in &chosen {
@@ -38,8 +41,7 @@ pub(super) async fn command(context: &Context, args: &TerminateArgs) -> Result<E
     match (&wrong[..], ended.len()) {
         ([], 0) => context.reporter.result(&document, || "no instances to end".to_owned()),
         (_, 0) => {}
-        (_, 1) => context.reporter.result(&document, || "1 instance ended, and seen gone".to_owned()),
-        (_, n) => context.reporter.result(&document, || format!("{n} instances ended, and seen gone")),
+        (_, n) => context.reporter.result(&document, || format!("{} ended, and seen gone", counted(n, "instance"))),
     }
     worst(context, wrong)
 }
@@ -158,26 +160,51 @@ fn permitted(home: &Home, args: &TerminateArgs, instance: &Instance) -> Result<(
     })
 }
 
-/// All of them at once wants more than a letter, where they cost something.
-fn consent(context: &Context, chosen: &[Chosen<'_>], args: &TerminateArgs) -> Result<(), Complaint> {
+/// Shows what is to end, and asks. All of them at once wants more than a letter. What costs nothing
+/// ends without a question, and what costs something never without an answer.
+fn consent(
+    context: &Context,
+    home: &Home,
+    chosen: &[Chosen<'_>],
+    args: &TerminateArgs,
+    terminal: bool,
+    answers: &mut dyn BufRead,
+) -> Result<(), Complaint> {
     if args.yes || chosen.iter().all(|chosen| chosen.cloud.is_local) {
         return Ok(());
     }
-    if !std::io::stdin().is_terminal() {
-        return Err(Complaint::refused("nobody is there to ask", "add --yes"));
+    let count = counted(chosen.len(), "instance");
+    context.reporter.say(&format!("{}\nWould end, with all that is on them: {count}.", in_words(home, chosen)));
+    if !terminal {
+        return Err(Complaint::refused("nothing was ended: nobody is there to ask", "add --yes"));
     }
     let word = if args.all { chosen.len().to_string() } else { "y".to_owned() };
-    for Chosen { cloud, id, shown } in chosen {
-        let what = shown.as_ref().map_or("what it is cannot be learned", |instance| instance.name.as_str());
-        context.reporter.say(&format!("{id} on {}: {what}", cloud.name()));
-    }
-    context.reporter.say(&format!("{} instances end, with all that is on them.", chosen.len()));
     let _ = write!(std::io::stderr(), "Type {word} to go on: ");
     let mut answer = String::new();
-    match std::io::stdin().lock().read_line(&mut answer) {
+    match answers.read_line(&mut answer) {
         Ok(_) if answer.trim() == word => Ok(()),
         _ => Err(Complaint::refused("nothing was ended", format!("type {word}, or add --yes"))),
     }
+}
+
+/// What each is, and what it bills.
+fn in_words(home: &Home, chosen: &[Chosen<'_>]) -> String {
+    let mut table = tables::table(&["instance", "broker", "model", "hardware", "price"]);
+    for Chosen { cloud, id, shown } in chosen {
+        let shown = shown.as_ref();
+        let run = shown.and_then(Instance::tag).and_then(|tag| home.ledger.as_ref()?.run(&tag.run).ok());
+        let called = || shown.map(|instance| format!("not known ({})", instance.name));
+        let model = run.map(|run| short(&run.spec.model).to_owned()).or_else(called);
+        let unknown = || "not known".to_owned();
+        table.add_row([
+            tables::id(&id.0),
+            tables::name(cloud.name()),
+            tables::name(&model.unwrap_or_else(unknown)),
+            tables::name(&shown.map_or_else(unknown, |instance| instance.hardware.clone())),
+            tables::number(shown.and_then(|instance| instance.price).map_or_else(unknown, |price| price.to_string())),
+        ]);
+    }
+    table.to_string()
 }
 
 /// Through its run where it has one, so that the ledger knows; else, and where the ledger cannot be written, at
