@@ -252,7 +252,7 @@ pub struct JobArgs {
     /// Memory for weights while they stream, such as 800MiB or 4GB [default: a quarter of what is
     /// free, 4 GiB at most]. A quarter as much again may hold bytes of files until their hash is
     /// compared; with the default, half of what is left free.
-    #[arg(long, value_name = "SIZE", help_heading = COMPUTE)]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, help_heading = COMPUTE)]
     pub stream_budget: Option<ByteSize>,
     /// Sequences [default: 16, or all rows of the token ids].
     #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = TEXT)]
@@ -436,7 +436,7 @@ pub struct WantArgs {
     #[arg(long, help_heading = RENT)]
     pub community: bool,
     /// Oldest CUDA version the host's driver may stop at, as in 12.4.
-    #[arg(long, value_name = "VERSION", help_heading = RENT)]
+    #[arg(long, value_name = "VERSION", allow_negative_numbers = true, help_heading = RENT)]
     pub min_cuda: Option<CudaVersion>,
 }
 
@@ -489,13 +489,7 @@ pub struct SurveyArgs {
     #[arg(long, value_name = "MODELS", value_delimiter = ',', help_heading = MODEL)]
     pub only: Vec<String>,
     /// Instances at the same time [default: the file's, else settings].
-    #[arg(
-        long,
-        value_name = "N",
-        value_parser = clap::value_parser!(u16).range(1..),
-        allow_negative_numbers = true,
-        help_heading = RENT
-    )]
+    #[arg(long, value_name = "N", value_parser = at_least_one, allow_negative_numbers = true, help_heading = RENT)]
     pub max_parallel: Option<u16>,
     /// The instances, all of them; wins over what the file says of a model.
     #[command(flatten)]
@@ -536,14 +530,20 @@ pub struct DemoArgs {
 #[derive(Subcommand, Debug)]
 pub enum RunsCommand {
     /// All runs, oldest first.
+    ///
+    /// Example: outliers runs list
     List,
     /// One run: what it was to do, what happened, what it cost.
+    ///
+    /// Example: outliers runs show last
     Show {
         /// The beginning of its id, or `last`.
         run: String,
     },
     /// What the worker said: what came home; while nobody drives the run, read from the instance
     /// too.
+    ///
+    /// Example: outliers runs logs last -f
     ///
     /// Only reads: it is no sign to the instance's guard that somebody looks after the run.
     Logs {
@@ -554,6 +554,8 @@ pub enum RunsCommand {
         follow: bool,
     },
     /// Stop a run: bring home what there is, end its instance.
+    ///
+    /// Example: outliers runs cancel last
     Cancel {
         /// The beginning of its id, or `last`.
         run: String,
@@ -564,13 +566,19 @@ pub enum RunsCommand {
 #[derive(Subcommand, Debug)]
 pub enum ResultsCommand {
     /// All results below the results' folder, with their counts.
+    ///
+    /// Example: outliers results list
     List,
     /// The tables of one result.
+    ///
+    /// Example: outliers results show last
     Show {
         /// The beginning of its run's id, its folder, or `last`: the one written last.
         run: String,
     },
     /// The page of one result, in a browser. It is written into the result's folder.
+    ///
+    /// Example: outliers results open last
     Open {
         /// The beginning of its run's id, its folder, or `last`: the one written last.
         run: String,
@@ -601,14 +609,18 @@ pub struct Only {
 #[derive(Subcommand, Debug)]
 pub enum InstancesCommand {
     /// All instances of all clouds whose key is set, and what this program makes of each.
+    ///
+    /// Example: outliers instances list
     List {
         /// Where to look.
         #[command(flatten)]
         only: Only,
     },
     /// One instance: all that its cloud and the ledger know.
+    ///
+    /// Example: outliers instances show i-4f2a
     Show {
-        /// Its id, as `instances list` shows it.
+        /// Its id, as `instances list` shows it, or the beginning of it.
         id: String,
         /// Where to look.
         #[command(flatten)]
@@ -616,9 +628,9 @@ pub enum InstancesCommand {
     },
     /// Print the command that opens a shell on an instance of this ledger, or run it.
     ///
-    /// Example: outliers instances ssh 4f2a --run
+    /// Example: outliers instances ssh i-4f2a --run
     Ssh {
-        /// Its id, as `instances list` shows it.
+        /// Its id, as `instances list` shows it, or the beginning of it.
         id: String,
         /// Run it.
         #[arg(long)]
@@ -628,6 +640,12 @@ pub enum InstancesCommand {
         only: Only,
     },
     /// End instances, held ones and strays included. Instances of others are not touched unless it is said so.
+    ///
+    /// Example: outliers instances terminate --all
+    ///
+    /// Shows what would end, with models and prices, and asks; where standard input is no
+    /// terminal, it is refused without --yes. On the local broker, which costs nothing, it does
+    /// not ask.
     ///
     /// Needs no ledger, and no list where one broker is named. What another ledger rented, or one that is lost, wants --owner.
     Terminate(TerminateArgs),
@@ -722,10 +740,10 @@ pub struct CompareArgs {
     #[arg(long, value_name = "DIR")]
     pub pdf: Option<PathBuf>,
     /// Width of the plots on paper, as in 84mm or 3.3in [default: 840 pixels].
-    #[arg(long, value_name = "WIDTH")]
+    #[arg(long, value_name = "WIDTH", allow_hyphen_values = true)]
     pub size: Option<PlotWidth>,
     /// Pixels per inch of PNG, with --size [default: 300].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(36..=2400), requires = "size")]
+    #[arg(long, value_name = "N", value_parser = dpi, allow_negative_numbers = true, requires = "size")]
     pub dpi: Option<u16>,
     /// Only these results, by number, name or folder, separated by commas. Their numbers stay.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
@@ -811,6 +829,20 @@ pub struct PlanArgs {
     pub tflops: Option<Positive>,
 }
 
+/// Of things that are done side by side.
+fn at_least_one(text: &str) -> Result<u16, String> {
+    match whole(text)? {
+        0 => Err("it must be positive".to_owned()),
+        count => Ok(count),
+    }
+}
+
+/// Of a picture.
+fn dpi(text: &str) -> Result<u16, String> {
+    let dpi = whole(text)?;
+    if (36..=2400).contains(&dpi) { Ok(dpi) } else { Err("it must be between 36 and 2400".to_owned()) }
+}
+
 /// Of memory or disk; none is a lower limit that everything passes.
 fn gib(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
@@ -845,11 +877,41 @@ mod tests {
         assert!(EXIT_CODES.contains("4    the time limit or the budget"));
     }
 
+    /// The examples of a command and of those below it; each shown command has one.
+    fn examples(command: &clap::Command, called: &str) -> Vec<String> {
+        let help = command.get_long_about().map(ToString::to_string).unwrap_or_default();
+        let of_this = help.lines().filter_map(|line| line.strip_prefix("Example: ")).map(str::to_owned);
+        let mut examples: Vec<String> = of_this.collect();
+        assert!(examples.iter().any(|example| example.starts_with(called)), "{called} has no example");
+        for below in command.get_subcommands().filter(|command| !command.is_hide_set()) {
+            examples.extend(self::examples(below, &format!("{called} {}", below.get_name())));
+        }
+        examples
+    }
+
     #[test]
-    fn every_command_teaches_with_an_example_first() {
-        for command in Cli::command().get_subcommands().filter(|command| !command.is_hide_set()) {
-            let help = command.get_long_about().map(ToString::to_string).unwrap_or_default();
-            assert!(help.contains(&format!("Example: outliers {}", command.get_name())), "{}", command.get_name());
+    fn every_command_teaches_with_an_example_that_works_as_printed() {
+        let examples = examples(&Cli::command(), "outliers");
+        assert!(examples.len() > 30, "{examples:?}");
+        for example in examples {
+            let typed = example.split_whitespace().take_while(|word| !word.starts_with('>'));
+            assert!(Cli::try_parse_from(typed).is_ok(), "{example}");
+        }
+    }
+
+    #[test]
+    fn options_stand_under_headings_and_those_of_all_commands_apart() {
+        let cli = Cli::command();
+        for name in ["deploy", "survey", "plan", "offers", "analyze", "inspect"] {
+            let command = cli.find_subcommand(name).unwrap();
+            for option in command.get_arguments().filter(|argument| !argument.is_positional()) {
+                assert!(option.get_help_heading().is_some_and(|heading| heading != ALL), "{name} {option}");
+            }
+        }
+        assert!(cli.get_arguments().all(|argument| argument.get_help_heading() == Some(ALL)));
+        let help = Cli::try_parse_from(["outliers", "deploy", "--help"]).unwrap_err().to_string();
+        for heading in [MODEL, TEXT, MEASURE, COMPUTE, RENT, MONEY, OUTPUT, ALL] {
+            assert!(help.contains(&format!("\n{heading}:\n")), "{heading}");
         }
     }
 
@@ -869,11 +931,21 @@ mod tests {
             ("deploy", &deploy, "--max-duration", "must be positive"),
             ("plan", &deploy, "--tflops", "must be a positive number"),
             ("plan", &deploy, "--bandwidth", "must be a positive number"),
-            ("survey", &["s.toml"], "--max-parallel", "is not in 1.."),
+            ("survey", &["s.toml"], "--max-parallel", "must be positive"),
+            ("compare", &["--size", "84mm"], "--dpi", "must be positive"),
         ] {
             let typed = ["outliers", command].into_iter().chain(before.iter().copied()).chain([option, "-1"]);
             let error = Cli::try_parse_from(typed).unwrap_err().to_string();
             assert!(error.contains(said) && error.contains(option), "{error}");
+        }
+        for typed in [
+            &["deploy", "--model", "a/b", "--stream-budget", "-4GB"][..],
+            &["deploy", "--model", "a/b", "--max-duration", "-5m"],
+            &["compare", "--size", "-84mm"],
+            &["survey", "s.toml", "--max-parallel", "0"],
+        ] {
+            let error = Cli::try_parse_from([&["outliers"][..], typed].concat()).unwrap_err().to_string();
+            assert!(error.contains("must be positive"), "{error}");
         }
     }
 

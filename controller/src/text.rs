@@ -1,5 +1,7 @@
 //! Text from hosts and clouds, made fit for a terminal.
 
+use std::collections::BTreeSet;
+
 /// At most `limit` characters of `bytes`, with terminal escapes, control and text-direction characters taken out.
 ///
 /// Tabs and line ends become spaces; what is not UTF-8 becomes U+FFFD.
@@ -84,13 +86,33 @@ pub fn toml_error(text: &str, error: &toml::de::Error) -> (Option<usize>, String
         let (_, after) = rest.rsplit_once("\", expected")?;
         Some(format!("{before}a string, expected{after}"))
     });
-    let said = value.unwrap_or(said);
+    let said = value.or_else(|| unknown_name(&said)).or_else(|| negative(&said)).unwrap_or(said);
     let Some(span) = error.span() else { return (None, said) };
     let at = text.floor_char_boundary(span.start);
     let line = &text[text[..at].rfind('\n').map_or(0, |end| end + 1)..];
     let name = line.lines().next().and_then(|line| line.split_once('=')).map_or("", |(name, _)| name.trim());
     let said = if name.is_empty() { said } else { format!("`{}`: {said}", clean(name.as_bytes(), 80)) };
     (Some(1 + text[..at].matches('\n').count()), said)
+}
+
+/// Of a name that nobody knows: which one that is known may be meant. Names are spelt as options are.
+fn unknown_name(said: &str) -> Option<String> {
+    let (unknown, known) = said.split_once(", expected ")?;
+    let name = unknown.strip_prefix("unknown field `")?.strip_suffix('`')?.replace('_', "-");
+    let known: BTreeSet<String> = known.split('`').skip(1).step_by(2).map(|known| known.replace('_', "-")).collect();
+    let close = |known: &&String| strsim::osa_distance(known, &name) <= (name.len() / 3).max(1);
+    let meant = known.iter().filter(close).min_by_key(|known| strsim::osa_distance(known, &name));
+    Some(match meant {
+        Some(meant) => format!("{unknown}; did you mean `{meant}`?"),
+        None => format!("{unknown}; known are {}", known.into_iter().collect::<Vec<_>>().join(", ")),
+    })
+}
+
+/// Of a number that no count can be.
+fn negative(said: &str) -> Option<String> {
+    let number = said.strip_prefix("invalid value: integer `")?;
+    let is_low = number.starts_with('-') || (number.starts_with("0`") && said.contains("nonzero"));
+    is_low.then(|| "it must be positive".to_owned())
 }
 
 fn is_unsafe(c: char) -> bool {
@@ -127,6 +149,26 @@ mod tests {
         assert_eq!(clean(b"a\tb\r\n", 99), "a b");
         assert_eq!(clean(b"abcdef", 3), "abc…");
         assert_eq!(clean(b"\xff", 3), "\u{fffd}");
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_file_is_said_with_what_may_be_meant() {
+        #[derive(Debug, Default, serde::Deserialize)]
+        #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+        struct File {
+            #[serde(alias = "max_price")]
+            max_price: f64,
+            count: u32,
+            some: Option<std::num::NonZero<u32>>,
+        }
+        let said = |text: &str| toml_error(text, &toml::from_str::<File>(text).unwrap_err()).1;
+        assert_eq!(said("max-prise = 1"), "`max-prise`: unknown field `max-prise`; did you mean `max-price`?");
+        assert!(said("MaxPrice = 1").ends_with("known are count, max-price, some"), "{}", said("MaxPrice = 1"));
+        assert!(said("cuont = 1").ends_with("did you mean `count`?"));
+        assert_eq!(said("count = -1"), "`count`: it must be positive");
+        assert_eq!(said("some = 0"), "`some`: it must be positive");
+        let File { max_price, count, some } = toml::from_str("max_price = 2.0\ncount = 1").unwrap();
+        assert_eq!((max_price, count, some), (2.0, 1, None));
     }
 
     #[test]

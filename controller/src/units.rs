@@ -164,6 +164,9 @@ impl FromStr for PlotWidth {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if text.starts_with('-') {
+            return Err("it must be positive, as in 84mm, 8.4cm or 3.3in".to_owned());
+        }
         let wrong = || "it must be a width from 10mm to 1000mm, as in 84mm, 8.4cm or 3.3in".to_owned();
         let units = [("mm", 1.0), ("cm", 10.0), ("in", 25.4)];
         let read = |(unit, length): (&str, f64)| Some(text.strip_suffix(unit)?.parse::<f64>().ok()? * length);

@@ -194,7 +194,7 @@ impl File {
     fn understand(self, path: &Path) -> Result<Survey, Wrong> {
         check_name("name", &self.name)?;
         if let Some(none) = self.max_parallel.as_ref().filter(|most| *most.get_ref() == 0) {
-            return Err(wrong(none, "max-parallel must be at least 1".to_owned()));
+            return Err(wrong(none, "max-parallel must be positive".to_owned()));
         }
         let mut sites = Vec::new();
         for kind in &self.sites {
@@ -283,7 +283,7 @@ impl ModelTable {
         let numbers = [("min-vram", self.min_vram), ("min-cpu-ram", self.min_cpu_ram), ("min-disk", self.min_disk)];
         let odd = |number: Option<f64>| number.is_some_and(|number| !(0.0..=1e9).contains(&number));
         if let Some((key, _)) = numbers.into_iter().find(|(_, number)| odd(*number)) {
-            return Err(wrong(&self.id, format!("{key} of {} must be between 0 and 10^9", self.id.get_ref())));
+            return Err(wrong(&self.id, format!("{key} of {} must be positive, up to 10^9", self.id.get_ref())));
         }
         if let Some(name) = &self.name {
             check_name("name", name)?;
@@ -411,7 +411,10 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named_with_its_line_and_key() {
         for (text, line, word) in [
-            ("name = 's'\nmodls = ['a/b']", Some(2), "modls"),
+            ("name = 's'\nmodls = ['a/b']", Some(2), "did you mean `models`?"),
+            ("name = 's'\nnum-sequenzes = 3\nmodels = ['a/b']", Some(2), "did you mean `num-sequences`?"),
+            ("name = 's'\nnum-sequences = -3\nmodels = ['a/b']", Some(2), "`num-sequences`: it must be positive"),
+            ("name = 's'\nmax-duration = '-3h'\nmodels = ['a/b']", Some(2), "it must be positive"),
             ("name = 's'\n\nnum_sequences = 'many'\nmodels = ['a/b']", Some(3), "num_sequences"),
             ("name = 's'\n[[model]]\nid = 'a/b'\nmin_vran = 80", Some(4), "min_vran"),
             ("name = 's'\n[[model]]\nid = 'a/b'\nmin-vram = -1", Some(3), "min-vram"),

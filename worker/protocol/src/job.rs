@@ -12,6 +12,7 @@ use crate::{Ablation, Measurement, Point, SCHEMA};
 pub const BUILTIN_CORPUS: &str = "shakespeare";
 
 /// One run of the worker. Everything that can change a number in the report is in here; where the output goes is not.
+/// Names are also read as options are spelt, as in files that people write.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JobSpec {
@@ -50,6 +51,7 @@ pub struct JobSpec {
     /// File name inside the output folder for every studied activation, as safetensors. Large: tokens x hidden x sites x 4 bytes.
     /// Outputs of single experts are never saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(alias = "save-activations")]
     pub save_activations: Option<String>,
     /// File name inside the output folder for a time line of the pass, as JSON in Chrome's trace event format.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -59,9 +61,11 @@ pub struct JobSpec {
     pub ablation: Option<Ablation>,
     /// Tokens computed together; whole sequences, at least one.
     #[serde(default = "default_micro_batch_tokens")]
+    #[serde(alias = "micro-batch-tokens")]
     pub micro_batch_tokens: usize,
     /// Bytes of weights that may be in memory at a time, decoded and on their way together. `None`: by what is free.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(alias = "stream-budget-bytes")]
     pub stream_budget_bytes: Option<u64>,
 }
 
@@ -90,10 +94,13 @@ pub enum SiteKind {
     /// The residual stream after each layer, where massive activations are.
     Residual,
     /// What attention adds to the residual stream.
+    #[serde(alias = "attention-out")]
     AttentionOut,
     /// What the MLP, or the experts together, add to the residual stream.
+    #[serde(alias = "mlp-out")]
     MlpOut,
     /// The output of each routed expert's down projection, where super experts show.
+    #[serde(alias = "expert-out")]
     ExpertOut,
 }
 
@@ -273,22 +280,27 @@ pub struct CorpusSpec {
     pub source: CorpusSource,
     /// Sequences to run. With token ids: at most so many rows; `None` takes all rows (text: 16).
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(alias = "num-sequences")]
     pub num_sequences: Option<usize>,
     /// Tokens per sequence, BOS included. With token ids: must equal the row length when given (text: 2048, or the model's limit if lower).
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(alias = "sequence-length")]
     pub sequence_length: Option<usize>,
     /// Whether each window starts with the BOS token.
     pub bos: BosPolicy,
     /// How documents become windows.
     pub packing: Packing,
     /// The field or column that holds the text, where documents have several.
+    #[serde(alias = "text-field")]
     pub text_field: String,
     /// So many documents are passed over first.
     #[serde(skip_serializing_if = "is_zero")]
+    #[serde(alias = "skip-documents")]
     pub skip_documents: usize,
     /// Documents come in an order made from this seed, not as they are stored: files, the blocks of each file and the documents of each
     /// block are shuffled, so that only the blocks in use are read.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(alias = "shuffle-seed")]
     pub shuffle_seed: Option<u64>,
 }
 
@@ -325,6 +337,7 @@ pub enum CorpusSource {
     Dataset(Dataset),
     /// Ready token ids, fed to the model as they are: a safetensors file with `input_ids` i64 `[sequences, tokens]`,
     /// or a JSON list of lists. Never decoded nor encoded again.
+    #[serde(alias = "token-ids")]
     TokenIds(String),
 }
 
@@ -420,8 +433,10 @@ pub struct Thresholds {
     /// |x| >= this, inclusive.
     pub magnitude: f32,
     /// Least share of layers (or sites), inclusive.
+    #[serde(alias = "layer-fraction")]
     pub layer_fraction: f64,
     /// Least share of sequence positions, inclusive.
+    #[serde(alias = "position-fraction")]
     pub position_fraction: f64,
 }
 

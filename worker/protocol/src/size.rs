@@ -28,6 +28,9 @@ impl FromStr for ByteSize {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || format!("{text:?} is not an amount of memory: write 512 MiB, 1.5 GiB or 4 GB");
         let trimmed = text.trim();
+        if trimmed.strip_prefix('-').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())) {
+            return Err(format!("{text:?}: it must be positive; write 512 MiB, 1.5 GiB or 4 GB"));
+        }
         let end = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(trimmed.len());
         let (number, unit) = (trimmed[..end].parse::<f64>(), trimmed[end..].trim());
         let (_, unit) = UNITS.into_iter().find(|(name, _)| *name == unit).ok_or_else(wrong)?;

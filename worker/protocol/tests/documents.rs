@@ -18,6 +18,22 @@ fn a_job_needs_nothing_but_a_model() {
 }
 
 #[test]
+fn names_in_a_job_may_be_spelt_as_options_are() {
+    let document = |spelt: fn(&str) -> String| {
+        let text = r#"{"model": {"hub": {"id": "owner_name/m"}}, "micro_batch_tokens": 64, "stream_budget_bytes": 5,
+            "save_activations": "a", "sites": ["norms", "attention_out", "mlp_out", "expert_out"],
+            "thresholds": {"layer_fraction": 0.5, "position_fraction": 0.1},
+            "corpus": {"source": {"token_ids": "t"}, "num_sequences": 2, "sequence_length": 8, "text_field": "f",
+                       "skip_documents": 1, "shuffle_seed": 3}}"#;
+        serde_json::from_str::<JobSpec>(&spelt(text)).unwrap()
+    };
+    let job = document(|text| text.replace('_', "-").replace("owner-name", "owner_name"));
+    assert_eq!(job, document(str::to_owned));
+    assert_eq!((job.micro_batch_tokens, job.corpus.shuffle_seed, job.thresholds.layer_fraction), (64, Some(3), 0.5));
+    assert_eq!(serde_json::to_value(&job).unwrap()["micro_batch_tokens"], 64, "programs read one spelling");
+}
+
+#[test]
 fn datasets_and_weights_are_written_as_they_are_read() {
     for (text, id, revision, path) in [
         ("owner/name", "owner/name", "main", ""),
