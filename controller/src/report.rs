@@ -231,6 +231,20 @@ struct Now {
     began: Option<Instant>,
     /// What the run costs.
     meter: Option<Meter>,
+    /// Why something is tried again: when that was said last.
+    retried: Option<(Instant, String)>,
+}
+
+impl Now {
+    /// Whether a reason to try again is to be said: it is another one, or was not said for long.
+    fn is_new(&mut self, reason: &str) -> bool {
+        let said = self.retried.as_ref();
+        let is_new = said.is_none_or(|(at, last)| last != reason || at.elapsed() >= LONGEST_PAUSE);
+        if is_new {
+            self.retried = Some((Instant::now(), reason.to_owned()));
+        }
+        is_new
+    }
 }
 
 /// A plain progress line that was written.
@@ -452,7 +466,10 @@ impl Reporter {
                 self.say(&format!("It cannot be had ({}); trying the next offer", clean(reason.as_bytes(), LINE)));
             }
             DeployEvent::Retrying { reason, pause } => {
-                self.say(&format!("Trying again in {:.1} s: {}", pause.as_secs_f64(), clean(reason.as_bytes(), LINE)))
+                let reason = clean(reason.as_bytes(), LINE);
+                if self.lock().is_new(&reason) {
+                    self.say(&format!("Trying again in {:.1} s: {reason}", pause.as_secs_f64()));
+                }
             }
             DeployEvent::Settling => self.say("Asking the cloud whether the instance was made"),
             DeployEvent::Booting => self.booting(),
@@ -795,6 +812,8 @@ mod tests {
         });
         assert_eq!(pauses.collect::<Vec<_>>(), [4, 8, 16, 32, 60, 60, 60, 60, 60]);
         assert_eq!(said.next_pause("Layers"), None);
+        let mut now = Now::default();
+        assert_eq!(["refused", "refused", "silent", "refused"].map(|why| now.is_new(why)), [true, false, true, true]);
     }
 
     #[test]

@@ -111,7 +111,7 @@ fn in_words(results: &[Listed]) -> String {
                 Standing::Imported { .. } => "imported".to_owned(),
                 Standing::Unusable(why) => why.clone(),
             }),
-            tables::name(&result.folder.display().to_string()),
+            tables::text(&result.folder.display().to_string()),
         ]);
     }
     format!("{table}\nfeatures: systematic ones, unique, by layers\n")

@@ -66,9 +66,14 @@ pub fn name(name: &str) -> Cell {
     Cell { kind: Kind::Name, ..Cell::new(clean(name.as_bytes(), 100)) }
 }
 
-/// What is copied into the next command: an id, a folder.
+/// Facts in one line, the most telling ones first and last.
+pub fn facts(facts: &str) -> Cell {
+    Cell { kind: Kind::Name, ..text(facts) }
+}
+
+/// What is copied into the next command.
 pub fn id(id: &str) -> Cell {
-    Cell { kind: Kind::Id, ..Cell::new(clean(id.as_bytes(), 200)) }
+    Cell { kind: Kind::Id, ..Cell::new(clean(id.as_bytes(), 100)) }
 }
 
 /// A figure, or anything that is read from its right end.

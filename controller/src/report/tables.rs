@@ -6,7 +6,7 @@ use std::time::Duration;
 use outliers_protocol::{FeaturePeak, Inspection, Reading, Results, Sided, WeightVerification};
 
 use super::beyond::beyond;
-pub use super::table::{Cell, id, name, number, table, text};
+pub use super::table::{Cell, facts, id, name, number, table, text};
 use crate::broker::{Capabilities, Instance, InstanceId, InstanceState, Offer};
 use crate::estimate::Work;
 use crate::ledger::{RunRecord, now_ms};
@@ -125,7 +125,7 @@ pub fn offers(offers: &[Offer], work: &Work, limit: Duration, agreed: Option<Usd
         table.add_row([
             number(i + 1),
             name(&offer.broker),
-            name(&market::hardware(offer)),
+            facts(&market::hardware(offer)),
             number(offer.price),
             number(format!("{}{}", Span(Duration::from_secs_f64(estimate.seconds)), mark(estimate.is_over(limit)))),
             number(estimate.rank()),

@@ -234,7 +234,7 @@ pub(super) fn table_of(rows: &[Row<'_>]) -> String {
         table.add_row([
             tables::name(row.name),
             tables::text(row.to_do),
-            tables::name(&of_offer(|offer| format!("{}: {}", offer.broker, market::hardware(offer)))),
+            tables::facts(&of_offer(|offer| format!("{}: {}", offer.broker, market::hardware(offer)))),
             tables::number(of_offer(|offer| offer.price.to_string())),
             tables::number(takes.unwrap_or_default()),
             tables::number(costs.unwrap_or_default()),
