@@ -96,7 +96,8 @@ mod tests {
         assert_eq!(called("olmoe-tiny", named("owner/other").as_deref()), None, "the folder's own name says enough");
         assert_eq!(called("run-7/model", named("owner/name").as_deref()), Some("owner/name".into()));
         assert_eq!(called("run-7/model", named("/data/llama-x").as_deref()), Some("llama-x".into()));
-        for nothing in [named(""), named("/data/model"), named("a\\u001b[2J"), None, Some("[]".into()), Some("{".into())] {
+        let odd = [named(""), named("/data/model"), named("a\\u001b[2J"), None, Some("[]".into()), Some("{".into())];
+        for nothing in odd {
             assert_eq!(called("run-7/model", nothing.as_deref()), Some("run-7".into()), "{nothing:?}");
             assert_eq!(called("run-8/Checkpoint/weights", nothing.as_deref()), Some("run-8".into()), "{nothing:?}");
         }

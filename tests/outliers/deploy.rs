@@ -72,6 +72,7 @@ fn a_kept_instance_can_be_shown_and_entered() {
     let id = listed["instances"][0]["id"].as_str().expect("it is kept").to_owned();
     let shown = desk.run(["instances", "show", &id]).ok();
     assert!(shown.stdout.contains("held") && shown.stdout.contains("deadline"), "{shown:?}");
+    assert!(shown.stdout.lines().next().unwrap().contains(&id), "no header without words: {shown:?}");
     let command = desk.run(["instances", "ssh", &id]).ok().stdout;
     assert_eq!(desk.run(["instances", "ssh", &id[..5]]).ok().stdout, command, "the beginning is enough");
     assert!(command.starts_with("ssh -i ") && command.contains("StrictHostKeyChecking=yes"), "{command}");

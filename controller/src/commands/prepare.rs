@@ -254,7 +254,8 @@ pub(super) fn consent(
     }
     let (shown, question) = words();
     context.reporter.say(&shown);
-    let _ = write!(std::io::stderr(), "{question} [y/N] ");
+    // A line of its own, so that Ctrl-C leaves no half one.
+    let _ = writeln!(std::io::stderr(), "{question} [y/N]");
     let mut answer = String::new();
     let read = std::io::stdin().lock().read_line(&mut answer);
     match (read, answer.trim()) {

@@ -496,6 +496,7 @@ mod tests {
     use outliers_protocol::{Axis, Perplexity, Thresholds, Verdict};
 
     use super::*;
+    use crate::units::UsdPerHour;
 
     #[test]
     fn instances_are_told_by_one_look_at_the_actions_however_many_there_are() {
@@ -571,5 +572,17 @@ mod tests {
         for expected in ["evilmodel", "ab", "33.3", "12.5000", "1.500"] {
             assert!(shown.contains(expected), "{expected} in {shown}");
         }
+        let perplexity = Perplexity { perplexity: 1.23456e71, mean_nll: 163.7, predicted_tokens: 2040 };
+        let long = results("/a/b/tiny", &Results { perplexity: Some(perplexity), ..evil }, None);
+        assert!(long.starts_with("tiny: 2 sequences of 8 tokens, 4 layers, 8 norm outputs, 16 features\n"), "{long}");
+        assert!(long.contains("\nperplexity 1.2346e71 over 2,040 predicted tokens\n"), "{long}");
+    }
+
+    #[test]
+    fn an_offer_says_its_price_and_its_cloud_once() {
+        let offer = Offer::new("vast", "a".into(), 1, UsdPerHour::from_dollars(1.5)).with_gpu("H100 SXM", None);
+        let shown = offers(&[offer], &Work::default(), Duration::from_secs(3600), None, TOP);
+        let row = shown.lines().nth(2).unwrap();
+        assert_eq!((row.matches("$1.50/h").count(), row.matches("vast").count()), (1, 1), "{shown}");
     }
 }

@@ -179,7 +179,8 @@ fn consent(
         return Err(Complaint::refused("nothing was ended: nobody is there to ask", "add --yes"));
     }
     let word = if args.all { chosen.len().to_string() } else { "y".to_owned() };
-    let _ = write!(std::io::stderr(), "Type {word} to go on: ");
+    // A line of its own, so that Ctrl-C leaves no half one.
+    let _ = writeln!(std::io::stderr(), "Type {word} to go on:");
     let mut answer = String::new();
     match answers.read_line(&mut answer) {
         Ok(_) if answer.trim() == word => Ok(()),
