@@ -37,7 +37,7 @@ const PLAIN_PAUSE: Duration = Duration::from_secs(2);
 /// The longest of them.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// The same where several runs report side by side, for hours.
+/// [`PLAIN_PAUSE`] where several runs report side by side, for hours.
 const PLAIN_PAUSE_OF_MANY: Duration = Duration::from_secs(30);
 
 /// Between two pictures of a screen, and the same where each stands below the one before.
@@ -566,8 +566,7 @@ impl Reporter {
             HostTalk::Uploading { name, sent, total } => {
                 let name = clean(name.as_bytes(), 80);
                 let label = format!("Uploading {name}");
-                let standing = self.standing();
-                self.measure(&label, sent, total, &format!("{} of {}{standing}", Bytes(sent), Bytes(total)));
+                self.measure(&label, sent, total, &self.stands(format!("{} of {}", Bytes(sent), Bytes(total))));
             }
             HostTalk::Downloading { name, bytes } => {
                 self.whisper(&format!("Fetching {} ({})", clean(name.as_bytes(), 80), Bytes(bytes)));
@@ -584,15 +583,16 @@ impl Reporter {
 
     /// The worker's own report.
     pub fn progress(&self, progress: &Progress) {
-        let detail = detail(progress) + &self.standing();
+        let detail = self.stands(detail(progress));
         self.measure(phase(progress.phase), progress.layer as u64, progress.layers as u64, &detail);
     }
 
-    /// How long it has taken, what the run has cost, and until when it may.
-    fn standing(&self) -> String {
+    /// How far it is, how long it has taken, what the run has cost, and until when it may.
+    fn stands(&self, detail: String) -> String {
         let mut now = self.lock();
         let began = *now.began.get_or_insert_with(Instant::now);
-        standing(began.elapsed(), now.meter.as_ref(), now_ms())
+        let standing = standing(began.elapsed(), now.meter.as_ref(), now_ms());
+        if detail.is_empty() { standing } else { format!("{detail}; {standing}") }
     }
 
     /// A bar on a terminal; a line now and then elsewhere.
@@ -698,9 +698,9 @@ fn detail(progress: &Progress) -> String {
     parts.join(", ")
 }
 
-/// How it stands with time and money, to be added to a line.
+/// How it stands with time and money.
 fn standing(elapsed: Duration, meter: Option<&Meter>, now_ms: u64) -> String {
-    let mut out = format!("; {} so far", Span(elapsed));
+    let mut out = format!("{} so far", Span(elapsed));
     let Some(meter) = meter else { return out };
     out += &format!(", {}", meter.cost(now_ms));
     if let Some(deadline) = meter.deadline {
@@ -794,10 +794,10 @@ mod tests {
         assert_eq!(layers, "5 of 28 layers, 1 min 15 s left, 1,234 tokens/s, 1.0 GiB of 2.0 GiB weights");
         let head = detail(&at(Phase::Head, Some("3 of 38 parts of the vocabulary")));
         assert!(head.starts_with("3 of 38 parts of the vocabulary, 1 min 15 s left") && !head.contains("28"), "{head}");
-        assert_eq!(standing(Duration::from_secs(65), None, 0), "; 1 min 05 s so far");
+        assert_eq!(standing(Duration::from_secs(65), None, 0), "1 min 05 s so far");
         let run = crate::ledger::tests::rented();
         let words = standing(Duration::from_secs(65), Some(&run.meter()), run.created_at_ms + 3_600_000);
-        assert!(words.starts_with("; 1 min 05 s so far, $3"), "{words}");
+        assert!(words.starts_with("1 min 05 s so far, $3"), "{words}");
         assert!(words.ends_with(", until 1970-01-01 00:00 UTC at most"), "{words}");
     }
 
