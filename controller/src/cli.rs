@@ -1,10 +1,9 @@
 //! What was typed, and the help that teaches it. Nothing is decided here.
 
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use outliers_protocol::{Ablate, ByteSize, Dataset, Measurement, SiteKinds, Thresholds, Weights};
+use outliers_protocol::{Ablate, ByteSize, Dataset, Measurement, SiteKinds, Thresholds, Weights, whole};
 use serde::Deserialize;
 
 use crate::settings::Span;
@@ -831,7 +830,7 @@ pub struct PlanArgs {
 
 /// Of things that are done side by side.
 fn at_least_one(text: &str) -> Result<u16, String> {
-    match whole(text)? {
+    match whole::<u16>(text)? {
         0 => Err("it must be positive".to_owned()),
         count => Ok(count),
     }
@@ -839,7 +838,7 @@ fn at_least_one(text: &str) -> Result<u16, String> {
 
 /// Of a picture.
 fn dpi(text: &str) -> Result<u16, String> {
-    let dpi = whole(text)?;
+    let dpi: u16 = whole(text)?;
     if (36..=2400).contains(&dpi) { Ok(dpi) } else { Err("it must be between 36 and 2400".to_owned()) }
 }
 
@@ -851,13 +850,6 @@ fn gib(text: &str) -> Result<f64, String> {
         Ok(_) => Err("it must be between 0 and 1000000000".to_owned()),
         Err(_) => Err("it must be a number".to_owned()),
     }
-}
-
-fn whole<T: FromStr>(text: &str) -> Result<T, String> {
-    text.parse().map_err(|_| match text.strip_prefix('-').map(str::parse::<f64>) {
-        Some(Ok(_)) => "it must be positive".to_owned(),
-        _ => "it must be a whole number".to_owned(),
-    })
 }
 
 #[cfg(test)]

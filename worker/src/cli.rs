@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outliers_protocol::{
-    Ablate, BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, JobSpec, Measurement, ModelSource, Packing,
-    Precision, SiteKinds, Thresholds, Weights,
+    Ablate, BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, JobSpec, Measurement, ModelSource, Packing, Precision,
+    SiteKinds, Thresholds, Weights, whole,
 };
 
 use crate::error::{IoContext, Result, WorkerError};
@@ -85,7 +85,13 @@ pub enum Command {
         #[arg(short, long, value_name = "DIR")]
         output: PathBuf,
         /// Save the pass at the end of a layer this often; the same job into the same folder goes on from there if it died.
-        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        #[arg(
+            long,
+            value_name = "SECONDS",
+            default_value_t = 60,
+            value_parser = whole::<u64>,
+            allow_negative_numbers = true
+        )]
         save_every: u64,
     },
     /// Say what a checkpoint is and what a run over it needs. Reads headers only.
@@ -106,7 +112,7 @@ pub enum Command {
         #[arg(short, long, value_name = "DIR")]
         output: PathBuf,
         /// Seed of its weights.
-        #[arg(long, default_value_t = 1)]
+        #[arg(long, default_value_t = 1, value_parser = whole::<u64>, allow_negative_numbers = true)]
         seed: u64,
     },
     /// Measure the worker on this machine.
@@ -127,7 +133,7 @@ pub enum Bench {
     /// Peak memory at 4, 16 and 64 layers of the same width, and weight bytes read at 1x and 16x the tokens.
     Memory {
         /// Width of the made-up models.
-        #[arg(long, default_value_t = 1024)]
+        #[arg(long, default_value_t = 1024, value_parser = whole::<usize>, allow_negative_numbers = true)]
         hidden: usize,
         /// Layers to compare.
         #[arg(long, value_delimiter = ',', default_values_t = [4, 16, 64])]
@@ -147,10 +153,22 @@ pub enum Bench {
     /// program as it was built: use a release build, and an idle machine.
     Decode {
         /// Values of the made-up tensor, rounded up to rows of 4096.
-        #[arg(long, value_name = "N", default_value_t = 1 << 25)]
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 1 << 25,
+            value_parser = whole::<usize>,
+            allow_negative_numbers = true
+        )]
         values: usize,
         /// Repetitions, of which the fastest counts.
-        #[arg(long, value_name = "N", default_value_t = 5)]
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 5,
+            value_parser = whole::<usize>,
+            allow_negative_numbers = true
+        )]
         rounds: usize,
     },
 }
@@ -180,19 +198,19 @@ pub struct JobArgs {
     #[arg(long, value_name = "NAME", default_value = "text")]
     pub text_field: String,
     /// Pass over so many documents first.
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub skip_documents: usize,
     /// Take the documents in an order made from this seed.
-    #[arg(long, value_name = "SEED")]
+    #[arg(long, value_name = "SEED", value_parser = whole::<u64>, allow_negative_numbers = true)]
     pub shuffle: Option<u64>,
     /// Ready token ids instead of text: safetensors with `input_ids` i64 [sequences, tokens], or a JSON list of lists.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["corpus", "dataset"])]
     pub token_ids: Option<String>,
     /// Sequences [default: 16, or all rows of the token ids].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub num_sequences: Option<usize>,
     /// Tokens per sequence, BOS included [default: 2048, or the model's limit if that is lower].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub sequence_length: Option<usize>,
     /// Whether each window starts with the BOS token.
     #[arg(long, value_enum, default_value = "auto")]
@@ -210,10 +228,15 @@ pub struct JobArgs {
     #[arg(long, value_delimiter = ',')]
     pub devices: Vec<String>,
     /// Only the first N layers: a quick look, without perplexity.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub layers: Option<usize>,
     /// A feature exceeds where |x| >= this.
-    #[arg(long, default_value_t = Thresholds::default().magnitude)]
+    #[arg(
+        long,
+        default_value_t = Thresholds::default().magnitude,
+        value_parser = magnitude,
+        allow_negative_numbers = true
+    )]
     pub threshold: f32,
     /// What to study, separated by commas: norms (always), residual, attention-out, mlp-out, expert-out, all.
     #[arg(long, value_name = "KINDS", value_delimiter = ',', default_value = "norms")]
@@ -235,10 +258,17 @@ pub struct JobArgs {
     #[arg(long, value_name = "FEATURES", conflicts_with = "layers")]
     pub ablate: Option<Ablate>,
     /// Draws the others by this.
-    #[arg(long, value_name = "SEED", default_value_t = 0, requires = "ablate")]
+    #[arg(
+        long,
+        value_name = "SEED",
+        default_value_t = 0,
+        requires = "ablate",
+        value_parser = whole::<u64>,
+        allow_negative_numbers = true
+    )]
     pub ablate_seed: u64,
     /// Tokens computed together, in whole sequences.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub micro_batch_tokens: Option<usize>,
     /// Memory for weights while they stream, such as 800MiB or 4GB: a group of experts in use, one
     /// being decoded, the rest on its way [default: a quarter of what is free, 4 GiB at most]. A
@@ -327,6 +357,12 @@ impl JobArgs {
     }
 }
 
+/// From which a value is an outlier.
+fn magnitude(text: &str) -> Result<f32, String> {
+    let magnitude = text.parse().ok().filter(|magnitude: &f32| magnitude.is_finite() && *magnitude > 0.0);
+    magnitude.ok_or_else(|| "it must be a positive number".to_owned())
+}
+
 /// A folder that is there, or a path by its look, is a folder; `owner/name` is a hub id.
 fn model_source(model: &str, revision: &str) -> Result<ModelSource> {
     let path_like = model.starts_with(['/', '.', '~']) || model.ends_with('/');
@@ -355,4 +391,18 @@ pub fn read_job(path: &Path) -> Result<JobSpec> {
         serde_json::from_str(&text).map_err(|e| e.to_string())
     };
     parsed.map_err(|e| WorkerError::job(format!("{} is not a job: {e}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_negative_number_is_a_wrong_value_and_no_option() {
+        let run = ["outliers-worker", "run", "--model", "m", "--output", "o"];
+        for option in ["--num-sequences", "--sequence-length", "--layers", "--shuffle", "--threshold", "--save-every"] {
+            let error = Cli::try_parse_from([&run[..], &[option, "-1"]].concat()).unwrap_err().to_string();
+            assert!(error.contains("must be") && error.contains("positive") && error.contains(option), "{error}");
+        }
+    }
 }

@@ -21,6 +21,7 @@ mod inspection;
 mod job;
 mod measured;
 mod metadata;
+mod number;
 mod progress;
 mod results;
 mod size;
@@ -49,6 +50,7 @@ pub use metadata::{
     CONFIG_RULES, ConfigReading, CorpusProvenance, DeviceInfo, HostInfo, Metadata, ModelProvenance,
     TokenizerProvenance, UnverifiedWeights, WeightVerification,
 };
+pub use number::whole;
 pub use progress::{Phase, Progress};
 pub use results::{
     Axis, Failure, FailureKind, Feature, FileEntry, Manifest, Outcome, Perplexity, Point, Reading, Results,
