@@ -53,8 +53,8 @@ pub struct Estimate {
 }
 
 impl Work {
-    /// What it takes at these rates; arithmetic is left out where `operations`, those per second that
-    /// are reached, is `None`.
+    /// What it takes at these rates; arithmetic is left out where `operations`, those per second
+    /// that are reached, is `None`.
     pub fn at(&self, start: Duration, read: Bytes, operations: Option<f64>, price: Option<UsdPerHour>) -> Estimate {
         let seconds_of = |amount: f64, rate: f64| (amount / rate).min(LONGEST);
         let read_seconds = seconds_of(self.read.0 as f64, read.0.max(1) as f64);

@@ -95,7 +95,8 @@ pub fn toml_error(text: &str, error: &toml::de::Error) -> (Option<usize>, String
     (Some(1 + text[..at].matches('\n').count()), said)
 }
 
-/// Of a name that nobody knows: which one that is known may be meant. Names are spelt as options are.
+/// Of a name that nobody knows: which one that is known may be meant. Names are spelt as options
+/// are.
 fn unknown_name(said: &str) -> Option<String> {
     let (unknown, known) = said.split_once(", expected ")?;
     let name = unknown.strip_prefix("unknown field `")?.strip_suffix('`')?.replace('_', "-");

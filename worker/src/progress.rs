@@ -165,7 +165,8 @@ impl ProgressSink {
         state.write_unless_just_written();
     }
 
-    /// So many of the parts of a phase that has no layers are done: `3 of 38 parts of the vocabulary`.
+    /// So many of the parts of a phase that has no layers are done: `3 of 38 parts of the
+    /// vocabulary`.
     pub fn part_done(&self, done: usize, all: usize, what: &str, bytes_read: u64) {
         let mut state = self.shared.lock();
         state.last.bytes_read = bytes_read;
