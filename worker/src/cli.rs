@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outliers_protocol::{
-    Ablate, BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, JobSpec, Measurement, ModelSource, Packing, Precision,
-    SiteKinds, Thresholds, Weights, whole,
+    Ablate, BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, JobSpec, Measurement, ModelSource, Packing,
+    Precision, SiteKinds, Thresholds, Weights, whole,
 };
 
 use crate::error::{IoContext, Result, WorkerError};
