@@ -15,11 +15,13 @@ use plotters::prelude::SVGBackend;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{Color, FontDesc, IntoFont, RGBColor, ShapeStyle, TextStyle};
 
+use keys::{Area, Keyed};
 use scale::Scale;
 
 use crate::text::clean;
 
 mod colour;
+mod keys;
 mod scale;
 
 pub use colour::{Colour, Rgb, Tint};
@@ -35,11 +37,12 @@ const FONT: i32 = 35;
 const LEGEND: i32 = 46;
 /// What a character of the legend is about wide.
 const CHARACTER: i32 = 15;
-/// Columns of the names of keys below a drawing, the height of their lines, and characters of a
-/// name.
+/// Columns of the names of keys below a drawing, the height of their lines, and the characters of a
+/// key and its name in a column and in a line of their own.
 const KEY_COLUMNS: usize = 2;
 const KEY_LINE: u32 = 38;
-const KEY_NAME: usize = 24;
+const KEY_NAME: usize = 21;
+const KEY_LONG_NAME: usize = 44;
 /// Half of a mark's width: of a point, and of one on a line.
 const POINT: i32 = 8;
 const DOT: i32 = 5;
@@ -129,7 +132,20 @@ impl Plot {
         if names.is_empty() {
             return self;
         }
-        let lines = u32::try_from(names.len().div_ceil(KEY_COLUMNS)).unwrap_or(u32::MAX / KEY_LINE);
+        let names: Vec<(&str, String)> =
+            names.iter().map(|(key, name)| (key.as_str(), clean(name.as_bytes(), KEY_LONG_NAME))).collect();
+        // A name that is too long for a column has a line of its own.
+        let (mut column, mut line) = (0_usize, 0_usize);
+        let mut places = Vec::new();
+        for (key, name) in &names {
+            let is_long = key.chars().count() + name.chars().count() > KEY_NAME;
+            if is_long && column > 0 {
+                (column, line) = (0, line + 1);
+            }
+            places.push((column, line));
+            (column, line) = if is_long || column + 1 == KEY_COLUMNS { (0, line + 1) } else { (column + 1, line) };
+        }
+        let lines = u32::try_from(line + usize::from(column > 0)).unwrap_or(u32::MAX / KEY_LINE);
         let whole = height + lines * KEY_LINE + KEY_LINE / 2;
         let hex = |colour: Colour| {
             let RGBColor(r, g, b) = colour.rgb();
@@ -138,11 +154,11 @@ impl Plot {
         let ground = whole - height;
         let keys = html! {
             rect x="0" y=(height) width=(WIDTH) height=(ground) fill=(hex(Colour::Surface)) stroke="none" {}
-            @for (i, (key, name)) in names.iter().enumerate() {
-                @let x = 20 + (i % KEY_COLUMNS) * (WIDTH as usize / KEY_COLUMNS);
-                @let y = height as usize + (i / KEY_COLUMNS + 1) * KEY_LINE as usize - 8;
+            @for ((key, name), (column, line)) in names.iter().zip(&places) {
+                @let x = 20 + column * (WIDTH as usize / KEY_COLUMNS);
+                @let y = height as usize + (line + 1) * KEY_LINE as usize - 8;
                 text x=(x) y=(y) font-family="sans-serif" font-size="28" fill=(hex(Colour::Ink)) {
-                    (key) " " (clean(name.as_bytes(), KEY_NAME))
+                    (key) " " (name)
                 }
             }
         };
@@ -171,10 +187,7 @@ pub fn points(name: &str, title: &str, description: &str, [x, y]: [Axis; 2], gro
         let mut chart = chart(&legend(root, &entries)?, across, up)?;
         mesh(&mut chart, x.label, y.label, true)?;
         groups.iter().try_for_each(|group| group.draw(&mut chart, root, x.kind == Kind::Index))?;
-        let area = chart.plotting_area();
-        let placed: Vec<_> =
-            all().map(|point| (area.map_coordinate(&(point.x, point.y)), point.key.as_str())).collect();
-        keys(root, &placed)
+        name_points(root, &chart, &groups)
     });
     Some(Plot::new(name, title, description, &drawing))
 }
@@ -272,44 +285,35 @@ fn mesh(chart: &mut Chart<'_, '_>, x: &str, y: &str, grid: bool) -> Drawn<()> {
         .draw()
 }
 
-/// Writes the keys of points beside them, each where it hides least.
-fn keys(root: &Canvas<'_>, points: &[((i32, i32), &str)]) -> Drawn<()> {
-    let mut taken: Vec<Area> = points.iter().map(|((x, y), _)| Area::around(*x, *y, POINT)).collect();
-    for ((x, y), key) in points.iter().filter(|(_, key)| !key.is_empty()) {
-        let (width, height) = (CHARACTER * key.chars().count() as i32 + 2, FONT - 10);
-        let (right, left, middle) = (x + POINT + 2, x - POINT - 2 - width, x - width / 2);
-        let (above, below) = (y - POINT - height + 4, y + POINT - 4);
-        let corners =
-            [(right, above), (left, above), (right, below), (left, below), (middle, above - 6), (middle, below + 6)];
-        let areas = corners.map(|(left, top)| Area { left, top, right: left + width, bottom: top + height });
-        let hidden = |area: &Area| taken.iter().map(|other| area.common(other)).sum::<i32>();
-        let best = areas.into_iter().min_by_key(hidden).expect("there are six");
-        root.draw(&Text::new((*key).to_owned(), (best.left, best.top - 2), text(Colour::Muted)))?;
-        taken.push(best);
+/// Writes the keys of points, each where it touches nothing.
+fn name_points(root: &Canvas<'_>, chart: &Chart<'_, '_>, groups: &[&Group]) -> Drawn<()> {
+    let area = chart.plotting_area();
+    let (mut points, mut marks) = (Vec::new(), Vec::new());
+    for (number, group) in groups.iter().enumerate() {
+        let places: Vec<(i32, i32)> =
+            group.points.iter().map(|point| area.map_coordinate(&(point.x, point.y))).collect();
+        marks.extend(places.iter().map(|(x, y)| Area::around(*x, *y, POINT)));
+        if group.joined {
+            marks.extend(places.windows(2).flat_map(|pair| keys::along(pair[0], pair[1])));
+        }
+        for (point, at) in group.points.iter().zip(places) {
+            if let Some(ends) = point.interval {
+                let [low, high] = ends.map(|end| area.map_coordinate(&(point.x, end)));
+                marks.extend(keys::along(low, high));
+            }
+            points.push(Keyed { group: number, at, key: &point.key });
+        }
+    }
+    let (across, up) = area.get_pixel_range();
+    let (right, bottom) = (WIDTH.cast_signed() - 4, up.end - 2);
+    let room = Area { left: across.start + 2, top: up.start, right, bottom };
+    for label in keys::labels(&points, room, &marks) {
+        if let Some([from, to]) = label.line {
+            root.draw(&PathElement::new(vec![from, to], Colour::Muted.rgb().stroke_width(2)))?;
+        }
+        root.draw(&Text::new(label.text, (label.area.left, label.area.top - 1), text(Colour::Muted)))?;
     }
     Ok(())
-}
-
-/// A part of the drawing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Area {
-    left: i32,
-    top: i32,
-    right: i32,
-    bottom: i32,
-}
-
-impl Area {
-    fn around(x: i32, y: i32, by: i32) -> Self {
-        Self { left: x - by, top: y - by, right: x + by, bottom: y + by }
-    }
-
-    /// Size of what it shares with another.
-    fn common(&self, other: &Self) -> i32 {
-        let width = self.right.min(other.right) - self.left.max(other.left);
-        let height = self.bottom.min(other.bottom) - self.top.max(other.top);
-        width.max(0) * height.max(0)
-    }
 }
 
 impl Mark {
@@ -409,10 +413,13 @@ mod tests {
     #[test]
     fn names_of_keys_stand_below_the_drawing() {
         let plain = plot([Kind::Log, Kind::Percent], &[(1e9, 25.0)]).unwrap();
-        let keyed = plain.clone().keyed(&[("1".into(), "<script>".into()), ("a".into(), "n".repeat(99))]);
+        let keyed = plain.clone().keyed(&[("1".into(), "<script>".into()), ("a".into(), "n".repeat(19))]);
         assert!(keyed.svg.contains("viewBox=\"0 0 840 657\"") && keyed.svg.contains("height=\"657\""));
         assert!(keyed.svg.contains("1 &lt;script&gt;") && !keyed.svg.contains("<script"));
-        assert!(!keyed.svg.contains(&"n".repeat(30)) && keyed.svg.trim_end().ends_with("</svg>"));
+        assert!(keyed.svg.contains("<text x=\"440\"") && keyed.svg.trim_end().ends_with("</svg>"));
+        let long = plain.clone().keyed(&[("1".into(), "a".into()), ("2".into(), "n".repeat(99))]);
+        assert!(long.svg.contains("viewBox=\"0 0 840 695\"") && !long.svg.contains("<text x=\"440\""));
+        assert!(long.svg.contains(&"n".repeat(44)) && !long.svg.contains(&"n".repeat(45)), "{}", long.svg);
         assert_eq!(plain.clone().keyed(&[]), plain);
     }
 

@@ -192,8 +192,8 @@ fn magnitude(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot
     });
     let theirs = published_points(under, by, |row| Some(row.quartiles?[1].abs()));
     let groups = [
-        group("here: median of its peaks", mark(Colour::Fourth, false, true), ours.collect()),
-        group("the paper: median of its values", mark(Colour::Fourth, false, false), theirs),
+        group("here: median |x| of its peaks", mark(Colour::Fourth, false, true), ours.collect()),
+        group("the paper: median |x| of its values", mark(Colour::Fourth, false, false), theirs),
     ];
     let plot = points(
         &format!("magnitude-{}", by.name),
@@ -204,7 +204,7 @@ fn magnitude(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot
             by.words,
             missing(comparison, &groups)
         ),
-        [by.axis, Axis { label: "magnitude", kind: Kind::Linear }],
+        [by.axis, Axis { label: "|x|", kind: Kind::Linear }],
         &groups,
     )?;
     Some(plot.keyed(&names(comparison, under, &groups)))
@@ -298,6 +298,19 @@ mod tests {
             plot.svg.contains(">\nl\n<") && plot.svg.contains(">\n2\n<"),
             "keys of the last row and the last model"
         );
+    }
+
+    #[test]
+    fn results_of_equal_value_share_a_key_and_each_has_its_name_below() {
+        let home = tempfile::tempdir().unwrap();
+        for name in ["one", "two", "three", "a-name-that-is-too-long-for-half-a-line"] {
+            rename(&copy("dense", &home.path().join(name)), &format!("somebody/{name}"));
+        }
+        let compared = Comparison::of(read_all(&[home.path().to_owned()], false).unwrap());
+        let plots = across(&compared);
+        let plot = plots.iter().find(|plot| plot.name == "affected-parameters-paper").unwrap();
+        assert_eq!(plot.svg.matches(">\n1-4\n<").count(), 2, "one key for L%, one for S%: {}", plot.svg);
+        assert!(plot.svg.contains("a-name-that-is-too-long-for-half-a-line") && plot.svg.contains(" three<"));
     }
 
     #[test]

@@ -6,6 +6,9 @@ use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, Value
 
 use crate::compare::sheet::short;
 
+/// Places of a logarithmic axis that are named.
+const MOST_NAMES: usize = 8;
+
 /// What an axis does with its values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -82,18 +85,21 @@ impl Scale {
 
     fn log(least: f64, most: f64) -> Self {
         // A tenth of the way on either side, and never less than a factor of two in all.
-        let space = ((most / least).log10() * 0.1).max(0.15);
+        let space = ((most / least).log10() * 0.1).max(0.155);
         let (low, high) = (least.log10() - space, most.log10() + space);
         let decades = (low.floor() as i32)..=(high.ceil() as i32);
-        let steps: &[f64] = if high - low < 1.0 {
+        // No more than find room for their names (100 M, 200 M).
+        let steps: &[f64] = if high - low < 0.71 {
             &[1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0]
-        } else if high - low < 2.5 {
+        } else if high - low < 2.05 {
             &[1.0, 2.0, 5.0]
         } else {
             &[1.0]
         };
         let at = decades.flat_map(|decade| steps.iter().map(move |step| step * 10f64.powi(decade)));
-        let ticks = at.filter(|at| (low..=high).contains(&at.log10())).map(|at| (at, short(at))).collect();
+        let at: Vec<f64> = at.filter(|at| (low..=high).contains(&at.log10())).collect();
+        let every = at.len().div_ceil(MOST_NAMES);
+        let ticks = at.into_iter().step_by(every.max(1)).map(|at| (at, short(at))).collect();
         Self { low, high, shape: Shape::Logarithms, ticks }
     }
 

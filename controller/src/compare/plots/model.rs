@@ -162,10 +162,10 @@ fn massive(name: &str, title: &str, results: &Results) -> Option<Plot> {
     let top =
         |rank: usize| massive.layers.iter().filter_map(move |l| Some((l.layer, *l.mean_top_magnitudes.get(rank)?)));
     let groups = [
-        curve("largest", mark(Colour::First, true, true), top(0)),
+        curve("largest |x|", mark(Colour::First, true, true), top(0)),
         curve("second", mark(Colour::Second, false, true), top(1)),
         curve("third", mark(Colour::Fourth, true, false), top(2)),
-        curve("median", mark(Colour::Third, false, false), massive.layers.iter().map(|l| (l.layer, l.mean_median))),
+        curve("median |x|", mark(Colour::Third, false, false), massive.layers.iter().map(|l| (l.layer, l.mean_median))),
     ];
     let description = "Largest, second, third largest and median magnitude of a sequence's residual stream after each layer, mean over sequences \
         (Sun et al. 2024, section 2).";
@@ -185,7 +185,7 @@ fn experts(name: &str, title: &str, run: &Run) -> Option<Plot> {
     let rank = |rank: usize| ranked.iter().filter_map(move |(layer, peaks)| Some((*layer, *peaks.get(rank)?)));
     let median = ranked.iter().filter_map(|(layer, peaks)| Some((*layer, *peaks.get(peaks.len() / 2)?)));
     let groups = [
-        curve("largest expert", mark(Colour::First, true, true), rank(0)),
+        curve("largest |x| of an expert", mark(Colour::First, true, true), rank(0)),
         curve("second", mark(Colour::Second, false, true), rank(1)),
         curve("median expert", mark(Colour::Third, true, false), median),
     ];
