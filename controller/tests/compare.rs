@@ -12,7 +12,7 @@ use tempfile::TempDir;
 #[path = "../src/compare/fixture.rs"]
 mod fixture;
 
-use fixture::{copy, rename};
+use fixture::{change, copy, rename};
 
 /// `outliers ARGUMENTS` in a folder.
 fn outliers(folder: &Path, arguments: &[&str]) -> Output {
@@ -61,6 +61,17 @@ fn old_runs_are_imported_and_compared_beside_ours() {
     let imported: Vec<&Value> = figures.iter().filter(|figure| figure["source"] == "imported").collect();
     assert_eq!(imported.len(), 2, "mean and sum, by norm outputs");
     assert!(imported.iter().any(|f| f["reading"] == "sum_over_sequences" && f["count"]["value"] == 2.0));
+    assert!(imported.iter().all(|figure| figure["number"] == 3), "{imported:?}");
+
+    // A run that is done later, and the same import again: the number stays.
+    let later = copy("dense", &desk.path().join("remote_results/a-later-run"));
+    change(&later, "metadata.json", |metadata| metadata["finished_at_ms"] = json!(1_u64 << 50));
+    assert!(outliers(desk.path(), &["import", "old"]).status.success());
+    let compared = outliers(desk.path(), &["compare", "--json"]);
+    let document: Value = serde_json::from_slice(&compared.stdout).unwrap();
+    let figures = document["figures"].as_array().unwrap();
+    let mut imported = figures.iter().filter(|figure| figure["source"] == "imported");
+    assert!(imported.all(|figure| figure["number"] == 3), "{figures:?}");
 
     fs::write(old.join("final_analysis_results.json"), &analysis.to_string()[..200]).unwrap();
     let refused = outliers(desk.path(), &["import", "old"]);

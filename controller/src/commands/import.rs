@@ -11,12 +11,13 @@ use crate::cli::ImportArgs;
 use crate::compare::folder::IMPORTED;
 use crate::compare::predecessor::{Imported, import};
 use crate::deploy::slug;
-use crate::files::{sha256, write_whole};
+use crate::files::{MOST, read_small, sha256, write_whole};
+use crate::ledger::now_ms;
 use crate::report::{Complaint, ExitStatus};
 
 /// Does it.
 pub(super) fn command(context: &Context, args: &ImportArgs) -> Result<ExitStatus, Complaint> {
-    let imported = import(&args.paths).map_err(|error| {
+    let mut imported = import(&args.paths).map_err(|error| {
         Complaint::refused(
             error.to_string(),
             "give the predecessor's final_analysis_results.json, perplexity_results.json, or their folders",
@@ -26,9 +27,16 @@ pub(super) fn command(context: &Context, args: &ImportArgs) -> Result<ExitStatus
     let hash = sha256(imported.sources.iter().map(|source| source.sha256.as_str()).collect::<String>().as_bytes());
     let usual = || context.settings.results.join(format!("{}-imported-{}", slug(&imported.model), &hash[..8]));
     let folder = args.output.as_ref().map_or_else(usual, |path| context.here.join(path));
+    imported.imported_at_ms = first_imported(&folder).unwrap_or_else(now_ms);
     write(&folder, &imported).map_err(|error| Complaint::failed(format!("{}: {error}", folder.display())))?;
     context.reporter.result(&imported, || in_words(&imported, &folder));
     Ok(ExitStatus::Done)
+}
+
+/// When the result that lies there already was imported: its number in comparisons stays.
+fn first_imported(folder: &Path) -> Option<u64> {
+    let known: Imported = serde_json::from_slice(&read_small(&folder.join(IMPORTED), MOST).ok()?).ok()?;
+    (known.imported_at_ms > 0).then_some(known.imported_at_ms)
 }
 
 /// The document, then the manifest that vouches for it.

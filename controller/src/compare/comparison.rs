@@ -15,7 +15,7 @@ use super::tally::{Estimate, Tally, interval, mean, middle, samples};
 pub struct Comparison {
     /// Document version.
     pub schema: u32,
-    /// The results, in the order in which they began.
+    /// The results, in the order in which they were done.
     pub models: Vec<Compared>,
     /// Every count of every model under its reading, with those that others published of it.
     pub figures: Vec<Figure>,
@@ -137,14 +137,13 @@ fn reading(reading: Reading, axis: Axis) -> &'static str {
 }
 
 impl Comparison {
-    /// Of these results, numbered by when their runs began: one that is added later changes no
-    /// other number. Imported results follow, which do not say when they were made, then what is
-    /// not to be used.
+    /// Of these results, numbered by when their runs were done, or when they were imported: one
+    /// that is added changes no other number. What is not to be used follows.
     pub fn of(mut folders: Vec<ResultFolder>) -> Self {
         folders.sort_by_key(|folder| match &folder.content {
-            Ok(Content::Run(run)) => (0, run.metadata.started_at_ms),
-            Ok(Content::Imported(_)) => (1, 0),
-            Err(_) => (2, 0),
+            Ok(Content::Run(run)) => (0, run.metadata.finished_at_ms),
+            Ok(Content::Imported(imported)) => (0, imported.imported_at_ms),
+            Err(_) => (1, 0),
         });
         let mut models: Vec<Compared> = Vec::new();
         let mut figures = Vec::new();
@@ -537,7 +536,7 @@ mod tests {
         copy("dense", &home.path().join("b"));
         rename(&copy("mixture", &home.path().join("c")), "/very/long/way/to/model/");
         let labels: Vec<_> = compared(home.path()).models.into_iter().map(|model| model.label).collect();
-        assert_eq!(labels, ["model", "tests/gpt2 (a)", "tests/gpt2 (b)"], "in the order in which they began");
+        assert_eq!(labels, ["model", "tests/gpt2 (a)", "tests/gpt2 (b)"], "in the order in which they were done");
     }
 
     #[test]
@@ -557,6 +556,17 @@ mod tests {
             assert!(only.figures.iter().all(|figure| figure.number == 2) && !only.figures.is_empty());
         }
         assert!(compared(home.path()).only(&["3".to_owned()]).unwrap_err().contains("a/first, b/second"));
+    }
+
+    #[test]
+    fn a_run_that_began_first_and_ends_last_changes_no_number() {
+        let home = tempfile::tempdir().unwrap();
+        rename(&copy("mixture", &home.path().join("b")), "a/short");
+        let long = copy("dense", &home.path().join("a"));
+        rename(&long, "a/long");
+        change(&long, files::METADATA, |metadata| metadata["started_at_ms"] = json!(1));
+        let models = compared(home.path()).models;
+        assert_eq!(models.iter().map(|model| model.label.as_str()).collect::<Vec<_>>(), ["a/short", "a/long"]);
     }
 
     #[test]

@@ -43,12 +43,12 @@ pub fn page(comparison: &Comparison) -> String {
                 a.skip href="#main" { "Skip to the figures" }
                 header {
                     h1 { (shown(&title)) }
-                    p { "Hidden dimensions that carry values of large magnitude at the norms' outputs, in many layers and at many positions \
+                    p.answer id="answer" { (shown(&comparison.answer())) }
+                    p.note { "Hidden dimensions that carry values of large magnitude at the norms' outputs, in many layers and at many positions \
                          (Dettmers et al. 2022, LLM.int8()), counted in every way that is in use." }
                 }
                 nav aria-label="Contents" { (contents(comparison)) }
                 main id="main" {
-                    p.answer id="answer" { (shown(&comparison.answer())) }
                     (unusable(models))
                     section id="figures" { h2 { "Across models" } (across(comparison)) }
                     section id="models" { h2 { "Models and counts" } (sheet("models")) (sheet("measured")) (sheet("counts")) (sheet("catalogue")) }
@@ -275,6 +275,7 @@ mod tests {
         }
         let at = |id: &str| page.find(&format!(" id=\"{id}\"")).unwrap();
         assert!(at("answer") < at("figures") && at("figures") < at("models"), "answer, figures, rows");
+        assert!(at("answer") < page.find("<nav").unwrap(), "before anything else");
         assert!(page.contains("No figures of") && page.contains("damaged"), "what is missing is said");
         let ids: Vec<&str> = page.split(" id=\"").skip(1).filter_map(|rest| rest.split('"').next()).collect();
         assert_eq!(ids.iter().collect::<std::collections::BTreeSet<_>>().len(), ids.len(), "ids are unique");

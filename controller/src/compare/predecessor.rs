@@ -36,6 +36,9 @@ pub struct Imported {
     pub model: String,
     /// What the counts are.
     pub definition: String,
+    /// When it was first imported, in milliseconds since 1970; 0 where the document does not say.
+    #[serde(default)]
+    pub imported_at_ms: u64,
     /// The files it was made from.
     pub sources: Vec<Source>,
     /// The outlier features; `None` where only a perplexity was imported.
@@ -175,7 +178,8 @@ pub fn import(paths: &[PathBuf]) -> Result<Imported, ImportError> {
     let sources = files.iter().map(|path| source(path)).collect::<Result<_, _>>()?;
     let outliers = old_outliers.map(|(path, old)| old.outliers().map_err(|why| wrong(path, why))).transpose()?;
     let perplexity = old_perplexity.map(|(path, old)| old.perplexity().map_err(|why| wrong(path, why))).transpose()?;
-    let imported = Imported { schema: SCHEMA, model, definition: DEFINITION.to_owned(), sources, outliers, perplexity };
+    let definition = DEFINITION.to_owned();
+    let imported = Imported { schema: SCHEMA, model, definition, imported_at_ms: 0, sources, outliers, perplexity };
     imported.check().map_err(|why| wrong(&paths[0], why))?;
     Ok(imported)
 }
