@@ -3,6 +3,8 @@
 # where there are some. Needs Rust and Python 3 with pip; linker and CUDA compiler come as Python packages, nothing is installed.
 #
 #     worker/build.sh [--cuda] [--output FILE]      by default target/release/outliers-worker-portable
+#
+# FILE.json says what the worker is, for controllers on machines that cannot run it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +20,8 @@ while [ $# -gt 0 ]; do
     shift
 done
 if [ "$(uname -sm)" != "Linux x86_64" ]; then
-    echo "the toolkit is for Linux on x86_64; on $(uname -sm) build on such a machine, or in a container of one" >&2
+    echo "the toolkit is for Linux on x86_64; on $(uname -sm) take the worker of a release, or build in a container:" \
+        "docs/devices.md" >&2
     exit 1
 fi
 
@@ -53,4 +56,7 @@ mkdir -p "$(dirname "$output")"
 cp "$build/$target/release/outliers-worker" "$output.part"
 mv -f "$output.part" "$output"
 "$output" version
+# What it is, for controllers on machines that cannot run it.
+"$output" version --json > "$output.json.part"
+mv -f "$output.json.part" "$output.json"
 echo "$output: $(($(wc -c < "$output") / 1000000)) MB, $(($(gzip -c "$output" | wc -c) / 1000000)) MB compressed"

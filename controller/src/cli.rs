@@ -1,9 +1,10 @@
 //! What was typed, and the help that teaches it. Nothing is decided here.
 
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use outliers_protocol::{Ablate, ByteSize, Dataset, Measurement, SiteKinds, Thresholds, Weights, whole};
+use outliers_protocol::{Ablate, ByteSize, Dataset, Measurement, SCHEMA, SiteKinds, Thresholds, Weights, whole};
 use serde::Deserialize;
 
 use crate::settings::Span;
@@ -24,7 +25,7 @@ const ALL: &str = "Options of all commands";
 ///
 /// Example: outliers deploy --model allenai/OLMoE-1B-7B-0125
 #[derive(Parser, Debug)]
-#[command(name = "outliers", version, max_term_width = 110, after_help = EXIT_CODES, infer_subcommands = true)]
+#[command(name = "outliers", version = VERSION.as_str(), max_term_width = 110, after_help = EXIT_CODES, infer_subcommands = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -33,6 +34,11 @@ pub struct Cli {
     #[command(flatten)]
     pub global: Global,
 }
+
+/// Version of the program, the commit that it was built from, and version of the documents.
+pub static VERSION: LazyLock<String> = LazyLock::new(|| {
+    format!("{} (commit {}, schema {SCHEMA})", env!("CARGO_PKG_VERSION"), env!("OUTLIERS_COMMIT"))
+});
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -193,6 +199,13 @@ pub enum Command {
     Completions {
         /// Which shell.
         shell: clap_complete::Shell,
+    },
+    /// Write a manual page per command to a folder.
+    ///
+    /// Example: outliers man ~/.local/share/man/man1
+    Man {
+        /// The folder.
+        folder: PathBuf,
     },
     /// Serve as an instance of the local broker.
     #[command(hide = true)]

@@ -36,6 +36,7 @@ pub mod import;
 pub mod inspect;
 pub mod instances;
 pub mod job;
+pub mod man;
 pub mod offers;
 pub mod plan;
 mod prepare;
@@ -118,6 +119,7 @@ async fn dispatch(
         Command::Reap(args) => reap::command(&context, &args).await,
         Command::Worker(command) => worker::command(&context, command).await,
         Command::Completions { shell } => Ok(completions::command(shell)),
+        Command::Man { folder } => man::command(&context, &folder),
         Command::InstanceServe { folder } => Ok(serve(&folder).await),
     };
     done.map_err(|complaint| (context.reporter, complaint))

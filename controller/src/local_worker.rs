@@ -23,6 +23,9 @@ const NAME: &str = "outliers-worker";
 /// Name of one that was built for other machines.
 pub const PORTABLE: &str = "outliers-worker-portable";
 
+/// Whether this machine can run what instances run.
+const RUNS_PORTABLE: bool = cfg!(all(target_os = "linux", target_arch = "x86_64"));
+
 /// Between two looks at the progress file.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -170,7 +173,7 @@ impl LocalWorker {
         let path = named.map_or_else(|| exe.with_file_name(NAME), Path::to_owned);
         let pushed = Pushed::look_at(path.clone()).await?;
         let portable = exe.with_file_name(PORTABLE);
-        let pushed = if named.is_none() && portable.is_file() { Pushed::look_at(portable).await? } else { pushed };
+        let pushed = if named.is_none() && portable.is_file() { Pushed::portable(portable).await? } else { pushed };
         Ok(Self { path, pushed, limits: Limits::NONE })
     }
 
@@ -272,12 +275,31 @@ impl Pushed {
             return Err(LocalWorkerError::Missing { path });
         }
         let info: VersionInfo = ask(&path, &["version".to_owned()]).await?;
+        Self::of(path, &info)
+    }
+
+    /// The one that was built for other machines. Where this machine cannot run it, the document
+    /// beside it says what it is.
+    async fn portable(path: PathBuf) -> Result<Self, LocalWorkerError> {
+        let about = path.with_extension("json");
+        if RUNS_PORTABLE || !about.is_file() { Self::look_at(path).await } else { Self::told(path, about) }
+    }
+
+    /// What a document says of the program at `path`.
+    fn told(path: PathBuf, about: PathBuf) -> Result<Self, LocalWorkerError> {
+        let read = read_small(&about, MOST).and_then(|text| Ok(serde_json::from_slice(&text)?));
+        let info: VersionInfo = read.map_err(|error| LocalWorkerError::File { path: about, why: error.to_string() })?;
+        Self::of(path, &info)
+    }
+
+    fn of(path: PathBuf, info: &VersionInfo) -> Result<Self, LocalWorkerError> {
         let ours = format!("{} (documents {SCHEMA})", env!("CARGO_PKG_VERSION"));
         let theirs = format!("{} (documents {})", info.version, info.schema);
         if ours != theirs {
             return Err(LocalWorkerError::Version { path, theirs, ours });
         }
-        let cuda = info.oldest_cuda.filter(|_| info.cuda).and_then(|version| version.parse().ok());
+        let oldest = info.oldest_cuda.as_deref().filter(|_| info.cuda);
+        let cuda = oldest.and_then(|version| version.parse().ok());
         Ok(Self { path, cuda })
     }
 }
@@ -454,6 +476,29 @@ mod tests {
         std::fs::write(&portable, format!("#!/bin/sh\n{}\n", version("0.0.1"))).unwrap();
         let stale = LocalWorker::find(None, &exe).await.unwrap_err();
         assert!(stale.to_string().contains(PORTABLE) && stale.hint().unwrap().contains("worker build"), "{stale}");
+    }
+
+    #[test]
+    fn what_this_machine_cannot_run_is_told_by_the_document_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let (program, about) = (folder.path().join(PORTABLE), folder.path().join(format!("{PORTABLE}.json")));
+        assert_eq!(program.with_extension("json"), about, "where `worker build` writes it");
+        let write = |version: &str| {
+            let info = serde_json::json!({
+                "version": version, "schema": SCHEMA, "target": "x86_64-linux", "cuda": true, "oldest_cuda": "11.8",
+                "architectures": [],
+            });
+            std::fs::write(&about, info.to_string()).unwrap();
+        };
+        write(env!("CARGO_PKG_VERSION"));
+        let cuda = Some(CudaVersion { major: 11, minor: 8 });
+        assert_eq!(Pushed::told(program.clone(), about.clone()).unwrap(), Pushed { path: program.clone(), cuda });
+        write("9.9.9");
+        let stale = Pushed::told(program.clone(), about.clone()).unwrap_err();
+        assert!(matches!(stale, LocalWorkerError::Version { .. }), "{stale}");
+        std::fs::write(&about, "{").unwrap();
+        let broken = Pushed::told(program, about).unwrap_err();
+        assert!(broken.to_string().contains("outliers-worker-portable.json"), "{broken}");
     }
 
     #[tokio::test]
