@@ -52,7 +52,7 @@ impl Place {
     }
 
     /// Makes every instance of `cloud` an OpenSSH server; `None` on a machine without one.
-    fn host(&self, cloud: &FakeCloud) -> Option<()> {
+    pub(super) fn host(&self, cloud: &FakeCloud) -> Option<()> {
         Sshd::start().unwrap()?;
         let path = format!("SetEnv HOME={{folder}}/home PATH={}:/usr/bin:/bin", self.tools.path().display());
         cloud.world().host = Some(Arc::new(move |instance: &FakeInstance| {
@@ -132,7 +132,7 @@ impl Place {
 }
 
 /// The closing assertion: the cloud bills nothing.
-fn nothing_left(cloud: &FakeCloud) {
+pub(super) fn nothing_left(cloud: &FakeCloud) {
     let world = cloud.world();
     assert_eq!(world.live().count(), 0, "still billing: {world:?}");
 }

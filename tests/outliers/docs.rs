@@ -10,7 +10,7 @@ use outliers::survey::Survey;
 const MOST_LINES: usize = 200;
 const MOST_COLUMNS: usize = 110;
 
-struct Page {
+pub(super) struct Page {
     path: PathBuf,
     text: String,
 }
@@ -22,6 +22,10 @@ fn root() -> PathBuf {
 fn read(path: PathBuf) -> Page {
     let text = fs::read_to_string(&path).unwrap();
     Page { path, text }
+}
+
+pub(super) fn readme() -> Page {
+    read(root().join("README.md"))
 }
 
 fn pages() -> Vec<Page> {
@@ -36,7 +40,7 @@ impl Page {
     }
 
     /// The text of its code blocks, fenced or indented, with what stands after each opening fence.
-    fn blocks(&self) -> Vec<(String, String)> {
+    pub(super) fn blocks(&self) -> Vec<(String, String)> {
         let mut blocks: Vec<(String, String)> = Vec::new();
         let (mut fenced, mut indented) = (false, false);
         for line in self.text.lines() {
@@ -80,7 +84,7 @@ impl Page {
 
 /// The commands in a block of code that run one of the two programs, as a shell would hand them
 /// over: without comments, variables and redirections.
-fn commands(block: &str) -> Vec<Vec<String>> {
+pub(super) fn commands(block: &str) -> Vec<Vec<String>> {
     let block = block.replace("\\\n", " ");
     let lines = block.lines().filter_map(|line| line.split(" #").next());
     let typed = lines.flat_map(|line| line.split(['&', '|', ';']));
@@ -113,7 +117,7 @@ fn the_readme_is_short_and_no_line_is_wide() {
         wide.extend(too_wide.map(|(at, line)| format!("{}:{}: {line}", page.name(), at + 1)));
     }
     assert!(wide.is_empty(), "more than {MOST_COLUMNS} columns:\n{}", wide.join("\n"));
-    let lines = read(root().join("README.md")).text.lines().count();
+    let lines = readme().text.lines().count();
     assert!(lines <= MOST_LINES, "README.md has {lines} lines");
 }
 
@@ -150,6 +154,24 @@ fn every_command_in_code_blocks_is_accepted() {
     }
     assert!(seen > 50, "{seen} commands");
     assert!(refused.is_empty(), "{}", refused.join("\n"));
+}
+
+#[test]
+fn every_script_in_code_blocks_is_there() {
+    let (mut seen, mut missing) = (0, Vec::new());
+    let is_script = |word: &&str| word.ends_with(".sh") || word.ends_with(".py") || *word == ".ci/run";
+    for page in pages() {
+        for (_, block) in page.blocks() {
+            for script in block.split_whitespace().filter(is_script) {
+                seen += 1;
+                if !root().join(script).is_file() {
+                    missing.push(format!("{}: {script}", page.name()));
+                }
+            }
+        }
+    }
+    assert!(seen > 5, "{seen} scripts");
+    assert!(missing.is_empty(), "{}", missing.join("\n"));
 }
 
 #[test]

@@ -1,0 +1,136 @@
+//! The commands of README.md as they stand there, run: on a fake of a cloud, and on this machine.
+//! What is added to one is a small text, and an answer where it would ask.
+
+use std::fs;
+
+use outliers_clouds::dialect::runpod::RunPod;
+use outliers_clouds::{FakeCloud, Gpu, Op, Stock};
+use outliers_tests::desk::{Desk, Said};
+use outliers_tests::hub::{MockHub, Repo};
+use outliers_tests::programs::{golden, run_worker};
+use serde_json::json;
+
+use super::clouds::{Place, nothing_left};
+use super::docs::{commands, readme};
+
+/// The README's two models, by fixtures of their families.
+const MODELS: [(&str, &str); 2] = [("allenai/OLMoE-1B-7B-0125", "olmoe-bf16"), ("Qwen/Qwen3-30B-A3B", "qwen3-moe")];
+
+const SMALL: [&str; 4] = ["--num-sequences", "2", "--sequence-length", "32"];
+
+/// A hub that has them.
+fn hub() -> MockHub {
+    MockHub::start(MODELS.map(|(id, fixture)| Repo::new(id, &golden(fixture).join("model")))).unwrap()
+}
+
+/// The code block of README.md with this text in it.
+fn block(with: &str) -> String {
+    let mut blocks = readme().blocks().into_iter().map(|(_, block)| block);
+    blocks.find(|block| block.contains(with)).unwrap_or_else(|| panic!("README.md has no `{with}`"))
+}
+
+fn typed(desk: &Desk, command: &[String], more: &[&str]) -> Said {
+    desk.run(command[1..].iter().map(String::as_str).chain(more.iter().copied()))
+}
+
+#[test]
+fn the_lines_for_a_cloud_show_offers_rent_one_and_end_it() {
+    let (hub, cloud) = (hub(), FakeCloud::start(RunPod::default()));
+    let mut place = Place::new(&[&cloud]);
+    place.desk = std::mem::take(&mut place.desk).with("HF_ENDPOINT", &hub.url());
+    if place.host(&cloud).is_none() {
+        return;
+    }
+    cloud.world().stock = vec![Stock::plain("1001", Gpu::A100, 1, 1.5), Stock::plain("1002", Gpu::H100, 1, 3.0)];
+    let lines = commands(&block("export RUNPOD_API_KEY"));
+    let verbs: Vec<&str> = lines.iter().map(|line| line[1].as_str()).collect();
+    // `worker build` fetches a compiler for GPUs: tests/gpu.sh runs it.
+    assert_eq!(verbs, ["worker", "offers", "deploy", "compare"]);
+
+    let offers = typed(&place.desk, &lines[1], &[]).ok();
+    assert!(offers.stdout.contains("A100") && offers.stdout.contains("runpod"), "{offers:?}");
+    assert_eq!(cloud.world().count(Op::Create), 0);
+    let more = [&SMALL[..], &["-y", "--devices", "cpu"]].concat();
+    let deployed = typed(&place.desk, &lines[2], &more).ok();
+    assert!(deployed.stdout.contains("unique features, by layers"), "{deployed:?}");
+    assert_eq!(cloud.world().count(Op::Create), 1);
+    nothing_left(&cloud);
+    assert_eq!(place.desk.results().model, MODELS[0].0);
+    let _ = typed(&place.desk, &lines[3], &[]).ok();
+    assert!(fs::read_to_string(place.desk.work().join("report.html")).unwrap().contains(MODELS[0].0));
+
+    let glance = commands(&block("outliers offers --gpu-filter H100"));
+    let offers = glance.iter().find(|line| line[1] == "offers").unwrap();
+    let offers = typed(&place.desk, offers, &[]).ok();
+    assert!(offers.stdout.contains("H100") && !offers.stdout.contains("A100"), "{offers:?}");
+    assert_eq!(cloud.world().count(Op::Create), 1);
+}
+
+#[test]
+fn the_survey_of_two_models_is_planned_run_and_compared() {
+    let (hub, desk) = (hub(), Desk::new());
+    let settings = desk.work().join("settings.toml");
+    fs::write(&settings, "[survey]\nstagger-seconds = 0\n").unwrap();
+    let desk = desk.with("HF_ENDPOINT", &hub.url()).with("OUTLIERS_CONFIG", settings.to_str().unwrap());
+    let (survey, small) = (block("name = \"two\""), "num-sequences = 2\nsequence-length = 32");
+    assert!(MODELS.iter().all(|(id, _)| survey.contains(id)), "{survey}");
+    fs::write(desk.work().join("two.toml"), survey.replace("dataset = \"fineweb-edu\"", small)).unwrap();
+
+    let lines = commands(&block("outliers survey two.toml"));
+    let words: Vec<&str> = lines.iter().map(|line| line[1].as_str()).collect();
+    assert_eq!(words, ["survey", "survey", "compare"]);
+    let plan = typed(&desk, &lines[0], &[]).ok();
+    assert!(plan.stdout.contains("budget $5.00") && plan.stdout.contains("Qwen3-30B-A3B"), "{plan:?}");
+    assert!(desk.bill().entries.is_empty(), "a dry run rents nothing");
+    let done = typed(&desk, &lines[1], &["-y"]).ok();
+    assert!(done.stdout.contains("2 of 2 complete"), "{done:?}");
+    let _ = typed(&desk, &lines[2], &[]).ok();
+    let page = fs::read_to_string(desk.work().join("report.html")).unwrap();
+    assert!(MODELS.iter().all(|(id, _)| page.contains(id)), "both models");
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn the_commands_at_a_glance_do_what_they_say() {
+    let (hub, desk) = (hub(), Desk::new());
+    let desk = desk.with("HF_ENDPOINT", &hub.url());
+    let model = golden(MODELS[0].1).join("model");
+    let survey = format!("name = \"one\"\nnum-sequences = 2\nsequence-length = 32\nmodels = [{model:?}]\n");
+    fs::write(desk.work().join("one.toml"), survey).unwrap();
+    let feature = json!({"feature_dim": 7, "layer_percentage": 0.5, "seq_percentage": 0.25, "max_magnitude": 17.0});
+    let old = json!({
+        "analysis_summary": {"total_batches": 1, "total_sequences": 1, "total_systematic_outliers": 1},
+        "run_config": {"model": "a/b", "sequence_length": 2048, "batch_size": 1, "threshold": 6.0},
+        "batch_results": [{"sequences_processed": 1, "systematic_outliers": [feature]}],
+    });
+    fs::create_dir(desk.work().join("old")).unwrap();
+    fs::write(desk.work().join("old/final_analysis_results.json"), old.to_string()).unwrap();
+
+    let mut run = Vec::new();
+    for line in commands(&block("outliers inspect --model ID")) {
+        let (program, verb) = (line[0].as_str(), line[1].clone());
+        let stands_for = |word: &String| match word.as_str() {
+            "ID" => MODELS[0].0.to_owned(),
+            "FILE" => "one.toml".to_owned(),
+            "FOLDER" if verb == "import" => "old".to_owned(),
+            "FOLDER" => model.to_str().unwrap().to_owned(),
+            _ => word.clone(),
+        };
+        let words: Vec<String> = line.iter().map(stands_for).collect();
+        let more: &[&str] = match verb.as_str() {
+            "analyze" | "deploy" => &SMALL,
+            "survey" => &["-y"],
+            _ => &[],
+        };
+        match (program, verb.as_str()) {
+            ("outliers-worker", _) => assert!(run_worker(&words[1..]).status.success(), "{words:?}"),
+            // The README's first command is run as it stands by .ci/run; of offers see above.
+            (_, "demo" | "offers") => continue,
+            _ => drop(typed(&desk, &words, more).ok()),
+        }
+        run.push(verb);
+    }
+    assert!(run.len() >= 15, "{run:?}");
+    assert_eq!(desk.bill().entries.len(), 1, "the survey's; a dry run rents nothing");
+    desk.assert_nothing_left();
+}
