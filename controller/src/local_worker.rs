@@ -140,7 +140,9 @@ impl LocalWorkerError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Missing { .. } => Some(
-                "`cargo build --release` makes both programs; or name it in the settings: worker.binary".to_owned(),
+                "`cargo build --release` makes both programs, `cargo install --locked --path worker` puts it beside an \
+                 installed controller; or name it in the settings: worker.binary"
+                    .to_owned(),
             ),
             Self::Unrunnable { .. } => {
                 Some("it must be a program for this machine; see worker.binary in the settings".to_owned())
