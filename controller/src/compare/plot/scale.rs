@@ -85,7 +85,7 @@ impl Scale {
 
     fn log(least: f64, most: f64) -> Self {
         // A tenth of the way on either side, and never less than a factor of two in all.
-        let space = ((most / least).log10() * 0.1).max(0.155);
+        let space = ((most / least).log10() * 0.1).max(0.17);
         let (low, high) = (least.log10() - space, most.log10() + space);
         let decades = (low.floor() as i32)..=(high.ceil() as i32);
         // No more than find room for their names (100 M, 200 M).
