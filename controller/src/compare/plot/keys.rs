@@ -3,8 +3,10 @@
 
 use std::f64::consts::TAU;
 
-/// Width of a key's character where letters are wide, and the height of a key.
+/// Widths, in a font of wide letters, of a digit or letter of a key and of what stands between them;
+/// the height of a key.
 const CHARACTER: i32 = 18;
+const BETWEEN: i32 = 10;
 const HEIGHT: i32 = 27;
 /// Points no farther apart than this are one to the eye.
 const CLOSE: i32 = 4;
@@ -85,7 +87,8 @@ fn lay(shared: &[Shared<'_>], room: Area, marks: &[Area]) -> (Vec<Label>, Vec<us
     let mut homeless = Vec::new();
     for (number, point) in shared.iter().enumerate() {
         let text = together(&point.keys);
-        let size = (CHARACTER * text.chars().count() as i32 + 2, HEIGHT);
+        let width = |c: char| if c.is_alphanumeric() { CHARACTER } else { BETWEEN };
+        let size = (text.chars().map(width).sum::<i32>() + 2, HEIGHT);
         let taken = || marks.iter().chain(labels.iter().map(|label| &label.area)).chain(lines.iter());
         let is_free = |place: &(Area, Option<[Place; 2]>)| {
             let (area, line) = place;
