@@ -36,9 +36,8 @@ pub struct Cli {
 }
 
 /// Version of the program, the commit that it was built from, and version of the documents.
-pub static VERSION: LazyLock<String> = LazyLock::new(|| {
-    format!("{} (commit {}, schema {SCHEMA})", env!("CARGO_PKG_VERSION"), env!("OUTLIERS_COMMIT"))
-});
+pub static VERSION: LazyLock<String> =
+    LazyLock::new(|| format!("{} (commit {}, schema {SCHEMA})", env!("CARGO_PKG_VERSION"), env!("OUTLIERS_COMMIT")));
 
 const EXIT_CODES: &str = "\
 Exit codes:
