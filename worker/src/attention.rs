@@ -397,9 +397,8 @@ mod tests {
     fn weights(spec: &AttentionSpec, random: &mut Random) -> AttentionWeights {
         let (width, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let queries = if spec.output_gate == OutputGate::WithQuery { 2 * width } else { width };
-        let mut linear = |rows: usize, columns: usize, bias: bool| Linear {
-            weight: random.tensor(&[rows, columns]),
-            bias: bias.then(|| random.tensor(&[rows])),
+        let mut linear = |rows: usize, columns: usize, bias: bool| {
+            Linear::new(random.tensor(&[rows, columns]), bias.then(|| random.tensor(&[rows])))
         };
         let projections = if spec.fused_qkv {
             Projections::Fused(linear(queries + 2 * kv, HIDDEN, spec.qkv_bias))

@@ -170,7 +170,8 @@ pub fn route(spec: RouterSpec, top_k: usize, router: &Router, x: &Tensor) -> Res
     let bias = router.logits.bias.as_ref().map(wide).transpose()?;
     let x = wide(x)?;
     let x = router.input.as_ref().map_or(Ok(x.clone()), |norm| norm.apply(&x))?;
-    let logits = Linear { weight: router.logits.weight.clone(), bias }.apply(&x)?;
+    router.logits.see(&x)?;
+    let logits = Linear::new(router.logits.weight.clone(), bias).apply(&x)?;
     let (rows, experts) = logits.dims2()?;
     let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
     let none = vec![0.0; experts];
@@ -444,7 +445,7 @@ mod tests {
     }
 
     fn linear(out: usize, input: usize) -> Linear {
-        Linear { weight: Tensor::ones((out, input), DType::F32, &Device::Cpu).unwrap(), bias: None }
+        Linear::new(Tensor::ones((out, input), DType::F32, &Device::Cpu).unwrap(), None)
     }
 
     fn only(mut parts: Vec<ExpertRows>) -> ExpertRows {

@@ -44,6 +44,8 @@ pub mod source;
 pub mod stand_in;
 pub mod stats;
 pub mod stream;
+pub mod tap;
+pub mod taps;
 pub mod torch;
 pub mod trace;
 pub mod watch;

@@ -187,7 +187,7 @@ mod tests {
             norm: crate::decoder::NormSpec::rms(1e-5),
         };
         let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
-        let linear = || Linear { weight: tensor(&[0.0]), bias: None };
+        let linear = || Linear::new(tensor(&[0.0]), None);
         let weights = MambaWeights {
             input: linear(),
             convolution: tensor(&[10.0, 1.0]).reshape((1, 1, 2)).unwrap(),

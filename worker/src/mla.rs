@@ -11,6 +11,7 @@ use crate::fused::{self, RotatedPart};
 use crate::norm::Norm;
 use crate::product::Linear;
 use crate::rope::RopeTable;
+use crate::tap::Tap;
 
 /// A latent attention's tensors on one device.
 pub struct LatentWeights {
@@ -24,6 +25,8 @@ pub struct LatentWeights {
     pub kv_up: Linear,
     /// `[hidden, heads * value_dim]`.
     pub output: Linear,
+    /// What sees the queries `[rows, heads * (nope_dim + rope_dim)]`, if anything does.
+    pub queries: Option<Tap>,
 }
 
 /// The way to the queries `[rows, heads * (nope_dim + rope_dim)]`.
@@ -71,6 +74,9 @@ pub fn latent_attention(
     let query = rotate(weights.query.apply(x)?, head_dim, spec.nope_dim)?;
     let down = weights.kv_down.apply(x)?;
     let latent = weights.kv_norm.apply(&down.narrow(1, 0, spec.kv_rank)?.contiguous()?)?;
+    // Multiplied below, some heads and one sequence at a time.
+    weights.kv_up.see(&latent)?;
+    weights.queries.as_ref().map_or(Ok(()), |tap| tap.see(&query))?;
     let rotated = rotate(down.narrow(1, spec.kv_rank, spec.rope_dim)?.contiguous()?, spec.rope_dim, 0)?;
     let one = |sequence: usize| {
         let rows = |t: &Tensor| t.narrow(0, sequence * positions, positions);
@@ -118,7 +124,7 @@ impl Narrow {
     fn expand(&self, spec: &LatentSpec, kv_up: &Linear, heads: Range<usize>) -> Result<(Tensor, Tensor)> {
         let per_head = spec.nope_dim + spec.value_dim;
         let weight = kv_up.weight.narrow(0, heads.start * per_head, heads.len() * per_head)?;
-        let expanded = Linear { weight, bias: None }.apply(&self.latent)?;
+        let expanded = Linear::new(weight, None).apply(&self.latent)?;
         let by_head = expanded.reshape((self.latent.dim(0)?, heads.len(), per_head))?.transpose(0, 1)?;
         let key = by_head.narrow(2, 0, spec.nope_dim)?.contiguous()?;
         let rotated = self.rotated.broadcast_left(heads.len())?.contiguous()?;
@@ -154,7 +160,7 @@ mod tests {
     }
 
     fn weights(spec: &LatentSpec, random: &mut Random) -> LatentWeights {
-        let mut linear = |rows, columns| Linear { weight: random.tensor(&[rows, columns]), bias: None };
+        let mut linear = |rows, columns| Linear::new(random.tensor(&[rows, columns]), None);
         let queries = spec.heads * (spec.nope_dim + spec.rope_dim);
         let kv_down = linear(spec.kv_rank + spec.rope_dim, HIDDEN);
         let kv_up = linear(spec.heads * (spec.nope_dim + spec.value_dim), spec.kv_rank);
@@ -167,7 +173,7 @@ mod tests {
             None => LatentQuery::Direct(direct),
             Some((rank, down, up)) => LatentQuery::LowRank { down, norm: norm(rank), up },
         };
-        LatentWeights { query, kv_down, kv_norm, kv_up, output }
+        LatentWeights { query, kv_down, kv_norm, kv_up, output, queries: None }
     }
 
     fn naive_sequence(spec: &LatentSpec, weights: &LatentWeights, x: &Rows) -> Rows {
@@ -228,7 +234,7 @@ mod tests {
             let mut random = Random::new(1);
             let narrow = Narrow { latent: random.tensor(&[17, spec.kv_rank]), rotated: random.tensor(&[17, 2]) };
             let (query, kv_up) = (random.tensor(&[17, 5, 5]), random.tensor(&[5 * 7, spec.kv_rank]));
-            let kv_up = Linear { weight: kv_up, bias: None };
+            let kv_up = Linear::new(kv_up, None);
             let whole = narrow.mix(&spec, &kv_up, &query, usize::MAX, None).unwrap();
             let in_turns = narrow.mix(&spec, &kv_up, &query, values_at_once, None).unwrap();
             naive::assert_close(&in_turns, &naive::rows(&whole), 1e-6);

@@ -6,6 +6,7 @@ use outliers_matmul::{Order, Real, Unit};
 
 use crate::device::Placement;
 use crate::fused;
+use crate::tap::Tap;
 
 /// Whether products on this device take weights of bf16 whatever the dtype of the pass: exactly, and faster than any others.
 pub fn takes_bf16(device: &Device) -> bool {
@@ -41,11 +42,27 @@ pub struct Linear {
     pub weight: Tensor,
     /// `[out]`.
     pub bias: Option<Tensor>,
+    /// What sees the input, if anything does.
+    pub tap: Option<Tap>,
 }
 
 impl Linear {
+    /// Seen by nothing.
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
+        Self { weight, bias, tap: None }
+    }
+
+    /// Shows an input `[rows, in]` that is multiplied elsewhere.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn see(&self, x: &Tensor) -> Result<()> {
+        self.tap.as_ref().map_or(Ok(()), |tap| tap.see(x))
+    }
+
     /// `x W^T + b` for `x` `[rows, in]`.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        self.see(x)?;
         let product = product(x, &self.weight)?;
         match &self.bias {
             Some(bias) => fused::sum(product, bias),

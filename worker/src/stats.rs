@@ -9,7 +9,7 @@
 //!
 //! This module never knows which architecture ran.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use outliers_protocol::Point;
 use rayon::prelude::*;
 
@@ -18,6 +18,8 @@ use serde::{Deserialize, Serialize};
 use crate::attention::{FirstKey, TopShares};
 use crate::error::{Result, WorkerError};
 use crate::ffn::{ExpertRows, Routing};
+use crate::tap::on_host;
+use crate::taps::Taps;
 
 pub mod attention_sinks;
 pub mod exact;
@@ -92,6 +94,11 @@ pub trait LayerObserver: Send {
     /// wanted.
     fn first_key(&mut self, _layer: usize, _heads: &[FirstKey]) -> Result<()> {
         Ok(())
+    }
+
+    /// What sees the inputs of the layer's matrices, if their sums are wanted.
+    fn taps(&self) -> Option<Taps> {
+        None
     }
 
     /// A mixture's choices at a layer.
@@ -376,13 +383,7 @@ impl OutlierStats {
 
 /// Shows a tensor's values as f32, without a copy where it is f32 on the CPU already.
 pub fn with_f32<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
-    let x = x.to_dtype(DType::F32)?.to_device(&candle_core::Device::Cpu)?.contiguous()?;
-    let (storage, layout) = x.storage_and_layout();
-    let (start, end) = layout.contiguous_offsets().expect("made contiguous above");
-    match &*storage {
-        candle_core::Storage::Cpu(cpu) => see(&cpu.as_slice::<f32>()?[start..end]),
-        _ => Err(WorkerError::internal("a tensor moved to the CPU is not there")),
-    }
+    on_host(x, see)?
 }
 
 /// What a stripe needs to know of the whole.

@@ -15,6 +15,8 @@ use crate::mamba::MambaWeights;
 use crate::mla::{LatentQuery, LatentWeights};
 use crate::norm::Norm;
 use crate::product::Linear;
+use crate::tap::Tap;
+use crate::taps::Taps;
 
 /// A mixer's tensors on one device.
 pub enum MixerWeights {
@@ -32,12 +34,19 @@ pub enum MixerWeights {
 /// needs and the block that uses them disagree, which is an error and not a panic, since a run costs money.
 pub struct UnitTensors {
     tensors: HashMap<(Role, Option<usize>), Tensor>,
+    taps: Option<Taps>,
 }
 
 impl UnitTensors {
     /// Wraps decoded tensors.
     pub fn new(tensors: HashMap<(Role, Option<usize>), Tensor>) -> Self {
-        Self { tensors }
+        Self { tensors, taps: None }
+    }
+
+    /// What enters the matrices that are taken from now on is seen by the taps of their layer.
+    #[must_use]
+    pub fn seen_by(self, taps: Option<Taps>) -> Self {
+        Self { taps, ..self }
     }
 
     /// Removes one tensor.
@@ -54,16 +63,22 @@ impl UnitTensors {
     }
 
     fn linear(&mut self, weight: Role, bias: Role, expert: Option<usize>) -> Result<Linear> {
-        Ok(Linear { weight: self.take_for(weight, expert)?, bias: self.tensors.remove(&(bias, expert)) })
+        let tap = self.tap(weight, expert);
+        Ok(Linear { weight: self.take_for(weight, expert)?, bias: self.tensors.remove(&(bias, expert)), tap })
     }
 
     fn plain(&mut self, weight: Role) -> Result<Linear> {
-        Ok(Linear { weight: self.take(weight)?, bias: None })
+        Ok(Linear { weight: self.take(weight)?, bias: None, tap: self.tap(weight, None) })
+    }
+
+    fn tap(&self, weight: Role, expert: Option<usize>) -> Option<Tap> {
+        self.taps.as_ref()?.of(weight, expert)
     }
 
     /// A matrix without bias, if it is there.
     pub fn linear_if_there(&mut self, role: Role) -> Option<Linear> {
-        self.tensors.remove(&(role, None)).map(|weight| Linear { weight, bias: None })
+        let weight = self.tensors.remove(&(role, None))?;
+        Some(Linear { weight, bias: None, tap: self.tap(role, None) })
     }
 
     /// A norm.
@@ -133,6 +148,7 @@ impl UnitTensors {
             kv_norm: Norm::new(spec.norm, self.take(Role::KeyValueDownNorm)?, None)?,
             kv_up: self.plain(Role::KeyValueUp)?,
             output: self.plain(Role::Output)?,
+            queries: self.taps.as_ref().map(Taps::queries),
         })
     }
 

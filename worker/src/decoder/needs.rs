@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use super::{
     AttentionSpec, DecoderSpec, DeltaNetSpec, DeltaStored, FfnSpec, GateUp, LatentSpec, LayerSpec, MambaSpec,
     MixerSpec, MlpSpec, MoeSpec, NormKind, NormOrder, NormSpec, OutputGate, Part, QkNorm, Unit,
@@ -10,7 +12,7 @@ use super::{
 /// What a tensor is for. An architecture's name table maps each to a published name.
 ///
 /// Matrices are `[out, in]` whatever their order on disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Role {
     /// Token embedding `[vocab, width]`.
     Embedding,

@@ -57,8 +57,7 @@ impl Block {
         let norm = NormSpec::rms(1e-6);
         let stored = DeltaStored::ByKeyHead;
         let spec = DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, kernel, stored, norm };
-        let linear =
-            |rows: usize, columns: usize, seed| Linear { weight: values(&[rows, columns], 1.5, seed), bias: None };
+        let linear = |rows: usize, columns: usize, seed| Linear::new(values(&[rows, columns], 1.5, seed), None);
         let (keys, all) = (key_heads * key_dim, value_heads * value_dim);
         let weights = DeltaNetWeights {
             projections: DeltaProjections::ByKeyHead {
@@ -91,7 +90,7 @@ impl Block {
             Tensor::cat(&parts, 0).unwrap()
         };
         let qkv = [rows(qkvz, 0, key_dim), rows(qkvz, key_dim, key_dim), rows(qkvz, 2 * key_dim, width)];
-        let linear = |weight: Tensor| Linear { weight, bias: None };
+        let linear = |weight: Tensor| Linear::new(weight, None);
         let projections = DeltaProjections::ByKind {
             qkv: linear(Tensor::cat(&qkv, 0).unwrap()),
             gates: linear(rows(qkvz, 2 * key_dim + width, width)),

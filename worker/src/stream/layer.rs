@@ -88,8 +88,8 @@ pub(super) struct At<'a, L> {
 
 impl<'a, L: LayerObserver> At<'a, L> {
     /// Takes a unit's weights out of its tensors, and shows the gains among them.
-    pub(super) fn block(&mut self, unit: &Unit, mut tensors: UnitTensors, tables: &RopeTables) -> Result<Block> {
-        let tensors = &mut tensors;
+    pub(super) fn block(&mut self, unit: &Unit, tensors: UnitTensors, tables: &RopeTables) -> Result<Block> {
+        let tensors = &mut tensors.seen_by(self.seen.taps());
         Ok(match (&unit.part, &self.spec.ffn) {
             (Part::Mixer, _) => {
                 let norm = tensors.norm(self.spec.norm, Role::MixerNorm, Role::MixerNormBias)?;

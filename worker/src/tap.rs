@@ -1,0 +1,203 @@
+//! Sums by column over what enters a matrix.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{D, DType, Device, Result, Storage, Tensor, bail};
+use rayon::prelude::*;
+
+use crate::simd::vectorized;
+
+/// Columns that are summed together.
+const STRIPE: usize = 256;
+/// Sums beside each other over a row.
+const LANES: usize = 16;
+
+/// Sums over rows, each `[width]`; empty before the first row.
+///
+/// Rows are added in their order, one after another, so that it does not matter how they were cut.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct InputSums {
+    /// Rows.
+    pub rows: u64,
+    /// Sum of x^2.
+    pub squares: Vec<f64>,
+    /// Sum of x.
+    pub values: Vec<f64>,
+    /// Largest |x|.
+    pub largest: Vec<f32>,
+}
+
+impl InputSums {
+    fn of_width(width: usize) -> Self {
+        Self { rows: 0, squares: vec![0.0; width], values: vec![0.0; width], largest: vec![0.0; width] }
+    }
+
+    /// Adds `x` `[rows, width]`, row-major.
+    fn add(&mut self, x: &[f32]) {
+        let width = self.largest.len();
+        let sums = self.squares.par_chunks_mut(STRIPE).zip(self.values.par_chunks_mut(STRIPE));
+        let stripes = sums.zip(self.largest.par_chunks_mut(STRIPE)).enumerate();
+        stripes.for_each(|(stripe, ((squares, values), largest))| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for row in x.chunks_exact(width) {
+                        let sums = squares.iter_mut().zip(&mut *values).zip(&mut *largest);
+                        for (x, ((squares, values), largest)) in row[stripe * STRIPE..].iter().zip(sums) {
+                            let wide = f64::from(*x);
+                            *squares += wide * wide;
+                            *values += wide;
+                            *largest = f32::max(*largest, x.abs());
+                        }
+                    }
+                },
+            );
+        });
+    }
+
+    /// Adds sums that were made in f32 on the device of `x` `[rows, width]`.
+    fn add_from(&mut self, x: &Tensor) -> Result<()> {
+        let (x, width) = (x.to_dtype(DType::F32)?, self.largest.len());
+        let sums = Tensor::stack(&[x.sqr()?.sum(0)?, x.sum(0)?, x.abs()?.max(0)?], 0)?;
+        on_host(&sums, |sums| {
+            let (squares, sums) = sums.split_at(width);
+            let (values, largest) = sums.split_at(width);
+            self.squares.iter_mut().zip(squares).for_each(|(sum, more)| *sum += f64::from(*more));
+            self.values.iter_mut().zip(values).for_each(|(sum, more)| *sum += f64::from(*more));
+            self.largest.iter_mut().zip(largest).for_each(|(most, more)| *most = f32::max(*most, *more));
+        })
+    }
+}
+
+/// Sees what enters a matrix; its clones add to the same sums.
+#[derive(Clone, Debug, Default)]
+pub struct Tap(Arc<Mutex<InputSums>>);
+
+impl Tap {
+    /// Adds `x` `[.., width]`, whose rows follow those before.
+    ///
+    /// # Errors
+    /// Another width than before; the device's.
+    pub fn see(&self, x: &Tensor) -> Result<()> {
+        let width = x.dim(D::Minus1)?;
+        let x = x.reshape(((), width))?;
+        let mut sums = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if sums.largest.is_empty() {
+            *sums = InputSums::of_width(width);
+        }
+        if sums.largest.len() != width {
+            bail!("an input of width {width} after others of width {}", sums.largest.len());
+        }
+        sums.rows += x.dim(0)? as u64;
+        if x.device().is_cpu() { on_host(&x, |x| sums.add(x)) } else { sums.add_from(&x) }
+    }
+
+    /// The sums so far, which begin anew.
+    pub fn take(&self) -> InputSums {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Euclidean norms of the rows of `x` `[rows, width]`.
+///
+/// # Errors
+/// The device's.
+pub fn row_norms(x: &Tensor) -> Result<Vec<f64>> {
+    if !x.device().is_cpu() {
+        let norms = x.to_dtype(DType::F32)?.sqr()?.sum(1)?.sqrt()?;
+        return on_host(&norms, |norms| norms.iter().map(|norm| f64::from(*norm)).collect());
+    }
+    let width = x.dim(1)?;
+    on_host(x, |x| x.par_chunks_exact(width).map(norm).collect())
+}
+
+fn norm(row: &[f32]) -> f64 {
+    let mut lanes = [0.0; LANES];
+    for values in row.chunks(LANES) {
+        lanes.iter_mut().zip(values).for_each(|(sum, x)| *sum += f64::from(*x) * f64::from(*x));
+    }
+    lanes.iter().sum::<f64>().sqrt()
+}
+
+/// Shows a tensor's values as f32, without a copy where it is f32 on the CPU already.
+///
+/// # Errors
+/// The device's.
+pub fn on_host<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> T) -> Result<T> {
+    let x = x.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
+    let (storage, layout) = x.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(cpu), Some((start, end))) => Ok(see(&cpu.as_slice::<f32>()?[start..end])),
+        _ => bail!("a tensor moved to the CPU is not there"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn tensor(values: &[f32], width: usize) -> Tensor {
+        Tensor::from_slice(values, (values.len() / width, width), &Device::Cpu).unwrap()
+    }
+
+    fn seen(parts: &[&[f32]], width: usize) -> InputSums {
+        let tap = Tap::default();
+        parts.iter().for_each(|part| tap.see(&tensor(part, width)).unwrap());
+        tap.take()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn sums_are_those_of_each_column_and_no_cut_changes_a_bit_of_them(
+            width in prop_oneof![1..9usize, 250..520usize],
+            rows in 1..9usize,
+            cut in 0..9usize,
+            seed in any::<u32>(),
+        ) {
+            let mixed = |at: usize| (at as u32).wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8;
+            let value = |at: usize| mixed(at) as f32 / 1e6 - 8.0;
+            let x: Vec<f32> = (0..width * rows).map(value).collect();
+            let whole = seen(&[&x], width);
+            let (before, after) = x.split_at(cut.min(rows) * width);
+            let parts: Vec<&[f32]> = [before, after].into_iter().filter(|part| !part.is_empty()).collect();
+            prop_assert_eq!(&seen(&parts, width), &whole);
+            prop_assert_eq!(whole.rows, rows as u64);
+            for column in 0..width {
+                let all = || x.iter().skip(column).step_by(width);
+                let squares: f64 = all().map(|x| f64::from(*x).powi(2)).sum();
+                prop_assert!((whole.squares[column] - squares).abs() <= 1e-12 * squares);
+                prop_assert!((whole.values[column] - all().map(|x| f64::from(*x)).sum::<f64>()).abs() < 1e-9);
+                prop_assert_eq!(whole.largest[column], all().fold(0f32, |most, x| most.max(x.abs())));
+            }
+            // As on another device: sums of f32.
+            let mut made_there = InputSums::of_width(width);
+            made_there.add_from(&tensor(&x, width)).unwrap();
+            for (there, here) in made_there.squares.iter().zip(&whole.squares) {
+                prop_assert!((there - here).abs() <= 1e-5 * here, "{} {}", there, here);
+            }
+            prop_assert_eq!(&made_there.largest, &whole.largest);
+        }
+
+        #[test]
+        fn norms_are_euclidean(row in prop::collection::vec(-9f32..9.0, 1..70)) {
+            let squares: f64 = row.iter().map(|x| f64::from(*x).powi(2)).sum();
+            let norms = row_norms(&tensor(&[row.clone(), row.clone()].concat(), row.len())).unwrap();
+            prop_assert_eq!(norms.len(), 2);
+            prop_assert!(norms.iter().all(|norm| (norm - squares.sqrt()).abs() <= 1e-12 * squares.sqrt()));
+        }
+    }
+
+    #[test]
+    fn a_tap_begins_anew_once_its_sums_were_taken_and_keeps_its_width_until_then() {
+        let tap = Tap::default();
+        tap.clone().see(&tensor(&[3.0, -4.0], 2)).unwrap();
+        assert!(tap.see(&tensor(&[1.0], 1)).unwrap_err().to_string().contains("width 1 after others of width 2"));
+        let sums = tap.take();
+        assert_eq!((sums.rows, sums.squares, sums.largest), (1, vec![9.0, 16.0], vec![3.0, 4.0]));
+        assert_eq!(tap.take(), InputSums::default());
+    }
+}
