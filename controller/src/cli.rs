@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use outliers_protocol::{Ablate, ByteSize, Dataset, Measurement, SCHEMA, SiteKinds, Thresholds, Weights, whole};
+use outliers_protocol::{Ablate, ByteSize, Dataset, Export, Measurement, SCHEMA, SiteKinds, Thresholds, Weights, whole};
 use serde::Deserialize;
 
 use crate::settings::Span;
@@ -325,8 +325,12 @@ pub struct JobArgs {
     pub sites: Vec<SiteKinds>,
     /// What to measure beside, from the same pass, separated by commas: quantization-error (what
     /// outliers cost in 8 and 4 bits), residual-sinks, spike-life, attention-sinks.
-    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = MEASURE)]
     pub measure: Vec<Measurement>,
+    /// What to write for other programs, from the same pass, separated by commas: imatrix (llama.cpp's importance matrix),
+    /// act-scales (SmoothQuant's scales; FP8 and NVFP4 input scales), reap (saliency of experts). Not with --ablate.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = OUTPUT)]
+    pub export: Vec<Export>,
     /// Also write every studied activation to this file among the results. Large: tokens x hidden x sites x 4 bytes.
     #[arg(long, value_name = "FILE.safetensors", help_heading = OUTPUT)]
     pub save_activations: Option<String>,

@@ -36,6 +36,7 @@ pub fn planned(job: &JobSpec, inspection: &Inspection) -> Vec<FileBytes> {
         files::METADATA => 4.0 * (BASE + length(job) + length(inspection)) + ITEM * figures.tokens,
         files::STATISTICS => figures.statistics(),
         name if job.trace.as_deref() == Some(name) => figures.trace(),
+        name if exports(job).any(|export| export == name) => exported(inspection, name),
         _ => figures.activations(),
     };
     // What is larger than any number is as large as the largest.
@@ -54,7 +55,18 @@ pub fn bytes(files: &[FileBytes]) -> Bytes {
 
 fn names(job: &JobSpec) -> impl Iterator<Item = &str> {
     let asked_for = [&job.save_activations, &job.trace].into_iter().filter_map(|name| name.as_deref());
-    [files::JOB, files::RESULTS, files::METADATA, files::STATISTICS].into_iter().chain(asked_for)
+    [files::JOB, files::RESULTS, files::METADATA, files::STATISTICS].into_iter().chain(asked_for).chain(exports(job))
+}
+
+/// Files for other programs.
+fn exports(job: &JobSpec) -> impl Iterator<Item = &str> {
+    job.export.iter().flat_map(|export| export.files()).copied()
+}
+
+/// By the plan, which knows every matrix.
+fn exported(inspection: &Inspection, name: &str) -> f64 {
+    let planned = inspection.plan.exports.iter().find(|file| file.name == name);
+    planned.map_or(UNKNOWN, |file| file.bytes) as f64
 }
 
 /// Of a document as it is written.
@@ -130,7 +142,7 @@ impl Figures {
 
 #[cfg(test)]
 mod tests {
-    use outliers_protocol::{Measurement, ModelSource};
+    use outliers_protocol::{Export, Measurement, ModelSource};
     use serde_json::json;
 
     use super::*;
@@ -169,6 +181,12 @@ mod tests {
         let files = planned(&all, &inspection());
         assert_eq!(names(&files)[4..], ["a", "t"]);
         assert_eq!(names(&unplanned(&all)), names(&files));
+        let exports = JobSpec { export: Export::ALL.into(), ..job() };
+        let mut inspection = inspection();
+        inspection.plan.exports = vec![FileBytes { name: files::IMATRIX.into(), bytes: 1234 }];
+        let exported = planned(&exports, &inspection);
+        assert_eq!(names(&exported)[4..], [files::IMATRIX, files::ACT_SCALES, files::INPUT_SCALES, files::REAP]);
+        assert_eq!(exported[4].bytes, 1234, "the plan knows");
         let most = |name: &str| files.iter().find(|file| file.name == name).unwrap().bytes;
         // The numbers themselves, without headers.
         assert!(most(files::STATISTICS) >= 64 * (4 * 60 + 8 * 24) + 2 * 4 * 52);

@@ -22,7 +22,7 @@ use crate::inspect::{self, PlannedRun};
 use crate::model::Model;
 use crate::product::Arithmetic;
 use crate::stats::study;
-use crate::{arch, bench, corpus, demo, fused, gpu, run};
+use crate::{arch, bench, corpus, demo, export, fused, gpu, run};
 
 /// Longest file that holds a token, bytes.
 const MOST_TOKEN: u64 = 64 << 10;
@@ -143,6 +143,7 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
     let devices = device::open(&job.devices)?;
     let checkpoint = run::metadata(&job, hub)?;
     let model = Model::open(&checkpoint.config, &*checkpoint.weights, job.layers)?;
+    export::check(&job, model.family.architecture)?;
     let (vocab, longest) = (model.spec.vocab, model.spec.longest());
     let (sequences, tokens) = if check_text {
         let text = corpus::load(&job.corpus, Some(&checkpoint.folder), vocab, longest, hub)?;
@@ -167,7 +168,7 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
         compute,
         micro_batch_tokens,
         group_elements,
-        measured: study::measured_bytes(&job, &model.spec, sequences),
+        measured: study::measured_bytes(&job, &model.spec, sequences) + export::memory(&job, &model.spec),
         // A plan that names no devices is for GPUs.
         arithmetic: if job.devices.is_empty() { Arithmetic::default() } else { Arithmetic::of(&devices, compute) },
         with_head: job.layers.is_none(),

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outliers_protocol::{
-    Ablate, BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, JobSpec, Measurement, ModelSource, Packing,
+    Ablate, BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, Export, JobSpec, Measurement, ModelSource, Packing,
     Precision, SiteKinds, Thresholds, Weights, whole,
 };
 
@@ -245,6 +245,10 @@ pub struct JobArgs {
     /// spike-life, attention-sinks.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub measure: Vec<Measurement>,
+    /// What to write for other programs, separated by commas: imatrix (llama.cpp), act-scales (SmoothQuant; FP8 and NVFP4
+    /// input scales), reap (saliency of experts).
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub export: Vec<Export>,
     /// Also write every studied activation to this file in the output folder. Large.
     #[arg(long, value_name = "FILE.safetensors")]
     pub save_activations: Option<String>,
@@ -345,6 +349,7 @@ impl JobArgs {
         job.thresholds.magnitude = self.threshold;
         job.sites = self.sites.into_iter().flat_map(|SiteKinds(kinds)| kinds).collect();
         job.measure = self.measure.into_iter().collect();
+        job.export = self.export.into_iter().collect();
         job.save_activations = self.save_activations;
         job.trace = self.trace;
         let ablation = |ablate: Ablate| ablate.ablation(self.ablate_seed, |file| read_text(file, MAX_JSON_BYTES));

@@ -11,6 +11,7 @@ use crate::attention::{QUERY_BLOCK, SCORE_VALUES};
 use crate::decoder::{
     DecoderSpec, FfnSpec, GateUp, LayerSpec, Longest, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, Unit,
 };
+use crate::export;
 use crate::hub::held_for_hashes;
 use crate::model::Model;
 use crate::product::Arithmetic;
@@ -195,6 +196,7 @@ fn plan(model: &Model<'_>, run: PlannedRun, job: &JobSpec, files: &[FileBytes]) 
         hash_memory_bytes: if streams && disk_bytes == 0 { held() } else { 0 },
         disk_bytes,
         bytes_to_read: model.stored_dtypes().values().sum(),
+        exports: export::planned(job, spec),
     }
 }
 

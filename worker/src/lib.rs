@@ -19,6 +19,7 @@ pub mod demo;
 pub mod device;
 pub mod dtype;
 pub mod error;
+pub mod export;
 pub mod ffn;
 pub mod files;
 pub mod fused;

@@ -17,6 +17,7 @@ use crate::budget::{self, StreamBudget};
 use crate::corpus::{self, Tokens};
 use crate::device::{self, Machine, Placement};
 use crate::error::{Result, WorkerError};
+use crate::export::{self, Exports};
 use crate::gpu;
 use crate::hub::{FetchProgress, Hub};
 use crate::inspect::{self, PlannedRun};
@@ -49,6 +50,7 @@ pub fn run(job: &JobSpec, output: &Path, hub: &Hub, save_every: Duration, talk: 
             SavePoints::remove(&folder.file(files::SAVE_POINT))?;
             let mut names = vec![files::JOB, files::RESULTS, files::METADATA, files::STATISTICS];
             names.extend(asked_for(job).map(|(_, name)| name));
+            names.extend(job.export.iter().flat_map(|export| export.files()));
             folder.finish(Outcome::Complete, &names)
         }
         Err(error) => folder.finish(Outcome::Failed(error.clone().into()), &[files::JOB]),
@@ -142,6 +144,7 @@ impl Run<'_> {
         progress.phase(Phase::Checking);
         let source = &*checkpoint.weights;
         let model = Model::open(&checkpoint.config, source, job.layers)?;
+        export::check(job, model.family.architecture)?;
         for ignored in &model.ignored {
             progress
                 .say(format!("{} tensors left unread: {} ({}, ...)", ignored.tensors, ignored.why, ignored.example));
@@ -165,7 +168,7 @@ impl Run<'_> {
             compute,
             micro_batch_tokens: job.micro_batch_tokens,
             group_elements,
-            measured: study::measured_bytes(job, &model.spec, tokens.sequences),
+            measured: study::measured_bytes(job, &model.spec, tokens.sequences) + export::memory(job, &model.spec),
             arithmetic: Arithmetic::of(&devices, compute),
             with_head: job.layers.is_none(),
             devices: sharing,
@@ -215,6 +218,11 @@ impl Run<'_> {
             results.ablation = arms.report(model.spec.layers.len(), predicted, &watch.sharpness);
         }
         folder.write_json(files::RESULTS, &results)?;
+        if let Some(exports) = &watch.exports {
+            let passed = export::Passed { model: &model, tokens: &tokens, study, results: &results };
+            let warnings = exports.write(&passed, |name| folder.file(name))?;
+            warnings.into_iter().for_each(|warning| progress.warn(warning));
+        }
         let machine = device::machine();
         let metadata = Metadata {
             schema: SCHEMA,
@@ -246,7 +254,7 @@ impl Run<'_> {
         let dump = |name: &String| ActivationDump::create(&folder.file(name), spec, &scope, tokens, pass.with_head);
         let dump = job.save_activations.as_ref().map(dump).transpose()?;
         let study = Study::new(scope, job.thresholds.magnitude);
-        let mut watch = Watch { study, dump, sharpness: Sharpness::new() };
+        let mut watch = Watch { study, dump, sharpness: Sharpness::new(), exports: Exports::new(job) };
         let passed = pass.run(&mut watch, save)?;
         if let Some(name) = &job.trace {
             trace::write(&folder.file(name), &pass.meter.spans(), pass.devices)?;

@@ -17,7 +17,7 @@ use crate::error::{IoContext, Result, WorkerError};
 use crate::files::{open_regular, part_path, put_in_place};
 
 /// Version of the file; another is not read.
-const SCHEMA: u32 = 6;
+const SCHEMA: u32 = 7;
 /// Longest first line of a file of ours, bytes.
 const MAX_HEADER: u64 = 1 << 20;
 

@@ -1,15 +1,20 @@
-//! What a run watches while its model passes: the statistics, and every activation if they are to be saved.
+//! What a run watches while its model passes: the statistics, what is written for other programs,
+//! and every activation if they are to be saved.
+
+use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
 use crate::ablation::Sharpness;
 use crate::attention::{FirstKey, TopShares};
 use crate::error::{Result, WorkerError};
+use crate::export::{Exports, Layer};
 use crate::ffn::{ExpertRows, Routing};
 use crate::output::ActivationDump;
 use crate::stats::{LayerObserver, Observer, Site, Study};
+use crate::taps::Taps;
 
-/// Both, of the whole pass or of one layer.
+/// All of it, of the whole pass or of one layer.
 pub struct Watch {
     /// The statistics.
     pub study: Study,
@@ -17,6 +22,8 @@ pub struct Watch {
     pub dump: Option<ActivationDump>,
     /// How sharp attention is in each arm of an ablation.
     pub sharpness: Sharpness,
+    /// What is written for other programs, if anything is.
+    pub exports: Option<Exports>,
 }
 
 impl LayerObserver for Watch {
@@ -39,7 +46,12 @@ impl LayerObserver for Watch {
     }
 
     fn expert(&mut self, layer: usize, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
+        self.exports.as_mut().map_or(Ok(()), |exports| exports.expert(expert, rows))?;
         self.study.expert(layer, expert, first_token, rows)
+    }
+
+    fn taps(&self) -> Option<Taps> {
+        self.exports.as_ref()?.taps()
     }
 
     fn attention(&mut self, layer: usize, arms: &[TopShares]) -> Result<()> {
@@ -58,6 +70,7 @@ impl LayerObserver for Watch {
 
     fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
         self.study.routing(layer, first_token, routing)?;
+        self.exports.iter_mut().for_each(|exports| exports.routing(routing));
         self.dump.as_mut().map_or(Ok(()), |dump| dump.routing(layer, first_token, routing))
     }
 }
@@ -67,25 +80,32 @@ impl Observer for Watch {
 
     fn layer(&self, layer: usize) -> Self {
         let dump = self.dump.as_ref().map(|dump| dump.layer(layer));
-        Self { study: self.study.layer(layer), dump, sharpness: Sharpness::new() }
+        let exports = self.exports.as_ref().map(|exports| exports.layer(layer));
+        Self { study: self.study.layer(layer), dump, sharpness: Sharpness::new(), exports }
     }
 
     fn join(&mut self, seen: Self) {
         self.study.join(seen.study);
         self.sharpness.extend(seen.sharpness);
+        if let (Some(exports), Some(seen)) = (&mut self.exports, seen.exports) {
+            exports.join(seen);
+        }
     }
 
     fn state(&self) -> Result<Vec<u8>> {
-        let state = (self.study.state()?, &self.sharpness);
+        let state = (self.study.state()?, &self.sharpness, self.exports.as_ref().map(Exports::layers));
         postcard::to_stdvec(&state)
             .map_err(|error| WorkerError::internal(format!("a state that cannot be saved: {error}")))
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<()> {
         let read = postcard::from_bytes(state);
-        let (study, sharpness): (Vec<u8>, Sharpness) =
+        let (study, sharpness, layers): (Vec<u8>, Sharpness, Option<BTreeMap<usize, Layer>>) =
             read.map_err(|error| WorkerError::internal(format!("a saved state that cannot be read: {error}")))?;
         self.sharpness = sharpness;
+        if let (Some(exports), Some(layers)) = (&mut self.exports, layers) {
+            exports.restore(layers);
+        }
         self.study.restore(&study)
     }
 

@@ -10,11 +10,14 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use candle_core::{DType, Tensor};
-use outliers_protocol::{Ablation, CorpusSource, CorpusSpec, JobSpec, Measurement, ModelSource, Point, SiteKind};
+use outliers_protocol::{
+    Ablation, CorpusSource, CorpusSpec, Export, JobSpec, Measurement, ModelSource, Point, SiteKind,
+};
 use outliers_worker::ablation::{Arms, Sharpness};
 use outliers_worker::corpus::{self, Tokens};
 use outliers_worker::device;
 use outliers_worker::error::{Result, WorkerError};
+use outliers_worker::export::{self, Exports};
 use outliers_worker::ffn::{ExpertRows, Routing};
 use outliers_worker::hub::{Hub, HubOptions};
 use outliers_worker::meter::{Meter, Span, Thread, Work};
@@ -58,8 +61,8 @@ impl Fixture {
     fn open(name: &str) -> Self {
         let model = golden(name).join("model");
         let path = model.to_str().unwrap().to_owned();
-        let (sites, measure) = (SiteKind::ALL.into(), Measurement::ALL.into());
-        let job = JobSpec { sites, measure, ..JobSpec::new(ModelSource::Folder { path }) };
+        let (sites, measure, export) = (SiteKind::ALL.into(), Measurement::ALL.into(), Export::ALL.into());
+        let job = JobSpec { sites, measure, export, ..JobSpec::new(ModelSource::Folder { path }) };
         let ids = golden(name).join("golden.safetensors");
         let source = CorpusSource::TokenIds(ids.to_str().unwrap().to_owned());
         let hub = Hub::new(HubOptions::new("/nowhere")).unwrap();
@@ -114,11 +117,16 @@ impl Fixture {
 
     /// Everything that was measured, bit by bit.
     fn measured(&self, how: How, source: &dyn WeightSource, save: Option<&mut SavePoints>) -> Result<Measured> {
-        let watch = |_: &Model<'_>, study| Watch { study, dump: None, sharpness: Sharpness::new() };
-        let (Watch { study, sharpness, .. }, predicted) = self.pass(how, source, &Meter::default(), watch, save)?;
+        let watch = |_: &Model<'_>, study| {
+            let exports = Exports::new(&self.job);
+            Watch { study, dump: None, sharpness: Sharpness::new(), exports }
+        };
+        let (watch, predicted) = self.pass(how, source, &Meter::default(), watch, save)?;
+        let Watch { study, sharpness, exports, .. } = watch;
         let bits =
             |arm: &Predicted| (arm.nll.iter().map(|value| value.to_bits()).collect(), arm.top_probability.to_bits());
-        Ok(Measured { study: study.state()?, sharpness, predicted: predicted.iter().map(bits).collect() })
+        let exported = exports.expect("asked for").layers().clone();
+        Ok(Measured { study: study.state()?, sharpness, exported, predicted: predicted.iter().map(bits).collect() })
     }
 }
 
@@ -126,6 +134,7 @@ impl Fixture {
 struct Measured {
     study: Vec<u8>,
     sharpness: Sharpness,
+    exported: BTreeMap<usize, export::Layer>,
     /// Of each arm.
     predicted: Vec<(Vec<u32>, u64)>,
 }

@@ -58,6 +58,7 @@ pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Pat
     job.layers = args.layers;
     job.sites.extend(args.sites.iter().flat_map(|SiteKinds(kinds)| kinds));
     job.measure.extend(&args.measure);
+    job.export.extend(&args.export);
     job.save_activations.clone_from(&args.save_activations);
     job.trace.clone_from(&args.trace);
     job.ablation = args.ablate.as_ref().map(|ablate| ablation(ablate, args.ablate_seed, here)).transpose()?;
@@ -72,6 +73,9 @@ fn check(job: &JobSpec) -> Result<(), Complaint> {
         |name: &str| Err(Complaint::refused(format!("--{name} must be at least 1"), "leave it out for the default"));
     if job.stream_budget_bytes == Some(0) {
         return zero("stream-budget");
+    }
+    if !job.export.is_empty() && job.ablation.is_some() {
+        return Err(Complaint::refused("--export and --ablate do not go together", "make two runs of it"));
     }
     match (job.corpus.num_sequences, job.corpus.sequence_length, job.layers, job.micro_batch_tokens) {
         (Some(0), ..) => zero("num-sequences"),
@@ -292,6 +296,18 @@ mod tests {
             assert_eq!(with(wrong).unwrap_err().status.number(), 2, "{wrong}");
         }
         assert!("".parse::<Ablate>().is_err() && "1,,2".parse::<Ablate>().is_err());
+    }
+
+    #[test]
+    fn an_ablation_exports_nothing() {
+        let with = |ablate: Option<&str>| {
+            let ablate = ablate.map(|text| text.parse().unwrap());
+            let args = JobArgs { ablate, export: vec!["reap".parse().unwrap()], ..JobArgs::default() };
+            made("a/b", &args, Path::new("/"))
+        };
+        assert_eq!(with(None).unwrap().export.len(), 1);
+        let refused = with(Some("7")).unwrap_err();
+        assert_eq!(refused.status.number(), 2);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use outliers_protocol::{FeaturePeak, Inspection, Reading, Results, Sided, WeightVerification};
+use outliers_protocol::{FeaturePeak, FileBytes, Inspection, Reading, Results, Sided, WeightVerification};
 
 use super::beyond::beyond;
 pub use super::table::{Cell, facts, id, name, number, table, text};
@@ -176,6 +176,10 @@ pub fn needs(inspection: &Inspection) -> String {
     let mut table = table(&["a run needs", "so much"]);
     for (name, value) in rows {
         table.add_row([Cell::new(name), Cell::new(value)]);
+    }
+    for FileBytes { name, bytes } in &plan.exports {
+        let name = format!("{}, at most", clean(name.as_bytes(), 200));
+        table.add_row([Cell::new(name), Cell::new(Bytes(*bytes).to_string())]);
     }
     let note = |note: &String| format!("note: {}\n", clean(note.as_bytes(), 2000));
     let notes: String = inspection.checkpoint_notes.iter().map(note).collect();

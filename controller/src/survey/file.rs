@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use outliers_protocol::{Measurement, SiteKinds};
+use outliers_protocol::{Export, Measurement, SiteKinds};
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -105,6 +105,8 @@ struct File {
     sites: Vec<Spanned<String>>,
     #[serde(default)]
     measure: Vec<Spanned<String>>,
+    #[serde(default)]
+    export: Vec<Spanned<String>>,
     #[serde(alias = "max_parallel")]
     max_parallel: Option<Spanned<usize>>,
     budget: Option<Positive>,
@@ -206,6 +208,11 @@ impl File {
             let known = name.get_ref().parse::<Measurement>();
             measure.push(known.map_err(|why| wrong(name, format!("measure = [\"{}\"]: {why}", name.get_ref())))?);
         }
+        let mut export = Vec::new();
+        for name in &self.export {
+            let known = name.get_ref().parse::<Export>();
+            export.push(known.map_err(|why| wrong(name, format!("export = [\"{}\"]: {why}", name.get_ref())))?);
+        }
         let dataset = self
             .dataset
             .as_ref()
@@ -247,6 +254,7 @@ impl File {
                 micro_batch_tokens: self.micro_batch_tokens,
                 sites,
                 measure,
+                export,
                 ..JobArgs::default()
             },
             models,
@@ -431,6 +439,7 @@ mod tests {
             ("name = 's'\nbudget = nan\nmodels = ['a/b']", Some(2), "budget"),
             ("name = 's'\ndataset = 'texts'\nmodels = ['a/b']", Some(2), "dataset"),
             ("name = 's'\nmeasure = ['sinks']\nmodels = ['a/b']", Some(2), "residual-sinks"),
+            ("name = 's'\nexport = ['imatrices']\nmodels = ['a/b']", Some(2), "act-scales"),
             ("name = 's'\nsites = ['experts']\nmodels = ['a/b']", Some(2), "experts"),
             ("name = 's'\nmax_duration = '5 parsecs'\nmodels = ['a/b']", Some(2), "parsecs"),
             ("= 3", Some(1), ""),

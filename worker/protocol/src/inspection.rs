@@ -140,6 +140,9 @@ pub struct PlanFigures {
     pub disk_bytes: u64,
     /// Weight bytes the run reads.
     pub bytes_to_read: u64,
+    /// The files that are written for other programs, each with the most bytes that it can have.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exports: Vec<FileBytes>,
 }
 
 /// Output of `outliers-worker version --json`.

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Ablation, Measurement, Point, SCHEMA};
+use crate::{Ablation, Export, Measurement, Point, SCHEMA};
 
 /// Name of the English text that ships with the worker.
 pub const BUILTIN_CORPUS: &str = "shakespeare";
@@ -48,6 +48,9 @@ pub struct JobSpec {
     /// What is measured beside, from the same values.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub measure: BTreeSet<Measurement>,
+    /// What is written for other programs, from the same pass.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub export: BTreeSet<Export>,
     /// File name inside the output folder for every studied activation, as safetensors. Large: tokens x hidden x sites x 4 bytes.
     /// Outputs of single experts are never saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -157,6 +160,7 @@ impl JobSpec {
             thresholds: Thresholds::default(),
             sites: norms_alone(),
             measure: BTreeSet::new(),
+            export: BTreeSet::new(),
             save_activations: None,
             trace: None,
             ablation: None,
@@ -165,10 +169,11 @@ impl JobSpec {
         }
     }
 
-    /// What is studied: what was asked for, and what the measurements need.
+    /// What is studied: what was asked for, and what measurements and exports need.
     pub fn kinds(&self) -> BTreeSet<SiteKind> {
-        let needed = self.measure.iter().flat_map(|measurement| measurement.needs());
-        self.sites.iter().chain(needed).copied().collect()
+        let measured = self.measure.iter().flat_map(|measurement| measurement.needs());
+        let exported = self.export.iter().flat_map(|export| export.needs());
+        self.sites.iter().chain(measured).chain(exported).copied().collect()
     }
 
     /// Whether values at this point of a layer are studied.

@@ -16,6 +16,7 @@
 mod ablation;
 mod beyond;
 mod corpus_format;
+mod export;
 mod index_set;
 mod inspection;
 mod job;
@@ -33,6 +34,7 @@ pub use beyond::{
     TOP_RECORDS, TopRecords,
 };
 pub use corpus_format::{CorpusCompression, CorpusContent, CorpusFormat};
+pub use export::Export;
 pub use index_set::IndexSet;
 pub use inspection::{
     FileBytes, IgnoredTensors, Inspection, LayerInspection, PlanFigures, SiteInspection, VersionInfo,
@@ -76,6 +78,15 @@ pub mod files {
     pub const METADATA: &str = "metadata.json";
     /// Per (site, feature) and per (sequence, feature) arrays, safetensors.
     pub const STATISTICS: &str = "statistics.safetensors";
+    /// Sums over the inputs of every matrix, GGUF as llama.cpp's importance matrices
+    /// ([`crate::Export::Imatrix`]).
+    pub const IMATRIX: &str = "imatrix.gguf";
+    /// Largest |x| of every input of every matrix, safetensors ([`crate::Export::ActScales`]).
+    pub const ACT_SCALES: &str = "act_scales.safetensors";
+    /// Input scales per matrix, JSON ([`crate::Export::ActScales`]).
+    pub const INPUT_SCALES: &str = "input_scales.json";
+    /// Saliency of every expert, JSON ([`crate::Export::Reap`]).
+    pub const REAP: &str = "reap.json";
     /// Where a pass can go on after its process died; gone when the run is complete. Never brought home.
     pub const SAVE_POINT: &str = "savepoint";
     /// The [`crate::Manifest`].

@@ -1,0 +1,74 @@
+//! What a run writes for other programs to read, where a job asks for it (`--export`).
+
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{SiteKind, files};
+
+/// What is written for other programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Export {
+    /// llama.cpp's importance matrix: sums of x^2 and x over the inputs of every matrix.
+    Imatrix,
+    /// Largest |x| of every input of every matrix (SmoothQuant), and input scales of FP8 and NVFP4.
+    ActScales,
+    /// Saliency of every routed expert (REAP, arXiv 2510.13999), beside super experts.
+    Reap,
+}
+
+impl Export {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Imatrix, Self::ActScales, Self::Reap];
+
+    /// Names of its files among the results.
+    pub fn files(self) -> &'static [&'static str] {
+        match self {
+            Self::Imatrix => &[files::IMATRIX],
+            Self::ActScales => &[files::ACT_SCALES, files::INPUT_SCALES],
+            Self::Reap => &[files::REAP],
+        }
+    }
+
+    /// Kinds of sites that are studied for it, asked for or not.
+    pub fn needs(self) -> &'static [SiteKind] {
+        match self {
+            Self::Imatrix | Self::ActScales => &[],
+            Self::Reap => &[SiteKind::ExpertOut],
+        }
+    }
+}
+
+impl FromStr for Export {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Ok(match text {
+            "imatrix" => Self::Imatrix,
+            "act-scales" => Self::ActScales,
+            "reap" => Self::Reap,
+            _ => return Err("there are imatrix, act-scales, reap".to_owned()),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_export_has_a_name_that_is_read_and_files_of_its_own() {
+        let mut names = Vec::new();
+        for export in Export::ALL {
+            let name = serde_json::to_string(&export).unwrap();
+            assert_eq!(name.trim_matches('"').replace('_', "-").parse::<Export>(), Ok(export));
+            names.extend(export.files());
+        }
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), 4);
+        let said = "imatrices".parse::<Export>().unwrap_err();
+        assert!(said.contains("imatrix, act-scales, reap"), "{said}");
+    }
+}
