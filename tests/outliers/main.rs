@@ -9,6 +9,7 @@ mod datasets;
 mod deploy;
 mod docs;
 mod endings;
+mod exports;
 mod host;
 mod hub;
 mod inputs;

@@ -257,10 +257,11 @@ fn dealing_layers_to_several_devices_changes_no_bit() {
     }
 }
 
-/// Runs with everything studied and a save point after every layer, into a folder that may hold an earlier attempt's.
+/// Runs with everything studied, with exports and a save point after every layer, into a folder that
+/// may hold an earlier attempt's.
 fn saved_run(model: &Path, ids: &Path, output: &Path) -> Command {
     let mut command = Command::new(worker());
-    command.args(["run", "--sites", "all", "--precision", "f32", "--save-every", "0"]);
+    command.args(["run", "--sites", "all", "--precision", "f32", "--save-every", "0", "--export", "act-scales,reap"]);
     command.args(["--measure", "quantization-error,residual-sinks,spike-life,attention-sinks", "--model"]).arg(model);
     command.arg("--token-ids").arg(ids).arg("--output").arg(output).stderr(Stdio::null()).stdout(Stdio::null());
     command
@@ -292,7 +293,7 @@ fn a_resumed_run_equals_an_uninterrupted_one_in_every_family() {
         let whole = tempfile::tempdir().unwrap();
         assert!(saved_run(model.path(), &ids_of(&name), whole.path()).status().unwrap().success());
         assert_eq!(document::<Metadata>(whole.path(), files::METADATA).resumed_at_layer, None);
-        for file in [files::RESULTS, files::STATISTICS] {
+        for file in [files::RESULTS, files::STATISTICS, files::ACT_SCALES, files::INPUT_SCALES, files::REAP] {
             let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
             assert!(read(output.path()) == read(whole.path()), "{name}: {file} differs");
         }

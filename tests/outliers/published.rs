@@ -6,9 +6,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
-use outliers_protocol::{FailureKind, FileBytes};
+use outliers_protocol::{Export, FailureKind, FileBytes, JobSpec, ModelSource, files};
 use outliers_worker::budget::StreamBudget;
 use outliers_worker::error::Result;
+use outliers_worker::export;
 use outliers_worker::inspect::{PlannedRun, active_parameters, resident_memory, streamed_memory};
 use outliers_worker::model::Model;
 use outliers_worker::product::Arithmetic;
@@ -336,6 +337,28 @@ fn settings_that_cannot_be_computed_are_refused_by_name() {
     assert_refused("MiniMax-M2", linear, unsupported, &["attn_type_list"]);
     let gelu = set("/hidden_act", json!("gelu"));
     assert_refused("GLM-4.5-Air", gelu, unsupported, &["hidden_act", "gelu"]);
+}
+
+/// Sums of x^2 and of x for every column of every matrix, those of experts apart.
+#[test]
+fn exports_of_large_models_are_as_large_as_their_matrices_are_wide() {
+    let hub = ModelSource::Hub { id: "a/b".into(), revision: "main".into() };
+    let job = JobSpec { export: Export::ALL.into(), ..JobSpec::new(hub) };
+    for (name, columns) in [
+        // Gate, up and down of each expert; attention's four and the router.
+        ("Qwen3-30B-A3B", 48 * (128 * (2 * 2048 + 768) + 4 * 2048 + 4096)),
+        // Those of 384 experts in 60 layers; all else is little beside them.
+        ("Kimi-K2-Instruct", 60 * 384 * (2 * 7168 + 2048)),
+    ] {
+        let published = Published::read(name);
+        let source = published.source();
+        let model = Model::open(&published.config, &source, None).unwrap();
+        let planned = export::planned(&job, &model.spec);
+        let bytes = |file: &str| planned.iter().find(|planned| planned.name == file).unwrap().bytes as f64;
+        let (sums, largest) = (8.0 * columns as f64, 4.0 * columns as f64);
+        assert!((sums..1.1 * sums).contains(&bytes(files::IMATRIX)), "{name}: {planned:?}");
+        assert!((largest..1.1 * largest).contains(&bytes(files::ACT_SCALES)), "{name}: {planned:?}");
+    }
 }
 
 /// The table of twelve models in `docs/benchmarks.md` is what planning gives.
