@@ -361,6 +361,8 @@ fn inspect_arguments(job: &JobSpec, check: Check) -> Vec<String> {
     option("precision", Some(precision.to_owned()));
     let features = |ablation: &Ablation| ablation.features.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
     option("ablate", job.ablation.as_ref().map(features));
+    let exports: Vec<&str> = job.export.iter().map(|export| export.name()).collect();
+    option("export", Some(exports.join(",")).filter(|list| !list.is_empty()));
     option("layers", job.layers.map(|n| n.to_string()));
     option("micro-batch-tokens", Some(job.micro_batch_tokens.to_string()));
     if check != Check::Model {
@@ -438,6 +440,8 @@ pub fn corpus_files(job: &JobSpec) -> Vec<&str> {
 mod tests {
     use std::os::unix::fs::PermissionsExt;
     use std::sync::Mutex;
+
+    use outliers_protocol::Export;
 
     use super::*;
 
@@ -574,11 +578,13 @@ mod tests {
         job.corpus.source = CorpusSource::Files(vec!["/a b".into(), "/c".into()]);
         job.devices = vec!["cpu:2".into()];
         job.layers = Some(1);
+        job.export = Export::ALL.into();
         let words = |check| inspect_arguments(&job, check);
         let all = words(Check::TextAndDevices);
         let expected =
             ["--model=a/b", "--revision=r", "--num-sequences=3", "--devices=cpu:2", "--layers=1", "--check-text"];
-        for expected in expected.into_iter().chain(["--corpus=/a b", "--corpus=/c", "--separate-documents"]) {
+        let expected = expected.into_iter().chain(["--corpus=/a b", "--corpus=/c", "--separate-documents"]);
+        for expected in expected.chain(["--export=imatrix,act-scales,reap"]) {
             assert!(all.iter().any(|word| word == expected), "{expected} in {all:?}");
         }
         assert!(!words(Check::Text).join(" ").contains("devices"));

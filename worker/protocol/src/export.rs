@@ -22,6 +22,15 @@ impl Export {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Imatrix, Self::ActScales, Self::Reap];
 
+    /// As people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Imatrix => "imatrix",
+            Self::ActScales => "act-scales",
+            Self::Reap => "reap",
+        }
+    }
+
     /// Names of its files among the results.
     pub fn files(self) -> &'static [&'static str] {
         match self {
@@ -40,16 +49,13 @@ impl Export {
     }
 }
 
+/// By its [name](Export::name).
 impl FromStr for Export {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        Ok(match text {
-            "imatrix" => Self::Imatrix,
-            "act-scales" => Self::ActScales,
-            "reap" => Self::Reap,
-            _ => return Err("there are imatrix, act-scales, reap".to_owned()),
-        })
+        let known = Self::ALL.into_iter().find(|export| export.name() == text);
+        known.ok_or_else(|| format!("there are {}", Self::ALL.map(Self::name).join(", ")))
     }
 }
 
@@ -62,7 +68,8 @@ mod tests {
         let mut names = Vec::new();
         for export in Export::ALL {
             let name = serde_json::to_string(&export).unwrap();
-            assert_eq!(name.trim_matches('"').replace('_', "-").parse::<Export>(), Ok(export));
+            assert_eq!(name.trim_matches('"').replace('_', "-"), export.name());
+            assert_eq!(export.name().parse::<Export>(), Ok(export));
             names.extend(export.files());
         }
         names.sort_unstable();
