@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use outliers_protocol::{Ablate, ByteSize, Dataset, Export, Measurement, SCHEMA, SiteKinds, Thresholds, Weights, whole};
+use outliers_protocol::{
+    Ablate, ByteSize, Dataset, Export, Measurement, SCHEMA, SiteKinds, Thresholds, Weights, whole,
+};
 use serde::Deserialize;
 
 use crate::settings::Span;

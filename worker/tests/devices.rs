@@ -10,7 +10,9 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use candle_core::{DType, Tensor};
-use outliers_protocol::{Ablation, CorpusSource, CorpusSpec, Export, JobSpec, Measurement, ModelSource, Point, SiteKind};
+use outliers_protocol::{
+    Ablation, CorpusSource, CorpusSpec, Export, JobSpec, Measurement, ModelSource, Point, SiteKind,
+};
 use outliers_worker::ablation::{Arms, Sharpness};
 use outliers_worker::corpus::{self, Tokens};
 use outliers_worker::device;

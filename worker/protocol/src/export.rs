@@ -65,7 +65,7 @@ mod tests {
 
     #[test]
     fn every_export_has_a_name_that_is_read_and_files_of_its_own() {
-        let mut names = Vec::new();
+        let mut names: Vec<&str> = Vec::new();
         for export in Export::ALL {
             let name = serde_json::to_string(&export).unwrap();
             assert_eq!(name.trim_matches('"').replace('_', "-"), export.name());

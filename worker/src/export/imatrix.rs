@@ -66,9 +66,8 @@ impl Entry {
                 Columns::All => all.extend(seen),
                 Columns::OfHead { width } => all.extend(&seen[at * width..][..self.columns]),
                 Columns::Regrouped { heads, width } => {
-                    let group = |head: usize| {
-                        seen.chunks(heads * width).flat_map(move |group| &group[head * width..][..width])
-                    };
+                    let group =
+                        |head: usize| seen.chunks(heads * width).flat_map(move |group| &group[head * width..][..width]);
                     all.extend((0..heads).flat_map(group));
                 }
             }
