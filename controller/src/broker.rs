@@ -5,18 +5,21 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::gpu::{self, Form};
 use crate::http::Http;
+use crate::transport::Transport;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
 
 pub use crate::broker_error::{BrokerError, BrokerErrorKind};
 pub use crate::transport::SshEndpoint;
 
 pub mod local;
+pub mod slurm;
 mod wire;
 
 /// Declares the clouds' modules and lists them: a new cloud is its file and its line here.
@@ -75,6 +78,17 @@ pub trait Broker: Send + Sync {
         Ok(None)
     }
 
+    /// The way to an instance that is no SSH server of its own; `None`: the address in its state is one.
+    fn way(&self, _id: &InstanceId) -> Option<Way> {
+        None
+    }
+
+    /// When the cloud itself ends an instance, or has ended it, as it was last listed; Unix seconds by its clock. `None`: at its
+    /// lease's deadline.
+    fn ends_at(&self, _id: &InstanceId) -> Option<u64> {
+        None
+    }
+
     /// A POSIX shell script with which an instance ends itself, billing included, by a credential that can do nothing else;
     /// `None` where the cloud gives none.
     fn self_destruct(&self) -> Option<&'static str> {
@@ -109,6 +123,16 @@ pub struct Access {
     pub ssh_user: Option<String>,
     /// Where SSH servers listen, where the cloud does not say and the settings do.
     pub ssh_port: Option<u16>,
+}
+
+/// The way to an instance that is no SSH server of its own.
+pub struct Way {
+    /// Commands and files there. The far side is trusted as far as this way checks it: no host key is pinned.
+    pub transport: Arc<dyn Transport>,
+    /// Stands for the instance in messages.
+    pub name: String,
+    /// The arguments with which a person's `ssh` opens a shell there.
+    pub shell: Vec<String>,
 }
 
 /// What a cloud can do beyond renting.
@@ -425,6 +449,8 @@ impl Instance {
 pub enum InstanceState {
     /// Not reachable yet.
     Booting,
+    /// It waits for its turn, for this reason. That is no fault of it, and bills nothing.
+    Queued(String),
     /// The cloud gives an address. Whether it answers is for us to find out.
     Ready(SshEndpoint),
     /// It will not come up; it may still bill.

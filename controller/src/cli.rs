@@ -73,6 +73,30 @@ pub struct Global {
     /// Settings [default: ~/.config/outliers/outliers.toml].
     #[arg(long, global = true, value_name = "FILE", help_heading = ALL)]
     pub config: Option<PathBuf>,
+    /// With --broker slurm.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+}
+
+/// A cluster of one's own, beside what `[brokers.slurm]` of the settings says of it.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "With --broker slurm")]
+pub struct ClusterArgs {
+    /// The login node: user@name, or an alias of ~/.ssh/config.
+    #[arg(long, global = true, value_name = "HOST")]
+    pub host: Option<String>,
+    /// The only partition to use.
+    #[arg(long, global = true, value_name = "NAME")]
+    pub partition: Option<String>,
+    /// The account that is charged.
+    #[arg(long, global = true, value_name = "NAME")]
+    pub account: Option<String>,
+    /// The quality of service.
+    #[arg(long, global = true, value_name = "NAME")]
+    pub qos: Option<String>,
+    /// Features that a node must have.
+    #[arg(long, global = true, value_name = "LIST")]
+    pub constraint: Option<String>,
 }
 
 /// When to use colours.

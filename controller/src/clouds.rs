@@ -113,8 +113,10 @@ impl Cloud {
 pub struct Patience {
     /// One call to a broker; beyond it the call's outcome is unknown.
     pub call: Duration,
-    /// From the create call to an address.
+    /// From the create call, or the end of its waiting in a queue, to an address.
     pub boot: Duration,
+    /// In a queue, for clouds that have one; a lease lasts so much longer.
+    pub queue: Duration,
     /// From an address to an SSH session.
     pub ssh: Duration,
     /// From the login to the worker's start; what is uploaded at a usable rate adds to it.
@@ -138,6 +140,7 @@ impl Patience {
     pub const CLOUD: Self = Self {
         call: Duration::from_secs(120),
         boot: Duration::from_secs(20 * 60),
+        queue: Duration::ZERO,
         ssh: Duration::from_secs(10 * 60),
         ready: Duration::from_secs(5 * 60),
         settle: Duration::from_secs(10 * 60),
@@ -152,6 +155,7 @@ impl Patience {
     pub const LOCAL: Self = Self {
         call: Duration::from_secs(60),
         boot: Duration::from_secs(60),
+        queue: Duration::ZERO,
         ssh: Duration::from_secs(60),
         ready: Duration::from_secs(5 * 60),
         settle: Duration::from_secs(60),

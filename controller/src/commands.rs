@@ -8,6 +8,7 @@ use std::time::Duration;
 use outliers_protocol::PlanFigures;
 
 use crate::broker::local::{self, LocalBroker};
+use crate::broker::slurm::{self, Slurm};
 use crate::broker::{Access, GpuRequest, Offer, Tier};
 use crate::cli::{Cli, Command, WantArgs};
 use crate::clouds::{BadHosts, Cloud, Clouds, Patience};
@@ -21,6 +22,7 @@ use crate::report::{Complaint, ExitStatus, Reporter};
 use crate::run::{RunSpec, Trouble, TroubleKind};
 use crate::secret::Secret;
 use crate::settings::{CloudSettings, DefaultBroker, Environment, Settings, Span, known_brokers};
+use crate::transport::program::OpenSsh;
 use crate::units::{Bytes, UsdPerHour};
 
 pub mod analyze;
@@ -152,7 +154,7 @@ fn surroundings(
         }
         settings => settings?,
     };
-    Ok((settings, here, exe))
+    Ok((settings.on_cluster(&cli.global.cluster), here, exe))
 }
 
 impl Context {
@@ -213,12 +215,13 @@ impl Context {
         Ok(clouds?.into())
     }
 
-    /// Every cloud that can be asked: this machine, and those whose key is set.
+    /// Every cloud that can be asked: this machine, those whose key is set, and the cluster of the settings.
     ///
     /// # Errors
     /// A cloud's settings make no sense.
     pub fn all_clouds(&self) -> Result<Clouds, Complaint> {
-        let names = std::iter::once(local::NAME).chain(self.with_key().map(|cloud| cloud.kind.name));
+        let cluster = self.settings.slurm.as_ref().map(|_| slurm::NAME);
+        let names = std::iter::once(local::NAME).chain(self.with_key().map(|cloud| cloud.kind.name)).chain(cluster);
         let clouds: Result<Vec<Cloud>, Complaint> = names.map(|name| self.cloud(name)).collect();
         Ok(clouds?.into())
     }
@@ -235,6 +238,9 @@ impl Context {
         if name == local::NAME {
             let broker = LocalBroker::new(self.settings.state.join("local"), self.exe.clone());
             return Ok(Cloud { broker: Arc::new(broker), patience: Patience::LOCAL, is_local: true });
+        }
+        if name == slurm::NAME {
+            return self.cluster();
         }
         let Some(cloud) = self.settings.clouds.iter().find(|cloud| cloud.kind.name == name) else {
             let hint = format!("built in: {}", known_brokers());
@@ -254,6 +260,18 @@ impl Context {
         let broker = Arc::from((cloud.kind.connect)(access));
         let listing_interval = cloud.listing_interval.unwrap_or(Patience::CLOUD.listing_interval);
         Ok(Cloud { broker, patience: Patience { listing_interval, ..Patience::CLOUD }, is_local: false })
+    }
+
+    fn cluster(&self) -> Result<Cloud, Complaint> {
+        let Some(site) = &self.settings.slurm else {
+            let hint = "say --host me@login.cluster.edu, or set `host` in [brokers.slurm] of the settings";
+            return Err(Complaint::refused("slurm needs a login node", hint));
+        };
+        let ssh = OpenSsh::new(&site.host, site.ssh_config.as_deref(), &self.settings.state.join("slurm"));
+        let ssh = ssh.map_err(|error| Complaint::refused(error.message, "name a host, or another state folder"))?;
+        let (listing_interval, queue) = (site.listing_interval, site.queue);
+        let broker = Arc::new(Slurm::new(site.clone(), ssh, self.explain()));
+        Ok(Cloud { broker, patience: Patience { listing_interval, queue, ..Patience::CLOUD }, is_local: false })
     }
 
     fn explain(&self) -> Option<Explain> {

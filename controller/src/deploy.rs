@@ -284,6 +284,8 @@ impl<'a> Driver<'a> {
         };
         match step {
             Ok(()) => {}
+            // A job that was put back into its queue has got new time since.
+            Err(StepError::End(Ending::Deadline)) if self.ends_at().is_some() && self.has_time() => {}
             Err(StepError::End(ending)) => self.end(ending)?,
             Err(StepError::Vanished) if self.is_replaceable() => self.lost()?,
             Err(StepError::Vanished) => self.append(RunEvent::Vanished)?,
@@ -528,13 +530,21 @@ impl<'a> Driver<'a> {
 
     /// When the work has to stop, so that there is time left to bring the files home before the instance ends itself.
     fn time_is_up_at(&self) -> Option<Instant> {
-        let deadline = Duration::from_secs(self.run.state().rental()?.tag.deadline);
+        let lease = self.run.state().rental()?.tag.deadline;
+        let deadline = Duration::from_secs(self.ends_at().map_or(lease, |ends| ends.min(lease)));
         let whole = deadline.saturating_sub(Duration::from_millis(self.run.record().asked_at_ms()?));
+        // Time in a queue is none of the run's.
+        let whole = whole.min(Duration::from_secs(self.run.record().spec.max_duration_s));
         let reserve = (whole / 10).min(Duration::from_secs(300));
         let by_the_cloud = |now: u64| self.cloud().map_or(now, |cloud| cloud.time(now));
         let now_ms = self.run.now_ms();
         let now = Duration::from_secs(by_the_cloud(now_ms / 1000)) + Duration::from_millis(now_ms % 1000);
         Some(Instant::now() + deadline.saturating_sub(reserve).saturating_sub(now))
+    }
+
+    /// When the cloud itself ends the instance, where that is not at its lease's deadline.
+    fn ends_at(&self) -> Option<u64> {
+        self.cloud().ok()?.broker.ends_at(&self.run.state().rental()?.instance)
     }
 
     fn has_time(&self) -> bool {

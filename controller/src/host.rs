@@ -35,6 +35,7 @@ pub use fetch::{Fetched, unfinished};
 pub use follow::Cursor;
 pub use guard::Terms;
 pub use launch::{JobStatus, Launched};
+pub(crate) use probe::SCRIPT as PROBE;
 pub use probe::{GpuFacts, HostFacts};
 pub use push::{PushedFolder, RemoteWorker};
 pub use reach::reach;

@@ -11,13 +11,15 @@ use std::time::Duration;
 use outliers_protocol::{ByteSize, Thresholds};
 use serde::Deserialize;
 
-use crate::broker::{CLOUDS, CloudKind, local};
+use crate::broker::{CLOUDS, CloudKind, local, slurm};
+use crate::cli::ClusterArgs;
+use crate::clouds::Patience;
 use crate::files::{MOST, read_text};
 use crate::local_worker::Limits;
 use crate::run::Watch;
 use crate::secret::Secret;
 use crate::text::toml_error;
-use crate::units::{Bytes, Fraction, Positive};
+use crate::units::{Bytes, Fraction, Positive, UsdPerHour};
 
 pub use crate::units::Span;
 
@@ -45,6 +47,9 @@ pub mod variables {
     /// Base of both, where they are not set.
     pub const HOME: &str = "HOME";
 }
+
+/// How long a job may wait in a cluster's queue, and its results in its folder.
+const QUEUE: Duration = Duration::from_secs(7 * 86_400);
 
 /// The settings that are built in.
 const DEFAULTS: &str = include_str!("../../config/outliers.toml");
@@ -123,6 +128,8 @@ pub struct Settings {
     pub broker: DefaultBroker,
     /// Every cloud that is built in and not switched off, with its key where one is set.
     pub clouds: Vec<CloudSettings>,
+    /// The cluster behind a login node, where there is one.
+    pub slurm: Option<slurm::Site>,
     /// After this an instance has no right to exist.
     pub max_duration: Duration,
     /// What the guard on an instance waits for before that.
@@ -212,7 +219,52 @@ struct File {
     #[serde(default)]
     plan: PlanSection,
     #[serde(default)]
-    brokers: BTreeMap<String, BrokerSection>,
+    brokers: Brokers,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Brokers {
+    slurm: Option<SlurmSection>,
+    #[serde(flatten)]
+    clouds: BTreeMap<String, BrokerSection>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct SlurmSection {
+    host: Option<String>,
+    ssh_config: Option<PathBuf>,
+    partition: Option<String>,
+    account: Option<String>,
+    qos: Option<String>,
+    constraint: Option<String>,
+    scratch: Option<String>,
+    #[serde(default)]
+    sbatch: Vec<String>,
+    queue: Option<Span>,
+    price_per_gpu_hour: Option<Positive>,
+    gpu_memory: Option<SomeBytes>,
+    listing_interval: Option<Span>,
+}
+
+impl SlurmSection {
+    /// The cluster; its host is empty where none is named. `here` is what paths are seen from.
+    fn site(self, here: &Path) -> slurm::Site {
+        slurm::Site {
+            host: self.host.unwrap_or_default(),
+            ssh_config: self.ssh_config.map(|path| here.join(path)),
+            partition: self.partition,
+            account: self.account,
+            qos: self.qos,
+            constraint: self.constraint,
+            scratch: self.scratch,
+            sbatch: self.sbatch,
+            queue: self.queue.map_or(QUEUE, |span| span.0),
+            price_per_gpu_hour: UsdPerHour::from_dollars(self.price_per_gpu_hour.map_or(0.0, Positive::get)),
+            gpu_memory: self.gpu_memory.map(|size| Bytes(size.0.0)),
+            listing_interval: self.listing_interval.map_or(Patience::CLOUD.listing_interval, |span| span.0),
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -326,7 +378,8 @@ impl Settings {
 
     fn of(user: File, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
         let defaults = parse(DEFAULTS, Path::new("config/outliers.toml"))?;
-        let clouds = clouds(&user.brokers, environment)?;
+        let clouds = clouds(&user.brokers.clouds, environment)?;
+        let slurm = user.brokers.slurm.map(|section| section.site(here));
         let broker = match user.broker.or(defaults.broker).as_deref() {
             None | Some("auto") if clouds.iter().any(|cloud| cloud.key.is_some()) => DefaultBroker::Clouds,
             None | Some("auto") => DefaultBroker::Local,
@@ -357,6 +410,7 @@ impl Settings {
             },
             broker,
             clouds,
+            slurm,
             max_duration: span.ok_or_else(|| built_in("run.max-duration"))?.0,
             watch: Watch { lease_s: lease.0.as_secs(), unclaimed_s: unclaimed.0.as_secs() },
             spare_disk: size(spare, "run.spare-disk")?,
@@ -371,6 +425,22 @@ impl Settings {
             hf_token: hf_token(environment),
             hf_endpoint: environment.get(variables::HF_ENDPOINT).map(str::to_owned),
         })
+    }
+
+    /// With what was typed about the cluster; without one where no host is named.
+    #[must_use]
+    pub fn on_cluster(self, typed: &ClusterArgs) -> Self {
+        let bare = || typed.host.as_ref().map(|_| SlurmSection::default().site(&self.state));
+        let slurm = self.slurm.or_else(bare).map(|site| slurm::Site {
+            host: typed.host.clone().unwrap_or(site.host),
+            partition: typed.partition.clone().or(site.partition),
+            account: typed.account.clone().or(site.account),
+            qos: typed.qos.clone().or(site.qos),
+            constraint: typed.constraint.clone().or(site.constraint),
+            ..site
+        });
+        let slurm = slurm.filter(|site| !site.host.is_empty());
+        Self { slurm, ..self }
     }
 
     /// What each of so many workers that fetch from the hub at the same time is given.
@@ -508,7 +578,7 @@ pub enum SettingsError {
 /// The names of all clouds that are built in.
 pub fn known_brokers() -> String {
     let clouds = CLOUDS.iter().map(|kind| kind.name);
-    std::iter::once(local::NAME).chain(clouds).collect::<Vec<_>>().join(", ")
+    [local::NAME, slurm::NAME].into_iter().chain(clouds).collect::<Vec<_>>().join(", ")
 }
 
 impl SettingsError {

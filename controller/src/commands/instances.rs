@@ -45,8 +45,12 @@ pub(super) async fn command(context: &Context, command: InstancesCommand) -> Res
         InstancesCommand::Show { id, only } => show(context, &context.home(), &clouds(context, &only)?, &id).await,
         InstancesCommand::Ssh { id, run, only } => {
             let clouds = clouds(context, &only)?;
-            let (_, instance) = context.reporter.waiting(LISTS, find(&clouds, &id)).await?;
-            ssh(context, &context.ledger()?, &instance, run)
+            let (cloud, instance) = context.reporter.waiting(LISTS, find(&clouds, &id)).await?;
+            let arguments = match cloud.broker.way(&instance.id) {
+                Some(way) => way.shell,
+                None => ssh_arguments(&context.ledger()?, &instance)?,
+            };
+            ssh(context, &arguments, run)
         }
         InstancesCommand::Terminate(args) => terminate::command(context, &args).await,
     }
@@ -136,11 +140,10 @@ async fn show(context: &Context, home: &Home, clouds: &Clouds, id: &str) -> Resu
     Ok(ExitStatus::Done)
 }
 
-/// The command that opens a shell, with the run's key and the host key it showed first.
-fn ssh(context: &Context, ledger: &Ledger, instance: &Instance, run: bool) -> Result<ExitStatus, Complaint> {
-    let arguments = ssh_arguments(ledger, instance)?;
+/// The command that opens a shell.
+fn ssh(context: &Context, arguments: &[String], run: bool) -> Result<ExitStatus, Complaint> {
     if run {
-        let status = Command::new("ssh").args(&arguments).status();
+        let status = Command::new("ssh").args(arguments).status();
         let status = status.map_err(|error| Complaint::failed(format!("ssh cannot be run: {error}")))?;
         return Ok(if status.success() { ExitStatus::Done } else { ExitStatus::Failed });
     }
@@ -150,6 +153,7 @@ fn ssh(context: &Context, ledger: &Ledger, instance: &Instance, run: bool) -> Re
     Ok(ExitStatus::Done)
 }
 
+/// With the run's key and the host key it showed first.
 fn ssh_arguments(ledger: &Ledger, instance: &Instance) -> Result<Vec<String>, Complaint> {
     let InstanceState::Ready(endpoint) = &instance.state else {
         return Err(Complaint::failed(format!("instance {} has no address", instance.id)));

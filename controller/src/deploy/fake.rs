@@ -16,7 +16,7 @@ use super::Stop;
 use super::ports::{Host, HostError, HostTalk, Hosts, Listener, Ports};
 use crate::broker::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
-    Lease, Offer, Offers, SshEndpoint,
+    Lease, Offer, Offers, SshEndpoint, Way,
 };
 use crate::clouds::{BadHosts, Cloud, Clouds, Patience};
 use crate::estimate::Work;
@@ -40,6 +40,7 @@ const JUMP: i64 = 7 * 3600;
 pub(crate) const QUICK: Patience = Patience {
     call: Duration::from_secs(5),
     boot: Duration::from_millis(200),
+    queue: Duration::ZERO,
     ssh: Duration::from_millis(200),
     ready: Duration::from_millis(200),
     settle: Duration::from_millis(200),
@@ -655,6 +656,10 @@ impl Hosts for Fake {
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
+    }
+
+    fn over(&self, way: Way, _: &Path) -> Box<dyn Host> {
+        Box::new(FakeHost { fake: self.clone(), id: way.name })
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use tokio::time::Instant;
 
 use super::Turns;
-use crate::broker::{GpuRequest, Offer, SshEndpoint};
+use crate::broker::{GpuRequest, Offer, SshEndpoint, Way};
 use crate::clouds::{BadHosts, Clouds};
 use crate::host::{JobStatus, Terms};
 use crate::run::{Pin, RunSpec, Trouble};
@@ -54,6 +54,9 @@ pub trait Hosts: Send + Sync {
         deadline: Instant,
         on: &Listener<'_>,
     ) -> Result<(Box<dyn Host>, Pin), HostError>;
+
+    /// The host at the end of a cloud's own way. Its connection is made when it is needed. `folder` is the run's.
+    fn over(&self, way: Way, folder: &Path) -> Box<dyn Host>;
 }
 
 /// A host we are connected to. Every method may be called again after it failed, or after we crashed within it.

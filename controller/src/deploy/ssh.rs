@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::KEY_FILE;
 use super::ports::{Host, HostError, HostTalk, Hosts, Listener};
-use crate::broker::{GpuRequest, Offer, SshEndpoint};
+use crate::broker::{GpuRequest, Offer, SshEndpoint, Way};
 use crate::files::{MOST, read_small};
 use crate::host::{
     self, Cursor, HostErrorKind, HostEvent, HostFacts, JobStatus, Launched, RemoteHost, RemoteWorker, Stamp, Terms,
@@ -106,21 +106,33 @@ impl Hosts for SshHosts {
         let pin = pin.map(|pin| HostKeyPin::new(&pin.0)).transpose().map_err(host::HostError::from)?;
         let tell = |event| tell(event, on);
         let (host, pin) = host::reach(endpoint, &folder.join(KEY_FILE), pin, deadline, &tell).await?;
-        let host = SshHost {
+        Ok((Box::new(self.host(host, folder, true)), Pin(pin.as_str().to_owned())))
+    }
+
+    fn over(&self, way: Way, folder: &Path) -> Box<dyn Host> {
+        Box::new(self.host(RemoteHost::new(way.transport, way.name), folder, false))
+    }
+}
+
+impl SshHosts {
+    fn host(&self, host: RemoteHost, folder: &Path, has_guard: bool) -> SshHost {
+        SshHost {
             host: Arc::new(host),
             hosts: self.clone(),
+            has_guard,
             cursor: Mutex::new(read_cursor(folder)),
             folder: folder.to_owned(),
             worker: Mutex::default(),
             beside: Mutex::default(),
-        };
-        Ok((Box::new(host), Pin(pin.as_str().to_owned())))
+        }
     }
 }
 
 struct SshHost {
     host: Arc<RemoteHost>,
     hosts: SshHosts,
+    /// Nobody else watches over it.
+    has_guard: bool,
     cursor: Mutex<Cursor>,
     /// The run's, on this machine.
     folder: PathBuf,
@@ -145,12 +157,16 @@ impl Host for SshHost {
     }
 
     async fn guard(&self, run: &str, terms: &Terms) -> Result<(), HostError> {
-        self.host.guard(run, terms).await?;
+        if self.has_guard {
+            self.host.guard(run, terms).await?;
+        }
         let (host, run, pause) = (Arc::clone(&self.host), run.to_owned(), terms.renewal());
         let (save_point, limit) = (self.folder.join(files::SAVE_POINT), self.hosts.save_point_limit);
         let mut beside = JoinSet::new();
         // A save point that takes long to come must not keep the lease waiting.
-        beside.spawn(renew(Arc::clone(&host), run.clone(), pause));
+        if self.has_guard {
+            beside.spawn(renew(Arc::clone(&host), run.clone(), pause));
+        }
         beside.spawn(keep_save_point(host, run, save_point, limit, pause));
         *self.beside.lock().await = beside;
         Ok(())

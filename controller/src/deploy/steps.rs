@@ -114,7 +114,10 @@ impl Driver<'_> {
         let record = self.run.record();
         let time = record.spec.time_on(offer, record.spent_before()).as_secs();
         let from = self.run.now_ms() / 1000;
-        self.ports.clouds.get(&offer.broker).map_or(from, |cloud| cloud.time(from)) + time
+        let cloud = self.ports.clouds.get(&offer.broker);
+        // Its time begins when it has waited for its turn.
+        let queue = cloud.map_or(0, |cloud| cloud.patience.queue.as_secs());
+        cloud.map_or(from, |cloud| cloud.time(from)) + queue + time
     }
 
     /// What an instance of this offer may cost until its time limit.
@@ -466,9 +469,12 @@ impl Driver<'_> {
         self.connect(rental, Some(pin), Duration::ZERO).await?;
         // Who fails says so in a manifest.
         let may_restart = restarts < MOST_RESTARTS && self.has_time() && self.is_replaceable();
-        match self.bring_home(exit, may_restart).await {
+        let cut_off = !self.has_time() && self.ends_at().is_some();
+        match self.bring_home(exit, may_restart || cut_off).await {
             Ok(Some((results, ending))) => Ok(self.append(RunEvent::Fetched { results, ending })?),
-            Ok(None) => self.restart(exit).await,
+            Ok(None) if may_restart => self.restart(exit).await,
+            // What the cloud ended at its time limit did not fail.
+            Ok(None) => Err(StepError::End(Ending::Deadline)),
             Err(error) if error.here => self.keep(rental, error).await,
             Err(error) => {
                 if !error.transient {
@@ -534,7 +540,10 @@ impl Driver<'_> {
         match self.host().restart(&self.run.record().id, self.ports.secrets).await {
             Ok(()) => Ok(self.append(RunEvent::Restarted)?),
             // Whatever happened to it, its files are not what they were.
-            Err(error) if !error.transient => Err(StepError::Down),
+            Err(error) if !error.transient => {
+                (self.on)(DeployEvent::Talk(HostTalk::Note(error.message)));
+                Err(StepError::Down)
+            }
             Err(error) => self.try_again_host(error, self.cloud()?.patience.sync).await,
         }
     }
@@ -670,6 +679,11 @@ impl Driver<'_> {
         }
         loop {
             let endpoint = self.endpoint(rental, limit).await?;
+            if let Some(way) = self.cloud()?.broker.way(&rental.instance) {
+                self.memory.host = Some(self.ports.hosts.over(way, &self.run.folder()));
+                self.renew_guard(rental).await;
+                return Ok(pin.cloned().unwrap_or_else(|| Pin(endpoint.to_string())));
+            }
             let deadline = Instant::now() + self.cloud()?.patience.ssh;
             let deadline = self.memory.grace.as_ref().map_or(deadline, |grace| deadline.min(grace.end()));
             let on = |talk: HostTalk| (self.on)(DeployEvent::Talk(talk));
@@ -719,7 +733,8 @@ impl Driver<'_> {
     async fn endpoint(&mut self, rental: &Rental, limit: Duration) -> Result<SshEndpoint, StepError> {
         let patience = &self.cloud()?.patience;
         let limit = limit.max(patience.boot);
-        let deadline = Instant::now() + limit;
+        let mut deadline = Instant::now() + limit;
+        let mut told = String::new();
         loop {
             let found = self.look_for(Sought::Id(&rental.instance), limit).await?;
             let found = found.ok_or(StepError::Vanished)?;
@@ -735,6 +750,16 @@ impl Driver<'_> {
                 InstanceState::Ready(endpoint) => return Ok(endpoint),
                 InstanceState::Failed(why) => return Err(did_not_come_up(rental, &why)),
                 InstanceState::Stopped | InstanceState::Terminating => return Err(StepError::Down),
+                // A queue is no fault of the instance, and another one would stand behind it.
+                InstanceState::Queued(why) => {
+                    if why != told {
+                        (self.on)(DeployEvent::Talk(HostTalk::Note(format!("waiting: {why}"))));
+                        told = why;
+                    }
+                    deadline = Instant::now() + limit;
+                    tokio::time::sleep(patience.listing_interval).await;
+                    continue;
+                }
                 InstanceState::Booting => "it is still booting".to_owned(),
                 InstanceState::Unknown(word) => format!("its state is `{word}`"),
                 InstanceState::Unreadable(why) => format!("what the cloud shows of it cannot be read: {why}"),

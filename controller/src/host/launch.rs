@@ -50,7 +50,7 @@ pub enum JobStatus {
     },
 }
 
-/// Shell functions about the run in the present folder: `state`, `alive`, `stop_worker`, `ticks`.
+/// Shell functions about the run in the present folder: `state`, `alive`, `start_worker`, `stop_worker`, `ticks`.
 pub(super) const PROCESS: &str = include_str!("process.sh");
 
 /// What `state` of [`PROCESS`] printed, with the wrapper's pid while it runs.
@@ -124,6 +124,7 @@ impl RemoteHost {
         let clear = format!(
             "{PROCESS}\ncd {} || exit 1\n[ -f {WRAPPER} ] && [ -f {job} ] || exit 1\n\
              if [ -f {manifest} ] || alive worker.pid; then echo '@left alone'; exit 0; fi\n\
+             if [ \"${{outliers_job:-}}\" = over ]; then echo \"its job is over: $outliers_job_says\" >&2; exit 1; fi\n\
              stop_worker || exit 1\nrm -f {exit} worker.pid",
             quote(&folder),
             job = files::JOB,
@@ -144,10 +145,9 @@ impl RemoteHost {
     async fn start(&self, folder: &str) -> Result<Launched, HostError> {
         // Everything it inherits is closed or a file: an open stream would keep the connection's channel open for hours.
         let script = format!(
-            "{PROCESS}\ncd {} || exit 1\n\
-             if command -v setsid >/dev/null 2>&1; then setsid sh ./{WRAPPER} </dev/null >>{log} 2>&1 &\n\
-             else set -m; nohup sh ./{WRAPPER} </dev/null >>{log} 2>&1 & fi\n\
-             i=0; while [ ! -f worker.pid ] && [ $i -lt 100 ]; do i=$((i + 1)); sleep 0.1 2>/dev/null || sleep 1; done\n\
+            "{PROCESS}\ncd {} || exit 1\nstart_worker || exit 1\n\
+             i=0; while ! in_job && [ ! -f worker.pid ] && [ $i -lt 100 ]; do\n\
+               i=$((i + 1)); sleep 0.1 2>/dev/null || sleep 1\ndone\n\
              state\ntail -c 300 {log} >&2",
             quote(folder),
             log = files::LOG
@@ -201,10 +201,11 @@ fn secrets_file(secrets: &[(&str, &Secret)]) -> Result<String, HostError> {
 /// The script around the worker: pid file, log, exit-code file.
 fn wrapper(worker: &RemoteWorker, folder: &str) -> String {
     // `ln` fails if the name is taken: of two wrappers started at once, one goes on. The traps let the wrapper outlive the
-    // signal that ends its worker, so that there is an exit status.
+    // signal that ends its worker, so that there is an exit status. A job that is put back into its queue needs the secrets
+    // again, and nobody may be there to bring them.
     format!(
         "#!/bin/sh\n{PROCESS}\ncd {folder} || exit 125\numask 077\n\
-         if [ -f {SECRETS} ]; then . ./{SECRETS}; rm -f {SECRETS}; fi\n\
+         if [ -f {SECRETS} ]; then . ./{SECRETS}; [ -n \"${{OUTLIERS_JOB:-}}\" ] || rm -f {SECRETS}; fi\n\
          {{ echo $$; started $$; }} > .pid.$$\n\
          ln .pid.$$ worker.pid 2>/dev/null || {{ rm -f .pid.$$; exit 0; }}\nrm -f .pid.$$\n\
          trap : TERM INT HUP\n\
@@ -221,6 +222,7 @@ fn wrapper(worker: &RemoteWorker, folder: &str) -> String {
 /// The scripts name these files themselves.
 const _: () = {
     assert!(same(files::PID, "worker.pid") && same(files::EXIT_CODE, "exit_code"));
+    assert!(same(files::LOG, "worker.log") && same(files::MANIFEST, "manifest.json") && same(WRAPPER, "launch.sh"));
 };
 
 const fn same(a: &str, b: &str) -> bool {

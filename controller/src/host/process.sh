@@ -7,8 +7,13 @@ started() {
     else ps -o lstart= -p "$1" 2> /dev/null; fi
 }
 
+# On a cluster the worker runs in a job, on another machine than most of these scripts. There $outliers_job is `open` while
+# the job waits or runs and `over` afterwards, $outliers_job_says is Slurm's word on it, and $outliers_cancel ends it.
+in_job() { [ -n "${outliers_job:-}" ]; }
+
 # alive FILE: the process whose number and start time stand in FILE runs; its number is in $p.
 alive() {
+    if in_job; then [ "$outliers_job" = open ] && [ -f go ] && [ ! -f exit_code ]; return; fi
     p=$(sed -n 1p "$1" 2> /dev/null)
     case $p in '' | *[!0-9]*) return 1 ;; esac
     kill -0 "$p" 2> /dev/null || return 1
@@ -20,7 +25,12 @@ alive() {
 
 # Prints `@state none`, `@state running PID`, `@state ended STATUS` or `@state ended `.
 state() {
-    if [ ! -f exit_code ]; then
+    # A listing brings what the other machine wrote: network file systems remember that a file was not there.
+    if in_job; then
+        ls > /dev/null
+        if [ ! -f go ] && [ ! -f exit_code ]; then echo '@state none'; return; fi
+        if alive worker.pid; then echo '@state running'; return; fi
+    elif [ ! -f exit_code ]; then
         if [ ! -f worker.pid ]; then echo '@state none'; return; fi
         if alive worker.pid; then echo "@state running $p"; return; fi
     fi
@@ -30,6 +40,7 @@ state() {
 
 # Ends the worker and all it started: asks, waits 15 seconds, kills. Fails if it is still there.
 stop_worker() {
+    if in_job; then stop_job; return; fi
     [ -f worker.pid ] || return 0
     if alive worker.pid; then
         # The wrapper leads a process group of its own.
@@ -47,6 +58,25 @@ stop_worker() {
     end=$(($(ticks) + 5))
     while alive worker.pid && [ "$(ticks)" -lt "$end" ]; do sleep 1; done
     ! alive worker.pid
+}
+
+# The job's own script ends the worker when it sees the file; one that waits in the queue again sees nothing.
+stop_job() {
+    alive worker.pid || return 0
+    : > stop
+    i=0
+    while alive worker.pid && [ $i -lt 20 ]; do i=$((i + 1)); sleep 1; ls > /dev/null; done
+    if alive worker.pid; then $outliers_cancel && sleep 5; fi
+}
+
+# Lets the worker start; on a cluster the job's script does when it sees the file.
+start_worker() {
+    if in_job; then
+        if [ "$outliers_job" = over ]; then echo "its job is over: $outliers_job_says" >&2; return 1; fi
+        : >> worker.log
+        : > go
+    elif command -v setsid > /dev/null 2>&1; then setsid sh ./launch.sh < /dev/null >> worker.log 2>&1 &
+    else set -m; nohup sh ./launch.sh < /dev/null >> worker.log 2>&1 & fi
 }
 
 # Seconds of a clock that nobody sets.

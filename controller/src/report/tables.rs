@@ -406,6 +406,7 @@ pub fn instances(listed: &[&Instance], words: &[String]) -> String {
 fn state(instance: &Instance) -> String {
     match &instance.state {
         InstanceState::Booting => "booting".to_owned(),
+        InstanceState::Queued(why) => format!("waiting: {why}"),
         InstanceState::Ready(endpoint) => format!("ready at {endpoint}"),
         InstanceState::Failed(why) => format!("failed: {why}"),
         InstanceState::Stopped => "stopped".to_owned(),

@@ -17,7 +17,7 @@ use crate::broker::InstanceState;
 use crate::commands::{Context, SCHEMA};
 use crate::deploy::{DeployEvent, HostTalk, KEY_FILE, read_cursor};
 use crate::files::{MOST, read_small};
-use crate::host::{self, Cursor, HostError, HostEvent};
+use crate::host::{self, Cursor, HostError, HostEvent, RemoteHost};
 use crate::ledger::{Ledger, RunRecord};
 use crate::report::{Complaint, ExitStatus};
 use crate::run::{Pin, RunState};
@@ -145,12 +145,17 @@ async fn read_on(
         return Err(Complaint::failed(format!("instance {} cannot be spoken to", rental.instance)));
     };
     let failed = |error: HostError| Complaint { status: ExitStatus::Cloud, message: error.message, hint: error.hint };
-    let pin = HostKeyPin::new(&pin.0).map_err(|error| failed(error.into()))?;
-    let (folder, deadline) = (ledger.run_folder(&run.id), Instant::now() + cloud.patience.ssh);
-    let key = folder.join(KEY_FILE);
-    let (what, unheard) = (format!("instance {} to answer", rental.instance), |_: HostEvent| {});
-    let reached = host::reach(&endpoint, &key, Some(pin), deadline, &unheard);
-    let (host, _) = context.reporter.waiting(&what, reached).await.map_err(failed)?;
+    let folder = ledger.run_folder(&run.id);
+    let host = match cloud.broker.way(&rental.instance) {
+        Some(way) => RemoteHost::new(way.transport, way.name),
+        None => {
+            let pin = HostKeyPin::new(&pin.0).map_err(|error| failed(error.into()))?;
+            let (key, deadline) = (folder.join(KEY_FILE), Instant::now() + cloud.patience.ssh);
+            let (what, unheard) = (format!("instance {} to answer", rental.instance), |_: HostEvent| {});
+            let reached = host::reach(&endpoint, &key, Some(pin), deadline, &unheard);
+            context.reporter.waiting(&what, reached).await.map_err(failed)?.0
+        }
+    };
     // Without what was written down there is nothing to go on from.
     let mut cursor = if folder.join(files::LOG).exists() { read_cursor(&folder) } else { Cursor::default() };
     let heard = |event: HostEvent| match event {

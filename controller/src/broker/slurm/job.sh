@@ -1,0 +1,64 @@
+# The batch script of one job: it tells what its node is, waits until the worker may start, runs it, and ends with it.
+# Its working folder is the lease's, on the file system that login node and compute nodes share. RUN is the run's
+# folder in it, LIMIT the seconds that the job has.
+[ -f lease ] || { echo 'the folder of this job is gone: nothing is done' >&2; exit 1; }
+umask 077
+OUTLIERS_JOB=$SLURM_JOB_ID
+export OUTLIERS_JOB
+
+# Whole, or not at all, for whoever reads it from another machine.
+write() { cat > "$1.part" && mv -f "$1.part" "$1"; }
+
+echo "$SLURM_JOB_ID" | write job.id
+echo $(($(date +%s) + LIMIT)) | write ends
+(
+    HOME=$PWD
+    probe
+) 2> /dev/null | write facts
+
+# A job that was put back into the queue starts here again, and its worker goes on from its save point.
+rm -f "$RUN/worker.pid"
+[ -f "$RUN/manifest.json" ] || rm -f "$RUN/exit_code"
+
+worker='' told=''
+# Asks the worker and all that it started to end: they are in this script's process group, which Slurm knows, so that
+# nothing outlives the job.
+end_worker() {
+    trap '' TERM
+    kill -TERM 0
+    trap 'told=yes; end_worker' TERM
+}
+# Slurm asks before the time is up, and before it gives the node to another job.
+trap 'told=yes; end_worker' TERM
+
+# A listing brings what another machine has written: network file systems remember that a file was not there.
+look() { ls "$RUN" > /dev/null 2>&1; }
+
+while [ -z "$told" ]; do
+    look
+    [ -f "$RUN/stop" ] && exit 0
+    if [ ! -f "$RUN/go" ] || [ ! -f "$RUN/launch.sh" ]; then sleep 1; continue; fi
+    sh "$RUN/launch.sh" < /dev/null >> "$RUN/worker.log" 2>&1 &
+    worker=$!
+    while kill -0 "$worker" 2> /dev/null; do
+        if [ -f "$RUN/stop" ]; then end_worker; fi
+        sleep 1
+        look
+    done
+    wait "$worker"
+    [ -f "$RUN/manifest.json" ] || [ -f "$RUN/stop" ] || [ -n "$told" ] && break
+    # One that died may be started again: whoever does removes its exit code.
+    i=0
+    while [ -f "$RUN/exit_code" ] && [ $i -lt 60 ] && [ -z "$told" ]; do i=$((i + 1)); sleep 1; look; done
+    [ -f "$RUN/exit_code" ] && break
+    rm -f "$RUN/worker.pid"
+done
+# What Slurm ended did not die: the job may go on elsewhere, and its status is Slurm's to tell.
+if [ -n "$told" ] && [ ! -f "$RUN/manifest.json" ]; then
+    i=0
+    while [ -n "$worker" ] && kill -0 "$worker" 2> /dev/null && [ $i -lt 30 ]; do i=$((i + 1)); sleep 1; done
+    rm -f "$RUN/exit_code"
+    # It was the time limit: nothing is to be tried again.
+    now=$(date +%s)
+    if [ "$now" -ge $(($(cat ends) - 180)) ]; then echo "$now" | write ends; fi
+fi

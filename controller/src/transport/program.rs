@@ -1,0 +1,455 @@
+//! [`Transport`] by the `ssh` program of this machine: aliases, jump hosts, keys, agents and host keys are what OpenSSH and
+//! the user's `~/.ssh/config` make of them, and a second factor is asked for where the user logs in, never here.
+//!
+//! One connection is made and shared by all commands (`ControlMaster`). Where the user's configuration has such a connection
+//! and it is open, that one is used. Ours ends with this process, whatever ends it: it lives as long as a pipe to it.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use rand::Rng;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
+use tokio::process::{Child, Command};
+use tokio::sync::Mutex;
+use tokio::time::timeout;
+
+use super::quote::quote;
+use super::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind as Kind};
+use crate::text::clean;
+
+/// From the start of the program to a session.
+const LOGIN_LIMIT: Duration = Duration::from_secs(45);
+/// No byte taken for so long: the line is dead.
+const STALL: Duration = Duration::from_secs(60);
+/// For a command that writes what it was given.
+const WRITE_LIMIT: Duration = Duration::from_secs(120);
+/// More than this from one command is not an answer but a flood.
+const MAX_OUTPUT: u64 = 64 << 20;
+/// What `dd` counts offsets in, and bytes handed over at once.
+const UNIT: u64 = 64 << 10;
+const PIECE: usize = 256 << 10;
+/// A socket's path has 108 bytes on Linux, 104 elsewhere, and `ssh` adds 17 while it makes one.
+const LONGEST_SOCKET: usize = 85;
+/// What the shared connection prints when it is there.
+const READY: &[u8] = b"@outliers@";
+/// Exit status of our own scripts for "no such file"; `ssh` itself ends with 255.
+const MISSING: i32 = 44;
+const OWN_FAILURE: i32 = 255;
+
+/// Commands and files on one host by the `ssh` program.
+pub struct OpenSsh {
+    host: String,
+    config: Option<PathBuf>,
+    socket: PathBuf,
+    line: Mutex<Line>,
+}
+
+/// How commands travel.
+enum Line {
+    /// There is no connection yet, or it is lost.
+    None,
+    /// Over the connection that the user keeps open.
+    Theirs,
+    /// Over ours.
+    Ours(Box<Child>),
+}
+
+impl OpenSsh {
+    /// Commands on `host`, an alias of the user's configuration or `user@name`. `config` is another file than
+    /// `~/.ssh/config`; `folder` is where the connection's socket may lie.
+    ///
+    /// # Errors
+    /// The host's name is none, or the folder's is too long for a socket.
+    pub fn new(host: &str, config: Option<&Path>, folder: &Path) -> Result<Self, TransportError> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let plain = |c: char| !c.is_whitespace() && !c.is_control();
+        if host.is_empty() || host.starts_with('-') || !host.chars().all(plain) {
+            return Err(TransportError::new(Kind::Local, format!("{host:?} is no name of a host")));
+        }
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let socket = folder.join(format!("ssh-{}-{number}", std::process::id()));
+        if socket.as_os_str().len() > LONGEST_SOCKET {
+            let message = "its path is too long for that of a socket; OUTLIERS_STATE names another folder";
+            let message = format!("{}: {message}", folder.display());
+            return Err(TransportError::new(Kind::Local, message));
+        }
+        let line = Mutex::new(Line::None);
+        Ok(Self { host: host.to_owned(), config: config.map(Path::to_owned), socket, line })
+    }
+
+    /// The command line that a person opens a shell there with, up to what is to run.
+    pub fn shell(&self) -> Vec<String> {
+        let config = self.config.iter().flat_map(|path| ["-F".to_owned(), path.to_string_lossy().into_owned()]);
+        config.chain(["-t", "--", &self.host].map(str::to_owned)).collect()
+    }
+
+    /// User, host and port as the configuration has them, `None` where `ssh` does not tell.
+    pub async fn resolve(&self) -> Option<(String, String, u16)> {
+        let out = self.program().arg("-G").args(["--", &self.host]).output().await.ok()?;
+        let text = String::from_utf8(out.stdout).ok()?;
+        let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+        Some((value("user")?.to_owned(), value("hostname")?.to_owned(), value("port")?.parse().ok()?))
+    }
+
+    /// `ssh` that asks nobody anything, and takes no host key that is not known.
+    fn program(&self) -> Command {
+        let mut command = Command::new("ssh");
+        if let Some(config) = &self.config {
+            command.arg("-F").arg(config);
+        }
+        for option in ["BatchMode=yes", "StrictHostKeyChecking=yes", "ConnectTimeout=20", "LogLevel=ERROR"] {
+            command.args(["-o", option]);
+        }
+        command.args(["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3", "-T"]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        command
+    }
+
+    fn over(&self, mut command: Command, master: &str) -> Command {
+        // In its own words a per cent sign stands for something else.
+        let path = self.socket.to_string_lossy().replace('%', "%%");
+        command.args(["-o", &format!("ControlMaster={master}"), "-o", &format!("ControlPath={path}")]);
+        command.args(["-o", "ControlPersist=no"]);
+        command
+    }
+
+    /// `ssh` over the shared connection, which is made first where there is none.
+    async fn ssh(&self) -> Result<Command, TransportError> {
+        let mut line = self.line.lock().await;
+        let lives = match &mut *line {
+            Line::None => false,
+            Line::Theirs => true,
+            Line::Ours(child) => matches!(child.try_wait(), Ok(None)),
+        };
+        if !lives {
+            *line = self.connect().await?;
+        }
+        Ok(match &*line {
+            Line::Ours(_) => self.over(self.program(), "no"),
+            Line::None | Line::Theirs => self.program(),
+        })
+    }
+
+    async fn connect(&self) -> Result<Line, TransportError> {
+        let mut check = self.program();
+        let check = check.args(["-O", "check", "--", &self.host]).output();
+        let checked = timeout(LOGIN_LIMIT, check).await.map_err(|_| self.late("ssh -O check", LOGIN_LIMIT))?;
+        if checked.map_err(|error| self.not_run(&error))?.status.success() {
+            return Ok(Line::Theirs);
+        }
+        self.make_folder()?;
+        let mut command = self.over(self.program(), "yes");
+        command.stdin(Stdio::piped()).args(["--", &self.host, "echo @outliers@; cat > /dev/null"]);
+        // It ends when its standard input does, which is ours to hold.
+        let mut child = command.kill_on_drop(false).spawn().map_err(|error| self.not_run(&error))?;
+        match timeout(LOGIN_LIMIT, self.greeting(&mut child)).await {
+            Ok(Ok(())) => Ok(Line::Ours(Box::new(child))),
+            Ok(Err(error)) => Err(error),
+            Err(_) => {
+                // It may be waiting for somebody who does not answer.
+                let _ = child.kill().await;
+                Err(self.late("login", LOGIN_LIMIT))
+            }
+        }
+    }
+
+    /// Until the far side has spoken, or the program has ended with a reason.
+    async fn greeting(&self, child: &mut Child) -> Result<(), TransportError> {
+        let mut said = Vec::new();
+        if let Some(stdout) = child.stdout.as_mut() {
+            let mut piece = [0; 1024];
+            while !said.windows(READY.len()).any(|words| words == READY) && said.len() < 1 << 20 {
+                match stdout.read(&mut piece).await {
+                    Ok(read) if read > 0 => said.extend_from_slice(&piece[..read]),
+                    _ => return Err(self.ended(child).await),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn ended(&self, child: &mut Child) -> TransportError {
+        let mut words = Vec::new();
+        if let Some(stderr) = child.stderr.take() {
+            // What cannot be read is not said.
+            let _ = stderr.take(1 << 16).read_to_end(&mut words).await;
+        }
+        let _ = child.wait().await;
+        self.failure(&words)
+    }
+
+    fn make_folder(&self) -> Result<(), TransportError> {
+        use std::os::unix::fs::DirBuilderExt;
+        let folder = self.socket.parent().unwrap_or_else(|| Path::new("/"));
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
+        made.map_err(|error| TransportError::new(Kind::Local, format!("{}: {error}", folder.display())))
+    }
+
+    /// What `ssh` says when it fails by itself.
+    fn failure(&self, stderr: &[u8]) -> TransportError {
+        let words = clean(stderr, 400);
+        let has = |part: &str| words.to_lowercase().contains(part);
+        let (kind, hint) = match () {
+            () if has("host key verification failed") || has("host key is known") || has("identification has changed") => {
+                let hint = format!("log in once with `ssh {}` and compare the key that it shows", self.host);
+                (Kind::HostKeyChanged, hint)
+            }
+            () if has("permission denied") || has("too many authentication failures") => {
+                let hint = format!(
+                    "nobody is asked here: load the key into the agent; where a password or a second factor is wanted, set \
+                     ControlMaster and ControlPath for the host in ~/.ssh/config and keep one `ssh {}` open",
+                    self.host
+                );
+                (Kind::AuthFailed, hint)
+            }
+            () if has("connection refused") => (Kind::Refused, String::new()),
+            () if has("could not resolve") || has("no route") || has("unreachable") || has("timed out") => {
+                (Kind::Unreachable, String::new())
+            }
+            () if has("bad configuration") || has("no such file") => (Kind::Local, String::new()),
+            () => (Kind::Reset, String::new()),
+        };
+        let words = if words.is_empty() { "the connection broke off".to_owned() } else { words };
+        let hint = if hint.is_empty() { hint } else { format!(" ({hint})") };
+        TransportError::new(kind, format!("{}: {words}{hint}", self.host))
+    }
+
+    fn not_run(&self, error: &std::io::Error) -> TransportError {
+        TransportError::new(Kind::Local, format!("ssh cannot be run: {error}; install OpenSSH's client"))
+    }
+
+    fn late(&self, what: &str, limit: Duration) -> TransportError {
+        TransportError::new(Kind::TimedOut, format!("{}: {what} took longer than {} s", self.host, limit.as_secs()))
+    }
+
+    async fn spawn(&self, command: &str) -> Result<Child, TransportError> {
+        let mut ssh = self.ssh().await?;
+        ssh.stdin(Stdio::piped()).args(["--", &self.host, command]);
+        ssh.spawn().map_err(|error| self.not_run(&error))
+    }
+
+    /// What a command left, once all of it was read.
+    async fn gather(&self, child: &mut Child, stdin: &[u8]) -> Result<ExecOutput, TransportError> {
+        let (mut to, out, err) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let feed = async {
+            if let Some(to) = &mut to {
+                // A command need not read what it is given.
+                let _ = to.write_all(stdin).await;
+            }
+            drop(to.take());
+        };
+        let (_, stdout, stderr) = tokio::join!(feed, read_all(out), read_all(err));
+        let (stdout, stderr) = (stdout.map_err(|e| self.not_read(&e))?, stderr.map_err(|e| self.not_read(&e))?);
+        if stdout.len() as u64 > MAX_OUTPUT || stderr.len() as u64 > MAX_OUTPUT {
+            let message = format!("{}: a command printed more than {} MiB", self.host, MAX_OUTPUT >> 20);
+            return Err(TransportError::new(Kind::Remote, message));
+        }
+        let status = child.wait().await.map_err(|error| self.not_read(&error))?;
+        match status.code() {
+            Some(OWN_FAILURE) | None => Err(self.failure(&stderr)),
+            status => Ok(ExecOutput { status, stdout, stderr }),
+        }
+    }
+
+    fn not_read(&self, error: &std::io::Error) -> TransportError {
+        TransportError::new(Kind::Reset, format!("{}: {error}", self.host))
+    }
+
+    /// The output of a script of ours that must end well.
+    async fn demand(&self, path: &str, script: &str, stdin: &[u8]) -> Result<Vec<u8>, TransportError> {
+        let out = self.exec(&in_sh(script), stdin, WRITE_LIMIT).await?;
+        if out.status == Some(0) { Ok(out.stdout) } else { Err(refused(path, &out.stderr)) }
+    }
+
+    async fn send_part(&self, what: &SendRequest<'_>, start: u64, end: u64, before: u64) -> Result<(), TransportError> {
+        let here = |error: std::io::Error| local(what.local, &error);
+        let mut file = tokio::fs::File::open(what.local).await.map_err(here)?;
+        file.seek(std::io::SeekFrom::Start(start)).await.map_err(here)?;
+        let script = format!("dd of={} bs={UNIT} seek={} conv=notrunc", quote(what.remote), start / UNIT);
+        let mut child = self.spawn(&in_sh(&script)).await?;
+        let mut to = child.stdin.take();
+        let (mut piece, mut sent) = (vec![0; PIECE], 0);
+        while sent < end - start {
+            let most = usize::try_from(end - start - sent).unwrap_or(PIECE).min(PIECE);
+            let read = file.read(&mut piece[..most]).await.map_err(here)?;
+            if read == 0 {
+                let message = format!("{} got shorter while it was sent", what.local.display());
+                return Err(TransportError::new(Kind::Local, message));
+            }
+            let Some(to) = &mut to else { break };
+            match timeout(STALL, to.write_all(&piece[..read])).await {
+                Ok(Ok(())) => {}
+                // The program has ended, and says why.
+                Ok(Err(_)) => break,
+                Err(_) => return Err(self.late("an upload", STALL)),
+            }
+            sent += read as u64;
+            (what.progress)(before + sent);
+        }
+        drop(to);
+        let out = timeout(WRITE_LIMIT, self.gather(&mut child, &[])).await;
+        let out = out.map_err(|_| self.late("the end of an upload", WRITE_LIMIT))??;
+        if out.status == Some(0) { Ok(()) } else { Err(refused(what.remote, &out.stderr)) }
+    }
+
+    /// Copies a remote file of at most `limit` bytes to `part`.
+    async fn download(&self, remote: &str, part: &Path, limit: u64) -> Result<u64, TransportError> {
+        let here = |error: std::io::Error| local(part, &error);
+        let mut file = tokio::fs::File::create_new(part).await.map_err(here)?;
+        let mut child = self.spawn(&in_sh(&format!("{} cat {}", if_plain(remote), quote(remote)))).await?;
+        let mut from = child.stdout.take();
+        let (mut piece, mut got) = (vec![0; PIECE], 0);
+        while let Some(from) = &mut from {
+            let read = timeout(STALL, from.read(&mut piece)).await.map_err(|_| self.late("a download", STALL))?;
+            let read = read.map_err(|error| self.not_read(&error))?;
+            if read == 0 {
+                break;
+            }
+            got += read as u64;
+            if got > limit {
+                return Err(TransportError::new(Kind::Remote, format!("{remote}: longer than {limit} bytes")));
+            }
+            file.write_all(&piece[..read]).await.map_err(here)?;
+        }
+        let out = timeout(WRITE_LIMIT, self.gather(&mut child, &[])).await;
+        let out = out.map_err(|_| self.late("the end of a download", WRITE_LIMIT))??;
+        match out.status {
+            Some(0) => {}
+            Some(MISSING) => return Err(TransportError::new(Kind::Remote, format!("{remote}: no such file"))),
+            _ => return Err(refused(remote, &out.stderr)),
+        }
+        file.flush().await.map_err(here)?;
+        file.sync_all().await.map_err(here)?;
+        Ok(got)
+    }
+}
+
+/// All of a stream, and a byte more than may be where it does not end.
+async fn read_all(from: Option<impl AsyncRead + Unpin>) -> std::io::Result<Vec<u8>> {
+    let mut all = Vec::new();
+    if let Some(from) = from {
+        from.take(MAX_OUTPUT + 1).read_to_end(&mut all).await?;
+    }
+    Ok(all)
+}
+
+/// Whatever the login shell is.
+fn in_sh(script: &str) -> String {
+    format!("sh -c {}", quote(script))
+}
+
+/// Goes on only with a plain file; links are not followed.
+fn if_plain(path: &str) -> String {
+    let file = quote(path);
+    let wrong = "echo 'not a plain file' >&2; exit 1";
+    format!("if [ -h {file} ]; then {wrong}; fi; [ -e {file} ] || exit {MISSING}; [ -f {file} ] || {{ {wrong}; }};")
+}
+
+fn local(path: &Path, error: &std::io::Error) -> TransportError {
+    TransportError::new(Kind::Local, format!("{}: {error}", path.display()))
+}
+
+/// A command's own failure: a quota that is full is no space.
+fn refused(path: &str, stderr: &[u8]) -> TransportError {
+    let words = clean(stderr, 300);
+    let lower = words.to_lowercase();
+    let full = lower.contains("no space left") || lower.contains("quota exceeded");
+    TransportError::new(if full { Kind::NoSpace } else { Kind::Remote }, format!("{path}: {words}"))
+}
+
+#[async_trait]
+impl Transport for OpenSsh {
+    async fn exec(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<ExecOutput, TransportError> {
+        let run = async {
+            let mut child = self.spawn(command).await?;
+            self.gather(&mut child, stdin).await
+        };
+        timeout(limit, run).await.map_err(|_| self.late("a command", limit))?
+    }
+
+    async fn send(&self, what: &SendRequest<'_>) -> Result<(), TransportError> {
+        self.demand(what.remote, &format!("umask 077; : >> {}", quote(what.remote)), &[]).await?;
+        let mut before = 0;
+        for part in what.parts {
+            self.send_part(what, part.start, part.end, before).await?;
+            before += part.end - part.start;
+        }
+        Ok(())
+    }
+
+    async fn put_bytes(&self, content: &[u8], remote: &str, mode: u32) -> Result<(), TransportError> {
+        let part = format!("{remote}.part.{:016x}", rand::rng().random::<u64>());
+        let (file, target, bytes) = (quote(&part), quote(remote), content.len());
+        // A shell that died in mid-stream may still have said yes.
+        let script = format!(
+            "umask 077; set -C; if [ -d {target} ]; then echo 'is a folder' >&2; exit 1; fi; \
+             cat > {file} && [ $(wc -c < {file}) -eq {bytes} ] && chmod {mode:o} {file} && mv -f {file} {target} || \
+             {{ rm -f {file}; exit 1; }}"
+        );
+        self.demand(remote, &script, content).await.map(drop)
+    }
+
+    async fn get(&self, remote: &str, local: &Path, limit: u64) -> Result<u64, TransportError> {
+        let mut part = local.as_os_str().to_owned();
+        part.push(format!(".part.{:08x}", rand::rng().random::<u32>()));
+        let part = PathBuf::from(part);
+        let got = self.download(remote, &part, limit).await;
+        let got = got.and_then(|bytes| std::fs::rename(&part, local).map(|()| bytes).map_err(|e| self::local(local, &e)));
+        if got.is_err() {
+            // It may never have come to be.
+            let _ = std::fs::remove_file(&part);
+        }
+        got
+    }
+
+    async fn read_from(&self, remote: &str, offset: u64, limit: u64) -> Result<Option<Vec<u8>>, TransportError> {
+        let (file, from) = (quote(remote), offset.saturating_add(1));
+        let script = format!("{} tail -c +{from} {file} | head -c {limit}", if_plain(remote));
+        let out = self.exec(&in_sh(&script), &[], WRITE_LIMIT).await?;
+        match out.status {
+            Some(0) => Ok(Some(out.stdout)),
+            Some(MISSING) => Ok(None),
+            _ => Err(refused(remote, &out.stderr)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(host: &str) -> Result<OpenSsh, TransportError> {
+        OpenSsh::new(host, None, Path::new("/tmp/x"))
+    }
+
+    #[test]
+    fn a_host_is_never_an_option_and_a_socket_has_a_path_that_fits() {
+        for host in ["", "-oProxyCommand=x", "a b", "a\nb"] {
+            assert!(at(host).is_err(), "{host:?}");
+        }
+        assert!(at("me@login.cluster.edu").is_ok() && at("alias").is_ok());
+        let long = OpenSsh::new("a", None, Path::new(&format!("/{}", "x".repeat(90))));
+        assert!(long.is_err_and(|error| error.message.contains("OUTLIERS_STATE")));
+    }
+
+    #[test]
+    fn what_ssh_says_is_told_apart() {
+        let ssh = at("c").unwrap();
+        for (words, kind, hint) in [
+            ("Host key verification failed.", Kind::HostKeyChanged, "ssh c"),
+            ("No ED25519 host key is known for c and you have requested strict checking.", Kind::HostKeyChanged, "ssh c"),
+            ("me@c: Permission denied (publickey,keyboard-interactive).", Kind::AuthFailed, "ControlMaster"),
+            ("ssh: connect to host c port 22: Connection refused", Kind::Refused, ""),
+            ("ssh: Could not resolve hostname c: Name or service not known", Kind::Unreachable, ""),
+            ("Connection to c closed by remote host.", Kind::Reset, ""),
+            ("", Kind::Reset, ""),
+        ] {
+            let error = ssh.failure(words.as_bytes());
+            assert!(error.kind == kind && error.message.contains(hint), "{words}: {error:?}");
+        }
+        assert_eq!(refused("f", b"dd: f: Disk quota exceeded").kind, Kind::NoSpace);
+    }
+}
