@@ -22,6 +22,7 @@ mod release;
 mod rewrite;
 mod schema;
 mod sites;
+mod slurm;
 mod ssh;
 mod sshd;
 mod streamed;

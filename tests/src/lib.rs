@@ -1,6 +1,7 @@
 //! The servers and machines the end-to-end tests run against, and what they compare with.
 
 pub mod browser;
+pub mod cluster;
 pub mod desk;
 pub mod golden;
 pub mod hub;

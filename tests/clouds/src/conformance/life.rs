@@ -67,7 +67,8 @@ pub(super) async fn ready(broker: &dyn Broker, made: &Instance) -> Instance {
         if matches!(instance.state, InstanceState::Ready(_)) {
             return instance;
         }
-        assert_eq!(instance.state, InstanceState::Booting);
+        let comes = matches!(instance.state, InstanceState::Booting | InstanceState::Queued(_));
+        assert!(comes, "{instance:?}");
     }
     panic!("it does not come up in {LOOKS} looks");
 }

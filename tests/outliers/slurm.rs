@@ -1,0 +1,273 @@
+//! A cluster of one's own: jobs, their queue and their folders, through a real login node.
+
+use std::path::Path;
+use std::time::Duration;
+
+use outliers::broker::slurm::{Site, Slurm};
+use outliers::broker::{Broker, GpuRequest, Instance, InstanceState, Offer};
+use outliers::transport::program::OpenSsh;
+use outliers::transport::{SendRequest, Transport, TransportErrorKind};
+use outliers::units::{Bytes, UsdPerHour};
+use outliers_clouds::conformance::{lease, life};
+use outliers_tests::cluster::Cluster;
+use outliers_tests::desk::{Desk, Said};
+use outliers_tests::golden::assert_statistics_equal;
+use outliers_tests::noise;
+use outliers_tests::programs::golden;
+
+/// A cluster with the stand-in's commands, and a desk whose settings lead there.
+fn office() -> Option<(Cluster, Desk)> {
+    let cluster = Cluster::stand_in().unwrap()?;
+    let desk = desk(&cluster);
+    Some((cluster, desk))
+}
+
+fn desk(cluster: &Cluster) -> Desk {
+    let desk = Desk::new();
+    std::fs::write(desk.work().join("mine.toml"), cluster.settings()).unwrap();
+    desk.with("OUTLIERS_CONFIG", "mine.toml")
+}
+
+/// `deploy` of the small fixture's model over its own token ids, uploaded.
+fn deploy(fixture: &str) -> Vec<String> {
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let folder = golden(fixture);
+    let (model, ids) = (text(&folder.join("model")), text(&folder.join("golden.safetensors")));
+    let words = ["deploy", "-y", "--broker", "slurm", "--gpu-count", "0", "--push-model"];
+    let job = ["--model", &model, "--token-ids", &ids, "--precision", "f32"];
+    words.iter().chain(&job).map(|word| (*word).to_owned()).collect()
+}
+
+fn is_home_and_gone(said: Said, cluster: &Cluster, desk: &Desk, fixture: &str) {
+    let said = said.ok();
+    assert_statistics_equal(&golden(fixture).join("outliers.json"), &desk.results());
+    assert!(!cluster.leases().exists(), "something is left in scratch: {said:?}");
+}
+
+#[test]
+fn a_deploy_through_a_queue_equals_the_reference_and_leaves_nothing() {
+    let Some((cluster, desk)) = office() else { return };
+    cluster.goes_wrong("hold", "QOSMaxGRESPerUser").unwrap();
+    let mut child = desk.start(deploy("llama-f32"));
+    desk.wait_for("the reason", || desk.stderr().contains("QOSMaxGRESPerUser"));
+    cluster.goes_well("hold");
+    let status = child.wait().unwrap();
+    let said = Said { code: status.code(), stdout: desk.stdout(), stderr: desk.stderr() };
+    is_home_and_gone(said, &cluster, &desk, "llama-f32");
+    assert_eq!(cluster.jobs(), 1, "a job that waits is not exchanged");
+    let listed = desk.json(&["instances", "list", "--broker", "slurm"]);
+    assert_eq!(listed["instances"].as_array().map(Vec::len), Some(0), "{listed}");
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn a_lost_reply_of_sbatch_is_settled_by_the_name() {
+    let Some((cluster, desk)) = office() else { return };
+    cluster.goes_wrong("lose-reply", "").unwrap();
+    is_home_and_gone(desk.run(deploy("llama-f32")), &cluster, &desk, "llama-f32");
+    assert_eq!(cluster.jobs(), 1, "it was not submitted again");
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn a_refusal_of_sbatch_ends_the_run_in_its_words() {
+    let Some((cluster, desk)) = office() else { return };
+    cluster.goes_wrong("refuse", "Invalid account or account/partition combination specified").unwrap();
+    let said = desk.run(deploy("llama-f32"));
+    assert_eq!(said.code, Some(5), "{said:?}");
+    assert!(said.stderr.contains("Invalid account"), "{said:?}");
+    assert!(cluster.jobs() == 0 && !cluster.leases().exists(), "{said:?}");
+}
+
+#[test]
+fn a_login_node_with_an_unknown_key_is_not_logged_in_to() {
+    let Some((cluster, desk)) = office() else { return };
+    cluster.forget_host_key().unwrap();
+    for command in [&["offers", "--gpu-count", "0"][..], &["instances", "list"]] {
+        let command = [command, &["--broker", "slurm"]].concat();
+        let said = desk.run(command);
+        assert_eq!(said.code, Some(5), "{said:?}");
+        assert!(said.stderr.contains("ssh cluster"), "it says what to do: {said:?}");
+    }
+    assert_eq!(cluster.asked(""), 0, "nobody was asked anything");
+}
+
+#[test]
+fn a_cluster_without_a_host_is_refused_with_what_to_say() {
+    let desk = Desk::new();
+    let said = desk.run(deploy("llama-f32"));
+    assert_eq!(said.code, Some(2), "{said:?}");
+    assert!(said.stderr.contains("--host"), "{said:?}");
+}
+
+#[test]
+fn offers_show_partitions_gpus_and_the_queues_estimate() {
+    let Some((cluster, desk)) = office() else { return };
+    let said = desk.run(["offers", "--broker", "slurm", "--gpu-count", "2", "--gpu-filter", "a100"]).ok();
+    for word in ["2 x a100", "gpu: 1 of 2 nodes idle", "starts at once", "$0.00/h"] {
+        assert!(said.stdout.contains(word), "{word}: {said:?}");
+    }
+    assert_eq!((cluster.jobs(), cluster.asked("sbatch --test-only")), (0, 1));
+}
+
+#[test]
+fn what_a_killed_controller_left_is_brought_home_by_attach() {
+    let Some((cluster, desk)) = office() else { return };
+    cluster.goes_wrong("hold", "Priority").unwrap();
+    let mut child = desk.start(deploy("llama-f32"));
+    desk.wait_for("the queue", || desk.stderr().contains("Priority"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let listed = desk.json(&["instances", "list", "--broker", "slurm"]);
+    let state = listed["instances"][0]["state"]["queued"].as_str().unwrap_or_default().to_owned();
+    assert!(state.contains("Priority"), "{listed}");
+    cluster.goes_well("hold");
+    is_home_and_gone(desk.run(["attach"]), &cluster, &desk, "llama-f32");
+    assert_eq!(cluster.jobs(), 1);
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn a_job_that_nobody_wants_ends_by_its_tag_alone() {
+    let Some((cluster, desk)) = office() else { return };
+    cluster.goes_wrong("hold", "Priority").unwrap();
+    let mut child = desk.start(deploy("llama-f32"));
+    desk.wait_for("the queue", || desk.stderr().contains("Priority"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let listed = desk.json(&["instances", "list", "--broker", "slurm"]);
+    let id = listed["instances"][0]["id"].as_str().unwrap().to_owned();
+    std::fs::remove_dir_all(desk.state()).unwrap();
+    let owner = id.split('-').nth(1).unwrap();
+    let said = desk.run(["instances", "terminate", &id, "--broker", "slurm", "--owner", owner, "-y"]).ok();
+    assert!(said.stdout.contains("seen gone"), "{said:?}");
+    assert!(!cluster.leases().exists());
+    let foreign = desk.run(["instances", "terminate", "7", "--broker", "slurm", "--force", "-y"]);
+    assert_eq!(foreign.code, Some(2), "other jobs are never touched: {foreign:?}");
+}
+
+fn site(interval: Duration) -> Site {
+    Site {
+        host: "cluster".to_owned(),
+        ssh_config: None,
+        partition: None,
+        account: None,
+        qos: None,
+        constraint: None,
+        scratch: None,
+        sbatch: Vec::new(),
+        queue: Duration::from_secs(60),
+        price_per_gpu_hour: UsdPerHour::default(),
+        gpu_memory: None,
+        listing_interval: interval,
+    }
+}
+
+fn broker(cluster: &Cluster, folder: &Path, interval: Duration) -> Slurm {
+    Slurm::new(site(interval), OpenSsh::new("cluster", Some(&cluster.ssh_config()), folder).unwrap(), None)
+}
+
+async fn first_offer(broker: &dyn Broker) -> Offer {
+    let want = GpuRequest { gpu_count: Some(0), ..GpuRequest::default() };
+    broker.offers(&want).await.unwrap().offers.remove(0)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_is_held_to_what_every_broker_is_held_to() {
+    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker(&cluster, folder.path(), Duration::from_millis(50));
+    life::capabilities_are_true(&broker);
+    life::a_good_key_is_good(&broker).await;
+    let offer = first_offer(&broker).await;
+    life::a_life(&broker, &offer, Bytes::from_gib(1)).await;
+    life::instances_are_apart(&broker, &offer, Bytes::from_gib(1)).await;
+    cluster.goes_wrong("busy", "Unable to contact slurm controller (connect failure)").unwrap();
+    tokio::time::sleep(Duration::from_millis(60)).await;
+    assert!(broker.list().await.is_err(), "an error is never an empty list");
+    assert!(broker.offers(&GpuRequest::default()).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_queue_is_looked_at_once_however_many_ask() {
+    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker(&cluster, folder.path(), Duration::from_secs(3600));
+    let lists = futures::future::join_all((0..20).map(|_| broker.list())).await;
+    assert!(lists.iter().all(|list| list.as_ref().is_ok_and(Vec::is_empty)), "{lists:?}");
+    cluster.goes_wrong("busy", "x").unwrap();
+    assert!(broker.list().await.is_ok());
+    assert_eq!(cluster.asked("squeue"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_travel_whole_by_the_ssh_program() {
+    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let ssh = OpenSsh::new("cluster", Some(&cluster.ssh_config()), folder.path()).unwrap();
+    let limit = Duration::from_secs(30);
+    let out = ssh.exec("printf out; printf err >&2; exit 7", b"", limit).await.unwrap();
+    assert_eq!((out.status, &out.stdout[..], &out.stderr[..]), (Some(7), &b"out"[..], &b"err"[..]));
+    let content = noise(3_000_001);
+    assert_eq!(ssh.exec("cat", &content, limit).await.unwrap().stdout, content);
+    let (from, back) = (folder.path().join("from"), folder.path().join("back"));
+    std::fs::write(&from, &content).unwrap();
+    let remote = cluster.sshd.home().join("it's a file");
+    let remote = remote.to_str().unwrap();
+    // The middle last, as after a broken line.
+    let middle = 65_536..131_072;
+    for parts in [&[0..65_536, 131_072..3_000_001][..], std::slice::from_ref(&middle)] {
+        let what = SendRequest { local: &from, remote, parts, may_gzip: false, progress: &|_| {} };
+        ssh.send(&what).await.unwrap();
+    }
+    assert_eq!(std::fs::read(remote).unwrap(), content);
+    assert_eq!(ssh.get(remote, &back, 3_000_001).await.unwrap(), 3_000_001);
+    assert_eq!(std::fs::read(&back).unwrap(), content);
+    assert!(ssh.get(remote, &folder.path().join("no"), 3_000_000).await.is_err(), "longer than allowed");
+    assert_eq!(ssh.read_from(remote, 2_999_999, 100).await.unwrap().unwrap(), content[2_999_999..]);
+    assert_eq!(ssh.read_from("/no/such", 0, 1).await.unwrap(), None);
+    ssh.put_bytes(b"new", remote, 0o600).await.unwrap();
+    assert_eq!(std::fs::read(remote).unwrap(), b"new");
+    // The line breaks; the next command makes another.
+    assert!(cluster.sshd.kill_sessions().unwrap() > 0);
+    let mut again = ssh.exec("echo again", b"", limit).await;
+    if let Err(error) = &again {
+        assert_eq!(error.kind, TransportErrorKind::Reset, "{error}");
+        again = ssh.exec("echo again", b"", limit).await;
+    }
+    assert_eq!(again.unwrap().stdout, b"again\n");
+}
+
+#[test]
+fn a_deploy_to_slurm_itself_equals_the_reference_and_leaves_nothing() {
+    let Some(cluster) = Cluster::real().unwrap() else { return };
+    let desk = desk(&cluster);
+    is_home_and_gone(desk.run(deploy("llama-f32")), &cluster, &desk, "llama-f32");
+    assert_eq!(cluster.says("squeue", &["-h", "-t", "PENDING,RUNNING"]), "");
+    desk.assert_nothing_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_of_slurm_itself_is_found_by_its_name_and_ended() {
+    let Some(cluster) = Cluster::real().unwrap() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker(&cluster, folder.path(), Duration::from_millis(500));
+    let (offer, lease) = (first_offer(&broker).await, lease());
+    let made = broker.create(&offer, &lease).await.unwrap();
+    for _ in 0..120 {
+        let job = broker.get(&made.id).await.unwrap().expect("it is listed from the first look on");
+        if matches!(job.state, InstanceState::Ready(_)) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let job = broker.get(&made.id).await.unwrap().unwrap();
+    assert!(matches!(job.state, InstanceState::Ready(_)) && job.tag() == Some(lease.tag), "{job:?}");
+    let by_name = cluster.says("squeue", &["-h", "-o", "%j"]);
+    assert_eq!(by_name.trim(), made.id.0);
+    assert!(broker.ends_at(&made.id).is_some(), "Slurm says when");
+    broker.terminate(&made.id).await.unwrap();
+    let gone = |instance: &Instance| instance.state == InstanceState::Terminating;
+    assert!(broker.list().await.unwrap().iter().all(gone));
+    assert!(!cluster.leases().exists(), "nothing is left");
+}

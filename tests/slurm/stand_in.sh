@@ -1,0 +1,123 @@
+#!/bin/sh
+# Stands in for sbatch, squeue, scancel and sinfo, as which it is started: jobs are folders below $SLURM_STAND_IN/jobs and
+# processes of this machine. It understands the options that the broker uses and no others, and prints what Slurm 22.05.8
+# prints (recorded/). Files in $SLURM_STAND_IN say what goes wrong:
+#   hold         the next job waits, with this reason, until the file goes
+#   lose-reply   the next submission times out, though the job was made
+#   refuse       the next submission is refused, with these words
+#   busy         every command fails, with these words
+state=${SLURM_STAND_IN:?}
+jobs=$state/jobs
+mkdir -p "$jobs"
+me=${0##*/}
+echo "$me $*" >> "$state/asked"
+
+fail() { echo "$1" >&2; exit 1; }
+[ -f "$state/busy" ] && fail "$me: error: $(cat "$state/busy")"
+
+value() { printf '%s\n' "${1#*=}"; }
+
+start() {
+    (
+        cd "$(cat "$1/chdir")" || exit 1
+        SLURM_JOB_ID=${1##*/} setsid sh "$1/script" < /dev/null >> job.log 2>&1 &
+        echo $! > "$1/pid"
+    )
+}
+
+submit() {
+    name='' chdir='' time='' partition='' try='' output=''
+    for option; do
+        case $option in
+            --job-name=*) name=$(value "$option") ;;
+            --chdir=*) chdir=$(value "$option") ;;
+            --time=*) time=$(value "$option") ;;
+            --partition=*) partition=$(value "$option") ;;
+            --output=job.log) output=yes ;;
+            --test-only) try=yes ;;
+            --nodes=1 | --ntasks=1 | --cpus-per-task=* | --mem=*M | --gres=gpu:* | --account=* | --qos=*) ;;
+            --parsable | --requeue | --open-mode=append | --deadline=now+* | --signal=B:TERM@* | --constraint=*) ;;
+            *) fail "sbatch: unrecognized option '$option'" ;;
+        esac
+    done
+    case $partition in cpu | gpu) ;; *)
+        echo "sbatch: error: invalid partition specified: $partition" >&2
+        fail 'sbatch: error: Batch job submission failed: Invalid partition name specified' ;;
+    esac
+    if [ -n "$try" ]; then
+        echo "sbatch: Job 99 to start at $(date +%s) using 1 processors on nodes n1 in partition $partition" >&2
+        exit 0
+    fi
+    if [ -f "$state/refuse" ]; then
+        words=$(cat "$state/refuse")
+        rm "$state/refuse"
+        fail "sbatch: error: Batch job submission failed: $words"
+    fi
+    id=1
+    until mkdir "$jobs/$id" 2> /dev/null; do id=$((id + 1)); done
+    cat > "$jobs/$id/script"
+    for field in name chdir time partition; do eval "printf '%s\n' \"\$$field\" > \"$jobs/$id/$field\""; done
+    [ -n "$output" ] || fail 'sbatch: the output would lie anywhere'
+    [ -f "$state/hold" ] || start "$jobs/$id"
+    if [ -f "$state/lose-reply" ]; then
+        rm "$state/lose-reply"
+        fail 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation'
+    fi
+    echo "$id"
+}
+
+queue() {
+    wanted="--me --noheader --states=all --format=@job %i|%T|%r|%P|%e|%N|%j"
+    [ "$*" = "$wanted" ] || fail "squeue: not $*"
+    for job in "$jobs"/*/; do
+        job=${job%/}
+        [ -d "$job" ] || continue
+        if [ ! -f "$job/pid" ] && [ ! -f "$job/over" ] && [ ! -f "$state/hold" ]; then start "$job"; fi
+        ends=N/A node='' reason=None
+        if [ -f "$job/over" ]; then
+            word=$(cat "$job/over")
+        elif [ ! -f "$job/pid" ]; then
+            word=PENDING reason=$(cat "$state/hold")
+        elif kill -0 "$(cat "$job/pid")" 2> /dev/null; then
+            word=RUNNING node=n1 ends=$(($(stat -c %Y "$job/pid") + $(cat "$job/time") * 60))
+        else
+            word=COMPLETED
+        fi
+        echo "@job ${job##*/}|$word|$reason|$(cat "$job/partition")|$ends|$node|$(cat "$job/name")"
+    done
+}
+
+cancel() {
+    for job in "$jobs"/*/; do
+        job=${job%/}
+        [ "$*" = "--user=$(id -un) --name=$(cat "$job/name" 2> /dev/null)" ] || continue
+        if [ -f "$job/pid" ] && kill -0 "$(cat "$job/pid")" 2> /dev/null; then
+            kill -TERM -"$(cat "$job/pid")"
+            i=0
+            while kill -0 "$(cat "$job/pid")" 2> /dev/null && [ $i -lt 50 ]; do i=$((i + 1)); sleep 0.1; done
+            kill -KILL -"$(cat "$job/pid")" 2> /dev/null
+        fi
+        [ -f "$job/over" ] || echo CANCELLED > "$job/over"
+    done
+    # One that is not there is no error.
+    exit 0
+}
+
+info() {
+    case $* in
+        --version) echo 'slurm-wlm 22.05.8' ;;
+        '-h -o %P') printf 'cpu*\ngpu\n' ;;
+        '--noheader --exact --format=@nodes %P|%a|%l|%F|%c|%m|%G')
+            echo '@nodes cpu*|up|1-00:00:00|0/3/0/3|4|16000|(null)'
+            echo '@nodes gpu|up|2-00:00:00|1/1/0/2|64|512000|gpu:a100:4(S:0-1)' ;;
+        *) fail "sinfo: not $*" ;;
+    esac
+}
+
+case $me in
+    sbatch) submit "$@" ;;
+    squeue) queue "$@" ;;
+    scancel) cancel "$@" ;;
+    sinfo) info "$@" ;;
+    *) fail "$me is none of Slurm's commands" ;;
+esac
