@@ -684,6 +684,28 @@ mod tests {
     }
 
     #[test]
+    fn a_cluster_is_what_the_file_and_the_options_say_together() {
+        let text = "[brokers.slurm]\nhost = 'a'\naccount = 'lab'\nqueue = '2d'\nssh-config = 'c'\n\
+                    [brokers.vast]\nenabled = false";
+        let settings = resolve(Some(text), &[]).unwrap();
+        assert!(settings.clouds.iter().all(|cloud| cloud.kind.name != "vast"), "the clouds are read as ever");
+        let typed = |host: Option<&str>| ClusterArgs {
+            host: host.map(str::to_owned),
+            partition: Some("gpu".into()),
+            ..ClusterArgs::default()
+        };
+        let site = settings.on_cluster(&typed(Some("b"))).slurm.unwrap();
+        assert_eq!((site.host.as_str(), site.account.as_deref(), site.queue.as_secs()), ("b", Some("lab"), 172_800));
+        assert_eq!((site.partition.as_deref(), site.ssh_config), (Some("gpu"), Some("/here/c".into())));
+        assert!(resolve(None, &[]).unwrap().on_cluster(&typed(None)).slurm.is_none(), "no host, no cluster");
+        let bare = resolve(Some("[brokers.slurm]\nscratch = '/s'"), &[]).unwrap();
+        assert!(bare.clone().on_cluster(&typed(None)).slurm.is_none());
+        assert_eq!(bare.on_cluster(&typed(Some("b"))).slurm.unwrap().scratch.as_deref(), Some("/s"));
+        let wrong = resolve(Some("[brokers.slurm]\nhots = 'a'"), &[]).unwrap_err();
+        assert!(wrong.to_string().contains("hots"), "{wrong}");
+    }
+
+    #[test]
     fn the_environment_says_where_things_are() {
         let settings = resolve(None, &[(variables::STATE, "/s"), (variables::HF_TOKEN, " hf_x\n")]).unwrap();
         assert_eq!(settings.state, Path::new("/s"));

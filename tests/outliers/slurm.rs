@@ -13,7 +13,7 @@ use outliers_tests::cluster::Cluster;
 use outliers_tests::desk::{Desk, Said};
 use outliers_tests::golden::assert_statistics_equal;
 use outliers_tests::noise;
-use outliers_tests::programs::golden;
+use outliers_tests::programs::{golden, workspace};
 
 /// A cluster with the stand-in's commands, and a desk whose settings lead there.
 fn office() -> Option<(Cluster, Desk)> {
@@ -144,6 +144,26 @@ fn a_job_that_nobody_wants_ends_by_its_tag_alone() {
     assert!(!cluster.leases().exists());
     let foreign = desk.run(["instances", "terminate", "7", "--broker", "slurm", "--force", "-y"]);
     assert_eq!(foreign.code, Some(2), "other jobs are never touched: {foreign:?}");
+}
+
+#[test]
+fn the_stand_in_prints_what_slurm_has_printed() {
+    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let recorded = |name: &str| {
+        let path = workspace().join("tests/slurm/recorded").join(name);
+        std::fs::read_to_string(path).unwrap()
+    };
+    let fields = |text: &str| text.lines().next().map(|line| line.split('|').count());
+    let nodes = cluster.says("sinfo", &["--noheader", "--exact", "--format=@nodes %P|%a|%l|%F|%c|%m|%G"]);
+    assert_eq!(fields(&nodes), fields(&recorded("sinfo-22.05.8.txt")));
+    cluster.goes_wrong("hold", "Priority").unwrap();
+    let submit = ["--job-name=a", "--chdir=/", "--time=1", "--partition=cpu", "--output=job.log", "--parsable"];
+    assert_eq!(cluster.says("sbatch", &submit), "1\n");
+    let format = "--format=@job %i|%T|%r|%P|%e|%N|%j";
+    let jobs = cluster.says("squeue", &["--me", "--noheader", "--states=all", format]);
+    let real = recorded("squeue-22.05.8.txt");
+    assert_eq!(jobs, "@job 1|PENDING|Priority|cpu|N/A||a\n");
+    assert!(real.contains("|PENDING|JobHeldUser|gpu|N/A||") && fields(&jobs) == fields(&real), "{real}");
 }
 
 fn site(interval: Duration) -> Site {

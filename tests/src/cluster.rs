@@ -1,4 +1,5 @@
-//! A cluster: a real OpenSSH server as its login node, before Slurm itself or before a stand-in for Slurm's commands.
+//! A cluster: a real OpenSSH server as its login node, before Slurm itself or before a stand-in
+//! for Slurm's commands.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -25,7 +26,8 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// A login node with `tests/slurm/stand_in.sh`. `None`, after saying so, on a machine without OpenSSH's server.
+    /// A login node with `tests/slurm/stand_in.sh`. `None`, after saying so, on a machine without
+    /// OpenSSH's server.
     ///
     /// # Errors
     /// Files cannot be written, or the server does not come up.
@@ -41,9 +43,10 @@ impl Cluster {
         Self::behind(folder, environment)
     }
 
-    /// A login node before Slurm's own daemons, with one node of this machine's processors. They are taken
-    /// from where Debian's packages `slurmctld`, `slurmd` and `slurm-client` put them, below the folder
-    /// that `OUTLIERS_SLURM` names if they were only unpacked. `None`, after saying so, where they are not.
+    /// A login node before Slurm's own daemons, with one node of this machine's processors. They
+    /// are taken from where Debian's packages `slurmctld`, `slurmd` and `slurm-client` put them,
+    /// below the folder that `OUTLIERS_SLURM` names if they were only unpacked. `None`, after
+    /// saying so, where they are not.
     ///
     /// # Errors
     /// They do not come up.

@@ -1,12 +1,15 @@
 //! Slurm: a cluster behind a login node, reached by the `ssh` program of this machine.
 //!
-//! An instance is a job and its folder on the file system that login node and compute nodes share: `outliers-jobs/<tag>`
-//! below the scratch folder. The job is named by the tag too, so that both are found by it, and a folder whose job is over
-//! still holds results. The job's script ([`JOB`]) waits for the worker, which comes through the login node. Source: the
-//! manual pages of Slurm 22.05 to 24.11 (sbatch, squeue, sinfo, scancel), and the recorded output of 22.05.8 in the tests.
+//! An instance is a job and its folder on the file system that login node and compute nodes share:
+//! `outliers-jobs/<tag>` below the scratch folder. The job is named by the tag too, so that both
+//! are found by it, and a folder whose job is over still holds results. The job's script ([`JOB`])
+//! waits for the worker, which comes through the login node. Source: the manual pages of Slurm
+//! 22.05 to 24.11 (sbatch, squeue, sinfo, scancel), and the recorded output of 22.05.8 in the
+//! tests.
 //!
-//! A queue is not a rental: a job that waits is [`InstanceState::Queued`] for as long as [`Site::queue`], costs nothing, and
-//! is not exchanged for another. Its lease ends that much later; the job's own time limit is the run's.
+//! A queue is not a rental: a job that waits is [`InstanceState::Queued`] for as long as
+//! [`Site::queue`], costs nothing, and is not exchanged for another. Its lease ends that much
+//! later; the job's own time limit is the run's.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -59,7 +62,8 @@ pub struct Site {
     pub qos: Option<String>,
     /// `--constraint`.
     pub constraint: Option<String>,
-    /// A folder that login node and compute nodes share, absolute or below the home folder; `None`: the home folder.
+    /// A folder that login node and compute nodes share, absolute or below the home folder;
+    /// `None`: the home folder.
     pub scratch: Option<String>,
     /// More options of `sbatch`, as they are.
     pub sbatch: Vec<String>,
@@ -143,7 +147,8 @@ impl Slurm {
             "umask 077\n\
              if ! why=$({{ mkdir -p {cache} && mkdir {folder} && ln -s ../.cache {folder}/.cache && \
              printf '%s\\n' {micros} {what} > {folder}/lease && printf '%s' {script} > {folder}/job.sh && \
-             date +%s > {folder}/submitting; }} 2>&1); then echo \"@refused the scratch folder: $(echo $why)\"; exit 0; fi\n\
+             date +%s > {folder}/submitting; }} 2>&1)\n\
+             then echo \"@refused the scratch folder: $(echo $why)\"; exit 0; fi\n\
              cd {folder} || exit 1\n\
              if sbatch --chdir=\"$PWD\" {options} < job.sh > job.id.part 2> sbatch.log; then\n\
                cut -d ';' -f 1 < job.id.part > job.id; rm -f job.id.part submitting\n\

@@ -222,6 +222,10 @@ pub(crate) struct World {
     odd: bool,
     pub(crate) max_duration_s: u64,
     pub(crate) budget: Option<Usd>,
+    /// Listings in which instances wait for their turn.
+    pub(crate) queued: u32,
+    /// The cloud ends an instance by itself, and the worker with it.
+    pub(crate) limited: bool,
     /// What the hosts of all instances ask for.
     pub(crate) rise: Option<String>,
     /// What a person said yes to.
@@ -558,6 +562,11 @@ impl Broker for Fake {
                     machine.hidden -= 1;
                 }
             }
+            if world.queued > 0 {
+                world.queued -= 1;
+                let up = shown.iter_mut().filter(|instance| matches!(instance.state, InstanceState::Ready(_)));
+                up.for_each(|instance| instance.state = InstanceState::Queued("Priority".into()));
+            }
             shown
         });
         listed.await.map_err(Struck::broker)
@@ -569,6 +578,12 @@ impl Broker for Fake {
 
     async fn price_rise(&self, _: &InstanceId) -> Result<Option<String>, BrokerError> {
         Ok(self.world.lock().unwrap().rise.clone())
+    }
+
+    fn ends_at(&self, id: &InstanceId) -> Option<u64> {
+        let world = self.world.lock().unwrap();
+        let died = |machine: &Machine| matches!(machine.worker, JobStatus::Ended { .. }) && !machine.whole;
+        (world.limited && world.machines.get(&id.0).is_some_and(died)).then(|| now_ms() / 1000)
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {

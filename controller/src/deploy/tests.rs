@@ -99,6 +99,28 @@ async fn a_run_goes_through_all_states_and_leaves_nothing() {
     assert!(!home.path().join("state/runs").join(&record.id).join("key").exists());
 }
 
+#[tokio::test(start_paused = true)]
+async fn waiting_in_a_queue_outlasts_every_patience() {
+    let (fake, home) = (Fake::new(), home());
+    // Many times the patience for a boot.
+    fake.set(|world| world.queued = 5000);
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    closed_and_clean(&fake, &record, "a queue");
+    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    assert_eq!(fake.world.lock().unwrap().creates, 1, "what waits is not exchanged");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_its_cloud_ended_at_the_time_limit_is_not_started_again() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| (world.deaths, world.limited) = (1, true));
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    closed_and_clean(&fake, &record, "a time limit");
+    assert_eq!(record.state.ending(), Some(&Ending::Deadline));
+    assert!(record.state.results().is_some_and(|results| !results.complete), "what there was came home");
+    assert_eq!(fake.world.lock().unwrap().creates, 1, "nothing was rented anew");
+}
+
 /// Every fault of `first` at every effect; then, if `second` is given, that one at every effect after it.
 async fn sweep(first: Fault, second: Option<Fault>, check: impl Fn(&Fake, &[Life], &str)) -> usize {
     sweep_with(first, second, |_| {}, check).await

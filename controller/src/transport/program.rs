@@ -1,8 +1,10 @@
-//! [`Transport`] by the `ssh` program of this machine: aliases, jump hosts, keys, agents and host keys are what OpenSSH and
-//! the user's `~/.ssh/config` make of them, and a second factor is asked for where the user logs in, never here.
+//! [`Transport`] by the `ssh` program of this machine: aliases, jump hosts, keys, agents and host
+//! keys are what OpenSSH and the user's `~/.ssh/config` make of them, and a second factor is asked
+//! for where the user logs in, never here.
 //!
-//! One connection is made and shared by all commands (`ControlMaster`). Where the user's configuration has such a connection
-//! and it is open, that one is used. Ours ends with this process, whatever ends it: it lives as long as a pipe to it.
+//! One connection is made and shared by all commands (`ControlMaster`). Where the user's
+//! configuration has such a connection and it is open, that one is used. Ours ends with this
+//! process, whatever ends it: it lives as long as a pipe to it.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -58,7 +60,8 @@ enum Line {
 }
 
 impl OpenSsh {
-    /// Commands on `host`, an alias of the user's configuration or `user@name`. `config` is another file than
+    /// Commands on `host`, an alias of the user's configuration or `user@name`. `config` is
+    /// another file than
     /// `~/.ssh/config`; `folder` is where the connection's socket may lie.
     ///
     /// # Errors
@@ -191,30 +194,29 @@ impl OpenSsh {
     /// What `ssh` says when it fails by itself.
     fn failure(&self, stderr: &[u8]) -> TransportError {
         let words = clean(stderr, 400);
-        let has = |part: &str| words.to_lowercase().contains(part);
-        let (kind, hint) = match () {
-            () if has("host key verification failed") || has("host key is known") || has("identification has changed") => {
-                let hint = format!("log in once with `ssh {}` and compare the key that it shows", self.host);
-                (Kind::HostKeyChanged, hint)
+        let lower = words.to_lowercase();
+        let has = |parts: &[&str]| parts.iter().any(|part| lower.contains(part));
+        let kind = match () {
+            () if has(&["host key verification failed", "host key is known", "identification has changed"]) => {
+                Kind::HostKeyChanged
             }
-            () if has("permission denied") || has("too many authentication failures") => {
-                let hint = format!(
-                    "nobody is asked here: load the key into the agent; where a password or a second factor is wanted, set \
-                     ControlMaster and ControlPath for the host in ~/.ssh/config and keep one `ssh {}` open",
-                    self.host
-                );
-                (Kind::AuthFailed, hint)
-            }
-            () if has("connection refused") => (Kind::Refused, String::new()),
-            () if has("could not resolve") || has("no route") || has("unreachable") || has("timed out") => {
-                (Kind::Unreachable, String::new())
-            }
-            () if has("bad configuration") || has("no such file") => (Kind::Local, String::new()),
-            () => (Kind::Reset, String::new()),
+            () if has(&["permission denied", "too many authentication failures"]) => Kind::AuthFailed,
+            () if has(&["connection refused"]) => Kind::Refused,
+            () if has(&["could not resolve", "no route", "unreachable", "timed out"]) => Kind::Unreachable,
+            () if has(&["bad configuration", "no such file"]) => Kind::Local,
+            () => Kind::Reset,
+        };
+        let host = &self.host;
+        let hint = match kind {
+            Kind::HostKeyChanged => format!(" (log in once with `ssh {host}` and compare the key that it shows)"),
+            Kind::AuthFailed => format!(
+                " (nobody is asked here: load the key into the agent; where a password or a second factor is \
+                 wanted, set ControlMaster and ControlPath in ~/.ssh/config and keep one `ssh {host}` open)"
+            ),
+            _ => String::new(),
         };
         let words = if words.is_empty() { "the connection broke off".to_owned() } else { words };
-        let hint = if hint.is_empty() { hint } else { format!(" ({hint})") };
-        TransportError::new(kind, format!("{}: {words}{hint}", self.host))
+        TransportError::new(kind, format!("{host}: {words}{hint}"))
     }
 
     fn not_run(&self, error: &std::io::Error) -> TransportError {
@@ -397,7 +399,10 @@ impl Transport for OpenSsh {
         part.push(format!(".part.{:08x}", rand::rng().random::<u32>()));
         let part = PathBuf::from(part);
         let got = self.download(remote, &part, limit).await;
-        let got = got.and_then(|bytes| std::fs::rename(&part, local).map(|()| bytes).map_err(|e| self::local(local, &e)));
+        let got = match got {
+            Ok(bytes) => std::fs::rename(&part, local).map(|()| bytes).map_err(|error| self::local(local, &error)),
+            Err(error) => Err(error),
+        };
         if got.is_err() {
             // It may never have come to be.
             let _ = std::fs::remove_file(&part);
@@ -440,7 +445,7 @@ mod tests {
         let ssh = at("c").unwrap();
         for (words, kind, hint) in [
             ("Host key verification failed.", Kind::HostKeyChanged, "ssh c"),
-            ("No ED25519 host key is known for c and you have requested strict checking.", Kind::HostKeyChanged, "ssh c"),
+            ("No ED25519 host key is known for c and you have requested", Kind::HostKeyChanged, "ssh c"),
             ("me@c: Permission denied (publickey,keyboard-interactive).", Kind::AuthFailed, "ControlMaster"),
             ("ssh: connect to host c port 22: Connection refused", Kind::Refused, ""),
             ("ssh: Could not resolve hostname c: Name or service not known", Kind::Unreachable, ""),

@@ -67,7 +67,8 @@ impl Cluster {
         &self.ssh
     }
 
-    /// What a script prints there, if it ends well. `lost` is what it means that the answer did not come.
+    /// What a script prints there, if it ends well. `lost` is what it means that the answer did
+    /// not come.
     pub(super) async fn ask(&self, script: &str, lost: Kind) -> Result<String, BrokerError> {
         let text = format!(
             "LC_ALL=C SLURM_TIME_FORMAT=%s\nexport LC_ALL SLURM_TIME_FORMAT\n\
@@ -129,8 +130,8 @@ impl Cluster {
         self.door.get_or_init(find).await.clone().unwrap_or_else(named)
     }
 
-    /// The queue and the leases' folders, seen no earlier than the last change that was made here. `squeue` runs once per
-    /// interval, however many ask; a failure counts as an answer.
+    /// The queue and the leases' folders, seen no earlier than the last change that was made here.
+    /// `squeue` runs once per interval, however many ask; a failure counts as an answer.
     pub(super) async fn snapshot(&self) -> Result<Arc<Snapshot>, BrokerError> {
         let mut look = self.looks.lock().await;
         if let Some((at, seen)) = &*look {

@@ -15,7 +15,8 @@ use crate::transport::{ExecOutput, SendRequest, Transport, TransportError, Trans
 /// So long a script waits for a look at the queue; then the last one has to do.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// One job's folder as a host: the folder is its home, and every script hears whether the job is over.
+/// One job's folder as a host: the folder is its home, and every script hears whether the job is
+/// over.
 pub(super) struct JobTransport {
     cluster: Arc<Cluster>,
     tag: LeaseTag,

@@ -12,7 +12,8 @@ pub(super) const MOST_ASKED: usize = 8;
 /// Of a job without GPUs.
 const CPUS: u32 = 8;
 
-/// The node groups of all partitions, or of one, and what is free in the folder below which the leases lie.
+/// The node groups of all partitions, or of one, and what is free in the folder below which the
+/// leases lie.
 pub(super) fn look(root: &str, partition: Option<&str>) -> String {
     let only = partition.map(|name| quote(&format!("--partition={name}"))).unwrap_or_default();
     let above = root.rsplit_once('/').map_or("/", |(above, _)| above);
@@ -139,7 +140,8 @@ pub(super) fn read(answer: &str, want: &GpuRequest, site: &Site) -> Found {
     found
 }
 
-/// Available KiB in a line of `df -Pk`. The file system's name may hold blanks, so the columns are counted from the percentage.
+/// Available KiB in a line of `df -Pk`. The file system's name may hold blanks, so the columns are
+/// counted from the percentage.
 fn free_kib(line: &str) -> Option<u64> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let percent = words.iter().position(|word| word.ends_with('%'))?;

@@ -1,4 +1,5 @@
-//! What the queue and the leases' folders show, and what it means. Every word comes from the cluster and is read strictly.
+//! What the queue and the leases' folders show, and what it means. Every word comes from the
+//! cluster and is read strictly.
 
 use super::{Kind, NAME, error};
 use crate::broker::{BrokerError, Instance, InstanceId, InstanceState, LeaseTag, SshEndpoint};
@@ -9,9 +10,10 @@ use crate::units::{Usd, UsdPerHour};
 /// A submission that is under way, or was cut short, is waited for so long.
 const SUBMITTING_S: u64 = 120;
 
-/// The leases' folders below `root`, then the whole queue of one user, ended jobs too as far as Slurm remembers them: a folder
-/// that says that it was submitted has its job in what is seen later. A job's name may hold anything and stands last: what
-/// follows a line break in one is no line of ours.
+/// The leases' folders below `root`, then the whole queue of one user, ended jobs too as far as
+/// Slurm remembers them: a folder that says that it was submitted has its job in what is seen
+/// later. A job's name may hold anything and stands last: what follows a line break in one is no
+/// line of ours.
 pub(super) fn look(root: &str) -> String {
     format!(
         "digits() {{ head -n 1 \"$1\" 2> /dev/null | tr -cd 0-9 | head -c 15; }}\n\
@@ -216,7 +218,8 @@ impl Snapshot {
         }
     }
 
-    /// When the job's time is up, or was. A job that waits has all of its time, and one that was taken away lost it otherwise.
+    /// When the job's time is up, or was. A job that waits has all of its time, and one that was
+    /// taken away lost it otherwise.
     pub(super) fn ends_at(&self, tag: &str) -> Option<u64> {
         let by_its_script = || self.folder(tag)?.ends;
         match self.job(tag) {
