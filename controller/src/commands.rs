@@ -269,9 +269,15 @@ impl Context {
         };
         let ssh = OpenSsh::new(&site.host, site.ssh_config.as_deref(), &self.settings.state.join("slurm"));
         let ssh = ssh.map_err(|error| Complaint::refused(error.message, "name a host, or another state folder"))?;
-        let (listing_interval, queue) = (site.listing_interval, site.queue);
+        // A job is listed from the moment it exists.
+        let patience = Patience {
+            listing_interval: site.listing_interval,
+            queue: site.queue,
+            absences: 2,
+            ..Patience::CLOUD
+        };
         let broker = Arc::new(Slurm::new(site.clone(), ssh, self.explain()));
-        Ok(Cloud { broker, patience: Patience { listing_interval, queue, ..Patience::CLOUD }, is_local: false })
+        Ok(Cloud { broker, patience, is_local: false })
     }
 
     fn explain(&self) -> Option<Explain> {

@@ -131,8 +131,9 @@ impl Cluster {
     /// What one of Slurm's commands prints.
     pub fn says(&self, command: &str, arguments: &[&str]) -> String {
         let path = self.environment.iter().find(|(name, _)| name == "PATH").map(|(_, path)| path.clone());
-        let program = std::env::split_paths(&path.unwrap_or_default()).map(|folder| folder.join(command));
-        let program = program.into_iter().find(|path| path.is_file()).unwrap_or_else(|| command.into());
+        let path = path.unwrap_or_default();
+        let mut programs = std::env::split_paths(&path).map(|folder| folder.join(command));
+        let program = programs.find(|program| program.is_file()).unwrap_or_else(|| command.into());
         let out = Command::new(program).args(arguments).envs(self.environment.iter().cloned()).output();
         out.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default()
     }

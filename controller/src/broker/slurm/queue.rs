@@ -22,8 +22,8 @@ pub(super) fn look(root: &str) -> String {
            stage=waiting; for go in \"$lease\"/outliers/*/go; do [ -f \"$go\" ] && stage=launched; done\n\
            since=$(digits \"$lease/submitting\")\n\
            [ -n \"$since\" ] && [ $(($(date +%s) - since)) -lt {SUBMITTING_S} ] && stage=submitting\n\
-           id=$(digits \"$lease/job.id\") ends=$(digits \"$lease/ends\") micros=$(digits \"$lease/lease\")\n\
-           echo \"@lease $lease|$stage|$id|$ends|$micros|$(sed -n 2p \"$lease/lease\" 2> /dev/null)\"\n\
+           ends=$(digits \"$lease/ends\") micros=$(digits \"$lease/lease\")\n\
+           echo \"@lease $lease|$stage|$ends|$micros|$(sed -n 2p \"$lease/lease\" 2> /dev/null)\"\n\
          done; fi\n\
          squeue --me --noheader --states=all --format='@job %i|%T|%r|%P|%e|%N|%j' && echo '@end '",
         root = quote(root),
@@ -61,7 +61,6 @@ struct Job {
 struct Folder {
     tag: LeaseTag,
     stage: Stage,
-    number: Option<String>,
     ends: Option<u64>,
     price: Option<UsdPerHour>,
     what: String,
@@ -148,10 +147,10 @@ impl Job {
 
 impl Folder {
     fn read(line: &str) -> Option<Self> {
-        let mut parts = line.splitn(6, '|');
+        let mut parts = line.splitn(5, '|');
         let mut next = || parts.next().map(str::trim);
-        let (tag, stage, number) = (next()?.parse().ok()?, next()?, next()?);
-        let (ends, micros, what) = (next()?.parse().ok(), next()?.parse().ok(), next()?);
+        let (tag, stage) = (next()?.parse().ok()?, next()?);
+        let (ends, micros, what) = (next()?.parse().ok(), next()?.parse::<i64>().ok(), next()?);
         let stage = match stage {
             "submitting" => Stage::Submitting,
             "waiting" => Stage::Waiting,
@@ -161,7 +160,6 @@ impl Folder {
         Some(Self {
             tag,
             stage,
-            number: Some(number.to_owned()).filter(|number| !number.is_empty()),
             ends,
             price: micros.map(|micros| UsdPerHour(Usd::from_micros(micros))),
             what: clean(what.as_bytes(), 120),

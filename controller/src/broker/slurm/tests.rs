@@ -47,7 +47,7 @@ fn seen(leases: &str, queue: &str) -> Snapshot {
 
 /// A lease's folder, as it is listed.
 fn folder(run: &str, stage: &str, ends: &str) -> String {
-    format!("@lease {}|{stage}|17|{ends}|500000|1 x a100 in gpu\n", tag(run))
+    format!("@lease {}|{stage}|{ends}|500000|1 x a100 in gpu\n", tag(run))
 }
 
 fn state(snapshot: &Snapshot, run: &str) -> InstanceState {
@@ -140,7 +140,8 @@ fn offered(nodes: &str, want: &GpuRequest) -> Vec<Offer> {
 fn node_groups_are_offers_of_what_is_wanted() {
     let want = |count| GpuRequest { gpu_count: Some(count), ..GpuRequest::default() };
     assert!(offered(NODES, &want(1)).is_empty(), "the recorded cluster shows no GPUs");
-    let cpu = &offered(NODES, &want(0))[0];
+    let cpus = offered(NODES, &want(0));
+    let cpu = &cpus[0];
     assert_eq!((cpu.gpu_count, cpu.cpu_cores, cpu.cpu_ram), (0, Some(2), Some(Bytes::from_mib(4000))));
     let nodes = "@nodes gpu*|up|2-00:00:00|1/1/0/2|64|512000|gpu:a100:4(S:0-1),shard:8\n\
                  @nodes gpu|up|12:00:00|0/0/1/1|32|256000|gpu:h100:2\n\
