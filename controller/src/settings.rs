@@ -19,7 +19,7 @@ use crate::local_worker::Limits;
 use crate::run::Watch;
 use crate::secret::Secret;
 use crate::text::toml_error;
-use crate::units::{Bytes, Fraction, Positive, UsdPerHour};
+use crate::units::{Bytes, Fraction, Positive};
 
 pub use crate::units::Span;
 
@@ -242,7 +242,6 @@ struct SlurmSection {
     #[serde(default)]
     sbatch: Vec<String>,
     queue: Option<Span>,
-    price_per_gpu_hour: Option<Positive>,
     gpu_memory: Option<SomeBytes>,
     listing_interval: Option<Span>,
 }
@@ -260,7 +259,6 @@ impl SlurmSection {
             scratch: self.scratch,
             sbatch: self.sbatch,
             queue: self.queue.map_or(QUEUE, |span| span.0),
-            price_per_gpu_hour: UsdPerHour::from_dollars(self.price_per_gpu_hour.map_or(0.0, Positive::get)),
             gpu_memory: self.gpu_memory.map(|size| Bytes(size.0.0)),
             listing_interval: self.listing_interval.map_or(Patience::CLOUD.listing_interval, |span| span.0),
         }

@@ -7,7 +7,7 @@ use outliers::broker::slurm::{Site, Slurm};
 use outliers::broker::{Broker, GpuRequest, Instance, InstanceState, Offer};
 use outliers::transport::program::OpenSsh;
 use outliers::transport::{SendRequest, Transport, TransportErrorKind};
-use outliers::units::{Bytes, UsdPerHour};
+use outliers::units::Bytes;
 use outliers_clouds::conformance::{lease, life};
 use outliers_tests::cluster::Cluster;
 use outliers_tests::desk::{Desk, Said};
@@ -178,7 +178,6 @@ fn site(interval: Duration) -> Site {
         scratch: None,
         sbatch: Vec::new(),
         queue: Duration::from_secs(60),
-        price_per_gpu_hour: UsdPerHour::default(),
         gpu_memory: None,
         listing_interval: interval,
     }

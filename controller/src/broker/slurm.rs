@@ -27,7 +27,7 @@ use crate::http::Explain;
 use crate::text::clean;
 use crate::transport::program::OpenSsh;
 use crate::transport::quote::quote;
-use crate::units::{Bytes, UsdPerHour};
+use crate::units::Bytes;
 
 mod cluster;
 mod job;
@@ -69,9 +69,7 @@ pub struct Site {
     pub sbatch: Vec<String>,
     /// How long a job may wait in the queue.
     pub queue: Duration,
-    /// Of one GPU, where accounting is in money.
-    pub price_per_gpu_hour: UsdPerHour,
-    /// Of one GPU, where its type does not tell.
+    /// Memory of one GPU, where its type does not tell.
     pub gpu_memory: Option<Bytes>,
     /// `squeue` is asked no more often.
     pub listing_interval: Duration,
@@ -127,7 +125,7 @@ impl Slurm {
     }
 
     /// Makes the lease's folder, submits, and says what became of it.
-    fn submission(&self, root: &str, goods: &Goods, offer: &Offer, lease: &Lease, time: Duration) -> String {
+    fn submission(&self, root: &str, goods: &Goods, lease: &Lease, time: Duration) -> String {
         let tag = lease.tag.to_string();
         let mut options = self.options(goods, time);
         options.extend([format!("--job-name={tag}"), "--parsable".to_owned(), "--requeue".to_owned()]);
@@ -146,7 +144,7 @@ impl Slurm {
         format!(
             "umask 077\n\
              if ! why=$({{ mkdir -p {cache} && mkdir {folder} && ln -s ../.cache {folder}/.cache && \
-             printf '%s\\n' {micros} {what} > {folder}/lease && printf '%s' {script} > {folder}/job.sh && \
+             printf '%s\\n' {what} > {folder}/lease && printf '%s' {script} > {folder}/job.sh && \
              date +%s > {folder}/submitting; }} 2>&1)\n\
              then echo \"@refused the scratch folder: $(echo $why)\"; exit 0; fi\n\
              cd {folder} || exit 1\n\
@@ -156,7 +154,6 @@ impl Slurm {
              else echo \"@refused $(tail -n 3 sbatch.log | tr '\\n' ' ')\"; fi",
             cache = quote(&format!("{root}/.cache")),
             folder = quote(&format!("{root}/{tag}")),
-            micros = offer.price.0.micros(),
             what = quote(&what(goods)),
             script = quote(&script),
             options = options.join(" "),
@@ -244,7 +241,7 @@ impl Broker for Slurm {
             return Err(error(Kind::Rejected, message));
         }
         let root = self.cluster.root().await?;
-        let script = self.submission(&root, &goods, offer, lease, Duration::from_secs(time));
+        let script = self.submission(&root, &goods, lease, Duration::from_secs(time));
         // Whatever goes wrong from here on, the job may be there: its name settles it.
         let answer = self.cluster.ask(&script, Kind::Maybe).await;
         self.cluster.changed();

@@ -180,7 +180,7 @@ fn not_reached(failed: TransportError, lost: Kind) -> BrokerError {
     use TransportErrorKind as T;
     let kind = match failed.kind {
         T::AuthFailed | T::HostKeyChanged => Kind::Auth,
-        T::Refused | T::Unreachable | T::Local => Kind::Unavailable,
+        T::Refused | T::Unreachable | T::NoChannel | T::Local => Kind::Unavailable,
         T::Reset | T::TimedOut | T::NoSpace | T::Remote => lost,
     };
     error(kind, failed.message)

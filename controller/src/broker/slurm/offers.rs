@@ -191,8 +191,7 @@ impl Found {
         let partition = group.partition.clone();
         let goods = Goods { partition, gpus, gpu_type, cpus, mem_mib, limit_s: group.limit_s };
         let Ok(key) = serde_json::to_string(&goods) else { return };
-        let price = UsdPerHour::from_dollars(site.price_per_gpu_hour.0.dollars() * f64::from(gpus));
-        let offer = Offer::new(NAME, key, gpus, price);
+        let offer = Offer::new(NAME, key, gpus, UsdPerHour::default());
         let offer = match &goods.gpu_type {
             Some(kind) => offer.with_gpu(kind, site.gpu_memory),
             None => Offer { vram: site.gpu_memory.filter(|_| gpus > 0), ..offer },

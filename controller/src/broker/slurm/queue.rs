@@ -5,7 +5,7 @@ use super::{Kind, NAME, error};
 use crate::broker::{BrokerError, Instance, InstanceId, InstanceState, LeaseTag, SshEndpoint};
 use crate::text::clean;
 use crate::transport::quote::quote;
-use crate::units::{Usd, UsdPerHour};
+use crate::units::UsdPerHour;
 
 /// A submission that is under way, or was cut short, is waited for so long.
 const SUBMITTING_S: u64 = 120;
@@ -22,8 +22,8 @@ pub(super) fn look(root: &str) -> String {
            stage=waiting; for go in \"$lease\"/outliers/*/go; do [ -f \"$go\" ] && stage=launched; done\n\
            since=$(digits \"$lease/submitting\")\n\
            [ -n \"$since\" ] && [ $(($(date +%s) - since)) -lt {SUBMITTING_S} ] && stage=submitting\n\
-           ends=$(digits \"$lease/ends\") micros=$(digits \"$lease/lease\")\n\
-           echo \"@lease $lease|$stage|$ends|$micros|$(sed -n 2p \"$lease/lease\" 2> /dev/null)\"\n\
+           ends=$(digits \"$lease/ends\")\n\
+           echo \"@lease $lease|$stage|$ends|$(sed -n 1p \"$lease/lease\" 2> /dev/null)\"\n\
          done; fi\n\
          squeue --me --noheader --states=all --format='@job %i|%T|%r|%P|%e|%N|%j' && echo '@end '",
         root = quote(root),
@@ -62,7 +62,6 @@ struct Folder {
     tag: LeaseTag,
     stage: Stage,
     ends: Option<u64>,
-    price: Option<UsdPerHour>,
     what: String,
 }
 
@@ -147,23 +146,17 @@ impl Job {
 
 impl Folder {
     fn read(line: &str) -> Option<Self> {
-        let mut parts = line.splitn(5, '|');
+        let mut parts = line.splitn(4, '|');
         let mut next = || parts.next().map(str::trim);
         let (tag, stage) = (next()?.parse().ok()?, next()?);
-        let (ends, micros, what) = (next()?.parse().ok(), next()?.parse::<i64>().ok(), next()?);
+        let (ends, what) = (next()?.parse().ok(), next()?);
         let stage = match stage {
             "submitting" => Stage::Submitting,
             "waiting" => Stage::Waiting,
             "launched" => Stage::Launched,
             _ => return None,
         };
-        Some(Self {
-            tag,
-            stage,
-            ends,
-            price: micros.map(|micros| UsdPerHour(Usd::from_micros(micros))),
-            what: clean(what.as_bytes(), 120),
-        })
+        Some(Self { tag, stage, ends, what: clean(what.as_bytes(), 120) })
     }
 }
 
@@ -268,7 +261,7 @@ impl Snapshot {
             id: InstanceId(tag.to_owned()),
             name: tag.to_owned(),
             state,
-            price: folder.and_then(|folder| folder.price),
+            price: Some(UsdPerHour::default()),
             hardware: folder.map(|folder| folder.what.clone()).unwrap_or_default(),
             created_at: None,
         }

@@ -27,7 +27,6 @@ fn site() -> Site {
         scratch: None,
         sbatch: vec!["--nice=100".into()],
         queue: Duration::from_secs(86_400),
-        price_per_gpu_hour: UsdPerHour::from_dollars(0.5),
         gpu_memory: None,
         listing_interval: Duration::from_secs(10),
     }
@@ -47,7 +46,7 @@ fn seen(leases: &str, queue: &str) -> Snapshot {
 
 /// A lease's folder, as it is listed.
 fn folder(run: &str, stage: &str, ends: &str) -> String {
-    format!("@lease {}|{stage}|{ends}|500000|1 x a100 in gpu\n", tag(run))
+    format!("@lease {}|{stage}|{ends}|1 x a100 in gpu\n", tag(run))
 }
 
 fn state(snapshot: &Snapshot, run: &str) -> InstanceState {
@@ -150,7 +149,7 @@ fn node_groups_are_offers_of_what_is_wanted() {
     let names: Vec<_> = two.iter().map(|offer| (offer.gpu.as_deref(), offer.gpu_count, offer.cpu_cores)).collect();
     assert_eq!(names, [(Some("a100"), 2, Some(32)), (Some("H100"), 2, Some(32))]);
     assert_eq!(two[0].vram, Some(Bytes::from_gib(40)), "the smaller of two, where the name leaves it open");
-    assert_eq!(two[0].price, UsdPerHour::from_dollars(1.0));
+    assert_eq!(two[0].price, UsdPerHour::default());
     assert_eq!(two[0].region.as_deref(), Some("gpu: 1 of 2 nodes idle"));
     let goods: Goods = serde_json::from_str(&two[1].key).unwrap();
     assert_eq!((goods.limit_s, goods.gpu_type.as_deref(), goods.mem_mib), (Some(43_200), Some("h100"), 256_000));
@@ -192,9 +191,8 @@ fn a_submission_names_the_tag_and_the_limits_and_nothing_is_read_by_a_shell() {
         mem_mib: 1000,
         limit_s: None,
     };
-    let offer = Offer::new(NAME, String::new(), 2, UsdPerHour::from_dollars(1.0));
     let root = "/scratch/it's me; rm -rf x";
-    let script = slurm().submission(root, &goods, &offer, &lease, Duration::from_secs(3601));
+    let script = slurm().submission(root, &goods, &lease, Duration::from_secs(3601));
     for part in [
         "--time=61",
         "--gres=gpu:a100:2",
@@ -207,7 +205,7 @@ fn a_submission_names_the_tag_and_the_limits_and_nothing_is_read_by_a_shell() {
     ] {
         assert!(script.contains(part), "{part} in {script}");
     }
-    let short = slurm().submission("/s", &goods, &offer, &lease, Duration::from_secs(300));
+    let short = slurm().submission("/s", &goods, &lease, Duration::from_secs(300));
     assert!(!short.contains("--signal"), "it would be asked to stop as soon as it starts");
     let checked = std::process::Command::new("sh").args(["-n", "-c", &script]).output().unwrap();
     assert!(checked.status.success(), "{checked:?}");
