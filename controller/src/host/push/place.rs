@@ -49,8 +49,11 @@ impl RemoteHost {
 }
 
 fn script(home: &str, beside: &[&str]) -> String {
+    // A job runs on another machine, which has these folders to itself.
+    let alone = r#"|| [ -n "${outliers_job:-}" ]"#;
     let others = (1..).zip(beside).map(|(i, folder)| format!(" || try {i} {folder}/outliers-$uid 077"));
-    format!("{TRY}\nuid=$(id -u); echo \"@uid $uid\"\ntry 0 {} 022{}\n:", quote(home), others.collect::<String>())
+    let others: String = others.collect();
+    format!("{TRY}\nuid=$(id -u); echo \"@uid $uid\"\ntry 0 {} 022 {alone}{others}\n:", quote(home))
 }
 
 fn chosen(answer: &Answer, home: &str, beside: &[&str]) -> Option<String> {
@@ -102,6 +105,19 @@ mod tests {
         let none = answer(&at("file").join("home"), &beside);
         assert_eq!(chosen(&none, "", &beside), None);
         assert!(none.fields("barred")[1].ends_with("is another user's"), "{:?}", none.fields("barred"));
+    }
+
+    #[test]
+    fn on_a_cluster_only_the_shared_folder_serves() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+        std::fs::write(at("file"), "").unwrap();
+        let beside = at("beside");
+        let script = script(&at("file/home"), &[&beside]);
+        let out = Command::new("sh").arg("-c").arg(script).env("outliers_job", "open").output().unwrap();
+        let said = String::from_utf8(out.stdout).unwrap();
+        assert!(out.status.success() && said.contains("@barred ") && !said.contains("@place"), "{said}");
+        assert!(!Path::new(&beside).exists(), "nothing is put where no node sees it");
     }
 
     #[test]
