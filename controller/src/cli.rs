@@ -9,8 +9,7 @@ use outliers_protocol::{
 };
 use serde::Deserialize;
 
-use crate::settings::Span;
-use crate::units::{CudaVersion, Fraction, PlotWidth, Positive};
+use crate::units::{CudaVersion, Fraction, PlotWidth, Positive, Span};
 
 /// Headings of options.
 const MODEL: &str = "Model";

@@ -9,7 +9,7 @@ use futures::future::join_all;
 
 use crate::broker::{Broker, BrokerError, BrokerErrorKind, Dropped, GpuRequest, Instance, InstanceId, Offer};
 use crate::run::BETWEEN_BROKERS;
-use crate::settings::Span;
+use crate::units::Span;
 
 /// Seconds by which this machine's clock may differ from that of a cloud on which something is rented: instances end at times of day.
 const MOST_SKEW: i64 = 5 * 60;

@@ -14,6 +14,7 @@ use crate::cli::{Cli, Command, WantArgs};
 use crate::clouds::{BadHosts, Cloud, Clouds, Patience};
 use crate::deploy::{Ports, SshHosts};
 use crate::estimate::Work;
+use crate::host;
 use crate::http::{Explain, Http, Limits};
 use crate::ledger::Ledger;
 use crate::local_worker::LocalWorker;
@@ -276,7 +277,7 @@ impl Context {
             absences: 2,
             ..Patience::CLOUD
         };
-        let broker = Arc::new(Slurm::new(site.clone(), ssh, self.explain()));
+        let broker = Arc::new(Slurm::new(site.clone(), ssh, host::PROBE, self.explain()));
         Ok(Cloud { broker, patience, is_local: false })
     }
 

@@ -233,6 +233,7 @@ struct Brokers {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct SlurmSection {
     host: Option<String>,
+    #[serde(alias = "ssh_config")]
     ssh_config: Option<PathBuf>,
     partition: Option<String>,
     account: Option<String>,
@@ -242,7 +243,9 @@ struct SlurmSection {
     #[serde(default)]
     sbatch: Vec<String>,
     queue: Option<Span>,
+    #[serde(alias = "gpu_memory")]
     gpu_memory: Option<SomeBytes>,
+    #[serde(alias = "listing_interval")]
     listing_interval: Option<Span>,
 }
 

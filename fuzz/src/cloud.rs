@@ -111,9 +111,10 @@ fn check_offer(offer: &Offer) {
 fn check_instance(instance: &Instance) {
     instance.price.into_iter().for_each(check_price);
     match &instance.state {
-        InstanceState::Failed(words) | InstanceState::Unknown(words) | InstanceState::Unreadable(words) => {
-            assert_harmless(words)
-        }
+        InstanceState::Failed(words)
+        | InstanceState::Queued(words)
+        | InstanceState::Unknown(words)
+        | InstanceState::Unreadable(words) => assert_harmless(words),
         InstanceState::Ready(at) => {
             let word =
                 |text: &str| !text.is_empty() && !text.starts_with('-') && text.chars().all(|c| c.is_ascii_graphic());

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use outliers::broker::slurm::{Site, Slurm};
 use outliers::broker::{Broker, GpuRequest, Instance, InstanceState, Offer};
+use outliers::host::PROBE;
 use outliers::transport::program::OpenSsh;
 use outliers::transport::{SendRequest, Transport, TransportErrorKind};
 use outliers::units::Bytes;
@@ -184,7 +185,8 @@ fn site(interval: Duration) -> Site {
 }
 
 fn broker(cluster: &Cluster, folder: &Path, interval: Duration) -> Slurm {
-    Slurm::new(site(interval), OpenSsh::new("cluster", Some(&cluster.ssh_config()), folder).unwrap(), None)
+    let ssh = OpenSsh::new("cluster", Some(&cluster.ssh_config()), folder).unwrap();
+    Slurm::new(site(interval), ssh, PROBE, None)
 }
 
 async fn first_offer(broker: &dyn Broker) -> Offer {

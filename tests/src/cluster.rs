@@ -58,7 +58,7 @@ impl Cluster {
             [renamed, program.to_owned()].into_iter().find(|path| path.is_file())
         };
         let (Some(controller), Some(node)) = (wlm(&controller), wlm(&node)) else {
-            crate::tell("skipped: no Slurm");
+            crate::not_checked("no Slurm is installed");
             return Ok(None);
         };
         let libraries = root.join(format!("usr/lib/{}-linux-gnu", std::env::consts::ARCH));

@@ -22,7 +22,6 @@ use super::{
     Account, Broker, BrokerError, BrokerErrorKind as Kind, Capabilities, GpuRequest, Instance, InstanceId,
     InstanceState, Lease, LeaseTag, Offer, Offers, Way,
 };
-use crate::host::PROBE;
 use crate::http::Explain;
 use crate::text::clean;
 use crate::transport::program::OpenSsh;
@@ -78,6 +77,8 @@ pub struct Site {
 /// A cluster as one user reaches it.
 pub struct Slurm {
     site: Site,
+    /// The script that tells a node's facts.
+    probe: &'static str,
     cluster: Arc<Cluster>,
 }
 
@@ -95,10 +96,11 @@ struct Goods {
 }
 
 impl Slurm {
-    /// Speaks to the cluster through `ssh`; commands and answers are told to `explain`.
-    pub fn new(site: Site, ssh: OpenSsh, explain: Option<Explain>) -> Self {
+    /// Speaks to the cluster through `ssh`; commands and answers are told to `explain`. `probe` is
+    /// the script that tells a node's facts (`host::PROBE`), which each job runs on its node.
+    pub fn new(site: Site, ssh: OpenSsh, probe: &'static str, explain: Option<Explain>) -> Self {
         let cluster = Cluster::new(ssh, site.scratch.clone(), site.listing_interval, explain);
-        Self { site, cluster: Arc::new(cluster) }
+        Self { site, probe, cluster: Arc::new(cluster) }
     }
 
     /// The options of `sbatch` for so many minutes, each a word.
@@ -137,9 +139,10 @@ impl Slurm {
         }
         let options: Vec<String> = options.iter().map(|option| quote(option)).collect();
         let script = format!(
-            "#!/bin/sh\nRUN=outliers/{} LIMIT={}\nprobe() {{\n{PROBE}\n}}\n{JOB}",
+            "#!/bin/sh\nRUN=outliers/{} LIMIT={}\nprobe() {{\n{}\n}}\n{JOB}",
             lease.tag.run,
             time.as_secs().div_ceil(60).max(1) * 60,
+            self.probe,
         );
         format!(
             "umask 077\n\

@@ -48,10 +48,11 @@ pub struct GpuFacts {
     pub uuid: String,
 }
 
-/// `nvidia-smi` hangs on a GPU that fell off the bus, so it gets 20 seconds where `timeout` exists.
+/// What a POSIX shell runs on a host to tell its facts, a line `@key value` each. `nvidia-smi`
+/// hangs on a GPU that fell off the bus, so it gets 20 seconds where `timeout` exists.
 ///
 /// Of a job's node the job's own script has asked the same; its answer comes over the shared file system.
-pub(crate) const SCRIPT: &str = r#"
+pub const SCRIPT: &str = r#"
 if [ -n "${outliers_job:-}" ]; then
   i=0; while [ ! -f "$HOME/facts" ] && [ $i -lt 45 ]; do i=$((i + 1)); sleep 1; ls "$HOME" > /dev/null; done
   grep -v '^@clock ' "$HOME/facts"

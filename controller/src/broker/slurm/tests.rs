@@ -173,7 +173,7 @@ fn the_queues_own_estimate_is_shown() {
 }
 
 fn slurm() -> Slurm {
-    Slurm::new(site(), OpenSsh::new("c", None, std::path::Path::new("/tmp/x")).unwrap(), None)
+    Slurm::new(site(), OpenSsh::new("c", None, std::path::Path::new("/tmp/x")).unwrap(), "echo facts", None)
 }
 
 #[test]
