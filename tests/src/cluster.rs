@@ -12,8 +12,8 @@ use tempfile::TempDir;
 use crate::programs::workspace;
 use crate::sshd::Sshd;
 
-/// How long Slurm's daemons may take to find each other.
-const COMES_UP: Duration = Duration::from_secs(60);
+/// Longer than Slurm's daemons take to find each other on a busy machine.
+const COMES_UP: Duration = Duration::from_secs(180);
 
 /// See the module. All of it ends when it is dropped.
 pub struct Cluster {
