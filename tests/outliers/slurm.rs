@@ -164,11 +164,11 @@ fn the_stand_in_prints_what_slurm_has_printed() {
     cluster.goes_wrong("hold", "Priority").unwrap();
     let submit = ["--job-name=a", "--chdir=/", "--time=1", "--partition=cpu", "--output=job.log", "--parsable"];
     assert_eq!(cluster.says("sbatch", &submit), "1\n");
-    let format = "--format=@job %i|%T|%r|%P|%e|%N|%j";
+    let format = "--format=@job %i|%T|%r|%P|%S|%e|%N|%j";
     let jobs = cluster.says("squeue", &["--me", "--noheader", "--states=all", format]);
     let real = recorded("squeue-22.05.8.txt");
-    assert_eq!(jobs, "@job 1|PENDING|Priority|cpu|N/A||a\n");
-    assert!(real.contains("|PENDING|JobHeldUser|gpu|N/A||") && fields(&jobs) == fields(&real), "{real}");
+    assert_eq!(jobs, "@job 1|PENDING|Priority|cpu|N/A|N/A||a\n");
+    assert!(real.contains("|PENDING|JobHeldUser|gpu|N/A|N/A||") && fields(&jobs) == fields(&real), "{real}");
 }
 
 fn site(interval: Duration) -> Site {
@@ -223,6 +223,42 @@ async fn the_queue_is_looked_at_once_however_many_ask() {
     cluster.goes_wrong("busy", "x").unwrap();
     assert!(broker.list().await.is_ok());
     assert_eq!(cluster.asked("squeue"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_queue_is_looked_at_once_however_many_processes_ask() {
+    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    // All that they share is the folder on the cluster, which any run has made.
+    std::fs::create_dir(cluster.leases()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let brokers: Vec<Slurm> = (0..4).map(|_| broker(&cluster, folder.path(), Duration::from_secs(3600))).collect();
+    let lists = futures::future::join_all(brokers.iter().map(|broker| broker.list())).await;
+    assert!(lists.iter().all(|list| list.as_ref().is_ok_and(Vec::is_empty)), "{lists:?}");
+    assert_eq!(cluster.asked("squeue"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_queue_has_forgotten_is_asked_for_once_and_named() {
+    for (accounted, word, says) in [("accounting", "PREEMPTED", "took its place"), ("", "NODE_FAIL", "node failed")] {
+        let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+        let folder = tempfile::tempdir().unwrap();
+        let broker = broker(&cluster, folder.path(), Duration::from_millis(50));
+        let made = broker.create(&first_offer(&broker).await, &lease()).await.unwrap();
+        if !accounted.is_empty() {
+            cluster.goes_wrong(accounted, "").unwrap();
+        }
+        cluster.goes_wrong("end", word).unwrap();
+        cluster.goes_wrong("forget", "").unwrap();
+        for _ in 0..2 {
+            tokio::time::sleep(Duration::from_millis(60)).await;
+            let job = broker.get(&made.id).await.unwrap().expect("its folder is there");
+            let InstanceState::Failed(why) = &job.state else { panic!("{job:?}") };
+            assert!(why.contains(word) && why.contains(says), "{why}");
+        }
+        assert_eq!((cluster.asked("sacct"), cluster.asked("scontrol")), (1, usize::from(accounted.is_empty())));
+        broker.terminate(&made.id).await.unwrap();
+        assert!(!cluster.leases().exists(), "nothing is left");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,11 +1,14 @@
 #!/bin/sh
-# Stands in for sbatch, squeue, scancel and sinfo, as which it is started: jobs are folders below $SLURM_STAND_IN/jobs and
+# Stands in for sbatch, squeue, scancel, sinfo, sacct and scontrol, as which it is started: jobs are folders below $SLURM_STAND_IN/jobs and
 # processes of this machine. It understands the options that the broker uses and no others, and prints what Slurm 22.05.8
 # prints (recorded/). Files in $SLURM_STAND_IN say what goes wrong:
 #   hold         the next job waits, with this reason, until the file goes
 #   lose-reply   the next submission times out, though the job was made
 #   refuse       the next submission is refused, with these words
 #   busy         every command fails, with these words
+#   end          what runs at the next look has ended, in this state
+#   forget       the queue shows no job that has ended
+#   accounting   jobs are accounted
 state=${SLURM_STAND_IN:?}
 jobs=$state/jobs
 mkdir -p "$jobs"
@@ -67,24 +70,46 @@ submit() {
 }
 
 queue() {
-    wanted="--me --noheader --states=all --format=@job %i|%T|%r|%P|%e|%N|%j"
+    wanted="--me --noheader --states=all --format=@job %i|%T|%r|%P|%S|%e|%N|%j"
     [ "$*" = "$wanted" ] || fail "squeue: not $*"
     for job in "$jobs"/*/; do
         job=${job%/}
         [ -d "$job" ] || continue
         if [ ! -f "$job/pid" ] && [ ! -f "$job/over" ] && [ ! -f "$state/hold" ]; then start "$job"; fi
-        ends=N/A node='' reason=None
+        starts=N/A ends=N/A node='' reason=None
+        if [ -f "$state/end" ] && [ -f "$job/pid" ] && [ ! -f "$job/over" ]; then
+            kill -KILL -"$(cat "$job/pid")"
+            cp "$state/end" "$job/over"
+        fi
         if [ -f "$job/over" ]; then
+            [ ! -f "$state/forget" ] || continue
             word=$(cat "$job/over")
         elif [ ! -f "$job/pid" ]; then
             word=PENDING reason=$(cat "$state/hold")
         elif kill -0 "$(cat "$job/pid")" 2> /dev/null; then
-            word=RUNNING node=n1 ends=$(($(stat -c %Y "$job/pid") + $(cat "$job/time") * 60))
+            starts=$(stat -c %Y "$job/pid")
+            word=RUNNING node=n1 ends=$((starts + $(cat "$job/time") * 60))
         else
             word=COMPLETED
         fi
-        echo "@job ${job##*/}|$word|$reason|$(cat "$job/partition")|$ends|$node|$(cat "$job/name")"
+        echo "@job ${job##*/}|$word|$reason|$(cat "$job/partition")|$starts|$ends|$node|$(cat "$job/name")"
     done
+    rm -f "$state/end"
+}
+
+account() {
+    [ -f "$state/accounting" ] || fail 'Slurm accounting storage is disabled'
+    wanted='--noheader --parsable2 --allocations --jobs=* --format=State,JobName'
+    case $* in $wanted) ;; *) fail "sacct: not $*" ;; esac
+    job=$jobs/${4#--jobs=}
+    # Those that a person has ended carry who it was.
+    echo "$(sed 's/^CANCELLED$/CANCELLED by 1000/' "$job/over")|$(cat "$job/name")"
+}
+
+control() {
+    [ "$1 $2 $3" = '--oneliner show job' ] || fail "scontrol: not $*"
+    [ -f "$jobs/$4/over" ] || fail 'slurm_load_jobs error: Invalid job id specified'
+    echo "JobId=$4 JobName=$(cat "$jobs/$4/name") UserId=me(1000) JobState=$(cat "$jobs/$4/over") Reason=None Requeue=1"
 }
 
 cancel() {
@@ -119,5 +144,7 @@ case $me in
     squeue) queue "$@" ;;
     scancel) cancel "$@" ;;
     sinfo) info "$@" ;;
+    sacct) account "$@" ;;
+    scontrol) control "$@" ;;
     *) fail "$me is none of Slurm's commands" ;;
 esac

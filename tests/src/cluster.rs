@@ -35,7 +35,7 @@ impl Cluster {
         let folder = tempfile::tempdir()?;
         let commands = folder.path().join("bin");
         fs::create_dir(&commands)?;
-        for name in ["sbatch", "squeue", "scancel", "sinfo"] {
+        for name in ["sbatch", "squeue", "scancel", "sinfo", "sacct", "scontrol"] {
             std::os::unix::fs::symlink(workspace().join("tests/slurm/stand_in.sh"), commands.join(name))?;
         }
         let state = folder.path().to_string_lossy().into_owned();

@@ -152,7 +152,7 @@ impl Slurm {
              then echo \"@refused the scratch folder: $(echo $why)\"; exit 0; fi\n\
              cd {folder} || exit 1\n\
              if sbatch --chdir=\"$PWD\" {options} < job.sh > job.id.part 2> sbatch.log; then\n\
-               cut -d ';' -f 1 < job.id.part > job.id; rm -f job.id.part submitting\n\
+               date +%s > ../.changed; cut -d ';' -f 1 < job.id.part > job.id; rm -f job.id.part submitting\n\
                echo \"@submitted $(head -c 20 job.id)\"\n\
              else echo \"@refused $(tail -n 3 sbatch.log | tr '\\n' ' ')\"; fi",
             cache = quote(&format!("{root}/.cache")),
@@ -168,8 +168,9 @@ impl Slurm {
         let (name, root) = (tag.to_string(), quote(root));
         format!(
             "scancel --user={} --name={name} || exit 1\ncd {root} 2> /dev/null || exit 0\nrm -rf ./{name} || exit 1\n\
-             for left in outliers-*/; do [ -d \"$left\" ] && exit 0; done\n\
-             rm -rf .cache; cd .. && rmdir {root} 2> /dev/null; exit 0",
+             for left in outliers-*/; do [ -d \"$left\" ] && {{ date +%s > .changed; exit 0; }}; done\n\
+             i=0; until mkdir .asking 2> /dev/null || [ $i -ge 5 ]; do i=$((i + 1)); sleep 1; done\n\
+             rm -rf .cache .asking .asked .changed .part-* .queue-*\ncd .. && rmdir {root} 2> /dev/null; exit 0",
             quote(user),
         )
     }

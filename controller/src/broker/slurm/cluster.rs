@@ -45,8 +45,8 @@ pub(super) struct Cluster {
     latest: Lock<Option<Arc<Snapshot>>>,
 }
 
-/// When the queue was looked at, and what was seen.
-type Look = (Instant, Result<Arc<Snapshot>, BrokerError>);
+/// When the queue was looked at, and what was seen; `None` while that is not known.
+type Look = (Instant, Option<Result<Arc<Snapshot>, BrokerError>>);
 
 impl Cluster {
     pub(super) fn new(ssh: OpenSsh, scratch: Option<String>, interval: Duration, explain: Option<Explain>) -> Self {
@@ -137,20 +137,22 @@ impl Cluster {
         if let Some((at, seen)) = &*look {
             let next = *at + self.interval;
             if Instant::now() < next {
-                if !self.changed.load(Ordering::Relaxed) {
-                    return seen.clone();
+                match seen {
+                    Some(seen) if !self.changed.load(Ordering::Relaxed) => return seen.clone(),
+                    _ => sleep_until(next).await,
                 }
-                sleep_until(next).await;
             }
         }
         let root = self.root().await?;
         self.changed.store(false, Ordering::Relaxed);
-        let answer = self.ask(&queue::look(&root), Kind::Unavailable).await;
+        // A look that its caller gives up counts as one all the same.
+        *look = Some((Instant::now(), None));
+        let answer = self.ask(&queue::look(&root, self.interval), Kind::Unavailable).await;
         let seen = answer.and_then(|answer| Snapshot::read(&answer).map(Arc::new));
         if let Ok(snapshot) = &seen {
             *self.latest.lock().expect("nothing panics while it is held") = Some(snapshot.clone());
         }
-        *look = Some((Instant::now(), seen.clone()));
+        *look = Some((Instant::now(), Some(seen.clone())));
         seen
     }
 

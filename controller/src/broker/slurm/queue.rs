@@ -1,8 +1,12 @@
 //! What the queue and the leases' folders show, and what it means. Every word comes from the
 //! cluster and is read strictly.
 
+use std::collections::BTreeSet;
+use std::time::Duration;
+
 use super::{Kind, NAME, error};
 use crate::broker::{BrokerError, Instance, InstanceId, InstanceState, LeaseTag, SshEndpoint};
+use crate::calendar::rfc3339;
 use crate::text::clean;
 use crate::transport::quote::quote;
 use crate::units::UsdPerHour;
@@ -10,24 +14,19 @@ use crate::units::UsdPerHour;
 /// A submission that is under way, or was cut short, is waited for so long.
 const SUBMITTING_S: u64 = 120;
 
-/// The leases' folders below `root`, then the whole queue of one user, ended jobs too as far as
-/// Slurm remembers them: a folder that says that it was submitted has its job in what is seen
-/// later. A job's name may hold anything and stands last: what follows a line break in one is no
-/// line of ours.
-pub(super) fn look(root: &str) -> String {
-    format!(
-        "digits() {{ head -n 1 \"$1\" 2> /dev/null | tr -cd 0-9 | head -c 15; }}\n\
-         if cd {root} 2> /dev/null; then for lease in outliers-*/; do\n\
-           lease=${{lease%/}}; [ -d \"$lease\" ] || continue\n\
-           stage=waiting; for go in \"$lease\"/outliers/*/go; do [ -f \"$go\" ] && stage=launched; done\n\
-           since=$(digits \"$lease/submitting\")\n\
-           [ -n \"$since\" ] && [ $(($(date +%s) - since)) -lt {SUBMITTING_S} ] && stage=submitting\n\
-           ends=$(digits \"$lease/ends\")\n\
-           echo \"@lease $lease|$stage|$ends|$(sed -n 1p \"$lease/lease\" 2> /dev/null)\"\n\
-         done; fi\n\
-         squeue --me --noheader --states=all --format='@job %i|%T|%r|%P|%e|%N|%j' && echo '@end '",
-        root = quote(root),
-    )
+/// Looks of several processes are at most so far apart: a longer interval is each one's own.
+const MOST_APART_S: u64 = 60;
+/// Prints what [`Snapshot::read`] reads, with nothing of `squeue` older than `interval`.
+const LOOK: &str = include_str!("look.sh");
+
+/// Times at which jobs may start are told to so many seconds.
+const ROUND_S: u64 = 600;
+
+/// The leases' folders below `root`, the whole queue of one user, and how the jobs ended that it
+/// shows no more. `squeue` runs once per `interval`, however many processes look.
+pub(super) fn look(root: &str, interval: Duration) -> String {
+    let seconds = interval.as_secs().min(MOST_APART_S);
+    format!("ROOT={} INTERVAL={seconds} SUBMITTING={SUBMITTING_S}\n{LOOK}", quote(root))
 }
 
 /// The rest of the first line `@<key> ...`.
@@ -40,6 +39,8 @@ pub(super) fn field<'a>(answer: &'a str, key: &str) -> Option<&'a str> {
 pub(super) struct Snapshot {
     jobs: Vec<Job>,
     leases: Vec<Folder>,
+    /// Of leases whose jobs the queue shows no more: tag, and the state in which the job ended.
+    past: Vec<(String, String)>,
     /// Lines that are none, cut to a readable length.
     odd: Vec<String>,
 }
@@ -51,6 +52,8 @@ struct Job {
     state: String,
     reason: String,
     partition: String,
+    /// When it did start, or when Slurm expects it to.
+    starts: Option<u64>,
     ends: Option<u64>,
     node: String,
     name: String,
@@ -59,7 +62,8 @@ struct Job {
 /// A lease's folder.
 #[derive(Clone, Debug, PartialEq)]
 struct Folder {
-    tag: LeaseTag,
+    /// Its tag.
+    name: String,
     stage: Stage,
     ends: Option<u64>,
     what: String,
@@ -87,18 +91,19 @@ enum Life {
 
 impl Job {
     fn read(line: &str) -> Option<Self> {
-        let mut parts = line.splitn(7, '|').map(|part| part.trim().to_owned());
+        let mut parts = line.splitn(8, '|').map(|part| part.trim().to_owned());
         let mut next = || parts.next();
         let (number, state, reason, partition) = (next()?, next()?, next()?, next()?);
-        let (ends, node, name) = (next()?.parse().ok(), next()?, next()?);
+        let (starts, ends, node, name) = (next()?.parse().ok(), next()?.parse().ok(), next()?, next()?);
         let is_number = number.starts_with(|c: char| c.is_ascii_digit())
             && number.chars().all(|c| c.is_ascii_alphanumeric() || "_[]-,%+".contains(c));
         let is_word = !state.is_empty() && state.chars().all(|c| c.is_ascii_uppercase() || c == '_');
-        (is_number && is_word).then_some(Self { number, state, reason, partition, ends, node, name })
+        (is_number && is_word).then_some(Self { number, state, reason, partition, starts, ends, node, name })
     }
 
-    fn tag(&self) -> Option<LeaseTag> {
-        self.name.parse().ok()
+    /// Its name is a lease's tag.
+    fn is_ours(&self) -> bool {
+        self.name.parse::<LeaseTag>().is_ok()
     }
 
     fn life(&self) -> Life {
@@ -108,13 +113,12 @@ impl Job {
             "CONFIGURING" | "POWER_UP_NODE" => Life::Boots,
             "RUNNING" | "RESIZING" | "SIGNALING" => Life::Runs,
             "COMPLETING" | "STAGE_OUT" => Life::Leaves,
-            "BOOT_FAIL" | "CANCELLED" | "COMPLETED" | "DEADLINE" | "FAILED" | "LAUNCH_FAILED" | "NODE_FAIL"
-            | "OUT_OF_MEMORY" | "PREEMPTED" | "RECONFIG_FAIL" | "REVOKED" | "TIMEOUT" => Life::Ended,
+            state if is_over(state) => Life::Ended,
             _ => Life::Unknown,
         }
     }
 
-    /// Why it waits.
+    /// Why it waits, and until when by Slurm's own estimate.
     fn waits_for(&self) -> String {
         let (number, reason) = (&self.number, clean(self.reason.as_bytes(), 120));
         let partition = clean(self.partition.as_bytes(), 40);
@@ -125,30 +129,52 @@ impl Job {
             ("SUSPENDED" | "STOPPED", _) => ": another job has its place for now".to_owned(),
             _ => String::new(),
         };
-        format!("job {number} in {partition}: {} ({reason}{more})", self.state)
+        // The estimate moves a little all the time.
+        let start = self.starts.map(|at| rfc3339(at.div_ceil(ROUND_S).saturating_mul(ROUND_S)));
+        let start = start.map_or_else(String::new, |at| format!(", may start by {at}"));
+        format!("job {number} in {partition}: {} ({reason}{more}){start}", self.state)
     }
+}
 
-    /// How it ended, in Slurm's word and in others.
-    fn ended(&self) -> String {
-        let words = match self.state.as_str() {
-            "BOOT_FAIL" | "NODE_FAIL" => "its node failed",
-            "CANCELLED" => "it was cancelled",
-            "DEADLINE" => "it waited for too long",
-            "OUT_OF_MEMORY" => "it used more memory than it had asked for",
-            "PREEMPTED" => "another job took its place",
-            "TIMEOUT" => "its time limit was reached",
-            "COMPLETED" => "its script ended",
-            _ => "it failed",
-        };
-        format!("{}: {words}", self.state)
-    }
+/// Whether a job in this state is one no more.
+fn is_over(state: &str) -> bool {
+    matches!(
+        state,
+        "BOOT_FAIL"
+            | "CANCELLED"
+            | "COMPLETED"
+            | "DEADLINE"
+            | "FAILED"
+            | "LAUNCH_FAILED"
+            | "NODE_FAIL"
+            | "OUT_OF_MEMORY"
+            | "PREEMPTED"
+            | "RECONFIG_FAIL"
+            | "REVOKED"
+            | "TIMEOUT"
+    )
+}
+
+/// How a job ended, in Slurm's word and in others.
+fn in_words(state: &str) -> String {
+    let words = match state {
+        "BOOT_FAIL" | "NODE_FAIL" => "its node failed",
+        "CANCELLED" => "it was cancelled",
+        "DEADLINE" => "it waited for too long",
+        "OUT_OF_MEMORY" => "it used more memory than it had asked for",
+        "PREEMPTED" => "another job took its place",
+        "TIMEOUT" => "its time limit was reached",
+        "COMPLETED" => "its script ended",
+        _ => "it failed",
+    };
+    format!("{state}: {words}")
 }
 
 impl Folder {
     fn read(line: &str) -> Option<Self> {
         let mut parts = line.splitn(4, '|');
         let mut next = || parts.next().map(str::trim);
-        let (tag, stage) = (next()?.parse().ok()?, next()?);
+        let (tag, stage): (LeaseTag, _) = (next()?.parse().ok()?, next()?);
         let (ends, what) = (next()?.parse().ok(), next()?);
         let stage = match stage {
             "submitting" => Stage::Submitting,
@@ -156,8 +182,14 @@ impl Folder {
             "launched" => Stage::Launched,
             _ => return None,
         };
-        Some(Self { tag, stage, ends, what: clean(what.as_bytes(), 120) })
+        Some(Self { name: tag.to_string(), stage, ends, what: clean(what.as_bytes(), 120) })
     }
+}
+
+/// A lease's tag, and the state in which its job ended; `None` where nobody remembers.
+fn read_past(line: &str) -> Option<(String, String)> {
+    let (tag, state) = line.split_once('|')?;
+    is_over(state).then(|| (tag.to_owned(), state.to_owned()))
 }
 
 impl Snapshot {
@@ -175,6 +207,8 @@ impl Snapshot {
                 }
             } else if let Some(lease) = line.strip_prefix("@lease ") {
                 snapshot.leases.extend(Folder::read(lease));
+            } else if let Some(past) = line.strip_prefix("@past ") {
+                snapshot.past.extend(read_past(past));
             }
         }
         match field(answer, "end") {
@@ -190,7 +224,7 @@ impl Snapshot {
     }
 
     fn folder(&self, tag: &str) -> Option<&Folder> {
-        self.leases.iter().find(|folder| folder.tag.to_string() == tag)
+        self.leases.iter().find(|folder| folder.name == tag)
     }
 
     /// The number of a tag's job while it lives.
@@ -198,50 +232,52 @@ impl Snapshot {
         self.job(tag).filter(|job| job.life() == Life::Runs).map(|job| job.number.clone())
     }
 
+    /// The state in which a tag's job ended, where Slurm still tells.
+    fn last_state(&self, tag: &str) -> Option<&str> {
+        let past = || self.past.iter().find(|(of, _)| of == tag).map(|(_, state)| state.as_str());
+        self.job(tag).map_or_else(past, |job| is_over(&job.state).then_some(job.state.as_str()))
+    }
+
     /// How a tag's job ended; `None` while it waits or runs, or where that is not known.
     pub(super) fn over(&self, tag: &str) -> Option<String> {
-        match (self.job(tag), self.folder(tag)) {
-            (Some(job), _) if job.life() == Life::Ended => Some(job.ended()),
-            (None, Some(folder)) if folder.stage != Stage::Submitting => {
-                Some("it is in the queue no more".to_owned())
-            }
-            _ => None,
-        }
+        let gone = || {
+            let folder = self.folder(tag).filter(|folder| folder.stage != Stage::Submitting);
+            folder.filter(|_| self.job(tag).is_none()).map(|_| "it is in the queue no more".to_owned())
+        };
+        self.last_state(tag).map(in_words).or_else(gone)
     }
 
     /// When the job's time is up, or was. A job that waits has all of its time, and one that was
     /// taken away lost it otherwise.
     pub(super) fn ends_at(&self, tag: &str) -> Option<u64> {
         let by_its_script = || self.folder(tag)?.ends;
-        match self.job(tag) {
-            Some(job) => match job.life() {
-                Life::Runs | Life::Leaves => job.ends.or_else(by_its_script),
-                Life::Ended if matches!(job.state.as_str(), "TIMEOUT" | "COMPLETED" | "FAILED") => by_its_script(),
-                _ => None,
-            },
-            None => by_its_script(),
+        let lost = |state: &str| !matches!(state, "TIMEOUT" | "COMPLETED" | "FAILED");
+        match (self.job(tag), self.last_state(tag)) {
+            (_, Some(state)) if lost(state) => None,
+            (None, _) | (_, Some(_)) => by_its_script(),
+            (Some(job), None) if matches!(job.life(), Life::Runs | Life::Leaves) => job.ends.or_else(by_its_script),
+            (Some(_), None) => None,
         }
     }
 
     /// All jobs of the user, and all leases that still have a folder. `door` is the login node.
     pub(super) fn instances(&self, door: &SshEndpoint) -> Vec<Instance> {
-        let mut tags: Vec<LeaseTag> = self.leases.iter().map(|folder| folder.tag.clone()).collect();
-        let living = |job: &&Job| job.life() != Life::Ended;
-        for tag in self.jobs.iter().filter(living).filter_map(Job::tag) {
-            if !tags.contains(&tag) {
-                tags.push(tag);
-            }
-        }
-        let ours = tags.iter().map(|tag| self.lease(&tag.to_string(), door));
-        let foreign = self.jobs.iter().filter(living).filter(|job| job.tag().is_none()).map(other);
-        ours.chain(foreign).chain(self.odd.iter().map(|line| unreadable(line))).collect()
+        let mut names: BTreeSet<&str> = self.leases.iter().map(|folder| folder.name.as_str()).collect();
+        let (ours, foreign): (Vec<&Job>, Vec<&Job>) =
+            self.jobs.iter().filter(|job| job.life() != Life::Ended).partition(|job| job.is_ours());
+        names.extend(ours.iter().map(|job| job.name.as_str()));
+        let leases = names.iter().map(|name| self.lease(name, door));
+        let foreign = foreign.into_iter().map(other);
+        leases.chain(foreign).chain(self.odd.iter().map(|line| unreadable(line))).collect()
     }
 
     fn lease(&self, tag: &str, door: &SshEndpoint) -> Instance {
         let folder = self.folder(tag);
         let job = self.job(tag);
         let life = job.map_or(Life::Ended, Job::life);
-        let why = || job.map_or_else(|| "it is in the queue no more".to_owned(), Job::ended);
+        let over = self.over(tag);
+        let what = folder.map(|folder| folder.what.clone()).unwrap_or_default();
+        let why = || over.clone().unwrap_or_else(|| "it is in the queue no more".to_owned());
         let state = match (life, folder.map(|folder| folder.stage)) {
             (Life::Waits, _) => InstanceState::Queued(job.map(Job::waits_for).unwrap_or_default()),
             (Life::Boots, _) | (Life::Ended, Some(Stage::Submitting)) => InstanceState::Booting,
@@ -256,13 +292,18 @@ impl Snapshot {
                 InstanceState::Unknown(job.map(|job| clean(job.state.as_bytes(), 40)).unwrap_or_default())
             }
         };
+        // Its files can be had all the same.
+        let hardware = match over.filter(|_| matches!(state, InstanceState::Ready(_))) {
+            Some(over) => format!("{what}; its job is over, {over}"),
+            None => what,
+        };
         Instance {
             broker: NAME.to_owned(),
             id: InstanceId(tag.to_owned()),
             name: tag.to_owned(),
             state,
             price: Some(UsdPerHour::default()),
-            hardware: folder.map(|folder| folder.what.clone()).unwrap_or_default(),
+            hardware,
             created_at: None,
         }
     }

@@ -59,9 +59,9 @@ fn recorded_jobs_are_told_apart_and_say_why_they_wait() {
     let leases: String = (1..=6).map(|i| folder(&format!("r{i}"), "waiting", "")).collect();
     let snapshot = seen(&leases, QUEUE);
     for (run, words) in [
-        ("r3", &["JobHeldUser", "scontrol release 16"][..]),
+        ("r3", &["JobHeldUser", "scontrol release 12"][..]),
         ("r4", &["PartitionTimeLimit", "never starts", "gpu"][..]),
-        ("r6", &["Resources", "PENDING"][..]),
+        ("r6", &["Resources", "PENDING", "may start by 2026-11-30T10:00:00Z"][..]),
     ] {
         let InstanceState::Queued(why) = state(&snapshot, run) else { panic!("{run}: {:?}", state(&snapshot, run)) };
         assert!(words.iter().all(|word| why.contains(word)), "{why}");
@@ -73,7 +73,7 @@ fn recorded_jobs_are_told_apart_and_say_why_they_wait() {
     let all = snapshot.instances(&door());
     let foreign: Vec<&Instance> = all.iter().filter(|instance| instance.tag().is_none()).collect();
     let names: Vec<&str> = foreign.iter().map(|instance| instance.name.as_str()).collect();
-    assert_eq!(names, ["other", "we|ird"], "a name may hold anything, and nothing of it is read: {foreign:?}");
+    assert_eq!(names, ["we|ird", "other"], "a name may hold anything, and nothing of it is read: {foreign:?}");
     assert!(snapshot.ends_at(&tag("r2")).is_some() && snapshot.ends_at(&tag("r6")).is_none());
 }
 
@@ -102,15 +102,45 @@ fn every_end_has_its_name() {
         ("NODE_FAIL", "node failed"),
         ("CANCELLED", "cancelled"),
     ] {
-        let queue = format!("@job 7|{word}|None|gpu|1700000000|n1|{}\n", tag("r1"));
+        let queue = format!("@job 7|{word}|None|gpu|1|1700000000|n1|{}\n", tag("r1"));
         let snapshot = seen(&folder("r1", "launched", "1700000000"), &queue);
         let over = snapshot.over(&tag("r1")).unwrap();
         assert!(over.contains(word) && over.contains(says), "{over}");
         let by_time = word == "TIMEOUT";
         assert_eq!(snapshot.ends_at(&tag("r1")).is_some(), by_time, "{word}");
     }
-    let twice = format!("@job 7|TIMEOUT|None|gpu|1|n1|{0}\n@job 8|PENDING|Priority|gpu|N/A||{0}\n", tag("r1"));
+    let twice = format!("@job 7|TIMEOUT|None|gpu|1|1|n1|{0}\n@job 8|PENDING|Priority|gpu|N/A|N/A||{0}\n", tag("r1"));
     assert_eq!(seen("", &twice).over(&tag("r1")), None, "one that lives counts");
+}
+
+#[test]
+fn what_the_queue_has_forgotten_is_named_where_slurm_remembers() {
+    let leases = folder("r1", "launched", "1700000000") + &folder("r2", "waiting", "");
+    for (word, says, by_time) in [
+        ("TIMEOUT", "time limit", true),
+        ("PREEMPTED", "took its place", false),
+        ("NODE_FAIL", "node failed", false),
+        ("OUT_OF_MEMORY", "more memory", false),
+        ("RUNNING", "in the queue no more", true),
+    ] {
+        let snapshot = seen(&leases, &format!("@past {}|{word}\n@past {}|\n", tag("r1"), tag("r2")));
+        let all = snapshot.instances(&door());
+        let shown = all.iter().find(|instance| instance.id.0 == tag("r1")).unwrap();
+        assert_eq!(shown.state, InstanceState::Ready(door()), "its files are there");
+        assert!(shown.hardware.starts_with("1 x a100 in gpu; ") && shown.hardware.contains(says), "{shown:?}");
+        assert_eq!(snapshot.ends_at(&tag("r1")).is_some(), by_time, "{word}");
+        assert!(snapshot.over(&tag("r2")).is_some_and(|why| why.contains("in the queue no more")));
+    }
+}
+
+#[test]
+fn five_hundred_jobs_are_read_whole() {
+    let leases: String = (0..500).map(|i| folder(&format!("r{i}"), "launched", "1")).collect();
+    let jobs: String =
+        (0..500).map(|i| format!("@job {i}|RUNNING|None|gpu|1|2|n1|{}\n", tag(&format!("r{i}")))).collect();
+    let all = seen(&leases, &jobs).instances(&door());
+    let up = all.iter().filter(|instance| matches!(instance.state, InstanceState::Ready(_))).count();
+    assert_eq!((all.len(), up), (500, 500));
 }
 
 #[test]
@@ -126,7 +156,7 @@ fn half_a_list_is_none_and_odd_lines_are_shown() {
     let odd = seen("", "@job 1|RUNNING\n@job x y|lower|a|b|c|d|e\n");
     let all = odd.instances(&door());
     assert!(all.len() == 2 && all.iter().all(Instance::is_nameless), "{all:?}");
-    let word = seen("", &format!("@job 1|DANCING|None|gpu|N/A|n1|{}\n", tag("r1")));
+    let word = seen("", &format!("@job 1|DANCING|None|gpu|N/A|N/A|n1|{}\n", tag("r1")));
     assert_eq!(state(&word, "r1"), InstanceState::Unknown("DANCING".into()));
 }
 

@@ -1,0 +1,85 @@
+# The leases' folders, then the whole queue of one user, ended jobs too as far as Slurm remembers them. ROOT is the folder
+# of all leases, INTERVAL the seconds between two questions to the queue, SUBMITTING for how long a submission is waited for.
+# A line of a lease comes first: a folder that says that it was submitted has its job in what is seen later.
+# A job's name may hold anything and stands last: what follows a line break in one is no line of ours.
+umask 077
+digits() { head -n 1 "$1" 2> /dev/null | tr -cd 0-9 | head -c 15; }
+limited() { if command -v timeout > /dev/null 2>&1; then timeout 20 "$@"; else "$@"; fi; }
+squeue_me() { squeue --me --noheader --states=all --format='@job %i|%T|%r|%P|%S|%e|%N|%j'; }
+
+known='' shared=''
+if cd "$ROOT" 2> /dev/null; then
+    shared=yes
+    for lease in outliers-*/; do
+        lease=${lease%/}
+        [ -d "$lease" ] || continue
+        case $lease in *[!A-Za-z0-9-]*) continue ;; esac
+        stage=waiting
+        for go in "$lease"/outliers/*/go; do [ -f "$go" ] && stage=launched; done
+        since=$(digits "$lease/submitting")
+        [ -n "$since" ] && [ $(($(date +%s) - since)) -lt "$SUBMITTING" ] && stage=submitting
+        id=$(digits "$lease/job.id")
+        [ -n "$id" ] && [ "$stage" != submitting ] && known="$known $id:$lease"
+        echo "@lease $lease|$stage|$(digits "$lease/ends")|$(sed -n 1p "$lease/lease" 2> /dev/null)"
+    done
+fi
+
+# Whoever uses this folder asks the queue once per interval, all together: .asked says when it was asked last, and
+# .queue-<that> what came. An answer from before a change (.changed) is none.
+due() {
+    asked=$(digits .asked) changed=$(digits .changed)
+    age=$(($(date +%s) - ${asked:-0}))
+    [ $age -ge "$INTERVAL" ] || [ $age -lt 0 ]
+}
+# Only whoever made the folder .asking may ask.
+ask_for_all() {
+    due || return 1
+    asked=$(date +%s)
+    echo "$asked" > .asked
+    rm -f .queue-*
+    queue=$(squeue_me) || { rmdir .asking; exit 1; }
+    { printf '%s\n' "$queue" > ".part-$asked" && mv ".part-$asked" ".queue-$asked"; } 2> /dev/null
+    return 0
+}
+# Neither a clock that was set nor a folder that is full keeps anybody from asking.
+i=0 most=$((INTERVAL + 20)) queue=''
+while [ -n "$shared" ] && [ $i -lt $most ]; do
+    if due; then
+        if mkdir .asking 2> /dev/null; then
+            if ask_for_all; then got=yes; else got=''; fi
+            rmdir .asking
+            if [ -n "$got" ]; then break; fi
+        elif [ -n "$(find .asking -prune -mmin +1 2> /dev/null)" ]; then
+            # Whoever was asking is gone.
+            rmdir .asking 2> /dev/null
+        fi
+    elif [ "${asked:-0}" -gt "${changed:-0}" ] && [ -f ".queue-$asked" ]; then
+        queue=$(cat ".queue-$asked") && break
+    fi
+    i=$((i + 1))
+    sleep 1
+done
+if [ -z "$shared" ] || [ $i -ge $most ]; then queue=$(squeue_me) || exit 1; fi
+printf '%s\n' "$queue"
+
+# How a job ended that the queue shows no more: the accounting's word, or that of Slurm's controller where nothing is
+# accounted. It is written down, so that it is asked for once.
+ended() {
+    word=$(limited sacct --noheader --parsable2 --allocations --jobs="$1" --format=State,JobName 2> /dev/null |
+        sed -n "s/^\([A-Z_]*\)[^|]*|$2\$/\1/p" | tail -n 1)
+    [ -n "$word" ] || word=$(limited scontrol --oneliner show job "$1" 2> /dev/null |
+        sed -n "s/^JobId=.* JobName=$2 .* JobState=\([A-Z_]*\) .*/\1/p" | tail -n 1)
+    case $word in '' | PENDING | RUNNING | REQUEUED | RESIZING | SUSPENDED | COMPLETING) return 1 ;; esac
+    echo "$word" > "$2/over"
+} 2> /dev/null
+asked=0
+for one in $known; do
+    id=${one%%:*} lease=${one#*:}
+    case $queue in *"|$lease"*) continue ;; esac
+    if [ ! -s "$lease/over" ] && [ $asked -lt 20 ]; then
+        asked=$((asked + 1))
+        ended "$id" "$lease"
+    fi
+    echo "@past $lease|$(sed -n 1p "$lease/over" 2> /dev/null | tr -cd A-Z_ | head -c 30)"
+done
+echo '@end '
