@@ -7,6 +7,7 @@ use std::time::Duration;
 use outliers_protocol::{Axis, Reading, Results, files};
 use serde::Serialize;
 
+use crate::broker::{Instance, InstanceState};
 use crate::files::{MOST, read_small};
 use crate::ledger::{Ledger, LedgerError, Records, RunRecord, Unreadable};
 use crate::run::{Ending, Membership, RunEvent, RunState};
@@ -44,6 +45,9 @@ pub struct UnderWay {
     pub model: String,
     /// One word.
     pub state: String,
+    /// Why it waits in its cluster's queue, where that was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waits: Option<String>,
     /// Some process looks after it, or it is kept on the user's wish.
     pub looked_after: bool,
     /// The instance stays on the user's wish.
@@ -146,6 +150,27 @@ impl Standing {
         self.under_way.iter().any(|run| !run.held && (run.looked_after || has_time(run)))
     }
 
+    /// Whether a run under way has its instance at this broker.
+    pub fn uses(&self, broker: &str) -> bool {
+        self.under_way.iter().any(|run| run.instance.is_some() && run.broker.as_deref() == Some(broker))
+    }
+
+    /// Notes which runs wait in a queue, by their cluster's list.
+    pub fn note_queue(&mut self, listed: &[Instance]) {
+        let waits = |run: &UnderWay| {
+            let same = |instance: &&Instance| {
+                Some(&instance.id.0) == run.instance.as_ref() && Some(&instance.broker) == run.broker.as_ref()
+            };
+            match &listed.iter().find(same)?.state {
+                InstanceState::Queued(why) => Some(why.clone()),
+                _ => None,
+            }
+        };
+        for run in &mut self.under_way {
+            run.waits = waits(run);
+        }
+    }
+
     /// From the runs, those that a process drives, and the surveys' folders and indices. Each run
     /// is looked at a few times, however many there are.
     fn of(runs: &[RunRecord], driven: &[String], surveys: Vec<(PathBuf, Index)>, now_ms: u64) -> Self {
@@ -196,6 +221,7 @@ impl UnderWay {
             survey: name_of_survey(run),
             model: run.spec.model.clone(),
             state: run.state.word().to_owned(),
+            waits: None,
             looked_after: driven || held,
             held,
             detached: !driven && run.is_detached(),
@@ -390,6 +416,34 @@ pub(crate) mod tests {
             }
             self
         }
+    }
+
+    #[test]
+    fn what_waits_in_a_queue_is_told_and_nothing_else() {
+        let runs = [run("run1", "owner/a", 10, rented("run1")), run("run2", "owner/b", 10, rented("run2"))];
+        let mut standing = Standing::of(&runs, &[], Vec::new(), NOW_MS);
+        let broker = standing.under_way[0].broker.clone().unwrap();
+        assert!(standing.uses(&broker) && !standing.uses("elsewhere"));
+        let instance = |broker: &str, id: &str, state| Instance {
+            broker: broker.to_owned(),
+            id: InstanceId(id.to_owned()),
+            name: String::new(),
+            state,
+            price: None,
+            hardware: String::new(),
+            created_at: None,
+        };
+        let queued = |why: &str| InstanceState::Queued(why.to_owned());
+        standing.note_queue(&[
+            instance("elsewhere", "i-run1", queued("no")),
+            instance(&broker, "i-run1", queued("Priority")),
+            instance(&broker, "i-run2", InstanceState::Booting),
+        ]);
+        let waits: Vec<Option<&str>> = standing.under_way.iter().map(|run| run.waits.as_deref()).collect();
+        assert_eq!(waits, [Some("Priority"), None]);
+        assert!(crate::report::tables::standing(&standing).contains("launched, waits: Priority"));
+        standing.note_queue(&[]);
+        assert_eq!(standing.under_way[0].waits, None, "it waits no more");
     }
 
     #[test]

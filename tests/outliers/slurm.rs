@@ -126,6 +126,9 @@ fn what_a_killed_controller_left_is_brought_home_by_attach() {
     let listed = desk.json(&["instances", "list", "--broker", "slurm"]);
     let state = listed["instances"][0]["state"]["queued"].as_str().unwrap_or_default().to_owned();
     assert!(state.contains("Priority"), "{listed}");
+    let standing = desk.json(&["status"]);
+    assert!(standing["under_way"][0]["waits"].as_str().is_some_and(|why| why.contains("Priority")), "{standing}");
+    assert!(desk.run(["status"]).ok().stdout.contains("waits: job 1 in"), "a person sees it too");
     cluster.goes_well("hold");
     is_home_and_gone(desk.run(["attach"]), &cluster, &desk, "llama-f32");
     assert_eq!(cluster.jobs(), 1);

@@ -314,9 +314,10 @@ pub fn standing(standing: &Standing) -> String {
     let mut under_way =
         table(&["run", "survey", "model", "state", "instance", "price", "cost", "at most", "done by plan", "deadline"]);
     for run in &standing.under_way {
+        let waits = run.waits.iter().map(|why| format!(", waits: {why}")).collect::<String>();
         let state = match run.looked_after {
-            true => run.state.clone(),
-            false => format!("{}, {}", run.state, alone(run.detached)),
+            true => format!("{}{waits}", run.state),
+            false => format!("{}{waits}, {}", run.state, alone(run.detached)),
         };
         let in_time = |at: Option<u64>| match at {
             None => "-".to_owned(),
@@ -328,7 +329,7 @@ pub fn standing(standing: &Standing) -> String {
             id(&run.run),
             name(run.survey.as_deref().unwrap_or("-")),
             name(short(&run.model)),
-            Cell::new(state),
+            text(&state),
             id(&instance.unwrap_or_else(|| "-".to_owned())),
             number(run.price.map(|price| price.to_string()).unwrap_or_default()),
             number(run.cost),
