@@ -78,6 +78,15 @@ pub trait Broker: Send + Sync {
         Ok(None)
     }
 
+    /// Whether a checkpoint lies in this folder on the file system that all instances share;
+    /// `None` where they share none.
+    ///
+    /// # Errors
+    /// The call's.
+    async fn has_checkpoint(&self, _folder: &str) -> Result<Option<bool>, BrokerError> {
+        Ok(None)
+    }
+
     /// The way to an instance that is no SSH server of its own; `None`: the address in its state is one.
     fn way(&self, _id: &InstanceId) -> Option<Way> {
         None

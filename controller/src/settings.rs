@@ -51,6 +51,9 @@ pub mod variables {
 /// How long a job may wait in a cluster's queue, and its results in its folder.
 const QUEUE: Duration = Duration::from_secs(7 * 86_400);
 
+/// Where models come from unless `HF_ENDPOINT` says otherwise.
+const PUBLIC_HUB: &str = "https://huggingface.co";
+
 /// The settings that are built in.
 const DEFAULTS: &str = include_str!("../../config/outliers.toml");
 
@@ -240,6 +243,8 @@ struct SlurmSection {
     qos: Option<String>,
     constraint: Option<String>,
     scratch: Option<String>,
+    #[serde(alias = "hf_home")]
+    hf_home: Option<String>,
     #[serde(default)]
     sbatch: Vec<String>,
     queue: Option<Span>,
@@ -250,8 +255,9 @@ struct SlurmSection {
 }
 
 impl SlurmSection {
-    /// The cluster; its host is empty where none is named. `here` is what paths are seen from.
-    fn site(self, here: &Path) -> slurm::Site {
+    /// The cluster; its host is empty where none is named. `here` is what paths are seen from,
+    /// `hub` another hub than the public one.
+    fn site(self, here: &Path, hub: Option<&str>) -> slurm::Site {
         slurm::Site {
             host: self.host.unwrap_or_default(),
             ssh_config: self.ssh_config.map(|path| here.join(path)),
@@ -260,6 +266,8 @@ impl SlurmSection {
             qos: self.qos,
             constraint: self.constraint,
             scratch: self.scratch,
+            hf_home: self.hf_home,
+            hub: hub.unwrap_or(PUBLIC_HUB).to_owned(),
             sbatch: self.sbatch,
             queue: self.queue.map_or(QUEUE, |span| span.0),
             gpu_memory: self.gpu_memory.map(|size| Bytes(size.0.0)),
@@ -380,7 +388,7 @@ impl Settings {
     fn of(user: File, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
         let defaults = parse(DEFAULTS, Path::new("config/outliers.toml"))?;
         let clouds = clouds(&user.brokers.clouds, environment)?;
-        let slurm = user.brokers.slurm.map(|section| section.site(here));
+        let slurm = user.brokers.slurm.map(|section| section.site(here, environment.get(variables::HF_ENDPOINT)));
         let broker = match user.broker.or(defaults.broker).as_deref() {
             None | Some("auto") if clouds.iter().any(|cloud| cloud.key.is_some()) => DefaultBroker::Clouds,
             None | Some("auto") => DefaultBroker::Local,
@@ -431,7 +439,7 @@ impl Settings {
     /// With what was typed about the cluster; without one where no host is named.
     #[must_use]
     pub fn on_cluster(self, typed: &ClusterArgs) -> Self {
-        let bare = || typed.host.as_ref().map(|_| SlurmSection::default().site(&self.state));
+        let bare = || typed.host.as_ref().map(|_| SlurmSection::default().site(&self.state, self.hf_endpoint.as_deref()));
         let slurm = self.slurm.or_else(bare).map(|site| slurm::Site {
             host: typed.host.clone().unwrap_or(site.host),
             partition: typed.partition.clone().or(site.partition),
@@ -686,7 +694,7 @@ mod tests {
 
     #[test]
     fn a_cluster_is_what_the_file_and_the_options_say_together() {
-        let text = "[brokers.slurm]\nhost = 'a'\naccount = 'lab'\nqueue = '2d'\nssh-config = 'c'\n\
+        let text = "[brokers.slurm]\nhost = 'a'\naccount = 'lab'\nqueue = '2d'\nssh-config = 'c'\nhf-home = '/hf'\n\
                     [brokers.vast]\nenabled = false";
         let settings = resolve(Some(text), &[]).unwrap();
         assert!(settings.clouds.iter().all(|cloud| cloud.kind.name != "vast"), "the clouds are read as ever");
@@ -698,6 +706,7 @@ mod tests {
         let site = settings.on_cluster(&typed(Some("b"))).slurm.unwrap();
         assert_eq!((site.host.as_str(), site.account.as_deref(), site.queue.as_secs()), ("b", Some("lab"), 172_800));
         assert_eq!((site.partition.as_deref(), site.ssh_config), (Some("gpu"), Some("/here/c".into())));
+        assert_eq!((site.hf_home.as_deref(), site.hub.as_str()), (Some("/hf"), PUBLIC_HUB));
         assert!(resolve(None, &[]).unwrap().on_cluster(&typed(None)).slurm.is_none(), "no host, no cluster");
         let bare = resolve(Some("[brokers.slurm]\nscratch = '/s'"), &[]).unwrap();
         assert!(bare.clone().on_cluster(&typed(None)).slurm.is_none());

@@ -13,8 +13,13 @@ use outliers_clouds::conformance::{lease, life};
 use outliers_tests::cluster::Cluster;
 use outliers_tests::desk::{Desk, Said};
 use outliers_tests::golden::assert_statistics_equal;
+use outliers_tests::hub::{MockHub, Repo};
 use outliers_tests::noise;
 use outliers_tests::programs::{golden, workspace};
+
+/// Nothing listens there.
+const NOBODY: &str = "http://127.0.0.1:9";
+const HUB_MODEL: &str = "owner/tiny-olmoe";
 
 /// Longer than anything here takes on a busy machine; a test that waits so long has failed.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -29,7 +34,7 @@ fn office() -> Option<(Cluster, Desk)> {
 fn desk(cluster: &Cluster) -> Desk {
     let desk = Desk::new();
     std::fs::write(desk.work().join("mine.toml"), cluster.settings()).unwrap();
-    desk.with("OUTLIERS_CONFIG", "mine.toml")
+    desk.with("OUTLIERS_CONFIG", "mine.toml").with("HF_ENDPOINT", NOBODY)
 }
 
 /// `deploy` of the small fixture's model over its own token ids, uploaded.
@@ -40,6 +45,23 @@ fn deploy(fixture: &str) -> Vec<String> {
     let words = ["deploy", "-y", "--broker", "slurm", "--gpu-count", "0", "--push-model"];
     let job = ["--model", &model, "--token-ids", &ids, "--precision", "f32"];
     words.iter().chain(&job).map(|word| (*word).to_owned()).collect()
+}
+
+/// The same of a model of the hub's.
+fn hub_deploy(more: &[&str]) -> Vec<String> {
+    let ids = golden("olmoe-bf16").join("golden.safetensors");
+    let words = ["deploy", "-y", "--broker", "slurm", "--gpu-count", "0", "--model", HUB_MODEL];
+    let job = ["--token-ids", ids.to_str().unwrap(), "--precision", "f32"];
+    words.iter().chain(&job).chain(more).map(|word| (*word).to_owned()).collect()
+}
+
+/// A cluster whose nodes reach nothing outside, and a desk that reaches a hub with one model.
+fn office_cut_off() -> Option<(Cluster, Desk, MockHub)> {
+    let cluster = Cluster::stand_in().unwrap()?;
+    cluster.cut_off().unwrap();
+    let hub = MockHub::start([Repo::new(HUB_MODEL, &golden("olmoe-bf16").join("model"))]).unwrap();
+    let desk = desk(&cluster).with("HF_ENDPOINT", &hub.url());
+    Some((cluster, desk, hub))
 }
 
 fn is_home_and_gone(said: Said, cluster: &Cluster, desk: &Desk, fixture: &str) {
@@ -81,6 +103,67 @@ fn a_refusal_of_sbatch_ends_the_run_in_its_words() {
     assert_eq!(said.code, Some(5), "{said:?}");
     assert!(said.stderr.contains("Invalid account"), "{said:?}");
     assert!(cluster.jobs() == 0 && !cluster.leases().exists(), "{said:?}");
+}
+
+#[test]
+fn a_node_that_does_not_reach_the_hub_is_told_of_with_what_helps() {
+    let Some((cluster, desk, _hub)) = office_cut_off() else { return };
+    let said = desk.run(hub_deploy(&[]));
+    assert_eq!(said.code, Some(1), "{said:?}");
+    for word in ["does not reach the hub", "--weights local:DIR", "hf-home"] {
+        assert!(said.stderr.contains(word), "{word}: {said:?}");
+    }
+    assert!(cluster.jobs() == 1 && !cluster.leases().exists(), "no other node is tried, and nothing is left");
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn a_checkpoint_in_a_folder_of_the_cluster_needs_no_network() {
+    let Some((cluster, desk, _hub)) = office_cut_off() else { return };
+    let absent = desk.run(hub_deploy(&["--weights", "local:/no/such"]));
+    assert!(absent.code == Some(2) && absent.stderr.contains("holds no config.json"), "{absent:?}");
+    assert_eq!(cluster.jobs(), 0);
+    let there = format!("local:{}", golden("olmoe-bf16").join("model").display());
+    is_home_and_gone(desk.run(hub_deploy(&["--weights", &there])), &cluster, &desk, "olmoe-bf16");
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn a_model_in_a_hub_cache_of_the_cluster_is_read_there() {
+    let Some((cluster, desk, _hub)) = office_cut_off() else { return };
+    let home = cluster.sshd.home().join("hf");
+    let snapshots = home.join("hub/models--owner--tiny-olmoe/snapshots");
+    std::fs::create_dir_all(&snapshots).unwrap();
+    let commit = Repo::new(HUB_MODEL, Path::new("")).commit();
+    std::os::unix::fs::symlink(golden("olmoe-bf16").join("model"), snapshots.join(commit)).unwrap();
+    let settings = format!("{}hf-home = {home:?}\n", cluster.settings());
+    std::fs::write(desk.work().join("mine.toml"), settings).unwrap();
+    is_home_and_gone(desk.run(hub_deploy(&[])), &cluster, &desk, "olmoe-bf16");
+    desk.assert_nothing_left();
+}
+
+#[test]
+fn a_survey_has_no_more_jobs_at_a_time_than_it_may() {
+    let Some((cluster, desk)) = office() else { return };
+    let models = ["qwen3-moe", "glm4-moe"].map(|model| format!("{:?}", golden(model).join("model")));
+    let text = format!(
+        "name = \"two\"\nnum-sequences = 2\nsequence-length = 32\nprecision = \"f32\"\nmodels = [{}]\n",
+        models.join(", ")
+    );
+    std::fs::write(desk.work().join("two.toml"), text).unwrap();
+    cluster.goes_wrong("hold", "Priority").unwrap();
+    let words = ["survey", "two.toml", "-y", "--broker", "slurm", "--gpu-count", "0", "--push-model"];
+    let mut child = desk.start(words.iter().chain(&["--max-parallel", "1"]));
+    desk.wait_for("the queue", || desk.stderr().contains("Priority"));
+    // Another one would be submitted by now.
+    let looks = cluster.asked("squeue");
+    desk.wait_for("more looks", || cluster.asked("squeue") > looks + 2);
+    assert_eq!(cluster.jobs(), 1, "{}", desk.stderr());
+    cluster.goes_well("hold");
+    let status = child.wait().unwrap();
+    assert!(status.success(), "{}", desk.stderr());
+    assert!(cluster.jobs() == 2 && !cluster.leases().exists(), "{}", desk.stderr());
+    desk.assert_nothing_left();
 }
 
 #[test]
@@ -183,6 +266,8 @@ fn site(interval: Duration) -> Site {
         qos: None,
         constraint: None,
         scratch: None,
+        hf_home: None,
+        hub: NOBODY.to_owned(),
         sbatch: Vec::new(),
         queue: Duration::from_secs(60),
         gpu_memory: None,

@@ -2,6 +2,7 @@
 //! for Slurm's commands.
 
 use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -155,6 +156,16 @@ impl Cluster {
     /// The file cannot be written.
     pub fn forget_host_key(&self) -> Result<()> {
         Ok(fs::write(self.folder.path().join("known_hosts"), "")?)
+    }
+
+    /// From now on the stand-in's nodes reach nothing outside.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn cut_off(&self) -> Result<()> {
+        let curl = self.folder.path().join("bin/curl");
+        fs::write(&curl, "#!/bin/sh\nexit 7\n")?;
+        Ok(fs::set_permissions(&curl, fs::Permissions::from_mode(0o755))?)
     }
 
     /// Tells the stand-in what goes wrong next.

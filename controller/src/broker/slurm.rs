@@ -64,6 +64,10 @@ pub struct Site {
     /// A folder that login node and compute nodes share, absolute or below the home folder;
     /// `None`: the home folder.
     pub scratch: Option<String>,
+    /// `HF_HOME` of a cache of the hub that all nodes share; models that it holds are read there.
+    pub hf_home: Option<String>,
+    /// The hub that nodes try to reach.
+    pub hub: String,
     /// More options of `sbatch`, as they are.
     pub sbatch: Vec<String>,
     /// How long a job may wait in the queue.
@@ -139,9 +143,10 @@ impl Slurm {
         }
         let options: Vec<String> = options.iter().map(|option| quote(option)).collect();
         let script = format!(
-            "#!/bin/sh\nRUN=outliers/{} LIMIT={}\nprobe() {{\n{}\n}}\n{JOB}",
+            "#!/bin/sh\nRUN=outliers/{} LIMIT={} HUB={}\nprobe() {{\n{}\n}}\n{JOB}",
             lease.tag.run,
             time.as_secs().div_ceil(60).max(1) * 60,
+            quote(&self.site.hub),
             self.probe,
         );
         format!(
@@ -291,6 +296,13 @@ impl Broker for Slurm {
         let ended = self.cluster.ask(&Self::removal(&root, &login.user, &tag), Kind::Unavailable).await;
         self.cluster.changed();
         ended.map(drop)
+    }
+
+    async fn has_checkpoint(&self, folder: &str) -> Result<Option<bool>, BrokerError> {
+        let file = quote(&format!("{folder}/config.json"));
+        let script = format!("if [ -f {file} ]; then echo '@there '; else echo '@absent '; fi");
+        let answer = self.cluster.ask(&script, Kind::Unavailable).await?;
+        Ok(Some(queue::field(&answer, "there").is_some()))
     }
 
     fn way(&self, id: &InstanceId) -> Option<Way> {

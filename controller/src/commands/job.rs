@@ -117,9 +117,12 @@ fn ablation(ablate: &Ablate, seed: Option<u64>, here: &Path) -> Result<Ablation,
     })
 }
 
-/// A folder with weights, by its absolute path.
+/// A folder with weights, by its absolute path. One that is not here may be a cluster's.
 fn placed(weights: Weights, here: &Path) -> Result<Weights, Complaint> {
     let Weights::Local { path } = weights else { return Ok(weights) };
+    if path.starts_with('/') && !Path::new(&path).exists() {
+        return Ok(Weights::Local { path });
+    }
     let found = here.join(&path).canonicalize().map_err(|error| {
         Complaint::refused(
             format!("--weights local:{path}: {error}"),
@@ -236,6 +239,7 @@ mod tests {
         let folder = here.path().canonicalize().unwrap().join("w");
         assert_eq!(with("local:w").unwrap(), Some(Weights::Local { path: folder.to_str().unwrap().to_owned() }));
         assert_eq!(with("local:missing").unwrap_err().status.number(), 2);
+        assert_eq!(with("local:/no/such").unwrap(), Some(Weights::Local { path: "/no/such".to_owned() }));
         assert_eq!(with("synthetic:3").unwrap(), Some(Weights::Synthetic { seed: 3 }));
         assert_eq!(made("a/b", &JobArgs::default(), here.path()).unwrap().weights, None);
         let nothing = JobArgs { stream_budget: Some(ByteSize(0)), ..JobArgs::default() };

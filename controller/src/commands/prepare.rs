@@ -7,7 +7,7 @@ use std::time::Duration;
 use outliers_protocol::{Inspection, JobSpec, ModelSource, Weights};
 
 use super::{Context, in_time};
-use crate::broker::{GpuRequest, Offer};
+use crate::broker::{GpuRequest, Offer, slurm};
 use crate::clouds::{Clouds, Offered};
 use crate::deploy::JobIdentity;
 use crate::files::{RESERVE, free_disk};
@@ -111,6 +111,10 @@ pub(super) async fn prepare(
 ) -> Result<Prepared, Complaint> {
     let wish = Wish { request: with_gpus(clouds, worker.pushed(), &wish.job, wish.request)?, ..wish };
     let inspection = preflight(context, clouds, worker, &wish.job, wish.push_model).await?;
+    let wish = match on_shared_files(context, clouds, &wish.job, &inspection).await? {
+        Some(job) => Wish { job, ..wish },
+        None => wish,
+    };
     let spec = spec(context, clouds, wish, &inspection)?;
     let found = context.reporter.waiting("the clouds' offers", clouds.offers(&spec.request)).await?;
     offered(&found);
@@ -157,19 +161,64 @@ async fn preflight(
         let hint = "add --push-model to upload it (when it is small), or use a hub id";
         return Err(Complaint::refused("the model is a folder on this machine", hint));
     }
-    if matches!(job.weights, Some(Weights::Local { .. })) && !clouds.is_local() {
+    let is_theirs = matches!(job.weights, Some(Weights::Local { .. })) && !clouds.is_local();
+    if is_theirs && (folder || clouds.names() != slurm::NAME) {
         let hint = "leave out --weights: the instance streams them from the hub";
         return Err(Complaint::refused("the weights are a folder on this machine", hint));
     }
     // A device list is about the instance; it can be tried here only when the instance is here.
     let check = if clouds.is_local() { Check::TextAndDevices } else { Check::Text };
     let what = format!("the headers of {}", job.model.name());
-    let inspection = context.reporter.waiting(&what, worker.inspect(job, check)).await?;
+    // Those of the hub stand for a folder that is on a cluster.
+    let weights = job.weights.clone().filter(|_| !is_theirs);
+    let seen = JobSpec { weights, ..job.clone() };
+    let inspection = context.reporter.waiting(&what, worker.inspect(&seen, check)).await?;
     if push_model {
         let bytes = Bytes(inspection.files.iter().map(|file| file.bytes).sum());
         check_size(job.model.name(), bytes, context.settings.push_limit)?;
     }
     Ok(inspection)
+}
+
+/// The job with its checkpoint on the file system that all nodes of a cluster share, if it is
+/// there: in the folder that was named, or in a cache of the hub. Then no node needs a network for it.
+///
+/// # Errors
+/// There is none in the folder, or the cluster does not answer.
+async fn on_shared_files(
+    context: &Context,
+    clouds: &Clouds,
+    job: &JobSpec,
+    inspection: &Inspection,
+) -> Result<Option<JobSpec>, Complaint> {
+    let site = context.settings.slurm.as_ref().filter(|_| clouds.names() == slurm::NAME);
+    let (ModelSource::Hub { id, .. }, Some(site), Some(cloud)) = (&job.model, site, clouds.get(slurm::NAME)) else {
+        return Ok(None);
+    };
+    let (path, was_named) = match (&job.weights, &site.hf_home, &inspection.revision) {
+        (Some(Weights::Local { path }), ..) => (path.clone(), true),
+        (None | Some(Weights::Cache), Some(home), Some(commit)) => (snapshot(home, id, commit), false),
+        _ => return Ok(None),
+    };
+    let look = cloud.call(cloud.broker.has_checkpoint(&path));
+    match context.reporter.waiting("the cluster's files", look).await? {
+        Some(true) => {}
+        _ if was_named => {
+            let hint = "name a folder of the cluster with the whole checkpoint, by its absolute path";
+            return Err(Complaint::refused(format!("{path} on {} holds no config.json", site.host), hint));
+        }
+        _ => {
+            context.reporter.say(&format!("{id} is not in hf-home on {}: nodes fetch it from the hub", site.host));
+            return Ok(None);
+        }
+    }
+    let (model, label) = (ModelSource::Folder { path }, Some(job.model_name().to_owned()));
+    Ok(Some(JobSpec { model, weights: None, label, ..job.clone() }))
+}
+
+/// Where a cache of the hub has a model.
+fn snapshot(hf_home: &str, id: &str, commit: &str) -> String {
+    format!("{}/hub/models--{}/snapshots/{commit}", hf_home.trim_end_matches('/'), id.replace('/', "--"))
 }
 
 /// The request for an instance whose GPUs the worker can use.
@@ -304,6 +353,11 @@ pub(super) fn writable(folder: &Path) -> Result<(), Complaint> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_model_in_a_shared_cache_is_found_by_its_commit() {
+        assert_eq!(snapshot("/hf/", "a/b", "c0ffee"), "/hf/hub/models--a--b/snapshots/c0ffee");
+    }
 
     #[test]
     fn what_does_not_fit_is_refused_with_what_it_needs_and_what_is_free() {

@@ -694,7 +694,7 @@ impl FakeHost {
 
 #[async_trait]
 impl Host for FakeHost {
-    async fn probe(&self, offer: &Offer, _: &GpuRequest) -> Result<String, HostError> {
+    async fn probe(&self, offer: &Offer, _: &GpuRequest, _: bool) -> Result<String, HostError> {
         let drags = self.fake.world.lock().unwrap().drags.iter().find(|(key, _)| *key == offer.key).cloned();
         if let Some((_, time)) = drags {
             tokio::time::sleep(time).await;

@@ -62,8 +62,9 @@ pub trait Hosts: Send + Sync {
 /// A host we are connected to. Every method may be called again after it failed, or after we crashed within it.
 #[async_trait]
 pub trait Host: Send + Sync {
-    /// Looks at the machine: one line in words. An error when it is not what was rented.
-    async fn probe(&self, offer: &Offer, want: &GpuRequest) -> Result<String, HostError>;
+    /// Looks at the machine: one line in words. An error when it is not what was rented, or when
+    /// the job needs the hub and the machine does not reach it.
+    async fn probe(&self, offer: &Offer, want: &GpuRequest, asks_the_hub: bool) -> Result<String, HostError>;
 
     /// Makes sure that the run's guard watches over the instance, and tells it that we do as long as this value lives.
     async fn guard(&self, run: &str, terms: &Terms) -> Result<(), HostError>;

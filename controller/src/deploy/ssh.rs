@@ -143,9 +143,10 @@ struct SshHost {
 
 #[async_trait]
 impl Host for SshHost {
-    async fn probe(&self, offer: &Offer, want: &GpuRequest) -> Result<String, HostError> {
+    async fn probe(&self, offer: &Offer, want: &GpuRequest, asks_the_hub: bool) -> Result<String, HostError> {
         let facts = self.host.probe().await?;
         match unfit(&facts, offer, want) {
+            None if asks_the_hub && facts.hub == Some(false) => Err(no_hub()),
             None => Ok(in_words(&facts)),
             Some(why) => Err(HostError {
                 transient: false,
@@ -303,6 +304,20 @@ pub fn read_cursor(folder: &Path) -> Cursor {
     serde_json::from_slice(&text).unwrap_or_default()
 }
 
+/// The other nodes of its cluster have no better network.
+fn no_hub() -> HostError {
+    HostError {
+        transient: false,
+        here: true,
+        message: "the compute node does not reach the hub, and the run reads from there".to_owned(),
+        hint: Some(
+            "download the model on the login node to a folder that all nodes share, and say --weights local:DIR, or \
+             set hf-home in [brokers.slurm] to the HF_HOME it was downloaded to; the text must be a file or built in"
+                .to_owned(),
+        ),
+    }
+}
+
 /// What makes the host another thing than the one that was rented.
 fn unfit(facts: &HostFacts, offer: &Offer, want: &GpuRequest) -> Option<String> {
     // The worker that is pushed was built for this machine's kind.
@@ -417,6 +432,7 @@ mod tests {
             ram: None,
             disk_free: Some(Bytes::from_gib(disk)),
             clock_skew: None,
+            hub: None,
             cuda: Some("12.4".parse().unwrap()),
             gpus: gpus.iter().enumerate().map(gpu).collect(),
         }

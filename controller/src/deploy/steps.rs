@@ -303,7 +303,8 @@ impl Driver<'_> {
     async fn prepare(&self, rental: &Rental, grace: &Grace) -> Result<Option<JobSpec>, HostError> {
         let (host, run) = (self.host(), &self.run.record().id);
         grace.begin("looking at it");
-        let facts = host.probe(&rental.offer, &self.run.record().spec.request).await?;
+        let spec = &self.run.record().spec;
+        let facts = host.probe(&rental.offer, &spec.request, spec.job.asks_the_hub()).await?;
         (self.on)(DeployEvent::Host(facts));
         grace.begin("starting its guard");
         self.guard(rental).await?;

@@ -27,6 +27,8 @@ pub struct HostFacts {
     pub disk_free: Option<Bytes>,
     /// The host's clock minus ours, seconds; exact to about the round trip.
     pub clock_skew: Option<i64>,
+    /// Whether it reaches the hub, where it was tried.
+    pub hub: Option<bool>,
     /// Newest CUDA version the driver serves.
     pub cuda: Option<CudaVersion>,
     /// NVIDIA GPUs, in the driver's order.
@@ -113,6 +115,7 @@ fn read(answer: &Answer, before: SystemTime, after: SystemTime) -> HostFacts {
         ram: ram.into_iter().chain(limit).min().map(Bytes),
         disk_free: free_kib(&answer.field("disk")).map(|kib| Bytes(kib.saturating_mul(1024))),
         clock_skew: answer.number("clock").and_then(|theirs| skew(theirs, before, after)),
+        hub: ["no", "yes"].iter().position(|word| answer.field("hub") == *word).map(|at| at == 1),
         cuda: answer.field("cuda").parse().ok(),
         gpus: answer.fields("gpu").iter().filter_map(|line| gpu(line)).take(64).collect(),
     }
@@ -153,13 +156,13 @@ mod tests {
     fn a_gpu_machine_is_read() {
         let text = "@uname Linux x86_64\n@user root\n@home /root\n@cores 8\n@ram 65536000\n@limit max\n@limit 34359738368\n\
                     @disk overlay 104857600 20971520 83886080 20% /\n@clock 1000\n\
-                    @gpu 0, NVIDIA A100-SXM4-80GB, 81920, 550.54.15, GPU-1\n@gpu junk\n@gpu 1, X, [N/A], 1, G\n";
+                    @gpu 0, NVIDIA A100-SXM4-80GB, 81920, 550.54.15, GPU-1\n@gpu junk\n@gpu 1, X, [N/A], 1, G\n@hub no\n";
         let at = |s| UNIX_EPOCH + Duration::from_secs(s);
         let facts = read(&answer(text), at(900), at(902));
         assert_eq!((facts.os.as_str(), facts.arch.as_str(), facts.cores), ("Linux", "x86_64", Some(8)));
         assert_eq!(facts.ram, Some(Bytes(34_359_738_368)));
         assert_eq!(facts.disk_free, Some(Bytes(83_886_080 * 1024)));
-        assert_eq!(facts.clock_skew, Some(98));
+        assert_eq!((facts.clock_skew, facts.hub), (Some(98), Some(false)));
         assert_eq!(facts.gpus.len(), 2);
         assert_eq!(facts.gpus[0].memory, Some(Bytes::from_mib(81920)));
         assert_eq!((facts.gpus[0].driver.as_str(), facts.gpus[1].memory), ("550.54.15", None));

@@ -1,6 +1,6 @@
 # The batch script of one job: it tells what its node is, waits until the worker may start, runs it, and ends with it.
 # Its working folder is the lease's, on the file system that login node and compute nodes share. RUN is the run's
-# folder in it, LIMIT the seconds that the job has.
+# folder in it, LIMIT the seconds that the job has, HUB where models come from.
 [ -f lease ] || { echo 'the folder of this job is gone: nothing is done' >&2; exit 1; }
 umask 077
 OUTLIERS_JOB=$SLURM_JOB_ID
@@ -11,9 +11,20 @@ write() { cat > "$1.part" && mv -f "$1.part" "$1"; }
 
 echo "$SLURM_JOB_ID" | write job.id
 echo $(($(date +%s) + LIMIT)) | write ends
+# Whether this node reaches the hub, where that can be told.
+reaches_hub() {
+    if command -v curl > /dev/null 2>&1; then
+        curl --silent --output /dev/null --max-time 10 "$HUB"
+        case $? in 0) echo yes ;; 5 | 6 | 7 | 28) echo no ;; esac
+    elif command -v wget > /dev/null 2>&1; then
+        wget --quiet --tries=1 --timeout=10 --spider "$HUB"
+        case $? in 0 | 8) echo yes ;; 4) echo no ;; esac
+    fi
+}
 (
     HOME=$PWD
     probe
+    echo "@hub $(reaches_hub)"
 ) 2> /dev/null | write facts
 
 # A job that was put back into the queue starts here again, and its worker goes on from its save point.

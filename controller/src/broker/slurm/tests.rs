@@ -25,6 +25,8 @@ fn site() -> Site {
         qos: None,
         constraint: None,
         scratch: None,
+        hf_home: None,
+        hub: "https://hub.example".into(),
         sbatch: vec!["--nice=100".into()],
         queue: Duration::from_secs(86_400),
         gpu_memory: None,
@@ -232,6 +234,7 @@ fn a_submission_names_the_tag_and_the_limits_and_nothing_is_read_by_a_shell() {
         "--deadline=now+90061",
         "--nice=100",
         &format!("--job-name={}", tag("r1")),
+        "https://hub.example",
     ] {
         assert!(script.contains(part), "{part} in {script}");
     }
