@@ -87,13 +87,14 @@ pub trait Broker: Send + Sync {
         Ok(None)
     }
 
-    /// The way to an instance that is no SSH server of its own; `None`: the address in its state is one.
+    /// The way to an instance that is no SSH server of its own; `None`: the address in its state
+    /// is one.
     fn way(&self, _id: &InstanceId) -> Option<Way> {
         None
     }
 
-    /// When the cloud itself ends an instance, or has ended it, as it was last listed; Unix seconds by its clock. `None`: at its
-    /// lease's deadline.
+    /// When the cloud itself ends an instance, or has ended it, as it was last listed; Unix seconds
+    /// by its clock. `None`: at its lease's deadline.
     fn ends_at(&self, _id: &InstanceId) -> Option<u64> {
         None
     }
@@ -136,7 +137,8 @@ pub struct Access {
 
 /// The way to an instance that is no SSH server of its own.
 pub struct Way {
-    /// Commands and files there. The far side is trusted as far as this way checks it: no host key is pinned.
+    /// Commands and files there. The far side is trusted as far as this way checks it: no host key
+    /// is pinned.
     pub transport: Arc<dyn Transport>,
     /// Stands for the instance in messages.
     pub name: String,

@@ -216,7 +216,8 @@ impl Context {
         Ok(clouds?.into())
     }
 
-    /// Every cloud that can be asked: this machine, those whose key is set, and the cluster of the settings.
+    /// Every cloud that can be asked: this machine, those whose key is set, and the cluster of the
+    /// settings.
     ///
     /// # Errors
     /// A cloud's settings make no sense.

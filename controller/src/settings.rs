@@ -439,7 +439,8 @@ impl Settings {
     /// With what was typed about the cluster; without one where no host is named.
     #[must_use]
     pub fn on_cluster(self, typed: &ClusterArgs) -> Self {
-        let bare = || typed.host.as_ref().map(|_| SlurmSection::default().site(&self.state, self.hf_endpoint.as_deref()));
+        let hub = self.hf_endpoint.as_deref();
+        let bare = || typed.host.as_ref().map(|_| SlurmSection::default().site(&self.state, hub));
         let slurm = self.slurm.or_else(bare).map(|site| slurm::Site {
             host: typed.host.clone().unwrap_or(site.host),
             partition: typed.partition.clone().or(site.partition),

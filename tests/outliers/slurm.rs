@@ -145,11 +145,16 @@ fn a_model_in_a_hub_cache_of_the_cluster_is_read_there() {
 #[test]
 fn a_survey_has_no_more_jobs_at_a_time_than_it_may() {
     let Some((cluster, desk)) = office() else { return };
-    let models = ["qwen3-moe", "glm4-moe"].map(|model| format!("{:?}", golden(model).join("model")));
-    let text = format!(
-        "name = \"two\"\nnum-sequences = 2\nsequence-length = 32\nprecision = \"f32\"\nmodels = [{}]\n",
-        models.join(", ")
-    );
+    for model in ["qwen3-moe", "glm4-moe"] {
+        let into = desk.work().join("models").join(model);
+        std::fs::create_dir_all(&into).unwrap();
+        for entry in std::fs::read_dir(golden(model).join("model")).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), into.join(entry.file_name())).unwrap();
+        }
+    }
+    let text = "name = \"two\"\nnum-sequences = 2\nsequence-length = 32\nprecision = \"f32\"\n\
+                models = [\"./models/qwen3-moe\", \"./models/glm4-moe\"]\n";
     std::fs::write(desk.work().join("two.toml"), text).unwrap();
     cluster.goes_wrong("hold", "Priority").unwrap();
     let words = ["survey", "two.toml", "-y", "--broker", "slurm", "--gpu-count", "0", "--push-model"];

@@ -181,7 +181,8 @@ async fn preflight(
 }
 
 /// The job with its checkpoint on the file system that all nodes of a cluster share, if it is
-/// there: in the folder that was named, or in a cache of the hub. Then no node needs a network for it.
+/// there: in the folder that was named, or in a cache of the hub. Then no node needs a network for
+/// it.
 ///
 /// # Errors
 /// There is none in the folder, or the cluster does not answer.

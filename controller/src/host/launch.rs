@@ -50,7 +50,8 @@ pub enum JobStatus {
     },
 }
 
-/// Shell functions about the run in the present folder: `state`, `alive`, `start_worker`, `stop_worker`, `ticks`.
+/// Shell functions about the run in the present folder: `state`, `alive`, `start_worker`,
+/// `stop_worker`, `ticks`.
 pub(super) const PROCESS: &str = include_str!("process.sh");
 
 /// What `state` of [`PROCESS`] printed, with the wrapper's pid while it runs.
@@ -201,8 +202,8 @@ fn secrets_file(secrets: &[(&str, &Secret)]) -> Result<String, HostError> {
 /// The script around the worker: pid file, log, exit-code file.
 fn wrapper(worker: &RemoteWorker, folder: &str) -> String {
     // `ln` fails if the name is taken: of two wrappers started at once, one goes on. The traps let the wrapper outlive the
-    // signal that ends its worker, so that there is an exit status. A job that is put back into its queue needs the secrets
-    // again, and nobody may be there to bring them.
+    // signal that ends its worker, so that there is an exit status. A job that is put back into its
+    // queue needs the secrets again, and nobody may be there to bring them.
     format!(
         "#!/bin/sh\n{PROCESS}\ncd {folder} || exit 125\numask 077\n\
          if [ -f {SECRETS} ]; then . ./{SECRETS}; [ -n \"${{OUTLIERS_JOB:-}}\" ] || rm -f {SECRETS}; fi\n\

@@ -53,7 +53,8 @@ pub struct GpuFacts {
 /// What a POSIX shell runs on a host to tell its facts, a line `@key value` each. `nvidia-smi`
 /// hangs on a GPU that fell off the bus, so it gets 20 seconds where `timeout` exists.
 ///
-/// Of a job's node the job's own script has asked the same; its answer comes over the shared file system.
+/// Of a job's node the job's own script has asked the same; its answer comes over the shared file
+/// system.
 pub const SCRIPT: &str = r#"
 if [ -n "${outliers_job:-}" ]; then
   i=0; while [ ! -f "$HOME/facts" ] && [ $i -lt 45 ]; do i=$((i + 1)); sleep 1; ls "$HOME" > /dev/null; done
@@ -156,7 +157,8 @@ mod tests {
     fn a_gpu_machine_is_read() {
         let text = "@uname Linux x86_64\n@user root\n@home /root\n@cores 8\n@ram 65536000\n@limit max\n@limit 34359738368\n\
                     @disk overlay 104857600 20971520 83886080 20% /\n@clock 1000\n\
-                    @gpu 0, NVIDIA A100-SXM4-80GB, 81920, 550.54.15, GPU-1\n@gpu junk\n@gpu 1, X, [N/A], 1, G\n@hub no\n";
+                    @gpu 0, NVIDIA A100-SXM4-80GB, 81920, 550.54.15, GPU-1\n@gpu junk\n@gpu 1, X, [N/A], 1, G\n\
+                    @hub no\n";
         let at = |s| UNIX_EPOCH + Duration::from_secs(s);
         let facts = read(&answer(text), at(900), at(902));
         assert_eq!((facts.os.as_str(), facts.arch.as_str(), facts.cores), ("Linux", "x86_64", Some(8)));

@@ -7,8 +7,9 @@ started() {
     else ps -o lstart= -p "$1" 2> /dev/null; fi
 }
 
-# On a cluster the worker runs in a job, on another machine than most of these scripts. There $outliers_job is `open` while
-# the job waits or runs and `over` afterwards, $outliers_job_says is Slurm's word on it, and $outliers_cancel ends it.
+# On a cluster the worker runs in a job, on another machine than most of these scripts. There
+# $outliers_job is `open` while the job waits or runs and `over` afterwards, $outliers_job_says is
+# Slurm's word on it, and $outliers_cancel ends it.
 in_job() { [ -n "${outliers_job:-}" ]; }
 
 # alive FILE: the process whose number and start time stand in FILE runs; its number is in $p.
@@ -25,7 +26,8 @@ alive() {
 
 # Prints `@state none`, `@state running PID`, `@state ended STATUS` or `@state ended `.
 state() {
-    # A listing brings what the other machine wrote: network file systems remember that a file was not there.
+    # A listing brings what the other machine wrote: network file systems remember that a file was
+    # not there.
     if in_job; then
         ls > /dev/null
         if [ ! -f go ] && [ ! -f exit_code ]; then echo '@state none'; return; fi
@@ -60,7 +62,8 @@ stop_worker() {
     ! alive worker.pid
 }
 
-# The job's own script ends the worker when it sees the file; one that waits in the queue again sees nothing.
+# The job's own script ends the worker when it sees the file; one that waits in the queue again sees
+# nothing.
 stop_job() {
     alive worker.pid || return 0
     : > stop

@@ -1,6 +1,7 @@
-# The batch script of one job: it tells what its node is, waits until the worker may start, runs it, and ends with it.
-# Its working folder is the lease's, on the file system that login node and compute nodes share. RUN is the run's
-# folder in it, LIMIT the seconds that the job has, HUB where models come from.
+# The batch script of one job: it tells what its node is, waits until the worker may start, runs it,
+# and ends with it. Its working folder is the lease's, on the file system that login node and compute
+# nodes share. RUN is the run's folder in it, LIMIT the seconds that the job has, HUB where models
+# come from.
 [ -f lease ] || { echo 'the folder of this job is gone: nothing is done' >&2; exit 1; }
 umask 077
 OUTLIERS_JOB=$SLURM_JOB_ID
@@ -27,13 +28,14 @@ reaches_hub() {
     echo "@hub $(reaches_hub)"
 ) 2> /dev/null | write facts
 
-# A job that was put back into the queue starts here again, and its worker goes on from its save point.
+# A job that was put back into the queue starts here again, and its worker goes on from its save
+# point.
 rm -f "$RUN/worker.pid"
 [ -f "$RUN/manifest.json" ] || rm -f "$RUN/exit_code"
 
 worker='' told=''
-# Asks the worker and all that it started to end: they are in this script's process group, which Slurm knows, so that
-# nothing outlives the job.
+# Asks the worker and all that it started to end: they are in this script's process group, which
+# Slurm knows, so that nothing outlives the job.
 end_worker() {
     trap '' TERM
     kill -TERM 0
@@ -42,7 +44,8 @@ end_worker() {
 # Slurm asks before the time is up, and before it gives the node to another job.
 trap 'told=yes; end_worker' TERM
 
-# A listing brings what another machine has written: network file systems remember that a file was not there.
+# A listing brings what another machine has written: network file systems remember that a file was
+# not there.
 look() { ls "$RUN" > /dev/null 2>&1; }
 
 while [ -z "$told" ]; do

@@ -1,7 +1,8 @@
-# The leases' folders, then the whole queue of one user, ended jobs too as far as Slurm remembers them. ROOT is the folder
-# of all leases, INTERVAL the seconds between two questions to the queue, SUBMITTING for how long a submission is waited for.
-# A line of a lease comes first: a folder that says that it was submitted has its job in what is seen later.
-# A job's name may hold anything and stands last: what follows a line break in one is no line of ours.
+# The leases' folders, then the whole queue of one user, ended jobs too as far as Slurm remembers
+# them. ROOT is the folder of all leases, INTERVAL the seconds between two questions to the queue,
+# SUBMITTING those for which a submission is waited for. A line of a lease comes first: a folder
+# that says that it was submitted has its job in what is seen later. A job's name may hold anything
+# and stands last: what follows a line break in one is no line of ours.
 umask 077
 digits() { head -n 1 "$1" 2> /dev/null | tr -cd 0-9 | head -c 15; }
 limited() { if command -v timeout > /dev/null 2>&1; then timeout 20 "$@"; else "$@"; fi; }
@@ -24,8 +25,8 @@ if cd "$ROOT" 2> /dev/null; then
     done
 fi
 
-# Whoever uses this folder asks the queue once per interval, all together: .asked says when it was asked last, and
-# .queue-<that> what came. An answer from before a change (.changed) is none.
+# Whoever uses this folder asks the queue once per interval, all together: .asked says when it was
+# asked last, and .queue-<that> what came. An answer from before a change (.changed) is none.
 due() {
     asked=$(digits .asked) changed=$(digits .changed)
     age=$(($(date +%s) - ${asked:-0}))
@@ -62,8 +63,8 @@ done
 if [ -z "$shared" ] || [ $i -ge $most ]; then queue=$(squeue_me) || exit 1; fi
 printf '%s\n' "$queue"
 
-# How a job ended that the queue shows no more: the accounting's word, or that of Slurm's controller where nothing is
-# accounted. It is written down, so that it is asked for once.
+# How a job ended that the queue shows no more: the accounting's word, or that of Slurm's controller
+# where nothing is accounted. It is written down, so that it is asked for once.
 ended() {
     word=$(limited sacct --noheader --parsable2 --allocations --jobs="$1" --format=State,JobName 2> /dev/null |
         sed -n "s/^\([A-Z_]*\)[^|]*|$2\$/\1/p" | tail -n 1)
