@@ -281,7 +281,8 @@ pub struct ModelArgs {
 #[derive(Args, Clone, Debug, Default)]
 pub struct JobArgs {
     /// Where the weights come from: hub (over the network as they are used, none on disk), cache (fetched to the instance's disk first),
-    /// local:DIR (a folder of this machine, where that is the instance), synthetic:SEED (made up, to try a model of any size)
+    /// local:DIR (a folder of this machine, where that is the instance, or of a Slurm cluster),
+    /// synthetic:SEED (made up, to try a model of any size)
     /// [default: hub, or the model's folder].
     #[arg(long, value_name = "WHERE", help_heading = MODEL)]
     pub weights: Option<Weights>,
