@@ -50,6 +50,10 @@ while [ -n "$shared" ] && [ $i -lt $most ]; do
             if ask_for_all; then got=yes; else got=''; fi
             rmdir .asking
             if [ -n "$got" ]; then break; fi
+        elif [ ! -d .asking ]; then
+            # Nothing can be written here.
+            i=$most
+            break
         elif [ -n "$(find .asking -prune -mmin +1 2> /dev/null)" ]; then
             # Whoever was asking is gone.
             rmdir .asking 2> /dev/null
