@@ -156,6 +156,8 @@ fn a_survey_has_no_more_jobs_at_a_time_than_it_may() {
     let text = "name = \"two\"\nnum-sequences = 2\nsequence-length = 32\nprecision = \"f32\"\n\
                 models = [\"./models/qwen3-moe\", \"./models/glm4-moe\"]\n";
     std::fs::write(desk.work().join("two.toml"), text).unwrap();
+    let settings = format!("[survey]\nstagger-seconds = 0\n{}", cluster.settings());
+    std::fs::write(desk.work().join("mine.toml"), settings).unwrap();
     cluster.goes_wrong("hold", "Priority").unwrap();
     let words = ["survey", "two.toml", "-y", "--broker", "slurm", "--gpu-count", "0", "--push-model"];
     let mut child = desk.start(words.iter().chain(&["--max-parallel", "1"]));

@@ -4,7 +4,16 @@
 # that says that it was submitted has its job in what is seen later. A job's name may hold anything
 # and stands last: what follows a line break in one is no line of ours.
 umask 077
-digits() { head -n 1 "$1" 2> /dev/null | tr -cd 0-9 | head -c 15; }
+# Sets $line to a file's first line, without starting a program: there may be hundreds of leases.
+first_line() {
+    line=''
+    if [ -f "$1" ]; then read -r line < "$1"; fi
+}
+# The same where it is a number, else empty.
+digits() {
+    first_line "$1"
+    case $line in *[!0-9]* | ????????????????*) line='' ;; esac
+}
 limited() { if command -v timeout > /dev/null 2>&1; then timeout 20 "$@"; else "$@"; fi; }
 squeue_me() { squeue --me --noheader --states=all --format='@job %i|%T|%r|%P|%S|%e|%N|%j'; }
 
@@ -17,18 +26,24 @@ if cd "$ROOT" 2> /dev/null; then
         case $lease in *[!A-Za-z0-9-]*) continue ;; esac
         stage=waiting
         for go in "$lease"/outliers/*/go; do [ -f "$go" ] && stage=launched; done
-        since=$(digits "$lease/submitting")
-        [ -n "$since" ] && [ $(($(date +%s) - since)) -lt "$SUBMITTING" ] && stage=submitting
-        id=$(digits "$lease/job.id")
-        [ -n "$id" ] && [ "$stage" != submitting ] && known="$known $id:$lease"
-        echo "@lease $lease|$stage|$(digits "$lease/ends")|$(sed -n 1p "$lease/lease" 2> /dev/null)"
+        digits "$lease/submitting"
+        [ -n "$line" ] && [ $(($(date +%s) - line)) -lt "$SUBMITTING" ] && stage=submitting
+        digits "$lease/job.id"
+        [ -n "$line" ] && [ "$stage" != submitting ] && known="$known $line:$lease"
+        digits "$lease/ends"
+        ends=$line
+        first_line "$lease/lease"
+        printf '@lease %s|%s|%s|%s\n' "$lease" "$stage" "$ends" "$line"
     done
 fi
 
 # Whoever uses this folder asks the queue once per interval, all together: .asked says when it was
 # asked last, and .queue-<that> what came. An answer from before a change (.changed) is none.
 due() {
-    asked=$(digits .asked) changed=$(digits .changed)
+    digits .asked
+    asked=$line
+    digits .changed
+    changed=$line
     age=$(($(date +%s) - ${asked:-0}))
     [ $age -ge "$INTERVAL" ] || [ $age -lt 0 ]
 }
@@ -85,6 +100,7 @@ for one in $known; do
         asked=$((asked + 1))
         ended "$id" "$lease"
     fi
-    echo "@past $lease|$(sed -n 1p "$lease/over" 2> /dev/null | tr -cd A-Z_ | head -c 30)"
+    first_line "$lease/over"
+    printf '@past %s|%s\n' "$lease" "$line"
 done
 echo '@end '

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::queue::Snapshot;
+use super::queue::{self, Snapshot};
 use super::{Goods, NAME, Site, Slurm, error, offers, refused};
 use crate::broker::{
     BrokerErrorKind as Kind, GpuRequest, Instance, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
@@ -136,13 +136,29 @@ fn what_the_queue_has_forgotten_is_named_where_slurm_remembers() {
 }
 
 #[test]
-fn five_hundred_jobs_are_read_whole() {
-    let leases: String = (0..500).map(|i| folder(&format!("r{i}"), "launched", "1")).collect();
-    let jobs: String =
-        (0..500).map(|i| format!("@job {i}|RUNNING|None|gpu|1|2|n1|{}\n", tag(&format!("r{i}")))).collect();
-    let all = seen(&leases, &jobs).instances(&door());
-    let up = all.iter().filter(|instance| matches!(instance.state, InstanceState::Ready(_))).count();
-    assert_eq!((all.len(), up), (500, 500));
+fn five_hundred_jobs_are_listed_whole_by_one_question() {
+    let folder = tempfile::tempdir().unwrap();
+    let (root, asked) = (folder.path().join("jobs"), folder.path().join("asked"));
+    for i in 0..500 {
+        let lease = root.join(tag(&format!("r{i}")));
+        std::fs::create_dir_all(&lease).unwrap();
+        std::fs::write(lease.join("job.id"), format!("{i}\n")).unwrap();
+    }
+    let squeue = format!(
+        "squeue() {{ echo asked >> {}; i=0; while [ $i -lt 500 ]; do\n\
+         echo \"@job $i|RUNNING|None|gpu|1|2|n1|outliers-a1b2c3-r$i-n1x-1790000000\"; i=$((i + 1)); done; }}",
+        asked.display()
+    );
+    let look = queue::look(root.to_str().unwrap(), Duration::from_secs(60));
+    for _ in 0..2 {
+        let script = format!("{squeue}\n{look}");
+        let out = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
+        let answer = String::from_utf8(out.stdout).unwrap();
+        let all = Snapshot::read(&answer).unwrap().instances(&door());
+        let up = all.iter().filter(|instance| matches!(instance.state, InstanceState::Ready(_))).count();
+        assert_eq!((all.len(), up), (500, 500), "{:?}", String::from_utf8_lossy(&out.stderr));
+    }
+    assert_eq!(std::fs::read_to_string(asked).unwrap(), "asked\n", "the second look shares the first one's answer");
 }
 
 #[test]
