@@ -1,6 +1,6 @@
 //! A cluster of one's own: jobs, their queue and their folders, through a real login node.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use outliers::broker::slurm::{Site, Slurm};
@@ -10,12 +10,13 @@ use outliers::transport::program::OpenSsh;
 use outliers::transport::{SendRequest, Transport, TransportErrorKind};
 use outliers::units::Bytes;
 use outliers_clouds::conformance::{lease, life};
+use outliers_protocol::files;
 use outliers_tests::cluster::Cluster;
 use outliers_tests::desk::{Desk, Said};
 use outliers_tests::golden::assert_statistics_equal;
 use outliers_tests::hub::{MockHub, Repo};
 use outliers_tests::noise;
-use outliers_tests::programs::{golden, workspace};
+use outliers_tests::programs::{golden, run_worker, workspace};
 
 /// Nothing listens there.
 const NOBODY: &str = "http://127.0.0.1:9";
@@ -223,6 +224,34 @@ fn what_a_killed_controller_left_is_brought_home_by_attach() {
     is_home_and_gone(desk.run(["attach"]), &cluster, &desk, "llama-f32");
     assert_eq!(cluster.jobs(), 1);
     desk.assert_nothing_left();
+}
+
+#[test]
+fn a_job_that_is_put_back_into_the_queue_in_mid_pass_works_on() {
+    let Some((cluster, desk)) = office() else { return };
+    let model = desk.work().join("model");
+    let model = model.to_str().unwrap();
+    assert!(run_worker(["demo-model", "--output", model]).status.success());
+    let words = ["deploy", "-y", "--broker", "slurm", "--gpu-count", "0", "--push-model", "--model", model];
+    let mut child = desk.start(words.iter().chain(&["--num-sequences", "60", "--sequence-length", "512"]));
+    desk.wait_for("the worker to be busy", || says_of_a_run(&cluster, files::PROGRESS, "\"layers\",\"layer\":1"));
+    cluster.says("scontrol", &["requeue", "1"]);
+    assert!(!says_of_a_run(&cluster, files::MANIFEST, ""), "it was in mid-pass");
+    let status = child.wait().unwrap();
+    assert!(status.success(), "{}", desk.stderr());
+    assert_eq!((desk.results().sequences, cluster.jobs()), (60, 1), "{}", desk.stderr());
+    assert!(!cluster.leases().exists(), "something is left in scratch");
+    desk.assert_nothing_left();
+}
+
+/// Whether a file of a run on the cluster is there and holds this.
+fn says_of_a_run(cluster: &Cluster, name: &str, text: &str) -> bool {
+    let below = |folder: &Path| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
+        entries.map(|entry| entry.path()).collect()
+    };
+    let mut runs = below(&cluster.leases()).into_iter().flat_map(|lease| below(&lease.join("outliers")));
+    runs.any(|run| std::fs::read_to_string(run.join(name)).is_ok_and(|found| found.contains(text)))
 }
 
 #[test]

@@ -28,6 +28,14 @@ start() {
     )
 }
 
+# Asks all processes of a job to end, and ends them.
+stop() {
+    kill -TERM -"$(cat "$1/pid")"
+    i=0
+    while kill -0 "$(cat "$1/pid")" 2> /dev/null && [ $i -lt 50 ]; do i=$((i + 1)); sleep 0.1; done
+    kill -KILL -"$(cat "$1/pid")" 2> /dev/null
+}
+
 submit() {
     name='' chdir='' time='' partition='' try='' output=''
     for option; do
@@ -75,7 +83,9 @@ queue() {
     for job in "$jobs"/*/; do
         job=${job%/}
         [ -d "$job" ] || continue
-        if [ ! -f "$job/pid" ] && [ ! -f "$job/over" ] && [ ! -f "$state/hold" ]; then start "$job"; fi
+        if [ ! -f "$job/pid" ] && [ ! -f "$job/over" ] && [ ! -f "$job/back" ] && [ ! -f "$state/hold" ]; then
+            start "$job"
+        fi
         starts=N/A ends=N/A node='' reason=None
         if [ -f "$state/end" ] && [ -f "$job/pid" ] && [ ! -f "$job/over" ]; then
             kill -KILL -"$(cat "$job/pid")"
@@ -84,8 +94,8 @@ queue() {
         if [ -f "$job/over" ]; then
             [ ! -f "$state/forget" ] || continue
             word=$(cat "$job/over")
-        elif [ ! -f "$job/pid" ]; then
-            word=PENDING reason=$(cat "$state/hold")
+        elif [ -f "$job/back" ] || [ ! -f "$job/pid" ]; then
+            word=PENDING reason=$(cat "$state/hold" 2> /dev/null || echo BeginTime)
         elif kill -0 "$(cat "$job/pid")" 2> /dev/null; then
             starts=$(stat -c %Y "$job/pid")
             word=RUNNING node=n1 ends=$((starts + $(cat "$job/time") * 60))
@@ -107,6 +117,14 @@ account() {
 }
 
 control() {
+    if [ "$1" = requeue ]; then
+        # It never looks as if it had ended.
+        : > "$jobs/$2/back"
+        stop "$jobs/$2"
+        rm "$jobs/$2/pid"
+        rm "$jobs/$2/back"
+        exit 0
+    fi
     [ "$1 $2 $3" = '--oneliner show job' ] || fail "scontrol: not $*"
     [ -f "$jobs/$4/over" ] || fail 'slurm_load_jobs error: Invalid job id specified'
     echo "JobId=$4 JobName=$(cat "$jobs/$4/name") UserId=me(1000) JobState=$(cat "$jobs/$4/over") Reason=None Requeue=1"
@@ -117,10 +135,7 @@ cancel() {
         job=${job%/}
         [ "$*" = "--user=$(id -un) --name=$(cat "$job/name" 2> /dev/null)" ] || continue
         if [ -f "$job/pid" ] && kill -0 "$(cat "$job/pid")" 2> /dev/null; then
-            kill -TERM -"$(cat "$job/pid")"
-            i=0
-            while kill -0 "$(cat "$job/pid")" 2> /dev/null && [ $i -lt 50 ]; do i=$((i + 1)); sleep 0.1; done
-            kill -KILL -"$(cat "$job/pid")" 2> /dev/null
+            stop "$job"
         fi
         [ -f "$job/over" ] || echo CANCELLED > "$job/over"
     done
