@@ -272,12 +272,8 @@ impl Context {
         let ssh = OpenSsh::new(&site.host, site.ssh_config.as_deref(), &self.settings.state.join("slurm"));
         let ssh = ssh.map_err(|error| Complaint::refused(error.message, "name a host, or another state folder"))?;
         // A job is listed from the moment it exists.
-        let patience = Patience {
-            listing_interval: site.listing_interval,
-            queue: site.queue,
-            absences: 2,
-            ..Patience::CLOUD
-        };
+        let patience =
+            Patience { listing_interval: site.listing_interval, queue: site.queue, absences: 2, ..Patience::CLOUD };
         let broker = Arc::new(Slurm::new(site.clone(), ssh, host::PROBE, self.explain()));
         Ok(Cloud { broker, patience, is_local: false })
     }

@@ -108,8 +108,8 @@ impl Job {
 
     fn life(&self) -> Life {
         match self.state.as_str() {
-            "PENDING" | "REQUEUED" | "REQUEUE_FED" | "REQUEUE_HOLD" | "RESV_DEL_HOLD" | "SPECIAL_EXIT" | "SUSPENDED"
-            | "STOPPED" => Life::Waits,
+            "PENDING" | "REQUEUED" | "REQUEUE_FED" | "REQUEUE_HOLD" | "RESV_DEL_HOLD" | "SPECIAL_EXIT"
+            | "SUSPENDED" | "STOPPED" => Life::Waits,
             "CONFIGURING" | "POWER_UP_NODE" => Life::Boots,
             "RUNNING" | "RESIZING" | "SIGNALING" => Life::Runs,
             "COMPLETING" | "STAGE_OUT" => Life::Leaves,

@@ -226,11 +226,8 @@ fn slurm() -> Slurm {
 
 #[test]
 fn a_submission_names_the_tag_and_the_limits_and_nothing_is_read_by_a_shell() {
-    let lease = Lease {
-        tag: tag("r1").parse::<LeaseTag>().unwrap(),
-        ssh_public_key: String::new(),
-        disk: Bytes::from_gib(1),
-    };
+    let lease =
+        Lease { tag: tag("r1").parse::<LeaseTag>().unwrap(), ssh_public_key: String::new(), disk: Bytes::from_gib(1) };
     let goods = Goods {
         partition: "gpu".into(),
         gpus: 2,
