@@ -55,6 +55,21 @@ for fixture in tests/golden/*/; do
     echo "ok   $(basename "$fixture")"
 done
 
+echo "== what a run copies to its GPU and back is counted"
+results 1 0 1GB tests/golden/olmoe-bf16 > /dev/null
+"$python" - "$work/results" <<'EOF'
+import json, pathlib, sys
+
+folder = pathlib.Path(sys.argv[1])
+metadata, results = (json.loads((folder / name).read_text()) for name in ("metadata.json", "results.json"))
+there, back = metadata["host_to_device_bytes"], metadata["device_to_host_bytes"]
+# All weights but the embedding cross, in bf16.
+vocab = json.load(open("tests/golden/olmoe-bf16/model/config.json"))["vocab_size"]
+assert there >= 2 * (metadata["model"]["parameters"] - vocab * results["hidden"]), there
+assert back > 0, back
+print(f"host to device {there} bytes, device to host {back} bytes")
+EOF
+
 echo "== no more of a GPU's memory than planned, however far it is behind"
 for layers in 1 3; do
     with 1 0 env OUTLIERS_GPU_MEMORY=80000000000 OUTLIERS_GPU_PEAK="$work/peak" "$worker" bench run --model tests/published/gpt-oss-120b \

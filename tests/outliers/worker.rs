@@ -105,6 +105,7 @@ fn an_uninterrupted_text_run_is_repeatable() {
         let run = run_worker(arguments.into_iter().chain(["--output", output.path().to_str().unwrap()]));
         assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
         let metadata: Metadata = read(output.path(), files::METADATA);
+        assert_eq!((metadata.host_to_device_bytes, metadata.device_to_host_bytes), (None, None), "CPUs copy nothing");
         (read::<Results>(output.path(), files::RESULTS), metadata.corpus)
     };
     let ((a, a_corpus), (b, b_corpus)) = (run(), run());

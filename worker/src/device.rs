@@ -66,14 +66,19 @@ pub fn sharing_memory(devices: &[Placement]) -> usize {
     devices.iter().filter(|placement| placement.device.is_cpu()).count().max(1)
 }
 
+/// Whether one of them is a GPU.
+pub fn has_gpu(devices: &[Placement]) -> bool {
+    devices.iter().any(|placement| !placement.device.is_cpu())
+}
+
 /// The dtype of the forward pass.
 pub fn compute_dtype(precision: Precision, devices: &[Placement]) -> DType {
     match precision {
         Precision::F32 => DType::F32,
         Precision::Bf16 => DType::BF16,
         Precision::F16 => DType::F16,
-        Precision::Auto if devices.iter().all(|d| d.device.is_cpu()) => DType::F32,
-        Precision::Auto => DType::BF16,
+        Precision::Auto if has_gpu(devices) => DType::BF16,
+        Precision::Auto => DType::F32,
     }
 }
 
@@ -96,8 +101,7 @@ pub fn machine() -> Machine {
 /// Provenance of the devices.
 pub fn describe(devices: &[Placement], machine: &Machine) -> Vec<DeviceInfo> {
     // Whoever uses the CPU alone has nothing to ask of a driver.
-    let only_cpus = devices.iter().all(|placement| placement.device.is_cpu());
-    let gpus = if only_cpus { Vec::new() } else { gpu::find().describe() };
+    let gpus = if has_gpu(devices) { gpu::find().describe() } else { Vec::new() };
     let one = |d: &Placement| {
         let gpu = gpus.iter().find(|gpu| gpu.name == d.name).cloned();
         gpu.unwrap_or_else(|| DeviceInfo {

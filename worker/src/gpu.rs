@@ -128,6 +128,35 @@ pub fn free_memory(_device: &Device) -> Option<u64> {
     None
 }
 
+/// Bytes that were copied between the host and all GPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// From the host to GPUs.
+    pub to_gpus: u64,
+    /// From GPUs to the host.
+    pub from_gpus: u64,
+}
+
+impl Traffic {
+    /// What was copied after an earlier count.
+    pub fn since(self, earlier: Self) -> Self {
+        Self { to_gpus: self.to_gpus - earlier.to_gpus, from_gpus: self.from_gpus - earlier.from_gpus }
+    }
+}
+
+/// What this process has copied so far.
+#[cfg(feature = "cuda")]
+pub fn traffic() -> Traffic {
+    let outliers_cuda::Traffic { to_gpus, from_gpus } = outliers_cuda::traffic();
+    Traffic { to_gpus, from_gpus }
+}
+
+/// What this process has copied so far: nothing.
+#[cfg(not(feature = "cuda"))]
+pub fn traffic() -> Traffic {
+    Traffic::default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -137,6 +137,7 @@ impl Run<'_> {
         let Self { job, folder, progress } = *self;
         let started_at_ms = now_ms();
         check(job)?;
+        let before = gpu::traffic();
         let devices = device::open(&job.devices)?;
         let compute = device::compute_dtype(job.precision, &devices);
         let budget = StreamBudget::new(job.stream_budget_bytes);
@@ -224,6 +225,7 @@ impl Run<'_> {
             warnings.into_iter().for_each(|warning| progress.warn(warning));
         }
         let machine = device::machine();
+        let copied = device::has_gpu(&devices).then(|| gpu::traffic().since(before));
         let metadata = Metadata {
             schema: SCHEMA,
             worker_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -238,6 +240,8 @@ impl Run<'_> {
             weight_bytes_expected: expected,
             resumed_at_layer: passed.resumed_at_layer,
             peak_memory_bytes: peak_memory(),
+            host_to_device_bytes: copied.map(|copied| copied.to_gpus),
+            device_to_host_bytes: copied.map(|copied| copied.from_gpus),
             seconds: seconds(progress),
             started_at_ms,
             finished_at_ms: now_ms(),

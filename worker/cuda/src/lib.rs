@@ -9,6 +9,7 @@ mod libraries;
 #[cfg(feature = "staging")]
 mod staging;
 mod table;
+mod traffic;
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fmt;
@@ -17,6 +18,7 @@ use std::sync::OnceLock;
 #[cfg(feature = "staging")]
 pub use staging::{Arrival, Departure, Staging};
 use table::Of;
+pub use traffic::{Traffic, traffic};
 
 /// A version of CUDA: major, minor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -115,6 +117,7 @@ fn look() -> Result<Found, Unavailable> {
     let driver = libraries::driver().map_err(|why| Unavailable::NoDriver { why })?;
     table::fill(Of::Driver, driver)
         .map_err(|lacks| Unavailable::NoDriver { why: format!("libcuda.so.1 lacks {lacks}: it is too old") })?;
+    traffic::count();
     let found = ask_driver()?;
     if found.driver < OLDEST {
         return Err(Unavailable::OldDriver { driver: found.driver });

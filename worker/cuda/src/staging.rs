@@ -179,8 +179,9 @@ mod tests {
         let mut staging = Staging::new(Arc::clone(&compute)).unwrap();
         // Of many sizes, a few larger than a buffer; of what was brought, some is given back while the rest is on its way.
         let sizes = (0..115).map(|i| if i % 20 == 0 { BUFFER / 4 + 1000 * i + i } else { 1 + 97 * i * (i % 5) });
-        let mut kept = Vec::new();
+        let (mut kept, mut brought, mut taken) = (Vec::new(), 0, 0);
         for (tensor, count) in sizes.enumerate() {
+            brought += 4 * count as u64;
             let write = |range: Range<usize>, values: &mut [u32]| {
                 assert!(range.start.is_multiple_of(96) && (range.len().is_multiple_of(96) || range.end == count));
                 values.iter_mut().zip(range).for_each(|(to, at)| *to = value(tensor, at));
@@ -199,14 +200,17 @@ mod tests {
             if tensor % 30 == 29 {
                 let (tensor, copy) = kept.swap_remove(0);
                 let back = compute.clone_dtoh(&copy).unwrap();
+                taken += 4 * back.len() as u64;
                 assert!(back.iter().enumerate().all(|(at, got)| *got == value(tensor, at)), "tensor {tensor}");
             }
         }
         drop(staging);
         for (tensor, copy) in kept {
             let back = compute.clone_dtoh(&copy).unwrap();
+            taken += 4 * back.len() as u64;
             assert!(back.iter().enumerate().all(|(at, got)| *got == value(tensor, at)), "tensor {tensor}");
         }
+        assert_eq!(crate::traffic(), crate::Traffic { to_gpus: brought, from_gpus: taken });
         println!("said: all there");
     }
 

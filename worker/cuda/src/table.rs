@@ -65,6 +65,16 @@ pub(crate) fn fill(of: Of, library: &'static Library) -> Result<(), &'static str
     Ok(())
 }
 
+/// The function that is called now.
+pub(crate) fn function(slot: Slot) -> *mut c_void {
+    SLOTS[slot as usize].load(Ordering::Acquire)
+}
+
+/// Points the table at another one.
+pub(crate) fn replace(slot: Slot, function: *mut c_void) {
+    SLOTS[slot as usize].store(function, Ordering::Release);
+}
+
 /// Points the table at functions that do nothing. Those that would give something go on to fail: what they leave out would be taken for it.
 pub(crate) fn do_without(of: Of) {
     let gives_nothing = |name: &str| !name.starts_with("curandGenerate");

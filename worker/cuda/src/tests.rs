@@ -113,6 +113,46 @@ fn a_driver_and_its_libraries_are_called_with_all_their_arguments() {
 }
 
 #[test]
+#[ignore = "the process that another starts"]
+fn copy_and_tell() {
+    if std::env::var_os(LOOKS).is_none() {
+        return;
+    }
+    unsafe extern "C" {
+        fn cuMemcpyHtoDAsync_v2(to: usize, from: usize, bytes: usize, stream: usize) -> c_int;
+        fn cuMemcpyDtoHAsync_v2(to: usize, from: usize, bytes: usize, stream: usize) -> c_int;
+    }
+    let found = find().is_ok();
+    // SAFETY: made-up functions that touch no memory, or one that ignores its arguments.
+    let codes = unsafe {
+        [cuMemcpyHtoDAsync_v2(1, 2, 30, 4), cuMemcpyHtoDAsync_v2(1, 2, 31, 4), cuMemcpyDtoHAsync_v2(5, 6, 700, 8)]
+    };
+    println!("said: {found} {codes:?} {:?}", traffic());
+}
+
+#[test]
+fn bytes_that_the_driver_copies_are_counted_by_direction() {
+    let copies = [
+        (
+            "cuMemcpyHtoDAsync_v2",
+            "(long to, long from, long bytes, long stream) \
+            { return to == 1 && from == 2 && stream == 4 ? bytes - 30 : 99; }",
+        ),
+        (
+            "cuMemcpyDtoHAsync_v2",
+            "(long to, long from, long bytes, long stream) { return to == 5 && from == 6 && stream == 8 ? 0 : 99; }",
+        ),
+    ];
+    let folder = folder();
+    library(folder.path(), "libcuda.so.1", Of::Driver, &[&GPU[..], &copies].concat());
+    library(folder.path(), "libcublas.so.12", Of::Blas, &[]);
+    let said =
+        said_by("tests::copy_and_tell", &[("LD_LIBRARY_PATH", &folder.path().to_string_lossy()), (LOOKS, "1")]);
+    // What the driver refused was not copied.
+    assert_eq!(said, format!("true [0, 1, 0] {:?}", Traffic { to_gpus: 30, from_gpus: 700 }));
+}
+
+#[test]
 fn what_is_missing_or_too_old_is_named() {
     let with = |name: &str, body: &'static str| {
         let mut special = GPU;

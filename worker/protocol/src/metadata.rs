@@ -37,6 +37,12 @@ pub struct Metadata {
     pub resumed_at_layer: Option<usize>,
     /// Peak resident memory of the worker process, bytes; `None` where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
+    /// Bytes copied from the host to GPUs, weights included; `None` on CPUs, and in older runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_to_device_bytes: Option<u64>,
+    /// Bytes copied from GPUs to the host; `None` on CPUs, and in older runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_to_host_bytes: Option<u64>,
     /// Wall seconds per phase.
     pub seconds: BTreeMap<String, f64>,
     /// Milliseconds since the Unix epoch.

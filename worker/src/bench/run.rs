@@ -17,6 +17,7 @@ use crate::decoder::Need;
 use crate::device;
 use crate::error::Result;
 use crate::ffn::{ExpertRows, Routing};
+use crate::gpu;
 use crate::hub::Hub;
 use crate::inspect::{self, Flops, PlannedRun};
 use crate::meter::{Meter, Work};
@@ -70,6 +71,10 @@ pub struct RunTable {
     pub planned_memory_bytes: u64,
     /// Peak resident memory of this process so far, bytes.
     pub peak_memory_bytes: Option<u64>,
+    /// Bytes copied from the host to GPUs; `None` on CPUs.
+    pub host_to_device_bytes: Option<u64>,
+    /// Bytes copied from GPUs to the host; `None` on CPUs.
+    pub device_to_host_bytes: Option<u64>,
     /// Kinds of work, and all of it.
     pub rows: Vec<RunRow>,
 }
@@ -119,6 +124,13 @@ impl fmt::Display for RunTable {
         match self.peak_memory_bytes {
             Some(peak) => writeln!(f, "; peak memory {}, {planned} were planned", scaled(peak as f64, "B")),
             None => writeln!(f, "; {planned} of memory were planned"),
+        }?;
+        match (self.host_to_device_bytes, self.device_to_host_bytes) {
+            (Some(there), Some(back)) => {
+                let (there, back) = (scaled(there as f64, "B"), scaled(back as f64, "B"));
+                writeln!(f, "host to device {there}, device to host {back}")
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -169,10 +181,11 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     };
     let study = Study::new(Scope::new(job, spec, &tokens), job.thresholds.magnitude);
     let mut watched = Watched { study, bytes: 0 };
-    let start = Instant::now();
+    let (start, before) = (Instant::now(), gpu::traffic());
     pass.run(&mut watched, None)?;
     source.verify()?;
     let seconds = start.elapsed().as_secs_f64();
+    let copied = device::has_gpu(&devices).then(|| gpu::traffic().since(before));
     let peak_memory_bytes = run::peak_memory();
 
     let weight_bytes = source.bytes_read();
@@ -216,6 +229,8 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         waiting_seconds: meter.seconds(Work::Waiting),
         planned_memory_bytes: inspect::streamed_memory(&model, planned),
         peak_memory_bytes,
+        host_to_device_bytes: copied.map(|copied| copied.to_gpus),
+        device_to_host_bytes: copied.map(|copied| copied.from_gpus),
         rows,
     })
 }
@@ -371,6 +386,30 @@ fn decoding_alone(model: &Model<'_>, compute: DType) -> Result<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn copies_between_host_and_device_are_told_where_there_is_a_gpu() {
+        let mut table = RunTable {
+            model: "m".to_owned(),
+            layers: 1,
+            tokens: 8,
+            compute: "bf16".to_owned(),
+            devices: 1,
+            threads: 2,
+            weight_bytes: 1,
+            flops: 1.0,
+            seconds: 1.0,
+            waiting_seconds: 0.0,
+            planned_memory_bytes: 1,
+            peak_memory_bytes: None,
+            host_to_device_bytes: None,
+            device_to_host_bytes: None,
+            rows: Vec::new(),
+        };
+        assert!(!table.to_string().contains("host"));
+        (table.host_to_device_bytes, table.device_to_host_bytes) = (Some(13_800_000_000), Some(8_600_000));
+        assert!(table.to_string().ends_with("\nhost to device 13.8 GB, device to host 8.60 MB\n"), "{table}");
+    }
 
     #[test]
     fn numbers_have_three_digits_of_any_size() {
