@@ -539,8 +539,10 @@ fn causal_softmax_composed(scores: &Tensor, block: ScoreBlock, scale: f64, sinks
     e.broadcast_div(&sum)?.reshape((batch, rows, keys))?.to_dtype(scores.dtype())
 }
 
+// ----------------------------------------------------------------------------------------------------------- logits
+
 /// The largest value and the sum of `exp(value - largest)`: the parts of a log-sum-exp.
-pub fn exp_sum(values: &[f32]) -> (f32, f32) {
+fn exp_sum(values: &[f32]) -> (f32, f32) {
     vectorized(
         #[inline(always)]
         || {
@@ -548,6 +550,58 @@ pub fn exp_sum(values: &[f32]) -> (f32, f32) {
             (top, lane_sum(values, |v| exp_negative(v - top)))
         },
     )
+}
+
+struct LogitParts<'a> {
+    targets: &'a [Option<u32>],
+}
+
+impl LogitParts<'_> {
+    fn run(&self, logits: &[f32], width: usize) -> Vec<f32> {
+        let mut parts = vec![0f32; 3 * self.targets.len()];
+        let rows = parts.par_chunks_exact_mut(3).zip(logits.par_chunks_exact(width)).zip(self.targets);
+        rows.for_each(|((parts, logits), target)| {
+            let (top, sum) = exp_sum(logits);
+            let at_target = target.map_or(0.0, |column| logits[column as usize]);
+            parts.copy_from_slice(&[top, sum, at_target]);
+        });
+        parts
+    }
+}
+
+impl CustomOp1 for LogitParts<'_> {
+    fn name(&self) -> &'static str {
+        "logit-parts"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout) -> Result<(CpuStorage, Shape)> {
+        let CpuStorage::F32(logits) = s1 else { bail!("logit-parts: not f32") };
+        let (rows, width) = l1.shape().dims2()?;
+        if rows != self.targets.len() {
+            bail!("logit-parts: {rows} rows and {} targets", self.targets.len());
+        }
+        Ok((CpuStorage::F32(self.run(part(logits, l1)?, width)), Shape::from((rows, 3))))
+    }
+}
+
+/// What the likelihood of each row's target takes of a block of logits `[rows, block]`: `[rows, 3]`
+/// in f32, on the same device. Of each row the largest logit, the sum of `exp(logit - largest)`,
+/// and the logit at its target's column, which means nothing without a target in the block.
+pub fn logit_parts(logits: &Tensor, targets: &[Option<u32>]) -> Result<Tensor> {
+    let logits = logits.to_dtype(DType::F32)?.contiguous()?;
+    if has_loops(&logits) {
+        return logits.apply_op1_no_bwd(&LogitParts { targets });
+    }
+    logit_parts_composed(&logits, targets)
+}
+
+fn logit_parts_composed(logits: &Tensor, targets: &[Option<u32>]) -> Result<Tensor> {
+    let top = logits.max_keepdim(D::Minus1)?;
+    let sum = logits.broadcast_sub(&top)?.exp()?.sum_keepdim(D::Minus1)?;
+    let columns: Vec<u32> = targets.iter().map(|target| target.unwrap_or(0)).collect();
+    let columns = Tensor::from_vec(columns, (targets.len(), 1), logits.device())?;
+    let at_target = logits.gather(&columns, 1)?;
+    Tensor::cat(&[top, sum, at_target], 1)
 }
 
 // -------------------------------------------------------------------------------------------------------------- gates
@@ -979,6 +1033,30 @@ mod tests {
                 assert!(row.iter().enumerate().all(|(key, &share)| (share > 0.0) == seen.contains(&key)), "{row:?}");
             }
         }
+    }
+
+    #[test]
+    fn parts_of_logits_are_those_of_their_log_sum_exp() {
+        let targets = [Some(0), None, Some(36), Some(7), None];
+        for dtype in [DType::F32, DType::BF16] {
+            let logits = values(&[5, 37], 1).to_dtype(dtype).unwrap();
+            let parts = logit_parts(&logits, &targets).unwrap();
+            let wide = logits.to_dtype(DType::F32).unwrap();
+            let composed = logit_parts_composed(&wide, &targets).unwrap();
+            assert_eq!((parts.dims(), composed.dims(), parts.dtype()), (&[5, 3][..], &[5, 3][..], DType::F32));
+            let read = |parts: &Tensor| parts.to_vec2::<f32>().unwrap();
+            let rows = wide.to_vec2::<f32>().unwrap();
+            for (((a, b), row), target) in read(&parts).iter().zip(read(&composed)).zip(rows).zip(targets) {
+                let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let sum: f64 = row.iter().map(|logit| f64::from(logit - top).exp()).sum();
+                for [got_top, got_sum, at_target] in [[a[0], a[1], a[2]], [b[0], b[1], b[2]]] {
+                    assert_eq!(got_top, top);
+                    assert!((f64::from(got_sum) / sum - 1.0).abs() < 1e-6, "{got_sum}, not {sum}");
+                    assert!(target.is_none_or(|column| at_target == row[column as usize]));
+                }
+            }
+        }
+        assert!(logit_parts(&values(&[5, 37], 1), &targets[1..]).is_err());
     }
 
     #[test]

@@ -346,13 +346,16 @@ fn expert_rows(moe: &MoeSpec, run: PlannedRun) -> usize {
     share(run.sequences * run.tokens).min(batch_rows(run) + share(batch_rows(run)))
 }
 
-/// Memory of the head: a block of the vocabulary in use and one on its way, and the logits of a micro-batch, which are counted in f32.
+/// Memory of the head: a block of the vocabulary in use and one on its way, and the logits of a
+/// micro-batch in f32; by operations of the tensor library also their differences to the largest and
+/// the exponentials of those.
 fn head_workspace(model: &Model<'_>, run: PlannedRun) -> u64 {
     let (need, value) = (model.spec.head_need(), run.compute.size_in_bytes());
     let block = VOCAB_BLOCK.min(model.spec.vocab);
     let stored = model.stored(0, &need);
     let kept = 2 * stored.kept_as(run.compute, run.arithmetic.takes_bf16).size_in_bytes() * need.shape[1] * block;
-    let counted = if run.compute == DType::F32 { 0 } else { size_of::<f32>() };
+    let wide = if run.compute == DType::F32 { 0 } else { size_of::<f32>() };
+    let counted = wide + if run.arithmetic.in_place { 0 } else { 2 * size_of::<f32>() };
     let widened = if run.arithmetic.widens { size_of::<f32>() * (block + batch_rows(run)) * need.shape[1] } else { 0 };
     let on_its_way = stored.bytes() as usize / need.shape[0] * block;
     (kept + on_its_way + widened + batch_rows(run) * block * (value + counted)) as u64

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use super::{KeptBlocks, MicroBatch, Pass, Predicted, VOCAB_BLOCK, pipeline, vocab_blocks};
@@ -66,6 +66,7 @@ impl Pass<'_> {
         pipeline(&clock, Work::Head, blocks, load, |(block, _), matrix| {
             let matrix = matrix.arrived()?;
             let bias = bias.as_ref().map(|bias| bias.narrow(0, block.start, block.len())).transpose()?;
+            let (mut parts, mut targets) = (Vec::with_capacity(batches.len()), Vec::with_capacity(batches.len()));
             for batch in &batches {
                 let mut logits = product(&batch.hidden, &matrix)?;
                 if let Some(bias) = &bias {
@@ -77,11 +78,20 @@ impl Pass<'_> {
                 if batch.arm == 0 {
                     observer.logits(batch.first_token, block.start, &logits)?;
                 }
-                with_f32(&logits, |values| {
-                    likelihoods[batch.arm].add(batch.first_token, &block, values);
-                    Ok(())
-                })?;
+                let following = likelihoods[batch.arm].targets(batch.first_token, logits.dim(0)?, &block);
+                parts.push(fused::logit_parts(&logits, &following)?);
+                targets.push(following);
             }
+            // Of all micro-batches together: a GPU is waited for once a block.
+            with_f32(&Tensor::cat(&parts, 0)?, |values| {
+                let mut parts = values.as_chunks::<3>().0;
+                for (batch, targets) in batches.iter().zip(&targets) {
+                    let (of_batch, rest) = parts.split_at(targets.len());
+                    likelihoods[batch.arm].add(batch.first_token, targets, of_batch);
+                    parts = rest;
+                }
+                Ok(())
+            })?;
             done += 1;
             self.progress.part_done(done, all, "parts of the vocabulary", self.model.source.bytes_read());
             spare.give_back([matrix]);
@@ -112,18 +122,26 @@ impl<'a> Likelihoods<'a> {
         Self { tokens, rows: vec![empty; tokens.ids.len()] }
     }
 
-    /// Logits `[rows, block]` of the tokens from `first_token` on.
-    fn add(&mut self, first_token: usize, block: &Range<usize>, logits: &[f32]) {
+    /// Of the tokens from `first_token` on, the columns in a block of the tokens that follow;
+    /// `None` where that is in another block, and where none follows.
+    fn targets(&self, first_token: usize, rows: usize, block: &Range<usize>) -> Vec<Option<u32>> {
         let (n, ids) = (self.tokens.tokens, &self.tokens.ids);
-        let rows = self.rows[first_token..].par_iter_mut().zip(logits.par_chunks_exact(block.len())).enumerate();
-        rows.for_each(|(i, (row, logits))| {
-            let token = first_token + i;
-            let (top, sum) = fused::exp_sum(logits);
-            let joint = row.top.max(top);
+        let column = |token: usize| {
+            let id = (token % n + 1 < n).then(|| ids[token + 1] as usize)?;
+            block.contains(&id).then(|| (id - block.start) as u32)
+        };
+        (first_token..first_token + rows).map(column).collect()
+    }
+
+    /// [Parts](fused::logit_parts) of a block's logits, of the tokens from `first_token` on.
+    fn add(&mut self, first_token: usize, targets: &[Option<u32>], parts: &[[f32; 3]]) {
+        let rows = self.rows[first_token..].par_iter_mut().zip(targets).zip(parts);
+        rows.for_each(|((row, target), [top, sum, at_target])| {
+            let joint = row.top.max(*top);
             let rescaled = |t: f32, s: f64| if s == 0.0 { 0.0 } else { s * f64::from(t - joint).exp() };
-            (row.sum, row.top) = (rescaled(row.top, row.sum) + rescaled(top, f64::from(sum)), joint);
-            if token % n + 1 < n && block.contains(&(ids[token + 1] as usize)) {
-                row.target = logits[ids[token + 1] as usize - block.start];
+            (row.sum, row.top) = (rescaled(row.top, row.sum) + rescaled(*top, f64::from(*sum)), joint);
+            if target.is_some() {
+                row.target = *at_target;
             }
         });
     }
