@@ -1,5 +1,8 @@
 //! Feed-forward blocks: MLPs, and routed experts over all tokens of a micro-batch.
 
+use std::collections::VecDeque;
+use std::ops::Range;
+
 use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
@@ -159,8 +162,13 @@ pub struct ByExpert {
 impl ByExpert {
     /// Rows sent to one expert, ascending, with their weights.
     pub fn of(&self, expert: usize) -> (&[u32], &[f32]) {
-        let range = self.firsts[expert]..self.firsts[expert + 1];
+        let range = self.range(&(expert..expert + 1));
         (&self.rows[range.clone()], &self.weights[range])
+    }
+
+    /// Where the pairs of some experts are.
+    fn range(&self, experts: &Range<usize>) -> Range<usize> {
+        self.firsts[experts.start]..self.firsts[experts.end]
     }
 }
 
@@ -302,6 +310,168 @@ fn exclude_groups(biased: &mut [f32], groups: usize, top_groups: usize, judge: f
     }
 }
 
+/// A micro-batch on its way through the experts of a layer.
+///
+/// By our own loops, each expert's rows are gathered and added on their own. By operations of the
+/// tensor library, as on GPUs, starting one costs more than the rows of an expert do: all rows of a
+/// group of experts are gathered at once, and outputs are held until there are as many as tokens, then
+/// added together. Both add to a token in ascending order of its experts, and round alike.
+pub struct Routed {
+    /// `[tokens, width]`.
+    x: Tensor,
+    pairs: ByExpert,
+    /// `[tokens, width]`: what is beside the experts, and the sum of those that came so far.
+    out: Tensor,
+    /// Where there are no loops of our own.
+    held: Option<Held>,
+}
+
+/// Inputs of a group of experts.
+pub struct Inputs {
+    /// Of all its pairs; `None` where each expert's are gathered on their own, and without any.
+    all: Option<Tensor>,
+    /// The first of its pairs.
+    first: usize,
+}
+
+impl Routed {
+    /// `x` `[tokens, width]` by its `pairs`, whose outputs are added to `out` `[tokens, width]` (its
+    /// storage is overwritten on a CPU).
+    pub fn new(x: Tensor, pairs: ByExpert, out: Tensor) -> Result<Self> {
+        let held = if fused::has_loops(&x) { None } else { Some(Held::new(&x, &pairs)?) };
+        Ok(Self { x, pairs, out, held })
+    }
+
+    /// For [`gather`](Self::gather), of each expert of the group.
+    pub fn inputs(&self, group: &Range<usize>) -> Result<Inputs> {
+        let range = self.pairs.range(group);
+        let held = self.held.as_ref().filter(|_| !range.is_empty());
+        let all = held.map(|held| {
+            let x = self.x.index_select(&held.index.narrow(0, range.start, range.len())?, 0)?;
+            if self.pairs.scales_input { x.broadcast_mul(&held.weights_of(&range)?) } else { Ok(x) }
+        });
+        Ok(Inputs { all: all.transpose()?, first: range.start })
+    }
+
+    /// What goes to an expert of the group; `None` if nothing does.
+    pub fn gather(&self, inputs: &Inputs, expert: usize) -> Result<Option<Gathered>> {
+        let Some(all) = &inputs.all else { return gather(&self.x, &self.pairs, expert) };
+        let range = self.pairs.range(&(expert..expert + 1));
+        if range.is_empty() {
+            return Ok(None);
+        }
+        let x = all.narrow(0, range.start - inputs.first, range.len())?;
+        let (rows, weights) = self.pairs.of(expert);
+        Ok(Some(Gathered { x, rows: rows.to_vec(), weights: weights.to_vec() }))
+    }
+
+    /// Adds what an expert made of all that went to it. Experts come in ascending order.
+    pub fn add(&mut self, expert: usize, of: &ExpertRows) -> Result<()> {
+        let out = self.out.clone();
+        self.out = match &mut self.held {
+            None => add_expert(out, &self.pairs, of)?,
+            Some(held) => held.add(out, &self.pairs, expert, of)?,
+        };
+        Ok(())
+    }
+
+    /// The sum, after the last expert.
+    pub fn finish(self) -> Tensor {
+        self.out
+    }
+}
+
+/// Outputs of experts, by operations of the tensor library.
+struct Held {
+    /// Tokens by expert, then the slots of each sum.
+    index: Tensor,
+    /// `[pairs, 1]`, by expert.
+    weights: Tensor,
+    /// Of some experts, one after the other, already weighted.
+    outputs: Vec<Tensor>,
+    /// That are still to come.
+    sums: VecDeque<Sum>,
+}
+
+/// Outputs that are added together. A slot holds one of them for each token, or one of zeros.
+struct Sum {
+    /// Of the pairs by expert: those of whole experts.
+    pairs: Range<usize>,
+    /// Where its slots begin in the index.
+    first: usize,
+    slots: usize,
+}
+
+impl Held {
+    fn new(x: &Tensor, pairs: &ByExpert) -> Result<Self> {
+        let mut index = pairs.rows.clone();
+        let sums = sums(pairs, x.dim(0)?, &mut index);
+        let weights = Tensor::from_slice(&pairs.weights, (pairs.weights.len(), 1), x.device())?;
+        Ok(Self {
+            index: Tensor::from_slice(&index, index.len(), x.device())?,
+            weights: weights.to_dtype(x.dtype())?,
+            outputs: Vec::new(),
+            sums,
+        })
+    }
+
+    fn weights_of(&self, pairs: &Range<usize>) -> Result<Tensor> {
+        self.weights.narrow(0, pairs.start, pairs.len())
+    }
+
+    /// `out`, with all outputs that are held if this expert's are the last of a sum.
+    fn add(&mut self, out: Tensor, pairs: &ByExpert, expert: usize, of: &ExpertRows) -> Result<Tensor> {
+        let range = pairs.range(&(expert..expert + 1));
+        let made = if pairs.scales_input { of.out.clone() } else { of.out.broadcast_mul(&self.weights_of(&range)?)? };
+        self.outputs.push(made);
+        match self.sums.pop_front_if(|sum| sum.pairs.end == range.end) {
+            Some(sum) => self.sum(out, &sum),
+            None => Ok(out),
+        }
+    }
+
+    fn sum(&mut self, mut out: Tensor, sum: &Sum) -> Result<Tensor> {
+        let (tokens, width) = out.dims2()?;
+        // Nothing changes by adding it, not even the sign of a zero.
+        let nothing = Tensor::full(-0f32, (1, width), out.device())?.to_dtype(out.dtype())?;
+        let mut outputs = std::mem::take(&mut self.outputs);
+        outputs.push(nothing);
+        let outputs = Tensor::cat(&outputs, 0)?;
+        for slot in 0..sum.slots {
+            let slot = self.index.narrow(0, sum.first + slot * tokens, tokens)?;
+            out = (out + outputs.index_select(&slot, 0)?)?;
+        }
+        Ok(out)
+    }
+}
+
+/// Cuts the pairs behind experts, as soon as there are as many as tokens. What each token gets of a
+/// sum is in as many slots, ascending by expert, which are written behind `index`.
+fn sums(pairs: &ByExpert, tokens: usize, index: &mut Vec<u32>) -> VecDeque<Sum> {
+    let mut sums = VecDeque::new();
+    let mut start = 0;
+    for end in pairs.firsts.iter().skip(1).copied() {
+        let is_enough = end - start >= tokens || end == pairs.rows.len();
+        if end == start || !is_enough {
+            continue;
+        }
+        let (first, nothing) = (index.len(), (end - start) as u32);
+        let mut taken = vec![0; tokens];
+        for (output, token) in pairs.rows[start..end].iter().enumerate() {
+            let slot: &mut usize = &mut taken[*token as usize];
+            let at = first + *slot * tokens + *token as usize;
+            if at >= index.len() {
+                index.resize(index.len() + tokens, nothing);
+            }
+            index[at] = output as u32;
+            *slot += 1;
+        }
+        sums.push_back(Sum { pairs: start..end, first, slots: (index.len() - first) / tokens });
+        start = end;
+    }
+    sums
+}
+
 /// Rows of a micro-batch that go to an expert.
 pub struct Gathered {
     /// The expert's input `[rows, hidden]`.
@@ -314,7 +484,7 @@ pub struct Gathered {
 
 /// Gathers the rows of `x` `[all rows, hidden]` that go to an expert, multiplied by their weights where those are of the input; `None`
 /// if none do.
-pub fn gather(x: &Tensor, pairs: &ByExpert, expert: usize) -> Result<Option<Gathered>> {
+fn gather(x: &Tensor, pairs: &ByExpert, expert: usize) -> Result<Option<Gathered>> {
     let (rows, weights) = pairs.of(expert);
     if rows.is_empty() {
         return Ok(None);
@@ -352,7 +522,7 @@ pub struct ExpertRows {
 }
 
 /// Adds an expert's weighted rows to `out` `[all rows, hidden]`.
-pub fn add_expert(out: Tensor, pairs: &ByExpert, of: &ExpertRows) -> Result<Tensor> {
+fn add_expert(out: Tensor, pairs: &ByExpert, of: &ExpertRows) -> Result<Tensor> {
     if pairs.scales_input {
         return fused::scatter_add(out, &of.out, &of.rows, &vec![1.0; of.rows.len()]);
     }
@@ -470,6 +640,56 @@ mod tests {
                 prop_assert_eq!((rows, weights), (&found.0[..], &found.1[..]));
             }
         }
+    }
+
+    proptest! {
+        #[test]
+        fn experts_by_operations_add_up_to_the_same_bits_as_by_loops(
+            rows in prop::collection::vec(prop::sample::subsequence((0..7u32).collect::<Vec<_>>(), 3), 1..40),
+            scales_input in any::<bool>(),
+            dtype in prop::sample::select(vec![DType::F32, DType::BF16]),
+        ) {
+            let (tokens, experts) = (rows.len(), rows.concat());
+            let weights: Vec<f32> = (0..experts.len()).map(|i| (i as f32 * 0.7).sin()).collect();
+            let pairs = Routing { top_k: 3, experts, weights, scales_input }.by_expert(7);
+            let values = |factor: f64| {
+                let values = Tensor::arange(0f32, (4 * tokens) as f32, &Device::Cpu).unwrap();
+                let values = (values * factor).unwrap().sin().unwrap().reshape((tokens, 4)).unwrap();
+                values.to_dtype(dtype).unwrap()
+            };
+            let (x, beside) = (values(0.9), values(1.3));
+            let held = Held::new(&x, &pairs).unwrap();
+            prop_assert_eq!(held.sums.iter().map(|sum| sum.pairs.len()).sum::<usize>(), 3 * tokens);
+            let routed = |held| Routed { x: x.clone(), pairs: pairs.clone(), out: beside.copy().unwrap(), held };
+            let through = |mut routed: Routed| {
+                for group in [0..3, 3..4, 4..7] {
+                    let inputs = routed.inputs(&group).unwrap();
+                    for expert in group {
+                        let Some(part) = routed.gather(&inputs, expert).unwrap() else { continue };
+                        let weight = (linear(4, 3).weight * (expert as f64 - 2.5)).unwrap();
+                        let (widening, down) = (Widening::Up(linear(3, 4)), Linear { weight, bias: None });
+                        let mlp = MlpWeights { kind: MlpKind::GeluTanh, widening, down };
+                        routed.add(expert, &only(apply_expert(&mlp, vec![part]).unwrap())).unwrap();
+                    }
+                }
+                let out = routed.finish().to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+                out.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            prop_assert_eq!(through(routed(Some(held))), through(routed(None)));
+        }
+    }
+
+    #[test]
+    fn outputs_are_added_as_soon_as_there_is_one_for_each_token() {
+        let experts = vec![0, 1, 0, 3, 1, 3, 0, 3];
+        let pairs = Routing { top_k: 2, experts, weights: vec![1.0; 8], scales_input: false }.by_expert(5);
+        let mut index = pairs.rows.clone();
+        assert_eq!(index, [0, 1, 3, 0, 2, 1, 2, 3]);
+        let sums = sums(&pairs, 4, &mut index);
+        let told: Vec<_> = sums.iter().map(|sum| (sum.pairs.clone(), sum.first, sum.slots)).collect();
+        // Expert 0 has three outputs, expert 1 makes it five; expert 3 has the last three.
+        assert_eq!(told, [(0..5, 8, 2), (5..8, 16, 1)]);
+        assert_eq!(index[8..], [0, 1, 4, 2, 3, 5, 5, 5, 3, 0, 1, 2]);
     }
 
     #[test]

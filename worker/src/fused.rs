@@ -863,20 +863,12 @@ impl Overwrite for ScatterAdd<'_> {
     }
 }
 
-/// `out[rows[i]] += weights[i] * values[i]`. `out` `[n, width]` (its storage is overwritten on a CPU), `values` `[rows, width]`; `rows` distinct.
+/// `out[rows[i]] += weights[i] * values[i]`, on a CPU. `out` `[n, width]` (its storage is
+/// overwritten), `values` `[rows, width]`; `rows` distinct.
 pub fn scatter_add(out: Tensor, values: &Tensor, rows: &[u32], weights: &[f32]) -> Result<Tensor> {
-    if has_loops(&out) {
-        let width = out.dim(D::Minus1)?;
-        out.inplace_op2(values, &InPlace(ScatterAdd { rows, weights, width }))?;
-        return Ok(out);
-    }
-    scatter_add_composed(&out, values, rows, weights)
-}
-
-fn scatter_add_composed(out: &Tensor, values: &Tensor, rows: &[u32], weights: &[f32]) -> Result<Tensor> {
-    let weights = Tensor::from_slice(weights, (weights.len(), 1), out.device())?.to_dtype(out.dtype())?;
-    let rows = Tensor::from_slice(rows, rows.len(), out.device())?;
-    out.index_add(&rows, &values.broadcast_mul(&weights)?, 0)
+    let width = out.dim(D::Minus1)?;
+    out.inplace_op2(values, &InPlace(ScatterAdd { rows, weights, width }))?;
+    Ok(out)
 }
 
 #[cfg(test)]
@@ -946,7 +938,9 @@ mod tests {
         }
         let (rows, weights) = ([7u32, 0, 11], [0.5f32, -2.0, 1.0]);
         let added = values(&[3, 40], 5);
-        let composed = scatter_add_composed(&x, &added, &rows, &weights).unwrap();
+        let factors = Tensor::from_slice(&weights, (3, 1), &Device::Cpu).unwrap();
+        let index = Tensor::from_slice(&rows, 3, &Device::Cpu).unwrap();
+        let composed = x.index_add(&index, &added.broadcast_mul(&factors).unwrap(), 0).unwrap();
         close(&scatter_add(x.copy().unwrap(), &added, &rows, &weights).unwrap(), &composed, 1e-6);
     }
 

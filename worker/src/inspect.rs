@@ -1,5 +1,7 @@
 //! What a checkpoint is and what a run over it needs: arithmetic over headers, no weight byte read.
 
+use std::ops::Range;
+
 use candle_core::DType;
 use half::bf16;
 use outliers_protocol::{
@@ -214,7 +216,9 @@ fn states(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     hidden_states(spec, run)
         * match unit.part {
             Part::Mixer | Part::Dense => 1 + shared,
-            Part::Router | Part::Experts(_) => 3 + beside,
+            Part::Router => 3 + beside,
+            // By operations of the tensor library, outputs are held until there is one for each token.
+            Part::Experts(_) => 3 + beside + u64::from(!run.arithmetic.in_place),
         }
 }
 
@@ -299,13 +303,28 @@ fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
         }
         (_, FfnSpec::None) => 0,
         (_, FfnSpec::Dense(mlp)) => feed_forward(mlp),
-        (Part::Experts(_), FfnSpec::Moe(moe)) => feed_forward(&moe.expert),
+        (Part::Experts(group), FfnSpec::Moe(moe)) => feed_forward(&moe.expert) + dispatched(spec, moe, group, run),
         (_, FfnSpec::Moe(moe)) => {
             let shared = moe.shared.map(|shared| shared.mlp);
             shared.iter().chain(&moe.beside).map(feed_forward).max().unwrap_or(0)
         }
     };
     bytes as u64
+}
+
+/// What experts take beside their products where that is done by operations of the tensor library,
+/// bytes: the inputs of a group in a wave; of a micro-batch the outputs that are added together, those
+/// of a slot and the new sum; and for all tokens where their outputs are.
+fn dispatched(spec: &DecoderSpec, moe: &MoeSpec, group: &Range<usize>, run: PlannedRun) -> usize {
+    if run.arithmetic.in_place {
+        return 0;
+    }
+    let (tokens, batch_rows) = (run.sequences * run.tokens, batch_rows(run));
+    let wave_rows = tokens.min(stream::batches_per_wave(tokens.div_ceil(batch_rows)) * batch_rows);
+    let inputs = (share(moe, wave_rows) * group.len()).min(wave_rows * moe.top_k.min(group.len()));
+    let outputs = 3 * batch_rows + expert_rows(moe, run);
+    let index = tokens * moe.top_k * (1 + moe.top_k) * size_of::<u32>();
+    (inputs + outputs) * spec.hidden * run.compute.size_in_bytes() + index
 }
 
 /// Rows that a unit is given at once.
@@ -339,11 +358,15 @@ fn widened(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     (matrices.map(values).max().unwrap_or(0) * size_of::<f32>()) as u64
 }
 
-/// Rows that an expert is given at once: what goes to it of all tokens if half as many more choose it as on average, but no more than a
-/// micro-batch and what goes to it of another.
+/// What goes to an expert of so many rows if half as many more choose it as on average.
+fn share(moe: &MoeSpec, rows: usize) -> usize {
+    (3 * rows * moe.top_k).div_ceil(2 * moe.experts)
+}
+
+/// Rows that an expert is given at once: its share of all tokens, but no more than a micro-batch and
+/// what goes to it of another.
 fn expert_rows(moe: &MoeSpec, run: PlannedRun) -> usize {
-    let share = |rows: usize| (3 * rows * moe.top_k).div_ceil(2 * moe.experts);
-    share(run.sequences * run.tokens).min(batch_rows(run) + share(batch_rows(run)))
+    share(moe, run.sequences * run.tokens).min(batch_rows(run) + share(moe, batch_rows(run)))
 }
 
 /// Memory of the head: a block of the vocabulary in use and one on its way, and the logits of a

@@ -21,7 +21,7 @@ use crate::corpus::Tokens;
 use crate::decoder::{DecoderSpec, Need, Unit};
 use crate::device::Placement;
 use crate::error::Result;
-use crate::ffn::ByExpert;
+use crate::ffn::Routed;
 use crate::loader::{Loader, Spare, rows_of};
 use crate::meter::{Clock, Meter, Thread, Work};
 use crate::model::{Model, Piece};
@@ -126,6 +126,11 @@ impl MicroBatch {
     }
 }
 
+/// Of so many micro-batches of an arm.
+pub(crate) fn batches_per_wave(batches: usize) -> usize {
+    batches.div_ceil(WAVES).max(1)
+}
+
 /// Micro-batches of an arm that travel together. An expert's rows are gathered across them, and which rows a product is over decides how it is
 /// rounded: so the cut depends on the job alone, never on the devices.
 struct Wave {
@@ -144,7 +149,7 @@ impl Wave {
     fn all(batches: Vec<MicroBatch>) -> Vec<Self> {
         let mut waves: Vec<Self> = Vec::new();
         let of_arm = batches.iter().filter(|batch| batch.arm == 0).count();
-        let size = of_arm.div_ceil(WAVES).max(1);
+        let size = batches_per_wave(of_arm);
         for (number, batch) in batches.into_iter().enumerate() {
             match waves.last_mut() {
                 Some(wave) if wave.batches.len() < size && wave.batches[0].arm == batch.arm => wave.batches.push(batch),
@@ -169,9 +174,7 @@ impl Wave {
 }
 
 struct Mixture {
-    x: Tensor,
-    pairs: ByExpert,
-    out: Tensor,
+    routed: Routed,
     /// What a dense MLP beside the experts made of it.
     beside: Option<Tensor>,
 }

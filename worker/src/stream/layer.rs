@@ -11,7 +11,7 @@ use crate::attention::{TopShares, Watched, Watching, attention};
 use crate::decoder::{FfnSpec, LayerSpec, MixerSpec, MoeSpec, NormOrder, NormSpec, Part, Role, Unit};
 use crate::delta_net::delta_net;
 use crate::error::{Result, WorkerError};
-use crate::ffn::{self, Beside, ExpertRows, Gathered, MlpWeights, Router, Routing, SharedWeights};
+use crate::ffn::{self, Beside, ExpertRows, Gathered, Inputs, MlpWeights, Routed, Router, Routing, SharedWeights};
 use crate::fused;
 use crate::mamba::mamba;
 use crate::meter::{Clock, Subject, Work};
@@ -148,8 +148,8 @@ impl<'a, L: LayerObserver> At<'a, L> {
                         x = latent.apply(&x)?;
                         of_beside = Some(std::mem::replace(&mut out, zeros_like(&x)?));
                     }
-                    let pairs = routing.by_expert(moe.experts);
-                    batch.mixture = Some(Mixture { out, x, pairs, beside: of_beside });
+                    let routed = Routed::new(x, routing.by_expert(moe.experts), out)?;
+                    batch.mixture = Some(Mixture { routed, beside: of_beside });
                     Ok(())
                 })
             }
@@ -365,11 +365,16 @@ impl<'a, L: LayerObserver> At<'a, L> {
         closing: &Closing,
         batches: &mut [MicroBatch],
     ) -> Result<()> {
+        let inputs = |batch: &MicroBatch| -> Result<Inputs> {
+            let mixture = batch.mixture.as_ref().ok_or_else(early)?;
+            Ok(mixture.routed.inputs(group)?)
+        };
+        let inputs = batches.iter().map(inputs).collect::<Result<Vec<_>>>()?;
         for (expert, weights) in group.clone().zip(weights) {
             let (mut gathered, mut rows) = (Vec::new(), 0);
-            for at in 0..batches.len() {
+            for (at, inputs) in inputs.iter().enumerate() {
                 let mixture = batches[at].mixture.as_ref().ok_or_else(early)?;
-                if let Some(part) = ffn::gather(&mixture.x, &mixture.pairs, expert)? {
+                if let Some(part) = mixture.routed.gather(inputs, expert)? {
                     rows += part.rows.len();
                     gathered.push((at, part));
                 }
@@ -379,10 +384,11 @@ impl<'a, L: LayerObserver> At<'a, L> {
                 }
             }
         }
+        drop(inputs);
         if group.end == moe.experts {
             for batch in batches {
-                let Mixture { out, beside, .. } = batch.mixture.take().ok_or_else(early)?;
-                let mut out = normed(closing.experts.as_ref(), out)?;
+                let Mixture { routed, beside } = batch.mixture.take().ok_or_else(early)?;
+                let mut out = normed(closing.experts.as_ref(), routed.finish())?;
                 if let Some(latent) = &closing.latent {
                     out = latent.apply(&out)?;
                 }
@@ -407,9 +413,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
         for (at, rows) in indices.into_iter().zip(ffn::apply_expert(weights, parts)?) {
             let batch = &mut batches[at];
             self.expert(expert, batch, &rows)?;
-            let mixture = batch.mixture.take().ok_or_else(early)?;
-            let out = ffn::add_expert(mixture.out, &mixture.pairs, &rows)?;
-            batch.mixture = Some(Mixture { out, ..mixture });
+            batch.mixture.as_mut().ok_or_else(early)?.routed.add(expert, &rows)?;
         }
         Ok(())
     }
