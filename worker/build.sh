@@ -29,16 +29,25 @@ build=${CARGO_TARGET_DIR:-target}
 output=${output:-$build/release/outliers-worker-portable}
 toolkit=$build/toolkit/$(sha256sum worker/toolkit.txt | cut -c 1-16)
 if [ ! -e "$toolkit" ]; then
-    echo "fetching linker and CUDA compiler (200 MB)"
+    echo "fetching linker and CUDA compiler (260 MB)"
     fresh=$build/toolkit/fresh.$$
     rm -rf "$fresh"
     mkdir -p "$fresh/wheels"
     python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
         --requirement worker/toolkit.txt --dest "$fresh/wheels"
-    for wheel in "$fresh"/wheels/*.whl; do python3 -m zipfile -e "$wheel" "$fresh"; done
+    for wheel in "$fresh"/wheels/*.whl; do
+        # Both older assemblers have the same name.
+        case $wheel in
+            */nvidia_cuda_nvcc_cu11-*) into=$fresh/ptxas-cu11 ;;
+            */nvidia_cuda_nvcc_cu12-*) into=$fresh/ptxas-cu12 ;;
+            *) into=$fresh ;;
+        esac
+        python3 -m zipfile -e "$wheel" "$into"
+    done
     rm -r "$fresh/wheels"
     # The archives forget who may run.
-    chmod +x "$fresh/ziglang/zig" "$fresh"/cargo_zigbuild-*.data/scripts/* "$fresh"/nvidia/cu13/bin/* "$fresh"/nvidia/cu13/nvvm/bin/*
+    chmod +x "$fresh/ziglang/zig" "$fresh"/cargo_zigbuild-*.data/scripts/* "$fresh"/nvidia/cu13/bin/* "$fresh"/nvidia/cu13/nvvm/bin/* \
+        "$fresh"/ptxas-cu1[12]/nvidia/cuda_nvcc/bin/ptxas
     mv "$fresh" "$toolkit" 2>/dev/null || { [ -e "$toolkit" ] && rm -rf "$fresh"; }
 fi
 toolkit=$(cd "$toolkit" && pwd)
@@ -54,6 +63,11 @@ export CUDA_COMPUTE_CAP=80 CUDARC_CUDA_VERSION=12040
 mkdir -p "$(dirname "$output")"
 # What runs from the old one goes on with it.
 cp "$build/$target/release/outliers-worker" "$output.part"
+if [ ${#features[@]} -gt 0 ]; then
+    # So that no GPU's driver has to compile them.
+    find "$build/$target"/release/build/candle-kernels-*/out worker/cuda -name '*.ptx' \
+        -exec python3 worker/cuda/assemble.py "$output.part" "$toolkit" {} +
+fi
 mv -f "$output.part" "$output"
 "$output" version
 # What it is, for controllers on machines that cannot run it.

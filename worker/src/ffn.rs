@@ -667,7 +667,7 @@ mod tests {
                     for expert in group {
                         let Some(part) = routed.gather(&inputs, expert).unwrap() else { continue };
                         let weight = (linear(4, 3).weight * (expert as f64 - 2.5)).unwrap();
-                        let (widening, down) = (Widening::Up(linear(3, 4)), Linear { weight, bias: None });
+                        let (widening, down) = (Widening::Up(linear(3, 4)), Linear::new(weight, None));
                         let mlp = MlpWeights { kind: MlpKind::GeluTanh, widening, down };
                         routed.add(expert, &only(apply_expert(&mlp, vec![part]).unwrap())).unwrap();
                     }

@@ -23,6 +23,7 @@ enum Code {
     OutOfMemory = 2,
     InvalidDevice = 101,
     InvalidContext = 201,
+    NoBinary = 209,
     InvalidHandle = 400,
     NotFound = 500,
     LaunchFailed = 719,
@@ -377,8 +378,13 @@ pub extern "C" fn cuModuleLoad(_module: *mut u64, _path: *const c_char) -> c_int
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleLoadData(module: *mut u64, image: *const c_char) -> c_int {
-    // SAFETY: PTX ends with a zero.
-    let text = unsafe { CStr::from_ptr(image) }.to_string_lossy().into_owned();
+    // SAFETY: PTX ends with a zero, and what is assembled has one in it.
+    let image = unsafe { CStr::from_ptr(image) };
+    if image.to_bytes().starts_with(b"\x7fELF") {
+        eprintln!("emulated GPU: these kernels are assembled for other GPUs");
+        return answer(Err(Code::NoBinary));
+    }
+    let text = image.to_string_lossy().into_owned();
     // SAFETY: as the function is described.
     answer(unsafe { give(module, machine().modules.add(Module::new(text))) })
 }

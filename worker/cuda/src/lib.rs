@@ -5,6 +5,7 @@
 //! `nvcc.sh`.
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
+mod assembled;
 mod libraries;
 #[cfg(feature = "staging")]
 mod staging;
@@ -118,6 +119,7 @@ fn look() -> Result<Found, Unavailable> {
     table::fill(Of::Driver, driver)
         .map_err(|lacks| Unavailable::NoDriver { why: format!("libcuda.so.1 lacks {lacks}: it is too old") })?;
     traffic::count();
+    assembled::serve();
     let found = ask_driver()?;
     if found.driver < OLDEST {
         return Err(Unavailable::OldDriver { driver: found.driver });

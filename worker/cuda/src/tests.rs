@@ -1,9 +1,14 @@
 //! Made-up drivers and libraries, each looked for by a process of its own: what is found is found once.
 
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
+use flate2::write::ZlibEncoder;
+use sha2::{Digest, Sha256};
+
 use super::*;
+use crate::assembled::{Archive, MAGIC};
 use crate::table::NAMES;
 
 /// Set for the process that looks.
@@ -48,7 +53,12 @@ fn looked_for_in(folder: &Path) -> String {
 
 /// What an ignored test says in a process of its own.
 pub(crate) fn said_by(test: &str, environment: &[(&str, &str)]) -> String {
-    let mut process = Command::new(std::env::current_exe().unwrap());
+    said_by_program(&std::env::current_exe().unwrap(), test, environment)
+}
+
+/// The same of a copy of these tests.
+fn said_by_program(program: &Path, test: &str, environment: &[(&str, &str)]) -> String {
+    let mut process = Command::new(program);
     process.args(["--exact", test, "--ignored", "--nocapture"]).envs(environment.iter().copied());
     let output = process.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
@@ -144,12 +154,93 @@ fn bytes_that_the_driver_copies_are_counted_by_direction() {
         ),
     ];
     let folder = folder();
-    library(folder.path(), "libcuda.so.1", Of::Driver, &[&GPU[..], &copies].concat());
+    library(folder.path(), "libcuda.so.1", Of::Driver, &[&GPU[..], &copies[..]].concat());
     library(folder.path(), "libcublas.so.12", Of::Blas, &[]);
-    let said =
-        said_by("tests::copy_and_tell", &[("LD_LIBRARY_PATH", &folder.path().to_string_lossy()), (LOOKS, "1")]);
+    let said = said_by("tests::copy_and_tell", &[("LD_LIBRARY_PATH", &folder.path().to_string_lossy()), (LOOKS, "1")]);
     // What the driver refused was not copied.
     assert_eq!(said, format!("true [0, 1, 0] {:?}", Traffic { to_gpus: 30, from_gpus: 700 }));
+}
+
+/// PTX, ten times a compute capability and what was assembled, as they stand behind a program.
+fn archive(of: &[(&str, u64, &str)]) -> Vec<u8> {
+    let (mut kernels, mut index) = (Vec::new(), Vec::new());
+    for (ptx, compute, cubin) in of {
+        let mut packer = ZlibEncoder::new(Vec::new(), flate2::Compression::default());
+        packer.write_all(cubin.as_bytes()).unwrap();
+        let packed = packer.finish().unwrap();
+        index.extend(Sha256::digest(ptx));
+        index.extend([*compute, kernels.len() as u64, packed.len() as u64].map(u64::to_le_bytes).concat());
+        kernels.extend(packed);
+    }
+    let all = kernels.len() + index.len() + 24;
+    let end = [of.len() as u64, all as u64].map(u64::to_le_bytes).concat();
+    [kernels, index, end, MAGIC.to_vec()].concat()
+}
+
+#[test]
+fn the_newest_kernel_that_a_gpu_runs_is_found_behind_a_program() {
+    let folder = folder();
+    let file = folder.path().join("program");
+    let of = [("one", 80, "one for 8.0"), ("one", 89, "one for 8.9"), ("one", 100, "one for 10"), ("two", 80, "two")];
+    let whole = [&b"a program"[..], &archive(&of)[..]].concat();
+    std::fs::write(&file, &whole).unwrap();
+    let found = Archive::open(&file).unwrap();
+    let cubin = |ptx: &str, compute| {
+        let cubin = found.cubin(&Sha256::digest(ptx).into(), compute);
+        cubin.map(|cubin| String::from_utf8(cubin).unwrap())
+    };
+    assert_eq!(cubin("one", (8, 0)).as_deref(), Some("one for 8.0"));
+    assert_eq!(cubin("one", (8, 6)).as_deref(), Some("one for 8.0"));
+    assert_eq!(cubin("one", (8, 9)).as_deref(), Some("one for 8.9"));
+    assert_eq!(cubin("one", (10, 3)).as_deref(), Some("one for 10"));
+    assert_eq!(cubin("two", (8, 9)).as_deref(), Some("two"));
+    assert_eq!((cubin("one", (9, 0)), cubin("one", (7, 5)), cubin("three", (8, 0))), (None, None, None));
+    for cut in [whole.len() - 1, whole.len() - 24, 9, 0] {
+        std::fs::write(&file, &whole[..cut]).unwrap();
+        assert!(Archive::open(&file).is_none(), "{cut} bytes");
+    }
+}
+
+#[test]
+#[ignore = "the process that another starts"]
+fn load_and_tell() {
+    if std::env::var_os(LOOKS).is_none() {
+        return;
+    }
+    unsafe extern "C" {
+        fn cuModuleLoadData(module: *mut usize, image: *const c_char) -> c_int;
+    }
+    let found = find().is_ok();
+    let load = |ptx: &CStr| {
+        let mut module = 0;
+        // SAFETY: a made-up function that writes a number, or one that ignores its arguments.
+        let code = unsafe { cuModuleLoadData(&raw mut module, ptx.as_ptr()) };
+        (code, char::from(module as u8))
+    };
+    println!("said: {found} {:?}", [c"one", c"two", c"three"].map(load));
+}
+
+#[test]
+fn a_driver_is_given_what_was_assembled_and_ptx_where_it_refuses_that() {
+    // It tells the first letter of what it was given last, and refuses what begins with an X.
+    let load =
+        ("cuModuleLoadData", "(long *module, const char *image) { *module = *image; return *image == 'X' ? 209 : 0; }");
+    let folder = folder();
+    library(folder.path(), "libcuda.so.1", Of::Driver, &[&GPU[..], &[load][..]].concat());
+    library(folder.path(), "libcublas.so.12", Of::Blas, &[]);
+    let (kernels, program) = (folder.path().join("kernels"), folder.path().join("program"));
+    let of = [("one", 90, "assembled"), ("two", 90, "X"), ("three", 80, "another's")];
+    std::fs::write(&kernels, archive(&of)).unwrap();
+    // By a process of its own: nobody else may have the program open for writing when it starts.
+    let mut copy = Command::new("sh");
+    copy.args(["-c", "cat \"$1\" \"$2\" > \"$3\" && chmod +x \"$3\"", "sh"]);
+    copy.arg(std::env::current_exe().unwrap()).arg(&kernels).arg(&program);
+    assert!(copy.status().unwrap().success());
+    let libraries = folder.path().to_string_lossy().into_owned();
+    let environment = [("LD_LIBRARY_PATH", libraries.as_str()), (LOOKS, "1")];
+    let told = |[one, two, three]: [char; 3]| format!("true {:?}", [(0, one), (0, two), (0, three)]);
+    assert_eq!(said_by_program(&program, "tests::load_and_tell", &environment), told(['a', 't', 't']));
+    assert_eq!(said_by("tests::load_and_tell", &environment), told(['o', 't', 't']), "nothing follows this program");
 }
 
 #[test]
