@@ -56,17 +56,19 @@ for fixture in tests/golden/*/; do
 done
 
 echo "== what a run copies to its GPU and back is counted"
-results 1 0 1GB tests/golden/olmoe-bf16 > /dev/null
+fixture=tests/golden/olmoe-bf16
+with 1 0 "$worker" run --model "$fixture/model" --token-ids "$fixture/golden.safetensors" --output "$work/copied" \
+    --devices cuda:0 2> "$work/said"
 # It holds assembled kernels, and goes back to PTX where a GPU refuses them, as this one does.
 grep -q "assembled for other GPUs" "$work/said"
-"$python" - "$work/results" <<'EOF'
+"$python" - "$work/copied" "$fixture" <<'EOF'
 import json, pathlib, sys
 
 folder = pathlib.Path(sys.argv[1])
 metadata, results = (json.loads((folder / name).read_text()) for name in ("metadata.json", "results.json"))
 there, back = metadata["host_to_device_bytes"], metadata["device_to_host_bytes"]
 # All weights but the embedding cross, in bf16.
-vocab = json.load(open("tests/golden/olmoe-bf16/model/config.json"))["vocab_size"]
+vocab = json.loads(pathlib.Path(sys.argv[2], "model/config.json").read_text())["vocab_size"]
 assert there >= 2 * (metadata["model"]["parameters"] - vocab * results["hidden"]), there
 # Of the logits comes back what their likelihoods need, and norm outputs in f32 at most.
 tokens = results["sequences"] * results["tokens_per_sequence"]

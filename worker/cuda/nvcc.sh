@@ -1,8 +1,9 @@
 #!/bin/sh
 # Stands in for the CUDA compiler while the kernels of the tensor library are built, so that one program serves every GPU from compute 8.0 up.
 #
-# - Kernels become PTX, which drivers compile for their GPU. Its version is lowered to what drivers from R520 (CUDA 11.8) on read: the
-#   compiler writes its own newest, which only its own year's drivers would, though it uses nothing newer.
+# - Kernels become PTX, which drivers compile for their GPU unless `assemble.py` has done that. Its
+#   version is lowered to what drivers from R520 (CUDA 11.8) on read: the compiler writes its own newest,
+#   which only its own year's drivers would, though it uses nothing newer.
 # - Objects (products of quantised formats that are not used here) are left empty: they would run on one architecture alone, and bring
 #   the CUDA runtime and 30 MB along.
 #

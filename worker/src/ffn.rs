@@ -433,7 +433,7 @@ impl Held {
     fn sum(&mut self, mut out: Tensor, sum: &Sum) -> Result<Tensor> {
         let (tokens, width) = out.dims2()?;
         // Nothing changes by adding it, not even the sign of a zero.
-        let nothing = Tensor::full(-0f32, (1, width), out.device())?.to_dtype(out.dtype())?;
+        let nothing = Tensor::full(-0.0f32, (1, width), out.device())?.to_dtype(out.dtype())?;
         let mut outputs = std::mem::take(&mut self.outputs);
         outputs.push(nothing);
         let outputs = Tensor::cat(&outputs, 0)?;

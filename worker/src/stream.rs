@@ -126,7 +126,7 @@ impl MicroBatch {
     }
 }
 
-/// Of so many micro-batches of an arm.
+/// Micro-batches of a wave, where an arm has so many.
 pub(crate) fn batches_per_wave(batches: usize) -> usize {
     batches.div_ceil(WAVES).max(1)
 }
