@@ -313,9 +313,10 @@ fn exclude_groups(biased: &mut [f32], groups: usize, top_groups: usize, judge: f
 /// A micro-batch on its way through the experts of a layer.
 ///
 /// By our own loops, each expert's rows are gathered and added on their own. By operations of the
-/// tensor library, as on GPUs, starting one costs more than the rows of an expert do: all rows of a
-/// group of experts are gathered at once, and outputs are held until there are as many as tokens, then
-/// added together. Both add to a token in ascending order of its experts, and round alike.
+/// tensor library, as on GPUs, starting one costs more than the rows of an expert do: all rows of
+/// a group of experts are gathered at once, and outputs are held until there are as many as
+/// tokens, then added together. Both add to a token in ascending order of its experts, and round
+/// alike.
 pub struct Routed {
     /// `[tokens, width]`.
     x: Tensor,
@@ -335,8 +336,8 @@ pub struct Inputs {
 }
 
 impl Routed {
-    /// `x` `[tokens, width]` by its `pairs`, whose outputs are added to `out` `[tokens, width]` (its
-    /// storage is overwritten on a CPU).
+    /// `x` `[tokens, width]` by its `pairs`, whose outputs are added to `out` `[tokens, width]`
+    /// (its storage is overwritten on a CPU).
     pub fn new(x: Tensor, pairs: ByExpert, out: Tensor) -> Result<Self> {
         let held = if fused::has_loops(&x) { None } else { Some(Held::new(&x, &pairs)?) };
         Ok(Self { x, pairs, out, held })
@@ -445,8 +446,8 @@ impl Held {
     }
 }
 
-/// Cuts the pairs behind experts, as soon as there are as many as tokens. What each token gets of a
-/// sum is in as many slots, ascending by expert, which are written behind `index`.
+/// Cuts the pairs behind experts, as soon as there are as many as tokens. What each token gets of
+/// a sum is in as many slots, ascending by expert, which are written behind `index`.
 fn sums(pairs: &ByExpert, tokens: usize, index: &mut Vec<u32>) -> VecDeque<Sum> {
     let mut sums = VecDeque::new();
     let mut start = 0;

@@ -584,9 +584,10 @@ impl CustomOp1 for LogitParts<'_> {
     }
 }
 
-/// What the likelihood of each row's target takes of a block of logits `[rows, block]`: `[rows, 3]`
-/// in f32, on the same device. Of each row the largest logit, the sum of `exp(logit - largest)`,
-/// and the logit at its target's column, which means nothing without a target in the block.
+/// What the likelihood of each row's target takes of a block of logits `[rows, block]`, as
+/// `[rows, 3]` in f32 on the same device. Of each row the largest logit, the sum of
+/// `exp(logit - largest)`, and the logit at its target's column, which means nothing without a
+/// target in the block.
 pub fn logit_parts(logits: &Tensor, targets: &[Option<u32>]) -> Result<Tensor> {
     let logits = logits.to_dtype(DType::F32)?.contiguous()?;
     if has_loops(&logits) {

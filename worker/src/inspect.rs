@@ -217,7 +217,7 @@ fn states(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
         * match unit.part {
             Part::Mixer | Part::Dense => 1 + shared,
             Part::Router => 3 + beside,
-            // By operations of the tensor library, outputs are held until there is one for each token.
+            // By operations of the tensor library, outputs are held until there are as many as tokens.
             Part::Experts(_) => 3 + beside + u64::from(!run.arithmetic.in_place),
         }
 }
@@ -313,8 +313,8 @@ fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
 }
 
 /// What experts take beside their products where that is done by operations of the tensor library,
-/// bytes: the inputs of a group in a wave; of a micro-batch the outputs that are added together, those
-/// of a slot and the new sum; and for all tokens where their outputs are.
+/// bytes: the inputs of a group in a wave; of a micro-batch the outputs that are added together,
+/// those of a slot and the new sum; and for all tokens where their outputs are.
 fn dispatched(spec: &DecoderSpec, moe: &MoeSpec, group: &Range<usize>, run: PlannedRun) -> usize {
     if run.arithmetic.in_place {
         return 0;
@@ -363,15 +363,15 @@ fn share(moe: &MoeSpec, rows: usize) -> usize {
     (3 * rows * moe.top_k).div_ceil(2 * moe.experts)
 }
 
-/// Rows that an expert is given at once: its share of all tokens, but no more than a micro-batch and
-/// what goes to it of another.
+/// Rows that an expert is given at once: its share of all tokens, but no more than a micro-batch
+/// and what goes to it of another.
 fn expert_rows(moe: &MoeSpec, run: PlannedRun) -> usize {
     share(moe, run.sequences * run.tokens).min(batch_rows(run) + share(moe, batch_rows(run)))
 }
 
 /// Memory of the head: a block of the vocabulary in use and one on its way, and the logits of a
-/// micro-batch in f32; by operations of the tensor library also their differences to the largest and
-/// the exponentials of those.
+/// micro-batch in f32; by operations of the tensor library also their differences to the largest
+/// and the exponentials of those.
 fn head_workspace(model: &Model<'_>, run: PlannedRun) -> u64 {
     let (need, value) = (model.spec.head_need(), run.compute.size_in_bytes());
     let block = VOCAB_BLOCK.min(model.spec.vocab);

@@ -1,7 +1,8 @@
 //! Kernels as GPUs run them, behind the end of this program's file, where `assemble.py` puts them.
 //!
-//! The tensor library asks the driver to load PTX, which the driver would have to compile. It is given
-//! what was assembled from the same PTX instead, where that fits the GPU; else it is given the PTX.
+//! The tensor library asks the driver to load PTX, which the driver would have to compile. It is
+//! given what was assembled from the same PTX instead, where that fits the GPU; else it is given
+//! the PTX.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fs::File;
@@ -20,7 +21,8 @@ use crate::table::{self, Slot};
 pub(crate) const MAGIC: [u8; 8] = *b"cubins 1";
 /// How many kernels there are, bytes of all that follows the program, [`MAGIC`].
 const END: usize = 24;
-/// SHA-256 of the PTX, compute capability times ten, where it begins behind the program, its bytes.
+/// SHA-256 of the PTX, compute capability times ten, where it begins behind the program, its
+/// bytes.
 const ENTRY: usize = 56;
 
 /// What follows a program.
@@ -63,8 +65,8 @@ impl Archive {
         Some(Self { file, entries })
     }
 
-    /// What was assembled from PTX of this hash for a GPU of this compute capability, or for an older
-    /// one of the same major number: GPUs run that too.
+    /// What was assembled from PTX of this hash for a GPU of this compute capability, or for an
+    /// older one of the same major number: GPUs run that too.
     pub(crate) fn cubin(&self, ptx: &[u8; 32], (major, minor): (u32, u32)) -> Option<Vec<u8>> {
         let (least, most) = (u64::from(10 * major), u64::from(10 * major + minor));
         let fits = |entry: &&Entry| entry.ptx == *ptx && (least..=most).contains(&entry.compute);
@@ -95,7 +97,8 @@ pub(crate) fn serve() {
 }
 
 /// # Safety
-/// As `cuModuleLoadData` asks; after [`serve`]. Every kind of image has a zero byte in it or behind it.
+/// As `cuModuleLoadData` asks; after [`serve`]. All kinds of images have a zero byte in or behind
+/// them.
 unsafe extern "C" fn load(module: *mut c_void, image: *const c_char) -> c_int {
     // SAFETY: the table held this address under the name of a function of these arguments.
     let driver = unsafe { std::mem::transmute::<*mut c_void, LoadFunction>(DRIVER.load(Ordering::Acquire)) };
@@ -110,8 +113,8 @@ unsafe extern "C" fn load(module: *mut c_void, image: *const c_char) -> c_int {
     unsafe { driver(module, image) }
 }
 
-/// What was assembled from this PTX for the GPUs that are there, whichever of them is meant: the driver
-/// refuses what is for another.
+/// What was assembled from this PTX for the GPUs that are there, whichever of them is meant: the
+/// driver refuses what is for another.
 fn assembled(ptx: &CStr) -> Vec<Vec<u8>> {
     static ARCHIVE: OnceLock<Option<Archive>> = OnceLock::new();
     let archive = ARCHIVE.get_or_init(|| Archive::open(Path::new("/proc/self/exe")));

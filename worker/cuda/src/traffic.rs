@@ -1,4 +1,4 @@
-//! Bytes that are copied between the host and GPUs, counted where the driver is asked to copy them.
+//! Bytes that are copied between host and GPUs, counted where the driver is asked to copy them.
 
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
