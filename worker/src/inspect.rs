@@ -217,7 +217,7 @@ fn states(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
         * match unit.part {
             Part::Mixer | Part::Dense => 1 + shared,
             Part::Router => 3 + beside,
-            // By operations of the tensor library, outputs are held until there are as many as tokens.
+            // Without loops of our own, outputs are held until there are as many as tokens.
             Part::Experts(_) => 3 + beside + u64::from(!run.arithmetic.in_place),
         }
 }
