@@ -109,6 +109,22 @@ def sinks(x):
             "dims": [{"dim": int(dim), "share_of_tokens": float(tokens[dim]), "share_of_squares": float(shares[dim])} for dim in dims[:20]]}
 
 
+def most_sinks(residual, found):
+    """residual: [layers, sequences, tokens, hidden]; found: what sinks() says of each layer. Of the layer with the largest share: the share
+    of each sequence, and the map of the first"""
+    most = max(range(len(found)), key=lambda layer: (found[layer]["share_of_squares"], layer))
+    x, hidden = residual[most], residual.shape[-1]
+    rms = np.sqrt((x ** 2).mean(-1, keepdims=True))
+    are_sinks = (np.abs(x) >= THRESHOLD * rms).mean((0, 1)) >= 0.5
+    shares = (x ** 2 / (x ** 2).sum(-1, keepdims=True)).mean(1)
+    orders = [np.argsort(-share, kind="stable") for share in shares]
+    each = [float(sum(share[dim] for dim in order[:20] if are_sinks[dim])) for share, order in zip(shares, orders, strict=True)]
+    largest = orders[0][:8].tolist()
+    others = sorted({(2 * i + 1) * hidden // 16 for i in range(8)} - set(largest))
+    dims = [{"dim": dim, "is_sink": bool(are_sinks[dim]), "values": (x / rms)[0, :64, dim].tolist()} for dim in largest + others]
+    return {"per_sequence": each if are_sinks.any() else [], "map": {"layer": most, "dims": dims}}
+
+
 def place(x):
     """x: [sequences, hidden] -> its largest value"""
     sequence, dim = np.unravel_index(np.abs(x).argmax(), x.shape)
@@ -124,7 +140,8 @@ def spikes(residual, attention, mlp):
         out.append({"first": float(np.abs(x[:, 0]).max(-1).mean()), "others": float(np.abs(x[:, 1:]).max(-1).mean()),
                     "residual": place(x[:, 0]), "attention_out": place(a[:, 0]), "mlp_out": place(m[:, 0]),
                     "attention_out_others": float(largest(a[:, 1:])), "mlp_out_others": float(largest(m[:, 1:])),
-                    "agreement": float(np.linalg.norm(unit)), "cosine_with_previous": cosine})
+                    "agreement": float(np.linalg.norm(unit)), "cosine_with_previous": cosine,
+                    "margins": (np.abs(x[:, 0]).max(-1) - 10 * np.abs(x[:, 1:]).max(-1).mean(-1)).tolist()})
         before = unit
     return out
 
@@ -134,6 +151,12 @@ def attention_sinks(weights, window, residual):
     seen = slice(1, window)
     heads = weights[:, :, seen, 0].mean((0, 2))
     return {"first_key": float(heads.mean()), "heads": heads.tolist(), "largest_hidden": float(np.abs(residual).max(-1).mean())}
+
+
+def attention_of_sequences(weights, windows, residual):
+    """Each: one per layer, as attention_sinks() takes it"""
+    shares = [of_layer[:, :, 1:window, 0].mean((1, 2)) for of_layer, window in zip(weights, windows, strict=True)]
+    return {"first_key": np.mean(shares, 0).tolist(), "largest_hidden": np.abs(residual).max(-1).mean((0, 2)).tolist()}
 
 
 def main():
@@ -160,13 +183,16 @@ def main():
         residual, attention, mlp = all_of("block_out"), all_of("attn_out"), all_of("mlp_out")
         kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * layers
         windows = [model.config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        found_sinks = [sinks(x.reshape(-1, hidden)) for x in residual]
         document = {
             "quantization": [{"layer": layer, "errors": quantization(values[f"layer.{layer}.site.{site}"].reshape(-1, hidden))}
                              for layer in range(layers) for site in range(2)],
             "residual_quantization": quantization(residual[-1].reshape(-1, hidden)),
-            "residual_sinks": [sinks(x.reshape(-1, hidden)) for x in residual],
+            "residual_sinks": found_sinks,
+            "most_sinks": most_sinks(residual, found_sinks),
             "spike_life": spikes(residual, attention, mlp),
             "attention_sinks": [attention_sinks(*each) for each in zip(weights, windows, residual, strict=True)],
+            "attention_of_sequences": attention_of_sequences(weights, windows, residual),
         }
         (GOLDEN / name / "measures.json").write_text(json.dumps(document, indent=1) + "\n")
         print(name, [len(layer["dims"]) for layer in document["residual_sinks"]], document["attention_sinks"][0]["first_key"])

@@ -33,6 +33,21 @@ fn errors_equal(what: &str, got: &[QuantizationError], want: &Value) {
     }
 }
 
+#[track_caller]
+fn all_near(what: &str, got: impl IntoIterator<Item = f64>, want: &Value, tolerance: f64) {
+    let got: Vec<f64> = got.into_iter().collect();
+    let want = want.as_array().unwrap_or_else(|| panic!("{what}: {want}"));
+    assert_eq!(got.len(), want.len(), "{what}");
+    got.iter().zip(want).for_each(|(got, want)| near(what, *got, want, tolerance));
+}
+
+/// The mean over sequences is the figure of all of them.
+#[track_caller]
+fn mean_is(what: &str, per_sequence: &[f64], all: f64) {
+    let mean = per_sequence.iter().sum::<f64>() / per_sequence.len() as f64;
+    assert!((mean - all).abs() <= 1e-9 * all.abs(), "{what}: {mean} instead of {all}");
+}
+
 fn place_equals(what: &str, got: Option<Record>, want: &Value) {
     let got = got.unwrap_or_else(|| panic!("{what}: no record"));
     near(what, f64::from(got.value), &want["value"], 1e-3);
@@ -55,12 +70,15 @@ fn figures_are_those_of_numpy_over_transformers() {
         errors_equal(&format!("{name} residual"), &last.errors, &want["residual_quantization"]);
         for pooled in &errors.norm_outputs {
             let means: Vec<f64> = pooled.per_sequence.iter().map(|mean| mean.unwrap()).collect();
-            let mean = means.iter().sum::<f64>() / means.len() as f64;
             assert_eq!(means.len(), results.sequences);
-            assert!((mean / pooled.all.error - 1.0).abs() < 1e-9, "every row was quantised: {pooled:?}");
+            mean_is(&format!("{name}, every row was quantised"), &means, pooled.all.error);
         }
 
-        let sinks = results.residual_sinks.unwrap().layers;
+        let sinks = results.residual_sinks.unwrap();
+        let what = format!("{name} sinks of sequences");
+        all_near(&what, sinks.per_sequence.iter().copied(), &want["most_sinks"]["per_sequence"], 1e-3);
+        assert_eq!(sinks.per_sequence.is_empty(), name == "gpt-oss-mxfp4", "{what}");
+        let sinks = sinks.layers;
         for (got, want) in sinks.iter().zip(want["residual_sinks"].as_array().unwrap()) {
             let what = format!("{name} sinks after layer {}", got.layer);
             assert_eq!(got.n_dims as u64, want["n_dims"], "{what}");
@@ -83,20 +101,27 @@ fn figures_are_those_of_numpy_over_transformers() {
             near(&what, f64::from(got.attention_out_others), &want["attention_out_others"], 1e-3);
             near(&what, f64::from(got.mlp_out_others), &want["mlp_out_others"], 1e-3);
             near(&what, got.agreement, &want["agreement"], 1e-3);
+            all_near(&what, got.margins.iter().copied().map(f64::from), &want["margins"], 1e-3);
+            let is_spike = got.first >= 10.0 * got.others.unwrap();
+            assert_eq!(got.margins.iter().sum::<f32>() >= 0.0, is_spike, "{what}");
             match got.cosine_with_previous {
                 Some(cosine) => near(&what, cosine, &want["cosine_with_previous"], 1e-3),
                 None => assert!(want["cosine_with_previous"].is_null(), "{what}"),
             }
         }
 
-        let attention = results.attention_sinks.unwrap().layers;
+        let attention = results.attention_sinks.unwrap();
+        let (what, each) = (format!("{name} attention of sequences"), &want["attention_of_sequences"]);
+        all_near(&what, attention.first_key_per_sequence.iter().copied(), &each["first_key"], 1e-3);
+        all_near(&what, attention.largest_hidden_per_sequence.iter().copied(), &each["largest_hidden"], 1e-3);
+        mean_is(&what, &attention.first_key_per_sequence, attention.first_key.unwrap());
+        mean_is(&what, &attention.largest_hidden_per_sequence, attention.largest_hidden);
+        let attention = attention.layers;
         for (got, want) in attention.iter().zip(want["attention_sinks"].as_array().unwrap()) {
             let what = format!("{name} attention of layer {}", got.layer);
             near(&what, got.first_key.unwrap(), &want["first_key"], 1e-3);
             near(&what, got.largest_hidden, &want["largest_hidden"], 1e-3);
-            let heads = want["heads"].as_array().unwrap();
-            assert_eq!(got.heads.len(), heads.len(), "{what}");
-            got.heads.iter().zip(heads).for_each(|(got, want)| near(&what, *got, want, 1e-3));
+            all_near(&what, got.heads.iter().copied(), &want["heads"], 1e-3);
         }
         assert_eq!([sinks.len(), life.len(), attention.len()], [results.n_layers; 3]);
     }

@@ -142,14 +142,20 @@ impl FirstKey {
 #[derive(Debug, Default)]
 pub struct Watching {
     top: Option<Cell<TopShares>>,
-    /// By head.
-    first_key: Option<RefCell<Vec<FirstKey>>>,
+    /// By sequence and head.
+    first_key: Option<RefCell<Vec<Vec<FirstKey>>>>,
+    sequence: Cell<usize>,
 }
 
 impl Watching {
     /// Keeps the largest shares, those of the first key, or both.
     pub fn new(top: bool, first_key: bool) -> Self {
-        Self { top: top.then(Cell::default), first_key: first_key.then(RefCell::default) }
+        Self { top: top.then(Cell::default), first_key: first_key.then(RefCell::default), sequence: Cell::default() }
+    }
+
+    /// What follows is of this sequence, counted from 0.
+    pub fn at_sequence(&self, sequence: usize) {
+        self.sequence.set(sequence);
     }
 
     /// The largest shares; none unless they were to be kept.
@@ -157,9 +163,9 @@ impl Watching {
         self.top.as_ref().map(Cell::get).unwrap_or_default()
     }
 
-    /// The first key's shares by head; none unless they were to be kept.
-    pub fn first_key(&self) -> Vec<FirstKey> {
-        self.first_key.as_ref().map(|heads| heads.borrow().clone()).unwrap_or_default()
+    /// The first key's shares by sequence and head; none unless they were to be kept.
+    pub fn first_key(&self) -> Vec<Vec<FirstKey>> {
+        self.first_key.as_ref().map(|sequences| sequences.borrow().clone()).unwrap_or_default()
     }
 
     /// Takes a block of `shares` `[kv_heads, groups * queries, keys]`, the first of whose heads is
@@ -173,7 +179,11 @@ impl Watching {
             return Ok(());
         }
         let of_key = shares.narrow(D::Minus1, 0, 1)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let mut heads = first_key.borrow_mut();
+        let (mut sequences, sequence) = (first_key.borrow_mut(), self.sequence.get());
+        if sequences.len() <= sequence {
+            sequences.resize(sequence + 1, Vec::new());
+        }
+        let heads = &mut sequences[sequence];
         for (head, shares) in of_key.chunks_exact(block.queries).enumerate() {
             let head = first_head + head;
             if heads.len() <= head {
@@ -292,6 +302,7 @@ fn mix_sequences(
     let scale = spec.scale.unwrap_or(1.0 / (spec.head_dim as f64).sqrt());
     let mixing = Mixing::new(scale, spec.window, sinks.as_deref()).watched(watched);
     let one = |sequence: usize| {
+        watched.iter().for_each(|watching| watching.at_sequence(sequence));
         let heads = |t: &Tensor, heads: usize| {
             t.narrow(0, sequence * positions, positions)?.reshape((positions, heads, spec.head_dim))
         };

@@ -79,6 +79,7 @@ pub fn latent_attention(
     weights.queries.as_ref().map_or(Ok(()), |tap| tap.see(&query))?;
     let rotated = rotate(down.narrow(1, spec.kv_rank, spec.rope_dim)?.contiguous()?, spec.rope_dim, 0)?;
     let one = |sequence: usize| {
+        watched.iter().for_each(|watching| watching.at_sequence(sequence));
         let rows = |t: &Tensor| t.narrow(0, sequence * positions, positions);
         let query = rows(&query)?.reshape((positions, spec.heads, head_dim))?;
         let narrow = Narrow { latent: rows(&latent)?, rotated: rows(&rotated)? };

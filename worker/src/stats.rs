@@ -90,9 +90,9 @@ pub trait LayerObserver: Send {
         false
     }
 
-    /// What each head of a layer gave to the first key, over some of the tokens; only if it is
-    /// wanted.
-    fn first_key(&mut self, _layer: usize, _heads: &[FirstKey]) -> Result<()> {
+    /// What the heads of a layer gave to the first key, by sequence and head, from the sequence on
+    /// that begins at `first_token`; only if it is wanted.
+    fn first_key(&mut self, _layer: usize, _first_token: usize, _sequences: &[Vec<FirstKey>]) -> Result<()> {
         Ok(())
     }
 

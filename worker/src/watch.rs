@@ -64,8 +64,8 @@ impl LayerObserver for Watch {
         self.study.wants_first_key()
     }
 
-    fn first_key(&mut self, layer: usize, heads: &[FirstKey]) -> Result<()> {
-        self.study.first_key(layer, heads)
+    fn first_key(&mut self, layer: usize, first_token: usize, sequences: &[Vec<FirstKey>]) -> Result<()> {
+        self.study.first_key(layer, first_token, sequences)
     }
 
     fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {

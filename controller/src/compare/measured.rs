@@ -2,12 +2,12 @@
 
 use outliers_protocol::{
     AttentionSinks, NumberFormat, PooledQuantization, QuantizationError, QuantizationErrors, Record, ResidualSinks,
-    Results, SpikeLife,
+    Results, SpikeLayer, SpikeLife,
 };
 
 use super::comparison::{Compared, Comparison};
 use super::sheet::{Column, NONE, Sheet, estimate, numbers, optional, words};
-use super::tally::{Estimate, interval, mean};
+use super::tally::{Estimate, interval, mean, middle, samples};
 use crate::report::beyond::name;
 
 /// The tables of one model, the cost first; empty unless something was asked for.
@@ -27,14 +27,8 @@ pub fn across(comparison: &Comparison) -> Option<Sheet> {
         let results = model.results()?;
         let errors = results.quantization_error.as_ref();
         let plain = |format| errors.and_then(|errors| errors.norm_outputs.iter().find(|pooled| is(pooled, format, 0)));
-        let best = errors.and_then(|errors| {
-            let rotated = errors.norm_outputs.iter().filter(|pooled| pooled.all.format == NumberFormat::Mxfp4);
-            rotated.min_by(|a, b| a.all.error.total_cmp(&b.all.error))
-        });
-        let sinks = results.residual_sinks.as_ref().map(|sinks| {
-            let shares = sinks.layers.iter().map(|layer| layer.share_of_squares);
-            (sinks.layers.iter().map(|layer| layer.n_dims).max().unwrap_or(0), shares.fold(0.0, f64::max))
-        });
+        let best = errors.and_then(best);
+        let sinks = results.residual_sinks.as_ref();
         let (life, attention) = (results.spike_life.as_ref(), results.attention_sinks.as_ref());
         if errors.is_none() && sinks.is_none() && life.is_none() && attention.is_none() {
             return None;
@@ -45,12 +39,15 @@ pub fn across(comparison: &Comparison) -> Option<Sheet> {
             model.label.clone(),
             percent(plain(NumberFormat::Int8PerToken)),
             percent(plain(NumberFormat::Mxfp4)),
-            optional(best, |best| format!("{} at {}", estimate(of(best), 3), best.all.rotation)),
+            optional(best, |(best, rotations)| format!("{} at {rotations}", estimate(of(best), 3))),
             percent(plain(NumberFormat::Nvfp4)),
-            optional(sinks, |(dims, share)| format!("{dims}, {:.1} %", 100.0 * share)),
-            optional(life, |life| layers(life.onset_layer, life.fall_layer)),
-            optional(attention.and_then(|sinks| sinks.first_key), |share| format!("{:.1} %", 100.0 * share)),
-            optional(attention, |sinks| format!("{:.1}", sinks.largest_hidden)),
+            optional(sinks, |sinks| {
+                let dims = sinks.layers.iter().map(|layer| layer.n_dims).max().unwrap_or(0);
+                format!("{dims}, {}", estimate(most_of_squares(sinks), 1))
+            }),
+            optional(life, spike_layers),
+            optional(attention.and_then(first_key), |share| estimate(share, 1)),
+            optional(attention, |sinks| estimate(largest_hidden(sinks), 1)),
         ])
     };
     let rows: Vec<Vec<String>> = comparison.models.iter().filter_map(row).collect();
@@ -64,16 +61,17 @@ pub fn across(comparison: &Comparison) -> Option<Sheet> {
             numbers("MXFP4 % (95 %)"),
             numbers("MXFP4 rotated at best"),
             numbers("NVFP4 % (95 %)"),
-            numbers("most sinks, most of x^2"),
-            words("spike in layers"),
-            numbers("attention on the first key"),
-            numbers("mean largest |hidden|"),
+            numbers("most sinks, most of x^2 in % (95 %)"),
+            words("spike in layers (95 %)"),
+            numbers("attention on the first key, % (95 %)"),
+            numbers("mean largest |hidden| (95 %)"),
         ],
         rows,
         notes: vec![
-            "INT8, MXFP4, NVFP4: relative squared error of a norm output, mean over sampled rows, in percent; rotated: by block Hadamard matrices of so \
-             many dimensions. Intervals: bootstrap over sequences; the other figures have none. Attention and hidden states are measured \
-             apart: neither says how large the other is"
+            "INT8, MXFP4, NVFP4: relative squared error of a norm output, mean over sampled rows, in percent; rotated: by block Hadamard \
+             matrices of so many dimensions, with those that sampling alone may set apart from the best. Intervals: bootstrap over sequences; \
+             that of x^2 is of the sinks as they were found, and a spike has one of where it begins and one of where it ends. Attention and \
+             hidden states are measured apart: neither says how large the other is"
                 .to_owned(),
         ],
     })
@@ -83,11 +81,78 @@ fn is(pooled: &PooledQuantization, format: NumberFormat, rotation: usize) -> boo
     (pooled.all.format, pooled.all.rotation) == (format, rotation)
 }
 
-/// A mean error in percent. Its interval is that of the mean over sequences.
+/// A figure with the interval of the mean over sequences.
+fn over(value: f64, per_sequence: &[f64]) -> Estimate {
+    Estimate { value, interval: interval(per_sequence, |sample| mean(sample.iter().map(|value| **value))) }
+}
+
+/// A mean error in percent.
 fn of(pooled: &PooledQuantization) -> Estimate {
-    let sequences: Vec<f64> = pooled.per_sequence.iter().flatten().map(|error| 100.0 * error).collect();
-    let interval = interval(&sequences, |sample| mean(sample.iter().map(|error| **error)));
-    Estimate { value: 100.0 * pooled.all.error, interval }
+    let sequences: Vec<f64> = pooled.per_sequence.iter().flatten().copied().collect();
+    over(pooled.all.error, &sequences).scaled(100.0)
+}
+
+/// The least error of MXFP4, and its rotation with those that sampling alone may set apart from it.
+fn best(errors: &QuantizationErrors) -> Option<(&PooledQuantization, String)> {
+    let rotated = || errors.norm_outputs.iter().filter(|pooled| pooled.all.format == NumberFormat::Mxfp4);
+    let best = rotated().min_by(|a, b| a.all.error.total_cmp(&b.all.error))?;
+    let equal = rotated().filter(|pooled| pooled.all.rotation == best.all.rotation || !differ(pooled, best));
+    let rotations: Vec<String> = equal.map(|pooled| pooled.all.rotation.to_string()).collect();
+    Some((best, rotations.join(", ")))
+}
+
+/// Whether two mean errors differ by more than sampling: the interval of their difference within
+/// sequences does not hold 0.
+fn differ(a: &PooledQuantization, b: &PooledQuantization) -> bool {
+    let pairs = a.per_sequence.iter().zip(&b.per_sequence);
+    let differences: Vec<f64> = pairs.filter_map(|(a, b)| Some((*a)? - (*b)?)).collect();
+    over(0.0, &differences).interval.is_some_and(|[low, high]| low > 0.0 || high < 0.0)
+}
+
+/// The largest share of x^2 that is in the sinks after a layer, in percent.
+fn most_of_squares(sinks: &ResidualSinks) -> Estimate {
+    let shares = sinks.layers.iter().map(|layer| layer.share_of_squares);
+    over(shares.fold(0.0, f64::max), &sinks.per_sequence).scaled(100.0)
+}
+
+/// Attention on the first key in percent, if a layer has a softmax.
+fn first_key(sinks: &AttentionSinks) -> Option<Estimate> {
+    Some(over(sinks.first_key?, &sinks.first_key_per_sequence).scaled(100.0))
+}
+
+fn largest_hidden(sinks: &AttentionSinks) -> Estimate {
+    over(sinks.largest_hidden, &sinks.largest_hidden_per_sequence)
+}
+
+/// Where the spike is, with the intervals of its first and of its last layer.
+fn spike_layers(life: &SpikeLife) -> String {
+    let (shown, sampled) = (layers(life.onset_layer, life.fall_layer), resampled(life));
+    let end = |at: usize| middle(sampled.iter().map(|layers| layers.map(|layers| layers[at] as f64)));
+    if let (Some([a, b]), Some([c, d])) = (end(0), end(1)) {
+        return format!("{shown} (from {a} to {b}, until {c} to {d})");
+    }
+    match sampled.iter().flatten().count() {
+        0 => shown,
+        some => format!("{shown} (in {:.0} % of the samples)", 100.0 * some as f64 / sampled.len() as f64),
+    }
+}
+
+/// The first and the last layer with a spike over samples of the sequences; `None` where a sample
+/// has none. Empty for runs that do not tell sequences apart.
+fn resampled(life: &SpikeLife) -> Vec<Option<[usize; 2]>> {
+    let sequences = life.layers.first().map_or(0, |layer| layer.margins.len());
+    if life.layers.iter().any(|layer| layer.margins.len() != sequences) {
+        return Vec::new();
+    }
+    let sequences: Vec<usize> = (0..sequences).collect();
+    samples(&sequences, |sample| {
+        let is_spike = |layer: &&SpikeLayer| {
+            let margins = sample.iter().map(|sequence| f64::from(layer.margins[**sequence]));
+            layer.first > 0.0 && margins.sum::<f64>() >= 0.0
+        };
+        let (first, last) = (life.layers.iter().find(is_spike)?, life.layers.iter().rfind(is_spike)?);
+        Some([first.layer, last.layer])
+    })
 }
 
 fn layers(onset: Option<usize>, fall: Option<usize>) -> String {
@@ -153,8 +218,9 @@ fn residual_sinks(sinks: &ResidualSinks) -> Sheet {
     });
     let note = format!(
         "Dimensions of the residual stream that are large at most tokens. Rule: {}. The norm that follows makes all others sqrt(1 - share) as \
-         large as they would be without them. At most five are shown.",
-        sinks.rule
+         large as they would be without them. Largest share, in percent (95 %): {}. At most five dimensions are shown.",
+        sinks.rule,
+        estimate(most_of_squares(sinks), 1)
     );
     sheet("residual-sinks", "Residual sinks", columns, rows.collect(), note)
 }
@@ -186,7 +252,7 @@ fn spike_life(life: &SpikeLife) -> Sheet {
     let note = format!(
         "First tokens of the sequences: the largest |x| of a token's residual stream, mean over tokens; the largest value that is added to \
          a first token, signed; the dimension of the largest value. Spike in layers: {}. Rule: {}.",
-        layers(life.onset_layer, life.fall_layer),
+        spike_layers(life),
         life.rule
     );
     sheet("spike-life", "The first token's spike", columns, rows.collect(), note)
@@ -211,7 +277,12 @@ fn attention_sinks(sinks: &AttentionSinks) -> Sheet {
             format!("{:.1}", layer.largest_hidden),
         ]
     });
-    let note = format!("Rule: {}. One may be there without the other.", sinks.rule);
+    let note = format!(
+        "Rule: {}. Means over layers (95 %): {} % on the first key, largest |hidden| {}. One may be there without the other.",
+        sinks.rule,
+        optional(first_key(sinks), |share| estimate(share, 1)),
+        estimate(largest_hidden(sinks), 1)
+    );
     sheet("attention-sinks", "Attention sinks", columns, rows.collect(), note)
 }
 
@@ -236,14 +307,14 @@ mod tests {
         let spike = |layer: u64| {
             json!({"layer": layer, "first": 50.0, "others": 2.0, "residual": null, "attention_out": null,
                    "attention_out_others": 1.0, "mlp_out": null, "mlp_out_others": 1.0, "agreement": 1.0,
-                   "cosine_with_previous": null})
+                   "cosine_with_previous": null, "margins": [if layer == 0 { -3.0 } else { 30.0 }, 30.0]})
         };
         let results = &mut run.results;
         results.quantization_error = serde_json::from_value(json!({
             "rule": "r", "norm_outputs": errors, "sites": [{"layer": 1, "point": "before_mlp", "errors": errors}],
         }))
         .unwrap();
-        results.residual_sinks = serde_json::from_value(json!({"rule": "r", "layers": [{
+        results.residual_sinks = serde_json::from_value(json!({"rule": "r", "per_sequence": [0.25, 0.55], "layers": [{
             "layer": 0, "n_dims": 1, "share_of_squares": 0.4,
             "dims": [{"dim": 17, "share_of_tokens": 0.9, "share_of_squares": 0.4, "gain": null}],
         }]}))
@@ -253,7 +324,8 @@ mod tests {
         }))
         .unwrap();
         results.attention_sinks = serde_json::from_value(json!({
-            "rule": "r", "first_key": 0.25, "largest_hidden": 9.5,
+            "rule": "r", "first_key": 0.25, "largest_hidden": 9.5, "first_key_per_sequence": [0.125, 0.375],
+            "largest_hidden_per_sequence": [9.0, 10.0],
             "layers": [{"layer": 0, "first_key": 0.25, "heads": [0.125, 0.375], "largest_hidden": 9.5}],
         }))
         .unwrap();
@@ -272,7 +344,9 @@ mod tests {
         assert_eq!(sheets[0].rows[1][..4], ["MXFP4", "Hadamard 32", "1.0000 (1.0000 to 1.0000)", "75.0 %"]);
         assert_eq!(sheets[0].rows[0][5..], ["layer 1, norm before MLP", "2.0000"]);
         assert_eq!(sheets[1].rows[0][3], "17: 90 %, 40.0 %, -");
-        assert!(sheets[2].notes[0].contains("Spike in layers: 1 to 2"), "{:?}", sheets[2].notes);
+        assert!(sheets[1].notes[0].contains("(95 %): 40.0 (25.0 to 55.0)"), "{:?}", sheets[1].notes);
+        let spike = "Spike in layers: 1 to 2 (from 0 to 1, until 1 to 1)";
+        assert!(sheets[2].notes[0].contains(spike), "{:?}", sheets[2].notes);
         assert_eq!(sheets[3].rows[0], ["0", "25.0 %", "12.5 %", "37.5 %", "9.5"]);
     }
 
@@ -289,6 +363,35 @@ mod tests {
         let sheet = sheets.iter().find(|sheet| sheet.name == "measured").expect("it was measured");
         let row: Vec<&str> = sheet.rows[0].iter().skip(2).map(String::as_str).collect();
         let errors = ["-", "2.000 (2.000 to 2.000)", "1.000 (1.000 to 1.000) at 32", "0.500 (0.500 to 0.500)"];
-        assert_eq!(row, [&errors[..], &["1, 40.0 %", "1 to 2", "25.0 %", "9.5"]].concat());
+        let sinks = ["1, 40.0 (25.0 to 55.0)", "1 to 2 (from 0 to 1, until 1 to 1)"];
+        let attention = ["25.0 (12.5 to 37.5)", "9.5 (9.0 to 10.0)"];
+        assert_eq!(row, [&errors[..], &sinks, &attention].concat());
+    }
+
+    #[test]
+    fn what_differs_by_sampling_alone_is_not_ranked() {
+        let of = |means: [[f64; 4]; 3]| {
+            let pooled = |(rotation, per_sequence): (u64, [f64; 4])| {
+                let error = per_sequence.iter().sum::<f64>() / 4.0;
+                json!({"format": "mxfp4", "rotation": rotation, "rows": 8, "error": error, "share_in_outlier_blocks": 0.5,
+                       "outlier_blocks": 0.5, "per_sequence": per_sequence})
+            };
+            let pooled: Vec<_> = [0, 16, 32].into_iter().zip(means).map(pooled).collect();
+            let errors = json!({"rule": "r", "norm_outputs": pooled, "sites": []});
+            let errors: QuantizationErrors = serde_json::from_value(errors).unwrap();
+            best(&errors).unwrap().1
+        };
+        assert_eq!(of([[5.0, 6.0, 7.0, 8.0], [1.0, 2.0, 3.0, 4.0], [1.5, 2.5, 3.5, 4.5]]), "16", "in every sequence");
+        assert_eq!(of([[5.0, 6.0, 7.0, 8.0], [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.5, 1.0]]), "16, 32");
+    }
+
+    #[test]
+    fn a_spike_that_not_every_sample_has_says_so_and_older_runs_have_no_samples() {
+        let mut life = measured().results.spike_life.unwrap();
+        life.layers.iter_mut().for_each(|layer| layer.margins = vec![-30.0, 10.0]);
+        let said = spike_layers(&life);
+        assert!(said.starts_with("1 to 2 (in 2") && said.ends_with(" % of the samples)"), "{said}");
+        life.layers[0].margins.clear();
+        assert_eq!(spike_layers(&life), "1 to 2");
     }
 }

@@ -171,6 +171,11 @@ pub struct ResidualSinks {
     pub rule: String,
     /// One entry per layer.
     pub layers: Vec<ResidualSinkLayer>,
+    /// Each sequence's mean over tokens of the share of x^2 in the sinks of the layer with the
+    /// largest [`ResidualSinkLayer::share_of_squares`] (of equals the last), of those of them that
+    /// are among the [`RESIDUAL_SINKS`] largest there within the sequence. Empty without sinks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub per_sequence: Vec<f64>,
 }
 
 /// The sinks after one layer.
@@ -245,6 +250,10 @@ pub struct SpikeLayer {
     pub agreement: f64,
     /// Cosine of that mean with the previous layer's; `None` at the first layer.
     pub cosine_with_previous: Option<f64>,
+    /// Each sequence's magnitude of the first token less ten times the mean of its others: there
+    /// is a spike where the mean of these is not negative. Empty in sequences of one token.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub margins: Vec<f32>,
 }
 
 // ---------------------------------------------------------------------------- attention sinks
@@ -260,6 +269,12 @@ pub struct AttentionSinks {
     pub first_key: Option<f64>,
     /// Mean over layers of [`AttentionSinkLayer::largest_hidden`].
     pub largest_hidden: f64,
+    /// [`Self::first_key`] of each sequence; empty if no layer has one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub first_key_per_sequence: Vec<f64>,
+    /// [`Self::largest_hidden`] of each sequence.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub largest_hidden_per_sequence: Vec<f64>,
     /// One entry per layer.
     pub layers: Vec<AttentionSinkLayer>,
 }

@@ -14,18 +14,57 @@ use crate::attention::FirstKey;
 const RULE: &str = "share of attention on the first key of the sequence, over queries that see it but for the first; \
                     largest |x| of a token's residual stream";
 
-/// Sums by layer.
+/// Numbers, and their sum.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Mean {
+    count: u64,
+    sum: ExactSum,
+}
+
+impl Mean {
+    fn add(&mut self, number: f64) {
+        self.count += 1;
+        self.sum.add(number);
+    }
+
+    fn merge(&mut self, other: &Self) {
+        self.count += other.count;
+        self.sum.merge(&other.sum);
+    }
+
+    fn value(&self) -> f64 {
+        self.sum.value() / self.count.max(1) as f64
+    }
+}
+
+/// Adds means to those of the same layers or sequences.
+fn merge(mine: &mut BTreeMap<usize, Mean>, theirs: &BTreeMap<usize, Mean>) {
+    theirs.iter().for_each(|(index, mean)| mine.entry(*index).or_default().merge(mean));
+}
+
+/// Sums by layer and by sequence.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct FirstKeys {
-    /// By head.
+    /// By layer and head.
     shares: BTreeMap<usize, Vec<FirstKey>>,
-    /// Tokens, and the sum of their largest |x|.
-    largest: BTreeMap<usize, (u64, ExactSum)>,
+    /// By sequence, over layers: a layer's mean over heads.
+    shares_of_sequences: BTreeMap<usize, Mean>,
+    /// Tokens' largest |x| by layer.
+    largest: BTreeMap<usize, Mean>,
+    /// The same by sequence, over layers.
+    largest_of_sequences: BTreeMap<usize, Mean>,
 }
 
 impl FirstKeys {
-    /// Takes what each head of a layer gave to the first key.
-    pub fn add(&mut self, layer: usize, heads: &[FirstKey]) {
+    /// Takes what each head of a layer gave to the first key of a sequence.
+    pub fn add(&mut self, layer: usize, sequence: usize, heads: &[FirstKey]) {
+        self.add_heads(layer, heads);
+        if let Some(share) = mean(&means(heads)) {
+            self.shares_of_sequences.entry(sequence).or_default().add(share);
+        }
+    }
+
+    fn add_heads(&mut self, layer: usize, heads: &[FirstKey]) {
         let mine = self.shares.entry(layer).or_default();
         if mine.len() < heads.len() {
             mine.resize(heads.len(), FirstKey::default());
@@ -33,32 +72,29 @@ impl FirstKeys {
         mine.iter_mut().zip(heads).for_each(|(mine, more)| *mine = mine.and(*more));
     }
 
-    /// Takes the residual stream after a layer.
-    pub fn add_residual(&mut self, layer: usize, scan: &Scan) {
-        let (tokens, sum) = self.largest.entry(layer).or_default();
-        *tokens += scan.rows.len() as u64;
-        scan.rows.iter().for_each(|row| sum.add(f64::from(row.max_abs())));
+    /// Takes the residual stream of a sequence after a layer.
+    pub fn add_residual(&mut self, layer: usize, sequence: usize, scan: &Scan) {
+        let mut largest = Mean::default();
+        scan.rows.iter().for_each(|row| largest.add(f64::from(row.max_abs())));
+        self.largest.entry(layer).or_default().merge(&largest);
+        self.largest_of_sequences.entry(sequence).or_default().merge(&largest);
     }
 
     /// Adds what was seen of other layers or other sequences.
     pub fn merge(&mut self, other: &Self) {
         for (layer, heads) in &other.shares {
-            self.add(*layer, heads);
+            self.add_heads(*layer, heads);
         }
-        for (layer, (tokens, sum)) in &other.largest {
-            let mine = self.largest.entry(*layer).or_default();
-            mine.0 += tokens;
-            mine.1.merge(sum);
-        }
+        merge(&mut self.shares_of_sequences, &other.shares_of_sequences);
+        merge(&mut self.largest, &other.largest);
+        merge(&mut self.largest_of_sequences, &other.largest_of_sequences);
     }
 
     /// As reports have it.
     pub fn summary(&self) -> AttentionSinks {
-        let layer = |(layer, (tokens, sum)): (&usize, &(u64, ExactSum))| {
-            let shares = self.shares.get(layer).map_or(&[][..], Vec::as_slice);
-            let heads: Vec<f64> = shares.iter().filter_map(|head| head.mean()).collect();
-            let largest_hidden = sum.value() / (*tokens).max(1) as f64;
-            AttentionSinkLayer { layer: *layer, first_key: mean(&heads), heads, largest_hidden }
+        let layer = |(layer, largest): (&usize, &Mean)| {
+            let heads = self.shares.get(layer).map(|heads| means(heads)).unwrap_or_default();
+            AttentionSinkLayer { layer: *layer, first_key: mean(&heads), heads, largest_hidden: largest.value() }
         };
         let layers: Vec<AttentionSinkLayer> = self.largest.iter().map(layer).collect();
         let shares: Vec<f64> = layers.iter().filter_map(|layer| layer.first_key).collect();
@@ -67,12 +103,46 @@ impl FirstKeys {
             rule: RULE.to_owned(),
             first_key: mean(&shares),
             largest_hidden: mean(&largest).unwrap_or(0.0),
+            first_key_per_sequence: self.shares_of_sequences.values().map(Mean::value).collect(),
+            largest_hidden_per_sequence: self.largest_of_sequences.values().map(Mean::value).collect(),
             layers,
         }
     }
 }
 
+/// Of the heads with queries.
+fn means(heads: &[FirstKey]) -> Vec<f64> {
+    heads.iter().filter_map(|head| head.mean()).collect()
+}
+
 /// `None` of nothing.
 fn mean(values: &[f64]) -> Option<f64> {
     (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn sequences_have_means_over_layers_of_their_own() {
+        let mut all = FirstKeys::default();
+        for (layer, sequence, value) in [(1, 1, 3u8), (0, 0, 1), (1, 0, 2), (0, 1, 4)] {
+            let mut one = FirstKeys::default();
+            // Eighths of 2^32.
+            let head: FirstKey = serde_json::from_value(json!({"sum": u64::from(value) << 29, "queries": 1})).unwrap();
+            one.add(layer, sequence, &[head, head]);
+            let value = f32::from(value);
+            one.add_residual(layer, sequence, &Scan::of(&[value, 0.5, -value, 0.25], 2));
+            all.merge(&one);
+        }
+        let summary = all.summary();
+        assert_eq!(summary.largest_hidden_per_sequence, [1.5, 3.5]);
+        assert_eq!(summary.first_key_per_sequence, [1.5 / 8.0, 3.5 / 8.0]);
+        let layers = summary.layers.iter().map(|layer| (layer.first_key, layer.largest_hidden));
+        assert_eq!(layers.collect::<Vec<_>>(), [(Some(2.5 / 8.0), 2.5); 2]);
+        assert_eq!((summary.first_key, summary.largest_hidden), (Some(2.5 / 8.0), 2.5));
+    }
 }

@@ -1,6 +1,7 @@
 //! Dimensions of the residual stream that are large at most tokens (arXiv 2601.22966); the
 //! definitions are [`ResidualSinks`]'.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use outliers_protocol::{RESIDUAL_SINKS, ResidualSink, ResidualSinkLayer, ResidualSinks};
@@ -23,13 +24,49 @@ struct Dim {
     squares: i64,
 }
 
+impl Dim {
+    fn merge(&mut self, other: &Self) {
+        self.tokens += other.tokens;
+        self.squares += other.squares;
+    }
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Layer {
     tokens: u64,
     dims: Vec<Dim>,
+    /// The dimensions with the largest shares within each sequence, and these: a sequence's tokens
+    /// and its sums of shares in fixed point.
+    sequences: BTreeMap<usize, (u64, Vec<(u32, i64)>)>,
 }
 
-/// Counts by layer. Memory: 16 bytes per layer and dimension.
+impl Layer {
+    fn new(hidden: usize) -> Self {
+        Self { tokens: 0, dims: vec![Dim::default(); hidden], sequences: BTreeMap::new() }
+    }
+
+    fn merge(&mut self, other: &Self) {
+        self.tokens += other.tokens;
+        self.dims.iter_mut().zip(&other.dims).for_each(|(mine, theirs)| mine.merge(theirs));
+        self.sequences.extend(other.sequences.iter().map(|(sequence, seen)| (*sequence, seen.clone())));
+    }
+
+    fn is_sink(&self, dim: usize) -> bool {
+        self.dims[dim].tokens as f64 / self.tokens as f64 >= MOST
+    }
+
+    /// The share that each sequence has in the sinks.
+    fn per_sequence(&self) -> Vec<f64> {
+        let share = |(tokens, dims): &(u64, Vec<(u32, i64)>)| {
+            let sinks = dims.iter().filter(|(dim, _)| self.is_sink(*dim as usize));
+            sinks.map(|(_, squares)| fixed_point::to_f64(*squares)).sum::<f64>() / *tokens as f64
+        };
+        self.sequences.values().map(share).collect()
+    }
+}
+
+/// Counts by layer. Memory: 16 bytes per layer and dimension, and as much per layer, sequence and
+/// [`RESIDUAL_SINKS`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Sinks {
     threshold: f32,
@@ -42,13 +79,13 @@ impl Sinks {
         Self { threshold, layers: BTreeMap::new() }
     }
 
-    /// Takes the residual stream `x` `[rows, hidden]` after a layer.
-    pub fn add(&mut self, layer: usize, x: &[f32], scan: &Scan) {
+    /// Takes the residual stream `x` `[rows, hidden]` of a whole sequence after a layer.
+    pub fn add(&mut self, layer: usize, sequence: usize, x: &[f32], scan: &Scan) {
         let hidden = x.len() / scan.rows.len();
-        let layer = self.layers.entry(layer).or_insert_with(|| Layer { tokens: 0, dims: vec![Dim::default(); hidden] });
-        layer.tokens += scan.rows.len() as u64;
+        let mut seen = Layer::new(hidden);
+        seen.tokens = scan.rows.len() as u64;
         let times = f64::from(self.threshold).powi(2) / hidden as f64;
-        layer.dims.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, dims)| {
+        seen.dims.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, dims)| {
             for (row, x) in scan.rows.iter().zip(x.chunks_exact(hidden)).filter(|(row, _)| row.squares > 0.0) {
                 for (dim, v) in dims.iter_mut().zip(&x[chunk * CHUNK..]) {
                     let square = f64::from(*v) * f64::from(*v);
@@ -57,18 +94,18 @@ impl Sinks {
                 }
             }
         });
+        let mut largest: Vec<(u32, i64)> = (0..).zip(seen.dims.iter().map(|dim| dim.squares)).collect();
+        largest.sort_unstable_by_key(|(dim, squares)| (Reverse(*squares), *dim));
+        largest.truncate(RESIDUAL_SINKS);
+        largest.shrink_to_fit();
+        seen.sequences.insert(sequence, (seen.tokens, largest));
+        self.layers.entry(layer).or_insert_with(|| Layer::new(hidden)).merge(&seen);
     }
 
     /// Adds what was counted of other layers or other sequences.
     pub fn merge(&mut self, other: &Self) {
         for (layer, theirs) in &other.layers {
-            let none = || Layer { tokens: 0, dims: vec![Dim::default(); theirs.dims.len()] };
-            let mine = self.layers.entry(*layer).or_insert_with(none);
-            mine.tokens += theirs.tokens;
-            for (mine, theirs) in mine.dims.iter_mut().zip(&theirs.dims) {
-                mine.tokens += theirs.tokens;
-                mine.squares += theirs.squares;
-            }
+            self.layers.entry(*layer).or_insert_with(|| Layer::new(theirs.dims.len())).merge(theirs);
         }
     }
 
@@ -82,20 +119,24 @@ impl Sinks {
                 share_of_squares: fixed_point::to_f64(counted.squares) / layer.tokens as f64,
                 gain: gains.map(|gains| gains[dim]),
             };
-            let is_sink = |sink: &ResidualSink| sink.share_of_tokens >= MOST;
-            let mut dims: Vec<ResidualSink> = layer.dims.iter().enumerate().map(sink).filter(is_sink).collect();
+            let counted = layer.dims.iter().enumerate().filter(|(dim, _)| layer.is_sink(*dim));
+            let mut dims: Vec<ResidualSink> = counted.map(sink).collect();
             dims.sort_by(|a, b| b.share_of_squares.total_cmp(&a.share_of_squares).then(a.dim.cmp(&b.dim)));
             let (n_dims, share_of_squares) = (dims.len(), dims.iter().map(|sink| sink.share_of_squares).sum());
             dims.truncate(RESIDUAL_SINKS);
             ResidualSinkLayer { layer: *index, n_dims, share_of_squares, dims }
         };
+        let layers: Vec<ResidualSinkLayer> = self.layers.iter().map(layer).collect();
+        let most = layers.iter().max_by(|a, b| a.share_of_squares.total_cmp(&b.share_of_squares));
+        let most = most.filter(|layer| layer.n_dims > 0).and_then(|most| self.layers.get(&most.layer));
         ResidualSinks {
+            per_sequence: most.map(Layer::per_sequence).unwrap_or_default(),
             rule: format!(
                 "|x| >= {} x RMS of the token's residual stream at {:.0} % of the tokens or more",
                 self.threshold,
                 100.0 * MOST
             ),
-            layers: self.layers.iter().map(layer).collect(),
+            layers,
         }
     }
 }
@@ -110,9 +151,9 @@ mod tests {
         (0..3).for_each(|token| x[token * 100 + 7] = -20.0);
         x[399] = 5000.0;
         let mut sinks = Sinks::new(6.0);
-        for part in [&x[200..], &x[..200]] {
+        for (sequence, part) in [(1, &x[200..]), (0, &x[..200])] {
             let mut of_part = Sinks::new(6.0);
-            of_part.add(3, part, &Scan::of(part, 100));
+            of_part.add(3, sequence, part, &Scan::of(part, 100));
             sinks.merge(&of_part);
         }
         let gains = vec![0.5; 100];
@@ -123,12 +164,15 @@ mod tests {
         let share = (3.0 * 400.0 / 499.0 + 1.0 / (99.0 + 25e6)) / 4.0;
         assert!((sink.share_of_squares - share).abs() < 1e-9 && layer.share_of_squares == sink.share_of_squares);
         assert_eq!(sink.gain, Some(0.5));
+        let [first, second] = summary.per_sequence[..] else { panic!("{summary:?}") };
+        assert!((first - 400.0 / 499.0).abs() < 1e-9 && ((first + second) / 2.0 - share).abs() < 1e-9);
     }
 
     #[test]
     fn tokens_of_zeros_are_large_nowhere() {
         let mut sinks = Sinks::new(6.0);
-        sinks.add(0, &[0.0; 12], &Scan::of(&[0.0; 12], 4));
-        assert_eq!(sinks.summary(|_| None).layers[0].n_dims, 0);
+        sinks.add(0, 0, &[0.0; 12], &Scan::of(&[0.0; 12], 4));
+        let summary = sinks.summary(|_| None);
+        assert_eq!((summary.layers[0].n_dims, summary.per_sequence.len()), (0, 0));
     }
 }

@@ -47,12 +47,15 @@ impl Magnitudes {
     }
 }
 
-/// First tokens by site and layer. Memory: 8 bytes per layer and dimension.
+/// First tokens by site and layer. Memory: 8 bytes per layer and dimension, and 16 per layer and
+/// sequence.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Spikes {
     sites: BTreeMap<Site, Magnitudes>,
     /// Sum over sequences of the first token's row as a unit vector, in fixed point, by layer.
     directions: BTreeMap<usize, Vec<i64>>,
+    /// By layer and first token: what [`SpikeLayer::margins`] has.
+    margins: BTreeMap<usize, BTreeMap<usize, f32>>,
 }
 
 impl Spikes {
@@ -71,6 +74,10 @@ impl Spikes {
         let (layer, token) = (site.layer, first_token);
         let found = |(dim, value): (usize, &f32)| Found { layer, token, expert: None, dim, value: *value };
         seen.peak = row.iter().enumerate().map(found).max();
+        if let (Point::Residual, Some(others)) = (site.point, seen.mean_others()) {
+            let margin = seen.mean_first() - TIMES * others;
+            self.margins.entry(site.layer).or_default().insert(first_token, margin as f32);
+        }
         self.sites.entry(site).or_default().merge(&seen);
         if site.point == Point::Residual && first.squares > 0.0 {
             let direction = self.directions.entry(site.layer).or_insert_with(|| vec![0; row.len()]);
@@ -87,6 +94,9 @@ impl Spikes {
         for (layer, theirs) in &other.directions {
             let mine = self.directions.entry(*layer).or_insert_with(|| vec![0; theirs.len()]);
             mine.iter_mut().zip(theirs).for_each(|(mine, theirs)| *mine += theirs);
+        }
+        for (layer, theirs) in &other.margins {
+            self.margins.entry(*layer).or_default().extend(theirs);
         }
     }
 
@@ -119,6 +129,7 @@ impl Spikes {
                 mlp_out_others: others(mlp),
                 agreement: product(&mean, &mean).sqrt(),
                 cosine_with_previous: previous.as_deref().and_then(|previous| cosine(previous, &mean)),
+                margins: self.margins.get(&layer).map(|of| of.values().copied().collect()).unwrap_or_default(),
             });
             previous = Some(mean);
         }
@@ -173,6 +184,7 @@ mod tests {
         assert_eq!((life.onset_layer, life.fall_layer), (Some(2), Some(4)));
         let layer = &life.layers[3];
         assert_eq!((layer.first, layer.others), (80.0, Some(1.0)));
+        assert_eq!((&layer.margins[..], &life.layers[4].margins[..]), (&[70.0; 2][..], &[-8.0; 2][..]));
         let (residual, added) = (layer.residual.unwrap(), layer.mlp_out.unwrap());
         assert_eq!((residual.value, residual.dim, residual.sequence, residual.position), (-80.0, 2, 0, 0));
         assert_eq!((added.value, layer.mlp_out_others, layer.attention_out), (160.0, 2.0, None));

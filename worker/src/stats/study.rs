@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use candle_core::Tensor;
 use outliers_protocol::{
     AttentionSinks, FeaturePeak, GainSummary, JobSpec, MassiveActivations, Measurement, OtherSite, Point,
-    QuantizationErrors, ResidualSinks, RouterSummary, SpikeLife, SuperExperts, TOP_RECORDS, Thresholds, TopRecords,
+    QuantizationErrors, RESIDUAL_SINKS, ResidualSinks, RouterSummary, SpikeLife, SuperExperts, TOP_RECORDS, Thresholds,
+    TopRecords,
 };
 
 use serde::{Deserialize, Serialize};
@@ -123,12 +124,14 @@ pub fn bytes(norms: usize, hidden: usize) -> u64 {
 pub fn measured_bytes(job: &JobSpec, spec: &DecoderSpec, sequences: usize) -> u64 {
     // Of a site's or a sequence's costs, and of a layer's heads.
     const COSTS: usize = 5 << 10;
+    // Of a sequence's sums.
+    const SUMS: usize = 256;
     let (layers, norms, hidden) = (spec.layers.len(), spec.sites().len(), spec.hidden);
     let of = |measurement: &Measurement| match measurement {
         Measurement::QuantizationError => (norms + 4 * layers + sequences) * COSTS,
-        Measurement::ResidualSinks => 16 * layers * hidden,
-        Measurement::SpikeLife => 8 * layers * hidden,
-        Measurement::AttentionSinks => layers * COSTS,
+        Measurement::ResidualSinks => layers * (16 * hidden + sequences * RESIDUAL_SINKS * 16),
+        Measurement::SpikeLife => layers * (8 * hidden + sequences * 16),
+        Measurement::AttentionSinks => layers * COSTS + sequences * SUMS,
     };
     job.measure.iter().map(of).sum::<usize>() as u64
 }
@@ -229,8 +232,9 @@ impl Study {
             })?;
             if site.point == Point::Residual {
                 self.massive.add(site.layer, first, x, &scan);
-                self.residual_sinks.iter_mut().for_each(|sinks| sinks.add(site.layer, x, &scan));
-                self.first_keys.iter_mut().for_each(|keys| keys.add_residual(site.layer, &scan));
+                let sequence = first / self.scope.tokens;
+                self.residual_sinks.iter_mut().for_each(|sinks| sinks.add(site.layer, sequence, x, &scan));
+                self.first_keys.iter_mut().for_each(|keys| keys.add_residual(site.layer, sequence, &scan));
             }
             self.spikes.iter_mut().for_each(|spikes| spikes.add(site, first, x, &scan));
         }
@@ -407,8 +411,11 @@ impl LayerObserver for Study {
         self.first_keys.is_some()
     }
 
-    fn first_key(&mut self, layer: usize, heads: &[FirstKey]) -> Result<()> {
-        self.first_keys.iter_mut().for_each(|keys| keys.add(layer, heads));
+    fn first_key(&mut self, layer: usize, first_token: usize, sequences: &[Vec<FirstKey>]) -> Result<()> {
+        let first = first_token / self.scope.tokens;
+        if let Some(keys) = &mut self.first_keys {
+            (first..).zip(sequences).for_each(|(sequence, heads)| keys.add(layer, sequence, heads));
+        }
         Ok(())
     }
 
@@ -566,7 +573,17 @@ mod tests {
             prop_assert_eq!(a.judged.sites, b.judged.sites);
             prop_assert_eq!(a.other_sites, b.other_sites);
             prop_assert_eq!(a.routers, b.routers);
+            b.residual_sinks.as_mut().unwrap().per_sequence.reverse();
             prop_assert_eq!(a.residual_sinks, b.residual_sinks);
+            let (a_life, b_life) = (a.spike_life.unwrap(), b.spike_life.unwrap());
+            for (a, mut b) in a_life.layers.into_iter().zip(b_life.layers) {
+                b.margins.reverse();
+                prop_assert_eq!(a.margins, b.margins);
+            }
+            let (a_keys, mut b_keys) = (a.attention_sinks.unwrap(), b.attention_sinks.unwrap());
+            b_keys.first_key_per_sequence.reverse();
+            b_keys.largest_hidden_per_sequence.reverse();
+            prop_assert_eq!(a_keys, b_keys);
             prop_assert_eq!(a.quantization_error.unwrap().sites, b.quantization_error.unwrap().sites);
             let (a_massive, b_massive) = (a.massive_activations.unwrap(), b.massive_activations.unwrap());
             prop_assert_eq!(a_massive.dims, b_massive.dims);

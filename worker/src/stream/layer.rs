@@ -216,7 +216,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
         table: Option<&RopeTable>,
     ) -> Result<()> {
         if self.spec.order == NormOrder::After {
-            let out = self.mixed(batch.arm, weights, table, &batch.hidden)?;
+            let out = self.mixed(batch, weights, table, &batch.hidden)?;
             self.show(Point::AttentionOut, batch, &out)?;
             let x = norm.apply(&fused::sum(out, &batch.hidden)?)?;
             self.show(self.point(0), batch, &x)?;
@@ -226,7 +226,7 @@ impl<'a, L: LayerObserver> At<'a, L> {
         let x = norm.apply(&batch.hidden)?;
         self.show(self.point(0), batch, &x)?;
         let x = self.in_arm(batch.arm, x)?;
-        let out = normed(after, self.mixed(batch.arm, weights, table, &x)?)?;
+        let out = normed(after, self.mixed(batch, weights, table, &x)?)?;
         self.show(Point::AttentionOut, batch, &out)?;
         batch.hidden = fused::sum(out, &batch.hidden)?;
         batch.shared_norm = (self.spec.order == NormOrder::Shared).then_some(x);
@@ -236,16 +236,22 @@ impl<'a, L: LayerObserver> At<'a, L> {
     /// What the mixer makes of an arm's input. Of the whole input it is also looked at what
     /// attention gives to the first key, and how sharp it is, here and with what each arm takes
     /// away from it.
-    fn mixed(&mut self, arm: usize, weights: &MixerWeights, table: Option<&RopeTable>, x: &Tensor) -> Result<Tensor> {
+    fn mixed(
+        &mut self,
+        batch: &MicroBatch,
+        weights: &MixerWeights,
+        table: Option<&RopeTable>,
+        x: &Tensor,
+    ) -> Result<Tensor> {
         let attends = !matches!(self.spec.mixer, MixerSpec::DeltaNet(_) | MixerSpec::Mamba(_));
         let (top, first_key) = (!self.masks.is_empty(), self.seen.wants_first_key());
-        if arm > 0 || !attends || !(top || first_key) {
+        if batch.arm > 0 || !attends || !(top || first_key) {
             return self.mixer(weights, table, x, None);
         }
         let whole = Watching::new(top, first_key);
         let out = self.mixer(weights, table, x, Some(&whole))?;
         if first_key {
-            self.seen.first_key(self.layer, &whole.first_key())?;
+            self.seen.first_key(self.layer, batch.first_token, &whole.first_key())?;
         }
         if !top {
             return Ok(out);
