@@ -116,7 +116,8 @@ impl Figures {
         let within = self.sequences * (5.0 * LINE + 8.0 * self.sites);
         let feature = 40.0 * LINE + (2.0 * self.layers + self.sites) * ITEM + within;
         let parts = LAYER * self.layers + SITE * self.sites + EXPERT * self.experts + 8.0 * LINE * self.sequences;
-        let parts = parts + MEASURED * self.measurements * (self.layers + self.sequences / 100.0);
+        let measured = MEASURED * (self.layers + self.sequences / 100.0) + ITEM * self.layers * self.sequences;
+        let parts = parts + self.measurements * measured;
         2.0 * BASE + self.hidden * feature + parts
     }
 
