@@ -78,6 +78,16 @@ fn figures_are_those_of_numpy_over_transformers() {
         let what = format!("{name} sinks of sequences");
         all_near(&what, sinks.per_sequence.iter().copied(), &want["most_sinks"]["per_sequence"], 1e-3);
         assert_eq!(sinks.per_sequence.is_empty(), name == "gpt-oss-mxfp4", "{what}");
+        let (map, mapped) = (sinks.map.unwrap(), &want["most_sinks"]["map"]);
+        assert_eq!(map.layer as u64, mapped["layer"], "{what}");
+        assert_eq!(map.dims.len(), mapped["dims"].as_array().unwrap().len(), "{what}");
+        for (got, want) in map.dims.iter().zip(mapped["dims"].as_array().unwrap()) {
+            let place = (want["dim"].as_u64().unwrap(), want["is_sink"].as_bool().unwrap());
+            assert_eq!((got.dim as u64, got.is_sink), place, "{what}");
+            let values = want["values"].as_array().unwrap();
+            let close = |(got, want): (&f32, &Value)| (f64::from(*got) - want.as_f64().unwrap()).abs() < 1e-3;
+            assert!(got.values.len() == values.len() && got.values.iter().zip(values).all(close), "{what}: {got:?}");
+        }
         let sinks = sinks.layers;
         for (got, want) in sinks.iter().zip(want["residual_sinks"].as_array().unwrap()) {
             let what = format!("{name} sinks after layer {}", got.layer);

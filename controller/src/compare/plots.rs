@@ -9,6 +9,7 @@ use super::plot::{Axis, Colour, Group, Kind, Mark, Plot, Point, points};
 use super::published::{Row, Table};
 
 mod model;
+mod residual;
 mod trajectory;
 
 pub use model::{of_model, peak_quartiles, quartiles, strongest};

@@ -44,9 +44,9 @@ pub use job::{
     SiteKinds, Thresholds, Weights,
 };
 pub use measured::{
-    AttentionSinkLayer, AttentionSinks, Measurement, NumberFormat, PooledQuantization, QUANTIZED_ROWS,
-    QuantizationError, QuantizationErrors, RESIDUAL_SINKS, ResidualSink, ResidualSinkLayer, ResidualSinks,
-    SiteQuantization, SpikeLayer, SpikeLife,
+    AttentionSinkLayer, AttentionSinks, MAPPED_DIMS, MAPPED_POSITIONS, MappedDim, Measurement, NumberFormat,
+    PooledQuantization, QUANTIZED_ROWS, QuantizationError, QuantizationErrors, RESIDUAL_SINKS, ResidualMap,
+    ResidualSink, ResidualSinkLayer, ResidualSinks, SiteQuantization, SpikeLayer, SpikeLife,
 };
 pub use metadata::{
     CONFIG_RULES, ConfigReading, CorpusProvenance, DeviceInfo, HostInfo, Metadata, ModelProvenance,

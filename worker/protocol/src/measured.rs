@@ -11,6 +11,10 @@ use crate::{Point, Record, SiteKind};
 
 /// Dimensions listed per layer in [`ResidualSinkLayer::dims`].
 pub const RESIDUAL_SINKS: usize = 20;
+/// Dimensions with the largest shares, and as many others at most, in [`ResidualMap::dims`].
+pub const MAPPED_DIMS: usize = 8;
+/// Positions in [`MappedDim::values`] at most.
+pub const MAPPED_POSITIONS: usize = 64;
 /// Rows of a site that are quantised: about so many, all if there are no more.
 pub const QUANTIZED_ROWS: usize = 512;
 
@@ -176,6 +180,31 @@ pub struct ResidualSinks {
     /// are among the [`RESIDUAL_SINKS`] largest there within the sequence. Empty without sinks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub per_sequence: Vec<f64>,
+    /// Some of the first sequence's values after that layer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map: Option<ResidualMap>,
+}
+
+/// Dimension x token: the residual stream of the first sequence after one layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResidualMap {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// The [`MAPPED_DIMS`] dimensions with the largest shares of x^2 within the sequence, the
+    /// largest first; then as many or fewer others, evenly spread.
+    pub dims: Vec<MappedDim>,
+}
+
+/// A row of the map.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MappedDim {
+    /// Hidden dimension.
+    pub dim: usize,
+    /// Whether it is a sink after that layer.
+    pub is_sink: bool,
+    /// Its values over the RMS of the token's row, signed, at the first [`MAPPED_POSITIONS`]
+    /// positions; 0 in rows of zeros.
+    pub values: Vec<f32>,
 }
 
 /// The sinks after one layer.

@@ -4,12 +4,15 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
-use outliers_protocol::{RESIDUAL_SINKS, ResidualSink, ResidualSinkLayer, ResidualSinks};
+use outliers_protocol::{
+    MAPPED_DIMS, MAPPED_POSITIONS, MappedDim, RESIDUAL_SINKS, ResidualMap, ResidualSink, ResidualSinkLayer,
+    ResidualSinks,
+};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::fixed_point;
-use super::rows::Scan;
+use super::rows::{Row, Scan};
 
 /// Share of the tokens from which on a dimension is a sink.
 const MOST: f64 = 0.5;
@@ -38,17 +41,23 @@ struct Layer {
     /// The dimensions with the largest shares within each sequence, and these: a sequence's tokens
     /// and its sums of shares in fixed point.
     sequences: BTreeMap<usize, (u64, Vec<(u32, i64)>)>,
+    /// Some dimensions of the first sequence with their values, as [`ResidualMap`] has them; empty
+    /// until it is seen.
+    first: Vec<(usize, Vec<f32>)>,
 }
 
 impl Layer {
     fn new(hidden: usize) -> Self {
-        Self { tokens: 0, dims: vec![Dim::default(); hidden], sequences: BTreeMap::new() }
+        Self { tokens: 0, dims: vec![Dim::default(); hidden], sequences: BTreeMap::new(), first: Vec::new() }
     }
 
     fn merge(&mut self, other: &Self) {
         self.tokens += other.tokens;
         self.dims.iter_mut().zip(&other.dims).for_each(|(mine, theirs)| mine.merge(theirs));
         self.sequences.extend(other.sequences.iter().map(|(sequence, seen)| (*sequence, seen.clone())));
+        if !other.first.is_empty() {
+            self.first.clone_from(&other.first);
+        }
     }
 
     fn is_sink(&self, dim: usize) -> bool {
@@ -63,10 +72,37 @@ impl Layer {
         };
         self.sequences.values().map(share).collect()
     }
+
+    fn map(&self, layer: usize) -> ResidualMap {
+        let dim = |(dim, values): &(usize, Vec<f32>)| MappedDim {
+            dim: *dim,
+            is_sink: self.is_sink(*dim),
+            values: values.clone(),
+        };
+        ResidualMap { layer, dims: self.first.iter().map(dim).collect() }
+    }
 }
 
-/// Counts by layer. Memory: 16 bytes per layer and dimension, and as much per layer, sequence and
-/// [`RESIDUAL_SINKS`].
+/// The values of dimensions with the largest shares and of some others, over the RMS of their rows.
+fn excerpt(largest: &[(u32, i64)], x: &[f32], scan: &Scan) -> Vec<(usize, Vec<f32>)> {
+    let hidden = x.len() / scan.rows.len();
+    let mut dims: Vec<usize> = largest.iter().take(MAPPED_DIMS).map(|(dim, _)| *dim as usize).collect();
+    for i in 0..MAPPED_DIMS {
+        let other = (2 * i + 1) * hidden / (2 * MAPPED_DIMS);
+        if !dims.contains(&other) {
+            dims.push(other);
+        }
+    }
+    let value = |(row, x): (&Row, &[f32]), dim: usize| {
+        let rms = (row.squares / hidden as f64).sqrt();
+        if rms > 0.0 { (f64::from(x[dim]) / rms) as f32 } else { 0.0 }
+    };
+    let rows = || scan.rows.iter().zip(x.chunks_exact(hidden)).take(MAPPED_POSITIONS);
+    dims.into_iter().map(|dim| (dim, rows().map(|row| value(row, dim)).collect())).collect()
+}
+
+/// Counts by layer. Memory: 16 bytes per layer and dimension, as much per layer, sequence and
+/// [`RESIDUAL_SINKS`], and 4 KiB per layer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Sinks {
     threshold: f32,
@@ -98,6 +134,9 @@ impl Sinks {
         largest.sort_unstable_by_key(|(dim, squares)| (Reverse(*squares), *dim));
         largest.truncate(RESIDUAL_SINKS);
         largest.shrink_to_fit();
+        if sequence == 0 {
+            seen.first = excerpt(&largest, x, scan);
+        }
         seen.sequences.insert(sequence, (seen.tokens, largest));
         self.layers.entry(layer).or_insert_with(|| Layer::new(hidden)).merge(&seen);
     }
@@ -128,9 +167,11 @@ impl Sinks {
         };
         let layers: Vec<ResidualSinkLayer> = self.layers.iter().map(layer).collect();
         let most = layers.iter().max_by(|a, b| a.share_of_squares.total_cmp(&b.share_of_squares));
-        let most = most.filter(|layer| layer.n_dims > 0).and_then(|most| self.layers.get(&most.layer));
+        let most = most.map(|most| (most.layer, most.n_dims, &self.layers[&most.layer]));
+        let sinks = most.filter(|(_, n_dims, _)| *n_dims > 0);
         ResidualSinks {
-            per_sequence: most.map(Layer::per_sequence).unwrap_or_default(),
+            per_sequence: sinks.map(|(.., seen)| seen.per_sequence()).unwrap_or_default(),
+            map: most.map(|(layer, _, seen)| seen.map(layer)),
             rule: format!(
                 "|x| >= {} x RMS of the token's residual stream at {:.0} % of the tokens or more",
                 self.threshold,
@@ -164,6 +205,12 @@ mod tests {
         let share = (3.0 * 400.0 / 499.0 + 1.0 / (99.0 + 25e6)) / 4.0;
         assert!((sink.share_of_squares - share).abs() < 1e-9 && layer.share_of_squares == sink.share_of_squares);
         assert_eq!(sink.gain, Some(0.5));
+        let map = summary.map.as_ref().unwrap();
+        let dims: Vec<(usize, bool)> = map.dims.iter().map(|dim| (dim.dim, dim.is_sink)).collect();
+        assert_eq!((map.layer, dims.len(), dims[0], dims[1]), (3, 15, (7, true), (0, false)));
+        assert_eq!((dims[8], dims[14]), ((18, false), (93, false)), "others are evenly spread; 6 is among the largest");
+        let values = &map.dims[0].values;
+        assert!(values.len() == 2 && values.iter().all(|v| (v + 20.0 / 4.99f32.sqrt()).abs() < 1e-5), "{values:?}");
         let [first, second] = summary.per_sequence[..] else { panic!("{summary:?}") };
         assert!((first - 400.0 / 499.0).abs() < 1e-9 && ((first + second) / 2.0 - share).abs() < 1e-9);
     }

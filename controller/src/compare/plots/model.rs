@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use outliers_protocol::{Feature, Point as Place, Results};
 
-use super::mark;
+use super::{mark, residual};
 use crate::compare::comparison::Compared;
 use crate::compare::folder::{Run, layers};
 use crate::compare::ladder::{self, Rung};
@@ -30,6 +30,7 @@ pub fn of_model(model: &Compared) -> Vec<Plot> {
         features(&named("features"), &titled("Outlier features by layer"), run),
         rungs(&named("ladder"), &titled("Features by threshold"), run),
         massive(&named("massive"), &titled("Residual stream: the largest values by layer"), results),
+        residual::map(&named("residual-map"), &titled("Residual stream: dimensions by token"), results),
         experts(&named("experts"), &titled("Experts: the largest outputs by layer"), run),
         routers(&named("routers"), &titled("Routers: load of the experts by layer"), run),
     ];
@@ -106,9 +107,9 @@ fn features(name: &str, title: &str, run: &Run) -> Option<Plot> {
 }
 
 /// Steps from the threshold to the largest magnitude, each the same factor; below the threshold: step 0.
-struct Heat {
-    threshold: f64,
-    largest: f64,
+pub(super) struct Heat {
+    pub(super) threshold: f64,
+    pub(super) largest: f64,
 }
 
 impl Heat {
@@ -118,7 +119,7 @@ impl Heat {
         (self.largest / self.threshold).powf(1.0 / f64::from(Self::ABOVE))
     }
 
-    fn step(&self, magnitude: f64) -> u8 {
+    pub(super) fn step(&self, magnitude: f64) -> u8 {
         if magnitude < self.threshold {
             return 0;
         }
@@ -127,7 +128,7 @@ impl Heat {
     }
 
     /// From where each step goes.
-    fn words(&self) -> Vec<String> {
+    pub(super) fn words(&self) -> Vec<String> {
         let from = |step: i32| self.threshold * self.factor().powi(step);
         let above = (0..i32::from(Self::ABOVE)).map(|step| format!(">= {}", short(from(step))));
         std::iter::once(format!("|x| < {}", short(self.threshold))).chain(above).collect()
