@@ -33,13 +33,13 @@ pub fn across(comparison: &Comparison) -> Option<Sheet> {
         if errors.is_none() && sinks.is_none() && life.is_none() && attention.is_none() {
             return None;
         }
-        let percent = |pooled: Option<&PooledQuantization>| optional(pooled, |pooled| estimate(of(pooled), 3));
+        let percent = |of: Option<&PooledQuantization>| optional(of, |of| estimate(relative_error(of), 3));
         Some(vec![
             model.number.to_string(),
             model.label.clone(),
             percent(plain(NumberFormat::Int8PerToken)),
             percent(plain(NumberFormat::Mxfp4)),
-            optional(best, |(best, rotations)| format!("{} at {rotations}", estimate(of(best), 3))),
+            optional(best, |(best, rotations)| format!("{} at {rotations}", estimate(relative_error(best), 3))),
             percent(plain(NumberFormat::Nvfp4)),
             optional(sinks, |sinks| {
                 let dims = sinks.layers.iter().map(|layer| layer.n_dims).max().unwrap_or(0);
@@ -69,12 +69,33 @@ pub fn across(comparison: &Comparison) -> Option<Sheet> {
         rows,
         notes: vec![
             "INT8, MXFP4, NVFP4: relative squared error of a norm output, mean over sampled rows, in percent; rotated: by block Hadamard \
-             matrices of so many dimensions, with those that sampling alone may set apart from the best. Intervals: bootstrap over sequences; \
-             that of x^2 is of the sinks as they were found, and a spike has one of where it begins and one of where it ends. Attention and \
-             hidden states are measured apart: neither says how large the other is"
+             matrices of so many dimensions, with those that sampling alone may set apart from the best"
+                .to_owned(),
+            "Intervals: bootstrap over sequences; that of x^2 is of the sinks as they were found, and a spike has one of where it begins and \
+             one of where it ends. Attention and hidden states are measured apart: neither says how large the other is"
                 .to_owned(),
         ],
     })
+}
+
+/// What rounding to 4 bits costs the models that measured it, in a sentence.
+pub fn cost(comparison: &Comparison) -> Option<String> {
+    let said = |model: &Compared| {
+        let errors = model.results()?.quantization_error.as_ref()?;
+        let plain = errors.norm_outputs.iter().find(|pooled| is(pooled, NumberFormat::Mxfp4, 0))?;
+        let (best, rotations) = best(errors)?;
+        let [plain_error, best_error] = [plain, best].map(|pooled| estimate(relative_error(pooled), 3));
+        let share = 100.0 * plain.all.share_in_outlier_blocks;
+        let rotated = if best.all.rotation == 0 || !differ(plain, best) {
+            "no rotation is better by more than sampling".to_owned()
+        } else {
+            format!("{best_error} rotated by {rotations}")
+        };
+        Some(format!("{plain_error}, {share:.0} % of it in blocks with an outlier, {rotated} ({})", model.label))
+    };
+    let costs: Vec<String> = comparison.models.iter().filter_map(said).collect();
+    let about = "What outliers cost in 4 bits (MXFP4), in percent of norm outputs' x^2";
+    (!costs.is_empty()).then(|| format!("{about}: {}.", costs.join("; ")))
 }
 
 fn is(pooled: &PooledQuantization, format: NumberFormat, rotation: usize) -> bool {
@@ -86,8 +107,8 @@ fn over(value: f64, per_sequence: &[f64]) -> Estimate {
     Estimate { value, interval: interval(per_sequence, |sample| mean(sample.iter().map(|value| **value))) }
 }
 
-/// A mean error in percent.
-fn of(pooled: &PooledQuantization) -> Estimate {
+/// A mean error in percent of x^2.
+pub(super) fn relative_error(pooled: &PooledQuantization) -> Estimate {
     let sequences: Vec<f64> = pooled.per_sequence.iter().flatten().copied().collect();
     over(pooled.all.error, &sequences).scaled(100.0)
 }
@@ -187,7 +208,7 @@ fn quantization(errors: &QuantizationErrors) -> Sheet {
         vec![
             all.format.label().to_owned(),
             if all.rotation == 0 { NONE.to_owned() } else { format!("Hadamard {}", all.rotation) },
-            estimate(of(pooled), 4),
+            estimate(relative_error(pooled), 4),
             format!("{:.1} %", 100.0 * all.share_in_outlier_blocks),
             format!("{:.1} %", 100.0 * all.outlier_blocks),
             optional(worst, |(site, _)| format!("layer {}, {}", site.layer, name(site.point))),
@@ -204,6 +225,7 @@ fn residual_sinks(sinks: &ResidualSinks) -> Sheet {
         numbers("layer"),
         numbers("sinks"),
         numbers("share of x^2"),
+        numbers("others are rescaled by"),
         words("dimensions: share of tokens, of x^2, gain of the next norm"),
     ];
     let rows = sinks.layers.iter().map(|layer| {
@@ -214,11 +236,12 @@ fn residual_sinks(sinks: &ResidualSinks) -> Sheet {
         });
         let dims = dims.collect::<Vec<_>>().join("; ");
         let share = format!("{:.1} %", 100.0 * layer.share_of_squares);
-        vec![layer.layer.to_string(), layer.n_dims.to_string(), share, dims]
+        let rescaled = format!("{:.3}", (1.0 - layer.share_of_squares).max(0.0).sqrt());
+        vec![layer.layer.to_string(), layer.n_dims.to_string(), share, rescaled, dims]
     });
     let note = format!(
-        "Dimensions of the residual stream that are large at most tokens. Rule: {}. The norm that follows makes all others sqrt(1 - share) as \
-         large as they would be without them. Largest share, in percent (95 %): {}. At most five dimensions are shown.",
+        "Dimensions of the residual stream that are large at most tokens. Rule: {}. The norm that follows rescales all others by \
+         sqrt(1 - share). Largest share, in percent (95 %): {}. At most five dimensions are shown.",
         sinks.rule,
         estimate(most_of_squares(sinks), 1)
     );
@@ -343,7 +366,7 @@ mod tests {
         }
         assert_eq!(sheets[0].rows[1][..4], ["MXFP4", "Hadamard 32", "1.0000 (1.0000 to 1.0000)", "75.0 %"]);
         assert_eq!(sheets[0].rows[0][5..], ["layer 1, norm before MLP", "2.0000"]);
-        assert_eq!(sheets[1].rows[0][3], "17: 90 %, 40.0 %, -");
+        assert_eq!(sheets[1].rows[0][2..], ["40.0 %", "0.775", "17: 90 %, 40.0 %, -"]);
         assert!(sheets[1].notes[0].contains("(95 %): 40.0 (25.0 to 55.0)"), "{:?}", sheets[1].notes);
         let spike = "Spike in layers: 1 to 2 (from 0 to 1, until 1 to 1)";
         assert!(sheets[2].notes[0].contains(spike), "{:?}", sheets[2].notes);
@@ -356,11 +379,15 @@ mod tests {
         let folder = copy("dense", &home.path().join("r"));
         let compared = || Comparison::of(read_all(std::slice::from_ref(&folder), false).unwrap());
         let plain = compared();
+        assert_eq!(cost(&plain), None);
         assert!(sheet::sheets(&plain).iter().all(|sheet| sheet.name != "measured"));
         let with_figures = serde_json::to_value(&measured().results).unwrap();
         change(&folder, files::RESULTS, |document| *document = with_figures);
         let sheets = sheet::sheets(&compared());
         let sheet = sheets.iter().find(|sheet| sheet.name == "measured").expect("it was measured");
+        let cost = cost(&compared()).unwrap();
+        let said = "2.000 (2.000 to 2.000), 75 % of it in blocks with an outlier, 1.000 (1.000 to 1.000) rotated by 32";
+        assert!(cost.contains(said), "{cost}");
         let row: Vec<&str> = sheet.rows[0].iter().skip(2).map(String::as_str).collect();
         let errors = ["-", "2.000 (2.000 to 2.000)", "1.000 (1.000 to 1.000) at 32", "0.500 (0.500 to 0.500)"];
         let sinks = ["1, 40.0 (25.0 to 55.0)", "1 to 2 (from 0 to 1, until 1 to 1)"];

@@ -8,6 +8,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use super::Comparison;
 use super::comparison::{Compared, Standing};
 use super::detail;
+use super::measured;
 use super::plot::{Colour, Plot, Rgb, Tint};
 use super::plots;
 use super::sheet::{Sheet, sheets};
@@ -43,6 +44,7 @@ pub fn page(comparison: &Comparison) -> String {
                 a.skip href="#main" { "Skip to the figures" }
                 header {
                     h1 { (shown(&title)) }
+                    @if let Some(cost) = measured::cost(comparison) { p.answer id="cost-answer" { (shown(&cost)) } }
                     p.answer id="answer" { (shown(&comparison.answer())) }
                     p.note { "Hidden dimensions that carry values of large magnitude at the norms' outputs, in many layers and at many positions \
                          (Dettmers et al. 2022, LLM.int8()), counted in every way that is in use." }
@@ -217,7 +219,10 @@ fn grouped(sheet: &Sheet) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::fixture::{copy, rename};
+    use outliers_protocol::files;
+    use serde_json::json;
+
+    use super::super::fixture::{change, copy, rename};
     use super::super::folder::read_all;
     use super::*;
 
@@ -280,6 +285,22 @@ mod tests {
         let ids: Vec<&str> = page.split(" id=\"").skip(1).filter_map(|rest| rest.split('"').next()).collect();
         assert_eq!(ids.iter().collect::<std::collections::BTreeSet<_>>().len(), ids.len(), "ids are unique");
         assert_eq!(page.matches("<svg").count(), page.matches("<desc").count());
+    }
+
+    #[test]
+    fn what_outliers_cost_is_said_and_drawn_first() {
+        let home = tempfile::tempdir().unwrap();
+        let folder = copy("dense", &home.path().join("a"));
+        let error = json!({"format": "mxfp4", "rotation": 0, "rows": 8, "error": 0.02, "share_in_outlier_blocks": 0.5,
+                           "outlier_blocks": 0.5, "per_sequence": [0.01, 0.03]});
+        let errors = json!({"rule": "r", "norm_outputs": [error], "sites": []});
+        change(&folder, files::RESULTS, |results| results["quantization_error"] = errors);
+        let page = page(&Comparison::of(read_all(&[home.path().to_owned()], false).unwrap()));
+        assert!(page.contains(": 2.000 (1.000 to 3.000), 50 % of it in blocks with an outlier"), "{page}");
+        let at = |id: &str| page.find(&format!(" id=\"{id}\"")).unwrap();
+        assert!(at("cost-answer") < at("answer") && at("cost") < at("affected-parameters-paper"));
+        assert!(at("model1-cost") < at("model1-magnitudes"));
+        assert!(!page_of("a/b").contains("cost-answer"), "where it was measured");
     }
 
     #[test]

@@ -20,10 +20,12 @@ use scale::Scale;
 
 use crate::text::clean;
 
+mod bars;
 mod colour;
 mod keys;
 mod scale;
 
+pub use bars::{Row, bars};
 pub use colour::{Colour, Rgb, Tint};
 pub use scale::Kind;
 

@@ -8,6 +8,7 @@ use super::folder::Run;
 use super::plot::{Axis, Colour, Group, Kind, Mark, Plot, Point, points};
 use super::published::{Row, Table};
 
+mod cost;
 mod model;
 mod residual;
 mod trajectory;
@@ -89,6 +90,7 @@ pub fn across(comparison: &Comparison) -> Vec<Plot> {
         whose: "the predecessor",
     };
     let mut plots = Vec::new();
+    plots.extend(cost::across(comparison));
     for by in &BY {
         plots.extend(affected(comparison, &paper, by));
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use outliers_protocol::{Feature, Point as Place, Results};
 
-use super::{mark, residual};
+use super::{cost, mark, residual};
 use crate::compare::comparison::Compared;
 use crate::compare::folder::{Run, layers};
 use crate::compare::ladder::{self, Rung};
@@ -26,6 +26,7 @@ pub fn of_model(model: &Compared) -> Vec<Plot> {
     let titled = |what: &str| format!("{what}, model {number}");
     let results = &run.results;
     let all = [
+        cost::of_model(&named("cost"), &titled("What outliers cost in 8 and 4 bits"), results),
         magnitudes(&named("magnitudes"), &titled("Magnitudes by layer"), results),
         features(&named("features"), &titled("Outlier features by layer"), run),
         rungs(&named("ladder"), &titled("Features by threshold"), run),
