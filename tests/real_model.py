@@ -299,7 +299,9 @@ def say(results):
     print(f"residual sinks: at most {count}; after layer {most['layer']} {percent(most['share_of_squares'])} of x^2: {dims or 'none'}")
     peak = max(life["layers"], key=lambda layer: layer["first"])
     place = peak["residual"]
-    print(f"spike of first tokens: from layer {life['onset_layer']} on, gone after layer {life['fall_layer']}; largest after layer {peak['layer']}: "
+    onset, fall = life["onset_layer"], life["fall_layer"]
+    end = "stays to the end" if fall is None else f"is gone after layer {fall}"
+    print("spike of first tokens:", "none;" if onset is None else f"from after layer {onset} on, {end};", f"largest after layer {peak['layer']}: "
           f"{peak['first']:.0f} against {peak['others']:.1f}, {place['value']:.0f} in dimension {place['dim']}, agreement {peak['agreement']:.4f}")
     by_layer = [layer["first_key"] for layer in attention["layers"]]
     print(f"attention on the first key: {percent(attention['first_key'])}, by layer {percent(min(by_layer))} to {percent(max(by_layer))}; "
