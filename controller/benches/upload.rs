@@ -25,7 +25,7 @@ struct Options {
     /// Round trips, in ms.
     #[arg(long, value_delimiter = ',', default_value = "0,20,80,150")]
     rtt: Vec<u64>,
-    /// Each figure is the best of so many.
+    /// Number of tries; each figure is the best of them.
     #[arg(long, default_value_t = 1)]
     rounds: usize,
     /// Only this program.

@@ -277,7 +277,7 @@ pub struct Offer {
     /// How the GPUs sit in the host, where that name tells it.
     #[serde(default)]
     pub form: Option<Form>,
-    /// GPUs.
+    /// Number of GPUs.
     pub gpu_count: u32,
     /// Memory of each GPU, as it is sold: 80 GiB for a card that reports 79.2.
     pub vram: Option<Bytes>,
@@ -298,7 +298,7 @@ pub struct Offer {
     pub disk: Option<Bytes>,
     /// Whole instance, the disk asked for ([`GpuRequest::min_disk`]) included.
     pub price: UsdPerHour,
-    /// Where.
+    /// Region or data centre.
     pub region: Option<String>,
     /// Who owns the host.
     #[serde(default)]
@@ -344,7 +344,7 @@ impl Offer {
         }
     }
 
-    /// With GPUs named `raw`, of so much memory each as far as the cloud says.
+    /// Sets the GPUs' raw name and, where the cloud says, the memory of each.
     #[must_use]
     pub fn with_gpu(self, raw: &str, reported: Option<Bytes>) -> Self {
         Self {

@@ -189,7 +189,7 @@ pub struct Offered {
 }
 
 impl Clouds {
-    /// Each.
+    /// All clouds, in their order.
     pub fn iter(&self) -> impl Iterator<Item = &Cloud> {
         self.0.iter()
     }

@@ -80,7 +80,7 @@ pub enum DeployEvent {
     Retrying {
         /// Which, and why.
         reason: String,
-        /// After so long.
+        /// Time until then.
         pause: Duration,
     },
     /// It is not known whether the instance exists: the broker is asked.
@@ -117,7 +117,7 @@ pub struct NotEnding {
     pub instance: InstanceId,
     /// What the cloud answers.
     pub why: String,
-    /// It is told again after so long.
+    /// Time until it is told again.
     pub pause: Duration,
     /// What it bills, where that is known.
     pub price: Option<UsdPerHour>,
@@ -140,7 +140,7 @@ pub struct Kept {
     pub cost: Usd,
     /// They are kept until then, in Unix seconds.
     pub until: u64,
-    /// They are tried to be saved again after so long.
+    /// Time until the next try to save them.
     pub pause: Duration,
 }
 

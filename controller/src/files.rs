@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use crate::units::Bytes;
 
-/// So much of every disk is left free: the ledger grows, too.
+/// Left free on every disk: the ledger grows, too.
 pub const RESERVE: Bytes = Bytes::from_mib(64);
 
 /// Free disk at `path`, or where it would be made; `None` if the system does not tell.

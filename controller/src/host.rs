@@ -42,7 +42,7 @@ pub use savepoint::Stamp;
 
 /// For scripts that look and do not work: connection, three round trips and a slow disk.
 const SHORT: Duration = Duration::from_secs(60);
-/// A connection found broken is made again for so long by whoever needs it and has no patience of its own.
+/// How long a broken connection is made again, where the caller sets no limit of its own.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// What precedes a script's own output: login shells print greetings.
 const MARK: &[u8] = b"\n@outliers@\n";
@@ -79,7 +79,7 @@ pub enum HostEvent {
     },
     /// The connection broke; the worker goes on without us.
     ConnectionLost {
-        /// How.
+        /// How it was lost.
         why: String,
     },
     /// Connected again.
@@ -92,7 +92,7 @@ pub enum HostEvent {
     Log(String),
     /// So far the worker's files have been read, and all of it was told.
     Read(Cursor),
-    /// The log grew faster than it can be followed: so many bytes were passed over. The whole log is fetched at the end.
+    /// The log grew faster than it can be followed: bytes that were skipped. The whole log is fetched at the end.
     LogSkipped(u64),
     /// The same of the progress file.
     ProgressSkipped(u64),

@@ -769,18 +769,18 @@ pub enum LedgerError {
     Newer {
         /// Its version.
         found: i64,
-        /// Ours.
+        /// The newest version that this program knows.
         known: i64,
     },
     /// A record does not make sense.
     #[error("run {run}: its record in the ledger is damaged: {why}")]
     Damaged {
-        /// Which.
+        /// The run's id.
         run: String,
         /// What is wrong.
         why: String,
     },
-    /// Unknown.
+    /// No run has this id.
     #[error("there is no run `{run}`")]
     NoSuchRun {
         /// What was asked for.
@@ -797,7 +797,7 @@ pub enum LedgerError {
     /// Some process drives it.
     #[error("run {run} is being driven by another process")]
     Driven {
-        /// Which.
+        /// The run's id.
         run: String,
     },
     /// The event cannot happen now.
@@ -806,7 +806,7 @@ pub enum LedgerError {
     /// The file system said no.
     #[error("{}: {source}", path.display())]
     Io {
-        /// Where.
+        /// The file or folder.
         path: PathBuf,
         /// What it said.
         source: io::Error,

@@ -42,7 +42,7 @@ pub struct LocalWorker {
 pub struct Limits {
     /// Memory; never more than three quarters of what the machine has.
     pub memory: Bytes,
-    /// Time.
+    /// Wall time.
     pub time: Duration,
 }
 
@@ -87,7 +87,7 @@ pub enum LocalWorkerError {
     /// It does not run.
     #[error("{}: {source}", path.display())]
     Unrunnable {
-        /// Which.
+        /// The file's path.
         path: PathBuf,
         /// What the system said.
         source: std::io::Error,
@@ -95,11 +95,11 @@ pub enum LocalWorkerError {
     /// It is another version.
     #[error("{} is version {theirs}; this program is {ours}", path.display())]
     Version {
-        /// Which.
+        /// The file's path.
         path: PathBuf,
         /// Its version.
         theirs: String,
-        /// Ours.
+        /// This program's version.
         ours: String,
     },
     /// It says why not.
@@ -108,7 +108,7 @@ pub enum LocalWorkerError {
     /// It ended in a way it should not.
     #[error("the worker ended with {status}: {said}")]
     Odd {
-        /// How.
+        /// The worker's exit status.
         status: ExitStatus,
         /// Its last words.
         said: String,
@@ -128,9 +128,9 @@ pub enum LocalWorkerError {
     /// A file between us cannot be read or written.
     #[error("{}: {why}", path.display())]
     File {
-        /// Which.
+        /// The file's path.
         path: PathBuf,
-        /// Why.
+        /// What is wrong with it.
         why: String,
     },
 }

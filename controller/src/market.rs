@@ -42,7 +42,7 @@ pub enum Filter {
     MinCuda,
     /// The same, as the worker needs it.
     WorkerCuda,
-    /// Where.
+    /// Region or data centre.
     Region,
     /// Data centre or not.
     Tier,
@@ -225,7 +225,7 @@ impl Filter {
 /// What one filter did.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Step {
-    /// Which.
+    /// The filter.
     pub filter: Filter,
     /// As it would be typed.
     pub option: String,

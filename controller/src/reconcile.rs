@@ -33,14 +33,14 @@ pub enum Action {
     Finish {
         /// The run.
         run: String,
-        /// Why.
+        /// Why the run is over.
         why: Finish,
     },
     /// An instance of ours that no run accounts for.
     Terminate {
-        /// Which.
+        /// The instance's id.
         instance: InstanceId,
-        /// Why.
+        /// Why nothing expects it.
         why: Stray,
     },
     /// An abandoned run whose instance was missing from enough complete listings.
@@ -50,9 +50,9 @@ pub enum Action {
     },
     /// Not our business, or somebody is at it.
     LeaveAlone {
-        /// Which.
+        /// The instance's id.
         instance: InstanceId,
-        /// Why.
+        /// Why it is left alone.
         why: Leave,
     },
 }

@@ -26,7 +26,7 @@ use crate::units::{Bytes, Usd, UsdPerHour};
 
 /// What stands between the names of several brokers.
 pub const BETWEEN_BROKERS: &str = ", ";
-/// An instance may bill so much more than its offer said where nobody was asked and no cap was given.
+/// How much more than its offer an instance may bill where nobody was asked and no cap was given.
 const PRICE_SLACK: f64 = 1.1;
 /// So many times as long as the estimate has to be paid for before an offer is taken for less than the time limit.
 const ROOM: f64 = 2.0;
@@ -209,10 +209,10 @@ pub enum RunState {
         rental: Rental,
         /// The host key.
         pin: Pin,
-        /// Why.
+        /// How the run ends.
         ending: Ending,
     },
-    /// The files are at home, compared with the worker's manifest.
+    /// The files are saved here and compared with the worker's manifest.
     Synced {
         /// The instance.
         rental: Rental,
@@ -234,7 +234,7 @@ pub enum RunState {
     Discarding {
         /// The instance.
         rental: Rental,
-        /// Why.
+        /// The reason, in words.
         reason: String,
         /// It served until it went away, and its worker's work with it.
         #[serde(default)]
@@ -297,7 +297,7 @@ pub enum RunEvent {
     },
     /// The instance does not serve, or went away: another one is to be had.
     Discarded {
-        /// Why.
+        /// The reason, in words.
         reason: String,
         /// It served until it went away.
         #[serde(default)]
@@ -312,21 +312,21 @@ pub enum RunEvent {
     },
     /// The worker died, and was started again to go on from its last save point.
     Restarted,
-    /// Files are at home.
+    /// Files are saved here.
     Fetched {
-        /// Where.
+        /// Where the files are, and whether they are complete.
         results: Brought,
         /// How the run ends by what they say.
         ending: Ending,
     },
     /// Nothing could be brought home.
     NotFetched {
-        /// Why.
+        /// The reason, in words.
         reason: String,
     },
     /// The run ends before its end.
     Stopped {
-        /// Why.
+        /// How the run ends.
         ending: Ending,
     },
     /// The instance stays on the user's wish.
@@ -399,7 +399,7 @@ pub struct Brought {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "ending", rename_all = "snake_case")]
 pub enum Ending {
-    /// Whole results are at home.
+    /// Complete results are saved here.
     Completed,
     /// The worker says why it could not do its job.
     WorkerFailed {
@@ -413,7 +413,7 @@ pub enum Ending {
     },
     /// A step of ours failed.
     Failed {
-        /// Which.
+        /// The step that failed, and why.
         trouble: Trouble,
     },
     /// Ctrl-C.
@@ -643,7 +643,7 @@ fn loss(refused: &[Refusal], now: bool) -> Option<String> {
     (now || refused.iter().any(|refusal| refusal.lost)).then(|| WENT_AWAY.to_owned())
 }
 
-/// Results that are at home stay what they are when the instance goes; otherwise they went with it.
+/// Results that are saved here stay when the instance goes; others are lost with it.
 fn vanished(state: &RunState) -> RunState {
     let ran = matches!(state, RunState::Launched { .. } | RunState::Ended { .. } | RunState::Salvaging { .. });
     let before = state.rental().map_or(&[][..], |rental| &rental.refused);

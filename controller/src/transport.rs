@@ -17,7 +17,7 @@ pub mod ssh;
 pub struct SshEndpoint {
     /// Host name or address.
     pub host: String,
-    /// Port.
+    /// TCP port.
     pub port: u16,
     /// User to log in as.
     pub user: String,

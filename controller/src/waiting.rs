@@ -16,7 +16,7 @@ pub const NEXT_WORD: Duration = Duration::from_secs(60);
 pub struct Failed {
     /// What was answered.
     pub words: String,
-    /// The next attempt comes after so long.
+    /// Time until the next attempt.
     pub pause: Duration,
 }
 

@@ -62,7 +62,7 @@ pub fn config(text: &[u8]) {
     }
 }
 
-/// About so many.
+/// Approximate number.
 fn tensors(spec: &DecoderSpec) -> usize {
     let of = |ffn: &FfnSpec| match ffn {
         FfnSpec::Dense(_) | FfnSpec::None => 16,

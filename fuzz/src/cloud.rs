@@ -15,7 +15,7 @@ use crate::assert_harmless;
 
 /// The account's key. A cloud that repeats it must not get it into an error.
 const KEY: &str = "sk-fuzz-7d1e";
-/// Of the offers in one answer so many are ordered.
+/// How many offers of one answer are ordered.
 const MOST_ORDERS: usize = 3;
 /// Nobody asks more per hour.
 const HIGHEST: f64 = 100_000.0;

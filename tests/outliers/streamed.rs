@@ -42,7 +42,7 @@ impl Setup {
         Hub::new(self.options()).unwrap().stream(ID, "main", READ_AHEAD, &|_| ()).unwrap()
     }
 
-    /// All tensors of the model, read from the hub with `fault` happening to so many requests for weights.
+    /// All tensors of the model, read from the hub with `fault` happening to this many requests for weights.
     fn read_with(&self, fault: &Fault, times: usize) -> Result<Tensors, WorkerError> {
         let checkpoint = self.stream();
         self.hub.fail(SHARD, times, fault.clone());
@@ -82,7 +82,7 @@ fn read_all(weights: &dyn WeightSource) -> Result<Tensors, WorkerError> {
     read_all_holding(weights, HASH_MEMORY)
 }
 
-/// The same with so much memory for bytes that wait for their hash.
+/// The same with this much memory for bytes that wait for their hash.
 fn read_all_holding(weights: &dyn WeightSource, hash_memory: u64) -> Result<Tensors, WorkerError> {
     let entries = in_order(weights);
     weights.announce(&announced(&entries), hash_memory);

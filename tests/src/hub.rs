@@ -31,9 +31,9 @@ pub use wire::Wire;
 pub enum Fault {
     /// An error status, with headers and a body that looks like a page.
     Status(u16, Vec<(&'static str, String)>),
-    /// The body ends after so many bytes although more were announced.
+    /// The body ends after this many bytes, although more were announced.
     Truncate(usize),
-    /// The body falls silent after so many bytes.
+    /// The body falls silent after this many bytes.
     Stall(usize),
     /// The right number of wrong bytes.
     Corrupt,
@@ -41,9 +41,9 @@ pub enum Fault {
     FlipBit(usize),
     /// The whole file, whatever range was asked for.
     IgnoreRange,
-    /// A well-formed answer to a shorter range: so many bytes of it.
+    /// A well-formed answer to a range of only this many bytes.
     Short(usize),
-    /// So many bytes per second, never silent.
+    /// This many bytes per second, never silent.
     Slow(u64),
     /// The right number of bytes from another place, honestly described.
     OtherPlace,
@@ -58,7 +58,7 @@ pub enum Fault {
 /// A request as it came in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
-    /// Method.
+    /// HTTP method.
     pub method: String,
     /// Path and query.
     pub path: String,
@@ -77,7 +77,7 @@ struct Shared {
     seen: Vec<Seen>,
     /// Signatures of earlier generations have expired.
     generation: usize,
-    /// A signature serves so many requests.
+    /// Number of requests that a signature serves.
     uses: Option<usize>,
     used: usize,
 }
@@ -149,7 +149,7 @@ impl MockHub {
         self.lock().faults.push((path.to_owned(), times, fault));
     }
 
-    /// Lets every signed address expire after so many requests.
+    /// Lets every signed address expire after this many requests.
     pub fn expire_after(&self, uses: usize) {
         self.lock().uses = Some(uses);
     }

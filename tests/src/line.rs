@@ -50,7 +50,7 @@ impl Line {
         Self::new(server, preface.to_vec(), Duration::ZERO, None)
     }
 
-    /// A line to `server` that carries so many bytes per second each way.
+    /// A line to `server` that carries this many bytes per second each way.
     pub fn narrow(server: &SshEndpoint, bytes_per_second: u64) -> Result<Self> {
         Self::new(server, Vec::new(), Duration::ZERO, Some(bytes_per_second as f64))
     }

@@ -4,13 +4,13 @@ use std::path::Path;
 
 /// A tensor with a storage of its own.
 pub struct Tensor {
-    /// Name.
+    /// The tensor's name.
     pub name: String,
     /// PyTorch's name for storages of its type: `FloatStorage`.
     pub storage: &'static str,
     /// Bytes per value.
     pub size: usize,
-    /// Dimensions.
+    /// Dimensions, outermost first.
     pub shape: Vec<u64>,
     /// Values from one index to the next, per dimension.
     pub strides: Vec<u64>,

@@ -131,7 +131,7 @@ fn dispatch(cli: Cli) -> Result<()> {
     Ok(())
 }
 
-/// Lets the system give this process no more than so many bytes of memory: then it aborts.
+/// Limits this process's memory to this many bytes: beyond that it aborts.
 fn limit_memory(bytes: u64) -> Result<()> {
     let allowed = getrlimit(Resource::Data).maximum.map_or(bytes, |allowed| allowed.min(bytes));
     let limit = Rlimit { current: Some(allowed), maximum: Some(allowed) };

@@ -98,7 +98,7 @@ pub struct Names {
 
 /// Tensors known and deliberately left unread.
 pub struct Ignored {
-    /// Which.
+    /// The tensors that it is about.
     pub names: Pattern,
     /// What they are.
     pub why: &'static str,

@@ -39,18 +39,18 @@ pub struct AttentionWeights {
 pub enum Projections {
     /// One each.
     Separate {
-        /// Queries.
+        /// Projection to queries.
         query: Linear,
-        /// Keys.
+        /// Projection to keys.
         key: Linear,
-        /// Values.
+        /// Projection to values.
         value: Linear,
     },
     /// All rows in one matrix, one kind after another.
     Fused(Linear),
     /// Keys are values too.
     KeyIsValue {
-        /// Queries.
+        /// Projection to queries.
         query: Linear,
         /// Keys and values.
         key: Linear,

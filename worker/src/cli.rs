@@ -287,9 +287,9 @@ pub struct JobArgs {
 pub enum BosArg {
     /// As the tokenizer does.
     Auto,
-    /// Always.
+    /// BOS first; an error if the tokenizer has none.
     Always,
-    /// Never.
+    /// No BOS.
     Never,
 }
 

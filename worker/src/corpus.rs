@@ -53,7 +53,7 @@ const DESCRIPTIONS: [&str; 5] =
 pub struct Tokens {
     /// `[sequences, tokens]`, row by row; every id is below the vocabulary's size.
     pub ids: Vec<i64>,
-    /// Rows.
+    /// Number of sequences.
     pub sequences: usize,
     /// Tokens per row, prefix included.
     pub tokens: usize,

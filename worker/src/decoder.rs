@@ -49,7 +49,7 @@ pub enum Longest {
 }
 
 impl Longest {
-    /// Tokens.
+    /// The number of tokens.
     pub fn tokens(self) -> usize {
         match self {
             Self::Positions(tokens) | Self::SelectedKeys(tokens) => tokens,
@@ -144,7 +144,7 @@ pub enum NormOrder {
 /// A norm over the last dimension, computed in f32.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NormSpec {
-    /// Formula.
+    /// Which formula it follows.
     pub kind: NormKind,
     /// Added to the mean square or variance.
     pub eps: f64,
@@ -162,12 +162,12 @@ pub enum NormKind {
 }
 
 impl NormSpec {
-    /// RMSNorm.
+    /// An RMSNorm with this epsilon.
     pub fn rms(eps: f64) -> Self {
         Self { kind: NormKind::Rms, eps }
     }
 
-    /// LayerNorm.
+    /// A LayerNorm with this epsilon.
     pub fn layer(eps: f64) -> Self {
         Self { kind: NormKind::Layer, eps }
     }
@@ -256,9 +256,9 @@ pub enum QkNorm {
 /// Which of the keys up to its own position a query sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Window {
-    /// All.
+    /// All keys up to the query.
     Full,
-    /// The last so many, its own included.
+    /// The last N keys, its own included.
     Sliding(usize),
     /// Those in its own chunk: positions with the same `position / chunk`.
     Chunked(usize),
@@ -296,7 +296,7 @@ impl Temperature {
 /// each head of their own; one rotated key part serves all heads.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LatentSpec {
-    /// Heads.
+    /// Number of heads.
     pub heads: usize,
     /// Width of the queries' bottleneck; `None`: one full matrix.
     pub query_rank: Option<usize>,
@@ -339,7 +339,7 @@ pub struct DeltaNetSpec {
 /// Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): a linear recurrence over a matrix state per head.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MambaSpec {
-    /// Heads.
+    /// Number of heads.
     pub heads: usize,
     /// Width of a head.
     pub head_dim: usize,
@@ -412,7 +412,7 @@ pub enum MlpKind {
     ClampedSwiglu {
         /// Where gate and up lie.
         stored: GateUp,
-        /// Bound.
+        /// Largest magnitude.
         limit: f64,
         /// Slope inside the sigmoid.
         alpha: f64,

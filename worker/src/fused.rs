@@ -60,7 +60,7 @@ impl Real for bf16 {
     }
     #[inline(always)]
     fn narrow(value: f32) -> Self {
-        // What is no number stays none.
+        // NaN is preserved.
         let quiet = (value.to_bits() >> 16) as u16 | 0x40;
         Self::from_bits(if value.is_nan() { quiet } else { <Self as Compute>::narrow(value) })
     }
@@ -136,7 +136,7 @@ fn lane_sum<T: Copy>(x: &[T], term: impl Fn(T) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
-/// The largest value, in as many lanes; minus infinity if there is none. NaNs are passed over.
+/// The largest value, in sixteen lanes; minus infinity if there is none. NaNs are passed over.
 #[inline(always)]
 fn lane_max<T: Copy>(x: &[T], value: impl Fn(T) -> f32) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
@@ -618,7 +618,7 @@ pub enum Gate {
     GeluTanh,
     /// `(clamp(up, -limit, limit) + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)` (gpt-oss).
     Clamped {
-        /// Bound.
+        /// Largest magnitude.
         limit: f32,
         /// Slope inside the sigmoid.
         alpha: f32,
@@ -639,7 +639,7 @@ fn gelu_tanh(x: f32) -> f32 {
     x * sigmoid(TWICE * (x + 0.044_715 * x * x * x))
 }
 
-/// The smaller one; what is no number stays none.
+/// The smaller one; NaN is preserved.
 #[inline(always)]
 fn at_most(x: f32, limit: f32) -> f32 {
     if x > limit { limit } else { x }

@@ -25,7 +25,7 @@ use crate::stream::{self, VOCAB_BLOCK};
 /// The run to plan for.
 #[derive(Clone, Copy, Debug)]
 pub struct PlannedRun {
-    /// Sequences.
+    /// Number of sequences.
     pub sequences: usize,
     /// Tokens per sequence.
     pub tokens: usize,

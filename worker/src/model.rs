@@ -75,7 +75,7 @@ pub struct Piece<'a> {
 pub enum Format {
     /// Floats of the entry's dtype.
     Plain,
-    /// FP8 e4m3, a scale per tile of so many rows and columns.
+    /// FP8 e4m3, a scale per tile of these rows and columns.
     Fp8Blocks {
         /// Rows and columns.
         block: [usize; 2],
@@ -114,7 +114,7 @@ impl<'a> Stored<'a> {
 }
 
 impl<'a> Model<'a> {
-    /// Reads the configuration and checks the headers against it. `layers`: only the first so many.
+    /// Reads the configuration and checks the headers against it. `layers`: only the first of them.
     ///
     /// # Errors
     /// Unsupported architectures and switches; missing tensors, wrong shapes and dtypes by name; more layers asked for than there are.

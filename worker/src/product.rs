@@ -147,7 +147,7 @@ impl<'a> Weights<'a> {
         Ok(Self { values: &values[layout.start_offset()..], order, batch, distance, n, k })
     }
 
-    /// Of as many matrices of so many rows.
+    /// Of this many matrices, each of this many rows.
     fn multiply<A: Real>(&self, unit: Unit, x: &[A], rows: usize) -> Vec<A> {
         let mut out = Vec::with_capacity(self.batch * rows * self.n);
         for index in 0..self.batch {

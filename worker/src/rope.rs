@@ -34,7 +34,7 @@ pub enum RopeScaling {
     },
     /// All divided by `factor`.
     Linear {
-        /// Divisor.
+        /// What positions are divided by.
         factor: f64,
     },
     /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, a ramp between.
@@ -69,9 +69,9 @@ pub enum RopeScaling {
 /// cos and sin for positions `0..positions`, each `[positions, dims / 2]`, row-major f32.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
-    /// Cosines.
+    /// Cosine of each position and pair.
     pub cos: Vec<f32>,
-    /// Sines.
+    /// Sine of each position and pair.
     pub sin: Vec<f32>,
     /// `dims / 2`.
     pub pairs: usize,

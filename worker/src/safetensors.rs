@@ -41,7 +41,7 @@ pub enum StoredDtype {
     U32,
     /// 16-bit unsigned integers.
     U16,
-    /// Bytes.
+    /// Unsigned 8-bit integers.
     U8,
     /// One byte per truth value.
     Bool,

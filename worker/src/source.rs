@@ -39,7 +39,7 @@ const LONGEST_NOTE: usize = 2000;
 /// One stored tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorEntry {
-    /// Name.
+    /// The file's name.
     pub name: String,
     /// Stored type.
     pub dtype: StoredDtype,

@@ -96,7 +96,7 @@ impl Predicted {
         Some(Perplexity { perplexity: mean_nll.exp(), mean_nll, predicted_tokens: self.nll.len() as u64 })
     }
 
-    /// Mean negative log-likelihood of each of so many sequences; `None` without predictions.
+    /// Mean negative log-likelihood of each sequence; `None` without predictions.
     pub fn of_sequences(&self, sequences: usize) -> Vec<Option<f64>> {
         let each = self.nll.len() / sequences.max(1);
         (0..sequences).map(|sequence| mean(&self.nll[sequence * each..][..each])).collect()

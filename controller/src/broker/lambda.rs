@@ -21,7 +21,7 @@ use crate::http::{Call, Effect, Http, Method, Reply};
 use crate::text::clean;
 use crate::units::UsdPerHour;
 
-/// Lambda.
+/// Lambda's entry in the list of clouds.
 pub const CLOUD: CloudKind = CloudKind {
     name: NAME,
     key_variable: "LAMBDA_API_KEY",

@@ -59,7 +59,7 @@ const MOST_PAGES: usize = 1000;
 const SHORTEST_CONTRACT: u64 = 6 * 3600;
 /// Drivers report less than the nominal memory of a GPU, at most this much less ([`crate::gpu::nominal_vram`]).
 const REPORTED_OF_NOMINAL: f64 = 0.9;
-/// Figures of the cloud that are rounded here may be so much less before that: CUDA versions, and dollars.
+/// How far a figure of the cloud may lie below its rounded value here: CUDA versions and dollars.
 const ROUNDING: (f64, f64) = (0.06, 1e-6);
 /// Disk of an instance for which nobody asked for more; the cloud's own default is 8. GB.
 const SMALLEST_DISK: u64 = 10;
@@ -359,7 +359,7 @@ struct Ask {
     /// The part that is rented.
     #[serde(default, deserialize_with = "lenient")]
     cpu_cores_effective: Option<f64>,
-    /// GB.
+    /// In GB.
     #[serde(default, deserialize_with = "lenient")]
     disk_space: Option<f64>,
     /// Megabits per second.

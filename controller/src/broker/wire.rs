@@ -11,7 +11,7 @@ use crate::units::{Bytes, UsdPerHour};
 
 use super::{BrokerError, Instance, InstanceId, InstanceState, SshEndpoint};
 
-/// A thousand millions: what clouds that sell disk mean by a gigabyte, or more.
+/// 10^9 bytes: clouds that sell disk mean this by a gigabyte, or more.
 pub(super) const GB: u64 = 1_000_000_000;
 /// What a machine that reports its memory calls a megabyte.
 pub(super) const MIB: u64 = 1 << 20;
@@ -112,7 +112,7 @@ pub(super) fn price(dollars: f64) -> Option<UsdPerHour> {
     (dollars > 0.0 && dollars <= HIGHEST_PRICE).then(|| UsdPerHour::from_dollars(dollars))
 }
 
-/// So many units, `None` if no machine has that.
+/// A number of units; `None` if no machine has that.
 pub(super) fn size(amount: f64, unit: u64) -> Option<Bytes> {
     let bytes = amount * unit as f64;
     (bytes > 0.0 && bytes <= LARGEST_SIZE).then_some(Bytes(bytes.round() as u64))

@@ -13,7 +13,7 @@ use crate::ledger::random_word;
 use crate::local_worker::{LocalWorkerError, is_refusal};
 use crate::report::{Complaint, ExitStatus, tables};
 
-/// Does it. Results lie in a folder of another name until they are whole: what fails never touches
+/// Runs `analyze`. Results lie in a folder of another name until they are whole: what fails never touches
 /// what lies in theirs.
 pub(super) async fn command(context: &Context, args: &AnalyzeArgs) -> Result<ExitStatus, Complaint> {
     let worker = context.worker().await?;

@@ -18,7 +18,7 @@ const DPI: u16 = 300;
 /// Width of PDF files, unless it is said: 840 units at 120 per inch.
 const PDF_INCHES: f64 = 7.0;
 
-/// Does it.
+/// Runs `compare`.
 pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatus, Complaint> {
     let (folders, left_out) = match args.folders.is_empty() {
         true => read_whole(&context.settings.results, args.allow_partial)?,

@@ -63,7 +63,7 @@ struct Document {
     deployed: Deployed,
 }
 
-/// Does it.
+/// Runs `demo`.
 pub(super) async fn command(context: &Context, args: &DemoArgs) -> Result<ExitStatus, Complaint> {
     let folder = model(context, args).await?;
     let planted = truth(&folder)?;

@@ -92,7 +92,7 @@ struct Plan<'a> {
     at_most: Usd,
 }
 
-/// Does it.
+/// Runs `deploy`.
 pub(super) async fn command(context: &Context, args: &DeployArgs) -> Result<ExitStatus, Complaint> {
     let Some(deployed) = deploy(context, args).await? else { return Ok(ExitStatus::Done) };
     if !deployed.run.state.is_at_rest() {

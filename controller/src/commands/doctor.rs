@@ -62,7 +62,7 @@ impl Finding {
     }
 }
 
-/// Does it.
+/// Runs `doctor`.
 pub(super) async fn command(context: &Context, args: &DoctorArgs) -> Result<ExitStatus, Complaint> {
     let clouds = context.all_clouds()?;
     let mut checks = vec![keys(&context.settings.state), worker(context).await];

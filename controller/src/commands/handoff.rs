@@ -24,7 +24,7 @@ struct Written<'a> {
     document: Document<'a>,
 }
 
-/// Does it. A second one on the same day takes the place of the first, unless somebody has edited
+/// Runs `handoff`. A second document on the same day replaces the first, unless somebody has edited
 /// that.
 pub(super) fn command(context: &Context, output: Option<&Path>, force: bool) -> Result<ExitStatus, Complaint> {
     let standing = Standing::look(&context.ledger()?, &context.settings.results, now_ms())?;

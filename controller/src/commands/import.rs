@@ -15,7 +15,7 @@ use crate::files::{MOST, read_small, sha256, write_whole};
 use crate::ledger::now_ms;
 use crate::report::{Complaint, ExitStatus};
 
-/// Does it.
+/// Runs `results import`.
 pub(super) fn command(context: &Context, args: &ImportArgs) -> Result<ExitStatus, Complaint> {
     let mut imported = import(&args.paths).map_err(|error| {
         Complaint::refused(

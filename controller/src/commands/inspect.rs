@@ -5,7 +5,7 @@ use crate::cli::InspectArgs;
 use crate::local_worker::Check;
 use crate::report::{Complaint, ExitStatus, tables};
 
-/// Does it.
+/// Runs `inspect`.
 pub(super) async fn command(context: &Context, args: &InspectArgs) -> Result<ExitStatus, Complaint> {
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;

@@ -38,7 +38,7 @@ struct Shown<'a> {
     what_it_is: String,
 }
 
-/// Does it.
+/// Runs an `instances` subcommand.
 pub(super) async fn command(context: &Context, command: InstancesCommand) -> Result<ExitStatus, Complaint> {
     match command {
         InstancesCommand::List { only } => list(context, &context.home(), &clouds(context, &only)?).await,

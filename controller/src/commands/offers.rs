@@ -49,7 +49,7 @@ struct Priced<'a> {
     over_limit: bool,
 }
 
-/// Does it.
+/// Runs `offers`.
 pub(super) async fn command(context: &Context, args: &OffersArgs) -> Result<ExitStatus, Complaint> {
     let want = market::for_the_worker(request(&args.want));
     let work = work(context, args).await?;

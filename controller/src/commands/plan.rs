@@ -21,7 +21,7 @@ use crate::units::{Bytes, UsdPerHour};
 struct Document<'a> {
     schema: u32,
     inspection: &'a Inspection,
-    /// What the results take at home, at most.
+    /// Largest size of the results on this machine.
     results: Bytes,
     estimate: Estimate,
     /// Matching offers, best first.
@@ -42,7 +42,7 @@ fn estimate(work: &Work, args: &PlanArgs, best: Option<&Offer>) -> Estimate {
     }
 }
 
-/// Does it.
+/// Runs `plan`.
 pub(super) async fn command(context: &Context, args: &PlanArgs) -> Result<ExitStatus, Complaint> {
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;

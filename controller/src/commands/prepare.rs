@@ -139,7 +139,7 @@ pub(super) fn identity(context: &Context, job: &JobSpec) -> Result<JobIdentity, 
     JobIdentity::of(job).map_err(|error| Complaint::failed(format!("the corpus: {error}")))
 }
 
-/// What the worker of this job is given, which is one of so many at the same time.
+/// What this job's worker is given where `workers` of them run at the same time.
 pub(super) fn secrets(context: &Context, job: &JobSpec, workers: usize) -> Vec<(&'static str, Secret)> {
     if job.asks_the_hub() { context.settings.hub_variables(workers) } else { Vec::new() }
 }

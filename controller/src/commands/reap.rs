@@ -74,7 +74,7 @@ struct Trouble {
     words: String,
 }
 
-/// Does it.
+/// Runs `reap`.
 pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitStatus, Complaint> {
     let home = context.home();
     let owner = args.owner.as_deref().or(home.owner.as_deref());

@@ -38,7 +38,7 @@ pub struct Listed {
     pub tokens: Option<[usize; 2]>,
     /// Systematic features: unique, by layers.
     pub count: Option<f64>,
-    /// Perplexity.
+    /// Perplexity of the text.
     pub perplexity: Option<f64>,
 }
 

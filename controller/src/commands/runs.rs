@@ -50,7 +50,7 @@ impl<'a> Shown<'a> {
     }
 }
 
-/// Does it.
+/// Runs a `runs` subcommand.
 pub(super) async fn command(context: &Context, command: RunsCommand) -> Result<ExitStatus, Complaint> {
     let ledger = context.ledger()?;
     match command {

@@ -18,7 +18,7 @@ pub(super) struct Document<'a> {
     pub(super) standing: &'a Standing,
 }
 
-/// Does it.
+/// Runs `status`.
 pub(super) async fn command(context: &Context, watch: bool) -> Result<ExitStatus, Complaint> {
     let ledger = context.ledger()?;
     // One that cannot be spoken to is for `doctor` to tell.

@@ -57,7 +57,7 @@ enum Todo {
     Run(Box<Prepared>),
 }
 
-/// Does it.
+/// Runs `survey`.
 pub(super) async fn command(context: &Context, args: &SurveyArgs) -> Result<ExitStatus, Complaint> {
     let survey = Survey::read(&context.here.join(&args.file))?;
     let session = Session::open(context, args, &survey)?;

@@ -23,7 +23,7 @@ struct Document {
     oldest_cuda: Option<CudaVersion>,
 }
 
-/// Does it.
+/// Runs a `worker` subcommand.
 pub(super) async fn command(context: &Context, command: WorkerCommand) -> Result<ExitStatus, Complaint> {
     let WorkerCommand::Build { cuda, output } = command;
     let project = project(&context.here)?;

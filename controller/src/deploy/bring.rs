@@ -1,4 +1,4 @@
-//! Results at home: named, compared with the manifest and with the job that was sent, moved into
+//! Results on this machine: named, compared with the manifest and with the job that was sent, moved into
 //! place as one.
 
 use std::fs;

@@ -104,7 +104,7 @@ pub(crate) enum Fault {
     Refuses,
     /// This once the cloud's list shows ours as entries of which nothing can be read.
     Odd,
-    /// SIGHUP.
+    /// The process gets SIGHUP.
     Hangup,
     /// From here on the ledger takes no event, for some minutes or until the next process.
     StateFull,
@@ -197,7 +197,7 @@ pub(crate) struct World {
     pub(crate) drags: Vec<(String, Duration)>,
     /// The worker here is one for CPUs.
     pub(crate) without_cuda: bool,
-    /// So many hosts let no program run.
+    /// Number of hosts that let no program run.
     pub(crate) barred: u32,
     pub(crate) create_error: Option<BrokerErrorKind>,
     /// So often a worker dies.
@@ -210,7 +210,7 @@ pub(crate) struct World {
     pub(crate) damage: bool,
     /// The manifest is not to be trusted.
     pub(crate) damaged_manifest: bool,
-    /// The worker does another job: it runs so many layers.
+    /// The worker does another job: it runs this many layers.
     pub(crate) other_layers: Option<usize>,
     /// No file comes to its end.
     pub(crate) stalls: bool,
@@ -252,7 +252,7 @@ pub(crate) struct Fake {
 }
 
 impl World {
-    /// Ours.
+    /// The machines that this ledger rented.
     pub(crate) fn ours(&self) -> impl Iterator<Item = &Machine> {
         self.machines.values().filter(|machine| !machine.foreign)
     }

@@ -72,7 +72,7 @@ impl Grace {
         self.lock().failure = Some(failure.to_owned());
     }
 
-    /// So much of the time was not the host's to use.
+    /// Excludes time that the host could not use.
     pub(super) fn put_off(&self, time: Duration) {
         self.lock().end += time;
     }

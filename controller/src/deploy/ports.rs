@@ -110,7 +110,7 @@ pub type Listener<'a> = dyn Fn(HostTalk) + Send + Sync + 'a;
 pub enum HostTalk {
     /// Bytes of an upload.
     Uploading {
-        /// What.
+        /// The file's name.
         name: String,
         /// Bytes sent so far.
         sent: u64,
@@ -119,7 +119,7 @@ pub enum HostTalk {
     },
     /// A file is coming home.
     Downloading {
-        /// What.
+        /// The file's name.
         name: String,
         /// Its size, 0 if unknown.
         bytes: u64,

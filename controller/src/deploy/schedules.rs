@@ -24,7 +24,7 @@ use crate::units::{Usd, UsdPerHour};
 const SCHEDULES: u64 = 2000;
 /// The first seed without being asked for another: the same commit gives the same answer.
 const SEED: u64 = 1;
-/// Of these, so many are run twice.
+/// How many of these are run twice.
 const TWICE: u64 = 200;
 /// Processes after which a run must have come to its end: each fault costs at most one, and one is the last.
 const MOST_LIVES: usize = 12;

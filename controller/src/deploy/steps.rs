@@ -29,7 +29,7 @@ type Step = Result<(), StepError>;
 enum Affordable {
     /// These offers, none if there was none to begin with.
     Now(Vec<Offer>),
-    /// The cheapest, which may cost so much, once other runs have ended for less than they reserved.
+    /// What the cheapest may cost, once other runs have ended for less than they reserved.
     Later(Usd),
 }
 

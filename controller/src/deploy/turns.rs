@@ -27,7 +27,7 @@ impl Drop for Place<'_> {
 }
 
 impl Turns {
-    /// With so much time between two starts.
+    /// With this pause between two starts.
     pub fn new(pause: Duration) -> Self {
         Self { pause, next: Mutex::default(), queue: tokio::sync::Mutex::default(), waiting: AtomicU32::new(0) }
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{HostError, RemoteHost};
 use crate::transport::quote::quote;
 
-/// So long for a bundle: 64 MiB at half a megabyte per second.
+/// Time for a bundle: 64 MiB at 0.5 MB/s.
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// `piece NUMBER FILE head|tail LIMIT` prints `@file NUMBER LENGTH`, a line end, so many bytes and a line end; nothing if it is no plain file.
@@ -21,7 +21,7 @@ piece() {
 /// A file to bring, or a part of it.
 pub(super) struct Wanted<'a> {
     pub(super) name: &'a str,
-    /// At most so many bytes.
+    /// At most this many bytes.
     pub(super) limit: u64,
     /// Of a longer file the last ones, instead of the first.
     pub(super) from_end: bool,

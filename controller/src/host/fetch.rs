@@ -23,10 +23,10 @@ const MAX_MANIFEST: u64 = 1 << 20;
 const MAX_LOOSE: u64 = 8 << 20;
 /// Of a log, its end.
 const MAX_LOG: u64 = 16 << 20;
-/// Files up to this come several in one answer, and so many bytes of them.
+/// Files up to this size come several in one answer of at most this many bytes.
 const SMALL: u64 = 8 << 20;
 const MAX_BATCH: u64 = 32 << 20;
-/// A lost connection is made again for so long.
+/// How long a lost connection is made again.
 const PATIENCE: Duration = Duration::from_secs(300);
 const NOTHING_KEPT: &str = "nothing of it was kept; another instance may serve better";
 /// Files worth having from a worker that did not finish, besides its log.
@@ -187,7 +187,7 @@ impl RemoteHost {
         for entry in &manifest.files {
             let name = &entry.name;
             let most = expected.iter().find(|file| file.name == *name && name != files::MANIFEST);
-            // Compared without case: some file systems at home know none.
+            // Compared without case: some local file systems know none.
             let Some(most) = most.filter(|_| names.insert(name.to_lowercase())) else {
                 let name = clean(name.as_bytes(), 200);
                 return Err(self.damaged(&format!("its manifest names the file {name:?}, which the job does not make")));
@@ -273,7 +273,7 @@ async fn is_verified(local: &Path, entry: &FileEntry) -> Result<bool, HostError>
     Ok(bytes == entry.bytes && sha256 == entry.sha256)
 }
 
-/// As many files at once as one answer may hold.
+/// The files in groups, each of which one answer may hold.
 fn batches<'a>(entries: &[&'a FileEntry]) -> Vec<Vec<&'a FileEntry>> {
     let mut batches: Vec<Vec<&FileEntry>> = Vec::new();
     let mut room = 0;

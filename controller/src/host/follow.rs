@@ -12,7 +12,7 @@ use super::{HostError, HostErrorKind, HostEvent, JobStatus, OnEvent, PATIENCE, R
 use crate::text::clean;
 use crate::transport::quote::quote;
 
-/// Losing SSH is not losing the job: so long it may be lost.
+/// How long SSH may be lost: the job goes on without it.
 const RECONNECT_BUDGET: Duration = Duration::from_secs(600);
 /// One look; beyond it the connection is taken for dead.
 const LOOK_LIMIT: Duration = Duration::from_secs(45);

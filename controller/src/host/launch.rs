@@ -43,7 +43,7 @@ pub enum JobStatus {
     NotStarted,
     /// At work.
     Running,
-    /// Over.
+    /// The worker has ended.
     Ended {
         /// Exit status, 128 + signal if a signal ended it; `None` if it was killed together with its wrapper.
         exit: Option<i32>,

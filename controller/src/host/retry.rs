@@ -10,7 +10,7 @@ use crate::transport::TransportErrorKind as Kind;
 
 /// Servers lock out clients that fail to log in too often: never faster than this.
 const AUTH_PAUSE: Duration = Duration::from_secs(5);
-/// So long a refused key may still be on its way into the instance.
+/// How long a refused key may still be on its way into the instance.
 const AUTH_PATIENCE: Duration = Duration::from_secs(30);
 
 /// One row of failures: from the first to the success that ends it.

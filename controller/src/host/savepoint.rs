@@ -1,4 +1,4 @@
-//! A save point at home: where the work goes on when its instance is gone.
+//! Save points on this machine: a new instance continues from them.
 
 use std::path::Path;
 

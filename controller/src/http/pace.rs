@@ -31,7 +31,7 @@ impl Paces {
         self.lock().insert(name, Pace::new(every));
     }
 
-    /// No call of this name for so long: the cloud has asked for it. Calls without a name are not held up: one of them may end an
+    /// Makes no call of this name for this time: the cloud has asked for it. Calls without a name are not held up: one of them may end an
     /// instance.
     pub(super) fn hold(&self, name: Option<&'static str>, time: Duration) {
         if let Some(pace) = self.lock().get_mut(&name).filter(|_| name.is_some()) {

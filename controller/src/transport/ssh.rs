@@ -40,9 +40,9 @@ use upload::{LANES, Press, Queue, Upload};
 /// How much silence a connection bears, and how long its keys are used.
 #[derive(Clone, Copy, Debug)]
 pub struct Tuning {
-    /// Nothing heard for so long: the server is asked whether it lives. Three questions without an answer end the connection.
+    /// Silence after which the server is asked whether it lives. Three questions without an answer end the connection.
     pub keepalive: Duration,
-    /// Nothing heard for so long of a transfer under way: the line is dead.
+    /// Silence of a transfer under way after which the line is dead.
     pub stall: Duration,
     /// Bytes each way after which keys are renewed.
     pub rekey_after: usize,

@@ -57,7 +57,7 @@ pub trait Dialect: Send + Sync + 'static {
         Some(stock.clone())
     }
 
-    /// What `stock` costs with so much disk.
+    /// What `stock` costs with this much disk.
     fn price(&self, stock: &Stock, disk_gib: u64) -> UsdPerHour {
         let _ = disk_gib;
         stock.price

@@ -9,7 +9,7 @@ pub enum Op {
     Check,
     /// What can be rented.
     Offers,
-    /// Rents.
+    /// The call that rents an instance.
     Create,
     /// All instances.
     List,
@@ -32,7 +32,7 @@ pub enum Refusal {
     Funds,
     /// The request is wrong; says what.
     Invalid(String),
-    /// Too many requests; come back after so many seconds, if the cloud says.
+    /// Too many requests; seconds to wait, if the cloud says.
     RateLimited(Option<u64>),
     /// There is no such thing.
     NotFound,

@@ -58,7 +58,7 @@ pub struct Stock {
     pub id: String,
     /// GPU model.
     pub gpu: Gpu,
-    /// GPUs.
+    /// Number of GPUs.
     pub gpus: u32,
     /// Memory of the host in GiB; `None`: the cloud does not know.
     pub ram_gib: Option<u64>,

@@ -105,7 +105,7 @@ pub(crate) struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Whether so many bytes are of one allocation.
+    /// Whether these bytes are of one allocation.
     ///
     /// # Errors
     /// They are not.

@@ -15,7 +15,7 @@ pub(crate) use run::{Grid, run};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Type {
     Pred,
-    /// Of so many bits, without a sign or without a meaning.
+    /// This many bits, without a sign or without a meaning.
     U(u32),
     S(u32),
     F16,

@@ -87,7 +87,7 @@ pub struct AblationArm {
 /// Features as people name them: dimensions separated by commas (`1512,7,2070`), or the results of an earlier run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ablate {
-    /// Dimensions.
+    /// The features' dimensions.
     Features(Vec<usize>),
     /// A `results.json`.
     Results(PathBuf),

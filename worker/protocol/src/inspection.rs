@@ -87,9 +87,9 @@ pub struct LayerInspection {
     pub kind: String,
     /// Routed experts; 0 for a dense layer.
     pub experts: usize,
-    /// Tensors.
+    /// Number of tensors.
     pub tensors: usize,
-    /// Parameters.
+    /// Number of parameters.
     pub parameters: u64,
     /// Bytes as stored.
     pub bytes: u64,
@@ -118,7 +118,7 @@ pub struct FileBytes {
 /// What a run needs: arithmetic over the headers and the job, nothing measured.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PlanFigures {
-    /// Sequences.
+    /// Number of sequences.
     pub sequences: usize,
     /// Tokens per sequence.
     pub tokens_per_sequence: usize,

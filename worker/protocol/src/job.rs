@@ -36,7 +36,7 @@ pub struct JobSpec {
     /// Devices as typed: `cpu`, `cpu:2` (two logical devices), `cuda:0`. Empty: the GPUs if there are any, else `cpu`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<String>,
-    /// Only the first so many layers: a quick look, without perplexity. `None`: all.
+    /// Only the first N layers: a quick look, without perplexity. `None`: all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layers: Option<usize>,
     /// When a feature counts.
@@ -283,7 +283,7 @@ impl fmt::Display for Weights {
 pub struct CorpusSpec {
     /// Where the text or the token ids come from.
     pub source: CorpusSource,
-    /// Sequences to run. With token ids: at most so many rows; `None` takes all rows (text: 16).
+    /// Sequences to run. With token ids: at most this many rows; `None` takes all rows (text: 16).
     #[serde(skip_serializing_if = "Option::is_none")]
     #[serde(alias = "num-sequences")]
     pub num_sequences: Option<usize>,
@@ -298,7 +298,7 @@ pub struct CorpusSpec {
     /// The field or column that holds the text, where documents have several.
     #[serde(alias = "text-field")]
     pub text_field: String,
-    /// So many documents are passed over first.
+    /// Number of documents to skip first.
     #[serde(skip_serializing_if = "is_zero")]
     #[serde(alias = "skip-documents")]
     pub skip_documents: usize,
@@ -359,11 +359,11 @@ pub struct Dataset {
     pub path: String,
 }
 
-/// FineWeb-Edu's sample of 10 thousand million tokens (Penedo et al. 2024), as it was when this was written.
+/// FineWeb-Edu's sample of 10 billion tokens (Penedo et al. 2024), as it was when this was written.
 const FINEWEB_EDU: (&str, &str, &str, &str) =
     ("fineweb-edu", "HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT");
 
-/// As people write it: `owner/name[@REVISION][:PATH]`, or `fineweb-edu` for its sample of 10 thousand million tokens at one commit.
+/// As people write it: `owner/name[@REVISION][:PATH]`, or `fineweb-edu` for its sample of 10 billion tokens at one commit.
 impl FromStr for Dataset {
     type Err = String;
 
@@ -398,7 +398,7 @@ pub enum BosPolicy {
     Auto,
     /// Always; an error if the tokenizer has none.
     Always,
-    /// Never.
+    /// No BOS.
     Never,
 }
 

@@ -161,7 +161,7 @@ pub struct TokenizerProvenance {
     pub file: String,
     /// SHA-256 of that file, or of several one after another.
     pub sha256: String,
-    /// Entries.
+    /// Number of entries.
     pub vocab: usize,
     /// Token id put before each window; `None`: none.
     pub bos_token_id: Option<u32>,
@@ -176,7 +176,7 @@ pub struct CorpusProvenance {
     pub sha256: String,
     /// SHA-256 of the token ids fed to the model: i64 little-endian, row by row.
     pub token_ids_sha256: String,
-    /// Sequences.
+    /// Number of sequences.
     pub sequences: usize,
     /// Tokens per sequence.
     pub tokens_per_sequence: usize,

@@ -72,7 +72,7 @@ pub(super) fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     decoder(config, window_of_each(config, every)?.into_iter().map(layer).collect())
 }
 
-/// The window of each layer: those of `layer_types`, else all keys in every so many layers.
+/// The window of each layer: those of `layer_types`, else all keys in every n-th layer.
 pub(super) fn window_of_each(config: &Config<'_>, every: usize) -> Result<Vec<Window>> {
     let by_interval = |layer: usize| if layer.is_multiple_of(every) { FULL.kind } else { SLIDING.kind };
     let kinds = match config.layer_types()? {

@@ -146,7 +146,7 @@ enum Kind {
     F32,
     F16,
     Bf16,
-    /// In tiles of so many rows and columns, with scales in F32.
+    /// In tiles of these rows and columns, with scales in F32.
     Fp8,
     /// The same with scales in E8M0.
     Fp8Powers,

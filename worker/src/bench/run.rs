@@ -97,7 +97,7 @@ pub struct RunRow {
 }
 
 impl RunRow {
-    /// `amount` in thousand millions of the unit.
+    /// `amount` in 10^9 of the unit.
     fn new(work: &'static str, unit: &'static str, amount: f64, seconds: f64, ceiling: f64) -> Self {
         let achieved = amount / seconds.max(1e-9);
         Self { work, unit, seconds, achieved, ceiling, share: achieved / ceiling }

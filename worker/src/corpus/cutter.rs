@@ -12,7 +12,7 @@ pub(super) struct Cutter<'a> {
     /// Ids of a window that are not its prefix.
     body: usize,
     cut: Cut,
-    /// Ids of all documents. Overlapping: about so many.
+    /// Ids of all documents; an estimate where windows overlap.
     pub(super) tokens: usize,
 }
 
@@ -60,7 +60,7 @@ impl<'a> Cutter<'a> {
         Ok(())
     }
 
-    /// Whether what was taken in certainly makes so many windows.
+    /// Whether what was taken in makes at least this many windows.
     pub(super) fn has(&self, windows: usize) -> bool {
         match &self.cut {
             Cut::Packed(ids) => ids.len() / self.body >= windows,

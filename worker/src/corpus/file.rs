@@ -27,7 +27,7 @@ pub(super) const CONVERT: &str = "convert it to UTF-8, for example with `iconv -
 pub(super) trait RangedFile {
     /// For messages.
     fn name(&self) -> &str;
-    /// Bytes.
+    /// Size in bytes.
     fn size(&self) -> u64;
     /// The bytes of a range inside it.
     fn read(&self, range: Range<u64>) -> Result<Vec<u8>>;
@@ -92,7 +92,7 @@ fn look_at(path: &Path) -> Result<Metadata> {
     Err(WorkerError::corpus(format!("{} is not a regular file", path.display())).hint("name the text files one by one"))
 }
 
-/// The bytes of a file that has at most so many.
+/// The bytes of a file of at most this size.
 pub(super) fn read_whole(file: &dyn RangedFile, most: u64) -> Result<Vec<u8>> {
     let (name, bytes) = (file.name(), file.size());
     if bytes > most {
@@ -107,7 +107,7 @@ pub(super) fn too_long(what: String, most: u64) -> WorkerError {
     WorkerError::corpus(message).hint("cut it into several files; .jsonl and .parquet files may have any length")
 }
 
-/// The first bytes of a file, at most so many.
+/// The first bytes of a file, at most this many.
 pub(super) fn head(file: &dyn RangedFile, most: u64) -> Result<Vec<u8>> {
     file.read(0..file.size().min(most))
 }

@@ -21,7 +21,7 @@ pub(super) struct Unpacked {
 }
 
 impl Unpacked {
-    /// Unpacks a file into at most so many bytes.
+    /// Unpacks a file into at most this many bytes.
     pub(super) fn of(file: &dyn RangedFile, compression: CorpusCompression, most: u64) -> Result<Self> {
         let name = file.name().to_owned();
         let mut bytes = Vec::new();

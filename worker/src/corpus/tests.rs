@@ -302,7 +302,7 @@ impl Model {
         )
     }
 
-    /// A Parquet file with so many rows in a block, as `codec` packs them.
+    /// A Parquet file with this many rows in a block, as `codec` packs them.
     fn parquet(&self, name: &str, documents: &[String], rows: usize, codec: Compression) -> String {
         use ::parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
         let schema = "message m { required int64 id; optional binary text (UTF8); }";

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 /// The stretch of time for which the hub counts requests: <https://huggingface.co/docs/hub/rate-limits>.
 pub(super) const WINDOW: Duration = Duration::from_secs(300);
 
-/// At most so many requests in any window, wherever it begins.
+/// A limit on the requests in any window, wherever it begins.
 pub(super) struct Allowance {
     most: usize,
     window: Duration,

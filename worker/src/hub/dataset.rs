@@ -25,7 +25,7 @@ impl DatasetFile {
         self.0.name()
     }
 
-    /// Bytes.
+    /// Size in bytes.
     pub fn size(&self) -> u64 {
         self.0.size()
     }

@@ -7,7 +7,7 @@ use crate::source::Wanted;
 /// Pieces up to this size are fetched together with others of their layer, whichever unit they belong to: the scales of all experts,
 /// norms. Larger ones would hold memory from the first unit that needs one of them to the last.
 const SMALL: u64 = 256 << 10;
-/// Gaps read along are at most this share of all bytes: one in so many.
+/// Gaps read along are at most one in this many of all bytes.
 const GAP_SHARE: u64 = 200;
 
 /// A range that is asked for in one request, and kept until all that is wanted of it has been read.

@@ -18,9 +18,9 @@ use sha2::Digest as _;
 use super::listing::Digest;
 use super::plan::Part;
 
-/// What is fetched for hashes alone is at most one in so many of the bytes that are read.
+/// What is fetched for hashes alone is at most one in this many of the bytes that are read.
 const EXTRA_SHARE: u64 = 33;
-/// It may be so many bytes in any case.
+/// It may be this many bytes in any case.
 const EXTRA_LEAST: u64 = 16 << 20;
 
 /// A plan of fetching with what hashes need beside what is read.
@@ -40,9 +40,9 @@ pub(super) struct Schedule {
 pub(super) enum Unverifiable {
     /// The hub lists no hash of it.
     NoHash,
-    /// So many bytes of it are not read.
+    /// Number of its bytes that are not read.
     Unread(u64),
-    /// So many bytes would have to be held.
+    /// Number of bytes that would have to be held.
     Memory(u64),
 }
 

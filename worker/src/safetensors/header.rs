@@ -26,7 +26,7 @@ const MAX_DTYPE_NAME: usize = 32;
 /// One tensor of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeaderTensor {
-    /// Name.
+    /// The tensor's name.
     pub name: String,
     /// Stored type.
     pub dtype: StoredDtype,

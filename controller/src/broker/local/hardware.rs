@@ -46,7 +46,7 @@ pub(super) struct Gpu {
 pub(super) enum Goods {
     /// The CPU alone.
     Cpu,
-    /// So many GPUs of one name.
+    /// A number of GPUs of one name.
     Gpus(u32, String),
 }
 

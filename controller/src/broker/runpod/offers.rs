@@ -79,7 +79,7 @@ struct Candidate {
     max_cuda: Option<CudaVersion>,
 }
 
-/// Everything in stock that has as many GPUs as wanted; a filter beyond that is the market's, which tells what it left out.
+/// Everything in stock with the wanted number of GPUs; a filter beyond that is the market's, which tells what it left out.
 pub(super) async fn offers(http: &Http, want: &GpuRequest) -> Result<Offers, BrokerError> {
     let tiers = want.tier.map_or(vec![Tier::Secure, Tier::Community], |tier| vec![tier]);
     let candidates = try_join_all(tiers.into_iter().map(|tier| catalog(http, want, tier))).await?;
@@ -175,7 +175,7 @@ struct HostsOfType {
     host: Option<Host>,
 }
 
-/// The cheapest host with so many GPUs free; figures are of the whole pod.
+/// The cheapest host with this number of GPUs free; figures are of the whole pod.
 #[derive(Clone, Copy, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Host {

@@ -69,7 +69,7 @@ impl Session<'_> {
         stuck
     }
 
-    /// What was left first: it bills already. So many are done at the same time.
+    /// Runs that were left come first: they bill already. At most this many at a time.
     fn tasks(&self, todo: Vec<Todo>, parallel: usize) -> Vec<Task> {
         let mut tasks: Vec<Task> = Vec::new();
         for (model, todo) in self.models.iter().zip(todo) {

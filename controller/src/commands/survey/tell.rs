@@ -38,7 +38,7 @@ pub(super) struct Row<'a> {
     /// Why it cannot be done.
     problem: Option<String>,
     spec: Option<&'a RunSpec>,
-    /// The first of so many that would do.
+    /// The best of the `offers` that would do.
     offer: Option<&'a Offer>,
     offers: usize,
     estimate: Option<Estimate>,

@@ -24,7 +24,7 @@ use crate::units::Bytes;
 
 /// Hashing a large file on a slow disk.
 const HASH_LIMIT: Duration = Duration::from_secs(900);
-/// After so long without any progress an upload is given up.
+/// Time without progress after which an upload is given up.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// Kept free beside an upload, for the run's own files.
 const SPARE: u64 = 16 << 20;

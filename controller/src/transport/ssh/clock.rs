@@ -35,7 +35,7 @@ impl<'a> Clock<'a> {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
-    /// The other side has so many more bytes.
+    /// The other side has this many more bytes.
     pub(super) fn acknowledge(&self, bytes: u64) {
         self.hear();
         self.acknowledged.send_modify(|all| *all += bytes);

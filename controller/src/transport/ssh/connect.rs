@@ -34,7 +34,7 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Key exchange, and again login.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
 
-/// New keys at the latest after so long, as RFC 4253 (section 9) wants it.
+/// Longest time between new keys, as RFC 4253 (section 9) wants it.
 const REKEY_TIME: Duration = Duration::from_secs(3600);
 
 /// Channels that a server may try to open before its connection is ended.

@@ -27,7 +27,7 @@ const CHUNK: u64 = 31 << 10;
 const WRITES: usize = 64;
 /// Reads under way: they fill half of our own window.
 const READS: usize = 256;
-/// So long a request may take in all, queueing included: [`Clock`] says when a line is dead.
+/// Longest time of a request, queueing included: [`Clock`] says when a line is dead.
 const REQUEST_LIMIT_SECS: u64 = 24 * 3600;
 /// Type bits of a mode, and the value for a plain file.
 const TYPE_MASK: u32 = 0o170_000;

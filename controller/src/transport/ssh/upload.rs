@@ -26,9 +26,9 @@ use crate::transport::TransportError;
 pub(super) const LANES: usize = 8;
 /// What a lane takes at a time: as much as a channel's window holds.
 pub(super) const BLOCK: u64 = 31 * plain::UNIT;
-/// So much goes out before the first acknowledgement: two windows.
+/// Bytes that go out before the first acknowledgement: two windows.
 const START: u64 = 2 * BLOCK;
-/// A line is judged after so long: before, connections are still finding their pace.
+/// Time after which a line is judged: connections find their rate before.
 const TRIAL: Duration = Duration::from_secs(2);
 /// Bytes per second below which a line is narrow. One core compresses several times faster.
 const NARROW: f64 = 12e6;
@@ -222,7 +222,7 @@ impl Press {
     }
 }
 
-/// Whether so many bytes in such a time are a narrow line.
+/// Whether these bytes in this time are a narrow line.
 fn is_narrow(bytes: u64, elapsed: Duration) -> bool {
     (bytes as f64) < NARROW * elapsed.as_secs_f64()
 }

@@ -170,7 +170,7 @@ async fn hold(channel: Channel<Msg>) {
     drop(channel);
 }
 
-/// Says so many bytes again and again, for as long as somebody listens.
+/// Sends this many bytes again and again, for as long as somebody listens.
 async fn talk(channel: Channel<Msg>, bytes: usize, pause: Duration) {
     while channel.data_bytes(vec![b'y'; bytes]).await.is_ok() {
         tokio::time::sleep(pause).await;

@@ -106,7 +106,7 @@ impl Dialect for Prime {
     }
 }
 
-/// Whole GB that hold so many GiB.
+/// Whole GB that hold this many GiB.
 fn gb(gib: u64) -> u64 {
     (gib << 30).div_ceil(1_000_000_000)
 }

@@ -32,7 +32,7 @@ pub(crate) fn size(layout: Layout) -> Option<usize> {
     (layout.size() >= LEAST && layout.align() <= 4096).then(|| layout.size().next_multiple_of(STEP))
 }
 
-/// A block of so many bytes, and whether it has been used. `None` if the system has no more.
+/// A block of this many bytes, and whether it has been used. `None` if the system has no more.
 pub(crate) fn take(bytes: usize) -> Option<(*mut u8, bool)> {
     let mut blocks = blocks();
     blocks.in_use += bytes;
@@ -63,7 +63,7 @@ pub(crate) fn give(block: *mut u8, bytes: usize) {
 }
 
 impl Blocks {
-    /// So many bytes of what is kept, to the system.
+    /// Gives this many of the kept bytes back to the system.
     fn give_back(&mut self, mut bytes: usize) {
         while bytes > 0
             && let Some(span) = self.kept.drop_some(bytes)

@@ -33,7 +33,7 @@ impl Kept {
         self.bytes
     }
 
-    /// The address of so many bytes, of the span that they fill best.
+    /// The address of this many bytes, in the span that they fill best.
     pub(crate) fn take(&mut self, bytes: usize) -> Option<usize> {
         let spans = &mut self.spans[..self.count];
         let (index, best) =

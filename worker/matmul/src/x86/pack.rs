@@ -109,7 +109,7 @@ unsafe impl Real for bf16 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
     unsafe fn write(to: *mut Self, count: usize, sums: __m512i) {
-        // To nearest, ties to even; what is no number stays none.
+        // To nearest, ties to even; NaN is preserved.
         let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(sums), _mm512_set1_epi32(1));
         let rounded = _mm512_add_epi32(_mm512_add_epi32(sums, _mm512_set1_epi32(0x7fff)), odd);
         let value = _mm512_castsi512_ps(sums);

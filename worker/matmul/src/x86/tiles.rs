@@ -52,7 +52,7 @@ impl Drop for Configured {
     }
 }
 
-/// AMX.
+/// Products by AMX.
 pub(crate) struct Tiles;
 
 // SAFETY: reads and writes as many tiles as there are steps, and parts of each.

@@ -20,7 +20,7 @@ pub(crate) use pack::Real;
 /// A way to multiply that [was found](found).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// AMX.
+    /// Tiles of AMX.
     Tiles,
     /// AVX-512, and AVX512_BF16 for bf16.
     Pairs,
