@@ -463,7 +463,7 @@ impl<'a> Driver<'a> {
                 let is_late = self.memory.stopped_at.get().is_some_and(|at| at.elapsed() >= limit);
                 let reason = match &ending {
                     Ending::Failed { trouble } => trouble.message.clone(),
-                    _ if is_late => format!("what there is did not come home within {}", Span(limit)),
+                    _ if is_late => format!("the results so far were not fetched within {}", Span(limit)),
                     other => other.to_string(),
                 };
                 self.append(RunEvent::NotFetched { reason })

@@ -282,7 +282,7 @@ fn results_that_this_disk_cannot_take_are_refused_before_anything_is_rented() {
     let desk = Desk::new();
     let planned = fixture("llama-f32", &[]).into_iter().skip(1).filter(|word| word != "-y");
     let planned = desk.run(["plan".to_owned()].into_iter().chain(planned)).ok();
-    assert!(planned.stdout.contains("results, at home: "), "{planned:?}");
+    assert!(planned.stdout.contains(" at most, on this machine"), "{planned:?}");
     // Activations of eight million tokens in a model of 10^12 parameters.
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("published/Kimi-K2-Instruct");
     let rows = vec![format!("[{}1]", "0,".repeat(2047)); 4000];
@@ -322,7 +322,7 @@ fn assert_saved(desk: &Desk, run: &str) {
     desk.assert_nothing_left();
     assert_eq!(desk.bill().entries.len(), 1, "rented once");
     let late = desk.run(["attach", run, "--results", "another"]);
-    assert!(late.code == Some(2) && late.stderr.contains("are at home already"), "{late:?}");
+    assert!(late.code == Some(2) && late.stderr.contains("are already saved in"), "{late:?}");
 }
 
 #[test]

@@ -52,7 +52,7 @@ async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<
 /// Names another folder for a run's results, which have not come home; gives its path.
 fn send_results(context: &Context, ledger: &Ledger, run: &RunRecord, folder: &Path) -> Result<String, Complaint> {
     if let Some(results) = run.state.results() {
-        let message = format!("the results of run {} are at home already: {}", run.id, results.folder);
+        let message = format!("the results of run {} are already saved in {}", run.id, results.folder);
         return Err(Complaint::refused(message, "move that folder"));
     }
     if run.state.is_at_rest() {

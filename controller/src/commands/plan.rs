@@ -66,7 +66,7 @@ pub(super) async fn command(context: &Context, args: &PlanArgs) -> Result<ExitSt
     let document = Document { schema: SCHEMA, inspection: &inspection, results, estimate, offers: &offers, no_offers };
     context.reporter.result(&document, || {
         let market = document.no_offers.clone().unwrap_or_else(|| tables::offers(&offers, &work, limit, None, TOP));
-        let home = format!("results, at home: {results} at most\n");
+        let home = format!("results: {results} at most, on this machine\n");
         tables::needs(&inspection) + &home + &document.estimate.in_words() + &market
     });
     Ok(ExitStatus::Done)

@@ -273,7 +273,7 @@ async fn keep_save_point(host: Arc<RemoteHost>, run: String, place: PathBuf, lim
     loop {
         tokio::time::sleep(pause).await;
         if let Err(error) = host.fetch_save_point(&run, &place, limit, &mut seen).await {
-            tracing::debug!("the save point did not come home: {}", error.message);
+            tracing::debug!("the save point was not fetched: {}", error.message);
         }
     }
 }

@@ -70,7 +70,7 @@ async fn so_far(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<V
     lines.extend(rest.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner));
     match read {
         Err(complaint) if lines.is_empty() => return Err(complaint),
-        Err(complaint) => context.reporter.warn(&format!("only what came home before: {complaint}")),
+        Err(complaint) => context.reporter.warn(&format!("only what was fetched before: {complaint}")),
         Ok(()) => {}
     }
     Ok(lines)
@@ -94,7 +94,7 @@ async fn go_on(context: &Context, ledger: &Ledger, id: &str) -> Result<ExitStatu
         match key_of(&run) {
             Some(pin) if !driven => {
                 read_on(context, ledger, &run, pin, true, &say).await?;
-                reporter.say(&format!("The worker has ended; `outliers attach {id}` brings its results home"));
+                reporter.say(&format!("The worker has ended; `outliers attach {id}` fetches its results"));
                 return Ok(ExitStatus::Done);
             }
             None if run.state.is_closed() && tail.count > 0 => return Ok(ExitStatus::Done),
