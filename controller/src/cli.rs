@@ -21,8 +21,8 @@ const MONEY: &str = "Money and time";
 const OUTPUT: &str = "Output";
 const ALL: &str = "Options of all commands";
 
-/// How outlier features survive in mixture-of-experts models: rents an instance, runs the worker on it, brings the results
-/// home, ends the rental.
+/// How outlier features survive in mixture-of-experts models: rents an instance, runs the worker on it, fetches the
+/// results and ends the rental.
 ///
 /// Example: outliers deploy --model allenai/OLMoE-1B-7B-0125
 #[derive(Parser, Debug)]
@@ -60,13 +60,13 @@ pub struct Global {
     /// When to use colours.
     #[arg(long, global = true, value_enum, default_value_t, value_name = "WHEN", help_heading = ALL)]
     pub color: Color,
-    /// Say only what went wrong.
+    /// Print errors only.
     #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = ALL)]
     pub quiet: bool,
-    /// Say everything, the worker's log included.
+    /// Print everything, the worker's log included.
     #[arg(short, long, global = true, help_heading = ALL)]
     pub verbose: bool,
-    /// Show each request to a cloud and its reply, keys taken out.
+    /// Show each request to a cloud and its reply, without keys.
     #[arg(long, global = true, help_heading = ALL)]
     pub explain: bool,
     /// Settings [default: ~/.config/outliers/outliers.toml].
@@ -113,7 +113,7 @@ pub enum Color {
 /// The commands.
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Rent an instance, run a job on it, bring the results home, end the rental.
+    /// Rent an instance, run a job on it, fetch the results and end the rental.
     ///
     /// Example: outliers deploy --model allenai/OLMoE-1B-7B-0125 --gpu-filter A100 --max-price 2.50
     ///
@@ -122,40 +122,40 @@ pub enum Command {
     /// run whose worker is at work, for `outliers attach`, where the instance ends by itself at
     /// its deadline; any other run is ended as by SIGTERM.
     Deploy(Box<DeployArgs>),
-    /// Take up a run whose controller went away: follow its worker from where its log was left, bring home, end the rental.
+    /// Take up a run whose controller went away: follow its worker, fetch the results and end the rental.
     ///
     /// Example: outliers attach last
     Attach {
         /// The beginning of its id, or `last` [default: the only one that nobody drives].
         run: Option<String>,
-        /// Bring its results below this folder instead, also where another process drives it:
+        /// Save its results below this folder instead, also while another process drives it:
         /// for a run whose results cannot be saved.
         #[arg(long, value_name = "DIR")]
         results: Option<PathBuf>,
     },
-    /// Run many models, side by side, over one text: a file names them, and each is deployed as by `deploy`.
+    /// Run many models over one text, several at a time. A file lists them; each is deployed as by `deploy`.
     ///
     /// Example: outliers survey config/surveys/moe-nine.toml --dry-run
     ///
-    /// All of them are looked at before the first instance is rented. The same command goes on after anything: what is complete is not run
-    /// again, what was left is picked up, what failed waits for --rerun-failed.
+    /// All models are checked before the first instance is rented. The same command continues a survey:
+    /// complete models are not run again, abandoned runs are taken up, failed ones wait for --rerun-failed.
     Survey(Box<SurveyArgs>),
-    /// What runs now, where, for how much and until when; what is finished; what was spent.
+    /// Show running runs with place, price and deadline, finished runs, and money spent.
     ///
     /// Example: outliers status
     Status {
-        /// Show it again and again until nothing runs any more; Ctrl-C leaves.
+        /// Refresh until nothing runs any more; Ctrl-C quits.
         #[arg(long)]
         watch: bool,
     },
-    /// Write down where everything stands, with the commands that carry on: handoffs/<date>.md, from the ledger and the results.
+    /// Write the status of all runs, with the next commands, to handoffs/<date>.md, from the ledger and the results.
     ///
     /// Example: outliers handoff
     Handoff {
         /// Folder for the document [default: handoffs].
         #[arg(short, long, value_name = "DIR")]
         output: Option<PathBuf>,
-        /// Replace today's document even if somebody edited it.
+        /// Replace today's document even if it was edited.
         #[arg(long)]
         force: bool,
     },
@@ -163,17 +163,17 @@ pub enum Command {
     ///
     /// Example: outliers demo
     Demo(DemoArgs),
-    /// Look at runs, or cancel one.
+    /// Show runs, or cancel one.
     ///
     /// Example: outliers runs show last
     #[command(subcommand)]
     Runs(RunsCommand),
-    /// Look at results again, open their page, or count by other shares of layers and positions.
+    /// Show results, open their page, or count with other shares of layers and positions.
     ///
     /// Example: outliers results show last
     #[command(subcommand)]
     Results(ResultsCommand),
-    /// Look at instances, or end one.
+    /// Show instances, or end one.
     ///
     /// Example: outliers instances list
     #[command(subcommand)]
@@ -182,23 +182,23 @@ pub enum Command {
     ///
     /// Example: outliers analyze --model ./my-checkpoint --num-sequences 4
     Analyze(Box<AnalyzeArgs>),
-    /// Say what a checkpoint is: layers, sites, tensors, bytes. Reads headers only.
+    /// Describe a checkpoint: layers, sites, tensors, bytes. Reads headers only.
     ///
     /// Example: outliers inspect --model allenai/OLMoE-1B-7B-0125
     Inspect(Box<InspectArgs>),
-    /// Say what a run would need, take and cost. Rents nothing.
+    /// Estimate the memory, time and cost of a run. Rents nothing.
     ///
     /// Example: outliers plan --model allenai/OLMoE-1B-7B-0125 --price 1.64 --tflops 312
     Plan(Box<PlanArgs>),
-    /// What can be rented now, on all clouds, by what a run costs there.
+    /// List the offers of all clouds, sorted by the cost of a run.
     ///
     /// Example: outliers offers --gpu-filter H100 --max-price 4 --model allenai/OLMoE-1B-7B-0125
     Offers(Box<OffersArgs>),
-    /// Put results side by side: every way of counting, how sure it is, and what others published.
+    /// Compare results: every way of counting, with confidence intervals, and published figures.
     ///
     /// Example: outliers compare remote_results --html report.html
     Compare(CompareArgs),
-    /// Make a result of the predecessor's files, so that it can be compared.
+    /// Convert the predecessor's files to a result that can be compared.
     ///
     /// Example: outliers import results/olmoe_20251024_163000
     Import(ImportArgs),
@@ -206,7 +206,7 @@ pub enum Command {
     ///
     /// Example: outliers doctor
     Doctor(DoctorArgs),
-    /// End instances whose time is up, by the clouds' lists alone: for a timer, or a machine that knows nothing of the runs.
+    /// End instances whose deadline has passed, from the clouds' lists alone: for a timer, or a machine without the ledger.
     ///
     /// Example: outliers reap --owner k3tpf36v --dry-run
     ///
@@ -250,17 +250,17 @@ impl Command {
 /// About the worker program.
 #[derive(Subcommand, Debug)]
 pub enum WorkerCommand {
-    /// Build one for other machines, from the project's folder: it starts wherever glibc is 2.28 or newer.
+    /// Build a worker for other machines, from the project's folder. It needs glibc 2.28 or newer.
     ///
     /// Example: outliers worker build --cuda
     ///
     /// Needs Rust and Python 3 with pip, which brings the linker and the CUDA compiler; nothing is installed. The first build
     /// compiles everything anew.
     Build {
-        /// Use NVIDIA's GPUs where there are some.
+        /// Support NVIDIA GPUs.
         #[arg(long)]
         cuda: bool,
-        /// Where it goes [default: beside this program, where deploy and survey find it].
+        /// Output path [default: beside this program, where deploy and survey find it].
         #[arg(short, long, value_name = "FILE")]
         output: Option<PathBuf>,
     },
@@ -307,17 +307,17 @@ pub struct JobArgs {
         help_heading = TEXT
     )]
     pub corpus: Vec<PathBuf>,
-    /// Dataset on the hub, of which no more is read than is needed: owner/name[@REVISION][:FOLDER], or fineweb-edu (its sample of ten
-    /// thousand million tokens, at one commit).
+    /// Dataset on the hub, read as far as needed: owner/name[@REVISION][:FOLDER], or fineweb-edu (its sample of ten
+    /// billion tokens, at one commit).
     #[arg(long, value_name = "ID", conflicts_with = "token_ids", help_heading = TEXT)]
     pub dataset: Option<Dataset>,
     /// Field or column of the documents that holds the text [default: text].
     #[arg(long, value_name = "NAME", help_heading = TEXT)]
     pub text_field: Option<String>,
-    /// Pass over so many documents first.
+    /// Skip the first N documents.
     #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = TEXT)]
     pub skip_documents: Option<usize>,
-    /// Take the documents in an order made from this seed.
+    /// Shuffle the documents with this seed.
     #[arg(long, value_name = "SEED", value_parser = whole::<u64>, allow_negative_numbers = true, help_heading = TEXT)]
     pub shuffle: Option<u64>,
     /// Ready token ids: safetensors with `input_ids` i64 [sequences, tokens], or a JSON list of lists.
@@ -363,12 +363,12 @@ pub struct JobArgs {
     /// Also write a time line of the pass to this file among the results, for Chrome's trace viewer or Perfetto.
     #[arg(long, value_name = "FILE.json", help_heading = OUTPUT)]
     pub trace: Option<String>,
-    /// Also measure perplexity and the sharpness of attention without some features, and without as many others at random, as the paper
+    /// Also measure perplexity and the sharpness of attention without some features, and without equally many random ones, as the paper
     /// did: their dimensions (1512,7,2070), or the folder of an earlier run's results, whose systematic features are meant. Copies of the
     /// tokens pass beside them, in the same run: no weight is read again.
     #[arg(long, value_name = "FEATURES", conflicts_with = "layers", help_heading = MEASURE)]
     pub ablate: Option<Ablate>,
-    /// Draws the others by this [default: 0].
+    /// Seed for the random control features [default: 0].
     #[arg(
         long,
         value_name = "SEED",
@@ -392,10 +392,10 @@ pub struct ThresholdArgs {
     /// |x| from which a value is an outlier [default: settings, else 6].
     #[arg(long, value_name = "X", allow_negative_numbers = true, help_heading = MEASURE)]
     pub threshold: Option<Positive>,
-    /// Least share of layers of a systematic feature, up to 1 [default: settings, else 0.25].
+    /// Minimum share of layers of a systematic feature, up to 1 [default: settings, else 0.25].
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true, help_heading = MEASURE)]
     pub layer_fraction: Option<Fraction>,
-    /// Least share of sequence positions of a systematic feature, up to 1 [default: settings, else
+    /// Minimum share of sequence positions of a systematic feature, up to 1 [default: settings, else
     /// 0.06].
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true, help_heading = MEASURE)]
     pub position_fraction: Option<Fraction>,
@@ -446,37 +446,37 @@ pub struct WantArgs {
     /// Where to rent, separated by commas [default: every cloud whose key is set; this machine (`local`) if none is].
     #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = RENT)]
     pub broker: Vec<String>,
-    /// GPUs of the instance; 0: a CPU will do [default: 1 on a cloud, whatever is there on this machine].
+    /// Number of GPUs; 0: CPU only is enough [default: 1 on a cloud, those present on this machine].
     #[arg(long, value_name = "N", value_parser = whole::<u32>, allow_negative_numbers = true, help_heading = RENT)]
     pub gpu_count: Option<u32>,
     /// Part of the GPU's name, as in A100 or H100.
     #[arg(long, value_name = "TEXT", help_heading = RENT)]
     pub gpu_filter: Option<String>,
-    /// Least memory of each GPU, in GiB.
+    /// Minimum memory of each GPU, in GiB.
     #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true, help_heading = RENT)]
     pub min_vram: Option<f64>,
-    /// Least memory of the host, in GiB.
+    /// Minimum memory of the host, in GiB.
     #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true, help_heading = RENT)]
     pub min_cpu_ram: Option<f64>,
-    /// Least disk, in GiB; never less than the checkpoint needs.
+    /// Minimum disk, in GiB; never less than the checkpoint needs.
     #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true, help_heading = RENT)]
     pub min_disk: Option<f64>,
-    /// Highest price of the whole instance (not of one GPU) with its disk, in USD per hour.
+    /// Maximum price of the whole instance (not of one GPU) with its disk, in USD per hour.
     #[arg(long, value_name = "USD", allow_negative_numbers = true, help_heading = MONEY)]
     pub max_price: Option<Positive>,
     /// Part of the region's or country's name.
     #[arg(long, value_name = "TEXT", help_heading = RENT)]
     pub region: Option<String>,
-    /// Also take what the cloud may take back at any time; it is cheaper, and a run may have to begin again.
+    /// Also rent preemptible instances: cheaper, but a run may have to begin again.
     #[arg(long, help_heading = RENT)]
     pub spot: bool,
-    /// Only from data centres.
+    /// Only offers of data centres.
     #[arg(long, conflicts_with = "community", help_heading = RENT)]
     pub secure: bool,
-    /// Only from whoever rents out a machine.
+    /// Only offers of private hosts.
     #[arg(long, help_heading = RENT)]
     pub community: bool,
-    /// Oldest CUDA version the host's driver may stop at, as in 12.4.
+    /// Minimum CUDA version of the host's driver, such as 12.4.
     #[arg(long, value_name = "VERSION", allow_negative_numbers = true, help_heading = RENT)]
     pub min_cuda: Option<CudaVersion>,
 }
@@ -500,23 +500,23 @@ pub struct DeployArgs {
     #[arg(long, help_heading = MONEY)]
     pub keep_running: bool,
     /// Return as soon as the worker runs. Its instance bills on, until `outliers attach` has
-    /// brought the results home, at most until its deadline: then its guard ends it, or its
-    /// cloud, and what nobody fetched is lost. Clouds that do neither are refused.
+    /// fetched the results, at most until its deadline: then its guard or its cloud ends it, and
+    /// results that were not fetched are lost. Clouds without either are refused.
     #[arg(long, help_heading = MONEY)]
     pub detach: bool,
-    /// After this the instance ends: 90s, 45m, 6h [default: settings].
+    /// Time limit of the instance: 90s, 45m, 6h [default: settings].
     #[arg(long, value_name = "TIME", allow_hyphen_values = true, help_heading = MONEY)]
     pub max_duration: Option<Span>,
-    /// Rent also where the run is estimated to take longer than its time limit; what there is by then is brought home.
+    /// Rent even if the run is estimated to exceed its time limit; partial results are fetched then.
     #[arg(long, help_heading = MONEY)]
     pub allow_cut_short: bool,
-    /// Rent nothing that could bring the cost of this run above this, in USD, by its time limit.
+    /// Budget of this run in USD: nothing is rented that could exceed it by its time limit.
     #[arg(long, value_name = "USD", allow_negative_numbers = true, help_heading = MONEY)]
     pub budget: Option<Positive>,
-    /// Show the plan, what would be rented and its cost; rent nothing.
+    /// Show the plan, the offer and its cost; rent nothing.
     #[arg(long, help_heading = MONEY)]
     pub dry_run: bool,
-    /// Do not ask.
+    /// Do not ask for confirmation.
     #[arg(short, long, help_heading = MONEY)]
     pub yes: bool,
 }
@@ -529,32 +529,32 @@ pub struct SurveyArgs {
     /// Only these models, by id or by their names in the survey, separated by commas.
     #[arg(long, value_name = "MODELS", value_delimiter = ',', help_heading = MODEL)]
     pub only: Vec<String>,
-    /// Instances at the same time [default: the file's, else settings].
+    /// Maximum number of instances at the same time [default: the file's, else settings].
     #[arg(long, value_name = "N", value_parser = at_least_one, allow_negative_numbers = true, help_heading = RENT)]
     pub max_parallel: Option<u16>,
-    /// The instances, all of them; wins over what the file says of a model.
+    /// Options of all instances; they override the file's.
     #[command(flatten)]
     pub want: WantArgs,
     /// Upload models that are folders. Without it, they are expected to be on the instance; on the local broker they are.
     #[arg(long, help_heading = MODEL)]
     pub push_model: bool,
-    /// After this an instance ends: 90s, 45m, 6h [default: the file's, else settings].
+    /// Time limit of each instance: 90s, 45m, 6h [default: the file's, else settings].
     #[arg(long, value_name = "TIME", allow_hyphen_values = true, help_heading = MONEY)]
     pub max_duration: Option<Span>,
-    /// Rent also where the run is estimated to take longer than its time limit; what there is by then is brought home.
+    /// Rent even if the run is estimated to exceed its time limit; partial results are fetched then.
     #[arg(long, help_heading = MONEY)]
     pub allow_cut_short: bool,
     /// Rent nothing that could bring the cost of all runs of the survey, earlier ones included, above this, in USD, by their time
     /// limits [default: the file's].
     #[arg(long, value_name = "USD", allow_negative_numbers = true, help_heading = MONEY)]
     pub budget: Option<Positive>,
-    /// Also run again what failed.
+    /// Run failed models again.
     #[arg(long, help_heading = MONEY)]
     pub rerun_failed: bool,
     /// Show what each model would rent, take and cost; rent nothing.
     #[arg(long, help_heading = MONEY)]
     pub dry_run: bool,
-    /// Do not ask.
+    /// Do not ask for confirmation.
     #[arg(short, long, help_heading = MONEY)]
     pub yes: bool,
 }
@@ -574,27 +574,27 @@ pub enum RunsCommand {
     ///
     /// Example: outliers runs list
     List,
-    /// One run: what it was to do, what happened, what it cost.
+    /// Show one run: its job, its history, its cost.
     ///
     /// Example: outliers runs show last
     Show {
         /// The beginning of its id, or `last`.
         run: String,
     },
-    /// What the worker said: what came home; while nobody drives the run, read from the instance
-    /// too.
+    /// Show the worker's log: what was fetched and, while no process drives the run, what the
+    /// instance has.
     ///
     /// Example: outliers runs logs last -f
     ///
-    /// Only reads: it is no sign to the instance's guard that somebody looks after the run.
+    /// It only reads: the instance's guard does not take it for a controller.
     Logs {
         /// The beginning of its id, or `last`.
         run: String,
-        /// Go on until the worker has ended, beside whoever drives the run.
+        /// Follow until the worker has ended.
         #[arg(short, long)]
         follow: bool,
     },
-    /// Stop a run: bring home what there is, end its instance.
+    /// Stop a run: fetch the results so far and end its instance.
     ///
     /// Example: outliers runs cancel last
     Cancel {
@@ -707,10 +707,10 @@ pub struct TerminateArgs {
     /// Whose instances are meant: the second part of their names [default: those of this machine's ledger].
     #[arg(long, value_name = "OWNER")]
     pub owner: Option<String>,
-    /// Whosever the instances are.
+    /// Instances of any owner.
     #[arg(long, conflicts_with_all = ["all", "owner"])]
     pub force: bool,
-    /// Do not ask.
+    /// Do not ask for confirmation.
     #[arg(short, long)]
     pub yes: bool,
 }
@@ -735,7 +735,7 @@ pub struct ReapArgs {
     /// Whose instances [default: those of this machine's ledger].
     #[arg(long, value_name = "OWNER", conflicts_with = "all_owners")]
     pub owner: Option<String>,
-    /// Everybody's in these accounts. Asks twice.
+    /// Instances of all owners in these accounts. Asks twice.
     #[arg(long)]
     pub all_owners: bool,
     /// Do not ask; twice for --all-owners.
@@ -789,7 +789,7 @@ pub struct CompareArgs {
     /// Only these results, by number, name or folder, separated by commas. Their numbers stay.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub only: Vec<String>,
-    /// Go on without the figures of results that are partial or damaged, and say so beside the others.
+    /// Leave out the figures of partial or damaged results, and say so.
     #[arg(long)]
     pub allow_partial: bool,
 }
@@ -862,7 +862,7 @@ pub struct PlanArgs {
     /// Price of the whole instance, in USD per hour [default: the cheapest matching offer's].
     #[arg(long, value_name = "USD", allow_negative_numbers = true, help_heading = MONEY)]
     pub price: Option<Positive>,
-    /// Weight bytes the instance reads per second, in GiB [default: settings].
+    /// Rate at which the instance reads weights, in GiB/s [default: settings].
     #[arg(long, value_name = "GIB", allow_negative_numbers = true, help_heading = MONEY)]
     pub bandwidth: Option<Positive>,
     /// Peak arithmetic of the instance, in 10^12 operations per second; without it, only the reading is timed.

@@ -494,7 +494,7 @@ impl Reporter {
             DeployEvent::Stopping(_) => {
                 self.begin_line();
                 self.say(
-                    "Stopping: bringing home what there is, then ending the instance (Ctrl-C again skips the first)",
+                    "Stopping: fetching the results so far, then ending the instance (Ctrl-C again skips the first)",
                 );
             }
         }
@@ -538,7 +538,7 @@ impl Reporter {
             RunState::Launched { .. } => "The worker runs".to_owned(),
             RunState::Ended { .. } => "The worker has ended".to_owned(),
             RunState::Salvaging { ending, .. } => format!("Bringing home what there is: {}", self.ending(ending)),
-            RunState::Synced { results, .. } => format!("Results are at home: {}", results.folder),
+            RunState::Synced { results, .. } => format!("Results saved to {}", results.folder),
             RunState::Held { rental, .. } => format!("Instance {} is kept and bills on", rental.instance),
             RunState::Discarding { rental, .. } => format!("Ending instance {}, which does not serve", rental.instance),
             RunState::Terminating { rental, .. } => format!("Ending instance {}", rental.instance),

@@ -175,7 +175,7 @@ pub enum DefaultBroker {
 /// A cloud as the settings have it.
 #[derive(Clone, Debug)]
 pub struct CloudSettings {
-    /// Which.
+    /// The cloud that these settings are for.
     pub kind: &'static CloudKind,
     /// Where its API answers.
     pub base_url: String,
@@ -453,7 +453,7 @@ impl Settings {
         Self { slurm, ..self }
     }
 
-    /// What each of so many workers that fetch from the hub at the same time is given.
+    /// What each worker is given where `workers` of them fetch from the hub at the same time.
     pub fn hub_variables(&self, workers: usize) -> Vec<(&'static str, Secret)> {
         let share = (self.hub_requests / workers.max(1)).max(1);
         let endpoint = self.hf_endpoint.as_ref().map(|text| (variables::HF_ENDPOINT, Secret::new(text.clone())));
@@ -558,7 +558,7 @@ pub enum SettingsError {
     /// A file cannot be read.
     #[error("{}: {source}", path.display())]
     Unreadable {
-        /// Which.
+        /// The settings file.
         path: PathBuf,
         /// What the system said.
         source: std::io::Error,
@@ -566,7 +566,7 @@ pub enum SettingsError {
     /// A file does not make sense.
     #[error("{}: {why}", path.display())]
     Wrong {
-        /// Which.
+        /// The settings file.
         path: PathBuf,
         /// Where in it, and what is wrong.
         why: String,

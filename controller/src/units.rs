@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub struct Usd(i64);
 
 impl Usd {
-    /// Nothing.
+    /// No money.
     pub const ZERO: Self = Self(0);
 
     /// From millionths of a dollar.
@@ -25,7 +25,7 @@ impl Usd {
         Self((dollars * 1e6).round() as i64)
     }
 
-    /// Dollars.
+    /// The amount in dollars.
     pub fn dollars(self) -> f64 {
         self.0 as f64 / 1e6
     }
@@ -81,12 +81,12 @@ impl UsdPerHour {
         Self(Usd::from_dollars(dollars))
     }
 
-    /// What so much time costs.
+    /// What this time costs.
     pub fn cost(self, time: Duration) -> Usd {
         Usd::from_dollars(self.0.dollars() * time.as_secs_f64() / 3600.0)
     }
 
-    /// For how long so much money lasts, in whole seconds; `None`: for ever.
+    /// How long this money lasts, in whole seconds; `None`: for ever.
     pub fn time(self, money: Usd) -> Option<Duration> {
         let seconds = money.micros().max(0) as f64 * 3600.0 / self.0.micros() as f64;
         (seconds < 1e12).then(|| Duration::from_secs(seconds as u64))
@@ -153,7 +153,7 @@ bounded! {
 pub struct PlotWidth(f64);
 
 impl PlotWidth {
-    /// Inches.
+    /// The length in inches.
     pub fn inches(self) -> f64 {
         self.0 / 25.4
     }
@@ -202,7 +202,7 @@ pub fn operations(count: f64) -> String {
     format!("{scaled:.digits$} x 10^{power} operations")
 }
 
-/// Bytes.
+/// A number of bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Bytes(pub u64);
@@ -218,7 +218,7 @@ impl Bytes {
         Self(mib << 20)
     }
 
-    /// Gibibytes.
+    /// The number in GiB.
     pub fn gib(self) -> f64 {
         self.0 as f64 / (1u64 << 30) as f64
     }

@@ -94,7 +94,7 @@ pub enum Command {
         )]
         save_every: u64,
     },
-    /// Say what a checkpoint is and what a run over it needs. Reads headers only.
+    /// Describe a checkpoint and what a run over it needs. Reads headers only.
     Inspect {
         /// The job to plan for.
         #[command(flatten)]
@@ -102,7 +102,7 @@ pub enum Command {
         /// Also cut the text into sequences, so that one that does not fit the model is refused now.
         #[arg(long)]
         check_text: bool,
-        /// Memory that may be taken; whoever needs more is ended by the system.
+        /// Memory limit; beyond it the process is ended.
         #[arg(long, value_name = "BYTES")]
         memory_limit: Option<ByteSize>,
     },
@@ -121,7 +121,7 @@ pub enum Command {
         #[command(subcommand)]
         what: Bench,
     },
-    /// Say which devices this machine has, and why others do not serve.
+    /// List this machine's devices, and why others cannot be used.
     Devices,
     /// Print version, protocol and known architectures.
     Version,
@@ -146,7 +146,7 @@ pub enum Bench {
         #[command(flatten)]
         options: Box<JobArgs>,
     },
-    /// How fast each stored format becomes values, beside copying and reading the same memory.
+    /// Decoding rate of each stored format, beside copying and reading the same memory.
     ///
     /// Decoding is done where it approaches the speed of a copy: no arithmetic can be faster than the memory it reads and
     /// writes. A new tensor costs more than a reused one because the system has to clear and map its pages. Measures the
@@ -191,16 +191,16 @@ pub struct JobArgs {
     /// with the worker].
     #[arg(long, value_name = "FILE")]
     pub corpus: Vec<String>,
-    /// Dataset on the hub, of which no more is read than is needed: owner/name[@REVISION][:FOLDER], or fineweb-edu.
+    /// Dataset on the hub, read as far as needed: owner/name[@REVISION][:FOLDER], or fineweb-edu.
     #[arg(long, value_name = "ID", conflicts_with = "corpus")]
     pub dataset: Option<Dataset>,
     /// Field or column of the documents that holds the text.
     #[arg(long, value_name = "NAME", default_value = "text")]
     pub text_field: String,
-    /// Pass over so many documents first.
+    /// Skip the first N documents.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub skip_documents: usize,
-    /// Take the documents in an order made from this seed.
+    /// Shuffle the documents with this seed.
     #[arg(long, value_name = "SEED", value_parser = whole::<u64>, allow_negative_numbers = true)]
     pub shuffle: Option<u64>,
     /// Ready token ids instead of text: safetensors with `input_ids` i64 [sequences, tokens], or a JSON list of lists.
@@ -230,7 +230,7 @@ pub struct JobArgs {
     /// Only the first N layers: a quick look, without perplexity.
     #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     pub layers: Option<usize>,
-    /// A feature exceeds where |x| >= this.
+    /// |x| from which a value is an outlier.
     #[arg(
         long,
         default_value_t = Thresholds::default().magnitude,
@@ -256,12 +256,12 @@ pub struct JobArgs {
     /// chrome://tracing or ui.perfetto.dev.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<String>,
-    /// Also measure perplexity and the sharpness of attention without some features, and without as many others: their dimensions
+    /// Also measure perplexity and the sharpness of attention without some features, and without equally many random ones: their dimensions
     /// (1512,7,2070), or the folder of an earlier run's results, whose systematic features are meant. Copies of the tokens pass beside them; no weight
     /// is read again.
     #[arg(long, value_name = "FEATURES", conflicts_with = "layers")]
     pub ablate: Option<Ablate>,
-    /// Draws the others by this.
+    /// Seed for the random control features.
     #[arg(
         long,
         value_name = "SEED",

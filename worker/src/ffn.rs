@@ -27,9 +27,9 @@ pub enum Widening {
     Up(Linear),
     /// Two of `[intermediate, hidden]`.
     Separate {
-        /// Opens the way.
+        /// The gate projection.
         gate: Linear,
-        /// Goes it.
+        /// The up projection.
         up: Linear,
     },
     /// `[2 * intermediate, hidden]`.

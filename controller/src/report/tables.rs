@@ -285,7 +285,7 @@ pub fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
     let mut out = format!("run {} of {} on {}\n", run.id, clean(run.spec.model.as_bytes(), 200), broker(run));
     let state = match driven || run.state.is_at_rest() {
         true => "",
-        false if run.is_detached() => " (detached: `outliers attach` brings its results home)",
+        false if run.is_detached() => " (detached: `outliers attach` fetches its results)",
         false => " (abandoned: the same command picks it up)",
     };
     out += &format!("state: {}{state}\n", run.state.word());
