@@ -136,6 +136,7 @@ pub(crate) enum Order {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Atomic {
     Add,
+    Max,
     CompareAndSwap,
 }
 
@@ -238,6 +239,7 @@ pub(crate) enum Operation {
     },
     Atomic {
         what: Atomic,
+        space: Space,
         kind: Type,
         to: u32,
         at: Address,

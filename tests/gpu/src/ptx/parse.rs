@@ -331,16 +331,14 @@ impl Scope {
     fn atomic(&mut self, words: &[&str], kind: Type, operands: &[String]) -> Option<Operation> {
         let what = match () {
             () if words.contains(&"add") => Atomic::Add,
+            () if words.contains(&"max") => Atomic::Max,
             () if words.contains(&"cas") => Atomic::CompareAndSwap,
             () => return None,
         };
         let [to, at, of @ ..] = operands else { return None };
-        if space(words) != Space::Global {
-            return None;
-        }
         let at = self.address(at)?;
         let of = of.iter().map(|value| self.source(value, kind)).collect::<Option<_>>()?;
-        Some(Operation::Atomic { what, kind, to: self.register(to), at, of })
+        Some(Operation::Atomic { what, space: space(words), kind, to: self.register(to), at, of })
     }
 
     fn arithmetic(

@@ -283,19 +283,20 @@ impl Block<'_> {
                 }
                 return Ok(());
             }
-            Operation::Atomic { what, kind, to, at, of } => {
+            Operation::Atomic { what, space, kind, to, at, of } => {
                 let bytes = kind.bits() as usize / 8;
                 let at = self.address(number, thread, at);
                 let of: Vec<u64> = of.iter().map(|of| read(thread, of)).collect();
                 // Kernels of one stream run one after the other, blocks and threads too: nothing comes between.
-                let old = self.load(thread, Space::Global, at, bytes)?;
+                let old = self.load(thread, *space, at, bytes)?;
                 let new = match (what, of.as_slice()) {
                     (Atomic::Add, [value]) => two(Two::Add, *kind, Rounding::Nearest, old, *value)?,
+                    (Atomic::Max, [value]) => two(Two::Max, *kind, Rounding::Nearest, old, *value)?,
                     (Atomic::CompareAndSwap, [expected, value]) if old == *expected & mask(kind.bits()) => *value,
                     (Atomic::CompareAndSwap, [_, _]) => old,
                     _ => return Err("an atomic operation with other operands".to_owned()),
                 };
-                self.store(thread, Space::Global, at, bytes, new)?;
+                self.store(thread, *space, at, bytes, new)?;
                 (*to, old)
             }
             Operation::Unknown { text } => return Err(format!("`{text}` is not known")),

@@ -60,6 +60,18 @@ fn a_warp_sums_up_and_a_block_waits() {
 }
 
 #[test]
+fn a_block_counts_in_what_it_shares() {
+    // The first thread clears, all add one and leave their number if it is the largest.
+    let body = format!(
+        ".shared .align 4 .b8 counts[8];\n{PLACE}mov.u32 %r6, 0;\nst.shared.u32 [counts], %r6;\nst.shared.u32 [counts+4], %r6;\nbar.sync 0;\n\
+        atom.shared.add.u32 %r7, [counts], 1;\natom.shared.max.u32 %r8, [counts+4], %r5;\nbar.sync 0;\n\
+        ld.shared.u32 %r2, [counts];\nld.shared.u32 %r3, [counts+4];\nmad.lo.s32 %r2, %r2, 1000, %r3;\nst.global.u32 [%rd4], %r2;"
+    );
+    let got = after(&kernel(&body), &[0; 128], 0, LINE).unwrap();
+    assert_eq!((got[0], got[63], got[64]), (64_063, 64_063, 64_127));
+}
+
+#[test]
 fn numbers_become_others_as_they_are_told_to() {
     let one = |conversion: &str, value: u32| {
         let body = format!("ld.global.u32 %r2, [%rd1];\n{conversion}\nst.global.u32 [%rd1], %r3;");
