@@ -11,12 +11,12 @@ use candle_core::{
     Tensor, bail,
 };
 use half::{bf16, f16};
+use outliers_scan::simd::vectorized;
 use rayon::prelude::*;
 
 use crate::decoder::Window;
 use crate::dtype::Compute;
 use crate::rope::{Pairing, RopeTable};
-use crate::simd::vectorized;
 
 static COMPOSED: AtomicBool = AtomicBool::new(false);
 

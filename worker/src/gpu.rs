@@ -1,6 +1,11 @@
 //! NVIDIA's GPUs, where this program was built for them and there are some.
 
 #[cfg(feature = "cuda")]
+mod activation;
+#[cfg(not(feature = "cuda"))]
+#[path = "gpu/no_activation.rs"]
+mod activation;
+#[cfg(feature = "cuda")]
 mod lift;
 #[cfg(not(feature = "cuda"))]
 #[path = "gpu/no_lift.rs"]
@@ -9,6 +14,7 @@ mod lift;
 use candle_core::Device;
 use outliers_protocol::DeviceInfo;
 
+pub use activation::{Activation, with_activation};
 pub use lift::{Arrival, Departure, Lift, departure};
 
 use crate::error::{Result, WorkerError};

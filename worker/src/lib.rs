@@ -40,7 +40,6 @@ pub mod rope;
 pub mod run;
 pub mod safetensors;
 pub mod savepoint;
-pub mod simd;
 pub mod source;
 pub mod stand_in;
 pub mod stats;

@@ -5,13 +5,15 @@
 //!
 //! [`study`] measures more in the same pass: every row's moments and median ([`rows`]), the largest values ([`top`]), massive activations
 //! ([`massive`]), routers and experts ([`mixture`]); their definitions stand with the fields of [`outliers_protocol`] that carry them.
-//! Nothing here depends on the number of threads or on how the tokens are cut into micro-batches.
+//! Nothing here depends on the number of threads or on how the tokens are cut into micro-batches. What one pass over activations finds is
+//! found where they lie ([`Values`]): by `outliers_scan` on the CPU, by kernels of the same results on a GPU.
 //!
 //! This module never knows which architecture ran.
 
 use candle_core::Tensor;
 use outliers_protocol::Point;
-use rayon::prelude::*;
+pub use outliers_scan::Column;
+use outliers_scan::{Columns, Marks};
 
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +26,6 @@ use crate::taps::Taps;
 pub mod attention_sinks;
 pub mod exact;
 mod fixed_point;
-pub mod histogram;
 pub mod massive;
 pub mod mixture;
 pub mod quantization;
@@ -33,10 +34,12 @@ pub mod rows;
 pub mod spike_life;
 pub mod study;
 pub mod top;
+mod values;
 mod verdict;
 mod within;
 
 pub use study::{Report, Scope, Study};
+pub use values::{Values, with_values};
 pub use verdict::Judged;
 
 /// A place in the model whose values are studied.
@@ -142,63 +145,6 @@ pub trait Observer: Send {
 
 /// Features in one stripe: as many as fit one word of a bit set.
 const STRIPE: usize = 64;
-/// Rows summed in f32 before they are added to the f64 sums.
-const ROWS: usize = 32;
-
-/// What is kept per (site, feature).
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Column {
-    /// Values with |x| >= T.
-    pub count: u64,
-    /// Those with x > 0.
-    pub positive: u64,
-    /// Largest value.
-    pub max: f32,
-    /// Smallest value.
-    pub min: f32,
-    /// Sum of x.
-    pub sum: f64,
-    /// Sum of x^2.
-    pub sum2: f64,
-    /// Sum of x^3.
-    pub sum3: f64,
-    /// Sum of x^4.
-    pub sum4: f64,
-}
-
-impl Column {
-    const EMPTY: Self = Self {
-        count: 0,
-        positive: 0,
-        max: f32::NEG_INFINITY,
-        min: f32::INFINITY,
-        sum: 0.0,
-        sum2: 0.0,
-        sum3: 0.0,
-        sum4: 0.0,
-    };
-
-    fn merge(&mut self, other: &Self) {
-        self.count += other.count;
-        self.positive += other.positive;
-        self.max = self.max.max(other.max);
-        self.min = self.min.min(other.min);
-        self.sum += other.sum;
-        self.sum2 += other.sum2;
-        self.sum3 += other.sum3;
-        self.sum4 += other.sum4;
-    }
-
-    /// The value of largest magnitude, signed.
-    pub fn peak(&self) -> f32 {
-        if self.max >= -self.min { self.max } else { self.min }
-    }
-
-    /// Largest |x|.
-    pub fn max_abs(&self) -> f32 {
-        self.max.max(-self.min)
-    }
-}
 
 /// Sixty-four features at one site.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -325,38 +271,35 @@ impl OutlierStats {
         self.tokens.div_ceil(64)
     }
 
-    /// Counts `x` `[rows, hidden]` row-major at a site, `first_token` being the first row's token.
+    /// Counts `x` `[rows, hidden]` at a site, whole sequences of which the first begins at `first_token`.
     ///
     /// # Errors
-    /// Internal: a value is NaN or infinite, so that no comparison means anything any more; the message names the site.
-    pub fn count(&mut self, site: Site, first_token: usize, x: &[f32]) -> Result<()> {
+    /// Internal: a value is NaN or infinite, so that no comparison means anything any more; the message names the site. Device: the
+    /// driver's.
+    pub fn count(&mut self, site: Site, first_token: usize, x: &Values<'_>) -> Result<()> {
         let index = self.index_of(site);
-        let geometry = Geometry {
-            hidden: self.hidden,
-            tokens: self.tokens,
-            words: self.tokens.div_ceil(64),
-            bitmap: self.words() * self.sequences,
-            threshold: self.threshold,
-            first_token,
-        };
-        let finite = self.stripes[index]
-            .par_iter_mut()
-            .zip(&mut self.positions)
-            .enumerate()
-            .map(|(i, (stripe, positions))| geometry.count(x, i * STRIPE, stripe, positions))
-            .reduce(|| true, |a, b| a & b);
-        if finite {
-            return Ok(());
+        for (s, found) in x.columns(self.threshold)?.iter().enumerate() {
+            if !found.are_finite() {
+                return Err(not_finite(site, first_token, x)?);
+            }
+            self.add(index, first_token / self.tokens + s, found);
         }
-        let at = x.iter().position(|v| !v.is_finite());
-        let (row, dim) = at.map_or((0, 0), |at| (at / self.hidden, at % self.hidden));
-        Err(WorkerError::internal(format!(
-            "activations are no longer finite: layer {} {:?}, token {}, feature {dim}",
-            site.layer,
-            site.point,
-            first_token + row
-        ))
-        .hint("try --precision f32; if it stays, the checkpoint or this program is wrong"))
+        Ok(())
+    }
+
+    /// Adds the columns of a sequence.
+    fn add(&mut self, site: usize, sequence: usize, found: &Columns) {
+        for (dim, column) in found.columns.iter().enumerate() {
+            self.stripes[site][dim / STRIPE].columns[dim % STRIPE].merge(column);
+        }
+        let words = self.words();
+        let bitmap = words * self.sequences;
+        for Marks { dim, positions } in &found.marks {
+            self.stripes[site][dim / STRIPE].hits[sequence] |= 1 << (dim % STRIPE);
+            let bits = &mut self.positions[dim / STRIPE].bits[dim % STRIPE];
+            let bits = bits.get_or_insert_with(|| vec![0; bitmap].into_boxed_slice());
+            bits[sequence * words..][..words].iter_mut().zip(positions).for_each(|(a, b)| *a |= b);
+        }
     }
 
     /// Adds another run over the same sequences and the same sites or some of them: counts of disjoint parts of the corpus, in any order
@@ -386,111 +329,17 @@ pub fn with_f32<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> Result<T>) -> Result<
     on_host(x, see)?
 }
 
-/// What a stripe needs to know of the whole.
-struct Geometry {
-    hidden: usize,
-    tokens: usize,
-    words: usize,
-    bitmap: usize,
-    threshold: f32,
-    first_token: usize,
-}
-
-/// Sums of up to [`ROWS`] rows, in f32 so that the loop vectorises.
-#[derive(Clone, Copy)]
-struct Block {
-    count: [u32; STRIPE],
-    positive: [u32; STRIPE],
-    max: [f32; STRIPE],
-    min: [f32; STRIPE],
-    sums: [[f32; STRIPE]; 4],
-}
-
-impl Block {
-    const EMPTY: Self = Self {
-        count: [0; STRIPE],
-        positive: [0; STRIPE],
-        max: [f32::NEG_INFINITY; STRIPE],
-        min: [f32::INFINITY; STRIPE],
-        sums: [[0.0; STRIPE]; 4],
-    };
-
-    /// Adds one row; says whether any value exceeds.
-    #[inline(always)]
-    #[expect(clippy::needless_range_loop, reason = "nine arrays in lock step, which vectorise as written")]
-    fn add(&mut self, row: &[f32; STRIPE], threshold: f32) -> bool {
-        let mut any = 0u32;
-        for j in 0..STRIPE {
-            let v = row[j];
-            let v2 = v * v;
-            let hit = u32::from(v.abs() >= threshold);
-            any |= hit;
-            self.count[j] += hit;
-            self.positive[j] += hit & u32::from(v > 0.0);
-            self.max[j] = if v > self.max[j] { v } else { self.max[j] };
-            self.min[j] = if v < self.min[j] { v } else { self.min[j] };
-            self.sums[0][j] += v;
-            self.sums[1][j] += v2;
-            self.sums[2][j] += v2 * v;
-            self.sums[3][j] += v2 * v2;
-        }
-        any != 0
-    }
-
-    fn column(&self, j: usize) -> Column {
-        Column {
-            count: u64::from(self.count[j]),
-            positive: u64::from(self.positive[j]),
-            max: self.max[j],
-            min: self.min[j],
-            sum: f64::from(self.sums[0][j]),
-            sum2: f64::from(self.sums[1][j]),
-            sum3: f64::from(self.sums[2][j]),
-            sum4: f64::from(self.sums[3][j]),
-        }
-    }
-}
-
-impl Geometry {
-    /// One pass over a stripe's columns of all rows. False if a sum is not finite.
-    fn count(&self, x: &[f32], first_dim: usize, stripe: &mut Stripe, positions: &mut Positions) -> bool {
-        let width = STRIPE.min(self.hidden - first_dim);
-        let mut finite = true;
-        // Zeros stand in for the features a last, partial stripe does not have; T > 0 keeps them from counting.
-        let mut row_buffer = [0f32; STRIPE];
-        // Blocks begin with a sequence, so that no sum depends on how sequences were put into micro-batches.
-        let blocks = x.chunks(self.hidden * self.tokens).flat_map(|sequence| sequence.chunks(self.hidden * ROWS));
-        let mut token = self.first_token;
-        for rows in blocks {
-            let mut block = Block::EMPTY;
-            for row in rows.chunks_exact(self.hidden) {
-                row_buffer[..width].copy_from_slice(&row[first_dim..first_dim + width]);
-                if block.add(&row_buffer, self.threshold) {
-                    self.mark(&row_buffer, token, stripe, positions);
-                }
-                token += 1;
-            }
-            for (j, column) in stripe.columns[..width].iter_mut().enumerate() {
-                let sums = block.column(j);
-                finite &= sums.sum2.is_finite();
-                column.merge(&sums);
-            }
-        }
-        finite
-    }
-
-    /// Records where a row exceeds.
-    fn mark(&self, row: &[f32; STRIPE], token: usize, stripe: &mut Stripe, positions: &mut Positions) {
-        let (sequence, position) = (token / self.tokens, token % self.tokens);
-        let word = sequence * self.words + position / 64;
-        for (j, v) in row.iter().enumerate() {
-            if v.abs() >= self.threshold {
-                stripe.hits[sequence] |= 1 << j;
-                let bits = positions.bits[j].get_or_insert_with(|| vec![0; self.bitmap].into_boxed_slice());
-                bits[word] |= 1 << (position % 64);
-            }
-        }
-    }
+/// The error that names the first value of `x` that is NaN or infinite.
+fn not_finite(site: Site, first_token: usize, x: &Values<'_>) -> Result<WorkerError> {
+    let asked: Vec<(usize, u32)> = (0..x.rows()).map(|row| (row, f32::INFINITY.to_bits())).collect();
+    let (row, dim) = x.large(&asked)?.first().map_or((0, 0), |at| (at.row, at.dim));
+    Ok(WorkerError::internal(format!(
+        "activations are no longer finite: layer {} {:?}, token {}, feature {dim}",
+        site.layer,
+        site.point,
+        first_token + row
+    ))
+    .hint("try --precision f32; if it stays, the checkpoint or this program is wrong"))
 }
 
 #[cfg(test)]

@@ -2,13 +2,17 @@
 //! and without them, and says what it lacks.
 //!
 //! Linking this crate is what satisfies the tensor library's `-lcuda -lcublas ..` (see `table.rs`); its kernels are built through
-//! `nvcc.sh`.
+//! `nvcc.sh`. Our own lie in `kernels/`, compiled.
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
 mod assembled;
+#[cfg(feature = "staging")]
+mod kernels;
 mod libraries;
 #[cfg(feature = "staging")]
 mod staging;
+#[cfg(feature = "staging")]
+mod statistics;
 mod table;
 mod traffic;
 
@@ -18,6 +22,8 @@ use std::sync::OnceLock;
 
 #[cfg(feature = "staging")]
 pub use staging::{Arrival, Departure, Staging};
+#[cfg(feature = "staging")]
+pub use statistics::{Activation, Stored};
 use table::Of;
 pub use traffic::{Traffic, traffic};
 

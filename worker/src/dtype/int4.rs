@@ -1,10 +1,11 @@
 //! Integers of four bits in groups under one scale each, as compressed-tensors packs them.
 
+use outliers_scan::simd::vectorized;
+
 use super::Format;
 use super::convert::Compute;
 use crate::error::Result;
 use crate::safetensors::StoredDtype;
-use crate::simd::vectorized;
 
 /// What code 0 is worth before its scale.
 const LEAST: f32 = -8.0;

@@ -3,10 +3,10 @@
 use std::marker::PhantomData;
 
 use half::{bf16, f16};
+use outliers_scan::simd::vectorized;
 
 use super::Format;
 use super::convert::{Compute, widen_f16};
-use crate::simd::vectorized;
 
 /// A float of `N` bytes as it is stored.
 pub(super) trait Stored<const N: usize>: Sync {

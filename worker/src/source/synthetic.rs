@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use outliers_protocol::FileBytes;
+use outliers_scan::simd::vectorized;
 use rayon::prelude::*;
 use serde_json::Value;
 
@@ -19,7 +20,6 @@ use crate::error::{Result, WorkerError};
 use crate::model::{MXFP4_BLOCK, NVFP4_BLOCK};
 use crate::noise::{mix, name_hash};
 use crate::safetensors::{HeaderTensor, StoredDtype};
-use crate::simd::vectorized;
 
 /// Bytes a thread makes at a time, a multiple of a word.
 const TASK: usize = 1 << 16;

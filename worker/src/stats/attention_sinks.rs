@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 
 use outliers_protocol::{AttentionSinkLayer, AttentionSinks};
+use outliers_scan::Scan;
 use serde::{Deserialize, Serialize};
 
 use super::exact::ExactSum;
-use super::rows::Scan;
 use crate::attention::FirstKey;
 
 /// The rule, for reports.

@@ -4,12 +4,14 @@ use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BTreeSet};
 
 use outliers_protocol::{MASSIVE_DIMS, MASSIVE_RECORDS, MassiveActivations, MassiveDim, MassiveLayer, MassiveRecord};
+use outliers_scan::{Large, Scan};
 
 use serde::{Deserialize, Serialize};
 
 use super::exact::ExactSum;
-use super::rows::Scan;
 use super::top::{Found, Top};
+use super::values::Values;
+use crate::error::Result;
 
 /// |x| must be above this.
 const MAGNITUDE: f32 = 100.0;
@@ -24,6 +26,13 @@ const TOP_MAGNITUDES: usize = 3;
 /// Whether a magnitude is massive where the median is `median`.
 fn is_massive(magnitude: f32, median: f32) -> bool {
     magnitude > MAGNITUDE && f64::from(magnitude) >= TIMES_MEDIAN * f64::from(median)
+}
+
+/// Bits of a magnitude that no massive one is below where the median is `median`.
+fn least_massive(median: f32) -> u32 {
+    let least = (TIMES_MEDIAN * f64::from(median)) as f32;
+    // It may have been rounded up.
+    MAGNITUDE.max(least.next_down()).to_bits()
 }
 
 /// A massive activation with both medians; ordered as [`Found`].
@@ -101,29 +110,53 @@ impl Massive {
         Self { tokens, layers: BTreeMap::new(), dims: BTreeMap::new(), marked }
     }
 
-    /// Takes the residual stream `x` `[tokens, hidden]` of the sequence that begins at `first_token`, after a layer.
-    pub fn add(&mut self, layer: usize, first_token: usize, x: &[f32], scan: &Scan) {
-        let median = scan.median(x);
+    /// Takes the residual stream `x` of whole sequences after a layer, of which `scans` are; the first begins at `first_token`.
+    ///
+    /// # Errors
+    /// Device: the driver's.
+    pub fn add(&mut self, layer: usize, first_token: usize, x: &Values<'_>, scans: &[Scan]) -> Result<()> {
+        let medians = x.medians(scans)?;
+        let mut asked = Vec::new();
+        for (s, (scan, median)) in scans.iter().zip(&medians).enumerate() {
+            let of_largest = scan.magnitudes.floor_of_largest(TOP_MAGNITUDES as u64);
+            for (r, row) in scan.rows.iter().enumerate() {
+                let floor = of_largest.min(least_massive(median.min(row.median)));
+                if row.max_bits >= floor {
+                    asked.push((s * self.tokens + r, floor));
+                }
+            }
+        }
+        let large = x.large(&asked)?;
+        for (s, (scan, median)) in scans.iter().zip(&medians).enumerate() {
+            let before = |row: usize| large.partition_point(|at| at.row < row);
+            let large = &large[before(s * self.tokens)..before((s + 1) * self.tokens)];
+            self.add_sequence(layer, large, *median);
+            for values in large.chunk_by(|a, b| a.row == b.row) {
+                let row = values[0].row;
+                let token_median = scan.rows[row - s * self.tokens].median;
+                self.add_row(layer, first_token + row, values, [*median, token_median]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the medians and the largest magnitudes of a sequence, which are among `large`.
+    fn add_sequence(&mut self, layer: usize, large: &[Large], median: f32) {
         let entry = self.layers.entry(layer).or_insert_with(Layer::new);
         entry.sequences += 1;
         entry.medians.add(f64::from(median));
-        for (sum, magnitude) in entry.top_magnitudes.iter_mut().zip(top_magnitudes(x, scan)) {
+        let mut magnitudes: Vec<f32> = large.iter().map(|at| at.value.abs()).collect();
+        magnitudes.sort_unstable_by(|a, b| b.total_cmp(a));
+        for (sum, magnitude) in entry.top_magnitudes.iter_mut().zip(magnitudes) {
             sum.add(f64::from(magnitude));
-        }
-        let hidden = x.len() / scan.rows.len();
-        for (r, row) in scan.rows.iter().enumerate() {
-            // By either median the row's largest value is massive if any is.
-            let max = row.max_abs();
-            if is_massive(max, median.min(row.median)) {
-                self.add_row(layer, first_token + r, &x[r * hidden..][..hidden], [median, row.median]);
-            }
         }
     }
 
-    fn add_row(&mut self, layer: usize, token: usize, x: &[f32], [sequence_median, token_median]: [f32; 2]) {
+    /// Adds what is massive of a row, by either median; whatever is is among `values`.
+    fn add_row(&mut self, layer: usize, token: usize, values: &[Large], [sequence_median, token_median]: [f32; 2]) {
         let entry = self.layers.get_mut(&layer).expect("made by the caller");
         let (values_before, by_token_before) = (entry.values, entry.values_by_token_median);
-        for (dim, &value) in x.iter().enumerate() {
+        for &Large { dim, value, .. } in values {
             entry.values_by_token_median += u64::from(is_massive(value.abs(), token_median));
             if !is_massive(value.abs(), sequence_median) {
                 continue;
@@ -190,13 +223,6 @@ impl Massive {
     }
 }
 
-/// The largest magnitudes of a sequence, descending. They are in the rows with the largest maxima.
-fn top_magnitudes(x: &[f32], scan: &Scan) -> Vec<f32> {
-    let mut top = Top::new(TOP_MAGNITUDES);
-    top.offer_rows(&scan.rows, x, |token, dim, value| Found { layer: 0, token, expert: None, dim, value });
-    top.descending().iter().map(|found| found.value.abs()).collect()
-}
-
 impl Layer {
     fn summary(&self, layer: usize, ids: &[i64], tokens: usize) -> MassiveLayer {
         let mean = |sum: &ExactSum| sum.value() / self.sequences.max(1) as f64;
@@ -245,6 +271,7 @@ impl Dim {
 
 #[cfg(test)]
 mod tests {
+    use outliers_scan::Rows;
     use proptest::prelude::*;
 
     use super::*;
@@ -258,7 +285,8 @@ mod tests {
         let mut massive = Massive::new(streams[0].len(), tokens);
         for (layer, sequences) in streams.iter().enumerate() {
             for &s in order {
-                massive.add(layer, s * tokens, &sequences[s], &Scan::of(&sequences[s], HIDDEN));
+                let host = Rows { x: &sequences[s], width: HIDDEN, tokens };
+                massive.add(layer, s * tokens, &Values::Host(host), &host.scan()).unwrap();
             }
         }
         massive

@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 
 use outliers_protocol::{ExpertPeak, RouterSummary, SuperExperts};
+use outliers_scan::Scan;
 
 use serde::{Deserialize, Serialize};
 
 use super::exact::ExactSum;
-use super::rows::Row;
 use super::top::{Found, Top};
+use super::values::Values;
+use crate::error::Result;
 use crate::ffn::Routing;
 
 /// What one expert was sent.
@@ -141,11 +143,21 @@ impl ExpertPeaks {
         Self { peaks: vec![None; experts] }
     }
 
-    /// Takes values `[rows, hidden]` of one expert; `found` says where a value stands by row and dimension.
-    pub fn add(&mut self, expert: usize, rows: &[Row], x: &[f32], found: impl Fn(usize, usize, f32) -> Found) {
+    /// Takes the values `x` of one expert, of which `scans` are; `found` says where a value stands by row and dimension.
+    ///
+    /// # Errors
+    /// Device: the driver's.
+    pub fn add(
+        &mut self,
+        expert: usize,
+        x: &Values<'_>,
+        scans: &[Scan],
+        found: impl Fn(usize, usize, f32) -> Found,
+    ) -> Result<()> {
         let mut top = Top::new(1);
-        top.offer_rows(rows, x, found);
+        top.offer_values(x, scans, found)?;
         self.offer(expert, top.descending().first().copied());
+        Ok(())
     }
 
     fn offer(&mut self, expert: usize, found: Option<Found>) {
@@ -311,13 +323,14 @@ mod tests {
     #[test]
     fn an_experts_peak_is_its_largest_value_anywhere() {
         let x = [1.0, -2.0, 0.5, /* */ 1.5, 2.0, -1.0];
-        let scan = crate::stats::rows::Scan::of(&x, 3);
+        let host = outliers_scan::Rows { x: &x, width: 3, tokens: 2 };
+        let (scans, x) = (host.scan(), Values::Host(host));
         let found = |offset: usize| {
             move |row: usize, dim, value| Found { layer: 2, token: offset + row, expert: Some(1), dim, value }
         };
         let (mut whole, mut later) = (ExpertPeaks::new(2), ExpertPeaks::new(2));
-        whole.add(1, &scan.rows, &x, found(10));
-        later.add(1, &scan.rows, &x, found(20));
+        whole.add(1, &x, &scans, found(10)).unwrap();
+        later.add(1, &x, &scans, found(20)).unwrap();
         later.merge(&whole);
         assert_eq!(whole.peaks[0], None);
         let Record { position, dim, value, .. } = later.peaks[1].unwrap().record(&[0; 30], 30);

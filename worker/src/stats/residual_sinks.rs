@@ -8,11 +8,11 @@ use outliers_protocol::{
     MAPPED_DIMS, MAPPED_POSITIONS, MappedDim, RESIDUAL_SINKS, ResidualMap, ResidualSink, ResidualSinkLayer,
     ResidualSinks,
 };
+use outliers_scan::{Row, Scan};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::fixed_point;
-use super::rows::{Row, Scan};
 
 /// Share of the tokens from which on a dimension is a sink.
 const MOST: f64 = 0.5;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::Site;
 use super::exact::ExactSum;
 use super::fixed_point;
-use super::rows::{Row, Scan};
+use outliers_scan::{Row, Scan};
 use super::top::Found;
 
 /// How many times the others' mean magnitude a spike is.
@@ -59,12 +59,14 @@ pub struct Spikes {
 }
 
 impl Spikes {
+    /// Whether it takes the values of such sites: the residual stream and what is added to it.
+    pub fn is_seen(point: Point) -> bool {
+        matches!(point, Point::Residual | Point::AttentionOut | Point::MlpOut)
+    }
+
     /// Takes the values `x` `[tokens, hidden]` of the sequence that begins at `first_token`, at a
-    /// site of the residual stream or of what is added to it; others are passed over.
+    /// site that [`Spikes::is_seen`] names.
     pub fn add(&mut self, site: Site, first_token: usize, x: &[f32], scan: &Scan) {
-        if !matches!(site.point, Point::Residual | Point::AttentionOut | Point::MlpOut) {
-            return;
-        }
         let Some((first, others)) = scan.rows.split_first() else { return };
         let row = &x[..x.len() / scan.rows.len()];
         let mut seen = Magnitudes { first: 1, others: others.len() as u64, ..Magnitudes::default() };

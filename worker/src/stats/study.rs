@@ -8,6 +8,7 @@ use outliers_protocol::{
     QuantizationErrors, RESIDUAL_SINKS, ResidualSinks, RouterSummary, SpikeLife, SuperExperts, TOP_RECORDS, Thresholds,
     TopRecords,
 };
+use outliers_scan::Scan;
 
 use serde::{Deserialize, Serialize};
 
@@ -16,9 +17,10 @@ use super::massive::Massive;
 use super::mixture::{ExpertPeaks, RouterStats, super_experts};
 use super::quantization::Quantization;
 use super::residual_sinks::Sinks;
-use super::rows::{RowStats, Scan};
+use super::rows::RowStats;
 use super::spike_life::Spikes;
 use super::top::{Found, Top};
+use super::values::{HostValues, Values, with_values};
 use super::{Column, Judged, LayerObserver, Observer, OutlierStats, Site, with_f32};
 use crate::attention::FirstKey;
 use crate::corpus::Tokens;
@@ -216,45 +218,64 @@ impl Study {
         &self.experts
     }
 
-    /// Sees whole sequences `x` `[rows, hidden]` at a site.
-    fn see(&mut self, site: Site, first_token: usize, x: &[f32]) -> Result<()> {
+    /// Sees whole sequences `x` `[rows, hidden]` at a site, and gives their scans.
+    fn see(&mut self, site: Site, first_token: usize, x: &Values<'_>) -> Result<Vec<Scan>> {
         if site.point.is_norm_output() {
             self.outliers.count(site, first_token, x)?;
         }
-        let sequence_values = self.scope.tokens * self.scope.hidden;
-        for (s, x) in x.chunks(sequence_values).enumerate() {
-            let first = first_token + s * self.scope.tokens;
-            let scan = Scan::of(x, self.scope.hidden);
-            self.add(site, &scan, x, |row| Found {
-                layer: site.layer,
-                token: first + row,
-                expert: None,
-                dim: 0,
-                value: 0.0,
-            })?;
-            if site.point == Point::Residual {
-                self.massive.add(site.layer, first, x, &scan);
-                let sequence = first / self.scope.tokens;
-                self.residual_sinks.iter_mut().for_each(|sinks| sinks.add(site.layer, sequence, x, &scan));
-                self.first_keys.iter_mut().for_each(|keys| keys.add_residual(site.layer, sequence, &scan));
-            }
-            self.spikes.iter_mut().for_each(|spikes| spikes.add(site, first, x, &scan));
+        let scans = x.scan()?;
+        let found = |row, dim, value| Found { layer: site.layer, token: first_token + row, expert: None, dim, value };
+        self.add(site, x, &scans, found)?;
+        if site.point == Point::Residual {
+            self.massive.add(site.layer, first_token, x, &scans)?;
         }
-        Ok(())
+        Ok(scans)
     }
 
-    /// What is done with the rows of any site; `place` says where a row stands.
-    fn add(&mut self, site: Site, scan: &Scan, x: &[f32], place: impl Fn(usize) -> Found) -> Result<()> {
-        if let Some(row) = scan.first_not_finite() {
-            return Err(not_finite(site, place(row).token));
+    /// What is measured of whole sequences only where a job asks for it: on the host.
+    fn measure(&mut self, site: Site, first_token: usize, scans: &[Scan], x: &HostValues<'_>) -> Result<()> {
+        let (tokens, hidden) = (self.scope.tokens, self.scope.hidden);
+        let is_residual = site.point == Point::Residual;
+        let sequences = (first_token / tokens..).zip(scans);
+        if let Some(keys) = self.first_keys.as_mut().filter(|_| is_residual) {
+            sequences.clone().for_each(|(sequence, scan)| keys.add_residual(site.layer, sequence, scan));
         }
-        self.rows.get_mut(&site).expect("studied sites were announced").add(scan);
+        let mut sinks = self.residual_sinks.as_mut().filter(|_| is_residual);
+        let mut spikes = self.spikes.as_mut().filter(|_| Spikes::is_seen(site.point));
+        if sinks.is_none() && spikes.is_none() && self.quantization.is_none() {
+            return Ok(());
+        }
+        x.see(|x| {
+            if let Some(quantization) = &mut self.quantization {
+                quantization.add(site, x, hidden, |row| first_token + row);
+            }
+            for ((sequence, scan), x) in sequences.zip(x.chunks(tokens * hidden)) {
+                sinks.iter_mut().for_each(|sinks| sinks.add(site.layer, sequence, x, scan));
+                spikes.iter_mut().for_each(|spikes| spikes.add(site, sequence * tokens, x, scan));
+            }
+            Ok(())
+        })
+    }
+
+    /// What is done with the rows of any site; `found` says where a value stands by row and dimension.
+    fn add(
+        &mut self,
+        site: Site,
+        x: &Values<'_>,
+        scans: &[Scan],
+        found: impl Fn(usize, usize, f32) -> Found,
+    ) -> Result<()> {
+        let mut first = 0;
+        for scan in scans {
+            if let Some(row) = scan.first_not_finite() {
+                return Err(not_finite(site, found(first + row, 0, 0.0).token));
+            }
+            first += scan.rows.len();
+        }
+        let rows = self.rows.get_mut(&site).expect("studied sites were announced");
+        scans.iter().for_each(|scan| rows.add(scan));
         let top = self.records.entry(site.point).or_insert_with(|| Top::new(TOP_RECORDS));
-        top.offer_rows(&scan.rows, x, |row, dim, value| Found { dim, value, ..place(row) });
-        if let Some(quantization) = &mut self.quantization {
-            quantization.add(site, x, self.scope.hidden, |row| place(row).token);
-        }
-        Ok(())
+        top.offer_values(x, scans, found)
     }
 
     /// Adds a study of the same scope, or of single layers of it, over other sequences: in any order and grouping.
@@ -384,7 +405,10 @@ impl LayerObserver for Study {
     }
 
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
-        with_f32(x, |values| self.see(site, first_token, values))
+        with_values(x, self.scope.tokens, |values| {
+            let scans = self.see(site, first_token, values)?;
+            self.measure(site, first_token, &scans, &HostValues { tensor: x, values })
+        })
     }
 
     fn gain(&mut self, site: Site, gain: &Tensor) -> Result<()> {
@@ -401,11 +425,16 @@ impl LayerObserver for Study {
             dim,
             value,
         };
-        with_f32(&rows.out, |x| {
-            let scan = Scan::of(x, self.scope.expert_width);
-            self.add(Site { layer, point: Point::ExpertOut }, &scan, x, |row| place(row, 0, 0.0))?;
-            self.experts.get_mut(&layer).expect("studied experts were announced").add(expert, &scan.rows, x, place);
-            Ok(())
+        with_values(&rows.out, rows.rows.len(), |x| {
+            let scans = x.scan()?;
+            self.add(Site { layer, point: Point::ExpertOut }, x, &scans, place)?;
+            self.experts.get_mut(&layer).expect("studied experts were announced").add(expert, x, &scans, place)?;
+            let Some(quantization) = &mut self.quantization else { return Ok(()) };
+            let width = self.scope.expert_width;
+            HostValues { tensor: &rows.out, values: x }.see(|x| {
+                quantization.add(Site { layer, point: Point::ExpertOut }, x, width, |row| first_token + rows.rows[row] as usize);
+                Ok(())
+            })
         })
     }
 

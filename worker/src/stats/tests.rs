@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use outliers_protocol::{Axis, IndexSet, Reading, Sided, Thresholds};
+use outliers_scan::Rows;
 use proptest::prelude::*;
 
 use super::*;
@@ -10,6 +11,10 @@ use super::*;
 fn sites(layers: usize) -> Vec<Site> {
     let points = [Point::BeforeAttention, Point::BeforeMlp];
     (0..layers).flat_map(|layer| points.map(|point| Site { layer, point })).collect()
+}
+
+fn host(x: &[f32], width: usize, tokens: usize) -> Values<'_> {
+    Values::Host(Rows { x, width, tokens })
 }
 
 /// A small corpus of activations: `[site][token][dim]`.
@@ -29,7 +34,8 @@ impl Case {
             let step = sequences_at_once * self.tokens;
             for first in (0..self.sequences * self.tokens).step_by(step) {
                 let end = (first + step).min(self.sequences * self.tokens);
-                stats.count(site, first, &x[first * self.hidden..end * self.hidden]).unwrap();
+                let x = &x[first * self.hidden..end * self.hidden];
+                stats.count(site, first, &host(x, self.hidden, self.tokens)).unwrap();
             }
         }
         stats
@@ -152,7 +158,7 @@ proptest! {
             let mut one = OutlierStats::new(sites(case.layers), case.hidden, case.sequences, case.tokens, 6.0);
             for (site, x) in sites(case.layers).into_iter().zip(&case.values) {
                 let rows = s * case.tokens * case.hidden..(s + 1) * case.tokens * case.hidden;
-                one.count(site, s * case.tokens, &x[rows]).unwrap();
+                one.count(site, s * case.tokens, &host(&x[rows], case.hidden, case.tokens)).unwrap();
             }
             merged.merge(&one);
         }
@@ -173,7 +179,7 @@ fn sums_are_those_of_the_values() {
     let x: Vec<f32> = (0..200 * 70).map(|i| ((i * 37 % 101) as f32 - 50.0) / 20.0).collect();
     let site = sites(1)[0];
     let mut stats = OutlierStats::new(vec![site], 70, 2, 100, 6.0);
-    stats.count(site, 0, &x).unwrap();
+    stats.count(site, 0, &host(&x, 70, 100)).unwrap();
     for dim in [0, 63, 64, 69] {
         let of = |power: i32| (0..200).map(|r| f64::from(x[r * 70 + dim]).powi(power)).sum::<f64>();
         let c = stats.column(0, dim);
@@ -189,6 +195,6 @@ fn values_that_are_not_finite_are_an_error_that_names_the_place() {
     let mut stats = OutlierStats::new(vec![site], 5, 1, 4, 6.0);
     let mut x = vec![0.0; 20];
     x[13] = f32::NAN;
-    let message = stats.count(site, 0, &x).unwrap_err().to_string();
+    let message = stats.count(site, 0, &host(&x, 5, 4)).unwrap_err().to_string();
     assert!(message.contains("layer 3") && message.contains("token 2") && message.contains("feature 3"), "{message}");
 }

@@ -4,10 +4,12 @@ use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 
 use outliers_protocol::Record;
+use outliers_scan::{Histogram, Large, Scan};
 
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::rows::Row;
+use super::values::Values;
+use crate::error::Result;
 
 /// One value and where it stands. Ordered by magnitude; among equal ones the earlier place is the greater, so that of any set of values the
 /// greatest few are the same few, whatever the order they came in.
@@ -71,7 +73,7 @@ pub struct Top<T> {
 }
 
 /// The same items are the same bytes, whatever the order they came in; a heap's own order is not.
-fn sorted<T, S>(heap: &BinaryHeap<Reverse<T>>, serializer: S) -> Result<S::Ok, S::Error>
+fn sorted<T, S>(heap: &BinaryHeap<Reverse<T>>, serializer: S) -> std::result::Result<S::Ok, S::Error>
 where
     T: Ord + Clone + Serialize,
     S: Serializer,
@@ -114,24 +116,26 @@ impl<T: Ord + Clone> Top<T> {
 }
 
 impl Top<Found> {
-    /// Offers all values of some rows `[rows, hidden]`; `found` makes a candidate of a row, a dimension and a value. Rows that hold nothing
-    /// large enough are not looked at.
-    pub fn offer_rows(&mut self, rows: &[Row], x: &[f32], found: impl Fn(usize, usize, f32) -> Found) {
-        let hidden = x.len() / rows.len().max(1);
-        let mut order: Vec<usize> = (0..rows.len()).collect();
-        // The largest first, so that the floor rises at once.
-        order.sort_unstable_by_key(|&r| Reverse(rows[r].max_bits));
-        for r in order {
-            let floor = self.floor().map_or(0, Found::bits);
-            if rows[r].max_bits < floor {
-                return;
-            }
-            for (dim, &value) in x[r * hidden..][..hidden].iter().enumerate() {
-                if value.abs().to_bits() >= floor {
-                    self.offer(found(r, dim, value));
-                }
-            }
+    /// Offers all values `x`, of which `scans` are; `found` makes a candidate of a row, a dimension and a value. Those that are not large
+    /// enough are not looked at.
+    ///
+    /// # Errors
+    /// Device: the driver's.
+    pub fn offer_values(
+        &mut self,
+        x: &Values<'_>,
+        scans: &[Scan],
+        found: impl Fn(usize, usize, f32) -> Found,
+    ) -> Result<()> {
+        let mut magnitudes = Histogram::default();
+        scans.iter().for_each(|scan| magnitudes.merge(&scan.magnitudes));
+        let floor = magnitudes.floor_of_largest(self.limit as u64).max(self.floor().map_or(0, Found::bits));
+        let rows = scans.iter().flat_map(|scan| &scan.rows).enumerate();
+        let asked = rows.filter(|(_, row)| row.max_bits >= floor).map(|(row, _)| (row, floor));
+        for Large { row, dim, value } in x.large(&asked.collect::<Vec<_>>())? {
+            self.offer(found(row, dim, value));
         }
+        Ok(())
     }
 }
 
@@ -139,8 +143,9 @@ impl Top<Found> {
 mod tests {
     use proptest::prelude::*;
 
+    use outliers_scan::Rows;
+
     use super::*;
-    use crate::stats::rows::Scan;
 
     fn at(value: f32, token: usize, dim: usize) -> Found {
         Found { layer: 0, token, expert: None, dim, value }
@@ -173,7 +178,8 @@ mod tests {
         fn whole_rows_are_as_good_as_single_values(values in prop::collection::vec(-9i8..9, 24), limit in 1usize..30) {
             let x: Vec<f32> = values.iter().map(|v| f32::from(*v)).collect();
             let (mut rows, mut singly) = (Top::new(limit), Top::new(limit));
-            rows.offer_rows(&Scan::of(&x, 6).rows, &x, |row, dim, value| at(value, row, dim));
+            let host = Rows { x: &x, width: 6, tokens: 2 };
+            rows.offer_values(&Values::Host(host), &host.scan(), |row, dim, value| at(value, row, dim)).unwrap();
             x.iter().enumerate().for_each(|(i, v)| singly.offer(at(*v, i / 6, i % 6)));
             prop_assert_eq!(rows.descending(), singly.descending());
         }

@@ -24,7 +24,7 @@ const OCTAVES: u32 = 32;
 /// Bins of an octave.
 const OCTAVE: usize = 1 << FRACTION_BITS;
 /// Bins.
-const BINS: usize = ((2 * OCTAVES) << FRACTION_BITS) as usize;
+pub const BINS: usize = ((2 * OCTAVES) << FRACTION_BITS) as usize;
 /// The first bin's number in f32's own order of exponents and leading fractions.
 const FIRST: u32 = (f32::MAX_EXP as u32 - 1 - OCTAVES) << FRACTION_BITS;
 
@@ -42,6 +42,17 @@ impl Histogram {
         }
         self.counts[bin - self.first] += 1;
         self.total += 1;
+    }
+
+    /// Of so many magnitudes in each of all [`BINS`].
+    pub fn of_counts(counts: &[u64]) -> Self {
+        let mut all = Self::default();
+        for (bin, count) in counts.iter().enumerate().filter(|(_, count)| **count > 0) {
+            all.reach(bin, bin + 1);
+            all.counts[bin - all.first] += count;
+            all.total += count;
+        }
+        all
     }
 
     /// Keeps the bins from `low` to before `high` as well.
@@ -79,6 +90,13 @@ impl Histogram {
             below += count;
         }
         (BINS - 1, below)
+    }
+
+    /// Bits of a magnitude below which none of the `count` largest values is, and few others are above: the lowest of the bin that
+    /// holds the least of them.
+    pub fn floor_of_largest(&self, count: u64) -> u32 {
+        let bin = self.bin_of_rank(self.total.saturating_sub(count)).0;
+        if count >= self.total || bin == 0 { 0 } else { (bin as u32 + FIRST) << DROPPED_BITS }
     }
 
     /// The magnitude that a share `p` of the values does not exceed: the middle of its bin; 0 for none or the lowest bin.
@@ -127,6 +145,22 @@ mod tests {
             right.merge(&histogram(&a));
             prop_assert_eq!(&left, &histogram(&[a, b].concat()));
             prop_assert_eq!(left, right);
+        }
+
+        #[test]
+        fn bins_counted_elsewhere_are_the_same(values in prop::collection::vec(any::<f32>(), 0..50)) {
+            let mut counts = vec![0; BINS];
+            values.iter().for_each(|v| counts[Histogram::bin(v.abs().to_bits())] += 1);
+            prop_assert_eq!(Histogram::of_counts(&counts), histogram(&values));
+        }
+
+        #[test]
+        fn the_largest_are_not_below_their_floor(mut values in prop::collection::vec(any::<f32>(), 1..50), count in 1usize..60) {
+            let floor = histogram(&values).floor_of_largest(count as u64);
+            values.sort_by(|a, b| b.abs().total_cmp(&a.abs()));
+            let least = values[count.min(values.len()) - 1].abs().to_bits();
+            prop_assert!(floor <= least);
+            prop_assert!(count >= values.len() || Histogram::bin(floor) == Histogram::bin(least));
         }
     }
 

@@ -1,0 +1,89 @@
+// What all kernels share: the dtypes of activations, and counting within a block.
+//
+// Activations are [rows, width], rows of whole sequences of `tokens` each; a strip is up to 32 rows
+// of one sequence, the first of which begins with it. Nothing depends on how many rows there are:
+// the order of every sum is that of the CPU form in worker/scan.
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// Rows of a strip, and bits of a word of marks.
+constexpr u32 STRIP = 32;
+// Threads of a block at most.
+constexpr u32 THREADS = 256;
+// Values of a digit.
+constexpr u32 DIGITS = 256;
+
+struct bf16 {
+    unsigned short bits;
+};
+struct f16 {
+    unsigned short bits;
+};
+
+__device__ inline float value(float x) { return x; }
+__device__ inline float value(bf16 x) { return __uint_as_float(u32(x.bits) << 16); }
+__device__ inline float value(f16 x) {
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+    return result;
+}
+
+// Bits of |x| as f32: in the order of magnitudes.
+template <typename T>
+__device__ u32 magnitude(T x) {
+    return __float_as_uint(value(x)) & 0x7fffffffu;
+}
+
+// Magnitudes as four digits of 8 bits, the highest of which is at a shift of 24.
+template <typename T>
+__device__ u32 key(T x) {
+    return magnitude(x) << 1;
+}
+
+// Below this shift the digits of a dtype's magnitudes are 0.
+template <typename T>
+constexpr int LAST_SHIFT = 0;
+template <>
+constexpr int LAST_SHIFT<bf16> = 16;
+template <>
+constexpr int LAST_SHIFT<f16> = 8;
+
+__device__ inline u32 digit_at(u32 key, int shift) { return key >> shift & (DIGITS - 1); }
+
+// Whether the digits above a shift are those of `prefix`.
+__device__ inline bool is_within(u32 key, int shift, u32 prefix) { return shift == 24 || key >> (shift + 8) == prefix; }
+
+// The digit of the value of rank `*rank` (from 0, ascending) into `*digit`, and its rank among the
+// values with that digit into `*rank`. `counts` are those of each digit; `sums` has room for
+// THREADS, as all but `counts` shared by the block. For whole blocks of a power of two of threads.
+template <typename C>
+__device__ void pick(const C *counts, C *sums, u32 *digit, C *rank) {
+    const u32 t = threadIdx.x, each = DIGITS / blockDim.x;
+    C own = 0;
+    for (u32 i = 0; i < each; i++) own += counts[each * t + i];
+    sums[t] = own;
+    __syncthreads();
+    for (u32 distance = 1; distance < blockDim.x; distance *= 2) {
+        const C before = t >= distance ? sums[t - distance] : 0;
+        __syncthreads();
+        sums[t] += before;
+        __syncthreads();
+    }
+    const C want = *rank, end = sums[t];
+    __syncthreads();
+    C below = end - own;
+    if (below <= want && want < end) {
+        u32 found = each * t;
+        while (want >= below + counts[found]) below += counts[found++];
+        *digit = found;
+        *rank = want - below;
+    }
+    __syncthreads();
+}
+
+// A kernel for each dtype: `NAME_f32`, `NAME_bf16`, `NAME_f16`, of a template NAME.
+#define KERNEL(type, name, parameters, arguments) \
+    extern "C" __global__ void name##_##type parameters { name arguments; }
+typedef float f32;

@@ -1,0 +1,156 @@
+//! Kernels of our own (`worker/cuda/kernels`), launched by their names. A GPU's driver reads a file when the first of its kernels is
+//! launched there.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::result::{self, DriverError, module};
+use cudarc::driver::sys::{CUdeviceptr, CUfunction, CUmodule};
+use cudarc::driver::{CudaContext, CudaStream};
+
+/// Names the files, each with its PTX, which ends with a zero.
+macro_rules! files {
+    ($($file:ident $name:literal)*) => {
+        /// A file of kernels.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub(crate) enum File { $($file),* }
+
+        impl File {
+            fn ptx(self) -> &'static str {
+                match self {
+                    $(Self::$file => concat!(include_str!(concat!("../kernels/", $name, ".ptx")), "\0"),)*
+                }
+            }
+
+            /// Its source, without what all share.
+            #[cfg(test)]
+            fn source(self) -> &'static str {
+                match self {
+                    $(Self::$file => include_str!(concat!("../kernels/", $name, ".cu")),)*
+                }
+            }
+
+            #[cfg(test)]
+            const ALL: &[(Self, &str)] = &[$((Self::$file, $name)),*];
+        }
+    };
+}
+
+files! {
+    Columns "columns"
+    Histogram "histogram"
+    Large "large"
+    Rows "rows"
+}
+
+/// What a kernel is given.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Argument {
+    /// In the GPU's memory.
+    Address(CUdeviceptr),
+    Number(u32),
+    Float(f32),
+}
+
+/// How a kernel is launched.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Grid {
+    /// Along x and y.
+    pub(crate) blocks: [usize; 2],
+    /// Of each block.
+    pub(crate) threads: usize,
+}
+
+/// Launches a kernel on a stream.
+///
+/// # Safety
+/// The arguments are those that the kernel's source names, addresses of as much memory as it says, which belongs to this stream.
+///
+/// # Errors
+/// The driver's.
+pub(crate) unsafe fn launch(
+    stream: &CudaStream,
+    file: File,
+    name: &str,
+    grid: Grid,
+    arguments: &[Argument],
+) -> Result<(), DriverError> {
+    stream.context().bind_to_thread()?;
+    let function = function(stream.context(), file, name)?;
+    let place = |argument: &Argument| -> *mut c_void {
+        match argument {
+            Argument::Address(address) => std::ptr::from_ref(address).cast_mut().cast(),
+            Argument::Number(number) => std::ptr::from_ref(number).cast_mut().cast(),
+            Argument::Float(number) => std::ptr::from_ref(number).cast_mut().cast(),
+        }
+    };
+    let mut places: Vec<*mut c_void> = arguments.iter().map(place).collect();
+    let [x, y] = grid.blocks.map(|blocks| blocks as u32);
+    // SAFETY: the caller's promise. The arguments are copied before this returns.
+    unsafe {
+        result::launch_kernel(function, (x, y, 1), (grid.threads as u32, 1, 1), 0, stream.cu_stream(), &mut places)
+    }
+}
+
+/// What was loaded on a GPU. It is never unloaded, and keeps the context in which it was.
+struct Loaded {
+    context: Arc<CudaContext>,
+    modules: HashMap<File, CUmodule>,
+    functions: HashMap<(File, String), CUfunction>,
+}
+
+// SAFETY: handles of the driver, which any thread may use.
+unsafe impl Send for Loaded {}
+
+/// A kernel on a GPU, whose context is this thread's.
+fn function(context: &Arc<CudaContext>, file: File, name: &str) -> Result<CUfunction, DriverError> {
+    static LOADED: Mutex<Vec<Loaded>> = Mutex::new(Vec::new());
+    let mut all = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    let at = all.iter().position(|loaded| loaded.context.cu_ctx() == context.cu_ctx());
+    let at = at.unwrap_or_else(|| {
+        all.push(Loaded { context: Arc::clone(context), modules: HashMap::new(), functions: HashMap::new() });
+        all.len() - 1
+    });
+    let loaded = &mut all[at];
+    let key = (file, name.to_owned());
+    if let Some(function) = loaded.functions.get(&key) {
+        return Ok(*function);
+    }
+    let module = match loaded.modules.get(&file) {
+        Some(module) => *module,
+        None => {
+            // SAFETY: PTX that ends with a zero.
+            let module = unsafe { module::load_data(file.ptx().as_ptr().cast()) }?;
+            loaded.modules.insert(file, module);
+            module
+        }
+    };
+    let name = CString::new(name).expect("names of kernels are written here");
+    // SAFETY: the module was loaded just now, or before.
+    let function = unsafe { module::get_function(module, name) }?;
+    loaded.functions.insert(key, function);
+    Ok(function)
+}
+
+#[cfg(test)]
+mod tests {
+    use sha2::{Digest, Sha256};
+
+    use super::File;
+
+    #[test]
+    fn what_is_checked_in_was_made_from_the_sources() {
+        for (file, name) in File::ALL {
+            let source = [include_str!("../kernels/values.cuh"), file.source()].concat();
+            let hash: String = Sha256::digest(source).iter().map(|byte| format!("{byte:02x}")).collect();
+            let expected = format!("// sha256 of values.cuh and {name}.cu: {hash}");
+            assert_eq!(file.ptx().lines().next(), Some(&*expected), "run worker/cuda/kernels/build.sh {name}");
+            assert!(
+                file.ptx().contains("\n.version 7.8\n.target sm_80\n"),
+                "{name}: read by the oldest driver that serves"
+            );
+            assert!(!file.ptx().contains("fma."), "{name}: a product is rounded before it is added");
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! What one pass over activations finds, on the GPU where they lie and in their own dtype: the kernels beside `outliers_scan`'s CPU forms.
+//! Summaries alone leave the GPU.
+
+use std::sync::Arc;
+
+use cudarc::driver::sys::CUdeviceptr;
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop};
+use half::{bf16, f16};
+use outliers_scan::{BINS, Column, Columns, Histogram, Large, Marks, Row, STRIP, Scan};
+
+use crate::kernels::Argument::{Address, Float, Number};
+use crate::kernels::{Argument, File, Grid, launch};
+
+/// Threads of most blocks, and values of a digit of a magnitude.
+const THREADS: usize = 256;
+/// Rows of a block that takes moments: eight threads each.
+const MOMENT_ROWS: usize = THREADS / 8;
+/// How many large values there is room for at first.
+const ROOM: usize = 1 << 12;
+
+/// Values in a GPU's memory.
+pub enum Stored<'a> {
+    /// Single precision.
+    F32(CudaView<'a, f32>),
+    /// Half of it, of the same range.
+    Bf16(CudaView<'a, bf16>),
+    /// IEEE's half precision.
+    F16(CudaView<'a, f16>),
+}
+
+impl Stored<'_> {
+    /// Its name in those of kernels.
+    fn dtype(&self) -> &'static str {
+        match self {
+            Self::F32(_) => "f32",
+            Self::Bf16(_) => "bf16",
+            Self::F16(_) => "f16",
+        }
+    }
+
+    /// Shifts of the digits that its magnitudes have, the highest first.
+    fn shifts(&self) -> &'static [u32] {
+        match self {
+            Self::F32(_) => &[24, 16, 8, 0],
+            Self::Bf16(_) => &[24, 16],
+            Self::F16(_) => &[24, 16, 8],
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(x) => x.len(),
+            Self::Bf16(x) => x.len(),
+            Self::F16(x) => x.len(),
+        }
+    }
+
+    fn address<'a>(&'a self, stream: &'a CudaStream) -> (CUdeviceptr, SyncOnDrop<'a>) {
+        match self {
+            Self::F32(x) => x.device_ptr(stream),
+            Self::Bf16(x) => x.device_ptr(stream),
+            Self::F16(x) => x.device_ptr(stream),
+        }
+    }
+}
+
+/// Activations on a GPU. What is asked of them is what [`outliers_scan::Rows`] answers, in the same numbers.
+pub struct Activation<'a> {
+    stream: Arc<CudaStream>,
+    x: Stored<'a>,
+    rows: usize,
+    width: usize,
+    tokens: usize,
+}
+
+impl<'a> Activation<'a> {
+    /// `x` `[rows, width]`, row-major; rows of whole sequences of `tokens` each. `stream` is the one that computes them.
+    pub fn new(stream: Arc<CudaStream>, x: Stored<'a>, width: usize, tokens: usize) -> Self {
+        let rows = x.len() / width;
+        debug_assert!(tokens == 0 || rows.is_multiple_of(tokens), "{rows} rows are not of whole sequences");
+        Self { stream, x, rows, width, tokens }
+    }
+
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Rows and magnitudes of each sequence.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn scan(&self) -> Result<Vec<Scan>, DriverError> {
+        if self.rows == 0 {
+            return Ok(Vec::new());
+        }
+        let (rows, width) = (self.rows, self.width);
+        let mut order = self.stream.alloc_zeros::<u32>(2 * rows)?;
+        let mut moments = self.stream.alloc_zeros::<f64>(2 * rows)?;
+        let mut counts = self.stream.alloc_zeros::<u64>(self.sequences() * BINS)?;
+        let grid = Grid { blocks: [rows, 1], threads: threads_for(width) };
+        // SAFETY: two numbers per row.
+        unsafe { self.look(File::Rows, "order", grid, &[number(width), self.to(&mut order)]) }?;
+        let grid = Grid { blocks: [rows.div_ceil(MOMENT_ROWS), 1], threads: THREADS };
+        // SAFETY: two numbers per row.
+        unsafe { self.look(File::Rows, "moments", grid, &[number(rows), number(width), self.to(&mut moments)]) }?;
+        let arguments = [number(width), number(self.tokens), self.to(&mut counts)];
+        // SAFETY: all bins of each sequence.
+        unsafe { self.look(File::Histogram, "magnitudes", self.strips(), &arguments) }?;
+
+        let order = self.stream.clone_dtoh(&order)?;
+        let moments = self.stream.clone_dtoh(&moments)?;
+        let counts = self.stream.clone_dtoh(&counts)?;
+        let row = |r: usize| Row {
+            max_bits: order[r],
+            median: f32::from_bits(order[rows + r]),
+            squares: moments[r],
+            kurtosis: Some(moments[rows + r]).filter(|kurtosis| !kurtosis.is_nan()),
+        };
+        let sequence = |(s, counts): (usize, &[u64])| Scan {
+            rows: (s * self.tokens..(s + 1) * self.tokens).map(row).collect(),
+            magnitudes: Histogram::of_counts(counts),
+        };
+        Ok(counts.chunks_exact(BINS).enumerate().map(sequence).collect())
+    }
+
+    /// Columns of each sequence; a value exceeds where |x| >= `threshold` > 0.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn columns(&self, threshold: f32) -> Result<Vec<Columns>, DriverError> {
+        if self.rows == 0 {
+            return Ok(Vec::new());
+        }
+        let (width, sequences) = (self.width, self.sequences());
+        let strips = self.strips().blocks[0];
+        let (of_strips, of_sequences) = (strips * width, sequences * width);
+        let groups = width.div_ceil(THREADS);
+        let mut marks = self.stream.alloc_zeros::<u32>(2 * of_strips)?;
+        let mut parts = self.stream.alloc_zeros::<f32>(6 * of_strips)?;
+        let mut counts = self.stream.alloc_zeros::<u32>(2 * of_sequences)?;
+        let mut extremes = self.stream.alloc_zeros::<f32>(2 * of_sequences)?;
+        let mut sums = self.stream.alloc_zeros::<f64>(4 * of_sequences)?;
+        let arguments =
+            [number(width), number(self.tokens), Float(threshold), self.to(&mut marks), self.to(&mut parts)];
+        let grid = Grid { blocks: [strips, groups], threads: THREADS };
+        // SAFETY: two words and six numbers per strip and column.
+        unsafe { self.look(File::Columns, "strips", grid, &arguments) }?;
+        let arguments = [
+            self.to(&mut marks),
+            self.to(&mut parts),
+            number(width),
+            number(strips / sequences),
+            self.to(&mut counts),
+            self.to(&mut extremes),
+            self.to(&mut sums),
+        ];
+        let grid = Grid { blocks: [sequences, groups], threads: THREADS };
+        // SAFETY: what the strips gave; two counts, two values and four sums per sequence and column.
+        unsafe { launch(&self.stream, File::Columns, "join", grid, &arguments) }?;
+        drop(parts);
+
+        let counts = self.stream.clone_dtoh(&counts)?;
+        let extremes = self.stream.clone_dtoh(&extremes)?;
+        let sums = self.stream.clone_dtoh(&sums)?;
+        let exceeds = |dim: &usize| (0..sequences).any(|s| counts[s * width + dim] > 0);
+        let listed: Vec<usize> = (0..width).filter(exceeds).collect();
+        let words = self.positions(&mut marks, &listed, strips)?;
+
+        let column = |at: usize| Column {
+            count: counts[at].into(),
+            positive: counts[of_sequences + at].into(),
+            max: extremes[at],
+            min: extremes[of_sequences + at],
+            sum: sums[at],
+            sum2: sums[of_sequences + at],
+            sum3: sums[2 * of_sequences + at],
+            sum4: sums[3 * of_sequences + at],
+        };
+        let sequence = |s: usize| {
+            let there = listed.iter().enumerate().filter(|(_, dim)| counts[s * width + **dim] > 0);
+            let each = strips / sequences;
+            let mark = |(at, dim): (usize, &usize)| {
+                let words = &words[at * strips + s * each..][..each];
+                let pair = |pair: &[u32]| u64::from(pair[0]) | u64::from(pair.get(1).copied().unwrap_or(0)) << 32;
+                Marks { dim: *dim, positions: words.chunks(2).map(pair).collect() }
+            };
+            Columns { columns: (s * width..(s + 1) * width).map(column).collect(), marks: there.map(mark).collect() }
+        };
+        Ok((0..sequences).map(sequence).collect())
+    }
+
+    /// The words of `marks` of some columns, `[listed, strips]`.
+    fn positions(&self, marks: &mut CudaSlice<u32>, listed: &[usize], strips: usize) -> Result<Vec<u32>, DriverError> {
+        if listed.is_empty() {
+            return Ok(Vec::new());
+        }
+        let columns: Vec<u32> = listed.iter().map(|dim| *dim as u32).collect();
+        let mut columns = self.stream.clone_htod(&columns)?;
+        let mut words = self.stream.alloc_zeros::<u32>(listed.len() * strips)?;
+        let arguments =
+            [self.to(marks), self.to(&mut columns), number(self.width), number(strips), self.to(&mut words)];
+        let grid = Grid { blocks: [listed.len(), strips.div_ceil(THREADS)], threads: THREADS };
+        // SAFETY: a word per listed column and strip.
+        unsafe { launch(&self.stream, File::Columns, "positions", grid, &arguments) }?;
+        self.stream.clone_dtoh(&words)
+    }
+
+    /// The exact median |x| of each sequence, the lower of the two middle ones.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn medians(&self) -> Result<Vec<f32>, DriverError> {
+        if self.rows == 0 {
+            return Ok(Vec::new());
+        }
+        let sequences = self.sequences();
+        let rank = (self.tokens * self.width - 1) as u64 / 2;
+        let mut ranks = self.stream.clone_htod(&vec![rank; sequences])?;
+        let mut prefixes = self.stream.alloc_zeros::<u32>(sequences)?;
+        let mut counts = self.stream.alloc_zeros::<u64>(sequences * THREADS)?;
+        for shift in self.x.shifts() {
+            let (prefixes, counts) = (self.to(&mut prefixes), self.to(&mut counts));
+            let arguments = [number(self.width), number(self.tokens), Number(*shift), prefixes, counts];
+            // SAFETY: a number, and the counts of all digits, per sequence.
+            unsafe { self.look(File::Histogram, "digits", self.strips(), &arguments) }?;
+            let grid = Grid { blocks: [sequences, 1], threads: THREADS };
+            // SAFETY: as above, and a rank per sequence.
+            unsafe { launch(&self.stream, File::Histogram, "choose", grid, &[counts, prefixes, self.to(&mut ranks)]) }?;
+        }
+        // Digits that the dtype does not have are zeros, and the lowest bit of all is none of the magnitude's.
+        let last = *self.x.shifts().last().expect("each has some");
+        let prefixes = self.stream.clone_dtoh(&prefixes)?;
+        Ok(prefixes.iter().map(|prefix| f32::from_bits(prefix << last >> 1)).collect())
+    }
+
+    /// The values of some rows whose |x| has at least the bits that are asked of the row, in order of rows and columns.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn large(&self, asked: &[(usize, u32)]) -> Result<Vec<Large>, DriverError> {
+        if asked.is_empty() {
+            return Ok(Vec::new());
+        }
+        assert!(asked.iter().all(|(row, _)| *row < self.rows), "rows that are not there");
+        let pairs: Vec<u32> = asked.iter().flat_map(|(row, floor)| [*row as u32, *floor]).collect();
+        let mut pairs = self.stream.clone_htod(&pairs)?;
+        let mut room = ROOM;
+        let mut found: Vec<Large> = loop {
+            let mut places = self.stream.alloc_zeros::<u32>(3 * room)?;
+            let mut count = self.stream.alloc_zeros::<u32>(1)?;
+            let arguments =
+                [number(self.width), self.to(&mut pairs), number(room), self.to(&mut places), self.to(&mut count)];
+            let grid = Grid { blocks: [asked.len(), 1], threads: THREADS };
+            // SAFETY: rows that are there; three numbers for each value there is room for, and a count.
+            unsafe { self.look(File::Large, "large", grid, &arguments) }?;
+            let count = self.stream.clone_dtoh(&count)?[0] as usize;
+            if count > room {
+                room = count;
+                continue;
+            }
+            let large = |place: &[u32; 3]| Large {
+                row: place[0] as usize,
+                dim: place[1] as usize,
+                value: f32::from_bits(place[2]),
+            };
+            let places = if count == 0 { Vec::new() } else { self.stream.clone_dtoh(&places.slice(..3 * count))? };
+            break places.as_chunks::<3>().0.iter().map(large).collect();
+        };
+        found.sort_by_key(|large| (large.row, large.dim));
+        Ok(found)
+    }
+
+    fn sequences(&self) -> usize {
+        self.rows / self.tokens
+    }
+
+    /// A block for each strip.
+    fn strips(&self) -> Grid {
+        Grid { blocks: [self.sequences() * self.tokens.div_ceil(STRIP), 1], threads: THREADS }
+    }
+
+    /// The address of what a kernel reads or writes. All of it is allocated, used and given back on the one stream, whose order is enough.
+    fn to<T>(&self, slice: &mut CudaSlice<T>) -> Argument {
+        Address(slice.device_ptr_mut(&self.stream).0)
+    }
+
+    /// Launches a kernel that takes the values first, and is there for each dtype.
+    ///
+    /// # Safety
+    /// As [`launch`].
+    unsafe fn look(&self, file: File, name: &str, grid: Grid, others: &[Argument]) -> Result<(), DriverError> {
+        let (address, _read) = self.x.address(&self.stream);
+        let arguments = [&[Address(address)], others].concat();
+        // SAFETY: the caller's promise.
+        unsafe { launch(&self.stream, file, &format!("{name}_{}", self.x.dtype()), grid, &arguments) }
+    }
+}
+
+fn number(number: usize) -> Argument {
+    Number(u32::try_from(number).expect("fewer than 2^32 rows, columns or tokens"))
+}
+
+/// Threads for a row of so many values: a power of two.
+fn threads_for(width: usize) -> usize {
+    (width / 8).next_power_of_two().clamp(32, THREADS)
+}
+
+#[cfg(test)]
+mod tests;

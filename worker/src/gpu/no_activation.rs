@@ -1,0 +1,59 @@
+//! Where no GPUs are used.
+
+use std::convert::Infallible;
+use std::marker::PhantomData;
+
+use candle_core::Tensor;
+use outliers_scan::{Columns, Large, Scan};
+
+use crate::error::{Result, WorkerError};
+
+/// There is none.
+pub struct Activation<'a>(Infallible, PhantomData<&'a ()>);
+
+/// Never called.
+///
+/// # Errors
+/// Internal: always.
+pub fn with_activation<T>(_: &Tensor, _: usize, _: impl FnOnce(&Activation<'_>) -> Result<T>) -> Result<T> {
+    Err(WorkerError::internal("a tensor is on a GPU, which this worker was built without"))
+}
+
+impl Activation<'_> {
+    /// Never called.
+    pub fn rows(&self) -> usize {
+        match self.0 {}
+    }
+
+    /// Never called.
+    ///
+    /// # Errors
+    /// None.
+    pub fn scan(&self) -> candle_core::Result<Vec<Scan>> {
+        match self.0 {}
+    }
+
+    /// Never called.
+    ///
+    /// # Errors
+    /// None.
+    pub fn columns(&self, _: f32) -> candle_core::Result<Vec<Columns>> {
+        match self.0 {}
+    }
+
+    /// Never called.
+    ///
+    /// # Errors
+    /// None.
+    pub fn medians(&self) -> candle_core::Result<Vec<f32>> {
+        match self.0 {}
+    }
+
+    /// Never called.
+    ///
+    /// # Errors
+    /// None.
+    pub fn large(&self, _: &[(usize, u32)]) -> candle_core::Result<Vec<Large>> {
+        match self.0 {}
+    }
+}
