@@ -3,10 +3,12 @@
 //! Definitions are LLM.int8()'s (Dettmers et al. 2022, section 4.1), read as [`outliers_protocol::Results`] says. Counting needs
 //! only the magnitude threshold; the shares of layers and positions are applied last, to the stored counts.
 //!
-//! [`study`] measures more in the same pass: every row's moments and median ([`rows`]), the largest values ([`top`]), massive activations
-//! ([`massive`]), routers and experts ([`mixture`]); their definitions stand with the fields of [`outliers_protocol`] that carry them.
-//! Nothing here depends on the number of threads or on how the tokens are cut into micro-batches. What one pass over activations finds is
-//! found where they lie ([`Values`]): by `outliers_scan` on the CPU, by kernels of the same results on a GPU.
+//! [`study`] measures more in the same pass: every row's moments and median ([`rows`]), the
+//! largest values ([`top`]), massive activations ([`massive`]), routers and experts ([`mixture`]);
+//! their definitions stand with the fields of [`outliers_protocol`] that carry them. Nothing here
+//! depends on the number of threads or on how the tokens are cut into micro-batches. What one pass
+//! over activations finds is found where they lie ([`Values`]): by `outliers_scan` on the CPU, by
+//! kernels of the same results on a GPU.
 //!
 //! This module never knows which architecture ran.
 
@@ -271,11 +273,12 @@ impl OutlierStats {
         self.tokens.div_ceil(64)
     }
 
-    /// Counts `x` `[rows, hidden]` at a site, whole sequences of which the first begins at `first_token`.
+    /// Counts `x` `[rows, hidden]` at a site, whole sequences of which the first begins at
+    /// `first_token`.
     ///
     /// # Errors
-    /// Internal: a value is NaN or infinite, so that no comparison means anything any more; the message names the site. Device: the
-    /// driver's.
+    /// Internal: a value is NaN or infinite, so that no comparison means anything any more; the
+    /// message names the site. Device: the driver's.
     pub fn count(&mut self, site: Site, first_token: usize, x: &Values<'_>) -> Result<()> {
         let index = self.index_of(site);
         for (s, found) in x.columns(self.threshold)?.iter().enumerate() {

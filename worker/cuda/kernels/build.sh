@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Compiles the kernels into the PTX beside them, which is checked in: who builds the worker need not compile it, and a machine without the
-# compiler tests it. The first line of each tells what it was made from; a test compares.
+# Compiles the kernels into the PTX beside them, which is checked in: who builds the worker need
+# not compile it, and a machine without the compiler tests it. The first line of each tells what it
+# was made from; a test compares.
 #
 #     worker/cuda/kernels/build.sh [NAME..]      all, if none is named
 set -euo pipefail

@@ -1,4 +1,5 @@
-// Columns of activations: how often they exceed and where, extremes, sums of powers. `Columns` in worker/scan.
+// Columns of activations: how often they exceed and where, extremes, sums of powers. `Columns` in
+// worker/scan.
 #include "values.cuh"
 
 // What is kept of each (strip, column), in planes [strips, width]: rows that exceed and those with

@@ -1,8 +1,9 @@
 // Values of some rows that are not below a magnitude, with their places. `large` in worker/scan.
 #include "values.cuh"
 
-// `asked`: pairs of a row and the bits of a magnitude, a block each. `found`: triples of row, column
-// and the value's bits, in no order, of which there is room for so many; `count` says how many there are.
+// `asked`: pairs of a row and the bits of a magnitude, a block each. `found`: triples of row,
+// column and the value's bits, in no order, of which there is room for so many; `count` says how
+// many there are.
 template <typename T>
 __device__ void large(const T *x, u32 width, const u32 *asked, u32 room, u32 *found, u32 *count) {
     const u32 row = asked[2 * blockIdx.x], floor = asked[2 * blockIdx.x + 1];

@@ -1,8 +1,8 @@
 // What all kernels share: the dtypes of activations, and counting within a block.
 //
-// Activations are [rows, width], rows of whole sequences of `tokens` each; a strip is up to 32 rows
-// of one sequence, the first of which begins with it. Nothing depends on how many rows there are:
-// the order of every sum is that of the CPU form in worker/scan.
+// Activations are [rows, width], rows of whole sequences of `tokens` each; a strip is up to 32
+// rows of one sequence, the first of which begins with it. Nothing depends on how many rows there
+// are: the order of every sum is that of the CPU form in worker/scan.
 #pragma once
 
 typedef unsigned int u32;

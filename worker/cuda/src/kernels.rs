@@ -1,5 +1,5 @@
-//! Kernels of our own (`worker/cuda/kernels`), launched by their names. A GPU's driver reads a file when the first of its kernels is
-//! launched there.
+//! Kernels of our own (`worker/cuda/kernels`), launched by their names. A GPU's driver reads a
+//! file when the first of its kernels is launched there.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
@@ -65,7 +65,8 @@ pub(crate) struct Grid {
 /// Launches a kernel on a stream.
 ///
 /// # Safety
-/// The arguments are those that the kernel's source names, addresses of as much memory as it says, which belongs to this stream.
+/// The arguments are those that the kernel's source names, addresses of as much memory as it says,
+/// which belongs to this stream.
 ///
 /// # Errors
 /// The driver's.

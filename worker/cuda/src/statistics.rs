@@ -1,5 +1,5 @@
-//! What one pass over activations finds, on the GPU where they lie and in their own dtype: the kernels beside `outliers_scan`'s CPU forms.
-//! Summaries alone leave the GPU.
+//! What one pass over activations finds, on the GPU where they lie and in their own dtype: the
+//! kernels beside `outliers_scan`'s CPU forms. Summaries alone leave the GPU.
 
 use std::sync::Arc;
 
@@ -64,7 +64,8 @@ impl Stored<'_> {
     }
 }
 
-/// Activations on a GPU. What is asked of them is what [`outliers_scan::Rows`] answers, in the same numbers.
+/// Activations on a GPU. What is asked of them is what [`outliers_scan::Rows`] answers, in the
+/// same numbers.
 pub struct Activation<'a> {
     stream: Arc<CudaStream>,
     x: Stored<'a>,
@@ -74,7 +75,8 @@ pub struct Activation<'a> {
 }
 
 impl<'a> Activation<'a> {
-    /// `x` `[rows, width]`, row-major; rows of whole sequences of `tokens` each. `stream` is the one that computes them.
+    /// `x` `[rows, width]`, row-major; rows of whole sequences of `tokens` each. `stream` is the
+    /// one that computes them.
     pub fn new(stream: Arc<CudaStream>, x: Stored<'a>, width: usize, tokens: usize) -> Self {
         let rows = x.len() / width;
         debug_assert!(tokens == 0 || rows.is_multiple_of(tokens), "{rows} rows are not of whole sequences");
@@ -156,7 +158,8 @@ impl<'a> Activation<'a> {
             self.to(&mut sums),
         ];
         let grid = Grid { blocks: [sequences, groups], threads: THREADS };
-        // SAFETY: what the strips gave; two counts, two values and four sums per sequence and column.
+        // SAFETY: what the strips gave; two counts, two values and four sums per sequence and
+        // column.
         unsafe { launch(&self.stream, File::Columns, "join", grid, &arguments) }?;
         drop(parts);
 
@@ -228,13 +231,15 @@ impl<'a> Activation<'a> {
             // SAFETY: as above, and a rank per sequence.
             unsafe { launch(&self.stream, File::Histogram, "choose", grid, &[counts, prefixes, self.to(&mut ranks)]) }?;
         }
-        // Digits that the dtype does not have are zeros, and the lowest bit of all is none of the magnitude's.
+        // Digits that the dtype does not have are zeros, and the lowest bit of all is none of the
+        // magnitude's.
         let last = *self.x.shifts().last().expect("each has some");
         let prefixes = self.stream.clone_dtoh(&prefixes)?;
         Ok(prefixes.iter().map(|prefix| f32::from_bits(prefix << last >> 1)).collect())
     }
 
-    /// The values of some rows whose |x| has at least the bits that are asked of the row, in order of rows and columns.
+    /// The values of some rows whose |x| has at least the bits that are asked of the row, in order
+    /// of rows and columns.
     ///
     /// # Errors
     /// The driver's.
@@ -252,7 +257,8 @@ impl<'a> Activation<'a> {
             let arguments =
                 [number(self.width), self.to(&mut pairs), number(room), self.to(&mut places), self.to(&mut count)];
             let grid = Grid { blocks: [asked.len(), 1], threads: THREADS };
-            // SAFETY: rows that are there; three numbers for each value there is room for, and a count.
+            // SAFETY: rows that are there; three numbers for each value there is room for, and a
+            // count.
             unsafe { self.look(File::Large, "large", grid, &arguments) }?;
             let count = self.stream.clone_dtoh(&count)?[0] as usize;
             if count > room {
@@ -280,7 +286,8 @@ impl<'a> Activation<'a> {
         Grid { blocks: [self.sequences() * self.tokens.div_ceil(STRIP), 1], threads: THREADS }
     }
 
-    /// The address of what a kernel reads or writes. All of it is allocated, used and given back on the one stream, whose order is enough.
+    /// The address of what a kernel reads or writes. All of it is allocated, used and given back
+    /// on the one stream, whose order is enough.
     fn to<T>(&self, slice: &mut CudaSlice<T>) -> Argument {
         Address(slice.device_ptr_mut(&self.stream).0)
     }

@@ -109,7 +109,8 @@ fn stripe(x: &[f32], width: usize, first: usize, threshold: f32) -> Columns {
     let words = (x.len() / width).div_ceil(64);
     let mut columns = vec![Column::EMPTY; count];
     let mut marks = [const { Vec::new() }; STRIPE];
-    // Zeros stand in for the columns a last, partial stripe does not have; T > 0 keeps them from counting.
+    // Zeros stand in for the columns a last, partial stripe does not have; T > 0 keeps them from
+    // counting.
     let mut row_buffer = [0f32; STRIPE];
     let mut position = 0;
     for rows in x.chunks(width * STRIP) {

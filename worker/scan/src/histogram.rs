@@ -2,15 +2,18 @@
 
 use serde::{Deserialize, Serialize};
 
-/// A histogram of magnitudes in bins of a 32nd of an octave between 2^-32 and 2^32. Smaller magnitudes count as 0, larger ones as 2^32.
+/// A histogram of magnitudes in bins of a 32nd of an octave between 2^-32 and 2^32. Smaller
+/// magnitudes count as 0, larger ones as 2^32.
 ///
-/// Quantiles are within 1.6 %: half the widest bin. Merging is addition, hence exact, associative and commutative. 256 bytes per
-/// octave between the smallest and the largest magnitude, so at most 16 KiB: there is one for every site of every layer.
+/// Quantiles are within 1.6 %: half the widest bin. Merging is addition, hence exact, associative
+/// and commutative. 256 bytes per octave between the smallest and the largest magnitude, so at
+/// most 16 KiB: there is one for every site of every layer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Histogram {
     /// The first bin that is kept, the first of its octave.
     first: usize,
-    /// Whole octaves from it on. What lies outside is empty, so two histograms of the same values are the same.
+    /// Whole octaves from it on. What lies outside is empty, so two histograms of the same values
+    /// are the same.
     counts: Vec<u64>,
     total: u64,
 }
@@ -29,7 +32,8 @@ pub const BINS: usize = ((2 * OCTAVES) << FRACTION_BITS) as usize;
 const FIRST: u32 = (f32::MAX_EXP as u32 - 1 - OCTAVES) << FRACTION_BITS;
 
 impl Histogram {
-    /// Bin of the magnitude with these bits (sign bit clear); monotone, because f32's order is that of its bits.
+    /// Bin of the magnitude with these bits (sign bit clear); monotone, because f32's order is
+    /// that of its bits.
     pub fn bin(magnitude_bits: u32) -> usize {
         ((magnitude_bits >> DROPPED_BITS).saturating_sub(FIRST) as usize).min(BINS - 1)
     }
@@ -80,7 +84,8 @@ impl Histogram {
         self.total += other.total;
     }
 
-    /// The bin that holds the value of this rank (from 0, ascending), and how many values lie in lower bins.
+    /// The bin that holds the value of this rank (from 0, ascending), and how many values lie in
+    /// lower bins.
     pub fn bin_of_rank(&self, rank: u64) -> (usize, u64) {
         let mut below = 0;
         for (bin, count) in (self.first..).zip(&self.counts) {
@@ -92,14 +97,15 @@ impl Histogram {
         (BINS - 1, below)
     }
 
-    /// Bits of a magnitude below which none of the `count` largest values is, and few others are above: the lowest of the bin that
-    /// holds the least of them.
+    /// Bits of a magnitude below which none of the `count` largest values is, and few others are
+    /// above: the lowest of the bin that holds the least of them.
     pub fn floor_of_largest(&self, count: u64) -> u32 {
         let bin = self.bin_of_rank(self.total.saturating_sub(count)).0;
         if count >= self.total || bin == 0 { 0 } else { (bin as u32 + FIRST) << DROPPED_BITS }
     }
 
-    /// The magnitude that a share `p` of the values does not exceed: the middle of its bin; 0 for none or the lowest bin.
+    /// The magnitude that a share `p` of the values does not exceed: the middle of its bin; 0 for
+    /// none or the lowest bin.
     pub fn quantile(&self, p: f64) -> f64 {
         if self.total == 0 {
             return 0.0;

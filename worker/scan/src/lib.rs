@@ -1,8 +1,9 @@
 //! What one pass over activations finds.
 //!
-//! Each operation has one CPU form, here, and one kernel (`worker/cuda/kernels`) that gives the same
-//! numbers bit by bit. Both take rows of whole sequences and answer for each sequence, so that no
-//! number depends on how many sequences are looked at together, nor on the number of threads.
+//! Each operation has one CPU form, here, and one kernel (`worker/cuda/kernels`) that gives the
+//! same numbers bit by bit. Both take rows of whole sequences and answer for each sequence, so
+//! that no number depends on how many sequences are looked at together, nor on the number of
+//! threads.
 
 mod columns;
 mod histogram;
@@ -47,13 +48,14 @@ impl<'a> Rows<'a> {
         self.sequences().map(|x| Columns::of(x, self.width, threshold)).collect()
     }
 
-    /// The exact median |x| of each sequence, the lower of the two middle ones; `scans` are theirs.
+    /// The exact median |x| of each sequence, the lower of the two middle ones; `scans` are
+    /// theirs.
     pub fn medians(self, scans: &[Scan]) -> Vec<f32> {
         self.sequences().zip(scans).map(|(x, scan)| scan.median(x)).collect()
     }
 
-    /// The values of some rows whose |x| has at least the bits that are asked of the row, in order of
-    /// rows and columns.
+    /// The values of some rows whose |x| has at least the bits that are asked of the row, in order
+    /// of rows and columns.
     pub fn large(self, asked: &[(usize, u32)]) -> Vec<Large> {
         large::large(self.x, self.width, asked)
     }

@@ -117,7 +117,8 @@ impl Scan {
         self.rows.iter().position(|row| row.max_bits >= f32::INFINITY.to_bits())
     }
 
-    /// The exact median |x| of the values `x` that were looked at, the lower of the two middle ones: the histogram says in which bin it is.
+    /// The exact median |x| of the values `x` that were looked at, the lower of the two middle
+    /// ones: the histogram says in which bin it is.
     pub fn median(&self, x: &[f32]) -> f32 {
         let rank = (x.len() as u64 - 1) / 2;
         let (bin, below) = self.magnitudes.bin_of_rank(rank);

@@ -1,7 +1,8 @@
 //! Loops with the vectors that this processor has.
 
-/// Runs a loop with wider vectors than every processor of its kind has: its code is compiled again, for AVX2 and for AVX-512. Elsewhere than
-/// on x86-64 the plain code has the best already. Which of them ran cannot be told from the results: nothing is contracted or reordered.
+/// Runs a loop with wider vectors than every processor of its kind has: its code is compiled
+/// again, for AVX2 and for AVX-512. Elsewhere than on x86-64 the plain code has the best already.
+/// Which of them ran cannot be told from the results: nothing is contracted or reordered.
 ///
 /// A closure that is not `#[inline(always)]` may stay outside, and as it was.
 #[inline(always)]

@@ -7,8 +7,8 @@ use outliers_cuda::Stored;
 
 use crate::error::{Result, WorkerError};
 
-/// Shows a tensor's values `[rows, width]` where they lie, in their own dtype where kernels know it, in f32 else; rows of whole sequences of
-/// `tokens` each.
+/// Shows a tensor's values `[rows, width]` where they lie, in their own dtype where kernels know
+/// it, in f32 else; rows of whole sequences of `tokens` each.
 pub fn with_activation<T>(x: &Tensor, tokens: usize, see: impl FnOnce(&Activation<'_>) -> Result<T>) -> Result<T> {
     let x = match x.dtype() {
         DType::F32 | DType::BF16 | DType::F16 => x.contiguous()?,

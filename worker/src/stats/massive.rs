@@ -110,7 +110,8 @@ impl Massive {
         Self { tokens, layers: BTreeMap::new(), dims: BTreeMap::new(), marked }
     }
 
-    /// Takes the residual stream `x` of whole sequences after a layer, of which `scans` are; the first begins at `first_token`.
+    /// Takes the residual stream `x` of whole sequences after a layer, of which `scans` are; the
+    /// first begins at `first_token`.
     ///
     /// # Errors
     /// Device: the driver's.

@@ -143,7 +143,8 @@ impl ExpertPeaks {
         Self { peaks: vec![None; experts] }
     }
 
-    /// Takes the values `x` of one expert, of which `scans` are; `found` says where a value stands by row and dimension.
+    /// Takes the values `x` of one expert, of which `scans` are; `found` says where a value stands
+    /// by row and dimension.
     ///
     /// # Errors
     /// Device: the driver's.

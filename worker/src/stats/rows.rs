@@ -1,4 +1,5 @@
-//! Statistics over the rows of a site: of each token's vector, its largest value, median and moments.
+//! Statistics over the rows of a site: of each token's vector, its largest value, median and
+//! moments.
 
 use outliers_protocol::{MagnitudeQuantiles, RowSpread, RowStatistics};
 use outliers_scan::{Histogram, Scan};

@@ -257,7 +257,8 @@ impl Study {
         })
     }
 
-    /// What is done with the rows of any site; `found` says where a value stands by row and dimension.
+    /// What is done with the rows of any site; `found` says where a value stands by row and
+    /// dimension.
     fn add(
         &mut self,
         site: Site,

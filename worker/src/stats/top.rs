@@ -116,8 +116,8 @@ impl<T: Ord + Clone> Top<T> {
 }
 
 impl Top<Found> {
-    /// Offers all values `x`, of which `scans` are; `found` makes a candidate of a row, a dimension and a value. Those that are not large
-    /// enough are not looked at.
+    /// Offers all values `x`, of which `scans` are; `found` makes a candidate of a row, a
+    /// dimension and a value. Those that are not large enough are not looked at.
     ///
     /// # Errors
     /// Device: the driver's.

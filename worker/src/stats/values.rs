@@ -7,7 +7,8 @@ use super::with_f32;
 use crate::error::Result;
 use crate::gpu::{Activation, with_activation};
 
-/// Activations `[rows, width]`, rows of whole sequences: each operation has a form for the CPU and one for GPUs, of the same results.
+/// Activations `[rows, width]`, rows of whole sequences: each operation has a form for the CPU and
+/// one for GPUs, of the same results.
 pub enum Values<'a> {
     /// On the host.
     Host(Rows<'a>),
@@ -15,7 +16,8 @@ pub enum Values<'a> {
     Gpu(&'a Activation<'a>),
 }
 
-/// Shows a tensor's values `[rows, width]` where they lie, rows of whole sequences of `tokens` each.
+/// Shows a tensor's values `[rows, width]` where they lie, rows of whole sequences of `tokens`
+/// each.
 pub fn with_values<T>(x: &Tensor, tokens: usize, see: impl FnOnce(&Values<'_>) -> Result<T>) -> Result<T> {
     if x.device().is_cuda() {
         return with_activation(x, tokens, |activation| see(&Values::Gpu(activation)));
@@ -76,7 +78,8 @@ impl Values<'_> {
         }
     }
 
-    /// The exact median |x| of each sequence, the lower of the two middle ones; `scans` are theirs.
+    /// The exact median |x| of each sequence, the lower of the two middle ones; `scans` are
+    /// theirs.
     ///
     /// # Errors
     /// Device: the driver's.
@@ -87,7 +90,8 @@ impl Values<'_> {
         }
     }
 
-    /// The values of some rows whose |x| has at least the bits that are asked of the row, in order of rows and columns.
+    /// The values of some rows whose |x| has at least the bits that are asked of the row, in order
+    /// of rows and columns.
     ///
     /// # Errors
     /// Device: the driver's.
