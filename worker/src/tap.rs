@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{D, DType, Device, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
-use crate::simd::vectorized;
+use outliers_scan::simd::vectorized;
 
 /// Columns that are summed together.
 const STRIPE: usize = 256;

@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use super::Site;
 use super::exact::ExactSum;
 use super::fixed_point;
-use outliers_scan::{Row, Scan};
 use super::top::Found;
+use outliers_scan::{Row, Scan};
 
 /// How many times the others' mean magnitude a spike is.
 const TIMES: f64 = 10.0;

@@ -433,7 +433,9 @@ impl LayerObserver for Study {
             let Some(quantization) = &mut self.quantization else { return Ok(()) };
             let width = self.scope.expert_width;
             HostValues { tensor: &rows.out, values: x }.see(|x| {
-                quantization.add(Site { layer, point: Point::ExpertOut }, x, width, |row| first_token + rows.rows[row] as usize);
+                quantization.add(Site { layer, point: Point::ExpertOut }, x, width, |row| {
+                    first_token + rows.rows[row] as usize
+                });
                 Ok(())
             })
         })

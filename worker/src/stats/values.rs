@@ -27,7 +27,7 @@ pub fn with_values<T>(x: &Tensor, tokens: usize, see: impl FnOnce(&Values<'_>) -
 }
 
 /// Activations that may have to be copied to the host before they can be read there.
-pub struct HostValues<'a> {
+pub(super) struct HostValues<'a> {
     /// Where they lie.
     pub tensor: &'a Tensor,
     /// The same, as the host or a GPU sees them.
@@ -39,7 +39,7 @@ impl HostValues<'_> {
     ///
     /// # Errors
     /// The device's, and those of `see`.
-    pub fn see<T>(&self, see: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
+    pub(super) fn see<T>(&self, see: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
         match self.values {
             Values::Host(rows) => see(rows.x),
             Values::Gpu(_) => with_f32(self.tensor, see),
