@@ -18,7 +18,7 @@ if [ -z "$worker" ]; then
     worker/build.sh --cuda --output "$worker"
 fi
 worker=$(realpath "$worker")
-tests/gpu/place.sh "$work/gpu"
+tests/gpu/install_fake_driver.sh "$work/gpu"
 
 # Runs something with so many GPUs, whose streams take up to so many microseconds longer now and then.
 with() {

@@ -12,7 +12,7 @@ use clap::Parser;
 use outliers::broker::SshEndpoint;
 use outliers::transport::ssh::SshTransport;
 use outliers::transport::{SendRequest, Transport};
-use outliers_tests::line::Line;
+use outliers_tests::flaky_link::FlakyLink;
 use outliers_tests::noise;
 use outliers_tests::sshd::Sshd;
 
@@ -45,8 +45,8 @@ fn main() -> Result<()> {
     println!("{} MB to OpenSSH's server, seconds (in brackets: times ours)", options.megabytes);
     println!("{:>7}  {:>8}  {:>16}  {:>16}", "RTT, ms", "outliers", "sftp put", "scp");
     for rtt in &options.rtt {
-        let line = Line::long(&server.endpoint(), Duration::from_millis(*rtt))?;
-        let to = line.endpoint();
+        let link = FlakyLink::long(&server.endpoint(), Duration::from_millis(*rtt))?;
+        let to = link.endpoint();
         let ours = best(&options, || outliers(&server, &to, &file))?;
         if options.alone {
             println!("{rtt:>7}  {ours:>8.2}  {:>5.1} MB/s", options.megabytes as f64 / ours);

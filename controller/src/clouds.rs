@@ -20,7 +20,7 @@ pub struct Cloud {
     /// The cloud.
     pub broker: Arc<dyn Broker>,
     /// How long things take there.
-    pub patience: Patience,
+    pub timeouts: Timeouts,
     /// It is this machine: nothing costs real money, and paths are the same there.
     pub is_local: bool,
 }
@@ -47,8 +47,8 @@ impl Cloud {
     /// # Errors
     /// The call's own, and [`BrokerErrorKind::Maybe`].
     pub async fn call<T>(&self, call: impl Future<Output = Result<T, BrokerError>>) -> Result<T, BrokerError> {
-        tokio::time::timeout(self.patience.call, call).await.unwrap_or_else(|_| {
-            let message = format!("no answer within {} s", self.patience.call.as_secs());
+        tokio::time::timeout(self.timeouts.call, call).await.unwrap_or_else(|_| {
+            let message = format!("no answer within {} s", self.timeouts.call.as_secs());
             Err(BrokerError { broker: self.name(), kind: BrokerErrorKind::Maybe, message })
         })
     }
@@ -110,7 +110,7 @@ impl Cloud {
 
 /// How long each thing may take, and how often it is tried.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Patience {
+pub struct Timeouts {
     /// One call to a broker; beyond it the call's outcome is unknown.
     pub call: Duration,
     /// From the create call, or the end of its waiting in a queue, to an address.
@@ -135,7 +135,7 @@ pub struct Patience {
     pub backoff: Duration,
 }
 
-impl Patience {
+impl Timeouts {
     /// For clouds. An image of 10 GB takes its time to arrive; a new instance may show in the third listing only.
     pub const CLOUD: Self = Self {
         call: Duration::from_secs(120),

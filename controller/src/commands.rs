@@ -11,7 +11,7 @@ use crate::broker::local::{self, LocalBroker};
 use crate::broker::slurm::{self, Slurm};
 use crate::broker::{Access, GpuRequest, Offer, Tier};
 use crate::cli::{Cli, Command, WantArgs};
-use crate::clouds::{BadHosts, Cloud, Clouds, Patience};
+use crate::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use crate::deploy::{Ports, SshHosts};
 use crate::estimate::Work;
 use crate::host;
@@ -19,8 +19,8 @@ use crate::http::{Explain, Http, Limits};
 use crate::ledger::Ledger;
 use crate::local_worker::LocalWorker;
 use crate::market;
-use crate::report::{Complaint, ExitStatus, Reporter};
-use crate::run::{RunSpec, Trouble, TroubleKind};
+use crate::report::{CliError, ExitStatus, Reporter};
+use crate::run::{FailureDetail, RunFailureKind, RunSpec};
 use crate::secret::Secret;
 use crate::settings::{CloudSettings, DefaultBroker, Environment, Settings, Span, known_brokers};
 use crate::transport::program::OpenSsh;
@@ -85,21 +85,17 @@ pub async fn run(cli: Cli) -> ExitStatus {
     }
     match dispatch(cli, &environment, reporter).await {
         Ok(status) => status,
-        Err((reporter, complaint)) => {
-            reporter.complaint(&complaint);
-            complaint.status
+        Err((reporter, cli_error)) => {
+            reporter.cli_error(&cli_error);
+            cli_error.status
         }
     }
 }
 
-async fn dispatch(
-    cli: Cli,
-    environment: &Environment,
-    reporter: Reporter,
-) -> Result<ExitStatus, (Reporter, Complaint)> {
+async fn dispatch(cli: Cli, environment: &Environment, reporter: Reporter) -> Result<ExitStatus, (Reporter, CliError)> {
     let (settings, here, exe) = match surroundings(&cli, environment, &reporter) {
         Ok(known) => known,
-        Err(complaint) => return Err((reporter, complaint)),
+        Err(cli_error) => return Err((reporter, cli_error)),
     };
     let context = Context { settings, reporter, here, exe, explain: cli.global.explain };
     let done = match cli.command {
@@ -125,7 +121,7 @@ async fn dispatch(
         Command::Man { folder } => man::command(&context, &folder),
         Command::InstanceServe { folder } => Ok(serve(&folder).await),
     };
-    done.map_err(|complaint| (context.reporter, complaint))
+    done.map_err(|cli_error| (context.reporter, cli_error))
 }
 
 async fn serve(folder: &Path) -> ExitStatus {
@@ -143,8 +139,8 @@ fn surroundings(
     cli: &Cli,
     environment: &Environment,
     reporter: &Reporter,
-) -> Result<(Settings, PathBuf, PathBuf), Complaint> {
-    let lost = |what: &str, error: &std::io::Error| Complaint::failed(format!("{what}: {error}"));
+) -> Result<(Settings, PathBuf, PathBuf), CliError> {
+    let lost = |what: &str, error: &std::io::Error| CliError::failed(format!("{what}: {error}"));
     let here = std::env::current_dir().map_err(|error| lost("the current folder", &error))?;
     let exe = std::env::current_exe().map_err(|error| lost("this program's path", &error))?;
     let config = cli.global.config.as_deref();
@@ -163,7 +159,7 @@ impl Context {
     ///
     /// # Errors
     /// What the ledger says.
-    pub fn ledger(&self) -> Result<Ledger, Complaint> {
+    pub fn ledger(&self) -> Result<Ledger, CliError> {
         Ok(Ledger::open(&self.settings.state)?)
     }
 
@@ -186,7 +182,7 @@ impl Context {
     ///
     /// # Errors
     /// It is missing, or of another version.
-    pub async fn worker(&self) -> Result<LocalWorker, Complaint> {
+    pub async fn worker(&self) -> Result<LocalWorker, CliError> {
         let worker = LocalWorker::find(self.settings.worker.as_deref(), &self.exe).await?;
         Ok(worker.limited(self.settings.look))
     }
@@ -205,14 +201,14 @@ impl Context {
     ///
     /// # Errors
     /// There is none of that name, or its key is not set.
-    pub fn clouds(&self, names: &[String]) -> Result<Clouds, Complaint> {
+    pub fn clouds(&self, names: &[String]) -> Result<Clouds, CliError> {
         let default = match &self.settings.broker {
             DefaultBroker::Named(name) => vec![name.clone()],
             DefaultBroker::Local => vec![local::NAME.to_owned()],
             DefaultBroker::Clouds => self.with_key().map(|cloud| cloud.kind.name.to_owned()).collect(),
         };
         let names = if names.is_empty() { &default } else { names };
-        let clouds: Result<Vec<Cloud>, Complaint> = names.iter().map(|name| self.cloud(name)).collect();
+        let clouds: Result<Vec<Cloud>, CliError> = names.iter().map(|name| self.cloud(name)).collect();
         Ok(clouds?.into())
     }
 
@@ -221,10 +217,10 @@ impl Context {
     ///
     /// # Errors
     /// A cloud's settings make no sense.
-    pub fn all_clouds(&self) -> Result<Clouds, Complaint> {
+    pub fn all_clouds(&self) -> Result<Clouds, CliError> {
         let cluster = self.settings.slurm.as_ref().map(|_| slurm::NAME);
         let names = std::iter::once(local::NAME).chain(self.with_key().map(|cloud| cloud.kind.name)).chain(cluster);
-        let clouds: Result<Vec<Cloud>, Complaint> = names.map(|name| self.cloud(name)).collect();
+        let clouds: Result<Vec<Cloud>, CliError> = names.map(|name| self.cloud(name)).collect();
         Ok(clouds?.into())
     }
 
@@ -236,21 +232,21 @@ impl Context {
     ///
     /// # Errors
     /// There is none of that name, or its key is not set.
-    pub fn cloud(&self, name: &str) -> Result<Cloud, Complaint> {
+    pub fn cloud(&self, name: &str) -> Result<Cloud, CliError> {
         if name == local::NAME {
             let broker = LocalBroker::new(self.settings.state.join("local"), self.exe.clone());
-            return Ok(Cloud { broker: Arc::new(broker), patience: Patience::LOCAL, is_local: true });
+            return Ok(Cloud { broker: Arc::new(broker), timeouts: Timeouts::LOCAL, is_local: true });
         }
         if name == slurm::NAME {
             return self.cluster();
         }
         let Some(cloud) = self.settings.clouds.iter().find(|cloud| cloud.kind.name == name) else {
             let hint = format!("built in: {}", known_brokers());
-            return Err(Complaint::refused(format!("there is no broker `{name}`"), hint));
+            return Err(CliError::refused(format!("there is no broker `{name}`"), hint));
         };
         let Some(key) = &cloud.key else {
             let hint = format!("set {} to a key from {}", cloud.variable(), cloud.kind.key_page);
-            return Err(Complaint::refused(format!("{name} needs a key"), hint));
+            return Err(CliError::refused(format!("{name} needs a key"), hint));
         };
         let http = Http::new(cloud.kind.name, &cloud.base_url, Some(key.clone()), Limits::default())?;
         let access = Access {
@@ -260,22 +256,22 @@ impl Context {
             ssh_port: cloud.ssh_port,
         };
         let broker = Arc::from((cloud.kind.connect)(access));
-        let listing_interval = cloud.listing_interval.unwrap_or(Patience::CLOUD.listing_interval);
-        Ok(Cloud { broker, patience: Patience { listing_interval, ..Patience::CLOUD }, is_local: false })
+        let listing_interval = cloud.listing_interval.unwrap_or(Timeouts::CLOUD.listing_interval);
+        Ok(Cloud { broker, timeouts: Timeouts { listing_interval, ..Timeouts::CLOUD }, is_local: false })
     }
 
-    fn cluster(&self) -> Result<Cloud, Complaint> {
+    fn cluster(&self) -> Result<Cloud, CliError> {
         let Some(site) = &self.settings.slurm else {
             let hint = "say --host me@login.cluster.edu, or set `host` in [brokers.slurm] of the settings";
-            return Err(Complaint::refused("slurm needs a login node", hint));
+            return Err(CliError::refused("slurm needs a login node", hint));
         };
         let ssh = OpenSsh::new(&site.host, site.ssh_config.as_deref(), &self.settings.state.join("slurm"));
-        let ssh = ssh.map_err(|error| Complaint::refused(error.message, "name a host, or another state folder"))?;
+        let ssh = ssh.map_err(|error| CliError::refused(error.message, "name a host, or another state folder"))?;
         // A job is listed from the moment it exists.
-        let patience =
-            Patience { listing_interval: site.listing_interval, queue: site.queue, absences: 2, ..Patience::CLOUD };
+        let timeouts =
+            Timeouts { listing_interval: site.listing_interval, queue: site.queue, absences: 2, ..Timeouts::CLOUD };
         let broker = Arc::new(Slurm::new(site.clone(), ssh, host::PROBE, self.explain()));
-        Ok(Cloud { broker, patience, is_local: false })
+        Ok(Cloud { broker, timeouts, is_local: false })
     }
 
     fn explain(&self) -> Option<Explain> {
@@ -307,11 +303,11 @@ pub fn ports<'a>(
     hosts: &'a SshHosts,
     secrets: &'a [(&'static str, Secret)],
 ) -> Ports<'a> {
-    Ports { clouds, select, bad_hosts, hosts, secrets, turns: None }
+    Ports { clouds, select, bad_hosts, hosts, secrets, start_throttle: None }
 }
 
-fn select(offers: Vec<Offer>, spec: &RunSpec) -> Result<Vec<Offer>, Trouble> {
-    let trouble = |message, hint| Trouble { kind: TroubleKind::NoOffer, message, hint };
+fn select(offers: Vec<Offer>, spec: &RunSpec) -> Result<Vec<Offer>, FailureDetail> {
+    let trouble = |message, hint| FailureDetail { kind: RunFailureKind::NoOffer, message, hint };
     let selected = market::select(offers, &spec.request, &spec.work).map_err(|none| trouble(none.to_string(), None))?;
     in_time(selected.offers, spec).map_err(|late| trouble(late.message, late.hint))
 }
@@ -320,7 +316,7 @@ fn select(offers: Vec<Offer>, spec: &RunSpec) -> Result<Vec<Offer>, Trouble> {
 ///
 /// # Errors
 /// There is none.
-fn in_time(offers: Vec<Offer>, spec: &RunSpec) -> Result<Vec<Offer>, Complaint> {
+fn in_time(offers: Vec<Offer>, spec: &RunSpec) -> Result<Vec<Offer>, CliError> {
     let seconds = |offer: &Offer| spec.work.on(offer).seconds;
     let quickest = offers.iter().min_by(|a, b| seconds(a).total_cmp(&seconds(b))).cloned();
     let (in_time, late): (Vec<Offer>, Vec<Offer>) = offers.into_iter().partition(|offer| spec.is_in_time(offer));
@@ -337,7 +333,7 @@ fn in_time(offers: Vec<Offer>, spec: &RunSpec) -> Result<Vec<Offer>, Complaint> 
     let hint = format!(
         "--max-duration {minutes}m or more; --allow-cut-short takes it all the same, with what there is by then"
     );
-    Err(Complaint::refused(message, hint))
+    Err(CliError::refused(message, hint))
 }
 
 /// What is wanted of an instance.

@@ -1,7 +1,7 @@
 //! Drives one run, a step at a time, from wherever it stands to its end.
 //!
 //! There is one loop: it looks at the state, makes one step, writes what happened. A fresh run and one that was found after a
-//! crash take the same path; what only this process knows ([`Memory`]) merely saves work.
+//! crash take the same path; what only this process knows ([`ProcessState`]) merely saves work.
 
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -12,17 +12,16 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::broker::{InstanceId, Offer};
-use crate::clouds::{Cloud, Patience};
+use crate::clouds::{Cloud, Timeouts};
 use crate::files;
 use crate::ledger::{LedgerError, Meter, RUN_FILE, RunRecord, RunWriter};
 use crate::local_worker::corpus_files;
-use crate::run::{Ending, Intent, RunEvent, RunState, Trouble, TroubleKind};
+use crate::run::{FailureDetail, Intent, RunEvent, RunFailureKind, RunOutcome, RunState};
 use crate::settings::Span;
 use crate::units::{Usd, UsdPerHour};
 use crate::waiting::{Failed, told};
 
-mod bring;
-mod ending;
+mod collect;
 #[cfg(test)]
 pub(crate) mod fake;
 mod grace;
@@ -31,16 +30,17 @@ mod recover;
 #[cfg(test)]
 mod schedules;
 mod ssh;
+mod start_throttle;
 mod steps;
+mod terminate;
 #[cfg(test)]
 mod tests;
-mod turns;
 
-pub use bring::{holds, slug};
+pub use collect::{holds, slug};
 pub use ports::{Host, HostError, HostTalk, Hosts, Listener, Ports, Select};
 pub use recover::{Looked, Target, carry_out, end, look, recover, release};
 pub use ssh::{SshHosts, read_cursor};
-pub use turns::Turns;
+pub use start_throttle::StartThrottle;
 
 use grace::Grace;
 
@@ -96,7 +96,7 @@ pub enum DeployEvent {
     /// Its cloud does not let it go.
     NotEnding(Box<NotEnding>),
     /// Results cannot be saved here, and lie on their instance.
-    Kept(Box<Kept>),
+    Kept(Box<UnsavedResults>),
     /// Something takes long.
     Waiting {
         /// What is waited for.
@@ -127,7 +127,7 @@ pub struct NotEnding {
 
 /// Results that nothing here takes, on an instance that bills on.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Kept {
+pub struct UnsavedResults {
     /// The run.
     pub run: String,
     /// Where they are.
@@ -149,7 +149,7 @@ pub type OnEvent<'a> = dyn Fn(DeployEvent) + Send + Sync + 'a;
 
 /// Why a run could not be driven to its end. Its instance may exist and bill.
 #[derive(Debug, thiserror::Error)]
-pub enum Stuck {
+pub enum DriveError {
     /// It cannot be learned whether the instance exists, or it does not go.
     #[error("run {run}: {message}")]
     Instance {
@@ -183,20 +183,20 @@ pub struct Driver<'a> {
     ports: Ports<'a>,
     stop: watch::Receiver<Stop>,
     on: &'a OnEvent<'a>,
-    stopping_as: Ending,
+    stopping_as: RunOutcome,
     detach: bool,
-    memory: Memory,
+    memory: ProcessState,
 }
 
 /// What only this process knows. Losing it costs work, never correctness.
 #[derive(Default)]
-struct Memory {
+struct ProcessState {
     /// The intent on disk is ours and its create call was not made yet.
     fresh_intent: bool,
     /// Create calls of ours that were not answered.
     unanswered: u32,
     /// No other offer is worth trying.
-    hopeless: Option<Ending>,
+    hopeless: Option<RunOutcome>,
     host: Option<Box<dyn Host>>,
     /// What the instance bills, as it was last listed.
     price: Option<UsdPerHour>,
@@ -218,7 +218,7 @@ struct Memory {
 /// Why a step did not get further.
 enum StepError {
     /// The run ends so.
-    End(Ending),
+    End(RunOutcome),
     /// The instance is gone.
     Vanished,
     /// The instance is listed, and does not run any more.
@@ -228,19 +228,27 @@ enum StepError {
     /// It goes on without this process.
     LetGo,
     /// Nothing more can be done now.
-    Stuck(Stuck),
+    Drive(DriveError),
 }
 
 impl From<LedgerError> for StepError {
     fn from(error: LedgerError) -> Self {
-        Self::Stuck(error.into())
+        Self::Drive(error.into())
     }
 }
 
 impl<'a> Driver<'a> {
     /// Takes charge of a run.
     pub fn new(run: RunWriter, ports: Ports<'a>, stop: watch::Receiver<Stop>, on: &'a OnEvent<'a>) -> Self {
-        Self { run, ports, stop, on, stopping_as: Ending::Interrupted, detach: false, memory: Memory::default() }
+        Self {
+            run,
+            ports,
+            stop,
+            on,
+            stopping_as: RunOutcome::Interrupted,
+            detach: false,
+            memory: ProcessState::default(),
+        }
     }
 
     /// Whether the run is let go of as soon as its worker is seen at work.
@@ -249,7 +257,7 @@ impl<'a> Driver<'a> {
     }
 
     /// How the run ends when it is stopped through its channel, if not as interrupted.
-    pub fn stopping_as(self, ending: Ending) -> Self {
+    pub fn stopping_as(self, ending: RunOutcome) -> Self {
         Self { stopping_as: ending, ..self }
     }
 
@@ -257,12 +265,12 @@ impl<'a> Driver<'a> {
     /// is at work, and something other than a controller ends its instance.
     ///
     /// # Errors
-    /// [`Stuck`]: the instance may still exist; the same run can be driven again later.
-    pub async fn drive(mut self) -> Result<RunRecord, Stuck> {
+    /// [`DriveError`]: the instance may still exist; the same run can be driven again later.
+    pub async fn drive(mut self) -> Result<RunRecord, DriveError> {
         (self.on)(DeployEvent::Meter(self.run.record().meter()));
         while !self.run.state().is_at_rest() && !self.memory.let_go {
             match self.advance().await {
-                Err(Stuck::Ledger(error)) if error.is_of_the_file() => self.unrecorded(error).await?,
+                Err(DriveError::Ledger(error)) if error.is_of_the_file() => self.unrecorded(error).await?,
                 advanced => advanced?,
             }
         }
@@ -271,7 +279,7 @@ impl<'a> Driver<'a> {
     }
 
     /// One step, and what it means for the run.
-    async fn advance(&mut self) -> Result<(), Stuck> {
+    async fn advance(&mut self) -> Result<(), DriveError> {
         if matches!(self.run.state(), RunState::Salvaging { .. }) || *self.stop.borrow() != Stop::Go {
             self.memory.stopped_at.get_or_init(Instant::now);
         }
@@ -285,25 +293,25 @@ impl<'a> Driver<'a> {
         match step {
             Ok(()) => {}
             // A job that was put back into its queue has got new time since.
-            Err(StepError::End(Ending::Deadline)) if self.ends_at().is_some() && self.has_time() => {}
+            Err(StepError::End(RunOutcome::Deadline)) if self.ends_at().is_some() && self.has_time() => {}
             Err(StepError::End(ending)) => self.end(ending)?,
             Err(StepError::Vanished) if self.is_replaceable() => self.lost()?,
             Err(StepError::Vanished) => self.append(RunEvent::Vanished)?,
             Err(StepError::Down) if self.is_replaceable() => self.lost()?,
-            Err(StepError::Down) => self.end(Ending::InstanceLost)?,
+            Err(StepError::Down) => self.end(RunOutcome::InstanceLost)?,
             Err(StepError::Unfit(reason)) => self.unfit(reason)?,
             Err(StepError::LetGo) => self.memory.let_go = true,
-            Err(StepError::Stuck(stuck)) => return Err(stuck),
+            Err(StepError::Drive(stuck)) => return Err(stuck),
         }
         Ok(())
     }
 
     /// The ledger cannot be written. A run that has an instance and time left waits for that to pass, since the
     /// worker needs no ledger; one that is to end, or cannot go on, ends its instance all the same.
-    async fn unrecorded(&mut self, error: LedgerError) -> Result<(), Stuck> {
+    async fn unrecorded(&mut self, error: LedgerError) -> Result<(), DriveError> {
         let Some(tag) = self.run.state().tag().cloned() else { return Err(error.into()) };
         if self.is_replaceable() {
-            let pause = self.patience().listing_interval;
+            let pause = self.timeouts().listing_interval;
             (self.on)(DeployEvent::Retrying { reason: error.to_string(), pause });
             let mut stop = self.stop.clone();
             tokio::select! {
@@ -314,7 +322,7 @@ impl<'a> Driver<'a> {
         }
         let known = self.run.state().rental().map(|rental| rental.instance.clone());
         match self.see_gone(&tag, known.as_ref()).await {
-            Err(StepError::Stuck(stuck)) => Err(stuck),
+            Err(StepError::Drive(stuck)) => Err(stuck),
             _ => Err(error.into()),
         }
     }
@@ -368,14 +376,14 @@ impl<'a> Driver<'a> {
         let broker = self.run.state().offer().map(|offer| offer.broker.as_str()).unwrap_or_default();
         self.ports.clouds.get(broker).ok_or_else(|| {
             let message = format!("its instance is on {broker}, which is not among the clouds that can be asked");
-            StepError::Stuck(Stuck::Instance { run: self.run.record().id.clone(), message })
+            StepError::Drive(DriveError::Instance { run: self.run.record().id.clone(), message })
         })
     }
 
     /// Of the run's cloud; before it has one, of the first that it may have.
-    fn patience(&self) -> &'a Patience {
+    fn timeouts(&self) -> &'a Timeouts {
         let cloud = self.cloud().ok().or_else(|| self.ports.clouds.iter().next());
-        cloud.map_or(&Patience::CLOUD, |cloud| &cloud.patience)
+        cloud.map_or(&Timeouts::CLOUD, |cloud| &cloud.timeouts)
     }
 
     /// Writes an event and tells about it. What is remembered of the old state's failures goes with it.
@@ -410,7 +418,9 @@ impl<'a> Driver<'a> {
                 (self.on)(DeployEvent::Refused { reason: reason.clone() });
                 self.append(RunEvent::Discarded { reason, lost: false })
             }
-            _ => self.end(Ending::Failed { trouble: Trouble { kind: TroubleKind::Host, message: reason, hint: None } }),
+            _ => self.end(RunOutcome::Failed {
+                trouble: FailureDetail { kind: RunFailureKind::Host, message: reason, hint: None },
+            }),
         }
     }
 
@@ -450,19 +460,19 @@ impl<'a> Driver<'a> {
 
     fn lost(&mut self) -> Result<(), LedgerError> {
         self.memory.host = None;
-        let reason = Ending::InstanceLost.to_string();
+        let reason = RunOutcome::InstanceLost.to_string();
         (self.on)(DeployEvent::Refused { reason: reason.clone() });
         self.append(RunEvent::Discarded { reason, lost: true })
     }
 
     /// Ends the run early, as its state allows.
-    fn end(&mut self, ending: Ending) -> Result<(), LedgerError> {
+    fn end(&mut self, ending: RunOutcome) -> Result<(), LedgerError> {
         match self.run.state() {
             RunState::Salvaging { .. } => {
-                let limit = self.patience().sync;
+                let limit = self.timeouts().sync;
                 let is_late = self.memory.stopped_at.get().is_some_and(|at| at.elapsed() >= limit);
                 let reason = match &ending {
-                    Ending::Failed { trouble } => trouble.message.clone(),
+                    RunOutcome::Failed { trouble } => trouble.message.clone(),
                     _ if is_late => format!("the results so far were not fetched within {}", Span(limit)),
                     other => other.to_string(),
                 };
@@ -473,7 +483,7 @@ impl<'a> Driver<'a> {
     }
 
     /// Resolves when the present state is to be left early; never for states that must run to their end.
-    fn interrupt(&self) -> impl Future<Output = Ending> + use<> {
+    fn interrupt(&self) -> impl Future<Output = RunOutcome> + use<> {
         let threshold = match self.run.state() {
             RunState::Launched { .. } if self.can_be_left() => Some(Stop::Now),
             RunState::Planned { .. }
@@ -487,7 +497,7 @@ impl<'a> Driver<'a> {
         };
         let deadline = self.time_is_up_at();
         let is_coming_home = matches!(self.run.state(), RunState::Ended { .. } | RunState::Salvaging { .. });
-        let (stopped_at, limit) = (Arc::clone(&self.memory.stopped_at), self.patience().sync);
+        let (stopped_at, limit) = (Arc::clone(&self.memory.stopped_at), self.timeouts().sync);
         let is_stopped = stopped_at.get().is_some();
         let (mut stop, mut first) = (self.stop.clone(), self.stop.clone());
         let cancel = self.run.cancel_probe();
@@ -521,8 +531,8 @@ impl<'a> Driver<'a> {
             tokio::select! {
                 biased;
                 () = asked => stopped,
-                () = cancelled => Ending::Cancelled,
-                () = late => Ending::Deadline,
+                () = cancelled => RunOutcome::Cancelled,
+                () = late => RunOutcome::Deadline,
                 () = endless => stopped,
             }
         }
@@ -560,7 +570,7 @@ impl<'a> Driver<'a> {
             tracing::warn!("{RUN_FILE} could not be written: {error}");
         }
         if record.state.is_closed() {
-            self.places().iter().for_each(bring::clear);
+            self.places().iter().for_each(collect::clear);
         }
         if record.state.is_closed()
             && let Err(error) = self.ports.hosts.forget(&self.run.folder())

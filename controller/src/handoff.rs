@@ -5,27 +5,27 @@ use std::path::Path;
 use crate::calendar::rfc3339;
 use crate::files::sha256;
 use crate::ledger::Unreadable;
-use crate::standing::{Over, Standing, SurveyStanding, UnderWay};
-use crate::survey::Outcome;
+use crate::status::{Over, Status, SurveyStatus, UnderWay};
+use crate::survey::ModelOutcome;
 use crate::text::{clean, markdown};
 use crate::transport::quote::quote;
 
 /// The document, in Markdown.
-pub fn document(standing: &Standing) -> String {
-    let now = rfc3339(standing.at);
+pub fn document(status: &Status) -> String {
+    let now = rfc3339(status.at);
     let date = now.split('T').next().unwrap_or_default();
     let mut parts = vec![
-        ("Done", done(standing)),
-        ("Running", running(standing)),
-        ("Failed, and why", failed(standing)),
-        ("Blocked, and the way around", blocked(standing)),
-        ("Next steps", next_steps(standing)),
-        ("Spend", spend(standing)),
+        ("Done", done(status)),
+        ("Running", running(status)),
+        ("Failed, and why", failed(status)),
+        ("Blocked, and the way around", blocked(status)),
+        ("Next steps", next_steps(status)),
+        ("Spend", spend(status)),
     ];
     let mut out =
         format!("# Handoff, {date}\n\nMade by `outliers handoff` at {now} from the ledger and the files of results.\n");
-    if !standing.unreadable.is_empty() {
-        parts.insert(3, ("Unreadable in the ledger", unreadable(standing)));
+    if !status.unreadable.is_empty() {
+        parts.insert(3, ("Unreadable in the ledger", unreadable(status)));
     }
     for (title, lines) in parts {
         let body = if lines.is_empty() { "Nothing.".to_owned() } else { lines.join("\n") };
@@ -71,7 +71,7 @@ fn or_dash(text: Option<String>) -> String {
     text.unwrap_or_else(|| "-".to_owned())
 }
 
-fn done(standing: &Standing) -> Vec<String> {
+fn done(status: &Status) -> Vec<String> {
     let row = |run: &Over| {
         vec![
             run.model.clone(),
@@ -85,10 +85,10 @@ fn done(standing: &Standing) -> Vec<String> {
         ]
     };
     let header = ["model", "survey", "run", "ended", "cost", "outlier features", "perplexity", "results"];
-    table(&header, standing.over.iter().filter(|run| run.completed).map(row).collect())
+    table(&header, status.over.iter().filter(|run| run.completed).map(row).collect())
 }
 
-fn running(standing: &Standing) -> Vec<String> {
+fn running(status: &Status) -> Vec<String> {
     let row = |run: &UnderWay| {
         let who = match (run.held, run.looked_after) {
             (true, _) => "kept on request",
@@ -123,22 +123,22 @@ fn running(standing: &Standing) -> Vec<String> {
         "deadline",
         "who drives",
     ];
-    table(&header, standing.under_way.iter().map(row).collect())
+    table(&header, status.under_way.iter().map(row).collect())
 }
 
-fn unreadable(standing: &Standing) -> Vec<String> {
+fn unreadable(status: &Status) -> Vec<String> {
     let line = |lost: &Unreadable| {
         format!("- run {}: {}; `outliers instances list` shows what it rented", lost.run, cell(&lost.why))
     };
-    standing.unreadable.iter().map(line).collect()
+    status.unreadable.iter().map(line).collect()
 }
 
 /// What failed and nothing later made good.
-fn failures(standing: &Standing) -> impl Iterator<Item = &Over> {
-    standing.over.iter().filter(|run| !run.completed && !run.superseded)
+fn failures(status: &Status) -> impl Iterator<Item = &Over> {
+    status.over.iter().filter(|run| !run.completed && !run.superseded)
 }
 
-fn failed(standing: &Standing) -> Vec<String> {
+fn failed(status: &Status) -> Vec<String> {
     let line = |run: &Over| {
         let log = run.folder.as_ref().map(|_| format!("; its log: `outliers runs logs {}`", run.run));
         format!(
@@ -150,12 +150,12 @@ fn failed(standing: &Standing) -> Vec<String> {
             log.unwrap_or_default()
         )
     };
-    failures(standing).map(line).collect()
+    failures(status).map(line).collect()
 }
 
-fn blocked(standing: &Standing) -> Vec<String> {
+fn blocked(status: &Status) -> Vec<String> {
     let forgotten = |run: &&UnderWay| !run.looked_after && !run.detached;
-    let alone = standing.under_way.iter().filter(forgotten).map(|run| {
+    let alone = status.under_way.iter().filter(forgotten).map(|run| {
         format!(
             "- Run {} of {} is {}, and no process looks after it. Way around: `outliers attach {}`.",
             run.run,
@@ -164,28 +164,28 @@ fn blocked(standing: &Standing) -> Vec<String> {
             run.run
         )
     });
-    let with_a_hint = failures(standing).filter_map(|run| {
+    let with_a_hint = failures(status).filter_map(|run| {
         let hint = run.hint.as_ref()?;
         Some(format!("- {} (run {}): {}. Way around: {}.", cell(&run.model), run.run, cell(&run.ending), cell(hint)))
     });
     alone.chain(with_a_hint).collect()
 }
 
-fn next_steps(standing: &Standing) -> Vec<String> {
+fn next_steps(status: &Status) -> Vec<String> {
     let mut steps: Vec<String> = Vec::new();
     let mut step =
         |why: String, command: String| steps.push(format!("{}. {why}\n\n       {command}\n", steps.len() + 1));
     // A survey takes up its own runs.
     let survey_goes_on =
-        |run: &UnderWay| standing.surveys.iter().any(|survey| run.survey.as_ref() == Some(&survey.index.survey));
-    for run in standing.under_way.iter().filter(|run| !run.looked_after && !survey_goes_on(run)) {
+        |run: &UnderWay| status.surveys.iter().any(|survey| run.survey.as_ref() == Some(&survey.index.survey));
+    for run in status.under_way.iter().filter(|run| !run.looked_after && !survey_goes_on(run)) {
         step(format!("Take up run {} of {}.", run.run, cell(&run.model)), format!("outliers attach {}", run.run));
     }
-    for survey in &standing.surveys {
-        let (why, command) = next_of(survey, standing);
+    for survey in &status.surveys {
+        let (why, command) = next_of(survey, status);
         step(why, command);
     }
-    for run in standing.under_way.iter().filter(|run| run.held) {
+    for run in status.under_way.iter().filter(|run| run.held) {
         let id = run.instance.as_deref().unwrap_or_default();
         step(
             format!("End the instance that is kept for {}, when it is not needed any more.", cell(&run.model)),
@@ -196,16 +196,16 @@ fn next_steps(standing: &Standing) -> Vec<String> {
 }
 
 /// What a survey needs next.
-fn next_of(survey: &SurveyStanding, standing: &Standing) -> (String, String) {
+fn next_of(survey: &SurveyStatus, status: &Status) -> (String, String) {
     let count =
-        |outcomes: &[Outcome]| survey.index.models.iter().filter(|line| outcomes.contains(&line.outcome)).count();
-    let (open, failed) = (count(&[Outcome::Open]), count(&[Outcome::Partial, Outcome::Failed]));
+        |outcomes: &[ModelOutcome]| survey.index.models.iter().filter(|line| outcomes.contains(&line.outcome)).count();
+    let (open, failed) = (count(&[ModelOutcome::Open]), count(&[ModelOutcome::Partial, ModelOutcome::Failed]));
     let name = cell(&survey.index.survey);
     let file = quote(&plain(&survey.index.file));
     let page = quote(&format!("{}.html", plain(&survey.index.survey)));
     let runs = |run: &&UnderWay| run.survey.as_ref() == Some(&survey.index.survey) && run.looked_after;
     match (open, failed) {
-        (1.., _) if standing.under_way.iter().any(|run| runs(&run)) => {
+        (1.., _) if status.under_way.iter().any(|run| runs(&run)) => {
             (format!("Watch survey {name}: {open} models are open."), "outliers status".to_owned())
         }
         (1.., _) => (format!("Go on with survey {name}: {open} models are open."), format!("outliers survey {file}")),
@@ -229,12 +229,12 @@ fn plain(text: &str) -> String {
     clean(text.as_bytes(), 4000)
 }
 
-fn spend(standing: &Standing) -> Vec<String> {
+fn spend(status: &Status) -> Vec<String> {
     let by_survey =
-        standing.surveys.iter().map(|survey| format!("- survey {}: {}", cell(&survey.index.survey), survey.spent));
+        status.surveys.iter().map(|survey| format!("- survey {}: {}", cell(&survey.index.survey), survey.spent));
     let all = [
-        format!("- all runs of this ledger: {}", standing.spent),
-        format!("- runs under way may still cost, until their time limits: {}", standing.reserved),
+        format!("- all runs of this ledger: {}", status.spent),
+        format!("- runs under way may still cost, until their time limits: {}", status.reserved),
     ];
     by_survey.chain(all).collect()
 }
@@ -242,14 +242,14 @@ fn spend(standing: &Standing) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::standing::tests::standing;
+    use crate::status::tests::status;
     use crate::units::Usd;
 
     #[test]
     fn it_says_what_is_done_what_runs_what_failed_and_what_to_type() {
         let home = tempfile::tempdir().unwrap();
-        let text = document(&standing(home.path()));
-        assert_eq!(text, document(&standing(home.path())), "the same things make the same document");
+        let text = document(&status(home.path()));
+        assert_eq!(text, document(&status(home.path())), "the same things make the same document");
         let part = |title: &str| text.split("## ").find(|part| part.starts_with(title)).unwrap().to_owned();
         assert!(text.starts_with("# Handoff, 2026-06-01\n\nMade by `outliers handoff` at 2026-06-01T12:00:00Z"));
         assert!(part("Done").contains("| owner/a | moe-two | run1 |") && !part("Done").contains("owner/b"));
@@ -269,17 +269,17 @@ mod tests {
     #[test]
     fn what_clouds_and_models_are_called_makes_no_link_and_no_image() {
         let home = tempfile::tempdir().unwrap();
-        let mut standing = standing(home.path());
+        let mut status = status(home.path());
         let evil = "![a](http://evil.example/x.png) [b](//evil.example) <img src=x> www.evil.example";
-        standing.under_way.iter_mut().for_each(|run| {
+        status.under_way.iter_mut().for_each(|run| {
             run.instance = Some(evil.to_owned());
             run.model = evil.to_owned();
         });
-        for run in &mut standing.over {
+        for run in &mut status.over {
             (run.model, run.ending, run.hint) = (evil.to_owned(), evil.to_owned(), Some(evil.to_owned()));
         }
-        standing.unreadable.push(Unreadable { run: "run9".into(), why: evil.into() });
-        let text = document(&standing);
+        status.unreadable.push(Unreadable { run: "run9".into(), why: evil.into() });
+        let text = document(&status);
         let active = text.replace(r"\](", "");
         for live in ["![", "](", "http://", "<img", "www."] {
             assert!(!active.contains(live), "{live} in {text}");
@@ -290,14 +290,14 @@ mod tests {
     #[test]
     fn a_survey_goes_on_is_mended_or_looked_at() {
         let home = tempfile::tempdir().unwrap();
-        let mut standing = standing(home.path());
-        standing.under_way.clear();
-        let next = |standing: &Standing| next_of(&standing.surveys[0], standing).1;
-        assert_eq!(next(&standing), "outliers survey '/my surveys/moe-two.toml'");
-        standing.surveys[0].index.models.pop();
-        assert_eq!(next(&standing), "outliers survey '/my surveys/moe-two.toml' --rerun-failed");
-        standing.surveys[0].index.models.pop();
-        assert!(next(&standing).starts_with("outliers compare ") && next(&standing).contains("moe-two --html"));
+        let mut status = status(home.path());
+        status.under_way.clear();
+        let next = |status: &Status| next_of(&status.surveys[0], status).1;
+        assert_eq!(next(&status), "outliers survey '/my surveys/moe-two.toml'");
+        status.surveys[0].index.models.pop();
+        assert_eq!(next(&status), "outliers survey '/my surveys/moe-two.toml' --rerun-failed");
+        status.surveys[0].index.models.pop();
+        assert!(next(&status).starts_with("outliers compare ") && next(&status).contains("moe-two --html"));
     }
 
     #[test]
@@ -314,7 +314,7 @@ mod tests {
 
     #[test]
     fn nothing_at_all_is_a_document_too() {
-        let nothing = Standing {
+        let nothing = Status {
             at: 0,
             under_way: vec![],
             over: vec![],

@@ -33,7 +33,7 @@ mod savepoint;
 pub use error::{HostError, HostErrorKind};
 pub use fetch::{Fetched, unfinished};
 pub use follow::Cursor;
-pub use guard::Terms;
+pub use guard::GuardConfig;
 pub use launch::{JobStatus, Launched};
 pub use probe::{GpuFacts, HostFacts, SCRIPT as PROBE};
 pub use push::{PushedFolder, RemoteWorker};
@@ -43,7 +43,7 @@ pub use savepoint::Stamp;
 /// For scripts that look and do not work: connection, three round trips and a slow disk.
 const SHORT: Duration = Duration::from_secs(60);
 /// How long a broken connection is made again, where the caller sets no limit of its own.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// What precedes a script's own output: login shells print greetings.
 const MARK: &[u8] = b"\n@outliers@\n";
 
@@ -116,7 +116,7 @@ pub struct RemoteHost {
 }
 
 /// What a script left behind: its own output, without the login shell's greetings.
-struct Answer {
+struct ScriptOutput {
     status: Option<i32>,
     stdout: Vec<u8>,
     stderr: String,
@@ -151,7 +151,7 @@ impl RemoteHost {
     }
 
     /// Runs a POSIX shell script that must end with status 0.
-    async fn sh(&self, script: &str, limit: Duration) -> Result<Answer, HostError> {
+    async fn sh(&self, script: &str, limit: Duration) -> Result<ScriptOutput, HostError> {
         let answer = self.try_sh(script, limit).await?;
         match answer.status {
             Some(0) => Ok(answer),
@@ -161,7 +161,7 @@ impl RemoteHost {
     }
 
     /// Runs a POSIX shell script whose status the caller judges. Its commands find an empty standard input.
-    async fn try_sh(&self, script: &str, limit: Duration) -> Result<Answer, HostError> {
+    async fn try_sh(&self, script: &str, limit: Duration) -> Result<ScriptOutput, HostError> {
         // In braces, so that it is read to its end before any of it runs.
         let mark = "printf '\\n@outliers@\\n'";
         let script = format!("LC_ALL=C; export LC_ALL\n{{\n{mark}\n{script}\n}} </dev/null\n");
@@ -171,7 +171,7 @@ impl RemoteHost {
             let said = clean(&out.stdout, 200);
             return Err(self.odd(&format!("it does not run shell scripts: {said} {stderr}")));
         };
-        Ok(Answer { status: out.status, stdout: out.stdout[at + MARK.len()..].to_vec(), stderr })
+        Ok(ScriptOutput { status: out.status, stdout: out.stdout[at + MARK.len()..].to_vec(), stderr })
     }
 
     /// An error of the host itself.
@@ -180,7 +180,7 @@ impl RemoteHost {
     }
 }
 
-impl Answer {
+impl ScriptOutput {
     /// The rest of the first line `@<key> ...`; empty if there is none.
     fn field(&self, key: &str) -> String {
         self.fields(key).into_iter().next().unwrap_or_default()

@@ -23,12 +23,12 @@ use crate::secret::Secret;
 use crate::text::{clean, clean_lines};
 use crate::waiting::{self, Failed};
 
-mod pace;
+mod rate_limit;
 mod redact;
 #[cfg(test)]
 mod tests;
 
-use pace::Paces;
+use rate_limit::RateLimits;
 use redact::Hidden;
 pub(crate) use redact::address;
 
@@ -211,7 +211,7 @@ pub struct Http {
     base: String,
     key: Option<Hidden>,
     limits: Limits,
-    paces: Arc<Paces>,
+    paces: Arc<RateLimits>,
     /// Seconds by which the cloud's clock is ahead of ours, by its latest answer; the least number: no answer yet.
     skew: Arc<AtomicI64>,
     /// Words in an answer "too often" that say that no wait will help.

@@ -75,14 +75,14 @@ pub struct RunRecord {
     /// What it is to do.
     pub spec: RunSpec,
     /// What happened, oldest first.
-    pub events: Vec<Entry>,
+    pub events: Vec<LedgerEntry>,
     /// The replay of `events`.
     pub state: RunState,
 }
 
 /// One event and when it was written.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Entry {
+pub struct LedgerEntry {
     /// Milliseconds since the Unix epoch.
     pub at_ms: u64,
     /// What happened.
@@ -139,7 +139,7 @@ impl Meter {
 
 /// What there is of a budget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Purse {
+pub struct BudgetStatus {
     /// All of it.
     pub budget: Usd,
     /// What nobody has spent, or may still spend until the time limits of the instances there are or may be.
@@ -201,7 +201,7 @@ impl RunRecord {
 
     /// When the last create call was announced, in milliseconds since the Unix epoch.
     pub fn asked_at_ms(&self) -> Option<u64> {
-        let asked = |entry: &&Entry| matches!(entry.event, RunEvent::Creating { .. });
+        let asked = |entry: &&LedgerEntry| matches!(entry.event, RunEvent::Creating { .. });
         self.events.iter().rev().find(asked).map(|entry| entry.at_ms)
     }
 
@@ -598,7 +598,7 @@ fn replay(connection: &Connection, id: &str) -> Result<RunRecord, LedgerError> {
     for (at_ms, text) in rows {
         let event: RunEvent = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
         state = run::next(&state, &event).map_err(|e| damaged(e.to_string()))?;
-        events.push(Entry { at_ms: at_ms as u64, event });
+        events.push(LedgerEntry { at_ms: at_ms as u64, event });
     }
     Ok(RunRecord { id: id.to_owned(), created_at_ms: created_at_ms as u64, spec, events, state })
 }
@@ -697,7 +697,7 @@ impl RunWriter {
     ///
     /// # Errors
     /// What the file system or SQLite says.
-    pub fn purse(&self) -> Result<Option<Purse>, LedgerError> {
+    pub fn budget_status(&self) -> Result<Option<BudgetStatus>, LedgerError> {
         let Some(budget) = self.record.budget() else { return Ok(None) };
         let runs = self.sharers(&self.ledger.connection()).map_err(|error| self.ledger.named(error))?;
         let now = self.now_ms();
@@ -711,7 +711,7 @@ impl RunWriter {
             if others_under_way.contains(&run.id) { run.cost(now) } else { run.at_most(now) }
         };
         let left = less(budget, &runs, |run| run.at_most(now));
-        Ok(Some(Purse { budget, left, at_best: less(budget, &runs, at_best) }))
+        Ok(Some(BudgetStatus { budget, left, at_best: less(budget, &runs, at_best) }))
     }
 
     /// This run, and those with which it shares its budget. One of these that cannot be read is an
@@ -736,7 +736,7 @@ impl RunWriter {
             "INSERT INTO events (run, seq, at_ms, event) VALUES (?1, ?2, ?3, ?4)",
             params![self.record.id, seq, at_ms as i64, to_json(&event)],
         )?;
-        self.record.events.push(Entry { at_ms, event });
+        self.record.events.push(LedgerEntry { at_ms, event });
         self.record.state = state;
         Ok(())
     }
@@ -897,7 +897,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::broker::{GpuRequest, InstanceId, LeaseTag, Offer};
     use crate::estimate::Work;
-    use crate::run::{Ending, Membership, Pin, Watch};
+    use crate::run::{GuardTimeouts, Membership, Pin, RunOutcome};
     use crate::units::Bytes;
 
     pub(crate) fn spec() -> RunSpec {
@@ -913,7 +913,7 @@ pub(crate) mod tests {
             keep_running: false,
             detach: false,
             max_duration_s: 60,
-            watch: Watch::NEVER,
+            watch: GuardTimeouts::NEVER,
             budget: None,
             agreed: None,
             only_in_time: false,
@@ -969,7 +969,7 @@ pub(crate) mod tests {
         let ledger = Ledger::open(folder.path()).unwrap();
         let mut run = ledger.plan(&spec()).unwrap();
         assert!(matches!(run.append(RunEvent::Gone), Err(LedgerError::Illegal(_))));
-        run.append(RunEvent::Stopped { ending: Ending::Interrupted }).unwrap();
+        run.append(RunEvent::Stopped { ending: RunOutcome::Interrupted }).unwrap();
         assert!(matches!(run.append(creating()), Err(LedgerError::Illegal(_))));
         assert_eq!(ledger.run(&run.record().id).unwrap().events.len(), 1);
     }
@@ -1067,8 +1067,8 @@ pub(crate) mod tests {
             (r#"{"survey":null}"#, true),
         ] {
             damage(spec);
-            assert_eq!(of_survey.purse().is_ok(), known, "{spec}");
-            assert!(alone.purse().is_ok(), "it shares with nobody");
+            assert_eq!(of_survey.budget_status().is_ok(), known, "{spec}");
+            assert!(alone.budget_status().is_ok(), "it shares with nobody");
         }
     }
 
@@ -1083,7 +1083,7 @@ pub(crate) mod tests {
         std::thread::sleep(Duration::from_millis(20));
         run.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
         assert_eq!(run.record().cost(since + 2_000), Usd::from_dollars(2.0));
-        run.append(RunEvent::Stopped { ending: Ending::Interrupted }).unwrap();
+        run.append(RunEvent::Stopped { ending: RunOutcome::Interrupted }).unwrap();
         std::thread::sleep(Duration::from_millis(20));
         run.append(RunEvent::Gone).unwrap();
         let bill = run.record().cost(since + 9_000_000);
@@ -1158,26 +1158,29 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_purse_tells_what_is_gone_from_what_may_come_back() {
+    fn a_budget_tells_what_is_spent_from_what_may_come_back() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         let (mut one, two) = (ledger.plan(&member(100.0)).unwrap(), ledger.plan(&member(100.0)).unwrap());
         let dollars = Usd::from_dollars;
-        let all = Purse { budget: dollars(100.0), left: dollars(100.0), at_best: dollars(100.0) };
-        assert_eq!(two.purse().unwrap(), Some(all));
+        let all = BudgetStatus { budget: dollars(100.0), left: dollars(100.0), at_best: dollars(100.0) };
+        assert_eq!(two.budget_status().unwrap(), Some(all));
         let (intent, worst) = intent_of(&one.record().spec);
         assert!(one.reserve(intent, worst).unwrap());
-        let purse = two.purse().unwrap().unwrap();
-        assert!(purse.left <= dollars(36.0) && purse.at_best > dollars(99.0), "{purse:?}");
+        let budget_status = two.budget_status().unwrap().unwrap();
+        assert!(budget_status.left <= dollars(36.0) && budget_status.at_best > dollars(99.0), "{budget_status:?}");
         one.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
-        assert!(two.purse().unwrap().unwrap().left < dollars(36.0), "the price is not the last word yet");
+        assert!(two.budget_status().unwrap().unwrap().left < dollars(36.0), "the price is not the last word yet");
         one.append(RunEvent::Reached { pin: Pin("p".into()), price: None }).unwrap();
-        let purse = two.purse().unwrap().unwrap();
-        assert!(purse.left > dollars(36.0) && purse.left <= dollars(41.0), "{purse:?}");
+        let budget_status = two.budget_status().unwrap().unwrap();
+        assert!(budget_status.left > dollars(36.0) && budget_status.left <= dollars(41.0), "{budget_status:?}");
         drop(one);
-        let purse = two.purse().unwrap().unwrap();
-        assert_eq!(purse.left, purse.at_best, "what nobody drives gives nothing back before its time is up");
-        assert_eq!(ledger.plan(&spec()).unwrap().purse().unwrap(), None);
+        let budget_status = two.budget_status().unwrap().unwrap();
+        assert_eq!(
+            budget_status.left, budget_status.at_best,
+            "what nobody drives gives nothing back before its time is up"
+        );
+        assert_eq!(ledger.plan(&spec()).unwrap().budget_status().unwrap(), None);
     }
 
     #[test]

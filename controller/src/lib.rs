@@ -5,7 +5,7 @@
 //! ([`reconcile`]). [`clouds`] are [`broker`]s side by side, reached over [`http`] and chosen from through [`market`]; a rented
 //! machine is a [`host`], spoken to over a [`transport`]. Everything that happens is an event; [`report`] makes sentences of them.
 //! A [`survey`] is many runs at once; where everything
-//! stands ([`standing`]) is told as a table, or as a document for whoever carries on ([`handoff`]). What came home is put side by side by [`compare`].
+//! stands ([`status`]) is told as a table, or as a document for whoever carries on ([`handoff`]). What came home is put side by side by [`compare`].
 
 pub mod broker;
 pub mod broker_error;
@@ -32,7 +32,7 @@ pub mod report;
 pub mod run;
 pub mod secret;
 pub mod settings;
-pub mod standing;
+pub mod status;
 pub mod survey;
 pub mod text;
 pub mod transport;

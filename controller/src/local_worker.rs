@@ -66,7 +66,7 @@ pub struct Pushed {
 
 /// What `inspect` looks at beside the checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Check {
+pub enum InspectScope {
     /// Nothing: the checkpoint alone.
     Model,
     /// That the text can be cut into sequences.
@@ -206,7 +206,7 @@ impl LocalWorker {
     /// # Errors
     /// The worker's own words, for a model that is not there, is gated, damaged or of an unknown architecture, and whatever
     /// `check` finds; that it took too much memory or time.
-    pub async fn inspect(&self, job: &JobSpec, check: Check) -> Result<Inspection, LocalWorkerError> {
+    pub async fn inspect(&self, job: &JobSpec, check: InspectScope) -> Result<Inspection, LocalWorkerError> {
         let (memory, time) = (self.limits.memory_here(), self.limits.time);
         let mut arguments = inspect_arguments(job, check);
         arguments.push(format!("--memory-limit={}", ByteSize(memory.0)));
@@ -336,7 +336,7 @@ fn unrunnable(program: &Path) -> impl Fn(std::io::Error) -> LocalWorkerError {
 }
 
 /// The job as options of `inspect`.
-fn inspect_arguments(job: &JobSpec, check: Check) -> Vec<String> {
+fn inspect_arguments(job: &JobSpec, check: InspectScope) -> Vec<String> {
     let mut arguments = vec!["inspect".to_owned()];
     let mut option = |name: &str, value: Option<String>| {
         if let Some(value) = value {
@@ -365,7 +365,7 @@ fn inspect_arguments(job: &JobSpec, check: Check) -> Vec<String> {
     option("export", Some(exports.join(",")).filter(|list| !list.is_empty()));
     option("layers", job.layers.map(|n| n.to_string()));
     option("micro-batch-tokens", Some(job.micro_batch_tokens.to_string()));
-    if check != Check::Model {
+    if check != InspectScope::Model {
         match &job.corpus.source {
             CorpusSource::Builtin(_) => {}
             CorpusSource::Files(paths) => paths.iter().for_each(|path| option("corpus", Some(path.clone()))),
@@ -382,8 +382,11 @@ fn inspect_arguments(job: &JobSpec, check: Check) -> Vec<String> {
         };
         option("bos", Some(bos.to_owned()));
     }
-    option("devices", Some(job.devices.join(",")).filter(|list| check == Check::TextAndDevices && !list.is_empty()));
-    if check != Check::Model {
+    option(
+        "devices",
+        Some(job.devices.join(",")).filter(|list| check == InspectScope::TextAndDevices && !list.is_empty()),
+    );
+    if check != InspectScope::Model {
         arguments.push("--check-text".to_owned());
         match job.corpus.packing {
             Packing::Packed => {}
@@ -531,7 +534,7 @@ mod tests {
         let job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
         let pushed = Pushed { path: path.clone(), cuda: None };
         let worker = LocalWorker { path, pushed, limits: Limits::NONE };
-        let error = worker.inspect(&job, Check::Model).await.unwrap_err();
+        let error = worker.inspect(&job, InspectScope::Model).await.unwrap_err();
         assert_eq!((error.to_string().as_str(), error.hint().as_deref()), ("unknown", Some("known: a")));
         assert!(is_refusal(&error));
     }
@@ -550,7 +553,7 @@ mod tests {
         while !pid.exists() {
             time *= 2;
             let limited = worker.clone().limited(Limits { memory: Bytes(1 << 20), time });
-            let error = limited.inspect(&job, Check::Model).await.unwrap_err();
+            let error = limited.inspect(&job, InspectScope::Model).await.unwrap_err();
             assert!(matches!(error, LocalWorkerError::TooLong { .. }) && is_refusal(&error), "{error}");
             assert!(error.hint().unwrap().contains("worker.inspect-time"));
         }
@@ -565,7 +568,7 @@ mod tests {
         }
         program(folder.path(), "echo 'memory allocation of 99 bytes failed' >&2; kill -ABRT $$");
         let limited = worker.limited(Limits { memory: Bytes(1 << 20), ..Limits::NONE });
-        let error = limited.inspect(&job, Check::Model).await.unwrap_err();
+        let error = limited.inspect(&job, InspectScope::Model).await.unwrap_err();
         assert!(matches!(error, LocalWorkerError::TooMuch { memory: Bytes(1_048_576) }), "{error}");
         assert!(error.hint().unwrap().contains("worker.inspect-memory"));
     }
@@ -580,15 +583,15 @@ mod tests {
         job.layers = Some(1);
         job.export = Export::ALL.into();
         let words = |check| inspect_arguments(&job, check);
-        let all = words(Check::TextAndDevices);
+        let all = words(InspectScope::TextAndDevices);
         let expected =
             ["--model=a/b", "--revision=r", "--num-sequences=3", "--devices=cpu:2", "--layers=1", "--check-text"];
         let expected = expected.into_iter().chain(["--corpus=/a b", "--corpus=/c", "--separate-documents"]);
         for expected in expected.chain(["--export=imatrix,act-scales,reap"]) {
             assert!(all.iter().any(|word| word == expected), "{expected} in {all:?}");
         }
-        assert!(!words(Check::Text).join(" ").contains("devices"));
-        assert!(!words(Check::Model).join(" ").contains("corpus"));
+        assert!(!words(InspectScope::Text).join(" ").contains("devices"));
+        assert!(!words(InspectScope::Model).join(" ").contains("corpus"));
     }
 
     #[tokio::test]

@@ -587,7 +587,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_wish_a_laptop_will_do_and_a_cloud_gives_one_gpu() {
+    fn without_a_request_a_laptop_will_do_and_a_cloud_gives_one_gpu() {
         assert_eq!(select(laptop(), &want(), &work()).unwrap().offers, laptop());
         let selection = select(cloud(), &want(), &work()).unwrap();
         let brief: Vec<_> = selection.offers.iter().map(|o| (o.gpu_count, o.price.0.dollars())).collect();

@@ -28,7 +28,7 @@ const UNKNOWN: u64 = 256 << 30;
 /// The files that a run of `job` leaves, beside log and progress, each with the most bytes it can
 /// have.
 pub fn planned(job: &JobSpec, inspection: &Inspection) -> Vec<FileBytes> {
-    let figures = Figures::of(job, inspection);
+    let figures = OutputSizes::of(job, inspection);
     let most = |name: &str| match name {
         files::JOB => BASE + 4.0 * length(job),
         files::RESULTS => figures.results(),
@@ -75,7 +75,7 @@ fn length(document: &impl Serialize) -> f64 {
 }
 
 /// What the sizes follow from.
-struct Figures {
+struct OutputSizes {
     hidden: f64,
     vocab: f64,
     layers: f64,
@@ -93,7 +93,7 @@ struct Figures {
     tokens: f64,
 }
 
-impl Figures {
+impl OutputSizes {
     fn of(job: &JobSpec, inspection: &Inspection) -> Self {
         let (plan, layers) = (&inspection.plan, &inspection.layers);
         let is_saved = |kind: &&SiteKind| !matches!(kind, SiteKind::Norms | SiteKind::ExpertOut);

@@ -6,7 +6,7 @@
 //! lease that a controller renews, cannot be read from here: the key that logs in lies in the
 //! folder of the run, and the host's key in its row, and whoever has both knows the run. Nor need
 //! it be read: the guard on the instance does, and ends the instance from inside when nobody was
-//! heard for the run's patience ([`Watch`](crate::run::Watch)). Where the cloud gives an instance
+//! heard for the run's patience ([`GuardTimeouts`](crate::run::GuardTimeouts)). Where the cloud gives an instance
 //! no means to end itself, its guard stops the worker, and the deadline decides. A run that was
 //! detached has no heartbeat at all.
 
@@ -106,7 +106,7 @@ pub enum Leave {
 
 /// A run as far as this comparison goes.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Lease {
+pub struct RunLease {
     /// The run's id.
     pub run: String,
     /// Its state; `None`: its record cannot be read.
@@ -115,14 +115,14 @@ pub struct Lease {
     pub driven: bool,
 }
 
-impl Lease {
+impl RunLease {
     /// Whether its instance is, or may be, on this cloud.
     pub fn is_on(&self, broker: &str) -> bool {
         self.state.as_ref().and_then(RunState::offer).is_some_and(|offer| offer.broker == broker)
     }
 }
 
-impl Lease {
+impl RunLease {
     /// The same as far as anybody knows: of an unreadable record nothing is known.
     pub fn may_be_on(&self, broker: &str) -> bool {
         self.state.is_none() || self.is_on(broker)
@@ -133,14 +133,14 @@ impl Lease {
 ///
 /// # Errors
 /// What the ledger says.
-pub fn leases(ledger: &Ledger) -> Result<Vec<Lease>, LedgerError> {
+pub fn leases(ledger: &Ledger) -> Result<Vec<RunLease>, LedgerError> {
     let Records { runs, unreadable } = ledger.records()?;
     let readable = runs.into_iter().map(|run| (run.id, Some(run.state)));
     let all = readable.chain(unreadable.into_iter().map(|lost| (lost.run, None)));
     let of = |(run, state): (String, Option<RunState>)| {
         let is_closed = state.as_ref().is_some_and(RunState::is_closed);
         let driven = !is_closed && ledger.is_driven(&run)?;
-        Ok(Lease { run, state, driven })
+        Ok(RunLease { run, state, driven })
     };
     all.map(of).collect()
 }
@@ -153,14 +153,14 @@ pub fn compare(
     owner: &str,
     broker: &str,
     now: u64,
-    leases: &[Lease],
+    leases: &[RunLease],
     listed: &[Instance],
     missing: &BTreeMap<String, u32>,
     enough: u32,
 ) -> Vec<Action> {
     // Looked up by name: there may be tens of thousands of both.
-    let by_run: HashMap<&str, &Lease> = leases.iter().map(|lease| (lease.run.as_str(), lease)).collect();
-    let shown = Shown::of(listed);
+    let by_run: HashMap<&str, &RunLease> = leases.iter().map(|lease| (lease.run.as_str(), lease)).collect();
+    let shown = ListedInstances::of(listed);
     // A run is known everywhere; only its own cloud's list says whether its instance is still there.
     let of_instances = listed.iter().map(|instance| judge(owner, now, &by_run, instance));
     let of_runs = leases
@@ -178,12 +178,12 @@ pub fn compare(
 }
 
 /// What a list shows.
-struct Shown<'a> {
+struct ListedInstances<'a> {
     names: HashSet<&'a str>,
     ids: HashSet<&'a InstanceId>,
 }
 
-impl<'a> Shown<'a> {
+impl<'a> ListedInstances<'a> {
     fn of(listed: &'a [Instance]) -> Self {
         let names = listed.iter().map(|instance| instance.name.as_str()).collect();
         Self { names, ids: listed.iter().map(|instance| &instance.id).collect() }
@@ -210,7 +210,7 @@ pub fn overdue(owner: Option<&str>, now: u64, instance: &Instance) -> Option<Lea
     (meant && tag.deadline <= now && instance.state != InstanceState::Terminating).then_some(tag)
 }
 
-fn judge(owner: &str, now: u64, leases: &HashMap<&str, &Lease>, instance: &Instance) -> Action {
+fn judge(owner: &str, now: u64, leases: &HashMap<&str, &RunLease>, instance: &Instance) -> Action {
     let id = instance.id.clone();
     let leave = |why| Action::LeaveAlone { instance: id.clone(), why };
     let terminate = |why| Action::Terminate { instance: id.clone(), why };
@@ -240,9 +240,9 @@ fn judge(owner: &str, now: u64, leases: &HashMap<&str, &Lease>, instance: &Insta
 }
 
 fn judge_run(
-    lease: &Lease,
+    lease: &RunLease,
     now: u64,
-    shown: &Shown<'_>,
+    shown: &ListedInstances<'_>,
     missing: &BTreeMap<String, u32>,
     enough: u32,
 ) -> Option<Action> {
@@ -267,14 +267,14 @@ fn judge_run(
 }
 
 /// The instances of runs that nobody drives, as far as they are on this cloud.
-pub fn abandoned_on<'a>(leases: &'a [Lease], broker: &'a str) -> impl Iterator<Item = &'a InstanceId> {
+pub fn abandoned_on<'a>(leases: &'a [RunLease], broker: &'a str) -> impl Iterator<Item = &'a InstanceId> {
     let abandoned = leases.iter().filter(move |lease| lease.is_on(broker) && !lease.driven);
     abandoned.filter_map(|lease| Some(&lease.state.as_ref()?.rental()?.instance))
 }
 
 /// Counts, for each abandoned run with an instance, in how many listings in a row it was missing.
-pub fn count_missing(leases: &[Lease], broker: &str, listed: &[Instance], missing: &mut BTreeMap<String, u32>) {
-    let shown = Shown::of(listed);
+pub fn count_missing(leases: &[RunLease], broker: &str, listed: &[Instance], missing: &mut BTreeMap<String, u32>) {
+    let shown = ListedInstances::of(listed);
     for lease in leases.iter().filter(|lease| lease.is_on(broker) && !lease.driven) {
         let Some(rental) = lease.state.as_ref().and_then(RunState::rental) else { continue };
         if shown.ids.contains(&rental.instance) {
@@ -291,7 +291,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::deploy::fake::offer;
-    use crate::run::{Ending, Intent, Pin, Rental};
+    use crate::run::{Intent, Pin, Rental, RunOutcome};
 
     const NOW: u64 = 1000;
 
@@ -305,8 +305,8 @@ pub(crate) mod tests {
         Rental { instance, price: offer.price, offer, tag, refused: Vec::new() }
     }
 
-    fn lease(run: &str, state: RunState) -> Lease {
-        Lease { run: run.into(), state: Some(state), driven: false }
+    fn lease(run: &str, state: RunState) -> RunLease {
+        RunLease { run: run.into(), state: Some(state), driven: false }
     }
 
     fn launched(run: &str, deadline: u64) -> RunState {
@@ -325,7 +325,7 @@ pub(crate) mod tests {
         }
     }
 
-    fn actions(leases: &[Lease], listed: &[Instance]) -> Vec<Action> {
+    fn actions(leases: &[RunLease], listed: &[Instance]) -> Vec<Action> {
         compare("me", "fake", NOW, leases, listed, &BTreeMap::new(), 3)
     }
 
@@ -350,7 +350,7 @@ pub(crate) mod tests {
 
     #[test]
     fn a_driven_run_is_its_drivers_business() {
-        let driven = Lease { driven: true, ..lease("r", launched("r", 1)) };
+        let driven = RunLease { driven: true, ..lease("r", launched("r", 1)) };
         let shown = [instance("i-r", tag("r", "n", 1)), instance("i-x", tag("r", "other", 1))];
         for action in actions(&[driven], &shown) {
             assert!(matches!(action, Action::LeaveAlone { why: Leave::Driven, .. }), "{action:?}");
@@ -359,7 +359,7 @@ pub(crate) mod tests {
 
     #[test]
     fn what_no_run_accounts_for_goes_when_its_run_is_over_or_its_time_is_up() {
-        let closed = RunState::Closed { ending: Ending::Completed, results: None, loss: None };
+        let closed = RunState::Closed { ending: RunOutcome::Completed, results: None, loss: None };
         let leases = [lease("done", closed), lease("r", launched("r", NOW + 9)), lease("p", RunState::initial())];
         let why = |deadline| -> Vec<_> {
             let shown = [
@@ -377,14 +377,14 @@ pub(crate) mod tests {
 
     #[test]
     fn what_an_unreadable_run_rented_ends_when_its_time_is_up() {
-        let lost = Lease { state: None, ..lease("r", RunState::initial()) };
+        let lost = RunLease { state: None, ..lease("r", RunState::initial()) };
         let left = |why| Action::LeaveAlone { instance: InstanceId("1".into()), why };
         let ended = Action::Terminate { instance: InstanceId("1".into()), why: Stray::Expired };
         let judged =
-            |lost: &Lease, deadline| actions(std::slice::from_ref(lost), &[instance("1", tag("r", "n", deadline))]);
+            |lost: &RunLease, deadline| actions(std::slice::from_ref(lost), &[instance("1", tag("r", "n", deadline))]);
         assert_eq!(judged(&lost, NOW + 1), [left(Leave::RecordUnreadable)]);
         assert_eq!(judged(&lost, NOW), [ended]);
-        assert_eq!(judged(&Lease { driven: true, ..lost }, NOW), [left(Leave::Driven)]);
+        assert_eq!(judged(&RunLease { driven: true, ..lost }, NOW), [left(Leave::Driven)]);
     }
 
     #[test]
@@ -432,7 +432,7 @@ pub(crate) mod tests {
     fn a_run_that_was_ending_is_ended() {
         let state = RunState::Terminating {
             rental: rental(tag("r", "n", NOW + 9)),
-            ending: Ending::Interrupted,
+            ending: RunOutcome::Interrupted,
             results: None,
             loss: None,
         };
@@ -448,19 +448,19 @@ pub(crate) mod tests {
             names in prop::collection::vec(("me|you", "a|b|c", "n|m", 900u64..1100), 0..8),
             states in prop::collection::vec((0usize..4, any::<bool>()), 3),
         ) {
-            let leases: Vec<Lease> = ["a", "b", "c"].iter().zip(&states).map(|(run, (kind, driven))| {
+            let leases: Vec<RunLease> = ["a", "b", "c"].iter().zip(&states).map(|(run, (kind, driven))| {
                 let held = |rental| RunState::Held {
                     rental,
-                    ending: Ending::Completed,
+                    ending: RunOutcome::Completed,
                     results: crate::run::Brought { folder: String::new(), complete: true },
                 };
                 let state = match kind {
                     0 => RunState::initial(),
                     1 => launched(run, NOW + 5),
                     2 => held(rental(tag(run, "n", NOW + 5))),
-                    _ => RunState::Closed { ending: Ending::Completed, results: None, loss: None },
+                    _ => RunState::Closed { ending: RunOutcome::Completed, results: None, loss: None },
                 };
-                Lease { driven: *driven, ..lease(run, state) }
+                RunLease { driven: *driven, ..lease(run, state) }
             }).collect();
             let listed: Vec<Instance> = names.iter().enumerate().map(|(i, (owner, run, nonce, deadline))| {
                 instance(&format!("x{i}"), LeaseTag { owner: owner.clone(), ..tag(run, nonce, *deadline) })

@@ -13,18 +13,18 @@ use crate::broker::BrokerError;
 use crate::calendar::rfc3339;
 use crate::cli::{Color, Global};
 use crate::clouds::Offered;
-use crate::deploy::{DeployEvent, HostTalk, Kept, NotEnding, Stop, Stuck};
+use crate::deploy::{DeployEvent, DriveError, HostTalk, NotEnding, Stop, UnsavedResults};
 use crate::ledger::{LedgerError, Meter, RunRecord, Unreadable, now_ms};
 use crate::local_worker::LocalWorkerError;
 use crate::market::{self, NothingLeft};
 use crate::reconcile::{Action, Finish, Leave, Stray};
-use crate::run::{Ending, RunState, TroubleKind};
+use crate::run::{RunFailureKind, RunOutcome, RunState};
 use crate::settings::{Environment, SettingsError, Span};
 use crate::text::{clean, counted};
 use crate::units::{Bytes, grouped};
 use crate::waiting::{Failed, told};
 
-pub mod beyond;
+pub mod diagnostics;
 pub mod table;
 pub mod tables;
 
@@ -91,17 +91,17 @@ impl ExitStatus {
     /// What a run that is over means for the program.
     pub fn of_run(state: &RunState) -> Self {
         match state.ending() {
-            Some(Ending::Completed) => Self::Done,
-            Some(Ending::WorkerFailed { .. } | Ending::WorkerVanished { .. }) => Self::Failed,
-            Some(Ending::Failed { trouble }) => match trouble.kind {
-                TroubleKind::NoOffer => Self::NoOffer,
-                TroubleKind::Budget => Self::TimeUp,
-                TroubleKind::Broker | TroubleKind::Host => Self::Cloud,
-                TroubleKind::Unfit | TroubleKind::Local => Self::Failed,
+            Some(RunOutcome::Completed) => Self::Done,
+            Some(RunOutcome::WorkerFailed { .. } | RunOutcome::WorkerVanished { .. }) => Self::Failed,
+            Some(RunOutcome::Failed { trouble }) => match trouble.kind {
+                RunFailureKind::NoOffer => Self::NoOffer,
+                RunFailureKind::Budget => Self::TimeUp,
+                RunFailureKind::Broker | RunFailureKind::Host => Self::Cloud,
+                RunFailureKind::Unfit | RunFailureKind::Local => Self::Failed,
             },
-            Some(Ending::Interrupted | Ending::Cancelled) => Self::Interrupted,
-            Some(Ending::Deadline) => Self::TimeUp,
-            Some(Ending::InstanceLost) => Self::Cloud,
+            Some(RunOutcome::Interrupted | RunOutcome::Cancelled) => Self::Interrupted,
+            Some(RunOutcome::Deadline) => Self::TimeUp,
+            Some(RunOutcome::InstanceLost) => Self::Cloud,
             None => Self::InstanceLeft,
         }
     }
@@ -116,7 +116,7 @@ impl From<ExitStatus> for ExitCode {
 /// Why a command did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
-pub struct Complaint {
+pub struct CliError {
     /// What the program ends with.
     pub status: ExitStatus,
     /// What went wrong, and where.
@@ -125,7 +125,7 @@ pub struct Complaint {
     pub hint: Option<String>,
 }
 
-impl Complaint {
+impl CliError {
     /// Refused before anything was done.
     pub fn refused(message: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { status: ExitStatus::Refused, message: message.into(), hint: Some(hint.into()) }
@@ -137,13 +137,13 @@ impl Complaint {
     }
 }
 
-impl From<SettingsError> for Complaint {
+impl From<SettingsError> for CliError {
     fn from(error: SettingsError) -> Self {
         Self::refused(error.to_string(), error.hint())
     }
 }
 
-impl From<LedgerError> for Complaint {
+impl From<LedgerError> for CliError {
     fn from(error: LedgerError) -> Self {
         let status = match error {
             LedgerError::NoSuchRun { .. } | LedgerError::Ambiguous { .. } | LedgerError::Newer { .. } => {
@@ -155,45 +155,45 @@ impl From<LedgerError> for Complaint {
     }
 }
 
-impl From<LocalWorkerError> for Complaint {
+impl From<LocalWorkerError> for CliError {
     fn from(error: LocalWorkerError) -> Self {
         Self { status: ExitStatus::Refused, message: error.to_string(), hint: error.hint() }
     }
 }
 
-impl From<NothingLeft> for Complaint {
+impl From<NothingLeft> for CliError {
     fn from(error: NothingLeft) -> Self {
         Self { status: ExitStatus::NoOffer, message: error.to_string(), hint: None }
     }
 }
 
-impl From<BrokerError> for Complaint {
+impl From<BrokerError> for CliError {
     fn from(error: BrokerError) -> Self {
         Self { status: ExitStatus::Cloud, message: error.to_string(), hint: error.hint() }
     }
 }
 
-impl From<Stuck> for Complaint {
-    fn from(stuck: Stuck) -> Self {
-        Self::of_stuck(&stuck)
+impl From<DriveError> for CliError {
+    fn from(stuck: DriveError) -> Self {
+        Self::of_drive_error(&stuck)
     }
 }
 
-impl Complaint {
+impl CliError {
     /// A run, or a list, that could not be brought to its end.
-    pub fn of_stuck(stuck: &Stuck) -> Self {
+    pub fn of_drive_error(stuck: &DriveError) -> Self {
         let hint = match stuck {
-            Stuck::Instance { run, .. } => {
+            DriveError::Instance { run, .. } => {
                 format!("an instance may still be running and billing. To end it: outliers runs cancel {run}")
             }
             // An event that cannot happen says nothing of instances.
-            Stuck::Broker { .. } | Stuck::Ledger(LedgerError::Illegal(_)) => {
+            DriveError::Broker { .. } | DriveError::Ledger(LedgerError::Illegal(_)) => {
                 "an instance may still be running and billing. To see: outliers instances list".to_owned()
             }
-            Stuck::Silent { hint, .. } => {
+            DriveError::Silent { hint, .. } => {
                 return Self { status: ExitStatus::Cloud, message: stuck.to_string(), hint: hint.clone() };
             }
-            Stuck::Ledger(error) => {
+            DriveError::Ledger(error) => {
                 return Self { status: ExitStatus::Failed, message: stuck.to_string(), hint: error.hint() };
             }
         };
@@ -356,26 +356,26 @@ impl Reporter {
     }
 
     /// Tells why a command failed. To programs too, on standard output.
-    pub fn complaint(&self, complaint: &Complaint) {
-        if complaint.status == ExitStatus::Interrupted {
+    pub fn cli_error(&self, cli_error: &CliError) {
+        if cli_error.status == ExitStatus::Interrupted {
             self.begin_line();
         }
         self.done();
         if self.json {
             let error = serde_json::json!({
                 "schema": 1,
-                "error": { "message": complaint.message, "hint": complaint.hint },
-                "exit_status": complaint.status.number(),
+                "error": { "message": cli_error.message, "hint": cli_error.hint },
+                "exit_status": cli_error.status.number(),
             });
             let _ = writeln!(std::io::stdout().lock(), "{error:#}");
         }
-        self.sentence(complaint);
+        self.sentence(cli_error);
     }
 
     /// Why something failed, to people only.
-    pub fn sentence(&self, complaint: &Complaint) {
-        self.write(&format!("{}: {}", self.paint("31;1", "error"), clean(complaint.message.as_bytes(), LINE)));
-        if let Some(hint) = &complaint.hint {
+    pub fn sentence(&self, cli_error: &CliError) {
+        self.write(&format!("{}: {}", self.paint("31;1", "error"), clean(cli_error.message.as_bytes(), LINE)));
+        if let Some(hint) = &cli_error.hint {
             self.write(&format!("{}: {}", self.paint("36", "hint"), clean(hint.as_bytes(), LINE)));
         }
     }
@@ -520,8 +520,8 @@ impl Reporter {
         ));
     }
 
-    fn kept(&self, kept: &Kept) {
-        let Kept { run, instance, why, price, cost, until, pause } = kept;
+    fn kept(&self, kept: &UnsavedResults) {
+        let UnsavedResults { run, instance, why, price, cost, until, pause } = kept;
         self.warn(&format!(
             "run {run}: its results cannot be saved ({why}); instance {instance} keeps them until {} \
              and bills {price}, {cost} so far; next try in {}. Make room, or name another folder: \
@@ -549,7 +549,7 @@ impl Reporter {
         self.say(&sentence);
     }
 
-    fn ending(&self, ending: &Ending) -> String {
+    fn ending(&self, ending: &RunOutcome) -> String {
         clean(ending.to_string().as_bytes(), LINE)
     }
 
@@ -746,27 +746,27 @@ pub fn finish(why: Finish) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::run::Trouble;
+    use crate::run::FailureDetail;
 
-    fn closed(ending: Ending) -> RunState {
+    fn closed(ending: RunOutcome) -> RunState {
         RunState::Closed { ending, results: None, loss: None }
     }
 
     #[test]
     fn exit_statuses_are_the_documented_ones() {
-        let trouble = |kind| Ending::Failed { trouble: Trouble { kind, message: String::new(), hint: None } };
+        let trouble = |kind| RunOutcome::Failed { trouble: FailureDetail { kind, message: String::new(), hint: None } };
         for (ending, number) in [
-            (Ending::Completed, 0),
-            (Ending::WorkerVanished { exit: None }, 1),
-            (trouble(TroubleKind::Local), 1),
-            (trouble(TroubleKind::Unfit), 1),
-            (trouble(TroubleKind::NoOffer), 3),
-            (Ending::Deadline, 4),
-            (trouble(TroubleKind::Broker), 5),
-            (trouble(TroubleKind::Host), 5),
-            (Ending::InstanceLost, 5),
-            (Ending::Interrupted, 130),
-            (Ending::Cancelled, 130),
+            (RunOutcome::Completed, 0),
+            (RunOutcome::WorkerVanished { exit: None }, 1),
+            (trouble(RunFailureKind::Local), 1),
+            (trouble(RunFailureKind::Unfit), 1),
+            (trouble(RunFailureKind::NoOffer), 3),
+            (RunOutcome::Deadline, 4),
+            (trouble(RunFailureKind::Broker), 5),
+            (trouble(RunFailureKind::Host), 5),
+            (RunOutcome::InstanceLost, 5),
+            (RunOutcome::Interrupted, 130),
+            (RunOutcome::Cancelled, 130),
         ] {
             assert_eq!(ExitStatus::of_run(&closed(ending.clone())).number(), number, "{ending:?}");
         }
@@ -827,18 +827,19 @@ mod tests {
 
     #[test]
     fn what_left_no_instance_does_not_say_so() {
-        let silent = Stuck::Silent { message: "no answer".into(), hint: Some("check the key".into()) };
-        assert_eq!(Complaint::of_stuck(&silent).status.number(), 5);
+        let silent = DriveError::Silent { message: "no answer".into(), hint: Some("check the key".into()) };
+        assert_eq!(CliError::of_drive_error(&silent).status.number(), 5);
         let full = LedgerError::Io { path: "/s".into(), source: std::io::ErrorKind::StorageFull.into() };
-        assert_eq!(Complaint::of_stuck(&Stuck::Ledger(full)).status.number(), 1, "a full disk is no cloud");
-        let unknown = Stuck::Broker { message: "no answer".into() };
-        assert_eq!(Complaint::of_stuck(&unknown).status.number(), 6);
+        assert_eq!(CliError::of_drive_error(&DriveError::Ledger(full)).status.number(), 1, "a full disk is no cloud");
+        let unknown = DriveError::Broker { message: "no answer".into() };
+        assert_eq!(CliError::of_drive_error(&unknown).status.number(), 6);
     }
 
     #[test]
     fn whoever_may_have_left_an_instance_says_how_to_end_it() {
-        let complaint = Complaint::from(Stuck::Instance { run: "abc".into(), message: "it is still listed".into() });
-        assert_eq!(complaint.status.number(), 6);
-        assert!(complaint.hint.unwrap().contains("outliers runs cancel abc"));
+        let cli_error =
+            CliError::from(DriveError::Instance { run: "abc".into(), message: "it is still listed".into() });
+        assert_eq!(cli_error.status.number(), 6);
+        assert!(cli_error.hint.unwrap().contains("outliers runs cancel abc"));
     }
 }

@@ -62,7 +62,7 @@ pub struct RunSpec {
     pub max_duration_s: u64,
     /// What the guard on the instance waits for before that.
     #[serde(default)]
-    pub watch: Watch,
+    pub watch: GuardTimeouts,
     /// No instance is rented that could cost more than what is left of this until its time is up. All runs of a survey share it.
     #[serde(default)]
     pub budget: Option<Usd>,
@@ -136,14 +136,14 @@ impl RunSpec {
 
 /// When the guard on an instance ends it before its time is up. 0: never.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Watch {
+pub struct GuardTimeouts {
     /// Seconds without a word of ours.
     pub lease_s: u64,
     /// Seconds after the worker's end in which nobody came for its files.
     pub unclaimed_s: u64,
 }
 
-impl Watch {
+impl GuardTimeouts {
     /// For an instance that is to stay: only its time limit ends it.
     pub const NEVER: Self = Self { lease_s: 0, unclaimed_s: 0 };
 
@@ -160,14 +160,14 @@ pub enum RunState {
     /// Nothing is rented, nothing is under way.
     Planned {
         /// Offers that could not be had, oldest first.
-        refused: Vec<Refusal>,
+        refused: Vec<RefusedOffer>,
     },
     /// A create call was, or is about to be, made. An instance with this tag may exist.
     Creating {
         /// What was to be created.
         intent: Intent,
         /// Offers that could not be had before.
-        refused: Vec<Refusal>,
+        refused: Vec<RefusedOffer>,
     },
     /// An instance bills. Whether it answers is not known.
     Rented {
@@ -210,14 +210,14 @@ pub enum RunState {
         /// The host key.
         pin: Pin,
         /// How the run ends.
-        ending: Ending,
+        ending: RunOutcome,
     },
     /// The files are saved here and compared with the worker's manifest.
     Synced {
         /// The instance.
         rental: Rental,
         /// How the run ends.
-        ending: Ending,
+        ending: RunOutcome,
         /// Where they are.
         results: Brought,
     },
@@ -226,7 +226,7 @@ pub enum RunState {
         /// The instance.
         rental: Rental,
         /// How the run ended.
-        ending: Ending,
+        ending: RunOutcome,
         /// Where the files are.
         results: Brought,
     },
@@ -245,7 +245,7 @@ pub enum RunState {
         /// The instance.
         rental: Rental,
         /// How the run ends.
-        ending: Ending,
+        ending: RunOutcome,
         /// What came home.
         results: Option<Brought>,
         /// Why nothing did, where something was to be expected.
@@ -254,7 +254,7 @@ pub enum RunState {
     /// Over, and no instance of it exists. Nothing leaves this state.
     Closed {
         /// How it ended.
-        ending: Ending,
+        ending: RunOutcome,
         /// What came home.
         results: Option<Brought>,
         /// Why nothing did, where something was to be expected.
@@ -317,7 +317,7 @@ pub enum RunEvent {
         /// Where the files are, and whether they are complete.
         results: Brought,
         /// How the run ends by what they say.
-        ending: Ending,
+        ending: RunOutcome,
     },
     /// Nothing could be brought home.
     NotFetched {
@@ -327,9 +327,9 @@ pub enum RunEvent {
     /// The run ends before its end.
     Stopped {
         /// How the run ends.
-        ending: Ending,
+        ending: RunOutcome,
     },
-    /// The instance stays on the user's wish.
+    /// The instance stays at the user's request.
     Held,
     /// The instance is to end now.
     Terminate,
@@ -363,7 +363,7 @@ pub struct Rental {
     pub price: UsdPerHour,
     /// Offers that could not be had before, or did not serve, oldest first.
     #[serde(default)]
-    pub refused: Vec<Refusal>,
+    pub refused: Vec<RefusedOffer>,
 }
 
 /// A host key as it was first seen; opaque here.
@@ -373,7 +373,7 @@ pub struct Pin(pub String);
 
 /// An offer that could not be had.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Refusal {
+pub struct RefusedOffer {
     /// The offer.
     pub offer: Offer,
     /// The broker's words, or why the instance did not serve.
@@ -398,7 +398,7 @@ pub struct Brought {
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "ending", rename_all = "snake_case")]
-pub enum Ending {
+pub enum RunOutcome {
     /// Complete results are saved here.
     Completed,
     /// The worker says why it could not do its job.
@@ -414,7 +414,7 @@ pub enum Ending {
     /// A step of ours failed.
     Failed {
         /// The step that failed, and why.
-        trouble: Trouble,
+        trouble: FailureDetail,
     },
     /// Ctrl-C.
     Interrupted,
@@ -426,7 +426,7 @@ pub enum Ending {
     InstanceLost,
 }
 
-impl Ending {
+impl RunOutcome {
     /// What whoever failed says is to be done about it.
     pub fn hint(&self) -> Option<&str> {
         match self {
@@ -439,9 +439,9 @@ impl Ending {
 
 /// A step that failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Trouble {
+pub struct FailureDetail {
     /// For programs, and for the exit status.
-    pub kind: TroubleKind,
+    pub kind: RunFailureKind,
     /// What went wrong, and where.
     pub message: String,
     /// What to do about it.
@@ -451,7 +451,7 @@ pub struct Trouble {
 /// Kinds of trouble a caller may treat differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum TroubleKind {
+pub enum RunFailureKind {
     /// No offer passes the filters, or none could be had.
     NoOffer,
     /// What is left of the budget, or of what was agreed, pays for no offer.
@@ -495,7 +495,7 @@ impl RunState {
         matches!(self, Self::Closed { .. })
     }
 
-    /// Nobody needs to drive it: closed, or held on the user's wish.
+    /// Nobody needs to drive it: closed, or held at the user's request.
     pub fn is_at_rest(&self) -> bool {
         matches!(self, Self::Closed { .. } | Self::Held { .. })
     }
@@ -533,7 +533,7 @@ impl RunState {
     }
 
     /// How the run ended, once that is decided.
-    pub fn ending(&self) -> Option<&Ending> {
+    pub fn ending(&self) -> Option<&RunOutcome> {
         match self {
             Self::Salvaging { ending, .. }
             | Self::Synced { ending, .. }
@@ -568,7 +568,7 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
 
         (S::Creating { refused, .. }, E::NotCreated { refused: false, .. }) => S::Planned { refused },
         (S::Creating { intent, mut refused }, E::NotCreated { reason, refused: true, .. }) => {
-            refused.push(Refusal { offer: intent.offer, reason, rented: false, lost: false });
+            refused.push(RefusedOffer { offer: intent.offer, reason, rented: false, lost: false });
             S::Planned { refused }
         }
         (S::Creating { intent: Intent { offer, tag }, refused }, E::Created { instance, price }) => {
@@ -586,7 +586,7 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
         ) => S::Discarding { rental, reason, lost },
         (S::Discarding { rental, reason, lost }, E::Gone | E::Vanished) => {
             let Rental { offer, mut refused, .. } = rental;
-            refused.push(Refusal { offer, reason, rented: true, lost });
+            refused.push(RefusedOffer { offer, reason, rented: true, lost });
             S::Planned { refused }
         }
         (S::Reachable { rental, pin }, E::Launched) => S::Launched { rental, pin, restarts: 0 },
@@ -639,7 +639,7 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
 const WENT_AWAY: &str = "the instance went away before its files were brought home";
 
 /// What is lost with nothing to make it good: of an instance that went away now, or of one before it.
-fn loss(refused: &[Refusal], now: bool) -> Option<String> {
+fn loss(refused: &[RefusedOffer], now: bool) -> Option<String> {
     (now || refused.iter().any(|refusal| refusal.lost)).then(|| WENT_AWAY.to_owned())
 }
 
@@ -649,7 +649,7 @@ fn vanished(state: &RunState) -> RunState {
     let before = state.rental().map_or(&[][..], |rental| &rental.refused);
     let results = state.results().cloned();
     RunState::Closed {
-        ending: state.ending().cloned().unwrap_or(Ending::InstanceLost),
+        ending: state.ending().cloned().unwrap_or(RunOutcome::InstanceLost),
         loss: loss(before, ran).filter(|_| results.is_none()),
         results,
     }
@@ -678,7 +678,7 @@ impl RunEvent {
     }
 }
 
-impl fmt::Display for Ending {
+impl fmt::Display for RunOutcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Completed => f.write_str("completed"),
@@ -753,9 +753,9 @@ mod tests {
             RunEvent::Restarted,
             RunEvent::Launched,
             RunEvent::WorkerEnded { exit: Some(0) },
-            RunEvent::Fetched { results: brought(), ending: Ending::Completed },
+            RunEvent::Fetched { results: brought(), ending: RunOutcome::Completed },
             RunEvent::NotFetched { reason: "skipped".into() },
-            RunEvent::Stopped { ending: Ending::Interrupted },
+            RunEvent::Stopped { ending: RunOutcome::Interrupted },
             RunEvent::Held,
             RunEvent::Terminate,
             RunEvent::Gone,
@@ -775,11 +775,11 @@ mod tests {
             RunEvent::Reached { pin: Pin("key".into()), price: None },
             RunEvent::Launched,
             RunEvent::WorkerEnded { exit: Some(0) },
-            RunEvent::Fetched { results: brought(), ending: Ending::Completed },
+            RunEvent::Fetched { results: brought(), ending: RunOutcome::Completed },
             RunEvent::Terminate,
             RunEvent::Gone,
         ];
-        let closed = RunState::Closed { ending: Ending::Completed, results: Some(brought()), loss: None };
+        let closed = RunState::Closed { ending: RunOutcome::Completed, results: Some(brought()), loss: None };
         assert_eq!(replay(&path), closed);
     }
 
@@ -789,7 +789,7 @@ mod tests {
             RunEvent::Creating { intent: intent() },
             RunEvent::Created { instance: InstanceId("i1".into()), price: None },
         ];
-        let stop = RunEvent::Stopped { ending: Ending::Interrupted };
+        let stop = RunEvent::Stopped { ending: RunOutcome::Interrupted };
         assert_eq!(next(&replay(&path), &stop).unwrap().word(), "terminating");
         path.extend([RunEvent::Reached { pin: Pin("key".into()), price: None }, RunEvent::Launched, stop]);
         assert_eq!(replay(&path).word(), "salvaging");
@@ -847,7 +847,7 @@ mod tests {
         path.push(RunEvent::Gone);
         let RunState::Planned { refused } = replay(&path) else { panic!("it is planned again") };
         assert_eq!(refused.iter().map(|refusal| refusal.rented).collect::<Vec<_>>(), [false, true]);
-        let stopped = next(&discarding, &RunEvent::Stopped { ending: Ending::Interrupted }).unwrap();
+        let stopped = next(&discarding, &RunEvent::Stopped { ending: RunOutcome::Interrupted }).unwrap();
         assert_eq!(stopped.word(), "terminating");
     }
 
@@ -864,22 +864,22 @@ mod tests {
             RunEvent::WorkerEnded { exit: Some(137) },
             RunEvent::Restarted,
             RunEvent::WorkerEnded { exit: Some(0) },
-            RunEvent::Fetched { results: brought(), ending: Ending::Completed },
+            RunEvent::Fetched { results: brought(), ending: RunOutcome::Completed },
             RunEvent::Terminate,
             RunEvent::Gone,
         ];
-        let stop = [RunEvent::Stopped { ending: Ending::Interrupted }];
+        let stop = [RunEvent::Stopped { ending: RunOutcome::Interrupted }];
         let RunState::Closed { loss, .. } = replay(&[&launched[..], &lost, &stop].concat()) else { panic!("closed") };
         assert_eq!(loss.as_deref(), Some(WENT_AWAY));
         let mended = replay(&[&launched[..], &lost, &launched, &ended].concat());
-        let whole = RunState::Closed { ending: Ending::Completed, results: Some(brought()), loss: None };
+        let whole = RunState::Closed { ending: RunOutcome::Completed, results: Some(brought()), loss: None };
         assert_eq!(mended, whole);
     }
 
     #[test]
     fn an_unknown_create_cannot_be_stopped_away() {
         let creating = replay(&[RunEvent::Creating { intent: intent() }]);
-        assert!(next(&creating, &RunEvent::Stopped { ending: Ending::Interrupted }).is_err());
+        assert!(next(&creating, &RunEvent::Stopped { ending: RunOutcome::Interrupted }).is_err());
         assert!(next(&creating, &RunEvent::Gone).is_err());
         assert!(next(&creating, &RunEvent::Vanished).is_err());
     }

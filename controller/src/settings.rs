@@ -13,10 +13,10 @@ use serde::Deserialize;
 
 use crate::broker::{CLOUDS, CloudKind, local, slurm};
 use crate::cli::ClusterArgs;
-use crate::clouds::Patience;
+use crate::clouds::Timeouts;
 use crate::files::{MOST, read_text};
 use crate::local_worker::Limits;
-use crate::run::Watch;
+use crate::run::GuardTimeouts;
 use crate::secret::Secret;
 use crate::text::toml_error;
 use crate::units::{Bytes, Fraction, Positive};
@@ -136,7 +136,7 @@ pub struct Settings {
     /// After this an instance has no right to exist.
     pub max_duration: Duration,
     /// What the guard on an instance waits for before that.
-    pub watch: Watch,
+    pub watch: GuardTimeouts,
     /// Disk beside what the checkpoint needs.
     pub spare_disk: Bytes,
     /// Largest folder or corpus that is pushed.
@@ -206,7 +206,7 @@ impl CloudSettings {
 /// A settings' file. Every field may be missing; one that is not known is an error.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct File {
+struct SettingsFile {
     broker: Option<String>,
     results: Option<PathBuf>,
     #[serde(default)]
@@ -271,7 +271,7 @@ impl SlurmSection {
             sbatch: self.sbatch,
             queue: self.queue.map_or(QUEUE, |span| span.0),
             gpu_memory: self.gpu_memory.map(|size| Bytes(size.0.0)),
-            listing_interval: self.listing_interval.map_or(Patience::CLOUD.listing_interval, |span| span.0),
+            listing_interval: self.listing_interval.map_or(Timeouts::CLOUD.listing_interval, |span| span.0),
         }
     }
 }
@@ -382,10 +382,10 @@ impl Settings {
         let table = text.and_then(|text| toml::from_str::<toml::Table>(&text).ok()).unwrap_or_default();
         let clouds = |brokers: toml::Value| brokers.try_into().ok();
         let brokers = table.get("brokers").cloned().and_then(clouds).unwrap_or_default();
-        Self::of(File { brokers, ..File::default() }, environment, here)
+        Self::of(SettingsFile { brokers, ..SettingsFile::default() }, environment, here)
     }
 
-    fn of(user: File, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
+    fn of(user: SettingsFile, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
         let defaults = parse(DEFAULTS, Path::new("config/outliers.toml"))?;
         let clouds = clouds(&user.brokers.clouds, environment)?;
         let slurm = user.brokers.slurm.map(|section| section.site(here, environment.get(variables::HF_ENDPOINT)));
@@ -421,7 +421,7 @@ impl Settings {
             clouds,
             slurm,
             max_duration: span.ok_or_else(|| built_in("run.max-duration"))?.0,
-            watch: Watch { lease_s: lease.0.as_secs(), unclaimed_s: unclaimed.0.as_secs() },
+            watch: GuardTimeouts { lease_s: lease.0.as_secs(), unclaimed_s: unclaimed.0.as_secs() },
             spare_disk: size(spare, "run.spare-disk")?,
             push_limit: size(limit, "run.push-limit")?,
             save_point_limit: size(save_point, "run.save-point-limit")?,
@@ -503,8 +503,8 @@ fn thresholds(user: &ThresholdSection, defaults: &ThresholdSection) -> Threshold
     }
 }
 
-fn user_file(config: Option<&Path>, environment: &Environment) -> Result<File, SettingsError> {
-    let Some(path) = user_path(config, environment) else { return Ok(File::default()) };
+fn user_file(config: Option<&Path>, environment: &Environment) -> Result<SettingsFile, SettingsError> {
+    let Some(path) = user_path(config, environment) else { return Ok(SettingsFile::default()) };
     let text = read_text(&path, MOST).map_err(|source| SettingsError::Unreadable { path: path.clone(), source })?;
     parse(&text, &path)
 }
@@ -519,7 +519,7 @@ fn user_path(config: Option<&Path>, environment: &Environment) -> Option<PathBuf
     named.or_else(usual)
 }
 
-fn parse(text: &str, path: &Path) -> Result<File, SettingsError> {
+fn parse(text: &str, path: &Path) -> Result<SettingsFile, SettingsError> {
     toml::from_str(text).map_err(|error| {
         let (line, said) = toml_error(text, &error);
         let at = line.map_or(String::new(), |line| format!("line {line}: "));
@@ -627,7 +627,7 @@ mod tests {
         assert_eq!(settings.broker, DefaultBroker::Local);
         assert_eq!(settings.results, Path::new("/here/remote_results"));
         assert_eq!(settings.max_duration, Duration::from_secs(6 * 3600));
-        assert_eq!(settings.watch, Watch { lease_s: 7200, unclaimed_s: 3600 });
+        assert_eq!(settings.watch, GuardTimeouts { lease_s: 7200, unclaimed_s: 3600 });
         assert_eq!(settings.push_limit, Bytes::from_gib(1));
         let look = Limits { memory: Bytes::from_gib(16), time: Duration::from_secs(1800) };
         assert_eq!(settings.look, look);

@@ -5,6 +5,6 @@ pub mod file;
 pub mod index;
 pub mod member;
 
-pub use file::{Entry, Survey, SurveyError};
-pub use index::{Index, Outcome};
+pub use file::{Survey, SurveyError, SurveyModel};
+pub use index::{Index, ModelOutcome};
 pub use member::Member;

@@ -26,7 +26,7 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 const EXE: &str = env!("CARGO_BIN_EXE_outliers");
 
 /// After this nothing is hoped for any more: no bound, on a busy machine much takes long.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A cloud of its own, which a failing test does not leave running.
 struct Cloud {
@@ -208,7 +208,7 @@ fn kill(pid: u32, signal: &str) {
 async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !condition() {
-        assert!(begun.elapsed() < PATIENCE, "{what} does not happen");
+        assert!(begun.elapsed() < TIMEOUT, "{what} does not happen");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -381,7 +381,7 @@ async fn a_signal_reaches_the_command() {
     let up = cloud.folder(&instance).join("home/up");
     until("the command", || up.exists()).await;
     writer.signal(Sig::TERM).await.unwrap();
-    let output = tokio::time::timeout(PATIENCE, collect(reader)).await.unwrap();
+    let output = tokio::time::timeout(TIMEOUT, collect(reader)).await.unwrap();
     assert_eq!(output.signal.as_deref(), Some("TERM"));
 }
 
@@ -456,7 +456,7 @@ async fn a_detached_child_outlives_its_channel_and_connection() {
     let ssh = cloud.connect(&instance).await;
     let begun = Instant::now();
     let output = exec(&ssh, "setsid nohup sleep 300 </dev/null >log 2>&1 & echo $!").await;
-    assert!(begun.elapsed() < PATIENCE);
+    assert!(begun.elapsed() < TIMEOUT);
     let pid: u32 = output.text().parse().unwrap();
     drop(ssh);
     tokio::time::sleep(Duration::from_millis(200)).await;
@@ -521,7 +521,7 @@ async fn the_children_of_a_killed_instance_are_found() {
     kill(instance_pid(&cloud, &instance), "-KILL");
     let begun = Instant::now();
     while matches!(cloud.only().await.state, InstanceState::Ready(_)) {
-        assert!(begun.elapsed() < PATIENCE);
+        assert!(begun.elapsed() < TIMEOUT);
     }
     let dead = cloud.only().await;
     assert!(matches!(&dead.state, InstanceState::Failed(why) if why.contains("process ended")), "{dead:?}");
@@ -686,7 +686,7 @@ async fn a_create_cut_short_is_listed_and_can_be_ended() {
     }
     let begun = Instant::now();
     while cloud.only().await.state != InstanceState::Booting {
-        assert!(begun.elapsed() < PATIENCE, "{:?}", cloud.only().await);
+        assert!(begun.elapsed() < TIMEOUT, "{:?}", cloud.only().await);
     }
     assert_eq!(cloud.only().await.tag(), instance.tag());
     let text = fs::read_to_string(folder.join("instance.json")).unwrap();
@@ -695,7 +695,7 @@ async fn a_create_cut_short_is_listed_and_can_be_ended() {
     fs::write(folder.join("instance.json"), record.to_string()).unwrap();
     let begun = Instant::now();
     while cloud.only().await.state != InstanceState::Stopped {
-        assert!(begun.elapsed() < PATIENCE, "{:?}", cloud.only().await);
+        assert!(begun.elapsed() < TIMEOUT, "{:?}", cloud.only().await);
     }
     cloud.broker.terminate(&instance.id).await.unwrap();
     assert_eq!(cloud.broker.bill().unwrap().entries.len(), 1);
@@ -711,7 +711,7 @@ async fn a_termination_cut_short_can_be_finished() {
     kill(instance_pid(&cloud, &instance), "-KILL");
     let begun = Instant::now();
     while cloud.only().await.state == InstanceState::Terminating {
-        assert!(begun.elapsed() < PATIENCE);
+        assert!(begun.elapsed() < TIMEOUT);
     }
     assert!(matches!(cloud.only().await.state, InstanceState::Failed(_)));
     // Cut short after the bill, and after the folder was moved away.
@@ -835,7 +835,7 @@ async fn connections_that_do_not_log_in_keep_nobody_out() {
     let handle = cloud.connect(&instance).await;
     assert_eq!(exec(&handle, "echo in").await.text(), "in");
     // The oldest had to make room. A reset is as good as an end.
-    let ended = tokio::time::timeout(PATIENCE, strangers[0].read_to_end(&mut Vec::new())).await;
+    let ended = tokio::time::timeout(TIMEOUT, strangers[0].read_to_end(&mut Vec::new())).await;
     assert!(ended.is_ok(), "it is still there");
     assert_eq!(exec(&handle, "echo still").await.text(), "still", "who has logged in is no stranger");
 }

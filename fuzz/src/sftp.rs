@@ -10,7 +10,7 @@ use crate::assert_harmless;
 /// Longest request that is read; ours are names and figures.
 const LONGEST: usize = 64 << 10;
 /// Longest that an answer may take, by a clock that does not wait.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// The first request, the only one without a number, and the answer to it.
 const INIT: u8 = 1;
 const VERSION: u8 = 2;
@@ -25,7 +25,7 @@ pub fn read(script: &[u8]) {
     crate::run(async {
         let (ours, theirs) = tokio::io::duplex(1 << 20);
         let server = tokio::spawn(serve(theirs, answers));
-        let read = async { Sftp::over(ours, PATIENCE).await?.read("a file", offset, limit).await };
+        let read = async { Sftp::over(ours, TIMEOUT).await?.read("a file", offset, limit).await };
         match read.await {
             Ok(content) => assert!(content.is_none_or(|content| content.len() as u64 <= limit), "more than asked for"),
             Err(error) => assert_harmless(&error.message),

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use outliers_protocol::{AblationArm, Removed, Results, files};
-use outliers_tests::desk::Desk;
+use outliers_tests::context::TestContext;
 use outliers_tests::programs::{golden, goldens, run_worker};
 use outliers_worker::demo;
 use serde::Deserialize;
@@ -83,16 +83,16 @@ fn a_deploy_takes_away_what_an_earlier_one_found() {
     let folder = tempfile::tempdir().unwrap();
     demo::make(folder.path(), 1).unwrap();
     let deploy = |more: &[&str]| {
-        let desk = Desk::new();
+        let context = TestContext::new();
         let model = ["deploy", "-y", "--push-model", "--model", folder.path().to_str().unwrap()];
         let text = ["--num-sequences", "4", "--sequence-length", "128"];
-        let said = desk.run(model.iter().chain(&text).chain(more)).ok();
-        let file = desk.results_folder().join(files::RESULTS);
+        let said = context.run(model.iter().chain(&text).chain(more)).ok();
+        let file = context.results_folder().join(files::RESULTS);
         let results: Results = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
-        desk.assert_nothing_left();
-        (desk, said, file, results)
+        context.assert_nothing_left();
+        (context, said, file, results)
     };
-    let (_desk, _, file, found) = deploy(&[]);
+    let (_context, _, file, found) = deploy(&[]);
     let systematic: Vec<usize> = found.features.iter().filter(|f| f.systematic_by_layers).map(|f| f.dim).collect();
     let (other, said, _, results) = deploy(&["--ablate", file.to_str().unwrap()]);
     assert_eq!(results.ablation[1].features, systematic);

@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use outliers_clouds::dialect::lambda::Lambda;
 use outliers_clouds::{FakeCloud, Op};
 use outliers_protocol::files;
-use outliers_tests::desk::Desk;
+use outliers_tests::context::TestContext;
 
 use crate::clouds::Place;
 use crate::deploy::{signal, slow_deploy, worker_is_busy};
@@ -19,41 +19,42 @@ const WITH_HANGUPS: [&str; 2] = ["env", "--default-signal=HUP"];
 
 #[test]
 fn under_nohup_a_deploy_outlives_its_terminal() {
-    let desk = Desk::new();
-    let mut controller = desk.start_under(&["nohup"], slow_deploy(&desk));
-    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
+    let context = TestContext::new();
+    let mut controller = context.start_under(&["nohup"], slow_deploy(&context));
+    context.wait_for("the worker to be busy", || worker_is_busy(&context));
     signal(&controller, SIGHUP);
     let code = controller.wait().unwrap().code();
-    assert_eq!(code, Some(0), "{}", desk.stderr());
-    assert_eq!(desk.results().sequences, 120);
-    desk.assert_nothing_left();
+    assert_eq!(code, Some(0), "{}", context.stderr());
+    assert_eq!(context.results().sequences, 120);
+    context.assert_nothing_left();
 }
 
 #[test]
 fn a_terminal_that_closes_lets_go_of_a_run_at_work_which_is_picked_up() {
-    let desk = Desk::new();
-    let mut controller = desk.start_under(&WITH_HANGUPS, slow_deploy(&desk));
-    desk.wait_for("the worker to be busy", || worker_is_busy(&desk) && desk.stderr().contains("The worker runs"));
+    let context = TestContext::new();
+    let mut controller = context.start_under(&WITH_HANGUPS, slow_deploy(&context));
+    context
+        .wait_for("the worker to be busy", || worker_is_busy(&context) && context.stderr().contains("The worker runs"));
     signal(&controller, SIGHUP);
     let code = controller.wait().unwrap().code();
-    let said = desk.stderr();
+    let said = context.stderr();
     assert_eq!(code, Some(6), "{said}");
     assert!(said.contains("was let go of") && said.contains("outliers attach"), "{said}");
     assert!(said.contains("nobody was heard for 2 h"), "{said}");
-    assert_eq!(desk.bill().running.len(), 1, "it works on");
-    let shown = desk.run(["status"]).ok();
+    assert_eq!(context.bill().running.len(), 1, "it works on");
+    let shown = context.run(["status"]).ok();
     assert!(shown.stdout.contains("launched, abandoned"), "{shown:?}");
-    let _ = desk.run(["attach"]).ok();
-    assert_eq!(desk.results().sequences, 120);
-    desk.assert_nothing_left();
-    assert_eq!(desk.bill().entries.len(), 1, "the same instance, rented once");
+    let _ = context.run(["attach"]).ok();
+    assert_eq!(context.results().sequences, 120);
+    context.assert_nothing_left();
+    assert_eq!(context.bill().entries.len(), 1, "the same instance, rented once");
 }
 
 #[test]
 fn a_detached_run_works_on_is_followed_and_comes_home_by_attach() {
-    let desk = Desk::new();
-    let arguments = slow_deploy(&desk).into_iter().chain(["--detach", "--json"].map(str::to_owned));
-    let said = desk.run(arguments).ok();
+    let context = TestContext::new();
+    let arguments = slow_deploy(&context).into_iter().chain(["--detach", "--json"].map(str::to_owned));
+    let said = context.run(arguments).ok();
     let document: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
     let id = document["run"]["id"].as_str().unwrap().to_owned();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
@@ -63,31 +64,31 @@ fn a_detached_run_works_on_is_followed_and_comes_home_by_attach() {
     for (i, command) in commands.iter().enumerate() {
         assert_eq!(document["commands"][i], *command, "{document:#}");
     }
-    let instance = desk.bill().running[0].id.0.clone();
+    let instance = context.bill().running[0].id.0.clone();
     assert_eq!(document["instance"], instance.as_str());
 
     // Its guard misses nobody until the time limit.
-    let folder = desk.state().join("local/instances").join(&instance).join("home/outliers").join(&id);
+    let folder = context.state().join("local/instances").join(&instance).join("home/outliers").join(&id);
     let terms = std::fs::read_to_string(folder.join("guard.terms")).unwrap();
     assert!(terms.contains("lease=0 unclaimed=0"), "{terms}");
-    let shown = desk.run(["status"]).ok();
+    let shown = context.run(["status"]).ok();
     assert!(shown.stdout.contains("launched, detached"), "{shown:?}");
-    let mut watching = desk.start(["status", "--watch"]);
-    desk.wait_for("a picture", || desk.stdout().contains("launched, detached"));
+    let mut watching = context.start(["status", "--watch"]);
+    context.wait_for("a picture", || context.stdout().contains("launched, detached"));
     signal(&watching, SIGINT);
-    assert_eq!(watching.wait().unwrap().code(), Some(0), "{}", desk.stderr());
-    assert_eq!(desk.stderr(), "");
+    assert_eq!(watching.wait().unwrap().code(), Some(0), "{}", context.stderr());
+    assert_eq!(context.stderr(), "");
 
-    let followed = desk.run(["runs", "logs", &id, "-f"]).ok();
+    let followed = context.run(["runs", "logs", &id, "-f"]).ok();
     assert!(["layer 1/8", "layer 8/8"].iter().all(|line| followed.stdout.contains(line)), "{followed:?}");
     assert!(followed.stderr.contains("outliers attach"), "{followed:?}");
-    let again = desk.run(["runs", "logs", &id]).ok();
+    let again = context.run(["runs", "logs", &id]).ok();
     assert_eq!(again.stdout, followed.stdout, "reading changes nothing");
-    assert_eq!(desk.bill().running.len(), 1, "what the worker left waits");
-    let _ = desk.run(["attach"]).ok();
-    assert_eq!(desk.results().sequences, 120);
-    desk.assert_nothing_left();
-    assert_eq!(desk.bill().entries.len(), 1, "rented once");
+    assert_eq!(context.bill().running.len(), 1, "what the worker left waits");
+    let _ = context.run(["attach"]).ok();
+    assert_eq!(context.results().sequences, 120);
+    context.assert_nothing_left();
+    assert_eq!(context.bill().entries.len(), 1, "rented once");
 }
 
 /// Where an instance is never ended but by a controller, it is not left alone.
@@ -95,7 +96,7 @@ fn a_detached_run_works_on_is_followed_and_comes_home_by_attach() {
 fn a_cloud_that_ends_nothing_by_itself_is_refused_for_a_detached_run() {
     let cloud = FakeCloud::start(Lambda);
     let place = Place::new(&[&cloud]);
-    let said = place.desk.run(Place::deployment().into_iter().chain(["--detach".to_owned()]));
+    let said = place.context.run(Place::deployment().into_iter().chain(["--detach".to_owned()]));
     assert_eq!(said.code, Some(2), "{said:?}");
     assert!(said.stderr.contains("--detach") && said.stderr.contains("lambda"), "{said:?}");
     assert_eq!(cloud.world().count(Op::Create), 0);
@@ -107,34 +108,34 @@ fn lines(text: &str) -> Vec<&str> {
 
 #[test]
 fn a_log_is_read_beside_the_process_that_drives_the_run() {
-    let desk = Desk::new();
-    let mut controller = desk.start(slow_deploy(&desk));
-    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
-    desk.wait_for("its log to be written down", || {
-        let said = desk.run(["runs", "logs", "last"]);
+    let context = TestContext::new();
+    let mut controller = context.start(slow_deploy(&context));
+    context.wait_for("the worker to be busy", || worker_is_busy(&context));
+    context.wait_for("its log to be written down", || {
+        let said = context.run(["runs", "logs", "last"]);
         said.code == Some(0) && said.stdout.contains("layer 1/8")
     });
     assert!(controller.try_wait().unwrap().is_none(), "what there is is shown while the run goes on");
-    let followed = desk.run(["runs", "logs", "last", "--follow"]).ok();
-    assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", desk.stderr());
-    let home = std::fs::read_to_string(desk.results_folder().join(files::LOG)).unwrap();
+    let followed = context.run(["runs", "logs", "last", "--follow"]).ok();
+    assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", context.stderr());
+    let home = std::fs::read_to_string(context.results_folder().join(files::LOG)).unwrap();
     assert_eq!(lines(&followed.stdout), lines(&home), "every line once");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 #[test]
 fn status_is_shown_again_and_again_until_nothing_runs() {
-    let desk = Desk::new();
-    let mut controller = desk.start(slow_deploy(&desk));
-    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
-    let said = desk.run(["status", "--watch"]).ok();
+    let context = TestContext::new();
+    let mut controller = context.start(slow_deploy(&context));
+    context.wait_for("the worker to be busy", || worker_is_busy(&context));
+    let said = context.run(["status", "--watch"]).ok();
     assert!(said.stdout.contains("launched") && said.stdout.contains("nothing is under way"), "{said:?}");
     assert!(!said.stdout.contains('\u{1b}'), "no terminal, nothing to redraw: {said:?}");
-    assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", desk.stderr());
-    let said = desk.run(["status", "--watch", "--json"]).ok();
+    assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", context.stderr());
+    let said = context.run(["status", "--watch", "--json"]).ok();
     let pictures: Vec<serde_json::Value> =
         said.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(pictures.len(), 1, "nothing runs: {said:?}");
     assert_eq!(pictures[0]["under_way"].as_array().map(Vec::len), Some(0), "{said:?}");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }

@@ -9,7 +9,7 @@ use outliers_clouds::dialect::runpod::RunPod;
 use outliers_clouds::dialect::vast::Vast;
 use outliers_clouds::{Dialect, FakeCloud, FakeInstance, Gpu, How, KEY, Op, Refusal, Rented, Stock};
 use outliers_protocol::files;
-use outliers_tests::desk::{Desk, Said};
+use outliers_tests::context::{Said, TestContext};
 use outliers_tests::golden::{assert_activations_equal, assert_statistics_equal};
 use outliers_tests::programs::{golden, run_worker, worker};
 use outliers_tests::sshd::Sshd;
@@ -18,9 +18,9 @@ mod kills;
 
 const FIXTURE: &str = "olmoe-bf16";
 
-/// A desk on which only these clouds are known.
+/// A context on which only these clouds are known.
 pub(super) struct Place {
-    pub(super) desk: Desk,
+    pub(super) context: TestContext,
     /// Where the hosts' tools lie: an `nvidia-smi` that names the GPUs that were rented.
     tools: tempfile::TempDir,
 }
@@ -44,11 +44,11 @@ impl Place {
             format!("[brokers.{name}]\nbase-url = \"{}\"\n", cloud.url())
         };
         std::fs::write(&settings, clouds.iter().map(section).collect::<String>() + more).unwrap();
-        let mut desk = Desk::new().with("OUTLIERS_CONFIG", settings.to_str().unwrap());
+        let mut context = TestContext::new().with("OUTLIERS_CONFIG", settings.to_str().unwrap());
         for cloud in clouds {
-            desk = desk.with(cloud.dialect().cloud().key_variable, KEY);
+            context = context.with(cloud.dialect().cloud().key_variable, KEY);
         }
-        Self { desk, tools }
+        Self { context, tools }
     }
 
     /// Makes every instance of `cloud` an OpenSSH server; `None` on a machine without one.
@@ -65,7 +65,7 @@ impl Place {
 
     /// Deploys a fixture that is uploaded, on whatever has an A100.
     fn deploy(&self) -> Said {
-        self.desk.run(Self::deployment())
+        self.context.run(Self::deployment())
     }
 
     pub(super) fn deployment() -> Vec<String> {
@@ -118,10 +118,10 @@ impl Place {
             .map(|entry| entry["event"].as_str().unwrap())
             .collect();
         assert_eq!(events[..4], ["creating", "not_created", "creating", "created"], "{said:?}");
-        let home = self.desk.results_folder();
+        let home = self.context.results_folder();
         let reference = golden(FIXTURE);
         assert_activations_equal(&reference.join("golden.safetensors"), &home.join("activations.safetensors"));
-        assert_statistics_equal(&reference.join("outliers.json"), &self.desk.results());
+        assert_statistics_equal(&reference.join("outliers.json"), &self.context.results());
         assert!(home.join(files::METADATA).exists());
         nothing_left(cloud);
         let world = cloud.world();
@@ -185,7 +185,7 @@ fn gpus_that_the_worker_would_not_use_are_not_rented() {
     let usual = Place::deployment();
     let devices = usual.iter().position(|word| word == "--devices").unwrap();
     let all_devices: Vec<_> = [&usual[..devices], &usual[devices + 2..]].concat();
-    let plain = Place::new(&[&cloud]).desk.run(&all_devices);
+    let plain = Place::new(&[&cloud]).context.run(&all_devices);
     assert_eq!(plain.code, Some(2), "{plain:?}");
     let said = format!("{plain:?}");
     assert!(said.contains("without CUDA") && said.contains("outliers worker build --cuda"), "{said}");
@@ -201,7 +201,7 @@ fn gpus_that_the_worker_would_not_use_are_not_rented() {
     std::fs::write(&program, script).unwrap();
     std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let place = Place::with_settings(&[&cloud], &format!("[worker]\nbinary = {program:?}\n"));
-    let demanding = place.desk.run(&all_devices);
+    let demanding = place.context.run(&all_devices);
     assert_eq!(demanding.code, Some(3), "{demanding:?}");
     assert!(format!("{demanding:?}").contains("a driver for the worker (CUDA 99.0)"), "{demanding:?}");
     assert_eq!(cloud.world().count(Op::Create), 0);
@@ -221,13 +221,13 @@ fn what_is_paid_is_no_more_than_what_was_shown() {
         world.fail(Op::Create, How::Refuse(Refusal::NoCapacity));
     }
     let plan = Place::deployment().into_iter().map(|word| if word == "-y" { "--dry-run".to_owned() } else { word });
-    let said = place.desk.run(plan).ok();
+    let said = place.context.run(plan).ok();
     let plan: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
     let at_most = plan["at_most"].as_i64().unwrap();
     assert!(at_most > 9_000_000 && at_most % 10_000 == 0, "six hours, to the cent above: {at_most}");
 
     let budget = format!("{:.2}", at_most as f64 / 1e6);
-    let said = place.desk.run(Place::deployment().into_iter().chain(["--budget".to_owned(), budget])).ok();
+    let said = place.context.run(Place::deployment().into_iter().chain(["--budget".to_owned(), budget])).ok();
     let deployed: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
     let run = &deployed["run"];
     assert_eq!(run["spec"]["agreed"], at_most, "{said:?}");
@@ -249,7 +249,7 @@ fn a_run_that_would_be_cut_short_is_refused_unless_that_is_allowed() {
     let place = Place::with_settings(&[&cloud], "[run]\nmax-duration = \"2m\"\n");
     let run = |more: &[&str]| {
         let usual = Place::deployment().into_iter().filter(|word| word != "-y");
-        place.desk.run(usual.chain(more.iter().map(|word| (*word).to_owned())))
+        place.context.run(usual.chain(more.iter().map(|word| (*word).to_owned())))
     };
     for typed in [&["--dry-run"][..], &["-y"]] {
         let said = run(typed);
@@ -261,9 +261,9 @@ fn a_run_that_would_be_cut_short_is_refused_unless_that_is_allowed() {
     drop(run(&["--dry-run", "--max-duration", "6m"]).ok());
     drop(run(&["--dry-run", "--allow-cut-short"]).ok());
 
-    let said = place.desk.run(["offers", "--gpu-filter", "a100"]).ok();
+    let said = place.context.run(["offers", "--gpu-filter", "a100"]).ok();
     assert!(said.stdout.contains("(!)") && said.stdout.contains("time limit of 2 min 00 s"), "{said:?}");
-    let found = place.desk.json(&["offers", "--gpu-filter", "a100"]);
+    let found = place.context.json(&["offers", "--gpu-filter", "a100"]);
     assert_eq!(found["offers"][0]["over_limit"], true, "{found:#}");
 }
 
@@ -275,7 +275,7 @@ fn a_clock_that_is_off_by_hours_rents_nothing_and_a_little_less_exact_one_keeps_
         cloud.world().clock_ahead = ahead;
         let refused = place.deploy();
         assert!(refused.code == Some(2) && refused.stderr.contains(said), "{refused:?}");
-        let doctor = place.desk.run(["doctor"]);
+        let doctor = place.context.run(["doctor"]);
         assert!(doctor.stdout.contains("its clock is"), "{doctor:?}");
     }
     assert_eq!(cloud.world().count(Op::Create), 0);
@@ -304,7 +304,7 @@ fn the_market_asks_all_clouds_at_once() {
     ];
     clouds[3].world().stock.push(Stock { currency: "EUR", ..Stock::plain("2001", Gpu::A100, 1, 1.0) });
     let place = Place::new(&clouds.iter().collect::<Vec<_>>());
-    let found = place.desk.json(&["offers", "--gpu-filter", "a100", "--min-vram", "80", "--all"]);
+    let found = place.context.json(&["offers", "--gpu-filter", "a100", "--min-vram", "80", "--all"]);
     let offers = found["offers"].as_array().unwrap();
     let mut brokers: Vec<&str> = offers.iter().map(|offer| offer["broker"].as_str().unwrap()).collect();
     brokers.sort_unstable();
@@ -319,13 +319,13 @@ fn the_market_asks_all_clouds_at_once() {
     );
 
     clouds[1].world().fail_always(Op::Offers, How::Refuse(Refusal::Unauthorized));
-    let said = place.desk.run(["offers", "--gpu-filter", "a100"]).ok();
+    let said = place.context.run(["offers", "--gpu-filter", "a100"]).ok();
     assert!(
         said.stderr.contains("vast") && said.stdout.contains("runpod") && !said.stdout.contains("vast"),
         "{said:?}"
     );
 
-    let said = place.desk.run(["offers", "--gpu-filter", "a100", "--max-price", "0.01", "--broker", "runpod,prime"]);
+    let said = place.context.run(["offers", "--gpu-filter", "a100", "--max-price", "0.01", "--broker", "runpod,prime"]);
     assert_eq!(said.code, Some(3), "{said:?}");
     assert!(said.stderr.contains("--max-price") && said.stderr.contains("would find"), "{said:?}");
 }
@@ -353,16 +353,16 @@ fn a_reaper_needs_nothing_but_keys() {
     }
     let left = |cloud: &FakeCloud| cloud.world().live().map(|instance| instance.name.clone()).collect::<Vec<_>>();
     let place = Place::new(&clouds.iter().collect::<Vec<_>>());
-    let shown = place.desk.json(&["reap", "--owner", "me", "--dry-run"]);
+    let shown = place.context.json(&["reap", "--owner", "me", "--dry-run"]);
     assert_eq!(shown["overdue"].as_array().unwrap().len(), 4, "{shown:#}");
     assert!(clouds.iter().all(|cloud| left(cloud) == names), "a dry run ends nothing");
-    let reaped = place.desk.json(&["reap", "--owner", "me"]);
+    let reaped = place.context.json(&["reap", "--owner", "me"]);
     assert!(reaped["overdue"].as_array().unwrap().iter().all(|overdue| overdue["gone"] == true), "{reaped:#}");
     assert!(clouds.iter().all(|cloud| left(cloud) == names[1..]), "{:?}", clouds.each_ref().map(left));
-    let said = place.desk.run(["reap", "--all-owners"]);
+    let said = place.context.run(["reap", "--all-owners"]);
     assert!(said.code == Some(2) && said.stderr.contains("--yes twice"), "{said:?}");
     clouds[1].world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
-    let said = place.desk.run(["reap", "--all-owners", "-y", "-y"]);
+    let said = place.context.run(["reap", "--all-owners", "-y", "-y"]);
     assert!(said.code == Some(6) && said.stderr.contains("vast"), "{said:?}");
     for (i, cloud) in clouds.iter().enumerate() {
         assert_eq!(left(cloud).contains(&names[2]), i == 1, "what can be seen is ended, what cannot is told");
@@ -373,12 +373,12 @@ fn a_reaper_needs_nothing_but_keys() {
 fn a_doctor_sees_what_is_wrong() {
     let clouds = [FakeCloud::start(RunPod::default()), FakeCloud::start(Lambda)];
     let place = Place::new(&clouds.iter().collect::<Vec<_>>());
-    let said = place.desk.run(["doctor"]).ok();
+    let said = place.context.run(["doctor"]).ok();
     for word in ["runpod account", "lambda account", "prime API", "PRIME_API_KEY", "worker", "ledger"] {
         assert!(said.stdout.contains(word), "{word}: {said:?}");
     }
     clouds[1].world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
-    let said = place.desk.run(["doctor"]);
+    let said = place.context.run(["doctor"]);
     assert!(said.code == Some(1) && said.stdout.contains("BAD") && !said.stdout.contains(KEY), "{said:?}");
 }
 
@@ -396,7 +396,7 @@ fn a_large_account() {
         }
     }
     let place = Place::new(&[&cloud]);
-    let mut child = place.desk.start(["instances", "list", "--broker", "runpod", "--json"]);
+    let mut child = place.context.start(["instances", "list", "--broker", "runpod", "--json"]);
     let mut peak_kib = 0;
     let status = loop {
         let text = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
@@ -407,8 +407,8 @@ fn a_large_account() {
             None => std::thread::sleep(std::time::Duration::from_millis(2)),
         }
     };
-    assert!(status.success(), "{}", place.desk.stderr());
-    let listed: serde_json::Value = serde_json::from_str(&place.desk.stdout()).unwrap();
+    assert!(status.success(), "{}", place.context.stderr());
+    let listed: serde_json::Value = serde_json::from_str(&place.context.stdout()).unwrap();
     assert_eq!(listed["instances"].as_array().unwrap().len(), 500);
     assert!(peak_kib > 0 && peak_kib < 60 * 1024, "{peak_kib} KiB");
     assert_eq!(cloud.world().count(Op::Terminate), 0, "nobody touches what is not ours");

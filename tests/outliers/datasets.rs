@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use flate2::write::GzEncoder;
 use outliers_protocol::{CorpusSource, CorpusSpec, FailureKind, Metadata, files};
-use outliers_tests::desk::Desk;
+use outliers_tests::context::TestContext;
 use outliers_tests::hub::{Fault, MockHub, Repo};
 use outliers_worker::corpus::{self, Tokens};
 use outliers_worker::demo;
 use outliers_worker::error::WorkerError;
-use outliers_worker::hub::{Hub, HubOptions, Patience, Token};
+use outliers_worker::hub::{Hub, HubOptions, Timeouts, Token};
 use parquet::basic::Compression;
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::properties::WriterProperties;
@@ -51,14 +51,14 @@ impl Setup {
     }
 
     fn load(&self, source: CorpusSource, token: Option<Token>) -> Result<Tokens, WorkerError> {
-        let patience = Patience {
+        let timeouts = Timeouts {
             response: Duration::from_secs(5),
             silence: Duration::from_secs(1),
             tries: 3,
             pause: Duration::from_millis(10),
-            ..Patience::default()
+            ..Timeouts::default()
         };
-        let options = HubOptions { endpoint: self.hub.url(), token, patience, ..HubOptions::new("/nowhere") };
+        let options = HubOptions { endpoint: self.hub.url(), token, timeouts, ..HubOptions::new("/nowhere") };
         let spec = CorpusSpec { source, num_sequences: Some(4), sequence_length: Some(128), ..CorpusSpec::default() };
         corpus::load(&spec, Some(&self.dir.path().join("model")), 1 << 20, None, &Hub::new(options).unwrap())
     }
@@ -184,15 +184,15 @@ fn other_formats_give_the_same_windows_and_are_left_alone_beside_parquet() {
 #[test]
 fn a_deployed_worker_is_given_what_a_gated_dataset_takes() {
     let setup = Setup::with(|repo| repo.gated("hf_right"));
-    let desk = Desk::new().with("HF_ENDPOINT", &setup.hub.url()).with("HF_TOKEN", "hf_right");
+    let context = TestContext::new().with("HF_ENDPOINT", &setup.hub.url()).with("HF_TOKEN", "hf_right");
     let model = setup.dir.path().join("model");
     let text = ["--dataset", ID, "--num-sequences", "4", "--sequence-length", "128", "--shuffle", "3"];
-    let _ = desk.run(["deploy", "-y", "--model", model.to_str().unwrap()].iter().chain(&text)).ok();
-    let metadata = fs::read_to_string(desk.results_folder().join(files::METADATA)).unwrap();
+    let _ = context.run(["deploy", "-y", "--model", model.to_str().unwrap()].iter().chain(&text)).ok();
+    let metadata = fs::read_to_string(context.results_folder().join(files::METADATA)).unwrap();
     let metadata: Metadata = serde_json::from_str(&metadata).unwrap();
     assert!(metadata.corpus.source.contains("shuffled with seed 3"), "{}", metadata.corpus.source);
     assert_eq!((metadata.corpus.sequences, metadata.corpus.tokens_per_sequence), (4, 128));
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Child;
 
 use outliers_protocol::files;
-use outliers_tests::desk::Desk;
+use outliers_tests::context::TestContext;
 use outliers_tests::golden::{assert_activations_equal, assert_statistics_equal};
 use outliers_tests::hub::{MockHub, Repo};
 use outliers_tests::programs::{golden, goldens, run_worker};
@@ -23,8 +23,8 @@ fn fixture(name: &str, more: &[&str]) -> Vec<String> {
 }
 
 /// A deploy that takes some seconds.
-pub(super) fn slow_deploy(desk: &Desk) -> Vec<String> {
-    let model = desk.work().join("model");
+pub(super) fn slow_deploy(context: &TestContext) -> Vec<String> {
+    let model = context.work().join("model");
     if !model.exists() {
         assert!(run_worker(["demo-model", "--output", &text(&model)]).status.success());
     }
@@ -39,8 +39,8 @@ pub(super) fn signal(child: &Child, signal: i32) {
 }
 
 /// Whether the worker of the only run has begun with its layers.
-pub(super) fn worker_is_busy(desk: &Desk) -> bool {
-    let Ok(instances) = std::fs::read_dir(desk.state().join("local/instances")) else { return false };
+pub(super) fn worker_is_busy(context: &TestContext) -> bool {
+    let Ok(instances) = std::fs::read_dir(context.state().join("local/instances")) else { return false };
     instances.filter_map(Result::ok).any(|instance| {
         let runs =
             std::fs::read_dir(instance.path().join("home/outliers")).into_iter().flatten().filter_map(Result::ok);
@@ -53,36 +53,38 @@ pub(super) fn worker_is_busy(desk: &Desk) -> bool {
 
 #[test]
 fn runs_of_the_same_job_are_named_before_another_is_rented() {
-    let desk = Desk::new();
-    let first = desk.run(fixture("llama-f32", &["--num-sequences", "1"])).ok();
+    let context = TestContext::new();
+    let first = context.run(fixture("llama-f32", &["--num-sequences", "1"])).ok();
     assert!(!first.stderr.contains("of the same job"), "{first:?}");
-    let again = desk.run(fixture("llama-f32", &["--num-sequences", "1", "--dry-run"])).ok();
-    let folder = desk.results_folder();
+    let again = context.run(fixture("llama-f32", &["--num-sequences", "1", "--dry-run"])).ok();
+    let folder = context.results_folder();
     let said = format!("of the same job is complete: {}", folder.display());
     assert!(again.stderr.contains(&said), "{again:?}");
-    let other = desk.run(fixture("llama-f32", &["--num-sequences", "2", "--dry-run"])).ok();
+    let other = context.run(fixture("llama-f32", &["--num-sequences", "2", "--dry-run"])).ok();
     assert!(!other.stderr.contains("of the same job"), "{other:?}");
 }
 
 #[test]
 fn a_kept_instance_can_be_shown_and_entered() {
-    let desk = Desk::new();
-    let _ = desk.run(fixture("llama-f32", &["--keep-running", "--num-sequences", "1"])).ok();
-    let listed = desk.json(&["instances", "list"]);
+    let context = TestContext::new();
+    let _ = context.run(fixture("llama-f32", &["--keep-running", "--num-sequences", "1"])).ok();
+    let listed = context.json(&["instances", "list"]);
     let id = listed["instances"][0]["id"].as_str().expect("it is kept").to_owned();
-    let shown = desk.run(["instances", "show", &id]).ok();
+    let shown = context.run(["instances", "show", &id]).ok();
     assert!(shown.stdout.contains("held") && shown.stdout.contains("deadline"), "{shown:?}");
     assert!(shown.stdout.lines().next().unwrap().contains(&id), "no header without words: {shown:?}");
-    let command = desk.run(["instances", "ssh", &id]).ok().stdout;
-    assert_eq!(desk.run(["instances", "ssh", &id[..5]]).ok().stdout, command, "the beginning is enough");
+    let command = context.run(["instances", "ssh", &id]).ok().stdout;
+    assert_eq!(context.run(["instances", "ssh", &id[..5]]).ok().stdout, command, "the beginning is enough");
     assert!(command.starts_with("ssh -i ") && command.contains("StrictHostKeyChecking=yes"), "{command}");
     let shell = |command: &str| std::process::Command::new("sh").args(["-c", command]).output().unwrap();
     if shell("command -v ssh").status.success() {
         let said = shell(&format!("{} 'echo $HOME' 2>&1", command.trim()));
         assert!(String::from_utf8_lossy(&said.stdout).contains(&id), "{said:?}");
         // Somebody else behind the same address.
-        let hosts =
-            desk.state().join("runs").join(listed["instances"][0]["name"].as_str().unwrap().split('-').nth(2).unwrap());
+        let hosts = context
+            .state()
+            .join("runs")
+            .join(listed["instances"][0]["name"].as_str().unwrap().split('-').nth(2).unwrap());
         let known = std::fs::read_to_string(hosts.join("known_hosts")).unwrap();
         let (address, _) = known.split_once(' ').unwrap();
         let other = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDn1pBGEfNCWyLLKkRzKDmJpDxkFMhfDkMr0Q0QxQQQQ";
@@ -92,21 +94,21 @@ fn a_kept_instance_can_be_shown_and_entered() {
     } else {
         outliers_tests::not_checked("no ssh is installed");
     }
-    let stranger = desk.run(["instances", "ssh", "i-nobody"]);
+    let stranger = context.run(["instances", "ssh", "i-nobody"]);
     assert!(stranger.code == Some(2) && stranger.stderr.contains("no instance"), "{stranger:?}");
-    let _ = desk.run(["instances", "terminate", &id, "-y"]).ok();
-    desk.assert_nothing_left();
+    let _ = context.run(["instances", "terminate", &id, "-y"]).ok();
+    context.assert_nothing_left();
 }
 
 #[test]
 fn the_demo_finds_exactly_what_was_planted() {
-    let desk = Desk::new();
-    let said = desk.run(["demo"]).ok();
+    let context = TestContext::new();
+    let said = context.run(["demo"]).ok();
     for dim in ["17", "42", "83", "101"] {
         assert!(said.stdout.contains(dim), "{}", said.stdout);
     }
-    desk.assert_nothing_left();
-    let bill = desk.bill();
+    context.assert_nothing_left();
+    let bill = context.bill();
     assert_eq!(bill.entries.len(), 1);
     assert!(bill.entries[0].cost.micros() > 0);
 }
@@ -114,82 +116,82 @@ fn the_demo_finds_exactly_what_was_planted() {
 #[test]
 fn a_deployed_fixture_equals_the_reference() {
     for name in goldens() {
-        let desk = Desk::new();
-        let _ = desk.run(fixture(&name, &["--save-activations", "activations.safetensors"])).ok();
-        let (home, reference) = (desk.results_folder(), golden(&name));
+        let context = TestContext::new();
+        let _ = context.run(fixture(&name, &["--save-activations", "activations.safetensors"])).ok();
+        let (home, reference) = (context.results_folder(), golden(&name));
         assert_activations_equal(&reference.join("golden.safetensors"), &home.join("activations.safetensors"));
-        assert_statistics_equal(&reference.join("outliers.json"), &desk.results());
+        assert_statistics_equal(&reference.join("outliers.json"), &context.results());
         for file in [files::METADATA, files::STATISTICS, files::MANIFEST, files::LOG, files::PROGRESS] {
             assert!(home.join(file).exists(), "{name}: {file} did not come home");
         }
         let progress = std::fs::read_to_string(home.join(files::PROGRESS)).unwrap();
         assert!(progress.contains("parts of the vocabulary"), "{name}: how far perplexity is: {progress}");
-        desk.assert_nothing_left();
-        assert_eq!(desk.bill().entries.len(), 1, "{name}");
+        context.assert_nothing_left();
+        assert_eq!(context.bill().entries.len(), 1, "{name}");
     }
 }
 
 #[test]
 fn a_dry_run_rents_nothing() {
-    let desk = Desk::new();
-    let said = desk.run(fixture("olmoe-bf16", &["--dry-run"])).ok();
+    let context = TestContext::new();
+    let said = context.run(fixture("olmoe-bf16", &["--dry-run"])).ok();
     assert!(said.stdout.contains("local"), "{}", said.stdout);
-    assert!(desk.bill().entries.is_empty());
-    assert!(!desk.work().join("remote_results").exists());
-    desk.assert_nothing_left();
+    assert!(context.bill().entries.is_empty());
+    assert!(!context.work().join("remote_results").exists());
+    context.assert_nothing_left();
 }
 
 #[test]
 fn the_filter_that_left_nothing_is_named() {
-    let desk = Desk::new();
-    let said = desk.run(fixture("llama-f32", &["--max-price", "0.0000001"]));
+    let context = TestContext::new();
+    let said = context.run(fixture("llama-f32", &["--max-price", "0.0000001"]));
     assert_eq!(said.code, Some(3), "{said:?}");
     assert!(said.stderr.contains("--max-price"), "{}", said.stderr);
-    let said = desk.run(fixture("llama-f32", &["--min-cpu-ram", "1000000"]));
+    let said = context.run(fixture("llama-f32", &["--min-cpu-ram", "1000000"]));
     assert_eq!(said.code, Some(3), "{said:?}");
     assert!(said.stderr.contains("--min-cpu-ram"), "{}", said.stderr);
     if std::process::Command::new("nvidia-smi").output().is_err() {
-        let said = desk.run(fixture("llama-f32", &["--gpu-filter", "A100"]));
+        let said = context.run(fixture("llama-f32", &["--gpu-filter", "A100"]));
         assert_eq!(said.code, Some(3), "{said:?}");
         assert!(said.stderr.contains("--gpu-filter"), "{}", said.stderr);
     }
-    assert!(desk.bill().entries.is_empty());
-    desk.assert_nothing_left();
+    assert!(context.bill().entries.is_empty());
+    context.assert_nothing_left();
 }
 
 #[test]
 fn a_killed_controllers_run_is_found_and_picked_up_by_the_same_command() {
-    let desk = Desk::new();
-    let arguments = slow_deploy(&desk);
-    let mut controller = desk.start(&arguments);
-    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
+    let context = TestContext::new();
+    let arguments = slow_deploy(&context);
+    let mut controller = context.start(&arguments);
+    context.wait_for("the worker to be busy", || worker_is_busy(&context));
     controller.kill().unwrap();
     controller.wait().unwrap();
-    assert_eq!(desk.bill().running.len(), 1, "the instance outlives its controller");
-    let shown = desk.run(["runs", "show", "last"]).ok();
-    assert!(shown.stdout.contains(&desk.bill().running[0].id.0), "{}", shown.stdout);
-    let said = desk.run(&arguments).ok();
-    assert_eq!(desk.results().sequences, 120, "{said:?}");
-    desk.assert_nothing_left();
-    assert_eq!(desk.bill().entries.len(), 1, "the same instance, rented once");
+    assert_eq!(context.bill().running.len(), 1, "the instance outlives its controller");
+    let shown = context.run(["runs", "show", "last"]).ok();
+    assert!(shown.stdout.contains(&context.bill().running[0].id.0), "{}", shown.stdout);
+    let said = context.run(&arguments).ok();
+    assert_eq!(context.results().sequences, 120, "{said:?}");
+    context.assert_nothing_left();
+    assert_eq!(context.bill().entries.len(), 1, "the same instance, rented once");
 }
 
 #[test]
 fn an_interrupt_ends_the_instance_and_a_second_one_skips_the_sync_alone() {
     for interrupts in [1, 2] {
-        let desk = Desk::new();
-        let mut controller = desk.start(slow_deploy(&desk));
-        desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
+        let context = TestContext::new();
+        let mut controller = context.start(slow_deploy(&context));
+        context.wait_for("the worker to be busy", || worker_is_busy(&context));
         for _ in 0..interrupts {
             signal(&controller, 2);
-            desk.wait_for("the interrupt to be heard", || desk.stderr().contains("Stopping"));
+            context.wait_for("the interrupt to be heard", || context.stderr().contains("Stopping"));
         }
         let code = controller.wait().unwrap().code();
-        assert_eq!(code, Some(130), "{}", desk.stderr());
-        desk.assert_nothing_left();
-        assert_eq!(desk.bill().entries.len(), 1);
+        assert_eq!(code, Some(130), "{}", context.stderr());
+        context.assert_nothing_left();
+        assert_eq!(context.bill().entries.len(), 1);
         if interrupts == 1 {
-            let log = std::fs::read_to_string(desk.results_folder().join(files::LOG)).unwrap();
+            let log = std::fs::read_to_string(context.results_folder().join(files::LOG)).unwrap();
             assert!(log.contains("layer 1/8"), "what there is came home: {log}");
         }
     }
@@ -197,26 +199,26 @@ fn an_interrupt_ends_the_instance_and_a_second_one_skips_the_sync_alone() {
 
 #[test]
 fn a_killed_controllers_run_is_attached_to_and_its_log_goes_on_where_it_was_left() {
-    let desk = Desk::new();
-    let mut controller = desk.start([slow_deploy(&desk), vec!["-v".to_owned()]].concat());
-    desk.wait_for("the worker to be heard", || desk.stderr().contains("layer 1/8"));
-    let refused = desk.run(["attach", "last"]);
+    let context = TestContext::new();
+    let mut controller = context.start([slow_deploy(&context), vec!["-v".to_owned()]].concat());
+    context.wait_for("the worker to be heard", || context.stderr().contains("layer 1/8"));
+    let refused = context.run(["attach", "last"]);
     assert!(refused.code == Some(2) && refused.stderr.contains("driven by another process"), "{refused:?}");
     controller.kill().unwrap();
     controller.wait().unwrap();
-    let said = desk.run(["attach", "-v"]).ok();
-    assert_eq!(desk.results().sequences, 120, "{said:?}");
+    let said = context.run(["attach", "-v"]).ok();
+    assert_eq!(context.results().sequences, 120, "{said:?}");
     let goes_on = said.stderr.contains("layer 8/8") && !said.stderr.contains("layer 1/8");
     assert!(said.stderr.contains("Picking up run") && goes_on, "{said:?}");
-    desk.assert_nothing_left();
-    assert_eq!(desk.bill().entries.len(), 1, "the same instance, rented once");
-    let nothing = desk.run(["attach"]);
+    context.assert_nothing_left();
+    assert_eq!(context.bill().entries.len(), 1, "the same instance, rented once");
+    let nothing = context.run(["attach"]);
     assert!(nothing.code == Some(2) && nothing.stderr.contains("no run was left behind"), "{nothing:?}");
 }
 
 /// Ends processes of the only instance with no time to say anything; all of them, or those of the worker.
-fn kill_on_the_instance(desk: &Desk, worker_only: bool) {
-    let id = desk.bill().running[0].id.0.clone();
+fn kill_on_the_instance(context: &TestContext, worker_only: bool) {
+    let id = context.bill().running[0].id.0.clone();
     let marked = format!("OUTLIERS_LOCAL_INSTANCE={id}");
     for entry in std::fs::read_dir("/proc").unwrap().filter_map(Result::ok) {
         let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
@@ -236,115 +238,115 @@ fn a_run_whose_worker_or_instance_dies_completes_all_the_same() {
     for (worker_only, said, instances) in
         [(true, "it is started again", 1), (false, "the instance went away by itself", 2)]
     {
-        let desk = Desk::new();
-        let mut controller = desk.start(slow_deploy(&desk));
-        desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
-        kill_on_the_instance(&desk, worker_only);
+        let context = TestContext::new();
+        let mut controller = context.start(slow_deploy(&context));
+        context.wait_for("the worker to be busy", || worker_is_busy(&context));
+        kill_on_the_instance(&context, worker_only);
         let code = controller.wait().unwrap().code();
-        assert_eq!(code, Some(0), "{}", desk.stderr());
-        assert!(desk.stderr().contains(said), "{}", desk.stderr());
-        assert_eq!(desk.results().sequences, 120);
-        desk.assert_nothing_left();
-        assert_eq!(desk.bill().entries.len(), instances, "{said}");
+        assert_eq!(code, Some(0), "{}", context.stderr());
+        assert!(context.stderr().contains(said), "{}", context.stderr());
+        assert_eq!(context.results().sequences, 120);
+        context.assert_nothing_left();
+        assert_eq!(context.bill().entries.len(), instances, "{said}");
     }
 }
 
 #[test]
 fn a_run_cancelled_from_elsewhere_ends_its_instance() {
-    let desk = Desk::new();
-    let mut controller = desk.start(slow_deploy(&desk));
-    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
-    let _ = desk.run(["runs", "cancel", "last"]).ok();
+    let context = TestContext::new();
+    let mut controller = context.start(slow_deploy(&context));
+    context.wait_for("the worker to be busy", || worker_is_busy(&context));
+    let _ = context.run(["runs", "cancel", "last"]).ok();
     let code = controller.wait().unwrap().code();
-    assert_eq!(code, Some(130), "{}", desk.stderr());
-    desk.assert_nothing_left();
+    assert_eq!(code, Some(130), "{}", context.stderr());
+    context.assert_nothing_left();
 }
 
 #[test]
 fn a_kept_instance_is_held_until_it_is_terminated() {
-    let desk = Desk::new();
-    let _ = desk.run(fixture("llama-f32", &["--keep-running"])).ok();
-    assert_eq!(desk.bill().running.len(), 1);
-    let id = desk.bill().running[0].id.0.clone();
-    let listed = desk.run(["instances", "list"]).ok();
+    let context = TestContext::new();
+    let _ = context.run(fixture("llama-f32", &["--keep-running"])).ok();
+    assert_eq!(context.bill().running.len(), 1);
+    let id = context.bill().running[0].id.0.clone();
+    let listed = context.run(["instances", "list"]).ok();
     assert!(listed.stdout.contains(&id), "{}", listed.stdout);
     // Another deploy leaves it alone.
-    let _ = desk.run(fixture("llama-f32", &[])).ok();
-    assert_eq!(desk.bill().running.len(), 1);
-    let _ = desk.run(["instances", "terminate", &id, "-y"]).ok();
-    desk.assert_nothing_left();
+    let _ = context.run(fixture("llama-f32", &[])).ok();
+    assert_eq!(context.bill().running.len(), 1);
+    let _ = context.run(["instances", "terminate", &id, "-y"]).ok();
+    context.assert_nothing_left();
 }
 
 // ------------------------------------------------------------------------------ no room at home
 
 #[test]
 fn results_that_this_disk_cannot_take_are_refused_before_anything_is_rented() {
-    let desk = Desk::new();
+    let context = TestContext::new();
     let planned = fixture("llama-f32", &[]).into_iter().skip(1).filter(|word| word != "-y");
-    let planned = desk.run(["plan".to_owned()].into_iter().chain(planned)).ok();
+    let planned = context.run(["plan".to_owned()].into_iter().chain(planned)).ok();
     assert!(planned.stdout.contains(" at most, on this machine"), "{planned:?}");
     // Activations of eight million tokens in a model of 10^12 parameters.
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("published/Kimi-K2-Instruct");
     let rows = vec![format!("[{}1]", "0,".repeat(2047)); 4000];
-    std::fs::write(desk.work().join("ids.json"), format!("[{}]", rows.join(","))).unwrap();
+    std::fs::write(context.work().join("ids.json"), format!("[{}]", rows.join(","))).unwrap();
     let job = ["--weights", "synthetic:1", "--token-ids", "ids.json", "--save-activations", "all.safetensors"];
-    let said = desk.run(deploy(&model, &[&job[..], &["--allow-cut-short"]].concat()));
+    let said = context.run(deploy(&model, &[&job[..], &["--allow-cut-short"]].concat()));
     assert_eq!(said.code, Some(2), "{said:?}");
     for word in ["the results may need", "TiB in ", "remote_results, and ", "are free there", "make room"] {
         assert!(said.stderr.contains(word), "{word:?} is missing: {said:?}");
     }
-    assert!(desk.bill().entries.is_empty() && !desk.work().join("remote_results").exists());
-    desk.assert_nothing_left();
+    assert!(context.bill().entries.is_empty() && !context.work().join("remote_results").exists());
+    context.assert_nothing_left();
 }
 
 /// A controller whose worker is busy, and whose results nothing will take; with the run.
-fn deployed_without_room(desk: &Desk) -> (Child, String) {
-    let controller = desk.start(slow_deploy(desk));
-    desk.wait_for("the worker to be busy", || worker_is_busy(desk));
-    let run = desk.json(&["runs", "list"])["runs"][0]["id"].as_str().unwrap().to_owned();
-    let results = desk.work().join("remote_results");
+fn deployed_without_room(context: &TestContext) -> (Child, String) {
+    let controller = context.start(slow_deploy(context));
+    context.wait_for("the worker to be busy", || worker_is_busy(context));
+    let run = context.json(&["runs", "list"])["runs"][0]["id"].as_str().unwrap().to_owned();
+    let results = context.work().join("remote_results");
     std::fs::remove_dir(&results).unwrap();
     std::fs::write(&results, "in the way").unwrap();
-    std::fs::write(desk.state().join("runs").join(&run).join(format!("work-{run}.part")), "in the way").unwrap();
-    desk.wait_for("the results to fit nowhere", || desk.stderr().contains("its results cannot be saved"));
+    std::fs::write(context.state().join("runs").join(&run).join(format!("work-{run}.part")), "in the way").unwrap();
+    context.wait_for("the results to fit nowhere", || context.stderr().contains("its results cannot be saved"));
     for word in ["keeps them until 20", "/h, $", " so far", &format!("outliers attach {run} --results DIR")] {
-        assert!(desk.stderr().contains(word), "{word:?} is missing: {}", desk.stderr());
+        assert!(context.stderr().contains(word), "{word:?} is missing: {}", context.stderr());
     }
-    assert_eq!(desk.bill().running.len(), 1, "they are nowhere but there");
+    assert_eq!(context.bill().running.len(), 1, "they are nowhere but there");
     (controller, run)
 }
 
-fn assert_saved(desk: &Desk, run: &str) {
-    let folder = desk.work().join("larger").join(format!("work-{run}"));
+fn assert_saved(context: &TestContext, run: &str) {
+    let folder = context.work().join("larger").join(format!("work-{run}"));
     let results = std::fs::read(folder.join(files::RESULTS)).unwrap();
     let results: serde_json::Value = serde_json::from_slice(&results).unwrap();
     assert_eq!(results["sequences"], 120);
-    desk.assert_nothing_left();
-    assert_eq!(desk.bill().entries.len(), 1, "rented once");
-    let late = desk.run(["attach", run, "--results", "another"]);
+    context.assert_nothing_left();
+    assert_eq!(context.bill().entries.len(), 1, "rented once");
+    let late = context.run(["attach", run, "--results", "another"]);
     assert!(late.code == Some(2) && late.stderr.contains("are already saved in"), "{late:?}");
 }
 
 #[test]
 fn results_that_cannot_be_saved_stay_on_their_instance_until_another_folder_is_named() {
-    let desk = Desk::new();
-    let (mut controller, run) = deployed_without_room(&desk);
-    let said = desk.run(["attach", &run, "--results", "larger"]).ok();
+    let context = TestContext::new();
+    let (mut controller, run) = deployed_without_room(&context);
+    let said = context.run(["attach", &run, "--results", "larger"]).ok();
     assert!(said.stderr.contains("from now on"), "{said:?}");
-    assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", desk.stderr());
-    assert_saved(&desk, &run);
+    assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", context.stderr());
+    assert_saved(&context, &run);
 }
 
 #[test]
 fn results_that_cannot_be_saved_outlive_their_controller_and_come_to_another_folder() {
-    let desk = Desk::new();
-    let (mut controller, run) = deployed_without_room(&desk);
+    let context = TestContext::new();
+    let (mut controller, run) = deployed_without_room(&context);
     controller.kill().unwrap();
     controller.wait().unwrap();
-    assert_eq!(desk.bill().running.len(), 1);
-    let said = desk.run(["attach", "--results", "larger"]).ok();
+    assert_eq!(context.bill().running.len(), 1);
+    let said = context.run(["attach", "--results", "larger"]).ok();
     assert!(said.stderr.contains("Picking up run") && said.stdout.contains("larger"), "{said:?}");
-    assert_saved(&desk, &run);
+    assert_saved(&context, &run);
 }
 
 /// A disk of its own for a folder, as long as this lives.
@@ -378,19 +380,19 @@ impl Drop for SmallDisk {
 
 #[test]
 fn results_for_which_a_disk_has_become_too_small_lie_beside_the_ledger() {
-    let desk = Desk::new();
-    let Some(disk) = SmallDisk::on(desk.work().join("remote_results"), 256) else { return };
-    let mut controller = desk.start(slow_deploy(&desk));
-    desk.wait_for("the worker to be busy", || worker_is_busy(&desk));
+    let context = TestContext::new();
+    let Some(disk) = SmallDisk::on(context.work().join("remote_results"), 256) else { return };
+    let mut controller = context.start(slow_deploy(&context));
+    context.wait_for("the worker to be busy", || worker_is_busy(&context));
     disk.fill();
-    assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", desk.stderr());
-    let run = desk.json(&["runs", "list"])["runs"][0]["id"].as_str().unwrap().to_owned();
-    let folder = desk.state().join("runs").join(&run).join(format!("work-{run}"));
-    assert!(folder.join(files::RESULTS).exists(), "{}", desk.stderr());
-    assert!(desk.stdout().contains(&text(&folder)), "it says where: {}", desk.stdout());
-    let left = std::fs::read_dir(desk.work().join("remote_results")).unwrap().count();
+    assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", context.stderr());
+    let run = context.json(&["runs", "list"])["runs"][0]["id"].as_str().unwrap().to_owned();
+    let folder = context.state().join("runs").join(&run).join(format!("work-{run}"));
+    assert!(folder.join(files::RESULTS).exists(), "{}", context.stderr());
+    assert!(context.stdout().contains(&text(&folder)), "it says where: {}", context.stdout());
+    let left = std::fs::read_dir(context.work().join("remote_results")).unwrap().count();
     assert_eq!(left, 1, "nothing but the ballast");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 // ------------------------------------------------------------------------------ on this machine
@@ -403,25 +405,25 @@ fn analyze(name: &str, more: &[&str]) -> Vec<String> {
 
 #[test]
 fn an_analysis_has_a_folder_of_its_own_and_touches_no_other() {
-    let desk = Desk::new();
-    let _ = desk.run(analyze("llama-f32", &[])).ok();
-    let first = desk.results_folder();
+    let context = TestContext::new();
+    let _ = context.run(analyze("llama-f32", &[])).ok();
+    let first = context.results_folder();
     let name = first.file_name().unwrap().to_str().unwrap();
     assert!(name.starts_with("llama-f32-") && name.len() == "llama-f32-".len() + 8, "{name}");
-    assert!(!desk.json(&["results", "list"])["results"][0]["model"].as_str().unwrap().contains("model"), "its name");
+    assert!(!context.json(&["results", "list"])["results"][0]["model"].as_str().unwrap().contains("model"), "its name");
     let results = std::fs::read(first.join(files::RESULTS)).unwrap();
-    let again = desk.run(analyze("llama-f32", &[])).ok();
-    assert_eq!(std::fs::read_dir(desk.work().join("remote_results")).unwrap().count(), 2, "{again:?}");
-    let other = desk.run(analyze("qwen3", &["--output", &text(&first)]));
+    let again = context.run(analyze("llama-f32", &[])).ok();
+    assert_eq!(std::fs::read_dir(context.work().join("remote_results")).unwrap().count(), 2, "{again:?}");
+    let other = context.run(analyze("qwen3", &["--output", &text(&first)]));
     assert!(other.code == Some(2) && other.stderr.contains("holds other results"), "{other:?}");
     assert_eq!(std::fs::read(first.join(files::RESULTS)).unwrap(), results);
-    assert!(desk.bill().entries.is_empty());
+    assert!(context.bill().entries.is_empty());
 }
 
 #[test]
 fn an_analysis_that_fails_leaves_what_it_left_apart_and_compare_says_that_it_leaves_it_out() {
-    let desk = Desk::new();
-    let model = copied_model(&desk, "llama-f32");
+    let context = TestContext::new();
+    let model = copied_model(&context, "llama-f32");
     let path = model.join("model.safetensors");
     let whole = std::fs::read(&path).unwrap();
     let mut bytes = whole.clone();
@@ -431,58 +433,58 @@ fn an_analysis_that_fails_leaves_what_it_left_apart_and_compare_says_that_it_lea
     let job = ["--num-sequences", "2", "--sequence-length", "32", "--output", "remote_results/mine"].map(str::to_owned);
     let analysis: Vec<String> =
         ["analyze".to_owned(), "--model".to_owned(), text(&model)].into_iter().chain(job).collect();
-    let said = desk.run(&analysis);
+    let said = context.run(&analysis);
     assert!(matches!(said.code, Some(1 | 2)) && said.stderr.contains("NaN"), "{said:?}");
-    let mine = desk.work().join("remote_results/mine");
-    let partial = desk.work().join("remote_results/mine.partial");
+    let mine = context.work().join("remote_results/mine");
+    let partial = context.work().join("remote_results/mine.partial");
     assert!(!mine.exists() && partial.join(files::LOG).exists());
-    let _ = desk.run(analyze("qwen3", &[])).ok();
-    let compared = desk.run(["compare"]).ok();
+    let _ = context.run(analyze("qwen3", &[])).ok();
+    let compared = context.run(["compare"]).ok();
     assert!(compared.stderr.contains("Left out") && compared.stderr.contains("mine.partial"), "{compared:?}");
-    let named = desk.run(["compare", "remote_results"]);
+    let named = context.run(["compare", "remote_results"]);
     assert!(named.code == Some(1) && named.stderr.contains("mine.partial is partial"), "{named:?}");
     // The same goes on there; another one does not.
-    let other = desk.run(analyze("qwen3", &["--output", "remote_results/mine"]));
+    let other = context.run(analyze("qwen3", &["--output", "remote_results/mine"]));
     assert!(other.code == Some(2) && other.stderr.contains("what another job left"), "{other:?}");
     std::fs::write(&path, whole).unwrap();
-    let _ = desk.run(&analysis).ok();
+    let _ = context.run(&analysis).ok();
     assert!(mine.join(files::RESULTS).exists() && !partial.exists());
-    let compared = desk.run(["compare"]).ok();
+    let compared = context.run(["compare"]).ok();
     assert!(!compared.stderr.contains("Left out"), "{compared:?}");
 }
 
 #[test]
 fn a_handoff_that_somebody_edited_is_not_overwritten() {
-    let desk = Desk::new();
-    let file = desk.run(["handoff"]).ok().stdout.trim().to_owned();
-    let again = desk.run(["handoff"]).ok().stdout;
+    let context = TestContext::new();
+    let file = context.run(["handoff"]).ok().stdout.trim().to_owned();
+    let again = context.run(["handoff"]).ok().stdout;
     assert_eq!(again.trim(), file, "what nobody edited is written anew");
     let edited = std::fs::read_to_string(&file).unwrap().replace("Nothing.", "Ask Ada.");
     std::fs::write(&file, &edited).unwrap();
-    let refused = desk.run(["handoff"]);
+    let refused = context.run(["handoff"]);
     assert!(refused.code == Some(2) && refused.stderr.contains("was edited"), "{refused:?}");
     assert!(refused.stderr.contains("--force") && refused.stderr.contains(&file), "{refused:?}");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), edited);
-    let _ = desk.run(["handoff", "--output", "elsewhere"]).ok();
-    let _ = desk.run(["handoff", "--force"]).ok();
+    let _ = context.run(["handoff", "--output", "elsewhere"]).ok();
+    let _ = context.run(["handoff", "--force"]).ok();
     assert!(!std::fs::read_to_string(&file).unwrap().contains("Ask Ada."));
 }
 
 // --------------------------------------------------------------------------------------------------------- bad input
 
 /// Bad input: the exit code, a word of the explanation, and nothing was ever rented.
-fn refused(desk: &Desk, arguments: &[String], words: &[&str]) {
-    let said = desk.run(arguments);
+fn refused(context: &TestContext, arguments: &[String], words: &[&str]) {
+    let said = context.run(arguments);
     assert!(matches!(said.code, Some(1 | 2)), "{arguments:?}: {said:?}");
     for word in words {
         assert!(said.stderr.contains(word), "{word:?} is missing for {arguments:?}: {}", said.stderr);
     }
     assert!(!said.stderr.contains("panicked"), "{}", said.stderr);
-    assert!(desk.bill().entries.is_empty() && desk.bill().running.is_empty(), "{arguments:?} rented something");
+    assert!(context.bill().entries.is_empty() && context.bill().running.is_empty(), "{arguments:?} rented something");
 }
 
-fn copied_model(desk: &Desk, name: &str) -> std::path::PathBuf {
-    let copy = desk.work().join(format!("copy-{}", rand_name()));
+fn copied_model(context: &TestContext, name: &str) -> std::path::PathBuf {
+    let copy = context.work().join(format!("copy-{}", rand_name()));
     std::fs::create_dir(&copy).unwrap();
     for entry in std::fs::read_dir(golden(name).join("model")).unwrap() {
         let entry = entry.unwrap();
@@ -503,33 +505,33 @@ fn deploy(model: &Path, more: &[&str]) -> Vec<String> {
 
 #[test]
 fn bad_models_are_refused_before_anything_is_rented() {
-    let desk = Desk::new();
-    refused(&desk, &deploy(Path::new("/no/such/folder"), &[]), &["/no/such/folder"]);
-    refused(&desk, &deploy(Path::new("neither a folder nor an id"), &[]), &["neither a folder nor an id"]);
+    let context = TestContext::new();
+    refused(&context, &deploy(Path::new("/no/such/folder"), &[]), &["/no/such/folder"]);
+    refused(&context, &deploy(Path::new("neither a folder nor an id"), &[]), &["neither a folder nor an id"]);
 
-    let unsupported = copied_model(&desk, "llama-f32");
+    let unsupported = copied_model(&context, "llama-f32");
     let config = std::fs::read_to_string(unsupported.join("config.json")).unwrap();
     std::fs::write(unsupported.join("config.json"), config.replace("LlamaForCausalLM", "MambaForCausalLM")).unwrap();
-    refused(&desk, &deploy(&unsupported, &[]), &["MambaForCausalLM", "OlmoeForCausalLM"]);
+    refused(&context, &deploy(&unsupported, &[]), &["MambaForCausalLM", "OlmoeForCausalLM"]);
 
-    let missing = copied_model(&desk, "olmoe-f32-sharded");
+    let missing = copied_model(&context, "olmoe-f32-sharded");
     std::fs::remove_file(missing.join("model-00002-of-00003.safetensors")).unwrap();
-    refused(&desk, &deploy(&missing, &[]), &["model-00002-of-00003.safetensors"]);
+    refused(&context, &deploy(&missing, &[]), &["model-00002-of-00003.safetensors"]);
 
-    let truncated = copied_model(&desk, "llama-f32");
+    let truncated = copied_model(&context, "llama-f32");
     let weights = truncated.join("model.safetensors");
     let bytes = std::fs::read(&weights).unwrap();
     std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
-    refused(&desk, &deploy(&truncated, &[]), &["model.safetensors"]);
+    refused(&context, &deploy(&truncated, &[]), &["model.safetensors"]);
     std::fs::write(&weights, [&u64::MAX.to_le_bytes()[..], &bytes[8..]].concat()).unwrap();
-    refused(&desk, &deploy(&truncated, &[]), &["model.safetensors"]);
-    desk.assert_nothing_left();
+    refused(&context, &deploy(&truncated, &[]), &["model.safetensors"]);
+    context.assert_nothing_left();
 }
 
 #[test]
 fn overlapping_tensors_are_refused_before_anything_is_rented() {
-    let desk = Desk::new();
-    let model = copied_model(&desk, "llama-f32");
+    let context = TestContext::new();
+    let model = copied_model(&context, "llama-f32");
     let path = model.join("model.safetensors");
     let bytes = std::fs::read(&path).unwrap();
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
@@ -539,52 +541,52 @@ fn overlapping_tensors_are_refused_before_anything_is_rented() {
     let header = header.to_string();
     std::fs::write(&path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &bytes[8 + length..]].concat())
         .unwrap();
-    refused(&desk, &deploy(&model, &[]), &["input_layernorm"]);
+    refused(&context, &deploy(&model, &[]), &["input_layernorm"]);
 }
 
 #[test]
 fn bad_texts_are_refused_before_anything_is_rented() {
-    let desk = Desk::new();
+    let context = TestContext::new();
     let model = golden("olmoe-bf16").join("model");
-    let (empty, short) = (desk.work().join("empty.txt"), desk.work().join("short.txt"));
+    let (empty, short) = (context.work().join("empty.txt"), context.work().join("short.txt"));
     std::fs::write(&empty, "").unwrap();
     std::fs::write(&short, "Far too short.").unwrap();
-    refused(&desk, &deploy(&model, &["--corpus", &text(&empty)]), &["empty.txt"]);
-    refused(&desk, &deploy(&model, &["--corpus", &text(&short), "--sequence-length", "512"]), &["512"]);
-    refused(&desk, &deploy(&model, &["--corpus", "/no/such/book.txt"]), &["/no/such/book.txt"]);
-    refused(&desk, &deploy(&model, &["--sequence-length", "5000"]), &["5000", "4096"]);
-    desk.assert_nothing_left();
+    refused(&context, &deploy(&model, &["--corpus", &text(&empty)]), &["empty.txt"]);
+    refused(&context, &deploy(&model, &["--corpus", &text(&short), "--sequence-length", "512"]), &["512"]);
+    refused(&context, &deploy(&model, &["--corpus", "/no/such/book.txt"]), &["/no/such/book.txt"]);
+    refused(&context, &deploy(&model, &["--sequence-length", "5000"]), &["5000", "4096"]);
+    context.assert_nothing_left();
 }
 
 #[test]
 fn weights_that_are_not_numbers_end_the_run_and_the_rental() {
-    let desk = Desk::new();
-    let model = copied_model(&desk, "llama-f32");
+    let context = TestContext::new();
+    let model = copied_model(&context, "llama-f32");
     let path = model.join("model.safetensors");
     let mut bytes = std::fs::read(&path).unwrap();
     let end = bytes.len();
     bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
     std::fs::write(&path, bytes).unwrap();
-    let said = desk.run(deploy(&model, &["--num-sequences", "2", "--sequence-length", "32"]));
+    let said = context.run(deploy(&model, &["--num-sequences", "2", "--sequence-length", "32"]));
     assert_eq!(said.code, Some(1), "{said:?}");
     assert!(said.stderr.contains("NaN at element"), "{}", said.stderr);
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 #[test]
 fn a_worker_of_another_version_is_refused_before_anything_is_rented() {
     use std::os::unix::fs::PermissionsExt;
-    let desk = Desk::new();
-    let other = desk.work().join("other-worker");
+    let context = TestContext::new();
+    let other = context.work().join("other-worker");
     let version = r#"{"version":"99.0.0","schema":99,"target":"x86_64-linux","cuda":false,"architectures":[]}"#;
     std::fs::write(&other, format!("#!/bin/sh\necho '{version}'\n")).unwrap();
     std::fs::set_permissions(&other, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let settings = desk.work().join("outliers.toml");
+    let settings = context.work().join("outliers.toml");
     std::fs::write(&settings, format!("[worker]\nbinary = {:?}\n", text(&other))).unwrap();
     let model = golden("llama-f32").join("model");
-    refused(&desk, &deploy(&model, &["--config", &text(&settings)]), &["99"]);
+    refused(&context, &deploy(&model, &["--config", &text(&settings)]), &["99"]);
     std::fs::remove_file(&other).unwrap();
-    refused(&desk, &deploy(&model, &["--config", &text(&settings)]), &["other-worker"]);
+    refused(&context, &deploy(&model, &["--config", &text(&settings)]), &["other-worker"]);
 }
 
 // ------------------------------------------------------------------------------------------------------ from the hub
@@ -592,12 +594,12 @@ fn a_worker_of_another_version_is_refused_before_anything_is_rented() {
 const HUB_MODEL: &str = "owner/tiny-olmoe";
 const HUB_TOKEN: &str = "hf_not-to-be-seen-anywhere";
 
-/// A desk whose hub is a server of this test's, with one gated model on it.
-fn desk_with_hub() -> (Desk, MockHub) {
+/// A context whose hub is a server of this test's, with one gated model on it.
+fn context_with_hub() -> (TestContext, MockHub) {
     let repo = Repo::new(HUB_MODEL, &golden("olmoe-bf16").join("model")).gated(HUB_TOKEN);
     let hub = MockHub::start([repo]).unwrap();
-    let desk = Desk::new().with("HF_ENDPOINT", &hub.url());
-    (desk, hub)
+    let context = TestContext::new().with("HF_ENDPOINT", &hub.url());
+    (context, hub)
 }
 
 fn hub_deploy(model: &str, more: &[&str]) -> Vec<String> {
@@ -608,16 +610,16 @@ fn hub_deploy(model: &str, more: &[&str]) -> Vec<String> {
 
 #[test]
 fn a_gated_hub_model_is_deployed_with_a_token_that_nobody_sees() {
-    let (desk, _hub) = desk_with_hub();
-    let desk = desk.with("HF_TOKEN", HUB_TOKEN);
-    let said = desk.run(hub_deploy(HUB_MODEL, &["-v"])).ok();
-    assert_statistics_equal(&golden("olmoe-bf16").join("outliers.json"), &desk.results());
-    let metadata = std::fs::read_to_string(desk.results_folder().join(files::METADATA)).unwrap();
+    let (context, _hub) = context_with_hub();
+    let context = context.with("HF_TOKEN", HUB_TOKEN);
+    let said = context.run(hub_deploy(HUB_MODEL, &["-v"])).ok();
+    assert_statistics_equal(&golden("olmoe-bf16").join("outliers.json"), &context.results());
+    let metadata = std::fs::read_to_string(context.results_folder().join(files::METADATA)).unwrap();
     let commit = Repo::new(HUB_MODEL, Path::new("")).commit();
     assert!(metadata.contains(&commit), "the revision is recorded");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
     assert!(!(said.stdout + &said.stderr).contains(HUB_TOKEN));
-    for file in files_below(&desk.state()).into_iter().chain(files_below(&desk.work())) {
+    for file in files_below(&context.state()).into_iter().chain(files_below(&context.work())) {
         let bytes = std::fs::read(&file).unwrap_or_default();
         let seen = bytes.windows(HUB_TOKEN.len()).any(|w| w == HUB_TOKEN.as_bytes());
         assert!(!seen, "the token lies in {}", file.display());
@@ -631,10 +633,10 @@ fn files_below(folder: &Path) -> Vec<std::path::PathBuf> {
 
 #[test]
 fn what_the_hub_does_not_have_or_does_not_give_is_refused_before_anything_is_rented() {
-    let (desk, _hub) = desk_with_hub();
-    refused(&desk, &hub_deploy(HUB_MODEL, &[]), &["gated", "HF_TOKEN"]);
-    let desk = desk.with("HF_TOKEN", HUB_TOKEN);
-    refused(&desk, &hub_deploy("owner/no-such-model", &[]), &["owner/no-such-model"]);
-    refused(&desk, &hub_deploy(HUB_MODEL, &["--revision", "no-such-branch"]), &["no-such-branch"]);
-    desk.assert_nothing_left();
+    let (context, _hub) = context_with_hub();
+    refused(&context, &hub_deploy(HUB_MODEL, &[]), &["gated", "HF_TOKEN"]);
+    let context = context.with("HF_TOKEN", HUB_TOKEN);
+    refused(&context, &hub_deploy("owner/no-such-model", &[]), &["owner/no-such-model"]);
+    refused(&context, &hub_deploy(HUB_MODEL, &["--revision", "no-such-branch"]), &["no-such-branch"]);
+    context.assert_nothing_left();
 }

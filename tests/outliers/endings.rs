@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use outliers_clouds::dialect::lambda::Lambda;
 use outliers_clouds::{FakeCloud, How, KEY, Odd, Op, Refusal};
-use outliers_tests::desk::{Desk, Said};
+use outliers_tests::context::{Said, TestContext};
 use outliers_tests::programs::golden;
 use serde_json::json;
 
@@ -23,13 +23,13 @@ fn job(name: &str) -> Vec<String> {
     ["--model", &model, "--token-ids", &ids, "--precision", "f32"].map(str::to_owned).to_vec()
 }
 
-fn run(desk: &Desk, command: &[&str], job: Vec<String>) -> Said {
-    desk.run(command.iter().map(|word| (*word).to_owned()).chain(job))
+fn run(context: &TestContext, command: &[&str], job: Vec<String>) -> Said {
+    context.run(command.iter().map(|word| (*word).to_owned()).chain(job))
 }
 
 /// Deploys and keeps the instance; returns the run and the instance.
-fn kept(desk: &Desk) -> (String, String) {
-    let said = run(desk, &["deploy", "-y", "--json", "--keep-running"], job("llama-f32")).ok();
+fn kept(context: &TestContext) -> (String, String) {
+    let said = run(context, &["deploy", "-y", "--json", "--keep-running"], job("llama-f32")).ok();
     let deployed: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
     let text = |pointer: &str| deployed.pointer(pointer).and_then(|value| value.as_str()).unwrap().to_owned();
     (text("/run/id"), text("/run/state/rental/instance"))
@@ -37,10 +37,10 @@ fn kept(desk: &Desk) -> (String, String) {
 
 #[test]
 fn numbers_that_nobody_can_mean_are_refused_before_anything_is_rented() {
-    let desk = Desk::new();
+    let context = TestContext::new();
     let model = golden("llama-f32").join("model");
-    std::fs::write(desk.work().join("s.toml"), format!("name = \"s\"\nmodels = [{model:?}]\n")).unwrap();
-    let settings = desk.work().join("mine.toml");
+    std::fs::write(context.work().join("s.toml"), format!("name = \"s\"\nmodels = [{model:?}]\n")).unwrap();
+    let settings = context.work().join("mine.toml");
     for (section, key, value) in [
         ("thresholds", "magnitude", "nan"),
         ("thresholds", "magnitude", "0"),
@@ -52,45 +52,45 @@ fn numbers_that_nobody_can_mean_are_refused_before_anything_is_rented() {
         std::fs::write(&settings, format!("[{section}]\n{key} = {value}\n")).unwrap();
         for command in [&["deploy", "-y"][..], &["plan"], &["analyze"], &["survey", "s.toml", "-y"]] {
             let job = if command[0] == "survey" { Vec::new() } else { job("llama-f32") };
-            let said = run(&desk, &[&["--config", "mine.toml"], command].concat(), job);
+            let said = run(&context, &[&["--config", "mine.toml"], command].concat(), job);
             assert_eq!(said.code, Some(2), "{key} = {value}: {command:?}: {said:?}");
             assert!(said.stderr.contains(key) && said.stderr.contains("positive number"), "{said:?}");
         }
     }
-    assert!(!desk.state().join("ledger.db").exists(), "nothing was even planned");
-    desk.assert_nothing_left();
+    assert!(!context.state().join("ledger.db").exists(), "nothing was even planned");
+    context.assert_nothing_left();
 }
 
 #[test]
 fn one_damaged_record_stops_no_command_and_its_instance_is_found_by_its_tag() {
-    let desk = Desk::new();
-    let (lost, instance) = kept(&desk);
-    let ledger = rusqlite::Connection::open(desk.state().join("ledger.db")).unwrap();
+    let context = TestContext::new();
+    let (lost, instance) = kept(&context);
+    let ledger = rusqlite::Connection::open(context.state().join("ledger.db")).unwrap();
     let damage = "UPDATE runs SET spec = replace(spec, '\"magnitude\":6.0', '\"magnitude\":null')";
     assert_eq!(ledger.execute(damage, []).unwrap(), 1);
     for command in [&["runs", "list"][..], &["status"], &["handoff"], &["reap"]] {
-        let said = desk.run(command).ok();
+        let said = context.run(command).ok();
         let named = said.stderr.contains(&lost) && said.stderr.contains("damaged");
         assert!(named, "{command:?} names it: {said:?}");
     }
-    let attached = desk.run(["attach"]);
+    let attached = context.run(["attach"]);
     assert!(attached.code == Some(2) && attached.stderr.contains("no run was left behind"), "{attached:?}");
-    let said = run(&desk, &["deploy", "-y"], job("qwen3")).ok();
+    let said = run(&context, &["deploy", "-y"], job("qwen3")).ok();
     assert!(said.stderr.contains(&lost), "{said:?}");
-    let listed = desk.run(["instances", "list"]).ok();
+    let listed = context.run(["instances", "list"]).ok();
     assert!(listed.stdout.contains(&instance) && listed.stdout.contains("record cannot be read"), "{listed:?}");
-    let said = desk.run(["instances", "terminate", &instance, "-y"]).ok();
+    let said = context.run(["instances", "terminate", &instance, "-y"]).ok();
     assert!(said.stdout.contains("seen gone"), "{said:?}");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 /// The same command where no file can grow: as on a full disk, and for root too.
-fn on_a_full_disk(desk: &Desk, arguments: &[&str]) -> Said {
-    let plain = desk.command(arguments);
+fn on_a_full_disk(context: &TestContext, arguments: &[&str]) -> Said {
+    let plain = context.command(arguments);
     let mut command = Command::new("sh");
     command.args(["-c", "trap '' XFSZ; ulimit -f 0; exec \"$0\" \"$@\""]);
     command.arg(plain.get_program()).args(plain.get_args());
-    command.current_dir(desk.work()).stdin(Stdio::null()).env_clear();
+    command.current_dir(context.work()).stdin(Stdio::null()).env_clear();
     command.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
     Said::from(command.output().unwrap())
 }
@@ -130,42 +130,42 @@ fn ends_without_a_ledger(
     let said = run(&["instances", "terminate", &ids[1], "-y"]).ok();
     assert!(said.stdout.contains("seen gone"), "{said:?}");
     assert_eq!(live(cloud), ids[2..]);
-    assert_eq!(place.desk.bill().running.len(), 0);
+    assert_eq!(place.context.bill().running.len(), 0);
 }
 
 #[test]
 fn without_a_readable_ledger_instances_are_listed_reaped_and_ended_by_their_tags() {
     let (cloud, ids) = planted("me");
     let place = Place::with_settings(&[&cloud], QUICK);
-    std::fs::create_dir_all(place.desk.state()).unwrap();
-    std::fs::write(place.desk.state().join("owner"), "me\n").unwrap();
-    std::fs::write(place.desk.state().join("ledger.db"), "some text that somebody wrote over it").unwrap();
-    ends_without_a_ledger(&place, &cloud, &ids, |command| place.desk.run(command), "doctor --repair");
+    std::fs::create_dir_all(place.context.state()).unwrap();
+    std::fs::write(place.context.state().join("owner"), "me\n").unwrap();
+    std::fs::write(place.context.state().join("ledger.db"), "some text that somebody wrote over it").unwrap();
+    ends_without_a_ledger(&place, &cloud, &ids, |command| place.context.run(command), "doctor --repair");
 }
 
 #[test]
 fn on_a_full_disk_instances_are_listed_reaped_and_ended_by_their_tags() {
     let (cloud, ids) = planted("me");
     let place = Place::with_settings(&[&cloud], QUICK);
-    std::fs::create_dir_all(place.desk.state()).unwrap();
-    std::fs::write(place.desk.state().join("owner"), "me\n").unwrap();
-    let _ = place.desk.run(["runs", "list"]).ok();
-    ends_without_a_ledger(&place, &cloud, &ids, |command| on_a_full_disk(&place.desk, command), "have room");
+    std::fs::create_dir_all(place.context.state()).unwrap();
+    std::fs::write(place.context.state().join("owner"), "me\n").unwrap();
+    let _ = place.context.run(["runs", "list"]).ok();
+    ends_without_a_ledger(&place, &cloud, &ids, |command| on_a_full_disk(&place.context, command), "have room");
 }
 
 #[test]
 fn what_another_or_a_lost_ledger_rented_ends_by_its_owners_name() {
     let (cloud, ids) = planted("lost");
     let place = Place::with_settings(&[&cloud], QUICK);
-    let desk = &place.desk;
-    let refused = desk.run(["instances", "terminate", &ids[1], "-y"]);
+    let context = &place.context;
+    let refused = context.run(["instances", "terminate", &ids[1], "-y"]);
     assert!(refused.code == Some(2) && refused.stderr.contains("--owner lost"), "{refused:?}");
-    let refused = desk.run(["instances", "terminate", &ids[2], "-y", "--owner", "lost"]);
+    let refused = context.run(["instances", "terminate", &ids[2], "-y", "--owner", "lost"]);
     assert!(refused.code == Some(2) && refused.stderr.contains("--force"), "{refused:?}");
     assert_eq!(cloud.world().count(Op::Terminate), 0);
-    let _ = desk.run(["instances", "terminate", &ids[1], "-y", "--owner", "lost"]).ok();
-    let _ = desk.run(["instances", "terminate", &ids[2], "-y", "--force", "--broker", "lambda"]).ok();
-    let _ = desk.run(["instances", "terminate", "--all", "-y", "--owner", "lost"]).ok();
+    let _ = context.run(["instances", "terminate", &ids[1], "-y", "--owner", "lost"]).ok();
+    let _ = context.run(["instances", "terminate", &ids[2], "-y", "--force", "--broker", "lambda"]).ok();
+    let _ = context.run(["instances", "terminate", "--all", "-y", "--owner", "lost"]).ok();
     assert_eq!(live(&cloud), [""; 0]);
 }
 
@@ -174,7 +174,7 @@ fn what_would_end_is_shown_and_nothing_ends_unasked() {
     let (cloud, ids) = planted("me");
     let place = Place::with_settings(&[&cloud], QUICK);
     for named in [&["--all"][..], &[ids[0].as_str(), ids[1].as_str()]] {
-        let said = place.desk.run([&["instances", "terminate", "--owner", "me"][..], named].concat());
+        let said = place.context.run([&["instances", "terminate", "--owner", "me"][..], named].concat());
         assert!(said.code == Some(2) && said.stderr.contains("--yes"), "{said:?}");
         let shown = |word: &str| said.stderr.contains(word);
         assert!(shown(&ids[0]) && shown(&ids[1]) && !shown(&ids[2]) && shown("2 instances"), "{said:?}");
@@ -185,42 +185,42 @@ fn what_would_end_is_shown_and_nothing_ends_unasked() {
 
 #[test]
 fn a_damaged_ledger_is_repaired_and_what_is_lost_is_said() {
-    let desk = Desk::new();
-    let _ = run(&desk, &["deploy", "-y"], job("llama-f32")).ok();
-    let (lost, instance) = kept(&desk);
+    let context = TestContext::new();
+    let _ = run(&context, &["deploy", "-y"], job("llama-f32")).ok();
+    let (lost, instance) = kept(&context);
     // Its own record is among its results, as far as it came.
-    let results = desk.work().join("remote_results");
+    let results = context.work().join("remote_results");
     let of_lost = std::fs::read_dir(&results).unwrap().map(|entry| entry.unwrap().path());
     let of_lost = of_lost.into_iter().find(|path| path.to_string_lossy().ends_with(&lost)).unwrap();
     std::fs::remove_dir_all(of_lost).unwrap();
     for end in ["", "-wal", "-shm"] {
-        let _ = std::fs::remove_file(desk.state().join(format!("ledger.db{end}")));
+        let _ = std::fs::remove_file(context.state().join(format!("ledger.db{end}")));
     }
-    std::fs::write(desk.state().join("ledger.db"), "some text that somebody wrote over it").unwrap();
-    let broken = desk.run(["runs", "list"]);
+    std::fs::write(context.state().join("ledger.db"), "some text that somebody wrote over it").unwrap();
+    let broken = context.run(["runs", "list"]);
     assert!(broken.code == Some(1) && broken.stderr.contains("doctor --repair"), "{broken:?}");
-    let said = desk.run(["doctor", "--repair"]);
+    let said = context.run(["doctor", "--repair"]);
     let tells = |word: &str| said.stdout.contains(word);
     assert!(tells("1 from results") && tells(&lost) && tells(&instance), "{said:?}");
-    let kept_aside = std::fs::read_dir(desk.state()).unwrap().filter_map(Result::ok);
+    let kept_aside = std::fs::read_dir(context.state()).unwrap().filter_map(Result::ok);
     assert!(kept_aside.map(|entry| entry.file_name()).any(|name| name.to_string_lossy().contains("damaged-20")));
-    let listed = desk.json(&["runs", "list"]);
+    let listed = context.json(&["runs", "list"]);
     assert_eq!(listed["runs"].as_array().unwrap().len(), 1, "{listed:#}");
-    let shown = desk.run(["instances", "list"]).ok();
+    let shown = context.run(["instances", "list"]).ok();
     assert!(shown.stdout.contains(&instance), "{shown:?}");
-    let _ = desk.run(["instances", "terminate", &instance, "-y"]).ok();
-    desk.assert_nothing_left();
+    let _ = context.run(["instances", "terminate", &instance, "-y"]).ok();
+    context.assert_nothing_left();
 }
 
 #[test]
 fn settings_that_make_no_sense_stop_no_ending() {
     let (cloud, ids) = planted("me");
     let place = Place::with_settings(&[&cloud], QUICK);
-    let desk = &place.desk;
-    let mine = desk.work().join("mine.toml");
+    let context = &place.context;
+    let mine = context.work().join("mine.toml");
     let clouds = format!("[brokers.lambda]\nbase-url = \"{}\"\n{QUICK}", cloud.url());
     std::fs::write(&mine, format!("[thresholds]\nmagnitude = nan\n{clouds}")).unwrap();
-    let said = desk.run(["--config", "mine.toml", "reap", "--owner", "me"]).ok();
+    let said = context.run(["--config", "mine.toml", "reap", "--owner", "me"]).ok();
     assert!(said.stderr.contains("magnitude"), "{said:?}");
     assert_eq!(live(&cloud), ids[1..]);
 }
@@ -236,14 +236,14 @@ fn an_odd_entry_in_a_list_keeps_nothing_from_ending() {
     ] {
         let (cloud, ids) = planted("me");
         let place = Place::with_settings(&[&cloud], QUICK);
-        let desk = &place.desk;
+        let context = &place.context;
         cloud.world().odd = Some(Odd { id: ids[2].clone(), field: field.to_owned(), value });
-        let listed = desk.json(&["instances", "list"]);
+        let listed = context.json(&["instances", "list"]);
         assert_eq!(listed["instances"].as_array().unwrap().len(), 3, "{listed:#}");
         assert_eq!(listed["unreadable"].as_u64(), Some(u64::from(["id", "name"].contains(&field))), "{listed:#}");
-        let _ = desk.run(["reap", "--owner", "me"]).ok();
+        let _ = context.run(["reap", "--owner", "me"]).ok();
         assert_eq!(live(&cloud), ids[1..], "{field}");
-        let _ = desk.run(["instances", "terminate", &ids[1], "-y", "--owner", "me"]).ok();
+        let _ = context.run(["instances", "terminate", &ids[1], "-y", "--owner", "me"]).ok();
         assert_eq!(live(&cloud), ids[2..], "{field}");
     }
 }
@@ -253,17 +253,17 @@ fn an_odd_entry_in_a_list_keeps_nothing_from_ending() {
 fn a_named_instance_of_a_named_cloud_ends_without_any_list() {
     let (cloud, ids) = planted("me");
     let place = Place::with_settings(&[&cloud], QUICK);
-    let desk = &place.desk;
+    let context = &place.context;
     cloud.world().fail_always(Op::List, How::OtherJson);
-    let unseen = desk.run(["instances", "terminate", &ids[1], "-y", "--owner", "me"]);
+    let unseen = context.run(["instances", "terminate", &ids[1], "-y", "--owner", "me"]);
     assert!(unseen.code == Some(5) && unseen.stderr.contains("--broker"), "{unseen:?}");
     let args = ["instances", "terminate", &ids[1], "-y", "--owner", "me", "--broker", "lambda"];
-    let said = desk.run(args).ok();
+    let said = context.run(args).ok();
     assert!(said.stdout.contains("seen gone"), "{said:?}");
     assert_eq!(live(&cloud), [&ids[0], &ids[2]].map(String::as_str));
     // Its own entry may be as odd as it wants.
     cloud.world().odd = Some(Odd { id: ids[0].clone(), field: "name".to_owned(), value: None });
-    let _ = desk.run(["instances", "terminate", &ids[0], "-y", "--force", "--broker", "lambda"]).ok();
+    let _ = context.run(["instances", "terminate", &ids[0], "-y", "--force", "--broker", "lambda"]).ok();
     assert_eq!(live(&cloud), ids[2..]);
 }
 
@@ -271,18 +271,18 @@ fn a_named_instance_of_a_named_cloud_ends_without_any_list() {
 fn a_refused_ending_is_told_with_the_price_and_the_way_out() {
     let (cloud, ids) = planted("me");
     let place = Place::with_settings(&[&cloud], "listing-interval = \"1s\"\n");
-    let desk = &place.desk;
+    let context = &place.context;
     cloud.world().fail_always(Op::Terminate, How::Refuse(Refusal::Broken(500)));
-    let mut child = desk.start(["instances", "terminate", &ids[1], "-y", "--owner", "me", "--broker", "lambda"]);
-    desk.wait_for("the cloud to be told", || cloud.world().count(Op::Terminate) > 0);
+    let mut child = context.start(["instances", "terminate", &ids[1], "-y", "--owner", "me", "--broker", "lambda"]);
+    context.wait_for("the cloud to be told", || cloud.world().count(Op::Terminate) > 0);
     // That it comes within five seconds is shown where a test's clock does not run while the
     // machine is busy: in `waiting.rs`.
-    desk.wait_for("the first word", || desk.stderr().contains("does not end instance"));
+    context.wait_for("the first word", || context.stderr().contains("does not end instance"));
     for word in ["HTTP 500", "next try in", "$1.89/h", "--broker lambda", &ids[1]] {
-        assert!(desk.stderr().contains(word), "{word}: {}", desk.stderr());
+        assert!(context.stderr().contains(word), "{word}: {}", context.stderr());
     }
     cloud.world().faults.clear();
-    assert!(child.wait().unwrap().success(), "{}", desk.stderr());
+    assert!(child.wait().unwrap().success(), "{}", context.stderr());
     assert_eq!(live(&cloud), [&ids[0], &ids[2]].map(String::as_str));
 }
 
@@ -290,9 +290,9 @@ fn a_refused_ending_is_told_with_the_price_and_the_way_out() {
 fn a_hub_that_does_not_answer_is_named_while_it_is_waited_for() {
     let silent = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let endpoint = format!("http://{}", silent.local_addr().unwrap());
-    let desk = Desk::new().with("HF_ENDPOINT", &endpoint);
-    let mut child = desk.start(["inspect", "--model", "owner/name"]);
-    desk.wait_for("a word", || desk.stderr().contains("Waiting for the headers of owner/name"));
+    let context = TestContext::new().with("HF_ENDPOINT", &endpoint);
+    let mut child = context.start(["inspect", "--model", "owner/name"]);
+    context.wait_for("a word", || context.stderr().contains("Waiting for the headers of owner/name"));
     child.kill().unwrap();
     child.wait().unwrap();
 }
@@ -300,28 +300,28 @@ fn a_hub_that_does_not_answer_is_named_while_it_is_waited_for() {
 /// What would end is what ends: the same judge, whether it is only shown.
 #[test]
 fn a_dry_run_of_reap_shows_everything_that_reap_then_ends() {
-    let desk = Desk::new();
+    let context = TestContext::new();
     // A tag of this ledger's with a run that is over, and one with a run that it does not know, overdue both.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     let (cloud, _) = planted("nobody");
-    let over = run(&desk, &["deploy", "-y", "--json"], job("qwen3")).ok();
+    let over = run(&context, &["deploy", "-y", "--json"], job("qwen3")).ok();
     let over: serde_json::Value = serde_json::from_str(&over.stdout).unwrap();
     let over = over["run"]["id"].as_str().unwrap();
     let held = ["deploy", "-y", "--json", "--keep-running", "--max-duration", "60s"];
-    let held: serde_json::Value = serde_json::from_str(&run(&desk, &held, job("llama-f32")).ok().stdout).unwrap();
+    let held: serde_json::Value = serde_json::from_str(&run(&context, &held, job("llama-f32")).ok().stdout).unwrap();
     let held = held["run"]["id"].as_str().unwrap().to_owned();
-    let owner = std::fs::read_to_string(desk.state().join("owner")).unwrap().trim().to_owned();
+    let owner = std::fs::read_to_string(context.state().join("owner")).unwrap().trim().to_owned();
     let planted = |run: &str, deadline: u64| cloud.world().plant(&format!("outliers-{owner}-{run}-n-{deadline}"));
     let (stray, unknown, young) =
         (planted(over, now + 3600), planted("unknown", now - 60), planted("unknown", now + 3600));
-    let settings = desk.work().join("mine.toml");
+    let settings = context.work().join("mine.toml");
     std::fs::write(&settings, format!("[brokers.lambda]\nbase-url = \"{}\"\n{QUICK}", cloud.url())).unwrap();
     let with = |more: &[&str]| {
-        let mut command = desk.command([&["--config", "mine.toml", "reap", "--json"], more].concat());
+        let mut command = context.command([&["--config", "mine.toml", "reap", "--json"], more].concat());
         let said = Said::from(command.env("LAMBDA_API_KEY", KEY).output().unwrap()).ok();
         serde_json::from_str::<serde_json::Value>(&said.stdout).unwrap()
     };
-    desk.wait_for("the held run's time to be up", || with(&["--dry-run"])["runs"].as_array().unwrap().len() == 1);
+    context.wait_for("the held run's time to be up", || with(&["--dry-run"])["runs"].as_array().unwrap().len() == 1);
     let named = |document: &serde_json::Value| {
         let all = |list: &str, field: &str| {
             let found = document[list].as_array().unwrap().iter().map(|one| one[field].as_str().unwrap().to_owned());
@@ -337,7 +337,7 @@ fn a_dry_run_of_reap_shows_everything_that_reap_then_ends() {
     assert_eq!(named(&done), named(&shown), "{done:#}");
     let left = live(&cloud);
     assert!(!left.contains(&stray) && !left.contains(&unknown) && left.contains(&young), "{left:?}");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 /// Where no run is open a bad key and a cloud that is not there are what they are, and no instance that may be left.
@@ -348,15 +348,15 @@ fn a_cloud_that_cannot_be_asked_is_exit_5_where_no_run_is_open() {
     cloud.world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
     let deploy: Vec<String> = ["deploy", "-y", "--broker", "lambda"].map(str::to_owned).into();
     for command in [vec!["reap".to_owned()], [deploy, job("llama-f32")].concat()] {
-        let said = place.desk.run(&command);
+        let said = place.context.run(&command);
         assert!(said.code == Some(5) && said.stderr.contains("invalid"), "{command:?}: {said:?}");
         assert!(!said.stderr.contains("still be running"), "{said:?}");
     }
-    let elsewhere = place.desk.run(["reap", "--owner", "somebody"]);
+    let elsewhere = place.context.run(["reap", "--owner", "somebody"]);
     assert_eq!(elsewhere.code, Some(6), "of others nobody knows: {elsewhere:?}");
-    let settings = place.desk.work().join("mine.toml");
+    let settings = place.context.work().join("mine.toml");
     let free = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap();
     std::fs::write(&settings, format!("[brokers.lambda]\nbase-url = \"http://{free}\"\n")).unwrap();
-    let said = place.desk.run(["--config", "mine.toml", "reap"]);
+    let said = place.context.run(["--config", "mine.toml", "reap"]);
     assert!(said.code == Some(5) && said.stderr.contains("cannot be reached"), "{said:?}");
 }

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use outliers_protocol::{FailureKind, Manifest, Metadata, files};
-use outliers_tests::desk::Desk;
+use outliers_tests::context::TestContext;
 use outliers_tests::golden::TOLERANCE;
 use outliers_tests::programs::{golden, run_worker};
 use outliers_worker::decoder::Role;
@@ -279,24 +279,24 @@ fn what_cannot_be_exported_is_refused_before_anything_is_computed() {
 
 #[test]
 fn exports_come_home_and_a_plan_says_how_large_they_are() {
-    let desk = Desk::new();
+    let context = TestContext::new();
     let (model, ids) = (golden("olmoe-bf16").join("model"), golden("olmoe-bf16").join("golden.safetensors"));
     let job = ["--model", model.to_str().unwrap(), "--token-ids", ids.to_str().unwrap()].into_iter().chain(ALL);
     let job: Vec<&str> = job.collect();
-    let planned = desk.run(["plan"].into_iter().chain(job.iter().copied())).ok();
+    let planned = context.run(["plan"].into_iter().chain(job.iter().copied())).ok();
     assert!(FILES.iter().all(|file| planned.stdout.contains(&format!("{file}, at most"))), "{planned:?}");
-    let plan: Value = desk.json(&[&["plan"][..], &job].concat());
+    let plan: Value = context.json(&[&["plan"][..], &job].concat());
     let most = |file: &str| {
         let exports = plan["inspection"]["plan"]["exports"].as_array().unwrap();
         exports.iter().find(|export| export["name"] == file).unwrap()["bytes"].as_u64().unwrap()
     };
-    let _ = desk.run(["deploy", "-y"].into_iter().chain(job.iter().copied())).ok();
-    let home = desk.results_folder();
+    let _ = context.run(["deploy", "-y"].into_iter().chain(job.iter().copied())).ok();
+    let home = context.results_folder();
     for file in FILES {
         let bytes = std::fs::metadata(home.join(file)).unwrap().len();
         assert!(bytes > 0 && bytes <= most(file), "{file}: {bytes} of {}", most(file));
     }
-    let refused = desk.run(["deploy", "-y", "--ablate", "1"].into_iter().chain(job.iter().copied()));
+    let refused = context.run(["deploy", "-y", "--ablate", "1"].into_iter().chain(job.iter().copied()));
     assert!(refused.code == Some(2) && refused.stderr.contains("--export and --ablate"), "{refused:?}");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }

@@ -9,7 +9,7 @@ use outliers_protocol::FailureKind;
 use outliers_tests::hub::{Fault, MockHub, Repo};
 use outliers_worker::demo;
 use outliers_worker::error::WorkerError;
-use outliers_worker::hub::{Hub, HubOptions, Patience, Token};
+use outliers_worker::hub::{Hub, HubOptions, Timeouts, Token};
 use outliers_worker::source::Checkpoint;
 
 pub(crate) const ID: &str = "owner/demo-model";
@@ -20,7 +20,7 @@ const OTHER_SHARD: &str = "model-00002-of-00002.safetensors";
 pub(crate) struct Setup {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) hub: MockHub,
-    pub(crate) patience: Patience,
+    pub(crate) timeouts: Timeouts,
 }
 
 impl Setup {
@@ -34,15 +34,15 @@ impl Setup {
         demo::make(&folder, 0).unwrap();
         fs::write(folder.join("pytorch_model.bin"), "not wanted").unwrap();
         let hub = MockHub::start([change(Repo::new(ID, &folder))]).unwrap();
-        let patience = Patience {
+        let timeouts = Timeouts {
             response: Duration::from_secs(5),
             silence: Duration::from_millis(1500),
             tries: 3,
             pause: Duration::from_millis(10),
             longest_pause: Duration::from_secs(3),
-            ..Patience::default()
+            ..Timeouts::default()
         };
-        Self { dir, hub, patience }
+        Self { dir, hub, timeouts }
     }
 
     pub(crate) fn repo(&self) -> std::path::PathBuf {
@@ -54,7 +54,7 @@ impl Setup {
     }
 
     pub(crate) fn options(&self) -> HubOptions {
-        HubOptions { endpoint: self.hub.url(), patience: self.patience, ..HubOptions::new(self.cache()) }
+        HubOptions { endpoint: self.hub.url(), timeouts: self.timeouts, ..HubOptions::new(self.cache()) }
     }
 
     fn client(&self) -> Hub {

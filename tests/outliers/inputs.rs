@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use outliers_clouds::dialect::lambda::Lambda;
 use outliers_clouds::{FakeCloud, How, KEY, Op, Refusal};
-use outliers_tests::desk::{Desk, Said};
+use outliers_tests::context::{Said, TestContext};
 use outliers_tests::programs::{golden, workspace};
 use serde_json::{Value, json};
 
@@ -20,8 +20,8 @@ use crate::clouds::Place;
 const QUICK: &str = "listing-interval = \"1s\"\n";
 
 /// A model's folder to be spoiled.
-fn model(desk: &Desk) -> PathBuf {
-    let folder = desk.work().join("model");
+fn model(context: &TestContext) -> PathBuf {
+    let folder = context.work().join("model");
     fs::create_dir(&folder).unwrap();
     for entry in fs::read_dir(golden("llama-f32").join("model")).unwrap() {
         let entry = entry.unwrap();
@@ -41,17 +41,17 @@ fn endless(path: &Path) {
     fs::File::create(path).unwrap().set_len(1 << 40).unwrap();
 }
 
-fn dry_run(desk: &Desk, more: &[&str]) -> Said {
+fn dry_run(context: &TestContext, more: &[&str]) -> Said {
     let options = ["deploy", "--dry-run", "--model", "./model", "--num-sequences", "2", "--sequence-length", "16"];
-    desk.run(options.iter().chain(more))
+    context.run(options.iter().chain(more))
 }
 
 /// Refused before anything was rented or even planned, with these words.
-fn assert_refused(desk: &Desk, said: &Said, words: &[&str]) {
+fn assert_refused(context: &TestContext, said: &Said, words: &[&str]) {
     assert_eq!(said.code, Some(2), "{words:?}: {said:?}");
     assert!(words.iter().all(|word| said.stderr.contains(word)), "{words:?}: {said:?}");
     assert!(!said.stderr.contains("panicked"), "{said:?}");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 fn change_tokenizer(model: &Path, key: &str, value: &Value) {
@@ -75,20 +75,20 @@ fn tokenizers_that_would_fill_the_memory_or_make_the_library_panic_are_refused_b
         ("post_processor", second, "the tokenizer library fails"),
         ("pre_tokenizer", json!({"type": "FixedLength", "length": 0}), "the tokenizer library fails"),
     ] {
-        let desk = Desk::new();
-        change_tokenizer(&model(&desk), key, &value);
-        assert_refused(&desk, &dry_run(&desk, &[]), &["tokenizer.json", word]);
+        let context = TestContext::new();
+        change_tokenizer(&model(&context), key, &value);
+        assert_refused(&context, &dry_run(&context, &[]), &["tokenizer.json", word]);
     }
 }
 
 #[test]
 fn a_look_that_needs_more_memory_than_it_may_have_is_refused_as_such() {
-    let desk = Desk::new();
-    model(&desk);
-    fs::write(desk.work().join("book.txt"), "to be or not to be ".repeat(1 << 20)).unwrap();
-    fs::write(desk.work().join("mine.toml"), "[worker]\ninspect-memory = \"256 MiB\"\n").unwrap();
-    let said = dry_run(&desk, &["--corpus", "book.txt", "--config", "mine.toml"]);
-    assert_refused(&desk, &said, &["more than 256.0 MiB of memory", "worker.inspect-memory"]);
+    let context = TestContext::new();
+    model(&context);
+    fs::write(context.work().join("book.txt"), "to be or not to be ".repeat(1 << 20)).unwrap();
+    fs::write(context.work().join("mine.toml"), "[worker]\ninspect-memory = \"256 MiB\"\n").unwrap();
+    let said = dry_run(&context, &["--corpus", "book.txt", "--config", "mine.toml"]);
+    assert_refused(&context, &said, &["more than 256.0 MiB of memory", "worker.inspect-memory"]);
 }
 
 #[test]
@@ -106,53 +106,53 @@ fn pipes_and_files_without_end_are_refused_and_never_waited_for() {
         ("found.json", pipe, &["--ablate", "./found.json"], "not a regular file"),
         ("found.json", endless, &["--ablate", "./found.json"], "over the limit"),
     ] {
-        let desk = Desk::new();
-        model(&desk);
-        let path = desk.work().join(name);
+        let context = TestContext::new();
+        model(&context);
+        let path = context.work().join(name);
         spoil(&path);
-        assert_refused(&desk, &dry_run(&desk, more), &[path.file_name().unwrap().to_str().unwrap(), word]);
+        assert_refused(&context, &dry_run(&context, more), &[path.file_name().unwrap().to_str().unwrap(), word]);
     }
 }
 
 #[test]
 fn settings_surveys_tokens_and_results_are_no_pipes() {
-    let desk = Desk::new();
-    pipe(&desk.work().join("pipe.toml"));
+    let context = TestContext::new();
+    pipe(&context.work().join("pipe.toml"));
     for command in [&["--config", "pipe.toml", "status"][..], &["survey", "pipe.toml", "-y"]] {
-        assert_refused(&desk, &desk.run(command), &["pipe.toml", "not a regular file"]);
+        assert_refused(&context, &context.run(command), &["pipe.toml", "not a regular file"]);
     }
-    let hub = desk.work().parent().unwrap().join("hf");
+    let hub = context.work().parent().unwrap().join("hf");
     fs::create_dir(&hub).unwrap();
     pipe(&hub.join("token"));
-    let _ = desk.run(["status"]).ok();
-    let results = desk.work().join("results");
+    let _ = context.run(["status"]).ok();
+    let results = context.work().join("results");
     fs::create_dir(&results).unwrap();
     for entry in fs::read_dir(workspace().join("controller/tests/results/mixture")).unwrap() {
         let entry = entry.unwrap();
         fs::copy(entry.path(), results.join(entry.file_name())).unwrap();
     }
-    let _ = desk.run(["compare", "results"]).ok();
+    let _ = context.run(["compare", "results"]).ok();
     for (name, spoil) in [("results.json", endless as fn(&Path)), ("results.json", pipe), ("manifest.json", pipe)] {
         spoil(&results.join(name));
-        let said = desk.run(["compare", "results"]);
+        let said = context.run(["compare", "results"]);
         assert!(said.code == Some(1) && said.stderr.contains(name), "{said:?}");
     }
 }
 
 #[test]
 fn what_is_secret_in_the_settings_is_in_no_answer() {
-    let desk = Desk::new().with("LAMBDA_API_KEY", KEY);
-    let settings = desk.work().join("mine.toml");
+    let context = TestContext::new().with("LAMBDA_API_KEY", KEY);
+    let settings = context.work().join("mine.toml");
     for text in ["LAMBDA_API_KEY = \"geheim\"", "[brokers.lambda]\nkey = \"geheim\"", "[hub]\nrequests = \"geheim\""] {
         fs::write(&settings, text).unwrap();
-        let said = desk.run(["--config", "mine.toml", "status"]);
-        assert_refused(&desk, &said, &["mine.toml"]);
+        let said = context.run(["--config", "mine.toml", "status"]);
+        assert_refused(&context, &said, &["mine.toml"]);
         assert!(!said.stderr.contains("geheim"), "{said:?}");
     }
     fs::write(&settings, "[brokers.lambda]\nbase-url = \"http://me:geheim@127.0.0.1:9\"\n").unwrap();
     let list = ["instances", "list", "--explain"];
     for command in [&["offers", "--explain", "--broker", "lambda"][..], &["doctor"], &list] {
-        let said = desk.run(["--config", "mine.toml"].iter().chain(command));
+        let said = context.run(["--config", "mine.toml"].iter().chain(command));
         assert!(said.code != Some(0) && (said.stderr.clone() + &said.stdout).contains("127.0.0.1:9"), "{said:?}");
         assert!(!said.stderr.contains("geheim") && !said.stdout.contains("geheim"), "{said:?}");
     }
@@ -163,48 +163,48 @@ fn a_list_that_could_not_be_had_does_not_say_that_there_are_none() {
     let cloud = FakeCloud::start(Lambda);
     let place = Place::with_settings(&[&cloud], QUICK);
     let list = ["instances", "list", "--broker", "lambda"];
-    assert!(place.desk.run(list).ok().stdout.contains("no instances"));
+    assert!(place.context.run(list).ok().stdout.contains("no instances"));
     cloud.world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
-    let said = place.desk.run(list);
+    let said = place.context.run(list);
     assert!(said.code == Some(5) && said.stdout.is_empty() && said.stderr.contains("not whole"), "{said:?}");
 }
 
 #[test]
 fn a_home_that_is_none_is_named() {
-    let desk = Desk::new();
+    let context = TestContext::new();
     let odd = OsStr::from_bytes(b"/home/\xff");
     for (home, word) in [(odd, "HOME is not UTF-8"), (OsStr::new("me"), "HOME is not an absolute path")] {
-        let mut command = desk.command(["status"]);
+        let mut command = context.command(["status"]);
         let said = Said::from(command.env_remove("OUTLIERS_STATE").env("HOME", home).output().unwrap());
         assert!(said.code == Some(2) && said.stderr.contains(word), "{said:?}");
-        assert!(said.stderr.contains("OUTLIERS_STATE") && !desk.work().join("me").exists(), "{said:?}");
+        assert!(said.stderr.contains("OUTLIERS_STATE") && !context.work().join("me").exists(), "{said:?}");
     }
 }
 
 /// The same command under a umask that takes nothing away.
-fn without_umask(desk: &Desk, arguments: &[&str]) -> Said {
-    let inner = desk.command(arguments);
+fn without_umask(context: &TestContext, arguments: &[&str]) -> Said {
+    let inner = context.command(arguments);
     let mut outer = Command::new("sh");
     outer.args(["-c", "umask 000; exec \"$@\"", "sh"]).arg(inner.get_program()).args(inner.get_args());
-    outer.current_dir(desk.work()).stdin(Stdio::null()).env_clear();
+    outer.current_dir(context.work()).stdin(Stdio::null()).env_clear();
     outer.envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
     Said::from(outer.output().unwrap())
 }
 
 #[test]
 fn the_state_is_nobody_elses_whatever_the_umask() {
-    let desk = Desk::new();
-    let mode = |name: &str| fs::metadata(desk.state().join(name)).unwrap().permissions().mode() & 0o7777;
+    let context = TestContext::new();
+    let mode = |name: &str| fs::metadata(context.state().join(name)).unwrap().permissions().mode() & 0o7777;
     // Of all commands this one makes the folder by something else than the ledger.
-    fs::write(desk.work().join("mine.toml"), "[worker]\nbinary = \"/nowhere/outliers-worker\"\n").unwrap();
-    let said = without_umask(&desk, &["--config", "mine.toml", "demo"]);
+    fs::write(context.work().join("mine.toml"), "[worker]\nbinary = \"/nowhere/outliers-worker\"\n").unwrap();
+    let said = without_umask(&context, &["--config", "mine.toml", "demo"]);
     assert!(said.code == Some(2) && said.stderr.contains("/nowhere"), "{said:?}");
     assert_eq!(mode("."), 0o700);
-    let _ = without_umask(&desk, &["status"]).ok();
+    let _ = without_umask(&context, &["status"]).ok();
     assert_eq!((mode("."), mode("runs"), mode("ledger.db")), (0o700, 0o700, 0o600));
     // As an earlier version left it.
-    fs::set_permissions(desk.state(), fs::Permissions::from_mode(0o777)).unwrap();
-    fs::set_permissions(desk.state().join("ledger.db"), fs::Permissions::from_mode(0o644)).unwrap();
-    let _ = without_umask(&desk, &["status"]).ok();
+    fs::set_permissions(context.state(), fs::Permissions::from_mode(0o777)).unwrap();
+    fs::set_permissions(context.state().join("ledger.db"), fs::Permissions::from_mode(0o644)).unwrap();
+    let _ = without_umask(&context, &["status"]).ok();
     assert_eq!((mode("."), mode("ledger.db")), (0o700, 0o600));
 }

@@ -64,12 +64,12 @@ const FACTOR: f32 = 4.0;
 
 /// What reads the mixer's norm, and what reads the feed-forward's.
 const MIXER_INPUTS: &[Role] = &[
-    Role::Query,
-    Role::Key,
-    Role::Value,
-    Role::QueryKeyValue,
-    Role::QueryDown,
-    Role::KeyValueDown,
+    Role::QProj,
+    Role::KProj,
+    Role::VProj,
+    Role::QkvProj,
+    Role::QAProj,
+    Role::KvAProj,
     Role::DeltaQkvz,
     Role::DeltaBa,
     Role::DeltaQkv,
@@ -82,9 +82,9 @@ const MIXER_INPUTS: &[Role] = &[
     Role::OutputGate,
 ];
 const FFN_INPUTS: &[Role] = &[
-    Role::Gate,
-    Role::Up,
-    Role::GateUp,
+    Role::GateProj,
+    Role::UpProj,
+    Role::GateUpProj,
     Role::Router,
     Role::SharedGate,
     Role::SharedUp,
@@ -133,11 +133,11 @@ fn planting_a_feature_moves_its_statistics_and_nothing_else_in_every_family() {
         // In a space of their own, experts read no norm.
         let is_latent = |ffn: &FfnSpec| matches!(ffn, FfnSpec::Moe(moe) if moe.latent.is_some());
         let ffn_inputs: &[Role] = if spec.layers.iter().any(|layer| is_latent(&layer.ffn)) {
-            &[Role::Up, Role::Router, Role::SharedUp, Role::LatentDown]
+            &[Role::UpProj, Role::Router, Role::SharedUp, Role::LatentDown]
         } else if all_read {
             FFN_INPUTS
         } else {
-            &[Role::Gate, Role::Up]
+            &[Role::GateProj, Role::UpProj]
         };
         rewrite(&model, planted.path(), |_, need, values| plant(need, values, dim, zero_centred, ffn_inputs));
         let (after, new) = run(planted.path(), &ids_of(&name));

@@ -5,7 +5,7 @@ use std::fs;
 
 use outliers_clouds::dialect::runpod::RunPod;
 use outliers_clouds::{FakeCloud, Gpu, Op, Stock};
-use outliers_tests::desk::{Desk, Said};
+use outliers_tests::context::{Said, TestContext};
 use outliers_tests::hub::{MockHub, Repo};
 use outliers_tests::programs::{golden, run_worker};
 use serde_json::json;
@@ -29,15 +29,15 @@ fn block(with: &str) -> String {
     blocks.find(|block| block.contains(with)).unwrap_or_else(|| panic!("README.md has no `{with}`"))
 }
 
-fn typed(desk: &Desk, command: &[String], more: &[&str]) -> Said {
-    desk.run(command[1..].iter().map(String::as_str).chain(more.iter().copied()))
+fn typed(context: &TestContext, command: &[String], more: &[&str]) -> Said {
+    context.run(command[1..].iter().map(String::as_str).chain(more.iter().copied()))
 }
 
 #[test]
 fn the_lines_for_a_cloud_show_offers_rent_one_and_end_it() {
     let (hub, cloud) = (hub(), FakeCloud::start(RunPod::default()));
     let mut place = Place::new(&[&cloud]);
-    place.desk = std::mem::take(&mut place.desk).with("HF_ENDPOINT", &hub.url());
+    place.context = std::mem::take(&mut place.context).with("HF_ENDPOINT", &hub.url());
     if place.host(&cloud).is_none() {
         return;
     }
@@ -47,64 +47,64 @@ fn the_lines_for_a_cloud_show_offers_rent_one_and_end_it() {
     // `worker build` fetches a compiler for GPUs: tests/gpu.sh runs it.
     assert_eq!(verbs, ["worker", "offers", "deploy", "compare"]);
 
-    let offers = typed(&place.desk, &lines[1], &[]).ok();
+    let offers = typed(&place.context, &lines[1], &[]).ok();
     assert!(offers.stdout.contains("A100") && offers.stdout.contains("runpod"), "{offers:?}");
     assert_eq!(cloud.world().count(Op::Create), 0);
     let more = [&SMALL[..], &["-y", "--devices", "cpu"]].concat();
-    let deployed = typed(&place.desk, &lines[2], &more).ok();
+    let deployed = typed(&place.context, &lines[2], &more).ok();
     assert!(deployed.stdout.contains("unique features, by layers"), "{deployed:?}");
     assert_eq!(cloud.world().count(Op::Create), 1);
     nothing_left(&cloud);
-    assert_eq!(place.desk.results().model, MODELS[0].0);
-    let _ = typed(&place.desk, &lines[3], &[]).ok();
-    assert!(fs::read_to_string(place.desk.work().join("report.html")).unwrap().contains(MODELS[0].0));
+    assert_eq!(place.context.results().model, MODELS[0].0);
+    let _ = typed(&place.context, &lines[3], &[]).ok();
+    assert!(fs::read_to_string(place.context.work().join("report.html")).unwrap().contains(MODELS[0].0));
 
     let glance = commands(&block("outliers offers --gpu-filter H100"));
     let offers = glance.iter().find(|line| line[1] == "offers").unwrap();
-    let offers = typed(&place.desk, offers, &[]).ok();
+    let offers = typed(&place.context, offers, &[]).ok();
     assert!(offers.stdout.contains("H100") && !offers.stdout.contains("A100"), "{offers:?}");
     assert_eq!(cloud.world().count(Op::Create), 1);
 }
 
 #[test]
 fn the_survey_of_two_models_is_planned_run_and_compared() {
-    let (hub, desk) = (hub(), Desk::new());
-    let settings = desk.work().join("settings.toml");
+    let (hub, context) = (hub(), TestContext::new());
+    let settings = context.work().join("settings.toml");
     fs::write(&settings, "[survey]\nstagger-seconds = 0\n").unwrap();
-    let desk = desk.with("HF_ENDPOINT", &hub.url()).with("OUTLIERS_CONFIG", settings.to_str().unwrap());
+    let context = context.with("HF_ENDPOINT", &hub.url()).with("OUTLIERS_CONFIG", settings.to_str().unwrap());
     let (survey, small) = (block("name = \"two\""), "num-sequences = 2\nsequence-length = 32");
     assert!(MODELS.iter().all(|(id, _)| survey.contains(id)), "{survey}");
-    fs::write(desk.work().join("two.toml"), survey.replace("dataset = \"fineweb-edu\"", small)).unwrap();
+    fs::write(context.work().join("two.toml"), survey.replace("dataset = \"fineweb-edu\"", small)).unwrap();
 
     let lines = commands(&block("outliers survey two.toml"));
     let words: Vec<&str> = lines.iter().map(|line| line[1].as_str()).collect();
     assert_eq!(words, ["survey", "survey", "compare"]);
-    let plan = typed(&desk, &lines[0], &[]).ok();
+    let plan = typed(&context, &lines[0], &[]).ok();
     assert!(plan.stdout.contains("budget $5.00") && plan.stdout.contains("Qwen3-30B-A3B"), "{plan:?}");
-    assert!(desk.bill().entries.is_empty(), "a dry run rents nothing");
-    let done = typed(&desk, &lines[1], &["-y"]).ok();
+    assert!(context.bill().entries.is_empty(), "a dry run rents nothing");
+    let done = typed(&context, &lines[1], &["-y"]).ok();
     assert!(done.stdout.contains("2 of 2 complete"), "{done:?}");
-    let _ = typed(&desk, &lines[2], &[]).ok();
-    let page = fs::read_to_string(desk.work().join("report.html")).unwrap();
+    let _ = typed(&context, &lines[2], &[]).ok();
+    let page = fs::read_to_string(context.work().join("report.html")).unwrap();
     assert!(MODELS.iter().all(|(id, _)| page.contains(id)), "both models");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 #[test]
 fn the_commands_at_a_glance_do_what_they_say() {
-    let (hub, desk) = (hub(), Desk::new());
-    let desk = desk.with("HF_ENDPOINT", &hub.url());
+    let (hub, context) = (hub(), TestContext::new());
+    let context = context.with("HF_ENDPOINT", &hub.url());
     let model = golden(MODELS[0].1).join("model");
     let survey = format!("name = \"one\"\nnum-sequences = 2\nsequence-length = 32\nmodels = [{model:?}]\n");
-    fs::write(desk.work().join("one.toml"), survey).unwrap();
+    fs::write(context.work().join("one.toml"), survey).unwrap();
     let feature = json!({"feature_dim": 7, "layer_percentage": 0.5, "seq_percentage": 0.25, "max_magnitude": 17.0});
     let old = json!({
         "analysis_summary": {"total_batches": 1, "total_sequences": 1, "total_systematic_outliers": 1},
         "run_config": {"model": "a/b", "sequence_length": 2048, "batch_size": 1, "threshold": 6.0},
         "batch_results": [{"sequences_processed": 1, "systematic_outliers": [feature]}],
     });
-    fs::create_dir(desk.work().join("old")).unwrap();
-    fs::write(desk.work().join("old/final_analysis_results.json"), old.to_string()).unwrap();
+    fs::create_dir(context.work().join("old")).unwrap();
+    fs::write(context.work().join("old/final_analysis_results.json"), old.to_string()).unwrap();
 
     let mut run = Vec::new();
     for line in commands(&block("outliers inspect --model ID")) {
@@ -126,11 +126,11 @@ fn the_commands_at_a_glance_do_what_they_say() {
             ("outliers-worker", _) => assert!(run_worker(&words[1..]).status.success(), "{words:?}"),
             // The README's first command is run as it stands by .ci/run; of offers see above.
             (_, "demo" | "offers") => continue,
-            _ => drop(typed(&desk, &words, more).ok()),
+            _ => drop(typed(&context, &words, more).ok()),
         }
         run.push(verb);
     }
     assert!(run.len() >= 15, "{run:?}");
-    assert_eq!(desk.bill().entries.len(), 1, "the survey's; a dry run rents nothing");
-    desk.assert_nothing_left();
+    assert_eq!(context.bill().entries.len(), 1, "the survey's; a dry run rents nothing");
+    context.assert_nothing_left();
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 use outliers_worker::decoder::{DecoderSpec, Need};
-use outliers_worker::loader::{Loader, Spare};
+use outliers_worker::loader::{Loader, TensorPool};
 use outliers_worker::meter::{Meter, Thread};
 use outliers_worker::model::Model;
 use outliers_worker::safetensors::{StoredDtype, TensorSpec, Writer};
@@ -18,11 +18,11 @@ pub(crate) fn spec_of(model: &Path) -> DecoderSpec {
 }
 
 /// Writes the checkpoint `from` to the folder `to`: unquantised, each tensor `[out, in]` first shown to `edit` with its layer. Matrices that a
-/// pass may [keep](outliers_worker::model::Stored::kept_as) in bf16 stay exact in it, so that they are multiplied in the same way; all else is f32.
+/// pass may [keep](outliers_worker::model::StoredTensor::kept_as) in bf16 stay exact in it, so that they are multiplied in the same way; all else is f32.
 pub(crate) fn rewrite(from: &Path, to: &Path, mut edit: impl FnMut(usize, &Need, &mut [f32])) {
     let checkpoint = Checkpoint::open_folder(from).unwrap();
     let model = Model::open(&checkpoint.config, &*checkpoint.weights, None).unwrap();
-    let (spare, meter) = (Spare::default(), Meter::default());
+    let (spare, meter) = (TensorPool::default(), Meter::default());
     let mut loader = Loader::new(&model, DType::F32, &Device::Cpu, &spare, meter.clock(Thread::Loader(0))).unwrap();
     let mut tensors: BTreeMap<String, (Vec<u64>, Vec<f32>, DType)> = BTreeMap::new();
     for (layer, need) in model.spec.needs() {

@@ -12,7 +12,7 @@ use outliers::units::Bytes;
 use outliers_clouds::conformance::{lease, life};
 use outliers_protocol::files;
 use outliers_tests::cluster::Cluster;
-use outliers_tests::desk::{Desk, Said};
+use outliers_tests::context::{Said, TestContext};
 use outliers_tests::golden::assert_statistics_equal;
 use outliers_tests::hub::{MockHub, Repo};
 use outliers_tests::noise;
@@ -23,19 +23,19 @@ const NOBODY: &str = "http://127.0.0.1:9";
 const HUB_MODEL: &str = "owner/tiny-olmoe";
 
 /// Longer than anything here takes on a busy machine; a test that waits so long has failed.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// A cluster with the stand-in's commands, and a desk whose settings lead there.
-fn office() -> Option<(Cluster, Desk)> {
+fn office() -> Option<(Cluster, TestContext)> {
     let cluster = Cluster::stand_in().unwrap()?;
-    let desk = desk(&cluster);
-    Some((cluster, desk))
+    let context = context(&cluster);
+    Some((cluster, context))
 }
 
-fn desk(cluster: &Cluster) -> Desk {
-    let desk = Desk::new();
-    std::fs::write(desk.work().join("mine.toml"), cluster.settings()).unwrap();
-    desk.with("OUTLIERS_CONFIG", "mine.toml").with("HF_ENDPOINT", NOBODY)
+fn context(cluster: &Cluster) -> TestContext {
+    let context = TestContext::new();
+    std::fs::write(context.work().join("mine.toml"), cluster.settings()).unwrap();
+    context.with("OUTLIERS_CONFIG", "mine.toml").with("HF_ENDPOINT", NOBODY)
 }
 
 /// `deploy` of the small fixture's model over its own token ids, uploaded.
@@ -57,50 +57,50 @@ fn hub_deploy(more: &[&str]) -> Vec<String> {
 }
 
 /// A cluster whose nodes reach nothing outside, and a desk that reaches a hub with one model.
-fn office_cut_off() -> Option<(Cluster, Desk, MockHub)> {
+fn office_cut_off() -> Option<(Cluster, TestContext, MockHub)> {
     let cluster = Cluster::stand_in().unwrap()?;
     cluster.cut_off().unwrap();
     let hub = MockHub::start([Repo::new(HUB_MODEL, &golden("olmoe-bf16").join("model"))]).unwrap();
-    let desk = desk(&cluster).with("HF_ENDPOINT", &hub.url());
-    Some((cluster, desk, hub))
+    let context = context(&cluster).with("HF_ENDPOINT", &hub.url());
+    Some((cluster, context, hub))
 }
 
-fn is_home_and_gone(said: Said, cluster: &Cluster, desk: &Desk, fixture: &str) {
+fn is_home_and_gone(said: Said, cluster: &Cluster, context: &TestContext, fixture: &str) {
     let said = said.ok();
-    assert_statistics_equal(&golden(fixture).join("outliers.json"), &desk.results());
+    assert_statistics_equal(&golden(fixture).join("outliers.json"), &context.results());
     assert!(!cluster.leases().exists(), "something is left in scratch: {said:?}");
 }
 
 #[test]
 fn a_deploy_through_a_queue_equals_the_reference_and_leaves_nothing() {
-    let Some((cluster, desk)) = office() else { return };
+    let Some((cluster, context)) = office() else { return };
     cluster.goes_wrong("hold", "QOSMaxGRESPerUser").unwrap();
-    let mut child = desk.start(deploy("llama-f32"));
-    desk.wait_for("the reason", || desk.stderr().contains("QOSMaxGRESPerUser"));
+    let mut child = context.start(deploy("llama-f32"));
+    context.wait_for("the reason", || context.stderr().contains("QOSMaxGRESPerUser"));
     cluster.goes_well("hold");
     let status = child.wait().unwrap();
-    let said = Said { code: status.code(), stdout: desk.stdout(), stderr: desk.stderr() };
-    is_home_and_gone(said, &cluster, &desk, "llama-f32");
+    let said = Said { code: status.code(), stdout: context.stdout(), stderr: context.stderr() };
+    is_home_and_gone(said, &cluster, &context, "llama-f32");
     assert_eq!(cluster.jobs(), 1, "a job that waits is not exchanged");
-    let listed = desk.json(&["instances", "list", "--broker", "slurm"]);
+    let listed = context.json(&["instances", "list", "--broker", "slurm"]);
     assert_eq!(listed["instances"].as_array().map(Vec::len), Some(0), "{listed}");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 #[test]
 fn a_lost_reply_of_sbatch_is_settled_by_the_name() {
-    let Some((cluster, desk)) = office() else { return };
+    let Some((cluster, context)) = office() else { return };
     cluster.goes_wrong("lose-reply", "").unwrap();
-    is_home_and_gone(desk.run(deploy("llama-f32")), &cluster, &desk, "llama-f32");
+    is_home_and_gone(context.run(deploy("llama-f32")), &cluster, &context, "llama-f32");
     assert_eq!(cluster.jobs(), 1, "it was not submitted again");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 #[test]
 fn a_refusal_of_sbatch_ends_the_run_in_its_words() {
-    let Some((cluster, desk)) = office() else { return };
+    let Some((cluster, context)) = office() else { return };
     cluster.goes_wrong("refuse", "Invalid account or account/partition combination specified").unwrap();
-    let said = desk.run(deploy("llama-f32"));
+    let said = context.run(deploy("llama-f32"));
     assert_eq!(said.code, Some(5), "{said:?}");
     assert!(said.stderr.contains("Invalid account"), "{said:?}");
     assert!(cluster.jobs() == 0 && !cluster.leases().exists(), "{said:?}");
@@ -108,46 +108,46 @@ fn a_refusal_of_sbatch_ends_the_run_in_its_words() {
 
 #[test]
 fn a_node_that_does_not_reach_the_hub_is_told_of_with_what_helps() {
-    let Some((cluster, desk, _hub)) = office_cut_off() else { return };
-    let said = desk.run(hub_deploy(&[]));
+    let Some((cluster, context, _hub)) = office_cut_off() else { return };
+    let said = context.run(hub_deploy(&[]));
     assert_eq!(said.code, Some(1), "{said:?}");
     for word in ["does not reach the hub", "--weights local:DIR", "hf-home"] {
         assert!(said.stderr.contains(word), "{word}: {said:?}");
     }
     assert!(cluster.jobs() == 1 && !cluster.leases().exists(), "no other node is tried, and nothing is left");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 #[test]
 fn a_checkpoint_in_a_folder_of_the_cluster_needs_no_network() {
-    let Some((cluster, desk, _hub)) = office_cut_off() else { return };
-    let absent = desk.run(hub_deploy(&["--weights", "local:/no/such"]));
+    let Some((cluster, context, _hub)) = office_cut_off() else { return };
+    let absent = context.run(hub_deploy(&["--weights", "local:/no/such"]));
     assert!(absent.code == Some(2) && absent.stderr.contains("holds no config.json"), "{absent:?}");
     assert_eq!(cluster.jobs(), 0);
     let there = format!("local:{}", golden("olmoe-bf16").join("model").display());
-    is_home_and_gone(desk.run(hub_deploy(&["--weights", &there])), &cluster, &desk, "olmoe-bf16");
-    desk.assert_nothing_left();
+    is_home_and_gone(context.run(hub_deploy(&["--weights", &there])), &cluster, &context, "olmoe-bf16");
+    context.assert_nothing_left();
 }
 
 #[test]
 fn a_model_in_a_hub_cache_of_the_cluster_is_read_there() {
-    let Some((cluster, desk, _hub)) = office_cut_off() else { return };
+    let Some((cluster, context, _hub)) = office_cut_off() else { return };
     let home = cluster.sshd.home().join("hf");
     let snapshots = home.join("hub/models--owner--tiny-olmoe/snapshots");
     std::fs::create_dir_all(&snapshots).unwrap();
     let commit = Repo::new(HUB_MODEL, Path::new("")).commit();
     std::os::unix::fs::symlink(golden("olmoe-bf16").join("model"), snapshots.join(commit)).unwrap();
     let settings = format!("{}hf-home = {home:?}\n", cluster.settings());
-    std::fs::write(desk.work().join("mine.toml"), settings).unwrap();
-    is_home_and_gone(desk.run(hub_deploy(&[])), &cluster, &desk, "olmoe-bf16");
-    desk.assert_nothing_left();
+    std::fs::write(context.work().join("mine.toml"), settings).unwrap();
+    is_home_and_gone(context.run(hub_deploy(&[])), &cluster, &context, "olmoe-bf16");
+    context.assert_nothing_left();
 }
 
 #[test]
 fn a_survey_has_no_more_jobs_at_a_time_than_it_may() {
-    let Some((cluster, desk)) = office() else { return };
+    let Some((cluster, context)) = office() else { return };
     for model in ["qwen3-moe", "glm4-moe"] {
-        let into = desk.work().join("models").join(model);
+        let into = context.work().join("models").join(model);
         std::fs::create_dir_all(&into).unwrap();
         for entry in std::fs::read_dir(golden(model).join("model")).unwrap() {
             let entry = entry.unwrap();
@@ -156,31 +156,31 @@ fn a_survey_has_no_more_jobs_at_a_time_than_it_may() {
     }
     let text = "name = \"two\"\nnum-sequences = 2\nsequence-length = 32\nprecision = \"f32\"\n\
                 models = [\"./models/qwen3-moe\", \"./models/glm4-moe\"]\n";
-    std::fs::write(desk.work().join("two.toml"), text).unwrap();
+    std::fs::write(context.work().join("two.toml"), text).unwrap();
     let settings = format!("[survey]\nstagger-seconds = 0\n{}", cluster.settings());
-    std::fs::write(desk.work().join("mine.toml"), settings).unwrap();
+    std::fs::write(context.work().join("mine.toml"), settings).unwrap();
     cluster.goes_wrong("hold", "Priority").unwrap();
     let words = ["survey", "two.toml", "-y", "--broker", "slurm", "--gpu-count", "0", "--push-model"];
-    let mut child = desk.start(words.iter().chain(&["--max-parallel", "1"]));
-    desk.wait_for("the queue", || desk.stderr().contains("Priority"));
+    let mut child = context.start(words.iter().chain(&["--max-parallel", "1"]));
+    context.wait_for("the queue", || context.stderr().contains("Priority"));
     // Another one would be submitted by now.
     let looks = cluster.asked("squeue");
-    desk.wait_for("more looks", || cluster.asked("squeue") > looks + 2);
-    assert_eq!(cluster.jobs(), 1, "{}", desk.stderr());
+    context.wait_for("more looks", || cluster.asked("squeue") > looks + 2);
+    assert_eq!(cluster.jobs(), 1, "{}", context.stderr());
     cluster.goes_well("hold");
     let status = child.wait().unwrap();
-    assert!(status.success(), "{}", desk.stderr());
-    assert!(cluster.jobs() == 2 && !cluster.leases().exists(), "{}", desk.stderr());
-    desk.assert_nothing_left();
+    assert!(status.success(), "{}", context.stderr());
+    assert!(cluster.jobs() == 2 && !cluster.leases().exists(), "{}", context.stderr());
+    context.assert_nothing_left();
 }
 
 #[test]
 fn a_login_node_with_an_unknown_key_is_not_logged_in_to() {
-    let Some((cluster, desk)) = office() else { return };
+    let Some((cluster, context)) = office() else { return };
     cluster.forget_host_key().unwrap();
     for command in [&["offers", "--gpu-count", "0"][..], &["instances", "list"]] {
         let command = [command, &["--broker", "slurm"]].concat();
-        let said = desk.run(command);
+        let said = context.run(command);
         assert_eq!(said.code, Some(5), "{said:?}");
         assert!(said.stderr.contains("ssh cluster"), "it says what to do: {said:?}");
     }
@@ -189,17 +189,17 @@ fn a_login_node_with_an_unknown_key_is_not_logged_in_to() {
 
 #[test]
 fn a_cluster_without_a_host_is_refused_with_what_to_say() {
-    let desk = Desk::new();
-    let said = desk.run(deploy("llama-f32"));
+    let context = TestContext::new();
+    let said = context.run(deploy("llama-f32"));
     assert_eq!(said.code, Some(2), "{said:?}");
     assert!(said.stderr.contains("--host"), "{said:?}");
 }
 
 #[test]
 fn offers_show_partitions_gpus_and_the_queues_estimate() {
-    let Some((cluster, desk)) = office() else { return };
+    let Some((cluster, context)) = office() else { return };
     let words = ["offers", "--json", "--broker", "slurm", "--gpu-count", "2", "--gpu-filter", "a100"];
-    let said = desk.run(words).ok();
+    let said = context.run(words).ok();
     for word in ["a100", "gpu: 1 of 2 nodes idle, starts at once", "without GPUs"] {
         assert!(said.stdout.contains(word), "{word}: {said:?}");
     }
@@ -208,40 +208,40 @@ fn offers_show_partitions_gpus_and_the_queues_estimate() {
 
 #[test]
 fn what_a_killed_controller_left_is_brought_home_by_attach() {
-    let Some((cluster, desk)) = office() else { return };
+    let Some((cluster, context)) = office() else { return };
     cluster.goes_wrong("hold", "Priority").unwrap();
-    let mut child = desk.start(deploy("llama-f32"));
-    desk.wait_for("the queue", || desk.stderr().contains("Priority"));
+    let mut child = context.start(deploy("llama-f32"));
+    context.wait_for("the queue", || context.stderr().contains("Priority"));
     child.kill().unwrap();
     child.wait().unwrap();
-    let listed = desk.json(&["instances", "list", "--broker", "slurm"]);
+    let listed = context.json(&["instances", "list", "--broker", "slurm"]);
     let state = listed["instances"][0]["state"]["queued"].as_str().unwrap_or_default().to_owned();
     assert!(state.contains("Priority"), "{listed}");
-    let standing = desk.json(&["status"]);
+    let standing = context.json(&["status"]);
     assert!(standing["under_way"][0]["waits"].as_str().is_some_and(|why| why.contains("Priority")), "{standing}");
-    assert!(desk.run(["status"]).ok().stdout.contains("waits: job 1 in"), "a person sees it too");
+    assert!(context.run(["status"]).ok().stdout.contains("waits: job 1 in"), "a person sees it too");
     cluster.goes_well("hold");
-    is_home_and_gone(desk.run(["attach"]), &cluster, &desk, "llama-f32");
+    is_home_and_gone(context.run(["attach"]), &cluster, &context, "llama-f32");
     assert_eq!(cluster.jobs(), 1);
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 #[test]
 fn a_job_that_is_put_back_into_the_queue_in_mid_pass_works_on() {
-    let Some((cluster, desk)) = office() else { return };
-    let model = desk.work().join("model");
+    let Some((cluster, context)) = office() else { return };
+    let model = context.work().join("model");
     let model = model.to_str().unwrap();
     assert!(run_worker(["demo-model", "--output", model]).status.success());
     let words = ["deploy", "-y", "--broker", "slurm", "--gpu-count", "0", "--push-model", "--model", model];
-    let mut child = desk.start(words.iter().chain(&["--num-sequences", "60", "--sequence-length", "512"]));
-    desk.wait_for("the worker to be busy", || says_of_a_run(&cluster, files::PROGRESS, "\"layers\",\"layer\":1"));
+    let mut child = context.start(words.iter().chain(&["--num-sequences", "60", "--sequence-length", "512"]));
+    context.wait_for("the worker to be busy", || says_of_a_run(&cluster, files::PROGRESS, "\"layers\",\"layer\":1"));
     cluster.says("scontrol", &["requeue", "1"]);
     assert!(!says_of_a_run(&cluster, files::MANIFEST, ""), "it was in mid-pass");
     let status = child.wait().unwrap();
-    assert!(status.success(), "{}", desk.stderr());
-    assert_eq!((desk.results().sequences, cluster.jobs()), (60, 1), "{}", desk.stderr());
+    assert!(status.success(), "{}", context.stderr());
+    assert_eq!((context.results().sequences, cluster.jobs()), (60, 1), "{}", context.stderr());
     assert!(!cluster.leases().exists(), "something is left in scratch");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 /// Whether a file of a run on the cluster is there and holds this.
@@ -256,20 +256,20 @@ fn says_of_a_run(cluster: &Cluster, name: &str, text: &str) -> bool {
 
 #[test]
 fn a_job_that_nobody_wants_ends_by_its_tag_alone() {
-    let Some((cluster, desk)) = office() else { return };
+    let Some((cluster, context)) = office() else { return };
     cluster.goes_wrong("hold", "Priority").unwrap();
-    let mut child = desk.start(deploy("llama-f32"));
-    desk.wait_for("the queue", || desk.stderr().contains("Priority"));
+    let mut child = context.start(deploy("llama-f32"));
+    context.wait_for("the queue", || context.stderr().contains("Priority"));
     child.kill().unwrap();
     child.wait().unwrap();
-    let listed = desk.json(&["instances", "list", "--broker", "slurm"]);
+    let listed = context.json(&["instances", "list", "--broker", "slurm"]);
     let id = listed["instances"][0]["id"].as_str().unwrap().to_owned();
-    std::fs::remove_dir_all(desk.state()).unwrap();
+    std::fs::remove_dir_all(context.state()).unwrap();
     let owner = id.split('-').nth(1).unwrap();
-    let said = desk.run(["instances", "terminate", &id, "--broker", "slurm", "--owner", owner, "-y"]).ok();
+    let said = context.run(["instances", "terminate", &id, "--broker", "slurm", "--owner", owner, "-y"]).ok();
     assert!(said.stdout.contains("seen gone"), "{said:?}");
     assert!(!cluster.leases().exists());
-    let foreign = desk.run(["instances", "terminate", "7", "--broker", "slurm", "--force", "-y"]);
+    let foreign = context.run(["instances", "terminate", "7", "--broker", "slurm", "--force", "-y"]);
     assert_eq!(foreign.code, Some(2), "other jobs are never touched: {foreign:?}");
 }
 
@@ -390,7 +390,7 @@ async fn files_travel_whole_by_the_ssh_program() {
     let Some(cluster) = Cluster::stand_in().unwrap() else { return };
     let folder = tempfile::tempdir().unwrap();
     let ssh = OpenSsh::new("cluster", Some(&cluster.ssh_config()), folder.path()).unwrap();
-    let limit = PATIENCE;
+    let limit = TIMEOUT;
     let out = ssh.exec("printf out; printf err >&2; exit 7", b"", limit).await.unwrap();
     assert_eq!((out.status, &out.stdout[..], &out.stderr[..]), (Some(7), &b"out"[..], &b"err"[..]));
     let content = noise(3_000_001);
@@ -426,10 +426,10 @@ async fn files_travel_whole_by_the_ssh_program() {
 #[test]
 fn a_deploy_to_slurm_itself_equals_the_reference_and_leaves_nothing() {
     let Some(cluster) = Cluster::real().unwrap() else { return };
-    let desk = desk(&cluster);
-    is_home_and_gone(desk.run(deploy("llama-f32")), &cluster, &desk, "llama-f32");
+    let context = context(&cluster);
+    is_home_and_gone(context.run(deploy("llama-f32")), &cluster, &context, "llama-f32");
     assert_eq!(cluster.says("squeue", &["-h", "-t", "PENDING,RUNNING"]), "");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -440,7 +440,7 @@ async fn a_job_of_slurm_itself_is_found_by_its_name_and_ended() {
     let (offer, lease) = (first_offer(&broker).await, lease());
     let made = broker.create(&offer, &lease).await.unwrap();
     let begun = Instant::now();
-    while begun.elapsed() < PATIENCE {
+    while begun.elapsed() < TIMEOUT {
         let job = broker.get(&made.id).await.unwrap().expect("it is listed from the first look on");
         if matches!(job.state, InstanceState::Ready(_)) {
             break;

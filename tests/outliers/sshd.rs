@@ -8,11 +8,11 @@ use outliers::broker::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
     Lease, LeaseTag, Offer, Offers,
 };
-use outliers::clouds::{BadHosts, Cloud, Clouds, Patience};
+use outliers::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use outliers::deploy::{Driver, Ports, SshHosts, Stop};
 use outliers::estimate::Work;
 use outliers::ledger::{Ledger, RunRecord, RunWriter, now_ms};
-use outliers::run::{Ending, Intent, Pin, RunEvent, RunSpec, Trouble, Watch};
+use outliers::run::{FailureDetail, GuardTimeouts, Intent, Pin, RunEvent, RunOutcome, RunSpec};
 use outliers::units::{Bytes, UsdPerHour};
 use outliers_protocol::{CorpusSource, JobSpec, ModelSource, Precision, Results, files};
 use outliers_tests::golden::{assert_activations_equal, assert_statistics_equal};
@@ -106,7 +106,7 @@ fn offer() -> Offer {
     }
 }
 
-fn all(offers: Vec<Offer>, _spec: &RunSpec) -> Result<Vec<Offer>, Trouble> {
+fn all(offers: Vec<Offer>, _spec: &RunSpec) -> Result<Vec<Offer>, FailureDetail> {
     Ok(offers)
 }
 
@@ -130,7 +130,7 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
         keep_running: false,
         detach: false,
         max_duration_s: 600,
-        watch: Watch { lease_s: 600, unclaimed_s: 600 },
+        watch: GuardTimeouts { lease_s: 600, unclaimed_s: 600 },
         budget: None,
         agreed: None,
         only_in_time: false,
@@ -140,10 +140,17 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
     }
 }
 
-async fn drive(cloud: &Arc<SshdCloud>, run: RunWriter, patience: Patience) -> RunRecord {
+async fn drive(cloud: &Arc<SshdCloud>, run: RunWriter, timeouts: Timeouts) -> RunRecord {
     let (hosts, bad_hosts) = (SshHosts::new(worker(), Bytes::from_gib(1), Bytes::from_gib(1)), BadHosts::default());
-    let clouds = Clouds::from(vec![Cloud { broker: cloud.clone(), patience, is_local: false }]);
-    let ports = Ports { clouds: &clouds, select: all, bad_hosts: &bad_hosts, hosts: &hosts, secrets: &[], turns: None };
+    let clouds = Clouds::from(vec![Cloud { broker: cloud.clone(), timeouts, is_local: false }]);
+    let ports = Ports {
+        clouds: &clouds,
+        select: all,
+        bad_hosts: &bad_hosts,
+        hosts: &hosts,
+        secrets: &[],
+        start_throttle: None,
+    };
     let stop = tokio::sync::watch::Sender::new(Stop::Go);
     let record = Driver::new(run, ports, stop.subscribe(), &|_| {}).drive().await.unwrap();
     assert!(record.state.is_closed(), "{:?}", record.state);
@@ -164,8 +171,8 @@ async fn a_deploy_to_openssh_equals_the_reference() {
     let folder = tempfile::tempdir().unwrap();
     let (cloud, ledger) = (Arc::new(SshdCloud::default()), Ledger::open(&folder.path().join("state")).unwrap());
     let run = ledger.plan(&spec("olmoe-bf16", &folder.path().join("results"))).unwrap();
-    let record = drive(&cloud, run, Patience::LOCAL).await;
-    assert_eq!(record.state.ending(), Some(&Ending::Completed), "{record:?}");
+    let record = drive(&cloud, run, Timeouts::LOCAL).await;
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed), "{record:?}");
     let home = Path::new(&record.state.results().unwrap().folder).to_owned();
     let reference = golden("olmoe-bf16");
     assert_activations_equal(&reference.join("golden.safetensors"), &home.join("activations.safetensors"));
@@ -192,8 +199,8 @@ async fn servers_with_one_channel_and_homes_without_programs_serve() {
         let folder = tempfile::tempdir().unwrap();
         let (cloud, ledger) = (Arc::new(cloud), Ledger::open(&folder.path().join("state")).unwrap());
         let run = ledger.plan(&spec("llama-f32", &folder.path().join("results"))).unwrap();
-        let record = drive(&cloud, run, Patience::LOCAL).await;
-        assert_eq!(record.state.ending(), Some(&Ending::Completed), "{:?}: {record:?}", cloud.config);
+        let record = drive(&cloud, run, Timeouts::LOCAL).await;
+        assert_eq!(record.state.ending(), Some(&RunOutcome::Completed), "{:?}: {record:?}", cloud.config);
         assert!(record.state.results().is_some_and(|results| results.complete));
         assert_eq!(*cloud.created.lock().unwrap(), 1);
     }
@@ -218,8 +225,8 @@ async fn a_server_that_does_not_know_our_key_is_given_back() {
     let cloud = Arc::new(SshdCloud { deaf: true, ..SshdCloud::default() });
     let ledger = Ledger::open(&folder.path().join("state")).unwrap();
     let run = ledger.plan(&spec("llama-f32", &folder.path().join("results"))).unwrap();
-    let patience = Patience { ssh: std::time::Duration::from_secs(6), ..Patience::LOCAL };
-    let record = drive(&cloud, run, patience).await;
+    let timeouts = Timeouts { ssh: std::time::Duration::from_secs(6), ..Timeouts::LOCAL };
+    let record = drive(&cloud, run, timeouts).await;
     let said = record.state.ending().unwrap().to_string();
     assert!(said.contains("key") || said.contains("log in"), "{said}");
 }
@@ -246,7 +253,7 @@ async fn a_server_with_another_host_key_than_the_pinned_one_is_given_back() {
     let instance = cloud.create(&offer(), &lease).await.unwrap();
     run.append(RunEvent::Created { instance: instance.id, price: instance.price }).unwrap();
     run.append(RunEvent::Reached { pin: Pin(another.public_line().to_owned()), price: None }).unwrap();
-    let record = drive(&cloud, run, Patience::LOCAL).await;
+    let record = drive(&cloud, run, Timeouts::LOCAL).await;
     let said = record.state.ending().unwrap().to_string();
     assert!(said.contains("host key"), "{said}");
 }
@@ -262,7 +269,7 @@ async fn an_instance_without_room_is_given_back() {
     for (disk, word) in [(Bytes::from_mib(16), "disk"), (Bytes(0), "free")] {
         let mut spec = RunSpec { disk, ..spec("llama-f32", &folder.path().join("results")) };
         spec.request.min_disk = Some(disk);
-        let record = drive(&cloud, ledger.plan(&spec).unwrap(), Patience::LOCAL).await;
+        let record = drive(&cloud, ledger.plan(&spec).unwrap(), Timeouts::LOCAL).await;
         let said = record.state.ending().unwrap().to_string();
         assert!(said.contains(word), "{said}");
     }

@@ -11,7 +11,7 @@ use outliers_protocol::{FailureKind, Manifest, Metadata, Outcome, Results, files
 use outliers_tests::hub::{Fault, MockHub, Repo, Seen, Wire};
 use outliers_tests::programs::worker;
 use outliers_worker::error::WorkerError;
-use outliers_worker::hub::{Hub, HubOptions, Patience, Token};
+use outliers_worker::hub::{Hub, HubOptions, Timeouts, Token};
 use outliers_worker::source::{Checkpoint, TensorEntry, Wanted, WeightSource};
 
 use crate::hub::{ID, Setup};
@@ -27,14 +27,14 @@ const PART: u64 = 1 << 20;
 
 /// Patience with ranges.
 fn patient(setup: Setup) -> Setup {
-    let patience = Patience {
+    let timeouts = Timeouts {
         response: Duration::from_secs(20),
         silence: Duration::from_secs(2),
         late: Duration::from_millis(200),
         tries: 4,
-        ..setup.patience
+        ..setup.timeouts
     };
-    Setup { patience, ..setup }
+    Setup { timeouts, ..setup }
 }
 
 impl Setup {
@@ -308,8 +308,8 @@ fn a_file_that_was_replaced_is_not_mixed_with_what_it_was() {
 fn a_range_that_is_late_is_asked_for_again_before_its_connection_is_given_up() {
     let mut setup = patient(Setup::new());
     // Nobody would notice the silence otherwise.
-    setup.patience.silence = Duration::from_secs(600);
-    setup.patience.response = Duration::from_secs(600);
+    setup.timeouts.silence = Duration::from_secs(600);
+    setup.timeouts.response = Duration::from_secs(600);
     for fault in [Fault::Stall(1000), Fault::Slow(1000)] {
         let asked = setup.hub.seen().len();
         assert!(setup.read_with(&fault, 1).unwrap() == setup.stored(), "{fault:?}");
@@ -323,7 +323,7 @@ fn a_range_that_is_late_is_asked_for_again_before_its_connection_is_given_up() {
 #[test]
 fn a_broken_range_is_resumed_where_it_broke() {
     let mut setup = patient(Setup::new());
-    setup.patience.late = Duration::from_secs(600);
+    setup.timeouts.late = Duration::from_secs(600);
     let checkpoint = setup.stream();
     setup.hub.fail(SHARD, 1, Fault::Truncate(65_536));
     // Without hashes the first range is as long as a part.
@@ -342,7 +342,7 @@ fn a_broken_range_is_resumed_where_it_broke() {
 fn addresses_expire_and_are_asked_for_again() {
     let mut setup = patient(Setup::new());
     // Several ranges may meet the same expiry, and some of them the next one too.
-    setup.patience.tries = 20;
+    setup.timeouts.tries = 20;
     let checkpoint = setup.stream();
     setup.hub.expire_after(5);
     assert!(read_all(&*checkpoint.weights).unwrap() == setup.stored());

@@ -6,7 +6,7 @@ use std::process::Child;
 use outliers::broker::InstanceState;
 use outliers::broker::local::Bill;
 use outliers_tests::browser::{Browser, plots};
-use outliers_tests::desk::{Desk, Said};
+use outliers_tests::context::{Said, TestContext};
 use outliers_tests::programs::golden;
 use serde_json::Value;
 
@@ -26,20 +26,20 @@ const NINE: [&str; 9] = [
 /// The one that is to fail.
 const BROKEN: &str = "olmoe-bf16";
 
-/// A desk with copies of these models in folders of their own, and a survey of them.
-fn desk(models: &[&str]) -> Desk {
-    let desk = Desk::new();
+/// A context with copies of these models in folders of their own, and a survey of them.
+fn context(models: &[&str]) -> TestContext {
+    let context = TestContext::new();
     for model in models {
-        copy(&golden(model).join("model"), &desk.work().join("models").join(model));
+        copy(&golden(model).join("model"), &context.work().join("models").join(model));
     }
     let list: Vec<String> = models.iter().map(|model| format!("\"./models/{model}\"")).collect();
     let text = format!(
         "name = \"nine\"\nnum_sequences = 4\nsequence_length = 32\nprecision = \"f32\"\nmodels = [{}]\n",
         list.join(", ")
     );
-    std::fs::write(desk.work().join("nine.toml"), text).unwrap();
-    std::fs::write(desk.work().join("settings.toml"), "[survey]\nstagger-seconds = 0\n").unwrap();
-    desk
+    std::fs::write(context.work().join("nine.toml"), text).unwrap();
+    std::fs::write(context.work().join("settings.toml"), "[survey]\nstagger-seconds = 0\n").unwrap();
+    context
 }
 
 fn copy(from: &Path, into: &Path) {
@@ -56,8 +56,8 @@ fn survey<'a>(more: &[&'a str]) -> Vec<&'a str> {
 }
 
 /// Values that are no numbers in place of a model's weights: its headers are as before.
-fn spoil(desk: &Desk, model: &str) -> PathBuf {
-    let weights = desk.work().join("models").join(model).join("model.safetensors");
+fn spoil(context: &TestContext, model: &str) -> PathBuf {
+    let weights = context.work().join("models").join(model).join("model.safetensors");
     let mut bytes = std::fs::read(&weights).unwrap();
     let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     bytes[8 + header..].fill(0xff);
@@ -66,25 +66,25 @@ fn spoil(desk: &Desk, model: &str) -> PathBuf {
 }
 
 /// Of each model in the index: its name, what became of it, and why.
-fn index(desk: &Desk) -> Vec<(String, String, String)> {
-    let text = std::fs::read(desk.work().join("remote_results/nine/index.json")).unwrap();
+fn index(context: &TestContext) -> Vec<(String, String, String)> {
+    let text = std::fs::read(context.work().join("remote_results/nine/index.json")).unwrap();
     let index: Value = serde_json::from_slice(&text).unwrap();
     let word = |line: &Value, key: &str| line[key].as_str().unwrap_or_default().to_owned();
     let line = |line: &Value| (word(line, "name"), word(line, "outcome"), word(line, "why"));
     index["models"].as_array().unwrap().iter().map(line).collect()
 }
 
-fn compare(desk: &Desk, more: &[&str]) -> Said {
-    desk.run(["compare", "remote_results/nine", "--format", "json"].iter().chain(more))
+fn compare(context: &TestContext, more: &[&str]) -> Said {
+    context.run(["compare", "remote_results/nine", "--format", "json"].iter().chain(more))
 }
 
 /// The page of all nine, in a browser.
-fn read_page(desk: &Desk) {
+fn read_page(context: &TestContext) {
     let page = ["compare", "remote_results/nine", "--html", "page.html", "--svg", "plots", "--png", "pictures"];
-    let _ = desk.run(page).ok();
-    let drawn = plots(&desk.work().join("plots"));
-    assert_eq!(drawn, plots(&desk.work().join("pictures")));
-    let (page, keep) = (desk.work().join("page.html"), std::env::var_os("OUTLIERS_KEEP_PAGE"));
+    let _ = context.run(page).ok();
+    let drawn = plots(&context.work().join("plots"));
+    assert_eq!(drawn, plots(&context.work().join("pictures")));
+    let (page, keep) = (context.work().join("page.html"), std::env::var_os("OUTLIERS_KEEP_PAGE"));
     if let Some(folder) = keep {
         std::fs::copy(&page, Path::new(&folder).join("nine.html")).unwrap();
     }
@@ -96,10 +96,10 @@ fn read_page(desk: &Desk) {
 
 /// Kills the controller at a moment when instances are running: it is halted first, so that the moment stays. All of them are up: one that
 /// was not even started would be billed, and then another.
-fn kill_in_the_midst(desk: &Desk, controller: &mut Child) {
-    desk.wait_for("the survey to be in its midst", || {
+fn kill_in_the_midst(context: &TestContext, controller: &mut Child) {
+    context.wait_for("the survey to be in its midst", || {
         signal(controller, "STOP");
-        let Bill { entries, running } = desk.bill();
+        let Bill { entries, running } = context.bill();
         let are_up = running.iter().all(|instance| matches!(instance.state, InstanceState::Ready(_)));
         let in_the_midst = entries.len() >= 2 && !running.is_empty() && are_up;
         if !in_the_midst {
@@ -119,80 +119,90 @@ fn signal(child: &Child, name: &str) {
 /// Parallel 2, one model failing on purpose, the controller killed in mid-run.
 #[test]
 fn nine_models_one_of_them_broken_survive_the_death_of_their_controller() {
-    let desk = desk(&NINE);
-    let weights = spoil(&desk, BROKEN);
-    let plan = desk.run(survey(&["--dry-run"])).ok();
+    let context = context(&NINE);
+    let weights = spoil(&context, BROKEN);
+    let plan = context.run(survey(&["--dry-run"])).ok();
     assert!(NINE.iter().all(|model| plan.stdout.contains(model)) && plan.stdout.contains("at most"), "{plan:?}");
-    assert!(desk.bill().entries.is_empty() && !desk.work().join("remote_results").exists());
+    assert!(context.bill().entries.is_empty() && !context.work().join("remote_results").exists());
 
-    let mut controller = desk.start(survey(&[]));
-    desk.wait_for("the survey to begin", || !desk.bill().running.is_empty());
-    let busy = desk.run(survey(&[]));
+    let mut controller = context.start(survey(&[]));
+    context.wait_for("the survey to begin", || !context.bill().running.is_empty());
+    let busy = context.run(survey(&[]));
     assert!(busy.code == Some(2) && busy.stderr.contains("another process"), "{busy:?}");
-    kill_in_the_midst(&desk, &mut controller);
-    assert!(desk.bill().running.len() <= 2, "{:?}", desk.bill().running);
-    let status = desk.json(&["status"]);
+    kill_in_the_midst(&context, &mut controller);
+    assert!(context.bill().running.len() <= 2, "{:?}", context.bill().running);
+    let status = context.json(&["status"]);
     let alone = |run: &Value| run["looked_after"] == Value::Bool(false) && run["survey"] == "nine";
     assert!(status["under_way"].as_array().unwrap().iter().any(alone), "{status}");
-    let written = desk.run(["handoff"]).ok().stdout;
+    let written = context.run(["handoff"]).ok().stdout;
     let handoff = std::fs::read_to_string(written.trim()).unwrap();
-    let command = format!("outliers survey {}", desk.work().join("nine.toml").display());
+    let command = format!("outliers survey {}", context.work().join("nine.toml").display());
     assert!(handoff.contains(&command) && handoff.contains("NOBODY"), "{handoff}");
 
-    let said = desk.run(survey(&[]));
+    let said = context.run(survey(&[]));
     assert_eq!(said.code, Some(1), "{said:?}");
     assert!(said.stderr.contains("Picking up run") && said.stdout.contains("8 of 9 complete"), "{said:?}");
     assert!(said.stdout.contains("holds NaN") && said.stderr.contains("--rerun-failed"), "{said:?}");
-    desk.assert_nothing_left();
-    assert_eq!(desk.bill().entries.len(), 9, "what was left was picked up: nothing was rented twice");
-    for (name, outcome, why) in index(&desk) {
+    context.assert_nothing_left();
+    assert_eq!(context.bill().entries.len(), 9, "what was left was picked up: nothing was rented twice");
+    for (name, outcome, why) in index(&context) {
         let failed = name == BROKEN;
         assert_eq!(outcome, if failed { "partial" } else { "complete" }, "{name}: {why}");
         assert_eq!(why.contains("holds NaN"), failed, "{name}: {why}");
     }
-    let partial = compare(&desk, &[]);
+    let partial = compare(&context, &[]);
     assert!(partial.code == Some(1) && partial.stderr.contains(BROKEN), "{partial:?}");
-    let _ = compare(&desk, &["--allow-partial"]).ok();
+    let _ = compare(&context, &["--allow-partial"]).ok();
 
-    let again = desk.run(survey(&[]));
-    assert_eq!((again.code, desk.bill().entries.len()), (Some(1), 9), "what failed waits to be asked for: {again:?}");
+    let again = context.run(survey(&[]));
+    assert_eq!(
+        (again.code, context.bill().entries.len()),
+        (Some(1), 9),
+        "what failed waits to be asked for: {again:?}"
+    );
 
     copy(&golden(BROKEN).join("model"), weights.parent().unwrap());
-    let mended = desk.run(survey(&["--rerun-failed"])).ok();
+    let mended = context.run(survey(&["--rerun-failed"])).ok();
     assert!(mended.stdout.contains("9 of 9 complete"), "{mended:?}");
-    assert_eq!(desk.bill().entries.len(), 10, "only what failed was run again");
-    assert!(index(&desk).iter().all(|(_, outcome, _)| outcome == "complete"));
-    let compared: Value = serde_json::from_str(&compare(&desk, &[]).ok().stdout).unwrap();
+    assert_eq!(context.bill().entries.len(), 10, "only what failed was run again");
+    assert!(index(&context).iter().all(|(_, outcome, _)| outcome == "complete"));
+    let compared: Value = serde_json::from_str(&compare(&context, &[]).ok().stdout).unwrap();
     assert_eq!(compared["models"].as_array().unwrap().len(), 9);
 
-    read_page(&desk);
+    read_page(&context);
 
-    let handoff = std::fs::read_to_string(desk.run(["handoff"]).ok().stdout.trim()).unwrap();
+    let handoff = std::fs::read_to_string(context.run(["handoff"]).ok().stdout.trim()).unwrap();
     assert!(handoff.contains("outliers compare ") && !handoff.contains("holds NaN"), "{handoff}");
 
-    let document = desk.json(&survey(&["--rerun-failed"]));
-    assert_eq!((&document["exit_status"], desk.bill().entries.len()), (&Value::from(0), 10), "nothing is left to do");
+    let document = context.json(&survey(&["--rerun-failed"]));
+    assert_eq!(
+        (&document["exit_status"], context.bill().entries.len()),
+        (&Value::from(0), 10),
+        "nothing is left to do"
+    );
     assert!(
         document["models"].as_array().unwrap().iter().all(|model| model["figures"]["perplexity"].is_number()),
         "{document}"
     );
-    desk.assert_nothing_left();
-    let status = desk.run(["status"]).ok().stdout;
+    context.assert_nothing_left();
+    let status = context.run(["status"]).ok().stdout;
     assert!(status.contains("nothing is under way") && status.contains("nine"), "{status}");
 }
 
 /// As a controller leaves it that dies between noting an instance and starting it. There is only this machine to rent.
 #[test]
 fn an_instance_that_never_started_is_exchanged_for_another_like_it() {
-    let desk = desk(&NINE[..1]);
-    let mut controller = desk.start(survey(&[]));
-    desk.wait_for("an instance", || !desk.bill().running.is_empty());
+    let context = context(&NINE[..1]);
+    let mut controller = context.start(survey(&[]));
+    context.wait_for("an instance", || !context.bill().running.is_empty());
     controller.kill().unwrap();
     controller.wait().unwrap();
-    let instance = desk.state().join("local/instances").join(&desk.bill().running[0].id.0);
+    let instance = context.state().join("local/instances").join(&context.bill().running[0].id.0);
     let ready = instance.join("ready.json");
     // It may have been started already.
-    desk.wait_for("it to be up", || ready.exists() || !matches!(desk.bill().running[0].state, InstanceState::Booting));
+    context.wait_for("it to be up", || {
+        ready.exists() || !matches!(context.bill().running[0].state, InstanceState::Booting)
+    });
     if let Ok(text) = std::fs::read_to_string(&ready) {
         let ready: Value = serde_json::from_str(&text).unwrap();
         let killed = std::process::Command::new("kill").args(["-KILL", &ready["pid"].to_string()]).status();
@@ -202,92 +212,92 @@ fn an_instance_that_never_started_is_exchanged_for_another_like_it() {
     let mut record: Value = serde_json::from_slice(&std::fs::read(instance.join("instance.json")).unwrap()).unwrap();
     record["created_at"] = (record["created_at"].as_u64().unwrap() - 1000).into();
     std::fs::write(instance.join("instance.json"), record.to_string()).unwrap();
-    desk.wait_for("its state", || desk.bill().running[0].state == InstanceState::Stopped);
+    context.wait_for("its state", || context.bill().running[0].state == InstanceState::Stopped);
 
-    let said = desk.run(survey(&[])).ok();
+    let said = context.run(survey(&[])).ok();
     assert!(said.stdout.contains("1 of 1 complete"), "{said:?}");
-    assert_eq!(desk.bill().entries.len(), 2);
-    desk.assert_nothing_left();
+    assert_eq!(context.bill().entries.len(), 2);
+    context.assert_nothing_left();
 }
 
 /// What the results' own records and hashes tell is not rented again.
 #[test]
 fn a_survey_that_lost_its_ledger_goes_on_from_its_index_and_its_files() {
-    let desk = desk(&NINE[..3]);
-    let weights = spoil(&desk, BROKEN);
-    let first = desk.run(survey(&[]));
+    let context = context(&NINE[..3]);
+    let weights = spoil(&context, BROKEN);
+    let first = context.run(survey(&[]));
     assert!(first.code == Some(1) && first.stdout.contains("2 of 3 complete"), "{first:?}");
-    let rented = desk.bill().entries.len();
+    let rented = context.bill().entries.len();
     for end in ["", "-wal", "-shm"] {
-        let _ = std::fs::remove_file(desk.state().join(format!("ledger.db{end}")));
+        let _ = std::fs::remove_file(context.state().join(format!("ledger.db{end}")));
     }
-    std::fs::remove_dir_all(desk.state().join("runs")).unwrap();
-    let again = desk.run(survey(&[]));
+    std::fs::remove_dir_all(context.state().join("runs")).unwrap();
+    let again = context.run(survey(&[]));
     assert!(again.code == Some(1) && again.stdout.contains("2 of 3 complete"), "{again:?}");
-    assert_eq!(desk.bill().entries.len(), rented, "nothing was rented again: {again:?}");
-    assert_eq!(index(&desk).iter().map(|line| line.1.as_str()).filter(|outcome| *outcome == "complete").count(), 2);
+    assert_eq!(context.bill().entries.len(), rented, "nothing was rented again: {again:?}");
+    assert_eq!(index(&context).iter().map(|line| line.1.as_str()).filter(|outcome| *outcome == "complete").count(), 2);
     copy(&golden(BROKEN).join("model"), weights.parent().unwrap());
-    let mended = desk.run(survey(&["--rerun-failed"])).ok();
+    let mended = context.run(survey(&["--rerun-failed"])).ok();
     assert!(mended.stdout.contains("3 of 3 complete"), "{mended:?}");
-    assert_eq!(desk.bill().entries.len(), rented + 1, "only what failed was run again");
+    assert_eq!(context.bill().entries.len(), rented + 1, "only what failed was run again");
     // What is not as it was written is not believed, and not overwritten either.
-    std::fs::remove_file(desk.state().join("ledger.db")).unwrap();
+    std::fs::remove_file(context.state().join("ledger.db")).unwrap();
     for end in ["-wal", "-shm"] {
-        let _ = std::fs::remove_file(desk.state().join(format!("ledger.db{end}")));
+        let _ = std::fs::remove_file(context.state().join(format!("ledger.db{end}")));
     }
-    std::fs::write(desk.work().join("remote_results/nine").join(NINE[0]).join("results.json"), "{}").unwrap();
-    let damaged = desk.run(survey(&[]));
+    std::fs::write(context.work().join("remote_results/nine").join(NINE[0]).join("results.json"), "{}").unwrap();
+    let damaged = context.run(survey(&[]));
     assert!(damaged.code == Some(2) && damaged.stderr.contains("holds results of other work"), "{damaged:?}");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 #[test]
 fn one_interrupt_ends_all_runs_and_the_same_command_goes_on() {
-    let desk = desk(&NINE[..4]);
-    let mut controller = desk.start(survey(&[]));
-    desk.wait_for("two instances", || desk.bill().running.len() == 2);
+    let context = context(&NINE[..4]);
+    let mut controller = context.start(survey(&[]));
+    context.wait_for("two instances", || context.bill().running.len() == 2);
     signal(&controller, "INT");
     let code = controller.wait().unwrap().code();
-    assert_eq!(code, Some(130), "{}", desk.stderr());
-    desk.assert_nothing_left();
-    assert!(desk.bill().entries.len() < 4, "what had not begun does not begin");
-    let said = desk.run(survey(&["--only", "qwen3-moe,./models/glm4-moe"])).ok();
+    assert_eq!(code, Some(130), "{}", context.stderr());
+    context.assert_nothing_left();
+    assert!(context.bill().entries.len() < 4, "what had not begun does not begin");
+    let said = context.run(survey(&["--only", "qwen3-moe,./models/glm4-moe"])).ok();
     assert!(said.stdout.contains("2 of 2 complete"), "{said:?}");
-    let said = desk.run(survey(&[])).ok();
+    let said = context.run(survey(&[])).ok();
     assert!(said.stdout.contains("4 of 4 complete"), "{said:?}");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 #[test]
 fn all_that_is_wrong_is_said_at_once_and_nothing_is_rented() {
-    let desk = desk(&NINE[..3]);
+    let context = context(&NINE[..3]);
     for model in &NINE[..2] {
-        let config = desk.work().join("models").join(model).join("config.json");
+        let config = context.work().join("models").join(model).join("config.json");
         let text = std::fs::read_to_string(&config).unwrap().replace("ForCausalLM", "ForNobody");
         std::fs::write(config, text).unwrap();
     }
-    let said = desk.run(survey(&[]));
+    let said = context.run(survey(&[]));
     assert_eq!(said.code, Some(2), "{said:?}");
     let named = NINE[..2].iter().all(|model| said.stderr.contains(&format!("{model}: ")));
     assert!(named && said.stderr.contains("nothing was rented"), "{said:?}");
-    assert!(desk.bill().entries.is_empty() && desk.bill().running.is_empty());
-    let unknown = desk.run(survey(&["--only", "gpt-5"]));
+    assert!(context.bill().entries.is_empty() && context.bill().running.is_empty());
+    let unknown = context.run(survey(&["--only", "gpt-5"]));
     assert!(unknown.code == Some(2) && unknown.stderr.contains("olmoe-bf16"), "{unknown:?}");
-    std::fs::write(desk.work().join("nine.toml"), "name = 'nine'\nmodles = []\n").unwrap();
-    let typo = desk.run(survey(&[]));
+    std::fs::write(context.work().join("nine.toml"), "name = 'nine'\nmodles = []\n").unwrap();
+    let typo = context.run(survey(&[]));
     assert!(typo.code == Some(2) && typo.stderr.contains("nine.toml:2") && typo.stderr.contains("modles"), "{typo:?}");
-    desk.assert_nothing_left();
+    context.assert_nothing_left();
 }
 
 /// Turns are for the hub: workers that read nothing from it start at once.
 #[test]
 fn workers_that_do_not_read_from_the_hub_wait_for_no_turn() {
-    let desk = desk(&["llama-f32", "qwen3"]);
-    std::fs::write(desk.work().join("settings.toml"), "[survey]\nstagger-seconds = 3600\n").unwrap();
-    let mut controller = desk.start(survey(&[]));
-    desk.wait_for("the survey to end", || controller.try_wait().unwrap().is_some());
-    assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", desk.stderr());
-    assert!(desk.stdout().contains("2 of 2 complete"), "{}", desk.stdout());
-    assert!(!desk.stderr().contains("for its turn"), "{}", desk.stderr());
-    desk.assert_nothing_left();
+    let context = context(&["llama-f32", "qwen3"]);
+    std::fs::write(context.work().join("settings.toml"), "[survey]\nstagger-seconds = 3600\n").unwrap();
+    let mut controller = context.start(survey(&[]));
+    context.wait_for("the survey to end", || controller.try_wait().unwrap().is_some());
+    assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", context.stderr());
+    assert!(context.stdout().contains("2 of 2 complete"), "{}", context.stdout());
+    assert!(!context.stderr().contains("for its turn"), "{}", context.stderr());
+    context.assert_nothing_left();
 }

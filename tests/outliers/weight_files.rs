@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use outliers_protocol::{FailureKind, Inspection, Metadata, files};
-use outliers_tests::desk::Desk;
+use outliers_tests::context::TestContext;
 use outliers_tests::golden::assert_activations_equal;
 use outliers_tests::programs::{golden, run_worker};
 use outliers_tests::torch::{self, Tensor};
@@ -60,7 +60,7 @@ fn new_weights_beside_an_older_index_and_its_shard_are_the_ones_that_run() {
     let run = run_worker(["inspect", "--model", model.path().to_str().unwrap()]);
     let said = String::from_utf8_lossy(&run.stderr).into_owned();
     assert!(said.contains("WARN") && said.contains("two sets of weights"), "{said}");
-    let said = Desk::new().run(["inspect", "--model", model.path().to_str().unwrap()]).ok();
+    let said = TestContext::new().run(["inspect", "--model", model.path().to_str().unwrap()]).ok();
     assert!(said.stdout.contains("note: two sets of weights lie here: model.safetensors, which is read"), "{said:?}");
 }
 

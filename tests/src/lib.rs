@@ -2,10 +2,10 @@
 
 pub mod browser;
 pub mod cluster;
-pub mod desk;
+pub mod context;
+pub mod flaky_link;
 pub mod golden;
 pub mod hub;
-pub mod line;
 pub mod programs;
 pub mod sshd;
 pub mod torch;

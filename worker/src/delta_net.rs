@@ -107,7 +107,7 @@ enum Projected {
 
 /// What is projected to.
 #[derive(Clone, Copy)]
-enum Kind {
+enum Projection {
     Query,
     Key,
     Value,
@@ -118,37 +118,37 @@ enum Kind {
 
 impl Projected {
     /// One kind, `[rows, heads * width]`: the heads one after another.
-    fn columns(&self, spec: &DeltaNetSpec, kind: Kind) -> Result<Tensor> {
+    fn columns(&self, spec: &DeltaNetSpec, kind: Projection) -> Result<Tensor> {
         let DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, .. } = *spec;
         let (keys, values, served) = (key_heads * key_dim, value_heads * value_dim, value_heads / key_heads);
         match self {
             Self::ByKeyHead { qkvz, ba } => {
                 let (of_keys, of_values) = (2 * key_dim, served * value_dim);
                 match kind {
-                    Kind::Query => of_groups(qkvz, key_heads, 0, key_dim),
-                    Kind::Key => of_groups(qkvz, key_heads, key_dim, key_dim),
-                    Kind::Value => of_groups(qkvz, key_heads, of_keys, of_values),
-                    Kind::Gate => of_groups(qkvz, key_heads, of_keys + of_values, of_values),
-                    Kind::Strength => of_groups(ba, key_heads, 0, served),
-                    Kind::Step => of_groups(ba, key_heads, served, served),
+                    Projection::Query => of_groups(qkvz, key_heads, 0, key_dim),
+                    Projection::Key => of_groups(qkvz, key_heads, key_dim, key_dim),
+                    Projection::Value => of_groups(qkvz, key_heads, of_keys, of_values),
+                    Projection::Gate => of_groups(qkvz, key_heads, of_keys + of_values, of_values),
+                    Projection::Strength => of_groups(ba, key_heads, 0, served),
+                    Projection::Step => of_groups(ba, key_heads, served, served),
                 }
             }
             Self::ByKind { qkv, gates, strengths, steps } => match kind {
-                Kind::Query => qkv.narrow(1, 0, keys)?.contiguous(),
-                Kind::Key => qkv.narrow(1, keys, keys)?.contiguous(),
-                Kind::Value => qkv.narrow(1, 2 * keys, values)?.contiguous(),
-                Kind::Gate => Ok(gates.clone()),
-                Kind::Strength => Ok(strengths.clone()),
-                Kind::Step => Ok(steps.clone()),
+                Projection::Query => qkv.narrow(1, 0, keys)?.contiguous(),
+                Projection::Key => qkv.narrow(1, keys, keys)?.contiguous(),
+                Projection::Value => qkv.narrow(1, 2 * keys, values)?.contiguous(),
+                Projection::Gate => Ok(gates.clone()),
+                Projection::Strength => Ok(strengths.clone()),
+                Projection::Step => Ok(steps.clone()),
             },
             Self::Apart { query, key, value, gates, strengths, steps } => {
                 let of_kind = match kind {
-                    Kind::Query => query,
-                    Kind::Key => key,
-                    Kind::Value => value,
-                    Kind::Gate => gates,
-                    Kind::Strength => strengths,
-                    Kind::Step => steps,
+                    Projection::Query => query,
+                    Projection::Key => key,
+                    Projection::Value => value,
+                    Projection::Gate => gates,
+                    Projection::Strength => strengths,
+                    Projection::Step => steps,
                 };
                 Ok(of_kind.clone())
             }
@@ -172,7 +172,7 @@ pub fn delta_net(spec: &DeltaNetSpec, weights: &DeltaNetWeights, x: &Tensor, pos
     let mixed = mixed.reshape((rows / positions, spec.value_heads, positions, spec.value_dim))?.transpose(1, 2)?;
     let mixed = mixed.contiguous()?.to_dtype(x.dtype())?.reshape((rows * spec.value_heads, spec.value_dim))?;
     let normed = weights.norm.apply(&mixed)?.reshape((rows, values))?;
-    let gates = projected.columns(spec, Kind::Gate)?;
+    let gates = projected.columns(spec, Projection::Gate)?;
     let gate = if spec.stored == DeltaStored::Apart { Gate::Sigmoid } else { Gate::Silu };
     weights.output.apply(&fused::gated(gates, &normed, gate)?)
 }
@@ -192,9 +192,9 @@ fn heads(spec: &DeltaNetSpec, weights: &DeltaNetWeights, projected: &Projected, 
     let value = Convolution { heads: value_heads, first_channel: 2 * keys, length: None, ..query };
     let (decay, strength) = gates(spec, weights, projected, positions)?;
     Ok(Heads {
-        query: part(Kind::Query, query)?,
-        key: part(Kind::Key, key)?,
-        value: part(Kind::Value, value)?,
+        query: part(Projection::Query, query)?,
+        key: part(Projection::Key, key)?,
+        value: part(Projection::Value, value)?,
         decay,
         strength,
     })
@@ -210,8 +210,8 @@ fn gates(
     positions: usize,
 ) -> Result<(Tensor, Tensor)> {
     let wide = |kind| projected.columns(spec, kind)?.to_dtype(DType::F32);
-    let strength = (wide(Kind::Strength)?.neg()?.exp()? + 1.0)?.recip()?;
-    let step = softplus(&wide(Kind::Step)?.broadcast_add(&weights.step_bias.to_dtype(DType::F32)?)?)?;
+    let strength = (wide(Projection::Strength)?.neg()?.exp()? + 1.0)?.recip()?;
+    let step = softplus(&wide(Projection::Step)?.broadcast_add(&weights.step_bias.to_dtype(DType::F32)?)?)?;
     let rate = weights.decay.to_dtype(DType::F32)?.exp()?.neg()?.reshape((1, spec.value_heads, 1))?;
     // A step for each head, or for each channel of its key.
     let by_head = |t: Tensor| {

@@ -84,7 +84,7 @@ pub fn compute_dtype(precision: Precision, devices: &[Placement]) -> DType {
 
 /// CPU model and memory of this machine, as far as the system tells.
 #[derive(Clone, Debug, Default)]
-pub struct Machine {
+pub struct MachineInfo {
     /// CPU model name.
     pub cpu: String,
     /// Memory in bytes.
@@ -92,14 +92,14 @@ pub struct Machine {
 }
 
 /// Asks the system.
-pub fn machine() -> Machine {
-    let Ok(system) = System::new_all() else { return Machine::default() };
+pub fn machine() -> MachineInfo {
+    let Ok(system) = System::new_all() else { return MachineInfo::default() };
     let cpu = system.cpus().first().map_or_else(String::new, |cpu| cpu.brand().trim().to_owned());
-    Machine { cpu, memory_bytes: Some(system.total_memory()) }
+    MachineInfo { cpu, memory_bytes: Some(system.total_memory()) }
 }
 
 /// Provenance of the devices.
-pub fn describe(devices: &[Placement], machine: &Machine) -> Vec<DeviceInfo> {
+pub fn describe(devices: &[Placement], machine: &MachineInfo) -> Vec<DeviceInfo> {
     // Whoever uses the CPU alone has nothing to ask of a driver.
     let gpus = if has_gpu(devices) { gpu::find().describe() } else { Vec::new() };
     let one = |d: &Placement| {
@@ -117,14 +117,14 @@ pub fn describe(devices: &[Placement], machine: &Machine) -> Vec<DeviceInfo> {
 #[derive(Clone, Debug, Serialize)]
 pub struct Devices {
     /// The CPU first.
-    pub devices: Vec<Seen>,
+    pub devices: Vec<DeviceStatus>,
     /// Why no GPU serves, where none does.
     pub why_no_gpu: Option<String>,
 }
 
 /// A device, and whether it serves.
 #[derive(Clone, Debug, Serialize)]
-pub struct Seen {
+pub struct DeviceStatus {
     /// Its name as in `--devices`, and what it is.
     #[serde(flatten)]
     pub device: DeviceInfo,
@@ -135,15 +135,15 @@ pub struct Seen {
 /// Looks for all there is.
 pub fn list() -> Devices {
     let gpus = gpu::find();
-    let cpu = describe(&[cpu("cpu")], &machine()).into_iter().map(|device| Seen { device, unfit: None });
+    let cpu = describe(&[cpu("cpu")], &machine()).into_iter().map(|device| DeviceStatus { device, unfit: None });
     let others = gpus.describe().into_iter().zip(&gpus.gpus);
-    let others = others.map(|(device, gpu)| Seen { device, unfit: gpu.unfit.clone() });
+    let others = others.map(|(device, gpu)| DeviceStatus { device, unfit: gpu.unfit.clone() });
     Devices { devices: cpu.chain(others).collect(), why_no_gpu: gpus.why_none }
 }
 
 impl fmt::Display for Devices {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for Seen { device, unfit } in &self.devices {
+        for DeviceStatus { device, unfit } in &self.devices {
             write!(f, "{:<8} {}", device.name, device.description)?;
             if let Some(bytes) = device.memory_bytes {
                 write!(f, ", {:.1} GiB", bytes as f64 / (1u64 << 30) as f64)?;

@@ -331,13 +331,17 @@ fn fill<T: Compute>(stored: &Encoded<'_>, out: &mut [T::Bits], tensor: &str) -> 
             other => Err(undecodable(other, tensor)),
         },
         Encoded::Fp8Blocks { bytes, scales, scale_dtype, shape, block } => {
-            all::<T>(&fp8::Blocks::new(bytes, scales, scale_dtype, shape, block, tensor)?, out, tensor)
+            all::<T>(&fp8::Fp8Tiles::new(bytes, scales, scale_dtype, shape, block, tensor)?, out, tensor)
         }
-        Encoded::Mxfp4 { blocks, scales } => all::<T>(&mxfp4::Blocks::<T>::new(blocks, scales, tensor)?, out, tensor),
+        Encoded::Mxfp4 { blocks, scales } => {
+            all::<T>(&mxfp4::Mxfp4Blocks::<T>::new(blocks, scales, tensor)?, out, tensor)
+        }
         Encoded::Int4 { codes, scales, scale_dtype, group } => {
             all::<T>(&int4::Groups::new(codes, scales, scale_dtype, group, tensor)?, out, tensor)
         }
-        Encoded::Nvfp4 { blocks, scales, whole } => all::<T>(&nvfp4::Blocks::new(blocks, scales, whole), out, tensor),
+        Encoded::Nvfp4 { blocks, scales, whole } => {
+            all::<T>(&nvfp4::Nvfp4Blocks::new(blocks, scales, whole), out, tensor)
+        }
     }
 }
 

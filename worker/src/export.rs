@@ -351,10 +351,10 @@ mod tests {
         let kept = |export: &[Export]| {
             let mut exports = Exports::new(&job(export)).unwrap();
             let layer = exports.layer(0);
-            let tap = layer.taps().unwrap().of(Role::Query, None).unwrap();
+            let tap = layer.taps().unwrap().of(Role::QProj, None).unwrap();
             tap.see(&Tensor::new(&[[-3f32, 1.0]], &Device::Cpu).unwrap()).unwrap();
             exports.join(layer);
-            exports.layers()[&0].inputs[&(Input::of(Role::Key), None)].clone()
+            exports.layers()[&0].inputs[&(Input::of(Role::KProj), None)].clone()
         };
         let summed = kept(&[Export::Imatrix]);
         assert_eq!((summed.rows, summed.squares, summed.values), (1, vec![9.0, 1.0], vec![-3.0, 1.0]));

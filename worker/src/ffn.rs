@@ -16,13 +16,13 @@ pub struct MlpWeights {
     /// What happens at the inner width.
     pub kind: MlpKind,
     /// `hidden` to `intermediate`.
-    pub widening: Widening,
+    pub gate_up: GateUpProj,
     /// `[hidden, intermediate]`.
     pub down: Linear,
 }
 
 /// The matrices that lead to the inner width.
-pub enum Widening {
+pub enum GateUpProj {
     /// `[intermediate, hidden]`.
     Up(Linear),
     /// Two of `[intermediate, hidden]`.
@@ -39,8 +39,8 @@ pub enum Widening {
 impl MlpWeights {
     /// `x` `[rows, hidden]` to the same shape.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let inner = match &self.widening {
-            Widening::Up(up) => {
+        let inner = match &self.gate_up {
+            GateUpProj::Up(up) => {
                 let up = up.apply(x)?;
                 match self.kind {
                     MlpKind::Relu => up.relu()?,
@@ -48,8 +48,8 @@ impl MlpWeights {
                     _ => up.gelu()?,
                 }
             }
-            Widening::Separate { gate, up } => fused::gated(gate.apply(x)?, &up.apply(x)?, self.gate())?,
-            Widening::Joined(both) => fused::gated_joined(&both.apply(x)?, self.is_interleaved(), self.gate())?,
+            GateUpProj::Separate { gate, up } => fused::gated(gate.apply(x)?, &up.apply(x)?, self.gate())?,
+            GateUpProj::Joined(both) => fused::gated_joined(&both.apply(x)?, self.is_interleaved(), self.gate())?,
         };
         self.down.apply(&inner)
     }
@@ -668,8 +668,8 @@ mod tests {
                     for expert in group {
                         let Some(part) = routed.gather(&inputs, expert).unwrap() else { continue };
                         let weight = (linear(4, 3).weight * (expert as f64 - 2.5)).unwrap();
-                        let (widening, down) = (Widening::Up(linear(3, 4)), Linear::new(weight, None));
-                        let mlp = MlpWeights { kind: MlpKind::GeluTanh, widening, down };
+                        let (gate_up, down) = (GateUpProj::Up(linear(3, 4)), Linear::new(weight, None));
+                        let mlp = MlpWeights { kind: MlpKind::GeluTanh, gate_up, down };
                         routed.add(expert, &only(apply_expert(&mlp, vec![part]).unwrap())).unwrap();
                     }
                 }
@@ -696,7 +696,7 @@ mod tests {
     #[test]
     fn rows_of_several_micro_batches_come_back_to_their_own() {
         let x = |from: f32| Tensor::arange(from, from + 12.0, &Device::Cpu).unwrap().reshape((3, 4)).unwrap();
-        let weights = MlpWeights { kind: MlpKind::Relu, widening: Widening::Up(linear(3, 4)), down: linear(4, 3) };
+        let weights = MlpWeights { kind: MlpKind::Relu, gate_up: GateUpProj::Up(linear(3, 4)), down: linear(4, 3) };
         let routing = |experts: [u32; 3]| Routing {
             top_k: 1,
             experts: experts.into(),
@@ -717,8 +717,8 @@ mod tests {
     #[test]
     fn an_expert_without_tokens_changes_nothing() {
         let x = Tensor::ones((2, 4), DType::F32, &Device::Cpu).unwrap();
-        let widening = Widening::Separate { gate: linear(3, 4), up: linear(3, 4) };
-        let weights = MlpWeights { kind: MlpKind::Swiglu(GateUp::Separate), widening, down: linear(4, 3) };
+        let gate_up = GateUpProj::Separate { gate: linear(3, 4), up: linear(3, 4) };
+        let weights = MlpWeights { kind: MlpKind::Swiglu(GateUp::Separate), gate_up, down: linear(4, 3) };
         let routing = Routing { top_k: 1, experts: vec![1, 1], weights: vec![0.5, 0.25], scales_input: false };
         let pairs = routing.by_expert(3);
         assert!(gather(&x, &pairs, 0).unwrap().is_none() && gather(&x, &pairs, 2).unwrap().is_none());
@@ -730,7 +730,7 @@ mod tests {
     #[test]
     fn a_weight_on_the_input_is_not_a_weight_on_the_output() {
         let x = Tensor::ones((1, 4), DType::F32, &Device::Cpu).unwrap();
-        let weights = MlpWeights { kind: MlpKind::Relu, widening: Widening::Up(linear(3, 4)), down: linear(4, 3) };
+        let weights = MlpWeights { kind: MlpKind::Relu, gate_up: GateUpProj::Up(linear(3, 4)), down: linear(4, 3) };
         let routing = |scales_input| Routing { top_k: 1, experts: vec![0], weights: vec![-0.5], scales_input };
         let out = |scales_input| {
             let pairs = routing(scales_input).by_expert(1);

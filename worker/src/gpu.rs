@@ -6,16 +6,16 @@ mod activation;
 #[path = "gpu/no_activation.rs"]
 mod activation;
 #[cfg(feature = "cuda")]
-mod lift;
+mod host_to_device;
 #[cfg(not(feature = "cuda"))]
-#[path = "gpu/no_lift.rs"]
-mod lift;
+#[path = "gpu/no_host_to_device.rs"]
+mod host_to_device;
 
 use candle_core::Device;
 use outliers_protocol::DeviceInfo;
 
 pub use activation::{Activation, with_activation};
-pub use lift::{Arrival, Departure, Lift, departure};
+pub use host_to_device::{HostToDevice, ReleaseFence, UploadFence, release_fence};
 
 use crate::error::{Result, WorkerError};
 
@@ -44,7 +44,7 @@ pub struct Gpus {
 /// Looks for them.
 #[cfg(feature = "cuda")]
 pub fn find() -> Gpus {
-    use outliers_cuda::{Found, Gpu as Seen, OLDEST_COMPUTE};
+    use outliers_cuda::{DriverInfo, Gpu as Seen, OLDEST_COMPUTE};
 
     let one = |Seen { name, memory_bytes, compute }: &Seen| {
         let ((major, minor), (least, dot)) = (*compute, OLDEST_COMPUTE);
@@ -53,7 +53,7 @@ pub fn find() -> Gpus {
         Gpu { name: name.clone(), memory_bytes: *memory_bytes, unfit }
     };
     match outliers_cuda::find() {
-        Ok(Found { gpus, .. }) => Gpus { gpus: gpus.iter().map(one).collect(), why_none: None, wasted: false },
+        Ok(DriverInfo { gpus, .. }) => Gpus { gpus: gpus.iter().map(one).collect(), why_none: None, wasted: false },
         Err(why) => Gpus { gpus: Vec::new(), why_none: Some(why.to_string()), wasted: why.wastes_a_gpu() },
     }
 }

@@ -5,15 +5,15 @@
 //! no hash and waits for ever on a silent connection. Here every file is compared with the size and hash that the
 //! repository lists before it gets its name.
 
-mod allowance;
 mod answer;
 mod cache;
 mod dataset;
 mod http;
-mod intake;
 mod listing;
 mod pieces;
 mod plan;
+mod prefetch;
+mod rate_limit;
 mod remote;
 mod streamed;
 mod verify;
@@ -26,14 +26,14 @@ use std::thread;
 use outliers_protocol::{FileBytes, WeightVerification};
 
 pub use dataset::{Dataset, DatasetFile};
-pub use http::{Patience, Token};
+pub use http::{Timeouts, Token};
 pub use listing::{Digest, RepoFile, RepoKind, RepoListing};
 
 use crate::error::{Result, WorkerError};
 use crate::safetensors::{Header, HeaderTensor};
 use crate::source::{
-    CONFIG_FILE, Checkpoint, Container, Described, LocalSource, MAX_JSON_BYTES, Place, TOKENIZER_SETTINGS, TensorEntry,
-    TensorIndex, TokenizerFiles, WeightFiles, WeightSource, read_small,
+    CONFIG_FILE, Checkpoint, Container, Described, LocalSource, Location, MAX_JSON_BYTES, TOKENIZER_SETTINGS,
+    TensorEntry, TensorIndex, TokenizerFiles, WeightFiles, WeightSource, read_small,
 };
 use crate::torch;
 use cache::Cache;
@@ -67,7 +67,7 @@ pub struct HubOptions {
     /// The hub's cache folder (`$HF_HOME/hub`).
     pub cache: PathBuf,
     /// How long to try.
-    pub patience: Patience,
+    pub timeouts: Timeouts,
     /// Most requests in five minutes, those for ranges of files whose address is known not among them.
     pub requests: usize,
 }
@@ -76,8 +76,8 @@ impl HubOptions {
     /// The public hub without a token.
     pub fn new(cache: impl Into<PathBuf>) -> Self {
         let endpoint = DEFAULT_ENDPOINT.to_owned();
-        let (patience, requests) = (Patience::default(), DEFAULT_REQUESTS);
-        Self { endpoint, token: None, cache: cache.into(), patience, requests }
+        let (timeouts, requests) = (Timeouts::default(), DEFAULT_REQUESTS);
+        Self { endpoint, token: None, cache: cache.into(), timeouts, requests }
     }
 }
 
@@ -149,7 +149,7 @@ impl Hub {
             return self.fetch_shards(&listing, &shards, progress);
         }
         let (index, files) = self.index(&listing, &shards)?;
-        Ok(self.described(&listing)?.with(HubSource::new(index, files, self.client.patience, read_ahead)))
+        Ok(self.described(&listing)?.with(HubSource::new(index, files, self.client.timeouts, read_ahead)))
     }
 
     /// The checked tensors of all weight files, and the files.
@@ -223,7 +223,7 @@ impl Hub {
             Ok(read_small(&snapshot.join(name))?.unwrap_or_default())
         };
         let name = format!("model {}", listing.id);
-        let weights = WeightFiles::find(&Place { name: &name, has: &has, read: &read })?;
+        let weights = WeightFiles::find(&Location { name: &name, has: &has, read: &read })?;
         let files = weights.names.iter().filter_map(|name| listing.file(name));
         let files = files.map(|file| self.sized(listing, file)).collect::<Result<_>>()?;
         Ok(Shards { weights, files })

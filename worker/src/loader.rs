@@ -11,9 +11,9 @@ use candle_core::{DType, Device, Tensor};
 use crate::decoder::Need;
 use crate::dtype::{self, Encoded};
 use crate::error::{Result, WorkerError};
-use crate::gpu::{Arrival, Lift};
+use crate::gpu::{HostToDevice, UploadFence};
 use crate::meter::{Clock, Subject, Work};
-use crate::model::{Format, Model, Piece, Stored};
+use crate::model::{Format, Model, StoredTensor, TensorRange};
 use crate::product;
 use crate::source::WeightSource;
 use crate::weights::UnitTensors;
@@ -23,9 +23,9 @@ pub struct Loader<'a> {
     model: &'a Model<'a>,
     compute: DType,
     device: &'a Device,
-    spare: &'a Spare,
+    pool: &'a TensorPool,
     /// To a GPU.
-    lift: Option<Lift>,
+    host_to_device: Option<HostToDevice>,
     clock: Clock<'a>,
     subject: Subject,
     values: Vec<u8>,
@@ -37,7 +37,7 @@ pub struct Loader<'a> {
 pub struct LoadedUnit {
     /// By role and expert.
     pub tensors: UnitTensors,
-    /// For [`Spare::give_back`].
+    /// For [`TensorPool::give_back`].
     pub memory: Vec<Tensor>,
 }
 
@@ -45,24 +45,24 @@ pub struct LoadedUnit {
 #[must_use]
 pub struct OnItsWay<T> {
     // Dropped first: what arrives must not be given back before it has.
-    arrival: Option<Arrival>,
+    upload_fence: Option<UploadFence>,
     value: T,
 }
 
 impl<T> OnItsWay<T> {
-    /// What its device is asked for from now on is done after the arrival.
+    /// What its device is asked for from now on is done after the fence.
     ///
     /// # Errors
     /// Device: the driver's.
     pub fn arrived(self) -> Result<T> {
-        let Self { arrival, value } = self;
-        arrival.map(Arrival::wait).transpose()?;
+        let Self { upload_fence, value } = self;
+        upload_fence.map(UploadFence::wait).transpose()?;
         Ok(value)
     }
 }
 
 impl<'a> Loader<'a> {
-    /// Decodes for a pass in `compute` on `device`, into memory from `spare` where there is some; `clock` is told how long everything takes.
+    /// Decodes for a pass in `compute` on `device`, into memory from `pool` where there is some; `clock` is told how long everything takes.
     ///
     /// # Errors
     /// Device: a GPU that cannot be used.
@@ -70,12 +70,12 @@ impl<'a> Loader<'a> {
         model: &'a Model<'a>,
         compute: DType,
         device: &'a Device,
-        spare: &'a Spare,
+        pool: &'a TensorPool,
         clock: Clock<'a>,
     ) -> Result<Self> {
-        let (lift, subject) = (Lift::to(device)?, Subject::default());
+        let (host_to_device, subject) = (HostToDevice::to(device)?, Subject::default());
         let (values, scales, beside) = Default::default();
-        Ok(Self { model, compute, device, spare, lift, clock, subject, values, scales, beside })
+        Ok(Self { model, compute, device, pool, host_to_device, clock, subject, values, scales, beside })
     }
 
     /// What the clock is told that all loading from now on is about.
@@ -92,7 +92,7 @@ impl<'a> Loader<'a> {
         let mut memory = Vec::new();
         let loaded = needs.iter().try_for_each(|need| {
             let decoded = self.decoded(layer, need)?;
-            memory.extend(Spare::takes(&decoded.tensor).then(|| decoded.tensor.clone()));
+            memory.extend(TensorPool::takes(&decoded.tensor).then(|| decoded.tensor.clone()));
             tensors.insert((need.role, need.expert), decoded.out_by_in()?);
             Ok(())
         });
@@ -112,8 +112,8 @@ impl<'a> Loader<'a> {
     }
 
     fn on_its_way<T>(&self, value: T) -> Result<OnItsWay<T>> {
-        let arrival = self.lift.as_ref().map(Lift::arrival).transpose()?;
-        Ok(OnItsWay { arrival, value })
+        let upload_fence = self.host_to_device.as_ref().map(HostToDevice::upload_fence).transpose()?;
+        Ok(OnItsWay { upload_fence, value })
     }
 
     fn decoded(&mut self, layer: usize, need: &Need) -> Result<Decoded> {
@@ -134,7 +134,7 @@ impl<'a> Loader<'a> {
         let encoded = encoded(&stored, [&self.values, &self.scales, &self.beside], &shape)?;
         let name = &stored.values.entry.name;
         let dtype = stored.kept_as(self.compute, need.is_matrix() && product::takes_bf16(self.device));
-        let way = Way { lift: self.lift.as_mut(), spare: self.spare, device: self.device };
+        let way = Way { host_to_device: self.host_to_device.as_mut(), pool: self.pool, device: self.device };
         let decode = || way.decode(&encoded, &shape, dtype, name);
         let tensor = self.clock.time_about(Work::Decoding, self.subject.clone(), decode)?;
         Ok(Decoded { tensor, input_major: stored.input_major })
@@ -144,7 +144,7 @@ impl<'a> Loader<'a> {
     ///
     /// # Errors
     /// As [`tensor`](Self::tensor).
-    pub fn rows(&mut self, stored: &Stored<'_>, rows: &Range<usize>) -> Result<OnItsWay<Tensor>> {
+    pub fn rows(&mut self, stored: &StoredTensor<'_>, rows: &Range<usize>) -> Result<OnItsWay<Tensor>> {
         let mut bytes = std::mem::take(&mut self.values);
         self.clock.time(Work::Reading, || read(self.model.source, &rows_of(stored, rows), &mut bytes))?;
         let decoded = self.decode_rows(stored, rows, &bytes);
@@ -156,12 +156,17 @@ impl<'a> Loader<'a> {
     ///
     /// # Errors
     /// A value that is not finite, by name.
-    pub fn decode_rows(&mut self, stored: &Stored<'_>, rows: &Range<usize>, bytes: &[u8]) -> Result<OnItsWay<Tensor>> {
+    pub fn decode_rows(
+        &mut self,
+        stored: &StoredTensor<'_>,
+        rows: &Range<usize>,
+        bytes: &[u8],
+    ) -> Result<OnItsWay<Tensor>> {
         let entry = stored.values.entry;
         let encoded = Encoded::Plain { dtype: &entry.dtype, bytes };
         let shape = [rows.len(), entry.shape[1] as usize];
         let dtype = stored.kept_as(self.compute, product::takes_bf16(self.device));
-        let way = Way { lift: self.lift.as_mut(), spare: self.spare, device: self.device };
+        let way = Way { host_to_device: self.host_to_device.as_mut(), pool: self.pool, device: self.device };
         let tensor = self.clock.time(Work::Decoding, || way.decode(&encoded, &shape, dtype, &entry.name))?;
         self.on_its_way(tensor)
     }
@@ -169,16 +174,16 @@ impl<'a> Loader<'a> {
 
 /// How decoded values come to where they are computed with.
 struct Way<'a> {
-    lift: Option<&'a mut Lift>,
-    spare: &'a Spare,
+    host_to_device: Option<&'a mut HostToDevice>,
+    pool: &'a TensorPool,
     device: &'a Device,
 }
 
 impl Way<'_> {
     fn decode(self, encoded: &Encoded<'_>, shape: &[usize], dtype: DType, name: &str) -> Result<Tensor> {
-        match self.lift {
-            Some(lift) => lift.decode(encoded, shape, dtype, name),
-            None => self.spare.decode(encoded, shape, dtype, self.device, name),
+        match self.host_to_device {
+            Some(host_to_device) => host_to_device.decode(encoded, shape, dtype, name),
+            None => self.pool.decode(encoded, shape, dtype, self.device, name),
         }
     }
 }
@@ -196,24 +201,24 @@ impl Decoded {
 }
 
 /// Some rows of a stored matrix, as stored.
-pub fn rows_of<'a>(stored: &Stored<'a>, rows: &Range<usize>) -> Piece<'a> {
+pub fn rows_of<'a>(stored: &StoredTensor<'a>, rows: &Range<usize>) -> TensorRange<'a> {
     let entry = stored.values.entry;
     let row_bytes = entry.len / entry.shape[0];
-    Piece { entry, range: rows.start as u64 * row_bytes..rows.end as u64 * row_bytes }
+    TensorRange { entry, range: rows.start as u64 * row_bytes..rows.end as u64 * row_bytes }
 }
 
 /// Fills `into` with the bytes of a piece.
 ///
 /// # Errors
 /// The source's.
-pub fn read(source: &dyn WeightSource, piece: &Piece<'_>, into: &mut Vec<u8>) -> Result<()> {
+pub fn read(source: &dyn WeightSource, piece: &TensorRange<'_>, into: &mut Vec<u8>) -> Result<()> {
     into.resize((piece.range.end - piece.range.start) as usize, 0);
     source.read(piece.entry, piece.range.clone(), into)
 }
 
 /// The bytes of a tensor's pieces, as what they are.
 fn encoded<'b>(
-    stored: &'b Stored<'_>,
+    stored: &'b StoredTensor<'_>,
     [values, scales, beside]: [&'b [u8]; 3],
     shape: &[usize],
 ) -> Result<Encoded<'b>> {
@@ -239,7 +244,7 @@ fn encoded<'b>(
 
 /// Refuses packed integers whose stored shape, two whole numbers, is another than the one
 /// expected.
-fn check_shape(stored: &Stored<'_>, bytes: &[u8], shape: &[usize]) -> Result<()> {
+fn check_shape(stored: &StoredTensor<'_>, bytes: &[u8], shape: &[usize]) -> Result<()> {
     // As I32 or as I64.
     let found: Vec<u64> = if bytes.len() == 2 * size_of::<u64>() {
         bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect()
@@ -256,7 +261,7 @@ fn check_shape(stored: &Stored<'_>, bytes: &[u8], shape: &[usize]) -> Result<()>
 
 /// Memory of matrices on the CPU that no computation needs any more.
 #[derive(Default)]
-pub struct Spare {
+pub struct TensorPool {
     /// Most bytes of matrices, in use and free together; when there are more, free ones are dropped.
     limit: u64,
     matrices: Mutex<Matrices>,
@@ -270,7 +275,7 @@ struct Matrices {
     used_bytes: u64,
 }
 
-impl Spare {
+impl TensorPool {
     /// Keeps `limit` bytes at most, those in use included.
     pub fn new(limit: u64) -> Self {
         Self { limit, matrices: Mutex::default() }
@@ -345,29 +350,29 @@ mod tests {
     use super::*;
     use crate::safetensors::StoredDtype;
 
-    fn decoded(spare: &Spare, values: &[f32], shape: &[usize]) -> Tensor {
+    fn decoded(pool: &TensorPool, values: &[f32], shape: &[usize]) -> Tensor {
         let encoded = Encoded::Plain { dtype: &StoredDtype::F32, bytes: bytemuck::cast_slice(values) };
-        spare.decode(&encoded, shape, DType::F32, &Device::Cpu, "t").unwrap()
+        pool.decode(&encoded, shape, DType::F32, &Device::Cpu, "t").unwrap()
     }
 
     #[test]
     fn memory_is_used_again_for_the_same_shape_alone() {
-        let spare = Spare::new(1 << 20);
-        let first = decoded(&spare, &[1.0, 2.0, 3.0, 4.0], &[2, 2]);
+        let pool = TensorPool::new(1 << 20);
+        let first = decoded(&pool, &[1.0, 2.0, 3.0, 4.0], &[2, 2]);
         let id = first.id();
-        spare.give_back([first]);
-        assert_ne!(decoded(&spare, &[1.0, 2.0, 3.0, 4.0], &[1, 4]).id(), id);
-        let again = decoded(&spare, &[5.0, 6.0, 7.0, 8.0], &[2, 2]);
+        pool.give_back([first]);
+        assert_ne!(decoded(&pool, &[1.0, 2.0, 3.0, 4.0], &[1, 4]).id(), id);
+        let again = decoded(&pool, &[5.0, 6.0, 7.0, 8.0], &[2, 2]);
         assert_eq!(again.id(), id);
         assert_eq!(again.to_vec2::<f32>().unwrap(), [[5.0, 6.0], [7.0, 8.0]]);
     }
 
     #[test]
     fn no_more_is_kept_than_allowed() {
-        let spare = Spare::new(40);
-        let tensors: Vec<Tensor> = (0..3).map(|_| decoded(&spare, &[1.0; 4], &[2, 2])).collect();
-        spare.give_back(tensors);
-        let matrices = spare.lock();
+        let pool = TensorPool::new(40);
+        let tensors: Vec<Tensor> = (0..3).map(|_| decoded(&pool, &[1.0; 4], &[2, 2])).collect();
+        pool.give_back(tensors);
+        let matrices = pool.lock();
         assert_eq!((matrices.free_bytes, matrices.used_bytes, matrices.free.len()), (32, 0, 2));
     }
 }

@@ -48,13 +48,13 @@ pub struct Model<'a> {
 
 /// Where the bytes of a needed tensor are, and how they are stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Stored<'a> {
+pub struct StoredTensor<'a> {
     /// Its values.
-    pub values: Piece<'a>,
+    pub values: TensorRange<'a>,
     /// What its values are multiplied by, for quantised formats.
-    pub scales: Option<Piece<'a>>,
+    pub scales: Option<TensorRange<'a>>,
     /// What else belongs to it: of [`Format::Int4`] its shape, of [`Format::Nvfp4`] one number.
-    pub beside: Option<Piece<'a>>,
+    pub beside: Option<TensorRange<'a>>,
     /// How to decode both.
     pub format: Format,
     /// Stored `[in, out]` instead of `[out, in]`.
@@ -63,7 +63,7 @@ pub struct Stored<'a> {
 
 /// Bytes of a stored tensor: all, or one expert's.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece<'a> {
+pub struct TensorRange<'a> {
     /// The stored tensor.
     pub entry: &'a TensorEntry,
     /// Which of its bytes.
@@ -94,7 +94,7 @@ pub enum Format {
     },
 }
 
-impl<'a> Stored<'a> {
+impl<'a> StoredTensor<'a> {
     /// The dtype in which a pass in `compute` has a matrix of these values: of [bf16](crate::product::takes_bf16) where products take that and
     /// nothing is lost by it.
     pub fn kept_as(&self, compute: DType, takes_bf16: bool) -> DType {
@@ -103,7 +103,7 @@ impl<'a> Stored<'a> {
     }
 
     /// All pieces.
-    pub fn pieces(&self) -> impl Iterator<Item = &Piece<'a>> {
+    pub fn pieces(&self) -> impl Iterator<Item = &TensorRange<'a>> {
         std::iter::once(&self.values).chain(&self.scales).chain(&self.beside)
     }
 
@@ -168,7 +168,7 @@ impl<'a> Model<'a> {
 
     fn check(&mut self) -> Result<()> {
         let mut used = BTreeSet::new();
-        let mut problems: Vec<Problem> = Vec::new();
+        let mut problems: Vec<TensorProblem> = Vec::new();
         for (layer, need) in self.spec.needs() {
             match self.locate(layer, &need) {
                 Ok(stored) => used
@@ -247,12 +247,12 @@ impl<'a> Model<'a> {
     }
 
     /// Where a tensor is, that was found when the model was opened.
-    pub fn stored(&self, layer: usize, need: &Need) -> Stored<'a> {
+    pub fn stored(&self, layer: usize, need: &Need) -> StoredTensor<'a> {
         self.locate(layer, need)
             .unwrap_or_else(|problem| unreachable!("checked when the model was opened: {}", problem.what))
     }
 
-    fn locate(&self, layer: usize, need: &Need) -> std::result::Result<Stored<'a>, Problem> {
+    fn locate(&self, layer: usize, need: &Need) -> std::result::Result<StoredTensor<'a>, TensorProblem> {
         let names = self.names;
         let role = if need.role == Role::Embedding { self.embedding } else { need.role };
         let name = names.of(self.base, layer, role, need.expert);
@@ -275,13 +275,14 @@ impl<'a> Model<'a> {
             shape.reverse();
         }
         let values = self.piece(&name, &shape, stack)?;
-        let stored = |scales, format| Stored { values: values.clone(), scales, beside: None, format, input_major };
+        let stored =
+            |scales, format| StoredTensor { values: values.clone(), scales, beside: None, format, input_major };
         match (&values.entry.dtype, self.quantisation) {
             (StoredDtype::F8E4M3, Some(Quantisation::Fp8Blocks { block })) if shape.len() == 2 => {
                 let tiles = [shape[0].div_ceil(block[0]), shape[1].div_ceil(block[1])];
                 let scales = self.piece(&format!("{name}_scale_inv"), &tiles, stack)?;
                 if !dtype::can_scale(&scales.entry.dtype) {
-                    return Err(Problem::dtype(scales.entry));
+                    return Err(TensorProblem::dtype(scales.entry));
                 }
                 Ok(stored(Some(scales), Format::Fp8Blocks { block }))
             }
@@ -294,26 +295,30 @@ impl<'a> Model<'a> {
         name: &str,
         shape: &[usize],
         stack: Option<(usize, usize)>,
-    ) -> std::result::Result<Stored<'a>, Problem> {
-        let [rows, inputs] = shape else { return Err(Problem::shape(format!("tensor {name} is not a matrix"))) };
+    ) -> std::result::Result<StoredTensor<'a>, TensorProblem> {
+        let [rows, inputs] = shape else { return Err(TensorProblem::shape(format!("tensor {name} is not a matrix"))) };
         if !inputs.is_multiple_of(MXFP4_BLOCK) {
             let what =
                 format!("tensor {name}_blocks cannot be MXFP4: {inputs} inputs are not a multiple of {MXFP4_BLOCK}");
-            return Err(Problem::shape(what));
+            return Err(TensorProblem::shape(what));
         }
         let blocks = inputs / MXFP4_BLOCK;
         let values = self.piece(&format!("{name}_blocks"), &[*rows, blocks, MXFP4_BLOCK / 2], stack)?;
         let scales = self.piece(&format!("{name}_scales"), &[*rows, blocks], stack)?;
         for piece in [&values, &scales] {
             if piece.entry.dtype != StoredDtype::U8 {
-                return Err(Problem::dtype(piece.entry));
+                return Err(TensorProblem::dtype(piece.entry));
             }
         }
-        Ok(Stored { values, scales: Some(scales), beside: None, format: Format::Mxfp4, input_major: false })
+        Ok(StoredTensor { values, scales: Some(scales), beside: None, format: Format::Mxfp4, input_major: false })
     }
 
     /// Where a matrix of 4 bits per number is; `None` where it is stored as plain floats.
-    fn locate_packed(&self, name: &str, shape: [usize; 2]) -> Option<std::result::Result<Stored<'a>, Problem>> {
+    fn locate_packed(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+    ) -> Option<std::result::Result<StoredTensor<'a>, TensorProblem>> {
         let packed = format!("{name}_packed");
         let has_packed = self.source.entry(&packed).is_some();
         let is_packed = || self.source.entry(name).is_some_and(|entry| entry.dtype == StoredDtype::U8);
@@ -335,14 +340,14 @@ impl<'a> Model<'a> {
         packed: &str,
         [rows, inputs]: [usize; 2],
         group: usize,
-    ) -> std::result::Result<Stored<'a>, Problem> {
+    ) -> std::result::Result<StoredTensor<'a>, TensorProblem> {
         whole_groups(packed, inputs, group)?;
         let values = self.piece_of(packed, &[rows, inputs / 8], &[StoredDtype::I32])?;
         let scales = self.piece(&format!("{name}_scale"), &[rows, inputs / group], None)?;
         decodable(scales.entry)?;
         let beside = self.piece_of(&format!("{name}_shape"), &[2], &[StoredDtype::I32, StoredDtype::I64])?;
         let format = Format::Int4 { group };
-        Ok(Stored { values, scales: Some(scales), beside: Some(beside), format, input_major: false })
+        Ok(StoredTensor { values, scales: Some(scales), beside: Some(beside), format, input_major: false })
     }
 
     fn locate_nvfp4(
@@ -351,7 +356,7 @@ impl<'a> Model<'a> {
         codes: &str,
         [rows, inputs]: [usize; 2],
         (number, divided): (&str, bool),
-    ) -> std::result::Result<Stored<'a>, Problem> {
+    ) -> std::result::Result<StoredTensor<'a>, TensorProblem> {
         whole_groups(codes, inputs, NVFP4_BLOCK)?;
         let values = self.piece_of(codes, &[rows, inputs / 2], &[StoredDtype::U8])?;
         let scales = self.piece_of(&format!("{name}_scale"), &[rows, inputs / NVFP4_BLOCK], &[StoredDtype::F8E4M3])?;
@@ -361,13 +366,18 @@ impl<'a> Model<'a> {
         let one: &[usize] = if is_scalar { &[] } else { &[1] };
         let beside = self.piece_of(&number, one, &[StoredDtype::F32])?;
         let format = Format::Nvfp4 { divided };
-        Ok(Stored { values, scales: Some(scales), beside: Some(beside), format, input_major: false })
+        Ok(StoredTensor { values, scales: Some(scales), beside: Some(beside), format, input_major: false })
     }
 
     /// A stored tensor of one of these dtypes.
-    fn piece_of(&self, name: &str, shape: &[usize], dtypes: &[StoredDtype]) -> std::result::Result<Piece<'a>, Problem> {
+    fn piece_of(
+        &self,
+        name: &str,
+        shape: &[usize],
+        dtypes: &[StoredDtype],
+    ) -> std::result::Result<TensorRange<'a>, TensorProblem> {
         let piece = self.piece(name, shape, None)?;
-        if dtypes.contains(&piece.entry.dtype) { Ok(piece) } else { Err(Problem::dtype(piece.entry)) }
+        if dtypes.contains(&piece.entry.dtype) { Ok(piece) } else { Err(TensorProblem::dtype(piece.entry)) }
     }
 
     /// A stored tensor of `shape`, or the slice `stack.0` of one that holds `stack.1` of that shape.
@@ -376,16 +386,16 @@ impl<'a> Model<'a> {
         name: &str,
         shape: &[usize],
         stack: Option<(usize, usize)>,
-    ) -> std::result::Result<Piece<'a>, Problem> {
+    ) -> std::result::Result<TensorRange<'a>, TensorProblem> {
         let source = self.source;
-        let entry = source.entry(name).ok_or_else(|| Problem::shape(format!("tensor {name} is missing")))?;
+        let entry = source.entry(name).ok_or_else(|| TensorProblem::shape(format!("tensor {name} is missing")))?;
         let whole: Vec<u64> = stack.map(|(_, experts)| experts).iter().chain(shape).map(|&n| n as u64).collect();
         if entry.shape != whole {
-            return Err(Problem::shape(format!("tensor {name} has shape {:?}, expected {whole:?}", entry.shape)));
+            return Err(TensorProblem::shape(format!("tensor {name} has shape {:?}, expected {whole:?}", entry.shape)));
         }
         let (index, parts) = stack.map_or((0, 1), |(expert, experts)| (expert as u64, experts as u64));
         let part = entry.len / parts;
-        Ok(Piece { entry, range: index * part..(index + 1) * part })
+        Ok(TensorRange { entry, range: index * part..(index + 1) * part })
     }
 
     /// Bytes of some tensors of a layer as a pass in `compute` has them, where products take bf16 or not.
@@ -426,13 +436,13 @@ impl<'a> Model<'a> {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-struct Problem {
+struct TensorProblem {
     what: String,
     /// Nothing is wrong but the dtype.
     dtype: bool,
 }
 
-impl Problem {
+impl TensorProblem {
     fn shape(what: String) -> Self {
         Self { what, dtype: false }
     }
@@ -446,13 +456,13 @@ impl Problem {
 }
 
 /// Refuses a packed matrix of which a row is not in whole groups.
-fn whole_groups(name: &str, inputs: usize, group: usize) -> std::result::Result<(), Problem> {
+fn whole_groups(name: &str, inputs: usize, group: usize) -> std::result::Result<(), TensorProblem> {
     if inputs.is_multiple_of(group) {
         return Ok(());
     }
-    Err(Problem::shape(format!("tensor {name} cannot be packed: {inputs} inputs are not a multiple of {group}")))
+    Err(TensorProblem::shape(format!("tensor {name} cannot be packed: {inputs} inputs are not a multiple of {group}")))
 }
 
-fn decodable(entry: &TensorEntry) -> std::result::Result<(), Problem> {
-    if dtype::can_decode(&entry.dtype) { Ok(()) } else { Err(Problem::dtype(entry)) }
+fn decodable(entry: &TensorEntry) -> std::result::Result<(), TensorProblem> {
+    if dtype::can_decode(&entry.dtype) { Ok(()) } else { Err(TensorProblem::dtype(entry)) }
 }

@@ -18,7 +18,7 @@ use crate::ffn::Routing;
 use crate::files::write_atomic;
 use crate::safetensors::{StoredDtype, TensorSpec, Writer};
 use crate::stats::mixture::{ExpertLoad, ExpertPeaks, RouterStats};
-use crate::stats::top::Found;
+use crate::stats::top::TopValue;
 use crate::stats::{Column, LayerObserver, Observer, OutlierStats, Scope, Site, Study, with_f32};
 
 /// A run's output folder.
@@ -189,7 +189,7 @@ fn expert_tensors(study: &Study) -> Vec<(TensorSpec, Vec<u8>)> {
         add(name("gate_mass_at_position_0"), StoredDtype::F64, n, sums(ExpertLoad::gate_mass_at_position_0));
     }
     for (layer, ExpertPeaks { peaks }) in study.expert_peaks() {
-        let place = |of: fn(&Found) -> usize| {
+        let place = |of: fn(&TopValue) -> usize| {
             peaks.iter().flat_map(|p| p.as_ref().map_or(-1, |found| of(found) as i64).to_le_bytes()).collect()
         };
         let name = |what: &str| format!("expert.{layer}.{what}");

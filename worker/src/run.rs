@@ -15,7 +15,7 @@ use sysinfo::System;
 use crate::ablation::{Arms, Sharpness};
 use crate::budget::{self, StreamBudget};
 use crate::corpus::{self, Tokens};
-use crate::device::{self, Machine, Placement};
+use crate::device::{self, MachineInfo, Placement};
 use crate::error::{Result, WorkerError};
 use crate::export::{self, Exports};
 use crate::gpu;
@@ -391,7 +391,7 @@ fn provenance(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>) -> Mode
     }
 }
 
-fn host(machine: &Machine) -> HostInfo {
+fn host(machine: &MachineInfo) -> HostInfo {
     HostInfo {
         os: System::long_os_version().unwrap_or_else(|_| std::env::consts::OS.to_owned()),
         cpu: machine.cpu.clone(),

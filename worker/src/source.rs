@@ -20,7 +20,7 @@ mod layout;
 mod strided;
 mod synthetic;
 
-pub(crate) use layout::{ADDED_TOKENS_FILE, Place, SPECIAL_TOKENS_FILE, TOKENIZER_SETTINGS, WeightFiles};
+pub(crate) use layout::{ADDED_TOKENS_FILE, Location, SPECIAL_TOKENS_FILE, TOKENIZER_SETTINGS, WeightFiles};
 pub use layout::{
     CONFIG_FILE, Container, INDEX_FILE, SINGLE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TokenizerFiles, WeightMap,
 };
@@ -408,7 +408,7 @@ fn weight_files(folder: &Path) -> Result<WeightFiles> {
     refuse_distributed(folder)?;
     let has = |name: &str| folder.join(name).exists();
     let read = |name: &str| Ok(read_small(&folder.join(name))?.unwrap_or_default());
-    WeightFiles::find(&Place { name: &folder.display(), has: &has, read: &read })
+    WeightFiles::find(&Location { name: &folder.display(), has: &has, read: &read })
 }
 
 /// Where several processes wrote their slices of the tensors, transformers reads those before all other files.

@@ -30,19 +30,19 @@ pub mod exact;
 mod fixed_point;
 pub mod massive;
 pub mod mixture;
+mod per_sequence;
 pub mod quantization;
 pub mod residual_sinks;
 pub mod rows;
 pub mod spike_life;
 pub mod study;
+mod summary;
 pub mod top;
 mod values;
-mod verdict;
-mod within;
 
 pub use study::{Report, Scope, Study};
+pub use summary::Summary;
 pub use values::{Values, with_values};
-pub use verdict::Judged;
 
 /// A place in the model whose values are studied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

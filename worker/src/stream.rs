@@ -22,9 +22,9 @@ use crate::decoder::{DecoderSpec, Need, Unit};
 use crate::device::Placement;
 use crate::error::Result;
 use crate::ffn::Routed;
-use crate::loader::{Loader, Spare, rows_of};
+use crate::loader::{Loader, TensorPool, rows_of};
 use crate::meter::{Clock, Meter, Thread, Work};
-use crate::model::{Model, Piece};
+use crate::model::{Model, TensorRange};
 use crate::progress::ProgressSink;
 use crate::savepoint::{self, Give, SavePoint, SavePoints};
 use crate::source::Wanted;
@@ -292,9 +292,9 @@ impl Pass<'_> {
     }
 
     /// For the thread that loads a device's weights.
-    fn loader<'l>(&'l self, device: usize, spare: &'l Spare) -> Result<Loader<'l>> {
+    fn loader<'l>(&'l self, device: usize, pool: &'l TensorPool) -> Result<Loader<'l>> {
         let clock = self.meter.clock(Thread::Loader(device));
-        Loader::new(self.model, self.compute, &self.devices[device].device, spare, clock)
+        Loader::new(self.model, self.compute, &self.devices[device].device, pool, clock)
     }
 }
 
@@ -358,8 +358,8 @@ impl<'a> ReadingOrder<'a> {
         }
     }
 
-    fn piece(&mut self, piece: &Piece<'_>, layer: usize) {
-        let Piece { entry, range } = piece;
+    fn piece(&mut self, piece: &TensorRange<'_>, layer: usize) {
+        let TensorRange { entry, range } = piece;
         let bytes = entry.offset + range.start..entry.offset + range.end;
         self.wanted.push(Wanted { file: entry.file, bytes, layer, unit: self.units });
     }

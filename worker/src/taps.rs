@@ -22,12 +22,12 @@ impl Input {
     /// What the matrix of a role reads.
     pub fn of(role: Role) -> Self {
         Self::Of(match role {
-            Role::Key
-            | Role::Value
-            | Role::QueryKeyValue
+            Role::KProj
+            | Role::VProj
+            | Role::QkvProj
             | Role::OutputGate
-            | Role::QueryDown
-            | Role::KeyValueDown
+            | Role::QAProj
+            | Role::KvAProj
             | Role::DeltaQkvz
             | Role::DeltaBa
             | Role::DeltaQkv
@@ -36,8 +36,8 @@ impl Input {
             | Role::DeltaStep
             | Role::DeltaGateDown
             | Role::DeltaStepDown
-            | Role::MambaInput => Role::Query,
-            Role::Up | Role::GateUp => Role::Gate,
+            | Role::MambaInput => Role::QProj,
+            Role::UpProj | Role::GateUpProj => Role::GateProj,
             Role::ExpertUp | Role::ExpertGateUp => Role::ExpertGate,
             Role::SharedUp | Role::SharedGateUp | Role::SharedExpertGate => Role::SharedGate,
             other => other,
@@ -86,10 +86,10 @@ mod tests {
     fn of_matrices_that_read_the_same_one_is_tapped() {
         let taps = Taps::default();
         let tapped = |role, expert| taps.of(role, expert).is_some();
-        assert!(tapped(Role::Query, None) && !tapped(Role::Key, None) && !tapped(Role::OutputGate, None));
+        assert!(tapped(Role::QProj, None) && !tapped(Role::KProj, None) && !tapped(Role::OutputGate, None));
         assert!(tapped(Role::ExpertUp, Some(0)) && !tapped(Role::ExpertGate, Some(0)));
         assert!(tapped(Role::ExpertUp, Some(1)));
-        assert!(tapped(Role::ExpertDown, Some(1)) && tapped(Role::Output, None) && tapped(Role::Router, None));
+        assert!(tapped(Role::ExpertDown, Some(1)) && tapped(Role::OProj, None) && tapped(Role::Router, None));
         taps.queries().see(&Tensor::new(&[[1f32, 2.0]], &Device::Cpu).unwrap()).unwrap();
         let seen: BTreeMap<Place, InputSums> = taps.take().collect();
         assert_eq!(seen.len(), 7);

@@ -20,7 +20,7 @@ use crate::files::open_regular;
 use crate::safetensors::{HeaderTensor, StoredDtype, element_count, shown};
 use crate::stand_in;
 use pickle::View;
-use zip::{Archive, Record};
+use zip::{Archive, ArchiveEntry};
 
 /// Gives the bytes of a range of one file, the whole range or an error.
 pub type ReadRange<'a> = &'a dyn Fn(Range<u64>) -> Result<Vec<u8>>;
@@ -135,8 +135,8 @@ fn refuse_big_endian(archive: &Archive, folder: &str, read: ReadRange<'_>) -> Re
 }
 
 /// The archive's one folder, and the pickle in it.
-fn the_pickle(archive: &Archive) -> Result<(&str, &Record)> {
-    let folder = |record: &'_ Record| record.name.strip_suffix("/data.pkl").is_some_and(|f| !f.contains('/'));
+fn the_pickle(archive: &Archive) -> Result<(&str, &ArchiveEntry)> {
+    let folder = |record: &'_ ArchiveEntry| record.name.strip_suffix("/data.pkl").is_some_and(|f| !f.contains('/'));
     let mut found = archive.records().iter().filter(|record| folder(record));
     match (found.next(), found.next()) {
         (Some(record), None) => Ok((record.name.trim_end_matches("/data.pkl"), record)),

@@ -11,7 +11,7 @@ use crate::files::write_atomic;
 use crate::meter::{Span, Subject, Thread};
 
 #[derive(Serialize)]
-struct Document<'a> {
+struct TraceFile<'a> {
     #[serde(rename = "displayTimeUnit")]
     display_time_unit: &'static str,
     #[serde(rename = "traceEvents")]
@@ -71,7 +71,7 @@ pub fn write(path: &Path, spans: &[Span], devices: &[Placement]) -> Result<()> {
             args: About(&span.subject),
         }
     });
-    let document = Document { display_time_unit: "ms", events: named.chain(worked).collect() };
+    let document = TraceFile { display_time_unit: "ms", events: named.chain(worked).collect() };
     let text = serde_json::to_vec(&document);
     write_atomic(path, &text.map_err(|e| WorkerError::internal(format!("the time line cannot be written: {e}")))?)
 }

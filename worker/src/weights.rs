@@ -10,7 +10,7 @@ use crate::decoder::{
     NormSpec, OutputGate, QkNorm, Role, RouterSpec, SharedSpec,
 };
 use crate::delta_net::{DeltaNetWeights, DeltaProjections};
-use crate::ffn::{Beside, MlpWeights, Router, SharedWeights, Widening};
+use crate::ffn::{Beside, GateUpProj, MlpWeights, Router, SharedWeights};
 use crate::mamba::MambaWeights;
 use crate::mla::{LatentQuery, LatentWeights};
 use crate::norm::Norm;
@@ -106,48 +106,47 @@ impl UnitTensors {
 
     fn attention(&mut self, spec: &AttentionSpec) -> Result<AttentionWeights> {
         let projections = if spec.fused_qkv {
-            Projections::Fused(self.linear(Role::QueryKeyValue, Role::QueryKeyValueBias, None)?)
+            Projections::Fused(self.linear(Role::QkvProj, Role::QkvProjBias, None)?)
         } else if spec.key_is_value {
             Projections::KeyIsValue {
-                query: self.linear(Role::Query, Role::QueryBias, None)?,
-                key: self.linear(Role::Key, Role::KeyBias, None)?,
+                query: self.linear(Role::QProj, Role::QProjBias, None)?,
+                key: self.linear(Role::KProj, Role::KProjBias, None)?,
             }
         } else {
             Projections::Separate {
-                query: self.linear(Role::Query, Role::QueryBias, None)?,
-                key: self.linear(Role::Key, Role::KeyBias, None)?,
-                value: self.linear(Role::Value, Role::ValueBias, None)?,
+                query: self.linear(Role::QProj, Role::QProjBias, None)?,
+                key: self.linear(Role::KProj, Role::KProjBias, None)?,
+                value: self.linear(Role::VProj, Role::VProjBias, None)?,
             }
         };
         let qk_norm = match spec.qk_norm {
             QkNorm::None | QkNorm::AfterRope { .. } => None,
-            QkNorm::WholeProjection(norm) | QkNorm::PerHead(norm) => Some((
-                Norm::new(norm, self.take(Role::QueryNorm)?, None)?,
-                Norm::new(norm, self.take(Role::KeyNorm)?, None)?,
-            )),
+            QkNorm::WholeProjection(norm) | QkNorm::PerHead(norm) => {
+                Some((Norm::new(norm, self.take(Role::QNorm)?, None)?, Norm::new(norm, self.take(Role::KNorm)?, None)?))
+            }
         };
         let sinks = if spec.sinks { Some(self.take(Role::Sinks)?) } else { None };
         let separate = spec.output_gate == OutputGate::Separate;
         let gate = if separate { Some(self.plain(Role::OutputGate)?) } else { None };
-        let output = self.linear(Role::Output, Role::OutputBias, None)?;
+        let output = self.linear(Role::OProj, Role::OProjBias, None)?;
         Ok(AttentionWeights { projections, output, qk_norm, sinks, gate })
     }
 
     fn latent(&mut self, spec: &LatentSpec) -> Result<LatentWeights> {
         let query = match spec.query_rank {
-            None => LatentQuery::Direct(self.plain(Role::Query)?),
+            None => LatentQuery::Direct(self.plain(Role::QProj)?),
             Some(_) => LatentQuery::LowRank {
-                down: self.plain(Role::QueryDown)?,
-                norm: Norm::new(spec.norm, self.take(Role::QueryDownNorm)?, None)?,
-                up: self.plain(Role::QueryUp)?,
+                down: self.plain(Role::QAProj)?,
+                norm: Norm::new(spec.norm, self.take(Role::QANorm)?, None)?,
+                up: self.plain(Role::QBProj)?,
             },
         };
         Ok(LatentWeights {
             query,
-            kv_down: self.plain(Role::KeyValueDown)?,
-            kv_norm: Norm::new(spec.norm, self.take(Role::KeyValueDownNorm)?, None)?,
-            kv_up: self.plain(Role::KeyValueUp)?,
-            output: self.plain(Role::Output)?,
+            kv_down: self.plain(Role::KvAProj)?,
+            kv_norm: Norm::new(spec.norm, self.take(Role::KvANorm)?, None)?,
+            kv_up: self.plain(Role::KvBProj)?,
+            output: self.plain(Role::OProj)?,
             queries: self.taps.as_ref().map(Taps::queries),
         })
     }
@@ -164,9 +163,9 @@ impl UnitTensors {
                 steps: self.plain(Role::DeltaStep)?,
             },
             DeltaStored::Apart => DeltaProjections::Apart {
-                query: self.plain(Role::Query)?,
-                key: self.plain(Role::Key)?,
-                value: self.plain(Role::Value)?,
+                query: self.plain(Role::QProj)?,
+                key: self.plain(Role::KProj)?,
+                value: self.plain(Role::VProj)?,
                 gates: [self.plain(Role::DeltaGateDown)?, self.plain(Role::DeltaGateUp)?],
                 strengths: self.plain(Role::DeltaStrength)?,
                 steps: [self.plain(Role::DeltaStepDown)?, self.plain(Role::DeltaStepUp)?],
@@ -202,17 +201,17 @@ impl UnitTensors {
     }
 
     fn mlp(&mut self, spec: MlpSpec, roles: &MlpRoles, expert: Option<usize>) -> Result<MlpWeights> {
-        let widening = match spec.gate_up() {
-            None => Widening::Up(self.linear(roles.up, roles.up_bias, expert)?),
-            Some(GateUp::Separate) => Widening::Separate {
+        let gate_up = match spec.gate_up() {
+            None => GateUpProj::Up(self.linear(roles.up, roles.up_bias, expert)?),
+            Some(GateUp::Separate) => GateUpProj::Separate {
                 gate: self.linear(roles.gate, roles.gate_bias, expert)?,
                 up: self.linear(roles.up, roles.up_bias, expert)?,
             },
             Some(GateUp::Halves | GateUp::Interleaved) => {
-                Widening::Joined(self.linear(roles.gate_up, roles.gate_up_bias, expert)?)
+                GateUpProj::Joined(self.linear(roles.gate_up, roles.gate_up_bias, expert)?)
             }
         };
-        Ok(MlpWeights { kind: spec.kind, widening, down: self.linear(roles.down, roles.down_bias, expert)? })
+        Ok(MlpWeights { kind: spec.kind, gate_up, down: self.linear(roles.down, roles.down_bias, expert)? })
     }
 
     /// A dense feed-forward's tensors.

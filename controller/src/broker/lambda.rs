@@ -61,7 +61,7 @@ struct Door {
 
 /// What [`Broker::create`] has to say to get an offer.
 #[derive(Serialize, Deserialize)]
-struct Goods {
+struct Sku {
     instance_type: String,
     region: String,
 }
@@ -92,12 +92,12 @@ impl Broker for Lambda {
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
-        let Ok(goods) = serde_json::from_str::<Goods>(&offer.key) else {
+        let Ok(sku) = serde_json::from_str::<Sku>(&offer.key) else {
             let message = format!("{:?} is no offer of this cloud's", offer.key);
             return Err(self.error(BrokerErrorKind::Rejected, message));
         };
         let key = self.register(lease).await?;
-        match self.launch(&goods, lease, &key.name).await {
+        match self.launch(&sku, lease, &key.name).await {
             Ok(id) => Ok(Instance {
                 broker: NAME.to_owned(),
                 id,
@@ -123,12 +123,12 @@ impl Broker for Lambda {
 
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
         let machines: Vec<Value> = self.ask(Call::get("/instances"), "a list of instances").await?;
-        Ok(wire::entries(NAME, &machines, |machine: Machine| machine.live(&self.door)))
+        Ok(wire::entries(NAME, &machines, |machine: InstanceEntry| machine.live(&self.door)))
     }
 
     async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
         let Some((reply, machine)) = self.machine(id).await? else { return Ok(None) };
-        wire::alone(&reply, NAME, id, &machine, |machine: Machine| machine.live(&self.door))
+        wire::alone(&reply, NAME, id, &machine, |machine: InstanceEntry| machine.live(&self.door))
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
@@ -159,10 +159,10 @@ impl Lambda {
         Ok(granted(self.http.call(call).await?)?.json::<Data<T>>(what)?.data)
     }
 
-    async fn launch(&self, goods: &Goods, lease: &Lease, key: &str) -> Result<InstanceId, BrokerError> {
+    async fn launch(&self, sku: &Sku, lease: &Lease, key: &str) -> Result<InstanceId, BrokerError> {
         let call = Call::new(Method::POST, "/instance-operations/launch", Effect::Once).at_pace(LAUNCH).body(json!({
-            "region_name": goods.region,
-            "instance_type_name": goods.instance_type,
+            "region_name": sku.region,
+            "instance_type_name": sku.instance_type,
             "ssh_key_names": [key],
             "name": lease.tag.to_string(),
         }));
@@ -199,14 +199,14 @@ impl Lambda {
             return Ok(None);
         }
         let Some((_, machine)) = self.machine(id).await? else { return Ok(None) };
-        let Ok(machine) = serde_json::from_value::<Machine>(machine) else { return Err(refused) };
+        let Ok(machine) = serde_json::from_value::<InstanceEntry>(machine) else { return Err(refused) };
         if machine.is_gone() || machine.status.as_deref() == Some("terminating") {
             return Ok(machine.name);
         }
         // It says `vm-has-not-launched` of one that it is still making: that passes.
         match machine.actions.and_then(|actions| actions.terminate).filter(|action| !action.available) {
-            Some(Action { reason_code: Some(why), .. }) if why == "vm-is-terminating" => Ok(machine.name),
-            Some(Action { reason_code, .. }) => {
+            Some(ActionAvailability { reason_code: Some(why), .. }) if why == "vm-is-terminating" => Ok(machine.name),
+            Some(ActionAvailability { reason_code, .. }) => {
                 let why = clean(reason_code.unwrap_or_default().as_bytes(), 80);
                 let message = format!("{id} cannot be terminated yet ({why}): {}", refused.message);
                 Err(self.error(BrokerErrorKind::Unavailable, message))
@@ -387,8 +387,8 @@ fn offers_of(entry: Value) -> Vec<Result<Offer, String>> {
 
 fn offer(instance: &InstanceType, region: &Region) -> Result<Offer, String> {
     let price = instance.price().ok_or("without a price that can be one")?;
-    let goods = Goods { instance_type: instance.name.clone(), region: region.name.clone() };
-    let key = serde_json::to_string(&goods).map_err(|error| error.to_string())?;
+    let sku = Sku { instance_type: instance.name.clone(), region: region.name.clone() };
+    let key = serde_json::to_string(&sku).map_err(|error| error.to_string())?;
     let specs = &instance.specs;
     let offer = Offer::new(NAME, key, specs.gpus, price);
     let offer = if specs.gpus > 0 { offer.with_gpu(&instance.gpu(), instance.vram()) } else { offer };
@@ -411,7 +411,7 @@ fn offer(instance: &InstanceType, region: &Region) -> Result<Offer, String> {
 
 /// An instance on the wire.
 #[derive(Deserialize)]
-struct Machine {
+struct InstanceEntry {
     #[serde(deserialize_with = "wire::id")]
     id: String,
     name: Option<String>,
@@ -429,16 +429,16 @@ struct Machine {
 #[derive(Deserialize)]
 struct Actions {
     #[serde(default, deserialize_with = "lenient")]
-    terminate: Option<Action>,
+    terminate: Option<ActionAvailability>,
 }
 
 #[derive(Deserialize)]
-struct Action {
+struct ActionAvailability {
     available: bool,
     reason_code: Option<String>,
 }
 
-impl Machine {
+impl InstanceEntry {
     fn is_gone(&self) -> bool {
         self.status.as_deref() == Some("terminated")
     }
@@ -566,7 +566,7 @@ mod tests {
         if let Some(ip) = ip {
             machine["ip"] = json!(ip);
         }
-        serde_json::from_value::<Machine>(machine)
+        serde_json::from_value::<InstanceEntry>(machine)
             .expect("the least there is")
             .state(&Door { user: USER.to_owned(), port: SSH_PORT })
     }

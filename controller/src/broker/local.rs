@@ -39,7 +39,7 @@ pub(crate) use hardware::memory;
 pub use instance::serve;
 pub use processes::MARKER;
 
-use hardware::{Goods, Hardware};
+use hardware::{Hardware, Sku};
 use processes::Marks;
 use record::{Folder, Record, absent, is_id, make_private_dir, new_id, now};
 
@@ -110,8 +110,8 @@ impl LocalBroker {
     }
 
     async fn allocate(&self, offer: &Offer, lease: &Lease) -> Result<(Folder, Record), BrokerError> {
-        let goods = Goods::parse(&offer.key).filter(|_| offer.broker == NAME);
-        let goods = goods.ok_or_else(|| rejected(format!("{:?} is no offer of this broker", offer.key)))?;
+        let sku = Sku::parse(&offer.key).filter(|_| offer.broker == NAME);
+        let sku = sku.ok_or_else(|| rejected(format!("{:?} is no offer of this broker", offer.key)))?;
         let authorized = PublicKey::from_openssh(lease.ssh_public_key.trim()).and_then(|key| key.to_openssh());
         let authorized = authorized.map_err(|error| rejected(format!("the SSH public key cannot be used: {error}")))?;
         if lease.tag.deadline <= now() {
@@ -123,13 +123,13 @@ impl LocalBroker {
             return Err(error(BrokerErrorKind::NoCapacity, message));
         }
         let (broker, offer, name) = (self.clone(), offer.clone(), lease.tag.to_string());
-        blocking(move || broker.write_down(&offer, &goods, &hardware, name, &authorized)).await
+        blocking(move || broker.write_down(&offer, &sku, &hardware, name, &authorized)).await
     }
 
     fn write_down(
         &self,
         offer: &Offer,
-        goods: &Goods,
+        sku: &Sku,
         hardware: &Hardware,
         name: String,
         authorized: &str,
@@ -142,8 +142,8 @@ impl LocalBroker {
             id: new_id(),
             name,
             price: offer.price,
-            hardware: describe(goods, hardware),
-            gpus: self.choose_gpus(goods, hardware)?,
+            hardware: describe(sku, hardware),
+            gpus: self.choose_gpus(sku, hardware)?,
             created_at: now(),
         };
         let folder = Folder::create(&self.instances(), &record, authorized).map_err(unwritable)?;
@@ -157,8 +157,8 @@ impl LocalBroker {
         Ok(file)
     }
 
-    fn choose_gpus(&self, goods: &Goods, hardware: &Hardware) -> Result<Vec<u32>, BrokerError> {
-        let Goods::Gpus(count, raw) = goods else { return Ok(Vec::new()) };
+    fn choose_gpus(&self, sku: &Sku, hardware: &Hardware) -> Result<Vec<u32>, BrokerError> {
+        let Sku::Gpus(count, raw) = sku else { return Ok(Vec::new()) };
         let rented: Vec<u32> = self.list_now()?.iter().flat_map(|instance| self.gpus_of(&instance.id)).collect();
         let all = (0u32..).zip(&hardware.gpus).filter(|(_, gpu)| gpu.raw == *raw).map(|(index, _)| index);
         let free: Vec<u32> = all.filter(|index| !rented.contains(index)).collect();
@@ -380,10 +380,10 @@ fn conclude(folder: &Folder, record: &Record, billed: bool) -> io::Result<()> {
     folder.remove()
 }
 
-fn describe(goods: &Goods, hardware: &Hardware) -> String {
-    match goods {
-        Goods::Cpu => format!("{} CPU cores", hardware.cores),
-        Goods::Gpus(count, raw) => {
+fn describe(sku: &Sku, hardware: &Hardware) -> String {
+    match sku {
+        Sku::Cpu => format!("{} CPU cores", hardware.cores),
+        Sku::Gpus(count, raw) => {
             let vram = hardware.gpus.iter().find(|gpu| gpu.raw == *raw).and_then(|gpu| gpu.vram);
             format!("{count} x {}", crate::gpu::canonical_name(raw, vram))
         }

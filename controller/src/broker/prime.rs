@@ -179,11 +179,11 @@ impl Broker for Prime {
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
-        let goods: Goods = serde_json::from_str(&offer.key).map_err(|_| {
+        let sku: Sku = serde_json::from_str(&offer.key).map_err(|_| {
             self.error(BrokerErrorKind::Rejected, format!("{:?} is no offer of this cloud's", offer.key))
         })?;
         let key = self.register(lease).await?;
-        let order = order(&goods, offer.price, lease, &key);
+        let order = order(&sku, offer.price, lease, &key);
         let call = Call::new(Method::POST, "/pods/", Effect::Once).body(order);
         let created = match self.http.call(call).await.and_then(granted) {
             Ok(reply) => reply.json::<Pod>("an instance").map(Pod::into_instance),
@@ -251,7 +251,7 @@ struct Availability {
 #[serde(rename_all = "camelCase")]
 struct Item {
     #[serde(flatten)]
-    place: Place,
+    place: OfferKey,
     /// GB of each GPU.
     gpu_memory: Option<f64>,
     region: Option<String>,
@@ -269,7 +269,7 @@ struct Item {
 /// What names an offer among all others. The id of a machine type alone is that of many: it has to be ordered with the rest.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Place {
+struct OfferKey {
     /// Opaque, with spaces in it.
     cloud_id: String,
     gpu_type: String,
@@ -283,9 +283,9 @@ struct Place {
 
 /// What `create` needs of an offer.
 #[derive(Serialize, Deserialize)]
-struct Goods {
+struct Sku {
     #[serde(flatten)]
-    place: Place,
+    place: OfferKey,
     image: String,
     disk: Range,
     memory: Option<u64>,
@@ -358,8 +358,8 @@ fn offer(item: Value, want: &GpuRequest, image: &str) -> Result<Offer, String> {
         (clean(format!("{} {}", item.place.gpu_type, item.place.socket).as_bytes(), 60), item.place.gpu_count);
     let tier = item.tier();
     let region = item.region_in_words();
-    let goods = Goods { place: item.place, image, disk, memory: ram.ordered };
-    let key = serde_json::to_string(&goods).map_err(|error| error.to_string())?;
+    let sku = Sku { place: item.place, image, disk, memory: ram.ordered };
+    let key = serde_json::to_string(&sku).map_err(|error| error.to_string())?;
     let offer = Offer::new(NAME, key, count, price).with_gpu(&raw, reported);
     Ok(Offer {
         cpu_ram: ram.ordered.or(memory.default_count).and_then(|gib| wire::size(gib as f64, GIB)),
@@ -417,15 +417,15 @@ fn disk_of(wanted: Bytes) -> u64 {
     wanted.0.div_ceil(GB)
 }
 
-fn order(goods: &Goods, price: UsdPerHour, lease: &Lease, key: &str) -> Value {
-    let place = &goods.place;
+fn order(sku: &Sku, price: UsdPerHour, lease: &Lease, key: &str) -> Value {
+    let place = &sku.place;
     let mut pod = json!({
         "name": lease.tag.to_string(),
         "cloudId": place.cloud_id,
         "gpuType": place.gpu_type,
         "socket": place.socket,
         "gpuCount": place.gpu_count,
-        "image": goods.image,
+        "image": sku.image,
         // To the cent above: what it asks now and no more.
         "maxPrice": (price.0.dollars() * 100.0 - 1e-6).ceil() / 100.0,
         "sshKeyId": key,
@@ -439,8 +439,8 @@ fn order(goods: &Goods, price: UsdPerHour, lease: &Lease, key: &str) -> Value {
     name("dataCenterId", place.data_center.as_deref().map(Value::from));
     name("country", place.country.as_deref().map(Value::from));
     name("security", place.security.as_deref().map(Value::from));
-    name("diskSize", goods.disk.take(disk_of(lease.disk)).ordered.map(Value::from));
-    name("memory", goods.memory.map(Value::from));
+    name("diskSize", sku.disk.take(disk_of(lease.disk)).ordered.map(Value::from));
+    name("memory", sku.memory.map(Value::from));
     json!({"pod": pod, "provider": {"type": place.provider}})
 }
 

@@ -17,13 +17,13 @@ use crate::calendar::rfc3339;
 use crate::http::{Call, Effect, Http, Method, Reply};
 use crate::units::Usd;
 
-mod goods;
 mod graphql;
 mod offers;
 mod pod;
+mod sku;
 
-use goods::Goods;
 use graphql::Operation;
+use sku::Sku;
 
 /// The broker's name.
 pub const NAME: &str = "runpod";
@@ -71,14 +71,14 @@ impl RunPod {
     }
 
     /// What the mutation that creates a pod is given (GraphQL, `PodFindAndDeployOnDemandInput`).
-    fn order(&self, goods: &Goods, lease: &Lease) -> Value {
+    fn order(&self, sku: &Sku, lease: &Lease) -> Value {
         let mut order = json!({
             "name": lease.tag.to_string(),
             "imageName": self.image,
-            "cloudType": tier_word(goods.tier),
-            "gpuTypeId": goods.gpu,
-            "gpuCount": goods.count,
-            "containerDiskInGb": goods::disk_gb(Some(lease.disk)),
+            "cloudType": tier_word(sku.tier),
+            "gpuTypeId": sku.gpu,
+            "gpuCount": sku.count,
+            "containerDiskInGb": sku::disk_gb(Some(lease.disk)),
             "volumeInGb": 0,
             "ports": "22/tcp",
             // Else some hosts forward no port, and RunPod's own SSH gateway carries no files.
@@ -88,28 +88,28 @@ impl RunPod {
             "env": [{"key": "PUBLIC_KEY", "value": lease.ssh_public_key.trim()}],
             "terminateAfter": rfc3339(lease.tag.deadline),
         });
-        if let Some(place) = &goods.place {
+        if let Some(place) = &sku.place {
             order["dataCenterId"] = json!(place);
         }
-        if let Some(ram) = goods.ram_gib {
+        if let Some(ram) = sku.ram_gib {
             order["minMemoryInGb"] = json!(ram);
         }
-        if let Some(cuda) = goods.min_cuda {
+        if let Some(cuda) = sku.min_cuda {
             order["minCudaVersion"] = json!(cuda.to_string());
         }
-        if let Some(bid) = goods.bid_per_gpu {
+        if let Some(bid) = sku.bid_per_gpu {
             order["bidPerGpu"] = json!(bid.dollars());
         }
         order
     }
 
     /// The same by `POST /v2/pods`, which knows neither deadlines nor bids.
-    async fn create_by_rest(&self, goods: &Goods, lease: &Lease) -> Result<Instance, BrokerError> {
-        if goods.bid_per_gpu.is_some() {
+    async fn create_by_rest(&self, sku: &Sku, lease: &Lease) -> Result<Instance, BrokerError> {
+        if sku.bid_per_gpu.is_some() {
             let message = "it takes no bids any more: its GraphQL API is gone, and REST has none";
             return Err(self.error(BrokerErrorKind::Rejected, message));
         }
-        let call = Call::new(Method::POST, "/v2/pods", Effect::Once).body(self.rest_order(goods, lease));
+        let call = Call::new(Method::POST, "/v2/pods", Effect::Once).body(self.rest_order(sku, lease));
         let reply = self.http.call(call).await?;
         if !reply.is_success() {
             // No capacity comes as a plain 400, in words.
@@ -121,22 +121,22 @@ impl RunPod {
     }
 
     /// What REST v2 is given (`CreatePodRequest`).
-    fn rest_order(&self, goods: &Goods, lease: &Lease) -> Value {
+    fn rest_order(&self, sku: &Sku, lease: &Lease) -> Value {
         let mut order = json!({
             "name": lease.tag.to_string(),
             "image": self.image,
-            "cloud": tier_word(goods.tier),
-            "gpu": {"id": goods.gpu, "count": goods.count},
-            "disk": goods::disk_gb(Some(lease.disk)),
+            "cloud": tier_word(sku.tier),
+            "gpu": {"id": sku.gpu, "count": sku.count},
+            "disk": sku::disk_gb(Some(lease.disk)),
             "ports": ["22/tcp"],
             // Given a key already, it does not add those of the account.
             "env": {"PUBLIC_KEY": lease.ssh_public_key.trim()},
             "startSsh": true,
         });
-        if let Some(place) = &goods.place {
+        if let Some(place) = &sku.place {
             order["dataCenterIds"] = json!([place]);
         }
-        if let Some(cuda) = goods.min_cuda {
+        if let Some(cuda) = sku.min_cuda {
             order["gpu"]["minCudaVersion"] = json!(cuda.to_string());
         }
         order
@@ -213,21 +213,21 @@ impl Broker for RunPod {
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
-        let goods = Goods::parse(&offer.key).filter(|_| offer.broker == NAME);
-        let goods = goods.ok_or_else(|| {
+        let sku = Sku::parse(&offer.key).filter(|_| offer.broker == NAME);
+        let sku = sku.ok_or_else(|| {
             self.error(BrokerErrorKind::Rejected, format!("{:?} is no offer of this broker", offer.key))
         })?;
-        let operation = if goods.bid_per_gpu.is_some() { RENT } else { DEPLOY };
-        let created = operation.ask::<Created>(&self.http, json!({"input": self.order(&goods, lease)})).await?;
-        let Some(created) = created else { return self.create_by_rest(&goods, lease).await };
-        let disk = goods::disk_gb(Some(lease.disk));
+        let operation = if sku.bid_per_gpu.is_some() { RENT } else { DEPLOY };
+        let created = operation.ask::<Created>(&self.http, json!({"input": self.order(&sku, lease)})).await?;
+        let Some(created) = created else { return self.create_by_rest(&sku, lease).await };
+        let disk = sku::disk_gb(Some(lease.disk));
         Ok(Instance {
             broker: NAME.to_owned(),
             id: InstanceId(created.id),
             name: lease.tag.to_string(),
             state: InstanceState::Booting,
-            price: created.cost_per_hr.and_then(|gpus| goods::price(gpus, disk).ok()),
-            hardware: wire::hardware(goods.count, &goods.gpu, None),
+            price: created.cost_per_hr.and_then(|gpus| sku::price(gpus, disk).ok()),
+            hardware: wire::hardware(sku.count, &sku.gpu, None),
             created_at: None,
         })
     }

@@ -88,7 +88,7 @@ pub struct Slurm {
 
 /// What [`Broker::create`] has to say to get an offer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Goods {
+struct Sku {
     partition: String,
     gpus: u32,
     /// As `--gres` names it.
@@ -108,19 +108,19 @@ impl Slurm {
     }
 
     /// The options of `sbatch` for so many minutes, each a word.
-    fn options(&self, goods: &Goods, time: Duration) -> Vec<String> {
+    fn options(&self, sku: &Sku, time: Duration) -> Vec<String> {
         let minutes = time.as_secs().div_ceil(60).max(1);
         let mut options = vec![
-            format!("--partition={}", goods.partition),
+            format!("--partition={}", sku.partition),
             format!("--time={minutes}"),
             "--nodes=1".to_owned(),
             "--ntasks=1".to_owned(),
-            format!("--cpus-per-task={}", goods.cpus),
-            format!("--mem={}M", goods.mem_mib),
+            format!("--cpus-per-task={}", sku.cpus),
+            format!("--mem={}M", sku.mem_mib),
         ];
-        if goods.gpus > 0 {
-            let kind = goods.gpu_type.as_ref().map(|kind| format!("{kind}:")).unwrap_or_default();
-            options.push(format!("--gres=gpu:{kind}{}", goods.gpus));
+        if sku.gpus > 0 {
+            let kind = sku.gpu_type.as_ref().map(|kind| format!("{kind}:")).unwrap_or_default();
+            options.push(format!("--gres=gpu:{kind}{}", sku.gpus));
         }
         let site = &self.site;
         for (name, value) in [("account", &site.account), ("qos", &site.qos), ("constraint", &site.constraint)] {
@@ -131,9 +131,9 @@ impl Slurm {
     }
 
     /// Makes the lease's folder, submits, and says what became of it.
-    fn submission(&self, root: &str, goods: &Goods, lease: &Lease, time: Duration) -> String {
+    fn submission(&self, root: &str, sku: &Sku, lease: &Lease, time: Duration) -> String {
         let tag = lease.tag.to_string();
-        let mut options = self.options(goods, time);
+        let mut options = self.options(sku, time);
         options.extend([format!("--job-name={tag}"), "--parsable".to_owned(), "--requeue".to_owned()]);
         options.extend(["--output=job.log", "--open-mode=append"].map(str::to_owned));
         // Slurm itself removes a job that waits for too long.
@@ -162,7 +162,7 @@ impl Slurm {
              else echo \"@refused $(tail -n 3 sbatch.log | tr '\\n' ' ')\"; fi",
             cache = quote(&format!("{root}/.cache")),
             folder = quote(&format!("{root}/{tag}")),
-            what = quote(&what(goods)),
+            what = quote(&what(sku)),
             script = quote(&script),
             options = options.join(" "),
         )
@@ -182,11 +182,11 @@ impl Slurm {
 }
 
 /// In words, the same for an offer and its instance.
-fn what(goods: &Goods) -> String {
-    match (goods.gpus, &goods.gpu_type) {
-        (0, _) => format!("{} CPU cores in {}", goods.cpus, goods.partition),
-        (gpus, Some(kind)) => format!("{gpus} x {kind} in {}", goods.partition),
-        (gpus, None) => format!("{gpus} GPUs in {}", goods.partition),
+fn what(sku: &Sku) -> String {
+    match (sku.gpus, &sku.gpu_type) {
+        (0, _) => format!("{} CPU cores in {}", sku.cpus, sku.partition),
+        (gpus, Some(kind)) => format!("{gpus} x {kind} in {}", sku.partition),
+        (gpus, None) => format!("{gpus} GPUs in {}", sku.partition),
     }
 }
 
@@ -215,12 +215,12 @@ impl Broker for Slurm {
         let answer = self.cluster.ask(&script, Kind::Unavailable).await?;
         let mut found = offers::read(&answer, want, &self.site);
         let questions: Vec<(usize, String)> = found
-            .goods
+            .sku
             .iter()
             .take(offers::MOST_ASKED)
             .enumerate()
-            .map(|(i, goods)| {
-                let options = self.options(goods, Duration::from_secs(3600));
+            .map(|(i, sku)| {
+                let options = self.options(sku, Duration::from_secs(3600));
                 (i, options.iter().map(|option| quote(option)).collect::<Vec<_>>().join(" "))
             })
             .collect();
@@ -232,7 +232,7 @@ impl Broker for Slurm {
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
-        let Ok(goods) = serde_json::from_str::<Goods>(&offer.key) else {
+        let Ok(sku) = serde_json::from_str::<Sku>(&offer.key) else {
             return Err(error(Kind::Rejected, format!("{:?} is no offer of this cluster's", offer.key)));
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -240,17 +240,17 @@ impl Broker for Slurm {
         if time == 0 {
             return Err(error(Kind::Rejected, "there is no time left for a job".to_owned()));
         }
-        if let Some(limit) = goods.limit_s.filter(|limit| *limit < time) {
+        if let Some(limit) = sku.limit_s.filter(|limit| *limit < time) {
             let message = format!(
                 "partition {} lets a job run for {} min, and the run has {}: a shorter --max-duration fits",
-                clean(goods.partition.as_bytes(), 40),
+                clean(sku.partition.as_bytes(), 40),
                 limit / 60,
                 time.div_ceil(60)
             );
             return Err(error(Kind::Rejected, message));
         }
         let root = self.cluster.root().await?;
-        let script = self.submission(&root, &goods, lease, Duration::from_secs(time));
+        let script = self.submission(&root, &sku, lease, Duration::from_secs(time));
         // Whatever goes wrong from here on, the job may be there: its name settles it.
         let answer = self.cluster.ask(&script, Kind::Maybe).await;
         self.cluster.changed();
@@ -273,7 +273,7 @@ impl Broker for Slurm {
             name: lease.tag.to_string(),
             state: InstanceState::Queued("it was just submitted".to_owned()),
             price: Some(offer.price),
-            hardware: what(&goods),
+            hardware: what(&sku),
             created_at: None,
         })
     }

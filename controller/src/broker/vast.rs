@@ -78,7 +78,7 @@ struct Vast {
 }
 
 impl Vast {
-    async fn search(&self, want: &GpuRequest, rental: Rental) -> Result<Vec<Value>, BrokerError> {
+    async fn search(&self, want: &GpuRequest, rental: RentalKind) -> Result<Vec<Value>, BrokerError> {
         let call = Call::new(Method::POST, "/v0/bundles/", Effect::Read).body(query(want, rental)).at_pace(SEARCH);
         let reply = granted(self.http.call(call).await?)?;
         Ok(reply.json::<Bundles>("a list of offers")?.offers)
@@ -144,9 +144,9 @@ impl Broker for Vast {
 
     async fn offers(&self, want: &GpuRequest) -> Result<Offers, BrokerError> {
         let mut found: Vec<_> =
-            self.search(want, Rental::OnDemand).await?.into_iter().map(|ask| (ask, false)).collect();
+            self.search(want, RentalKind::OnDemand).await?.into_iter().map(|ask| (ask, false)).collect();
         if want.spot {
-            found.extend(self.search(want, Rental::Bid).await?.into_iter().map(|ask| (ask, true)));
+            found.extend(self.search(want, RentalKind::Bid).await?.into_iter().map(|ask| (ask, true)));
         }
         Ok(Offers::collect(found.into_iter().map(|(ask, spot)| offer(ask, spot))))
     }
@@ -269,14 +269,14 @@ fi
 /// How a machine is rented.
 #[derive(Clone, Copy, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Rental {
+enum RentalKind {
     OnDemand,
     Bid,
 }
 
 /// The search for `want`: never less than the market would keep. Names, places and whatever else the cloud cannot compare as the
 /// market does are left to the market, which also counts what it leaves out.
-fn query(want: &GpuRequest, rental: Rental) -> Value {
+fn query(want: &GpuRequest, rental: RentalKind) -> Value {
     let mut query = json!({
         "type": rental,
         "limit": MOST_OFFERS,
@@ -305,7 +305,7 @@ fn query(want: &GpuRequest, rental: Rental) -> Value {
         only("disk_space", "gte", disk_of(disk).into());
     }
     // A bid may be below the price.
-    if let (Some(price), Rental::OnDemand) = (want.max_price, rental) {
+    if let (Some(price), RentalKind::OnDemand) = (want.max_price, rental) {
         only("dph_total", "lte", (price.0.dollars() + ROUNDING.1).into());
     }
     if let Some(cuda) = want.min_cuda {

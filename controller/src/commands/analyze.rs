@@ -11,11 +11,11 @@ use crate::deploy::slug;
 use crate::files::{MOST, read_small, rename_folder};
 use crate::ledger::random_word;
 use crate::local_worker::{LocalWorkerError, is_refusal};
-use crate::report::{Complaint, ExitStatus, tables};
+use crate::report::{CliError, ExitStatus, tables};
 
 /// Runs `analyze`. Results lie in a folder of another name until they are whole: what fails never touches
 /// what lies in theirs.
-pub(super) async fn command(context: &Context, args: &AnalyzeArgs) -> Result<ExitStatus, Complaint> {
+pub(super) async fn command(context: &Context, args: &AnalyzeArgs) -> Result<ExitStatus, CliError> {
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
     let usual = || context.settings.results.join(format!("{}-{}", slug(job.model_name()), random_word(8)));
@@ -27,7 +27,7 @@ pub(super) async fn command(context: &Context, args: &AnalyzeArgs) -> Result<Exi
         // The worker hears the terminal's Ctrl-C too; dropping it ends it in any case.
         _ = tokio::signal::ctrl_c() => {
             let hint = Some(format!("the same with --output {} goes on where it was", folder.display()));
-            return Err(Complaint { status: ExitStatus::Interrupted, message: "interrupted".to_owned(), hint });
+            return Err(CliError { status: ExitStatus::Interrupted, message: "interrupted".to_owned(), hint });
         }
     };
     if let Err(error) = ran {
@@ -36,11 +36,11 @@ pub(super) async fn command(context: &Context, args: &AnalyzeArgs) -> Result<Exi
             // What was asked for cannot be done: there is nothing but that word, which follows.
             let _ = std::fs::remove_dir_all(&partial);
         }
-        return Err(complaint(error, &partial));
+        return Err(cli_error(error, &partial));
     }
     let results: Results = read(&partial.join(files::RESULTS))?;
     let metadata: Metadata = read(&partial.join(files::METADATA))?;
-    rename_folder(&partial, &folder).map_err(|error| Complaint::failed(format!("{}: {error}", folder.display())))?;
+    rename_folder(&partial, &folder).map_err(|error| CliError::failed(format!("{}: {error}", folder.display())))?;
     context.reporter.result(&results, || {
         let verification = metadata.model.weight_verification.as_ref();
         let table = tables::results(job.model_name(), &results, verification);
@@ -53,10 +53,10 @@ pub(super) async fn command(context: &Context, args: &AnalyzeArgs) -> Result<Exi
 ///
 /// # Errors
 /// Something else lies in either.
-fn partial(folder: &Path, job: &JobSpec) -> Result<PathBuf, Complaint> {
+fn partial(folder: &Path, job: &JobSpec) -> Result<PathBuf, CliError> {
     let refused = |place: &Path, what: &str| {
         let message = format!("{} holds {what}", place.display());
-        Err(Complaint::refused(message, "name another folder with --output, or move that one away"))
+        Err(CliError::refused(message, "name another folder with --output, or move that one away"))
     };
     let is_empty = |place: &Path| std::fs::read_dir(place).map_or(!place.exists(), |mut there| there.next().is_none());
     if !is_empty(folder) {
@@ -73,19 +73,19 @@ fn partial(folder: &Path, job: &JobSpec) -> Result<PathBuf, Complaint> {
     Ok(partial)
 }
 
-fn complaint(error: LocalWorkerError, folder: &Path) -> Complaint {
+fn cli_error(error: LocalWorkerError, folder: &Path) -> CliError {
     let refused = is_refusal(&error);
-    let mut complaint = Complaint::from(error);
+    let mut cli_error = CliError::from(error);
     if !refused {
-        complaint.status = ExitStatus::Failed;
-        complaint.hint.get_or_insert_with(|| format!("see {}", folder.join(files::LOG).display()));
+        cli_error.status = ExitStatus::Failed;
+        cli_error.hint.get_or_insert_with(|| format!("see {}", folder.join(files::LOG).display()));
     }
-    complaint
+    cli_error
 }
 
-fn read<T: DeserializeOwned>(path: &Path) -> Result<T, Complaint> {
-    let text = read_small(path, MOST).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))?;
-    serde_json::from_slice(&text).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))
+fn read<T: DeserializeOwned>(path: &Path) -> Result<T, CliError> {
+    let text = read_small(path, MOST).map_err(|error| CliError::failed(format!("{}: {error}", path.display())))?;
+    serde_json::from_slice(&text).map_err(|error| CliError::failed(format!("{}: {error}", path.display())))
 }
 
 #[cfg(test)]
@@ -100,7 +100,7 @@ mod tests {
         let job = JobSpec::new(ModelSource::Hub { id: "a/b".into(), revision: "main".into() });
         let folder = home.path().join("out");
         let beside = home.path().join("out.partial");
-        let found = |job: &JobSpec| partial(&folder, job).map_err(|complaint| complaint.message);
+        let found = |job: &JobSpec| partial(&folder, job).map_err(|cli_error| cli_error.message);
         assert_eq!(found(&job), Ok(beside.clone()));
         std::fs::create_dir(&folder).unwrap();
         assert_eq!(found(&job), Ok(beside.clone()), "an empty folder is as good as none");

@@ -8,14 +8,14 @@ use super::prepare::{secrets, writable};
 use super::{Context, ports};
 use crate::clouds::BadHosts;
 use crate::ledger::{Ledger, Records, RunRecord};
-use crate::report::{Complaint, ExitStatus};
+use crate::report::{CliError, ExitStatus};
 
 /// Does it; `results` is another folder for them.
 pub(super) async fn command(
     context: &Context,
     name: Option<&str>,
     results: Option<&Path>,
-) -> Result<ExitStatus, Complaint> {
+) -> Result<ExitStatus, CliError> {
     let ledger = context.ledger()?;
     let run = match name {
         Some(name) => ledger.find(name)?,
@@ -33,9 +33,9 @@ pub(super) async fn command(
     Ok(deployed.status())
 }
 
-async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<Deployed, Complaint> {
+async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<Deployed, CliError> {
     let Some(taken) = ledger.take(&run.id)? else {
-        return Err(Complaint::refused(
+        return Err(CliError::refused(
             format!("run {} is driven by another process", run.id),
             format!("`outliers runs logs {0}` shows what its worker says, `outliers runs cancel {0}` ends it", run.id),
         ));
@@ -50,17 +50,17 @@ async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<
 }
 
 /// Names another folder for a run's results, which have not come home; gives its path.
-fn send_results(context: &Context, ledger: &Ledger, run: &RunRecord, folder: &Path) -> Result<String, Complaint> {
+fn send_results(context: &Context, ledger: &Ledger, run: &RunRecord, folder: &Path) -> Result<String, CliError> {
     if let Some(results) = run.state.results() {
         let message = format!("the results of run {} are already saved in {}", run.id, results.folder);
-        return Err(Complaint::refused(message, "move that folder"));
+        return Err(CliError::refused(message, "move that folder"));
     }
     if run.state.is_at_rest() {
-        return Err(Complaint::refused(format!("run {} is over and left no results", run.id), "deploy it again"));
+        return Err(CliError::refused(format!("run {} is over and left no results", run.id), "deploy it again"));
     }
     let folder = context.here.join(folder);
     let Some(path) = folder.to_str() else {
-        return Err(Complaint::refused("the results' folder is not UTF-8", "choose another"));
+        return Err(CliError::refused("the results' folder is not UTF-8", "choose another"));
     };
     writable(&folder)?;
     ledger.send_results_to(&run.id, path)?;
@@ -68,7 +68,7 @@ fn send_results(context: &Context, ledger: &Ledger, run: &RunRecord, folder: &Pa
 }
 
 /// The run that nobody drives and that is not over, if there is just one.
-fn the_only_one(context: &Context, ledger: &Ledger) -> Result<RunRecord, Complaint> {
+fn the_only_one(context: &Context, ledger: &Ledger) -> Result<RunRecord, CliError> {
     let mut left = Vec::new();
     let Records { runs, unreadable } = ledger.records()?;
     context.reporter.unreadable(&unreadable);
@@ -82,7 +82,7 @@ fn the_only_one(context: &Context, ledger: &Ledger) -> Result<RunRecord, Complai
     }
     let ids: Vec<&str> = left.iter().map(|run| run.id.as_str()).collect();
     Err(match ids[..] {
-        [] => Complaint::refused("no run was left behind", "`outliers runs list` shows all of them"),
-        _ => Complaint::refused(format!("{} runs were left behind: {}", ids.len(), ids.join(", ")), "name one of them"),
+        [] => CliError::refused("no run was left behind", "`outliers runs list` shows all of them"),
+        _ => CliError::refused(format!("{} runs were left behind: {}", ids.len(), ids.join(", ")), "name one of them"),
     })
 }

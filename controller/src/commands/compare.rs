@@ -8,7 +8,7 @@ use crate::cli::{CompareArgs, CompareFormat};
 use crate::compare::folder::{ReadError, read_all, read_whole};
 use crate::compare::{Comparison, page, pdf, pixels, plots, print};
 use crate::files::write_whole;
-use crate::report::{Complaint, ExitStatus};
+use crate::report::{CliError, ExitStatus};
 use crate::text::clean;
 use crate::units::PlotWidth;
 
@@ -19,7 +19,7 @@ const DPI: u16 = 300;
 const PDF_INCHES: f64 = 7.0;
 
 /// Runs `compare`.
-pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatus, Complaint> {
+pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatus, CliError> {
     let (folders, left_out) = match args.folders.is_empty() {
         true => read_whole(&context.settings.results, args.allow_partial)?,
         false => (read_all(&args.folders, args.allow_partial)?, Vec::new()),
@@ -32,7 +32,7 @@ pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatu
     let mut comparison = Comparison::of(folders);
     if !args.only.is_empty() {
         let hint = "name results by number, name or folder, as `outliers compare` shows them";
-        comparison = comparison.only(&args.only).map_err(|why| Complaint::refused(format!("--only: {why}"), hint))?;
+        comparison = comparison.only(&args.only).map_err(|why| CliError::refused(format!("--only: {why}"), hint))?;
     }
     if let Some(file) = &args.html {
         let file = context.here.join(file);
@@ -81,25 +81,25 @@ fn drawings(
     folder: &Path,
     format: &str,
     encode: impl Fn(&str) -> Result<Vec<u8>, String>,
-) -> Result<(), Complaint> {
+) -> Result<(), CliError> {
     let folder = context.here.join(folder);
-    fs::create_dir_all(&folder).map_err(|error| Complaint::failed(format!("{}: {error}", folder.display())))?;
+    fs::create_dir_all(&folder).map_err(|error| CliError::failed(format!("{}: {error}", folder.display())))?;
     let mut drawn = plots::across(comparison);
     drawn.extend(comparison.models.iter().flat_map(plots::of_model));
     for plot in &drawn {
         let file = folder.join(format!("{}.{format}", plot.name));
-        let bytes = encode(&plot.svg).map_err(|error| Complaint::failed(format!("{}: {error}", file.display())))?;
+        let bytes = encode(&plot.svg).map_err(|error| CliError::failed(format!("{}: {error}", file.display())))?;
         write(&file, &bytes)?;
     }
     context.reporter.say(&format!("{} plots: {}", drawn.len(), folder.display()));
     Ok(())
 }
 
-fn write(path: &Path, bytes: &[u8]) -> Result<(), Complaint> {
-    write_whole(path, bytes).map_err(|error| Complaint::failed(format!("{}: {error}", path.display())))
+fn write(path: &Path, bytes: &[u8]) -> Result<(), CliError> {
+    write_whole(path, bytes).map_err(|error| CliError::failed(format!("{}: {error}", path.display())))
 }
 
-impl From<ReadError> for Complaint {
+impl From<ReadError> for CliError {
     fn from(error: ReadError) -> Self {
         let message = error.to_string();
         match error {

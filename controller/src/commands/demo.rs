@@ -10,7 +10,7 @@ use super::{Context, SCHEMA};
 use crate::broker::{Instance, local};
 use crate::cli::{DemoArgs, DeployArgs, JobArgs, ModelArgs, WantArgs};
 use crate::files::{MOST, create_private_folder, read_small};
-use crate::report::{Complaint, ExitStatus, tables};
+use crate::report::{CliError, ExitStatus, tables};
 use crate::units::Usd;
 
 /// File with the truth, written by the worker beside the checkpoint.
@@ -44,7 +44,7 @@ struct Decoy {
 
 /// One line of the comparison.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-struct Line {
+struct ComparedFeature {
     dim: usize,
     planted: String,
     expected: bool,
@@ -53,18 +53,18 @@ struct Line {
 
 /// What the demo came to.
 #[derive(Debug, Serialize)]
-struct Document {
+struct DemoReport {
     schema: u32,
     /// Every planted feature was found and nothing else.
     exact: bool,
     /// No instance of the run is left.
     clean: bool,
-    comparison: Vec<Line>,
+    comparison: Vec<ComparedFeature>,
     deployed: Deployed,
 }
 
 /// Runs `demo`.
-pub(super) async fn command(context: &Context, args: &DemoArgs) -> Result<ExitStatus, Complaint> {
+pub(super) async fn command(context: &Context, args: &DemoArgs) -> Result<ExitStatus, CliError> {
     let folder = model(context, args).await?;
     let planted = truth(&folder)?;
     let (features, decoys) = (planted.systematic.len(), planted.decoys.len());
@@ -72,7 +72,7 @@ pub(super) async fn command(context: &Context, args: &DemoArgs) -> Result<ExitSt
         .reporter
         .say(&format!("A model with {features} planted outlier features and {decoys} decoys: {}", folder.display()));
     let deployed = deploy(context, &options(&folder)).await?;
-    let deployed = deployed.ok_or_else(|| Complaint::failed("the demo was not deployed"))?;
+    let deployed = deployed.ok_or_else(|| CliError::failed("the demo was not deployed"))?;
     let Some(results) = &deployed.results else {
         tell(context, &deployed);
         let status = deployed.status();
@@ -81,14 +81,14 @@ pub(super) async fn command(context: &Context, args: &DemoArgs) -> Result<ExitSt
     let comparison = compare(&planted, results);
     let exact = comparison.iter().all(|line| line.expected == line.found);
     let left = left(context, &deployed.run.id).await?;
-    let document = Document { schema: SCHEMA, exact, clean: left.is_empty(), comparison, deployed };
+    let document = DemoReport { schema: SCHEMA, exact, clean: left.is_empty(), comparison, deployed };
     context.reporter.result(&document, || in_words(&document));
     verdict(exact, &left)
 }
 
-fn verdict(exact: bool, left: &[Instance]) -> Result<ExitStatus, Complaint> {
+fn verdict(exact: bool, left: &[Instance]) -> Result<ExitStatus, CliError> {
     if let Some(instance) = left.first() {
-        return Err(Complaint {
+        return Err(CliError {
             status: ExitStatus::InstanceLeft,
             message: format!("instance {} is left", instance.id),
             hint: Some(format!("outliers instances terminate {}", instance.id)),
@@ -97,17 +97,17 @@ fn verdict(exact: bool, left: &[Instance]) -> Result<ExitStatus, Complaint> {
     if exact {
         return Ok(ExitStatus::Done);
     }
-    Err(Complaint::failed("what was found is not what was planted: this build counts wrongly"))
+    Err(CliError::failed("what was found is not what was planted: this build counts wrongly"))
 }
 
 /// The checkpoint, made unless it is there. Always at the same place, so that a demo that was killed is picked up.
-async fn model(context: &Context, args: &DemoArgs) -> Result<PathBuf, Complaint> {
+async fn model(context: &Context, args: &DemoArgs) -> Result<PathBuf, CliError> {
     let usual = || context.settings.state.join("demo").join(concat!("olmoe-", env!("CARGO_PKG_VERSION")));
     let folder = args.output.as_ref().map_or_else(usual, |path| context.here.join(path));
     if folder.join(TRUTH).exists() {
         return Ok(folder);
     }
-    let trouble = |error: std::io::Error| Complaint::failed(format!("{}: {error}", folder.display()));
+    let trouble = |error: std::io::Error| CliError::failed(format!("{}: {error}", folder.display()));
     let mut part = folder.as_os_str().to_owned();
     part.push(format!(".{}.part", crate::ledger::random_word(6)));
     let part = PathBuf::from(part);
@@ -125,9 +125,9 @@ async fn model(context: &Context, args: &DemoArgs) -> Result<PathBuf, Complaint>
     Ok(folder)
 }
 
-fn truth(folder: &Path) -> Result<Planted, Complaint> {
+fn truth(folder: &Path) -> Result<Planted, CliError> {
     let path = folder.join(TRUTH);
-    let wrong = |why: String| Complaint::failed(format!("{}: {why}", path.display()));
+    let wrong = |why: String| CliError::failed(format!("{}: {why}", path.display()));
     let text = read_small(&path, MOST).map_err(|error| wrong(error.to_string()))?;
     serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
 }
@@ -150,22 +150,27 @@ fn options(folder: &Path) -> DeployArgs {
 }
 
 /// Planted features and decoys in the order of the truth, then what nobody planted.
-fn compare(planted: &Planted, results: &Results) -> Vec<Line> {
+fn compare(planted: &Planted, results: &Results) -> Vec<ComparedFeature> {
     let found = |dim: usize| results.features.iter().any(|f| f.dim == dim && f.systematic_by_layers);
     let line = |feature: &Feature, expected: bool, why: &str| {
         let what = if why.is_empty() { String::new() } else { format!("; decoy: {why}") };
         let planted = format!("x {} at {} norm outputs{what}", feature.factor, feature.sites.len());
-        Line { dim: feature.dim, planted, expected, found: found(feature.dim) }
+        ComparedFeature { dim: feature.dim, planted, expected, found: found(feature.dim) }
     };
-    let mut lines: Vec<Line> = planted.systematic.iter().map(|feature| line(feature, true, "")).collect();
+    let mut lines: Vec<ComparedFeature> = planted.systematic.iter().map(|feature| line(feature, true, "")).collect();
     lines.extend(planted.decoys.iter().map(|decoy| line(&decoy.feature, false, &decoy.why)));
     let known: Vec<usize> = lines.iter().map(|line| line.dim).collect();
     let others = results.features.iter().filter(|f| f.systematic_by_layers && !known.contains(&f.dim));
-    lines.extend(others.map(|f| Line { dim: f.dim, planted: "nothing".to_owned(), expected: false, found: true }));
+    lines.extend(others.map(|f| ComparedFeature {
+        dim: f.dim,
+        planted: "nothing".to_owned(),
+        expected: false,
+        found: true,
+    }));
     lines
 }
 
-fn in_words(document: &Document) -> String {
+fn in_words(document: &DemoReport) -> String {
     let deployed = &document.deployed;
     let mut table = tables::table(&["feature", "planted", "systematic", "found", "verdict"]);
     let yes = |is: bool| if is { "yes" } else { "no" };
@@ -184,7 +189,7 @@ fn in_words(document: &Document) -> String {
     out + if document.clean { "no instance is left\n" } else { "" }
 }
 
-async fn left(context: &Context, run: &str) -> Result<Vec<Instance>, Complaint> {
+async fn left(context: &Context, run: &str) -> Result<Vec<Instance>, CliError> {
     let listed = context.cloud(local::NAME)?.broker.list().await?;
     Ok(listed.into_iter().filter(|instance| instance.tag().is_some_and(|tag| tag.run == run)).collect())
 }

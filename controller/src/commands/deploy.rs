@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::drive::drive_as;
 use super::instances::LISTS;
-use super::prepare::{Prepared, Wish, consent, identity, prepare, room, secrets, writable};
+use super::prepare::{Prepared, RunRequest, consent, identity, prepare, room, secrets, writable};
 use super::{Context, SCHEMA, ports, request};
 use crate::broker::{InstanceId, Offer};
 use crate::calendar::rfc3339;
@@ -20,8 +20,8 @@ use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
 use crate::market::Step;
 use crate::reconcile::Action;
 use crate::report::tables::TOP;
-use crate::report::{Complaint, ExitStatus, Reporter, tables};
-use crate::run::{Ending, RunSpec};
+use crate::report::{CliError, ExitStatus, Reporter, tables};
+use crate::run::{RunOutcome, RunSpec};
 use crate::settings::{DefaultBroker, Span};
 use crate::units::{Usd, UsdPerHour};
 
@@ -93,7 +93,7 @@ struct Plan<'a> {
 }
 
 /// Runs `deploy`.
-pub(super) async fn command(context: &Context, args: &DeployArgs) -> Result<ExitStatus, Complaint> {
+pub(super) async fn command(context: &Context, args: &DeployArgs) -> Result<ExitStatus, CliError> {
     let Some(deployed) = deploy(context, args).await? else { return Ok(ExitStatus::Done) };
     if !deployed.run.state.is_at_rest() {
         tell_of_detached(context, &deployed.run);
@@ -164,27 +164,27 @@ fn in_words(detached: &Detached<'_>) -> String {
 pub(super) fn tell(context: &Context, deployed: &Deployed) {
     let cost = Usd::from_micros(deployed.cost_micro_usd);
     context.reporter.result(deployed, || deployed.table() + &tables::epilogue(&deployed.run, cost));
-    if let Some(complaint) = complaint_of(&deployed.run) {
-        context.reporter.sentence(&complaint);
+    if let Some(cli_error) = cli_error_of(&deployed.run) {
+        context.reporter.sentence(&cli_error);
     }
 }
 
 /// Why a run that is over is not what it was to be.
-pub(super) fn complaint_of(run: &RunRecord) -> Option<Complaint> {
-    let ending = run.state.ending().filter(|ending| **ending != Ending::Completed)?;
+pub(super) fn cli_error_of(run: &RunRecord) -> Option<CliError> {
+    let ending = run.state.ending().filter(|ending| **ending != RunOutcome::Completed)?;
     let hint = match ending {
-        Ending::WorkerVanished { .. } => Some(format!("`outliers runs logs {}` shows its last words", run.id)),
-        Ending::Deadline => Some("give it more time with --max-duration".to_owned()),
+        RunOutcome::WorkerVanished { .. } => Some(format!("`outliers runs logs {}` shows its last words", run.id)),
+        RunOutcome::Deadline => Some("give it more time with --max-duration".to_owned()),
         other => other.hint().map(str::to_owned),
     };
-    Some(Complaint { status: ExitStatus::of_run(&run.state), message: ending.to_string(), hint })
+    Some(CliError { status: ExitStatus::of_run(&run.state), message: ending.to_string(), hint })
 }
 
 /// Deploys, or shows the plan: then `None`.
 ///
 /// # Errors
-/// [`Complaint`]: what is wrong; nothing was rented unless its status is 6.
-pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Option<Deployed>, Complaint> {
+/// [`CliError`]: what is wrong; nothing was rented unless its status is 6.
+pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Option<Deployed>, CliError> {
     let reporter = &context.reporter;
     let clouds = context.clouds(&args.want.broker)?;
     if args.want.broker.is_empty() && context.settings.broker == DefaultBroker::Local {
@@ -209,8 +209,8 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
         return drive_as(reporter, run, ports, args.detach).await.map(Some);
     }
     tell_of_the_same(reporter, &ledger, &identity)?;
-    let wish = wish(context, job, key, args);
-    let prepared = prepare(context, &clouds, &worker, wish, |offered| reporter.offered(offered)).await?;
+    let run_request = run_request(context, job, key, args);
+    let prepared = prepare(context, &clouds, &worker, run_request, |offered| reporter.offered(offered)).await?;
     room(context, [&prepared.spec])?;
     if args.dry_run {
         show(reporter, &prepared);
@@ -232,21 +232,21 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
 }
 
 /// Whether an instance that nobody looks after ends on each of these clouds.
-fn end_by_themselves(clouds: &Clouds) -> Result<(), Complaint> {
+fn end_by_themselves(clouds: &Clouds) -> Result<(), CliError> {
     let Some(cloud) = clouds.iter().find(|cloud| !cloud.broker.capabilities().ends_by_itself()) else { return Ok(()) };
     let message = format!(
         "--detach leaves an instance alone, and {} keeps no deadline and gives it no means to end itself",
         cloud.name()
     );
     let hint = "name other clouds with --broker; or leave out --detach and keep the command running, under nohup";
-    Err(Complaint::refused(message, hint))
+    Err(CliError::refused(message, hint))
 }
 
 /// Names runs of the same job that are under way or complete, wherever they run: nobody should pay twice unawares.
-fn tell_of_the_same(reporter: &Reporter, ledger: &Ledger, identity: &JobIdentity) -> Result<(), Complaint> {
+fn tell_of_the_same(reporter: &Reporter, ledger: &Ledger, identity: &JobIdentity) -> Result<(), CliError> {
     for run in ledger.runs()? {
         let id = &run.id;
-        let complete = run.state.results().filter(|_| run.state.ending() == Some(&Ending::Completed));
+        let complete = run.state.results().filter(|_| run.state.ending() == Some(&RunOutcome::Completed));
         let words = match complete {
             _ if identity.key(&run.spec.brokers) != run.spec.job_key => continue,
             Some(results) => format!("is complete: {}", results.folder),
@@ -258,8 +258,8 @@ fn tell_of_the_same(reporter: &Reporter, ledger: &Ledger, identity: &JobIdentity
     Ok(())
 }
 
-fn wish(context: &Context, job: JobSpec, job_key: String, args: &DeployArgs) -> Wish {
-    Wish {
+fn run_request(context: &Context, job: JobSpec, job_key: String, args: &DeployArgs) -> RunRequest {
+    RunRequest {
         job,
         job_key,
         request: request(&args.want),
@@ -304,7 +304,7 @@ async fn reconcile(
     ledger: &Ledger,
     ports: Ports<'_>,
     key: &str,
-) -> Result<Option<RunWriter>, Complaint> {
+) -> Result<Option<RunWriter>, CliError> {
     // Taken first: a run that is ours to go on with is nobody's to clean up.
     let run = abandoned(ledger, key)?;
     let on = |event| reporter.event(event);
@@ -315,7 +315,7 @@ async fn reconcile(
 }
 
 /// A run of the same work that nobody drives, that is not over, and that has time left.
-fn abandoned(ledger: &Ledger, key: &str) -> Result<Option<RunWriter>, Complaint> {
+fn abandoned(ledger: &Ledger, key: &str) -> Result<Option<RunWriter>, CliError> {
     let now = now_ms() / 1000;
     for run in ledger.runs()?.iter().rev() {
         if run.spec.job_key == key

@@ -15,7 +15,7 @@ use crate::http::{address, clock_skew};
 use crate::keys::RunKey;
 use crate::ledger::{Ledger, Records, Repaired, random_word};
 use crate::reconcile::{Action, Leave};
-use crate::report::{Complaint, ExitStatus, tables};
+use crate::report::{CliError, ExitStatus, tables};
 use crate::settings::CloudSettings;
 use crate::text::counted;
 
@@ -23,7 +23,7 @@ use crate::text::counted;
 const MOST_SKEW: i64 = 60;
 
 #[derive(Serialize)]
-struct Document {
+struct DoctorReport {
     schema: u32,
     checks: Vec<Finding>,
 }
@@ -63,7 +63,7 @@ impl Finding {
 }
 
 /// Runs `doctor`.
-pub(super) async fn command(context: &Context, args: &DoctorArgs) -> Result<ExitStatus, Complaint> {
+pub(super) async fn command(context: &Context, args: &DoctorArgs) -> Result<ExitStatus, CliError> {
     let clouds = context.all_clouds()?;
     let mut checks = vec![keys(&context.settings.state), worker(context).await];
     if args.repair {
@@ -72,9 +72,9 @@ pub(super) async fn command(context: &Context, args: &DoctorArgs) -> Result<Exit
     let ledger = context.ledger();
     checks.push(match &ledger {
         Ok(ledger) => records(ledger),
-        Err(complaint) => {
-            let finding = Finding::new("ledger", Health::Bad, complaint.message.clone());
-            Finding { hint: complaint.hint.clone(), ..finding }
+        Err(cli_error) => {
+            let finding = Finding::new("ledger", Health::Bad, cli_error.message.clone());
+            Finding { hint: cli_error.hint.clone(), ..finding }
         }
     });
     let ledger = ledger.as_ref().ok();
@@ -84,7 +84,7 @@ pub(super) async fn command(context: &Context, args: &DoctorArgs) -> Result<Exit
     }
     checks.extend(join_all(context.settings.clouds.iter().map(reach)).await.into_iter().flatten());
     let status = if checks.iter().any(|check| check.is == Health::Bad) { ExitStatus::Failed } else { ExitStatus::Done };
-    let document = Document { schema: SCHEMA, checks };
+    let document = DoctorReport { schema: SCHEMA, checks };
     context.reporter.result(&document, || in_words(&document.checks));
     Ok(status)
 }
@@ -128,7 +128,7 @@ async fn worker(context: &Context) -> Finding {
             let (here, pushed) = (worker.path().display(), worker.pushed().path.display());
             Finding::new("worker", Health::Good, format!("{here}; instances get {pushed}, {what}"))
         }
-        Err(complaint) => Finding { hint: complaint.hint, ..Finding::new("worker", Health::Bad, complaint.message) },
+        Err(cli_error) => Finding { hint: cli_error.hint, ..Finding::new("worker", Health::Bad, cli_error.message) },
     }
 }
 

@@ -9,14 +9,14 @@ use super::deploy::Deployed;
 use crate::calendar::rfc3339;
 use crate::deploy::{DeployEvent, Driver, Ports, Stop};
 use crate::ledger::{RunRecord, RunWriter};
-use crate::report::{Complaint, ExitStatus, Reporter};
+use crate::report::{CliError, ExitStatus, Reporter};
 use crate::settings::Span;
 
 /// Drives a run to its end, listening for Ctrl-C.
 ///
 /// # Errors
 /// Status 6: its instance may be left.
-pub(super) async fn drive(reporter: &Reporter, run: RunWriter, ports: Ports<'_>) -> Result<Deployed, Complaint> {
+pub(super) async fn drive(reporter: &Reporter, run: RunWriter, ports: Ports<'_>) -> Result<Deployed, CliError> {
     drive_as(reporter, run, ports, false).await
 }
 
@@ -30,7 +30,7 @@ pub(super) async fn drive_as(
     run: RunWriter,
     ports: Ports<'_>,
     detach: bool,
-) -> Result<Deployed, Complaint> {
+) -> Result<Deployed, CliError> {
     let on = |event| reporter.event(event);
     let driven = listening(reporter, async |stop| Driver::new(run, ports, stop, &on).detaching(detach).drive().await);
     let run = driven.await??;
@@ -38,7 +38,7 @@ pub(super) async fn drive_as(
 }
 
 /// A run that was let go of although nobody asked for that.
-fn let_go(run: &RunRecord) -> Complaint {
+fn let_go(run: &RunRecord) -> CliError {
     let bills = run.state.rental().map(|rental| {
         let until = rfc3339(rental.tag.deadline);
         format!(", and instance {} on {} bills {} until {until}", rental.instance, rental.offer.broker, rental.price)
@@ -48,7 +48,7 @@ fn let_go(run: &RunRecord) -> Complaint {
         true => String::new(),
         false => format!("; its guard ends the run when nobody was heard for {}", Span(lease)),
     };
-    Complaint {
+    CliError {
         status: ExitStatus::InstanceLeft,
         message: format!("run {} was let go of: its worker goes on{}", run.id, bills.unwrap_or_default()),
         hint: Some(format!("`outliers attach {}` goes on with it{sooner}", run.id)),
@@ -62,7 +62,7 @@ fn let_go(run: &RunRecord) -> Complaint {
 pub(super) async fn listening<T>(
     reporter: &Reporter,
     work: impl AsyncFnOnce(watch::Receiver<Stop>) -> T,
-) -> Result<T, Complaint> {
+) -> Result<T, CliError> {
     let stop = watch::Sender::new(Stop::Go);
     let listen = listen(|level| {
         reporter.event(DeployEvent::Stopping(level));
@@ -74,8 +74,8 @@ pub(super) async fn listening<T>(
     }
 }
 
-fn deaf(error: &std::io::Error) -> Complaint {
-    Complaint {
+fn deaf(error: &std::io::Error) -> CliError {
+    CliError {
         status: ExitStatus::InstanceLeft,
         message: format!("signals cannot be heard: {error}"),
         hint: Some("an instance may still be running: outliers instances list".to_owned()),

@@ -4,14 +4,14 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::status::Document;
+use super::status::StatusReport;
 use super::{Context, SCHEMA};
 use crate::calendar::rfc3339;
 use crate::files::{MOST, read_small, write_whole};
 use crate::handoff::{document, is_untouched, sealed};
 use crate::ledger::now_ms;
-use crate::report::{Complaint, ExitStatus};
-use crate::standing::Standing;
+use crate::report::{CliError, ExitStatus};
+use crate::status::Status;
 
 /// Where documents go, seen from the folder in which the command runs.
 const FOLDER: &str = "handoffs";
@@ -21,15 +21,15 @@ struct Written<'a> {
     /// The document.
     file: &'a Path,
     #[serde(flatten)]
-    document: Document<'a>,
+    document: StatusReport<'a>,
 }
 
 /// Runs `handoff`. A second document on the same day replaces the first, unless somebody has edited
 /// that.
-pub(super) fn command(context: &Context, output: Option<&Path>, force: bool) -> Result<ExitStatus, Complaint> {
-    let standing = Standing::look(&context.ledger()?, &context.settings.results, now_ms())?;
-    context.reporter.unreadable(&standing.unreadable);
-    let moment = rfc3339(standing.at);
+pub(super) fn command(context: &Context, output: Option<&Path>, force: bool) -> Result<ExitStatus, CliError> {
+    let status = Status::look(&context.ledger()?, &context.settings.results, now_ms())?;
+    context.reporter.unreadable(&status.unreadable);
+    let moment = rfc3339(status.at);
     let date = moment.split('T').next().unwrap_or_default();
     let folder = context.here.join(output.unwrap_or(Path::new(FOLDER)));
     let file = folder.join(format!("{date}.md"));
@@ -38,15 +38,15 @@ pub(super) fn command(context: &Context, output: Option<&Path>, force: bool) -> 
         Err(error) => error.kind() != std::io::ErrorKind::NotFound,
     };
     if !force && is_edited {
-        return Err(Complaint::refused(
+        return Err(CliError::refused(
             format!("{} was edited, or is of another version, and is left as it is", file.display()),
             "--force replaces it; --output writes to another folder",
         ));
     }
-    let text = sealed(document(&standing));
+    let text = sealed(document(&status));
     let written = std::fs::create_dir_all(&folder).and_then(|()| write_whole(&file, text.as_bytes()));
-    written.map_err(|error| Complaint::failed(format!("{}: {error}", file.display())))?;
-    let document = Document { schema: SCHEMA, standing: &standing };
+    written.map_err(|error| CliError::failed(format!("{}: {error}", file.display())))?;
+    let document = StatusReport { schema: SCHEMA, status: &status };
     context.reporter.result(&Written { file: &file, document }, || file.display().to_string());
     Ok(ExitStatus::Done)
 }

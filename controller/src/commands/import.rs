@@ -13,12 +13,12 @@ use crate::compare::predecessor::{Imported, import};
 use crate::deploy::slug;
 use crate::files::{MOST, read_small, sha256, write_whole};
 use crate::ledger::now_ms;
-use crate::report::{Complaint, ExitStatus};
+use crate::report::{CliError, ExitStatus};
 
 /// Runs `results import`.
-pub(super) fn command(context: &Context, args: &ImportArgs) -> Result<ExitStatus, Complaint> {
+pub(super) fn command(context: &Context, args: &ImportArgs) -> Result<ExitStatus, CliError> {
     let mut imported = import(&args.paths).map_err(|error| {
-        Complaint::refused(
+        CliError::refused(
             error.to_string(),
             "give the predecessor's final_analysis_results.json, perplexity_results.json, or their folders",
         )
@@ -28,7 +28,7 @@ pub(super) fn command(context: &Context, args: &ImportArgs) -> Result<ExitStatus
     let usual = || context.settings.results.join(format!("{}-imported-{}", slug(&imported.model), &hash[..8]));
     let folder = args.output.as_ref().map_or_else(usual, |path| context.here.join(path));
     imported.imported_at_ms = first_imported(&folder).unwrap_or_else(now_ms);
-    write(&folder, &imported).map_err(|error| Complaint::failed(format!("{}: {error}", folder.display())))?;
+    write(&folder, &imported).map_err(|error| CliError::failed(format!("{}: {error}", folder.display())))?;
     context.reporter.result(&imported, || in_words(&imported, &folder));
     Ok(ExitStatus::Done)
 }
@@ -59,7 +59,7 @@ fn in_words(imported: &Imported, folder: &Path) -> String {
     let mut out = format!("{}\n", crate::text::clean(imported.model.as_bytes(), 200));
     if let Some(outliers) = &imported.outliers {
         for verdict in outliers.verdicts() {
-            out += &format!("{}: {}\n", verdict.label, crate::compare::sheet::short(verdict.count));
+            out += &format!("{}: {}\n", verdict.label, crate::compare::table::short(verdict.count));
         }
         out += &format!("{} distinct features, each systematic in at least one batch\n", outliers.distinct_features);
     }

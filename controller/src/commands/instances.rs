@@ -11,7 +11,7 @@ use crate::cli::{InstancesCommand, Only};
 use crate::clouds::{Cloud, Clouds};
 use crate::deploy::{KEY_FILE, Looked, look};
 use crate::ledger::{Ledger, RunRecord};
-use crate::report::{Complaint, ExitStatus, tables};
+use crate::report::{CliError, ExitStatus, tables};
 use crate::run::{Pin, RunEvent};
 use crate::transport::quote::quote;
 
@@ -21,9 +21,9 @@ mod terminate;
 pub(super) const LISTS: &str = "the clouds' lists of instances";
 
 #[derive(Serialize)]
-struct Listed<'a> {
+struct InstanceList<'a> {
     schema: u32,
-    instances: Vec<Shown<'a>>,
+    instances: Vec<InstanceRow<'a>>,
     /// How many of them cannot be read.
     unreadable: usize,
     /// Clouds whose list is not known, in their words.
@@ -31,7 +31,7 @@ struct Listed<'a> {
 }
 
 #[derive(Serialize)]
-struct Shown<'a> {
+struct InstanceRow<'a> {
     #[serde(flatten)]
     instance: &'a Instance,
     /// What this program makes of it, in words.
@@ -39,7 +39,7 @@ struct Shown<'a> {
 }
 
 /// Runs an `instances` subcommand.
-pub(super) async fn command(context: &Context, command: InstancesCommand) -> Result<ExitStatus, Complaint> {
+pub(super) async fn command(context: &Context, command: InstancesCommand) -> Result<ExitStatus, CliError> {
     match command {
         InstancesCommand::List { only } => list(context, &context.home(), &clouds(context, &only)?).await,
         InstancesCommand::Show { id, only } => show(context, &context.home(), &clouds(context, &only)?, &id).await,
@@ -57,11 +57,11 @@ pub(super) async fn command(context: &Context, command: InstancesCommand) -> Res
 }
 
 /// Those that were named, else all that can be asked: a forgotten instance may be on any of them.
-pub(super) fn clouds(context: &Context, only: &Only) -> Result<Clouds, Complaint> {
+pub(super) fn clouds(context: &Context, only: &Only) -> Result<Clouds, CliError> {
     if only.broker.is_empty() { context.all_clouds() } else { context.clouds(&only.broker) }
 }
 
-async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitStatus, Complaint> {
+async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitStatus, CliError> {
     let (mut looks, mut silent) = (Vec::new(), Vec::new());
     let all = join_all(clouds.iter().map(|cloud| look(home.ledger.as_ref(), cloud)));
     for looked in context.reporter.waiting(LISTS, all).await {
@@ -73,19 +73,19 @@ async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitSta
     let shown = |looked: &Looked| tables::what_they_are(&looked.listed, &looked.actions);
     let words: Vec<String> = looks.iter().flat_map(shown).collect();
     let all: Vec<&Instance> = looks.iter().flat_map(|looked| &looked.listed).collect();
-    let instances = all.iter().zip(&words).map(|(instance, words)| Shown { instance, what_it_is: words.clone() });
+    let instances = all.iter().zip(&words).map(|(instance, words)| InstanceRow { instance, what_it_is: words.clone() });
     let unreadable = all.iter().filter(|instance| matches!(instance.state, InstanceState::Unreadable(_))).count();
     if unreadable > 0 {
         context.reporter.warn(&format!("{unreadable} entries of the clouds' lists cannot be read"));
     }
-    let document = Listed { schema: SCHEMA, instances: instances.collect(), unreadable, silent };
+    let document = InstanceList { schema: SCHEMA, instances: instances.collect(), unreadable, silent };
     // A list that is not whole and shows none does not say that there is none.
     let nothing_is_known = all.is_empty() && !document.silent.is_empty();
     let table = || if nothing_is_known { String::new() } else { tables::instances(&all, &words) };
     context.reporter.result(&document, table);
     match document.silent.first() {
         None => Ok(ExitStatus::Done),
-        Some(words) => Err(Complaint {
+        Some(words) => Err(CliError {
             status: ExitStatus::Cloud,
             message: format!("this list is not whole: {words}"),
             hint: Some("outliers doctor".to_owned()),
@@ -94,7 +94,7 @@ async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitSta
 }
 
 /// All instances of all clouds; one that does not answer is an error.
-async fn everything(clouds: &Clouds) -> Result<Vec<(&Cloud, Instance)>, Complaint> {
+async fn everything(clouds: &Clouds) -> Result<Vec<(&Cloud, Instance)>, CliError> {
     let lists =
         join_all(clouds.iter().map(|cloud| async move { (cloud, cloud.call(cloud.broker.list()).await) })).await;
     let mut all = Vec::new();
@@ -105,13 +105,13 @@ async fn everything(clouds: &Clouds) -> Result<Vec<(&Cloud, Instance)>, Complain
 }
 
 /// By its id or the beginning of it.
-async fn find<'a>(clouds: &'a Clouds, id: &str) -> Result<(&'a Cloud, Instance), Complaint> {
+async fn find<'a>(clouds: &'a Clouds, id: &str) -> Result<(&'a Cloud, Instance), CliError> {
     let mut all = everything(clouds).await?;
     let begins = |(_, instance): &(&Cloud, Instance)| !id.is_empty() && instance.id.0.starts_with(id);
     let exact = all.iter().position(|(_, instance)| instance.id.0 == *id);
     match (exact.or_else(|| all.iter().position(begins)), all.iter().filter(|found| begins(found)).count()) {
         (Some(at), count) if exact.is_some() || count == 1 => Ok(all.swap_remove(at)),
-        (Some(_), count) => Err(Complaint::refused(
+        (Some(_), count) => Err(CliError::refused(
             format!("the ids of {count} instances begin with `{id}`"),
             "give more of it; see `outliers instances list`",
         )),
@@ -119,11 +119,11 @@ async fn find<'a>(clouds: &'a Clouds, id: &str) -> Result<(&'a Cloud, Instance),
     }
 }
 
-fn missing(id: &str) -> Complaint {
-    Complaint::refused(format!("there is no instance `{id}`"), "see `outliers instances list`")
+fn missing(id: &str) -> CliError {
+    CliError::refused(format!("there is no instance `{id}`"), "see `outliers instances list`")
 }
 
-async fn show(context: &Context, home: &Home, clouds: &Clouds, id: &str) -> Result<ExitStatus, Complaint> {
+async fn show(context: &Context, home: &Home, clouds: &Clouds, id: &str) -> Result<ExitStatus, CliError> {
     let (cloud, instance) = context.reporter.waiting(LISTS, find(clouds, id)).await?;
     // The list's word may be older than the cloud's word on the one.
     let instance = cloud.call(cloud.broker.get(&instance.id)).await?.unwrap_or(instance);
@@ -141,10 +141,10 @@ async fn show(context: &Context, home: &Home, clouds: &Clouds, id: &str) -> Resu
 }
 
 /// The command that opens a shell.
-fn ssh(context: &Context, arguments: &[String], run: bool) -> Result<ExitStatus, Complaint> {
+fn ssh(context: &Context, arguments: &[String], run: bool) -> Result<ExitStatus, CliError> {
     if run {
         let status = Command::new("ssh").args(arguments).status();
-        let status = status.map_err(|error| Complaint::failed(format!("ssh cannot be run: {error}")))?;
+        let status = status.map_err(|error| CliError::failed(format!("ssh cannot be run: {error}")))?;
         return Ok(if status.success() { ExitStatus::Done } else { ExitStatus::Failed });
     }
     let command = format!("ssh {}", arguments.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" "));
@@ -154,22 +154,22 @@ fn ssh(context: &Context, arguments: &[String], run: bool) -> Result<ExitStatus,
 }
 
 /// With the run's key and the host key it showed first.
-fn ssh_arguments(ledger: &Ledger, instance: &Instance) -> Result<Vec<String>, Complaint> {
+fn ssh_arguments(ledger: &Ledger, instance: &Instance) -> Result<Vec<String>, CliError> {
     let InstanceState::Ready(endpoint) = &instance.state else {
-        return Err(Complaint::failed(format!("instance {} has no address", instance.id)));
+        return Err(CliError::failed(format!("instance {} has no address", instance.id)));
     };
     let tag = instance.tag().filter(|tag| tag.owner == ledger.owner());
-    let tag = tag.ok_or_else(|| Complaint::failed(format!("instance {} is not of this ledger", instance.id)))?;
+    let tag = tag.ok_or_else(|| CliError::failed(format!("instance {} is not of this ledger", instance.id)))?;
     let (record, folder) = (ledger.run(&tag.run)?, ledger.run_folder(&tag.run));
     let (key, known_hosts) = (folder.join(KEY_FILE), folder.join("known_hosts"));
     if !key.exists() {
-        return Err(Complaint::failed(format!("the key of run {} is gone", record.id)));
+        return Err(CliError::failed(format!("the key of run {} is gone", record.id)));
     }
     let address = address(endpoint)?;
     let strict = match pin(&record) {
         Some(pin) => {
             let written = std::fs::write(&known_hosts, format!("{address} {}\n", pin.0));
-            written.map_err(|error| Complaint::failed(format!("{}: {error}", known_hosts.display())))?;
+            written.map_err(|error| CliError::failed(format!("{}: {error}", known_hosts.display())))?;
             "yes"
         }
         None => "accept-new",
@@ -196,13 +196,13 @@ fn pin(record: &RunRecord) -> Option<&Pin> {
 }
 
 /// The endpoint as a `known_hosts` file names it. A cloud's word goes into a command line here, so it has to look like an address.
-fn address(endpoint: &SshEndpoint) -> Result<String, Complaint> {
+fn address(endpoint: &SshEndpoint) -> Result<String, CliError> {
     let plain = |text: &str| {
         let fits = |c: char| c.is_ascii_alphanumeric() || ".-_:".contains(c);
         !text.is_empty() && !text.starts_with('-') && text.chars().all(fits)
     };
     if !plain(&endpoint.host) || !plain(&endpoint.user) {
-        return Err(Complaint::failed("the cloud gives an address that is none"));
+        return Err(CliError::failed("the cloud gives an address that is none"));
     }
     Ok(if endpoint.port == 22 { endpoint.host.clone() } else { format!("[{}]:{}", endpoint.host, endpoint.port) })
 }

@@ -10,7 +10,7 @@ use outliers_protocol::{
 use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg};
 use crate::files::{MOST, is_plain_name, read_text};
 use crate::model_name::of_folder;
-use crate::report::Complaint;
+use crate::report::CliError;
 use crate::text::clean;
 
 /// Most characters of a model's name.
@@ -20,7 +20,7 @@ const LONGEST_NAME: usize = 100;
 ///
 /// # Errors
 /// The model is neither a folder nor a hub id; a file is not there.
-pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Path) -> Result<JobSpec, Complaint> {
+pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Path) -> Result<JobSpec, CliError> {
     let mut job = JobSpec::new(source(model, here)?);
     job.label = match (&args.name, &job.model) {
         (Some(typed), _) => Some(name(typed)?),
@@ -68,14 +68,14 @@ pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Pat
 }
 
 /// What needs no model to be called wrong.
-fn check(job: &JobSpec) -> Result<(), Complaint> {
+fn check(job: &JobSpec) -> Result<(), CliError> {
     let zero =
-        |name: &str| Err(Complaint::refused(format!("--{name} must be at least 1"), "leave it out for the default"));
+        |name: &str| Err(CliError::refused(format!("--{name} must be at least 1"), "leave it out for the default"));
     if job.stream_budget_bytes == Some(0) {
         return zero("stream-budget");
     }
     if !job.export.is_empty() && job.ablation.is_some() {
-        return Err(Complaint::refused("--export and --ablate do not go together", "make two runs of it"));
+        return Err(CliError::refused("--export and --ablate do not go together", "make two runs of it"));
     }
     match (job.corpus.num_sequences, job.corpus.sequence_length, job.layers, job.micro_batch_tokens) {
         (Some(0), ..) => zero("num-sequences"),
@@ -88,9 +88,9 @@ fn check(job: &JobSpec) -> Result<(), Complaint> {
 }
 
 /// What a model is called, on one line of tables.
-fn name(name: &str) -> Result<String, Complaint> {
+fn name(name: &str) -> Result<String, CliError> {
     match name.trim().is_empty() || clean(name.as_bytes(), LONGEST_NAME) != name {
-        true => Err(Complaint::refused(
+        true => Err(CliError::refused(
             format!("--name takes 1 to {LONGEST_NAME} characters of plain text"),
             "leave it out for the model's own name",
         )),
@@ -99,9 +99,9 @@ fn name(name: &str) -> Result<String, Complaint> {
 }
 
 /// A file among the results.
-fn plain_name(option: &str, name: Option<&str>) -> Result<(), Complaint> {
+fn plain_name(option: &str, name: Option<&str>) -> Result<(), CliError> {
     match name {
-        Some(name) if !is_plain_name(name) => Err(Complaint::refused(
+        Some(name) if !is_plain_name(name) => Err(CliError::refused(
             format!("--{option} takes a plain file name"),
             "the file comes home with the results",
         )),
@@ -110,36 +110,33 @@ fn plain_name(option: &str, name: Option<&str>) -> Result<(), Complaint> {
 }
 
 /// The features that were named, or found by an earlier run.
-fn ablation(ablate: &Ablate, seed: Option<u64>, here: &Path) -> Result<Ablation, Complaint> {
+fn ablation(ablate: &Ablate, seed: Option<u64>, here: &Path) -> Result<Ablation, CliError> {
     let read = |file: &Path| read_text(&here.join(file), MOST);
     ablate.ablation(seed.unwrap_or_default(), read).map_err(|why| {
-        Complaint::refused(format!("--ablate: {why}"), "name features, or the results of a run that found some")
+        CliError::refused(format!("--ablate: {why}"), "name features, or the results of a run that found some")
     })
 }
 
 /// A folder with weights, by its absolute path. One that is not here may be a cluster's.
-fn placed(weights: Weights, here: &Path) -> Result<Weights, Complaint> {
+fn placed(weights: Weights, here: &Path) -> Result<Weights, CliError> {
     let Weights::Local { path } = weights else { return Ok(weights) };
     if path.starts_with('/') && !Path::new(&path).exists() {
         return Ok(Weights::Local { path });
     }
     let found = here.join(&path).canonicalize().map_err(|error| {
-        Complaint::refused(
-            format!("--weights local:{path}: {error}"),
-            "give a folder of this machine with weight files",
-        )
+        CliError::refused(format!("--weights local:{path}: {error}"), "give a folder of this machine with weight files")
     })?;
     Ok(Weights::Local { path: utf8(found)? })
 }
 
 /// A folder that is there, or a path by its look, is a folder; `owner/name` is a hub id.
-fn source(args: &ModelArgs, here: &Path) -> Result<ModelSource, Complaint> {
+fn source(args: &ModelArgs, here: &Path) -> Result<ModelSource, CliError> {
     let model = args.model.as_str();
     let path_like = model.starts_with(['/', '.', '~']) || model.ends_with('/');
     let path = here.join(model);
     if path_like || (!model.is_empty() && path.is_dir()) {
         let found = path.canonicalize().map_err(|error| {
-            Complaint::refused(
+            CliError::refused(
                 format!("--model {model}: {error}"),
                 "give a folder with config.json and safetensors files, or a hub id (owner/name)",
             )
@@ -153,14 +150,14 @@ fn source(args: &ModelArgs, here: &Path) -> Result<ModelSource, Complaint> {
         [owner, name] if plain(owner) && plain(name) => {
             Ok(ModelSource::Hub { id: model.to_owned(), revision: args.revision.clone() })
         }
-        _ => Err(Complaint::refused(
+        _ => Err(CliError::refused(
             format!("--model {model} is neither a folder nor a hub id"),
             "a hub id is written owner/name; a folder must exist",
         )),
     }
 }
 
-fn corpus(args: &JobArgs, here: &Path) -> Result<CorpusSource, Complaint> {
+fn corpus(args: &JobArgs, here: &Path) -> Result<CorpusSource, CliError> {
     if let Some(path) = &args.token_ids {
         return Ok(CorpusSource::TokenIds(file("--token-ids", path, here)?));
     }
@@ -170,9 +167,9 @@ fn corpus(args: &JobArgs, here: &Path) -> Result<CorpusSource, Complaint> {
     args.corpus.iter().map(|path| file("--corpus", path, here)).collect::<Result<_, _>>().map(CorpusSource::Files)
 }
 
-fn file(option: &str, path: &Path, here: &Path) -> Result<String, Complaint> {
+fn file(option: &str, path: &Path, here: &Path) -> Result<String, CliError> {
     let wrong =
-        |why: String| Complaint::refused(format!("{option} {}: {why}", path.display()), "give a file that is there");
+        |why: String| CliError::refused(format!("{option} {}: {why}", path.display()), "give a file that is there");
     let found = here.join(path).canonicalize().map_err(|error| wrong(error.to_string()))?;
     let meta = found.metadata().map_err(|error| wrong(error.to_string()))?;
     match (meta.is_file(), meta.len()) {
@@ -182,10 +179,10 @@ fn file(option: &str, path: &Path, here: &Path) -> Result<String, Complaint> {
     }
 }
 
-fn utf8(path: PathBuf) -> Result<String, Complaint> {
+fn utf8(path: PathBuf) -> Result<String, CliError> {
     path.into_os_string()
         .into_string()
-        .map_err(|path| Complaint::refused(format!("{}: its name is not UTF-8", path.to_string_lossy()), "rename it"))
+        .map_err(|path| CliError::refused(format!("{}: its name is not UTF-8", path.to_string_lossy()), "rename it"))
 }
 
 #[cfg(test)]
@@ -195,7 +192,7 @@ mod tests {
     use super::*;
     use crate::cli::ThresholdArgs;
 
-    fn made(name: &str, args: &JobArgs, here: &Path) -> Result<JobSpec, Complaint> {
+    fn made(name: &str, args: &JobArgs, here: &Path) -> Result<JobSpec, CliError> {
         job(&ModelArgs { model: name.into(), revision: "main".into() }, args, Thresholds::default(), here)
     }
 

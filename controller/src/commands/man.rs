@@ -8,12 +8,12 @@ use clap::CommandFactory;
 use super::Context;
 use crate::cli::{Cli, VERSION};
 use crate::files::write_whole;
-use crate::report::{Complaint, ExitStatus};
+use crate::report::{CliError, ExitStatus};
 
 /// Writes them.
-pub(super) fn command(context: &Context, folder: &Path) -> Result<ExitStatus, Complaint> {
+pub(super) fn command(context: &Context, folder: &Path) -> Result<ExitStatus, CliError> {
     let folder = context.here.join(folder);
-    let failed = |path: &Path, error: std::io::Error| Complaint::failed(format!("{}: {error}", path.display()));
+    let failed = |path: &Path, error: std::io::Error| CliError::failed(format!("{}: {error}", path.display()));
     fs::create_dir_all(&folder).map_err(|error| failed(&folder, error))?;
     let mut program = Cli::command();
     program.build();

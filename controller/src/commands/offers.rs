@@ -7,10 +7,10 @@ use super::{Context, SCHEMA, request};
 use crate::broker::{Dropped, Offer};
 use crate::cli::OffersArgs;
 use crate::estimate::{Estimate, Work};
-use crate::local_worker::Check;
+use crate::local_worker::InspectScope;
 use crate::market::{self, Step};
 use crate::report::tables::{self, TOP};
-use crate::report::{Complaint, ExitStatus};
+use crate::report::{CliError, ExitStatus};
 use crate::units::Bytes;
 
 /// A run for the order where no model is named: about a model of 50 billion parameters over 32,768 tokens.
@@ -19,7 +19,7 @@ const USUAL: (Bytes, f64) = (Bytes::from_gib(100), 1e15);
 const ALL: usize = 10_000;
 
 #[derive(Serialize)]
-struct Document<'a> {
+struct OffersReport<'a> {
     schema: u32,
     /// What the order is by.
     work: Work,
@@ -50,7 +50,7 @@ struct Priced<'a> {
 }
 
 /// Runs `offers`.
-pub(super) async fn command(context: &Context, args: &OffersArgs) -> Result<ExitStatus, Complaint> {
+pub(super) async fn command(context: &Context, args: &OffersArgs) -> Result<ExitStatus, CliError> {
     let want = market::for_the_worker(request(&args.want));
     let work = work(context, args).await?;
     let clouds = context.clouds(&args.want.broker)?;
@@ -62,7 +62,7 @@ pub(super) async fn command(context: &Context, args: &OffersArgs) -> Result<Exit
         let estimate = work.on(offer);
         Priced { offer, over_limit: estimate.is_over(limit), estimate }
     };
-    let document = Document {
+    let document = OffersReport {
         schema: SCHEMA,
         work,
         considered: selection.considered,
@@ -79,7 +79,7 @@ pub(super) async fn command(context: &Context, args: &OffersArgs) -> Result<Exit
     Ok(ExitStatus::Done)
 }
 
-async fn work(context: &Context, args: &OffersArgs) -> Result<Work, Complaint> {
+async fn work(context: &Context, args: &OffersArgs) -> Result<Work, CliError> {
     let Some(model) = &args.model else {
         let (read, operations) = USUAL;
         let settings = &context.settings;
@@ -87,7 +87,7 @@ async fn work(context: &Context, args: &OffersArgs) -> Result<Work, Complaint> {
     };
     let model = crate::cli::ModelArgs { model: model.clone(), revision: args.revision.clone() };
     let job: JobSpec = super::job::job(&model, &Default::default(), context.settings.thresholds, &context.here)?;
-    let inspection = context.worker().await?.inspect(&job, Check::Model).await?;
+    let inspection = context.worker().await?.inspect(&job, InspectScope::Model).await?;
     Ok(context.work(&inspection.plan))
 }
 

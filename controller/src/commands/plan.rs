@@ -9,16 +9,16 @@ use super::{Context, SCHEMA, request};
 use crate::broker::Offer;
 use crate::cli::PlanArgs;
 use crate::estimate::{Estimate, Work};
-use crate::local_worker::Check;
+use crate::local_worker::InspectScope;
 use crate::market;
 use crate::output;
 use crate::report::tables::{self, TOP};
-use crate::report::{Complaint, ExitStatus};
+use crate::report::{CliError, ExitStatus};
 use crate::units::{Bytes, UsdPerHour};
 
 /// What a run would need, take and cost.
 #[derive(Debug, Serialize)]
-struct Document<'a> {
+struct PlanReport<'a> {
     schema: u32,
     inspection: &'a Inspection,
     /// Largest size of the results on this machine.
@@ -43,11 +43,11 @@ fn estimate(work: &Work, args: &PlanArgs, best: Option<&Offer>) -> Estimate {
 }
 
 /// Runs `plan`.
-pub(super) async fn command(context: &Context, args: &PlanArgs) -> Result<ExitStatus, Complaint> {
+pub(super) async fn command(context: &Context, args: &PlanArgs) -> Result<ExitStatus, CliError> {
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
     let what = format!("the headers of {}", job.model.name());
-    let inspection = context.reporter.waiting(&what, worker.inspect(&job, Check::Model)).await?;
+    let inspection = context.reporter.waiting(&what, worker.inspect(&job, InspectScope::Model)).await?;
     let want = market::for_the_worker(request(&args.want));
     let mut work = context.work(&inspection.plan);
     if let Some(gib) = args.bandwidth {
@@ -63,7 +63,8 @@ pub(super) async fn command(context: &Context, args: &PlanArgs) -> Result<ExitSt
     let estimate = estimate(&work, args, offers.first());
     let limit = context.settings.max_duration;
     let results = output::bytes(&output::planned(&job, &inspection));
-    let document = Document { schema: SCHEMA, inspection: &inspection, results, estimate, offers: &offers, no_offers };
+    let document =
+        PlanReport { schema: SCHEMA, inspection: &inspection, results, estimate, offers: &offers, no_offers };
     context.reporter.result(&document, || {
         let market = document.no_offers.clone().unwrap_or_else(|| tables::offers(&offers, &work, limit, None, TOP));
         let home = format!("results: {results} at most, on this machine\n");

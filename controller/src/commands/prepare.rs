@@ -12,11 +12,11 @@ use crate::clouds::{Clouds, Offered};
 use crate::deploy::JobIdentity;
 use crate::files::{RESERVE, free_disk};
 use crate::ledger::random_word;
-use crate::local_worker::{Check, LocalWorker, Pushed, corpus_files};
+use crate::local_worker::{InspectScope, LocalWorker, Pushed, corpus_files};
 use crate::market;
 use crate::output;
-use crate::report::Complaint;
-use crate::run::{Membership, RunSpec, Watch};
+use crate::report::CliError;
+use crate::run::{GuardTimeouts, Membership, RunSpec};
 use crate::secret::Secret;
 use crate::units::{Bytes, Usd};
 
@@ -24,7 +24,7 @@ use crate::units::{Bytes, Usd};
 const OWN_FILES: Bytes = Bytes::from_mib(64);
 
 /// What is asked of one run.
-pub(super) struct Wish {
+pub(super) struct RunRequest {
     /// The job, with paths as they are here.
     pub(super) job: JobSpec,
     /// What makes it the same work as another.
@@ -101,28 +101,28 @@ fn own_budget(spec: &RunSpec) -> Option<Usd> {
 /// Looks at everything that can be known to be wrong before anything is rented. `offered` hears what the clouds have.
 ///
 /// # Errors
-/// [`Complaint`]: what is wrong.
+/// [`CliError`]: what is wrong.
 pub(super) async fn prepare(
     context: &Context,
     clouds: &Clouds,
     worker: &LocalWorker,
-    wish: Wish,
+    run_request: RunRequest,
     offered: impl Fn(&Offered),
-) -> Result<Prepared, Complaint> {
-    let wish = Wish { request: with_gpus(clouds, worker.pushed(), &wish.job, wish.request)?, ..wish };
-    let inspection = preflight(context, clouds, worker, &wish.job, wish.push_model).await?;
-    let wish = match on_shared_files(context, clouds, &wish.job, &inspection).await? {
-        Some(job) => Wish { job, ..wish },
-        None => wish,
+) -> Result<Prepared, CliError> {
+    let run_request = RunRequest {
+        request: with_gpus(clouds, worker.pushed(), &run_request.job, run_request.request)?,
+        ..run_request
     };
-    let spec = spec(context, clouds, wish, &inspection)?;
+    let inspection = preflight(context, clouds, worker, &run_request.job, run_request.push_model).await?;
+    let run_request = match on_shared_files(context, clouds, &run_request.job, &inspection).await? {
+        Some(job) => RunRequest { job, ..run_request },
+        None => run_request,
+    };
+    let spec = spec(context, clouds, run_request, &inspection)?;
     let found = context.reporter.waiting("the clouds' offers", clouds.offers(&spec.request)).await?;
     offered(&found);
     if let Some(wrong) = clouds.wrong_clock() {
-        return Err(Complaint::refused(
-            wrong,
-            "set the clock, by NTP for example; `outliers doctor` compares it again",
-        ));
+        return Err(CliError::refused(wrong, "set the clock, by NTP for example; `outliers doctor` compares it again"));
     }
     let market::Selection { offers, considered, steps } = market::select(found.offers, &spec.request, &spec.work)?;
     let offers = in_time(offers, &spec)?;
@@ -130,13 +130,13 @@ pub(super) async fn prepare(
 }
 
 /// What makes the job the same work as another.
-pub(super) fn identity(context: &Context, job: &JobSpec) -> Result<JobIdentity, Complaint> {
+pub(super) fn identity(context: &Context, job: &JobSpec) -> Result<JobIdentity, CliError> {
     for path in corpus_files(job) {
         // Before it is hashed: it may be a terabyte.
         let bytes = Bytes(std::fs::metadata(path).map_or(0, |meta| meta.len()));
         check_size(path, bytes, context.settings.push_limit)?;
     }
-    JobIdentity::of(job).map_err(|error| Complaint::failed(format!("the corpus: {error}")))
+    JobIdentity::of(job).map_err(|error| CliError::failed(format!("the corpus: {error}")))
 }
 
 /// What this job's worker is given where `workers` of them run at the same time.
@@ -151,23 +151,23 @@ async fn preflight(
     worker: &LocalWorker,
     job: &JobSpec,
     push_model: bool,
-) -> Result<Inspection, Complaint> {
+) -> Result<Inspection, CliError> {
     let folder = matches!(job.model, ModelSource::Folder { .. });
     if push_model && !folder {
         let hint = "a hub model is fetched by the instance";
-        return Err(Complaint::refused("--push-model needs a folder as --model", hint));
+        return Err(CliError::refused("--push-model needs a folder as --model", hint));
     }
     if folder && !push_model && !clouds.is_local() {
         let hint = "add --push-model to upload it (when it is small), or use a hub id";
-        return Err(Complaint::refused("the model is a folder on this machine", hint));
+        return Err(CliError::refused("the model is a folder on this machine", hint));
     }
     let is_theirs = matches!(job.weights, Some(Weights::Local { .. })) && !clouds.is_local();
     if is_theirs && (folder || clouds.names() != slurm::NAME) {
         let hint = "leave out --weights: the instance streams them from the hub";
-        return Err(Complaint::refused("the weights are a folder on this machine", hint));
+        return Err(CliError::refused("the weights are a folder on this machine", hint));
     }
     // A device list is about the instance; it can be tried here only when the instance is here.
-    let check = if clouds.is_local() { Check::TextAndDevices } else { Check::Text };
+    let check = if clouds.is_local() { InspectScope::TextAndDevices } else { InspectScope::Text };
     let what = format!("the headers of {}", job.model.name());
     // Those of the hub stand for a folder that is on a cluster.
     let weights = job.weights.clone().filter(|_| !is_theirs);
@@ -191,7 +191,7 @@ async fn on_shared_files(
     clouds: &Clouds,
     job: &JobSpec,
     inspection: &Inspection,
-) -> Result<Option<JobSpec>, Complaint> {
+) -> Result<Option<JobSpec>, CliError> {
     let site = context.settings.slurm.as_ref().filter(|_| clouds.names() == slurm::NAME);
     let (ModelSource::Hub { id, .. }, Some(site), Some(cloud)) = (&job.model, site, clouds.get(slurm::NAME)) else {
         return Ok(None);
@@ -206,7 +206,7 @@ async fn on_shared_files(
         Some(true) => {}
         _ if was_named => {
             let hint = "name a folder of the cluster with the whole checkpoint, by its absolute path";
-            return Err(Complaint::refused(format!("{path} on {} holds no config.json", site.host), hint));
+            return Err(CliError::refused(format!("{path} on {} holds no config.json", site.host), hint));
         }
         _ => {
             context.reporter.say(&format!("{id} is not in hf-home on {}: nodes fetch it from the hub", site.host));
@@ -223,7 +223,7 @@ fn snapshot(hf_home: &str, id: &str, commit: &str) -> String {
 }
 
 /// The request for an instance whose GPUs the worker can use.
-fn with_gpus(clouds: &Clouds, pushed: &Pushed, job: &JobSpec, request: GpuRequest) -> Result<GpuRequest, Complaint> {
+fn with_gpus(clouds: &Clouds, pushed: &Pushed, job: &JobSpec, request: GpuRequest) -> Result<GpuRequest, CliError> {
     // None named: all GPUs that are there.
     let uses_gpus = job.devices.is_empty() || job.devices.iter().any(|device| !device.starts_with("cpu"));
     if clouds.is_local() || request.gpu_count == Some(0) || !uses_gpus {
@@ -232,56 +232,65 @@ fn with_gpus(clouds: &Clouds, pushed: &Pushed, job: &JobSpec, request: GpuReques
     if pushed.cuda.is_none() {
         let message = format!("{} was built without CUDA: GPUs would be paid for and not used", pushed.path.display());
         let hint = "`outliers worker build --cuda` builds one that uses them; or say --devices cpu, or --gpu-count 0";
-        return Err(Complaint::refused(message, hint));
+        return Err(CliError::refused(message, hint));
     }
     Ok(GpuRequest { worker_cuda: pushed.cuda, ..request })
 }
 
-fn check_size(name: &str, bytes: Bytes, limit: Bytes) -> Result<(), Complaint> {
+fn check_size(name: &str, bytes: Bytes, limit: Bytes) -> Result<(), CliError> {
     if bytes <= limit {
         return Ok(());
     }
-    Err(Complaint::refused(
+    Err(CliError::refused(
         format!("{name} has {bytes}; at most {limit} are uploaded"),
         "put it on the hub, or raise run.push-limit in the settings",
     ))
 }
 
-fn spec(context: &Context, clouds: &Clouds, wish: Wish, inspection: &Inspection) -> Result<RunSpec, Complaint> {
-    let disk = match &wish.job.model {
+fn spec(
+    context: &Context,
+    clouds: &Clouds,
+    run_request: RunRequest,
+    inspection: &Inspection,
+) -> Result<RunSpec, CliError> {
+    let disk = match &run_request.job.model {
         ModelSource::Hub { .. } => Bytes(inspection.plan.disk_bytes + context.settings.spare_disk.0),
-        ModelSource::Folder { .. } if wish.push_model => Bytes(inspection.plan.disk_bytes + OWN_FILES.0),
+        ModelSource::Folder { .. } if run_request.push_model => Bytes(inspection.plan.disk_bytes + OWN_FILES.0),
         ModelSource::Folder { .. } => OWN_FILES,
     };
-    let mut request = wish.request;
+    let mut request = run_request.request;
     let disk = request.min_disk.map_or(disk, |typed| typed.max(disk));
     request.min_disk = Some(disk);
     // This machine may have no GPU, and a CPU has no such limit.
     if !clouds.is_local() && request.gpu_count != Some(0) {
         request.min_vram.get_or_insert(Bytes(inspection.plan.streamed_memory_bytes));
     }
-    let results = wish.results.to_str().map(str::to_owned);
-    let output = output::planned(&wish.job, inspection);
+    let results = run_request.results.to_str().map(str::to_owned);
+    let output = output::planned(&run_request.job, inspection);
     Ok(RunSpec {
-        model: wish.job.model_name().to_owned(),
+        model: run_request.job.model_name().to_owned(),
         brokers: clouds.names(),
-        job: wish.job,
-        job_key: wish.job_key,
+        job: run_request.job,
+        job_key: run_request.job_key,
         request,
         work: context.work(&inspection.plan),
         disk,
-        push_model: wish.push_model,
-        keep_running: wish.keep_running,
-        detach: wish.detach,
-        max_duration_s: wish.max_duration.as_secs(),
+        push_model: run_request.push_model,
+        keep_running: run_request.keep_running,
+        detach: run_request.detach,
+        max_duration_s: run_request.max_duration.as_secs(),
         // An instance that is kept, or left alone with its results, stays until its time is up.
-        watch: if wish.keep_running || wish.detach { Watch::NEVER } else { context.settings.watch },
-        budget: wish.budget,
+        watch: if run_request.keep_running || run_request.detach {
+            GuardTimeouts::NEVER
+        } else {
+            context.settings.watch
+        },
+        budget: run_request.budget,
         agreed: None,
-        only_in_time: !wish.cut_short,
-        results: results.ok_or_else(|| Complaint::refused("the results' folder is not UTF-8", "choose another"))?,
+        only_in_time: !run_request.cut_short,
+        results: results.ok_or_else(|| CliError::refused("the results' folder is not UTF-8", "choose another"))?,
         output,
-        survey: wish.survey,
+        survey: run_request.survey,
     })
 }
 
@@ -295,12 +304,12 @@ pub(super) fn consent(
     yes: bool,
     what: &str,
     words: impl FnOnce() -> (String, String),
-) -> Result<(), Complaint> {
+) -> Result<(), CliError> {
     if yes || clouds.is_local() {
         return Ok(());
     }
     if !std::io::stdin().is_terminal() {
-        return Err(Complaint::refused(format!("this would rent {what}, and nobody is there to ask"), "add --yes"));
+        return Err(CliError::refused(format!("this would rent {what}, and nobody is there to ask"), "add --yes"));
     }
     let (shown, question) = words();
     context.reporter.say(&shown);
@@ -310,7 +319,7 @@ pub(super) fn consent(
     let read = std::io::stdin().lock().read_line(&mut answer);
     match (read, answer.trim()) {
         (Ok(_), "y" | "Y" | "yes") => Ok(()),
-        _ => Err(Complaint::refused("nothing was rented", "answer y, or add --yes")),
+        _ => Err(CliError::refused("nothing was rented", "answer y, or add --yes")),
     }
 }
 
@@ -319,7 +328,7 @@ pub(super) fn consent(
 ///
 /// # Errors
 /// There is none.
-pub(super) fn room<'s>(context: &Context, specs: impl IntoIterator<Item = &'s RunSpec>) -> Result<(), Complaint> {
+pub(super) fn room<'s>(context: &Context, specs: impl IntoIterator<Item = &'s RunSpec>) -> Result<(), CliError> {
     let mut needed = RESERVE;
     for spec in specs {
         needed = Bytes(needed.0.saturating_add(output::bytes(&spec.output).0));
@@ -328,23 +337,23 @@ pub(super) fn room<'s>(context: &Context, specs: impl IntoIterator<Item = &'s Ru
     fits("the ledger", RESERVE, &context.settings.state, "OUTLIERS_STATE")
 }
 
-fn fits(what: &str, needed: Bytes, folder: &Path, setting: &str) -> Result<(), Complaint> {
+fn fits(what: &str, needed: Bytes, folder: &Path, setting: &str) -> Result<(), CliError> {
     let Some(free) = free_disk(folder).filter(|free| *free < needed) else { return Ok(()) };
     let message = format!("{what} may need {needed} in {}, and {free} are free there", folder.display());
-    Err(Complaint::refused(message, format!("make room, or set {setting} to a folder on another disk")))
+    Err(CliError::refused(message, format!("make room, or set {setting} to a folder on another disk")))
 }
 
 /// Whether results can come to lie in `folder`; found out before they cost anything.
 ///
 /// # Errors
 /// They cannot.
-pub(super) fn writable(folder: &Path) -> Result<(), Complaint> {
+pub(super) fn writable(folder: &Path) -> Result<(), CliError> {
     let probe = folder.join(format!(".{}.part", random_word(8)));
     let tried = std::fs::create_dir_all(folder)
         .and_then(|()| std::fs::write(&probe, b"x"))
         .and_then(|()| std::fs::remove_file(&probe));
     tried.map_err(|error| {
-        Complaint::refused(
+        CliError::refused(
             format!("results cannot be written to {}: {error}", folder.display()),
             "run the command elsewhere, or set `results` in the settings",
         )

@@ -14,15 +14,15 @@ use super::{Context, Home, SCHEMA, ports};
 use crate::broker::{Instance, InstanceId, LeaseTag};
 use crate::cli::ReapArgs;
 use crate::clouds::{BadHosts, Cloud, Clouds};
-use crate::deploy::{Looked, Stuck, Target, carry_out, end, look};
+use crate::deploy::{DriveError, Looked, Target, carry_out, end, look};
 use crate::ledger::now_ms;
 use crate::reconcile::{Action, overdue};
-use crate::report::{Complaint, ExitStatus, finish, stray, tables};
+use crate::report::{CliError, ExitStatus, finish, stray, tables};
 use crate::settings::Span;
 use crate::text::counted;
 
 #[derive(Serialize)]
-struct Document {
+struct ReapReport {
     schema: u32,
     dry_run: bool,
     /// Runs of this machine's ledger that come to their end.
@@ -60,7 +60,7 @@ struct Doomed {
 }
 
 /// What is to end on one cloud.
-struct Found<'a> {
+struct CloudFindings<'a> {
     cloud: &'a Cloud,
     looked: Looked,
     runs: Vec<OfRun>,
@@ -69,18 +69,18 @@ struct Found<'a> {
 }
 
 /// What stands in the way, and what it means for the exit status.
-struct Trouble {
+struct ReapFailure {
     status: ExitStatus,
     words: String,
 }
 
 /// Runs `reap`.
-pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitStatus, Complaint> {
+pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitStatus, CliError> {
     let home = context.home();
     let owner = args.owner.as_deref().or(home.owner.as_deref());
     if owner.is_none() && !args.all_owners {
         let hint = "name the owner, the second part of the instances' names, with --owner";
-        return Err(Complaint::refused("whose instances are meant is not known: there is no ledger here", hint));
+        return Err(CliError::refused("whose instances are meant is not known: there is no ledger here", hint));
     }
     let owner = owner.filter(|_| !args.all_owners);
     let clouds = super::instances::clouds(context, &args.only)?;
@@ -88,7 +88,7 @@ pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitSt
     let (mut all, mut troubles) = (Vec::new(), Vec::new());
     for (cloud, looked) in context.reporter.waiting(LISTS, join_all(looks)).await {
         match looked {
-            Ok(looked) => all.push(Found::of(cloud, looked, owner, &mut troubles)),
+            Ok(looked) => all.push(CloudFindings::of(cloud, looked, owner, &mut troubles)),
             Err(stuck) => troubles.push(unseen(&stuck, args)),
         }
     }
@@ -97,7 +97,7 @@ pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitSt
         consent(context, &all, args, terminal, &mut std::io::stdin().lock())?;
         troubles.extend(end_all(context, &home, &clouds, &mut all).await);
     }
-    let mut document = Document {
+    let mut document = ReapReport {
         schema: SCHEMA,
         dry_run: args.dry_run,
         runs: Vec::new(),
@@ -114,26 +114,26 @@ pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitSt
     conclude(&troubles)
 }
 
-fn conclude(troubles: &[Trouble]) -> Result<ExitStatus, Complaint> {
+fn conclude(troubles: &[ReapFailure]) -> Result<ExitStatus, CliError> {
     let status = ExitStatus::worst(troubles.iter().map(|trouble| trouble.status));
     let Some(first) = troubles.iter().find(|trouble| trouble.status == status) else { return Ok(ExitStatus::Done) };
     let hint = match status {
         ExitStatus::InstanceLeft => "an instance may still be running and billing; the same command tries again",
         _ => "no run of this ledger is open there; `outliers doctor` looks at keys and clouds",
     };
-    Err(Complaint { status, message: first.words.clone(), hint: Some(hint.to_owned()) })
+    Err(CliError { status, message: first.words.clone(), hint: Some(hint.to_owned()) })
 }
 
 /// What a cloud that cannot be looked at means. Of other people's instances nobody knows that there are none.
-fn unseen(stuck: &Stuck, args: &ReapArgs) -> Trouble {
+fn unseen(stuck: &DriveError, args: &ReapArgs) -> ReapFailure {
     let others = args.all_owners || args.owner.is_some();
-    let status = if others { ExitStatus::InstanceLeft } else { Complaint::of_stuck(stuck).status };
-    Trouble { status, words: stuck.to_string() }
+    let status = if others { ExitStatus::InstanceLeft } else { CliError::of_drive_error(stuck).status };
+    ReapFailure { status, words: stuck.to_string() }
 }
 
-impl<'a> Found<'a> {
+impl<'a> CloudFindings<'a> {
     /// What is to end; the only judge, whether it is then ended or only shown. With `None` of everybody's.
-    fn of(cloud: &'a Cloud, looked: Looked, owner: Option<&str>, troubles: &mut Vec<Trouble>) -> Self {
+    fn of(cloud: &'a Cloud, looked: Looked, owner: Option<&str>, troubles: &mut Vec<ReapFailure>) -> Self {
         let now = cloud.time(now_ms() / 1000);
         let runs = runs_of(&looked, cloud.name());
         let is_stray = |instance: &Instance| {
@@ -156,7 +156,7 @@ impl<'a> Found<'a> {
             }
         }
         let (late, unnamed): (Vec<_>, Vec<_>) = late.into_iter().partition(|doomed| !doomed.instance.id.0.is_empty());
-        troubles.extend(unnamed.iter().map(|doomed| Trouble {
+        troubles.extend(unnamed.iter().map(|doomed| ReapFailure {
             status: ExitStatus::InstanceLeft,
             words: format!("{} lists an instance of run {} without a readable id", cloud.name(), doomed.run),
         }));
@@ -187,7 +187,7 @@ fn runs_of(looked: &Looked, broker: &'static str) -> Vec<OfRun> {
 }
 
 /// Ends what was found: runs of this ledger as runs do, results first.
-async fn end_all(context: &Context, home: &Home, clouds: &Clouds, all: &mut [Found<'_>]) -> Vec<Trouble> {
+async fn end_all(context: &Context, home: &Home, clouds: &Clouds, all: &mut [CloudFindings<'_>]) -> Vec<ReapFailure> {
     let (hosts, bad_hosts) = (context.hosts(&context.exe), BadHosts::default());
     let ports = ports(clouds, &bad_hosts, &hosts, &[]);
     let on = |event| context.reporter.event(event);
@@ -200,14 +200,14 @@ async fn end_all(context: &Context, home: &Home, clouds: &Clouds, all: &mut [Fou
                     found.runs.iter_mut().for_each(|run| run.over = true);
                     found.strays.iter_mut().for_each(|stray| stray.gone = true);
                 }
-                Err(stuck) => troubles.push(Trouble::of(&stuck)),
+                Err(stuck) => troubles.push(ReapFailure::of(&stuck)),
             }
         }
         let targets: Vec<Target> = found.overdue.iter().map(|overdue| Target::from(&overdue.instance)).collect();
         if !targets.is_empty() {
             match end(found.cloud, &on, &targets).await {
                 Ok(()) => found.overdue.iter_mut().for_each(|overdue| overdue.gone = true),
-                Err(stuck) => troubles.push(Trouble::of(&stuck)),
+                Err(stuck) => troubles.push(ReapFailure::of(&stuck)),
             }
         }
         troubles
@@ -215,9 +215,9 @@ async fn end_all(context: &Context, home: &Home, clouds: &Clouds, all: &mut [Fou
     join_all(each).await.into_iter().flatten().collect()
 }
 
-impl Trouble {
-    fn of(stuck: &Stuck) -> Self {
-        Self { status: Complaint::of_stuck(stuck).status, words: stuck.to_string() }
+impl ReapFailure {
+    fn of(stuck: &DriveError) -> Self {
+        Self { status: CliError::of_drive_error(stuck).status, words: stuck.to_string() }
     }
 }
 
@@ -225,18 +225,18 @@ impl Trouble {
 /// not without a terminal.
 fn consent(
     context: &Context,
-    all: &[Found<'_>],
+    all: &[CloudFindings<'_>],
     args: &ReapArgs,
     terminal: bool,
     answers: &mut dyn BufRead,
-) -> Result<(), Complaint> {
-    let count: usize = all.iter().map(Found::count).sum();
+) -> Result<(), CliError> {
+    let count: usize = all.iter().map(CloudFindings::count).sum();
     let enough = if args.all_owners { 2 } else { 1 };
     if count == 0 || args.yes >= enough || (!terminal && !args.all_owners) {
         return Ok(());
     }
     if !terminal {
-        return Err(Complaint::refused(
+        return Err(CliError::refused(
             format!("{} may be other people's, and nobody is there to ask", counted(count, "instance")),
             "say --yes twice, or leave --all-owners out",
         ));
@@ -257,13 +257,13 @@ fn consent(
         let _ = std::io::stderr().flush();
         let mut typed = String::new();
         if answers.read_line(&mut typed).is_err() || typed.trim() != answer {
-            return Err(Complaint::refused("nothing was ended", "see them with --dry-run"));
+            return Err(CliError::refused("nothing was ended", "see them with --dry-run"));
         }
     }
     Ok(())
 }
 
-fn in_words(document: &Document) -> String {
+fn in_words(document: &ReapReport) -> String {
     if document.overdue.is_empty() && document.strays.is_empty() && document.runs.is_empty() {
         return "no instance is overdue".to_owned();
     }
@@ -314,10 +314,10 @@ mod tests {
         let mut instance = crate::reconcile::tests::instance("i", "outliers-o-r-n-1");
         instance.broker = "local".to_owned();
         let looked = Looked { listed: vec![instance], actions: Vec::new() };
-        let found = Found::of(&cloud, looked, Some("o"), &mut Vec::new());
+        let found = CloudFindings::of(&cloud, looked, Some("o"), &mut Vec::new());
         assert_eq!(found.count(), 1);
         let asked = consent(&context, &[found], args, terminal, &mut answers);
-        asked.inspect_err(|complaint| assert_eq!(complaint.status, ExitStatus::Refused)).is_ok()
+        asked.inspect_err(|cli_error| assert_eq!(cli_error.status, ExitStatus::Refused)).is_ok()
     }
 
     #[test]

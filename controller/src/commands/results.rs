@@ -10,12 +10,12 @@ use serde::Serialize;
 
 use super::{Context, SCHEMA};
 use crate::cli::{ResultsCommand, ThresholdArgs};
-use crate::compare::comparison::Standing;
+use crate::compare::comparison::ResultKind;
 use crate::compare::folder::{Content, ResultFolder, Run, paths, read, read_all};
 use crate::compare::recount::recount;
 use crate::compare::{Comparison, page};
 use crate::files::write_whole;
-use crate::report::{Complaint, ExitStatus, tables};
+use crate::report::{CliError, ExitStatus, tables};
 use crate::units::figure;
 
 /// The page of one result, in its folder.
@@ -26,14 +26,14 @@ const OPENER: &str = if cfg!(target_os = "macos") { "open" } else { "xdg-open" }
 
 /// A result in a list.
 #[derive(Serialize)]
-pub struct Listed {
+pub struct ResultEntry {
     /// What the model is called.
     pub model: String,
     /// Its folder.
     pub folder: PathBuf,
     /// Whether it is complete, imported, or not to be used, and why.
     #[serde(flatten)]
-    pub standing: Standing,
+    pub standing: ResultKind,
     /// Sequences and tokens of each.
     pub tokens: Option<[usize; 2]>,
     /// Systematic features: unique, by layers.
@@ -45,7 +45,7 @@ pub struct Listed {
 #[derive(Serialize)]
 struct List {
     schema: u32,
-    results: Vec<Listed>,
+    results: Vec<ResultEntry>,
 }
 
 /// Counts by other shares than the run's own.
@@ -61,13 +61,13 @@ struct Recounted<'a> {
 }
 
 #[derive(Serialize)]
-struct Opened<'a> {
+struct OpenedReport<'a> {
     schema: u32,
     page: &'a Path,
 }
 
 /// Runs a `results` subcommand.
-pub(super) fn command(context: &Context, command: &ResultsCommand) -> Result<ExitStatus, Complaint> {
+pub(super) fn command(context: &Context, command: &ResultsCommand) -> Result<ExitStatus, CliError> {
     match command {
         ResultsCommand::List => list(context),
         ResultsCommand::Show { run } => show(context, &find(context, run)?),
@@ -76,12 +76,12 @@ pub(super) fn command(context: &Context, command: &ResultsCommand) -> Result<Exi
     }
 }
 
-fn list(context: &Context) -> Result<ExitStatus, Complaint> {
+fn list(context: &Context) -> Result<ExitStatus, CliError> {
     let below = std::slice::from_ref(&context.settings.results);
     let none = !context.settings.results.exists() || paths(below)?.is_empty();
     let folders = if none { Vec::new() } else { read_all(below, true)? };
     let comparison = Comparison::of(folders);
-    let listed = comparison.models.iter().map(|model| Listed {
+    let listed = comparison.models.iter().map(|model| ResultEntry {
         model: model.label.clone(),
         folder: PathBuf::from(&model.folder),
         standing: model.standing.clone(),
@@ -94,7 +94,7 @@ fn list(context: &Context) -> Result<ExitStatus, Complaint> {
     Ok(ExitStatus::Done)
 }
 
-fn in_words(results: &[Listed]) -> String {
+fn in_words(results: &[ResultEntry]) -> String {
     if results.is_empty() {
         return "no results yet\n".to_owned();
     }
@@ -107,9 +107,9 @@ fn in_words(results: &[Listed]) -> String {
             optional(result.count.map(|count| figure(count, 0))),
             optional(result.perplexity.map(|perplexity| figure(perplexity, 4))),
             tables::text(&match &result.standing {
-                Standing::Complete => "complete".to_owned(),
-                Standing::Imported { .. } => "imported".to_owned(),
-                Standing::Unusable(why) => why.clone(),
+                ResultKind::Complete => "complete".to_owned(),
+                ResultKind::Imported { .. } => "imported".to_owned(),
+                ResultKind::Unusable(why) => why.clone(),
             }),
             tables::text(&result.folder.display().to_string()),
         ]);
@@ -119,13 +119,13 @@ fn in_words(results: &[Listed]) -> String {
 
 /// The folder of a result: a path, the beginning of its run's id or the name of its folder, or
 /// `last`.
-fn find(context: &Context, run: &str) -> Result<PathBuf, Complaint> {
+fn find(context: &Context, run: &str) -> Result<PathBuf, CliError> {
     let path = context.here.join(run);
     if path.is_dir() {
         return Ok(path);
     }
     let results = &context.settings.results;
-    let refused = |message: String| Complaint::refused(message, "outliers results list");
+    let refused = |message: String| CliError::refused(message, "outliers results list");
     let all = if results.exists() { paths(std::slice::from_ref(results))? } else { Vec::new() };
     let written = |folder: &Path| {
         let manifest = folder.join(files::MANIFEST).metadata();
@@ -149,18 +149,18 @@ fn find(context: &Context, run: &str) -> Result<PathBuf, Complaint> {
 }
 
 /// A run of ours that is whole.
-fn whole(folder: &Path) -> Result<Box<Run>, Complaint> {
+fn whole(folder: &Path) -> Result<Box<Run>, CliError> {
     match read(folder) {
         Ok(Content::Run(run)) => Ok(run),
-        Ok(Content::Imported(_)) => Err(Complaint::refused(
+        Ok(Content::Imported(_)) => Err(CliError::refused(
             format!("{} was imported: only the predecessor's counts are known", folder.display()),
             format!("outliers compare {}", folder.display()),
         )),
-        Err(flaw) => Err(Complaint::failed(format!("{} is {flaw}", folder.display()))),
+        Err(flaw) => Err(CliError::failed(format!("{} is {flaw}", folder.display()))),
     }
 }
 
-fn show(context: &Context, folder: &Path) -> Result<ExitStatus, Complaint> {
+fn show(context: &Context, folder: &Path) -> Result<ExitStatus, CliError> {
     let run = whole(folder)?;
     context.reporter.result(&run.results, || {
         let verification = run.metadata.model.weight_verification.as_ref();
@@ -170,34 +170,31 @@ fn show(context: &Context, folder: &Path) -> Result<ExitStatus, Complaint> {
     Ok(ExitStatus::Done)
 }
 
-fn open(context: &Context, folder: &Path) -> Result<ExitStatus, Complaint> {
+fn open(context: &Context, folder: &Path) -> Result<ExitStatus, CliError> {
     let run = whole(folder)?;
     let content = Ok(Content::Run(run));
     let comparison = Comparison::of(vec![ResultFolder { path: folder.to_owned(), content }]);
     let file = folder.join(PAGE);
     write_whole(&file, page::page(&comparison).as_bytes())
-        .map_err(|error| Complaint::failed(format!("{}: {error}", file.display())))?;
+        .map_err(|error| CliError::failed(format!("{}: {error}", file.display())))?;
     let mut opener = Command::new(OPENER);
     opener.arg(&file).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     if !opener.status().is_ok_and(|status| status.success()) {
         context.reporter.warn(&format!("`{OPENER}` opened no browser here"));
     }
-    context.reporter.result(&Opened { schema: SCHEMA, page: &file }, || format!("page: {}\n", file.display()));
+    context.reporter.result(&OpenedReport { schema: SCHEMA, page: &file }, || format!("page: {}\n", file.display()));
     Ok(ExitStatus::Done)
 }
 
-fn count_anew(context: &Context, folder: &Path, asked: &ThresholdArgs) -> Result<ExitStatus, Complaint> {
+fn count_anew(context: &Context, folder: &Path, asked: &ThresholdArgs) -> Result<ExitStatus, CliError> {
     if asked.layer_fraction.is_none() && asked.position_fraction.is_none() && asked.threshold.is_none() {
-        return Err(Complaint::refused(
-            "no threshold was given",
-            "give --layer-fraction, --position-fraction, or both",
-        ));
+        return Err(CliError::refused("no threshold was given", "give --layer-fraction, --position-fraction, or both"));
     }
     let run = whole(folder)?;
     let own = run.results.thresholds;
     let results = recount(&run, asked.over(own)).map_err(|why| {
         let hint = "only the shares of layers and positions can be applied anew; else run the model again";
-        Complaint::refused(format!("{}: {why}", folder.display()), hint)
+        CliError::refused(format!("{}: {why}", folder.display()), hint)
     })?;
     let anew = Recounted { schema: SCHEMA, recounted: true, folder, own_thresholds: own, results };
     context.reporter.result(&anew, || {

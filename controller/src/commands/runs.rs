@@ -10,10 +10,10 @@ use super::deploy::Deployed;
 use super::{Context, SCHEMA, ports};
 use crate::cli::RunsCommand;
 use crate::clouds::{BadHosts, Clouds};
-use crate::deploy::{Driver, Ports, Stop, Stuck, release};
+use crate::deploy::{DriveError, Driver, Ports, Stop, release};
 use crate::ledger::{Ledger, Records, RunRecord, RunWriter, Unreadable, now_ms};
-use crate::report::{Complaint, ExitStatus, tables};
-use crate::run::Ending;
+use crate::report::{CliError, ExitStatus, tables};
+use crate::run::RunOutcome;
 use crate::text::clean;
 
 mod logs;
@@ -25,15 +25,15 @@ const CANCEL_LIMIT: Duration = Duration::from_secs(30 * 60);
 const LINE: usize = 2000;
 
 #[derive(Serialize)]
-struct Listed<'a> {
+struct RunList<'a> {
     schema: u32,
-    runs: Vec<Shown<'a>>,
+    runs: Vec<RunRow<'a>>,
     /// Runs whose records cannot be read.
     unreadable: &'a [Unreadable],
 }
 
 #[derive(Serialize)]
-struct Shown<'a> {
+struct RunRow<'a> {
     #[serde(flatten)]
     run: &'a RunRecord,
     /// A process drives it.
@@ -43,7 +43,7 @@ struct Shown<'a> {
     cost_micro_usd: i64,
 }
 
-impl<'a> Shown<'a> {
+impl<'a> RunRow<'a> {
     fn of(run: &'a RunRecord, driven: bool) -> Self {
         let abandoned = !driven && !run.state.is_at_rest();
         Self { run, driven, abandoned, cost_micro_usd: run.cost(now_ms()).micros() }
@@ -51,7 +51,7 @@ impl<'a> Shown<'a> {
 }
 
 /// Runs a `runs` subcommand.
-pub(super) async fn command(context: &Context, command: RunsCommand) -> Result<ExitStatus, Complaint> {
+pub(super) async fn command(context: &Context, command: RunsCommand) -> Result<ExitStatus, CliError> {
     let ledger = context.ledger()?;
     match command {
         RunsCommand::List => list(context, &ledger),
@@ -61,29 +61,29 @@ pub(super) async fn command(context: &Context, command: RunsCommand) -> Result<E
     }
 }
 
-fn list(context: &Context, ledger: &Ledger) -> Result<ExitStatus, Complaint> {
+fn list(context: &Context, ledger: &Ledger) -> Result<ExitStatus, CliError> {
     let Records { runs, unreadable } = ledger.records()?;
     context.reporter.unreadable(&unreadable);
     let driven: Vec<bool> = runs.iter().map(|run| is_driven(ledger, run)).collect::<Result<_, _>>()?;
-    let shown = runs.iter().zip(&driven).map(|(run, driven)| Shown::of(run, *driven)).collect();
-    context.reporter.result(&Listed { schema: SCHEMA, runs: shown, unreadable: &unreadable }, || {
+    let shown = runs.iter().zip(&driven).map(|(run, driven)| RunRow::of(run, *driven)).collect();
+    context.reporter.result(&RunList { schema: SCHEMA, runs: shown, unreadable: &unreadable }, || {
         tables::runs(&runs, &driven, now_ms())
     });
     Ok(ExitStatus::Done)
 }
 
-fn show(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitStatus, Complaint> {
+fn show(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitStatus, CliError> {
     let run = ledger.find(name)?;
     let driven = is_driven(ledger, &run)?;
-    context.reporter.result(&Shown::of(&run, driven), || tables::run(&run, driven, now_ms()));
+    context.reporter.result(&RunRow::of(&run, driven), || tables::run(&run, driven, now_ms()));
     Ok(ExitStatus::Done)
 }
 
-fn is_driven(ledger: &Ledger, run: &RunRecord) -> Result<bool, Complaint> {
+fn is_driven(ledger: &Ledger, run: &RunRecord) -> Result<bool, CliError> {
     Ok(!run.state.is_closed() && ledger.is_driven(&run.id)?)
 }
 
-async fn cancel(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitStatus, Complaint> {
+async fn cancel(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitStatus, CliError> {
     let run = ledger.find(name)?;
     let run = if run.state.is_closed() {
         run
@@ -102,7 +102,7 @@ async fn cancel(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitSt
 }
 
 /// The same with whatever its cloud needs.
-async fn end_alone(context: &Context, run: RunWriter, how: Stop) -> Result<RunRecord, Complaint> {
+async fn end_alone(context: &Context, run: RunWriter, how: Stop) -> Result<RunRecord, CliError> {
     let broker = run.state().offer().map(|offer| offer.broker.clone());
     let clouds: Clouds =
         broker.map(|broker| context.cloud(&broker)).transpose()?.into_iter().collect::<Vec<_>>().into();
@@ -120,16 +120,16 @@ pub(super) async fn end(
     ports: Ports<'_>,
     mut run: RunWriter,
     how: Stop,
-) -> Result<RunRecord, Stuck> {
+) -> Result<RunRecord, DriveError> {
     let on = |event| context.reporter.event(event);
     release(&mut run, ports, &on).await?;
     let stop = watch::Sender::new(how);
     let driver = Driver::new(run, ports, stop.subscribe(), &on);
-    driver.stopping_as(Ending::Cancelled).drive().await
+    driver.stopping_as(RunOutcome::Cancelled).drive().await
 }
 
 /// Asks the process that drives a run to end it, and waits.
-async fn ask(context: &Context, ledger: &Ledger, id: &str) -> Result<RunRecord, Complaint> {
+async fn ask(context: &Context, ledger: &Ledger, id: &str) -> Result<RunRecord, CliError> {
     ledger.ask_to_cancel(id)?;
     context.reporter.say(&format!("Asked the process that drives run {id} to end it; waiting"));
     let deadline = Instant::now() + CANCEL_LIMIT;
@@ -144,7 +144,7 @@ async fn ask(context: &Context, ledger: &Ledger, id: &str) -> Result<RunRecord, 
             return end_alone(context, taken, Stop::Now).await;
         }
     }
-    Err(Complaint {
+    Err(CliError {
         status: ExitStatus::InstanceLeft,
         message: format!("run {id} was asked to end and has not"),
         hint: Some(format!("outliers runs show {id}")),

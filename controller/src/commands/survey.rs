@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::instances::LISTS;
-use super::prepare::{Prepared, Wish, consent, identity, prepare, room, writable};
+use super::prepare::{Prepared, RunRequest, consent, identity, prepare, room, writable};
 use super::{Context, ports, request};
 use crate::broker::GpuRequest;
 use crate::cli::{SurveyArgs, WantArgs};
@@ -11,16 +11,16 @@ use crate::clouds::{BadHosts, Clouds};
 use crate::deploy::{JobIdentity, recover};
 use crate::ledger::{Ledger, Records, RunRecord, RunWriter, now_ms};
 use crate::local_worker::LocalWorker;
-use crate::report::{Complaint, ExitStatus};
+use crate::report::{CliError, ExitStatus};
 use crate::run::Membership;
 use crate::settings::DefaultBroker;
-use crate::survey::{Entry, Index, Member, Outcome, Survey, SurveyError, index};
+use crate::survey::{Index, Member, ModelOutcome, Survey, SurveyError, SurveyModel, index};
 use crate::units::Usd;
 
 mod drive;
 mod tell;
 
-impl From<SurveyError> for Complaint {
+impl From<SurveyError> for CliError {
     fn from(error: SurveyError) -> Self {
         Self::refused(error.to_string(), "config/surveys has surveys to start from")
     }
@@ -28,7 +28,7 @@ impl From<SurveyError> for Complaint {
 
 /// A model with its job.
 struct Model<'a> {
-    entry: &'a Entry,
+    entry: &'a SurveyModel,
     /// It is to be run now, if it needs to be.
     wanted: bool,
     identity: JobIdentity,
@@ -58,7 +58,7 @@ enum Todo {
 }
 
 /// Runs `survey`.
-pub(super) async fn command(context: &Context, args: &SurveyArgs) -> Result<ExitStatus, Complaint> {
+pub(super) async fn command(context: &Context, args: &SurveyArgs) -> Result<ExitStatus, CliError> {
     let survey = Survey::read(&context.here.join(&args.file))?;
     let session = Session::open(context, args, &survey)?;
     let (worker, ledger) = (context.worker().await?, context.ledger()?);
@@ -90,25 +90,25 @@ pub(super) async fn command(context: &Context, args: &SurveyArgs) -> Result<Exit
 /// A model that cannot be run.
 struct Problem {
     model: usize,
-    complaint: Complaint,
+    cli_error: CliError,
 }
 
-fn refuse(problems: &[Problem]) -> Result<(), Complaint> {
+fn refuse(problems: &[Problem]) -> Result<(), CliError> {
     if problems.is_empty() {
         return Ok(());
     }
-    let status = ExitStatus::worst(problems.iter().map(|problem| problem.complaint.status));
-    let words: Vec<String> = problems.iter().map(|problem| in_words(&problem.complaint)).collect();
-    Err(Complaint {
+    let status = ExitStatus::worst(problems.iter().map(|problem| problem.cli_error.status));
+    let words: Vec<String> = problems.iter().map(|problem| in_words(&problem.cli_error)).collect();
+    Err(CliError {
         status,
         message: format!("nothing was rented: {}", words.join("; ")),
         hint: Some("--only leaves models out; --dry-run shows what the others would take".to_owned()),
     })
 }
 
-fn in_words(complaint: &Complaint) -> String {
-    let hint = complaint.hint.as_ref().map(|hint| format!(" ({hint})")).unwrap_or_default();
-    format!("{}{hint}", complaint.message)
+fn in_words(cli_error: &CliError) -> String {
+    let hint = cli_error.hint.as_ref().map(|hint| format!(" ({hint})")).unwrap_or_default();
+    format!("{}{hint}", cli_error.message)
 }
 
 /// What was typed wins over what the file says of the model.
@@ -130,7 +130,7 @@ fn want(typed: &WantArgs, own: &WantArgs) -> GpuRequest {
 }
 
 impl<'a> Session<'a> {
-    fn open(context: &'a Context, args: &'a SurveyArgs, survey: &'a Survey) -> Result<Self, Complaint> {
+    fn open(context: &'a Context, args: &'a SurveyArgs, survey: &'a Survey) -> Result<Self, CliError> {
         let clouds = context.clouds(&args.want.broker)?;
         if args.want.broker.is_empty() && context.settings.broker == DefaultBroker::Local {
             context.reporter.using_this_machine();
@@ -143,10 +143,10 @@ impl<'a> Session<'a> {
     }
 
     /// The right to go on with it, for one process at a time.
-    fn take(&self, ledger: &Ledger) -> Result<std::fs::File, Complaint> {
+    fn take(&self, ledger: &Ledger) -> Result<std::fs::File, CliError> {
         ledger.take_survey(&self.survey.name)?.ok_or_else(|| {
             let message = format!("the survey {} is being run by another process", self.survey.name);
-            Complaint::refused(message, "`outliers status` shows how it is going")
+            CliError::refused(message, "`outliers status` shows how it is going")
         })
     }
 
@@ -157,12 +157,12 @@ impl<'a> Session<'a> {
             identity: &model.identity,
             job_key: &model.job_key,
             folder: &self.folder,
-            before: self.before.as_ref().and_then(|index| index.line(&model.entry.name)),
+            before: self.before.as_ref().and_then(|index| index.entry(&model.entry.name)),
         }
     }
 
     /// Runs of wanted models that nobody drives and that have time left, before anybody cleans them up.
-    fn left(&self, ledger: &Ledger) -> Result<Vec<Todo>, Complaint> {
+    fn left(&self, ledger: &Ledger) -> Result<Vec<Todo>, CliError> {
         let (runs, now) = (ledger.runs()?, now_ms() / 1000);
         let mut todo = Vec::new();
         for model in &self.models {
@@ -178,11 +178,11 @@ impl<'a> Session<'a> {
         Ok(todo)
     }
 
-    fn pick_up(&self, ledger: &Ledger, run: &RunRecord) -> Result<Todo, Complaint> {
+    fn pick_up(&self, ledger: &Ledger, run: &RunRecord) -> Result<Todo, CliError> {
         let unknown = run.spec.broker_names().into_iter().find(|broker| self.clouds.get(broker).is_none());
         if let Some(broker) = unknown {
             let message = format!("run {} of {} was left, and may be on {broker}", run.id, run.spec.model);
-            return Err(Complaint::refused(
+            return Err(CliError::refused(
                 message,
                 format!("add --broker {}, or `outliers runs cancel {}`", run.spec.brokers, run.id),
             ));
@@ -190,7 +190,7 @@ impl<'a> Session<'a> {
         match ledger.take(&run.id)? {
             Some(taken) if taken.state().is_at_rest() => Ok(Todo::Nothing),
             Some(taken) => Ok(Todo::PickUp(Box::new(taken))),
-            None => Err(Complaint::refused(
+            None => Err(CliError::refused(
                 format!("run {} of {} is driven by another process", run.id, run.spec.model),
                 format!("wait for it, or `outliers runs cancel {}`", run.id),
             )),
@@ -214,14 +214,14 @@ impl<'a> Session<'a> {
                 }
             };
             let prepared = match self.place(model, runs) {
-                Ok(()) => prepare(self.context, &self.clouds, worker, self.wish(model), tell).await,
-                Err(complaint) => Err(complaint),
+                Ok(()) => prepare(self.context, &self.clouds, worker, self.run_request(model), tell).await,
+                Err(cli_error) => Err(cli_error),
             };
             match prepared {
                 Ok(prepared) => *todo = Todo::Run(Box::new(prepared)),
-                Err(complaint) => {
-                    let message = format!("{}: {}", model.entry.name, complaint.message);
-                    problems.push(Problem { model: number, complaint: Complaint { message, ..complaint } });
+                Err(cli_error) => {
+                    let message = format!("{}: {}", model.entry.name, cli_error.message);
+                    problems.push(Problem { model: number, cli_error: CliError { message, ..cli_error } });
                 }
             }
         }
@@ -231,30 +231,30 @@ impl<'a> Session<'a> {
     fn is_to_run(&self, model: &Model<'_>, runs: &[RunRecord]) -> bool {
         model.wanted
             && match self.member(model).look(runs).0.outcome {
-                Outcome::Complete => false,
-                Outcome::Open => true,
-                Outcome::Partial | Outcome::Failed => self.args.rerun_failed,
+                ModelOutcome::Complete => false,
+                ModelOutcome::Open => true,
+                ModelOutcome::Partial | ModelOutcome::Failed => self.args.rerun_failed,
             }
     }
 
     /// Results that cost money are not overwritten by those of other work.
-    fn place(&self, model: &Model<'_>, runs: &[RunRecord]) -> Result<(), Complaint> {
+    fn place(&self, model: &Model<'_>, runs: &[RunRecord]) -> Result<(), CliError> {
         let place = self.folder.join(&model.entry.name);
         let member = self.member(model);
         let is_there = |run: &RunRecord| run.state.results().is_some_and(|results| Path::new(&results.folder) == place);
         if !place.exists() || runs.iter().any(|run| member.is_run_by(run) && is_there(run)) {
             return Ok(());
         }
-        Err(Complaint::refused(
+        Err(CliError::refused(
             format!("{} holds results of other work", place.display()),
             "move that folder away, or give the survey another name",
         ))
     }
 
-    fn wish(&self, model: &Model<'_>) -> Wish {
+    fn run_request(&self, model: &Model<'_>) -> RunRequest {
         let settings = &self.context.settings;
         let limit = self.args.max_duration.or(model.entry.max_duration).or(self.survey.max_duration);
-        Wish {
+        RunRequest {
             job: model.identity.job.clone(),
             job_key: model.job_key.clone(),
             request: want(&self.args.want, &model.entry.want),
@@ -285,7 +285,7 @@ impl<'a> Session<'a> {
         runs.iter().filter(is_own).map(|run| run.cost(now_ms())).sum()
     }
 
-    fn consent(&self, todo: &[Todo]) -> Result<(), Complaint> {
+    fn consent(&self, todo: &[Todo]) -> Result<(), CliError> {
         let prepared: Vec<&Prepared> = todo.iter().filter_map(Todo::prepared).collect();
         if prepared.is_empty() {
             return Ok(());
@@ -300,7 +300,7 @@ impl<'a> Session<'a> {
     }
 
     /// What is known of every model of the survey.
-    fn write_index(&self, ledger: &Ledger) -> Result<(), Complaint> {
+    fn write_index(&self, ledger: &Ledger) -> Result<(), CliError> {
         let runs = ledger.runs()?;
         let file = std::path::absolute(&self.survey.path).unwrap_or_else(|_| self.survey.path.clone());
         let index = Index {
@@ -309,7 +309,7 @@ impl<'a> Session<'a> {
             file: file.to_string_lossy().into_owned(),
             models: self.models.iter().map(|model| self.member(model).look(&runs).0).collect(),
         };
-        let wrong = |error| Complaint::failed(format!("{}: {error}", self.folder.join(index::FILE).display()));
+        let wrong = |error| CliError::failed(format!("{}: {error}", self.folder.join(index::FILE).display()));
         index.write(&self.folder).map_err(wrong)
     }
 }
@@ -320,11 +320,11 @@ fn models<'a>(
     args: &SurveyArgs,
     survey: &'a Survey,
     brokers: &str,
-) -> Result<Vec<Model<'a>>, Complaint> {
-    let is = |entry: &Entry, word: &String| [&entry.name, &entry.model.model].contains(&word);
+) -> Result<Vec<Model<'a>>, CliError> {
+    let is = |entry: &SurveyModel, word: &String| [&entry.name, &entry.model.model].contains(&word);
     if let Some(unknown) = args.only.iter().find(|word| !survey.models.iter().any(|entry| is(entry, word))) {
         let known: Vec<&str> = survey.models.iter().map(|entry| entry.name.as_str()).collect();
-        return Err(Complaint::refused(
+        return Err(CliError::refused(
             format!("--only {unknown}: there is no such model in {}", survey.path.display()),
             format!("it has {}", known.join(", ")),
         ));
@@ -336,7 +336,7 @@ fn models<'a>(
         let job = super::job::job(&entry.model, &survey.job, context.settings.thresholds, here);
         match job.and_then(|job| identity(context, &job)) {
             Ok(identity) => models.push(Model { entry, wanted, job_key: identity.key(brokers), identity }),
-            Err(complaint) => problems.push(Problem { model: number, complaint }),
+            Err(cli_error) => problems.push(Problem { model: number, cli_error }),
         }
     }
     refuse(&problems)?;

@@ -8,7 +8,7 @@ use tokio::process::Command;
 use super::{Context, SCHEMA};
 use crate::cli::WorkerCommand;
 use crate::local_worker::{PORTABLE, Pushed};
-use crate::report::{Complaint, ExitStatus};
+use crate::report::{CliError, ExitStatus};
 use crate::units::CudaVersion;
 
 /// What builds it, in the project's folder.
@@ -16,7 +16,7 @@ const SCRIPT: &str = "worker/build.sh";
 
 /// What was built.
 #[derive(Debug, Serialize)]
-struct Document {
+struct WorkerReport {
     schema: u32,
     path: PathBuf,
     /// The oldest CUDA that a driver may serve, where it uses GPUs.
@@ -24,7 +24,7 @@ struct Document {
 }
 
 /// Runs a `worker` subcommand.
-pub(super) async fn command(context: &Context, command: WorkerCommand) -> Result<ExitStatus, Complaint> {
+pub(super) async fn command(context: &Context, command: WorkerCommand) -> Result<ExitStatus, CliError> {
     let WorkerCommand::Build { cuda, output } = command;
     let project = project(&context.here)?;
     let output = output.map_or_else(|| context.exe.with_file_name(PORTABLE), |path| context.here.join(path));
@@ -32,23 +32,23 @@ pub(super) async fn command(context: &Context, command: WorkerCommand) -> Result
     build.args(cuda.then_some("--cuda")).arg("--output").arg(&output).kill_on_drop(true);
     // What it says is for people; standard output is for what was built.
     build.stdout(std::io::stderr());
-    let status = build.status().await.map_err(|error| Complaint::failed(format!("{SCRIPT}: {error}")))?;
+    let status = build.status().await.map_err(|error| CliError::failed(format!("{SCRIPT}: {error}")))?;
     if !status.success() {
-        return Err(Complaint::failed(format!("{SCRIPT} ended with {status}; why stands above")));
+        return Err(CliError::failed(format!("{SCRIPT} ended with {status}; why stands above")));
     }
     let Pushed { path, cuda } = Pushed::look_at(output).await?;
     let what =
         cuda.map_or_else(|| "for CPUs alone".to_owned(), |oldest| format!("for CPUs, and GPUs from CUDA {oldest} on"));
     let words = format!("{}: {what}", path.display());
-    context.reporter.result(&Document { schema: SCHEMA, path, oldest_cuda: cuda }, || words);
+    context.reporter.result(&WorkerReport { schema: SCHEMA, path, oldest_cuda: cuda }, || words);
     Ok(ExitStatus::Done)
 }
 
 /// The folder of the project's source, from `here` upwards.
-fn project(here: &Path) -> Result<PathBuf, Complaint> {
+fn project(here: &Path) -> Result<PathBuf, CliError> {
     let found = here.ancestors().find(|folder| folder.join(SCRIPT).is_file());
     found.map(Path::to_owned).ok_or_else(|| {
-        Complaint::refused(format!("{SCRIPT} is not in {} or above", here.display()), "run it in the project's folder")
+        CliError::refused(format!("{SCRIPT} is not in {} or above", here.display()), "run it in the project's folder")
     })
 }
 

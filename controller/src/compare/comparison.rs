@@ -3,12 +3,12 @@
 use outliers_protocol::{Axis, Metadata, Reading, Results, SCHEMA, Verdict};
 use serde::Serialize;
 
+use super::bootstrap::{Estimate, SequenceTotals, interval, mean, middle, samples};
 use super::difference::{Difference, differences};
 use super::folder::{Content, ResultFolder, Run};
 use super::predecessor::{Imported, Outliers};
-use super::published::{self, Known, Table};
+use super::published::{self, Known, PublishedTable};
 use super::samples::resampled;
-use super::tally::{Estimate, Tally, interval, mean, middle, samples};
 
 /// Results, what they come to, and what was published of the same models.
 #[derive(Clone, Debug, Serialize)]
@@ -22,7 +22,7 @@ pub struct Comparison {
     /// What is not the same for all models, or not what the reader may expect.
     pub differences: Vec<Difference>,
     /// The tables that others published.
-    pub published: &'static [Table],
+    pub published: &'static [PublishedTable],
 }
 
 /// One result.
@@ -37,7 +37,7 @@ pub struct Compared {
     /// Where it lies.
     pub folder: String,
     /// What kind of result it is.
-    pub standing: Standing,
+    pub standing: ResultKind,
     /// Parameters: of the catalogue, else of the tensors used, as the run counted them.
     pub parameters: Option<u64>,
     /// Parameters that work on one token, from where `parameters` are; `None` where neither says.
@@ -64,7 +64,7 @@ pub struct Compared {
 /// What kind of result it is.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "standing", content = "why")]
-pub enum Standing {
+pub enum ResultKind {
     /// A complete run.
     Complete,
     /// A complete run of the predecessor, under its own definitions.
@@ -79,7 +79,7 @@ pub enum Standing {
 /// Who counted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Source {
+pub enum CountedBy {
     /// The result itself.
     Ours,
     /// An imported result.
@@ -88,7 +88,7 @@ pub enum Source {
     Published(&'static str),
 }
 
-impl Source {
+impl CountedBy {
     /// In a word or two.
     pub fn name(&self) -> &'static str {
         match self {
@@ -109,7 +109,7 @@ pub struct Figure {
     /// The model's label.
     pub model: String,
     /// Who counted.
-    pub source: Source,
+    pub source: CountedBy,
     /// How sequences are pooled.
     pub reading: Reading,
     /// What the share of layers is taken of.
@@ -199,7 +199,7 @@ impl Comparison {
             let figure = self.own(model, Reading::Unique, Axis::Layers)?;
             let published: Vec<String> = self
                 .figures_of(model)
-                .filter(|other| matches!(other.source, Source::Published(_)))
+                .filter(|other| matches!(other.source, CountedBy::Published(_)))
                 .filter(|other| (other.reading, other.axis) == (Reading::Unique, Axis::Layers))
                 .map(|other| format!("; {}: {}", other.source.name(), other.count.value))
                 .collect();
@@ -236,13 +236,13 @@ impl Comparison {
 
     /// A model's own figure under a reading.
     pub fn own(&self, model: &Compared, reading: Reading, axis: Axis) -> Option<&Figure> {
-        let own = |figure: &&Figure| !matches!(figure.source, Source::Published(_));
+        let own = |figure: &&Figure| !matches!(figure.source, CountedBy::Published(_));
         self.figures_of(model).filter(own).find(|figure| (figure.reading, figure.axis) == (reading, axis))
     }
 }
 
 impl Compared {
-    fn new(number: usize, folder: String, model: &str, standing: Standing) -> Self {
+    fn new(number: usize, folder: String, model: &str, standing: ResultKind) -> Self {
         let known = published::known(model);
         Self {
             number,
@@ -265,12 +265,12 @@ impl Compared {
 
     fn unusable(number: usize, folder: String, why: String) -> Self {
         let name = folder.clone();
-        Self::new(number, folder, &name, Standing::Unusable(why))
+        Self::new(number, folder, &name, ResultKind::Unusable(why))
     }
 
     /// Whether it is there only to say that it is not to be used.
     pub fn is_unusable(&self) -> bool {
-        matches!(self.standing, Standing::Unusable(_))
+        matches!(self.standing, ResultKind::Unusable(_))
     }
 
     /// Share of the parameters that work on one token, from 0 to 1.
@@ -303,7 +303,7 @@ fn tell_apart(models: &mut [Compared]) {
 
 fn of_run(number: usize, folder: String, run: Box<Run>) -> (Compared, Vec<Figure>) {
     let results = &run.results;
-    let mut model = Compared::new(number, folder, &results.model, Standing::Complete);
+    let mut model = Compared::new(number, folder, &results.model, ResultKind::Complete);
     // Both from one place: a run may have used the first layers only, which would make a share of two models.
     if model.parameters.is_none() {
         let used = &run.metadata.model;
@@ -316,15 +316,15 @@ fn of_run(number: usize, folder: String, run: Box<Run>) -> (Compared, Vec<Figure
         Estimate { value: perplexity.perplexity, interval: losses.and_then(|losses| perplexity_interval(&losses)) }
     });
     model.job_sha256 = Some(run.job_sha256.clone());
-    let drawn = Drawn::of(resampled(results), run.tallies.as_ref().map(|[layers, sites]| [layers, sites]));
-    let figures = results.verdicts.iter().map(|verdict| figure(&model, Source::Ours, verdict, &drawn)).collect();
+    let drawn = BootstrapSamples::of(resampled(results), run.tallies.as_ref().map(|[layers, sites]| [layers, sites]));
+    let figures = results.verdicts.iter().map(|verdict| figure(&model, CountedBy::Ours, verdict, &drawn)).collect();
     model.provenance = Some(Box::new(run.metadata.clone()));
     model.run = Some(run);
     (model, figures)
 }
 
 fn of_imported(number: usize, folder: String, imported: &Imported) -> (Compared, Vec<Figure>) {
-    let standing = Standing::Imported { definition: imported.definition.clone() };
+    let standing = ResultKind::Imported { definition: imported.definition.clone() };
     let mut model = Compared::new(number, folder, &imported.model, standing);
     let outliers = imported.outliers.as_ref();
     model.sequences = outliers.map(|outliers| outliers.sequences);
@@ -335,8 +335,8 @@ fn of_imported(number: usize, folder: String, imported: &Imported) -> (Compared,
     });
     let of = |outliers: &Outliers| {
         let verdicts = outliers.verdicts();
-        let drawn = Drawn::of(Default::default(), Some([&outliers.batches; 2]));
-        verdicts.iter().map(|verdict| figure(&model, Source::Imported, verdict, &drawn)).collect()
+        let drawn = BootstrapSamples::of(Default::default(), Some([&outliers.batches; 2]));
+        verdicts.iter().map(|verdict| figure(&model, CountedBy::Imported, verdict, &drawn)).collect()
     };
     let figures = outliers.map(of).unwrap_or_default();
     (model, figures)
@@ -348,24 +348,25 @@ fn perplexity_interval(losses: &[f64]) -> Option<[f64; 2]> {
 }
 
 /// What samples of the sequences come to, by layers and by norm outputs; empty where there is nothing to draw from.
-struct Drawn {
+struct BootstrapSamples {
     /// All sequences of a sample judged together.
-    unique: [Vec<Tally>; 2],
+    unique: [Vec<SequenceTotals>; 2],
     /// Judged within each sequence and added up.
-    within: [Vec<Tally>; 2],
+    within: [Vec<SequenceTotals>; 2],
     /// How many sequences were added up.
     sequences: usize,
 }
 
-impl Drawn {
+impl BootstrapSamples {
     /// `within`: what is systematic within each sequence.
-    fn of(unique: [Vec<Tally>; 2], within: Option<[&Vec<Tally>; 2]>) -> Self {
-        let sum = |sequences: &Vec<Tally>| samples(sequences, |sample| Tally::sum(sample.iter().copied()));
+    fn of(unique: [Vec<SequenceTotals>; 2], within: Option<[&Vec<SequenceTotals>; 2]>) -> Self {
+        let sum =
+            |sequences: &Vec<SequenceTotals>| samples(sequences, |sample| SequenceTotals::sum(sample.iter().copied()));
         let sequences = within.map_or(0, |[sequences, _]| sequences.len());
         Self { unique, within: within.map(|within| within.map(sum)).unwrap_or_default(), sequences }
     }
 
-    fn under(&self, reading: Reading, axis: Axis) -> &[Tally] {
+    fn under(&self, reading: Reading, axis: Axis) -> &[SequenceTotals] {
         let [layers, sites] = if reading == Reading::Unique { &self.unique } else { &self.within };
         match axis {
             Axis::Layers => layers,
@@ -375,12 +376,12 @@ impl Drawn {
 }
 
 /// A verdict with its intervals over samples.
-fn figure(model: &Compared, source: Source, verdict: &Verdict, drawn: &Drawn) -> Figure {
+fn figure(model: &Compared, source: CountedBy, verdict: &Verdict, drawn: &BootstrapSamples) -> Figure {
     let divisor = if verdict.reading == Reading::MeanPerSequence { drawn.sequences as f64 } else { 1.0 };
     let drawn = drawn.under(verdict.reading, verdict.axis);
-    let count = |tally: &Tally| Some(tally.features as f64 / divisor);
-    let percent = |value: Option<f64>, of: fn(&Tally) -> f64| {
-        let share = |tally: &Tally| (tally.features > 0).then(|| 100.0 * of(tally) / tally.features as f64);
+    let count = |tally: &SequenceTotals| Some(tally.features as f64 / divisor);
+    let percent = |value: Option<f64>, of: fn(&SequenceTotals) -> f64| {
+        let share = |tally: &SequenceTotals| (tally.features > 0).then(|| 100.0 * of(tally) / tally.features as f64);
         value.map(|value| Estimate { value, interval: middle(drawn.iter().map(share)) })
     };
     Figure {
@@ -390,8 +391,8 @@ fn figure(model: &Compared, source: Source, verdict: &Verdict, drawn: &Drawn) ->
         axis: verdict.axis,
         counted_as: match source {
             // Of some imported runs, a sequence is a batch of several.
-            Source::Imported => verdict.label.clone(),
-            Source::Ours | Source::Published(_) => reading(verdict.reading, verdict.axis).to_owned(),
+            CountedBy::Imported => verdict.label.clone(),
+            CountedBy::Ours | CountedBy::Published(_) => reading(verdict.reading, verdict.axis).to_owned(),
         },
         source,
         count: Estimate { value: verdict.count, interval: middle(drawn.iter().map(count)) },
@@ -401,10 +402,10 @@ fn figure(model: &Compared, source: Source, verdict: &Verdict, drawn: &Drawn) ->
 }
 
 fn published_of(model: &Compared) -> Vec<Figure> {
-    let figure = |(table, row): (&'static Table, &'static published::Row)| Figure {
+    let figure = |(table, row): (&'static PublishedTable, &'static published::PublishedRow)| Figure {
         number: model.number,
         model: model.label.clone(),
-        source: Source::Published(&table.name),
+        source: CountedBy::Published(&table.name),
         reading: table.reading,
         axis: table.axis,
         counted_as: reading(table.reading, table.axis).to_owned(),
@@ -438,7 +439,7 @@ mod tests {
         let compared = compared(home.path());
         let of = |number: usize| compared.figures_of(&compared.models[number - 1]);
         assert_eq!((of(1).count(), of(2).count()), (7, 7));
-        let theirs: Vec<_> = of(1).chain(of(2)).filter(|f| f.source != Source::Ours).collect();
+        let theirs: Vec<_> = of(1).chain(of(2)).filter(|f| f.source != CountedBy::Ours).collect();
         let names: Vec<_> = theirs.iter().map(|f| (f.source.name(), f.count.value, f.reading)).collect();
         assert_eq!(
             names,
@@ -587,6 +588,6 @@ mod tests {
         std::fs::write(folder.join("results.json"), "{}").unwrap();
         let compared = compared(home.path());
         assert!(compared.figures.is_empty());
-        assert!(matches!(&compared.models[0].standing, Standing::Unusable(why) if why.contains("damaged")));
+        assert!(matches!(&compared.models[0].standing, ResultKind::Unusable(why) if why.contains("damaged")));
     }
 }

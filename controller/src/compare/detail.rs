@@ -5,12 +5,12 @@ use outliers_protocol::{
 };
 
 use super::folder::Run;
-use super::ladder::{LAYER_PERCENTS, POSITION_PERCENTS, rungs, shares};
 use super::measured;
 use super::plots::{peak_quartiles, quartiles, strongest};
 use super::published;
-use super::sheet::{Column, NONE, Sheet, numbers, optional, words};
-use crate::report::beyond::{WITHOUT, without};
+use super::table::{Column, NONE, Table, numbers, optional, words};
+use super::threshold_sweep::{LAYER_PERCENTS, POSITION_PERCENTS, shares, sweep};
+use crate::report::diagnostics::{WITHOUT, without};
 
 /// Rows of what may be long; `results.json` has them all.
 const ROWS: usize = 40;
@@ -19,23 +19,23 @@ const ROWS: usize = 40;
 const PLACES: usize = 3;
 
 /// The tables that have anything to show; `name` is put before each one's.
-pub fn sheets(name: &str, run: &Run) -> Vec<Sheet> {
+pub fn tables(name: &str, run: &Run) -> Vec<Table> {
     let results = &run.results;
     let all = [
         features(run),
-        ladder(run),
+        threshold_sweep(run),
         Some(share_table(results)),
         results.massive_activations.as_ref().map(massive),
         results.super_experts.as_ref().map(|experts| super_experts(&results.model, experts)),
         (!results.routers.is_empty()).then(|| routers(&results.routers)),
         (!results.ablation.is_empty()).then(|| ablation(&results.ablation)),
     ];
-    let all = measured::sheets(results).into_iter().map(Some).chain(all);
-    let named = |sheet: Sheet| Sheet { name: format!("{name}-{}", sheet.name), ..sheet };
+    let all = measured::tables(results).into_iter().map(Some).chain(all);
+    let named = |table: Table| Table { name: format!("{name}-{}", table.name), ..table };
     all.flatten().map(named).collect()
 }
 
-fn ablation(arms: &[AblationArm]) -> Sheet {
+fn ablation(arms: &[AblationArm]) -> Table {
     let [perplexity, of_the_whole, probability, share] = WITHOUT.map(numbers);
     let columns = [words("without"), words("features"), perplexity, of_the_whole, probability, share];
     let named = |features: &[usize]| features.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
@@ -44,17 +44,17 @@ fn ablation(arms: &[AblationArm]) -> Sheet {
         let [perplexity, of_the_whole, probability, share] = without(arm, &arms[0]);
         [arm.removed.label().to_owned(), features, perplexity, of_the_whole, probability, share]
     };
-    let sheet = sheet("ablation", "Without some features", columns, arms.iter().map(row).collect());
+    let table = table("ablation", "Without some features", columns, arms.iter().map(row).collect());
     noted(
-        sheet,
+        table,
         "features set to 0 at every norm output that feeds attention or MLP (LLM.int8(), section 4.2); perplexity and the largest probability of \
          the next token with all that follows in later layers; the largest share that attention gives to one key, mean over queries, heads and \
          layers, with each layer's input that of the whole model but for the features",
     )
 }
 
-fn sheet<const N: usize>(name: &str, title: &str, columns: [Column; N], rows: Vec<[String; N]>) -> Sheet {
-    Sheet {
+fn table<const N: usize>(name: &str, title: &str, columns: [Column; N], rows: Vec<[String; N]>) -> Table {
+    Table {
         name: name.to_owned(),
         title: title.to_owned(),
         columns: Vec::from(columns),
@@ -63,16 +63,16 @@ fn sheet<const N: usize>(name: &str, title: &str, columns: [Column; N], rows: Ve
     }
 }
 
-fn noted(mut sheet: Sheet, note: impl Into<String>) -> Sheet {
-    sheet.notes.push(note.into());
-    sheet
+fn noted(mut table: Table, note: impl Into<String>) -> Table {
+    table.notes.push(note.into());
+    table
 }
 
 fn first(what: &str, shown: usize, all: usize) -> String {
     if all > shown { format!("The first {shown} of {all} {what}; results.json has them all. ") } else { String::new() }
 }
 
-fn features(run: &Run) -> Option<Sheet> {
+fn features(run: &Run) -> Option<Table> {
     let results = &run.results;
     let strongest = strongest(results);
     if strongest.is_empty() {
@@ -123,7 +123,7 @@ fn features(run: &Run) -> Option<Sheet> {
            itself, by layers and by norm outputs. Quartiles of peaks: over the norm outputs where the feature has \
            outliers, of its largest value at each. Gain: of the norm where its value is largest; under RMSNorm a large value may be a large gain. \
            Where: layer, sequence:position and token id of its values among the 100 largest of their kind of norm output.";
-    Some(noted(sheet("features", "Features with outliers", columns, rows), note))
+    Some(noted(table("features", "Features with outliers", columns, rows), note))
 }
 
 fn systematic(feature: &Feature) -> &'static str {
@@ -158,9 +158,9 @@ fn places(results: &Results, feature: usize) -> String {
     words.collect::<Vec<_>>().join("; ")
 }
 
-fn ladder(run: &Run) -> Option<Sheet> {
-    let rungs = rungs(run);
-    if rungs.is_empty() {
+fn threshold_sweep(run: &Run) -> Option<Table> {
+    let sweep = sweep(run);
+    if sweep.is_empty() {
         return None;
     }
     let own = run.results.thresholds;
@@ -170,12 +170,12 @@ fn ladder(run: &Run) -> Option<Sheet> {
         numbers("in enough layers"),
         numbers("and systematic at the run's own"),
     ];
-    let rows = rungs.iter().map(|rung| {
-        let systematic = if rung.magnitude < own.magnitude { None } else { Some(rung.systematic) };
+    let rows = sweep.iter().map(|point| {
+        let systematic = if point.magnitude < own.magnitude { None } else { Some(point.systematic) };
         [
-            rung.magnitude.to_string(),
-            rung.anywhere.to_string(),
-            rung.in_layers.to_string(),
+            point.magnitude.to_string(),
+            point.anywhere.to_string(),
+            point.in_layers.to_string(),
             optional(systematic, |n| n.to_string()),
         ]
     });
@@ -185,10 +185,10 @@ fn ladder(run: &Run) -> Option<Sheet> {
         100.0 * own.layer_fraction,
         own.magnitude
     );
-    Some(noted(sheet("ladder", "Threshold ladder: magnitude", columns, rows.collect()), note))
+    Some(noted(table("ladder", "Threshold ladder: magnitude", columns, rows.collect()), note))
 }
 
-fn share_table(results: &Results) -> Sheet {
+fn share_table(results: &Results) -> Table {
     let header = ["any", "S% >= 1", "S% >= 6", "S% >= 25", "S% >= 50", "S% >= 75"];
     let mut columns = vec![words("in layers")];
     columns.extend(header.map(numbers));
@@ -197,7 +197,7 @@ fn share_table(results: &Results) -> Sheet {
         row.extend(POSITION_PERCENTS.map(|positions| shares(results, layers, positions).to_string()));
         row
     });
-    Sheet {
+    Table {
         name: "shares".to_owned(),
         title: "Threshold ladder: shares of layers and positions".to_owned(),
         columns,
@@ -209,7 +209,7 @@ fn share_table(results: &Results) -> Sheet {
     }
 }
 
-fn massive(massive: &MassiveActivations) -> Sheet {
+fn massive(massive: &MassiveActivations) -> Table {
     let columns = [
         numbers("dimension"),
         numbers("layers"),
@@ -240,10 +240,10 @@ fn massive(massive: &MassiveActivations) -> Sheet {
         _ => "None. ".to_owned(),
     };
     let note = format!("{found}{}Rule: {}", first("dimensions", ROWS, massive.n_dims), massive.rule);
-    noted(sheet("massive-table", "Massive activations", columns, rows.collect()), note)
+    noted(table("massive-table", "Massive activations", columns, rows.collect()), note)
 }
 
-fn super_experts(model: &str, experts: &SuperExperts) -> Sheet {
+fn super_experts(model: &str, experts: &SuperExperts) -> Table {
     let columns = [
         words(""),
         numbers("layer"),
@@ -277,7 +277,7 @@ fn super_experts(model: &str, experts: &SuperExperts) -> Sheet {
         experts.percentile_99_5,
         experts.rule
     );
-    noted(sheet("super-experts", "Super experts", columns, rows), note)
+    noted(table("super-experts", "Super experts", columns, rows), note)
 }
 
 /// The model's published super experts, and whether they are among the candidates.
@@ -297,7 +297,7 @@ fn beside_published(model: &str, experts: &SuperExperts) -> String {
     format!("Published ({}): {}; {verdict}. ", published.source, all.join(", "))
 }
 
-fn routers(routers: &[RouterSummary]) -> Sheet {
+fn routers(routers: &[RouterSummary]) -> Table {
     let columns = [
         numbers("layer"),
         numbers("experts"),
@@ -330,7 +330,7 @@ fn routers(routers: &[RouterSummary]) -> Sheet {
     });
     let note = "Entropy of the experts' shares over its largest possible value: 1 is even. Gate mass: sum of a token's gate weights. The favourite \
                 at position 0 is the expert with the largest share of the gate mass of first tokens.";
-    noted(sheet("routers-table", "Router load", columns, rows.collect()), note)
+    noted(table("routers-table", "Router load", columns, rows.collect()), note)
 }
 
 /// The kinds of studied values that are no norm outputs, in words; empty if there are none.
@@ -355,18 +355,18 @@ fn kind(point: Point) -> &'static str {
 mod tests {
     use super::*;
 
-    fn sheets_of(name: &str) -> Vec<Sheet> {
-        sheets("m", &Run::fixture(name))
+    fn tables_of(name: &str) -> Vec<Table> {
+        tables("m", &Run::fixture(name))
     }
 
     #[test]
     fn tables_are_there_for_what_was_measured_and_are_whole() {
-        let names = |name: &str| sheets_of(name).into_iter().map(|sheet| sheet.name).collect::<Vec<_>>();
+        let names = |name: &str| tables_of(name).into_iter().map(|table| table.name).collect::<Vec<_>>();
         let all = ["features", "ladder", "shares", "massive-table", "super-experts", "routers-table"];
         assert_eq!(names("mixture"), all.map(|name| format!("m-{name}")));
         assert_eq!(names("dense"), ["m-features", "m-ladder", "m-shares"]);
-        for sheet in sheets_of("mixture") {
-            assert!(sheet.rows.iter().all(|row| row.len() == sheet.columns.len()), "{}", sheet.name);
+        for table in tables_of("mixture") {
+            assert!(table.rows.iter().all(|row| row.len() == table.columns.len()), "{}", table.name);
         }
     }
 }

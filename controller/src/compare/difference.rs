@@ -3,7 +3,7 @@
 use outliers_protocol::{CONFIG_RULES, Metadata, ModelSource, Packing, Weights};
 use serde::Serialize;
 
-use super::comparison::{Compared, Standing};
+use super::comparison::{Compared, ResultKind};
 
 /// One thing to know about some of the figures.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -77,8 +77,8 @@ pub(super) fn differences(models: &[Compared]) -> Vec<Difference> {
 
 fn definition(model: &Compared) -> Option<String> {
     match &model.standing {
-        Standing::Imported { definition } => Some(format!("the predecessor's: {definition}")),
-        Standing::Complete | Standing::Unusable(_) => None,
+        ResultKind::Imported { definition } => Some(format!("the predecessor's: {definition}")),
+        ResultKind::Complete | ResultKind::Unusable(_) => None,
     }
 }
 

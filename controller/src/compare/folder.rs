@@ -10,14 +10,14 @@ use outliers_protocol::{Axis, Manifest, Metadata, Reading, Results, SCHEMA, file
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use super::bootstrap::SequenceTotals;
 use super::predecessor::Imported;
 use super::samples;
-use super::statistics::{Shape, Statistics};
-use super::tally::Tally;
+use super::statistics::{Statistics, StudyShape};
 use crate::deploy::holds;
 use crate::files::{digest, is_plain_name, read_small, sha256};
-use crate::survey::Outcome;
-use crate::survey::index::{Index, IndexError, Line};
+use crate::survey::ModelOutcome;
+use crate::survey::index::{Index, IndexEntry, IndexError};
 use crate::text::clean;
 
 /// The document of an imported run, in the place of [`files::RESULTS`].
@@ -62,7 +62,7 @@ pub struct Run {
     /// The counts behind them; `None` where the manifest names no such file.
     pub statistics: Option<Statistics>,
     /// What is systematic within each sequence, by [`Axis::Layers`] and by [`Axis::Sites`]; `None` without statistics.
-    pub tallies: Option<[Vec<Tally>; 2]>,
+    pub tallies: Option<[Vec<SequenceTotals>; 2]>,
 }
 
 /// Why figures are not to be used.
@@ -121,9 +121,9 @@ pub fn read_all(folders: &[PathBuf], allow_partial: bool) -> Result<Vec<ResultFo
 /// # Errors
 /// As [`read_all`].
 pub fn read_whole(folder: &Path, allow_partial: bool) -> Result<(Vec<ResultFolder>, Vec<PathBuf>), ReadError> {
-    let is_partial = |found: &Found| found.path.extension().is_some_and(|extension| extension == "partial");
+    let is_partial = |found: &FoundFolder| found.path.extension().is_some_and(|extension| extension == "partial");
     let found = find_all(&[folder.to_owned()])?;
-    let (partial, whole): (Vec<Found>, Vec<Found>) = found.into_iter().partition(is_partial);
+    let (partial, whole): (Vec<FoundFolder>, Vec<FoundFolder>) = found.into_iter().partition(is_partial);
     if whole.is_empty() {
         return Ok((judged(partial, allow_partial)?, Vec::new()));
     }
@@ -144,7 +144,7 @@ pub fn paths(folders: &[PathBuf]) -> Result<Vec<PathBuf>, ReadError> {
 }
 
 /// By name, each once; at least one.
-fn find_all(folders: &[PathBuf]) -> Result<Vec<Found>, ReadError> {
+fn find_all(folders: &[PathBuf]) -> Result<Vec<FoundFolder>, ReadError> {
     let mut found = Vec::new();
     for folder in folders {
         find(folder, DEPTH, &mut found)?;
@@ -154,8 +154,8 @@ fn find_all(folders: &[PathBuf]) -> Result<Vec<Found>, ReadError> {
     if found.is_empty() { Err(ReadError::Nothing(folders.to_vec())) } else { Ok(found) }
 }
 
-fn judged(found: Vec<Found>, allow_partial: bool) -> Result<Vec<ResultFolder>, ReadError> {
-    let judge = |Found { path, flaw }| {
+fn judged(found: Vec<FoundFolder>, allow_partial: bool) -> Result<Vec<ResultFolder>, ReadError> {
+    let judge = |FoundFolder { path, flaw }| {
         let content = flaw.map_or_else(|| read(&path), Err);
         ResultFolder { path, content }
     };
@@ -166,16 +166,16 @@ fn judged(found: Vec<Found>, allow_partial: bool) -> Result<Vec<ResultFolder>, R
 }
 
 /// A place where results are, or should be.
-struct Found {
+struct FoundFolder {
     path: PathBuf,
     /// Why they are not to be used, where that is known without looking.
     flaw: Option<Flaw>,
 }
 
 /// Folders of results at `folder` or at most `depth` below it.
-fn find(folder: &Path, depth: usize, found: &mut Vec<Found>) -> Result<(), ReadError> {
+fn find(folder: &Path, depth: usize, found: &mut Vec<FoundFolder>) -> Result<(), ReadError> {
     if MARKS.iter().any(|name| folder.join(name).exists()) {
-        found.push(Found { path: folder.to_owned(), flaw: None });
+        found.push(FoundFolder { path: folder.to_owned(), flaw: None });
         return Ok(());
     }
     match Index::read(folder) {
@@ -185,11 +185,11 @@ fn find(folder: &Path, depth: usize, found: &mut Vec<Found>) -> Result<(), ReadE
             return Ok(());
         }
         Err(IndexError::Damaged(why)) => {
-            found.push(Found { path: folder.to_owned(), flaw: Some(Flaw::Damaged(why)) });
+            found.push(FoundFolder { path: folder.to_owned(), flaw: Some(Flaw::Damaged(why)) });
             return Ok(());
         }
         Err(IndexError::Version(why)) => {
-            found.push(Found { path: folder.to_owned(), flaw: Some(Flaw::Version(why)) });
+            found.push(FoundFolder { path: folder.to_owned(), flaw: Some(Flaw::Version(why)) });
             return Ok(());
         }
     }
@@ -204,18 +204,20 @@ fn find(folder: &Path, depth: usize, found: &mut Vec<Found>) -> Result<(), ReadE
 }
 
 /// What a survey's index says of a model, and its folder does not contradict.
-fn surveyed(folder: &Path, line: &Line) -> Found {
+fn surveyed(folder: &Path, line: &IndexEntry) -> FoundFolder {
     let path = folder.join(line.folder.as_ref().unwrap_or(&line.name));
     let why = clean(line.why.as_deref().unwrap_or_default().as_bytes(), 500);
     let flaw = match (line.outcome, &line.run) {
-        (Outcome::Complete, Some(run)) => holds(&path, run).err().map(Flaw::Damaged),
-        (Outcome::Complete, None) => {
+        (ModelOutcome::Complete, Some(run)) => holds(&path, run).err().map(Flaw::Damaged),
+        (ModelOutcome::Complete, None) => {
             Some(Flaw::Damaged("the survey's index does not say of which run it is".to_owned()))
         }
-        (Outcome::Open, _) => Some(Flaw::Partial("the survey has not got to its end".to_owned())),
-        (Outcome::Partial | Outcome::Failed, _) => Some(Flaw::Partial(format!("its run in the survey failed: {why}"))),
+        (ModelOutcome::Open, _) => Some(Flaw::Partial("the survey has not got to its end".to_owned())),
+        (ModelOutcome::Partial | ModelOutcome::Failed, _) => {
+            Some(Flaw::Partial(format!("its run in the survey failed: {why}")))
+        }
     };
-    Found { path, flaw }
+    FoundFolder { path, flaw }
 }
 
 /// Reads one folder.
@@ -296,11 +298,11 @@ fn run(folder: &Path, with_statistics: bool) -> Result<Run, Flaw> {
         false => None,
         true => {
             let bytes = content(&folder.join(files::STATISTICS)).map_err(wrong)?;
-            let shape = Shape { sites: results.n_sites, sequences: results.sequences, hidden: results.hidden };
+            let shape = StudyShape { sites: results.n_sites, sequences: results.sequences, hidden: results.hidden };
             Some(Statistics::read(&bytes, shape).map_err(wrong)?)
         }
     };
-    let tallies = statistics.as_ref().map(|statistics| Tally::of_run(statistics, &results));
+    let tallies = statistics.as_ref().map(|statistics| SequenceTotals::of_run(statistics, &results));
     if let Some(tallies) = &tallies {
         same_counts(tallies, &results).map_err(wrong)?;
     }
@@ -366,7 +368,7 @@ fn recount(results: &Results, reading: Reading, axis: Axis) -> f64 {
 }
 
 /// Sequence by sequence, the stored counts come to what the results say.
-fn same_counts([by_layers, by_sites]: &[Vec<Tally>; 2], results: &Results) -> Result<(), String> {
+fn same_counts([by_layers, by_sites]: &[Vec<SequenceTotals>; 2], results: &Results) -> Result<(), String> {
     for ((sequence, layers), sites) in results.per_sequence.iter().zip(by_layers).zip(by_sites) {
         let said = (sequence.systematic_by_layers, sequence.systematic_by_sites);
         if said != (layers.features, sites.features) {
@@ -413,7 +415,7 @@ mod tests {
             let verdict =
                 run.results.verdicts.iter().find(|v| (v.reading, v.axis) == (Reading::SumOverSequences, axis));
             let (verdict, features) = (verdict.unwrap(), tallies.iter().map(|t| t.features).sum::<usize>());
-            let mean = |of: fn(&Tally) -> f64| 100.0 * tallies.iter().map(of).sum::<f64>() / features as f64;
+            let mean = |of: fn(&SequenceTotals) -> f64| 100.0 * tallies.iter().map(of).sum::<f64>() / features as f64;
             assert_eq!(verdict.count, features as f64);
             assert!((verdict.mean_layer_percent.unwrap() - mean(|t| t.layer_share)).abs() < 1e-9);
             assert!((verdict.mean_sequence_percent.unwrap() - mean(|t| t.position_share)).abs() < 1e-9);
@@ -471,7 +473,7 @@ mod tests {
             fs::write(folder.join(RUN_FILE), json!({ "id": run }).to_string()).unwrap();
         }
         fs::create_dir_all(survey.join("b-old.partial")).unwrap();
-        let line = |name: &str, outcome, run: Option<&str>| Line {
+        let line = |name: &str, outcome, run: Option<&str>| IndexEntry {
             name: name.into(),
             model: "owner/model".into(),
             job_key: "k".into(),
@@ -480,26 +482,28 @@ mod tests {
             folder: None,
             why: Some("its weights are \u{1b}[2Jbroken".into()),
         };
-        let with = |models: Vec<Line>| {
+        let with = |models: Vec<IndexEntry>| {
             Index { schema: crate::survey::index::SCHEMA, survey: "s".into(), file: "/s.toml".into(), models }
                 .write(&survey)
                 .unwrap();
             read_all(&[home.path().to_owned()], false)
         };
-        let whole =
-            with(vec![line("a", Outcome::Complete, Some("run-a")), line("b", Outcome::Complete, Some("run-b"))]);
+        let whole = with(vec![
+            line("a", ModelOutcome::Complete, Some("run-a")),
+            line("b", ModelOutcome::Complete, Some("run-b")),
+        ]);
         assert_eq!(whole.unwrap().len(), 2, "what failed before is not asked");
         for (other, word) in [
             (
-                line("c", Outcome::Failed, Some("run-c")),
+                line("c", ModelOutcome::Failed, Some("run-c")),
                 "c is partial: its run in the survey failed: its weights are broken",
             ),
-            (line("c", Outcome::Open, None), "c is partial: the survey has not"),
-            (line("b", Outcome::Complete, Some("run-c")), "b is damaged"),
-            (line("c", Outcome::Complete, Some("run-c")), "c is damaged"),
-            (line("b", Outcome::Complete, None), "b is damaged"),
+            (line("c", ModelOutcome::Open, None), "c is partial: the survey has not"),
+            (line("b", ModelOutcome::Complete, Some("run-c")), "b is damaged"),
+            (line("c", ModelOutcome::Complete, Some("run-c")), "c is damaged"),
+            (line("b", ModelOutcome::Complete, None), "b is damaged"),
         ] {
-            let error = with(vec![line("a", Outcome::Complete, Some("run-a")), other]).unwrap_err().to_string();
+            let error = with(vec![line("a", ModelOutcome::Complete, Some("run-a")), other]).unwrap_err().to_string();
             assert!(error.contains(word), "{error}");
         }
         fs::write(survey.join("index.json"), "{").unwrap();

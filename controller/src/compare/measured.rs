@@ -5,13 +5,13 @@ use outliers_protocol::{
     Results, SpikeLayer, SpikeLife,
 };
 
+use super::bootstrap::{Estimate, interval, mean, middle, samples};
 use super::comparison::{Compared, Comparison};
-use super::sheet::{Column, NONE, Sheet, estimate, numbers, optional, words};
-use super::tally::{Estimate, interval, mean, middle, samples};
-use crate::report::beyond::name;
+use super::table::{Column, NONE, Table, estimate, numbers, optional, words};
+use crate::report::diagnostics::name;
 
 /// The tables of one model, the cost first; empty unless something was asked for.
-pub fn sheets(results: &Results) -> Vec<Sheet> {
+pub fn tables(results: &Results) -> Vec<Table> {
     let all = [
         results.quantization_error.as_ref().map(quantization),
         results.residual_sinks.as_ref().map(residual_sinks),
@@ -22,7 +22,7 @@ pub fn sheets(results: &Results) -> Vec<Sheet> {
 }
 
 /// A line per model that measured something; `None` if none did.
-pub fn across(comparison: &Comparison) -> Option<Sheet> {
+pub fn across(comparison: &Comparison) -> Option<Table> {
     let row = |model: &Compared| {
         let results = model.results()?;
         let errors = results.quantization_error.as_ref();
@@ -51,7 +51,7 @@ pub fn across(comparison: &Comparison) -> Option<Sheet> {
         ])
     };
     let rows: Vec<Vec<String>> = comparison.models.iter().filter_map(row).collect();
-    (!rows.is_empty()).then(|| Sheet {
+    (!rows.is_empty()).then(|| Table {
         name: "measured".to_owned(),
         title: "What outliers cost, and sinks".to_owned(),
         columns: vec![
@@ -184,11 +184,11 @@ fn layers(onset: Option<usize>, fall: Option<usize>) -> String {
     }
 }
 
-fn sheet(word: &str, title: &str, columns: Vec<Column>, rows: Vec<Vec<String>>, note: String) -> Sheet {
-    Sheet { name: word.to_owned(), title: title.to_owned(), columns, rows, notes: vec![note] }
+fn table(word: &str, title: &str, columns: Vec<Column>, rows: Vec<Vec<String>>, note: String) -> Table {
+    Table { name: word.to_owned(), title: title.to_owned(), columns, rows, notes: vec![note] }
 }
 
-fn quantization(errors: &QuantizationErrors) -> Sheet {
+fn quantization(errors: &QuantizationErrors) -> Table {
     let columns = vec![
         words("format"),
         words("rotated by"),
@@ -217,10 +217,10 @@ fn quantization(errors: &QuantizationErrors) -> Sheet {
     };
     let rows = errors.norm_outputs.iter().map(row).collect();
     let note = format!("Norm outputs together. Rule: {}. results.json has every studied site.", errors.rule);
-    sheet("quantization-error", "What outliers cost in 8 and 4 bits", columns, rows, note)
+    table("quantization-error", "What outliers cost in 8 and 4 bits", columns, rows, note)
 }
 
-fn residual_sinks(sinks: &ResidualSinks) -> Sheet {
+fn residual_sinks(sinks: &ResidualSinks) -> Table {
     let columns = vec![
         numbers("layer"),
         numbers("sinks"),
@@ -245,10 +245,10 @@ fn residual_sinks(sinks: &ResidualSinks) -> Sheet {
         sinks.rule,
         estimate(most_of_squares(sinks), 1)
     );
-    sheet("residual-sinks", "Residual sinks", columns, rows.collect(), note)
+    table("residual-sinks", "Residual sinks", columns, rows.collect(), note)
 }
 
-fn spike_life(life: &SpikeLife) -> Sheet {
+fn spike_life(life: &SpikeLife) -> Table {
     let columns = vec![
         numbers("layer"),
         numbers("first token"),
@@ -278,10 +278,10 @@ fn spike_life(life: &SpikeLife) -> Sheet {
         spike_layers(life),
         life.rule
     );
-    sheet("spike-life", "The first token's spike", columns, rows.collect(), note)
+    table("spike-life", "The first token's spike", columns, rows.collect(), note)
 }
 
-fn attention_sinks(sinks: &AttentionSinks) -> Sheet {
+fn attention_sinks(sinks: &AttentionSinks) -> Table {
     let columns = vec![
         numbers("layer"),
         numbers("on the first key"),
@@ -306,7 +306,7 @@ fn attention_sinks(sinks: &AttentionSinks) -> Sheet {
         optional(first_key(sinks), |share| estimate(share, 1)),
         estimate(largest_hidden(sinks), 1)
     );
-    sheet("attention-sinks", "Attention sinks", columns, rows.collect(), note)
+    table("attention-sinks", "Attention sinks", columns, rows.collect(), note)
 }
 
 #[cfg(test)]
@@ -316,7 +316,7 @@ mod tests {
 
     use super::super::fixture::{change, copy};
     use super::super::folder::{Run, read_all};
-    use super::super::sheet;
+    use super::super::table;
     use super::*;
 
     /// A real run's results with figures that were made up for it.
@@ -357,20 +357,20 @@ mod tests {
 
     #[test]
     fn what_was_measured_has_tables_and_the_cost_is_the_first() {
-        assert!(sheets(&Run::fixture("dense").results).is_empty());
-        let sheets = sheets(&measured().results);
-        let names: Vec<&str> = sheets.iter().map(|sheet| sheet.name.as_str()).collect();
+        assert!(tables(&Run::fixture("dense").results).is_empty());
+        let tables = tables(&measured().results);
+        let names: Vec<&str> = tables.iter().map(|table| table.name.as_str()).collect();
         assert_eq!(names, ["quantization-error", "residual-sinks", "spike-life", "attention-sinks"]);
-        for sheet in &sheets {
-            assert!(!sheet.rows.is_empty() && sheet.rows.iter().all(|row| row.len() == sheet.columns.len()));
+        for table in &tables {
+            assert!(!table.rows.is_empty() && table.rows.iter().all(|row| row.len() == table.columns.len()));
         }
-        assert_eq!(sheets[0].rows[1][..4], ["MXFP4", "Hadamard 32", "1.0000 (1.0000 to 1.0000)", "75.0 %"]);
-        assert_eq!(sheets[0].rows[0][5..], ["layer 1, norm before MLP", "2.0000"]);
-        assert_eq!(sheets[1].rows[0][2..], ["40.0 %", "0.775", "17: 90 %, 40.0 %, -"]);
-        assert!(sheets[1].notes[0].contains("(95 %): 40.0 (25.0 to 55.0)"), "{:?}", sheets[1].notes);
+        assert_eq!(tables[0].rows[1][..4], ["MXFP4", "Hadamard 32", "1.0000 (1.0000 to 1.0000)", "75.0 %"]);
+        assert_eq!(tables[0].rows[0][5..], ["layer 1, norm before MLP", "2.0000"]);
+        assert_eq!(tables[1].rows[0][2..], ["40.0 %", "0.775", "17: 90 %, 40.0 %, -"]);
+        assert!(tables[1].notes[0].contains("(95 %): 40.0 (25.0 to 55.0)"), "{:?}", tables[1].notes);
         let spike = "Spike in layers: 1 to 2 (from 0 to 1, until 1 to 1)";
-        assert!(sheets[2].notes[0].contains(spike), "{:?}", sheets[2].notes);
-        assert_eq!(sheets[3].rows[0], ["0", "25.0 %", "12.5 %", "37.5 %", "9.5"]);
+        assert!(tables[2].notes[0].contains(spike), "{:?}", tables[2].notes);
+        assert_eq!(tables[3].rows[0], ["0", "25.0 %", "12.5 %", "37.5 %", "9.5"]);
     }
 
     #[test]
@@ -380,15 +380,15 @@ mod tests {
         let compared = || Comparison::of(read_all(std::slice::from_ref(&folder), false).unwrap());
         let plain = compared();
         assert_eq!(cost(&plain), None);
-        assert!(sheet::sheets(&plain).iter().all(|sheet| sheet.name != "measured"));
+        assert!(table::tables(&plain).iter().all(|table| table.name != "measured"));
         let with_figures = serde_json::to_value(&measured().results).unwrap();
         change(&folder, files::RESULTS, |document| *document = with_figures);
-        let sheets = sheet::sheets(&compared());
-        let sheet = sheets.iter().find(|sheet| sheet.name == "measured").expect("it was measured");
+        let tables = table::tables(&compared());
+        let table = tables.iter().find(|table| table.name == "measured").expect("it was measured");
         let cost = cost(&compared()).unwrap();
         let said = "2.000 (2.000 to 2.000), 75 % of it in blocks with an outlier, 1.000 (1.000 to 1.000) rotated by 32";
         assert!(cost.contains(said), "{cost}");
-        let row: Vec<&str> = sheet.rows[0].iter().skip(2).map(String::as_str).collect();
+        let row: Vec<&str> = table.rows[0].iter().skip(2).map(String::as_str).collect();
         let errors = ["-", "2.000 (2.000 to 2.000)", "1.000 (1.000 to 1.000) at 32", "0.500 (0.500 to 0.500)"];
         let sinks = ["1, 40.0 (25.0 to 55.0)", "1 to 2 (from 0 to 1, until 1 to 1)"];
         let attention = ["25.0 (12.5 to 37.5)", "9.5 (9.0 to 10.0)"];

@@ -6,12 +6,12 @@
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::Comparison;
-use super::comparison::{Compared, Standing};
+use super::comparison::{Compared, ResultKind};
 use super::detail;
 use super::measured;
 use super::plot::{Colour, Plot, Rgb, Tint};
 use super::plots;
-use super::sheet::{Sheet, sheets};
+use super::table::{Table, tables};
 use crate::text::clean;
 
 /// Nothing is loaded and nothing runs.
@@ -28,8 +28,8 @@ pub fn page(comparison: &Comparison) -> String {
         [model] => format!("Outlier features of {}", model.label),
         _ => format!("Outlier features in {} results", usable.len()),
     };
-    let sheets = sheets(comparison);
-    let sheet = |name: &str| sheets.iter().find(|sheet| sheet.name == name).map_or_else(|| html! {}, table);
+    let tables = tables(comparison);
+    let table = |name: &str| tables.iter().find(|table| table.name == name).map_or_else(|| html! {}, rendered);
     html! {
         (DOCTYPE)
         html lang="en" {
@@ -53,12 +53,12 @@ pub fn page(comparison: &Comparison) -> String {
                 main id="main" {
                     (unusable(models))
                     section id="figures" { h2 { "Across models" } (across(comparison)) }
-                    section id="models" { h2 { "Models and counts" } (sheet("models")) (sheet("measured")) (sheet("counts")) (sheet("catalogue")) }
-                    section id="differences" { h2 { "Differences that are only definition or provenance" } (sheet("differences")) }
+                    section id="models" { h2 { "Models and counts" } (table("models")) (table("measured")) (table("counts")) (table("catalogue")) }
+                    section id="differences" { h2 { "Differences that are only definition or provenance" } (table("differences")) }
                     @for model in models { (of_model(model)) }
                     section id="published" {
                         h2 { "What others published" }
-                        @for table in comparison.published { (sheet(&table.name)) }
+                        @for published in comparison.published { (table(&published.name)) }
                     }
                 }
                 footer { p.note { "Made by outliers " (env!("CARGO_PKG_VERSION")) " from the folders named above." } }
@@ -114,7 +114,7 @@ fn contents(comparison: &Comparison) -> Markup {
 fn unusable(models: &[Compared]) -> Markup {
     html! {
         @for model in models {
-            @if let Standing::Unusable(why) = &model.standing {
+            @if let ResultKind::Unusable(why) = &model.standing {
                 p.warning role="note" { strong { "No figures of " (shown(&model.folder)) ": " } (shown(why)) }
             }
         }
@@ -137,7 +137,7 @@ fn of_model(model: &Compared) -> Markup {
             h2 { (model.number) ". " (shown(&model.label)) }
             (facts(model))
             (grid(&plots::of_model(model)))
-            @for sheet in detail::sheets(&format!("model{}", model.number), run) { (table(&sheet)) }
+            @for table in detail::tables(&format!("model{}", model.number), run) { (rendered(&table)) }
         }
     }
 }
@@ -173,27 +173,27 @@ fn grid(plots: &[Plot]) -> Markup {
     }
 }
 
-fn table(sheet: &Sheet) -> Markup {
+fn rendered(table: &Table) -> Markup {
     // The row's name: the first column of words that is not a mere key.
-    let head = sheet.columns.iter().position(|column| !column.numeric && column.name != "key").unwrap_or(0);
+    let head = table.columns.iter().position(|column| !column.numeric && column.name != "key").unwrap_or(0);
     let class = |column: usize, cell: &str| {
-        let numeric = sheet.columns[column].numeric;
+        let numeric = table.columns[column].numeric;
         if numeric { Some("n") } else { (cell.chars().count() > WIDE).then_some("wide") }
     };
-    if sheet.rows.is_empty() {
-        return html! { h3 id={ "table-" (sheet.name) } { (shown(&sheet.title)) } (notes(sheet)) };
+    if table.rows.is_empty() {
+        return html! { h3 id={ "table-" (table.name) } { (shown(&table.title)) } (notes(table)) };
     }
     // Rows of one model belong together.
-    let begins = |row: usize| row > 0 && grouped(sheet) && sheet.rows[row][0] != sheet.rows[row - 1][0];
+    let begins = |row: usize| row > 0 && grouped(table) && table.rows[row][0] != table.rows[row - 1][0];
     html! {
-        div.scroll tabindex="0" role="region" aria-label=(shown(&sheet.title)) {
-            table id={ "table-" (sheet.name) } {
-                caption { (shown(&sheet.title)) }
+        div.scroll tabindex="0" role="region" aria-label=(shown(&table.title)) {
+            table id={ "table-" (table.name) } {
+                caption { (shown(&table.title)) }
                 thead { tr {
-                    @for column in &sheet.columns { th scope="col" class=[column.numeric.then_some("n")] { (column.name) } }
+                    @for column in &table.columns { th scope="col" class=[column.numeric.then_some("n")] { (column.name) } }
                 } }
                 tbody {
-                    @for (number, row) in sheet.rows.iter().enumerate() {
+                    @for (number, row) in table.rows.iter().enumerate() {
                         tr class=[begins(number).then_some("next")] {
                             @for (column, cell) in row.iter().enumerate() {
                                 @if column == head { th scope="row" class=[class(column, cell)] { (shown(cell)) } }
@@ -204,17 +204,17 @@ fn table(sheet: &Sheet) -> Markup {
                 }
             }
         }
-        (notes(sheet))
+        (notes(table))
     }
 }
 
-fn notes(sheet: &Sheet) -> Markup {
-    html! { @for note in &sheet.notes { p.note { (shown(note)) } } }
+fn notes(table: &Table) -> Markup {
+    html! { @for note in &table.notes { p.note { (shown(note)) } } }
 }
 
 /// Whether several rows are of the same thing.
-fn grouped(sheet: &Sheet) -> bool {
-    sheet.rows.windows(2).any(|pair| pair[0][0] == pair[1][0])
+fn grouped(table: &Table) -> bool {
+    table.rows.windows(2).any(|pair| pair[0][0] == pair[1][0])
 }
 
 #[cfg(test)]

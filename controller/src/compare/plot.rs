@@ -27,7 +27,7 @@ mod scale;
 
 pub use bars::{Row, bars};
 pub use colour::{Colour, Rgb, Tint};
-pub use scale::Kind;
+pub use scale::AxisKind;
 
 /// A plot's width in its own units; twice what it is meant to be shown at, because marks stand on whole units.
 const WIDTH: u32 = 840;
@@ -92,7 +92,7 @@ pub struct Axis {
     /// What it says.
     pub label: &'static str,
     /// What it does with its values.
-    pub kind: Kind,
+    pub kind: AxisKind,
 }
 
 /// A finished plot.
@@ -188,7 +188,7 @@ pub fn points(name: &str, title: &str, description: &str, [x, y]: [Axis; 2], gro
         let entries: Vec<(&str, Mark)> = groups.iter().map(|group| (group.name.as_str(), group.mark)).collect();
         let mut chart = chart(&legend(root, &entries)?, across, up)?;
         mesh(&mut chart, x.label, y.label, true)?;
-        groups.iter().try_for_each(|group| group.draw(&mut chart, root, x.kind == Kind::Index))?;
+        groups.iter().try_for_each(|group| group.draw(&mut chart, root, x.kind == AxisKind::Index))?;
         name_points(root, &chart, &groups)
     });
     Some(Plot::new(name, title, description, &drawing))
@@ -205,7 +205,7 @@ pub fn heat(
 ) -> Option<Plot> {
     let columns = rows.iter().map(|(_, cells)| cells.len()).max().filter(|columns| *columns > 0)?;
     let height = u32::try_from(rows.len()).unwrap_or(u32::MAX).min(100) * 38 + 230;
-    let across = Scale::of(Kind::Index, [0.0, (columns - 1) as f64].into_iter());
+    let across = Scale::of(AxisKind::Index, [0.0, (columns - 1) as f64].into_iter());
     let labels: Vec<&str> = rows.iter().rev().map(|(label, _)| label.as_str()).collect();
     let up = Scale::labels(&labels);
     let drawing = draw((WIDTH, height), |root| {
@@ -226,9 +226,9 @@ pub fn heat(
 
 type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<Scale, Scale>>;
-type Drawn<T> = Result<T, DrawingAreaErrorKind<std::io::Error>>;
+type PlotResult<T> = Result<T, DrawingAreaErrorKind<std::io::Error>>;
 
-fn draw(size: (u32, u32), draw: impl FnOnce(&Canvas<'_>) -> Drawn<()>) -> String {
+fn draw(size: (u32, u32), draw: impl FnOnce(&Canvas<'_>) -> PlotResult<()>) -> String {
     let mut svg = String::new();
     let drawn = {
         let root = SVGBackend::with_string(&mut svg, size).into_drawing_area();
@@ -245,7 +245,7 @@ fn text(colour: Colour) -> TextStyle<'static> {
 }
 
 /// Draws a legend in as many lines as it needs; gives what is left below.
-fn legend<'a>(root: &Canvas<'a>, entries: &[(&str, Mark)]) -> Drawn<Canvas<'a>> {
+fn legend<'a>(root: &Canvas<'a>, entries: &[(&str, Mark)]) -> PlotResult<Canvas<'a>> {
     let margin = 20;
     let (mut x, mut y) = (margin, LEGEND / 2 + 6);
     let style = text(Colour::Ink).pos(Pos::new(HPos::Left, VPos::Center));
@@ -261,7 +261,7 @@ fn legend<'a>(root: &Canvas<'a>, entries: &[(&str, Mark)]) -> Drawn<Canvas<'a>> 
     Ok(root.split_vertically(y + LEGEND / 2 + 4).1)
 }
 
-fn chart<'a, 'b>(root: &Canvas<'b>, across: Scale, up: Scale) -> Drawn<Chart<'a, 'b>> {
+fn chart<'a, 'b>(root: &Canvas<'b>, across: Scale, up: Scale) -> PlotResult<Chart<'a, 'b>> {
     ChartBuilder::on(root)
         .margin(10)
         .margin_right(36)
@@ -270,7 +270,7 @@ fn chart<'a, 'b>(root: &Canvas<'b>, across: Scale, up: Scale) -> Drawn<Chart<'a,
         .build_cartesian_2d(across, up)
 }
 
-fn mesh(chart: &mut Chart<'_, '_>, x: &str, y: &str, grid: bool) -> Drawn<()> {
+fn mesh(chart: &mut Chart<'_, '_>, x: &str, y: &str, grid: bool) -> PlotResult<()> {
     let mut mesh = chart.configure_mesh();
     if !grid {
         mesh.disable_mesh();
@@ -288,7 +288,7 @@ fn mesh(chart: &mut Chart<'_, '_>, x: &str, y: &str, grid: bool) -> Drawn<()> {
 }
 
 /// Writes the keys of points, each where it touches nothing.
-fn name_points(root: &Canvas<'_>, chart: &Chart<'_, '_>, groups: &[&Group]) -> Drawn<()> {
+fn name_points(root: &Canvas<'_>, chart: &Chart<'_, '_>, groups: &[&Group]) -> PlotResult<()> {
     let area = chart.plotting_area();
     let (mut points, mut marks) = (Vec::new(), Vec::new());
     for (number, group) in groups.iter().enumerate() {
@@ -320,7 +320,7 @@ fn name_points(root: &Canvas<'_>, chart: &Chart<'_, '_>, groups: &[&Group]) -> D
 
 impl Mark {
     /// Draws it around a place of the whole drawing.
-    fn draw(self, root: &Canvas<'_>, (x, y): (i32, i32), size: i32) -> Drawn<()> {
+    fn draw(self, root: &Canvas<'_>, (x, y): (i32, i32), size: i32) -> PlotResult<()> {
         let style = ShapeStyle { color: self.colour.rgb().to_rgba(), filled: self.filled, stroke_width: 3 };
         let Area { left, top, right, bottom } = Area::around(x, y, size);
         match (self.round, self.filled) {
@@ -337,11 +337,11 @@ impl Mark {
 
 impl Group {
     /// Without the points that these axes cannot hold.
-    fn drawable(&self, x: Kind, y: Kind) -> Self {
+    fn drawable(&self, x: AxisKind, y: AxisKind) -> Self {
         let fits = |value: f64, kind| match kind {
-            Kind::Log => value.is_finite() && value > 0.0,
-            Kind::Count => value.is_finite() && value >= 0.0,
-            Kind::Linear | Kind::Percent | Kind::Index => value.is_finite(),
+            AxisKind::Log => value.is_finite() && value > 0.0,
+            AxisKind::Count => value.is_finite() && value >= 0.0,
+            AxisKind::Linear | AxisKind::Percent | AxisKind::Index => value.is_finite(),
         };
         let mut group = self.clone();
         group.points.retain(|point| fits(point.x, x) && fits(point.y, y));
@@ -352,7 +352,7 @@ impl Group {
     }
 
     /// `of_wholes`: along an axis of layers, one without a value is a gap in the line.
-    fn draw(&self, chart: &mut Chart<'_, '_>, root: &Canvas<'_>, of_wholes: bool) -> Drawn<()> {
+    fn draw(&self, chart: &mut Chart<'_, '_>, root: &Canvas<'_>, of_wholes: bool) -> PlotResult<()> {
         let stroke = self.mark.colour.rgb().stroke_width(3);
         if self.joined {
             let path: Vec<(f64, f64)> = self.points.iter().map(|point| (point.x, point.y)).collect();
@@ -375,7 +375,7 @@ mod tests {
 
     const MARK: Mark = Mark { colour: Colour::First, round: true, filled: true };
 
-    fn plot(kinds: [Kind; 2], values: &[(f64, f64)]) -> Option<Plot> {
+    fn plot(kinds: [AxisKind; 2], values: &[(f64, f64)]) -> Option<Plot> {
         let points = values.iter().map(|(x, y)| Point { x: *x, y: *y, key: "1".into(), ..Point::default() }).collect();
         let group = Group { name: "ours".into(), mark: MARK, joined: false, points };
         let axes = kinds.map(|kind| Axis { label: "axis", kind });
@@ -384,7 +384,7 @@ mod tests {
 
     #[test]
     fn drawings_have_a_title_a_description_and_no_markup_of_others() {
-        let svg = plot([Kind::Log, Kind::Percent], &[(1e9, 25.0), (1e12, 50.0)]).unwrap().svg;
+        let svg = plot([AxisKind::Log, AxisKind::Percent], &[(1e9, 25.0), (1e12, 50.0)]).unwrap().svg;
         for expected in [
             "<svg role=\"img\" aria-labelledby=\"name-title name-description\"",
             "viewBox=\"0 0 840 600\"",
@@ -403,7 +403,7 @@ mod tests {
         let lines = |layers: &[f64]| {
             let points = layers.iter().map(|x| Point { x: *x, y: 1.0 + x, ..Point::default() }).collect();
             let group = Group { name: "load".into(), mark: MARK, joined: true, points };
-            let axes = [Kind::Index, Kind::Linear].map(|kind| Axis { label: "axis", kind });
+            let axes = [AxisKind::Index, AxisKind::Linear].map(|kind| Axis { label: "axis", kind });
             let svg = super::points("name", "title", "says", axes, &[group]).unwrap().svg;
             svg.matches("stroke-width=\"3\"").count()
         };
@@ -414,7 +414,7 @@ mod tests {
 
     #[test]
     fn names_of_keys_stand_below_the_drawing() {
-        let plain = plot([Kind::Log, Kind::Percent], &[(1e9, 25.0)]).unwrap();
+        let plain = plot([AxisKind::Log, AxisKind::Percent], &[(1e9, 25.0)]).unwrap();
         let keyed = plain.clone().keyed(&[("1".into(), "<script>".into()), ("a".into(), "n".repeat(19))]);
         assert!(keyed.svg.contains("viewBox=\"0 0 840 657\"") && keyed.svg.contains("height=\"657\""));
         assert!(keyed.svg.contains("1 &lt;script&gt;") && !keyed.svg.contains("<script"));
@@ -427,17 +427,17 @@ mod tests {
 
     #[test]
     fn what_an_axis_cannot_hold_is_not_drawn() {
-        assert!(plot([Kind::Log, Kind::Linear], &[(0.0, 1.0), (-1.0, 1.0), (1.0, f64::INFINITY)]).is_none());
-        assert!(plot([Kind::Linear, Kind::Linear], &[(f64::NAN, 1.0)]).is_none());
-        assert!(plot([Kind::Index, Kind::Linear], &[]).is_none());
+        assert!(plot([AxisKind::Log, AxisKind::Linear], &[(0.0, 1.0), (-1.0, 1.0), (1.0, f64::INFINITY)]).is_none());
+        assert!(plot([AxisKind::Linear, AxisKind::Linear], &[(f64::NAN, 1.0)]).is_none());
+        assert!(plot([AxisKind::Index, AxisKind::Linear], &[]).is_none());
         assert!(heat("n", "t", "d", ["x", "y"], &[], &[]).is_none());
     }
 
     proptest! {
         #[test]
         fn any_values_find_their_place(values in proptest::collection::vec((1e-30f64..1e30, 1e-30f64..1e30), 1..5)) {
-            for x in [Kind::Linear, Kind::Log] {
-                let plot = plot([x, Kind::Log], &values).unwrap();
+            for x in [AxisKind::Linear, AxisKind::Log] {
+                let plot = plot([x, AxisKind::Log], &values).unwrap();
                 prop_assert_eq!(plot.svg.matches("<circle").count(), values.len() + 1);
                 prop_assert!(!plot.svg.contains("NaN") && plot.svg.len() < 100_000);
             }

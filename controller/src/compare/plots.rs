@@ -5,8 +5,8 @@ use outliers_protocol::{Axis as Spread, Reading};
 use super::Comparison;
 use super::comparison::Compared;
 use super::folder::Run;
-use super::plot::{Axis, Colour, Group, Kind, Mark, Plot, Point, points};
-use super::published::{Row, Table};
+use super::plot::{Axis, AxisKind, Colour, Group, Mark, Plot, Point, points};
+use super::published::{PublishedRow, PublishedTable};
 
 mod cost;
 mod model;
@@ -25,28 +25,28 @@ struct By {
     words: &'static str,
     axis: Axis,
     ours: fn(&Compared) -> Option<f64>,
-    theirs: fn(&Row) -> Option<f64>,
+    theirs: fn(&PublishedRow) -> Option<f64>,
 }
 
 const BY: [By; 4] = [
     By {
         name: "parameters",
         words: "total parameters",
-        axis: Axis { label: "parameters", kind: Kind::Log },
+        axis: Axis { label: "parameters", kind: AxisKind::Log },
         ours: |model| Some(model.parameters? as f64),
         theirs: |row| Some(row.parameters as f64),
     },
     By {
         name: "active",
         words: "active parameters",
-        axis: Axis { label: "active parameters per token", kind: Kind::Log },
+        axis: Axis { label: "active parameters per token", kind: AxisKind::Log },
         ours: |model| Some(model.active_parameters? as f64),
         theirs: |row| Some(row.active.unwrap_or(row.parameters) as f64),
     },
     By {
         name: "sparsity",
         words: "sparsity",
-        axis: Axis { label: "% of parameters not active", kind: Kind::Percent },
+        axis: Axis { label: "% of parameters not active", kind: AxisKind::Percent },
         ours: |model| Some(100.0 * (1.0 - model.active_share()?)),
         // Dense models all stand at 0: nothing to see among published ones.
         theirs: |row| Some(100.0 * (1.0 - row.active? as f64 / row.parameters as f64)),
@@ -54,7 +54,7 @@ const BY: [By; 4] = [
     By {
         name: "perplexity",
         words: "perplexity",
-        axis: Axis { label: "perplexity", kind: Kind::Log },
+        axis: Axis { label: "perplexity", kind: AxisKind::Log },
         ours: |model| Some(model.perplexity?.value),
         theirs: |row| row.perplexity,
     },
@@ -66,7 +66,7 @@ struct Under<'a> {
     words: &'static str,
     reading: Reading,
     spread: Spread,
-    table: Option<&'a Table>,
+    table: Option<&'a PublishedTable>,
     whose: &'static str,
 }
 
@@ -122,9 +122,10 @@ fn missing(comparison: &Comparison, groups: &[Group]) -> String {
 
 /// L% and S%: figures 3a and 3b.
 fn affected(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot> {
-    let ours =
-        |of: fn(&super::comparison::Figure) -> Option<super::tally::Estimate>| own_points(comparison, under, by, of);
-    let theirs = |of: fn(&Row) -> f64| published_points(under, by, move |row| Some(of(row)));
+    let ours = |of: fn(&super::comparison::Figure) -> Option<super::bootstrap::Estimate>| {
+        own_points(comparison, under, by, of)
+    };
+    let theirs = |of: fn(&PublishedRow) -> f64| published_points(under, by, move |row| Some(of(row)));
     let groups = [
         group("L% here", mark(Colour::First, true, true), ours(|figure| figure.layers)),
         group("S% here", mark(Colour::Second, false, true), ours(|figure| figure.positions)),
@@ -146,7 +147,7 @@ fn affected(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot>
             under.words,
             missing(comparison, &groups)
         ),
-        [by.axis, Axis { label: "% affected", kind: Kind::Percent }],
+        [by.axis, Axis { label: "% affected", kind: AxisKind::Percent }],
         &groups,
     )?;
     Some(plot.keyed(&names(comparison, under, &groups)))
@@ -154,7 +155,7 @@ fn affected(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot>
 
 /// The count: figure 4b.
 fn counted(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot> {
-    let kind = if under.reading == Reading::Unique { Kind::Linear } else { Kind::Count };
+    let kind = if under.reading == Reading::Unique { AxisKind::Linear } else { AxisKind::Count };
     let groups = [
         group(
             "counted here",
@@ -207,7 +208,7 @@ fn magnitude(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot
             by.words,
             missing(comparison, &groups)
         ),
-        [by.axis, Axis { label: "|x|", kind: Kind::Linear }],
+        [by.axis, Axis { label: "|x|", kind: AxisKind::Linear }],
         &groups,
     )?;
     Some(plot.keyed(&names(comparison, under, &groups)))
@@ -231,7 +232,7 @@ fn own_points(
     comparison: &Comparison,
     under: &Under<'_>,
     by: &By,
-    of: impl Fn(&super::comparison::Figure) -> Option<super::tally::Estimate>,
+    of: impl Fn(&super::comparison::Figure) -> Option<super::bootstrap::Estimate>,
 ) -> Vec<Point> {
     let point = |model: &Compared| {
         let estimate = of(comparison.own(model, under.reading, under.spread)?)?;
@@ -241,7 +242,7 @@ fn own_points(
     comparison.models.iter().filter_map(point).collect()
 }
 
-fn published_points(under: &Under<'_>, by: &By, of: impl Fn(&Row) -> Option<f64>) -> Vec<Point> {
+fn published_points(under: &Under<'_>, by: &By, of: impl Fn(&PublishedRow) -> Option<f64>) -> Vec<Point> {
     let rows = under.table.iter().flat_map(|table| &table.models).enumerate();
     rows.filter_map(|(i, row)| Some(Point { x: (by.theirs)(row)?, y: of(row)?, interval: None, key: letter(i) }))
         .collect()

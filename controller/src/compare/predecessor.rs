@@ -11,7 +11,7 @@ use outliers_protocol::{Axis, Reading, SCHEMA, Verdict};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::tally::Tally;
+use super::bootstrap::SequenceTotals;
 use crate::files::{digest, open_regular};
 
 /// File name of the outlier features.
@@ -40,7 +40,7 @@ pub struct Imported {
     #[serde(default)]
     pub imported_at_ms: u64,
     /// The files it was made from.
-    pub sources: Vec<Source>,
+    pub sources: Vec<ImportedFile>,
     /// The outlier features; `None` where only a perplexity was imported.
     pub outliers: Option<Outliers>,
     /// The perplexity; `None` where only outlier features were imported.
@@ -49,7 +49,7 @@ pub struct Imported {
 
 /// A file that was imported.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Source {
+pub struct ImportedFile {
     /// Its path, as given.
     pub path: String,
     /// Its size.
@@ -72,7 +72,7 @@ pub struct Outliers {
     /// The threshold of magnitude.
     pub magnitude: f64,
     /// One per batch, in its order; shares of layers are of norm outputs.
-    pub batches: Vec<Tally>,
+    pub batches: Vec<SequenceTotals>,
     /// Distinct features that are systematic in at least one batch.
     pub distinct_features: usize,
     /// Largest magnitude of a systematic feature.
@@ -107,7 +107,7 @@ impl Outliers {
     /// batch.
     pub fn verdicts(&self) -> Vec<Verdict> {
         let features: usize = self.batches.iter().map(|batch| batch.features).sum();
-        let mean = |of: fn(&Tally) -> f64| {
+        let mean = |of: fn(&SequenceTotals) -> f64| {
             (features > 0).then(|| 100.0 * self.batches.iter().map(of).sum::<f64>() / features as f64)
         };
         let verdict = |reading, label: &str, divisor: usize| Verdict {
@@ -144,7 +144,7 @@ impl Imported {
             let (batches, of) = (outliers.batches.len(), outliers.batch_size);
             return Err(format!("{batches} batches of {of} cannot hold {} sequences", outliers.sequences));
         }
-        let odd = |tally: &&Tally| {
+        let odd = |tally: &&SequenceTotals| {
             let most = 0.0..=tally.features as f64;
             tally.features > MOST_FEATURES
                 || !most.contains(&tally.layer_share)
@@ -211,9 +211,9 @@ fn files_of(paths: &[PathBuf]) -> Result<Vec<PathBuf>, ImportError> {
     Ok(files)
 }
 
-fn source(path: &Path) -> Result<Source, ImportError> {
+fn source(path: &Path) -> Result<ImportedFile, ImportError> {
     let (bytes, sha256) = digest(path).map_err(|error| wrong(path, error.to_string()))?;
-    Ok(Source { path: path.display().to_string(), bytes, sha256 })
+    Ok(ImportedFile { path: path.display().to_string(), bytes, sha256 })
 }
 
 fn model(
@@ -326,8 +326,8 @@ impl OldAnalysis {
 }
 
 impl OldBatch {
-    fn tally(&self) -> Tally {
-        let mut tally = Tally::default();
+    fn tally(&self) -> SequenceTotals {
+        let mut tally = SequenceTotals::default();
         self.systematic_outliers.iter().for_each(|f| tally.add(f.layer_percentage, f.seq_percentage));
         tally
     }

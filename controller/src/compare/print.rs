@@ -1,10 +1,10 @@
 //! A comparison as text: for a terminal, as Markdown, as CSV. Names are hostile in each of them in another way.
 
 use super::Comparison;
-use super::comparison::{Compared, Figure, Standing};
-use super::sheet::{Column, Sheet, sheets};
-use super::tally::Estimate;
-use crate::report::tables::{Cell, number, table};
+use super::bootstrap::Estimate;
+use super::comparison::{Compared, Figure, ResultKind};
+use super::table::{Column, Table, tables};
+use crate::report::tables::{Cell, number, table as text_table};
 use crate::text::clean;
 
 /// Longest cell.
@@ -13,13 +13,13 @@ const CELL: usize = 600;
 /// For a terminal.
 pub fn terminal(comparison: &Comparison) -> String {
     let mut out = String::new();
-    for sheet in sheets(comparison) {
-        let mut rows = table(&sheet.columns.iter().map(|column| column.name).collect::<Vec<_>>());
-        for row in &sheet.rows {
-            rows.add_row(row.iter().zip(&sheet.columns).map(|(value, column)| cell(value, *column)));
+    for table in tables(comparison) {
+        let mut rows = text_table(&table.columns.iter().map(|column| column.name).collect::<Vec<_>>());
+        for row in &table.rows {
+            rows.add_row(row.iter().zip(&table.columns).map(|(value, column)| cell(value, *column)));
         }
-        out += &format!("{}\n\n{rows}\n\n", clean(sheet.title.as_bytes(), CELL));
-        for note in &sheet.notes {
+        out += &format!("{}\n\n{rows}\n\n", clean(table.title.as_bytes(), CELL));
+        for note in &table.notes {
             out += &format!("{}\n", clean(note.as_bytes(), CELL));
         }
         out += "\n";
@@ -33,19 +33,19 @@ fn cell(value: &str, column: Column) -> Cell {
 
 /// As Markdown with tables.
 pub fn markdown(comparison: &Comparison) -> String {
-    sheets(comparison).iter().map(markdown_sheet).collect::<Vec<_>>().join("\n")
+    tables(comparison).iter().map(markdown_table).collect::<Vec<_>>().join("\n")
 }
 
-fn markdown_sheet(sheet: &Sheet) -> String {
+fn markdown_table(table: &Table) -> String {
     let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
-    let mut out = format!("## {}\n\n", escaped(&sheet.title));
-    out += &line(sheet.columns.iter().map(|column| escaped(column.name)).collect());
-    let rules = sheet.columns.iter().map(|column| if column.numeric { "---:" } else { "---" }.to_owned());
+    let mut out = format!("## {}\n\n", escaped(&table.title));
+    out += &line(table.columns.iter().map(|column| escaped(column.name)).collect());
+    let rules = table.columns.iter().map(|column| if column.numeric { "---:" } else { "---" }.to_owned());
     out += &line(rules.collect());
-    for row in &sheet.rows {
+    for row in &table.rows {
         out += &line(row.iter().map(|cell| escaped(cell)).collect());
     }
-    for note in &sheet.notes {
+    for note in &table.notes {
         out += &format!("\n{}\n", escaped(note));
     }
     out
@@ -89,9 +89,9 @@ const CSV: [CsvColumn; 30] = [
     ("published_in", |model, _| cause(model, 5)),
     ("result", |model, _| {
         Some(match &model.standing {
-            Standing::Complete => "complete".to_owned(),
-            Standing::Imported { .. } => "imported".to_owned(),
-            Standing::Unusable(why) => why.clone(),
+            ResultKind::Complete => "complete".to_owned(),
+            ResultKind::Imported { .. } => "imported".to_owned(),
+            ResultKind::Unusable(why) => why.clone(),
         })
     }),
     ("folder", |model, _| Some(model.folder.clone())),

@@ -5,10 +5,10 @@ use std::sync::LazyLock;
 use outliers_protocol::{Axis, Reading};
 use serde::{Deserialize, Serialize};
 
-static PUBLISHED: LazyLock<Vec<Table>> = LazyLock::new(|| {
+static PUBLISHED: LazyLock<Vec<PublishedTable>> = LazyLock::new(|| {
     #[derive(Deserialize)]
     struct File {
-        table: Vec<Table>,
+        table: Vec<PublishedTable>,
     }
     let file: File = toml::from_str(include_str!("../../../config/published.toml")).expect("a test reads it");
     file.table
@@ -35,7 +35,7 @@ static CATALOGUE: LazyLock<Vec<Known>> = LazyLock::new(|| {
 /// A published table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Table {
+pub struct PublishedTable {
     /// One word for it.
     pub name: String,
     /// Its heading.
@@ -54,13 +54,13 @@ pub struct Table {
     pub sequences: Option<u32>,
     /// Its rows.
     #[serde(rename = "model")]
-    pub models: Vec<Row>,
+    pub models: Vec<PublishedRow>,
 }
 
 /// A row of a published table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Row {
+pub struct PublishedRow {
     /// As the table calls it.
     pub name: String,
     /// Hub ids of the model it is about; none: nothing that can be run here.
@@ -144,12 +144,12 @@ impl Known {
 }
 
 /// All published tables.
-pub fn tables() -> &'static [Table] {
+pub fn tables() -> &'static [PublishedTable] {
     &PUBLISHED
 }
 
 /// What the tables say of a model, each row with its table.
-pub fn of_model(id: &str) -> impl Iterator<Item = (&'static Table, &'static Row)> {
+pub fn of_model(id: &str) -> impl Iterator<Item = (&'static PublishedTable, &'static PublishedRow)> {
     let rows = tables().iter().flat_map(|table| table.models.iter().map(move |row| (table, row)));
     rows.filter(move |(_, row)| row.ids.iter().any(|known| known.eq_ignore_ascii_case(id)))
 }
@@ -172,8 +172,8 @@ mod tests {
     fn the_published_tables_are_as_published() {
         let [paper, predecessor] = tables() else { panic!("two tables") };
         assert_eq!((paper.models.len(), predecessor.models.len()), (10, 12));
-        let sums = |table: &Table| {
-            let of = |f: fn(&Row) -> f64| table.models.iter().map(f).sum::<f64>();
+        let sums = |table: &PublishedTable| {
+            let of = |f: fn(&PublishedRow) -> f64| table.models.iter().map(f).sum::<f64>();
             (of(|row| row.count), of(|row| row.layers), of(|row| row.positions))
         };
         assert_eq!(sums(paper), (37.0, 529.0, 338.0));

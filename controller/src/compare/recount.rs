@@ -3,9 +3,9 @@
 
 use outliers_protocol::{Axis, Reading, Results, Thresholds, Verdict};
 
+use super::bootstrap::SequenceTotals;
 use super::folder::Run;
 use super::statistics::Statistics;
-use super::tally::Tally;
 
 /// Applies shares of layers and positions to the stored counts of a run. Its threshold of
 /// magnitude stays: where values reach another one is not stored. What the run says of features
@@ -35,7 +35,7 @@ pub fn recount(run: &Run, thresholds: Thresholds) -> Result<Results, String> {
         feature.within.clear();
         feature.peaks.clear();
     }
-    let tallies = Tally::of_run(statistics, &results);
+    let tallies = SequenceTotals::of_run(statistics, &results);
     let [by_layers, by_sites] = &tallies;
     for ((sequence, layers), sites) in results.per_sequence.iter_mut().zip(by_layers).zip(by_sites) {
         (sequence.systematic_by_layers, sequence.systematic_by_sites) = (layers.features, sites.features);
@@ -51,7 +51,7 @@ fn sequences(statistics: &Statistics, results: &Results, thresholds: Thresholds,
         let is_systematic = |sequence: &usize| {
             let part = parts.at(*sequence, feature);
             let positions = statistics.sequence_positions.at(*sequence, feature);
-            let mut tally = Tally::default();
+            let mut tally = SequenceTotals::default();
             let positions = positions as f64 / results.tokens_per_sequence as f64;
             tally.judge(part, part as f64 / whole as f64, positions, &thresholds);
             tally.features > 0
@@ -61,10 +61,10 @@ fn sequences(statistics: &Statistics, results: &Results, thresholds: Thresholds,
 }
 
 /// The same way to count, over features and sequences as they are judged now.
-fn verdict_anew(verdict: &Verdict, results: &Results, [by_layers, by_sites]: &[Vec<Tally>; 2]) -> Verdict {
+fn verdict_anew(verdict: &Verdict, results: &Results, [by_layers, by_sites]: &[Vec<SequenceTotals>; 2]) -> Verdict {
     let sum = match (verdict.reading, verdict.axis) {
         (Reading::Unique, axis) => {
-            let mut tally = Tally::default();
+            let mut tally = SequenceTotals::default();
             for feature in &results.features {
                 let (systematic, share) = match axis {
                     Axis::Layers => (feature.systematic_by_layers, feature.layer_fraction),
@@ -76,8 +76,8 @@ fn verdict_anew(verdict: &Verdict, results: &Results, [by_layers, by_sites]: &[V
             }
             tally
         }
-        (_, Axis::Layers) => Tally::sum(by_layers),
-        (_, Axis::Sites) => Tally::sum(by_sites),
+        (_, Axis::Layers) => SequenceTotals::sum(by_layers),
+        (_, Axis::Sites) => SequenceTotals::sum(by_sites),
     };
     let divisor = if verdict.reading == Reading::MeanPerSequence { results.sequences.max(1) } else { 1 };
     let percent = |share: f64| (sum.features > 0).then(|| 100.0 * share / sum.features as f64);
@@ -91,7 +91,7 @@ fn verdict_anew(verdict: &Verdict, results: &Results, [by_layers, by_sites]: &[V
 
 #[cfg(test)]
 mod tests {
-    use super::super::ladder::shares;
+    use super::super::threshold_sweep::shares;
     use super::*;
 
     #[test]

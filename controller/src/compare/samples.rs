@@ -3,11 +3,11 @@
 
 use outliers_protocol::{Feature, Results, WithinSequence};
 
-use super::tally::{Tally, samples};
+use super::bootstrap::{SequenceTotals, samples};
 
 /// What is systematic over each of many samples of the sequences, by layers and by norm outputs, all sequences of a sample taken together.
 /// Empty for runs that do not say where features are within each sequence, and for those of one sequence.
-pub fn resampled(results: &Results) -> [Vec<Tally>; 2] {
+pub fn resampled(results: &Results) -> [Vec<SequenceTotals>; 2] {
     if !tells(results) {
         return [Vec::new(), Vec::new()];
     }
@@ -22,11 +22,11 @@ fn tells(results: &Results) -> bool {
 }
 
 /// What is systematic over these sequences together, each as often as it is named; by layers and by norm outputs.
-fn over(results: &Results, sequences: impl Iterator<Item = usize>) -> [Tally; 2] {
+fn over(results: &Results, sequences: impl Iterator<Item = usize>) -> [SequenceTotals; 2] {
     let mut times = vec![0u64; results.sequences];
     sequences.for_each(|sequence| times[sequence] += 1);
     let tokens = times.iter().sum::<u64>() as f64 * results.tokens_per_sequence as f64;
-    let mut tallies = [Tally::default(); 2];
+    let mut tallies = [SequenceTotals::default(); 2];
     let mut reached = vec![false; results.n_sites];
     for feature in &results.features {
         reached.fill(false);
@@ -99,7 +99,7 @@ mod tests {
     use super::super::plots::{peak_quartiles, quartiles};
     use super::*;
 
-    fn close(tally: Tally, other: Tally) -> bool {
+    fn close(tally: SequenceTotals, other: SequenceTotals) -> bool {
         let near = |a: f64, b: f64| (a - b).abs() < 1e-9;
         tally.features == other.features
             && near(tally.layer_share, other.layer_share)

@@ -48,7 +48,7 @@ pub struct Statistics {
 
 /// The sizes that the results speak of.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
+pub struct StudyShape {
     /// Norm outputs.
     pub sites: usize,
     /// Sequences.
@@ -62,7 +62,7 @@ impl Statistics {
     ///
     /// # Errors
     /// What is missing, or has another shape or type than the results say.
-    pub fn read(bytes: &[u8], shape: Shape) -> Result<Self, String> {
+    pub fn read(bytes: &[u8], shape: StudyShape) -> Result<Self, String> {
         let file = SafeTensors::deserialize(bytes).map_err(|error| format!("it is no safetensors file: {error}"))?;
         let per_site = [shape.sites, shape.hidden];
         let per_sequence = [shape.sequences, shape.hidden];
@@ -150,7 +150,7 @@ mod tests {
 
     use super::*;
 
-    const SHAPE: Shape = Shape { sites: 2, sequences: 1, hidden: 3 };
+    const SHAPE: StudyShape = StudyShape { sites: 2, sequences: 1, hidden: 3 };
 
     fn file(count: &[i64], max: &[f32]) -> Vec<u8> {
         let integers = |values: &[i64]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
@@ -194,7 +194,7 @@ mod tests {
         assert!(wrong(&file(&[0; 6], &[f32::NAN; 6])).contains("`max`"));
         let bytes = file(&[0; 6], &fine);
         assert!(wrong(&bytes[..bytes.len() - 1]).contains("no safetensors"), "cut off");
-        let other = Shape { hidden: 4, ..SHAPE };
+        let other = StudyShape { hidden: 4, ..SHAPE };
         assert!(Statistics::read(&bytes, other).is_err(), "another width");
     }
 }

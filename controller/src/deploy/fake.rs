@@ -18,17 +18,17 @@ use crate::broker::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
     Lease, Offer, Offers, SshEndpoint, Way,
 };
-use crate::clouds::{BadHosts, Cloud, Clouds, Patience};
+use crate::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use crate::estimate::Work;
 use crate::files::digest;
-use crate::host::{JobStatus, Terms};
+use crate::host::{GuardConfig, JobStatus};
 use crate::ledger::{self, Ledger};
-use crate::run::{Pin, RunSpec, Trouble, TroubleKind, Watch};
+use crate::run::{FailureDetail, GuardTimeouts, Pin, RunFailureKind, RunSpec};
 use crate::secret::Secret;
 use crate::units::{Bytes, Usd, UsdPerHour};
 
 /// As by default.
-const WATCH: Watch = Watch { lease_s: 7200, unclaimed_s: 3600 };
+const WATCH: GuardTimeouts = GuardTimeouts { lease_s: 7200, unclaimed_s: 3600 };
 /// How long a cloud may end nothing.
 const REFUSES: Duration = Duration::from_secs(300);
 /// How long a disk may be full: longer than it takes to end an instance all the same.
@@ -37,7 +37,7 @@ const FULL: Duration = Duration::from_secs(900);
 const JUMP: i64 = 7 * 3600;
 
 /// Everything is quick here.
-pub(crate) const QUICK: Patience = Patience {
+pub(crate) const QUICK: Timeouts = Timeouts {
     call: Duration::from_secs(5),
     boot: Duration::from_millis(200),
     queue: Duration::ZERO,
@@ -248,7 +248,7 @@ pub(crate) struct Fake {
     pub(crate) crashed: Arc<Notify>,
     pub(crate) stop: Arc<watch::Sender<Stop>>,
     pub(crate) bad_hosts: BadHosts,
-    pub(crate) patience: Patience,
+    pub(crate) timeouts: Timeouts,
 }
 
 impl World {
@@ -386,7 +386,7 @@ impl Fake {
             crashed: Arc::new(Notify::new()),
             stop: Arc::new(watch::Sender::new(Stop::Go)),
             bad_hosts: BadHosts::default(),
-            patience: QUICK,
+            timeouts: QUICK,
         }
     }
 
@@ -396,11 +396,11 @@ impl Fake {
 
     /// The one cloud there is.
     pub(crate) fn clouds(&self) -> Clouds {
-        vec![Cloud { broker: Arc::new(self.clone()), patience: self.patience.clone(), is_local: false }].into()
+        vec![Cloud { broker: Arc::new(self.clone()), timeouts: self.timeouts.clone(), is_local: false }].into()
     }
 
     pub(crate) fn ports<'a>(&'a self, clouds: &'a Clouds) -> Ports<'a> {
-        Ports { clouds, select, bad_hosts: &self.bad_hosts, hosts: self, secrets: &[], turns: None }
+        Ports { clouds, select, bad_hosts: &self.bad_hosts, hosts: self, secrets: &[], start_throttle: None }
     }
 
     /// One effect on the world: counted, and struck by the fault armed for its number.
@@ -431,7 +431,7 @@ impl Fake {
                 }
                 Some(Fault::StateFull) => world.fill_state(),
                 Some(Fault::ResultsFull) => {
-                    world.results_full_until = Some(Instant::now() + self.patience.listing_interval * 10);
+                    world.results_full_until = Some(Instant::now() + self.timeouts.listing_interval * 10);
                 }
                 Some(Fault::Unreadable) => world.damage(),
                 Some(Fault::ClockJumps) => world.jump(),
@@ -464,7 +464,7 @@ impl Fake {
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "the signature is the market's")]
-fn select(mut offers: Vec<Offer>, _: &RunSpec) -> Result<Vec<Offer>, Trouble> {
+fn select(mut offers: Vec<Offer>, _: &RunSpec) -> Result<Vec<Offer>, FailureDetail> {
     offers.sort_by_key(|offer| offer.price);
     Ok(offers)
 }
@@ -707,8 +707,8 @@ impl Host for FakeHost {
         Ok("a fake host".to_owned())
     }
 
-    async fn guard(&self, _: &str, terms: &Terms) -> Result<(), HostError> {
-        assert!(!terms.left.is_zero(), "a guard would end the instance at once");
+    async fn guard(&self, _: &str, config: &GuardConfig) -> Result<(), HostError> {
+        assert!(!config.left.is_zero(), "a guard would end the instance at once");
         self.on_machine("guard", |machine| machine.guarded = true).await
     }
 
@@ -837,6 +837,10 @@ impl Host for FakeHost {
 }
 
 /// No offer at all.
-pub(crate) fn nothing(_: Vec<Offer>, _: &RunSpec) -> Result<Vec<Offer>, Trouble> {
-    Err(Trouble { kind: TroubleKind::NoOffer, message: "no offer: --gpu-filter removed the last".into(), hint: None })
+pub(crate) fn nothing(_: Vec<Offer>, _: &RunSpec) -> Result<Vec<Offer>, FailureDetail> {
+    Err(FailureDetail {
+        kind: RunFailureKind::NoOffer,
+        message: "no offer: --gpu-filter removed the last".into(),
+        hint: None,
+    })
 }

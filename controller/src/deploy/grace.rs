@@ -17,7 +17,7 @@ const USABLE_RATE: u64 = 128 << 10;
 /// One host's time. Each byte of an upload that the host acknowledges for the first time adds what
 /// it takes at the usable rate, so that a slow line is borne and one that drips is not.
 pub(super) struct Grace {
-    patience: Duration,
+    timeouts: Duration,
     spent: Mutex<Spent>,
 }
 
@@ -35,10 +35,10 @@ struct Spent {
 
 impl Grace {
     /// From now on.
-    pub(super) fn new(patience: Duration) -> Self {
+    pub(super) fn new(timeouts: Duration) -> Self {
         let (uploaded, stage, failure) = (BTreeMap::new(), "connecting", None);
-        let spent = Spent { end: Instant::now() + patience, uploaded, stage, failure };
-        Self { patience, spent: Mutex::new(spent) }
+        let spent = Spent { end: Instant::now() + timeouts, uploaded, stage, failure };
+        Self { timeouts, spent: Mutex::new(spent) }
     }
 
     /// When it is over, as things stand.
@@ -96,8 +96,8 @@ impl Grace {
     pub(super) fn verdict(&self) -> HostError {
         let spent = self.lock();
         let failure = spent.failure.as_ref().map_or_else(String::new, |failure| format!("; last failure: {failure}"));
-        let (patience, stage) = (Span(self.patience), spent.stage);
-        let message = format!("the host was not ready {patience} after the login ({stage}){failure}");
+        let (timeouts, stage) = (Span(self.timeouts), spent.stage);
+        let message = format!("the host was not ready {timeouts} after the login ({stage}){failure}");
         HostError { transient: false, here: false, message, hint: None }
     }
 
@@ -110,12 +110,12 @@ impl Grace {
 mod tests {
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(300);
+    const TIMEOUT: Duration = Duration::from_secs(300);
 
     /// An upload of 100 MB that gets on by `bytes` a second; how long it was borne, and whether to
     /// its end.
     async fn upload(bytes: u64) -> (u64, bool) {
-        let (grace, begun) = (Grace::new(PATIENCE), Instant::now());
+        let (grace, begun) = (Grace::new(TIMEOUT), Instant::now());
         let work = async {
             let mut sent = 0;
             while sent < 100_000_000 {
@@ -139,17 +139,17 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn bytes_that_are_told_again_add_nothing_and_other_waits_are_not_the_hosts() {
-        let (grace, begun) = (Grace::new(PATIENCE), Instant::now());
+        let (grace, begun) = (Grace::new(TIMEOUT), Instant::now());
         let told = |sent| grace.hear(&HostTalk::Uploading { name: "worker".into(), sent, total: 1 << 30 });
         (0..50).for_each(|_| [0, 10 * USABLE_RATE, 3].into_iter().for_each(told));
-        assert_eq!(grace.end() - begun, PATIENCE + Duration::from_secs(10));
+        assert_eq!(grace.end() - begun, TIMEOUT + Duration::from_secs(10));
         grace.put_off(Duration::from_secs(60));
-        assert_eq!(grace.end() - begun, PATIENCE + Duration::from_secs(70));
+        assert_eq!(grace.end() - begun, TIMEOUT + Duration::from_secs(70));
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_was_done_and_what_failed_is_told() {
-        let grace = Grace::new(PATIENCE);
+        let grace = Grace::new(TIMEOUT);
         grace.begin("looking at it");
         grace.failed("`sh -s` did not end within 90 s");
         let error = grace.within(std::future::pending::<Result<(), HostError>>()).await.unwrap_err();

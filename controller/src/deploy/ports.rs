@@ -5,15 +5,15 @@ use outliers_protocol::{FileBytes, JobSpec, Manifest, Progress};
 use std::path::Path;
 use tokio::time::Instant;
 
-use super::Turns;
+use super::StartThrottle;
 use crate::broker::{GpuRequest, Offer, SshEndpoint, Way};
 use crate::clouds::{BadHosts, Clouds};
-use crate::host::{JobStatus, Terms};
-use crate::run::{Pin, RunSpec, Trouble};
+use crate::host::{GuardConfig, JobStatus};
+use crate::run::{FailureDetail, Pin, RunSpec};
 use crate::secret::Secret;
 
 /// Offers and what is to be done in, the offers that will do out, best first.
-pub type Select = fn(Vec<Offer>, &RunSpec) -> Result<Vec<Offer>, Trouble>;
+pub type Select = fn(Vec<Offer>, &RunSpec) -> Result<Vec<Offer>, FailureDetail>;
 
 /// Everything a run needs from outside.
 #[derive(Clone, Copy)]
@@ -29,7 +29,7 @@ pub struct Ports<'a> {
     /// Given to the worker and to nobody else: name of the variable and its value.
     pub secrets: &'a [(&'static str, Secret)],
     /// When each of several runs may start its worker; one alone need not wait.
-    pub turns: Option<&'a Turns>,
+    pub start_throttle: Option<&'a StartThrottle>,
 }
 
 /// The way to rented hosts.
@@ -68,7 +68,7 @@ pub trait Host: Send + Sync {
     async fn probe(&self, offer: &Offer, want: &GpuRequest, asks_the_hub: bool) -> Result<String, HostError>;
 
     /// Makes sure that the run's guard watches over the instance, and tells it that we do as long as this value lives.
-    async fn guard(&self, run: &str, terms: &Terms) -> Result<(), HostError>;
+    async fn guard(&self, run: &str, config: &GuardConfig) -> Result<(), HostError>;
 
     /// Makes sure that the worker is there.
     async fn push_worker(&self, on: &Listener<'_>) -> Result<(), HostError>;

@@ -7,21 +7,21 @@ use futures::future::join_all;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::ending::{Bill, Ender};
-use super::{Driver, OnEvent, Ports, Stop, Stuck};
+use super::terminate::{Bill, Ender};
+use super::{DriveError, Driver, OnEvent, Ports, Stop};
 use crate::broker::{BrokerError, Instance, InstanceId, InstanceState};
 use crate::clouds::Cloud;
 use crate::ledger::{Ledger, RunWriter, now_ms};
 use crate::reconcile::{self, Action, Finish};
-use crate::run::{Ending, RunEvent, RunState};
+use crate::run::{RunEvent, RunOutcome, RunState};
 use crate::units::UsdPerHour;
 
 /// Brings ledger and clouds into agreement: ends strays, finishes what has nothing left to decide, leaves the rest.
 /// Returns what was found.
 ///
 /// # Errors
-/// [`Stuck`] when a cloud does not answer, or an instance does not go.
-pub async fn recover(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<Vec<Action>, Stuck> {
+/// [`DriveError`] when a cloud does not answer, or an instance does not go.
+pub async fn recover(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<Vec<Action>, DriveError> {
     let each = join_all(ports.clouds.iter().map(|cloud| recover_on(ledger, ports, cloud, on))).await;
     let mut actions = Vec::new();
     for found in each {
@@ -30,7 +30,12 @@ pub async fn recover(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>) -> Res
     Ok(actions)
 }
 
-async fn recover_on(ledger: &Ledger, ports: Ports<'_>, cloud: &Cloud, on: &OnEvent<'_>) -> Result<Vec<Action>, Stuck> {
+async fn recover_on(
+    ledger: &Ledger,
+    ports: Ports<'_>,
+    cloud: &Cloud,
+    on: &OnEvent<'_>,
+) -> Result<Vec<Action>, DriveError> {
     let looked = look(Some(ledger), cloud).await?;
     carry_out(ledger, ports, cloud, &looked, on).await?;
     Ok(looked.actions)
@@ -39,14 +44,14 @@ async fn recover_on(ledger: &Ledger, ports: Ports<'_>, cloud: &Cloud, on: &OnEve
 /// Does what a look found to be done: all of it, whatever goes wrong with a part.
 ///
 /// # Errors
-/// The first [`Stuck`].
+/// The first [`DriveError`].
 pub async fn carry_out(
     ledger: &Ledger,
     ports: Ports<'_>,
     cloud: &Cloud,
     looked: &Looked,
     on: &OnEvent<'_>,
-) -> Result<(), Stuck> {
+) -> Result<(), DriveError> {
     let mut done = Ok(());
     for action in &looked.actions {
         let this = match action {
@@ -82,16 +87,16 @@ pub struct Looked {
 /// tags alone are judged, and nothing is to be done.
 ///
 /// # Errors
-/// [`Stuck`] when the cloud does not answer.
-pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, Stuck> {
+/// [`DriveError`] when the cloud does not answer.
+pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, DriveError> {
     let Some(ledger) = ledger else {
         let listed = cloud.call(cloud.broker.list()).await.map_err(|error| unanswered(&error, true))?;
         let actions = reconcile::by_tag(&listed);
         return Ok(Looked { listed, actions });
     };
-    let (broker, patience) = (cloud.name(), &cloud.patience);
+    let (broker, timeouts) = (cloud.name(), &cloud.timeouts);
     let mut missing = BTreeMap::new();
-    for again in (0..patience.absences).rev() {
+    for again in (0..timeouts.absences).rev() {
         // In this order: a run's intent is in the ledger before its instance can be in a list.
         let before = reconcile::leases(ledger)?;
         let known: Vec<&InstanceId> = reconcile::abandoned_on(&before, broker).collect();
@@ -100,19 +105,19 @@ pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, Stuc
         let leases = reconcile::leases(ledger)?;
         reconcile::count_missing(&leases, broker, &listed, &mut missing);
         if again > 0 && !missing.is_empty() {
-            tokio::time::sleep(patience.listing_interval).await;
+            tokio::time::sleep(timeouts.listing_interval).await;
             continue;
         }
         // Deadlines are by the cloud's clock, whatever ours says.
         let now = cloud.time(ledger.now_ms() / 1000);
         let owner = ledger.owner();
-        let actions = reconcile::compare(owner, broker, now, &leases, &listed, &missing, patience.absences);
+        let actions = reconcile::compare(owner, broker, now, &leases, &listed, &missing, timeouts.absences);
         return Ok(Looked { listed, actions });
     }
     Ok(Looked::default())
 }
 
-fn mark_gone(ledger: &Ledger, run: &str) -> Result<(), Stuck> {
+fn mark_gone(ledger: &Ledger, run: &str) -> Result<(), DriveError> {
     if let Some(mut run) = ledger.take(run)? {
         let event = match run.state() {
             RunState::Terminating { .. } => RunEvent::Gone,
@@ -126,14 +131,14 @@ fn mark_gone(ledger: &Ledger, run: &str) -> Result<(), Stuck> {
     Ok(())
 }
 
-async fn finish(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>, run: &str, why: Finish) -> Result<(), Stuck> {
+async fn finish(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>, run: &str, why: Finish) -> Result<(), DriveError> {
     let Some(mut run) = ledger.take(run)? else { return Ok(()) };
     release(&mut run, ports, on).await?;
     // Told to stop from the start: it must bring home and end, never rent anew.
     let stop = watch::Sender::new(Stop::Now);
     let ending = match why {
-        Finish::Expired => Ending::Deadline,
-        Finish::Ending => Ending::Interrupted,
+        Finish::Expired => RunOutcome::Deadline,
+        Finish::Ending => RunOutcome::Interrupted,
     };
     Driver::new(run, ports, stop.subscribe(), on).stopping_as(ending).drive().await?;
     Ok(())
@@ -142,8 +147,8 @@ async fn finish(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>, run: &str, 
 /// What is held is held no more. Where the ledger cannot say so its instance ends at once.
 ///
 /// # Errors
-/// [`Stuck`], with which the instance is gone unless it says otherwise.
-pub async fn release(run: &mut RunWriter, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<(), Stuck> {
+/// [`DriveError`], with which the instance is gone unless it says otherwise.
+pub async fn release(run: &mut RunWriter, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<(), DriveError> {
     let RunState::Held { rental, .. } = run.state().clone() else { return Ok(()) };
     let Err(error) = run.append(RunEvent::Terminate) else { return Ok(()) };
     if let Some(cloud) = ports.clouds.get(&rental.offer.broker) {
@@ -185,10 +190,10 @@ impl From<&Instance> for Target {
 /// where the cloud gives none, to see them gone.
 ///
 /// # Errors
-/// [`Stuck`] when one does not go.
-pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, targets: &[Target]) -> Result<(), Stuck> {
-    let (patience, ender) = (&cloud.patience, Ender::new(cloud, on));
-    let deadline = Instant::now() + patience.terminate;
+/// [`DriveError`] when one does not go.
+pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, targets: &[Target]) -> Result<(), DriveError> {
+    let (timeouts, ender) = (&cloud.timeouts, Ender::new(cloud, on));
+    let deadline = Instant::now() + timeouts.terminate;
     let ids: Vec<&InstanceId> = targets.iter().map(|target| &target.id).collect();
     let mut absences = 0;
     let mut left = targets.to_vec();
@@ -200,7 +205,7 @@ pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, targets: &[Target]) -> Result<
         match cloud.those_of(&ids).await {
             Ok(there) => {
                 absences = if there.is_empty() { absences + 1 } else { 0 };
-                if absences >= patience.absences {
+                if absences >= timeouts.absences {
                     return Ok(());
                 }
                 let bills = |instance: &&Instance| instance.state != InstanceState::Terminating;
@@ -212,14 +217,14 @@ pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, targets: &[Target]) -> Result<
             let why = trouble.map_or_else(|| "it is still listed".to_owned(), |error| error.to_string());
             let names: Vec<&str> = ids.iter().map(|id| id.0.as_str()).collect();
             let message = format!("instances could not be seen gone ({}): {why}", names.join(", "));
-            return Err(Stuck::Broker { message });
+            return Err(DriveError::Broker { message });
         }
-        tokio::time::sleep(patience.listing_interval).await;
+        tokio::time::sleep(timeouts.listing_interval).await;
     }
 }
 
 /// What a missing list means, where an instance of ours may be in it or not.
-fn unanswered(error: &BrokerError, open: bool) -> Stuck {
+fn unanswered(error: &BrokerError, open: bool) -> DriveError {
     let message = format!("it is not known which instances exist: {error}");
-    if open { Stuck::Broker { message } } else { Stuck::Silent { message, hint: error.hint() } }
+    if open { DriveError::Broker { message } } else { DriveError::Silent { message, hint: error.hint() } }
 }

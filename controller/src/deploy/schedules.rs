@@ -16,7 +16,7 @@ use rand::{Rng, SeedableRng};
 use super::fake::{Fake, Fault, World, now_ms, offer, open_ledger, wind};
 use super::tests::{Life, closed_and_clean, home, life};
 use super::*;
-use crate::ledger::{Entry, Records};
+use crate::ledger::{LedgerEntry, Records};
 use crate::reconcile::{Action, Stray};
 use crate::units::{Usd, UsdPerHour};
 
@@ -187,7 +187,7 @@ async fn schedule(seed: u64) -> Played {
     wind(BEGIN_MS);
     let mut random = StdRng::seed_from_u64(seed);
     let (mut fake, home) = (Fake::new(), home());
-    fake.patience = Patience::CLOUD;
+    fake.timeouts = Timeouts::CLOUD;
     fake.set(|world| {
         prepare(world, &mut random);
         world.ledger = home.path().join("state/ledger.db");
@@ -236,7 +236,7 @@ async fn schedule(seed: u64) -> Played {
     honest(&fake, &record);
     if must_complete && hurried {
         let effects = &fake.world.lock().expect("nobody panicked").effects;
-        assert_eq!(record.state.ending(), Some(&Ending::Completed), "nothing spoke against it: {effects:?}");
+        assert_eq!(record.state.ending(), Some(&RunOutcome::Completed), "nothing spoke against it: {effects:?}");
     }
     agreed(&fake, home.path()).await;
     played(&fake, &record)
@@ -257,7 +257,7 @@ fn honest(fake: &Fake, record: &RunRecord) {
     assert!(!launched || results.is_some() || loss.is_some(), "something was lost, and nobody says so");
     let cost = record.cost(now_ms());
     // An instance that no list showed is counted at its offer's price, until its time limit.
-    let unseen = |entry: &Entry| matches!(entry.event, RunEvent::NotCreated { unseen: true, .. });
+    let unseen = |entry: &LedgerEntry| matches!(entry.event, RunEvent::NotCreated { unseen: true, .. });
     let as_given = world.price_on_arrival.is_none() && world.self_destruct;
     if as_given || !record.events.iter().any(unseen) {
         assert!(cost >= world.billed, "it cost {}, and {cost} is said", world.billed);

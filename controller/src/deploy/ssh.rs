@@ -17,7 +17,8 @@ use super::ports::{Host, HostError, HostTalk, Hosts, Listener};
 use crate::broker::{GpuRequest, Offer, SshEndpoint, Way};
 use crate::files::{MOST, read_small};
 use crate::host::{
-    self, Cursor, HostErrorKind, HostEvent, HostFacts, JobStatus, Launched, RemoteHost, RemoteWorker, Stamp, Terms,
+    self, Cursor, GuardConfig, HostErrorKind, HostEvent, HostFacts, JobStatus, Launched, RemoteHost, RemoteWorker,
+    Stamp,
 };
 use crate::keys::{KeyError, RunKey};
 use crate::run::Pin;
@@ -157,11 +158,11 @@ impl Host for SshHost {
         }
     }
 
-    async fn guard(&self, run: &str, terms: &Terms) -> Result<(), HostError> {
+    async fn guard(&self, run: &str, config: &GuardConfig) -> Result<(), HostError> {
         if self.has_guard {
-            self.host.guard(run, terms).await?;
+            self.host.guard(run, config).await?;
         }
-        let (host, run, pause) = (Arc::clone(&self.host), run.to_owned(), terms.renewal());
+        let (host, run, pause) = (Arc::clone(&self.host), run.to_owned(), config.renewal());
         let (save_point, limit) = (self.folder.join(files::SAVE_POINT), self.hosts.save_point_limit);
         let mut beside = JoinSet::new();
         // A save point that takes long to come must not keep the lease waiting.

@@ -9,17 +9,19 @@ use outliers_protocol::{CorpusFormat, CorpusSource, JobSpec, Manifest, ModelSour
 
 use tokio::time::Instant;
 
-use super::bring::{self, Folders};
-use super::ending::{Bill, Ender};
+use super::collect::{self, Folders};
 use super::grace::Grace;
-use super::{DeployEvent, Driver, Host, HostError, HostTalk, Kept, Listener, StepError, Stop, Stuck};
+use super::terminate::{Bill, Ender};
+use super::{DeployEvent, DriveError, Driver, Host, HostError, HostTalk, Listener, StepError, Stop, UnsavedResults};
 use crate::broker::{
     BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
 };
-use crate::host::{JobStatus, Terms};
-use crate::ledger::{Purse, RunRecord, random_word};
+use crate::host::{GuardConfig, JobStatus};
+use crate::ledger::{BudgetStatus, RunRecord, random_word};
 use crate::market;
-use crate::run::{Brought, Ending, Intent, Pin, Refusal, Rental, RunEvent, RunState, Trouble, TroubleKind};
+use crate::run::{
+    Brought, FailureDetail, Intent, Pin, RefusedOffer, Rental, RunEvent, RunFailureKind, RunOutcome, RunState,
+};
 use crate::settings::Span;
 use crate::units::{Usd, UsdPerHour};
 
@@ -61,7 +63,7 @@ const UNTIL_TIME_IS_UP: Duration = Duration::from_secs(365 * 24 * 3600);
 
 impl Driver<'_> {
     /// Planned: writes down what will be rented next.
-    pub(super) async fn choose_offer(&mut self, refused: &[Refusal]) -> Step {
+    pub(super) async fn choose_offer(&mut self, refused: &[RefusedOffer]) -> Step {
         if let Some(ending) = self.memory.hopeless.take() {
             return Err(StepError::End(ending));
         }
@@ -69,17 +71,17 @@ impl Driver<'_> {
         self.ports.hosts.serve(&request).map_err(|error| StepError::End(host_failed(error)))?;
         let offered = match self.ports.clouds.offers(&request).await {
             Ok(offered) => offered,
-            Err(error) => return self.try_again_broker(error, self.patience().settle).await,
+            Err(error) => return self.try_again_broker(error, self.timeouts().settle).await,
         };
         if let Some(wrong) = self.ports.clouds.wrong_clock() {
             let hint = "set the clock, then run it again".to_owned();
-            return Err(StepError::End(failed(TroubleKind::Local, wrong, Some(hint))));
+            return Err(StepError::End(failed(RunFailureKind::Local, wrong, Some(hint))));
         }
         for error in &offered.silent {
             (self.on)(DeployEvent::Talk(HostTalk::Note(format!("left out: {error}"))));
         }
         let selected = (self.ports.select)(offered.offers, &self.run.record().spec)
-            .map_err(|trouble| StepError::End(Ending::Failed { trouble }))?;
+            .map_err(|trouble| StepError::End(RunOutcome::Failed { trouble }))?;
         let affordable = match self.affordable(&selected)? {
             Affordable::Now(offers) => offers,
             Affordable::Later(least) => return self.wait_for_budget(least).await,
@@ -87,7 +89,7 @@ impl Driver<'_> {
         let Some(offer) = self.next_offer(&affordable, refused) else {
             let was_lost = refused.last().is_some_and(|refusal| refusal.lost);
             let dearer = selected.len() - affordable.len();
-            let ending = if was_lost { Ending::InstanceLost } else { none_left(refused, affordable.len(), dearer) };
+            let ending = if was_lost { RunOutcome::InstanceLost } else { none_left(refused, affordable.len(), dearer) };
             return Err(StepError::End(ending));
         };
         let (tag, worst) = (self.tag(&offer), self.worst(&offer));
@@ -116,7 +118,7 @@ impl Driver<'_> {
         let from = self.run.now_ms() / 1000;
         let cloud = self.ports.clouds.get(&offer.broker);
         // Its time begins when it has waited for its turn.
-        let queue = cloud.map_or(0, |cloud| cloud.patience.queue.as_secs());
+        let queue = cloud.map_or(0, |cloud| cloud.timeouts.queue.as_secs());
         cloud.map_or(from, |cloud| cloud.time(from)) + queue + time
     }
 
@@ -137,10 +139,10 @@ impl Driver<'_> {
                 first.price
             );
             let hint = "run it again to agree to the prices of now; --budget agrees to more".to_owned();
-            return Err(StepError::End(failed(TroubleKind::Budget, message, Some(hint))));
+            return Err(StepError::End(failed(RunFailureKind::Budget, message, Some(hint))));
         }
         let selected = &within;
-        let Some(Purse { budget, left, at_best }) = self.run.purse()? else {
+        let Some(BudgetStatus { budget, left, at_best }) = self.run.budget_status()? else {
             return Ok(Affordable::Now(selected.to_vec()));
         };
         let affordable: Vec<Offer> = selected.iter().filter(|offer| self.worst(offer) <= left).cloned().collect();
@@ -151,7 +153,7 @@ impl Driver<'_> {
                     "the cheapest offer may cost {least} until its time limit, and {left} of {budget} are left"
                 );
                 let hint = "a shorter --max-duration reserves less; or raise --budget".to_owned();
-                Err(StepError::End(failed(TroubleKind::Budget, message, Some(hint))))
+                Err(StepError::End(failed(RunFailureKind::Budget, message, Some(hint))))
             }
             _ => Ok(Affordable::Now(affordable)),
         }
@@ -161,15 +163,15 @@ impl Driver<'_> {
     async fn wait_for_budget(&self, least: Usd) -> Step {
         let note = format!("the rest of the budget is reserved by runs under way; waiting until {least} are free");
         (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
-        let unchanged = |purse: Purse| purse.left < least && least <= purse.at_best;
-        while self.run.purse()?.is_some_and(unchanged) {
-            tokio::time::sleep(self.patience().listing_interval).await;
+        let unchanged = |budget_status: BudgetStatus| budget_status.left < least && least <= budget_status.at_best;
+        while self.run.budget_status()?.is_some_and(unchanged) {
+            tokio::time::sleep(self.timeouts().listing_interval).await;
         }
         Ok(())
     }
 
     /// The best offer that was not tried yet, as long as trying is of use.
-    fn next_offer(&self, selected: &[Offer], refused: &[Refusal]) -> Option<Offer> {
+    fn next_offer(&self, selected: &[Offer], refused: &[RefusedOffer]) -> Option<Offer> {
         let rented = refused.iter().filter(|refusal| refusal.rented).count();
         if refused.len() >= MOST_TRIED || rented >= MOST_RENTED {
             return None;
@@ -188,7 +190,7 @@ impl Driver<'_> {
         let ssh_public_key = match key {
             Ok(line) => line,
             Err(error) => {
-                self.memory.hopeless = Some(failed(TroubleKind::Local, error.message, error.hint));
+                self.memory.hopeless = Some(failed(RunFailureKind::Local, error.message, error.hint));
                 let reason = "no SSH key could be made".to_owned();
                 return Ok(self.append(RunEvent::NotCreated { reason, refused: false, unseen: false })?);
             }
@@ -213,7 +215,7 @@ impl Driver<'_> {
                 return Ok(()); // The next step asks the broker.
             }
             Kind::RateLimited | Kind::Unavailable => {
-                if self.pause(&error.to_string(), self.cloud()?.patience.settle).await {
+                if self.pause(&error.to_string(), self.cloud()?.timeouts.settle).await {
                     self.memory.fresh_intent = true;
                     return Ok(());
                 }
@@ -231,7 +233,7 @@ impl Driver<'_> {
     async fn settle(&mut self, intent: &Intent) -> Step {
         (self.on)(DeployEvent::Settling);
         let name = intent.tag.to_string();
-        let found = self.look_for(Sought::Name(&name), self.cloud()?.patience.settle).await?;
+        let found = self.look_for(Sought::Name(&name), self.cloud()?.timeouts.settle).await?;
         match found {
             Some(instance) => self.created(&instance),
             None => {
@@ -263,7 +265,7 @@ impl Driver<'_> {
         let in_all = record.at_price(price);
         let extra = in_all - record.at_price(offer.price);
         let covered = spec.ceiling().is_some_and(|agreed| in_all <= agreed) && cap.is_none_or(|cap| price <= cap);
-        if covered && self.run.purse()?.is_none_or(|purse| extra <= purse.left) {
+        if covered && self.run.budget_status()?.is_none_or(|budget_status| extra <= budget_status.left) {
             return Ok(None);
         }
         let said = if cap.is_some() { "that was allowed" } else { "its offer said" };
@@ -273,8 +275,8 @@ impl Driver<'_> {
     /// Reachable: puts everything there and starts the worker, all within one patience. A host
     /// that does not come so far is exchanged, unless the fault is this machine's.
     pub(super) async fn launch(&mut self, rental: &Rental, pin: &Pin) -> Step {
-        let patience = self.cloud()?.patience.ready;
-        let grace = Arc::clone(self.memory.grace.get_or_insert_with(|| Arc::new(Grace::new(patience))));
+        let timeouts = self.cloud()?.timeouts.ready;
+        let grace = Arc::clone(self.memory.grace.get_or_insert_with(|| Arc::new(Grace::new(timeouts))));
         if grace.is_over() {
             return Err(StepError::Unfit(grace.verdict().message));
         }
@@ -330,13 +332,13 @@ impl Driver<'_> {
     /// Until the worker may start beside others of its batch; who waits is told for what, and for
     /// how long.
     async fn wait_for_turn(&self) {
-        let Some(turns) = self.ports.turns else { return };
+        let Some(start_throttle) = self.ports.start_throttle else { return };
         let say = |wait: Duration| {
-            let (apart, wait) = (Span(turns.pause()), Span(wait));
+            let (apart, wait) = (Span(start_throttle.pause()), Span(wait));
             let note = format!("waiting {wait} for its turn: workers that read from the hub start {apart} apart");
             (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
         };
-        turns.wait(say).await;
+        start_throttle.wait(say).await;
     }
 
     /// The job with paths as the host sees them.
@@ -426,7 +428,7 @@ impl Driver<'_> {
             let price = listed.and_then(|instance| instance.price).filter(|price| *price > rental.price);
             match price.map(|price| self.too_dear(&rental.offer, price)) {
                 None | Some(Ok(None)) => {}
-                Some(Ok(Some(reason))) => return StepError::End(failed(TroubleKind::Budget, reason, None)),
+                Some(Ok(Some(reason))) => return StepError::End(failed(RunFailureKind::Budget, reason, None)),
                 Some(Err(error)) => return error,
             }
         }
@@ -441,7 +443,7 @@ impl Driver<'_> {
         };
         let mut absences = 0;
         loop {
-            tokio::time::sleep(cloud.patience.listing_interval.max(Duration::from_secs(1))).await;
+            tokio::time::sleep(cloud.timeouts.listing_interval.max(Duration::from_secs(1))).await;
             if !connection_lost.load(Ordering::Relaxed) {
                 absences = 0;
                 continue;
@@ -455,7 +457,7 @@ impl Driver<'_> {
                 }
                 Some(_) => absences = 0,
             }
-            if absences >= cloud.patience.absences {
+            if absences >= cloud.timeouts.absences {
                 return StepError::Vanished;
             }
         }
@@ -464,7 +466,7 @@ impl Driver<'_> {
     /// Ended: brings the files home, or starts a worker again that died.
     pub(super) async fn sync(&mut self, rental: &Rental, pin: &Pin, exit: Option<i32>, restarts: u32) -> Step {
         let run = self.run.record().id.clone();
-        if let Some((results, ending)) = self.places().iter().find_map(|place| bring::already_home(place, &run)) {
+        if let Some((results, ending)) = self.places().iter().find_map(|place| collect::already_home(place, &run)) {
             return Ok(self.append(RunEvent::Fetched { results, ending })?);
         }
         self.connect(rental, Some(pin), Duration::ZERO).await?;
@@ -475,7 +477,7 @@ impl Driver<'_> {
             Ok(Some((results, ending))) => Ok(self.append(RunEvent::Fetched { results, ending })?),
             Ok(None) if may_restart => self.restart(exit).await,
             // What the cloud ended at its time limit did not fail.
-            Ok(None) => Err(StepError::End(Ending::Deadline)),
+            Ok(None) => Err(StepError::End(RunOutcome::Deadline)),
             Err(error) if error.here => self.keep(rental, error).await,
             Err(error) => {
                 if !error.transient {
@@ -484,7 +486,7 @@ impl Driver<'_> {
                     (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
                 }
                 let why = error.message.clone();
-                let ended = self.try_again_host(error, self.cloud()?.patience.sync).await;
+                let ended = self.try_again_host(error, self.cloud()?.timeouts.sync).await;
                 self.memory.unfetchable = ended.is_err().then_some(why);
                 ended
             }
@@ -497,16 +499,16 @@ impl Driver<'_> {
         let until = self.memory.kept_until.or_else(|| self.time_is_up_at()).unwrap_or_else(Instant::now);
         self.memory.kept_until = Some(until);
         let stopped = match *self.stop.borrow() {
-            _ if self.run.cancel_asked() => Some(Ending::Cancelled),
+            _ if self.run.cancel_asked() => Some(RunOutcome::Cancelled),
             Stop::Go => None,
             _ => Some(self.stopping_as.clone()),
         };
         if stopped.is_some() || Instant::now() >= until {
             self.memory.unfetchable = Some(error.message.clone());
-            let given_up = failed(TroubleKind::Local, error.message, error.hint);
+            let given_up = failed(RunFailureKind::Local, error.message, error.hint);
             return Err(StepError::End(stopped.unwrap_or(given_up)));
         }
-        let next = until.min(Instant::now() + self.patience().listing_interval * 3);
+        let next = until.min(Instant::now() + self.timeouts().listing_interval * 3);
         self.tell_kept(rental, error.message, until, next);
         let mut stop = self.stop.clone();
         tokio::select! {
@@ -523,7 +525,7 @@ impl Driver<'_> {
         }
         self.memory.kept_told = Some(now);
         let record = self.run.record();
-        let kept = Kept {
+        let kept = UnsavedResults {
             run: record.id.clone(),
             instance: rental.instance.clone(),
             why,
@@ -545,7 +547,7 @@ impl Driver<'_> {
                 (self.on)(DeployEvent::Talk(HostTalk::Note(error.message)));
                 Err(StepError::Down)
             }
-            Err(error) => self.try_again_host(error, self.cloud()?.patience.sync).await,
+            Err(error) => self.try_again_host(error, self.cloud()?.timeouts.sync).await,
         }
     }
 
@@ -565,7 +567,7 @@ impl Driver<'_> {
                 let (results, ending) = brought.expect("what there is will do");
                 Ok(self.append(RunEvent::Fetched { results, ending })?)
             }
-            Err(error) => self.try_again_host(error, self.cloud()?.patience.sync).await,
+            Err(error) => self.try_again_host(error, self.cloud()?.timeouts.sync).await,
         }
     }
 
@@ -578,7 +580,7 @@ impl Driver<'_> {
 
     /// Brings the files into the first place that takes them; `None` where there is no manifest,
     /// and nothing less than `whole` results will do.
-    async fn bring_home(&self, exit: Option<i32>, whole: bool) -> Result<Option<(Brought, Ending)>, HostError> {
+    async fn bring_home(&self, exit: Option<i32>, whole: bool) -> Result<Option<(Brought, RunOutcome)>, HostError> {
         let mut trouble = None;
         for place in &self.places() {
             let brought = match self.fetch(place).await {
@@ -588,7 +590,7 @@ impl Driver<'_> {
             };
             match brought {
                 Err(error) if error.here => {
-                    bring::clear(place);
+                    collect::clear(place);
                     trouble.get_or_insert(error);
                 }
                 brought => return brought.map(Some),
@@ -598,7 +600,7 @@ impl Driver<'_> {
     }
 
     async fn fetch(&self, place: &Folders) -> Result<Option<Manifest>, HostError> {
-        bring::empty_folder(&place.arriving).map_err(|e| local_trouble(&place.arriving, &e))?;
+        collect::empty_folder(&place.arriving).map_err(|e| local_failure(&place.arriving, &e))?;
         let RunRecord { id, spec, .. } = self.run.record();
         let on = |talk| (self.on)(DeployEvent::Talk(talk));
         self.host().fetch(id, &place.arriving, &spec.expected(), &on).await
@@ -609,10 +611,10 @@ impl Driver<'_> {
         place: &Folders,
         manifest: Option<&Manifest>,
         exit: Option<i32>,
-    ) -> Result<(Brought, Ending), HostError> {
+    ) -> Result<(Brought, RunOutcome), HostError> {
         let written = self.write_record(&place.arriving);
-        let settled = written.and_then(|()| bring::settle(place, manifest, exit));
-        settled.map_err(|error| local_trouble(&place.arriving, &error))
+        let settled = written.and_then(|()| collect::settle(place, manifest, exit));
+        settled.map_err(|error| local_failure(&place.arriving, &error))
     }
 
     /// Synced: on to the end, unless the user wants to keep the instance.
@@ -632,7 +634,7 @@ impl Driver<'_> {
     /// Ends every instance of this run, until complete listings show none.
     pub(super) async fn see_gone(&self, tag: &LeaseTag, known: Option<&InstanceId>) -> Step {
         let cloud = self.cloud()?;
-        let deadline = Instant::now() + cloud.patience.terminate;
+        let deadline = Instant::now() + cloud.timeouts.terminate;
         let of_this_run = |other: LeaseTag| other.owner == tag.owner && other.run == tag.run;
         let is_ours = |i: &Instance| Some(&i.id) == known || i.tag().is_some_and(of_this_run);
         let ender = Ender::new(cloud, self.on);
@@ -649,7 +651,7 @@ impl Driver<'_> {
                 Ok(listed) => {
                     let ours: Vec<Instance> = listed.into_iter().filter(is_ours).collect();
                     absences = if ours.is_empty() { absences + 1 } else { 0 };
-                    if absences >= cloud.patience.absences {
+                    if absences >= cloud.timeouts.absences {
                         return Ok(());
                     }
                     let bills = |instance: &Instance| instance.state != InstanceState::Terminating;
@@ -662,9 +664,9 @@ impl Driver<'_> {
                 let why = trouble.map_or_else(|| "it is still listed".to_owned(), |error| error.to_string());
                 let name = known.map_or_else(|| tag.to_string(), ToString::to_string);
                 let message = format!("instance {name} could not be seen gone: {why}");
-                return Err(StepError::Stuck(Stuck::Instance { run: self.run.record().id.clone(), message }));
+                return Err(StepError::Drive(DriveError::Instance { run: self.run.record().id.clone(), message }));
             }
-            tokio::time::sleep(cloud.patience.listing_interval).await;
+            tokio::time::sleep(cloud.timeouts.listing_interval).await;
         }
     }
 
@@ -685,7 +687,7 @@ impl Driver<'_> {
                 self.renew_guard(rental).await;
                 return Ok(pin.cloned().unwrap_or_else(|| Pin(endpoint.to_string())));
             }
-            let deadline = Instant::now() + self.cloud()?.patience.ssh;
+            let deadline = Instant::now() + self.cloud()?.timeouts.ssh;
             let deadline = self.memory.grace.as_ref().map_or(deadline, |grace| deadline.min(grace.end()));
             let on = |talk: HostTalk| (self.on)(DeployEvent::Talk(talk));
             match self.ports.hosts.reach(&endpoint, &self.run.folder(), pin, deadline, &on).await {
@@ -726,14 +728,14 @@ impl Driver<'_> {
             return Ok(());
         }
         let end_itself = self.ports.clouds.get(&rental.offer.broker).and_then(|cloud| cloud.broker.self_destruct());
-        let terms = Terms { watch: self.run.record().spec.watch, left, end_itself };
-        self.host().guard(&self.run.record().id, &terms).await
+        let config = GuardConfig { watch: self.run.record().spec.watch, left, end_itself };
+        self.host().guard(&self.run.record().id, &config).await
     }
 
     /// The instance's address, when it has one.
     async fn endpoint(&mut self, rental: &Rental, limit: Duration) -> Result<SshEndpoint, StepError> {
-        let patience = &self.cloud()?.patience;
-        let limit = limit.max(patience.boot);
+        let timeouts = &self.cloud()?.timeouts;
+        let limit = limit.max(timeouts.boot);
         let mut deadline = Instant::now() + limit;
         let mut told = String::new();
         loop {
@@ -758,7 +760,7 @@ impl Driver<'_> {
                         told = why;
                     }
                     deadline = Instant::now() + limit;
-                    tokio::time::sleep(patience.listing_interval).await;
+                    tokio::time::sleep(timeouts.listing_interval).await;
                     continue;
                 }
                 InstanceState::Booting => "it is still booting".to_owned(),
@@ -769,7 +771,7 @@ impl Driver<'_> {
                 return Err(did_not_come_up(rental, &why));
             }
             (self.on)(DeployEvent::Booting);
-            tokio::time::sleep(patience.listing_interval).await;
+            tokio::time::sleep(timeouts.listing_interval).await;
         }
     }
 
@@ -790,20 +792,20 @@ impl Driver<'_> {
                 Ok(Some(instance)) => return Ok(Some(instance)),
                 Ok(None) => {
                     absences += 1;
-                    if absences >= cloud.patience.absences {
+                    if absences >= cloud.timeouts.absences {
                         return Ok(None);
                     }
                 }
                 Err(error) if Instant::now() >= deadline => {
                     let message = format!("it is not known whether its instance exists: {error}");
-                    return Err(StepError::Stuck(Stuck::Instance { run: self.run.record().id.clone(), message }));
+                    return Err(StepError::Drive(DriveError::Instance { run: self.run.record().id.clone(), message }));
                 }
                 Err(error) => {
-                    let pause = cloud.patience.listing_interval;
+                    let pause = cloud.timeouts.listing_interval;
                     (self.on)(DeployEvent::Retrying { reason: error.to_string(), pause });
                 }
             }
-            tokio::time::sleep(cloud.patience.listing_interval).await;
+            tokio::time::sleep(cloud.timeouts.listing_interval).await;
         }
     }
 
@@ -832,33 +834,33 @@ impl Driver<'_> {
             return false;
         }
         self.memory.failing = Some((since, times + 1));
-        let pause = self.patience().backoff * (1 << times.min(5)).min(30);
+        let pause = self.timeouts().backoff * (1 << times.min(5)).min(30);
         (self.on)(DeployEvent::Retrying { reason: reason.to_owned(), pause });
         tokio::time::sleep(pause).await;
         true
     }
 }
 
-fn failed(kind: TroubleKind, message: String, hint: Option<String>) -> Ending {
-    Ending::Failed { trouble: Trouble { kind, message, hint } }
+fn failed(kind: RunFailureKind, message: String, hint: Option<String>) -> RunOutcome {
+    RunOutcome::Failed { trouble: FailureDetail { kind, message, hint } }
 }
 
-fn host_failed(error: HostError) -> Ending {
-    let kind = if error.here { TroubleKind::Local } else { TroubleKind::Host };
+fn host_failed(error: HostError) -> RunOutcome {
+    let kind = if error.here { RunFailureKind::Local } else { RunFailureKind::Host };
     failed(kind, error.message, error.hint)
 }
 
-fn broker_failed(error: &BrokerError) -> Ending {
+fn broker_failed(error: &BrokerError) -> RunOutcome {
     let hint = match error.kind {
         BrokerErrorKind::Auth => Some(format!("check the key for {}", error.broker)),
         BrokerErrorKind::Budget => Some(format!("check the balance and the limits of the {} account", error.broker)),
         _ => None,
     };
-    failed(TroubleKind::Broker, error.to_string(), hint)
+    failed(RunFailureKind::Broker, error.to_string(), hint)
 }
 
 /// `dearer` are those for which what was agreed does not pay.
-fn none_left(refused: &[Refusal], offered: usize, dearer: usize) -> Ending {
+fn none_left(refused: &[RefusedOffer], offered: usize, dearer: usize) -> RunOutcome {
     let words: Vec<String> = refused.iter().map(|r| format!("{}: {}", market::title(&r.offer), r.reason)).collect();
     let message =
         format!("{} of {offered} offers were tried and none could be had ({})", refused.len(), words.join("; "));
@@ -867,14 +869,14 @@ fn none_left(refused: &[Refusal], offered: usize, dearer: usize) -> Ending {
         n => format!("{n} more would cost more than was agreed: --budget agrees to more; or try again later"),
     };
     let did_not_serve = refused.iter().any(|refusal| refusal.rented && !refusal.lost);
-    failed(if did_not_serve { TroubleKind::Unfit } else { TroubleKind::NoOffer }, message, Some(hint))
+    failed(if did_not_serve { RunFailureKind::Unfit } else { RunFailureKind::NoOffer }, message, Some(hint))
 }
 
 fn did_not_come_up(rental: &Rental, why: &str) -> StepError {
     StepError::Unfit(format!("instance {} did not come up: {why}", rental.instance))
 }
 
-fn local_trouble(path: &Path, error: &std::io::Error) -> HostError {
+fn local_failure(path: &Path, error: &std::io::Error) -> HostError {
     HostError {
         transient: false,
         here: true,

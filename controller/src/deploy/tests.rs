@@ -8,7 +8,7 @@ use super::fake::{Fake, Fault, nothing, now_ms, open_ledger, spec, wind};
 use super::*;
 use crate::broker::BrokerErrorKind;
 use crate::ledger::Ledger;
-use crate::run::{Ending, Membership, RunSpec, TroubleKind};
+use crate::run::{Membership, RunFailureKind, RunOutcome, RunSpec};
 use crate::units::{Usd, UsdPerHour};
 
 /// The price of the first offer until the time limit of an hour.
@@ -18,7 +18,7 @@ const AGREED: Usd = Usd::from_micros(1_000_000);
 #[derive(Debug)]
 pub(super) enum Life {
     Finished(Box<RunRecord>),
-    Stuck(#[expect(dead_code, reason = "shown when an assertion fails")] Stuck),
+    Stuck(#[expect(dead_code, reason = "shown when an assertion fails")] DriveError),
     LetGo,
     Killed,
 }
@@ -67,7 +67,7 @@ pub(super) fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
         let kept_aside = world.damage || world.other_layers.is_some();
         assert!(folder.join(files::RESULTS).exists() == results.complete || kept_aside, "{what}");
     }
-    if record.state.ending() == Some(&Ending::Completed) {
+    if record.state.ending() == Some(&RunOutcome::Completed) {
         assert!(record.state.results().is_some_and(|results| results.complete), "{what}");
     }
 }
@@ -92,7 +92,7 @@ async fn a_run_goes_through_all_states_and_leaves_nothing() {
     let words: Vec<_> = record.events.iter().map(|entry| entry.event.word()).collect();
     let expected = ["creating", "created", "reached", "launched", "worker ended", "fetched", "terminate", "gone"];
     assert_eq!(words, expected);
-    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
     let names: Vec<_> =
         std::fs::read_dir(home.path().join("results")).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names, [format!("owner--model-{}", record.id).as_str()], "nothing half-arrived is left");
@@ -106,7 +106,7 @@ async fn waiting_in_a_queue_outlasts_every_patience() {
     fake.set(|world| world.queued = 5000);
     let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "a queue");
-    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
     assert_eq!(fake.world.lock().unwrap().creates, 1, "what waits is not exchanged");
 }
 
@@ -116,7 +116,7 @@ async fn a_worker_that_its_cloud_ended_at_the_time_limit_is_not_started_again() 
     fake.set(|world| (world.deaths, world.limited) = (1, true));
     let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "a time limit");
-    assert_eq!(record.state.ending(), Some(&Ending::Deadline));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline));
     assert!(record.state.results().is_some_and(|results| !results.complete), "what there was came home");
     assert_eq!(fake.world.lock().unwrap().creates, 1, "nothing was rented anew");
 }
@@ -183,7 +183,7 @@ async fn killed_anywhere_the_run_still_completes() {
         let runs = sweep(fault, None, |fake, lives, what| {
             assert_eq!(lives.len(), 2, "{what}");
             closed_and_clean(fake, last(lives), what);
-            assert_eq!(last(lives).state.ending(), Some(&Ending::Completed), "{what}");
+            assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
             let made = last(lives).events.iter().filter(|entry| entry.event.word() == "created").count();
             assert_eq!(made, 1, "{what}: work is never done twice on two instances");
         });
@@ -199,7 +199,7 @@ async fn killed_twice_the_run_still_completes() {
         for second in [Fault::CrashBefore, Fault::CrashAfter] {
             let runs = sweep(first, Some(second), |fake, lives, what| {
                 closed_and_clean(fake, last(lives), what);
-                assert_eq!(last(lives).state.ending(), Some(&Ending::Completed), "{what}");
+                assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
             });
             assert!(runs.await >= 100);
         }
@@ -213,7 +213,7 @@ async fn a_single_failure_anywhere_is_survived() {
         sweep(fault, None, |fake, lives, what| {
             assert_eq!(lives.len(), 1, "{what}");
             closed_and_clean(fake, last(lives), what);
-            assert_eq!(last(lives).state.ending(), Some(&Ending::Completed), "{what}");
+            assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
             assert!(fake.world.lock().unwrap().creates <= 2, "{what}");
         })
         .await;
@@ -226,7 +226,7 @@ async fn an_unreadable_entry_anywhere_is_never_an_instance_that_is_gone() {
     for second in [None, Some(Fault::CrashAfter), Some(Fault::AnswerLost)] {
         sweep(Fault::Odd, second, |fake, lives, what| {
             closed_and_clean(fake, last(lives), what);
-            assert_eq!(last(lives).state.ending(), Some(&Ending::Completed), "{what}");
+            assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
             let made = last(lives).events.iter().filter(|entry| entry.event.word() == "created").count();
             assert_eq!(made, 1, "{what}");
         })
@@ -239,7 +239,7 @@ async fn an_unreadable_entry_anywhere_is_never_an_instance_that_is_gone() {
 async fn a_lost_answer_and_then_a_crash_are_survived() {
     sweep(Fault::AnswerLost, Some(Fault::CrashAfter), |fake, lives, what| {
         closed_and_clean(fake, last(lives), what);
-        assert_eq!(last(lives).state.ending(), Some(&Ending::Completed), "{what}");
+        assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
     })
     .await;
 }
@@ -280,7 +280,7 @@ async fn ctrl_c_anywhere_ends_in_terminate() {
             let record = last(lives);
             closed_and_clean(fake, record, what);
             let ending = record.state.ending();
-            assert!(matches!(ending, Some(Ending::Interrupted | Ending::Completed)), "{what}: {ending:?}");
+            assert!(matches!(ending, Some(RunOutcome::Interrupted | RunOutcome::Completed)), "{what}: {ending:?}");
         })
         .await;
     }
@@ -307,9 +307,9 @@ async fn a_hangup_anywhere_lets_go_of_what_can_be_picked_up_and_ends_all_else() 
             let ending = last(lives).state.ending();
             if lives.len() == 2 {
                 let_go.set(let_go.get() + 1);
-                assert_eq!((ending, fake.world.lock().unwrap().creates), (Some(&Ending::Completed), 1), "{what}");
+                assert_eq!((ending, fake.world.lock().unwrap().creates), (Some(&RunOutcome::Completed), 1), "{what}");
             }
-            assert!(matches!(ending, Some(Ending::Interrupted | Ending::Completed)), "{what}: {ending:?}");
+            assert!(matches!(ending, Some(RunOutcome::Interrupted | RunOutcome::Completed)), "{what}: {ending:?}");
         };
         sweep_with(Fault::Hangup, None, change, check).await;
         assert_eq!(let_go.get() > 0, ends_itself);
@@ -332,7 +332,7 @@ async fn a_detached_run_is_left_when_its_worker_is_seen_at_work_and_goes_on_with
     assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "it has time left");
     let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "detached");
-    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
     assert!(!record.is_detached() && fake.world.lock().unwrap().creates == 1);
 }
 
@@ -340,7 +340,7 @@ async fn a_detached_run_is_left_when_its_worker_is_seen_at_work_and_goes_on_with
 async fn an_instance_that_goes_away_is_replaced_and_the_run_completes() {
     sweep(Fault::Preempted, None, |fake, lives, what| {
         closed_and_clean(fake, last(lives), what);
-        assert_eq!(last(lives).state.ending(), Some(&Ending::Completed), "{what}");
+        assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
     })
     .await;
 }
@@ -353,7 +353,7 @@ async fn instances_that_go_away_again_and_again_end_the_run_with_a_loss() {
     fake.set(|world| world.armed = (follow..200).map(|at| (at, Fault::Preempted)).collect());
     let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
     closed_and_clean(&fake, &record, "preempted");
-    let RunState::Closed { ending: Ending::InstanceLost, loss: Some(loss), .. } = &record.state else {
+    let RunState::Closed { ending: RunOutcome::InstanceLost, loss: Some(loss), .. } = &record.state else {
         panic!("{:?}", record.state)
     };
     assert!(loss.contains("before its files were brought home"), "{loss}");
@@ -367,8 +367,8 @@ async fn a_worker_that_dies_is_started_again_and_not_for_ever() {
         fake.set(|world| world.deaths = deaths);
         let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
         closed_and_clean(&fake, &record, "died");
-        assert_eq!(record.state.ending() == Some(&Ending::Completed), completed, "{deaths}");
-        assert!(completed || record.state.ending() == Some(&Ending::WorkerVanished { exit: Some(137) }));
+        assert_eq!(record.state.ending() == Some(&RunOutcome::Completed), completed, "{deaths}");
+        assert!(completed || record.state.ending() == Some(&RunOutcome::WorkerVanished { exit: Some(137) }));
         assert_eq!(fake.world.lock().unwrap().creates, 1);
     }
 }
@@ -379,7 +379,7 @@ async fn killed_anywhere_while_a_worker_is_started_again_the_run_still_completes
     for fault in [Fault::CrashBefore, Fault::CrashAfter] {
         let runs = sweep_with(fault, None, dies, |fake, lives, what| {
             closed_and_clean(fake, last(lives), what);
-            assert_eq!(last(lives).state.ending(), Some(&Ending::Completed), "{what}");
+            assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
         });
         assert!(runs.await > 18);
     }
@@ -397,7 +397,7 @@ async fn ctrl_c_in_mid_run_brings_home_what_there_is_and_a_second_one_does_not()
         });
         let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
         closed_and_clean(&fake, &record, "ctrl-c");
-        assert_eq!(record.state.ending(), Some(&Ending::Interrupted));
+        assert_eq!(record.state.ending(), Some(&RunOutcome::Interrupted));
         assert_eq!(record.state.results().is_some(), salvaged);
         if let Some(results) = record.state.results() {
             assert!(!results.complete && results.folder.ends_with(".partial"));
@@ -406,13 +406,13 @@ async fn ctrl_c_in_mid_run_brings_home_what_there_is_and_a_second_one_does_not()
     }
 }
 
-/// Drives a run with its own wishes to its end.
+/// Drives a run with its own request to its end.
 async fn with(change: impl FnOnce(&mut crate::run::RunSpec), fake: &Fake, home: &Path) -> RunRecord {
     let ledger = open_ledger(&home.join("state"));
-    let mut wishes = spec(&home.join("results"));
-    change(&mut wishes);
-    fake.set(|world| world.agreed = wishes.agreed);
-    let run = ledger.plan(&wishes).unwrap();
+    let mut request = spec(&home.join("results"));
+    change(&mut request);
+    fake.set(|world| world.agreed = request.agreed);
+    let run = ledger.plan(&request).unwrap();
     Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &|_| {}).drive().await.unwrap()
 }
 
@@ -422,7 +422,7 @@ async fn the_time_limit_ends_a_run_that_does_not() {
     fake.set(|world| world.endless = true);
     let record = with(|spec| spec.max_duration_s = 3, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "deadline");
-    assert_eq!(record.state.ending(), Some(&Ending::Deadline));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline));
     assert!(record.state.results().is_some_and(|results| !results.complete));
 }
 
@@ -448,7 +448,7 @@ async fn cancelling_from_another_process_ends_the_run() {
         () = cancel => unreachable!("it never ends"),
     };
     closed_and_clean(&fake, &record, "cancelled");
-    assert_eq!(record.state.ending(), Some(&Ending::Cancelled));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Cancelled));
 }
 
 #[tokio::test(start_paused = true)]
@@ -463,7 +463,7 @@ async fn a_held_instance_stays_and_is_no_loose_end() {
     drop(run);
     let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
     closed_and_clean(&fake, &record, "released");
-    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
 }
 
 #[tokio::test(start_paused = true)]
@@ -471,15 +471,15 @@ async fn the_next_offer_is_tried_and_the_last_refusal_tells_all() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.sold_out = vec!["a".into()]);
     let record = with(|_| {}, &fake, home.path()).await;
-    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
     let RunEvent::Creating { intent } = &record.events[2].event else { panic!("{:?}", record.events) };
     assert_eq!(intent.offer.key, "b");
 
     let (fake, home) = (Fake::new(), self::home());
     fake.set(|world| world.sold_out = vec!["a".into(), "b".into()]);
     let record = with(|_| {}, &fake, home.path()).await;
-    let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
-    assert_eq!(trouble.kind, TroubleKind::NoOffer);
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert_eq!(trouble.kind, RunFailureKind::NoOffer);
     assert!(trouble.message.contains("2 of 2 offers") && trouble.message.contains("gone"), "{}", trouble.message);
 }
 
@@ -491,8 +491,8 @@ async fn a_refusal_of_us_is_not_tried_again_elsewhere() {
         let record = with(|_| {}, &fake, home.path()).await;
         closed_and_clean(&fake, &record, "refused");
         assert_eq!(fake.world.lock().unwrap().creates, 1);
-        let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
-        assert!(trouble.hint.is_some() && trouble.kind == TroubleKind::Broker);
+        let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+        assert!(trouble.hint.is_some() && trouble.kind == RunFailureKind::Broker);
     }
 }
 
@@ -514,7 +514,7 @@ async fn no_offer_means_nothing_rented() {
     let ports = Ports { select: nothing, ..fake.ports(&clouds) };
     let record = Driver::new(run, ports, fake.stop.subscribe(), &|_| {}).drive().await.unwrap();
     assert_eq!(fake.world.lock().unwrap().creates, 0);
-    let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert!(trouble.message.contains("--gpu-filter"));
 }
 
@@ -525,7 +525,7 @@ async fn an_instance_that_bills_more_than_allowed_is_given_back() {
     let cap = UsdPerHour::from_dollars(1.5);
     let record = with(|spec| spec.request.max_price = Some(cap), &fake, home.path()).await;
     closed_and_clean(&fake, &record, "price");
-    let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert!(trouble.message.contains("$9.00/h"), "{}", trouble.message);
 }
 
@@ -536,7 +536,7 @@ async fn without_a_cap_the_offers_price_is_what_was_agreed() {
     let record = with(|_| {}, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "price");
     // $1.90 is far above the $1.00 of the first offer, and below the $2.00 of the second.
-    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
     let words: Vec<_> = record.events.iter().map(|entry| entry.event.word()).collect();
     let expected = ["creating", "created", "discarded", "gone", "creating", "created", "reached", "launched"];
     assert_eq!(words[..8], expected);
@@ -556,10 +556,10 @@ async fn what_was_agreed_bounds_every_offer_that_is_tried() {
         closed_and_clean(&fake, &record, "dearer");
         let cost = record.cost(now_ms());
         if rented {
-            assert_eq!(record.state.ending(), Some(&Ending::Deadline), "half the time for twice the price");
+            assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline), "half the time for twice the price");
             assert!(cost <= AGREED && cost > Usd::from_dollars(0.8), "{cost}");
         } else {
-            let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+            let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
             assert!(trouble.hint.as_ref().is_some_and(|hint| hint.contains("--budget")), "{trouble:?}");
             assert_eq!(cost, Usd::ZERO);
         }
@@ -574,7 +574,7 @@ async fn a_bill_above_the_offer_is_not_kept_unless_what_was_agreed_covers_it() {
         let agreed = Usd::from_dollars(agreed);
         let record = with(|spec| spec.agreed = Some(agreed), &fake, home.path()).await;
         closed_and_clean(&fake, &record, "bill");
-        assert_eq!(record.state.ending(), Some(&Ending::Completed));
+        assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
         assert_eq!(fake.world.lock().unwrap().creates, creates, "{agreed}");
     }
 }
@@ -600,7 +600,7 @@ async fn a_budget_of_what_is_shown_is_enough() {
     let (fake, home) = (Fake::new(), home());
     let budget = Some(AGREED);
     let record = with(|spec| (spec.budget, spec.agreed) = (budget, budget), &fake, home.path()).await;
-    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
 }
 
 /// What is told while an endless run goes on and `after` half an hour something happens.
@@ -631,7 +631,7 @@ async fn a_price_that_the_host_wants_to_raise_is_told_once_and_not_agreed_to() {
     let home = home();
     let rise = |world: &mut super::fake::World| world.rise = Some("$2.00/h".into());
     let (record, told) = told_while_it_runs(RunSpec { agreed: Some(AGREED), ..spec(home.path()) }, rise).await;
-    assert_eq!(record.state.ending(), Some(&Ending::Deadline), "it goes on at the old price");
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline), "it goes on at the old price");
     assert_eq!(told, ["the host of i1 asks for $2.00/h; it is not agreed to"]);
 }
 
@@ -640,8 +640,8 @@ async fn a_bill_that_rises_during_the_run_ends_it_and_brings_home_what_there_is(
     let home = home();
     let bill = |world: &mut super::fake::World| world.bill(UsdPerHour::from_dollars(1.2));
     let (record, _) = told_while_it_runs(RunSpec { agreed: Some(AGREED), ..spec(home.path()) }, bill).await;
-    let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
-    assert!(trouble.kind == TroubleKind::Budget && trouble.message.contains("$1.20/h"), "{trouble:?}");
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert!(trouble.kind == RunFailureKind::Budget && trouble.message.contains("$1.20/h"), "{trouble:?}");
     assert!(record.state.results().is_some() && record.state.is_closed());
 }
 
@@ -651,13 +651,13 @@ async fn a_host_that_is_not_what_was_rented_is_exchanged_and_remembered() {
     fake.set(|world| world.unfit = vec!["a".into()]);
     let record = with(|_| {}, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "unfit");
-    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
     assert_eq!(fake.world.lock().unwrap().creates, 2);
     let (bad, good) = (super::fake::offer("a", 1.0), super::fake::offer("b", 2.0));
     assert!(fake.bad_hosts.has(&bad) && !fake.bad_hosts.has(&good));
     // The next run of the batch does not go there again.
     let again = with(|_| {}, &fake, &home.path().join("next")).await;
-    assert_eq!((again.state.ending(), fake.world.lock().unwrap().creates), (Some(&Ending::Completed), 3));
+    assert_eq!((again.state.ending(), fake.world.lock().unwrap().creates), (Some(&RunOutcome::Completed), 3));
 }
 
 #[tokio::test(start_paused = true)]
@@ -670,7 +670,7 @@ async fn after_some_hosts_that_do_not_serve_the_fault_is_not_theirs() {
     let record = with(|_| {}, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "all unfit");
     assert_eq!(fake.world.lock().unwrap().creates, 3);
-    let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert!(
         trouble.message.starts_with("3 of 9 offers were tried") && trouble.message.contains("0 GPUs"),
         "{trouble:?}"
@@ -680,26 +680,26 @@ async fn after_some_hosts_that_do_not_serve_the_fault_is_not_theirs() {
 /// A host that logs in and then ends no command, or fails again and again, costs one patience and
 /// no more.
 #[tokio::test(start_paused = true)]
-async fn a_host_that_drags_on_is_exchanged_after_the_stated_patience() {
+async fn a_host_that_drags_on_is_exchanged_after_its_timeout() {
     for each in [Duration::MAX, Duration::from_secs(90), Duration::from_secs(1)] {
         wind(now_ms());
         let (mut fake, home, begun) = (Fake::new(), home(), Instant::now());
-        fake.patience = Patience::CLOUD;
+        fake.timeouts = Timeouts::CLOUD;
         fake.set(|world| world.drags = vec![("a".into(), each)]);
         let record = with(|_| {}, &fake, home.path()).await;
         closed_and_clean(&fake, &record, "drags");
-        assert_eq!(record.state.ending(), Some(&Ending::Completed), "{each:?}");
+        assert_eq!(record.state.ending(), Some(&RunOutcome::Completed), "{each:?}");
         let rented: Vec<u64> = record.events.iter().filter(|e| e.event.word() == "created").map(|e| e.at_ms).collect();
         let kept = rented[1] - rented[0];
         // Ending one instance and renting another take some listings.
-        let most = (Patience::CLOUD.ready + Duration::from_secs(120)).as_millis() as u64;
-        assert!((Patience::CLOUD.ready.as_millis() as u64..most).contains(&kept), "{kept} ms for {each:?}");
+        let most = (Timeouts::CLOUD.ready + Duration::from_secs(120)).as_millis() as u64;
+        assert!((Timeouts::CLOUD.ready.as_millis() as u64..most).contains(&kept), "{kept} ms for {each:?}");
         let reason = record.events.iter().find_map(|entry| match &entry.event {
             RunEvent::Discarded { reason, .. } => Some(reason.clone()),
             _ => None,
         });
         assert!(reason.is_some_and(|reason| reason.contains("5 min 00 s after the login (looking at it)")));
-        assert!(begun.elapsed() < 2 * Patience::CLOUD.ready, "the second host answers at once");
+        assert!(begun.elapsed() < 2 * Timeouts::CLOUD.ready, "the second host answers at once");
     }
 }
 
@@ -709,14 +709,14 @@ async fn hosts_that_let_no_program_run_are_exchanged_and_the_reason_is_told_when
     fake.set(|world| world.barred = 1);
     let record = with(|_| {}, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "barred");
-    assert_eq!((record.state.ending(), fake.world.lock().unwrap().creates), (Some(&Ending::Completed), 2));
+    assert_eq!((record.state.ending(), fake.world.lock().unwrap().creates), (Some(&RunOutcome::Completed), 2));
 
     let (fake, home) = (Fake::new(), self::home());
     fake.set(|world| world.barred = 9);
     let record = with(|_| {}, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "all barred");
-    let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
-    assert_eq!(trouble.kind, TroubleKind::Unfit, "instances were had");
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert_eq!(trouble.kind, RunFailureKind::Unfit, "instances were had");
     assert!(trouble.message.contains("2 of 2 offers") && trouble.message.contains("nothing runs"), "{trouble:?}");
     assert_eq!(crate::report::ExitStatus::of_run(&record.state).number(), 1);
 }
@@ -730,7 +730,7 @@ async fn killed_anywhere_while_a_host_is_exchanged_the_run_still_completes() {
         |fake, lives, what| {
             let record = last(lives);
             closed_and_clean(fake, record, what);
-            assert_eq!(record.state.ending(), Some(&Ending::Completed), "{what}");
+            assert_eq!(record.state.ending(), Some(&RunOutcome::Completed), "{what}");
         },
     );
     assert!(runs.await > 15);
@@ -742,7 +742,7 @@ async fn the_workers_own_words_end_the_run() {
     let failure = Failure { kind: FailureKind::Corpus, message: "no text".into(), hint: Some("give some".into()) };
     fake.set(|world| world.outcome = Some(Outcome::Failed(failure.clone())));
     let record = with(|_| {}, &fake, home.path()).await;
-    assert_eq!(record.state.ending(), Some(&Ending::WorkerFailed { failure }));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::WorkerFailed { failure }));
     assert!(record.state.results().is_some_and(|results| !results.complete));
     assert!(fake.world.lock().unwrap().machines.is_empty());
 }
@@ -752,7 +752,7 @@ async fn damaged_results_are_never_called_complete() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.damage = true);
     let record = with(|_| {}, &fake, home.path()).await;
-    let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert!(trouble.message.contains(files::RESULTS));
     assert!(record.state.results().is_some_and(|r| !r.complete && r.folder.ends_with(".partial")));
 }
@@ -803,7 +803,7 @@ async fn the_worker_is_told_the_gpus_that_were_rented_for_it() {
     let (fake, home) = (Fake::new(), home());
     let record = with(|spec| for_gpus(&fake, spec), &fake, home.path()).await;
     closed_and_clean(&fake, &record, "for GPUs");
-    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
     let metadata = Path::new(&record.state.results().unwrap().folder).join(files::METADATA);
     let metadata: serde_json::Value = serde_json::from_slice(&std::fs::read(metadata).unwrap()).unwrap();
     assert_eq!(metadata["job"]["devices"], serde_json::json!(["cuda:0", "cuda:1"]));
@@ -820,15 +820,15 @@ async fn a_run_for_gpus_that_is_picked_up_never_starts_a_worker_for_cpus() {
         let at = effects.iter().position(|effect| *effect == killed_at).unwrap() + 1;
         fake.set(|world| world.armed = vec![(at, Fault::CrashBefore)]);
         let ledger = open_ledger(&home.path().join("state"));
-        let mut wishes = spec(&home.path().join("results"));
-        for_gpus(&fake, &mut wishes);
-        drop(ledger.plan(&wishes).unwrap());
+        let mut request = spec(&home.path().join("results"));
+        for_gpus(&fake, &mut request);
+        drop(ledger.plan(&request).unwrap());
         assert!(matches!(life(&fake, home.path()).await, Life::Killed), "{killed_at}");
         fake.set(|world| world.without_cuda = true);
         let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{killed_at}") };
         closed_and_clean(&fake, &record, killed_at);
-        let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
-        assert!(trouble.kind == TroubleKind::Local && trouble.message.contains("without CUDA"), "{trouble:?}");
+        let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+        assert!(trouble.kind == RunFailureKind::Local && trouble.message.contains("without CUDA"), "{trouble:?}");
         assert!(!record.events.iter().any(|entry| entry.event.word() == "launched"), "{killed_at}");
     }
 }
@@ -876,7 +876,7 @@ async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
     assert_eq!(names(), [tags[1].clone()]);
     let run = ledger.find("last").unwrap();
-    assert_eq!(run.state.ending(), Some(&Ending::Deadline));
+    assert_eq!(run.state.ending(), Some(&RunOutcome::Deadline));
     assert!(run.state.results().is_some_and(|results| !results.complete), "what there was came home");
 }
 
@@ -935,7 +935,7 @@ async fn a_clock_that_jumps_hours_ahead_ends_no_run_that_has_time_left() {
     assert_eq!(fake.world.lock().unwrap().ours().count(), 1);
     let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "ahead");
-    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
 }
 
 #[tokio::test(start_paused = true)]
@@ -949,7 +949,7 @@ async fn recovery_marks_what_went_away_and_never_rents() {
     assert!(matches!(life(&fake, home.path()).await, Life::Killed));
     fake.set(|world| world.machines.clear());
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
-    assert_eq!(ledger.find("last").unwrap().state.ending(), Some(&Ending::InstanceLost));
+    assert_eq!(ledger.find("last").unwrap().state.ending(), Some(&RunOutcome::InstanceLost));
     assert_eq!(fake.world.lock().unwrap().creates, 1);
 
     // A create call that never happened, and whose run's time is up: closed, not created again.
@@ -963,7 +963,7 @@ async fn recovery_marks_what_went_away_and_never_rents() {
     assert!(matches!(life(&fake, home.path()).await, Life::Killed));
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
     let run = ledger.find("last").unwrap();
-    assert_eq!((run.state.word(), run.state.ending()), ("closed", Some(&Ending::Deadline)));
+    assert_eq!((run.state.word(), run.state.ending()), ("closed", Some(&RunOutcome::Deadline)));
     assert_eq!(fake.world.lock().unwrap().creates, 0);
 }
 
@@ -988,7 +988,7 @@ async fn parallel_runs_wait_for_the_budget_they_share_instead_of_passing_it() {
         let (fake, home) = (Fake::new(), home());
         let runs = side_by_side(&fake, home.path(), budget).await;
         for (run, place) in runs.iter().zip(["a", "b", "c"]) {
-            assert_eq!(run.state.ending(), Some(&Ending::Completed), "{budget}");
+            assert_eq!(run.state.ending(), Some(&RunOutcome::Completed), "{budget}");
             let folder = home.path().join("results/s").join(place);
             assert_eq!(run.state.results().unwrap().folder, folder.to_string_lossy());
             holds(&folder, &run.id).unwrap();
@@ -1001,8 +1001,8 @@ async fn parallel_runs_wait_for_the_budget_they_share_instead_of_passing_it() {
 async fn a_budget_that_never_pays_for_a_run_ends_it_before_anything_is_rented() {
     let (fake, home) = (Fake::new(), home());
     for run in side_by_side(&fake, home.path(), 1.0).await {
-        let Some(Ending::Failed { trouble }) = run.state.ending() else { panic!("{:?}", run.state) };
-        assert_eq!(trouble.kind, TroubleKind::Budget);
+        let Some(RunOutcome::Failed { trouble }) = run.state.ending() else { panic!("{:?}", run.state) };
+        assert_eq!(trouble.kind, RunFailureKind::Budget);
     }
     assert_eq!(fake.world.lock().unwrap().creates, 0);
 }
@@ -1018,7 +1018,7 @@ async fn a_survey_of_which_one_run_is_stopped_waiting_ends() {
         fake.stop.send_replace(Stop::Now);
     };
     let (runs, ()) = tokio::join!(side_by_side(&fake, home.path(), 1.2), stop);
-    assert!(runs.iter().all(|run| run.state.ending() == Some(&Ending::Interrupted)), "{runs:?}");
+    assert!(runs.iter().all(|run| run.state.ending() == Some(&RunOutcome::Interrupted)), "{runs:?}");
     let world = fake.world.lock().unwrap();
     assert_eq!((world.creates, world.ours().count()), (1, 0));
 }
@@ -1027,8 +1027,8 @@ async fn a_survey_of_which_one_run_is_stopped_waiting_ends() {
 async fn workers_of_a_batch_start_a_pause_apart_and_say_how_long_they_wait() {
     let (fake, home, begun) = (Fake::new(), home(), Instant::now());
     let ledger = open_ledger(&home.path().join("state"));
-    let (clouds, turns) = (fake.clouds(), Turns::new(Duration::from_secs(20)));
-    let ports = Ports { turns: Some(&turns), ..fake.ports(&clouds) };
+    let (clouds, start_throttle) = (fake.clouds(), StartThrottle::new(Duration::from_secs(20)));
+    let ports = Ports { start_throttle: Some(&start_throttle), ..fake.ports(&clouds) };
     let (launched, told) = (std::sync::Mutex::new(Vec::new()), std::sync::Mutex::new(Vec::new()));
     let on = |event| match event {
         DeployEvent::State(state) if matches!(*state, RunState::Launched { .. }) => {
@@ -1039,7 +1039,7 @@ async fn workers_of_a_batch_start_a_pause_apart_and_say_how_long_they_wait() {
     };
     let drive = |_| Driver::new(ledger.plan(&spec(home.path())).unwrap(), ports, fake.stop.subscribe(), &on).drive();
     for run in futures::future::join_all((0..3).map(drive)).await {
-        assert_eq!(run.unwrap().state.ending(), Some(&Ending::Completed));
+        assert_eq!(run.unwrap().state.ending(), Some(&RunOutcome::Completed));
     }
     assert_eq!(*launched.lock().unwrap(), [0, 1, 2]);
     let told = told.into_inner().unwrap();
@@ -1053,10 +1053,10 @@ async fn workers_of_a_batch_start_a_pause_apart_and_say_how_long_they_wait() {
 async fn on_a_full_disk(
     events: usize,
     heard: impl Fn(&Fake, &rusqlite::Connection, usize) + Send + Sync,
-) -> (Fake, tempfile::TempDir, Result<RunRecord, Stuck>) {
+) -> (Fake, tempfile::TempDir, Result<RunRecord, DriveError>) {
     super::fake::wind(1_767_225_600_000);
     let (mut fake, home) = (Fake::new(), home());
-    fake.patience = Patience::CLOUD;
+    fake.timeouts = Timeouts::CLOUD;
     let ledger = open_ledger(&home.path().join("state"));
     let disk = rusqlite::Connection::open(home.path().join("state/ledger.db")).unwrap();
     let full = format!(
@@ -1080,7 +1080,7 @@ async fn on_a_full_disk(
 async fn a_disk_that_is_full_at_any_event_leaves_no_instance() {
     for events in 0..8 {
         let (fake, home, driven) = on_a_full_disk(events, |_, _, _| {}).await;
-        let Err(Stuck::Ledger(error)) = driven else { panic!("{events}: {driven:?}") };
+        let Err(DriveError::Ledger(error)) = driven else { panic!("{events}: {driven:?}") };
         assert!(error.to_string().contains("ledger.db") && error.to_string().contains("full"), "{error}");
         let created = fake.world.lock().unwrap().creates;
         assert_eq!(created > 0, events > 0, "{events}: what cannot be intended is not rented");
@@ -1107,7 +1107,7 @@ async fn a_run_outlives_a_disk_that_is_full_for_a_while_and_ends_at_once_when_to
         // What was to end anyway has ended without a word in the ledger.
         match driven {
             Ok(record) => closed_and_clean(&fake, &record, "freed"),
-            Err(error) => assert!(events >= 6 && matches!(error, Stuck::Ledger(_)), "{events}: {error}"),
+            Err(error) => assert!(events >= 6 && matches!(error, DriveError::Ledger(_)), "{events}: {error}"),
         }
         assert_eq!(fake.world.lock().unwrap().ours().count(), 0, "{events}");
     }
@@ -1116,7 +1116,7 @@ async fn a_run_outlives_a_disk_that_is_full_for_a_while_and_ends_at_once_when_to
         let _ = fake.stop.send(Stop::Now);
     };
     let (fake, _home, driven) = on_a_full_disk(4, stop).await;
-    assert!(matches!(driven, Err(Stuck::Ledger(_))) && begun.elapsed() < Duration::from_secs(60), "{driven:?}");
+    assert!(matches!(driven, Err(DriveError::Ledger(_))) && begun.elapsed() < Duration::from_secs(60), "{driven:?}");
     assert_eq!(fake.world.lock().unwrap().ours().count(), 0);
 }
 
@@ -1124,7 +1124,7 @@ async fn a_run_outlives_a_disk_that_is_full_for_a_while_and_ends_at_once_when_to
 async fn a_cloud_that_ends_nothing_for_minutes_is_told_within_five_seconds_and_outwaited() {
     super::fake::wind(1_767_225_600_000);
     let (mut fake, home) = (Fake::new(), home());
-    fake.patience = Patience::CLOUD;
+    fake.timeouts = Timeouts::CLOUD;
     fake.set(|world| world.refuses_until = Some(Instant::now() + Duration::from_secs(600)));
     let ledger = open_ledger(&home.path().join("state"));
     let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
@@ -1158,16 +1158,16 @@ async fn a_cloud_that_does_not_answer_leaves_nothing_open_unless_a_run_may_be_th
         fake.set(|world| world.outage = false);
         stuck
     };
-    assert!(matches!(silent().await, Stuck::Silent { .. }), "an empty ledger has nothing anywhere");
+    assert!(matches!(silent().await, DriveError::Silent { .. }), "an empty ledger has nothing anywhere");
     let Life::Finished(_) = life(&fake, home.path()).await else { panic!("nothing was armed") };
-    assert!(matches!(silent().await, Stuck::Silent { .. }), "nor has one whose runs are over");
+    assert!(matches!(silent().await, DriveError::Silent { .. }), "nor has one whose runs are over");
     let mut run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
-    assert!(matches!(silent().await, Stuck::Silent { .. }), "nor has a run that asked for nothing");
+    assert!(matches!(silent().await, DriveError::Silent { .. }), "nor has a run that asked for nothing");
     let tag = "outliers-o-r-n-1".parse().unwrap();
     let intent = Intent { offer: super::fake::offer("a", 1.0), tag };
     run.append(RunEvent::Creating { intent: Box::new(intent) }).unwrap();
     drop(run);
-    assert!(matches!(silent().await, Stuck::Broker { .. }), "this one may");
+    assert!(matches!(silent().await, DriveError::Broker { .. }), "this one may");
 }
 
 #[tokio::test(start_paused = true)]
@@ -1176,7 +1176,7 @@ async fn results_that_cannot_be_written_where_they_should_be_lie_beside_the_ledg
     std::fs::write(home.path().join("results"), "in the way").unwrap();
     let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
     closed_and_clean(&fake, &record, "in the way");
-    assert_eq!(record.state.ending(), Some(&Ending::Completed));
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
     let place = home.path().join("state/runs").join(&record.id).join(format!("owner--model-{}", record.id));
     assert_eq!(record.state.results().unwrap().folder, place.to_string_lossy());
     holds(&place, &record.id).unwrap();
@@ -1188,7 +1188,7 @@ async fn a_disk_without_room_for_results_at_any_moment_is_outwaited() {
     for second in [None, Some(Fault::CrashBefore)] {
         sweep(Fault::ResultsFull, second, |fake, lives, what| {
             closed_and_clean(fake, last(lives), what);
-            assert_eq!(last(lives).state.ending(), Some(&Ending::Completed), "{what}");
+            assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
             assert_eq!(fake.world.lock().unwrap().creates, 1, "{what}");
         })
         .await;
@@ -1196,10 +1196,12 @@ async fn a_disk_without_room_for_results_at_any_moment_is_outwaited() {
 }
 
 /// Drives a run whose results fit nowhere; `heard` is told how often that was said.
-async fn with_no_room(heard: impl Fn(&Fake, &Ledger, &Kept, usize) + Send + Sync) -> (Fake, RunRecord, Vec<Kept>) {
+async fn with_no_room(
+    heard: impl Fn(&Fake, &Ledger, &UnsavedResults, usize) + Send + Sync,
+) -> (Fake, RunRecord, Vec<UnsavedResults>) {
     wind(1_767_225_600_000);
     let (mut fake, home) = (Fake::new(), home());
-    fake.patience = Patience::CLOUD;
+    fake.timeouts = Timeouts::CLOUD;
     let ledger = open_ledger(&home.path().join("state"));
     std::fs::write(home.path().join("results"), "in the way").unwrap();
     let run = ledger.plan(&RunSpec { agreed: Some(AGREED), ..spec(&home.path().join("results")) }).unwrap();
@@ -1224,8 +1226,8 @@ async fn with_no_room(heard: impl Fn(&Fake, &Ledger, &Kept, usize) + Send + Sync
 async fn results_that_fit_nowhere_keep_their_instance_until_its_time_is_up() {
     let begun = Instant::now();
     let (fake, record, told) = with_no_room(|_, _, _, _| {}).await;
-    let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
-    assert_eq!(trouble.kind, TroubleKind::Local, "it is no fault of a cloud: {trouble:?}");
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert_eq!(trouble.kind, RunFailureKind::Local, "it is no fault of a cloud: {trouble:?}");
     let RunState::Closed { results: None, loss: Some(loss), .. } = &record.state else { panic!("{:?}", record.state) };
     assert!(loss.contains("results"), "{loss}");
     // An hour was agreed to, and 5 minutes of it are for the ending.
@@ -1248,7 +1250,7 @@ async fn another_folder_takes_results_that_fit_nowhere() {
         }
     })
     .await;
-    assert_eq!((record.state.ending(), told.len()), (Some(&Ending::Completed), 3));
+    assert_eq!((record.state.ending(), told.len()), (Some(&RunOutcome::Completed), 3));
     let place = folder.join(format!("owner--model-{}", record.id));
     assert_eq!(record.state.results().unwrap().folder, place.to_string_lossy());
     holds(&place, &record.id).unwrap();
@@ -1264,7 +1266,7 @@ async fn ctrl_c_gives_up_results_that_fit_nowhere() {
         }
     })
     .await;
-    assert_eq!((record.state.ending(), told.len()), (Some(&Ending::Interrupted), 2));
+    assert_eq!((record.state.ending(), told.len()), (Some(&RunOutcome::Interrupted), 2));
     assert!(matches!(&record.state, RunState::Closed { loss: Some(_), .. }), "what is lost is said");
     assert!(begun.elapsed() < Duration::from_secs(300), "{:?}", begun.elapsed());
 }
@@ -1277,7 +1279,7 @@ async fn bringing_home_after_ctrl_c_has_an_end() {
     let follow = effects.iter().position(|name| *name == "follow").unwrap() + 1;
     for (at, endless) in [(follow, true), (effects.iter().position(|name| *name == "fetch").unwrap() + 1, false)] {
         let (mut fake, home, begun) = (Fake::new(), home(), Instant::now());
-        fake.patience = Patience::CLOUD;
+        fake.timeouts = Timeouts::CLOUD;
         fake.set(|world| {
             (world.stalls, world.endless) = (true, endless);
             world.armed = vec![(at, Fault::Stop)];
@@ -1285,7 +1287,7 @@ async fn bringing_home_after_ctrl_c_has_an_end() {
         let ended = tokio::time::timeout(Duration::from_secs(2 * 3600), life(&fake, home.path())).await;
         let Ok(Life::Finished(record)) = ended else { panic!("{at}: it is brought home for ever") };
         closed_and_clean(&fake, &record, "stalled");
-        assert_eq!(record.state.ending(), Some(&Ending::Interrupted));
+        assert_eq!(record.state.ending(), Some(&RunOutcome::Interrupted));
         let RunState::Closed { loss: Some(loss), .. } = &record.state else { panic!("{:?}", record.state) };
         assert!(loss.contains("within 30 min"), "{loss}");
         assert!(begun.elapsed() < Duration::from_secs(3600), "{:?}", begun.elapsed());
@@ -1300,7 +1302,7 @@ async fn results_of_another_job_are_kept_aside_and_not_called_complete() {
     fake.set(|world| world.other_layers = Some(1));
     let record = with(|_| {}, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "another job");
-    let Some(Ending::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert!(trouble.message.contains("another job") && trouble.message.contains("layers"), "{trouble:?}");
     let results = record.state.results().unwrap();
     assert!(!results.complete && results.folder.ends_with(".partial"), "{results:?}");

@@ -19,7 +19,7 @@ piece() {
 "#;
 
 /// A file to bring, or a part of it.
-pub(super) struct Wanted<'a> {
+pub(super) struct BundleFile<'a> {
     pub(super) name: &'a str,
     /// At most this many bytes.
     pub(super) limit: u64,
@@ -32,7 +32,7 @@ impl RemoteHost {
     pub(super) async fn bundle(
         &self,
         folder: &str,
-        wanted: &[Wanted<'_>],
+        wanted: &[BundleFile<'_>],
     ) -> Result<BTreeMap<usize, Vec<u8>>, HostError> {
         let mut script = format!("{PIECE}\ncd {} 2>/dev/null || exit 0\n", quote(folder));
         for (i, file) in wanted.iter().enumerate() {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use outliers_protocol::{FileBytes, FileEntry, Manifest, SCHEMA, files};
 
-use super::bundle::Wanted;
+use super::bundle::BundleFile;
 use super::push::hash_file;
 use super::retry::again;
 use super::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost};
@@ -27,7 +27,7 @@ const MAX_LOG: u64 = 16 << 20;
 const SMALL: u64 = 8 << 20;
 const MAX_BATCH: u64 = 32 << 20;
 /// How long a lost connection is made again.
-const PATIENCE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 const NOTHING_KEPT: &str = "nothing of it was kept; another instance may serve better";
 /// Files worth having from a worker that did not finish, besides its log.
 const LOOSE: [&str; 3] = [files::JOB, files::PROGRESS, files::METADATA];
@@ -73,7 +73,7 @@ impl RemoteHost {
         expected: &[FileBytes],
         on: OnEvent<'_>,
     ) -> Result<Fetched, HostError> {
-        Ok(again!(PATIENCE, on, self.fetch_once(run, into, expected, on)))
+        Ok(again!(TIMEOUT, on, self.fetch_once(run, into, expected, on)))
     }
 
     async fn fetch_once(
@@ -112,9 +112,9 @@ impl RemoteHost {
     /// The manifest, the files worth having without one, and the log, of a huge one the last part: one command.
     async fn look_for_files(&self, folder: &str) -> Result<HashMap<&'static str, Vec<u8>>, HostError> {
         let wanted = |name| match name {
-            files::MANIFEST => Wanted { name, limit: MAX_MANIFEST, from_end: false },
-            files::LOG => Wanted { name, limit: MAX_LOG, from_end: true },
-            _ => Wanted { name, limit: MAX_LOOSE, from_end: false },
+            files::MANIFEST => BundleFile { name, limit: MAX_MANIFEST, from_end: false },
+            files::LOG => BundleFile { name, limit: MAX_LOG, from_end: true },
+            _ => BundleFile { name, limit: MAX_LOOSE, from_end: false },
         };
         let names = [&[files::MANIFEST, files::LOG][..], &LOOSE].concat();
         let wanted: Vec<_> = names.iter().map(|name| wanted(name)).collect();
@@ -142,7 +142,7 @@ impl RemoteHost {
         }
         for few in batches(&small) {
             // One byte more would come of a file that is longer than its manifest says.
-            let wanted = few.iter().map(|e| Wanted { name: &e.name, limit: e.bytes + 1, from_end: false });
+            let wanted = few.iter().map(|e| BundleFile { name: &e.name, limit: e.bytes + 1, from_end: false });
             let came = self.bundle(folder, &wanted.collect::<Vec<_>>()).await?;
             for (i, entry) in few.iter().enumerate() {
                 let bytes =

@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::launch::{PROCESS, read_state};
 use super::retry::{Retry, again};
-use super::{HostError, HostErrorKind, HostEvent, JobStatus, OnEvent, PATIENCE, RemoteHost};
+use super::{HostError, HostErrorKind, HostEvent, JobStatus, OnEvent, RemoteHost, TIMEOUT};
 use crate::text::clean;
 use crate::transport::quote::quote;
 
@@ -42,7 +42,7 @@ pub struct Cursor {
 
 /// One file's new bytes.
 #[derive(Debug, Default, PartialEq)]
-struct Piece {
+struct NewBytes {
     /// The file's length when looked at.
     size: u64,
     bytes: Vec<u8>,
@@ -52,8 +52,8 @@ struct Piece {
 struct Look {
     status: JobStatus,
     pid: Option<u32>,
-    progress: Piece,
-    log: Piece,
+    progress: NewBytes,
+    log: NewBytes,
 }
 
 impl RemoteHost {
@@ -103,7 +103,7 @@ impl RemoteHost {
     pub async fn catch_up(&self, run: &str, cursor: &mut Cursor, on: OnEvent<'_>) -> Result<JobStatus, HostError> {
         let mut until = None;
         loop {
-            let look = again!(PATIENCE, on, self.look(run, cursor));
+            let look = again!(TIMEOUT, on, self.look(run, cursor));
             let until = *until.get_or_insert(look.log.size);
             let news = cursor.take_progress(&look.progress, on) | cursor.take_log(&look.log, on);
             if !news && look.status != JobStatus::Running {
@@ -138,7 +138,7 @@ impl RemoteHost {
 }
 
 /// Reads `@piece SIZE LENGTH`, a line end and that many bytes; `rest` goes on behind them.
-fn next_piece(rest: &mut &[u8]) -> Option<Piece> {
+fn next_piece(rest: &mut &[u8]) -> Option<NewBytes> {
     let mark = b"@piece ";
     let at = rest.windows(mark.len()).position(|w| w == mark)? + mark.len();
     let end = at + rest[at..].iter().position(|b| *b == b'\n')?;
@@ -148,12 +148,12 @@ fn next_piece(rest: &mut &[u8]) -> Option<Piece> {
     let to = from.checked_add(length)?.min(rest.len());
     let bytes = rest[from..to].to_vec();
     *rest = &rest[to..];
-    Some(Piece { size, bytes })
+    Some(NewBytes { size, bytes })
 }
 
 impl Cursor {
     /// Takes whole lines; `true` if there was anything to take.
-    fn take_progress(&mut self, piece: &Piece, on: OnEvent<'_>) -> bool {
+    fn take_progress(&mut self, piece: &NewBytes, on: OnEvent<'_>) -> bool {
         // A file that got shorter is another file.
         self.progress = self.progress.min(piece.size);
         let mut taken = 0;
@@ -176,7 +176,7 @@ impl Cursor {
         taken > 0
     }
 
-    fn take_log(&mut self, piece: &Piece, on: OnEvent<'_>) -> bool {
+    fn take_log(&mut self, piece: &NewBytes, on: OnEvent<'_>) -> bool {
         self.log = self.log.min(piece.size);
         let mut taken = 0;
         for line in piece.bytes.split_inclusive(|b| *b == b'\n') {
@@ -209,7 +209,7 @@ impl Cursor {
 
 /// Moves a cursor that is too far behind close to the end of its file; gives the bytes that are
 /// passed over.
-fn behind(piece: &Piece, at: &mut u64) -> Option<u64> {
+fn behind(piece: &NewBytes, at: &mut u64) -> Option<u64> {
     let behind = piece.size.saturating_sub(*at);
     (behind > MAX_LAG).then(|| {
         *at = piece.size - TAKE;
@@ -248,7 +248,7 @@ mod tests {
             while news {
                 let from = cursor.progress as usize;
                 let bytes = file[from..shown.min(from + TAKE as usize)].to_vec();
-                news = cursor.take_progress(&Piece { size: shown as u64, bytes }, &on);
+                news = cursor.take_progress(&NewBytes { size: shown as u64, bytes }, &on);
             }
         }
         events.into_inner().unwrap()
@@ -280,7 +280,7 @@ mod tests {
     fn a_log_that_runs_away_is_passed_over() {
         let (events, mut cursor) = (Mutex::new(Vec::new()), Cursor { log: 10, ..Cursor::default() });
         let on = |event| events.lock().unwrap().push(event);
-        cursor.take_log(&Piece { size: 10 << 20, bytes: b"one\ntwo".to_vec() }, &on);
+        cursor.take_log(&NewBytes { size: 10 << 20, bytes: b"one\ntwo".to_vec() }, &on);
         assert_eq!(cursor.log, (10 << 20) - TAKE);
         let events = events.into_inner().unwrap();
         assert_eq!(events[0], HostEvent::Log("one".to_owned()));
@@ -292,10 +292,10 @@ mod tests {
         let (events, mut cursor) = (Mutex::new(Vec::new()), Cursor::default());
         let on = |event| events.lock().unwrap().push(event);
         let line = format!("{LINE}\n");
-        assert!(cursor.take_progress(&Piece { size: 1 << 30, bytes: line.clone().into_bytes() }, &on));
+        assert!(cursor.take_progress(&NewBytes { size: 1 << 30, bytes: line.clone().into_bytes() }, &on));
         assert_eq!(cursor.progress, (1 << 30) - TAKE);
         let rest = format!("the end of a line\n{line}");
-        assert!(cursor.take_progress(&Piece { size: 1 << 30, bytes: rest.into_bytes() }, &on));
+        assert!(cursor.take_progress(&NewBytes { size: 1 << 30, bytes: rest.into_bytes() }, &on));
         let events = events.into_inner().unwrap();
         assert_eq!(events.len(), 3, "{events:?}");
         assert_eq!(events[1], HostEvent::ProgressSkipped((1 << 30) - line.len() as u64 - TAKE));
@@ -305,10 +305,10 @@ mod tests {
     #[test]
     fn a_log_of_impossible_length_is_no_panic() {
         let mut cursor = Cursor { log: u64::MAX - TAKE, ..Cursor::default() };
-        let piece = || Piece { size: u64::MAX, bytes: [vec![b'x'; TAKE as usize], b"\n".to_vec()].concat() };
+        let piece = || NewBytes { size: u64::MAX, bytes: [vec![b'x'; TAKE as usize], b"\n".to_vec()].concat() };
         cursor.take_log(&piece(), &|_| {});
         assert_eq!(cursor.log, u64::MAX);
-        let look = Look { status: JobStatus::NotStarted, pid: None, progress: Piece::default(), log: piece() };
+        let look = Look { status: JobStatus::NotStarted, pid: None, progress: NewBytes::default(), log: piece() };
         cursor.take_rest(&look, &|_| {});
         assert_eq!(cursor.log, u64::MAX);
     }

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use super::launch::PROCESS;
 use super::retry::again;
-use super::{HostError, PATIENCE, RemoteHost, SHORT};
-use crate::run::Watch;
+use super::{HostError, RemoteHost, SHORT, TIMEOUT};
+use crate::run::GuardTimeouts;
 use crate::transport::quote::quote;
 
 const SCRIPT: &str = include_str!("guard.sh");
@@ -21,16 +21,16 @@ const LONGEST_RENEWAL: u64 = 60;
 
 /// What a guard goes by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Terms {
+pub struct GuardConfig {
     /// When it ends an instance that nobody looks after.
-    pub watch: Watch,
+    pub watch: GuardTimeouts,
     /// From now to the end of the run's time, by our clock: the host's may be wrong.
     pub left: Duration,
     /// The script by which the instance ends itself, where its cloud has one.
     pub end_itself: Option<&'static str>,
 }
 
-impl Terms {
+impl GuardConfig {
     /// How often a guard's lease is renewed.
     pub fn renewal(&self) -> Duration {
         Duration::from_secs((self.watch.shortest() / 6).clamp(1, LONGEST_RENEWAL))
@@ -39,25 +39,25 @@ impl Terms {
 
 impl RemoteHost {
     /// Puts a run's guard in place and starts it, unless one is on duty already; new terms replace the old.
-    pub async fn guard(&self, run: &str, terms: &Terms) -> Result<(), HostError> {
+    pub async fn guard(&self, run: &str, config: &GuardConfig) -> Result<(), HostError> {
         let folder = self.run_folder(run).await?;
         let at = |name: &str| format!("{folder}/{name}");
         let script = format!("{PROCESS}\n{SCRIPT}");
-        again!(PATIENCE, &|_| {}, self.sh(&format!("umask 077; mkdir -p {}", quote(&folder)), SHORT));
-        again!(PATIENCE, &|_| {}, self.place(script.as_bytes(), &at("guard.sh")));
-        if let Some(end) = terms.end_itself {
-            again!(PATIENCE, &|_| {}, self.place(end.as_bytes(), &at("guard.end.sh")));
+        again!(TIMEOUT, &|_| {}, self.sh(&format!("umask 077; mkdir -p {}", quote(&folder)), SHORT));
+        again!(TIMEOUT, &|_| {}, self.place(script.as_bytes(), &at("guard.sh")));
+        if let Some(end) = config.end_itself {
+            again!(TIMEOUT, &|_| {}, self.place(end.as_bytes(), &at("guard.end.sh")));
         }
-        let Watch { lease_s, unclaimed_s } = terms.watch;
-        let pause = (terms.watch.shortest() / 8).clamp(1, LONGEST_PAUSE);
+        let GuardTimeouts { lease_s, unclaimed_s } = config.watch;
+        let pause = (config.watch.shortest() / 8).clamp(1, LONGEST_PAUSE);
         let write = format!(
             "{PROCESS}\ncd {} || exit 1\numask 077\n\
              echo \"ends=$(($(ticks) + {})) lease={lease_s} unclaimed={unclaimed_s} pause={pause}\" > guard.terms.part\n\
              mv -f guard.terms.part guard.terms",
             quote(&folder),
-            terms.left.as_secs(),
+            config.left.as_secs(),
         );
-        again!(PATIENCE, &|_| {}, self.sh(&write, SHORT));
+        again!(TIMEOUT, &|_| {}, self.sh(&write, SHORT));
         self.renew_guard(run).await
     }
 
@@ -77,7 +77,7 @@ impl RemoteHost {
              alive guard.pid",
             quote(&folder),
         );
-        again!(PATIENCE, &|_| {}, self.sh(&script, SHORT));
+        again!(TIMEOUT, &|_| {}, self.sh(&script, SHORT));
         Ok(())
     }
 }

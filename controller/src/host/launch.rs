@@ -5,7 +5,7 @@ use std::time::Duration;
 use outliers_protocol::{JobSpec, files};
 
 use super::retry::again;
-use super::{Answer, HostError, HostErrorKind, PATIENCE, RemoteHost, RemoteWorker, SHORT};
+use super::{HostError, HostErrorKind, RemoteHost, RemoteWorker, SHORT, ScriptOutput, TIMEOUT};
 use crate::secret::Secret;
 use crate::transport::quote::quote;
 
@@ -14,7 +14,7 @@ const WRAPPER: &str = "launch.sh";
 const SECRETS: &str = ".secrets";
 
 /// What the script gives a worker to end by itself, and the kernel to end it.
-const STOP_PATIENCE: Duration = Duration::from_secs(20);
+const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What a launch found or did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +55,7 @@ pub enum JobStatus {
 pub(super) const PROCESS: &str = include_str!("process.sh");
 
 /// What `state` of [`PROCESS`] printed, with the wrapper's pid while it runs.
-pub(super) fn read_state(host: &RemoteHost, answer: &Answer) -> Result<(JobStatus, Option<u32>), HostError> {
+pub(super) fn read_state(host: &RemoteHost, answer: &ScriptOutput) -> Result<(JobStatus, Option<u32>), HostError> {
     let line = answer.field("state");
     let mut words = line.split_whitespace();
     match (words.next(), words.next()) {
@@ -78,7 +78,7 @@ impl RemoteHost {
         job: &JobSpec,
         secrets: &[(&str, &Secret)],
     ) -> Result<Launched, HostError> {
-        Ok(again!(PATIENCE, &|_| {}, self.launch_once(worker, run, job, secrets)))
+        Ok(again!(TIMEOUT, &|_| {}, self.launch_once(worker, run, job, secrets)))
     }
 
     async fn launch_once(
@@ -116,7 +116,7 @@ impl RemoteHost {
     ///
     /// Idempotent: one that runs, or has left its manifest, is left alone and told so.
     pub async fn restart(&self, run: &str, secrets: &[(&str, &Secret)]) -> Result<Launched, HostError> {
-        Ok(again!(PATIENCE, &|_| {}, self.restart_once(run, secrets)))
+        Ok(again!(TIMEOUT, &|_| {}, self.restart_once(run, secrets)))
     }
 
     async fn restart_once(&self, run: &str, secrets: &[(&str, &Secret)]) -> Result<Launched, HostError> {
@@ -132,7 +132,7 @@ impl RemoteHost {
             manifest = files::MANIFEST,
             exit = files::EXIT_CODE,
         );
-        if self.sh(&clear, SHORT + STOP_PATIENCE).await?.field("left") == "alone" {
+        if self.sh(&clear, SHORT + STOP_TIMEOUT).await?.field("left") == "alone" {
             return Ok(match self.state(run).await? {
                 (JobStatus::Ended { exit }, _) => Launched::Ended { exit },
                 (_, pid) => Launched::Running { pid: pid.unwrap_or(0) },
@@ -163,7 +163,7 @@ impl RemoteHost {
 
     /// Whether a run's worker runs.
     pub async fn status(&self, run: &str) -> Result<JobStatus, HostError> {
-        Ok(again!(PATIENCE, &|_| {}, self.state(run)).0)
+        Ok(again!(TIMEOUT, &|_| {}, self.state(run)).0)
     }
 
     async fn state(&self, run: &str) -> Result<(JobStatus, Option<u32>), HostError> {
@@ -175,10 +175,10 @@ impl RemoteHost {
 
     /// Ends a run's worker and all it started: asks, waits 15 seconds, kills. One that does not run is a success.
     pub async fn stop_worker(&self, run: &str) -> Result<(), HostError> {
-        let folder = again!(PATIENCE, &|_| {}, self.run_folder(run));
+        let folder = again!(TIMEOUT, &|_| {}, self.run_folder(run));
         let script = format!("{PROCESS}\ncd {} 2>/dev/null || exit 0\nstop_worker", quote(&folder));
-        let limit = SHORT + STOP_PATIENCE;
-        again!(PATIENCE, &|_| {}, self.sh(&script, limit));
+        let limit = SHORT + STOP_TIMEOUT;
+        again!(TIMEOUT, &|_| {}, self.sh(&script, limit));
         Ok(())
     }
 }

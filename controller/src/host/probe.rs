@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::retry::again;
-use super::{Answer, HostError, PATIENCE, RemoteHost};
+use super::{HostError, RemoteHost, ScriptOutput, TIMEOUT};
 use crate::units::{Bytes, CudaVersion};
 
 /// What a host is and has. `None`: it does not tell.
@@ -87,7 +87,7 @@ fi
 impl RemoteHost {
     /// Asks the host what it is: one command.
     pub async fn probe(&self) -> Result<HostFacts, HostError> {
-        Ok(again!(PATIENCE, &|_| {}, self.probe_once()))
+        Ok(again!(TIMEOUT, &|_| {}, self.probe_once()))
     }
 
     async fn probe_once(&self) -> Result<HostFacts, HostError> {
@@ -101,7 +101,7 @@ impl RemoteHost {
     }
 }
 
-fn read(answer: &Answer, before: SystemTime, after: SystemTime) -> HostFacts {
+fn read(answer: &ScriptOutput, before: SystemTime, after: SystemTime) -> HostFacts {
     let uname = answer.field("uname");
     let (os, arch) = uname.split_once(' ').unwrap_or((&uname, ""));
     let ram = answer.number("ram").map(|kib| kib.saturating_mul(1024));
@@ -149,8 +149,8 @@ fn gpu(line: &str) -> Option<GpuFacts> {
 mod tests {
     use super::*;
 
-    fn answer(text: &str) -> Answer {
-        Answer { status: Some(0), stdout: text.as_bytes().to_vec(), stderr: String::new() }
+    fn answer(text: &str) -> ScriptOutput {
+        ScriptOutput { status: Some(0), stdout: text.as_bytes().to_vec(), stderr: String::new() }
     }
 
     #[test]

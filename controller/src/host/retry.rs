@@ -11,16 +11,16 @@ use crate::transport::TransportErrorKind as Kind;
 /// Servers lock out clients that fail to log in too often: never faster than this.
 const AUTH_PAUSE: Duration = Duration::from_secs(5);
 /// How long a refused key may still be on its way into the instance.
-const AUTH_PATIENCE: Duration = Duration::from_secs(30);
+const AUTH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// One row of failures: from the first to the success that ends it.
 pub(super) struct Retry {
     budget: Duration,
     deadline: Option<Instant>,
-    row: Option<Row>,
+    row: Option<FailureStreak>,
 }
 
-struct Row {
+struct FailureStreak {
     since: Instant,
     attempts: u32,
     refused_key_since: Option<Instant>,
@@ -36,7 +36,7 @@ impl Retry {
     pub(super) async fn wait(&mut self, error: HostError, on: OnEvent<'_>) -> Result<(), HostError> {
         let now = Instant::now();
         let first = self.row.is_none();
-        let row = self.row.get_or_insert(Row { since: now, attempts: 0, refused_key_since: None });
+        let row = self.row.get_or_insert(FailureStreak { since: now, attempts: 0, refused_key_since: None });
         row.attempts += 1;
         let end = row.since + self.budget;
         let end = self.deadline.map_or(end, |deadline| end.min(deadline));
@@ -88,7 +88,7 @@ pub(super) fn next_attempt(
 ) -> Option<Duration> {
     if error.kind == HostErrorKind::Connection(Kind::AuthFailed) {
         let since = *refused_key_since.get_or_insert(now);
-        return (now - since < AUTH_PATIENCE).then(|| AUTH_PAUSE.mul_f64(jitter(1.0, 1.4)));
+        return (now - since < AUTH_TIMEOUT).then(|| AUTH_PAUSE.mul_f64(jitter(1.0, 1.4)));
     }
     error.is_transient().then(|| backoff(attempt))
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use outliers_protocol::{FeaturePeak, FileBytes, Inspection, Reading, Results, Sided, WeightVerification};
 
-use super::beyond::beyond;
+use super::diagnostics::diagnostics;
 pub use super::table::{Cell, facts, id, name, number, table, text};
 use crate::broker::{Capabilities, Instance, InstanceId, InstanceState, Offer};
 use crate::estimate::Work;
@@ -14,8 +14,8 @@ use crate::market::{self, Step};
 use crate::model_name::short;
 use crate::reconcile::{Action, Leave};
 use crate::settings::Span;
-use crate::standing::Standing;
-use crate::survey::Outcome;
+use crate::status::Status;
+use crate::survey::ModelOutcome;
 use crate::text::{clean, counted};
 use crate::units::{Bytes, Usd, figure, grouped, operations};
 
@@ -67,7 +67,7 @@ pub fn results(model: &str, results: &Results, weights: Option<&WeightVerificati
         out += &format!("perplexity {} over {tokens}\n", figure(perplexity.perplexity, 4));
     }
     out += &features(results);
-    out + &beyond(results)
+    out + &diagnostics(results)
 }
 
 fn features(results: &Results) -> String {
@@ -310,10 +310,10 @@ pub fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
 }
 
 /// What runs, what is finished, what it costs.
-pub fn standing(standing: &Standing) -> String {
+pub fn status(status: &Status) -> String {
     let mut under_way =
         table(&["run", "survey", "model", "state", "instance", "price", "cost", "at most", "done by plan", "deadline"]);
-    for run in &standing.under_way {
+    for run in &status.under_way {
         let waits = run.waits.iter().map(|why| format!(", waits: {why}")).collect::<String>();
         let state = match run.looked_after {
             true => format!("{}{waits}", run.state),
@@ -321,8 +321,8 @@ pub fn standing(standing: &Standing) -> String {
         };
         let in_time = |at: Option<u64>| match at {
             None => "-".to_owned(),
-            Some(at) if at <= standing.at => "overdue".to_owned(),
-            Some(at) => format!("in {}", Span(Duration::from_secs(at - standing.at))),
+            Some(at) if at <= status.at => "overdue".to_owned(),
+            Some(at) => format!("in {}", Span(Duration::from_secs(at - status.at))),
         };
         let instance = run.instance.as_ref().zip(run.broker.as_ref()).map(|(id, broker)| format!("{id} on {broker}"));
         under_way.add_row([
@@ -339,46 +339,46 @@ pub fn standing(standing: &Standing) -> String {
         ]);
     }
     let mut surveys = table(&["survey", "complete", "failed", "open", "cost", "folder"]);
-    for survey in &standing.surveys {
-        let count = |outcomes: &[Outcome]| {
+    for survey in &status.surveys {
+        let count = |outcomes: &[ModelOutcome]| {
             number(survey.index.models.iter().filter(|line| outcomes.contains(&line.outcome)).count())
         };
         surveys.add_row([
             name(&survey.index.survey),
-            count(&[Outcome::Complete]),
-            count(&[Outcome::Partial, Outcome::Failed]),
-            count(&[Outcome::Open]),
+            count(&[ModelOutcome::Complete]),
+            count(&[ModelOutcome::Partial, ModelOutcome::Failed]),
+            count(&[ModelOutcome::Open]),
             number(survey.spent),
             text(&survey.folder.to_string_lossy()),
         ]);
     }
     let mut over = table(&["finished", "survey", "model", "ago", "cost", "how it ended"]);
-    for run in standing.over.iter().rev().take(TOP) {
+    for run in status.over.iter().rev().take(TOP) {
         over.add_row([
             id(&run.run),
             name(run.survey.as_deref().unwrap_or("-")),
             name(short(&run.model)),
-            number(age(run.ended * 1000, standing.at * 1000)),
+            number(age(run.ended * 1000, status.at * 1000)),
             number(run.cost),
             text(&run.ending),
         ]);
     }
     let mut out = String::new();
     for (is_empty, table, nothing) in [
-        (standing.under_way.is_empty(), under_way, "nothing is under way\n"),
-        (standing.surveys.is_empty(), surveys, ""),
-        (standing.over.is_empty(), over, ""),
+        (status.under_way.is_empty(), under_way, "nothing is under way\n"),
+        (status.surveys.is_empty(), surveys, ""),
+        (status.over.is_empty(), over, ""),
     ] {
         out += &if is_empty { nothing.to_owned() } else { format!("{table}\n\n") };
     }
-    let more = standing.over.len().saturating_sub(TOP);
+    let more = status.over.len().saturating_sub(TOP);
     if more > 0 {
         out += &format!("and {more} more finished: outliers runs list\n");
     }
-    for lost in &standing.unreadable {
+    for lost in &status.unreadable {
         out += &format!("run {}: its record is damaged: {}\n", lost.run, clean(lost.why.as_bytes(), 200));
     }
-    let Standing { spent, reserved, .. } = standing;
+    let Status { spent, reserved, .. } = status;
     out + &format!("spent {spent}; what is under way may still cost {reserved} until its time limits\n")
 }
 

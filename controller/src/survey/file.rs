@@ -1,4 +1,4 @@
-//! A survey's file: which models, over which text, with which wishes. Errors name the file, the line and the key.
+//! A survey's file: which models, over which text, with which requests. Errors name the file, the line and the key.
 //!
 //! What it says is as if it had been typed: the same types, with the same meaning, as the options of `deploy`. Paths are seen from the
 //! file's own folder.
@@ -28,7 +28,7 @@ pub struct Survey {
     /// The text and how it is run, the same for all models.
     pub job: JobArgs,
     /// In the file's order, each name once.
-    pub models: Vec<Entry>,
+    pub models: Vec<SurveyModel>,
     /// Runs side by side.
     pub max_parallel: Option<usize>,
     /// For all runs together.
@@ -39,7 +39,7 @@ pub struct Survey {
 
 /// A model of a survey.
 #[derive(Clone, Debug)]
-pub struct Entry {
+pub struct SurveyModel {
     /// Its name in the survey, and that of its results' folder.
     pub name: String,
     /// The checkpoint.
@@ -50,7 +50,7 @@ pub struct Entry {
     pub max_duration: Option<Span>,
 }
 
-impl Entry {
+impl SurveyModel {
     /// Whether it names a commit, which never moves, and no branch.
     pub fn is_at_commit(&self) -> bool {
         let revision = &self.model.revision;
@@ -72,7 +72,7 @@ pub struct SurveyError {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct File {
+struct SurveyFile {
     name: Spanned<String>,
     #[serde(alias = "num_sequences")]
     num_sequences: Option<usize>,
@@ -174,7 +174,7 @@ impl Survey {
             line: span.map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count()),
             message,
         };
-        let file: File = toml::from_str(text).map_err(|error| {
+        let file: SurveyFile = toml::from_str(text).map_err(|error| {
             let (line, message) = toml_error(text, &error);
             SurveyError { path: path.to_owned(), line, message }
         })?;
@@ -192,7 +192,7 @@ fn wrong<T>(at: &Spanned<T>, message: String) -> Wrong {
     Wrong { span: at.span(), message }
 }
 
-impl File {
+impl SurveyFile {
     fn understand(self, path: &Path) -> Result<Survey, Wrong> {
         check_name("name", &self.name)?;
         if let Some(none) = self.max_parallel.as_ref().filter(|most| *most.get_ref() == 0) {
@@ -287,7 +287,7 @@ impl ModelTable {
     }
 
     /// One model, or one for each of its revisions.
-    fn understand(self) -> Result<Vec<Entry>, Wrong> {
+    fn understand(self) -> Result<Vec<SurveyModel>, Wrong> {
         let numbers = [("min-vram", self.min_vram), ("min-cpu-ram", self.min_cpu_ram), ("min-disk", self.min_disk)];
         let odd = |number: Option<f64>| number.is_some_and(|number| !(0.0..=1e9).contains(&number));
         if let Some((key, _)) = numbers.into_iter().find(|(_, number)| odd(*number)) {
@@ -297,7 +297,7 @@ impl ModelTable {
             check_name("name", name)?;
         }
         let revisions = self.revisions()?;
-        let entry = Entry {
+        let entry = SurveyModel {
             name: self.name.map_or_else(|| slug(self.id.get_ref()), Spanned::into_inner),
             model: ModelArgs { model: self.id.into_inner(), revision: self.revision.unwrap_or_else(main_branch) },
             want: WantArgs {
@@ -319,7 +319,7 @@ impl ModelTable {
         }
         let at = |revision: String| {
             let name = format!("{}-{}", entry.name, slug(&revision));
-            Entry { name, model: ModelArgs { revision, ..entry.model.clone() }, ..entry.clone() }
+            SurveyModel { name, model: ModelArgs { revision, ..entry.model.clone() }, ..entry.clone() }
         };
         Ok(revisions.into_iter().map(at).collect())
     }
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn models_are_strings_or_tables_with_wishes() {
+    fn models_are_strings_or_tables_with_requests() {
         let survey = parsed(
             "name = 's'\nnum_sequences = 4\ndataset = 'fineweb-edu'\nshuffle = 3\nbudget = 12.5\nmax_duration = '2h'\nprecision = 'bf16'\nsites = ['residual']\n\
              models = ['owner/a', './b']\n[[model]]\nid = 'owner/c'\nrevision = 'abc'\ngpu_count = 8\nmin_vram = 80\n\

@@ -22,12 +22,12 @@ pub struct Index {
     /// Its file, as an absolute path: the same command goes on from there.
     pub file: String,
     /// In the file's order.
-    pub models: Vec<Line>,
+    pub models: Vec<IndexEntry>,
 }
 
 /// One model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Line {
+pub struct IndexEntry {
     /// Its name in the survey.
     pub name: String,
     /// Hub id or folder.
@@ -37,7 +37,7 @@ pub struct Line {
     /// The run that became this.
     pub run: Option<String>,
     /// What became of it.
-    pub outcome: Outcome,
+    pub outcome: ModelOutcome,
     /// Folder beside this document, where something came home.
     pub folder: Option<String>,
     /// Why it is not complete.
@@ -47,7 +47,7 @@ pub struct Line {
 /// What became of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Outcome {
+pub enum ModelOutcome {
     /// Whole results are there, compared with the worker's manifest.
     Complete,
     /// Something came home, not all.
@@ -58,7 +58,7 @@ pub enum Outcome {
     Open,
 }
 
-impl Outcome {
+impl ModelOutcome {
     /// One word, for tables.
     pub fn word(self) -> &'static str {
         match self {
@@ -81,7 +81,7 @@ pub enum IndexError {
 
 impl Index {
     /// What it says of a model, by its name in the survey.
-    pub fn line(&self, name: &str) -> Option<&Line> {
+    pub fn entry(&self, name: &str) -> Option<&IndexEntry> {
         self.models.iter().find(|line| line.name == name)
     }
 
@@ -113,7 +113,7 @@ impl Index {
             return Err(IndexError::Version(why));
         }
         let index: Self = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
-        let outside = |line: &&Line| !line.folder.iter().chain([&line.name]).all(|name| is_plain_name(name));
+        let outside = |line: &&IndexEntry| !line.folder.iter().chain([&line.name]).all(|name| is_plain_name(name));
         match index.models.iter().find(outside) {
             Some(line) => Err(damaged(format!("`{}` is not in its folder", line.name))),
             None => Ok(Some(index)),
@@ -125,8 +125,8 @@ impl Index {
 mod tests {
     use super::*;
 
-    fn line(name: &str, outcome: Outcome) -> Line {
-        Line {
+    fn line(name: &str, outcome: ModelOutcome) -> IndexEntry {
+        IndexEntry {
             name: name.into(),
             model: "owner/model".into(),
             job_key: "k".into(),
@@ -141,11 +141,11 @@ mod tests {
     fn it_is_read_as_it_was_written_and_doubted_otherwise() {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(Index::read(folder.path()), Ok(None));
-        let models = vec![line("a", Outcome::Complete), line("b", Outcome::Failed)];
+        let models = vec![line("a", ModelOutcome::Complete), line("b", ModelOutcome::Failed)];
         let index = Index { schema: SCHEMA, survey: "s".into(), file: "/s.toml".into(), models };
         index.write(folder.path()).unwrap();
         assert_eq!(Index::read(folder.path()), Ok(Some(index.clone())));
-        let outside = Index { models: vec![line("../a", Outcome::Complete)], ..index.clone() };
+        let outside = Index { models: vec![line("../a", ModelOutcome::Complete)], ..index.clone() };
         outside.write(folder.path()).unwrap();
         assert!(matches!(Index::read(folder.path()), Err(IndexError::Damaged(why)) if why.contains("../a")));
         let newer = serde_json::json!({ "schema": SCHEMA + 1 });

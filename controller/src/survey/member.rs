@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use super::index::{Line, Outcome};
+use super::index::{IndexEntry, ModelOutcome};
 use crate::deploy::{JobIdentity, holds};
 use crate::files::{MOST, read_small};
 use crate::ledger::{RUN_FILE, RunRecord};
-use crate::run::{Brought, Ending, Membership, TroubleKind};
+use crate::run::{Brought, Membership, RunFailureKind, RunOutcome};
 
 /// A model of a survey, and what it is to be run as.
 #[derive(Clone, Copy, Debug)]
@@ -22,41 +22,41 @@ pub struct Member<'a> {
     /// The survey's folder.
     pub folder: &'a Path,
     /// What the index there said of it before.
-    pub before: Option<&'a Line>,
+    pub before: Option<&'a IndexEntry>,
 }
 
 impl Member<'_> {
     /// What became of it, and the run of this very work that says so: one whose whole results are
     /// there, else the latest. Where the ledger, which may have been lost, does not know, the
     /// folder and its index do.
-    pub fn look<'r>(&self, runs: &'r [RunRecord]) -> (Line, Option<&'r RunRecord>) {
+    pub fn look<'r>(&self, runs: &'r [RunRecord]) -> (IndexEntry, Option<&'r RunRecord>) {
         let mut latest = None;
         for run in runs.iter().rev().filter(|run| self.is_run_by(run)) {
             let (outcome, why) = self.judge(run);
-            if outcome == Outcome::Complete {
-                return (self.line(Some(run), outcome, why), Some(run));
+            if outcome == ModelOutcome::Complete {
+                return (self.entry(Some(run), outcome, why), Some(run));
             }
             latest.get_or_insert((run, outcome, why));
         }
         if let Some(line) = self.at_home() {
             return (line, None);
         }
-        let is_failure = |line: &&Line| matches!(line.outcome, Outcome::Partial | Outcome::Failed);
+        let is_failure = |line: &&IndexEntry| matches!(line.outcome, ModelOutcome::Partial | ModelOutcome::Failed);
         let failed = self.before.filter(is_failure).filter(|line| line.job_key == self.job_key);
         match (latest, failed) {
-            (Some((run, outcome, why)), _) => (self.line(Some(run), outcome, why), Some(run)),
+            (Some((run, outcome, why)), _) => (self.entry(Some(run), outcome, why), Some(run)),
             (None, Some(before)) => (before.clone(), None),
-            (None, None) => (self.line(None, Outcome::Open, None), None),
+            (None, None) => (self.entry(None, ModelOutcome::Open, None), None),
         }
     }
 
     /// Whole results of this very work in its place, by the record and the hashes beside them.
-    fn at_home(&self) -> Option<Line> {
+    fn at_home(&self) -> Option<IndexEntry> {
         let place = self.folder.join(self.name);
         let run: RunRecord = serde_json::from_slice(&read_small(&place.join(RUN_FILE), MOST).ok()?).ok()?;
         let is_whole = self.is_run_by(&run) && holds(&place, &run.id).is_ok();
-        let line = || self.line(Some(&run), Outcome::Complete, None);
-        is_whole.then(|| Line { folder: Some(self.name.to_owned()), ..line() })
+        let line = || self.entry(Some(&run), ModelOutcome::Complete, None);
+        is_whole.then(|| IndexEntry { folder: Some(self.name.to_owned()), ..line() })
     }
 
     /// Whether a run does this work for this survey, wherever it may rent.
@@ -67,10 +67,10 @@ impl Member<'_> {
             && run.spec.job_key == self.identity.key(&run.spec.brokers)
     }
 
-    fn line(&self, run: Option<&RunRecord>, outcome: Outcome, why: Option<String>) -> Line {
-        let results = run.filter(|_| outcome != Outcome::Open).and_then(|run| run.state.results());
+    fn entry(&self, run: Option<&RunRecord>, outcome: ModelOutcome, why: Option<String>) -> IndexEntry {
+        let results = run.filter(|_| outcome != ModelOutcome::Open).and_then(|run| run.state.results());
         let name = |results: &Brought| Some(Path::new(&results.folder).file_name()?.to_str()?.to_owned());
-        Line {
+        IndexEntry {
             name: self.name.to_owned(),
             model: self.identity.job.model.name().to_owned(),
             job_key: self.job_key.to_owned(),
@@ -81,36 +81,38 @@ impl Member<'_> {
         }
     }
 
-    fn judge(&self, run: &RunRecord) -> (Outcome, Option<String>) {
-        let Some(ending) = run.state.ending().filter(|_| run.state.is_at_rest()) else { return (Outcome::Open, None) };
-        if *ending == Ending::Completed {
+    fn judge(&self, run: &RunRecord) -> (ModelOutcome, Option<String>) {
+        let Some(ending) = run.state.ending().filter(|_| run.state.is_at_rest()) else {
+            return (ModelOutcome::Open, None);
+        };
+        if *ending == RunOutcome::Completed {
             let place = self.folder.join(self.name);
-            let Err(flaw) = holds(&place, &run.id) else { return (Outcome::Complete, None) };
+            let Err(flaw) = holds(&place, &run.id) else { return (ModelOutcome::Complete, None) };
             let elsewhere = run.state.results().map(|results| Path::new(&results.folder));
             return match elsewhere.filter(|folder| *folder != place && holds(folder, &run.id).is_ok()) {
                 Some(folder) => {
                     let (from, to) = (folder.display(), place.display());
-                    (Outcome::Partial, Some(format!("its results could not be saved there: move {from} to {to}")))
+                    (ModelOutcome::Partial, Some(format!("its results could not be saved there: move {from} to {to}")))
                 }
                 // They were there: without them it is as if it had not been run.
-                None => (Outcome::Open, Some(flaw)),
+                None => (ModelOutcome::Open, Some(flaw)),
             };
         }
         let why = Some(ending.to_string());
         match run.state.results() {
-            _ if is_to_go_on(ending) => (Outcome::Open, why),
-            Some(_) => (Outcome::Partial, why),
-            None => (Outcome::Failed, why),
+            _ if is_to_go_on(ending) => (ModelOutcome::Open, why),
+            Some(_) => (ModelOutcome::Partial, why),
+            None => (ModelOutcome::Failed, why),
         }
     }
 }
 
 /// Whether a run that ended so was only kept from doing its work: the survey does it without being asked.
-fn is_to_go_on(ending: &Ending) -> bool {
+fn is_to_go_on(ending: &RunOutcome) -> bool {
     match ending {
-        Ending::Interrupted | Ending::Cancelled => true,
-        Ending::Failed { trouble } => {
-            matches!(trouble.kind, TroubleKind::NoOffer | TroubleKind::Unfit | TroubleKind::Budget)
+        RunOutcome::Interrupted | RunOutcome::Cancelled => true,
+        RunOutcome::Failed { trouble } => {
+            matches!(trouble.kind, RunFailureKind::NoOffer | RunFailureKind::Unfit | RunFailureKind::Budget)
         }
         _ => false,
     }
@@ -122,8 +124,8 @@ mod tests {
 
     use super::*;
     use crate::compare::fixture::copy;
-    use crate::run::{RunEvent, RunSpec, Trouble};
-    use crate::standing::tests::{ended, rented, run};
+    use crate::run::{FailureDetail, RunEvent, RunSpec};
+    use crate::status::tests::{ended, rented, run};
 
     /// A run of the model `owner/a`, its job and key set.
     fn of_a(id: &str, events: Vec<RunEvent>) -> RunRecord {
@@ -132,11 +134,11 @@ mod tests {
         RunRecord { spec: RunSpec { job_key, ..run.spec.clone() }, ..run }
     }
 
-    fn stopped(ending: Ending) -> Vec<RunEvent> {
+    fn stopped(ending: RunOutcome) -> Vec<RunEvent> {
         vec![RunEvent::Stopped { ending }]
     }
 
-    fn line(folder: &Path, job: &JobSpec, runs: &[RunRecord]) -> Line {
+    fn line(folder: &Path, job: &JobSpec, runs: &[RunRecord]) -> IndexEntry {
         let identity = JobIdentity::of(job).unwrap();
         let (survey, name, job_key) = ("moe-two", "owner--a", "k");
         Member { survey, name, identity: &identity, job_key, folder, before: None }.look(runs).0
@@ -146,19 +148,19 @@ mod tests {
     fn what_became_of_a_model_is_judged_by_ledger_and_files() {
         let home = tempfile::tempdir().unwrap();
         let folder = |name: &str, complete| Brought { folder: format!("/nowhere/{name}"), complete };
-        let trouble = |kind| Ending::Failed { trouble: Trouble { kind, message: "no".into(), hint: None } };
+        let trouble = |kind| RunOutcome::Failed { trouble: FailureDetail { kind, message: "no".into(), hint: None } };
         let failure = Failure { kind: FailureKind::Internal, message: "NaN".into(), hint: None };
-        let failed = Ending::WorkerFailed { failure };
+        let failed = RunOutcome::WorkerFailed { failure };
         for (events, expected, has_folder) in [
-            (rented("r"), Outcome::Open, false),
-            (stopped(Ending::Interrupted), Outcome::Open, false),
-            (stopped(Ending::Cancelled), Outcome::Open, false),
-            (stopped(trouble(TroubleKind::NoOffer)), Outcome::Open, false),
-            (stopped(trouble(TroubleKind::Unfit)), Outcome::Open, false),
-            (stopped(trouble(TroubleKind::Budget)), Outcome::Open, false),
-            (stopped(trouble(TroubleKind::Host)), Outcome::Failed, false),
-            (ended("r", folder("a.partial", false), failed.clone()), Outcome::Partial, true),
-            (ended("r", folder("owner--a", true), Ending::Completed), Outcome::Open, false),
+            (rented("r"), ModelOutcome::Open, false),
+            (stopped(RunOutcome::Interrupted), ModelOutcome::Open, false),
+            (stopped(RunOutcome::Cancelled), ModelOutcome::Open, false),
+            (stopped(trouble(RunFailureKind::NoOffer)), ModelOutcome::Open, false),
+            (stopped(trouble(RunFailureKind::Unfit)), ModelOutcome::Open, false),
+            (stopped(trouble(RunFailureKind::Budget)), ModelOutcome::Open, false),
+            (stopped(trouble(RunFailureKind::Host)), ModelOutcome::Failed, false),
+            (ended("r", folder("a.partial", false), failed.clone()), ModelOutcome::Partial, true),
+            (ended("r", folder("owner--a", true), RunOutcome::Completed), ModelOutcome::Open, false),
         ] {
             let runs = [of_a("r", events)];
             let line = line(home.path(), &runs[0].spec.job, &runs);
@@ -167,32 +169,32 @@ mod tests {
         }
         let whole = copy("mixture", &home.path().join("owner--a"));
         std::fs::write(whole.join(RUN_FILE), r#"{"id":"r1"}"#).unwrap();
-        let complete = of_a("r1", ended("r1", folder("owner--a", true), Ending::Completed));
+        let complete = of_a("r1", ended("r1", folder("owner--a", true), RunOutcome::Completed));
         let later = of_a("r2", ended("r2", folder("a.partial", false), failed));
         let job = complete.spec.job.clone();
         let both = [complete.clone(), later];
         let found = line(home.path(), &job, &both);
         assert_eq!(
             (found.outcome, found.run.as_deref()),
-            (Outcome::Complete, Some("r1")),
+            (ModelOutcome::Complete, Some("r1")),
             "whole results stay what they are"
         );
         let moved = home.path().join("elsewhere");
         std::fs::rename(&whole, &moved).unwrap();
         let away = Brought { folder: moved.to_string_lossy().into_owned(), complete: true };
-        let away = line(home.path(), &job, &[of_a("r1", ended("r1", away, Ending::Completed))]);
-        assert!(away.outcome == Outcome::Partial && away.why.unwrap().contains("move "), "not run again unasked");
+        let away = line(home.path(), &job, &[of_a("r1", ended("r1", away, RunOutcome::Completed))]);
+        assert!(away.outcome == ModelOutcome::Partial && away.why.unwrap().contains("move "), "not run again unasked");
         std::fs::rename(&moved, &whole).unwrap();
         std::fs::write(whole.join("results.json"), "{}").unwrap();
         let damaged = line(home.path(), &job, &both[..1]);
-        assert!(damaged.outcome == Outcome::Open && damaged.why.unwrap().contains("results.json"));
+        assert!(damaged.outcome == ModelOutcome::Open && damaged.why.unwrap().contains("results.json"));
     }
 
     #[test]
     fn without_a_ledger_the_record_and_the_hashes_beside_the_results_tell() {
         let home = tempfile::tempdir().unwrap();
         let brought = Brought { folder: "/lost".into(), complete: true };
-        let run = of_a("r1", ended("r1", brought, Ending::Completed));
+        let run = of_a("r1", ended("r1", brought, RunOutcome::Completed));
         let place = copy("mixture", &home.path().join("owner--a"));
         crate::compare::fixture::change(&place, "metadata.json", |metadata| {
             metadata["job"] = serde_json::to_value(&run.spec.job).unwrap();
@@ -203,17 +205,17 @@ mod tests {
         record(&run);
         let found = line(home.path(), &run.spec.job, &[]);
         let got = (found.outcome, found.run.as_deref(), found.folder.as_deref());
-        assert_eq!(got, (Outcome::Complete, Some("r1"), Some("owner--a")));
+        assert_eq!(got, (ModelOutcome::Complete, Some("r1"), Some("owner--a")));
         let other = RunSpec { job_key: "of another text".into(), ..run.spec.clone() };
         record(&RunRecord { spec: other, ..run.clone() });
-        assert_eq!(line(home.path(), &run.spec.job, &[]).outcome, Outcome::Open, "other work");
+        assert_eq!(line(home.path(), &run.spec.job, &[]).outcome, ModelOutcome::Open, "other work");
         record(&run);
         std::fs::write(place.join("results.json"), "{}").unwrap();
-        assert_eq!(line(home.path(), &run.spec.job, &[]).outcome, Outcome::Open, "damaged");
+        assert_eq!(line(home.path(), &run.spec.job, &[]).outcome, ModelOutcome::Open, "damaged");
         // What had failed waits to be asked for, unless it was other work.
         let identity = JobIdentity::of(&run.spec.job).unwrap();
-        let before = Line { outcome: Outcome::Failed, why: Some("no".into()), ..found };
-        for (job_key, outcome) in [("k", Outcome::Failed), ("other", Outcome::Open)] {
+        let before = IndexEntry { outcome: ModelOutcome::Failed, why: Some("no".into()), ..found };
+        for (job_key, outcome) in [("k", ModelOutcome::Failed), ("other", ModelOutcome::Open)] {
             let (folder, before) = (Path::new("/nowhere"), Some(&before));
             let member = Member { survey: "moe-two", name: "owner--a", identity: &identity, job_key, folder, before };
             assert_eq!(member.look(&[]).0.outcome, outcome);
@@ -223,7 +225,7 @@ mod tests {
     #[test]
     fn only_the_same_work_counts_wherever_it_was_done() {
         let home = tempfile::tempdir().unwrap();
-        let run = of_a("r", stopped(Ending::Interrupted));
+        let run = of_a("r", stopped(RunOutcome::Interrupted));
         let found = |job: &JobSpec, run: &RunRecord| line(home.path(), job, std::slice::from_ref(run)).run;
         assert!(found(&run.spec.job, &run).is_some());
         let mut other_job = run.spec.job.clone();

@@ -33,8 +33,8 @@ pub use pin::HostKeyPin;
 pub use sftp::Sftp;
 
 use clock::Clock;
-use connect::{Client, Opened};
-use source::Source;
+use connect::{ChannelCount, Client};
+use source::UploadSource;
 use upload::{LANES, Press, Queue, Upload};
 
 /// How much silence a connection bears, and how long its keys are used.
@@ -68,7 +68,7 @@ pub struct SshTransport {
     one_at_a_time: AtomicBool,
     turns: Semaphore,
     /// Over all connections.
-    opened: Opened,
+    opened: ChannelCount,
 }
 
 /// More calls than are ever made beside each other.
@@ -132,7 +132,7 @@ impl SshTransport {
             TransportError::new(TransportErrorKind::Local, message)
         })?;
         let key = Arc::new(key);
-        let opened = Opened::default();
+        let opened = ChannelCount::default();
         let (handle, seen) = connect::open(endpoint, &key, pin, &tuning, &opened).await?;
         let pin = pin.cloned().unwrap_or(seen);
         let link = Arc::new(Link { handle, sftp: Mutex::new(None) });
@@ -216,7 +216,7 @@ impl SshTransport {
         Ok(slot.clone())
     }
 
-    async fn upload(&self, link: &Link, source: &Source, what: &SendRequest<'_>) -> Result<(), TransportError> {
+    async fn upload(&self, link: &Link, source: &UploadSource, what: &SendRequest<'_>) -> Result<(), TransportError> {
         let sftp = self.sftp(link).await?;
         let upload = Upload {
             handle: &link.handle,
@@ -317,7 +317,7 @@ impl Transport for SshTransport {
     }
 
     async fn send(&self, what: &SendRequest<'_>) -> Result<(), TransportError> {
-        let source = Source::open(what.local).map_err(|e| here(what.local, &e))?;
+        let source = UploadSource::open(what.local).map_err(|e| here(what.local, &e))?;
         on_link!(self, link, self.upload(&link, &source, what))
     }
 

@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use futures::{StreamExt, stream};
 use outliers::broker::{GpuRequest, Offer, SshEndpoint};
-use outliers::clouds::{BadHosts, Clouds, Patience};
+use outliers::clouds::{BadHosts, Clouds, Timeouts};
 use outliers::deploy::{DeployEvent, Driver, HostTalk, Ports, SshHosts, Stop};
 use outliers::estimate::Work;
 use outliers::keys::RunKey;
 use outliers::ledger::{Ledger, RunRecord};
-use outliers::local_worker::{Check, LocalWorker};
+use outliers::local_worker::{InspectScope, LocalWorker};
 use outliers::output;
-use outliers::run::{Ending, RunSpec, Trouble, Watch};
+use outliers::run::{FailureDetail, GuardTimeouts, RunOutcome, RunSpec};
 use outliers::transport::TransportErrorKind as Kind;
 use outliers::transport::ssh::SshTransport;
 use outliers::units::Bytes;
@@ -33,7 +33,7 @@ use host::{Bad, tampering};
 
 /// Longer than any of it takes on a busy machine: an attack that is not over then has kept an
 /// instance.
-const PATIENCE: Duration = Duration::from_secs(150);
+const TIMEOUT: Duration = Duration::from_secs(150);
 /// From the login to the worker's start, for hosts that are to be exchanged.
 const READY: Duration = Duration::from_secs(20);
 /// No file of a run of the small fixture is larger.
@@ -145,7 +145,7 @@ async fn no_attack_of_a_host_does_harm() {
 }
 
 async fn over(attack: impl Future<Output = Result<String, String>>) -> Result<String, String> {
-    tokio::time::timeout(PATIENCE, attack).await.unwrap_or_else(|_| Err("it does not end".to_owned()))
+    tokio::time::timeout(TIMEOUT, attack).await.unwrap_or_else(|_| Err("it does not end".to_owned()))
 }
 
 /// One attack, and the outcome in words.
@@ -154,15 +154,15 @@ async fn played((_, bad, attack, expect): &Row, worker: &Path) -> Result<String,
     let (cloud, program) = (Arc::new(Cloud::new(*bad)), tampering(worker, attack, here.path()));
     let heard = Mutex::new(Vec::new());
     let is_slow = matches!(bad, Bad::Silence | Bad::Drip | Bad::SilentFiles);
-    let patience = Patience { ready: if is_slow { READY } else { Patience::LOCAL.ready }, ..Patience::LOCAL };
-    let record = drive(&cloud, patience, program, here.path(), &heard).await?;
+    let timeouts = Timeouts { ready: if is_slow { READY } else { Timeouts::LOCAL.ready }, ..Timeouts::LOCAL };
+    let record = drive(&cloud, timeouts, program, here.path(), &heard).await?;
     let (created, left) = cloud.count();
     let ending = record.state.ending().ok_or("it is not over")?;
     demand(record.state.is_closed() && left == 0, || format!("{left} instances are left"))?;
     let whole = record.state.results().is_some_and(|results| results.complete);
     let held = match expect {
-        Expect::Completed(instances) => *ending == Ending::Completed && whole && created == *instances,
-        Expect::Refused => *ending != Ending::Completed && !whole,
+        Expect::Completed(instances) => *ending == RunOutcome::Completed && whole && created == *instances,
+        Expect::Refused => *ending != RunOutcome::Completed && !whole,
         Expect::Over | Expect::Without(_) => true,
     };
     demand(held, || format!("{created} instances, whole: {whole}, {ending}"))?;
@@ -172,7 +172,7 @@ async fn played((_, bad, attack, expect): &Row, worker: &Path) -> Result<String,
     demand(*bad != Bad::AsksForForwards || refused > 0, || "nobody was asked".to_owned())?;
     files_are_harmless(here.path(), *expect)?;
     let mut heard = heard.into_inner().unwrap();
-    if let Ending::Failed { trouble } = ending {
+    if let RunOutcome::Failed { trouble } = ending {
         heard.push(trouble.message.clone());
     }
     let harmless = |c: char| !c.is_control() && !matches!(c, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}');
@@ -212,7 +212,7 @@ fn files_are_harmless(here: &Path, expect: Expect) -> Result<(), String> {
 /// A whole run, in `here`.
 async fn drive(
     cloud: &Arc<Cloud>,
-    patience: Patience,
+    timeouts: Timeouts,
     program: PathBuf,
     here: &Path,
     heard: &Mutex<Vec<String>>,
@@ -230,14 +230,21 @@ async fn drive(
     let ledger = Ledger::open(&here.join("state")).map_err(|error| error.to_string())?;
     let run = ledger.plan(&spec(&here.join("results")).await).map_err(|error| error.to_string())?;
     let (hosts, bad_hosts) = (SshHosts::new(program, Bytes::from_gib(1), Bytes::from_gib(1)), BadHosts::default());
-    let cloud = outliers::clouds::Cloud { broker: cloud.clone(), patience, is_local: false };
+    let cloud = outliers::clouds::Cloud { broker: cloud.clone(), timeouts, is_local: false };
     let clouds = Clouds::from(vec![cloud]);
-    let ports = Ports { clouds: &clouds, select: all, bad_hosts: &bad_hosts, hosts: &hosts, secrets: &[], turns: None };
+    let ports = Ports {
+        clouds: &clouds,
+        select: all,
+        bad_hosts: &bad_hosts,
+        hosts: &hosts,
+        secrets: &[],
+        start_throttle: None,
+    };
     let stop = tokio::sync::watch::Sender::new(Stop::Go);
     Driver::new(run, ports, stop.subscribe(), &on).drive().await.map_err(|error| error.to_string())
 }
 
-fn all(offers: Vec<Offer>, _spec: &RunSpec) -> Result<Vec<Offer>, Trouble> {
+fn all(offers: Vec<Offer>, _spec: &RunSpec) -> Result<Vec<Offer>, FailureDetail> {
     Ok(offers)
 }
 
@@ -250,7 +257,7 @@ async fn spec(results: &Path) -> RunSpec {
     job.corpus.source = CorpusSource::TokenIds(text(fixture.join("golden.safetensors")));
     job.precision = Precision::F32;
     let honest = LocalWorker::find(Some(&worker()), Path::new("")).await.unwrap();
-    let output = output::planned(&job, &honest.inspect(&job, Check::Model).await.unwrap());
+    let output = output::planned(&job, &honest.inspect(&job, InspectScope::Model).await.unwrap());
     RunSpec {
         model,
         brokers: NAME.to_owned(),
@@ -263,7 +270,7 @@ async fn spec(results: &Path) -> RunSpec {
         keep_running: false,
         detach: false,
         max_duration_s: 600,
-        watch: Watch { lease_s: 600, unclaimed_s: 600 },
+        watch: GuardTimeouts { lease_s: 600, unclaimed_s: 600 },
         budget: None,
         agreed: None,
         only_in_time: false,

@@ -1,4 +1,4 @@
-//! What the tests share: a server, a line to it, and a host at its end.
+//! What the tests share: a server, a link to it, and a host at its end.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use outliers::broker::SshEndpoint;
 use outliers::host::RemoteHost;
 use outliers::transport::ssh::{SshTransport, Tuning};
-use outliers_tests::line::Line;
+use outliers_tests::flaky_link::FlakyLink;
 use outliers_tests::sshd::Sshd;
 use tempfile::TempDir;
 
@@ -15,29 +15,29 @@ use tempfile::TempDir;
 pub(crate) const HASTY: Tuning =
     Tuning { keepalive: Duration::from_millis(500), stall: Duration::from_secs(1), rekey_after: 1 << 30 };
 
-/// A server at the end of a line.
+/// A server at the end of a link.
 pub(crate) struct Scene {
     pub(crate) server: Sshd,
-    pub(crate) line: Line,
+    pub(crate) link: FlakyLink,
     pub(crate) here: TempDir,
 }
 
 impl Scene {
     /// With more lines of `sshd_config`. `None` where there is no OpenSSH.
-    pub(crate) fn new(config: &str, line: impl FnOnce(&SshEndpoint) -> Line) -> Option<Self> {
+    pub(crate) fn new(config: &str, link: impl FnOnce(&SshEndpoint) -> FlakyLink) -> Option<Self> {
         let server = Sshd::start_with(config).unwrap()?;
-        let line = line(&server.endpoint());
-        Some(Self { server, line, here: tempfile::tempdir().unwrap() })
+        let link = link(&server.endpoint());
+        Some(Self { server, link, here: tempfile::tempdir().unwrap() })
     }
 
-    /// At the end of a line like the one within this machine.
+    /// At the end of a link like the one within this machine.
     pub(crate) fn near(config: &str) -> Option<Self> {
-        Self::new(config, |server| Line::long(server, Duration::ZERO).unwrap())
+        Self::new(config, |server| FlakyLink::long(server, Duration::ZERO).unwrap())
     }
 
     pub(crate) async fn ssh(&self, tuning: Tuning) -> SshTransport {
         let (key, pin) = (self.server.key().private_path(), Some(self.server.host_key()));
-        SshTransport::connect_with(&self.line.endpoint(), key, pin, tuning).await.unwrap().0
+        SshTransport::connect_with(&self.link.endpoint(), key, pin, tuning).await.unwrap().0
     }
 
     pub(crate) async fn host(&self, tuning: Tuning) -> RemoteHost {

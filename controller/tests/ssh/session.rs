@@ -5,7 +5,7 @@ use std::time::Duration;
 use outliers::broker::SshEndpoint;
 use outliers::transport::ssh::{SshTransport, Tuning};
 use outliers::transport::{Transport, TransportErrorKind as Kind};
-use outliers_tests::line::Line;
+use outliers_tests::flaky_link::FlakyLink;
 
 use crate::scene::{HASTY, Scene};
 
@@ -24,16 +24,16 @@ async fn lines_before_the_version_are_borne_as_openssh_bears_them() {
         format!("SSL is not spoken here\nS\n{}", text(300, "\n")),
     ];
     for preface in borne {
-        let line = |server: &SshEndpoint| Line::with_preface(server, preface.as_bytes()).unwrap();
-        let Some(scene) = Scene::new("", line) else { return };
+        let link = |server: &SshEndpoint| FlakyLink::with_preface(server, preface.as_bytes()).unwrap();
+        let Some(scene) = Scene::new("", link) else { return };
         let ssh = scene.ssh(Tuning::default()).await;
         let said = ssh.exec("echo in", b"", Duration::from_secs(20)).await.unwrap();
         assert_eq!(said.stdout, b"in\n", "{} bytes", preface.len());
     }
     for preface in [text(9000, "\r\n"), "\x1b[31mno\n".repeat(1024)] {
-        let line = |server: &SshEndpoint| Line::with_preface(server, preface.as_bytes()).unwrap();
-        let Some(scene) = Scene::new("", line) else { return };
-        let attempt = SshTransport::connect(&scene.line.endpoint(), scene.server.key().private_path(), None).await;
+        let link = |server: &SshEndpoint| FlakyLink::with_preface(server, preface.as_bytes()).unwrap();
+        let Some(scene) = Scene::new("", link) else { return };
+        let attempt = SshTransport::connect(&scene.link.endpoint(), scene.server.key().private_path(), None).await;
         let error = attempt.err().expect("too much text is no SSH server");
         assert_eq!(error.kind, Kind::Reset, "{error}");
         assert!(error.message.contains("more text") && !error.message.contains('\u{1b}'), "{error}");

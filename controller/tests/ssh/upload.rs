@@ -8,7 +8,7 @@ use std::time::Duration;
 use outliers::host::{HostEvent, RemoteHost};
 use outliers::transport::ssh::{SshTransport, Tuning};
 use outliers::transport::{SendRequest, Transport, TransportError, TransportErrorKind as Kind};
-use outliers_tests::line::Line;
+use outliers_tests::flaky_link::FlakyLink;
 use outliers_tests::{noise, sha256};
 
 use crate::scene::{HASTY, Scene, names};
@@ -68,7 +68,7 @@ async fn an_upload_goes_on_where_the_line_broke() {
         let Some(scene) = Scene::near(config) else { return };
         let file = scene.file("big", &noise(60 * MB));
         let host = scene.host(Tuning::default()).await;
-        scene.line.cut_after(45 * MB as u64);
+        scene.link.cut_after(45 * MB as u64);
         let lost = AtomicBool::new(false);
         let there = push(&host, &file, |event| {
             lost.fetch_or(matches!(event, HostEvent::ConnectionLost { .. }), Ordering::Relaxed);
@@ -76,7 +76,7 @@ async fn an_upload_goes_on_where_the_line_broke() {
         .await;
         assert!(lost.into_inner(), "{config}: the line did break");
         assert_arrived(&file, &there);
-        let carried = scene.line.carried_up() as usize / MB;
+        let carried = scene.link.carried_up() as usize / MB;
         assert!(carried < 90, "{config}: {carried} MB went up for 60 MB in two attempts");
     }
 }
@@ -93,7 +93,7 @@ async fn what_a_killed_controller_left_is_gone_on_with_and_what_is_wrong_there_i
     let mut there = std::fs::read(&part).unwrap();
     there[5 * MB] ^= 1;
     std::fs::write(&part, &there).unwrap();
-    let before = scene.line.carried_up();
+    let before = scene.link.carried_up();
     let host = scene.host(Tuning::default()).await;
     let first = std::sync::Mutex::new(None);
     let placed = push(&host, &file, |event| {
@@ -103,11 +103,11 @@ async fn what_a_killed_controller_left_is_gone_on_with_and_what_is_wrong_there_i
     })
     .await;
     assert_arrived(&file, &placed);
-    let carried = (scene.line.carried_up() - before) as usize;
+    let carried = (scene.link.carried_up() - before) as usize;
     assert!(carried > 4 << 20 && carried < 45 * MB, "{carried}");
-    let again = scene.line.carried_up();
+    let again = scene.link.carried_up();
     push(&host, &file, |event| assert_eq!(event, HostEvent::AlreadyThere)).await;
-    assert!(scene.line.carried_up() - again < 100_000);
+    assert!(scene.link.carried_up() - again < 100_000);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -160,8 +160,8 @@ async fn a_program_starts_although_a_dead_connection_still_holds_it_open() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_silent_line_is_given_up_and_a_slow_one_is_not() {
-    let line = |server: &_| Line::narrow(server, 2 * MB as u64).unwrap();
-    let Some(scene) = Scene::new("", line) else { return };
+    let link = |server: &_| FlakyLink::narrow(server, 2 * MB as u64).unwrap();
+    let Some(scene) = Scene::new("", link) else { return };
     let file = scene.file("big", &noise(8 * MB));
     // Every request of the file is under way at once, and the last waits four times longer than the patience.
     let placed = push(&scene.host(HASTY).await, &file, |_| {}).await;
@@ -180,13 +180,13 @@ async fn a_silent_line_is_given_up_and_a_slow_one_is_not() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_narrow_line_carries_what_shrinks_compressed() {
     for config in ["", "Subsystem other internal-sftp"] {
-        let line = |server: &_| Line::narrow(server, 3 * MB as u64).unwrap();
-        let Some(scene) = Scene::new(config, line) else { return };
+        let link = |server: &_| FlakyLink::narrow(server, 3 * MB as u64).unwrap();
+        let Some(scene) = Scene::new(config, link) else { return };
         let text: String = (0..2_000_000).map(|i| format!("{i:07} outliers\n")).collect();
         let file = scene.file("big", text.as_bytes());
         let placed = push(&scene.host(Tuning::default()).await, &file, |_| {}).await;
         assert_arrived(&file, &placed);
-        let carried = scene.line.carried_up() as usize / MB;
+        let carried = scene.link.carried_up() as usize / MB;
         assert!(carried < 26, "{config}: {carried} MB for 34 MB of text");
     }
 }

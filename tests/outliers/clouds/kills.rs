@@ -68,7 +68,7 @@ fn start_to_die_at(place: &Place, cloud: &FakeCloud, at: usize, when: Moment) ->
             kill(aim.load(Ordering::SeqCst));
         }
     }));
-    let controller = place.desk.start(Place::deployment());
+    let controller = place.context.start(Place::deployment());
     target.store(controller.id() as usize, Ordering::SeqCst);
     drop(world);
     controller
@@ -80,7 +80,7 @@ fn strike(point: Point, whole: Duration) -> bool {
     let mut controller = match point {
         Point::Request(number, moment) => start_to_die_at(&place, &cloud, number, moment),
         Point::Time(share) => {
-            let controller = place.desk.start(Place::deployment());
+            let controller = place.context.start(Place::deployment());
             std::thread::sleep(whole.mul_f64(share));
             kill(controller.id() as usize);
             controller
@@ -89,7 +89,7 @@ fn strike(point: Point, whole: Duration) -> bool {
     let died = controller.wait().expect("it was started here").code().is_none();
     cloud.world().watch = None;
     let what = format!("{point:?}");
-    let again = place.desk.run(Place::deployment());
+    let again = place.context.run(Place::deployment());
     assert_eq!(again.code, Some(0), "{what}: {again:?}");
     agreed(&cloud, &place, &what);
     died
@@ -106,7 +106,7 @@ fn agreed(cloud: &FakeCloud, place: &Place, what: &str) {
     assert!(ours().count() <= 2, "{what}: {} instances", ours().count());
     let paid: Usd = ours().map(|instance| instance.cost(world.now)).sum();
     drop(world);
-    let runs = place.desk.json(&["runs", "list"]);
+    let runs = place.context.json(&["runs", "list"]);
     let mut whole = 0;
     let mut at_most = Usd::ZERO;
     for run in runs["runs"].as_array().expect("a list") {
@@ -127,7 +127,7 @@ fn agreed(cloud: &FakeCloud, place: &Place, what: &str) {
     }
     assert!(whole >= 1, "{what}: {runs:#}");
     assert!(Usd::ZERO < paid && paid <= at_most, "{what}: {paid} of {at_most}");
-    let listed = place.desk.json(&["instances", "list", "--broker", "runpod"]);
+    let listed = place.context.json(&["instances", "list", "--broker", "runpod"]);
     let names = listed["instances"].as_array().expect("a list").iter().map(|instance| &instance["name"]);
     assert_eq!(names.collect::<Vec<_>>(), [STRANGER], "{what}: {listed:#}");
 }
@@ -140,7 +140,7 @@ fn kill(pid: usize) {
 fn killed_at_any_point_the_real_controller_leaves_nothing_and_loses_nothing() {
     let Some((cloud, place)) = scene() else { return };
     // The first run of all may have to wait for the programs to be built.
-    let _ = place.desk.run(["completions", "bash"]).ok();
+    let _ = place.context.run(["completions", "bash"]).ok();
     let begun = Instant::now();
     let _ = place.deploy().ok();
     let (whole, requests) = (begun.elapsed(), cloud.world().requests.len());

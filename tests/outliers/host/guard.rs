@@ -1,7 +1,7 @@
 //! The guard on a host, against a real OpenSSH server: nobody looks after the run any more, in every way in which that happens.
 
-use outliers::host::Terms;
-use outliers::run::Watch;
+use outliers::host::GuardConfig;
+use outliers::run::GuardTimeouts;
 
 use super::*;
 
@@ -10,12 +10,12 @@ const END: &str = "echo ended >> \"$HOME/ended\"";
 /// One that is not taken.
 const FAILS: &str = "echo 'no such pod' >&2; exit 1";
 
-fn terms(lease_s: u64, unclaimed_s: u64, left_s: u64, end_itself: Option<&'static str>) -> Terms {
-    Terms { watch: Watch { lease_s, unclaimed_s }, left: Duration::from_secs(left_s), end_itself }
+fn terms(lease_s: u64, unclaimed_s: u64, left_s: u64, end_itself: Option<&'static str>) -> GuardConfig {
+    GuardConfig { watch: GuardTimeouts { lease_s, unclaimed_s }, left: Duration::from_secs(left_s), end_itself }
 }
 
 impl Scene {
-    async fn guarded(&self, run: &str, scenario: &str, terms: Terms) {
+    async fn guarded(&self, run: &str, scenario: &str, terms: GuardConfig) {
         self.host.guard(run, &terms).await.unwrap();
         self.launch(run, scenario).await;
     }

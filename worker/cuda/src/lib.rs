@@ -21,7 +21,7 @@ use std::fmt;
 use std::sync::OnceLock;
 
 #[cfg(feature = "staging")]
-pub use staging::{Arrival, Departure, Staging};
+pub use staging::{ReleaseFence, Staging, UploadFence};
 #[cfg(feature = "staging")]
 pub use statistics::{Activation, Stored};
 use table::Of;
@@ -56,7 +56,7 @@ pub struct Gpu {
 
 /// A driver and its GPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
+pub struct DriverInfo {
     /// The newest CUDA that the driver serves.
     pub driver: CudaVersion,
     /// By the driver's index.
@@ -115,12 +115,12 @@ impl Unavailable {
 ///
 /// # Errors
 /// Why no GPU serves.
-pub fn find() -> Result<&'static Found, &'static Unavailable> {
-    static FOUND: OnceLock<Result<Found, Unavailable>> = OnceLock::new();
+pub fn find() -> Result<&'static DriverInfo, &'static Unavailable> {
+    static FOUND: OnceLock<Result<DriverInfo, Unavailable>> = OnceLock::new();
     FOUND.get_or_init(look).as_ref()
 }
 
-fn look() -> Result<Found, Unavailable> {
+fn look() -> Result<DriverInfo, Unavailable> {
     let driver = libraries::driver().map_err(|why| Unavailable::NoDriver { why })?;
     table::fill(Of::Driver, driver)
         .map_err(|lacks| Unavailable::NoDriver { why: format!("libcuda.so.1 lacks {lacks}: it is too old") })?;
@@ -177,7 +177,7 @@ unsafe extern "C" {
 }
 
 /// <https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__DEVICE.html>
-fn ask_driver() -> Result<Found, Unavailable> {
+fn ask_driver() -> Result<DriverInfo, Unavailable> {
     const COMPUTE_MAJOR: c_int = 75;
     const COMPUTE_MINOR: c_int = 76;
     let done = |code| if code == 0 { Ok(()) } else { Err(Unavailable::NoGpu { code }) };
@@ -211,7 +211,7 @@ fn ask_driver() -> Result<Found, Unavailable> {
         Ok(Gpu { name, memory_bytes: memory as u64, compute })
     };
     let gpus = (0..count).map(gpu).collect::<Result<_, _>>()?;
-    Ok(Found { driver: CudaVersion(version / 1000, version % 1000 / 10), gpus })
+    Ok(DriverInfo { driver: CudaVersion(version / 1000, version % 1000 / 10), gpus })
 }
 
 #[cfg(test)]

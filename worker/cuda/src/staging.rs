@@ -2,7 +2,7 @@
 //!
 //! A copy from memory that is not pinned goes through the driver's own buffer, and one on the stream that computes waits for all that was
 //! asked of it before. Here what was brought belongs to the stream that computes as soon as it is on its way: the tensor library waits for
-//! nothing else that it is given. So that stream is told of an [`Arrival`] before it uses any of it.
+//! nothing else that it is given. So that stream is told of an [`UploadFence`] before it uses any of it.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -44,11 +44,11 @@ impl Staging {
     }
 
     /// `count` values that `write` writes, in pieces of a multiple of `granule` of them but for the last. They are on their way when this
-    /// returns, and must neither be used nor dropped before an [`arrival`](Self::arrival) that comes later.
+    /// returns, and must neither be used nor dropped before an [`upload_fence`](Self::upload_fence) that comes later.
     ///
     /// # Errors
     /// The driver's, and those of `write`.
-    pub fn bring<T: DeviceRepr + Pod, E: From<DriverError>>(
+    pub fn upload<T: DeviceRepr + Pod, E: From<DriverError>>(
         &mut self,
         count: usize,
         granule: usize,
@@ -77,21 +77,21 @@ impl Staging {
     ///
     /// # Errors
     /// The driver's.
-    pub fn arrival(&self) -> Result<Arrival, DriverError> {
+    pub fn upload_fence(&self) -> Result<UploadFence, DriverError> {
         let copied = self.stream.record_event(None)?;
-        Ok(Arrival { copied: Some(copied), compute: Arc::clone(&self.compute) })
+        Ok(UploadFence { copied: Some(copied), compute: Arc::clone(&self.compute) })
     }
 }
 
 /// When what was brought is there.
 #[must_use]
-pub struct Arrival {
+pub struct UploadFence {
     copied: Option<CudaEvent>,
     compute: Arc<CudaStream>,
 }
 
-impl Arrival {
-    /// What the computing stream is asked for from now on is done after the arrival.
+impl UploadFence {
+    /// What the computing stream is asked for from now on is done after the fence.
     ///
     /// # Errors
     /// The driver's.
@@ -100,7 +100,7 @@ impl Arrival {
     }
 }
 
-impl Drop for Arrival {
+impl Drop for UploadFence {
     /// Nobody uses what arrives. But it is given back on the computing stream, which must not be before its copies are done.
     fn drop(&mut self) {
         if let Some(copied) = self.copied.take() {
@@ -111,9 +111,9 @@ impl Drop for Arrival {
 }
 
 /// When all is done that a stream was asked for so far.
-pub struct Departure(CudaEvent);
+pub struct ReleaseFence(CudaEvent);
 
-impl Departure {
+impl ReleaseFence {
     /// Of what was dropped, among other things.
     ///
     /// # Errors
@@ -187,14 +187,14 @@ mod tests {
                 values.iter_mut().zip(range).for_each(|(to, at)| *to = value(tensor, at));
                 Ok::<_, DriverError>(())
             };
-            let slice = staging.bring(count, 96, write).unwrap();
-            let arrival = staging.arrival().unwrap();
+            let slice = staging.upload(count, 96, write).unwrap();
+            let upload_fence = staging.upload_fence().unwrap();
             if tensor % 3 == 1 {
                 // Dropped unused, in this order.
-                drop((arrival, slice));
+                drop((upload_fence, slice));
                 continue;
             }
-            arrival.wait().unwrap();
+            upload_fence.wait().unwrap();
             // What the computing stream makes of it.
             kept.push((tensor, compute.clone_dtod(&slice).unwrap()));
             if tensor % 30 == 29 {
@@ -216,7 +216,8 @@ mod tests {
 
     #[test]
     fn what_is_brought_is_there_when_it_is_used_however_late_streams_are() {
-        let gpu = std::env::var("OUTLIERS_GPU").expect("OUTLIERS_GPU names a folder that tests/gpu/place.sh made");
+        let gpu = std::env::var("OUTLIERS_GPU")
+            .expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
         for delay in ["0", "300", "5000"] {
             let environment = [("LD_LIBRARY_PATH", gpu.as_str()), ("OUTLIERS_GPU_DELAY_US", delay)];
             assert_eq!(said_by("staging::tests::bring_and_take_back", &environment), "all there", "{delay} us");

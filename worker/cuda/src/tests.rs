@@ -95,7 +95,7 @@ fn look_and_tell() {
     let launch = || unsafe { cuLaunchKernel(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11) };
     let before = launch();
     let found = match find() {
-        Ok(Found { driver, gpus }) => format!("{driver} {gpus:?}"),
+        Ok(DriverInfo { driver, gpus }) => format!("{driver} {gpus:?}"),
         Err(why) => format!("{why} (wasted: {})", why.wastes_a_gpu()),
     };
     println!("said: {before} then {} {found}", launch());

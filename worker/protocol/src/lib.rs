@@ -14,8 +14,8 @@
 //! | [`VersionInfo`] | standard output of `outliers-worker version --json` | the worker |
 
 mod ablation;
-mod beyond;
 mod corpus_format;
+mod diagnostics;
 mod export;
 mod index_set;
 mod inspection;
@@ -28,12 +28,12 @@ mod results;
 mod size;
 
 pub use ablation::{Ablate, Ablation, AblationArm, Removed};
-pub use beyond::{
+pub use corpus_format::{CorpusCompression, CorpusContent, CorpusFormat};
+pub use diagnostics::{
     ExpertPeak, FeaturePeak, GainSummary, MASSIVE_DIMS, MASSIVE_RECORDS, MagnitudeQuantiles, MassiveActivations,
     MassiveDim, MassiveLayer, MassiveRecord, OtherSite, Record, RouterSummary, RowSpread, RowStatistics, SuperExperts,
     TOP_RECORDS, TopRecords,
 };
-pub use corpus_format::{CorpusCompression, CorpusContent, CorpusFormat};
 pub use export::Export;
 pub use index_set::IndexSet;
 pub use inspection::{

@@ -30,12 +30,12 @@ const NAMES: Names = Names {
     tensors: &[
         &[
             (Role::Embedding, "{base}word_embeddings.weight"),
-            (Role::QueryKeyValue, "{base}layers.{layer}.attention.query_key_value.weight"),
-            (Role::QueryKeyValueBias, "{base}layers.{layer}.attention.query_key_value.bias"),
-            (Role::QueryNorm, "{base}layers.{layer}.attention.query_layernorm.weight"),
-            (Role::KeyNorm, "{base}layers.{layer}.attention.key_layernorm.weight"),
-            (Role::Output, "{base}layers.{layer}.attention.dense.weight"),
-            (Role::OutputBias, "{base}layers.{layer}.attention.dense.bias"),
+            (Role::QkvProj, "{base}layers.{layer}.attention.query_key_value.weight"),
+            (Role::QkvProjBias, "{base}layers.{layer}.attention.query_key_value.bias"),
+            (Role::QNorm, "{base}layers.{layer}.attention.query_layernorm.weight"),
+            (Role::KNorm, "{base}layers.{layer}.attention.key_layernorm.weight"),
+            (Role::OProj, "{base}layers.{layer}.attention.dense.weight"),
+            (Role::OProjBias, "{base}layers.{layer}.attention.dense.bias"),
             (Role::CorrectionBias, "{base}layers.{layer}.mlp.gate.expert_bias"),
         ],
         LIKE_LLAMA,

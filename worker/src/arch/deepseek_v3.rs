@@ -29,12 +29,12 @@ pub(super) const TENSORS: &[&[(Role, &str)]] = &[LIKE_LLAMA, SEPARATE_EXPERTS, S
 
 /// Names of latent attention.
 pub(super) const LATENT: &[(Role, &str)] = &[
-    (Role::QueryDown, "{base}layers.{layer}.self_attn.q_a_proj.weight"),
-    (Role::QueryDownNorm, "{base}layers.{layer}.self_attn.q_a_layernorm.weight"),
-    (Role::QueryUp, "{base}layers.{layer}.self_attn.q_b_proj.weight"),
-    (Role::KeyValueDown, "{base}layers.{layer}.self_attn.kv_a_proj_with_mqa.weight"),
-    (Role::KeyValueDownNorm, "{base}layers.{layer}.self_attn.kv_a_layernorm.weight"),
-    (Role::KeyValueUp, "{base}layers.{layer}.self_attn.kv_b_proj.weight"),
+    (Role::QAProj, "{base}layers.{layer}.self_attn.q_a_proj.weight"),
+    (Role::QANorm, "{base}layers.{layer}.self_attn.q_a_layernorm.weight"),
+    (Role::QBProj, "{base}layers.{layer}.self_attn.q_b_proj.weight"),
+    (Role::KvAProj, "{base}layers.{layer}.self_attn.kv_a_proj_with_mqa.weight"),
+    (Role::KvANorm, "{base}layers.{layer}.self_attn.kv_a_layernorm.weight"),
+    (Role::KvBProj, "{base}layers.{layer}.self_attn.kv_b_proj.weight"),
 ];
 
 /// Of the norms inside the bottlenecks; not in the configuration.

@@ -27,9 +27,9 @@ const NAMES: Names = Names {
     tensors: &[
         &[
             (Role::Head, "language_model.lm_head.weight"),
-            (Role::Gate, "{base}layers.{layer}.feed_forward.gate_proj.weight"),
-            (Role::Up, "{base}layers.{layer}.feed_forward.up_proj.weight"),
-            (Role::Down, "{base}layers.{layer}.feed_forward.down_proj.weight"),
+            (Role::GateProj, "{base}layers.{layer}.feed_forward.gate_proj.weight"),
+            (Role::UpProj, "{base}layers.{layer}.feed_forward.up_proj.weight"),
+            (Role::DownProj, "{base}layers.{layer}.feed_forward.down_proj.weight"),
             (Role::Router, "{base}layers.{layer}.feed_forward.router.weight"),
             (Role::ExpertGateUp, "{base}layers.{layer}.feed_forward.experts.gate_up_proj"),
             (Role::ExpertDown, "{base}layers.{layer}.feed_forward.experts.down_proj"),

@@ -44,10 +44,10 @@ const NAMES: Names = Names {
         (Role::Head, "lm_head.weight"),
         (Role::MixerNorm, "{base}layers.{layer}.norm.weight"),
         (Role::FfnNorm, "{base}layers.{layer}.norm.weight"),
-        (Role::Query, "{base}layers.{layer}.mixer.q_proj.weight"),
-        (Role::Key, "{base}layers.{layer}.mixer.k_proj.weight"),
-        (Role::Value, "{base}layers.{layer}.mixer.v_proj.weight"),
-        (Role::Output, "{base}layers.{layer}.mixer.o_proj.weight"),
+        (Role::QProj, "{base}layers.{layer}.mixer.q_proj.weight"),
+        (Role::KProj, "{base}layers.{layer}.mixer.k_proj.weight"),
+        (Role::VProj, "{base}layers.{layer}.mixer.v_proj.weight"),
+        (Role::OProj, "{base}layers.{layer}.mixer.o_proj.weight"),
         (Role::MambaInput, "{base}layers.{layer}.mixer.in_proj.weight"),
         (Role::MambaConvolution, "{base}layers.{layer}.mixer.conv1d.weight"),
         (Role::MambaConvolutionBias, "{base}layers.{layer}.mixer.conv1d.bias"),
@@ -56,8 +56,8 @@ const NAMES: Names = Names {
         (Role::MambaSkip, "{base}layers.{layer}.mixer.D"),
         (Role::MambaNorm, "{base}layers.{layer}.mixer.norm.weight"),
         (Role::MambaOutput, "{base}layers.{layer}.mixer.out_proj.weight"),
-        (Role::Up, "{base}layers.{layer}.mixer.up_proj.weight"),
-        (Role::Down, "{base}layers.{layer}.mixer.down_proj.weight"),
+        (Role::UpProj, "{base}layers.{layer}.mixer.up_proj.weight"),
+        (Role::DownProj, "{base}layers.{layer}.mixer.down_proj.weight"),
         (Role::Router, "{base}layers.{layer}.mixer.gate.weight"),
         (Role::CorrectionBias, "{base}layers.{layer}.mixer.gate.e_score_correction_bias"),
         (Role::ExpertUp, "{base}layers.{layer}.mixer.experts.{expert}.up_proj.weight"),
@@ -99,17 +99,17 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     });
     let (dense, moe) = (FfnSpec::Dense(mlp(config.count("intermediate_size")?)), FfnSpec::Moe(mixture(config)?));
     let layer = |kind| match kind {
-        Kind::Mamba => pre_norm(norm, mamba.clone(), FfnSpec::None),
-        Kind::Attention => pre_norm(norm, attention.clone(), FfnSpec::None),
-        Kind::Mixture => pre_norm(norm, MixerSpec::None, moe.clone()),
-        Kind::Mlp => pre_norm(norm, MixerSpec::None, dense.clone()),
+        LayerKind::Mamba => pre_norm(norm, mamba.clone(), FfnSpec::None),
+        LayerKind::Attention => pre_norm(norm, attention.clone(), FfnSpec::None),
+        LayerKind::Mixture => pre_norm(norm, MixerSpec::None, moe.clone()),
+        LayerKind::Mlp => pre_norm(norm, MixerSpec::None, dense.clone()),
     };
     decoder_like_llama(config, kinds(config)?.into_iter().map(layer).collect())
 }
 
 /// What a layer is.
 #[derive(Clone, Copy)]
-enum Kind {
+enum LayerKind {
     Mamba,
     Attention,
     Mixture,
@@ -117,20 +117,20 @@ enum Kind {
 }
 
 /// What the layers are: a list of words, else a letter for each.
-fn kinds(config: &Config<'_>) -> Result<Vec<Kind>> {
+fn kinds(config: &Config<'_>) -> Result<Vec<LayerKind>> {
     const PATTERN: &str = "hybrid_override_pattern";
     let listed = ["layers_block_type", "layer_types"].into_iter().find_map(|key| {
         let list = config.raw(key).filter(|list| !list.is_null())?;
         Some((key, list))
     });
-    let kinds: Vec<Kind> = match (listed, config.raw(PATTERN)) {
+    let kinds: Vec<LayerKind> = match (listed, config.raw(PATTERN)) {
         (Some((key, list)), _) => {
             let words = list.as_array().ok_or_else(|| ill_typed(key, "a list of words", list))?;
             let of = |word: &Value| match word.as_str() {
-                Some("linear_attention" | "mamba") => Ok(Kind::Mamba),
-                Some("full_attention" | "attention") => Ok(Kind::Attention),
-                Some("moe") => Ok(Kind::Mixture),
-                Some("mlp") => Ok(Kind::Mlp),
+                Some("linear_attention" | "mamba") => Ok(LayerKind::Mamba),
+                Some("full_attention" | "attention") => Ok(LayerKind::Attention),
+                Some("moe") => Ok(LayerKind::Mixture),
+                Some("mlp") => Ok(LayerKind::Mlp),
                 _ => Err(unsupported(format!("{key} {word}"))),
             };
             words.iter().map(of).collect::<Result<_>>()?
@@ -138,15 +138,15 @@ fn kinds(config: &Config<'_>) -> Result<Vec<Kind>> {
         (None, Some(pattern)) => {
             let letters = pattern.as_str().ok_or_else(|| ill_typed(PATTERN, "a word", pattern))?;
             let of = |letter: char| match letter {
-                'M' => Ok(Kind::Mamba),
-                '*' => Ok(Kind::Attention),
-                'E' => Ok(Kind::Mixture),
-                '-' => Ok(Kind::Mlp),
+                'M' => Ok(LayerKind::Mamba),
+                '*' => Ok(LayerKind::Attention),
+                'E' => Ok(LayerKind::Mixture),
+                '-' => Ok(LayerKind::Mlp),
                 _ => Err(unsupported(format!("{PATTERN} with {letter:?}"))),
             };
             letters.chars().map(of).collect::<Result<_>>()?
         }
-        (None, None) => vec![Kind::Mamba, Kind::Mixture, Kind::Attention, Kind::Mlp],
+        (None, None) => vec![LayerKind::Mamba, LayerKind::Mixture, LayerKind::Attention, LayerKind::Mlp],
     };
     const MOST: usize = 4096;
     if kinds.len() > MOST {

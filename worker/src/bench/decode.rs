@@ -135,14 +135,14 @@ fn ceilings(bytes: usize, rounds: usize) -> (f64, f64) {
 /// A matrix in one format.
 struct Sample {
     name: &'static str,
-    kind: Kind,
+    kind: StoredAs,
     bytes: Vec<u8>,
     scales: Vec<u8>,
 }
 
 /// How a sample is stored.
 #[derive(Clone, Copy)]
-enum Kind {
+enum StoredAs {
     F32,
     F16,
     Bf16,
@@ -164,14 +164,14 @@ impl Sample {
         let Self { kind, bytes, scales, .. } = self;
         let tiles = |scale_dtype, block| Encoded::Fp8Blocks { bytes, scales, scale_dtype, shape, block };
         match kind {
-            Kind::F32 => Encoded::Plain { dtype: &StoredDtype::F32, bytes },
-            Kind::F16 => Encoded::Plain { dtype: &StoredDtype::F16, bytes },
-            Kind::Bf16 => Encoded::Plain { dtype: &StoredDtype::BF16, bytes },
-            Kind::Fp8 => tiles(&StoredDtype::F32, BLOCK),
-            Kind::Fp8Powers => tiles(&StoredDtype::F8E8M0, SMALL_BLOCK),
-            Kind::Mxfp4 => Encoded::Mxfp4 { blocks: bytes, scales },
-            Kind::Int4 => Encoded::Int4 { codes: bytes, scales, scale_dtype: &StoredDtype::BF16, group: 32 },
-            Kind::Nvfp4 => Encoded::Nvfp4 { blocks: bytes, scales, whole: 1e-4 },
+            StoredAs::F32 => Encoded::Plain { dtype: &StoredDtype::F32, bytes },
+            StoredAs::F16 => Encoded::Plain { dtype: &StoredDtype::F16, bytes },
+            StoredAs::Bf16 => Encoded::Plain { dtype: &StoredDtype::BF16, bytes },
+            StoredAs::Fp8 => tiles(&StoredDtype::F32, BLOCK),
+            StoredAs::Fp8Powers => tiles(&StoredDtype::F8E8M0, SMALL_BLOCK),
+            StoredAs::Mxfp4 => Encoded::Mxfp4 { blocks: bytes, scales },
+            StoredAs::Int4 => Encoded::Int4 { codes: bytes, scales, scale_dtype: &StoredDtype::BF16, group: 32 },
+            StoredAs::Nvfp4 => Encoded::Nvfp4 { blocks: bytes, scales, whole: 1e-4 },
         }
     }
 }
@@ -182,11 +182,19 @@ const BLOCK: [usize; 2] = [128, 128];
 const SMALL_BLOCK: [usize; 2] = [32, 32];
 
 /// The formats in the order of the table.
-const STORED: [Kind; 8] =
-    [Kind::F32, Kind::F16, Kind::Bf16, Kind::Fp8, Kind::Fp8Powers, Kind::Mxfp4, Kind::Int4, Kind::Nvfp4];
+const STORED: [StoredAs; 8] = [
+    StoredAs::F32,
+    StoredAs::F16,
+    StoredAs::Bf16,
+    StoredAs::Fp8,
+    StoredAs::Fp8Powers,
+    StoredAs::Mxfp4,
+    StoredAs::Int4,
+    StoredAs::Nvfp4,
+];
 
 /// `values` values, whole rows of them, in a format.
-fn sample(kind: Kind, values: usize) -> Sample {
+fn sample(kind: StoredAs, values: usize) -> Sample {
     // One row repeats: what the numbers are changes no decoder's speed.
     let floats = |bytes: fn(f32) -> Vec<u8>| {
         let row: Vec<u8> = noise().take(COLUMNS).flat_map(|byte| bytes(f32::from(byte) / 64.0 - 1.9)).collect();
@@ -198,20 +206,20 @@ fn sample(kind: Kind, values: usize) -> Sample {
     let nibbles = || noise().take(values / 2).collect();
     let powers = |count: usize| noise().take(count).map(|byte| 118 + byte % 8).collect();
     let (name, (bytes, scales)) = match kind {
-        Kind::F32 => ("F32", floats(|v| v.to_le_bytes().to_vec())),
-        Kind::F16 => ("F16", floats(|v| f16::from_f32(v).to_le_bytes().to_vec())),
-        Kind::Bf16 => ("BF16", floats(|v| bf16::from_f32(v).to_le_bytes().to_vec())),
-        Kind::Fp8 => {
+        StoredAs::F32 => ("F32", floats(|v| v.to_le_bytes().to_vec())),
+        StoredAs::F16 => ("F16", floats(|v| f16::from_f32(v).to_le_bytes().to_vec())),
+        StoredAs::Bf16 => ("BF16", floats(|v| bf16::from_f32(v).to_le_bytes().to_vec())),
+        StoredAs::Fp8 => {
             let scale = |tile: usize| (1e-4 + 1e-9 * tile as f32).to_le_bytes();
             ("FP8 in blocks", (numbers(values), (0..tiles(BLOCK)).flat_map(scale).collect()))
         }
-        Kind::Fp8Powers => ("FP8 32x32, E8M0", (numbers(values), powers(tiles(SMALL_BLOCK)))),
-        Kind::Mxfp4 => ("MXFP4", (nibbles(), powers(values / 32))),
-        Kind::Int4 => {
+        StoredAs::Fp8Powers => ("FP8 32x32, E8M0", (numbers(values), powers(tiles(SMALL_BLOCK)))),
+        StoredAs::Mxfp4 => ("MXFP4", (nibbles(), powers(values / 32))),
+        StoredAs::Int4 => {
             let scale = |byte: u8| bf16::from_f32(1e-3 + 1e-5 * f32::from(byte)).to_le_bytes();
             ("INT4", (nibbles(), noise().take(values / 32).flat_map(scale).collect()))
         }
-        Kind::Nvfp4 => ("NVFP4", (nibbles(), numbers(values / 16))),
+        StoredAs::Nvfp4 => ("NVFP4", (nibbles(), numbers(values / 16))),
     };
     Sample { name, kind, bytes, scales }
 }

@@ -21,7 +21,7 @@ use crate::gpu;
 use crate::hub::Hub;
 use crate::inspect::{self, Flops, PlannedRun};
 use crate::meter::{Meter, Work};
-use crate::model::{Model, Piece};
+use crate::model::{Model, TensorRange};
 use crate::product::{self, Arithmetic};
 use crate::progress::ProgressSink;
 use crate::run;
@@ -345,7 +345,7 @@ fn reading_alone(model: &Model<'_>) -> Result<f64> {
     let mut bytes = vec![1; READ_AT_ONCE as usize];
     let (mut read, start) = (0, Instant::now());
     for (layer, need) in &needs {
-        for Piece { entry, range } in model.stored(*layer, need).pieces() {
+        for TensorRange { entry, range } in model.stored(*layer, need).pieces() {
             for from in range.clone().step_by(READ_AT_ONCE as usize) {
                 let part = from..range.end.min(from + READ_AT_ONCE);
                 let len = part.end - part.start;

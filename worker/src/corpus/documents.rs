@@ -38,12 +38,12 @@ pub(super) struct Documents {
     shuffle: Option<u64>,
     /// To be passed over.
     skip: usize,
-    open: Option<Blocks>,
+    open: Option<OpenFile>,
     ready: VecDeque<Document>,
 }
 
 /// An open file, and those of its blocks that were not read.
-struct Blocks {
+struct OpenFile {
     file: Box<dyn RangedFile>,
     content: Content,
     left: VecDeque<usize>,
@@ -124,7 +124,7 @@ impl Documents {
                 return Ok(true);
             }
             let Some(file) = self.files.pop_front() else { return Ok(false) };
-            self.open = Some(Blocks::open(file, &self.field, self.shuffle)?);
+            self.open = Some(OpenFile::open(file, &self.field, self.shuffle)?);
         }
     }
 
@@ -148,7 +148,7 @@ impl Iterator for Documents {
     }
 }
 
-impl Blocks {
+impl OpenFile {
     fn open(file: Box<dyn RangedFile>, field: &str, seed: Option<u64>) -> Result<Self> {
         let format = CorpusFormat::of(file.name());
         let most = if format.content == CorpusContent::Text { MAX_TEXT_BYTES } else { MAX_HELD_BYTES };

@@ -72,7 +72,7 @@ impl TextColumn {
         texts.into_iter().enumerate().filter_map(named).collect()
     }
 
-    fn fetch(&self, file: &dyn RangedFile, block: usize) -> Result<Piece> {
+    fn fetch(&self, file: &dyn RangedFile, block: usize) -> Result<FileBytes> {
         let chunk = self.metadata.row_group(block).column(self.column);
         let first = chunk.dictionary_page_offset().filter(|at| *at > 0).unwrap_or(chunk.data_page_offset());
         if chunk.compression() == Compression::LZO {
@@ -89,11 +89,11 @@ impl TextColumn {
             let message = format!("{}: a block of {bytes} bytes at {first}, {unpacked} unpacked", file.name());
             return Err(WorkerError::corpus(message).hint("the file is damaged, or its blocks are too large to read"));
         }
-        Ok(Piece { start: range.start, bytes: file.read(range)?.into() })
+        Ok(FileBytes { start: range.start, bytes: file.read(range)?.into() })
     }
 
     /// The rows of a block, missing ones too.
-    fn decode(&self, piece: Piece, block: usize) -> ParquetResult<Vec<Option<ByteArray>>> {
+    fn decode(&self, piece: FileBytes, block: usize) -> ParquetResult<Vec<Option<ByteArray>>> {
         let group = self.metadata.row_group(block);
         let rows = usize::try_from(group.num_rows())?;
         let pages = SerializedPageReader::new(Arc::new(piece), group.column(self.column), rows, None)?;
@@ -151,18 +151,18 @@ fn guarded<T>(file: &dyn RangedFile, read: impl FnOnce() -> ParquetResult<T>) ->
 }
 
 /// Some bytes of a file, at their place in it.
-struct Piece {
+struct FileBytes {
     start: u64,
     bytes: Bytes,
 }
 
-impl Length for Piece {
+impl Length for FileBytes {
     fn len(&self) -> u64 {
         self.start + self.bytes.len() as u64
     }
 }
 
-impl ChunkReader for Piece {
+impl ChunkReader for FileBytes {
     type T = Box<dyn Read + Send>;
 
     fn get_read(&self, start: u64) -> ParquetResult<Self::T> {

@@ -38,46 +38,46 @@ pub enum Role {
     /// Gain of the norm of the mixer's output `[hidden]`.
     MixerPostNorm,
     /// Projection `[heads * head_dim, hidden]`, twice the rows with an output gate.
-    Query,
+    QProj,
     /// Projection `[kv_heads * head_dim, hidden]`.
-    Key,
+    KProj,
     /// Projection `[kv_heads * head_dim, hidden]`.
-    Value,
+    VProj,
     /// All three in one.
-    QueryKeyValue,
+    QkvProj,
     /// Projection `[hidden, heads * value width]`.
-    Output,
-    /// Bias of `Query`.
-    QueryBias,
-    /// Bias of `Key`.
-    KeyBias,
-    /// Bias of `Value`.
-    ValueBias,
-    /// Bias of `QueryKeyValue`.
-    QueryKeyValueBias,
-    /// Bias of `Output`.
-    OutputBias,
+    OProj,
+    /// Bias of `QProj`.
+    QProjBias,
+    /// Bias of `KProj`.
+    KProjBias,
+    /// Bias of `VProj`.
+    VProjBias,
+    /// Bias of `QkvProj`.
+    QkvProjBias,
+    /// Bias of `OProj`.
+    OProjBias,
     /// Gain of the queries' norm.
-    QueryNorm,
+    QNorm,
     /// Gain of the keys' norm.
-    KeyNorm,
+    KNorm,
     /// One logit per head `[heads]`.
     Sinks,
     /// Gates of the mixed values `[heads * head_dim, hidden]`.
     OutputGate,
 
     /// Queries' bottleneck `[query_rank, hidden]`.
-    QueryDown,
+    QAProj,
     /// Gain of the norm in it.
-    QueryDownNorm,
+    QANorm,
     /// Out of the bottleneck `[heads * (nope + rope), query_rank]`.
-    QueryUp,
+    QBProj,
     /// Keys' and values' bottleneck, and the rotated key part `[kv_rank + rope, hidden]`.
-    KeyValueDown,
+    KvAProj,
     /// Gain of the norm in it.
-    KeyValueDownNorm,
+    KvANorm,
     /// Out of the bottleneck, per head [key without position | value] `[heads * (nope + value), kv_rank]`.
-    KeyValueUp,
+    KvBProj,
 
     /// DeltaNet's projection, per key head [q | k | values | gates].
     DeltaQkvz,
@@ -142,21 +142,21 @@ pub enum Role {
     /// What multiplies the residual stream after the layer `[1]`.
     LayerScalar,
     /// Projection `[intermediate, hidden]`.
-    Gate,
+    GateProj,
     /// Projection `[intermediate, hidden]`.
-    Up,
+    UpProj,
     /// Both in one `[2 * intermediate, hidden]`.
-    GateUp,
+    GateUpProj,
     /// Projection `[hidden, intermediate]`.
-    Down,
-    /// Bias of `Gate`.
-    GateBias,
-    /// Bias of `Up`.
-    UpBias,
-    /// Bias of `GateUp`.
-    GateUpBias,
-    /// Bias of `Down`.
-    DownBias,
+    DownProj,
+    /// Bias of `GateProj`.
+    GateProjBias,
+    /// Bias of `UpProj`.
+    UpProjBias,
+    /// Bias of `GateUpProj`.
+    GateUpProjBias,
+    /// Bias of `DownProj`.
+    DownProjBias,
 
     /// Router `[experts, hidden]`.
     Router,
@@ -255,14 +255,14 @@ pub(crate) struct MlpRoles {
 
 impl MlpRoles {
     pub(crate) const DENSE: Self = Self {
-        gate: Role::Gate,
-        up: Role::Up,
-        gate_up: Role::GateUp,
-        down: Role::Down,
-        gate_bias: Role::GateBias,
-        up_bias: Role::UpBias,
-        gate_up_bias: Role::GateUpBias,
-        down_bias: Role::DownBias,
+        gate: Role::GateProj,
+        up: Role::UpProj,
+        gate_up: Role::GateUpProj,
+        down: Role::DownProj,
+        gate_bias: Role::GateProjBias,
+        up_bias: Role::UpProjBias,
+        gate_up_bias: Role::GateUpProjBias,
+        down_bias: Role::DownProjBias,
     };
     pub(crate) const EXPERT: Self = Self {
         gate: Role::ExpertGate,
@@ -425,25 +425,25 @@ impl AttentionSpec {
         let (values, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let queries = if self.output_gate == OutputGate::WithQuery { 2 * values } else { values };
         let projections = if self.fused_qkv {
-            vec![(Role::QueryKeyValue, Role::QueryKeyValueBias, queries + 2 * kv)]
+            vec![(Role::QkvProj, Role::QkvProjBias, queries + 2 * kv)]
         } else {
-            let mut separate = vec![(Role::Query, Role::QueryBias, queries), (Role::Key, Role::KeyBias, kv)];
-            separate.extend((!self.key_is_value).then_some((Role::Value, Role::ValueBias, kv)));
+            let mut separate = vec![(Role::QProj, Role::QProjBias, queries), (Role::KProj, Role::KProjBias, kv)];
+            separate.extend((!self.key_is_value).then_some((Role::VProj, Role::VProjBias, kv)));
             separate
         };
         for (weight, bias, rows) in projections {
             needs.push(Need::new(weight, &[rows, hidden]));
             needs.extend(self.qkv_bias.then(|| Need::new(bias, &[rows])));
         }
-        needs.push(Need::new(Role::Output, &[hidden, values]));
-        needs.extend(self.output_bias.then(|| Need::new(Role::OutputBias, &[hidden])));
+        needs.push(Need::new(Role::OProj, &[hidden, values]));
+        needs.extend(self.output_bias.then(|| Need::new(Role::OProjBias, &[hidden])));
         let gains = match self.qk_norm {
             QkNorm::None | QkNorm::AfterRope { .. } => None,
             QkNorm::WholeProjection(_) => Some((values, kv)),
             QkNorm::PerHead(_) => Some((self.head_dim, self.head_dim)),
         };
         if let Some((query, key)) = gains {
-            needs.extend([Need::new(Role::QueryNorm, &[query]), Need::new(Role::KeyNorm, &[key])]);
+            needs.extend([Need::new(Role::QNorm, &[query]), Need::new(Role::KNorm, &[key])]);
         }
         needs.extend(self.sinks.then(|| Need::new(Role::Sinks, &[self.heads])));
         let separate = self.output_gate == OutputGate::Separate;
@@ -455,18 +455,18 @@ impl LatentSpec {
     fn needs(&self, hidden: usize, needs: &mut Vec<Need>) {
         let queries = self.heads * (self.nope_dim + self.rope_dim);
         match self.query_rank {
-            None => needs.push(Need::new(Role::Query, &[queries, hidden])),
+            None => needs.push(Need::new(Role::QProj, &[queries, hidden])),
             Some(rank) => needs.extend([
-                Need::new(Role::QueryDown, &[rank, hidden]),
-                Need::new(Role::QueryDownNorm, &[rank]),
-                Need::new(Role::QueryUp, &[queries, rank]),
+                Need::new(Role::QAProj, &[rank, hidden]),
+                Need::new(Role::QANorm, &[rank]),
+                Need::new(Role::QBProj, &[queries, rank]),
             ]),
         }
         needs.extend([
-            Need::new(Role::KeyValueDown, &[self.kv_rank + self.rope_dim, hidden]),
-            Need::new(Role::KeyValueDownNorm, &[self.kv_rank]),
-            Need::new(Role::KeyValueUp, &[self.heads * (self.nope_dim + self.value_dim), self.kv_rank]),
-            Need::new(Role::Output, &[hidden, self.heads * self.value_dim]),
+            Need::new(Role::KvAProj, &[self.kv_rank + self.rope_dim, hidden]),
+            Need::new(Role::KvANorm, &[self.kv_rank]),
+            Need::new(Role::KvBProj, &[self.heads * (self.nope_dim + self.value_dim), self.kv_rank]),
+            Need::new(Role::OProj, &[hidden, self.heads * self.value_dim]),
         ]);
     }
 }
@@ -497,9 +497,9 @@ impl DeltaNetSpec {
                 Need::new(Role::DeltaStep, &[self.value_heads, hidden]),
             ]),
             DeltaStored::Apart => needs.extend([
-                Need::new(Role::Query, &[keys, hidden]),
-                Need::new(Role::Key, &[keys, hidden]),
-                Need::new(Role::Value, &[values, hidden]),
+                Need::new(Role::QProj, &[keys, hidden]),
+                Need::new(Role::KProj, &[keys, hidden]),
+                Need::new(Role::VProj, &[values, hidden]),
                 Need::new(Role::DeltaGateDown, &[self.value_dim, hidden]),
                 Need::new(Role::DeltaGateUp, &[values, self.value_dim]),
                 Need::new(Role::DeltaStrength, &[self.value_heads, hidden]),

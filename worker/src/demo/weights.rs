@@ -20,7 +20,7 @@ const ROUTER_STD: f32 = 0.1;
 const GAIN_STD: f32 = 0.03;
 
 /// What a tensor holds, and how planting changes it.
-enum Role {
+enum TensorKind {
     Embedding,
     /// A norm's gain; planted ones are multiplied.
     Gain(Option<[usize; 2]>),
@@ -35,22 +35,22 @@ enum Role {
 struct Plan {
     name: String,
     shape: [usize; 2],
-    role: Role,
+    role: TensorKind,
 }
 
 impl Plan {
     fn gain(name: String, site: Option<[usize; 2]>) -> Self {
         // One row: `spec` drops the first dimension.
-        Self { name, shape: [1, HIDDEN], role: Role::Gain(site) }
+        Self { name, shape: [1, HIDDEN], role: TensorKind::Gain(site) }
     }
 
     fn matrix(name: String, shape: [usize; 2], reads: Option<[usize; 2]>) -> Self {
-        Self { name, shape, role: Role::Matrix { std: MATRIX_STD, reads } }
+        Self { name, shape, role: TensorKind::Matrix { std: MATRIX_STD, reads } }
     }
 
     fn spec(&self) -> TensorSpec {
         let shape = self.shape.map(|dim| dim as u64);
-        let shape = if matches!(self.role, Role::Gain(_)) { &shape[1..] } else { &shape[..] };
+        let shape = if matches!(self.role, TensorKind::Gain(_)) { &shape[1..] } else { &shape[..] };
         TensorSpec::new(&self.name, StoredDtype::BF16, shape)
     }
 
@@ -59,10 +59,10 @@ impl Plan {
         let key = mix(seed) ^ name_hash(&self.name);
         let [rows, columns] = self.shape;
         let mut values: Vec<f32> = (0..rows * columns).map(|i| self.base(key, i)).collect();
-        if let Role::Gain(Some(site)) = self.role {
+        if let TensorKind::Gain(Some(site)) = self.role {
             planted.at(site).for_each(|(dim, factor)| values[dim] *= factor);
         }
-        if let Role::Matrix { reads: Some(site), .. } = self.role {
+        if let TensorKind::Matrix { reads: Some(site), .. } = self.role {
             for (dim, factor) in planted.at(site) {
                 values.iter_mut().skip(dim).step_by(columns).for_each(|value| *value /= factor);
             }
@@ -74,10 +74,10 @@ impl Plan {
     fn base(&self, key: u64, index: usize) -> f32 {
         let noise = gaussian(key, index as u64);
         let value = match self.role {
-            Role::Gain(_) => 1.0 + GAIN_STD * noise,
-            Role::Matrix { std, .. } => std * noise,
-            Role::Embedding if index % HIDDEN == RARE_DIM => EMBEDDING_STD * rare(index / HIDDEN, noise),
-            Role::Embedding => EMBEDDING_STD * noise,
+            TensorKind::Gain(_) => 1.0 + GAIN_STD * noise,
+            TensorKind::Matrix { std, .. } => std * noise,
+            TensorKind::Embedding if index % HIDDEN == RARE_DIM => EMBEDDING_STD * rare(index / HIDDEN, noise),
+            TensorKind::Embedding => EMBEDDING_STD * noise,
         };
         bf16::from_f32(value).to_f32()
     }
@@ -103,7 +103,7 @@ fn gaussian(key: u64, index: u64) -> f32 {
 /// All tensors, in the order of the layers.
 fn tensors() -> Vec<Plan> {
     let embedding =
-        Plan { name: "model.embed_tokens.weight".to_owned(), shape: [VOCAB, HIDDEN], role: Role::Embedding };
+        Plan { name: "model.embed_tokens.weight".to_owned(), shape: [VOCAB, HIDDEN], role: TensorKind::Embedding };
     let mut all = vec![embedding];
     all.extend((0..LAYERS).flat_map(layer));
     all.push(Plan::gain("model.norm.weight".to_owned(), None));
@@ -127,7 +127,7 @@ fn layer(layer: usize) -> Vec<Plan> {
         Plan {
             name: name("mlp.gate"),
             shape: [EXPERTS, HIDDEN],
-            role: Role::Matrix { std: ROUTER_STD, reads: experts },
+            role: TensorKind::Matrix { std: ROUTER_STD, reads: experts },
         },
     ];
     for expert in 0..EXPERTS {

@@ -61,14 +61,14 @@ const fn power_of_two(byte: u8) -> u32 {
 }
 
 /// A matrix of codes; a task is one row of tiles.
-pub(super) struct Blocks<'a> {
+pub(super) struct Fp8Tiles<'a> {
     codes: &'a [u8],
     scales: Vec<f32>,
     columns: usize,
     block: [usize; 2],
 }
 
-impl<'a> Blocks<'a> {
+impl<'a> Fp8Tiles<'a> {
     /// # Errors
     /// Checkpoint: a scale is not finite.
     pub(super) fn new(
@@ -96,7 +96,7 @@ impl<'a> Blocks<'a> {
     }
 }
 
-impl<T: Compute> Format<T> for Blocks<'_> {
+impl<T: Compute> Format<T> for Fp8Tiles<'_> {
     fn task(&self) -> usize {
         self.block[0] * self.columns
     }

@@ -55,7 +55,7 @@ impl<T: Compute> Table<T> {
 }
 
 /// Blocks with the tables of the scales they use: a handful in a trained model, at most 255.
-pub(super) struct Blocks<'a, T: Compute> {
+pub(super) struct Mxfp4Blocks<'a, T: Compute> {
     codes: &'a [[u8; BLOCK / 2]],
     scales: &'a [u8],
     tables: Vec<Table<T>>,
@@ -63,7 +63,7 @@ pub(super) struct Blocks<'a, T: Compute> {
     table_of: [u8; 256],
 }
 
-impl<'a, T: Compute> Blocks<'a, T> {
+impl<'a, T: Compute> Mxfp4Blocks<'a, T> {
     /// # Errors
     /// Checkpoint: a scale is NaN.
     pub(super) fn new(blocks: &'a [u8], scales: &'a [u8], tensor: &str) -> Result<Self> {
@@ -98,7 +98,7 @@ fn used(scales: &[u8]) -> [bool; 256] {
     scales.par_chunks(super::TASK).map(one).reduce(|| [false; 256], |a, b| std::array::from_fn(|i| a[i] | b[i]))
 }
 
-impl<T: Compute> Format<T> for Blocks<'_, T> {
+impl<T: Compute> Format<T> for Mxfp4Blocks<'_, T> {
     fn fill(&self, start: usize, out: &mut [T::Bits]) -> bool {
         let first = start / BLOCK;
         let blocks = self.codes[first..].iter().zip(&self.scales[first..]);

@@ -13,13 +13,13 @@ fn pair(byte: u8, scale: f32) -> [f32; 2] {
 }
 
 /// Blocks with their scales.
-pub(super) struct Blocks<'a> {
+pub(super) struct Nvfp4Blocks<'a> {
     codes: &'a [[u8; BLOCK / 2]],
     scales: &'a [u8],
     whole: f32,
 }
 
-impl<'a> Blocks<'a> {
+impl<'a> Nvfp4Blocks<'a> {
     pub(super) fn new(codes: &'a [u8], scales: &'a [u8], whole: f32) -> Self {
         Self { codes: codes.as_chunks().0, scales, whole }
     }
@@ -30,7 +30,7 @@ impl<'a> Blocks<'a> {
     }
 }
 
-impl<T: Compute> Format<T> for Blocks<'_> {
+impl<T: Compute> Format<T> for Nvfp4Blocks<'_> {
     fn fill(&self, start: usize, out: &mut [T::Bits]) -> bool {
         let first = start / BLOCK;
         let blocks = out.as_chunks_mut::<BLOCK>().0.iter_mut().zip(&self.codes[first..]);

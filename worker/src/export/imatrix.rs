@@ -106,7 +106,7 @@ fn entries(family: &str, spec: &DecoderSpec) -> Vec<Entry> {
         };
         let plain = |name: &&str| entry(name, Input::of(role), columns, experts.unwrap_or(1), taken);
         all.extend(names::tensors(family, role).iter().map(plain));
-        if let (MixerSpec::Latent(LatentSpec { heads, nope_dim, rope_dim, .. }), Role::KeyValueUp) = (mixer, role) {
+        if let (MixerSpec::Latent(LatentSpec { heads, nope_dim, rope_dim, .. }), Role::KvBProj) = (mixer, role) {
             let of_head = Columns::OfHead { width: nope_dim + rope_dim };
             // Keys are not made: their matrix is multiplied into the queries, head by head.
             all.push(entry("attn_k_b", Input::Queries, *nope_dim, *heads, of_head));
@@ -238,7 +238,7 @@ mod tests {
         let of_keys = key.sums(&layers((Input::Queries, None), queries), squares);
         assert_eq!(of_keys[latent.nope_dim], width as f32, "the second head's first");
         let bottleneck: Vec<f32> = (0..latent.kv_rank).map(|at| at as f32).collect();
-        let seen = layers((Input::of(Role::KeyValueUp), None), bottleneck.clone());
+        let seen = layers((Input::of(Role::KvBProj), None), bottleneck.clone());
         assert_eq!(value.sums(&seen, squares), bottleneck.repeat(latent.heads), "all heads read the same");
         assert_eq!(named(&entries, "blk.0.attn_kv_b.weight").sums(&seen, squares), bottleneck);
     }

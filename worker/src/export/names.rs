@@ -41,19 +41,19 @@ pub(super) fn of(architecture: &str) -> Option<&'static str> {
 
 /// Names of what a conversion makes of the matrix of a role, without layer and suffix: several
 /// where it is split, or split by some versions; none if it is not a matrix of a layer. Of latent
-/// attention's [`Role::KeyValueUp`] the whole; its halves are others' inputs.
+/// attention's [`Role::KvBProj`] the whole; its halves are others' inputs.
 pub(super) fn tensors(family: &str, role: Role) -> &'static [&'static str] {
     match role {
-        Role::Query => &["attn_q"],
-        Role::Key => &["attn_k"],
-        Role::Value => &["attn_v"],
-        Role::QueryKeyValue | Role::DeltaQkv => &["attn_qkv"],
-        Role::Output => &["attn_output"],
+        Role::QProj => &["attn_q"],
+        Role::KProj => &["attn_k"],
+        Role::VProj => &["attn_v"],
+        Role::QkvProj | Role::DeltaQkv => &["attn_qkv"],
+        Role::OProj => &["attn_output"],
         Role::OutputGate | Role::DeltaGate => &["attn_gate"],
-        Role::QueryDown => &["attn_q_a"],
-        Role::QueryUp => &["attn_q_b"],
-        Role::KeyValueDown => &["attn_kv_a_mqa"],
-        Role::KeyValueUp => &["attn_kv_b"],
+        Role::QAProj => &["attn_q_a"],
+        Role::QBProj => &["attn_q_b"],
+        Role::KvAProj => &["attn_kv_a_mqa"],
+        Role::KvBProj => &["attn_kv_b"],
         Role::DeltaQkvz => &["attn_gate", "attn_qkv", "ssm_in"],
         Role::DeltaBa => &["ssm_ba"],
         Role::DeltaStrength => &["ssm_beta"],
@@ -65,10 +65,10 @@ pub(super) fn tensors(family: &str, role: Role) -> &'static [&'static str] {
         Role::DeltaOutput if family == "kimi-linear" => &["attn_output"],
         Role::DeltaOutput | Role::MambaOutput => &["ssm_out"],
         Role::MambaInput => &["ssm_in"],
-        Role::Gate => &["ffn_gate"],
-        Role::Up => &["ffn_up"],
-        Role::GateUp => &["ffn_gate", "ffn_up"],
-        Role::Down => &["ffn_down"],
+        Role::GateProj => &["ffn_gate"],
+        Role::UpProj => &["ffn_up"],
+        Role::GateUpProj => &["ffn_gate", "ffn_up"],
+        Role::DownProj => &["ffn_down"],
         Role::Router => &["ffn_gate_inp"],
         Role::ExpertGate => &["ffn_gate_exps"],
         Role::ExpertUp => &["ffn_up_exps"],

@@ -9,7 +9,7 @@ use super::listing::Digest;
 use crate::error::{Result, WorkerError};
 
 /// Why one try brought nothing.
-pub(super) enum Refusal {
+pub(super) enum RequestFailure {
     /// Another try may do.
     Retry { why: String, pause: Option<Duration> },
     /// A signed address serves no longer, or serves something else: another try needs a fresh one from the hub.
@@ -18,7 +18,7 @@ pub(super) enum Refusal {
     Final(WorkerError),
 }
 
-impl Refusal {
+impl RequestFailure {
     pub(super) fn again(why: String) -> Self {
         Self::Retry { why, pause: None }
     }
@@ -47,8 +47,8 @@ pub(super) fn same_origin(url: &str, endpoint: &str) -> bool {
 }
 
 /// Where a redirect leads: absolute addresses as they are, paths on the same host. Never from https to http.
-pub(super) fn redirect(from: &str, response: &Response<Body>) -> Result<String, Refusal> {
-    let broken = || Refusal::Final(WorkerError::network("the hub redirects to nowhere"));
+pub(super) fn redirect(from: &str, response: &Response<Body>) -> Result<String, RequestFailure> {
+    let broken = || RequestFailure::Final(WorkerError::network("the hub redirects to nowhere"));
     let to = header(response, "location").ok_or_else(broken)?;
     let base: Uri = from.parse().map_err(|_| broken())?;
     let (Some(scheme), Some(authority)) = (base.scheme_str(), base.authority()) else { return Err(broken()) };
@@ -59,12 +59,12 @@ pub(super) fn redirect(from: &str, response: &Response<Body>) -> Result<String, 
     match target.scheme_str() {
         Some("https") => Ok(to.to_owned()),
         Some("http") if scheme == "http" => Ok(to.to_owned()),
-        _ => Err(Refusal::Final(WorkerError::network("the hub redirects to an unencrypted address"))),
+        _ => Err(RequestFailure::Final(WorkerError::network("the hub redirects to an unencrypted address"))),
     }
 }
 
 /// A failure below HTTP. The library's text may hold the address, and signed addresses are secrets: only its kind is kept.
-pub(super) fn unreachable(error: ureq::Error) -> Refusal {
+pub(super) fn unreachable(error: ureq::Error) -> RequestFailure {
     let why = match error {
         ureq::Error::Timeout(_) => "no answer in time".to_owned(),
         ureq::Error::Io(error) => format!("the connection failed: {error}"),
@@ -74,7 +74,7 @@ pub(super) fn unreachable(error: ureq::Error) -> Refusal {
         ureq::Error::Protocol(_) => "the answer is not HTTP".to_owned(),
         _ => "the request failed".to_owned(),
     };
-    Refusal::again(why)
+    RequestFailure::again(why)
 }
 
 pub(super) fn header<'a>(response: &'a Response<Body>, name: &str) -> Option<&'a str> {

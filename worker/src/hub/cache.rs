@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use super::answer::Refusal;
+use super::answer::RequestFailure;
 use super::http::Client;
 use super::listing::{Digest, RepoFile, RepoListing};
 use super::verify::Hasher;
@@ -27,14 +27,14 @@ pub(super) struct Cache {
 }
 
 /// A file to be fetched, everything about it known.
-struct Wanted<'a> {
+struct CacheFile<'a> {
     listing: &'a RepoListing,
     name: &'a str,
     size: u64,
     digest: &'a Digest,
 }
 
-impl Wanted<'_> {
+impl CacheFile<'_> {
     fn hasher(&self) -> Hasher {
         Hasher::new(self.digest, self.size)
     }
@@ -81,7 +81,7 @@ impl Cache {
             let message = format!("the hub lists neither size nor hash of {} of {}", file.name, listing.id);
             return Err(WorkerError::network(message).hint("fetch the model by other means and name its folder"));
         };
-        let wanted = Wanted { listing, name: &file.name, size, digest };
+        let wanted = CacheFile { listing, name: &file.name, size, digest };
         let blob = self.repo(&listing.id).blob_path(digest.hex());
         let _lock = self.lock(&listing.id, digest.hex())?;
         let there = is_whole(&blob, &wanted)?;
@@ -110,7 +110,7 @@ fn folder_name(id: &str) -> String {
 }
 
 /// Whether a blob is what it is called. Large ones are believed by their size.
-fn is_whole(blob: &Path, wanted: &Wanted<'_>) -> Result<bool> {
+fn is_whole(blob: &Path, wanted: &CacheFile<'_>) -> Result<bool> {
     match blob.metadata() {
         Ok(metadata) if metadata.len() != wanted.size => Ok(false),
         Ok(_) if wanted.size > REHASH_BYTES => Ok(true),
@@ -136,7 +136,7 @@ struct Download {
 
 impl Download {
     /// Takes up where an earlier try ended.
-    fn start(blob: &Path, wanted: &Wanted<'_>) -> Result<Self> {
+    fn start(blob: &Path, wanted: &CacheFile<'_>) -> Result<Self> {
         let part = part_path(blob);
         let mut file =
             File::options().read(true).write(true).create(true).truncate(false).open(&part).at("create", &part)?;
@@ -149,7 +149,7 @@ impl Download {
         Ok(download)
     }
 
-    fn restart(&mut self, wanted: &Wanted<'_>) -> Result<()> {
+    fn restart(&mut self, wanted: &CacheFile<'_>) -> Result<()> {
         self.file.set_len(0).at("truncate", &self.part)?;
         io::Seek::rewind(&mut self.file).at("rewind", &self.part)?;
         self.hasher = wanted.hasher();
@@ -158,7 +158,7 @@ impl Download {
     }
 
     /// Fetches, compares, puts in place. A file that differs from its listing is fetched once more from the start.
-    fn run(mut self, client: &Client, wanted: &Wanted<'_>, on_bytes: OnBytes<'_>) -> Result<()> {
+    fn run(mut self, client: &Client, wanted: &CacheFile<'_>, on_bytes: OnBytes<'_>) -> Result<()> {
         on_bytes(signed(self.have));
         for last in [false, true] {
             self.fill(client, wanted, on_bytes)?;
@@ -180,12 +180,12 @@ impl Download {
     }
 
     /// Asks for what is missing until nothing is. A try that brought bytes does not count as failed.
-    fn fill(&mut self, client: &Client, wanted: &Wanted<'_>, on_bytes: OnBytes<'_>) -> Result<()> {
+    fn fill(&mut self, client: &Client, wanted: &CacheFile<'_>, on_bytes: OnBytes<'_>) -> Result<()> {
         let mut failed = 0;
         while self.have < wanted.size {
             let before = self.have;
             let refusal = match client.open(wanted.listing, wanted.name, self.have..wanted.size) {
-                Err(Refusal::Final(error)) => return Err(error),
+                Err(RequestFailure::Final(error)) => return Err(error),
                 Err(refusal) => refusal,
                 Ok(opened) => {
                     if opened.start < self.have {
@@ -193,7 +193,7 @@ impl Download {
                         on_bytes(-signed(self.have));
                         self.restart(wanted)?;
                     }
-                    Refusal::again(self.append(opened.body, wanted, on_bytes)?)
+                    RequestFailure::again(self.append(opened.body, wanted, on_bytes)?)
                 }
             };
             if self.have == wanted.size {
@@ -207,7 +207,7 @@ impl Download {
     }
 
     /// Appends what the body brings, at most up to the listed size. Returns why it ended; only the disk is an error.
-    fn append(&mut self, body: Box<dyn Read>, wanted: &Wanted<'_>, on_bytes: OnBytes<'_>) -> Result<String> {
+    fn append(&mut self, body: Box<dyn Read>, wanted: &CacheFile<'_>, on_bytes: OnBytes<'_>) -> Result<String> {
         let mut body = body.take(wanted.size - self.have);
         let mut chunk = vec![0; CHUNK];
         loop {

@@ -12,11 +12,12 @@ use ureq::http::{Response, StatusCode};
 use ureq::{Agent, Body};
 
 use super::HubOptions;
-use super::allowance::{Allowance, WINDOW};
 use super::answer::{
-    Refusal, check_endpoint, content_range, encode, etag, header, redirect, same_origin, unreachable, wait_asked_for,
+    RequestFailure, check_endpoint, content_range, encode, etag, header, redirect, same_origin, unreachable,
+    wait_asked_for,
 };
 use super::listing::{RepoFile, RepoKind, RepoListing};
+use super::rate_limit::{RateLimiter, WINDOW};
 use crate::error::{Result, WorkerError, printable};
 
 /// Redirects followed: relative ones inside the hub, one to where large files lie.
@@ -27,7 +28,7 @@ pub(super) const MAX_CONNECTIONS: usize = 64;
 
 /// How long to try before giving up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Patience {
+pub struct Timeouts {
     /// For a connection.
     pub connect: Duration,
     /// For the beginning of an answer.
@@ -44,7 +45,7 @@ pub struct Patience {
     pub longest_pause: Duration,
 }
 
-impl Default for Patience {
+impl Default for Timeouts {
     fn default() -> Self {
         Self {
             connect: Duration::from_secs(15),
@@ -94,14 +95,14 @@ impl fmt::Display for Asked<'_> {
 }
 
 /// An open answer to a request for a file.
-pub(super) struct Opened {
+pub(super) struct OpenBody {
     /// First byte that the body brings.
     pub(super) start: u64,
     pub(super) body: Box<dyn Read>,
 }
 
 /// An answer to a request for bytes, and where it came from after all redirects.
-pub(super) struct Answer {
+pub(super) struct HubResponse {
     pub(super) response: Response<Body>,
     pub(super) url: String,
 }
@@ -110,24 +111,24 @@ pub(super) struct Client {
     agent: Agent,
     endpoint: String,
     token: Option<Token>,
-    pub(super) patience: Patience,
+    pub(super) timeouts: Timeouts,
     /// The hub asked to be left alone until then. It counts all requests of an address together, so all of them wait.
     resting: Mutex<Option<Instant>>,
-    allowance: Allowance,
+    rate_limiter: RateLimiter,
 }
 
 impl Client {
     pub(super) fn new(options: &HubOptions) -> Result<Self> {
-        let (endpoint, token, patience) =
-            (options.endpoint.trim_end_matches('/').to_owned(), options.token.clone(), options.patience);
+        let (endpoint, token, timeouts) =
+            (options.endpoint.trim_end_matches('/').to_owned(), options.token.clone(), options.timeouts);
         let loopback = check_endpoint(&endpoint, token.is_some())?;
         let mut config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
             .max_redirects_will_error(false)
-            .timeout_connect(Some(patience.connect))
-            .timeout_recv_response(Some(patience.response))
-            .timeout_per_read(Some(patience.silence))
+            .timeout_connect(Some(timeouts.connect))
+            .timeout_recv_response(Some(timeouts.response))
+            .timeout_per_read(Some(timeouts.silence))
             // Every connection is used again: a fresh one costs two round trips more, and begins slowly.
             .max_idle_connections(MAX_CONNECTIONS)
             .max_idle_connections_per_host(MAX_CONNECTIONS)
@@ -137,8 +138,8 @@ impl Client {
         if loopback {
             config = config.proxy(None);
         }
-        let allowance = Allowance::new(options.requests, WINDOW);
-        Ok(Self { agent: config.build().into(), endpoint, token, patience, resting: Mutex::default(), allowance })
+        let rate_limiter = RateLimiter::new(options.requests, WINDOW);
+        Ok(Self { agent: config.build().into(), endpoint, token, timeouts, resting: Mutex::default(), rate_limiter })
     }
 
     /// The bytes of a small document, at most `limit`.
@@ -148,17 +149,22 @@ impl Client {
             let response = self.get(&url, None, asked)?.response;
             let mut bytes = Vec::new();
             let read = response.into_body().into_reader().take(limit + 1).read_to_end(&mut bytes);
-            read.map_err(|error| Refusal::again(format!("the answer broke off: {error}")))?;
+            read.map_err(|error| RequestFailure::again(format!("the answer broke off: {error}")))?;
             if bytes.len() as u64 > limit {
                 let message = format!("the hub's description of {asked} is over the limit of {limit} bytes");
-                return Err(Refusal::Final(WorkerError::network(message)));
+                return Err(RequestFailure::Final(WorkerError::network(message)));
             }
             Ok(bytes)
         })
     }
 
     /// Opens `range` of a file once, without trying again. The body may begin before the range, never after it.
-    pub(super) fn open(&self, listing: &RepoListing, file: &str, range: Range<u64>) -> Result<Opened, Refusal> {
+    pub(super) fn open(
+        &self,
+        listing: &RepoListing,
+        file: &str,
+        range: Range<u64>,
+    ) -> Result<OpenBody, RequestFailure> {
         let response = self.get(&self.file_url(listing, file), Some(&range), &listing.asked(file))?.response;
         let start = match response.status() {
             StatusCode::PARTIAL_CONTENT => content_range(&response).map(|(start, _)| start),
@@ -166,9 +172,9 @@ impl Client {
         };
         match start {
             Some(start) if start == range.start || start == 0 => {
-                Ok(Opened { start, body: Box::new(response.into_body().into_reader()) })
+                Ok(OpenBody { start, body: Box::new(response.into_body().into_reader()) })
             }
-            _ => Err(Refusal::again("the hub answered with other bytes than were asked for".to_owned())),
+            _ => Err(RequestFailure::again("the hub answered with other bytes than were asked for".to_owned())),
         }
     }
 
@@ -198,12 +204,22 @@ impl Client {
     }
 
     /// Something that only the hub knows.
-    pub(super) fn get(&self, url: &str, range: Option<&Range<u64>>, asked: &Asked<'_>) -> Result<Answer, Refusal> {
+    pub(super) fn get(
+        &self,
+        url: &str,
+        range: Option<&Range<u64>>,
+        asked: &Asked<'_>,
+    ) -> Result<HubResponse, RequestFailure> {
         self.follow(url, range, asked, true, &mut |_| ())
     }
 
     /// Bytes from where they are known to be. A hub that sends its files itself counts no requests for them.
-    pub(super) fn get_at(&self, address: &str, range: &Range<u64>, asked: &Asked<'_>) -> Result<Answer, Refusal> {
+    pub(super) fn get_at(
+        &self,
+        address: &str,
+        range: &Range<u64>,
+        asked: &Asked<'_>,
+    ) -> Result<HubResponse, RequestFailure> {
         self.follow(address, Some(range), asked, false, &mut |_| ())
     }
 
@@ -216,13 +232,13 @@ impl Client {
         asked: &Asked<'_>,
         counted: bool,
         see: &mut dyn FnMut(&Response<Body>),
-    ) -> Result<Answer, Refusal> {
+    ) -> Result<HubResponse, RequestFailure> {
         let mut url = url.to_owned();
         for _ in 0..=MAX_REDIRECTS {
             let mut request = self.agent.get(&url);
             if self.is_hub(&url) {
                 if counted {
-                    self.allowance.take();
+                    self.rate_limiter.take();
                 }
                 self.let_it_rest();
                 if let Some(token) = &self.token {
@@ -235,12 +251,12 @@ impl Client {
             let response = request.call().map_err(unreachable)?;
             see(&response);
             match response.status() {
-                StatusCode::OK | StatusCode::PARTIAL_CONTENT => return Ok(Answer { response, url }),
+                StatusCode::OK | StatusCode::PARTIAL_CONTENT => return Ok(HubResponse { response, url }),
                 status if status.is_redirection() => url = redirect(&url, &response)?,
                 _ => return Err(self.refused(&response, asked, self.is_hub(&url))),
             }
         }
-        Err(Refusal::Final(WorkerError::network(format!("{asked}: more than {MAX_REDIRECTS} redirects"))))
+        Err(RequestFailure::Final(WorkerError::network(format!("{asked}: more than {MAX_REDIRECTS} redirects"))))
     }
 
     /// Whether an address is the hub's own: it gets the token, and its limits count.
@@ -262,12 +278,16 @@ impl Client {
     }
 
     /// Tries until it works, is refused for good, or patience runs out.
-    pub(super) fn persist<T>(&self, asked: &Asked<'_>, mut attempt: impl FnMut() -> Result<T, Refusal>) -> Result<T> {
+    pub(super) fn persist<T>(
+        &self,
+        asked: &Asked<'_>,
+        mut attempt: impl FnMut() -> Result<T, RequestFailure>,
+    ) -> Result<T> {
         let mut tries = 0;
         loop {
             match attempt() {
                 Ok(value) => return Ok(value),
-                Err(Refusal::Final(error)) => return Err(error),
+                Err(RequestFailure::Final(error)) => return Err(error),
                 Err(refusal) => {
                     tries += 1;
                     self.pause(tries, refusal).map_err(|error| error.context(format!("cannot fetch {asked}")))?;
@@ -277,13 +297,13 @@ impl Client {
     }
 
     /// Waits before the next try, or says that it was the last.
-    pub(super) fn pause(&self, failed: u32, refusal: Refusal) -> Result<()> {
-        let Patience { tries, pause, longest_pause, .. } = self.patience;
+    pub(super) fn pause(&self, failed: u32, refusal: RequestFailure) -> Result<()> {
+        let Timeouts { tries, pause, longest_pause, .. } = self.timeouts;
         let (why, asked_for) = match refusal {
-            Refusal::Final(error) => return Err(error),
+            RequestFailure::Final(error) => return Err(error),
             // A fresh address is a request away.
-            Refusal::Expired(why) => (why, (failed == 1).then_some(Duration::ZERO)),
-            Refusal::Retry { why, pause } => (why, pause),
+            RequestFailure::Expired(why) => (why, (failed == 1).then_some(Duration::ZERO)),
+            RequestFailure::Retry { why, pause } => (why, pause),
         };
         if failed >= tries {
             let message = format!("{why} (tried {failed} times)");
@@ -305,7 +325,7 @@ impl Client {
     }
 
     /// What a status other than success means.
-    fn refused(&self, response: &Response<Body>, asked: &Asked<'_>, from_hub: bool) -> Refusal {
+    fn refused(&self, response: &Response<Body>, asked: &Asked<'_>, from_hub: bool) -> RequestFailure {
         let status = response.status();
         let said =
             header(response, "x-error-message").map_or(String::new(), |text| format!(": {}", printable(text, 300)));
@@ -314,19 +334,21 @@ impl Client {
         if status == StatusCode::TOO_MANY_REQUESTS || status == StatusCode::REQUEST_TIMEOUT || status.is_server_error()
         {
             let pause = wait_asked_for(response);
-            if let Some(wait) = pause.filter(|wait| from_hub && *wait <= self.patience.longest_pause) {
+            if let Some(wait) = pause.filter(|wait| from_hub && *wait <= self.timeouts.longest_pause) {
                 self.rest_for(wait);
             }
-            return Refusal::Retry { why, pause };
+            return RequestFailure::Retry { why, pause };
         }
         if !from_hub && status == StatusCode::RANGE_NOT_SATISFIABLE {
             // Only bytes that the hub has announced are asked for.
-            return Refusal::Expired(format!("{why}: its file is shorter than the hub's, it is another version"));
+            return RequestFailure::Expired(format!(
+                "{why}: its file is shorter than the hub's, it is another version"
+            ));
         }
         if !from_hub {
-            return Refusal::Expired(why);
+            return RequestFailure::Expired(why);
         }
-        Refusal::Final(self.explained(status, header(response, "x-error-code").unwrap_or(""), &said, asked))
+        RequestFailure::Final(self.explained(status, header(response, "x-error-code").unwrap_or(""), &said, asked))
     }
 
     fn explained(&self, status: StatusCode, code: &str, said: &str, asked: &Asked<'_>) -> WorkerError {

@@ -31,7 +31,7 @@ impl Part {
 
 /// A piece, and its place in the order of reading.
 #[derive(Clone)]
-struct Piece {
+struct OrderedRange {
     order: usize,
     wanted: Wanted,
 }
@@ -52,11 +52,11 @@ pub(super) fn plan(wanted: &[Wanted], largest: u64) -> Vec<Part> {
 }
 
 /// Sorted by place; what is wanted twice counts where it is wanted first.
-fn by_place(wanted: &[Wanted]) -> Vec<Piece> {
-    let mut pieces: Vec<Piece> =
-        wanted.iter().enumerate().map(|(order, wanted)| Piece { order, wanted: wanted.clone() }).collect();
+fn by_place(wanted: &[Wanted]) -> Vec<OrderedRange> {
+    let mut pieces: Vec<OrderedRange> =
+        wanted.iter().enumerate().map(|(order, wanted)| OrderedRange { order, wanted: wanted.clone() }).collect();
     pieces.sort_by_key(|piece| (piece.wanted.file, piece.wanted.bytes.start, piece.order));
-    let mut apart: Vec<Piece> = Vec::with_capacity(pieces.len());
+    let mut apart: Vec<OrderedRange> = Vec::with_capacity(pieces.len());
     for mut piece in pieces {
         if let Some(last) = apart.last().filter(|last| last.wanted.file == piece.wanted.file) {
             piece.wanted.bytes.start = piece.wanted.bytes.start.max(last.wanted.bytes.end);
@@ -69,7 +69,7 @@ fn by_place(wanted: &[Wanted]) -> Vec<Piece> {
 }
 
 /// Unread bytes between two neighbours, if they may be fetched together.
-fn gap_between(first: &Piece, second: &Piece) -> Option<u64> {
+fn gap_between(first: &OrderedRange, second: &OrderedRange) -> Option<u64> {
     let (a, b) = (&first.wanted, &second.wanted);
     let small = |wanted: &Wanted| wanted.bytes.end - wanted.bytes.start <= SMALL;
     let close = a.file == b.file && a.layer == b.layer && (a.unit == b.unit || (small(a) && small(b)));
@@ -77,7 +77,7 @@ fn gap_between(first: &Piece, second: &Piece) -> Option<u64> {
 }
 
 /// The widest gap such that all gaps up to it are a small share of what is wanted.
-fn bearable_gap(pieces: &[Piece]) -> u64 {
+fn bearable_gap(pieces: &[OrderedRange]) -> u64 {
     let total: u64 = pieces.iter().map(|piece| piece.wanted.bytes.end - piece.wanted.bytes.start).sum();
     let mut gaps: Vec<u64> = pieces.array_windows().filter_map(|[a, b]| gap_between(a, b)).filter(|&g| g > 0).collect();
     gaps.sort_unstable();
@@ -87,16 +87,16 @@ fn bearable_gap(pieces: &[Piece]) -> u64 {
 }
 
 /// How many pieces from the first on make one range.
-fn run(pieces: &[Piece], gap: u64, largest: u64) -> usize {
+fn run(pieces: &[OrderedRange], gap: u64, largest: u64) -> usize {
     let start = pieces[0].wanted.bytes.start;
-    let joins = |[a, b]: &[Piece; 2]| {
+    let joins = |[a, b]: &[OrderedRange; 2]| {
         gap_between(a, b).is_some_and(|between| between <= gap) && b.wanted.bytes.end - start <= largest
     };
     1 + pieces.array_windows().take_while(|pair| joins(pair)).count()
 }
 
 /// One part, or several of about equal size where a single piece is larger than a part may be.
-fn cut(together: &[Piece], largest: u64, parts: &mut Vec<(usize, Part)>) {
+fn cut(together: &[OrderedRange], largest: u64, parts: &mut Vec<(usize, Part)>) {
     let first = &together[0].wanted;
     let last = &together[together.len() - 1].wanted;
     let (file, layer, range) = (first.file, first.layer, first.bytes.start..last.bytes.end);

@@ -8,8 +8,8 @@ use ureq::Body;
 use ureq::http::header::CONTENT_LENGTH;
 use ureq::http::{Response, StatusCode};
 
-use super::answer::{Refusal, content_range, header};
-use super::http::{Answer, Asked, Client};
+use super::answer::{RequestFailure, content_range, header};
+use super::http::{Asked, Client, HubResponse};
 use super::listing::{Digest, RepoFile, RepoListing};
 use crate::error::{Result, WorkerError};
 
@@ -23,12 +23,12 @@ pub(super) struct RemoteFile {
     name: String,
     size: u64,
     digest: Option<Digest>,
-    place: Mutex<Place>,
+    place: Mutex<FileAddress>,
 }
 
 /// What is known of where the bytes are.
 #[derive(Clone, Default)]
-struct Place {
+struct FileAddress {
     /// Signed, for a limited time; the hub's own where it sends files itself.
     address: Option<String>,
     /// The version of the file that its server named first.
@@ -88,7 +88,7 @@ impl RemoteFile {
     }
 
     /// Waits before the next try, or says that it was the last.
-    pub(super) fn wait(&self, failed: u32, refusal: Refusal) -> Result<()> {
+    pub(super) fn wait(&self, failed: u32, refusal: RequestFailure) -> Result<()> {
         self.client.pause(failed, refusal).map_err(|error| error.context(format!("cannot fetch {}", self.asked())))
     }
 
@@ -99,19 +99,22 @@ impl RemoteFile {
         into: &mut [u8],
         filled: &mut usize,
         go_on: &dyn Fn() -> bool,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), RequestFailure> {
         let range = start + *filled as u64..start + into.len() as u64;
         let mut body = self.open(range)?;
         while *filled < into.len() && go_on() {
             match body.read(&mut into[*filled..]) {
                 Ok(0) => {
-                    return Err(Refusal::again(format!("the answer ended after {filled} of {} bytes", into.len())));
+                    return Err(RequestFailure::again(format!(
+                        "the answer ended after {filled} of {} bytes",
+                        into.len()
+                    )));
                 }
                 Ok(read) => *filled += read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     let why = format!("the answer broke off after {filled} of {} bytes: {error}", into.len());
-                    return Err(Refusal::again(why));
+                    return Err(RequestFailure::again(why));
                 }
             }
         }
@@ -119,23 +122,23 @@ impl RemoteFile {
     }
 
     /// The body of an answer that begins with the range's first byte. It may end before the range does.
-    fn open(&self, range: Range<u64>) -> Result<Box<dyn Read>, Refusal> {
+    fn open(&self, range: Range<u64>) -> Result<Box<dyn Read>, RequestFailure> {
         let answer = self.ask(&range)?;
         let skip = self.check(&answer, &range).inspect_err(|_| self.forget(&answer.url))?;
         let mut body = answer.response.into_body().into_reader();
         let skipped = io::copy(&mut body.by_ref().take(skip), &mut io::sink());
-        skipped.map_err(|error| Refusal::again(format!("the answer broke off: {error}")))?;
+        skipped.map_err(|error| RequestFailure::again(format!("the answer broke off: {error}")))?;
         Ok(Box::new(body))
     }
 
     /// Asks where the bytes were last; else the hub, which tells. One thread asks, the others wait for its answer.
-    fn ask(&self, range: &Range<u64>) -> Result<Answer, Refusal> {
+    fn ask(&self, range: &Range<u64>) -> Result<HubResponse, RequestFailure> {
         let asked = self.asked();
         // The lock must not be held while the answer is waited for.
         let known = self.place().address.clone();
         if let Some(address) = known {
             return self.client.get_at(&address, range, &asked).inspect_err(|refusal| {
-                if matches!(refusal, Refusal::Expired(_)) {
+                if matches!(refusal, RequestFailure::Expired(_)) {
                     self.forget(&address);
                 }
             });
@@ -150,7 +153,7 @@ impl RemoteFile {
         Ok(answer)
     }
 
-    fn place(&self) -> MutexGuard<'_, Place> {
+    fn place(&self) -> MutexGuard<'_, FileAddress> {
         self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -163,7 +166,7 @@ impl RemoteFile {
     }
 
     /// Whether an answer holds these bytes of this file; if so, how many others come before them.
-    fn check(&self, answer: &Answer, range: &Range<u64>) -> Result<u64, Refusal> {
+    fn check(&self, answer: &HubResponse, range: &Range<u64>) -> Result<u64, RequestFailure> {
         let response = &answer.response;
         let skip = if response.status() == StatusCode::PARTIAL_CONTENT {
             self.check_part(response, range)?
@@ -174,8 +177,8 @@ impl RemoteFile {
         Ok(skip)
     }
 
-    fn check_part(&self, response: &Response<Body>, range: &Range<u64>) -> Result<u64, Refusal> {
-        let other = |what: String| Err(Refusal::Expired(what));
+    fn check_part(&self, response: &Response<Body>, range: &Range<u64>) -> Result<u64, RequestFailure> {
+        let other = |what: String| Err(RequestFailure::Expired(what));
         match content_range(response) {
             Some((_, Some(total))) if total != self.size => {
                 other(format!("the file server has {total} bytes of it, not {}: it is another version", self.size))
@@ -186,29 +189,29 @@ impl RemoteFile {
     }
 
     /// A server that ignores ranges sends the file from its beginning. Error pages come that way too.
-    fn check_whole(&self, response: &Response<Body>, range: &Range<u64>) -> Result<u64, Refusal> {
+    fn check_whole(&self, response: &Response<Body>, range: &Range<u64>) -> Result<u64, RequestFailure> {
         let length: Option<u64> = header(response, CONTENT_LENGTH.as_str()).and_then(|text| text.parse().ok());
         if length != Some(self.size) {
             let length = length.map_or_else(|| "an unknown number of".to_owned(), |length| length.to_string());
             let why = format!("{length} bytes came instead of a range of {}: an error page, perhaps", self.size);
-            return Err(Refusal::Expired(why));
+            return Err(RequestFailure::Expired(why));
         }
         if range.start > MOST_SKIPPED {
             let message = format!("{}: the hub's file server sends whole files only", self.asked());
             let hint = "use `--weights cache`, which fetches whole files before the run";
-            return Err(Refusal::Final(WorkerError::network(message).hint(hint)));
+            return Err(RequestFailure::Final(WorkerError::network(message).hint(hint)));
         }
         Ok(range.start)
     }
 
     /// All ranges must be of one version of the file.
-    fn check_tag(&self, response: &Response<Body>) -> Result<(), Refusal> {
+    fn check_tag(&self, response: &Response<Body>) -> Result<(), RequestFailure> {
         let Some(tag) = header(response, "etag") else { return Ok(()) };
         let mut place = self.place();
         match &place.tag {
             None => place.tag = Some(tag.to_owned()),
             Some(first) if first != tag => {
-                return Err(Refusal::Expired("the file changed while it was read (its entity tag)".to_owned()));
+                return Err(RequestFailure::Expired("the file changed while it was read (its entity tag)".to_owned()));
             }
             Some(_) => {}
         }

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use outliers_protocol::WeightVerification;
 
-use super::http::{MAX_CONNECTIONS, Patience};
-use super::intake::{Intake, Limits};
+use super::http::{MAX_CONNECTIONS, Timeouts};
 use super::plan;
+use super::prefetch::{Limits, Prefetcher};
 use super::remote::RemoteFile;
 use super::verify::{Schedule, Unverifiable};
 use crate::error::Result;
@@ -26,7 +26,7 @@ const _: () = assert!(CONNECTIONS <= MAX_CONNECTIONS);
 pub(super) struct HubSource {
     index: TensorIndex,
     files: Arc<Vec<RemoteFile>>,
-    patience: Patience,
+    timeouts: Timeouts,
     read_ahead: u64,
     announced: Mutex<Announced>,
     read: AtomicU64,
@@ -35,23 +35,23 @@ pub(super) struct HubSource {
 /// Of what was announced last.
 #[derive(Default)]
 struct Announced {
-    intake: Option<Arc<Intake>>,
+    prefetcher: Option<Arc<Prefetcher>>,
     /// Numbers of the files that are not verified.
     unverified: Vec<(usize, Unverifiable)>,
 }
 
 impl HubSource {
-    pub(super) fn new(index: TensorIndex, files: Vec<RemoteFile>, patience: Patience, read_ahead: u64) -> Self {
+    pub(super) fn new(index: TensorIndex, files: Vec<RemoteFile>, timeouts: Timeouts, read_ahead: u64) -> Self {
         let (files, announced, read) = (Arc::new(files), Mutex::default(), AtomicU64::new(0));
-        Self { index, files, patience, read_ahead, announced, read }
+        Self { index, files, timeouts, read_ahead, announced, read }
     }
 
     fn announced(&self) -> MutexGuard<'_, Announced> {
         self.announced.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn intake(&self) -> Option<Arc<Intake>> {
-        self.announced().intake.clone()
+    fn prefetcher(&self) -> Option<Arc<Prefetcher>> {
+        self.announced().prefetcher.clone()
     }
 
     fn name(&self, file: usize) -> String {
@@ -78,23 +78,23 @@ impl WeightSource for HubSource {
         let mut schedule = Schedule::new(plan::plan(order, largest), &sizes, largest, hash_memory);
         let unverified = std::mem::take(&mut schedule.unverified);
         let limits = Limits { bytes: self.read_ahead + schedule.held, connections: CONNECTIONS };
-        let intake = Some(Arc::new(Intake::start(&self.files, schedule, limits, self.patience)));
-        *self.announced() = Announced { intake, unverified };
+        let prefetcher = Some(Arc::new(Prefetcher::start(&self.files, schedule, limits, self.timeouts)));
+        *self.announced() = Announced { prefetcher, unverified };
     }
 
     fn verified(&self) -> Vec<String> {
-        self.intake()
-            .map_or_else(Vec::new, |intake| intake.verified().into_iter().map(|file| self.name(file)).collect())
+        self.prefetcher()
+            .map_or_else(Vec::new, |prefetcher| prefetcher.verified().into_iter().map(|file| self.name(file)).collect())
     }
 
     fn is_damaged(&self) -> bool {
-        self.intake().is_some_and(|intake| intake.is_damaged())
+        self.prefetcher().is_some_and(|prefetcher| prefetcher.is_damaged())
     }
 
     fn verify(&self) -> Result<Option<WeightVerification>> {
-        let Some(intake) = self.intake() else { return Ok(None) };
-        intake.verify()?;
-        let mut verification = WeightVerification { verified_files: intake.verified().len(), ..Default::default() };
+        let Some(prefetcher) = self.prefetcher() else { return Ok(None) };
+        prefetcher.verify()?;
+        let mut verification = WeightVerification { verified_files: prefetcher.verified().len(), ..Default::default() };
         let mut reasons: Vec<(Unverifiable, Vec<String>)> = Vec::new();
         for (file, why) in &self.announced().unverified {
             let same = reasons.iter_mut().find_map(|(reason, files)| Some((reason.and(why)?, reason, files)));
@@ -113,8 +113,8 @@ impl WeightSource for HubSource {
     fn read(&self, entry: &TensorEntry, range: Range<u64>, into: &mut [u8]) -> Result<()> {
         check_range(entry, &range, into)?;
         let bytes = entry.offset + range.start..entry.offset + range.end;
-        let announced = match self.intake() {
-            Some(intake) => intake.read(entry.file, &bytes, into)?,
+        let announced = match self.prefetcher() {
+            Some(prefetcher) => prefetcher.read(entry.file, &bytes, into)?,
             None => false,
         };
         if !announced {

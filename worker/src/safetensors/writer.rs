@@ -35,7 +35,7 @@ impl TensorSpec {
 }
 
 /// Where a tensor's bytes go.
-struct Place {
+struct TensorSlot {
     offset: u64,
     len: u64,
     row_bytes: u64,
@@ -47,7 +47,7 @@ pub struct Writer {
     file: File,
     part: PathBuf,
     target: PathBuf,
-    places: BTreeMap<String, Place>,
+    places: BTreeMap<String, TensorSlot>,
     missing: AtomicU64,
 }
 
@@ -112,7 +112,7 @@ impl Writer {
         put_in_place(&self.file, &self.part, &self.target)
     }
 
-    fn place(&self, tensor: &str) -> Result<&Place> {
+    fn place(&self, tensor: &str) -> Result<&TensorSlot> {
         let unknown = || WorkerError::internal(format!("tensor {} is not part of the file", shown(tensor)));
         self.places.get(tensor).ok_or_else(unknown)
     }
@@ -126,7 +126,7 @@ impl Drop for Writer {
 }
 
 /// Header bytes (with their length prefix), places by name, and the length of the file.
-type Layout = (Vec<u8>, BTreeMap<String, Place>, u64);
+type Layout = (Vec<u8>, BTreeMap<String, TensorSlot>, u64);
 
 fn layout(tensors: &[TensorSpec], metadata: &BTreeMap<String, String>) -> Result<Layout> {
     let mut order: Vec<&TensorSpec> = tensors.iter().collect();
@@ -151,7 +151,7 @@ fn layout(tensors: &[TensorSpec], metadata: &BTreeMap<String, String>) -> Result
     let start = header.len() as u64;
     let place = |(tensor, begin, len): (&TensorSpec, u64, u64)| {
         let rows = tensor.shape.first().copied().unwrap_or(1).max(1);
-        (tensor.name.clone(), Place { offset: start + begin, len, row_bytes: len / rows })
+        (tensor.name.clone(), TensorSlot { offset: start + begin, len, row_bytes: len / rows })
     };
     Ok((header, spans.into_iter().map(place).collect(), start + end))
 }

@@ -86,7 +86,7 @@ impl Container {
 }
 
 /// A folder or a repository.
-pub(crate) struct Place<'a> {
+pub(crate) struct Location<'a> {
     /// What it is called in messages.
     pub(crate) name: &'a dyn fmt::Display,
     /// Whether it has a file of this name.
@@ -103,7 +103,7 @@ struct Chosen {
 
 impl Chosen {
     /// What transformers would read: the file that the configuration names, else the first of its own that is there.
-    fn find(place: &Place<'_>) -> Result<Self> {
+    fn find(place: &Location<'_>) -> Result<Self> {
         match Self::named(place)? {
             Some(named) => Ok(named),
             None => Self::in_order().find(|chosen| (place.has)(&chosen.file)).ok_or_else(|| no_weights(place)),
@@ -118,7 +118,7 @@ impl Chosen {
     }
 
     /// The file under the configuration's key for it.
-    fn named(place: &Place<'_>) -> Result<Option<Self>> {
+    fn named(place: &Location<'_>) -> Result<Option<Self>> {
         if !(place.has)(CONFIG_FILE) {
             return Ok(None);
         }
@@ -141,7 +141,7 @@ impl Chosen {
     }
 
     /// The index, if the file is one.
-    fn index(&self, place: &Place<'_>) -> Result<Option<WeightMap>> {
+    fn index(&self, place: &Location<'_>) -> Result<Option<WeightMap>> {
         if !is_index(&self.file) {
             return Ok(None);
         }
@@ -150,13 +150,13 @@ impl Chosen {
     }
 
     /// Whether all its files are there.
-    fn is_whole(&self, place: &Place<'_>) -> bool {
+    fn is_whole(&self, place: &Location<'_>) -> bool {
         let whole = |map: Option<WeightMap>| map.is_none_or(|map| map.files().iter().all(|file| (place.has)(file)));
         (place.has)(&self.file) && self.index(place).is_ok_and(whole)
     }
 
     /// What is to be said of an index that lies beside the only file and names others.
-    fn unread_index(&self, place: &Place<'_>) -> Option<String> {
+    fn unread_index(&self, place: &Location<'_>) -> Option<String> {
         let (file, index) = (&self.file, self.container.index_file());
         if file != self.container.single_file() || !(place.has)(index) {
             return None;
@@ -190,14 +190,14 @@ pub(super) fn is_distributed(name: &str) -> bool {
 }
 
 /// Nothing to choose from.
-fn no_weights(place: &Place<'_>) -> WorkerError {
+fn no_weights(place: &Location<'_>) -> WorkerError {
     let files = Container::ALL.map(|c| format!("{} nor {}", c.single_file(), c.index_file()));
     WorkerError::checkpoint(format!("{} has no weights: neither {}", place.name, files.join(" nor ")))
         .hint("choose a revision with safetensors or pytorch_model.bin weights: other formats are not read")
 }
 
 /// Shards that an index names and nobody has.
-fn missing_shards(place: &Place<'_>, chosen: &Chosen, missing: Vec<&String>) -> WorkerError {
+fn missing_shards(place: &Location<'_>, chosen: &Chosen, missing: Vec<&String>) -> WorkerError {
     let index = &chosen.file;
     let message = format!("{index} names files that {} does not have: {}", place.name, listed(missing));
     let other = Chosen::in_order().find(|other| other.file != *index && other.is_whole(place));
@@ -222,7 +222,7 @@ pub(crate) struct WeightFiles {
 
 impl WeightFiles {
     /// The files that transformers would read, all of them there.
-    pub(crate) fn find(place: &Place<'_>) -> Result<Self> {
+    pub(crate) fn find(place: &Location<'_>) -> Result<Self> {
         let chosen = Chosen::find(place)?;
         let container = chosen.container;
         let Some(map) = chosen.index(place)? else {

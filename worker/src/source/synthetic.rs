@@ -253,11 +253,11 @@ fn is_fp8(need: &Need) -> bool {
 fn is_positive(role: Role) -> bool {
     use Role::{
         BesidePostNorm, DeltaDecay, DeltaNorm, ExpertScale, ExpertsNorm, ExpertsPostNorm, FfnNorm, FfnPostNorm,
-        FinalNorm, KeyNorm, KeyValueDownNorm, LayerScalar, MambaDecay, MambaNorm, MixerNorm, MixerPostNorm,
-        QueryDownNorm, QueryNorm, RouterScale,
+        FinalNorm, KNorm, KvANorm, LayerScalar, MambaDecay, MambaNorm, MixerNorm, MixerPostNorm, QANorm, QNorm,
+        RouterScale,
     };
-    let norms = [MixerNorm, MixerPostNorm, FfnNorm, FfnPostNorm, FinalNorm, QueryNorm, KeyNorm];
-    let inner = [QueryDownNorm, KeyValueDownNorm, DeltaNorm, DeltaDecay, MambaNorm, MambaDecay, LayerScalar];
+    let norms = [MixerNorm, MixerPostNorm, FfnNorm, FfnPostNorm, FinalNorm, QNorm, KNorm];
+    let inner = [QANorm, KvANorm, DeltaNorm, DeltaDecay, MambaNorm, MambaDecay, LayerScalar];
     let of_mixtures = [RouterScale, ExpertScale, ExpertsNorm, ExpertsPostNorm, BesidePostNorm];
     norms.contains(&role) || inner.contains(&role) || of_mixtures.contains(&role)
 }

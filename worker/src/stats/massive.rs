@@ -9,7 +9,7 @@ use outliers_scan::{Large, Scan};
 use serde::{Deserialize, Serialize};
 
 use super::exact::ExactSum;
-use super::top::{Found, Top};
+use super::top::{Top, TopValue};
 use super::values::Values;
 use crate::error::Result;
 
@@ -35,10 +35,10 @@ fn least_massive(median: f32) -> u32 {
     MAGNITUDE.max(least.next_down()).to_bits()
 }
 
-/// A massive activation with both medians; ordered as [`Found`].
+/// A massive activation with both medians; ordered as [`TopValue`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 struct Hit {
-    found: Found,
+    found: TopValue,
     sequence_median: f32,
     token_median: f32,
 }
@@ -163,7 +163,7 @@ impl Massive {
                 continue;
             }
             entry.values += 1;
-            let found = Found { layer, token, expert: None, dim, value };
+            let found = TopValue { layer, token, expert: None, dim, value };
             entry.hits.offer(Hit { found, sequence_median, token_median });
             let one = Dim {
                 values: 1,

@@ -8,7 +8,7 @@ use outliers_scan::Scan;
 use serde::{Deserialize, Serialize};
 
 use super::exact::ExactSum;
-use super::top::{Found, Top};
+use super::top::{Top, TopValue};
 use super::values::Values;
 use crate::error::Result;
 use crate::ffn::Routing;
@@ -134,7 +134,7 @@ fn first_largest(values: impl Iterator<Item = f64>) -> usize {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ExpertPeaks {
     /// One per expert; `None` before its first token.
-    pub peaks: Vec<Option<Found>>,
+    pub peaks: Vec<Option<TopValue>>,
 }
 
 impl ExpertPeaks {
@@ -153,7 +153,7 @@ impl ExpertPeaks {
         expert: usize,
         x: &Values<'_>,
         scans: &[Scan],
-        found: impl Fn(usize, usize, f32) -> Found,
+        found: impl Fn(usize, usize, f32) -> TopValue,
     ) -> Result<()> {
         let mut top = Top::new(1);
         top.offer_values(x, scans, found)?;
@@ -161,7 +161,7 @@ impl ExpertPeaks {
         Ok(())
     }
 
-    fn offer(&mut self, expert: usize, found: Option<Found>) {
+    fn offer(&mut self, expert: usize, found: Option<TopValue>) {
         self.peaks[expert] = self.peaks[expert].max(found);
     }
 
@@ -186,20 +186,20 @@ pub fn super_experts(
     layers: usize,
     peaks: &BTreeMap<usize, ExpertPeaks>,
     loads: &BTreeMap<usize, RouterStats>,
-    record: impl Fn(&Found) -> outliers_protocol::Record,
+    record: impl Fn(&TopValue) -> outliers_protocol::Record,
 ) -> Option<SuperExperts> {
     let layers_considered = (LAYERS_CONSIDERED * layers as f64).round_ties_even() as usize;
     let considered = peaks.range(..layers_considered).flat_map(|(_, layer)| layer.peaks.iter().flatten());
-    let mut considered: Vec<Found> = considered.copied().collect();
+    let mut considered: Vec<TopValue> = considered.copied().collect();
     considered.sort_unstable_by(|a, b| b.cmp(a));
     let max = considered.first()?.value.abs();
     let ascending: Vec<f64> = considered.iter().rev().map(|found| f64::from(found.value.abs())).collect();
     let percentile = percentile(&ascending, PERCENTILE);
-    let is_candidate = |found: &Found| {
+    let is_candidate = |found: &TopValue| {
         let a = f64::from(found.value.abs());
         a > percentile && a > PART_OF_MAX * f64::from(max)
     };
-    let peak = |found: &Found| {
+    let peak = |found: &TopValue| {
         let tokens = found.expert.and_then(|expert| Some(loads.get(&found.layer)?.loads.get(expert)?.tokens));
         ExpertPeak { at: record(found), tokens: tokens.unwrap_or_default() }
     };
@@ -282,7 +282,7 @@ mod tests {
     }
 
     fn peaks(layers: &[&[Option<f32>]]) -> BTreeMap<usize, ExpertPeaks> {
-        let found = |layer, expert, value| Found { layer, token: 0, expert: Some(expert), dim: 0, value };
+        let found = |layer, expert, value| TopValue { layer, token: 0, expert: Some(expert), dim: 0, value };
         let layer = |(layer, values): (usize, &&[Option<f32>])| {
             let peaks = values.iter().enumerate().map(|(e, v)| v.map(|v| found(layer, e, v))).collect();
             (layer, ExpertPeaks { peaks })
@@ -327,7 +327,7 @@ mod tests {
         let host = outliers_scan::Rows { x: &x, width: 3, tokens: 2 };
         let (scans, x) = (host.scan(), Values::Host(host));
         let found = |offset: usize| {
-            move |row: usize, dim, value| Found { layer: 2, token: offset + row, expert: Some(1), dim, value }
+            move |row: usize, dim, value| TopValue { layer: 2, token: offset + row, expert: Some(1), dim, value }
         };
         let (mut whole, mut later) = (ExpertPeaks::new(2), ExpertPeaks::new(2));
         whole.add(1, &x, &scans, found(10)).unwrap();

@@ -10,14 +10,14 @@ use super::exact::ExactSum;
 
 /// A number per row, over rows.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-struct Spread {
+struct RowDistribution {
     rows: u64,
     sum: ExactSum,
     max: f64,
     histogram: Histogram,
 }
 
-impl Spread {
+impl RowDistribution {
     fn add(&mut self, value: f64) {
         self.rows += 1;
         self.sum.add(value);
@@ -50,8 +50,8 @@ pub struct RowStats {
     max_bits: u32,
     squares: ExactSum,
     magnitudes: Histogram,
-    kurtosis: Spread,
-    max_over_median: Spread,
+    kurtosis: RowDistribution,
+    max_over_median: RowDistribution,
 }
 
 impl RowStats {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::Site;
 use super::exact::ExactSum;
 use super::fixed_point;
-use super::top::Found;
+use super::top::TopValue;
 use outliers_scan::{Row, Scan};
 
 /// How many times the others' mean magnitude a spike is.
@@ -23,7 +23,7 @@ struct Magnitudes {
     first_sum: ExactSum,
     others_sum: ExactSum,
     /// The largest value of first tokens.
-    peak: Option<Found>,
+    peak: Option<TopValue>,
     /// Largest |x| of the others.
     others_max: f32,
 }
@@ -74,7 +74,7 @@ impl Spikes {
         others.iter().for_each(|row| seen.others_sum.add(f64::from(row.max_abs())));
         seen.others_max = others.iter().map(Row::max_abs).fold(0.0, f32::max);
         let (layer, token) = (site.layer, first_token);
-        let found = |(dim, value): (usize, &f32)| Found { layer, token, expert: None, dim, value: *value };
+        let found = |(dim, value): (usize, &f32)| TopValue { layer, token, expert: None, dim, value: *value };
         seen.peak = row.iter().enumerate().map(found).max();
         if let (Point::Residual, Some(others)) = (site.point, seen.mean_others()) {
             let margin = seen.mean_first() - TIMES * others;
@@ -103,7 +103,7 @@ impl Spikes {
     }
 
     /// As reports have it. `record` names a place.
-    pub fn summary(&self, record: impl Fn(&Found) -> Record) -> SpikeLife {
+    pub fn summary(&self, record: impl Fn(&TopValue) -> Record) -> SpikeLife {
         let residual = self.sites.iter().filter(|(site, _)| site.point == Point::Residual);
         let residual: Vec<(usize, &Magnitudes)> = residual.map(|(site, seen)| (site.layer, seen)).collect();
         let is_spike = |(_, seen): &&(usize, &Magnitudes)| {

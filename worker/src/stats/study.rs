@@ -19,9 +19,9 @@ use super::quantization::Quantization;
 use super::residual_sinks::Sinks;
 use super::rows::RowStats;
 use super::spike_life::Spikes;
-use super::top::{Found, Top};
+use super::top::{Top, TopValue};
 use super::values::{HostValues, Values, with_values};
-use super::{Column, Judged, LayerObserver, Observer, OutlierStats, Site, with_f32};
+use super::{Column, LayerObserver, Observer, OutlierStats, Site, Summary, with_f32};
 use crate::attention::FirstKey;
 use crate::corpus::Tokens;
 use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec};
@@ -106,7 +106,7 @@ pub struct Study {
     outliers: OutlierStats,
     rows: BTreeMap<Site, RowStats>,
     gains: BTreeMap<Site, Vec<f32>>,
-    records: BTreeMap<Point, Top<Found>>,
+    records: BTreeMap<Point, Top<TopValue>>,
     massive: Massive,
     routers: BTreeMap<usize, RouterStats>,
     experts: BTreeMap<usize, ExpertPeaks>,
@@ -144,7 +144,7 @@ pub fn measured_bytes(job: &JobSpec, spec: &DecoderSpec, sequences: usize) -> u6
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {
     /// Outlier features.
-    pub judged: Judged,
+    pub judged: Summary,
     /// Sites that are not norm outputs.
     pub other_sites: Vec<OtherSite>,
     /// `None` unless the residual stream was studied.
@@ -224,7 +224,8 @@ impl Study {
             self.outliers.count(site, first_token, x)?;
         }
         let scans = x.scan()?;
-        let found = |row, dim, value| Found { layer: site.layer, token: first_token + row, expert: None, dim, value };
+        let found =
+            |row, dim, value| TopValue { layer: site.layer, token: first_token + row, expert: None, dim, value };
         self.add(site, x, &scans, found)?;
         if site.point == Point::Residual {
             self.massive.add(site.layer, first_token, x, &scans)?;
@@ -264,7 +265,7 @@ impl Study {
         site: Site,
         x: &Values<'_>,
         scans: &[Scan],
-        found: impl Fn(usize, usize, f32) -> Found,
+        found: impl Fn(usize, usize, f32) -> TopValue,
     ) -> Result<()> {
         let mut first = 0;
         for scan in scans {
@@ -315,9 +316,9 @@ impl Study {
             summary.rows = self.rows.get(&site).map(RowStats::summary);
             summary.gain = self.gain_of(site).map(gain_summary);
         }
-        let record = |found: &Found| found.record(ids, self.scope.tokens);
+        let record = |found: &TopValue| found.record(ids, self.scope.tokens);
         let studied = |point: Point| self.scope.others.iter().any(|site| site.point == point);
-        let top = |(point, top): (&Point, &Top<Found>)| TopRecords {
+        let top = |(point, top): (&Point, &Top<TopValue>)| TopRecords {
             point: *point,
             records: top.descending().iter().map(record).collect(),
         };
@@ -419,7 +420,7 @@ impl LayerObserver for Study {
     }
 
     fn expert(&mut self, layer: usize, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
-        let place = |row: usize, dim, value| Found {
+        let place = |row: usize, dim, value| TopValue {
             layer,
             token: first_token + rows.rows[row] as usize,
             expert: Some(expert),

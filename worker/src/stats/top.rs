@@ -14,7 +14,7 @@ use crate::error::Result;
 /// One value and where it stands. Ordered by magnitude; among equal ones the earlier place is the greater, so that of any set of values the
 /// greatest few are the same few, whatever the order they came in.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Found {
+pub struct TopValue {
     /// Layer.
     pub layer: usize,
     /// Token, counted through all sequences.
@@ -27,7 +27,7 @@ pub struct Found {
     pub value: f32,
 }
 
-impl Found {
+impl TopValue {
     /// Bits of |value|: in the order of magnitudes.
     fn bits(&self) -> u32 {
         self.value.abs().to_bits()
@@ -47,16 +47,16 @@ impl Found {
     }
 }
 
-impl Eq for Found {}
+impl Eq for TopValue {}
 
-impl Ord for Found {
+impl Ord for TopValue {
     fn cmp(&self, other: &Self) -> Ordering {
         let key = |f: &Self| (f.bits(), Reverse((f.layer, f.token, f.expert, f.dim)));
         key(self).cmp(&key(other))
     }
 }
 
-impl PartialOrd for Found {
+impl PartialOrd for TopValue {
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
@@ -115,7 +115,7 @@ impl<T: Ord + Clone> Top<T> {
     }
 }
 
-impl Top<Found> {
+impl Top<TopValue> {
     /// Offers all values `x`, of which `scans` are; `found` makes a candidate of a row, a
     /// dimension and a value. Those that are not large enough are not looked at.
     ///
@@ -125,11 +125,11 @@ impl Top<Found> {
         &mut self,
         x: &Values<'_>,
         scans: &[Scan],
-        found: impl Fn(usize, usize, f32) -> Found,
+        found: impl Fn(usize, usize, f32) -> TopValue,
     ) -> Result<()> {
         let mut magnitudes = Histogram::default();
         scans.iter().for_each(|scan| magnitudes.merge(&scan.magnitudes));
-        let floor = magnitudes.floor_of_largest(self.limit as u64).max(self.floor().map_or(0, Found::bits));
+        let floor = magnitudes.floor_of_largest(self.limit as u64).max(self.floor().map_or(0, TopValue::bits));
         let rows = scans.iter().flat_map(|scan| &scan.rows).enumerate();
         let asked = rows.filter(|(_, row)| row.max_bits >= floor).map(|(row, _)| (row, floor));
         for Large { row, dim, value } in x.large(&asked.collect::<Vec<_>>())? {
@@ -147,18 +147,18 @@ mod tests {
 
     use super::*;
 
-    fn at(value: f32, token: usize, dim: usize) -> Found {
-        Found { layer: 0, token, expert: None, dim, value }
+    fn at(value: f32, token: usize, dim: usize) -> TopValue {
+        TopValue { layer: 0, token, expert: None, dim, value }
     }
 
     proptest! {
         #[test]
         fn the_greatest_are_kept_in_any_order(values in prop::collection::vec(-9i8..9, 1..80), limit in 1usize..12, cut in 0usize..80) {
-            let all: Vec<Found> = values.iter().enumerate().map(|(i, v)| at(f32::from(*v), i, 0)).collect();
+            let all: Vec<TopValue> = values.iter().enumerate().map(|(i, v)| at(f32::from(*v), i, 0)).collect();
             let mut sorted = all.clone();
             sorted.sort_by(|a, b| b.cmp(a));
             sorted.truncate(limit);
-            let keep = |items: &[Found]| {
+            let keep = |items: &[TopValue]| {
                 let mut top = Top::new(limit);
                 items.iter().for_each(|item| top.offer(*item));
                 top
@@ -168,9 +168,9 @@ mod tests {
             merged.merge(&keep(left));
             prop_assert_eq!(keep(&all).descending(), sorted.clone());
             prop_assert_eq!(merged.descending(), sorted);
-            let bytes = |top: &Top<Found>| postcard::to_stdvec(top).unwrap();
+            let bytes = |top: &Top<TopValue>| postcard::to_stdvec(top).unwrap();
             prop_assert_eq!(bytes(&keep(&all)), bytes(&merged));
-            let read: Top<Found> = postcard::from_bytes(&bytes(&merged)).unwrap();
+            let read: Top<TopValue> = postcard::from_bytes(&bytes(&merged)).unwrap();
             prop_assert_eq!(read.descending(), merged.descending());
         }
 

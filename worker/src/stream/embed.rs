@@ -9,7 +9,7 @@ use super::{KeptBlocks, MicroBatch, Pass, VOCAB_BLOCK, pipeline, vocab_blocks};
 use crate::decoder::Role;
 use crate::dtype;
 use crate::error::{Result, WorkerError};
-use crate::loader::{self, Spare, rows_of};
+use crate::loader::{self, TensorPool, rows_of};
 use crate::meter::{Thread, Work};
 
 impl Pass<'_> {
@@ -48,7 +48,7 @@ impl Pass<'_> {
             Ok(())
         })?;
         let device = &self.devices[0].device;
-        let mut input = self.loader(0, &Spare::default())?.unit(0, &self.spec().input_needs())?.arrived()?.tensors;
+        let mut input = self.loader(0, &TensorPool::default())?.unit(0, &self.spec().input_needs())?.arrived()?.tensors;
         let lead_in = input.linear_if_there(Role::ProjectIn);
         let positions = input.linear_if_there(Role::Positions).map(|p| self.position_rows(&p.weight)).transpose()?;
         let scale = self.spec().embedding.scale.map(|scale| scale.in_dtype(self.compute));

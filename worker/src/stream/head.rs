@@ -10,7 +10,7 @@ use crate::corpus::Tokens;
 use crate::decoder::Role;
 use crate::error::Result;
 use crate::fused;
-use crate::loader::Spare;
+use crate::loader::TensorPool;
 use crate::meter::{Thread, Work};
 use crate::product::product;
 use crate::stats::{Observer, with_f32};
@@ -19,7 +19,8 @@ use crate::weights::on;
 impl Pass<'_> {
     /// Final norm, and the matrix that leads out to the head's width.
     fn before_head(&self, batches: &mut [MicroBatch], device: &Device, observer: &mut impl Observer) -> Result<()> {
-        let mut output = self.loader(0, &Spare::default())?.unit(0, &self.spec().output_needs())?.arrived()?.tensors;
+        let mut output =
+            self.loader(0, &TensorPool::default())?.unit(0, &self.spec().output_needs())?.arrived()?.tensors;
         let spec = self.spec().final_norm;
         let norm = spec.map(|spec| output.norm(spec, Role::FinalNorm, Role::FinalNormBias)).transpose()?;
         let lead_out = output.linear_if_there(Role::ProjectOut);
@@ -51,8 +52,8 @@ impl Pass<'_> {
         let mut likelihoods = vec![Likelihoods::new(self.tokens); self.arms.count()];
         let need = self.spec().head_need();
         let stored = self.model.stored(0, &need);
-        let spare = Spare::new(2 * (VOCAB_BLOCK * need.shape[1] * self.compute.size_in_bytes()) as u64);
-        let mut loader = self.loader(0, &spare)?;
+        let pool = TensorPool::new(2 * (VOCAB_BLOCK * need.shape[1] * self.compute.size_in_bytes()) as u64);
+        let mut loader = self.loader(0, &pool)?;
         let bias = self.spec().head_bias_need().map(|need| loader.tensor(0, &need)?.arrived()).transpose()?;
         let load = |block: &(Range<usize>, Option<Vec<u8>>)| match &block.1 {
             Some(bytes) => loader.decode_rows(&stored, &block.0, bytes),
@@ -94,7 +95,7 @@ impl Pass<'_> {
             })?;
             done += 1;
             self.progress.part_done(done, all, "parts of the vocabulary", self.model.source.bytes_read());
-            spare.give_back([matrix]);
+            pool.give_back([matrix]);
             Ok(())
         })?;
         Ok(likelihoods.iter().map(Likelihoods::predicted).collect())

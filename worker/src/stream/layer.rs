@@ -72,7 +72,7 @@ fn normed(norm: Option<&Norm>, x: Tensor) -> Result<Tensor> {
 }
 
 /// A layer on its device, and who looks on.
-pub(super) struct At<'a, L> {
+pub(super) struct LayerContext<'a, L> {
     pub(super) layer: usize,
     pub(super) spec: &'a LayerSpec,
     pub(super) device: &'a Device,
@@ -86,7 +86,7 @@ pub(super) struct At<'a, L> {
     pub(super) clock: &'a Clock<'a>,
 }
 
-impl<'a, L: LayerObserver> At<'a, L> {
+impl<'a, L: LayerObserver> LayerContext<'a, L> {
     /// Takes a unit's weights out of its tensors, and shows the gains among them.
     pub(super) fn block(&mut self, unit: &Unit, tensors: UnitTensors, tables: &RopeTables) -> Result<Block> {
         let tensors = &mut tensors.seen_by(self.seen.taps());

@@ -14,13 +14,13 @@ use std::thread;
 
 use candle_core::Tensor;
 
-use super::layer::{At, Block, RopeTables};
+use super::layer::{Block, LayerContext, RopeTables};
 use super::{Pass, Wave};
 use crate::decoder::Unit;
 use crate::device::Placement;
 use crate::error::{Result, WorkerError};
-use crate::gpu::{self, Departure};
-use crate::loader::{LoadedUnit, OnItsWay, Spare};
+use crate::gpu::{self, ReleaseFence};
+use crate::loader::{LoadedUnit, OnItsWay, TensorPool};
 use crate::meter::{Clock, Subject, Thread, Work};
 use crate::product;
 use crate::savepoint::SavePoints;
@@ -40,7 +40,7 @@ enum Event {
 struct Freed {
     bytes: u64,
     /// When it can be had again: a GPU may be far behind what it was asked for.
-    departure: Option<Departure>,
+    release_fence: Option<ReleaseFence>,
 }
 
 /// What all threads share.
@@ -91,13 +91,14 @@ pub(super) fn run<O: Observer>(
         failed: Mutex::default(),
     };
     waves.into_iter().for_each(|wave| wavefront.send_on(0, wave));
-    let spares: Vec<Spare> = (0..pass.devices.len()).map(|device| Spare::new(wavefront.room(device))).collect();
+    let spares: Vec<TensorPool> =
+        (0..pass.devices.len()).map(|device| TensorPool::new(wavefront.room(device))).collect();
     thread::scope(|scope| {
-        for ((device, mail), spare) in mail.into_iter().enumerate().zip(&spares) {
+        for ((device, mail), pool) in mail.into_iter().enumerate().zip(&spares) {
             let (freed, room) = channel();
             let wavefront = &wavefront;
-            scope.spawn(move || wavefront.watched(|| wavefront.load(device, spare, &room)));
-            scope.spawn(move || wavefront.watched(|| Lane::new(wavefront, device, spare, freed).run(&mail)));
+            scope.spawn(move || wavefront.watched(|| wavefront.load(device, pool, &room)));
+            scope.spawn(move || wavefront.watched(|| DeviceWorker::new(wavefront, device, pool, freed).run(&mail)));
         }
     });
     let failed = lock(&wavefront.failed).take();
@@ -167,16 +168,16 @@ impl<O: Observer> Wavefront<'_, O> {
     }
 
     /// The loader of a device; `room` tells what is free again.
-    fn load(&self, device: usize, spare: &Spare, room: &Receiver<Freed>) -> Result<()> {
-        let mut loader = self.pass.loader(device, spare)?;
+    fn load(&self, device: usize, pool: &TensorPool, room: &Receiver<Freed>) -> Result<()> {
+        let mut loader = self.pass.loader(device, pool)?;
         let limit = if self.pass.read_ahead { self.room(device) } else { 0 };
         let mut held = 0;
         for (_, unit) in self.units_of(device) {
             let bytes = self.bytes(unit);
             while held > 0 && held + bytes > limit {
                 // The device has gone: it failed, and said so.
-                let Ok(Freed { bytes, departure }) = room.recv() else { return Ok(()) };
-                departure.map(Departure::wait).transpose()?;
+                let Ok(Freed { bytes, release_fence }) = room.recv() else { return Ok(()) };
+                release_fence.map(ReleaseFence::wait).transpose()?;
                 held -= bytes;
             }
             if self.stopped.load(Ordering::Relaxed) {
@@ -214,11 +215,11 @@ struct Held {
 }
 
 /// What the computing thread of a device knows.
-struct Lane<'a, 'p, O: Observer> {
+struct DeviceWorker<'a, 'p, O: Observer> {
     front: &'a Wavefront<'p, O>,
     device: usize,
     clock: Clock<'a>,
-    spare: &'a Spare,
+    pool: &'a TensorPool,
     freed: Sender<Freed>,
     /// Numbers of the units that are still to be loaded.
     coming: VecDeque<usize>,
@@ -232,13 +233,13 @@ struct Lane<'a, 'p, O: Observer> {
     gate: Option<(usize, Vec<Wave>)>,
 }
 
-impl<'a, 'p, O: Observer> Lane<'a, 'p, O> {
-    fn new(front: &'a Wavefront<'p, O>, device: usize, spare: &'a Spare, freed: Sender<Freed>) -> Self {
+impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
+    fn new(front: &'a Wavefront<'p, O>, device: usize, pool: &'a TensorPool, freed: Sender<Freed>) -> Self {
         Self {
             front,
             device,
             clock: front.pass.meter.clock(Thread::Device(device)),
-            spare,
+            pool,
             freed,
             coming: front.units_of(device).map(|(number, _)| number).collect(),
             held: VecDeque::new(),
@@ -353,10 +354,10 @@ impl<'a, 'p, O: Observer> Lane<'a, 'p, O> {
         let unit = &front.units[number];
         // Views of the memory that will be used again.
         drop(block);
-        self.spare.give_back(memory);
-        let departure = gpu::departure(&front.placement(self.device).device)?;
+        self.pool.give_back(memory);
+        let release_fence = gpu::release_fence(&front.placement(self.device).device)?;
         // The loader has gone when there is nothing more to load.
-        let _ = self.freed.send(Freed { bytes: front.bytes(unit), departure });
+        let _ = self.freed.send(Freed { bytes: front.bytes(unit), release_fence });
         let ends_layer = front.units.get(number + 1).is_none_or(|next| next.layer > unit.layer);
         if ends_layer && let Some(seen) = self.seen.remove(&unit.layer) {
             // Before the last wave goes on to the next layer, which therefore is joined later.
@@ -367,10 +368,10 @@ impl<'a, 'p, O: Observer> Lane<'a, 'p, O> {
     }
 
     /// Does something with a unit's layer; an error says where.
-    fn at<R>(&mut self, unit: &Unit, what: impl FnOnce(&mut At<'_, O::Layer>) -> Result<R>) -> Result<R> {
+    fn at<R>(&mut self, unit: &Unit, what: impl FnOnce(&mut LayerContext<'_, O::Layer>) -> Result<R>) -> Result<R> {
         let front = self.front;
         let seen = self.seen.entry(unit.layer).or_insert_with(|| lock(&front.observer).layer(unit.layer));
-        let mut at = At {
+        let mut at = LayerContext {
             layer: unit.layer,
             spec: &front.pass.model.spec.layers[unit.layer],
             device: &front.placement(self.device).device,

@@ -139,7 +139,7 @@ impl View<'_> {
 
 /// The tensors of a pickled `state_dict`, in its order. Entries that are no tensors are left out.
 pub(super) fn state_dict(program: &[u8]) -> Result<Vec<View<'_>>> {
-    let mut machine = Machine::default();
+    let mut machine = StackMachine::default();
     let top = machine.run(Bytes(program))?;
     let Value::Dict(entries) = top else {
         return Err(WorkerError::checkpoint("its pickle is not a dictionary of tensors")
@@ -219,9 +219,9 @@ enum Value<'p> {
     Int(i64),
     Text(&'p str),
     Global(Global),
-    /// Index into [`Machine::tuples`].
+    /// Index into [`StackMachine::tuples`].
     Tuple(usize),
-    /// Index into [`Machine::dicts`].
+    /// Index into [`StackMachine::dicts`].
     Dict(usize),
     Storage(Storage<'p>),
     /// The bytes of a record, of which the tensor says what they are.
@@ -229,12 +229,12 @@ enum Value<'p> {
         key: &'p str,
         bytes: u64,
     },
-    /// Index into [`Machine::tensors`].
+    /// Index into [`StackMachine::tensors`].
     Tensor(usize),
 }
 
 #[derive(Default)]
-struct Machine<'p> {
+struct StackMachine<'p> {
     stack: Vec<Value<'p>>,
     /// Heights of the stack, for instructions that take "everything since".
     marks: Vec<usize>,
@@ -245,7 +245,7 @@ struct Machine<'p> {
     tensors: Vec<View<'p>>,
 }
 
-impl<'p> Machine<'p> {
+impl<'p> StackMachine<'p> {
     /// Runs to the end, which leaves one value.
     fn run(&mut self, mut program: Bytes<'p>) -> Result<Value<'p>> {
         loop {

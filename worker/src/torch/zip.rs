@@ -34,7 +34,7 @@ const ENCRYPTED: u16 = 1;
 
 /// One file in the archive, as the directory describes it.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Record {
+pub(super) struct ArchiveEntry {
     pub(super) name: String,
     /// First byte of the record's own header, counted from the start of the archive.
     pub(super) header: u64,
@@ -44,7 +44,7 @@ pub(super) struct Record {
     stored: bool,
 }
 
-impl Record {
+impl ArchiveEntry {
     /// Only plain bytes can be read in ranges.
     pub(super) fn check_stored(&self) -> Result<()> {
         if self.stored {
@@ -58,7 +58,7 @@ impl Record {
 /// The directory of an archive.
 #[derive(Debug)]
 pub(super) struct Archive {
-    records: Vec<Record>,
+    records: Vec<ArchiveEntry>,
     by_name: HashMap<String, usize>,
     /// Where the directory begins, and records have to end.
     end_of_records: u64,
@@ -79,17 +79,17 @@ impl Archive {
         Ok(Self { records, by_name, end_of_records })
     }
 
-    pub(super) fn records(&self) -> &[Record] {
+    pub(super) fn records(&self) -> &[ArchiveEntry] {
         &self.records
     }
 
     /// The record called `name`, and its number.
-    pub(super) fn find(&self, name: &str) -> Option<(usize, &Record)> {
+    pub(super) fn find(&self, name: &str) -> Option<(usize, &ArchiveEntry)> {
         self.by_name.get(name).map(|number| (*number, &self.records[*number]))
     }
 
     /// Where a record's content begins: its own header repeats the name and pads, so the directory does not know.
-    pub(super) fn data_start(&self, record: &Record, read: ReadRange<'_>) -> Result<u64> {
+    pub(super) fn data_start(&self, record: &ArchiveEntry, read: ReadRange<'_>) -> Result<u64> {
         let wrong = |what: &str| damaged(format!("record {} {what}", shown(&record.name)));
         // Checked with the directory: header and content end before it.
         let header = read(record.header..record.header + RECORD_LEN)?;
@@ -102,7 +102,7 @@ impl Archive {
     }
 
     /// The bytes of a record of at most `limit` bytes.
-    pub(super) fn contents(&self, record: &Record, limit: u64, read: ReadRange<'_>) -> Result<Vec<u8>> {
+    pub(super) fn contents(&self, record: &ArchiveEntry, limit: u64, read: ReadRange<'_>) -> Result<Vec<u8>> {
         record.check_stored()?;
         if record.len > limit {
             let message = format!("{} has {} bytes, over the limit of {limit}", shown(&record.name), record.len);
@@ -123,12 +123,12 @@ fn record_header(header: &[u8]) -> Option<u64> {
 }
 
 /// Where the directory is.
-struct Place {
+struct DirectorySpan {
     bytes: Range<u64>,
     records: u64,
 }
 
-fn find_directory(file_len: u64, read: ReadRange<'_>) -> Result<Place> {
+fn find_directory(file_len: u64, read: ReadRange<'_>) -> Result<DirectorySpan> {
     let no_archive = || {
         WorkerError::checkpoint("it is no zip archive, or its end is missing")
             .hint("the file is damaged, incomplete, or not a PyTorch checkpoint: fetch it again")
@@ -165,12 +165,12 @@ fn find_end(tail: &[u8]) -> Option<usize> {
     (0..tail.len()).rev().find(fits)
 }
 
-fn parse_end(end: &[u8]) -> Option<Place> {
+fn parse_end(end: &[u8]) -> Option<DirectorySpan> {
     let mut bytes = Bytes(end);
     bytes.take(10)?;
     let (records, len, start) = (bytes.u16()?, bytes.u32()?, bytes.u32()?);
     // No overflow: both have 32 bits.
-    Some(Place { bytes: u64::from(start)..u64::from(start) + u64::from(len), records: records.into() })
+    Some(DirectorySpan { bytes: u64::from(start)..u64::from(start) + u64::from(len), records: records.into() })
 }
 
 fn locate_end64(locator: &[u8]) -> Option<u64> {
@@ -180,16 +180,16 @@ fn locate_end64(locator: &[u8]) -> Option<u64> {
     bytes.u64().filter(|_| marked)
 }
 
-fn parse_end64(end: &[u8]) -> Option<Place> {
+fn parse_end64(end: &[u8]) -> Option<DirectorySpan> {
     let mut bytes = Bytes(end);
     let marked = bytes.u32()? == END64;
     bytes.take(28)?;
     let (records, len, start) = (bytes.u64()?, bytes.u64()?, bytes.u64()?);
     let end = start.checked_add(len)?;
-    marked.then_some(Place { bytes: start..end, records })
+    marked.then_some(DirectorySpan { bytes: start..end, records })
 }
 
-fn parse_directory(entries: &[u8], count: u64, end_of_records: u64) -> Result<Vec<Record>> {
+fn parse_directory(entries: &[u8], count: u64, end_of_records: u64) -> Result<Vec<ArchiveEntry>> {
     let mut bytes = Bytes(entries);
     let mut records = Vec::new();
     while !bytes.0.is_empty() {
@@ -209,7 +209,7 @@ fn parse_directory(entries: &[u8], count: u64, end_of_records: u64) -> Result<Ve
     Ok(records)
 }
 
-fn parse_entry(bytes: &mut Bytes<'_>) -> Option<Record> {
+fn parse_entry(bytes: &mut Bytes<'_>) -> Option<ArchiveEntry> {
     if bytes.u32()? != DIRECTORY_ENTRY {
         return None;
     }
@@ -227,7 +227,7 @@ fn parse_entry(bytes: &mut Bytes<'_>) -> Option<Record> {
     let mut widened = |short: u32| if short == ELSEWHERE { wide.u64() } else { Some(short.into()) };
     let (len, stored_len, header) = (widened(len)?, widened(stored_len)?, widened(header)?);
     let stored = method == 0 && flags & ENCRYPTED == 0 && stored_len == len;
-    Some(Record { name: std::str::from_utf8(name).ok()?.to_owned(), header, len, stored })
+    Some(ArchiveEntry { name: std::str::from_utf8(name).ok()?.to_owned(), header, len, stored })
 }
 
 /// The field with 64-bit numbers among an entry's extra fields; empty when there is none.

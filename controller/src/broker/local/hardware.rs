@@ -43,14 +43,14 @@ pub(super) struct Gpu {
 
 /// What an offer's key stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Goods {
+pub(super) enum Sku {
     /// The CPU alone.
     Cpu,
     /// A number of GPUs of one name.
     Gpus(u32, String),
 }
 
-impl Goods {
+impl Sku {
     /// The key of an offer.
     pub(super) fn key(&self) -> String {
         match self {
@@ -59,7 +59,7 @@ impl Goods {
         }
     }
 
-    /// The inverse of [`Goods::key`].
+    /// The inverse of [`Sku::key`].
     pub(super) fn parse(key: &str) -> Option<Self> {
         if key == "cpu" {
             return Some(Self::Cpu);
@@ -88,26 +88,26 @@ impl Hardware {
         for gpu in &self.gpus {
             kinds.entry(&gpu.raw).or_default().push(gpu);
         }
-        let cpu = std::iter::once(self.offer(&Goods::Cpu, None));
+        let cpu = std::iter::once(self.offer(&Sku::Cpu, None));
         let gpus = kinds.into_iter().flat_map(|(raw, gpus)| {
             let vram = gpus.iter().filter_map(|gpu| gpu.vram).min();
             let counts = (1u32..).take(gpus.len());
-            counts.map(move |count| self.offer(&Goods::Gpus(count, raw.to_owned()), vram))
+            counts.map(move |count| self.offer(&Sku::Gpus(count, raw.to_owned()), vram))
         });
         cpu.chain(gpus).collect()
     }
 
-    fn offer(&self, goods: &Goods, vram: Option<Bytes>) -> Offer {
-        let (gpu_count, raw) = match goods {
-            Goods::Cpu => (0, None),
-            Goods::Gpus(count, raw) => (*count, Some(raw.as_str())),
+    fn offer(&self, sku: &Sku, vram: Option<Bytes>) -> Offer {
+        let (gpu_count, raw) = match sku {
+            Sku::Cpu => (0, None),
+            Sku::Gpus(count, raw) => (*count, Some(raw.as_str())),
         };
         let price = CORE_PRICE * i64::from(self.cores) + GPU_PRICE * i64::from(gpu_count);
         let offer = Offer {
             cpu_ram: self.ram,
             cpu_cores: Some(self.cores),
             disk: self.disk,
-            ..Offer::new(NAME, goods.key(), gpu_count, UsdPerHour(Usd::from_micros(price)))
+            ..Offer::new(NAME, sku.key(), gpu_count, UsdPerHour(Usd::from_micros(price)))
         };
         match raw {
             Some(raw) => offer.with_gpu(raw, vram),
@@ -209,8 +209,8 @@ mod tests {
     proptest! {
         #[test]
         fn keys_are_read_back(count in 1u32..64, raw in "\\PC{1,40}") {
-            let goods = Goods::Gpus(count, raw);
-            prop_assert_eq!(Goods::parse(&goods.key()), Some(goods));
+            let sku = Sku::Gpus(count, raw);
+            prop_assert_eq!(Sku::parse(&sku.key()), Some(sku));
         }
 
         #[test]

@@ -30,7 +30,7 @@ const LOG_TAIL: u64 = 4 << 10;
 /// Letters of an instance id after `i-`.
 const ID_LETTERS: usize = 12;
 /// How long a lock is tried for. Only listers hold it besides, each for microseconds.
-const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// `instance.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -163,7 +163,7 @@ impl Folder {
         loop {
             match file.try_lock() {
                 Ok(()) => return Ok(Some(file)),
-                Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_PATIENCE => {
+                Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_TIMEOUT => {
                     std::thread::sleep(Duration::from_millis(10));
                 }
                 Err(TryLockError::WouldBlock) => return Ok(None),

@@ -30,7 +30,7 @@ fn plain(item: Value) -> Result<Offer, String> {
     offer(item, &GpuRequest::default(), CLOUD.image)
 }
 
-fn goods_of(offer: &Offer) -> Goods {
+fn sku_of(offer: &Offer) -> Sku {
     serde_json::from_str(&offer.key).unwrap()
 }
 
@@ -107,7 +107,7 @@ fn offers_that_cannot_be_compared_say_why() {
 fn the_image_is_one_of_the_offers() {
     let image = |images: &[&str], preferred: &str| {
         let item = item_with(json!({"images": images}));
-        offer(item, &GpuRequest::default(), preferred).map(|offer| goods_of(&offer).image)
+        offer(item, &GpuRequest::default(), preferred).map(|offer| sku_of(&offer).image)
     };
     let all = ["prime_rl", "cuda_11_8_pytorch_2_1", "cuda_12_6_pytorch_2_7", "ubuntu_22_cuda_12"];
     assert_eq!(image(&all, "ubuntu_22_cuda_12").as_deref(), Ok("ubuntu_22_cuda_12"));
@@ -118,7 +118,7 @@ fn the_image_is_one_of_the_offers() {
 #[test]
 fn an_order_repeats_whatever_names_the_offer() {
     let offer = plain(item()).unwrap();
-    let ordered = order(&goods_of(&offer), offer.price, &lease(200), "ssh_1");
+    let ordered = order(&sku_of(&offer), offer.price, &lease(200), "ssh_1");
     let expected = json!({
         "pod": {
             "name": "outliers-me-r1-n1-1795250000", "cloudId": "NVIDIA A100 80GB PCIe", "gpuType": "A100_80GB",
@@ -130,7 +130,7 @@ fn an_order_repeats_whatever_names_the_offer() {
     assert_eq!(ordered, expected);
 
     let fixed = plain(item_with(json!({"disk": {"defaultCount": 512}, "dataCenter": null, "country": null}))).unwrap();
-    let ordered = order(&goods_of(&fixed), UsdPerHour::from_dollars(2.0), &lease(200), "ssh_1");
+    let ordered = order(&sku_of(&fixed), UsdPerHour::from_dollars(2.0), &lease(200), "ssh_1");
     let pod = ordered["pod"].as_object().unwrap();
     assert!(["diskSize", "memory", "dataCenterId", "country"].iter().all(|field| !pod.contains_key(*field)), "{pod:?}");
     assert_eq!(pod["maxPrice"], 2.0);
@@ -145,7 +145,7 @@ fn memory_is_ordered_where_it_can_be_had() {
         (offer.cpu_ram, offer.price),
         (Some(Bytes::from_gib(64)), UsdPerHour::from_dollars(1.6568 + 32.0 * 0.004))
     );
-    assert_eq!(order(&goods_of(&offer), offer.price, &lease(1), "k")["pod"]["memory"], 64);
+    assert_eq!(order(&sku_of(&offer), offer.price, &lease(1), "k")["pod"]["memory"], 64);
 }
 
 fn pod_with(changes: Value) -> Pod {

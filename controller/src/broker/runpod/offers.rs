@@ -7,8 +7,8 @@ use futures::{StreamExt, TryStreamExt, stream};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::goods::{self, Goods};
 use super::graphql::Operation;
+use super::sku::{self, Sku};
 use super::{NAME, accepted, tier_word};
 use crate::broker::wire::lenient;
 use crate::broker::{BrokerError, GpuRequest, Offer, Offers, Tier};
@@ -69,7 +69,7 @@ struct Cuda {
 /// One type of GPU at one place, as it will be offered.
 #[derive(Clone)]
 struct Candidate {
-    goods: Goods,
+    sku: Sku,
     /// Can be had for good; a host that is promised to others may still take a bid.
     in_stock: bool,
     vram: Option<Bytes>,
@@ -148,7 +148,7 @@ impl GpuType {
         let (gpu, min_cuda) = (self.id.clone(), want.min_cuda);
         let served = self.cuda_versions.iter().filter(|cuda| cuda.available).map(|cuda| cuda.version);
         Ok(Candidate {
-            goods: Goods { gpu, count, tier, place, ram_gib: None, min_cuda, bid_per_gpu: None },
+            sku: Sku { gpu, count, tier, place, ram_gib: None, min_cuda, bid_per_gpu: None },
             in_stock: self.availability != "NONE",
             vram: (1.0..4096.0).contains(&self.memory).then(|| Bytes::from_mib((self.memory * 1024.0) as u64)),
             gpus: each * f64::from(count),
@@ -161,12 +161,12 @@ impl GpuType {
 
 /// A place whose hosts are asked about.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Place {
+struct HostLocation {
     secure: bool,
     data_center: Option<String>,
 }
 
-type Hosts = BTreeMap<(Place, String), Host>;
+type Hosts = BTreeMap<(HostLocation, String), Host>;
 
 #[derive(Deserialize)]
 struct HostsOfType {
@@ -203,7 +203,7 @@ async fn hosts<'a>(
     if !want.spot && want.min_cpu_ram.is_none_or(|ram| ram.0 == 0) {
         return Ok(Hosts::new());
     }
-    let mut places: Vec<Place> =
+    let mut places: Vec<HostLocation> =
         candidates.filter(|candidate| candidate.is_wanted(want)).map(Candidate::place).collect();
     places.sort();
     places.dedup();
@@ -212,11 +212,15 @@ async fn hosts<'a>(
     Ok(answers.into_iter().flatten().collect())
 }
 
-async fn hosts_at(http: &Http, want: &GpuRequest, place: Place) -> Result<Vec<((Place, String), Host)>, BrokerError> {
+async fn hosts_at(
+    http: &Http,
+    want: &GpuRequest,
+    place: HostLocation,
+) -> Result<Vec<((HostLocation, String), Host)>, BrokerError> {
     let mut input = Map::new();
     input.insert("gpuCount".to_owned(), json!(count(want)));
     input.insert("secureCloud".to_owned(), json!(place.secure));
-    input.insert("minDisk".to_owned(), json!(goods::disk_gb(want.min_disk)));
+    input.insert("minDisk".to_owned(), json!(sku::disk_gb(want.min_disk)));
     if let Some(data_center) = &place.data_center {
         input.insert("dataCenterId".to_owned(), json!(data_center));
     }
@@ -236,8 +240,8 @@ async fn hosts_at(http: &Http, want: &GpuRequest, place: Place) -> Result<Vec<((
 }
 
 impl Candidate {
-    fn place(&self) -> Place {
-        Place { secure: self.goods.tier == Tier::Secure, data_center: self.goods.place.clone() }
+    fn place(&self) -> HostLocation {
+        HostLocation { secure: self.sku.tier == Tier::Secure, data_center: self.sku.place.clone() }
     }
 
     /// Whether the market could take it, were its hosts known. A bid may be below any price.
@@ -251,13 +255,13 @@ impl Candidate {
 
     /// With what is known of its hosts; and once more as what may be taken back, if that is wanted and there is a price.
     fn with_hosts(mut self, hosts: &Hosts, want: &GpuRequest) -> Vec<Result<Self, String>> {
-        let host = hosts.get(&(self.place(), self.goods.gpu.clone()));
+        let host = hosts.get(&(self.place(), self.sku.gpu.clone()));
         self.cpu_cores = host.and_then(|host| host.min_vcpu).filter(|cores| *cores > 0);
-        self.goods.ram_gib = host.and_then(|host| host.min_memory).filter(|gib| (1..1 << 16).contains(gib));
+        self.sku.ram_gib = host.and_then(|host| host.min_memory).filter(|gib| (1..1 << 16).contains(gib));
         let bid = host.filter(|_| want.spot).and_then(|host| self.bid(host.minimum_bid_price?));
         let spot = bid.map(|bid| Self {
-            goods: Goods { bid_per_gpu: Some(bid), ..self.goods.clone() },
-            gpus: bid.dollars() * f64::from(self.goods.count),
+            sku: Sku { bid_per_gpu: Some(bid), ..self.sku.clone() },
+            gpus: bid.dollars() * f64::from(self.sku.count),
             ..self.clone()
         });
         let for_good = if self.in_stock { Ok(self) } else { Err("out of stock".to_owned()) };
@@ -266,22 +270,22 @@ impl Candidate {
 
     /// The lowest bid per GPU that makes up `whole` dollars for all of them.
     fn bid(&self, whole: f64) -> Option<Usd> {
-        let micros = (whole * 1e6 / f64::from(self.goods.count)).ceil();
+        let micros = (whole * 1e6 / f64::from(self.sku.count)).ceil();
         (1.0..1e10).contains(&micros).then(|| Usd::from_micros(micros as i64))
     }
 
     fn offer(self, want: &GpuRequest) -> Result<Offer, String> {
-        let price = goods::price(self.gpus, goods::disk_gb(want.min_disk))?;
+        let price = sku::price(self.gpus, sku::disk_gb(want.min_disk))?;
         Ok(Offer {
-            cpu_ram: self.goods.ram_gib.map(Bytes::from_gib),
+            cpu_ram: self.sku.ram_gib.map(Bytes::from_gib),
             cpu_cores: self.cpu_cores,
             // It is made to measure.
             disk: want.min_disk,
-            region: self.goods.place.clone(),
-            tier: Some(self.goods.tier),
-            spot: self.goods.bid_per_gpu.is_some(),
+            region: self.sku.place.clone(),
+            tier: Some(self.sku.tier),
+            spot: self.sku.bid_per_gpu.is_some(),
             max_cuda: self.max_cuda,
-            ..Offer::new(NAME, self.goods.key(), self.goods.count, price).with_gpu(&self.goods.gpu, self.vram)
+            ..Offer::new(NAME, self.sku.key(), self.sku.count, price).with_gpu(&self.sku.gpu, self.vram)
         })
     }
 }

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{NAME, goods};
+use super::{NAME, sku};
 use crate::broker::wire::{self, lenient};
 use crate::broker::{Instance, InstanceId, InstanceState, SshEndpoint};
 use crate::calendar::from_rfc3339;
@@ -148,7 +148,7 @@ impl Pod {
         let cost = self.cost?;
         // What is stopped keeps its container disk for nothing.
         let disk = if cost == 0.0 { Some(0) } else { self.disk };
-        goods::price(cost, disk?).ok()
+        sku::price(cost, disk?).ok()
     }
 }
 

@@ -1,7 +1,7 @@
 use serde_json::{Value, json};
 
-use super::goods::{Goods, disk_gb, price};
 use super::pod::{Page, Pod};
+use super::sku::{Sku, disk_gb, price};
 use super::*;
 use crate::broker::SshEndpoint;
 use crate::http::Limits;
@@ -147,7 +147,7 @@ fn lease() -> Lease {
 
 #[test]
 fn an_order_says_it_all() {
-    let goods = Goods {
+    let sku = Sku {
         gpu: "NVIDIA A100-SXM4-80GB".to_owned(),
         count: 4,
         tier: Tier::Community,
@@ -162,15 +162,15 @@ fn an_order_says_it_all() {
         "supportPublicIp": true, "startSsh": true, "env": [{"key": "PUBLIC_KEY", "value": "ssh-ed25519 AAAA me"}],
         "terminateAfter": "2026-06-01T12:00:00Z"
     });
-    assert_eq!(runpod().order(&goods, &lease()), plain);
-    let full = Goods {
+    assert_eq!(runpod().order(&sku, &lease()), plain);
+    let full = Sku {
         place: Some("US-KS-2".to_owned()),
         ram_gib: Some(251),
         min_cuda: Some(CudaVersion { major: 12, minor: 8 }),
         bid_per_gpu: Some(Usd::from_micros(790_000)),
-        ..goods
+        ..sku
     };
-    assert_eq!(Goods::parse(&full.key()), Some(full.clone()));
+    assert_eq!(Sku::parse(&full.key()), Some(full.clone()));
     let order = runpod().order(&full, &lease());
     for (name, value) in [
         ("dataCenterId", json!("US-KS-2")),

@@ -13,7 +13,7 @@ use crate::transport::quote::quote;
 use crate::transport::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind};
 
 /// So long a script waits for a look at the queue; then the last one has to do.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// One job's folder as a host: the folder is its home, and every script hears whether the job is
 /// over.
@@ -33,7 +33,7 @@ impl JobTransport {
         let lease = self.cluster.lease(&tag).await.map_err(in_transport)?;
         let user = &self.cluster.login().await.map_err(in_transport)?.user;
         // A queue that cannot be seen is no reason to take a job for over.
-        let seen = timeout(PATIENCE, self.cluster.snapshot()).await;
+        let seen = timeout(TIMEOUT, self.cluster.snapshot()).await;
         let seen = seen.ok().and_then(Result::ok).or_else(|| self.cluster.latest());
         let over = seen.and_then(|snapshot| snapshot.over(&tag));
         let cancel = format!("scancel --user={} --name={tag}", quote(user));

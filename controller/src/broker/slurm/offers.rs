@@ -1,7 +1,7 @@
 //! What the partitions have, and when the queue thinks that a job would start.
 
 use super::queue::field;
-use super::{Goods, NAME, Site};
+use super::{NAME, Site, Sku};
 use crate::broker::{Dropped, GpuRequest, Offer, Offers};
 use crate::text::clean;
 use crate::transport::quote::quote;
@@ -121,7 +121,7 @@ fn gpus(gres: &str) -> Vec<(Option<String>, u32)> {
 /// What was found, each offer beside what gets it.
 #[derive(Debug, Default)]
 pub(super) struct Found {
-    pub(super) goods: Vec<Goods>,
+    pub(super) sku: Vec<Sku>,
     offers: Vec<Offer>,
     dropped: Vec<Dropped>,
 }
@@ -189,15 +189,15 @@ impl Found {
         disk: Option<Bytes>,
     ) {
         let partition = group.partition.clone();
-        let goods = Goods { partition, gpus, gpu_type, cpus, mem_mib, limit_s: group.limit_s };
-        let Ok(key) = serde_json::to_string(&goods) else { return };
+        let sku = Sku { partition, gpus, gpu_type, cpus, mem_mib, limit_s: group.limit_s };
+        let Ok(key) = serde_json::to_string(&sku) else { return };
         let offer = Offer::new(NAME, key, gpus, UsdPerHour::default());
-        let offer = match &goods.gpu_type {
+        let offer = match &sku.gpu_type {
             Some(kind) => offer.with_gpu(kind, site.gpu_memory),
             None => Offer { vram: site.gpu_memory.filter(|_| gpus > 0), ..offer },
         };
         // An A100 or V100 may be the smaller of two.
-        let vram = offer.vram.or_else(|| goods.gpu_type.as_deref().and_then(least_memory));
+        let vram = offer.vram.or_else(|| sku.gpu_type.as_deref().and_then(least_memory));
         self.offers.push(Offer {
             vram,
             cpu_ram: Some(Bytes::from_mib(mem_mib)),
@@ -206,7 +206,7 @@ impl Found {
             region: Some(format!("{}: {} of {} nodes idle", group.partition, group.idle, group.nodes)),
             ..offer
         });
-        self.goods.push(goods);
+        self.sku.push(sku);
     }
 
     /// Adds what [`when`] printed.

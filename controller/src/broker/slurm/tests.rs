@@ -5,7 +5,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::queue::{self, Snapshot};
-use super::{Goods, NAME, Site, Slurm, error, offers, refused};
+use super::{NAME, Site, Sku, Slurm, error, offers, refused};
 use crate::broker::{
     BrokerErrorKind as Kind, GpuRequest, Instance, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
 };
@@ -199,8 +199,8 @@ fn node_groups_are_offers_of_what_is_wanted() {
     assert_eq!(two[0].vram, Some(Bytes::from_gib(40)), "the smaller of two, where the name leaves it open");
     assert_eq!(two[0].price, UsdPerHour::default());
     assert_eq!(two[0].region.as_deref(), Some("gpu: 1 of 2 nodes idle"));
-    let goods: Goods = serde_json::from_str(&two[1].key).unwrap();
-    assert_eq!((goods.limit_s, goods.gpu_type.as_deref(), goods.mem_mib), (Some(43_200), Some("h100"), 256_000));
+    let sku: Sku = serde_json::from_str(&two[1].key).unwrap();
+    assert_eq!((sku.limit_s, sku.gpu_type.as_deref(), sku.mem_mib), (Some(43_200), Some("h100"), 256_000));
     let found = offers::read(nodes, &want(4), &site()).into_offers();
     let dropped: Vec<&str> = found.dropped.iter().map(|dropped| dropped.reason.as_str()).collect();
     assert_eq!(dropped, ["with fewer GPUs in a node", "partition old is not up", "without GPUs"]);
@@ -228,16 +228,10 @@ fn slurm() -> Slurm {
 fn a_submission_names_the_tag_and_the_limits_and_nothing_is_read_by_a_shell() {
     let lease =
         Lease { tag: tag("r1").parse::<LeaseTag>().unwrap(), ssh_public_key: String::new(), disk: Bytes::from_gib(1) };
-    let goods = Goods {
-        partition: "gpu".into(),
-        gpus: 2,
-        gpu_type: Some("a100".into()),
-        cpus: 8,
-        mem_mib: 1000,
-        limit_s: None,
-    };
+    let sku =
+        Sku { partition: "gpu".into(), gpus: 2, gpu_type: Some("a100".into()), cpus: 8, mem_mib: 1000, limit_s: None };
     let root = "/scratch/it's me; rm -rf x";
-    let script = slurm().submission(root, &goods, &lease, Duration::from_secs(3601));
+    let script = slurm().submission(root, &sku, &lease, Duration::from_secs(3601));
     for part in [
         "--time=61",
         "--gres=gpu:a100:2",
@@ -251,7 +245,7 @@ fn a_submission_names_the_tag_and_the_limits_and_nothing_is_read_by_a_shell() {
     ] {
         assert!(script.contains(part), "{part} in {script}");
     }
-    let short = slurm().submission("/s", &goods, &lease, Duration::from_secs(300));
+    let short = slurm().submission("/s", &sku, &lease, Duration::from_secs(300));
     assert!(!short.contains("--signal"), "it would be asked to stop as soon as it starts");
     let checked = std::process::Command::new("sh").args(["-n", "-c", &script]).output().unwrap();
     assert!(checked.status.success(), "{checked:?}");

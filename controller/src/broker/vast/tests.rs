@@ -101,7 +101,7 @@ fn offers_that_cannot_be_used_say_why() {
 
 #[test]
 fn a_search_asks_for_no_more_than_is_wanted() {
-    let asked = query(&GpuRequest::default(), Rental::OnDemand);
+    let asked = query(&GpuRequest::default(), RentalKind::OnDemand);
     assert_eq!(
         (&asked["type"], &asked["num_gpus"], &asked["allocated_storage"]),
         (&json!("ondemand"), &json!({"eq": 1}), &json!(10))
@@ -121,7 +121,7 @@ fn a_search_asks_for_no_more_than_is_wanted() {
         min_cuda: Some("12.4".parse().unwrap()),
         ..GpuRequest::default()
     };
-    let asked = query(&want, Rental::OnDemand);
+    let asked = query(&want, RentalKind::OnDemand);
     for (field, expected) in [
         ("type", json!("ondemand")),
         ("gpu_ram", json!({"gte": 73728.0})),
@@ -134,7 +134,7 @@ fn a_search_asks_for_no_more_than_is_wanted() {
         assert_eq!(asked[field], expected, "{field}");
     }
     assert_eq!((asked.get("num_gpus"), asked.get("geolocation")), (None, None));
-    assert_eq!(query(&want, Rental::Bid).get("dph_total"), None, "a bid may be lower");
+    assert_eq!(query(&want, RentalKind::Bid).get("dph_total"), None, "a bid may be lower");
 }
 
 #[test]

@@ -9,10 +9,10 @@ use crate::broker::{Instance, InstanceId};
 use crate::cli::TerminateArgs;
 use crate::clouds::{BadHosts, Cloud, Clouds};
 use crate::commands::{Context, Home, SCHEMA, ports, runs};
-use crate::deploy::{Stop, Stuck, Target};
+use crate::deploy::{DriveError, Stop, Target};
 use crate::ledger::LedgerError;
 use crate::model_name::short;
-use crate::report::{Complaint, ExitStatus, tables};
+use crate::report::{CliError, ExitStatus, tables};
 use crate::text::counted;
 
 /// An instance that is to end.
@@ -24,7 +24,7 @@ struct Chosen<'a> {
 }
 
 /// Ends the instances that are named, or all.
-pub(super) async fn command(context: &Context, args: &TerminateArgs) -> Result<ExitStatus, Complaint> {
+pub(super) async fn command(context: &Context, args: &TerminateArgs) -> Result<ExitStatus, CliError> {
     let (home, clouds) = (context.home(), clouds(context, &args.only)?);
     let (chosen, silent) = context.reporter.waiting(LISTS, choose(context, &home, &clouds, args)).await?;
     let terminal = std::io::stdin().is_terminal();
@@ -34,7 +34,7 @@ pub(super) async fn command(context: &Context, args: &TerminateArgs) -> Result<E
     for chosen in &chosen {
         match end(context, &home, &clouds, chosen).await {
             Ok(()) => ended.push((chosen.cloud.name(), &chosen.id)),
-            Err(complaint) => wrong.push(complaint),
+            Err(cli_error) => wrong.push(cli_error),
         }
     }
     let document = serde_json::json!({ "schema": SCHEMA, "ended": ended });
@@ -46,12 +46,12 @@ pub(super) async fn command(context: &Context, args: &TerminateArgs) -> Result<E
     worst(context, wrong)
 }
 
-/// The complaint that a person has to hear first; the others are said before it.
-fn worst(context: &Context, mut all: Vec<Complaint>) -> Result<ExitStatus, Complaint> {
-    let worst = ExitStatus::worst(all.iter().map(|complaint| complaint.status));
-    let Some(at) = all.iter().position(|complaint| complaint.status == worst) else { return Ok(ExitStatus::Done) };
+/// The error that a person has to hear first; the others are said before it.
+fn worst(context: &Context, mut all: Vec<CliError>) -> Result<ExitStatus, CliError> {
+    let worst = ExitStatus::worst(all.iter().map(|cli_error| cli_error.status));
+    let Some(at) = all.iter().position(|cli_error| cli_error.status == worst) else { return Ok(ExitStatus::Done) };
     let last = all.remove(at);
-    all.iter().for_each(|complaint| context.reporter.sentence(complaint));
+    all.iter().for_each(|cli_error| context.reporter.sentence(cli_error));
     Err(last)
 }
 
@@ -61,7 +61,7 @@ async fn choose<'a>(
     home: &Home,
     clouds: &'a Clouds,
     args: &TerminateArgs,
-) -> Result<(Vec<Chosen<'a>>, Vec<Complaint>), Complaint> {
+) -> Result<(Vec<Chosen<'a>>, Vec<CliError>), CliError> {
     let named: Vec<&Cloud> = clouds.iter().collect();
     if let ([cloud], false, false) = (&named[..], args.all, args.only.broker.is_empty()) {
         let chosen = join_all(args.ids.iter().map(|id| alone(context, home, cloud, id, args))).await;
@@ -72,14 +72,14 @@ async fn choose<'a>(
     for (cloud, answer) in lists {
         match answer {
             Ok(found) => listed.extend(found.into_iter().map(|instance| (cloud, instance))),
-            Err(error) => silent.push(Complaint::from(error)),
+            Err(error) => silent.push(CliError::from(error)),
         }
     }
     let unreadable = |(cloud, instance): &(&Cloud, Instance)| {
         let tag = instance.tag().filter(|_| instance.id.0.is_empty())?;
         let message = format!("{} lists an instance of run {} whose id cannot be read", cloud.name(), tag.run);
         let hint = Some("end it in the cloud's own console".to_owned());
-        Some(Complaint { status: ExitStatus::InstanceLeft, message, hint })
+        Some(CliError { status: ExitStatus::InstanceLeft, message, hint })
     };
     let of =
         |(cloud, instance): (&'a Cloud, Instance)| Chosen { cloud, id: instance.id.clone(), shown: Some(instance) };
@@ -106,7 +106,7 @@ async fn alone<'a>(
     cloud: &'a Cloud,
     id: &str,
     args: &TerminateArgs,
-) -> Result<Chosen<'a>, Complaint> {
+) -> Result<Chosen<'a>, CliError> {
     let id = InstanceId(id.to_owned());
     match cloud.call(cloud.broker.get(&id)).await {
         Ok(None) => Err(missing(&id.0)),
@@ -122,9 +122,9 @@ async fn alone<'a>(
     }
 }
 
-fn unseen(id: &str, silent: &[Complaint]) -> Complaint {
+fn unseen(id: &str, silent: &[CliError]) -> CliError {
     let Some(first) = silent.first() else { return missing(id) };
-    Complaint {
+    CliError {
         status: first.status,
         message: format!("`{id}` is in no list that can be read: {}", first.message),
         hint: Some("no list is needed where the cloud is named: add --broker NAME".to_owned()),
@@ -132,14 +132,14 @@ fn unseen(id: &str, silent: &[Complaint]) -> Complaint {
 }
 
 /// Whose instances are meant.
-fn whose(home: &Home, args: &TerminateArgs) -> Result<String, Complaint> {
+fn whose(home: &Home, args: &TerminateArgs) -> Result<String, CliError> {
     args.owner.clone().or_else(|| home.owner.clone()).ok_or_else(|| {
         let hint = "name the owner, the second part of its name, with --owner; or say --force";
-        Complaint::refused("whose instances are meant is not known: there is no ledger here", hint)
+        CliError::refused("whose instances are meant is not known: there is no ledger here", hint)
     })
 }
 
-fn permitted(home: &Home, args: &TerminateArgs, instance: &Instance) -> Result<(), Complaint> {
+fn permitted(home: &Home, args: &TerminateArgs, instance: &Instance) -> Result<(), CliError> {
     if args.force {
         return Ok(());
     }
@@ -149,11 +149,11 @@ fn permitted(home: &Home, args: &TerminateArgs, instance: &Instance) -> Result<(
     }
     let id = &instance.id;
     Err(match owner {
-        Some(owner) => Complaint::refused(
+        Some(owner) => CliError::refused(
             format!("instance {id} was rented by another ledger, {owner}"),
             format!("end it where it was rented, or add --owner {owner}"),
         ),
-        None => Complaint::refused(
+        None => CliError::refused(
             format!("instance {id} was not rented by this program, as far as its name tells"),
             "if it is yours all the same: --force",
         ),
@@ -169,14 +169,14 @@ fn consent(
     args: &TerminateArgs,
     terminal: bool,
     answers: &mut dyn BufRead,
-) -> Result<(), Complaint> {
+) -> Result<(), CliError> {
     if args.yes || chosen.iter().all(|chosen| chosen.cloud.is_local) {
         return Ok(());
     }
     let count = counted(chosen.len(), "instance");
     context.reporter.say(&format!("{}\nWould end, with all that is on them: {count}.", in_words(home, chosen)));
     if !terminal {
-        return Err(Complaint::refused("nothing was ended: nobody is there to ask", "add --yes"));
+        return Err(CliError::refused("nothing was ended: nobody is there to ask", "add --yes"));
     }
     let word = if args.all { chosen.len().to_string() } else { "y".to_owned() };
     // A line of its own, so that Ctrl-C leaves no half one.
@@ -184,7 +184,7 @@ fn consent(
     let mut answer = String::new();
     match answers.read_line(&mut answer) {
         Ok(_) if answer.trim() == word => Ok(()),
-        _ => Err(Complaint::refused("nothing was ended", format!("type {word}, or add --yes"))),
+        _ => Err(CliError::refused("nothing was ended", format!("type {word}, or add --yes"))),
     }
 }
 
@@ -210,12 +210,12 @@ fn in_words(home: &Home, chosen: &[Chosen<'_>]) -> String {
 
 /// Through its run where it has one, so that the ledger knows; else, and where the ledger cannot be written, at
 /// the cloud.
-async fn end(context: &Context, home: &Home, clouds: &Clouds, chosen: &Chosen<'_>) -> Result<(), Complaint> {
+async fn end(context: &Context, home: &Home, clouds: &Clouds, chosen: &Chosen<'_>) -> Result<(), CliError> {
     match through_run(context, home, clouds, chosen).await {
         Ok(true) => return Ok(()),
         Ok(false) => {}
-        Err(Refused::Driven(complaint)) => return Err(complaint),
-        Err(Refused::Stuck(Stuck::Ledger(error))) => context.reporter.sentence(&Complaint::from(error)),
+        Err(Refused::Driven(cli_error)) => return Err(cli_error),
+        Err(Refused::Stuck(DriveError::Ledger(error))) => context.reporter.sentence(&CliError::from(error)),
         Err(Refused::Stuck(stuck)) => return Err(stuck.into()),
     }
     let target = chosen.shown.as_ref().map_or_else(|| Target::of(&chosen.id), Target::from);
@@ -224,8 +224,8 @@ async fn end(context: &Context, home: &Home, clouds: &Clouds, chosen: &Chosen<'_
 
 /// Why an instance does not end through its run.
 enum Refused {
-    Driven(Complaint),
-    Stuck(Stuck),
+    Driven(CliError),
+    Stuck(DriveError),
 }
 
 impl From<LedgerError> for Refused {
@@ -243,7 +243,7 @@ async fn through_run(context: &Context, home: &Home, clouds: &Clouds, chosen: &C
     let Some(run) = run else { return Ok(false) };
     let Some(taken) = ledger.take(&run.id)? else {
         let hint = format!("`outliers runs cancel {}` ends it", run.id);
-        return Err(Refused::Driven(Complaint::refused(format!("a process drives run {} on it", run.id), hint)));
+        return Err(Refused::Driven(CliError::refused(format!("a process drives run {} on it", run.id), hint)));
     };
     let (hosts, bad_hosts) = (context.hosts(&context.exe), BadHosts::default());
     let ended = runs::end(context, ports(clouds, &bad_hosts, &hosts, &[]), taken, Stop::SkipSync).await;

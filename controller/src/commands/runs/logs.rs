@@ -19,7 +19,7 @@ use crate::deploy::{DeployEvent, HostTalk, KEY_FILE, read_cursor};
 use crate::files::{MOST, read_small};
 use crate::host::{self, Cursor, HostError, HostEvent, RemoteHost};
 use crate::ledger::{Ledger, RunRecord};
-use crate::report::{Complaint, ExitStatus};
+use crate::report::{CliError, ExitStatus};
 use crate::run::{Pin, RunState};
 use crate::text::clean;
 use crate::transport::ssh::HostKeyPin;
@@ -41,7 +41,7 @@ pub(super) async fn command(
     ledger: &Ledger,
     name: &str,
     follow: bool,
-) -> Result<ExitStatus, Complaint> {
+) -> Result<ExitStatus, CliError> {
     let run = ledger.find(name)?;
     if follow {
         return go_on(context, ledger, &run.id).await;
@@ -53,7 +53,7 @@ pub(super) async fn command(
 }
 
 /// All that the worker has said, as far as it can be read now.
-async fn so_far(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<Vec<String>, Complaint> {
+async fn so_far(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<Vec<String>, CliError> {
     if let Some(path) = at_home(run) {
         return at_once(&path);
     }
@@ -69,15 +69,15 @@ async fn so_far(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<V
     let read = read_on(context, ledger, run, pin, false, &say).await;
     lines.extend(rest.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner));
     match read {
-        Err(complaint) if lines.is_empty() => return Err(complaint),
-        Err(complaint) => context.reporter.warn(&format!("only what was fetched before: {complaint}")),
+        Err(cli_error) if lines.is_empty() => return Err(cli_error),
+        Err(cli_error) => context.reporter.warn(&format!("only what was fetched before: {cli_error}")),
         Ok(()) => {}
     }
     Ok(lines)
 }
 
 /// Prints the log until the worker has ended, whoever drives the run meanwhile, or nobody.
-async fn go_on(context: &Context, ledger: &Ledger, id: &str) -> Result<ExitStatus, Complaint> {
+async fn go_on(context: &Context, ledger: &Ledger, id: &str) -> Result<ExitStatus, CliError> {
     let reporter = &context.reporter;
     let say = |line: String| reporter.line(&serde_json::json!({ "line": line }), || line.clone());
     let mut tail = Tail::of(ledger, &ledger.run(id)?);
@@ -122,8 +122,8 @@ fn key_of(run: &RunRecord) -> Option<&Pin> {
     }
 }
 
-fn has_none(run: &RunRecord) -> Complaint {
-    Complaint::refused(
+fn has_none(run: &RunRecord) -> CliError {
+    CliError::refused(
         format!("run {} is {} and has no log", run.id, run.state.word()),
         "a run has a log from the start of its worker on",
     )
@@ -137,20 +137,20 @@ async fn read_on(
     pin: &Pin,
     to_the_end: bool,
     say: &Say<'_>,
-) -> Result<(), Complaint> {
-    let rental = run.state.rental().ok_or_else(|| Complaint::failed("the run has no instance"))?;
+) -> Result<(), CliError> {
+    let rental = run.state.rental().ok_or_else(|| CliError::failed("the run has no instance"))?;
     let cloud = context.cloud(&rental.offer.broker)?;
     let found = cloud.call(cloud.broker.get(&rental.instance)).await?;
     let Some(InstanceState::Ready(endpoint)) = found.map(|instance| instance.state) else {
-        return Err(Complaint::failed(format!("instance {} cannot be spoken to", rental.instance)));
+        return Err(CliError::failed(format!("instance {} cannot be spoken to", rental.instance)));
     };
-    let failed = |error: HostError| Complaint { status: ExitStatus::Cloud, message: error.message, hint: error.hint };
+    let failed = |error: HostError| CliError { status: ExitStatus::Cloud, message: error.message, hint: error.hint };
     let folder = ledger.run_folder(&run.id);
     let host = match cloud.broker.way(&rental.instance) {
         Some(way) => RemoteHost::new(way.transport, way.name),
         None => {
             let pin = HostKeyPin::new(&pin.0).map_err(|error| failed(error.into()))?;
-            let (key, deadline) = (folder.join(KEY_FILE), Instant::now() + cloud.patience.ssh);
+            let (key, deadline) = (folder.join(KEY_FILE), Instant::now() + cloud.timeouts.ssh);
             let (what, unheard) = (format!("instance {} to answer", rental.instance), |_: HostEvent| {});
             let reached = host::reach(&endpoint, &key, Some(pin), deadline, &unheard);
             context.reporter.waiting(&what, reached).await.map_err(failed)?.0
@@ -172,12 +172,12 @@ async fn read_on(
     read.map(drop).map_err(failed)
 }
 
-fn at_once(path: &Path) -> Result<Vec<String>, Complaint> {
+fn at_once(path: &Path) -> Result<Vec<String>, CliError> {
     read_small(path, MOST).map(|text| lines_of(&text)).map_err(|error| unreadable(path, &error))
 }
 
-fn unreadable(path: &Path, error: &io::Error) -> Complaint {
-    Complaint::failed(format!("{}: {error}", path.display()))
+fn unreadable(path: &Path, error: &io::Error) -> CliError {
+    CliError::failed(format!("{}: {error}", path.display()))
 }
 
 fn lines_of(text: &[u8]) -> Vec<String> {
@@ -199,7 +199,7 @@ impl Tail {
     }
 
     /// The whole lines that have come since the last look.
-    fn lines(&mut self) -> Result<Vec<String>, Complaint> {
+    fn lines(&mut self) -> Result<Vec<String>, CliError> {
         let text = self.bytes().map_err(|error| unreadable(&self.path, &error))?;
         let whole = text.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
         let lines = lines_of(&text[..whole]);

@@ -8,12 +8,12 @@ use tokio::sync::watch;
 
 use super::tell::estimate;
 use super::{Session, Todo};
-use crate::commands::deploy::complaint_of;
+use crate::commands::deploy::cli_error_of;
 use crate::commands::drive::listening;
 use crate::commands::prepare::secrets;
-use crate::deploy::{Driver, Ports, Stop, Stuck, Turns};
+use crate::deploy::{DriveError, Driver, Ports, StartThrottle, Stop};
 use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
-use crate::report::{Complaint, Reporter};
+use crate::report::{CliError, Reporter};
 use crate::run::RunSpec;
 use crate::secret::Secret;
 use crate::units::Usd;
@@ -44,7 +44,7 @@ impl Session<'_> {
         ledger: &Ledger,
         ports: Ports<'_>,
         todo: Vec<Todo>,
-    ) -> Result<Vec<(String, Stuck)>, Complaint> {
+    ) -> Result<Vec<(String, DriveError)>, CliError> {
         // What was left bills, whether it is driven or not.
         let left = todo.iter().filter(|todo| matches!(todo, Todo::PickUp(_))).count();
         let parallel = self.parallel().max(left);
@@ -54,8 +54,8 @@ impl Session<'_> {
         }
         let (board, since_ms) = (self.context.reporter.of_one(&self.survey.name), now_ms());
         let estimates: Vec<(String, Usd)> = tasks.iter().map(|task| (task.name.clone(), task.estimate)).collect();
-        let turns = Turns::new(self.context.settings.stagger);
-        let ports = Ports { turns: Some(&turns), ..ports };
+        let start_throttle = StartThrottle::new(self.context.settings.stagger);
+        let ports = Ports { start_throttle: Some(&start_throttle), ..ports };
         let driven = listening(&self.context.reporter, async |stop| {
             let runs = stream::iter(tasks).map(|task| self.drive_one(ledger, ports, task, stop.clone()));
             let all = runs.buffer_unordered(parallel).filter_map(async |stuck| stuck).collect::<Vec<_>>();
@@ -100,7 +100,7 @@ impl Session<'_> {
         ports: Ports<'_>,
         task: Task,
         stop: watch::Receiver<Stop>,
-    ) -> Option<(String, Stuck)> {
+    ) -> Option<(String, DriveError)> {
         let reporter = self.context.reporter.of_one(&task.name);
         let stopped = *stop.borrow() != Stop::Go;
         let run = match task.begin {
@@ -112,15 +112,15 @@ impl Session<'_> {
             Begin::Anew(_) if stopped => return None,
             Begin::Anew(spec) => ledger.plan(&spec),
         };
-        let turns = ports.turns.filter(|_| task.asks_the_hub);
-        let ports = Ports { secrets: &task.secrets, turns, ..ports };
+        let start_throttle = ports.start_throttle.filter(|_| task.asks_the_hub);
+        let ports = Ports { secrets: &task.secrets, start_throttle, ..ports };
         let driven = match run {
             Ok(run) => Driver::new(run, ports, stop, &|event| reporter.event(event)).drive().await,
             Err(error) => Err(error.into()),
         };
         reporter.done();
-        if let Err(complaint) = self.write_index(ledger) {
-            reporter.sentence(&complaint);
+        if let Err(cli_error) = self.write_index(ledger) {
+            reporter.sentence(&cli_error);
         }
         match driven {
             Ok(run) => {
@@ -132,8 +132,8 @@ impl Session<'_> {
     }
 
     fn tell_end(&self, reporter: &Reporter, run: &RunRecord) {
-        match complaint_of(run) {
-            Some(complaint) => reporter.sentence(&complaint),
+        match cli_error_of(run) {
+            Some(cli_error) => reporter.sentence(&cli_error),
             None if !run.state.is_at_rest() => {
                 reporter.say("Let go of: its worker works on, and the same command picks it up");
             }

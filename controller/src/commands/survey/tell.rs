@@ -9,16 +9,16 @@ use super::{Model, Problem, Session, Todo, in_words};
 use crate::broker::Offer;
 use crate::commands::SCHEMA;
 use crate::commands::prepare::Prepared;
-use crate::deploy::Stuck;
+use crate::deploy::DriveError;
 use crate::estimate::Estimate;
 use crate::ledger::{RunRecord, now_ms};
 use crate::market;
-use crate::report::{Complaint, ExitStatus, tables};
-use crate::run::{Ending, RunSpec};
+use crate::report::{CliError, ExitStatus, tables};
+use crate::run::{RunOutcome, RunSpec};
 use crate::settings::Span;
-use crate::standing::Figures;
-use crate::survey::Outcome;
-use crate::survey::index::Line;
+use crate::status::HeadlineFigures;
+use crate::survey::ModelOutcome;
+use crate::survey::index::IndexEntry;
 use crate::text::clean_lines;
 use crate::units::{Usd, figure};
 
@@ -29,7 +29,7 @@ pub(super) fn estimate(prepared: &Prepared) -> Option<Estimate> {
 
 /// What would be done for a model.
 #[derive(Serialize)]
-pub(super) struct Row<'a> {
+pub(super) struct ModelRow<'a> {
     name: &'a str,
     model: &'a str,
     job_key: &'a str,
@@ -48,11 +48,11 @@ pub(super) struct Row<'a> {
 
 /// What a survey would do.
 #[derive(Serialize)]
-struct Plan<'a> {
+struct SurveyPlan<'a> {
     schema: u32,
     dry_run: bool,
     survey: &'a str,
-    models: Vec<Row<'a>>,
+    models: Vec<ModelRow<'a>>,
     max_parallel: usize,
     budget: Option<Usd>,
     /// By all runs of the survey so far.
@@ -78,18 +78,18 @@ struct Surveyed<'a> {
 #[derive(Serialize)]
 struct Came {
     #[serde(flatten)]
-    line: Line,
+    line: IndexEntry,
     /// By its latest run.
     cost: Usd,
     /// Of whole results.
-    figures: Option<Figures>,
+    figures: Option<HeadlineFigures>,
     #[serde(skip)]
     status: ExitStatus,
 }
 
 impl Session<'_> {
     /// What would be done for each model.
-    pub(super) fn rows<'r>(&'r self, runs: &[RunRecord], todo: &'r [Todo], problems: &[Problem]) -> Vec<Row<'r>> {
+    pub(super) fn rows<'r>(&'r self, runs: &[RunRecord], todo: &'r [Todo], problems: &[Problem]) -> Vec<ModelRow<'r>> {
         let row = |(number, (model, todo)): (usize, (&'r Model<'_>, &'r Todo))| {
             let problem = problems.iter().find(|problem| problem.model == number);
             let prepared = todo.prepared();
@@ -98,17 +98,17 @@ impl Session<'_> {
                 (Todo::PickUp(_), _) => "pick up",
                 (Todo::Run(_), _) => "run",
                 _ if problem.is_some() => "cannot be run",
-                (_, Outcome::Complete) => "nothing: complete",
-                (_, Outcome::Partial | Outcome::Failed) => "nothing: failed",
+                (_, ModelOutcome::Complete) => "nothing: complete",
+                (_, ModelOutcome::Partial | ModelOutcome::Failed) => "nothing: failed",
                 _ => "nothing: left out",
             };
             let estimate = prepared.and_then(estimate);
-            Row {
+            ModelRow {
                 name: &model.entry.name,
                 model: &model.entry.model.model,
                 job_key: &model.job_key,
                 to_do,
-                problem: problem.map(|problem| in_words(&problem.complaint)),
+                problem: problem.map(|problem| in_words(&problem.cli_error)),
                 spec: prepared.map(|prepared| &prepared.spec),
                 offer: prepared.and_then(|prepared| prepared.offers.first()),
                 offers: prepared.map_or(0, |prepared| prepared.offers.len()),
@@ -129,7 +129,7 @@ impl Session<'_> {
         }
         let models = self.rows(runs, todo, problems);
         let costs = models.iter().filter_map(|row| row.estimate.as_ref()?.cost);
-        let plan = Plan {
+        let plan = SurveyPlan {
             schema: SCHEMA,
             dry_run: true,
             survey: &self.survey.name,
@@ -153,11 +153,11 @@ impl Session<'_> {
                 plan.spent,
             )
         });
-        ExitStatus::worst(problems.iter().map(|problem| problem.complaint.status))
+        ExitStatus::worst(problems.iter().map(|problem| problem.cli_error.status))
     }
 
     /// Prints what it came to; the exit status is that of the worst run.
-    pub(super) fn conclude(&self, runs: &[RunRecord], stuck: &[(String, Stuck)]) -> ExitStatus {
+    pub(super) fn conclude(&self, runs: &[RunRecord], stuck: &[(String, DriveError)]) -> ExitStatus {
         let wanted = self.models.iter().filter(|model| model.wanted);
         let models: Vec<Came> = wanted.map(|model| self.came(model, runs, stuck)).collect();
         let status = ExitStatus::worst(models.iter().map(|came| came.status));
@@ -170,31 +170,31 @@ impl Session<'_> {
             models,
         };
         self.context.reporter.result(&surveyed, || self.in_words(&surveyed));
-        let failed = |came: &&Came| matches!(came.line.outcome, Outcome::Partial | Outcome::Failed);
+        let failed = |came: &&Came| matches!(came.line.outcome, ModelOutcome::Partial | ModelOutcome::Failed);
         let failed = surveyed.models.iter().filter(failed).count();
         if failed > 0 {
             self.context.reporter.say(&format!("{failed} failed; --rerun-failed runs them again"));
         }
         for (name, stuck) in stuck {
-            self.context.reporter.of_one(name).sentence(&Complaint::of_stuck(stuck));
+            self.context.reporter.of_one(name).sentence(&CliError::of_drive_error(stuck));
         }
         status
     }
 
-    fn came(&self, model: &Model<'_>, runs: &[RunRecord], stuck: &[(String, Stuck)]) -> Came {
+    fn came(&self, model: &Model<'_>, runs: &[RunRecord], stuck: &[(String, DriveError)]) -> Came {
         let (line, run) = self.member(model).look(runs);
         let status = match (line.outcome, run) {
             _ if stuck.iter().any(|(name, _)| *name == model.entry.name) => ExitStatus::InstanceLeft,
-            (Outcome::Complete, _) => ExitStatus::Done,
+            (ModelOutcome::Complete, _) => ExitStatus::Done,
             // Of an earlier ledger.
-            (Outcome::Partial | Outcome::Failed, None) => ExitStatus::Failed,
+            (ModelOutcome::Partial | ModelOutcome::Failed, None) => ExitStatus::Failed,
             // It was to be run, and Ctrl-C came first.
             (_, None) => ExitStatus::Interrupted,
-            (_, Some(run)) if run.state.ending() == Some(&Ending::Completed) => ExitStatus::Failed,
+            (_, Some(run)) if run.state.ending() == Some(&RunOutcome::Completed) => ExitStatus::Failed,
             (_, Some(run)) => ExitStatus::of_run(&run.state),
         };
         let place = self.folder.join(&model.entry.name);
-        let figures = (line.outcome == Outcome::Complete).then(|| Figures::read(&place)).flatten();
+        let figures = (line.outcome == ModelOutcome::Complete).then(|| HeadlineFigures::read(&place)).flatten();
         Came { cost: run.map_or(Usd::ZERO, |run| run.cost(now_ms())), figures, line, status }
     }
 
@@ -212,7 +212,7 @@ impl Session<'_> {
                 tables::text(came.line.why.as_deref().unwrap_or_default()),
             ]);
         }
-        let complete = surveyed.models.iter().filter(|came| came.line.outcome == Outcome::Complete).count();
+        let complete = surveyed.models.iter().filter(|came| came.line.outcome == ModelOutcome::Complete).count();
         let price = if self.clouds.is_local() { " (made up: this machine)" } else { "" };
         format!(
             "{table}\n{complete} of {} complete, cost of the survey {}{price}\nfiles: {}\nside by side: outliers compare {}\n",
@@ -225,7 +225,7 @@ impl Session<'_> {
 }
 
 /// The same as a table.
-pub(super) fn table_of(rows: &[Row<'_>]) -> String {
+pub(super) fn table_of(rows: &[ModelRow<'_>]) -> String {
     let mut table = tables::table(&["model", "to do", "what", "price", "takes", "costs", "at most"]);
     for row in rows {
         let of_offer = |of: fn(&Offer) -> String| row.offer.map(of).unwrap_or_default();

@@ -3,9 +3,9 @@
 use plotters::element::{PathElement, Rectangle};
 use plotters::style::Color;
 
-use super::scale::{Kind, Scale};
+use super::scale::{AxisKind, Scale};
 use super::{Colour, Mark, Plot, WIDTH, chart, draw, legend, mesh};
-use crate::compare::tally::Estimate;
+use crate::compare::bootstrap::Estimate;
 
 /// Rows at most.
 const ROWS: usize = 48;
@@ -38,7 +38,7 @@ pub fn bars(
     let all = || rows.iter().flat_map(|row| row.bars.iter().take(series.len()).flatten()).filter(|bar| fits(bar));
     all().next()?;
     let end = |bar: &Estimate| bar.interval.map_or(bar.value, |[_, high]| high.max(bar.value));
-    let across = Scale::of(Kind::Linear, all().map(end));
+    let across = Scale::of(AxisKind::Linear, all().map(end));
     let labels: Vec<&str> = rows.iter().rev().map(|row| row.label.as_str()).collect();
     let up = Scale::labels(&labels);
     let height = rows.len() as u32 * (series.len() as u32 * BAR + BETWEEN) + 230;

@@ -4,14 +4,14 @@ use std::ops::Range;
 
 use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
 
-use crate::compare::sheet::short;
+use crate::compare::table::short;
 
 /// Places of a logarithmic axis that are named.
 const MOST_NAMES: usize = 8;
 
 /// What an axis does with its values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum AxisKind {
     /// From 0 to what is needed.
     Linear,
     /// Powers of ten are equally far apart; values must be positive.
@@ -62,17 +62,17 @@ impl Shape {
 
 impl Scale {
     /// One that holds all values, which are finite and, on a logarithmic axis, positive.
-    pub(super) fn of(kind: Kind, values: impl Iterator<Item = f64>) -> Self {
+    pub(super) fn of(kind: AxisKind, values: impl Iterator<Item = f64>) -> Self {
         let (least, most) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| (a.min(x), b.max(x)));
         match kind {
-            Kind::Percent => Self::even(0.0, 100.0, 25.0, 4.0),
-            Kind::Index => Self::even(0.0, most, nice(most / 8.0).max(1.0), 0.5),
-            Kind::Linear => {
+            AxisKind::Percent => Self::even(0.0, 100.0, 25.0, 4.0),
+            AxisKind::Index => Self::even(0.0, most, nice(most / 8.0).max(1.0), 0.5),
+            AxisKind::Linear => {
                 let most = if most > 0.0 { most * 1.08 } else { 1.0 };
                 Self::even(0.0, most, nice(most / 5.0), 0.0)
             }
-            Kind::Log => Self::log(least, most),
-            Kind::Count => Self::count(most.max(1.0)),
+            AxisKind::Log => Self::log(least, most),
+            AxisKind::Count => Self::count(most.max(1.0)),
         }
     }
 
@@ -164,7 +164,7 @@ mod tests {
     proptest! {
         #[test]
         fn scales_hold_their_values_and_name_some_places(least in 1e-12f64..1e12, factor in 1f64..1e12) {
-            for kind in [Kind::Linear, Kind::Log, Kind::Count] {
+            for kind in [AxisKind::Linear, AxisKind::Log, AxisKind::Count] {
                 let scale = Scale::of(kind, [least, least * factor].into_iter());
                 for value in [least, least * factor] {
                     prop_assert!((0..=1000).contains(&scale.map(&value, (0, 1000))));

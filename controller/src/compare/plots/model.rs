@@ -5,18 +5,18 @@ use std::collections::BTreeMap;
 use outliers_protocol::{Feature, Point as Place, Results};
 
 use super::{cost, mark, residual};
+use crate::compare::bootstrap::mean;
 use crate::compare::comparison::Compared;
 use crate::compare::folder::{Run, layers};
-use crate::compare::ladder::{self, Rung};
-use crate::compare::plot::{Axis, Colour, Group, Kind, Mark, Plot, Point, heat, points};
-use crate::compare::sheet::short;
+use crate::compare::plot::{Axis, AxisKind, Colour, Group, Mark, Plot, Point, heat, points};
 use crate::compare::statistics::Statistics;
-use crate::compare::tally::mean;
+use crate::compare::table::short;
+use crate::compare::threshold_sweep::{self, SweepPoint};
 
 /// Features in a heat map.
 const FEATURES: usize = 24;
 
-const LAYER: Axis = Axis { label: "layer", kind: Kind::Index };
+const LAYER: Axis = Axis { label: "layer", kind: AxisKind::Index };
 
 /// The plots of one model; empty without a run.
 pub fn of_model(model: &Compared) -> Vec<Plot> {
@@ -29,7 +29,7 @@ pub fn of_model(model: &Compared) -> Vec<Plot> {
         cost::of_model(&named("cost"), &titled("What outliers cost in 8 and 4 bits"), results),
         magnitudes(&named("magnitudes"), &titled("Magnitudes by layer"), results),
         features(&named("features"), &titled("Outlier features by layer"), run),
-        rungs(&named("ladder"), &titled("Features by threshold"), run),
+        sweep(&named("ladder"), &titled("Features by threshold"), run),
         massive(&named("massive"), &titled("Residual stream: the largest values by layer"), results),
         residual::map(&named("residual-map"), &titled("Residual stream: dimensions by token"), results),
         experts(&named("experts"), &titled("Experts: the largest outputs by layer"), run),
@@ -66,7 +66,7 @@ fn magnitudes(name: &str, title: &str, results: &Results) -> Option<Plot> {
         curve("99.9 % of |x|, MLP's norm", mark(Colour::Second, false, false), norms(mlp.0, mlp.1, high)),
     ];
     let description = "The largest magnitude at each norm output, and the magnitude that 99.9 % of its values do not exceed, by layer.";
-    points(name, title, description, [LAYER, Axis { label: "|x|", kind: Kind::Log }], &groups)
+    points(name, title, description, [LAYER, Axis { label: "|x|", kind: AxisKind::Log }], &groups)
 }
 
 /// Features in the order of tables and heat maps: systematic ones first, by magnitude.
@@ -136,17 +136,18 @@ impl Heat {
     }
 }
 
-fn rungs(name: &str, title: &str, run: &Run) -> Option<Plot> {
-    let (rungs, own) = (ladder::rungs(run), run.results.thresholds.magnitude);
-    let line = |label: &str, mark: Mark, of: fn(&Rung) -> usize, from: f32| {
-        let known = rungs.iter().filter(|rung| rung.magnitude >= from);
-        let points = known.map(|rung| Point { x: f64::from(rung.magnitude), y: of(rung) as f64, ..Point::default() });
+fn sweep(name: &str, title: &str, run: &Run) -> Option<Plot> {
+    let (sweep, own) = (threshold_sweep::sweep(run), run.results.thresholds.magnitude);
+    let line = |label: &str, mark: Mark, of: fn(&SweepPoint) -> usize, from: f32| {
+        let known = sweep.iter().filter(|point| point.magnitude >= from);
+        let points =
+            known.map(|point| Point { x: f64::from(point.magnitude), y: of(point) as f64, ..Point::default() });
         Group { name: label.to_owned(), mark, joined: true, points: points.collect() }
     };
     let groups = [
-        line("anywhere", mark(Colour::First, true, true), |rung| rung.anywhere, 0.0),
-        line("in enough layers", mark(Colour::Second, false, true), |rung| rung.in_layers, 0.0),
-        line("and systematic", mark(Colour::Third, true, false), |rung| rung.systematic, own),
+        line("anywhere", mark(Colour::First, true, true), |point| point.anywhere, 0.0),
+        line("in enough layers", mark(Colour::Second, false, true), |point| point.in_layers, 0.0),
+        line("and systematic", mark(Colour::Third, true, false), |point| point.systematic, own),
     ];
     let description = "Features whose largest magnitude reaches a threshold: anywhere; in the share of layers that the run asks for; and those of \
         the latter that are systematic at the run's own threshold, above which no others can be.";
@@ -154,7 +155,7 @@ fn rungs(name: &str, title: &str, run: &Run) -> Option<Plot> {
         name,
         title,
         description,
-        [Axis { label: "threshold of |x|", kind: Kind::Log }, Axis { label: "features", kind: Kind::Linear }],
+        [Axis { label: "threshold of |x|", kind: AxisKind::Log }, Axis { label: "features", kind: AxisKind::Linear }],
         &groups,
     )
 }
@@ -171,7 +172,7 @@ fn massive(name: &str, title: &str, results: &Results) -> Option<Plot> {
     ];
     let description = "Largest, second, third largest and median magnitude of a sequence's residual stream after each layer, mean over sequences \
         (Sun et al. 2024, section 2).";
-    points(name, title, description, [LAYER, Axis { label: "|x|", kind: Kind::Log }], &groups)
+    points(name, title, description, [LAYER, Axis { label: "|x|", kind: AxisKind::Log }], &groups)
 }
 
 fn experts(name: &str, title: &str, run: &Run) -> Option<Plot> {
@@ -193,7 +194,7 @@ fn experts(name: &str, title: &str, run: &Run) -> Option<Plot> {
     ];
     let description = "Largest magnitude at the output of an expert's down projection, before its weight: the expert with the largest, the next, and \
         the median expert of each layer. A super expert stands far above the rest (Su et al. 2025).";
-    points(name, title, description, [LAYER, Axis { label: "|x|", kind: Kind::Log }], &groups)
+    points(name, title, description, [LAYER, Axis { label: "|x|", kind: AxisKind::Log }], &groups)
 }
 
 fn routers(name: &str, title: &str, run: &Run) -> Option<Plot> {
@@ -212,7 +213,7 @@ fn routers(name: &str, title: &str, run: &Run) -> Option<Plot> {
         curve("idlest", mark(Colour::Second, false, true), relative(|loads| loads[0])),
     ];
     let description = "Tokens sent to the busiest, the median and the idlest expert of each layer, over the mean of its experts: 1 is even.";
-    points(name, title, description, [LAYER, Axis { label: "tokens / mean", kind: Kind::Linear }], &groups)
+    points(name, title, description, [LAYER, Axis { label: "tokens / mean", kind: AxisKind::Linear }], &groups)
 }
 
 /// Quartiles, over the norm outputs where a feature has outliers, of its value of largest magnitude at each; signed. `None` if it has none.

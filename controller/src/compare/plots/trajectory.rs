@@ -7,7 +7,7 @@ use outliers_protocol::{Axis as Spread, ModelSource, Reading};
 use super::{NUMBERS, mark};
 use crate::compare::Comparison;
 use crate::compare::comparison::Compared;
-use crate::compare::plot::{Axis, Colour, Group, Kind, Mark, Plot, Point, points};
+use crate::compare::plot::{Axis, AxisKind, Colour, Group, Mark, Plot, Point, points};
 
 /// How the curves are told apart; of more models there are no more curves.
 const MARKS: [Mark; 8] = [
@@ -56,7 +56,7 @@ pub(super) fn trajectories(comparison: &Comparison) -> Option<Plot> {
             "Number of systematic outlier features, unique and by layers, over the tokens that a model had seen, where \
              its revision or its name says how many (tokens5033B, -10T). {NUMBERS}"
         ),
-        [Axis { label: "tokens seen", kind: Kind::Log }, Axis { label: "features", kind: Kind::Linear }],
+        [Axis { label: "tokens seen", kind: AxisKind::Log }, Axis { label: "features", kind: AxisKind::Linear }],
         &groups,
     )?;
     Some(plot.keyed(&names))

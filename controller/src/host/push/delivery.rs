@@ -17,7 +17,7 @@ use super::hash_file;
 use crate::files::{hex, open_regular};
 use crate::host::probe::free_kib;
 use crate::host::retry::Retry;
-use crate::host::{Answer, HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost, SHORT};
+use crate::host::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost, SHORT, ScriptOutput};
 use crate::transport::SendRequest;
 use crate::transport::quote::quote;
 use crate::units::Bytes;
@@ -25,7 +25,7 @@ use crate::units::Bytes;
 /// Hashing a large file on a slow disk.
 const HASH_LIMIT: Duration = Duration::from_secs(900);
 /// Time without progress after which an upload is given up.
-const PATIENCE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 /// Kept free beside an upload, for the run's own files.
 const SPARE: u64 = 16 << 20;
 /// Smallest block of a part file that is compared by itself, and how many there may be.
@@ -148,13 +148,13 @@ impl Missing {
 }
 
 /// Counts what several uploads have sent together.
-struct Tally<'a> {
+struct UploadCounter<'a> {
     sent: AtomicU64,
     total: u64,
     on: OnEvent<'a>,
 }
 
-impl Tally<'_> {
+impl UploadCounter<'_> {
     fn add(&self, bytes: u64) {
         let sent = self.sent.fetch_add(bytes, Ordering::Relaxed) + bytes;
         (self.on)(HostEvent::Uploading { sent, total: self.total });
@@ -164,7 +164,7 @@ impl Tally<'_> {
 impl RemoteHost {
     /// Sends what is not there yet, into one folder; gives the bytes that were missing.
     pub(super) async fn deliver(&self, folder: &str, items: &[Item], on: OnEvent<'_>) -> Result<u64, HostError> {
-        let mut retry = Retry::new(PATIENCE, None);
+        let mut retry = Retry::new(TIMEOUT, None);
         let mut missing = Missing::default();
         loop {
             let before = missing.least;
@@ -204,7 +204,7 @@ impl RemoteHost {
             }
             return Ok(());
         }
-        let tally = Tally { sent: AtomicU64::new(total.saturating_sub(now)), total, on };
+        let tally = UploadCounter { sent: AtomicU64::new(total.saturating_sub(now)), total, on };
         let (small, large): (Vec<_>, Vec<_>) = survey.gaps.iter().partition(|gap| gap.item.bytes < SMALL);
         for few in small.chunks(AT_ONCE) {
             try_join_all(few.iter().map(|gap| self.send(gap, survey.has_gzip, &tally))).await?;
@@ -215,7 +215,7 @@ impl RemoteHost {
         self.seal(&survey.gaps).await
     }
 
-    async fn send(&self, gap: &Gap<'_>, has_gzip: bool, tally: &Tally<'_>) -> Result<(), HostError> {
+    async fn send(&self, gap: &Gap<'_>, has_gzip: bool, tally: &UploadCounter<'_>) -> Result<(), HostError> {
         let told = AtomicU64::new(0);
         // An upload that begins anew tells what it had told before.
         let progress = |sent: u64| tally.add(sent.saturating_sub(told.fetch_max(sent, Ordering::Relaxed)));
@@ -258,7 +258,7 @@ impl RemoteHost {
         Ok(survey)
     }
 
-    fn check_space(&self, folder: &str, survey: &Survey<'_>, answer: &Answer) -> Result<(), HostError> {
+    fn check_space(&self, folder: &str, survey: &Survey<'_>, answer: &ScriptOutput) -> Result<(), HostError> {
         let needs = |gap: &Gap<'_>| gap.bytes() + SPARE + if gap.must_be_copied() { gap.item.bytes } else { 0 };
         let needed = survey.gaps.iter().map(needs).sum();
         match free_kib(&answer.field("disk")).map(|kib| kib.saturating_mul(1024)) {
@@ -296,7 +296,7 @@ impl RemoteHost {
 }
 
 /// Numbers and hashes of an item's blocks that lie on the host.
-fn blocks_there(answer: &Answer, item: usize) -> Vec<(u64, String)> {
+fn blocks_there(answer: &ScriptOutput, item: usize) -> Vec<(u64, String)> {
     let read = |line: &String| {
         let mut words = line.split_whitespace();
         let is_ours = words.next()?.parse() == Ok(item);

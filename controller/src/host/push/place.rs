@@ -1,7 +1,7 @@
 //! Where on a host a program can be put and run: a home folder may be mounted `noexec`, or
 //! read-only.
 
-use crate::host::{Answer, HostError, HostErrorKind, RemoteHost, SHORT};
+use crate::host::{HostError, HostErrorKind, RemoteHost, SHORT, ScriptOutput};
 use crate::transport::quote::quote;
 
 /// Tried in this order when the home folder does not serve; the login user has a folder of its own
@@ -56,7 +56,7 @@ fn script(home: &str, beside: &[&str]) -> String {
     format!("{TRY}\nuid=$(id -u); echo \"@uid $uid\"\ntry 0 {} 022 {alone}{others}\n:", quote(home))
 }
 
-fn chosen(answer: &Answer, home: &str, beside: &[&str]) -> Option<String> {
+fn chosen(answer: &ScriptOutput, home: &str, beside: &[&str]) -> Option<String> {
     match usize::try_from(answer.number("place")?).ok()? {
         0 => Some(home.to_owned()),
         other => Some(format!("{}/outliers-{}", beside.get(other - 1)?, answer.number("uid")?)),
@@ -71,11 +71,11 @@ mod tests {
     use super::*;
 
     /// What a real shell answers.
-    fn answer(home: &Path, beside: &[&str]) -> Answer {
+    fn answer(home: &Path, beside: &[&str]) -> ScriptOutput {
         let script = script(home.to_str().unwrap(), beside);
         let out = Command::new("sh").arg("-c").arg(script).output().unwrap();
         assert!(out.status.success(), "{out:?}");
-        Answer { status: Some(0), stdout: out.stdout, stderr: String::new() }
+        ScriptOutput { status: Some(0), stdout: out.stdout, stderr: String::new() }
     }
 
     #[test]
@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_host_can_name_no_folder_of_its_own() {
-        let said = |text: &str| Answer { status: Some(0), stdout: text.into(), stderr: String::new() };
+        let said = |text: &str| ScriptOutput { status: Some(0), stdout: text.into(), stderr: String::new() };
         for text in ["@place /bin", "@place 4\n@uid 0", "@place 1", "@place 1\n@uid ../x", "@place -1\n@uid 0", ""] {
             assert_eq!(chosen(&said(text), "/root", &["/a", "/b", "/c"]), None, "{text}");
         }

@@ -1,7 +1,7 @@
 use super::super::tests::spec;
 use super::*;
 use crate::deploy::fake::offer;
-use crate::run::{Brought, Ending, Intent};
+use crate::run::{Brought, Intent, RunOutcome};
 
 fn creating(owner: &str, run: &str) -> RunEvent {
     let tag = crate::broker::LeaseTag { owner: owner.into(), run: run.into(), nonce: "n".into(), deadline: 7 };
@@ -21,7 +21,7 @@ fn finished(ledger: &Ledger, results: &Path) -> String {
         RunEvent::Reached { pin: crate::run::Pin("p".into()), price: None },
         RunEvent::Launched,
         RunEvent::WorkerEnded { exit: Some(0) },
-        RunEvent::Fetched { results, ending: Ending::Completed },
+        RunEvent::Fetched { results, ending: RunOutcome::Completed },
         RunEvent::Terminate,
         RunEvent::Gone,
     ] {

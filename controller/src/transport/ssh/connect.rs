@@ -43,9 +43,9 @@ const MOST_OPENED: u32 = 10;
 /// How many channels a host has tried to open to this machine. Nothing here asks for one, and none
 /// is taken.
 #[derive(Clone, Default)]
-pub(super) struct Opened(Arc<AtomicU32>);
+pub(super) struct ChannelCount(Arc<AtomicU32>);
 
-impl Opened {
+impl ChannelCount {
     /// Takes note of one more; an error, which ends the connection, when they are too many.
     fn note(&self) -> Result<(), russh::Error> {
         match self.0.fetch_add(1, Ordering::Relaxed) < MOST_OPENED {
@@ -69,7 +69,7 @@ impl Opened {
 pub(super) struct Client {
     pin: Option<HostKeyPin>,
     seen: Arc<Mutex<Option<PublicKey>>>,
-    opened: Opened,
+    opened: ChannelCount,
 }
 
 /// Every channel that a server opens is refused: a reply that is dropped says no.
@@ -179,7 +179,7 @@ pub(super) async fn open(
     key: &Arc<PrivateKey>,
     pin: Option<&HostKeyPin>,
     tuning: &Tuning,
-    opened: &Opened,
+    opened: &ChannelCount,
 ) -> Result<(Handle<Client>, HostKeyPin), TransportError> {
     let mut stream = dial(endpoint).await?;
     wait_for_greeting(endpoint, &mut stream).await?;
@@ -285,7 +285,7 @@ async fn handshake(
     stream: TcpStream,
     pin: Option<&HostKeyPin>,
     tuning: &Tuning,
-    opened: &Opened,
+    opened: &ChannelCount,
 ) -> Result<(Handle<Client>, HostKeyPin), TransportError> {
     let seen = Arc::new(Mutex::new(None));
     let client = Client { pin: pin.cloned(), seen: seen.clone(), opened: opened.clone() };

@@ -11,9 +11,9 @@ use crate::files::open_regular;
 use crate::transport::{TransportError, TransportErrorKind as Kind};
 
 /// A plain file, open to be read in any order.
-pub(super) struct Source(Arc<File>);
+pub(super) struct UploadSource(Arc<File>);
 
-impl Source {
+impl UploadSource {
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         Ok(Self(Arc::new(open_regular(path)?)))
     }

@@ -19,7 +19,7 @@ use super::clock::Clock;
 use super::connect::Client;
 use super::plain;
 use super::sftp::{Sftp, Writer};
-use super::source::Source;
+use super::source::UploadSource;
 use crate::transport::TransportError;
 
 /// Channels of one upload, as measured (`benches/upload.rs`). OpenSSH allows 10 per connection; two are left for commands.
@@ -36,7 +36,7 @@ const NARROW: f64 = 12e6;
 /// One upload, shared by its lanes.
 pub(super) struct Upload<'a> {
     pub(super) handle: &'a Handle<Client>,
-    pub(super) source: &'a Source,
+    pub(super) source: &'a UploadSource,
     pub(super) remote: &'a str,
     pub(super) clock: Clock<'a>,
     pub(super) queue: Queue,
@@ -147,9 +147,9 @@ impl Upload<'_> {
 }
 
 /// Blocks to send.
-pub(super) struct Queue(Mutex<Blocks>);
+pub(super) struct Queue(Mutex<PendingBlocks>);
 
-struct Blocks {
+struct PendingBlocks {
     /// Nobody has taken these yet; the next one is the last.
     left: Vec<Range<u64>>,
     /// Bytes of those that were.
@@ -166,7 +166,7 @@ impl Queue {
         };
         let mut left: Vec<_> = parts.iter().flat_map(blocks).collect();
         left.reverse();
-        Self(Mutex::new(Blocks { left, taken: 0 }))
+        Self(Mutex::new(PendingBlocks { left, taken: 0 }))
     }
 
     fn take(&self) -> Option<Range<u64>> {
@@ -190,7 +190,7 @@ impl Queue {
         self.lock().left.len()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Blocks> {
+    fn lock(&self) -> MutexGuard<'_, PendingBlocks> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

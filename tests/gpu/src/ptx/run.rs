@@ -45,7 +45,7 @@ pub(crate) fn run(kernel: &Kernel, grid: Grid, parameters: &[u8], memory: &Memor
 
 /// Where a thread stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Standing {
+enum ThreadState {
     Runs,
     /// Before this instruction, together with the others of its block.
     AtBarrier,
@@ -58,12 +58,12 @@ struct Thread {
     registers: Vec<u64>,
     local: Vec<u8>,
     at: usize,
-    standing: Standing,
+    standing: ThreadState,
 }
 
 impl Thread {
     fn new(kernel: &Kernel) -> Self {
-        Self { registers: vec![0; kernel.registers], local: vec![0; kernel.local], at: 0, standing: Standing::Runs }
+        Self { registers: vec![0; kernel.registers], local: vec![0; kernel.local], at: 0, standing: ThreadState::Runs }
     }
 }
 
@@ -80,7 +80,7 @@ struct Block<'a> {
 impl Block<'_> {
     fn run(&mut self) -> Result<(), String> {
         for thread in &mut self.threads {
-            (thread.at, thread.standing) = (0, Standing::Runs);
+            (thread.at, thread.standing) = (0, ThreadState::Runs);
         }
         let mut threads = std::mem::take(&mut self.threads);
         let outcome = self.run_all(&mut threads);
@@ -91,7 +91,7 @@ impl Block<'_> {
     fn run_all(&mut self, threads: &mut [Thread]) -> Result<(), String> {
         loop {
             for (number, thread) in threads.iter_mut().enumerate() {
-                if thread.standing == Standing::Runs {
+                if thread.standing == ThreadState::Runs {
                     self.advance(number, thread)?;
                 }
             }
@@ -102,15 +102,15 @@ impl Block<'_> {
             if exchanged {
                 continue;
             }
-            let waiting = threads.iter().filter(|thread| thread.standing == Standing::AtBarrier).count();
+            let waiting = threads.iter().filter(|thread| thread.standing == ThreadState::AtBarrier).count();
             match waiting {
                 0 => return Ok(()),
-                _ if threads.iter().any(|thread| thread.standing == Standing::AtExchange) => {
+                _ if threads.iter().any(|thread| thread.standing == ThreadState::AtExchange) => {
                     return Err("threads wait for a barrier while others wait for their warp".to_owned());
                 }
-                _ => threads.iter_mut().filter(|thread| thread.standing == Standing::AtBarrier).for_each(|thread| {
+                _ => threads.iter_mut().filter(|thread| thread.standing == ThreadState::AtBarrier).for_each(|thread| {
                     thread.at += 1;
-                    thread.standing = Standing::Runs;
+                    thread.standing = ThreadState::Runs;
                 }),
             }
         }
@@ -118,12 +118,12 @@ impl Block<'_> {
 
     /// Exchanges values between the threads of a warp, if those that have not ended all ask for it.
     fn exchange(&self, warp: usize, lanes: &mut [Thread]) -> Result<bool, String> {
-        let mut asking = lanes.iter().filter(|thread| thread.standing != Standing::Ended);
-        let Some(at) = asking.next().filter(|first| first.standing == Standing::AtExchange).map(|first| first.at)
+        let mut asking = lanes.iter().filter(|thread| thread.standing != ThreadState::Ended);
+        let Some(at) = asking.next().filter(|first| first.standing == ThreadState::AtExchange).map(|first| first.at)
         else {
             return Ok(false);
         };
-        if !asking.all(|thread| thread.standing == Standing::AtExchange && thread.at == at) {
+        if !asking.all(|thread| thread.standing == ThreadState::AtExchange && thread.at == at) {
             return Ok(false);
         }
         let Operation::Butterfly { to, of, lanes: mask } = &self.kernel.code[at].operation else {
@@ -137,10 +137,10 @@ impl Block<'_> {
             // Outside of the warp: its own.
             let value = *values.get(other).unwrap_or(&values[lane]);
             let thread = &mut lanes[lane];
-            if thread.standing == Standing::AtExchange {
+            if thread.standing == ThreadState::AtExchange {
                 thread.registers[*to as usize] = value;
                 thread.at += 1;
-                thread.standing = Standing::Runs;
+                thread.standing = ThreadState::Runs;
             }
         }
         Ok(true)
@@ -174,11 +174,11 @@ impl Block<'_> {
             }
             match operation {
                 Operation::Barrier => {
-                    thread.standing = Standing::AtBarrier;
+                    thread.standing = ThreadState::AtBarrier;
                     return Ok(());
                 }
                 Operation::Butterfly { .. } => {
-                    thread.standing = Standing::AtExchange;
+                    thread.standing = ThreadState::AtExchange;
                     return Ok(());
                 }
                 Operation::End => break,
@@ -190,7 +190,7 @@ impl Block<'_> {
             }
             thread.at += 1;
         }
-        thread.standing = Standing::Ended;
+        thread.standing = ThreadState::Ended;
         Ok(())
     }
 

@@ -113,7 +113,8 @@ fn look_at_both() {
 
 #[test]
 fn kernels_find_what_the_cpu_finds() {
-    let gpu = std::env::var("OUTLIERS_GPU").expect("OUTLIERS_GPU names a folder that tests/gpu/place.sh made");
+    let gpu =
+        std::env::var("OUTLIERS_GPU").expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
     for delay in ["0", "300"] {
         let environment = [("LD_LIBRARY_PATH", gpu.as_str()), ("OUTLIERS_GPU_DELAY_US", delay)];
         assert_eq!(said_by("statistics::tests::look_at_both", &environment), "all equal", "{delay} us");

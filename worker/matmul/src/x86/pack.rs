@@ -14,7 +14,7 @@ pub(crate) const DEPTH: usize = 2 * SIDE;
 /// A row of a block, where loads like it best.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
-pub(crate) struct Line(pub(crate) [u16; DEPTH]);
+pub(crate) struct BlockRow(pub(crate) [u16; DEPTH]);
 
 /// Most parts of a number.
 const MOST: usize = 3;
@@ -170,7 +170,7 @@ pub(crate) fn transposed(r: [__m512i; SIDE]) -> [__m512i; SIDE] {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn store(block: [__m512i; SIDE], into: &mut [Line]) {
+fn store(block: [__m512i; SIDE], into: &mut [BlockRow]) {
     for (into, line) in into.iter_mut().zip(block) {
         // SAFETY: a line is as large.
         unsafe { _mm512_store_si512((&raw mut *into).cast(), line) };
@@ -203,7 +203,7 @@ unsafe fn rows<T, R>(
 /// # Safety
 /// AVX-512 (F, BW).
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(crate) unsafe fn pairs_of_right<A: Real>(a: &[A], k: usize, into: &mut [Line]) {
+pub(crate) unsafe fn pairs_of_right<A: Real>(a: &[A], k: usize, into: &mut [BlockRow]) {
     for (step, into) in into.chunks_exact_mut(A::PARTS * SIDE).enumerate() {
         // SAFETY: as many values as there are.
         let rows = unsafe { rows(a, k, step * DEPTH, DEPTH, |from, count| A::parts(from, count)) };
@@ -218,7 +218,7 @@ pub(crate) unsafe fn pairs_of_right<A: Real>(a: &[A], k: usize, into: &mut [Line
 /// # Safety
 /// AVX-512 (F, BW).
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(crate) unsafe fn singles_of_right<A: Real>(a: &[A], k: usize, into: &mut [Line]) {
+pub(crate) unsafe fn singles_of_right<A: Real>(a: &[A], k: usize, into: &mut [BlockRow]) {
     for (half, into) in into.chunks_exact_mut(SIDE).enumerate() {
         let first = (half * SIDE).min(k);
         // SAFETY: as many values as there are.
@@ -232,7 +232,7 @@ pub(crate) unsafe fn singles_of_right<A: Real>(a: &[A], k: usize, into: &mut [Li
 /// # Safety
 /// AVX-512 (F, BW).
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(crate) unsafe fn pairs_of_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]) {
+pub(crate) unsafe fn pairs_of_left(b: &Matrix<'_>, first_row: usize, into: &mut [BlockRow]) {
     for (step, into) in into.chunks_exact_mut(SIDE).enumerate() {
         let first = step * DEPTH;
         let block = match b.order {
@@ -260,7 +260,7 @@ pub(crate) unsafe fn pairs_of_left(b: &Matrix<'_>, first_row: usize, into: &mut 
 /// # Safety
 /// AVX-512 (F, BW).
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(crate) unsafe fn singles_of_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]) {
+pub(crate) unsafe fn singles_of_left(b: &Matrix<'_>, first_row: usize, into: &mut [BlockRow]) {
     for (half, into) in into.chunks_exact_mut(SIDE).enumerate() {
         let first = (half * SIDE).min(b.k);
         // SAFETY: as many values as there are.

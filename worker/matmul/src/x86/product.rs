@@ -5,7 +5,7 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::pack::{DEPTH, Line, Matrix, Real, SIDE, transposed};
+use super::pack::{BlockRow, DEPTH, Matrix, Real, SIDE, transposed};
 use crate::MEMORY;
 
 /// Rows of `b` that meet [`SIDE`] rows of `a` in one [`Method::multiply`].
@@ -30,16 +30,16 @@ pub(crate) unsafe trait Method<A> {
     const RIGHT: usize;
 
     /// Lays out rows of `b` from one on.
-    unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]);
+    unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [BlockRow]);
 
     /// Lays out rows of `a`, each of `k` values.
-    unsafe fn pack_right(a: &[A], k: usize, into: &mut [Line]);
+    unsafe fn pack_right(a: &[A], k: usize, into: &mut [BlockRow]);
 
     /// This thread, for as long as what is returned lives.
     unsafe fn get_ready() -> impl Sized;
 
     /// Twice [`SIDE`] rows of `b` times [`SIDE`] rows of `a`, on a thread that is ready.
-    unsafe fn multiply(left: [*const Line; 2], right: *const Line, steps: usize, sums: &mut Sums);
+    unsafe fn multiply(left: [*const BlockRow; 2], right: *const BlockRow, steps: usize, sums: &mut Sums);
 }
 
 /// A result in which each task has columns of its own.
@@ -55,17 +55,17 @@ unsafe impl<T: Send> Sync for Out<T> {}
 
 thread_local! {
     /// Memory for what is laid out, of `b` and of `a`, that each product uses again.
-    static LINES: [RefCell<Vec<Line>>; 2] = const { [RefCell::new(Vec::new()), RefCell::new(Vec::new())] };
+    static LINES: [RefCell<Vec<BlockRow>>; 2] = const { [RefCell::new(Vec::new()), RefCell::new(Vec::new())] };
 }
 
 /// `lines` lines of memory that this thread keeps, with anything in them.
-fn with_memory<R>(which: usize, lines: usize, work: impl FnOnce(&mut [Line]) -> R) -> R {
+fn with_memory<R>(which: usize, lines: usize, work: impl FnOnce(&mut [BlockRow]) -> R) -> R {
     // Taken out while it is used: a thread that waits for others may be given other work of this kind.
     let mut memory = LINES.with(|memory| memory[which].take());
     if memory.len() < lines {
         // Another, not the same one grown: that would move what nobody needs, and perhaps take twice as much.
         drop(memory);
-        memory = vec![Line([0; DEPTH]); lines];
+        memory = vec![BlockRow([0; DEPTH]); lines];
     }
     let result = work(&mut memory[..lines]);
     LINES.with(|kept| kept[which].replace(memory));
@@ -84,7 +84,7 @@ pub(crate) unsafe fn append_by<A: Real, M: Method<A>>(out: &mut Vec<A>, a: &[A],
         return;
     }
     out.reserve(m * n);
-    let rows_at_once = SIDE * (MEMORY / (size_of::<Line>() * steps(k) * M::RIGHT)).max(1);
+    let rows_at_once = SIDE * (MEMORY / (size_of::<BlockRow>() * steps(k) * M::RIGHT)).max(1);
     for (chunk, a) in a.chunks(rows_at_once * k).enumerate() {
         // SAFETY: within the capacity, rows of this chunk alone are written; the caller's promise.
         unsafe {
@@ -111,8 +111,8 @@ unsafe fn multiply_rows<A: Real, M: Method<A>>(a: &[A], b: &Matrix<'_>, out: Out
         let chunks = right.par_chunks_exact_mut(lines).zip(a.par_chunks(SIDE * b.k));
         // SAFETY: this processor has what the method uses.
         chunks.with_min_len(2).for_each(|(right, a)| unsafe { M::pack_right(a, b.k, right) });
-        let right: &[Line] = right;
-        let in_memory = (LEFT / (size_of::<Line>() * steps(b.k) * M::LEFT) * SIDE / BLOCK * BLOCK).max(BLOCK);
+        let right: &[BlockRow] = right;
+        let in_memory = (LEFT / (size_of::<BlockRow>() * steps(b.k) * M::LEFT) * SIDE / BLOCK * BLOCK).max(BLOCK);
         // As many for every thread: none waits for another's.
         let tasks = b.rows.div_ceil(in_memory).next_multiple_of(rayon::current_num_threads());
         let columns = b.rows.div_ceil(tasks).next_multiple_of(BLOCK);
@@ -132,7 +132,7 @@ unsafe fn multiply_columns<A: Real, M: Method<A>>(
     b: &Matrix<'_>,
     first: usize,
     count: usize,
-    right: &[Line],
+    right: &[BlockRow],
     out: Out<A>,
 ) {
     let steps = steps(b.k);
@@ -198,20 +198,20 @@ mod tests {
         const LEFT: usize = <Tiles as Method<A>>::LEFT;
         const RIGHT: usize = <Tiles as Method<A>>::RIGHT;
 
-        unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]) {
+        unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [BlockRow]) {
             // SAFETY: the caller's promise, as in all of these.
             unsafe { <Tiles as Method<A>>::pack_left(b, first_row, into) };
         }
 
-        unsafe fn pack_right(a: &[A], k: usize, into: &mut [Line]) {
+        unsafe fn pack_right(a: &[A], k: usize, into: &mut [BlockRow]) {
             // SAFETY: as above.
             unsafe { <Tiles as Method<A>>::pack_right(a, k, into) };
         }
 
         unsafe fn get_ready() -> impl Sized {}
 
-        unsafe fn multiply(left: [*const Line; 2], right: *const Line, steps: usize, sums: &mut Sums) {
-            let value = |line: &Line, at: usize| bf16::from_bits(line.0[at]).to_f32();
+        unsafe fn multiply(left: [*const BlockRow; 2], right: *const BlockRow, steps: usize, sums: &mut Sums) {
+            let value = |line: &BlockRow, at: usize| bf16::from_bits(line.0[at]).to_f32();
             for (left, sums) in left.into_iter().zip(&mut sums.0) {
                 // SAFETY: as above.
                 let left = unsafe { std::slice::from_raw_parts(left, steps * SIDE) };
@@ -220,7 +220,7 @@ mod tests {
                 for (row, column) in (0..SIDE).flat_map(|row| (0..SIDE).map(move |column| (row, column))) {
                     let blocks = left.chunks(SIDE).zip(right.chunks(SIDE * A::PARTS));
                     let products = blocks.flat_map(|(left, right)| {
-                        let of_part = move |right: &[Line], at: usize| {
+                        let of_part = move |right: &[BlockRow], at: usize| {
                             value(&left[row], at) * value(&right[at / 2], 2 * column + at % 2)
                         };
                         right.chunks(SIDE).flat_map(move |part| (0..DEPTH).map(move |at| of_part(part, at)))

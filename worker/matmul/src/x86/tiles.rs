@@ -3,7 +3,7 @@
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 
-use super::pack::{self, Line, Matrix, Real, SIDE};
+use super::pack::{self, BlockRow, Matrix, Real, SIDE};
 use super::product::{Method, Sums};
 
 /// Bytes of a row of a tile.
@@ -60,12 +60,12 @@ unsafe impl<A: Real> Method<A> for Tiles {
     const LEFT: usize = SIDE;
     const RIGHT: usize = SIDE * A::PARTS;
 
-    unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]) {
+    unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [BlockRow]) {
         // SAFETY: there are vectors wherever there are tiles.
         unsafe { pack::pairs_of_left(b, first_row, into) };
     }
 
-    unsafe fn pack_right(a: &[A], k: usize, into: &mut [Line]) {
+    unsafe fn pack_right(a: &[A], k: usize, into: &mut [BlockRow]) {
         // SAFETY: as above.
         unsafe { pack::pairs_of_right(a, k, into) };
     }
@@ -75,7 +75,7 @@ unsafe impl<A: Real> Method<A> for Tiles {
         unsafe { Configured::new() }
     }
 
-    unsafe fn multiply(left: [*const Line; 2], right: *const Line, steps: usize, sums: &mut Sums) {
+    unsafe fn multiply(left: [*const BlockRow; 2], right: *const BlockRow, steps: usize, sums: &mut Sums) {
         // SAFETY: the caller's promise.
         unsafe { multiply(left, right, steps, A::PARTS, sums) };
     }
@@ -89,7 +89,7 @@ unsafe impl<A: Real> Method<A> for Tiles {
 ///
 /// # Safety
 /// Tiles are [`Configured`]. After each address of `left` there are `steps` tiles, after `right` `steps * parts`.
-unsafe fn multiply(left: [*const Line; 2], right: *const Line, steps: usize, parts: usize, sums: &mut Sums) {
+unsafe fn multiply(left: [*const BlockRow; 2], right: *const BlockRow, steps: usize, parts: usize, sums: &mut Sums) {
     let [mut first, mut second] = left;
     let mut right = right;
     // SAFETY: all addresses are of tiles that the caller promised, or of `sums`, two tiles large. No other code knows these registers.

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::pack::{self, Line, Matrix, Real, SIDE};
+use super::pack::{self, BlockRow, Matrix, Real, SIDE};
 use super::product::{Method, Sums};
 
 /// Pairs of bf16.
@@ -17,7 +17,7 @@ macro_rules! multiply {
         /// # Safety
         /// AVX-512 of this kind; so many blocks of lines after each address.
         #[target_feature(enable = $features)]
-        unsafe fn $name(left: [*const Line; 2], right: *const Line, blocks: usize, sums: &mut Sums) {
+        unsafe fn $name(left: [*const BlockRow; 2], right: *const BlockRow, blocks: usize, sums: &mut Sums) {
             for (left, sums) in left.into_iter().zip(&mut sums.0) {
                 let mut rows = [_mm512_setzero_ps(); SIDE];
                 let (mut left, mut right) = (left.cast::<i32>(), right);
@@ -66,12 +66,12 @@ unsafe impl<A: Real> Method<A> for Pairs {
     const LEFT: usize = SIDE;
     const RIGHT: usize = SIDE;
 
-    unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]) {
+    unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [BlockRow]) {
         // SAFETY: the caller's promise, as in all of these.
         unsafe { pack::pairs_of_left(b, first_row, into) };
     }
 
-    unsafe fn pack_right(a: &[A], k: usize, into: &mut [Line]) {
+    unsafe fn pack_right(a: &[A], k: usize, into: &mut [BlockRow]) {
         assert!(A::PARTS == 1, "values of a pair are of one part each");
         // SAFETY: as above.
         unsafe { pack::pairs_of_right(a, k, into) };
@@ -79,7 +79,7 @@ unsafe impl<A: Real> Method<A> for Pairs {
 
     unsafe fn get_ready() -> impl Sized {}
 
-    unsafe fn multiply(left: [*const Line; 2], right: *const Line, steps: usize, sums: &mut Sums) {
+    unsafe fn multiply(left: [*const BlockRow; 2], right: *const BlockRow, steps: usize, sums: &mut Sums) {
         // SAFETY: as above.
         unsafe { multiply_pairs(left, right, steps, sums) };
     }
@@ -90,19 +90,19 @@ unsafe impl<A: Real> Method<A> for Singles {
     const LEFT: usize = 2 * SIDE;
     const RIGHT: usize = 2 * SIDE;
 
-    unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [Line]) {
+    unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [BlockRow]) {
         // SAFETY: as above.
         unsafe { pack::singles_of_left(b, first_row, into) };
     }
 
-    unsafe fn pack_right(a: &[A], k: usize, into: &mut [Line]) {
+    unsafe fn pack_right(a: &[A], k: usize, into: &mut [BlockRow]) {
         // SAFETY: as above.
         unsafe { pack::singles_of_right(a, k, into) };
     }
 
     unsafe fn get_ready() -> impl Sized {}
 
-    unsafe fn multiply(left: [*const Line; 2], right: *const Line, steps: usize, sums: &mut Sums) {
+    unsafe fn multiply(left: [*const BlockRow; 2], right: *const BlockRow, steps: usize, sums: &mut Sums) {
         // SAFETY: as above.
         unsafe { multiply_singles(left, right, 2 * steps, sums) };
     }

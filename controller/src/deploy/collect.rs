@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::files::{MOST, digest, is_plain_name, read_small, rename_folder};
 use crate::host::unfinished;
 use crate::ledger::RUN_FILE;
-use crate::run::{Brought, Ending, RunSpec, Trouble, TroubleKind};
+use crate::run::{Brought, FailureDetail, RunFailureKind, RunOutcome, RunSpec};
 
 /// Where a run's files come to lie. Three names, so that a reader can trust the first.
 #[derive(Clone, Debug)]
@@ -59,7 +59,7 @@ pub(super) fn settle(
     folders: &Folders,
     manifest: Option<&Manifest>,
     exit: Option<i32>,
-) -> io::Result<(Brought, Ending)> {
+) -> io::Result<(Brought, RunOutcome)> {
     let (ending, complete) = judge(&folders.arriving, manifest, exit);
     let place = if complete { &folders.whole } else { &folders.partial };
     move_over(&folders.arriving, place)?;
@@ -67,9 +67,10 @@ pub(super) fn settle(
 }
 
 /// Results that an earlier process moved into place before it could say so.
-pub(super) fn already_home(folders: &Folders, run: &str) -> Option<(Brought, Ending)> {
+pub(super) fn already_home(folders: &Folders, run: &str) -> Option<(Brought, RunOutcome)> {
     let complete = holds(&folders.whole, run).is_ok();
-    complete.then(|| (Brought { folder: folders.whole.to_string_lossy().into_owned(), complete }, Ending::Completed))
+    complete
+        .then(|| (Brought { folder: folders.whole.to_string_lossy().into_owned(), complete }, RunOutcome::Completed))
 }
 
 /// Removes what did not arrive as a whole.
@@ -106,16 +107,16 @@ pub fn holds(folder: &Path, run: &str) -> Result<(), String> {
     }
 }
 
-fn judge(folder: &Path, manifest: Option<&Manifest>, exit: Option<i32>) -> (Ending, bool) {
-    let Some(manifest) = manifest else { return (Ending::WorkerVanished { exit }, false) };
+fn judge(folder: &Path, manifest: Option<&Manifest>, exit: Option<i32>) -> (RunOutcome, bool) {
+    let Some(manifest) = manifest else { return (RunOutcome::WorkerVanished { exit }, false) };
     if let Outcome::Failed(failure) = &manifest.outcome {
-        return (Ending::WorkerFailed { failure: failure.clone() }, false);
+        return (RunOutcome::WorkerFailed { failure: failure.clone() }, false);
     }
     match verify(folder, manifest).and_then(|()| same_job(folder)) {
-        Ok(()) => (Ending::Completed, true),
+        Ok(()) => (RunOutcome::Completed, true),
         Err(message) => {
             let hint = Some(format!("what arrived is kept; see {}", files::LOG));
-            (Ending::Failed { trouble: Trouble { kind: TroubleKind::Host, message, hint } }, false)
+            (RunOutcome::Failed { trouble: FailureDetail { kind: RunFailureKind::Host, message, hint } }, false)
         }
     }
 }
@@ -349,7 +350,7 @@ mod tests {
         empty_folder(&folders.arriving).unwrap();
         fs::write(folders.arriving.join("worker.log"), "x").unwrap();
         let (brought, ending) = settle(&folders, None, Some(9)).unwrap();
-        assert_eq!(ending, Ending::WorkerVanished { exit: Some(9) });
+        assert_eq!(ending, RunOutcome::WorkerVanished { exit: Some(9) });
         assert!(!brought.complete && folders.partial.join("worker.log").exists() && !folders.whole.exists());
         assert!(already_home(&folders, "r").is_none());
 
@@ -359,7 +360,7 @@ mod tests {
         fs::write(folders.arriving.join(RUN_FILE), r#"{"id":"r"}"#).unwrap();
         let (brought, ending) = settle(&folders, Some(&manifest), Some(0)).unwrap();
         assert!(brought.complete && !folders.arriving.exists());
-        assert_eq!(ending, Ending::Completed);
+        assert_eq!(ending, RunOutcome::Completed);
         assert_eq!(already_home(&folders, "r"), Some((brought, ending)));
         assert!(already_home(&folders, "another").is_none(), "a place in a survey may hold an earlier run's");
     }

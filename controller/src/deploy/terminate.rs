@@ -38,11 +38,11 @@ impl<'a> Ender<'a> {
         (self.on)(DeployEvent::Terminating(id.clone()));
         let slow = |failed: Option<&Failed>| match failed {
             Some(Failed { words, pause }) => self.say(id, bill, words, *pause),
-            None => self.say(id, bill, "no answer yet", self.cloud.patience.call),
+            None => self.say(id, bill, "no answer yet", self.cloud.timeouts.call),
         };
         let ended = told(slow, self.cloud.call(self.cloud.broker.terminate(id))).await;
         if let Err(error) = &ended {
-            self.say(id, bill, &error.to_string(), self.cloud.patience.listing_interval);
+            self.say(id, bill, &error.to_string(), self.cloud.timeouts.listing_interval);
         }
         ended.err()
     }

@@ -8,9 +8,9 @@ use crate::dtype::Encoded;
 use crate::error::Result;
 
 /// There is none.
-pub struct Lift(Infallible);
+pub struct HostToDevice(Infallible);
 
-impl Lift {
+impl HostToDevice {
     /// None.
     ///
     /// # Errors
@@ -23,7 +23,7 @@ impl Lift {
     ///
     /// # Errors
     /// None.
-    pub fn arrival(&self) -> Result<Arrival> {
+    pub fn upload_fence(&self) -> Result<UploadFence> {
         match self.0 {}
     }
 
@@ -37,9 +37,9 @@ impl Lift {
 }
 
 /// There is none.
-pub struct Arrival(Infallible);
+pub struct UploadFence(Infallible);
 
-impl Arrival {
+impl UploadFence {
     /// Never called.
     ///
     /// # Errors
@@ -53,14 +53,14 @@ impl Arrival {
 ///
 /// # Errors
 /// None.
-pub fn departure(_device: &Device) -> Result<Option<Departure>> {
+pub fn release_fence(_device: &Device) -> Result<Option<ReleaseFence>> {
     Ok(None)
 }
 
 /// There is none.
-pub struct Departure(Infallible);
+pub struct ReleaseFence(Infallible);
 
-impl Departure {
+impl ReleaseFence {
     /// Never called.
     ///
     /// # Errors

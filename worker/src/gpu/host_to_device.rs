@@ -7,18 +7,18 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaStorage, DType, Device, Storage, Tensor};
 use half::{bf16, f16};
 use outliers_cuda::Staging;
-pub use outliers_cuda::{Arrival, Departure};
+pub use outliers_cuda::{ReleaseFence, UploadFence};
 
 use crate::dtype::{self, Compute, Encoded};
 use crate::error::{Result, WorkerError};
 
 /// A way to one GPU.
-pub struct Lift {
+pub struct HostToDevice {
     staging: Staging,
     device: CudaDevice,
 }
 
-impl Lift {
+impl HostToDevice {
     /// To a GPU; the CPU needs none.
     ///
     /// # Errors
@@ -33,12 +33,12 @@ impl Lift {
     ///
     /// # Errors
     /// Device: the driver's.
-    pub fn arrival(&self) -> Result<Arrival> {
-        Ok(self.staging.arrival()?)
+    pub fn upload_fence(&self) -> Result<UploadFence> {
+        Ok(self.staging.upload_fence()?)
     }
 
     /// As [`dtype::decode`], to this GPU. The values are on their way when this returns: the tensor must neither be used nor dropped before
-    /// their [arrival](Self::arrival).
+    /// their [fence](Self::upload_fence).
     ///
     /// # Errors
     /// As [`dtype::decode`]. Device: the driver's.
@@ -60,7 +60,7 @@ impl Lift {
     ) -> Result<Tensor> {
         let values = shape.iter().product();
         let slice = dtype::decode_in_parts::<T, _>(stored, shape, tensor, |granule, decode| {
-            self.staging.bring(values, granule, decode)
+            self.staging.upload(values, granule, decode)
         })?;
         let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, self.device.clone()));
         Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
@@ -71,9 +71,9 @@ impl Lift {
 ///
 /// # Errors
 /// Device: the driver's.
-pub fn departure(device: &Device) -> Result<Option<Departure>> {
+pub fn release_fence(device: &Device) -> Result<Option<ReleaseFence>> {
     let Device::Cuda(device) = device else { return Ok(None) };
-    Ok(Some(Departure::from(&device.cuda_stream())?))
+    Ok(Some(ReleaseFence::from(&device.cuda_stream())?))
 }
 
 impl From<DriverError> for WorkerError {

@@ -3,15 +3,15 @@
 use outliers_protocol::Reading;
 
 use super::Comparison;
-use super::comparison::{Compared, Figure, Standing};
+use super::bootstrap::Estimate;
+use super::comparison::{Compared, Figure, ResultKind};
 use super::measured;
 use super::plots::letter;
-use super::published::{Row, Table};
-use super::tally::Estimate;
+use super::published::{PublishedRow, PublishedTable};
 
 /// A table of text.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sheet {
+pub struct Table {
     /// One word for it, the same in every report.
     pub name: String,
     /// Its heading.
@@ -47,17 +47,17 @@ pub(super) const fn numbers(name: &'static str) -> Column {
 pub(super) const NONE: &str = "-";
 
 /// The tables of a comparison, in the order they are read.
-pub fn sheets(comparison: &Comparison) -> Vec<Sheet> {
-    let mut sheets = vec![models(comparison)];
-    sheets.extend(measured::across(comparison));
-    sheets.push(counts(comparison));
-    sheets.extend(catalogue(comparison));
-    sheets.push(differences(comparison));
-    sheets.extend(comparison.published.iter().map(published));
-    sheets
+pub fn tables(comparison: &Comparison) -> Vec<Table> {
+    let mut tables = vec![models(comparison)];
+    tables.extend(measured::across(comparison));
+    tables.push(counts(comparison));
+    tables.extend(catalogue(comparison));
+    tables.push(differences(comparison));
+    tables.extend(comparison.published.iter().map(published));
+    tables
 }
 
-fn models(comparison: &Comparison) -> Sheet {
+fn models(comparison: &Comparison) -> Table {
     let row = |model: &Compared| {
         vec![
             model.number.to_string(),
@@ -71,7 +71,7 @@ fn models(comparison: &Comparison) -> Sheet {
             standing(model),
         ]
     };
-    Sheet {
+    Table {
         name: "models".to_owned(),
         title: "Models".to_owned(),
         columns: vec![
@@ -93,7 +93,7 @@ fn models(comparison: &Comparison) -> Sheet {
 }
 
 /// What the catalogue says may make or unmake outliers; `None` where it knows no model.
-fn catalogue(comparison: &Comparison) -> Option<Sheet> {
+fn catalogue(comparison: &Comparison) -> Option<Table> {
     let row = |model: &Compared| {
         let causes = model.catalogue?.causes().map(|(_, says)| says.unwrap_or("unknown").to_owned());
         let mut cells = vec![model.number.to_string(), model.label.clone()];
@@ -104,7 +104,7 @@ fn catalogue(comparison: &Comparison) -> Option<Sheet> {
     let first = comparison.models.iter().find_map(|model| model.catalogue)?;
     let mut columns = vec![numbers("#"), words("model")];
     columns.extend(first.causes().map(|(name, _)| words(name)));
-    Some(Sheet {
+    Some(Table {
         name: "catalogue".to_owned(),
         title: "What is suspected to make or unmake outliers, by the catalogue".to_owned(),
         columns,
@@ -115,13 +115,13 @@ fn catalogue(comparison: &Comparison) -> Option<Sheet> {
 
 fn standing(model: &Compared) -> String {
     match &model.standing {
-        Standing::Complete => "complete".to_owned(),
-        Standing::Imported { .. } => "imported: the predecessor's definitions".to_owned(),
-        Standing::Unusable(why) => format!("NO FIGURES, {why}"),
+        ResultKind::Complete => "complete".to_owned(),
+        ResultKind::Imported { .. } => "imported: the predecessor's definitions".to_owned(),
+        ResultKind::Unusable(why) => format!("NO FIGURES, {why}"),
     }
 }
 
-fn counts(comparison: &Comparison) -> Sheet {
+fn counts(comparison: &Comparison) -> Table {
     let row = |figure: &Figure| {
         let percent = |value: Option<Estimate>| optional(value, |value| estimate(value, 1));
         vec![
@@ -134,7 +134,7 @@ fn counts(comparison: &Comparison) -> Sheet {
             percent(figure.positions),
         ]
     };
-    Sheet {
+    Table {
         name: "counts".to_owned(),
         title: "Systematic outlier features, counted in every way".to_owned(),
         columns: vec![
@@ -160,13 +160,13 @@ pub(super) fn count(figure: &Figure) -> String {
     estimate(figure.count, if figure.reading == Reading::MeanPerSequence { 2 } else { 0 })
 }
 
-fn differences(comparison: &Comparison) -> Sheet {
+fn differences(comparison: &Comparison) -> Table {
     let rows = comparison.differences.iter().map(|difference| {
         let numbers: Vec<String> = difference.models.iter().map(usize::to_string).collect();
         let models = if numbers.is_empty() { "all".to_owned() } else { numbers.join(", ") };
         vec![difference.about.to_owned(), difference.says.clone(), models]
     });
-    Sheet {
+    Table {
         name: "differences".to_owned(),
         title: "What differs by definition or provenance alone".to_owned(),
         columns: vec![words("about"), words("what holds"), words("models")],
@@ -176,10 +176,10 @@ fn differences(comparison: &Comparison) -> Sheet {
 }
 
 /// A column of a published table: whether that table has it, and its cells.
-type PublishedColumn = (bool, Column, fn(&Row) -> String);
+type PublishedColumn = (bool, Column, fn(&PublishedRow) -> String);
 
-fn published(table: &Table) -> Sheet {
-    let has = |of: fn(&Row) -> bool| table.models.iter().any(of);
+fn published(table: &PublishedTable) -> Table {
+    let has = |of: fn(&PublishedRow) -> bool| table.models.iter().any(of);
     let (active, perplexity) = (has(|row| row.active.is_some()), has(|row| row.perplexity.is_some()));
     let (quartiles, notes) = (has(|row| row.quartiles.is_some()), has(|row| row.note.is_some()));
     let all: [PublishedColumn; 10] = [
@@ -195,7 +195,7 @@ fn published(table: &Table) -> Sheet {
         (notes, words("note"), |row| row.note.clone().unwrap_or_default()),
     ];
     let shown = || all.iter().filter(|(shown, ..)| *shown);
-    let row = |(i, row): (usize, &Row)| {
+    let row = |(i, row): (usize, &PublishedRow)| {
         let mut cells = vec![letter(i)];
         cells.extend(shown().map(|(.., cell)| cell(row)));
         cells
@@ -210,7 +210,7 @@ fn published(table: &Table) -> Sheet {
     if quartiles {
         about.push("quartiles: of the values of the most common outlier feature".to_owned());
     }
-    Sheet {
+    Table {
         name: table.name.clone(),
         title: format!("Published: {}", table.title),
         columns,
@@ -263,14 +263,14 @@ mod tests {
         rename(&copy("mixture", &home.path().join("a")), "allenai/OLMoE-1B-7B-0125");
         copy("dense", &home.path().join("b"));
         let compared = Comparison::of(read_all(&[home.path().to_owned()], false).unwrap());
-        let sheet = sheets(&compared).into_iter().find(|sheet| sheet.name == "catalogue").unwrap();
-        let names: Vec<&str> = sheet.columns.iter().map(|column| column.name).collect();
+        let table = tables(&compared).into_iter().find(|table| table.name == "catalogue").unwrap();
+        let names: Vec<&str> = table.columns.iter().map(|column| column.name).collect();
         assert_eq!(
             names,
             ["#", "model", "optimiser", "gated attention", "learned sinks", "norms", "router", "published in"]
         );
-        assert_eq!(sheet.rows.len(), 1, "the other is not in the catalogue");
-        assert_eq!(sheet.rows[0][..4], ["1", "allenai/OLMoE-1B-7B-0125", "AdamW", "unknown"]);
+        assert_eq!(table.rows.len(), 1, "the other is not in the catalogue");
+        assert_eq!(table.rows[0][..4], ["1", "allenai/OLMoE-1B-7B-0125", "AdamW", "unknown"]);
     }
 
     #[test]

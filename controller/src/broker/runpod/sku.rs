@@ -15,7 +15,7 @@ const MOST: f64 = 10_000.0;
 /// An offer's key: what is rented, in RunPod's names.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Goods {
+pub(super) struct Sku {
     /// `id` of the GPU type.
     pub(super) gpu: String,
     pub(super) count: u32,
@@ -33,7 +33,7 @@ pub(super) struct Goods {
     pub(super) bid_per_gpu: Option<Usd>,
 }
 
-impl Goods {
+impl Sku {
     pub(super) fn parse(key: &str) -> Option<Self> {
         serde_json::from_str(key).ok()
     }

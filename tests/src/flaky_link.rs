@@ -18,7 +18,7 @@ const WIDE: usize = 4096;
 const NARROW: usize = 32;
 
 /// A TCP relay on a loopback port. It has neither slow start nor losses. Ends, with its connections, when dropped.
-pub struct Line {
+pub struct FlakyLink {
     endpoint: SshEndpoint,
     shared: Arc<Shared>,
 }
@@ -39,7 +39,7 @@ struct Shared {
     sockets: Mutex<Vec<TcpStream>>,
 }
 
-impl Line {
+impl FlakyLink {
     /// A line to `server` on which an answer takes `round_trip`, as wide as this machine allows.
     pub fn long(server: &SshEndpoint, round_trip: Duration) -> Result<Self> {
         Self::new(server, Vec::new(), round_trip, None)
@@ -98,7 +98,7 @@ impl Line {
     }
 }
 
-impl Drop for Line {
+impl Drop for FlakyLink {
     fn drop(&mut self) {
         self.shared.over.store(true, Ordering::Relaxed);
         self.shared.cut();

@@ -18,7 +18,7 @@ pub const POSITION_PERCENTS: [f64; 6] = [0.0, 1.0, 6.0, 25.0, 50.0, 75.0];
 
 /// Features at one threshold of magnitude.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rung {
+pub struct SweepPoint {
     /// |x| >= this.
     pub magnitude: f32,
     /// Features that reach it anywhere.
@@ -30,7 +30,7 @@ pub struct Rung {
 }
 
 /// Of all magnitudes; empty without statistics.
-pub fn rungs(run: &Run) -> Vec<Rung> {
+pub fn sweep(run: &Run) -> Vec<SweepPoint> {
     let Some(statistics) = &run.statistics else { return Vec::new() };
     let results = &run.results;
     let order = layer_order(results);
@@ -44,7 +44,7 @@ pub fn rungs(run: &Run) -> Vec<Rung> {
         })
         .collect();
     let systematic: Vec<usize> = results.features.iter().filter(|f| f.systematic_by_layers).map(|f| f.dim).collect();
-    MAGNITUDES.iter().map(|magnitude| rung(*magnitude, &peaks, &systematic, results)).collect()
+    MAGNITUDES.iter().map(|magnitude| point(*magnitude, &peaks, &systematic, results)).collect()
 }
 
 /// The place of each norm output's layer among the layers that are studied.
@@ -54,11 +54,11 @@ fn layer_order(results: &Results) -> Vec<usize> {
     results.sites.iter().map(|site| place(site.layer)).collect()
 }
 
-fn rung(magnitude: f32, peaks: &[Vec<f32>], systematic: &[usize], results: &Results) -> Rung {
+fn point(magnitude: f32, peaks: &[Vec<f32>], systematic: &[usize], results: &Results) -> SweepPoint {
     let layers = |feature: &Vec<f32>| feature.iter().filter(|peak| **peak >= magnitude).count();
     let enough = |n: usize| n > 0 && n as f64 / results.n_layers as f64 >= results.thresholds.layer_fraction;
     let wide = |(_, feature): &(usize, &Vec<f32>)| enough(layers(feature));
-    Rung {
+    SweepPoint {
         magnitude,
         anywhere: peaks.iter().filter(|feature| layers(feature) > 0).count(),
         in_layers: peaks.iter().enumerate().filter(wide).count(),
@@ -79,10 +79,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_runs_own_rung_is_what_it_counted() {
+    fn the_sweep_holds_the_runs_own_count() {
         for run in ["mixture", "dense"].map(Run::fixture) {
-            let rungs = rungs(&run);
-            let own = rungs.iter().find(|rung| rung.magnitude == run.results.thresholds.magnitude).unwrap();
+            let sweep = sweep(&run);
+            let own = sweep.iter().find(|point| point.magnitude == run.results.thresholds.magnitude).unwrap();
             let features = &run.results.features;
             let share = run.results.thresholds.layer_fraction;
             assert_eq!(own.anywhere, features.len());
@@ -95,7 +95,7 @@ mod tests {
     #[test]
     fn counts_fall_as_thresholds_rise() {
         for run in ["mixture", "dense"].map(Run::fixture) {
-            for pair in rungs(&run).windows(2) {
+            for pair in sweep(&run).windows(2) {
                 assert!(pair[0].anywhere >= pair[1].anywhere && pair[0].in_layers >= pair[1].in_layers);
                 assert!(pair[0].systematic >= pair[1].systematic && pair[0].anywhere >= pair[0].in_layers);
             }

@@ -14,8 +14,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::answer::Refusal;
-use super::http::Patience;
+use super::answer::RequestFailure;
+use super::http::Timeouts;
 use super::plan::Part;
 use super::remote::RemoteFile;
 use super::verify::{Hasher, Schedule};
@@ -41,7 +41,7 @@ pub(super) struct Limits {
 }
 
 /// A fetch of announced bytes under way; it ends when dropped.
-pub(super) struct Intake {
+pub(super) struct Prefetcher {
     shared: Arc<Shared>,
     /// Numbers of the parts by file and offset.
     by_place: Vec<usize>,
@@ -51,7 +51,7 @@ struct Shared {
     files: Arc<Vec<RemoteFile>>,
     parts: Vec<Part>,
     limits: Limits,
-    patience: Patience,
+    timeouts: Timeouts,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -68,11 +68,11 @@ struct State {
     held: u64,
     /// Parts that readers wait for.
     waiting: Vec<usize>,
-    checks: Vec<Check>,
+    checks: Vec<FileHash>,
     /// Parts that are still to be hashed.
     unhashed: Vec<bool>,
     pool: Pool,
-    pace: Pace,
+    rate: TransferRate,
     failed: Option<WorkerError>,
     /// It failed since a file's hash is not the listed one.
     damaged: bool,
@@ -97,7 +97,7 @@ enum Status {
 }
 
 /// A file on its way through a hash.
-struct Check {
+struct FileHash {
     file: usize,
     /// All its parts, in the order of the file.
     parts: Vec<usize>,
@@ -107,7 +107,7 @@ struct Check {
     hasher: Option<Hasher>,
 }
 
-impl Check {
+impl FileHash {
     fn is_whole(&self) -> bool {
         self.hashed == self.parts.len()
     }
@@ -121,8 +121,8 @@ struct Task {
     hopeless_after: Duration,
 }
 
-impl Intake {
-    pub(super) fn start(files: &Arc<Vec<RemoteFile>>, schedule: Schedule, limits: Limits, patience: Patience) -> Self {
+impl Prefetcher {
+    pub(super) fn start(files: &Arc<Vec<RemoteFile>>, schedule: Schedule, limits: Limits, timeouts: Timeouts) -> Self {
         let Schedule { parts, verified, .. } = schedule;
         let mut by_place: Vec<usize> = (0..parts.len()).collect();
         by_place.sort_by_key(|&part| (parts[part].file, parts[part].range.start));
@@ -132,7 +132,7 @@ impl Intake {
         verified.iter().flat_map(|(_, parts)| parts).for_each(|part| unhashed[*part] = true);
         let check = |(file, parts): (usize, Vec<usize>)| {
             let hasher = files[file].digest().map(|digest| Hasher::new(digest, files[file].size()));
-            Check { file, parts, hashed: 0, hasher }
+            FileHash { file, parts, hashed: 0, hasher }
         };
         let state = State {
             status: parts.iter().map(|_| Status::Planned).collect(),
@@ -144,13 +144,13 @@ impl Intake {
             held: 0,
             waiting: Vec::new(),
             pool: Pool::default(),
-            pace: Pace::default(),
+            rate: TransferRate::default(),
             failed: None,
             damaged: false,
             closed: false,
         };
         let (files, state) = (Arc::clone(files), Mutex::new(state));
-        let shared = Arc::new(Shared { files, parts, limits, patience, state, changed: Condvar::new() });
+        let shared = Arc::new(Shared { files, parts, limits, timeouts, state, changed: Condvar::new() });
         for _ in 0..threads {
             let shared = Arc::clone(&shared);
             // Not joined: one that is blocked on a silent connection must not hold up the end of a run.
@@ -198,7 +198,7 @@ impl Intake {
             if let Some(error) = &state.failed {
                 return Err(error.clone());
             }
-            if state.checks.iter().all(Check::is_whole) {
+            if state.checks.iter().all(FileHash::is_whole) {
                 return Ok(());
             }
             state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -225,7 +225,7 @@ impl Intake {
     }
 }
 
-impl Drop for Intake {
+impl Drop for Prefetcher {
     fn drop(&mut self) {
         self.shared.lock().closed = true;
         self.shared.changed.notify_all();
@@ -294,7 +294,7 @@ impl Shared {
         let _alarm = Alarm(self);
         let mut state = self.lock();
         loop {
-            if state.closed || state.failed.is_some() || state.checks.iter().all(Check::is_whole) {
+            if state.closed || state.failed.is_some() || state.checks.iter().all(FileHash::is_whole) {
                 return;
             }
             let Some((number, part, bytes, mut hasher)) = state.next_to_hash() else {
@@ -307,7 +307,7 @@ impl Shared {
             state = self.lock();
             state.unhashed[part] = false;
             self.release(&mut state, part);
-            let Check { file, parts, hashed, hasher: kept } = &mut state.checks[number];
+            let FileHash { file, parts, hashed, hasher: kept } = &mut state.checks[number];
             if *hashed + 1 < parts.len() {
                 (*hashed, *kept) = (*hashed + 1, Some(hasher));
             } else {
@@ -337,7 +337,7 @@ impl Shared {
             if state.closed || state.failed.is_some() {
                 return None;
             }
-            let late = state.late(&self.parts, self.patience.late);
+            let late = state.late(&self.parts, self.timeouts.late);
             // What somebody waits for comes first.
             let part = late
                 .filter(|part| state.waiting.iter().any(|waited| waited >= part))
@@ -383,7 +383,7 @@ impl Shared {
         };
         let room = self.limits.bytes.saturating_sub(state.held);
         let buffer = state.pool.take(len as usize, room);
-        let hopeless_after = self.patience.silence + state.pace.due(len).mul_f64(HOPELESS);
+        let hopeless_after = self.timeouts.silence + state.rate.due(len).mul_f64(HOPELESS);
         Task { part, buffer, settled, hopeless_after }
     }
 
@@ -404,7 +404,7 @@ impl Shared {
                 _ if filled == buffer.len() => return Ok(true),
                 Ok(()) => {
                     let why = format!("only {filled} of {} bytes came in time", buffer.len());
-                    Refusal::Retry { why, pause: Some(Duration::ZERO) }
+                    RequestFailure::Retry { why, pause: Some(Duration::ZERO) }
                 }
                 Err(refusal) => refusal,
             };
@@ -431,7 +431,7 @@ impl Shared {
                 state.status[part] = Status::Here { bytes: Arc::new(buffer), left: *wanted };
                 state.coming.retain(|&other| other != part);
                 self.release(&mut state, part);
-                state.pace.see(self.parts[part].len(), took);
+                state.rate.see(self.parts[part].len(), took);
             }
             // The other one may still do it.
             _ if *running > 1 => {
@@ -468,7 +468,7 @@ impl State {
     }
 
     /// Of the next part that can be hashed: the check, the part, its bytes and the hash so far,
-    /// which is given back with [`Check::hasher`].
+    /// which is given back with [`FileHash::hasher`].
     fn next_to_hash(&mut self) -> Option<(usize, usize, Arc<Vec<u8>>, Hasher)> {
         let Self { checks, status, .. } = self;
         checks.iter_mut().enumerate().find_map(|(number, check)| {
@@ -485,10 +485,10 @@ impl State {
     }
 
     /// The first part, in the order of reading, that should be here by now and is fetched only once.
-    fn late(&self, parts: &[Part], patience: Duration) -> Option<usize> {
+    fn late(&self, parts: &[Part], timeouts: Duration) -> Option<usize> {
         let late = |part: &&usize| match &self.status[**part] {
             Status::Coming { since, begun, .. } if *begun < ATTEMPTS => {
-                since.elapsed() > patience + self.pace.due(parts[**part].len()).mul_f64(LATE)
+                since.elapsed() > timeouts + self.rate.due(parts[**part].len()).mul_f64(LATE)
             }
             _ => false,
         };
@@ -525,11 +525,11 @@ impl Pool {
 
 /// How long ranges take, by those that came.
 #[derive(Default)]
-struct Pace {
+struct TransferRate {
     seconds_per_byte: Option<f64>,
 }
 
-impl Pace {
+impl TransferRate {
     /// Smaller ones tell how far the server is, not how fast it sends.
     const TELLING: u64 = 64 << 10;
     /// Until one has come: 4 MB/s, a slow connection.
@@ -567,10 +567,10 @@ mod tests {
 
     #[test]
     fn the_pace_follows_large_ranges() {
-        let mut pace = Pace::default();
-        assert_eq!(pace.due(4_000_000), Duration::from_secs(1));
-        pace.see(10, Duration::from_secs(5));
-        pace.see(1 << 20, Duration::from_secs(1));
-        assert_eq!(pace.due(2 << 20), Duration::from_secs(2));
+        let mut rate = TransferRate::default();
+        assert_eq!(rate.due(4_000_000), Duration::from_secs(1));
+        rate.see(10, Duration::from_secs(5));
+        rate.see(1 << 20, Duration::from_secs(1));
+        assert_eq!(rate.due(2 << 20), Duration::from_secs(2));
     }
 }

@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 pub(super) const WINDOW: Duration = Duration::from_secs(300);
 
 /// A limit on the requests in any window, wherever it begins.
-pub(super) struct Allowance {
+pub(super) struct RateLimiter {
     most: usize,
     window: Duration,
     /// When the latest were made, the earliest first.
     made: Mutex<VecDeque<Instant>>,
 }
 
-impl Allowance {
+impl RateLimiter {
     pub(super) fn new(most: usize, window: Duration) -> Self {
         Self { most: most.max(1), window, made: Mutex::default() }
     }
@@ -45,11 +45,11 @@ mod tests {
     #[test]
     fn no_window_sees_more_than_are_allowed() {
         let window = Duration::from_millis(120);
-        let allowance = Allowance::new(4, window);
+        let rate_limiter = RateLimiter::new(4, window);
         let begun = Instant::now();
         thread::scope(|scope| {
             for _ in 0..3 {
-                scope.spawn(|| (0..5).for_each(|_| allowance.take()));
+                scope.spawn(|| (0..5).for_each(|_| rate_limiter.take()));
             }
         });
         assert!(begun.elapsed() >= 3 * window, "of 15 the fifth waits for the first, and so on");

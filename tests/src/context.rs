@@ -1,4 +1,4 @@
-//! A researcher's desk: a folder to work in, a state of its own, and the two programs.
+//! What a test runs in: a folder to work in, a state of its own, and the two programs.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -11,22 +11,22 @@ use serde_json::Value;
 use crate::programs::controller;
 
 /// Longer than anything here takes on a busy machine; a test that waits so long has failed.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// See the module. Everything on it goes when it is dropped.
-pub struct Desk {
+pub struct TestContext {
     folder: tempfile::TempDir,
     environment: Vec<(String, String)>,
 }
 
-impl Default for Desk {
+impl Default for TestContext {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl Desk {
-    /// An empty desk.
+impl TestContext {
+    /// An empty context.
     pub fn new() -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         std::fs::create_dir(folder.path().join("work")).expect("it is empty");
@@ -133,12 +133,12 @@ impl Desk {
     pub fn wait_for(&self, what: &str, mut ready: impl FnMut() -> bool) {
         let begun = Instant::now();
         while !ready() {
-            assert!(begun.elapsed() < PATIENCE, "waited for {what}; said: {}", self.stderr());
+            assert!(begun.elapsed() < TIMEOUT, "waited for {what}; said: {}", self.stderr());
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
-    /// The closing assertion: the cloud bills nothing, and nothing that was started from this desk runs.
+    /// The closing assertion: the cloud bills nothing, and nothing that was started from this context runs.
     pub fn assert_nothing_left(&self) {
         let bill = self.bill();
         assert!(bill.running.is_empty(), "still billing: {:?}", bill.running);

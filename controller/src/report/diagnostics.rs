@@ -14,7 +14,7 @@ const SHOWN: usize = 5;
 
 /// The model without some features, what outliers cost, massive activations, the sites asked for,
 /// super experts, sinks, spikes and routers. Empty if nothing of it was measured.
-pub(super) fn beyond(results: &Results) -> String {
+pub(super) fn diagnostics(results: &Results) -> String {
     let mut out = ablation(&results.ablation);
     out += &results.quantization_error.as_ref().map(quantization).unwrap_or_default();
     if !results.other_sites.is_empty() {
@@ -269,12 +269,12 @@ mod tests {
 
     #[test]
     fn nothing_measured_says_nothing() {
-        assert_eq!(beyond(&results(json!({}))), "");
+        assert_eq!(diagnostics(&results(json!({}))), "");
     }
 
     #[test]
     fn massive_activations_and_their_absence_are_said() {
-        let shown = beyond(&results(json!({"massive_activations": massive(2)})));
+        let shown = diagnostics(&results(json!({"massive_activations": massive(2)})));
         for expected in
             ["at 2 tokens (2 at position 0) of 2 sequences, from layer 2 to layer 2", "1415", "-1512.5", "and 2 more"]
         {
@@ -282,7 +282,8 @@ mod tests {
         }
         assert!(shown.chars().all(|c| !c.is_control() || c == '\n'), "{shown}");
         assert!(
-            beyond(&results(json!({"massive_activations": massive(0)}))).contains("no massive activations: a rule")
+            diagnostics(&results(json!({"massive_activations": massive(0)})))
+                .contains("no massive activations: a rule")
         );
     }
 
@@ -290,7 +291,7 @@ mod tests {
     fn super_experts_and_routers_are_said() {
         let mut peak = record(-744.0);
         peak["tokens"] = json!(12);
-        let shown = beyond(&results(json!({
+        let shown = diagnostics(&results(json!({
             "super_experts": {"rule": "r", "layers_considered": 3, "experts_considered": 9, "percentile_99_5": 63.0, "max": 744.0,
                               "candidates": [peak], "runner_up": null},
             "routers": [{"layer": 1, "experts": 128, "experts_per_token": 8, "never_hit": 3, "max_over_mean": 5.25, "busiest": 40,
@@ -314,7 +315,7 @@ mod tests {
             json!({"format": "mxfp4", "rotation": rotation, "rows": 8, "error": error, "share_in_outlier_blocks": 0.5,
                    "outlier_blocks": 0.5, "per_sequence": []})
         };
-        let shown = beyond(&results(json!({
+        let shown = diagnostics(&results(json!({
             "quantization_error": {"rule": "a rule\u{1b}[2J", "sites": [], "norm_outputs": [error(0, 0.02), error(32, 0.01)]},
             "residual_sinks": {"rule": "r", "layers": [{"layer": 2, "n_dims": 1, "share_of_squares": 0.25, "dims": [
                 {"dim": 17, "share_of_tokens": 1.0, "share_of_squares": 0.25, "gain": 0.5}]}]},
@@ -339,7 +340,7 @@ mod tests {
     #[test]
     fn every_kind_of_site_has_a_line() {
         let spread = json!({"rows": 8, "mean": 12.0, "p50": 1.0, "p99": 1.0, "max": 5000.0});
-        let shown = beyond(&results(json!({
+        let shown = diagnostics(&results(json!({
             "other_sites": [{"layer": 3, "point": "residual", "max_abs": 20.0, "rms": 1.0, "rows": {
                 "rows": 8, "magnitude": {"p50": 1.0, "p90": 1.0, "p99": 1.0, "p99_9": 1.0}, "kurtosis": spread, "max_over_median": spread,
             }}],

@@ -10,13 +10,13 @@ use serde::Serialize;
 use crate::broker::{Instance, InstanceState};
 use crate::files::{MOST, read_small};
 use crate::ledger::{Ledger, LedgerError, Records, RunRecord, Unreadable};
-use crate::run::{Ending, Membership, RunEvent, RunState};
+use crate::run::{Membership, RunEvent, RunOutcome, RunState};
 use crate::survey::Index;
 use crate::units::{Usd, UsdPerHour};
 
 /// The whole picture.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Standing {
+pub struct Status {
     /// The moment it is true of, in Unix seconds.
     pub at: u64,
     /// Runs that are not over, oldest first.
@@ -27,7 +27,7 @@ pub struct Standing {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub unreadable: Vec<Unreadable>,
     /// Surveys among the results, by name.
-    pub surveys: Vec<SurveyStanding>,
+    pub surveys: Vec<SurveyStatus>,
     /// By all runs of the ledger.
     pub spent: Usd,
     /// What the runs under way may still cost until their time limits.
@@ -48,11 +48,11 @@ pub struct UnderWay {
     /// Why it waits in its cluster's queue, where that was asked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waits: Option<String>,
-    /// Some process looks after it, or it is kept on the user's wish.
+    /// Some process looks after it, or it is kept at the user's request.
     pub looked_after: bool,
-    /// The instance stays on the user's wish.
+    /// The instance stays at the user's request.
     pub held: bool,
-    /// Its worker was left to work on without any process here, on the user's wish.
+    /// Its worker was left to work on without any process here, at the user's request.
     pub detached: bool,
     /// Where its instance is, or may be.
     pub broker: Option<String>,
@@ -94,12 +94,12 @@ pub struct Over {
     /// What came home.
     pub folder: Option<String>,
     /// What was found; `None` where the results are not there (any more).
-    pub figures: Option<Figures>,
+    pub figures: Option<HeadlineFigures>,
 }
 
 /// The figures that a table has room for.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Figures {
+pub struct HeadlineFigures {
     /// Distinct systematic features over layers, the paper's count.
     pub features: f64,
     /// Of the same pass.
@@ -108,7 +108,7 @@ pub struct Figures {
 
 /// A survey by its index.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct SurveyStanding {
+pub struct SurveyStatus {
     /// Where its results are.
     pub folder: PathBuf,
     /// What became of each model.
@@ -117,7 +117,7 @@ pub struct SurveyStanding {
     pub spent: Usd,
 }
 
-impl Figures {
+impl HeadlineFigures {
     /// Those of a folder of results.
     pub fn read(folder: &Path) -> Option<Self> {
         let results: Results = serde_json::from_slice(&read_small(&folder.join(files::RESULTS), MOST).ok()?).ok()?;
@@ -127,7 +127,7 @@ impl Figures {
     }
 }
 
-impl Standing {
+impl Status {
     /// Looks at the ledger, and at the surveys below `results`.
     ///
     /// # Errors
@@ -193,7 +193,7 @@ impl Standing {
             over: closed.iter().map(|run| Over::of(run, &mended, now_ms)).collect(),
             surveys: surveys
                 .into_iter()
-                .map(|(folder, index)| SurveyStanding { spent: spent_by(&index.survey), folder, index })
+                .map(|(folder, index)| SurveyStatus { spent: spent_by(&index.survey), folder, index })
                 .collect(),
             spent: runs.iter().map(|run| run.cost(now_ms)).sum(),
         }
@@ -260,7 +260,7 @@ impl<'a> Mended<'a> {
     fn by(runs: impl IntoIterator<Item = &'a RunRecord>) -> Self {
         let mut latest = HashMap::new();
         for run in runs {
-            if !run.state.is_closed() || run.state.ending() == Some(&Ending::Completed) {
+            if !run.state.is_closed() || run.state.ending() == Some(&RunOutcome::Completed) {
                 let at = latest.entry(Self::work(run)).or_default();
                 *at = run.created_at_ms.max(*at);
             }
@@ -280,7 +280,7 @@ impl<'a> Mended<'a> {
 
 impl Over {
     fn of(run: &RunRecord, mended: &Mended<'_>, now_ms: u64) -> Self {
-        let completed = run.state.ending() == Some(&Ending::Completed);
+        let completed = run.state.ending() == Some(&RunOutcome::Completed);
         let results = run.state.results();
         Self {
             run: run.id.clone(),
@@ -289,11 +289,13 @@ impl Over {
             ending: run.state.ending().map(ToString::to_string).unwrap_or_default(),
             completed,
             superseded: mended.after(run),
-            hint: run.state.ending().and_then(Ending::hint).map(str::to_owned),
+            hint: run.state.ending().and_then(RunOutcome::hint).map(str::to_owned),
             cost: run.cost(now_ms),
             ended: run.changed_at_ms() / 1000,
             folder: results.map(|results| results.folder.clone()),
-            figures: results.filter(|_| completed).and_then(|results| Figures::read(Path::new(&results.folder))),
+            figures: results
+                .filter(|_| completed)
+                .and_then(|results| HeadlineFigures::read(Path::new(&results.folder))),
         }
     }
 }
@@ -303,10 +305,10 @@ pub(crate) mod tests {
     use super::*;
     use crate::broker::{InstanceId, LeaseTag};
     use crate::deploy::fake::{offer, spec};
-    use crate::ledger::Entry;
-    use crate::run::{Brought, Intent, Membership, Pin, RunSpec, Trouble, TroubleKind, next};
-    use crate::survey::Outcome;
-    use crate::survey::index::{self, Line};
+    use crate::ledger::LedgerEntry;
+    use crate::run::{Brought, FailureDetail, Intent, Membership, Pin, RunFailureKind, RunSpec, next};
+    use crate::survey::ModelOutcome;
+    use crate::survey::index::{self, IndexEntry};
 
     /// 2026-06-01T12:00:00Z.
     pub(crate) const NOW_MS: u64 = 1_780_315_200_000;
@@ -318,7 +320,7 @@ pub(crate) mod tests {
         let created_at_ms = NOW_MS - minutes * 60_000;
         let at = |i: usize| created_at_ms + i as u64 * 60_000;
         let state = events.iter().fold(RunState::initial(), |state, event| next(&state, event).unwrap());
-        let events = events.into_iter().enumerate().map(|(i, event)| Entry { at_ms: at(i), event }).collect();
+        let events = events.into_iter().enumerate().map(|(i, event)| LedgerEntry { at_ms: at(i), event }).collect();
         RunRecord { id: id.into(), created_at_ms, spec, events, state }
     }
 
@@ -334,7 +336,7 @@ pub(crate) mod tests {
     }
 
     /// To the end of the instance.
-    pub(crate) fn ended(id: &str, results: Brought, ending: Ending) -> Vec<RunEvent> {
+    pub(crate) fn ended(id: &str, results: Brought, ending: RunOutcome) -> Vec<RunEvent> {
         let end = [
             RunEvent::WorkerEnded { exit: Some(0) },
             RunEvent::Fetched { results, ending },
@@ -345,25 +347,25 @@ pub(crate) mod tests {
     }
 
     /// One of each: complete (with real results at `home`), failed, under way, abandoned, and refused for want of an offer.
-    pub(crate) fn standing(home: &Path) -> Standing {
+    pub(crate) fn status(home: &Path) -> Status {
         let whole = crate::compare::fixture::copy("mixture", &home.join("moe-two/owner--a"));
         let whole = Brought { folder: whole.to_string_lossy().into_owned(), complete: true };
         let partial = Brought { folder: "/nowhere/b-2.partial".into(), complete: false };
-        let broken = Ending::WorkerVanished { exit: Some(9) };
-        let trouble = Trouble {
-            kind: TroubleKind::NoOffer,
+        let broken = RunOutcome::WorkerVanished { exit: Some(9) };
+        let trouble = FailureDetail {
+            kind: RunFailureKind::NoOffer,
             message: "--min-vram 200 | removed the last offer".into(),
             hint: Some("relax the filters".into()),
         };
-        let refused = vec![RunEvent::Stopped { ending: Ending::Failed { trouble } }];
+        let refused = vec![RunEvent::Stopped { ending: RunOutcome::Failed { trouble } }];
         let runs = [
-            run("run1", "owner/a", 60, ended("run1", whole, Ending::Completed)),
+            run("run1", "owner/a", 60, ended("run1", whole, RunOutcome::Completed)),
             run("run2", "owner/b", 50, ended("run2", partial, broken)),
             run("run3", "owner/c", 10, rented("run3")),
             run("run4", "owner/d", 20, rented("run4")),
             run("run5", "owner/e", 5, refused),
         ];
-        let line = |name: &str, run: Option<&str>, outcome| Line {
+        let line = |name: &str, run: Option<&str>, outcome| IndexEntry {
             name: name.into(),
             model: name.replace("--", "/"),
             job_key: "k".into(),
@@ -377,35 +379,35 @@ pub(crate) mod tests {
             survey: "moe-two".into(),
             file: "/my surveys/moe-two.toml".into(),
             models: vec![
-                line("owner--a", Some("run1"), Outcome::Complete),
-                line("owner--b", Some("run2"), Outcome::Partial),
-                line("owner--c", Some("run3"), Outcome::Open),
+                line("owner--a", Some("run1"), ModelOutcome::Complete),
+                line("owner--b", Some("run2"), ModelOutcome::Partial),
+                line("owner--c", Some("run3"), ModelOutcome::Open),
             ],
         };
-        Standing::of(&runs, &["run3".to_owned()], vec![(home.join("moe-two"), index)], NOW_MS)
+        Status::of(&runs, &["run3".to_owned()], vec![(home.join("moe-two"), index)], NOW_MS)
     }
 
     #[test]
     fn everything_is_told_from_the_ledger_and_the_files() {
         let home = tempfile::tempdir().unwrap();
-        let standing = standing(home.path());
+        let status = status(home.path());
         let ids = |runs: &[&str]| runs.iter().map(|run| (*run).to_owned()).collect::<Vec<_>>();
-        assert_eq!(standing.under_way.iter().map(|run| run.run.clone()).collect::<Vec<_>>(), ids(&["run3", "run4"]));
-        let running = &standing.under_way[0];
-        assert!(running.looked_after && !standing.under_way[1].looked_after);
-        assert!(standing.is_at_work() && !running.detached && !standing.under_way[1].detached);
+        assert_eq!(status.under_way.iter().map(|run| run.run.clone()).collect::<Vec<_>>(), ids(&["run3", "run4"]));
+        let running = &status.under_way[0];
+        assert!(running.looked_after && !status.under_way[1].looked_after);
+        assert!(status.is_at_work() && !running.detached && !status.under_way[1].detached);
         assert_eq!((running.cost, running.at_most), (Usd::from_dollars(1.0), Usd::from_dollars(4.0)));
-        assert_eq!(standing.reserved, Usd::from_dollars(6.0), "half an hour of two instances");
+        assert_eq!(status.reserved, Usd::from_dollars(6.0), "half an hour of two instances");
         // Six seconds of arithmetic, counted from the launch three minutes after the create call.
         assert_eq!(running.expected, Some(NOW_MS / 1000 - 10 * 60 + 3 * 60 + 6));
-        let done = &standing.over[0];
+        let done = &status.over[0];
         assert!(done.completed && done.figures.is_some_and(|figures| figures.perplexity.is_some()));
-        assert_eq!(standing.over[2].hint.as_deref(), Some("relax the filters"));
-        assert_eq!(standing.surveys[0].spent, standing.spent);
-        assert_eq!(standing, super::tests::standing(tempfile::tempdir().unwrap().path()).moved(&standing));
+        assert_eq!(status.over[2].hint.as_deref(), Some("relax the filters"));
+        assert_eq!(status.surveys[0].spent, status.spent);
+        assert_eq!(status, super::tests::status(tempfile::tempdir().unwrap().path()).moved(&status));
     }
 
-    impl Standing {
+    impl Status {
         /// The same, with the folders of another one.
         fn moved(mut self, other: &Self) -> Self {
             for (survey, to) in self.surveys.iter_mut().zip(&other.surveys) {
@@ -421,9 +423,9 @@ pub(crate) mod tests {
     #[test]
     fn what_waits_in_a_queue_is_told_and_nothing_else() {
         let runs = [run("run1", "owner/a", 10, rented("run1")), run("run2", "owner/b", 10, rented("run2"))];
-        let mut standing = Standing::of(&runs, &[], Vec::new(), NOW_MS);
-        let broker = standing.under_way[0].broker.clone().unwrap();
-        assert!(standing.uses(&broker) && !standing.uses("elsewhere"));
+        let mut status = Status::of(&runs, &[], Vec::new(), NOW_MS);
+        let broker = status.under_way[0].broker.clone().unwrap();
+        assert!(status.uses(&broker) && !status.uses("elsewhere"));
         let instance = |broker: &str, id: &str, state| Instance {
             broker: broker.to_owned(),
             id: InstanceId(id.to_owned()),
@@ -434,16 +436,16 @@ pub(crate) mod tests {
             created_at: None,
         };
         let queued = |why: &str| InstanceState::Queued(why.to_owned());
-        standing.note_queue(&[
+        status.note_queue(&[
             instance("elsewhere", "i-run1", queued("no")),
             instance(&broker, "i-run1", queued("Priority")),
             instance(&broker, "i-run2", InstanceState::Booting),
         ]);
-        let waits: Vec<Option<&str>> = standing.under_way.iter().map(|run| run.waits.as_deref()).collect();
+        let waits: Vec<Option<&str>> = status.under_way.iter().map(|run| run.waits.as_deref()).collect();
         assert_eq!(waits, [Some("Priority"), None]);
-        assert!(crate::report::tables::standing(&standing).contains("launched, waits: Priority"));
-        standing.note_queue(&[]);
-        assert_eq!(standing.under_way[0].waits, None, "it waits no more");
+        assert!(crate::report::tables::status(&status).contains("launched, waits: Priority"));
+        status.note_queue(&[]);
+        assert_eq!(status.under_way[0].waits, None, "it waits no more");
     }
 
     #[test]
@@ -451,21 +453,21 @@ pub(crate) mod tests {
         let detached = run("run1", "owner/a", 10, rented("run1"));
         let detached = RunRecord { spec: RunSpec { detach: true, ..detached.spec.clone() }, ..detached };
         let whole = Brought { folder: "/nowhere/a".into(), complete: true };
-        let mut events = ended("run2", whole, Ending::Completed);
+        let mut events = ended("run2", whole, RunOutcome::Completed);
         events.truncate(events.len() - 2);
         events.push(RunEvent::Held);
         let runs = [detached, run("run2", "owner/b", 10, events)];
-        let at = |runs: &[RunRecord], now_ms| Standing::of(runs, &[], Vec::new(), now_ms);
-        let standing = at(&runs, NOW_MS);
-        assert!(standing.under_way[0].detached && !standing.under_way[1].detached);
-        assert!(standing.is_at_work() && !at(&runs[1..], NOW_MS).is_at_work());
+        let at = |runs: &[RunRecord], now_ms| Status::of(runs, &[], Vec::new(), now_ms);
+        let status = at(&runs, NOW_MS);
+        assert!(status.under_way[0].detached && !status.under_way[1].detached);
+        assert!(status.is_at_work() && !at(&runs[1..], NOW_MS).is_at_work());
         assert!(!at(&runs, NOW_MS + 1_800_000).is_at_work(), "its time is up");
         assert!(!at(&[], NOW_MS).is_at_work());
     }
 
     #[test]
     fn what_was_mended_is_told_by_one_look_at_all_runs_however_many_there_are() {
-        let failed = || vec![RunEvent::Stopped { ending: Ending::Interrupted }];
+        let failed = || vec![RunEvent::Stopped { ending: RunOutcome::Interrupted }];
         let mut runs: Vec<RunRecord> =
             (0..200).map(|i| run(&format!("r{i}"), &format!("owner/{}", i % 20), 300 - i, failed())).collect();
         runs.push(run("open", "owner/7", 1, rented("open")));
@@ -481,10 +483,10 @@ pub(crate) mod tests {
     fn what_failed_and_was_mended_is_not_told_as_failed() {
         let broken = Brought { folder: "/nowhere/a.partial".into(), complete: false };
         let whole = Brought { folder: "/nowhere/a".into(), complete: true };
-        let first = run("run1", "owner/a", 60, ended("run1", broken, Ending::WorkerVanished { exit: None }));
-        let second = run("run2", "owner/a", 30, ended("run2", whole, Ending::Completed));
+        let first = run("run1", "owner/a", 60, ended("run1", broken, RunOutcome::WorkerVanished { exit: None }));
+        let second = run("run2", "owner/a", 30, ended("run2", whole, RunOutcome::Completed));
         let other = RunRecord { spec: RunSpec { survey: None, ..second.spec.clone() }, ..second.clone() };
-        let superseded = |runs: &[RunRecord]| Standing::of(runs, &[], Vec::new(), NOW_MS).over[0].superseded;
+        let superseded = |runs: &[RunRecord]| Status::of(runs, &[], Vec::new(), NOW_MS).over[0].superseded;
         assert!(superseded(&[first.clone(), second]));
         assert!(!superseded(&[first, other]), "it stands in another place");
     }

@@ -8,7 +8,7 @@ use super::exact::ExactSum;
 
 /// The parts of [`outliers_protocol::Results`] that follow from counts and thresholds.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Judged {
+pub struct Summary {
     /// The counts, side by side.
     pub verdicts: Vec<Verdict>,
     /// Features with an occurrence, ascending.
@@ -25,7 +25,7 @@ pub struct Judged {
 
 /// Where a feature exceeds within some set of sequences.
 #[derive(Clone, Copy, Default)]
-struct Spread {
+struct Extent {
     layers: usize,
     sites: usize,
     positions: u64,
@@ -33,25 +33,25 @@ struct Spread {
 
 /// A feature judged systematic, with the shares that made it so.
 #[derive(Clone, Copy)]
-struct Record {
+struct SystematicShares {
     share: f64,
     positions: f64,
 }
 
 /// One feature over the corpus and within each sequence.
-struct Row {
+struct FeatureCounts {
     feature: Option<Feature>,
-    corpus: [Option<Record>; 2],
-    sequences: Vec<Within>,
+    corpus: [Option<SystematicShares>; 2],
+    sequences: Vec<PerSequence>,
 }
 
 /// One feature within one sequence.
 #[derive(Clone, Copy)]
-struct Within {
+struct PerSequence {
     /// It exceeds somewhere.
     any: bool,
     /// The verdict by each axis.
-    by: [Option<Record>; 2],
+    by: [Option<SystematicShares>; 2],
 }
 
 const AXES: [Axis; 2] = [Axis::Layers, Axis::Sites];
@@ -71,15 +71,16 @@ impl OutlierStats {
     }
 
     /// Applies the shares of layers and positions to the stored counts. Changing them needs no new run.
-    pub fn judge(&self, thresholds: &Thresholds) -> Judged {
+    pub fn judge(&self, thresholds: &Thresholds) -> Summary {
         let layers = self.layers();
-        let rows: Vec<Row> = (0..self.hidden).into_par_iter().map(|dim| self.row(dim, &layers, thresholds)).collect();
+        let rows: Vec<FeatureCounts> =
+            (0..self.hidden).into_par_iter().map(|dim| self.row(dim, &layers, thresholds)).collect();
         let per_sequence = (0..self.sequences).map(|s| summarise(s, &rows)).collect();
         let sites = (0..self.sites.len()).map(|i| self.site_summary(i)).collect();
         let verdicts = verdicts(&rows, self.sequences);
         let features: Vec<Feature> = rows.into_iter().filter_map(|row| row.feature).collect();
         let columns = || (0..self.sites.len()).flat_map(|s| (0..self.hidden).map(move |d| self.column(s, d)));
-        Judged {
+        Summary {
             verdicts,
             total_occurrences: features.iter().map(|f| f.occurrences).sum(),
             max_abs: columns().map(super::Column::max_abs).fold(0.0, f32::max),
@@ -89,21 +90,21 @@ impl OutlierStats {
         }
     }
 
-    fn row(&self, dim: usize, layers: &[usize], thresholds: &Thresholds) -> Row {
+    fn row(&self, dim: usize, layers: &[usize], thresholds: &Thresholds) -> FeatureCounts {
         // Exactly the comparisons of the definition: a share equal to its threshold counts.
-        let judge = |spread: Spread, tokens: usize| {
+        let judge = |spread: Extent, tokens: usize| {
             let positions = spread.positions as f64 / tokens as f64;
             let by = |part: usize, whole: usize| {
                 let share = part as f64 / whole as f64;
                 let systematic = share >= thresholds.layer_fraction && positions >= thresholds.position_fraction;
-                (systematic && part > 0).then_some(Record { share, positions })
+                (systematic && part > 0).then_some(SystematicShares { share, positions })
             };
             [by(spread.layers, layers.len()), by(spread.sites, self.sites.len())]
         };
-        let sequences: Vec<Within> = (0..self.sequences)
+        let sequences: Vec<PerSequence> = (0..self.sequences)
             .map(|s| {
                 let spread = self.spread(dim, s..s + 1);
-                Within { any: spread.sites > 0, by: judge(spread, self.tokens) }
+                PerSequence { any: spread.sites > 0, by: judge(spread, self.tokens) }
             })
             .collect();
         let spread = self.spread(dim, 0..self.sequences);
@@ -114,12 +115,12 @@ impl OutlierStats {
             self.detail(&mut feature, thresholds);
             feature
         });
-        Row { feature, corpus, sequences }
+        FeatureCounts { feature, corpus, sequences }
     }
 
     /// Layers, sites and positions at which `dim` exceeds within a range of sequences.
-    fn spread(&self, dim: usize, sequences: std::ops::Range<usize>) -> Spread {
-        let mut spread = Spread::default();
+    fn spread(&self, dim: usize, sequences: std::ops::Range<usize>) -> Extent {
+        let mut spread = Extent::default();
         let mut last_layer = None;
         for (i, site) in self.sites.iter().enumerate() {
             if sequences.clone().any(|s| self.hit(i, s, dim)) {
@@ -135,9 +136,9 @@ impl OutlierStats {
     fn feature(
         &self,
         dim: usize,
-        spread: Spread,
+        spread: Extent,
         layers: &[usize],
-        corpus: [Option<Record>; 2],
+        corpus: [Option<SystematicShares>; 2],
         within: [usize; 2],
     ) -> Feature {
         let mut all = super::Column::EMPTY;
@@ -199,7 +200,7 @@ impl OutlierStats {
     }
 }
 
-fn summarise(sequence: usize, rows: &[Row]) -> SequenceSummary {
+fn summarise(sequence: usize, rows: &[FeatureCounts]) -> SequenceSummary {
     let within = || rows.iter().map(|row| row.sequences[sequence]);
     SequenceSummary {
         sequence,
@@ -211,15 +212,15 @@ fn summarise(sequence: usize, rows: &[Row]) -> SequenceSummary {
 }
 
 /// Every reading on both axes, the paper's first.
-fn verdicts(rows: &[Row], sequences: usize) -> Vec<Verdict> {
+fn verdicts(rows: &[FeatureCounts], sequences: usize) -> Vec<Verdict> {
     let mut verdicts = Vec::with_capacity(6);
     for (axis_index, axis) in AXES.into_iter().enumerate() {
-        let corpus: Vec<Record> = rows.iter().filter_map(|row| row.corpus[axis_index]).collect();
+        let corpus: Vec<SystematicShares> = rows.iter().filter_map(|row| row.corpus[axis_index]).collect();
         verdicts.push(verdict(Reading::Unique, axis, &corpus, 1));
     }
     for reading in [Reading::MeanPerSequence, Reading::SumOverSequences] {
         for (axis_index, axis) in AXES.into_iter().enumerate() {
-            let records: Vec<Record> = rows
+            let records: Vec<SystematicShares> = rows
                 .iter()
                 .flat_map(|row| row.sequences.iter().filter_map(move |within| within.by[axis_index]))
                 .collect();
@@ -230,8 +231,8 @@ fn verdicts(rows: &[Row], sequences: usize) -> Vec<Verdict> {
     verdicts
 }
 
-fn verdict(reading: Reading, axis: Axis, records: &[Record], divisor: usize) -> Verdict {
-    let mean = |of: fn(&Record) -> f64| {
+fn verdict(reading: Reading, axis: Axis, records: &[SystematicShares], divisor: usize) -> Verdict {
+    let mean = |of: fn(&SystematicShares) -> f64| {
         let mut sum = ExactSum::default();
         records.iter().for_each(|record| sum.add(of(record)));
         (!records.is_empty()).then(|| 100.0 * sum.value() / records.len() as f64)

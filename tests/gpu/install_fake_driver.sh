@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Puts the GPU that this machine's processor stands for into FOLDER, under the names by which programs look for a real one:
-#     tests/gpu/place.sh FOLDER && LD_LIBRARY_PATH=FOLDER outliers-worker devices
+#     tests/gpu/install_fake_driver.sh FOLDER && LD_LIBRARY_PATH=FOLDER outliers-worker devices
 set -euo pipefail
-folder=$(realpath -m "${1:?usage: place.sh FOLDER}")
+folder=$(realpath -m "${1:?usage: install_fake_driver.sh FOLDER}")
 cd "$(dirname "$0")/../.."
 cargo build --release --locked --quiet --package outliers-tests-gpu
 mkdir -p "$folder"

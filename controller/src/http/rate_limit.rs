@@ -8,27 +8,27 @@ use tokio::time::{Instant, sleep_until};
 
 /// The paces of one account, shared by all who call.
 #[derive(Debug, Default)]
-pub(super) struct Paces(Mutex<BTreeMap<Option<&'static str>, Pace>>);
+pub(super) struct RateLimits(Mutex<BTreeMap<Option<&'static str>, RateLimit>>);
 
 /// One call per `every`, and none before `held` is over.
 #[derive(Clone, Copy, Debug)]
-struct Pace {
+struct RateLimit {
     every: Duration,
     next: Instant,
     held: Instant,
 }
 
-impl Pace {
+impl RateLimit {
     fn new(every: Duration) -> Self {
         let now = Instant::now();
         Self { every, next: now, held: now }
     }
 }
 
-impl Paces {
+impl RateLimits {
     /// At most one call per `every`: of those of this name, or of all.
     pub(super) fn set(&self, name: Option<&'static str>, every: Duration) {
-        self.lock().insert(name, Pace::new(every));
+        self.lock().insert(name, RateLimit::new(every));
     }
 
     /// Makes no call of this name for this time: the cloud has asked for it. Calls without a name are not held up: one of them may end an
@@ -69,7 +69,7 @@ impl Paces {
         Some(turn)
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Option<&'static str>, Pace>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Option<&'static str>, RateLimit>> {
         self.0.lock().expect("nothing panics while it is held")
     }
 }
@@ -80,7 +80,7 @@ mod tests {
 
     #[test]
     fn calls_are_apart() {
-        let (paces, second) = (Paces::default(), Duration::from_secs(1));
+        let (paces, second) = (RateLimits::default(), Duration::from_secs(1));
         let begun = Instant::now();
         assert_eq!(paces.take(None, begun), None, "no pace, no wait");
         paces.set(None, second);
@@ -95,7 +95,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_cloud_that_asks_to_wait_is_left_alone_for_calls_of_that_kind() {
-        let (paces, minute) = (Paces::default(), Duration::from_secs(60));
+        let (paces, minute) = (RateLimits::default(), Duration::from_secs(60));
         paces.set(Some("search"), Duration::from_secs(1));
         paces.hold(Some("search"), minute);
         paces.hold(None, minute);
@@ -109,7 +109,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_queue_of_one_kind_holds_up_no_other() {
-        let paces = Paces::default();
+        let paces = RateLimits::default();
         paces.set(None, Duration::from_millis(1));
         paces.set(Some("launch"), Duration::from_secs(1));
         let begun = Instant::now();

@@ -15,7 +15,7 @@ const SEED: u64 = 0x6f75_746c;
 
 /// The features that are systematic within one sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Tally {
+pub struct SequenceTotals {
     /// How many.
     pub features: usize,
     /// Sum of their shares of layers (or norm outputs), each from 0 to 1.
@@ -24,7 +24,7 @@ pub struct Tally {
     pub position_share: f64,
 }
 
-impl Tally {
+impl SequenceTotals {
     /// Of every sequence, by layers and by norm outputs.
     pub fn of_run(statistics: &Statistics, results: &Results) -> [Vec<Self>; 2] {
         [Axis::Layers, Axis::Sites].map(|axis| {

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 /// Starts of workers, each at least a pause after the one before. Shared by all runs of a batch.
 #[derive(Debug)]
-pub struct Turns {
+pub struct StartThrottle {
     pause: Duration,
     /// When the next may start; nothing before the first has.
     next: Mutex<Option<Instant>>,
@@ -18,15 +18,15 @@ pub struct Turns {
 }
 
 /// A place in the queue.
-struct Place<'a>(&'a AtomicU32);
+struct QueueSlot<'a>(&'a AtomicU32);
 
-impl Drop for Place<'_> {
+impl Drop for QueueSlot<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl Turns {
+impl StartThrottle {
     /// With this pause between two starts.
     pub fn new(pause: Duration) -> Self {
         Self { pause, next: Mutex::default(), queue: tokio::sync::Mutex::default(), waiting: AtomicU32::new(0) }
@@ -41,7 +41,7 @@ impl Turns {
     /// One that gives up waiting takes no turn.
     pub async fn wait(&self, say: impl FnOnce(Duration)) {
         let before = self.waiting.fetch_add(1, Ordering::Relaxed);
-        let _place = Place(&self.waiting);
+        let _place = QueueSlot(&self.waiting);
         let first = self.next().map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()));
         let wait = first + self.pause * before;
         if !wait.is_zero() {
@@ -67,13 +67,13 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn starts_are_a_pause_apart_and_who_gives_up_takes_no_turn() {
-        let (turns, begun) = (Turns::new(Duration::from_secs(20)), Instant::now());
-        turns.wait(|_| panic!("the first need not wait")).await;
-        let gave_up = tokio::time::timeout(Duration::from_secs(1), turns.wait(|_| {})).await;
+        let (start_throttle, begun) = (StartThrottle::new(Duration::from_secs(20)), Instant::now());
+        start_throttle.wait(|_| panic!("the first need not wait")).await;
+        let gave_up = tokio::time::timeout(Duration::from_secs(1), start_throttle.wait(|_| {})).await;
         assert!(gave_up.is_err());
         let told = Mutex::new(Vec::new());
         let waits = (0..3).map(|_| async {
-            turns.wait(|wait| told.lock().unwrap().push(wait.as_secs())).await;
+            start_throttle.wait(|wait| told.lock().unwrap().push(wait.as_secs())).await;
             begun.elapsed().as_secs()
         });
         assert_eq!(join_all(waits).await, [20, 40, 60]);
