@@ -20,6 +20,7 @@ const RENT: &str = "Where to rent";
 const MONEY: &str = "Money and time";
 const OUTPUT: &str = "Output";
 const ALL: &str = "Options of all commands";
+const CLUSTER: &str = "With --broker slurm";
 
 /// How outlier features survive in mixture-of-experts models: rents an instance, runs the worker on it, fetches the
 /// results and ends the rental.
@@ -79,7 +80,7 @@ pub struct Global {
 
 /// A cluster of one's own, beside what `[brokers.slurm]` of the settings says of it.
 #[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "With --broker slurm")]
+#[command(next_help_heading = CLUSTER)]
 pub struct ClusterArgs {
     /// The login node: user@name, or an alias of ~/.ssh/config.
     #[arg(long, global = true, value_name = "HOST")]
@@ -942,9 +943,10 @@ mod tests {
                 assert!(option.get_help_heading().is_some_and(|heading| heading != ALL), "{name} {option}");
             }
         }
-        assert!(cli.get_arguments().all(|argument| argument.get_help_heading() == Some(ALL)));
+        let apart = |argument: &clap::Arg| matches!(argument.get_help_heading(), Some(ALL | CLUSTER));
+        assert!(cli.get_arguments().all(apart));
         let help = Cli::try_parse_from(["outliers", "deploy", "--help"]).unwrap_err().to_string();
-        for heading in [MODEL, TEXT, MEASURE, COMPUTE, RENT, MONEY, OUTPUT, ALL] {
+        for heading in [MODEL, TEXT, MEASURE, COMPUTE, RENT, MONEY, OUTPUT, CLUSTER, ALL] {
             assert!(help.contains(&format!("\n{heading}:\n")), "{heading}");
         }
     }

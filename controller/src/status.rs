@@ -398,8 +398,8 @@ pub(crate) mod tests {
         assert!(status.is_at_work() && !running.detached && !status.under_way[1].detached);
         assert_eq!((running.cost, running.at_most), (Usd::from_dollars(1.0), Usd::from_dollars(4.0)));
         assert_eq!(status.reserved, Usd::from_dollars(6.0), "half an hour of two instances");
-        // Six seconds of arithmetic, counted from the launch three minutes after the create call.
-        assert_eq!(running.expected, Some(NOW_MS / 1000 - 10 * 60 + 3 * 60 + 6));
+        // Four seconds of arithmetic, counted from the launch three minutes after the create call.
+        assert_eq!(running.expected, Some(NOW_MS / 1000 - 10 * 60 + 3 * 60 + 4));
         let done = &status.over[0];
         assert!(done.completed && done.figures.is_some_and(|figures| figures.perplexity.is_some()));
         assert_eq!(status.over[2].hint.as_deref(), Some("relax the filters"));
