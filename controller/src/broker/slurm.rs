@@ -156,8 +156,9 @@ impl Slurm {
              date +%s > {folder}/submitting; }} 2>&1)\n\
              then echo \"@refused the scratch folder: $(echo $why)\"; exit 0; fi\n\
              cd {folder} || exit 1\n\
-             if sbatch --chdir=\"$PWD\" {options} < job.sh > job.id.part 2> sbatch.log; then\n\
-               date +%s > ../.changed; cut -d ';' -f 1 < job.id.part > job.id; rm -f job.id.part submitting\n\
+             if sbatch --chdir=\"$PWD\" {options} < job.sh > sbatch.out 2> sbatch.log; then\n\
+               date +%s > ../.changed; cut -d ';' -f 1 < sbatch.out > sbatch.id && mv -f sbatch.id job.id\n\
+               rm -f sbatch.out submitting\n\
                echo \"@submitted $(head -c 20 job.id)\"\n\
              else echo \"@refused $(tail -n 3 sbatch.log | tr '\\n' ' ')\"; fi",
             cache = quote(&format!("{root}/.cache")),

@@ -1,6 +1,5 @@
 //! Weights on their way to a GPU: decoded into pinned memory, and copied from there while it computes.
 
-use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, DriverError};
 use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::op::BackpropOp;
