@@ -1,4 +1,5 @@
-//! Tells the program which commit it is built from: that of the repository, else `OUTLIERS_COMMIT`.
+//! Tells the program which commit it is built from: that of the repository, else
+//! `OUTLIERS_COMMIT`.
 
 use std::path::Path;
 use std::process::Command;

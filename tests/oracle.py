@@ -28,12 +28,14 @@ import compare_figures
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-4  # of each tensor's root mean square
 HALF_TOLERANCE = 0.05  # the same in bf16 and f16, on average; on the CPU the worst is 0.033
-# Where eight layers amplify rounding, f32 itself does not hold 1e-4: against a run in f64, the reference's own f32 values turn out up
-# to 2.4e-4 (qwen3_next) and 1.4e-4 (opt_350m, whose norms come last) wrong and ours 1.4e-4 and 1.2e-4, neither always the better one.
-# Router choices and statistics must be equal all the same.
+# Where eight layers amplify rounding, f32 itself does not hold 1e-4: against a run in f64, the
+# reference's own f32 values turn out up to 2.4e-4 (qwen3_next) and 1.4e-4 (opt_350m, whose norms
+# come last) wrong and ours 1.4e-4 and 1.2e-4, neither always the better one. Router choices and
+# statistics must be equal all the same.
 TOLERANCES = {"qwen3_next": 3e-4, "opt_350m": 2e-4}
-# What exceeds these is set beside the reference in f64: gemma4 in twelve layers of random weights, whose f32 in transformers is up to
-# 3.4e-3 off f64 and ours up to 4.1e-3 (by root mean squares 1.7e-4 and 2.6e-4).
+# What exceeds these is set beside the reference in f64: gemma4 in twelve layers of random
+# weights, whose f32 in transformers is up to 3.4e-3 off f64 and ours up to 4.1e-3 (by root mean
+# squares 1.7e-4 and 2.6e-4).
 FACTOR = 2
 NEAR_TIE = 1e-3
 

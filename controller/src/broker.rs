@@ -93,8 +93,8 @@ pub trait Broker: Send + Sync {
         None
     }
 
-    /// When the cloud itself ends an instance, or has ended it, as it was last listed; Unix seconds
-    /// by its clock. `None`: at its lease's deadline.
+    /// When the cloud itself ends an instance, or has ended it, as it was last listed; Unix
+    /// seconds by its clock. `None`: at its lease's deadline.
     fn ends_at(&self, _id: &InstanceId) -> Option<u64> {
         None
     }

@@ -22,8 +22,8 @@ const OUTPUT: &str = "Output";
 const ALL: &str = "Options of all commands";
 const CLUSTER: &str = "With --broker slurm";
 
-/// How outlier features survive in mixture-of-experts models: rents an instance, runs the worker on it, fetches the
-/// results and ends the rental.
+/// How outlier features survive in mixture-of-experts models: rents an instance, runs the worker
+/// on it, fetches the results and ends the rental.
 ///
 /// Example: outliers deploy --model allenai/OLMoE-1B-7B-0125
 #[derive(Parser, Debug)]
@@ -123,7 +123,8 @@ pub enum Command {
     /// run whose worker is at work, for `outliers attach`, where the instance ends by itself at
     /// its deadline; any other run is ended as by SIGTERM.
     Deploy(Box<DeployArgs>),
-    /// Take up a run whose controller went away: follow its worker, fetch the results and end the rental.
+    /// Take up a run whose controller went away: follow its worker, fetch the results and end the
+    /// rental.
     ///
     /// Example: outliers attach last
     Attach {
@@ -134,12 +135,14 @@ pub enum Command {
         #[arg(long, value_name = "DIR")]
         results: Option<PathBuf>,
     },
-    /// Run many models over one text, several at a time. A file lists them; each is deployed as by `deploy`.
+    /// Run many models over one text, several at a time. A file lists them; each is deployed as by
+    /// `deploy`.
     ///
     /// Example: outliers survey config/surveys/moe-nine.toml --dry-run
     ///
-    /// All models are checked before the first instance is rented. The same command continues a survey:
-    /// complete models are not run again, abandoned runs are taken up, failed ones wait for --rerun-failed.
+    /// All models are checked before the first instance is rented. The same command continues a
+    /// survey: complete models are not run again, abandoned runs are taken up, failed ones wait
+    /// for --rerun-failed.
     Survey(Box<SurveyArgs>),
     /// Show running runs with place, price and deadline, finished runs, and money spent.
     ///
@@ -149,7 +152,8 @@ pub enum Command {
         #[arg(long)]
         watch: bool,
     },
-    /// Write the status of all runs, with the next commands, to handoffs/<date>.md, from the ledger and the results.
+    /// Write the status of all runs, with the next commands, to handoffs/<date>.md, from the
+    /// ledger and the results.
     ///
     /// Example: outliers handoff
     Handoff {
@@ -207,7 +211,8 @@ pub enum Command {
     ///
     /// Example: outliers doctor
     Doctor(DoctorArgs),
-    /// End instances whose deadline has passed, from the clouds' lists alone: for a timer, or a machine without the ledger.
+    /// End instances whose deadline has passed, from the clouds' lists alone: for a timer, or a
+    /// machine without the ledger.
     ///
     /// Example: outliers reap --owner k3tpf36v --dry-run
     ///
@@ -308,8 +313,8 @@ pub struct JobArgs {
         help_heading = TEXT
     )]
     pub corpus: Vec<PathBuf>,
-    /// Dataset on the hub, read as far as needed: owner/name[@REVISION][:FOLDER], or fineweb-edu (its sample of ten
-    /// billion tokens, at one commit).
+    /// Dataset on the hub, read as far as needed: owner/name[@REVISION][:FOLDER], or fineweb-edu
+    /// (its sample of ten billion tokens, at one commit).
     #[arg(long, value_name = "ID", conflicts_with = "token_ids", help_heading = TEXT)]
     pub dataset: Option<Dataset>,
     /// Field or column of the documents that holds the text [default: text].
@@ -354,8 +359,9 @@ pub struct JobArgs {
     /// outliers cost in 8 and 4 bits), residual-sinks, spike-life, attention-sinks.
     #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = MEASURE)]
     pub measure: Vec<Measurement>,
-    /// What to write for other programs, from the same pass, separated by commas: imatrix (llama.cpp's importance matrix),
-    /// act-scales (SmoothQuant's scales; FP8 and NVFP4 input scales), reap (saliency of experts). Not with --ablate.
+    /// What to write for other programs, from the same pass, separated by commas: imatrix
+    /// (llama.cpp's importance matrix), act-scales (SmoothQuant's scales; FP8 and NVFP4 input
+    /// scales), reap (saliency of experts). Not with --ablate.
     #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = OUTPUT)]
     pub export: Vec<Export>,
     /// Also write every studied activation to this file among the results. Large: tokens x hidden x sites x 4 bytes.
@@ -364,9 +370,10 @@ pub struct JobArgs {
     /// Also write a time line of the pass to this file among the results, for Chrome's trace viewer or Perfetto.
     #[arg(long, value_name = "FILE.json", help_heading = OUTPUT)]
     pub trace: Option<String>,
-    /// Also measure perplexity and the sharpness of attention without some features, and without equally many random ones, as the paper
-    /// did: their dimensions (1512,7,2070), or the folder of an earlier run's results, whose systematic features are meant. Copies of the
-    /// tokens pass beside them, in the same run: no weight is read again.
+    /// Also measure perplexity and the sharpness of attention without some features, and without
+    /// equally many random ones, as the paper did: their dimensions (1512,7,2070), or the folder
+    /// of an earlier run's results, whose systematic features are meant. Copies of the tokens pass
+    /// beside them, in the same run: no weight is read again.
     #[arg(long, value_name = "FEATURES", conflicts_with = "layers", help_heading = MEASURE)]
     pub ablate: Option<Ablate>,
     /// Seed for the random control features [default: 0].
@@ -396,8 +403,8 @@ pub struct ThresholdArgs {
     /// Minimum share of layers of a systematic feature, up to 1 [default: settings, else 0.25].
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true, help_heading = MEASURE)]
     pub layer_fraction: Option<Fraction>,
-    /// Minimum share of sequence positions of a systematic feature, up to 1 [default: settings, else
-    /// 0.06].
+    /// Minimum share of sequence positions of a systematic feature, up to 1 [default: settings,
+    /// else 0.06].
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true, help_heading = MEASURE)]
     pub position_fraction: Option<Fraction>,
 }
@@ -447,7 +454,8 @@ pub struct WantArgs {
     /// Where to rent, separated by commas [default: every cloud whose key is set; this machine (`local`) if none is].
     #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = RENT)]
     pub broker: Vec<String>,
-    /// Number of GPUs; 0: CPU only is enough [default: 1 on a cloud, those present on this machine].
+    /// Number of GPUs; 0: CPU only is enough [default: 1 on a cloud, those present on this
+    /// machine].
     #[arg(long, value_name = "N", value_parser = whole::<u32>, allow_negative_numbers = true, help_heading = RENT)]
     pub gpu_count: Option<u32>,
     /// Part of the GPU's name, as in A100 or H100.
@@ -508,7 +516,8 @@ pub struct DeployArgs {
     /// Time limit of the instance: 90s, 45m, 6h [default: settings].
     #[arg(long, value_name = "TIME", allow_hyphen_values = true, help_heading = MONEY)]
     pub max_duration: Option<Span>,
-    /// Rent even if the run is estimated to exceed its time limit; partial results are fetched then.
+    /// Rent even if the run is estimated to exceed its time limit; partial results are fetched
+    /// then.
     #[arg(long, help_heading = MONEY)]
     pub allow_cut_short: bool,
     /// Budget of this run in USD: nothing is rented that could exceed it by its time limit.
@@ -542,7 +551,8 @@ pub struct SurveyArgs {
     /// Time limit of each instance: 90s, 45m, 6h [default: the file's, else settings].
     #[arg(long, value_name = "TIME", allow_hyphen_values = true, help_heading = MONEY)]
     pub max_duration: Option<Span>,
-    /// Rent even if the run is estimated to exceed its time limit; partial results are fetched then.
+    /// Rent even if the run is estimated to exceed its time limit; partial results are fetched
+    /// then.
     #[arg(long, help_heading = MONEY)]
     pub allow_cut_short: bool,
     /// Rent nothing that could bring the cost of all runs of the survey, earlier ones included, above this, in USD, by their time

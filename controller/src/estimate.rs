@@ -10,10 +10,10 @@ use crate::units::{Bytes, Span, Usd, UsdPerHour, operations};
 
 /// From the create call to the first weight byte on a cloud: booting, SSH, the worker's upload.
 const START: Duration = Duration::from_secs(5 * 60);
-/// Operations per second that a run reaches on a CPU core, in f32. Measured at published widths: 72
-/// to 88 x 10^9 on a core with AVX-512 (docs/benchmarks.md, "Published widths on a CPU": products
-/// alone, times the share of them that a run reaches). Lower here, since others have narrower
-/// vectors.
+/// Operations per second that a run reaches on a CPU core, in f32. Measured at published widths:
+/// 72 to 88 x 10^9 on a core with AVX-512 (docs/benchmarks.md, "Published widths on a CPU":
+/// products alone, times the share of them that a run reaches). Lower here, since others have
+/// narrower vectors.
 const CORE: f64 = 60e9;
 /// Nothing is timed longer: what a clock can hold, and nobody rents for.
 const LONGEST: f64 = 1e9;
@@ -168,7 +168,8 @@ mod tests {
     fn a_cpu_is_as_fast_as_it_was_measured_within_a_factor_of_two() {
         let here = Offer { cpu_cores: Some(2), ..Offer::new(local::NAME, "cpu".into(), 0, UsdPerHour::default()) };
         let reached = work().on(&here).operations_per_second.unwrap();
-        // docs/benchmarks.md: f32 products on two threads, and the share of them that runs reached.
+        // docs/benchmarks.md: f32 products on two threads, and the share of them that runs
+        // reached.
         for (products, share) in [(183e9, 0.78), (183e9, 0.79), (211e9, 0.81), (218e9, 0.81), (218e9, 0.72)] {
             let ratio = reached / (products * share);
             assert!((0.5..2.0).contains(&ratio), "{ratio}");

@@ -92,7 +92,8 @@ pub enum HostEvent {
     Log(String),
     /// So far the worker's files have been read, and all of it was told.
     Read(Cursor),
-    /// The log grew faster than it can be followed: bytes that were skipped. The whole log is fetched at the end.
+    /// The log grew faster than it can be followed: bytes that were skipped. The whole log is
+    /// fetched at the end.
     LogSkipped(u64),
     /// The same of the progress file.
     ProgressSkipped(u64),

@@ -21,8 +21,9 @@ pub fn short(model: &str) -> &str {
     last.unwrap_or(model)
 }
 
-/// The name of the model in a folder whose own name says nothing: what its config.json says that it
-/// was loaded from, else the next folder above that has a name. `None`: the folder's own serves.
+/// The name of the model in a folder whose own name says nothing: what its config.json says that
+/// it was loaded from, else the next folder above that has a name. `None`: the folder's own
+/// serves.
 pub fn of_folder(folder: &Path) -> Option<String> {
     let names = || folder.ancestors().filter_map(|folder| folder.file_name()?.to_str());
     if names().next().is_none_or(says_something) {

@@ -6,9 +6,9 @@
 //! lease that a controller renews, cannot be read from here: the key that logs in lies in the
 //! folder of the run, and the host's key in its row, and whoever has both knows the run. Nor need
 //! it be read: the guard on the instance does, and ends the instance from inside when nobody was
-//! heard for the run's patience ([`GuardTimeouts`](crate::run::GuardTimeouts)). Where the cloud gives an instance
-//! no means to end itself, its guard stops the worker, and the deadline decides. A run that was
-//! detached has no heartbeat at all.
+//! heard for the run's patience ([`GuardTimeouts`](crate::run::GuardTimeouts)). Where the cloud
+//! gives an instance no means to end itself, its guard stops the worker, and the deadline decides.
+//! A run that was detached has no heartbeat at all.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 

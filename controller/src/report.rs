@@ -625,7 +625,8 @@ impl Reporter {
         }
     }
 
-    /// Ends the line on which a terminal shows the key that interrupts. A bar takes it away itself.
+    /// Ends the line on which a terminal shows the key that interrupts. A bar takes it away
+    /// itself.
     fn begin_line(&self) {
         if self.echoes && self.lock().bar.is_none() {
             let _ = writeln!(std::io::stderr().lock());

@@ -257,8 +257,8 @@ fn dealing_layers_to_several_devices_changes_no_bit() {
     }
 }
 
-/// Runs with everything studied, with exports and a save point after every layer, into a folder that
-/// may hold an earlier attempt's.
+/// Runs with everything studied, with exports and a save point after every layer, into a folder
+/// that may hold an earlier attempt's.
 fn saved_run(model: &Path, ids: &Path, output: &Path) -> Command {
     let mut command = Command::new(worker());
     command.args(["run", "--sites", "all", "--precision", "f32", "--save-every", "0", "--export", "act-scales,reap"]);

@@ -17,8 +17,10 @@ pub(crate) fn spec_of(model: &Path) -> DecoderSpec {
     Model::open(&checkpoint.config, &*checkpoint.weights, None).unwrap().spec
 }
 
-/// Writes the checkpoint `from` to the folder `to`: unquantised, each tensor `[out, in]` first shown to `edit` with its layer. Matrices that a
-/// pass may [keep](outliers_worker::model::StoredTensor::kept_as) in bf16 stay exact in it, so that they are multiplied in the same way; all else is f32.
+/// Writes the checkpoint `from` to the folder `to`: unquantised, each tensor `[out, in]` first
+/// shown to `edit` with its layer. Matrices that a pass may
+/// [keep](outliers_worker::model::StoredTensor::kept_as) in bf16 stay exact in it, so that they
+/// are multiplied in the same way; all else is f32.
 pub(crate) fn rewrite(from: &Path, to: &Path, mut edit: impl FnMut(usize, &Need, &mut [f32])) {
     let checkpoint = Checkpoint::open_folder(from).unwrap();
     let model = Model::open(&checkpoint.config, &*checkpoint.weights, None).unwrap();

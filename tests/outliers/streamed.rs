@@ -42,7 +42,8 @@ impl Setup {
         Hub::new(self.options()).unwrap().stream(ID, "main", READ_AHEAD, &|_| ()).unwrap()
     }
 
-    /// All tensors of the model, read from the hub with `fault` happening to this many requests for weights.
+    /// All tensors of the model, read from the hub with `fault` happening to this many requests
+    /// for weights.
     fn read_with(&self, fault: &Fault, times: usize) -> Result<Tensors, WorkerError> {
         let checkpoint = self.stream();
         self.hub.fail(SHARD, times, fault.clone());

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Stands in for sbatch, squeue, scancel, sinfo, sacct and scontrol, as which it is started: jobs are folders below $SLURM_STAND_IN/jobs and
-# processes of this machine. It understands the options that the broker uses and no others, and prints what Slurm 22.05.8
-# prints (recorded/). Files in $SLURM_STAND_IN say what goes wrong:
+# Stands in for sbatch, squeue, scancel, sinfo, sacct and scontrol, as which it is started: jobs
+# are folders below $SLURM_STAND_IN/jobs and processes of this machine. It understands the options
+# that the broker uses and no others, and prints what Slurm 22.05.8 prints (recorded/). Files in
+# $SLURM_STAND_IN say what goes wrong:
 #   hold         the next job waits, with this reason, until the file goes
 #   lose-reply   the next submission times out, though the job was made
 #   refuse       the next submission is refused, with these words

@@ -138,7 +138,8 @@ impl TestContext {
         }
     }
 
-    /// The closing assertion: the cloud bills nothing, and nothing that was started from this context runs.
+    /// The closing assertion: the cloud bills nothing, and nothing that was started from this
+    /// context runs.
     pub fn assert_nothing_left(&self) {
         let bill = self.bill();
         assert!(bill.running.is_empty(), "still billing: {:?}", bill.running);

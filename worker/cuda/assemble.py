@@ -16,7 +16,8 @@ import sys
 import tempfile
 import zlib
 
-# What CUDA 11.8 assembles, every driver that the worker takes loads. GPUs of 10.0 and 12.0 need newer drivers anyway.
+# What CUDA 11.8 assembles, every driver that the worker takes loads. GPUs of 10.0 and 12.0 need
+# newer drivers anyway.
 ASSEMBLERS = {"cu11": [80, 86, 89, 90], "cu12": [100, 120]}
 # Never launched.
 UNUSED = {"quantized.ptx"}

@@ -4,8 +4,8 @@
 # - Kernels become PTX, which drivers compile for their GPU unless `assemble.py` has done that. Its
 #   version is lowered to what drivers from R520 (CUDA 11.8) on read: the compiler writes its own newest,
 #   which only its own year's drivers would, though it uses nothing newer.
-# - Objects (products of quantised formats that are not used here) are left empty: they would run on one architecture alone, and bring
-#   the CUDA runtime and 30 MB along.
+# - Objects (products of quantised formats that are not used here) are left empty: they would run
+#   on one architecture alone, and bring the CUDA runtime and 30 MB along.
 #
 # REAL_NVCC is the compiler.
 set -eu

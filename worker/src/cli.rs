@@ -245,8 +245,8 @@ pub struct JobArgs {
     /// spike-life, attention-sinks.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub measure: Vec<Measurement>,
-    /// What to write for other programs, separated by commas: imatrix (llama.cpp), act-scales (SmoothQuant; FP8 and NVFP4
-    /// input scales), reap (saliency of experts).
+    /// What to write for other programs, separated by commas: imatrix (llama.cpp), act-scales
+    /// (SmoothQuant; FP8 and NVFP4 input scales), reap (saliency of experts).
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub export: Vec<Export>,
     /// Also write every studied activation to this file in the output folder. Large.
@@ -256,9 +256,10 @@ pub struct JobArgs {
     /// chrome://tracing or ui.perfetto.dev.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<String>,
-    /// Also measure perplexity and the sharpness of attention without some features, and without equally many random ones: their dimensions
-    /// (1512,7,2070), or the folder of an earlier run's results, whose systematic features are meant. Copies of the tokens pass beside them; no weight
-    /// is read again.
+    /// Also measure perplexity and the sharpness of attention without some features, and without
+    /// equally many random ones: their dimensions (1512,7,2070), or the folder of an earlier run's
+    /// results, whose systematic features are meant. Copies of the tokens pass beside them; no
+    /// weight is read again.
     #[arg(long, value_name = "FEATURES", conflicts_with = "layers")]
     pub ablate: Option<Ablate>,
     /// Seed for the random control features.

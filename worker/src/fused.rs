@@ -539,7 +539,8 @@ fn causal_softmax_composed(scores: &Tensor, block: ScoreBlock, scale: f64, sinks
     e.broadcast_div(&sum)?.reshape((batch, rows, keys))?.to_dtype(scores.dtype())
 }
 
-// ----------------------------------------------------------------------------------------------------------- logits
+// ----------------------------------------------------------------------------------------------------
+// logits
 
 /// The largest value and the sum of `exp(value - largest)`: the parts of a log-sum-exp.
 fn exp_sum(values: &[f32]) -> (f32, f32) {

@@ -357,7 +357,8 @@ impl<'a> Counter<'a> {
     }
 }
 
-/// Applies `work` to all `items`, `parallel` at a time, results in order. After an error no further item is begun.
+/// Applies `work` to all `items`, `parallel` at a time, results in order. After an error no
+/// further item is begun.
 fn in_parallel<T: Sync, R: Send>(
     parallel: usize,
     items: &[T],

@@ -62,7 +62,8 @@ impl<T> OnItsWay<T> {
 }
 
 impl<'a> Loader<'a> {
-    /// Decodes for a pass in `compute` on `device`, into memory from `pool` where there is some; `clock` is told how long everything takes.
+    /// Decodes for a pass in `compute` on `device`, into memory from `pool` where there is some;
+    /// `clock` is told how long everything takes.
     ///
     /// # Errors
     /// Device: a GPU that cannot be used.

@@ -114,7 +114,8 @@ impl<'a> StoredTensor<'a> {
 }
 
 impl<'a> Model<'a> {
-    /// Reads the configuration and checks the headers against it. `layers`: only the first of them.
+    /// Reads the configuration and checks the headers against it. `layers`: only the first of
+    /// them.
     ///
     /// # Errors
     /// Unsupported architectures and switches; missing tensors, wrong shapes and dtypes by name; more layers asked for than there are.

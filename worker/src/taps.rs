@@ -14,7 +14,8 @@ use crate::tap::{InputSums, Tap};
 pub enum Input {
     /// What the matrix of this role reads; it stands for all that read the same.
     Of(Role),
-    /// The queries of latent attention, which a key's matrix reads where it is multiplied into them.
+    /// The queries of latent attention, which a key's matrix reads where it is multiplied into
+    /// them.
     Queries,
 }
 

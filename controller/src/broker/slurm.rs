@@ -2,10 +2,10 @@
 //!
 //! An instance is a job and its folder on the file system that login node and compute nodes share:
 //! `outliers-jobs/<tag>` below the scratch folder. The job is named by the tag too, so that both
-//! are found by it, and a folder whose job is over still holds results. The job's script (`job.sh`)
-//! waits for the worker, which comes through the login node. Source: the manual pages of Slurm
-//! 22.05 to 24.11 (sbatch, squeue, sinfo, scancel), and the recorded output of 22.05.8 in the
-//! tests.
+//! are found by it, and a folder whose job is over still holds results. The job's script
+//! (`job.sh`) waits for the worker, which comes through the login node. Source: the manual pages
+//! of Slurm 22.05 to 24.11 (sbatch, squeue, sinfo, scancel), and the recorded output of 22.05.8 in
+//! the tests.
 //!
 //! A queue is not a rental: a job that waits is [`InstanceState::Queued`] for as long as
 //! [`Site::queue`], costs nothing, and is not exchanged for another. Its lease ends that much

@@ -13,8 +13,8 @@ use crate::ledger::random_word;
 use crate::local_worker::{LocalWorkerError, is_refusal};
 use crate::report::{CliError, ExitStatus, tables};
 
-/// Runs `analyze`. Results lie in a folder of another name until they are whole: what fails never touches
-/// what lies in theirs.
+/// Runs `analyze`. Results lie in a folder of another name until they are whole: what fails never
+/// touches what lies in theirs.
 pub(super) async fn command(context: &Context, args: &AnalyzeArgs) -> Result<ExitStatus, CliError> {
     let worker = context.worker().await?;
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;

@@ -24,8 +24,8 @@ struct Written<'a> {
     document: StatusReport<'a>,
 }
 
-/// Runs `handoff`. A second document on the same day replaces the first, unless somebody has edited
-/// that.
+/// Runs `handoff`. A second document on the same day replaces the first, unless somebody has
+/// edited that.
 pub(super) fn command(context: &Context, output: Option<&Path>, force: bool) -> Result<ExitStatus, CliError> {
     let status = Status::look(&context.ledger()?, &context.settings.results, now_ms())?;
     context.reporter.unreadable(&status.unreadable);

@@ -46,7 +46,8 @@ fn page(command: &mut clap::Command, name: &str) -> String {
     format!("{head}.SH DESCRIPTION\n.nf\n{}\n.fi\n", roff(help.trim_end()))
 }
 
-/// Text as a page shows it: backslashes, dashes and lines that begin like a command mean themselves.
+/// Text as a page shows it: backslashes, dashes and lines that begin like a command mean
+/// themselves.
 fn roff(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-");
     let line = |line: &str| if line.starts_with(['.', '\'']) { format!("\\&{line}") } else { line.to_owned() };

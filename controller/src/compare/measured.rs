@@ -113,7 +113,8 @@ pub(super) fn relative_error(pooled: &PooledQuantization) -> Estimate {
     over(pooled.all.error, &sequences).scaled(100.0)
 }
 
-/// The least error of MXFP4, and its rotation with those that sampling alone may set apart from it.
+/// The least error of MXFP4, and its rotation with those that sampling alone may set apart from
+/// it.
 fn best(errors: &QuantizationErrors) -> Option<(&PooledQuantization, String)> {
     let rotated = || errors.norm_outputs.iter().filter(|pooled| pooled.all.format == NumberFormat::Mxfp4);
     let best = rotated().min_by(|a, b| a.all.error.total_cmp(&b.all.error))?;

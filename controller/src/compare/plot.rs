@@ -39,8 +39,8 @@ const FONT: i32 = 35;
 const LEGEND: i32 = 46;
 /// What a character of the legend is about wide.
 const CHARACTER: i32 = 15;
-/// Columns of the names of keys below a drawing, the height of their lines, and the characters of a
-/// key and its name in a column and in a line of their own.
+/// Columns of the names of keys below a drawing, the height of their lines, and the characters of
+/// a key and its name in a column and in a line of their own.
 const KEY_COLUMNS: usize = 2;
 const KEY_LINE: u32 = 38;
 const KEY_NAME: usize = 21;

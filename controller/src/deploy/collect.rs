@@ -1,5 +1,5 @@
-//! Results on this machine: named, compared with the manifest and with the job that was sent, moved into
-//! place as one.
+//! Results on this machine: named, compared with the manifest and with the job that was sent,
+//! moved into place as one.
 
 use std::fs;
 use std::io;

@@ -55,8 +55,8 @@ pub trait Hosts: Send + Sync {
         on: &Listener<'_>,
     ) -> Result<(Box<dyn Host>, Pin), HostError>;
 
-    /// The host at the end of a cloud's own way. Its connection is made when it is needed. `folder`
-    /// is the run's.
+    /// The host at the end of a cloud's own way. Its connection is made when it is needed.
+    /// `folder` is the run's.
     fn over(&self, way: Way, folder: &Path) -> Box<dyn Host>;
 }
 

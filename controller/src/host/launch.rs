@@ -201,9 +201,10 @@ fn secrets_file(secrets: &[(&str, &Secret)]) -> Result<String, HostError> {
 
 /// The script around the worker: pid file, log, exit-code file.
 fn wrapper(worker: &RemoteWorker, folder: &str) -> String {
-    // `ln` fails if the name is taken: of two wrappers started at once, one goes on. The traps let the wrapper outlive the
-    // signal that ends its worker, so that there is an exit status. A job that is put back into its
-    // queue needs the secrets again, and nobody may be there to bring them.
+    // `ln` fails if the name is taken: of two wrappers started at once, one goes on. The traps let
+    // the wrapper outlive the signal that ends its worker, so that there is an exit status. A job
+    // that is put back into its queue needs the secrets again, and nobody may be there to bring
+    // them.
     format!(
         "#!/bin/sh\n{PROCESS}\ncd {folder} || exit 125\numask 077\n\
          if [ -f {SECRETS} ]; then . ./{SECRETS}; [ -n \"${{OUTLIERS_JOB:-}}\" ] || rm -f {SECRETS}; fi\n\

@@ -62,8 +62,8 @@ stop_worker() {
     ! alive worker.pid
 }
 
-# The job's own script ends the worker when it sees the file; one that waits in the queue again sees
-# nothing.
+# The job's own script ends the worker when it sees the file; one that waits in the queue again
+# sees nothing.
 stop_job() {
     alive worker.pid || return 0
     : > stop

@@ -31,8 +31,8 @@ impl RateLimits {
         self.lock().insert(name, RateLimit::new(every));
     }
 
-    /// Makes no call of this name for this time: the cloud has asked for it. Calls without a name are not held up: one of them may end an
-    /// instance.
+    /// Makes no call of this name for this time: the cloud has asked for it. Calls without a name
+    /// are not held up: one of them may end an instance.
     pub(super) fn hold(&self, name: Option<&'static str>, time: Duration) {
         if let Some(pace) = self.lock().get_mut(&name).filter(|_| name.is_some()) {
             pace.held = pace.held.max(Instant::now() + time);

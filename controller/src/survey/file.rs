@@ -1,4 +1,5 @@
-//! A survey's file: which models, over which text, with which requests. Errors name the file, the line and the key.
+//! A survey's file: which models, over which text, with which requests. Errors name the file, the
+//! line and the key.
 //!
 //! What it says is as if it had been typed: the same types, with the same meaning, as the options of `deploy`. Paths are seen from the
 //! file's own folder.

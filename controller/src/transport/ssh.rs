@@ -40,7 +40,8 @@ use upload::{LANES, Press, Queue, Upload};
 /// How much silence a connection bears, and how long its keys are used.
 #[derive(Clone, Copy, Debug)]
 pub struct Tuning {
-    /// Silence after which the server is asked whether it lives. Three questions without an answer end the connection.
+    /// Silence after which the server is asked whether it lives. Three questions without an answer
+    /// end the connection.
     pub keepalive: Duration,
     /// Silence of a transfer under way after which the line is dead.
     pub stall: Duration,

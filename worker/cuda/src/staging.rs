@@ -1,8 +1,9 @@
 //! From the host's memory to a GPU while that computes: pinned buffers that are filled in turn, and a stream of their own.
 //!
-//! A copy from memory that is not pinned goes through the driver's own buffer, and one on the stream that computes waits for all that was
-//! asked of it before. Here what was brought belongs to the stream that computes as soon as it is on its way: the tensor library waits for
-//! nothing else that it is given. So that stream is told of an [`UploadFence`] before it uses any of it.
+//! A copy from memory that is not pinned goes through the driver's own buffer, and one on the
+//! stream that computes waits for all that was asked of it before. Here what was brought belongs
+//! to the stream that computes as soon as it is on its way: the tensor library waits for nothing
+//! else that it is given. So that stream is told of an [`UploadFence`] before it uses any of it.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -43,8 +44,9 @@ impl Staging {
         Ok(Self { compute, stream, buffers: Default::default(), next: 0 })
     }
 
-    /// `count` values that `write` writes, in pieces of a multiple of `granule` of them but for the last. They are on their way when this
-    /// returns, and must neither be used nor dropped before an [`upload_fence`](Self::upload_fence) that comes later.
+    /// `count` values that `write` writes, in pieces of a multiple of `granule` of them but for
+    /// the last. They are on their way when this returns, and must neither be used nor dropped
+    /// before an [`upload_fence`](Self::upload_fence) that comes later.
     ///
     /// # Errors
     /// The driver's, and those of `write`.

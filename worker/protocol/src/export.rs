@@ -12,7 +12,8 @@ use crate::{SiteKind, files};
 pub enum Export {
     /// llama.cpp's importance matrix: sums of x^2 and x over the inputs of every matrix.
     Imatrix,
-    /// Largest |x| of every input of every matrix (SmoothQuant), and input scales of FP8 and NVFP4.
+    /// Largest |x| of every input of every matrix (SmoothQuant), and input scales of FP8 and
+    /// NVFP4.
     ActScales,
     /// Saliency of every routed expert (REAP, arXiv 2510.13999), beside super experts.
     Reap,

@@ -359,11 +359,13 @@ pub struct Dataset {
     pub path: String,
 }
 
-/// FineWeb-Edu's sample of 10 billion tokens (Penedo et al. 2024), as it was when this was written.
+/// FineWeb-Edu's sample of 10 billion tokens (Penedo et al. 2024), as it was when this was
+/// written.
 const FINEWEB_EDU: (&str, &str, &str, &str) =
     ("fineweb-edu", "HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT");
 
-/// As people write it: `owner/name[@REVISION][:PATH]`, or `fineweb-edu` for its sample of 10 billion tokens at one commit.
+/// As people write it: `owner/name[@REVISION][:PATH]`, or `fineweb-edu` for its sample of 10
+/// billion tokens at one commit.
 impl FromStr for Dataset {
     type Err = String;
 

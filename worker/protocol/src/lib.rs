@@ -66,7 +66,8 @@ pub const SCHEMA: u32 = 1;
 /// Environment variable of a worker: most requests to the hub in five minutes, its share of what all runs together may ask.
 pub const HUB_REQUESTS: &str = "OUTLIERS_HUB_REQUESTS";
 
-/// Names of the files in a run's output folder, the same on the instance and on the user's machine.
+/// Names of the files in a run's output folder, the same on the instance and on the user's
+/// machine.
 pub mod files {
     /// The job, as the worker read it.
     pub const JOB: &str = "job.json";

@@ -58,7 +58,8 @@ pub(super) const SHARED_EXPERT: &[(Role, &str)] = &[
 /// Layers that predict later tokens.
 pub(super) const NEXT_TOKENS: Ignored = Ignored { names: Pattern::Prefix("mtp."), why: "multi-token prediction" };
 
-/// Every n-th layer has full attention where `layer_types` says nothing. No attribute of the class.
+/// Every n-th layer has full attention where `layer_types` says nothing. No attribute of the
+/// class.
 fn full_attention_interval(config: &Config<'_>) -> Result<usize> {
     const KEY: &str = "full_attention_interval";
     Ok(if config.has(KEY) { config.divisor(KEY)? } else { 4 })

@@ -25,7 +25,8 @@ use crate::error::{Result, WorkerError};
 const LOOK: Duration = Duration::from_millis(100);
 /// Fetches of one part at the same time, the second for one that is late.
 const ATTEMPTS: u32 = 2;
-/// A part is late after this many times its due, and given up (to be resumed on another connection) after [`HOPELESS`] times.
+/// A part is late after this many times its due, and given up (to be resumed on another
+/// connection) after [`HOPELESS`] times.
 const LATE: f64 = 3.0;
 const HOPELESS: f64 = 10.0;
 /// Files hashed at the same time. A pass seldom reads more.

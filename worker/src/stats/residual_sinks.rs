@@ -83,7 +83,8 @@ impl Layer {
     }
 }
 
-/// The values of dimensions with the largest shares and of some others, over the RMS of their rows.
+/// The values of dimensions with the largest shares and of some others, over the RMS of their
+/// rows.
 fn excerpt(largest: &[(u32, i64)], x: &[f32], scan: &Scan) -> Vec<(usize, Vec<f32>)> {
     let hidden = x.len() / scan.rows.len();
     let mut dims: Vec<usize> = largest.iter().take(MAPPED_DIMS).map(|(dim, _)| *dim as usize).collect();

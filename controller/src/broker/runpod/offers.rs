@@ -79,7 +79,8 @@ struct Candidate {
     max_cuda: Option<CudaVersion>,
 }
 
-/// Everything in stock with the wanted number of GPUs; a filter beyond that is the market's, which tells what it left out.
+/// Everything in stock with the wanted number of GPUs; a filter beyond that is the market's, which
+/// tells what it left out.
 pub(super) async fn offers(http: &Http, want: &GpuRequest) -> Result<Offers, BrokerError> {
     let tiers = want.tier.map_or(vec![Tier::Secure, Tier::Community], |tier| vec![tier]);
     let candidates = try_join_all(tiers.into_iter().map(|tier| catalog(http, want, tier))).await?;

@@ -1,7 +1,7 @@
-# The batch script of one job: it tells what its node is, waits until the worker may start, runs it,
-# and ends with it. Its working folder is the lease's, on the file system that login node and compute
-# nodes share. RUN is the run's folder in it, LIMIT the seconds that the job has, HUB where models
-# come from.
+# The batch script of one job: it tells what its node is, waits until the worker may start, runs
+# it, and ends with it. Its working folder is the lease's, on the file system that login node and
+# compute nodes share. RUN is the run's folder in it, LIMIT the seconds that the job has, HUB
+# where models come from.
 [ -f lease ] || { echo 'the folder of this job is gone: nothing is done' >&2; exit 1; }
 umask 077
 OUTLIERS_JOB=$SLURM_JOB_ID

@@ -82,8 +82,8 @@ done
 if [ -z "$shared" ] || [ $i -ge $most ]; then queue=$(squeue_me) || exit 1; fi
 printf '%s\n' "$queue"
 
-# How a job ended that the queue shows no more: the accounting's word, or that of Slurm's controller
-# where nothing is accounted. It is written down, so that it is asked for once.
+# How a job ended that the queue shows no more: the accounting's word, or that of Slurm's
+# controller where nothing is accounted. It is written down, so that it is asked for once.
 ended() {
     word=$(limited sacct --noheader --parsable2 --allocations --jobs="$1" --format=State,JobName 2> /dev/null |
         sed -n "s/^\([A-Z_]*\)[^|]*|$2\$/\1/p" | tail -n 1)

@@ -160,8 +160,8 @@ fn permitted(home: &Home, args: &TerminateArgs, instance: &Instance) -> Result<(
     })
 }
 
-/// Shows what is to end, and asks. All of them at once wants more than a letter. What costs nothing
-/// ends without a question, and what costs something never without an answer.
+/// Shows what is to end, and asks. All of them at once wants more than a letter. What costs
+/// nothing ends without a question, and what costs something never without an answer.
 fn consent(
     context: &Context,
     home: &Home,

@@ -1,10 +1,11 @@
-//! Where the keys of points stand, so that they touch nothing: beside their point, or at the end of a
-//! line where it is crowded. Points in one place share a key, and so do those that find no room.
+//! Where the keys of points stand, so that they touch nothing: beside their point, or at the end
+//! of a line where it is crowded. Points in one place share a key, and so do those that find no
+//! room.
 
 use std::f64::consts::TAU;
 
-/// Widths, in a font of wide letters, of a digit or letter of a key and of what stands between them;
-/// the height of a key.
+/// Widths, in a font of wide letters, of a digit or letter of a key and of what stands between
+/// them; the height of a key.
 const CHARACTER: i32 = 18;
 const BETWEEN: i32 = 10;
 const HEIGHT: i32 = 27;
