@@ -361,6 +361,8 @@ fn inspect_arguments(job: &JobSpec, check: InspectScope) -> Vec<String> {
     option("precision", Some(precision.to_owned()));
     let features = |ablation: &Ablation| ablation.features.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
     option("ablate", job.ablation.as_ref().map(features));
+    let measured: Vec<&str> = job.measure.iter().map(|measurement| measurement.name()).collect();
+    option("measure", Some(measured.join(",")).filter(|list| !list.is_empty()));
     let exports: Vec<&str> = job.export.iter().map(|export| export.name()).collect();
     option("export", Some(exports.join(",")).filter(|list| !list.is_empty()));
     option("layers", job.layers.map(|n| n.to_string()));
@@ -444,7 +446,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
     use std::sync::Mutex;
 
-    use outliers_protocol::Export;
+    use outliers_protocol::{Export, Measurement};
 
     use super::*;
 
@@ -582,12 +584,14 @@ mod tests {
         job.devices = vec!["cpu:2".into()];
         job.layers = Some(1);
         job.export = Export::ALL.into();
+        job.measure = Measurement::ALL.into();
         let words = |check| inspect_arguments(&job, check);
         let all = words(InspectScope::TextAndDevices);
         let expected =
             ["--model=a/b", "--revision=r", "--num-sequences=3", "--devices=cpu:2", "--layers=1", "--check-text"];
         let expected = expected.into_iter().chain(["--corpus=/a b", "--corpus=/c", "--separate-documents"]);
-        for expected in expected.chain(["--export=imatrix,act-scales,reap"]) {
+        let measured = "--measure=quantization-error,residual-sinks,spike-life,attention-sinks";
+        for expected in expected.chain(["--export=imatrix,act-scales,reap", measured]) {
             assert!(all.iter().any(|word| word == expected), "{expected} in {all:?}");
         }
         assert!(!words(InspectScope::Text).join(" ").contains("devices"));

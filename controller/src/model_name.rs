@@ -14,11 +14,15 @@ const MOST: u64 = 4 << 20;
 /// Longest name, characters.
 const LONGEST: usize = 100;
 
-/// A hub id as it is, and of a path its last part.
-pub fn short(model: &str) -> &str {
+/// A hub id as it is, and of a path the last part that says something.
+pub fn short(model: &str) -> String {
     let is_id = model.split('/').count() == 2 && !model.starts_with(['/', '.']);
-    let last = model.trim_end_matches('/').rsplit('/').next().filter(|last| !last.is_empty() && !is_id);
-    last.unwrap_or(model)
+    if is_id {
+        return model.to_owned();
+    }
+    let parts = || model.split('/').rev().filter(|part| !matches!(*part, "" | "." | ".."));
+    let named = parts().find(|part| says_something(part)).or_else(|| parts().next());
+    named.map_or_else(|| model.to_owned(), readable)
 }
 
 /// The name of the model in a folder whose own name says nothing: what its config.json says that
@@ -53,7 +57,7 @@ fn loaded_from(folder: &Path) -> Option<String> {
     let text = read_small(&folder.join("config.json"), MOST).ok()?;
     let Config { name_or_path } = serde_json::from_slice(&text).ok()?;
     let name = short(&name_or_path);
-    (says_something(name) && is_plain(name)).then(|| name.to_owned())
+    (says_something(&name) && is_plain(&name)).then_some(name)
 }
 
 /// Whether it can stand in a line of a table as it is.
@@ -73,6 +77,9 @@ mod tests {
             ("allenai/OLMoE-1B-7B-0125", "allenai/OLMoE-1B-7B-0125"),
             ("/home/me/checkpoints/tiny", "tiny"),
             ("./tiny/", "tiny"),
+            ("/data/tiny/model", "tiny"),
+            ("/hub/models--owner--name/snapshots/0123456789abcdef0123456789abcdef01234567", "owner/name"),
+            ("/model", "model"),
             ("OLMoE, step 5", "OLMoE, step 5"),
             ("/", "/"),
             ("", ""),

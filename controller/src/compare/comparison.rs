@@ -9,6 +9,7 @@ use super::folder::{Content, ResultFolder, Run};
 use super::predecessor::{Imported, Outliers};
 use super::published::{self, Known, PublishedTable};
 use super::samples::resampled;
+use crate::model_name::short;
 
 /// Results, what they come to, and what was published of the same models.
 #[derive(Clone, Debug, Serialize)]
@@ -282,13 +283,6 @@ impl Compared {
     pub fn results(&self) -> Option<&Results> {
         self.run.as_ref().map(|run| &run.results)
     }
-}
-
-/// A hub id as it is; of a path, the last part.
-fn short(model: &str) -> String {
-    let is_id = model.split('/').count() == 2 && !model.starts_with(['/', '.']);
-    let last = model.trim_end_matches('/').rsplit('/').next().filter(|last| !last.is_empty() && !is_id);
-    last.unwrap_or(model).to_owned()
 }
 
 /// Results that would have the same label get their folder's name, too.

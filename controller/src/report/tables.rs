@@ -264,7 +264,7 @@ pub fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
         let ending = run.state.ending().map(ToString::to_string).unwrap_or_default();
         table.add_row([
             id(&run.id),
-            name(short(&run.spec.model)),
+            name(&short(&run.spec.model)),
             name(broker(run)),
             Cell::new(state),
             number(age(run.created_at_ms, now_ms)),
@@ -328,7 +328,7 @@ pub fn status(status: &Status) -> String {
         under_way.add_row([
             id(&run.run),
             name(run.survey.as_deref().unwrap_or("-")),
-            name(short(&run.model)),
+            name(&short(&run.model)),
             text(&state),
             id(&instance.unwrap_or_else(|| "-".to_owned())),
             number(run.price.map(|price| price.to_string()).unwrap_or_default()),
@@ -357,7 +357,7 @@ pub fn status(status: &Status) -> String {
         over.add_row([
             id(&run.run),
             name(run.survey.as_deref().unwrap_or("-")),
-            name(short(&run.model)),
+            name(&short(&run.model)),
             number(age(run.ended * 1000, status.at * 1000)),
             number(run.cost),
             text(&run.ending),

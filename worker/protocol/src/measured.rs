@@ -36,6 +36,16 @@ impl Measurement {
     /// All of them.
     pub const ALL: [Self; 4] = [Self::QuantizationError, Self::ResidualSinks, Self::SpikeLife, Self::AttentionSinks];
 
+    /// As people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QuantizationError => "quantization-error",
+            Self::ResidualSinks => "residual-sinks",
+            Self::SpikeLife => "spike-life",
+            Self::AttentionSinks => "attention-sinks",
+        }
+    }
+
     /// Kinds of sites that are studied for it, asked for or not.
     pub fn needs(self) -> &'static [SiteKind] {
         match self {
@@ -46,17 +56,13 @@ impl Measurement {
     }
 }
 
+/// By its [name](Measurement::name).
 impl FromStr for Measurement {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        Ok(match text {
-            "quantization-error" => Self::QuantizationError,
-            "residual-sinks" => Self::ResidualSinks,
-            "spike-life" => Self::SpikeLife,
-            "attention-sinks" => Self::AttentionSinks,
-            _ => return Err("there are quantization-error, residual-sinks, spike-life, attention-sinks".to_owned()),
-        })
+        let known = Self::ALL.into_iter().find(|measurement| measurement.name() == text);
+        known.ok_or_else(|| format!("there are {}", Self::ALL.map(Self::name).join(", ")))
     }
 }
 

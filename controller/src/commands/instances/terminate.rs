@@ -195,7 +195,7 @@ fn in_words(home: &Home, chosen: &[Chosen<'_>]) -> String {
         let shown = shown.as_ref();
         let run = shown.and_then(Instance::tag).and_then(|tag| home.ledger.as_ref()?.run(&tag.run).ok());
         let called = || shown.map(|instance| format!("not known ({})", instance.name));
-        let model = run.map(|run| short(&run.spec.model).to_owned()).or_else(called);
+        let model = run.map(|run| short(&run.spec.model)).or_else(called);
         let unknown = || "not known".to_owned();
         table.add_row([
             tables::id(&id.0),
