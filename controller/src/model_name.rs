@@ -16,13 +16,16 @@ const LONGEST: usize = 100;
 
 /// A hub id as it is, and of a path the last part that says something.
 pub fn short(model: &str) -> String {
+    let last = last(model);
+    let above = || model.split('/').rev().find(|part| !matches!(*part, "" | "." | "..") && says_something(part));
+    if says_something(last) { last.to_owned() } else { above().map_or_else(|| last.to_owned(), readable) }
+}
+
+/// A hub id as it is, and of a path its last part.
+fn last(model: &str) -> &str {
     let is_id = model.split('/').count() == 2 && !model.starts_with(['/', '.']);
-    if is_id {
-        return model.to_owned();
-    }
-    let parts = || model.split('/').rev().filter(|part| !matches!(*part, "" | "." | ".."));
-    let named = parts().find(|part| says_something(part)).or_else(|| parts().next());
-    named.map_or_else(|| model.to_owned(), readable)
+    let last = model.trim_end_matches('/').rsplit('/').next().filter(|last| !last.is_empty() && !is_id);
+    last.unwrap_or(model)
 }
 
 /// The name of the model in a folder whose own name says nothing: what its config.json says that
@@ -56,8 +59,8 @@ fn loaded_from(folder: &Path) -> Option<String> {
     }
     let text = read_small(&folder.join("config.json"), MOST).ok()?;
     let Config { name_or_path } = serde_json::from_slice(&text).ok()?;
-    let name = short(&name_or_path);
-    (says_something(&name) && is_plain(&name)).then_some(name)
+    let name = last(&name_or_path);
+    (says_something(name) && is_plain(name)).then(|| name.to_owned())
 }
 
 /// Whether it can stand in a line of a table as it is.

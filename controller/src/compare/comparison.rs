@@ -529,9 +529,9 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         copy("dense", &home.path().join("a"));
         copy("dense", &home.path().join("b"));
-        rename(&copy("mixture", &home.path().join("c")), "/very/long/way/to/model/");
+        rename(&copy("mixture", &home.path().join("c")), "/very/long/way/to/olmoe/model/");
         let labels: Vec<_> = compared(home.path()).models.into_iter().map(|model| model.label).collect();
-        assert_eq!(labels, ["model", "tests/gpt2 (a)", "tests/gpt2 (b)"], "in the order in which they were done");
+        assert_eq!(labels, ["olmoe", "tests/gpt2 (a)", "tests/gpt2 (b)"], "in the order in which they were done");
     }
 
     #[test]
