@@ -206,15 +206,20 @@ fn offers_show_partitions_gpus_and_the_queues_estimate() {
     assert_eq!((cluster.jobs(), cluster.asked("sbatch --test-only")), (0, 1));
 }
 
-#[test]
-fn what_a_killed_controller_left_is_brought_home_by_attach() {
-    let Some((cluster, context)) = office() else { return };
+/// Kills a controller whose job waits in the queue; what `instances list` then shows.
+fn killed_while_its_job_waits(cluster: &Cluster, context: &TestContext) -> serde_json::Value {
     cluster.goes_wrong("hold", "Priority").unwrap();
     let mut child = context.start(deploy("llama-f32"));
     context.wait_for("the queue", || context.stderr().contains("Priority"));
     child.kill().unwrap();
     child.wait().unwrap();
-    let listed = context.json(&["instances", "list", "--broker", "slurm"]);
+    context.json(&["instances", "list", "--broker", "slurm"])
+}
+
+#[test]
+fn what_a_killed_controller_left_is_brought_home_by_attach() {
+    let Some((cluster, context)) = office() else { return };
+    let listed = killed_while_its_job_waits(&cluster, &context);
     let state = listed["instances"][0]["state"]["queued"].as_str().unwrap_or_default().to_owned();
     assert!(state.contains("Priority"), "{listed}");
     let standing = context.json(&["status"]);
@@ -257,12 +262,7 @@ fn says_of_a_run(cluster: &Cluster, name: &str, text: &str) -> bool {
 #[test]
 fn a_job_that_nobody_wants_ends_by_its_tag_alone() {
     let Some((cluster, context)) = office() else { return };
-    cluster.goes_wrong("hold", "Priority").unwrap();
-    let mut child = context.start(deploy("llama-f32"));
-    context.wait_for("the queue", || context.stderr().contains("Priority"));
-    child.kill().unwrap();
-    child.wait().unwrap();
-    let listed = context.json(&["instances", "list", "--broker", "slurm"]);
+    let listed = killed_while_its_job_waits(&cluster, &context);
     let id = listed["instances"][0]["id"].as_str().unwrap().to_owned();
     std::fs::remove_dir_all(context.state()).unwrap();
     let owner = id.split('-').nth(1).unwrap();

@@ -199,7 +199,7 @@ impl Watching {
     }
 }
 
-/// Where a softmax tells of its shares, if anybody asks for them.
+/// Receives attention weights; `None` if no measurement needs them.
 pub type Watched<'a> = Option<&'a Watching>;
 
 /// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape, before the residual addition.
@@ -332,7 +332,7 @@ impl<'a> Mixing<'a> {
         Self { scale, window, sinks, query_block, score_values, watched: None, first_head: 0 }
     }
 
-    /// Tells of the shares there.
+    /// Reports attention weights to `watched`.
     pub fn watched(self, watched: Watched<'a>) -> Self {
         Self { watched, ..self }
     }

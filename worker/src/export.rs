@@ -298,7 +298,7 @@ pub fn planned(job: &JobSpec, spec: &DecoderSpec) -> Vec<FileBytes> {
     names.map(|name| FileBytes { name: (*name).to_owned(), bytes: BASE + most(name) }).collect()
 }
 
-/// Bytes of memory that a job's exports take by and by.
+/// Memory of a job's exports at the end of the pass, bytes.
 pub fn memory(job: &JobSpec, spec: &DecoderSpec) -> u64 {
     let asked = |export| job.export.contains(&export);
     let kept = 8 * u64::from(asked(Export::Imatrix)) + 4 * u64::from(asked(Export::ActScales));

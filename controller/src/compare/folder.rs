@@ -35,7 +35,7 @@ const DEPTH: usize = 2;
 /// A folder of results.
 #[derive(Clone, Debug)]
 pub struct ResultFolder {
-    /// Where.
+    /// Path of the folder.
     pub path: PathBuf,
     /// What it holds, or why that is not to be used.
     pub content: Result<Content, Flaw>,

@@ -64,7 +64,7 @@ pub struct RowSpread {
 pub struct GainSummary {
     /// Largest |gain|.
     pub max_abs: f32,
-    /// Where.
+    /// Feature with the largest |gain|.
     pub dim: usize,
     /// Root mean square.
     pub rms: f64,

@@ -116,13 +116,14 @@ pub struct Study {
     first_keys: Option<FirstKeys>,
 }
 
-/// Bytes that a study of so many norm outputs takes by and by, features that exceed apart.
+/// Memory of a study of `norms` norm outputs at the end of the pass, bytes, without the bitmaps of
+/// features over the threshold.
 pub fn bytes(norms: usize, hidden: usize) -> u64 {
     const ROWS: usize = 50 << 10;
     (norms * (hidden * (size_of::<Column>() + size_of::<f32>()) + ROWS)) as u64
 }
 
-/// Bytes that what a job measures beside takes by and by, over so many sequences.
+/// Memory of a job's `--measure` at the end of the pass over `sequences` sequences, bytes.
 pub fn measured_bytes(job: &JobSpec, spec: &DecoderSpec, sequences: usize) -> u64 {
     // Of a site's or a sequence's costs, and of a layer's heads.
     const COSTS: usize = 5 << 10;

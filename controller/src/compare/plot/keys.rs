@@ -46,7 +46,7 @@ pub(super) struct Keyed<'a> {
 pub(super) struct Label {
     /// `1`, or `1-3, 7`.
     pub(super) text: String,
-    /// Where.
+    /// Its rectangle in the drawing, pixels.
     pub(super) area: Area,
     /// The line from its point, if it does not stand beside it.
     pub(super) line: Option<[Place; 2]>,
