@@ -10,6 +10,7 @@ use outliers_clouds::dialect::vast::Vast;
 use outliers_clouds::{Dialect, FakeCloud, FakeInstance, Gpu, How, KEY, Op, Refusal, Rented, Stock};
 use outliers_protocol::files;
 use outliers_tests::context::{Said, TestContext};
+use outliers_tests::flaky_link::FlakyLink;
 use outliers_tests::golden::{assert_activations_equal, assert_statistics_equal};
 use outliers_tests::programs::{golden, run_worker, worker};
 use outliers_tests::sshd::Sshd;
@@ -53,12 +54,23 @@ impl Place {
 
     /// Makes every instance of `cloud` an OpenSSH server; `None` on a machine without one.
     pub(super) fn host(&self, cloud: &FakeCloud) -> Option<()> {
+        self.host_with(cloud, "", |server| Rented { ssh: server.endpoint(), machine: Box::new(server) })
+    }
+
+    /// The same with these lines in its `sshd_config`, and reached as `rented` says.
+    fn host_with(
+        &self,
+        cloud: &FakeCloud,
+        config: &str,
+        rented: impl Fn(Sshd) -> Rented + Send + Sync + 'static,
+    ) -> Option<()> {
         Sshd::start().unwrap()?;
-        let path = format!("SetEnv HOME={{folder}}/home PATH={}:/usr/bin:/bin", self.tools.path().display());
+        let tools = self.tools.path().display();
+        let config = format!("{config}SetEnv HOME={{folder}}/home PATH={tools}:/usr/bin:/bin");
         cloud.world().host = Some(Arc::new(move |instance: &FakeInstance| {
-            let server = Sshd::start_with(&path).unwrap().unwrap();
+            let server = Sshd::start_with(&config).unwrap().unwrap();
             server.authorize(instance.public_key.as_deref().expect("a lease comes with a key")).unwrap();
-            Rented { ssh: server.endpoint(), machine: Box::new(server) }
+            rented(server)
         }));
         Some(())
     }
@@ -169,13 +181,25 @@ fn a_deploy_to_lambda() {
     let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
     let cloud = FakeCloud::start(Lambda);
     let place = Place::with_settings(&[&cloud], &format!("ssh-user = \"{user}\"\nssh-port = {port}\n"));
-    let path = format!("Port {port}\nSetEnv HOME={{folder}}/home PATH={}:/usr/bin:/bin", place.tools.path().display());
-    cloud.world().host = Some(Arc::new(move |instance: &FakeInstance| {
-        let server = Sshd::start_with(&path).unwrap().unwrap();
-        server.authorize(instance.public_key.as_deref().expect("a lease comes with a key")).unwrap();
-        Rented { ssh: server.endpoint(), machine: Box::new(server) }
-    }));
+    let plain = |server: Sshd| Rented { ssh: server.endpoint(), machine: Box::new(server) };
+    place.host_with(&cloud, &format!("Port {port}\n"), plain).expect("it started above");
     place.full_run(&cloud);
+}
+
+/// A gateway's text before the SSH version (RFC 4253, section 4.2), and a server that allows one session.
+#[test]
+fn text_before_the_version_and_a_single_session_stop_no_deploy() {
+    let cloud = FakeCloud::start(RunPod::default());
+    let place = Place::new(&[&cloud]);
+    let line = |i| format!("0{i} This is a private system of a provider, do not enter.\r\n");
+    let preface: String = (0..50).map(line).collect();
+    let behind_a_gateway = move |server: Sshd| {
+        let link = FlakyLink::with_preface(&server.endpoint(), preface.as_bytes()).unwrap();
+        Rented { ssh: link.endpoint(), machine: Box::new((link, server)) }
+    };
+    if place.host_with(&cloud, "MaxSessions 1\n", behind_a_gateway).is_some() {
+        place.full_run(&cloud);
+    }
 }
 
 /// Whoever pays for a GPU wants it used.
