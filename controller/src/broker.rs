@@ -10,12 +10,12 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::gpu::{self, Form};
 use crate::http::Http;
 use crate::transport::Transport;
-use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
+use crate::units::{Bytes, Usd, UsdPerHour};
 
 pub use crate::broker_error::{BrokerError, BrokerErrorKind};
+pub use crate::offer::{GpuRequest, Offer, Tier};
 pub use crate::transport::SshEndpoint;
 
 pub mod local;
@@ -208,154 +208,6 @@ impl Offers {
         match self.dropped.iter_mut().find(|dropped| dropped.reason == reason) {
             Some(dropped) => dropped.count += 1,
             None => self.dropped.push(Dropped { reason, count: 1 }),
-        }
-    }
-}
-
-/// What is wanted of an instance. Zero or `None`: no matter.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct GpuRequest {
-    /// GPUs per instance; `Some(0)`: a CPU will do, `None`: one GPU on a cloud, whatever is there on the local machine.
-    pub gpu_count: Option<u32>,
-    /// Part of the GPU's canonical name with its form (`H100 SXM`) or of its raw name, case-insensitive.
-    pub gpu_filter: Option<String>,
-    /// Memory of each GPU.
-    pub min_vram: Option<Bytes>,
-    /// Memory of the host.
-    pub min_cpu_ram: Option<Bytes>,
-    /// Free disk.
-    pub min_disk: Option<Bytes>,
-    /// Price of the whole instance.
-    pub max_price: Option<UsdPerHour>,
-    /// Part of a region's or country's name.
-    #[serde(default)]
-    pub region: Option<String>,
-    /// Only from hosts of this kind.
-    #[serde(default)]
-    pub tier: Option<Tier>,
-    /// Also what the cloud may take back at any time.
-    #[serde(default)]
-    pub spot: bool,
-    /// Newest CUDA version the host's driver must serve.
-    #[serde(default)]
-    pub min_cuda: Option<CudaVersion>,
-    /// What the worker itself needs of it. Offers that do not tell are rented, and looked at before the worker is pushed.
-    #[serde(default)]
-    pub worker_cuda: Option<CudaVersion>,
-}
-
-/// Who owns a host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Tier {
-    /// A data centre.
-    Secure,
-    /// Whoever offers it.
-    Community,
-}
-
-impl fmt::Display for Tier {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Secure => "secure",
-            Self::Community => "community",
-        })
-    }
-}
-
-/// Something that can be rented.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Offer {
-    /// Name of the broker.
-    pub broker: String,
-    /// What `create` needs to rent this offer; opaque to everyone else.
-    pub key: String,
-    /// Canonical GPU name, `None` for a CPU-only machine.
-    pub gpu: Option<String>,
-    /// The name the cloud gave.
-    pub gpu_raw: Option<String>,
-    /// How the GPUs sit in the host, where that name tells it.
-    #[serde(default)]
-    pub form: Option<Form>,
-    /// Number of GPUs.
-    pub gpu_count: u32,
-    /// Memory of each GPU, as it is sold: 80 GiB for a card that reports 79.2.
-    pub vram: Option<Bytes>,
-    /// Memory of each GPU, as the cloud reports it.
-    #[serde(default)]
-    pub vram_reported: Option<Bytes>,
-    /// Compute capability of the GPUs times ten (80 for 8.0): the cloud's figure where it has one, else the model's.
-    #[serde(default)]
-    pub capability: Option<u32>,
-    /// The host's processor is ARM's, on which no program for x86-64 runs.
-    #[serde(default)]
-    pub arm: bool,
-    /// Memory of the host; `None`: unknown, never another quantity.
-    pub cpu_ram: Option<Bytes>,
-    /// CPU cores.
-    pub cpu_cores: Option<u32>,
-    /// Disk that can be had.
-    pub disk: Option<Bytes>,
-    /// Whole instance, the disk asked for ([`GpuRequest::min_disk`]) included.
-    pub price: UsdPerHour,
-    /// Region or data centre.
-    pub region: Option<String>,
-    /// Who owns the host.
-    #[serde(default)]
-    pub tier: Option<Tier>,
-    /// The cloud may take it back at any time.
-    #[serde(default)]
-    pub spot: bool,
-    /// Newest CUDA version the host's driver serves.
-    #[serde(default)]
-    pub max_cuda: Option<CudaVersion>,
-    /// What it downloads per second, where the cloud measures that.
-    #[serde(default)]
-    pub download: Option<Bytes>,
-    /// The cloud's name for the very machine, where offers name one: a bad one is not taken twice.
-    #[serde(default)]
-    pub machine: Option<String>,
-}
-
-impl Offer {
-    /// An offer of which nothing is known but this.
-    pub fn new(broker: &str, key: String, gpu_count: u32, price: UsdPerHour) -> Self {
-        Self {
-            broker: broker.to_owned(),
-            key,
-            gpu: None,
-            gpu_raw: None,
-            form: None,
-            gpu_count,
-            vram: None,
-            vram_reported: None,
-            capability: None,
-            arm: false,
-            cpu_ram: None,
-            cpu_cores: None,
-            disk: None,
-            price,
-            region: None,
-            tier: None,
-            spot: false,
-            max_cuda: None,
-            download: None,
-            machine: None,
-        }
-    }
-
-    /// Sets the GPUs' raw name and, where the cloud says, the memory of each.
-    #[must_use]
-    pub fn with_gpu(self, raw: &str, reported: Option<Bytes>) -> Self {
-        Self {
-            gpu: Some(gpu::canonical_name(raw, reported)),
-            gpu_raw: Some(raw.to_owned()),
-            form: gpu::form(raw),
-            vram: gpu::nominal_vram(raw, reported),
-            vram_reported: reported,
-            capability: gpu::capability(raw),
-            arm: gpu::is_with_arm(raw),
-            ..self
         }
     }
 }

@@ -3,13 +3,12 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use outliers_protocol::PlanFigures;
 
 use crate::broker::local::{self, LocalBroker};
 use crate::broker::slurm::{self, Slurm};
-use crate::broker::{Access, GpuRequest, Offer, Tier};
+use crate::broker::{Access, GpuRequest, Tier};
 use crate::cli::{Cli, Command, WantArgs};
 use crate::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use crate::deploy::{Ports, SshHosts};
@@ -18,11 +17,9 @@ use crate::host;
 use crate::http::{Explain, Http, Limits};
 use crate::ledger::Ledger;
 use crate::local_worker::LocalWorker;
-use crate::market;
 use crate::report::{CliError, ExitStatus, Reporter};
-use crate::run::{FailureDetail, RunFailureKind, RunSpec};
 use crate::secret::Secret;
-use crate::settings::{CloudSettings, DefaultBroker, Environment, Settings, Span, known_brokers};
+use crate::settings::{CloudSettings, DefaultBroker, Environment, Settings, known_brokers};
 use crate::transport::program::OpenSsh;
 use crate::units::{Bytes, UsdPerHour};
 
@@ -303,37 +300,7 @@ pub fn ports<'a>(
     hosts: &'a SshHosts,
     secrets: &'a [(&'static str, Secret)],
 ) -> Ports<'a> {
-    Ports { clouds, select, bad_hosts, hosts, secrets, start_throttle: None }
-}
-
-fn select(offers: Vec<Offer>, spec: &RunSpec) -> Result<Vec<Offer>, FailureDetail> {
-    let trouble = |message, hint| FailureDetail { kind: RunFailureKind::NoOffer, message, hint };
-    let selected = market::select(offers, &spec.request, &spec.work).map_err(|none| trouble(none.to_string(), None))?;
-    in_time(selected.offers, spec).map_err(|late| trouble(late.message, late.hint))
-}
-
-/// The offers on which the run is estimated to end within its time limit, unless it may be cut short.
-///
-/// # Errors
-/// There is none.
-fn in_time(offers: Vec<Offer>, spec: &RunSpec) -> Result<Vec<Offer>, CliError> {
-    let seconds = |offer: &Offer| spec.work.on(offer).seconds;
-    let quickest = offers.iter().min_by(|a, b| seconds(a).total_cmp(&seconds(b))).cloned();
-    let (in_time, late): (Vec<Offer>, Vec<Offer>) = offers.into_iter().partition(|offer| spec.is_in_time(offer));
-    let Some(quickest) = quickest.filter(|_| in_time.is_empty() && !late.is_empty()) else { return Ok(in_time) };
-    let (takes, limit) = (seconds(&quickest), spec.max_duration_s);
-    let message = format!(
-        "the run is estimated to take {} on the quickest offer ({}), {} longer than its time limit of {}",
-        Span(Duration::from_secs_f64(takes)),
-        market::title(&quickest),
-        Span(Duration::from_secs_f64(takes - limit as f64)),
-        Span(Duration::from_secs(limit)),
-    );
-    let minutes = (takes / 60.0).ceil();
-    let hint = format!(
-        "--max-duration {minutes}m or more; --allow-cut-short takes it all the same, with what there is by then"
-    );
-    Err(CliError::refused(message, hint))
+    Ports { clouds, bad_hosts, hosts, secrets, start_throttle: None }
 }
 
 /// What is wanted of an instance.

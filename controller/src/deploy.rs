@@ -37,7 +37,7 @@ mod terminate;
 mod tests;
 
 pub use collect::{holds, slug};
-pub use ports::{Host, HostError, HostTalk, Hosts, Listener, Ports, Select};
+pub use ports::{Host, HostError, HostTalk, Hosts, Listener, Ports};
 pub use recover::{Looked, Target, carry_out, end, look, recover, release};
 pub use ssh::{SshHosts, read_cursor};
 pub use start_throttle::StartThrottle;
@@ -544,7 +544,7 @@ impl<'a> Driver<'a> {
         let deadline = Duration::from_secs(self.ends_at().map_or(lease, |ends| ends.min(lease)));
         let whole = deadline.saturating_sub(Duration::from_millis(self.run.record().asked_at_ms()?));
         // Time in a queue is none of the run's.
-        let whole = whole.min(Duration::from_secs(self.run.record().spec.max_duration_s));
+        let whole = whole.min(self.run.record().spec.limit());
         let reserve = (whole / 10).min(Duration::from_secs(300));
         let by_the_cloud = |now: u64| self.cloud().map_or(now, |cloud| cloud.time(now));
         let now_ms = self.run.now_ms();

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::broker::{Offer, local};
 use crate::gpu;
+use crate::offer::Offer;
 use crate::units::{Bytes, Span, Usd, UsdPerHour, operations};
 
 /// From the create call to the first weight byte on a cloud: booting, SSH, the worker's upload.
@@ -75,7 +75,7 @@ impl Work {
 
     /// What it takes on an offer. A GPU that is not in the table counts as the slowest that is.
     pub fn on(&self, offer: &Offer) -> Estimate {
-        let start = if offer.broker == local::NAME { Duration::ZERO } else { START };
+        let start = if offer.is_local { Duration::ZERO } else { START };
         let reached = match &offer.gpu {
             Some(name) => {
                 let peak = gpu::peak(name, offer.form).unwrap_or_else(gpu::slowest_peak);
@@ -133,6 +133,10 @@ mod tests {
         Work { read: Bytes::from_gib(100), operations: 3e14, read_rate: Bytes::from_gib(1), efficiency: 0.5 }
     }
 
+    fn cpu(cores: u32) -> Offer {
+        Offer { cpu_cores: Some(cores), ..Offer::new("anywhere", "cpu".into(), 0, UsdPerHour::default()) }
+    }
+
     #[test]
     fn reading_and_computing_overlap() {
         let (rate, price) = (Bytes::from_gib(1), Some(UsdPerHour::from_dollars(3.6)));
@@ -157,8 +161,8 @@ mod tests {
 
     #[test]
     fn this_machine_needs_no_start() {
-        let here = Offer { cpu_cores: Some(8), ..Offer::new(local::NAME, "cpu".into(), 0, UsdPerHour::default()) };
-        let there = Offer { broker: "vast".into(), ..here.clone() };
+        let here = Offer { is_local: true, ..cpu(8) };
+        let there = Offer { is_local: false, ..here.clone() };
         assert_eq!(work().on(&here).start_seconds, 0.0);
         assert!(work().on(&there).start_seconds > 0.0);
         assert_eq!(work().on(&here).operations_per_second, Some(8.0 * CORE));
@@ -166,7 +170,7 @@ mod tests {
 
     #[test]
     fn a_cpu_is_as_fast_as_it_was_measured_within_a_factor_of_two() {
-        let here = Offer { cpu_cores: Some(2), ..Offer::new(local::NAME, "cpu".into(), 0, UsdPerHour::default()) };
+        let here = cpu(2);
         let reached = work().on(&here).operations_per_second.unwrap();
         // docs/benchmarks.md: f32 products on two threads, and the share of them that runs
         // reached.

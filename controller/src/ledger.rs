@@ -896,7 +896,9 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::broker::{GpuRequest, InstanceId, LeaseTag, Offer};
+    use crate::deploy::fake::up_to;
     use crate::estimate::Work;
+    use crate::market::{self, Quote};
     use crate::run::{GuardTimeouts, Membership, Pin, RunOutcome};
     use crate::units::Bytes;
 
@@ -915,7 +917,7 @@ pub(crate) mod tests {
             max_duration_s: 60,
             watch: GuardTimeouts::NEVER,
             budget: None,
-            agreed: None,
+            quote: Quote::default(),
             only_in_time: false,
             results: "/r".into(),
             output: Vec::new(),
@@ -1096,7 +1098,7 @@ pub(crate) mod tests {
         let ledger = Ledger::open(folder.path()).unwrap();
         // $3600/h for a minute.
         let agreed = Usd::from_dollars(60.0);
-        let mut run = ledger.plan(&RunSpec { agreed: Some(agreed), ..spec() }).unwrap();
+        let mut run = ledger.plan(&RunSpec { quote: up_to(agreed), ..spec() }).unwrap();
         let (intent, worst) = intent_of(&run.record().spec);
         assert_eq!(worst, agreed, "no more than is shown is reserved");
         assert!(run.reserve(intent, worst).unwrap());
@@ -1106,13 +1108,29 @@ pub(crate) mod tests {
         run.append(RunEvent::Created { instance: InstanceId("i".into()), price: Some(price) }).unwrap();
         assert!(shown(&run) <= agreed, "{}: it is not kept", shown(&run));
         assert!(run.record().at_price(price) > agreed);
-        let old: RunSpec = serde_json::from_value({
-            let mut spec = serde_json::to_value(spec()).unwrap();
-            spec.as_object_mut().unwrap().remove("agreed");
-            spec
-        })
-        .unwrap();
-        assert_eq!(old, spec(), "a run of an earlier version is read");
+        // Runs of earlier versions are read: without what was shown, and without what was agreed.
+        let mut old = serde_json::to_value(&run.record().spec).unwrap();
+        for key in ["offers", "considered", "steps"] {
+            old.as_object_mut().unwrap().remove(key).unwrap();
+        }
+        let read = |spec: &serde_json::Value| serde_json::from_value::<RunSpec>(spec.clone()).unwrap();
+        assert_eq!(read(&old), run.record().spec);
+        assert_eq!(old.as_object_mut().unwrap().remove("agreed").unwrap(), agreed.micros());
+        assert_eq!(read(&old), spec());
+        let RunEvent::Creating { intent } = &run.record().events[0].event else { panic!("{:?}", run.record()) };
+        let mut offer = serde_json::to_value(&intent.offer).unwrap();
+        offer.as_object_mut().unwrap().remove("is_local").unwrap();
+        assert_eq!(serde_json::from_value::<Offer>(offer).unwrap(), intent.offer);
+    }
+
+    #[test]
+    fn what_was_shown_and_agreed_to_is_read_back_with_the_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let offers = vec![Offer::new("fake", "shown".into(), 0, UsdPerHour::from_dollars(1.0))];
+        let quote = market::select(offers, &GpuRequest { gpu_count: Some(0), ..spec().request }, &spec().work).unwrap();
+        let spec = RunSpec { quote: Quote { ceiling: Some(Usd::from_dollars(60.0)), ..quote }, ..spec() };
+        let run = Ledger::open(folder.path()).unwrap().plan(&spec).unwrap().record().id.clone();
+        assert_eq!(Ledger::open(folder.path()).unwrap().find(&run).unwrap().spec, spec);
     }
 
     /// A run of the survey `s` with this budget in dollars.

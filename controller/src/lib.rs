@@ -28,6 +28,7 @@ pub mod ledger;
 pub mod local_worker;
 pub mod market;
 pub mod model_name;
+pub mod offer;
 pub mod output;
 pub mod reconcile;
 pub mod report;

@@ -1,4 +1,8 @@
-//! Offers of all brokers: filtered in a fixed order, ranked by what the whole run costs there, and explained when nothing is left.
+//! Offers of all brokers: filtered in a fixed order, ranked by what the whole run costs there, and
+//! explained when nothing is left.
+//!
+//! What an offer must be is said here alone: one rule per filter, in `RULES`. A broker may leave
+//! out what [`may_match`] refuses, and no more.
 //!
 //! Every filter counts what it removed. When one removes the last offers, the error names it, says what the nearest of those
 //! offers had, and which single option would have let an offer through, since a query that finds nothing says nothing about why.
@@ -8,16 +12,17 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::time::Duration;
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
-use crate::broker::{GpuRequest, Offer, local};
 use crate::estimate::Work;
 use crate::gpu;
-use crate::units::{Bytes, Usd, UsdPerHour};
+use crate::offer::{GpuRequest, Offer};
+use crate::units::{Bytes, CudaVersion, Span, Usd, UsdPerHour};
 
 /// What removes offers, in the order in which it does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Filter {
     /// Who made the GPU: the worker computes on NVIDIA's.
@@ -50,180 +55,267 @@ pub enum Filter {
     MaxPrice,
 }
 
-impl Filter {
-    /// All, in the order in which they are applied.
-    pub const ALL: [Self; 14] = [
-        Self::Maker,
-        Self::Processor,
-        Self::Capability,
-        Self::Spot,
-        Self::GpuFilter,
-        Self::GpuCount,
-        Self::MinVram,
-        Self::MinCpuRam,
-        Self::MinDisk,
-        Self::MinCuda,
-        Self::WorkerCuda,
-        Self::Region,
-        Self::Tier,
-        Self::MaxPrice,
-    ];
+/// All that is known of a filter.
+struct Rule {
+    filter: Filter,
+    /// Its option on the command line, or what the worker needs.
+    option: &'static str,
+    /// The option as it would be typed; `None`: the request does not restrict by it.
+    typed: fn(&str, &GpuRequest) -> Option<String>,
+    /// How an offer stands to it.
+    fit: fn(&Offer, &GpuRequest) -> Fit,
+    /// What has to be typed for an offer to pass, if the option can say it. `None`: the worker
+    /// needs it, whatever is typed.
+    instead: Option<fn(&str, &Offer) -> Option<String>>,
+    /// Why it removed the last offers.
+    reason: fn(&Removed<'_>) -> String,
+}
 
-    /// The command line's option.
-    pub const fn option(self) -> &'static str {
-        match self {
-            Self::Maker => "NVIDIA only",
-            Self::Processor => "x86-64 only",
-            Self::Capability => "compute capability 8.0",
-            Self::Spot => "--spot",
-            Self::MinCuda => "--min-cuda",
-            Self::WorkerCuda => "a driver for the worker",
-            Self::Region => "--region",
-            Self::Tier => "--secure or --community",
-            Self::GpuFilter => "--gpu-filter",
-            Self::GpuCount => "--gpu-count",
-            Self::MinVram => "--min-vram",
-            Self::MinCpuRam => "--min-cpu-ram",
-            Self::MinDisk => "--min-disk",
-            Self::MaxPrice => "--max-price",
+/// How an offer stands to a filter: what is nearer to passing comes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Fit {
+    Passes,
+    /// It is so far from passing.
+    Fails(u64),
+    /// It does not say what it has, and unknown is not enough.
+    Unknown,
+}
+
+/// What a filter removed that left nothing.
+struct Removed<'a> {
+    offers: &'a [Offer],
+    nearest: &'a Offer,
+    /// Of the offers, those that do not say what they have.
+    unknown: usize,
+}
+
+/// The filters in the order in which they are applied.
+static RULES: [Rule; 14] = [
+    Rule {
+        filter: Filter::Maker,
+        option: "NVIDIA only",
+        typed: |option, _| Some(option.to_owned()),
+        fit: |offer, _| Fit::of(offer.gpu_raw.as_deref().is_none_or(gpu::is_nvidia)),
+        instead: None,
+        reason: |removed| format!("the GPUs are {}", removed.names()),
+    },
+    Rule {
+        filter: Filter::Processor,
+        option: "x86-64 only",
+        typed: |option, _| Some(option.to_owned()),
+        fit: |offer, _| Fit::of(!offer.arm),
+        instead: None,
+        reason: |removed| format!("beside {} is an ARM processor", removed.names()),
+    },
+    Rule {
+        filter: Filter::Capability,
+        option: "compute capability 8.0",
+        typed: |option, want| (want.gpu_count != Some(0)).then(|| option.to_owned()),
+        // Of this machine's GPUs the worker itself says whether it can use them. A new model may
+        // be in no table.
+        fit: |offer, want| match offer.capability {
+            _ if want.gpu_count == Some(0) || offer.is_local => Fit::Passes,
+            Some(has) if has < gpu::LEAST_CAPABILITY => Fit::Fails(u64::from(gpu::LEAST_CAPABILITY - has)),
+            _ => Fit::Passes,
+        },
+        instead: None,
+        reason: |removed| format!("the worker needs bf16, from Ampere on; the GPUs are {}", removed.names()),
+    },
+    Rule {
+        filter: Filter::Spot,
+        option: "--spot",
+        typed: |option, want| (!want.spot).then(|| format!("no {option} (the default)")),
+        fit: |offer, want| Fit::of(want.spot || !offer.spot),
+        instead: Some(|option, _| Some(option.to_owned())),
+        reason: |_| "the cloud may take them back at any time".to_owned(),
+    },
+    Rule {
+        filter: Filter::GpuFilter,
+        option: "--gpu-filter",
+        typed: |option, want| Some(format!("{option} {}", wanted_text(&want.gpu_filter)?)),
+        fit: |offer, want| match wanted_text(&want.gpu_filter) {
+            Some(filter) if !is_named(offer, filter) => Fit::Fails(u64::from(offer.gpu_count == 0)),
+            _ => Fit::Passes,
+        },
+        instead: Some(|option, offer| Some(format!("{option} {}", offer.gpu.as_ref()?))),
+        reason: |removed| removed.no_gpu().unwrap_or_else(|| format!("the GPUs are {}", removed.names())),
+    },
+    Rule {
+        filter: Filter::GpuCount,
+        option: "--gpu-count",
+        typed: |option, want| match want.gpu_count {
+            Some(0) => None,
+            Some(count) => Some(format!("{option} {count}")),
+            None => Some(format!("{option} 1 (the default)")),
+        },
+        fit: |offer, want| match want.gpu_count {
+            Some(0) => Fit::Passes,
+            None if offer.is_local => Fit::Passes,
+            count if offer.gpu_count == count.unwrap_or(1) => Fit::Passes,
+            count => Fit::Fails(u64::from(offer.gpu_count.abs_diff(count.unwrap_or(1)))),
+        },
+        instead: Some(|option, offer| Some(format!("{option} {}", offer.gpu_count))),
+        reason: |removed| removed.no_gpu().unwrap_or_else(|| format!("the nearest has {}", removed.nearest.gpu_count)),
+    },
+    Rule {
+        filter: Filter::MinVram,
+        option: "--min-vram",
+        typed: |option, want| at_least(option, want.min_vram),
+        fit: |offer, want| match Fit::memory(offer.vram, want.min_vram) {
+            Fit::Unknown if offer.gpu_count == 0 => Fit::Fails(u64::MAX),
+            fit => fit,
+        },
+        instead: Some(|option, offer| Some(format!("{option} {}", rounded_down(offer.vram?)))),
+        reason: |removed| removed.no_gpu().unwrap_or_else(|| removed.most("memory per GPU", removed.nearest.vram)),
+    },
+    Rule {
+        filter: Filter::MinCpuRam,
+        option: "--min-cpu-ram",
+        typed: |option, want| at_least(option, want.min_cpu_ram),
+        fit: |offer, want| Fit::memory(offer.cpu_ram, want.min_cpu_ram),
+        instead: Some(|option, offer| Some(format!("{option} {}", rounded_down(offer.cpu_ram?)))),
+        reason: |removed| removed.most("memory", removed.nearest.cpu_ram),
+    },
+    Rule {
+        filter: Filter::MinDisk,
+        option: "--min-disk",
+        typed: |option, want| at_least(option, want.min_disk),
+        fit: |offer, want| Fit::memory(offer.disk, want.min_disk),
+        instead: Some(|option, offer| Some(format!("{option} {}", rounded_down(offer.disk?)))),
+        reason: |removed| removed.most("free disk", removed.nearest.disk),
+    },
+    Rule {
+        filter: Filter::MinCuda,
+        option: "--min-cuda",
+        typed: |option, want| Some(format!("{option} {}", want.min_cuda?)),
+        fit: |offer, want| Fit::cuda(offer.max_cuda, want.min_cuda),
+        instead: Some(|option, offer| Some(format!("{option} {}", offer.max_cuda?))),
+        reason: |removed| removed.newest_cuda(),
+    },
+    Rule {
+        filter: Filter::WorkerCuda,
+        option: "a driver for the worker",
+        typed: |option, want| Some(format!("{option} (CUDA {})", want.worker_cuda?)),
+        // What is not known is seen on the host before the worker is pushed.
+        fit: |offer, want| match Fit::cuda(offer.max_cuda, want.worker_cuda) {
+            Fit::Unknown => Fit::Passes,
+            fit => fit,
+        },
+        instead: None,
+        reason: |removed| removed.newest_cuda(),
+    },
+    Rule {
+        filter: Filter::Region,
+        option: "--region",
+        typed: |option, want| Some(format!("{option} {}", wanted_text(&want.region)?)),
+        fit: |offer, want| match (&offer.region, wanted_text(&want.region)) {
+            (_, None) => Fit::Passes,
+            (None, Some(_)) => Fit::Unknown,
+            (Some(has), Some(wanted)) => Fit::of(is_in(has, wanted)),
+        },
+        instead: Some(|option, offer| Some(format!("{option} {}", offer.region.as_ref()?))),
+        reason: |removed| format!("the regions are {}", removed.regions()),
+    },
+    Rule {
+        filter: Filter::Tier,
+        option: "--secure or --community",
+        typed: |_, want| Some(format!("--{}", want.tier?)),
+        fit: |offer, want| match (offer.tier, want.tier) {
+            (_, None) => Fit::Passes,
+            (None, Some(_)) => Fit::Unknown,
+            (Some(has), Some(wanted)) => Fit::of(has == wanted),
+        },
+        instead: Some(|_, offer| Some(format!("--{}", offer.tier?))),
+        reason: |_| "the others are of the other kind, or do not say".to_owned(),
+    },
+    Rule {
+        filter: Filter::MaxPrice,
+        option: "--max-price",
+        typed: |option, want| Some(format!("{option} {}", want.max_price?.0.dollars())),
+        fit: |offer, want| match want.max_price {
+            Some(max) if offer.price > max => Fit::Fails(offer.price.0.micros().unsigned_abs()),
+            _ => Fit::Passes,
+        },
+        instead: Some(|option, offer| Some(format!("{option} {}", rounded_up(offer.price)))),
+        reason: |removed| format!("the cheapest is {}", removed.nearest.price),
+    },
+];
+
+impl Rule {
+    fn typed(&self, want: &GpuRequest) -> Option<String> {
+        (self.typed)(self.option, want)
+    }
+
+    fn passes(&self, offer: &Offer, want: &GpuRequest) -> bool {
+        (self.fit)(offer, want) == Fit::Passes
+    }
+
+    /// Whether it restricts without having been asked for: as it does where nothing is asked for.
+    fn is_default(&self, typed: &str) -> bool {
+        self.instead.is_none() || self.typed(&GpuRequest::default()).as_deref() == Some(typed)
+    }
+}
+
+impl Fit {
+    fn of(passes: bool) -> Self {
+        if passes { Self::Passes } else { Self::Fails(0) }
+    }
+
+    fn memory(has: Option<Bytes>, min: Option<Bytes>) -> Self {
+        Self::figure(has.map(|has| has.0), min.map_or(0, |min| min.0))
+    }
+
+    fn cuda(max: Option<CudaVersion>, min: Option<CudaVersion>) -> Self {
+        let figure = |version: CudaVersion| u64::from(version.major) << 32 | u64::from(version.minor);
+        Self::figure(max.map(figure), min.map_or(0, figure))
+    }
+
+    fn figure(has: Option<u64>, min: u64) -> Self {
+        match has {
+            _ if min == 0 => Self::Passes,
+            None => Self::Unknown,
+            Some(has) if has < min => Self::Fails(min - has),
+            Some(_) => Self::Passes,
         }
     }
+}
 
-    /// The option as it would be typed, `None` if `want` does not restrict by it.
-    fn typed(self, want: &GpuRequest) -> Option<String> {
-        let value = match self {
-            Self::Capability if want.gpu_count == Some(0) => return None,
-            Self::Maker | Self::Processor | Self::Capability => return Some(self.option().to_owned()),
-            Self::Spot if want.spot => return None,
-            Self::Spot => return Some("no --spot (the default)".to_owned()),
-            Self::Tier => return want.tier.map(|tier| format!("--{tier}")),
-            Self::MinCuda => want.min_cuda?.to_string(),
-            Self::WorkerCuda => return Some(format!("{} (CUDA {})", self.option(), want.worker_cuda?)),
-            Self::Region => want.region.as_ref().filter(|r| !r.trim().is_empty())?.trim().to_owned(),
-            Self::GpuFilter => want.gpu_filter.as_ref().filter(|f| !f.trim().is_empty())?.trim().to_owned(),
-            Self::GpuCount => match want.gpu_count {
-                Some(0) => return None,
-                Some(count) => count.to_string(),
-                None => "1 (the default)".to_owned(),
-            },
-            Self::MinVram => gib(want.min_vram.filter(|b| b.0 > 0)?),
-            Self::MinCpuRam => gib(want.min_cpu_ram.filter(|b| b.0 > 0)?),
-            Self::MinDisk => gib(want.min_disk.filter(|b| b.0 > 0)?),
-            Self::MaxPrice => dollars(want.max_price?),
-        };
-        Some(format!("{} {value}", self.option()))
+impl Removed<'_> {
+    fn names(&self) -> String {
+        some_of(self.offers.iter().filter_map(|offer| offer.gpu.as_deref()))
     }
 
-    /// Whether it restricts without having been asked for.
-    fn is_default(self, want: &GpuRequest) -> bool {
-        match self {
-            Self::Maker | Self::Processor | Self::Capability | Self::Spot | Self::WorkerCuda => true,
-            Self::GpuCount => want.gpu_count.is_none(),
-            _ => false,
-        }
+    fn regions(&self) -> String {
+        some_of(self.offers.iter().map(|offer| offer.region.as_deref().unwrap_or("not told")))
     }
 
-    /// Whether `offer` passes.
-    fn passes(self, offer: &Offer, want: &GpuRequest) -> bool {
-        let at_least = |has: Option<Bytes>, min: Option<Bytes>| match min {
-            // What is not known is not enough.
-            Some(min) if min.0 > 0 => has.is_some_and(|has| has >= min),
-            _ => true,
-        };
-        match self {
-            Self::Maker => offer.gpu_raw.as_deref().is_none_or(gpu::is_nvidia),
-            Self::Processor => !offer.arm,
-            // Of this machine's GPUs the worker itself says whether it can use them. A new model may be in no table.
-            Self::Capability => {
-                let of_no_use = |has| has < gpu::LEAST_CAPABILITY;
-                want.gpu_count == Some(0) || offer.broker == local::NAME || !offer.capability.is_some_and(of_no_use)
+    /// That none of them has a GPU, if that is so.
+    fn no_gpu(&self) -> Option<String> {
+        let here = self.offers.iter().all(|offer| offer.is_local);
+        let reason = if here { "this machine has no NVIDIA GPU" } else { "none has a GPU" };
+        self.offers.iter().all(|offer| offer.gpu_count == 0).then(|| reason.to_owned())
+    }
+
+    fn most(&self, what: &str, has: Option<Bytes>) -> String {
+        match (has, self.unknown) {
+            (Some(has), 0) => format!("the most is {} of {what}", gib_text(has)),
+            (Some(has), unknown) => {
+                format!("the most is {} of {what}, and {unknown} do not say how much", gib_text(has))
             }
-            Self::Spot => want.spot || !offer.spot,
-            Self::Tier => want.tier.is_none_or(|tier| offer.tier == Some(tier)),
-            Self::MinCuda => want.min_cuda.is_none_or(|min| offer.max_cuda.is_some_and(|max| max >= min)),
-            // What is not known is seen on the host before the worker is pushed.
-            Self::WorkerCuda => want.worker_cuda.is_none_or(|need| offer.max_cuda.is_none_or(|max| max >= need)),
-            Self::Region => want.region.as_deref().is_none_or(|region| is_in(offer, region)),
-            Self::GpuFilter => want.gpu_filter.as_deref().is_none_or(|filter| is_named(offer, filter)),
-            Self::GpuCount => match want.gpu_count {
-                Some(0) => true,
-                Some(count) => offer.gpu_count == count,
-                None => offer.broker == local::NAME || offer.gpu_count == 1,
-            },
-            Self::MinVram => at_least(offer.vram, want.min_vram),
-            Self::MinCpuRam => at_least(offer.cpu_ram, want.min_cpu_ram),
-            Self::MinDisk => at_least(offer.disk, want.min_disk),
-            Self::MaxPrice => want.max_price.is_none_or(|max| offer.price <= max),
+            (None, _) => format!("none says how much {what} it has, and unknown is not enough"),
         }
     }
 
-    /// Whether `offer` fails only for want of a figure.
-    fn is_unknown(self, offer: &Offer) -> bool {
-        match self {
-            Self::MinVram => offer.gpu_count > 0 && offer.vram.is_none(),
-            Self::MinCpuRam => offer.cpu_ram.is_none(),
-            Self::MinDisk => offer.disk.is_none(),
-            Self::MinCuda => offer.max_cuda.is_none(),
-            Self::Region => offer.region.is_none(),
-            Self::Tier => offer.tier.is_none(),
-            Self::Maker | Self::Processor | Self::Capability | Self::Spot | Self::WorkerCuda => false,
-            Self::GpuFilter | Self::GpuCount | Self::MaxPrice => false,
+    fn newest_cuda(&self) -> String {
+        match self.nearest.max_cuda {
+            Some(max) => format!("the newest is CUDA {max}"),
+            None => "none says which CUDA version its driver serves, and unknown is not enough".to_owned(),
         }
-    }
-
-    /// How far `offer` is from passing; less is nearer.
-    fn distance(self, offer: &Offer, want: &GpuRequest) -> u64 {
-        let short = |has: Option<Bytes>| has.map_or(u64::MAX, |has| u64::MAX - 1 - has.0);
-        match self {
-            Self::GpuFilter => u64::from(offer.gpu_count == 0),
-            Self::Maker | Self::Processor | Self::Spot | Self::Region | Self::Tier => 0,
-            Self::Capability => offer.capability.map_or(u64::MAX, |has| u64::from(u32::MAX - has)),
-            Self::MinCuda | Self::WorkerCuda => offer
-                .max_cuda
-                .map_or(u64::MAX, |max| u64::from(u32::MAX - max.major) << 32 | u64::from(u32::MAX - max.minor)),
-            Self::GpuCount => u64::from(offer.gpu_count.abs_diff(want.gpu_count.unwrap_or(1))),
-            Self::MinVram => short(offer.vram),
-            Self::MinCpuRam => short(offer.cpu_ram),
-            Self::MinDisk => short(offer.disk),
-            Self::MaxPrice => offer.price.0.micros().unsigned_abs(),
-        }
-    }
-
-    /// Whether it is what the worker needs, and nothing that was typed.
-    const fn is_fixed(self) -> bool {
-        matches!(self, Self::Maker | Self::Processor | Self::Capability | Self::WorkerCuda)
-    }
-
-    /// What the option would have to say for `offer` to pass; `None`: it cannot be said.
-    fn relaxed(self, offer: &Offer) -> Option<String> {
-        if self.is_unknown(offer) {
-            return Some(format!("no {}", self.option()));
-        }
-        // Rounded to what lets the offer pass, not to the nearest.
-        let down = |bytes: Bytes| format!("{}", (bytes.gib() * 10.0).floor() / 10.0);
-        let value = match self {
-            Self::Maker | Self::Processor | Self::Capability | Self::WorkerCuda => return None,
-            Self::Spot => return Some(self.option().to_owned()),
-            Self::Tier => return Some(format!("--{}", offer.tier?)),
-            Self::MinCuda => offer.max_cuda?.to_string(),
-            Self::Region => offer.region.clone()?,
-            Self::GpuFilter => match &offer.gpu {
-                Some(name) => name.clone(),
-                None => return Some(format!("no {}", self.option())),
-            },
-            Self::GpuCount => offer.gpu_count.to_string(),
-            Self::MinVram if offer.gpu_count == 0 => return Some(format!("no {}", self.option())),
-            Self::MinVram => down(offer.vram?),
-            Self::MinCpuRam => down(offer.cpu_ram?),
-            Self::MinDisk => down(offer.disk?),
-            Self::MaxPrice => format!("{}", (offer.price.0.dollars() * 100.0 - 1e-6).ceil() / 100.0),
-        };
-        Some(format!("{} {value}", self.option()))
     }
 }
 
 /// What one filter did.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Step {
     /// The filter.
     pub filter: Filter,
@@ -237,10 +329,14 @@ pub struct Step {
     pub left: usize,
 }
 
-/// Offers that pass, best first.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Selection {
-    /// At least one, ascending by what the whole run costs there.
+/// What the market shows, and what may be paid for it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Quote {
+    /// What is agreed to: all instances of the run together cost no more. `None`: nobody is asked.
+    #[serde(rename = "agreed")]
+    pub ceiling: Option<Usd>,
+    /// Those that pass, ascending by what the whole run costs there.
     pub offers: Vec<Offer>,
     /// Offers there were.
     pub considered: usize,
@@ -257,10 +353,18 @@ pub enum NothingLeft {
     /// One filter removed the last.
     #[error("{0}")]
     Filtered(Box<Filtered>),
+    /// On none of those that passed the run is estimated to end within its time limit.
+    #[error("{message}")]
+    Late {
+        /// How long the quickest takes.
+        message: String,
+        /// What to type instead.
+        hint: String,
+    },
 }
 
 /// Which filter left nothing, and what would have left something.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Filtered {
     /// The filters up to the one that left nothing, which is the last.
     pub steps: Vec<Step>,
@@ -278,7 +382,7 @@ pub struct Filtered {
 }
 
 /// A change of one option, and what it finds.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Relaxation {
     /// Which filter.
     pub filter: Filter,
@@ -288,50 +392,71 @@ pub struct Relaxation {
     pub offer: Offer,
 }
 
-impl Serialize for NothingLeft {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::NoOffers => Filtering { message: self.to_string(), details: None },
-            Self::Filtered(filtered) => Filtering { message: self.to_string(), details: Some(filtered) },
-        }
-        .serialize(serializer)
-    }
-}
-
-#[derive(Serialize)]
-struct Filtering<'a> {
-    message: String,
-    #[serde(flatten)]
-    details: Option<&'a Filtered>,
-}
-
-/// The offers that satisfy `want`, best for `work` first.
+/// The offers that satisfy `want`, best for `work` first. Nothing is agreed to yet.
 ///
 /// # Errors
 /// None does; the error says why.
-pub fn select(offers: Vec<Offer>, want: &GpuRequest, work: &Work) -> Result<Selection, NothingLeft> {
+pub fn select(offers: Vec<Offer>, want: &GpuRequest, work: &Work) -> Result<Quote, NothingLeft> {
     if offers.is_empty() {
         return Err(NothingLeft::NoOffers);
     }
     let considered = offers.len();
     let mut left = rank(offers.clone(), work);
     let mut steps = Vec::new();
-    for filter in Filter::ALL {
-        let Some(option) = filter.typed(want) else { continue };
-        let (passed, removed): (Vec<_>, Vec<_>) = left.into_iter().partition(|offer| filter.passes(offer, want));
+    for rule in &RULES {
+        let Some(option) = rule.typed(want) else { continue };
+        let (passed, removed): (Vec<_>, Vec<_>) = left.into_iter().partition(|offer| rule.passes(offer, want));
+        left = passed;
         // A default that changes nothing was not asked for.
-        if removed.is_empty() && filter.is_default(want) {
-            left = passed;
+        if removed.is_empty() && rule.is_default(&option) {
             continue;
         }
-        let removed_unknown = removed.iter().filter(|offer| filter.is_unknown(offer)).count();
-        steps.push(Step { filter, option, removed: removed.len(), removed_unknown, left: passed.len() });
-        if passed.is_empty() {
-            return Err(explain(filter, steps, &offers, &removed, want));
+        let removed_unknown = removed.iter().filter(|offer| (rule.fit)(offer, want) == Fit::Unknown).count();
+        steps.push(Step { filter: rule.filter, option, removed: removed.len(), removed_unknown, left: left.len() });
+        if left.is_empty() {
+            return Err(explain(rule, steps, &offers, &removed, want));
         }
-        left = passed;
     }
-    Ok(Selection { offers: left, considered, steps })
+    Ok(Quote { ceiling: None, offers: left, considered, steps })
+}
+
+impl Quote {
+    /// Only the offers on which `work` is estimated to end within `limit`.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn in_time(mut self, work: &Work, limit: Duration) -> Result<Self, NothingLeft> {
+        let seconds = |offer: &Offer| work.on(offer).seconds;
+        let quickest = self.offers.iter().min_by(|a, b| seconds(a).total_cmp(&seconds(b))).cloned();
+        self.offers.retain(|offer| !work.on(offer).is_over(limit));
+        match quickest {
+            Some(quickest) if self.offers.is_empty() => Err(late(&quickest, seconds(&quickest), limit)),
+            _ => Ok(self),
+        }
+    }
+}
+
+fn late(quickest: &Offer, seconds: f64, limit: Duration) -> NothingLeft {
+    let takes = Duration::from_secs_f64(seconds);
+    let message = format!(
+        "the run is estimated to take {} on the quickest offer ({}), {} longer than its time limit of {}",
+        Span(takes),
+        title(quickest),
+        Span(takes.saturating_sub(limit)),
+        Span(limit),
+    );
+    let minutes = (seconds / 60.0).ceil();
+    let hint = format!(
+        "--max-duration {minutes}m or more; --allow-cut-short takes it all the same, with what there is by then"
+    );
+    NothingLeft::Late { message, hint }
+}
+
+impl NothingLeft {
+    /// What to type instead, where the message does not say it.
+    pub fn hint(&self) -> Option<&str> {
+        if let Self::Late { hint, .. } = self { Some(hint) } else { None }
+    }
 }
 
 /// The request for what a worker with CUDA can use, where none is at hand to be asked.
@@ -343,7 +468,7 @@ pub fn for_the_worker(want: GpuRequest) -> GpuRequest {
 /// Whether an offer may come to satisfy `want` once more of it is known: with the figures that it has, everything that is kept
 /// passes. For brokers that leave out what nobody would take before they ask further.
 pub fn may_match(offer: &Offer, want: &GpuRequest) -> bool {
-    Filter::ALL.into_iter().all(|filter| filter.passes(offer, want) || filter.is_unknown(offer))
+    RULES.iter().all(|rule| !matches!((rule.fit)(offer, want), Fit::Fails(_)))
 }
 
 fn rank(offers: Vec<Offer>, work: &Work) -> Vec<Offer> {
@@ -357,8 +482,8 @@ fn rank(offers: Vec<Offer>, work: &Work) -> Vec<Offer> {
 }
 
 /// Two letters are the code of a country, a state or a continent (`EUR-IS-1`), and as such a word: `us` is no part of `Russia`.
-fn is_in(offer: &Offer, region: &str) -> bool {
-    let (has, wanted) = (offer.region.as_deref().unwrap_or_default().to_lowercase(), region.trim().to_lowercase());
+fn is_in(has: &str, region: &str) -> bool {
+    let (has, wanted) = (has.to_lowercase(), region.to_lowercase());
     if wanted.chars().count() == 2 {
         let mut words = has.split(|c: char| !c.is_alphanumeric());
         return words.any(|word| word.starts_with(&wanted) && word.chars().count() <= 3);
@@ -367,9 +492,8 @@ fn is_in(offer: &Offer, region: &str) -> bool {
 }
 
 fn is_named(offer: &Offer, filter: &str) -> bool {
-    let filter = filter.trim();
     let names = [gpu_name(offer), offer.gpu_raw.clone()];
-    filter.is_empty() || names.iter().flatten().any(|name| gpu::matches(filter, name))
+    names.iter().flatten().any(|name| gpu::matches(filter, name))
 }
 
 /// The canonical name with the form, where that is known.
@@ -378,59 +502,16 @@ fn gpu_name(offer: &Offer) -> Option<String> {
     Some(offer.form.map_or_else(|| name.clone(), |form| format!("{name} {form}")))
 }
 
-fn explain(filter: Filter, steps: Vec<Step>, offers: &[Offer], removed: &[Offer], want: &GpuRequest) -> NothingLeft {
-    let nearest = removed.iter().min_by_key(|offer| (filter.distance(offer, want), offer.price));
-    let Some(nearest) = nearest.cloned() else { return NothingLeft::NoOffers };
-    let reason = reason(filter, &steps, removed, &nearest);
-    let relaxation = relax(filter, offers, want);
-    let usable = |offer: &Offer| Filter::ALL.into_iter().filter(|f| f.is_fixed()).all(|f| f.passes(offer, want));
-    let is_fixed = !offers.iter().any(usable);
-    let considered = offers.len();
-    NothingLeft::Filtered(Box::new(Filtered { steps, considered, reason, nearest, relaxation, is_fixed }))
-}
-
-fn reason(filter: Filter, steps: &[Step], removed: &[Offer], nearest: &Offer) -> String {
+fn explain(last: &Rule, steps: Vec<Step>, offers: &[Offer], removed: &[Offer], want: &GpuRequest) -> NothingLeft {
+    let nearest = removed.iter().min_by_key(|offer| ((last.fit)(offer, want), offer.price));
+    let Some(nearest) = nearest else { return NothingLeft::NoOffers };
     let unknown = steps.last().map_or(0, |step| step.removed_unknown);
-    let without_gpu = removed.iter().all(|offer| offer.gpu_count == 0);
-    let most = |what: &str, has: Option<Bytes>| match has {
-        Some(has) if unknown > 0 => {
-            format!("the most is {} of {what}, and {unknown} do not say how much", gib_text(has))
-        }
-        Some(has) => format!("the most is {} of {what}", gib_text(has)),
-        None => format!("none says how much {what} it has, and unknown is not enough"),
-    };
-    match filter {
-        Filter::GpuFilter | Filter::GpuCount | Filter::MinVram if without_gpu => no_gpu(removed),
-        Filter::Maker => format!("the GPUs are {}", names(removed)),
-        Filter::Processor => format!("beside {} is an ARM processor", names(removed)),
-        Filter::Capability => format!("the worker needs bf16, from Ampere on; the GPUs are {}", names(removed)),
-        Filter::Spot => "the cloud may take them back at any time".to_owned(),
-        Filter::Tier => "the others are of the other kind, or do not say".to_owned(),
-        Filter::Region => format!("the regions are {}", regions(removed)),
-        Filter::MinCuda | Filter::WorkerCuda => match nearest.max_cuda {
-            Some(max) => format!("the newest is CUDA {max}"),
-            None => "none says which CUDA version its driver serves, and unknown is not enough".to_owned(),
-        },
-        Filter::GpuFilter => format!("the GPUs are {}", names(removed)),
-        Filter::GpuCount => format!("the nearest has {}", nearest.gpu_count),
-        Filter::MinVram => most("memory per GPU", nearest.vram),
-        Filter::MinCpuRam => most("memory", nearest.cpu_ram),
-        Filter::MinDisk => most("free disk", nearest.disk),
-        Filter::MaxPrice => format!("the cheapest is {}", nearest.price),
-    }
-}
-
-fn no_gpu(removed: &[Offer]) -> String {
-    let here = removed.iter().all(|offer| offer.broker == local::NAME);
-    if here { "this machine has no NVIDIA GPU".to_owned() } else { "none has a GPU".to_owned() }
-}
-
-fn names(offers: &[Offer]) -> String {
-    some_of(offers.iter().filter_map(|offer| offer.gpu.as_deref()))
-}
-
-fn regions(offers: &[Offer]) -> String {
-    some_of(offers.iter().map(|offer| offer.region.as_deref().unwrap_or("not told")))
+    let reason = (last.reason)(&Removed { offers: removed, nearest, unknown });
+    let relaxation = relax(last, offers, want);
+    let usable = |offer: &Offer| RULES.iter().all(|rule| rule.instead.is_some() || rule.passes(offer, want));
+    let is_fixed = !offers.iter().any(usable);
+    let (considered, nearest) = (offers.len(), nearest.clone());
+    NothingLeft::Filtered(Box::new(Filtered { steps, considered, reason, nearest, relaxation, is_fixed }))
 }
 
 /// Each once, the first twenty.
@@ -441,14 +522,16 @@ fn some_of<'a>(names: impl Iterator<Item = &'a str>) -> String {
 }
 
 /// The filter that removed the last offers first, then the others: whatever single one, left out, lets an offer through.
-fn relax(last: Filter, offers: &[Offer], want: &GpuRequest) -> Option<Relaxation> {
-    let others = Filter::ALL.into_iter().filter(|filter| *filter != last);
-    std::iter::once(last).chain(others).find_map(|filter| {
-        filter.typed(want)?;
-        let rest = || Filter::ALL.into_iter().filter(|other| *other != filter);
+fn relax(last: &Rule, offers: &[Offer], want: &GpuRequest) -> Option<Relaxation> {
+    let others = RULES.iter().filter(|rule| rule.filter != last.filter);
+    std::iter::once(last).chain(others).find_map(|rule| {
+        let instead = rule.instead?;
+        rule.typed(want)?;
+        let rest = || RULES.iter().filter(|other| other.filter != rule.filter);
         let through = offers.iter().filter(|offer| rest().all(|other| other.passes(offer, want)));
-        let offer = through.min_by_key(|offer| (filter.distance(offer, want), offer.price))?;
-        Some(Relaxation { filter, option: filter.relaxed(offer)?, offer: offer.clone() })
+        let offer = through.min_by_key(|offer| ((rule.fit)(offer, want), offer.price))?;
+        let option = instead(rule.option, offer).unwrap_or_else(|| format!("no {}", rule.option));
+        Some(Relaxation { filter: rule.filter, option, offer: offer.clone() })
     })
 }
 
@@ -477,7 +560,7 @@ impl fmt::Display for Filtered {
 /// An offer in a line: its hardware, its price, and its broker unless it is this machine.
 pub fn describe(offer: &Offer) -> String {
     let hardware = Some(hardware(offer)).filter(|hardware| !hardware.is_empty());
-    let broker = (offer.broker != local::NAME).then(|| format!("on {}", offer.broker));
+    let broker = (!offer.is_local).then(|| format!("on {}", offer.broker));
     [hardware, Some(offer.price.to_string()), broker].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
@@ -511,25 +594,36 @@ fn gib_text(bytes: Bytes) -> String {
     format!("{:.1} GiB", bytes.gib())
 }
 
-fn gib(bytes: Bytes) -> String {
-    let gib = bytes.gib();
-    if gib.fract() == 0.0 { format!("{gib}") } else { format!("{gib:.2}") }
+fn at_least(option: &str, min: Option<Bytes>) -> Option<String> {
+    let gib = min.filter(|min| min.0 > 0)?.gib();
+    Some(if gib.fract() == 0.0 { format!("{option} {gib}") } else { format!("{option} {gib:.2}") })
 }
 
-fn dollars(price: UsdPerHour) -> String {
-    format!("{}", price.0.dollars())
+/// GiB that an offer of so much has, to the tenth below.
+fn rounded_down(bytes: Bytes) -> f64 {
+    (bytes.gib() * 10.0).floor() / 10.0
+}
+
+/// Dollars that pay for it, to the cent above.
+fn rounded_up(price: UsdPerHour) -> f64 {
+    (price.0.dollars() * 100.0 - 1e-6).ceil() / 100.0
+}
+
+/// What was typed, unless it is blank.
+fn wanted_text(typed: &Option<String>) -> Option<&str> {
+    typed.as_deref().map(str::trim).filter(|text| !text.is_empty())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::broker::Tier;
-    use crate::units::CudaVersion;
+    use crate::offer::Tier;
     use proptest::prelude::*;
 
     fn offer(broker: &str, gpu: Option<(&str, u32, u64)>, dollars: f64) -> Offer {
         let (count, price) = (gpu.map_or(0, |(_, count, _)| count), UsdPerHour::from_dollars(dollars));
         Offer {
+            is_local: broker == "local",
             gpu: gpu.map(|(name, ..)| name.to_owned()),
             gpu_raw: gpu.map(|(name, ..)| format!("NVIDIA {name}")),
             vram: gpu.map(|(_, _, gib)| Bytes::from_gib(gib)),
@@ -573,17 +667,15 @@ mod tests {
     #[test]
     fn a_laptop_has_no_a100() {
         let want = GpuRequest { gpu_filter: Some("A100".to_owned()), ..want() };
-        let error = select(laptop(), &want, &work()).unwrap_err();
+        let error = filtered(laptop(), &want);
         assert_eq!(
             error.to_string(),
             "--gpu-filter A100 removed the last 1 offer: this machine has no NVIDIA GPU \
              (nearest: 8 CPU cores, 31.2 GiB RAM, 100.0 GiB free disk, $0.08/h); \
              no --gpu-filter would find 8 CPU cores, 31.2 GiB RAM, 100.0 GiB free disk, $0.08/h"
         );
-        let json = serde_json::to_value(&error).unwrap();
-        assert_eq!(json["steps"][0]["filter"], "gpu_filter");
-        assert_eq!(json["message"], error.to_string());
-        assert_eq!(json["relaxation"]["option"], "no --gpu-filter");
+        assert_eq!(serde_json::to_value(&error.steps).unwrap()[0]["filter"], "gpu_filter");
+        assert_eq!(error.relaxation.unwrap().option, "no --gpu-filter");
     }
 
     #[test]
@@ -849,7 +941,7 @@ mod tests {
 
     /// The request with one option replaced by what the relaxation says to type.
     fn retyped(want: &GpuRequest, found: &Relaxation) -> GpuRequest {
-        let value = found.option.strip_prefix(found.filter.option()).map(str::trim);
+        let value = found.option.strip_prefix("--").and_then(|words| words.split_once(' ')).map(|(_, value)| value);
         let number = || value.map(|text| text.parse::<f64>().unwrap());
         let bytes = || number().map(|gib| Bytes((gib * (1u64 << 30) as f64) as u64));
         let mut want = want.clone();
@@ -871,6 +963,48 @@ mod tests {
         want
     }
 
+    /// The offer as a broker may know it before it asks further.
+    fn known_in_part(offer: &Offer, known: [bool; 7]) -> Offer {
+        let if_known = |is: bool, has: Option<Bytes>| has.filter(|_| is);
+        Offer {
+            vram: if_known(known[0], offer.vram),
+            cpu_ram: if_known(known[1], offer.cpu_ram),
+            disk: if_known(known[2], offer.disk),
+            region: offer.region.clone().filter(|_| known[3]),
+            tier: offer.tier.filter(|_| known[4]),
+            max_cuda: offer.max_cuda.filter(|_| known[5]),
+            capability: offer.capability.filter(|_| known[6]),
+            ..offer.clone()
+        }
+    }
+
+    #[test]
+    fn each_filter_has_one_rule() {
+        let filters: std::collections::HashSet<Filter> = RULES.iter().map(|rule| rule.filter).collect();
+        assert_eq!(filters.len(), RULES.len());
+    }
+
+    #[test]
+    fn what_is_not_done_in_time_is_left_out_and_the_quickest_is_named_where_none_is() {
+        let offer = |key: &str, mib: u64| Offer {
+            download: Some(Bytes::from_mib(mib)),
+            key: key.into(),
+            ..offer("vast", Some(("H100", 1, 80)), 1.0)
+        };
+        let work = Work { read: Bytes::from_gib(600), ..work() };
+        // 600 GiB in 10 and in 100 minutes, and the five of the start.
+        let quote = select(vec![offer("quick", 1024), offer("slow", 102)], &want(), &work).unwrap();
+        let within = |minutes: u64| quote.clone().in_time(&work, Duration::from_secs(60 * minutes));
+        let keys = |quote: Quote| quote.offers.into_iter().map(|offer| offer.key).collect::<Vec<_>>();
+        assert_eq!(keys(within(200).unwrap()), ["quick", "slow"]);
+        assert_eq!(keys(within(16).unwrap()), ["quick"]);
+        let late = within(14).unwrap_err();
+        let said = "the run is estimated to take 15 min 00 s on the quickest offer (1 x H100 on vast), \
+                    1 min 00 s longer than its time limit of 14 min 00 s";
+        assert_eq!(late.to_string(), said);
+        assert!(late.hint().unwrap().starts_with("--max-duration 15m or more"));
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
         #[test]
@@ -878,7 +1012,7 @@ mod tests {
             offers in proptest::collection::vec(any_offer(), 0..12),
             want in any_request(),
         ) {
-            let passes = |offer: &Offer| Filter::ALL.iter().all(|filter| filter.passes(offer, &want));
+            let passes = |offer: &Offer| RULES.iter().all(|rule| rule.passes(offer, &want));
             let fit = offers.iter().filter(|offer| passes(offer)).count();
             match select(offers.clone(), &want, &work()) {
                 Ok(selection) => {
@@ -889,13 +1023,15 @@ mod tests {
                     prop_assert_eq!(removed + fit, offers.len());
                 }
                 Err(NothingLeft::NoOffers) => prop_assert!(offers.is_empty()),
+                Err(late @ NothingLeft::Late { .. }) => return Err(TestCaseError::fail(late.to_string())),
                 Err(NothingLeft::Filtered(error)) => {
                     prop_assert_eq!(fit, 0);
                     let removed: usize = error.steps.iter().map(|step| step.removed).sum();
                     prop_assert_eq!(removed, offers.len());
                     let last = error.steps.last().unwrap();
                     prop_assert!(last.left == 0 && last.removed > 0 && last.removed_unknown <= last.removed);
-                    prop_assert!(!last.filter.passes(&error.nearest, &want));
+                    let rule = RULES.iter().find(|rule| rule.filter == last.filter).unwrap();
+                    prop_assert!(!rule.passes(&error.nearest, &want));
                     prop_assert!(error.to_string().starts_with(&last.option));
                     if let Some(found) = &error.relaxation {
                         // What is advised works, exactly as it is typed.
@@ -908,20 +1044,26 @@ mod tests {
 
         #[test]
         fn what_is_kept_in_the_end_may_match_before_all_of_it_is_known(
-            offer in any_offer(), want in any_request(), known in any::<[bool; 6]>(),
+            offer in any_offer(), want in any_request(), known in any::<[bool; 7]>(),
         ) {
-            let if_known = |is: bool, has: Option<Bytes>| has.filter(|_| is);
-            let before = Offer {
-                vram: if_known(known[0], offer.vram),
-                cpu_ram: if_known(known[1], offer.cpu_ram),
-                disk: if_known(known[2], offer.disk),
-                region: offer.region.clone().filter(|_| known[3]),
-                tier: offer.tier.filter(|_| known[4]),
-                max_cuda: offer.max_cuda.filter(|_| known[5]),
-                ..offer.clone()
-            };
-            let kept = Filter::ALL.iter().all(|filter| filter.passes(&offer, &want));
+            let before = known_in_part(&offer, known);
+            let kept = RULES.iter().all(|rule| rule.passes(&offer, &want));
             prop_assert!(!kept || may_match(&before, &want));
+        }
+
+        /// Of each filter by itself: a broker that leaves out what fails takes nothing from the market.
+        #[test]
+        fn what_a_filter_refuses_before_all_is_known_it_refuses_in_the_end(
+            offer in any_offer(), want in any_request(), known in any::<[bool; 7]>(),
+        ) {
+            let before = known_in_part(&offer, known);
+            for rule in &RULES {
+                let refuses = |offer: &Offer| matches!((rule.fit)(offer, &want), Fit::Fails(_));
+                prop_assert!(!refuses(&before) || refuses(&offer), "{:?}", rule.filter);
+                prop_assert!(!refuses(&before) || !may_match(&before, &want), "{:?}", rule.filter);
+                let restricts = rule.typed(&want).is_some();
+                prop_assert!(restricts || rule.passes(&before, &want), "{:?} is not asked for", rule.filter);
+            }
         }
 
         #[test]
@@ -929,7 +1071,7 @@ mod tests {
             offers in proptest::collection::vec(any_offer(), 1..8),
             want in any_request(),
         ) {
-            let prices = |result: Result<Selection, NothingLeft>| result.ok().map(|s| s.offers.iter().map(|o| o.price).collect::<Vec<_>>());
+            let prices = |result: Result<Quote, NothingLeft>| result.ok().map(|s| s.offers.iter().map(|o| o.price).collect::<Vec<_>>());
             let reversed = offers.iter().rev().cloned().collect();
             prop_assert_eq!(prices(select(offers, &want, &work())), prices(select(reversed, &want, &work())));
         }

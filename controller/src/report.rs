@@ -163,7 +163,9 @@ impl From<LocalWorkerError> for CliError {
 
 impl From<NothingLeft> for CliError {
     fn from(error: NothingLeft) -> Self {
-        Self { status: ExitStatus::NoOffer, message: error.to_string(), hint: None }
+        // Nothing was searched for in vain: the time limit is too short.
+        let status = if matches!(error, NothingLeft::Late { .. }) { ExitStatus::Refused } else { ExitStatus::NoOffer };
+        Self { status, message: error.to_string(), hint: error.hint().map(str::to_owned) }
     }
 }
 

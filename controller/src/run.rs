@@ -19,8 +19,10 @@ use std::time::Duration;
 use outliers_protocol::{Failure, FileBytes, JobSpec};
 use serde::{Deserialize, Serialize};
 
-use crate::broker::{GpuRequest, InstanceId, LeaseTag, Offer};
+use crate::broker::{InstanceId, LeaseTag};
 use crate::estimate::Work;
+use crate::market::{self, NothingLeft, Quote};
+use crate::offer::{GpuRequest, Offer};
 use crate::output;
 use crate::units::{Bytes, Usd, UsdPerHour};
 
@@ -66,9 +68,9 @@ pub struct RunSpec {
     /// No instance is rented that could cost more than what is left of this until its time is up. All runs of a survey share it.
     #[serde(default)]
     pub budget: Option<Usd>,
-    /// What was agreed to: all instances of the run together cost no more. `None`: nobody was asked.
-    #[serde(default)]
-    pub agreed: Option<Usd>,
+    /// What was shown, and what was agreed to.
+    #[serde(flatten)]
+    pub quote: Quote,
     /// Only offers are taken on which the run is estimated to end within its time limit.
     #[serde(default)]
     pub only_in_time: bool,
@@ -95,7 +97,21 @@ pub struct Membership {
 impl RunSpec {
     /// What must not be exceeded by this run, whatever its instances bill.
     pub fn ceiling(&self) -> Option<Usd> {
-        self.agreed
+        self.quote.ceiling
+    }
+
+    /// Of these offers those that it may rent, best first.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn select(&self, offers: Vec<Offer>) -> Result<Quote, NothingLeft> {
+        let quote = market::select(offers, &self.request, &self.work)?;
+        if self.only_in_time { quote.in_time(&self.work, self.limit()) } else { Ok(quote) }
+    }
+
+    /// From the create call to the instance's end.
+    pub fn limit(&self) -> Duration {
+        Duration::from_secs(self.max_duration_s)
     }
 
     /// What an instance of this offer may bill at most; one that bills more is not kept.
@@ -107,14 +123,8 @@ impl RunSpec {
     /// How long an instance of this offer may exist: until the time limit, or for as long as what was agreed lasts of which `spent`
     /// is gone.
     pub fn time_on(&self, offer: &Offer, spent: Usd) -> Duration {
-        let limit = Duration::from_secs(self.max_duration_s);
         let lasts = self.ceiling().and_then(|agreed| offer.price.time(agreed - spent));
-        lasts.map_or(limit, |lasts| lasts.min(limit))
-    }
-
-    /// Whether the time limit allows for what the run takes on this offer, or nobody minds.
-    pub fn is_in_time(&self, offer: &Offer) -> bool {
-        !self.only_in_time || !self.work.on(offer).is_over(Duration::from_secs(self.max_duration_s))
+        lasts.map_or(self.limit(), |lasts| lasts.min(self.limit()))
     }
 
     /// Whether what was agreed, of which `spent` is gone, pays for this offer until the time limit, or for the work with room.
@@ -726,6 +736,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::deploy::fake::{spec, up_to};
 
     fn offer() -> Offer {
         Offer { cpu_cores: Some(2), ..Offer::new("fake", "o1".into(), 0, UsdPerHour::from_dollars(1.0)) }
@@ -810,8 +821,8 @@ mod tests {
 
     #[test]
     fn what_is_left_of_what_was_agreed_is_the_time_that_is_left() {
-        let hour = crate::deploy::fake::spec(std::path::Path::new("/r"));
-        let agreed = RunSpec { agreed: Some(Usd::from_dollars(1.0)), ..hour.clone() };
+        let hour = spec(std::path::Path::new("/r"));
+        let agreed = RunSpec { quote: up_to(Usd::from_dollars(1.0)), ..hour.clone() };
         let time = |spec: &RunSpec, spent: f64| spec.time_on(&offer(), Usd::from_dollars(spent)).as_secs();
         assert_eq!([0.0, 0.5, 1.0, 2.0].map(|spent| time(&agreed, spent)), [3600, 1800, 0, 0]);
         assert_eq!([0.0, 2.0].map(|spent| time(&hour, spent)), [3600, 3600], "nobody was asked");

@@ -255,6 +255,9 @@ fn what_is_paid_is_no_more_than_what_was_shown() {
     let deployed: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
     let run = &deployed["run"];
     assert_eq!(run["spec"]["agreed"], at_most, "{said:?}");
+    for shown in ["offers", "considered", "steps"] {
+        assert_eq!(run["spec"][shown], plan[shown], "{said:?}");
+    }
     let rented = &run["events"][2];
     assert_eq!(rented["event"], "creating", "{said:?}");
     let (price, tag) =

@@ -12,7 +12,8 @@ use outliers::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use outliers::deploy::{Driver, Ports, SshHosts, Stop};
 use outliers::estimate::Work;
 use outliers::ledger::{Ledger, RunRecord, RunWriter, now_ms};
-use outliers::run::{FailureDetail, GuardTimeouts, Intent, Pin, RunEvent, RunOutcome, RunSpec};
+use outliers::market::Quote;
+use outliers::run::{GuardTimeouts, Intent, Pin, RunEvent, RunOutcome, RunSpec};
 use outliers::units::{Bytes, UsdPerHour};
 use outliers_protocol::{CorpusSource, JobSpec, ModelSource, Precision, Results, files};
 use outliers_tests::golden::{assert_activations_equal, assert_statistics_equal};
@@ -106,10 +107,6 @@ fn offer() -> Offer {
     }
 }
 
-fn all(offers: Vec<Offer>, _spec: &RunSpec) -> Result<Vec<Offer>, FailureDetail> {
-    Ok(offers)
-}
-
 /// A run of a fixture, its model folder uploaded.
 fn spec(fixture: &str, results: &Path) -> RunSpec {
     let text = |path: std::path::PathBuf| path.to_str().unwrap().to_owned();
@@ -132,7 +129,7 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
         max_duration_s: 600,
         watch: GuardTimeouts { lease_s: 600, unclaimed_s: 600 },
         budget: None,
-        agreed: None,
+        quote: Quote::default(),
         only_in_time: false,
         results: text(results.to_owned()),
         output: Vec::new(),
@@ -145,7 +142,6 @@ async fn drive(cloud: &Arc<SshdCloud>, run: RunWriter, timeouts: Timeouts) -> Ru
     let clouds = Clouds::from(vec![Cloud { broker: cloud.clone(), timeouts, is_local: false }]);
     let ports = Ports {
         clouds: &clouds,
-        select: all,
         bad_hosts: &bad_hosts,
         hosts: &hosts,
         secrets: &[],

@@ -10,14 +10,14 @@ use super::drive::drive_as;
 use super::instances::LISTS;
 use super::prepare::{Prepared, RunRequest, consent, identity, prepare, room, secrets, writable};
 use super::{Context, SCHEMA, ports, request};
-use crate::broker::{InstanceId, Offer};
+use crate::broker::InstanceId;
 use crate::calendar::rfc3339;
 use crate::cli::DeployArgs;
 use crate::clouds::{BadHosts, Clouds};
 use crate::deploy::{JobIdentity, Ports, recover};
 use crate::files::{MOST, read_small};
 use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
-use crate::market::Step;
+use crate::market::Quote;
 use crate::reconcile::Action;
 use crate::report::tables::TOP;
 use crate::report::{CliError, ExitStatus, Reporter, tables};
@@ -83,11 +83,9 @@ struct Plan<'a> {
     dry_run: bool,
     spec: &'a RunSpec,
     inspection: &'a Inspection,
-    /// Best first; the first is rented, the others if it cannot be had.
-    offers: &'a [Offer],
-    considered: usize,
-    /// What the filters removed.
-    steps: &'a [Step],
+    /// The first offer is rented, the others if it cannot be had.
+    #[serde(flatten)]
+    quote: &'a Quote,
     /// What all of it costs at most, and nothing that is tried may exceed.
     at_most: Usd,
 }
@@ -223,10 +221,11 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
         (market(&prepared), question)
     })?;
     writable(Path::new(&prepared.spec.results))?;
-    let run = ledger.plan(&prepared.spec)?;
+    let at_most = prepared.at_most();
+    let run = ledger.plan(&prepared.signed())?;
     reporter.say(&format!("Run {}", run.record().id));
-    if prepared.spec.agreed.is_some() {
-        reporter.say(&format!("It costs at most {}", prepared.at_most()));
+    if run.record().spec.ceiling().is_some() {
+        reporter.say(&format!("It costs at most {at_most}"));
     }
     drive_as(reporter, run, ports, args.detach).await.map(Some)
 }
@@ -276,25 +275,17 @@ fn run_request(context: &Context, job: JobSpec, job_key: String, args: &DeployAr
 
 /// What can be rented, and what was left out.
 fn market(prepared: &Prepared) -> String {
-    let Prepared { spec, offers, considered, steps, .. } = prepared;
-    let agreed = spec.agreed.map(|_| prepared.at_most());
-    tables::offers(offers, &spec.work, prepared.limit(), agreed, TOP) + &tables::steps(*considered, steps)
+    let Prepared { spec, quote, .. } = prepared;
+    let agreed = quote.ceiling.map(|_| prepared.at_most());
+    tables::offers(&quote.offers, &spec.work, spec.limit(), agreed, TOP)
+        + &tables::steps(quote.considered, &quote.steps)
 }
 
 /// The plan.
 fn show(reporter: &Reporter, prepared: &Prepared) {
-    let Prepared { spec, inspection, offers, considered, steps } = prepared;
-    let plan = Plan {
-        schema: SCHEMA,
-        dry_run: true,
-        spec,
-        inspection,
-        offers,
-        considered: *considered,
-        steps,
-        at_most: prepared.at_most(),
-    };
-    let head = format!("Nothing is rented. Time limit {}.\n", Span(prepared.limit()));
+    let Prepared { spec, inspection, quote } = prepared;
+    let plan = Plan { schema: SCHEMA, dry_run: true, spec, inspection, quote, at_most: prepared.at_most() };
+    let head = format!("Nothing is rented. Time limit {}.\n", Span(spec.limit()));
     reporter.result(&plan, || head + &tables::needs(inspection) + &market(prepared));
 }
 

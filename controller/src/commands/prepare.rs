@@ -6,16 +6,17 @@ use std::time::Duration;
 
 use outliers_protocol::{Inspection, JobSpec, ModelSource, Weights};
 
-use super::{Context, in_time};
+use super::Context;
 use crate::broker::{GpuRequest, Offer, slurm};
 use crate::clouds::{Clouds, Offered};
 use crate::deploy::JobIdentity;
 use crate::files::{RESERVE, free_disk};
 use crate::ledger::random_word;
 use crate::local_worker::{InspectScope, LocalWorker, Pushed, corpus_files};
-use crate::market;
+use crate::market::Quote;
 use crate::output;
 use crate::report::CliError;
+use crate::report::tables::TOP;
 use crate::run::{GuardTimeouts, Membership, RunSpec};
 use crate::secret::Secret;
 use crate::units::{Bytes, Usd};
@@ -55,42 +56,40 @@ pub(super) struct Prepared {
     pub(super) spec: RunSpec,
     /// The checkpoint, and what the job needs.
     pub(super) inspection: Inspection,
-    /// Best first, at least one; the first is rented, the others if it cannot be had.
-    pub(super) offers: Vec<Offer>,
-    /// Offers there were.
-    pub(super) considered: usize,
-    /// What the filters removed of them.
-    pub(super) steps: Vec<market::Step>,
+    /// At least one offer; the first is rented, the others if it cannot be had.
+    pub(super) quote: Quote,
 }
 
 impl Prepared {
-    /// From the create call to the instance's end.
-    pub(super) fn limit(&self) -> Duration {
-        Duration::from_secs(self.spec.max_duration_s)
-    }
-
     /// What all of it costs at most, as it is shown: what is agreed to, within the run's own budget.
     pub(super) fn at_most(&self) -> Usd {
-        let first = || self.offers.first().map_or(Usd::ZERO, |offer| until_the_limit(&self.spec, offer));
-        let agreed = self.spec.agreed.unwrap_or_else(first);
+        let first = || self.quote.offers.first().map_or(Usd::ZERO, |offer| until_the_limit(&self.spec, offer));
+        let agreed = self.quote.ceiling.unwrap_or_else(first);
         own_budget(&self.spec).map_or(agreed, |budget| agreed.min(budget))
     }
 
     /// With the figure that whoever says yes is held to, and without the offers for which it does not pay. This machine costs
     /// nothing that anybody has to agree to.
     fn with_ceiling(mut self, clouds: &Clouds) -> Self {
-        if let (false, Some(first)) = (clouds.is_local(), self.offers.first()) {
+        if let (false, Some(first)) = (clouds.is_local(), self.quote.offers.first()) {
             let first = until_the_limit(&self.spec, first);
-            self.spec.agreed = own_budget(&self.spec).into_iter().chain([first]).max();
-            self.offers.retain(|offer| self.spec.pays_for(offer, Usd::ZERO));
+            self.quote.ceiling = own_budget(&self.spec).into_iter().chain([first]).max();
+            self.spec.quote.ceiling = self.quote.ceiling;
+            self.quote.offers.retain(|offer| self.spec.pays_for(offer, Usd::ZERO));
         }
         self
+    }
+
+    /// The run as it was agreed to: with what was shown.
+    pub(super) fn signed(mut self) -> RunSpec {
+        self.quote.offers.truncate(TOP);
+        RunSpec { quote: self.quote, ..self.spec }
     }
 }
 
 /// Price of an offer until the time limit, to the cent above.
 fn until_the_limit(spec: &RunSpec, offer: &Offer) -> Usd {
-    offer.price.cost(Duration::from_secs(spec.max_duration_s)).up_to_cents()
+    offer.price.cost(spec.limit()).up_to_cents()
 }
 
 /// The budget that no other run shares.
@@ -124,9 +123,8 @@ pub(super) async fn prepare(
     if let Some(wrong) = clouds.wrong_clock() {
         return Err(CliError::refused(wrong, "set the clock, by NTP for example; `outliers doctor` compares it again"));
     }
-    let market::Selection { offers, considered, steps } = market::select(found.offers, &spec.request, &spec.work)?;
-    let offers = in_time(offers, &spec)?;
-    Ok(Prepared { spec, inspection, offers, considered, steps }.with_ceiling(clouds))
+    let quote = spec.select(found.offers)?;
+    Ok(Prepared { spec, inspection, quote }.with_ceiling(clouds))
 }
 
 /// What makes the job the same work as another.
@@ -286,7 +284,7 @@ fn spec(
             context.settings.watch
         },
         budget: run_request.budget,
-        agreed: None,
+        quote: Quote::default(),
         only_in_time: !run_request.cut_short,
         results: results.ok_or_else(|| CliError::refused("the results' folder is not UTF-8", "choose another"))?,
         output,

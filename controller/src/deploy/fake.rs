@@ -23,7 +23,8 @@ use crate::estimate::Work;
 use crate::files::digest;
 use crate::host::{GuardConfig, JobStatus};
 use crate::ledger::{self, Ledger};
-use crate::run::{FailureDetail, GuardTimeouts, Pin, RunFailureKind, RunSpec};
+use crate::market::Quote;
+use crate::run::{GuardTimeouts, Pin, RunSpec};
 use crate::secret::Secret;
 use crate::units::{Bytes, Usd, UsdPerHour};
 
@@ -57,7 +58,7 @@ pub(crate) fn spec(results: &Path) -> RunSpec {
         brokers: "fake".into(),
         job: JobSpec::new(ModelSource::Hub { id: "owner/model".into(), revision: "main".into() }),
         job_key: "key".into(),
-        request: GpuRequest::default(),
+        request: GpuRequest { gpu_count: Some(0), ..GpuRequest::default() },
         work: Work { read: Bytes::from_gib(1), operations: 1e12, read_rate: Bytes::from_gib(1), efficiency: 1.0 },
         disk: Bytes::from_gib(1),
         push_model: false,
@@ -66,12 +67,17 @@ pub(crate) fn spec(results: &Path) -> RunSpec {
         max_duration_s: 3600,
         watch: WATCH,
         budget: None,
-        agreed: None,
+        quote: Quote::default(),
         only_in_time: false,
         results: results.to_string_lossy().into_owned(),
         output: Vec::new(),
         survey: None,
     }
+}
+
+/// What a person said yes to.
+pub(crate) fn up_to(ceiling: Usd) -> Quote {
+    Quote { ceiling: Some(ceiling), ..Quote::default() }
 }
 
 pub(crate) fn offer(key: &str, dollars: f64) -> Offer {
@@ -400,7 +406,7 @@ impl Fake {
     }
 
     pub(crate) fn ports<'a>(&'a self, clouds: &'a Clouds) -> Ports<'a> {
-        Ports { clouds, select, bad_hosts: &self.bad_hosts, hosts: self, secrets: &[], start_throttle: None }
+        Ports { clouds, bad_hosts: &self.bad_hosts, hosts: self, secrets: &[], start_throttle: None }
     }
 
     /// One effect on the world: counted, and struck by the fault armed for its number.
@@ -461,12 +467,6 @@ impl Fake {
         tokio::task::yield_now().await;
         outcome
     }
-}
-
-#[expect(clippy::unnecessary_wraps, reason = "the signature is the market's")]
-fn select(mut offers: Vec<Offer>, _: &RunSpec) -> Result<Vec<Offer>, FailureDetail> {
-    offers.sort_by_key(|offer| offer.price);
-    Ok(offers)
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -834,13 +834,4 @@ impl Host for FakeHost {
         })
         .await
     }
-}
-
-/// No offer at all.
-pub(crate) fn nothing(_: Vec<Offer>, _: &RunSpec) -> Result<Vec<Offer>, FailureDetail> {
-    Err(FailureDetail {
-        kind: RunFailureKind::NoOffer,
-        message: "no offer: --gpu-filter removed the last".into(),
-        hint: None,
-    })
 }

@@ -9,19 +9,14 @@ use super::StartThrottle;
 use crate::broker::{GpuRequest, Offer, SshEndpoint, Way};
 use crate::clouds::{BadHosts, Clouds};
 use crate::host::{GuardConfig, JobStatus};
-use crate::run::{FailureDetail, Pin, RunSpec};
+use crate::run::Pin;
 use crate::secret::Secret;
-
-/// Offers and what is to be done in, the offers that will do out, best first.
-pub type Select = fn(Vec<Offer>, &RunSpec) -> Result<Vec<Offer>, FailureDetail>;
 
 /// Everything a run needs from outside.
 #[derive(Clone, Copy)]
 pub struct Ports<'a> {
     /// Where to rent.
     pub clouds: &'a Clouds,
-    /// The offers that pass the request's filters, best first.
-    pub select: Select,
     /// Machines not to rent again.
     pub bad_hosts: &'a BadHosts,
     /// The way to rented hosts.

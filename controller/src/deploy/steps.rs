@@ -18,7 +18,7 @@ use crate::broker::{
 };
 use crate::host::{GuardConfig, JobStatus};
 use crate::ledger::{BudgetStatus, RunRecord, random_word};
-use crate::market;
+use crate::market::{self, NothingLeft};
 use crate::run::{
     Brought, FailureDetail, Intent, Pin, RefusedOffer, Rental, RunEvent, RunFailureKind, RunOutcome, RunState,
 };
@@ -80,8 +80,7 @@ impl Driver<'_> {
         for error in &offered.silent {
             (self.on)(DeployEvent::Talk(HostTalk::Note(format!("left out: {error}"))));
         }
-        let selected = (self.ports.select)(offered.offers, &self.run.record().spec)
-            .map_err(|trouble| StepError::End(RunOutcome::Failed { trouble }))?;
+        let selected = self.run.record().spec.select(offered.offers).map_err(|none| no_offer(&none))?.offers;
         let affordable = match self.affordable(&selected)? {
             Affordable::Now(offers) => offers,
             Affordable::Later(least) => return self.wait_for_budget(least).await,
@@ -857,6 +856,10 @@ fn broker_failed(error: &BrokerError) -> RunOutcome {
         _ => None,
     };
     failed(RunFailureKind::Broker, error.to_string(), hint)
+}
+
+fn no_offer(why: &NothingLeft) -> StepError {
+    StepError::End(failed(RunFailureKind::NoOffer, why.to_string(), why.hint().map(str::to_owned)))
 }
 
 /// `dearer` are those for which what was agreed does not pay.

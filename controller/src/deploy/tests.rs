@@ -4,7 +4,7 @@ use std::path::Path;
 
 use outliers_protocol::{Failure, FailureKind, Outcome, files};
 
-use super::fake::{Fake, Fault, nothing, now_ms, open_ledger, spec, wind};
+use super::fake::{Fake, Fault, now_ms, open_ledger, spec, up_to, wind};
 use super::*;
 use crate::broker::BrokerErrorKind;
 use crate::ledger::Ledger;
@@ -34,7 +34,8 @@ pub(super) async fn life(fake: &Fake, home: &Path) -> Life {
                 let world = fake.world.lock().unwrap();
                 (world.budget, world.agreed)
             };
-            ledger.plan(&RunSpec { max_duration_s, budget, agreed, ..spec(&home.join("results")) }).unwrap()
+            let quote = agreed.map(up_to).unwrap_or_default();
+            ledger.plan(&RunSpec { max_duration_s, budget, quote, ..spec(&home.join("results")) }).unwrap()
         }
     };
     let on = |_| {};
@@ -57,7 +58,7 @@ pub(super) fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
     assert!(record.state.is_closed(), "{what}: {:?}", record.state);
     assert_eq!(world.ours().count(), 0, "{what}: an instance is left");
     assert!(world.most_alive <= 1, "{what}: {} instances at once", world.most_alive);
-    if let Some(agreed) = record.spec.agreed {
+    if let Some(agreed) = record.spec.ceiling() {
         assert!(world.kept <= agreed, "{what}: {} were paid, {agreed} were agreed", world.kept);
     }
     if let Some(results) = record.state.results() {
@@ -411,7 +412,7 @@ async fn with(change: impl FnOnce(&mut crate::run::RunSpec), fake: &Fake, home: 
     let ledger = open_ledger(&home.join("state"));
     let mut request = spec(&home.join("results"));
     change(&mut request);
-    fake.set(|world| world.agreed = request.agreed);
+    fake.set(|world| world.agreed = request.ceiling());
     let run = ledger.plan(&request).unwrap();
     Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &|_| {}).drive().await.unwrap()
 }
@@ -508,14 +509,24 @@ async fn a_create_that_is_never_answered_gives_up() {
 #[tokio::test(start_paused = true)]
 async fn no_offer_means_nothing_rented() {
     let (fake, home) = (Fake::new(), home());
-    let ledger = open_ledger(&home.path().join("state"));
-    let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
-    let clouds = fake.clouds();
-    let ports = Ports { select: nothing, ..fake.ports(&clouds) };
-    let record = Driver::new(run, ports, fake.stop.subscribe(), &|_| {}).drive().await.unwrap();
+    let record = with(|spec| spec.request.gpu_filter = Some("A100".into()), &fake, home.path()).await;
     assert_eq!(fake.world.lock().unwrap().creates, 0);
     let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert_eq!(trouble.kind, RunFailureKind::NoOffer);
     assert!(trouble.message.contains("--gpu-filter"));
+}
+
+/// The market's rules hold whenever offers are looked at, not only before the consent.
+#[tokio::test(start_paused = true)]
+async fn an_offer_on_which_the_run_would_be_cut_short_is_not_rented() {
+    let (fake, home) = (Fake::new(), home());
+    // The start alone is estimated to take five minutes.
+    let record = with(|spec| (spec.only_in_time, spec.max_duration_s) = (true, 240), &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "late");
+    assert_eq!(fake.world.lock().unwrap().creates, 0);
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert!(trouble.message.contains("longer than its time limit of 4 min 00 s"), "{}", trouble.message);
+    assert!(trouble.hint.as_ref().is_some_and(|hint| hint.contains("--allow-cut-short")), "{trouble:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -552,7 +563,7 @@ async fn what_was_agreed_bounds_every_offer_that_is_tried() {
             world.sold_out = vec!["a".into()];
             world.endless = true;
         });
-        let record = with(|spec| spec.agreed = Some(AGREED), &fake, home.path()).await;
+        let record = with(|spec| spec.quote = up_to(AGREED), &fake, home.path()).await;
         closed_and_clean(&fake, &record, "dearer");
         let cost = record.cost(now_ms());
         if rented {
@@ -572,7 +583,7 @@ async fn a_bill_above_the_offer_is_not_kept_unless_what_was_agreed_covers_it() {
         let (fake, home) = (Fake::new(), home());
         fake.set(|world| world.price_on_arrival = Some(UsdPerHour::from_dollars(1.05)));
         let agreed = Usd::from_dollars(agreed);
-        let record = with(|spec| spec.agreed = Some(agreed), &fake, home.path()).await;
+        let record = with(|spec| spec.quote = up_to(agreed), &fake, home.path()).await;
         closed_and_clean(&fake, &record, "bill");
         assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
         assert_eq!(fake.world.lock().unwrap().creates, creates, "{agreed}");
@@ -589,7 +600,7 @@ async fn a_price_that_rises_between_look_and_create_is_not_paid() {
             world.endless = true;
             world.armed = vec![(at, Fault::PriceRises)];
         });
-        let record = with(|spec| spec.agreed = Some(AGREED), &fake, home.path()).await;
+        let record = with(|spec| spec.quote = up_to(AGREED), &fake, home.path()).await;
         closed_and_clean(&fake, &record, "it rose");
         assert!(record.cost(now_ms()) <= AGREED, "{}", record.cost(now_ms()));
     }
@@ -598,8 +609,7 @@ async fn a_price_that_rises_between_look_and_create_is_not_paid() {
 #[tokio::test(start_paused = true)]
 async fn a_budget_of_what_is_shown_is_enough() {
     let (fake, home) = (Fake::new(), home());
-    let budget = Some(AGREED);
-    let record = with(|spec| (spec.budget, spec.agreed) = (budget, budget), &fake, home.path()).await;
+    let record = with(|spec| (spec.budget, spec.quote) = (Some(AGREED), up_to(AGREED)), &fake, home.path()).await;
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
 }
 
@@ -630,7 +640,7 @@ async fn told_while_it_runs(spec: RunSpec, after: impl FnOnce(&mut super::fake::
 async fn a_price_that_the_host_wants_to_raise_is_told_once_and_not_agreed_to() {
     let home = home();
     let rise = |world: &mut super::fake::World| world.rise = Some("$2.00/h".into());
-    let (record, told) = told_while_it_runs(RunSpec { agreed: Some(AGREED), ..spec(home.path()) }, rise).await;
+    let (record, told) = told_while_it_runs(RunSpec { quote: up_to(AGREED), ..spec(home.path()) }, rise).await;
     assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline), "it goes on at the old price");
     assert_eq!(told, ["the host of i1 asks for $2.00/h; it is not agreed to"]);
 }
@@ -639,7 +649,7 @@ async fn a_price_that_the_host_wants_to_raise_is_told_once_and_not_agreed_to() {
 async fn a_bill_that_rises_during_the_run_ends_it_and_brings_home_what_there_is() {
     let home = home();
     let bill = |world: &mut super::fake::World| world.bill(UsdPerHour::from_dollars(1.2));
-    let (record, _) = told_while_it_runs(RunSpec { agreed: Some(AGREED), ..spec(home.path()) }, bill).await;
+    let (record, _) = told_while_it_runs(RunSpec { quote: up_to(AGREED), ..spec(home.path()) }, bill).await;
     let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert!(trouble.kind == RunFailureKind::Budget && trouble.message.contains("$1.20/h"), "{trouble:?}");
     assert!(record.state.results().is_some() && record.state.is_closed());
@@ -1204,7 +1214,7 @@ async fn with_no_room(
     fake.timeouts = Timeouts::CLOUD;
     let ledger = open_ledger(&home.path().join("state"));
     std::fs::write(home.path().join("results"), "in the way").unwrap();
-    let run = ledger.plan(&RunSpec { agreed: Some(AGREED), ..spec(&home.path().join("results")) }).unwrap();
+    let run = ledger.plan(&RunSpec { quote: up_to(AGREED), ..spec(&home.path().join("results")) }).unwrap();
     let beside = run.folder().join(format!("owner--model-{}.part", run.record().id));
     std::fs::write(beside, "in the way").unwrap();
     let told = std::sync::Mutex::new(Vec::new());

@@ -7,15 +7,16 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::{StreamExt, stream};
-use outliers::broker::{GpuRequest, Offer, SshEndpoint};
+use outliers::broker::{GpuRequest, SshEndpoint};
 use outliers::clouds::{BadHosts, Clouds, Timeouts};
 use outliers::deploy::{DeployEvent, Driver, HostTalk, Ports, SshHosts, Stop};
 use outliers::estimate::Work;
 use outliers::keys::RunKey;
 use outliers::ledger::{Ledger, RunRecord};
 use outliers::local_worker::{InspectScope, LocalWorker};
+use outliers::market::Quote;
 use outliers::output;
-use outliers::run::{FailureDetail, GuardTimeouts, RunOutcome, RunSpec};
+use outliers::run::{GuardTimeouts, RunOutcome, RunSpec};
 use outliers::transport::TransportErrorKind as Kind;
 use outliers::transport::ssh::SshTransport;
 use outliers::units::Bytes;
@@ -234,7 +235,6 @@ async fn drive(
     let clouds = Clouds::from(vec![cloud]);
     let ports = Ports {
         clouds: &clouds,
-        select: all,
         bad_hosts: &bad_hosts,
         hosts: &hosts,
         secrets: &[],
@@ -242,10 +242,6 @@ async fn drive(
     };
     let stop = tokio::sync::watch::Sender::new(Stop::Go);
     Driver::new(run, ports, stop.subscribe(), &on).drive().await.map_err(|error| error.to_string())
-}
-
-fn all(offers: Vec<Offer>, _spec: &RunSpec) -> Result<Vec<Offer>, FailureDetail> {
-    Ok(offers)
 }
 
 /// A run of the small fixture, its model uploaded.
@@ -272,7 +268,7 @@ async fn spec(results: &Path) -> RunSpec {
         max_duration_s: 600,
         watch: GuardTimeouts { lease_s: 600, unclaimed_s: 600 },
         budget: None,
-        agreed: None,
+        quote: Quote::default(),
         only_in_time: false,
         results: text(results.to_owned()),
         output,

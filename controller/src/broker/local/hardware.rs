@@ -104,6 +104,7 @@ impl Hardware {
         };
         let price = CORE_PRICE * i64::from(self.cores) + GPU_PRICE * i64::from(gpu_count);
         let offer = Offer {
+            is_local: true,
             cpu_ram: self.ram,
             cpu_cores: Some(self.cores),
             disk: self.disk,
@@ -174,6 +175,7 @@ mod tests {
         let offers = machine("").offers();
         let [offer] = &offers[..] else { panic!("{offers:?}") };
         assert_eq!((offer.gpu_count, offer.gpu.as_deref(), offer.cpu_cores), (0, None, Some(8)));
+        assert!(offer.is_local);
         assert_eq!(offer.price, UsdPerHour::from_dollars(0.08));
     }
 

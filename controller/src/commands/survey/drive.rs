@@ -82,7 +82,7 @@ impl Session<'_> {
                 }
                 Todo::Run(prepared) => {
                     let estimate = estimate(&prepared).and_then(|estimate| estimate.cost);
-                    (Begin::Anew(Box::new(prepared.spec)), estimate)
+                    (Begin::Anew(Box::new(prepared.signed())), estimate)
                 }
             };
             let job = &model.identity.job;

@@ -24,7 +24,7 @@ use crate::units::{Usd, figure};
 
 /// What the first offer takes.
 pub(super) fn estimate(prepared: &Prepared) -> Option<Estimate> {
-    prepared.offers.first().map(|offer| prepared.spec.work.on(offer))
+    prepared.quote.offers.first().map(|offer| prepared.spec.work.on(offer))
 }
 
 /// What would be done for a model.
@@ -110,8 +110,8 @@ impl Session<'_> {
                 to_do,
                 problem: problem.map(|problem| in_words(&problem.cli_error)),
                 spec: prepared.map(|prepared| &prepared.spec),
-                offer: prepared.and_then(|prepared| prepared.offers.first()),
-                offers: prepared.map_or(0, |prepared| prepared.offers.len()),
+                offer: prepared.and_then(|prepared| prepared.quote.offers.first()),
+                offers: prepared.map_or(0, |prepared| prepared.quote.offers.len()),
                 estimate,
                 at_most: prepared.map(Prepared::at_most),
             }
