@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use super::deploy::{Deployed, tell};
-use super::drive::drive;
+use super::deploy::tell;
+use super::drive::{Deployed, drive};
 use super::prepare::{secrets, writable};
 use super::{Context, ports};
 use crate::clouds::BadHosts;

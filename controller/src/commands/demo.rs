@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use outliers_protocol::Results;
 use serde::{Deserialize, Serialize};
 
-use super::deploy::{Deployed, deploy, tell};
+use super::deploy::{deploy, tell};
+use super::drive::Deployed;
 use super::{Context, SCHEMA};
 use crate::broker::{Instance, local};
 use crate::cli::{DemoArgs, DeployArgs, JobArgs, ModelArgs, WantArgs};

@@ -2,11 +2,10 @@
 
 use std::path::Path;
 
-use outliers_protocol::{Inspection, JobSpec, Metadata, Results, WeightVerification, files};
+use outliers_protocol::{Inspection, JobSpec};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 
-use super::drive::drive_as;
+use super::drive::{Deployed, drive_as};
 use super::instances::LISTS;
 use super::prepare::{Prepared, RunRequest, consent, identity, prepare, room, secrets, writable};
 use super::{Context, SCHEMA, ports, request};
@@ -15,7 +14,6 @@ use crate::calendar::rfc3339;
 use crate::cli::DeployArgs;
 use crate::clouds::{BadHosts, Clouds};
 use crate::deploy::{JobIdentity, Ports, recover};
-use crate::files::{MOST, read_small};
 use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
 use crate::market::Quote;
 use crate::reconcile::Action;
@@ -24,57 +22,6 @@ use crate::report::{CliError, ExitStatus, Reporter, tables};
 use crate::run::{RunOutcome, RunSpec};
 use crate::settings::{DefaultBroker, Span};
 use crate::units::{Usd, UsdPerHour};
-
-/// What a deploy came to.
-#[derive(Debug, Serialize)]
-pub struct Deployed {
-    /// Document version.
-    pub schema: u32,
-    /// The run, with all that happened.
-    pub run: RunRecord,
-    /// What it cost, in millionths of a dollar.
-    pub cost_micro_usd: i64,
-    /// What the program ends with.
-    pub exit_status: u8,
-    /// What the worker counted, where it got so far.
-    pub results: Option<Results>,
-    /// Which weight files were compared with the hashes that the hub lists.
-    pub weight_verification: Option<WeightVerification>,
-}
-
-impl Deployed {
-    /// From a run that is at rest.
-    pub fn of(run: RunRecord) -> Self {
-        let folder = run.state.results().filter(|results| results.complete).map(|results| Path::new(&results.folder));
-        let results = folder.and_then(|folder| document(&folder.join(files::RESULTS)));
-        let metadata: Option<Metadata> = folder.and_then(|folder| document(&folder.join(files::METADATA)));
-        Self {
-            schema: SCHEMA,
-            cost_micro_usd: run.cost(now_ms()).micros(),
-            exit_status: ExitStatus::of_run(&run.state).number(),
-            results,
-            weight_verification: metadata.and_then(|metadata| metadata.model.weight_verification),
-            run,
-        }
-    }
-
-    /// The table of its results; empty without any.
-    pub fn table(&self) -> String {
-        let verification = self.weight_verification.as_ref();
-        let table = |results| tables::results(&self.run.spec.model, results, verification);
-        self.results.as_ref().map(table).unwrap_or_default()
-    }
-
-    /// What the program ends with.
-    pub fn status(&self) -> ExitStatus {
-        ExitStatus::of_run(&self.run.state)
-    }
-}
-
-/// A document among the results, if it is there and can be read.
-fn document<T: DeserializeOwned>(path: &Path) -> Option<T> {
-    serde_json::from_slice(&read_small(path, MOST).ok()?).ok()
-}
 
 /// What a deploy would do.
 #[derive(Debug, Serialize)]

@@ -1,16 +1,72 @@
 //! Runs are driven while signals are listened to: one listener for all of them.
 
+use std::path::Path;
 use std::time::Duration;
 
+use outliers_protocol::{Metadata, Results, WeightVerification, files};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
-use super::deploy::Deployed;
+use super::SCHEMA;
 use crate::calendar::rfc3339;
 use crate::deploy::{DeployEvent, Driver, Ports, Stop};
-use crate::ledger::{RunRecord, RunWriter};
-use crate::report::{CliError, ExitStatus, Reporter};
+use crate::files::{MOST, read_small};
+use crate::ledger::{RunRecord, RunWriter, now_ms};
+use crate::report::{CliError, ExitStatus, Reporter, tables};
 use crate::settings::Span;
+
+/// What a deploy came to.
+#[derive(Debug, Serialize)]
+pub(super) struct Deployed {
+    /// Document version.
+    pub(super) schema: u32,
+    /// The run, with all that happened.
+    pub(super) run: RunRecord,
+    /// What it cost, in millionths of a dollar.
+    pub(super) cost_micro_usd: i64,
+    /// What the program ends with.
+    pub(super) exit_status: u8,
+    /// What the worker counted, where it got so far.
+    pub(super) results: Option<Results>,
+    /// Which weight files were compared with the hashes that the hub lists.
+    pub(super) weight_verification: Option<WeightVerification>,
+}
+
+impl Deployed {
+    /// From a run that is at rest.
+    pub(super) fn of(run: RunRecord) -> Self {
+        let folder = run.state.results().filter(|results| results.complete).map(|results| Path::new(&results.folder));
+        let results = folder.and_then(|folder| document(&folder.join(files::RESULTS)));
+        let metadata: Option<Metadata> = folder.and_then(|folder| document(&folder.join(files::METADATA)));
+        Self {
+            schema: SCHEMA,
+            cost_micro_usd: run.cost(now_ms()).micros(),
+            exit_status: ExitStatus::of_run(&run.state).number(),
+            results,
+            weight_verification: metadata.and_then(|metadata| metadata.model.weight_verification),
+            run,
+        }
+    }
+
+    /// The table of its results; empty without any.
+    pub(super) fn table(&self) -> String {
+        let verification = self.weight_verification.as_ref();
+        let table = |results| tables::results(&self.run.spec.model, results, verification);
+        self.results.as_ref().map(table).unwrap_or_default()
+    }
+
+    /// What the program ends with.
+    pub(super) fn status(&self) -> ExitStatus {
+        ExitStatus::of_run(&self.run.state)
+    }
+}
+
+/// A document among the results, if it is there and can be read.
+fn document<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&read_small(path, MOST).ok()?).ok()
+}
 
 /// Drives a run to its end, listening for Ctrl-C.
 ///

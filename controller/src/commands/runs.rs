@@ -6,7 +6,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::deploy::Deployed;
+use super::drive::Deployed;
 use super::{Context, SCHEMA, ports};
 use crate::cli::RunsCommand;
 use crate::clouds::{BadHosts, Clouds};

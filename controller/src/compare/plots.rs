@@ -9,6 +9,7 @@ use super::plot::{Axis, AxisKind, Colour, Group, Mark, Plot, Point, points};
 use super::published::{PublishedRow, PublishedTable};
 
 mod cost;
+mod heat;
 mod model;
 mod residual;
 mod trajectory;

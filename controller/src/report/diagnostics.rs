@@ -5,7 +5,7 @@ use outliers_protocol::{
     Results, RouterSummary, SpikeLife, SuperExperts,
 };
 
-use super::tables::{number, table, text};
+use super::table::{number, table, text};
 use crate::text::clean;
 use crate::units::figure;
 

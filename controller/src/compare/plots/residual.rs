@@ -2,7 +2,7 @@
 
 use outliers_protocol::{MAPPED_DIMS, MAPPED_POSITIONS, MappedDim, Results};
 
-use super::model::Heat;
+use super::heat::Heat;
 use crate::compare::plot::{Plot, heat};
 
 /// Dimension x token after the layer with the largest sinks. `None` unless residual sinks were
