@@ -95,7 +95,7 @@ static RULES: [Rule; 14] = [
         filter: Filter::Maker,
         option: "NVIDIA only",
         typed: |option, _| Some(option.to_owned()),
-        fit: |offer, _| Fit::of(offer.gpu_raw.as_deref().is_none_or(gpu::is_nvidia)),
+        fit: |offer, _| Fit::lacks(offer.gpu_raw.as_deref().is_some_and(|raw| !gpu::is_nvidia(raw))),
         instead: None,
         reason: |removed| format!("the GPUs are {}", removed.names()),
     },
@@ -103,7 +103,7 @@ static RULES: [Rule; 14] = [
         filter: Filter::Processor,
         option: "x86-64 only",
         typed: |option, _| Some(option.to_owned()),
-        fit: |offer, _| Fit::of(!offer.arm),
+        fit: |offer, _| Fit::lacks(offer.arm),
         instead: None,
         reason: |removed| format!("beside {} is an ARM processor", removed.names()),
     },
@@ -114,8 +114,9 @@ static RULES: [Rule; 14] = [
         // Of this machine's GPUs the worker itself says whether it can use them. A new model may
         // be in no table.
         fit: |offer, want| match offer.capability {
-            _ if want.gpu_count == Some(0) || offer.is_local => Fit::Passes,
-            Some(has) if has < gpu::LEAST_CAPABILITY => Fit::Fails(u64::from(gpu::LEAST_CAPABILITY - has)),
+            Some(has) if want.gpu_count != Some(0) && !offer.is_local => {
+                Fit::lacks(gpu::LEAST_CAPABILITY.saturating_sub(has))
+            }
             _ => Fit::Passes,
         },
         instead: None,
@@ -125,7 +126,7 @@ static RULES: [Rule; 14] = [
         filter: Filter::Spot,
         option: "--spot",
         typed: |option, want| (!want.spot).then(|| format!("no {option} (the default)")),
-        fit: |offer, want| Fit::of(want.spot || !offer.spot),
+        fit: |offer, want| Fit::lacks(offer.spot && !want.spot),
         instead: Some(|option, _| Some(option.to_owned())),
         reason: |_| "the cloud may take them back at any time".to_owned(),
     },
@@ -134,7 +135,7 @@ static RULES: [Rule; 14] = [
         option: "--gpu-filter",
         typed: |option, want| Some(format!("{option} {}", wanted_text(&want.gpu_filter)?)),
         fit: |offer, want| match wanted_text(&want.gpu_filter) {
-            Some(filter) if !is_named(offer, filter) => Fit::Fails(u64::from(offer.gpu_count == 0)),
+            Some(filter) if !is_named(offer, filter) => Fit::lacks(1 + u32::from(offer.gpu_count == 0)),
             _ => Fit::Passes,
         },
         instead: Some(|option, offer| Some(format!("{option} {}", offer.gpu.as_ref()?))),
@@ -151,8 +152,7 @@ static RULES: [Rule; 14] = [
         fit: |offer, want| match want.gpu_count {
             Some(0) => Fit::Passes,
             None if offer.is_local => Fit::Passes,
-            count if offer.gpu_count == count.unwrap_or(1) => Fit::Passes,
-            count => Fit::Fails(u64::from(offer.gpu_count.abs_diff(count.unwrap_or(1)))),
+            count => Fit::lacks(offer.gpu_count.abs_diff(count.unwrap_or(1))),
         },
         instead: Some(|option, offer| Some(format!("{option} {}", offer.gpu_count))),
         reason: |removed| removed.no_gpu().unwrap_or_else(|| format!("the nearest has {}", removed.nearest.gpu_count)),
@@ -208,23 +208,20 @@ static RULES: [Rule; 14] = [
         filter: Filter::Region,
         option: "--region",
         typed: |option, want| Some(format!("{option} {}", wanted_text(&want.region)?)),
-        fit: |offer, want| match (&offer.region, wanted_text(&want.region)) {
-            (_, None) => Fit::Passes,
-            (None, Some(_)) => Fit::Unknown,
-            (Some(has), Some(wanted)) => Fit::of(is_in(has, wanted)),
+        fit: |offer, want| {
+            Fit::told(offer.region.as_deref(), wanted_text(&want.region), |has, wanted| !is_in(has, wanted))
         },
         instead: Some(|option, offer| Some(format!("{option} {}", offer.region.as_ref()?))),
-        reason: |removed| format!("the regions are {}", removed.regions()),
+        reason: |removed| {
+            let regions = removed.offers.iter().map(|offer| offer.region.as_deref().unwrap_or("not told"));
+            format!("the regions are {}", some_of(regions))
+        },
     },
     Rule {
         filter: Filter::Tier,
         option: "--secure or --community",
         typed: |_, want| Some(format!("--{}", want.tier?)),
-        fit: |offer, want| match (offer.tier, want.tier) {
-            (_, None) => Fit::Passes,
-            (None, Some(_)) => Fit::Unknown,
-            (Some(has), Some(wanted)) => Fit::of(has == wanted),
-        },
+        fit: |offer, want| Fit::told(offer.tier, want.tier, |has, wanted| has != wanted),
         instead: Some(|_, offer| Some(format!("--{}", offer.tier?))),
         reason: |_| "the others are of the other kind, or do not say".to_owned(),
     },
@@ -232,9 +229,9 @@ static RULES: [Rule; 14] = [
         filter: Filter::MaxPrice,
         option: "--max-price",
         typed: |option, want| Some(format!("{option} {}", want.max_price?.0.dollars())),
-        fit: |offer, want| match want.max_price {
-            Some(max) if offer.price > max => Fit::Fails(offer.price.0.micros().unsigned_abs()),
-            _ => Fit::Passes,
+        fit: |offer, want| {
+            let above = |max: UsdPerHour| offer.price.0.micros().saturating_sub(max.0.micros()).max(0);
+            Fit::lacks(want.max_price.map_or(0, above).unsigned_abs())
         },
         instead: Some(|option, offer| Some(format!("{option} {}", rounded_up(offer.price)))),
         reason: |removed| format!("the cheapest is {}", removed.nearest.price),
@@ -257,36 +254,36 @@ impl Rule {
 }
 
 impl Fit {
-    fn of(passes: bool) -> Self {
-        if passes { Self::Passes } else { Self::Fails(0) }
+    /// It passes where nothing is lacking.
+    fn lacks(distance: impl Into<u64>) -> Self {
+        match distance.into() {
+            0 => Self::Passes,
+            distance => Self::Fails(distance),
+        }
+    }
+
+    /// By what the offer says it has, where anything is wanted.
+    fn told<H, W, D: Into<u64>>(has: Option<H>, wanted: Option<W>, distance: impl Fn(H, W) -> D) -> Self {
+        match (has, wanted) {
+            (_, None) => Self::Passes,
+            (None, Some(_)) => Self::Unknown,
+            (Some(has), Some(wanted)) => Self::lacks(distance(has, wanted)),
+        }
     }
 
     fn memory(has: Option<Bytes>, min: Option<Bytes>) -> Self {
-        Self::figure(has.map(|has| has.0), min.map_or(0, |min| min.0))
+        Self::told(has, min.filter(|min| min.0 > 0), |has, min| min.0.saturating_sub(has.0))
     }
 
     fn cuda(max: Option<CudaVersion>, min: Option<CudaVersion>) -> Self {
         let figure = |version: CudaVersion| u64::from(version.major) << 32 | u64::from(version.minor);
-        Self::figure(max.map(figure), min.map_or(0, figure))
-    }
-
-    fn figure(has: Option<u64>, min: u64) -> Self {
-        match has {
-            _ if min == 0 => Self::Passes,
-            None => Self::Unknown,
-            Some(has) if has < min => Self::Fails(min - has),
-            Some(_) => Self::Passes,
-        }
+        Self::told(max, min, |max, min| figure(min).saturating_sub(figure(max)))
     }
 }
 
 impl Removed<'_> {
     fn names(&self) -> String {
         some_of(self.offers.iter().filter_map(|offer| offer.gpu.as_deref()))
-    }
-
-    fn regions(&self) -> String {
-        some_of(self.offers.iter().map(|offer| offer.region.as_deref().unwrap_or("not told")))
     }
 
     /// That none of them has a GPU, if that is so.
