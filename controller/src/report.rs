@@ -316,11 +316,6 @@ impl Reporter {
         self.measure(&format!("{done} of {all} done"), done as u64, all as u64, detail);
     }
 
-    /// Whether programs read standard output.
-    pub fn is_json(&self) -> bool {
-        self.json
-    }
-
     /// Prints what a command is for: the document to programs, the text to people.
     pub fn result<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
         self.done();

@@ -140,13 +140,7 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
 async fn drive(cloud: &Arc<SshdCloud>, run: RunWriter, timeouts: Timeouts) -> RunRecord {
     let (hosts, bad_hosts) = (SshHosts::new(worker(), Bytes::from_gib(1), Bytes::from_gib(1)), BadHosts::default());
     let clouds = Clouds::from(vec![Cloud { broker: cloud.clone(), timeouts, is_local: false }]);
-    let ports = Ports {
-        clouds: &clouds,
-        bad_hosts: &bad_hosts,
-        hosts: &hosts,
-        secrets: &[],
-        start_throttle: None,
-    };
+    let ports = Ports { clouds: &clouds, bad_hosts: &bad_hosts, hosts: &hosts, secrets: &[], start_throttle: None };
     let stop = tokio::sync::watch::Sender::new(Stop::Go);
     let record = Driver::new(run, ports, stop.subscribe(), &|_| {}).drive().await.unwrap();
     assert!(record.state.is_closed(), "{:?}", record.state);

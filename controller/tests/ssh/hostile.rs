@@ -233,13 +233,7 @@ async fn drive(
     let (hosts, bad_hosts) = (SshHosts::new(program, Bytes::from_gib(1), Bytes::from_gib(1)), BadHosts::default());
     let cloud = outliers::clouds::Cloud { broker: cloud.clone(), timeouts, is_local: false };
     let clouds = Clouds::from(vec![cloud]);
-    let ports = Ports {
-        clouds: &clouds,
-        bad_hosts: &bad_hosts,
-        hosts: &hosts,
-        secrets: &[],
-        start_throttle: None,
-    };
+    let ports = Ports { clouds: &clouds, bad_hosts: &bad_hosts, hosts: &hosts, secrets: &[], start_throttle: None };
     let stop = tokio::sync::watch::Sender::new(Stop::Go);
     Driver::new(run, ports, stop.subscribe(), &on).drive().await.map_err(|error| error.to_string())
 }
