@@ -59,7 +59,7 @@ impl fmt::Display for Tier {
 }
 
 /// Something that can be rented.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Offer {
     /// Name of the broker.
     pub broker: String,
@@ -73,17 +73,14 @@ pub struct Offer {
     /// The name the cloud gave.
     pub gpu_raw: Option<String>,
     /// How the GPUs sit in the host, where that name tells it.
-    #[serde(default)]
     pub form: Option<Form>,
     /// Number of GPUs.
     pub gpu_count: u32,
     /// Memory of each GPU, as it is sold: 80 GiB for a card that reports 79.2.
     pub vram: Option<Bytes>,
     /// Memory of each GPU, as the cloud reports it.
-    #[serde(default)]
     pub vram_reported: Option<Bytes>,
     /// Compute capability of the GPUs times ten (80 for 8.0): the cloud's figure where it has one, else the model's.
-    #[serde(default)]
     pub capability: Option<u32>,
     /// The host's processor is ARM's, on which no program for x86-64 runs.
     #[serde(default)]
@@ -99,48 +96,22 @@ pub struct Offer {
     /// Region or data centre.
     pub region: Option<String>,
     /// Who owns the host.
-    #[serde(default)]
     pub tier: Option<Tier>,
     /// The cloud may take it back at any time.
     #[serde(default)]
     pub spot: bool,
     /// Newest CUDA version the host's driver serves.
-    #[serde(default)]
     pub max_cuda: Option<CudaVersion>,
     /// What it downloads per second, where the cloud measures that.
-    #[serde(default)]
     pub download: Option<Bytes>,
     /// The cloud's name for the very machine, where offers name one: a bad one is not taken twice.
-    #[serde(default)]
     pub machine: Option<String>,
 }
 
 impl Offer {
     /// An offer of which nothing is known but this.
     pub fn new(broker: &str, key: String, gpu_count: u32, price: UsdPerHour) -> Self {
-        Self {
-            broker: broker.to_owned(),
-            is_local: false,
-            key,
-            gpu: None,
-            gpu_raw: None,
-            form: None,
-            gpu_count,
-            vram: None,
-            vram_reported: None,
-            capability: None,
-            arm: false,
-            cpu_ram: None,
-            cpu_cores: None,
-            disk: None,
-            price,
-            region: None,
-            tier: None,
-            spot: false,
-            max_cuda: None,
-            download: None,
-            machine: None,
-        }
+        Self { broker: broker.to_owned(), key, gpu_count, price, ..Self::default() }
     }
 
     /// Sets the GPUs' raw name and, where the cloud says, the memory of each.

@@ -95,11 +95,6 @@ pub struct Membership {
 }
 
 impl RunSpec {
-    /// What must not be exceeded by this run, whatever its instances bill.
-    pub fn ceiling(&self) -> Option<Usd> {
-        self.quote.ceiling
-    }
-
     /// Of these offers those that it may rent, best first.
     ///
     /// # Errors
@@ -117,13 +112,13 @@ impl RunSpec {
     /// What an instance of this offer may bill at most; one that bills more is not kept.
     pub fn highest_price(&self, offer: &Offer) -> UsdPerHour {
         let slack = || UsdPerHour::from_dollars(offer.price.0.dollars() * PRICE_SLACK);
-        if self.ceiling().is_some() { offer.price } else { self.request.max_price.unwrap_or_else(slack) }
+        if self.quote.ceiling.is_some() { offer.price } else { self.request.max_price.unwrap_or_else(slack) }
     }
 
     /// How long an instance of this offer may exist: until the time limit, or for as long as what was agreed lasts of which `spent`
     /// is gone.
     pub fn time_on(&self, offer: &Offer, spent: Usd) -> Duration {
-        let lasts = self.ceiling().and_then(|agreed| offer.price.time(agreed - spent));
+        let lasts = self.quote.ceiling.and_then(|agreed| offer.price.time(agreed - spent));
         lasts.map_or(self.limit(), |lasts| lasts.min(self.limit()))
     }
 

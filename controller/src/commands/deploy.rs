@@ -171,7 +171,7 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
     let at_most = prepared.at_most();
     let run = ledger.plan(&prepared.signed())?;
     reporter.say(&format!("Run {}", run.record().id));
-    if run.record().spec.ceiling().is_some() {
+    if run.record().spec.quote.ceiling.is_some() {
         reporter.say(&format!("It costs at most {at_most}"));
     }
     drive_as(reporter, run, ports, args.detach).await.map(Some)

@@ -131,7 +131,7 @@ impl Driver<'_> {
     fn affordable(&self, selected: &[Offer]) -> Result<Affordable, StepError> {
         let (record, spent) = (self.run.record(), self.run.record().spent_before());
         let within: Vec<Offer> = selected.iter().filter(|offer| record.spec.pays_for(offer, spent)).cloned().collect();
-        if let (Some(agreed), true, Some(first)) = (record.spec.ceiling(), within.is_empty(), selected.first()) {
+        if let (Some(agreed), true, Some(first)) = (record.spec.quote.ceiling, within.is_empty(), selected.first()) {
             let message = format!(
                 "{} of {agreed} that were agreed are left, and the first offer is {}",
                 agreed - spent,
@@ -263,7 +263,7 @@ impl Driver<'_> {
         // More than the offer is no more than was agreed where a budget was, or the offers before were dearer.
         let in_all = record.at_price(price);
         let extra = in_all - record.at_price(offer.price);
-        let covered = spec.ceiling().is_some_and(|agreed| in_all <= agreed) && cap.is_none_or(|cap| price <= cap);
+        let covered = spec.quote.ceiling.is_some_and(|agreed| in_all <= agreed) && cap.is_none_or(|cap| price <= cap);
         if covered && self.run.budget_status()?.is_none_or(|budget_status| extra <= budget_status.left) {
             return Ok(None);
         }

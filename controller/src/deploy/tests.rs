@@ -58,7 +58,7 @@ pub(super) fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
     assert!(record.state.is_closed(), "{what}: {:?}", record.state);
     assert_eq!(world.ours().count(), 0, "{what}: an instance is left");
     assert!(world.most_alive <= 1, "{what}: {} instances at once", world.most_alive);
-    if let Some(agreed) = record.spec.ceiling() {
+    if let Some(agreed) = record.spec.quote.ceiling {
         assert!(world.kept <= agreed, "{what}: {} were paid, {agreed} were agreed", world.kept);
     }
     if let Some(results) = record.state.results() {
@@ -412,7 +412,7 @@ async fn with(change: impl FnOnce(&mut crate::run::RunSpec), fake: &Fake, home: 
     let ledger = open_ledger(&home.join("state"));
     let mut request = spec(&home.join("results"));
     change(&mut request);
-    fake.set(|world| world.agreed = request.ceiling());
+    fake.set(|world| world.agreed = request.quote.ceiling);
     let run = ledger.plan(&request).unwrap();
     Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &|_| {}).drive().await.unwrap()
 }

@@ -17,6 +17,7 @@ pub async fn are_in_our_units(cloud: &FakeCloud) {
         let offers = offers(cloud, stock, false).await;
         let offer = find(&offers, stock).unwrap_or_else(|| panic!("{stock:?} is offered: {offers:?}"));
         assert_eq!(offer.broker, cloud.dialect().cloud().name);
+        assert!(!offer.is_local, "{offer:?}");
         assert_eq!(offer.vram, Some(Bytes::from_gib(stock.gpu.sold_gib())), "as it is sold: {offer:?}");
         assert!(offer.vram_reported.is_none_or(|reported| Some(reported) <= offer.vram), "{offer:?}");
         assert_about(offer.cpu_ram, stock.ram_gib, "memory of the host", offer);
