@@ -3,11 +3,11 @@
 //! What was typed ([`cli`]), what it means ([`settings`]), what it does ([`commands`]). A run's
 //! life is a pure state machine ([`run`]), recorded event by event ([`ledger`]), driven by one
 //! loop ([`deploy`]) and compared with the clouds' lists ([`reconcile`]). [`clouds`] are
-//! [`broker`]s side by side, reached over [`http`] and chosen from through [`market`]; a rented
-//! machine is a [`host`], spoken to over a [`transport`]. Everything that happens is an event;
-//! [`report`] makes sentences of them. A [`survey`] is many runs at once; where everything stands
-//! ([`status`]) is told as a table, or as a document for whoever carries on ([`handoff`]). What
-//! came home is put side by side by [`compare`].
+//! [`broker`]s side by side, reached over [`http`]; what they [`offer`] is chosen from through
+//! [`market`]; a rented machine is a [`host`], spoken to over a [`transport`]. Everything that
+//! happens is an event; [`report`] makes sentences of them. A [`survey`] is many runs at once;
+//! where everything stands ([`status`]) is told as a table, or as a document for whoever carries on
+//! ([`handoff`]). What came home is put side by side by [`compare`].
 
 pub mod broker;
 pub mod broker_error;
