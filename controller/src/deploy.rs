@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use crate::broker::{InstanceId, Offer};
 use crate::clouds::{Cloud, Timeouts};
 use crate::files;
+use crate::host::HostEvent;
 use crate::ledger::{LedgerError, Meter, RUN_FILE, RunRecord, RunWriter};
 use crate::local_worker::corpus_files;
 use crate::run::{FailureDetail, Intent, RunEvent, RunFailureKind, RunOutcome, RunState};
@@ -37,7 +38,7 @@ mod terminate;
 mod tests;
 
 pub use collect::{holds, slug};
-pub use ports::{Host, HostError, HostTalk, Hosts, Listener, Ports};
+pub use ports::{Host, Hosts, Ports};
 pub use recover::{Looked, Target, carry_out, end, look, recover, release};
 pub use ssh::{SshHosts, read_cursor};
 pub use start_throttle::StartThrottle;
@@ -87,10 +88,10 @@ pub enum DeployEvent {
     Settling,
     /// The instance is not ready yet.
     Booting,
-    /// What the host is.
-    Host(String),
     /// Something on the host.
-    Talk(HostTalk),
+    Host(HostEvent),
+    /// Something about the run.
+    Note(RunNote),
     /// An instance is told to go.
     Terminating(InstanceId),
     /// Its cloud does not let it go.
@@ -106,6 +107,59 @@ pub enum DeployEvent {
     },
     /// A person asked to stop.
     Stopping(Stop),
+}
+
+/// What people should know of a run, and nothing else depends on.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RunNote {
+    /// A cloud's offers are left out, since it does not answer.
+    LeftOut {
+        /// Which, and what is wrong.
+        why: String,
+    },
+    /// Runs under way have reserved the rest of the budget: it waits until so much is free.
+    BudgetReserved(Usd),
+    /// Its worker waits for its turn beside others that read from the hub.
+    TurnAwaited {
+        /// How long.
+        wait: Duration,
+        /// Time between the starts of two workers.
+        apart: Duration,
+    },
+    /// The cloud has the instance in a queue.
+    Queued {
+        /// In the cloud's words.
+        why: String,
+    },
+    /// The instance's host wants a higher price, to which nothing agrees.
+    PriceRise {
+        /// The instance.
+        instance: InstanceId,
+        /// The price it asks for, in words.
+        asked: String,
+    },
+    /// The guard on the instance was not told that somebody looks after it.
+    GuardUnreachable {
+        /// What is wrong.
+        why: String,
+    },
+    /// The worker died, and is started again.
+    WorkerRestarted {
+        /// Its exit status; `None`: it was killed.
+        exit: Option<i32>,
+    },
+    /// It was not started again.
+    NotRestarted {
+        /// What is wrong.
+        why: String,
+    },
+    /// The results cannot be saved, and the instance ends with them.
+    FilesLost {
+        /// The run.
+        run: String,
+        /// Where they lie.
+        instance: InstanceId,
+    },
 }
 
 /// An instance that bills on although it was told to go.

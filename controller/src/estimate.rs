@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::gpu;
 use crate::offer::Offer;
-use crate::units::{Bytes, Span, Usd, UsdPerHour, operations};
+use crate::units::{Bytes, Usd, UsdPerHour};
 
 /// From the create call to the first weight byte on a cloud: booting, SSH, the worker's upload.
 const START: Duration = Duration::from_secs(5 * 60);
@@ -102,27 +102,6 @@ impl Estimate {
     pub fn is_over(&self, limit: Duration) -> bool {
         self.seconds > limit.as_secs_f64()
     }
-
-    /// Lines for people.
-    pub fn in_words(&self) -> String {
-        let span = |seconds: f64| Span(Duration::from_secs_f64(seconds)).to_string();
-        let mut out = String::new();
-        if self.start_seconds > 0.0 {
-            out += &format!("start of the instance: {} (assumed)\n", span(self.start_seconds));
-        }
-        out += &format!("reading: {} at {}/s\n", span(self.read_seconds), Bytes(self.read_bytes_per_second));
-        out += &match (self.compute_seconds, self.operations_per_second) {
-            (Some(seconds), Some(rate)) => {
-                format!("computing: {} at {}/s\n", span(seconds), operations(rate))
-            }
-            _ => "computing: left out (give the device's peak with --tflops)\n".to_owned(),
-        };
-        out += &format!("together: {} (reading and computing overlap)\n", span(self.seconds));
-        if let (Some(price), Some(cost)) = (self.price, self.cost) {
-            out += &format!("cost: {cost} at {price}\n");
-        }
-        out
-    }
 }
 
 #[cfg(test)]
@@ -146,8 +125,7 @@ mod tests {
         assert_eq!((computing.seconds, computing.cost), (350.0, None));
         assert_eq!(work().at(Duration::ZERO, rate, Some(1e15), None).seconds, 100.0);
         let absurd = work().at(Duration::ZERO, Bytes(0), Some(1e-300), price);
-        assert!(absurd.seconds <= LONGEST && absurd.in_words().contains("together"), "no division ends the program");
-        assert!(reading.in_words().contains("left out"));
+        assert!(absurd.seconds <= LONGEST, "no division ends the program");
     }
 
     #[test]
@@ -178,9 +156,5 @@ mod tests {
             let ratio = reached / (products * share);
             assert!((0.5..2.0).contains(&ratio), "{ratio}");
         }
-        let words = work().on(&here).in_words();
-        assert!(words.contains("at 0.12 x 10^12 operations/s"), "{words}");
-        let slow = work().at(Duration::ZERO, Bytes::from_gib(1), Some(2.4e10), None).in_words();
-        assert!(slow.contains("at 24.0 x 10^9 operations/s"), "{slow}");
     }
 }

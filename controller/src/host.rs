@@ -63,15 +63,20 @@ pub enum HostEvent {
     Connected,
     /// What the host is.
     Probed(HostFacts),
-    /// A file is on its way.
+    /// A file or a folder is on its way.
     Uploading {
+        /// Its name.
+        name: String,
         /// Bytes the host has acknowledged.
         sent: u64,
         /// Bytes in all.
         total: u64,
     },
-    /// The same file lies there already: nothing is sent.
-    AlreadyThere,
+    /// The same lies there already: nothing is sent.
+    AlreadyThere {
+        /// The name of the file or folder.
+        name: String,
+    },
     /// The worker was seen running.
     Launched {
         /// Process id of its wrapper on the host.

@@ -13,7 +13,8 @@ use crate::broker::BrokerError;
 use crate::calendar::rfc3339;
 use crate::cli::{Color, Global};
 use crate::clouds::Offered;
-use crate::deploy::{DeployEvent, DriveError, HostTalk, NotEnding, Stop, UnsavedResults};
+use crate::deploy::{DeployEvent, DriveError, NotEnding, RunNote, Stop, UnsavedResults};
+use crate::host::{HostEvent, HostFacts};
 use crate::ledger::{LedgerError, Meter, RunRecord, Unreadable, now_ms};
 use crate::local_worker::LocalWorkerError;
 use crate::market::{self, NothingLeft};
@@ -30,6 +31,12 @@ pub mod tables;
 
 /// Longest line of somebody else's that is shown.
 const LINE: usize = 2000;
+
+/// Longest name of a file that is shown.
+const NAME: usize = 80;
+
+/// Seconds by which a host's clock may be off before people are told.
+const MOST_SKEW: i64 = 60;
 
 /// Between the first two plain lines of progress of a phase; each pause after it is twice as long.
 const PLAIN_PAUSE: Duration = Duration::from_secs(2);
@@ -413,7 +420,7 @@ impl Reporter {
     /// What is missing from the clouds' offers.
     pub fn offered(&self, offered: &Offered) {
         for error in &offered.silent {
-            self.say(&format!("Left out, it does not answer: {}", clean(error.to_string().as_bytes(), LINE)));
+            self.note(&RunNote::LeftOut { why: error.to_string() });
         }
         for (broker, dropped) in &offered.dropped {
             let offers = counted(dropped.count, "offer");
@@ -470,8 +477,8 @@ impl Reporter {
             }
             DeployEvent::Settling => self.say("Asking the cloud whether the instance was made"),
             DeployEvent::Booting => self.booting(),
-            DeployEvent::Host(facts) => self.say(&format!("Host: {}", clean(facts.as_bytes(), LINE))),
-            DeployEvent::Talk(talk) => self.talk(talk),
+            DeployEvent::Host(event) => self.host(event),
+            DeployEvent::Note(note) => self.note(&note),
             DeployEvent::NotEnding(not) => self.not_ending(&not),
             DeployEvent::Kept(kept) => self.kept(&kept),
             DeployEvent::Waiting { what, failed } => {
@@ -558,24 +565,23 @@ impl Reporter {
         }
     }
 
-    fn talk(&self, talk: HostTalk) {
-        match talk {
-            HostTalk::Uploading { name, sent, total } => {
-                let name = clean(name.as_bytes(), 80);
-                let label = format!("Uploading {name}");
+    /// What happens on a host.
+    pub fn host(&self, event: HostEvent) {
+        match event {
+            HostEvent::Uploading { name, sent, total } => {
+                let label = format!("Uploading {}", clean(name.as_bytes(), NAME));
                 self.measure(&label, sent, total, &self.stands(format!("{} of {}", Bytes(sent), Bytes(total))));
             }
-            HostTalk::Downloading { name, bytes } => {
-                self.whisper(&format!("Fetching {} ({})", clean(name.as_bytes(), 80), Bytes(bytes)));
-            }
-            HostTalk::Progress(progress) => self.progress(&progress),
-            HostTalk::Log(line) => self.whisper(&format!("worker: {}", clean(line.as_bytes(), LINE))),
-            HostTalk::Note(text) => self.say(&clean(text.as_bytes(), LINE)),
-            HostTalk::Lost(why) => {
-                self.say(&format!("Connection lost, the worker goes on: {}", clean(why.as_bytes(), LINE)));
-            }
-            HostTalk::Back => self.say("Connected again"),
+            HostEvent::Progress(progress) => self.progress(&progress),
+            // How far the files were read is for the process that goes on from there.
+            HostEvent::Read(_) => {}
+            event if is_detail(&event) => self.whisper(&on_host(&event)),
+            event => self.say(&on_host(&event)),
         }
+    }
+
+    fn note(&self, note: &RunNote) {
+        self.say(&in_words(note));
     }
 
     /// The worker's own report.
@@ -723,6 +729,77 @@ fn phase(phase: Phase) -> &'static str {
     }
 }
 
+/// Whether only `-v` shows it.
+fn is_detail(event: &HostEvent) -> bool {
+    use HostEvent::{AlreadyThere, Connected, Fetching, Launched, Log};
+    matches!(event, AlreadyThere { .. } | Connected | Fetching { .. } | Launched { .. } | Log(_))
+}
+
+/// What happened on a host, in a sentence; empty for what is shown in other ways.
+fn on_host(event: &HostEvent) -> String {
+    let sentence = match event {
+        HostEvent::Waiting { what, attempt, .. } => format!("Waiting for SSH (attempt {attempt}): {what}"),
+        HostEvent::Connected => "Logged in".to_owned(),
+        HostEvent::Probed(facts) => format!("Host: {}", host_facts(facts)),
+        HostEvent::AlreadyThere { name } => format!("Not sent, it is there already: {}", short_name(name)),
+        HostEvent::Launched { pid } => format!("The worker runs as process {pid}"),
+        HostEvent::ConnectionLost { why } => format!("Connection lost, the worker goes on: {why}"),
+        HostEvent::Reconnected => "Connected again".to_owned(),
+        HostEvent::BadProgress(line) => format!("A damaged progress line: {line}"),
+        HostEvent::Log(line) => format!("worker: {line}"),
+        HostEvent::LogSkipped(bytes) => format!("{} of the log were skipped", Bytes(*bytes)),
+        HostEvent::ProgressSkipped(bytes) => format!("{} of the progress file were skipped", Bytes(*bytes)),
+        HostEvent::Fetching { name, bytes } => format!("Fetching {} ({})", short_name(name), Bytes(*bytes)),
+        HostEvent::Uploading { .. } | HostEvent::Progress(_) | HostEvent::Read(_) => String::new(),
+    };
+    clean(sentence.as_bytes(), LINE)
+}
+
+fn short_name(name: &str) -> String {
+    clean(name.as_bytes(), NAME)
+}
+
+/// What a host is, and what is odd about it.
+fn host_facts(facts: &HostFacts) -> String {
+    let cores = facts.cores.map(|cores| format!("{cores} CPU cores"));
+    let ram = facts.ram.map(|ram| format!("{ram} memory"));
+    let disk = facts.disk_free.map(|disk| format!("{disk} disk free"));
+    let gpus = facts.gpus.first().map(|first| format!("{} x {}", facts.gpus.len(), first.name));
+    let cuda = facts.gpus.first().and_then(|gpu| Some(format!("driver {} (CUDA {})", gpu.driver, facts.cuda?)));
+    let skew = facts.clock_skew.filter(|skew| skew.abs() > MOST_SKEW);
+    let clock = skew.map(|skew| format!("its clock is {} s {}", skew.abs(), if skew > 0 { "fast" } else { "slow" }));
+    let parts = [gpus, cuda, Some(format!("{} {}", facts.os, facts.arch)), cores, ram, disk, clock];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+/// A note about a run, in a sentence.
+fn in_words(note: &RunNote) -> String {
+    let sentence = match note {
+        RunNote::LeftOut { why } => format!("Left out, it does not answer: {why}"),
+        RunNote::BudgetReserved(least) => {
+            format!("The rest of the budget is reserved by runs under way; waiting until {least} are free")
+        }
+        RunNote::TurnAwaited { wait, apart } => {
+            let (wait, apart) = (Span(*wait), Span(*apart));
+            format!("Waiting {wait} for its turn: workers that read from the hub start {apart} apart")
+        }
+        RunNote::Queued { why } => format!("Waiting: {why}"),
+        RunNote::PriceRise { instance, asked } => {
+            format!("The host of {instance} asks for {asked}; it is not agreed to")
+        }
+        RunNote::GuardUnreachable { why } => format!("The guard on the instance could not be reached: {why}"),
+        RunNote::WorkerRestarted { exit: Some(exit) } => {
+            format!("The worker died with status {exit}; it is started again")
+        }
+        RunNote::WorkerRestarted { exit: None } => "The worker was killed; it is started again".to_owned(),
+        RunNote::NotRestarted { why } => format!("The worker could not be started again: {why}"),
+        RunNote::FilesLost { run, instance } => {
+            format!("The files lie as they are in ~/outliers/{run} on instance {instance}, which ends now")
+        }
+    };
+    clean(sentence.as_bytes(), LINE)
+}
+
 /// In words, after "it was ended: ".
 pub fn stray(why: Stray) -> &'static str {
     match why {
@@ -812,6 +889,35 @@ mod tests {
         assert_eq!(said.next_pause("Layers"), None);
         let mut now = Now::default();
         assert_eq!(["refused", "refused", "silent", "refused"].map(|why| now.is_new(why)), [true, false, true, true]);
+    }
+
+    #[test]
+    fn whatever_happens_on_a_host_is_told() {
+        let facts = crate::deploy::fake::facts();
+        let late = HostFacts { clock_skew: Some(-700), cuda: "12.4".parse().ok(), gpus: vec![gpu()], ..facts };
+        let name = || "model".to_owned();
+        let told = [
+            (HostEvent::Connected, true, "Logged in"),
+            (HostEvent::AlreadyThere { name: name() }, true, "already: model"),
+            (HostEvent::Launched { pid: 7 }, true, "process 7"),
+            (HostEvent::Fetching { name: name(), bytes: 1 << 30 }, true, "model (1.0 GiB)"),
+            (HostEvent::LogSkipped(1 << 20), false, "1.0 MiB of the log"),
+            (HostEvent::ProgressSkipped(1 << 20), false, "1.0 MiB of the progress"),
+            (HostEvent::BadProgress("not json".into()), false, "not json"),
+            (HostEvent::Probed(late.clone()), false, "1 x NVIDIA X, driver 1 (CUDA 12.4), Linux x86_64, 4 CPU cores"),
+            (HostEvent::Probed(late), false, "its clock is 700 s slow"),
+        ];
+        for (event, is_detail, words) in told {
+            let said = on_host(&event);
+            assert!(said.contains(words) && super::is_detail(&event) == is_detail, "{event:?}: {said}");
+        }
+        let hostile = RunNote::NotRestarted { why: "\u{1b}[2Jgone".into() };
+        assert!(in_words(&hostile).ends_with("again: gone"), "{}", in_words(&hostile));
+    }
+
+    fn gpu() -> crate::host::GpuFacts {
+        let (name, driver) = ("NVIDIA X".into(), "1".into());
+        crate::host::GpuFacts { index: 0, name, memory: None, driver, uuid: String::new() }
     }
 
     #[test]

@@ -155,10 +155,11 @@ async fn a_run_goes_from_probe_to_results() {
 
     let worker = scene.worker().await;
     assert!(worker.path.ends_with(&format!(".cache/outliers/bin/{}/outliers-worker", worker.sha256)));
-    assert!(scene.events.all().iter().any(|e| matches!(e, HostEvent::Uploading { sent, total } if sent == total)));
-    assert!(!scene.events.all().contains(&HostEvent::AlreadyThere));
+    assert!(scene.events.all().iter().any(|e| matches!(e, HostEvent::Uploading { sent, total, .. } if sent == total)));
+    let already = |scene: &Scene| scene.events.all().iter().any(|e| matches!(e, HostEvent::AlreadyThere { .. }));
+    assert!(!already(&scene));
     assert_eq!(scene.worker().await, worker);
-    assert!(scene.events.all().contains(&HostEvent::AlreadyThere));
+    assert!(already(&scene));
 
     assert_eq!(host.status("r1").await.unwrap(), JobStatus::NotStarted);
     let secret = Secret::new("hf_'quote' $HOME");

@@ -68,7 +68,7 @@ pub(super) async fn command(context: &Context, args: &PlanArgs) -> Result<ExitSt
     context.reporter.result(&document, || {
         let market = document.no_offers.clone().unwrap_or_else(|| tables::offers(&offers, &work, limit, None, TOP));
         let home = format!("results: {results} at most, on this machine\n");
-        tables::needs(&inspection) + &home + &document.estimate.in_words() + &market
+        tables::needs(&inspection) + &home + &tables::estimate(&document.estimate) + &market
     });
     Ok(ExitStatus::Done)
 }

@@ -13,7 +13,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use super::Stop;
-use super::ports::{Host, HostError, HostTalk, Hosts, Listener, Ports};
+use super::ports::{Host, Hosts, Ports};
 use crate::broker::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
     Lease, Offer, Offers, SshEndpoint, Way,
@@ -21,11 +21,12 @@ use crate::broker::{
 use crate::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use crate::estimate::Work;
 use crate::files::digest;
-use crate::host::{GuardConfig, JobStatus};
+use crate::host::{GuardConfig, HostError, HostErrorKind, HostEvent, HostFacts, JobStatus, OnEvent};
 use crate::ledger::{self, Ledger};
 use crate::market::Quote;
 use crate::run::{GuardTimeouts, Pin, RunSpec};
 use crate::secret::Secret;
+use crate::transport::TransportErrorKind;
 use crate::units::{Bytes, Usd, UsdPerHour};
 
 /// As by default.
@@ -483,7 +484,7 @@ impl Struck {
     }
 
     fn host(self) -> HostError {
-        HostError { transient: true, here: false, message: format!("{self:?}"), hint: None }
+        broken(&format!("{self:?}"))
     }
 }
 
@@ -636,7 +637,7 @@ impl Hosts for Fake {
         if !self.world.lock().unwrap().without_cuda || want.worker_cuda.is_none() {
             return Ok(());
         }
-        Err(HostError { transient: false, here: true, message: "built without CUDA".into(), hint: None })
+        Err(HostError::new(HostErrorKind::Local, "built without CUDA"))
     }
 
     fn forget(&self, folder: &Path) -> Result<(), HostError> {
@@ -652,7 +653,7 @@ impl Hosts for Fake {
         folder: &Path,
         pin: Option<&Pin>,
         deadline: Instant,
-        _: &Listener<'_>,
+        _: OnEvent<'_>,
     ) -> Result<(Box<dyn Host>, Pin), HostError> {
         assert!(folder.join("key").exists(), "the key outlives a crash");
         let shown = Pin(format!("key of {}", endpoint.host));
@@ -663,7 +664,7 @@ impl Hosts for Fake {
         loop {
             let error = match self.effect("reach", |world| world.machines.contains_key(&id)).await {
                 Ok(true) => return Ok((Box::new(FakeHost { fake: self.clone(), id }), shown)),
-                Ok(false) => HostError { transient: true, here: false, message: "refused".into(), hint: None },
+                Ok(false) => broken("refused"),
                 Err(struck) => struck.host(),
             };
             if Instant::now() >= deadline {
@@ -687,24 +688,24 @@ impl FakeHost {
     async fn on_machine<T>(&self, name: &'static str, apply: impl FnOnce(&mut Machine) -> T) -> Result<T, HostError> {
         let id = self.id.clone();
         let done = self.fake.effect(name, |world| world.machines.get_mut(&id).map(apply));
-        let gone = || HostError { transient: true, here: false, message: "connection reset".into(), hint: None };
+        let gone = || broken("connection reset");
         done.await.map_err(Struck::host)?.ok_or_else(gone)
     }
 }
 
 #[async_trait]
 impl Host for FakeHost {
-    async fn probe(&self, offer: &Offer, _: &GpuRequest, _: bool) -> Result<String, HostError> {
+    async fn probe(&self, offer: &Offer, _: &GpuRequest, _: bool) -> Result<HostFacts, HostError> {
         let drags = self.fake.world.lock().unwrap().drags.iter().find(|(key, _)| *key == offer.key).cloned();
         if let Some((_, time)) = drags {
             tokio::time::sleep(time).await;
-            return Err(HostError { transient: true, here: false, message: "no end of it".into(), hint: None });
+            return Err(broken("no end of it"));
         }
         self.on_machine("probe", |_| ()).await?;
         if self.fake.world.lock().unwrap().unfit.contains(&offer.key) {
-            return Err(HostError { transient: false, here: false, message: "it has 0 GPUs".into(), hint: None });
+            return Err(HostError::new(HostErrorKind::NotAsRented, "it has 0 GPUs"));
         }
-        Ok("a fake host".to_owned())
+        Ok(facts())
     }
 
     async fn guard(&self, _: &str, config: &GuardConfig) -> Result<(), HostError> {
@@ -712,8 +713,8 @@ impl Host for FakeHost {
         self.on_machine("guard", |machine| machine.guarded = true).await
     }
 
-    async fn push_worker(&self, on: &Listener<'_>) -> Result<(), HostError> {
-        on(HostTalk::Uploading { name: "worker".into(), sent: 1, total: 2 });
+    async fn push_worker(&self, on: OnEvent<'_>) -> Result<(), HostError> {
+        on(HostEvent::Uploading { name: "worker".into(), sent: 1, total: 2 });
         let is_barred = {
             let mut world = self.fake.world.lock().unwrap();
             let is_barred = world.barred > 0;
@@ -721,12 +722,12 @@ impl Host for FakeHost {
             is_barred
         };
         if is_barred {
-            return Err(HostError { transient: false, here: false, message: "nothing runs here".into(), hint: None });
+            return Err(HostError::new(HostErrorKind::WorkerUnfit, "nothing runs here"));
         }
         self.on_machine("push worker", |_| ()).await
     }
 
-    async fn push(&self, _: &str, local: &Path, name: &str, _: &Listener<'_>) -> Result<String, HostError> {
+    async fn push(&self, _: &str, local: &Path, name: &str, _: OnEvent<'_>) -> Result<String, HostError> {
         assert!(local.exists());
         self.on_machine("push", |_| ()).await?;
         self.fake.set(|world| world.pushed.push(name.to_owned()));
@@ -759,7 +760,7 @@ impl Host for FakeHost {
         self.on_machine("status", |machine| machine.worker).await
     }
 
-    async fn follow(&self, _: &str, _: &Listener<'_>) -> Result<JobStatus, HostError> {
+    async fn follow(&self, _: &str, _: OnEvent<'_>) -> Result<JobStatus, HostError> {
         let id = self.id.clone();
         let status = self.fake.effect("follow", |world| {
             let machine = world.machines.get_mut(&id)?;
@@ -772,7 +773,7 @@ impl Host for FakeHost {
             }
             Some(machine.worker)
         });
-        let gone = || HostError { transient: true, here: false, message: "connection reset".into(), hint: None };
+        let gone = || broken("connection reset");
         let status = status.await.map_err(Struck::host)?.ok_or_else(gone)?;
         if status == JobStatus::Running {
             return std::future::pending().await;
@@ -785,22 +786,22 @@ impl Host for FakeHost {
         _: &str,
         into: &Path,
         expected: &[FileBytes],
-        _: &Listener<'_>,
+        _: OnEvent<'_>,
     ) -> Result<Option<Manifest>, HostError> {
         let (done, job) = self.on_machine("fetch", |machine| (machine.whole, machine.job.clone())).await?;
         let (stalls, refused, is_full) = {
             let world = self.fake.world.lock().unwrap();
             (world.stalls, world.damaged_manifest, world.results_full_until.is_some())
         };
-        let wrong = |here, message: &str| HostError { transient: false, here, message: message.into(), hint: None };
         if stalls {
             return std::future::pending().await;
         }
         if refused {
-            return Err(wrong(false, "its manifest names a file that the job does not make"));
+            let message = "its manifest names a file that the job does not make";
+            return Err(HostError::new(HostErrorKind::Damaged, message));
         }
         if is_full {
-            return Err(wrong(true, "no space left on device"));
+            return Err(HostError::new(HostErrorKind::Local, "no space left on device"));
         }
         fs::write(into.join(files::LOG), "said something\n").unwrap();
         if !done {
@@ -833,5 +834,27 @@ impl Host for FakeHost {
             }
         })
         .await
+    }
+}
+
+/// A failure of the connection.
+fn broken(message: &str) -> HostError {
+    HostError::new(HostErrorKind::Connection(TransportErrorKind::Reset), message)
+}
+
+/// A host without GPUs.
+pub(crate) fn facts() -> HostFacts {
+    HostFacts {
+        os: "Linux".into(),
+        arch: "x86_64".into(),
+        user: "root".into(),
+        home: "/root".into(),
+        cores: Some(4),
+        ram: None,
+        disk_free: None,
+        clock_skew: None,
+        hub: None,
+        cuda: None,
+        gpus: Vec::new(),
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-use super::{HostError, HostTalk};
+use crate::host::{HostError, HostErrorKind, HostEvent};
 use crate::settings::Span;
 
 /// Bytes per second at which an upload is worth waiting for.
@@ -59,8 +59,8 @@ impl Grace {
     }
 
     /// Takes note of an upload's bytes.
-    pub(super) fn hear(&self, talk: &HostTalk) {
-        if let HostTalk::Uploading { name, sent, .. } = talk {
+    pub(super) fn hear(&self, event: &HostEvent) {
+        if let HostEvent::Uploading { name, sent, .. } = event {
             let mut spent = self.lock();
             let most = spent.uploaded.entry(name.clone()).or_default();
             *most = (*most).max(*sent);
@@ -98,7 +98,7 @@ impl Grace {
         let failure = spent.failure.as_ref().map_or_else(String::new, |failure| format!("; last failure: {failure}"));
         let (timeouts, stage) = (Span(self.timeouts), spent.stage);
         let message = format!("the host was not ready {timeouts} after the login ({stage}){failure}");
-        HostError { transient: false, here: false, message, hint: None }
+        HostError::new(HostErrorKind::Deadline, message)
     }
 
     fn lock(&self) -> MutexGuard<'_, Spent> {
@@ -121,7 +121,7 @@ mod tests {
             while sent < 100_000_000 {
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 sent += bytes;
-                grace.hear(&HostTalk::Uploading { name: "worker".into(), sent, total: 100_000_000 });
+                grace.hear(&HostEvent::Uploading { name: "worker".into(), sent, total: 100_000_000 });
             }
             Ok(())
         };
@@ -140,7 +140,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn bytes_that_are_told_again_add_nothing_and_other_waits_are_not_the_hosts() {
         let (grace, begun) = (Grace::new(TIMEOUT), Instant::now());
-        let told = |sent| grace.hear(&HostTalk::Uploading { name: "worker".into(), sent, total: 1 << 30 });
+        let told = |sent| grace.hear(&HostEvent::Uploading { name: "worker".into(), sent, total: 1 << 30 });
         (0..50).for_each(|_| [0, 10 * USABLE_RATE, 3].into_iter().for_each(told));
         assert_eq!(grace.end() - begun, TIMEOUT + Duration::from_secs(10));
         grace.put_off(Duration::from_secs(60));
@@ -153,7 +153,7 @@ mod tests {
         grace.begin("looking at it");
         grace.failed("`sh -s` did not end within 90 s");
         let error = grace.within(std::future::pending::<Result<(), HostError>>()).await.unwrap_err();
-        assert!(grace.is_over() && !error.transient && !error.here);
+        assert!(grace.is_over() && !error.is_transient() && !error.is_here());
         let told = ["5 min 00 s", "looking at it", "did not end within 90 s"];
         assert!(told.iter().all(|word| error.message.contains(*word)), "{error}");
     }

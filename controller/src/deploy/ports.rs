@@ -1,14 +1,14 @@
 //! What a run does to the world, as traits: the real thing and the tests' fakes are two implementations of each.
 
 use async_trait::async_trait;
-use outliers_protocol::{FileBytes, JobSpec, Manifest, Progress};
+use outliers_protocol::{FileBytes, JobSpec, Manifest};
 use std::path::Path;
 use tokio::time::Instant;
 
 use super::StartThrottle;
 use crate::broker::{GpuRequest, Offer, SshEndpoint, Way};
 use crate::clouds::{BadHosts, Clouds};
-use crate::host::{GuardConfig, JobStatus};
+use crate::host::{GuardConfig, HostError, HostFacts, JobStatus, OnEvent};
 use crate::run::Pin;
 use crate::secret::Secret;
 
@@ -47,7 +47,7 @@ pub trait Hosts: Send + Sync {
         folder: &Path,
         pin: Option<&Pin>,
         deadline: Instant,
-        on: &Listener<'_>,
+        on: OnEvent<'_>,
     ) -> Result<(Box<dyn Host>, Pin), HostError>;
 
     /// The host at the end of a cloud's own way. Its connection is made when it is needed.
@@ -58,18 +58,18 @@ pub trait Hosts: Send + Sync {
 /// A host we are connected to. Every method may be called again after it failed, or after we crashed within it.
 #[async_trait]
 pub trait Host: Send + Sync {
-    /// Looks at the machine: one line in words. An error when it is not what was rented, or when
-    /// the job needs the hub and the machine does not reach it.
-    async fn probe(&self, offer: &Offer, want: &GpuRequest, asks_the_hub: bool) -> Result<String, HostError>;
+    /// Looks at the machine. An error when it is not what was rented, or when the job needs the hub
+    /// and the machine does not reach it.
+    async fn probe(&self, offer: &Offer, want: &GpuRequest, asks_the_hub: bool) -> Result<HostFacts, HostError>;
 
     /// Makes sure that the run's guard watches over the instance, and tells it that we do as long as this value lives.
     async fn guard(&self, run: &str, config: &GuardConfig) -> Result<(), HostError>;
 
     /// Makes sure that the worker is there.
-    async fn push_worker(&self, on: &Listener<'_>) -> Result<(), HostError>;
+    async fn push_worker(&self, on: OnEvent<'_>) -> Result<(), HostError>;
 
     /// Copies a file or a folder to where the run's worker can read it, under `name`; returns the path to give to the worker.
-    async fn push(&self, run: &str, local: &Path, name: &str, on: &Listener<'_>) -> Result<String, HostError>;
+    async fn push(&self, run: &str, local: &Path, name: &str, on: OnEvent<'_>) -> Result<String, HostError>;
 
     /// Starts the worker, detached. Starting it twice starts it once.
     async fn launch(&self, run: &str, job: &JobSpec, secrets: &[(&'static str, Secret)]) -> Result<(), HostError>;
@@ -81,7 +81,7 @@ pub trait Host: Send + Sync {
     async fn status(&self, run: &str) -> Result<JobStatus, HostError>;
 
     /// Passes on what the worker says until it has ended.
-    async fn follow(&self, run: &str, on: &Listener<'_>) -> Result<JobStatus, HostError>;
+    async fn follow(&self, run: &str, on: OnEvent<'_>) -> Result<JobStatus, HostError>;
 
     /// Copies the worker's files into the local folder `into`: no others than are `expected`, and
     /// none that is larger. The manifest if the worker has written one.
@@ -90,57 +90,9 @@ pub trait Host: Send + Sync {
         run: &str,
         into: &Path,
         expected: &[FileBytes],
-        on: &Listener<'_>,
+        on: OnEvent<'_>,
     ) -> Result<Option<Manifest>, HostError>;
 
     /// Ends the worker. One that has ended already is a success.
     async fn stop_worker(&self, run: &str) -> Result<(), HostError>;
-}
-
-/// Hears what happens on a host.
-pub type Listener<'a> = dyn Fn(HostTalk) + Send + Sync + 'a;
-
-/// What happens on a host.
-#[derive(Clone, Debug, PartialEq)]
-pub enum HostTalk {
-    /// Bytes of an upload.
-    Uploading {
-        /// The file's name.
-        name: String,
-        /// Bytes sent so far.
-        sent: u64,
-        /// Bytes in all.
-        total: u64,
-    },
-    /// A file is coming home.
-    Downloading {
-        /// The file's name.
-        name: String,
-        /// Its size, 0 if unknown.
-        bytes: u64,
-    },
-    /// The worker's own report.
-    Progress(Progress),
-    /// A line of the worker's log.
-    Log(String),
-    /// Something that may interest people.
-    Note(String),
-    /// The connection is lost, for this reason; it is made again.
-    Lost(String),
-    /// The connection is there again.
-    Back,
-}
-
-/// Why a host did not do what was asked.
-#[derive(Clone, Debug, thiserror::Error)]
-#[error("{message}")]
-pub struct HostError {
-    /// Trying again, on a new connection, can help.
-    pub transient: bool,
-    /// It is this machine's fault: a full disk, a file that is not there.
-    pub here: bool,
-    /// What happened, and where.
-    pub message: String,
-    /// What to do about it.
-    pub hint: Option<String>,
 }

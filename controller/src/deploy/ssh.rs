@@ -13,23 +13,22 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::KEY_FILE;
-use super::ports::{Host, HostError, HostTalk, Hosts, Listener};
+use super::ports::{Host, Hosts};
 use crate::broker::{GpuRequest, Offer, SshEndpoint, Way};
 use crate::files::{MOST, read_small};
 use crate::host::{
-    self, Cursor, GuardConfig, HostErrorKind, HostEvent, HostFacts, JobStatus, Launched, RemoteHost, RemoteWorker,
-    Stamp,
+    self, Cursor, GuardConfig, HostError, HostErrorKind, HostEvent, HostFacts, JobStatus, Launched, OnEvent,
+    RemoteHost, RemoteWorker, Stamp,
 };
 use crate::keys::{KeyError, RunKey};
 use crate::run::Pin;
 use crate::secret::Secret;
+use crate::transport::TransportErrorKind;
 use crate::transport::ssh::HostKeyPin;
 use crate::units::Bytes;
 
 /// Nominal GPU memory is more than what the driver gives out.
 const MEMORY_SHARE: f64 = 0.85;
-/// Seconds by which a host's clock may be off before people are told.
-const MOST_SKEW: i64 = 60;
 /// How far the worker's files have been read, in the run's folder.
 const CURSOR_FILE: &str = "cursor.json";
 /// One stay at a worker's side; then the loop looks around and comes back.
@@ -70,12 +69,9 @@ impl Hosts for SshHosts {
         if self.uses_gpus || want.worker_cuda.is_none() {
             return Ok(());
         }
-        Err(HostError {
-            transient: false,
-            here: true,
-            message: format!("{} was built without CUDA, and the run is one for GPUs", self.worker.display()),
-            hint: Some("`outliers worker build --cuda` builds one that uses them; then run it again".to_owned()),
-        })
+        let message = format!("{} was built without CUDA, and the run is one for GPUs", self.worker.display());
+        Err(HostError::new(HostErrorKind::Local, message)
+            .hint("`outliers worker build --cuda` builds one that uses them; then run it again"))
     }
 
     fn forget(&self, folder: &Path) -> Result<(), HostError> {
@@ -83,12 +79,8 @@ impl Hosts for SshHosts {
             let path = folder.join(name);
             match std::fs::remove_file(&path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(HostError {
-                        transient: false,
-                        here: false,
-                        message: format!("{}: {error}", path.display()),
-                        hint: Some("remove the file by hand".to_owned()),
-                    });
+                    let message = format!("{}: {error}", path.display());
+                    return Err(HostError::new(HostErrorKind::Local, message).hint("remove the file by hand"));
                 }
                 _ => {}
             }
@@ -102,11 +94,10 @@ impl Hosts for SshHosts {
         folder: &Path,
         pin: Option<&Pin>,
         deadline: Instant,
-        on: &Listener<'_>,
+        on: OnEvent<'_>,
     ) -> Result<(Box<dyn Host>, Pin), HostError> {
-        let pin = pin.map(|pin| HostKeyPin::new(&pin.0)).transpose().map_err(host::HostError::from)?;
-        let tell = |event| tell(event, on);
-        let (host, pin) = host::reach(endpoint, &folder.join(KEY_FILE), pin, deadline, &tell).await?;
+        let pin = pin.map(|pin| HostKeyPin::new(&pin.0)).transpose()?;
+        let (host, pin) = host::reach(endpoint, &folder.join(KEY_FILE), pin, deadline, on).await?;
         Ok((Box::new(self.host(host, folder, true)), Pin(pin.as_str().to_owned())))
     }
 
@@ -144,17 +135,16 @@ struct SshHost {
 
 #[async_trait]
 impl Host for SshHost {
-    async fn probe(&self, offer: &Offer, want: &GpuRequest, asks_the_hub: bool) -> Result<String, HostError> {
+    async fn probe(&self, offer: &Offer, want: &GpuRequest, asks_the_hub: bool) -> Result<HostFacts, HostError> {
         let facts = self.host.probe().await?;
         match unfit(&facts, offer, want) {
             None if asks_the_hub && facts.hub == Some(false) => Err(no_hub()),
-            None => Ok(in_words(&facts)),
-            Some(why) => Err(HostError {
-                transient: false,
-                here: false,
-                message: format!("the host is not what was rented: {why}"),
-                hint: Some("nothing was run on it; try again, another host may be given".to_owned()),
-            }),
+            None => Ok(facts),
+            Some(why) => {
+                let message = format!("the host is not what was rented: {why}");
+                Err(HostError::new(HostErrorKind::NotAsRented, message)
+                    .hint("nothing was run on it; try again, another host may be given"))
+            }
         }
     }
 
@@ -174,34 +164,30 @@ impl Host for SshHost {
         Ok(())
     }
 
-    async fn push_worker(&self, on: &Listener<'_>) -> Result<(), HostError> {
-        let tell = named("worker", on);
-        let worker = self.host.push_worker(&self.hosts.worker, &tell).await?;
+    async fn push_worker(&self, on: OnEvent<'_>) -> Result<(), HostError> {
+        let worker = self.host.push_worker(&self.hosts.worker, on).await?;
         *self.worker.lock().await = Some(worker);
         Ok(())
     }
 
-    async fn push(&self, run: &str, local: &Path, name: &str, on: &Listener<'_>) -> Result<String, HostError> {
-        let remote = format!("outliers/{run}-input/{name}");
-        let (tell, limit) = (named(name, on), self.hosts.push_limit.0);
+    async fn push(&self, run: &str, local: &Path, name: &str, on: OnEvent<'_>) -> Result<String, HostError> {
+        let (remote, limit) = (format!("outliers/{run}-input/{name}"), self.hosts.push_limit.0);
         let pushed = match local.is_dir() {
-            true => self.host.push_folder(local, &remote, limit, &tell).await.map(|folder| folder.path),
-            false => self.host.push_file(local, &remote, limit, &tell).await,
+            true => self.host.push_folder(local, &remote, limit, on).await.map(|folder| folder.path),
+            false => self.host.push_file(local, &remote, limit, on).await,
         };
-        // No other host would be sent less.
-        pushed.map_err(|error| {
-            let here = matches!(error.kind, HostErrorKind::Local | HostErrorKind::TooLarge);
-            HostError { here, ..error.into() }
+        pushed.map_err(|error| match error.kind {
+            // No other host would be sent less.
+            HostErrorKind::TooLarge => HostError { kind: HostErrorKind::Local, ..error },
+            _ => error,
         })
     }
 
     async fn launch(&self, run: &str, job: &JobSpec, secrets: &[(&'static str, Secret)]) -> Result<(), HostError> {
         let worker = self.worker.lock().await;
-        let worker = worker.as_ref().ok_or_else(|| HostError {
-            transient: true,
-            here: false,
-            message: "the worker was not pushed over this connection".to_owned(),
-            hint: None,
+        let worker = worker.as_ref().ok_or_else(|| {
+            let kind = HostErrorKind::Connection(TransportErrorKind::Reset);
+            HostError::new(kind, "the worker was not pushed over this connection")
         })?;
         let save_point = self.folder.join(files::SAVE_POINT);
         if save_point.exists() {
@@ -223,23 +209,23 @@ impl Host for SshHost {
     }
 
     async fn status(&self, run: &str) -> Result<JobStatus, HostError> {
-        Ok(self.host.status(run).await?)
+        self.host.status(run).await
     }
 
-    async fn follow(&self, run: &str, on: &Listener<'_>) -> Result<JobStatus, HostError> {
+    async fn follow(&self, run: &str, on: OnEvent<'_>) -> Result<JobStatus, HostError> {
         let mut cursor = self.cursor.lock().await;
         let deadline = Instant::now() + FOLLOW;
         let heard = |event| match event {
             HostEvent::Read(cursor) => self.keep(cursor),
             HostEvent::Log(line) => {
                 self.note_down(&line);
-                on(HostTalk::Log(line));
+                on(HostEvent::Log(line));
             }
-            other => tell(other, on),
+            other => on(other),
         };
         match self.host.follow(run, &mut cursor, deadline, &heard).await {
             Err(error) if error.kind == HostErrorKind::Deadline => Ok(JobStatus::Running),
-            other => Ok(other?),
+            other => other,
         }
     }
 
@@ -248,13 +234,13 @@ impl Host for SshHost {
         run: &str,
         into: &Path,
         expected: &[FileBytes],
-        on: &Listener<'_>,
+        on: OnEvent<'_>,
     ) -> Result<Option<Manifest>, HostError> {
-        Ok(self.host.fetch(run, into, expected, &|event| tell(event, on)).await?.manifest)
+        Ok(self.host.fetch(run, into, expected, on).await?.manifest)
     }
 
     async fn stop_worker(&self, run: &str) -> Result<(), HostError> {
-        Ok(self.host.stop_worker(run).await?)
+        self.host.stop_worker(run).await
     }
 }
 
@@ -307,16 +293,11 @@ pub fn read_cursor(folder: &Path) -> Cursor {
 
 /// The other nodes of its cluster have no better network.
 fn no_hub() -> HostError {
-    HostError {
-        transient: false,
-        here: true,
-        message: "the compute node does not reach the hub, and the run reads from there".to_owned(),
-        hint: Some(
-            "download the model on the login node to a folder that all nodes share, and say --weights local:DIR, or \
-             set hf-home in [brokers.slurm] to the HF_HOME it was downloaded to; the text must be a file or built in"
-                .to_owned(),
-        ),
-    }
+    let message = "the compute node does not reach the hub, and the run reads from there";
+    HostError::new(HostErrorKind::Local, message).hint(
+        "download the model on the login node to a folder that all nodes share, and say --weights local:DIR, or \
+         set hf-home in [brokers.slurm] to the HF_HOME it was downloaded to; the text must be a file or built in",
+    )
 }
 
 /// What makes the host another thing than the one that was rented.
@@ -350,64 +331,8 @@ fn unfit(facts: &HostFacts, offer: &Offer, want: &GpuRequest) -> Option<String> 
     short("disk are free", facts.disk_free, want.min_disk).or_else(|| short("memory is all", facts.ram, ram))
 }
 
-/// What people should know of a host that serves all the same.
-fn odd(facts: &HostFacts) -> Option<String> {
-    let skew = facts.clock_skew.filter(|skew| skew.abs() > MOST_SKEW)?;
-    Some(format!("its clock is {} s {}", skew.abs(), if skew > 0 { "fast" } else { "slow" }))
-}
-
-fn in_words(facts: &HostFacts) -> String {
-    let cores = facts.cores.map(|cores| format!("{cores} CPU cores"));
-    let ram = facts.ram.map(|ram| format!("{ram} memory"));
-    let disk = facts.disk_free.map(|disk| format!("{disk} disk free"));
-    let gpus = facts.gpus.first().map(|first| format!("{} x {}", facts.gpus.len(), first.name));
-    let cuda = facts.gpus.first().and_then(|gpu| Some(format!("driver {} (CUDA {})", gpu.driver, facts.cuda?)));
-    let parts = [gpus, cuda, Some(format!("{} {}", facts.os, facts.arch)), cores, ram, disk, odd(facts)];
-    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
-}
-
-fn named<'a>(name: &'a str, on: &'a Listener<'a>) -> impl Fn(HostEvent) + Send + Sync + 'a {
-    move |event| match event {
-        HostEvent::Uploading { sent, total } => on(HostTalk::Uploading { name: name.to_owned(), sent, total }),
-        other => tell(other, on),
-    }
-}
-
-fn tell(event: HostEvent, on: &Listener<'_>) {
-    let note = |text: String| on(HostTalk::Note(text));
-    match event {
-        HostEvent::Progress(progress) => on(HostTalk::Progress(progress)),
-        HostEvent::Log(line) => on(HostTalk::Log(line)),
-        HostEvent::Fetching { name, bytes } => on(HostTalk::Downloading { name, bytes }),
-        HostEvent::Waiting { what, attempt, .. } => note(format!("waiting for SSH (attempt {attempt}): {what}")),
-        HostEvent::ConnectionLost { why } => on(HostTalk::Lost(why)),
-        HostEvent::Reconnected => on(HostTalk::Back),
-        HostEvent::ProgressSkipped(bytes) => note(format!("{} of the progress file passed over", Bytes(bytes))),
-        HostEvent::LogSkipped(bytes) => note(format!("{} of the log passed over", Bytes(bytes))),
-        HostEvent::BadProgress(line) => note(format!("a damaged progress line: {line}")),
-        HostEvent::Uploading { .. }
-        | HostEvent::AlreadyThere
-        | HostEvent::Connected
-        | HostEvent::Read(_)
-        | HostEvent::Probed(_)
-        | HostEvent::Launched { .. } => {}
-    }
-}
-
-impl From<host::HostError> for HostError {
-    fn from(error: host::HostError) -> Self {
-        let (transient, here) = (error.is_transient(), error.kind == HostErrorKind::Local);
-        Self { transient, here, message: error.message, hint: error.hint }
-    }
-}
-
 fn key_error(error: &KeyError) -> HostError {
-    HostError {
-        transient: false,
-        here: true,
-        message: error.to_string(),
-        hint: Some("the state folder must be writable (OUTLIERS_STATE)".to_owned()),
-    }
+    HostError::new(HostErrorKind::Local, error.to_string()).hint("the state folder must be writable (OUTLIERS_STATE)")
 }
 
 #[cfg(test)]
@@ -445,7 +370,7 @@ mod tests {
         let gpus = GpuRequest { worker_cuda: Some("11.8".parse().unwrap()), ..GpuRequest::default() };
         assert!(hosts.serve(&GpuRequest::default()).is_ok());
         let refused = hosts.serve(&gpus).unwrap_err();
-        assert!(refused.here && !refused.transient && refused.message.contains("without CUDA"), "{refused}");
+        assert!(refused.is_here() && !refused.is_transient() && refused.message.contains("without CUDA"), "{refused}");
         assert!(hosts.using_gpus(true).serve(&gpus).is_ok());
     }
 
@@ -468,8 +393,5 @@ mod tests {
         let much = GpuRequest { min_cpu_ram: Some(Bytes::from_gib(64)), ..GpuRequest::default() };
         let small = HostFacts { ram: Some(Bytes::from_gib(32)), ..facts(&[79, 79], 100) };
         assert!(super::unfit(&small, &rented, &much).unwrap().contains("memory"));
-        let late = HostFacts { clock_skew: Some(-700), ..facts(&[79], 100) };
-        assert!(in_words(&late).starts_with("1 x NVIDIA X, driver 1 (CUDA 12.4), Linux"), "{}", in_words(&late));
-        assert!(in_words(&late).contains("700 s slow"));
     }
 }

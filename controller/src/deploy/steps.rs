@@ -12,17 +12,16 @@ use tokio::time::Instant;
 use super::collect::{self, Folders};
 use super::grace::Grace;
 use super::terminate::{Bill, Ender};
-use super::{DeployEvent, DriveError, Driver, Host, HostError, HostTalk, Listener, StepError, Stop, UnsavedResults};
+use super::{DeployEvent, DriveError, Driver, Host, RunNote, StepError, Stop, UnsavedResults};
 use crate::broker::{
     BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
 };
-use crate::host::{GuardConfig, JobStatus};
+use crate::host::{GuardConfig, HostError, HostErrorKind, HostEvent, JobStatus, OnEvent};
 use crate::ledger::{BudgetStatus, RunRecord, random_word};
 use crate::market::{self, NothingLeft};
 use crate::run::{
     Brought, FailureDetail, Intent, Pin, RefusedOffer, Rental, RunEvent, RunFailureKind, RunOutcome, RunState,
 };
-use crate::settings::Span;
 use crate::units::{Usd, UsdPerHour};
 
 type Step = Result<(), StepError>;
@@ -78,7 +77,7 @@ impl Driver<'_> {
             return Err(StepError::End(failed(RunFailureKind::Local, wrong, Some(hint))));
         }
         for error in &offered.silent {
-            (self.on)(DeployEvent::Talk(HostTalk::Note(format!("left out: {error}"))));
+            self.note(RunNote::LeftOut { why: error.to_string() });
         }
         let selected = self.run.record().spec.select(offered.offers).map_err(|none| no_offer(&none))?.offers;
         let affordable = match self.affordable(&selected)? {
@@ -160,8 +159,7 @@ impl Driver<'_> {
 
     /// Until runs under the same budget have ended for less than they reserved, or will not leave enough any more.
     async fn wait_for_budget(&self, least: Usd) -> Step {
-        let note = format!("the rest of the budget is reserved by runs under way; waiting until {least} are free");
-        (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
+        self.note(RunNote::BudgetReserved(least));
         let unchanged = |budget_status: BudgetStatus| budget_status.left < least && least <= budget_status.at_best;
         while self.run.budget_status()?.is_some_and(unchanged) {
             tokio::time::sleep(self.timeouts().listing_interval).await;
@@ -282,7 +280,7 @@ impl Driver<'_> {
         self.connect(rental, Some(pin), Duration::ZERO).await?;
         match self.prepare_and_launch(rental, &grace).await {
             Ok(()) => Ok(self.append(RunEvent::Launched)?),
-            Err(error) if error.transient || error.here => {
+            Err(error) if error.is_transient() || error.is_here() => {
                 grace.failed(&error.message);
                 self.try_again_host(error, UNTIL_TIME_IS_UP).await
             }
@@ -306,15 +304,15 @@ impl Driver<'_> {
         grace.begin("looking at it");
         let spec = &self.run.record().spec;
         let facts = host.probe(&rental.offer, &spec.request, spec.job.asks_the_hub()).await?;
-        (self.on)(DeployEvent::Host(facts));
+        (self.on)(DeployEvent::Host(HostEvent::Probed(facts)));
         grace.begin("starting its guard");
         self.guard(rental).await?;
         if host.status(run).await? != JobStatus::NotStarted {
             return Ok(None);
         }
-        let on = |talk: HostTalk| {
-            grace.hear(&talk);
-            (self.on)(DeployEvent::Talk(talk));
+        let on = |event: HostEvent| {
+            grace.hear(&event);
+            (self.on)(DeployEvent::Host(event));
         };
         grace.begin("sending the worker");
         self.ports.hosts.serve(&self.run.record().spec.request)?;
@@ -332,16 +330,12 @@ impl Driver<'_> {
     /// how long.
     async fn wait_for_turn(&self) {
         let Some(start_throttle) = self.ports.start_throttle else { return };
-        let say = |wait: Duration| {
-            let (apart, wait) = (Span(start_throttle.pause()), Span(wait));
-            let note = format!("waiting {wait} for its turn: workers that read from the hub start {apart} apart");
-            (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
-        };
+        let say = |wait: Duration| self.note(RunNote::TurnAwaited { wait, apart: start_throttle.pause() });
         start_throttle.wait(say).await;
     }
 
     /// The job with paths as the host sees them.
-    async fn push_inputs(&self, host: &dyn Host, run: &str, on: &Listener<'_>) -> Result<JobSpec, HostError> {
+    async fn push_inputs(&self, host: &dyn Host, run: &str, on: OnEvent<'_>) -> Result<JobSpec, HostError> {
         let spec = &self.run.record().spec;
         let mut job = spec.job.clone();
         if let (ModelSource::Folder { path }, true) = (&mut job.model, spec.push_model) {
@@ -371,13 +365,13 @@ impl Driver<'_> {
         self.connect(rental, Some(pin), UNTIL_TIME_IS_UP).await?;
         let run = self.run.record().id.clone();
         let lost = AtomicBool::new(false);
-        let listen = |talk: HostTalk| {
-            match &talk {
-                HostTalk::Lost(_) => lost.store(true, Ordering::Relaxed),
-                HostTalk::Back => lost.store(false, Ordering::Relaxed),
+        let listen = |event: HostEvent| {
+            match &event {
+                HostEvent::ConnectionLost { .. } => lost.store(true, Ordering::Relaxed),
+                HostEvent::Reconnected => lost.store(false, Ordering::Relaxed),
                 _ => {}
             }
-            (self.on)(DeployEvent::Talk(talk));
+            (self.on)(DeployEvent::Host(event));
         };
         let status = tokio::select! {
             status = self.host().follow(&run, &listen) => status,
@@ -418,9 +412,8 @@ impl Driver<'_> {
             // What is not answered is asked again.
             let asked = cloud.call(cloud.broker.price_rise(&rental.instance)).await.ok().flatten();
             if let Some(asked) = asked.filter(|asked| told.as_ref() != Some(asked)) {
-                let note = format!("the host of {} asks for {asked}; it is not agreed to", rental.instance);
-                (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
-                told = Some(asked);
+                told = Some(asked.clone());
+                self.note(RunNote::PriceRise { instance: rental.instance.clone(), asked });
             }
             let Ok(listed) = cloud.call(cloud.broker.list()).await else { continue };
             let listed = listed.into_iter().find(|instance| instance.id == rental.instance);
@@ -477,12 +470,10 @@ impl Driver<'_> {
             Ok(None) if may_restart => self.restart(exit).await,
             // What the cloud ended at its time limit did not fail.
             Ok(None) => Err(StepError::End(RunOutcome::Deadline)),
-            Err(error) if error.here => self.keep(rental, error).await,
+            Err(error) if error.is_here() => self.keep(rental, error).await,
             Err(error) => {
-                if !error.transient {
-                    let place = format!("~/outliers/{run} on instance {}", rental.instance);
-                    let note = format!("the files lie as they are in {place}, which ends now");
-                    (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
+                if !error.is_transient() {
+                    self.note(RunNote::FilesLost { run, instance: rental.instance.clone() });
                 }
                 let why = error.message.clone();
                 let ended = self.try_again_host(error, self.cloud()?.timeouts.sync).await;
@@ -537,13 +528,12 @@ impl Driver<'_> {
     }
 
     async fn restart(&mut self, exit: Option<i32>) -> Step {
-        let how = exit.map_or_else(|| "was killed".to_owned(), |exit| format!("died with status {exit}"));
-        (self.on)(DeployEvent::Talk(HostTalk::Note(format!("the worker {how}; it is started again"))));
+        self.note(RunNote::WorkerRestarted { exit });
         match self.host().restart(&self.run.record().id, self.ports.secrets).await {
             Ok(()) => Ok(self.append(RunEvent::Restarted)?),
             // Whatever happened to it, its files are not what they were.
-            Err(error) if !error.transient => {
-                (self.on)(DeployEvent::Talk(HostTalk::Note(error.message)));
+            Err(error) if !error.is_transient() => {
+                self.note(RunNote::NotRestarted { why: error.message });
                 Err(StepError::Down)
             }
             Err(error) => self.try_again_host(error, self.cloud()?.timeouts.sync).await,
@@ -588,7 +578,7 @@ impl Driver<'_> {
                 Err(error) => Err(error),
             };
             match brought {
-                Err(error) if error.here => {
+                Err(error) if error.is_here() => {
                     collect::clear(place);
                     trouble.get_or_insert(error);
                 }
@@ -601,7 +591,7 @@ impl Driver<'_> {
     async fn fetch(&self, place: &Folders) -> Result<Option<Manifest>, HostError> {
         collect::empty_folder(&place.arriving).map_err(|e| local_failure(&place.arriving, &e))?;
         let RunRecord { id, spec, .. } = self.run.record();
-        let on = |talk| (self.on)(DeployEvent::Talk(talk));
+        let on = |event| (self.on)(DeployEvent::Host(event));
         self.host().fetch(id, &place.arriving, &spec.expected(), &on).await
     }
 
@@ -669,6 +659,10 @@ impl Driver<'_> {
         }
     }
 
+    fn note(&self, note: RunNote) {
+        (self.on)(DeployEvent::Note(note));
+    }
+
     fn host(&self) -> &dyn Host {
         self.memory.host.as_deref().expect("every step that speaks to the host connects first")
     }
@@ -688,15 +682,15 @@ impl Driver<'_> {
             }
             let deadline = Instant::now() + self.cloud()?.timeouts.ssh;
             let deadline = self.memory.grace.as_ref().map_or(deadline, |grace| deadline.min(grace.end()));
-            let on = |talk: HostTalk| (self.on)(DeployEvent::Talk(talk));
+            let on = |event: HostEvent| (self.on)(DeployEvent::Host(event));
             match self.ports.hosts.reach(&endpoint, &self.run.folder(), pin, deadline, &on).await {
                 Ok((host, pin)) => {
                     self.memory.host = Some(host);
                     self.renew_guard(rental).await;
                     return Ok(pin);
                 }
-                Err(error) if error.transient && self.pause(&error.message, limit).await => {}
-                Err(error) if !error.here && self.is_unused() => return Err(StepError::Unfit(error.message)),
+                Err(error) if error.is_transient() && self.pause(&error.message, limit).await => {}
+                Err(error) if !error.is_here() && self.is_unused() => return Err(StepError::Unfit(error.message)),
                 Err(error) => return Err(StepError::End(host_failed(error))),
             }
         }
@@ -708,8 +702,7 @@ impl Driver<'_> {
             return;
         }
         if let Err(error) = self.guard(rental).await {
-            let note = format!("the guard on the instance could not be reached: {}", error.message);
-            (self.on)(DeployEvent::Talk(HostTalk::Note(note)));
+            self.note(RunNote::GuardUnreachable { why: error.message });
         }
     }
 
@@ -755,8 +748,8 @@ impl Driver<'_> {
                 // A queue is no fault of the instance, and another one would stand behind it.
                 InstanceState::Queued(why) => {
                     if why != told {
-                        (self.on)(DeployEvent::Talk(HostTalk::Note(format!("waiting: {why}"))));
-                        told = why;
+                        told.clone_from(&why);
+                        self.note(RunNote::Queued { why });
                     }
                     deadline = Instant::now() + limit;
                     tokio::time::sleep(timeouts.listing_interval).await;
@@ -820,7 +813,7 @@ impl Driver<'_> {
     /// After a failure on the host: the step is made again on a new connection, where that can help.
     async fn try_again_host(&mut self, error: HostError, limit: Duration) -> Step {
         self.memory.host = None;
-        if error.transient && self.pause(&error.message, limit).await {
+        if error.is_transient() && self.pause(&error.message, limit).await {
             return Ok(());
         }
         Err(StepError::End(host_failed(error)))
@@ -845,7 +838,7 @@ fn failed(kind: RunFailureKind, message: String, hint: Option<String>) -> RunOut
 }
 
 fn host_failed(error: HostError) -> RunOutcome {
-    let kind = if error.here { RunFailureKind::Local } else { RunFailureKind::Host };
+    let kind = if error.is_here() { RunFailureKind::Local } else { RunFailureKind::Host };
     failed(kind, error.message, error.hint)
 }
 
@@ -880,10 +873,6 @@ fn did_not_come_up(rental: &Rental, why: &str) -> StepError {
 }
 
 fn local_failure(path: &Path, error: &std::io::Error) -> HostError {
-    HostError {
-        transient: false,
-        here: true,
-        message: format!("{}: {error}", path.display()),
-        hint: Some("the results' folder must be writable and have room".to_owned()),
-    }
+    HostError::new(HostErrorKind::Local, format!("{}: {error}", path.display()))
+        .hint("the results' folder must be writable and have room")
 }

@@ -614,14 +614,14 @@ async fn a_budget_of_what_is_shown_is_enough() {
 }
 
 /// What is told while an endless run goes on and `after` half an hour something happens.
-async fn told_while_it_runs(spec: RunSpec, after: impl FnOnce(&mut super::fake::World)) -> (RunRecord, Vec<String>) {
+async fn told_while_it_runs(spec: RunSpec, after: impl FnOnce(&mut super::fake::World)) -> (RunRecord, Vec<RunNote>) {
     wind(now_ms());
     let (fake, told) = (Fake::new(), std::sync::Mutex::new(Vec::new()));
     fake.set(|world| world.endless = true);
     let state = tempfile::tempdir().unwrap();
     let run = open_ledger(state.path()).plan(&spec).unwrap();
     let on = |event| {
-        if let DeployEvent::Talk(HostTalk::Note(note)) = event {
+        if let DeployEvent::Note(note) = event {
             told.lock().unwrap().push(note);
         }
     };
@@ -642,7 +642,7 @@ async fn a_price_that_the_host_wants_to_raise_is_told_once_and_not_agreed_to() {
     let rise = |world: &mut super::fake::World| world.rise = Some("$2.00/h".into());
     let (record, told) = told_while_it_runs(RunSpec { quote: up_to(AGREED), ..spec(home.path()) }, rise).await;
     assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline), "it goes on at the old price");
-    assert_eq!(told, ["the host of i1 asks for $2.00/h; it is not agreed to"]);
+    assert_eq!(told, [RunNote::PriceRise { instance: InstanceId("i1".into()), asked: "$2.00/h".into() }]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -1044,7 +1044,7 @@ async fn workers_of_a_batch_start_a_pause_apart_and_say_how_long_they_wait() {
         DeployEvent::State(state) if matches!(*state, RunState::Launched { .. }) => {
             launched.lock().unwrap().push(begun.elapsed().as_secs() / 20);
         }
-        DeployEvent::Talk(HostTalk::Note(note)) => told.lock().unwrap().push(note),
+        DeployEvent::Note(note) => told.lock().unwrap().push(note),
         _ => {}
     };
     let drive = |_| Driver::new(ledger.plan(&spec(home.path())).unwrap(), ports, fake.stop.subscribe(), &on).drive();
@@ -1053,9 +1053,12 @@ async fn workers_of_a_batch_start_a_pause_apart_and_say_how_long_they_wait() {
     }
     assert_eq!(*launched.lock().unwrap(), [0, 1, 2]);
     let told = told.into_inner().unwrap();
-    assert_eq!(told.len(), 2, "{told:?}");
-    assert!(told.iter().all(|note| note.contains("for its turn") && note.contains("start 20 s apart")), "{told:?}");
-    assert!(told[1].contains("waiting 39 s") || told[1].contains("waiting 40 s"), "{told:?}");
+    let seconds = |note: &RunNote| match note {
+        RunNote::TurnAwaited { wait, apart } if apart.as_secs() == 20 => wait.as_secs_f64().round() as u64,
+        other => panic!("{other:?}"),
+    };
+    let waits: Vec<u64> = told.iter().map(seconds).collect();
+    assert!(waits.len() == 2 && (39..=40).contains(&waits[1]), "{waits:?}");
 }
 
 /// Drives a run whose ledger takes no more than `events`, as on a full disk; `heard` is told how often that was
@@ -1326,15 +1329,16 @@ async fn where_refused_files_lie_is_told_before_the_instance_ends() {
     let ledger = open_ledger(&home.path().join("state"));
     let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
     let on = |event| match event {
-        DeployEvent::Talk(HostTalk::Note(note)) => told.lock().unwrap().push(note),
-        DeployEvent::Terminating(_) => told.lock().unwrap().push("ending".to_owned()),
+        DeployEvent::Note(note) => told.lock().unwrap().push(Some(note)),
+        DeployEvent::Terminating(_) => told.lock().unwrap().push(None),
         _ => {}
     };
     let record = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await.unwrap();
     closed_and_clean(&fake, &record, "refused");
     let told = told.into_inner().unwrap();
-    assert!(told[0].contains(&format!("~/outliers/{} on instance i1, which ends now", record.id)), "{told:?}");
-    assert!(told.len() > 1 && told[1..].iter().all(|word| word == "ending"), "{told:?}");
+    let lost = RunNote::FilesLost { run: record.id.clone(), instance: InstanceId("i1".into()) };
+    assert_eq!(told[0], Some(lost), "{told:?}");
+    assert!(told.len() > 1 && told[1..].iter().all(Option::is_none), "{told:?}");
     assert!(record.state.results().is_none());
     assert_eq!(std::fs::read_dir(home.path().join("results")).unwrap().count(), 0, "nothing was kept");
 }

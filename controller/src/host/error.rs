@@ -25,6 +25,8 @@ pub enum HostErrorKind {
     NoSpace,
     /// The host answered with an error of its own.
     Host,
+    /// It is not what was rented.
+    NotAsRented,
     /// The worker does not run there: wrong processor, missing library.
     WorkerUnfit,
     /// The worker there is of another version, or speaks another one.
@@ -33,7 +35,8 @@ pub enum HostErrorKind {
     Damaged,
     /// More bytes than we are willing to move.
     TooLarge,
-    /// The request itself is wrong: a bad run name, a missing local file.
+    /// The fault is this machine's, or the request's: a full disk, a missing file, a bad run name.
+    /// No other host would do.
     Local,
 }
 
@@ -52,6 +55,11 @@ impl HostError {
     /// Whether trying again, within a deadline, can help.
     pub fn is_transient(&self) -> bool {
         matches!(self.kind, HostErrorKind::Connection(kind) if kind.is_transient())
+    }
+
+    /// Whether another host would fail in the same way.
+    pub fn is_here(&self) -> bool {
+        self.kind == HostErrorKind::Local
     }
 }
 

@@ -53,7 +53,7 @@ impl RemoteHost {
         let folder = format!("{}/bin/{}", self.program_folder().await?, item.sha256);
         item.remote = format!("{folder}/outliers-worker");
         let item = [item];
-        self.deliver(&folder, &item, on).await?;
+        self.deliver("worker", &folder, &item, on).await?;
         let [Item { remote: path, sha256, .. }] = item;
         let version = self.worker_version(&path).await?;
         Ok(RemoteWorker { path, sha256, version })
@@ -69,10 +69,10 @@ impl RemoteHost {
     ) -> Result<String, HostError> {
         names::check_relative(remote_rel)?;
         let remote = format!("{}/{remote_rel}", self.home().await?);
-        let folder = remote.rsplit_once('/').map_or("/", |(folder, _)| folder).to_owned();
+        let (folder, name) = remote.rsplit_once('/').unwrap_or(("/", &remote));
         let item = Item::new(local.to_owned(), remote.clone(), 0o644).await?;
         check_size(local, item.bytes, limit)?;
-        self.deliver(&folder, &[item], on).await?;
+        self.deliver(name, folder, &[item], on).await?;
         Ok(remote)
     }
 
@@ -94,7 +94,8 @@ impl RemoteHost {
         }
         let bytes = items.iter().map(|item| item.bytes).sum();
         check_size(local, bytes, limit)?;
-        let sent = self.deliver(&path, &items, on).await?;
+        let name = remote_rel.rsplit_once('/').map_or(remote_rel, |(_, name)| name);
+        let sent = self.deliver(name, &path, &items, on).await?;
         Ok(PushedFolder { path, files: items.len(), bytes, sent })
     }
 

@@ -8,7 +8,7 @@ use outliers_protocol::{FeaturePeak, FileBytes, Inspection, Reading, Results, Si
 use super::diagnostics::diagnostics;
 pub use super::table::{Cell, facts, id, name, number, table, text};
 use crate::broker::{Capabilities, Instance, InstanceId, InstanceState, Offer};
-use crate::estimate::Work;
+use crate::estimate::{Estimate, Work};
 use crate::ledger::{RunRecord, now_ms};
 use crate::market::{self, Step};
 use crate::model_name::short;
@@ -184,6 +184,26 @@ pub fn needs(inspection: &Inspection) -> String {
     let note = |note: &String| format!("note: {}\n", clean(note.as_bytes(), 2000));
     let notes: String = inspection.checkpoint_notes.iter().map(note).collect();
     format!("{notes}{table}\n")
+}
+
+/// How long a run takes and what it costs: a line for each part, with what was assumed.
+pub fn estimate(estimate: &Estimate) -> String {
+    let span = |seconds: f64| Span(Duration::from_secs_f64(seconds)).to_string();
+    let mut out = String::new();
+    if estimate.start_seconds > 0.0 {
+        out += &format!("start of the instance: {} (assumed)\n", span(estimate.start_seconds));
+    }
+    let rate = Bytes(estimate.read_bytes_per_second);
+    out += &format!("reading: {} at {rate}/s\n", span(estimate.read_seconds));
+    out += &match (estimate.compute_seconds, estimate.operations_per_second) {
+        (Some(seconds), Some(rate)) => format!("computing: {} at {}/s\n", span(seconds), operations(rate)),
+        _ => "computing: left out (give the device's peak with --tflops)\n".to_owned(),
+    };
+    out += &format!("together: {} (reading and computing overlap)\n", span(estimate.seconds));
+    if let (Some(price), Some(cost)) = (estimate.price, estimate.cost) {
+        out += &format!("cost: {cost} at {price}\n");
+    }
+    out
 }
 
 /// A checkpoint.
@@ -503,6 +523,17 @@ mod tests {
 
     use super::*;
     use crate::units::UsdPerHour;
+
+    #[test]
+    fn an_estimate_says_its_rates_and_what_was_left_out() {
+        let work = Work { read: Bytes(1), operations: 3e14, read_rate: Bytes(1), efficiency: 0.5 };
+        let words = |rate| estimate(&work.at(Duration::ZERO, Bytes(0), rate, None));
+        assert!(words(Some(1e-300)).contains("together"), "no division ends the program");
+        assert!(words(None).contains("left out"), "{}", words(None));
+        let (slow, quick) = (words(Some(2.4e10)), words(Some(1.2e11)));
+        assert!(slow.contains("at 24.0 x 10^9 operations/s"), "{slow}");
+        assert!(quick.contains("at 0.12 x 10^12 operations/s"), "{quick}");
+    }
 
     #[test]
     fn instances_are_told_by_one_look_at_the_actions_however_many_there_are() {

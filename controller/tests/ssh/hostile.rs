@@ -9,8 +9,9 @@ use std::time::Duration;
 use futures::{StreamExt, stream};
 use outliers::broker::{GpuRequest, SshEndpoint};
 use outliers::clouds::{BadHosts, Clouds, Timeouts};
-use outliers::deploy::{DeployEvent, Driver, HostTalk, Ports, SshHosts, Stop};
+use outliers::deploy::{DeployEvent, Driver, Ports, RunNote, SshHosts, Stop};
 use outliers::estimate::Work;
+use outliers::host::{HostEvent, HostFacts};
 use outliers::keys::RunKey;
 use outliers::ledger::{Ledger, RunRecord};
 use outliers::local_worker::{InspectScope, LocalWorker};
@@ -210,6 +211,12 @@ fn files_are_harmless(here: &Path, expect: Expect) -> Result<(), String> {
     demand(!names.iter().any(|name| name == unwanted), || format!("{unwanted} came here"))
 }
 
+/// All that a host says of itself.
+fn words(facts: HostFacts) -> String {
+    let gpus = facts.gpus.into_iter().flat_map(|gpu| [gpu.name, gpu.driver, gpu.uuid]);
+    [facts.os, facts.arch, facts.user, facts.home].into_iter().chain(gpus).collect::<Vec<_>>().join(" ")
+}
+
 /// A whole run, in `here`.
 async fn drive(
     cloud: &Arc<Cloud>,
@@ -220,10 +227,13 @@ async fn drive(
 ) -> Result<RunRecord, String> {
     let on = |event| {
         let text = match event {
-            DeployEvent::Talk(HostTalk::Log(text) | HostTalk::Note(text) | HostTalk::Lost(text)) => text,
-            DeployEvent::Talk(HostTalk::Progress(progress)) => progress.message.unwrap_or_default(),
+            DeployEvent::Host(HostEvent::Log(text) | HostEvent::BadProgress(text)) => text,
+            DeployEvent::Host(HostEvent::Waiting { what, .. }) => what,
+            DeployEvent::Host(HostEvent::ConnectionLost { why }) => why,
+            DeployEvent::Host(HostEvent::Progress(progress)) => progress.message.unwrap_or_default(),
+            DeployEvent::Host(HostEvent::Probed(facts)) => words(facts),
+            DeployEvent::Note(RunNote::NotRestarted { why } | RunNote::GuardUnreachable { why }) => why,
             DeployEvent::Refused { reason } | DeployEvent::Retrying { reason, .. } => reason,
-            DeployEvent::Host(facts) => facts,
             _ => return,
         };
         heard.lock().unwrap().push(text);

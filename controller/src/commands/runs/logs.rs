@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use crate::broker::InstanceState;
 use crate::commands::{Context, SCHEMA};
-use crate::deploy::{DeployEvent, HostTalk, KEY_FILE, read_cursor};
+use crate::deploy::{KEY_FILE, read_cursor};
 use crate::files::{MOST, read_small};
 use crate::host::{self, Cursor, HostError, HostEvent, RemoteHost};
 use crate::ledger::{Ledger, RunRecord};
@@ -23,7 +23,6 @@ use crate::report::{CliError, ExitStatus};
 use crate::run::{Pin, RunState};
 use crate::text::clean;
 use crate::transport::ssh::HostKeyPin;
-use crate::units::Bytes;
 
 /// Longest line that is shown.
 const LINE: usize = 2000;
@@ -160,9 +159,9 @@ async fn read_on(
     let mut cursor = if folder.join(files::LOG).exists() { read_cursor(&folder) } else { Cursor::default() };
     let heard = |event: HostEvent| match event {
         HostEvent::Log(line) => say(clean(line.as_bytes(), LINE)),
-        HostEvent::LogSkipped(bytes) => context.reporter.say(&format!("{} of the log passed over", Bytes(bytes))),
-        HostEvent::ConnectionLost { why } => context.reporter.event(DeployEvent::Talk(HostTalk::Lost(why))),
-        HostEvent::Reconnected => context.reporter.event(DeployEvent::Talk(HostTalk::Back)),
+        event @ (HostEvent::LogSkipped(_) | HostEvent::ConnectionLost { .. } | HostEvent::Reconnected) => {
+            context.reporter.host(event);
+        }
         _ => {}
     };
     let read = match to_the_end {

@@ -149,6 +149,7 @@ impl Missing {
 
 /// Counts what several uploads have sent together.
 struct UploadCounter<'a> {
+    name: &'a str,
     sent: AtomicU64,
     total: u64,
     on: OnEvent<'a>,
@@ -157,18 +158,25 @@ struct UploadCounter<'a> {
 impl UploadCounter<'_> {
     fn add(&self, bytes: u64) {
         let sent = self.sent.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        (self.on)(HostEvent::Uploading { sent, total: self.total });
+        (self.on)(HostEvent::Uploading { name: self.name.to_owned(), sent, total: self.total });
     }
 }
 
 impl RemoteHost {
-    /// Sends what is not there yet, into one folder; gives the bytes that were missing.
-    pub(super) async fn deliver(&self, folder: &str, items: &[Item], on: OnEvent<'_>) -> Result<u64, HostError> {
+    /// Sends what is not there yet, into one folder; gives the bytes that were missing. `name` stands
+    /// for all of it in events.
+    pub(super) async fn deliver(
+        &self,
+        name: &str,
+        folder: &str,
+        items: &[Item],
+        on: OnEvent<'_>,
+    ) -> Result<u64, HostError> {
         let mut retry = Retry::new(TIMEOUT, None);
         let mut missing = Missing::default();
         loop {
             let before = missing.least;
-            match self.deliver_once(folder, items, &mut missing, on).await {
+            match self.deliver_once(name, folder, items, &mut missing, on).await {
                 Ok(()) => {
                     retry.recovered(on);
                     return Ok(missing.first.unwrap_or(0));
@@ -190,6 +198,7 @@ impl RemoteHost {
 
     async fn deliver_once(
         &self,
+        name: &str,
         folder: &str,
         items: &[Item],
         missing: &mut Missing,
@@ -200,11 +209,11 @@ impl RemoteHost {
         let total = missing.note(now);
         if survey.gaps.is_empty() {
             if total == 0 {
-                on(HostEvent::AlreadyThere);
+                on(HostEvent::AlreadyThere { name: name.to_owned() });
             }
             return Ok(());
         }
-        let tally = UploadCounter { sent: AtomicU64::new(total.saturating_sub(now)), total, on };
+        let tally = UploadCounter { name, sent: AtomicU64::new(total.saturating_sub(now)), total, on };
         let (small, large): (Vec<_>, Vec<_>) = survey.gaps.iter().partition(|gap| gap.item.bytes < SMALL);
         for few in small.chunks(AT_ONCE) {
             try_join_all(few.iter().map(|gap| self.send(gap, survey.has_gzip, &tally))).await?;
