@@ -142,8 +142,11 @@ pub struct Way {
     pub transport: Arc<dyn Transport>,
     /// Stands for the instance in messages.
     pub name: String,
-    /// The arguments with which a person's `ssh` opens a shell there.
+    /// The command line with which a person opens a shell there.
     pub shell: Vec<String>,
+    /// Whether our guard has to watch over what runs there: nothing else ends a worker that nobody
+    /// looks after.
+    pub needs_guard: bool,
 }
 
 /// What a cloud can do beyond renting.

@@ -538,7 +538,7 @@ impl Reporter {
     fn state(&self, state: &RunState) {
         let sentence = match state {
             RunState::Rented { rental } => format!("Instance {} is rented at {}", rental.instance, rental.price),
-            RunState::Reachable { .. } => "Connected; its host key is pinned".to_owned(),
+            RunState::Reachable { .. } => "Connected".to_owned(),
             RunState::Launched { .. } => "The worker runs".to_owned(),
             RunState::Ended { .. } => "The worker has ended".to_owned(),
             RunState::Salvaging { ending, .. } => format!("Bringing home what there is: {}", self.ending(ending)),

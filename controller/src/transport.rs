@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
+pub mod local;
 pub mod program;
 pub mod quote;
 pub mod ssh;
@@ -17,7 +18,7 @@ pub mod ssh;
 pub struct SshEndpoint {
     /// Host name or address.
     pub host: String,
-    /// TCP port.
+    /// TCP port; 0: none listens, and the broker has a way of its own.
     pub port: u16,
     /// User to log in as.
     pub user: String,
@@ -25,7 +26,10 @@ pub struct SshEndpoint {
 
 impl fmt::Display for SshEndpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}@{}:{}", self.user, self.host, self.port)
+        match self.port {
+            0 => write!(f, "{}@{}", self.user, self.host),
+            port => write!(f, "{}@{}:{port}", self.user, self.host),
+        }
     }
 }
 
@@ -105,6 +109,8 @@ pub enum TransportErrorKind {
     HostKeyChanged,
     /// The connection broke off.
     Reset,
+    /// What was there has ended.
+    Gone,
     /// It took too long.
     TimedOut,
     /// The server opens no further channel, not even for one thing at a time.
@@ -120,6 +126,6 @@ pub enum TransportErrorKind {
 impl TransportErrorKind {
     /// Whether trying again, within a deadline, can help.
     pub fn is_transient(self) -> bool {
-        matches!(self, Self::Refused | Self::Unreachable | Self::Reset | Self::TimedOut)
+        matches!(self, Self::Refused | Self::Unreachable | Self::Reset | Self::Gone | Self::TimedOut)
     }
 }

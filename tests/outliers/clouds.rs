@@ -149,6 +149,40 @@ pub(super) fn nothing_left(cloud: &FakeCloud) {
     assert_eq!(world.live().count(), 0, "still billing: {world:?}");
 }
 
+/// A person's shell on a kept instance, which has to show the host key that it showed first.
+#[test]
+fn a_kept_instance_is_entered_by_ssh_and_held_to_its_host_key() {
+    let cloud = FakeCloud::start(RunPod::default());
+    let place = Place::with_settings(&[&cloud], "listing-interval = \"1s\"\n");
+    if place.host(&cloud).is_none() {
+        return;
+    }
+    cloud.world().stock = vec![Stock::plain("1001", Gpu::A100, 1, 1.5)];
+    let _ = place.context.run(Place::deployment().into_iter().chain(["--keep-running".to_owned()])).ok();
+    let listed = place.context.json(&["instances", "list"]);
+    let id = listed["instances"][0]["id"].as_str().expect("it is kept").to_owned();
+    let command = place.context.run(["instances", "ssh", &id]).ok().stdout;
+    assert!(command.starts_with("ssh -i ") && command.contains("StrictHostKeyChecking=yes"), "{command}");
+    let shell = |command: &str| std::process::Command::new("sh").args(["-c", command]).output().unwrap();
+    if shell("command -v ssh").status.success() {
+        let said = shell(&format!("{} 'echo entered' 2>&1", command.trim()));
+        assert!(String::from_utf8_lossy(&said.stdout).contains("entered"), "{said:?}");
+        // Somebody else behind the same address.
+        let run = listed["instances"][0]["name"].as_str().unwrap().split('-').nth(2).unwrap();
+        let known_hosts = place.context.state().join("runs").join(run).join("known_hosts");
+        let known = std::fs::read_to_string(&known_hosts).unwrap();
+        let (address, _) = known.split_once(' ').unwrap();
+        let other = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDn1pBGEfNCWyLLKkRzKDmJpDxkFMhfDkMr0Q0QxQQQQ";
+        std::fs::write(&known_hosts, format!("{address} {other}\n")).unwrap();
+        let said = shell(&format!("{} true 2>&1", command.trim().replacen("ssh", "ssh -o BatchMode=yes", 1)));
+        assert!(String::from_utf8_lossy(&said.stdout).contains("Host key verification failed"), "{said:?}");
+    } else {
+        outliers_tests::not_checked("no ssh is installed");
+    }
+    let _ = place.context.run(["instances", "terminate", &id, "-y"]).ok();
+    nothing_left(&cloud);
+}
+
 fn deploys_to(dialect: impl Dialect) {
     let cloud = FakeCloud::start(dialect);
     let place = Place::new(&[&cloud]);

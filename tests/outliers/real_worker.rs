@@ -1,12 +1,11 @@
-//! The real worker on both kinds of host there are without an account: OpenSSH's server and the local broker's instance.
+//! The real worker on both kinds of host there are without an account: over SSH, and an instance of
+//! the local broker.
 
-use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use outliers::broker::local::LocalBroker;
-use outliers::broker::{Broker, GpuRequest, InstanceState, Lease, LeaseTag, SshEndpoint};
-use outliers::host::{Cursor, HostEvent, JobStatus, Launched, reach};
-use outliers::keys::RunKey;
+use outliers::broker::{Broker, GpuRequest, Lease, LeaseTag};
+use outliers::host::{Cursor, HostEvent, JobStatus, Launched, RemoteHost, reach};
 use outliers::output::unplanned;
 use outliers::units::Bytes;
 use outliers_protocol::{CorpusSource, JobSpec, ModelSource, Outcome, Phase, Results};
@@ -14,16 +13,19 @@ use outliers_tests::programs;
 use outliers_tests::sshd::Sshd;
 use tokio::time::Instant;
 
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(120)
+}
+
 /// Everything a deploy does with a host, on a golden checkpoint.
-async fn whole_path(endpoint: &SshEndpoint, key: &Path) {
-    let deadline = Instant::now() + Duration::from_secs(120);
+async fn whole_path(host: RemoteHost) {
+    let deadline = soon();
     let last = std::sync::Mutex::new(None);
     let on = |event| {
         if let HostEvent::Progress(progress) = event {
             *last.lock().unwrap() = Some(progress);
         }
     };
-    let (host, _) = reach(endpoint, key, None, deadline, &on).await.unwrap();
     let facts = host.probe().await.unwrap();
     assert_eq!((facts.os.as_str(), facts.arch.as_str()), ("Linux", std::env::consts::ARCH));
     let worker = host.push_worker(&programs::worker(), &on).await.unwrap();
@@ -51,23 +53,23 @@ async fn whole_path(endpoint: &SshEndpoint, key: &Path) {
 #[tokio::test]
 async fn the_worker_runs_on_a_real_openssh_server() {
     let Some(server) = Sshd::start().unwrap() else { return };
-    whole_path(&server.endpoint(), server.key().private_path()).await;
+    let reached = reach(&server.endpoint(), server.key().private_path(), None, soon(), &|_| {}).await;
+    whole_path(reached.unwrap().0).await;
 }
 
 #[tokio::test]
 async fn the_worker_runs_on_the_local_brokers_instance() {
     let folder = tempfile::tempdir().unwrap();
-    let key = RunKey::create(folder.path(), "key", "").unwrap();
     let broker = LocalBroker::new(folder.path().join("cloud"), programs::controller());
     let want = GpuRequest { gpu_count: Some(0), ..GpuRequest::default() };
     let offer = broker.offers(&want).await.unwrap().offers.into_iter().find(|offer| offer.gpu_count == 0).unwrap();
     let deadline = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs() + 300;
     let word = |s: &str| s.to_owned();
     let tag = LeaseTag { owner: word("me"), run: word("r1"), nonce: word("n1"), deadline };
-    let lease = Lease { tag, ssh_public_key: word(key.public_line()), disk: Bytes::from_mib(100) };
+    let lease = Lease { tag, ssh_public_key: String::new(), disk: Bytes::from_mib(100) };
     let instance = broker.create(&offer, &lease).await.unwrap();
-    let InstanceState::Ready(endpoint) = &instance.state else { panic!("{instance:?}") };
-    whole_path(endpoint, key.private_path()).await;
+    let way = broker.way(&instance.id).unwrap();
+    whole_path(RemoteHost::new(way.transport, way.name)).await;
     broker.terminate(&instance.id).await.unwrap();
     assert!(broker.list().await.unwrap().is_empty());
 }

@@ -1,8 +1,10 @@
 //! The user's own machine as a cloud.
 //!
-//! An instance is a process of its own that serves SSH on a loopback port. It outlives whoever created it, is found by its
-//! folder, and is alive exactly as long as it holds that folder's lock. Prices are made up, bills are kept
-//! as if they were not: a rental that is forgotten here would have been forgotten on a cloud.
+//! An instance is a folder and a process of its own, which keeps the deadline. It outlives whoever
+//! created it, is found by its folder, and is alive exactly as long as it holds that folder's lock.
+//! Commands run as processes of whoever asks for them and carry the instance's mark (`way.rs`).
+//! Prices are made up, bills are kept as if they were not: a rental that is forgotten here would
+//! have been forgotten on a cloud.
 //!
 //! An instance shares the machine: any number can be rented, but a GPU only once at a time. The one thing it does not share is
 //! what it sees of GPUs (`CUDA_VISIBLE_DEVICES`); `nvidia-smi` still lists them all.
@@ -16,23 +18,19 @@ use std::thread;
 use std::time::{Duration, Instant as Clock};
 
 use async_trait::async_trait;
-use russh::keys::PublicKey;
 use rustix::process::Signal;
 
 use super::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
-    Lease, Offer, Offers, SshEndpoint,
+    Lease, Offer, Offers, SshEndpoint, Way,
 };
 
 mod bill;
-mod command;
 mod hardware;
 mod instance;
 mod processes;
-mod reaper;
 mod record;
-mod session;
-mod sftp;
+mod way;
 
 pub use bill::{Bill, BillEntry};
 pub(crate) use hardware::memory;
@@ -48,9 +46,9 @@ pub const NAME: &str = "local";
 /// The hidden subcommand of the program given to [`LocalBroker::new`] that must call [`serve`] with its one argument, a folder.
 pub const SERVE_COMMAND: &str = "instance-serve";
 
-/// How long an instance may take to listen. It takes a tenth of a second; a machine under load takes longer.
+/// How long an instance may take to be up. It takes a tenth of a second; a machine under load takes longer.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
-/// How long an instance may take to end what it started before the ending is taken out of its hands.
+/// How long an instance may take to end what runs there before the ending is taken out of its hands.
 const ENDING_GRACE: Duration = Duration::from_secs(4);
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -112,8 +110,6 @@ impl LocalBroker {
     async fn allocate(&self, offer: &Offer, lease: &Lease) -> Result<(Folder, Record), BrokerError> {
         let sku = Sku::parse(&offer.key).filter(|_| offer.broker == NAME);
         let sku = sku.ok_or_else(|| rejected(format!("{:?} is no offer of this broker", offer.key)))?;
-        let authorized = PublicKey::from_openssh(lease.ssh_public_key.trim()).and_then(|key| key.to_openssh());
-        let authorized = authorized.map_err(|error| rejected(format!("the SSH public key cannot be used: {error}")))?;
         if lease.tag.deadline <= now() {
             return Err(rejected("the lease's deadline has passed already".to_owned()));
         }
@@ -123,7 +119,7 @@ impl LocalBroker {
             return Err(error(BrokerErrorKind::NoCapacity, message));
         }
         let (broker, offer, name) = (self.clone(), offer.clone(), lease.tag.to_string());
-        blocking(move || broker.write_down(&offer, &sku, &hardware, name, &authorized)).await
+        blocking(move || broker.write_down(&offer, &sku, &hardware, name)).await
     }
 
     fn write_down(
@@ -132,7 +128,6 @@ impl LocalBroker {
         sku: &Sku,
         hardware: &Hardware,
         name: String,
-        authorized: &str,
     ) -> Result<(Folder, Record), BrokerError> {
         let unwritable = |error: io::Error| unavailable(format!("cannot write to {}: {error}", self.root.display()));
         make_private_dir(&self.instances()).map_err(unwritable)?;
@@ -146,7 +141,7 @@ impl LocalBroker {
             gpus: self.choose_gpus(sku, hardware)?,
             created_at: now(),
         };
-        let folder = Folder::create(&self.instances(), &record, authorized).map_err(unwritable)?;
+        let folder = Folder::create(&self.instances(), &record).map_err(unwritable)?;
         Ok((folder, record))
     }
 
@@ -196,7 +191,7 @@ impl LocalBroker {
             }
             tokio::time::sleep(PAUSE).await;
         }
-        Err(format!("the instance does not listen after {} s: {}", BOOT_LIMIT.as_secs(), last_words(folder)))
+        Err(format!("the instance is not up after {} s: {}", BOOT_LIMIT.as_secs(), last_words(folder)))
     }
 }
 
@@ -241,6 +236,10 @@ impl Broker for LocalBroker {
 
     async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
         Ok(self.list().await?.into_iter().find(|instance| instance.id == *id))
+    }
+
+    fn way(&self, id: &InstanceId) -> Option<Way> {
+        is_id(&id.0).then(|| way::way(&id.0, Folder::new(self.instances().join(&id.0))))
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
@@ -292,9 +291,9 @@ fn state_of(folder: &Folder, record: &Record) -> io::Result<InstanceState> {
     }
     let young = now().saturating_sub(record.created_at) < BOOT_LIMIT.as_secs();
     Ok(match (alive, folder.ready()?) {
-        (true, Some(ready)) => {
-            let (host, user) = ("127.0.0.1".to_owned(), session::USER.to_owned());
-            InstanceState::Ready(SshEndpoint { host, port: ready.port, user })
+        (true, Some(_)) => {
+            let (host, user) = ("localhost".to_owned(), way::USER.to_owned());
+            InstanceState::Ready(SshEndpoint { host, port: 0, user })
         }
         (true, None) => InstanceState::Booting,
         (false, None) if young => InstanceState::Booting,
@@ -310,7 +309,7 @@ fn last_words(folder: &Folder) -> String {
     folder.last_words().unwrap_or_else(|| "its log is empty".to_owned())
 }
 
-/// Ends the instance in `folder` and everything it started, whatever state it is in, then [`conclude`]s.
+/// Ends the instance in `folder` and everything that runs there, whatever state it is in, then [`conclude`]s.
 fn end(folder: &Folder, id: &str, billed: bool) -> Result<(), BrokerError> {
     let stays = |why: String| unavailable(format!("{id} is not terminated: {why}"));
     let there = fs::symlink_metadata(folder.path());
@@ -322,6 +321,8 @@ fn end(folder: &Folder, id: &str, billed: bool) -> Result<(), BrokerError> {
         // A full disk is a reason to terminate, not one to refuse.
         tracing::warn!(id, %error, "the termination could not be noted first");
     }
+    // Without it, something that starts meanwhile may be left.
+    let _shut = folder.shut();
     let record = folder.record();
     stop_process(folder, id);
     marks(folder, id).end_all().map_err(stays)?;
@@ -343,14 +344,12 @@ fn end(folder: &Folder, id: &str, billed: bool) -> Result<(), BrokerError> {
 }
 
 fn marks(folder: &Folder, id: &str) -> Marks {
-    // An unreadable ready.json costs some marks of several.
-    let leader = folder.ready().ok().flatten().map(|ready| ready.pid);
-    Marks::new(id, folder.home(), leader)
+    Marks::new(id, folder.home())
 }
 
-/// Asks the instance's process to end what it started and itself; kills it when it takes too long.
+/// Asks the instance's process to end what runs there and itself; kills it when it takes too long.
 fn stop_process(folder: &Folder, id: &str) {
-    // One that does not listen yet has started nothing, and is found by its marks.
+    // One that is not up yet is found by its marks.
     let Ok(Some(ready)) = folder.ready() else { return };
     // The lock may be another terminator's by now, and the process id anybody's: the mark is not.
     let is_it = || marks(folder, id).find().is_ok_and(|pids| pids.contains(&ready.pid));

@@ -316,7 +316,8 @@ impl Broker for Slurm {
         let shell = shell.into_iter().chain(["sh".to_owned()]);
         Some(Way {
             name: format!("job {} on {}", tag.run, self.site.host),
-            shell: self.cluster.ssh().shell().into_iter().chain(shell).collect(),
+            shell: std::iter::once("ssh".to_owned()).chain(self.cluster.ssh().shell()).chain(shell).collect(),
+            needs_guard: false,
             transport: Arc::new(JobTransport::new(self.cluster.clone(), tag)),
         })
     }

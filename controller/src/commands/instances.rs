@@ -46,11 +46,11 @@ pub(super) async fn command(context: &Context, command: InstancesCommand) -> Res
         InstancesCommand::Ssh { id, run, only } => {
             let clouds = clouds(context, &only)?;
             let (cloud, instance) = context.reporter.waiting(LISTS, find(&clouds, &id)).await?;
-            let arguments = match cloud.broker.way(&instance.id) {
+            let words = match cloud.broker.way(&instance.id) {
                 Some(way) => way.shell,
-                None => ssh_arguments(&context.ledger()?, &instance)?,
+                None => ssh_words(&context.ledger()?, &instance)?,
             };
-            ssh(context, &arguments, run)
+            shell(context, &words, run)
         }
         InstancesCommand::Terminate(args) => terminate::command(context, &args).await,
     }
@@ -141,20 +141,20 @@ async fn show(context: &Context, home: &Home, clouds: &Clouds, id: &str) -> Resu
 }
 
 /// The command that opens a shell.
-fn ssh(context: &Context, arguments: &[String], run: bool) -> Result<ExitStatus, CliError> {
-    if run {
-        let status = Command::new("ssh").args(arguments).status();
-        let status = status.map_err(|error| CliError::failed(format!("ssh cannot be run: {error}")))?;
+fn shell(context: &Context, words: &[String], run: bool) -> Result<ExitStatus, CliError> {
+    if let (true, [program, arguments @ ..]) = (run, words) {
+        let status = Command::new(program).args(arguments).status();
+        let status = status.map_err(|error| CliError::failed(format!("{program} cannot be run: {error}")))?;
         return Ok(if status.success() { ExitStatus::Done } else { ExitStatus::Failed });
     }
-    let command = format!("ssh {}", arguments.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" "));
+    let command = words.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" ");
     let document = serde_json::json!({ "schema": SCHEMA, "command": command });
     context.reporter.result(&document, || command.clone());
     Ok(ExitStatus::Done)
 }
 
-/// With the run's key and the host key it showed first.
-fn ssh_arguments(ledger: &Ledger, instance: &Instance) -> Result<Vec<String>, CliError> {
+/// `ssh` with the run's key and the host key it showed first.
+fn ssh_words(ledger: &Ledger, instance: &Instance) -> Result<Vec<String>, CliError> {
     let InstanceState::Ready(endpoint) = &instance.state else {
         return Err(CliError::failed(format!("instance {} has no address", instance.id)));
     };
@@ -179,11 +179,11 @@ fn ssh_arguments(ledger: &Ledger, instance: &Instance) -> Result<Vec<String>, Cl
         format!("UserKnownHostsFile={}", known_hosts.display()),
         format!("StrictHostKeyChecking={strict}"),
     ];
-    let mut arguments = vec!["-i".to_owned(), key.to_string_lossy().into_owned()];
-    arguments.extend(["-p".to_owned(), endpoint.port.to_string()]);
-    arguments.extend(options.into_iter().flat_map(|option| ["-o".to_owned(), option]));
-    arguments.extend(["--".to_owned(), format!("{}@{}", endpoint.user, endpoint.host)]);
-    Ok(arguments)
+    let mut words = vec!["ssh".to_owned(), "-i".to_owned(), key.to_string_lossy().into_owned()];
+    words.extend(["-p".to_owned(), endpoint.port.to_string()]);
+    words.extend(options.into_iter().flat_map(|option| ["-o".to_owned(), option]));
+    words.extend(["--".to_owned(), format!("{}@{}", endpoint.user, endpoint.host)]);
+    Ok(words)
 }
 
 /// The host key that the run's present instance showed first.

@@ -1,4 +1,4 @@
-//! [`Hosts`] as they really are: over SSH.
+//! [`Hosts`] as they really are: over SSH, or by a broker's own way.
 
 use std::fs::File;
 use std::io::Write;
@@ -102,7 +102,7 @@ impl Hosts for SshHosts {
     }
 
     fn over(&self, way: Way, folder: &Path) -> Box<dyn Host> {
-        Box::new(self.host(RemoteHost::new(way.transport, way.name), folder, false))
+        Box::new(self.host(RemoteHost::new(way.transport, way.name), folder, way.needs_guard))
     }
 }
 

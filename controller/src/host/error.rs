@@ -88,6 +88,7 @@ fn hint_for(kind: TransportErrorKind) -> Option<&'static str> {
         T::Reset => {
             Some("the SSH server or a proxy before it hangs up: it may still be starting, or it limits connections")
         }
+        T::Gone => Some("see what became of it: outliers instances list"),
         T::TimedOut => Some("the instance or the line is too slow or gone"),
         T::NoChannel => Some("the SSH server lets nobody run anything: look at MaxSessions in its sshd_config"),
         T::NoSpace => Some("ask for more disk with the next instance, or free some on this one"),

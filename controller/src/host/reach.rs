@@ -93,6 +93,7 @@ fn word(kind: TransportErrorKind) -> &'static str {
         T::AuthFailed => "login refused",
         T::HostKeyChanged => "host key changed",
         T::Reset => "reset by peer",
+        T::Gone => "gone",
         T::TimedOut => "timed out",
         T::NoChannel => "no channel",
         T::NoSpace => "no space",

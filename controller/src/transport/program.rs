@@ -235,24 +235,14 @@ impl OpenSsh {
 
     /// What a command left, once all of it was read.
     async fn gather(&self, child: &mut Child, stdin: &[u8]) -> Result<ExecOutput, TransportError> {
-        let (mut to, out, err) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-        let feed = async {
-            if let Some(to) = &mut to {
-                // A command need not read what it is given.
-                let _ = to.write_all(stdin).await;
-            }
-            drop(to.take());
-        };
-        let (_, stdout, stderr) = tokio::join!(feed, read_all(out), read_all(err));
-        let (stdout, stderr) = (stdout.map_err(|e| self.not_read(&e))?, stderr.map_err(|e| self.not_read(&e))?);
-        if stdout.len() as u64 > MAX_OUTPUT || stderr.len() as u64 > MAX_OUTPUT {
+        let out = gather(child, stdin).await.map_err(|error| self.not_read(&error))?;
+        if is_flood(&out) {
             let message = format!("{}: a command printed more than {} MiB", self.host, MAX_OUTPUT >> 20);
             return Err(TransportError::new(Kind::Remote, message));
         }
-        let status = child.wait().await.map_err(|error| self.not_read(&error))?;
-        match status.code() {
-            Some(OWN_FAILURE) | None => Err(self.failure(&stderr)),
-            status => Ok(ExecOutput { status, stdout, stderr }),
+        match out.status {
+            Some(OWN_FAILURE) | None => Err(self.failure(&out.stderr)),
+            _ => Ok(out),
         }
     }
 
@@ -327,6 +317,27 @@ impl OpenSsh {
         file.sync_all().await.map_err(here)?;
         Ok(got)
     }
+}
+
+/// Feeds a child and waits for its end; gives what it left. A stream of which more comes than may
+/// be is closed.
+pub(super) async fn gather(child: &mut Child, stdin: &[u8]) -> std::io::Result<ExecOutput> {
+    let (mut to, out, err) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    let feed = async {
+        if let Some(to) = &mut to {
+            // A command need not read what it is given.
+            let _ = to.write_all(stdin).await;
+        }
+        drop(to.take());
+    };
+    let (_, stdout, stderr) = tokio::join!(feed, read_all(out), read_all(err));
+    let (stdout, stderr) = (stdout?, stderr?);
+    Ok(ExecOutput { status: child.wait().await?.code(), stdout, stderr })
+}
+
+/// Whether a command printed more than an answer has.
+pub(super) fn is_flood(out: &ExecOutput) -> bool {
+    out.stdout.len().max(out.stderr.len()) as u64 > MAX_OUTPUT
 }
 
 /// All of a stream, and a byte more than may be where it does not end.

@@ -1,16 +1,15 @@
-//! Everything an instance started, found and ended.
+//! Everything that runs on an instance, found and ended.
 //!
-//! Several marks, because a command may shed any one of them: the environment variable every command inherits (lost by
-//! `env -i`), the instance's session (left by `setsid`), descent from the instance's process (which adopts orphans where the
-//! system lets it, so this one cannot be shed while it lives), and running a program that lies in the instance's home.
+//! Two marks: the environment variable that every command inherits, and a program that lies in the
+//! instance's home. What sheds both (`env -i` with a program of the system) is nobody's any more.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
-use sysinfo::{Pid, Process, ProcessRefreshKind, ProcessStatus, ProcessesToUpdate, System, UpdateKind};
+use sysinfo::{Process, ProcessRefreshKind, ProcessStatus, ProcessesToUpdate, System, UpdateKind};
 
 /// The environment variable that marks every process of an instance; its value is the instance's id.
 pub const MARKER: &str = "OUTLIERS_LOCAL_INSTANCE";
@@ -26,15 +25,14 @@ const PAUSE: Duration = Duration::from_millis(20);
 pub(super) struct Marks {
     mark: String,
     home: PathBuf,
-    leader: Option<Pid>,
 }
 
 impl Marks {
-    /// `leader` is the process id under which the instance was last known. It may by now be somebody else's.
-    pub(super) fn new(id: &str, home: PathBuf, leader: Option<u32>) -> Self {
+    /// The marks of the instance `id` with this home folder.
+    pub(super) fn new(id: &str, home: PathBuf) -> Self {
         // The system reports programs and folders by their real paths.
         let home = home.canonicalize().unwrap_or(home);
-        Self { mark: format!("{MARKER}={id}"), home, leader: leader.map(Pid::from_u32) }
+        Self { mark: format!("{MARKER}={id}"), home }
     }
 
     /// Processes of the instance that live now, the caller excepted.
@@ -44,39 +42,18 @@ impl Marks {
     pub(super) fn find(&self) -> Result<Vec<u32>, String> {
         let mut system = System::new().map_err(|error| format!("processes cannot be listed: {error}"))?;
         let always = UpdateKind::Always;
-        let wanted =
-            ProcessRefreshKind::nothing().with_environ(always).with_exe(always).with_cwd(always).without_tasks();
+        let wanted = ProcessRefreshKind::nothing().with_environ(always).with_exe(always).without_tasks();
         // This one is always there, so a table without it is no table.
         if system.refresh_processes_specifics(ProcessesToUpdate::All, true, wanted) == 0 {
             return Err("processes cannot be listed".to_owned());
         }
-        let parents = system.processes().values().filter_map(|p| Some((p.pid(), p.parent()?))).collect();
-        let leader_lives = self.leader.is_some_and(|leader| self.is_instance(leader, &system));
-        let others = system.processes().values().filter(|p| is_alive_and_other(p));
-        let owned = others
-            .filter(|p| self.is_marked(p) || if leader_lives { self.is_led(p, &parents) } else { self.was_led(p) });
+        let owned = system.processes().values().filter(|p| is_alive_and_other(p) && self.is_marked(p));
         Ok(owned.map(|p| p.pid().as_u32()).collect())
-    }
-
-    fn is_instance(&self, leader: Pid, system: &System) -> bool {
-        let known = system.process(leader).is_some_and(|process| self.is_marked(process));
-        known || leader.as_u32() == std::process::id()
     }
 
     fn is_marked(&self, process: &Process) -> bool {
         process.environ().iter().any(|variable| variable.to_str() == Some(&self.mark))
             || process.exe().is_some_and(|exe| exe.starts_with(&self.home))
-    }
-
-    fn is_led(&self, process: &Process, parents: &HashMap<Pid, Pid>) -> bool {
-        let descends = self.leader.is_some_and(|leader| descends(process.pid(), leader, parents));
-        descends || (self.leader.is_some() && process.session_id() == self.leader)
-    }
-
-    /// Of a dead leader's session, as long as no other process was given its id and ended in turn: so not by that alone.
-    fn was_led(&self, process: &Process) -> bool {
-        let at_home = process.cwd().is_some_and(|cwd| cwd.starts_with(&self.home));
-        at_home && self.leader.is_some() && process.session_id() == self.leader
     }
 
     /// Asks every process of the instance to end, kills what stays, and returns when none is left.
@@ -114,12 +91,6 @@ fn is_alive_and_other(process: &Process) -> bool {
     !ended && process.pid().as_u32() != std::process::id()
 }
 
-fn descends(pid: Pid, ancestor: Pid, parents: &HashMap<Pid, Pid>) -> bool {
-    // The table is read while it changes: bounded, in case it holds a circle.
-    let mut line = std::iter::successors(Some(pid), |pid| parents.get(pid).copied()).take(1000);
-    line.any(|pid| pid == ancestor)
-}
-
 /// Sends a signal; a process that is gone already needs none.
 pub(super) fn signal(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
@@ -135,7 +106,7 @@ mod tests {
     #[test]
     fn only_marked_processes_are_found_and_ended() {
         let home = tempfile::tempdir().unwrap();
-        let marks = Marks::new("i-test", home.path().to_owned(), None);
+        let marks = Marks::new("i-test", home.path().to_owned());
         assert!(marks.find().unwrap().is_empty());
         marks.end_all().unwrap();
         let mut ours = Command::new("sleep").arg("100").env(MARKER, "i-test").spawn().unwrap();
@@ -149,14 +120,5 @@ mod tests {
         assert!(other.try_wait().unwrap().is_none(), "another's process is left alone");
         other.kill().unwrap();
         other.wait().unwrap();
-    }
-
-    #[test]
-    fn descent_ends_in_spite_of_circles() {
-        let pid = Pid::from_u32;
-        let parents = HashMap::from([(pid(2), pid(3)), (pid(3), pid(2)), (pid(5), pid(4)), (pid(4), pid(1))]);
-        assert!(descends(pid(5), pid(1), &parents));
-        assert!(!descends(pid(2), pid(1), &parents));
-        assert!(!descends(pid(9), pid(1), &parents));
     }
 }

@@ -3,9 +3,9 @@
 //! | name | written by | says |
 //! |---|---|---|
 //! | `instance.json` | `create`, before anything is spawned | lease, price, hardware |
-//! | `authorized_keys` | `create` | the one key that may log in |
 //! | `lock` | held by the instance's process for its life | alive, exactly as long as it is held |
-//! | `host_key`, `ready.json` | the instance's process | where it listens |
+//! | `gate` | held by all who start something; by one alone who ends the instance | who may start |
+//! | `ready.json` | the instance's process | which process it is |
 //! | `ending` | `terminate`, first of all | nothing may start here any more |
 //! | `log` | the instance's process | why it failed |
 //! | `home/` | the user | what the rental is for |
@@ -59,12 +59,8 @@ impl Record {
 /// `ready.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Ready {
-    /// Loopback port of the SSH server.
-    pub(super) port: u16,
     /// Process id of the instance, its session's leader. Means nothing once the lock is free.
     pub(super) pid: u32,
-    /// Public half of the host key, OpenSSH format.
-    pub(super) host_key: String,
 }
 
 /// The folder of one instance.
@@ -78,10 +74,10 @@ impl Folder {
     }
 
     /// Writes a whole new instance beside `instances` and renames it into place.
-    pub(super) fn create(instances: &Path, record: &Record, authorized_key: &str) -> io::Result<Self> {
+    pub(super) fn create(instances: &Path, record: &Record) -> io::Result<Self> {
         let draft = Self(instances.join(format!(".new-{}", record.id)));
         make_private_dir(&draft.0)?;
-        let written = draft.fill(record, authorized_key);
+        let written = draft.fill(record);
         let place = instances.join(&record.id);
         let placed = written.and_then(|()| fs::rename(&draft.0, &place)).and_then(|()| sync_dir(instances));
         match placed {
@@ -94,10 +90,10 @@ impl Folder {
         }
     }
 
-    fn fill(&self, record: &Record, authorized_key: &str) -> io::Result<()> {
+    fn fill(&self, record: &Record) -> io::Result<()> {
         make_private_dir(&self.home())?;
         write_durably(&self.0.join("lock"), b"")?;
-        write_durably(&self.0.join("authorized_keys"), format!("{}\n", authorized_key.trim()).as_bytes())?;
+        write_durably(&self.0.join("gate"), b"")?;
         write_json(&self.0.join("instance.json"), record)
     }
 
@@ -106,7 +102,7 @@ impl Folder {
         &self.0
     }
 
-    /// The home folder of whoever logs in.
+    /// The home folder of all that runs there.
     pub(super) fn home(&self) -> PathBuf {
         self.0.join("home")
     }
@@ -121,7 +117,7 @@ impl Folder {
         read_json(&self.0.join("instance.json"))
     }
 
-    /// Reads `ready.json`, `None` before the server listens.
+    /// Reads `ready.json`, `None` before its process is up.
     pub(super) fn ready(&self) -> io::Result<Option<Ready>> {
         absent(read_json(&self.0.join("ready.json")))
     }
@@ -129,11 +125,6 @@ impl Folder {
     /// Writes `ready.json`.
     pub(super) fn set_ready(&self, ready: &Ready) -> io::Result<()> {
         write_json(&self.0.join("ready.json"), ready)
-    }
-
-    /// The authorised key, OpenSSH format.
-    pub(super) fn authorized_key(&self) -> io::Result<String> {
-        read_bounded(&self.0.join("authorized_keys"))
     }
 
     /// Says that nothing may start here any more.
@@ -156,9 +147,30 @@ impl Folder {
         }
     }
 
+    /// What whoever starts something here holds meanwhile; `None` when nothing may start: the
+    /// instance's process is gone, or somebody ends it.
+    pub(super) fn admit(&self) -> io::Result<Option<File>> {
+        let gate = File::open(self.0.join("gate"))?;
+        match gate.try_lock_shared() {
+            Ok(()) => Ok((!self.is_ending() && self.is_locked()?).then_some(gate)),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+
+    /// Keeps anything from starting here until the file is dropped. `None`: somebody else does, or
+    /// takes long to start something.
+    pub(super) fn shut(&self) -> io::Result<Option<File>> {
+        self.take("gate")
+    }
+
     /// Takes the lock, held until the file is dropped. `None`: another holds it for longer than anyone should who only looks.
     pub(super) fn lock(&self) -> io::Result<Option<File>> {
-        let file = File::open(self.0.join("lock"))?;
+        self.take("lock")
+    }
+
+    fn take(&self, name: &str) -> io::Result<Option<File>> {
+        let file = File::open(self.0.join(name))?;
         let begun = Instant::now();
         loop {
             match file.try_lock() {
@@ -317,10 +329,9 @@ mod tests {
     #[test]
     fn a_folder_appears_whole_and_private() {
         let root = tempfile::tempdir().unwrap();
-        let folder = Folder::create(root.path(), &record("i-abcdefghijkl"), "ssh-ed25519 AAAA\n").unwrap();
+        let folder = Folder::create(root.path(), &record("i-abcdefghijkl")).unwrap();
         assert_eq!(folder.record().unwrap(), record("i-abcdefghijkl"));
         assert_eq!(folder.record().unwrap().deadline(), Some(99));
-        assert_eq!(folder.authorized_key().unwrap(), "ssh-ed25519 AAAA\n");
         assert_eq!(fs::metadata(folder.path()).unwrap().permissions().mode() & 0o777, 0o700);
         assert_eq!(folder.ready().unwrap(), None);
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "no draft is left");
@@ -329,12 +340,29 @@ mod tests {
     #[test]
     fn looking_at_the_lock_does_not_take_it() {
         let root = tempfile::tempdir().unwrap();
-        let folder = Folder::create(root.path(), &record("i-abcdefghijkl"), "k").unwrap();
+        let folder = Folder::create(root.path(), &record("i-abcdefghijkl")).unwrap();
         assert!(!folder.is_locked().unwrap());
         let held = folder.lock().unwrap().unwrap();
         assert!(folder.is_locked().unwrap());
         drop(held);
         assert!(!folder.is_locked().unwrap());
+    }
+
+    #[test]
+    fn something_starts_only_while_the_instance_lives_and_nobody_ends_it() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = Folder::create(root.path(), &record("i-abcdefghijkl")).unwrap();
+        assert!(folder.admit().unwrap().is_none(), "nobody is the instance");
+        let life = folder.lock().unwrap().unwrap();
+        let (one, two) = (folder.admit().unwrap().unwrap(), folder.admit().unwrap().unwrap());
+        drop((one, two));
+        let shut = folder.shut().unwrap().unwrap();
+        assert!(folder.admit().unwrap().is_none(), "somebody ends it");
+        drop(shut);
+        assert!(folder.admit().unwrap().is_some());
+        folder.mark_ending().unwrap();
+        assert!(folder.admit().unwrap().is_none(), "somebody has begun to end it");
+        drop(life);
     }
 
     #[test]
@@ -352,7 +380,7 @@ mod tests {
     #[test]
     fn a_read_only_tree_can_be_removed() {
         let root = tempfile::tempdir().unwrap();
-        let folder = Folder::create(root.path(), &record("i-abcdefghijkl"), "k").unwrap();
+        let folder = Folder::create(root.path(), &record("i-abcdefghijkl")).unwrap();
         let deep = folder.home().join("a/b");
         fs::create_dir_all(&deep).unwrap();
         fs::write(deep.join("f"), "x").unwrap();

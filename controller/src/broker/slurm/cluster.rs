@@ -183,7 +183,7 @@ fn not_reached(failed: TransportError, lost: Kind) -> BrokerError {
     let kind = match failed.kind {
         T::AuthFailed | T::HostKeyChanged => Kind::Auth,
         T::Refused | T::Unreachable | T::NoChannel | T::Local => Kind::Unavailable,
-        T::Reset | T::TimedOut | T::NoSpace | T::Remote => lost,
+        T::Reset | T::Gone | T::TimedOut | T::NoSpace | T::Remote => lost,
     };
     error(kind, failed.message)
 }
