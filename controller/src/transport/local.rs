@@ -305,13 +305,9 @@ mod tests {
         let sent = std::sync::Mutex::new(0);
         let progress = |bytes| *sent.lock().unwrap() = bytes;
         let parts = [0..1 << 20, 2 << 20..3 << 20];
-        let what = SendRequest {
-            local: &path("from"),
-            remote: path("to").to_str().unwrap(),
-            parts: &parts,
-            may_gzip: true,
-            progress: &progress,
-        };
+        let (local, remote) = (path("from"), path("to"));
+        let remote = remote.to_str().unwrap();
+        let what = SendRequest { local: &local, remote, parts: &parts, may_gzip: true, progress: &progress };
         here.send(&what).await.unwrap();
         let there = fs::read(path("to")).unwrap();
         assert!(there.len() == content.len() && there[..1 << 20] == content[..1 << 20]);
