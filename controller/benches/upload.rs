@@ -80,7 +80,6 @@ fn outliers(server: &Sshd, to: &SshEndpoint, file: &Path) -> Result<()> {
             local: file,
             remote: remote.to_str().context("a path of ours")?,
             parts: std::slice::from_ref(&whole),
-            may_gzip: true,
             progress: &|_| {},
         };
         ssh.send(&what).await?;

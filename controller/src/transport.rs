@@ -61,8 +61,6 @@ pub struct SendRequest<'a> {
     pub remote: &'a str,
     /// Byte ranges, in order; each starts at a multiple of 64 KiB.
     pub parts: &'a [Range<u64>],
-    /// The host has `gzip`: on a narrow line bytes may travel compressed.
-    pub may_gzip: bool,
     /// Is told how many bytes of the parts are acknowledged so far.
     pub progress: &'a (dyn Fn(u64) + Send + Sync),
 }

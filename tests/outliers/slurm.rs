@@ -402,7 +402,7 @@ async fn files_travel_whole_by_the_ssh_program() {
     // The middle last, as after a broken line.
     let middle = 65_536..131_072;
     for parts in [&[0..65_536, 131_072..3_000_001][..], std::slice::from_ref(&middle)] {
-        let what = SendRequest { local: &from, remote, parts, may_gzip: false, progress: &|_| {} };
+        let what = SendRequest { local: &from, remote, parts, progress: &|_| {} };
         ssh.send(&what).await.unwrap();
     }
     assert_eq!(std::fs::read(remote).unwrap(), content);

@@ -28,7 +28,7 @@ async fn put(
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<(), TransportError> {
     let whole = 0..local.metadata().map_or(1, |facts| facts.len());
-    ssh.send(&SendRequest { local, remote, parts: std::slice::from_ref(&whole), may_gzip: true, progress }).await
+    ssh.send(&SendRequest { local, remote, parts: std::slice::from_ref(&whole), progress }).await
 }
 
 fn sha256(bytes: &[u8]) -> String {

@@ -307,7 +307,7 @@ mod tests {
         let parts = [0..1 << 20, 2 << 20..3 << 20];
         let (local, remote) = (path("from"), path("to"));
         let remote = remote.to_str().unwrap();
-        let what = SendRequest { local: &local, remote, parts: &parts, may_gzip: true, progress: &progress };
+        let what = SendRequest { local: &local, remote, parts: &parts, progress: &progress };
         here.send(&what).await.unwrap();
         let there = fs::read(path("to")).unwrap();
         assert!(there.len() == content.len() && there[..1 << 20] == content[..1 << 20]);

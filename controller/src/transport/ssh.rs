@@ -35,7 +35,7 @@ pub use sftp::Sftp;
 use clock::Clock;
 use connect::{ChannelCount, Client};
 use source::UploadSource;
-use upload::{LANES, Press, Queue, Upload};
+use upload::{LANES, Queue, Upload};
 
 /// How much silence a connection bears, and how long its keys are used.
 #[derive(Clone, Copy, Debug)]
@@ -225,7 +225,6 @@ impl SshTransport {
             remote: what.remote,
             clock: Clock::new(self.tuning.stall, what.progress),
             queue: Queue::of(what.parts),
-            press: Press::new(what.may_gzip),
             lanes: if self.one_at_a_time.load(Ordering::Relaxed) { 1 } else { LANES },
         };
         match upload.run(sftp).await {

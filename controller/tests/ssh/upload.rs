@@ -45,7 +45,7 @@ async fn send(
 ) -> Result<(), TransportError> {
     let whole = 0..local.metadata().unwrap().len();
     let (remote, parts) = (remote.to_str().unwrap(), std::slice::from_ref(&whole));
-    ssh.send(&SendRequest { local, remote, parts, may_gzip: true, progress }).await
+    ssh.send(&SendRequest { local, remote, parts, progress }).await
 }
 
 /// Same content, and nothing beside it.
@@ -175,20 +175,6 @@ async fn a_silent_line_is_given_up_and_a_slow_one_is_not() {
     };
     let silent = send(&ssh, &file, &scene.there("silent"), &freeze).await.unwrap_err();
     assert_eq!(silent.kind, Kind::TimedOut, "{silent}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_narrow_line_carries_what_shrinks_compressed() {
-    for config in ["", "Subsystem other internal-sftp"] {
-        let link = |server: &_| FlakyLink::narrow(server, 3 * MB as u64).unwrap();
-        let Some(scene) = Scene::new(config, link) else { return };
-        let text: String = (0..2_000_000).map(|i| format!("{i:07} outliers\n")).collect();
-        let file = scene.file("big", text.as_bytes());
-        let placed = push(&scene.host(Tuning::default()).await, &file, |_| {}).await;
-        assert_arrived(&file, &placed);
-        let carried = scene.link.carried_up() as usize / MB;
-        assert!(carried < 26, "{config}: {carried} MB for 34 MB of text");
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -120,18 +120,6 @@ impl Gap<'_> {
     }
 }
 
-/// What one look at a host found.
-struct Survey<'a> {
-    gaps: Vec<Gap<'a>>,
-    has_gzip: bool,
-}
-
-impl Survey<'_> {
-    fn missing(&self) -> u64 {
-        self.gaps.iter().map(Gap::bytes).sum()
-    }
-}
-
 /// What was missing on the host: when first looked, and at the best of times since.
 #[derive(Default)]
 struct Missing {
@@ -204,47 +192,40 @@ impl RemoteHost {
         missing: &mut Missing,
         on: OnEvent<'_>,
     ) -> Result<(), HostError> {
-        let survey = self.survey(folder, items).await?;
-        let now = survey.missing();
+        let gaps = self.survey(folder, items).await?;
+        let now = gaps.iter().map(Gap::bytes).sum();
         let total = missing.note(now);
-        if survey.gaps.is_empty() {
+        if gaps.is_empty() {
             if total == 0 {
                 on(HostEvent::AlreadyThere { name: name.to_owned() });
             }
             return Ok(());
         }
         let tally = UploadCounter { name, sent: AtomicU64::new(total.saturating_sub(now)), total, on };
-        let (small, large): (Vec<_>, Vec<_>) = survey.gaps.iter().partition(|gap| gap.item.bytes < SMALL);
+        let (small, large): (Vec<_>, Vec<_>) = gaps.iter().partition(|gap| gap.item.bytes < SMALL);
         for few in small.chunks(AT_ONCE) {
-            try_join_all(few.iter().map(|gap| self.send(gap, survey.has_gzip, &tally))).await?;
+            try_join_all(few.iter().map(|gap| self.send(gap, &tally))).await?;
         }
         for gap in large {
-            self.send(gap, survey.has_gzip, &tally).await?;
+            self.send(gap, &tally).await?;
         }
-        self.seal(&survey.gaps).await
+        self.seal(&gaps).await
     }
 
-    async fn send(&self, gap: &Gap<'_>, has_gzip: bool, tally: &UploadCounter<'_>) -> Result<(), HostError> {
+    async fn send(&self, gap: &Gap<'_>, tally: &UploadCounter<'_>) -> Result<(), HostError> {
         let told = AtomicU64::new(0);
         // An upload that begins anew tells what it had told before.
         let progress = |sent: u64| tally.add(sent.saturating_sub(told.fetch_max(sent, Ordering::Relaxed)));
         let part = gap.item.part();
-        let what = SendRequest {
-            local: &gap.item.local,
-            remote: &part,
-            parts: &gap.parts,
-            may_gzip: has_gzip,
-            progress: &progress,
-        };
+        let what = SendRequest { local: &gap.item.local, remote: &part, parts: &gap.parts, progress: &progress };
         Ok(self.transport.send(&what).await?)
     }
 
     /// What is missing. Makes the folder, removes what nobody will go on with, and looks at the free space.
-    async fn survey<'a>(&self, folder: &str, items: &'a [Item]) -> Result<Survey<'a>, HostError> {
+    async fn survey<'a>(&self, folder: &str, items: &'a [Item]) -> Result<Vec<Gap<'a>>, HostError> {
         let mut script = format!(
             "{FUNCTIONS}\numask 022\nmkdir -p {folder} || exit 1\n\
-             find {folder} -name '*.part.*' -type f -mmin +1440 -exec rm -f {{}} \\; 2>/dev/null\n\
-             command -v gzip >/dev/null 2>&1 && echo '@gzip yes'\n",
+             find {folder} -name '*.part.*' -type f -mmin +1440 -exec rm -f {{}} \\; 2>/dev/null\n",
             folder = quote(folder)
         );
         for (i, item) in items.iter().enumerate() {
@@ -262,14 +243,13 @@ impl RemoteHost {
         for (i, item) in items.iter().enumerate().filter(|(i, item)| item.sha256 != have[*i]) {
             gaps.push(gap(item, &blocks_there(&answer, i)).await?);
         }
-        let survey = Survey { gaps, has_gzip: answer.field("gzip") == "yes" };
-        self.check_space(folder, &survey, &answer)?;
-        Ok(survey)
+        self.check_space(folder, &gaps, &answer)?;
+        Ok(gaps)
     }
 
-    fn check_space(&self, folder: &str, survey: &Survey<'_>, answer: &ScriptOutput) -> Result<(), HostError> {
+    fn check_space(&self, folder: &str, gaps: &[Gap<'_>], answer: &ScriptOutput) -> Result<(), HostError> {
         let needs = |gap: &Gap<'_>| gap.bytes() + SPARE + if gap.must_be_copied() { gap.item.bytes } else { 0 };
-        let needed = survey.gaps.iter().map(needs).sum();
+        let needed = gaps.iter().map(needs).sum();
         match free_kib(&answer.field("disk")).map(|kib| kib.saturating_mul(1024)) {
             Some(free) if free < needed => {
                 let message =

@@ -37,23 +37,8 @@ pub(super) async fn write_at(
     bytes: &[u8],
     clock: &Clock<'_>,
 ) -> Result<(), TransportError> {
-    demand(path, feed(handle, &in_sh(&dd(path, offset)), bytes, clock).await?).map(drop)
-}
-
-/// The same with what `gzip` packed.
-pub(super) async fn unpack_at(
-    handle: &Handle<Client>,
-    path: &str,
-    offset: u64,
-    packed: &[u8],
-    clock: &Clock<'_>,
-) -> Result<(), TransportError> {
-    let script = format!("gzip -dc | {}", dd(path, offset));
-    demand(path, feed(handle, &in_sh(&script), packed, clock).await?).map(drop)
-}
-
-fn dd(path: &str, offset: u64) -> String {
-    format!("dd of={} bs={UNIT} seek={} conv=notrunc", quote(path), offset / UNIT)
+    let script = format!("dd of={} bs={UNIT} seek={} conv=notrunc", quote(path), offset / UNIT);
+    demand(path, feed(handle, &in_sh(&script), bytes, clock).await?).map(drop)
 }
 
 /// Writes a few bytes into the new file `part`, then gives it `mode`.

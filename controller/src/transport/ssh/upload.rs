@@ -1,19 +1,14 @@
 //! Large files to the host: several channels at once, each writing blocks of one file at their own offsets.
 //!
 //! A server gives each channel a window of 2 MiB per round trip, so that one channel is slow on a long line however wide it
-//! is; channels of one connection add up. Blocks go raw through SFTP, or compressed through `gzip` and `dd` on a narrow line,
-//! or raw through `dd` where the server has no SFTP.
+//! is; channels of one connection add up. Blocks go through SFTP, or through `dd` where the server
+//! has none.
 
-use std::io::Write;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use flate2::Compression;
-use flate2::write::GzEncoder;
 use futures::future::{try_join, try_join_all};
 use russh::client::Handle;
-use tokio::time::Instant;
 
 use super::clock::Clock;
 use super::connect::Client;
@@ -28,10 +23,6 @@ pub(super) const LANES: usize = 8;
 pub(super) const BLOCK: u64 = 31 * plain::UNIT;
 /// Bytes that go out before the first acknowledgement: two windows.
 const START: u64 = 2 * BLOCK;
-/// Time after which a line is judged: connections find their rate before.
-const TRIAL: Duration = Duration::from_secs(2);
-/// Bytes per second below which a line is narrow. One core compresses several times faster.
-const NARROW: f64 = 12e6;
 
 /// One upload, shared by its lanes.
 pub(super) struct Upload<'a> {
@@ -40,7 +31,6 @@ pub(super) struct Upload<'a> {
     pub(super) remote: &'a str,
     pub(super) clock: Clock<'a>,
     pub(super) queue: Queue,
-    pub(super) press: Press,
     /// Channels at the same time, at most.
     pub(super) lanes: usize,
 }
@@ -53,14 +43,15 @@ impl Upload<'_> {
                 // Lanes beside the first need not come to be: servers limit the channels of a connection.
                 Some(first) => {
                     let more = (1..self.lanes()).map(|_| self.extra_sftp());
-                    try_join(self.first_sftp(first), try_join_all(more)).await?;
+                    try_join(self.first_sftp(first), try_join_all(more)).await.map(drop)
                 }
-                None => plain::make(self.handle, self.remote).await?,
+                None => {
+                    plain::make(self.handle, self.remote).await?;
+                    try_join_all((0..self.lanes()).map(|_| self.extra_commands())).await?;
+                    // What refused lanes gave back, or the reason why.
+                    self.through_commands().await
+                }
             }
-            // What is left is all, or what had better go compressed.
-            try_join_all((0..self.lanes()).map(|_| self.extra_commands())).await?;
-            // What refused lanes gave back, or the reason why.
-            self.through_commands().await
         };
         self.clock.guard(self.remote, all).await
     }
@@ -88,21 +79,18 @@ impl Upload<'_> {
         sent.and(closed)
     }
 
-    /// Takes blocks until none is left or compression turns out to pay.
+    /// Takes blocks until none is left.
     async fn blocks(&self, file: &mut Writer<'_>) -> Result<(), TransportError> {
         loop {
             self.keep_pace(file).await?;
             let Some(block) = self.queue.take() else { return Ok(()) };
             let raw = self.source.block(block.clone()).await?;
-            if self.press.pays(&self.clock, &raw).await {
-                self.queue.give_back(block);
-                return Ok(());
-            }
             file.write(block.start, &raw).await?;
         }
     }
 
-    /// Waits while more is under way than the line has shown to carry. A narrow line would be full for minutes before it is judged.
+    /// Waits while more is under way than the line has shown to carry. A narrow line would be full for
+    /// minutes, and commands would wait behind it.
     async fn keep_pace(&self, file: &mut Writer<'_>) -> Result<(), TransportError> {
         loop {
             let acknowledged = self.clock.acknowledged();
@@ -127,11 +115,7 @@ impl Upload<'_> {
 
     async fn command(&self, block: Range<u64>) -> Result<(), TransportError> {
         let raw = self.source.block(block.clone()).await?;
-        let packed = if self.press.pays(&self.clock, &raw).await { squeeze(&raw).await } else { None };
-        match packed {
-            Some(packed) => plain::unpack_at(self.handle, self.remote, block.start, &packed, &self.clock).await?,
-            None => plain::write_at(self.handle, self.remote, block.start, &raw, &self.clock).await?,
-        }
+        plain::write_at(self.handle, self.remote, block.start, &raw, &self.clock).await?;
         self.clock.acknowledge(raw.len() as u64);
         Ok(())
     }
@@ -195,50 +179,6 @@ impl Queue {
     }
 }
 
-/// Judges, once, whether compressing is quicker than sending.
-pub(super) struct Press {
-    started: Instant,
-    verdict: OnceLock<bool>,
-}
-
-impl Press {
-    /// `allowed`: the host can unpack.
-    pub(super) fn new(allowed: bool) -> Self {
-        let verdict = if allowed { OnceLock::new() } else { OnceLock::from(false) };
-        Self { started: Instant::now(), verdict }
-    }
-
-    /// Whether to compress what is like `sample`. Not before the line has shown how narrow it is.
-    async fn pays(&self, clock: &Clock<'_>, sample: &[u8]) -> bool {
-        if let Some(verdict) = self.verdict.get() {
-            return *verdict;
-        }
-        let elapsed = self.started.elapsed();
-        if elapsed < TRIAL {
-            return false;
-        }
-        let pays = is_narrow(clock.acknowledged(), elapsed) && squeeze(sample).await.is_some();
-        *self.verdict.get_or_init(|| pays)
-    }
-}
-
-/// Whether these bytes in this time are a narrow line.
-fn is_narrow(bytes: u64, elapsed: Duration) -> bool {
-    (bytes as f64) < NARROW * elapsed.as_secs_f64()
-}
-
-/// The bytes as `gzip` would pack them, if that makes them a tenth shorter at least.
-async fn squeeze(raw: &[u8]) -> Option<Vec<u8>> {
-    let (owned, enough) = (raw.to_vec(), raw.len() - raw.len() / 10);
-    let packed = tokio::task::spawn_blocking(move || pack(&owned)).await.ok()?;
-    (packed.len() < enough).then_some(packed)
-}
-
-fn pack(raw: &[u8]) -> Vec<u8> {
-    let mut gzip = GzEncoder::new(Vec::with_capacity(raw.len() / 2), Compression::fast());
-    gzip.write_all(raw).and_then(|()| gzip.finish()).expect("a Vec takes everything")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -256,36 +196,5 @@ mod tests {
         assert_eq!(taken, [0..BLOCK, BLOCK..2 * BLOCK, 2 * BLOCK..unit, 3 * unit..3 * unit + 5]);
         assert!(taken.iter().all(|block| block.start % plain::UNIT == 0));
         assert_eq!(Queue::of(&[]).len(), 0);
-    }
-
-    #[tokio::test]
-    async fn only_a_narrow_line_and_a_file_that_shrinks_are_pressed() {
-        assert!(is_narrow(3_000_000, Duration::from_secs(3)) && !is_narrow(100_000_000, Duration::from_secs(3)));
-        let text = b"outliers ".repeat(1000);
-        let clock = |bytes| {
-            let clock = Clock::new(Duration::from_secs(1), &|_| {});
-            clock.acknowledge(bytes);
-            clock
-        };
-        let after = |allowed| Press { started: Instant::now() - 2 * TRIAL, ..Press::new(allowed) };
-        assert!(!Press::new(true).pays(&clock(0), &text).await, "too early to tell");
-        assert!(!after(false).pays(&clock(0), &text).await, "the host cannot unpack");
-        assert!(!after(true).pays(&clock(1 << 40), &text).await, "wide");
-        let packed = pack(&text);
-        assert!(!after(true).pays(&clock(0), &packed).await, "shrinks no more");
-        let press = after(true);
-        assert!(press.pays(&clock(0), &text).await);
-        assert!(press.pays(&clock(1 << 40), &packed).await, "judged once");
-    }
-
-    #[test]
-    fn what_is_packed_is_smaller_and_comes_back() {
-        use std::io::Read;
-        let raw = b"outliers ".repeat(1000);
-        let packed = pack(&raw);
-        assert!(packed.len() * 10 < raw.len());
-        let mut back = Vec::new();
-        flate2::read::GzDecoder::new(&packed[..]).read_to_end(&mut back).unwrap();
-        assert_eq!(back, raw);
     }
 }
