@@ -104,10 +104,8 @@ impl Transport for LocalTransport {
         if is_flood(&out) {
             return Err(TransportError::new(Kind::Remote, format!("{}: a command printed too much", self.name)));
         }
-        if out.status != Some(0) {
-            // Whatever ends the place ends its commands, too: that is no failure of theirs.
-            drop(self.admitted()?);
-        }
+        // Whatever ends the place ends its commands, and what else runs there: that is no answer.
+        drop(self.admitted()?);
         Ok(out)
     }
 
