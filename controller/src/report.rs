@@ -569,7 +569,7 @@ impl Reporter {
     pub fn host(&self, event: HostEvent) {
         match event {
             HostEvent::Uploading { name, sent, total } => {
-                let label = format!("Uploading {}", clean(name.as_bytes(), NAME));
+                let label = format!("Uploading {}", short_name(&name));
                 self.measure(&label, sent, total, &self.stands(format!("{} of {}", Bytes(sent), Bytes(total))));
             }
             HostEvent::Progress(progress) => self.progress(&progress),
