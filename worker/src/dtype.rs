@@ -18,8 +18,6 @@ mod plain;
 #[cfg(test)]
 mod tests;
 
-use std::ops::Range;
-
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -131,23 +129,34 @@ pub fn decode_into(stored: &Encoded<'_>, into: &Tensor, tensor: &str) -> Result<
     op.outcome.into_inner()
 }
 
-/// Decodes part by part, with all threads: `parts` is told of how many values a part is a multiple, and asks for each where it wants it.
+/// Checks what can be known of a stored tensor without its values, for who decodes it elsewhere:
+/// lengths and scales.
 ///
 /// # Errors
-/// As [`decode`], and those of `parts`.
-pub fn decode_in_parts<T: Compute, R>(
-    stored: &Encoded<'_>,
-    shape: &[usize],
-    tensor: &str,
-    parts: impl FnOnce(usize, &mut dyn FnMut(Range<usize>, &mut [T]) -> Result<()>) -> Result<R>,
-) -> Result<R> {
+/// As [`decode`], but for those about values.
+pub fn check(stored: &Encoded<'_>, shape: &[usize], tensor: &str) -> Result<()> {
     stored.check(shape, tensor)?;
-    parts(stored.granule(), &mut |values, out| {
-        fill::<T>(&stored.part(&values), T::bits_mut(out), tensor).map_err(|error| {
-            // Which element it is, among all.
-            decode(stored, shape, T::DTYPE, &Device::Cpu, tensor).err().unwrap_or(error)
-        })
-    })
+    match *stored {
+        Encoded::Plain { .. } | Encoded::Nvfp4 { .. } => Ok(()),
+        Encoded::Fp8Blocks { bytes, scales, scale_dtype, shape, block } => {
+            fp8::Fp8Tiles::new(bytes, scales, scale_dtype, shape, block, tensor).map(drop)
+        }
+        Encoded::Mxfp4 { blocks, scales } => mxfp4::Mxfp4Blocks::<f32>::new(blocks, scales, tensor).map(drop),
+        Encoded::Int4 { codes, scales, scale_dtype, group } => {
+            int4::Groups::new(codes, scales, scale_dtype, group, tensor).map(drop)
+        }
+    }
+}
+
+/// The error about the first value of a tensor, its element `at`, that the dtype of that name does
+/// not hold.
+pub fn misfit(tensor: &str, at: usize, value: f32, dtype: &str) -> WorkerError {
+    if value.is_finite() {
+        return WorkerError::checkpoint(format!("tensor {tensor}: {value} at element {at} does not fit {dtype}"))
+            .hint("use --precision bf16 or f32");
+    }
+    WorkerError::checkpoint(format!("tensor {tensor} holds {value} at element {at}"))
+        .hint("the checkpoint is damaged: fetch it again, or report it to its authors")
 }
 
 /// The operation behind [`decode_into`]. Its outcome travels beside candle's own, which would flatten it to text.
@@ -174,59 +183,6 @@ impl InplaceOp1 for DecodeInto<'_> {
         };
         *self.outcome.borrow_mut() = outcome;
         Ok(())
-    }
-}
-
-impl<'a> Encoded<'a> {
-    /// A part of the values may begin at multiples of this.
-    fn granule(&self) -> usize {
-        match self {
-            Self::Plain { .. } => 1,
-            Self::Fp8Blocks { shape, block, .. } => block[0].min(shape[0]) * shape[1],
-            Self::Mxfp4 { .. } => mxfp4::BLOCK,
-            Self::Int4 { group, .. } => *group,
-            Self::Nvfp4 { .. } => nvfp4::BLOCK,
-        }
-    }
-
-    /// Some of the values of one that was [checked](Self::check), as if they were all.
-    fn part(&self, values: &Range<usize>) -> Self {
-        match *self {
-            Self::Plain { dtype, bytes } => {
-                let size = dtype.size().unwrap_or_default() as usize;
-                Self::Plain { dtype, bytes: &bytes[values.start * size..values.end * size] }
-            }
-            Self::Fp8Blocks { bytes, scales, scale_dtype, shape, block } => {
-                let rows = values.start / shape[1]..values.end / shape[1];
-                let row_of_tiles = shape[1].div_ceil(block[1]) * fp8::scale_size(scale_dtype).unwrap_or_default();
-                let tiles = rows.start / block[0]..rows.end.div_ceil(block[0]);
-                Self::Fp8Blocks {
-                    bytes: &bytes[values.clone()],
-                    scales: &scales[tiles.start * row_of_tiles..tiles.end * row_of_tiles],
-                    scale_dtype,
-                    shape: [rows.len(), shape[1]],
-                    block,
-                }
-            }
-            Self::Mxfp4 { blocks, scales } => Self::Mxfp4 {
-                blocks: &blocks[values.start / 2..values.end / 2],
-                scales: &scales[values.start / mxfp4::BLOCK..values.end / mxfp4::BLOCK],
-            },
-            Self::Int4 { codes, scales, scale_dtype, group } => {
-                let size = scale_dtype.size().unwrap_or_default() as usize;
-                Self::Int4 {
-                    codes: &codes[values.start / 2..values.end / 2],
-                    scales: &scales[values.start / group * size..values.end / group * size],
-                    scale_dtype,
-                    group,
-                }
-            }
-            Self::Nvfp4 { blocks, scales, whole } => Self::Nvfp4 {
-                blocks: &blocks[values.start / 2..values.end / 2],
-                scales: &scales[values.start / nvfp4::BLOCK..values.end / nvfp4::BLOCK],
-                whole,
-            },
-        }
     }
 }
 
@@ -370,16 +326,7 @@ fn all<T: Compute>(format: &impl Format<T>, out: &mut [T::Bits], tensor: &str) -
         return Ok(());
     };
     let at = range.find(|&i| !T::holds(format.value(i))).expect("some value of the task did not fit");
-    let value = format.value(at);
-    if value.is_finite() {
-        return Err(WorkerError::checkpoint(format!(
-            "tensor {tensor}: {value} at element {at} does not fit {}",
-            T::NAME
-        ))
-        .hint("use --precision bf16 or f32"));
-    }
-    Err(WorkerError::checkpoint(format!("tensor {tensor} holds {value} at element {at}"))
-        .hint("the checkpoint is damaged: fetch it again, or report it to its authors"))
+    Err(misfit(tensor, at, format.value(at), T::NAME))
 }
 
 /// Decodes `bytes` to f32.

@@ -50,10 +50,10 @@ pub struct OnItsWay<T> {
 }
 
 impl<T> OnItsWay<T> {
-    /// What its device is asked for from now on is done after the fence.
+    /// What its device is asked for from now on is done after the fence, for which this waits.
     ///
     /// # Errors
-    /// Device: the driver's.
+    /// Checkpoint: a value that was decoded on a GPU does not fit its dtype, by name. Device: the driver's.
     pub fn arrived(self) -> Result<T> {
         let Self { upload_fence, value } = self;
         upload_fence.map(UploadFence::wait).transpose()?;
@@ -112,8 +112,8 @@ impl<'a> Loader<'a> {
         self.on_its_way(tensor)
     }
 
-    fn on_its_way<T>(&self, value: T) -> Result<OnItsWay<T>> {
-        let upload_fence = self.host_to_device.as_ref().map(HostToDevice::upload_fence).transpose()?;
+    fn on_its_way<T>(&mut self, value: T) -> Result<OnItsWay<T>> {
+        let upload_fence = self.host_to_device.as_mut().map(HostToDevice::upload_fence).transpose()?;
         Ok(OnItsWay { upload_fence, value })
     }
 

@@ -39,6 +39,7 @@ macro_rules! files {
 
 files! {
     Columns "columns"
+    Decode "decode"
     Histogram "histogram"
     Large "large"
     Rows "rows"

@@ -7,6 +7,8 @@
 
 mod assembled;
 #[cfg(feature = "staging")]
+mod decode;
+#[cfg(feature = "staging")]
 mod kernels;
 mod libraries;
 #[cfg(feature = "staging")]
@@ -21,7 +23,9 @@ use std::fmt;
 use std::sync::OnceLock;
 
 #[cfg(feature = "staging")]
-pub use staging::{ReleaseFence, Staging, UploadFence};
+pub use decode::{Codes, Form, Number, StoredTensor, Value};
+#[cfg(feature = "staging")]
+pub use staging::{Misfit, ReleaseFence, Staging, UploadFence};
 #[cfg(feature = "staging")]
 pub use statistics::{Activation, Stored};
 use table::Of;

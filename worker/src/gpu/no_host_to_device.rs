@@ -23,7 +23,7 @@ impl HostToDevice {
     ///
     /// # Errors
     /// None.
-    pub fn upload_fence(&self) -> Result<UploadFence> {
+    pub fn upload_fence(&mut self) -> Result<UploadFence> {
         match self.0 {}
     }
 
