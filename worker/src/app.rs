@@ -123,7 +123,10 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Bench { what } => match what {
             Bench::Memory { hidden, layers } => print_table(&bench::memory(hidden, &layers)?, cli.json),
             Bench::Run { options } => print_table(&bench_run(*options, &hub)?, cli.json),
-            Bench::Decode { values, rounds } => print_table(&bench::decode::decode(values, rounds)?, cli.json),
+            Bench::Decode { values, rounds, device } => {
+                let placed = device::open(&[device])?;
+                print_table(&bench::decode::decode(values, rounds, &placed[0].device)?, cli.json);
+            }
         },
         Command::Devices => print_table(&device::list(), cli.json),
         Command::Version => version(cli.json),

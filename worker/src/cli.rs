@@ -170,6 +170,10 @@ pub enum Bench {
             allow_negative_numbers = true
         )]
         rounds: usize,
+        /// Where the values are wanted: cpu, or a GPU such as cuda:0, to which stored bytes are
+        /// brought first.
+        #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+        device: String,
     },
 }
 

@@ -240,8 +240,8 @@ fn most(units: &[Unit], bytes: impl Fn(&Unit) -> u64) -> u64 {
 /// What the program takes before it has a model, bytes.
 const OWN: u64 = 12 << 20;
 
-/// Memory of a run whose weights are streamed, bytes: what is kept of all tokens, and for each device its two largest units and its
-/// workspace; or the same for the head, which follows.
+/// Memory of a run whose weights are streamed, bytes: what is kept of all tokens, and for each device its two largest units, the stored
+/// bytes of a tensor that is being decoded, and its workspace; or the same for the head, which follows.
 pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let spec = &model.spec;
     let units = spec.units(run.group_elements);
@@ -252,6 +252,7 @@ pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     sizes.sort_unstable_by(|a, b| b.cmp(a));
     let two_largest: u64 = sizes.iter().take(2).sum();
     let needs = units.iter().flat_map(|unit| unit.needs.iter().map(|need| model.stored(unit.layer, need).bytes()));
+    // On the host; on a GPU they come in pieces of a buffer, which is no larger than a tensor.
     let being_decoded = needs.max().unwrap_or(0);
     let layers = run.devices as u64 * (two_largest + being_decoded) + busiest(spec, &units, run);
     // A tied head is read once, before the layers.

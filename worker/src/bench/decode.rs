@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::{fastest, giga};
 use crate::dtype::{self, Encoded};
 use crate::error::{Result, WorkerError};
+use crate::gpu::HostToDevice;
 use crate::safetensors::StoredDtype;
 
 /// Columns of the made-up matrix.
@@ -41,7 +42,8 @@ pub struct DecodeRow {
     pub stored: &'static str,
     /// Name of the dtype.
     pub into: &'static str,
-    /// 10^9 values per second into a tensor that is there.
+    /// 10^9 values per second into a tensor that is there; on a GPU into a new one, stored bytes
+    /// being brought first.
     pub g_values_per_second: f64,
     /// GB/s of stored bytes.
     pub stored_gb_per_second: f64,
@@ -79,37 +81,60 @@ impl fmt::Display for DecodeTable {
     }
 }
 
-/// Decodes a made-up matrix of `values` (rounded up to whole rows) in every format to f32 and bf16, the fastest of `rounds` each.
+/// Decodes a made-up matrix of `values` (rounded up to whole rows) in every format to f32 and bf16 on `device`, the fastest of `rounds`
+/// each.
 ///
 /// # Errors
-/// Job: more values than memory can be asked for. Internal: a decoder refused what is valid.
-pub fn decode(values: usize, rounds: usize) -> Result<DecodeTable> {
+/// Job: more values than memory can be asked for. Internal: a decoder refused what is valid. Device: the driver's.
+pub fn decode(values: usize, rounds: usize, device: &Device) -> Result<DecodeTable> {
     let shape = [values.div_ceil(COLUMNS).max(1), COLUMNS];
     let too_many = || WorkerError::job(format!("--values {values} is more than memory holds"));
     let values = shape[0].checked_mul(4 * COLUMNS).map(|bytes| bytes / 4).ok_or_else(too_many)?;
     let (copy_gb_per_second, read_gb_per_second) = ceilings(4 * values, rounds);
-    let mut rows = Vec::new();
+    let (mut rows, mut host_to_device) = (Vec::new(), HostToDevice::to(device)?);
     // One at a time: together they would not fit small machines.
     for stored in STORED.into_iter().map(|kind| sample(kind, values)) {
         for (into, compute) in [("f32", DType::F32), ("bf16", DType::BF16)] {
             let encoded = stored.encoded(shape);
-            let reused = Tensor::ones(&shape, compute, &Device::Cpu)?;
-            let seconds = fastest(rounds, || dtype::decode_into(&encoded, &reused, stored.name))?;
-            let new =
-                || dtype::decode(&encoded, &shape, compute, &Device::Cpu, stored.name).map(|t| drop(black_box(t)));
+            let (there, new) = match &mut host_to_device {
+                None => on_cpu(&encoded, shape, compute, rounds)?,
+                Some(way) => {
+                    let seconds = fastest(rounds, || bring(way, &encoded, shape, compute))?;
+                    (seconds, seconds)
+                }
+            };
             let moved = stored.len() + values * compute.size_in_bytes();
             rows.push(DecodeRow {
                 stored: stored.name,
                 into,
-                g_values_per_second: giga(values, seconds),
-                stored_gb_per_second: giga(stored.len(), seconds),
-                of_copy: giga(moved, seconds) / copy_gb_per_second,
-                new_tensor_g_values_per_second: giga(values, fastest(rounds, new)?),
+                g_values_per_second: giga(values, there),
+                stored_gb_per_second: giga(stored.len(), there),
+                of_copy: giga(moved, there) / copy_gb_per_second,
+                new_tensor_g_values_per_second: giga(values, new),
             });
         }
     }
     let threads = rayon::current_num_threads();
     Ok(DecodeTable { values, threads, copy_gb_per_second, read_gb_per_second, rows })
+}
+
+/// Name of the made-up matrix.
+const NAME: &str = "made up";
+
+/// Seconds of decoding into a tensor that is there, and into a new one.
+fn on_cpu(encoded: &Encoded<'_>, shape: [usize; 2], compute: DType, rounds: usize) -> Result<(f64, f64)> {
+    let reused = Tensor::ones(&shape, compute, &Device::Cpu)?;
+    let there = fastest(rounds, || dtype::decode_into(encoded, &reused, NAME))?;
+    let new = || dtype::decode(encoded, &shape, compute, &Device::Cpu, NAME).map(|tensor| drop(black_box(tensor)));
+    Ok((there, fastest(rounds, new)?))
+}
+
+/// Decodes on a GPU, and waits for it.
+fn bring(way: &mut HostToDevice, encoded: &Encoded<'_>, shape: [usize; 2], compute: DType) -> Result<()> {
+    let tensor = way.decode(encoded, &shape, compute, NAME)?;
+    way.upload_fence()?.wait()?;
+    drop(tensor);
+    Ok(())
 }
 
 /// GB/s of copying `bytes` (read and written) and of reading them, with all threads and in memory that is there.
@@ -239,13 +264,13 @@ mod tests {
 
     #[test]
     fn every_format_is_measured_into_both_dtypes() {
-        let table = decode(3 * COLUMNS + 1, 1).unwrap();
+        let table = decode(3 * COLUMNS + 1, 1, &Device::Cpu).unwrap();
         assert_eq!((table.values, table.rows.len()), (4 * COLUMNS, 16));
         assert!(table.rows.iter().all(|row| row.g_values_per_second > 0.0 && row.of_copy > 0.0));
         let bytes_per_value = |i: usize| table.rows[i].stored_gb_per_second / table.rows[i].g_values_per_second;
         assert!((bytes_per_value(0) - 4.0).abs() < 1e-9 && (bytes_per_value(11) - 17.0 / 32.0).abs() < 1e-9);
         assert!((13..16).all(|i| (bytes_per_value(i) - 9.0 / 16.0).abs() < 1e-9));
         assert_eq!(table.to_string().lines().count(), 18);
-        assert!(decode(usize::MAX, 1).is_err());
+        assert!(decode(usize::MAX, 1, &Device::Cpu).is_err());
     }
 }
