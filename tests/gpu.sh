@@ -128,7 +128,7 @@ mkdir "$work/narrow"
 import json, pathlib, sys
 
 config = json.loads(pathlib.Path(sys.argv[1]).read_text())
-config |= {"hidden_size": 1440, "intermediate_size": 1440, "num_local_experts": 4, "vocab_size": 20000}
+config |= {"hidden_size": 1440, "intermediate_size": 1440, "num_local_experts": 8, "vocab_size": 20000}
 config |= {"eos_token_id": 1, "pad_token_id": 0}
 pathlib.Path(sys.argv[2]).write_text(json.dumps(config))
 EOF

@@ -240,8 +240,9 @@ fn most(units: &[Unit], bytes: impl Fn(&Unit) -> u64) -> u64 {
 /// What the program takes before it has a model, bytes.
 const OWN: u64 = 12 << 20;
 
-/// Memory of a run whose weights are streamed, bytes: what is kept of all tokens, and for each device its two largest units, the stored
-/// bytes of a tensor that is being decoded, and its workspace; or the same for the head, which follows.
+/// Memory of a run whose weights are streamed, bytes: what is kept of all tokens, and for each
+/// device its two largest units, the stored bytes of a tensor that is being decoded, and its
+/// workspace; or the same for the head, which follows.
 pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let spec = &model.spec;
     let units = spec.units(run.group_elements);

@@ -53,7 +53,8 @@ impl<T> OnItsWay<T> {
     /// What its device is asked for from now on is done after the fence, for which this waits.
     ///
     /// # Errors
-    /// Checkpoint: a value that was decoded on a GPU does not fit its dtype, by name. Device: the driver's.
+    /// Checkpoint: a value that was decoded on a GPU does not fit its dtype, by name. Device: the
+    /// driver's.
     pub fn arrived(self) -> Result<T> {
         let Self { upload_fence, value } = self;
         upload_fence.map(UploadFence::wait).transpose()?;

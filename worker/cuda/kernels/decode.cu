@@ -1,9 +1,9 @@
-// Stored bytes to the values of a pass: `decode` in the worker's dtype.rs, on the GPU. Each value is
-// computed in f32 as its format defines it and rounded once, by the same steps as on the CPU.
+// Stored bytes to the values of a pass: the kernels beside `decode` in the worker's dtype.rs. Each
+// value is computed in f32 as its format defines it and rounded once, as on the CPU.
 //
-// A launch decodes `count` values of a tensor, after `before` others. `found` is of all of them: 0, or
-// of the first value that does not fit its dtype the complements of its place (high half) and of its
-// bits in f32 (low half).
+// A launch decodes `count` values of a tensor, after `before` others. `found` is of all of them: 0,
+// or, of the first value that does not fit its dtype, the complements of its place (high half) and
+// of its bits in f32 (low half).
 #include "values.cuh"
 
 // How numbers are stored: `Number` in decode.rs.

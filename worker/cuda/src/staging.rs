@@ -292,7 +292,7 @@ mod tests {
     /// Bits of a value as f32: all are finite.
     fn value(tensor: usize, at: usize) -> u32 {
         let bits = (tensor * 1_000_003 + at) as u32;
-        if tensor.is_multiple_of(2) { bits } else { bits % 0x7f80 << 16 }
+        if tensor.is_multiple_of(2) { bits } else { (bits % 0x7f80) << 16 }
     }
 
     #[test]

@@ -81,12 +81,26 @@ impl fmt::Display for DecodeTable {
     }
 }
 
-/// Decodes a made-up matrix of `values` (rounded up to whole rows) in every format to f32 and bf16 on `device`, the fastest of `rounds`
-/// each.
+/// Decodes a made-up matrix of `values` (rounded up to whole rows) in every format to f32 and bf16
+/// on `device`, the fastest of `rounds` each.
 ///
 /// # Errors
-/// Job: more values than memory can be asked for. Internal: a decoder refused what is valid. Device: the driver's.
+/// Job: more values than memory can be asked for. Internal: a decoder refused what is valid.
+/// Device: the driver's.
 pub fn decode(values: usize, rounds: usize, device: &Device) -> Result<DecodeTable> {
+    decode_some(values, rounds, device, |_, _| true)
+}
+
+/// [`decode`] of the wanted formats, by name, to the wanted dtypes alone.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_some(
+    values: usize,
+    rounds: usize,
+    device: &Device,
+    is_wanted: impl Fn(&str, DType) -> bool,
+) -> Result<DecodeTable> {
     let shape = [values.div_ceil(COLUMNS).max(1), COLUMNS];
     let too_many = || WorkerError::job(format!("--values {values} is more than memory holds"));
     let values = shape[0].checked_mul(4 * COLUMNS).map(|bytes| bytes / 4).ok_or_else(too_many)?;
@@ -94,7 +108,8 @@ pub fn decode(values: usize, rounds: usize, device: &Device) -> Result<DecodeTab
     let (mut rows, mut host_to_device) = (Vec::new(), HostToDevice::to(device)?);
     // One at a time: together they would not fit small machines.
     for stored in STORED.into_iter().map(|kind| sample(kind, values)) {
-        for (into, compute) in [("f32", DType::F32), ("bf16", DType::BF16)] {
+        let dtypes = [("f32", DType::F32), ("bf16", DType::BF16)];
+        for (into, compute) in dtypes.into_iter().filter(|(_, compute)| is_wanted(stored.name, *compute)) {
             let encoded = stored.encoded(shape);
             let (there, new) = match &mut host_to_device {
                 None => on_cpu(&encoded, shape, compute, rounds)?,

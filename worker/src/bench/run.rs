@@ -207,9 +207,10 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     let computing = |work, flops: f64, kinds: &[Work]| RunRow::new(work, "GFLOP/s", flops / 1e9, of(kinds), products);
     let giga_bytes = weight_bytes as f64 / 1e9;
     let statistics = watched.alone(spec.hidden, &tokens, compute, &devices[0].device)?;
+    let decoding = decoding_alone(&model, compute, &devices[0].device)?;
     let rows = vec![
         RunRow::new("reading", "GB/s", giga_bytes, of(&[Work::Reading]), reading_alone(&model)?),
-        RunRow::new("decoding", "GB/s", giga_bytes, of(&[Work::Decoding]), decoding_alone(&model, compute)?),
+        RunRow::new("decoding", "GB/s", giga_bytes, of(&[Work::Decoding]), decoding),
         computing("mixers", flops.mixer, &[Work::Mixer]),
         computing("feed-forward", flops.feed_forward, &[Work::FeedForward]),
         computing("embedding, head", flops.head, &[Work::Embedding, Work::Head]),
@@ -360,24 +361,26 @@ fn reading_alone(model: &Model<'_>) -> Result<f64> {
     Ok(giga(read as usize, start.elapsed().as_secs_f64()))
 }
 
-/// GB/s of stored bytes of the model's formats, each by its share of the bytes.
-fn decoding_alone(model: &Model<'_>, compute: DType) -> Result<f64> {
-    let DecodeTable { rows, .. } = decode::decode(DECODED, ROUNDS)?;
-    let into = if compute == DType::F32 { "f32" } else { "bf16" };
-    let rate = |stored: &str| rows.iter().find(|r| r.stored.starts_with(stored) && r.into == into);
+/// GB/s of stored bytes of the model's formats, each by its share of the bytes; on a GPU, of
+/// bringing and decoding them.
+fn decoding_alone(model: &Model<'_>, compute: DType, device: &Device) -> Result<f64> {
+    let into = if compute == DType::F32 { DType::F32 } else { DType::BF16 };
+    let format = |dtype: &str| match StoredDtype::from_name(dtype) {
+        StoredDtype::F8E4M3 => "FP8",
+        StoredDtype::U8 => "MXFP4",
+        StoredDtype::I32 => "INT4",
+        StoredDtype::F32 => "F32",
+        StoredDtype::F16 => "F16",
+        _ => "BF16",
+    };
+    let dtypes = model.stored_dtypes();
+    let is_wanted = |name: &str, dtype| dtype == into && dtypes.keys().any(|stored| name.starts_with(format(stored)));
+    let DecodeTable { rows, .. } = decode::decode_some(DECODED, ROUNDS, device, is_wanted)?;
     let (mut bytes, mut seconds) = (0.0, 0.0);
-    for (dtype, len) in model.stored_dtypes() {
-        let stored = match StoredDtype::from_name(&dtype) {
-            StoredDtype::F8E4M3 => "FP8",
-            StoredDtype::U8 => "MXFP4",
-            StoredDtype::I32 => "INT4",
-            StoredDtype::F32 => "F32",
-            StoredDtype::F16 => "F16",
-            _ => "BF16",
-        };
-        if let Some(row) = rate(stored) {
-            bytes += len as f64;
-            seconds += len as f64 / row.stored_gb_per_second;
+    for (dtype, len) in &dtypes {
+        if let Some(row) = rows.iter().find(|row| row.stored.starts_with(format(dtype))) {
+            bytes += *len as f64;
+            seconds += *len as f64 / row.stored_gb_per_second;
         }
     }
     Ok(bytes / seconds.max(1e-9))

@@ -39,8 +39,9 @@ impl HostToDevice {
         Ok(UploadFence(self.staging.upload_fence()?))
     }
 
-    /// As [`dtype::decode`], on this GPU. The values are on their way when this returns: the tensor must neither be used nor dropped before
-    /// their [fence](Self::upload_fence), which tells of those that do not fit.
+    /// As [`dtype::decode`], on this GPU. The values are on their way when this returns: the tensor
+    /// must neither be used nor dropped before their [fence](Self::upload_fence), which tells of
+    /// those that do not fit.
     ///
     /// # Errors
     /// As [`dtype::check`]. Device: the driver's.

@@ -208,7 +208,7 @@ fn decode_with_both() {
         for whole in [1.0 / 3.0, -2f32.powi(-100), 0.0, 1e36, f32::NAN] {
             nvfp4(gpu, &noise(count, 8 * count), &numbers(count, count), whole);
         }
-        nvfp4(gpu, &noise(count, 8 * count), &[0x7f].repeat(count), 1.0);
+        nvfp4(gpu, &noise(count, 8 * count), &[0x7f_u8].repeat(count), 1.0);
         for (number, group) in [(Number::F32, 2), (Number::F16, 6), (Number::Bf16, 32), (Number::F32, 130)] {
             let (codes, scales) = (noise(count, count * group / 2), scales(count, count, number));
             let form = Form::Pairs { codes: Codes::Integers, scales: number, whole: 1.0, group };
