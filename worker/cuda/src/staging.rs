@@ -215,9 +215,11 @@ impl Notes {
     /// The first misfit, in the order of tensors. They have been written.
     fn read(&self, stream: &Arc<CudaStream>) -> Result<Option<Misfit>, DriverError> {
         let words = stream.clone_dtoh(&self.words.slice(..self.about.len()))?;
-        let misfit = |(word, Noted { tensor, first, dtype }): (&u64, &Noted)| {
-            let (place, bits) = ((!word >> 32) as usize, !word as u32);
-            Misfit { tensor: tensor.clone(), at: first + place, value: f32::from_bits(bits), dtype: *dtype }
+        let misfit = |(word, about): (&u64, &Noted)| Misfit {
+            tensor: about.tensor.clone(),
+            at: about.first + (!word >> 32) as usize,
+            value: f32::from_bits(!word as u32),
+            dtype: about.dtype,
         };
         Ok(words.iter().zip(&self.about).find(|(word, _)| **word != 0).map(misfit))
     }
@@ -276,9 +278,8 @@ impl Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tests::said_by;
-
     use crate::decode::{Form, Number};
+    use crate::tests::said_by;
 
     /// The values of a tensor of the test as they are stored, every other in bf16.
     fn stored(tensor: usize, count: usize) -> (Number, Vec<u8>) {

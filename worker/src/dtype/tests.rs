@@ -450,6 +450,31 @@ fn lengths_must_follow_from_the_shape() {
 }
 
 #[test]
+fn lengths_and_scales_are_checked_without_the_values() {
+    let (zeros, infinite, nan) = (vec![0; 64], f32_bytes(&[1.0, f32::INFINITY]), f32_bytes(&[f32::NAN, 1.0]));
+    let alike = |stored: &Encoded<'_>, shape: &[usize]| {
+        let decoded = decode(stored, shape, DType::F32, &Device::Cpu, "w").unwrap_err();
+        assert_eq!(check(stored, shape, "w").unwrap_err(), decoded);
+    };
+    alike(&fp8(&zeros, &infinite, [2, 32], [1, 32]), &[2, 32]);
+    alike(&fp8(&zeros[1..], &infinite, [2, 32], [1, 32]), &[2, 32]);
+    let powers = Encoded::Fp8Blocks {
+        bytes: &zeros,
+        scales: &[127, 255],
+        scale_dtype: &StoredDtype::F8E8M0,
+        shape: [2, 32],
+        block: [1, 32],
+    };
+    alike(&powers, &[2, 32]);
+    alike(&Encoded::Mxfp4 { blocks: &zeros[..32], scales: &[1, 255] }, &[64]);
+    alike(&int4(&zeros[..32], &nan, 32), &[64]);
+    let (codes, scales) = ([0xff; 64], f32_bytes(&[1.0, 2.0]));
+    let no_numbers = fp8(&codes, &scales, [2, 32], [1, 32]);
+    assert!(check(&no_numbers, &[64], "w").is_ok());
+    assert!(decode(&no_numbers, &[64], DType::F32, &Device::Cpu, "w").is_err());
+}
+
+#[test]
 fn only_a_contiguous_tensor_is_decoded_into() {
     let square = Tensor::zeros((2, 2), DType::F32, &Device::Cpu).unwrap();
     let bytes = f32_bytes(&[1.0, 2.0, 3.0, 4.0]);
