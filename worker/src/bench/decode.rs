@@ -287,5 +287,8 @@ mod tests {
         assert!((13..16).all(|i| (bytes_per_value(i) - 9.0 / 16.0).abs() < 1e-9));
         assert_eq!(table.to_string().lines().count(), 18);
         assert!(decode(usize::MAX, 1, &Device::Cpu).is_err());
+        let is_wanted = |name: &str, dtype| name == "INT4" && dtype == DType::BF16;
+        let rows = decode_some(COLUMNS, 1, &Device::Cpu, is_wanted).unwrap().rows;
+        assert_eq!(rows.iter().map(|row| (row.stored, row.into)).collect::<Vec<_>>(), [("INT4", "bf16")]);
     }
 }
