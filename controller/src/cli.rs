@@ -4,21 +4,14 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use outliers_protocol::{
-    Ablate, ByteSize, Dataset, Export, Measurement, SCHEMA, SiteKinds, Thresholds, Weights, whole,
-};
-use serde::Deserialize;
+use outliers_protocol::headings::{MODEL, OUTPUT};
+use outliers_protocol::{JobOptions, SCHEMA, ThresholdOptions, whole};
 
-use crate::units::{CudaVersion, Fraction, PlotWidth, Positive, Span};
+use crate::units::{CudaVersion, PlotWidth, Positive, Span};
 
-/// Headings of options.
-const MODEL: &str = "Model";
-const TEXT: &str = "Text";
-const MEASURE: &str = "What to measure";
-const COMPUTE: &str = "How to compute";
+/// Headings of options, beside those of the job's.
 const RENT: &str = "Where to rent";
 const MONEY: &str = "Money and time";
-const OUTPUT: &str = "Output";
 const ALL: &str = "Options of all commands";
 const CLUSTER: &str = "With --broker slurm";
 
@@ -283,171 +276,6 @@ pub struct ModelArgs {
     pub revision: String,
 }
 
-/// The weights, the text, and how it is run.
-#[derive(Args, Clone, Debug, Default)]
-pub struct JobArgs {
-    /// Where the weights come from: hub (over the network as they are used, none on disk), cache (fetched to the instance's disk first),
-    /// local:DIR (a folder of this machine, where that is the instance, or of a Slurm cluster),
-    /// synthetic:SEED (made up, to try a model of any size)
-    /// [default: hub, or the model's folder].
-    #[arg(long, value_name = "WHERE", help_heading = MODEL)]
-    pub weights: Option<Weights>,
-    /// Memory for weights while they stream, such as 800MiB or 4GB [default: a quarter of what is
-    /// free, 4 GiB at most]. A quarter as much again may hold bytes of files until their hash is
-    /// compared; with the default, half of what is left free.
-    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, help_heading = COMPUTE)]
-    pub stream_budget: Option<ByteSize>,
-    /// Sequences [default: 16, or all rows of the token ids].
-    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = TEXT)]
-    pub num_sequences: Option<usize>,
-    /// Tokens per sequence, BOS included [default: 2048, or the model's limit if that is lower].
-    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = TEXT)]
-    pub sequence_length: Option<usize>,
-    /// Text files, one document each, or .parquet, .jsonl, .ndjson, .json, .csv and .tsv files
-    /// with many; also packed (.gz, .zst) [default: the English text shipped with the worker].
-    #[arg(
-        long,
-        value_name = "PATH",
-        num_args = 1..,
-        conflicts_with_all = ["token_ids", "dataset"],
-        help_heading = TEXT
-    )]
-    pub corpus: Vec<PathBuf>,
-    /// Dataset on the hub, read as far as needed: owner/name[@REVISION][:FOLDER], or fineweb-edu
-    /// (its sample of ten billion tokens, at one commit).
-    #[arg(long, value_name = "ID", conflicts_with = "token_ids", help_heading = TEXT)]
-    pub dataset: Option<Dataset>,
-    /// Field or column of the documents that holds the text [default: text].
-    #[arg(long, value_name = "NAME", help_heading = TEXT)]
-    pub text_field: Option<String>,
-    /// Skip the first N documents.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = TEXT)]
-    pub skip_documents: Option<usize>,
-    /// Shuffle the documents with this seed.
-    #[arg(long, value_name = "SEED", value_parser = whole::<u64>, allow_negative_numbers = true, help_heading = TEXT)]
-    pub shuffle: Option<u64>,
-    /// Ready token ids: safetensors with `input_ids` i64 [sequences, tokens], or a JSON list of lists.
-    #[arg(long, value_name = "FILE", help_heading = TEXT)]
-    pub token_ids: Option<PathBuf>,
-    /// Whether each window starts with the BOS token; auto: as the family's own tokenizer does.
-    #[arg(long, value_enum, default_value_t, help_heading = TEXT)]
-    pub bos: Bos,
-    /// Cut each document by itself, instead of packing them one after another.
-    #[arg(long, help_heading = TEXT)]
-    pub separate_documents: bool,
-    /// Join all documents by spaces and begin each window in the middle of the one before it, as the predecessor did: to compare with its
-    /// figures.
-    #[arg(long, conflicts_with = "separate_documents", help_heading = TEXT)]
-    pub overlapping_windows: bool,
-    /// Arithmetic; auto: f32 on a CPU, bf16 on a GPU. In bf16 everything from 5.984375 up rounds to 6 and counts.
-    #[arg(long, value_enum, default_value_t, help_heading = COMPUTE)]
-    pub precision: PrecisionArg,
-    /// Only the first N layers: a quick look, without perplexity.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = MEASURE)]
-    pub layers: Option<usize>,
-    /// cpu, cpu:2 (two logical devices), cuda:0,cuda:1 [default: all GPUs, else the CPU].
-    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = COMPUTE)]
-    pub devices: Vec<String>,
-    /// Tokens computed together, in whole sequences.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true, help_heading = COMPUTE)]
-    pub micro_batch_tokens: Option<usize>,
-    /// What to study beside the norm outputs, which always are, separated by commas: residual (massive activations), attention-out,
-    /// mlp-out, expert-out (super experts), all. Costs a pass over those values, no arithmetic of the model.
-    #[arg(long, value_name = "KINDS", value_delimiter = ',', help_heading = MEASURE)]
-    pub sites: Vec<SiteKinds>,
-    /// What to measure beside, from the same pass, separated by commas: quantization-error (what
-    /// outliers cost in 8 and 4 bits), residual-sinks, spike-life, attention-sinks.
-    #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = MEASURE)]
-    pub measure: Vec<Measurement>,
-    /// What to write for other programs, from the same pass, separated by commas: imatrix
-    /// (llama.cpp's importance matrix), act-scales (SmoothQuant's scales; FP8 and NVFP4 input
-    /// scales), reap (saliency of experts). Not with --ablate.
-    #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = OUTPUT)]
-    pub export: Vec<Export>,
-    /// Also write every studied activation to this file among the results. Large: tokens x hidden x sites x 4 bytes.
-    #[arg(long, value_name = "FILE.safetensors", help_heading = OUTPUT)]
-    pub save_activations: Option<String>,
-    /// Also write a time line of the pass to this file among the results, for Chrome's trace viewer or Perfetto.
-    #[arg(long, value_name = "FILE.json", help_heading = OUTPUT)]
-    pub trace: Option<String>,
-    /// Also measure perplexity and the sharpness of attention without some features, and without
-    /// equally many random ones, as the paper did: their dimensions (1512,7,2070), or the folder
-    /// of an earlier run's results, whose systematic features are meant. Copies of the tokens pass
-    /// beside them, in the same run: no weight is read again.
-    #[arg(long, value_name = "FEATURES", conflicts_with = "layers", help_heading = MEASURE)]
-    pub ablate: Option<Ablate>,
-    /// Seed for the random control features [default: 0].
-    #[arg(
-        long,
-        value_name = "SEED",
-        value_parser = whole::<u64>,
-        allow_negative_numbers = true,
-        requires = "ablate",
-        help_heading = MEASURE
-    )]
-    pub ablate_seed: Option<u64>,
-    /// What reports call the model, and the folder of its results [default: as --model has it].
-    #[arg(long, value_name = "NAME", help_heading = OUTPUT)]
-    pub name: Option<String>,
-    /// When a feature counts.
-    #[command(flatten)]
-    pub thresholds: ThresholdArgs,
-}
-
-/// When a value is an outlier, and when a feature is systematic.
-#[derive(Args, Clone, Copy, Debug, Default)]
-pub struct ThresholdArgs {
-    /// |x| from which a value is an outlier [default: settings, else 6].
-    #[arg(long, value_name = "X", allow_negative_numbers = true, help_heading = MEASURE)]
-    pub threshold: Option<Positive>,
-    /// Minimum share of layers of a systematic feature, up to 1 [default: settings, else 0.25].
-    #[arg(long, value_name = "SHARE", allow_negative_numbers = true, help_heading = MEASURE)]
-    pub layer_fraction: Option<Fraction>,
-    /// Minimum share of sequence positions of a systematic feature, up to 1 [default: settings,
-    /// else 0.06].
-    #[arg(long, value_name = "SHARE", allow_negative_numbers = true, help_heading = MEASURE)]
-    pub position_fraction: Option<Fraction>,
-}
-
-impl ThresholdArgs {
-    /// These thresholds where they were typed, else those.
-    pub fn over(&self, others: Thresholds) -> Thresholds {
-        Thresholds {
-            magnitude: self.threshold.map_or(others.magnitude, |threshold| threshold.get() as f32),
-            layer_fraction: self.layer_fraction.map_or(others.layer_fraction, Fraction::get),
-            position_fraction: self.position_fraction.map_or(others.position_fraction, Fraction::get),
-        }
-    }
-}
-
-/// Whether each window starts with the BOS token.
-#[derive(Clone, Copy, Debug, Default, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Bos {
-    /// As the tokenizer does.
-    #[default]
-    Auto,
-    /// Always.
-    Always,
-    /// Never.
-    Never,
-}
-
-/// Arithmetic.
-#[derive(Clone, Copy, Debug, Default, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum PrecisionArg {
-    /// By device.
-    #[default]
-    Auto,
-    /// 32-bit floats.
-    F32,
-    /// bfloat16.
-    Bf16,
-    /// 16-bit floats.
-    F16,
-}
-
 /// The instance.
 #[derive(Args, Clone, Debug, Default)]
 pub struct WantArgs {
@@ -498,7 +326,7 @@ pub struct DeployArgs {
     pub model: ModelArgs,
     /// The text and how it is run.
     #[command(flatten)]
-    pub job: JobArgs,
+    pub job: JobOptions,
     /// The instance.
     #[command(flatten)]
     pub want: WantArgs,
@@ -645,7 +473,7 @@ pub enum ResultsCommand {
         /// The shares; those of the run where none is given. Another --threshold than the run's is
         /// refused: what reaches it is not stored.
         #[command(flatten)]
-        thresholds: ThresholdArgs,
+        thresholds: ThresholdOptions,
     },
 }
 
@@ -762,7 +590,7 @@ pub struct AnalyzeArgs {
     pub model: ModelArgs,
     /// The text and how it is run.
     #[command(flatten)]
-    pub job: JobArgs,
+    pub job: JobOptions,
     /// Folder for the results, new or empty [default: <model>-<id> below the results' folder].
     /// Until they are whole they lie in DIR.partial, where the same command goes on.
     #[arg(short, long, value_name = "DIR", help_heading = OUTPUT)]
@@ -855,7 +683,7 @@ pub struct InspectArgs {
     pub model: ModelArgs,
     /// The text and how it is run.
     #[command(flatten)]
-    pub job: JobArgs,
+    pub job: JobOptions,
 }
 
 /// `plan`.
@@ -866,7 +694,7 @@ pub struct PlanArgs {
     pub model: ModelArgs,
     /// The text and how it is run.
     #[command(flatten)]
-    pub job: JobArgs,
+    pub job: JobOptions,
     /// The instance.
     #[command(flatten)]
     pub want: WantArgs,
@@ -908,6 +736,7 @@ fn gib(text: &str) -> Result<f64, String> {
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
+    use outliers_protocol::headings::{COMPUTE, MEASURE, TEXT};
 
     use super::*;
 

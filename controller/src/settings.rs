@@ -8,7 +8,7 @@ use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use outliers_protocol::{ByteSize, Thresholds};
+use outliers_protocol::{ByteSize, Merge, ThresholdOptions, Thresholds};
 use serde::Deserialize;
 
 use crate::broker::{CLOUDS, CloudKind, local, slurm};
@@ -19,7 +19,7 @@ use crate::local_worker::Limits;
 use crate::run::GuardTimeouts;
 use crate::secret::Secret;
 use crate::text::toml_error;
-use crate::units::{Bytes, Fraction, Positive};
+use crate::units::{Bytes, Fraction};
 
 pub use crate::units::Span;
 
@@ -218,7 +218,7 @@ struct SettingsFile {
     #[serde(default)]
     hub: HubSection,
     #[serde(default)]
-    thresholds: ThresholdSection,
+    thresholds: ThresholdOptions,
     #[serde(default)]
     plan: PlanSection,
     #[serde(default)]
@@ -335,16 +335,6 @@ struct HubSection {
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct ThresholdSection {
-    magnitude: Option<Positive>,
-    #[serde(alias = "layer_fraction")]
-    layer_fraction: Option<Fraction>,
-    #[serde(alias = "position_fraction")]
-    position_fraction: Option<Fraction>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct PlanSection {
     #[serde(alias = "read_rate")]
     read_rate: Option<SomeBytes>,
@@ -427,7 +417,7 @@ impl Settings {
             save_point_limit: size(save_point, "run.save-point-limit")?,
             max_parallel: parallel.ok_or_else(|| built_in("survey.max-parallel"))?.get(),
             stagger: Duration::from_secs(stagger.ok_or_else(|| built_in("survey.stagger-seconds"))?.into()),
-            thresholds: thresholds(&user.thresholds, &defaults.thresholds),
+            thresholds: user.thresholds.merge(defaults.thresholds).over(Thresholds::default()),
             read_rate: size(rate, "plan.read-rate")?,
             efficiency: efficiency.ok_or_else(|| built_in("plan.efficiency"))?.get(),
             hub_requests: requests.get(),
@@ -490,17 +480,6 @@ fn clouds(
         })
     };
     Ok(CLOUDS.iter().copied().filter_map(resolve).collect())
-}
-
-fn thresholds(user: &ThresholdSection, defaults: &ThresholdSection) -> Thresholds {
-    let known = Thresholds::default();
-    let share =
-        |user: Option<Fraction>, default: Option<Fraction>, known: f64| user.or(default).map_or(known, Fraction::get);
-    Thresholds {
-        magnitude: user.magnitude.or(defaults.magnitude).map_or(known.magnitude, |magnitude| magnitude.get() as f32),
-        layer_fraction: share(user.layer_fraction, defaults.layer_fraction, known.layer_fraction),
-        position_fraction: share(user.position_fraction, defaults.position_fraction, known.position_fraction),
-    }
 }
 
 fn user_file(config: Option<&Path>, environment: &Environment) -> Result<SettingsFile, SettingsError> {

@@ -95,18 +95,23 @@ pub fn toml_error(text: &str, error: &toml::de::Error) -> (Option<usize>, String
     (Some(1 + text[..at].matches('\n').count()), said)
 }
 
-/// Of a name that nobody knows: which one that is known may be meant. Names are spelt as options
-/// are.
 fn unknown_name(said: &str) -> Option<String> {
     let (unknown, known) = said.split_once(", expected ")?;
-    let name = unknown.strip_prefix("unknown field `")?.strip_suffix('`')?.replace('_', "-");
-    let known: BTreeSet<String> = known.split('`').skip(1).step_by(2).map(|known| known.replace('_', "-")).collect();
+    let name = unknown.strip_prefix("unknown field `")?.strip_suffix('`')?;
+    Some(unknown_key(name, known.split('`').skip(1).step_by(2)))
+}
+
+/// Of a key that is not known: which one that is may be meant. Keys are spelt as options are.
+pub fn unknown_key<'a>(key: &str, known: impl IntoIterator<Item = &'a str>) -> String {
+    let name = key.replace('_', "-");
+    let known: BTreeSet<String> = known.into_iter().map(|known| known.replace('_', "-")).collect();
     let close = |known: &&String| strsim::osa_distance(known, &name) <= (name.len() / 3).max(1);
     let meant = known.iter().filter(close).min_by_key(|known| strsim::osa_distance(known, &name));
-    Some(match meant {
-        Some(meant) => format!("{unknown}; did you mean `{meant}`?"),
-        None => format!("{unknown}; known are {}", known.into_iter().collect::<Vec<_>>().join(", ")),
-    })
+    let hint = match meant {
+        Some(meant) => format!("did you mean `{meant}`?"),
+        None => format!("known are {}", known.into_iter().collect::<Vec<_>>().join(", ")),
+    };
+    format!("unknown field `{}`; {hint}", clean(key.as_bytes(), 80))
 }
 
 /// Of a number that no count can be.

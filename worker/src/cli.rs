@@ -2,11 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use outliers_protocol::{
-    Ablate, BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, Export, JobSpec, Measurement, ModelSource, Packing,
-    Precision, SiteKinds, Thresholds, Weights, whole,
-};
+use clap::{Args, Parser, Subcommand};
+use outliers_protocol::{ByteSize, JobOptions, JobSpec, ModelSource, headings, whole};
 
 use crate::error::{IoContext, Result, WorkerError};
 use crate::files::read_text;
@@ -181,134 +178,14 @@ pub enum Bench {
 #[derive(Args, Debug)]
 pub struct JobArgs {
     /// Hub id (owner/name), or a folder with config.json and safetensors files.
-    #[arg(long)]
+    #[arg(long, help_heading = headings::MODEL)]
     pub model: Option<String>,
     /// Branch, tag or commit of a hub model.
-    #[arg(long, default_value = "main")]
+    #[arg(long, default_value = "main", help_heading = headings::MODEL)]
     pub revision: String,
-    /// Where the weights come from: hub (over the network as they are used, none on disk), cache (fetched to disk first and kept),
-    /// local:DIR (another folder), synthetic:SEED (made up) [default: hub, or the model's folder].
-    #[arg(long, value_name = "WHERE")]
-    pub weights: Option<Weights>,
-    /// Text file, one document each, or a .parquet, .jsonl, .ndjson, .json, .csv or .tsv file
-    /// with many; also packed (.gz, .zst); may be repeated [default: the English text shipped
-    /// with the worker].
-    #[arg(long, value_name = "FILE")]
-    pub corpus: Vec<String>,
-    /// Dataset on the hub, read as far as needed: owner/name[@REVISION][:FOLDER], or fineweb-edu.
-    #[arg(long, value_name = "ID", conflicts_with = "corpus")]
-    pub dataset: Option<Dataset>,
-    /// Field or column of the documents that holds the text.
-    #[arg(long, value_name = "NAME", default_value = "text")]
-    pub text_field: String,
-    /// Skip the first N documents.
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole::<usize>, allow_negative_numbers = true)]
-    pub skip_documents: usize,
-    /// Shuffle the documents with this seed.
-    #[arg(long, value_name = "SEED", value_parser = whole::<u64>, allow_negative_numbers = true)]
-    pub shuffle: Option<u64>,
-    /// Ready token ids instead of text: safetensors with `input_ids` i64 [sequences, tokens], or a JSON list of lists.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["corpus", "dataset"])]
-    pub token_ids: Option<String>,
-    /// Sequences [default: 16, or all rows of the token ids].
-    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
-    pub num_sequences: Option<usize>,
-    /// Tokens per sequence, BOS included [default: 2048, or the model's limit if that is lower].
-    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
-    pub sequence_length: Option<usize>,
-    /// Whether each window starts with the BOS token.
-    #[arg(long, value_enum, default_value = "auto")]
-    pub bos: BosArg,
-    /// Cut each document by itself instead of packing all of them.
-    #[arg(long)]
-    pub separate_documents: bool,
-    /// Join all documents by spaces and begin each window in the middle of the one before it, as the predecessor did.
-    #[arg(long, conflicts_with = "separate_documents")]
-    pub overlapping_windows: bool,
-    /// Arithmetic: auto is f32 on a CPU and bf16 on a GPU.
-    #[arg(long, value_enum, default_value = "auto")]
-    pub precision: PrecisionArg,
-    /// cpu, cpu:2 (two logical devices), cuda:0,cuda:1 [default: all GPUs, else the CPU].
-    #[arg(long, value_delimiter = ',')]
-    pub devices: Vec<String>,
-    /// Only the first N layers: a quick look, without perplexity.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
-    pub layers: Option<usize>,
-    /// |x| from which a value is an outlier.
-    #[arg(
-        long,
-        default_value_t = Thresholds::default().magnitude,
-        value_parser = magnitude,
-        allow_negative_numbers = true
-    )]
-    pub threshold: f32,
-    /// What to study, separated by commas: norms (always), residual, attention-out, mlp-out, expert-out, all.
-    #[arg(long, value_name = "KINDS", value_delimiter = ',', default_value = "norms")]
-    pub sites: Vec<SiteKinds>,
-    /// What to measure beside, separated by commas: quantization-error, residual-sinks,
-    /// spike-life, attention-sinks.
-    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
-    pub measure: Vec<Measurement>,
-    /// What to write for other programs, separated by commas: imatrix (llama.cpp), act-scales
-    /// (SmoothQuant; FP8 and NVFP4 input scales), reap (saliency of experts).
-    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
-    pub export: Vec<Export>,
-    /// Also write every studied activation to this file in the output folder. Large.
-    #[arg(long, value_name = "FILE.safetensors")]
-    pub save_activations: Option<String>,
-    /// Also write a time line of the pass to this file in the output folder: what each device and each loader did when, for
-    /// chrome://tracing or ui.perfetto.dev.
-    #[arg(long, value_name = "FILE.json")]
-    pub trace: Option<String>,
-    /// Also measure perplexity and the sharpness of attention without some features, and without
-    /// equally many random ones: their dimensions (1512,7,2070), or the folder of an earlier run's
-    /// results, whose systematic features are meant. Copies of the tokens pass beside them; no
-    /// weight is read again.
-    #[arg(long, value_name = "FEATURES", conflicts_with = "layers")]
-    pub ablate: Option<Ablate>,
-    /// Seed for the random control features.
-    #[arg(
-        long,
-        value_name = "SEED",
-        default_value_t = 0,
-        requires = "ablate",
-        value_parser = whole::<u64>,
-        allow_negative_numbers = true
-    )]
-    pub ablate_seed: u64,
-    /// Tokens computed together, in whole sequences.
-    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
-    pub micro_batch_tokens: Option<usize>,
-    /// Memory for weights while they stream, such as 800MiB or 4GB: a group of experts in use, one
-    /// being decoded, the rest on its way [default: a quarter of what is free, 4 GiB at most]. A
-    /// quarter as much again may hold bytes of files until their hash is compared; with the
-    /// default, half of what is left free.
-    #[arg(long, value_name = "SIZE")]
-    pub stream_budget: Option<ByteSize>,
-}
-
-/// [`BosPolicy`] on the command line.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum BosArg {
-    /// As the tokenizer does.
-    Auto,
-    /// BOS first; an error if the tokenizer has none.
-    Always,
-    /// No BOS.
-    Never,
-}
-
-/// [`Precision`] on the command line.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum PrecisionArg {
-    /// By device.
-    Auto,
-    /// 32-bit floats.
-    F32,
-    /// bfloat16.
-    Bf16,
-    /// 16-bit floats.
-    F16,
+    /// The text and how it is run.
+    #[command(flatten)]
+    pub options: JobOptions,
 }
 
 impl JobArgs {
@@ -320,57 +197,9 @@ impl JobArgs {
         let model = self.model.as_deref().ok_or_else(|| {
             WorkerError::job("no model given").hint("use --model owner/name, --model FOLDER, or a job file")
         })?;
-        let mut job = JobSpec::new(model_source(model, &self.revision)?);
-        job.corpus = CorpusSpec {
-            source: match self.token_ids {
-                Some(file) => CorpusSource::TokenIds(file),
-                None if !self.corpus.is_empty() => CorpusSource::Files(self.corpus),
-                None => self.dataset.map_or_else(|| CorpusSpec::default().source, CorpusSource::Dataset),
-            },
-            num_sequences: self.num_sequences,
-            sequence_length: self.sequence_length,
-            bos: match self.bos {
-                BosArg::Auto => BosPolicy::Auto,
-                BosArg::Always => BosPolicy::Always,
-                BosArg::Never => BosPolicy::Never,
-            },
-            packing: match (self.separate_documents, self.overlapping_windows) {
-                (true, _) => Packing::Separate,
-                (_, true) => Packing::Overlapping,
-                _ => Packing::Packed,
-            },
-            text_field: self.text_field,
-            skip_documents: self.skip_documents,
-            shuffle_seed: self.shuffle,
-        };
-        job.precision = match self.precision {
-            PrecisionArg::Auto => Precision::Auto,
-            PrecisionArg::F32 => Precision::F32,
-            PrecisionArg::Bf16 => Precision::Bf16,
-            PrecisionArg::F16 => Precision::F16,
-        };
-        job.devices = self.devices;
-        job.layers = self.layers;
-        job.thresholds.magnitude = self.threshold;
-        job.sites = self.sites.into_iter().flat_map(|SiteKinds(kinds)| kinds).collect();
-        job.measure = self.measure.into_iter().collect();
-        job.export = self.export.into_iter().collect();
-        job.save_activations = self.save_activations;
-        job.trace = self.trace;
-        let ablation = |ablate: Ablate| ablate.ablation(self.ablate_seed, |file| read_text(file, MAX_JSON_BYTES));
-        job.ablation =
-            self.ablate.map(ablation).transpose().map_err(|why| WorkerError::job(format!("--ablate: {why}")))?;
-        job.micro_batch_tokens = self.micro_batch_tokens.unwrap_or(job.micro_batch_tokens);
-        job.weights = self.weights;
-        job.stream_budget_bytes = self.stream_budget.map(|ByteSize(bytes)| bytes);
-        Ok(job)
+        let source = model_source(model, &self.revision)?;
+        self.options.job(source, |file| read_text(file, MAX_JSON_BYTES)).map_err(WorkerError::job)
     }
-}
-
-/// From which a value is an outlier.
-fn magnitude(text: &str) -> Result<f32, String> {
-    let magnitude = text.parse().ok().filter(|magnitude: &f32| magnitude.is_finite() && *magnitude > 0.0);
-    magnitude.ok_or_else(|| "it must be a positive number".to_owned())
 }
 
 /// A folder that is there, or a path by its look, is a folder; `owner/name` is a hub id.

@@ -2,14 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use outliers_protocol::Results;
+use outliers_protocol::{JobOptions, Results};
 use serde::{Deserialize, Serialize};
 
 use super::deploy::{deploy, tell};
 use super::drive::Deployed;
 use super::{Context, SCHEMA};
 use crate::broker::{Instance, local};
-use crate::cli::{DemoArgs, DeployArgs, JobArgs, ModelArgs, WantArgs};
+use crate::cli::{DemoArgs, DeployArgs, ModelArgs, WantArgs};
 use crate::files::{MOST, create_private_folder, read_small};
 use crate::report::{CliError, ExitStatus, tables};
 use crate::units::Usd;
@@ -136,7 +136,7 @@ fn truth(folder: &Path) -> Result<Planted, CliError> {
 fn options(folder: &Path) -> DeployArgs {
     DeployArgs {
         model: ModelArgs { model: folder.to_string_lossy().into_owned(), revision: "main".to_owned() },
-        job: JobArgs { num_sequences: Some(SEQUENCES), sequence_length: Some(LENGTH), ..JobArgs::default() },
+        job: JobOptions { num_sequences: Some(SEQUENCES), sequence_length: Some(LENGTH), ..JobOptions::default() },
         // A processor is enough, and everybody has one.
         want: WantArgs { broker: vec![local::NAME.to_owned()], gpu_count: Some(0), ..WantArgs::default() },
         push_model: true,

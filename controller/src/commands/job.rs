@@ -2,12 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use outliers_protocol::{
-    Ablate, Ablation, BosPolicy, ByteSize, CorpusSource, CorpusSpec, JobSpec, ModelSource, Packing, Precision,
-    SiteKinds, Thresholds, Weights,
-};
+use outliers_protocol::{JobOptions, JobSpec, ModelSource, Thresholds, Weights};
 
-use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg};
+use crate::cli::ModelArgs;
 use crate::files::{MOST, is_plain_name, read_text};
 use crate::model_name::of_folder;
 use crate::report::CliError;
@@ -20,51 +17,28 @@ const LONGEST_NAME: usize = 100;
 ///
 /// # Errors
 /// The model is neither a folder nor a hub id; a file is not there.
-pub fn job(model: &ModelArgs, args: &JobArgs, thresholds: Thresholds, here: &Path) -> Result<JobSpec, CliError> {
-    let mut job = JobSpec::new(source(model, here)?);
-    job.label = match (&args.name, &job.model) {
+pub fn job(model: &ModelArgs, options: &JobOptions, others: Thresholds, here: &Path) -> Result<JobSpec, CliError> {
+    let model = source(model, here)?;
+    let label = match (&options.name, &model) {
         (Some(typed), _) => Some(name(typed)?),
         (None, ModelSource::Folder { path }) => of_folder(Path::new(path)),
         (None, ModelSource::Hub { .. }) => None,
     };
-    job.thresholds = args.thresholds.over(thresholds);
-    job.corpus = CorpusSpec {
-        source: corpus(args, here)?,
-        num_sequences: args.num_sequences,
-        sequence_length: args.sequence_length,
-        bos: match args.bos {
-            Bos::Auto => BosPolicy::Auto,
-            Bos::Always => BosPolicy::Always,
-            Bos::Never => BosPolicy::Never,
-        },
-        packing: match (args.separate_documents, args.overlapping_windows) {
-            (true, _) => Packing::Separate,
-            (_, true) => Packing::Overlapping,
-            _ => Packing::Packed,
-        },
-        text_field: args.text_field.clone().unwrap_or(CorpusSpec::default().text_field),
-        skip_documents: args.skip_documents.unwrap_or_default(),
-        shuffle_seed: args.shuffle,
-    };
-    job.precision = match args.precision {
-        PrecisionArg::Auto => Precision::Auto,
-        PrecisionArg::F32 => Precision::F32,
-        PrecisionArg::Bf16 => Precision::Bf16,
-        PrecisionArg::F16 => Precision::F16,
-    };
-    job.weights = args.weights.clone().map(|weights| placed(weights, here)).transpose()?;
-    job.stream_budget_bytes = args.stream_budget.map(|ByteSize(bytes)| bytes);
-    job.devices.clone_from(&args.devices);
-    job.layers = args.layers;
-    job.sites.extend(args.sites.iter().flat_map(|SiteKinds(kinds)| kinds));
-    job.measure.extend(&args.measure);
-    job.export.extend(&args.export);
-    job.save_activations.clone_from(&args.save_activations);
-    job.trace.clone_from(&args.trace);
-    job.ablation = args.ablate.as_ref().map(|ablate| ablation(ablate, args.ablate_seed, here)).transpose()?;
-    job.micro_batch_tokens = args.micro_batch_tokens.unwrap_or(job.micro_batch_tokens);
+    let thresholds = options.thresholds.over(others);
+    let read = |file: &Path| read_text(&here.join(file), MOST);
+    let no_features = |why: String| CliError::refused(why, "name features, or the results of a run that found some");
+    let job = placed(options.clone(), here)?.job(model, read).map_err(no_features)?;
+    let job = JobSpec { label, thresholds, ..job };
     check(&job)?;
     Ok(job)
+}
+
+/// The same with the absolute paths of files that are there.
+fn placed(options: JobOptions, here: &Path) -> Result<JobOptions, CliError> {
+    let weights = options.weights.map(|weights| weight_folder(weights, here)).transpose()?;
+    let token_ids = options.token_ids.map(|path| file("--token-ids", &path, here)).transpose()?;
+    let corpus = options.corpus.iter().map(|path| file("--corpus", path, here)).collect::<Result<_, _>>()?;
+    Ok(JobOptions { weights, token_ids, corpus, ..options })
 }
 
 /// What needs no model to be called wrong.
@@ -109,16 +83,8 @@ fn plain_name(option: &str, name: Option<&str>) -> Result<(), CliError> {
     }
 }
 
-/// The features that were named, or found by an earlier run.
-fn ablation(ablate: &Ablate, seed: Option<u64>, here: &Path) -> Result<Ablation, CliError> {
-    let read = |file: &Path| read_text(&here.join(file), MOST);
-    ablate.ablation(seed.unwrap_or_default(), read).map_err(|why| {
-        CliError::refused(format!("--ablate: {why}"), "name features, or the results of a run that found some")
-    })
-}
-
 /// A folder with weights, by its absolute path. One that is not here may be a cluster's.
-fn placed(weights: Weights, here: &Path) -> Result<Weights, CliError> {
+fn weight_folder(weights: Weights, here: &Path) -> Result<Weights, CliError> {
     let Weights::Local { path } = weights else { return Ok(weights) };
     if path.starts_with('/') && !Path::new(&path).exists() {
         return Ok(Weights::Local { path });
@@ -157,17 +123,8 @@ fn source(args: &ModelArgs, here: &Path) -> Result<ModelSource, CliError> {
     }
 }
 
-fn corpus(args: &JobArgs, here: &Path) -> Result<CorpusSource, CliError> {
-    if let Some(path) = &args.token_ids {
-        return Ok(CorpusSource::TokenIds(file("--token-ids", path, here)?));
-    }
-    if args.corpus.is_empty() {
-        return Ok(args.dataset.clone().map_or_else(|| CorpusSpec::default().source, CorpusSource::Dataset));
-    }
-    args.corpus.iter().map(|path| file("--corpus", path, here)).collect::<Result<_, _>>().map(CorpusSource::Files)
-}
-
-fn file(option: &str, path: &Path, here: &Path) -> Result<String, CliError> {
+/// The absolute path of a text.
+fn file(option: &str, path: &Path, here: &Path) -> Result<PathBuf, CliError> {
     let wrong =
         |why: String| CliError::refused(format!("{option} {}: {why}", path.display()), "give a file that is there");
     let found = here.join(path).canonicalize().map_err(|error| wrong(error.to_string()))?;
@@ -175,7 +132,7 @@ fn file(option: &str, path: &Path, here: &Path) -> Result<String, CliError> {
     match (meta.is_file(), meta.len()) {
         (false, _) => Err(wrong("it is not a regular file".to_owned())),
         (true, 0) => Err(wrong("it is empty".to_owned())),
-        (true, _) => utf8(found),
+        (true, _) => utf8(found).map(PathBuf::from),
     }
 }
 
@@ -187,12 +144,11 @@ fn utf8(path: PathBuf) -> Result<String, CliError> {
 
 #[cfg(test)]
 mod tests {
-    use outliers_protocol::SiteKind;
+    use outliers_protocol::{Ablate, Ablation, ByteSize, CorpusSource, SiteKind, SiteKinds, ThresholdOptions};
 
     use super::*;
-    use crate::cli::ThresholdArgs;
 
-    fn made(name: &str, args: &JobArgs, here: &Path) -> Result<JobSpec, CliError> {
+    fn made(name: &str, args: &JobOptions, here: &Path) -> Result<JobSpec, CliError> {
         job(&ModelArgs { model: name.into(), revision: "main".into() }, args, Thresholds::default(), here)
     }
 
@@ -200,7 +156,7 @@ mod tests {
     fn models_are_hub_ids_or_folders() {
         let here = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(here.path().join("own/model")).unwrap();
-        let none = JobArgs::default();
+        let none = JobOptions::default();
         for folder in ["own/model", "own/", "./own"] {
             let job = made(folder, &none, here.path()).unwrap();
             assert!(matches!(job.model, ModelSource::Folder { path } if Path::new(&path).is_absolute()));
@@ -216,7 +172,7 @@ mod tests {
     fn norm_outputs_are_studied_whatever_else_is() {
         let with = |sites: &[&str]| {
             let sites = sites.iter().map(|text| text.parse().unwrap()).collect();
-            let args = JobArgs { sites, ..JobArgs::default() };
+            let args = JobOptions { sites, ..JobOptions::default() };
             made("a/b", &args, Path::new("/")).unwrap().sites.into_iter().collect::<Vec<_>>()
         };
         assert_eq!(with(&[]), [SiteKind::Norms]);
@@ -230,7 +186,7 @@ mod tests {
         let here = tempfile::tempdir().unwrap();
         std::fs::create_dir(here.path().join("w")).unwrap();
         let with = |text: &str| {
-            let args = JobArgs { weights: Some(text.parse().unwrap()), ..JobArgs::default() };
+            let args = JobOptions { weights: Some(text.parse().unwrap()), ..JobOptions::default() };
             made("a/b", &args, here.path()).map(|job| job.weights)
         };
         let folder = here.path().canonicalize().unwrap().join("w");
@@ -238,15 +194,15 @@ mod tests {
         assert_eq!(with("local:missing").unwrap_err().status.number(), 2);
         assert_eq!(with("local:/no/such").unwrap(), Some(Weights::Local { path: "/no/such".to_owned() }));
         assert_eq!(with("synthetic:3").unwrap(), Some(Weights::Synthetic { seed: 3 }));
-        assert_eq!(made("a/b", &JobArgs::default(), here.path()).unwrap().weights, None);
-        let nothing = JobArgs { stream_budget: Some(ByteSize(0)), ..JobArgs::default() };
+        assert_eq!(made("a/b", &JobOptions::default(), here.path()).unwrap().weights, None);
+        let nothing = JobOptions { stream_budget: Some(ByteSize(0)), ..JobOptions::default() };
         assert_eq!(made("a/b", &nothing, here.path()).unwrap_err().status.number(), 2);
     }
 
     #[test]
     fn thresholds_that_are_typed_win_over_the_settings() {
-        let typed = |text: &str| ThresholdArgs { layer_fraction: Some(text.parse().unwrap()), ..Default::default() };
-        let args = JobArgs { thresholds: typed("0.5"), ..JobArgs::default() };
+        let typed = |text: &str| ThresholdOptions { layer_fraction: Some(text.parse().unwrap()), ..Default::default() };
+        let args = JobOptions { thresholds: typed("0.5"), ..JobOptions::default() };
         let settings = Thresholds { magnitude: 5.0, ..Thresholds::default() };
         let model = ModelArgs { model: "a/b".into(), revision: "main".into() };
         let job = job(&model, &args, settings, Path::new("/")).unwrap();
@@ -256,13 +212,13 @@ mod tests {
     #[test]
     fn a_model_has_the_name_it_is_given() {
         let with = |name: &str| {
-            let args = JobArgs { name: Some(name.into()), ..JobArgs::default() };
+            let args = JobOptions { name: Some(name.into()), ..JobOptions::default() };
             made("a/b", &args, Path::new("/")).map(|job| job.model_name().to_owned())
         };
         assert_eq!(with("OLMoE, step 5").unwrap(), "OLMoE, step 5");
         let here = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(here.path().join("olmoe-step-5/model")).unwrap();
-        let named = |model: &str| made(model, &JobArgs::default(), here.path()).unwrap().model_name().to_owned();
+        let named = |model: &str| made(model, &JobOptions::default(), here.path()).unwrap().model_name().to_owned();
         assert_eq!(named("olmoe-step-5/model"), "olmoe-step-5");
         assert_eq!(named("owner/model"), "owner/model", "a hub id is one");
         assert!(named("olmoe-step-5").ends_with("/olmoe-step-5"));
@@ -276,7 +232,7 @@ mod tests {
         let here = tempfile::tempdir().unwrap();
         std::fs::write(here.path().join("text"), "words").unwrap();
         std::fs::write(here.path().join("empty"), "").unwrap();
-        let with = |path: &str| JobArgs { corpus: vec![path.into()], ..JobArgs::default() };
+        let with = |path: &str| JobOptions { corpus: vec![path.into()], ..JobOptions::default() };
         let job = made("a/b", &with("text"), here.path()).unwrap();
         assert!(matches!(&job.corpus.source, CorpusSource::Files(files) if files[0].ends_with("/text")));
         for wrong in ["empty", "missing", "."] {
@@ -288,7 +244,8 @@ mod tests {
     fn features_to_take_away_are_named_or_found() {
         let here = tempfile::tempdir().unwrap();
         let with = |text: &str| {
-            let args = JobArgs { ablate: Some(text.parse().unwrap()), ablate_seed: Some(4), ..JobArgs::default() };
+            let args =
+                JobOptions { ablate: Some(text.parse().unwrap()), ablate_seed: Some(4), ..JobOptions::default() };
             made("a/b", &args, here.path()).map(|job| job.ablation.unwrap())
         };
         assert_eq!(with("7,3,7").unwrap(), Ablation { features: vec![3, 7], seed: 4 });
@@ -303,7 +260,7 @@ mod tests {
     fn an_ablation_exports_nothing() {
         let with = |ablate: Option<&str>| {
             let ablate = ablate.map(|text| text.parse().unwrap());
-            let args = JobArgs { ablate, export: vec!["reap".parse().unwrap()], ..JobArgs::default() };
+            let args = JobOptions { ablate, export: vec!["reap".parse().unwrap()], ..JobOptions::default() };
             made("a/b", &args, Path::new("/"))
         };
         assert_eq!(with(None).unwrap().export.len(), 1);
@@ -314,11 +271,11 @@ mod tests {
     #[test]
     fn numbers_that_make_no_job_are_refused() {
         for args in [
-            JobArgs { num_sequences: Some(0), ..JobArgs::default() },
-            JobArgs { sequence_length: Some(0), ..JobArgs::default() },
-            JobArgs { layers: Some(0), ..JobArgs::default() },
-            JobArgs { micro_batch_tokens: Some(0), ..JobArgs::default() },
-            JobArgs { save_activations: Some("../x".into()), ..JobArgs::default() },
+            JobOptions { num_sequences: Some(0), ..JobOptions::default() },
+            JobOptions { sequence_length: Some(0), ..JobOptions::default() },
+            JobOptions { layers: Some(0), ..JobOptions::default() },
+            JobOptions { micro_batch_tokens: Some(0), ..JobOptions::default() },
+            JobOptions { save_activations: Some("../x".into()), ..JobOptions::default() },
         ] {
             assert!(made("a/b", &args, Path::new("/")).is_err(), "{args:?}");
         }

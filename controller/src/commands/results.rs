@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::SystemTime;
 
-use outliers_protocol::{Axis, Reading, Results, Thresholds, files};
+use outliers_protocol::{Axis, Reading, Results, ThresholdOptions, Thresholds, files};
 use serde::Serialize;
 
 use super::{Context, SCHEMA};
-use crate::cli::{ResultsCommand, ThresholdArgs};
+use crate::cli::ResultsCommand;
 use crate::compare::comparison::ResultKind;
 use crate::compare::folder::{Content, ResultFolder, Run, paths, read, read_all};
 use crate::compare::recount::recount;
@@ -186,7 +186,7 @@ fn open(context: &Context, folder: &Path) -> Result<ExitStatus, CliError> {
     Ok(ExitStatus::Done)
 }
 
-fn count_anew(context: &Context, folder: &Path, asked: &ThresholdArgs) -> Result<ExitStatus, CliError> {
+fn count_anew(context: &Context, folder: &Path, asked: &ThresholdOptions) -> Result<ExitStatus, CliError> {
     if asked.layer_fraction.is_none() && asked.position_fraction.is_none() && asked.threshold.is_none() {
         return Err(CliError::refused("no threshold was given", "give --layer-fraction, --position-fraction, or both"));
     }

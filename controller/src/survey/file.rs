@@ -8,15 +8,17 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use outliers_protocol::{Export, Measurement, SiteKinds};
-use serde::Deserialize;
+use outliers_protocol::JobOptions;
+use serde::de::{self, DeserializeOwned, Visitor};
+use serde::{Deserialize, Deserializer};
 use toml::Spanned;
+use toml::de::DeTable;
 
-use crate::cli::{Bos, JobArgs, ModelArgs, PrecisionArg, WantArgs};
+use crate::cli::{ModelArgs, WantArgs};
 use crate::deploy::slug;
 use crate::files::{MOST, is_plain_name, read_text};
 use crate::settings::Span;
-use crate::text::toml_error;
+use crate::text::{toml_error, unknown_key};
 use crate::units::{CudaVersion, Positive, Usd};
 
 /// A survey as its file has it.
@@ -27,7 +29,7 @@ pub struct Survey {
     /// The file.
     pub path: PathBuf,
     /// The text and how it is run, the same for all models.
-    pub job: JobArgs,
+    pub job: JobOptions,
     /// In the file's order, each name once.
     pub models: Vec<SurveyModel>,
     /// Runs side by side.
@@ -71,43 +73,11 @@ pub struct SurveyError {
     pub message: String,
 }
 
+/// What the file says beside the options of the job ([`JobOptions`]), whose keys stand among these.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case")]
 struct SurveyFile {
     name: Spanned<String>,
-    #[serde(alias = "num_sequences")]
-    num_sequences: Option<usize>,
-    #[serde(alias = "sequence_length")]
-    sequence_length: Option<usize>,
-    #[serde(default)]
-    corpus: Vec<PathBuf>,
-    #[serde(alias = "token_ids")]
-    token_ids: Option<PathBuf>,
-    dataset: Option<Spanned<String>>,
-    #[serde(alias = "text_field")]
-    text_field: Option<String>,
-    #[serde(alias = "skip_documents")]
-    skip_documents: Option<usize>,
-    shuffle: Option<u64>,
-    #[serde(default)]
-    bos: Bos,
-    #[serde(default)]
-    #[serde(alias = "separate_documents")]
-    separate_documents: bool,
-    #[serde(default)]
-    #[serde(alias = "overlapping_windows")]
-    overlapping_windows: bool,
-    #[serde(default)]
-    precision: PrecisionArg,
-    layers: Option<usize>,
-    #[serde(alias = "micro_batch_tokens")]
-    micro_batch_tokens: Option<usize>,
-    #[serde(default)]
-    sites: Vec<Spanned<String>>,
-    #[serde(default)]
-    measure: Vec<Spanned<String>>,
-    #[serde(default)]
-    export: Vec<Spanned<String>>,
     #[serde(alias = "max_parallel")]
     max_parallel: Option<Spanned<usize>>,
     budget: Option<Positive>,
@@ -170,16 +140,63 @@ impl Survey {
     /// # Errors
     /// It does not make sense.
     pub fn parse(text: &str, path: &Path) -> Result<Self, SurveyError> {
-        let wrong = |span: Option<Range<usize>>, message: String| SurveyError {
-            path: path.to_owned(),
-            line: span.map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count()),
-            message,
+        let error = |line, message| SurveyError { path: path.to_owned(), line, message };
+        let unreadable = |wrong: toml::de::Error| {
+            let (line, message) = toml_error(text, &wrong);
+            error(line, message)
         };
-        let file: SurveyFile = toml::from_str(text).map_err(|error| {
-            let (line, message) = toml_error(text, &error);
-            SurveyError { path: path.to_owned(), line, message }
-        })?;
-        file.understand(path).map_err(|Wrong { span, message }| wrong(Some(span), message))
+        let wrong = |Wrong { span, message }| {
+            let line = 1 + text[..span.start.min(text.len())].matches('\n').count();
+            error(Some(line), message)
+        };
+        known(DeTable::parse(text).map_err(unreadable)?.get_ref()).map_err(wrong)?;
+        let file: SurveyFile = toml::from_str(text).map_err(unreadable)?;
+        let job: JobOptions = toml::from_str(text).map_err(unreadable)?;
+        file.understand(job, path).map_err(wrong)
+    }
+}
+
+/// Refuses keys that nothing is read from.
+fn known(file: &DeTable<'_>) -> Result<(), Wrong> {
+    let known = [keys::<SurveyFile>(), keys::<JobOptions>()].concat();
+    let is_known = |key: &str| known.contains(&key);
+    match file.keys().find(|key| !is_known(key.get_ref())) {
+        Some(key) => Err(wrong(key, unknown_key(key.get_ref(), known))),
+        None => Ok(()),
+    }
+}
+
+/// The keys that a struct is read from, old spellings among them.
+fn keys<T: DeserializeOwned>() -> &'static [&'static str] {
+    let mut keys: &'static [&'static str] = &[];
+    // It only says what it would read.
+    let _ = T::deserialize(Keys(&mut keys));
+    keys
+}
+
+/// Notes the keys that a struct asks for.
+struct Keys<'a>(&'a mut &'static [&'static str]);
+
+impl<'de> Deserializer<'de> for Keys<'_> {
+    type Error = de::value::Error;
+
+    fn deserialize_any<V: Visitor<'de>>(self, _visitor: V) -> Result<V::Value, Self::Error> {
+        Err(de::Error::custom("there is nothing to read"))
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Self::Error> {
+        *self.0 = fields;
+        self.deserialize_any(visitor)
+    }
+
+    serde::forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option
+        unit unit_struct newtype_struct seq tuple tuple_struct map enum identifier ignored_any
     }
 }
 
@@ -194,30 +211,11 @@ fn wrong<T>(at: &Spanned<T>, message: String) -> Wrong {
 }
 
 impl SurveyFile {
-    fn understand(self, path: &Path) -> Result<Survey, Wrong> {
+    fn understand(self, job: JobOptions, path: &Path) -> Result<Survey, Wrong> {
         check_name("name", &self.name)?;
         if let Some(none) = self.max_parallel.as_ref().filter(|most| *most.get_ref() == 0) {
             return Err(wrong(none, "max-parallel must be positive".to_owned()));
         }
-        let mut sites = Vec::new();
-        for kind in &self.sites {
-            let known = kind.get_ref().parse::<SiteKinds>();
-            sites.push(known.map_err(|why| wrong(kind, format!("sites = [\"{}\"]: {why}", kind.get_ref())))?);
-        }
-        let mut measure = Vec::new();
-        for name in &self.measure {
-            let known = name.get_ref().parse::<Measurement>();
-            measure.push(known.map_err(|why| wrong(name, format!("measure = [\"{}\"]: {why}", name.get_ref())))?);
-        }
-        let mut export = Vec::new();
-        for name in &self.export {
-            let known = name.get_ref().parse::<Export>();
-            export.push(known.map_err(|why| wrong(name, format!("export = [\"{}\"]: {why}", name.get_ref())))?);
-        }
-        let dataset = self
-            .dataset
-            .as_ref()
-            .map(|text| text.get_ref().parse().map_err(|why| wrong(text, format!("dataset: {why}"))));
         let plain = self.models.into_iter().map(ModelTable::plain);
         let mut models = Vec::new();
         let mut seen = BTreeSet::new();
@@ -238,26 +236,7 @@ impl SurveyFile {
         Ok(Survey {
             name: self.name.into_inner(),
             path: path.to_owned(),
-            job: JobArgs {
-                num_sequences: self.num_sequences,
-                sequence_length: self.sequence_length,
-                corpus: self.corpus,
-                token_ids: self.token_ids,
-                dataset: dataset.transpose()?,
-                text_field: self.text_field,
-                skip_documents: self.skip_documents,
-                shuffle: self.shuffle,
-                bos: self.bos,
-                separate_documents: self.separate_documents,
-                overlapping_windows: self.overlapping_windows,
-                precision: self.precision,
-                layers: self.layers,
-                micro_batch_tokens: self.micro_batch_tokens,
-                sites,
-                measure,
-                export,
-                ..JobArgs::default()
-            },
+            job,
             models,
             max_parallel: self.max_parallel.map(Spanned::into_inner),
             budget: self.budget.map(|budget| Usd::from_dollars(budget.get())),

@@ -393,6 +393,7 @@ impl fmt::Display for Dataset {
 
 /// Whether each window starts with the beginning-of-sequence token. Massive activations sit on it, so it is never left to chance.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 #[serde(rename_all = "snake_case")]
 pub enum BosPolicy {
     /// As the family's own tokenizer does on plain text.
@@ -420,6 +421,7 @@ pub enum Packing {
 
 /// Arithmetic of the forward pass. Statistics are always taken on the values as computed, widened to f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// f32 on a CPU, bf16 on a GPU.

@@ -23,6 +23,7 @@ mod job;
 mod measured;
 mod metadata;
 mod number;
+mod options;
 mod progress;
 mod results;
 mod size;
@@ -52,7 +53,10 @@ pub use metadata::{
     CONFIG_RULES, ConfigReading, CorpusProvenance, DeviceInfo, HostInfo, Metadata, ModelProvenance,
     TokenizerProvenance, UnverifiedWeights, WeightVerification,
 };
-pub use number::whole;
+pub use number::{Fraction, Positive, whole};
+#[cfg(feature = "clap")]
+pub use options::headings;
+pub use options::{JobOptions, Merge, ThresholdOptions};
 pub use progress::{Phase, Progress};
 pub use results::{
     Axis, Failure, FailureKind, Feature, FileEntry, Manifest, Outcome, Perplexity, Point, Reading, Results,

@@ -2,6 +2,8 @@
 
 use std::str::FromStr;
 
+use serde::Deserialize;
+
 /// A count or a seed.
 ///
 /// # Errors
@@ -11,6 +13,55 @@ pub fn whole<T: FromStr>(text: &str) -> Result<T, String> {
         Some(Ok(_)) => "it must be positive".to_owned(),
         _ => "it must be a whole number".to_owned(),
     })
+}
+
+/// Declares a number that people give, with its bounds: everything out of them is refused where it is
+/// read, on the command line and in files alike.
+macro_rules! bounded {
+    ($(#[$doc:meta])* $name:ident, $most:literal, $rule:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, PartialOrd, Deserialize)]
+        #[serde(try_from = "f64")]
+        pub struct $name(f64);
+
+        impl $name {
+            /// The number itself.
+            pub fn get(self) -> f64 {
+                self.0
+            }
+        }
+
+        impl TryFrom<f64> for $name {
+            type Error = String;
+
+            fn try_from(number: f64) -> Result<Self, String> {
+                // NaN is in no range.
+                let fits = (LEAST..=$most).contains(&number);
+                if fits { Ok(Self(number)) } else { Err(format!(concat!("it must be ", $rule, ", not {}"), number)) }
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = String;
+
+            fn from_str(text: &str) -> Result<Self, String> {
+                text.parse::<f64>().map_err(|_| concat!("it must be ", $rule).to_owned())?.try_into()
+            }
+        }
+    };
+}
+
+/// Less than any amount, rate or share that somebody can mean; what is divided by it stays finite.
+const LEAST: f64 = 1e-9;
+
+bounded! {
+    /// An amount or a rate.
+    Positive, 1e6, "a positive number up to 1000000"
+}
+
+bounded! {
+    /// A share of something.
+    Fraction, 1.0, "a positive number up to 1"
 }
 
 #[cfg(test)]

@@ -1,0 +1,470 @@
+//! The job's options, as they are typed on both command lines and written in files. Any of them may be missing.
+//!
+//! A new option is a field of [`JobOptions`] (its docstring is the help text), a field of [`JobSpec`], and the line of
+//! [`JobOptions::job`] that connects them.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, de};
+
+#[cfg(feature = "clap")]
+use crate::whole;
+use crate::{
+    Ablate, BosPolicy, ByteSize, CorpusSource, CorpusSpec, Dataset, Export, Fraction, JobSpec, Measurement,
+    ModelSource, Packing, Positive, Precision, SiteKinds, Thresholds, Weights,
+};
+
+/// Headings of options in `--help`.
+#[cfg(feature = "clap")]
+pub mod headings {
+    /// The checkpoint.
+    pub const MODEL: &str = "Model";
+    /// What it reads.
+    pub const TEXT: &str = "Text";
+    /// What is counted and measured.
+    pub const MEASURE: &str = "What to measure";
+    /// Arithmetic, devices and memory.
+    pub const COMPUTE: &str = "How to compute";
+    /// What is written, and how.
+    pub const OUTPUT: &str = "Output";
+}
+#[cfg(feature = "clap")]
+use headings::{COMPUTE, MEASURE, MODEL, OUTPUT, TEXT};
+
+/// Options from two places, made into one.
+pub trait Merge {
+    /// What is given here, else what is given there.
+    #[must_use]
+    fn merge(self, other: Self) -> Self;
+}
+
+impl<T> Merge for Option<T> {
+    fn merge(self, other: Self) -> Self {
+        self.or(other)
+    }
+}
+
+/// A list is given as a whole.
+impl<T> Merge for Vec<T> {
+    fn merge(self, other: Self) -> Self {
+        if self.is_empty() { other } else { self }
+    }
+}
+
+/// A switch cannot be turned off by leaving it out.
+impl Merge for bool {
+    fn merge(self, other: Self) -> Self {
+        self || other
+    }
+}
+
+/// Declares a struct of options, each of which merges by itself ([`Merge`]).
+#[macro_export]
+macro_rules! options {
+    (
+        $(#[$($attribute:tt)*])*
+        pub struct $name:ident {
+            $($(#[$($of_field:tt)*])* pub $field:ident: $type:ty,)*
+        }
+    ) => {
+        $(#[$($attribute)*])*
+        pub struct $name {
+            $($(#[$($of_field)*])* pub $field: $type,)*
+        }
+
+        impl $crate::Merge for $name {
+            fn merge(self, other: Self) -> Self {
+                Self { $($field: $crate::Merge::merge(self.$field, other.$field),)* }
+            }
+        }
+    };
+}
+
+options! {
+    /// The weights, the text, and how it is run.
+    #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+    #[cfg_attr(feature = "clap", derive(clap::Args))]
+    #[serde(default, rename_all = "kebab-case")]
+    pub struct JobOptions {
+        /// Where the weights come from: hub (over the network as they are used, none on disk),
+        /// cache (fetched to disk first and kept), local:DIR (another folder; with an instance, of
+        /// this machine where that is the instance, or of a Slurm cluster), synthetic:SEED (made
+        /// up, to try a model of any size) [default: hub, or the model's folder].
+        #[cfg_attr(feature = "clap", arg(long, value_name = "WHERE", help_heading = MODEL))]
+        #[serde(deserialize_with = "written")]
+        pub weights: Option<Weights>,
+        /// Memory for weights while they stream, such as 800MiB or 4GB [default: a quarter of what
+        /// is free, 4 GiB at most]. A quarter as much again may hold bytes of files until their
+        /// hash is compared; with the default, half of what is left free.
+        #[cfg_attr(
+            feature = "clap",
+            arg(long, value_name = "SIZE", allow_hyphen_values = true, help_heading = COMPUTE)
+        )]
+        #[serde(alias = "stream_budget")]
+        pub stream_budget: Option<ByteSize>,
+        /// Sequences [default: 16, or all rows of the token ids].
+        #[cfg_attr(
+            feature = "clap",
+            arg(
+                long,
+                value_name = "N",
+                value_parser = whole::<usize>,
+                allow_negative_numbers = true,
+                help_heading = TEXT
+            )
+        )]
+        #[serde(alias = "num_sequences")]
+        pub num_sequences: Option<usize>,
+        /// Tokens per sequence, BOS included [default: 2048, or the model's limit if that is
+        /// lower].
+        #[cfg_attr(
+            feature = "clap",
+            arg(
+                long,
+                value_name = "N",
+                value_parser = whole::<usize>,
+                allow_negative_numbers = true,
+                help_heading = TEXT
+            )
+        )]
+        #[serde(alias = "sequence_length")]
+        pub sequence_length: Option<usize>,
+        /// Text files, one document each, or .parquet, .jsonl, .ndjson, .json, .csv and .tsv files
+        /// with many; also packed (.gz, .zst) [default: the English text shipped with the worker].
+        #[cfg_attr(
+            feature = "clap",
+            arg(
+                long,
+                value_name = "PATH",
+                num_args = 1..,
+                conflicts_with_all = ["token_ids", "dataset"],
+                help_heading = TEXT
+            )
+        )]
+        pub corpus: Vec<PathBuf>,
+        /// Dataset on the hub, read as far as needed: owner/name[@REVISION][:FOLDER], or
+        /// fineweb-edu (its sample of ten billion tokens, at one commit).
+        #[cfg_attr(
+            feature = "clap",
+            arg(long, value_name = "ID", conflicts_with = "token_ids", help_heading = TEXT)
+        )]
+        #[serde(deserialize_with = "written")]
+        pub dataset: Option<Dataset>,
+        /// Field or column of the documents that holds the text [default: text].
+        #[cfg_attr(feature = "clap", arg(long, value_name = "NAME", help_heading = TEXT))]
+        #[serde(alias = "text_field")]
+        pub text_field: Option<String>,
+        /// Skip the first N documents.
+        #[cfg_attr(
+            feature = "clap",
+            arg(
+                long,
+                value_name = "N",
+                value_parser = whole::<usize>,
+                allow_negative_numbers = true,
+                help_heading = TEXT
+            )
+        )]
+        #[serde(alias = "skip_documents")]
+        pub skip_documents: Option<usize>,
+        /// Shuffle the documents with this seed.
+        #[cfg_attr(
+            feature = "clap",
+            arg(
+                long,
+                value_name = "SEED",
+                value_parser = whole::<u64>,
+                allow_negative_numbers = true,
+                help_heading = TEXT
+            )
+        )]
+        pub shuffle: Option<u64>,
+        /// Ready token ids: safetensors with `input_ids` i64 [sequences, tokens], or a JSON list
+        /// of lists.
+        #[cfg_attr(feature = "clap", arg(long, value_name = "FILE", help_heading = TEXT))]
+        #[serde(alias = "token_ids")]
+        pub token_ids: Option<PathBuf>,
+        /// Whether each window starts with the BOS token; auto: as the family's own tokenizer does
+        /// [default: auto].
+        #[cfg_attr(feature = "clap", arg(long, value_enum, help_heading = TEXT))]
+        pub bos: Option<BosPolicy>,
+        /// Cut each document by itself, instead of packing them one after another.
+        #[cfg_attr(feature = "clap", arg(long, help_heading = TEXT))]
+        #[serde(alias = "separate_documents")]
+        pub separate_documents: bool,
+        /// Join all documents by spaces and begin each window in the middle of the one before it,
+        /// as the predecessor did: to compare with its figures.
+        #[cfg_attr(feature = "clap", arg(long, conflicts_with = "separate_documents", help_heading = TEXT))]
+        #[serde(alias = "overlapping_windows")]
+        pub overlapping_windows: bool,
+        /// Arithmetic; auto: f32 on a CPU, bf16 on a GPU. In bf16 everything from 5.984375 up
+        /// rounds to 6 and counts [default: auto].
+        #[cfg_attr(feature = "clap", arg(long, value_enum, help_heading = COMPUTE))]
+        pub precision: Option<Precision>,
+        /// Only the first N layers: a quick look, without perplexity.
+        #[cfg_attr(
+            feature = "clap",
+            arg(
+                long,
+                value_name = "N",
+                value_parser = whole::<usize>,
+                allow_negative_numbers = true,
+                help_heading = MEASURE
+            )
+        )]
+        pub layers: Option<usize>,
+        /// cpu, cpu:2 (two logical devices), cuda:0,cuda:1 [default: all GPUs, else the CPU].
+        #[cfg_attr(feature = "clap", arg(long, value_name = "LIST", value_delimiter = ',', help_heading = COMPUTE))]
+        pub devices: Vec<String>,
+        /// Tokens computed together, in whole sequences.
+        #[cfg_attr(
+            feature = "clap",
+            arg(
+                long,
+                value_name = "N",
+                value_parser = whole::<usize>,
+                allow_negative_numbers = true,
+                help_heading = COMPUTE
+            )
+        )]
+        #[serde(alias = "micro_batch_tokens")]
+        pub micro_batch_tokens: Option<usize>,
+        /// What to study beside the norm outputs, which always are, separated by commas: residual
+        /// (massive activations), attention-out, mlp-out, expert-out (super experts), all. Costs a
+        /// pass over those values, no arithmetic of the model.
+        #[cfg_attr(feature = "clap", arg(long, value_name = "KINDS", value_delimiter = ',', help_heading = MEASURE))]
+        #[serde(deserialize_with = "all_written")]
+        pub sites: Vec<SiteKinds>,
+        /// What to measure beside, from the same pass, separated by commas: quantization-error
+        /// (what outliers cost in 8 and 4 bits), residual-sinks, spike-life, attention-sinks.
+        #[cfg_attr(feature = "clap", arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = MEASURE))]
+        #[serde(deserialize_with = "all_written")]
+        pub measure: Vec<Measurement>,
+        /// What to write for other programs, from the same pass, separated by commas: imatrix
+        /// (llama.cpp's importance matrix), act-scales (SmoothQuant's scales; FP8 and NVFP4 input
+        /// scales), reap (saliency of experts). Not with --ablate.
+        #[cfg_attr(feature = "clap", arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = OUTPUT))]
+        #[serde(deserialize_with = "all_written")]
+        pub export: Vec<Export>,
+        /// Also write every studied activation to this file among the results. Large: tokens x
+        /// hidden x sites x 4 bytes.
+        #[cfg_attr(feature = "clap", arg(long, value_name = "FILE.safetensors", help_heading = OUTPUT))]
+        #[serde(alias = "save_activations")]
+        pub save_activations: Option<String>,
+        /// Also write a time line of the pass to this file among the results, for Chrome's trace
+        /// viewer or Perfetto.
+        #[cfg_attr(feature = "clap", arg(long, value_name = "FILE.json", help_heading = OUTPUT))]
+        pub trace: Option<String>,
+        /// Also measure perplexity and the sharpness of attention without some features, and
+        /// without equally many random ones, as the paper did: their dimensions (1512,7,2070), or
+        /// the folder of an earlier run's results, whose systematic features are meant. Copies of
+        /// the tokens pass beside them, in the same run: no weight is read again.
+        #[cfg_attr(
+            feature = "clap",
+            arg(long, value_name = "FEATURES", conflicts_with = "layers", help_heading = MEASURE)
+        )]
+        #[serde(deserialize_with = "written")]
+        pub ablate: Option<Ablate>,
+        /// Seed for the random control features [default: 0].
+        #[cfg_attr(
+            feature = "clap",
+            arg(
+                long,
+                value_name = "SEED",
+                value_parser = whole::<u64>,
+                allow_negative_numbers = true,
+                requires = "ablate",
+                help_heading = MEASURE
+            )
+        )]
+        #[serde(alias = "ablate_seed")]
+        pub ablate_seed: Option<u64>,
+        /// What reports call the model, and the folder of its results [default: as --model has
+        /// it].
+        // No file says it: there the options are those of many models.
+        #[cfg_attr(feature = "clap", arg(long, value_name = "NAME", help_heading = OUTPUT))]
+        #[serde(skip)]
+        pub name: Option<String>,
+        /// When a feature counts.
+        #[cfg_attr(feature = "clap", command(flatten))]
+        pub thresholds: ThresholdOptions,
+    }
+}
+
+options! {
+    /// When a value is an outlier, and when a feature is systematic.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+    #[cfg_attr(feature = "clap", derive(clap::Args))]
+    #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+    pub struct ThresholdOptions {
+        /// |x| from which a value is an outlier [default: 6, unless settings say otherwise].
+        #[cfg_attr(
+            feature = "clap",
+            arg(long, value_name = "X", allow_negative_numbers = true, help_heading = MEASURE)
+        )]
+        #[serde(rename = "magnitude")]
+        pub threshold: Option<Positive>,
+        /// Minimum share of layers of a systematic feature, up to 1 [default: 0.25, unless
+        /// settings say otherwise].
+        #[cfg_attr(
+            feature = "clap",
+            arg(long, value_name = "SHARE", allow_negative_numbers = true, help_heading = MEASURE)
+        )]
+        #[serde(alias = "layer_fraction")]
+        pub layer_fraction: Option<Fraction>,
+        /// Minimum share of sequence positions of a systematic feature, up to 1 [default: 0.06,
+        /// unless settings say otherwise].
+        #[cfg_attr(
+            feature = "clap",
+            arg(long, value_name = "SHARE", allow_negative_numbers = true, help_heading = MEASURE)
+        )]
+        #[serde(alias = "position_fraction")]
+        pub position_fraction: Option<Fraction>,
+    }
+}
+
+impl ThresholdOptions {
+    /// These thresholds where they were given, else those.
+    pub fn over(&self, others: Thresholds) -> Thresholds {
+        Thresholds {
+            magnitude: self.threshold.map_or(others.magnitude, |threshold| threshold.get() as f32),
+            layer_fraction: self.layer_fraction.map_or(others.layer_fraction, Fraction::get),
+            position_fraction: self.position_fraction.map_or(others.position_fraction, Fraction::get),
+        }
+    }
+}
+
+impl JobOptions {
+    /// The job over `model` that these options describe; paths stay as they are written. `read`
+    /// reads a file of results.
+    ///
+    /// # Errors
+    /// In words: there are no features to take away ([`Ablate::ablation`]), or a path is not UTF-8.
+    pub fn job(self, model: ModelSource, read: impl Fn(&Path) -> io::Result<String>) -> Result<JobSpec, String> {
+        let usual = CorpusSpec::default();
+        let seed = self.ablate_seed.unwrap_or_default();
+        let ablation = self.ablate.map(|ablate| ablate.ablation(seed, read)).transpose();
+        let mut job = JobSpec::new(model);
+        job.sites.extend(self.sites.into_iter().flat_map(|SiteKinds(kinds)| kinds));
+        Ok(JobSpec {
+            label: self.name,
+            weights: self.weights,
+            corpus: CorpusSpec {
+                source: source(self.token_ids, self.corpus, self.dataset)?.unwrap_or(usual.source),
+                num_sequences: self.num_sequences,
+                sequence_length: self.sequence_length,
+                bos: self.bos.unwrap_or_default(),
+                packing: match (self.separate_documents, self.overlapping_windows) {
+                    (true, _) => Packing::Separate,
+                    (_, true) => Packing::Overlapping,
+                    _ => Packing::Packed,
+                },
+                text_field: self.text_field.unwrap_or(usual.text_field),
+                skip_documents: self.skip_documents.unwrap_or_default(),
+                shuffle_seed: self.shuffle,
+            },
+            precision: self.precision.unwrap_or_default(),
+            devices: self.devices,
+            layers: self.layers,
+            thresholds: self.thresholds.over(Thresholds::default()),
+            measure: self.measure.into_iter().collect(),
+            export: self.export.into_iter().collect(),
+            save_activations: self.save_activations,
+            trace: self.trace,
+            ablation: ablation.map_err(|why| format!("--ablate: {why}"))?,
+            micro_batch_tokens: self.micro_batch_tokens.unwrap_or(job.micro_batch_tokens),
+            stream_budget_bytes: self.stream_budget.map(|ByteSize(bytes)| bytes),
+            ..job
+        })
+    }
+}
+
+/// Where the text comes from, if that is said.
+fn source(
+    token_ids: Option<PathBuf>,
+    files: Vec<PathBuf>,
+    dataset: Option<Dataset>,
+) -> Result<Option<CorpusSource>, String> {
+    let text = |path: PathBuf| {
+        path.into_os_string().into_string().map_err(|path| format!("{}: its name is not UTF-8", path.to_string_lossy()))
+    };
+    Ok(match token_ids {
+        Some(file) => Some(CorpusSource::TokenIds(text(file)?)),
+        None if !files.is_empty() => Some(CorpusSource::Files(files.into_iter().map(text).collect::<Result<_, _>>()?)),
+        None => dataset.map(CorpusSource::Dataset),
+    })
+}
+
+/// A value that is written in files as it is typed.
+struct Written<T>(T);
+
+impl<'de, T: FromStr<Err = String>> Deserialize<'de> for Written<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map(Self).map_err(|why: String| {
+            // Which of a list it is.
+            de::Error::custom(if why.contains(&text) { why } else { format!("{text:?}: {why}") })
+        })
+    }
+}
+
+fn written<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    Written::deserialize(deserializer).map(|Written(value)| Some(value))
+}
+
+fn all_written<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    let written = Vec::<Written<T>>::deserialize(deserializer)?;
+    Ok(written.into_iter().map(|Written(value)| value).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(value: serde_json::Value) -> JobOptions {
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn what_is_given_first_wins_and_the_rest_is_filled_in() {
+        let typed = read(json!({"layers": 2, "sites": ["residual"], "thresholds": {"layer-fraction": 0.5}}));
+        let file = read(json!({
+            "layers": 9, "num-sequences": 4, "sites": ["all"], "export": ["reap"], "separate-documents": true,
+            "thresholds": {"layer-fraction": 0.1, "magnitude": 5}
+        }));
+        let both = typed.clone().merge(file);
+        assert_eq!((both.layers, both.num_sequences, both.separate_documents), (Some(2), Some(4), true));
+        assert_eq!((&both.sites, both.export.len()), (&typed.sites, 1), "a list is taken as a whole");
+        let thresholds = both.thresholds.over(Thresholds::default());
+        assert_eq!(thresholds, Thresholds { magnitude: 5.0, layer_fraction: 0.5, position_fraction: 0.06 });
+    }
+
+    #[test]
+    fn a_file_writes_options_as_they_are_typed() {
+        let new = json!({
+            "weights": "synthetic:3", "stream-budget": "1 GiB", "dataset": "fineweb-edu", "text-field": "t",
+            "bos": "never", "precision": "bf16", "ablate": "7,3", "ablate-seed": 4, "micro-batch-tokens": 64
+        });
+        let old = new.to_string().replace('-', "_").replace("fineweb_edu", "fineweb-edu");
+        let options = read(new);
+        assert_eq!(options, serde_json::from_str::<JobOptions>(&old).unwrap());
+        let model = ModelSource::Hub { id: "a/b".into(), revision: "main".into() };
+        let job = options.job(model, |_| unreachable!("features are named")).unwrap();
+        assert_eq!((job.weights, job.stream_budget_bytes), (Some(Weights::Synthetic { seed: 3 }), Some(1 << 30)));
+        assert_eq!((job.precision, job.corpus.bos), (Precision::Bf16, BosPolicy::Never));
+        assert!(matches!(job.corpus.source, CorpusSource::Dataset(_)) && job.micro_batch_tokens == 64);
+        assert_eq!(job.ablation.map(|ablation| (ablation.features, ablation.seed)), Some((vec![3, 7], 4)));
+        for (wrong, word) in [
+            (json!({"sites": ["experts"]}), "\"experts\""),
+            (json!({"weights": "web"}), "synthetic:SEED"),
+            (json!({"thresholds": {"layers": 1}}), "layer-fraction"),
+        ] {
+            let error = serde_json::from_value::<JobOptions>(wrong).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
+    }
+}
