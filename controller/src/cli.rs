@@ -7,11 +7,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use outliers_protocol::headings::{MODEL, OUTPUT};
 use outliers_protocol::{JobOptions, SCHEMA, ThresholdOptions, whole};
 
-use crate::units::{CudaVersion, PlotWidth, Positive, Span};
+use crate::offer::GpuRequest;
+use crate::offer::request::{MONEY, RENT};
+use crate::units::{PlotWidth, Positive, Span};
 
-/// Headings of options, beside those of the job's.
-const RENT: &str = "Where to rent";
-const MONEY: &str = "Money and time";
+/// Headings of options, beside those of the job's and the instance's.
 const ALL: &str = "Options of all commands";
 const CLUSTER: &str = "With --broker slurm";
 
@@ -282,40 +282,9 @@ pub struct WantArgs {
     /// Where to rent, separated by commas [default: every cloud whose key is set; this machine (`local`) if none is].
     #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = RENT)]
     pub broker: Vec<String>,
-    /// Number of GPUs; 0: CPU only is enough [default: 1 on a cloud, those present on this
-    /// machine].
-    #[arg(long, value_name = "N", value_parser = whole::<u32>, allow_negative_numbers = true, help_heading = RENT)]
-    pub gpu_count: Option<u32>,
-    /// Part of the GPU's name, as in A100 or H100.
-    #[arg(long, value_name = "TEXT", help_heading = RENT)]
-    pub gpu_filter: Option<String>,
-    /// Minimum memory of each GPU, in GiB.
-    #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true, help_heading = RENT)]
-    pub min_vram: Option<f64>,
-    /// Minimum memory of the host, in GiB.
-    #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true, help_heading = RENT)]
-    pub min_cpu_ram: Option<f64>,
-    /// Minimum disk, in GiB; never less than the checkpoint needs.
-    #[arg(long, value_name = "GIB", value_parser = gib, allow_negative_numbers = true, help_heading = RENT)]
-    pub min_disk: Option<f64>,
-    /// Maximum price of the whole instance (not of one GPU) with its disk, in USD per hour.
-    #[arg(long, value_name = "USD", allow_negative_numbers = true, help_heading = MONEY)]
-    pub max_price: Option<Positive>,
-    /// Part of the region's or country's name.
-    #[arg(long, value_name = "TEXT", help_heading = RENT)]
-    pub region: Option<String>,
-    /// Also rent preemptible instances: cheaper, but a run may have to begin again.
-    #[arg(long, help_heading = RENT)]
-    pub spot: bool,
-    /// Only offers of data centres.
-    #[arg(long, conflicts_with = "community", help_heading = RENT)]
-    pub secure: bool,
-    /// Only offers of private hosts.
-    #[arg(long, help_heading = RENT)]
-    pub community: bool,
-    /// Minimum CUDA version of the host's driver, such as 12.4.
-    #[arg(long, value_name = "VERSION", allow_negative_numbers = true, help_heading = RENT)]
-    pub min_cuda: Option<CudaVersion>,
+    /// What is wanted of it.
+    #[command(flatten)]
+    pub request: GpuRequest,
 }
 
 /// `deploy`.
@@ -721,16 +690,6 @@ fn at_least_one(text: &str) -> Result<u16, String> {
 fn dpi(text: &str) -> Result<u16, String> {
     let dpi: u16 = whole(text)?;
     if (36..=2400).contains(&dpi) { Ok(dpi) } else { Err("it must be between 36 and 2400".to_owned()) }
-}
-
-/// Of memory or disk; none is a lower limit that everything passes.
-fn gib(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(number) if (0.0..=1e9).contains(&number) => Ok(number),
-        Ok(number) if number < 0.0 => Err("it must be positive".to_owned()),
-        Ok(_) => Err("it must be between 0 and 1000000000".to_owned()),
-        Err(_) => Err("it must be a number".to_owned()),
-    }
 }
 
 #[cfg(test)]

@@ -8,8 +8,8 @@ use outliers_protocol::PlanFigures;
 
 use crate::broker::local::{self, LocalBroker};
 use crate::broker::slurm::{self, Slurm};
-use crate::broker::{Access, GpuRequest, Tier};
-use crate::cli::{Cli, Command, WantArgs};
+use crate::broker::Access;
+use crate::cli::{Cli, Command};
 use crate::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use crate::deploy::{Ports, SshHosts};
 use crate::estimate::Work;
@@ -21,7 +21,7 @@ use crate::report::{CliError, ExitStatus, Reporter};
 use crate::secret::Secret;
 use crate::settings::{CloudSettings, DefaultBroker, Environment, Settings, known_brokers};
 use crate::transport::program::OpenSsh;
-use crate::units::{Bytes, UsdPerHour};
+use crate::units::Bytes;
 
 pub mod analyze;
 pub mod attach;
@@ -301,26 +301,4 @@ pub fn ports<'a>(
     secrets: &'a [(&'static str, Secret)],
 ) -> Ports<'a> {
     Ports { clouds, bad_hosts, hosts, secrets, start_throttle: None }
-}
-
-/// What is wanted of an instance.
-pub fn request(want: &WantArgs) -> GpuRequest {
-    let gib = |gib: f64| Bytes((gib * (1u64 << 30) as f64) as u64);
-    GpuRequest {
-        gpu_count: want.gpu_count,
-        gpu_filter: want.gpu_filter.clone(),
-        min_vram: want.min_vram.map(gib),
-        min_cpu_ram: want.min_cpu_ram.map(gib),
-        min_disk: want.min_disk.map(gib),
-        max_price: want.max_price.map(|usd| UsdPerHour::from_dollars(usd.get())),
-        region: want.region.clone(),
-        tier: match (want.secure, want.community) {
-            (true, _) => Some(Tier::Secure),
-            (_, true) => Some(Tier::Community),
-            _ => None,
-        },
-        spot: want.spot,
-        min_cuda: want.min_cuda,
-        worker_cuda: None,
-    }
 }

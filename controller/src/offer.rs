@@ -7,37 +7,9 @@ use serde::{Deserialize, Serialize};
 use crate::gpu::{self, Form};
 use crate::units::{Bytes, CudaVersion, UsdPerHour};
 
-/// What is wanted of an instance. Zero or `None`: no matter.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct GpuRequest {
-    /// GPUs per instance; `Some(0)`: a CPU will do, `None`: one GPU on a cloud, whatever is there on the local machine.
-    pub gpu_count: Option<u32>,
-    /// Part of the GPU's canonical name with its form (`H100 SXM`) or of its raw name, case-insensitive.
-    pub gpu_filter: Option<String>,
-    /// Memory of each GPU.
-    pub min_vram: Option<Bytes>,
-    /// Memory of the host.
-    pub min_cpu_ram: Option<Bytes>,
-    /// Free disk.
-    pub min_disk: Option<Bytes>,
-    /// Price of the whole instance.
-    pub max_price: Option<UsdPerHour>,
-    /// Part of a region's or country's name.
-    #[serde(default)]
-    pub region: Option<String>,
-    /// Only from hosts of this kind.
-    #[serde(default)]
-    pub tier: Option<Tier>,
-    /// Also what the cloud may take back at any time.
-    #[serde(default)]
-    pub spot: bool,
-    /// Newest CUDA version the host's driver must serve.
-    #[serde(default)]
-    pub min_cuda: Option<CudaVersion>,
-    /// What the worker itself needs of it. Offers that do not tell are rented, and looked at before the worker is pushed.
-    #[serde(default)]
-    pub worker_cuda: Option<CudaVersion>,
-}
+pub use self::request::GpuRequest;
+
+pub mod request;
 
 /// Who owns a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::broker::{InstanceId, LeaseTag};
 use crate::estimate::Work;
 use crate::market::{self, NothingLeft, Quote};
+use crate::offer::request::recorded;
 use crate::offer::{GpuRequest, Offer};
 use crate::output;
 use crate::units::{Bytes, Usd, UsdPerHour};
@@ -46,6 +47,7 @@ pub struct RunSpec {
     /// SHA-256 over job, corpus files and brokers: two runs with the same key would do the same work.
     pub job_key: String,
     /// What to rent.
+    #[serde(deserialize_with = "recorded")]
     pub request: GpuRequest,
     /// What there is to do on it: decides which offer costs least in the end.
     #[serde(default)]

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::deploy::{deploy, tell};
 use super::drive::Deployed;
 use super::{Context, SCHEMA};
-use crate::broker::{Instance, local};
+use crate::broker::{GpuRequest, Instance, local};
 use crate::cli::{DemoArgs, DeployArgs, ModelArgs, WantArgs};
 use crate::files::{MOST, create_private_folder, read_small};
 use crate::report::{CliError, ExitStatus, tables};
@@ -134,11 +134,12 @@ fn truth(folder: &Path) -> Result<Planted, CliError> {
 }
 
 fn options(folder: &Path) -> DeployArgs {
+    // A processor is enough, and everybody has one.
+    let request = GpuRequest { gpu_count: Some(0), ..GpuRequest::default() };
     DeployArgs {
         model: ModelArgs { model: folder.to_string_lossy().into_owned(), revision: "main".to_owned() },
         job: JobOptions { num_sequences: Some(SEQUENCES), sequence_length: Some(LENGTH), ..JobOptions::default() },
-        // A processor is enough, and everybody has one.
-        want: WantArgs { broker: vec![local::NAME.to_owned()], gpu_count: Some(0), ..WantArgs::default() },
+        want: WantArgs { broker: vec![local::NAME.to_owned()], request },
         push_model: true,
         keep_running: false,
         detach: false,

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::drive::{Deployed, drive_as};
 use super::instances::LISTS;
 use super::prepare::{Prepared, RunRequest, consent, identity, prepare, room, secrets, writable};
-use super::{Context, SCHEMA, ports, request};
+use super::{Context, SCHEMA, ports};
 use crate::broker::InstanceId;
 use crate::calendar::rfc3339;
 use crate::cli::DeployArgs;
@@ -208,7 +208,7 @@ fn run_request(context: &Context, job: JobSpec, job_key: String, args: &DeployAr
     RunRequest {
         job,
         job_key,
-        request: request(&args.want),
+        request: args.want.request.clone(),
         push_model: args.push_model,
         keep_running: args.keep_running,
         detach: args.detach,

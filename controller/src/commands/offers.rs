@@ -3,7 +3,7 @@
 use outliers_protocol::JobSpec;
 use serde::Serialize;
 
-use super::{Context, SCHEMA, request};
+use super::{Context, SCHEMA};
 use crate::broker::{Dropped, Offer};
 use crate::cli::OffersArgs;
 use crate::estimate::{Estimate, Work};
@@ -51,7 +51,7 @@ struct Priced<'a> {
 
 /// Runs `offers`.
 pub(super) async fn command(context: &Context, args: &OffersArgs) -> Result<ExitStatus, CliError> {
-    let want = market::for_the_worker(request(&args.want));
+    let want = market::for_the_worker(args.want.request.clone());
     let work = work(context, args).await?;
     let clouds = context.clouds(&args.want.broker)?;
     let offered = context.reporter.waiting("the clouds' offers", clouds.offers(&want)).await?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use outliers_protocol::Inspection;
 use serde::Serialize;
 
-use super::{Context, SCHEMA, request};
+use super::{Context, SCHEMA};
 use crate::broker::Offer;
 use crate::cli::PlanArgs;
 use crate::estimate::{Estimate, Work};
@@ -48,7 +48,7 @@ pub(super) async fn command(context: &Context, args: &PlanArgs) -> Result<ExitSt
     let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
     let what = format!("the headers of {}", job.model.name());
     let inspection = context.reporter.waiting(&what, worker.inspect(&job, InspectScope::Model)).await?;
-    let want = market::for_the_worker(request(&args.want));
+    let want = market::for_the_worker(args.want.request.clone());
     let mut work = context.work(&inspection.plan);
     if let Some(gib) = args.bandwidth {
         work.read_rate = Bytes((gib.get() * (1u64 << 30) as f64) as u64);

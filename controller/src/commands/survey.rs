@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use outliers_protocol::Merge;
+
 use super::instances::LISTS;
 use super::prepare::{Prepared, RunRequest, consent, identity, prepare, room, writable};
-use super::{Context, ports, request};
-use crate::broker::GpuRequest;
-use crate::cli::{SurveyArgs, WantArgs};
+use super::{Context, ports};
+use crate::cli::SurveyArgs;
 use crate::clouds::{BadHosts, Clouds};
 use crate::deploy::{JobIdentity, recover};
 use crate::ledger::{Ledger, Records, RunRecord, RunWriter, now_ms};
@@ -109,24 +110,6 @@ fn refuse(problems: &[Problem]) -> Result<(), CliError> {
 fn in_words(cli_error: &CliError) -> String {
     let hint = cli_error.hint.as_ref().map(|hint| format!(" ({hint})")).unwrap_or_default();
     format!("{}{hint}", cli_error.message)
-}
-
-/// What was typed wins over what the file says of the model.
-fn want(typed: &WantArgs, own: &WantArgs) -> GpuRequest {
-    request(&WantArgs {
-        broker: Vec::new(),
-        gpu_count: typed.gpu_count.or(own.gpu_count),
-        gpu_filter: typed.gpu_filter.clone().or_else(|| own.gpu_filter.clone()),
-        min_vram: typed.min_vram.or(own.min_vram),
-        min_cpu_ram: typed.min_cpu_ram.or(own.min_cpu_ram),
-        min_disk: typed.min_disk.or(own.min_disk),
-        max_price: typed.max_price.or(own.max_price),
-        region: typed.region.clone().or_else(|| own.region.clone()),
-        spot: typed.spot || own.spot,
-        secure: typed.secure,
-        community: typed.community,
-        min_cuda: typed.min_cuda.or(own.min_cuda),
-    })
 }
 
 impl<'a> Session<'a> {
@@ -257,7 +240,7 @@ impl<'a> Session<'a> {
         RunRequest {
             job: model.identity.job.clone(),
             job_key: model.job_key.clone(),
-            request: want(&self.args.want, &model.entry.want),
+            request: self.args.want.request.clone().merge(model.entry.request.clone()),
             push_model: self.args.push_model,
             keep_running: false,
             detach: false,

@@ -14,12 +14,13 @@ use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 use toml::de::DeTable;
 
-use crate::cli::{ModelArgs, WantArgs};
+use crate::broker::GpuRequest;
+use crate::cli::ModelArgs;
 use crate::deploy::slug;
 use crate::files::{MOST, is_plain_name, read_text};
 use crate::settings::Span;
 use crate::text::{toml_error, unknown_key};
-use crate::units::{CudaVersion, Positive, Usd};
+use crate::units::{Positive, Usd};
 
 /// A survey as its file has it.
 #[derive(Clone, Debug)]
@@ -48,7 +49,7 @@ pub struct SurveyModel {
     /// The checkpoint.
     pub model: ModelArgs,
     /// What it needs of an instance beyond its plan.
-    pub want: WantArgs,
+    pub request: GpuRequest,
     /// For its run, if not the survey's.
     pub max_duration: Option<Span>,
 }
@@ -89,32 +90,23 @@ struct SurveyFile {
     model: Vec<ModelTable>,
 }
 
+/// What the file says of a model beside its instance ([`GpuRequest`]), whose keys stand among these.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case")]
 struct ModelTable {
     id: Spanned<String>,
     name: Option<Spanned<String>>,
     revision: Option<String>,
     revisions: Option<Spanned<Vec<String>>>,
-    #[serde(alias = "gpu_count")]
-    gpu_count: Option<u32>,
-    #[serde(alias = "gpu_filter")]
-    gpu_filter: Option<String>,
-    #[serde(alias = "min_vram")]
-    min_vram: Option<f64>,
-    #[serde(alias = "min_cpu_ram")]
-    min_cpu_ram: Option<f64>,
-    #[serde(alias = "min_disk")]
-    min_disk: Option<f64>,
-    #[serde(alias = "min_cuda")]
-    min_cuda: Option<CudaVersion>,
-    #[serde(alias = "max_price")]
-    max_price: Option<Positive>,
-    region: Option<String>,
-    #[serde(default)]
-    spot: bool,
     #[serde(alias = "max_duration")]
     max_duration: Option<Span>,
+}
+
+/// The tables of models, read for the instances that they want.
+#[derive(Deserialize)]
+struct Requests {
+    #[serde(default)]
+    model: Vec<GpuRequest>,
 }
 
 fn main_branch() -> String {
@@ -152,16 +144,24 @@ impl Survey {
         known(DeTable::parse(text).map_err(unreadable)?.get_ref()).map_err(wrong)?;
         let file: SurveyFile = toml::from_str(text).map_err(unreadable)?;
         let job: JobOptions = toml::from_str(text).map_err(unreadable)?;
-        file.understand(job, path).map_err(wrong)
+        let requests: Requests = toml::from_str(text).map_err(unreadable)?;
+        file.understand(job, requests, path).map_err(wrong)
     }
 }
 
 /// Refuses keys that nothing is read from.
 fn known(file: &DeTable<'_>) -> Result<(), Wrong> {
-    let known = [keys::<SurveyFile>(), keys::<JobOptions>()].concat();
+    only(file, &[keys::<SurveyFile>(), keys::<JobOptions>()].concat())?;
+    let model = file.iter().find(|(key, _)| key.get_ref() == "model");
+    let models = model.and_then(|(_, models)| models.get_ref().as_array()).into_iter().flat_map(|models| models.iter());
+    let keys = [keys::<ModelTable>(), keys::<GpuRequest>()].concat();
+    models.filter_map(|model| model.get_ref().as_table()).try_for_each(|model| only(model, &keys))
+}
+
+fn only(table: &DeTable<'_>, known: &[&str]) -> Result<(), Wrong> {
     let is_known = |key: &str| known.contains(&key);
-    match file.keys().find(|key| !is_known(key.get_ref())) {
-        Some(key) => Err(wrong(key, unknown_key(key.get_ref(), known))),
+    match table.keys().find(|key| !is_known(key.get_ref())) {
+        Some(key) => Err(wrong(key, unknown_key(key.get_ref(), known.iter().copied()))),
         None => Ok(()),
     }
 }
@@ -211,17 +211,17 @@ fn wrong<T>(at: &Spanned<T>, message: String) -> Wrong {
 }
 
 impl SurveyFile {
-    fn understand(self, job: JobOptions, path: &Path) -> Result<Survey, Wrong> {
+    fn understand(self, job: JobOptions, requests: Requests, path: &Path) -> Result<Survey, Wrong> {
         check_name("name", &self.name)?;
         if let Some(none) = self.max_parallel.as_ref().filter(|most| *most.get_ref() == 0) {
             return Err(wrong(none, "max-parallel must be positive".to_owned()));
         }
-        let plain = self.models.into_iter().map(ModelTable::plain);
+        let plain = self.models.into_iter().map(|id| (ModelTable::plain(id), GpuRequest::default()));
         let mut models = Vec::new();
         let mut seen = BTreeSet::new();
-        for table in plain.chain(self.model) {
+        for (table, request) in plain.chain(self.model.into_iter().zip(requests.model)) {
             let at = table.name.as_ref().unwrap_or(&table.id).span();
-            for entry in table.understand()? {
+            for entry in table.understand(request)? {
                 if !seen.insert(entry.name.clone()) {
                     let message =
                         format!("`{}` is there twice; give one of them a name of its own (name = ..)", entry.name);
@@ -248,31 +248,11 @@ impl SurveyFile {
 impl ModelTable {
     /// A model of which no more than its id is said.
     fn plain(id: Spanned<String>) -> Self {
-        Self {
-            id,
-            name: None,
-            revision: None,
-            revisions: None,
-            gpu_count: None,
-            gpu_filter: None,
-            min_vram: None,
-            min_cpu_ram: None,
-            min_disk: None,
-            min_cuda: None,
-            max_price: None,
-            region: None,
-            spot: false,
-            max_duration: None,
-        }
+        Self { id, name: None, revision: None, revisions: None, max_duration: None }
     }
 
     /// One model, or one for each of its revisions.
-    fn understand(self) -> Result<Vec<SurveyModel>, Wrong> {
-        let numbers = [("min-vram", self.min_vram), ("min-cpu-ram", self.min_cpu_ram), ("min-disk", self.min_disk)];
-        let odd = |number: Option<f64>| number.is_some_and(|number| !(0.0..=1e9).contains(&number));
-        if let Some((key, _)) = numbers.into_iter().find(|(_, number)| odd(*number)) {
-            return Err(wrong(&self.id, format!("{key} of {} must be positive, up to 10^9", self.id.get_ref())));
-        }
+    fn understand(self, request: GpuRequest) -> Result<Vec<SurveyModel>, Wrong> {
         if let Some(name) = &self.name {
             check_name("name", name)?;
         }
@@ -280,18 +260,7 @@ impl ModelTable {
         let entry = SurveyModel {
             name: self.name.map_or_else(|| slug(self.id.get_ref()), Spanned::into_inner),
             model: ModelArgs { model: self.id.into_inner(), revision: self.revision.unwrap_or_else(main_branch) },
-            want: WantArgs {
-                gpu_count: self.gpu_count,
-                gpu_filter: self.gpu_filter,
-                min_vram: self.min_vram,
-                min_cpu_ram: self.min_cpu_ram,
-                min_disk: self.min_disk,
-                min_cuda: self.min_cuda,
-                max_price: self.max_price,
-                region: self.region,
-                spot: self.spot,
-                ..WantArgs::default()
-            },
+            request,
             max_duration: self.max_duration,
         };
         if revisions.is_empty() {
@@ -332,6 +301,10 @@ fn check_name(key: &str, name: &Spanned<String>) -> Result<(), Wrong> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::Bytes;
+
+    /// What the surveys below ask for.
+    const VRAM: Option<Bytes> = Some(Bytes::from_gib(80));
 
     fn parsed(text: &str) -> Result<Survey, SurveyError> {
         Survey::parse(text, Path::new("s.toml"))
@@ -348,7 +321,7 @@ mod tests {
         let names: Vec<&str> = survey.models.iter().map(|entry| entry.name.as_str()).collect();
         assert_eq!(names, ["owner--a", "b", "owner--c", "a-again"]);
         assert_eq!(survey.models[2].model.revision, "abc");
-        assert_eq!((survey.models[2].want.gpu_count, survey.models[2].want.min_vram), (Some(8), Some(80.0)));
+        assert_eq!((survey.models[2].request.gpu_count, survey.models[2].request.min_vram), (Some(8), VRAM));
         assert_eq!(survey.models[0].model.revision, "main");
         assert_eq!(survey.budget, Some(Usd::from_dollars(12.5)));
         assert_eq!((survey.job.num_sequences, survey.job.sites.len()), (Some(4), 1));
@@ -362,7 +335,7 @@ mod tests {
         let new = "name = 's'\nnum-sequences = 4\nmax-duration = '2h'\n[[model]]\nid = 'a/b'\nmin-vram = 80";
         for text in [new.to_owned(), new.replace('-', "_")] {
             let survey = parsed(&text).unwrap();
-            assert_eq!((survey.job.num_sequences, survey.models[0].want.min_vram), (Some(4), Some(80.0)), "{text}");
+            assert_eq!((survey.job.num_sequences, survey.models[0].request.min_vram), (Some(4), VRAM), "{text}");
             assert!(survey.max_duration.is_some(), "{text}");
         }
     }
@@ -374,7 +347,7 @@ mod tests {
                 .unwrap();
         let entries: Vec<_> = survey.models.iter().map(|e| (e.name.as_str(), e.model.revision.as_str())).collect();
         assert_eq!(entries, [("a--b-step5-tokens1B", "step5-tokens1B"), ("a--b-refs--pr--1", "refs/pr/1")]);
-        assert!(survey.models.iter().all(|e| e.model.model == "a/b" && e.want.min_vram == Some(80.0)));
+        assert!(survey.models.iter().all(|e| e.model.model == "a/b" && e.request.min_vram == VRAM));
     }
 
     #[test]
@@ -405,7 +378,7 @@ mod tests {
             ("name = 's'\nmax-duration = '-3h'\nmodels = ['a/b']", Some(2), "it must be positive"),
             ("name = 's'\n\nnum_sequences = 'many'\nmodels = ['a/b']", Some(3), "num_sequences"),
             ("name = 's'\n[[model]]\nid = 'a/b'\nmin_vran = 80", Some(4), "min_vran"),
-            ("name = 's'\n[[model]]\nid = 'a/b'\nmin-vram = -1", Some(3), "min-vram"),
+            ("name = 's'\n[[model]]\nid = 'a/b'\nmin-vram = -1", Some(4), "min-vram"),
             ("name = 's'\n[[model]]\nid = 'a/b'\nmax_price = 0", Some(4), "max_price"),
             ("name = 's'\n[[model]]\nrevision = 'a'", Some(2), "id"),
             ("name = 's'\nmodels = ['a/b',\n'c/d',\n'a/b']", Some(4), "a--b"),

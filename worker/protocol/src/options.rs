@@ -60,9 +60,9 @@ impl Merge for bool {
     }
 }
 
-/// Declares a struct of options, each of which merges by itself ([`Merge`]).
+/// Declares a struct of options that [merges](Merge) field by field.
 #[macro_export]
-macro_rules! options {
+macro_rules! mergeable {
     (
         $(#[$($attribute:tt)*])*
         pub struct $name:ident {
@@ -82,7 +82,7 @@ macro_rules! options {
     };
 }
 
-options! {
+mergeable! {
     /// The weights, the text, and how it is run.
     #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
     #[cfg_attr(feature = "clap", derive(clap::Args))]
@@ -293,7 +293,7 @@ options! {
     }
 }
 
-options! {
+mergeable! {
     /// When a value is an outlier, and when a feature is systematic.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
     #[cfg_attr(feature = "clap", derive(clap::Args))]
