@@ -9,7 +9,7 @@ use outliers_protocol::PlanFigures;
 use crate::broker::local::{self, LocalBroker};
 use crate::broker::slurm::{self, Slurm};
 use crate::broker::Access;
-use crate::cli::{Cli, Command};
+use crate::cli::{AnalyzeArgs, Cli, Command};
 use crate::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use crate::deploy::{Ports, SshHosts};
 use crate::estimate::Work;
@@ -95,20 +95,28 @@ async fn dispatch(cli: Cli, environment: &Environment, reporter: Reporter) -> Re
         Err(cli_error) => return Err((reporter, cli_error)),
     };
     let context = Context { settings, reporter, here, exe, explain: cli.global.explain };
+    // What was typed and the settings meet here; the commands get what came of it.
+    let (settings, here) = (&context.settings, context.here.as_path());
     let done = match cli.command {
-        Command::Deploy(args) => deploy::command(&context, &args).await,
+        Command::Deploy(args) => deploy::command(&context, &settings.deploy_request(*args, here)).await,
         Command::Attach { run, results } => attach::command(&context, run.as_deref(), results.as_deref()).await,
-        Command::Survey(args) => survey::command(&context, &args).await,
+        Command::Survey(args) => match settings.survey_request(*args, here) {
+            Ok(asked) => survey::command(&context, &asked).await,
+            Err(error) => Err(error.into()),
+        },
         Command::Status { watch } => status::command(&context, watch).await,
         Command::Handoff { output, force } => handoff::command(&context, output.as_deref(), force),
         Command::Demo(args) => demo::command(&context, &args).await,
         Command::Runs(command) => runs::command(&context, command).await,
         Command::Results(command) => results::command(&context, &command),
         Command::Instances(command) => instances::command(&context, command).await,
-        Command::Analyze(args) => analyze::command(&context, &args).await,
-        Command::Inspect(args) => inspect::command(&context, &args).await,
-        Command::Plan(args) => plan::command(&context, &args).await,
-        Command::Offers(args) => offers::command(&context, &args).await,
+        Command::Analyze(args) => {
+            let AnalyzeArgs { model, job, output } = *args;
+            analyze::command(&context, &settings.job_request(model, job, here), output.as_deref()).await
+        }
+        Command::Inspect(args) => inspect::command(&context, &settings.job_request(args.model, args.job, here)).await,
+        Command::Plan(args) => plan::command(&context, &settings.plan_request(*args, here)).await,
+        Command::Offers(args) => offers::command(&context, &settings.offers_request(*args, here)).await,
         Command::Compare(args) => compare::command(&context, &args),
         Command::Import(args) => import::command(&context, &args),
         Command::Doctor(args) => doctor::command(&context, &args).await,

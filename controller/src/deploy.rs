@@ -18,8 +18,7 @@ use crate::host::HostEvent;
 use crate::ledger::{LedgerError, Meter, RUN_FILE, RunRecord, RunWriter};
 use crate::local_worker::corpus_files;
 use crate::run::{FailureDetail, Intent, RunEvent, RunFailureKind, RunOutcome, RunState};
-use crate::settings::Span;
-use crate::units::{Usd, UsdPerHour};
+use crate::units::{Span, Usd, UsdPerHour};
 use crate::waiting::{Failed, told};
 
 mod collect;

@@ -8,7 +8,7 @@ use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use outliers_protocol::{ByteSize, Merge, ThresholdOptions, Thresholds};
+use outliers_protocol::{ByteSize, JobOptions, Merge, ThresholdOptions};
 use serde::Deserialize;
 
 use crate::broker::{CLOUDS, CloudKind, local, slurm};
@@ -22,6 +22,9 @@ use crate::text::toml_error;
 use crate::units::{Bytes, Fraction};
 
 pub use crate::units::Span;
+pub use resolve::{DeployRequest, JobRequest, ModelRequest, OffersRequest, PlanRequest, RunTerms, SurveyRequest};
+
+mod resolve;
 
 /// Every environment variable this program reads, beside the clouds' keys ([`CloudKind::key_variable`], or the variable that the
 /// settings name).
@@ -147,8 +150,8 @@ pub struct Settings {
     pub max_parallel: usize,
     /// Between the starts of two workers of a survey.
     pub stagger: Duration,
-    /// When a feature counts.
-    pub thresholds: Thresholds,
+    /// Options of every job.
+    pub job: JobOptions,
     /// Weight bytes per second, for plans.
     pub read_rate: Bytes,
     /// Share of peak arithmetic, for plans.
@@ -417,7 +420,7 @@ impl Settings {
             save_point_limit: size(save_point, "run.save-point-limit")?,
             max_parallel: parallel.ok_or_else(|| built_in("survey.max-parallel"))?.get(),
             stagger: Duration::from_secs(stagger.ok_or_else(|| built_in("survey.stagger-seconds"))?.into()),
-            thresholds: user.thresholds.merge(defaults.thresholds).over(Thresholds::default()),
+            job: JobOptions { thresholds: user.thresholds.merge(defaults.thresholds), ..JobOptions::default() },
             read_rate: size(rate, "plan.read-rate")?,
             efficiency: efficiency.ok_or_else(|| built_in("plan.efficiency"))?.get(),
             hub_requests: requests.get(),
@@ -586,6 +589,7 @@ impl SettingsError {
 mod tests {
     use std::os::unix::ffi::OsStringExt;
 
+    use outliers_protocol::Thresholds;
     use proptest::prelude::*;
 
     use super::*;
@@ -611,7 +615,8 @@ mod tests {
         let look = Limits { memory: Bytes::from_gib(16), time: Duration::from_secs(1800) };
         assert_eq!(settings.look, look);
         assert_eq!((settings.max_parallel, settings.stagger), (3, Duration::from_secs(20)));
-        assert_eq!(settings.thresholds, Thresholds::default());
+        let none = Thresholds { magnitude: 0.0, layer_fraction: 0.0, position_fraction: 0.0 };
+        assert_eq!(settings.job.thresholds.over(none), Thresholds::default());
         assert!(settings.state.ends_with(".local/state/outliers"));
         assert!(settings.hf_token.is_none() && settings.hub_variables(1).len() == 1);
     }
@@ -853,7 +858,7 @@ mod catalogue {
             let (sequences, length) = (survey.job.num_sequences, survey.job.sequence_length);
             assert_eq!((sequences, length), (Some(16), Some(2048)), "the published setting");
             for entry in &survey.models {
-                assert!(known.contains(&entry.model.model), "{}: {}", survey.name, entry.name);
+                assert!(known.contains(&entry.id), "{}: {}", survey.name, entry.name);
             }
             sizes.push((survey.name, survey.models.len()));
         }

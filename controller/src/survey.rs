@@ -5,6 +5,6 @@ pub mod file;
 pub mod index;
 pub mod member;
 
-pub use file::{Survey, SurveyError, SurveyModel};
+pub use file::{Survey, SurveyError, SurveyModel, is_commit};
 pub use index::{Index, ModelOutcome};
 pub use member::Member;

@@ -6,20 +6,24 @@ use outliers_protocol::{JobSpec, Metadata, Results, files};
 use serde::de::DeserializeOwned;
 
 use super::Context;
-use crate::cli::AnalyzeArgs;
 use crate::deploy::slug;
 use crate::files::{MOST, read_small, rename_folder};
 use crate::ledger::random_word;
 use crate::local_worker::{LocalWorkerError, is_refusal};
 use crate::report::{CliError, ExitStatus, tables};
+use crate::settings::JobRequest;
 
 /// Runs `analyze`. Results lie in a folder of another name until they are whole: what fails never
 /// touches what lies in theirs.
-pub(super) async fn command(context: &Context, args: &AnalyzeArgs) -> Result<ExitStatus, CliError> {
+pub(super) async fn command(
+    context: &Context,
+    asked: &JobRequest,
+    output: Option<&Path>,
+) -> Result<ExitStatus, CliError> {
     let worker = context.worker().await?;
-    let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
+    let job = super::job::job(asked)?;
     let usual = || context.settings.results.join(format!("{}-{}", slug(job.model_name()), random_word(8)));
-    let folder = args.output.as_ref().map_or_else(usual, |path| context.here.join(path));
+    let folder = output.map_or_else(usual, |path| context.here.join(path));
     let partial = partial(&folder, &job)?;
     let on = |progress| context.reporter.progress(&progress);
     let ran = tokio::select! {
@@ -31,7 +35,7 @@ pub(super) async fn command(context: &Context, args: &AnalyzeArgs) -> Result<Exi
         }
     };
     if let Err(error) = ran {
-        let nothing_to_go_on_with = args.output.is_none() && !partial.join(files::SAVE_POINT).exists();
+        let nothing_to_go_on_with = output.is_none() && !partial.join(files::SAVE_POINT).exists();
         if is_refusal(&error) && nothing_to_go_on_with {
             // What was asked for cannot be done: there is nothing but that word, which follows.
             let _ = std::fs::remove_dir_all(&partial);

@@ -2,16 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
-use outliers_protocol::{JobOptions, Results};
+use outliers_protocol::{JobOptions, Merge, Results};
 use serde::{Deserialize, Serialize};
 
 use super::deploy::{deploy, tell};
 use super::drive::Deployed;
 use super::{Context, SCHEMA};
 use crate::broker::{GpuRequest, Instance, local};
-use crate::cli::{DemoArgs, DeployArgs, ModelArgs, WantArgs};
+use crate::cli::DemoArgs;
 use crate::files::{MOST, create_private_folder, read_small};
 use crate::report::{CliError, ExitStatus, tables};
+use crate::settings::{DeployRequest, JobRequest, RunTerms};
 use crate::units::Usd;
 
 /// File with the truth, written by the worker beside the checkpoint.
@@ -72,7 +73,7 @@ pub(super) async fn command(context: &Context, args: &DemoArgs) -> Result<ExitSt
     context
         .reporter
         .say(&format!("A model with {features} planted outlier features and {decoys} decoys: {}", folder.display()));
-    let deployed = deploy(context, &options(&folder)).await?;
+    let deployed = deploy(context, &asked(context, &folder)).await?;
     let deployed = deployed.ok_or_else(|| CliError::failed("the demo was not deployed"))?;
     let Some(results) = &deployed.results else {
         tell(context, &deployed);
@@ -133,19 +134,29 @@ fn truth(folder: &Path) -> Result<Planted, CliError> {
     serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
 }
 
-fn options(folder: &Path) -> DeployArgs {
-    // A processor is enough, and everybody has one.
-    let request = GpuRequest { gpu_count: Some(0), ..GpuRequest::default() };
-    DeployArgs {
-        model: ModelArgs { model: folder.to_string_lossy().into_owned(), revision: "main".to_owned() },
-        job: JobOptions { num_sequences: Some(SEQUENCES), sequence_length: Some(LENGTH), ..JobOptions::default() },
-        want: WantArgs { broker: vec![local::NAME.to_owned()], request },
-        push_model: true,
-        keep_running: false,
-        detach: false,
-        max_duration: None,
-        allow_cut_short: false,
-        budget: None,
+fn asked(context: &Context, folder: &Path) -> DeployRequest {
+    let settings = &context.settings;
+    let size = JobOptions { num_sequences: Some(SEQUENCES), sequence_length: Some(LENGTH), ..JobOptions::default() };
+    DeployRequest {
+        job: JobRequest {
+            model: folder.to_string_lossy().into_owned(),
+            revision: "main".to_owned(),
+            options: size.merge(settings.job.clone()),
+            here: context.here.clone(),
+        },
+        brokers: vec![local::NAME.to_owned()],
+        terms: RunTerms {
+            // A processor is enough, and everybody has one.
+            request: GpuRequest { gpu_count: Some(0), ..GpuRequest::default() },
+            push_model: true,
+            keep_running: false,
+            detach: false,
+            max_duration: settings.max_duration,
+            cut_short: false,
+            budget: None,
+            results: settings.results.clone(),
+            survey: None,
+        },
         dry_run: false,
         yes: true,
     }

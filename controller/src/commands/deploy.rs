@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use outliers_protocol::{Inspection, JobSpec};
+use outliers_protocol::Inspection;
 use serde::Serialize;
 
 use super::drive::{Deployed, drive_as};
@@ -11,7 +11,6 @@ use super::prepare::{Prepared, RunRequest, consent, identity, prepare, room, sec
 use super::{Context, SCHEMA, ports};
 use crate::broker::InstanceId;
 use crate::calendar::rfc3339;
-use crate::cli::DeployArgs;
 use crate::clouds::{BadHosts, Clouds};
 use crate::deploy::{JobIdentity, Ports, recover};
 use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
@@ -20,7 +19,7 @@ use crate::reconcile::Action;
 use crate::report::tables::TOP;
 use crate::report::{CliError, ExitStatus, Reporter, tables};
 use crate::run::{RunOutcome, RunSpec};
-use crate::settings::{DefaultBroker, Span};
+use crate::settings::{DefaultBroker, DeployRequest, Span};
 use crate::units::{Usd, UsdPerHour};
 
 /// What a deploy would do.
@@ -38,8 +37,8 @@ struct Plan<'a> {
 }
 
 /// Runs `deploy`.
-pub(super) async fn command(context: &Context, args: &DeployArgs) -> Result<ExitStatus, CliError> {
-    let Some(deployed) = deploy(context, args).await? else { return Ok(ExitStatus::Done) };
+pub(super) async fn command(context: &Context, asked: &DeployRequest) -> Result<ExitStatus, CliError> {
+    let Some(deployed) = deploy(context, asked).await? else { return Ok(ExitStatus::Done) };
     if !deployed.run.state.is_at_rest() {
         tell_of_detached(context, &deployed.run);
         return Ok(ExitStatus::Done);
@@ -129,17 +128,17 @@ pub(super) fn cli_error_of(run: &RunRecord) -> Option<CliError> {
 ///
 /// # Errors
 /// [`CliError`]: what is wrong; nothing was rented unless its status is 6.
-pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Option<Deployed>, CliError> {
+pub(super) async fn deploy(context: &Context, asked: &DeployRequest) -> Result<Option<Deployed>, CliError> {
     let reporter = &context.reporter;
-    let clouds = context.clouds(&args.want.broker)?;
-    if args.want.broker.is_empty() && context.settings.broker == DefaultBroker::Local {
+    let clouds = context.clouds(&asked.brokers)?;
+    if asked.brokers.is_empty() && context.settings.broker == DefaultBroker::Local {
         reporter.using_this_machine();
     }
-    if args.detach {
+    if asked.terms.detach {
         end_by_themselves(&clouds)?;
     }
     let worker = context.worker().await?;
-    let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
+    let job = super::job::job(&asked.job)?;
     let identity = identity(context, &job)?;
     let key = identity.key(&clouds.names());
     let hosts = context.hosts_for(&worker);
@@ -147,21 +146,21 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
     let bad_hosts = BadHosts::default();
     let ports = ports(&clouds, &bad_hosts, &hosts, &secrets);
     let ledger = context.ledger()?;
-    if !args.dry_run
+    if !asked.dry_run
         && let Some(run) = reconcile(reporter, &ledger, ports, &key).await?
     {
         reporter.picked_up(run.record());
-        return drive_as(reporter, run, ports, args.detach).await.map(Some);
+        return drive_as(reporter, run, ports, asked.terms.detach).await.map(Some);
     }
     tell_of_the_same(reporter, &ledger, &identity)?;
-    let run_request = run_request(context, job, key, args);
+    let run_request = RunRequest { job, job_key: key, terms: asked.terms.clone() };
     let prepared = prepare(context, &clouds, &worker, run_request, |offered| reporter.offered(offered)).await?;
     room(context, [&prepared.spec])?;
-    if args.dry_run {
+    if asked.dry_run {
         show(reporter, &prepared);
         return Ok(None);
     }
-    consent(context, &clouds, args.yes, "an instance", || {
+    consent(context, &clouds, asked.yes, "an instance", || {
         let at_most = prepared.at_most();
         let question =
             format!("Rent the first of these, or the next if it cannot be had, for at most {at_most} in all?");
@@ -174,7 +173,7 @@ pub(super) async fn deploy(context: &Context, args: &DeployArgs) -> Result<Optio
     if run.record().spec.quote.ceiling.is_some() {
         reporter.say(&format!("It costs at most {at_most}"));
     }
-    drive_as(reporter, run, ports, args.detach).await.map(Some)
+    drive_as(reporter, run, ports, asked.terms.detach).await.map(Some)
 }
 
 /// Whether an instance that nobody looks after ends on each of these clouds.
@@ -202,22 +201,6 @@ fn tell_of_the_same(reporter: &Reporter, ledger: &Ledger, identity: &JobIdentity
         reporter.say(&format!("Run {id} of the same job {words}"));
     }
     Ok(())
-}
-
-fn run_request(context: &Context, job: JobSpec, job_key: String, args: &DeployArgs) -> RunRequest {
-    RunRequest {
-        job,
-        job_key,
-        request: args.want.request.clone(),
-        push_model: args.push_model,
-        keep_running: args.keep_running,
-        detach: args.detach,
-        max_duration: args.max_duration.map_or(context.settings.max_duration, |span| span.0),
-        cut_short: args.allow_cut_short,
-        budget: args.budget.map(|usd| Usd::from_dollars(usd.get())),
-        results: context.settings.results.clone(),
-        survey: None,
-    }
 }
 
 /// What can be rented, and what was left out.

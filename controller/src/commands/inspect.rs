@@ -1,14 +1,14 @@
 //! `inspect`.
 
 use super::Context;
-use crate::cli::InspectArgs;
 use crate::local_worker::InspectScope;
 use crate::report::{CliError, ExitStatus, tables};
+use crate::settings::JobRequest;
 
 /// Runs `inspect`.
-pub(super) async fn command(context: &Context, args: &InspectArgs) -> Result<ExitStatus, CliError> {
+pub(super) async fn command(context: &Context, asked: &JobRequest) -> Result<ExitStatus, CliError> {
     let worker = context.worker().await?;
-    let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
+    let job = super::job::job(asked)?;
     let what = format!("the headers of {}", job.model.name());
     let inspection = context.reporter.waiting(&what, worker.inspect(&job, InspectScope::Model)).await?;
     context.reporter.result(&inspection, || tables::inspection(&inspection));

@@ -2,33 +2,33 @@
 
 use std::path::{Path, PathBuf};
 
-use outliers_protocol::{JobOptions, JobSpec, ModelSource, Thresholds, Weights};
+use outliers_protocol::{JobOptions, JobSpec, ModelSource, Weights};
 
-use crate::cli::ModelArgs;
 use crate::files::{MOST, is_plain_name, read_text};
 use crate::model_name::of_folder;
 use crate::report::CliError;
+use crate::settings::JobRequest;
 use crate::text::clean;
 
 /// Most characters of a model's name.
 const LONGEST_NAME: usize = 100;
 
-/// The job these options describe, with absolute paths.
+/// The job that is asked for, with absolute paths.
 ///
 /// # Errors
 /// The model is neither a folder nor a hub id; a file is not there.
-pub fn job(model: &ModelArgs, options: &JobOptions, others: Thresholds, here: &Path) -> Result<JobSpec, CliError> {
-    let model = source(model, here)?;
+pub fn job(asked: &JobRequest) -> Result<JobSpec, CliError> {
+    let JobRequest { model, revision, options, here } = asked;
+    let model = source(model, revision, here)?;
     let label = match (&options.name, &model) {
         (Some(typed), _) => Some(name(typed)?),
         (None, ModelSource::Folder { path }) => of_folder(Path::new(path)),
         (None, ModelSource::Hub { .. }) => None,
     };
-    let thresholds = options.thresholds.over(others);
     let read = |file: &Path| read_text(&here.join(file), MOST);
     let no_features = |why: String| CliError::refused(why, "name features, or the results of a run that found some");
     let job = placed(options.clone(), here)?.job(model, read).map_err(no_features)?;
-    let job = JobSpec { label, thresholds, ..job };
+    let job = JobSpec { label, ..job };
     check(&job)?;
     Ok(job)
 }
@@ -96,8 +96,7 @@ fn weight_folder(weights: Weights, here: &Path) -> Result<Weights, CliError> {
 }
 
 /// A folder that is there, or a path by its look, is a folder; `owner/name` is a hub id.
-fn source(args: &ModelArgs, here: &Path) -> Result<ModelSource, CliError> {
-    let model = args.model.as_str();
+fn source(model: &str, revision: &str, here: &Path) -> Result<ModelSource, CliError> {
     let path_like = model.starts_with(['/', '.', '~']) || model.ends_with('/');
     let path = here.join(model);
     if path_like || (!model.is_empty() && path.is_dir()) {
@@ -114,7 +113,7 @@ fn source(args: &ModelArgs, here: &Path) -> Result<ModelSource, CliError> {
     };
     match model.split('/').collect::<Vec<_>>()[..] {
         [owner, name] if plain(owner) && plain(name) => {
-            Ok(ModelSource::Hub { id: model.to_owned(), revision: args.revision.clone() })
+            Ok(ModelSource::Hub { id: model.to_owned(), revision: revision.to_owned() })
         }
         _ => Err(CliError::refused(
             format!("--model {model} is neither a folder nor a hub id"),
@@ -144,12 +143,13 @@ fn utf8(path: PathBuf) -> Result<String, CliError> {
 
 #[cfg(test)]
 mod tests {
-    use outliers_protocol::{Ablate, Ablation, ByteSize, CorpusSource, SiteKind, SiteKinds, ThresholdOptions};
+    use outliers_protocol::{Ablate, Ablation, ByteSize, CorpusSource, SiteKind, SiteKinds};
 
     use super::*;
 
-    fn made(name: &str, args: &JobOptions, here: &Path) -> Result<JobSpec, CliError> {
-        job(&ModelArgs { model: name.into(), revision: "main".into() }, args, Thresholds::default(), here)
+    fn made(name: &str, options: &JobOptions, here: &Path) -> Result<JobSpec, CliError> {
+        let (model, revision, options) = (name.to_owned(), "main".to_owned(), options.clone());
+        job(&JobRequest { model, revision, options, here: here.to_owned() })
     }
 
     #[test]
@@ -197,16 +197,6 @@ mod tests {
         assert_eq!(made("a/b", &JobOptions::default(), here.path()).unwrap().weights, None);
         let nothing = JobOptions { stream_budget: Some(ByteSize(0)), ..JobOptions::default() };
         assert_eq!(made("a/b", &nothing, here.path()).unwrap_err().status.number(), 2);
-    }
-
-    #[test]
-    fn thresholds_that_are_typed_win_over_the_settings() {
-        let typed = |text: &str| ThresholdOptions { layer_fraction: Some(text.parse().unwrap()), ..Default::default() };
-        let args = JobOptions { thresholds: typed("0.5"), ..JobOptions::default() };
-        let settings = Thresholds { magnitude: 5.0, ..Thresholds::default() };
-        let model = ModelArgs { model: "a/b".into(), revision: "main".into() };
-        let job = job(&model, &args, settings, Path::new("/")).unwrap();
-        assert_eq!(job.thresholds, Thresholds { magnitude: 5.0, layer_fraction: 0.5, position_fraction: 0.06 });
     }
 
     #[test]

@@ -1,16 +1,15 @@
 //! `offers`: what can be rented now, by what a run costs there.
 
-use outliers_protocol::JobSpec;
 use serde::Serialize;
 
 use super::{Context, SCHEMA};
 use crate::broker::{Dropped, Offer};
-use crate::cli::OffersArgs;
 use crate::estimate::{Estimate, Work};
 use crate::local_worker::InspectScope;
 use crate::market::{self, Step};
 use crate::report::tables::{self, TOP};
 use crate::report::{CliError, ExitStatus};
+use crate::settings::OffersRequest;
 use crate::units::Bytes;
 
 /// A run for the order where no model is named: about a model of 50 billion parameters over 32,768 tokens.
@@ -50,10 +49,10 @@ struct Priced<'a> {
 }
 
 /// Runs `offers`.
-pub(super) async fn command(context: &Context, args: &OffersArgs) -> Result<ExitStatus, CliError> {
-    let want = market::for_the_worker(args.want.request.clone());
-    let work = work(context, args).await?;
-    let clouds = context.clouds(&args.want.broker)?;
+pub(super) async fn command(context: &Context, asked: &OffersRequest) -> Result<ExitStatus, CliError> {
+    let want = market::for_the_worker(asked.request.clone());
+    let work = work(context, asked).await?;
+    let clouds = context.clouds(&asked.brokers)?;
     let offered = context.reporter.waiting("the clouds' offers", clouds.offers(&want)).await?;
     context.reporter.offered(&offered);
     let selection = market::select(offered.offers, &want, &work)?;
@@ -71,7 +70,7 @@ pub(super) async fn command(context: &Context, args: &OffersArgs) -> Result<Exit
         silent: offered.silent.iter().map(ToString::to_string).collect(),
         offers: selection.offers.iter().map(priced).collect(),
     };
-    let most = if args.all { ALL } else { TOP };
+    let most = if asked.all { ALL } else { TOP };
     context.reporter.result(&document, || {
         let steps = tables::steps(document.considered, &document.steps);
         tables::offers(&selection.offers, &work, limit, None, most) + &steps
@@ -79,15 +78,13 @@ pub(super) async fn command(context: &Context, args: &OffersArgs) -> Result<Exit
     Ok(ExitStatus::Done)
 }
 
-async fn work(context: &Context, args: &OffersArgs) -> Result<Work, CliError> {
-    let Some(model) = &args.model else {
+async fn work(context: &Context, asked: &OffersRequest) -> Result<Work, CliError> {
+    let Some(job) = &asked.job else {
         let (read, operations) = USUAL;
         let settings = &context.settings;
         return Ok(Work { read, operations, read_rate: settings.read_rate, efficiency: settings.efficiency });
     };
-    let model = crate::cli::ModelArgs { model: model.clone(), revision: args.revision.clone() };
-    let job: JobSpec = super::job::job(&model, &Default::default(), context.settings.thresholds, &context.here)?;
-    let inspection = context.worker().await?.inspect(&job, InspectScope::Model).await?;
+    let inspection = context.worker().await?.inspect(&super::job::job(job)?, InspectScope::Model).await?;
     Ok(context.work(&inspection.plan))
 }
 

@@ -7,14 +7,14 @@ use serde::Serialize;
 
 use super::{Context, SCHEMA};
 use crate::broker::Offer;
-use crate::cli::PlanArgs;
 use crate::estimate::{Estimate, Work};
 use crate::local_worker::InspectScope;
 use crate::market;
 use crate::output;
 use crate::report::tables::{self, TOP};
 use crate::report::{CliError, ExitStatus};
-use crate::units::{Bytes, UsdPerHour};
+use crate::settings::PlanRequest;
+use crate::units::Bytes;
 
 /// What a run would need, take and cost.
 #[derive(Debug, Serialize)]
@@ -31,36 +31,32 @@ struct PlanReport<'a> {
 }
 
 /// By the figures that were typed, else by the best offer.
-fn estimate(work: &Work, args: &PlanArgs, best: Option<&Offer>) -> Estimate {
-    let price = args.price.map(|usd| UsdPerHour::from_dollars(usd.get()));
-    match (best, args.tflops) {
-        (Some(offer), None) => work.on(&Offer { price: price.unwrap_or(offer.price), ..offer.clone() }),
-        (best, tflops) => {
-            let price = price.or_else(|| best.map(|offer| offer.price));
-            work.at(Duration::ZERO, work.read_rate, tflops.map(|peak| work.reached(peak.get() * 1e12)), price)
+fn estimate(work: &Work, asked: &PlanRequest, best: Option<&Offer>) -> Estimate {
+    match (best, asked.peak) {
+        (Some(offer), None) => work.on(&Offer { price: asked.price.unwrap_or(offer.price), ..offer.clone() }),
+        (best, peak) => {
+            let price = asked.price.or_else(|| best.map(|offer| offer.price));
+            work.at(Duration::ZERO, work.read_rate, peak.map(|peak| work.reached(peak)), price)
         }
     }
 }
 
 /// Runs `plan`.
-pub(super) async fn command(context: &Context, args: &PlanArgs) -> Result<ExitStatus, CliError> {
+pub(super) async fn command(context: &Context, asked: &PlanRequest) -> Result<ExitStatus, CliError> {
     let worker = context.worker().await?;
-    let job = super::job::job(&args.model, &args.job, context.settings.thresholds, &context.here)?;
+    let job = super::job::job(&asked.job)?;
     let what = format!("the headers of {}", job.model.name());
     let inspection = context.reporter.waiting(&what, worker.inspect(&job, InspectScope::Model)).await?;
-    let want = market::for_the_worker(args.want.request.clone());
-    let mut work = context.work(&inspection.plan);
-    if let Some(gib) = args.bandwidth {
-        work.read_rate = Bytes((gib.get() * (1u64 << 30) as f64) as u64);
-    }
-    let clouds = context.clouds(&args.want.broker)?;
+    let want = market::for_the_worker(asked.request.clone());
+    let work = Work { read_rate: asked.read_rate, ..context.work(&inspection.plan) };
+    let clouds = context.clouds(&asked.brokers)?;
     let offered = context.reporter.waiting("the clouds' offers", clouds.offers(&want)).await?;
     context.reporter.offered(&offered);
     let (offers, no_offers) = match market::select(offered.offers, &want, &work) {
         Ok(selection) => (selection.offers, None),
         Err(none) => (Vec::new(), Some(none.to_string())),
     };
-    let estimate = estimate(&work, args, offers.first());
+    let estimate = estimate(&work, asked, offers.first());
     let limit = context.settings.max_duration;
     let results = output::bytes(&output::planned(&job, &inspection));
     let document =

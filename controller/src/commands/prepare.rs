@@ -1,7 +1,7 @@
 //! From what was asked for to a run that may begin: everything that `deploy` and `survey` do before anything is rented.
 
 use std::io::{BufRead, IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use outliers_protocol::{Inspection, JobSpec, ModelSource, Weights};
@@ -17,8 +17,9 @@ use crate::market::Quote;
 use crate::output;
 use crate::report::CliError;
 use crate::report::tables::TOP;
-use crate::run::{GuardTimeouts, Membership, RunSpec};
+use crate::run::{GuardTimeouts, RunSpec};
 use crate::secret::Secret;
+use crate::settings::RunTerms;
 use crate::units::{Bytes, Usd};
 
 /// Disk for a run's own files where the checkpoint lies elsewhere.
@@ -30,24 +31,8 @@ pub(super) struct RunRequest {
     pub(super) job: JobSpec,
     /// What makes it the same work as another.
     pub(super) job_key: String,
-    /// What was said of the instance. What was not is taken from the plan.
-    pub(super) request: GpuRequest,
-    /// Upload the model's folder.
-    pub(super) push_model: bool,
-    /// Hold the instance when the worker has ended.
-    pub(super) keep_running: bool,
-    /// Leave the instance to its guard when the worker runs.
-    pub(super) detach: bool,
-    /// From the create call to the instance's end.
-    pub(super) max_duration: Duration,
-    /// The run may take longer than that, and is ended then.
-    pub(super) cut_short: bool,
-    /// For this run, or for all of the survey.
-    pub(super) budget: Option<Usd>,
-    /// Folder below which the results' folder appears.
-    pub(super) results: PathBuf,
-    /// The survey it is part of.
-    pub(super) survey: Option<Membership>,
+    /// How it rents.
+    pub(super) terms: RunTerms,
 }
 
 /// A run that may begin.
@@ -108,11 +93,10 @@ pub(super) async fn prepare(
     run_request: RunRequest,
     offered: impl Fn(&Offered),
 ) -> Result<Prepared, CliError> {
-    let run_request = RunRequest {
-        request: with_gpus(clouds, worker.pushed(), &run_request.job, run_request.request)?,
-        ..run_request
-    };
-    let inspection = preflight(context, clouds, worker, &run_request.job, run_request.push_model).await?;
+    let RunRequest { job, job_key, terms } = run_request;
+    let request = with_gpus(clouds, worker.pushed(), &job, terms.request)?;
+    let run_request = RunRequest { job, job_key, terms: RunTerms { request, ..terms } };
+    let inspection = preflight(context, clouds, worker, &run_request.job, run_request.terms.push_model).await?;
     let run_request = match on_shared_files(context, clouds, &run_request.job, &inspection).await? {
         Some(job) => RunRequest { job, ..run_request },
         None => run_request,
@@ -251,44 +235,41 @@ fn spec(
     run_request: RunRequest,
     inspection: &Inspection,
 ) -> Result<RunSpec, CliError> {
-    let disk = match &run_request.job.model {
+    let RunRequest { job, job_key, terms } = run_request;
+    let disk = match &job.model {
         ModelSource::Hub { .. } => Bytes(inspection.plan.disk_bytes + context.settings.spare_disk.0),
-        ModelSource::Folder { .. } if run_request.push_model => Bytes(inspection.plan.disk_bytes + OWN_FILES.0),
+        ModelSource::Folder { .. } if terms.push_model => Bytes(inspection.plan.disk_bytes + OWN_FILES.0),
         ModelSource::Folder { .. } => OWN_FILES,
     };
-    let mut request = run_request.request;
+    let mut request = terms.request;
     let disk = request.min_disk.map_or(disk, |typed| typed.max(disk));
     request.min_disk = Some(disk);
     // This machine may have no GPU, and a CPU has no such limit.
     if !clouds.is_local() && request.gpu_count != Some(0) {
         request.min_vram.get_or_insert(Bytes(inspection.plan.streamed_memory_bytes));
     }
-    let results = run_request.results.to_str().map(str::to_owned);
-    let output = output::planned(&run_request.job, inspection);
+    let results = terms.results.to_str().map(str::to_owned);
+    let output = output::planned(&job, inspection);
     Ok(RunSpec {
-        model: run_request.job.model_name().to_owned(),
+        model: job.model_name().to_owned(),
         brokers: clouds.names(),
-        job: run_request.job,
-        job_key: run_request.job_key,
+        job,
+        job_key,
         request,
         work: context.work(&inspection.plan),
         disk,
-        push_model: run_request.push_model,
-        keep_running: run_request.keep_running,
-        detach: run_request.detach,
-        max_duration_s: run_request.max_duration.as_secs(),
+        push_model: terms.push_model,
+        keep_running: terms.keep_running,
+        detach: terms.detach,
+        max_duration_s: terms.max_duration.as_secs(),
         // An instance that is kept, or left alone with its results, stays until its time is up.
-        watch: if run_request.keep_running || run_request.detach {
-            GuardTimeouts::NEVER
-        } else {
-            context.settings.watch
-        },
-        budget: run_request.budget,
+        watch: if terms.keep_running || terms.detach { GuardTimeouts::NEVER } else { context.settings.watch },
+        budget: terms.budget,
         quote: Quote::default(),
-        only_in_time: !run_request.cut_short,
+        only_in_time: !terms.cut_short,
         results: results.ok_or_else(|| CliError::refused("the results' folder is not UTF-8", "choose another"))?,
         output,
-        survey: run_request.survey,
+        survey: terms.survey,
     })
 }
 

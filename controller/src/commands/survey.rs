@@ -1,21 +1,17 @@
 //! `survey`: many models, looked at together, then deployed side by side.
 
-use std::path::{Path, PathBuf};
-
-use outliers_protocol::Merge;
+use std::path::Path;
 
 use super::instances::LISTS;
 use super::prepare::{Prepared, RunRequest, consent, identity, prepare, room, writable};
 use super::{Context, ports};
-use crate::cli::SurveyArgs;
 use crate::clouds::{BadHosts, Clouds};
 use crate::deploy::{JobIdentity, recover};
 use crate::ledger::{Ledger, Records, RunRecord, RunWriter, now_ms};
 use crate::local_worker::LocalWorker;
 use crate::report::{CliError, ExitStatus};
-use crate::run::Membership;
-use crate::settings::DefaultBroker;
-use crate::survey::{Index, Member, ModelOutcome, Survey, SurveyError, SurveyModel, index};
+use crate::settings::{DefaultBroker, ModelRequest, SurveyRequest};
+use crate::survey::{Index, Member, ModelOutcome, SurveyError, index};
 use crate::units::Usd;
 
 mod drive;
@@ -29,7 +25,7 @@ impl From<SurveyError> for CliError {
 
 /// A model with its job.
 struct Model<'a> {
-    entry: &'a SurveyModel,
+    entry: &'a ModelRequest,
     /// It is to be run now, if it needs to be.
     wanted: bool,
     identity: JobIdentity,
@@ -39,9 +35,7 @@ struct Model<'a> {
 /// A survey, as it stands on this machine.
 struct Session<'a> {
     context: &'a Context,
-    args: &'a SurveyArgs,
-    survey: &'a Survey,
-    folder: PathBuf,
+    asked: &'a SurveyRequest,
     clouds: Clouds,
     models: Vec<Model<'a>>,
     /// What the index in the folder said when this began.
@@ -59,15 +53,14 @@ enum Todo {
 }
 
 /// Runs `survey`.
-pub(super) async fn command(context: &Context, args: &SurveyArgs) -> Result<ExitStatus, CliError> {
-    let survey = Survey::read(&context.here.join(&args.file))?;
-    let session = Session::open(context, args, &survey)?;
+pub(super) async fn command(context: &Context, asked: &SurveyRequest) -> Result<ExitStatus, CliError> {
+    let session = Session::open(context, asked)?;
     let (worker, ledger) = (context.worker().await?, context.ledger()?);
-    let _only_one = if args.dry_run { None } else { Some(session.take(&ledger)?) };
+    let _only_one = if asked.dry_run { None } else { Some(session.take(&ledger)?) };
     let mut todo = session.left(&ledger)?;
     let (hosts, bad_hosts) = (context.hosts_for(&worker), BadHosts::default());
     let ports = ports(&session.clouds, &bad_hosts, &hosts, &[]);
-    if !args.dry_run {
+    if !asked.dry_run {
         let on = |event| context.reporter.event(event);
         let found = context.reporter.waiting(LISTS, recover(&ledger, ports, &on)).await?;
         context.reporter.recovered(found.iter());
@@ -75,13 +68,13 @@ pub(super) async fn command(context: &Context, args: &SurveyArgs) -> Result<Exit
     let Records { runs, unreadable } = ledger.records()?;
     context.reporter.unreadable(&unreadable);
     let problems = session.prepare(&worker, &runs, &mut todo).await;
-    if args.dry_run {
+    if asked.dry_run {
         return Ok(session.show(&runs, &todo, &problems));
     }
     refuse(&problems)?;
     room(context, todo.iter().filter_map(Todo::prepared).map(|prepared| &prepared.spec))?;
     session.consent(&todo)?;
-    writable(&session.folder)?;
+    writable(&asked.folder)?;
     session.write_index(&ledger)?;
     let stuck = session.drive(&ledger, ports, todo).await?;
     session.write_index(&ledger)?;
@@ -113,33 +106,32 @@ fn in_words(cli_error: &CliError) -> String {
 }
 
 impl<'a> Session<'a> {
-    fn open(context: &'a Context, args: &'a SurveyArgs, survey: &'a Survey) -> Result<Self, CliError> {
-        let clouds = context.clouds(&args.want.broker)?;
-        if args.want.broker.is_empty() && context.settings.broker == DefaultBroker::Local {
+    fn open(context: &'a Context, asked: &'a SurveyRequest) -> Result<Self, CliError> {
+        let clouds = context.clouds(&asked.brokers)?;
+        if asked.brokers.is_empty() && context.settings.broker == DefaultBroker::Local {
             context.reporter.using_this_machine();
         }
-        let models = models(context, args, survey, &clouds.names())?;
-        let folder = context.settings.results.join(&survey.name);
+        let models = models(context, asked, &clouds.names())?;
         // One that cannot be read says nothing.
-        let before = Index::read(&folder).ok().flatten();
-        Ok(Self { context, args, survey, folder, clouds, models, before })
+        let before = Index::read(&asked.folder).ok().flatten();
+        Ok(Self { context, asked, clouds, models, before })
     }
 
     /// The right to go on with it, for one process at a time.
     fn take(&self, ledger: &Ledger) -> Result<std::fs::File, CliError> {
-        ledger.take_survey(&self.survey.name)?.ok_or_else(|| {
-            let message = format!("the survey {} is being run by another process", self.survey.name);
+        ledger.take_survey(&self.asked.name)?.ok_or_else(|| {
+            let message = format!("the survey {} is being run by another process", self.asked.name);
             CliError::refused(message, "`outliers status` shows how it is going")
         })
     }
 
     fn member(&'a self, model: &'a Model<'a>) -> Member<'a> {
         Member {
-            survey: &self.survey.name,
+            survey: &self.asked.name,
             name: &model.entry.name,
             identity: &model.identity,
             job_key: &model.job_key,
-            folder: &self.folder,
+            folder: &self.asked.folder,
             before: self.before.as_ref().and_then(|index| index.entry(&model.entry.name)),
         }
     }
@@ -197,7 +189,7 @@ impl<'a> Session<'a> {
                 }
             };
             let prepared = match self.place(model, runs) {
-                Ok(()) => prepare(self.context, &self.clouds, worker, self.run_request(model), tell).await,
+                Ok(()) => prepare(self.context, &self.clouds, worker, Self::run_request(model), tell).await,
                 Err(cli_error) => Err(cli_error),
             };
             match prepared {
@@ -216,13 +208,13 @@ impl<'a> Session<'a> {
             && match self.member(model).look(runs).0.outcome {
                 ModelOutcome::Complete => false,
                 ModelOutcome::Open => true,
-                ModelOutcome::Partial | ModelOutcome::Failed => self.args.rerun_failed,
+                ModelOutcome::Partial | ModelOutcome::Failed => self.asked.rerun_failed,
             }
     }
 
     /// Results that cost money are not overwritten by those of other work.
     fn place(&self, model: &Model<'_>, runs: &[RunRecord]) -> Result<(), CliError> {
-        let place = self.folder.join(&model.entry.name);
+        let place = self.asked.folder.join(&model.entry.name);
         let member = self.member(model);
         let is_there = |run: &RunRecord| run.state.results().is_some_and(|results| Path::new(&results.folder) == place);
         if !place.exists() || runs.iter().any(|run| member.is_run_by(run) && is_there(run)) {
@@ -234,37 +226,14 @@ impl<'a> Session<'a> {
         ))
     }
 
-    fn run_request(&self, model: &Model<'_>) -> RunRequest {
-        let settings = &self.context.settings;
-        let limit = self.args.max_duration.or(model.entry.max_duration).or(self.survey.max_duration);
-        RunRequest {
-            job: model.identity.job.clone(),
-            job_key: model.job_key.clone(),
-            request: self.args.want.request.clone().merge(model.entry.request.clone()),
-            push_model: self.args.push_model,
-            keep_running: false,
-            detach: false,
-            max_duration: limit.map_or(settings.max_duration, |span| span.0),
-            cut_short: self.args.allow_cut_short,
-            budget: self.budget(),
-            results: self.folder.clone(),
-            survey: Some(Membership { survey: self.survey.name.clone(), model: model.entry.name.clone() }),
-        }
-    }
-
-    fn budget(&self) -> Option<Usd> {
-        self.args.budget.map(|usd| Usd::from_dollars(usd.get())).or(self.survey.budget)
-    }
-
-    fn parallel(&self) -> usize {
-        let typed = self.args.max_parallel.map(usize::from);
-        typed.or(self.survey.max_parallel).unwrap_or(self.context.settings.max_parallel)
+    fn run_request(model: &Model<'_>) -> RunRequest {
+        let (job, job_key) = (model.identity.job.clone(), model.job_key.clone());
+        RunRequest { job, job_key, terms: model.entry.terms.clone() }
     }
 
     /// By all its runs, earlier ones included.
     fn spent(&self, runs: &[RunRecord]) -> Usd {
-        let is_own =
-            |run: &&RunRecord| run.spec.survey.as_ref().is_some_and(|member| member.survey == self.survey.name);
+        let is_own = |run: &&RunRecord| run.spec.survey.as_ref().is_some_and(|member| member.survey == self.asked.name);
         runs.iter().filter(is_own).map(|run| run.cost(now_ms())).sum()
     }
 
@@ -273,11 +242,11 @@ impl<'a> Session<'a> {
         if prepared.is_empty() {
             return Ok(());
         }
-        consent(self.context, &self.clouds, self.args.yes, &format!("{} instances", prepared.len()), || {
+        consent(self.context, &self.clouds, self.asked.yes, &format!("{} instances", prepared.len()), || {
             let at_most: Usd = prepared.iter().map(|prepared| prepared.at_most()).sum();
-            let budget = self.budget().map_or_else(String::new, |budget| format!(", within a budget of {budget}"));
+            let budget = self.asked.budget.map_or_else(String::new, |budget| format!(", within a budget of {budget}"));
             let shown = self.rows(&[], todo, &[]);
-            let question = format!("Rent these, {} at a time, for {at_most} at most{budget}?", self.parallel());
+            let question = format!("Rent these, {} at a time, for {at_most} at most{budget}?", self.asked.max_parallel);
             (tell::table_of(&shown), question)
         })
     }
@@ -285,39 +254,32 @@ impl<'a> Session<'a> {
     /// What is known of every model of the survey.
     fn write_index(&self, ledger: &Ledger) -> Result<(), CliError> {
         let runs = ledger.runs()?;
-        let file = std::path::absolute(&self.survey.path).unwrap_or_else(|_| self.survey.path.clone());
+        let file = std::path::absolute(&self.asked.file).unwrap_or_else(|_| self.asked.file.clone());
         let index = Index {
             schema: index::SCHEMA,
-            survey: self.survey.name.clone(),
+            survey: self.asked.name.clone(),
             file: file.to_string_lossy().into_owned(),
             models: self.models.iter().map(|model| self.member(model).look(&runs).0).collect(),
         };
-        let wrong = |error| CliError::failed(format!("{}: {error}", self.folder.join(index::FILE).display()));
-        index.write(&self.folder).map_err(wrong)
+        let wrong = |error| CliError::failed(format!("{}: {error}", self.asked.folder.join(index::FILE).display()));
+        index.write(&self.asked.folder).map_err(wrong)
     }
 }
 
 /// The file's models as jobs; all that is wrong with them at once.
-fn models<'a>(
-    context: &Context,
-    args: &SurveyArgs,
-    survey: &'a Survey,
-    brokers: &str,
-) -> Result<Vec<Model<'a>>, CliError> {
-    let is = |entry: &SurveyModel, word: &String| [&entry.name, &entry.model.model].contains(&word);
-    if let Some(unknown) = args.only.iter().find(|word| !survey.models.iter().any(|entry| is(entry, word))) {
-        let known: Vec<&str> = survey.models.iter().map(|entry| entry.name.as_str()).collect();
+fn models<'a>(context: &Context, asked: &'a SurveyRequest, brokers: &str) -> Result<Vec<Model<'a>>, CliError> {
+    let is = |entry: &ModelRequest, word: &String| [&entry.name, &entry.job.model].contains(&word);
+    if let Some(unknown) = asked.only.iter().find(|word| !asked.models.iter().any(|entry| is(entry, word))) {
+        let known: Vec<&str> = asked.models.iter().map(|entry| entry.name.as_str()).collect();
         return Err(CliError::refused(
-            format!("--only {unknown}: there is no such model in {}", survey.path.display()),
+            format!("--only {unknown}: there is no such model in {}", asked.file.display()),
             format!("it has {}", known.join(", ")),
         ));
     }
-    let here = survey.path.parent().unwrap_or(Path::new("."));
     let (mut models, mut problems) = (Vec::new(), Vec::new());
-    for (number, entry) in survey.models.iter().enumerate() {
-        let wanted = args.only.is_empty() || args.only.iter().any(|word| is(entry, word));
-        let job = super::job::job(&entry.model, &survey.job, context.settings.thresholds, here);
-        match job.and_then(|job| identity(context, &job)) {
+    for (number, entry) in asked.models.iter().enumerate() {
+        let wanted = asked.only.is_empty() || asked.only.iter().any(|word| is(entry, word));
+        match super::job::job(&entry.job).and_then(|job| identity(context, &job)) {
             Ok(identity) => models.push(Model { entry, wanted, job_key: identity.key(brokers), identity }),
             Err(cli_error) => problems.push(Problem { model: number, cli_error }),
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
 use crate::host::{HostError, HostErrorKind, HostEvent};
-use crate::settings::Span;
+use crate::units::Span;
 
 /// Bytes per second at which an upload is worth waiting for.
 const USABLE_RATE: u64 = 128 << 10;

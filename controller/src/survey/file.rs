@@ -15,12 +15,10 @@ use toml::Spanned;
 use toml::de::DeTable;
 
 use crate::broker::GpuRequest;
-use crate::cli::ModelArgs;
 use crate::deploy::slug;
 use crate::files::{MOST, is_plain_name, read_text};
-use crate::settings::Span;
 use crate::text::{toml_error, unknown_key};
-use crate::units::{Positive, Usd};
+use crate::units::{Positive, Span, Usd};
 
 /// A survey as its file has it.
 #[derive(Clone, Debug)]
@@ -46,20 +44,19 @@ pub struct Survey {
 pub struct SurveyModel {
     /// Its name in the survey, and that of its results' folder.
     pub name: String,
-    /// The checkpoint.
-    pub model: ModelArgs,
+    /// The checkpoint: hub id or folder.
+    pub id: String,
+    /// Branch, tag or commit of a hub model.
+    pub revision: String,
     /// What it needs of an instance beyond its plan.
     pub request: GpuRequest,
     /// For its run, if not the survey's.
     pub max_duration: Option<Span>,
 }
 
-impl SurveyModel {
-    /// Whether it names a commit, which never moves, and no branch.
-    pub fn is_at_commit(&self) -> bool {
-        let revision = &self.model.revision;
-        revision.len() == 40 && revision.bytes().all(|byte| byte.is_ascii_hexdigit())
-    }
+/// Whether a revision is a commit, which never moves, and no branch.
+pub fn is_commit(revision: &str) -> bool {
+    revision.len() == 40 && revision.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// Why a survey's file cannot be used.
@@ -259,7 +256,8 @@ impl ModelTable {
         let revisions = self.revisions()?;
         let entry = SurveyModel {
             name: self.name.map_or_else(|| slug(self.id.get_ref()), Spanned::into_inner),
-            model: ModelArgs { model: self.id.into_inner(), revision: self.revision.unwrap_or_else(main_branch) },
+            id: self.id.into_inner(),
+            revision: self.revision.unwrap_or_else(main_branch),
             request,
             max_duration: self.max_duration,
         };
@@ -268,7 +266,7 @@ impl ModelTable {
         }
         let at = |revision: String| {
             let name = format!("{}-{}", entry.name, slug(&revision));
-            SurveyModel { name, model: ModelArgs { revision, ..entry.model.clone() }, ..entry.clone() }
+            SurveyModel { name, revision, ..entry.clone() }
         };
         Ok(revisions.into_iter().map(at).collect())
     }
@@ -320,9 +318,9 @@ mod tests {
         .unwrap();
         let names: Vec<&str> = survey.models.iter().map(|entry| entry.name.as_str()).collect();
         assert_eq!(names, ["owner--a", "b", "owner--c", "a-again"]);
-        assert_eq!(survey.models[2].model.revision, "abc");
+        assert_eq!(survey.models[2].revision, "abc");
         assert_eq!((survey.models[2].request.gpu_count, survey.models[2].request.min_vram), (Some(8), VRAM));
-        assert_eq!(survey.models[0].model.revision, "main");
+        assert_eq!(survey.models[0].revision, "main");
         assert_eq!(survey.budget, Some(Usd::from_dollars(12.5)));
         assert_eq!((survey.job.num_sequences, survey.job.sites.len()), (Some(4), 1));
         assert!(survey.models[3].max_duration.is_some());
@@ -345,9 +343,9 @@ mod tests {
         let survey =
             parsed("name = 's'\n[[model]]\nid = 'a/b'\nmin_vram = 80\nrevisions = ['step5-tokens1B', 'refs/pr/1']")
                 .unwrap();
-        let entries: Vec<_> = survey.models.iter().map(|e| (e.name.as_str(), e.model.revision.as_str())).collect();
+        let entries: Vec<_> = survey.models.iter().map(|e| (e.name.as_str(), e.revision.as_str())).collect();
         assert_eq!(entries, [("a--b-step5-tokens1B", "step5-tokens1B"), ("a--b-refs--pr--1", "refs/pr/1")]);
-        assert!(survey.models.iter().all(|e| e.model.model == "a/b" && e.request.min_vram == VRAM));
+        assert!(survey.models.iter().all(|e| e.id == "a/b" && e.request.min_vram == VRAM));
     }
 
     #[test]
@@ -357,7 +355,7 @@ mod tests {
         assert!(files.len() >= 5);
         for file in files {
             let survey = Survey::read(&file).unwrap();
-            let moving: Vec<_> = survey.models.iter().filter(|entry| !entry.is_at_commit()).collect();
+            let moving: Vec<_> = survey.models.iter().filter(|entry| !is_commit(&entry.revision)).collect();
             let commits = survey.models.len() - moving.len();
             // Of models of 2025-26 none is known.
             let expected = match survey.name.as_str() {

@@ -98,58 +98,29 @@ mergeable! {
         /// Memory for weights while they stream, such as 800MiB or 4GB [default: a quarter of what
         /// is free, 4 GiB at most]. A quarter as much again may hold bytes of files until their
         /// hash is compared; with the default, half of what is left free.
-        #[cfg_attr(
-            feature = "clap",
-            arg(long, value_name = "SIZE", allow_hyphen_values = true, help_heading = COMPUTE)
-        )]
+        #[cfg_attr(feature = "clap", arg(long, value_name = "SIZE", allow_hyphen_values = true,
+            help_heading = COMPUTE))]
         #[serde(alias = "stream_budget")]
         pub stream_budget: Option<ByteSize>,
         /// Sequences [default: 16, or all rows of the token ids].
-        #[cfg_attr(
-            feature = "clap",
-            arg(
-                long,
-                value_name = "N",
-                value_parser = whole::<usize>,
-                allow_negative_numbers = true,
-                help_heading = TEXT
-            )
-        )]
+        #[cfg_attr(feature = "clap", arg(long, value_name = "N", value_parser = whole::<usize>,
+            allow_negative_numbers = true, help_heading = TEXT))]
         #[serde(alias = "num_sequences")]
         pub num_sequences: Option<usize>,
         /// Tokens per sequence, BOS included [default: 2048, or the model's limit if that is
         /// lower].
-        #[cfg_attr(
-            feature = "clap",
-            arg(
-                long,
-                value_name = "N",
-                value_parser = whole::<usize>,
-                allow_negative_numbers = true,
-                help_heading = TEXT
-            )
-        )]
+        #[cfg_attr(feature = "clap", arg(long, value_name = "N", value_parser = whole::<usize>,
+            allow_negative_numbers = true, help_heading = TEXT))]
         #[serde(alias = "sequence_length")]
         pub sequence_length: Option<usize>,
         /// Text files, one document each, or .parquet, .jsonl, .ndjson, .json, .csv and .tsv files
         /// with many; also packed (.gz, .zst) [default: the English text shipped with the worker].
-        #[cfg_attr(
-            feature = "clap",
-            arg(
-                long,
-                value_name = "PATH",
-                num_args = 1..,
-                conflicts_with_all = ["token_ids", "dataset"],
-                help_heading = TEXT
-            )
-        )]
+        #[cfg_attr(feature = "clap", arg(long, value_name = "PATH", num_args = 1..,
+            conflicts_with_all = ["token_ids", "dataset"], help_heading = TEXT))]
         pub corpus: Vec<PathBuf>,
         /// Dataset on the hub, read as far as needed: owner/name[@REVISION][:FOLDER], or
         /// fineweb-edu (its sample of ten billion tokens, at one commit).
-        #[cfg_attr(
-            feature = "clap",
-            arg(long, value_name = "ID", conflicts_with = "token_ids", help_heading = TEXT)
-        )]
+        #[cfg_attr(feature = "clap", arg(long, value_name = "ID", conflicts_with = "token_ids", help_heading = TEXT))]
         #[serde(deserialize_with = "written")]
         pub dataset: Option<Dataset>,
         /// Field or column of the documents that holds the text [default: text].
@@ -157,29 +128,13 @@ mergeable! {
         #[serde(alias = "text_field")]
         pub text_field: Option<String>,
         /// Skip the first N documents.
-        #[cfg_attr(
-            feature = "clap",
-            arg(
-                long,
-                value_name = "N",
-                value_parser = whole::<usize>,
-                allow_negative_numbers = true,
-                help_heading = TEXT
-            )
-        )]
+        #[cfg_attr(feature = "clap", arg(long, value_name = "N", value_parser = whole::<usize>,
+            allow_negative_numbers = true, help_heading = TEXT))]
         #[serde(alias = "skip_documents")]
         pub skip_documents: Option<usize>,
         /// Shuffle the documents with this seed.
-        #[cfg_attr(
-            feature = "clap",
-            arg(
-                long,
-                value_name = "SEED",
-                value_parser = whole::<u64>,
-                allow_negative_numbers = true,
-                help_heading = TEXT
-            )
-        )]
+        #[cfg_attr(feature = "clap", arg(long, value_name = "SEED", value_parser = whole::<u64>,
+            allow_negative_numbers = true, help_heading = TEXT))]
         pub shuffle: Option<u64>,
         /// Ready token ids: safetensors with `input_ids` i64 [sequences, tokens], or a JSON list
         /// of lists.
@@ -204,31 +159,15 @@ mergeable! {
         #[cfg_attr(feature = "clap", arg(long, value_enum, help_heading = COMPUTE))]
         pub precision: Option<Precision>,
         /// Only the first N layers: a quick look, without perplexity.
-        #[cfg_attr(
-            feature = "clap",
-            arg(
-                long,
-                value_name = "N",
-                value_parser = whole::<usize>,
-                allow_negative_numbers = true,
-                help_heading = MEASURE
-            )
-        )]
+        #[cfg_attr(feature = "clap", arg(long, value_name = "N", value_parser = whole::<usize>,
+            allow_negative_numbers = true, help_heading = MEASURE))]
         pub layers: Option<usize>,
         /// cpu, cpu:2 (two logical devices), cuda:0,cuda:1 [default: all GPUs, else the CPU].
         #[cfg_attr(feature = "clap", arg(long, value_name = "LIST", value_delimiter = ',', help_heading = COMPUTE))]
         pub devices: Vec<String>,
         /// Tokens computed together, in whole sequences.
-        #[cfg_attr(
-            feature = "clap",
-            arg(
-                long,
-                value_name = "N",
-                value_parser = whole::<usize>,
-                allow_negative_numbers = true,
-                help_heading = COMPUTE
-            )
-        )]
+        #[cfg_attr(feature = "clap", arg(long, value_name = "N", value_parser = whole::<usize>,
+            allow_negative_numbers = true, help_heading = COMPUTE))]
         #[serde(alias = "micro_batch_tokens")]
         pub micro_batch_tokens: Option<usize>,
         /// What to study beside the norm outputs, which always are, separated by commas: residual
@@ -261,24 +200,13 @@ mergeable! {
         /// without equally many random ones, as the paper did: their dimensions (1512,7,2070), or
         /// the folder of an earlier run's results, whose systematic features are meant. Copies of
         /// the tokens pass beside them, in the same run: no weight is read again.
-        #[cfg_attr(
-            feature = "clap",
-            arg(long, value_name = "FEATURES", conflicts_with = "layers", help_heading = MEASURE)
-        )]
+        #[cfg_attr(feature = "clap", arg(long, value_name = "FEATURES", conflicts_with = "layers",
+            help_heading = MEASURE))]
         #[serde(deserialize_with = "written")]
         pub ablate: Option<Ablate>,
         /// Seed for the random control features [default: 0].
-        #[cfg_attr(
-            feature = "clap",
-            arg(
-                long,
-                value_name = "SEED",
-                value_parser = whole::<u64>,
-                allow_negative_numbers = true,
-                requires = "ablate",
-                help_heading = MEASURE
-            )
-        )]
+        #[cfg_attr(feature = "clap", arg(long, value_name = "SEED", value_parser = whole::<u64>,
+            allow_negative_numbers = true, requires = "ablate", help_heading = MEASURE))]
         #[serde(alias = "ablate_seed")]
         pub ablate_seed: Option<u64>,
         /// What reports call the model, and the folder of its results [default: as --model has
@@ -300,26 +228,20 @@ mergeable! {
     #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
     pub struct ThresholdOptions {
         /// |x| from which a value is an outlier [default: 6, unless settings say otherwise].
-        #[cfg_attr(
-            feature = "clap",
-            arg(long, value_name = "X", allow_negative_numbers = true, help_heading = MEASURE)
-        )]
+        #[cfg_attr(feature = "clap", arg(long, value_name = "X", allow_negative_numbers = true,
+            help_heading = MEASURE))]
         #[serde(rename = "magnitude")]
         pub threshold: Option<Positive>,
         /// Minimum share of layers of a systematic feature, up to 1 [default: 0.25, unless
         /// settings say otherwise].
-        #[cfg_attr(
-            feature = "clap",
-            arg(long, value_name = "SHARE", allow_negative_numbers = true, help_heading = MEASURE)
-        )]
+        #[cfg_attr(feature = "clap", arg(long, value_name = "SHARE", allow_negative_numbers = true,
+            help_heading = MEASURE))]
         #[serde(alias = "layer_fraction")]
         pub layer_fraction: Option<Fraction>,
         /// Minimum share of sequence positions of a systematic feature, up to 1 [default: 0.06,
         /// unless settings say otherwise].
-        #[cfg_attr(
-            feature = "clap",
-            arg(long, value_name = "SHARE", allow_negative_numbers = true, help_heading = MEASURE)
-        )]
+        #[cfg_attr(feature = "clap", arg(long, value_name = "SHARE", allow_negative_numbers = true,
+            help_heading = MEASURE))]
         #[serde(alias = "position_fraction")]
         pub position_fraction: Option<Fraction>,
     }

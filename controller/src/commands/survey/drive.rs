@@ -47,12 +47,12 @@ impl Session<'_> {
     ) -> Result<Vec<(String, DriveError)>, CliError> {
         // What was left bills, whether it is driven or not.
         let left = todo.iter().filter(|todo| matches!(todo, Todo::PickUp(_))).count();
-        let parallel = self.parallel().max(left);
+        let parallel = self.asked.max_parallel.max(left);
         let tasks = self.tasks(todo, parallel);
         if tasks.is_empty() {
             return Ok(Vec::new());
         }
-        let (board, since_ms) = (self.context.reporter.of_one(&self.survey.name), now_ms());
+        let (board, since_ms) = (self.context.reporter.of_one(&self.asked.name), now_ms());
         let estimates: Vec<(String, Usd)> = tasks.iter().map(|task| (task.name.clone(), task.estimate)).collect();
         let start_throttle = StartThrottle::new(self.context.settings.stagger);
         let ports = Ports { start_throttle: Some(&start_throttle), ..ports };

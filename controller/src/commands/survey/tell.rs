@@ -17,8 +17,8 @@ use crate::report::{CliError, ExitStatus, tables};
 use crate::run::{RunOutcome, RunSpec};
 use crate::settings::Span;
 use crate::status::HeadlineFigures;
-use crate::survey::ModelOutcome;
 use crate::survey::index::IndexEntry;
+use crate::survey::{ModelOutcome, is_commit};
 use crate::text::clean_lines;
 use crate::units::{Usd, figure};
 
@@ -105,7 +105,7 @@ impl Session<'_> {
             let estimate = prepared.and_then(estimate);
             ModelRow {
                 name: &model.entry.name,
-                model: &model.entry.model.model,
+                model: &model.entry.job.model,
                 job_key: &model.job_key,
                 to_do,
                 problem: problem.map(|problem| in_words(&problem.cli_error)),
@@ -121,8 +121,10 @@ impl Session<'_> {
 
     /// The plan.
     pub(super) fn show(&self, runs: &[RunRecord], todo: &[Todo], problems: &[Problem]) -> ExitStatus {
-        for model in self.models.iter().filter(|model| model.wanted && !model.entry.is_at_commit()) {
-            if let ModelSource::Hub { id, revision } = &model.identity.job.model {
+        for model in self.models.iter().filter(|model| model.wanted) {
+            if let ModelSource::Hub { id, revision } = &model.identity.job.model
+                && !is_commit(revision)
+            {
                 let words = format!("{id} is taken at {revision}, which may move: name a commit (revision = \"..\")");
                 self.context.reporter.warn(&words);
             }
@@ -132,9 +134,9 @@ impl Session<'_> {
         let plan = SurveyPlan {
             schema: SCHEMA,
             dry_run: true,
-            survey: &self.survey.name,
-            max_parallel: self.parallel(),
-            budget: self.budget(),
+            survey: &self.asked.name,
+            max_parallel: self.asked.max_parallel,
+            budget: self.asked.budget,
             spent: self.spent(runs),
             estimate: costs.sum(),
             at_most: models.iter().filter_map(|row| row.at_most).sum(),
@@ -163,8 +165,8 @@ impl Session<'_> {
         let status = ExitStatus::worst(models.iter().map(|came| came.status));
         let surveyed = Surveyed {
             schema: SCHEMA,
-            survey: &self.survey.name,
-            folder: self.folder.to_string_lossy().into_owned(),
+            survey: &self.asked.name,
+            folder: self.asked.folder.to_string_lossy().into_owned(),
             cost: self.spent(runs),
             exit_status: status.number(),
             models,
@@ -193,7 +195,7 @@ impl Session<'_> {
             (_, Some(run)) if run.state.ending() == Some(&RunOutcome::Completed) => ExitStatus::Failed,
             (_, Some(run)) => ExitStatus::of_run(&run.state),
         };
-        let place = self.folder.join(&model.entry.name);
+        let place = self.asked.folder.join(&model.entry.name);
         let figures = (line.outcome == ModelOutcome::Complete).then(|| HeadlineFigures::read(&place)).flatten();
         Came { cost: run.map_or(Usd::ZERO, |run| run.cost(now_ms())), figures, line, status }
     }
