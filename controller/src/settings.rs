@@ -8,7 +8,7 @@ use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use outliers_protocol::{ByteSize, JobOptions, Merge, ThresholdOptions};
+use outliers_protocol::{ByteSize, JobOptions, Merge, ThresholdOptions, mergeable};
 use serde::Deserialize;
 
 use crate::broker::{CLOUDS, CloudKind, local, slurm};
@@ -206,26 +206,28 @@ impl CloudSettings {
     }
 }
 
-/// A settings' file. Every field may be missing; one that is not known is an error.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct SettingsFile {
-    broker: Option<String>,
-    results: Option<PathBuf>,
-    #[serde(default)]
-    worker: WorkerSection,
-    #[serde(default)]
-    run: RunSection,
-    #[serde(default)]
-    survey: SurveySection,
-    #[serde(default)]
-    hub: HubSection,
-    #[serde(default)]
-    thresholds: ThresholdOptions,
-    #[serde(default)]
-    plan: PlanSection,
-    #[serde(default)]
-    brokers: Brokers,
+mergeable! {
+    /// A settings' file. Every field may be missing; one that is not known is an error.
+    #[derive(Clone, Debug, Default, Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    struct SettingsFile {
+        broker: Option<String>,
+        results: Option<PathBuf>,
+        #[serde(default)]
+        worker: WorkerSection,
+        #[serde(default)]
+        run: RunSection,
+        #[serde(default)]
+        survey: SurveySection,
+        #[serde(default)]
+        hub: HubSection,
+        #[serde(default)]
+        thresholds: ThresholdOptions,
+        #[serde(default)]
+        plan: PlanSection,
+        #[serde(default)]
+        brokers: Brokers,
+    }
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -233,6 +235,13 @@ struct Brokers {
     slurm: Option<SlurmSection>,
     #[serde(flatten)]
     clouds: BTreeMap<String, BrokerSection>,
+}
+
+/// None is built in.
+impl Merge for Brokers {
+    fn merge(self, _built_in: Self) -> Self {
+        self
+    }
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -296,52 +305,62 @@ struct BrokerSection {
     listing_interval: Option<Span>,
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct WorkerSection {
-    binary: Option<PathBuf>,
-    #[serde(alias = "inspect_memory")]
-    inspect_memory: Option<SomeBytes>,
-    #[serde(alias = "inspect_time")]
-    inspect_time: Option<Span>,
+mergeable! {
+    #[derive(Clone, Debug, Default, Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    struct WorkerSection {
+        binary: Option<PathBuf>,
+        #[serde(alias = "inspect_memory")]
+        inspect_memory: Option<SomeBytes>,
+        #[serde(alias = "inspect_time")]
+        inspect_time: Option<Span>,
+    }
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct RunSection {
-    #[serde(alias = "max_duration")]
-    max_duration: Option<Span>,
-    lease: Option<Span>,
-    unclaimed: Option<Span>,
-    #[serde(alias = "spare_disk")]
-    spare_disk: Option<ByteSize>,
-    #[serde(alias = "push_limit")]
-    push_limit: Option<ByteSize>,
-    #[serde(alias = "save_point_limit")]
-    save_point_limit: Option<ByteSize>,
+mergeable! {
+    #[derive(Clone, Debug, Default, Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    struct RunSection {
+        #[serde(alias = "max_duration")]
+        max_duration: Option<Span>,
+        lease: Option<Span>,
+        unclaimed: Option<Span>,
+        #[serde(alias = "spare_disk")]
+        spare_disk: Option<ByteSize>,
+        #[serde(alias = "push_limit")]
+        push_limit: Option<ByteSize>,
+        #[serde(alias = "save_point_limit")]
+        save_point_limit: Option<ByteSize>,
+    }
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct SurveySection {
-    #[serde(alias = "max_parallel")]
-    max_parallel: Option<NonZero<usize>>,
-    #[serde(alias = "stagger_seconds")]
-    stagger_seconds: Option<u32>,
+mergeable! {
+    #[derive(Clone, Debug, Default, Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    struct SurveySection {
+        #[serde(alias = "max_parallel")]
+        max_parallel: Option<NonZero<usize>>,
+        #[serde(alias = "stagger_seconds")]
+        stagger_seconds: Option<u32>,
+    }
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct HubSection {
-    requests: Option<NonZero<usize>>,
+mergeable! {
+    #[derive(Clone, Debug, Default, Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    struct HubSection {
+        requests: Option<NonZero<usize>>,
+    }
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct PlanSection {
-    #[serde(alias = "read_rate")]
-    read_rate: Option<SomeBytes>,
-    efficiency: Option<Fraction>,
+mergeable! {
+    #[derive(Clone, Debug, Default, Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    struct PlanSection {
+        #[serde(alias = "read_rate")]
+        read_rate: Option<SomeBytes>,
+        efficiency: Option<Fraction>,
+    }
 }
 
 /// An amount of memory that is not none.
@@ -379,51 +398,41 @@ impl Settings {
     }
 
     fn of(user: SettingsFile, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
-        let defaults = parse(DEFAULTS, Path::new("config/outliers.toml"))?;
-        let clouds = clouds(&user.brokers.clouds, environment)?;
-        let slurm = user.brokers.slurm.map(|section| section.site(here, environment.get(variables::HF_ENDPOINT)));
-        let broker = match user.broker.or(defaults.broker).as_deref() {
+        let file = user.merge(parse(DEFAULTS, Path::new("config/outliers.toml"))?);
+        let clouds = clouds(&file.brokers.clouds, environment)?;
+        let slurm = file.brokers.slurm.map(|section| section.site(here, environment.get(variables::HF_ENDPOINT)));
+        let broker = match file.broker.as_deref() {
             None | Some("auto") if clouds.iter().any(|cloud| cloud.key.is_some()) => DefaultBroker::Clouds,
             None | Some("auto") => DefaultBroker::Local,
             Some(name) => DefaultBroker::Named(name.to_owned()),
         };
+        let SettingsFile { worker, run, survey, hub, plan, .. } = file;
         let built_in = |field| missing_default(field);
-        let results = user.results.or(defaults.results).ok_or_else(|| built_in("results"))?;
-        let memory = user.worker.inspect_memory.or(defaults.worker.inspect_memory).map(|memory| memory.0);
-        let time = user.worker.inspect_time.or(defaults.worker.inspect_time);
-        let span = user.run.max_duration.or(defaults.run.max_duration);
-        let lease = user.run.lease.or(defaults.run.lease).ok_or_else(|| built_in("run.lease"))?;
-        let unclaimed = user.run.unclaimed.or(defaults.run.unclaimed).ok_or_else(|| built_in("run.unclaimed"))?;
-        let spare = user.run.spare_disk.or(defaults.run.spare_disk);
-        let limit = user.run.push_limit.or(defaults.run.push_limit);
-        let save_point = user.run.save_point_limit.or(defaults.run.save_point_limit);
-        let parallel = user.survey.max_parallel.or(defaults.survey.max_parallel);
-        let stagger = user.survey.stagger_seconds.or(defaults.survey.stagger_seconds);
-        let requests = user.hub.requests.or(defaults.hub.requests).ok_or_else(|| built_in("hub.requests"))?;
-        let rate = user.plan.read_rate.or(defaults.plan.read_rate).map(|rate| rate.0);
-        let efficiency = user.plan.efficiency.or(defaults.plan.efficiency);
+        let lease = run.lease.ok_or_else(|| built_in("run.lease"))?;
+        let unclaimed = run.unclaimed.ok_or_else(|| built_in("run.unclaimed"))?;
+        let stagger = survey.stagger_seconds.ok_or_else(|| built_in("survey.stagger-seconds"))?;
         Ok(Self {
             state: state_folder(environment)?,
-            results: here.join(results),
-            worker: user.worker.binary.or(defaults.worker.binary).map(|path| here.join(path)),
+            results: here.join(file.results.ok_or_else(|| built_in("results"))?),
+            worker: worker.binary.map(|path| here.join(path)),
             look: Limits {
-                memory: size(memory, "worker.inspect-memory")?,
-                time: time.ok_or_else(|| built_in("worker.inspect-time"))?.0,
+                memory: size(worker.inspect_memory.map(|memory| memory.0), "worker.inspect-memory")?,
+                time: worker.inspect_time.ok_or_else(|| built_in("worker.inspect-time"))?.0,
             },
             broker,
             clouds,
             slurm,
-            max_duration: span.ok_or_else(|| built_in("run.max-duration"))?.0,
+            max_duration: run.max_duration.ok_or_else(|| built_in("run.max-duration"))?.0,
             watch: GuardTimeouts { lease_s: lease.0.as_secs(), unclaimed_s: unclaimed.0.as_secs() },
-            spare_disk: size(spare, "run.spare-disk")?,
-            push_limit: size(limit, "run.push-limit")?,
-            save_point_limit: size(save_point, "run.save-point-limit")?,
-            max_parallel: parallel.ok_or_else(|| built_in("survey.max-parallel"))?.get(),
-            stagger: Duration::from_secs(stagger.ok_or_else(|| built_in("survey.stagger-seconds"))?.into()),
-            job: JobOptions { thresholds: user.thresholds.merge(defaults.thresholds), ..JobOptions::default() },
-            read_rate: size(rate, "plan.read-rate")?,
-            efficiency: efficiency.ok_or_else(|| built_in("plan.efficiency"))?.get(),
-            hub_requests: requests.get(),
+            spare_disk: size(run.spare_disk, "run.spare-disk")?,
+            push_limit: size(run.push_limit, "run.push-limit")?,
+            save_point_limit: size(run.save_point_limit, "run.save-point-limit")?,
+            max_parallel: survey.max_parallel.ok_or_else(|| built_in("survey.max-parallel"))?.get(),
+            stagger: Duration::from_secs(stagger.into()),
+            job: JobOptions { thresholds: file.thresholds, ..JobOptions::default() },
+            read_rate: size(plan.read_rate.map(|rate| rate.0), "plan.read-rate")?,
+            efficiency: plan.efficiency.ok_or_else(|| built_in("plan.efficiency"))?.get(),
+            hub_requests: hub.requests.ok_or_else(|| built_in("hub.requests"))?.get(),
             hf_token: hf_token(environment),
             hf_endpoint: environment.get(variables::HF_ENDPOINT).map(str::to_owned),
         })

@@ -65,13 +65,13 @@ impl Merge for bool {
 macro_rules! mergeable {
     (
         $(#[$($attribute:tt)*])*
-        pub struct $name:ident {
-            $($(#[$($of_field:tt)*])* pub $field:ident: $type:ty,)*
+        $seen:vis struct $name:ident {
+            $($(#[$($of_field:tt)*])* $field_seen:vis $field:ident: $type:ty,)*
         }
     ) => {
         $(#[$($attribute)*])*
-        pub struct $name {
-            $($(#[$($of_field)*])* pub $field: $type,)*
+        $seen struct $name {
+            $($(#[$($of_field)*])* $field_seen $field: $type,)*
         }
 
         impl $crate::Merge for $name {
@@ -325,7 +325,7 @@ struct Written<T>(T);
 impl<'de, T: FromStr<Err = String>> Deserialize<'de> for Written<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        text.parse().map(Self).map_err(|why: String| {
+        text.parse::<T>().map(Self).map_err(|why| {
             // Which of a list it is.
             de::Error::custom(if why.contains(&text) { why } else { format!("{text:?}: {why}") })
         })
