@@ -339,6 +339,21 @@ mod tests {
     }
 
     #[test]
+    fn a_survey_takes_every_option_of_a_job_and_every_filter() {
+        let survey = parsed(
+            "name = 's'\nmodels = ['a/b']\nweights = 'synthetic:3'\nstream-budget = '1GiB'\nablate = '7'\n\
+             [thresholds]\nmagnitude = 5\n[[model]]\nid = 'c/d'\ntier = 'secure'\nmin-cuda = '12.4'",
+        )
+        .unwrap();
+        assert_eq!(survey.job.weights.map(|weights| weights.to_string()).as_deref(), Some("synthetic:3"));
+        assert!(survey.job.stream_budget.is_some() && survey.job.ablate.is_some());
+        assert_eq!(survey.job.thresholds.threshold.map(Positive::get), Some(5.0));
+        let request = &survey.models[1].request;
+        assert!(request.tier.is_some() && request.min_cuda == Some("12.4".parse().unwrap()));
+        assert_eq!(survey.models[0].request, GpuRequest::default());
+    }
+
+    #[test]
     fn a_model_is_run_at_each_of_its_revisions() {
         let survey =
             parsed("name = 's'\n[[model]]\nid = 'a/b'\nmin_vram = 80\nrevisions = ['step5-tokens1B', 'refs/pr/1']")
@@ -393,6 +408,9 @@ mod tests {
             ("name = 's'\nexport = ['imatrices']\nmodels = ['a/b']", Some(2), "act-scales"),
             ("name = 's'\nsites = ['experts']\nmodels = ['a/b']", Some(2), "experts"),
             ("name = 's'\nmax_duration = '5 parsecs'\nmodels = ['a/b']", Some(2), "parsecs"),
+            ("name = 's'\nweights = 'web'\nmodels = ['a/b']", Some(2), "synthetic:SEED"),
+            ("name = 's'\nmodels = ['a/b']\n[thresholds]\nlayers = 1", Some(4), "layer-fraction"),
+            ("name = 's'\n[[model]]\nid = 'a/b'\ntier = 'cheap'", Some(4), "secure"),
             ("= 3", Some(1), ""),
             ("models = ['a/b']", Some(1), "name"),
         ] {
