@@ -255,7 +255,7 @@ mod tests {
         let text = "[run]\nmax-duration = '4h'\n[survey]\nmax-parallel = 7\n\
                     [thresholds]\nmagnitude = 5\nlayer-fraction = 0.5";
         std::fs::write(&file, text).unwrap();
-        Settings::resolve(Some(&file), &Environment::of(&[("HOME", "/home/me")]), folder).unwrap()
+        Settings::resolve(Some(file.as_path()), &Environment::of(&[("HOME", "/home/me")]), folder).unwrap()
     }
 
     fn typed(arguments: &[&str]) -> Command {
