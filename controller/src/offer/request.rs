@@ -1,6 +1,7 @@
 //! What is wanted of an instance: typed, written in the file of a survey, and kept in the ledger.
 //!
-//! A new filter is a field of [`GpuRequest`] (its docstring is the help text), and what [`crate::market`] says of it.
+//! A new filter is a field of [`GpuRequest`] (its docstring is the help text), and what
+//! [`crate::market`] says of it.
 
 use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Args, Command, FromArgMatches, Id};
 use outliers_protocol::{Positive, mergeable, whole};

@@ -1,7 +1,8 @@
-//! The job's options, as they are typed on both command lines and written in files. Any of them may be missing.
+//! The job's options, as they are typed on both command lines and written in files. Any of them may
+//! be missing.
 //!
-//! A new option is a field of [`JobOptions`] (its docstring is the help text), a field of [`JobSpec`], and the line of
-//! [`JobOptions::job`] that connects them.
+//! A new option is a field of [`JobOptions`] (its docstring is the help text), a field of
+//! [`JobSpec`], and the line of [`JobOptions::job`] that connects them.
 
 use std::io;
 use std::path::{Path, PathBuf};
