@@ -18,6 +18,8 @@ use outliers_tests::hub::{MockHub, Repo};
 use outliers_tests::noise;
 use outliers_tests::programs::{golden, run_worker, workspace};
 
+mod kills;
+
 /// Nothing listens there.
 const NOBODY: &str = "http://127.0.0.1:9";
 const HUB_MODEL: &str = "owner/tiny-olmoe";
@@ -130,6 +132,21 @@ fn a_checkpoint_in_a_folder_of_the_cluster_needs_no_network() {
 }
 
 #[test]
+fn a_job_whose_checkpoint_is_on_the_cluster_is_given_no_token() {
+    let Some((cluster, context, _hub)) = office_cut_off() else { return };
+    let context = context.with("HF_TOKEN", "hf_of_a_person");
+    let there = format!("local:{}", golden("olmoe-bf16").join("model").display());
+    let _ = context.run(hub_deploy(&["--weights", &there, "--keep-running"])).ok();
+    let texts = || std::process::Command::new("grep").args(["-rl", "hf_of_a_person"]).arg(cluster.leases()).output();
+    let found = texts().unwrap();
+    assert!(cluster.leases().exists() && found.stdout.is_empty(), "{found:?}");
+    let listed = context.json(&["instances", "list", "--broker", "slurm"]);
+    let id = listed["instances"][0]["id"].as_str().expect("it is kept").to_owned();
+    let _ = context.run(["instances", "terminate", &id, "--broker", "slurm", "-y"]).ok();
+    assert!(!cluster.leases().exists(), "nothing is left");
+}
+
+#[test]
 fn a_model_in_a_hub_cache_of_the_cluster_is_read_there() {
     let Some((cluster, context, _hub)) = office_cut_off() else { return };
     let home = cluster.sshd.home().join("hf");
@@ -143,34 +160,41 @@ fn a_model_in_a_hub_cache_of_the_cluster_is_read_there() {
     context.assert_nothing_left();
 }
 
-#[test]
-fn a_survey_has_no_more_jobs_at_a_time_than_it_may() {
-    let Some((cluster, context)) = office() else { return };
-    for model in ["qwen3-moe", "glm4-moe"] {
-        let into = context.work().join("models").join(model);
+const SURVEY: [&str; 8] = ["survey", "three.toml", "-y", "--broker", "slurm", "--gpu-count", "0", "--push-model"];
+
+/// Writes the survey of [`SURVEY`], and its models.
+fn survey_of_three(context: &TestContext) {
+    for (name, model) in [("one", "qwen3-moe"), ("two", "glm4-moe"), ("three", "qwen3-moe")] {
+        let into = context.work().join("models").join(name);
         std::fs::create_dir_all(&into).unwrap();
         for entry in std::fs::read_dir(golden(model).join("model")).unwrap() {
             let entry = entry.unwrap();
             std::fs::copy(entry.path(), into.join(entry.file_name())).unwrap();
         }
     }
-    let text = "name = \"two\"\nnum-sequences = 2\nsequence-length = 32\nprecision = \"f32\"\n\
-                models = [\"./models/qwen3-moe\", \"./models/glm4-moe\"]\n";
-    std::fs::write(context.work().join("two.toml"), text).unwrap();
+    let text = "name = \"three\"\nnum-sequences = 2\nsequence-length = 32\nprecision = \"f32\"\n\
+                models = [\"./models/one\", \"./models/two\", \"./models/three\"]\n";
+    std::fs::write(context.work().join("three.toml"), text).unwrap();
+}
+
+#[test]
+fn a_survey_has_no_more_jobs_at_a_time_than_it_may() {
+    let Some((cluster, context)) = office() else { return };
+    survey_of_three(&context);
     let settings = format!("[survey]\nstagger-seconds = 0\n{}", cluster.settings());
     std::fs::write(context.work().join("mine.toml"), settings).unwrap();
     cluster.goes_wrong("hold", "Priority").unwrap();
-    let words = ["survey", "two.toml", "-y", "--broker", "slurm", "--gpu-count", "0", "--push-model"];
-    let mut child = context.start(words.iter().chain(&["--max-parallel", "1"]));
-    context.wait_for("the queue", || context.stderr().contains("Priority"));
+    let mut child = context.start(SURVEY.iter().chain(&["--max-parallel", "2"]));
+    context.wait_for("the queue", || context.stderr().contains("Priority") && cluster.jobs() == 2);
     // Another one would be submitted by now.
     let looks = cluster.asked("squeue");
     context.wait_for("more looks", || cluster.asked("squeue") > looks + 2);
-    assert_eq!(cluster.jobs(), 1, "{}", context.stderr());
+    assert_eq!(cluster.jobs(), 2, "{}", context.stderr());
     cluster.goes_well("hold");
     let status = child.wait().unwrap();
     assert!(status.success(), "{}", context.stderr());
-    assert!(cluster.jobs() == 2 && !cluster.leases().exists(), "{}", context.stderr());
+    assert_eq!((cluster.jobs(), cluster.most_jobs()), (3, 2), "one job per model: {}", context.stderr());
+    assert!(!cluster.leases().exists(), "{}", context.stderr());
     context.assert_nothing_left();
 }
 
@@ -231,15 +255,23 @@ fn what_a_killed_controller_left_is_brought_home_by_attach() {
     context.assert_nothing_left();
 }
 
-#[test]
-fn a_job_that_is_put_back_into_the_queue_in_mid_pass_works_on() {
-    let Some((cluster, context)) = office() else { return };
+/// Starts a run of so many sequences; returns when it is in mid-pass, with this layer.
+fn busy(cluster: &Cluster, context: &TestContext, sequences: &str, layer: u32, more: &[&str]) -> std::process::Child {
     let model = context.work().join("model");
     let model = model.to_str().unwrap();
     assert!(run_worker(["demo-model", "--output", model]).status.success());
     let words = ["deploy", "-y", "--broker", "slurm", "--gpu-count", "0", "--push-model", "--model", model];
-    let mut child = context.start(words.iter().chain(&["--num-sequences", "60", "--sequence-length", "512"]));
-    context.wait_for("the worker to be busy", || says_of_a_run(&cluster, files::PROGRESS, "\"layers\",\"layer\":1"));
+    let job = ["--num-sequences", sequences, "--sequence-length", "512"];
+    let child = context.start(words.iter().chain(&job).chain(more));
+    let at = format!("\"layers\",\"layer\":{layer}");
+    context.wait_for("the worker to be busy", || says_of_a_run(cluster, files::PROGRESS, &at));
+    child
+}
+
+#[test]
+fn a_job_that_is_put_back_into_the_queue_in_mid_pass_works_on() {
+    let Some((cluster, context)) = office() else { return };
+    let mut child = busy(&cluster, &context, "60", 1, &[]);
     cluster.says("scontrol", &["requeue", "1"]);
     assert!(!says_of_a_run(&cluster, files::MANIFEST, ""), "it was in mid-pass");
     let status = child.wait().unwrap();
@@ -247,6 +279,53 @@ fn a_job_that_is_put_back_into_the_queue_in_mid_pass_works_on() {
     assert_eq!((context.results().sequences, cluster.jobs()), (60, 1), "{}", context.stderr());
     assert!(!cluster.leases().exists(), "something is left in scratch");
     context.assert_nothing_left();
+}
+
+/// What there is of a run that was cut off came home, and nothing of it is left.
+fn was_cut_off(code: Option<i32>, cluster: &Cluster, context: &TestContext) {
+    assert_eq!(code, Some(4), "{}", context.stderr());
+    let runs = context.json(&["runs", "list"]);
+    let run = &runs["runs"][0];
+    assert_eq!(run["state"]["ending"]["ending"], "deadline", "{runs:#}");
+    assert_eq!(run["state"]["results"]["complete"], false, "{runs:#}");
+    let folder = Path::new(run["state"]["results"]["folder"].as_str().expect("what there is came home"));
+    assert!(folder.join(files::PROGRESS).exists() && folder.join(files::LOG).exists(), "{runs:#}");
+    assert!(!cluster.leases().exists(), "something is left in scratch");
+    context.assert_nothing_left();
+}
+
+#[test]
+fn a_job_whose_time_is_up_brings_home_what_there_is() {
+    let Some((cluster, context)) = office() else { return };
+    let mut child = busy(&cluster, &context, "60", 1, &[]);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let mut leases = std::fs::read_dir(cluster.leases()).unwrap().map(|entry| entry.unwrap().path());
+    let lease = leases.find(|path| path.join("ends").exists()).expect("the job has begun");
+    std::fs::write(lease.join("ends"), format!("{now}\n")).unwrap();
+    cluster.goes_wrong("end", "TIMEOUT").unwrap();
+    let code = child.wait().unwrap().code();
+    assert_eq!(cluster.jobs(), 1, "what the time limit ended is not submitted again: {}", context.stderr());
+    was_cut_off(code, &cluster, &context);
+}
+
+/// The shortest time limit that Slurm has is a minute, and it looks twice a minute.
+#[test]
+#[ignore = "takes two minutes: cargo test --test outliers -- --ignored ended_by_slurm_itself"]
+fn a_job_at_its_time_limit_is_ended_by_slurm_itself() {
+    let Some(cluster) = Cluster::real().unwrap() else { return };
+    let context = context(&cluster);
+    let text = context.work().join("long.txt");
+    std::fs::write(&text, "All that glisters is not gold; often have you heard that told. ".repeat(200_000)).unwrap();
+    let more = ["--max-duration", "1m", "--allow-cut-short", "--corpus", text.to_str().unwrap()];
+    let mut child = busy(&cluster, &context, "1000", 0, &more);
+    // A controller that is there stops the worker in time.
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let live = || cluster.says("squeue", &["-h", "-t", "PENDING,RUNNING,COMPLETING"]);
+    context.wait_for("Slurm to end it", || live().is_empty());
+    let job = cluster.says("scontrol", &["--oneliner", "show", "job"]);
+    assert!(job.contains("JobState=TIMEOUT"), "{job}");
+    was_cut_off(context.run(["attach"]).code, &cluster, &context);
 }
 
 /// Whether a file of a run on the cluster is there and holds this.

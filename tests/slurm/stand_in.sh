@@ -10,11 +10,24 @@
 #   end          what runs at the next look has ended, in this state
 #   forget       the queue shows no job that has ended
 #   accounting   jobs are accounted
+#   strike       `N before PID` or `N after PID`: at the N-th command of all, that process is killed
+# asked has every command, and live how many jobs there were at a time when one was submitted.
 state=${SLURM_STAND_IN:?}
 jobs=$state/jobs
 mkdir -p "$jobs"
 me=${0##*/}
 echo "$me $*" >> "$state/asked"
+
+strike() {
+    [ -f "$state/strike" ] || return 0
+    read -r at moment pid < "$state/strike"
+    if [ "$moment" = "$1" ] && [ "$(wc -l < "$state/asked")" -ge "$at" ]; then
+        rm "$state/strike"
+        kill -KILL "$pid"
+    fi
+}
+trap 'strike after' EXIT
+strike before
 
 fail() { echo "$1" >&2; exit 1; }
 [ -f "$state/busy" ] && fail "$me: error: $(cat "$state/busy")"
@@ -27,6 +40,16 @@ start() {
         SLURM_JOB_ID=${1##*/} setsid sh "$1/script" < /dev/null >> job.log 2>&1 &
         echo $! > "$1/pid"
     )
+}
+
+# Jobs that wait or run.
+live() {
+    count=0
+    for job in "$jobs"/*/; do
+        [ ! -f "$job/over" ] || continue
+        if [ ! -f "$job/pid" ] || kill -0 "$(cat "$job/pid")" 2> /dev/null; then count=$((count + 1)); fi
+    done
+    echo $count
 }
 
 # Asks all processes of a job to end, and ends them.
@@ -71,6 +94,7 @@ submit() {
     for field in name chdir time partition; do eval "printf '%s\n' \"\$$field\" > \"$jobs/$id/$field\""; done
     [ -n "$output" ] || fail 'sbatch: the output would lie anywhere'
     [ -f "$state/hold" ] || start "$jobs/$id"
+    live >> "$state/live"
     if [ -f "$state/lose-reply" ]; then
         rm "$state/lose-reply"
         fail 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation'
@@ -89,7 +113,8 @@ queue() {
         fi
         starts=N/A ends=N/A node='' reason=None
         if [ -f "$state/end" ] && [ -f "$job/pid" ] && [ ! -f "$job/over" ]; then
-            kill -KILL -"$(cat "$job/pid")"
+            # What has used up its time is asked first.
+            if grep -q TIMEOUT "$state/end"; then stop "$job"; else kill -KILL -"$(cat "$job/pid")"; fi
             cp "$state/end" "$job/over"
         fi
         if [ -f "$job/over" ]; then

@@ -187,6 +187,19 @@ impl Cluster {
         fs::read_dir(self.folder.path().join("jobs")).map_or(0, Iterator::count)
     }
 
+    /// The most jobs that waited or ran at the same time before the stand-in.
+    pub fn most_jobs(&self) -> usize {
+        let live = fs::read_to_string(self.folder.path().join("live")).unwrap_or_default();
+        live.lines().filter_map(|line| line.trim().parse().ok()).max().unwrap_or(0)
+    }
+
+    /// The names of all jobs that were submitted to the stand-in.
+    pub fn job_names(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.folder.path().join("jobs")).into_iter().flatten().filter_map(Result::ok);
+        let name = |job: fs::DirEntry| fs::read_to_string(job.path().join("name")).unwrap_or_default();
+        entries.map(|job| name(job).trim().to_owned()).collect()
+    }
+
     /// How often the stand-in was asked something that begins so.
     pub fn asked(&self, what: &str) -> usize {
         let asked = fs::read_to_string(self.folder.path().join("asked")).unwrap_or_default();
@@ -229,7 +242,7 @@ fn configuration(folder: &Path, name: &str, plugins: &Path) -> Result<String> {
          StateSaveLocation={folder}/state\nSlurmdSpoolDir={folder}/spool\n\
          SlurmctldPidFile={folder}/slurmctld.pid\nSlurmdPidFile={folder}/slurmd.pid\n\
          ProctrackType=proctrack/pgid\nTaskPlugin=task/none\nSwitchType=switch/none\nMpiDefault=none\n\
-         ReturnToService=2\nSelectType=select/cons_tres\nSelectTypeParameters=CR_Core\n\
+         ReturnToService=2\nOverTimeLimit=0\nKillWait=5\nSelectType=select/cons_tres\nSelectTypeParameters=CR_Core\n\
          JobAcctGatherType=jobacct_gather/none\nAccountingStorageType=accounting_storage/none\nJobRequeue=1\n\
          NodeName={name} NodeAddr=127.0.0.1 CPUs={processors} RealMemory=2000 State=UNKNOWN\n\
          PartitionName=cpu Nodes={name} Default=YES MaxTime=1-00:00:00 State=UP\n"

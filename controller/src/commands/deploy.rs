@@ -142,15 +142,15 @@ pub(super) async fn deploy(context: &Context, asked: &DeployRequest) -> Result<O
     let identity = identity(context, &job)?;
     let key = identity.key(&clouds.names());
     let hosts = context.hosts_for(&worker);
-    let secrets = secrets(context, &job, 1);
     let bad_hosts = BadHosts::default();
-    let ports = ports(&clouds, &bad_hosts, &hosts, &secrets);
+    let ports = ports(&clouds, &bad_hosts, &hosts, &[]);
     let ledger = context.ledger()?;
     if !asked.dry_run
         && let Some(run) = reconcile(reporter, &ledger, ports, &key).await?
     {
         reporter.picked_up(run.record());
-        return drive_as(reporter, run, ports, asked.terms.detach).await.map(Some);
+        let secrets = secrets(context, &run.record().spec.job, 1);
+        return drive_as(reporter, run, Ports { secrets: &secrets, ..ports }, asked.terms.detach).await.map(Some);
     }
     tell_of_the_same(reporter, &ledger, &identity)?;
     let run_request = RunRequest { job, job_key: key, terms: asked.terms.clone() };
@@ -173,7 +173,9 @@ pub(super) async fn deploy(context: &Context, asked: &DeployRequest) -> Result<O
     if run.record().spec.quote.ceiling.is_some() {
         reporter.say(&format!("It costs at most {at_most}"));
     }
-    drive_as(reporter, run, ports, asked.terms.detach).await.map(Some)
+    // A checkpoint that lies on a cluster needs no token.
+    let secrets = secrets(context, &run.record().spec.job, 1);
+    drive_as(reporter, run, Ports { secrets: &secrets, ..ports }, asked.terms.detach).await.map(Some)
 }
 
 /// Whether an instance that nobody looks after ends on each of these clouds.

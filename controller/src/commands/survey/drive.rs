@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use futures::{StreamExt, stream};
+use outliers_protocol::JobSpec;
 use tokio::sync::watch;
 
 use super::tell::estimate;
@@ -72,21 +73,21 @@ impl Session<'_> {
     /// Runs that were left come first: they bill already. At most this many at a time.
     fn tasks(&self, todo: Vec<Todo>, parallel: usize) -> Vec<Task> {
         let mut tasks: Vec<Task> = Vec::new();
+        // A checkpoint that lies on a cluster needs no token, and its worker waits for no turn.
+        let of_job = |job: &JobSpec| (secrets(self.context, job, parallel), job.asks_the_hub());
         for (model, todo) in self.models.iter().zip(todo) {
-            let (begin, estimate) = match todo {
+            let ((secrets, asks_the_hub), begin, estimate) = match todo {
                 Todo::Nothing => continue,
                 Todo::PickUp(run) => {
                     let offer = run.state().offer();
                     let estimate = offer.and_then(|offer| run.record().spec.work.on(offer).cost);
-                    (Begin::Left(run), estimate)
+                    (of_job(&run.record().spec.job), Begin::Left(run), estimate)
                 }
                 Todo::Run(prepared) => {
                     let estimate = estimate(&prepared).and_then(|estimate| estimate.cost);
-                    (Begin::Anew(Box::new(prepared.signed())), estimate)
+                    (of_job(&prepared.spec.job), Begin::Anew(Box::new(prepared.signed())), estimate)
                 }
             };
-            let job = &model.identity.job;
-            let (secrets, asks_the_hub) = (secrets(self.context, job, parallel), job.asks_the_hub());
             let estimate = estimate.unwrap_or(Usd::ZERO);
             tasks.push(Task { name: model.entry.name.clone(), secrets, asks_the_hub, begin, estimate });
         }

@@ -1,0 +1,113 @@
+//! kill -9 of the real controller at commands to a cluster and at moments between them; then
+//! `attach`, or the same command once more where it had not begun.
+//!
+//! `tests/kills.sh N slurm` strikes at N points.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use outliers_tests::tell;
+use serde_json::Value;
+
+use super::*;
+
+const FIXTURE: &str = "llama-f32";
+/// Without being asked for more.
+const POINTS: usize = 8;
+
+/// Where the controller dies.
+#[derive(Clone, Copy, Debug)]
+enum Point {
+    /// At the n-th of Slurm's commands, from 1 on.
+    Command(usize, &'static str),
+    /// After this part of the time that a run takes.
+    Time(f64),
+}
+
+/// Half of them before and after commands, the others at times between.
+fn points(count: usize, commands: usize) -> Vec<Point> {
+    let all: Vec<Point> = (1..=commands).flat_map(|n| ["before", "after"].map(|when| Point::Command(n, when))).collect();
+    let kept = all.len().min(count.div_ceil(2));
+    let times = count - kept;
+    let of_commands = (0..kept).map(|i| all[i * all.len() / kept]);
+    of_commands.chain((0..times).map(|i| Point::Time((i as f64 + 0.5) / times as f64))).collect()
+}
+
+/// One point: whether the controller was still there to be struck.
+fn strike(point: Point, whole: Duration) -> bool {
+    let (cluster, context) = office().expect("there was a server a moment ago");
+    let mut controller = context.start(deploy(FIXTURE));
+    match point {
+        // It looks at the model before it asks for anything.
+        Point::Command(number, when) => {
+            cluster.goes_wrong("strike", &format!("{number} {when} {}\n", controller.id())).unwrap();
+        }
+        Point::Time(share) => {
+            std::thread::sleep(whole.mul_f64(share));
+            controller.kill().unwrap();
+        }
+    }
+    let died = controller.wait().expect("it was started here").code().is_none();
+    cluster.goes_well("strike");
+    let what = format!("{point:?}");
+    let runs = context.json(&["runs", "list"]);
+    let runs = runs["runs"].as_array().expect("a list");
+    let again = match runs.iter().find(|run| run["state"]["state"] != "closed") {
+        Some(_) => Some(context.run(["attach"])),
+        None if runs.iter().any(is_whole) => None,
+        None => Some(context.run(deploy(FIXTURE))),
+    };
+    assert!(again.as_ref().is_none_or(|said| said.code == Some(0)), "{what}: {again:?}");
+    agreed(&cluster, &context, &what);
+    died
+}
+
+fn is_whole(run: &Value) -> bool {
+    run["state"]["results"]["complete"] == true
+}
+
+/// The closing assertion: at most one job per intent, none of them in the queue, nothing in
+/// scratch, and whole results of a run that is closed.
+fn agreed(cluster: &Cluster, context: &TestContext, what: &str) {
+    let names = cluster.job_names();
+    let apart: BTreeSet<&String> = names.iter().collect();
+    assert_eq!(apart.len(), names.len(), "{what}: two jobs of one intent: {names:?}");
+    let format = "--format=@job %i|%T|%r|%P|%S|%e|%N|%j";
+    let queue = cluster.says("squeue", &["--me", "--noheader", "--states=all", format]);
+    let live = ["|RUNNING|", "|PENDING|"].iter().any(|word| queue.contains(word));
+    assert!(!live && !cluster.leases().exists(), "{what}: something is left: {queue}");
+    let runs = context.json(&["runs", "list"]);
+    let runs = runs["runs"].as_array().expect("a list");
+    assert!(runs.iter().all(|run| run["state"]["state"] == "closed"), "{what}: {runs:#?}");
+    let whole: Vec<&Value> = runs.iter().filter(|run| is_whole(run)).collect();
+    assert_eq!(whole.len(), 1, "{what}: {runs:#?}");
+    let folder = Path::new(whole[0]["state"]["results"]["folder"].as_str().expect("a path"));
+    let results = std::fs::read(folder.join(files::RESULTS)).expect("whole results are there");
+    let results = serde_json::from_slice(&results).expect("results");
+    assert_statistics_equal(&golden(FIXTURE).join("outliers.json"), &results);
+    context.assert_nothing_left();
+}
+
+#[test]
+fn killed_at_any_point_the_controller_of_a_job_leaves_nothing_and_loses_nothing() {
+    let Some((cluster, context)) = office() else { return };
+    // The first run of all may have to wait for the programs to be built.
+    let _ = context.run(["completions", "bash"]).ok();
+    let begun = Instant::now();
+    let _ = context.run(deploy(FIXTURE)).ok();
+    let (whole, commands) = (begun.elapsed(), cluster.asked(""));
+    drop((cluster, context));
+    let wanted = std::env::var("OUTLIERS_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(POINTS);
+    let points = points(wanted, commands);
+    let (next, died) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let strike_all = || {
+        while let Some(point) = points.get(next.fetch_add(1, Ordering::SeqCst)) {
+            died.fetch_add(usize::from(strike(*point, whole)), Ordering::SeqCst);
+        }
+    };
+    // Most of the time is waiting.
+    std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(strike_all))));
+    let (died, seconds) = (died.into_inner(), whole.as_secs_f64());
+    tell(&format!("{commands} commands in {seconds:.1} s; of {} controllers {died} died of it", points.len()));
+    assert!(died * 2 >= points.len(), "only {died} of {} were still there to be struck", points.len());
+}
