@@ -320,6 +320,10 @@ pub struct DeployArgs {
     /// Budget of this run in USD: nothing is rented that could exceed it by its time limit.
     #[arg(long, value_name = "USD", allow_negative_numbers = true, help_heading = MONEY)]
     pub budget: Option<Positive>,
+    /// Most time of GPUs that this run may take, in GPU-hours: nothing is rented that could exceed it
+    /// by its time limit. Time in a queue does not count.
+    #[arg(long, value_name = "HOURS", allow_negative_numbers = true, help_heading = MONEY)]
+    pub max_gpu_hours: Option<Positive>,
     /// Show the plan, the offer and its cost; rent nothing.
     #[arg(long, help_heading = MONEY)]
     pub dry_run: bool,
@@ -356,6 +360,10 @@ pub struct SurveyArgs {
     /// limits [default: the file's].
     #[arg(long, value_name = "USD", allow_negative_numbers = true, help_heading = MONEY)]
     pub budget: Option<Positive>,
+    /// The same of the time of GPUs, in GPU-hours. Time in a queue does not count [default: the
+    /// file's].
+    #[arg(long, value_name = "HOURS", allow_negative_numbers = true, help_heading = MONEY)]
+    pub max_gpu_hours: Option<Positive>,
     /// Run failed models again.
     #[arg(long, help_heading = MONEY)]
     pub rerun_failed: bool,
@@ -785,7 +793,8 @@ mod tests {
 
     #[test]
     fn numbers_are_such_as_somebody_can_mean() {
-        let deploy = ["--max-price", "--budget", "--min-vram", "--max-duration"].map(|option| ("deploy", option));
+        let deploy = ["--max-price", "--budget", "--max-gpu-hours", "--min-vram", "--max-duration"];
+        let deploy = deploy.map(|option| ("deploy", option));
         let plan = ["--price", "--bandwidth", "--tflops", "--max-price"].map(|option| ("plan", option));
         for (command, option) in deploy.into_iter().chain(plan) {
             for text in ["-1", "nan", "inf", "cheap", "1e99", "0"] {

@@ -18,7 +18,7 @@ use crate::host::HostEvent;
 use crate::ledger::{LedgerError, Meter, RUN_FILE, RunRecord, RunWriter};
 use crate::local_worker::corpus_files;
 use crate::run::{FailureDetail, Intent, RunEvent, RunFailureKind, RunOutcome, RunState};
-use crate::units::{Span, Usd, UsdPerHour};
+use crate::units::{GpuTime, Span, Usd, UsdPerHour};
 use crate::waiting::{Failed, told};
 
 mod collect;
@@ -118,6 +118,8 @@ pub enum RunNote {
     },
     /// Runs under way have reserved the rest of the budget: it waits until so much is free.
     BudgetReserved(Usd),
+    /// Runs under way have reserved the rest of --max-gpu-hours: it waits until so much is free.
+    GpuTimeReserved(GpuTime),
     /// Its worker waits for its turn beside others that read from the hub.
     TurnAwaited {
         /// How long.

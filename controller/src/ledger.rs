@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::broker::Offer;
 use crate::files::{MOST, create_private_folder, make_private, read_text, write_whole};
 use crate::run::{self, IllegalEvent, Intent, RunEvent, RunSpec, RunState};
-use crate::units::{Usd, UsdPerHour};
+use crate::units::{GpuTime, Usd, UsdPerHour};
 
 mod repair;
 
@@ -137,15 +137,15 @@ impl Meter {
     }
 }
 
-/// What there is of a budget.
+/// What there is of a budget, of money or of time of GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BudgetStatus {
+pub struct BudgetStatus<Amount = Usd> {
     /// All of it.
-    pub budget: Usd,
+    pub budget: Amount,
     /// What nobody has spent, or may still spend until the time limits of the instances there are or may be.
-    pub left: Usd,
+    pub left: Amount,
     /// What may be left if the other runs under way cost nothing more than they have.
-    pub at_best: Usd,
+    pub at_best: Amount,
 }
 
 impl RunRecord {
@@ -235,6 +235,51 @@ impl RunRecord {
             state = new;
         }
         (gone, present)
+    }
+
+    /// What the run's instances have had of GPUs until `now_ms`. The time of an instance begins when
+    /// it was first spoken to, since one that waits in a queue has no GPUs; it begins with the create
+    /// call, and has no more than the time limit, where the instance was given up before that.
+    pub fn gpu_time(&self, now_ms: u64) -> GpuTime {
+        let (gone, present) = self.gpu_times();
+        let now = present.and_then(|(offer, since_ms)| Some(gpus_since(offer, since_ms?, now_ms)));
+        GpuTime::from_seconds(gone.saturating_add(now.map_or(0, GpuTime::seconds)))
+    }
+
+    /// The same when the time of the instance that exists or may exist is up.
+    pub fn gpu_time_at_most(&self, now_ms: u64) -> GpuTime {
+        let (gone, present) = self.gpu_times();
+        let most = present.map_or(0, |(offer, since_ms)| {
+            let so_far = since_ms.map_or(0, |since_ms| gpus_since(offer, since_ms, now_ms).seconds());
+            self.spec.gpu_time(offer).seconds().max(so_far)
+        });
+        GpuTime::from_seconds(gone.saturating_add(most))
+    }
+
+    /// GPU-seconds of instances that are gone; of the one that is there or may be, the offer and when
+    /// it was first spoken to.
+    fn gpu_times(&self) -> (i64, Option<(&Offer, Option<u64>)>) {
+        let limit_ms = self.spec.max_duration_s.saturating_mul(1000);
+        let (mut gone, mut asked_ms, mut since_ms) = (0_i64, self.created_at_ms, None);
+        let mut state = RunState::initial();
+        for entry in &self.events {
+            let Ok(new) = run::next(&state, &entry.event) else { break };
+            match &entry.event {
+                RunEvent::Creating { .. } => (asked_ms, since_ms) = (entry.at_ms, None),
+                RunEvent::Reached { .. } => since_ms = Some(entry.at_ms),
+                RunEvent::Gone | RunEvent::Vanished => {
+                    let given_up = matches!(state, RunState::Discarding { .. });
+                    let at_most = asked_ms.max(entry.at_ms.saturating_sub(limit_ms));
+                    let since_ms = since_ms.take().or(given_up.then_some(at_most));
+                    if let (Some(offer), Some(since_ms)) = (state.offer(), since_ms) {
+                        gone = gone.saturating_add(gpus_since(offer, since_ms, entry.at_ms).seconds());
+                    }
+                }
+                _ => {}
+            }
+            state = new;
+        }
+        (gone, self.state.offer().map(|offer| (offer, since_ms)))
     }
 
     /// What must not be exceeded, by this run and those it shares the budget with.
@@ -674,16 +719,24 @@ impl RunWriter {
         Ok(&self.record.state)
     }
 
-    /// Writes the intent to rent, unless the budget does not pay for it any more: `worst` is what the instance may cost until its
-    /// time limit. Runs that share the budget cannot do so at the same time.
+    /// Writes the intent to rent, unless the budget of money or of GPUs does not allow for it any
+    /// more: `worst` is what the instance may cost until its time limit. Runs that share the budget
+    /// cannot do so at the same time.
     ///
     /// # Errors
     /// As [`Self::append`].
     pub fn reserve(&mut self, intent: Intent, worst: Usd) -> Result<bool, LedgerError> {
         let ledger = self.ledger.clone();
         atomically(&ledger.connection(), |connection| {
+            let now = ledger.now_ms();
             if let Some(budget) = self.record.budget()
-                && worst > less(budget, &self.sharers(connection)?, |run| run.at_most(ledger.now_ms()))
+                && worst > less(budget, &self.sharers(connection)?, |run| run.at_most(now))
+            {
+                return Ok(false);
+            }
+            if let Some(most) = self.record.spec.max_gpu_time
+                && self.record.spec.gpu_time(&intent.offer)
+                    > without(most, &self.sharers(connection)?, |run| run.gpu_time_at_most(now))
             {
                 return Ok(false);
             }
@@ -699,19 +752,40 @@ impl RunWriter {
     /// What the file system or SQLite says.
     pub fn budget_status(&self) -> Result<Option<BudgetStatus>, LedgerError> {
         let Some(budget) = self.record.budget() else { return Ok(None) };
-        let runs = self.sharers(&self.ledger.connection()).map_err(|error| self.ledger.named(error))?;
+        let (runs, others_under_way) = self.sharers_and_driven()?;
         let now = self.now_ms();
-        let mut others_under_way = Vec::new();
-        for run in &runs {
-            if run.id != self.record.id && !run.state.is_at_rest() && self.ledger.is_driven(&run.id)? {
-                others_under_way.push(run.id.clone());
-            }
-        }
         let at_best = |run: &RunRecord| {
             if others_under_way.contains(&run.id) { run.cost(now) } else { run.at_most(now) }
         };
         let left = less(budget, &runs, |run| run.at_most(now));
         Ok(Some(BudgetStatus { budget, left, at_best: less(budget, &runs, at_best) }))
+    }
+
+    /// What there is of the GPUs' time that the run may take, if that is limited.
+    ///
+    /// # Errors
+    /// What the file system or SQLite says.
+    pub fn gpu_budget_status(&self) -> Result<Option<BudgetStatus<GpuTime>>, LedgerError> {
+        let Some(budget) = self.record.spec.max_gpu_time else { return Ok(None) };
+        let (runs, others_under_way) = self.sharers_and_driven()?;
+        let now = self.now_ms();
+        let at_best = |run: &RunRecord| {
+            if others_under_way.contains(&run.id) { run.gpu_time(now) } else { run.gpu_time_at_most(now) }
+        };
+        let left = without(budget, &runs, |run| run.gpu_time_at_most(now));
+        Ok(Some(BudgetStatus { budget, left, at_best: without(budget, &runs, at_best) }))
+    }
+
+    /// [`Self::sharers`], and the ids of those that other processes or tasks drive.
+    fn sharers_and_driven(&self) -> Result<(Vec<RunRecord>, Vec<String>), LedgerError> {
+        let runs = self.sharers(&self.ledger.connection()).map_err(|error| self.ledger.named(error))?;
+        let mut driven = Vec::new();
+        for run in &runs {
+            if run.id != self.record.id && !run.state.is_at_rest() && self.ledger.is_driven(&run.id)? {
+                driven.push(run.id.clone());
+            }
+        }
+        Ok((runs, driven))
     }
 
     /// This run, and those with which it shares its budget. One of these that cannot be read is an
@@ -759,6 +833,16 @@ fn may_be_of(connection: &Connection, run: &str, survey: &str) -> Result<bool, L
 fn less(budget: Usd, runs: &[RunRecord], takes: impl Fn(&RunRecord) -> Usd) -> Usd {
     let taken: Usd = runs.iter().map(takes).sum();
     Usd::from_micros(budget.micros() - taken.micros())
+}
+
+/// The same of time of GPUs.
+fn without(budget: GpuTime, runs: &[RunRecord], takes: impl Fn(&RunRecord) -> GpuTime) -> GpuTime {
+    let taken = runs.iter().fold(0_i64, |sum, run| sum.saturating_add(takes(run).seconds()));
+    GpuTime::from_seconds(budget.seconds().saturating_sub(taken))
+}
+
+fn gpus_since(offer: &Offer, since_ms: u64, to_ms: u64) -> GpuTime {
+    GpuTime::of(offer.gpu_count, Duration::from_millis(to_ms.saturating_sub(since_ms)))
 }
 
 /// Why the ledger could not be read or written.
@@ -917,6 +1001,7 @@ pub(crate) mod tests {
             max_duration_s: 60,
             watch: GuardTimeouts::NEVER,
             budget: None,
+            max_gpu_time: None,
             quote: Quote::default(),
             only_in_time: false,
             results: "/r".into(),
@@ -1201,6 +1286,73 @@ pub(crate) mod tests {
             "what nobody drives gives nothing back before its time is up"
         );
         assert_eq!(ledger.plan(&spec()).unwrap().budget_status().unwrap(), None);
+    }
+
+    /// The intent to have two GPUs for the run's minute: 120 GPU-seconds.
+    fn two_gpus() -> (Intent, Usd) {
+        let tag = LeaseTag { owner: "o".into(), run: "r".into(), nonce: "n".into(), deadline: now_ms() / 1000 + 60 };
+        (Intent { offer: Offer::new("fake", "o".into(), 2, UsdPerHour::default()), tag }, Usd::ZERO)
+    }
+
+    #[test]
+    fn runs_of_a_survey_cannot_together_pass_its_time_of_gpus() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let of_survey = || RunSpec { budget: None, max_gpu_time: Some(GpuTime::from_seconds(300)), ..member(1.0) };
+        let mut runs = [0, 1, 2].map(|_| ledger.plan(&of_survey()).unwrap());
+        let reserved = runs.each_mut().map(|run| {
+            let (intent, worst) = two_gpus();
+            run.reserve(intent, worst).unwrap()
+        });
+        assert_eq!(reserved, [true, true, false], "2 x 120 GPU-seconds of 300");
+        let [mut first, second, third] = runs;
+        let left = |run: &RunWriter| {
+            let status = run.gpu_budget_status().unwrap().unwrap();
+            (status.left.seconds(), status.at_best.seconds())
+        };
+        assert_eq!(left(&third), (60, 300), "jobs that wait have taken nothing yet");
+        first.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
+        first.append(RunEvent::Stopped { ending: RunOutcome::Cancelled }).unwrap();
+        first.append(RunEvent::Gone).unwrap();
+        assert_eq!(left(&third), (180, 300), "it waited in a queue and had no GPUs");
+        drop(second);
+        assert_eq!(left(&third), (180, 180), "what nobody drives gives nothing back before its time is up");
+        assert_eq!(ledger.plan(&spec()).unwrap().gpu_budget_status().unwrap(), None);
+    }
+
+    #[test]
+    fn the_time_of_gpus_begins_when_a_job_runs() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Ledger::open(folder.path()).unwrap().plan(&spec()).unwrap();
+        let creating = || RunEvent::Creating { intent: Box::new(two_gpus().0) };
+        let created = || RunEvent::Created { instance: InstanceId("i".into()), price: None };
+        let discarded = || RunEvent::Discarded { reason: "x".into(), lost: false };
+        let reached = RunEvent::Reached { pin: Pin("p".into()), price: None };
+        // The first waits for 1,000 s and runs for 10; the second is given up unseen after 5, the
+        // third after 500, of which it can have had 60. At most a minute of two GPUs comes to it.
+        let mut times = Vec::new();
+        for (at, event, had, at_most) in [
+            (0, creating(), 0, 120),
+            (1, created(), 0, 120),
+            (1000, reached, 0, 120),
+            (1010, discarded(), 20, 120),
+            (1010, RunEvent::Gone, 20, 20),
+            (2000, creating(), 20, 140),
+            (2001, created(), 20, 140),
+            (2005, discarded(), 20, 140),
+            (2005, RunEvent::Gone, 30, 30),
+            (3000, creating(), 30, 150),
+            (3001, created(), 30, 150),
+            (3500, discarded(), 30, 150),
+            (3500, RunEvent::Vanished, 150, 150),
+        ] {
+            run.append(event).unwrap();
+            times.push(at * 1000);
+            let mut record = run.record().clone();
+            record.events.iter_mut().zip(&times).for_each(|(entry, at_ms)| entry.at_ms = *at_ms);
+            let now = [record.gpu_time(at * 1000), record.gpu_time_at_most(at * 1000)].map(GpuTime::seconds);
+            assert_eq!(now, [had, at_most], "at {at}");
+        }
     }
 
     #[test]

@@ -779,6 +779,9 @@ fn in_words(note: &RunNote) -> String {
         RunNote::BudgetReserved(least) => {
             format!("The rest of the budget is reserved by runs under way; waiting until {least} are free")
         }
+        RunNote::GpuTimeReserved(least) => {
+            format!("The rest of --max-gpu-hours is reserved by runs under way; waiting until {least} are free")
+        }
         RunNote::TurnAwaited { wait, apart } => {
             let (wait, apart) = (Span(*wait), Span(*apart));
             format!("Waiting {wait} for its turn: workers that read from the hub start {apart} apart")

@@ -25,7 +25,7 @@ use crate::market::{self, NothingLeft, Quote};
 use crate::offer::request::recorded;
 use crate::offer::{GpuRequest, Offer};
 use crate::output;
-use crate::units::{Bytes, Usd, UsdPerHour};
+use crate::units::{Bytes, GpuTime, Usd, UsdPerHour};
 
 /// What stands between the names of several brokers.
 pub const BETWEEN_BROKERS: &str = ", ";
@@ -70,6 +70,10 @@ pub struct RunSpec {
     /// No instance is rented that could cost more than what is left of this until its time is up. All runs of a survey share it.
     #[serde(default)]
     pub budget: Option<Usd>,
+    /// No instance is rented whose GPUs could take more than what is left of this until its time is
+    /// up. All runs of a survey share it.
+    #[serde(default)]
+    pub max_gpu_time: Option<GpuTime>,
     /// What was shown, and what was agreed to.
     #[serde(flatten)]
     pub quote: Quote,
@@ -122,6 +126,11 @@ impl RunSpec {
     pub fn time_on(&self, offer: &Offer, spent: Usd) -> Duration {
         let lasts = self.quote.ceiling.and_then(|agreed| offer.price.time(agreed - spent));
         lasts.map_or(self.limit(), |lasts| lasts.min(self.limit()))
+    }
+
+    /// The time of GPUs that an instance of this offer takes until its time limit.
+    pub fn gpu_time(&self, offer: &Offer) -> GpuTime {
+        GpuTime::of(offer.gpu_count, self.limit())
     }
 
     /// Whether what was agreed, of which `spent` is gone, pays for this offer until the time limit, or for the work with room.

@@ -100,6 +100,40 @@ impl fmt::Display for UsdPerHour {
     }
 }
 
+/// Time of GPUs: their number times the time for which they are had, in GPU-seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct GpuTime(i64);
+
+impl GpuTime {
+    /// Of so many GPUs for this time, to the second above.
+    pub fn of(gpus: u32, time: Duration) -> Self {
+        let seconds = time.as_millis().div_ceil(1000).saturating_mul(gpus.into());
+        Self(i64::try_from(seconds).unwrap_or(i64::MAX))
+    }
+
+    /// From GPU-hours, rounded to a GPU-second.
+    pub fn from_hours(hours: f64) -> Self {
+        Self((hours * 3600.0).round() as i64)
+    }
+
+    /// GPU-seconds.
+    pub const fn seconds(self) -> i64 {
+        self.0
+    }
+
+    /// From GPU-seconds.
+    pub const fn from_seconds(seconds: i64) -> Self {
+        Self(seconds)
+    }
+}
+
+impl fmt::Display for GpuTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.2} GPU-hours", self.0 as f64 / 3600.0)
+    }
+}
+
 /// Width of a plot on paper, in millimetres; from 10 to 1000.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PlotWidth(f64);
@@ -315,6 +349,14 @@ mod tests {
         assert_eq!("1.5".parse::<Positive>().map(Positive::get), Ok(1.5));
         let file: File = toml::from_str("amount = 3\nshare = 1").unwrap();
         assert_eq!((file.amount.map(Positive::get), file.share.map(Fraction::get)), (Some(3.0), Some(1.0)));
+    }
+
+    #[test]
+    fn time_of_gpus_is_their_number_times_the_time() {
+        assert_eq!(GpuTime::of(4, Duration::from_millis(1500)).seconds(), 8);
+        assert_eq!(GpuTime::of(2, Duration::from_secs(5400)), GpuTime::from_hours(3.0));
+        assert_eq!(GpuTime::of(u32::MAX, Duration::MAX).seconds(), i64::MAX);
+        assert_eq!(GpuTime::from_hours(1.5).to_string(), "1.50 GPU-hours");
     }
 
     #[test]

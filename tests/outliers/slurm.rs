@@ -230,6 +230,24 @@ fn offers_show_partitions_gpus_and_the_queues_estimate() {
     assert_eq!((cluster.jobs(), cluster.asked("sbatch --test-only")), (0, 1));
 }
 
+#[test]
+fn a_job_that_could_take_more_gpu_hours_than_it_may_is_not_submitted() {
+    let Some((cluster, context)) = office() else { return };
+    let folder = golden("llama-f32");
+    let (model, ids) = (folder.join("model"), folder.join("golden.safetensors"));
+    let try_with = |hours: &str| {
+        let words = ["deploy", "--dry-run", "--broker", "slurm", "--gpu-count", "2", "--devices", "cpu"];
+        let limits = ["--push-model", "--max-duration", "1h", "--max-gpu-hours", hours];
+        let job = ["--model", model.to_str().unwrap(), "--token-ids", ids.to_str().unwrap()];
+        context.run(words.iter().chain(&limits).chain(&job))
+    };
+    let refused = try_with("1.9");
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    assert!(refused.stderr.contains("may take 2.00 GPU-hours") && refused.stderr.contains("1.90"), "{refused:?}");
+    let _ = try_with("2").ok();
+    assert_eq!(cluster.jobs(), 0);
+}
+
 /// Kills a controller whose job waits in the queue; what `instances list` then shows.
 fn killed_while_its_job_waits(cluster: &Cluster, context: &TestContext) -> serde_json::Value {
     cluster.goes_wrong("hold", "Priority").unwrap();

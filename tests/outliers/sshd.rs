@@ -129,6 +129,7 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
         max_duration_s: 600,
         watch: GuardTimeouts { lease_s: 600, unclaimed_s: 600 },
         budget: None,
+        max_gpu_time: None,
         quote: Quote::default(),
         only_in_time: false,
         results: text(results.to_owned()),

@@ -154,6 +154,7 @@ fn asked(context: &Context, folder: &Path) -> DeployRequest {
             max_duration: settings.max_duration,
             cut_short: false,
             budget: None,
+            max_gpu_time: None,
             results: settings.results.clone(),
             survey: None,
         },

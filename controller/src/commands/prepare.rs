@@ -107,8 +107,26 @@ pub(super) async fn prepare(
     if let Some(wrong) = clouds.wrong_clock() {
         return Err(CliError::refused(wrong, "set the clock, by NTP for example; `outliers doctor` compares it again"));
     }
-    let quote = spec.select(found.offers)?;
+    let quote = in_gpu_time(spec.select(found.offers)?, &spec)?;
     Ok(Prepared { spec, inspection, quote }.with_ceiling(clouds))
+}
+
+/// The offers whose GPUs take no more time until the time limit than the run may take.
+///
+/// # Errors
+/// There is none.
+fn in_gpu_time(mut quote: Quote, spec: &RunSpec) -> Result<Quote, CliError> {
+    let Some(most) = spec.max_gpu_time else { return Ok(quote) };
+    let least = quote.offers.iter().map(|offer| spec.gpu_time(offer)).min();
+    quote.offers.retain(|offer| spec.gpu_time(offer) <= most);
+    match least.filter(|_| quote.offers.is_empty()) {
+        Some(least) => {
+            let message = format!("the run may take {least} until its time limit, and --max-gpu-hours allows {most}");
+            let hint = "a shorter --max-duration or fewer GPUs take less; or raise --max-gpu-hours";
+            Err(CliError::refused(message, hint))
+        }
+        None => Ok(quote),
+    }
 }
 
 /// What makes the job the same work as another.
@@ -265,6 +283,7 @@ fn spec(
         // An instance that is kept, or left alone with its results, stays until its time is up.
         watch: if terms.keep_running || terms.detach { GuardTimeouts::NEVER } else { context.settings.watch },
         budget: terms.budget,
+        max_gpu_time: terms.max_gpu_time,
         quote: Quote::default(),
         only_in_time: !terms.cut_short,
         results: results.ok_or_else(|| CliError::refused("the results' folder is not UTF-8", "choose another"))?,

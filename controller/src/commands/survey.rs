@@ -245,8 +245,10 @@ impl<'a> Session<'a> {
         consent(self.context, &self.clouds, self.asked.yes, &format!("{} instances", prepared.len()), || {
             let at_most: Usd = prepared.iter().map(|prepared| prepared.at_most()).sum();
             let budget = self.asked.budget.map_or_else(String::new, |budget| format!(", within a budget of {budget}"));
+            let gpus = self.asked.max_gpu_time.map_or_else(String::new, |most| format!(", within {most}"));
             let shown = self.rows(&[], todo, &[]);
-            let question = format!("Rent these, {} at a time, for {at_most} at most{budget}?", self.asked.max_parallel);
+            let parallel = self.asked.max_parallel;
+            let question = format!("Rent these, {parallel} at a time, for {at_most} at most{budget}{gpus}?");
             (tell::table_of(&shown), question)
         })
     }

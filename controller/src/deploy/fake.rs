@@ -68,6 +68,7 @@ pub(crate) fn spec(results: &Path) -> RunSpec {
         max_duration_s: 3600,
         watch: WATCH,
         budget: None,
+        max_gpu_time: None,
         quote: Quote::default(),
         only_in_time: false,
         results: results.to_string_lossy().into_owned(),

@@ -22,7 +22,7 @@ use crate::market::{self, NothingLeft};
 use crate::run::{
     Brought, FailureDetail, Intent, Pin, RefusedOffer, Rental, RunEvent, RunFailureKind, RunOutcome, RunState,
 };
-use crate::units::{Usd, UsdPerHour};
+use crate::units::{GpuTime, Usd, UsdPerHour};
 
 type Step = Result<(), StepError>;
 
@@ -80,6 +80,10 @@ impl Driver<'_> {
             self.note(RunNote::LeftOut { why: error.to_string() });
         }
         let selected = self.run.record().spec.select(offered.offers).map_err(|none| no_offer(&none))?.offers;
+        let selected = match self.within_gpu_time(selected)? {
+            Ok(offers) => offers,
+            Err(least) => return self.wait_for_gpu_time(least).await,
+        };
         let affordable = match self.affordable(&selected)? {
             Affordable::Now(offers) => offers,
             Affordable::Later(least) => return self.wait_for_budget(least).await,
@@ -155,6 +159,35 @@ impl Driver<'_> {
             }
             _ => Ok(Affordable::Now(affordable)),
         }
+    }
+
+    /// The offers whose GPUs take no more time than may be taken; the least that one takes, once
+    /// other runs have ended with less than they reserved.
+    fn within_gpu_time(&self, mut selected: Vec<Offer>) -> Result<Result<Vec<Offer>, GpuTime>, StepError> {
+        let Some(status) = self.run.gpu_budget_status()? else { return Ok(Ok(selected)) };
+        let BudgetStatus { budget, left, at_best } = status;
+        let spec = &self.run.record().spec;
+        let least = selected.iter().map(|offer| spec.gpu_time(offer)).min();
+        if let Some(least) = least.filter(|least| *least > at_best) {
+            let message = format!("the run may take {least} until its time limit, and {left} of {budget} are left");
+            let hint = "a shorter --max-duration reserves less; or raise --max-gpu-hours".to_owned();
+            return Err(StepError::End(failed(RunFailureKind::Budget, message, Some(hint))));
+        }
+        if let Some(least) = least.filter(|least| *least > left) {
+            return Ok(Err(least));
+        }
+        selected.retain(|offer| spec.gpu_time(offer) <= left);
+        Ok(Ok(selected))
+    }
+
+    /// Until runs under the same limit have ended with less than they reserved, or will not leave enough any more.
+    async fn wait_for_gpu_time(&self, least: GpuTime) -> Step {
+        self.note(RunNote::GpuTimeReserved(least));
+        let unchanged = |status: BudgetStatus<GpuTime>| status.left < least && least <= status.at_best;
+        while self.run.gpu_budget_status()?.is_some_and(unchanged) {
+            tokio::time::sleep(self.timeouts().listing_interval).await;
+        }
+        Ok(())
     }
 
     /// Until runs under the same budget have ended for less than they reserved, or will not leave enough any more.

@@ -11,7 +11,7 @@ use crate::broker::GpuRequest;
 use crate::cli::{DeployArgs, ModelArgs, OffersArgs, PlanArgs, SurveyArgs};
 use crate::run::Membership;
 use crate::survey::{Survey, SurveyError, SurveyModel};
-use crate::units::{Bytes, Positive, Span, Usd, UsdPerHour};
+use crate::units::{Bytes, GpuTime, Positive, Span, Usd, UsdPerHour};
 
 /// A job that is asked for. Nothing of it was looked at yet.
 #[derive(Clone, Debug)]
@@ -43,6 +43,8 @@ pub struct RunTerms {
     pub cut_short: bool,
     /// For this run, or for all of the survey.
     pub budget: Option<Usd>,
+    /// Of GPUs, for this run or for all of the survey.
+    pub max_gpu_time: Option<GpuTime>,
     /// Folder below which the results' folder appears.
     pub results: PathBuf,
     /// The survey it is part of.
@@ -83,6 +85,8 @@ pub struct SurveyRequest {
     pub max_parallel: usize,
     /// For all runs together.
     pub budget: Option<Usd>,
+    /// Of GPUs, for all runs together.
+    pub max_gpu_time: Option<GpuTime>,
     /// Run failed models again.
     pub rerun_failed: bool,
     /// Rent nothing.
@@ -136,6 +140,10 @@ fn dollars(amount: Positive) -> Usd {
     Usd::from_dollars(amount.get())
 }
 
+fn gpu_hours(hours: Positive) -> GpuTime {
+    GpuTime::from_hours(hours.get())
+}
+
 impl Settings {
     /// A job as it was typed in the folder `here`.
     pub fn job_request(&self, model: ModelArgs, typed: JobOptions, here: &Path) -> JobRequest {
@@ -156,6 +164,7 @@ impl Settings {
                 max_duration: self.time_limit(typed.max_duration),
                 cut_short: typed.allow_cut_short,
                 budget: typed.budget.map(dollars),
+                max_gpu_time: typed.max_gpu_hours.map(gpu_hours),
                 results: self.results.clone(),
                 survey: None,
             },
@@ -169,12 +178,13 @@ impl Settings {
     /// # Errors
     /// The file cannot be read, or does not make sense.
     pub fn survey_request(&self, typed: SurveyArgs, here: &Path) -> Result<SurveyRequest, SurveyError> {
-        let Survey { name, path, job, models, max_parallel, budget, max_duration } =
+        let Survey { name, path, job, models, max_parallel, budget, max_gpu_time, max_duration } =
             Survey::read(&here.join(typed.file))?;
         let options = job.merge(self.job.clone());
         let beside = path.parent().unwrap_or(Path::new(".")).to_owned();
         let folder = self.results.join(&name);
         let budget = typed.budget.map(dollars).or(budget);
+        let max_gpu_time = typed.max_gpu_hours.map(gpu_hours).or(max_gpu_time);
         let model = |model: SurveyModel| ModelRequest {
             terms: RunTerms {
                 request: typed.want.request.clone().merge(model.request),
@@ -184,6 +194,7 @@ impl Settings {
                 max_duration: self.time_limit(typed.max_duration.or(model.max_duration).or(max_duration)),
                 cut_short: typed.allow_cut_short,
                 budget,
+                max_gpu_time,
                 results: folder.clone(),
                 survey: Some(Membership { survey: name.clone(), model: model.name.clone() }),
             },
@@ -203,6 +214,7 @@ impl Settings {
             models,
             max_parallel: typed.max_parallel.map(usize::from).or(max_parallel).unwrap_or(self.max_parallel),
             budget,
+            max_gpu_time,
             rerun_failed: typed.rerun_failed,
             dry_run: typed.dry_run,
             yes: typed.yes,

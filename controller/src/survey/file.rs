@@ -18,7 +18,7 @@ use crate::broker::GpuRequest;
 use crate::deploy::slug;
 use crate::files::{MOST, is_plain_name, read_text};
 use crate::text::{toml_error, unknown_key};
-use crate::units::{Positive, Span, Usd};
+use crate::units::{GpuTime, Positive, Span, Usd};
 
 /// A survey as its file has it.
 #[derive(Clone, Debug)]
@@ -35,6 +35,8 @@ pub struct Survey {
     pub max_parallel: Option<usize>,
     /// For all runs together.
     pub budget: Option<Usd>,
+    /// Of GPUs, for all runs together.
+    pub max_gpu_time: Option<GpuTime>,
     /// For each run.
     pub max_duration: Option<Span>,
 }
@@ -79,6 +81,8 @@ struct SurveyFile {
     #[serde(alias = "max_parallel")]
     max_parallel: Option<Spanned<usize>>,
     budget: Option<Positive>,
+    #[serde(alias = "max_gpu_hours")]
+    max_gpu_hours: Option<Positive>,
     #[serde(alias = "max_duration")]
     max_duration: Option<Span>,
     #[serde(default)]
@@ -237,6 +241,7 @@ impl SurveyFile {
             models,
             max_parallel: self.max_parallel.map(Spanned::into_inner),
             budget: self.budget.map(|budget| Usd::from_dollars(budget.get())),
+            max_gpu_time: self.max_gpu_hours.map(|hours| GpuTime::from_hours(hours.get())),
             max_duration: self.max_duration,
         })
     }
