@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use outliers_protocol::FileBytes;
 use serde::{Deserialize, Serialize};
 
 use crate::http::Http;
@@ -224,6 +225,26 @@ pub struct Lease {
     pub ssh_public_key: String,
     /// Disk to reserve, where the cloud asks.
     pub disk: Bytes,
+    /// What has to lie beside the instance before its own time begins.
+    pub stage: Option<Stage>,
+}
+
+/// A model of the hub that is to be fetched to the file system that all instances share.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Stage {
+    /// Its id, `owner/name`.
+    pub model: String,
+    /// The commit.
+    pub commit: String,
+    /// Its files, with plain names.
+    pub files: Vec<FileBytes>,
+}
+
+impl Stage {
+    /// All of it.
+    pub fn bytes(&self) -> Bytes {
+        Bytes(self.files.iter().fold(0_u64, |sum, file| sum.saturating_add(file.bytes)))
+    }
 }
 
 /// The mark on every instance of ours: owner, run, nonce and deadline. A reaper can judge an instance by it alone.

@@ -90,6 +90,9 @@ pub struct ClusterArgs {
     /// Features that a node must have.
     #[arg(long, global = true, value_name = "LIST")]
     pub constraint: Option<String>,
+    /// A partition whose nodes reach the hub: a job there fetches each model first.
+    #[arg(long, global = true, value_name = "NAME")]
+    pub stage_partition: Option<String>,
 }
 
 /// When to use colours.

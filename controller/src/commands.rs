@@ -275,7 +275,8 @@ impl Context {
         // A job is listed from the moment it exists.
         let timeouts =
             Timeouts { listing_interval: site.listing_interval, queue: site.queue, absences: 2, ..Timeouts::CLOUD };
-        let broker = Arc::new(Slurm::new(site.clone(), ssh, host::PROBE, self.explain()));
+        let site = slurm::Site { token: self.settings.hf_token.clone(), ..site.clone() };
+        let broker = Arc::new(Slurm::new(site, ssh, host::PROBE, self.explain()));
         Ok(Cloud { broker, timeouts, is_local: false })
     }
 

@@ -1004,6 +1004,7 @@ pub(crate) mod tests {
             max_gpu_time: None,
             quote: Quote::default(),
             only_in_time: false,
+            stage: None,
             results: "/r".into(),
             output: Vec::new(),
             survey: None,

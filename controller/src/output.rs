@@ -142,14 +142,14 @@ impl OutputSizes {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use outliers_protocol::{Export, Measurement, ModelSource};
     use serde_json::json;
 
     use super::*;
 
     /// Two layers of a mixture, four norm outputs of 64 features, eight sequences of 32 tokens.
-    fn inspection() -> Inspection {
+    pub(crate) fn inspection() -> Inspection {
         let layer = |layer: usize| json!({ "layer": layer, "kind": "", "experts": 4, "tensors": 20, "parameters": 1, "bytes": 1 });
         let site = |layer: usize, point: &str| json!({ "layer": layer, "point": point, "tensor": "" });
         let sites = [0, 1].map(|at| [site(at, "before_attention"), site(at, "before_mlp")]).concat();

@@ -19,7 +19,7 @@ use std::time::Duration;
 use outliers_protocol::{Failure, FileBytes, JobSpec};
 use serde::{Deserialize, Serialize};
 
-use crate::broker::{InstanceId, LeaseTag};
+use crate::broker::{InstanceId, LeaseTag, Stage};
 use crate::estimate::Work;
 use crate::market::{self, NothingLeft, Quote};
 use crate::offer::request::recorded;
@@ -80,6 +80,9 @@ pub struct RunSpec {
     /// Only offers are taken on which the run is estimated to end within its time limit.
     #[serde(default)]
     pub only_in_time: bool,
+    /// What a job of its own fetches before the instance's begins.
+    #[serde(default)]
+    pub stage: Option<Stage>,
     /// Folder of this machine below which the results' folder appears.
     pub results: String,
     /// The files that it leaves, each with the most bytes it can have. None: it was planned by an

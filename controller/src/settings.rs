@@ -257,6 +257,8 @@ struct SlurmSection {
     scratch: Option<String>,
     #[serde(alias = "hf_home")]
     hf_home: Option<String>,
+    #[serde(alias = "stage_partition")]
+    stage_partition: Option<String>,
     #[serde(default)]
     sbatch: Vec<String>,
     queue: Option<Span>,
@@ -280,6 +282,8 @@ impl SlurmSection {
             scratch: self.scratch,
             hf_home: self.hf_home,
             hub: hub.unwrap_or(PUBLIC_HUB).to_owned(),
+            stage_partition: self.stage_partition,
+            token: None,
             sbatch: self.sbatch,
             queue: self.queue.map_or(QUEUE, |span| span.0),
             gpu_memory: self.gpu_memory.map(|size| Bytes(size.0.0)),
@@ -449,6 +453,7 @@ impl Settings {
             account: typed.account.clone().or(site.account),
             qos: typed.qos.clone().or(site.qos),
             constraint: typed.constraint.clone().or(site.constraint),
+            stage_partition: typed.stage_partition.clone().or(site.stage_partition),
             ..site
         });
         let slurm = slurm.filter(|site| !site.host.is_empty());
@@ -689,6 +694,7 @@ mod tests {
     #[test]
     fn a_cluster_is_what_the_file_and_the_options_say_together() {
         let text = "[brokers.slurm]\nhost = 'a'\naccount = 'lab'\nqueue = '2d'\nssh-config = 'c'\nhf-home = '/hf'\n\
+                    stage-partition = 'io'\n\
                     [brokers.vast]\nenabled = false";
         let settings = resolve(Some(text), &[]).unwrap();
         assert!(settings.clouds.iter().all(|cloud| cloud.kind.name != "vast"), "the clouds are read as ever");
@@ -701,6 +707,7 @@ mod tests {
         assert_eq!((site.host.as_str(), site.account.as_deref(), site.queue.as_secs()), ("b", Some("lab"), 172_800));
         assert_eq!((site.partition.as_deref(), site.ssh_config), (Some("gpu"), Some("/here/c".into())));
         assert_eq!((site.hf_home.as_deref(), site.hub.as_str()), (Some("/hf"), PUBLIC_HUB));
+        assert_eq!(site.stage_partition.as_deref(), Some("io"));
         assert!(resolve(None, &[]).unwrap().on_cluster(&typed(None)).slurm.is_none(), "no host, no cluster");
         let bare = resolve(Some("[brokers.slurm]\nscratch = '/s'"), &[]).unwrap();
         assert!(bare.clone().on_cluster(&typed(None)).slurm.is_none());

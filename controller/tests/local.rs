@@ -74,7 +74,7 @@ impl Cloud {
             nonce: "n0".to_owned(),
             deadline: unix_now() + seconds,
         };
-        Lease { tag, ssh_public_key: String::new(), disk: Bytes::from_mib(1) }
+        Lease { tag, ssh_public_key: String::new(), disk: Bytes::from_mib(1), stage: None }
     }
 
     async fn offer(&self) -> Offer {

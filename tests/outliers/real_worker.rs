@@ -66,7 +66,7 @@ async fn the_worker_runs_on_the_local_brokers_instance() {
     let deadline = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs() + 300;
     let word = |s: &str| s.to_owned();
     let tag = LeaseTag { owner: word("me"), run: word("r1"), nonce: word("n1"), deadline };
-    let lease = Lease { tag, ssh_public_key: String::new(), disk: Bytes::from_mib(100) };
+    let lease = Lease { tag, ssh_public_key: String::new(), disk: Bytes::from_mib(100), stage: None };
     let instance = broker.create(&offer, &lease).await.unwrap();
     let way = broker.way(&instance.id).unwrap();
     whole_path(RemoteHost::new(way.transport, way.name)).await;

@@ -14,7 +14,7 @@ use outliers_protocol::files;
 use outliers_tests::cluster::Cluster;
 use outliers_tests::context::{Said, TestContext};
 use outliers_tests::golden::assert_statistics_equal;
-use outliers_tests::hub::{MockHub, Repo};
+use outliers_tests::hub::{MockHub, Repo, Seen};
 use outliers_tests::noise;
 use outliers_tests::programs::{golden, run_worker, workspace};
 
@@ -23,6 +23,9 @@ mod kills;
 /// Nothing listens there.
 const NOBODY: &str = "http://127.0.0.1:9";
 const HUB_MODEL: &str = "owner/tiny-olmoe";
+
+/// What the broker asks `squeue`.
+const ALL_JOBS: [&str; 4] = ["--me", "--noheader", "--states=all", "--format=@job %i|%T|%r|%P|%S|%e|%N|%j"];
 
 /// Longer than anything here takes on a busy machine; a test that waits so long has failed.
 const TIMEOUT: Duration = Duration::from_secs(180);
@@ -65,6 +68,22 @@ fn office_cut_off() -> Option<(Cluster, TestContext, MockHub)> {
     let hub = MockHub::start([Repo::new(HUB_MODEL, &golden("olmoe-bf16").join("model"))]).unwrap();
     let context = context(&cluster).with("HF_ENDPOINT", &hub.url());
     Some((cluster, context, hub))
+}
+
+/// The same where the partition `net` reaches the hub, and jobs fetch models there.
+fn office_with_stage(partition: &str) -> Option<(Cluster, TestContext, MockHub)> {
+    if std::process::Command::new("curl").arg("--version").output().is_err() {
+        outliers_tests::not_checked("no curl is installed");
+        return None;
+    }
+    let (cluster, context, hub) = office_cut_off()?;
+    stage_in(partition, &cluster, &context);
+    Some((cluster, context, hub))
+}
+
+fn stage_in(partition: &str, cluster: &Cluster, context: &TestContext) {
+    let settings = format!("{}stage-partition = {partition:?}\n", cluster.settings());
+    std::fs::write(context.work().join("mine.toml"), settings).unwrap();
 }
 
 fn is_home_and_gone(said: Said, cluster: &Cluster, context: &TestContext, fixture: &str) {
@@ -129,6 +148,56 @@ fn a_checkpoint_in_a_folder_of_the_cluster_needs_no_network() {
     let there = format!("local:{}", golden("olmoe-bf16").join("model").display());
     is_home_and_gone(context.run(hub_deploy(&["--weights", &there])), &cluster, &context, "olmoe-bf16");
     context.assert_nothing_left();
+}
+
+#[test]
+fn a_job_elsewhere_fetches_the_model_before_the_runs_own_begins() {
+    let Some((cluster, context, hub)) = office_with_stage("net") else { return };
+    let context = context.with("HF_TOKEN", "hf_of_a_person");
+    let planned = context.run(hub_deploy(&["--dry-run"])).ok();
+    assert!(planned.stderr.contains("A job in partition net fetches owner/tiny-olmoe first: "), "{planned:?}");
+    assert_eq!(cluster.jobs(), 0);
+    let before = hub.seen().len();
+    let said = context.run(hub_deploy(&["--explain"]));
+    assert!(said.stderr.contains("stage.sh") && !said.stderr.contains("hf_of_a_person"), "{said:?}");
+    is_home_and_gone(said, &cluster, &context, "olmoe-bf16");
+    let mut names = cluster.job_names();
+    names.sort();
+    assert!(names.len() == 2 && names[1] == format!("{}-stage", names[0]), "one intent: {names:?}");
+    let seen = hub.seen();
+    let whole = |seen: &&Seen| !seen.cdn && seen.method == "GET" && seen.range.is_none();
+    let weights = |seen: &&Seen| seen.path.ends_with("/model.safetensors");
+    let fetched: Vec<&Seen> = seen[before..].iter().filter(whole).filter(weights).collect();
+    assert_eq!(fetched.len(), 1, "{fetched:?}");
+    assert_eq!(fetched[0].authorization.as_deref(), Some("Bearer hf_of_a_person"));
+    context.assert_nothing_left();
+}
+
+#[test]
+fn a_model_that_cannot_be_fetched_ends_the_run_with_the_reason() {
+    let Some((cluster, context, _hub)) = office_with_stage("cpu") else { return };
+    let said = context.run(hub_deploy(&[]));
+    assert_eq!(said.code, Some(1), "{said:?}");
+    let why = "the job that fetches the model failed: config.json could not be fetched";
+    assert!(said.stderr.contains(why) && !cluster.leases().exists(), "{said:?}");
+    context.assert_nothing_left();
+}
+
+#[test]
+fn a_job_and_the_one_that_fetches_for_it_end_together() {
+    let Some((cluster, context, _hub)) = office_with_stage("net") else { return };
+    cluster.goes_wrong("hold", "Priority").unwrap();
+    let mut child = context.start(hub_deploy(&[]));
+    context.wait_for("the queue", || context.stderr().contains("it fetches the model for job 2"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let listed = context.json(&["instances", "list", "--broker", "slurm"]);
+    assert_eq!(listed["instances"].as_array().map(Vec::len), Some(1), "{listed}");
+    let id = listed["instances"][0]["id"].as_str().unwrap().to_owned();
+    let said = context.run(["instances", "terminate", &id, "--broker", "slurm", "-y"]).ok();
+    let queue = cluster.says("squeue", &ALL_JOBS);
+    assert!(said.stdout.contains("seen gone") && queue.matches("|CANCELLED|").count() == 2, "{said:?} {queue}");
+    assert!(!cluster.leases().exists());
 }
 
 #[test]
@@ -383,8 +452,7 @@ fn the_stand_in_prints_what_slurm_has_printed() {
     cluster.goes_wrong("hold", "Priority").unwrap();
     let submit = ["--job-name=a", "--chdir=/", "--time=1", "--partition=cpu", "--output=job.log", "--parsable"];
     assert_eq!(cluster.says("sbatch", &submit), "1\n");
-    let format = "--format=@job %i|%T|%r|%P|%S|%e|%N|%j";
-    let jobs = cluster.says("squeue", &["--me", "--noheader", "--states=all", format]);
+    let jobs = cluster.says("squeue", &ALL_JOBS);
     let real = recorded("squeue-22.05.8.txt");
     assert_eq!(jobs, "@job 1|PENDING|Priority|cpu|N/A|N/A||a\n");
     assert!(real.contains("|PENDING|JobHeldUser|gpu|N/A|N/A||") && fields(&jobs) == fields(&real), "{real}");
@@ -401,6 +469,8 @@ fn site(interval: Duration) -> Site {
         scratch: None,
         hf_home: None,
         hub: NOBODY.to_owned(),
+        stage_partition: None,
+        token: None,
         sbatch: Vec::new(),
         queue: Duration::from_secs(60),
         gpu_memory: None,
@@ -525,6 +595,20 @@ fn a_deploy_to_slurm_itself_equals_the_reference_and_leaves_nothing() {
     let Some(cluster) = Cluster::real().unwrap() else { return };
     let context = context(&cluster);
     is_home_and_gone(context.run(deploy("llama-f32")), &cluster, &context, "llama-f32");
+    assert_eq!(cluster.says("squeue", &["-h", "-t", "PENDING,RUNNING"]), "");
+    context.assert_nothing_left();
+}
+
+#[test]
+fn a_job_of_slurm_itself_waits_for_the_one_that_fetches_its_model() {
+    let Some(cluster) = Cluster::real().unwrap() else { return };
+    let hub = MockHub::start([Repo::new(HUB_MODEL, &golden("olmoe-bf16").join("model"))]).unwrap();
+    let context = context(&cluster).with("HF_ENDPOINT", &hub.url());
+    stage_in("net", &cluster, &context);
+    is_home_and_gone(context.run(hub_deploy(&[])), &cluster, &context, "olmoe-bf16");
+    let jobs = cluster.says("scontrol", &["--oneliner", "show", "job"]);
+    let staging = jobs.lines().find(|job| job.contains("-stage ")).unwrap_or_default();
+    assert!(jobs.lines().count() == 2 && staging.contains("JobState=COMPLETED"), "{jobs}");
     assert_eq!(cluster.says("squeue", &["-h", "-t", "PENDING,RUNNING"]), "");
     context.assert_nothing_left();
 }

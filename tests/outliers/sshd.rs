@@ -132,6 +132,7 @@ fn spec(fixture: &str, results: &Path) -> RunSpec {
         max_gpu_time: None,
         quote: Quote::default(),
         only_in_time: false,
+        stage: None,
         results: text(results.to_owned()),
         output: Vec::new(),
         survey: None,
@@ -240,7 +241,7 @@ async fn a_server_with_another_host_key_than_the_pinned_one_is_given_back() {
     let another = outliers::keys::RunKey::create(folder.path(), "another", "host").unwrap();
     let key = outliers::keys::RunKey::create(&run.folder(), outliers::deploy::KEY_FILE, "run").unwrap();
     run.append(RunEvent::Creating { intent: Box::new(Intent { offer: offer(), tag: tag.clone() }) }).unwrap();
-    let lease = Lease { tag, ssh_public_key: key.public_line().to_owned(), disk: Bytes(0) };
+    let lease = Lease { tag, ssh_public_key: key.public_line().to_owned(), disk: Bytes(0), stage: None };
     let instance = cloud.create(&offer(), &lease).await.unwrap();
     run.append(RunEvent::Created { instance: instance.id, price: instance.price }).unwrap();
     run.append(RunEvent::Reached { pin: Pin(another.public_line().to_owned()), price: None }).unwrap();

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Stands in for sbatch, squeue, scancel, sinfo, sacct and scontrol, as which it is started: jobs
-# are folders below $SLURM_STAND_IN/jobs and processes of this machine. It understands the options
+# are folders below $SLURM_STAND_IN/jobs and processes of this machine. A job that depends on
+# another starts at a look after that one has ended well. It understands the options
 # that the broker uses and no others, and prints what Slurm 22.05.8 prints (recorded/). Files in
 # $SLURM_STAND_IN say what goes wrong:
 #   hold         the next job waits, with this reason, until the file goes
@@ -37,16 +38,31 @@ value() { printf '%s\n' "${1#*=}"; }
 start() {
     (
         cd "$(cat "$1/chdir")" || exit 1
-        SLURM_JOB_ID=${1##*/} setsid sh "$1/script" < /dev/null >> job.log 2>&1 &
+        SLURM_JOB_ID=${1##*/} SLURM_JOB_PARTITION=$(cat "$1/partition")
+        export SLURM_JOB_ID SLURM_JOB_PARTITION
+        # It outlives what asks its script to end.
+        setsid sh -c 'trap : TERM; sh "$0/script"; echo $? > "$0/status"' "$1" \
+            < /dev/null >> "$(cat "$1/output")" 2>&1 &
         echo $! > "$1/pid"
     )
+}
+
+# Whether a job has nothing to wait for. One whose dependency can never be satisfied is cancelled.
+may_start() {
+    [ -f "$state/hold" ] && return 1
+    first=$(cat "$1/after")
+    [ -n "$first" ] || return 0
+    status=$(cat "$jobs/$first/status" 2> /dev/null)
+    [ "$status" = 0 ] && return 0
+    if [ -n "$status" ] || [ -f "$jobs/$first/over" ]; then echo CANCELLED > "$1/over"; fi
+    return 1
 }
 
 # Jobs that wait or run.
 live() {
     count=0
     for job in "$jobs"/*/; do
-        [ ! -f "$job/over" ] || continue
+        [ ! -f "$job/over" ] && [ ! -f "$job/status" ] || continue
         if [ ! -f "$job/pid" ] || kill -0 "$(cat "$job/pid")" 2> /dev/null; then count=$((count + 1)); fi
     done
     echo $count
@@ -61,21 +77,23 @@ stop() {
 }
 
 submit() {
-    name='' chdir='' time='' partition='' try='' output=''
+    name='' chdir='' time='' partition='' try='' output='' after=''
     for option; do
         case $option in
             --job-name=*) name=$(value "$option") ;;
             --chdir=*) chdir=$(value "$option") ;;
             --time=*) time=$(value "$option") ;;
             --partition=*) partition=$(value "$option") ;;
-            --output=job.log) output=yes ;;
+            --output=job.log | --output=stage.log) output=$(value "$option") ;;
+            --dependency=afterok:*) after=${option##*:} ;;
+            --kill-on-invalid-dep=yes) ;;
             --test-only) try=yes ;;
             --nodes=1 | --ntasks=1 | --cpus-per-task=* | --mem=*M | --gres=gpu:* | --account=* | --qos=*) ;;
             --parsable | --requeue | --open-mode=append | --deadline=now+* | --signal=B:TERM@* | --constraint=*) ;;
             *) fail "sbatch: unrecognized option '$option'" ;;
         esac
     done
-    case $partition in cpu | gpu) ;; *)
+    case $partition in cpu | gpu | net) ;; *)
         echo "sbatch: error: invalid partition specified: $partition" >&2
         fail 'sbatch: error: Batch job submission failed: Invalid partition name specified' ;;
     esac
@@ -91,9 +109,11 @@ submit() {
     id=1
     until mkdir "$jobs/$id" 2> /dev/null; do id=$((id + 1)); done
     cat > "$jobs/$id/script"
-    for field in name chdir time partition; do eval "printf '%s\n' \"\$$field\" > \"$jobs/$id/$field\""; done
+    for field in name chdir time partition output after; do
+        eval "printf '%s\n' \"\$$field\" > \"$jobs/$id/$field\""
+    done
     [ -n "$output" ] || fail 'sbatch: the output would lie anywhere'
-    [ -f "$state/hold" ] || start "$jobs/$id"
+    if may_start "$jobs/$id"; then start "$jobs/$id"; fi
     live >> "$state/live"
     if [ -f "$state/lose-reply" ]; then
         rm "$state/lose-reply"
@@ -108,7 +128,7 @@ queue() {
     for job in "$jobs"/*/; do
         job=${job%/}
         [ -d "$job" ] || continue
-        if [ ! -f "$job/pid" ] && [ ! -f "$job/over" ] && [ ! -f "$job/back" ] && [ ! -f "$state/hold" ]; then
+        if [ ! -f "$job/pid" ] && [ ! -f "$job/over" ] && [ ! -f "$job/back" ] && may_start "$job"; then
             start "$job"
         fi
         starts=N/A ends=N/A node='' reason=None
@@ -122,11 +142,14 @@ queue() {
             word=$(cat "$job/over")
         elif [ -f "$job/back" ] || [ ! -f "$job/pid" ]; then
             word=PENDING reason=$(cat "$state/hold" 2> /dev/null || echo BeginTime)
-        elif kill -0 "$(cat "$job/pid")" 2> /dev/null; then
+            [ -z "$(cat "$job/after")" ] || reason=Dependency
+        elif [ ! -f "$job/status" ] && kill -0 "$(cat "$job/pid")" 2> /dev/null; then
             starts=$(stat -c %Y "$job/pid")
             word=RUNNING node=n1 ends=$((starts + $(cat "$job/time") * 60))
-        else
+        elif [ "$(cat "$job/status" 2> /dev/null)" = 0 ]; then
             word=COMPLETED
+        else
+            word=FAILED reason=NonZeroExitCode
         fi
         echo "@job ${job##*/}|$word|$reason|$(cat "$job/partition")|$starts|$ends|$node|$(cat "$job/name")"
     done
@@ -147,7 +170,7 @@ control() {
         # It never looks as if it had ended.
         : > "$jobs/$2/back"
         stop "$jobs/$2"
-        rm "$jobs/$2/pid"
+        rm -f "$jobs/$2/pid" "$jobs/$2/status"
         rm "$jobs/$2/back"
         exit 0
     fi

@@ -158,13 +158,14 @@ impl Cluster {
         Ok(fs::write(self.folder.path().join("known_hosts"), "")?)
     }
 
-    /// From now on the stand-in's nodes reach nothing outside.
+    /// From now on the stand-in's nodes reach nothing outside, but for those of the partition `net`.
     ///
     /// # Errors
     /// A file cannot be written.
     pub fn cut_off(&self) -> Result<()> {
         let curl = self.folder.path().join("bin/curl");
-        fs::write(&curl, "#!/bin/sh\nexit 7\n")?;
+        let script = "#!/bin/sh\n[ \"${SLURM_JOB_PARTITION:-}\" = net ] || exit 7\nPATH=${PATH#*:} exec curl \"$@\"\n";
+        fs::write(&curl, script)?;
         Ok(fs::set_permissions(&curl, fs::Permissions::from_mode(0o755))?)
     }
 
@@ -229,7 +230,7 @@ fn search_path(first: &[PathBuf]) -> (String, String) {
     ("PATH".to_owned(), joined.to_string_lossy().into_owned())
 }
 
-/// One node, no munge, ports that are free.
+/// One node in two partitions, no munge, ports that are free.
 fn configuration(folder: &Path, name: &str, plugins: &Path) -> Result<String> {
     let port = || -> Result<u16> { Ok(std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port()) };
     let me = Command::new("id").arg("-un").output().context("id -un")?;
@@ -245,6 +246,7 @@ fn configuration(folder: &Path, name: &str, plugins: &Path) -> Result<String> {
          ReturnToService=2\nOverTimeLimit=0\nKillWait=5\nSelectType=select/cons_tres\nSelectTypeParameters=CR_Core\n\
          JobAcctGatherType=jobacct_gather/none\nAccountingStorageType=accounting_storage/none\nJobRequeue=1\n\
          NodeName={name} NodeAddr=127.0.0.1 CPUs={processors} RealMemory=2000 State=UNKNOWN\n\
-         PartitionName=cpu Nodes={name} Default=YES MaxTime=1-00:00:00 State=UP\n"
+         PartitionName=cpu Nodes={name} Default=YES MaxTime=1-00:00:00 State=UP\n\
+         PartitionName=net Nodes={name} MaxTime=1-00:00:00 State=UP\n"
     ))
 }

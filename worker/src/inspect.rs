@@ -75,6 +75,7 @@ pub fn inspect(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>, run: P
         config: model.config.clone(),
         checkpoint_notes: model.checkpoint_notes(),
         files: checkpoint.weights.files().to_vec(),
+        description: if checkpoint.revision.is_some() { checkpoint.description() } else { Vec::new() },
         tokenizer: checkpoint.tokenizer().map(|files| files.to_string()),
         plan: plan(model, run, job, checkpoint.weights.files()),
     }

@@ -384,6 +384,28 @@ impl Checkpoint {
         Ok(Described::read(folder, None)?.with(LocalSource::open(folder)?))
     }
 
+    /// The files beside the weights that are read, with their sizes: configuration, tokenizer and
+    /// index, as far as they are there.
+    pub fn description(&self) -> Vec<FileBytes> {
+        let tokenizer = self.tokenizer().map_or(&[][..], TokenizerFiles::names);
+        let is_read = |name: &String| {
+            let name = name.as_str();
+            let known = tokenizer.contains(&name) || TOKENIZER_SETTINGS.contains(&name);
+            known || name == CONFIG_FILE || name.ends_with(".index.json")
+        };
+        let sized = |entry: io::Result<std::fs::DirEntry>| {
+            let entry = entry.ok()?;
+            let name = entry.file_name().into_string().ok().filter(is_read)?;
+            // In a cache it is a link to the file.
+            let file = std::fs::metadata(entry.path()).ok().filter(std::fs::Metadata::is_file)?;
+            Some(FileBytes { name, bytes: file.len() })
+        };
+        let entries = std::fs::read_dir(&self.folder).into_iter().flatten();
+        let mut files: Vec<FileBytes> = entries.filter_map(sized).collect();
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        files
+    }
+
     /// The tokenizer's files that are used, if the checkpoint has any that this program can read.
     pub fn tokenizer(&self) -> Option<TokenizerFiles> {
         TokenizerFiles::choose(|name| self.folder.join(name).exists())

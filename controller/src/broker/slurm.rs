@@ -23,6 +23,7 @@ use super::{
     InstanceState, Lease, LeaseTag, Offer, Offers, Way,
 };
 use crate::http::Explain;
+use crate::secret::Secret;
 use crate::text::clean;
 use crate::transport::program::OpenSsh;
 use crate::transport::quote::quote;
@@ -32,11 +33,14 @@ mod cluster;
 mod job;
 mod offers;
 mod queue;
+mod stage;
 #[cfg(test)]
 mod tests;
 
 use cluster::Cluster;
 use job::JobTransport;
+pub use stage::STAGED;
+use stage::{SUFFIX, Staging};
 
 /// The broker's name.
 pub const NAME: &str = "slurm";
@@ -68,6 +72,10 @@ pub struct Site {
     pub hf_home: Option<String>,
     /// The hub that nodes try to reach.
     pub hub: String,
+    /// The partition of jobs that fetch models for those that cannot.
+    pub stage_partition: Option<String>,
+    /// Token with which they fetch.
+    pub token: Option<Secret>,
     /// More options of `sbatch`, as they are.
     pub sbatch: Vec<String>,
     /// How long a job may wait in the queue.
@@ -107,17 +115,27 @@ impl Slurm {
         Self { site, probe, cluster: Arc::new(cluster) }
     }
 
-    /// The options of `sbatch` for so many minutes, each a word.
-    fn options(&self, sku: &Sku, time: Duration) -> Vec<String> {
+    /// The options of `sbatch` for a share of one node and so many minutes, each a word.
+    fn limits(&self, sku: &Sku, time: Duration) -> Vec<String> {
         let minutes = time.as_secs().div_ceil(60).max(1);
-        let mut options = vec![
+        vec![
             format!("--partition={}", sku.partition),
             format!("--time={minutes}"),
             "--nodes=1".to_owned(),
             "--ntasks=1".to_owned(),
             format!("--cpus-per-task={}", sku.cpus),
             format!("--mem={}M", sku.mem_mib),
-        ];
+        ]
+    }
+
+    /// With it Slurm itself removes a job that waits for too long.
+    fn deadline(&self, time: Duration) -> String {
+        format!("--deadline=now+{}", self.site.queue.as_secs() + time.as_secs() + 60)
+    }
+
+    /// The same with what the job asks for beyond that.
+    fn options(&self, sku: &Sku, time: Duration) -> Vec<String> {
+        let mut options = self.limits(sku, time);
         if sku.gpus > 0 {
             let kind = sku.gpu_type.as_ref().map(|kind| format!("{kind}:")).unwrap_or_default();
             options.push(format!("--gres=gpu:{kind}{}", sku.gpus));
@@ -136,12 +154,15 @@ impl Slurm {
         let mut options = self.options(sku, time);
         options.extend([format!("--job-name={tag}"), "--parsable".to_owned(), "--requeue".to_owned()]);
         options.extend(["--output=job.log", "--open-mode=append"].map(str::to_owned));
-        // Slurm itself removes a job that waits for too long.
-        options.push(format!("--deadline=now+{}", self.site.queue.as_secs() + time.as_secs() + 60));
+        options.push(self.deadline(time));
         if time >= LEAST_WARNED {
             options.push(format!("--signal=B:TERM@{}", WARNING.as_secs()));
         }
         let options: Vec<String> = options.iter().map(|option| quote(option)).collect();
+        let folder = format!("{root}/{tag}");
+        let staging = lease.stage.as_ref().zip(self.site.stage_partition.as_deref());
+        let staging = staging.map(|(stage, partition)| self.staging(partition, stage, &tag, &folder, time));
+        let Staging { write, submit } = staging.unwrap_or_default();
         let script = format!(
             "#!/bin/sh\nRUN=outliers/{} LIMIT={} HUB={}\nprobe() {{\n{}\n}}\n{JOB}",
             lease.tag.run,
@@ -152,32 +173,34 @@ impl Slurm {
         format!(
             "umask 077\n\
              if ! why=$({{ mkdir -p {cache} && mkdir {folder} && ln -s ../.cache {folder}/.cache && \
-             printf '%s\\n' {what} > {folder}/lease && printf '%s' {script} > {folder}/job.sh && \
+             printf '%s\\n' {what} > {folder}/lease && printf '%s' {script} > {folder}/job.sh{write} && \
              date +%s > {folder}/submitting; }} 2>&1)\n\
              then echo \"@refused the scratch folder: $(echo $why)\"; exit 0; fi\n\
-             cd {folder} || exit 1\n\
-             if sbatch --chdir=\"$PWD\" {options} < job.sh > sbatch.out 2> sbatch.log; then\n\
+             cd {folder} || exit 1\nafter=''\n{submit}\
+             if sbatch --chdir=\"$PWD\" $after {options} < job.sh > sbatch.out 2> sbatch.log; then\n\
                date +%s > ../.changed; cut -d ';' -f 1 < sbatch.out > sbatch.id && mv -f sbatch.id job.id\n\
                rm -f sbatch.out submitting\n\
                echo \"@submitted $(head -c 20 job.id)\"\n\
              else echo \"@refused $(tail -n 3 sbatch.log | tr '\\n' ' ')\"; fi",
             cache = quote(&format!("{root}/.cache")),
-            folder = quote(&format!("{root}/{tag}")),
+            folder = quote(&folder),
             what = quote(&what(sku)),
             script = quote(&script),
             options = options.join(" "),
         )
     }
 
-    /// Ends the job, then removes its folder, and with the last of them what all share.
+    /// Ends the job, and the one that fetches for it, then removes its folder, and with the last of
+    /// them what all share.
     fn removal(root: &str, user: &str, tag: &LeaseTag) -> String {
-        let (name, root) = (tag.to_string(), quote(root));
+        let (name, root, user) = (tag.to_string(), quote(root), quote(user));
         format!(
-            "scancel --user={} --name={name} || exit 1\ncd {root} 2> /dev/null || exit 0\nrm -rf ./{name} || exit 1\n\
+            "scancel --user={user} --name={name} || exit 1\n\
+             if [ -f {root}/{name}/stage.sh ]; then scancel --user={user} --name={name}{SUFFIX} || exit 1; fi\n\
+             cd {root} 2> /dev/null || exit 0\nrm -rf ./{name} || exit 1\n\
              for left in outliers-*/; do [ -d \"$left\" ] && {{ date +%s > .changed; exit 0; }}; done\n\
              i=0; until mkdir .asking 2> /dev/null || [ $i -ge 5 ]; do i=$((i + 1)); sleep 1; done\n\
-             rm -rf .cache .asking .asked .changed .part-* .queue-*\ncd .. && rmdir {root} 2> /dev/null; exit 0",
-            quote(user),
+             rm -rf .cache .asking .asked .changed .part-* .queue-*\ncd .. && rmdir {root} 2> /dev/null; exit 0"
         )
     }
 }
@@ -250,10 +273,14 @@ impl Broker for Slurm {
             );
             return Err(error(Kind::Rejected, message));
         }
+        if lease.stage.is_some() && self.site.stage_partition.is_none() {
+            return Err(error(Kind::Rejected, "no stage-partition is set any more".to_owned()));
+        }
         let root = self.cluster.root().await?;
         let script = self.submission(&root, &sku, lease, Duration::from_secs(time));
+        let token = self.site.token.as_ref().filter(|_| lease.stage.is_some());
         // Whatever goes wrong from here on, the job may be there: its name settles it.
-        let answer = self.cluster.ask(&script, Kind::Maybe).await;
+        let answer = self.cluster.ask_with(token, &script, Kind::Maybe).await;
         self.cluster.changed();
         let answer = answer?;
         if let Some(refusal) = queue::field(&answer, "refused") {

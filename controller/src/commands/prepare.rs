@@ -4,11 +4,11 @@ use std::io::{BufRead, IsTerminal, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use outliers_protocol::{Inspection, JobSpec, ModelSource, Weights};
+use outliers_protocol::{CorpusSource, FileBytes, Inspection, JobSpec, ModelSource, Weights};
 
 use super::Context;
-use crate::broker::{GpuRequest, Offer, slurm};
-use crate::clouds::{Clouds, Offered};
+use crate::broker::{GpuRequest, Offer, Stage, slurm};
+use crate::clouds::{Cloud, Clouds, Offered};
 use crate::deploy::JobIdentity;
 use crate::files::{RESERVE, free_disk};
 use crate::ledger::random_word;
@@ -97,11 +97,11 @@ pub(super) async fn prepare(
     let request = with_gpus(clouds, worker.pushed(), &job, terms.request)?;
     let run_request = RunRequest { job, job_key, terms: RunTerms { request, ..terms } };
     let inspection = preflight(context, clouds, worker, &run_request.job, run_request.terms.push_model).await?;
-    let run_request = match on_shared_files(context, clouds, &run_request.job, &inspection).await? {
-        Some(job) => RunRequest { job, ..run_request },
-        None => run_request,
+    let (run_request, stage) = match on_shared_files(context, clouds, &run_request.job, &inspection).await? {
+        Some(OnSharedFiles { job, stage }) => (RunRequest { job, ..run_request }, stage),
+        None => (run_request, None),
     };
-    let spec = spec(context, clouds, run_request, &inspection)?;
+    let spec = spec(context, clouds, run_request, &inspection, stage)?;
     let found = context.reporter.waiting("the clouds' offers", clouds.offers(&spec.request)).await?;
     offered(&found);
     if let Some(wrong) = clouds.wrong_clock() {
@@ -180,41 +180,83 @@ async fn preflight(
     Ok(inspection)
 }
 
-/// The job with its checkpoint on the file system that all nodes of a cluster share, if it is
-/// there: in the folder that was named, or in a cache of the hub. Then no node needs a network for
-/// it.
+/// A job whose checkpoint lies on the file system that all nodes of a cluster share, or will when
+/// it starts: then its node needs no network for it.
+struct OnSharedFiles {
+    job: JobSpec,
+    /// What has to be fetched there first.
+    stage: Option<Stage>,
+}
+
+/// The job with its checkpoint on a cluster's file system: in the folder that was named, in a cache
+/// of the hub, or where a job of its own fetches it. `None`: its node fetches it.
 ///
 /// # Errors
-/// There is none in the folder, or the cluster does not answer.
+/// There is none in the folder, it cannot be fetched that way, or the cluster does not answer.
 async fn on_shared_files(
     context: &Context,
     clouds: &Clouds,
     job: &JobSpec,
     inspection: &Inspection,
-) -> Result<Option<JobSpec>, CliError> {
+) -> Result<Option<OnSharedFiles>, CliError> {
     let site = context.settings.slurm.as_ref().filter(|_| clouds.names() == slurm::NAME);
     let (ModelSource::Hub { id, .. }, Some(site), Some(cloud)) = (&job.model, site, clouds.get(slurm::NAME)) else {
         return Ok(None);
     };
-    let (path, was_named) = match (&job.weights, &site.hf_home, &inspection.revision) {
-        (Some(Weights::Local { path }), ..) => (path.clone(), true),
-        (None | Some(Weights::Cache), Some(home), Some(commit)) => (snapshot(home, id, commit), false),
-        _ => return Ok(None),
+    let read_there = |path: String, stage: Option<Stage>| {
+        let (model, label) = (ModelSource::Folder { path }, Some(job.model_name().to_owned()));
+        OnSharedFiles { job: JobSpec { model, weights: None, label, ..job.clone() }, stage }
     };
-    let look = cloud.call(cloud.broker.has_checkpoint(&path));
-    match context.reporter.waiting("the cluster's files", look).await? {
-        Some(true) => {}
-        _ if was_named => {
-            let hint = "name a folder of the cluster with the whole checkpoint, by its absolute path";
-            return Err(CliError::refused(format!("{path} on {} holds no config.json", site.host), hint));
+    if let Some(Weights::Local { path }) = &job.weights {
+        if is_on_cluster(context, cloud, path).await? {
+            return Ok(Some(read_there(path.clone(), None)));
         }
-        _ => {
-            context.reporter.say(&format!("{id} is not in hf-home on {}: nodes fetch it from the hub", site.host));
-            return Ok(None);
-        }
+        let hint = "name a folder of the cluster with the whole checkpoint, by its absolute path";
+        return Err(CliError::refused(format!("{path} on {} holds no config.json", site.host), hint));
     }
-    let (model, label) = (ModelSource::Folder { path }, Some(job.model_name().to_owned()));
-    Ok(Some(JobSpec { model, weights: None, label, ..job.clone() }))
+    if let Some(Weights::Hub | Weights::Synthetic { .. }) = job.weights {
+        return Ok(None);
+    }
+    if let (Some(home), Some(commit)) = (&site.hf_home, &inspection.revision) {
+        let path = snapshot(home, id, commit);
+        if is_on_cluster(context, cloud, &path).await? {
+            return Ok(Some(read_there(path, None)));
+        }
+        context.reporter.say(&format!("{id} is not in hf-home on {}", site.host));
+    }
+    let Some(partition) = &site.stage_partition else { return Ok(None) };
+    let stage = stage(job, id, inspection)?;
+    let (files, bytes) = (stage.files.len(), stage.bytes());
+    context.reporter.say(&format!("A job in partition {partition} fetches {id} first: {files} files, {bytes}"));
+    Ok(Some(read_there(slurm::STAGED.to_owned(), Some(stage))))
+}
+
+async fn is_on_cluster(context: &Context, cloud: &Cloud, folder: &str) -> Result<bool, CliError> {
+    let look = cloud.call(cloud.broker.has_checkpoint(folder));
+    Ok(context.reporter.waiting("the cluster's files", look).await? == Some(true))
+}
+
+/// What a job of its own has to fetch of a model.
+///
+/// # Errors
+/// Not all that the run reads of the hub can be fetched so.
+fn stage(job: &JobSpec, id: &str, inspection: &Inspection) -> Result<Stage, CliError> {
+    if let CorpusSource::Dataset(_) = job.corpus.source {
+        let message = "--dataset is read from the hub, and --stage-partition fetches the model alone";
+        return Err(CliError::refused(message, "take a file as --corpus, which is uploaded; or the built-in text"));
+    }
+    let files: Vec<FileBytes> = inspection.description.iter().chain(&inspection.files).cloned().collect();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-+".contains(c);
+    let odd = files.iter().find(|file| file.name.starts_with(['.', '-']) || !file.name.chars().all(plain));
+    let hint = "download the model on the login node, and say --weights local:DIR";
+    match (&inspection.revision, odd) {
+        (_, Some(odd)) => {
+            let message = format!("{id} has a file with a name that --stage-partition cannot fetch: {:?}", odd.name);
+            Err(CliError::refused(message, hint))
+        }
+        (None, _) => Err(CliError::refused(format!("the hub does not tell the commit of {id}"), hint)),
+        (Some(commit), None) => Ok(Stage { model: id.to_owned(), commit: commit.clone(), files }),
+    }
 }
 
 /// Where a cache of the hub has a model.
@@ -252,12 +294,13 @@ fn spec(
     clouds: &Clouds,
     run_request: RunRequest,
     inspection: &Inspection,
+    stage: Option<Stage>,
 ) -> Result<RunSpec, CliError> {
     let RunRequest { job, job_key, terms } = run_request;
     let disk = match &job.model {
         ModelSource::Hub { .. } => Bytes(inspection.plan.disk_bytes + context.settings.spare_disk.0),
         ModelSource::Folder { .. } if terms.push_model => Bytes(inspection.plan.disk_bytes + OWN_FILES.0),
-        ModelSource::Folder { .. } => OWN_FILES,
+        ModelSource::Folder { .. } => Bytes(OWN_FILES.0 + stage.as_ref().map_or(0, |stage| stage.bytes().0)),
     };
     let mut request = terms.request;
     let disk = request.min_disk.map_or(disk, |typed| typed.max(disk));
@@ -286,6 +329,7 @@ fn spec(
         max_gpu_time: terms.max_gpu_time,
         quote: Quote::default(),
         only_in_time: !terms.cut_short,
+        stage,
         results: results.ok_or_else(|| CliError::refused("the results' folder is not UTF-8", "choose another"))?,
         output,
         survey: terms.survey,
@@ -361,10 +405,32 @@ pub(super) fn writable(folder: &Path) -> Result<(), CliError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::output::tests::inspection;
 
     #[test]
     fn a_model_in_a_shared_cache_is_found_by_its_commit() {
         assert_eq!(snapshot("/hf/", "a/b", "c0ffee"), "/hf/hub/models--a--b/snapshots/c0ffee");
+    }
+
+    #[test]
+    fn all_that_a_run_reads_of_a_model_is_fetched_first_or_it_is_refused() {
+        let file = |name: &str, bytes| FileBytes { name: name.into(), bytes };
+        let seen = |name: &str| Inspection {
+            revision: Some("c0ffee".into()),
+            files: vec![file(name, 7)],
+            description: vec![file("config.json", 1)],
+            ..inspection()
+        };
+        let mut job = JobSpec::new(ModelSource::Hub { id: "a/b".into(), revision: "main".into() });
+        let staged = stage(&job, "a/b", &seen("model-00001-of-00001.safetensors")).unwrap();
+        assert_eq!((staged.files.len(), staged.bytes(), staged.commit.as_str()), (2, Bytes(8), "c0ffee"));
+        for odd in ["-o", ".token", "a b", "$(x)"] {
+            let refused = stage(&job, "a/b", &seen(odd)).unwrap_err();
+            assert!(refused.status.number() == 2 && refused.message.contains("cannot fetch"), "{}", refused.message);
+        }
+        job.corpus.source = CorpusSource::Dataset("fineweb-edu".parse().unwrap());
+        let refused = stage(&job, "a/b", &seen("m")).unwrap_err();
+        assert!(refused.message.contains("--dataset"), "{}", refused.message);
     }
 
     #[test]

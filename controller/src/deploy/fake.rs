@@ -71,6 +71,7 @@ pub(crate) fn spec(results: &Path) -> RunSpec {
         max_gpu_time: None,
         quote: Quote::default(),
         only_in_time: false,
+        stage: None,
         results: results.to_string_lossy().into_owned(),
         output: Vec::new(),
         survey: None,

@@ -295,8 +295,9 @@ pub fn read_cursor(folder: &Path) -> Cursor {
 fn no_hub() -> HostError {
     let message = "the compute node does not reach the hub, and the run reads from there";
     HostError::new(HostErrorKind::Local, message).hint(
-        "download the model on the login node to a folder that all nodes share, and say --weights local:DIR, or \
-         set hf-home in [brokers.slurm] to the HF_HOME it was downloaded to; the text must be a file or built in",
+        "name a partition whose nodes reach it with --stage-partition; or download the model on the login node to a \
+         folder that all nodes share, and say --weights local:DIR, or set hf-home in [brokers.slurm] to the HF_HOME it \
+         was downloaded to; the text must be a file or built in",
     )
 }
 

@@ -225,7 +225,8 @@ impl Driver<'_> {
                 return Ok(self.append(RunEvent::NotCreated { reason, refused: false, unseen: false })?);
             }
         };
-        let lease = Lease { tag: intent.tag.clone(), ssh_public_key, disk: self.run.record().spec.disk };
+        let spec = &self.run.record().spec;
+        let lease = Lease { tag: intent.tag.clone(), ssh_public_key, disk: spec.disk, stage: spec.stage.clone() };
         let cloud = self.cloud()?;
         match cloud.call(cloud.broker.create(&intent.offer, &lease)).await {
             Ok(instance) => self.created(&instance),

@@ -869,7 +869,7 @@ async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
     };
     let tags = [stray.to_string(), "outliers-somebody-unknown-n-1".to_owned()];
     for tag in &tags {
-        let lease = Lease { tag: tag.parse().unwrap(), ssh_public_key: "ssh-fake".into(), disk: Bytes(0) };
+        let lease = Lease { tag: tag.parse().unwrap(), ssh_public_key: "ssh-fake".into(), disk: Bytes(0), stage: None };
         fake.create(&super::fake::offer("a", 1.0), &lease).await.unwrap();
     }
     let names = || -> Vec<String> { fake.world.lock().unwrap().machines.values().map(|m| m.name.clone()).collect() };

@@ -275,6 +275,7 @@ async fn spec(results: &Path) -> RunSpec {
         max_gpu_time: None,
         quote: Quote::default(),
         only_in_time: false,
+        stage: None,
         results: text(results.to_owned()),
         output,
         survey: None,

@@ -34,7 +34,7 @@ pub fn lease() -> Lease {
         deadline: now + 3600,
     };
     let key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAICN+lJwsONkwrdsSnQsu1ydUkIuIg5oOC+Eslvmtt60T run";
-    Lease { tag, ssh_public_key: key.to_owned(), disk: Bytes::from_gib(DISK_GIB) }
+    Lease { tag, ssh_public_key: key.to_owned(), disk: Bytes::from_gib(DISK_GIB), stage: None }
 }
 
 /// What a run asks for that wants one A100.

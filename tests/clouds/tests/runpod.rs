@@ -16,6 +16,7 @@ fn lease(cloud: &FakeCloud) -> Lease {
         tag: format!("outliers-o-r-n-{}", cloud.world().now + 3600).parse().expect("this is a tag"),
         ssh_public_key: "ssh-ed25519 AAAA me".to_owned(),
         disk: Bytes::from_gib(100),
+        stage: None,
     }
 }
 

@@ -72,8 +72,7 @@ fn agreed(cluster: &Cluster, context: &TestContext, what: &str) {
     let names = cluster.job_names();
     let apart: BTreeSet<&String> = names.iter().collect();
     assert_eq!(apart.len(), names.len(), "{what}: two jobs of one intent: {names:?}");
-    let format = "--format=@job %i|%T|%r|%P|%S|%e|%N|%j";
-    let queue = cluster.says("squeue", &["--me", "--noheader", "--states=all", format]);
+    let queue = cluster.says("squeue", &ALL_JOBS);
     let live = ["|RUNNING|", "|PENDING|"].iter().any(|word| queue.contains(word));
     assert!(!live && !cluster.leases().exists(), "{what}: something is left: {queue}");
     let runs = context.json(&["runs", "list"]);

@@ -59,6 +59,9 @@ pub struct Inspection {
     pub checkpoint_notes: Vec<String>,
     /// Files the run needs, with their sizes.
     pub files: Vec<FileBytes>,
+    /// Files of a hub model beside those: configuration, tokenizer and index.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub description: Vec<FileBytes>,
     /// Tokenizer file; `None`: only ready token ids can be used.
     pub tokenizer: Option<String>,
     /// What a run over the given number of tokens needs.

@@ -39,6 +39,7 @@ fn lease(gb: u64) -> Lease {
         tag: "outliers-me-r1-n1-1795250000".parse().unwrap(),
         ssh_public_key: "ssh-ed25519 AAAAC3Nz".to_owned(),
         disk: Bytes(gb * GB),
+        stage: None,
     }
 }
 

@@ -142,6 +142,7 @@ fn lease() -> Lease {
         tag: "outliers-o-r-n-1780315200".parse().unwrap(),
         ssh_public_key: "ssh-ed25519 AAAA me\n".to_owned(),
         disk: Bytes::from_gib(100),
+        stage: None,
     }
 }
 

@@ -11,6 +11,7 @@ use super::queue::{self, Snapshot};
 use super::{Kind, error};
 use crate::broker::{BrokerError, SshEndpoint, wire};
 use crate::http::Explain;
+use crate::secret::Secret;
 use crate::text::{clean, clean_lines};
 use crate::transport::program::OpenSsh;
 use crate::transport::quote::quote;
@@ -20,6 +21,8 @@ use crate::transport::{Transport, TransportError, TransportErrorKind};
 const LIMIT: Duration = Duration::from_secs(100);
 /// What precedes an answer: login shells print greetings.
 const MARK: &str = "\n@outliers@\n";
+/// The variable of a script that is given a token.
+pub(super) const TOKEN: &str = "token";
 /// Folder of all leases, below the scratch folder.
 const FOLDER: &str = "outliers-jobs";
 
@@ -70,8 +73,19 @@ impl Cluster {
     /// What a script prints there, if it ends well. `lost` is what it means that the answer did
     /// not come.
     pub(super) async fn ask(&self, script: &str, lost: Kind) -> Result<String, BrokerError> {
+        self.ask_with(None, script, lost).await
+    }
+
+    /// The same, with a token in the variable [`TOKEN`] of the script, which no other program sees.
+    pub(super) async fn ask_with(
+        &self,
+        token: Option<&Secret>,
+        script: &str,
+        lost: Kind,
+    ) -> Result<String, BrokerError> {
+        let token = token.map_or_else(String::new, |token| format!("{TOKEN}={}\n", quote(token.expose())));
         let text = format!(
-            "LC_ALL=C SLURM_TIME_FORMAT=%s\nexport LC_ALL SLURM_TIME_FORMAT\n\
+            "{token}LC_ALL=C SLURM_TIME_FORMAT=%s\nexport LC_ALL SLURM_TIME_FORMAT\n\
              {{\nprintf '\\n@outliers@\\n'\n{script}\n}} < /dev/null\n"
         );
         if let Some(explain) = &self.explain {

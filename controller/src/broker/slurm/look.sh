@@ -26,6 +26,8 @@ if cd "$ROOT" 2> /dev/null; then
         case $lease in *[!A-Za-z0-9-]*) continue ;; esac
         stage=waiting
         for go in "$lease"/outliers/*/go; do [ -f "$go" ] && stage=launched; done
+        first_line "$lease/stage.failed"
+        [ -n "$line" ] && printf '@unstaged %s|%s\n' "$lease" "$line"
         digits "$lease/submitting"
         [ -n "$line" ] && [ $(($(date +%s) - line)) -lt "$SUBMITTING" ] && stage=submitting
         digits "$lease/job.id"

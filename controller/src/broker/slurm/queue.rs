@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::{Kind, NAME, error};
+use super::{Kind, NAME, SUFFIX, error};
 use crate::broker::{BrokerError, Instance, InstanceId, InstanceState, LeaseTag, SshEndpoint};
 use crate::calendar::rfc3339;
 use crate::text::clean;
@@ -41,6 +41,8 @@ pub(super) struct Snapshot {
     leases: Vec<Folder>,
     /// Of leases whose jobs the queue shows no more: tag, and the state in which the job ended.
     past: Vec<(String, String)>,
+    /// Of leases whose staging job failed: tag, and why.
+    unstaged: Vec<(String, String)>,
     /// Lines that are none, cut to a readable length.
     odd: Vec<String>,
 }
@@ -101,9 +103,10 @@ impl Job {
         (is_number && is_word).then_some(Self { number, state, reason, partition, starts, ends, node, name })
     }
 
-    /// Its name is a lease's tag.
-    fn is_ours(&self) -> bool {
-        self.name.parse::<LeaseTag>().is_ok()
+    /// The lease that it is for, itself or by staging for it.
+    fn tag(&self) -> Option<&str> {
+        let tag = self.name.strip_suffix(SUFFIX).unwrap_or(&self.name);
+        tag.parse::<LeaseTag>().is_ok().then_some(tag)
     }
 
     fn life(&self) -> Life {
@@ -209,6 +212,8 @@ impl Snapshot {
                 snapshot.leases.extend(Folder::read(lease));
             } else if let Some(past) = line.strip_prefix("@past ") {
                 snapshot.past.extend(read_past(past));
+            } else if let Some((tag, why)) = line.strip_prefix("@unstaged ").and_then(|line| line.split_once('|')) {
+                snapshot.unstaged.push((tag.to_owned(), clean(why.as_bytes(), 200)));
             }
         }
         match field(answer, "end") {
@@ -221,6 +226,24 @@ impl Snapshot {
     fn job(&self, tag: &str) -> Option<&Job> {
         let of = || self.jobs.iter().filter(|job| job.name == tag);
         of().find(|job| job.life() != Life::Ended).or_else(|| of().next_back())
+    }
+
+    /// The job that fetches for a tag's, while it lives.
+    fn staging(&self, tag: &str) -> Option<&Job> {
+        let is_it = |job: &&Job| job.name.strip_suffix(SUFFIX) == Some(tag) && job.life() != Life::Ended;
+        self.jobs.iter().find(is_it)
+    }
+
+    /// What a tag's job that is in the queue waits for.
+    fn waits_for(&self, tag: &str, job: &Job) -> String {
+        match self.staging(tag) {
+            Some(staging) if staging.life() == Life::Runs => {
+                let partition = clean(staging.partition.as_bytes(), 40);
+                format!("job {} in {partition} fetches the model for job {}", staging.number, job.number)
+            }
+            Some(staging) => format!("{}; it fetches the model for job {}", staging.waits_for(), job.number),
+            None => job.waits_for(),
+        }
     }
 
     fn folder(&self, tag: &str) -> Option<&Folder> {
@@ -244,7 +267,11 @@ impl Snapshot {
             let folder = self.folder(tag).filter(|folder| folder.stage != Stage::Submitting);
             folder.filter(|_| self.job(tag).is_none()).map(|_| "it is in the queue no more".to_owned())
         };
-        self.last_state(tag).map(in_words).or_else(gone)
+        let over = self.last_state(tag).map(in_words).or_else(gone)?;
+        Some(match self.unstaged.iter().find(|(of, _)| of == tag) {
+            Some((_, why)) => format!("{over}; the job that fetches the model failed: {why}"),
+            None => over,
+        })
     }
 
     /// When the job's time is up, or was. A job that waits has all of its time, and one that was
@@ -263,12 +290,11 @@ impl Snapshot {
     /// All jobs of the user, and all leases that still have a folder. `door` is the login node.
     pub(super) fn instances(&self, door: &SshEndpoint) -> Vec<Instance> {
         let mut names: BTreeSet<&str> = self.leases.iter().map(|folder| folder.name.as_str()).collect();
-        let (ours, foreign): (Vec<&Job>, Vec<&Job>) =
-            self.jobs.iter().filter(|job| job.life() != Life::Ended).partition(|job| job.is_ours());
-        names.extend(ours.iter().map(|job| job.name.as_str()));
+        let live = || self.jobs.iter().filter(|job| job.life() != Life::Ended);
+        names.extend(live().filter_map(Job::tag));
+        let foreign = live().filter(|job| job.tag().is_none());
         let leases = names.iter().map(|name| self.lease(name, door));
-        let foreign = foreign.into_iter().map(other);
-        leases.chain(foreign).chain(self.odd.iter().map(|line| unreadable(line))).collect()
+        leases.chain(foreign.map(other)).chain(self.odd.iter().map(|line| unreadable(line))).collect()
     }
 
     fn lease(&self, tag: &str, door: &SshEndpoint) -> Instance {
@@ -279,13 +305,14 @@ impl Snapshot {
         let what = folder.map(|folder| folder.what.clone()).unwrap_or_default();
         let why = || over.clone().unwrap_or_else(|| "it is in the queue no more".to_owned());
         let state = match (life, folder.map(|folder| folder.stage)) {
-            (Life::Waits, _) => InstanceState::Queued(job.map(Job::waits_for).unwrap_or_default()),
+            (Life::Waits, _) => InstanceState::Queued(job.map(|job| self.waits_for(tag, job)).unwrap_or_default()),
             (Life::Boots, _) | (Life::Ended, Some(Stage::Submitting)) => InstanceState::Booting,
             (Life::Runs, Some(_)) | (Life::Leaves | Life::Ended, Some(Stage::Launched)) => {
                 InstanceState::Ready(door.clone())
             }
             // Its folder goes before it does.
             (Life::Runs | Life::Leaves, None) => InstanceState::Terminating,
+            (Life::Ended, None) if self.staging(tag).is_some() => InstanceState::Terminating,
             (Life::Leaves, Some(_)) => InstanceState::Booting,
             (Life::Ended, _) => InstanceState::Failed(format!("its job is over, {}", why())),
             (Life::Unknown, _) => {

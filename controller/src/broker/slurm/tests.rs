@@ -27,6 +27,8 @@ fn site() -> Site {
         scratch: None,
         hf_home: None,
         hub: "https://hub.example".into(),
+        stage_partition: Some("io".into()),
+        token: None,
         sbatch: vec!["--nice=100".into()],
         queue: Duration::from_secs(86_400),
         gpu_memory: None,

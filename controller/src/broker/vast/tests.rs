@@ -26,6 +26,7 @@ fn lease() -> Lease {
         tag: "outliers-me-r1-n1-1795250000".parse().unwrap(),
         ssh_public_key: "ssh-ed25519 AAAAC3Nz it's mine\n".to_owned(),
         disk: Bytes(99_500_000_000),
+        stage: None,
     }
 }
 
