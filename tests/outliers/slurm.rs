@@ -290,13 +290,18 @@ fn a_cluster_without_a_host_is_refused_with_what_to_say() {
 
 #[test]
 fn offers_show_partitions_gpus_and_the_queues_estimate() {
-    let Some((cluster, context)) = office() else { return };
-    let words = ["offers", "--json", "--broker", "slurm", "--gpu-count", "2", "--gpu-filter", "a100"];
-    let said = context.run(words).ok();
-    for word in ["a100", "gpu: 1 of 2 nodes idle, starts at once", "without GPUs"] {
-        assert!(said.stdout.contains(word), "{word}: {said:?}");
+    for newer in [false, true] {
+        let Some((cluster, context)) = office() else { return };
+        if newer {
+            cluster.goes_wrong("newer", "").unwrap();
+        }
+        let words = ["offers", "--json", "--broker", "slurm", "--gpu-count", "2", "--gpu-filter", "a100"];
+        let said = context.run(words).ok();
+        for word in ["a100", "gpu: 1 of 2 nodes idle, starts at once", "without GPUs"] {
+            assert!(said.stdout.contains(word), "{word}: {said:?}");
+        }
+        assert_eq!((cluster.jobs(), cluster.asked("sbatch --test-only")), (0, 1));
     }
-    assert_eq!((cluster.jobs(), cluster.asked("sbatch --test-only")), (0, 1));
 }
 
 #[test]
@@ -342,23 +347,25 @@ fn what_a_killed_controller_left_is_brought_home_by_attach() {
     context.assert_nothing_left();
 }
 
-/// Starts a run of so many sequences; returns when it is in mid-pass, with this layer.
-fn busy(cluster: &Cluster, context: &TestContext, sequences: &str, layer: u32, more: &[&str]) -> std::process::Child {
+/// Where a worker is in mid-pass.
+const MID_PASS: &str = "\"layers\",\"layer\":1";
+
+/// Starts a run of so many sequences; returns when its progress says this.
+fn busy(cluster: &Cluster, context: &TestContext, sequences: &str, at: &str, more: &[&str]) -> std::process::Child {
     let model = context.work().join("model");
     let model = model.to_str().unwrap();
     assert!(run_worker(["demo-model", "--output", model]).status.success());
     let words = ["deploy", "-y", "--broker", "slurm", "--gpu-count", "0", "--push-model", "--model", model];
     let job = ["--num-sequences", sequences, "--sequence-length", "512"];
     let child = context.start(words.iter().chain(&job).chain(more));
-    let at = format!("\"layers\",\"layer\":{layer}");
-    context.wait_for("the worker to be busy", || says_of_a_run(cluster, files::PROGRESS, &at));
+    context.wait_for("the worker to be busy", || says_of_a_run(cluster, files::PROGRESS, at));
     child
 }
 
 #[test]
 fn a_job_that_is_put_back_into_the_queue_in_mid_pass_works_on() {
     let Some((cluster, context)) = office() else { return };
-    let mut child = busy(&cluster, &context, "60", 1, &[]);
+    let mut child = busy(&cluster, &context, "60", MID_PASS, &[]);
     cluster.says("scontrol", &["requeue", "1"]);
     assert!(!says_of_a_run(&cluster, files::MANIFEST, ""), "it was in mid-pass");
     let status = child.wait().unwrap();
@@ -384,7 +391,7 @@ fn was_cut_off(code: Option<i32>, cluster: &Cluster, context: &TestContext) {
 #[test]
 fn a_job_whose_time_is_up_brings_home_what_there_is() {
     let Some((cluster, context)) = office() else { return };
-    let mut child = busy(&cluster, &context, "60", 1, &[]);
+    let mut child = busy(&cluster, &context, "60", MID_PASS, &[]);
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let mut leases = std::fs::read_dir(cluster.leases()).unwrap().map(|entry| entry.unwrap().path());
     let lease = leases.find(|path| path.join("ends").exists()).expect("the job has begun");
@@ -402,9 +409,9 @@ fn a_job_at_its_time_limit_is_ended_by_slurm_itself() {
     let Some(cluster) = Cluster::real().unwrap() else { return };
     let context = context(&cluster);
     let text = context.work().join("long.txt");
-    std::fs::write(&text, "All that glisters is not gold; often have you heard that told. ".repeat(200_000)).unwrap();
+    std::fs::write(&text, "All that glisters is not gold; often have you heard that told. ".repeat(75_000)).unwrap();
     let more = ["--max-duration", "1m", "--allow-cut-short", "--corpus", text.to_str().unwrap()];
-    let mut child = busy(&cluster, &context, "1000", 0, &more);
+    let mut child = busy(&cluster, &context, "1500", "\"tokenizing\"", &more);
     // A controller that is there stops the worker in time.
     child.kill().unwrap();
     child.wait().unwrap();
@@ -530,13 +537,20 @@ async fn the_queue_is_looked_at_once_however_many_processes_ask() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_queue_has_forgotten_is_asked_for_once_and_named() {
-    for (accounted, word, says) in [("accounting", "PREEMPTED", "took its place"), ("", "NODE_FAIL", "node failed")] {
+    for (accounted, newer, word, says) in [
+        ("accounting", false, "PREEMPTED", "took its place"),
+        ("", false, "NODE_FAIL", "node failed"),
+        ("", true, "NODE_FAIL", "node failed"),
+    ] {
         let Some(cluster) = Cluster::stand_in().unwrap() else { return };
         let folder = tempfile::tempdir().unwrap();
         let broker = broker(&cluster, folder.path(), Duration::from_millis(50));
         let made = broker.create(&first_offer(&broker).await, &lease()).await.unwrap();
         if !accounted.is_empty() {
             cluster.goes_wrong(accounted, "").unwrap();
+        }
+        if newer {
+            cluster.goes_wrong("newer", "").unwrap();
         }
         cluster.goes_wrong("end", word).unwrap();
         cluster.goes_wrong("forget", "").unwrap();

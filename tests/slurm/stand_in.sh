@@ -2,8 +2,9 @@
 # Stands in for sbatch, squeue, scancel, sinfo, sacct and scontrol, as which it is started: jobs
 # are folders below $SLURM_STAND_IN/jobs and processes of this machine. A job that depends on
 # another starts at a look after that one has ended well. It understands the options
-# that the broker uses and no others, and prints what Slurm 22.05.8 prints (recorded/). Files in
-# $SLURM_STAND_IN say what goes wrong:
+# that the broker uses and no others, and prints what Slurm 22.05.8 prints (recorded/), or what
+# 24.05 prints where the file `newer` is (README.md). Other files in $SLURM_STAND_IN say what goes
+# wrong:
 #   hold         the next job waits, with this reason, until the file goes
 #   lose-reply   the next submission times out, though the job was made
 #   refuse       the next submission is refused, with these words
@@ -98,7 +99,9 @@ submit() {
         fail 'sbatch: error: Batch job submission failed: Invalid partition name specified' ;;
     esac
     if [ -n "$try" ]; then
-        echo "sbatch: Job 99 to start at $(date +%s) using 1 processors on nodes n1 in partition $partition" >&2
+        a=''
+        [ -f "$state/newer" ] && a=' a'
+        echo "sbatch: Job 99 to start at $(date +%s)$a using 1 processors on nodes n1 in partition $partition" >&2
         exit 0
     fi
     if [ -f "$state/refuse" ]; then
@@ -176,7 +179,10 @@ control() {
     fi
     [ "$1 $2 $3" = '--oneliner show job' ] || fail "scontrol: not $*"
     [ -f "$jobs/$4/over" ] || fail 'slurm_load_jobs error: Invalid job id specified'
-    echo "JobId=$4 JobName=$(cat "$jobs/$4/name") UserId=me(1000) JobState=$(cat "$jobs/$4/over") Reason=None Requeue=1"
+    more=''
+    [ -f "$state/newer" ] && more=" SubmitLine=sbatch --parsable --job-name=$(cat "$jobs/$4/name") WorkDir=/ StdErr="
+    echo "JobId=$4 JobName=$(cat "$jobs/$4/name") UserId=me(1000) JobState=$(cat "$jobs/$4/over") Reason=None" \
+        "Dependency=(null) Requeue=1$more"
 }
 
 cancel() {
@@ -193,12 +199,14 @@ cancel() {
 }
 
 info() {
+    version='slurm-wlm 22.05.8' more='(S:0-1)'
+    [ -f "$state/newer" ] && version='slurm 24.05.5' more='(S:0,1),shard:a100:16'
     case $* in
-        --version) echo 'slurm-wlm 22.05.8' ;;
+        --version) echo "$version" ;;
         '-h -o %P') printf 'cpu*\ngpu\n' ;;
         '--noheader --exact --format=@nodes %P|%a|%l|%F|%c|%m|%G')
             echo '@nodes cpu*|up|1-00:00:00|0/3/0/3|4|16000|(null)'
-            echo '@nodes gpu|up|2-00:00:00|1/1/0/2|64|512000|gpu:a100:4(S:0-1)' ;;
+            echo "@nodes gpu|up|2-00:00:00|1/1/0/2|64|512000|gpu:a100:4$more" ;;
         *) fail "sinfo: not $*" ;;
     esac
 }

@@ -112,10 +112,10 @@ impl Job {
     fn life(&self) -> Life {
         match self.state.as_str() {
             "PENDING" | "REQUEUED" | "REQUEUE_FED" | "REQUEUE_HOLD" | "RESV_DEL_HOLD" | "SPECIAL_EXIT"
-            | "SUSPENDED" | "STOPPED" => Life::Waits,
+            | "SUSPENDED" | "STOPPED" | "EXPEDITING" => Life::Waits,
             "CONFIGURING" | "POWER_UP_NODE" => Life::Boots,
             "RUNNING" | "RESIZING" | "SIGNALING" => Life::Runs,
-            "COMPLETING" | "STAGE_OUT" => Life::Leaves,
+            "COMPLETING" | "STAGE_OUT" | "UPDATE_DB" => Life::Leaves,
             state if is_over(state) => Life::Ended,
             _ => Life::Unknown,
         }

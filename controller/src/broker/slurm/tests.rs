@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
+use outliers_protocol::FileBytes;
 use proptest::prelude::*;
 
 use super::queue::{self, Snapshot};
 use super::{NAME, Site, Sku, Slurm, error, offers, refused};
 use crate::broker::{
-    BrokerErrorKind as Kind, GpuRequest, Instance, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
+    BrokerErrorKind as Kind, GpuRequest, Instance, InstanceState, Lease, LeaseTag, Offer, SshEndpoint, Stage,
 };
 use crate::transport::program::OpenSsh;
 use crate::units::{Bytes, UsdPerHour};
@@ -115,6 +116,49 @@ fn every_end_has_its_name() {
     }
     let twice = format!("@job 7|TIMEOUT|None|gpu|1|1|n1|{0}\n@job 8|PENDING|Priority|gpu|N/A|N/A||{0}\n", tag("r1"));
     assert_eq!(seen("", &twice).over(&tag("r1")), None, "one that lives counts");
+}
+
+/// All that the page "Job State Codes" of Slurm's documentation names.
+#[test]
+fn every_state_of_later_versions_is_known() {
+    for word in [
+        "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PENDING PREEMPTED RUNNING SUSPENDED",
+        "TIMEOUT COMPLETING CONFIGURING EXPEDITING LAUNCH_FAILED POWER_UP_NODE RECONFIG_FAIL REQUEUED REQUEUE_FED",
+        "REQUEUE_HOLD RESIZING RESV_DEL_HOLD REVOKED SIGNALING SPECIAL_EXIT STAGE_OUT STOPPED UPDATE_DB",
+    ]
+    .iter()
+    .flat_map(|words| words.split(' '))
+    {
+        let job = format!("@job 7|{word}|None|gpu|1|1700000000|n1|{}\n", tag("r1"));
+        let state = state(&seen(&folder("r1", "launched", "1700000000"), &job), "r1");
+        assert!(!matches!(state, InstanceState::Unknown(_)), "{word}");
+    }
+}
+
+#[test]
+fn a_job_and_the_one_that_fetches_for_it_are_one_instance() {
+    let waits = format!("@job 8|PENDING|Dependency|gpu|N/A|N/A||{}\n", tag("r1"));
+    let fetches = |word: &str, reason: &str| format!("@job 7|{word}|{reason}|io|1|2|n1|{}-stage\n{waits}", tag("r1"));
+    let lease = folder("r1", "waiting", "");
+    for (queue, says) in [
+        (fetches("RUNNING", "None"), "job 7 in io fetches the model for job 8"),
+        (fetches("PENDING", "Resources"), "PENDING (Resources), may start by 1970-01-01T00:10:00Z; it fetches"),
+        (fetches("COMPLETED", "None"), "job 8 in gpu: PENDING (Dependency)"),
+    ] {
+        let all = seen(&lease, &queue).instances(&door());
+        assert_eq!(all.len(), 1, "{all:?}");
+        let InstanceState::Queued(why) = &all[0].state else { panic!("{all:?}") };
+        assert!(why.contains(says), "{why}");
+    }
+    let failed = format!(
+        "@unstaged {}|config.json could not be fetched\n{lease}@job 7|FAILED|NonZeroExitCode|io|1|2|n1|{0}-stage\n",
+        tag("r1")
+    );
+    let gone = format!("@job 8|CANCELLED|DependencyNeverSatisfied|gpu|N/A|2||{}\n", tag("r1"));
+    let InstanceState::Failed(why) = state(&seen(&failed, &gone), "r1") else { panic!("it never starts") };
+    assert!(why.contains("failed: config.json could not be fetched"), "{why}");
+    let ending = seen("", &format!("@job 7|COMPLETING|None|io|1|2|n1|{}-stage\n", tag("r1")));
+    assert_eq!(state(&ending, "r1"), InstanceState::Terminating, "its folder goes before it does");
 }
 
 #[test]
@@ -226,12 +270,40 @@ fn slurm() -> Slurm {
     Slurm::new(site(), OpenSsh::new("c", None, std::path::Path::new("/tmp/x")).unwrap(), "echo facts", None)
 }
 
+fn lease(stage: Option<Stage>) -> Lease {
+    let tag = tag("r1").parse::<LeaseTag>().unwrap();
+    Lease { tag, ssh_public_key: String::new(), disk: Bytes::from_gib(1), stage }
+}
+
+fn two_gpus() -> Sku {
+    Sku { partition: "gpu".into(), gpus: 2, gpu_type: Some("a100".into()), cpus: 8, mem_mib: 1000, limit_s: None }
+}
+
+#[test]
+fn a_job_that_fetches_is_submitted_before_the_one_that_waits_for_it() {
+    let file = |name: &str, bytes| FileBytes { name: name.into(), bytes };
+    let files = vec![file("config.json", 7), file("model.safetensors", 8)];
+    let stage = Stage { model: "a/b".into(), commit: "c0ffee".into(), files };
+    let script = slurm().submission("/it's me", &two_gpus(), &lease(Some(stage)), Duration::from_secs(3600));
+    let at = |part: &str| script.find(part).unwrap_or_else(|| panic!("{part} in {script}"));
+    assert!(at("--partition=io") < at("--dependency=afterok:") && at("< stage.sh") < at("< job.sh"));
+    for part in [
+        &format!("--job-name={}-stage", tag("r1")),
+        "BASE=https://hub.example/a/b/resolve/c0ffee",
+        "7 config.json\n8 model.safetensors\n",
+        "--kill-on-invalid-dep=yes",
+        "--account=lab",
+    ] {
+        at(part);
+    }
+    assert_eq!(script.matches("--gres").count(), 1, "it fetches without GPUs");
+    let checked = std::process::Command::new("sh").args(["-n", "-c", &script]).output().unwrap();
+    assert!(checked.status.success(), "{checked:?}");
+}
+
 #[test]
 fn a_submission_names_the_tag_and_the_limits_and_nothing_is_read_by_a_shell() {
-    let lease =
-        Lease { tag: tag("r1").parse::<LeaseTag>().unwrap(), ssh_public_key: String::new(), disk: Bytes::from_gib(1) };
-    let sku =
-        Sku { partition: "gpu".into(), gpus: 2, gpu_type: Some("a100".into()), cpus: 8, mem_mib: 1000, limit_s: None };
+    let (lease, sku) = (lease(None), two_gpus());
     let root = "/scratch/it's me; rm -rf x";
     let script = slurm().submission(root, &sku, &lease, Duration::from_secs(3601));
     for part in [
@@ -249,6 +321,7 @@ fn a_submission_names_the_tag_and_the_limits_and_nothing_is_read_by_a_shell() {
     }
     let short = slurm().submission("/s", &sku, &lease, Duration::from_secs(300));
     assert!(!short.contains("--signal"), "it would be asked to stop as soon as it starts");
+    assert!(!short.contains("stage.sh") && !short.contains("--dependency"), "nothing is to be fetched");
     let checked = std::process::Command::new("sh").args(["-n", "-c", &script]).output().unwrap();
     assert!(checked.status.success(), "{checked:?}");
 }
@@ -272,7 +345,7 @@ fn refusals_mean_what_they_mean() {
 
 proptest! {
     #[test]
-    fn no_answer_breaks_the_readers(text in "(@job |@lease |@nodes |[a-z0-9|:/(),-]|\n){0,60}") {
+    fn no_answer_breaks_the_readers(text in "(@job |@lease |@unstaged |@nodes |[a-z0-9|:/(),-]|\n){0,60}") {
         let _ = Snapshot::read(&format!("{text}\n@end ")).map(|snapshot| snapshot.instances(&door()));
         let want = GpuRequest { gpu_count: Some(0), ..GpuRequest::default() };
         let _ = offers::read(&text, &want, &site());
