@@ -150,6 +150,18 @@ impl Cluster {
         self.folder.path().join("ssh_config")
     }
 
+    /// From now on one of the stand-in's commands prints this, whatever it is asked.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn prints(&self, command: &str, text: &str) -> Result<()> {
+        let (program, said) = (self.folder.path().join("bin").join(command), self.folder.path().join("said"));
+        fs::write(&said, text)?;
+        fs::remove_file(&program)?;
+        fs::write(&program, format!("#!/bin/sh\ncat '{}'\n", said.display()))?;
+        Ok(fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?)
+    }
+
     /// Forgets the login node's host key.
     ///
     /// # Errors

@@ -94,10 +94,17 @@ ended() {
     case $word in '' | PENDING | RUNNING | REQUEUED | RESIZING | SUSPENDED | COMPLETING) return 1 ;; esac
     echo "$word" > "$2/over"
 } 2> /dev/null
+# Those of $known of which the queue has no job. There may be hundreds of either: one pass over both.
+missing() {
+    { printf '%s\n' $known; echo; printf '%s\n' "$queue"; } | awk -F '|' '
+        !queue && $0 == "" { queue = 1; next }
+        !queue { known[++count] = $0; next }
+        { jobs[$NF] = 1 }
+        END { for (i = 1; i <= count; i++) { split(known[i], one, ":"); if (!(one[2] in jobs)) print known[i] } }'
+}
 asked=0
-for one in $known; do
+for one in $(missing); do
     id=${one%%:*} lease=${one#*:}
-    case $queue in *"|$lease"*) continue ;; esac
     if [ ! -s "$lease/over" ] && [ $asked -lt 20 ]; then
         asked=$((asked + 1))
         ended "$id" "$lease"

@@ -288,8 +288,8 @@ fn a_job_that_fetches_is_submitted_before_the_one_that_waits_for_it() {
     let at = |part: &str| script.find(part).unwrap_or_else(|| panic!("{part} in {script}"));
     assert!(at("--partition=io") < at("--dependency=afterok:") && at("< stage.sh") < at("< job.sh"));
     for part in [
-        &format!("--job-name={}-stage", tag("r1")),
         "BASE=https://hub.example/a/b/resolve/c0ffee",
+        &format!("--job-name={}-stage", tag("r1")),
         "7 config.json\n8 model.safetensors\n",
         "--kill-on-invalid-dep=yes",
         "--account=lab",
