@@ -233,8 +233,17 @@ impl<'a> Session<'a> {
 
     /// By all its runs, earlier ones included.
     fn spent(&self, runs: &[RunRecord]) -> Usd {
-        let is_own = |run: &&RunRecord| run.spec.survey.as_ref().is_some_and(|member| member.survey == self.asked.name);
-        runs.iter().filter(is_own).map(|run| run.cost(now_ms())).sum()
+        self.own(runs).map(|run| run.cost(now_ms())).sum()
+    }
+
+    /// The time of GPUs that all its runs have taken.
+    fn gpu_time(&self, runs: &[RunRecord]) -> GpuTime {
+        GpuTime::from_seconds(self.own(runs).map(|run| run.gpu_time(now_ms()).seconds()).sum())
+    }
+
+    fn own<'r>(&self, runs: &'r [RunRecord]) -> impl Iterator<Item = &'r RunRecord> {
+        let is_own = move |run: &&RunRecord| run.spec.survey.as_ref().is_some_and(|of| of.survey == self.asked.name);
+        runs.iter().filter(is_own)
     }
 
     fn consent(&self, todo: &[Todo]) -> Result<(), CliError> {

@@ -20,7 +20,7 @@ use crate::status::HeadlineFigures;
 use crate::survey::index::IndexEntry;
 use crate::survey::{ModelOutcome, is_commit};
 use crate::text::clean_lines;
-use crate::units::{Usd, figure};
+use crate::units::{GpuTime, Usd, figure};
 
 /// What the first offer takes.
 pub(super) fn estimate(prepared: &Prepared) -> Option<Estimate> {
@@ -57,6 +57,9 @@ struct SurveyPlan<'a> {
     budget: Option<Usd>,
     /// By all runs of the survey so far.
     spent: Usd,
+    /// What all runs may take of GPUs, and have taken so far, in GPU-seconds.
+    max_gpu_time: Option<GpuTime>,
+    gpu_time: GpuTime,
     /// Of what would be run.
     estimate: Usd,
     at_most: Usd,
@@ -138,16 +141,20 @@ impl Session<'_> {
             max_parallel: self.asked.max_parallel,
             budget: self.asked.budget,
             spent: self.spent(runs),
+            max_gpu_time: self.max_gpu_time(),
+            gpu_time: self.gpu_time(runs),
             estimate: costs.sum(),
             at_most: models.iter().filter_map(|row| row.at_most).sum(),
             models,
         };
         self.context.reporter.result(&plan, || {
             let budget = plan.budget.map_or_else(|| "none".to_owned(), |budget| budget.to_string());
+            let gpus = plan.max_gpu_time.map(|most| format!("GPUs: {} so far, {most} allowed\n", plan.gpu_time));
+            let gpus = gpus.unwrap_or_default();
             let problems: Vec<String> = plan.models.iter().filter_map(|row| row.problem.clone()).collect();
             let problems = clean_lines(&problems.join("\n"));
             format!(
-                "Nothing is rented. {} at a time.\n{}\n{problems}\nabout {}, at most {} until the time limits; spent so far {}, budget {budget}\n",
+                "Nothing is rented. {} at a time.\n{}\n{problems}\nabout {}, at most {} until the time limits; spent so far {}, budget {budget}\n{gpus}",
                 plan.max_parallel,
                 table_of(&plan.models),
                 plan.estimate,
