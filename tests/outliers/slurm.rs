@@ -10,7 +10,7 @@ use outliers::transport::program::OpenSsh;
 use outliers::transport::{SendRequest, Transport, TransportErrorKind};
 use outliers::units::Bytes;
 use outliers_clouds::conformance::{lease, life};
-use outliers_protocol::files;
+use outliers_protocol::{Results, files};
 use outliers_tests::cluster::Cluster;
 use outliers_tests::context::{Said, TestContext};
 use outliers_tests::golden::assert_statistics_equal;
@@ -402,9 +402,32 @@ fn a_job_whose_time_is_up_brings_home_what_there_is() {
     was_cut_off(code, &cluster, &context);
 }
 
+/// Slurm lets it wait for half a minute.
+#[test]
+#[ignore = "takes two minutes: cargo test --workspace --test outliers -- --ignored slurm::"]
+fn a_job_that_slurm_itself_puts_back_into_the_queue_ends_with_the_same_bits() {
+    let Some(cluster) = Cluster::real().unwrap() else { return };
+    let context = context(&cluster);
+    let mut child = busy(&cluster, &context, "60", MID_PASS, &[]);
+    cluster.says("scontrol", &["requeue", "1"]);
+    assert!(!says_of_a_run(&cluster, files::MANIFEST, ""), "it was in mid-pass");
+    assert!(child.wait().unwrap().success(), "{}", context.stderr());
+    let job = cluster.says("scontrol", &["--oneliner", "show", "job"]);
+    assert!(job.lines().count() == 1 && job.contains(" Restarts=1 "), "{job}");
+    let here = TestContext::new();
+    let model = here.work().join("model");
+    let model = model.to_str().unwrap();
+    assert!(run_worker(["demo-model", "--output", model]).status.success());
+    let words = ["deploy", "-y", "--broker", "local", "--gpu-count", "0", "--push-model", "--model", model];
+    let _ = here.run(words.iter().chain(&["--num-sequences", "60", "--sequence-length", "512"])).ok();
+    assert_eq!(context.results(), here.results());
+    assert!(!cluster.leases().exists(), "something is left in scratch");
+    context.assert_nothing_left();
+}
+
 /// The shortest time limit that Slurm has is a minute, and it looks twice a minute.
 #[test]
-#[ignore = "takes two minutes: cargo test --test outliers -- --ignored ended_by_slurm_itself"]
+#[ignore = "takes two minutes: cargo test --workspace --test outliers -- --ignored slurm::"]
 fn a_job_at_its_time_limit_is_ended_by_slurm_itself() {
     let Some(cluster) = Cluster::real().unwrap() else { return };
     let context = context(&cluster);
@@ -611,6 +634,26 @@ fn a_deploy_to_slurm_itself_equals_the_reference_and_leaves_nothing() {
     is_home_and_gone(context.run(deploy("llama-f32")), &cluster, &context, "llama-f32");
     assert_eq!(cluster.says("squeue", &["-h", "-t", "PENDING,RUNNING"]), "");
     context.assert_nothing_left();
+}
+
+#[test]
+fn a_survey_by_slurm_itself_equals_one_on_this_machine_and_leaves_nothing() {
+    let Some(cluster) = Cluster::real().unwrap() else { return };
+    let (there, here) = (context(&cluster), TestContext::new());
+    survey_of_three(&there);
+    survey_of_three(&here);
+    let _ = there.run(SURVEY).ok();
+    let _ = here.run(SURVEY.map(|word| if word == "slurm" { "local" } else { word })).ok();
+    for model in ["one", "two", "three"] {
+        let results = |context: &TestContext| -> Results {
+            let path = context.work().join("remote_results/three").join(model).join(files::RESULTS);
+            serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+        };
+        assert_eq!(results(&there), results(&here), "{model}");
+    }
+    assert_eq!(cluster.says("squeue", &["-h", "-t", "PENDING,RUNNING"]), "");
+    assert!(!cluster.leases().exists(), "something is left in scratch");
+    there.assert_nothing_left();
 }
 
 #[test]

@@ -251,7 +251,8 @@ fn configuration(folder: &Path, name: &str, plugins: &Path) -> Result<String> {
     let (folder, plugins, controller, node) = (folder.display(), plugins.display(), port()?, port()?);
     Ok(format!(
         "ClusterName=test\nSlurmctldHost={name}(127.0.0.1)\nSlurmUser={me}\nSlurmdUser={me}\n\
-         AuthType=auth/none\nCredType=cred/none\nPluginDir={plugins}\nSlurmctldPort={controller}\nSlurmdPort={node}\n\
+         AuthType=auth/none\nAuthInfo=cred_expire=5\nCredType=cred/none\nPluginDir={plugins}\n\
+         SlurmctldPort={controller}\nSlurmdPort={node}\n\
          StateSaveLocation={folder}/state\nSlurmdSpoolDir={folder}/spool\n\
          SlurmctldPidFile={folder}/slurmctld.pid\nSlurmdPidFile={folder}/slurmd.pid\n\
          ProctrackType=proctrack/pgid\nTaskPlugin=task/none\nSwitchType=switch/none\nMpiDefault=none\n\
