@@ -208,7 +208,7 @@ impl Cluster {
 
     /// The names of all jobs that were submitted to the stand-in.
     pub fn job_names(&self) -> Vec<String> {
-        let entries = fs::read_dir(self.folder.path().join("jobs")).into_iter().flatten().filter_map(Result::ok);
+        let entries = fs::read_dir(self.folder.path().join("jobs")).into_iter().flatten().flatten();
         let name = |job: fs::DirEntry| fs::read_to_string(job.path().join("name")).unwrap_or_default();
         entries.map(|job| name(job).trim().to_owned()).collect()
     }

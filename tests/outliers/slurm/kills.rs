@@ -26,7 +26,8 @@ enum Point {
 
 /// Half of them before and after commands, the others at times between.
 fn points(count: usize, commands: usize) -> Vec<Point> {
-    let all: Vec<Point> = (1..=commands).flat_map(|n| ["before", "after"].map(|when| Point::Command(n, when))).collect();
+    let both = |number: usize| ["before", "after"].map(|when| Point::Command(number, when));
+    let all: Vec<Point> = (1..=commands).flat_map(both).collect();
     let kept = all.len().min(count.div_ceil(2));
     let times = count - kept;
     let of_commands = (0..kept).map(|i| all[i * all.len() / kept]);
