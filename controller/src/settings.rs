@@ -786,7 +786,7 @@ mod catalogue {
     }
 
     #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
     struct Model {
         id: String,
         architecture: String,
@@ -861,6 +861,34 @@ mod catalogue {
             let bytes_each = model.stored_gb * 1e9 / model.parameters as f64;
             assert!((0.5..5.0).contains(&bytes_each), "{id}: {bytes_each}");
         }
+    }
+
+    /// Every key below `value` is spelt as options are.
+    fn is_kebab_case(value: &toml::Value) {
+        match value {
+            toml::Value::Table(table) => {
+                for (key, value) in table {
+                    assert!(!key.contains('_'), "{key}");
+                    is_kebab_case(value);
+                }
+            }
+            toml::Value::Array(values) => values.iter().for_each(is_kebab_case),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn keys_have_one_spelling_in_all_files() {
+        let mut files = 0;
+        for folder in [config().to_owned(), config().join("surveys")] {
+            let paths = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+            for path in paths.filter(|path| path.extension().is_some_and(|ending| ending == "toml")) {
+                let file: toml::Table = toml::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+                is_kebab_case(&toml::Value::Table(file));
+                files += 1;
+            }
+        }
+        assert_eq!(files, 8);
     }
 
     #[test]

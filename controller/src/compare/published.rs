@@ -16,6 +16,7 @@ static PUBLISHED: LazyLock<Vec<PublishedTable>> = LazyLock::new(|| {
 
 static SUPER_EXPERTS: LazyLock<Vec<SuperExpertsOf>> = LazyLock::new(|| {
     #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
     struct File {
         super_experts: Vec<SuperExpertsOf>,
     }
@@ -59,7 +60,7 @@ pub struct PublishedTable {
 
 /// A row of a published table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all(deserialize = "kebab-case"))]
 pub struct PublishedRow {
     /// As the table calls it.
     pub name: String,
@@ -100,6 +101,7 @@ pub struct SuperExpertsOf {
 
 /// What the catalogue (`config/models.toml`) knows of a model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all(deserialize = "kebab-case"))]
 pub struct Known {
     /// Hub id.
     pub id: String,
