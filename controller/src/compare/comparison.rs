@@ -285,12 +285,16 @@ impl Compared {
     }
 }
 
-/// Results that would have the same label get their folder's name, too.
+/// Results that would have the same label get their folder's name, too, or what it has besides the
+/// model's.
 fn tell_apart(models: &mut [Compared]) {
     let labels: Vec<String> = models.iter().map(|model| model.label.clone()).collect();
     for model in models {
         if labels.iter().filter(|label| **label == model.label).count() > 1 {
-            model.label = format!("{} ({})", model.label, short(&format!("./{}", model.folder)));
+            let folder = short(&format!("./{}", model.folder));
+            let besides = folder.strip_prefix(&model.label.replace('/', "--")).map(|rest| rest.trim_start_matches('-'));
+            let besides = besides.filter(|rest| !rest.is_empty()).unwrap_or(&folder);
+            model.label = format!("{} ({besides})", model.label);
         }
     }
 }
@@ -528,7 +532,7 @@ mod tests {
     fn equal_names_are_told_apart_and_paths_are_shortened() {
         let home = tempfile::tempdir().unwrap();
         copy("dense", &home.path().join("a"));
-        copy("dense", &home.path().join("b"));
+        copy("dense", &home.path().join("tests--gpt2-b"));
         rename(&copy("mixture", &home.path().join("c")), "/very/long/way/to/olmoe/model/");
         let labels: Vec<_> = compared(home.path()).models.into_iter().map(|model| model.label).collect();
         assert_eq!(labels, ["olmoe", "tests/gpt2 (a)", "tests/gpt2 (b)"], "in the order in which they were done");

@@ -37,8 +37,8 @@ const HEIGHT: u32 = 600;
 const FONT: i32 = 35;
 /// Height of a line of the legend.
 const LEGEND: i32 = 46;
-/// What a character of the legend is about wide.
-const CHARACTER: i32 = 15;
+/// What a character of the legend is about wide, in a font of wide letters.
+const CHARACTER: i32 = 17;
 /// Columns of the names of keys below a drawing, the height of their lines, and the characters of
 /// a key and its name in a column and in a line of their own.
 const KEY_COLUMNS: usize = 2;
@@ -244,21 +244,32 @@ fn text(colour: Colour) -> TextStyle<'static> {
     TextStyle { color: colour.rgb().to_backend_color(), ..TextStyle::from(font) }
 }
 
-/// Draws a legend in as many lines as it needs; gives what is left below.
-fn legend<'a>(root: &Canvas<'a>, entries: &[(&str, Mark)]) -> PlotResult<Canvas<'a>> {
+/// Where the entries of a legend stand, in as many lines as they need.
+fn legend_places<'a>(names: impl Iterator<Item = &'a str>) -> Vec<(i32, i32)> {
     let margin = 20;
     let (mut x, mut y) = (margin, LEGEND / 2 + 6);
-    let style = text(Colour::Ink).pos(Pos::new(HPos::Left, VPos::Center));
-    for (name, mark) in entries {
+    let place = |name: &str| {
         let width = 54 + CHARACTER * i32::try_from(name.chars().count()).unwrap_or(i32::MAX / 100);
         if x > margin && x + width > WIDTH.cast_signed() {
             (x, y) = (margin, y + LEGEND);
         }
-        mark.draw(root, (x + 8, y), POINT)?;
-        root.draw(&Text::new((*name).to_owned(), (x + 26, y), style.clone()))?;
+        let at = (x, y);
         x += width;
+        at
+    };
+    names.map(place).collect()
+}
+
+/// Draws a legend; gives what is left below.
+fn legend<'a>(root: &Canvas<'a>, entries: &[(&str, Mark)]) -> PlotResult<Canvas<'a>> {
+    let places = legend_places(entries.iter().map(|(name, _)| *name));
+    let style = text(Colour::Ink).pos(Pos::new(HPos::Left, VPos::Center));
+    for ((name, mark), (x, y)) in entries.iter().zip(&places) {
+        mark.draw(root, (x + 8, *y), POINT)?;
+        root.draw(&Text::new((*name).to_owned(), (x + 26, *y), style.clone()))?;
     }
-    Ok(root.split_vertically(y + LEGEND / 2 + 4).1)
+    let lowest = places.last().map_or(LEGEND / 2 + 6, |(_, y)| *y);
+    Ok(root.split_vertically(lowest + LEGEND / 2 + 4).1)
 }
 
 fn chart<'a, 'b>(root: &Canvas<'b>, across: Scale, up: Scale) -> PlotResult<Chart<'a, 'b>> {
@@ -410,6 +421,19 @@ mod tests {
         let dots = lines(&[0.0, 2.0, 4.0]);
         assert_eq!(lines(&[0.0, 1.0, 2.0]), dots + 1, "every second layer has no router: no line at all");
         assert_eq!(lines(&[0.0, 1.0, 3.0, 4.0]), lines(&[0.0, 1.0, 2.0, 3.0]) + 1, "two lines for one");
+    }
+
+    #[test]
+    fn entries_of_a_legend_touch_nothing() {
+        let names = ["plain", "Hadamard 16", "Hadamard 32", "Hadamard 128", ">= 9.54"];
+        let places = legend_places(names.into_iter());
+        // As wide as letters of a wide font are on the average.
+        let end = |i: usize| places[i].0 + 26 + 17 * names[i].chars().count() as i32;
+        for i in 1..names.len() {
+            let ((x, y), (_, above)) = (places[i], places[i - 1]);
+            assert!(y > above || x >= end(i - 1) + 20, "{places:?}");
+            assert!(end(i) <= WIDTH.cast_signed(), "{places:?}");
+        }
     }
 
     #[test]

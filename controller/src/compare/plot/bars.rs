@@ -4,7 +4,7 @@ use plotters::element::{PathElement, Rectangle};
 use plotters::style::Color;
 
 use super::scale::{AxisKind, Scale};
-use super::{Colour, Mark, Plot, WIDTH, chart, draw, legend, mesh};
+use super::{Colour, LEGEND, Mark, Plot, WIDTH, chart, draw, legend, legend_places, mesh};
 use crate::compare::bootstrap::Estimate;
 
 /// Rows at most.
@@ -41,7 +41,9 @@ pub fn bars(
     let across = Scale::of(AxisKind::Linear, all().map(end));
     let labels: Vec<&str> = rows.iter().rev().map(|row| row.label.as_str()).collect();
     let up = Scale::labels(&labels);
-    let height = rows.len() as u32 * (series.len() as u32 * BAR + BETWEEN) + 230;
+    let places = legend_places(series.iter().map(|(name, _)| name.as_str()));
+    let more_lines = places.last().map_or(0_i32, |(_, y)| y / LEGEND).cast_unsigned();
+    let height = rows.len() as u32 * (series.len() as u32 * BAR + BETWEEN) + 230 + more_lines * LEGEND.cast_unsigned();
     let drawing = draw((WIDTH, height), |root| {
         let mark = |colour: Colour| Mark { colour, round: false, filled: true };
         let entries: Vec<(&str, Mark)> = series.iter().map(|(name, colour)| (name.as_str(), mark(*colour))).collect();

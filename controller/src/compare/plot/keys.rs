@@ -9,6 +9,8 @@ use std::f64::consts::TAU;
 const CHARACTER: i32 = 18;
 const BETWEEN: i32 = 10;
 const HEIGHT: i32 = 27;
+/// Between a key and the next, which would be read as one.
+const GAP: i32 = 6;
 /// Points no farther apart than this are one to the eye.
 const CLOSE: i32 = 4;
 /// From a point to the middle of a key at the end of a line: the least, the most, and the steps.
@@ -89,7 +91,7 @@ fn lay(shared: &[Shared<'_>], room: Area, marks: &[Area]) -> (Vec<Label>, Vec<us
     for (number, point) in shared.iter().enumerate() {
         let text = together(&point.keys);
         let width = |c: char| if c.is_alphanumeric() { CHARACTER } else { BETWEEN };
-        let size = (text.chars().map(width).sum::<i32>() + 2, HEIGHT);
+        let size = (text.chars().map(width).sum::<i32>() + GAP, HEIGHT);
         let taken = || marks.iter().chain(labels.iter().map(|label| &label.area)).chain(lines.iter());
         let is_free = |place: &(Area, Option<[Place; 2]>)| {
             let (area, line) = place;

@@ -6,8 +6,8 @@ use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, Value
 
 use crate::compare::table::short;
 
-/// Places of a logarithmic axis that are named.
-const MOST_NAMES: usize = 8;
+/// Places of a logarithmic axis that are named: their names (100 M) must not touch.
+const MOST_NAMES: usize = 6;
 
 /// What an axis does with its values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
