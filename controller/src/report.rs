@@ -570,7 +570,8 @@ impl Reporter {
         match event {
             HostEvent::Uploading { name, sent, total } => {
                 let label = format!("Uploading {}", short_name(&name));
-                self.measure(&label, sent, total, &self.stands(format!("{} of {}", Bytes(sent), Bytes(total))));
+                let how_far = format!("{} of {}", Bytes(sent), Bytes(total));
+                self.measure(&label, sent, total, &self.stands([how_far, String::new()]));
             }
             HostEvent::Progress(progress) => self.progress(&progress),
             // How far the files were read is for the process that goes on from there.
@@ -590,12 +591,14 @@ impl Reporter {
         self.measure(phase(progress.phase), progress.layer as u64, progress.layers as u64, &detail);
     }
 
-    /// How far it is, how long it has taken, what the run has cost, and until when it may.
-    fn stands(&self, detail: String) -> String {
+    /// How far it is, what the run has cost in which time and until when it may, and the rest,
+    /// which a narrow terminal cuts off.
+    fn stands(&self, [how_far, rest]: [String; 2]) -> String {
         let mut now = self.lock();
         let began = *now.began.get_or_insert_with(Instant::now);
         let standing = standing(began.elapsed(), now.meter.as_ref(), now_ms());
-        if detail.is_empty() { standing } else { format!("{detail}; {standing}") }
+        let parts = [how_far, standing, rest];
+        parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ")
     }
 
     /// A bar on a terminal; a line now and then elsewhere.
@@ -678,40 +681,41 @@ impl Screen<'_> {
 
 fn new_bar() -> ProgressBar {
     // What does not fit is cut off: a line that is broken would be drawn again and again.
-    let style = ProgressStyle::with_template("{prefix:.bold} {bar:16.cyan/dim} {wide_msg}")
+    let style = ProgressStyle::with_template("{prefix:.bold} {bar:10.cyan/dim} {wide_msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(0).with_style(style)
 }
 
-/// How far the work is, what is left of it first.
-fn detail(progress: &Progress) -> String {
-    let mut parts = Vec::new();
+/// How far the work is and what is left of it; its pace and the weights.
+fn detail(progress: &Progress) -> [String; 2] {
+    let (mut how_far, mut rest) = (Vec::new(), Vec::new());
     if progress.phase == Phase::Layers {
-        parts.push(format!("{} of {}", progress.layer, counted(progress.layers, "layer")));
+        how_far.push(format!("{} of {}", progress.layer, counted(progress.layers, "layer")));
     }
-    parts.extend(progress.message.as_ref().map(|message| clean(message.as_bytes(), 200)));
+    how_far.extend(progress.message.as_ref().map(|message| clean(message.as_bytes(), 200)));
     if let Some(eta) = progress.eta_seconds.filter(|eta| eta.is_finite() && *eta >= 1.0 && *eta < 1e9) {
-        parts.push(format!("{} left", Span(Duration::from_secs_f64(eta))));
+        how_far.push(format!("{:#} left", Span(Duration::from_secs_f64(eta))));
     }
     if progress.phase == Phase::Layers && progress.tokens_per_second > 0.0 {
-        parts.push(format!("{} tokens/s", grouped(progress.tokens_per_second as u64)));
+        rest.push(format!("{} tokens/s", grouped(progress.tokens_per_second as u64)));
     }
     if progress.bytes_total > 0 {
-        parts.push(format!("{} of {} weights", Bytes(progress.bytes_read), Bytes(progress.bytes_total)));
+        rest.push(format!("{} of {} weights", Bytes(progress.bytes_read), Bytes(progress.bytes_total)));
     }
-    parts.join(", ")
+    [how_far, rest].map(|parts| parts.join(", "))
 }
 
 /// How it stands with time and money.
 fn standing(elapsed: Duration, meter: Option<&Meter>, now_ms: u64) -> String {
-    let mut out = format!("{} so far", Span(elapsed));
-    let Some(meter) = meter else { return out };
-    out += &format!(", {}", meter.cost(now_ms));
-    if let Some(deadline) = meter.deadline {
-        let until = rfc3339(deadline);
-        out += &format!(", until {} UTC at most", until.get(..16).unwrap_or(&until).replace('T', " "));
-    }
-    out
+    let Some(meter) = meter else { return format!("{:#} so far", Span(elapsed)) };
+    let spent = format!("{} in {:#}", meter.cost(now_ms), Span(elapsed));
+    let Some(deadline) = meter.deadline else { return spent };
+    let (today, until) = (rfc3339(now_ms / 1000), rfc3339(deadline));
+    let time = until.get(..16).unwrap_or(&until).replace('T', " ");
+    // The day goes without saying if it is this one.
+    let is_today = until.get(..10) == today.get(..10);
+    let time = time.get(11..).filter(|_| is_today).unwrap_or(time.as_str());
+    format!("{spent}, until {time} UTC")
 }
 
 fn phase(phase: Phase) -> &'static str {
@@ -869,14 +873,16 @@ mod tests {
     #[test]
     fn progress_says_how_far_it_is_what_is_left_and_what_it_costs() {
         let layers = detail(&Progress { layer: 5, ..at(Phase::Layers, None) });
-        assert_eq!(layers, "5 of 28 layers, 1 min 15 s left, 1,234 tokens/s, 1.0 GiB of 2.0 GiB weights");
+        assert_eq!(layers, ["5 of 28 layers, 1 min left", "1,234 tokens/s, 1.0 GiB of 2.0 GiB weights"]);
         let head = detail(&at(Phase::Head, Some("3 of 38 parts of the vocabulary")));
-        assert!(head.starts_with("3 of 38 parts of the vocabulary, 1 min 15 s left") && !head.contains("28"), "{head}");
-        assert_eq!(standing(Duration::from_secs(65), None, 0), "1 min 05 s so far");
+        assert_eq!(head, ["3 of 38 parts of the vocabulary, 1 min left", "1.0 GiB of 2.0 GiB weights"]);
+        assert_eq!(standing(Duration::from_secs(65), None, 0), "1 min so far");
         let run = crate::ledger::tests::rented();
         let words = standing(Duration::from_secs(65), Some(&run.meter()), run.created_at_ms + 3_600_000);
-        assert!(words.starts_with("1 min 05 s so far, $3"), "{words}");
-        assert!(words.ends_with(", until 1970-01-01 00:00 UTC at most"), "{words}");
+        assert!(words.starts_with("$3") && words.contains(" in 1 min, until "), "{words}");
+        assert!(words.ends_with(", until 1970-01-01 00:00 UTC"), "{words}");
+        let on_the_day = standing(Duration::from_secs(65), Some(&run.meter()), 5000);
+        assert!(on_the_day.ends_with(" in 1 min, until 00:00 UTC"), "{on_the_day}");
     }
 
     #[test]

@@ -4,10 +4,11 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use outliers_protocol::{Axis, Reading, Results, files};
+use outliers_protocol::{Axis, Progress, Reading, Results, files};
 use serde::Serialize;
 
 use crate::broker::{Instance, InstanceState};
+use crate::deploy::read_progress;
 use crate::files::{MOST, read_small};
 use crate::ledger::{Ledger, LedgerError, Records, RunRecord, Unreadable};
 use crate::run::{Membership, RunEvent, RunOutcome, RunState};
@@ -48,6 +49,9 @@ pub struct UnderWay {
     /// Why it waits in its cluster's queue, where that was asked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waits: Option<String>,
+    /// How far its worker is, as the process heard last that drives it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
     /// Some process looks after it, or it is kept at the user's request.
     pub looked_after: bool,
     /// The instance stays at the user's request.
@@ -64,7 +68,7 @@ pub struct UnderWay {
     pub cost: Usd,
     /// By its time limit.
     pub at_most: Usd,
-    /// When it is done by the plan's estimate, in Unix seconds.
+    /// When it is done by its worker's own measure, else by the plan's estimate, in Unix seconds.
     pub expected: Option<u64>,
     /// When its instance has no right to exist any more, in Unix seconds.
     pub deadline: Option<u64>,
@@ -140,7 +144,13 @@ impl Status {
                 driven.push(run.id.clone());
             }
         }
-        Ok(Self { unreadable, ..Self::of(&runs, &driven, surveys(results), now_ms) })
+        let mut status = Self { unreadable, ..Self::of(&runs, &driven, surveys(results), now_ms) };
+        let launched = runs.iter().filter(|run| matches!(run.state, RunState::Launched { .. }));
+        let launched: HashSet<&String> = launched.map(|run| &run.id).collect();
+        for run in status.under_way.iter_mut().filter(|run| run.looked_after && launched.contains(&run.run)) {
+            run.note_progress(read_progress(&ledger.run_folder(&run.run)));
+        }
+        Ok(status)
     }
 
     /// Whether anything here may change without anybody's doing: a process drives it, or it has
@@ -222,6 +232,7 @@ impl UnderWay {
             model: run.spec.model.clone(),
             state: run.state.word().to_owned(),
             waits: None,
+            progress: None,
             looked_after: driven || held,
             held,
             detached: !driven && run.is_detached(),
@@ -233,6 +244,16 @@ impl UnderWay {
             expected: expected(run),
             deadline: run.deadline(),
         }
+    }
+
+    /// What the worker measures is nearer than any estimate.
+    fn note_progress(&mut self, progress: Option<Progress>) {
+        let left = |progress: &Progress| Duration::try_from_secs_f64(progress.eta_seconds?).ok();
+        let measured = progress.as_ref().and_then(|progress| {
+            Some(Duration::from_millis(progress.at_ms).checked_add(left(progress)?)?.as_secs())
+        });
+        self.expected = measured.or(self.expected);
+        self.progress = progress;
     }
 }
 
@@ -400,6 +421,17 @@ pub(crate) mod tests {
         assert_eq!(status.reserved, Usd::from_dollars(6.0), "half an hour of two instances");
         // Four seconds of arithmetic, counted from the launch three minutes after the create call.
         assert_eq!(running.expected, Some(NOW_MS / 1000 - 10 * 60 + 3 * 60 + 4));
+        let (mut running, plan) = (running.clone(), running.expected);
+        let line = r#"{"schema":1,"at_ms":60000,"phase":"layers","layer":3,"layers":8,"bytes_read":1,"bytes_total":2,
+            "tokens_per_second":502.4}"#;
+        let mut progress: Progress = serde_json::from_str(line).unwrap();
+        running.note_progress(Some(progress.clone()));
+        assert_eq!(running.expected, plan, "its worker does not know yet");
+        for (seconds, expected) in [(75.0, Some(135)), (f64::INFINITY, Some(135)), (-1.0, Some(135))] {
+            progress.eta_seconds = Some(seconds);
+            running.note_progress(Some(progress.clone()));
+            assert_eq!(running.expected, expected);
+        }
         let done = &status.over[0];
         assert!(done.completed && done.figures.is_some_and(|figures| figures.perplexity.is_some()));
         assert_eq!(status.over[2].hint.as_deref(), Some("relax the filters"));

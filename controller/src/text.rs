@@ -28,18 +28,26 @@ pub fn clean(bytes: &[u8], limit: usize) -> String {
     out
 }
 
+/// How many columns of a terminal a text takes at most.
+pub fn columns(text: &str) -> usize {
+    text.chars().map(columns_of).sum()
+}
+
+/// Letters beyond ASCII take two at most.
+fn columns_of(c: char) -> usize {
+    if c.is_ascii() { 1 } else { 2 }
+}
+
 /// At most so many columns of a terminal: of a longer text its beginning and its end.
 pub fn shorten(text: &str, columns: usize) -> String {
-    // Letters beyond ASCII take two at most.
-    let wide = |c: char| if c.is_ascii() { 1_usize } else { 2 };
-    if text.chars().map(wide).sum::<usize>() <= columns {
+    if self::columns(text) <= columns {
         return text.to_owned();
     }
     let kept = columns.saturating_sub(1);
     let part = |chars: &mut dyn Iterator<Item = char>, mut room: usize| -> Vec<char> {
         let fits = |c: &char| {
-            let fits = wide(*c) <= room;
-            room = room.saturating_sub(wide(*c));
+            let fits = columns_of(*c) <= room;
+            room = room.saturating_sub(columns_of(*c));
             fits
         };
         chars.take_while(fits).collect()
@@ -47,6 +55,31 @@ pub fn shorten(text: &str, columns: usize) -> String {
     let begin = part(&mut text.chars(), kept.div_ceil(2));
     let end = part(&mut text.chars().rev(), kept / 2);
     begin.into_iter().chain(['…']).chain(end.into_iter().rev()).collect()
+}
+
+/// At most so many columns of facts that commas part: those in the middle are left out whole. What
+/// stands in brackets is of one fact.
+pub fn shorten_facts(facts: &str, columns: usize) -> String {
+    let mut open = 0_usize;
+    let parts: Vec<&str> = facts
+        .split(|c: char| {
+            match c {
+                '(' => open += 1,
+                ')' => open = open.saturating_sub(1),
+                _ => {}
+            }
+            c == ',' && open == 0
+        })
+        .map(str::trim)
+        .collect();
+    let without = |kept: usize| {
+        let (head, tail) = (&parts[..kept.div_ceil(2)], &parts[parts.len() - kept / 2..]);
+        head.iter().chain(&["…"]).chain(tail).copied().collect::<Vec<_>>().join(", ")
+    };
+    let fits = |text: &String| self::columns(text) <= columns;
+    let shorter = || (1..parts.len()).rev().map(without).find(fits);
+    let whole = Some(facts.to_owned()).filter(fits);
+    whole.or_else(shorter).unwrap_or_else(|| shorten(parts.first().unwrap_or(&facts), columns))
 }
 
 /// So many of something, as in `1 offer` and `1,024 offers`.
@@ -184,6 +217,11 @@ mod tests {
         assert_eq!(shorten("abcdefgh", 4), "ab…h");
         assert_eq!(shorten("漢字漢字漢字", 9), "漢字…漢字");
         assert_eq!((shorten("ab", 0), shorten("", 0)), ("…".to_owned(), String::new()));
+        let offer = "1 x A100 (40 GiB), 30 CPU cores, 200 GiB RAM, us-east-1 (Virginia, USA), secure";
+        assert_eq!(shorten_facts(offer, 80), offer);
+        assert_eq!(shorten_facts(offer, 50), "1 x A100 (40 GiB), 30 CPU cores, …, secure");
+        assert_eq!(shorten_facts(offer, 25), "1 x A100 (40 GiB), …");
+        assert_eq!(shorten_facts(offer, 11), "1 x A… GiB)");
         let counts = [0, 1, 2, 1024].map(|count| counted(count, "offer"));
         assert_eq!(counts, ["0 offers", "1 offer", "2 offers", "1,024 offers"]);
     }

@@ -266,7 +266,7 @@ impl fmt::Display for CudaVersion {
     }
 }
 
-/// A time as people write it: `90s`, `5m`, `1h30m`, `2d`.
+/// A time as people write it: `90s`, `5m`, `1h30m`, `2d`. `{:#}` shows no seconds from a minute on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct Span(pub Duration);
@@ -319,8 +319,11 @@ impl fmt::Display for Span {
         if seconds < 10 {
             return write!(f, "{:.1} s", self.0.as_secs_f64());
         }
+        let is_rounded = f.alternate() && seconds >= 60;
+        let seconds = if is_rounded { (seconds + 30) / 60 * 60 } else { seconds };
         match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
             (0, 0, s) => write!(f, "{s} s"),
+            (0, m, _) if is_rounded => write!(f, "{m} min"),
             (0, m, s) => write!(f, "{m} min {s:02} s"),
             (h, m, _) => write!(f, "{h} h {m:02} min"),
         }

@@ -128,7 +128,7 @@ fn features(run: &Run) -> Option<Table> {
 
 fn systematic(feature: &Feature) -> &'static str {
     match (feature.systematic_by_layers, feature.systematic_by_sites) {
-        (true, true) => "layers, norm outputs",
+        (true, true) => "both",
         (true, false) => "layers",
         (false, true) => "norm outputs",
         (false, false) => "neither",

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use outliers_protocol::{FileBytes, JobSpec, Manifest, files};
+use outliers_protocol::{FileBytes, JobSpec, Manifest, Progress, files};
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -31,6 +31,8 @@ use crate::units::Bytes;
 const MEMORY_SHARE: f64 = 0.85;
 /// How far the worker's files have been read, in the run's folder.
 const CURSOR_FILE: &str = "cursor.json";
+/// The last that the worker said of its progress, in the run's folder.
+const PROGRESS_FILE: &str = "progress.json";
 /// One stay at a worker's side; then the loop looks around and comes back.
 const FOLLOW: Duration = Duration::from_secs(3600);
 
@@ -75,7 +77,7 @@ impl Hosts for SshHosts {
     }
 
     fn forget(&self, folder: &Path) -> Result<(), HostError> {
-        for name in [KEY_FILE, CURSOR_FILE, files::SAVE_POINT] {
+        for name in [KEY_FILE, CURSOR_FILE, PROGRESS_FILE, files::SAVE_POINT] {
             let path = folder.join(name);
             match std::fs::remove_file(&path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -221,6 +223,10 @@ impl Host for SshHost {
                 self.note_down(&line);
                 on(HostEvent::Log(line));
             }
+            HostEvent::Progress(progress) => {
+                self.keep_progress(&progress);
+                on(HostEvent::Progress(progress));
+            }
             other => on(other),
         };
         match self.host.follow(run, &mut cursor, deadline, &heard).await {
@@ -274,6 +280,15 @@ impl SshHost {
         }
     }
 
+    /// For whoever looks on, who sees all of it or the one before.
+    fn keep_progress(&self, progress: &Progress) {
+        let (path, part) = (self.folder.join(PROGRESS_FILE), self.folder.join("progress.part"));
+        let text = serde_json::to_vec(progress).unwrap_or_default();
+        if let Err(error) = std::fs::write(&part, text).and_then(|()| std::fs::rename(&part, path)) {
+            tracing::debug!("{PROGRESS_FILE}: {error}");
+        }
+    }
+
     /// The log, as far as it was followed, lies in the run's folder too: for whoever looks on.
     fn note_down(&self, line: &str) {
         let file = File::options().create(true).append(true).open(self.folder.join(files::LOG));
@@ -289,6 +304,12 @@ impl SshHost {
 pub fn read_cursor(folder: &Path) -> Cursor {
     let text = read_small(&folder.join(CURSOR_FILE), MOST).unwrap_or_default();
     serde_json::from_slice(&text).unwrap_or_default()
+}
+
+/// What the worker of the run with this folder said last of its progress to the process that
+/// drives it, if it was followed and its instance is still there.
+pub fn read_progress(folder: &Path) -> Option<Progress> {
+    serde_json::from_slice(&read_small(&folder.join(PROGRESS_FILE), MOST).ok()?).ok()
 }
 
 /// The other nodes of its cluster have no better network.

@@ -1,24 +1,29 @@
 //! One table as text. On a terminal it is as wide as that at most: long names lose their middle,
-//! sentences take several lines. Whatever comes from elsewhere is cleaned on its way in.
+//! sentences take several lines, and a word is broken last. Whatever comes from elsewhere is
+//! cleaned on its way in.
 
 use std::fmt;
 
-use comfy_table::{
-    CellAlignment, ColumnConstraint, ContentArrangement, ContentLineStyle, LineStyle, TableStyle, Width,
-};
+use comfy_table::{CellAlignment, ColumnConstraint, ContentLineStyle, LineStyle, TableStyle, Width};
 
-use crate::text::{clean, shorten};
+use crate::text::{clean, columns, shorten, shorten_facts};
 
 /// Terminals that are narrower, or say so, are not followed.
 const NARROWEST: u16 = 20;
 /// Widest column where the terminal's width is not known: longer cells take several lines.
 const WIDEST: u16 = 200;
-/// Names that are shortened keep so many columns.
+/// Names that are shortened keep so many columns, and where there is no room so many.
 const LEAST_NAME: u16 = 16;
+const SHORTEST_NAME: u16 = 10;
 /// Before a name is shortened, sentences are broken into lines of this width.
 const SENTENCE: u16 = 28;
-/// Spaces on both sides of a column.
-const PADDING: usize = 2;
+/// Longer words, such as paths, are broken before a number takes several lines.
+const LONGEST_WORD: u16 = 28;
+/// Where words have to be broken, the last columns that all but ids keep.
+const LEAST: u16 = 8;
+/// Spaces on both sides of a column, and where room is scarce.
+const PADDING: (u16, u16) = (1, 1);
+const SCARCE_PADDING: (u16, u16) = (0, 1);
 
 /// One line below the header, nothing else: what remains reads well in a log, too.
 const STYLE: TableStyle = TableStyle::new()
@@ -46,6 +51,8 @@ enum Kind {
     Sentence,
     /// Loses its middle there.
     Name,
+    /// Loses some of its parts there.
+    Facts,
     /// Is typed again, so it stays whole.
     Id,
     /// Read from its right end.
@@ -68,9 +75,9 @@ pub fn name(name: &str) -> Cell {
     Cell { kind: Kind::Name, ..Cell::new(clean(name.as_bytes(), 100)) }
 }
 
-/// Facts in one line, the most telling ones first and last.
+/// Facts in one line, parted by commas, the most telling ones first and last.
 pub fn facts(facts: &str) -> Cell {
-    Cell { kind: Kind::Name, ..text(facts) }
+    Cell { kind: Kind::Facts, ..text(facts) }
 }
 
 /// What is copied into the next command.
@@ -96,44 +103,62 @@ impl Table {
         self.rows.push(cells.into_iter().collect());
     }
 
+    /// Leaves out the columns in which no row has anything.
+    #[must_use]
+    pub fn without_empty_columns(mut self) -> Self {
+        let says_something = |cell: &Cell| !matches!(cell.text.as_str(), "" | "-");
+        let holds = |column: &usize| self.rows.iter().any(|row| row.get(*column).is_some_and(says_something));
+        let kept: Vec<usize> = (0..self.header.len()).filter(holds).collect();
+        self.header = kept.iter().map(|&column| self.header[column].clone()).collect();
+        for row in &mut self.rows {
+            *row = kept.iter().filter_map(|&column| row.get(column).cloned()).collect();
+        }
+        self
+    }
+
     /// As text that is at most so many columns wide, where there is room for all columns at all.
     pub fn within(&self, width: Option<u16>) -> String {
-        let Some(width) = width.filter(|width| *width >= NARROWEST) else {
-            return self.laid_out(&self.rows, &[], None).to_string();
-        };
-        let natural = self.laid_out(&self.rows, &[], None).column_max_content_widths();
-        let whole = |widths: &[u16]| widths.iter().map(|width| usize::from(*width) + PADDING).sum::<usize>();
-        let kinds: Vec<Kind> = (0..natural.len()).map(|column| self.kind(column)).collect();
-        let least = |column: usize| {
-            let header = self.header.get(column).map_or(0, |name| name.chars().count());
-            LEAST_NAME.max(u16::try_from(header).unwrap_or(LEAST_NAME))
-        };
-        let mut widths: Vec<u16> = natural
-            .iter()
-            .zip(&kinds)
-            .map(|(width, kind)| if *kind == Kind::Sentence { (*width).min(SENTENCE) } else { *width })
-            .collect();
-        while whole(&widths) > usize::from(width) {
-            let longest = (0..widths.len())
-                .filter(|&column| kinds[column] == Kind::Name && widths[column] > least(column))
-                .max_by_key(|&column| widths[column]);
-            let Some(column) = longest else { break };
-            widths[column] -= 1;
-        }
+        let whole = self.laid_out(&self.rows, None, PADDING);
+        let Some(width) = width.filter(|width| *width >= NARROWEST) else { return whole.trim_fmt() };
+        let natural = whole.column_max_content_widths();
+        let (widths, padding) = self.widths(&natural, usize::from(width));
         let rows: Vec<Vec<Cell>> = self.rows.iter().map(|row| shortened(row, &widths, &natural)).collect();
-        // Where even this has no room, every column takes several lines.
-        let fits = whole(&widths) <= usize::from(width);
-        let fixed: Vec<bool> = kinds.iter().map(|kind| fits && *kind != Kind::Sentence).collect();
-        self.laid_out(&rows, &fixed, Some(width)).to_string()
+        self.laid_out(&rows, Some(&widths), padding).trim_fmt()
+    }
+
+    /// Widths of the columns that fit `room` together with the padding beside them.
+    fn widths(&self, natural: &[u16], room: usize) -> (Vec<u16>, (u16, u16)) {
+        let columns: Vec<(Kind, u16)> =
+            (0..natural.len()).map(|column| (self.kind(column), self.longest_word(column))).collect();
+        let beside = |(left, right): (u16, u16)| usize::from(left + right) * natural.len();
+        let mut widths = natural.to_vec();
+        for padding in [PADDING, SCARCE_PADDING] {
+            widths = natural.to_vec();
+            let steps = [Step::Sentences, Step::Names, Step::Words];
+            if give_way(&mut widths, &columns, &steps, room.saturating_sub(beside(padding))) {
+                return (widths, padding);
+            }
+        }
+        let steps = [Step::ShortNames, Step::AllButIds, Step::All];
+        give_way(&mut widths, &columns, &steps, room.saturating_sub(beside(SCARCE_PADDING)));
+        (widths, SCARCE_PADDING)
     }
 
     /// What a column holds: the kind of its cells that gives way first.
     fn kind(&self, column: usize) -> Kind {
         let holds = |kind: &Kind| self.rows.iter().any(|row| row.get(column).is_some_and(|cell| cell.kind == *kind));
-        [Kind::Sentence, Kind::Name, Kind::Id].into_iter().find(holds).unwrap_or(Kind::Number)
+        [Kind::Sentence, Kind::Name, Kind::Facts, Kind::Id].into_iter().find(holds).unwrap_or(Kind::Number)
     }
 
-    fn laid_out(&self, rows: &[Vec<Cell>], fixed: &[bool], width: Option<u16>) -> comfy_table::Table {
+    /// How wide the longest word of a column is; of names, the one of their header.
+    fn longest_word(&self, column: usize) -> u16 {
+        let cells = self.rows.iter().filter_map(|row| row.get(column));
+        let cells = cells.filter(|cell| !matches!(cell.kind, Kind::Name | Kind::Facts)).map(|cell| &cell.text);
+        let words = self.header.get(column).into_iter().chain(cells).flat_map(|text| text.split_whitespace());
+        words.map(|word| u16::try_from(columns(word)).unwrap_or(u16::MAX)).max().unwrap_or_default()
+    }
+
+    fn laid_out(&self, rows: &[Vec<Cell>], widths: Option<&[u16]>, padding: (u16, u16)) -> comfy_table::Table {
         let mut table = comfy_table::Table::new();
         table.force_no_tty().load_style(STYLE);
         table.set_header(self.header.iter().map(comfy_table::Cell::new));
@@ -143,26 +168,74 @@ impl Table {
                 if cell.kind == Kind::Number { shown.set_alignment(CellAlignment::Right) } else { shown }
             }));
         }
-        if let Some(width) = width {
-            table.set_width(width).set_content_arrangement(ContentArrangement::Dynamic);
-        }
         for (at, column) in table.column_iter_mut().enumerate() {
-            let constraint = match (fixed.get(at), width) {
-                (Some(true), _) => ColumnConstraint::ContentWidth,
-                (_, None) => ColumnConstraint::UpperBoundary(Width::Fixed(WIDEST)),
-                (_, Some(_)) => continue,
-            };
-            column.set_constraint(constraint);
+            let width = widths.and_then(|widths| widths.get(at));
+            column.set_padding(padding).set_constraint(match width {
+                Some(width) => ColumnConstraint::Absolute(Width::Fixed(width + padding.0 + padding.1)),
+                None => ColumnConstraint::UpperBoundary(Width::Fixed(WIDEST)),
+            });
         }
         table
     }
 }
 
+/// Makes columns narrower until they fit `room`, in each step the widest first. Each has its kind
+/// and its longest word. Tells whether they fit.
+fn give_way(widths: &mut [u16], columns: &[(Kind, u16)], steps: &[Step], room: usize) -> bool {
+    let fits = |widths: &[u16]| widths.iter().copied().map(usize::from).sum::<usize>() <= room;
+    for step in steps {
+        while !fits(&*widths) {
+            let gives = |column: &usize| step.least(columns[*column]).is_some_and(|least| widths[*column] > least);
+            let widest = (0..widths.len()).filter(gives).max_by_key(|column| widths[*column]);
+            let Some(column) = widest else { break };
+            widths[column] -= 1;
+        }
+    }
+    fits(&*widths)
+}
+
+/// What gives way where there is no room for all, from what loses least by it to what loses most.
+#[derive(Clone, Copy)]
+enum Step {
+    /// Sentences take a few lines.
+    Sentences,
+    /// Names are shortened.
+    Names,
+    /// Sentences and numbers take a line per word.
+    Words,
+    /// Names are shortened to what is hardly one.
+    ShortNames,
+    /// Words are broken.
+    AllButIds,
+    /// Ids, too.
+    All,
+}
+
+impl Step {
+    /// To what width a column with such a longest word gives way in this step, if it does.
+    fn least(self, (kind, word): (Kind, u16)) -> Option<u16> {
+        match (self, kind) {
+            (Self::Sentences, Kind::Sentence) => Some(SENTENCE.max(word.min(LONGEST_WORD))),
+            (Self::Names, Kind::Name | Kind::Facts) => Some(LEAST_NAME.max(word)),
+            (Self::Words, Kind::Sentence) => Some(word.min(LONGEST_WORD)),
+            (Self::Words, Kind::Number) => Some(word),
+            (Self::ShortNames, Kind::Name | Kind::Facts) => Some(SHORTEST_NAME),
+            (Self::AllButIds, Kind::Sentence | Kind::Name | Kind::Facts | Kind::Number) => Some(LEAST),
+            (Self::All, _) => Some(1),
+            _ => None,
+        }
+    }
+}
+
 /// Names as they fit columns that are narrower than all that stands in them.
 fn shortened(row: &[Cell], widths: &[u16], natural: &[u16]) -> Vec<Cell> {
-    let cells = row.iter().zip(widths.iter().zip(natural)).map(|(cell, (width, natural))| match cell.kind {
-        Kind::Name if width < natural => Cell { text: shorten(&cell.text, usize::from(*width)), kind: Kind::Name },
-        _ => cell.clone(),
+    let cells = row.iter().zip(widths.iter().zip(natural)).map(|(cell, (width, natural))| {
+        let text = match cell.kind {
+            Kind::Name if width < natural => shorten(&cell.text, usize::from(*width)),
+            Kind::Facts if width < natural => shorten_facts(&cell.text, usize::from(*width)),
+            _ => return cell.clone(),
+        };
+        Cell { text, ..cell.clone() }
     });
     cells.collect()
 }
@@ -209,6 +282,26 @@ mod tests {
     }
 
     #[test]
+    fn words_and_ids_are_broken_last() {
+        let header = ["#", "model", "parameters", "active", "sparsity", "computed in", "perplexity (95 %)", "result"];
+        let mut narrow = table(&header);
+        let cells = ["6.92 B", "1.28 B", "81.5 %", "f32", "1289.29 (1264.68 to 1313.50)"].map(number);
+        let begin = [number(1), name("allenai/OLMoE-1B-7B-0125")];
+        narrow.add_row(begin.into_iter().chain(cells).chain([text("complete")]));
+        let shown = narrow.within(Some(80));
+        assert!(widest(&shown) <= 80, "{shown}");
+        for whole in ["parameters", "perplexity", "computed", "sparsity", "1289.29", "complete", "7B-0125"] {
+            assert!(shown.contains(whole), "{whole} in\n{shown}");
+        }
+        let mut ids = table(&["instance", "state", "what it is"]);
+        let long = "0920582c7ff041399e34823a0be62549";
+        ids.add_row([id(long), text("ready at ubuntu@198.51.100.200:22"), text("of another ledger")]);
+        let shown = ids.within(Some(60));
+        assert!(shown.contains(long) && widest(&shown) <= 60, "{shown}");
+        assert!(runs().within(None).lines().all(|line| line == line.trim_end()));
+    }
+
+    #[test]
     fn a_name_takes_one_line_and_a_sentence_several() {
         let mut names = table(&["a", "b"]);
         names.add_row([name(&"n".repeat(90)), number(1)]);
@@ -217,6 +310,15 @@ mod tests {
         sentences.add_row([text(&"some words ".repeat(12)), number(1)]);
         let shown = sentences.within(Some(60));
         assert!(shown.lines().count() > 4 && !shown.contains('…') && widest(&shown) <= 60, "{shown}");
+    }
+
+    #[test]
+    fn columns_in_which_there_is_nothing_are_left_out() {
+        let mut table = table(&["run", "survey", "cost"]);
+        table.add_row([id("a"), name("-"), number("$1.00")]);
+        table.add_row([id("b"), name(""), number("-")]);
+        let shown = table.without_empty_columns().within(None);
+        assert!(!shown.contains("survey") && shown.contains("cost") && shown.lines().count() == 4, "{shown}");
     }
 
     #[test]

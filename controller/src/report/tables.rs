@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use outliers_protocol::{FeaturePeak, FileBytes, Inspection, Reading, Results, Sided, WeightVerification};
+use outliers_protocol::{
+    FeaturePeak, FileBytes, Inspection, Phase, Progress, Reading, Results, Sided, WeightVerification,
+};
 
 use super::diagnostics::diagnostics;
 pub use super::table::{Cell, facts, id, name, number, table, text};
@@ -86,7 +88,7 @@ fn features(results: &Results) -> String {
             Sided::Both => "+-",
         };
         let by = match (feature.systematic_by_layers, feature.systematic_by_sites) {
-            (true, true) => "layers, norm outputs",
+            (true, true) => "both",
             (true, false) => "layers",
             (false, true) => "norm outputs",
             (false, false) => "-",
@@ -127,7 +129,7 @@ pub fn offers(offers: &[Offer], work: &Work, limit: Duration, agreed: Option<Usd
             name(&offer.broker),
             facts(&market::hardware(offer)),
             number(offer.price),
-            number(format!("{}{}", Span(Duration::from_secs_f64(estimate.seconds)), mark(estimate.is_over(limit)))),
+            number(format!("{:#}{}", Span(Duration::from_secs_f64(estimate.seconds)), mark(estimate.is_over(limit)))),
             number(estimate.rank()),
             number(agreed.into_iter().chain([offer.price.cost(limit).up_to_cents()]).min().unwrap_or_default()),
         ]);
@@ -150,10 +152,10 @@ fn mark(is_over: bool) -> String {
 /// What the filters removed.
 pub fn steps(considered: usize, steps: &[Step]) -> String {
     let removed: Vec<String> =
-        steps.iter().filter(|step| step.removed > 0).map(|step| format!("{} {}", step.option, step.removed)).collect();
+        steps.iter().filter(|step| step.removed > 0).map(|step| format!("{} by {}", step.removed, step.option)).collect();
     match removed.is_empty() {
         true => String::new(),
-        false => format!("of {} the filters removed: {}\n", counted(considered, "offer"), removed.join(", ")),
+        false => format!("of {} the filters removed {}\n", counted(considered, "offer"), removed.join(", ")),
     }
 }
 
@@ -332,9 +334,10 @@ pub fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
 /// What runs, what is finished, what it costs.
 pub fn status(status: &Status) -> String {
     let mut under_way =
-        table(&["run", "survey", "model", "state", "instance", "price", "cost", "at most", "done by plan", "deadline"]);
+        table(&["run", "survey", "model", "state", "broker", "price", "cost", "at most", "done", "deadline"]);
     for run in &status.under_way {
-        let waits = run.waits.iter().map(|why| format!(", waits: {why}")).collect::<String>();
+        let waits = run.waits.iter().map(|why| format!(", waits: {why}"));
+        let waits = waits.chain(run.progress.iter().map(how_far)).collect::<String>();
         let state = match run.looked_after {
             true => format!("{}{waits}", run.state),
             false => format!("{}{waits}, {}", run.state, alone(run.detached)),
@@ -342,15 +345,14 @@ pub fn status(status: &Status) -> String {
         let in_time = |at: Option<u64>| match at {
             None => "-".to_owned(),
             Some(at) if at <= status.at => "overdue".to_owned(),
-            Some(at) => format!("in {}", Span(Duration::from_secs(at - status.at))),
+            Some(at) => format!("in {:#}", Span(Duration::from_secs(at - status.at))),
         };
-        let instance = run.instance.as_ref().zip(run.broker.as_ref()).map(|(id, broker)| format!("{id} on {broker}"));
         under_way.add_row([
             id(&run.run),
             name(run.survey.as_deref().unwrap_or("-")),
             name(&short(&run.model)),
             text(&state),
-            id(&instance.unwrap_or_else(|| "-".to_owned())),
+            name(run.broker.as_deref().unwrap_or("-")),
             number(run.price.map(|price| price.to_string()).unwrap_or_default()),
             number(run.cost),
             number(run.at_most),
@@ -389,7 +391,7 @@ pub fn status(status: &Status) -> String {
         (status.surveys.is_empty(), surveys, ""),
         (status.over.is_empty(), over, ""),
     ] {
-        out += &if is_empty { nothing.to_owned() } else { format!("{table}\n\n") };
+        out += &if is_empty { nothing.to_owned() } else { format!("{}\n\n", table.without_empty_columns()) };
     }
     let more = status.over.len().saturating_sub(TOP);
     if more > 0 {
@@ -400,6 +402,18 @@ pub fn status(status: &Status) -> String {
     }
     let Status { spent, reserved, .. } = status;
     out + &format!("spent {spent}; what is under way may still cost {reserved} until its time limits\n")
+}
+
+/// What a worker does, after the state of its run.
+fn how_far(progress: &Progress) -> String {
+    let Progress { phase, layer, layers, tokens_per_second, .. } = progress;
+    match phase {
+        Phase::Layers if *tokens_per_second > 0.0 => {
+            format!(": {layer} of {}, {} tokens/s", counted(*layers, "layer"), grouped(*tokens_per_second as u64))
+        }
+        Phase::Layers => format!(": {layer} of {}", counted(*layers, "layer")),
+        other => format!(": {}", super::phase(*other).to_lowercase()),
+    }
 }
 
 /// Where a run is, else where it may be.
