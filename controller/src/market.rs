@@ -564,6 +564,7 @@ pub fn describe(offer: &Offer) -> String {
 /// What an offer is of: GPUs, cores, memory, disk, place and kind.
 pub fn hardware(offer: &Offer) -> String {
     let gpus = gpu_name(offer).map(|name| match offer.vram {
+        Some(vram) if offer.gpu_count == 1 => format!("1 x {name} ({})", gib_text(vram)),
         Some(vram) => format!("{} x {name} ({} each)", offer.gpu_count, gib_text(vram)),
         None => format!("{} x {name}", offer.gpu_count),
     });
@@ -588,7 +589,8 @@ pub fn title(offer: &Offer) -> String {
 }
 
 fn gib_text(bytes: Bytes) -> String {
-    format!("{:.1} GiB", bytes.gib())
+    let gib = format!("{:.1}", bytes.gib());
+    format!("{} GiB", gib.strip_suffix(".0").unwrap_or(&gib))
 }
 
 fn at_least(option: &str, min: Option<Bytes>) -> Option<String> {
@@ -668,8 +670,8 @@ mod tests {
         assert_eq!(
             error.to_string(),
             "--gpu-filter A100 removed the last 1 offer: this machine has no NVIDIA GPU \
-             (nearest: 8 CPU cores, 31.2 GiB RAM, 100.0 GiB free disk, $0.08/h); \
-             no --gpu-filter would find 8 CPU cores, 31.2 GiB RAM, 100.0 GiB free disk, $0.08/h"
+             (nearest: 8 CPU cores, 31.2 GiB RAM, 100 GiB free disk, $0.08/h); \
+             no --gpu-filter would find 8 CPU cores, 31.2 GiB RAM, 100 GiB free disk, $0.08/h"
         );
         assert_eq!(serde_json::to_value(&error.steps).unwrap()[0]["filter"], "gpu_filter");
         assert_eq!(error.relaxation.unwrap().option, "no --gpu-filter");

@@ -209,16 +209,16 @@ fn tell_of_the_same(reporter: &Reporter, ledger: &Ledger, identity: &JobIdentity
 fn market(prepared: &Prepared) -> String {
     let Prepared { spec, quote, .. } = prepared;
     let agreed = quote.ceiling.map(|_| prepared.at_most());
-    tables::offers(&quote.offers, &spec.work, spec.limit(), agreed, TOP)
-        + &tables::steps(quote.considered, &quote.steps)
+    let offers = tables::offers(&quote.offers, &spec.work, spec.limit(), agreed, TOP);
+    tables::paragraphs(&(offers + &tables::steps(quote.considered, &quote.steps)))
 }
 
 /// The plan.
 fn show(reporter: &Reporter, prepared: &Prepared) {
     let Prepared { spec, inspection, quote } = prepared;
     let plan = Plan { schema: SCHEMA, dry_run: true, spec, inspection, quote, at_most: prepared.at_most() };
-    let head = format!("Nothing is rented. Time limit {}.\n", Span(spec.limit()));
-    reporter.result(&plan, || head + &tables::needs(inspection) + &market(prepared));
+    let head = format!("Nothing is rented. Time limit {}.\n\n", Span(spec.limit()));
+    reporter.result(&plan, || head + &tables::needs(inspection) + "\n" + &market(prepared));
 }
 
 /// Brings ledger and cloud into agreement; returns the unfinished run of the same work, if nobody drives one.

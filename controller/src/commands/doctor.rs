@@ -17,7 +17,7 @@ use crate::ledger::{Ledger, Records, Repaired, random_word};
 use crate::reconcile::{Action, Leave};
 use crate::report::{CliError, ExitStatus, tables};
 use crate::settings::CloudSettings;
-use crate::text::counted;
+use crate::text::{clean, counted};
 
 /// Seconds by which this machine's clock may differ from a cloud's: deadlines are times of day.
 const MOST_SKEW: i64 = 60;
@@ -90,7 +90,7 @@ pub(super) async fn command(context: &Context, args: &DoctorArgs) -> Result<Exit
 }
 
 fn in_words(checks: &[Finding]) -> String {
-    let mut table = tables::table(&["", "what", "found", "what to do"]);
+    let mut table = tables::table(&["", "what", "found, and what to do"]);
     for check in checks {
         let mark = match check.is {
             Health::Good => "ok",
@@ -98,8 +98,10 @@ fn in_words(checks: &[Finding]) -> String {
             Health::Odd => "look",
             Health::Bad => "BAD",
         };
-        let hint = check.hint.as_deref().unwrap_or_default();
-        table.add_row([mark, &check.what, &check.found, hint].map(tables::text));
+        // Below what was found: an address in a column of its own would be broken.
+        let found = [Some(check.found.as_str()), check.hint.as_deref()].into_iter().flatten();
+        let found: Vec<String> = found.map(|text| clean(text.as_bytes(), 200)).collect();
+        table.add_row([tables::text(mark), tables::text(&check.what), tables::Cell::new(found.join("\n"))]);
     }
     format!("{table}\n")
 }

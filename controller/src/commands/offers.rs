@@ -14,6 +14,8 @@ use crate::units::Bytes;
 
 /// A run for the order where no model is named: about a model of 50 billion parameters over 32,768 tokens.
 const USUAL: (Bytes, f64) = (Bytes::from_gib(100), 1e15);
+const USUAL_IN_WORDS: &str = "takes, costs: a run of 32,768 tokens through a model of 50 billion parameters; \
+    --model ID estimates yours\n";
 /// Most offers of a table that is to be whole.
 const ALL: usize = 10_000;
 
@@ -73,7 +75,8 @@ pub(super) async fn command(context: &Context, asked: &OffersRequest) -> Result<
     let most = if asked.all { ALL } else { TOP };
     context.reporter.result(&document, || {
         let steps = tables::steps(document.considered, &document.steps);
-        tables::offers(&selection.offers, &work, limit, None, most) + &steps
+        let usual = if args.model.is_none() { USUAL_IN_WORDS } else { "" };
+        tables::paragraphs(&(tables::offers(&selection.offers, &work, limit, None, most) + &steps + usual))
     });
     Ok(ExitStatus::Done)
 }

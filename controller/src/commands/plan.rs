@@ -63,8 +63,8 @@ pub(super) async fn command(context: &Context, asked: &PlanRequest) -> Result<Ex
         PlanReport { schema: SCHEMA, inspection: &inspection, results, estimate, offers: &offers, no_offers };
     context.reporter.result(&document, || {
         let market = document.no_offers.clone().unwrap_or_else(|| tables::offers(&offers, &work, limit, None, TOP));
-        let home = format!("results: {results} at most, on this machine\n");
-        tables::needs(&inspection) + &home + &tables::estimate(&document.estimate) + &market
+        let home = format!("\nresults: {results} at most, on this machine\n");
+        tables::needs(&inspection) + &home + &tables::estimate(&document.estimate) + "\n" + &market
     });
     Ok(ExitStatus::Done)
 }

@@ -90,11 +90,12 @@ fn list(context: &Context) -> Result<ExitStatus, CliError> {
         perplexity: model.perplexity.map(|perplexity| perplexity.value),
     });
     let list = List { schema: SCHEMA, results: listed.collect() };
-    context.reporter.result(&list, || in_words(&list.results));
+    context.reporter.result(&list, || in_words(&list.results, &context.here));
     Ok(ExitStatus::Done)
 }
 
-fn in_words(results: &[ResultEntry]) -> String {
+/// Folders as they are typed in `here`.
+fn in_words(results: &[ResultEntry], here: &Path) -> String {
     if results.is_empty() {
         return "no results yet\n".to_owned();
     }
@@ -111,7 +112,7 @@ fn in_words(results: &[ResultEntry]) -> String {
                 ResultKind::Imported { .. } => "imported".to_owned(),
                 ResultKind::Unusable(why) => why.clone(),
             }),
-            tables::text(&result.folder.display().to_string()),
+            tables::id(&result.folder.strip_prefix(here).unwrap_or(&result.folder).display().to_string()),
         ]);
     }
     format!("{table}\nfeatures: systematic ones, unique, by layers\n")

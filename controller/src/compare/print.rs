@@ -4,7 +4,7 @@ use super::Comparison;
 use super::bootstrap::Estimate;
 use super::comparison::{Compared, Figure, ResultKind};
 use super::table::{Column, Table, tables};
-use crate::report::tables::{Cell, number, table as text_table};
+use crate::report::tables::{Cell, name, number, paragraphs, table as text_table};
 use crate::text::clean;
 
 /// Longest cell.
@@ -20,15 +20,21 @@ pub fn terminal(comparison: &Comparison) -> String {
         }
         out += &format!("{}\n\n{rows}\n\n", clean(table.title.as_bytes(), CELL));
         for note in &table.notes {
-            out += &format!("{}\n", clean(note.as_bytes(), CELL));
+            out += &paragraphs(&format!("{}\n", clean(note.as_bytes(), CELL)));
         }
-        out += "\n";
+        if !table.notes.is_empty() {
+            out += "\n";
+        }
     }
     out
 }
 
 fn cell(value: &str, column: Column) -> Cell {
-    if column.numeric { number(clean(value.as_bytes(), CELL)) } else { Cell::new(clean(value.as_bytes(), CELL)) }
+    match column {
+        Column { numeric: true, .. } => number(clean(value.as_bytes(), CELL)),
+        Column { name: "model", .. } => name(value),
+        _ => Cell::new(clean(value.as_bytes(), CELL)),
+    }
 }
 
 /// As Markdown with tables.

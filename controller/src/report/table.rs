@@ -82,12 +82,41 @@ pub fn facts(facts: &str) -> Cell {
 
 /// What is copied into the next command.
 pub fn id(id: &str) -> Cell {
-    Cell { kind: Kind::Id, ..Cell::new(clean(id.as_bytes(), 100)) }
+    Cell { kind: Kind::Id, ..Cell::new(clean(id.as_bytes(), 200)) }
 }
 
 /// A figure, or anything that is read from its right end.
 pub fn number(text: impl fmt::Display) -> Cell {
     Cell { kind: Kind::Number, ..Cell::new(text) }
+}
+
+/// The lines of a text, each broken between words where it is wider than the terminal that is
+/// standard output.
+pub fn paragraphs(text: &str) -> String {
+    folded(text, comfy_table::Table::new().width())
+}
+
+fn folded(text: &str, width: Option<u16>) -> String {
+    let Some(width) = width.filter(|width| *width >= NARROWEST).map(usize::from) else { return text.to_owned() };
+    let mut out = String::new();
+    for line in text.split_inclusive('\n') {
+        if columns(line.trim_end()) <= width {
+            out += line;
+            continue;
+        }
+        let mut used = 0;
+        for word in line.split(' ') {
+            let wide = columns(word.trim_end());
+            if used > 0 {
+                let fits = used + 1 + wide <= width;
+                out.push(if fits { ' ' } else { '\n' });
+                used = if fits { used + 1 } else { 0 };
+            }
+            out += word;
+            used += wide;
+        }
+    }
+    out
 }
 
 impl Cell {
@@ -319,6 +348,15 @@ mod tests {
         table.add_row([id("b"), name(""), number("-")]);
         let shown = table.without_empty_columns().within(None);
         assert!(!shown.contains("survey") && shown.contains("cost") && shown.lines().count() == 4, "{shown}");
+    }
+
+    #[test]
+    fn long_lines_are_broken_between_words() {
+        let text = format!("a line\n{}\n\n{}\n", "some words ".repeat(4).trim_end(), "x".repeat(50));
+        let shown = folded(&text, Some(24));
+        let x = "x".repeat(50);
+        assert_eq!(shown, format!("a line\nsome words some words\nsome words some words\n\n{x}\n"));
+        assert_eq!(folded(&text, None), text);
     }
 
     #[test]

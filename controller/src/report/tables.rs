@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use outliers_protocol::{
-    FeaturePeak, FileBytes, Inspection, Phase, Progress, Reading, Results, Sided, WeightVerification,
+    FeaturePeak, FileBytes, Inspection, LayerInspection, Phase, Progress, Reading, Results, Sided, WeightVerification,
 };
 
 use super::diagnostics::diagnostics;
-pub use super::table::{Cell, facts, id, name, number, table, text};
+pub use super::table::{Cell, facts, id, name, number, paragraphs, table, text};
 use crate::broker::{Capabilities, Instance, InstanceId, InstanceState, Offer};
 use crate::estimate::{Estimate, Work};
 use crate::ledger::{RunRecord, now_ms};
@@ -69,7 +69,7 @@ pub fn results(model: &str, results: &Results, weights: Option<&WeightVerificati
         out += &format!("perplexity {} over {tokens}\n", figure(perplexity.perplexity, 4));
     }
     out += &features(results);
-    out + &diagnostics(results)
+    paragraphs(&(out + &diagnostics(results)))
 }
 
 fn features(results: &Results) -> String {
@@ -170,13 +170,16 @@ pub fn needs(inspection: &Inspection) -> String {
         ("tokens", format!("{} of {}", counted(plan.sequences, "sequence"), grouped(plan.tokens_per_sequence as u64))),
         ("weights to read, once", Bytes(plan.bytes_to_read).to_string()),
         ("weights on the disk", Bytes(plan.disk_bytes).to_string()),
-        ("host memory to verify all weights", Bytes(plan.hash_memory_bytes).to_string()),
+        (
+            "host memory to verify all weights",
+            if plan.hash_memory_bytes > 0 { Bytes(plan.hash_memory_bytes).to_string() } else { String::new() },
+        ),
         ("device memory, streamed", Bytes(plan.streamed_memory_bytes).to_string()),
         ("device memory, all resident", Bytes(plan.resident_memory_bytes).to_string()),
         ("arithmetic", operations(plan.flops)),
     ];
     let mut table = table(&["a run needs", "so much"]);
-    for (name, value) in rows {
+    for (name, value) in rows.into_iter().filter(|(_, value)| !value.is_empty()) {
         table.add_row([Cell::new(name), Cell::new(value)]);
     }
     for FileBytes { name, bytes } in &plan.exports {
@@ -233,25 +236,30 @@ pub fn inspection(inspection: &Inspection) -> String {
         out += &format!("norms that act and are not studied: {}\n", norms.join(", "));
     }
     let mut table =
-        table(&["layer", "kind", "experts", "tensors", "parameters", "bytes", "norms before attention, before MLP"]);
-    for layer in &inspection.layers {
-        let norms: Vec<String> = inspection
-            .sites
-            .iter()
-            .filter(|site| site.layer == layer.layer)
-            .map(|site| clean(site.tensor.as_bytes(), 120))
-            .collect();
+        table(&["layers", "kind", "experts", "tensors", "parameters", "bytes", "norms before attention, before MLP"]);
+    // Layers in a row that are alike but for their number share a line.
+    let norms = |layer: &LayerInspection| {
+        let of_layer = inspection.sites.iter().filter(|site| site.layer == layer.layer);
+        let number = format!(".{}.", layer.layer);
+        of_layer.map(|site| clean(site.tensor.replacen(&number, ".*.", 1).as_bytes(), 120)).collect::<Vec<_>>()
+    };
+    let alike = |a: &LayerInspection, b: &LayerInspection| {
+        LayerInspection { layer: b.layer, ..a.clone() } == *b && norms(a) == norms(b)
+    };
+    for layers in inspection.layers.chunk_by(alike) {
+        let [first, rest @ ..] = layers else { continue };
+        let last = rest.last().map(|last| format!("-{}", last.layer)).unwrap_or_default();
         table.add_row([
-            number(layer.layer),
-            text(&layer.kind),
-            number(layer.experts),
-            number(layer.tensors),
-            number(grouped(layer.parameters)),
-            number(Bytes(layer.bytes)),
-            Cell::new(norms.join("\n")),
+            number(format!("{}{last}", first.layer)),
+            text(&first.kind),
+            number(first.experts),
+            number(first.tensors),
+            number(grouped(first.parameters)),
+            number(Bytes(first.bytes)),
+            Cell::new(norms(first).join("\n")),
         ]);
     }
-    out += &format!("{table}\n");
+    out += &format!("\n{table}\n\n");
     for ignored in &inspection.ignored {
         let bytes = Bytes(ignored.bytes);
         out += &format!(
@@ -270,9 +278,9 @@ pub fn inspection(inspection: &Inspection) -> String {
         out += &format!("config.json has keys that {} does not know; they change nothing: {keys}\n", config.class);
     }
     if let Some(explained) = config.explain() {
-        out += &format!("{}\n", clean(explained.as_bytes(), 600));
+        out += &format!("{}\n\n", clean(explained.as_bytes(), 600));
     }
-    out + &needs(inspection)
+    paragraphs(&(out + &needs(inspection)))
 }
 
 /// All runs.
