@@ -16,7 +16,7 @@ use crate::compare::recount::recount;
 use crate::compare::{Comparison, page};
 use crate::files::write_whole;
 use crate::report::{CliError, ExitStatus, tables};
-use crate::units::figure;
+use crate::units::{figure, grouped};
 
 /// The page of one result, in its folder.
 const PAGE: &str = "page.html";
@@ -104,7 +104,7 @@ fn in_words(results: &[ResultEntry], here: &Path) -> String {
     for result in results {
         table.add_row([
             tables::name(&result.model),
-            optional(result.tokens.map(|[sequences, of]| format!("{sequences} x {of}"))),
+            optional(result.tokens.map(|[sequences, of]| format!("{sequences} x {}", grouped(of as u64)))),
             optional(result.count.map(|count| figure(count, 0))),
             optional(result.perplexity.map(|perplexity| figure(perplexity, 4))),
             tables::text(&match &result.standing {

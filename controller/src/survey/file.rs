@@ -17,6 +17,7 @@ use toml::de::DeTable;
 use crate::broker::GpuRequest;
 use crate::deploy::slug;
 use crate::files::{MOST, is_plain_name, read_text};
+use crate::model_name::short;
 use crate::text::{toml_error, unknown_key};
 use crate::units::{GpuTime, Positive, Span, Usd};
 
@@ -260,7 +261,7 @@ impl ModelTable {
         }
         let revisions = self.revisions()?;
         let entry = SurveyModel {
-            name: self.name.map_or_else(|| slug(self.id.get_ref()), Spanned::into_inner),
+            name: self.name.map_or_else(|| slug(&short(self.id.get_ref())), Spanned::into_inner),
             id: self.id.into_inner(),
             revision: self.revision.unwrap_or_else(main_branch),
             request,
@@ -400,6 +401,7 @@ mod tests {
             ("name = 's'\n[[model]]\nid = 'a/b'\nmax_price = 0", Some(4), "max_price"),
             ("name = 's'\n[[model]]\nrevision = 'a'", Some(2), "id"),
             ("name = 's'\nmodels = ['a/b',\n'c/d',\n'a/b']", Some(4), "a--b"),
+            ("name = 's'\nmodels = ['/x/olmoe/model', '/y/olmoe/model']", Some(2), "`olmoe` is there twice"),
             ("name = 's'\n[[model]]\nid = 'a/b'\nrevisions = []", Some(4), "names none"),
             ("name = 's'\n[[model]]\nid = 'a/b'\nrevision = 'x'\nrevisions = ['y']", Some(5), "not both"),
             ("name = 's'\n[[model]]\nid = 'a/b'\nrevisions = ['y', 'y']", Some(3), "twice"),

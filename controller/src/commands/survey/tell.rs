@@ -152,9 +152,10 @@ impl Session<'_> {
             let gpus = plan.max_gpu_time.map(|most| format!("GPUs: {} so far, {most} allowed\n", plan.gpu_time));
             let gpus = gpus.unwrap_or_default();
             let problems: Vec<String> = plan.models.iter().filter_map(|row| row.problem.clone()).collect();
-            let problems = clean_lines(&problems.join("\n"));
+            let problems: String = problems.iter().map(|problem| clean_lines(problem) + "\n").collect();
             format!(
-                "Nothing is rented. {} at a time.\n{}\n{problems}\nabout {}, at most {} until the time limits; spent so far {}, budget {budget}\n{gpus}",
+                "Nothing is rented. {} at a time.\n\n{}\n{problems}\
+                 about {}, at most {} until the time limits; spent so far {}, budget {budget}\n{gpus}",
                 plan.max_parallel,
                 table_of(&plan.models),
                 plan.estimate,
@@ -238,7 +239,8 @@ pub(super) fn table_of(rows: &[ModelRow<'_>]) -> String {
     let mut table = tables::table(&["model", "to do", "what", "price", "takes", "costs", "at most"]);
     for row in rows {
         let of_offer = |of: fn(&Offer) -> String| row.offer.map(of).unwrap_or_default();
-        let takes = row.estimate.as_ref().map(|estimate| Span(Duration::from_secs_f64(estimate.seconds)).to_string());
+        let span = |estimate: &Estimate| format!("{:#}", Span(Duration::from_secs_f64(estimate.seconds)));
+        let takes = row.estimate.as_ref().map(span);
         let costs = row.estimate.as_ref().and_then(|estimate| estimate.cost).map(|cost| cost.to_string());
         table.add_row([
             tables::name(row.name),
