@@ -128,6 +128,7 @@ fn status_is_shown_again_and_again_until_nothing_runs() {
     let context = TestContext::new();
     let mut controller = context.start(slow_deploy(&context));
     context.wait_for("the worker to be busy", || worker_is_busy(&context));
+    context.wait_for("its progress to be shown", || context.run(["status"]).ok().stdout.contains(" of 8 layers"));
     let said = context.run(["status", "--watch"]).ok();
     assert!(said.stdout.contains("launched") && said.stdout.contains("nothing is under way"), "{said:?}");
     assert!(!said.stdout.contains('\u{1b}'), "no terminal, nothing to redraw: {said:?}");

@@ -324,6 +324,7 @@ fn a_run_that_would_be_cut_short_is_refused_unless_that_is_allowed() {
 
     let said = place.context.run(["offers", "--gpu-filter", "a100"]).ok();
     assert!(said.stdout.contains("(!)") && said.stdout.contains("time limit of 2 min 00 s"), "{said:?}");
+    assert!(said.stdout.contains("a model of 50 billion parameters"), "it says what takes and costs so much: {said:?}");
     let found = place.context.json(&["offers", "--gpu-filter", "a100"]);
     assert_eq!(found["offers"][0]["over_limit"], true, "{found:#}");
 }

@@ -62,6 +62,8 @@ fn new_weights_beside_an_older_index_and_its_shard_are_the_ones_that_run() {
     assert!(said.contains("WARN") && said.contains("two sets of weights"), "{said}");
     let said = TestContext::new().run(["inspect", "--model", model.path().to_str().unwrap()]).ok();
     assert!(said.stdout.contains("note: two sets of weights lie here: model.safetensors, which is read"), "{said:?}");
+    let lines = |word: &str| said.stdout.lines().filter(|line| line.contains(word)).count();
+    assert!(lines(".*.") > 0 && lines("layers.0.") == 0, "layers that are alike share a line: {said:?}");
 }
 
 #[test]
