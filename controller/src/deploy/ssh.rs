@@ -33,6 +33,8 @@ const MEMORY_SHARE: f64 = 0.85;
 const CURSOR_FILE: &str = "cursor.json";
 /// The last that the worker said of its progress, in the run's folder.
 const PROGRESS_FILE: &str = "progress.json";
+/// The next of these while it is written.
+const PROGRESS_PART: &str = "progress.part";
 /// One stay at a worker's side; then the loop looks around and comes back.
 const FOLLOW: Duration = Duration::from_secs(3600);
 
@@ -77,7 +79,7 @@ impl Hosts for SshHosts {
     }
 
     fn forget(&self, folder: &Path) -> Result<(), HostError> {
-        for name in [KEY_FILE, CURSOR_FILE, PROGRESS_FILE, files::SAVE_POINT] {
+        for name in [KEY_FILE, CURSOR_FILE, PROGRESS_FILE, PROGRESS_PART, files::SAVE_POINT] {
             let path = folder.join(name);
             match std::fs::remove_file(&path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -282,7 +284,7 @@ impl SshHost {
 
     /// For whoever looks on, who sees all of it or the one before.
     fn keep_progress(&self, progress: &Progress) {
-        let (path, part) = (self.folder.join(PROGRESS_FILE), self.folder.join("progress.part"));
+        let (path, part) = (self.folder.join(PROGRESS_FILE), self.folder.join(PROGRESS_PART));
         let text = serde_json::to_vec(progress).unwrap_or_default();
         if let Err(error) = std::fs::write(&part, text).and_then(|()| std::fs::rename(&part, path)) {
             tracing::debug!("{PROGRESS_FILE}: {error}");
