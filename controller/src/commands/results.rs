@@ -112,7 +112,7 @@ fn in_words(results: &[ResultEntry], here: &Path) -> String {
                 ResultKind::Imported { .. } => "imported".to_owned(),
                 ResultKind::Unusable(why) => why.clone(),
             }),
-            tables::id(&result.folder.strip_prefix(here).unwrap_or(&result.folder).display().to_string()),
+            tables::name(&result.folder.strip_prefix(here).unwrap_or(&result.folder).display().to_string()),
         ]);
     }
     format!("{table}\nfeatures: systematic ones, unique, by layers\n")
