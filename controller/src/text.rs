@@ -61,17 +61,15 @@ pub fn shorten(text: &str, columns: usize) -> String {
 /// stands in brackets is of one fact.
 pub fn shorten_facts(facts: &str, columns: usize) -> String {
     let mut open = 0_usize;
-    let parts: Vec<&str> = facts
-        .split(|c: char| {
-            match c {
-                '(' => open += 1,
-                ')' => open = open.saturating_sub(1),
-                _ => {}
-            }
-            c == ',' && open == 0
-        })
-        .map(str::trim)
-        .collect();
+    let parts = |c: char| {
+        match c {
+            '(' => open += 1,
+            ')' => open = open.saturating_sub(1),
+            _ => {}
+        }
+        c == ',' && open == 0
+    };
+    let parts: Vec<&str> = facts.split(parts).map(str::trim).collect();
     let without = |kept: usize| {
         let (head, tail) = (&parts[..kept.div_ceil(2)], &parts[parts.len() - kept / 2..]);
         head.iter().chain(&["…"]).chain(tail).copied().collect::<Vec<_>>().join(", ")

@@ -429,10 +429,10 @@ mod tests {
         let places = legend_places(names.into_iter());
         // As wide as letters of a wide font are on the average.
         let end = |i: usize| places[i].0 + 26 + 17 * names[i].chars().count() as i32;
-        for i in 1..names.len() {
-            let ((x, y), (_, above)) = (places[i], places[i - 1]);
-            assert!(y > above || x >= end(i - 1) + 20, "{places:?}");
-            assert!(end(i) <= WIDTH.cast_signed(), "{places:?}");
+        for (i, pair) in places.windows(2).enumerate() {
+            let [(_, above), (x, y)] = [pair[0], pair[1]];
+            assert!(y > above || x >= end(i) + 20, "{places:?}");
+            assert!(end(i + 1) <= WIDTH.cast_signed(), "{places:?}");
         }
     }
 

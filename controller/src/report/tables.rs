@@ -151,8 +151,8 @@ fn mark(is_over: bool) -> String {
 
 /// What the filters removed.
 pub fn steps(considered: usize, steps: &[Step]) -> String {
-    let removed: Vec<String> =
-        steps.iter().filter(|step| step.removed > 0).map(|step| format!("{} by {}", step.removed, step.option)).collect();
+    let removed = steps.iter().filter(|step| step.removed > 0);
+    let removed: Vec<String> = removed.map(|step| format!("{} by {}", step.removed, step.option)).collect();
     match removed.is_empty() {
         true => String::new(),
         false => format!("of {} the filters removed {}\n", counted(considered, "offer"), removed.join(", ")),
