@@ -119,7 +119,7 @@ fn running(status: &Status) -> Vec<String> {
         "price",
         "cost",
         "at most",
-        "done by plan",
+        "done by estimate",
         "deadline",
         "who drives",
     ];
