@@ -20,7 +20,7 @@ const SENTENCE: u16 = 28;
 /// Longer words, such as paths, are broken before a number takes several lines.
 const LONGEST_WORD: u16 = 28;
 /// Where words have to be broken, the last columns that all but ids keep.
-const LEAST: u16 = 8;
+const LEAST: u16 = 6;
 /// Spaces on both sides of a column, and where room is scarce.
 const PADDING: (u16, u16) = (1, 1);
 const SCARCE_PADDING: (u16, u16) = (0, 1);

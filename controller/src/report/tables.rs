@@ -342,7 +342,7 @@ pub fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
 /// What runs, what is finished, what it costs.
 pub fn status(status: &Status) -> String {
     let mut under_way =
-        table(&["run", "survey", "model", "state", "broker", "price", "cost", "at most", "done", "deadline"]);
+        table(&["run", "survey", "model", "state", "broker", "price", "cost", "at most", "done in", "deadline in"]);
     for run in &status.under_way {
         let waits = run.waits.iter().map(|why| format!(", waits: {why}"));
         let waits = waits.chain(run.progress.iter().map(how_far)).collect::<String>();
@@ -353,7 +353,7 @@ pub fn status(status: &Status) -> String {
         let in_time = |at: Option<u64>| match at {
             None => "-".to_owned(),
             Some(at) if at <= status.at => "overdue".to_owned(),
-            Some(at) => format!("in {:#}", Span(Duration::from_secs(at - status.at))),
+            Some(at) => format!("{:#}", Span(Duration::from_secs(at - status.at))),
         };
         under_way.add_row([
             id(&run.run),
