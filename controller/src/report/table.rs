@@ -211,16 +211,19 @@ impl Table {
 /// Makes columns narrower until they fit `room`, in each step the widest first. Each has its kind
 /// and its longest word. Tells whether they fit.
 fn give_way(widths: &mut [u16], columns: &[(Kind, u16)], steps: &[Step], room: usize) -> bool {
-    let fits = |widths: &[u16]| widths.iter().copied().map(usize::from).sum::<usize>() <= room;
     for step in steps {
-        while !fits(&*widths) {
+        while together(widths) > room {
             let gives = |column: &usize| step.least(columns[*column]).is_some_and(|least| widths[*column] > least);
             let widest = (0..widths.len()).filter(gives).max_by_key(|column| widths[*column]);
             let Some(column) = widest else { break };
             widths[column] -= 1;
         }
     }
-    fits(&*widths)
+    together(widths) <= room
+}
+
+fn together(widths: &[u16]) -> usize {
+    widths.iter().copied().map(usize::from).sum()
 }
 
 /// What gives way where there is no room for all, from what loses least by it to what loses most.
