@@ -6,6 +6,8 @@ mod activation;
 #[path = "gpu/no_activation.rs"]
 mod activation;
 #[cfg(feature = "cuda")]
+pub(crate) mod fused;
+#[cfg(feature = "cuda")]
 mod host_to_device;
 #[cfg(not(feature = "cuda"))]
 #[path = "gpu/no_host_to_device.rs"]

@@ -40,6 +40,7 @@ macro_rules! files {
 files! {
     Columns "columns"
     Decode "decode"
+    Fused "fused"
     Histogram "histogram"
     Large "large"
     Rows "rows"
@@ -52,6 +53,11 @@ pub(crate) enum Argument {
     Address(CUdeviceptr),
     Number(u32),
     Float(f32),
+}
+
+/// How many there are of something.
+pub(crate) fn number(number: usize) -> Argument {
+    Argument::Number(u32::try_from(number).expect("fewer than 2^32 rows, columns or tokens"))
 }
 
 /// How a kernel is launched.

@@ -9,6 +9,8 @@ mod assembled;
 #[cfg(feature = "staging")]
 mod decode;
 #[cfg(feature = "staging")]
+pub mod fused;
+#[cfg(feature = "staging")]
 mod kernels;
 mod libraries;
 #[cfg(feature = "staging")]

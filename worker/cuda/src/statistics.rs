@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use outliers_scan::{BINS, Column, Columns, Histogram, Large, Marks, Row, STRIP, Scan};
 
 use crate::kernels::Argument::{Address, Float, Number};
-use crate::kernels::{Argument, File, Grid, launch};
+use crate::kernels::{Argument, File, Grid, launch, number};
 
 /// Threads of most blocks, and values of a digit of a magnitude.
 const THREADS: usize = 256;
@@ -302,10 +302,6 @@ impl<'a> Activation<'a> {
         // SAFETY: the caller's promise.
         unsafe { launch(&self.stream, file, &format!("{name}_{}", self.x.dtype()), grid, &arguments) }
     }
-}
-
-fn number(number: usize) -> Argument {
-    Number(u32::try_from(number).expect("fewer than 2^32 rows, columns or tokens"))
 }
 
 /// Threads for a row of so many values: a power of two.

@@ -1,0 +1,350 @@
+//! Norms, rotations, the softmax of attention, gates and sums on a GPU, each by one kernel: what
+//! the worker's own loops compute on a CPU, in the same bits.
+//!
+//! Values are row-major and contiguous, and belong to the stream that is given.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, DriverError};
+use half::{bf16, f16};
+
+use crate::kernels::Argument::{Address, Float, Number};
+use crate::kernels::{Argument, File, Grid, launch, number};
+
+/// Threads of a block.
+const THREADS: usize = 256;
+/// Threads of a row that is looked at as a whole.
+const LANES: usize = 16;
+/// Columns of a block that works value by value.
+const COLUMNS: usize = 4 * THREADS;
+
+/// A dtype that kernels read and write; they compute in f32.
+pub trait Real: DeviceRepr {
+    /// Its name in those of kernels.
+    const DTYPE: &'static str;
+}
+
+impl Real for f32 {
+    const DTYPE: &'static str = "f32";
+}
+
+impl Real for bf16 {
+    const DTYPE: &'static str = "bf16";
+}
+
+impl Real for f16 {
+    const DTYPE: &'static str = "f16";
+}
+
+/// Launches a kernel that is there for each dtype, unless nothing is to be done.
+///
+/// # Safety
+/// As [`launch`].
+unsafe fn run<T: Real>(stream: &CudaStream, name: &str, grid: Grid, arguments: &[Argument]) -> Result<(), DriverError> {
+    if grid.blocks.contains(&0) {
+        return Ok(());
+    }
+    // SAFETY: the caller's promise.
+    unsafe { launch(stream, File::Fused, &format!("{name}_{}", T::DTYPE), grid, arguments) }
+}
+
+/// For kernels that look at rows as a whole.
+fn by_row(rows: usize) -> Grid {
+    Grid { blocks: [rows.div_ceil(THREADS / LANES), 1], threads: THREADS }
+}
+
+/// For kernels that work value by value.
+fn by_value(rows: usize, columns: usize) -> Grid {
+    Grid { blocks: [rows, columns.div_ceil(COLUMNS)], threads: THREADS }
+}
+
+/// Rows of so many values.
+fn rows(values: usize, width: usize) -> usize {
+    assert!(width > 0 && values.is_multiple_of(width), "{values} values are not rows of {width}");
+    values / width
+}
+
+/// `x / sqrt(mean(x^2) + eps) * gain`, and then `+ residual` if there is one, over rows as wide as
+/// `gain`.
+///
+/// # Errors
+/// The driver's.
+pub fn rms_norm<T: Real>(
+    stream: &Arc<CudaStream>,
+    x: &CudaView<'_, T>,
+    gain: &CudaView<'_, T>,
+    residual: Option<&CudaView<'_, T>>,
+    eps: f32,
+) -> Result<CudaSlice<T>, DriverError> {
+    let (width, rows) = (gain.len(), rows(x.len(), gain.len()));
+    assert!(residual.is_none_or(|residual| residual.len() == x.len()), "a residual of another shape");
+    // SAFETY: the kernel writes all of it.
+    let mut out = unsafe { stream.alloc::<T>(x.len()) }?;
+    let ((x, _x), (gain, _gain)) = (x.device_ptr(stream), gain.device_ptr(stream));
+    let residual = residual.map(|residual| residual.device_ptr(stream));
+    {
+        let (to, _to) = out.device_ptr_mut(stream);
+        let residual = Address(residual.as_ref().map_or(0, |(residual, _)| *residual));
+        let arguments = [Address(x), Address(gain), residual, number(rows), number(width), Float(eps), Address(to)];
+        // SAFETY: rows of the gain's width, as many read as written.
+        unsafe { run::<T>(stream, "rms_norm", by_row(rows), &arguments) }?;
+    }
+    Ok(out)
+}
+
+/// `(x - mean) / sqrt(variance + eps) * gain + bias` over rows as wide as `gain`.
+///
+/// # Errors
+/// The driver's.
+pub fn layer_norm<T: Real>(
+    stream: &Arc<CudaStream>,
+    x: &CudaView<'_, T>,
+    gain: &CudaView<'_, T>,
+    bias: &CudaView<'_, T>,
+    eps: f32,
+) -> Result<CudaSlice<T>, DriverError> {
+    let (width, rows) = (gain.len(), rows(x.len(), gain.len()));
+    assert_eq!(bias.len(), width, "gain and bias");
+    // SAFETY: the kernel writes all of it.
+    let mut out = unsafe { stream.alloc::<T>(x.len()) }?;
+    let ((x, _x), (gain, _gain), (bias, _bias)) =
+        (x.device_ptr(stream), gain.device_ptr(stream), bias.device_ptr(stream));
+    {
+        let (to, _to) = out.device_ptr_mut(stream);
+        let arguments =
+            [Address(x), Address(gain), Address(bias), number(rows), number(width), Float(eps), Address(to)];
+        // SAFETY: rows of the gain's width, as many read as written.
+        unsafe { run::<T>(stream, "layer_norm", by_row(rows), &arguments) }?;
+    }
+    Ok(out)
+}
+
+/// Which part of a row turns, and by which angles.
+#[derive(Clone, Copy, Debug)]
+pub struct Rotation {
+    /// Values of a row: whole heads.
+    pub width: usize,
+    /// Rows of a sequence.
+    pub positions: usize,
+    /// Values of a head.
+    pub head_dim: usize,
+    /// The first value of a head that turns.
+    pub first: usize,
+    /// Pairs of a head that turn.
+    pub pairs: usize,
+    /// Members of a pair are neighbours; else they are `pairs` apart.
+    pub interleaved: bool,
+}
+
+/// Turns pairs of each head by the angles of their position. `table`: cosines of all positions and
+/// pairs, then their sines.
+///
+/// # Errors
+/// The driver's.
+pub fn rope<T: Real>(
+    stream: &CudaStream,
+    x: &mut CudaViewMut<'_, T>,
+    table: &CudaView<'_, f32>,
+    of: Rotation,
+) -> Result<(), DriverError> {
+    let Rotation { width, positions, head_dim, first, pairs, interleaved } = of;
+    let (rows, sines) = (rows(x.len(), width), table.len() / 2);
+    assert!(head_dim > 0 && width.is_multiple_of(head_dim) && first + 2 * pairs <= head_dim, "{of:?}");
+    assert!(positions > 0 && positions * pairs <= sines, "{of:?}: angles of {sines} pairs");
+    let (step, distance) = if interleaved { (2, 1) } else { (1, pairs) };
+    let ((table, _table), (x, _x)) = (table.device_ptr(stream), x.device_ptr_mut(stream));
+    let numbers = [sines, width, positions, head_dim, first, pairs, step, distance].map(number);
+    let arguments = [&[Address(x), Address(table)], &numbers[..]].concat();
+    // SAFETY: pairs within heads, heads within rows, angles of all positions.
+    unsafe { run::<T>(stream, "rope", by_value(rows, width / head_dim * pairs), &arguments) }
+}
+
+/// What a block of scores stands for.
+#[derive(Clone, Copy, Debug)]
+pub struct Scores {
+    /// Columns.
+    pub keys: usize,
+    /// Rows of a head: queries, one position after another.
+    pub queries: usize,
+    /// Position of the first query.
+    pub first_query: usize,
+    /// Position of the first key.
+    pub first_key: usize,
+    /// How many keys a query sees at most, the last up to its own.
+    pub window: usize,
+    /// Keys of a chunk, where a query sees those in its own chunk instead.
+    pub chunk: Option<usize>,
+    /// What multiplies scores.
+    pub scale: f32,
+    /// The head of the first rows: which sink is its.
+    pub first_head: usize,
+}
+
+/// Softmax over the keys that each query sees, in place. `sinks`: a logit for each head, which
+/// takes part unscaled and has no value.
+///
+/// # Errors
+/// The driver's.
+pub fn softmax<T: Real>(
+    stream: &CudaStream,
+    x: &mut CudaViewMut<'_, T>,
+    of: Scores,
+    sinks: Option<&CudaView<'_, f32>>,
+) -> Result<(), DriverError> {
+    let rows = rows(x.len(), of.keys);
+    assert!(of.queries > 0, "{of:?}");
+    let heads = sinks.map_or(1, CudaView::len);
+    let sinks = sinks.map(|sinks| sinks.device_ptr(stream));
+    let (x, _x) = x.device_ptr_mut(stream);
+    // What is larger than any position hides nothing.
+    let limit = |keys: usize| Number(u32::try_from(keys.max(1)).unwrap_or(u32::MAX));
+    let arguments = [
+        Address(x),
+        number(rows),
+        number(of.keys),
+        number(of.queries),
+        number(of.first_query),
+        number(of.first_key),
+        limit(of.window),
+        of.chunk.map_or(Number(0), limit),
+        Float(of.scale),
+        Address(sinks.as_ref().map_or(0, |(sinks, _)| *sinks)),
+        number(of.first_head),
+        number(heads),
+    ];
+    // SAFETY: rows of so many keys; a sink for each of the heads that are counted.
+    unsafe { run::<T>(stream, "softmax", by_row(rows), &arguments) }
+}
+
+/// Of each row of logits the largest, the sum of `exp(logit - largest)`, and the logit at its
+/// target's column: 0 where there is no such column.
+///
+/// # Errors
+/// The driver's.
+pub fn logit_parts<T: Real>(
+    stream: &Arc<CudaStream>,
+    x: &CudaView<'_, T>,
+    targets: &[u32],
+) -> Result<CudaSlice<f32>, DriverError> {
+    let rows = targets.len();
+    assert!(rows > 0 && x.len().is_multiple_of(rows), "{} logits of {rows} targets", x.len());
+    let targets = stream.clone_htod(targets)?;
+    // SAFETY: the kernel writes all of it.
+    let mut parts = unsafe { stream.alloc::<f32>(3 * rows) }?;
+    let ((at, _x), (targets, _targets)) = (x.device_ptr(stream), targets.device_ptr(stream));
+    {
+        let (to, _to) = parts.device_ptr_mut(stream);
+        let arguments = [Address(at), Address(targets), number(rows), number(x.len() / rows), Address(to)];
+        // SAFETY: a target for each row, three numbers written for each.
+        unsafe { run::<T>(stream, "logit_parts", by_row(rows), &arguments) }?;
+    }
+    Ok(parts)
+}
+
+/// How a gate opens, as the kernel is told: which formula, the largest magnitude and the slope.
+#[derive(Clone, Copy, Debug)]
+pub struct Gate {
+    /// 0 SiLU, 1 sigmoid, 2 GELU in its tanh form, 3 clamped.
+    pub kind: u32,
+    /// Largest magnitude of a clamped one.
+    pub limit: f32,
+    /// Slope inside the sigmoid of a clamped one.
+    pub alpha: f32,
+}
+
+/// Puts what gates let through of `up` in their place; both are rows of `width`.
+///
+/// # Errors
+/// The driver's.
+pub fn gated<T: Real>(
+    stream: &CudaStream,
+    gates: &mut CudaViewMut<'_, T>,
+    up: &CudaView<'_, T>,
+    width: usize,
+    how: Gate,
+) -> Result<(), DriverError> {
+    let rows = rows(gates.len(), width);
+    assert_eq!(gates.len(), up.len(), "gates and what they open for");
+    let ((up, _up), (gates, _gates)) = (up.device_ptr(stream), gates.device_ptr_mut(stream));
+    // SAFETY: as many of all three. The first and the last are in one place, where who writes a
+    // value is who read it.
+    unsafe { gate::<T>(stream, [gates, up, gates], [rows, width], [width, 1], how) }
+}
+
+/// The same where both are in one row, `joined` `[rows, 2 * inner]`: in halves, or interleaved.
+///
+/// # Errors
+/// The driver's.
+pub fn gated_joined<T: Real>(
+    stream: &Arc<CudaStream>,
+    joined: &CudaView<'_, T>,
+    inner: usize,
+    interleaved: bool,
+    how: Gate,
+) -> Result<CudaSlice<T>, DriverError> {
+    let rows = rows(joined.len(), 2 * inner);
+    // SAFETY: the kernel writes all of it.
+    let mut out = unsafe { stream.alloc::<T>(rows * inner) }?;
+    let (step, distance) = if interleaved { (2, 1) } else { (1, inner) };
+    let (gates, _joined) = joined.device_ptr(stream);
+    {
+        let (to, _to) = out.device_ptr_mut(stream);
+        let up = gates + (distance * size_of::<T>()) as u64;
+        // SAFETY: both within each row of the one, whose half is a row of the other.
+        unsafe { gate::<T>(stream, [gates, up, to], [rows, inner], [2 * inner, step], how) }?;
+    }
+    Ok(out)
+}
+
+/// # Safety
+/// Addresses of gates, of what they open for, both of `rows` rows that are `stride` values apart
+/// and of `width` columns that are `step` values apart, and of room for `rows` times `width`
+/// values.
+unsafe fn gate<T: Real>(
+    stream: &CudaStream,
+    addresses: [u64; 3],
+    [rows, width]: [usize; 2],
+    [stride, step]: [usize; 2],
+    how: Gate,
+) -> Result<(), DriverError> {
+    let [gates, up, to] = addresses.map(Address);
+    let (kind, limit, alpha) = (Number(how.kind), Float(how.limit), Float(how.alpha));
+    let arguments = [gates, up, number(stride), number(step), number(width), kind, limit, alpha, to];
+    // SAFETY: the caller's promise.
+    unsafe { run::<T>(stream, "gate", by_value(rows, width), &arguments) }
+}
+
+/// Applies an activation in place to rows of `width`: 0 ReLU, 1 its square, 2 GELU in its tanh
+/// form.
+///
+/// # Errors
+/// The driver's.
+pub fn activate<T: Real>(
+    stream: &CudaStream,
+    x: &mut CudaViewMut<'_, T>,
+    width: usize,
+    kind: u32,
+) -> Result<(), DriverError> {
+    let rows = rows(x.len(), width);
+    let (x, _x) = x.device_ptr_mut(stream);
+    // SAFETY: rows of the width.
+    unsafe { run::<T>(stream, "activate", by_value(rows, width), &[Address(x), number(width), Number(kind)]) }
+}
+
+/// `x + y` in the place of `x`, rows of `width`; `y` is as many, or one row for all.
+///
+/// # Errors
+/// The driver's.
+pub fn sum<T: Real>(
+    stream: &CudaStream,
+    x: &mut CudaViewMut<'_, T>,
+    y: &CudaView<'_, T>,
+    width: usize,
+) -> Result<(), DriverError> {
+    let rows = rows(x.len(), width);
+    assert!(y.len() == x.len() || y.len() == width, "{} values and {}", x.len(), y.len());
+    let stride = if y.len() == x.len() { width } else { 0 };
+    let ((y, _y), (x, _x)) = (y.device_ptr(stream), x.device_ptr_mut(stream));
+    // SAFETY: rows of the width, as many of both or one.
+    unsafe { run::<T>(stream, "sum", by_value(rows, width), &[Address(x), Address(y), number(width), number(stride)]) }
+}
