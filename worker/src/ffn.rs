@@ -7,7 +7,7 @@ use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::decoder::{GateUp, MlpKind, RouterSpec};
-use crate::fused::{self, Gate};
+use crate::fused::{self, Activation, Gate};
 use crate::norm::Norm;
 use crate::product::Linear;
 
@@ -41,12 +41,12 @@ impl MlpWeights {
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let inner = match &self.gate_up {
             GateUpProj::Up(up) => {
-                let up = up.apply(x)?;
-                match self.kind {
-                    MlpKind::Relu => up.relu()?,
-                    MlpKind::ReluSquared => up.relu()?.sqr()?,
-                    _ => up.gelu()?,
-                }
+                let how = match self.kind {
+                    MlpKind::Relu => Activation::Relu,
+                    MlpKind::ReluSquared => Activation::ReluSquared,
+                    _ => Activation::GeluTanh,
+                };
+                fused::activated(up.apply(x)?, how)?
             }
             GateUpProj::Separate { gate, up } => fused::gated(gate.apply(x)?, &up.apply(x)?, self.gate())?,
             GateUpProj::Joined(both) => fused::gated_joined(&both.apply(x)?, self.is_interleaved(), self.gate())?,

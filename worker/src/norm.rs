@@ -34,4 +34,12 @@ impl Norm {
             Some(bias) => fused::layer_norm(x, &self.gain, bias, self.spec.eps),
         }
     }
+
+    /// Adds what [`apply`](Self::apply) makes of `x` to `residual`, of the same shape.
+    pub fn apply_onto(&self, residual: &Tensor, x: &Tensor) -> Result<Tensor> {
+        match &self.bias {
+            None => fused::rms_norm_onto(residual, x, &self.gain, self.spec.eps),
+            Some(_) => fused::sum(self.apply(x)?, residual),
+        }
+    }
 }

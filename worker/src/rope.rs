@@ -1,5 +1,7 @@
 //! Rotary position embedding: frequencies and their scalings.
 
+use candle_core::{Device, Result, Tensor};
+
 /// Which rotation, over which part of a head.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeSpec {
@@ -66,13 +68,11 @@ pub enum RopeScaling {
     },
 }
 
-/// cos and sin for positions `0..positions`, each `[positions, dims / 2]`, row-major f32.
+/// cos and sin for positions `0..positions`, on one device.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
-    /// Cosine of each position and pair.
-    pub cos: Vec<f32>,
-    /// Sine of each position and pair.
-    pub sin: Vec<f32>,
+    /// `[2, positions, dims / 2]` in f32: the cosine of each position and pair, then the sine.
+    pub angles: Tensor,
     /// `dims / 2`.
     pub pairs: usize,
     /// Which two dimensions a pair is.
@@ -109,8 +109,19 @@ impl RopeSpec {
         }
     }
 
-    /// Tables for positions `0..positions`.
-    pub fn table(&self, positions: usize) -> RopeTable {
+    /// The table for positions `0..positions`.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn table(&self, positions: usize, device: &Device) -> Result<RopeTable> {
+        let pairs = self.dims / 2;
+        let (cos, sin) = self.turns(positions);
+        let angles = Tensor::from_vec([cos, sin].concat(), (2, positions, pairs), device)?;
+        Ok(RopeTable { angles, pairs, pairing: self.pairing })
+    }
+
+    /// cos and sin of positions `0..positions`, each `[positions, dims / 2]`, row-major.
+    fn turns(&self, positions: usize) -> (Vec<f32>, Vec<f32>) {
         // The reference rounds frequency and angle to f32; at position 100,000 that is visible in the fourth digit.
         let frequencies = self.frequencies();
         let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f)));
@@ -121,8 +132,7 @@ impl RopeSpec {
             | RopeScaling::Linear { .. }
             | RopeScaling::Llama3 { .. } => 1.0,
         };
-        let (cos, sin) = angles.map(|a| (a.cos() as f32 * factor, a.sin() as f32 * factor)).unzip();
-        RopeTable { cos, sin, pairs: self.dims / 2, pairing: self.pairing }
+        angles.map(|a| (a.cos() as f32 * factor, a.sin() as f32 * factor)).unzip()
     }
 }
 
@@ -198,20 +208,12 @@ mod tests {
 
     /// Of pair `pair` at position 4095: transformers' cos and sin.
     fn assert_rotation(spec: &RopeSpec, pair: usize, cos: f64, sin: f64) {
-        let table = spec.table(4096);
-        let at = 4095 * table.pairs + pair;
+        let (of_cos, of_sin) = spec.turns(4096);
+        let at = 4095 * spec.dims / 2 + pair;
         // A frequency that is off by one unit in the last place turns this much more in 4095 positions.
         let slack = f64::from(4095.0 * spec.frequencies()[pair] * 4.0 * f32::EPSILON) + 1e-6;
-        assert!(
-            (f64::from(table.cos[at]) - cos).abs() < slack,
-            "cos of pair {pair}: {}, expected {cos}",
-            table.cos[at]
-        );
-        assert!(
-            (f64::from(table.sin[at]) - sin).abs() < slack,
-            "sin of pair {pair}: {}, expected {sin}",
-            table.sin[at]
-        );
+        assert!((f64::from(of_cos[at]) - cos).abs() < slack, "cos of pair {pair}: {}, expected {cos}", of_cos[at]);
+        assert!((f64::from(of_sin[at]) - sin).abs() < slack, "sin of pair {pair}: {}, expected {sin}", of_sin[at]);
     }
 
     #[test]
@@ -318,10 +320,10 @@ mod tests {
 
     #[test]
     fn table_starts_at_position_zero() {
-        let table = spec(10_000.0, 4, RopeScaling::None).table(3);
-        assert_eq!(table.cos[..2], [1.0, 1.0]);
-        assert_eq!(table.sin[..2], [0.0, 0.0]);
-        assert!((table.cos[2] - 1f32.cos()).abs() < 1e-7);
-        assert!((table.sin[5] - 0.02f32.sin()).abs() < 1e-7);
+        let table = spec(10_000.0, 4, RopeScaling::None).table(3, &Device::Cpu).unwrap();
+        let angles = table.angles.to_vec3::<f32>().unwrap();
+        assert_eq!((&angles[0][0][..], &angles[1][0][..]), (&[1.0, 1.0][..], &[0.0, 0.0][..]));
+        assert!((angles[0][1][0] - 1f32.cos()).abs() < 1e-7);
+        assert!((angles[1][2][1] - 0.02f32.sin()).abs() < 1e-7);
     }
 }

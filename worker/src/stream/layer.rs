@@ -94,7 +94,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
             (Part::Mixer, _) => {
                 let norm = tensors.norm(self.spec.norm, Role::MixerNorm, Role::MixerNormBias)?;
                 self.gain(0, &norm)?;
-                let table = self.spec.mixer.rope().map(|rope| tables.get(rope));
+                let table = self.spec.mixer.rope().map(|rope| tables.get(rope, self.device)).transpose()?;
                 let after = tensors.norm_if_there(self.spec.norm, Role::MixerPostNorm)?;
                 Block::Mixer { norm, weights: tensors.mixer(&self.spec.mixer)?, table, after }
             }
@@ -178,13 +178,29 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         Ok(())
     }
 
+    /// Whether values at a site concern anybody.
+    fn shows(&self, point: Point, batch: &MicroBatch) -> bool {
+        batch.arm == 0 && self.seen.wants(Site { layer: self.layer, point })
+    }
+
     /// Values at a site, to whom they concern.
     fn show(&mut self, point: Point, batch: &MicroBatch, x: &Tensor) -> Result<()> {
-        let site = Site { layer: self.layer, point };
-        if batch.arm > 0 || !self.seen.wants(site) {
+        if !self.shows(point, batch) {
             return Ok(());
         }
+        let site = Site { layer: self.layer, point };
         self.clock.time(Work::Statistics, || self.seen.observe(site, batch.first_token, x))
+    }
+
+    /// The residual stream with what a block made of it, after its outer norm. That is computed
+    /// together with the sum unless somebody looks at it.
+    fn added(&mut self, point: Point, batch: &MicroBatch, after: Option<&Norm>, out: Tensor) -> Result<Tensor> {
+        if let (Some(norm), false) = (after, self.shows(point, batch)) {
+            return Ok(norm.apply_onto(&batch.hidden, &out)?);
+        }
+        let out = normed(after, out)?;
+        self.show(point, batch, &out)?;
+        Ok(fused::sum(out, &batch.hidden)?)
     }
 
     /// A norm's output with what its arm takes away.
@@ -226,9 +242,8 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         let x = norm.apply(&batch.hidden)?;
         self.show(self.point(0), batch, &x)?;
         let x = self.in_arm(batch.arm, x)?;
-        let out = normed(after, self.mixed(batch, weights, table, &x)?)?;
-        self.show(Point::AttentionOut, batch, &out)?;
-        batch.hidden = fused::sum(out, &batch.hidden)?;
+        let out = self.mixed(batch, weights, table, &x)?;
+        batch.hidden = self.added(Point::AttentionOut, batch, after, out)?;
         batch.shared_norm = (self.spec.order == NormOrder::Shared).then_some(x);
         if self.spec.has_ffn() { Ok(()) } else { self.show(Point::Residual, batch, &batch.hidden) }
     }
@@ -330,9 +345,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
 
     /// Adds the feed-forward's output, which ends the layer.
     fn after_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>, closing: &Closing, out: Tensor) -> Result<()> {
-        let out = normed(closing.output.as_ref(), out)?;
-        self.show(Point::MlpOut, batch, &out)?;
-        batch.hidden = fused::sum(out, &batch.hidden)?;
+        batch.hidden = self.added(Point::MlpOut, batch, closing.output.as_ref(), out)?;
         if let (NormOrder::After, Some(norm)) = (self.spec.order, norm) {
             let x = norm.apply(&batch.hidden)?;
             self.show(self.point(1), batch, &x)?;
@@ -437,7 +450,7 @@ fn early() -> WorkerError {
     WorkerError::internal("experts before their router")
 }
 
-/// Rotation tables, one per kind of rotation in the model.
+/// Rotation tables, one per kind of rotation in the model and device.
 pub(super) struct RopeTables {
     positions: usize,
     made: Mutex<Vec<(RopeSpec, Arc<RopeTable>)>>,
@@ -449,13 +462,14 @@ impl RopeTables {
         Self { positions, made: Mutex::default() }
     }
 
-    fn get(&self, spec: &RopeSpec) -> Arc<RopeTable> {
+    fn get(&self, spec: &RopeSpec, device: &Device) -> Result<Arc<RopeTable>> {
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, table)) = made.iter().find(|(of, _)| of == spec) {
-            return Arc::clone(table);
+        let is_there = |table: &RopeTable| table.angles.device().same_device(device);
+        if let Some((_, table)) = made.iter().find(|(of, table)| of == spec && is_there(table)) {
+            return Ok(Arc::clone(table));
         }
-        let table = Arc::new(spec.table(self.positions));
+        let table = Arc::new(spec.table(self.positions, device)?);
         made.push((spec.clone(), Arc::clone(&table)));
-        table
+        Ok(table)
     }
 }
