@@ -1,13 +1,14 @@
-//! Softmax attention over whole sequences, blocked over queries and heads so that memory grows with the sequence, not with
-//! its square, and over the keys that a window shows, so that work grows with the window.
+//! Softmax attention over whole sequences, blocked over queries and heads so that memory grows with
+//! the sequence, not with its square, and over the keys that a window shows, so that work grows with
+//! the window. On a GPU, blocks are of all sequences of a micro-batch.
 
 use std::cell::{Cell, RefCell};
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::decoder::{AttentionSpec, NormSpec, OutputGate, QkNorm, Temperature, Window};
-use crate::fused::{self, Gate, RotatedPart, ScoreBlock};
+use crate::fused::{self, Gate, RotatedPart, ScoreBlock, Sinks};
 use crate::norm::Norm;
 use crate::product::Linear;
 use crate::product::product;
@@ -153,7 +154,7 @@ impl Watching {
         Self { top: top.then(Cell::default), first_key: first_key.then(RefCell::default), sequence: Cell::default() }
     }
 
-    /// What follows is of this sequence, counted from 0.
+    /// What follows is of this sequence, counted from 0, and those after it.
     pub fn at_sequence(&self, sequence: usize) {
         self.sequence.set(sequence);
     }
@@ -168,9 +169,9 @@ impl Watching {
         self.first_key.as_ref().map(|sequences| sequences.borrow().clone()).unwrap_or_default()
     }
 
-    /// Takes a block of `shares` `[kv_heads, groups * queries, keys]`, the first of whose heads is
-    /// `first_head`.
-    fn see(&self, shares: &Tensor, block: ScoreBlock, first_head: usize) -> Result<()> {
+    /// Takes a block of `shares` `[kv_heads, groups * queries, keys]`, rows of one head after
+    /// another.
+    fn see(&self, shares: &Tensor, block: ScoreBlock, heads: Counted) -> Result<()> {
         if let Some(top) = &self.top {
             top.set(top.get().and(TopShares::of(shares)?));
         }
@@ -179,24 +180,36 @@ impl Watching {
             return Ok(());
         }
         let of_key = shares.narrow(D::Minus1, 0, 1)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let (mut sequences, sequence) = (first_key.borrow_mut(), self.sequence.get());
-        if sequences.len() <= sequence {
-            sequences.resize(sequence + 1, Vec::new());
-        }
-        let heads = &mut sequences[sequence];
-        for (head, shares) in of_key.chunks_exact(block.queries).enumerate() {
-            let head = first_head + head;
-            if heads.len() <= head {
-                heads.resize(head + 1, FirstKey::default());
+        let mut sequences = first_key.borrow_mut();
+        for (at, shares) in (heads.before..).zip(of_key.chunks_exact(block.queries)) {
+            let sequence = self.sequence.get() + at / heads.per_sequence;
+            let head = heads.first + at % heads.per_sequence;
+            if sequences.len() <= sequence {
+                sequences.resize(sequence + 1, Vec::new());
+            }
+            let of_heads = &mut sequences[sequence];
+            if of_heads.len() <= head {
+                of_heads.resize(head + 1, FirstKey::default());
             }
             for (position, share) in (block.first_query..).zip(shares) {
                 if position > 0 && block.window.first_key(position) == 0 {
-                    heads[head].add(*share);
+                    of_heads[head].add(*share);
                 }
             }
         }
         Ok(())
     }
+}
+
+/// Which heads some rows are of, where heads of one sequence follow those of another.
+#[derive(Clone, Copy, Debug)]
+struct Counted {
+    /// Heads before them.
+    before: usize,
+    /// Heads of a sequence.
+    per_sequence: usize,
+    /// Number of the first of these.
+    first: usize,
 }
 
 /// Receives attention weights; `None` if no measurement needs them.
@@ -298,27 +311,37 @@ fn mix_sequences(
     positions: usize,
     watched: Watched<'_>,
 ) -> Result<Tensor> {
-    let sinks = weights.sinks.as_ref().map(|sinks| sinks.to_dtype(DType::F32)?.to_vec1()).transpose()?;
+    let sinks = weights.sinks.as_ref().map(|sinks| sinks.to_dtype(DType::F32)?.contiguous()).transpose()?;
     let scale = spec.scale.unwrap_or(1.0 / (spec.head_dim as f64).sqrt());
-    let mixing = Mixing::new(scale, spec.window, sinks.as_deref()).watched(watched);
-    let one = |sequence: usize| {
-        watched.iter().for_each(|watching| watching.at_sequence(sequence));
+    let mixing = Mixing::new(scale, spec.window, sinks.as_ref()).watched(watched);
+    let sequences = query.dim(0)? / positions;
+    let at_once = sequences_at_once(query.device(), sequences);
+    let some = |first: usize| {
+        watched.iter().for_each(|watching| watching.at_sequence(first));
+        let count = at_once.min(sequences - first);
         let heads = |t: &Tensor, heads: usize| {
-            t.narrow(0, sequence * positions, positions)?.reshape((positions, heads, spec.head_dim))
+            t.narrow(0, first * positions, count * positions)?.reshape((count, positions, heads, spec.head_dim))
         };
-        let by_head = |t| heads(t, spec.kv_heads)?.transpose(0, 1)?.contiguous();
+        let shape = (count * spec.kv_heads, positions, spec.head_dim);
+        let by_head = |t| heads(t, spec.kv_heads)?.transpose(1, 2)?.reshape(shape);
         mixing.mix(&heads(query, spec.heads)?, &by_head(key)?, &by_head(value)?)
     };
-    let mixed = (0..query.dim(0)? / positions).map(one).collect::<Result<Vec<_>>>()?;
+    let mixed = (0..sequences).step_by(at_once).map(some).collect::<Result<Vec<_>>>()?;
     Tensor::cat(&mixed, 0)
 }
 
-/// Softmax attention within one sequence: what it needs beside queries, keys and values.
+/// How many of so many sequences are attended to together: on a GPU all, so that it is asked for few
+/// and large products; on a CPU one, which takes less memory.
+pub(crate) fn sequences_at_once(device: &Device, sequences: usize) -> usize {
+    if device.is_cpu() { 1 } else { sequences.max(1) }
+}
+
+/// Softmax attention within sequences: what it needs beside queries, keys and values.
 #[derive(Clone, Copy)]
 pub struct Mixing<'a> {
     scale: f64,
     window: Window,
-    sinks: Option<&'a [f32]>,
+    sinks: Option<&'a Tensor>,
     query_block: usize,
     score_values: usize,
     watched: Watched<'a>,
@@ -326,8 +349,9 @@ pub struct Mixing<'a> {
 }
 
 impl<'a> Mixing<'a> {
-    /// `scale` multiplies the scores; `sinks` are logits, one per query head, that join the denominator.
-    pub fn new(scale: f64, window: Window, sinks: Option<&'a [f32]>) -> Self {
+    /// `scale` multiplies the scores; `sinks` are logits in f32, one per query head, that join the
+    /// denominator.
+    pub fn new(scale: f64, window: Window, sinks: Option<&'a Tensor>) -> Self {
         let (query_block, score_values) = (QUERY_BLOCK, SCORE_VALUES);
         Self { scale, window, sinks, query_block, score_values, watched: None, first_head: 0 }
     }
@@ -342,51 +366,54 @@ impl<'a> Mixing<'a> {
         Self { first_head, ..self }
     }
 
-    /// `query` `[n, heads, d]`, `key` `[kv_heads, n, d]` and `value` `[kv_heads, n, v]`, both contiguous, to `[n, heads * v]`.
-    /// Key head j serves query heads `j * heads / kv_heads ..`.
+    /// `query` `[sequences, n, heads, d]`, `key` `[sequences * kv_heads, n, d]` and `value`
+    /// `[sequences * kv_heads, n, v]`, both contiguous, to `[sequences * n, heads * v]`. Key head j of
+    /// a sequence serves query heads `j * heads / kv_heads ..` of the same.
     pub fn mix(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
-        let (n, heads, _) = query.dims3()?;
-        let groups = heads / key.dim(0)?;
+        let (sequences, n, heads, _) = query.dims4()?;
+        let (all_kv_heads, _, v) = value.dims3()?;
+        let groups = sequences * heads / all_kv_heads;
         let queries = self.query_block.min(self.score_values / (groups * n)).max(1);
         let blocks = (0..n)
             .step_by(queries)
-            .map(|first| self.mix_queries(first, &query.narrow(0, first, queries.min(n - first))?, key, value))
+            .map(|first| self.mix_queries(first, &query.narrow(1, first, queries.min(n - first))?, key, value))
             .collect::<Result<Vec<_>>>()?;
-        Tensor::cat(&blocks, 0)
+        let mixed = Tensor::cat(&blocks, 1)?.reshape((sequences, heads, n, v))?;
+        drop(blocks);
+        mixed.transpose(1, 2)?.reshape((sequences * n, heads * v))
     }
 
-    /// A block of queries `[queries, heads, d]`, the first at position `first`, to `[queries, heads * v]`.
+    /// A block of queries `[sequences, queries, heads, d]`, the first at position `first`, to
+    /// `[sequences * heads, queries, v]`.
     fn mix_queries(&self, first: usize, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
-        let (queries, heads, d) = query.dims3()?;
-        let (kv_heads, v) = (key.dim(0)?, value.dim(2)?);
-        let groups = heads / kv_heads;
+        let (sequences, queries, heads, d) = query.dims4()?;
+        let (all_kv_heads, _, v) = value.dims3()?;
+        let groups = sequences * heads / all_kv_heads;
         // No query of the block sees a key before this one.
         let first_key = self.window.first_key(first);
         let keys = first + queries - first_key;
         let block = ScoreBlock { first_query: first, queries, first_key, window: self.window };
-        let at_once = (self.score_values / (groups * queries * keys)).clamp(1, kv_heads);
+        let query = query.transpose(1, 2)?.reshape((all_kv_heads, groups * queries, d))?;
+        let at_once = (self.score_values / (groups * queries * keys)).clamp(1, all_kv_heads);
         let some_heads = |kv: usize| {
-            let count = at_once.min(kv_heads - kv);
-            let heads = kv * groups..(kv + count) * groups;
-            let query = query.narrow(1, heads.start, heads.len())?.transpose(0, 1)?.contiguous()?;
+            let count = at_once.min(all_kv_heads - kv);
             let of_heads = |t: &Tensor| t.narrow(0, kv, count)?.narrow(1, first_key, keys);
-            let scores = product(&query.reshape((count, groups * queries, d))?, &of_heads(key)?)?;
-            let sinks = self.sinks.map(|sinks| &sinks[heads.clone()]);
+            let scores = product(&query.narrow(0, kv, count)?, &of_heads(key)?)?;
+            let before = kv * groups;
+            let sinks = self.sinks.map(|logits| Sinks { logits, first_head: before % heads });
             let shares = fused::causal_softmax(scores, block, self.scale, sinks)?;
             if let Some(watched) = self.watched {
-                watched.see(&shares, block, self.first_head + heads.start)?;
+                watched.see(&shares, block, Counted { before, per_sequence: heads, first: self.first_head })?;
             }
-            let mixed = product(&shares, &of_heads(value)?.t()?)?.reshape((heads.len(), queries, v))?;
-            mixed.transpose(0, 1)?.reshape((queries, heads.len() * v))
+            product(&shares, &of_heads(value)?.t()?)?.reshape((count * groups, queries, v))
         };
-        let mixed = (0..kv_heads).step_by(at_once).map(some_heads).collect::<Result<Vec<_>>>()?;
-        Tensor::cat(&mixed, 1)
+        let mixed = (0..all_kv_heads).step_by(at_once).map(some_heads).collect::<Result<Vec<_>>>()?;
+        Tensor::cat(&mixed, 0)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
     use proptest::prelude::*;
 
     use super::naive::{self, Random};
@@ -442,7 +469,7 @@ mod tests {
         let mut random = Random::new(7);
         let weights = weights(spec, &mut random);
         let x = random.tensor(&[sequences * positions, HIDDEN]);
-        let table = spec.rope.as_ref().map(|rope| rope.table(positions));
+        let table = spec.rope.as_ref().map(|rope| rope.table(positions, &Device::Cpu).unwrap());
         let got = attention(spec, &weights, table.as_ref(), &x, positions, None).unwrap();
         naive::assert_close(&got, &naive::attention(spec, &weights, &x, positions), 2e-5);
     }
@@ -558,24 +585,53 @@ mod tests {
                 (1..70usize).prop_map(Window::Chunked)
             ],
             n in 1..60usize,
+            sequences in 1..4usize,
             query_block in 1..20usize,
             score_values in 1..6000usize,
         ) {
             let mut random = Random::new(n as u64);
             // 15 query heads on 5 key heads; values are wider than keys.
-            let (query, key, value) = (random.tensor(&[n, 15, 4]), random.tensor(&[5, n, 4]), random.tensor(&[5, n, 7]));
-            let sinks: Vec<f32> = random.tensor(&[15]).to_vec1().unwrap();
+            let (query, kv_heads) = (random.tensor(&[sequences, n, 15, 4]), 5 * sequences);
+            let (key, value) = (random.tensor(&[kv_heads, n, 4]), random.tensor(&[kv_heads, n, 7]));
+            let sinks = random.tensor(&[15]);
             let whole = Mixing::new(0.7, window, Some(&sinks));
             let blocked = Mixing { query_block, score_values, ..Mixing::new(0.7, window, Some(&sinks)) };
             let expected = naive::rows(&whole.mix(&query, &key, &value).unwrap());
             naive::assert_close(&blocked.mix(&query, &key, &value).unwrap(), &expected, 1e-6);
+        }
+
+        #[test]
+        fn sequences_together_are_the_same_as_each_alone(
+            n in 1..40usize, sequences in 1..5usize, score_values in 1..9000usize, window in 1..50usize,
+        ) {
+            let mut random = Random::new(n as u64);
+            let query = random.tensor(&[sequences, n, 6, 4]);
+            let (key, value) = (random.tensor(&[2 * sequences, n, 4]), random.tensor(&[2 * sequences, n, 5]));
+            let sinks = random.tensor(&[6]);
+            let mixing = |watching| {
+                let mixing = Mixing::new(0.7, Window::Sliding(window), Some(&sinks)).at_head(3).watched(Some(watching));
+                Mixing { query_block: 7, score_values, ..mixing }
+            };
+            let (together, alone) = (Watching::new(true, true), Watching::new(true, true));
+            let mixed = naive::rows(&mixing(&together).mix(&query, &key, &value).unwrap());
+            for sequence in 0..sequences {
+                alone.at_sequence(sequence);
+                let of_heads = |t: &Tensor| t.narrow(0, 2 * sequence, 2).unwrap();
+                let query = query.narrow(0, sequence, 1).unwrap();
+                let one = naive::rows(&mixing(&alone).mix(&query, &of_heads(&key), &of_heads(&value)).unwrap());
+                prop_assert_eq!(&one[..], &mixed[sequence * n..][..n]);
+            }
+            prop_assert_eq!(together.first_key(), alone.first_key());
+            prop_assert_eq!(together.top().count, alone.top().count);
+            prop_assert!((together.top().sum - alone.top().sum).abs() < 1e-9 * (1.0 + alone.top().sum));
         }
     }
 
     #[test]
     fn keys_out_of_sight_are_not_touched() {
         let mut random = Random::new(5);
-        let (query, key, value) = (random.tensor(&[12, 2, 3]), random.tensor(&[1, 12, 3]), random.tensor(&[1, 12, 3]));
+        let (query, key, value) =
+            (random.tensor(&[1, 12, 2, 3]), random.tensor(&[1, 12, 3]), random.tensor(&[1, 12, 3]));
         // Whatever is multiplied by a NaN shows it, hidden or not.
         let spoil = |t: Tensor| {
             let nan = Tensor::full(f32::NAN, (1, 2, 3), &Device::Cpu).unwrap();
@@ -612,7 +668,7 @@ mod tests {
         }
         let norm = |norm: &Norm| Norm::new(NormSpec::rms(1e-5), bf16(norm.gain()), None).unwrap();
         weights.qk_norm = weights.qk_norm.map(|(query, key)| (norm(&query), norm(&key)));
-        let table = spec.rope.as_ref().map(|rope| rope.table(9));
+        let table = spec.rope.as_ref().map(|rope| rope.table(9, &Device::Cpu).unwrap());
         let got = attention(&spec, &weights, table.as_ref(), &bf16(&x), 9, None).unwrap();
         assert_eq!(got.dtype(), DType::BF16);
         naive::assert_close(&got, &expected, 0.05);

@@ -719,6 +719,16 @@ impl MixerSpec {
         }
     }
 
+    /// Bytes per token that are alive beside those where all sequences of a micro-batch are mixed
+    /// together: keys and values by head, and what comes out of each block of queries.
+    pub fn mixed_bytes(&self, value: usize) -> usize {
+        match self {
+            Self::Attention(a) => (a.heads + 2 * a.kv_heads) * a.head_dim * value,
+            Self::Latent(l) => l.heads * (l.nope_dim + 2 * l.value_dim) * value,
+            Self::DeltaNet(_) | Self::Mamba(_) | Self::None => 0,
+        }
+    }
+
     fn describe(&self) -> String {
         match self {
             Self::None => String::new(),

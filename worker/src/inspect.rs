@@ -288,21 +288,22 @@ fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     let (rows, value) = (rows(spec, unit, run), run.compute.size_in_bytes());
     let LayerSpec { mixer, ffn, .. } = &spec.layers[unit.layer];
     let feed_forward = |mlp: &MlpSpec| {
-        // Gate and up, what is made of them on the way, and what comes of them, which may take the gate's place.
-        let inner = match (mlp.gate_up(), run.arithmetic.in_place) {
-            (None | Some(GateUp::Separate), true) => 2,
-            (Some(GateUp::Halves | GateUp::Interleaved), true) => 3,
-            (None | Some(GateUp::Separate), false) => 4,
-            (Some(GateUp::Halves | GateUp::Interleaved), false) => 8,
+        // Gate and up, and what comes of them, which may take the gate's place.
+        let inner = match mlp.gate_up() {
+            None | Some(GateUp::Separate) => 2,
+            Some(GateUp::Halves | GateUp::Interleaved) => 3,
         };
         rows * (inner * mlp.intermediate + 2 * spec.hidden) * value
     };
     let bytes = match (&unit.part, ffn) {
         (Part::Mixer, _) => {
-            // By operations of the tensor library a softmax has five of them in f32 beside each other.
-            let softmax = if run.arithmetic.in_place { 0 } else { 5 * size_of::<f32>() };
-            let scores = (mixer.score_heads() * QUERY_BLOCK * run.tokens).min(SCORE_VALUES) * (value + softmax);
-            rows * (mixer.projected_bytes(value) + 2 * spec.hidden * value) + scores
+            // On a CPU attention is to one sequence after another.
+            let (sequences, mixed) = match run.arithmetic.in_place {
+                true => (1, 0),
+                false => (rows.div_ceil(run.tokens.max(1)), mixer.mixed_bytes(value)),
+            };
+            let scores = (sequences * mixer.score_heads() * QUERY_BLOCK * run.tokens).min(SCORE_VALUES) * value;
+            rows * (mixer.projected_bytes(value) + mixed + 2 * spec.hidden * value) + scores
         }
         (_, FfnSpec::None) => 0,
         (_, FfnSpec::Dense(mlp)) => feed_forward(mlp),
@@ -373,18 +374,15 @@ fn expert_rows(moe: &MoeSpec, run: PlannedRun) -> usize {
 }
 
 /// Memory of the head: a block of the vocabulary in use and one on its way, and the logits of a
-/// micro-batch in f32; by operations of the tensor library also their differences to the largest
-/// and the exponentials of those.
+/// micro-batch.
 fn head_workspace(model: &Model<'_>, run: PlannedRun) -> u64 {
     let (need, value) = (model.spec.head_need(), run.compute.size_in_bytes());
     let block = VOCAB_BLOCK.min(model.spec.vocab);
     let stored = model.stored(0, &need);
     let kept = 2 * stored.kept_as(run.compute, run.arithmetic.takes_bf16).size_in_bytes() * need.shape[1] * block;
-    let wide = if run.compute == DType::F32 { 0 } else { size_of::<f32>() };
-    let counted = wide + if run.arithmetic.in_place { 0 } else { 2 * size_of::<f32>() };
     let widened = if run.arithmetic.widens { size_of::<f32>() * (block + batch_rows(run)) * need.shape[1] } else { 0 };
     let on_its_way = stored.bytes() as usize / need.shape[0] * block;
-    (kept + on_its_way + widened + batch_rows(run) * block * (value + counted)) as u64
+    (kept + on_its_way + widened + batch_rows(run) * block * value) as u64
 }
 
 #[cfg(test)]

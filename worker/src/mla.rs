@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::{Result, Tensor};
 
-use crate::attention::{Mixing, Watched};
+use crate::attention::{Mixing, Watched, sequences_at_once};
 use crate::decoder::{LatentSpec, Window};
 use crate::fused::{self, RotatedPart};
 use crate::norm::Norm;
@@ -74,32 +74,36 @@ pub fn latent_attention(
     let query = rotate(weights.query.apply(x)?, head_dim, spec.nope_dim)?;
     let down = weights.kv_down.apply(x)?;
     let latent = weights.kv_norm.apply(&down.narrow(1, 0, spec.kv_rank)?.contiguous()?)?;
-    // Multiplied below, some heads and one sequence at a time.
+    // Multiplied below, some heads at a time.
     weights.kv_up.see(&latent)?;
     weights.queries.as_ref().map_or(Ok(()), |tap| tap.see(&query))?;
     let rotated = rotate(down.narrow(1, spec.kv_rank, spec.rope_dim)?.contiguous()?, spec.rope_dim, 0)?;
-    let one = |sequence: usize| {
-        watched.iter().for_each(|watching| watching.at_sequence(sequence));
-        let rows = |t: &Tensor| t.narrow(0, sequence * positions, positions);
-        let query = rows(&query)?.reshape((positions, spec.heads, head_dim))?;
-        let narrow = Narrow { latent: rows(&latent)?, rotated: rows(&rotated)? };
+    let sequences = x.dim(0)? / positions;
+    let at_once = sequences_at_once(x.device(), sequences);
+    let some = |first: usize| {
+        watched.iter().for_each(|watching| watching.at_sequence(first));
+        let count = at_once.min(sequences - first);
+        let rows = |t: &Tensor| t.narrow(0, first * positions, count * positions);
+        let query = rows(&query)?.reshape((count, positions, spec.heads, head_dim))?;
+        let narrow = Narrow { sequences: count, latent: rows(&latent)?, rotated: rows(&rotated)? };
         narrow.mix(spec, &weights.kv_up, &query, EXPANDED_VALUES, watched)
     };
-    let mixed = (0..x.dim(0)? / positions).map(one).collect::<Result<Vec<_>>>()?;
+    let mixed = (0..sequences).step_by(at_once).map(some).collect::<Result<Vec<_>>>()?;
     weights.output.apply(&Tensor::cat(&mixed, 0)?)
 }
 
-/// Keys and values of one sequence before they are expanded to heads.
+/// Keys and values of whole sequences of n tokens before they are expanded to heads.
 struct Narrow {
-    /// `[n, kv_rank]`.
+    sequences: usize,
+    /// `[sequences * n, kv_rank]`.
     latent: Tensor,
-    /// Of all heads' keys `[n, rope_dim]`.
+    /// Of all heads' keys `[sequences * n, rope_dim]`.
     rotated: Tensor,
 }
 
 impl Narrow {
-    /// `query` `[n, heads, nope_dim + rope_dim]` to `[n, heads * value_dim]`, as many heads together as have `values_at_once`
-    /// values in their keys and values, one at least.
+    /// `query` `[sequences, n, heads, nope_dim + rope_dim]` to `[sequences * n, heads * value_dim]`, as
+    /// many heads together as have `values_at_once` values in their keys and values, one at least.
     fn mix(
         &self,
         spec: &LatentSpec,
@@ -109,11 +113,11 @@ impl Narrow {
         watched: Watched<'_>,
     ) -> Result<Tensor> {
         let per_token = spec.nope_dim + spec.rope_dim + spec.value_dim;
-        let at_once = (values_at_once / (query.dim(0)? * per_token)).clamp(1, spec.heads);
+        let at_once = (values_at_once / (self.latent.dim(0)? * per_token)).clamp(1, spec.heads);
         let mixing = Mixing::new(spec.scale, Window::Full, None).watched(watched);
         let some_heads = |first: usize| {
             let heads = first..(first + at_once).min(spec.heads);
-            let query = query.narrow(1, heads.start, heads.len())?;
+            let query = query.narrow(2, heads.start, heads.len())?;
             let (key, value) = self.expand(spec, kv_up, heads)?;
             mixing.at_head(first).mix(&query, &key, &value)
         };
@@ -121,21 +125,27 @@ impl Narrow {
         Tensor::cat(&mixed, 1)
     }
 
-    /// Keys `[heads, n, nope_dim + rope_dim]` and values `[heads, n, value_dim]` of some heads.
+    /// Keys `[sequences * heads, n, nope_dim + rope_dim]` and values `[sequences * heads, n,
+    /// value_dim]` of some heads.
     fn expand(&self, spec: &LatentSpec, kv_up: &Linear, heads: Range<usize>) -> Result<(Tensor, Tensor)> {
         let per_head = spec.nope_dim + spec.value_dim;
         let weight = kv_up.weight.narrow(0, heads.start * per_head, heads.len() * per_head)?;
         let expanded = Linear::new(weight, None).apply(&self.latent)?;
-        let by_head = expanded.reshape((self.latent.dim(0)?, heads.len(), per_head))?.transpose(0, 1)?;
-        let key = by_head.narrow(2, 0, spec.nope_dim)?.contiguous()?;
-        let rotated = self.rotated.broadcast_left(heads.len())?.contiguous()?;
-        let value = by_head.narrow(2, spec.nope_dim, spec.value_dim)?.contiguous()?;
-        Ok((Tensor::cat(&[key, rotated], 2)?, value))
+        let (sequences, n) = (self.sequences, self.latent.dim(0)? / self.sequences);
+        let by_head = expanded.reshape((sequences, n, heads.len(), per_head))?.transpose(1, 2)?;
+        let key = by_head.narrow(3, 0, spec.nope_dim)?.contiguous()?;
+        let rotated = self.rotated.reshape((sequences, 1, n, spec.rope_dim))?;
+        let rotated = rotated.broadcast_as((sequences, heads.len(), n, spec.rope_dim))?.contiguous()?;
+        let key = Tensor::cat(&[key, rotated], 3)?;
+        let value = by_head.narrow(3, spec.nope_dim, spec.value_dim)?;
+        let of_all = |t: Tensor, width: usize| t.reshape((sequences * heads.len(), n, width));
+        Ok((of_all(key, spec.nope_dim + spec.rope_dim)?, of_all(value, spec.value_dim)?))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
     use proptest::prelude::*;
 
     use super::*;
@@ -222,7 +232,7 @@ mod tests {
             let mut random = Random::new(positions as u64);
             let weights = weights(&spec, &mut random);
             let x = random.tensor(&[sequences * positions, HIDDEN]);
-            let table = spec.rope.as_ref().map(|rope| rope.table(positions));
+            let table = spec.rope.as_ref().map(|rope| rope.table(positions, &Device::Cpu).unwrap());
             let got = latent_attention(&spec, &weights, table.as_ref(), &x, positions, None).unwrap();
             let of_sequence = |x: &[Vec<f64>]| naive_sequence(&spec, &weights, &x.to_vec());
             let mixed: Rows = naive::rows(&x).chunks(positions).flat_map(of_sequence).collect();
@@ -233,12 +243,20 @@ mod tests {
         fn heads_in_turns_do_not_show(values_at_once in 0..2000usize) {
             let spec = spec(5, None, [3, 2, 4]);
             let mut random = Random::new(1);
-            let narrow = Narrow { latent: random.tensor(&[17, spec.kv_rank]), rotated: random.tensor(&[17, 2]) };
-            let (query, kv_up) = (random.tensor(&[17, 5, 5]), random.tensor(&[5 * 7, spec.kv_rank]));
+            let (latent, rotated) = (random.tensor(&[2 * 17, spec.kv_rank]), random.tensor(&[2 * 17, 2]));
+            let (query, kv_up) = (random.tensor(&[2, 17, 5, 5]), random.tensor(&[5 * 7, spec.kv_rank]));
             let kv_up = Linear::new(kv_up, None);
-            let whole = narrow.mix(&spec, &kv_up, &query, usize::MAX, None).unwrap();
-            let in_turns = narrow.mix(&spec, &kv_up, &query, values_at_once, None).unwrap();
-            naive::assert_close(&in_turns, &naive::rows(&whole), 1e-6);
+            // Each sequence alone, then both together.
+            let of = |first: usize, sequences: usize, values_at_once: usize| {
+                let rows = |t: &Tensor| t.narrow(0, 17 * first, 17 * sequences).unwrap();
+                let narrow = Narrow { sequences, latent: rows(&latent), rotated: rows(&rotated) };
+                let query = query.narrow(0, first, sequences).unwrap();
+                naive::rows(&narrow.mix(&spec, &kv_up, &query, values_at_once, None).unwrap())
+            };
+            let whole = [of(0, 1, usize::MAX), of(1, 1, usize::MAX)].concat();
+            for (got, want) in of(0, 2, values_at_once).concat().iter().zip(whole.concat()) {
+                prop_assert!((got - want).abs() < 2e-6 * (1.0 + want.abs()), "{got}, not {want}");
+            }
         }
     }
 }

@@ -20,7 +20,8 @@ pub struct Arithmetic {
     pub takes_bf16: bool,
     /// Products make f32 of all that they multiply, each time.
     pub widens: bool,
-    /// Elementwise work is done by our own loops, mostly in place.
+    /// Rows of experts are gathered and added by our own loops, where they are, and attention is to
+    /// one sequence after another: the device is a CPU.
     pub in_place: bool,
 }
 

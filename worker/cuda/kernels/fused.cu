@@ -84,13 +84,16 @@ __device__ float lane_sum(u32 width, float *lanes, F term) {
 // The largest `term(i)` of a row; minus infinity if there is none. NaNs are passed over. As above.
 template <typename F>
 __device__ float lane_max(u32 width, float *lanes, F term) {
-    const u32 t = threadIdx.x, lane = t % LANES;
+    const u32 t = threadIdx.x, lane = t % LANES, whole = width - width % LANES;
     float own = -INFINITY;
-    for (u32 i = lane; i < width; i += LANES) own = larger(own, term(i));
+    for (u32 i = lane; i < whole; i += LANES) own = larger(own, term(i));
+    const float left = whole + lane < width ? term(whole + lane) : -INFINITY;
     __syncthreads();
     lanes[t] = own;
+    lanes[THREADS + t] = left;
     __syncthreads();
     float top = -INFINITY;
+    for (u32 i = 0; i < LANES; i++) top = larger(top, lanes[THREADS + t - lane + i]);
     for (u32 i = 0; i < LANES; i++) top = larger(top, lanes[t - lane + i]);
     return top;
 }
