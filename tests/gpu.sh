@@ -30,6 +30,11 @@ with() {
 with 2 0 "$worker" devices
 echo "== weights on their way"
 CUDARC_CUDA_VERSION=12040 OUTLIERS_GPU="$work/gpu" cargo test --locked --quiet --package outliers-cuda --features staging
+echo "== kernels do what the loops for CPUs do, bit by bit"
+# The tensor library's kernels are empty here: these tests launch none of them.
+with 1 300 env CUDA_HOME="$work/gpu" REAL_NVCC="$root/tests/gpu/nvcc.sh" NVCC="$root/worker/cuda/nvcc.sh" \
+    CUDA_COMPUTE_CAP=80 CUDARC_CUDA_VERSION=12040 \
+    cargo test --locked --quiet --package outliers-worker --features cuda --test kernels
 echo "== every fixture"
 with 1 0 "$python" tests/oracle.py goldens "$worker" --devices cuda:0
 with 1 0 "$python" tests/oracle.py goldens "$worker" --devices cuda:0 --precision bf16
@@ -120,6 +125,22 @@ for device in cpu cuda:0; do
     grep "^error: .*mlp.down_proj.weight holds NaN at element 5$" "$work/said" > "$work/said.$device"
 done
 cmp "$work/said.cpu" "$work/said.cuda:0"
+
+echo "== norms, rotations, softmax and gates are one kernel each, for all sequences together"
+# A dense model and a mixture: all launches of a run over so many sequences.
+for fixture in llama-f32 olmoe-bf16; do
+    for sequences in 1 2; do
+        with 1 0 env OUTLIERS_GPU_LAUNCHES="$work/launches" "$worker" run --model "tests/golden/$fixture/model" \
+            --token-ids "tests/golden/$fixture/golden.safetensors" --num-sequences $sequences \
+            --output "$work/launched-$fixture-$sequences" --devices cuda:0 2> "$work/said"
+        for kernel in rms_norm rope softmax gate sum; do grep -qE "^[0-9]+ ${kernel}_(f32|bf16)$" "$work/launches"; done
+        # What the tensor library would need of them.
+        if grep -E ' u(exp|sqrt|silu|sqr)_' "$work/launches"; then exit 1; fi
+        grep -oE '^[0-9]+ (product|softmax.*)$' "$work/launches" > "$work/launches.$sequences"
+        awk -v of="$fixture, $sequences sequences" '{ n += $1 } END { print of ": " n " launches" }' "$work/launches"
+    done
+    [ "$(awk '/softmax/ { print $1 }' "$work/launches.1")" = "$(awk '/softmax/ { print $1 }' "$work/launches.2")" ]
+done
 
 echo "== no more of a GPU's memory than planned, however far it is behind"
 # Half as wide, and with fewer experts and words: each value is decoded by interpreted kernels.

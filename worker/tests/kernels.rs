@@ -30,8 +30,7 @@ impl Dice {
     }
 
     fn value(&mut self) -> f32 {
-        const SPECIAL: [f32; 9] =
-            [0.0, -0.0, 1e-30, -3e-5, 700.0, -6e4, f32::INFINITY, f32::NEG_INFINITY, f32::NAN];
+        const SPECIAL: [f32; 9] = [0.0, -0.0, 1e-30, -3e-5, 700.0, -6e4, f32::INFINITY, f32::NEG_INFINITY, f32::NAN];
         match self.next() % 300 {
             special @ 0..9 => SPECIAL[special as usize],
             9..40 => [0.0, 1.0, -1.0, 6.0][self.next() as usize % 4],
@@ -53,7 +52,7 @@ fn on_gpu(x: &Tensor) -> Tensor {
 fn bits(x: &Tensor) -> Vec<u64> {
     let x = x.to_device(&Device::Cpu).unwrap().flatten_all().unwrap().to_dtype(DType::F64).unwrap();
     let bits = |value: f64| if value.is_nan() { u64::MAX } else { value.to_bits() };
-    x.to_vec1().unwrap().into_iter().map(bits).collect()
+    x.to_vec1::<f64>().unwrap().into_iter().map(bits).collect()
 }
 
 /// Both do the same to the same tensors; an operation may overwrite the first.
@@ -164,7 +163,8 @@ proptest! {
     fn parts_of_logits(seed: u64, rows in 1..40usize, width in 1..300usize, dtype in dtypes()) {
         let mut dice = Dice(seed);
         let logits = dice.tensor(&[rows, width], dtype);
-        let targets: Vec<Option<u32>> = (0..rows).map(|row| (row % 3 > 0).then(|| dice.next() % width as u32)).collect();
+        let target = |row: usize| (row % 3 > 0).then(|| dice.next() % width as u32);
+        let targets: Vec<Option<u32>> = (0..rows).map(target).collect();
         same(&[&logits], |of| fused::logit_parts(&of[0], &targets).unwrap())?;
     }
 }

@@ -35,6 +35,7 @@ struct Machine {
     memory_bytes: usize,
     delay: Duration,
     peak: Option<Peak>,
+    launches: Option<Launches>,
     streams: Handles<Stream>,
     events: Handles<Event>,
     modules: Handles<Module>,
@@ -49,6 +50,21 @@ struct Machine {
 struct Peak {
     path: String,
     bytes: Mutex<usize>,
+}
+
+/// How often each kernel, and a product of matrices, was asked for, and where it is told.
+struct Launches {
+    path: String,
+    counts: Mutex<BTreeMap<String, u64>>,
+}
+
+impl Launches {
+    fn count(&self, name: &str) -> Result<(), Code> {
+        let mut counts = lock(&self.counts);
+        *counts.entry(name.to_owned()).or_default() += 1;
+        let lines: String = counts.iter().map(|(name, count)| format!("{count} {name}\n")).collect();
+        std::fs::write(&self.path, lines).map_err(|_| Code::InvalidValue)
+    }
 }
 
 static MEMORY: Memory = Memory::new();
@@ -97,6 +113,7 @@ fn machine() -> &'static Machine {
         memory_bytes: number("OUTLIERS_GPU_MEMORY").unwrap_or(8 << 30),
         delay: Duration::from_micros(number("OUTLIERS_GPU_DELAY_US").unwrap_or(0) as u64),
         peak: std::env::var("OUTLIERS_GPU_PEAK").ok().map(|path| Peak { path, bytes: Mutex::new(0) }),
+        launches: std::env::var("OUTLIERS_GPU_LAUNCHES").ok().map(|path| Launches { path, counts: Mutex::default() }),
         streams: Handles::new(),
         events: Handles::new(),
         modules: Handles::new(),
@@ -433,6 +450,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
         return answer(Err(Code::InvalidValue));
     }
     let launched = machine().functions.get(function).and_then(|kernel| {
+        machine().launches.as_ref().map_or(Ok(()), |launches| launches.count(&kernel.name))?;
         let mut all = Vec::new();
         for (i, (bytes, at)) in kernel.parameters.iter().enumerate() {
             all.resize(*at, 0);
@@ -536,6 +554,9 @@ fn product(handle: u64, sizes: Sizes, [alpha, beta]: [f64; 2], matrices: [Option
         eprintln!("emulated GPU: a product of matrices {matrices:?}");
         return UNSUPPORTED;
     };
+    if let Err(code) = machine().launches.as_ref().map_or(Ok(()), |launches| launches.count("product")) {
+        return answer(Err(code));
+    }
     let [rows, columns, depth, batch] = sizes.map(|n| n.max(0) as usize);
     let product = Product { rows, columns, depth, batch, alpha, beta, a, b, c };
     on.ask(move || product.run(&MEMORY));
