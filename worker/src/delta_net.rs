@@ -12,7 +12,7 @@ use crate::product::Linear;
 mod convolution;
 mod recurrence;
 
-use convolution::Convolution;
+pub use convolution::Convolution;
 use recurrence::Heads;
 
 /// Added to the sum of squares of a query or key; fixed in the reference implementation.
@@ -181,9 +181,7 @@ pub fn delta_net(spec: &DeltaNetSpec, weights: &DeltaNetWeights, x: &Tensor, pos
 /// vectors, queries divided by the root of their width.
 fn heads(spec: &DeltaNetSpec, weights: &DeltaNetWeights, projected: &Projected, positions: usize) -> Result<Heads> {
     let taps = weights.convolution.to_dtype(DType::F32)?.squeeze(1)?.contiguous()?;
-    let part = |kind, convolution: Convolution| {
-        convolution.apply(&projected.columns(spec, kind)?.to_dtype(DType::F32)?, &taps)
-    };
+    let part = |kind, convolution: Convolution| convolution.apply(&projected.columns(spec, kind)?, &taps);
     let DeltaNetSpec { key_heads, value_heads, key_dim, .. } = *spec;
     let keys = key_heads * key_dim;
     let query =

@@ -26,7 +26,7 @@ use crate::rope::{Pairing, RopeTable};
 static COMPOSED: AtomicBool = AtomicBool::new(false);
 
 /// From now on this process computes by the tensor library's operations what has loops of our own
-/// but no kernel, as on GPUs: the rows of experts and DeltaNets. Slower, to be compared.
+/// but no kernel, as on GPUs: the rows of experts and the delta rule. Slower, to be compared.
 pub fn compose_all() {
     COMPOSED.store(true, Ordering::Relaxed);
 }
@@ -42,7 +42,7 @@ pub(crate) fn has_loops_on(device: &Device) -> bool {
 }
 
 /// A stored float that computes as f32.
-trait Real: Copy + Send + Sync {
+pub(crate) trait Real: Copy + Send + Sync {
     fn wide(self) -> f32;
     fn narrow(value: f32) -> Self;
 }
@@ -83,7 +83,8 @@ impl Real for f16 {
     }
 }
 
-fn part<'a, T>(data: &'a [T], layout: &Layout) -> Result<&'a [T]> {
+/// What a layout says of a storage's values.
+pub(crate) fn part<'a, T>(data: &'a [T], layout: &Layout) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&data[start..end]),
         None => bail!("fused operation on a non-contiguous tensor {:?}", layout.shape()),
@@ -151,7 +152,7 @@ fn rows_per_task(width: usize) -> usize {
 
 /// Sum in sixteen lanes: it vectorises, and its rounding error is a sixteenth of one running sum's.
 #[inline(always)]
-fn lane_sum<T: Copy>(x: &[T], term: impl Fn(T) -> f32) -> f32 {
+pub(crate) fn lane_sum<T: Copy>(x: &[T], term: impl Fn(T) -> f32) -> f32 {
     let mut lanes = [0f32; 16];
     let chunks = x.chunks_exact(16);
     let rest: f32 = chunks.remainder().iter().map(|&v| term(v)).sum();
@@ -668,8 +669,9 @@ pub enum Gate {
     },
 }
 
+/// `1 / (1 + exp(-x))`.
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
+pub(crate) fn sigmoid(x: f32) -> f32 {
     // By the exponential of -|x|: never overflows, and one form for both signs.
     let e = exp_negative(-x.abs());
     (if x >= 0.0 { 1.0 } else { e }) / (1.0 + e)

@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
 use outliers_worker::decoder::Window;
+use outliers_worker::delta_net::Convolution;
 use outliers_worker::fused::{self, Activation, Gate, RotatedPart, ScoreBlock, Sinks};
 use outliers_worker::gpu;
 use outliers_worker::rope::{Pairing, RopeScaling, RopeSpec};
@@ -157,6 +158,21 @@ proptest! {
             let sinks = Sinks { logits: &of[1], first_head: first % count };
             fused::causal_softmax(of[0].clone(), block, scale, Some(sinks)).unwrap()
         })?;
+    }
+
+    #[test]
+    fn convolutions(
+        seed: u64,
+        (sequences, positions, heads) in (1..3usize, 1..9usize, 1..4usize),
+        (width, kernel, first_channel) in (1..70usize, 1..6usize, 0..4usize),
+        length in proptest::option::of(0.1..2.0f32),
+        dtype in dtypes(),
+    ) {
+        let mut dice = Dice(seed);
+        let x = dice.tensor(&[sequences * positions, heads * width], dtype);
+        let taps = dice.tensor(&[first_channel + heads * width, kernel], DType::F32);
+        let convolution = Convolution { heads, positions, first_channel, length };
+        same(&[&x, &taps], |of| convolution.apply(&of[0], &of[1]).unwrap())?;
     }
 
     #[test]

@@ -1,4 +1,4 @@
-// Norms, rotations, the softmax of attention, gates and sums, each in one pass, as
+// Norms, rotations, the softmax of attention, convolutions, gates and sums, each in one pass, as
 // worker/src/fused.rs computes them on a CPU: the same operations in the same order, in f32, and
 // rounded to the dtype in the same places. The results are the same bits.
 #include "values.cuh"
@@ -187,6 +187,33 @@ __device__ void logit_parts(const T *x, const u32 *targets, u32 rows, u32 width,
     parts[2] = target < width ? value(x[target]) : 0.0f;
 }
 
+// The causal convolution of each channel over `kernel` tokens, then SiLU, then, if `length` is not
+// 0, each row as a vector of that length: `Convolution` in worker/src/delta_net. x is [sequences *
+// positions, heads * width], out [sequences * heads * positions, width] in f32. Taps of a channel
+// are beside each other, the last for the current token; before a sequence there are zeros.
+template <typename T>
+__device__ void convolution(const T *x, const float *taps, u32 rows, u32 positions, u32 heads, u32 width, u32 kernel,
+                            u32 first_channel, float length, float *out) {
+    __shared__ float lanes[2 * THREADS];
+    const RowThread at;
+    const u32 end = at.row < rows ? width : 0;
+    const u32 position = at.row % positions, head = at.row / positions % heads, sequence = at.row / positions / heads;
+    const u32 columns = heads * width, seen = min(kernel, position + 1);
+    x += (u64(sequence) * positions + position + 1 - seen) * columns + head * width;
+    taps += u64(first_channel + head * width) * kernel + (kernel - seen);
+    out += u64(at.row) * width;
+    for (u32 i = at.lane; i < end; i += LANES) {
+        float sum = 0;
+        for (u32 tap = 0; tap < seen; tap++) sum += value(x[u64(tap) * columns + i]) * taps[u64(i) * kernel + tap];
+        out[i] = sum * sigmoid(sum);
+    }
+    if (length == 0.0f) return;
+    // Each thread reads what it has written itself.
+    const float squares = lane_sum(end, lanes, [=](u32 i) { return out[i] * out[i]; });
+    const float scale = length / sqrtf(squares + 1e-6f);
+    for (u32 i = at.lane; i < end; i += LANES) out[i] *= scale;
+}
+
 // -------------------------------------------------------------------------------- value by value
 
 // Columns of a block, which are of row blockIdx.x.
@@ -273,6 +300,10 @@ __device__ void sum(T *x, const T *y, u32 width, u32 stride) {
            (x, rows, keys, queries, first_query, first_key, window, chunk, scale, sinks, first_head, heads)) \
     KERNEL(type, logit_parts, (const type *x, const u32 *targets, u32 rows, u32 width, float *parts), \
            (x, targets, rows, width, parts))                                                        \
+    KERNEL(type, convolution,                                                                       \
+           (const type *x, const float *taps, u32 rows, u32 positions, u32 heads, u32 width, u32 kernel, \
+            u32 first_channel, float length, float *out),                                           \
+           (x, taps, rows, positions, heads, width, kernel, first_channel, length, out))            \
     KERNEL(type, rope,                                                                              \
            (type *x, const float *table, u32 sines, u32 width, u32 positions, u32 head_dim, u32 first, u32 pairs, \
             u32 step, u32 distance),                                                                \

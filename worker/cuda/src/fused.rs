@@ -1,5 +1,5 @@
-//! Norms, rotations, the softmax of attention, gates and sums on a GPU, each by one kernel: what
-//! the worker's own loops compute on a CPU, in the same bits.
+//! Norms, rotations, the softmax of attention, convolutions, gates and sums on a GPU, each by one
+//! kernel: what the worker's own loops compute on a CPU, in the same bits.
 //!
 //! Values are row-major and contiguous, and belong to the stream that is given.
 
@@ -239,6 +239,51 @@ pub fn logit_parts<T: Real>(
         unsafe { run::<T>(stream, "logit_parts", by_row(rows), &arguments) }?;
     }
     Ok(parts)
+}
+
+/// A causal convolution of each channel, what follows it, and how channels are arranged.
+#[derive(Clone, Copy, Debug)]
+pub struct Convolution {
+    /// Heads of a token.
+    pub heads: usize,
+    /// Tokens of a sequence.
+    pub positions: usize,
+    /// Channels of a head.
+    pub width: usize,
+    /// Taps of a channel.
+    pub kernel: usize,
+    /// Whose taps are those of the first head's first channel.
+    pub first_channel: usize,
+    /// Length to which the vector of each head is scaled in the end.
+    pub length: Option<f32>,
+}
+
+/// Convolves `x` `[sequences * positions, heads * width]` with `taps` `[channels, kernel]`, and
+/// applies SiLU, to `[sequences * heads, positions, width]`.
+///
+/// # Errors
+/// The driver's.
+pub fn convolution<T: Real>(
+    stream: &Arc<CudaStream>,
+    x: &CudaView<'_, T>,
+    taps: &CudaView<'_, f32>,
+    of: Convolution,
+) -> Result<CudaSlice<f32>, DriverError> {
+    let Convolution { heads, positions, width, kernel, first_channel, length } = of;
+    let rows = rows(x.len(), positions * heads * width) * positions * heads;
+    assert!((first_channel + heads * width) * kernel <= taps.len(), "{of:?}: {} taps", taps.len());
+    // SAFETY: the kernel writes all of it.
+    let mut out = unsafe { stream.alloc::<f32>(x.len()) }?;
+    let ((x, _x), (taps, _taps)) = (x.device_ptr(stream), taps.device_ptr(stream));
+    {
+        let (to, _to) = out.device_ptr_mut(stream);
+        let numbers = [rows, positions, heads, width, kernel, first_channel].map(number);
+        let ends = [Float(length.unwrap_or(0.0)), Address(to)];
+        let arguments = [&[Address(x), Address(taps)], &numbers[..], &ends[..]].concat();
+        // SAFETY: whole sequences, taps of all channels, as many values written as read.
+        unsafe { run::<T>(stream, "convolution", by_row(rows), &arguments) }?;
+    }
+    Ok(out)
 }
 
 /// How a gate opens, as the kernel is told: which formula, the largest magnitude and the slope.

@@ -1,52 +1,64 @@
 //! The causal depthwise convolution and what follows it channel by channel.
 
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use outliers_scan::simd::vectorized;
 use rayon::prelude::*;
 
 use super::UNIT_EPS;
-use crate::fused::has_loops;
+use crate::fused::{Real, lane_sum, part, sigmoid};
+#[cfg(feature = "cuda")]
+use crate::gpu::fused as kernels;
 
 /// One of queries, keys and values: which channels of the convolution, and what follows it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Convolution {
+pub struct Convolution {
     /// Heads, their columns one after another.
-    pub(super) heads: usize,
+    pub heads: usize,
     /// Tokens of a sequence.
-    pub(super) positions: usize,
+    pub positions: usize,
     /// Channel of the first head's first column; the others follow.
-    pub(super) first_channel: usize,
+    pub first_channel: usize,
     /// Length to which the vector of each head is scaled in the end; `None`: left as it is.
-    pub(super) length: Option<f32>,
+    pub length: Option<f32>,
 }
 
 impl Convolution {
-    /// Convolves, and applies SiLU. `x` `[sequences * positions, heads * width]` and `taps` `[channels, kernel]`, both f32 and
-    /// contiguous, to `[sequences * heads, positions, width]`. The last tap is for the current token; before a sequence there are zeros.
-    pub(super) fn apply(&self, x: &Tensor, taps: &Tensor) -> Result<Tensor> {
-        if has_loops(x) { x.apply_op2_no_bwd(taps, self) } else { self.composed(x, taps) }
+    /// Convolves, and applies SiLU. `x` `[sequences * positions, heads * width]` and `taps`
+    /// `[channels, kernel]` in f32, both contiguous, to `[sequences * heads, positions, width]` in
+    /// f32. The last tap is for the current token; before a sequence there are zeros.
+    pub fn apply(&self, x: &Tensor, taps: &Tensor) -> Result<Tensor> {
+        x.apply_op2_no_bwd(taps, self)
     }
 
-    fn run(&self, x: &[f32], columns: usize, taps: &[f32], kernel: usize) -> Vec<f32> {
+    fn run<T: Real>(&self, x: &[T], columns: usize, taps: &[f32], kernel: usize) -> Vec<f32> {
         let Self { heads, positions, .. } = *self;
         let width = columns / heads;
         let mut out = vec![0.0; x.len()];
         out.par_chunks_mut(positions * width).enumerate().for_each(|(at, out)| {
             let (sequence, head) = (at / heads, at % heads);
             let taps = self.taps_of(head, width, taps, kernel);
-            let row = |position: usize| &x[(sequence * positions + position) * columns + head * width..][..width];
-            for (position, out) in out.chunks_exact_mut(width).enumerate() {
-                let seen = kernel.min(position + 1);
-                for (source, taps) in (position + 1 - seen..).zip(taps.chunks_exact(width).skip(kernel - seen)) {
-                    for ((o, x), tap) in out.iter_mut().zip(row(source)).zip(taps) {
-                        *o += x * tap;
+            let x = &x[sequence * positions * columns + head * width..];
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (position, out) in out.chunks_exact_mut(width).enumerate() {
+                        let seen = kernel.min(position + 1);
+                        let taps = taps.chunks_exact(width).skip(kernel - seen);
+                        for (source, taps) in (position + 1 - seen..).zip(taps) {
+                            for ((o, x), tap) in out.iter_mut().zip(&x[source * columns..][..width]).zip(taps) {
+                                *o += x.wide() * tap;
+                            }
+                        }
+                        out.iter_mut().for_each(|v| *v *= sigmoid(*v));
+                        if let Some(length) = self.length {
+                            let scale = length / (lane_sum(out, |v| v * v) + UNIT_EPS).sqrt();
+                            out.iter_mut().for_each(|v| *v *= scale);
+                        }
                     }
-                }
-                out.iter_mut().for_each(|v| *v /= 1.0 + (-*v).exp());
-                if let Some(length) = self.length {
-                    let scale = length / (out.iter().map(|v| v * v).sum::<f32>() + UNIT_EPS).sqrt();
-                    out.iter_mut().for_each(|v| *v *= scale);
-                }
-            }
+                },
+            );
         });
         out
     }
@@ -58,21 +70,18 @@ impl Convolution {
         (0..kernel).flat_map(|tap| channels.clone().map(move |channel| channel[tap])).collect()
     }
 
-    fn composed(&self, x: &Tensor, taps: &Tensor) -> Result<Tensor> {
-        let Self { heads, positions, .. } = *self;
-        let ((rows, columns), kernel) = (x.dims2()?, taps.dim(1)?);
-        let (sequences, width) = (rows / positions, columns / heads);
-        let x = x.reshape((sequences, positions, heads, width))?.transpose(1, 2)?.pad_with_zeros(2, kernel - 1, 0)?;
-        let taps = taps.narrow(0, self.first_channel, columns)?.reshape((1, heads, width, kernel))?;
-        let mut sum = Tensor::zeros((sequences, heads, positions, width), DType::F32, x.device())?;
-        for tap in 0..kernel {
-            let weight = taps.narrow(3, tap, 1)?.transpose(2, 3)?;
-            sum = (sum + x.narrow(2, tap, positions)?.broadcast_mul(&weight)?)?;
+    /// Rows, channels of a head and taps of each.
+    fn sizes(&self, x: &Layout, taps: &Layout) -> Result<[usize; 3]> {
+        let ((rows, columns), (_, kernel)) = (x.shape().dims2()?, taps.shape().dims2()?);
+        if !rows.is_multiple_of(self.positions) || !columns.is_multiple_of(self.heads) {
+            bail!("{}: {rows} rows of {columns} for {self:?}", self.name());
         }
-        let out = sum.silu()?.reshape((sequences * heads, positions, width))?;
-        let Some(length) = self.length else { return Ok(out) };
-        let norm = (out.sqr()?.sum_keepdim(2)? + f64::from(UNIT_EPS))?.sqrt()?;
-        out.broadcast_div(&norm)? * f64::from(length)
+        Ok([rows, columns / self.heads, kernel])
+    }
+
+    /// Of what comes out.
+    fn shape(&self, rows: usize, width: usize) -> Shape {
+        Shape::from((rows / self.positions * self.heads, self.positions, width))
     }
 }
 
@@ -82,21 +91,30 @@ impl CustomOp2 for Convolution {
     }
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (CpuStorage::F32(x), CpuStorage::F32(taps)) = (s1, s2) else { bail!("{}: not f32", self.name()) };
-        let (Some((x_start, x_end)), Some((taps_start, taps_end))) = (l1.contiguous_offsets(), l2.contiguous_offsets())
-        else {
-            bail!("{}: not contiguous", self.name())
+        let CpuStorage::F32(taps) = s2 else { bail!("{}: taps are not f32", self.name()) };
+        let ([rows, width, kernel], taps) = (self.sizes(l1, l2)?, part(taps, l2)?);
+        let columns = self.heads * width;
+        let out = match s1 {
+            CpuStorage::F32(x) => self.run(part(x, l1)?, columns, taps, kernel),
+            CpuStorage::BF16(x) => self.run(part(x, l1)?, columns, taps, kernel),
+            CpuStorage::F16(x) => self.run(part(x, l1)?, columns, taps, kernel),
+            _ => bail!("{}: not a float", self.name()),
         };
-        let ((rows, columns), (_, kernel)) = (l1.shape().dims2()?, l2.shape().dims2()?);
-        let out = self.run(&x[x_start..x_end], columns, &taps[taps_start..taps_end], kernel);
-        let shape = Shape::from((rows / self.positions * self.heads, self.positions, columns / self.heads));
-        Ok((CpuStorage::F32(out), shape))
+        Ok((CpuStorage::F32(out), self.shape(rows, width)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
+        let [rows, width, kernel] = self.sizes(l1, l2)?;
+        let Self { heads, positions, first_channel, length } = *self;
+        let told = kernels::Convolution { heads, positions, width, kernel, first_channel, length };
+        Ok((kernels::convolution((s1, l1), (s2, l2), told)?, self.shape(rows, width)))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
+    use candle_core::{DType, Device};
     use proptest::prelude::*;
 
     use super::*;
@@ -104,13 +122,33 @@ mod tests {
 
     proptest! {
         #[test]
-        fn fused_equals_composed(
-            heads in 1_usize..5, positions in 1_usize..9, width in 1_usize..20, kernel in 1_usize..6, unit: bool,
+        fn as_defined(
+            heads in 1_usize..5, positions in 1_usize..9, width in 1_usize..40, kernel in 1_usize..6, unit: bool,
+            dtype in prop::sample::select(vec![DType::F32, DType::BF16]),
         ) {
             let part = Convolution { heads, positions, first_channel: 2, length: unit.then_some(0.5) };
-            let x = values(&[2 * positions, heads * width], 3.0, 1);
+            let x = values(&[2 * positions, heads * width], 3.0, 1).to_dtype(dtype).unwrap();
             let taps = values(&[heads * width + 4, kernel], 1.0, 2);
-            close(&part.apply(&x, &taps).unwrap(), &part.composed(&x, &taps).unwrap(), 1e-5);
+            let rows = |t: &Tensor| t.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
+            let (of_x, of_taps) = (rows(&x), rows(&taps));
+            let mut want = Vec::new();
+            for at in 0..2 * heads * positions {
+                let (sequence, head, position) = (at / positions / heads, at / positions % heads, at % positions);
+                let silu = |column: usize| {
+                    let of_tap = |tap: usize| {
+                        let at = (sequence * positions + position + tap + 1).checked_sub(kernel);
+                        let at = at.filter(|at| *at >= sequence * positions);
+                        at.map_or(0.0, |at| of_x[at][column] * of_taps[2 + column][tap])
+                    };
+                    let sum: f64 = (0..kernel).map(of_tap).sum();
+                    sum / (1.0 + (-sum).exp())
+                };
+                let row: Vec<f64> = (head * width..(head + 1) * width).map(silu).collect();
+                let norm = (row.iter().map(|v| v * v).sum::<f64>() + f64::from(UNIT_EPS)).sqrt();
+                want.extend(row.iter().map(|v| if unit { 0.5 * v / norm } else { *v }));
+            }
+            let want = Tensor::from_vec(want, (2 * heads, positions, width), &Device::Cpu).unwrap();
+            close(&part.apply(&x, &taps).unwrap(), &want, 1e-4);
         }
     }
 
@@ -121,6 +159,7 @@ mod tests {
         let taps = Tensor::new(&[[10f32, 1.0]], &Device::Cpu).unwrap();
         let silu = |v: f32| v / (1.0 + (-v).exp());
         let want = [1.0, 12.0, 23.0, 4.0, 45.0, 56.0].map(silu);
-        assert_eq!(part.apply(&x, &taps).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap(), want);
+        let got = part.apply(&x, &taps).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(got.iter().zip(want).all(|(got, want)| (got - want).abs() <= 1e-6 * want), "{got:?}, not {want:?}");
     }
 }

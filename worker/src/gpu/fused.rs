@@ -6,7 +6,7 @@ use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 use outliers_cuda::fused::{self as kernels, Real};
-pub(crate) use outliers_cuda::fused::{Gate, Rotation, Scores};
+pub(crate) use outliers_cuda::fused::{Convolution, Gate, Rotation, Scores};
 
 /// A tensor that is read.
 pub(crate) type Read<'a> = (&'a CudaStorage, &'a Layout);
@@ -117,6 +117,16 @@ pub(crate) fn logit_parts(x: Read<'_>, targets: &[u32]) -> Result<CudaStorage> {
         Ok(CudaStorage::wrap_cuda_slice(out, x.0.device.clone()))
     }
     in_dtype!(x.0, of(x, targets))
+}
+
+/// As `crate::delta_net::Convolution`.
+pub(crate) fn convolution(x: Read<'_>, taps: Read<'_>, convolution: Convolution) -> Result<CudaStorage> {
+    fn of<T: CudaDType + Real>(x: Read<'_>, taps: Read<'_>, convolution: Convolution) -> Result<CudaStorage> {
+        let stream = x.0.device.cuda_stream();
+        let out = kernels::convolution(&stream, &view::<T>(x)?, &view::<f32>(taps)?, convolution).w()?;
+        Ok(CudaStorage::wrap_cuda_slice(out, x.0.device.clone()))
+    }
+    in_dtype!(x.0, of(x, taps, convolution))
 }
 
 /// As [`crate::fused::gated`].
