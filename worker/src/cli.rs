@@ -21,7 +21,7 @@ pub struct Cli {
     /// The Hugging Face hub.
     #[command(flatten)]
     pub hub: HubArgs,
-    /// Compute everything by the tensor library's operations, as on GPUs.
+    /// Compute by the tensor library's operations what has no kernel of ours, as on GPUs.
     #[arg(long, global = true, hide = true)]
     pub composed: bool,
     /// Print the result, or the failure, as JSON on standard output.
