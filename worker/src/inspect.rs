@@ -374,7 +374,7 @@ fn expert_rows(moe: &MoeSpec, run: PlannedRun) -> usize {
 }
 
 /// Memory of the head: a block of the vocabulary in use and one on its way, and the logits of a
-/// micro-batch.
+/// micro-batch, twice while they are capped.
 fn head_workspace(model: &Model<'_>, run: PlannedRun) -> u64 {
     let (need, value) = (model.spec.head_need(), run.compute.size_in_bytes());
     let block = VOCAB_BLOCK.min(model.spec.vocab);
@@ -382,7 +382,8 @@ fn head_workspace(model: &Model<'_>, run: PlannedRun) -> u64 {
     let kept = 2 * stored.kept_as(run.compute, run.arithmetic.takes_bf16).size_in_bytes() * need.shape[1] * block;
     let widened = if run.arithmetic.widens { size_of::<f32>() * (block + batch_rows(run)) * need.shape[1] } else { 0 };
     let on_its_way = stored.bytes() as usize / need.shape[0] * block;
-    (kept + on_its_way + widened + batch_rows(run) * block * value) as u64
+    let logits = if model.spec.head.softcap.is_some() { 2 * value } else { value };
+    (kept + on_its_way + widened + batch_rows(run) * block * logits) as u64
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ impl Convolution {
     fn run<T: Real>(&self, x: &[T], columns: usize, taps: &[f32], kernel: usize) -> Vec<f32> {
         let Self { heads, positions, .. } = *self;
         let width = columns / heads;
-        let mut out = vec![0.0; x.len()];
+        let mut out = vec![0f32; x.len()];
         out.par_chunks_mut(positions * width).enumerate().for_each(|(at, out)| {
             let (sequence, head) = (at / heads, at % heads);
             let taps = self.taps_of(head, width, taps, kernel);
@@ -74,7 +74,7 @@ impl Convolution {
     fn sizes(&self, x: &Layout, taps: &Layout) -> Result<[usize; 3]> {
         let ((rows, columns), (_, kernel)) = (x.shape().dims2()?, taps.shape().dims2()?);
         if !rows.is_multiple_of(self.positions) || !columns.is_multiple_of(self.heads) {
-            bail!("{}: {rows} rows of {columns} for {self:?}", self.name());
+            bail!("{}: {rows} rows of {columns} for {:?}", self.name(), self);
         }
         Ok([rows, columns / self.heads, kernel])
     }

@@ -74,7 +74,10 @@ impl Pass<'_> {
                     logits = fused::sum(logits, bias)?;
                 }
                 if let Some(cap) = self.spec().head.softcap {
-                    logits = ((logits / cap)?.tanh()? * cap)?;
+                    // One after the other: no more than two of them are held.
+                    logits = (logits / cap)?;
+                    logits = logits.tanh()?;
+                    logits = (logits * cap)?;
                 }
                 if batch.arm == 0 {
                     observer.logits(batch.first_token, block.start, &logits)?;
