@@ -181,11 +181,11 @@ pub fn delta_net(spec: &DeltaNetSpec, weights: &DeltaNetWeights, x: &Tensor, pos
 /// vectors, queries divided by the root of their width.
 fn heads(spec: &DeltaNetSpec, weights: &DeltaNetWeights, projected: &Projected, positions: usize) -> Result<Heads> {
     let taps = weights.convolution.to_dtype(DType::F32)?.squeeze(1)?.contiguous()?;
-    let part = |kind, convolution: Convolution| convolution.apply(&projected.columns(spec, kind)?, &taps);
+    let part = |kind, convolution: Convolution<'_>| convolution.apply(&projected.columns(spec, kind)?, &taps);
     let DeltaNetSpec { key_heads, value_heads, key_dim, .. } = *spec;
     let keys = key_heads * key_dim;
-    let query =
-        Convolution { heads: key_heads, positions, first_channel: 0, length: Some((key_dim as f32).powf(-0.5)) };
+    let length = Some((key_dim as f32).powf(-0.5));
+    let query = Convolution { heads: key_heads, positions, first_channel: 0, length, bias: None };
     let key = Convolution { first_channel: keys, length: Some(1.0), ..query };
     let value = Convolution { heads: value_heads, first_channel: 2 * keys, length: None, ..query };
     let (decay, strength) = gates(spec, weights, projected, positions)?;

@@ -135,8 +135,8 @@ impl<O: Overwrite> InplaceOp2 for InPlace<O> {
     }
 }
 
-/// Has `see` read a tensor on a CPU, if there is one, beside the storages that an operation is given.
-fn reading<R>(tensor: Option<&Tensor>, see: impl FnOnce(Option<(&CpuStorage, &Layout)>) -> Result<R>) -> Result<R> {
+/// Has `see` read a tensor on a CPU, if there is one, beside the storages that an operation has.
+pub(crate) fn reading<R>(tensor: Option<&Tensor>, see: impl FnOnce(Option<(&CpuStorage, &Layout)>) -> Result<R>) -> Result<R> {
     let Some(tensor) = tensor else { return see(None) };
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {

@@ -14,7 +14,7 @@
 use candle_core::{DType, Result, Tensor};
 
 use crate::decoder::MambaSpec;
-use crate::delta_net::softplus;
+use crate::delta_net::{Convolution, softplus};
 use crate::fused::{self, Gate};
 use crate::product::Linear;
 
@@ -50,7 +50,7 @@ pub fn mamba(spec: &MambaSpec, weights: &MambaWeights, x: &Tensor, positions: us
     let (rows, inner, channels) = (x.dim(0)?, spec.inner(), spec.channels());
     let projected = weights.input.apply(x)?;
     let part = |first, width| projected.narrow(1, first, width)?.to_dtype(DType::F32)?.contiguous();
-    let mixed = convolved(spec, weights, &part(inner, channels)?, positions)?;
+    let mixed = convolved(spec, weights, &projected.narrow(1, inner, channels)?, positions)?;
     let step = part(inner + channels, spec.heads)?.broadcast_add(&weights.step_bias.to_dtype(DType::F32)?)?;
     let step = softplus(&step)?.maximum(spec.shortest_step)?;
     let read = scan(spec, weights, &mixed, &step, positions)?;
@@ -62,50 +62,53 @@ pub fn mamba(spec: &MambaSpec, weights: &MambaWeights, x: &Tensor, positions: us
     weights.output.apply(&normed.to_dtype(x.dtype())?)
 }
 
-/// The convolution and SiLU of `x` `[rows, channels]`.
-fn convolved(spec: &MambaSpec, weights: &MambaWeights, x: &Tensor, positions: usize) -> Result<Tensor> {
-    let (rows, channels) = x.dims2()?;
-    let padded = x.reshape((rows / positions, positions, channels))?.pad_with_zeros(1, spec.kernel - 1, 0)?;
-    let taps = weights.convolution.to_dtype(DType::F32)?.squeeze(1)?;
-    let mut sum = Tensor::zeros((rows / positions, positions, channels), DType::F32, x.device())?;
-    for tap in 0..spec.kernel {
-        let weight = taps.narrow(1, tap, 1)?.squeeze(1)?.contiguous()?;
-        sum = (sum + padded.narrow(1, tap, positions)?.broadcast_mul(&weight)?)?;
-    }
-    if let Some(bias) = &weights.bias {
-        sum = sum.broadcast_add(&bias.to_dtype(DType::F32)?)?;
-    }
-    sum.silu()?.reshape((rows, channels))
+/// The convolution and SiLU of `x` `[rows, values | writes | reads]`, of each head or group: values
+/// `[sequences * heads, positions, head_dim]`, writes and reads `[sequences * groups, positions,
+/// state]`, all f32.
+fn convolved(spec: &MambaSpec, weights: &MambaWeights, x: &Tensor, positions: usize) -> Result<[Tensor; 3]> {
+    let MambaSpec { heads, head_dim, groups, state, .. } = *spec;
+    let taps = weights.convolution.to_dtype(DType::F32)?.squeeze(1)?.contiguous()?;
+    let bias = weights.bias.as_ref().map(|bias| bias.to_dtype(DType::F32)).transpose()?;
+    let part = |heads: usize, width: usize, first_channel: usize| {
+        let x = x.narrow(1, first_channel, heads * width)?.contiguous()?;
+        Convolution { heads, positions, first_channel, length: None, bias: bias.as_ref() }.apply(&x, &taps)
+    };
+    let writes = spec.inner();
+    Ok([part(heads, head_dim, 0)?, part(groups, state, writes)?, part(groups, state, writes + groups * state)?])
 }
 
-/// What the heads read, `[rows, heads * head_dim]`: of `mixed` `[rows, values | writes | reads]`
-/// and `step` `[rows, heads]`.
-fn scan(spec: &MambaSpec, weights: &MambaWeights, mixed: &Tensor, step: &Tensor, positions: usize) -> Result<Tensor> {
+/// What the heads read, `[rows, heads * head_dim]`: of what was [`convolved`] and of `step` `[rows,
+/// heads]`.
+fn scan(
+    spec: &MambaSpec,
+    weights: &MambaWeights,
+    [values, writes, reads]: &[Tensor; 3],
+    step: &Tensor,
+    positions: usize,
+) -> Result<Tensor> {
     let MambaSpec { heads, head_dim, groups, state, .. } = *spec;
-    let (rows, inner) = (mixed.dim(0)?, spec.inner());
+    let (rows, inner) = (step.dim(0)?, spec.inner());
     let sequences = rows / positions;
     // `[sequences * count, positions, width]`.
     let by_head = |t: &Tensor, count: usize, width: usize| {
         let t = t.reshape((sequences, positions, count, width))?.transpose(1, 2)?.contiguous()?;
         t.reshape((sequences * count, positions, width))
     };
-    let of_groups = |first: usize| {
-        let grouped = by_head(&mixed.narrow(1, first, groups * state)?.contiguous()?, groups, state)?;
+    let of_groups = |t: &Tensor| {
         let shape = (sequences * groups, heads / groups, positions, state);
-        grouped.unsqueeze(1)?.expand(shape)?.reshape((sequences * heads, positions, state))
+        t.unsqueeze(1)?.expand(shape)?.reshape((sequences * heads, positions, state))
     };
-    let (writes, reads) = (of_groups(inner)?, of_groups(inner + groups * state)?);
-    let values = by_head(&mixed.narrow(1, 0, inner)?.contiguous()?, heads, head_dim)?;
+    let (writes, reads) = (of_groups(writes)?, of_groups(reads)?);
     let rate = weights.decay.to_dtype(DType::F32)?.exp()?.neg()?;
     let decay = by_head(&step.broadcast_mul(&rate)?, heads, 1)?;
     let written = values.broadcast_mul(&by_head(step, heads, 1)?)?;
     let read = in_chunks(&reads, &writes, &written, &decay)?;
-    let by_token = |t: Tensor| {
+    let by_token = |t: &Tensor| {
         let t = t.reshape((sequences, heads, positions, head_dim))?.transpose(1, 2)?.contiguous()?;
         t.reshape((rows, heads, head_dim))
     };
     let skip = weights.skip.to_dtype(DType::F32)?.reshape((1, heads, 1))?;
-    (by_token(read)? + by_token(values)?.broadcast_mul(&skip)?)?.reshape((rows, inner))
+    (by_token(&read)? + by_token(values)?.broadcast_mul(&skip)?)?.reshape((rows, inner))
 }
 
 /// `reads` and `writes` `[heads, positions, state]`, `written` `[heads, positions, head_dim]`,
@@ -190,17 +193,21 @@ mod tests {
         let linear = || Linear::new(tensor(&[0.0]), None);
         let weights = MambaWeights {
             input: linear(),
-            convolution: tensor(&[10.0, 1.0]).reshape((1, 1, 2)).unwrap(),
-            bias: Some(tensor(&[0.5])),
+            convolution: tensor(&[10.0, 1.0, 100.0, 1.0, 1000.0, 1.0]).reshape((3, 1, 2)).unwrap(),
+            bias: Some(tensor(&[0.5, 0.0, 0.25])),
             decay: tensor(&[0.0]),
             step_bias: tensor(&[0.0]),
             skip: tensor(&[0.0]),
             gain: tensor(&[1.0]),
             output: linear(),
         };
-        let x = tensor(&[1.0, 2.0, 3.0, 4.0]).reshape((4, 1)).unwrap();
-        let got = convolved(&spec, &weights, &x, 2).unwrap();
+        // Values, writes and reads of two sequences of two tokens.
+        let x = tensor(&[1.0, 2.0, 3.0, 4.0]).reshape((4, 1)).unwrap().repeat((1, 3)).unwrap();
         let silu = |v: f64| vec![v / (1.0 + (-v).exp())];
-        assert_close(&got, &[1.5, 12.5, 3.5, 34.5].map(silu).to_vec(), 1e-6);
+        let want = [[1.5, 12.5, 3.5, 34.5], [1.0, 102.0, 3.0, 304.0], [1.25, 1002.25, 3.25, 3004.25]];
+        for (got, want) in convolved(&spec, &weights, &x, 2).unwrap().iter().zip(want) {
+            assert_eq!(got.dims(), [2, 2, 1]);
+            assert_close(&got.reshape((4, 1)).unwrap(), &want.map(silu).to_vec(), 1e-6);
+        }
     }
 }

@@ -166,13 +166,17 @@ proptest! {
         (sequences, positions, heads) in (1..3usize, 1..9usize, 1..4usize),
         (width, kernel, first_channel) in (1..70usize, 1..6usize, 0..4usize),
         length in proptest::option::of(0.1..2.0f32),
+        biased: bool,
         dtype in dtypes(),
     ) {
         let mut dice = Dice(seed);
         let x = dice.tensor(&[sequences * positions, heads * width], dtype);
         let taps = dice.tensor(&[first_channel + heads * width, kernel], DType::F32);
-        let convolution = Convolution { heads, positions, first_channel, length };
-        same(&[&x, &taps], |of| convolution.apply(&of[0], &of[1]).unwrap())?;
+        let bias = dice.tensor(&[first_channel + heads * width], DType::F32);
+        same(&[&x, &taps, &bias], |of| {
+            let bias = biased.then_some(&of[2]);
+            Convolution { heads, positions, first_channel, length, bias }.apply(&of[0], &of[1]).unwrap()
+        })?;
     }
 
     #[test]

@@ -63,7 +63,7 @@ struct RowThread {
     __device__ RowThread() : row(blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES), lane(threadIdx.x % LANES) {}
 };
 
-// The sum of `term(i)` over a row: of each lane, then of all lanes, then of what is left of the row.
+// The sum of `term(i)` over a row: of each lane, then of all lanes, then of what is left over.
 // `lanes` has room for twice THREADS; for whole blocks.
 template <typename F>
 __device__ float lane_sum(u32 width, float *lanes, F term) {
@@ -187,24 +187,27 @@ __device__ void logit_parts(const T *x, const u32 *targets, u32 rows, u32 width,
     parts[2] = target < width ? value(x[target]) : 0.0f;
 }
 
-// The causal convolution of each channel over `kernel` tokens, then SiLU, then, if `length` is not
-// 0, each row as a vector of that length: `Convolution` in worker/src/delta_net. x is [sequences *
-// positions, heads * width], out [sequences * heads * positions, width] in f32. Taps of a channel
-// are beside each other, the last for the current token; before a sequence there are zeros.
+// The causal convolution of each channel over `kernel` tokens, plus its bias if there are some, then
+// SiLU, then, if `length` is not 0, each row as a vector of that length: `Convolution` in
+// worker/src/delta_net. x is [sequences * positions, heads * width], out [sequences * heads *
+// positions, width] in f32. Taps of a channel are beside each other, the last for the current token;
+// before a sequence there are zeros.
 template <typename T>
-__device__ void convolution(const T *x, const float *taps, u32 rows, u32 positions, u32 heads, u32 width, u32 kernel,
-                            u32 first_channel, float length, float *out) {
+__device__ void convolution(const T *x, const float *taps, const float *bias, u32 rows, u32 positions, u32 heads,
+                            u32 width, u32 kernel, u32 first_channel, float length, float *out) {
     __shared__ float lanes[2 * THREADS];
     const RowThread at;
     const u32 end = at.row < rows ? width : 0;
     const u32 position = at.row % positions, head = at.row / positions % heads, sequence = at.row / positions / heads;
     const u32 columns = heads * width, seen = min(kernel, position + 1);
     x += (u64(sequence) * positions + position + 1 - seen) * columns + head * width;
-    taps += u64(first_channel + head * width) * kernel + (kernel - seen);
+    const u32 channel = first_channel + head * width;
+    taps += u64(channel) * kernel + (kernel - seen);
     out += u64(at.row) * width;
     for (u32 i = at.lane; i < end; i += LANES) {
         float sum = 0;
         for (u32 tap = 0; tap < seen; tap++) sum += value(x[u64(tap) * columns + i]) * taps[u64(i) * kernel + tap];
+        if (bias) sum += bias[channel + i];
         out[i] = sum * sigmoid(sum);
     }
     if (length == 0.0f) return;
@@ -301,9 +304,9 @@ __device__ void sum(T *x, const T *y, u32 width, u32 stride) {
     KERNEL(type, logit_parts, (const type *x, const u32 *targets, u32 rows, u32 width, float *parts), \
            (x, targets, rows, width, parts))                                                        \
     KERNEL(type, convolution,                                                                       \
-           (const type *x, const float *taps, u32 rows, u32 positions, u32 heads, u32 width, u32 kernel, \
-            u32 first_channel, float length, float *out),                                           \
-           (x, taps, rows, positions, heads, width, kernel, first_channel, length, out))            \
+           (const type *x, const float *taps, const float *bias, u32 rows, u32 positions, u32 heads, u32 width, \
+            u32 kernel, u32 first_channel, float length, float *out),                               \
+           (x, taps, bias, rows, positions, heads, width, kernel, first_channel, length, out))      \
     KERNEL(type, rope,                                                                              \
            (type *x, const float *table, u32 sines, u32 width, u32 positions, u32 head_dim, u32 first, u32 pairs, \
             u32 step, u32 distance),                                                                \

@@ -258,8 +258,8 @@ pub struct Convolution {
     pub length: Option<f32>,
 }
 
-/// Convolves `x` `[sequences * positions, heads * width]` with `taps` `[channels, kernel]`, and
-/// applies SiLU, to `[sequences * heads, positions, width]`.
+/// Convolves `x` `[sequences * positions, heads * width]` with `taps` `[channels, kernel]`, adds
+/// `bias` `[channels]` and applies SiLU, to `[sequences * heads, positions, width]`.
 ///
 /// # Errors
 /// The driver's.
@@ -267,19 +267,24 @@ pub fn convolution<T: Real>(
     stream: &Arc<CudaStream>,
     x: &CudaView<'_, T>,
     taps: &CudaView<'_, f32>,
+    bias: Option<&CudaView<'_, f32>>,
     of: Convolution,
 ) -> Result<CudaSlice<f32>, DriverError> {
     let Convolution { heads, positions, width, kernel, first_channel, length } = of;
     let rows = rows(x.len(), positions * heads * width) * positions * heads;
-    assert!((first_channel + heads * width) * kernel <= taps.len(), "{of:?}: {} taps", taps.len());
+    let channels = first_channel + heads * width;
+    assert!(channels * kernel <= taps.len(), "{of:?}: {} taps", taps.len());
+    assert!(bias.is_none_or(|bias| channels <= bias.len()), "{of:?}: too few biases");
     // SAFETY: the kernel writes all of it.
     let mut out = unsafe { stream.alloc::<f32>(x.len()) }?;
     let ((x, _x), (taps, _taps)) = (x.device_ptr(stream), taps.device_ptr(stream));
+    let bias = bias.map(|bias| bias.device_ptr(stream));
     {
         let (to, _to) = out.device_ptr_mut(stream);
+        let bias = Address(bias.as_ref().map_or(0, |(bias, _)| *bias));
         let numbers = [rows, positions, heads, width, kernel, first_channel].map(number);
         let ends = [Float(length.unwrap_or(0.0)), Address(to)];
-        let arguments = [&[Address(x), Address(taps)], &numbers[..], &ends[..]].concat();
+        let arguments = [&[Address(x), Address(taps), bias], &numbers[..], &ends[..]].concat();
         // SAFETY: whole sequences, taps of all channels, as many values written as read.
         unsafe { run::<T>(stream, "convolution", by_row(rows), &arguments) }?;
     }

@@ -1,4 +1,4 @@
-//! The causal depthwise convolution and what follows it channel by channel.
+//! The causal depthwise convolution of DeltaNets and Mamba, and what follows it channel by channel.
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -7,13 +7,13 @@ use outliers_scan::simd::vectorized;
 use rayon::prelude::*;
 
 use super::UNIT_EPS;
-use crate::fused::{Real, lane_sum, part, sigmoid};
+use crate::fused::{Real, lane_sum, part, reading, sigmoid};
 #[cfg(feature = "cuda")]
 use crate::gpu::fused as kernels;
 
-/// One of queries, keys and values: which channels of the convolution, and what follows it.
+/// One of what is convolved: which channels these are, and what follows.
 #[derive(Clone, Copy, Debug)]
-pub struct Convolution {
+pub struct Convolution<'a> {
     /// Heads, their columns one after another.
     pub heads: usize,
     /// Tokens of a sequence.
@@ -22,23 +22,26 @@ pub struct Convolution {
     pub first_channel: usize,
     /// Length to which the vector of each head is scaled in the end; `None`: left as it is.
     pub length: Option<f32>,
+    /// What is added to each channel before SiLU, `[channels]` in f32.
+    pub bias: Option<&'a Tensor>,
 }
 
-impl Convolution {
-    /// Convolves, and applies SiLU. `x` `[sequences * positions, heads * width]` and `taps`
-    /// `[channels, kernel]` in f32, both contiguous, to `[sequences * heads, positions, width]` in
-    /// f32. The last tap is for the current token; before a sequence there are zeros.
+impl Convolution<'_> {
+    /// Convolves, adds the bias and applies SiLU. `x` `[sequences * positions, heads * width]` and
+    /// `taps` `[channels, kernel]` in f32, both contiguous, to `[sequences * heads, positions, width]`
+    /// in f32. The last tap is for the current token; before a sequence there are zeros.
     pub fn apply(&self, x: &Tensor, taps: &Tensor) -> Result<Tensor> {
         x.apply_op2_no_bwd(taps, self)
     }
 
-    fn run<T: Real>(&self, x: &[T], columns: usize, taps: &[f32], kernel: usize) -> Vec<f32> {
+    fn run<T: Real>(&self, x: &[T], width: usize, taps: &[f32], kernel: usize, bias: Option<&[f32]>) -> Vec<f32> {
         let Self { heads, positions, .. } = *self;
-        let width = columns / heads;
+        let columns = heads * width;
         let mut out = vec![0f32; x.len()];
         out.par_chunks_mut(positions * width).enumerate().for_each(|(at, out)| {
             let (sequence, head) = (at / heads, at % heads);
             let taps = self.taps_of(head, width, taps, kernel);
+            let bias = bias.map(|bias| &bias[self.first_channel + head * width..][..width]);
             let x = &x[sequence * positions * columns + head * width..];
             vectorized(
                 #[inline(always)]
@@ -50,6 +53,9 @@ impl Convolution {
                             for ((o, x), tap) in out.iter_mut().zip(&x[source * columns..][..width]).zip(taps) {
                                 *o += x.wide() * tap;
                             }
+                        }
+                        if let Some(bias) = bias {
+                            out.iter_mut().zip(bias).for_each(|(v, bias)| *v += bias);
                         }
                         out.iter_mut().for_each(|v| *v *= sigmoid(*v));
                         if let Some(length) = self.length {
@@ -85,30 +91,36 @@ impl Convolution {
     }
 }
 
-impl CustomOp2 for Convolution {
+impl CustomOp2 for Convolution<'_> {
     fn name(&self) -> &'static str {
-        "delta-net-convolution"
+        "convolution"
     }
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
         let CpuStorage::F32(taps) = s2 else { bail!("{}: taps are not f32", self.name()) };
         let ([rows, width, kernel], taps) = (self.sizes(l1, l2)?, part(taps, l2)?);
-        let columns = self.heads * width;
-        let out = match s1 {
-            CpuStorage::F32(x) => self.run(part(x, l1)?, columns, taps, kernel),
-            CpuStorage::BF16(x) => self.run(part(x, l1)?, columns, taps, kernel),
-            CpuStorage::F16(x) => self.run(part(x, l1)?, columns, taps, kernel),
-            _ => bail!("{}: not a float", self.name()),
-        };
+        let out = reading(self.bias, |bias| {
+            let bias = match bias {
+                None => None,
+                Some((CpuStorage::F32(bias), layout)) => Some(part(bias, layout)?),
+                Some(_) => bail!("{}: the bias is not f32", self.name()),
+            };
+            Ok(match s1 {
+                CpuStorage::F32(x) => self.run(part(x, l1)?, width, taps, kernel, bias),
+                CpuStorage::BF16(x) => self.run(part(x, l1)?, width, taps, kernel, bias),
+                CpuStorage::F16(x) => self.run(part(x, l1)?, width, taps, kernel, bias),
+                _ => bail!("{}: not a float", self.name()),
+            })
+        })?;
         Ok((CpuStorage::F32(out), self.shape(rows, width)))
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
         let [rows, width, kernel] = self.sizes(l1, l2)?;
-        let Self { heads, positions, first_channel, length } = *self;
+        let Self { heads, positions, first_channel, length, bias } = *self;
         let told = kernels::Convolution { heads, positions, width, kernel, first_channel, length };
-        Ok((kernels::convolution((s1, l1), (s2, l2), told)?, self.shape(rows, width)))
+        Ok((kernels::convolution((s1, l1), (s2, l2), bias, told)?, self.shape(rows, width)))
     }
 }
 
@@ -123,10 +135,13 @@ mod tests {
     proptest! {
         #[test]
         fn as_defined(
-            heads in 1_usize..5, positions in 1_usize..9, width in 1_usize..40, kernel in 1_usize..6, unit: bool,
+            heads in 1_usize..5, positions in 1_usize..9, width in 1_usize..40, kernel in 1_usize..6, unit: bool, biased: bool,
             dtype in prop::sample::select(vec![DType::F32, DType::BF16]),
         ) {
-            let part = Convolution { heads, positions, first_channel: 2, length: unit.then_some(0.5) };
+            let bias = values(&[heads * width + 4], 1.0, 3);
+            let length = unit.then_some(0.5);
+            let part = Convolution { heads, positions, first_channel: 2, length, bias: biased.then_some(&bias) };
+            let biases: Vec<f32> = bias.to_vec1().unwrap();
             let x = values(&[2 * positions, heads * width], 3.0, 1).to_dtype(dtype).unwrap();
             let taps = values(&[heads * width + 4, kernel], 1.0, 2);
             let rows = |t: &Tensor| t.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
@@ -140,7 +155,8 @@ mod tests {
                         let at = at.filter(|at| *at >= sequence * positions);
                         at.map_or(0.0, |at| of_x[at][column] * of_taps[2 + column][tap])
                     };
-                    let sum: f64 = (0..kernel).map(of_tap).sum();
+                    let bias = if biased { f64::from(biases[2 + column]) } else { 0.0 };
+                    let sum = (0..kernel).map(of_tap).sum::<f64>() + bias;
                     sum / (1.0 + (-sum).exp())
                 };
                 let row: Vec<f64> = (head * width..(head + 1) * width).map(silu).collect();
@@ -154,7 +170,7 @@ mod tests {
 
     #[test]
     fn the_last_tap_is_on_the_current_token_and_nothing_precedes_a_sequence() {
-        let part = Convolution { heads: 1, positions: 3, first_channel: 0, length: None };
+        let part = Convolution { heads: 1, positions: 3, first_channel: 0, length: None, bias: None };
         let x = Tensor::new(&[[1f32], [2.0], [3.0], [4.0], [5.0], [6.0]], &Device::Cpu).unwrap();
         let taps = Tensor::new(&[[10f32, 1.0]], &Device::Cpu).unwrap();
         let silu = |v: f32| v / (1.0 + (-v).exp());

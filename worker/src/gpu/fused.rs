@@ -120,13 +120,24 @@ pub(crate) fn logit_parts(x: Read<'_>, targets: &[u32]) -> Result<CudaStorage> {
 }
 
 /// As `crate::delta_net::Convolution`.
-pub(crate) fn convolution(x: Read<'_>, taps: Read<'_>, convolution: Convolution) -> Result<CudaStorage> {
-    fn of<T: CudaDType + Real>(x: Read<'_>, taps: Read<'_>, convolution: Convolution) -> Result<CudaStorage> {
+pub(crate) fn convolution(
+    x: Read<'_>,
+    taps: Read<'_>,
+    bias: Option<&Tensor>,
+    convolution: Convolution,
+) -> Result<CudaStorage> {
+    fn of<T: CudaDType + Real>(
+        x: Read<'_>,
+        taps: Read<'_>,
+        bias: Option<Read<'_>>,
+        convolution: Convolution,
+    ) -> Result<CudaStorage> {
+        let bias = bias.map(view::<f32>).transpose()?;
         let stream = x.0.device.cuda_stream();
-        let out = kernels::convolution(&stream, &view::<T>(x)?, &view::<f32>(taps)?, convolution).w()?;
+        let out = kernels::convolution(&stream, &view::<T>(x)?, &view::<f32>(taps)?, bias.as_ref(), convolution).w()?;
         Ok(CudaStorage::wrap_cuda_slice(out, x.0.device.clone()))
     }
-    in_dtype!(x.0, of(x, taps, convolution))
+    reading(bias, |bias| in_dtype!(x.0, of(x, taps, bias, convolution)))
 }
 
 /// As [`crate::fused::gated`].
