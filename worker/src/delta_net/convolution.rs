@@ -135,7 +135,8 @@ mod tests {
     proptest! {
         #[test]
         fn as_defined(
-            heads in 1_usize..5, positions in 1_usize..9, width in 1_usize..40, kernel in 1_usize..6, unit: bool, biased: bool,
+            heads in 1_usize..5, positions in 1_usize..9, width in 1_usize..40, kernel in 1_usize..6,
+            unit: bool, biased: bool,
             dtype in prop::sample::select(vec![DType::F32, DType::BF16]),
         ) {
             let bias = values(&[heads * width + 4], 1.0, 3);
