@@ -8,9 +8,10 @@ use std::time::Duration;
 use futures::future::join_all;
 
 use crate::broker::{Broker, BrokerError, BrokerErrorKind, Dropped, GpuRequest, Instance, InstanceId, Offer};
-use crate::run::BETWEEN_BROKERS;
 use crate::units::Span;
 
+/// What stands between the names of several brokers.
+pub const BETWEEN_BROKERS: &str = ", ";
 /// Seconds by which this machine's clock may differ from that of a cloud on which something is rented: instances end at times of day.
 const MOST_SKEW: i64 = 5 * 60;
 

@@ -33,7 +33,7 @@ mod savepoint;
 pub use error::{HostError, HostErrorKind};
 pub use fetch::{Fetched, unfinished};
 pub use follow::Cursor;
-pub use guard::GuardConfig;
+pub use guard::{GuardConfig, GuardTimeouts};
 pub use launch::{JobStatus, Launched};
 pub use probe::{GpuFacts, HostFacts, SCRIPT as PROBE};
 pub use push::{PushedFolder, RemoteWorker};

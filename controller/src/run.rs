@@ -20,6 +20,7 @@ use outliers_protocol::{Failure, FileBytes, JobSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::broker::{InstanceId, LeaseTag, Stage};
+use crate::clouds::BETWEEN_BROKERS;
 use crate::estimate::Work;
 use crate::market::{self, NothingLeft, Quote};
 use crate::offer::request::recorded;
@@ -27,8 +28,8 @@ use crate::offer::{GpuRequest, Offer};
 use crate::output;
 use crate::units::{Bytes, GpuTime, Usd, UsdPerHour};
 
-/// What stands between the names of several brokers.
-pub const BETWEEN_BROKERS: &str = ", ";
+pub use crate::host::GuardTimeouts;
+
 /// How much more than its offer an instance may bill where nobody was asked and no cap was given.
 const PRICE_SLACK: f64 = 1.1;
 /// So many times as long as the estimate has to be paid for before an offer is taken for less than the time limit.
@@ -150,25 +151,6 @@ impl RunSpec {
     /// The brokers that may be rented from, one by one.
     pub fn broker_names(&self) -> Vec<String> {
         self.brokers.split(BETWEEN_BROKERS).map(str::to_owned).collect()
-    }
-}
-
-/// When the guard on an instance ends it before its time is up. 0: never.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GuardTimeouts {
-    /// Seconds without a word of ours.
-    pub lease_s: u64,
-    /// Seconds after the worker's end in which nobody came for its files.
-    pub unclaimed_s: u64,
-}
-
-impl GuardTimeouts {
-    /// For an instance that is to stay: only its time limit ends it.
-    pub const NEVER: Self = Self { lease_s: 0, unclaimed_s: 0 };
-
-    /// The shorter of those that are set, in seconds.
-    pub fn shortest(self) -> u64 {
-        [self.lease_s, self.unclaimed_s].into_iter().filter(|s| *s > 0).min().unwrap_or(u64::MAX)
     }
 }
 

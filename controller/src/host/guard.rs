@@ -7,10 +7,11 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::launch::PROCESS;
 use super::retry::again;
 use super::{HostError, RemoteHost, SHORT, TIMEOUT};
-use crate::run::GuardTimeouts;
 use crate::transport::quote::quote;
 
 const SCRIPT: &str = include_str!("guard.sh");
@@ -18,6 +19,25 @@ const SCRIPT: &str = include_str!("guard.sh");
 const LONGEST_PAUSE: u64 = 15;
 /// Between two renewals, at most.
 const LONGEST_RENEWAL: u64 = 60;
+
+/// When the guard on an instance ends it before its time is up. 0: never.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuardTimeouts {
+    /// Seconds without a word of ours.
+    pub lease_s: u64,
+    /// Seconds after the worker's end in which nobody came for its files.
+    pub unclaimed_s: u64,
+}
+
+impl GuardTimeouts {
+    /// For an instance that is to stay: only its time limit ends it.
+    pub const NEVER: Self = Self { lease_s: 0, unclaimed_s: 0 };
+
+    /// The shorter of those that are set, in seconds.
+    pub fn shortest(self) -> u64 {
+        [self.lease_s, self.unclaimed_s].into_iter().filter(|s| *s > 0).min().unwrap_or(u64::MAX)
+    }
+}
 
 /// What a guard goes by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
