@@ -8,9 +8,9 @@ use std::ops::Range;
 
 use candle_core::DType;
 use outliers_protocol::Point;
+use serde::{Deserialize, Serialize};
 
 use crate::rope::RopeSpec;
-use crate::stats::Site;
 
 mod needs;
 
@@ -573,6 +573,28 @@ impl fmt::Display for Unit {
 /// experts' own input.
 const UNSTUDIED: [Role; 5] =
     [Role::MixerPostNorm, Role::FfnPostNorm, Role::BesidePostNorm, Role::ExpertsNorm, Role::ExpertsPostNorm];
+
+/// A place in the model whose values are studied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Site {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// Where in the layer.
+    pub point: Point,
+}
+
+impl Site {
+    /// Whose input a norm output is: the layer, and [`Point::BeforeAttention`] or [`Point::BeforeMlp`]. In a post-norm layer the norm
+    /// after attention feeds the MLP, and the norm after the MLP the next layer's attention (or, after the last layer, the head).
+    pub fn feeds(self) -> Option<(usize, Point)> {
+        match self.point {
+            Point::BeforeAttention | Point::BeforeMlp => Some((self.layer, self.point)),
+            Point::AfterAttention => Some((self.layer, Point::BeforeMlp)),
+            Point::AfterMlp => Some((self.layer + 1, Point::BeforeAttention)),
+            Point::Residual | Point::AttentionOut | Point::MlpOut | Point::ExpertOut => None,
+        }
+    }
+}
 
 impl DecoderSpec {
     /// Norms of layers whose outputs are not studied, by role.

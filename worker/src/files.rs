@@ -79,6 +79,11 @@ pub(crate) fn put_in_place(file: &File, part: &Path, target: &Path) -> Result<()
     sync_folder(target)
 }
 
+/// Lower-case hexadecimal.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
 /// Makes the name itself durable.
 fn sync_folder(target: &Path) -> Result<()> {
     let folder = match target.parent() {

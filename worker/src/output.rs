@@ -15,7 +15,7 @@ use crate::corpus::Tokens;
 use crate::decoder::{DecoderSpec, FfnSpec};
 use crate::error::{Result, WorkerError};
 use crate::ffn::Routing;
-use crate::files::write_atomic;
+use crate::files::{hex, write_atomic};
 use crate::safetensors::{StoredDtype, TensorSpec, Writer};
 use crate::stats::mixture::{ExpertLoad, ExpertPeaks, RouterStats};
 use crate::stats::top::TopValue;
@@ -88,11 +88,6 @@ fn hash(path: &Path) -> std::io::Result<(String, u64)> {
             }
         }
     }
-}
-
-/// Lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 // ------------------------------------------------------------------------------------------------ statistics.safetensors

@@ -13,7 +13,6 @@
 //! This module never knows which architecture ran.
 
 use candle_core::Tensor;
-use outliers_protocol::Point;
 pub use outliers_scan::Column;
 use outliers_scan::{Columns, Marks};
 
@@ -24,6 +23,8 @@ use crate::error::{Result, WorkerError};
 use crate::ffn::{ExpertRows, Routing};
 use crate::tap::on_host;
 use crate::taps::Taps;
+
+pub use crate::decoder::Site;
 
 pub mod attention_sinks;
 pub mod exact;
@@ -44,28 +45,6 @@ pub use study::{Report, Scope, Study};
 pub use summary::Summary;
 pub use values::{Values, with_values};
 
-/// A place in the model whose values are studied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Site {
-    /// Layer, from 0.
-    pub layer: usize,
-    /// Where in the layer.
-    pub point: Point,
-}
-
-impl Site {
-    /// Whose input a norm output is: the layer, and [`Point::BeforeAttention`] or [`Point::BeforeMlp`]. In a post-norm layer the norm
-    /// after attention feeds the MLP, and the norm after the MLP the next layer's attention (or, after the last layer, the head).
-    pub fn feeds(self) -> Option<(usize, Point)> {
-        match self.point {
-            Point::BeforeAttention | Point::BeforeMlp => Some((self.layer, self.point)),
-            Point::AfterAttention => Some((self.layer, Point::BeforeMlp)),
-            Point::AfterMlp => Some((self.layer + 1, Point::BeforeAttention)),
-            Point::Residual | Point::AttentionOut | Point::MlpOut | Point::ExpertOut => None,
-        }
-    }
-}
-
 /// Sees one layer, on the thread that computes it. Asked first, so that nothing is copied off a device for nobody.
 pub trait LayerObserver: Send {
     /// Whether this site is of interest.
@@ -79,8 +58,9 @@ pub trait LayerObserver: Send {
         Ok(())
     }
 
-    /// What a routed expert's down projection made of its rows, if [`Point::ExpertOut`] is wanted of that layer. Row `r` belongs to
-    /// token `first_token + rows.rows[r]`.
+    /// What a routed expert's down projection made of its rows, if
+    /// [`Point::ExpertOut`](outliers_protocol::Point::ExpertOut) is wanted of that layer. Row `r`
+    /// belongs to token `first_token + rows.rows[r]`.
     fn expert(&mut self, _layer: usize, _expert: usize, _first_token: usize, _rows: &ExpertRows) -> Result<()> {
         Ok(())
     }

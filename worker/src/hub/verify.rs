@@ -17,6 +17,7 @@ use sha2::Digest as _;
 
 use super::listing::Digest;
 use super::plan::Part;
+use crate::files::hex;
 
 /// What is fetched for hashes alone is at most one in this many of the bytes that are read.
 const EXTRA_SHARE: u64 = 33;
@@ -233,8 +234,8 @@ impl Hasher {
     /// Lower-case hexadecimal.
     pub(super) fn hex(self) -> String {
         match self {
-            Self::Sha256(hasher) => crate::output::hex(&hasher.finalize()),
-            Self::Sha1(hasher) => crate::output::hex(&hasher.finalize()),
+            Self::Sha256(hasher) => hex(&hasher.finalize()),
+            Self::Sha1(hasher) => hex(&hasher.finalize()),
         }
     }
 }

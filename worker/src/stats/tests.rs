@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use outliers_protocol::{Axis, IndexSet, Reading, Sided, Thresholds};
+use outliers_protocol::{Axis, IndexSet, Point, Reading, Sided, Thresholds};
 use outliers_scan::Rows;
 use proptest::prelude::*;
 
