@@ -152,15 +152,16 @@ fn metadata_comes_without_weights() {
 fn pickled() -> Setup {
     let setup = Setup::new();
     let repo = setup.repo();
-    let worker = Path::new(env!("CARGO_MANIFEST_DIR")).join("../worker/src");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     for entry in fs::read_dir(&repo).unwrap() {
         fs::remove_file(entry.unwrap().path()).unwrap();
     }
     for (from, to) in [("tensors.bin", BIN), ("second.bin", OTHER_BIN)] {
-        fs::write(repo.join(to), stretched(fs::read(worker.join("torch/testdata").join(from)).unwrap())).unwrap();
+        let stored = fs::read(root.join("worker/src/torch/testdata").join(from)).unwrap();
+        fs::write(repo.join(to), stretched(stored)).unwrap();
     }
     for name in ["vocab.json", "merges.txt", "tokenizer_config.json"] {
-        fs::copy(worker.join("corpus/testdata/opt").join(name), repo.join(name)).unwrap();
+        fs::copy(root.join("worker/src/corpus/testdata/opt").join(name), repo.join(name)).unwrap();
     }
     let map = serde_json::json!({"weight_map": {"f32": BIN, "second": OTHER_BIN}});
     fs::write(repo.join("pytorch_model.bin.index.json"), map.to_string()).unwrap();
