@@ -40,7 +40,7 @@ FACTOR = 2
 NEAR_TIE = 1e-3
 
 # The data from which the worker reads a config.json, and the model types of its families.
-CLASSES = HERE.parent / "worker" / "src" / "arch" / "config" / "classes.json"
+CLASSES = HERE.parent / "worker" / "src" / "model" / "arch" / "config" / "classes.json"
 MODEL_TYPES = ["afmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "gemma3", "gemma4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt2", "gpt_oss", "gptj", "kimi_k25", "kimi_linear", "llama", "llama4",
                "minimax_m2", "mixtral", "nemotron_h", "olmoe", "opt", "qwen2", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3_next"]
 
@@ -622,7 +622,7 @@ LACKING = {"BailingMoeV2Config": {
 
 
 def classes(arguments):
-    """The configuration classes of transformers as data: `worker/src/arch/config/classes.json`, or what differs from it."""
+    """The configuration classes of transformers as data: `worker/src/model/arch/config/classes.json`, or what differs from it."""
     load_oracle(arguments.oracle)
     from dataclasses import fields
 
@@ -697,7 +697,7 @@ def main():
     six.add_argument("--families", nargs="*", choices=WALKED)
     six.add_argument("--only", nargs="*", help="these keys alone")
     six.set_defaults(run=keys)
-    five = commands.add_parser("classes", help="make worker/src/arch/config/classes.json again")
+    five = commands.add_parser("classes", help="make worker/src/model/arch/config/classes.json again")
     five.add_argument("oracle")
     five.add_argument("--check", action="store_true", help="say whether it is as transformers has it, and write nothing")
     five.set_defaults(run=classes)

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use outliers::broker::SshEndpoint;
-use outliers::transport::ssh::SshTransport;
-use outliers::transport::{SendRequest, Transport};
+use outliers::cloud::broker::SshEndpoint;
+use outliers::host::transport::ssh::SshTransport;
+use outliers::host::transport::{SendRequest, Transport};
 use outliers_tests::flaky_link::FlakyLink;
 use outliers_tests::noise;
 use outliers_tests::sshd::Sshd;

@@ -7,9 +7,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use outliers_protocol::headings::{MODEL, OUTPUT};
 use outliers_protocol::{JobOptions, SCHEMA, ThresholdOptions, whole};
 
-use crate::offer::GpuRequest;
-use crate::offer::request::{MONEY, RENT};
+use crate::cloud::offer::GpuRequest;
+use crate::cloud::offer::request::{MONEY, RENT};
 use crate::units::{PlotWidth, Positive, Span};
+
+pub mod settings;
 
 /// Headings of options, beside those of the job's and the instance's.
 const ALL: &str = "Options of all commands";

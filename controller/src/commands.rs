@@ -6,21 +6,21 @@ use std::sync::Arc;
 
 use outliers_protocol::PlanFigures;
 
-use crate::broker::local::{self, LocalBroker};
-use crate::broker::slurm::{self, Slurm};
-use crate::broker::Access;
+use crate::cli::settings::{CloudSettings, DefaultBroker, Environment, Settings, known_brokers};
 use crate::cli::{AnalyzeArgs, Cli, Command};
-use crate::clouds::{BadHosts, Cloud, Clouds, Timeouts};
-use crate::deploy::{Ports, SshHosts};
-use crate::estimate::Work;
+use crate::cloud::broker::Access;
+use crate::cloud::broker::local::{self, LocalBroker};
+use crate::cloud::broker::slurm::{self, Slurm};
+use crate::cloud::clouds::{BadHosts, Cloud, Clouds, Timeouts};
+use crate::cloud::estimate::Work;
+use crate::cloud::http::{Explain, Http, Limits};
 use crate::host;
-use crate::http::{Explain, Http, Limits};
-use crate::ledger::Ledger;
-use crate::local_worker::LocalWorker;
-use crate::report::{CliError, ExitStatus, Reporter};
+use crate::host::transport::program::OpenSsh;
+use crate::run::deploy::{Ports, SshHosts};
+use crate::run::ledger::Ledger;
+use crate::run::local_worker::LocalWorker;
 use crate::secret::Secret;
-use crate::settings::{CloudSettings, DefaultBroker, Environment, Settings, known_brokers};
-use crate::transport::program::OpenSsh;
+use crate::ui::report::{CliError, ExitStatus, Reporter};
 use crate::units::Bytes;
 
 pub mod analyze;

@@ -14,14 +14,15 @@ use std::time::Duration;
 use outliers_protocol::Progress;
 use tokio::sync::OnceCell;
 
+use crate::host::transport::{Transport, TransportErrorKind};
 use crate::text::clean;
-use crate::transport::{Transport, TransportErrorKind};
 
 mod bundle;
 mod error;
 mod fetch;
 mod follow;
 mod guard;
+pub mod keys;
 mod launch;
 mod names;
 mod probe;
@@ -29,6 +30,7 @@ mod push;
 mod reach;
 mod retry;
 mod savepoint;
+pub mod transport;
 
 pub use error::{HostError, HostErrorKind};
 pub use fetch::{Fetched, unfinished};

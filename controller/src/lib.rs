@@ -1,44 +1,36 @@
-//! The controller: rents, pushes, follows, brings home, ends.
+//! The controller: rents an instance, pushes the worker, follows it, fetches the results, ends the
+//! rental.
 //!
-//! What was typed ([`cli`]), what it means ([`settings`]), what it does ([`commands`]). A run's
-//! life is a pure state machine ([`run`]), recorded event by event ([`ledger`]), driven by one
-//! loop ([`deploy`]) and compared with the clouds' lists ([`reconcile`]). [`clouds`] are
-//! [`broker`]s side by side, reached over [`http`]; what they [`offer`] is chosen from through
-//! [`market`]; a rented machine is a [`host`], spoken to over a [`transport`]. Everything that
-//! happens is an event; [`report`] makes sentences of them. A [`survey`] is many runs at once;
-//! where everything stands ([`status`]) is told as a table, or as a document for whoever carries on
-//! ([`handoff`]). What came home is put side by side by [`compare`].
+//! Its rooms, which use each other in no circle:
+//!
+//! - [`host`]: a rented host, reached over a [`transport`](host::transport).
+//! - [`cloud`]: [`broker`](cloud::broker)s side by side ([`clouds`](cloud::clouds)), reached over
+//!   [`http`](cloud::http); their offers form a [`market`](cloud::market).
+//! - [`run`]: the life of a run as a pure state machine, recorded event by event
+//!   ([`ledger`](run::ledger)), driven by one loop ([`deploy`](run::deploy)) and compared with the
+//!   clouds' lists ([`reconcile`](run::reconcile)).
+//! - [`survey`]: many runs at once.
+//! - [`cli`]: what was typed, and what it means ([`settings`](cli::settings)).
+//! - [`ui`]: [`report`](ui::report) makes sentences of all events; where everything stands
+//!   ([`status`](ui::status)) is told as a table or as a document ([`handoff`](ui::handoff)).
+//! - [`compare`]: results side by side.
+//! - [`commands`]: one file per command.
+//!
+//! Beside them lie helpers that every room may use.
 
-pub mod broker;
-pub mod broker_error;
 pub mod calendar;
 pub mod cli;
-pub mod clouds;
+pub mod cloud;
 pub mod commands;
 pub mod compare;
-pub mod deploy;
-pub mod estimate;
 pub mod files;
-pub mod gpu;
-pub mod handoff;
 pub mod host;
-pub mod http;
-pub mod keys;
-pub mod ledger;
-pub mod local_worker;
-pub mod market;
 pub mod model_name;
-pub mod offer;
-pub mod output;
-pub mod reconcile;
-pub mod report;
 pub mod run;
 pub mod secret;
-pub mod settings;
-pub mod status;
 pub mod survey;
 pub mod text;
-pub mod transport;
+pub mod ui;
 pub mod units;
 pub mod waiting;
 
@@ -62,7 +54,7 @@ pub fn main_impl() -> ExitCode {
         Ok(runtime) => runtime.block_on(commands::run(cli)).into(),
         Err(error) => {
             tracing::error!("the program cannot start: {error}");
-            report::ExitStatus::Failed.into()
+            ui::report::ExitStatus::Failed.into()
         }
     }
 }

@@ -19,16 +19,21 @@ use std::time::Duration;
 use outliers_protocol::{Failure, FileBytes, JobSpec};
 use serde::{Deserialize, Serialize};
 
-use crate::broker::{InstanceId, LeaseTag, Stage};
-use crate::clouds::BETWEEN_BROKERS;
-use crate::estimate::Work;
-use crate::market::{self, NothingLeft, Quote};
-use crate::offer::request::recorded;
-use crate::offer::{GpuRequest, Offer};
-use crate::output;
+use crate::cloud::broker::{InstanceId, LeaseTag, Stage};
+use crate::cloud::clouds::BETWEEN_BROKERS;
+use crate::cloud::estimate::Work;
+use crate::cloud::market::{self, NothingLeft, Quote};
+use crate::cloud::offer::request::recorded;
+use crate::cloud::offer::{GpuRequest, Offer};
 use crate::units::{Bytes, GpuTime, Usd, UsdPerHour};
 
 pub use crate::host::GuardTimeouts;
+
+pub mod deploy;
+pub mod ledger;
+pub mod local_worker;
+pub mod output;
+pub mod reconcile;
 
 /// How much more than its offer an instance may bill where nobody was asked and no cap was given.
 const PRICE_SLACK: f64 = 1.1;
@@ -711,7 +716,7 @@ pub struct IllegalEvent {
 mod tag_text {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-    use crate::broker::LeaseTag;
+    use crate::cloud::broker::LeaseTag;
 
     pub(super) fn serialize<S: Serializer>(tag: &LeaseTag, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(tag)
@@ -727,7 +732,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::deploy::fake::{spec, up_to};
+    use crate::run::deploy::fake::{spec, up_to};
 
     fn offer() -> Offer {
         Offer { cpu_cores: Some(2), ..Offer::new("fake", "o1".into(), 0, UsdPerHour::from_dollars(1.0)) }

@@ -9,11 +9,11 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use outliers::broker::local::{LocalBroker, MARKER};
-use outliers::broker::{
+use outliers::cloud::broker::local::{LocalBroker, MARKER};
+use outliers::cloud::broker::{
     Broker, BrokerErrorKind, GpuRequest, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer,
 };
-use outliers::transport::{ExecOutput, Transport, TransportErrorKind};
+use outliers::host::transport::{ExecOutput, Transport, TransportErrorKind};
 use outliers::units::{Bytes, Usd};
 use tempfile::TempDir;
 

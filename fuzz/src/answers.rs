@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
-use outliers::http::header::{HeaderMap, HeaderValue, RETRY_AFTER};
-use outliers::http::{Answer, Call, HttpTransport, NoAnswer};
+use outliers::cloud::http::header::{HeaderMap, HeaderValue, RETRY_AFTER};
+use outliers::cloud::http::{Answer, Call, HttpTransport, NoAnswer};
 
 /// What is still to be said. Clones share it.
 #[derive(Clone, Debug, Default)]

@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use outliers_worker::arch;
-use outliers_worker::decoder::{DecoderSpec, FfnSpec};
+use outliers_worker::checkpoint::safetensors::{Header, element_count};
+use outliers_worker::checkpoint::source::{Container, WeightMap};
+use outliers_worker::checkpoint::torch::Contents;
 use outliers_worker::error::WorkerError;
-use outliers_worker::safetensors::{Header, element_count};
-use outliers_worker::source::{Container, WeightMap};
-use outliers_worker::torch::Contents;
+use outliers_worker::model::arch;
+use outliers_worker::model::decoder::{DecoderSpec, FfnSpec};
 use serde_json::Value;
 
 use crate::assert_harmless;

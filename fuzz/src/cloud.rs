@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use outliers::broker::{
+use outliers::cloud::broker::{
     Access, Broker, BrokerError, CLOUDS, GpuRequest, Instance, InstanceId, InstanceState, Lease, Offer,
 };
-use outliers::http::{Http, Limits};
+use outliers::cloud::http::{Http, Limits};
 use outliers::secret::Secret;
 use outliers::units::{Bytes, UsdPerHour};
 use tokio::runtime::Runtime;

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use outliers_protocol::{CorpusSource, CorpusSpec};
+use outliers_worker::checkpoint::hub::{Hub, HubOptions};
 use outliers_worker::corpus::{self, Tokens};
-use outliers_worker::hub::{Hub, HubOptions};
 use serde_json::json;
 use tempfile::TempDir;
 

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use outliers::host::transport::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind};
 use outliers::host::{Cursor, HostError, HostEvent, RemoteHost};
-use outliers::transport::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind};
 use outliers_protocol::{FileBytes, files};
 use tokio::time::Instant;
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outliers::transport::ssh::Sftp;
+use outliers::host::transport::ssh::Sftp;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
 use crate::assert_harmless;

@@ -10,9 +10,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use outliers_tests::hub::{MockHub, Repo, Wire};
-use outliers_worker::hub::{Hub, HubOptions};
-use outliers_worker::safetensors::{StoredDtype, TensorSpec, Writer};
-use outliers_worker::source::{Checkpoint, Wanted};
+use outliers_worker::checkpoint::hub::{Hub, HubOptions};
+use outliers_worker::checkpoint::safetensors::{StoredDtype, TensorSpec, Writer};
+use outliers_worker::checkpoint::source::{Checkpoint, Wanted};
 
 const ID: &str = "owner/model";
 const SHARDS: usize = 6;

@@ -5,7 +5,7 @@ use std::path::Path;
 use outliers_protocol::{AblationArm, Removed, Results, files};
 use outliers_tests::context::TestContext;
 use outliers_tests::programs::{golden, goldens, run_worker};
-use outliers_worker::demo;
+use outliers_worker::commands::demo;
 use serde::Deserialize;
 
 /// What transformers gives.

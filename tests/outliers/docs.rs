@@ -103,7 +103,7 @@ pub(super) fn commands(block: &str) -> Vec<Vec<String>> {
 fn refusal(command: &[String]) -> Option<String> {
     let refused = match command[0].as_str() {
         "outliers" => outliers::cli::Cli::try_parse_from(command).err(),
-        _ => outliers_worker::cli::Cli::try_parse_from(command).err(),
+        _ => outliers_worker::commands::cli::Cli::try_parse_from(command).err(),
     };
     refused.filter(clap::Error::use_stderr).map(|error| error.to_string())
 }

@@ -9,7 +9,7 @@ use outliers_protocol::{FailureKind, Manifest, Metadata, files};
 use outliers_tests::context::TestContext;
 use outliers_tests::golden::TOLERANCE;
 use outliers_tests::programs::{golden, run_worker};
-use outliers_worker::decoder::Role;
+use outliers_worker::model::decoder::Role;
 use safetensors::SafeTensors;
 use serde_json::Value;
 

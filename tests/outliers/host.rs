@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use outliers::broker::SshEndpoint;
+use outliers::cloud::broker::SshEndpoint;
+use outliers::host::keys::RunKey;
+use outliers::host::transport::TransportErrorKind as Kind;
+use outliers::host::transport::ssh::HostKeyPin;
 use outliers::host::{
     Cursor, Fetched, HostErrorKind, HostEvent, JobStatus, Launched, RemoteHost, RemoteWorker, reach, unfinished,
 };
-use outliers::keys::RunKey;
 use outliers::secret::Secret;
-use outliers::transport::TransportErrorKind as Kind;
-use outliers::transport::ssh::HostKeyPin;
 use outliers_protocol::{FileBytes, JobSpec, ModelSource};
 use outliers_tests::sshd::Sshd;
 use tempfile::TempDir;

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use outliers_protocol::FailureKind;
 use outliers_tests::hub::{Fault, MockHub, Repo};
-use outliers_worker::demo;
+use outliers_worker::checkpoint::hub::{Hub, HubOptions, Timeouts, Token};
+use outliers_worker::checkpoint::source::Checkpoint;
+use outliers_worker::commands::demo;
 use outliers_worker::error::WorkerError;
-use outliers_worker::hub::{Hub, HubOptions, Timeouts, Token};
-use outliers_worker::source::Checkpoint;
 
 pub(crate) const ID: &str = "owner/demo-model";
 const SHARD: &str = "model-00001-of-00002.safetensors";
@@ -157,7 +157,7 @@ fn pickled() -> Setup {
         fs::remove_file(entry.unwrap().path()).unwrap();
     }
     for (from, to) in [("tensors.bin", BIN), ("second.bin", OTHER_BIN)] {
-        let stored = fs::read(root.join("worker/src/torch/testdata").join(from)).unwrap();
+        let stored = fs::read(root.join("worker/src/checkpoint/torch/testdata").join(from)).unwrap();
         fs::write(repo.join(to), stretched(stored)).unwrap();
     }
     for name in ["vocab.json", "merges.txt", "tokenizer_config.json"] {
@@ -249,7 +249,7 @@ fn trap_3_numbers_in_file_names_mean_nothing() {
 
 #[test]
 fn the_hubs_pickles_are_hostile_input_too() {
-    let worker = Path::new(env!("CARGO_MANIFEST_DIR")).join("../worker/src/torch/testdata");
+    let worker = Path::new(env!("CARGO_MANIFEST_DIR")).join("../worker/src/checkpoint/torch/testdata");
     for (file, says) in [("system.bin", "posix.system"), ("legacy.bin", "before 1.6")] {
         let setup = pickled();
         fs::copy(worker.join(file), setup.repo().join(OTHER_BIN)).unwrap();

@@ -10,15 +10,15 @@ use outliers_protocol::{
 };
 use outliers_tests::golden::TOLERANCE;
 use outliers_tests::programs::{golden, goldens, run_worker, worker};
-use outliers_worker::ablation::Arms;
-use outliers_worker::decoder::{FfnSpec, Need, NormOrder, Role};
-use outliers_worker::hub::{Hub, HubOptions};
-use outliers_worker::meter::Meter;
-use outliers_worker::model::Model;
-use outliers_worker::progress::ProgressSink;
-use outliers_worker::source::Checkpoint;
+use outliers_worker::checkpoint::Model;
+use outliers_worker::checkpoint::hub::{Hub, HubOptions};
+use outliers_worker::checkpoint::source::Checkpoint;
+use outliers_worker::model::decoder::{FfnSpec, Need, NormOrder, Role};
+use outliers_worker::pass::ablation::Arms;
+use outliers_worker::pass::meter::Meter;
+use outliers_worker::pass::progress::ProgressSink;
+use outliers_worker::pass::stream::Pass;
 use outliers_worker::stats::{Scope, Study};
-use outliers_worker::stream::Pass;
 use outliers_worker::{corpus, device};
 use safetensors::SafeTensors;
 
@@ -116,7 +116,7 @@ fn planting_a_feature_moves_its_statistics_and_nothing_else_in_every_family() {
         if spec.layers[0].order == NormOrder::After {
             continue;
         }
-        let zero_centred = spec.layers[0].norm.kind == outliers_worker::decoder::NormKind::RmsZeroCentred;
+        let zero_centred = spec.layers[0].norm.kind == outliers_worker::model::decoder::NormKind::RmsZeroCentred;
         let (before, old) = run(&model, &ids_of(&name));
         // The feature that is nearest to the threshold of all: some families' values are small.
         let largest = |dim: usize| {

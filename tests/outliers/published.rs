@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use outliers_protocol::{Export, FailureKind, FileBytes, JobSpec, ModelSource, files};
-use outliers_worker::budget::StreamBudget;
+use outliers_worker::checkpoint::Model;
+use outliers_worker::checkpoint::safetensors::{HeaderTensor, StoredDtype};
+use outliers_worker::checkpoint::source::{SyntheticSource, TensorEntry, TensorIndex, WeightSource};
 use outliers_worker::error::Result;
-use outliers_worker::export;
-use outliers_worker::inspect::{PlannedRun, active_parameters, resident_memory, streamed_memory};
-use outliers_worker::model::Model;
-use outliers_worker::product::Arithmetic;
-use outliers_worker::safetensors::{HeaderTensor, StoredDtype};
-use outliers_worker::source::{SyntheticSource, TensorEntry, TensorIndex, WeightSource};
+use outliers_worker::kernels::product::Arithmetic;
+use outliers_worker::pass::budget::StreamBudget;
+use outliers_worker::run::export;
+use outliers_worker::run::inspect::{PlannedRun, active_parameters, resident_memory, streamed_memory};
 use serde::Deserialize;
 use serde_json::{Value, json};
 

@@ -3,10 +3,10 @@
 
 use std::time::{Duration, SystemTime};
 
-use outliers::broker::local::LocalBroker;
-use outliers::broker::{Broker, GpuRequest, Lease, LeaseTag};
+use outliers::cloud::broker::local::LocalBroker;
+use outliers::cloud::broker::{Broker, GpuRequest, Lease, LeaseTag};
 use outliers::host::{Cursor, HostEvent, JobStatus, Launched, RemoteHost, reach};
-use outliers::output::unplanned;
+use outliers::run::output::unplanned;
 use outliers::units::Bytes;
 use outliers_protocol::{CorpusSource, JobSpec, ModelSource, Outcome, Phase, Results};
 use outliers_tests::programs;

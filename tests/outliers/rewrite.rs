@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use outliers_worker::decoder::{DecoderSpec, Need};
-use outliers_worker::loader::{Loader, TensorPool};
-use outliers_worker::meter::{Meter, Thread};
-use outliers_worker::model::Model;
-use outliers_worker::safetensors::{StoredDtype, TensorSpec, Writer};
-use outliers_worker::source::Checkpoint;
+use outliers_worker::checkpoint::Model;
+use outliers_worker::checkpoint::safetensors::{StoredDtype, TensorSpec, Writer};
+use outliers_worker::checkpoint::source::Checkpoint;
+use outliers_worker::model::decoder::{DecoderSpec, Need};
+use outliers_worker::pass::loader::{Loader, TensorPool};
+use outliers_worker::pass::meter::{Meter, Thread};
 
 /// What a fixture's architecture is.
 pub(crate) fn spec_of(model: &Path) -> DecoderSpec {
@@ -19,7 +19,7 @@ pub(crate) fn spec_of(model: &Path) -> DecoderSpec {
 
 /// Writes the checkpoint `from` to the folder `to`: unquantised, each tensor `[out, in]` first
 /// shown to `edit` with its layer. Matrices that a pass may
-/// [keep](outliers_worker::model::StoredTensor::kept_as) in bf16 stay exact in it, so that they
+/// [keep](outliers_worker::checkpoint::StoredTensor::kept_as) in bf16 stay exact in it, so that they
 /// are multiplied in the same way; all else is f32.
 pub(crate) fn rewrite(from: &Path, to: &Path, mut edit: impl FnMut(usize, &Need, &mut [f32])) {
     let checkpoint = Checkpoint::open_folder(from).unwrap();

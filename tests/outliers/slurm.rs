@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use outliers::broker::slurm::{Site, Slurm};
-use outliers::broker::{Broker, GpuRequest, Instance, InstanceState, Offer};
+use outliers::cloud::broker::slurm::{Site, Slurm};
+use outliers::cloud::broker::{Broker, GpuRequest, Instance, InstanceState, Offer};
 use outliers::host::PROBE;
-use outliers::transport::program::OpenSsh;
-use outliers::transport::{SendRequest, Transport, TransportErrorKind};
+use outliers::host::transport::program::OpenSsh;
+use outliers::host::transport::{SendRequest, Transport, TransportErrorKind};
 use outliers::units::Bytes;
 use outliers_clouds::conformance::{lease, life};
 use outliers_protocol::{Results, files};

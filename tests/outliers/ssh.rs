@@ -5,10 +5,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use outliers::broker::SshEndpoint;
-use outliers::keys::RunKey;
-use outliers::transport::ssh::{HostKeyPin, SshTransport};
-use outliers::transport::{SendRequest, Transport, TransportError, TransportErrorKind as Kind};
+use outliers::cloud::broker::SshEndpoint;
+use outliers::host::keys::RunKey;
+use outliers::host::transport::ssh::{HostKeyPin, SshTransport};
+use outliers::host::transport::{SendRequest, Transport, TransportError, TransportErrorKind as Kind};
 use outliers_tests::noise;
 use outliers_tests::sshd::Sshd;
 use sha2::{Digest, Sha256};

@@ -4,15 +4,15 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use outliers::broker::{
+use outliers::cloud::broker::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
     Lease, LeaseTag, Offer, Offers,
 };
-use outliers::clouds::{BadHosts, Cloud, Clouds, Timeouts};
-use outliers::deploy::{Driver, Ports, SshHosts, Stop};
-use outliers::estimate::Work;
-use outliers::ledger::{Ledger, RunRecord, RunWriter, now_ms};
-use outliers::market::Quote;
+use outliers::cloud::clouds::{BadHosts, Cloud, Clouds, Timeouts};
+use outliers::cloud::estimate::Work;
+use outliers::cloud::market::Quote;
+use outliers::run::deploy::{Driver, Ports, SshHosts, Stop};
+use outliers::run::ledger::{Ledger, RunRecord, RunWriter, now_ms};
 use outliers::run::{GuardTimeouts, Intent, Pin, RunEvent, RunOutcome, RunSpec};
 use outliers::units::{Bytes, UsdPerHour};
 use outliers_protocol::{CorpusSource, JobSpec, ModelSource, Precision, Results, files};
@@ -238,8 +238,8 @@ async fn a_server_with_another_host_key_than_the_pinned_one_is_given_back() {
         nonce: "n1".to_owned(),
         deadline: now_ms() / 1000 + 600,
     };
-    let another = outliers::keys::RunKey::create(folder.path(), "another", "host").unwrap();
-    let key = outliers::keys::RunKey::create(&run.folder(), outliers::deploy::KEY_FILE, "run").unwrap();
+    let another = outliers::host::keys::RunKey::create(folder.path(), "another", "host").unwrap();
+    let key = outliers::host::keys::RunKey::create(&run.folder(), outliers::run::deploy::KEY_FILE, "run").unwrap();
     run.append(RunEvent::Creating { intent: Box::new(Intent { offer: offer(), tag: tag.clone() }) }).unwrap();
     let lease = Lease { tag, ssh_public_key: key.public_line().to_owned(), disk: Bytes(0), stage: None };
     let instance = cloud.create(&offer(), &lease).await.unwrap();

@@ -10,9 +10,9 @@ use std::time::Duration;
 use outliers_protocol::{FailureKind, Manifest, Metadata, Outcome, Results, files};
 use outliers_tests::hub::{Fault, MockHub, Repo, Seen, Wire};
 use outliers_tests::programs::worker;
+use outliers_worker::checkpoint::hub::{Hub, HubOptions, Timeouts, Token};
+use outliers_worker::checkpoint::source::{Checkpoint, TensorEntry, Wanted, WeightSource};
 use outliers_worker::error::WorkerError;
-use outliers_worker::hub::{Hub, HubOptions, Timeouts, Token};
-use outliers_worker::source::{Checkpoint, TensorEntry, Wanted, WeightSource};
 
 use crate::hub::{ID, Setup};
 

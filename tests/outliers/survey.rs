@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Child;
 
-use outliers::broker::InstanceState;
-use outliers::broker::local::Bill;
+use outliers::cloud::broker::InstanceState;
+use outliers::cloud::broker::local::Bill;
 use outliers_tests::browser::{Browser, plots};
 use outliers_tests::context::{Said, TestContext};
 use outliers_tests::programs::golden;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use outliers::broker::local::{Bill, LocalBroker};
+use outliers::cloud::broker::local::{Bill, LocalBroker};
 use outliers_protocol::Results;
 use serde_json::Value;
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use outliers::broker::SshEndpoint;
+use outliers::cloud::broker::SshEndpoint;
 
 /// Bytes that travel together.
 const PIECE: usize = 64 << 10;

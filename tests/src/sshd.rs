@@ -9,9 +9,9 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use outliers::broker::SshEndpoint;
-use outliers::keys::RunKey;
-use outliers::transport::ssh::HostKeyPin;
+use outliers::cloud::broker::SshEndpoint;
+use outliers::host::keys::RunKey;
+use outliers::host::transport::ssh::HostKeyPin;
 use tempfile::TempDir;
 
 /// Where a root `sshd` wants an empty folder of root's.

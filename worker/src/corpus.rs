@@ -26,10 +26,10 @@ use outliers_protocol::{
 };
 use sha2::{Digest, Sha256};
 
-use crate::decoder::Longest;
+use crate::checkpoint::hub::Hub;
+use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
-use crate::hub::Hub;
-use crate::safetensors::shown;
+use crate::model::decoder::Longest;
 use cutter::Cutter;
 use documents::{Document, Documents};
 use file::{LocalFile, MAX_TEXT_BYTES, RangedFile, read_whole};

@@ -8,7 +8,8 @@ use serde::Serialize;
 use sysinfo::System;
 
 use crate::error::{Result, WorkerError};
-use crate::gpu;
+
+pub mod gpu;
 
 /// One device that layers are dealt to. Two placements on the CPU are two logical devices over the same memory.
 #[derive(Clone, Debug)]

@@ -6,5 +6,5 @@ use std::process::ExitCode;
 static HEAP: outliers_heap::Heap = outliers_heap::Heap;
 
 fn main() -> ExitCode {
-    outliers_worker::app::main_impl()
+    outliers_worker::commands::app::main_impl()
 }

@@ -12,27 +12,32 @@ use outliers_protocol::{
 use sha2::{Digest, Sha256};
 use sysinfo::System;
 
-use crate::ablation::{Arms, Sharpness};
-use crate::budget::{self, StreamBudget};
+use crate::checkpoint::Model;
+use crate::checkpoint::hub::{FetchProgress, Hub};
+use crate::checkpoint::source::{Checkpoint, Container, Described, LocalSource, SyntheticSource, is_plain_name};
 use crate::corpus::{self, Tokens};
+use crate::device::gpu;
 use crate::device::{self, MachineInfo, Placement};
 use crate::error::{Result, WorkerError};
-use crate::export::{self, Exports};
 use crate::files::hex;
-use crate::gpu;
-use crate::hub::{FetchProgress, Hub};
-use crate::inspect::{self, PlannedRun};
-use crate::meter::Meter;
-use crate::model::Model;
-use crate::output::{ActivationDump, OutputFolder, write_statistics};
-use crate::product::Arithmetic;
-use crate::progress::{ProgressSink, now_ms};
-use crate::savepoint::SavePoints;
-use crate::source::{Checkpoint, Container, Described, LocalSource, SyntheticSource, is_plain_name};
+use crate::kernels::product::Arithmetic;
+use crate::pass::ablation::{Arms, Sharpness};
+use crate::pass::budget::{self, StreamBudget};
+use crate::pass::meter::Meter;
+use crate::pass::progress::{ProgressSink, now_ms};
+use crate::pass::savepoint::SavePoints;
+use crate::pass::stream::{Pass, Passed, Predicted};
+use crate::pass::trace;
+use crate::run::export::Exports;
+use crate::run::inspect::PlannedRun;
+use crate::run::output::{ActivationDump, OutputFolder, write_statistics};
+use crate::run::watch::Watch;
 use crate::stats::{Scope, Study, study};
-use crate::stream::{Pass, Passed, Predicted};
-use crate::trace;
-use crate::watch::Watch;
+
+pub mod export;
+pub mod inspect;
+pub mod output;
+pub mod watch;
 
 /// Runs a job into a folder. Whatever happens, the folder ends with a manifest that says so, unless the disk refuses it.
 ///

@@ -18,13 +18,13 @@ use outliers_scan::{Columns, Marks};
 
 use serde::{Deserialize, Serialize};
 
-use crate::attention::{FirstKey, TopShares};
+use crate::blocks::attention::{FirstKey, TopShares};
+use crate::blocks::ffn::{ExpertRows, Routing};
 use crate::error::{Result, WorkerError};
-use crate::ffn::{ExpertRows, Routing};
-use crate::tap::on_host;
-use crate::taps::Taps;
+use crate::kernels::tap::on_host;
+use crate::kernels::taps::Taps;
 
-pub use crate::decoder::Site;
+pub use crate::model::decoder::Site;
 
 pub mod attention_sinks;
 pub mod exact;

@@ -13,21 +13,21 @@ use candle_core::{DType, Tensor};
 use outliers_protocol::{
     Ablation, CorpusSource, CorpusSpec, Export, JobSpec, Measurement, ModelSource, Point, SiteKind,
 };
-use outliers_worker::ablation::{Arms, Sharpness};
+use outliers_worker::blocks::ffn::{ExpertRows, Routing};
+use outliers_worker::checkpoint::Model;
+use outliers_worker::checkpoint::hub::{Hub, HubOptions};
+use outliers_worker::checkpoint::source::{Checkpoint, TensorEntry, TensorIndex, WeightSource};
 use outliers_worker::corpus::{self, Tokens};
 use outliers_worker::device;
 use outliers_worker::error::{Result, WorkerError};
-use outliers_worker::export::{self, Exports};
-use outliers_worker::ffn::{ExpertRows, Routing};
-use outliers_worker::hub::{Hub, HubOptions};
-use outliers_worker::meter::{Meter, Span, Thread, Work};
-use outliers_worker::model::Model;
-use outliers_worker::progress::ProgressSink;
-use outliers_worker::savepoint::SavePoints;
-use outliers_worker::source::{Checkpoint, TensorEntry, TensorIndex, WeightSource};
+use outliers_worker::pass::ablation::{Arms, Sharpness};
+use outliers_worker::pass::meter::{Meter, Span, Thread, Work};
+use outliers_worker::pass::progress::ProgressSink;
+use outliers_worker::pass::savepoint::SavePoints;
+use outliers_worker::pass::stream::{Pass, Predicted};
+use outliers_worker::run::export::{self, Exports};
+use outliers_worker::run::watch::Watch;
 use outliers_worker::stats::{LayerObserver, Observer, Scope, Site, Study};
-use outliers_worker::stream::{Pass, Predicted};
-use outliers_worker::watch::Watch;
 
 /// Dense ones in all three orders of norms, mixtures of every kind, every stored format.
 const FIXTURES: [&str; 12] = [

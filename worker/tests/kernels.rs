@@ -6,11 +6,11 @@
 use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
-use outliers_worker::decoder::Window;
-use outliers_worker::delta_net::Convolution;
-use outliers_worker::fused::{self, Activation, Gate, RotatedPart, ScoreBlock, Sinks};
-use outliers_worker::gpu;
-use outliers_worker::rope::{Pairing, RopeScaling, RopeSpec};
+use outliers_worker::blocks::delta_net::Convolution;
+use outliers_worker::device::gpu;
+use outliers_worker::kernels::fused::{self, Activation, Gate, RotatedPart, ScoreBlock, Sinks};
+use outliers_worker::model::decoder::Window;
+use outliers_worker::model::rope::{Pairing, RopeScaling, RopeSpec};
 use proptest::prelude::*;
 use proptest::sample::select;
 

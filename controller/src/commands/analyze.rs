@@ -6,12 +6,12 @@ use outliers_protocol::{JobSpec, Metadata, Results, files};
 use serde::de::DeserializeOwned;
 
 use super::Context;
-use crate::deploy::slug;
+use crate::cli::settings::JobRequest;
 use crate::files::{MOST, read_small, rename_folder};
-use crate::ledger::random_word;
-use crate::local_worker::{LocalWorkerError, is_refusal};
-use crate::report::{CliError, ExitStatus, tables};
-use crate::settings::JobRequest;
+use crate::run::deploy::slug;
+use crate::run::ledger::random_word;
+use crate::run::local_worker::{LocalWorkerError, is_refusal};
+use crate::ui::report::{CliError, ExitStatus, tables};
 
 /// Runs `analyze`. Results lie in a folder of another name until they are whole: what fails never
 /// touches what lies in theirs.

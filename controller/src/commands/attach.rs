@@ -6,9 +6,9 @@ use super::deploy::tell;
 use super::drive::{Deployed, drive};
 use super::prepare::{secrets, writable};
 use super::{Context, ports};
-use crate::clouds::BadHosts;
-use crate::ledger::{Ledger, Records, RunRecord};
-use crate::report::{CliError, ExitStatus};
+use crate::cloud::clouds::BadHosts;
+use crate::run::ledger::{Ledger, Records, RunRecord};
+use crate::ui::report::{CliError, ExitStatus};
 
 /// Does it; `results` is another folder for them.
 pub(super) async fn command(

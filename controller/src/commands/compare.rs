@@ -8,8 +8,8 @@ use crate::cli::{CompareArgs, CompareFormat};
 use crate::compare::folder::{ReadError, read_all, read_whole};
 use crate::compare::{Comparison, page, pdf, pixels, plots, print};
 use crate::files::write_whole;
-use crate::report::{CliError, ExitStatus};
 use crate::text::clean;
+use crate::ui::report::{CliError, ExitStatus};
 use crate::units::PlotWidth;
 
 /// Pixels per inch of pictures for paper, unless it is said.

@@ -3,7 +3,7 @@
 use clap::CommandFactory;
 
 use crate::cli::Cli;
-use crate::report::ExitStatus;
+use crate::ui::report::ExitStatus;
 
 /// Prints the script.
 pub(super) fn command(shell: clap_complete::Shell) -> ExitStatus {

@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 use super::deploy::{deploy, tell};
 use super::drive::Deployed;
 use super::{Context, SCHEMA};
-use crate::broker::{GpuRequest, Instance, local};
 use crate::cli::DemoArgs;
+use crate::cli::settings::{DeployRequest, JobRequest, RunTerms};
+use crate::cloud::broker::{GpuRequest, Instance, local};
 use crate::files::{MOST, create_private_folder, read_small};
-use crate::report::{CliError, ExitStatus, tables};
-use crate::settings::{DeployRequest, JobRequest, RunTerms};
+use crate::ui::report::{CliError, ExitStatus, tables};
 use crate::units::Usd;
 
 /// File with the truth, written by the worker beside the checkpoint.
@@ -111,7 +111,7 @@ async fn model(context: &Context, args: &DemoArgs) -> Result<PathBuf, CliError> 
     }
     let trouble = |error: std::io::Error| CliError::failed(format!("{}: {error}", folder.display()));
     let mut part = folder.as_os_str().to_owned();
-    part.push(format!(".{}.part", crate::ledger::random_word(6)));
+    part.push(format!(".{}.part", crate::run::ledger::random_word(6)));
     let part = PathBuf::from(part);
     let parent = folder.parent().unwrap_or(Path::new("/"));
     // The state's folder may be made here.

@@ -9,17 +9,17 @@ use super::drive::{Deployed, drive_as};
 use super::instances::LISTS;
 use super::prepare::{Prepared, RunRequest, consent, identity, prepare, room, secrets, writable};
 use super::{Context, SCHEMA, ports};
-use crate::broker::InstanceId;
 use crate::calendar::rfc3339;
-use crate::clouds::{BadHosts, Clouds};
-use crate::deploy::{JobIdentity, Ports, recover};
-use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
-use crate::market::Quote;
-use crate::reconcile::Action;
-use crate::report::tables::TOP;
-use crate::report::{CliError, ExitStatus, Reporter, tables};
+use crate::cli::settings::{DefaultBroker, DeployRequest, Span};
+use crate::cloud::broker::InstanceId;
+use crate::cloud::clouds::{BadHosts, Clouds};
+use crate::cloud::market::Quote;
+use crate::run::deploy::{JobIdentity, Ports, recover};
+use crate::run::ledger::{Ledger, RunRecord, RunWriter, now_ms};
+use crate::run::reconcile::Action;
 use crate::run::{RunOutcome, RunSpec};
-use crate::settings::{DefaultBroker, DeployRequest, Span};
+use crate::ui::report::tables::TOP;
+use crate::ui::report::{CliError, ExitStatus, Reporter, tables};
 use crate::units::{Usd, UsdPerHour};
 
 /// What a deploy would do.

@@ -7,17 +7,17 @@ use futures::future::join_all;
 use serde::Serialize;
 
 use super::{Context, SCHEMA};
-use crate::broker::{Account, Instance};
 use crate::cli::DoctorArgs;
-use crate::clouds::{Cloud, Clouds};
-use crate::deploy::look;
-use crate::http::{address, clock_skew};
-use crate::keys::RunKey;
-use crate::ledger::{Ledger, Records, Repaired, random_word};
-use crate::reconcile::{Action, Leave};
-use crate::report::{CliError, ExitStatus, tables};
-use crate::settings::CloudSettings;
+use crate::cli::settings::CloudSettings;
+use crate::cloud::broker::{Account, Instance};
+use crate::cloud::clouds::{Cloud, Clouds};
+use crate::cloud::http::{address, clock_skew};
+use crate::host::keys::RunKey;
+use crate::run::deploy::look;
+use crate::run::ledger::{Ledger, Records, Repaired, random_word};
+use crate::run::reconcile::{Action, Leave};
 use crate::text::{clean, counted};
+use crate::ui::report::{CliError, ExitStatus, tables};
 
 /// Seconds by which this machine's clock may differ from a cloud's: deadlines are times of day.
 const MOST_SKEW: i64 = 60;

@@ -11,11 +11,11 @@ use tokio::sync::watch;
 
 use super::SCHEMA;
 use crate::calendar::rfc3339;
-use crate::deploy::{DeployEvent, Driver, Ports, Stop};
+use crate::cli::settings::Span;
 use crate::files::{MOST, read_small};
-use crate::ledger::{RunRecord, RunWriter, now_ms};
-use crate::report::{CliError, ExitStatus, Reporter, tables};
-use crate::settings::Span;
+use crate::run::deploy::{DeployEvent, Driver, Ports, Stop};
+use crate::run::ledger::{RunRecord, RunWriter, now_ms};
+use crate::ui::report::{CliError, ExitStatus, Reporter, tables};
 
 /// What a deploy came to.
 #[derive(Debug, Serialize)]

@@ -8,10 +8,10 @@ use super::status::StatusReport;
 use super::{Context, SCHEMA};
 use crate::calendar::rfc3339;
 use crate::files::{MOST, read_small, write_whole};
-use crate::handoff::{document, is_untouched, sealed};
-use crate::ledger::now_ms;
-use crate::report::{CliError, ExitStatus};
-use crate::status::Status;
+use crate::run::ledger::now_ms;
+use crate::ui::handoff::{document, is_untouched, sealed};
+use crate::ui::report::{CliError, ExitStatus};
+use crate::ui::status::Status;
 
 /// Where documents go, seen from the folder in which the command runs.
 const FOLDER: &str = "handoffs";

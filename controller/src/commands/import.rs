@@ -10,10 +10,10 @@ use super::Context;
 use crate::cli::ImportArgs;
 use crate::compare::folder::IMPORTED;
 use crate::compare::predecessor::{Imported, import};
-use crate::deploy::slug;
 use crate::files::{MOST, read_small, sha256, write_whole};
-use crate::ledger::now_ms;
-use crate::report::{CliError, ExitStatus};
+use crate::run::deploy::slug;
+use crate::run::ledger::now_ms;
+use crate::ui::report::{CliError, ExitStatus};
 
 /// Runs `results import`.
 pub(super) fn command(context: &Context, args: &ImportArgs) -> Result<ExitStatus, CliError> {

@@ -1,9 +1,9 @@
 //! `inspect`.
 
 use super::Context;
-use crate::local_worker::InspectScope;
-use crate::report::{CliError, ExitStatus, tables};
-use crate::settings::JobRequest;
+use crate::cli::settings::JobRequest;
+use crate::run::local_worker::InspectScope;
+use crate::ui::report::{CliError, ExitStatus, tables};
 
 /// Runs `inspect`.
 pub(super) async fn command(context: &Context, asked: &JobRequest) -> Result<ExitStatus, CliError> {

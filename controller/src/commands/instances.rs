@@ -6,14 +6,14 @@ use futures::future::join_all;
 use serde::Serialize;
 
 use super::{Context, Home, SCHEMA};
-use crate::broker::{Instance, InstanceState, SshEndpoint};
 use crate::cli::{InstancesCommand, Only};
-use crate::clouds::{Cloud, Clouds};
-use crate::deploy::{KEY_FILE, Looked, look};
-use crate::ledger::{Ledger, RunRecord};
-use crate::report::{CliError, ExitStatus, tables};
+use crate::cloud::broker::{Instance, InstanceState, SshEndpoint};
+use crate::cloud::clouds::{Cloud, Clouds};
+use crate::host::transport::quote::quote;
+use crate::run::deploy::{KEY_FILE, Looked, look};
+use crate::run::ledger::{Ledger, RunRecord};
 use crate::run::{Pin, RunEvent};
-use crate::transport::quote::quote;
+use crate::ui::report::{CliError, ExitStatus, tables};
 
 mod terminate;
 

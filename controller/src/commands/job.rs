@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use outliers_protocol::{JobOptions, JobSpec, ModelSource, Weights};
 
+use crate::cli::settings::JobRequest;
 use crate::files::{MOST, is_plain_name, read_text};
 use crate::model_name::of_folder;
-use crate::report::CliError;
-use crate::settings::JobRequest;
 use crate::text::clean;
+use crate::ui::report::CliError;
 
 /// Most characters of a model's name.
 const LONGEST_NAME: usize = 100;

@@ -8,7 +8,7 @@ use clap::CommandFactory;
 use super::Context;
 use crate::cli::{Cli, VERSION};
 use crate::files::write_whole;
-use crate::report::{CliError, ExitStatus};
+use crate::ui::report::{CliError, ExitStatus};
 
 /// Writes them.
 pub(super) fn command(context: &Context, folder: &Path) -> Result<ExitStatus, CliError> {

@@ -3,13 +3,13 @@
 use serde::Serialize;
 
 use super::{Context, SCHEMA};
-use crate::broker::{Dropped, Offer};
-use crate::estimate::{Estimate, Work};
-use crate::local_worker::InspectScope;
-use crate::market::{self, Step};
-use crate::report::tables::{self, TOP};
-use crate::report::{CliError, ExitStatus};
-use crate::settings::OffersRequest;
+use crate::cli::settings::OffersRequest;
+use crate::cloud::broker::{Dropped, Offer};
+use crate::cloud::estimate::{Estimate, Work};
+use crate::cloud::market::{self, Step};
+use crate::run::local_worker::InspectScope;
+use crate::ui::report::tables::{self, TOP};
+use crate::ui::report::{CliError, ExitStatus};
 use crate::units::Bytes;
 
 /// A run for the order where no model is named: about a model of 50 billion parameters over 32,768 tokens.

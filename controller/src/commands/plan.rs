@@ -6,14 +6,14 @@ use outliers_protocol::Inspection;
 use serde::Serialize;
 
 use super::{Context, SCHEMA};
-use crate::broker::Offer;
-use crate::estimate::{Estimate, Work};
-use crate::local_worker::InspectScope;
-use crate::market;
-use crate::output;
-use crate::report::tables::{self, TOP};
-use crate::report::{CliError, ExitStatus};
-use crate::settings::PlanRequest;
+use crate::cli::settings::PlanRequest;
+use crate::cloud::broker::Offer;
+use crate::cloud::estimate::{Estimate, Work};
+use crate::cloud::market;
+use crate::run::local_worker::InspectScope;
+use crate::run::output;
+use crate::ui::report::tables::{self, TOP};
+use crate::ui::report::{CliError, ExitStatus};
 use crate::units::Bytes;
 
 /// What a run would need, take and cost.

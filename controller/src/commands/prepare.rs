@@ -7,19 +7,19 @@ use std::time::Duration;
 use outliers_protocol::{CorpusSource, FileBytes, Inspection, JobSpec, ModelSource, Weights};
 
 use super::Context;
-use crate::broker::{GpuRequest, Offer, Stage, slurm};
-use crate::clouds::{Cloud, Clouds, Offered};
-use crate::deploy::JobIdentity;
+use crate::cli::settings::RunTerms;
+use crate::cloud::broker::{GpuRequest, Offer, Stage, slurm};
+use crate::cloud::clouds::{Cloud, Clouds, Offered};
+use crate::cloud::market::Quote;
 use crate::files::{RESERVE, free_disk};
-use crate::ledger::random_word;
-use crate::local_worker::{InspectScope, LocalWorker, Pushed, corpus_files};
-use crate::market::Quote;
-use crate::output;
-use crate::report::CliError;
-use crate::report::tables::TOP;
+use crate::run::deploy::JobIdentity;
+use crate::run::ledger::random_word;
+use crate::run::local_worker::{InspectScope, LocalWorker, Pushed, corpus_files};
+use crate::run::output;
 use crate::run::{GuardTimeouts, RunSpec};
 use crate::secret::Secret;
-use crate::settings::RunTerms;
+use crate::ui::report::CliError;
+use crate::ui::report::tables::TOP;
 use crate::units::{Bytes, Usd};
 
 /// Disk for a run's own files where the checkpoint lies elsewhere.
@@ -405,7 +405,7 @@ pub(super) fn writable(folder: &Path) -> Result<(), CliError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::output::tests::inspection;
+    use crate::run::output::tests::inspection;
 
     #[test]
     fn a_model_in_a_shared_cache_is_found_by_its_commit() {

@@ -11,15 +11,15 @@ use serde::Serialize;
 
 use super::instances::LISTS;
 use super::{Context, Home, SCHEMA, ports};
-use crate::broker::{Instance, InstanceId, LeaseTag};
 use crate::cli::ReapArgs;
-use crate::clouds::{BadHosts, Cloud, Clouds};
-use crate::deploy::{DriveError, Looked, Target, carry_out, end, look};
-use crate::ledger::now_ms;
-use crate::reconcile::{Action, overdue};
-use crate::report::{CliError, ExitStatus, finish, stray, tables};
-use crate::settings::Span;
+use crate::cli::settings::Span;
+use crate::cloud::broker::{Instance, InstanceId, LeaseTag};
+use crate::cloud::clouds::{BadHosts, Cloud, Clouds};
+use crate::run::deploy::{DriveError, Looked, Target, carry_out, end, look};
+use crate::run::ledger::now_ms;
+use crate::run::reconcile::{Action, overdue};
 use crate::text::counted;
+use crate::ui::report::{CliError, ExitStatus, finish, stray, tables};
 
 #[derive(Serialize)]
 struct ReapReport {
@@ -291,9 +291,9 @@ fn in_words(document: &ReapReport) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::settings::{Environment, Settings};
     use crate::cli::{Color, Global};
-    use crate::report::Reporter;
-    use crate::settings::{Environment, Settings};
+    use crate::ui::report::Reporter;
 
     fn context() -> Context {
         let environment = Environment::of(&[("HOME", "/nowhere")]);
@@ -311,7 +311,7 @@ mod tests {
     fn agreed(args: &ReapArgs, terminal: bool, mut answers: &[u8]) -> bool {
         let context = context();
         let cloud = context.cloud("local").unwrap();
-        let mut instance = crate::reconcile::tests::instance("i", "outliers-o-r-n-1");
+        let mut instance = crate::run::reconcile::tests::instance("i", "outliers-o-r-n-1");
         instance.broker = "local".to_owned();
         let looked = Looked { listed: vec![instance], actions: Vec::new() };
         let found = CloudFindings::of(&cloud, looked, Some("o"), &mut Vec::new());

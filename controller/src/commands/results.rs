@@ -15,7 +15,7 @@ use crate::compare::folder::{Content, ResultFolder, Run, paths, read, read_all};
 use crate::compare::recount::recount;
 use crate::compare::{Comparison, page};
 use crate::files::write_whole;
-use crate::report::{CliError, ExitStatus, tables};
+use crate::ui::report::{CliError, ExitStatus, tables};
 use crate::units::{figure, grouped};
 
 /// The page of one result, in its folder.

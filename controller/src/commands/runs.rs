@@ -9,12 +9,12 @@ use tokio::time::Instant;
 use super::drive::Deployed;
 use super::{Context, SCHEMA, ports};
 use crate::cli::RunsCommand;
-use crate::clouds::{BadHosts, Clouds};
-use crate::deploy::{DriveError, Driver, Ports, Stop, release};
-use crate::ledger::{Ledger, Records, RunRecord, RunWriter, Unreadable, now_ms};
-use crate::report::{CliError, ExitStatus, tables};
+use crate::cloud::clouds::{BadHosts, Clouds};
 use crate::run::RunOutcome;
+use crate::run::deploy::{DriveError, Driver, Ports, Stop, release};
+use crate::run::ledger::{Ledger, Records, RunRecord, RunWriter, Unreadable, now_ms};
 use crate::text::clean;
+use crate::ui::report::{CliError, ExitStatus, tables};
 
 mod logs;
 

@@ -4,11 +4,11 @@ use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Context, SCHEMA};
-use crate::broker::slurm;
-use crate::clouds::Cloud;
-use crate::ledger::{Ledger, now_ms};
-use crate::report::{CliError, ExitStatus, tables};
-use crate::status::Status;
+use crate::cloud::broker::slurm;
+use crate::cloud::clouds::Cloud;
+use crate::run::ledger::{Ledger, now_ms};
+use crate::ui::report::{CliError, ExitStatus, tables};
+use crate::ui::status::Status;
 
 /// The picture with its version.
 #[derive(Serialize)]

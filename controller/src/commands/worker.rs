@@ -7,8 +7,8 @@ use tokio::process::Command;
 
 use super::{Context, SCHEMA};
 use crate::cli::WorkerCommand;
-use crate::local_worker::{PORTABLE, Pushed};
-use crate::report::{CliError, ExitStatus};
+use crate::run::local_worker::{PORTABLE, Pushed};
+use crate::ui::report::{CliError, ExitStatus};
 use crate::units::CudaVersion;
 
 /// What builds it, in the project's folder.

@@ -10,7 +10,7 @@ use super::plots::{peak_quartiles, quartiles, strongest};
 use super::published;
 use super::table::{Column, NONE, Table, numbers, optional, words};
 use super::threshold_sweep::{LAYER_PERCENTS, POSITION_PERCENTS, shares, sweep};
-use crate::report::diagnostics::{WITHOUT, without};
+use crate::ui::report::diagnostics::{WITHOUT, without};
 
 /// Rows of what may be long; `results.json` has them all.
 const ROWS: usize = 40;

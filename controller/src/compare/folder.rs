@@ -14,8 +14,8 @@ use super::bootstrap::SequenceTotals;
 use super::predecessor::Imported;
 use super::samples;
 use super::statistics::{Statistics, StudyShape};
-use crate::deploy::holds;
 use crate::files::{digest, is_plain_name, read_small, sha256};
+use crate::run::deploy::holds;
 use crate::survey::ModelOutcome;
 use crate::survey::index::{Index, IndexEntry, IndexError};
 use crate::text::clean;
@@ -396,7 +396,7 @@ mod tests {
 
     use super::super::fixture::{change, copy};
     use super::*;
-    use crate::ledger::RUN_FILE;
+    use crate::run::ledger::RUN_FILE;
 
     fn mixture() -> (tempfile::TempDir, PathBuf) {
         let home = tempfile::tempdir().unwrap();

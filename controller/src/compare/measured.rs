@@ -8,7 +8,7 @@ use outliers_protocol::{
 use super::bootstrap::{Estimate, interval, mean, middle, samples};
 use super::comparison::{Compared, Comparison};
 use super::table::{Column, NONE, Table, estimate, numbers, optional, words};
-use crate::report::diagnostics::name;
+use crate::ui::report::diagnostics::name;
 
 /// The tables of one model, the cost first; empty unless something was asked for.
 pub fn tables(results: &Results) -> Vec<Table> {

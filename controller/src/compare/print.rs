@@ -4,8 +4,8 @@ use super::Comparison;
 use super::bootstrap::Estimate;
 use super::comparison::{Compared, Figure, ResultKind};
 use super::table::{Column, Table, tables};
-use crate::report::tables::{Cell, name, number, paragraphs, table as text_table};
 use crate::text::clean;
+use crate::ui::report::tables::{Cell, name, number, paragraphs, table as text_table};
 
 /// Longest cell.
 const CELL: usize = 600;

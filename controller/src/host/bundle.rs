@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::{HostError, RemoteHost};
-use crate::transport::quote::quote;
+use crate::host::transport::quote::quote;
 
 /// Time for a bundle: 64 MiB at 0.5 MB/s.
 const LIMIT: Duration = Duration::from_secs(120);

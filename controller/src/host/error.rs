@@ -1,6 +1,6 @@
 //! Why a host could not do what was asked of it.
 
-use crate::transport::{TransportError, TransportErrorKind};
+use crate::host::transport::{TransportError, TransportErrorKind};
 
 /// A failure on the way to a host or on it.
 #[derive(Clone, Debug, thiserror::Error)]

@@ -13,8 +13,8 @@ use super::push::hash_file;
 use super::retry::again;
 use super::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost};
 use crate::files::{RESERVE, free_disk};
+use crate::host::transport::TransportErrorKind;
 use crate::text::clean;
-use crate::transport::TransportErrorKind;
 use crate::units::Bytes;
 
 /// A manifest is a list of a dozen files.

@@ -9,8 +9,8 @@ use tokio::time::{Instant, sleep_until};
 use super::launch::{PROCESS, read_state};
 use super::retry::{Retry, again};
 use super::{HostError, HostErrorKind, HostEvent, JobStatus, OnEvent, RemoteHost, TIMEOUT};
+use crate::host::transport::quote::quote;
 use crate::text::clean;
-use crate::transport::quote::quote;
 
 /// How long SSH may be lost: the job goes on without it.
 const RECONNECT_BUDGET: Duration = Duration::from_secs(600);

@@ -2,7 +2,7 @@
 //!
 //! It is a shell script in a session of its own. We renew its lease as long as we are connected; without that, or when the
 //! run's time is up, or when the worker has ended and nobody comes for its files, it stops the worker and ends the instance by
-//! the means the cloud gives it ([`Broker::self_destruct`](crate::broker::Broker::self_destruct)). It never powers the machine
+//! the means the cloud gives it ([`Broker::self_destruct`](crate::cloud::broker::Broker::self_destruct)). It never powers the machine
 //! off: the clouds that give no such means bill a machine that is off like one that runs, and its results would be out of reach.
 
 use std::time::Duration;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::launch::PROCESS;
 use super::retry::again;
 use super::{HostError, RemoteHost, SHORT, TIMEOUT};
-use crate::transport::quote::quote;
+use crate::host::transport::quote::quote;
 
 const SCRIPT: &str = include_str!("guard.sh");
 /// Between two looks of the guard, at most.

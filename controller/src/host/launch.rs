@@ -6,8 +6,8 @@ use outliers_protocol::{JobSpec, files};
 
 use super::retry::again;
 use super::{HostError, HostErrorKind, RemoteHost, RemoteWorker, SHORT, ScriptOutput, TIMEOUT};
+use crate::host::transport::quote::quote;
 use crate::secret::Secret;
-use crate::transport::quote::quote;
 
 /// The script that runs the worker, and the secrets it reads and removes.
 const WRAPPER: &str = "launch.sh";

@@ -7,8 +7,8 @@ use outliers_protocol::{SCHEMA, VersionInfo};
 
 use super::{HostError, HostErrorKind, OnEvent, RemoteHost, SHORT, names};
 use crate::files::{digest, is_plain_name};
+use crate::host::transport::quote::quote;
 use crate::text::clean;
-use crate::transport::quote::quote;
 use crate::units::Bytes;
 
 mod delivery;

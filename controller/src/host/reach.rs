@@ -8,8 +8,8 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::retry::next_attempt;
 use super::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost};
-use crate::transport::ssh::{HostKeyPin, SshTransport};
-use crate::transport::{SshEndpoint, TransportError, TransportErrorKind};
+use crate::host::transport::ssh::{HostKeyPin, SshTransport};
+use crate::host::transport::{SshEndpoint, TransportError, TransportErrorKind};
 
 /// Connects and logs in, trying again until `deadline` as long as trying can help.
 ///

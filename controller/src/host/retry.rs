@@ -6,7 +6,7 @@ use rand::Rng;
 use tokio::time::{Instant, sleep_until};
 
 use super::{HostError, HostErrorKind, HostEvent, OnEvent};
-use crate::transport::TransportErrorKind as Kind;
+use crate::host::transport::TransportErrorKind as Kind;
 
 /// Servers lock out clients that fail to log in too often: never faster than this.
 const AUTH_PAUSE: Duration = Duration::from_secs(5);

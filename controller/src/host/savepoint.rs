@@ -5,7 +5,7 @@ use std::path::Path;
 use outliers_protocol::files;
 
 use super::{HostError, RemoteHost, SHORT, names};
-use crate::transport::quote::quote;
+use crate::host::transport::quote::quote;
 use crate::units::Bytes;
 
 /// Which file a save point was: its size, its time and its number. A new one is renamed over the old.

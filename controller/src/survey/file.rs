@@ -14,10 +14,10 @@ use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 use toml::de::DeTable;
 
-use crate::broker::GpuRequest;
-use crate::deploy::slug;
+use crate::cloud::broker::GpuRequest;
 use crate::files::{MOST, is_plain_name, read_text};
 use crate::model_name::short;
+use crate::run::deploy::slug;
 use crate::text::{toml_error, unknown_key};
 use crate::units::{GpuTime, Positive, Span, Usd};
 

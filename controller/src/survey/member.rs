@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use super::index::{IndexEntry, ModelOutcome};
-use crate::deploy::{JobIdentity, holds};
 use crate::files::{MOST, read_small};
-use crate::ledger::{RUN_FILE, RunRecord};
+use crate::run::deploy::{JobIdentity, holds};
+use crate::run::ledger::{RUN_FILE, RunRecord};
 use crate::run::{Brought, Membership, RunFailureKind, RunOutcome};
 
 /// A model of a survey, and what it is to be run as.
@@ -125,7 +125,7 @@ mod tests {
     use super::*;
     use crate::compare::fixture::copy;
     use crate::run::{FailureDetail, RunEvent, RunSpec};
-    use crate::status::tests::{ended, rented, run};
+    use crate::ui::status::tests::{ended, rented, run};
 
     /// A run of the model `owner/a`, its job and key set.
     fn of_a(id: &str, events: Vec<RunEvent>) -> RunRecord {

@@ -5,11 +5,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use outliers::broker::SshEndpoint;
+use outliers::cloud::broker::SshEndpoint;
+use outliers::host::keys::RunKey;
+use outliers::host::transport::ssh::SshTransport;
+use outliers::host::transport::{Transport, TransportErrorKind as Kind};
 use outliers::host::{Cursor, HostErrorKind, HostEvent, RemoteHost, unfinished};
-use outliers::keys::RunKey;
-use outliers::transport::ssh::SshTransport;
-use outliers::transport::{Transport, TransportErrorKind as Kind};
 use outliers_protocol::FileBytes;
 use russh::keys::{Algorithm, PrivateKey, key::safe_rng};
 use russh::server::{Auth, ChannelOpenHandle, Config, Handle, Handler, Msg, Session, VerifiedPublicKey};

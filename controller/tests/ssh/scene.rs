@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use outliers::broker::SshEndpoint;
+use outliers::cloud::broker::SshEndpoint;
 use outliers::host::RemoteHost;
-use outliers::transport::ssh::{SshTransport, Tuning};
+use outliers::host::transport::ssh::{SshTransport, Tuning};
 use outliers_tests::flaky_link::FlakyLink;
 use outliers_tests::sshd::Sshd;
 use tempfile::TempDir;

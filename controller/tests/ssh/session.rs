@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use outliers::broker::SshEndpoint;
-use outliers::transport::ssh::{SshTransport, Tuning};
-use outliers::transport::{Transport, TransportErrorKind as Kind};
+use outliers::cloud::broker::SshEndpoint;
+use outliers::host::transport::ssh::{SshTransport, Tuning};
+use outliers::host::transport::{Transport, TransportErrorKind as Kind};
 use outliers_tests::flaky_link::FlakyLink;
 
 use crate::scene::{HASTY, Scene};

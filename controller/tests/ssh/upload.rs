@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use outliers::host::transport::ssh::{SshTransport, Tuning};
+use outliers::host::transport::{SendRequest, Transport, TransportError, TransportErrorKind as Kind};
 use outliers::host::{HostEvent, RemoteHost};
-use outliers::transport::ssh::{SshTransport, Tuning};
-use outliers::transport::{SendRequest, Transport, TransportError, TransportErrorKind as Kind};
 use outliers_tests::flaky_link::FlakyLink;
 use outliers_tests::{noise, sha256};
 

@@ -5,7 +5,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use outliers::broker::{
+use outliers::cloud::broker::{
     Broker, BrokerError, BrokerErrorKind, GpuRequest, Instance, InstanceId, Lease, LeaseTag, Offer, Offers,
 };
 use outliers::units::Bytes;

@@ -5,7 +5,7 @@ pub mod prime;
 pub mod runpod;
 pub mod vast;
 
-use outliers::broker::CloudKind;
+use outliers::cloud::broker::CloudKind;
 use outliers::units::UsdPerHour;
 
 use crate::{Answer, Op, Refusal, Request, Stock, World};

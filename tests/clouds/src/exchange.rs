@@ -1,6 +1,6 @@
 //! What goes over the wire, as a dialect sees it.
 
-use outliers::http::Method;
+use outliers::cloud::http::Method;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 

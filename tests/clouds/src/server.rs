@@ -10,8 +10,8 @@ use axum::extract::State;
 use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH};
 use axum::http::{HeaderValue, Response, StatusCode, Uri};
 use futures::stream;
-use outliers::broker::{Access, Broker};
-use outliers::http::{Explain, Http, Limits};
+use outliers::cloud::broker::{Access, Broker};
+use outliers::cloud::http::{Explain, Http, Limits};
 use outliers::secret::Secret;
 use tokio::sync::oneshot;
 

@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use outliers::broker::SshEndpoint;
+use outliers::cloud::broker::SshEndpoint;
 use outliers::units::{Usd, UsdPerHour};
 use serde_json::{Map, Value};
 

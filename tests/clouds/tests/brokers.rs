@@ -1,6 +1,6 @@
 //! Every broker against a fake of its cloud, one test per property.
 
-use outliers::broker::{Broker, CLOUDS, GpuRequest, local::LocalBroker};
+use outliers::cloud::broker::{Broker, CLOUDS, GpuRequest, local::LocalBroker};
 use outliers::units::Bytes;
 use outliers_clouds::conformance::{answers, creation, life, listing, offers};
 use outliers_clouds::{Dialect, FakeCloud, dialect};

@@ -1,6 +1,6 @@
 //! What only Lambda does.
 
-use outliers::broker::{BrokerErrorKind, GpuRequest, Instance, Lease, Offer};
+use outliers::cloud::broker::{BrokerErrorKind, GpuRequest, Instance, Lease, Offer};
 use outliers_clouds::conformance::lease;
 use outliers_clouds::dialect::lambda::Lambda;
 use outliers_clouds::{Answer, FakeCloud, How, Op, SshKey};

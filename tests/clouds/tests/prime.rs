@@ -1,6 +1,6 @@
 //! What only Prime Intellect does.
 
-use outliers::broker::{BrokerErrorKind, Dropped, GpuRequest, InstanceId, InstanceState, Lease, Offer};
+use outliers::cloud::broker::{BrokerErrorKind, Dropped, GpuRequest, InstanceId, InstanceState, Lease, Offer};
 use outliers::units::{Bytes, UsdPerHour};
 use outliers_clouds::dialect::prime::Prime;
 use outliers_clouds::{Answer, FakeCloud, Fault, How, Op, Refusal, SshKey};

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use outliers::broker::{Broker, BrokerErrorKind, GpuRequest, Lease, Offer};
+use outliers::cloud::broker::{Broker, BrokerErrorKind, GpuRequest, Lease, Offer};
 use outliers::units::Bytes;
 use outliers_clouds::dialect::runpod::RunPod;
 use outliers_clouds::{Answer, FakeCloud, How, Op, Refusal, Stock};

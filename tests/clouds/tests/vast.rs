@@ -1,8 +1,8 @@
 //! What only Vast.ai does.
 
-use outliers::broker::{BrokerErrorKind, GpuRequest, InstanceId, InstanceState, Lease, Offer, Tier};
-use outliers::estimate::Work;
-use outliers::market::{self, Filter};
+use outliers::cloud::broker::{BrokerErrorKind, GpuRequest, InstanceId, InstanceState, Lease, Offer, Tier};
+use outliers::cloud::estimate::Work;
+use outliers::cloud::market::{self, Filter};
 use outliers::units::{Bytes, Usd, UsdPerHour};
 use outliers_clouds::dialect::Dialect;
 use outliers_clouds::dialect::vast::Vast;
@@ -167,7 +167,7 @@ async fn a_price_that_a_host_asks_for_is_seen_and_nothing_is_sent_but_the_questi
     cloud.world().fail(Op::Get, How::Say(Answer::json(200, &answer)));
     let asked = broker.price_rise(&id).await.unwrap();
     assert_eq!(asked.as_deref(), Some("$0.72/h for its GPUs instead of $0.36/h"));
-    assert!(cloud.world().requests.iter().all(|request| request.method == outliers::http::Method::GET));
+    assert!(cloud.world().requests.iter().all(|request| request.method == outliers::cloud::http::Method::GET));
 }
 
 #[tokio::test]

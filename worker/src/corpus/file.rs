@@ -5,9 +5,9 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use crate::checkpoint::hub::DatasetFile;
 use crate::error::{IoContext, Result, WorkerError};
 use crate::files::open_regular;
-use crate::hub::DatasetFile;
 
 /// Longest text, bytes: tokenising needs some 50 times that in memory.
 pub(super) const MAX_TEXT_BYTES: u64 = 256 << 20;

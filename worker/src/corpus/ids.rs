@@ -2,8 +2,8 @@
 
 use super::file::bom;
 use super::foreign;
+use crate::checkpoint::safetensors::{Header, StoredDtype};
 use crate::error::{Result, WorkerError};
-use crate::safetensors::{Header, StoredDtype};
 
 /// The tensor that holds the ids.
 const TENSOR: &str = "input_ids";

@@ -8,8 +8,8 @@ use outliers_protocol::CorpusCompression;
 
 use super::file::{RangedFile, too_long};
 use super::foreign;
+use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
-use crate::safetensors::shown;
 
 /// Packed bytes read at a time.
 const PIECE: u64 = 16 << 20;

@@ -17,8 +17,8 @@ use super::documents::Document;
 use super::file::RangedFile;
 use super::foreign;
 use crate::caught::caught;
+use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
-use crate::safetensors::shown;
 
 /// Bytes at the end of a file, asked for in the hope that they hold the whole footer.
 const LIKELY_FOOTER: u64 = 64 << 10;

@@ -5,8 +5,8 @@ use std::fmt;
 use serde_json::Value;
 
 use super::file::CONVERT;
+use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
-use crate::safetensors::shown;
 
 /// Names told in a message.
 const NAMES: usize = 20;

@@ -5,8 +5,8 @@ use csv::{ErrorKind, ReaderBuilder, StringRecord};
 use super::documents::Document;
 use super::file::{MAX_HELD_BYTES, RangedFile, line_after, read_whole};
 use super::text::decode;
+use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
-use crate::safetensors::shown;
 
 /// Columns told in a message.
 const NAMES: usize = 20;

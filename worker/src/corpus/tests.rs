@@ -12,9 +12,9 @@ use outliers_protocol::{BosPolicy, FailureKind};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::hub::HubOptions;
-use crate::safetensors::{StoredDtype, TensorSpec, Writer};
-use crate::source::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
+use crate::checkpoint::hub::HubOptions;
+use crate::checkpoint::safetensors::{StoredDtype, TensorSpec, Writer};
+use crate::checkpoint::source::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
 
 mod formats;
 

@@ -12,9 +12,9 @@ use outliers_protocol::{BosPolicy, TokenizerProvenance};
 use sha2::{Digest, Sha256};
 
 use super::documents::Document;
+use crate::checkpoint::safetensors::shown;
+use crate::checkpoint::source::{TOKENIZER_FILE, TokenizerFiles, read_small};
 use crate::error::{Result, WorkerError};
-use crate::safetensors::shown;
-use crate::source::{TOKENIZER_FILE, TokenizerFiles, read_small};
 use library::Library;
 use python::PythonConfig;
 use ranks::RankTokenizer;

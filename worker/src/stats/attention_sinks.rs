@@ -8,7 +8,7 @@ use outliers_scan::Scan;
 use serde::{Deserialize, Serialize};
 
 use super::exact::ExactSum;
-use crate::attention::FirstKey;
+use crate::blocks::attention::FirstKey;
 
 /// The rule, for reports.
 const RULE: &str = "share of attention on the first key of the sequence, over queries that see it but for the first; \

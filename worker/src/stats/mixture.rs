@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::exact::ExactSum;
 use super::top::{Top, TopValue};
 use super::values::Values;
+use crate::blocks::ffn::Routing;
 use crate::error::Result;
-use crate::ffn::Routing;
 
 /// What one expert was sent.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

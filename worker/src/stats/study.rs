@@ -22,11 +22,11 @@ use super::spike_life::Spikes;
 use super::top::{Top, TopValue};
 use super::values::{HostValues, Values, with_values};
 use super::{Column, LayerObserver, Observer, OutlierStats, Site, Summary, with_f32};
-use crate::attention::FirstKey;
+use crate::blocks::attention::FirstKey;
+use crate::blocks::ffn::{ExpertRows, Routing};
 use crate::corpus::Tokens;
-use crate::decoder::{DecoderSpec, FfnSpec, LayerSpec};
 use crate::error::{Result, WorkerError};
-use crate::ffn::{ExpertRows, Routing};
+use crate::model::decoder::{DecoderSpec, FfnSpec, LayerSpec};
 
 /// What is studied of a model over a corpus.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -4,8 +4,8 @@ use candle_core::Tensor;
 use outliers_scan::{Columns, Large, Rows, Scan};
 
 use super::with_f32;
+use crate::device::gpu::{Activation, with_activation};
 use crate::error::Result;
-use crate::gpu::{Activation, with_activation};
 
 /// Activations `[rows, width]`, rows of whole sequences: each operation has a form for the CPU and
 /// one for GPUs, of the same results.

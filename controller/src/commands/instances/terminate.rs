@@ -5,15 +5,15 @@ use std::io::{BufRead, IsTerminal, Write};
 use futures::future::join_all;
 
 use super::{LISTS, clouds, missing};
-use crate::broker::{Instance, InstanceId};
 use crate::cli::TerminateArgs;
-use crate::clouds::{BadHosts, Cloud, Clouds};
+use crate::cloud::broker::{Instance, InstanceId};
+use crate::cloud::clouds::{BadHosts, Cloud, Clouds};
 use crate::commands::{Context, Home, SCHEMA, ports, runs};
-use crate::deploy::{DriveError, Stop, Target};
-use crate::ledger::LedgerError;
 use crate::model_name::short;
-use crate::report::{CliError, ExitStatus, tables};
+use crate::run::deploy::{DriveError, Stop, Target};
+use crate::run::ledger::LedgerError;
 use crate::text::counted;
+use crate::ui::report::{CliError, ExitStatus, tables};
 
 /// An instance that is to end.
 struct Chosen<'a> {
@@ -219,7 +219,7 @@ async fn end(context: &Context, home: &Home, clouds: &Clouds, chosen: &Chosen<'_
         Err(Refused::Stuck(stuck)) => return Err(stuck.into()),
     }
     let target = chosen.shown.as_ref().map_or_else(|| Target::of(&chosen.id), Target::from);
-    Ok(crate::deploy::end(chosen.cloud, &|event| context.reporter.event(event), &[target]).await?)
+    Ok(crate::run::deploy::end(chosen.cloud, &|event| context.reporter.event(event), &[target]).await?)
 }
 
 /// Why an instance does not end through its run.

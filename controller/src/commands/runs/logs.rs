@@ -13,16 +13,16 @@ use std::time::Duration;
 use outliers_protocol::files;
 use tokio::time::Instant;
 
-use crate::broker::InstanceState;
+use crate::cloud::broker::InstanceState;
 use crate::commands::{Context, SCHEMA};
-use crate::deploy::{KEY_FILE, read_cursor};
 use crate::files::{MOST, read_small};
+use crate::host::transport::ssh::HostKeyPin;
 use crate::host::{self, Cursor, HostError, HostEvent, RemoteHost};
-use crate::ledger::{Ledger, RunRecord};
-use crate::report::{CliError, ExitStatus};
+use crate::run::deploy::{KEY_FILE, read_cursor};
+use crate::run::ledger::{Ledger, RunRecord};
 use crate::run::{Pin, RunState};
 use crate::text::clean;
-use crate::transport::ssh::HostKeyPin;
+use crate::ui::report::{CliError, ExitStatus};
 
 /// Longest line that is shown.
 const LINE: usize = 2000;

@@ -12,11 +12,11 @@ use super::{Session, Todo};
 use crate::commands::deploy::cli_error_of;
 use crate::commands::drive::listening;
 use crate::commands::prepare::secrets;
-use crate::deploy::{DriveError, Driver, Ports, StartThrottle, Stop};
-use crate::ledger::{Ledger, RunRecord, RunWriter, now_ms};
-use crate::report::{CliError, Reporter};
 use crate::run::RunSpec;
+use crate::run::deploy::{DriveError, Driver, Ports, StartThrottle, Stop};
+use crate::run::ledger::{Ledger, RunRecord, RunWriter, now_ms};
 use crate::secret::Secret;
+use crate::ui::report::{CliError, Reporter};
 use crate::units::Usd;
 
 /// Between two looks at what all runs have cost.

@@ -6,20 +6,20 @@ use outliers_protocol::ModelSource;
 use serde::Serialize;
 
 use super::{Model, Problem, Session, Todo, in_words};
-use crate::broker::Offer;
+use crate::cli::settings::Span;
+use crate::cloud::broker::Offer;
+use crate::cloud::estimate::Estimate;
+use crate::cloud::market;
 use crate::commands::SCHEMA;
 use crate::commands::prepare::Prepared;
-use crate::deploy::DriveError;
-use crate::estimate::Estimate;
-use crate::ledger::{RunRecord, now_ms};
-use crate::market;
-use crate::report::{CliError, ExitStatus, tables};
+use crate::run::deploy::DriveError;
+use crate::run::ledger::{RunRecord, now_ms};
 use crate::run::{RunOutcome, RunSpec};
-use crate::settings::Span;
-use crate::status::HeadlineFigures;
 use crate::survey::index::IndexEntry;
 use crate::survey::{ModelOutcome, is_commit};
 use crate::text::clean_lines;
+use crate::ui::report::{CliError, ExitStatus, tables};
+use crate::ui::status::HeadlineFigures;
 use crate::units::{GpuTime, Usd, figure};
 
 /// What the first offer takes.

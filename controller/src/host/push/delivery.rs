@@ -17,9 +17,9 @@ use super::hash_file;
 use crate::files::{hex, open_regular};
 use crate::host::probe::free_kib;
 use crate::host::retry::Retry;
+use crate::host::transport::SendRequest;
+use crate::host::transport::quote::quote;
 use crate::host::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost, SHORT, ScriptOutput};
-use crate::transport::SendRequest;
-use crate::transport::quote::quote;
 use crate::units::Bytes;
 
 /// Hashing a large file on a slow disk.

@@ -1,8 +1,8 @@
 //! Where on a host a program can be put and run: a home folder may be mounted `noexec`, or
 //! read-only.
 
+use crate::host::transport::quote::quote;
 use crate::host::{HostError, HostErrorKind, RemoteHost, SHORT, ScriptOutput};
-use crate::transport::quote::quote;
 
 /// Tried in this order when the home folder does not serve; the login user has a folder of its own
 /// in each.

@@ -3,10 +3,10 @@
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use outliers::broker::{
+use outliers::cloud::broker::{
     Account, Broker, BrokerError, Capabilities, GpuRequest, Instance, InstanceId, InstanceState, Lease, Offer, Offers,
 };
-use outliers::ledger::now_ms;
+use outliers::run::ledger::now_ms;
 use outliers::units::UsdPerHour;
 
 use super::host::{Bad, Host, Tally};

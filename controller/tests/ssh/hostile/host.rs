@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use outliers::broker::SshEndpoint;
+use outliers::cloud::broker::SshEndpoint;
 use russh::keys::{Algorithm, PrivateKey, key::safe_rng};
 use russh::server::{Auth, ChannelOpenHandle, Config, Handle, Handler, Msg, Session, VerifiedPublicKey};
 use russh::{Channel, ChannelId, ChannelMsg, ChannelReadHalf};

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use outliers::broker::local;
+use outliers::cloud::broker::local;
 
 #[tokio::main]
 async fn main() -> ExitCode {

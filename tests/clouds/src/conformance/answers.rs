@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use outliers::broker::{BrokerError, BrokerErrorKind, Instance, InstanceId};
-use outliers::http::Explain;
+use outliers::cloud::broker::{BrokerError, BrokerErrorKind, Instance, InstanceId};
+use outliers::cloud::http::Explain;
 
 use super::{first_offer, kind, lease, live, rent, want};
 use crate::{FakeCloud, How, KEY, Op, Refusal, limits};

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use outliers::broker::{Broker, BrokerErrorKind};
+use outliers::cloud::broker::{Broker, BrokerErrorKind};
 
 use super::{first_offer, found, kind, lease, live, rent};
 use crate::{FakeCloud, Fault, How, Op, Refusal};

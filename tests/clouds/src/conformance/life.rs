@@ -1,6 +1,6 @@
 //! A life of an instance without misfortune. Needs nothing but a broker.
 
-use outliers::broker::{Broker, Instance, InstanceState, Lease, Offer};
+use outliers::cloud::broker::{Broker, Instance, InstanceState, Lease, Offer};
 use outliers::units::Bytes;
 
 use super::{LOOKS, lease};

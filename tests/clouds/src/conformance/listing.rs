@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use outliers::broker::{BrokerErrorKind, InstanceState};
+use outliers::cloud::broker::{BrokerErrorKind, InstanceState};
 use serde_json::{Value, json};
 
 use super::life::ready;

@@ -1,8 +1,8 @@
 //! What is for rent: in our units, at the price of everything, and nothing that cannot be compared.
 
-use outliers::broker::{BrokerErrorKind, GpuRequest, Offer, Offers, Tier};
-use outliers::estimate::Work;
-use outliers::market;
+use outliers::cloud::broker::{BrokerErrorKind, GpuRequest, Offer, Offers, Tier};
+use outliers::cloud::estimate::Work;
+use outliers::cloud::market;
 use outliers::units::{Bytes, Usd, UsdPerHour};
 
 use super::{DISK_GIB, find, kind, lease, want};

@@ -1,6 +1,6 @@
 //! Lambda, Cloud API 1.10.0. Errors have codes; the body of 429 is plain text, which is undocumented.
 
-use outliers::broker::{CloudKind, lambda};
+use outliers::cloud::broker::{CloudKind, lambda};
 use outliers::units::UsdPerHour;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};

@@ -1,6 +1,6 @@
 //! Prime Intellect, API v1. Unknown fields of a pod are refused, its names are camelCase, those of pages snake_case.
 
-use outliers::broker::{CloudKind, prime};
+use outliers::cloud::broker::{CloudKind, prime};
 use outliers::units::UsdPerHour;
 use serde::Deserialize;
 use serde_json::{Value, json};

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-use outliers::broker::{CloudKind, runpod};
 use outliers::calendar::rfc3339;
+use outliers::cloud::broker::{CloudKind, runpod};
 use outliers::units::UsdPerHour;
 use serde::Deserialize;
 use serde_json::{Value, json};

@@ -1,6 +1,6 @@
 //! Vast.ai, API v0 and v1 (instances). Every path ends in a slash; a failure may have status 200.
 
-use outliers::broker::{CloudKind, vast};
+use outliers::cloud::broker::{CloudKind, vast};
 use outliers::units::UsdPerHour;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};

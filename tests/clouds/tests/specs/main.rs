@@ -2,7 +2,7 @@
 //!
 //! `specs/README.md` says where they are from and what was left out of them.
 
-use outliers::broker::{Broker, GpuRequest};
+use outliers::cloud::broker::{Broker, GpuRequest};
 use outliers::units::Bytes;
 use outliers_clouds::conformance::lease;
 use outliers_clouds::dialect::runpod::RunPod;
@@ -54,7 +54,7 @@ async fn all_requests(cloud: &FakeCloud) -> Vec<Request> {
         min_cpu_ram: Some(Bytes::from_gib(64)),
         max_price: Some(outliers::units::UsdPerHour::from_dollars(3.0)),
         region: Some("us".to_owned()),
-        tier: Some(outliers::broker::Tier::Secure),
+        tier: Some(outliers::cloud::broker::Tier::Secure),
         spot: true,
         min_cuda: "12.4".parse().ok(),
         ..plain.clone()
@@ -68,7 +68,7 @@ async fn all_requests(cloud: &FakeCloud) -> Vec<Request> {
     cloud.world().requests.clone()
 }
 
-async fn live(broker: &dyn Broker, id: &outliers::broker::InstanceId) {
+async fn live(broker: &dyn Broker, id: &outliers::cloud::broker::InstanceId) {
     broker.list().await.expect("it is listed");
     broker.get(id).await.expect("it is shown");
     broker.terminate(id).await.expect("it is ended");

@@ -232,7 +232,7 @@ fn json_of(yaml: serde_norway::Value) -> Value {
 }
 
 mod tests {
-    use outliers::http::Method;
+    use outliers::cloud::http::Method;
 
     use super::*;
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use cudarc::driver::{CudaContext, DevicePtrMut};
-use outliers_worker::dtype::{self, Encoded};
-use outliers_worker::safetensors::StoredDtype;
+use outliers_worker::checkpoint::dtype::{self, Encoded};
+use outliers_worker::checkpoint::safetensors::StoredDtype;
 
 use super::*;
 use crate::staging::{Misfit, Staging};

@@ -5,9 +5,9 @@ use tokenizers::Tokenizer;
 
 use super::growth::Growth;
 use crate::caught::caught;
+use crate::checkpoint::safetensors::shown;
+use crate::checkpoint::source::TokenizerFiles;
 use crate::error::{Result, WorkerError};
-use crate::safetensors::shown;
-use crate::source::TokenizerFiles;
 
 /// Bytes that a document may become on its way through the steps of a tokenizer; each takes some
 /// 20 bytes of memory there.

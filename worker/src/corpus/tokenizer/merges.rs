@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::python::PythonConfig;
+use crate::checkpoint::safetensors::shown;
+use crate::checkpoint::source::bad_json;
 use crate::error::{Result, WorkerError};
-use crate::safetensors::shown;
-use crate::source::bad_json;
 
 /// Classes that read such files by GPT-2's rule. Others (Qwen2's) use the same two files but cut words elsewhere.
 const CLASSES: [&str; 2] = ["GPT2Tokenizer", "GPT2TokenizerFast"];

@@ -6,9 +6,11 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::Encoder;
+use crate::checkpoint::safetensors::shown;
+use crate::checkpoint::source::{
+    ADDED_TOKENS_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, bad_json, read_small,
+};
 use crate::error::{Result, WorkerError};
-use crate::safetensors::shown;
-use crate::source::{ADDED_TOKENS_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, bad_json, read_small};
 
 /// Entries that name one special token each.
 const ROLES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];

@@ -15,8 +15,8 @@ use base64::engine::general_purpose::STANDARD;
 use fancy_regex::Regex;
 
 use super::python::PythonConfig;
+use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
-use crate::safetensors::shown;
 
 /// Classes whose pattern is known.
 const CLASSES: [&str; 1] = ["TikTokenTokenizer"];

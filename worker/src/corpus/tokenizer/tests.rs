@@ -5,8 +5,8 @@ use outliers_protocol::FailureKind;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::checkpoint::source::{CONFIG_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE};
 use crate::corpus::SHAKESPEARE;
-use crate::source::{CONFIG_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE};
 
 /// Tokenizers in two forms; `README.md` beside them says more.
 fn testdata(name: &str) -> PathBuf {

@@ -1,0 +1,916 @@
+//! What was typed, the environment, and the settings' files, made into one value. Nobody below reads any of them again.
+//!
+//! An option wins over the user's file, which wins over `config/outliers.toml`, which is built in.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::num::NonZero;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use outliers_protocol::{ByteSize, JobOptions, Merge, ThresholdOptions, mergeable};
+use serde::Deserialize;
+
+use crate::cli::ClusterArgs;
+use crate::cloud::broker::{CLOUDS, CloudKind, local, slurm};
+use crate::cloud::clouds::Timeouts;
+use crate::files::{MOST, read_text};
+use crate::host::GuardTimeouts;
+use crate::run::local_worker::Limits;
+use crate::secret::Secret;
+use crate::text::toml_error;
+use crate::units::{Bytes, Fraction};
+
+pub use crate::units::Span;
+pub use resolve::{DeployRequest, JobRequest, ModelRequest, OffersRequest, PlanRequest, RunTerms, SurveyRequest};
+
+mod resolve;
+
+/// Every environment variable this program reads, beside the clouds' keys ([`CloudKind::key_variable`], or the variable that the
+/// settings name).
+pub mod variables {
+    /// Folder of ledger, keys and the local cloud.
+    pub const STATE: &str = "OUTLIERS_STATE";
+    /// The user's settings.
+    pub const CONFIG: &str = "OUTLIERS_CONFIG";
+    /// Token for gated models; passed on to the worker of such a job and to nobody else.
+    pub const HF_TOKEN: &str = "HF_TOKEN";
+    /// Another hub; passed on to the worker.
+    pub const HF_ENDPOINT: &str = "HF_ENDPOINT";
+    /// Where `hf auth login` leaves its token.
+    pub const HF_HOME: &str = "HF_HOME";
+    /// No colours, whatever it is set to.
+    pub const NO_COLOR: &str = "NO_COLOR";
+    /// `dumb`: no colours and no bars.
+    pub const TERM: &str = "TERM";
+    /// Base of the state folder.
+    pub const XDG_STATE_HOME: &str = "XDG_STATE_HOME";
+    /// Base of the user's settings.
+    pub const XDG_CONFIG_HOME: &str = "XDG_CONFIG_HOME";
+    /// Base of both, where they are not set.
+    pub const HOME: &str = "HOME";
+}
+
+/// How long a job may wait in a cluster's queue, and its results in its folder.
+const QUEUE: Duration = Duration::from_secs(7 * 86_400);
+
+/// Where models come from unless `HF_ENDPOINT` says otherwise.
+const PUBLIC_HUB: &str = "https://huggingface.co";
+
+/// The settings that are built in.
+const DEFAULTS: &str = include_str!("../../../config/outliers.toml");
+
+/// Longest file that holds a token, bytes.
+const MOST_TOKEN: u64 = 64 << 10;
+
+/// The environment as it was at the start. It holds keys, so it is never printed.
+#[derive(Clone, Default)]
+pub struct Environment {
+    values: BTreeMap<String, String>,
+    /// Whether the home folder's name is none that this program can write down.
+    odd_home: bool,
+}
+
+impl Environment {
+    /// This process's.
+    pub fn of_process() -> Self {
+        Self::of_system(std::env::vars_os())
+    }
+
+    fn of_system(pairs: impl Iterator<Item = (OsString, OsString)>) -> Self {
+        let mut environment = Self::default();
+        for (name, value) in pairs {
+            match (name.into_string(), value.into_string()) {
+                (Ok(name), Ok(value)) => drop(environment.values.insert(name, value)),
+                (Ok(name), Err(_)) => environment.odd_home |= name == variables::HOME,
+                (Err(_), _) => {}
+            }
+        }
+        environment
+    }
+
+    /// These and no others.
+    pub fn of(pairs: &[(&str, &str)]) -> Self {
+        Self::of_system(pairs.iter().map(|(name, value)| (OsString::from(name), OsString::from(value))))
+    }
+
+    /// The value, unless it is empty.
+    fn get(&self, name: &str) -> Option<&str> {
+        self.values.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    /// The home folder; else what is wrong with it.
+    fn home(&self) -> Result<PathBuf, &'static str> {
+        match self.path(variables::HOME) {
+            _ if self.odd_home => Err("is not UTF-8"),
+            None => Err("is not set"),
+            Some(home) if home.is_absolute() => Ok(home),
+            Some(_) => Err("is not an absolute path"),
+        }
+    }
+
+    fn path(&self, name: &str) -> Option<PathBuf> {
+        self.get(name).map(PathBuf::from)
+    }
+
+    /// Whether output may be coloured and redrawn, as far as the environment goes.
+    pub fn is_plain(&self) -> bool {
+        self.get(variables::NO_COLOR).is_some() || self.get(variables::TERM) == Some("dumb")
+    }
+}
+
+/// Everything that was decided before a command starts.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Folder of ledger, keys and the local cloud.
+    pub state: PathBuf,
+    /// Where results come to lie; absolute.
+    pub results: PathBuf,
+    /// The worker program, where the settings name one.
+    pub worker: Option<PathBuf>,
+    /// What a look at a job may take of this machine.
+    pub look: Limits,
+    /// The brokers of commands that name none.
+    pub broker: DefaultBroker,
+    /// Every cloud that is built in and not switched off, with its key where one is set.
+    pub clouds: Vec<CloudSettings>,
+    /// The cluster behind a login node, where there is one.
+    pub slurm: Option<slurm::Site>,
+    /// After this an instance has no right to exist.
+    pub max_duration: Duration,
+    /// What the guard on an instance waits for before that.
+    pub watch: GuardTimeouts,
+    /// Disk beside what the checkpoint needs.
+    pub spare_disk: Bytes,
+    /// Largest folder or corpus that is pushed.
+    pub push_limit: Bytes,
+    /// Largest save point that comes home while the worker runs.
+    pub save_point_limit: Bytes,
+    /// Runs of a survey at the same time.
+    pub max_parallel: usize,
+    /// Between the starts of two workers of a survey.
+    pub stagger: Duration,
+    /// Options of every job.
+    pub job: JobOptions,
+    /// Weight bytes per second, for plans.
+    pub read_rate: Bytes,
+    /// Share of peak arithmetic, for plans.
+    pub efficiency: f64,
+    /// Most requests to the hub in five minutes, of all runs together.
+    pub hub_requests: usize,
+    /// Token for gated models.
+    pub hf_token: Option<Secret>,
+    /// Another hub.
+    pub hf_endpoint: Option<String>,
+}
+
+/// The brokers of commands that name none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DefaultBroker {
+    /// The settings name it.
+    Named(String),
+    /// Every cloud whose key is set.
+    Clouds,
+    /// No cloud's key is set: this machine.
+    Local,
+}
+
+/// A cloud as the settings have it.
+#[derive(Clone, Debug)]
+pub struct CloudSettings {
+    /// The cloud that these settings are for.
+    pub kind: &'static CloudKind,
+    /// Where its API answers.
+    pub base_url: String,
+    /// The variable its key is read from.
+    pub key_variable: String,
+    /// Its key.
+    pub key: Option<Secret>,
+    /// Container image for instances.
+    pub image: String,
+    /// Who logs in to its instances, where the cloud does not say.
+    pub ssh_user: Option<String>,
+    /// Where their SSH servers listen, where the cloud does not say.
+    pub ssh_port: Option<u16>,
+    /// Between two looks at its list while something is waited for.
+    pub listing_interval: Option<Duration>,
+}
+
+impl CloudSettings {
+    /// The variable its key is read from, as it is told: what does not look like one may be the
+    /// key itself.
+    pub fn variable(&self) -> &str {
+        let fits = |b: u8| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_';
+        let is_name = self.key_variable.len() <= 60 && self.key_variable.bytes().all(fits);
+        if is_name { &self.key_variable } else { "the variable that key-variable in the settings names" }
+    }
+}
+
+mergeable! {
+    /// A settings' file. Every field may be missing; one that is not known is an error.
+    #[derive(Clone, Debug, Default, Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    struct SettingsFile {
+        broker: Option<String>,
+        results: Option<PathBuf>,
+        #[serde(default)]
+        worker: WorkerSection,
+        #[serde(default)]
+        run: RunSection,
+        #[serde(default)]
+        survey: SurveySection,
+        #[serde(default)]
+        hub: HubSection,
+        #[serde(default)]
+        thresholds: ThresholdOptions,
+        #[serde(default)]
+        plan: PlanSection,
+        #[serde(default)]
+        brokers: Brokers,
+    }
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Brokers {
+    slurm: Option<SlurmSection>,
+    #[serde(flatten)]
+    clouds: BTreeMap<String, BrokerSection>,
+}
+
+/// None is built in.
+impl Merge for Brokers {
+    fn merge(self, _built_in: Self) -> Self {
+        self
+    }
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct SlurmSection {
+    host: Option<String>,
+    #[serde(alias = "ssh_config")]
+    ssh_config: Option<PathBuf>,
+    partition: Option<String>,
+    account: Option<String>,
+    qos: Option<String>,
+    constraint: Option<String>,
+    scratch: Option<String>,
+    #[serde(alias = "hf_home")]
+    hf_home: Option<String>,
+    #[serde(alias = "stage_partition")]
+    stage_partition: Option<String>,
+    #[serde(default)]
+    sbatch: Vec<String>,
+    queue: Option<Span>,
+    #[serde(alias = "gpu_memory")]
+    gpu_memory: Option<SomeBytes>,
+    #[serde(alias = "listing_interval")]
+    listing_interval: Option<Span>,
+}
+
+impl SlurmSection {
+    /// The cluster; its host is empty where none is named. `here` is what paths are seen from,
+    /// `hub` another hub than the public one.
+    fn site(self, here: &Path, hub: Option<&str>) -> slurm::Site {
+        slurm::Site {
+            host: self.host.unwrap_or_default(),
+            ssh_config: self.ssh_config.map(|path| here.join(path)),
+            partition: self.partition,
+            account: self.account,
+            qos: self.qos,
+            constraint: self.constraint,
+            scratch: self.scratch,
+            hf_home: self.hf_home,
+            hub: hub.unwrap_or(PUBLIC_HUB).to_owned(),
+            stage_partition: self.stage_partition,
+            token: None,
+            sbatch: self.sbatch,
+            queue: self.queue.map_or(QUEUE, |span| span.0),
+            gpu_memory: self.gpu_memory.map(|size| Bytes(size.0.0)),
+            listing_interval: self.listing_interval.map_or(Timeouts::CLOUD.listing_interval, |span| span.0),
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct BrokerSection {
+    enabled: Option<bool>,
+    #[serde(alias = "base_url")]
+    base_url: Option<String>,
+    #[serde(alias = "key_variable")]
+    key_variable: Option<String>,
+    image: Option<String>,
+    #[serde(alias = "ssh_user")]
+    ssh_user: Option<String>,
+    #[serde(alias = "ssh_port")]
+    ssh_port: Option<u16>,
+    #[serde(alias = "listing_interval")]
+    listing_interval: Option<Span>,
+}
+
+mergeable! {
+    #[derive(Clone, Debug, Default, Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    struct WorkerSection {
+        binary: Option<PathBuf>,
+        #[serde(alias = "inspect_memory")]
+        inspect_memory: Option<SomeBytes>,
+        #[serde(alias = "inspect_time")]
+        inspect_time: Option<Span>,
+    }
+}
+
+mergeable! {
+    #[derive(Clone, Debug, Default, Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    struct RunSection {
+        #[serde(alias = "max_duration")]
+        max_duration: Option<Span>,
+        lease: Option<Span>,
+        unclaimed: Option<Span>,
+        #[serde(alias = "spare_disk")]
+        spare_disk: Option<ByteSize>,
+        #[serde(alias = "push_limit")]
+        push_limit: Option<ByteSize>,
+        #[serde(alias = "save_point_limit")]
+        save_point_limit: Option<ByteSize>,
+    }
+}
+
+mergeable! {
+    #[derive(Clone, Debug, Default, Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    struct SurveySection {
+        #[serde(alias = "max_parallel")]
+        max_parallel: Option<NonZero<usize>>,
+        #[serde(alias = "stagger_seconds")]
+        stagger_seconds: Option<u32>,
+    }
+}
+
+mergeable! {
+    #[derive(Clone, Debug, Default, Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    struct HubSection {
+        requests: Option<NonZero<usize>>,
+    }
+}
+
+mergeable! {
+    #[derive(Clone, Debug, Default, Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    struct PlanSection {
+        #[serde(alias = "read_rate")]
+        read_rate: Option<SomeBytes>,
+        efficiency: Option<Fraction>,
+    }
+}
+
+/// An amount of memory that is not none.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(try_from = "ByteSize")]
+struct SomeBytes(ByteSize);
+
+impl TryFrom<ByteSize> for SomeBytes {
+    type Error = &'static str;
+
+    fn try_from(size: ByteSize) -> Result<Self, &'static str> {
+        if size.0 > 0 { Ok(Self(size)) } else { Err("it must be a positive number") }
+    }
+}
+
+impl Settings {
+    /// Resolves the settings. `config` is the file named on the command line, `here` the current folder.
+    ///
+    /// # Errors
+    /// [`SettingsError`] when a file cannot be read or does not make sense, or there is no place for the state.
+    pub fn resolve(config: Option<&Path>, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
+        Self::of(user_file(config, environment)?, environment, here)
+    }
+
+    /// The same of a file that makes no sense, of which nothing is taken but its clouds, where these do.
+    ///
+    /// # Errors
+    /// [`SettingsError`] when there is no place for the state.
+    pub fn for_endings(config: Option<&Path>, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
+        let text = user_path(config, environment).and_then(|path| read_text(&path, MOST).ok());
+        let table = text.and_then(|text| toml::from_str::<toml::Table>(&text).ok()).unwrap_or_default();
+        let clouds = |brokers: toml::Value| brokers.try_into().ok();
+        let brokers = table.get("brokers").cloned().and_then(clouds).unwrap_or_default();
+        Self::of(SettingsFile { brokers, ..SettingsFile::default() }, environment, here)
+    }
+
+    fn of(user: SettingsFile, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
+        let file = user.merge(parse(DEFAULTS, Path::new("config/outliers.toml"))?);
+        let clouds = clouds(&file.brokers.clouds, environment)?;
+        let slurm = file.brokers.slurm.map(|section| section.site(here, environment.get(variables::HF_ENDPOINT)));
+        let broker = match file.broker.as_deref() {
+            None | Some("auto") if clouds.iter().any(|cloud| cloud.key.is_some()) => DefaultBroker::Clouds,
+            None | Some("auto") => DefaultBroker::Local,
+            Some(name) => DefaultBroker::Named(name.to_owned()),
+        };
+        let SettingsFile { worker, run, survey, hub, plan, .. } = file;
+        let built_in = |field| missing_default(field);
+        let lease = run.lease.ok_or_else(|| built_in("run.lease"))?;
+        let unclaimed = run.unclaimed.ok_or_else(|| built_in("run.unclaimed"))?;
+        let stagger = survey.stagger_seconds.ok_or_else(|| built_in("survey.stagger-seconds"))?;
+        Ok(Self {
+            state: state_folder(environment)?,
+            results: here.join(file.results.ok_or_else(|| built_in("results"))?),
+            worker: worker.binary.map(|path| here.join(path)),
+            look: Limits {
+                memory: size(worker.inspect_memory.map(|memory| memory.0), "worker.inspect-memory")?,
+                time: worker.inspect_time.ok_or_else(|| built_in("worker.inspect-time"))?.0,
+            },
+            broker,
+            clouds,
+            slurm,
+            max_duration: run.max_duration.ok_or_else(|| built_in("run.max-duration"))?.0,
+            watch: GuardTimeouts { lease_s: lease.0.as_secs(), unclaimed_s: unclaimed.0.as_secs() },
+            spare_disk: size(run.spare_disk, "run.spare-disk")?,
+            push_limit: size(run.push_limit, "run.push-limit")?,
+            save_point_limit: size(run.save_point_limit, "run.save-point-limit")?,
+            max_parallel: survey.max_parallel.ok_or_else(|| built_in("survey.max-parallel"))?.get(),
+            stagger: Duration::from_secs(stagger.into()),
+            job: JobOptions { thresholds: file.thresholds, ..JobOptions::default() },
+            read_rate: size(plan.read_rate.map(|rate| rate.0), "plan.read-rate")?,
+            efficiency: plan.efficiency.ok_or_else(|| built_in("plan.efficiency"))?.get(),
+            hub_requests: hub.requests.ok_or_else(|| built_in("hub.requests"))?.get(),
+            hf_token: hf_token(environment),
+            hf_endpoint: environment.get(variables::HF_ENDPOINT).map(str::to_owned),
+        })
+    }
+
+    /// With what was typed about the cluster; without one where no host is named.
+    #[must_use]
+    pub fn on_cluster(self, typed: &ClusterArgs) -> Self {
+        let hub = self.hf_endpoint.as_deref();
+        let bare = || typed.host.as_ref().map(|_| SlurmSection::default().site(&self.state, hub));
+        let slurm = self.slurm.or_else(bare).map(|site| slurm::Site {
+            host: typed.host.clone().unwrap_or(site.host),
+            partition: typed.partition.clone().or(site.partition),
+            account: typed.account.clone().or(site.account),
+            qos: typed.qos.clone().or(site.qos),
+            constraint: typed.constraint.clone().or(site.constraint),
+            stage_partition: typed.stage_partition.clone().or(site.stage_partition),
+            ..site
+        });
+        let slurm = slurm.filter(|site| !site.host.is_empty());
+        Self { slurm, ..self }
+    }
+
+    /// What each worker is given where `workers` of them fetch from the hub at the same time.
+    pub fn hub_variables(&self, workers: usize) -> Vec<(&'static str, Secret)> {
+        let share = (self.hub_requests / workers.max(1)).max(1);
+        let endpoint = self.hf_endpoint.as_ref().map(|text| (variables::HF_ENDPOINT, Secret::new(text.clone())));
+        let token = self.hf_token.clone().map(|token| (variables::HF_TOKEN, token));
+        let share = (outliers_protocol::HUB_REQUESTS, Secret::new(share.to_string()));
+        token.into_iter().chain(endpoint).chain([share]).collect()
+    }
+}
+
+fn size(found: Option<ByteSize>, field: &'static str) -> Result<Bytes, SettingsError> {
+    found.map(|ByteSize(bytes)| Bytes(bytes)).ok_or_else(|| missing_default(field))
+}
+
+fn clouds(
+    sections: &BTreeMap<String, BrokerSection>,
+    environment: &Environment,
+) -> Result<Vec<CloudSettings>, SettingsError> {
+    if let Some(name) = sections.keys().find(|name| !CLOUDS.iter().any(|kind| kind.name == **name)) {
+        return Err(SettingsError::NoSuchBroker { name: name.clone() });
+    }
+    let resolve = |kind: &'static CloudKind| {
+        let section = sections.get(kind.name).cloned().unwrap_or_default();
+        let key_variable = section.key_variable.unwrap_or_else(|| kind.key_variable.to_owned());
+        let key = environment.get(&key_variable).map(|key| Secret::new(key.trim()));
+        section.enabled.unwrap_or(true).then(|| CloudSettings {
+            kind,
+            base_url: section.base_url.unwrap_or_else(|| kind.base_url.to_owned()),
+            key_variable,
+            key,
+            image: section.image.unwrap_or_else(|| kind.image.to_owned()),
+            ssh_user: section.ssh_user,
+            ssh_port: section.ssh_port,
+            listing_interval: section.listing_interval.map(|span| span.0),
+        })
+    };
+    Ok(CLOUDS.iter().copied().filter_map(resolve).collect())
+}
+
+fn user_file(config: Option<&Path>, environment: &Environment) -> Result<SettingsFile, SettingsError> {
+    let Some(path) = user_path(config, environment) else { return Ok(SettingsFile::default()) };
+    let text = read_text(&path, MOST).map_err(|source| SettingsError::Unreadable { path: path.clone(), source })?;
+    parse(&text, &path)
+}
+
+fn user_path(config: Option<&Path>, environment: &Environment) -> Option<PathBuf> {
+    let named = config.map(Path::to_owned).or_else(|| environment.path(variables::CONFIG));
+    let usual = || {
+        let base = environment.path(variables::XDG_CONFIG_HOME);
+        let base = base.or_else(|| Some(environment.home().ok()?.join(".config")))?;
+        Some(base.join("outliers/outliers.toml")).filter(|path| path.exists())
+    };
+    named.or_else(usual)
+}
+
+fn parse(text: &str, path: &Path) -> Result<SettingsFile, SettingsError> {
+    toml::from_str(text).map_err(|error| {
+        let (line, said) = toml_error(text, &error);
+        let at = line.map_or(String::new(), |line| format!("line {line}: "));
+        SettingsError::Wrong { path: path.to_owned(), why: at + &said }
+    })
+}
+
+fn state_folder(environment: &Environment) -> Result<PathBuf, SettingsError> {
+    let named = environment.path(variables::STATE);
+    let base = || environment.path(variables::XDG_STATE_HOME).map(|base| base.join("outliers"));
+    let home = || environment.home().map(|home| home.join(".local/state/outliers"));
+    let home = || home().map_err(|why| SettingsError::NoState { why });
+    let folder = named.or_else(base).map_or_else(home, Ok)?;
+    std::path::absolute(&folder).map_err(|source| SettingsError::Unreadable { path: folder, source })
+}
+
+/// The variable, else the file that `hf auth login` leaves.
+fn hf_token(environment: &Environment) -> Option<Secret> {
+    let named = environment.get(variables::HF_TOKEN).map(str::to_owned);
+    let file = || {
+        let home = environment.path(variables::HF_HOME);
+        let home = home.or_else(|| Some(environment.home().ok()?.join(".cache/huggingface")))?;
+        read_text(&home.join("token"), MOST_TOKEN).ok()
+    };
+    let token = named.or_else(file)?.trim().to_owned();
+    (!token.is_empty()).then(|| Secret::new(token))
+}
+
+fn missing_default(field: &'static str) -> SettingsError {
+    SettingsError::Wrong { path: PathBuf::from("config/outliers.toml"), why: format!("{field} is missing") }
+}
+
+/// Why the settings cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// A file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Unreadable {
+        /// The settings file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file does not make sense.
+    #[error("{}: {why}", path.display())]
+    Wrong {
+        /// The settings file.
+        path: PathBuf,
+        /// Where in it, and what is wrong.
+        why: String,
+    },
+    /// A section is about a broker that is not built in.
+    #[error("[brokers.{name}]: there is no such cloud")]
+    NoSuchBroker {
+        /// As it is written.
+        name: String,
+    },
+    /// There is no home folder.
+    #[error("there is no place for the ledger: HOME {why}")]
+    NoState {
+        /// What is wrong with it.
+        why: &'static str,
+    },
+}
+
+/// The names of all clouds that are built in.
+pub fn known_brokers() -> String {
+    let clouds = CLOUDS.iter().map(|kind| kind.name);
+    [local::NAME, slurm::NAME].into_iter().chain(clouds).collect::<Vec<_>>().join(", ")
+}
+
+impl SettingsError {
+    /// What to do about it.
+    pub fn hint(&self) -> String {
+        match self {
+            Self::Unreadable { .. } => "name a file that can be read, or none".to_owned(),
+            Self::Wrong { .. } => "config/outliers.toml shows every setting with its default".to_owned(),
+            Self::NoSuchBroker { .. } => format!("built in: {}", known_brokers()),
+            Self::NoState { .. } => format!("set HOME to your folder, or {} to another", variables::STATE),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
+    use outliers_protocol::Thresholds;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn resolve(text: Option<&str>, environment: &[(&'static str, &str)]) -> Result<Settings, SettingsError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("mine.toml");
+        std::fs::write(&path, text.unwrap_or_default()).unwrap();
+        let home = folder.path().to_string_lossy().into_owned();
+        let mut pairs = vec![(variables::HOME, home.as_str())];
+        pairs.extend_from_slice(environment);
+        Settings::resolve(text.map(|_| path.as_path()), &Environment::of(&pairs), Path::new("/here"))
+    }
+
+    #[test]
+    fn defaults_are_complete_and_say_what_the_documents_say() {
+        let settings = resolve(None, &[]).unwrap();
+        assert_eq!(settings.broker, DefaultBroker::Local);
+        assert_eq!(settings.results, Path::new("/here/remote_results"));
+        assert_eq!(settings.max_duration, Duration::from_secs(6 * 3600));
+        assert_eq!(settings.watch, GuardTimeouts { lease_s: 7200, unclaimed_s: 3600 });
+        assert_eq!(settings.push_limit, Bytes::from_gib(1));
+        let look = Limits { memory: Bytes::from_gib(16), time: Duration::from_secs(1800) };
+        assert_eq!(settings.look, look);
+        assert_eq!((settings.max_parallel, settings.stagger), (3, Duration::from_secs(20)));
+        let none = Thresholds { magnitude: 0.0, layer_fraction: 0.0, position_fraction: 0.0 };
+        assert_eq!(settings.job.thresholds.over(none), Thresholds::default());
+        assert!(settings.state.ends_with(".local/state/outliers"));
+        assert!(settings.hf_token.is_none() && settings.hub_variables(1).len() == 1);
+    }
+
+    #[test]
+    fn the_users_file_changes_only_what_it_names() {
+        let settings = resolve(Some("broker = 'x'\n[run]\nmax-duration = '1h30m'"), &[]).unwrap();
+        let older = resolve(Some("[run]\nmax_duration = '1h30m'"), &[]).unwrap();
+        assert_eq!(older.max_duration, settings.max_duration, "the spelling with `_` is understood");
+        assert_eq!(settings.broker, DefaultBroker::Named("x".into()));
+        assert_eq!(settings.max_duration, Duration::from_secs(5400));
+        assert_eq!(settings.push_limit, Bytes::from_gib(1));
+    }
+
+    #[test]
+    fn what_is_not_known_is_an_error_that_says_where() {
+        for (text, word) in [
+            ("brokr = 'x'", "brokr"),
+            ("[run]\nmax-duration = '5 parsecs'", "parsecs"),
+            ("[run]\nmax_durations = '5m'", "max_durations"),
+            ("[worker]\nbinary = 3", "binary"),
+            ("[worker]\ninspect-memory = '0 GiB'", "inspect-memory"),
+            ("[survey]\nmax-parallel = 0", "max-parallel"),
+            ("[hub]\nrequests = 0", "requests"),
+            ("[thresholds]\nmagnitude = nan", "magnitude"),
+            ("[thresholds]\nmagnitude = 0", "magnitude"),
+            ("[thresholds]\nlayer-fraction = 1.5", "layer-fraction"),
+            ("[thresholds]\nposition-fraction = -0.06", "position-fraction"),
+            ("[plan]\nefficiency = 0.0", "efficiency"),
+            ("[plan]\nefficiency = inf", "efficiency"),
+            ("[plan]\nread-rate = '0 GiB'", "read-rate"),
+            ("[run]\nmax-duration = '0s'", "max-duration"),
+            ("= 3", "line 1"),
+        ] {
+            let error = resolve(Some(text), &[]).unwrap_err();
+            assert!(error.to_string().contains(word) && error.to_string().contains("mine.toml"), "{error}");
+            assert!(!error.hint().is_empty());
+        }
+        let missing = Settings::resolve(Some(Path::new("/no/such")), &Environment::of(&[]), Path::new("/"));
+        assert!(matches!(missing, Err(SettingsError::Unreadable { .. })));
+    }
+
+    #[test]
+    fn a_key_that_stands_in_the_file_is_never_repeated() {
+        for text in [
+            "RUNPOD_API_KEY = 'rpa_geheim'",
+            "[brokers.runpod]\nkey = \"rpa_geheim\"",
+            "[brokers.runpod]\nenabled = \"rpa_geheim\"",
+            "[hub]\nrequests = 'rpa_geheim'",
+            "[hub]\ntoken = rpa_geheim",
+            "brokers = { runpod = { key = 'rpa_geheim' } }",
+            "broker = 'x'\nrpa_geheim\n",
+        ] {
+            let error = resolve(Some(text), &[]).unwrap_err().to_string();
+            assert!(!error.contains("geheim") && error.contains("mine.toml: "), "{text}: {error}");
+        }
+        let settings = resolve(Some("[brokers.runpod]\nkey-variable = 'rpa_geheim'"), &[]).unwrap();
+        assert!(settings.clouds.iter().all(|cloud| !cloud.variable().contains("geheim")));
+    }
+
+    #[test]
+    fn a_cluster_is_what_the_file_and_the_options_say_together() {
+        let text = "[brokers.slurm]\nhost = 'a'\naccount = 'lab'\nqueue = '2d'\nssh-config = 'c'\nhf-home = '/hf'\n\
+                    stage-partition = 'io'\n\
+                    [brokers.vast]\nenabled = false";
+        let settings = resolve(Some(text), &[]).unwrap();
+        assert!(settings.clouds.iter().all(|cloud| cloud.kind.name != "vast"), "the clouds are read as ever");
+        let typed = |host: Option<&str>| ClusterArgs {
+            host: host.map(str::to_owned),
+            partition: Some("gpu".into()),
+            ..ClusterArgs::default()
+        };
+        let site = settings.on_cluster(&typed(Some("b"))).slurm.unwrap();
+        assert_eq!((site.host.as_str(), site.account.as_deref(), site.queue.as_secs()), ("b", Some("lab"), 172_800));
+        assert_eq!((site.partition.as_deref(), site.ssh_config), (Some("gpu"), Some("/here/c".into())));
+        assert_eq!((site.hf_home.as_deref(), site.hub.as_str()), (Some("/hf"), PUBLIC_HUB));
+        assert_eq!(site.stage_partition.as_deref(), Some("io"));
+        assert!(resolve(None, &[]).unwrap().on_cluster(&typed(None)).slurm.is_none(), "no host, no cluster");
+        let bare = resolve(Some("[brokers.slurm]\nscratch = '/s'"), &[]).unwrap();
+        assert!(bare.clone().on_cluster(&typed(None)).slurm.is_none());
+        assert_eq!(bare.on_cluster(&typed(Some("b"))).slurm.unwrap().scratch.as_deref(), Some("/s"));
+        let wrong = resolve(Some("[brokers.slurm]\nhots = 'a'"), &[]).unwrap_err();
+        assert!(wrong.to_string().contains("hots"), "{wrong}");
+    }
+
+    #[test]
+    fn the_environment_says_where_things_are() {
+        let settings = resolve(None, &[(variables::STATE, "/s"), (variables::HF_TOKEN, " hf_x\n")]).unwrap();
+        assert_eq!(settings.state, Path::new("/s"));
+        let given = |workers| {
+            settings.hub_variables(workers).into_iter().map(|(name, value)| (name, value.expose().to_owned()))
+        };
+        assert!(given(3).eq([("HF_TOKEN", "hf_x".to_owned()), ("OUTLIERS_HUB_REQUESTS", "333".to_owned())]));
+        assert_eq!(given(5000).next_back().unwrap().1, "1", "a worker that may ask nothing can do nothing");
+        assert!(!format!("{settings:?}").contains("hf_x"), "a token is never printed");
+        assert_eq!(settings.hf_token.unwrap().expose(), "hf_x");
+        let settings = resolve(None, &[(variables::XDG_STATE_HOME, "/xdg"), (variables::HF_TOKEN, "")]).unwrap();
+        assert_eq!(settings.state, Path::new("/xdg/outliers"));
+        assert!(settings.hf_token.is_none());
+        let nowhere = Settings::resolve(None, &Environment::of(&[]), Path::new("/"));
+        assert!(matches!(nowhere, Err(SettingsError::NoState { why: "is not set" })));
+    }
+
+    #[test]
+    fn a_home_that_is_none_is_named() {
+        let resolve = |environment: &Environment| Settings::resolve(None, environment, Path::new("/here"));
+        let relative = resolve(&Environment::of(&[(variables::HOME, "me")])).unwrap_err();
+        assert!(relative.to_string().contains("HOME is not an absolute path"), "{relative}");
+        let odd = |more: &[(&str, &str)]| {
+            let pairs = more.iter().map(|(name, value)| (OsString::from(name), OsString::from(value)));
+            let home = (OsString::from(variables::HOME), OsString::from_vec(b"/home/m\xe9".to_vec()));
+            resolve(&Environment::of_system(pairs.chain([home])))
+        };
+        let error = odd(&[]).unwrap_err();
+        assert!(error.to_string().contains("HOME is not UTF-8") && error.hint().contains("OUTLIERS_STATE"), "{error}");
+        assert_eq!(odd(&[(variables::STATE, "/s")]).unwrap().state, Path::new("/s"), "it is not needed");
+    }
+
+    #[test]
+    fn times_and_sizes() {
+        for (text, seconds) in [("90s", 90), ("5m", 300), ("1h30m", 5400), ("2d", 172_800), (" 1h ", 3600)] {
+            assert_eq!(text.parse(), Ok(Span(Duration::from_secs(seconds))));
+        }
+        for text in ["", "5", "m", "5x", "0s", "-5m", "99999999999999999999s", "9999999999999d", "5m3"] {
+            assert!(text.parse::<Span>().is_err(), "{text}");
+        }
+        assert_eq!(Span(Duration::from_secs(3725)).to_string(), "1 h 02 min");
+        assert_eq!(Span(Duration::from_secs(65)).to_string(), "1 min 05 s");
+        let rounded = [9, 59, 65, 722, 3599, 7260].map(|seconds| format!("{:#}", Span(Duration::from_secs(seconds))));
+        assert_eq!(rounded, ["9.0 s", "59 s", "1 min", "12 min", "1 h 00 min", "2 h 01 min"]);
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_typed_makes_them_panic(text in "\\PC{0,12}") {
+            let _ = text.parse::<Span>();
+        }
+    }
+}
+
+/// The data files beside the settings, which the survey reads.
+#[cfg(test)]
+mod catalogue {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    use serde::Deserialize;
+
+    use crate::survey::Survey;
+
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Catalogue {
+        model: Vec<Model>,
+    }
+
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    struct Model {
+        id: String,
+        architecture: String,
+        kind: Kind,
+        parameters: u64,
+        /// Mixtures only.
+        active: Option<u64>,
+        layers: u32,
+        experts: Option<u32>,
+        top_k: Option<u32>,
+        stored_gb: f64,
+        /// The hub wants a token whose owner was given access.
+        #[serde(default)]
+        gated: bool,
+        /// Trained further than on plain text.
+        post_trained: bool,
+        /// How experts are chosen.
+        router: Option<String>,
+        /// Where norms stand.
+        norms: Option<String>,
+        /// The dtypes of the weights.
+        stored: Option<String>,
+        optimiser: Option<String>,
+        #[serde(default)]
+        gated_attention: bool,
+        #[serde(default)]
+        learned_sinks: bool,
+        /// Of the last three.
+        source: Option<String>,
+    }
+
+    #[derive(Deserialize, PartialEq)]
+    #[serde(rename_all = "lowercase")]
+    enum Kind {
+        Dense,
+        Moe,
+    }
+
+    fn config() -> &'static Path {
+        Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../config"))
+    }
+
+    fn catalogue() -> Catalogue {
+        toml::from_str(&std::fs::read_to_string(config().join("models.toml")).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_catalogue_makes_sense() {
+        let models = catalogue().model;
+        assert_eq!(models.iter().map(|m| &m.id).collect::<BTreeSet<_>>().len(), models.len(), "an id twice");
+        let gated = models.iter().filter(|model| model.gated).map(|model| model.id.as_str());
+        let licensed = |id: &str| id.starts_with("meta-llama/") || id.starts_with("google/");
+        assert!(gated.clone().count() == 6 && gated.clone().all(licensed));
+        for model in models {
+            let id = &model.id;
+            assert_eq!(id.split('/').count(), 2, "{id}");
+            assert!(model.layers > 0 && model.parameters > 0 && !model.architecture.is_empty(), "{id}");
+            assert!(model.post_trained || !id.ends_with("-Instruct"), "{id}");
+            let moe = model.kind == Kind::Moe;
+            assert_eq!(
+                (model.experts.is_some(), model.top_k.is_some(), model.active.is_some()),
+                (moe, moe, moe),
+                "{id}"
+            );
+            assert!(model.top_k <= model.experts && model.active.unwrap_or(0) < model.parameters, "{id}");
+            assert!(model.optimiser.as_deref().is_none_or(|optimiser| ["AdamW", "Muon"].contains(&optimiser)), "{id}");
+            let claims = model.optimiser.is_some() || model.gated_attention || model.learned_sinks;
+            assert_eq!(claims, model.source.is_some(), "{id}");
+            let told = [&model.norms, &model.stored].map(Option::is_some);
+            assert!(told[0] == told[1] && model.router.is_some() == (told[0] && moe), "{id}");
+            // Half a byte (MXFP4) to four bytes (F32) each, and what is stored beside the model itself.
+            let bytes_each = model.stored_gb * 1e9 / model.parameters as f64;
+            assert!((0.5..5.0).contains(&bytes_each), "{id}: {bytes_each}");
+        }
+    }
+
+    /// Every key below `value` is spelt as options are.
+    fn is_kebab_case(value: &toml::Value) {
+        match value {
+            toml::Value::Table(table) => {
+                for (key, value) in table {
+                    assert!(!key.contains('_'), "{key}");
+                    is_kebab_case(value);
+                }
+            }
+            toml::Value::Array(values) => values.iter().for_each(is_kebab_case),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn keys_have_one_spelling_in_all_files() {
+        let mut files = 0;
+        for folder in [config().to_owned(), config().join("surveys")] {
+            let paths = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+            for path in paths.filter(|path| path.extension().is_some_and(|ending| ending == "toml")) {
+                let file: toml::Table = toml::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+                is_kebab_case(&toml::Value::Table(file));
+                files += 1;
+            }
+        }
+        assert_eq!(files, 8);
+    }
+
+    #[test]
+    fn every_survey_names_models_of_the_catalogue() {
+        let known: BTreeSet<String> = catalogue().model.into_iter().map(|model| model.id).collect();
+        let mut sizes = Vec::new();
+        for entry in std::fs::read_dir(config().join("surveys")).unwrap() {
+            let path = entry.unwrap().path();
+            let survey = Survey::read(&path).unwrap();
+            assert_eq!(path.file_stem().unwrap().to_str(), Some(survey.name.as_str()));
+            let (sequences, length) = (survey.job.num_sequences, survey.job.sequence_length);
+            assert_eq!((sequences, length), (Some(16), Some(2048)), "the published setting");
+            for entry in &survey.models {
+                assert!(known.contains(&entry.id), "{}: {}", survey.name, entry.name);
+            }
+            sizes.push((survey.name, survey.models.len()));
+        }
+        sizes.sort();
+        let expected =
+            [("dense-controls", 16), ("moe-2026", 12), ("moe-nine", 9), ("seed-seven", 7), ("trajectories", 11)];
+        assert_eq!(sizes, expected.map(|(name, n)| (name.to_owned(), n)));
+    }
+}

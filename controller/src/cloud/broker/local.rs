@@ -1,0 +1,411 @@
+//! The user's own machine as a cloud.
+//!
+//! An instance is a folder and a process of its own, which keeps the deadline. It outlives whoever
+//! created it, is found by its folder, and is alive exactly as long as it holds that folder's lock.
+//! Commands run as processes of whoever asks for them and carry the instance's mark (`way.rs`).
+//! Prices are made up, bills are kept as if they were not: a rental that is forgotten here would
+//! have been forgotten on a cloud.
+//!
+//! An instance shares the machine: any number can be rented, but a GPU only once at a time. The one thing it does not share is
+//! what it sees of GPUs (`CUDA_VISIBLE_DEVICES`); `nvidia-smi` still lists them all.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant as Clock};
+
+use async_trait::async_trait;
+use rustix::process::Signal;
+
+use super::{
+    Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
+    Lease, Offer, Offers, SshEndpoint, Way,
+};
+
+mod bill;
+mod hardware;
+mod instance;
+mod processes;
+mod record;
+mod way;
+
+pub use bill::{Bill, BillEntry};
+pub(crate) use hardware::memory;
+pub use instance::serve;
+pub use processes::MARKER;
+
+use hardware::{Hardware, Sku};
+use processes::Marks;
+use record::{Folder, Record, absent, is_id, make_private_dir, new_id, now};
+
+/// The broker's name.
+pub const NAME: &str = "local";
+/// The hidden subcommand of the program given to [`LocalBroker::new`] that must call [`serve`] with its one argument, a folder.
+pub const SERVE_COMMAND: &str = "instance-serve";
+
+/// How long an instance may take to be up. It takes a tenth of a second; a machine under load takes longer.
+const BOOT_LIMIT: Duration = Duration::from_secs(60);
+/// How long an instance may take to end what runs there before the ending is taken out of its hands.
+const ENDING_GRACE: Duration = Duration::from_secs(4);
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// The cloud of which this machine is the only host.
+#[derive(Clone, Debug)]
+pub struct LocalBroker {
+    root: PathBuf,
+    exe: PathBuf,
+    nvidia_smi: PathBuf,
+}
+
+impl LocalBroker {
+    /// A cloud whose state lies in `root` (made when first needed). An instance is `exe instance-serve FOLDER`.
+    pub fn new(root: PathBuf, exe: PathBuf) -> Self {
+        // An instance's working folder is not ours.
+        let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+        Self { root: absolute(root), exe: absolute(exe), nvidia_smi: hardware::default_nvidia_smi() }
+    }
+
+    /// Lists GPUs by another program than the `nvidia-smi` of the search path.
+    pub fn with_nvidia_smi(self, program: PathBuf) -> Self {
+        Self { nvidia_smi: program, ..self }
+    }
+
+    /// What ended instances cost, and what still bills.
+    ///
+    /// # Errors
+    /// The bill or the list cannot be read.
+    pub fn bill(&self) -> Result<Bill, BrokerError> {
+        let entries = bill::read(&self.root).map_err(|error| self.unreadable("bill.jsonl", &error))?;
+        Ok(Bill { entries, running: self.list_now()? })
+    }
+
+    fn instances(&self) -> PathBuf {
+        self.root.join("instances")
+    }
+
+    fn unreadable(&self, name: &str, error: &io::Error) -> BrokerError {
+        unavailable(format!("cannot read {}: {error}", self.root.join(name).display()))
+    }
+
+    fn list_now(&self) -> Result<Vec<Instance>, BrokerError> {
+        let instances = self.instances();
+        let unreadable = |error| self.unreadable("instances", &error);
+        let Some(entries) = absent(fs::read_dir(&instances)).map_err(unreadable)? else { return Ok(Vec::new()) };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(unreadable)?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            // Drafts, leftovers and whatever else got here are no instances.
+            if is_id(&name) && entry.file_type().map_err(unreadable)?.is_dir() {
+                found.extend(look_at(&name, &Folder::new(entry.path())));
+            }
+        }
+        found.sort_by(|a, b| (a.created_at, &a.id).cmp(&(b.created_at, &b.id)));
+        Ok(found)
+    }
+
+    async fn allocate(&self, offer: &Offer, lease: &Lease) -> Result<(Folder, Record), BrokerError> {
+        let sku = Sku::parse(&offer.key).filter(|_| offer.broker == NAME);
+        let sku = sku.ok_or_else(|| rejected(format!("{:?} is no offer of this broker", offer.key)))?;
+        if lease.tag.deadline <= now() {
+            return Err(rejected("the lease's deadline has passed already".to_owned()));
+        }
+        let hardware = Hardware::detect(&self.root, &self.nvidia_smi).await;
+        if let Some(free) = hardware.disk.filter(|free| *free < lease.disk) {
+            let message = format!("{} of disk are wanted, {free} are free at {}", lease.disk, self.root.display());
+            return Err(error(BrokerErrorKind::NoCapacity, message));
+        }
+        let (broker, offer, name) = (self.clone(), offer.clone(), lease.tag.to_string());
+        blocking(move || broker.write_down(&offer, &sku, &hardware, name)).await
+    }
+
+    fn write_down(
+        &self,
+        offer: &Offer,
+        sku: &Sku,
+        hardware: &Hardware,
+        name: String,
+    ) -> Result<(Folder, Record), BrokerError> {
+        let unwritable = |error: io::Error| unavailable(format!("cannot write to {}: {error}", self.root.display()));
+        make_private_dir(&self.instances()).map_err(unwritable)?;
+        // Two controllers must not be given the same GPU.
+        let _turn = self.take_turn().map_err(unwritable)?;
+        let record = Record {
+            id: new_id(),
+            name,
+            price: offer.price,
+            hardware: describe(sku, hardware),
+            gpus: self.choose_gpus(sku, hardware)?,
+            created_at: now(),
+        };
+        let folder = Folder::create(&self.instances(), &record).map_err(unwritable)?;
+        Ok((folder, record))
+    }
+
+    fn take_turn(&self) -> io::Result<File> {
+        let path = self.root.join("create.lock");
+        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        file.lock()?;
+        Ok(file)
+    }
+
+    fn choose_gpus(&self, sku: &Sku, hardware: &Hardware) -> Result<Vec<u32>, BrokerError> {
+        let Sku::Gpus(count, raw) = sku else { return Ok(Vec::new()) };
+        let rented: Vec<u32> = self.list_now()?.iter().flat_map(|instance| self.gpus_of(&instance.id)).collect();
+        let all = (0u32..).zip(&hardware.gpus).filter(|(_, gpu)| gpu.raw == *raw).map(|(index, _)| index);
+        let free: Vec<u32> = all.filter(|index| !rented.contains(index)).collect();
+        let chosen = free.get(..*count as usize).map(<[u32]>::to_vec);
+        chosen.ok_or_else(|| {
+            let message = format!("{count} x {raw} are wanted, {} are free ({} rented)", free.len(), rented.len());
+            error(BrokerErrorKind::NoCapacity, message)
+        })
+    }
+
+    fn gpus_of(&self, id: &InstanceId) -> Vec<u32> {
+        Folder::new(self.instances().join(&id.0)).record().map(|record| record.gpus).unwrap_or_default()
+    }
+
+    fn spawn(&self, folder: &Folder, record: &Record) -> io::Result<tokio::process::Child> {
+        let log = || OpenOptions::new().create(true).append(true).mode(0o600).open(folder.log());
+        let mut command = tokio::process::Command::new(&self.exe);
+        command.arg(SERVE_COMMAND).arg(folder.path()).current_dir("/");
+        // It leaves our session by itself, as its first act; neither our terminal nor our environment is its own.
+        command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").env(MARKER, &record.id);
+        command.stdin(Stdio::null()).stdout(log()?).stderr(log()?);
+        command.spawn()
+    }
+
+    async fn boot(&self, folder: &Folder, record: &Record) -> Result<Instance, String> {
+        let mut child =
+            self.spawn(folder, record).map_err(|error| format!("cannot run {}: {error}", self.exe.display()))?;
+        let begun = Clock::now();
+        while begun.elapsed() < BOOT_LIMIT {
+            if let Some(instance) = look_at(&record.id, folder).filter(|i| matches!(i.state, InstanceState::Ready(_))) {
+                return Ok(instance);
+            }
+            if let Some(status) = child.try_wait().map_err(|error| error.to_string())? {
+                return Err(format!("the instance ended at once, {status}: {}", last_words(folder)));
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        Err(format!("the instance is not up after {} s: {}", BOOT_LIMIT.as_secs(), last_words(folder)))
+    }
+}
+
+#[async_trait]
+impl Broker for LocalBroker {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        // The instance's own process keeps the deadline, and lives as long as the instance.
+        Capabilities { server_deadline: true, self_destruct: false, spot: false }
+    }
+
+    async fn check(&self) -> Result<Account, BrokerError> {
+        Ok(Account::default())
+    }
+
+    async fn offers(&self, _want: &GpuRequest) -> Result<Offers, BrokerError> {
+        Ok(Offers { offers: Hardware::detect(&self.root, &self.nvidia_smi).await.offers(), dropped: Vec::new() })
+    }
+
+    async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
+        let (folder, record) = self.allocate(offer, lease).await?;
+        match self.boot(&folder, &record).await {
+            Ok(instance) => Ok(instance),
+            Err(message) => {
+                // It never came up, so it costs nothing.
+                let ended = blocking(move || end(&folder, &record.id, false)).await;
+                Err(match ended {
+                    Ok(()) => unavailable(message),
+                    Err(left) => error(BrokerErrorKind::Maybe, format!("{message}; and {}", left.message)),
+                })
+            }
+        }
+    }
+
+    async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
+        let broker = self.clone();
+        blocking(move || broker.list_now()).await
+    }
+
+    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
+        Ok(self.list().await?.into_iter().find(|instance| instance.id == *id))
+    }
+
+    fn way(&self, id: &InstanceId) -> Option<Way> {
+        is_id(&id.0).then(|| way::way(&id.0, Folder::new(self.instances().join(&id.0))))
+    }
+
+    async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
+        if !is_id(&id.0) {
+            return Err(rejected(format!("{:?} is no id of this broker's", id.0)));
+        }
+        let (folder, id) = (Folder::new(self.instances().join(&id.0)), id.0.clone());
+        blocking(move || end(&folder, &id, true)).await
+    }
+}
+
+/// The instance in `folder`, `None` if it went away meanwhile.
+fn look_at(id: &str, folder: &Folder) -> Option<Instance> {
+    let record = match absent(folder.record()) {
+        Ok(Some(record)) => record,
+        Ok(None) if !folder.path().exists() => return None,
+        damaged => return Some(unreadable_instance(id, &damaged.err())),
+    };
+    let state = state_of(folder, &record).unwrap_or_else(|error| InstanceState::Unknown(error.to_string()));
+    Some(Instance {
+        broker: NAME.to_owned(),
+        id: InstanceId(id.to_owned()),
+        name: record.name,
+        state,
+        price: Some(record.price),
+        hardware: record.hardware,
+        created_at: Some(record.created_at),
+    })
+}
+
+fn unreadable_instance(id: &str, error: &Option<io::Error>) -> Instance {
+    let reason = error.as_ref().map_or("it is missing".to_owned(), ToString::to_string);
+    Instance {
+        broker: NAME.to_owned(),
+        id: InstanceId(id.to_owned()),
+        name: String::new(),
+        state: InstanceState::Failed(format!("instance.json cannot be read: {reason}")),
+        price: None,
+        hardware: String::new(),
+        created_at: None,
+    }
+}
+
+fn state_of(folder: &Folder, record: &Record) -> io::Result<InstanceState> {
+    let alive = folder.is_locked()?;
+    if folder.is_ending() {
+        let unfinished = "its termination was begun and not finished: terminate it again";
+        return Ok(if alive { InstanceState::Terminating } else { InstanceState::Failed(unfinished.to_owned()) });
+    }
+    let young = now().saturating_sub(record.created_at) < BOOT_LIMIT.as_secs();
+    Ok(match (alive, folder.ready()?) {
+        (true, Some(_)) => {
+            let (host, user) = ("localhost".to_owned(), way::USER.to_owned());
+            InstanceState::Ready(SshEndpoint { host, port: 0, user })
+        }
+        (true, None) => InstanceState::Booting,
+        (false, None) if young => InstanceState::Booting,
+        // Whoever created it was cut short before starting it, which speaks against no other one.
+        (false, None) => InstanceState::Stopped,
+        (false, Some(_)) => {
+            InstanceState::Failed(format!("its process ended; the last of its log: {}", last_words(folder)))
+        }
+    })
+}
+
+fn last_words(folder: &Folder) -> String {
+    folder.last_words().unwrap_or_else(|| "its log is empty".to_owned())
+}
+
+/// Ends the instance in `folder` and everything that runs there, whatever state it is in, then [`conclude`]s.
+fn end(folder: &Folder, id: &str, billed: bool) -> Result<(), BrokerError> {
+    let stays = |why: String| unavailable(format!("{id} is not terminated: {why}"));
+    let there = fs::symlink_metadata(folder.path());
+    if absent(there).map_err(|error| stays(error.to_string()))?.is_none() {
+        // A termination that was cut short after its last step but one.
+        return folder.remove().map_err(|error| stays(error.to_string()));
+    }
+    if let Err(error) = folder.mark_ending() {
+        // A full disk is a reason to terminate, not one to refuse.
+        tracing::warn!(id, %error, "the termination could not be noted first");
+    }
+    // Without it, something that starts meanwhile may be left.
+    let _shut = folder.shut();
+    let record = folder.record();
+    stop_process(folder, id);
+    marks(folder, id).end_all().map_err(stays)?;
+    // Nobody else can start or end anything here while we hold it.
+    let lock = match absent(folder.lock()) {
+        Ok(Some(None)) => return Err(stays("its lock is held by a process that is not its own".to_owned())),
+        Ok(None) if !folder.path().exists() => return Ok(()),
+        Ok(lock) => lock,
+        Err(error) => return Err(stays(error.to_string())),
+    };
+    marks(folder, id).end_all().map_err(stays)?;
+    let concluded = match record {
+        Ok(record) => conclude(folder, &record, billed),
+        // Nobody can say any more what it cost.
+        Err(_) => folder.remove(),
+    };
+    drop(lock);
+    concluded.map_err(|error| unavailable(format!("{id} is ended, but its folder stays: {error}")))
+}
+
+fn marks(folder: &Folder, id: &str) -> Marks {
+    Marks::new(id, folder.home())
+}
+
+/// Asks the instance's process to end what runs there and itself; kills it when it takes too long.
+fn stop_process(folder: &Folder, id: &str) {
+    // One that is not up yet is found by its marks.
+    let Ok(Some(ready)) = folder.ready() else { return };
+    // The lock may be another terminator's by now, and the process id anybody's: the mark is not.
+    let is_it = || marks(folder, id).find().is_ok_and(|pids| pids.contains(&ready.pid));
+    let begun = Clock::now();
+    let mut asked = false;
+    while folder.is_locked().unwrap_or(false) && begun.elapsed() < 2 * ENDING_GRACE {
+        if begun.elapsed() > ENDING_GRACE {
+            if is_it() {
+                processes::signal(ready.pid, Signal::KILL);
+            }
+        } else if !asked && is_it() {
+            processes::signal(ready.pid, Signal::TERM);
+            asked = true;
+        }
+        thread::sleep(PAUSE);
+    }
+}
+
+/// After everything ended: deletes what was stored, writes the bill, removes the folder, in this order. A full disk has room
+/// for the bill after the first, and a crash before the last leaves an instance that can be terminated again.
+fn conclude(folder: &Folder, record: &Record, billed: bool) -> io::Result<()> {
+    folder.empty_home()?;
+    let root = folder.path().parent().and_then(Path::parent);
+    if let Some(root) = root.filter(|_| billed) {
+        bill::append(root, &BillEntry::new(record, now()))?;
+    }
+    folder.remove()
+}
+
+fn describe(sku: &Sku, hardware: &Hardware) -> String {
+    match sku {
+        Sku::Cpu => format!("{} CPU cores", hardware.cores),
+        Sku::Gpus(count, raw) => {
+            let vram = hardware.gpus.iter().find(|gpu| gpu.raw == *raw).and_then(|gpu| gpu.vram);
+            format!("{count} x {}", crate::cloud::gpu::canonical_name(raw, vram))
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, BrokerError> + Send + 'static,
+) -> Result<T, BrokerError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(failure) => Err(error(BrokerErrorKind::Maybe, failure.to_string())),
+    }
+}
+
+fn error(kind: BrokerErrorKind, message: String) -> BrokerError {
+    BrokerError { broker: NAME, kind, message }
+}
+
+fn unavailable(message: String) -> BrokerError {
+    error(BrokerErrorKind::Unavailable, message)
+}
+
+fn rejected(message: String) -> BrokerError {
+    error(BrokerErrorKind::Rejected, message)
+}

@@ -1,0 +1,225 @@
+//! What this machine has to offer.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::process::Command;
+
+use super::NAME;
+use crate::cloud::broker::Offer;
+use crate::files::free_disk;
+use crate::units::{Bytes, Usd, UsdPerHour};
+
+/// The price of one CPU core, in millionths of a dollar per hour: about what clouds ask, and enough for bills that differ.
+const CORE_PRICE: i64 = 10_000;
+/// The price of one GPU on top of all cores.
+const GPU_PRICE: i64 = 100_000;
+/// A driver in trouble can hang; it then has no GPU to offer either.
+const NVIDIA_SMI_LIMIT: Duration = Duration::from_secs(20);
+
+/// The machine, as it is now.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Hardware {
+    /// Cores this process may use.
+    pub(super) cores: u32,
+    /// Memory, or as much of it as this process may use; `None` if the system does not tell.
+    pub(super) ram: Option<Bytes>,
+    /// Free disk where instances live.
+    pub(super) disk: Option<Bytes>,
+    /// NVIDIA GPUs in the order of their PCI addresses.
+    pub(super) gpus: Vec<Gpu>,
+}
+
+/// One GPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Gpu {
+    /// The driver's name for it.
+    pub(super) raw: String,
+    /// Memory as the driver reports it; some share the host's and report none.
+    pub(super) vram: Option<Bytes>,
+}
+
+/// What an offer's key stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Sku {
+    /// The CPU alone.
+    Cpu,
+    /// A number of GPUs of one name.
+    Gpus(u32, String),
+}
+
+impl Sku {
+    /// The key of an offer.
+    pub(super) fn key(&self) -> String {
+        match self {
+            Self::Cpu => "cpu".to_owned(),
+            Self::Gpus(count, raw) => format!("gpu/{count}/{raw}"),
+        }
+    }
+
+    /// The inverse of [`Sku::key`].
+    pub(super) fn parse(key: &str) -> Option<Self> {
+        if key == "cpu" {
+            return Some(Self::Cpu);
+        }
+        let (count, raw) = key.strip_prefix("gpu/")?.split_once('/')?;
+        let count = count.parse().ok().filter(|count| *count > 0)?;
+        Some(Self::Gpus(count, raw.to_owned()))
+    }
+}
+
+impl Hardware {
+    /// Looks at the machine. `root` is where instances live, `nvidia_smi` the program that lists GPUs; absent: none.
+    pub(super) async fn detect(root: &Path, nvidia_smi: &Path) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            cores: u32::try_from(cores).unwrap_or(u32::MAX),
+            ram: memory(),
+            disk: free_disk(root),
+            gpus: list_gpus(nvidia_smi).await,
+        }
+    }
+
+    /// One offer without GPU, and one for every number of every kind of GPU.
+    pub(super) fn offers(&self) -> Vec<Offer> {
+        let mut kinds: BTreeMap<&str, Vec<&Gpu>> = BTreeMap::new();
+        for gpu in &self.gpus {
+            kinds.entry(&gpu.raw).or_default().push(gpu);
+        }
+        let cpu = std::iter::once(self.offer(&Sku::Cpu, None));
+        let gpus = kinds.into_iter().flat_map(|(raw, gpus)| {
+            let vram = gpus.iter().filter_map(|gpu| gpu.vram).min();
+            let counts = (1u32..).take(gpus.len());
+            counts.map(move |count| self.offer(&Sku::Gpus(count, raw.to_owned()), vram))
+        });
+        cpu.chain(gpus).collect()
+    }
+
+    fn offer(&self, sku: &Sku, vram: Option<Bytes>) -> Offer {
+        let (gpu_count, raw) = match sku {
+            Sku::Cpu => (0, None),
+            Sku::Gpus(count, raw) => (*count, Some(raw.as_str())),
+        };
+        let price = CORE_PRICE * i64::from(self.cores) + GPU_PRICE * i64::from(gpu_count);
+        let offer = Offer {
+            is_local: true,
+            cpu_ram: self.ram,
+            cpu_cores: Some(self.cores),
+            disk: self.disk,
+            ..Offer::new(NAME, sku.key(), gpu_count, UsdPerHour(Usd::from_micros(price)))
+        };
+        match raw {
+            Some(raw) => offer.with_gpu(raw, vram),
+            None => offer,
+        }
+    }
+}
+
+/// Memory of this machine, or what of it this program may have.
+pub(crate) fn memory() -> Option<Bytes> {
+    let mut system = sysinfo::System::new().ok()?;
+    system.refresh_memory();
+    let limit = system.cgroup_limits().map(|limits| limits.total_memory).filter(|limit| *limit > 0);
+    let total = system.total_memory();
+    (total > 0).then(|| Bytes(limit.map_or(total, |limit| limit.min(total))))
+}
+
+async fn list_gpus(nvidia_smi: &Path) -> Vec<Gpu> {
+    let mut command = Command::new(nvidia_smi);
+    command.args(["--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]);
+    command.stdin(Stdio::null()).kill_on_drop(true);
+    match tokio::time::timeout(NVIDIA_SMI_LIMIT, command.output()).await {
+        Ok(Ok(output)) if output.status.success() => parse_gpus(&String::from_utf8_lossy(&output.stdout)),
+        Ok(Ok(output)) => {
+            tracing::warn!(status = %output.status, "nvidia-smi failed: no GPU is offered");
+            Vec::new()
+        }
+        // No driver, no GPU: nothing to warn of.
+        Ok(Err(_)) => Vec::new(),
+        Err(_) => {
+            tracing::warn!("nvidia-smi did not answer: no GPU is offered");
+            Vec::new()
+        }
+    }
+}
+
+fn parse_gpus(text: &str) -> Vec<Gpu> {
+    let line = |line: &str| {
+        let (raw, mib) = line.rsplit_once(',')?;
+        let raw: String = raw.trim().chars().filter(|c| !c.is_control()).take(100).collect();
+        let vram = mib.trim().parse().ok().filter(|mib| (1..1 << 30).contains(mib)).map(Bytes::from_mib);
+        (!raw.is_empty()).then_some(Gpu { raw, vram })
+    };
+    text.lines().filter_map(line).collect()
+}
+
+/// The program that lists NVIDIA GPUs, found on the search path.
+pub(super) fn default_nvidia_smi() -> PathBuf {
+    PathBuf::from("nvidia-smi")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn machine(gpus: &str) -> Hardware {
+        let gpus = parse_gpus(gpus);
+        Hardware { cores: 8, ram: Some(Bytes::from_gib(31)), disk: Some(Bytes::from_gib(100)), gpus }
+    }
+
+    #[test]
+    fn a_machine_without_gpu_offers_its_cpu() {
+        let offers = machine("").offers();
+        let [offer] = &offers[..] else { panic!("{offers:?}") };
+        assert_eq!((offer.gpu_count, offer.gpu.as_deref(), offer.cpu_cores), (0, None, Some(8)));
+        assert!(offer.is_local);
+        assert_eq!(offer.price, UsdPerHour::from_dollars(0.08));
+    }
+
+    #[test]
+    fn a_machine_with_gpus_offers_every_number_of_them() {
+        let offers = machine("NVIDIA H100 80GB HBM3, 81559\nNVIDIA H100 80GB HBM3, 81559\nNVIDIA L4, 23034\n").offers();
+        let brief: Vec<_> = offers.iter().map(|o| (o.gpu_count, o.gpu.as_deref().unwrap_or("-"), o.vram)).collect();
+        let gib = |n| Some(Bytes::from_gib(n));
+        assert_eq!(brief, [(0, "-", None), (1, "H100", gib(80)), (2, "H100", gib(80)), (1, "L4", gib(24))]);
+        assert!(offers.iter().all(|o| o.price.0 > Usd::ZERO));
+        assert_eq!(offers[2].gpu_raw.as_deref(), Some("NVIDIA H100 80GB HBM3"));
+    }
+
+    #[test]
+    fn what_nvidia_smi_may_say() {
+        assert!(
+            parse_gpus("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n").is_empty()
+        );
+        assert_eq!(parse_gpus("NVIDIA GB10, [N/A]\n"), [Gpu { raw: "NVIDIA GB10".to_owned(), vram: None }]);
+        assert_eq!(
+            parse_gpus("Odd, name, 1024\n\n"),
+            [Gpu { raw: "Odd, name".to_owned(), vram: Some(Bytes::from_gib(1)) }]
+        );
+    }
+
+    #[tokio::test]
+    async fn this_machine_has_a_core_and_memory() {
+        let root = tempfile::tempdir().unwrap();
+        let hardware = Hardware::detect(root.path(), Path::new("/no/such/nvidia-smi")).await;
+        assert!(hardware.cores > 0 && hardware.ram.unwrap() > Bytes::from_mib(64) && hardware.gpus.is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn keys_are_read_back(count in 1u32..64, raw in "\\PC{1,40}") {
+            let sku = Sku::Gpus(count, raw);
+            prop_assert_eq!(Sku::parse(&sku.key()), Some(sku));
+        }
+
+        #[test]
+        fn any_text_for_a_list_of_gpus_is_answered(text in "(\\PC|\n|,){0,200}") {
+            for gpu in parse_gpus(&text) {
+                prop_assert!(!gpu.raw.is_empty());
+            }
+        }
+    }
+}

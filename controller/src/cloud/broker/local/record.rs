@@ -1,0 +1,393 @@
+//! The folder of one instance: what is written there, by whom, and what it says about the instance's life.
+//!
+//! | name | written by | says |
+//! |---|---|---|
+//! | `instance.json` | `create`, before anything is spawned | lease, price, hardware |
+//! | `lock` | held by the instance's process for its life | alive, exactly as long as it is held |
+//! | `gate` | held by all who start something; by one alone who ends the instance | who may start |
+//! | `ready.json` | the instance's process | which process it is |
+//! | `ending` | `terminate`, first of all | nothing may start here any more |
+//! | `log` | the instance's process | why it failed |
+//! | `home/` | the user | what the rental is for |
+//!
+//! The folder appears whole, by a rename, so that a crash leaves either no instance or one that can be listed and ended.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::cloud::broker::LeaseTag;
+use crate::units::UsdPerHour;
+
+/// Bytes read of any document here; ours are far smaller, a damaged one may be anything.
+const DOCUMENT_LIMIT: u64 = 64 << 10;
+/// Bytes of the end of a log that are searched for its last line.
+const LOG_TAIL: u64 = 4 << 10;
+/// Letters of an instance id after `i-`.
+const ID_LETTERS: usize = 12;
+/// How long a lock is tried for. Only listers hold it besides, each for microseconds.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// `instance.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Record {
+    /// The instance's id, also the folder's name.
+    pub(super) id: String,
+    /// The lease tag.
+    pub(super) name: String,
+    /// What it bills.
+    pub(super) price: UsdPerHour,
+    /// In words.
+    pub(super) hardware: String,
+    /// Indices of the GPUs it was rented, in the order of their PCI addresses.
+    pub(super) gpus: Vec<u32>,
+    /// Unix seconds.
+    pub(super) created_at: u64,
+}
+
+impl Record {
+    /// When the lease ends, Unix seconds; `None` when the name is not a lease tag.
+    pub(super) fn deadline(&self) -> Option<u64> {
+        self.name.parse::<LeaseTag>().ok().map(|tag| tag.deadline)
+    }
+}
+
+/// `ready.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Ready {
+    /// Process id of the instance, its session's leader. Means nothing once the lock is free.
+    pub(super) pid: u32,
+}
+
+/// The folder of one instance.
+#[derive(Clone, Debug)]
+pub(super) struct Folder(PathBuf);
+
+impl Folder {
+    /// `path` is the instance's folder; it need not exist.
+    pub(super) fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// Writes a whole new instance beside `instances` and renames it into place.
+    pub(super) fn create(instances: &Path, record: &Record) -> io::Result<Self> {
+        let draft = Self(instances.join(format!(".new-{}", record.id)));
+        make_private_dir(&draft.0)?;
+        let written = draft.fill(record);
+        let place = instances.join(&record.id);
+        let placed = written.and_then(|()| fs::rename(&draft.0, &place)).and_then(|()| sync_dir(instances));
+        match placed {
+            Ok(()) => Ok(Self(place)),
+            Err(error) => {
+                // What is left is ours, unlisted and empty of processes.
+                let _ = fs::remove_dir_all(&draft.0);
+                Err(error)
+            }
+        }
+    }
+
+    fn fill(&self, record: &Record) -> io::Result<()> {
+        make_private_dir(&self.home())?;
+        write_durably(&self.0.join("lock"), b"")?;
+        write_durably(&self.0.join("gate"), b"")?;
+        write_json(&self.0.join("instance.json"), record)
+    }
+
+    /// The folder itself.
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The home folder of all that runs there.
+    pub(super) fn home(&self) -> PathBuf {
+        self.0.join("home")
+    }
+
+    /// The log of the instance's process.
+    pub(super) fn log(&self) -> PathBuf {
+        self.0.join("log")
+    }
+
+    /// Reads `instance.json`.
+    pub(super) fn record(&self) -> io::Result<Record> {
+        read_json(&self.0.join("instance.json"))
+    }
+
+    /// Reads `ready.json`, `None` before its process is up.
+    pub(super) fn ready(&self) -> io::Result<Option<Ready>> {
+        absent(read_json(&self.0.join("ready.json")))
+    }
+
+    /// Writes `ready.json`.
+    pub(super) fn set_ready(&self, ready: &Ready) -> io::Result<()> {
+        write_json(&self.0.join("ready.json"), ready)
+    }
+
+    /// Says that nothing may start here any more.
+    pub(super) fn mark_ending(&self) -> io::Result<()> {
+        write_durably(&self.0.join("ending"), b"")
+    }
+
+    /// Whether a termination was begun.
+    pub(super) fn is_ending(&self) -> bool {
+        self.0.join("ending").exists()
+    }
+
+    /// Whether somebody holds the lock: the instance's process, or whoever is ending it.
+    pub(super) fn is_locked(&self) -> io::Result<bool> {
+        // Shared: two listers must not take each other for the instance.
+        match File::open(self.0.join("lock"))?.try_lock_shared() {
+            Ok(()) => Ok(false),
+            Err(TryLockError::WouldBlock) => Ok(true),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+
+    /// What whoever starts something here holds meanwhile; `None` when nothing may start: the
+    /// instance's process is gone, or somebody ends it.
+    pub(super) fn admit(&self) -> io::Result<Option<File>> {
+        let gate = File::open(self.0.join("gate"))?;
+        match gate.try_lock_shared() {
+            Ok(()) => Ok((!self.is_ending() && self.is_locked()?).then_some(gate)),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+
+    /// Keeps anything from starting here until the file is dropped. `None`: somebody else does, or
+    /// takes long to start something.
+    pub(super) fn shut(&self) -> io::Result<Option<File>> {
+        self.take("gate")
+    }
+
+    /// Takes the lock, held until the file is dropped. `None`: another holds it for longer than anyone should who only looks.
+    pub(super) fn lock(&self) -> io::Result<Option<File>> {
+        self.take("lock")
+    }
+
+    fn take(&self, name: &str) -> io::Result<Option<File>> {
+        let file = File::open(self.0.join(name))?;
+        let begun = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(Some(file)),
+                Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_TIMEOUT => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::Error(error)) => return Err(error),
+            }
+        }
+    }
+
+    /// The last line of the log, harmless on a terminal; `None` if there is none.
+    pub(super) fn last_words(&self) -> Option<String> {
+        let mut file = File::open(self.log()).ok()?;
+        let end = file.metadata().ok()?.len();
+        file.seek(SeekFrom::Start(end.saturating_sub(LOG_TAIL))).ok()?;
+        let mut tail = Vec::new();
+        file.take(LOG_TAIL).read_to_end(&mut tail).ok()?;
+        let text = String::from_utf8_lossy(&tail);
+        let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
+        Some(line.chars().filter(|c| !c.is_control()).take(300).collect())
+    }
+
+    /// Deletes all that was stored in the home folder.
+    pub(super) fn empty_home(&self) -> io::Result<()> {
+        absent(remove_stubborn(&self.home())).map(drop)
+    }
+
+    /// Moves the folder out of the list and deletes it. Leftovers that resist are reported, but the instance is gone.
+    pub(super) fn remove(&self) -> io::Result<()> {
+        let (Some(parent), Some(name)) = (self.0.parent(), self.0.file_name()) else { return Ok(()) };
+        let gone = parent.join(format!(".gone-{}", name.to_string_lossy()));
+        absent(fs::rename(&self.0, &gone))?;
+        sync_dir(parent)?;
+        absent(remove_stubborn(&gone))?;
+        Ok(())
+    }
+}
+
+/// A new instance id: `i-` and twelve lower-case letters and digits.
+pub(super) fn new_id() -> String {
+    use rand::Rng;
+    const ALPHABET: &[u8] = b"abcdefghijklmnopqrstuvwxyz0123456789";
+    let mut rng = rand::rng();
+    let letters = (0..ID_LETTERS).map(|_| char::from(ALPHABET[rng.random_range(0..ALPHABET.len())]));
+    "i-".chars().chain(letters).collect()
+}
+
+/// Whether `id` is one that [`new_id`] could have made; nothing else ever becomes part of a path.
+pub(super) fn is_id(id: &str) -> bool {
+    id.strip_prefix("i-").is_some_and(|rest| {
+        rest.len() == ID_LETTERS && rest.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
+    })
+}
+
+/// Unix seconds.
+pub(super) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Not being there is an answer, not a failure.
+pub(super) fn absent<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes a folder, and those above it, that only the user may look into.
+pub(super) fn make_private_dir(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Temporary name, fsync, rename: a reader sees the old content or the new, after a crash too. Mode 0600.
+pub(super) fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let draft = path.with_file_name(format!(".{name}.{}.part", std::process::id()));
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    fs::rename(&draft, path)?;
+    path.parent().map_or(Ok(()), sync_dir)
+}
+
+/// Makes renames within a folder durable.
+pub(super) fn sync_dir(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+fn write_json(path: &Path, document: &impl Serialize) -> io::Result<()> {
+    write_durably(path, &serde_json::to_vec_pretty(document)?)
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
+    Ok(serde_json::from_str(&read_bounded(path)?)?)
+}
+
+fn read_bounded(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(DOCUMENT_LIMIT).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Deletes a tree in which somebody may have taken away their own write permission.
+fn remove_stubborn(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            unlock_dirs(path)?;
+            fs::remove_dir_all(path)
+        }
+        other => other,
+    }
+}
+
+fn unlock_dirs(path: &Path) -> io::Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(0o700))?;
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            unlock_dirs(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(id: &str) -> Record {
+        Record {
+            id: id.to_owned(),
+            name: "outliers-o-r-n-99".to_owned(),
+            price: UsdPerHour::from_dollars(0.5),
+            hardware: "2 CPU cores".to_owned(),
+            gpus: vec![],
+            created_at: 7,
+        }
+    }
+
+    #[test]
+    fn ids_are_recognised_and_nothing_else_is() {
+        for _ in 0..100 {
+            assert!(is_id(&new_id()));
+        }
+        for bad in
+            ["", "i-", "..", "i-../../../etc", "i-abcdefghijk/", "i-ABCDEFGHIJKL", "i-abcdefghijklm", "j-abcdefghijkl"]
+        {
+            assert!(!is_id(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_folder_appears_whole_and_private() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = Folder::create(root.path(), &record("i-abcdefghijkl")).unwrap();
+        assert_eq!(folder.record().unwrap(), record("i-abcdefghijkl"));
+        assert_eq!(folder.record().unwrap().deadline(), Some(99));
+        assert_eq!(fs::metadata(folder.path()).unwrap().permissions().mode() & 0o777, 0o700);
+        assert_eq!(folder.ready().unwrap(), None);
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "no draft is left");
+    }
+
+    #[test]
+    fn looking_at_the_lock_does_not_take_it() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = Folder::create(root.path(), &record("i-abcdefghijkl")).unwrap();
+        assert!(!folder.is_locked().unwrap());
+        let held = folder.lock().unwrap().unwrap();
+        assert!(folder.is_locked().unwrap());
+        drop(held);
+        assert!(!folder.is_locked().unwrap());
+    }
+
+    #[test]
+    fn something_starts_only_while_the_instance_lives_and_nobody_ends_it() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = Folder::create(root.path(), &record("i-abcdefghijkl")).unwrap();
+        assert!(folder.admit().unwrap().is_none(), "nobody is the instance");
+        let life = folder.lock().unwrap().unwrap();
+        let (one, two) = (folder.admit().unwrap().unwrap(), folder.admit().unwrap().unwrap());
+        drop((one, two));
+        let shut = folder.shut().unwrap().unwrap();
+        assert!(folder.admit().unwrap().is_none(), "somebody ends it");
+        drop(shut);
+        assert!(folder.admit().unwrap().is_some());
+        folder.mark_ending().unwrap();
+        assert!(folder.admit().unwrap().is_none(), "somebody has begun to end it");
+        drop(life);
+    }
+
+    #[test]
+    fn last_words_are_short_and_harmless() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = Folder::new(root.path());
+        assert_eq!(folder.last_words(), None);
+        fs::write(folder.log(), format!("first\n\x1b[31m{}\n\n  \n", "x".repeat(9000))).unwrap();
+        let words = folder.last_words().unwrap();
+        assert!(words.len() <= 300 && words.chars().all(|c| c == 'x'), "{words}");
+        fs::write(folder.log(), "a\n\x1b]0;title\x07no port left\n").unwrap();
+        assert_eq!(folder.last_words().unwrap(), "]0;titleno port left");
+    }
+
+    #[test]
+    fn a_read_only_tree_can_be_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = Folder::create(root.path(), &record("i-abcdefghijkl")).unwrap();
+        let deep = folder.home().join("a/b");
+        fs::create_dir_all(&deep).unwrap();
+        fs::write(deep.join("f"), "x").unwrap();
+        fs::set_permissions(&deep, fs::Permissions::from_mode(0o500)).unwrap();
+        fs::set_permissions(folder.home().join("a"), fs::Permissions::from_mode(0o000)).unwrap();
+        folder.remove().unwrap();
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+        folder.remove().unwrap();
+    }
+}

@@ -1,0 +1,43 @@
+//! The way to an instance: commands in its home, with an environment of their own.
+
+use std::sync::Arc;
+
+use super::processes::MARKER;
+use super::record::Folder;
+use crate::cloud::broker::Way;
+use crate::host::transport::local::LocalTransport;
+
+/// The only user of an instance, by its own account.
+pub(super) const USER: &str = "outliers";
+
+/// Where programs are found on an instance, those of GPU drivers in containers included.
+const PATH: &str =
+    "/usr/local/nvidia/bin:/usr/local/cuda/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The way to the instance `id` in `folder`.
+pub(super) fn way(id: &str, folder: Folder) -> Way {
+    let home = folder.home();
+    let home = home.canonicalize().unwrap_or(home);
+    // It sees the GPUs that it was rented, and no others.
+    let gpus = folder.record().map(|record| record.gpus).unwrap_or_default();
+    let gpus = gpus.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+    let place = home.to_string_lossy().into_owned();
+    let variables = [
+        ("PATH", PATH),
+        ("LANG", "C.UTF-8"),
+        ("SHELL", "/bin/sh"),
+        ("USER", USER),
+        ("LOGNAME", USER),
+        (MARKER, id),
+        ("HOME", place.as_str()),
+        ("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
+        ("CUDA_VISIBLE_DEVICES", gpus.as_str()),
+    ];
+    let environment = variables.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+    let words = environment.iter().map(|(name, value)| format!("{name}={value}"));
+    let program = ["sh", "-c", "cd && exec sh \"$@\"", "sh"].map(str::to_owned);
+    let shell = ["env", "-i", "TERM=xterm"].map(str::to_owned).into_iter().chain(words).chain(program).collect();
+    let name = format!("instance {id}");
+    let transport = LocalTransport::new(name.clone(), home, environment, move || folder.admit());
+    Way { transport: Arc::new(transport), name, shell, needs_guard: true }
+}

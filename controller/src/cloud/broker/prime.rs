@@ -1,0 +1,603 @@
+//! Prime Intellect: one market over some two dozen clouds.
+//!
+//! Source: docs.primeintellect.ai, API reference (availability/gpus, pods, ssh_keys). Collections end in a slash, members do not:
+//! the server redirects what is written otherwise, and a redirected creation is none.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::wire::{self, GB, GIB, lenient};
+use super::{
+    Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, Dropped, GpuRequest, Instance,
+    InstanceId, InstanceState, Lease, LeaseTag, Offer, Offers, SshEndpoint, Tier,
+};
+use crate::calendar::from_rfc3339;
+use crate::cloud::http::{Call, Effect, Http, Method, Reply};
+use crate::text::clean;
+use crate::units::{Bytes, UsdPerHour};
+
+/// Prime Intellect.
+pub const CLOUD: CloudKind = CloudKind {
+    name: NAME,
+    key_variable: "PRIME_API_KEY",
+    base_url: "https://api.primeintellect.ai/api/v1",
+    // Not a reference to a registry: one of the environments that an offer lists.
+    image: "ubuntu_22_cuda_12",
+    key_page: "https://app.primeintellect.ai/dashboard/tokens",
+    connect,
+};
+
+const NAME: &str = "prime";
+
+/// Nothing is documented; its other clients poll about this often.
+const PACE: Duration = Duration::from_secs(1);
+/// Items on a page: the most that offers allow.
+const PAGE: usize = 100;
+/// Pages after which a listing is not one.
+const MOST_PAGES: usize = 200;
+/// How often a listing is begun that changes while it is read.
+const MOST_READINGS: usize = 4;
+/// GPUs that no single machine has: the offer is for several.
+const GPUS_OF_A_MACHINE: u32 = 8;
+
+fn connect(access: Access) -> Box<dyn Broker> {
+    Box::new(Prime { http: access.http.paced(None, PACE), image: access.image })
+}
+
+struct Prime {
+    http: Http,
+    image: String,
+}
+
+impl Prime {
+    /// All items of a collection.
+    async fn all<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>, BrokerError> {
+        for _ in 0..MOST_READINGS {
+            if let Some(items) = self.read_once(path).await? {
+                return Ok(items);
+            }
+        }
+        Err(self.error(BrokerErrorKind::Unavailable, format!("{path} changes faster than it can be read")))
+    }
+
+    /// All items, `None` if the collection changed meanwhile: pages are counted from its beginning, so what goes away before the
+    /// next page makes that page begin one too late.
+    async fn read_once<T: DeserializeOwned>(&self, path: &str) -> Result<Option<Vec<T>>, BrokerError> {
+        let mut items: Vec<T> = Vec::new();
+        let mut announced = None;
+        for _ in 0..MOST_PAGES {
+            let call = Call::get(path).query("offset", items.len()).query("limit", PAGE);
+            let page: Page<T> = granted(self.http.call(call).await?)?.json("a page of a list")?;
+            let total = *announced.get_or_insert(page.total_count);
+            if total != page.total_count {
+                return Ok(None);
+            }
+            let is_last = page.data.is_empty();
+            items.extend(page.data);
+            if items.len() >= total {
+                return Ok(Some(items));
+            }
+            if is_last {
+                let message = format!("{path} lists {} of {total}", items.len());
+                return Err(self.error(BrokerErrorKind::Unavailable, message));
+            }
+        }
+        Err(self.error(BrokerErrorKind::Unavailable, format!("{path} does not end")))
+    }
+
+    /// Lets the lease's key in under the lease's name.
+    async fn register(&self, lease: &Lease) -> Result<String, BrokerError> {
+        let name = lease.tag.to_string();
+        let body = json!({"name": name, "publicKey": lease.ssh_public_key.trim()});
+        // Twice the same key under a name that is used once does no harm: both go with the instance.
+        let reply = self.http.call(Call::new(Method::POST, "/ssh_keys/", Effect::Idempotent).body(body)).await?;
+        if reply.is_success() {
+            return Ok(reply.json::<SshKey>("an SSH key")?.id);
+        }
+        // Refused because an attempt whose answer was lost had registered it.
+        let known = self.all::<SshKey>("/ssh_keys/").await.unwrap_or_default();
+        match known.into_iter().find(|key| key.name == name) {
+            Some(key) => Ok(key.id),
+            None => Err(reply.refusal(kind_of(&reply))),
+        }
+    }
+
+    /// Takes keys out of the account: that of `tag`, and ours whose lease is over. What cannot be taken out now is at the next
+    /// occasion, so a failure is only noted.
+    async fn sweep_keys(&self, tag: Option<&LeaseTag>) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let is_over =
+            |key: &SshKey| key.name.parse().is_ok_and(|of_key: LeaseTag| Some(&of_key) == tag || of_key.deadline < now);
+        let keys: Vec<SshKey> = match self.all("/ssh_keys/").await {
+            Ok(keys) => keys,
+            Err(error) => return tracing::warn!("{error}: keys of former instances stay in the account"),
+        };
+        for key in keys.iter().filter(|key| is_over(key)) {
+            let Some(id) = wire::segment(&key.id) else { continue };
+            let call = Call::new(Method::DELETE, format!("/ssh_keys/{id}"), Effect::Idempotent);
+            let removed = self.http.call(call).await;
+            if let Err(error) = removed.and_then(|reply| if is_gone(&reply) { Ok(reply) } else { granted(reply) }) {
+                tracing::warn!("{error}: the key {} stays in the account", key.name);
+            }
+        }
+    }
+
+    fn path_of(&self, id: &InstanceId) -> Result<String, BrokerError> {
+        let none = || self.error(BrokerErrorKind::Rejected, format!("{:?} is no id of this cloud's", id.0));
+        wire::segment(&id.0).map(|id| format!("/pods/{id}")).ok_or_else(none)
+    }
+
+    fn error(&self, kind: BrokerErrorKind, message: impl Into<String>) -> BrokerError {
+        BrokerError { broker: self.http.broker(), kind, message: message.into() }
+    }
+}
+
+#[async_trait]
+impl Broker for Prime {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { server_deadline: false, self_destruct: false, spot: true }
+    }
+
+    fn clock_skew(&self) -> Option<i64> {
+        self.http.clock_skew()
+    }
+
+    async fn check(&self) -> Result<Account, BrokerError> {
+        let reply = granted(self.http.call(Call::get("/pods/").query("offset", 0).query("limit", 1)).await?)?;
+        reply.json::<Page<Value>>("a page of a list")?;
+        // It tells nobody's name or balance.
+        Ok(Account::default())
+    }
+
+    async fn offers(&self, want: &GpuRequest) -> Result<Offers, BrokerError> {
+        let mut items = Vec::new();
+        let mut announced = 0;
+        for page in 1..=MOST_PAGES {
+            let reply = granted(self.http.call(search(want, page)).await?)?;
+            let found: Availability = reply.json("a page of offers")?;
+            let is_last = found.items.is_empty();
+            announced = found.total_count;
+            items.extend(found.items);
+            if is_last || items.len() >= announced {
+                break;
+            }
+        }
+        let missing = announced.saturating_sub(items.len());
+        let mut offers = Offers::collect(items.into_iter().map(|item| offer(item, want, &self.image)));
+        if missing > 0 {
+            offers.dropped.push(Dropped { reason: "announced, but on no page".to_owned(), count: missing });
+        }
+        Ok(offers)
+    }
+
+    async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
+        let sku: Sku = serde_json::from_str(&offer.key).map_err(|_| {
+            self.error(BrokerErrorKind::Rejected, format!("{:?} is no offer of this cloud's", offer.key))
+        })?;
+        let key = self.register(lease).await?;
+        let order = order(&sku, offer.price, lease, &key);
+        let call = Call::new(Method::POST, "/pods/", Effect::Once).body(order);
+        let created = match self.http.call(call).await.and_then(granted) {
+            Ok(reply) => reply.json::<Pod>("an instance").map(Pod::into_instance),
+            Err(error) => Err(error),
+        };
+        if created.as_ref().is_err_and(|error| error.kind != BrokerErrorKind::Maybe) {
+            self.sweep_keys(Some(&lease.tag)).await;
+        }
+        created
+    }
+
+    async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
+        let pods: Vec<Value> = self.all("/pods/").await?;
+        Ok(wire::entries(NAME, &pods, Pod::live))
+    }
+
+    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
+        let reply = self.http.call(Call::get(self.path_of(id)?)).await?;
+        if is_gone(&reply) {
+            return Ok(None);
+        }
+        let reply = granted(reply)?;
+        let pod: Value = reply.json("an instance")?;
+        wire::alone(&reply, NAME, id, &pod, Pod::live)
+    }
+
+    async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
+        let path = self.path_of(id)?;
+        // Its name is that of its key, and is not told any more once it is gone. Not knowing it is no reason to let it run.
+        let tag = self.get(id).await.ok().flatten().and_then(|instance| instance.tag());
+        let reply = self.http.call(Call::new(Method::DELETE, path, Effect::Idempotent)).await?;
+        if !is_gone(&reply) {
+            granted(reply)?.json::<Deleted>("a confirmation")?;
+        }
+        self.sweep_keys(tag.as_ref()).await;
+        Ok(())
+    }
+}
+
+fn search(want: &GpuRequest, page: usize) -> Call {
+    let mut call = Call::get("/availability/gpus").query("page", page).query("page_size", PAGE);
+    if let Some(count) = Some(want.gpu_count.unwrap_or(1)).filter(|count| *count > 0) {
+        call = call.query("gpu_count", count);
+    }
+    match want.tier {
+        Some(Tier::Secure) => call.query("security", SECURE),
+        Some(Tier::Community) => call.query("security", COMMUNITY),
+        None => call,
+    }
+}
+
+const SECURE: &str = "secure_cloud";
+const COMMUNITY: &str = "community_cloud";
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Availability {
+    /// Each read by itself: an unreadable one is not the others' fault.
+    items: Vec<Value>,
+    total_count: usize,
+}
+
+/// An offer as the cloud gives it.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Item {
+    #[serde(flatten)]
+    place: OfferKey,
+    /// GB of each GPU.
+    gpu_memory: Option<f64>,
+    region: Option<String>,
+    vcpu: Option<Range>,
+    disk: Option<Range>,
+    memory: Option<Range>,
+    stock_status: Option<String>,
+    prices: Prices,
+    #[serde(default)]
+    images: Vec<String>,
+    is_spot: Option<bool>,
+    prepaid_time: Option<f64>,
+}
+
+/// What names an offer among all others. The id of a machine type alone is that of many: it has to be ordered with the rest.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct OfferKey {
+    /// Opaque, with spaces in it.
+    cloud_id: String,
+    gpu_type: String,
+    socket: String,
+    gpu_count: u32,
+    provider: String,
+    data_center: Option<String>,
+    country: Option<String>,
+    security: Option<String>,
+}
+
+/// What `create` needs of an offer.
+#[derive(Serialize, Deserialize)]
+struct Sku {
+    #[serde(flatten)]
+    place: OfferKey,
+    image: String,
+    disk: Range,
+    memory: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Prices {
+    on_demand: Option<f64>,
+    community_price: Option<f64>,
+    currency: String,
+}
+
+/// How much of something can be had, and for what.
+#[derive(Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Range {
+    /// In the offer's price.
+    default_count: Option<u64>,
+    max_count: Option<u64>,
+    /// Dollars per hour for each beyond.
+    price_per_unit: Option<f64>,
+    step: Option<u64>,
+}
+
+/// What is taken of a [`Range`].
+#[derive(Debug, PartialEq)]
+struct Taken {
+    /// To be named in the order; `None`: what is there, is there.
+    ordered: Option<u64>,
+    /// Dollars per hour beyond the offer's price.
+    extra: f64,
+}
+
+impl Range {
+    /// Enough for `wanted`, or as much as can be had.
+    fn take(self, wanted: u64) -> Taken {
+        let default = self.default_count.unwrap_or(0);
+        let (Some(most), Some(each)) = (self.max_count, self.price_per_unit) else {
+            return Taken { ordered: None, extra: 0.0 };
+        };
+        let beyond = wanted.saturating_sub(default).next_multiple_of(self.step.unwrap_or(1).max(1));
+        let ordered = default.saturating_add(beyond).min(most.max(default));
+        // Whether or not it says that the default is included: the prices it gives contain it.
+        Taken { ordered: Some(ordered), extra: (ordered - default) as f64 * each }
+    }
+
+    /// The most that can be had.
+    fn most(self) -> Option<u64> {
+        self.max_count.filter(|_| self.price_per_unit.is_some()).max(self.default_count)
+    }
+}
+
+fn offer(item: Value, want: &GpuRequest, image: &str) -> Result<Offer, String> {
+    let gpu_type = item.get("gpuType").and_then(Value::as_str);
+    if gpu_type == Some("CPU_NODE") {
+        return Err("no GPU".to_owned());
+    }
+    let item: Item = serde_json::from_value(item).map_err(|_| "not readable")?;
+    item.refuse(want)?;
+    let image = item.image(image).ok_or("no image with CUDA")?.to_owned();
+    let (disk, memory) = (item.disk.unwrap_or_default(), item.memory.unwrap_or_default());
+    // Memory is as machines report it: 125 and 251 are those of 128 and 256 GiB.
+    let ram = memory.take(want.min_cpu_ram.map_or(0, |wanted| wanted.0.div_ceil(GIB)));
+    let extra = disk.take(disk_of(want.min_disk.unwrap_or_default())).extra + ram.extra;
+    let base = item.prices.on_demand.or(item.prices.community_price).filter(|_| extra >= 0.0);
+    let price = base.and_then(|base| wire::price(base).and(wire::price(base + extra))).ok_or("no price that can be")?;
+    let reported = item.gpu_memory.and_then(|gb| wire::size(gb, GIB));
+    let (raw, count) =
+        (clean(format!("{} {}", item.place.gpu_type, item.place.socket).as_bytes(), 60), item.place.gpu_count);
+    let tier = item.tier();
+    let region = item.region_in_words();
+    let sku = Sku { place: item.place, image, disk, memory: ram.ordered };
+    let key = serde_json::to_string(&sku).map_err(|error| error.to_string())?;
+    let offer = Offer::new(NAME, key, count, price).with_gpu(&raw, reported);
+    Ok(Offer {
+        cpu_ram: ram.ordered.or(memory.default_count).and_then(|gib| wire::size(gib as f64, GIB)),
+        cpu_cores: item.vcpu.and_then(|cores| cores.default_count).and_then(|cores| u32::try_from(cores).ok()),
+        disk: disk.most().and_then(|gb| wire::size(gb as f64, GB)),
+        region,
+        tier,
+        spot: item.is_spot == Some(true),
+        ..offer
+    })
+}
+
+impl Item {
+    /// Why it is none of the offers to compare.
+    fn refuse(&self, want: &GpuRequest) -> Result<(), String> {
+        let reason = match &self.prices.currency {
+            currency if currency != "USD" => format!("priced in {}", clean(currency.as_bytes(), 10)),
+            _ if self.prepaid_time.is_some_and(|hours| hours > 0.0) => "paid in advance".to_owned(),
+            _ if self.stock_status.as_deref() == Some("Unavailable") => "not in stock".to_owned(),
+            _ if self.is_spot == Some(true) && !want.spot => "can be taken back at any time".to_owned(),
+            _ if self.place.gpu_count == 0 => "no GPU".to_owned(),
+            _ if self.place.gpu_count > GPUS_OF_A_MACHINE => "several machines".to_owned(),
+            _ => return Ok(()),
+        };
+        Err(reason)
+    }
+
+    /// The one that is preferred, else any with a CUDA of the same generation, else any with CUDA.
+    fn image(&self, preferred: &str) -> Option<&str> {
+        let first = |fits: &dyn Fn(&str) -> bool| self.images.iter().map(String::as_str).find(|image| fits(image));
+        first(&|image| image == preferred)
+            .or_else(|| first(&|image| image.starts_with("cuda_12_")))
+            .or_else(|| first(&|image| image.starts_with("cuda_")))
+    }
+
+    fn tier(&self) -> Option<Tier> {
+        match self.place.security.as_deref() {
+            Some(SECURE) => Some(Tier::Secure),
+            Some(COMMUNITY) => Some(Tier::Community),
+            _ => None,
+        }
+    }
+
+    /// `united_states, US, US-KS-2 (runpod)`, as far as it is told.
+    fn region_in_words(&self) -> Option<String> {
+        let parts = [&self.region, &self.place.country, &self.place.data_center];
+        let parts: Vec<&str> = parts.into_iter().filter_map(Option::as_deref).filter(|part| !part.is_empty()).collect();
+        let words = format!("{} ({})", parts.join(", "), self.place.provider);
+        Some(clean(words.trim_start().as_bytes(), 80))
+    }
+}
+
+/// Disk to reserve in GB.
+fn disk_of(wanted: Bytes) -> u64 {
+    wanted.0.div_ceil(GB)
+}
+
+fn order(sku: &Sku, price: UsdPerHour, lease: &Lease, key: &str) -> Value {
+    let place = &sku.place;
+    let mut pod = json!({
+        "name": lease.tag.to_string(),
+        "cloudId": place.cloud_id,
+        "gpuType": place.gpu_type,
+        "socket": place.socket,
+        "gpuCount": place.gpu_count,
+        "image": sku.image,
+        // To the cent above: what it asks now and no more.
+        "maxPrice": (price.0.dollars() * 100.0 - 1e-6).ceil() / 100.0,
+        "sshKeyId": key,
+        "autoRestart": false,
+    });
+    let mut name = |field: &str, value: Option<Value>| {
+        if let Some(value) = value {
+            pod[field] = value;
+        }
+    };
+    name("dataCenterId", place.data_center.as_deref().map(Value::from));
+    name("country", place.country.as_deref().map(Value::from));
+    name("security", place.security.as_deref().map(Value::from));
+    name("diskSize", sku.disk.take(disk_of(lease.disk)).ordered.map(Value::from));
+    name("memory", sku.memory.map(Value::from));
+    json!({"pod": pod, "provider": {"type": place.provider}})
+}
+
+#[derive(Deserialize)]
+struct Page<T> {
+    data: Vec<T>,
+    total_count: usize,
+}
+
+#[derive(Deserialize)]
+struct Deleted {
+    #[expect(dead_code, reason = "that it is there makes the answer a confirmation")]
+    status: String,
+}
+
+#[derive(Deserialize)]
+struct SshKey {
+    id: String,
+    #[serde(default)]
+    name: String,
+}
+
+/// An instance as the cloud gives it.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Pod {
+    #[serde(deserialize_with = "wire::id")]
+    id: String,
+    name: String,
+    #[serde(default, deserialize_with = "wire::word")]
+    status: Option<String>,
+    #[serde(default, deserialize_with = "wire::word")]
+    installation_status: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
+    installation_failure: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
+    created_at: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
+    gpu_name: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
+    gpu_count: Option<u32>,
+    #[serde(default, deserialize_with = "lenient")]
+    price_hr: Option<f64>,
+    #[serde(default, deserialize_with = "lenient")]
+    stopped_price_hr: Option<f64>,
+    /// Text, a list of texts and nulls, or null.
+    ssh_connection: Option<Value>,
+}
+
+impl Pod {
+    /// It is in the history, whatever list still shows it.
+    fn is_over(&self) -> bool {
+        self.status.as_deref() == Some("TERMINATED")
+    }
+
+    /// `None`: it is over.
+    fn live(self) -> Option<Instance> {
+        (!self.is_over()).then(|| self.into_instance())
+    }
+
+    fn into_instance(self) -> Instance {
+        let state = self.state();
+        // None given for a stopped one means that it costs what it costs.
+        let price =
+            if state == InstanceState::Stopped { self.stopped_price_hr.or(self.price_hr) } else { self.price_hr };
+        let gpus = self.gpu_name.unwrap_or_default();
+        Instance {
+            broker: NAME.to_owned(),
+            hardware: wire::hardware(self.gpu_count.unwrap_or(1), &clean(gpus.as_bytes(), 60), None),
+            id: InstanceId(self.id),
+            name: self.name,
+            state,
+            price: price.and_then(wire::price),
+            created_at: self.created_at.as_deref().and_then(from_rfc3339),
+        }
+    }
+
+    fn state(&self) -> InstanceState {
+        let failed = |what: &str| {
+            let why = self.installation_failure.as_deref().map(|words| clean(words.as_bytes(), 300));
+            InstanceState::Failed(
+                why.filter(|words| !words.is_empty()).map_or(what.to_owned(), |why| format!("{what}: {why}")),
+            )
+        };
+        match (self.status.as_deref().unwrap_or_default(), self.installation_status.as_deref()) {
+            ("ERROR", _) => failed("it could not be started"),
+            ("PROVISIONING" | "PENDING" | "ACTIVE", Some("ERROR" | "TERMINATED")) => failed("its installation failed"),
+            // The address may come later than the word.
+            ("ACTIVE", Some("FINISHED")) => self.endpoint().map_or(InstanceState::Booting, InstanceState::Ready),
+            ("PROVISIONING" | "PENDING" | "ACTIVE", _) => InstanceState::Booting,
+            ("STOPPED", _) => InstanceState::Stopped,
+            ("DELETING" | "TERMINATED", _) => InstanceState::Terminating,
+            (other, _) => InstanceState::Unknown(clean(other.as_bytes(), 60)),
+        }
+    }
+
+    fn endpoint(&self) -> Option<SshEndpoint> {
+        match self.ssh_connection.as_ref()? {
+            Value::String(connection) => endpoint(connection),
+            Value::Array(connections) => connections.iter().find_map(Value::as_str).and_then(endpoint),
+            _ => None,
+        }
+    }
+}
+
+/// `root@1.2.3.4 -p 22`, the port where it is another than 22.
+fn endpoint(connection: &str) -> Option<SshEndpoint> {
+    let words: Vec<&str> = connection.split_whitespace().collect();
+    let (target, port) = match words[..] {
+        [target] => (target, 22),
+        [target, "-p", port] => (target, port.parse().ok()?),
+        _ => return None,
+    };
+    let (user, host) = target.split_once('@')?;
+    wire::endpoint(user, host, port)
+}
+
+/// The reply, unless the cloud said no.
+fn granted(reply: Reply) -> Result<Reply, BrokerError> {
+    if reply.is_success() { Ok(reply) } else { Err(reply.refusal(kind_of(&reply))) }
+}
+
+/// Whether the API itself says that there is no such thing. A page of some server in between says nothing.
+fn is_gone(reply: &Reply) -> bool {
+    reply.status == 404 && reply.value().is_some_and(|value| value.get("detail").is_some())
+}
+
+/// What a refusal means. Most come as free text, passed on from the cloud behind this one.
+fn kind_of(reply: &Reply) -> BrokerErrorKind {
+    let words = reply.in_words().to_lowercase();
+    let says = |any: &[&str]| any.iter().any(|phrase| words.contains(phrase));
+    match reply.status {
+        401 | 403 => BrokerErrorKind::Auth,
+        402 => BrokerErrorKind::Budget,
+        300..=399 | 408 => reply.unclear(),
+        // Before "insufficient", which may also be said of capacity.
+        _ if says(&["funds", "wallet", "credit", "payment", "quota exceeded", "limit exceeded"]) => {
+            BrokerErrorKind::Budget
+        }
+        _ if says(NO_CAPACITY) => BrokerErrorKind::NoCapacity,
+        404 => BrokerErrorKind::NotFound,
+        _ => BrokerErrorKind::Rejected,
+    }
+}
+
+/// How the clouds behind this one say that they have nothing, or nothing at that price.
+const NO_CAPACITY: &[&str] = &[
+    "capacity",
+    "out of stock",
+    "not available",
+    "unavailable",
+    "no longer available",
+    "insufficient",
+    "sold out",
+    "max price",
+    "maxprice",
+];
+
+#[cfg(test)]
+mod tests;

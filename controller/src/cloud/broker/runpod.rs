@@ -1,0 +1,304 @@
+//! RunPod: containers ("pods") on its own data centres' hosts and on other people's, rented by the second.
+//!
+//! REST v2 lists, shows and ends pods and says what is in stock. GraphQL does what v2 cannot: it gives a pod a deadline that
+//! RunPod itself keeps (`terminateAfter`), names the memory of the hosts, and rents what may be taken back. So pods are created
+//! through GraphQL and everything else is REST, one account and one address for both. Where GraphQL says that it is there no more, pods
+//! are created by REST too: then the guard on the host alone keeps the deadline, memory of hosts is unknown and nothing is bid for.
+
+use async_trait::async_trait;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{
+    Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
+    InstanceState, Lease, Offer, Offers, Tier, wire,
+};
+use crate::calendar::rfc3339;
+use crate::cloud::http::{Call, Effect, Http, Method, Reply};
+use crate::units::Usd;
+
+mod graphql;
+mod offers;
+mod pod;
+mod sku;
+
+use graphql::Operation;
+use sku::Sku;
+
+/// The broker's name.
+pub const NAME: &str = "runpod";
+
+/// RunPod as it is built in.
+pub const CLOUD: CloudKind = CloudKind {
+    name: NAME,
+    key_variable: "RUNPOD_API_KEY",
+    base_url: "https://api.runpod.io",
+    // Of RunPod's own images: those start an SSH server that lets the owner of `PUBLIC_KEY` in.
+    image: "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404",
+    key_page: "https://console.runpod.io/user/settings",
+    connect: |access| Box::new(RunPod::new(access)),
+};
+
+/// Pages of a listing that cannot be an account any more.
+const MOST_PAGES: usize = 1000;
+
+const MYSELF: Operation =
+    Operation { field: "myself", query: "query Myself { myself { id email clientBalance } }", effect: Effect::Read };
+const DEPLOY: Operation = Operation {
+    field: "podFindAndDeployOnDemand",
+    query: "mutation Deploy($input: PodFindAndDeployOnDemandInput!) \
+            { podFindAndDeployOnDemand(input: $input) { id costPerHr } }",
+    effect: Effect::Once,
+};
+/// For a bid. RunPod means to take this mutation away some day; a refusal will then say so.
+const RENT: Operation = Operation {
+    field: "podRentInterruptable",
+    query: "mutation Rent($input: PodRentInterruptableInput!) { podRentInterruptable(input: $input) { id costPerHr } }",
+    effect: Effect::Once,
+};
+
+/// One account at RunPod.
+#[derive(Clone, Debug)]
+pub struct RunPod {
+    http: Http,
+    image: String,
+}
+
+impl RunPod {
+    /// Speaks to RunPod as `access` says.
+    pub fn new(access: Access) -> Self {
+        Self { http: access.http, image: access.image }
+    }
+
+    /// What the mutation that creates a pod is given (GraphQL, `PodFindAndDeployOnDemandInput`).
+    fn order(&self, sku: &Sku, lease: &Lease) -> Value {
+        let mut order = json!({
+            "name": lease.tag.to_string(),
+            "imageName": self.image,
+            "cloudType": tier_word(sku.tier),
+            "gpuTypeId": sku.gpu,
+            "gpuCount": sku.count,
+            "containerDiskInGb": sku::disk_gb(Some(lease.disk)),
+            "volumeInGb": 0,
+            "ports": "22/tcp",
+            // Else some hosts forward no port, and RunPod's own SSH gateway carries no files.
+            "supportPublicIp": true,
+            // Given a key already, it does not add those of the account.
+            "startSsh": true,
+            "env": [{"key": "PUBLIC_KEY", "value": lease.ssh_public_key.trim()}],
+            "terminateAfter": rfc3339(lease.tag.deadline),
+        });
+        if let Some(place) = &sku.place {
+            order["dataCenterId"] = json!(place);
+        }
+        if let Some(ram) = sku.ram_gib {
+            order["minMemoryInGb"] = json!(ram);
+        }
+        if let Some(cuda) = sku.min_cuda {
+            order["minCudaVersion"] = json!(cuda.to_string());
+        }
+        if let Some(bid) = sku.bid_per_gpu {
+            order["bidPerGpu"] = json!(bid.dollars());
+        }
+        order
+    }
+
+    /// The same by `POST /v2/pods`, which knows neither deadlines nor bids.
+    async fn create_by_rest(&self, sku: &Sku, lease: &Lease) -> Result<Instance, BrokerError> {
+        if sku.bid_per_gpu.is_some() {
+            let message = "it takes no bids any more: its GraphQL API is gone, and REST has none";
+            return Err(self.error(BrokerErrorKind::Rejected, message));
+        }
+        let call = Call::new(Method::POST, "/v2/pods", Effect::Once).body(self.rest_order(sku, lease));
+        let reply = self.http.call(call).await?;
+        if !reply.is_success() {
+            // No capacity comes as a plain 400, in words.
+            let sold_out = graphql::says_no_capacity(&reply.in_words());
+            return Err(reply.refusal(if sold_out { BrokerErrorKind::NoCapacity } else { refused(reply.status) }));
+        }
+        let made = reply.json::<pod::Pod>("a pod")?.instance();
+        made.ok_or_else(|| reply.error(BrokerErrorKind::Maybe, "the new pod is said to have ended"))
+    }
+
+    /// What REST v2 is given (`CreatePodRequest`).
+    fn rest_order(&self, sku: &Sku, lease: &Lease) -> Value {
+        let mut order = json!({
+            "name": lease.tag.to_string(),
+            "image": self.image,
+            "cloud": tier_word(sku.tier),
+            "gpu": {"id": sku.gpu, "count": sku.count},
+            "disk": sku::disk_gb(Some(lease.disk)),
+            "ports": ["22/tcp"],
+            // Given a key already, it does not add those of the account.
+            "env": {"PUBLIC_KEY": lease.ssh_public_key.trim()},
+            "startSsh": true,
+        });
+        if let Some(place) = &sku.place {
+            order["dataCenterIds"] = json!([place]);
+        }
+        if let Some(cuda) = sku.min_cuda {
+            order["gpu"]["minCudaVersion"] = json!(cuda.to_string());
+        }
+        order
+    }
+
+    /// One page of `GET /v2/pods`. The documents know of no pages; the server has been seen to make some.
+    async fn page(&self, cursor: Option<&str>) -> Result<pod::Page, BrokerError> {
+        let call = Call::get("/v2/pods");
+        let call = match cursor {
+            Some(cursor) => call.query("cursor", cursor),
+            None => call,
+        };
+        accepted(&self.http.call(call).await?)?.json("a list of pods")
+    }
+
+    fn error(&self, kind: BrokerErrorKind, message: impl Into<String>) -> BrokerError {
+        BrokerError { broker: self.http.broker(), kind, message: message.into() }
+    }
+
+    /// The path of a pod. Ids are letters and digits; nothing else gets into a URL, where it could name something else.
+    fn path(&self, id: &InstanceId) -> Result<String, BrokerError> {
+        let known = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+        if id.0.is_empty() || !id.0.bytes().all(known) {
+            return Err(self.error(BrokerErrorKind::Rejected, format!("{:?} is no id of a pod", id.0)));
+        }
+        Ok(format!("/v2/pods/{id}"))
+    }
+}
+
+/// What of `myself` is asked for.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Myself {
+    id: Option<String>,
+    email: Option<String>,
+    client_balance: Option<f64>,
+}
+
+/// What of a new pod is asked for.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Created {
+    id: String,
+    #[serde(default, deserialize_with = "wire::lenient")]
+    cost_per_hr: Option<f64>,
+}
+
+#[async_trait]
+impl Broker for RunPod {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { server_deadline: true, self_destruct: true, spot: true }
+    }
+
+    fn clock_skew(&self) -> Option<i64> {
+        self.http.clock_skew()
+    }
+
+    async fn check(&self) -> Result<Account, BrokerError> {
+        // REST v2 has no account. And a key that may not use GraphQL could not rent.
+        let Some(myself) = MYSELF.ask::<Myself>(&self.http, json!({})).await? else {
+            self.page(None).await?;
+            return Ok(Account::default());
+        };
+        let balance = myself.client_balance.filter(|balance| balance.abs() < 1e9).map(Usd::from_dollars);
+        Ok(Account { who: myself.email.or(myself.id), balance })
+    }
+
+    async fn offers(&self, want: &GpuRequest) -> Result<Offers, BrokerError> {
+        offers::offers(&self.http, want).await
+    }
+
+    async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
+        let sku = Sku::parse(&offer.key).filter(|_| offer.broker == NAME);
+        let sku = sku.ok_or_else(|| {
+            self.error(BrokerErrorKind::Rejected, format!("{:?} is no offer of this broker", offer.key))
+        })?;
+        let operation = if sku.bid_per_gpu.is_some() { RENT } else { DEPLOY };
+        let created = operation.ask::<Created>(&self.http, json!({"input": self.order(&sku, lease)})).await?;
+        let Some(created) = created else { return self.create_by_rest(&sku, lease).await };
+        let disk = sku::disk_gb(Some(lease.disk));
+        Ok(Instance {
+            broker: NAME.to_owned(),
+            id: InstanceId(created.id),
+            name: lease.tag.to_string(),
+            state: InstanceState::Booting,
+            price: created.cost_per_hr.and_then(|gpus| sku::price(gpus, disk).ok()),
+            hardware: wire::hardware(sku.count, &sku.gpu, None),
+            created_at: None,
+        })
+    }
+
+    async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
+        let mut found = Vec::new();
+        let mut cursor = None;
+        for _ in 0..MOST_PAGES {
+            let page = self.page(cursor.as_deref()).await?;
+            let next = page.next().map_err(|why| self.error(BrokerErrorKind::Unavailable, why))?;
+            if next.is_some() && next == cursor {
+                return Err(self.error(BrokerErrorKind::Unavailable, "its list of pods repeats a page"));
+            }
+            found.extend(wire::entries(NAME, &page.pods, |pod: pod::Pod| pod.instance()));
+            if next.is_none() {
+                return Ok(found);
+            }
+            cursor = next;
+        }
+        Err(self.error(BrokerErrorKind::Unavailable, format!("its list of pods does not end after {MOST_PAGES} pages")))
+    }
+
+    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
+        let reply = self.http.call(Call::get(self.path(id)?)).await?;
+        if reply.status == 404 {
+            return Ok(None);
+        }
+        let pod: Value = accepted(&reply)?.json("a pod")?;
+        wire::alone(&reply, NAME, id, &pod, |pod: pod::Pod| pod.instance())
+    }
+
+    async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
+        let reply = self.http.call(Call::new(Method::DELETE, self.path(id)?, Effect::Idempotent)).await?;
+        match accepted(&reply) {
+            _ if reply.status == 404 => Ok(()),
+            // Any other success is a word of somebody between us and RunPod.
+            Ok(_) if reply.status != 204 => {
+                Err(reply.error(reply.unclear(), format!("it did not end: {}", reply.in_words())))
+            }
+            accepted => accepted.map(drop),
+        }
+    }
+
+    fn self_destruct(&self) -> Option<&'static str> {
+        Some(include_str!("runpod/self_destruct.sh"))
+    }
+}
+
+/// The reply, unless RunPod refused (REST v2, `application/problem+json`).
+fn accepted(reply: &Reply) -> Result<&Reply, BrokerError> {
+    if reply.is_success() { Ok(reply) } else { Err(reply.refusal(refused(reply.status))) }
+}
+
+/// What a status says of a request that was not carried out.
+fn refused(status: u16) -> BrokerErrorKind {
+    match status {
+        401 | 403 => BrokerErrorKind::Auth,
+        402 => BrokerErrorKind::Budget,
+        404 => BrokerErrorKind::NotFound,
+        400..500 => BrokerErrorKind::Rejected,
+        _ => BrokerErrorKind::Unavailable,
+    }
+}
+
+/// RunPod's word for who owns a host.
+fn tier_word(tier: Tier) -> &'static str {
+    match tier {
+        Tier::Secure => "SECURE",
+        Tier::Community => "COMMUNITY",
+    }
+}
+
+#[cfg(test)]
+mod tests;

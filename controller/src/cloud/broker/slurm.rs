@@ -1,0 +1,377 @@
+//! Slurm: a cluster behind a login node, reached by the `ssh` program of this machine.
+//!
+//! An instance is a job and its folder on the file system that login node and compute nodes share:
+//! `outliers-jobs/<tag>` below the scratch folder. The job is named by the tag too, so that both
+//! are found by it, and a folder whose job is over still holds results. The job's script
+//! (`job.sh`) waits for the worker, which comes through the login node. Source: the manual pages
+//! of Slurm 22.05 to 24.11 (sbatch, squeue, sinfo, scancel), and the recorded output of 22.05.8 in
+//! the tests.
+//!
+//! A queue is not a rental: a job that waits is [`InstanceState::Queued`] for as long as
+//! [`Site::queue`], costs nothing, and is not exchanged for another. Its lease ends that much
+//! later; the job's own time limit is the run's.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Account, Broker, BrokerError, BrokerErrorKind as Kind, Capabilities, GpuRequest, Instance, InstanceId,
+    InstanceState, Lease, LeaseTag, Offer, Offers, Way,
+};
+use crate::cloud::http::Explain;
+use crate::host::transport::program::OpenSsh;
+use crate::host::transport::quote::quote;
+use crate::secret::Secret;
+use crate::text::clean;
+use crate::units::Bytes;
+
+mod cluster;
+mod job;
+mod offers;
+mod queue;
+mod stage;
+#[cfg(test)]
+mod tests;
+
+use cluster::Cluster;
+use job::JobTransport;
+pub use stage::STAGED;
+use stage::{SUFFIX, Staging};
+
+/// The broker's name.
+pub const NAME: &str = "slurm";
+/// What a job runs, after its own settings.
+const JOB: &str = include_str!("slurm/job.sh");
+/// So long before its end a job is asked to stop, and jobs shorter than this are not.
+const WARNING: Duration = Duration::from_secs(120);
+const LEAST_WARNED: Duration = Duration::from_secs(600);
+
+/// A cluster, and how its users ask it for anything.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Site {
+    /// The login node: `user@name`, or an alias of the SSH configuration.
+    pub host: String,
+    /// Another file than `~/.ssh/config`.
+    pub ssh_config: Option<PathBuf>,
+    /// The only partition to use.
+    pub partition: Option<String>,
+    /// `--account`.
+    pub account: Option<String>,
+    /// `--qos`.
+    pub qos: Option<String>,
+    /// `--constraint`.
+    pub constraint: Option<String>,
+    /// A folder that login node and compute nodes share, absolute or below the home folder;
+    /// `None`: the home folder.
+    pub scratch: Option<String>,
+    /// `HF_HOME` of a cache of the hub that all nodes share; models that it holds are read there.
+    pub hf_home: Option<String>,
+    /// The hub that nodes try to reach.
+    pub hub: String,
+    /// The partition of jobs that fetch models for those that cannot.
+    pub stage_partition: Option<String>,
+    /// Token with which they fetch.
+    pub token: Option<Secret>,
+    /// More options of `sbatch`, as they are.
+    pub sbatch: Vec<String>,
+    /// How long a job may wait in the queue.
+    pub queue: Duration,
+    /// Memory of one GPU, where its type does not tell.
+    pub gpu_memory: Option<Bytes>,
+    /// `squeue` is asked no more often.
+    pub listing_interval: Duration,
+}
+
+/// A cluster as one user reaches it.
+pub struct Slurm {
+    site: Site,
+    /// The script that tells a node's facts.
+    probe: &'static str,
+    cluster: Arc<Cluster>,
+}
+
+/// What [`Broker::create`] has to say to get an offer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Sku {
+    partition: String,
+    gpus: u32,
+    /// As `--gres` names it.
+    gpu_type: Option<String>,
+    cpus: u32,
+    mem_mib: u64,
+    /// What the partition allows, in seconds; `None`: no limit.
+    limit_s: Option<u64>,
+}
+
+impl Slurm {
+    /// Speaks to the cluster through `ssh`; commands and answers are told to `explain`. `probe` is
+    /// the script that tells a node's facts (`host::PROBE`), which each job runs on its node.
+    pub fn new(site: Site, ssh: OpenSsh, probe: &'static str, explain: Option<Explain>) -> Self {
+        let cluster = Cluster::new(ssh, site.scratch.clone(), site.listing_interval, explain);
+        Self { site, probe, cluster: Arc::new(cluster) }
+    }
+
+    /// The options of `sbatch` for a share of one node and so many minutes, each a word.
+    fn limits(&self, sku: &Sku, time: Duration) -> Vec<String> {
+        let minutes = time.as_secs().div_ceil(60).max(1);
+        vec![
+            format!("--partition={}", sku.partition),
+            format!("--time={minutes}"),
+            "--nodes=1".to_owned(),
+            "--ntasks=1".to_owned(),
+            format!("--cpus-per-task={}", sku.cpus),
+            format!("--mem={}M", sku.mem_mib),
+        ]
+    }
+
+    /// With it Slurm itself removes a job that waits for too long.
+    fn deadline(&self, time: Duration) -> String {
+        format!("--deadline=now+{}", self.site.queue.as_secs() + time.as_secs() + 60)
+    }
+
+    /// The same with what the job asks for beyond that.
+    fn options(&self, sku: &Sku, time: Duration) -> Vec<String> {
+        let mut options = self.limits(sku, time);
+        if sku.gpus > 0 {
+            let kind = sku.gpu_type.as_ref().map(|kind| format!("{kind}:")).unwrap_or_default();
+            options.push(format!("--gres=gpu:{kind}{}", sku.gpus));
+        }
+        let site = &self.site;
+        for (name, value) in [("account", &site.account), ("qos", &site.qos), ("constraint", &site.constraint)] {
+            options.extend(value.iter().map(|value| format!("--{name}={value}")));
+        }
+        options.extend(site.sbatch.iter().cloned());
+        options
+    }
+
+    /// Makes the lease's folder, submits, and says what became of it.
+    fn submission(&self, root: &str, sku: &Sku, lease: &Lease, time: Duration) -> String {
+        let tag = lease.tag.to_string();
+        let mut options = self.options(sku, time);
+        options.extend([format!("--job-name={tag}"), "--parsable".to_owned(), "--requeue".to_owned()]);
+        options.extend(["--output=job.log", "--open-mode=append"].map(str::to_owned));
+        options.push(self.deadline(time));
+        if time >= LEAST_WARNED {
+            options.push(format!("--signal=B:TERM@{}", WARNING.as_secs()));
+        }
+        let options: Vec<String> = options.iter().map(|option| quote(option)).collect();
+        let folder = format!("{root}/{tag}");
+        let staging = lease.stage.as_ref().zip(self.site.stage_partition.as_deref());
+        let staging = staging.map(|(stage, partition)| self.staging(partition, stage, &tag, &folder, time));
+        let Staging { write, submit } = staging.unwrap_or_default();
+        let script = format!(
+            "#!/bin/sh\nRUN=outliers/{} LIMIT={} HUB={}\nprobe() {{\n{}\n}}\n{JOB}",
+            lease.tag.run,
+            time.as_secs().div_ceil(60).max(1) * 60,
+            quote(&self.site.hub),
+            self.probe,
+        );
+        format!(
+            "umask 077\n\
+             if ! why=$({{ mkdir -p {cache} && mkdir {folder} && ln -s ../.cache {folder}/.cache && \
+             printf '%s\\n' {what} > {folder}/lease && printf '%s' {script} > {folder}/job.sh{write} && \
+             date +%s > {folder}/submitting; }} 2>&1)\n\
+             then echo \"@refused the scratch folder: $(echo $why)\"; exit 0; fi\n\
+             cd {folder} || exit 1\nafter=''\n{submit}\
+             if sbatch --chdir=\"$PWD\" $after {options} < job.sh > sbatch.out 2> sbatch.log; then\n\
+               date +%s > ../.changed; cut -d ';' -f 1 < sbatch.out > sbatch.id && mv -f sbatch.id job.id\n\
+               rm -f sbatch.out submitting\n\
+               echo \"@submitted $(head -c 20 job.id)\"\n\
+             else echo \"@refused $(tail -n 3 sbatch.log | tr '\\n' ' ')\"; fi",
+            cache = quote(&format!("{root}/.cache")),
+            folder = quote(&folder),
+            what = quote(&what(sku)),
+            script = quote(&script),
+            options = options.join(" "),
+        )
+    }
+
+    /// Ends the job, and the one that fetches for it, then removes its folder, and with the last of
+    /// them what all share.
+    fn removal(root: &str, user: &str, tag: &LeaseTag) -> String {
+        let (name, root, user) = (tag.to_string(), quote(root), quote(user));
+        format!(
+            "scancel --user={user} --name={name} || exit 1\n\
+             if [ -f {root}/{name}/stage.sh ]; then scancel --user={user} --name={name}{SUFFIX} || exit 1; fi\n\
+             cd {root} 2> /dev/null || exit 0\nrm -rf ./{name} || exit 1\n\
+             for left in outliers-*/; do [ -d \"$left\" ] && {{ date +%s > .changed; exit 0; }}; done\n\
+             i=0; until mkdir .asking 2> /dev/null || [ $i -ge 5 ]; do i=$((i + 1)); sleep 1; done\n\
+             rm -rf .cache .asking .asked .changed .part-* .queue-*\ncd .. && rmdir {root} 2> /dev/null; exit 0"
+        )
+    }
+}
+
+/// In words, the same for an offer and its instance.
+fn what(sku: &Sku) -> String {
+    match (sku.gpus, &sku.gpu_type) {
+        (0, _) => format!("{} CPU cores in {}", sku.cpus, sku.partition),
+        (gpus, Some(kind)) => format!("{gpus} x {kind} in {}", sku.partition),
+        (gpus, None) => format!("{gpus} GPUs in {}", sku.partition),
+    }
+}
+
+#[async_trait]
+impl Broker for Slurm {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        // A job's time limit, and until it starts the deadline that it was submitted with.
+        Capabilities { server_deadline: true, self_destruct: false, spot: false }
+    }
+
+    async fn check(&self) -> Result<Account, BrokerError> {
+        let login = self.cluster.login().await?;
+        let answer = self.cluster.ask("sinfo --version && sinfo -h -o %P > /dev/null", Kind::Unavailable).await?;
+        let version = answer.lines().next().unwrap_or_default();
+        let who = format!("{} at {}, {}", login.user, self.site.host, clean(version.as_bytes(), 60));
+        Ok(Account { who: Some(who), balance: None })
+    }
+
+    async fn offers(&self, want: &GpuRequest) -> Result<Offers, BrokerError> {
+        let root = self.cluster.root().await?;
+        let script = offers::look(&root, self.site.partition.as_deref());
+        let answer = self.cluster.ask(&script, Kind::Unavailable).await?;
+        let mut found = offers::read(&answer, want, &self.site);
+        let questions: Vec<(usize, String)> = found
+            .sku
+            .iter()
+            .take(offers::MOST_ASKED)
+            .enumerate()
+            .map(|(i, sku)| {
+                let options = self.options(sku, Duration::from_secs(3600));
+                (i, options.iter().map(|option| quote(option)).collect::<Vec<_>>().join(" "))
+            })
+            .collect();
+        // Without the queue's own estimate they are offers all the same.
+        if let Ok(answer) = self.cluster.ask(&offers::when(&questions), Kind::Unavailable).await {
+            found.note_starts(&answer);
+        }
+        Ok(found.into_offers())
+    }
+
+    async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
+        let Ok(sku) = serde_json::from_str::<Sku>(&offer.key) else {
+            return Err(error(Kind::Rejected, format!("{:?} is no offer of this cluster's", offer.key)));
+        };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let time = lease.tag.deadline.saturating_sub(now).saturating_sub(self.site.queue.as_secs());
+        if time == 0 {
+            return Err(error(Kind::Rejected, "there is no time left for a job".to_owned()));
+        }
+        if let Some(limit) = sku.limit_s.filter(|limit| *limit < time) {
+            let message = format!(
+                "partition {} lets a job run for {} min, and the run has {}: a shorter --max-duration fits",
+                clean(sku.partition.as_bytes(), 40),
+                limit / 60,
+                time.div_ceil(60)
+            );
+            return Err(error(Kind::Rejected, message));
+        }
+        if lease.stage.is_some() && self.site.stage_partition.is_none() {
+            return Err(error(Kind::Rejected, "no stage-partition is set any more".to_owned()));
+        }
+        let root = self.cluster.root().await?;
+        let script = self.submission(&root, &sku, lease, Duration::from_secs(time));
+        let token = self.site.token.as_ref().filter(|_| lease.stage.is_some());
+        // Whatever goes wrong from here on, the job may be there: its name settles it.
+        let answer = self.cluster.ask_with(token, &script, Kind::Maybe).await;
+        self.cluster.changed();
+        let answer = answer?;
+        if let Some(refusal) = queue::field(&answer, "refused") {
+            let (kind, refusal) = (refused(refusal), clean(refusal.as_bytes(), 300));
+            if kind != Kind::Maybe {
+                let login = self.cluster.login().await?;
+                // What stays is found by its tag.
+                let _ = self.cluster.ask(&Self::removal(&root, &login.user, &lease.tag), Kind::Unavailable).await;
+            }
+            return Err(error(kind, format!("sbatch: {refusal}")));
+        }
+        if queue::field(&answer, "submitted").is_none() {
+            return Err(error(Kind::Maybe, "sbatch did not say what became of the job".to_owned()));
+        }
+        Ok(Instance {
+            broker: NAME.to_owned(),
+            id: InstanceId(lease.tag.to_string()),
+            name: lease.tag.to_string(),
+            state: InstanceState::Queued("it was just submitted".to_owned()),
+            price: Some(offer.price),
+            hardware: what(&sku),
+            created_at: None,
+        })
+    }
+
+    async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
+        let door = self.cluster.door(&self.site.host).await;
+        Ok(self.cluster.snapshot().await?.instances(&door))
+    }
+
+    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
+        Ok(self.list().await?.into_iter().find(|instance| instance.id == *id))
+    }
+
+    async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
+        // Other jobs of the user are never touched.
+        let Ok(tag) = id.0.parse::<LeaseTag>() else {
+            return Err(error(Kind::Rejected, format!("{:?} is no job of this program: use scancel", id.0)));
+        };
+        let (login, root) = (self.cluster.login().await?, self.cluster.root().await?);
+        let ended = self.cluster.ask(&Self::removal(&root, &login.user, &tag), Kind::Unavailable).await;
+        self.cluster.changed();
+        ended.map(drop)
+    }
+
+    async fn has_checkpoint(&self, folder: &str) -> Result<Option<bool>, BrokerError> {
+        let file = quote(&format!("{folder}/config.json"));
+        let script = format!("if [ -f {file} ]; then echo '@there '; else echo '@absent '; fi");
+        let answer = self.cluster.ask(&script, Kind::Unavailable).await?;
+        Ok(Some(queue::field(&answer, "there").is_some()))
+    }
+
+    fn way(&self, id: &InstanceId) -> Option<Way> {
+        let tag: LeaseTag = id.0.parse().ok()?;
+        let job = self.cluster.seen(&id.0);
+        let shell = match job {
+            Some(number) => ["srun", &format!("--jobid={number}"), "--overlap", "--pty"].map(str::to_owned).to_vec(),
+            None => Vec::new(),
+        };
+        let shell = shell.into_iter().chain(["sh".to_owned()]);
+        Some(Way {
+            name: format!("job {} on {}", tag.run, self.site.host),
+            shell: std::iter::once("ssh".to_owned()).chain(self.cluster.ssh().shell()).chain(shell).collect(),
+            needs_guard: false,
+            transport: Arc::new(JobTransport::new(self.cluster.clone(), tag)),
+        })
+    }
+
+    fn ends_at(&self, id: &InstanceId) -> Option<u64> {
+        self.cluster.latest()?.ends_at(&id.0)
+    }
+}
+
+/// What a refusal of `sbatch` means. After a time-out the job may be there.
+fn refused(words: &str) -> Kind {
+    let words = words.to_lowercase();
+    let has = |part: &str| words.contains(part);
+    match () {
+        () if has("file exists") || has("timed out") || has("zero bytes") || has("unexpected message") => Kind::Maybe,
+        () if has("unable to contact") || has("connection refused") || has("munge") || has("authentication") => {
+            Kind::Unavailable
+        }
+        () if has("temporarily") || has("try again") || has("too many") => Kind::RateLimited,
+        () if has("quota") || has("no space left") => Kind::Budget,
+        () if has("qos") || has("accounting") || has("policy") || has("limit") => Kind::Budget,
+        () if has("invalid account") => Kind::Budget,
+        () if has("not available") || has("busy") || has("down") => Kind::NoCapacity,
+        () => Kind::Rejected,
+    }
+}
+
+fn error(kind: Kind, message: String) -> BrokerError {
+    BrokerError { broker: NAME, kind, message }
+}

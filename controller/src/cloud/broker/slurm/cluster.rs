@@ -1,0 +1,218 @@
+//! The login node: scripts that run there, and what was last seen of the queue.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex as Lock};
+use std::time::Duration;
+
+use tokio::sync::{Mutex, OnceCell};
+use tokio::time::{Instant, sleep_until};
+
+use super::queue::{self, Snapshot};
+use super::{Kind, error};
+use crate::cloud::broker::{BrokerError, SshEndpoint, wire};
+use crate::cloud::http::Explain;
+use crate::host::transport::program::OpenSsh;
+use crate::host::transport::quote::quote;
+use crate::host::transport::{Transport, TransportError, TransportErrorKind};
+use crate::secret::Secret;
+use crate::text::{clean, clean_lines};
+
+/// One question. A busy controller of Slurm answers late.
+const LIMIT: Duration = Duration::from_secs(100);
+/// What precedes an answer: login shells print greetings.
+const MARK: &str = "\n@outliers@\n";
+/// The variable of a script that is given a token.
+pub(super) const TOKEN: &str = "token";
+/// Folder of all leases, below the scratch folder.
+const FOLDER: &str = "outliers-jobs";
+
+/// Who we are there.
+#[derive(Clone, Debug)]
+pub(super) struct Login {
+    pub(super) user: String,
+    home: String,
+}
+
+/// One cluster, however many runs use it.
+pub(super) struct Cluster {
+    ssh: OpenSsh,
+    scratch: Option<String>,
+    /// Between two looks at the queue, at least.
+    interval: Duration,
+    explain: Option<Explain>,
+    login: OnceCell<Login>,
+    door: OnceCell<Option<SshEndpoint>>,
+    looks: Mutex<Option<Look>>,
+    /// Something was submitted or ended since the last look.
+    changed: AtomicBool,
+    latest: Lock<Option<Arc<Snapshot>>>,
+}
+
+/// When the queue was looked at, and what was seen; `None` while that is not known.
+type Look = (Instant, Option<Result<Arc<Snapshot>, BrokerError>>);
+
+impl Cluster {
+    pub(super) fn new(ssh: OpenSsh, scratch: Option<String>, interval: Duration, explain: Option<Explain>) -> Self {
+        Self {
+            ssh,
+            scratch,
+            interval,
+            explain,
+            login: OnceCell::new(),
+            door: OnceCell::new(),
+            looks: Mutex::default(),
+            changed: AtomicBool::new(false),
+            latest: Lock::default(),
+        }
+    }
+
+    pub(super) fn ssh(&self) -> &OpenSsh {
+        &self.ssh
+    }
+
+    /// What a script prints there, if it ends well. `lost` is what it means that the answer did
+    /// not come.
+    pub(super) async fn ask(&self, script: &str, lost: Kind) -> Result<String, BrokerError> {
+        self.ask_with(None, script, lost).await
+    }
+
+    /// The same, with a token in the variable [`TOKEN`] of the script, which no other program sees.
+    pub(super) async fn ask_with(
+        &self,
+        token: Option<&Secret>,
+        script: &str,
+        lost: Kind,
+    ) -> Result<String, BrokerError> {
+        let token = token.map_or_else(String::new, |token| format!("{TOKEN}={}\n", quote(token.expose())));
+        let text = format!(
+            "{token}LC_ALL=C SLURM_TIME_FORMAT=%s\nexport LC_ALL SLURM_TIME_FORMAT\n\
+             {{\nprintf '\\n@outliers@\\n'\n{script}\n}} < /dev/null\n"
+        );
+        if let Some(explain) = &self.explain {
+            explain(&format!("slurm: sh -s\n{}", clean_lines(script)));
+        }
+        let out = self.ssh.exec("sh -s", text.as_bytes(), LIMIT).await.map_err(|failed| not_reached(failed, lost))?;
+        let stdout = String::from_utf8_lossy(&out.stdout).into_owned();
+        let stderr = clean(&out.stderr, 300);
+        if let Some(explain) = &self.explain {
+            explain(&format!("slurm: status {:?}\n{}{stderr}", out.status, clean_lines(&stdout)));
+        }
+        let Some((_, answer)) = stdout.split_once(MARK) else {
+            return Err(error(Kind::Unavailable, format!("the login node does not run shell scripts: {stderr}")));
+        };
+        match out.status {
+            Some(0) => Ok(answer.to_owned()),
+            // What ran may have done a part of its work.
+            status => {
+                let status = status.map_or("a signal".to_owned(), |status| format!("status {status}"));
+                Err(error(lost, format!("{status}: {}", hint(&stderr))))
+            }
+        }
+    }
+
+    pub(super) async fn login(&self) -> Result<&Login, BrokerError> {
+        let ask = || async {
+            let answer = self.ask("echo \"@user $(id -un)\"; echo \"@home $HOME\"", Kind::Unavailable).await?;
+            let of = |key| queue::field(&answer, key).unwrap_or_default().to_owned();
+            let (user, home) = (of("user"), of("home"));
+            let plain = |text: &str| !text.is_empty() && !text.chars().any(char::is_control);
+            if !plain(&user) || user.starts_with('-') || !home.starts_with('/') || !plain(&home) {
+                return Err(error(Kind::Unavailable, "the login node does not tell user and home folder".to_owned()));
+            }
+            Ok(Login { user, home })
+        };
+        self.login.get_or_try_init(ask).await
+    }
+
+    /// Absolute path of the folder in which the leases' folders lie.
+    pub(super) async fn root(&self) -> Result<String, BrokerError> {
+        let home = &self.login().await?.home;
+        Ok(match self.scratch.as_deref() {
+            Some(path) if path.starts_with('/') => format!("{}/{FOLDER}", path.trim_end_matches('/')),
+            Some(path) => format!("{home}/{}/{FOLDER}", path.trim_matches('/')),
+            None => format!("{home}/{FOLDER}"),
+        })
+    }
+
+    /// The login node's address, for people.
+    pub(super) async fn door(&self, host: &str) -> SshEndpoint {
+        let find = || async {
+            let (user, name, port) = self.ssh.resolve().await?;
+            wire::endpoint(&user, &name, port)
+        };
+        let named = || SshEndpoint { host: clean(host.as_bytes(), 80), port: 22, user: String::new() };
+        self.door.get_or_init(find).await.clone().unwrap_or_else(named)
+    }
+
+    /// The queue and the leases' folders, seen no earlier than the last change that was made here.
+    /// `squeue` runs once per interval, however many ask; a failure counts as an answer.
+    pub(super) async fn snapshot(&self) -> Result<Arc<Snapshot>, BrokerError> {
+        let mut look = self.looks.lock().await;
+        if let Some((at, seen)) = &*look {
+            let next = *at + self.interval;
+            if Instant::now() < next {
+                match seen {
+                    Some(seen) if !self.changed.load(Ordering::Relaxed) => return seen.clone(),
+                    _ => sleep_until(next).await,
+                }
+            }
+        }
+        let root = self.root().await?;
+        self.changed.store(false, Ordering::Relaxed);
+        // A look that its caller gives up counts as one all the same.
+        *look = Some((Instant::now(), None));
+        let answer = self.ask(&queue::look(&root, self.interval), Kind::Unavailable).await;
+        let seen = answer.and_then(|answer| Snapshot::read(&answer).map(Arc::new));
+        if let Ok(snapshot) = &seen {
+            *self.latest.lock().expect("nothing panics while it is held") = Some(snapshot.clone());
+        }
+        *look = Some((Instant::now(), Some(seen.clone())));
+        seen
+    }
+
+    /// What was seen last is not what is.
+    pub(super) fn changed(&self) {
+        self.changed.store(true, Ordering::Relaxed);
+    }
+
+    /// What was seen last, however long ago.
+    pub(super) fn latest(&self) -> Option<Arc<Snapshot>> {
+        self.latest.lock().expect("nothing panics while it is held").clone()
+    }
+
+    /// The number of a job that was seen last.
+    pub(super) fn seen(&self, tag: &str) -> Option<String> {
+        self.latest()?.number(tag)
+    }
+
+    /// The folder of a lease, quoted for a shell.
+    pub(super) async fn lease(&self, tag: &str) -> Result<String, BrokerError> {
+        Ok(quote(&format!("{}/{tag}", self.root().await?)))
+    }
+}
+
+/// Before a connection nothing can have happened.
+fn not_reached(failed: TransportError, lost: Kind) -> BrokerError {
+    use TransportErrorKind as T;
+    let kind = match failed.kind {
+        T::AuthFailed | T::HostKeyChanged => Kind::Auth,
+        T::Refused | T::Unreachable | T::NoChannel | T::Local => Kind::Unavailable,
+        T::Reset | T::Gone | T::TimedOut | T::NoSpace | T::Remote => lost,
+    };
+    error(kind, failed.message)
+}
+
+/// What a person may do about an answer that many see first.
+fn hint(stderr: &str) -> String {
+    let lower = stderr.to_lowercase();
+    let more = if lower.contains("not found") {
+        " (Slurm's commands are not in the PATH of a login without a terminal)"
+    } else if lower.contains("quota exceeded") {
+        " (the quota of the scratch folder is full)"
+    } else if lower.contains("munge") {
+        " (the cluster's munge is down: its administrators know)"
+    } else {
+        ""
+    };
+    format!("{stderr}{more}")
+}

@@ -1,0 +1,366 @@
+//! What the queue and the leases' folders show, and what it means. Every word comes from the
+//! cluster and is read strictly.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use super::{Kind, NAME, SUFFIX, error};
+use crate::calendar::rfc3339;
+use crate::cloud::broker::{BrokerError, Instance, InstanceId, InstanceState, LeaseTag, SshEndpoint};
+use crate::host::transport::quote::quote;
+use crate::text::clean;
+use crate::units::UsdPerHour;
+
+/// A submission that is under way, or was cut short, is waited for so long.
+const SUBMITTING_S: u64 = 120;
+
+/// Looks of several processes are at most so far apart: a longer interval is each one's own.
+const MOST_APART_S: u64 = 60;
+/// Prints what [`Snapshot::read`] reads, with nothing of `squeue` older than `interval`.
+const LOOK: &str = include_str!("look.sh");
+
+/// Times at which jobs may start are told to so many seconds.
+const ROUND_S: u64 = 600;
+
+/// The leases' folders below `root`, the whole queue of one user, and how the jobs ended that it
+/// shows no more. `squeue` runs once per `interval`, however many processes look.
+pub(super) fn look(root: &str, interval: Duration) -> String {
+    let seconds = interval.as_secs().min(MOST_APART_S);
+    format!("ROOT={} INTERVAL={seconds} SUBMITTING={SUBMITTING_S}\n{LOOK}", quote(root))
+}
+
+/// The rest of the first line `@<key> ...`.
+pub(super) fn field<'a>(answer: &'a str, key: &str) -> Option<&'a str> {
+    answer.lines().find_map(|line| line.strip_prefix('@')?.strip_prefix(key)?.strip_prefix(' '))
+}
+
+/// What one look saw.
+#[derive(Debug, Default)]
+pub(super) struct Snapshot {
+    jobs: Vec<Job>,
+    leases: Vec<Folder>,
+    /// Of leases whose jobs the queue shows no more: tag, and the state in which the job ended.
+    past: Vec<(String, String)>,
+    /// Of leases whose staging job failed: tag, and why.
+    unstaged: Vec<(String, String)>,
+    /// Lines that are none, cut to a readable length.
+    odd: Vec<String>,
+}
+
+/// A job as `squeue` shows it.
+#[derive(Clone, Debug, PartialEq)]
+struct Job {
+    number: String,
+    state: String,
+    reason: String,
+    partition: String,
+    /// When it did start, or when Slurm expects it to.
+    starts: Option<u64>,
+    ends: Option<u64>,
+    node: String,
+    name: String,
+}
+
+/// A lease's folder.
+#[derive(Clone, Debug, PartialEq)]
+struct Folder {
+    /// Its tag.
+    name: String,
+    stage: Stage,
+    ends: Option<u64>,
+    what: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Submitting,
+    /// No worker was started.
+    Waiting,
+    /// There may be files worth having.
+    Launched,
+}
+
+/// Where a job is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    Waits,
+    Boots,
+    Runs,
+    Leaves,
+    Ended,
+    Unknown,
+}
+
+impl Job {
+    fn read(line: &str) -> Option<Self> {
+        let mut parts = line.splitn(8, '|').map(|part| part.trim().to_owned());
+        let mut next = || parts.next();
+        let (number, state, reason, partition) = (next()?, next()?, next()?, next()?);
+        let (starts, ends, node, name) = (next()?.parse().ok(), next()?.parse().ok(), next()?, next()?);
+        let is_number = number.starts_with(|c: char| c.is_ascii_digit())
+            && number.chars().all(|c| c.is_ascii_alphanumeric() || "_[]-,%+".contains(c));
+        let is_word = !state.is_empty() && state.chars().all(|c| c.is_ascii_uppercase() || c == '_');
+        (is_number && is_word).then_some(Self { number, state, reason, partition, starts, ends, node, name })
+    }
+
+    /// The lease that it is for, itself or by staging for it.
+    fn tag(&self) -> Option<&str> {
+        let tag = self.name.strip_suffix(SUFFIX).unwrap_or(&self.name);
+        tag.parse::<LeaseTag>().is_ok().then_some(tag)
+    }
+
+    fn life(&self) -> Life {
+        match self.state.as_str() {
+            "PENDING" | "REQUEUED" | "REQUEUE_FED" | "REQUEUE_HOLD" | "RESV_DEL_HOLD" | "SPECIAL_EXIT"
+            | "SUSPENDED" | "STOPPED" | "EXPEDITING" => Life::Waits,
+            "CONFIGURING" | "POWER_UP_NODE" => Life::Boots,
+            "RUNNING" | "RESIZING" | "SIGNALING" => Life::Runs,
+            "COMPLETING" | "STAGE_OUT" | "UPDATE_DB" => Life::Leaves,
+            state if is_over(state) => Life::Ended,
+            _ => Life::Unknown,
+        }
+    }
+
+    /// Why it waits, and until when by Slurm's own estimate.
+    fn waits_for(&self) -> String {
+        let (number, reason) = (&self.number, clean(self.reason.as_bytes(), 120));
+        let partition = clean(self.partition.as_bytes(), 40);
+        let more = match (self.state.as_str(), reason.as_str()) {
+            (_, "JobHeldUser") => format!(": you hold it, and `scontrol release {number}` lets it go"),
+            (_, "JobHeldAdmin") => ": an administrator holds it".to_owned(),
+            (_, "PartitionTimeLimit") => format!(": it never starts, for {partition} allows less time"),
+            ("SUSPENDED" | "STOPPED", _) => ": another job has its place for now".to_owned(),
+            _ => String::new(),
+        };
+        // The estimate moves a little all the time.
+        let start = self.starts.map(|at| rfc3339(at.div_ceil(ROUND_S).saturating_mul(ROUND_S)));
+        let start = start.map_or_else(String::new, |at| format!(", may start by {at}"));
+        format!("job {number} in {partition}: {} ({reason}{more}){start}", self.state)
+    }
+}
+
+/// Whether a job in this state is one no more.
+fn is_over(state: &str) -> bool {
+    matches!(
+        state,
+        "BOOT_FAIL"
+            | "CANCELLED"
+            | "COMPLETED"
+            | "DEADLINE"
+            | "FAILED"
+            | "LAUNCH_FAILED"
+            | "NODE_FAIL"
+            | "OUT_OF_MEMORY"
+            | "PREEMPTED"
+            | "RECONFIG_FAIL"
+            | "REVOKED"
+            | "TIMEOUT"
+    )
+}
+
+/// How a job ended, in Slurm's word and in others.
+fn in_words(state: &str) -> String {
+    let words = match state {
+        "BOOT_FAIL" | "NODE_FAIL" => "its node failed",
+        "CANCELLED" => "it was cancelled",
+        "DEADLINE" => "it waited for too long",
+        "OUT_OF_MEMORY" => "it used more memory than it had asked for",
+        "PREEMPTED" => "another job took its place",
+        "TIMEOUT" => "its time limit was reached",
+        "COMPLETED" => "its script ended",
+        _ => "it failed",
+    };
+    format!("{state}: {words}")
+}
+
+impl Folder {
+    fn read(line: &str) -> Option<Self> {
+        let mut parts = line.splitn(4, '|');
+        let mut next = || parts.next().map(str::trim);
+        let (tag, stage): (LeaseTag, _) = (next()?.parse().ok()?, next()?);
+        let (ends, what) = (next()?.parse().ok(), next()?);
+        let stage = match stage {
+            "submitting" => Stage::Submitting,
+            "waiting" => Stage::Waiting,
+            "launched" => Stage::Launched,
+            _ => return None,
+        };
+        Some(Self { name: tag.to_string(), stage, ends, what: clean(what.as_bytes(), 120) })
+    }
+}
+
+/// A lease's tag, and the state in which its job ended; `None` where nobody remembers.
+fn read_past(line: &str) -> Option<(String, String)> {
+    let (tag, state) = line.split_once('|')?;
+    is_over(state).then(|| (tag.to_owned(), state.to_owned()))
+}
+
+impl Snapshot {
+    /// What [`look`] printed.
+    ///
+    /// # Errors
+    /// It did not get to its end: half a list is none.
+    pub(super) fn read(answer: &str) -> Result<Self, BrokerError> {
+        let mut snapshot = Self::default();
+        for line in answer.lines() {
+            if let Some(job) = line.strip_prefix("@job ") {
+                match Job::read(job) {
+                    Some(job) => snapshot.jobs.push(job),
+                    None => snapshot.odd.push(clean(job.as_bytes(), 120)),
+                }
+            } else if let Some(lease) = line.strip_prefix("@lease ") {
+                snapshot.leases.extend(Folder::read(lease));
+            } else if let Some(past) = line.strip_prefix("@past ") {
+                snapshot.past.extend(read_past(past));
+            } else if let Some((tag, why)) = line.strip_prefix("@unstaged ").and_then(|line| line.split_once('|')) {
+                snapshot.unstaged.push((tag.to_owned(), clean(why.as_bytes(), 200)));
+            }
+        }
+        match field(answer, "end") {
+            Some(_) => Ok(snapshot),
+            None => Err(error(Kind::Unavailable, "the queue's list broke off".to_owned())),
+        }
+    }
+
+    /// The job of a tag: one that lives, else the last that ended.
+    fn job(&self, tag: &str) -> Option<&Job> {
+        let of = || self.jobs.iter().filter(|job| job.name == tag);
+        of().find(|job| job.life() != Life::Ended).or_else(|| of().next_back())
+    }
+
+    /// The job that fetches for a tag's, while it lives.
+    fn staging(&self, tag: &str) -> Option<&Job> {
+        let is_it = |job: &&Job| job.name.strip_suffix(SUFFIX) == Some(tag) && job.life() != Life::Ended;
+        self.jobs.iter().find(is_it)
+    }
+
+    /// What a tag's job that is in the queue waits for.
+    fn waits_for(&self, tag: &str, job: &Job) -> String {
+        match self.staging(tag) {
+            Some(staging) if staging.life() == Life::Runs => {
+                let partition = clean(staging.partition.as_bytes(), 40);
+                format!("job {} in {partition} fetches the model for job {}", staging.number, job.number)
+            }
+            Some(staging) => format!("{}; it fetches the model for job {}", staging.waits_for(), job.number),
+            None => job.waits_for(),
+        }
+    }
+
+    fn folder(&self, tag: &str) -> Option<&Folder> {
+        self.leases.iter().find(|folder| folder.name == tag)
+    }
+
+    /// The number of a tag's job while it lives.
+    pub(super) fn number(&self, tag: &str) -> Option<String> {
+        self.job(tag).filter(|job| job.life() == Life::Runs).map(|job| job.number.clone())
+    }
+
+    /// The state in which a tag's job ended, where Slurm still tells.
+    fn last_state(&self, tag: &str) -> Option<&str> {
+        let past = || self.past.iter().find(|(of, _)| of == tag).map(|(_, state)| state.as_str());
+        self.job(tag).map_or_else(past, |job| is_over(&job.state).then_some(job.state.as_str()))
+    }
+
+    /// How a tag's job ended; `None` while it waits or runs, or where that is not known.
+    pub(super) fn over(&self, tag: &str) -> Option<String> {
+        let gone = || {
+            let folder = self.folder(tag).filter(|folder| folder.stage != Stage::Submitting);
+            folder.filter(|_| self.job(tag).is_none()).map(|_| "it is in the queue no more".to_owned())
+        };
+        let over = self.last_state(tag).map(in_words).or_else(gone)?;
+        Some(match self.unstaged.iter().find(|(of, _)| of == tag) {
+            Some((_, why)) => format!("{over}; the job that fetches the model failed: {why}"),
+            None => over,
+        })
+    }
+
+    /// When the job's time is up, or was. A job that waits has all of its time, and one that was
+    /// taken away lost it otherwise.
+    pub(super) fn ends_at(&self, tag: &str) -> Option<u64> {
+        let by_its_script = || self.folder(tag)?.ends;
+        let lost = |state: &str| !matches!(state, "TIMEOUT" | "COMPLETED" | "FAILED");
+        match (self.job(tag), self.last_state(tag)) {
+            (_, Some(state)) if lost(state) => None,
+            (None, _) | (_, Some(_)) => by_its_script(),
+            (Some(job), None) if matches!(job.life(), Life::Runs | Life::Leaves) => job.ends.or_else(by_its_script),
+            (Some(_), None) => None,
+        }
+    }
+
+    /// All jobs of the user, and all leases that still have a folder. `door` is the login node.
+    pub(super) fn instances(&self, door: &SshEndpoint) -> Vec<Instance> {
+        let mut names: BTreeSet<&str> = self.leases.iter().map(|folder| folder.name.as_str()).collect();
+        let live = || self.jobs.iter().filter(|job| job.life() != Life::Ended);
+        names.extend(live().filter_map(Job::tag));
+        let foreign = live().filter(|job| job.tag().is_none());
+        let leases = names.iter().map(|name| self.lease(name, door));
+        leases.chain(foreign.map(other)).chain(self.odd.iter().map(|line| unreadable(line))).collect()
+    }
+
+    fn lease(&self, tag: &str, door: &SshEndpoint) -> Instance {
+        let folder = self.folder(tag);
+        let job = self.job(tag);
+        let life = job.map_or(Life::Ended, Job::life);
+        let over = self.over(tag);
+        let what = folder.map(|folder| folder.what.clone()).unwrap_or_default();
+        let why = || over.clone().unwrap_or_else(|| "it is in the queue no more".to_owned());
+        let state = match (life, folder.map(|folder| folder.stage)) {
+            (Life::Waits, _) => InstanceState::Queued(job.map(|job| self.waits_for(tag, job)).unwrap_or_default()),
+            (Life::Boots, _) | (Life::Ended, Some(Stage::Submitting)) => InstanceState::Booting,
+            (Life::Runs, Some(_)) | (Life::Leaves | Life::Ended, Some(Stage::Launched)) => {
+                InstanceState::Ready(door.clone())
+            }
+            // Its folder goes before it does.
+            (Life::Runs | Life::Leaves, None) => InstanceState::Terminating,
+            (Life::Ended, None) if self.staging(tag).is_some() => InstanceState::Terminating,
+            (Life::Leaves, Some(_)) => InstanceState::Booting,
+            (Life::Ended, _) => InstanceState::Failed(format!("its job is over, {}", why())),
+            (Life::Unknown, _) => {
+                InstanceState::Unknown(job.map(|job| clean(job.state.as_bytes(), 40)).unwrap_or_default())
+            }
+        };
+        // Its files can be had all the same.
+        let hardware = match over.filter(|_| matches!(state, InstanceState::Ready(_))) {
+            Some(over) => format!("{what}; its job is over, {over}"),
+            None => what,
+        };
+        Instance {
+            broker: NAME.to_owned(),
+            id: InstanceId(tag.to_owned()),
+            name: tag.to_owned(),
+            state,
+            price: Some(UsdPerHour::default()),
+            hardware,
+            created_at: None,
+        }
+    }
+}
+
+/// A job of the user's that is none of ours.
+fn other(job: &Job) -> Instance {
+    let state = match job.life() {
+        Life::Waits => InstanceState::Queued(job.waits_for()),
+        _ => InstanceState::Unknown(format!("{} on {}", job.state, clean(job.node.as_bytes(), 40))),
+    };
+    Instance {
+        broker: NAME.to_owned(),
+        id: InstanceId(job.number.clone()),
+        name: clean(job.name.as_bytes(), 80),
+        state,
+        price: None,
+        hardware: String::new(),
+        created_at: None,
+    }
+}
+
+fn unreadable(line: &str) -> Instance {
+    Instance {
+        broker: NAME.to_owned(),
+        id: InstanceId(String::new()),
+        name: String::new(),
+        state: InstanceState::Unreadable(format!("squeue printed `{line}`")),
+        price: None,
+        hardware: String::new(),
+        created_at: None,
+    }
+}

@@ -1,0 +1,265 @@
+//! The clouds that a command speaks to, side by side.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures::future::join_all;
+
+use crate::cloud::broker::{Broker, BrokerError, BrokerErrorKind, Dropped, GpuRequest, Instance, InstanceId, Offer};
+use crate::units::Span;
+
+/// What stands between the names of several brokers.
+pub const BETWEEN_BROKERS: &str = ", ";
+/// Seconds by which this machine's clock may differ from that of a cloud on which something is rented: instances end at times of day.
+const MOST_SKEW: i64 = 5 * 60;
+
+/// A cloud and how it is dealt with.
+#[derive(Clone)]
+pub struct Cloud {
+    /// The cloud.
+    pub broker: Arc<dyn Broker>,
+    /// How long things take there.
+    pub timeouts: Timeouts,
+    /// It is this machine: nothing costs real money, and paths are the same there.
+    pub is_local: bool,
+}
+
+impl fmt::Debug for Cloud {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cloud").field("broker", &self.name()).finish_non_exhaustive()
+    }
+}
+
+impl Cloud {
+    /// Its broker's name.
+    pub fn name(&self) -> &'static str {
+        self.broker.name()
+    }
+
+    /// Unix seconds by the cloud's clock, when it is `now` by ours.
+    pub fn time(&self, now: u64) -> u64 {
+        now.saturating_add_signed(self.broker.clock_skew().unwrap_or_default())
+    }
+
+    /// A call that does not answer in time may have happened.
+    ///
+    /// # Errors
+    /// The call's own, and [`BrokerErrorKind::Maybe`].
+    pub async fn call<T>(&self, call: impl Future<Output = Result<T, BrokerError>>) -> Result<T, BrokerError> {
+        tokio::time::timeout(self.timeouts.call, call).await.unwrap_or_else(|_| {
+            let message = format!("no answer within {} s", self.timeouts.call.as_secs());
+            Err(BrokerError { broker: self.name(), kind: BrokerErrorKind::Maybe, message })
+        })
+    }
+}
+
+impl Cloud {
+    /// The list, in which these instances surely are if they are there: an entry without a readable id may be any of
+    /// them, so that the cloud's word on each decides.
+    ///
+    /// # Errors
+    /// The list's, and that of a word that is missing: a list that cannot tell is none.
+    pub async fn list(&self, known: &[&InstanceId]) -> Result<Vec<Instance>, BrokerError> {
+        let mut listed = self.call(self.broker.list()).await?;
+        if listed.iter().any(|instance| instance.id.0.is_empty()) {
+            for id in known {
+                if !listed.iter().any(|instance| instance.id == **id) {
+                    listed.extend(self.call(self.broker.get(id)).await?);
+                }
+            }
+        }
+        Ok(listed)
+    }
+
+    /// The instance of this name, if there is one.
+    ///
+    /// # Errors
+    /// The list's; also when an entry that cannot be read may be it.
+    pub async fn named(&self, name: &str) -> Result<Option<Instance>, BrokerError> {
+        let listed = self.call(self.broker.list()).await?;
+        let unclear = |message: &str| {
+            Err(BrokerError { broker: self.name(), kind: BrokerErrorKind::Unavailable, message: message.to_owned() })
+        };
+        let nameless = listed.iter().any(Instance::is_nameless);
+        match listed.into_iter().find(|instance| instance.name == name) {
+            Some(found) if found.id.0.is_empty() => unclear("it lists the instance, and its id cannot be read"),
+            None if nameless => unclear("an entry of its list cannot be read, and may be the instance"),
+            found => Ok(found),
+        }
+    }
+
+    /// Those of these instances that are there: by the list, or, where there is none, by the cloud's word on
+    /// each.
+    ///
+    /// # Errors
+    /// The list's, where that word is missing too.
+    pub async fn those_of(&self, ids: &[&InstanceId]) -> Result<Vec<Instance>, BrokerError> {
+        let unlisted = match self.list(ids).await {
+            Ok(listed) => return Ok(listed.into_iter().filter(|instance| ids.contains(&&instance.id)).collect()),
+            Err(error) => error,
+        };
+        let mut there = Vec::new();
+        for id in ids {
+            let alone = self.call(self.broker.get(id)).await;
+            there.extend(alone.map_err(|_| unlisted.clone())?);
+        }
+        Ok(there)
+    }
+}
+
+/// How long each thing may take, and how often it is tried.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Timeouts {
+    /// One call to a broker; beyond it the call's outcome is unknown.
+    pub call: Duration,
+    /// From the create call, or the end of its waiting in a queue, to an address.
+    pub boot: Duration,
+    /// In a queue, for clouds that have one; a lease lasts so much longer.
+    pub queue: Duration,
+    /// From an address to an SSH session.
+    pub ssh: Duration,
+    /// From the login to the worker's start; what is uploaded at a usable rate adds to it.
+    pub ready: Duration,
+    /// To learn whether an unanswered create call made an instance.
+    pub settle: Duration,
+    /// To bring the files home.
+    pub sync: Duration,
+    /// To see an instance gone that was told to go.
+    pub terminate: Duration,
+    /// Between two listings.
+    pub listing_interval: Duration,
+    /// Complete listings without an instance before it counts as gone.
+    pub absences: u32,
+    /// First pause after a failure; doubles up to 30 times itself.
+    pub backoff: Duration,
+}
+
+impl Timeouts {
+    /// For clouds. An image of 10 GB takes its time to arrive; a new instance may show in the third listing only.
+    pub const CLOUD: Self = Self {
+        call: Duration::from_secs(120),
+        boot: Duration::from_secs(20 * 60),
+        queue: Duration::ZERO,
+        ssh: Duration::from_secs(10 * 60),
+        ready: Duration::from_secs(5 * 60),
+        settle: Duration::from_secs(10 * 60),
+        sync: Duration::from_secs(30 * 60),
+        terminate: Duration::from_secs(15 * 60),
+        listing_interval: Duration::from_secs(10),
+        absences: 3,
+        backoff: Duration::from_secs(1),
+    };
+
+    /// For this machine, where everything is near and nothing is eventual.
+    pub const LOCAL: Self = Self {
+        call: Duration::from_secs(60),
+        boot: Duration::from_secs(60),
+        queue: Duration::ZERO,
+        ssh: Duration::from_secs(60),
+        ready: Duration::from_secs(5 * 60),
+        settle: Duration::from_secs(60),
+        sync: Duration::from_secs(10 * 60),
+        terminate: Duration::from_secs(60),
+        listing_interval: Duration::from_millis(200),
+        absences: 2,
+        backoff: Duration::from_millis(200),
+    };
+}
+
+/// One or more clouds, in the order in which they were named.
+#[derive(Clone, Debug)]
+pub struct Clouds(Vec<Cloud>);
+
+impl From<Vec<Cloud>> for Clouds {
+    fn from(clouds: Vec<Cloud>) -> Self {
+        Self(clouds)
+    }
+}
+
+/// What all clouds together offer.
+#[derive(Debug, Default)]
+pub struct Offered {
+    /// Of all clouds that answered.
+    pub offers: Vec<Offer>,
+    /// Left out before any filter: broker, why, how many.
+    pub dropped: Vec<(&'static str, Dropped)>,
+    /// Clouds that did not answer.
+    pub silent: Vec<BrokerError>,
+}
+
+impl Clouds {
+    /// All clouds, in their order.
+    pub fn iter(&self) -> impl Iterator<Item = &Cloud> {
+        self.0.iter()
+    }
+
+    /// By its name.
+    pub fn get(&self, name: &str) -> Option<&Cloud> {
+        self.0.iter().find(|cloud| cloud.name() == name)
+    }
+
+    /// Their names, as a run keeps them.
+    pub fn names(&self) -> String {
+        self.0.iter().map(Cloud::name).collect::<Vec<_>>().join(BETWEEN_BROKERS)
+    }
+
+    /// Only this machine.
+    pub fn is_local(&self) -> bool {
+        self.0.iter().all(|cloud| cloud.is_local)
+    }
+
+    /// Why nothing can be rented by this machine's clock, as far as the clouds have answered.
+    pub fn wrong_clock(&self) -> Option<String> {
+        let skew = |cloud: &Cloud| Some((cloud.name(), cloud.broker.clock_skew()?));
+        let (name, skew) = self.0.iter().filter_map(skew).find(|(_, skew)| skew.abs() > MOST_SKEW)?;
+        let by = Span(Duration::from_secs(skew.unsigned_abs()));
+        let way = if skew > 0 { "behind" } else { "ahead of" };
+        Some(format!("this machine's clock is {by} {way} that of {name}: an instance would end at the wrong time"))
+    }
+
+    /// Asks all of them at once.
+    ///
+    /// # Errors
+    /// When none answers: what the first said.
+    pub async fn offers(&self, want: &GpuRequest) -> Result<Offered, BrokerError> {
+        let ask = |cloud: &Cloud| {
+            let cloud = cloud.clone();
+            async move { (cloud.name(), cloud.call(cloud.broker.offers(want)).await) }
+        };
+        let mut all = Offered::default();
+        for (name, answer) in join_all(self.0.iter().map(ask)).await {
+            match answer {
+                Ok(found) => {
+                    all.offers.extend(found.offers);
+                    all.dropped.extend(found.dropped.into_iter().map(|dropped| (name, dropped)));
+                }
+                Err(error) => all.silent.push(error),
+            }
+        }
+        match all.silent.first() {
+            Some(error) if all.silent.len() == self.0.len() => Err(error.clone()),
+            _ => Ok(all),
+        }
+    }
+}
+
+/// Machines that did not serve, by broker and the broker's name for the machine. Shared by all runs of a batch.
+#[derive(Clone, Debug, Default)]
+pub struct BadHosts(Arc<Mutex<BTreeSet<(String, String)>>>);
+
+impl BadHosts {
+    /// Remembers the machine behind `offer`, where the cloud names it.
+    pub fn remember(&self, offer: &Offer) {
+        if let Some(machine) = &offer.machine {
+            self.0.lock().expect("nothing panics while it is held").insert((offer.broker.clone(), machine.clone()));
+        }
+    }
+
+    /// Whether the machine behind `offer` is one of them.
+    pub fn has(&self, offer: &Offer) -> bool {
+        let known = self.0.lock().expect("nothing panics while it is held");
+        offer.machine.as_ref().is_some_and(|machine| known.contains(&(offer.broker.clone(), machine.clone())))
+    }
+}

@@ -1,0 +1,379 @@
+//! From an endpoint to an authenticated connection, with the reason told apart where it fails.
+
+use std::borrow::Cow;
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use russh::client::{self, AuthResult, ChannelOpenHandle, Handle, Session};
+use russh::keys::{PrivateKey, PrivateKeyWithHashAlg, PublicKey, PublicKeyOrCertificate};
+use russh::{ChannelId, Limits, Preferred, cipher};
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpStream, lookup_host};
+use tokio::time::timeout;
+
+use super::exec::Channel;
+use super::{HostKeyPin, Tuning};
+use crate::host::transport::{SshEndpoint, TransportError, TransportErrorKind as Kind};
+use crate::text::clean;
+
+/// One TCP connect; packets to a machine that is still booting are often just dropped.
+const TCP_LIMIT: Duration = Duration::from_secs(15);
+/// From the open TCP connection to the server's greeting.
+const BANNER_LIMIT: Duration = Duration::from_secs(20);
+/// How a greeting begins. Before it a server may send lines of text (RFC 4253, section 4.2): as
+/// many and as long as OpenSSH takes.
+const GREETING: &[u8] = b"SSH-";
+const MOST_LINES: usize = 1023;
+const LONGEST_LINE: usize = 8192;
+/// What is kept of such lines, for messages.
+const SHOWN: usize = 200;
+/// Between two looks at a greeting that has come in part.
+const LOOK: Duration = Duration::from_millis(50);
+/// Key exchange, and again login.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Longest time between new keys, as RFC 4253 (section 9) wants it.
+const REKEY_TIME: Duration = Duration::from_secs(3600);
+
+/// Channels that a server may try to open before its connection is ended.
+const MOST_OPENED: u32 = 10;
+
+/// How many channels a host has tried to open to this machine. Nothing here asks for one, and none
+/// is taken.
+#[derive(Clone, Default)]
+pub(super) struct ChannelCount(Arc<AtomicU32>);
+
+impl ChannelCount {
+    /// Takes note of one more; an error, which ends the connection, when they are too many.
+    fn note(&self) -> Result<(), russh::Error> {
+        match self.0.fetch_add(1, Ordering::Relaxed) < MOST_OPENED {
+            true => Ok(()),
+            false => Err(russh::Error::Disconnect),
+        }
+    }
+
+    /// Why a host that opened too many is not spoken to.
+    pub(super) fn misconduct(&self, endpoint: &SshEndpoint) -> Option<TransportError> {
+        let message = format!(
+            "{endpoint}: the host misbehaves: it tried to open more than {MOST_OPENED} channels to this machine, \
+             and was asked for none"
+        );
+        let too_many = self.0.load(Ordering::Relaxed) > MOST_OPENED;
+        too_many.then(|| TransportError::new(Kind::Remote, message))
+    }
+}
+
+/// What russh calls back.
+pub(super) struct Client {
+    pin: Option<HostKeyPin>,
+    seen: Arc<Mutex<Option<PublicKey>>>,
+    opened: ChannelCount,
+}
+
+/// Every channel that a server opens is refused: a reply that is dropped says no.
+impl client::Handler for Client {
+    type Error = russh::Error;
+
+    async fn check_server_key(&mut self, key: &PublicKeyOrCertificate) -> Result<bool, russh::Error> {
+        let key = key.public_key();
+        let trusted = self.pin.as_ref().is_none_or(|pin| pin.matches(&key));
+        *self.seen.lock().expect("no code panics while holding this lock") = Some(key);
+        Ok(trusted)
+    }
+
+    async fn server_channel_open_session(
+        &mut self,
+        _channel: Channel,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+
+    async fn server_channel_open_direct_tcpip(
+        &mut self,
+        _channel: Channel,
+        _host: &str,
+        _port: u32,
+        _from_host: &str,
+        _from_port: u32,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+
+    async fn server_channel_open_direct_streamlocal(
+        &mut self,
+        _channel: Channel,
+        _path: &str,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+
+    async fn server_channel_open_forwarded_tcpip(
+        &mut self,
+        _channel: Channel,
+        _host: &str,
+        _port: u32,
+        _from_host: &str,
+        _from_port: u32,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+
+    async fn server_channel_open_forwarded_streamlocal(
+        &mut self,
+        _channel: Channel,
+        _path: &str,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+
+    async fn server_channel_open_agent_forward(
+        &mut self,
+        _channel: Channel,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+
+    async fn server_channel_open_x11(
+        &mut self,
+        _channel: Channel,
+        _from_host: &str,
+        _from_port: u32,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+
+    /// So that those of unknown kinds are counted too; what follows refuses them.
+    async fn should_accept_unknown_server_channel(&mut self, _id: ChannelId, _kind: &str) -> bool {
+        true
+    }
+
+    async fn server_channel_open_unknown(
+        &mut self,
+        _channel: Channel,
+        _reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), russh::Error> {
+        self.opened.note()
+    }
+}
+
+/// TCP, greeting, key exchange, host key, login.
+pub(super) async fn open(
+    endpoint: &SshEndpoint,
+    key: &Arc<PrivateKey>,
+    pin: Option<&HostKeyPin>,
+    tuning: &Tuning,
+    opened: &ChannelCount,
+) -> Result<(Handle<Client>, HostKeyPin), TransportError> {
+    let mut stream = dial(endpoint).await?;
+    wait_for_greeting(endpoint, &mut stream).await?;
+    let (mut handle, seen) = handshake(endpoint, stream, pin, tuning, opened).await?;
+    let login = timeout(HANDSHAKE_LIMIT, log_in(endpoint, &mut handle, key)).await;
+    let login = login.unwrap_or_else(|_| Err(too_long(endpoint, "login", HANDSHAKE_LIMIT)));
+    login.map_err(|error| opened.misconduct(endpoint).unwrap_or(error))?;
+    Ok((handle, seen))
+}
+
+async fn dial(endpoint: &SshEndpoint) -> Result<TcpStream, TransportError> {
+    let connect = async {
+        // Resolved apart from connecting: an unknown name must not look like a refused connection.
+        let addresses: Vec<_> = lookup_host((endpoint.host.as_str(), endpoint.port)).await?.collect();
+        TcpStream::connect(&addresses[..]).await
+    };
+    let stream = match timeout(TCP_LIMIT, connect).await {
+        Err(_) => {
+            let message = format!("{endpoint}: no answer within {} s", TCP_LIMIT.as_secs());
+            return Err(TransportError::new(Kind::Unreachable, message));
+        }
+        Ok(Err(e)) => return Err(TransportError::new(dial_kind(&e), format!("{endpoint}: {e}"))),
+        Ok(Ok(stream)) => stream,
+    };
+    stream.set_nodelay(true).map_err(|e| broken(endpoint, &russh::Error::IO(e)))?;
+    Ok(stream)
+}
+
+fn dial_kind(error: &io::Error) -> Kind {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => Kind::Refused,
+        io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted => Kind::Reset,
+        // Unknown name, no route, filtered, timed out in the kernel: from here they are one thing.
+        _ => Kind::Unreachable,
+    }
+}
+
+/// Waits for the server's greeting, which stays in the stream, and takes the lines before it: the
+/// SSH library bears few of them. A server that is not ready closes here, some with a line of
+/// text.
+async fn wait_for_greeting(endpoint: &SshEndpoint, stream: &mut TcpStream) -> Result<(), TransportError> {
+    let mut said = Vec::new();
+    let began = timeout(BANNER_LIMIT, take_preface(stream, &mut said)).await;
+    let words = match said.is_empty() {
+        true => String::new(),
+        false => format!("; it said {:?}", clean(&said, 80)),
+    };
+    let what = match began {
+        Ok(Ok(Began::Greeting)) => return Ok(()),
+        Ok(Ok(Began::Closed)) => "the connection was closed before the server's greeting",
+        Ok(Ok(Began::Flood)) => "more text than a server may send comes before its greeting",
+        Ok(Err(e)) => return Err(broken(endpoint, &russh::Error::IO(e))),
+        Err(_) => {
+            let error = too_long(endpoint, "the server's greeting", BANNER_LIMIT);
+            return Err(TransportError { message: error.message + &words, ..error });
+        }
+    };
+    Err(TransportError::new(Kind::Reset, format!("{endpoint}: {what}{words}")))
+}
+
+/// How a server begins.
+enum Began {
+    Greeting,
+    Closed,
+    Flood,
+}
+
+/// Takes what comes before the greeting; the first of it is kept in `said`.
+async fn take_preface(stream: &mut TcpStream, said: &mut Vec<u8>) -> io::Result<Began> {
+    let mut seen = [0; 4096];
+    // Of the line that has begun.
+    let (mut lines, mut length) = (0, 0);
+    loop {
+        let n = stream.peek(&mut seen).await?;
+        let there = &seen[..n];
+        if n == 0 {
+            return Ok(Began::Closed);
+        }
+        if length == 0 && there.starts_with(GREETING) {
+            return Ok(Began::Greeting);
+        }
+        if length == 0 && GREETING.starts_with(there) {
+            // What was seen stays readable, so that the next look would return at once.
+            tokio::time::sleep(LOOK).await;
+            continue;
+        }
+        let end = there.iter().position(|b| *b == b'\n');
+        let taken = end.map_or(n, |end| end + 1);
+        said.extend_from_slice(&there[..taken.min(SHOWN.saturating_sub(said.len()))]);
+        stream.read_exact(&mut seen[..taken]).await?;
+        length += taken;
+        if lines == MOST_LINES || length > LONGEST_LINE + "\r\n".len() {
+            return Ok(Began::Flood);
+        }
+        if end.is_some() {
+            (lines, length) = (lines + 1, 0);
+        }
+    }
+}
+
+async fn handshake(
+    endpoint: &SshEndpoint,
+    stream: TcpStream,
+    pin: Option<&HostKeyPin>,
+    tuning: &Tuning,
+    opened: &ChannelCount,
+) -> Result<(Handle<Client>, HostKeyPin), TransportError> {
+    let seen = Arc::new(Mutex::new(None));
+    let client = Client { pin: pin.cloned(), seen: seen.clone(), opened: opened.clone() };
+    let shake = client::connect_stream(Arc::new(config(pin, tuning)), stream, client);
+    let result =
+        timeout(HANDSHAKE_LIMIT, shake).await.map_err(|_| too_long(endpoint, "key exchange", HANDSHAKE_LIMIT))?;
+    let seen = seen.lock().expect("no code panics while holding this lock").take();
+    match (result, seen) {
+        (Ok(handle), Some(key)) => Ok((handle, HostKeyPin::of(&key)?)),
+        (Ok(_), None) => Err(broken(endpoint, &russh::Error::Inconsistent)),
+        (Err(russh::Error::UnknownKey), Some(key)) => Err(changed(endpoint, pin, &key)),
+        (Err(e), _) => Err(broken(endpoint, &e)),
+    }
+}
+
+fn changed(endpoint: &SshEndpoint, pin: Option<&HostKeyPin>, key: &PublicKey) -> TransportError {
+    let was = pin.map(HostKeyPin::fingerprint).unwrap_or_default();
+    let is = key.fingerprint(russh::keys::HashAlg::Sha256);
+    let message = format!("{endpoint}: the host key changed from {was} to {is}; this is not the machine we rented");
+    TransportError::new(Kind::HostKeyChanged, message)
+}
+
+fn config(pin: Option<&HostKeyPin>, tuning: &Tuning) -> client::Config {
+    let mut keys = Preferred::DEFAULT.key.to_vec();
+    if let Some(pinned) = pin.and_then(HostKeyPin::algorithm) {
+        // RSA is one key under several signature names.
+        let rsa = pinned.clone().is_rsa();
+        keys.sort_by_key(|a| *a != pinned && !(rsa && a.clone().is_rsa()));
+    }
+    let ciphers = [cipher::AES_256_GCM, cipher::CHACHA20_POLY1305, cipher::AES_256_CTR];
+    client::Config {
+        nodelay: true,
+        // Ours bounds downloads: 16 MiB carry 100 MB/s over 150 ms.
+        window_size: 16 << 20,
+        channel_buffer_size: 4096,
+        // Anything that comes counts as an answer: a slow upload is kept alive by its acknowledgements.
+        keepalive_interval: Some(tuning.keepalive),
+        keepalive_max: 3,
+        limits: Limits::new(tuning.rekey_after, tuning.rekey_after, REKEY_TIME),
+        preferred: Preferred { key: Cow::Owned(keys), cipher: Cow::Owned(ciphers.to_vec()), ..Preferred::DEFAULT },
+        ..client::Config::default()
+    }
+}
+
+async fn log_in(
+    endpoint: &SshEndpoint,
+    handle: &mut Handle<Client>,
+    key: &Arc<PrivateKey>,
+) -> Result<(), TransportError> {
+    let hash = match key.algorithm().is_rsa() {
+        true => handle.best_supported_rsa_hash().await.map_err(|e| broken(endpoint, &e))?.flatten(),
+        false => None,
+    };
+    let key = PrivateKeyWithHashAlg::new(key.clone(), hash);
+    match handle.authenticate_publickey(&endpoint.user, key).await {
+        Ok(AuthResult::Success) => Ok(()),
+        Ok(AuthResult::Failure { partial_success: true, .. }) => {
+            let message = format!("{endpoint}: the server wants more than our key");
+            Err(TransportError::new(Kind::AuthFailed, message))
+        }
+        Ok(AuthResult::Failure { .. }) => {
+            let message = format!("{endpoint}: the server does not accept our key for this user");
+            Err(TransportError::new(Kind::AuthFailed, message))
+        }
+        Err(e) => Err(broken(endpoint, &e)),
+    }
+}
+
+/// A failure of the connection or the protocol, in our kinds.
+pub(super) fn broken(place: &dyn std::fmt::Display, error: &russh::Error) -> TransportError {
+    use russh::Error as E;
+    let kind = match error {
+        E::IO(e) if e.kind() == io::ErrorKind::TimedOut => Kind::TimedOut,
+        E::IO(_) | E::Disconnect | E::HUP | E::SendError | E::RecvError => Kind::Reset,
+        E::KeepaliveTimeout | E::InactivityTimeout | E::ConnectionTimeout | E::Elapsed(_) => Kind::TimedOut,
+        E::UnknownKey => Kind::HostKeyChanged,
+        E::ChannelOpenFailure(_) => Kind::NoChannel,
+        E::Keys(_) | E::CouldNotReadKey | E::InvalidConfig(_) => Kind::Local,
+        _ => Kind::Remote,
+    };
+    let what = match error {
+        E::Disconnect | E::HUP | E::SendError | E::RecvError => "the connection broke off".to_owned(),
+        E::ChannelOpenFailure(reason) => format!("the server opens no channel for it ({reason:?})"),
+        other => other.to_string(),
+    };
+    TransportError::new(kind, format!("{place}: {what}"))
+}
+
+fn too_long(endpoint: &SshEndpoint, what: &str, limit: Duration) -> TransportError {
+    TransportError::new(Kind::TimedOut, format!("{endpoint}: {what} took longer than {} s", limit.as_secs()))
+}

@@ -1,0 +1,152 @@
+//! Files through commands alone, for servers without SFTP, and the questions SFTP cannot answer.
+
+use std::time::Duration;
+
+use russh::client::Handle;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+
+use super::clock::Clock;
+use super::connect::Client;
+use super::exec::{exec, feed};
+use crate::host::transport::quote::quote;
+use crate::host::transport::{ExecOutput, TransportError, TransportErrorKind as Kind};
+use crate::text::clean;
+
+/// What `dd` counts offsets in.
+pub(super) const UNIT: u64 = 64 << 10;
+/// Bytes per command that reads. Each block has its own limit, so that the whole has none: a slow line is not a dead one.
+const BLOCK: u64 = 4 << 20;
+/// For one block: 14 kB/s.
+const BLOCK_LIMIT: Duration = Duration::from_secs(300);
+/// For a command that does next to nothing.
+const SHORT: Duration = Duration::from_secs(60);
+/// Exit status of our own `read` script for "no such file" and for "not a plain file".
+const MISSING: i32 = 44;
+const NOT_PLAIN: i32 = 45;
+
+/// Makes a file, private to its owner, unless it is there.
+pub(super) async fn make(handle: &Handle<Client>, path: &str) -> Result<(), TransportError> {
+    demand(path, exec(handle, &in_sh(&format!("umask 077; : >> {}", quote(path))), &[], SHORT).await?).map(drop)
+}
+
+/// Writes bytes into a file at `offset`, a multiple of [`UNIT`].
+pub(super) async fn write_at(
+    handle: &Handle<Client>,
+    path: &str,
+    offset: u64,
+    bytes: &[u8],
+    clock: &Clock<'_>,
+) -> Result<(), TransportError> {
+    let script = format!("dd of={} bs={UNIT} seek={} conv=notrunc", quote(path), offset / UNIT);
+    demand(path, feed(handle, &in_sh(&script), bytes, clock).await?).map(drop)
+}
+
+/// Writes a few bytes into the new file `part`, then gives it `mode`.
+pub(super) async fn write_new(
+    handle: &Handle<Client>,
+    part: &str,
+    mode: u32,
+    bytes: &[u8],
+) -> Result<(), TransportError> {
+    let file = quote(part);
+    // A shell that died in mid-stream may still have said yes.
+    let script = format!(
+        "umask 077; set -C; cat > {file} && [ $(wc -c < {file}) -eq {} ] && chmod {mode:o} {file}",
+        bytes.len()
+    );
+    demand(part, exec(handle, &in_sh(&script), bytes, BLOCK_LIMIT).await?).map(drop)
+}
+
+/// Renames over an existing file, but not into a folder of that name.
+pub(super) async fn rename(handle: &Handle<Client>, from: &str, to: &str) -> Result<(), TransportError> {
+    let (from, target) = (quote(from), quote(to));
+    let script = format!("if [ -d {target} ]; then echo 'is a folder' >&2; exit 1; fi; mv -f {from} {target}");
+    demand(to, exec(handle, &in_sh(&script), &[], SHORT).await?).map(drop)
+}
+
+/// Removes a file that may not be there; what goes wrong here is not worth hearing of.
+pub(super) async fn remove(handle: &Handle<Client>, path: &str) {
+    let _ = exec(handle, &in_sh(&format!("rm -f {}", quote(path))), &[], SHORT).await;
+}
+
+/// The bytes from `offset`, at most `limit`; `None` if there is no such file. Links are not followed.
+pub(super) async fn read(
+    handle: &Handle<Client>,
+    path: &str,
+    offset: u64,
+    limit: u64,
+) -> Result<Option<Vec<u8>>, TransportError> {
+    let (file, from) = (quote(path), offset.saturating_add(1));
+    let script = format!(
+        "if [ -h {file} ]; then exit {NOT_PLAIN}; fi; [ -e {file} ] || exit {MISSING}; [ -f {file} ] || exit {NOT_PLAIN}; \
+         tail -c +{from} {file} | head -c {limit}"
+    );
+    let mut out = exec(handle, &in_sh(&script), &[], BLOCK_LIMIT).await?;
+    match out.status {
+        Some(MISSING) => return Ok(None),
+        Some(NOT_PLAIN) => return Err(TransportError::new(Kind::Remote, format!("{path}: not a plain file"))),
+        _ => {}
+    }
+    demand(path, out.clone())?;
+    out.stdout.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+    Ok(Some(out.stdout))
+}
+
+/// Copies a file of at most `limit` bytes into `out`; `None` if there is no such file.
+pub(super) async fn download(
+    handle: &Handle<Client>,
+    path: &str,
+    limit: u64,
+    out: &mut (dyn AsyncWrite + Send + Unpin),
+) -> Result<Option<u64>, TransportError> {
+    let mut copied = 0;
+    loop {
+        let Some(block) = read(handle, path, copied, BLOCK).await? else { return Ok(None) };
+        copied += block.len() as u64;
+        if copied > limit {
+            return Err(TransportError::new(Kind::Remote, format!("{path}: more than the {limit} bytes we take")));
+        }
+        let write = out.write_all(&block).await;
+        write.map_err(|e| TransportError::new(Kind::Local, format!("writing what comes from {path}: {e}")))?;
+        if (block.len() as u64) < BLOCK {
+            return Ok(Some(copied));
+        }
+    }
+}
+
+/// The real reason why a file could not be written: SFTP has no word for a full disk, a shell has.
+pub(super) async fn explain(handle: &Handle<Client>, part: &str, error: TransportError) -> TransportError {
+    if error.kind == Kind::NoSpace {
+        return error;
+    }
+    let file = quote(&format!("{part}.probe"));
+    let probe = format!("dd if=/dev/zero of={file} bs=65536 count=16; told=$?; rm -f {file}; exit $told");
+    match exec(handle, &in_sh(&probe), &[], SHORT).await {
+        Ok(out) => match demand(part, out) {
+            Err(told) if told.kind == Kind::NoSpace => told,
+            _ => error,
+        },
+        Err(_) => error,
+    }
+}
+
+/// `script` for a POSIX shell, whatever the login shell is.
+fn in_sh(script: &str) -> String {
+    format!("sh -c {}", quote(&format!("LC_ALL=C; export LC_ALL; {script}")))
+}
+
+/// Success, or the command's own words as an error.
+fn demand(path: &str, out: ExecOutput) -> Result<ExecOutput, TransportError> {
+    if out.status == Some(0) {
+        return Ok(out);
+    }
+    let words = clean(&out.stderr, 300);
+    let full = ["No space left on device", "Disk quota exceeded"].iter().find(|told| words.contains(*told));
+    match full {
+        Some(told) => Err(TransportError::new(Kind::NoSpace, format!("{path}: {}", told.to_lowercase()))),
+        None => {
+            let status = out.status.map_or_else(|| "a signal".to_owned(), |s| format!("status {s}"));
+            Err(TransportError::new(Kind::Remote, format!("{path}: the host's shell ended with {status}: {words}")))
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! The local file of an upload.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::files::open_regular;
+use crate::host::transport::{TransportError, TransportErrorKind as Kind};
+
+/// A plain file, open to be read in any order.
+pub(super) struct UploadSource(Arc<File>);
+
+impl UploadSource {
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self(Arc::new(open_regular(path)?)))
+    }
+
+    /// These bytes; an error if the file has become too short for them.
+    pub(super) async fn block(&self, range: Range<u64>) -> Result<Vec<u8>, TransportError> {
+        let file = self.0.clone();
+        let read = move || {
+            let mut block = vec![0; (range.end - range.start) as usize];
+            file.read_exact_at(&mut block, range.start).map(|()| block)
+        };
+        let read = tokio::task::spawn_blocking(read).await.unwrap_or_else(|e| Err(io::Error::other(e)));
+        read.map_err(|e| TransportError::new(Kind::Local, format!("reading the file to send: {e}")))
+    }
+}

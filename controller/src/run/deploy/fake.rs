@@ -1,0 +1,862 @@
+//! A cloud and its hosts in memory: stateful, and failing on request at the n-th effect.
+
+use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use outliers_protocol::{FileBytes, FileEntry, JobSpec, Manifest, ModelSource, Outcome, SCHEMA, files};
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+
+use super::Stop;
+use super::ports::{Host, Hosts, Ports};
+use crate::cloud::broker::{
+    Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
+    Lease, Offer, Offers, SshEndpoint, Way,
+};
+use crate::cloud::clouds::{BadHosts, Cloud, Clouds, Timeouts};
+use crate::cloud::estimate::Work;
+use crate::cloud::market::Quote;
+use crate::files::digest;
+use crate::host::transport::TransportErrorKind;
+use crate::host::{GuardConfig, HostError, HostErrorKind, HostEvent, HostFacts, JobStatus, OnEvent};
+use crate::run::ledger::{self, Ledger};
+use crate::run::{GuardTimeouts, Pin, RunSpec};
+use crate::secret::Secret;
+use crate::units::{Bytes, Usd, UsdPerHour};
+
+/// As by default.
+const WATCH: GuardTimeouts = GuardTimeouts { lease_s: 7200, unclaimed_s: 3600 };
+/// How long a cloud may end nothing.
+const REFUSES: Duration = Duration::from_secs(300);
+/// How long a disk may be full: longer than it takes to end an instance all the same.
+const FULL: Duration = Duration::from_secs(900);
+/// Seconds by which this machine's clock may jump ahead.
+const JUMP: i64 = 7 * 3600;
+
+/// Everything is quick here.
+pub(crate) const QUICK: Timeouts = Timeouts {
+    call: Duration::from_secs(5),
+    boot: Duration::from_millis(200),
+    queue: Duration::ZERO,
+    ssh: Duration::from_millis(200),
+    ready: Duration::from_millis(200),
+    settle: Duration::from_millis(200),
+    sync: Duration::from_millis(200),
+    terminate: Duration::from_millis(200),
+    listing_interval: Duration::from_micros(200),
+    absences: 3,
+    backoff: Duration::from_micros(200),
+};
+
+pub(crate) fn spec(results: &Path) -> RunSpec {
+    RunSpec {
+        model: "owner/model".into(),
+        brokers: "fake".into(),
+        job: JobSpec::new(ModelSource::Hub { id: "owner/model".into(), revision: "main".into() }),
+        job_key: "key".into(),
+        request: GpuRequest { gpu_count: Some(0), ..GpuRequest::default() },
+        work: Work { read: Bytes::from_gib(1), operations: 1e12, read_rate: Bytes::from_gib(1), efficiency: 1.0 },
+        disk: Bytes::from_gib(1),
+        push_model: false,
+        keep_running: false,
+        detach: false,
+        max_duration_s: 3600,
+        watch: WATCH,
+        budget: None,
+        max_gpu_time: None,
+        quote: Quote::default(),
+        only_in_time: false,
+        stage: None,
+        results: results.to_string_lossy().into_owned(),
+        output: Vec::new(),
+        survey: None,
+    }
+}
+
+/// What a person said yes to.
+pub(crate) fn up_to(ceiling: Usd) -> Quote {
+    Quote { ceiling: Some(ceiling), ..Quote::default() }
+}
+
+pub(crate) fn offer(key: &str, dollars: f64) -> Offer {
+    let price = UsdPerHour::from_dollars(dollars);
+    Offer { cpu_cores: Some(4), machine: Some(format!("machine of {key}")), ..Offer::new("fake", key.into(), 0, price) }
+}
+
+/// What goes wrong, at which effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// The controller dies before the effect.
+    CrashBefore,
+    /// The controller dies after the effect, before it hears of it.
+    CrashAfter,
+    /// The effect does not happen, and an error says so.
+    Fails,
+    /// The effect happens, and the answer is lost.
+    AnswerLost,
+    /// From here on nothing works any more.
+    Outage,
+    /// Ctrl-C, once.
+    Stop,
+    /// Ctrl-C, twice.
+    StopTwice,
+    /// The instance goes away.
+    Preempted,
+    /// Every offer's price rises.
+    PriceRises,
+    /// From here on the cloud ends nothing for some minutes.
+    Refuses,
+    /// This once the cloud's list shows ours as entries of which nothing can be read.
+    Odd,
+    /// The process gets SIGHUP.
+    Hangup,
+    /// From here on the ledger takes no event, for some minutes or until the next process.
+    StateFull,
+    /// The same of the folder of results.
+    ResultsFull,
+    /// From here to the next controller nobody can read the run's row in the ledger.
+    Unreadable,
+    /// This machine's clock jumps hours ahead.
+    ClockJumps,
+}
+
+thread_local! {
+    static WOUND: Cell<Option<(Instant, u64)>> = const { Cell::new(None) };
+}
+
+/// From here on this thread's wall clock shows `at_ms` and goes with its runtime's clock, which tests stop and wind.
+pub(crate) fn wind(at_ms: u64) {
+    WOUND.set(Some((Instant::now(), at_ms)));
+}
+
+/// What a wound clock shows.
+fn wound_ms() -> Option<u64> {
+    WOUND.get().map(|(since, at_ms)| at_ms + since.elapsed().as_millis() as u64)
+}
+
+/// What this thread's clock shows, the system's where it is not wound.
+pub(crate) fn now_ms() -> u64 {
+    wound_ms().unwrap_or_else(ledger::now_ms)
+}
+
+/// The ledger below `folder`, by this thread's clock.
+pub(crate) fn open_ledger(folder: &Path) -> Ledger {
+    Ledger::open(folder).unwrap().with_clock(now_ms)
+}
+
+/// One rented machine.
+#[derive(Clone, Debug)]
+pub(crate) struct Machine {
+    pub(crate) name: String,
+    /// It is somebody else's: our hands must stay off it.
+    pub(crate) foreign: bool,
+    /// Some answer or list has shown it: one that none ever did costs what nobody can know.
+    known: bool,
+    /// Listed and billing, but down.
+    pub(crate) stopped: bool,
+    created_ms: u64,
+    deadline_ms: u64,
+    /// Listings still to come before it shows.
+    hidden: u32,
+    worker: JobStatus,
+    guarded: bool,
+    /// The worker has written its manifest.
+    whole: bool,
+    /// What the worker does.
+    job: Option<JobSpec>,
+    price: UsdPerHour,
+    /// What its offer said.
+    offered: UsdPerHour,
+}
+
+/// The world outside.
+#[derive(Default)]
+pub(crate) struct World {
+    pub(crate) machines: BTreeMap<String, Machine>,
+    pub(crate) effects: Vec<&'static str>,
+    /// Names of the files that were pushed.
+    pub(crate) pushed: Vec<String>,
+    pub(crate) armed: Vec<(usize, Fault)>,
+    pub(crate) fired: usize,
+    pub(crate) struck: Vec<(Fault, &'static str)>,
+    /// Names that instances have had.
+    names: BTreeSet<String>,
+    /// What instances that are gone have cost; without the time after a deadline that nobody on the instance could keep.
+    pub(crate) billed: Usd,
+    /// The same without what one billed above its offer on which nothing was ever run: that is given back as soon as it is seen.
+    pub(crate) kept: Usd,
+    /// Instances can end themselves: their guards do.
+    pub(crate) self_destruct: bool,
+    pub(crate) creates: usize,
+    pub(crate) most_alive: usize,
+    pub(crate) offers: Vec<Offer>,
+    /// Listings before a new machine shows.
+    pub(crate) visibility: u32,
+    /// Offers that cannot be had.
+    pub(crate) sold_out: Vec<String>,
+    /// Offers whose hosts are not what they were said to be.
+    pub(crate) unfit: Vec<String>,
+    /// Offers whose hosts answer to nothing after the login: a look at them takes so long, and
+    /// fails.
+    pub(crate) drags: Vec<(String, Duration)>,
+    /// The worker here is one for CPUs.
+    pub(crate) without_cuda: bool,
+    /// Number of hosts that let no program run.
+    pub(crate) barred: u32,
+    pub(crate) create_error: Option<BrokerErrorKind>,
+    /// So often a worker dies.
+    pub(crate) deaths: u32,
+    /// The worker runs until it is stopped.
+    pub(crate) endless: bool,
+    /// The worker ends with this instead of results.
+    pub(crate) outcome: Option<Outcome>,
+    /// Flip a byte of what is brought home.
+    pub(crate) damage: bool,
+    /// The manifest is not to be trusted.
+    pub(crate) damaged_manifest: bool,
+    /// The worker does another job: it runs this many layers.
+    pub(crate) other_layers: Option<usize>,
+    /// No file comes to its end.
+    pub(crate) stalls: bool,
+    pub(crate) price_on_arrival: Option<UsdPerHour>,
+    pub(crate) outage: bool,
+    /// Until then nothing is ended.
+    pub(crate) refuses_until: Option<Instant>,
+    /// The list that is being made shows ours as entries of which nothing can be read.
+    odd: bool,
+    pub(crate) max_duration_s: u64,
+    pub(crate) budget: Option<Usd>,
+    /// Listings in which instances wait for their turn.
+    pub(crate) queued: u32,
+    /// The cloud ends an instance by itself, and the worker with it.
+    pub(crate) limited: bool,
+    /// What the hosts of all instances ask for.
+    pub(crate) rise: Option<String>,
+    /// What a person said yes to.
+    pub(crate) agreed: Option<Usd>,
+    /// Seconds by which the cloud's clock, which instances keep, is ahead of this machine's.
+    pub(crate) clock_ahead: i64,
+    /// The ledger's file, where something may happen to it.
+    pub(crate) ledger: PathBuf,
+    /// The run's row in it cannot be read.
+    pub(crate) unreadable: bool,
+    state_full_until: Option<Instant>,
+    results_full_until: Option<Instant>,
+    next_id: usize,
+}
+
+/// A handle on the world: the broker and the way to its hosts in one.
+#[derive(Clone)]
+pub(crate) struct Fake {
+    pub(crate) world: Arc<Mutex<World>>,
+    pub(crate) crashed: Arc<Notify>,
+    pub(crate) stop: Arc<watch::Sender<Stop>>,
+    pub(crate) bad_hosts: BadHosts,
+    pub(crate) timeouts: Timeouts,
+}
+
+impl World {
+    /// The machines that this ledger rented.
+    pub(crate) fn ours(&self) -> impl Iterator<Item = &Machine> {
+        self.machines.values().filter(|machine| !machine.foreign)
+    }
+
+    /// By the cloud's clock.
+    fn now_ms(&self) -> u64 {
+        now_ms().saturating_add_signed(self.clock_ahead * 1000)
+    }
+
+    /// This machine's clock goes hours ahead, where it is wound.
+    pub(crate) fn jump(&mut self) {
+        if let Some(now) = wound_ms() {
+            wind(now.saturating_add_signed(JUMP * 1000));
+            self.clock_ahead -= JUMP;
+        }
+    }
+
+    fn in_ledger(&self, sql: &str) {
+        let ledger = rusqlite::Connection::open(&self.ledger).unwrap();
+        ledger.execute_batch(sql).unwrap();
+    }
+
+    fn fill_state(&mut self) {
+        self.state_full_until = Some(Instant::now() + FULL);
+        self.in_ledger(
+            "CREATE TRIGGER IF NOT EXISTS full BEFORE INSERT ON events \
+             BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END",
+        );
+    }
+
+    /// Disks that are full for no longer than until `now`; with `None` whatever fills them.
+    pub(crate) fn make_room(&mut self, now: Option<Instant>) {
+        let over = |until: Option<Instant>| until.is_some_and(|until| now.is_none_or(|now| until <= now));
+        if over(self.state_full_until) {
+            self.state_full_until = None;
+            self.in_ledger("DROP TRIGGER IF EXISTS full");
+        }
+        if over(self.results_full_until) {
+            self.results_full_until = None;
+        }
+    }
+
+    fn damage(&mut self) {
+        if !std::mem::replace(&mut self.unreadable, true) {
+            self.in_ledger("UPDATE runs SET spec = 'x' || spec");
+        }
+    }
+
+    /// The run's row can be read again.
+    pub(crate) fn mend(&mut self) {
+        if std::mem::take(&mut self.unreadable) {
+            self.in_ledger("UPDATE runs SET spec = substr(spec, 2)");
+        }
+    }
+
+    /// What goes on without us: guards end instances whose time is up, and those nobody has looked after for `alone`.
+    pub(crate) fn pass(&mut self, alone: Duration) {
+        let now = self.now_ms();
+        let watched = |machine: &Machine| machine.guarded && self.self_destruct && !machine.foreign;
+        let over = |machine: &Machine| now >= machine.deadline_ms || alone >= Duration::from_secs(WATCH.lease_s);
+        let ended: Vec<String> =
+            self.machines.iter().filter(|(_, m)| watched(m) && over(m)).map(|(id, _)| id.clone()).collect();
+        ended.iter().for_each(|id| self.end(id));
+    }
+
+    /// The cloud takes ours back.
+    pub(crate) fn preempt(&mut self) {
+        let ours: Vec<String> = self.machines.iter().filter(|(_, m)| !m.foreign).map(|(id, _)| id.clone()).collect();
+        ours.iter().for_each(|id| self.end(id));
+    }
+
+    /// Instances bill this from the beginning, whatever was said before.
+    pub(crate) fn bill(&mut self, price: UsdPerHour) {
+        self.machines.values_mut().filter(|machine| !machine.foreign).for_each(|machine| machine.price = price);
+    }
+
+    fn raise_prices(&mut self) {
+        for offer in &mut self.offers {
+            offer.price = UsdPerHour::from_dollars(offer.price.0.dollars() * 1.3);
+        }
+    }
+
+    /// What the cloud asks for this offer at this moment.
+    fn price_of(&self, offer: &Offer) -> UsdPerHour {
+        let now = self.offers.iter().find(|now| now.key == offer.key).map_or(offer.price, |now| now.price);
+        self.price_on_arrival.unwrap_or(now)
+    }
+
+    /// Somebody else's, first in every list.
+    pub(crate) fn add_foreign(&mut self, number: usize) {
+        let name = ["my-web-server", "outliers-somebody-else-n-1", "notes"][number % 3].to_owned();
+        let machine = Machine {
+            name,
+            foreign: true,
+            known: true,
+            stopped: false,
+            created_ms: 0,
+            deadline_ms: 0,
+            hidden: 0,
+            worker: JobStatus::NotStarted,
+            guarded: false,
+            whole: false,
+            job: None,
+            price: UsdPerHour::from_dollars(9.0),
+            offered: UsdPerHour::from_dollars(9.0),
+        };
+        self.machines.insert(format!("a{number}"), machine);
+    }
+
+    fn end(&mut self, id: &str) {
+        let Some(machine) = self.machines.remove(id) else { return };
+        assert!(!machine.foreign, "an instance that is not ours was ended");
+        let until = self.now_ms().min(machine.deadline_ms);
+        let lived = Duration::from_millis(until.saturating_sub(machine.created_ms));
+        // What cannot be written down nobody can know either.
+        if machine.known && self.state_full_until.is_none() {
+            self.billed = self.billed + machine.price.cost(lived);
+            let used = machine.worker != JobStatus::NotStarted;
+            let kept = if used { machine.price } else { machine.price.min(machine.offered) };
+            self.kept = self.kept + kept.cost(lived);
+        }
+    }
+}
+
+impl Fake {
+    pub(crate) fn new() -> Self {
+        let offers = vec![offer("a", 1.0), offer("b", 2.0)];
+        let world = World { offers, visibility: 1, max_duration_s: 3600, ..World::default() };
+        Self {
+            world: Arc::new(Mutex::new(world)),
+            crashed: Arc::new(Notify::new()),
+            stop: Arc::new(watch::Sender::new(Stop::Go)),
+            bad_hosts: BadHosts::default(),
+            timeouts: QUICK,
+        }
+    }
+
+    pub(crate) fn set(&self, change: impl FnOnce(&mut World)) {
+        change(&mut self.world.lock().unwrap());
+    }
+
+    /// The one cloud there is.
+    pub(crate) fn clouds(&self) -> Clouds {
+        vec![Cloud { broker: Arc::new(self.clone()), timeouts: self.timeouts.clone(), is_local: false }].into()
+    }
+
+    pub(crate) fn ports<'a>(&'a self, clouds: &'a Clouds) -> Ports<'a> {
+        Ports { clouds, bad_hosts: &self.bad_hosts, hosts: self, secrets: &[], start_throttle: None }
+    }
+
+    /// One effect on the world: counted, and struck by the fault armed for its number.
+    async fn effect<T>(&self, name: &'static str, apply: impl FnOnce(&mut World) -> T) -> Result<T, Struck> {
+        let outcome = {
+            let mut world = self.world.lock().unwrap();
+            world.pass(Duration::ZERO);
+            world.make_room(Some(Instant::now()));
+            world.effects.push(name);
+            let number = world.effects.len();
+            let fault = world.armed.iter().find(|(at, _)| *at == number).map(|(_, fault)| *fault);
+            world.fired += usize::from(fault.is_some());
+            world.struck.extend(fault.map(|fault| (fault, name)));
+            match fault {
+                Some(Fault::Outage) => world.outage = true,
+                Some(Fault::Preempted) => world.preempt(),
+                Some(Fault::PriceRises) => world.raise_prices(),
+                Some(Fault::Odd) => world.odd = true,
+                Some(Fault::Refuses) => world.refuses_until = Some(Instant::now() + REFUSES),
+                Some(Fault::Stop) => drop(self.stop.send(Stop::Now)),
+                Some(Fault::StopTwice) => drop(self.stop.send(Stop::SkipSync)),
+                Some(Fault::Hangup) => {
+                    self.stop.send_if_modified(|level| {
+                        let more = *level < Stop::LetGo;
+                        *level = Stop::LetGo.max(*level);
+                        more
+                    });
+                }
+                Some(Fault::StateFull) => world.fill_state(),
+                Some(Fault::ResultsFull) => {
+                    world.results_full_until = Some(Instant::now() + self.timeouts.listing_interval * 10);
+                }
+                Some(Fault::Unreadable) => world.damage(),
+                Some(Fault::ClockJumps) => world.jump(),
+                _ => {}
+            }
+            let result = match fault {
+                _ if world.outage => Err(Struck::NotApplied),
+                Some(Fault::CrashBefore) => Err(Struck::Crash),
+                Some(Fault::Fails) => Err(Struck::NotApplied),
+                Some(Fault::CrashAfter) => Ok(Err(Struck::Crash)),
+                Some(Fault::AnswerLost) => Ok(Err(Struck::Applied)),
+                _ => Ok(Ok(())),
+            };
+            result.and_then(|after| {
+                let value = apply(&mut world);
+                world.odd = false;
+                let alive = world.ours().count();
+                world.most_alive = world.most_alive.max(alive);
+                after.map(|()| value)
+            })
+        };
+        if matches!(outcome, Err(Struck::Crash)) {
+            self.crashed.notify_one();
+            return std::future::pending().await;
+        }
+        // As any real call, it lets others run.
+        tokio::task::yield_now().await;
+        outcome
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Struck {
+    Crash,
+    NotApplied,
+    Applied,
+}
+
+impl Struck {
+    fn broker(self) -> BrokerError {
+        let kind = if matches!(self, Self::Applied) { BrokerErrorKind::Maybe } else { BrokerErrorKind::Unavailable };
+        BrokerError { broker: "fake", kind, message: format!("{self:?}") }
+    }
+
+    fn host(self) -> HostError {
+        broken(&format!("{self:?}"))
+    }
+}
+
+#[async_trait]
+impl Broker for Fake {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { self_destruct: self.world.lock().unwrap().self_destruct, ..Capabilities::default() }
+    }
+
+    fn clock_skew(&self) -> Option<i64> {
+        Some(self.world.lock().unwrap().clock_ahead).filter(|ahead| *ahead != 0)
+    }
+
+    async fn check(&self) -> Result<Account, BrokerError> {
+        Ok(Account::default())
+    }
+
+    async fn offers(&self, _: &GpuRequest) -> Result<Offers, BrokerError> {
+        let listed = self.effect("offers", |world| world.offers.clone()).await.map_err(Struck::broker)?;
+        Ok(Offers { offers: listed, dropped: Vec::new() })
+    }
+
+    async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
+        assert!(lease.ssh_public_key.starts_with("ssh-fake"));
+        let made = self.effect("create", |world| {
+            world.creates += 1;
+            if let Some(kind) = world.create_error {
+                return Err(BrokerError { broker: "fake", kind, message: "said no".into() });
+            }
+            if world.sold_out.contains(&offer.key) {
+                return Err(BrokerError { broker: "fake", kind: BrokerErrorKind::NoCapacity, message: "gone".into() });
+            }
+            world.next_id += 1;
+            let id = format!("i{}", world.next_id);
+            let lived_on = lease.tag.deadline.saturating_sub(world.now_ms() / 1000);
+            assert!(lived_on <= world.max_duration_s, "its deadline is {lived_on} s away");
+            let reserved = offer.price.cost(Duration::from_secs(lived_on));
+            for most in [world.budget, world.agreed].into_iter().flatten() {
+                assert!(world.kept + reserved <= most, "{} were spent, {reserved} may come of {most}", world.kept);
+            }
+            assert!(world.names.insert(lease.tag.to_string()), "two instances with one name");
+            let machine = Machine {
+                name: lease.tag.to_string(),
+                foreign: false,
+                known: false,
+                stopped: false,
+                created_ms: world.now_ms(),
+                deadline_ms: lease.tag.deadline * 1000,
+                hidden: world.visibility,
+                worker: JobStatus::NotStarted,
+                guarded: false,
+                whole: false,
+                job: None,
+                price: world.price_of(offer),
+                offered: offer.price,
+            };
+            world.machines.insert(id.clone(), machine.clone());
+            Ok(instance(&id, &machine))
+        });
+        made.await.map_err(Struck::broker)?
+    }
+
+    async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
+        let listed = self.effect("list", |world| {
+            let mut shown = Vec::new();
+            for (id, machine) in &mut world.machines {
+                if machine.hidden == 0 {
+                    machine.known = true;
+
+                    shown.push(if world.odd && !machine.foreign { unreadable_entry() } else { instance(id, machine) });
+                } else {
+                    machine.hidden -= 1;
+                }
+            }
+            if world.queued > 0 {
+                world.queued -= 1;
+                let up = shown.iter_mut().filter(|instance| matches!(instance.state, InstanceState::Ready(_)));
+                up.for_each(|instance| instance.state = InstanceState::Queued("Priority".into()));
+            }
+            shown
+        });
+        listed.await.map_err(Struck::broker)
+    }
+
+    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
+        Ok(self.list().await?.into_iter().find(|instance| instance.id == *id))
+    }
+
+    async fn price_rise(&self, _: &InstanceId) -> Result<Option<String>, BrokerError> {
+        Ok(self.world.lock().unwrap().rise.clone())
+    }
+
+    fn ends_at(&self, id: &InstanceId) -> Option<u64> {
+        let world = self.world.lock().unwrap();
+        let died = |machine: &Machine| matches!(machine.worker, JobStatus::Ended { .. }) && !machine.whole;
+        (world.limited && world.machines.get(&id.0).is_some_and(died)).then(|| now_ms() / 1000)
+    }
+
+    async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
+        let ended = self.effect("terminate", |world| {
+            if world.refuses_until.is_some_and(|until| Instant::now() < until) {
+                return Err(Struck::NotApplied);
+            }
+            world.end(&id.0);
+            Ok(())
+        });
+        ended.await.and_then(|refused| refused).map_err(Struck::broker)
+    }
+}
+
+fn unreadable_entry() -> Instance {
+    Instance {
+        broker: "fake".into(),
+        id: InstanceId(String::new()),
+        name: String::new(),
+        state: InstanceState::Unreadable("it is no object".into()),
+        price: None,
+        hardware: String::new(),
+        created_at: None,
+    }
+}
+
+fn instance(id: &str, machine: &Machine) -> Instance {
+    Instance {
+        broker: "fake".into(),
+        id: InstanceId(id.into()),
+        name: machine.name.clone(),
+        state: match machine.stopped {
+            true => InstanceState::Stopped,
+            false => InstanceState::Ready(SshEndpoint { host: id.into(), port: 22, user: "root".into() }),
+        },
+        price: Some(machine.price),
+        hardware: "4 CPU cores".into(),
+        created_at: None,
+    }
+}
+
+#[async_trait]
+impl Hosts for Fake {
+    fn key(&self, folder: &Path) -> Result<String, HostError> {
+        fs::write(folder.join("key"), "private").unwrap();
+        Ok("ssh-fake AAAA".into())
+    }
+
+    fn serve(&self, want: &GpuRequest) -> Result<(), HostError> {
+        if !self.world.lock().unwrap().without_cuda || want.worker_cuda.is_none() {
+            return Ok(());
+        }
+        Err(HostError::new(HostErrorKind::Local, "built without CUDA"))
+    }
+
+    fn forget(&self, folder: &Path) -> Result<(), HostError> {
+        match fs::remove_file(folder.join("key")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => panic!("{error}"),
+            _ => Ok(()),
+        }
+    }
+
+    async fn reach(
+        &self,
+        endpoint: &SshEndpoint,
+        folder: &Path,
+        pin: Option<&Pin>,
+        deadline: Instant,
+        _: OnEvent<'_>,
+    ) -> Result<(Box<dyn Host>, Pin), HostError> {
+        assert!(folder.join("key").exists(), "the key outlives a crash");
+        let shown = Pin(format!("key of {}", endpoint.host));
+        if let Some(pin) = pin {
+            assert_eq!(*pin, shown);
+        }
+        let id = endpoint.host.clone();
+        loop {
+            let error = match self.effect("reach", |world| world.machines.contains_key(&id)).await {
+                Ok(true) => return Ok((Box::new(FakeHost { fake: self.clone(), id }), shown)),
+                Ok(false) => broken("refused"),
+                Err(struck) => struck.host(),
+            };
+            if Instant::now() >= deadline {
+                return Err(error);
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    fn over(&self, way: Way, _: &Path) -> Box<dyn Host> {
+        Box::new(FakeHost { fake: self.clone(), id: way.name })
+    }
+}
+
+struct FakeHost {
+    fake: Fake,
+    id: String,
+}
+
+impl FakeHost {
+    async fn on_machine<T>(&self, name: &'static str, apply: impl FnOnce(&mut Machine) -> T) -> Result<T, HostError> {
+        let id = self.id.clone();
+        let done = self.fake.effect(name, |world| world.machines.get_mut(&id).map(apply));
+        let gone = || broken("connection reset");
+        done.await.map_err(Struck::host)?.ok_or_else(gone)
+    }
+}
+
+#[async_trait]
+impl Host for FakeHost {
+    async fn probe(&self, offer: &Offer, _: &GpuRequest, _: bool) -> Result<HostFacts, HostError> {
+        let drags = self.fake.world.lock().unwrap().drags.iter().find(|(key, _)| *key == offer.key).cloned();
+        if let Some((_, time)) = drags {
+            tokio::time::sleep(time).await;
+            return Err(broken("no end of it"));
+        }
+        self.on_machine("probe", |_| ()).await?;
+        if self.fake.world.lock().unwrap().unfit.contains(&offer.key) {
+            return Err(HostError::new(HostErrorKind::NotAsRented, "it has 0 GPUs"));
+        }
+        Ok(facts())
+    }
+
+    async fn guard(&self, _: &str, config: &GuardConfig) -> Result<(), HostError> {
+        assert!(!config.left.is_zero(), "a guard would end the instance at once");
+        self.on_machine("guard", |machine| machine.guarded = true).await
+    }
+
+    async fn push_worker(&self, on: OnEvent<'_>) -> Result<(), HostError> {
+        on(HostEvent::Uploading { name: "worker".into(), sent: 1, total: 2 });
+        let is_barred = {
+            let mut world = self.fake.world.lock().unwrap();
+            let is_barred = world.barred > 0;
+            world.barred = world.barred.saturating_sub(1);
+            is_barred
+        };
+        if is_barred {
+            return Err(HostError::new(HostErrorKind::WorkerUnfit, "nothing runs here"));
+        }
+        self.on_machine("push worker", |_| ()).await
+    }
+
+    async fn push(&self, _: &str, local: &Path, name: &str, _: OnEvent<'_>) -> Result<String, HostError> {
+        assert!(local.exists());
+        self.on_machine("push", |_| ()).await?;
+        self.fake.set(|world| world.pushed.push(name.to_owned()));
+        Ok(format!("/remote/{name}"))
+    }
+
+    async fn launch(&self, _: &str, job: &JobSpec, _: &[(&'static str, Secret)]) -> Result<(), HostError> {
+        let layers = self.fake.world.lock().unwrap().other_layers;
+        let job = JobSpec { layers: layers.or(job.layers), ..job.clone() };
+        self.on_machine("launch", |machine| {
+            assert!(machine.guarded, "nothing runs without a guard");
+            if machine.worker == JobStatus::NotStarted {
+                machine.worker = JobStatus::Running;
+                machine.job = Some(job);
+            }
+        })
+        .await
+    }
+
+    async fn restart(&self, _: &str, _: &[(&'static str, Secret)]) -> Result<(), HostError> {
+        self.on_machine("restart", |machine| {
+            if !machine.whole {
+                machine.worker = JobStatus::Running;
+            }
+        })
+        .await
+    }
+
+    async fn status(&self, _: &str) -> Result<JobStatus, HostError> {
+        self.on_machine("status", |machine| machine.worker).await
+    }
+
+    async fn follow(&self, _: &str, _: OnEvent<'_>) -> Result<JobStatus, HostError> {
+        let id = self.id.clone();
+        let status = self.fake.effect("follow", |world| {
+            let machine = world.machines.get_mut(&id)?;
+            if machine.worker == JobStatus::Running && world.deaths > 0 {
+                world.deaths -= 1;
+                machine.worker = JobStatus::Ended { exit: Some(137) };
+            } else if machine.worker == JobStatus::Running && !world.endless {
+                machine.worker = JobStatus::Ended { exit: Some(0) };
+                machine.whole = true;
+            }
+            Some(machine.worker)
+        });
+        let gone = || broken("connection reset");
+        let status = status.await.map_err(Struck::host)?.ok_or_else(gone)?;
+        if status == JobStatus::Running {
+            return std::future::pending().await;
+        }
+        Ok(status)
+    }
+
+    async fn fetch(
+        &self,
+        _: &str,
+        into: &Path,
+        expected: &[FileBytes],
+        _: OnEvent<'_>,
+    ) -> Result<Option<Manifest>, HostError> {
+        let (done, job) = self.on_machine("fetch", |machine| (machine.whole, machine.job.clone())).await?;
+        let (stalls, refused, is_full) = {
+            let world = self.fake.world.lock().unwrap();
+            (world.stalls, world.damaged_manifest, world.results_full_until.is_some())
+        };
+        if stalls {
+            return std::future::pending().await;
+        }
+        if refused {
+            let message = "its manifest names a file that the job does not make";
+            return Err(HostError::new(HostErrorKind::Damaged, message));
+        }
+        if is_full {
+            return Err(HostError::new(HostErrorKind::Local, "no space left on device"));
+        }
+        fs::write(into.join(files::LOG), "said something\n").unwrap();
+        if !done {
+            return Ok(None);
+        }
+        let (outcome, damage) = {
+            let world = self.fake.world.lock().unwrap();
+            (world.outcome.clone().unwrap_or(Outcome::Complete), world.damage)
+        };
+        let mut entries = Vec::new();
+        let metadata = serde_json::json!({ "job": job }).to_string();
+        for (name, text) in [(files::RESULTS, files::RESULTS), (files::METADATA, metadata.as_str())] {
+            assert!(expected.iter().any(|file| file.name == name && file.bytes >= text.len() as u64));
+            fs::write(into.join(name), text).unwrap();
+            let (bytes, sha256) = digest(&into.join(name)).unwrap();
+            entries.push(FileEntry { name: name.into(), bytes, sha256 });
+        }
+        if damage {
+            fs::write(into.join(files::RESULTS), "RESULTS.json").unwrap();
+        }
+        let manifest = Manifest { schema: SCHEMA, outcome, files: entries };
+        fs::write(into.join(files::MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        Ok(Some(manifest))
+    }
+
+    async fn stop_worker(&self, _: &str) -> Result<(), HostError> {
+        self.on_machine("stop worker", |machine| {
+            if machine.worker == JobStatus::Running {
+                machine.worker = JobStatus::Ended { exit: None };
+            }
+        })
+        .await
+    }
+}
+
+/// A failure of the connection.
+fn broken(message: &str) -> HostError {
+    HostError::new(HostErrorKind::Connection(TransportErrorKind::Reset), message)
+}
+
+/// A host without GPUs.
+pub(crate) fn facts() -> HostFacts {
+    HostFacts {
+        os: "Linux".into(),
+        arch: "x86_64".into(),
+        user: "root".into(),
+        home: "/root".into(),
+        cores: Some(4),
+        ram: None,
+        disk_free: None,
+        clock_skew: None,
+        hub: None,
+        cuda: None,
+        gpus: Vec::new(),
+    }
+}

@@ -1,0 +1,230 @@
+//! Carries out what [`reconcile::compare`] finds.
+
+use std::collections::{BTreeMap, HashSet};
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::terminate::{Bill, Ender};
+use super::{DriveError, Driver, OnEvent, Ports, Stop};
+use crate::cloud::broker::{BrokerError, Instance, InstanceId, InstanceState};
+use crate::cloud::clouds::Cloud;
+use crate::run::ledger::{Ledger, RunWriter, now_ms};
+use crate::run::reconcile::{self, Action, Finish};
+use crate::run::{RunEvent, RunOutcome, RunState};
+use crate::units::UsdPerHour;
+
+/// Brings ledger and clouds into agreement: ends strays, finishes what has nothing left to decide, leaves the rest.
+/// Returns what was found.
+///
+/// # Errors
+/// [`DriveError`] when a cloud does not answer, or an instance does not go.
+pub async fn recover(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<Vec<Action>, DriveError> {
+    let each = join_all(ports.clouds.iter().map(|cloud| recover_on(ledger, ports, cloud, on))).await;
+    let mut actions = Vec::new();
+    for found in each {
+        actions.extend(found?);
+    }
+    Ok(actions)
+}
+
+async fn recover_on(
+    ledger: &Ledger,
+    ports: Ports<'_>,
+    cloud: &Cloud,
+    on: &OnEvent<'_>,
+) -> Result<Vec<Action>, DriveError> {
+    let looked = look(Some(ledger), cloud).await?;
+    carry_out(ledger, ports, cloud, &looked, on).await?;
+    Ok(looked.actions)
+}
+
+/// Does what a look found to be done: all of it, whatever goes wrong with a part.
+///
+/// # Errors
+/// The first [`DriveError`].
+pub async fn carry_out(
+    ledger: &Ledger,
+    ports: Ports<'_>,
+    cloud: &Cloud,
+    looked: &Looked,
+    on: &OnEvent<'_>,
+) -> Result<(), DriveError> {
+    let mut done = Ok(());
+    for action in &looked.actions {
+        let this = match action {
+            Action::MarkGone { run } => mark_gone(ledger, run),
+            Action::Finish { run, why } => finish(ledger, ports, on, run, *why).await,
+            Action::Terminate { .. } | Action::Adopt { .. } | Action::LeaveAlone { .. } => Ok(()),
+        };
+        done = done.and(this);
+    }
+    let ended: HashSet<&InstanceId> = looked
+        .actions
+        .iter()
+        .filter_map(|action| if let Action::Terminate { instance, .. } = action { Some(instance) } else { None })
+        .collect();
+    let is_stray = |instance: &&Instance| ended.contains(&instance.id);
+    let strays: Vec<Target> = looked.listed.iter().filter(is_stray).map(Target::from).collect();
+    if !strays.is_empty() {
+        done = done.and(end(cloud, on, &strays).await);
+    }
+    done
+}
+
+/// A cloud's complete list, and what is to be done about it.
+#[derive(Debug, Default)]
+pub struct Looked {
+    /// Ours or not.
+    pub listed: Vec<Instance>,
+    /// About instances and runs.
+    pub actions: Vec<Action>,
+}
+
+/// Lists once, or as often as it takes to call a missing instance gone, and compares. Without a ledger the
+/// tags alone are judged, and nothing is to be done.
+///
+/// # Errors
+/// [`DriveError`] when the cloud does not answer.
+pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, DriveError> {
+    let Some(ledger) = ledger else {
+        let listed = cloud.call(cloud.broker.list()).await.map_err(|error| unanswered(&error, true))?;
+        let actions = reconcile::by_tag(&listed);
+        return Ok(Looked { listed, actions });
+    };
+    let (broker, timeouts) = (cloud.name(), &cloud.timeouts);
+    let mut missing = BTreeMap::new();
+    for again in (0..timeouts.absences).rev() {
+        // In this order: a run's intent is in the ledger before its instance can be in a list.
+        let before = reconcile::leases(ledger)?;
+        let known: Vec<&InstanceId> = reconcile::abandoned_on(&before, broker).collect();
+        let open = before.iter().any(|lease| lease.may_be_on(broker));
+        let listed = cloud.list(&known).await.map_err(|error| unanswered(&error, open))?;
+        let leases = reconcile::leases(ledger)?;
+        reconcile::count_missing(&leases, broker, &listed, &mut missing);
+        if again > 0 && !missing.is_empty() {
+            tokio::time::sleep(timeouts.listing_interval).await;
+            continue;
+        }
+        // Deadlines are by the cloud's clock, whatever ours says.
+        let now = cloud.time(ledger.now_ms() / 1000);
+        let owner = ledger.owner();
+        let actions = reconcile::compare(owner, broker, now, &leases, &listed, &missing, timeouts.absences);
+        return Ok(Looked { listed, actions });
+    }
+    Ok(Looked::default())
+}
+
+fn mark_gone(ledger: &Ledger, run: &str) -> Result<(), DriveError> {
+    if let Some(mut run) = ledger.take(run)? {
+        let event = match run.state() {
+            RunState::Terminating { .. } => RunEvent::Gone,
+            _ => RunEvent::Vanished,
+        };
+        // Its state may have changed since we looked: then it is not gone but somebody's.
+        if crate::run::next(run.state(), &event).is_ok() {
+            run.append(event)?;
+        }
+    }
+    Ok(())
+}
+
+async fn finish(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>, run: &str, why: Finish) -> Result<(), DriveError> {
+    let Some(mut run) = ledger.take(run)? else { return Ok(()) };
+    release(&mut run, ports, on).await?;
+    // Told to stop from the start: it must bring home and end, never rent anew.
+    let stop = watch::Sender::new(Stop::Now);
+    let ending = match why {
+        Finish::Expired => RunOutcome::Deadline,
+        Finish::Ending => RunOutcome::Interrupted,
+    };
+    Driver::new(run, ports, stop.subscribe(), on).stopping_as(ending).drive().await?;
+    Ok(())
+}
+
+/// What is held is held no more. Where the ledger cannot say so its instance ends at once.
+///
+/// # Errors
+/// [`DriveError`], with which the instance is gone unless it says otherwise.
+pub async fn release(run: &mut RunWriter, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<(), DriveError> {
+    let RunState::Held { rental, .. } = run.state().clone() else { return Ok(()) };
+    let Err(error) = run.append(RunEvent::Terminate) else { return Ok(()) };
+    if let Some(cloud) = ports.clouds.get(&rental.offer.broker) {
+        end(cloud, on, &[Target { price: Some(rental.price), ..Target::of(&rental.instance) }]).await?;
+    }
+    Err(error.into())
+}
+
+/// An instance that is to end.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// Its id.
+    pub id: InstanceId,
+    /// What it bills, where that is known.
+    pub price: Option<UsdPerHour>,
+    /// When it was made, Unix seconds, where that is known.
+    pub since: Option<u64>,
+}
+
+impl Target {
+    /// An instance of which no more is known.
+    pub fn of(id: &InstanceId) -> Self {
+        Self { id: id.clone(), price: None, since: None }
+    }
+
+    fn bill(&self) -> Bill {
+        let hours = self.since.map(|since| Duration::from_secs((now_ms() / 1000).saturating_sub(since)));
+        Bill { price: self.price, cost: self.price.zip(hours).map(|(price, time)| price.cost(time)) }
+    }
+}
+
+impl From<&Instance> for Target {
+    fn from(instance: &Instance) -> Self {
+        Self { price: instance.price, since: instance.created_at, ..Self::of(&instance.id) }
+    }
+}
+
+/// Ends instances and waits until complete listings no longer show them. No list is needed to end them, nor,
+/// where the cloud gives none, to see them gone.
+///
+/// # Errors
+/// [`DriveError`] when one does not go.
+pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, targets: &[Target]) -> Result<(), DriveError> {
+    let (timeouts, ender) = (&cloud.timeouts, Ender::new(cloud, on));
+    let deadline = Instant::now() + timeouts.terminate;
+    let ids: Vec<&InstanceId> = targets.iter().map(|target| &target.id).collect();
+    let mut absences = 0;
+    let mut left = targets.to_vec();
+    loop {
+        let mut trouble = None;
+        for target in &left {
+            trouble = ender.end(&target.id, target.bill()).await.or(trouble);
+        }
+        match cloud.those_of(&ids).await {
+            Ok(there) => {
+                absences = if there.is_empty() { absences + 1 } else { 0 };
+                if absences >= timeouts.absences {
+                    return Ok(());
+                }
+                let bills = |instance: &&Instance| instance.state != InstanceState::Terminating;
+                left = there.iter().filter(bills).map(Target::from).collect();
+            }
+            Err(error) => trouble = Some(error),
+        }
+        if Instant::now() >= deadline {
+            let why = trouble.map_or_else(|| "it is still listed".to_owned(), |error| error.to_string());
+            let names: Vec<&str> = ids.iter().map(|id| id.0.as_str()).collect();
+            let message = format!("instances could not be seen gone ({}): {why}", names.join(", "));
+            return Err(DriveError::Broker { message });
+        }
+        tokio::time::sleep(timeouts.listing_interval).await;
+    }
+}
+
+/// What a missing list means, where an instance of ours may be in it or not.
+fn unanswered(error: &BrokerError, open: bool) -> DriveError {
+    let message = format!("it is not known which instances exist: {error}");
+    if open { DriveError::Broker { message } } else { DriveError::Silent { message, hint: error.hint() } }
+}

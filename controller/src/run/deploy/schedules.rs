@@ -1,0 +1,352 @@
+//! Random schedules: worlds of every kind, up to six faults at any effect, processes that die and come back hours later, until it
+//! is over. Time is the runtime's, stopped and wound: an hour takes no time, and the same seed gives the same trace.
+//!
+//! `tests/schedules.sh --schedules N --seed S` runs more of them, or one again: schedule `i` of
+//! seed `S` is schedule 0 of seed `S + i`. `tests/faults.sh` builds known bugs into a copy of the
+//! program and counts the schedules until each is caught.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use outliers_tests::tell;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::fake::{Fake, Fault, World, now_ms, offer, open_ledger, wind};
+use super::tests::{Life, closed_and_clean, home, life};
+use super::*;
+use crate::run::ledger::{LedgerEntry, Records};
+use crate::run::reconcile::{Action, Stray};
+use crate::units::{Usd, UsdPerHour};
+
+/// Without being asked for more.
+const SCHEDULES: u64 = 2000;
+/// The first seed without being asked for another: the same commit gives the same answer.
+const SEED: u64 = 1;
+/// How many of these are run twice.
+const TWICE: u64 = 200;
+/// Processes after which a run must have come to its end: each fault costs at most one, and one is the last.
+const MOST_LIVES: usize = 12;
+/// Effects among which faults are spread: a path without faults has about as many.
+const EFFECTS: usize = 30;
+/// 2026-01-01, in milliseconds: any moment will do, as long as it is always the same.
+const BEGIN_MS: u64 = 1_767_225_600_000;
+/// From the death of a controller to the next one, in seconds.
+const GAPS: [u64; 5] = [0, 30, 1200, 3 * 3600, 9 * 3600];
+
+/// By so many seconds the cloud's clock may be ahead of this machine's. With hours nothing is
+/// rented.
+const SKEWS: [i64; 3] = [200, 7 * 3600, -7 * 3600];
+
+const FAULTS: [Fault; 14] = [
+    Fault::CrashBefore,
+    Fault::CrashAfter,
+    Fault::Fails,
+    Fault::AnswerLost,
+    Fault::Preempted,
+    Fault::Stop,
+    Fault::PriceRises,
+    Fault::Refuses,
+    Fault::Odd,
+    Fault::Hangup,
+    Fault::StateFull,
+    Fault::ResultsFull,
+    Fault::Unreadable,
+    Fault::ClockJumps,
+];
+
+/// What a schedule came to.
+#[derive(Debug, PartialEq)]
+struct Played {
+    /// Every effect, every event and the ending.
+    trace: Vec<String>,
+    /// Faults that struck, by fault and effect.
+    struck: Vec<(Fault, &'static str)>,
+}
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} is `{text}`, which is no number")))
+}
+
+/// `OUTLIERS_SEED`: a number, or `random`.
+fn first_seed() -> u64 {
+    match std::env::var("OUTLIERS_SEED").as_deref() {
+        Ok("random") => rand::rng().random_range(0..1 << 32),
+        _ => number("OUTLIERS_SEED").unwrap_or(SEED),
+    }
+}
+
+/// Every fourth world is a calm one: one fault, and all else as it should be.
+fn prepare(world: &mut World, random: &mut StdRng) {
+    world.self_destruct = random.random_bool(0.5);
+    if random.random_bool(0.05) {
+        world.clock_ahead = SKEWS[random.random_range(0..SKEWS.len())];
+    }
+    world.max_duration_s = [1800, 7200, 6 * 3600][random.random_range(0..3)];
+    (0..random.random_range(0..4)).for_each(|number| world.add_foreign(number));
+    if random.random_bool(0.25) {
+        world.visibility = random.random_range(0..3);
+        world.armed = vec![(random.random_range(1..EFFECTS / 2), FAULTS[random.random_range(0..FAULTS.len())])];
+    } else {
+        trouble(world, random);
+    }
+    // Of the first offer, to the cent above; or more.
+    let first = world.offers[0].price.cost(Duration::from_secs(world.max_duration_s)).up_to_cents();
+    world.agreed = [None, Some(first), Some(Usd::from_dollars(first.dollars() * 2.5))][random.random_range(0..3)];
+}
+
+fn trouble(world: &mut World, random: &mut StdRng) {
+    let offers = random.random_range(1..6);
+    world.offers = (0..offers).map(|i| offer(&format!("o{i}"), f64::from(i + 1))).collect();
+    let pick = |random: &mut StdRng, share: f64| -> Vec<String> {
+        (0..offers).filter(|_| random.random_bool(share)).map(|i| format!("o{i}")).collect()
+    };
+    world.sold_out = pick(random, 0.2);
+    world.unfit = pick(random, 0.1);
+    world.visibility = random.random_range(0..3);
+    world.endless = random.random_bool(0.05);
+    world.deaths = if random.random_bool(0.1) { random.random_range(1..4) } else { 0 };
+    world.damage = random.random_bool(0.05);
+    match random.random_range(0..10) {
+        0..3 => {
+            let hours = world.max_duration_s as f64 / 3600.0;
+            world.budget = Some(Usd::from_dollars(hours * random.random_range(0.8..6.0)));
+        }
+        // What a cloud bills beyond its own offer, no budget can know.
+        3 => world.price_on_arrival = Some(UsdPerHour::from_dollars(random.random_range(0.5..9.0))),
+        _ => {}
+    }
+    for _ in 0..random.random_range(1..7) {
+        let fault = FAULTS[random.random_range(0..FAULTS.len())];
+        world.armed.push((random.random_range(1..EFFECTS), fault));
+    }
+}
+
+fn is_hours_off(world: &World) -> bool {
+    world.clock_ahead.abs() > 3600
+}
+
+/// Whether nothing of this world speaks against whole results: at most one fault, and none that ends the run.
+fn must_complete(world: &World) -> bool {
+    let harmless = |(_, fault): &(usize, Fault)| {
+        use Fault::{AnswerLost, CrashAfter, CrashBefore, Fails, Odd, Refuses, Unreadable};
+        matches!(fault, CrashBefore | CrashAfter | Fails | AnswerLost | Refuses | Odd | Unreadable)
+    };
+    let serves = |offer: &Offer| !world.sold_out.contains(&offer.key) && !world.unfit.contains(&offer.key);
+    // What one that did not serve has cost may leave too little for the next.
+    let affordable = world.agreed.is_none() || world.sold_out.is_empty() && world.unfit.is_empty();
+    world.armed.len() <= 1
+        && !is_hours_off(world)
+        && affordable
+        && world.armed.iter().all(harmless)
+        && world.offers.iter().any(serves)
+        && world.unfit.len() <= 2
+        && !world.endless
+        && !world.damage
+        && world.deaths <= 2
+        && world.budget.is_none()
+        && world.price_on_arrival.is_none()
+}
+
+/// Another process looks after what is left, as `reap` does from a timer.
+async fn bystander(fake: &Fake, home: &Path) {
+    let ledger = open_ledger(&home.join("state"));
+    let clouds = fake.clouds();
+    let looks_after = recover(&ledger, fake.ports(&clouds), &|_| {});
+    tokio::select! {
+        biased;
+        () = fake.crashed.notified() => {}
+        _ = looks_after => {}
+    }
+}
+
+/// Another process that cannot read the run's row: it names the run, and whatever it carries has
+/// its time.
+async fn onlooker(fake: &Fake, home: &Path) {
+    let ledger = open_ledger(&home.join("state"));
+    let Records { runs, unreadable } = ledger.records().expect("one row is not the ledger");
+    assert_eq!((runs.len(), unreadable.len()), (0, 1), "{unreadable:?}");
+    let clouds = fake.clouds();
+    let cloud = clouds.iter().next().expect("there is one");
+    let looked = tokio::select! {
+        biased;
+        () = fake.crashed.notified() => return,
+        looked = look(Some(&ledger), cloud) => looked,
+    };
+    let in_time =
+        |action: &Action| matches!(action, Action::LeaveAlone { .. } | Action::Terminate { why: Stray::Expired, .. });
+    // A cloud that does not answer tells nothing.
+    let actions = looked.map(|looked| looked.actions).unwrap_or_default();
+    assert!(actions.iter().all(in_time), "{actions:?}");
+}
+
+/// One schedule to its end.
+async fn schedule(seed: u64) -> Played {
+    wind(BEGIN_MS);
+    let mut random = StdRng::seed_from_u64(seed);
+    let (mut fake, home) = (Fake::new(), home());
+    fake.timeouts = Timeouts::CLOUD;
+    fake.set(|world| {
+        prepare(world, &mut random);
+        world.ledger = home.path().join("state/ledger.db");
+    });
+    let (must_complete, hours_off) = {
+        let world = fake.world.lock().expect("nobody panicked");
+        (must_complete(&world), is_hours_off(&world))
+    };
+    let (mut lives, mut hurried) = (0, true);
+    let record = loop {
+        let last = life(&fake, home.path()).await;
+        // A new process has heard no Ctrl-C.
+        fake.stop.send_replace(Stop::Go);
+        if let Life::Finished(record) = last {
+            break record;
+        }
+        lives += 1;
+        assert!(lives < MOST_LIVES, "no end: {last:?}");
+        let gap = Duration::from_secs(GAPS[random.random_range(0..GAPS.len())]);
+        hurried &= gap < Duration::from_secs(60);
+        tokio::time::sleep(gap).await;
+        fake.set(|world| {
+            world.make_room(None);
+            world.pass(gap);
+        });
+        if random.random_bool(0.3) {
+            // It may have ended a run that was giving back its instance: then nobody rents another.
+            hurried = false;
+            let unreadable = fake.world.lock().expect("nobody panicked").unreadable;
+            if unreadable {
+                onlooker(&fake, home.path()).await;
+            } else {
+                bystander(&fake, home.path()).await;
+            }
+        }
+        fake.set(World::mend);
+    };
+    fake.set(World::mend);
+    let (rented, jumped) = {
+        let world = fake.world.lock().expect("nobody panicked");
+        // A jump may set a clock right that was hours behind.
+        (world.creates > 0, world.struck.iter().any(|(fault, _)| *fault == Fault::ClockJumps))
+    };
+    assert!(!(hours_off && rented) || jumped, "by such a clock nobody rents");
+    closed_and_clean(&fake, &record, "in the end");
+    honest(&fake, &record);
+    if must_complete && hurried {
+        let effects = &fake.world.lock().expect("nobody panicked").effects;
+        assert_eq!(record.state.ending(), Some(&RunOutcome::Completed), "nothing spoke against it: {effects:?}");
+    }
+    agreed(&fake, home.path()).await;
+    played(&fake, &record)
+}
+
+/// What the record says is so: the ending that was decided first, losses by name, no cost understated, no budget overdrawn.
+fn honest(fake: &Fake, record: &RunRecord) {
+    let world = fake.world.lock().expect("nobody panicked");
+    let mut state = RunState::initial();
+    for entry in &record.events {
+        let next = crate::run::next(&state, &entry.event).expect("it was written so");
+        let stands = state.ending().is_none_or(|ending| next.ending() == Some(ending));
+        assert!(stands, "{:?} became {:?}", state.ending(), next.ending());
+        state = next;
+    }
+    let RunState::Closed { results, loss, .. } = &record.state else { unreachable!("it is closed") };
+    let launched = record.events.iter().any(|entry| entry.event == RunEvent::Launched);
+    assert!(!launched || results.is_some() || loss.is_some(), "something was lost, and nobody says so");
+    let cost = record.cost(now_ms());
+    // An instance that no list showed is counted at its offer's price, until its time limit.
+    let unseen = |entry: &LedgerEntry| matches!(entry.event, RunEvent::NotCreated { unseen: true, .. });
+    let as_given = world.price_on_arrival.is_none() && world.self_destruct;
+    if as_given || !record.events.iter().any(unseen) {
+        assert!(cost >= world.billed, "it cost {}, and {cost} is said", world.billed);
+    }
+    if let Some(budget) = world.budget {
+        assert!(world.kept <= budget, "it cost {}, the budget was {budget}", world.kept);
+    }
+}
+
+/// Ledger and cloud agree: another look finds nothing to do.
+async fn agreed(fake: &Fake, home: &Path) {
+    let ledger = open_ledger(&home.join("state"));
+    fake.set(|world| world.armed.clear());
+    for cloud in fake.clouds().iter() {
+        let looked = look(Some(&ledger), cloud).await.expect("nothing fails any more");
+        let ours = looked.listed.iter().filter(|instance| instance.id.0.starts_with('i')).count();
+        let idle = |action: &Action| matches!(action, Action::LeaveAlone { .. });
+        assert!(ours == 0 && looked.actions.iter().all(idle), "{looked:?}");
+    }
+}
+
+fn played(fake: &Fake, record: &RunRecord) -> Played {
+    let world = fake.world.lock().expect("nobody panicked");
+    let effects = world.effects.iter().map(|effect| (*effect).to_owned());
+    let events = record.events.iter().map(|entry| format!("{} {}", entry.at_ms, entry.event.word()));
+    let ending = record.state.ending().map(ToString::to_string);
+    Played { trace: effects.chain(events).chain(ending).collect(), struck: world.struck.clone() }
+}
+
+/// Plays one schedule on this thread.
+///
+/// # Errors
+/// The first assertion that did not hold.
+fn play(seed: u64) -> Result<Played, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+    let runtime = runtime.expect("a runtime of one thread");
+    let played = catch_unwind(AssertUnwindSafe(|| runtime.block_on(schedule(seed))));
+    played.map_err(|panic| {
+        let said = panic.downcast_ref::<String>().cloned();
+        said.or_else(|| panic.downcast_ref::<&str>().map(|said| (*said).to_owned())).unwrap_or_default()
+    })
+}
+
+/// Every `step`-th of `count` schedules from the `first` on; the faults that struck.
+///
+/// # Errors
+/// The first schedule that did not end clean, or that played otherwise again, and why.
+fn play_share(seed: u64, first: u64, count: u64, step: usize) -> Result<Vec<(Fault, &'static str)>, (u64, String)> {
+    let mut struck = Vec::new();
+    for i in (first..count).step_by(step) {
+        let played = play(seed + i).map_err(|why| (i, why))?;
+        if i < TWICE && play(seed + i).as_ref() != Ok(&played) {
+            return Err((i, "it played otherwise the second time".to_owned()));
+        }
+        struck.extend(played.struck);
+    }
+    Ok(struck)
+}
+
+#[test]
+fn every_random_schedule_ends_clean_and_the_same_seed_plays_the_same() {
+    let count = number("OUTLIERS_SCHEDULES").unwrap_or(SCHEDULES);
+    let seed = first_seed();
+    tell(&format!("{count} schedules from seed {seed}"));
+    let threads = std::thread::available_parallelism().map_or(2, usize::from);
+    let shares: Vec<_> = std::thread::scope(|scope| {
+        let share = |first: usize| scope.spawn(move || play_share(seed, first as u64, count, threads));
+        let shares: Vec<_> = (0..threads).map(share).collect();
+        shares.into_iter().map(|share| share.join().expect("panics of schedules are caught")).collect()
+    });
+    // Each share stops at its first failure: the earliest of these is the first of all, however
+    // many threads there are.
+    if let Some((i, why)) = shares.iter().filter_map(|share| share.as_ref().err()).min() {
+        panic!("schedule {} (seed {}): {why}", i + 1, seed + i);
+    }
+    let struck: Vec<(Fault, &'static str)> = shares.into_iter().flatten().flatten().collect();
+    print_coverage(&struck);
+    assert!(struck.len() as u64 >= count, "faults that do not strike test nothing");
+}
+
+/// How often each fault struck each effect.
+fn print_coverage(struck: &[(Fault, &'static str)]) {
+    let mut table: BTreeMap<&str, BTreeMap<String, u32>> = BTreeMap::new();
+    for (fault, effect) in struck {
+        *table.entry(effect).or_default().entry(format!("{fault:?}")).or_default() += 1;
+    }
+    tell(&format!("{} faults struck", struck.len()));
+    for (effect, faults) in table {
+        let faults: Vec<String> = faults.iter().map(|(fault, times)| format!("{fault} {times}")).collect();
+        tell(&format!("{effect:>12}: {}", faults.join(", ")));
+    }
+}

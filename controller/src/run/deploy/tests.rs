@@ -1,0 +1,1344 @@
+//! The loop against a world that fails at every point.
+
+use std::path::Path;
+
+use outliers_protocol::{Failure, FailureKind, Outcome, files};
+
+use super::fake::{Fake, Fault, now_ms, open_ledger, spec, up_to, wind};
+use super::*;
+use crate::cloud::broker::BrokerErrorKind;
+use crate::run::ledger::Ledger;
+use crate::run::{Membership, RunFailureKind, RunOutcome, RunSpec};
+use crate::units::{Usd, UsdPerHour};
+
+/// The price of the first offer until the time limit of an hour.
+const AGREED: Usd = Usd::from_micros(1_000_000);
+
+/// How one process ended.
+#[derive(Debug)]
+pub(super) enum Life {
+    Finished(Box<RunRecord>),
+    Stuck(#[expect(dead_code, reason = "shown when an assertion fails")] DriveError),
+    LetGo,
+    Killed,
+}
+
+/// One process: plans the run, or takes up the one that is there, and drives it.
+pub(super) async fn life(fake: &Fake, home: &Path) -> Life {
+    let ledger = open_ledger(&home.join("state"));
+    let run = match ledger.runs().unwrap().first() {
+        Some(run) => ledger.take(&run.id).unwrap().expect("the process before is dead"),
+        None => {
+            let max_duration_s = fake.world.lock().unwrap().max_duration_s;
+            let (budget, agreed) = {
+                let world = fake.world.lock().unwrap();
+                (world.budget, world.agreed)
+            };
+            let quote = agreed.map(up_to).unwrap_or_default();
+            ledger.plan(&RunSpec { max_duration_s, budget, quote, ..spec(&home.join("results")) }).unwrap()
+        }
+    };
+    let on = |_| {};
+    let clouds = fake.clouds();
+    let driver = Driver::new(run, fake.ports(&clouds), fake.stop.subscribe(), &on);
+    tokio::select! {
+        biased;
+        () = fake.crashed.notified() => Life::Killed,
+        driven = driver.drive() => match driven {
+            Ok(record) if record.state.is_at_rest() => Life::Finished(Box::new(record)),
+            Ok(_) => Life::LetGo,
+            Err(stuck) => Life::Stuck(stuck),
+        },
+    }
+}
+
+/// What must hold whenever a run is over.
+pub(super) fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
+    let world = fake.world.lock().unwrap();
+    assert!(record.state.is_closed(), "{what}: {:?}", record.state);
+    assert_eq!(world.ours().count(), 0, "{what}: an instance is left");
+    assert!(world.most_alive <= 1, "{what}: {} instances at once", world.most_alive);
+    if let Some(agreed) = record.spec.quote.ceiling {
+        assert!(world.kept <= agreed, "{what}: {} were paid, {agreed} were agreed", world.kept);
+    }
+    if let Some(results) = record.state.results() {
+        let folder = Path::new(&results.folder);
+        assert!(folder.join(RUN_FILE).exists(), "{what}");
+        // Damaged ones are kept, and not called complete.
+        let kept_aside = world.damage || world.other_layers.is_some();
+        assert!(folder.join(files::RESULTS).exists() == results.complete || kept_aside, "{what}");
+    }
+    if record.state.ending() == Some(&RunOutcome::Completed) {
+        assert!(record.state.results().is_some_and(|results| results.complete), "{what}");
+    }
+}
+
+pub(super) fn home() -> tempfile::TempDir {
+    // Thousands of small ledgers, each commit synced: memory is quicker where there is some.
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() { tempfile::tempdir_in(memory).unwrap() } else { tempfile::tempdir().unwrap() }
+}
+
+async fn happy() -> (Fake, Box<RunRecord>, tempfile::TempDir) {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.agreed = Some(AGREED));
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    (fake, record, home)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_run_goes_through_all_states_and_leaves_nothing() {
+    let (fake, record, home) = happy().await;
+    closed_and_clean(&fake, &record, "happy path");
+    let words: Vec<_> = record.events.iter().map(|entry| entry.event.word()).collect();
+    let expected = ["creating", "created", "reached", "launched", "worker ended", "fetched", "terminate", "gone"];
+    assert_eq!(words, expected);
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
+    let names: Vec<_> =
+        std::fs::read_dir(home.path().join("results")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names, [format!("owner--model-{}", record.id).as_str()], "nothing half-arrived is left");
+    assert!(!home.path().join("state/runs").join(&record.id).join("key").exists());
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiting_in_a_queue_outlasts_every_patience() {
+    let (fake, home) = (Fake::new(), home());
+    // Many times the patience for a boot.
+    fake.set(|world| world.queued = 5000);
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    closed_and_clean(&fake, &record, "a queue");
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
+    assert_eq!(fake.world.lock().unwrap().creates, 1, "what waits is not exchanged");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_its_cloud_ended_at_the_time_limit_is_not_started_again() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| (world.deaths, world.limited) = (1, true));
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    closed_and_clean(&fake, &record, "a time limit");
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline));
+    assert!(record.state.results().is_some_and(|results| !results.complete), "what there was came home");
+    assert_eq!(fake.world.lock().unwrap().creates, 1, "nothing was rented anew");
+}
+
+/// Every fault of `first` at every effect; then, if `second` is given, that one at every effect after it.
+async fn sweep(first: Fault, second: Option<Fault>, check: impl Fn(&Fake, &[Life], &str)) -> usize {
+    sweep_with(first, second, |_| {}, check).await
+}
+
+/// The same in a world that was changed first.
+async fn sweep_with(
+    first: Fault,
+    second: Option<Fault>,
+    change: impl Fn(&mut super::fake::World),
+    check: impl Fn(&Fake, &[Life], &str),
+) -> usize {
+    let mut runs = 0;
+    for at in 1.. {
+        let mut later = at;
+        loop {
+            later += 1;
+            let (fake, home) = (Fake::new(), home());
+            fake.set(|world| (world.armed, world.agreed) = (vec![(at, first)], Some(AGREED)));
+            fake.set(&change);
+            if let Some(second) = second {
+                fake.set(|world| world.armed.push((later, second)));
+            }
+            let mut lives = vec![life(&fake, home.path()).await];
+            let fired = || fake.world.lock().unwrap().fired;
+            if fired() == 0 {
+                return runs;
+            }
+            while !matches!(lives.last(), Some(Life::Finished(_))) {
+                assert!(lives.len() < 6, "no end: {lives:?}");
+                if matches!(lives.last(), Some(Life::LetGo)) {
+                    // The next process has another terminal.
+                    fake.stop.send_replace(Stop::Go);
+                }
+                lives.push(life(&fake, home.path()).await);
+            }
+            let names = fake.world.lock().unwrap().effects.clone();
+            let what = format!("{first:?} at {at} ({}), {second:?} at {later}", names[at - 1]);
+            runs += 1;
+            check(&fake, &lives, &what);
+            if second.is_none() || fired() < 2 {
+                break;
+            }
+        }
+    }
+    unreachable!("the happy path has an end")
+}
+
+fn last(lives: &[Life]) -> &RunRecord {
+    match lives.last() {
+        Some(Life::Finished(record)) => record,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// kill -9 before and after every effect: the next process ends the run as if nothing had happened.
+#[tokio::test(start_paused = true)]
+async fn killed_anywhere_the_run_still_completes() {
+    for fault in [Fault::CrashBefore, Fault::CrashAfter] {
+        let runs = sweep(fault, None, |fake, lives, what| {
+            assert_eq!(lives.len(), 2, "{what}");
+            closed_and_clean(fake, last(lives), what);
+            assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
+            let made = last(lives).events.iter().filter(|entry| entry.event.word() == "created").count();
+            assert_eq!(made, 1, "{what}: work is never done twice on two instances");
+        });
+        let runs = runs.await;
+        assert!(runs >= 15, "{runs} points only");
+    }
+}
+
+/// And killed again while it recovers.
+#[tokio::test(start_paused = true)]
+async fn killed_twice_the_run_still_completes() {
+    for first in [Fault::CrashBefore, Fault::CrashAfter] {
+        for second in [Fault::CrashBefore, Fault::CrashAfter] {
+            let runs = sweep(first, Some(second), |fake, lives, what| {
+                closed_and_clean(fake, last(lives), what);
+                assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
+            });
+            assert!(runs.await >= 100);
+        }
+    }
+}
+
+/// One failure, or one lost answer, is lived through within the same process.
+#[tokio::test(start_paused = true)]
+async fn a_single_failure_anywhere_is_survived() {
+    for fault in [Fault::Fails, Fault::AnswerLost] {
+        sweep(fault, None, |fake, lives, what| {
+            assert_eq!(lives.len(), 1, "{what}");
+            closed_and_clean(fake, last(lives), what);
+            assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
+            assert!(fake.world.lock().unwrap().creates <= 2, "{what}");
+        })
+        .await;
+    }
+}
+
+/// A list in which nothing can be read of the instance says neither that it is there nor that it is gone.
+#[tokio::test(start_paused = true)]
+async fn an_unreadable_entry_anywhere_is_never_an_instance_that_is_gone() {
+    for second in [None, Some(Fault::CrashAfter), Some(Fault::AnswerLost)] {
+        sweep(Fault::Odd, second, |fake, lives, what| {
+            closed_and_clean(fake, last(lives), what);
+            assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
+            let made = last(lives).events.iter().filter(|entry| entry.event.word() == "created").count();
+            assert_eq!(made, 1, "{what}");
+        })
+        .await;
+    }
+}
+
+/// A failure and then a crash, at every pair of points.
+#[tokio::test(start_paused = true)]
+async fn a_lost_answer_and_then_a_crash_are_survived() {
+    sweep(Fault::AnswerLost, Some(Fault::CrashAfter), |fake, lives, what| {
+        closed_and_clean(fake, last(lives), what);
+        assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
+    })
+    .await;
+}
+
+/// When everything stops working, the program says that an instance may be left, never that all is well; and a later
+/// process, when things work again, ends it.
+#[tokio::test(start_paused = true)]
+async fn an_outage_is_told_and_mended_later() {
+    for at in 1.. {
+        let (fake, home) = (Fake::new(), home());
+        fake.set(|world| {
+            world.armed = vec![(at, Fault::Outage)];
+            world.max_duration_s = 2;
+        });
+        let first = life(&fake, home.path()).await;
+        if fake.world.lock().unwrap().fired == 0 {
+            return;
+        }
+        let what = format!("outage at {at}");
+        if let Life::Finished(record) = &first {
+            closed_and_clean(&fake, record, &what);
+        }
+        fake.set(|world| {
+            world.armed.clear();
+            world.outage = false;
+        });
+        let second = life(&fake, home.path()).await;
+        let Life::Finished(record) = second else { panic!("{what}: {second:?}") };
+        closed_and_clean(&fake, &record, &what);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn ctrl_c_anywhere_ends_in_terminate() {
+    for fault in [Fault::Stop, Fault::StopTwice] {
+        sweep(fault, None, |fake, lives, what| {
+            assert_eq!(lives.len(), 1, "{what}");
+            let record = last(lives);
+            closed_and_clean(fake, record, what);
+            let ending = record.state.ending();
+            assert!(matches!(ending, Some(RunOutcome::Interrupted | RunOutcome::Completed)), "{what}: {ending:?}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn ctrl_c_and_then_a_crash_still_end_in_terminate() {
+    sweep(Fault::Stop, Some(Fault::CrashAfter), |fake, lives, what| {
+        closed_and_clean(fake, last(lives), what);
+    })
+    .await;
+}
+
+/// A terminal that is gone: what its own instance ends is let go of while its worker works, and
+/// picked up again. Anything else ends, as by SIGTERM.
+#[tokio::test(start_paused = true)]
+async fn a_hangup_anywhere_lets_go_of_what_can_be_picked_up_and_ends_all_else() {
+    for ends_itself in [true, false] {
+        let let_go = std::cell::Cell::new(0);
+        let change = |world: &mut super::fake::World| world.self_destruct = ends_itself;
+        let check = |fake: &Fake, lives: &[Life], what: &str| {
+            closed_and_clean(fake, last(lives), what);
+            assert_eq!(lives.len() == 2, ends_itself && what.contains("(follow)"), "{what}: {lives:?}");
+            let ending = last(lives).state.ending();
+            if lives.len() == 2 {
+                let_go.set(let_go.get() + 1);
+                assert_eq!((ending, fake.world.lock().unwrap().creates), (Some(&RunOutcome::Completed), 1), "{what}");
+            }
+            assert!(matches!(ending, Some(RunOutcome::Interrupted | RunOutcome::Completed)), "{what}: {ending:?}");
+        };
+        sweep_with(Fault::Hangup, None, change, check).await;
+        assert_eq!(let_go.get() > 0, ends_itself);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_detached_run_is_left_when_its_worker_is_seen_at_work_and_goes_on_with_the_next_process() {
+    let (fake, home) = (Fake::new(), home());
+    let ledger = open_ledger(&home.path().join("state"));
+    let run = ledger.plan(&RunSpec { detach: true, ..spec(&home.path().join("results")) }).unwrap();
+    let (clouds, on) = (fake.clouds(), |_| {});
+    let driver = Driver::new(run, fake.ports(&clouds), fake.stop.subscribe(), &on).detaching(true);
+    let record = driver.drive().await.unwrap();
+    assert!(record.is_detached() && record.state.word() == "launched", "{:?}", record.state);
+    assert!(!ledger.is_driven(&record.id).unwrap());
+    let effects = fake.world.lock().unwrap().effects.clone();
+    assert!(effects.last() == Some(&"status") && !effects.contains(&"follow"), "{effects:?}");
+    recover(&ledger, fake.ports(&clouds), &on).await.unwrap();
+    assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "it has time left");
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    closed_and_clean(&fake, &record, "detached");
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
+    assert!(!record.is_detached() && fake.world.lock().unwrap().creates == 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_instance_that_goes_away_is_replaced_and_the_run_completes() {
+    sweep(Fault::Preempted, None, |fake, lives, what| {
+        closed_and_clean(fake, last(lives), what);
+        assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn instances_that_go_away_again_and_again_end_the_run_with_a_loss() {
+    let (fake, home) = (Fake::new(), home());
+    let (plain, ..) = happy().await;
+    let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
+    fake.set(|world| world.armed = (follow..200).map(|at| (at, Fault::Preempted)).collect());
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+    closed_and_clean(&fake, &record, "preempted");
+    let RunState::Closed { ending: RunOutcome::InstanceLost, loss: Some(loss), .. } = &record.state else {
+        panic!("{:?}", record.state)
+    };
+    assert!(loss.contains("before its files were brought home"), "{loss}");
+    assert_eq!(fake.world.lock().unwrap().creates, 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_dies_is_started_again_and_not_for_ever() {
+    for (deaths, completed) in [(1, true), (2, true), (3, false)] {
+        let (fake, home) = (Fake::new(), home());
+        fake.set(|world| world.deaths = deaths);
+        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+        closed_and_clean(&fake, &record, "died");
+        assert_eq!(record.state.ending() == Some(&RunOutcome::Completed), completed, "{deaths}");
+        assert!(completed || record.state.ending() == Some(&RunOutcome::WorkerVanished { exit: Some(137) }));
+        assert_eq!(fake.world.lock().unwrap().creates, 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn killed_anywhere_while_a_worker_is_started_again_the_run_still_completes() {
+    let dies = |world: &mut super::fake::World| world.deaths = 1;
+    for fault in [Fault::CrashBefore, Fault::CrashAfter] {
+        let runs = sweep_with(fault, None, dies, |fake, lives, what| {
+            closed_and_clean(fake, last(lives), what);
+            assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
+        });
+        assert!(runs.await > 18);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn ctrl_c_in_mid_run_brings_home_what_there_is_and_a_second_one_does_not() {
+    for (fault, salvaged) in [(Fault::Stop, true), (Fault::StopTwice, false)] {
+        let (fake, home) = (Fake::new(), home());
+        let (plain, ..) = happy().await;
+        let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
+        fake.set(|world| {
+            world.endless = true;
+            world.armed = vec![(follow, fault)];
+        });
+        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+        closed_and_clean(&fake, &record, "ctrl-c");
+        assert_eq!(record.state.ending(), Some(&RunOutcome::Interrupted));
+        assert_eq!(record.state.results().is_some(), salvaged);
+        if let Some(results) = record.state.results() {
+            assert!(!results.complete && results.folder.ends_with(".partial"));
+            assert!(Path::new(&results.folder).join(files::LOG).exists());
+        }
+    }
+}
+
+/// Drives a run with its own request to its end.
+async fn with(change: impl FnOnce(&mut crate::run::RunSpec), fake: &Fake, home: &Path) -> RunRecord {
+    let ledger = open_ledger(&home.join("state"));
+    let mut request = spec(&home.join("results"));
+    change(&mut request);
+    fake.set(|world| world.agreed = request.quote.ceiling);
+    let run = ledger.plan(&request).unwrap();
+    Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &|_| {}).drive().await.unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_time_limit_ends_a_run_that_does_not() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.endless = true);
+    let record = with(|spec| spec.max_duration_s = 3, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "deadline");
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline));
+    assert!(record.state.results().is_some_and(|results| !results.complete));
+}
+
+#[tokio::test(start_paused = true)]
+async fn cancelling_from_another_process_ends_the_run() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.endless = true);
+    let state = home.path().join("state");
+    let cancel = async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let ledger = open_ledger(&state);
+            if let Some(run) = ledger.runs().unwrap().first()
+                && run.state.word() == "launched"
+            {
+                ledger.ask_to_cancel(&run.id).unwrap();
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    let record = tokio::select! {
+        record = with(|_| {}, &fake, home.path()) => record,
+        () = cancel => unreachable!("it never ends"),
+    };
+    closed_and_clean(&fake, &record, "cancelled");
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Cancelled));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_held_instance_stays_and_is_no_loose_end() {
+    let (fake, home) = (Fake::new(), home());
+    let record = with(|spec| spec.keep_running = true, &fake, home.path()).await;
+    assert_eq!(record.state.word(), "held");
+    assert_eq!(fake.world.lock().unwrap().machines.len(), 1);
+    let ledger = open_ledger(&home.path().join("state"));
+    let mut run = ledger.take(&record.id).unwrap().unwrap();
+    run.append(RunEvent::Terminate).unwrap();
+    drop(run);
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+    closed_and_clean(&fake, &record, "released");
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_next_offer_is_tried_and_the_last_refusal_tells_all() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.sold_out = vec!["a".into()]);
+    let record = with(|_| {}, &fake, home.path()).await;
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
+    let RunEvent::Creating { intent } = &record.events[2].event else { panic!("{:?}", record.events) };
+    assert_eq!(intent.offer.key, "b");
+
+    let (fake, home) = (Fake::new(), self::home());
+    fake.set(|world| world.sold_out = vec!["a".into(), "b".into()]);
+    let record = with(|_| {}, &fake, home.path()).await;
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert_eq!(trouble.kind, RunFailureKind::NoOffer);
+    assert!(trouble.message.contains("2 of 2 offers") && trouble.message.contains("gone"), "{}", trouble.message);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_of_us_is_not_tried_again_elsewhere() {
+    for kind in [BrokerErrorKind::Auth, BrokerErrorKind::Budget] {
+        let (fake, home) = (Fake::new(), home());
+        fake.set(|world| world.create_error = Some(kind));
+        let record = with(|_| {}, &fake, home.path()).await;
+        closed_and_clean(&fake, &record, "refused");
+        assert_eq!(fake.world.lock().unwrap().creates, 1);
+        let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+        assert!(trouble.hint.is_some() && trouble.kind == RunFailureKind::Broker);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_create_that_is_never_answered_gives_up() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.create_error = Some(BrokerErrorKind::Maybe));
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "maybe for ever");
+    assert!(fake.world.lock().unwrap().creates <= 8);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_offer_means_nothing_rented() {
+    let (fake, home) = (Fake::new(), home());
+    let record = with(|spec| spec.request.gpu_filter = Some("A100".into()), &fake, home.path()).await;
+    assert_eq!(fake.world.lock().unwrap().creates, 0);
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert_eq!(trouble.kind, RunFailureKind::NoOffer);
+    assert!(trouble.message.contains("--gpu-filter"));
+}
+
+/// The market's rules hold whenever offers are looked at, not only before the consent.
+#[tokio::test(start_paused = true)]
+async fn an_offer_on_which_the_run_would_be_cut_short_is_not_rented() {
+    let (fake, home) = (Fake::new(), home());
+    // The start alone is estimated to take five minutes.
+    let record = with(|spec| (spec.only_in_time, spec.max_duration_s) = (true, 240), &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "late");
+    assert_eq!(fake.world.lock().unwrap().creates, 0);
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert!(trouble.message.contains("longer than its time limit of 4 min 00 s"), "{}", trouble.message);
+    assert!(trouble.hint.as_ref().is_some_and(|hint| hint.contains("--allow-cut-short")), "{trouble:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_instance_that_bills_more_than_allowed_is_given_back() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.price_on_arrival = Some(UsdPerHour::from_dollars(9.0)));
+    let cap = UsdPerHour::from_dollars(1.5);
+    let record = with(|spec| spec.request.max_price = Some(cap), &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "price");
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert!(trouble.message.contains("$9.00/h"), "{}", trouble.message);
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_cap_the_offers_price_is_what_was_agreed() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.price_on_arrival = Some(UsdPerHour::from_dollars(1.9)));
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "price");
+    // $1.90 is far above the $1.00 of the first offer, and below the $2.00 of the second.
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
+    let words: Vec<_> = record.events.iter().map(|entry| entry.event.word()).collect();
+    let expected = ["creating", "created", "discarded", "gone", "creating", "created", "reached", "launched"];
+    assert_eq!(words[..8], expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_agreed_bounds_every_offer_that_is_tried() {
+    wind(now_ms());
+    for (dearer, rented) in [(2.0, true), (9.0, false)] {
+        let (fake, home) = (Fake::new(), home());
+        fake.set(|world| {
+            world.offers[1].price = UsdPerHour::from_dollars(dearer);
+            world.sold_out = vec!["a".into()];
+            world.endless = true;
+        });
+        let record = with(|spec| spec.quote = up_to(AGREED), &fake, home.path()).await;
+        closed_and_clean(&fake, &record, "dearer");
+        let cost = record.cost(now_ms());
+        if rented {
+            assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline), "half the time for twice the price");
+            assert!(cost <= AGREED && cost > Usd::from_dollars(0.8), "{cost}");
+        } else {
+            let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+            assert!(trouble.hint.as_ref().is_some_and(|hint| hint.contains("--budget")), "{trouble:?}");
+            assert_eq!(cost, Usd::ZERO);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bill_above_the_offer_is_not_kept_unless_what_was_agreed_covers_it() {
+    for (agreed, creates) in [(1.0, 2), (1.06, 1)] {
+        let (fake, home) = (Fake::new(), home());
+        fake.set(|world| world.price_on_arrival = Some(UsdPerHour::from_dollars(1.05)));
+        let agreed = Usd::from_dollars(agreed);
+        let record = with(|spec| spec.quote = up_to(agreed), &fake, home.path()).await;
+        closed_and_clean(&fake, &record, "bill");
+        assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
+        assert_eq!(fake.world.lock().unwrap().creates, creates, "{agreed}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_price_that_rises_between_look_and_create_is_not_paid() {
+    wind(now_ms());
+    let create = happy().await.0.world.lock().unwrap().effects.iter().position(|name| *name == "create").unwrap();
+    for at in [create, create + 1] {
+        let (fake, home) = (Fake::new(), home());
+        fake.set(|world| {
+            world.endless = true;
+            world.armed = vec![(at, Fault::PriceRises)];
+        });
+        let record = with(|spec| spec.quote = up_to(AGREED), &fake, home.path()).await;
+        closed_and_clean(&fake, &record, "it rose");
+        assert!(record.cost(now_ms()) <= AGREED, "{}", record.cost(now_ms()));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_budget_of_what_is_shown_is_enough() {
+    let (fake, home) = (Fake::new(), home());
+    let record = with(|spec| (spec.budget, spec.quote) = (Some(AGREED), up_to(AGREED)), &fake, home.path()).await;
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
+}
+
+/// What is told while an endless run goes on and `after` half an hour something happens.
+async fn told_while_it_runs(spec: RunSpec, after: impl FnOnce(&mut super::fake::World)) -> (RunRecord, Vec<RunNote>) {
+    wind(now_ms());
+    let (fake, told) = (Fake::new(), std::sync::Mutex::new(Vec::new()));
+    fake.set(|world| world.endless = true);
+    let state = tempfile::tempdir().unwrap();
+    let run = open_ledger(state.path()).plan(&spec).unwrap();
+    let on = |event| {
+        if let DeployEvent::Note(note) = event {
+            told.lock().unwrap().push(note);
+        }
+    };
+    let clouds = fake.clouds();
+    let driven = Driver::new(run, fake.ports(&clouds), fake.stop.subscribe(), &on).drive();
+    let change = async {
+        tokio::time::sleep(Duration::from_secs(1800)).await;
+        fake.set(after);
+    };
+    let (record, ()) = tokio::join!(driven, change);
+    let told = told.lock().unwrap().clone();
+    (record.unwrap(), told)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_price_that_the_host_wants_to_raise_is_told_once_and_not_agreed_to() {
+    let home = home();
+    let rise = |world: &mut super::fake::World| world.rise = Some("$2.00/h".into());
+    let (record, told) = told_while_it_runs(RunSpec { quote: up_to(AGREED), ..spec(home.path()) }, rise).await;
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline), "it goes on at the old price");
+    assert_eq!(told, [RunNote::PriceRise { instance: InstanceId("i1".into()), asked: "$2.00/h".into() }]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bill_that_rises_during_the_run_ends_it_and_brings_home_what_there_is() {
+    let home = home();
+    let bill = |world: &mut super::fake::World| world.bill(UsdPerHour::from_dollars(1.2));
+    let (record, _) = told_while_it_runs(RunSpec { quote: up_to(AGREED), ..spec(home.path()) }, bill).await;
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert!(trouble.kind == RunFailureKind::Budget && trouble.message.contains("$1.20/h"), "{trouble:?}");
+    assert!(record.state.results().is_some() && record.state.is_closed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_is_not_what_was_rented_is_exchanged_and_remembered() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.unfit = vec!["a".into()]);
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "unfit");
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
+    assert_eq!(fake.world.lock().unwrap().creates, 2);
+    let (bad, good) = (super::fake::offer("a", 1.0), super::fake::offer("b", 2.0));
+    assert!(fake.bad_hosts.has(&bad) && !fake.bad_hosts.has(&good));
+    // The next run of the batch does not go there again.
+    let again = with(|_| {}, &fake, &home.path().join("next")).await;
+    assert_eq!((again.state.ending(), fake.world.lock().unwrap().creates), (Some(&RunOutcome::Completed), 3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_some_hosts_that_do_not_serve_the_fault_is_not_theirs() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| {
+        world.offers = (0..9).map(|i| super::fake::offer(&format!("o{i}"), 1.0)).collect();
+        world.unfit = world.offers.iter().map(|offer| offer.key.clone()).collect();
+    });
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "all unfit");
+    assert_eq!(fake.world.lock().unwrap().creates, 3);
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert!(
+        trouble.message.starts_with("3 of 9 offers were tried") && trouble.message.contains("0 GPUs"),
+        "{trouble:?}"
+    );
+}
+
+/// A host that logs in and then ends no command, or fails again and again, costs one patience and
+/// no more.
+#[tokio::test(start_paused = true)]
+async fn a_host_that_drags_on_is_exchanged_after_its_timeout() {
+    for each in [Duration::MAX, Duration::from_secs(90), Duration::from_secs(1)] {
+        wind(now_ms());
+        let (mut fake, home, begun) = (Fake::new(), home(), Instant::now());
+        fake.timeouts = Timeouts::CLOUD;
+        fake.set(|world| world.drags = vec![("a".into(), each)]);
+        let record = with(|_| {}, &fake, home.path()).await;
+        closed_and_clean(&fake, &record, "drags");
+        assert_eq!(record.state.ending(), Some(&RunOutcome::Completed), "{each:?}");
+        let rented: Vec<u64> = record.events.iter().filter(|e| e.event.word() == "created").map(|e| e.at_ms).collect();
+        let kept = rented[1] - rented[0];
+        // Ending one instance and renting another take some listings.
+        let most = (Timeouts::CLOUD.ready + Duration::from_secs(120)).as_millis() as u64;
+        assert!((Timeouts::CLOUD.ready.as_millis() as u64..most).contains(&kept), "{kept} ms for {each:?}");
+        let reason = record.events.iter().find_map(|entry| match &entry.event {
+            RunEvent::Discarded { reason, .. } => Some(reason.clone()),
+            _ => None,
+        });
+        assert!(reason.is_some_and(|reason| reason.contains("5 min 00 s after the login (looking at it)")));
+        assert!(begun.elapsed() < 2 * Timeouts::CLOUD.ready, "the second host answers at once");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn hosts_that_let_no_program_run_are_exchanged_and_the_reason_is_told_when_none_is_left() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.barred = 1);
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "barred");
+    assert_eq!((record.state.ending(), fake.world.lock().unwrap().creates), (Some(&RunOutcome::Completed), 2));
+
+    let (fake, home) = (Fake::new(), self::home());
+    fake.set(|world| world.barred = 9);
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "all barred");
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert_eq!(trouble.kind, RunFailureKind::Unfit, "instances were had");
+    assert!(trouble.message.contains("2 of 2 offers") && trouble.message.contains("nothing runs"), "{trouble:?}");
+    assert_eq!(crate::ui::report::ExitStatus::of_run(&record.state).number(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn killed_anywhere_while_a_host_is_exchanged_the_run_still_completes() {
+    let runs = sweep_with(
+        Fault::CrashAfter,
+        None,
+        |world| world.unfit = vec!["a".into()],
+        |fake, lives, what| {
+            let record = last(lives);
+            closed_and_clean(fake, record, what);
+            assert_eq!(record.state.ending(), Some(&RunOutcome::Completed), "{what}");
+        },
+    );
+    assert!(runs.await > 15);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_workers_own_words_end_the_run() {
+    let (fake, home) = (Fake::new(), home());
+    let failure = Failure { kind: FailureKind::Corpus, message: "no text".into(), hint: Some("give some".into()) };
+    fake.set(|world| world.outcome = Some(Outcome::Failed(failure.clone())));
+    let record = with(|_| {}, &fake, home.path()).await;
+    assert_eq!(record.state.ending(), Some(&RunOutcome::WorkerFailed { failure }));
+    assert!(record.state.results().is_some_and(|results| !results.complete));
+    assert!(fake.world.lock().unwrap().machines.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn damaged_results_are_never_called_complete() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.damage = true);
+    let record = with(|_| {}, &fake, home.path()).await;
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert!(trouble.message.contains(files::RESULTS));
+    assert!(record.state.results().is_some_and(|r| !r.complete && r.folder.ends_with(".partial")));
+}
+
+#[test]
+fn the_same_work_has_the_same_key() {
+    use outliers_protocol::{CorpusSource, JobSpec, ModelSource};
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("text");
+    std::fs::write(&text, "one").unwrap();
+    let mut job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
+    job.corpus.source = CorpusSource::Files(vec![text.to_string_lossy().into_owned()]);
+    let key = JobIdentity::of(&job).unwrap().key("local");
+    assert_eq!(key, JobIdentity::of(&job).unwrap().key("local"));
+    assert_ne!(key, JobIdentity::of(&job).unwrap().key("cloud"));
+    std::fs::write(&text, "two").unwrap();
+    assert_ne!(key, JobIdentity::of(&job).unwrap().key("local"));
+    std::fs::remove_file(&text).unwrap();
+    assert!(JobIdentity::of(&job).is_err());
+}
+
+/// The worker there tells formats by names, as the one here did before anything was rented.
+#[tokio::test(start_paused = true)]
+async fn corpus_files_keep_the_endings_that_tell_their_formats() {
+    use outliers_protocol::CorpusSource;
+    let (fake, home) = (Fake::new(), home());
+    let texts = ["a.txt", "b", "C.JSONL", "d.ndjson", "e.json.gz", "f.csv", "g.tsv.zst", "h.parquet", "i.md"];
+    let text = |name: &str| {
+        let path = home.path().join(name);
+        std::fs::write(&path, "text").unwrap();
+        path.to_string_lossy().into_owned()
+    };
+    let corpus = CorpusSource::Files(texts.map(text).into());
+    with(|spec| spec.job.corpus.source = corpus, &fake, home.path()).await;
+    let endings = ["txt", "txt", "jsonl", "jsonl", "json.gz", "csv", "tsv.zst", "parquet", "txt"];
+    let expected: Vec<String> = endings.iter().enumerate().map(|(i, ending)| format!("corpus-{i}.{ending}")).collect();
+    assert_eq!(fake.world.lock().unwrap().pushed, expected);
+}
+
+/// A run for GPUs, on offers that have two.
+fn for_gpus(fake: &Fake, spec: &mut RunSpec) {
+    fake.set(|world| world.offers.iter_mut().for_each(|offer| offer.gpu_count = 2));
+    spec.request.worker_cuda = Some("11.8".parse().unwrap());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_worker_is_told_the_gpus_that_were_rented_for_it() {
+    let (fake, home) = (Fake::new(), home());
+    let record = with(|spec| for_gpus(&fake, spec), &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "for GPUs");
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
+    let metadata = Path::new(&record.state.results().unwrap().folder).join(files::METADATA);
+    let metadata: serde_json::Value = serde_json::from_slice(&std::fs::read(metadata).unwrap()).unwrap();
+    assert_eq!(metadata["job"]["devices"], serde_json::json!(["cuda:0", "cuda:1"]));
+}
+
+/// The worker may have been built anew since the run was planned.
+#[tokio::test(start_paused = true)]
+async fn a_run_for_gpus_that_is_picked_up_never_starts_a_worker_for_cpus() {
+    let begun = Fake::new();
+    let _ = with(|spec| for_gpus(&begun, spec), &begun, home().path()).await;
+    let effects = begun.world.lock().unwrap().effects.clone();
+    for killed_at in ["create", "push worker", "launch"] {
+        let (fake, home) = (Fake::new(), home());
+        let at = effects.iter().position(|effect| *effect == killed_at).unwrap() + 1;
+        fake.set(|world| world.armed = vec![(at, Fault::CrashBefore)]);
+        let ledger = open_ledger(&home.path().join("state"));
+        let mut request = spec(&home.path().join("results"));
+        for_gpus(&fake, &mut request);
+        drop(ledger.plan(&request).unwrap());
+        assert!(matches!(life(&fake, home.path()).await, Life::Killed), "{killed_at}");
+        fake.set(|world| world.without_cuda = true);
+        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{killed_at}") };
+        closed_and_clean(&fake, &record, killed_at);
+        let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+        assert!(trouble.kind == RunFailureKind::Local && trouble.message.contains("without CUDA"), "{trouble:?}");
+        assert!(!record.events.iter().any(|entry| entry.event.word() == "launched"), "{killed_at}");
+    }
+}
+
+/// What another process finds: what has time left stays; then strays go, and an abandoned run is salvaged.
+#[tokio::test]
+async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
+    use crate::cloud::broker::{Broker, Lease, LeaseTag};
+    use crate::units::Bytes;
+
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| {
+        world.endless = true;
+        world.max_duration_s = 3;
+        world.visibility = 0;
+    });
+    let ledger = open_ledger(&home.path().join("state"));
+    // Killed while the worker runs.
+    let (plain, ..) = happy().await;
+    let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
+    fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
+    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    let stray = LeaseTag {
+        owner: ledger.owner().into(),
+        run: "unknown".into(),
+        nonce: "n".into(),
+        deadline: now_ms() / 1000 + 3,
+    };
+    let tags = [stray.to_string(), "outliers-somebody-unknown-n-1".to_owned()];
+    for tag in &tags {
+        let lease = Lease { tag: tag.parse().unwrap(), ssh_public_key: "ssh-fake".into(), disk: Bytes(0), stage: None };
+        fake.create(&super::fake::offer("a", 1.0), &lease).await.unwrap();
+    }
+    let names = || -> Vec<String> { fake.world.lock().unwrap().machines.values().map(|m| m.name.clone()).collect() };
+    assert_eq!(names().len(), 3);
+
+    recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
+    assert_eq!(
+        names().len(),
+        3,
+        "an unknown run may be another machine's with a copy of this ledger, and has time left"
+    );
+
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
+    assert_eq!(names(), [tags[1].clone()]);
+    let run = ledger.find("last").unwrap();
+    assert_eq!(run.state.ending(), Some(&RunOutcome::Deadline));
+    assert!(run.state.results().is_some_and(|results| !results.complete), "what there was came home");
+}
+
+/// A state folder that was copied before the newest run began.
+#[tokio::test(start_paused = true)]
+async fn a_copied_ledger_ends_no_live_instance_of_the_machine_it_was_copied_from() {
+    let (fake, home, copy) = (Fake::new(), home(), self::home());
+    drop(open_ledger(&home.path().join("state")));
+    std::fs::copy(home.path().join("state/ledger.db"), copy.path().join("ledger.db")).unwrap();
+    let (plain, ..) = happy().await;
+    let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
+    fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
+    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    let (ours, ledger) = (open_ledger(&home.path().join("state")), open_ledger(copy.path()));
+    assert_eq!(ledger.owner(), ours.owner(), "it is a copy");
+    let found = recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
+    assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "{found:?}");
+}
+
+/// The heartbeat is judged where it beats. Nobody with such a ledger could read it: the key is in
+/// the folder of the run.
+#[tokio::test(start_paused = true)]
+async fn a_heartbeat_that_stops_ends_an_instance_from_inside_and_not_by_a_copied_ledger() {
+    let (fake, home, copy) = (Fake::new(), home(), self::home());
+    drop(open_ledger(&home.path().join("state")));
+    std::fs::copy(home.path().join("state/ledger.db"), copy.path().join("ledger.db")).unwrap();
+    let (plain, ..) = happy().await;
+    let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
+    fake.set(|world| (world.self_destruct, world.armed) = (true, vec![(follow, Fault::CrashBefore)]));
+    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    let (ours, ledger) = (open_ledger(&home.path().join("state")), open_ledger(copy.path()));
+    let run = ours.find("last").unwrap().id;
+    assert!(ours.run_folder(&run).join("key").exists() && !ledger.run_folder(&run).exists());
+    let look = async || drop(recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap());
+    look().await;
+    assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "it may beat");
+    // Nobody is heard for as long as the guard waits.
+    fake.set(|world| world.pass(Duration::from_secs(7200)));
+    assert_eq!(fake.world.lock().unwrap().ours().count(), 0);
+    look().await;
+    assert!(!fake.world.lock().unwrap().effects.contains(&"terminate"), "nobody had to end it from outside");
+}
+
+/// What has time left by the cloud's clock has time left, whatever this machine's clock says.
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_jumps_hours_ahead_ends_no_run_that_has_time_left() {
+    let (fake, home) = (Fake::new(), home());
+    let (plain, ..) = happy().await;
+    let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
+    wind(now_ms());
+    fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
+    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    fake.set(super::fake::World::jump);
+    let ledger = open_ledger(&home.path().join("state"));
+    recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
+    assert_eq!(fake.world.lock().unwrap().ours().count(), 1);
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    closed_and_clean(&fake, &record, "ahead");
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
+}
+
+#[tokio::test(start_paused = true)]
+async fn recovery_marks_what_went_away_and_never_rents() {
+    let (fake, home) = (Fake::new(), home());
+    let (plain, ..) = happy().await;
+    let effects = plain.world.lock().unwrap().effects.clone();
+    let ledger = open_ledger(&home.path().join("state"));
+    let follow = effects.iter().position(|name| *name == "follow").unwrap();
+    fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
+    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    fake.set(|world| world.machines.clear());
+    recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
+    assert_eq!(ledger.find("last").unwrap().state.ending(), Some(&RunOutcome::InstanceLost));
+    assert_eq!(fake.world.lock().unwrap().creates, 1);
+
+    // A create call that never happened, and whose run's time is up: closed, not created again.
+    let (fake, home) = (Fake::new(), self::home());
+    let ledger = open_ledger(&home.path().join("state"));
+    let create = effects.iter().position(|name| *name == "create").unwrap() + 1;
+    fake.set(|world| {
+        world.armed = vec![(create, Fault::CrashBefore)];
+        world.max_duration_s = 0;
+    });
+    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
+    let run = ledger.find("last").unwrap();
+    assert_eq!((run.state.word(), run.state.ending()), ("closed", Some(&RunOutcome::Deadline)));
+    assert_eq!(fake.world.lock().unwrap().creates, 0);
+}
+
+/// Runs of one survey, side by side in one process.
+async fn side_by_side(fake: &Fake, home: &Path, budget: f64) -> Vec<RunRecord> {
+    let ledger = open_ledger(&home.join("state"));
+    let (clouds, on) = (fake.clouds(), |_| {});
+    let drive = |model: &str| {
+        let survey = Some(Membership { survey: "s".into(), model: model.into() });
+        let budget = Some(Usd::from_dollars(budget));
+        let run = ledger.plan(&RunSpec { survey, budget, ..spec(&home.join("results/s")) }).unwrap();
+        Driver::new(run, fake.ports(&clouds), fake.stop.subscribe(), &on).drive()
+    };
+    let driven = futures::future::join_all(["a", "b", "c"].map(drive)).await;
+    driven.into_iter().map(Result::unwrap).collect()
+}
+
+/// The cheapest offer reserves $1.10.
+#[tokio::test(start_paused = true)]
+async fn parallel_runs_wait_for_the_budget_they_share_instead_of_passing_it() {
+    for (budget, at_once) in [(1.2, 1), (2.5, 2), (99.0, 3)] {
+        let (fake, home) = (Fake::new(), home());
+        let runs = side_by_side(&fake, home.path(), budget).await;
+        for (run, place) in runs.iter().zip(["a", "b", "c"]) {
+            assert_eq!(run.state.ending(), Some(&RunOutcome::Completed), "{budget}");
+            let folder = home.path().join("results/s").join(place);
+            assert_eq!(run.state.results().unwrap().folder, folder.to_string_lossy());
+            holds(&folder, &run.id).unwrap();
+        }
+        assert_eq!(fake.world.lock().unwrap().most_alive, at_once, "of a budget of {budget}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_budget_that_never_pays_for_a_run_ends_it_before_anything_is_rented() {
+    let (fake, home) = (Fake::new(), home());
+    for run in side_by_side(&fake, home.path(), 1.0).await {
+        let Some(RunOutcome::Failed { trouble }) = run.state.ending() else { panic!("{:?}", run.state) };
+        assert_eq!(trouble.kind, RunFailureKind::Budget);
+    }
+    assert_eq!(fake.world.lock().unwrap().creates, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_survey_of_which_one_run_is_stopped_waiting_ends() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.endless = true);
+    let stop = async {
+        while fake.world.lock().unwrap().ours().count() == 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        fake.stop.send_replace(Stop::Now);
+    };
+    let (runs, ()) = tokio::join!(side_by_side(&fake, home.path(), 1.2), stop);
+    assert!(runs.iter().all(|run| run.state.ending() == Some(&RunOutcome::Interrupted)), "{runs:?}");
+    let world = fake.world.lock().unwrap();
+    assert_eq!((world.creates, world.ours().count()), (1, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn workers_of_a_batch_start_a_pause_apart_and_say_how_long_they_wait() {
+    let (fake, home, begun) = (Fake::new(), home(), Instant::now());
+    let ledger = open_ledger(&home.path().join("state"));
+    let (clouds, start_throttle) = (fake.clouds(), StartThrottle::new(Duration::from_secs(20)));
+    let ports = Ports { start_throttle: Some(&start_throttle), ..fake.ports(&clouds) };
+    let (launched, told) = (std::sync::Mutex::new(Vec::new()), std::sync::Mutex::new(Vec::new()));
+    let on = |event| match event {
+        DeployEvent::State(state) if matches!(*state, RunState::Launched { .. }) => {
+            launched.lock().unwrap().push(begun.elapsed().as_secs() / 20);
+        }
+        DeployEvent::Note(note) => told.lock().unwrap().push(note),
+        _ => {}
+    };
+    let drive = |_| Driver::new(ledger.plan(&spec(home.path())).unwrap(), ports, fake.stop.subscribe(), &on).drive();
+    for run in futures::future::join_all((0..3).map(drive)).await {
+        assert_eq!(run.unwrap().state.ending(), Some(&RunOutcome::Completed));
+    }
+    assert_eq!(*launched.lock().unwrap(), [0, 1, 2]);
+    let told = told.into_inner().unwrap();
+    let seconds = |note: &RunNote| match note {
+        RunNote::TurnAwaited { wait, apart } if apart.as_secs() == 20 => wait.as_secs_f64().round() as u64,
+        other => panic!("{other:?}"),
+    };
+    let waits: Vec<u64> = told.iter().map(seconds).collect();
+    assert!(waits.len() == 2 && (39..=40).contains(&waits[1]), "{waits:?}");
+}
+
+/// Drives a run whose ledger takes no more than `events`, as on a full disk; `heard` is told how often that was
+/// said, and may free the disk.
+async fn on_a_full_disk(
+    events: usize,
+    heard: impl Fn(&Fake, &rusqlite::Connection, usize) + Send + Sync,
+) -> (Fake, tempfile::TempDir, Result<RunRecord, DriveError>) {
+    super::fake::wind(1_767_225_600_000);
+    let (mut fake, home) = (Fake::new(), home());
+    fake.timeouts = Timeouts::CLOUD;
+    let ledger = open_ledger(&home.path().join("state"));
+    let disk = rusqlite::Connection::open(home.path().join("state/ledger.db")).unwrap();
+    let full = format!(
+        "CREATE TRIGGER full BEFORE INSERT ON events WHEN (SELECT count(*) FROM events) >= {events} \
+         BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
+    );
+    disk.execute_batch(&full).unwrap();
+    let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
+    let (disk, said) = (std::sync::Mutex::new(disk), std::sync::atomic::AtomicUsize::new(0));
+    let on = |event| {
+        if matches!(&event, DeployEvent::Retrying { reason, .. } if reason.contains("disk is full")) {
+            let times = said.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;
+            heard(&fake, &disk.lock().unwrap(), times);
+        }
+    };
+    let driven = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await;
+    (fake, home, driven)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_is_full_at_any_event_leaves_no_instance() {
+    for events in 0..8 {
+        let (fake, home, driven) = on_a_full_disk(events, |_, _, _| {}).await;
+        let Err(DriveError::Ledger(error)) = driven else { panic!("{events}: {driven:?}") };
+        assert!(error.to_string().contains("ledger.db") && error.to_string().contains("full"), "{error}");
+        let created = fake.world.lock().unwrap().creates;
+        assert_eq!(created > 0, events > 0, "{events}: what cannot be intended is not rented");
+        assert_eq!(fake.world.lock().unwrap().ours().count(), 0, "{events}: an instance is left");
+        // With room again the same run comes to its end.
+        let disk = rusqlite::Connection::open(home.path().join("state/ledger.db")).unwrap();
+        disk.execute_batch("DROP TRIGGER full").unwrap();
+        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{events}") };
+        closed_and_clean(&fake, &record, "with room again");
+        let (billed, cost) = (fake.world.lock().unwrap().billed, record.cost(now_ms()));
+        assert!(cost >= billed, "{events}: {billed} were billed, and {cost} is said");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_run_outlives_a_disk_that_is_full_for_a_while_and_ends_at_once_when_told_to() {
+    for events in 2..8 {
+        let free = |_: &Fake, disk: &rusqlite::Connection, times| {
+            if times == 3 {
+                disk.execute_batch("DROP TRIGGER full").unwrap();
+            }
+        };
+        let (fake, _home, driven) = on_a_full_disk(events, free).await;
+        // What was to end anyway has ended without a word in the ledger.
+        match driven {
+            Ok(record) => closed_and_clean(&fake, &record, "freed"),
+            Err(error) => assert!(events >= 6 && matches!(error, DriveError::Ledger(_)), "{events}: {error}"),
+        }
+        assert_eq!(fake.world.lock().unwrap().ours().count(), 0, "{events}");
+    }
+    let begun = Instant::now();
+    let stop = |fake: &Fake, _: &rusqlite::Connection, _| {
+        let _ = fake.stop.send(Stop::Now);
+    };
+    let (fake, _home, driven) = on_a_full_disk(4, stop).await;
+    assert!(matches!(driven, Err(DriveError::Ledger(_))) && begun.elapsed() < Duration::from_secs(60), "{driven:?}");
+    assert_eq!(fake.world.lock().unwrap().ours().count(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cloud_that_ends_nothing_for_minutes_is_told_within_five_seconds_and_outwaited() {
+    super::fake::wind(1_767_225_600_000);
+    let (mut fake, home) = (Fake::new(), home());
+    fake.timeouts = Timeouts::CLOUD;
+    fake.set(|world| world.refuses_until = Some(Instant::now() + Duration::from_secs(600)));
+    let ledger = open_ledger(&home.path().join("state"));
+    let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
+    let (told, said) = (std::sync::Mutex::new(None), std::sync::Mutex::new(Vec::new()));
+    let on = |event| match event {
+        DeployEvent::Terminating(_) => {
+            told.lock().unwrap().get_or_insert_with(Instant::now);
+        }
+        DeployEvent::NotEnding(not) => said.lock().unwrap().push((Instant::now(), not)),
+        _ => {}
+    };
+    let record = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await.unwrap();
+    closed_and_clean(&fake, &record, "outwaited");
+    let (told, said) = (told.into_inner().unwrap().unwrap(), said.into_inner().unwrap());
+    let (first, not) = &said[0];
+    assert!(first.duration_since(told) < Duration::from_secs(5), "{said:?}");
+    assert_eq!((not.broker.as_str(), not.price), ("fake", Some(UsdPerHour::from_dollars(1.0))));
+    assert!(not.why.contains("NotApplied") && not.pause == Duration::from_secs(10), "{not:?}");
+    assert!(said.len() > 5 && said.len() <= 21, "now and then, not at every try: {}", said.len());
+    let cost = |at: usize| said[at].1.cost.unwrap();
+    assert!(cost(said.len() - 1) >= cost(0), "it goes on costing");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cloud_that_does_not_answer_leaves_nothing_open_unless_a_run_may_be_there() {
+    let (fake, home) = (Fake::new(), home());
+    let ledger = open_ledger(&home.path().join("state"));
+    let silent = async || {
+        fake.set(|world| world.outage = true);
+        let stuck = recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap_err();
+        fake.set(|world| world.outage = false);
+        stuck
+    };
+    assert!(matches!(silent().await, DriveError::Silent { .. }), "an empty ledger has nothing anywhere");
+    let Life::Finished(_) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    assert!(matches!(silent().await, DriveError::Silent { .. }), "nor has one whose runs are over");
+    let mut run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
+    assert!(matches!(silent().await, DriveError::Silent { .. }), "nor has a run that asked for nothing");
+    let tag = "outliers-o-r-n-1".parse().unwrap();
+    let intent = Intent { offer: super::fake::offer("a", 1.0), tag };
+    run.append(RunEvent::Creating { intent: Box::new(intent) }).unwrap();
+    drop(run);
+    assert!(matches!(silent().await, DriveError::Broker { .. }), "this one may");
+}
+
+#[tokio::test(start_paused = true)]
+async fn results_that_cannot_be_written_where_they_should_be_lie_beside_the_ledger() {
+    let (fake, home) = (Fake::new(), home());
+    std::fs::write(home.path().join("results"), "in the way").unwrap();
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+    closed_and_clean(&fake, &record, "in the way");
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
+    let place = home.path().join("state/runs").join(&record.id).join(format!("owner--model-{}", record.id));
+    assert_eq!(record.state.results().unwrap().folder, place.to_string_lossy());
+    holds(&place, &record.id).unwrap();
+}
+
+/// There is no room at home for a while, from any moment on: nothing is lost or done twice.
+#[tokio::test(start_paused = true)]
+async fn a_disk_without_room_for_results_at_any_moment_is_outwaited() {
+    for second in [None, Some(Fault::CrashBefore)] {
+        sweep(Fault::ResultsFull, second, |fake, lives, what| {
+            closed_and_clean(fake, last(lives), what);
+            assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
+            assert_eq!(fake.world.lock().unwrap().creates, 1, "{what}");
+        })
+        .await;
+    }
+}
+
+/// Drives a run whose results fit nowhere; `heard` is told how often that was said.
+async fn with_no_room(
+    heard: impl Fn(&Fake, &Ledger, &UnsavedResults, usize) + Send + Sync,
+) -> (Fake, RunRecord, Vec<UnsavedResults>) {
+    wind(1_767_225_600_000);
+    let (mut fake, home) = (Fake::new(), home());
+    fake.timeouts = Timeouts::CLOUD;
+    let ledger = open_ledger(&home.path().join("state"));
+    std::fs::write(home.path().join("results"), "in the way").unwrap();
+    let run = ledger.plan(&RunSpec { quote: up_to(AGREED), ..spec(&home.path().join("results")) }).unwrap();
+    let beside = run.folder().join(format!("owner--model-{}.part", run.record().id));
+    std::fs::write(beside, "in the way").unwrap();
+    let told = std::sync::Mutex::new(Vec::new());
+    let on = |event| {
+        if let DeployEvent::Kept(kept) = event {
+            let mut told = told.lock().unwrap();
+            told.push(*kept);
+            heard(&fake, &ledger, &told[told.len() - 1], told.len());
+        }
+    };
+    let record = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await.unwrap();
+    closed_and_clean(&fake, &record, "no room");
+    assert_eq!(fake.world.lock().unwrap().creates, 1);
+    let told = told.into_inner().unwrap();
+    (fake, record, told)
+}
+
+#[tokio::test(start_paused = true)]
+async fn results_that_fit_nowhere_keep_their_instance_until_its_time_is_up() {
+    let begun = Instant::now();
+    let (fake, record, told) = with_no_room(|_, _, _, _| {}).await;
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert_eq!(trouble.kind, RunFailureKind::Local, "it is no fault of a cloud: {trouble:?}");
+    let RunState::Closed { results: None, loss: Some(loss), .. } = &record.state else { panic!("{:?}", record.state) };
+    assert!(loss.contains("results"), "{loss}");
+    // An hour was agreed to, and 5 minutes of it are for the ending.
+    let (lasted, cost) = (begun.elapsed().as_secs(), fake.world.lock().unwrap().kept);
+    assert!((3200..3600).contains(&lasted) && cost <= AGREED, "{lasted} s, {cost}");
+    let (first, last) = (&told[0], &told[told.len() - 1]);
+    assert!(told.len() > 50 && told.len() < 130, "it is said and tried every half minute: {}", told.len());
+    assert_eq!((first.price, first.pause.as_secs()), (UsdPerHour::from_dollars(1.0), 30));
+    assert!(first.why.contains("results") && first.cost < last.cost, "{first:?}");
+    assert!(first.until.abs_diff(last.until) <= 1, "{first:?}, {last:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_folder_takes_results_that_fit_nowhere() {
+    let elsewhere = tempfile::tempdir().unwrap();
+    let folder = elsewhere.path().join("larger");
+    let (_, record, told) = with_no_room(|_, ledger, kept, times| {
+        if times == 3 {
+            ledger.send_results_to(&kept.run, folder.to_str().unwrap()).unwrap();
+        }
+    })
+    .await;
+    assert_eq!((record.state.ending(), told.len()), (Some(&RunOutcome::Completed), 3));
+    let place = folder.join(format!("owner--model-{}", record.id));
+    assert_eq!(record.state.results().unwrap().folder, place.to_string_lossy());
+    holds(&place, &record.id).unwrap();
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "nothing half-arrived is left");
+}
+
+#[tokio::test(start_paused = true)]
+async fn ctrl_c_gives_up_results_that_fit_nowhere() {
+    let begun = Instant::now();
+    let (_, record, told) = with_no_room(|fake, _, _, times| {
+        if times == 2 {
+            let _ = fake.stop.send(Stop::Now);
+        }
+    })
+    .await;
+    assert_eq!((record.state.ending(), told.len()), (Some(&RunOutcome::Interrupted), 2));
+    assert!(matches!(&record.state, RunState::Closed { loss: Some(_), .. }), "what is lost is said");
+    assert!(begun.elapsed() < Duration::from_secs(300), "{:?}", begun.elapsed());
+}
+
+/// A host that sends its files for ever, after Ctrl-C before and while they come.
+#[tokio::test(start_paused = true)]
+async fn bringing_home_after_ctrl_c_has_an_end() {
+    let (plain, ..) = happy().await;
+    let effects = plain.world.lock().unwrap().effects.clone();
+    let follow = effects.iter().position(|name| *name == "follow").unwrap() + 1;
+    for (at, endless) in [(follow, true), (effects.iter().position(|name| *name == "fetch").unwrap() + 1, false)] {
+        let (mut fake, home, begun) = (Fake::new(), home(), Instant::now());
+        fake.timeouts = Timeouts::CLOUD;
+        fake.set(|world| {
+            (world.stalls, world.endless) = (true, endless);
+            world.armed = vec![(at, Fault::Stop)];
+        });
+        let ended = tokio::time::timeout(Duration::from_secs(2 * 3600), life(&fake, home.path())).await;
+        let Ok(Life::Finished(record)) = ended else { panic!("{at}: it is brought home for ever") };
+        closed_and_clean(&fake, &record, "stalled");
+        assert_eq!(record.state.ending(), Some(&RunOutcome::Interrupted));
+        let RunState::Closed { loss: Some(loss), .. } = &record.state else { panic!("{:?}", record.state) };
+        assert!(loss.contains("within 30 min"), "{loss}");
+        assert!(begun.elapsed() < Duration::from_secs(3600), "{:?}", begun.elapsed());
+        let left = std::fs::read_dir(home.path().join("results")).unwrap().count();
+        assert_eq!(left, 0, "nothing half-arrived is left");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn results_of_another_job_are_kept_aside_and_not_called_complete() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.other_layers = Some(1));
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "another job");
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert!(trouble.message.contains("another job") && trouble.message.contains("layers"), "{trouble:?}");
+    let results = record.state.results().unwrap();
+    assert!(!results.complete && results.folder.ends_with(".partial"), "{results:?}");
+    assert!(Path::new(&results.folder).join(files::RESULTS).exists());
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_refused_files_lie_is_told_before_the_instance_ends() {
+    let (fake, home, told) = (Fake::new(), home(), std::sync::Mutex::new(Vec::new()));
+    fake.set(|world| world.damaged_manifest = true);
+    let ledger = open_ledger(&home.path().join("state"));
+    let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
+    let on = |event| match event {
+        DeployEvent::Note(note) => told.lock().unwrap().push(Some(note)),
+        DeployEvent::Terminating(_) => told.lock().unwrap().push(None),
+        _ => {}
+    };
+    let record = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await.unwrap();
+    closed_and_clean(&fake, &record, "refused");
+    let told = told.into_inner().unwrap();
+    let lost = RunNote::FilesLost { run: record.id.clone(), instance: InstanceId("i1".into()) };
+    assert_eq!(told[0], Some(lost), "{told:?}");
+    assert!(told.len() > 1 && told[1..].iter().all(Option::is_none), "{told:?}");
+    assert!(record.state.results().is_none());
+    assert_eq!(std::fs::read_dir(home.path().join("results")).unwrap().count(), 0, "nothing was kept");
+}

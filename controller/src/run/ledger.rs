@@ -1,0 +1,1426 @@
+//! The durable record of runs: an intent log for recovery, not a debug log.
+//!
+//! One SQLite file, `ledger.db`: what each run is to do, and every event of its life, append-only. A run's state is the
+//! replay of its events through [`run::next`]. Nothing in it is secret.
+//!
+//! Any number of processes may read. Who drives a run holds the lock on `runs/<run>/lock`; the system releases it when the
+//! process dies, however it dies. A run that is not at rest and whose lock is free is *abandoned*: somebody should carry on.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rand::Rng;
+use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
+use serde::{Deserialize, Serialize};
+
+use crate::cloud::broker::Offer;
+use crate::files::{MOST, create_private_folder, make_private, read_text, write_whole};
+use crate::run::{self, IllegalEvent, Intent, RunEvent, RunSpec, RunState};
+use crate::units::{GpuTime, Usd, UsdPerHour};
+
+mod repair;
+
+pub use repair::Repaired;
+
+/// Version of the tables and of what stands in them. An older program refuses a newer ledger.
+const SCHEMA: i64 = 4;
+
+/// Name of a run's own record in its results' folder.
+pub const RUN_FILE: &str = "run.json";
+
+/// Name of the SQLite file.
+const FILE: &str = "ledger.db";
+/// Name of the file beside it that holds the owner's name: it outlives the ledger, as instances do.
+const OWNER_FILE: &str = "owner";
+/// Longest that this file may be, bytes.
+const MOST_OWNER: u64 = 4096;
+
+/// How long a writer waits for another one.
+const BUSY: Duration = Duration::from_secs(20);
+
+const TABLES: &str = "
+    CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+    CREATE TABLE IF NOT EXISTS runs (
+        id TEXT PRIMARY KEY, created_at_ms INTEGER NOT NULL, job_key TEXT NOT NULL, spec TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE IF NOT EXISTS events (
+        run TEXT NOT NULL REFERENCES runs (id), seq INTEGER NOT NULL, at_ms INTEGER NOT NULL, event TEXT NOT NULL,
+        PRIMARY KEY (run, seq)
+    ) STRICT;
+";
+
+/// A wall clock: milliseconds since the Unix epoch.
+pub type Clock = fn() -> u64;
+
+/// The ledger of one state folder.
+#[derive(Clone)]
+pub struct Ledger {
+    connection: Arc<Mutex<Connection>>,
+    folder: PathBuf,
+    owner: String,
+    clock: Clock,
+}
+
+/// A run as the ledger has it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunRecord {
+    /// Lower-case letters and digits.
+    pub id: String,
+    /// Milliseconds since the Unix epoch.
+    pub created_at_ms: u64,
+    /// What it is to do.
+    pub spec: RunSpec,
+    /// What happened, oldest first.
+    pub events: Vec<LedgerEntry>,
+    /// The replay of `events`.
+    pub state: RunState,
+}
+
+/// One event and when it was written.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LedgerEntry {
+    /// Milliseconds since the Unix epoch.
+    pub at_ms: u64,
+    /// What happened.
+    #[serde(flatten)]
+    pub event: RunEvent,
+}
+
+/// All that the ledger has.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Records {
+    /// Oldest first.
+    pub runs: Vec<RunRecord>,
+    /// Runs of which no more than the id can be told.
+    pub unreadable: Vec<Unreadable>,
+}
+
+/// A run whose record cannot be read. What it rented carries its id in its tag, and is found by that.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Unreadable {
+    /// Its id.
+    pub run: String,
+    /// What is wrong with its record.
+    pub why: String,
+}
+
+/// An instance that bills.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct OpenBill {
+    since_ms: u64,
+    price: UsdPerHour,
+}
+
+impl OpenBill {
+    fn until(self, to_ms: u64) -> Usd {
+        self.price.cost(Duration::from_millis(to_ms.saturating_sub(self.since_ms)))
+    }
+}
+
+/// What a run has cost, and costs from now on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Meter {
+    gone: Usd,
+    present: Option<OpenBill>,
+    /// Unix seconds until which its instance may bill, where there is or may be one.
+    pub deadline: Option<u64>,
+}
+
+impl Meter {
+    /// What [`RunRecord::cost`] says.
+    pub fn cost(&self, now_ms: u64) -> Usd {
+        self.gone + self.present.map_or(Usd::ZERO, |bill| bill.until(now_ms))
+    }
+}
+
+/// What there is of a budget, of money or of time of GPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BudgetStatus<Amount = Usd> {
+    /// All of it.
+    pub budget: Amount,
+    /// What nobody has spent, or may still spend until the time limits of the instances there are or may be.
+    pub left: Amount,
+    /// What may be left if the other runs under way cost nothing more than they have.
+    pub at_best: Amount,
+}
+
+impl RunRecord {
+    /// What the run's instances have cost until they were seen gone, or until `now_ms`: computed
+    /// from prices and times, not the cloud's bill. Never less than the time that the instances can
+    /// have existed times their price. An instance that no list showed, after a create call
+    /// without an answer, counts for as long as it can have existed.
+    pub fn cost(&self, now_ms: u64) -> Usd {
+        self.meter().cost(now_ms)
+    }
+
+    /// The same as it goes on.
+    pub fn meter(&self) -> Meter {
+        let (gone, present) = self.bills();
+        Meter { gone, present, deadline: self.deadline() }
+    }
+
+    /// What the run may have cost when the time of its instance, which exists or may exist, is up: so much of a budget is not to
+    /// be promised to anybody else. Never more than was agreed, to which the run is held, unless it has cost more.
+    pub fn at_most(&self, now_ms: u64) -> Usd {
+        let most = self.at_most_by_prices(now_ms);
+        self.spec.quote.ceiling.map_or(most, |agreed| most.min(agreed.max(self.cost(now_ms))))
+    }
+
+    fn at_most_by_prices(&self, now_ms: u64) -> Usd {
+        let (gone, present) = self.bills();
+        let agreed = |offer: &Offer| self.spec.highest_price(offer);
+        let present = match &self.state {
+            RunState::Creating { intent, .. } => {
+                Some(OpenBill { since_ms: self.changed_at_ms(), price: agreed(&intent.offer) })
+            }
+            // What it bills in the end is said when it is up.
+            RunState::Rented { rental } => {
+                present.map(|bill| OpenBill { price: bill.price.max(agreed(&rental.offer)), ..bill })
+            }
+            _ => present,
+        };
+        let until_ms = now_ms.max(self.deadline().unwrap_or_default() * 1000);
+        gone + present.map_or(Usd::ZERO, |bill| bill.until(until_ms))
+    }
+
+    /// What instances that are gone have cost.
+    pub fn spent_before(&self) -> Usd {
+        self.bills().0
+    }
+
+    /// What the run will have cost by its instance's time limit if that bills `price` from the create call on.
+    pub fn at_price(&self, price: UsdPerHour) -> Usd {
+        let (gone, present) = self.bills();
+        let until_ms = self.deadline().unwrap_or_default() * 1000;
+        gone + present.map_or(Usd::ZERO, |bill| OpenBill { price, ..bill }.until(until_ms))
+    }
+
+    /// When the last create call was announced, in milliseconds since the Unix epoch.
+    pub fn asked_at_ms(&self) -> Option<u64> {
+        let asked = |entry: &&LedgerEntry| matches!(entry.event, RunEvent::Creating { .. });
+        self.events.iter().rev().find(asked).map(|entry| entry.at_ms)
+    }
+
+    /// What instances that are gone have cost, and the bill of the one that is there.
+    fn bills(&self) -> (Usd, Option<OpenBill>) {
+        let mut gone = Usd::ZERO;
+        let mut present: Option<OpenBill> = None;
+        let mut state = RunState::initial();
+        let mut asked_at = self.created_at_ms;
+        for entry in &self.events {
+            let Ok(new) = run::next(&state, &entry.event) else { break };
+            match (&entry.event, new.rental()) {
+                (RunEvent::Creating { .. }, _) => asked_at = entry.at_ms,
+                // It may have been there, and billed, from the first call on: a controller may have died in between.
+                (RunEvent::Created { .. }, Some(rental)) => {
+                    present = Some(OpenBill { since_ms: asked_at, price: rental.price });
+                }
+                (RunEvent::Reached { .. }, Some(rental)) => {
+                    present = present.map(|bill| OpenBill { price: rental.price, ..bill });
+                }
+                (RunEvent::NotCreated { unseen: true, .. }, _) => {
+                    let limit_ms = asked_at.saturating_add(self.spec.max_duration_s.saturating_mul(1000));
+                    let bill = state.offer().map(|offer| OpenBill { since_ms: asked_at, price: offer.price });
+                    gone = gone + bill.map_or(Usd::ZERO, |bill| bill.until(entry.at_ms.min(limit_ms)));
+                }
+                (RunEvent::Gone | RunEvent::Vanished, _) => {
+                    gone = gone + present.take().map_or(Usd::ZERO, |bill| bill.until(entry.at_ms));
+                }
+                _ => {}
+            }
+            state = new;
+        }
+        (gone, present)
+    }
+
+    /// What the run's instances have had of GPUs until `now_ms`. The time of an instance begins when
+    /// it was first spoken to, since one that waits in a queue has no GPUs; it begins with the create
+    /// call, and has no more than the time limit, where the instance was given up before that.
+    pub fn gpu_time(&self, now_ms: u64) -> GpuTime {
+        let (gone, present) = self.gpu_times();
+        let now = present.and_then(|(offer, since_ms)| Some(gpus_since(offer, since_ms?, now_ms)));
+        GpuTime::from_seconds(gone.saturating_add(now.map_or(0, GpuTime::seconds)))
+    }
+
+    /// The same when the time of the instance that exists or may exist is up.
+    pub fn gpu_time_at_most(&self, now_ms: u64) -> GpuTime {
+        let (gone, present) = self.gpu_times();
+        let most = present.map_or(0, |(offer, since_ms)| {
+            let so_far = since_ms.map_or(0, |since_ms| gpus_since(offer, since_ms, now_ms).seconds());
+            self.spec.gpu_time(offer).seconds().max(so_far)
+        });
+        GpuTime::from_seconds(gone.saturating_add(most))
+    }
+
+    /// GPU-seconds of instances that are gone; of the one that is there or may be, the offer and when
+    /// it was first spoken to.
+    fn gpu_times(&self) -> (i64, Option<(&Offer, Option<u64>)>) {
+        let limit_ms = self.spec.max_duration_s.saturating_mul(1000);
+        let (mut gone, mut asked_ms, mut since_ms) = (0_i64, self.created_at_ms, None);
+        let mut state = RunState::initial();
+        for entry in &self.events {
+            let Ok(new) = run::next(&state, &entry.event) else { break };
+            match &entry.event {
+                RunEvent::Creating { .. } => (asked_ms, since_ms) = (entry.at_ms, None),
+                RunEvent::Reached { .. } => since_ms = Some(entry.at_ms),
+                RunEvent::Gone | RunEvent::Vanished => {
+                    let given_up = matches!(state, RunState::Discarding { .. });
+                    let at_most = asked_ms.max(entry.at_ms.saturating_sub(limit_ms));
+                    let since_ms = since_ms.take().or(given_up.then_some(at_most));
+                    if let (Some(offer), Some(since_ms)) = (state.offer(), since_ms) {
+                        gone = gone.saturating_add(gpus_since(offer, since_ms, entry.at_ms).seconds());
+                    }
+                }
+                _ => {}
+            }
+            state = new;
+        }
+        (gone, self.state.offer().map(|offer| (offer, since_ms)))
+    }
+
+    /// What must not be exceeded, by this run and those it shares the budget with.
+    fn budget(&self) -> Option<Usd> {
+        self.spec.budget
+    }
+
+    /// Whether both spend one budget: the same run, or runs of the same survey.
+    fn shares_budget_with(&self, other: &Self) -> bool {
+        let survey = |run: &Self| run.spec.survey.as_ref().map(|member| member.survey.clone());
+        self.id == other.id || (survey(self).is_some() && survey(self) == survey(other))
+    }
+
+    /// When the last event was written; the run's creation if there is none.
+    pub fn changed_at_ms(&self) -> u64 {
+        self.events.last().map_or(self.created_at_ms, |entry| entry.at_ms)
+    }
+
+    /// Whether its worker was left to work on, if no process drives it.
+    pub fn is_detached(&self) -> bool {
+        self.spec.detach && matches!(self.state, RunState::Launched { .. })
+    }
+
+    /// Unix seconds after which its instance has no right to exist, where there is or may be one.
+    pub fn deadline(&self) -> Option<u64> {
+        self.state.tag().map(|tag| tag.deadline)
+    }
+}
+
+impl Ledger {
+    /// Opens or makes the ledger below `folder`.
+    ///
+    /// # Errors
+    /// [`LedgerError::Newer`] when a later version of the program wrote it; otherwise what the file system or SQLite says.
+    pub fn open(folder: &Path) -> Result<Self, LedgerError> {
+        let at = |source| LedgerError::Io { path: folder.to_owned(), source };
+        // Keys lie below it.
+        create_private_folder(&folder.join("runs")).map_err(at)?;
+        // The change to a write-ahead log waits for nobody: it fails where two meet in it.
+        let opening = private_file().create(true).open(folder.join("opening")).map_err(at)?;
+        opening.lock().map_err(at)?;
+        close_to_others(folder);
+        let named = Self::owner_beside(folder);
+        let (connection, owner) =
+            connect(&folder.join(FILE), named.as_deref()).map_err(|error| error.of_file(folder.join(FILE)))?;
+        if named.as_deref() != Some(&owner) {
+            // Without it the ledger serves as well; only its loss would be worse.
+            if let Err(error) = write_whole(&folder.join(OWNER_FILE), owner.as_bytes()) {
+                tracing::info!("{}: {error}", folder.join(OWNER_FILE).display());
+            }
+        }
+        Ok(Self { connection: Arc::new(Mutex::new(connection)), folder: folder.to_owned(), owner, clock: now_ms })
+    }
+
+    /// The same ledger by another clock than the system's: it dates events, and all that is done
+    /// with its runs.
+    #[must_use]
+    pub fn with_clock(self, clock: Clock) -> Self {
+        Self { clock, ..self }
+    }
+
+    /// Milliseconds since the Unix epoch, by this ledger's clock.
+    pub fn now_ms(&self) -> u64 {
+        (self.clock)()
+    }
+
+    /// The owner's name as it stands beside the ledger, whatever became of that.
+    pub fn owner_beside(folder: &Path) -> Option<String> {
+        let text = read_text(&folder.join(OWNER_FILE), MOST_OWNER).ok()?;
+        let owner = text.trim();
+        let is_word = !owner.is_empty() && owner.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        is_word.then(|| owner.to_owned())
+    }
+
+    /// The name of this ledger in lease tags: random, made once.
+    pub fn owner(&self) -> &str {
+        &self.owner
+    }
+
+    /// The folder of a run: its lock, its key, its log.
+    pub fn run_folder(&self, id: &str) -> PathBuf {
+        self.folder.join("runs").join(id)
+    }
+
+    /// Records a new run, driven by the caller.
+    ///
+    /// # Errors
+    /// What the file system or SQLite says.
+    pub fn plan(&self, spec: &RunSpec) -> Result<RunWriter, LedgerError> {
+        let id = random_word(8);
+        // Locked before it is recorded: nobody ever sees the run unlocked and takes it for abandoned.
+        let lock = self.lock(&id)?.ok_or_else(|| LedgerError::Driven { run: id.clone() })?;
+        let created_at_ms = self.now_ms();
+        let written = self.connection().execute(
+            "INSERT INTO runs (id, created_at_ms, job_key, spec) VALUES (?1, ?2, ?3, ?4)",
+            params![id, created_at_ms as i64, spec.job_key, to_json(spec)],
+        );
+        written.map_err(|error| self.named(error.into()))?;
+        let record =
+            RunRecord { id, created_at_ms, spec: spec.clone(), events: Vec::new(), state: RunState::initial() };
+        Ok(RunWriter { ledger: self.clone(), record, _lock: lock })
+    }
+
+    /// All runs, each read by itself.
+    ///
+    /// # Errors
+    /// What SQLite says of the whole file.
+    pub fn records(&self) -> Result<Records, LedgerError> {
+        read_records(&self.connection()).map_err(|error| self.named(error))
+    }
+
+    /// All runs that can be read, oldest first.
+    ///
+    /// # Errors
+    /// As [`Self::records`].
+    pub fn runs(&self) -> Result<Vec<RunRecord>, LedgerError> {
+        Ok(self.records()?.runs)
+    }
+
+    /// One run by its id.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoSuchRun`], or [`LedgerError::Damaged`] when the record cannot be read or replayed.
+    pub fn run(&self, id: &str) -> Result<RunRecord, LedgerError> {
+        read_run(&self.connection(), id).map_err(|error| self.named(error))
+    }
+
+    /// One run by the beginning of its id, or the latest for `last`.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoSuchRun`] or [`LedgerError::Ambiguous`], or as [`Self::run`].
+    pub fn find(&self, prefix: &str) -> Result<RunRecord, LedgerError> {
+        let mut found = read_ids(&self.connection()).map_err(|error| self.named(error))?;
+        if prefix == "last" {
+            found.drain(..found.len().saturating_sub(1));
+        } else {
+            found.retain(|id| id.starts_with(prefix));
+        }
+        match &found[..] {
+            [id] => self.run(id),
+            [] => Err(LedgerError::NoSuchRun { run: prefix.to_owned() }),
+            several => Err(LedgerError::Ambiguous { prefix: prefix.to_owned(), count: several.len() }),
+        }
+    }
+
+    /// Takes over a run, unless some process drives it: then `None`.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoSuchRun`], or what the file system or SQLite says.
+    pub fn take(&self, id: &str) -> Result<Option<RunWriter>, LedgerError> {
+        self.run(id)?;
+        let Some(lock) = self.lock_patiently(id)? else { return Ok(None) };
+        // Read again under the lock: its last driver may have written until a moment ago.
+        let record = self.run(id)?;
+        Ok(Some(RunWriter { ledger: self.clone(), record, _lock: lock }))
+    }
+
+    /// Whether some process drives the run now.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn is_driven(&self, id: &str) -> Result<bool, LedgerError> {
+        let path = self.run_folder(id).join("lock");
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(source) => return Err(LedgerError::Io { path, source }),
+        };
+        match file.try_lock_shared() {
+            Ok(()) => Ok(false),
+            Err(TryLockError::WouldBlock) => Ok(true),
+            Err(TryLockError::Error(source)) => Err(LedgerError::Io { path, source }),
+        }
+    }
+
+    /// Asks whoever drives the run, now or later, to stop it.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn ask_to_cancel(&self, id: &str) -> Result<(), LedgerError> {
+        let path = self.cancel_file(id);
+        File::create(&path).map(drop).map_err(|source| LedgerError::Io { path, source })
+    }
+
+    /// Whether somebody asked to stop the run.
+    pub fn cancel_asked(&self, id: &str) -> bool {
+        self.cancel_file(id).exists()
+    }
+
+    fn cancel_file(&self, id: &str) -> PathBuf {
+        self.run_folder(id).join("cancel")
+    }
+
+    /// Names another folder, absolute, below which a run's results are to appear: for whoever
+    /// drives it, now or later.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn send_results_to(&self, id: &str, folder: &str) -> Result<(), LedgerError> {
+        let path = self.results_file(id);
+        write_whole(&path, folder.as_bytes()).map_err(|source| LedgerError::Io { path, source })
+    }
+
+    fn results_file(&self, id: &str) -> PathBuf {
+        self.run_folder(id).join("results-folder")
+    }
+
+    /// The error with the file's name.
+    fn named(&self, error: LedgerError) -> LedgerError {
+        error.of_file(self.folder.join(FILE))
+    }
+
+    fn connection(&self) -> MutexGuard<'_, Connection> {
+        // SQLite rolls back what a panicking thread left open; the connection stays usable.
+        self.connection.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Somebody who only looks whether the run is driven holds the lock for a moment: that must not keep us off.
+    fn lock_patiently(&self, id: &str) -> Result<Option<File>, LedgerError> {
+        for _ in 0..10 {
+            if let Some(lock) = self.lock(id)? {
+                return Ok(Some(lock));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(None)
+    }
+
+    /// Makes the caller the only one that goes on with this survey, as long as the file is open; `None`: somebody else is.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn take_survey(&self, name: &str) -> Result<Option<File>, LedgerError> {
+        Self::lock_in(&self.folder.join("surveys").join(name))
+    }
+
+    fn lock(&self, id: &str) -> Result<Option<File>, LedgerError> {
+        Self::lock_in(&self.run_folder(id))
+    }
+
+    fn lock_in(folder: &Path) -> Result<Option<File>, LedgerError> {
+        let path = folder.join("lock");
+        let at = |source| LedgerError::Io { path: path.clone(), source };
+        create_private_folder(folder).map_err(at)?;
+        let file = private_file().create(true).open(&path).map_err(at)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(source)) => Err(at(source)),
+        }
+    }
+}
+
+/// A file that nobody else may read, whatever the umask.
+fn private_file() -> OpenOptions {
+    let mut options = File::options();
+    options.append(true).mode(0o600);
+    options
+}
+
+/// Takes from others what an earlier version or a umask of 000 left them. A folder that is shared
+/// on purpose (`/tmp`), or that others may only look into, may hold other things than ours, and
+/// stays as it is; what is in it is closed.
+fn close_to_others(folder: &Path) {
+    let mode = fs::metadata(folder).map_or(0, |metadata| metadata.permissions().mode());
+    let is_open = mode & 0o022 != 0 && mode & 0o1000 == 0;
+    let folder = folder.to_owned();
+    let database = ["", "-wal", "-shm"].map(|end| folder.join(format!("{FILE}{end}")));
+    // Made by us, for SQLite makes it for all to read, and the two beside it like it. One that is
+    // there is not opened: to close it again would take away the locks that SQLite holds on it.
+    let _ = private_file().create_new(true).open(&database[0]);
+    for path in database.iter().chain(is_open.then_some(&folder)) {
+        match make_private(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::info!("{}: {error}", path.display()),
+            _ => {}
+        }
+    }
+}
+
+/// Opens the file, makes or checks its tables; returns the owner, who is called `named` if it has none yet.
+fn connect(path: &Path, named: Option<&str>) -> Result<(Connection, String), LedgerError> {
+    let connection = Connection::open(path)?;
+    connection.busy_timeout(BUSY)?;
+    // Every commit is on disk before the call returns: what costs money comes after it.
+    connection.execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")?;
+    let owner = atomically(&connection, |connection| tables_and_owner(connection, named))?;
+    Ok((connection, owner))
+}
+
+fn tables_and_owner(connection: &Connection, named: Option<&str>) -> Result<String, LedgerError> {
+    let found: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    if found > SCHEMA {
+        return Err(LedgerError::Newer { found, known: SCHEMA });
+    }
+    connection.execute_batch(TABLES)?;
+    // What is there is not written again: a full disk is no reason not to read.
+    if found < SCHEMA {
+        connection.execute_batch(&format!("PRAGMA user_version = {SCHEMA}"))?;
+    }
+    let named = named.map_or_else(|| random_word(8), str::to_owned);
+    connection
+        .execute("INSERT OR IGNORE INTO meta (key, value) VALUES ('owner', ?1)", [named])
+        .and_then(|_| connection.query_row("SELECT value FROM meta WHERE key = 'owner'", [], |row| row.get(0)))
+        .map_err(LedgerError::from)
+}
+
+/// Oldest first.
+fn read_ids(connection: &Connection) -> Result<Vec<String>, LedgerError> {
+    let ids = connection
+        .prepare("SELECT id FROM runs ORDER BY created_at_ms, id")?
+        .query_map([], |row| row.get(0))?
+        .collect::<Result<_, _>>()?;
+    Ok(ids)
+}
+
+fn read_records(connection: &Connection) -> Result<Records, LedgerError> {
+    let mut records = Records::default();
+    for id in read_ids(connection)? {
+        match read_run(connection, &id) {
+            Ok(run) => records.runs.push(run),
+            Err(LedgerError::Damaged { run, why }) => records.unreadable.push(Unreadable { run, why }),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(records)
+}
+
+fn read_run(connection: &Connection, id: &str) -> Result<RunRecord, LedgerError> {
+    replay(connection, id).map_err(|error| match error {
+        LedgerError::Sqlite { source, .. } if is_of_the_row(&source) => {
+            LedgerError::Damaged { run: id.to_owned(), why: source.to_string() }
+        }
+        error => error,
+    })
+}
+
+/// Whether other rows may be good all the same.
+fn is_of_the_row(error: &rusqlite::Error) -> bool {
+    match error {
+        rusqlite::Error::SqliteFailure(failure, _) => failure.code == ErrorCode::DatabaseCorrupt,
+        _ => true,
+    }
+}
+
+fn replay(connection: &Connection, id: &str) -> Result<RunRecord, LedgerError> {
+    let row: Option<(i64, String)> = connection
+        .prepare_cached("SELECT created_at_ms, spec FROM runs WHERE id = ?1")?
+        .query_row([id], |row| Ok((row.get(0)?, row.get(1)?)))
+        .optional()?;
+    let Some((created_at_ms, spec)) = row else {
+        return Err(LedgerError::NoSuchRun { run: id.to_owned() });
+    };
+    let rows: Vec<(i64, String)> = connection
+        .prepare_cached("SELECT at_ms, event FROM events WHERE run = ?1 ORDER BY seq")?
+        .query_map([id], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .collect::<Result<_, _>>()?;
+    let damaged = |why: String| LedgerError::Damaged { run: id.to_owned(), why };
+    let spec = serde_json::from_str(&spec).map_err(|e| damaged(e.to_string()))?;
+    let mut state = RunState::initial();
+    let mut events = Vec::with_capacity(rows.len());
+    for (at_ms, text) in rows {
+        let event: RunEvent = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
+        state = run::next(&state, &event).map_err(|e| damaged(e.to_string()))?;
+        events.push(LedgerEntry { at_ms: at_ms as u64, event });
+    }
+    Ok(RunRecord { id: id.to_owned(), created_at_ms: created_at_ms as u64, spec, events, state })
+}
+
+/// Does something that nobody else's writing, in this process or another, may come in between.
+fn atomically<T>(
+    connection: &Connection,
+    act: impl FnOnce(&Connection) -> Result<T, LedgerError>,
+) -> Result<T, LedgerError> {
+    connection.execute_batch("BEGIN IMMEDIATE")?;
+    let done = act(connection);
+    connection.execute_batch(if done.is_ok() { "COMMIT" } else { "ROLLBACK" })?;
+    done
+}
+
+/// The right to drive one run: the only way to write its events. Dropping it abandons the run.
+pub struct RunWriter {
+    ledger: Ledger,
+    record: RunRecord,
+    _lock: File,
+}
+
+impl RunWriter {
+    /// The run as it is now.
+    pub fn record(&self) -> &RunRecord {
+        &self.record
+    }
+
+    /// Its state.
+    pub fn state(&self) -> &RunState {
+        &self.record.state
+    }
+
+    /// Its folder: key, log.
+    pub fn folder(&self) -> PathBuf {
+        self.ledger.run_folder(&self.record.id)
+    }
+
+    /// Folder below which its results are to appear: the one that was named last.
+    pub fn results(&self) -> PathBuf {
+        let named = read_text(&self.ledger.results_file(&self.record.id), MOST).ok();
+        named.unwrap_or_else(|| self.record.spec.results.clone()).into()
+    }
+
+    /// Milliseconds since the Unix epoch, by the ledger's clock.
+    pub fn now_ms(&self) -> u64 {
+        self.ledger.now_ms()
+    }
+
+    /// The owner in lease tags.
+    pub fn owner(&self) -> &str {
+        &self.ledger.owner
+    }
+
+    /// Whether somebody asked to stop the run.
+    pub fn cancel_asked(&self) -> bool {
+        self.ledger.cancel_asked(&self.record.id)
+    }
+
+    /// The same question, for a task of its own.
+    pub fn cancel_probe(&self) -> impl Fn() -> bool + Send + use<> {
+        let file = self.ledger.cancel_file(&self.record.id);
+        move || file.exists()
+    }
+
+    /// Writes an event; it is on disk when this returns.
+    ///
+    /// # Errors
+    /// [`LedgerError::Illegal`] when the event cannot happen now: nothing is written. What SQLite says otherwise.
+    pub fn append(&mut self, event: RunEvent) -> Result<&RunState, LedgerError> {
+        let ledger = self.ledger.clone();
+        self.append_to(&ledger.connection(), event).map_err(|error| ledger.named(error))?;
+        Ok(&self.record.state)
+    }
+
+    /// Writes the intent to rent, unless the budget of money or of GPUs does not allow for it any
+    /// more: `worst` is what the instance may cost until its time limit. Runs that share the budget
+    /// cannot do so at the same time.
+    ///
+    /// # Errors
+    /// As [`Self::append`].
+    pub fn reserve(&mut self, intent: Intent, worst: Usd) -> Result<bool, LedgerError> {
+        let ledger = self.ledger.clone();
+        atomically(&ledger.connection(), |connection| {
+            let now = ledger.now_ms();
+            if let Some(budget) = self.record.budget()
+                && worst > less(budget, &self.sharers(connection)?, |run| run.at_most(now))
+            {
+                return Ok(false);
+            }
+            if let Some(most) = self.record.spec.max_gpu_time
+                && self.record.spec.gpu_time(&intent.offer)
+                    > without(most, &self.sharers(connection)?, |run| run.gpu_time_at_most(now))
+            {
+                return Ok(false);
+            }
+            self.append_to(connection, RunEvent::Creating { intent: Box::new(intent) })?;
+            Ok(true)
+        })
+        .map_err(|error| ledger.named(error))
+    }
+
+    /// What there is of the run's budget, if it has one.
+    ///
+    /// # Errors
+    /// What the file system or SQLite says.
+    pub fn budget_status(&self) -> Result<Option<BudgetStatus>, LedgerError> {
+        let Some(budget) = self.record.budget() else { return Ok(None) };
+        let (runs, others_under_way) = self.sharers_and_driven()?;
+        let now = self.now_ms();
+        let at_best = |run: &RunRecord| {
+            if others_under_way.contains(&run.id) { run.cost(now) } else { run.at_most(now) }
+        };
+        let left = less(budget, &runs, |run| run.at_most(now));
+        Ok(Some(BudgetStatus { budget, left, at_best: less(budget, &runs, at_best) }))
+    }
+
+    /// What there is of the GPUs' time that the run may take, if that is limited.
+    ///
+    /// # Errors
+    /// What the file system or SQLite says.
+    pub fn gpu_budget_status(&self) -> Result<Option<BudgetStatus<GpuTime>>, LedgerError> {
+        let Some(budget) = self.record.spec.max_gpu_time else { return Ok(None) };
+        let (runs, others_under_way) = self.sharers_and_driven()?;
+        let now = self.now_ms();
+        let at_best = |run: &RunRecord| {
+            if others_under_way.contains(&run.id) { run.gpu_time(now) } else { run.gpu_time_at_most(now) }
+        };
+        let left = without(budget, &runs, |run| run.gpu_time_at_most(now));
+        Ok(Some(BudgetStatus { budget, left, at_best: without(budget, &runs, at_best) }))
+    }
+
+    /// [`Self::sharers`], and the ids of those that other processes or tasks drive.
+    fn sharers_and_driven(&self) -> Result<(Vec<RunRecord>, Vec<String>), LedgerError> {
+        let runs = self.sharers(&self.ledger.connection()).map_err(|error| self.ledger.named(error))?;
+        let mut driven = Vec::new();
+        for run in &runs {
+            if run.id != self.record.id && !run.state.is_at_rest() && self.ledger.is_driven(&run.id)? {
+                driven.push(run.id.clone());
+            }
+        }
+        Ok((runs, driven))
+    }
+
+    /// This run, and those with which it shares its budget. One of these that cannot be read is an
+    /// error: nobody knows what it has spent.
+    fn sharers(&self, connection: &Connection) -> Result<Vec<RunRecord>, LedgerError> {
+        let Some(member) = &self.record.spec.survey else { return Ok(vec![self.record.clone()]) };
+        let Records { mut runs, unreadable } = read_records(connection)?;
+        for Unreadable { run, why } in unreadable {
+            if may_be_of(connection, &run, &member.survey)? {
+                return Err(LedgerError::Damaged { run, why });
+            }
+        }
+        runs.retain(|run| self.record.shares_budget_with(run));
+        Ok(runs)
+    }
+
+    fn append_to(&mut self, connection: &Connection, event: RunEvent) -> Result<(), LedgerError> {
+        let state = run::next(&self.record.state, &event)?;
+        let at_ms = self.now_ms();
+        let seq = self.record.events.len() as i64;
+        connection.execute(
+            "INSERT INTO events (run, seq, at_ms, event) VALUES (?1, ?2, ?3, ?4)",
+            params![self.record.id, seq, at_ms as i64, to_json(&event)],
+        )?;
+        self.record.events.push(LedgerEntry { at_ms, event });
+        self.record.state = state;
+        Ok(())
+    }
+}
+
+/// Whether an unreadable run may be part of the survey: unless what is left of its record says otherwise.
+fn may_be_of(connection: &Connection, run: &str, survey: &str) -> Result<bool, LedgerError> {
+    let spec: Result<String, _> = connection.query_row("SELECT spec FROM runs WHERE id = ?1", [run], |row| row.get(0));
+    let spec = match spec {
+        Err(error) if !is_of_the_row(&error) => return Err(error.into()),
+        spec => spec.ok().and_then(|text| serde_json::from_str::<serde_json::Value>(&text).ok()),
+    };
+    Ok(spec.is_none_or(|spec| match spec.get("survey") {
+        None | Some(serde_json::Value::Null) => false,
+        Some(of) => of.get("survey").and_then(serde_json::Value::as_str).is_none_or(|name| name == survey),
+    }))
+}
+
+/// What is left of a budget without what these runs take of it.
+fn less(budget: Usd, runs: &[RunRecord], takes: impl Fn(&RunRecord) -> Usd) -> Usd {
+    let taken: Usd = runs.iter().map(takes).sum();
+    Usd::from_micros(budget.micros() - taken.micros())
+}
+
+/// The same of time of GPUs.
+fn without(budget: GpuTime, runs: &[RunRecord], takes: impl Fn(&RunRecord) -> GpuTime) -> GpuTime {
+    let taken = runs.iter().fold(0_i64, |sum, run| sum.saturating_add(takes(run).seconds()));
+    GpuTime::from_seconds(budget.seconds().saturating_sub(taken))
+}
+
+fn gpus_since(offer: &Offer, since_ms: u64, to_ms: u64) -> GpuTime {
+    GpuTime::of(offer.gpu_count, Duration::from_millis(to_ms.saturating_sub(since_ms)))
+}
+
+/// Why the ledger could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum LedgerError {
+    /// Written by a later version.
+    #[error("the ledger has version {found}; this program knows version {known}")]
+    Newer {
+        /// Its version.
+        found: i64,
+        /// The newest version that this program knows.
+        known: i64,
+    },
+    /// A record does not make sense.
+    #[error("run {run}: its record in the ledger is damaged: {why}")]
+    Damaged {
+        /// The run's id.
+        run: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// No run has this id.
+    #[error("there is no run `{run}`")]
+    NoSuchRun {
+        /// What was asked for.
+        run: String,
+    },
+    /// Too short.
+    #[error("{count} runs begin with `{prefix}`")]
+    Ambiguous {
+        /// What was asked for.
+        prefix: String,
+        /// How many match.
+        count: usize,
+    },
+    /// Some process drives it.
+    #[error("run {run} is being driven by another process")]
+    Driven {
+        /// The run's id.
+        run: String,
+    },
+    /// The event cannot happen now.
+    #[error(transparent)]
+    Illegal(#[from] IllegalEvent),
+    /// The file system said no.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What it said.
+        source: io::Error,
+    },
+    /// SQLite said no.
+    #[error("{}: {source}", path.as_ref().map_or("the ledger".into(), |path| path.to_string_lossy()))]
+    Sqlite {
+        /// The file.
+        path: Option<PathBuf>,
+        /// What it said.
+        source: rusqlite::Error,
+    },
+}
+
+impl From<rusqlite::Error> for LedgerError {
+    fn from(source: rusqlite::Error) -> Self {
+        Self::Sqlite { path: None, source }
+    }
+}
+
+impl LedgerError {
+    /// The same with the file's name, where it is about the file.
+    fn of_file(self, path: PathBuf) -> Self {
+        match self {
+            Self::Sqlite { source, .. } => Self::Sqlite { path: Some(path), source },
+            error => error,
+        }
+    }
+
+    /// Whether it is about the file or its disk, and may pass.
+    pub fn is_of_the_file(&self) -> bool {
+        matches!(self, Self::Sqlite { .. } | Self::Io { .. })
+    }
+
+    /// What to do about it, where something can be done.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Newer { .. } => Some("use the newer program, or another state folder (OUTLIERS_STATE)".to_owned()),
+            Self::NoSuchRun { .. } => Some("`outliers runs list` shows all runs".to_owned()),
+            Self::Damaged { run, .. } => Some(format!(
+                "what run {run} rented carries its id: `outliers instances list` shows it, \
+                 `outliers instances terminate` ends it"
+            )),
+            Self::Ambiguous { .. } => Some("give more letters of the id".to_owned()),
+            Self::Driven { run } => Some(format!("`outliers runs show {run}` shows how it is going")),
+            Self::Sqlite { source, .. } if is_damage(source) => Some(
+                "`outliers doctor --repair` keeps the file aside and makes a new one of what is left; \
+                 `instances list`, `instances terminate` and `reap` work without it"
+                    .to_owned(),
+            ),
+            Self::Sqlite { .. } | Self::Io { .. } => Some(
+                "the state folder must be writable and have room (OUTLIERS_STATE); \
+                 `instances list`, `instances terminate` and `reap` work without it"
+                    .to_owned(),
+            ),
+            Self::Illegal(_) => None,
+        }
+    }
+}
+
+/// Whether the file is not, or no longer, a ledger.
+fn is_damage(error: &rusqlite::Error) -> bool {
+    matches!(error.sqlite_error_code(), None | Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt))
+}
+
+/// Milliseconds since the Unix epoch, by the system's clock.
+pub fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
+}
+
+/// Random lower-case letters and digits, the first a letter.
+pub fn random_word(length: usize) -> String {
+    const LETTERS: &[u8] = b"abcdefghijkmnpqrstuvwxyz23456789";
+    let mut rng = rand::rng();
+    (0..length).map(|i| LETTERS[rng.random_range(0..if i == 0 { 24 } else { LETTERS.len() })] as char).collect()
+}
+
+fn to_json<T: Serialize>(value: &T) -> String {
+    serde_json::to_string(value).expect("run records hold no maps with keys other than strings")
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use outliers_protocol::{JobSpec, ModelSource};
+
+    use super::*;
+    use crate::cloud::broker::{GpuRequest, InstanceId, LeaseTag, Offer};
+    use crate::cloud::estimate::Work;
+    use crate::cloud::market::{self, Quote};
+    use crate::run::deploy::fake::up_to;
+    use crate::run::{GuardTimeouts, Membership, Pin, RunOutcome};
+    use crate::units::Bytes;
+
+    pub(crate) fn spec() -> RunSpec {
+        RunSpec {
+            model: "m".into(),
+            brokers: "fake".into(),
+            job: JobSpec::new(ModelSource::Folder { path: "/m".into() }),
+            job_key: "k".into(),
+            request: GpuRequest::default(),
+            work: Work::default(),
+            disk: Bytes::from_gib(1),
+            push_model: false,
+            keep_running: false,
+            detach: false,
+            max_duration_s: 60,
+            watch: GuardTimeouts::NEVER,
+            budget: None,
+            max_gpu_time: None,
+            quote: Quote::default(),
+            only_in_time: false,
+            stage: None,
+            results: "/r".into(),
+            output: Vec::new(),
+            survey: None,
+        }
+    }
+
+    fn creating() -> RunEvent {
+        let offer = Offer::new("fake", "o".into(), 0, UsdPerHour::from_dollars(3600.0));
+        let tag = LeaseTag { owner: "o".into(), run: "r".into(), nonce: "n".into(), deadline: 7 };
+        RunEvent::Creating { intent: Box::new(Intent { offer, tag }) }
+    }
+
+    /// A run whose instance bills 3600 dollars per hour until second 7.
+    pub(crate) fn rented() -> RunRecord {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Ledger::open(folder.path()).unwrap().plan(&spec()).unwrap();
+        run.append(creating()).unwrap();
+        run.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
+        run.record().clone()
+    }
+
+    #[test]
+    fn what_was_written_is_replayed_by_the_next_process() {
+        let folder = tempfile::tempdir().unwrap();
+        let (id, owner) = {
+            let ledger = Ledger::open(folder.path()).unwrap();
+            let mut run = ledger.plan(&spec()).unwrap();
+            run.append(creating()).unwrap();
+            run.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
+            run.append(RunEvent::Reached { pin: Pin("p".into()), price: None }).unwrap();
+            (run.record().id.clone(), ledger.owner().to_owned())
+        };
+        let ledger = Ledger::open(folder.path()).unwrap();
+        assert_eq!(ledger.owner(), owner, "the owner is made once");
+        let run = ledger.find(&id[..4]).unwrap();
+        assert_eq!(run.state.word(), "reachable");
+        assert_eq!(run.events.len(), 3);
+        assert_eq!(run.spec, spec());
+        assert_eq!(run.deadline(), Some(7));
+        assert_eq!(ledger.find("last").unwrap(), run);
+        assert!(matches!(ledger.find("nope"), Err(LedgerError::NoSuchRun { .. })));
+        assert!(ledger.find("").is_ok(), "one run only: the empty prefix is enough");
+        ledger.plan(&spec()).unwrap();
+        assert!(matches!(ledger.find(""), Err(LedgerError::Ambiguous { count: 2, .. })));
+    }
+
+    #[test]
+    fn an_illegal_event_is_refused_and_not_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let mut run = ledger.plan(&spec()).unwrap();
+        assert!(matches!(run.append(RunEvent::Gone), Err(LedgerError::Illegal(_))));
+        run.append(RunEvent::Stopped { ending: RunOutcome::Interrupted }).unwrap();
+        assert!(matches!(run.append(creating()), Err(LedgerError::Illegal(_))));
+        assert_eq!(ledger.run(&run.record().id).unwrap().events.len(), 1);
+    }
+
+    #[test]
+    fn a_run_has_one_driver_and_is_abandoned_without_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let other = Ledger::open(folder.path()).unwrap();
+        let run = ledger.plan(&spec()).unwrap();
+        let id = run.record().id.clone();
+        assert!(other.is_driven(&id).unwrap());
+        assert!(other.take(&id).unwrap().is_none());
+        assert_eq!(other.run(&id).unwrap().state.word(), "planned", "reading needs no lock");
+        drop(run);
+        assert!(!other.is_driven(&id).unwrap());
+        let taken = other.take(&id).unwrap().unwrap();
+        assert!(ledger.take(&id).unwrap().is_none());
+        drop(taken);
+        assert!(matches!(ledger.take("zzz"), Err(LedgerError::NoSuchRun { .. })));
+        assert!(!ledger.run_folder("zzz").exists(), "asking leaves no folder");
+    }
+
+    #[test]
+    fn cancelling_is_seen_by_the_driver() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let run = ledger.plan(&spec()).unwrap();
+        assert!(!run.cancel_asked());
+        Ledger::open(folder.path()).unwrap().ask_to_cancel(&run.record().id).unwrap();
+        assert!(run.cancel_asked());
+    }
+
+    #[test]
+    fn a_newer_ledger_is_refused_and_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        drop(Ledger::open(folder.path()).unwrap());
+        let raw = Connection::open(folder.path().join("ledger.db")).unwrap();
+        raw.execute_batch("PRAGMA user_version = 99").unwrap();
+        let error = Ledger::open(folder.path()).err().unwrap();
+        assert!(matches!(error, LedgerError::Newer { found: 99, known: SCHEMA }), "{error}");
+        assert!(error.hint().is_some());
+        let version: i64 = raw.query_row("PRAGMA user_version", [], |row| row.get(0)).unwrap();
+        assert_eq!(version, 99);
+    }
+
+    #[test]
+    fn damage_is_named_not_guessed_around() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let mut run = ledger.plan(&spec()).unwrap();
+        run.append(creating()).unwrap();
+        let raw = Connection::open(folder.path().join("ledger.db")).unwrap();
+        let damage = |change: &str| raw.execute(change, [&run.record().id]).unwrap();
+        for change in [
+            "UPDATE events SET event = '{\"event\":\"gone\"}' WHERE run = ?1",
+            "UPDATE events SET event = '{' WHERE run = ?1",
+            "UPDATE events SET event = CAST(x'ff' AS TEXT) WHERE run = ?1",
+            "UPDATE runs SET spec = replace(spec, '\"magnitude\":6.0', '\"magnitude\":null') WHERE id = ?1",
+        ] {
+            damage(change);
+            assert!(matches!(ledger.run(&run.record().id), Err(LedgerError::Damaged { .. })), "{change}");
+        }
+        assert!(matches!(ledger.find("last"), Err(LedgerError::Damaged { .. })), "no other run is meant");
+    }
+
+    #[test]
+    fn one_unreadable_record_leaves_all_others_readable() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let ids: Vec<String> = (0..3).map(|_| ledger.plan(&spec()).unwrap().record().id.clone()).collect();
+        let raw = Connection::open(folder.path().join("ledger.db")).unwrap();
+        raw.execute("UPDATE runs SET spec = '{\"model\":' WHERE id = ?1", [&ids[1]]).unwrap();
+        let Records { runs, unreadable } = ledger.records().unwrap();
+        assert_eq!(runs.len(), 2);
+        assert!(runs.iter().all(|run| run.id != ids[1]));
+        assert_eq!(unreadable.iter().map(|lost| &lost.run).collect::<Vec<_>>(), [&ids[1]]);
+        assert!(unreadable[0].why.contains("EOF"), "{unreadable:?}");
+        assert!(ledger.take(&ids[0]).unwrap().is_some() && ledger.find(&ids[2]).is_ok());
+    }
+
+    #[test]
+    fn what_an_unreadable_run_has_spent_of_a_shared_budget_is_not_taken_for_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let (lost, of_survey) = (ledger.plan(&member(200.0)).unwrap(), ledger.plan(&member(200.0)).unwrap());
+        let alone = ledger.plan(&RunSpec { survey: None, ..member(200.0) }).unwrap();
+        let raw = Connection::open(folder.path().join("ledger.db")).unwrap();
+        let damage =
+            |spec: &str| raw.execute("UPDATE runs SET spec = ?2 WHERE id = ?1", [&lost.record().id, spec]).unwrap();
+        for (spec, known) in [
+            ("{", false),
+            (r#"{"survey":{"survey":"s"}}"#, false),
+            (r#"{"survey":{"survey":"other"}}"#, true),
+            (r#"{"survey":null}"#, true),
+        ] {
+            damage(spec);
+            assert_eq!(of_survey.budget_status().is_ok(), known, "{spec}");
+            assert!(alone.budget_status().is_ok(), "it shares with nobody");
+        }
+    }
+
+    #[test]
+    fn the_bill_runs_from_the_create_call_to_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let mut run = ledger.plan(&spec()).unwrap();
+        assert_eq!(run.record().cost(now_ms() + 9_000_000), Usd::ZERO);
+        run.append(creating()).unwrap();
+        let since = run.record().changed_at_ms();
+        std::thread::sleep(Duration::from_millis(20));
+        run.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
+        assert_eq!(run.record().cost(since + 2_000), Usd::from_dollars(2.0));
+        run.append(RunEvent::Stopped { ending: RunOutcome::Interrupted }).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        run.append(RunEvent::Gone).unwrap();
+        let bill = run.record().cost(since + 9_000_000);
+        assert!(bill >= Usd::from_dollars(0.02) && bill < Usd::from_dollars(60.0), "{bill}");
+    }
+
+    #[test]
+    fn what_a_run_may_cost_is_never_shown_above_what_was_agreed() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        // $3600/h for a minute.
+        let agreed = Usd::from_dollars(60.0);
+        let mut run = ledger.plan(&RunSpec { quote: up_to(agreed), ..spec() }).unwrap();
+        let (intent, worst) = intent_of(&run.record().spec);
+        assert_eq!(worst, agreed, "no more than is shown is reserved");
+        assert!(run.reserve(intent, worst).unwrap());
+        let shown = |run: &RunWriter| run.record().at_most(now_ms());
+        assert!(shown(&run) <= agreed && shown(&run) > Usd::from_dollars(58.0), "{}", shown(&run));
+        let price = UsdPerHour::from_dollars(3900.0);
+        run.append(RunEvent::Created { instance: InstanceId("i".into()), price: Some(price) }).unwrap();
+        assert!(shown(&run) <= agreed, "{}: it is not kept", shown(&run));
+        assert!(run.record().at_price(price) > agreed);
+        // Runs of earlier versions are read: without what was shown, and without what was agreed.
+        let mut old = serde_json::to_value(&run.record().spec).unwrap();
+        for key in ["offers", "considered", "steps"] {
+            old.as_object_mut().unwrap().remove(key).unwrap();
+        }
+        let read = |spec: &serde_json::Value| serde_json::from_value::<RunSpec>(spec.clone()).unwrap();
+        assert_eq!(read(&old), run.record().spec);
+        assert_eq!(old.as_object_mut().unwrap().remove("agreed").unwrap(), agreed.micros());
+        assert_eq!(read(&old), spec());
+        let RunEvent::Creating { intent } = &run.record().events[0].event else { panic!("{:?}", run.record()) };
+        let mut offer = serde_json::to_value(&intent.offer).unwrap();
+        for key in ["is_local", "form", "machine"] {
+            offer.as_object_mut().unwrap().remove(key).unwrap();
+        }
+        assert_eq!(serde_json::from_value::<Offer>(offer).unwrap(), intent.offer);
+    }
+
+    #[test]
+    fn what_was_shown_and_agreed_to_is_read_back_with_the_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let offers = vec![Offer::new("fake", "shown".into(), 0, UsdPerHour::from_dollars(1.0))];
+        let quote = market::select(offers, &GpuRequest { gpu_count: Some(0), ..spec().request }, &spec().work).unwrap();
+        let spec = RunSpec { quote: Quote { ceiling: Some(Usd::from_dollars(60.0)), ..quote }, ..spec() };
+        let run = Ledger::open(folder.path()).unwrap().plan(&spec).unwrap().record().id.clone();
+        assert_eq!(Ledger::open(folder.path()).unwrap().find(&run).unwrap().spec, spec);
+    }
+
+    /// A run of the survey `s` with this budget in dollars.
+    fn member(budget: f64) -> RunSpec {
+        let survey = Some(Membership { survey: "s".into(), model: "m".into() });
+        RunSpec { survey, budget: Some(Usd::from_dollars(budget)), ..spec() }
+    }
+
+    /// The intent to rent for the run's time limit, and what that may cost: $3960/h for a minute is $66.
+    fn intent_of(spec: &RunSpec) -> (Intent, Usd) {
+        let offer = Offer::new("fake", "o".into(), 0, UsdPerHour::from_dollars(3600.0));
+        let worst = spec.highest_price(&offer).cost(Duration::from_secs(spec.max_duration_s));
+        let deadline = now_ms() / 1000 + spec.max_duration_s;
+        (Intent { offer, tag: LeaseTag { owner: "o".into(), run: "r".into(), nonce: "n".into(), deadline } }, worst)
+    }
+
+    #[test]
+    fn runs_of_a_survey_cannot_together_pass_its_budget() {
+        let folder = tempfile::tempdir().unwrap();
+        let reserved = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for process in 0..4 {
+                let (folder, reserved) = (folder.path(), &reserved);
+                scope.spawn(move || {
+                    let ledger = Ledger::open(folder).unwrap();
+                    for _ in 0..2 {
+                        let mut run = ledger.plan(&member(200.0)).unwrap();
+                        let (intent, worst) = intent_of(&run.record().spec);
+                        let done = run.reserve(intent, worst).unwrap();
+                        reserved.fetch_add(usize::from(done), Ordering::Relaxed);
+                        assert_eq!(run.state().word(), if done { "creating" } else { "planned" }, "{process}");
+                    }
+                });
+            }
+        });
+        assert_eq!(reserved.into_inner(), 3, "3 x $66 of $200, however they race");
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let all: Usd = ledger.runs().unwrap().iter().map(|run| run.at_most(now_ms())).sum();
+        assert!(all <= Usd::from_dollars(200.0) && all > Usd::from_dollars(190.0), "{all}");
+        let mut alone = ledger.plan(&RunSpec { survey: None, ..member(66.0) }).unwrap();
+        let (intent, worst) = intent_of(&alone.record().spec);
+        assert!(alone.reserve(intent, worst).unwrap(), "a run without the survey has a budget of its own");
+    }
+
+    #[test]
+    fn a_budget_tells_what_is_spent_from_what_may_come_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let (mut one, two) = (ledger.plan(&member(100.0)).unwrap(), ledger.plan(&member(100.0)).unwrap());
+        let dollars = Usd::from_dollars;
+        let all = BudgetStatus { budget: dollars(100.0), left: dollars(100.0), at_best: dollars(100.0) };
+        assert_eq!(two.budget_status().unwrap(), Some(all));
+        let (intent, worst) = intent_of(&one.record().spec);
+        assert!(one.reserve(intent, worst).unwrap());
+        let budget_status = two.budget_status().unwrap().unwrap();
+        assert!(budget_status.left <= dollars(36.0) && budget_status.at_best > dollars(99.0), "{budget_status:?}");
+        one.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
+        assert!(two.budget_status().unwrap().unwrap().left < dollars(36.0), "the price is not the last word yet");
+        one.append(RunEvent::Reached { pin: Pin("p".into()), price: None }).unwrap();
+        let budget_status = two.budget_status().unwrap().unwrap();
+        assert!(budget_status.left > dollars(36.0) && budget_status.left <= dollars(41.0), "{budget_status:?}");
+        drop(one);
+        let budget_status = two.budget_status().unwrap().unwrap();
+        assert_eq!(
+            budget_status.left, budget_status.at_best,
+            "what nobody drives gives nothing back before its time is up"
+        );
+        assert_eq!(ledger.plan(&spec()).unwrap().budget_status().unwrap(), None);
+    }
+
+    /// The intent to have two GPUs for the run's minute: 120 GPU-seconds.
+    fn two_gpus() -> (Intent, Usd) {
+        let tag = LeaseTag { owner: "o".into(), run: "r".into(), nonce: "n".into(), deadline: now_ms() / 1000 + 60 };
+        (Intent { offer: Offer::new("fake", "o".into(), 2, UsdPerHour::default()), tag }, Usd::ZERO)
+    }
+
+    #[test]
+    fn runs_of_a_survey_cannot_together_pass_its_time_of_gpus() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let of_survey = || RunSpec { budget: None, max_gpu_time: Some(GpuTime::from_seconds(300)), ..member(1.0) };
+        let mut runs = [0, 1, 2].map(|_| ledger.plan(&of_survey()).unwrap());
+        let reserved = runs.each_mut().map(|run| {
+            let (intent, worst) = two_gpus();
+            run.reserve(intent, worst).unwrap()
+        });
+        assert_eq!(reserved, [true, true, false], "2 x 120 GPU-seconds of 300");
+        let [mut first, second, third] = runs;
+        let left = |run: &RunWriter| {
+            let status = run.gpu_budget_status().unwrap().unwrap();
+            (status.left.seconds(), status.at_best.seconds())
+        };
+        assert_eq!(left(&third), (60, 300), "jobs that wait have taken nothing yet");
+        first.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
+        first.append(RunEvent::Stopped { ending: RunOutcome::Cancelled }).unwrap();
+        first.append(RunEvent::Gone).unwrap();
+        assert_eq!(left(&third), (180, 300), "it waited in a queue and had no GPUs");
+        drop(second);
+        assert_eq!(left(&third), (180, 180), "what nobody drives gives nothing back before its time is up");
+        assert_eq!(ledger.plan(&spec()).unwrap().gpu_budget_status().unwrap(), None);
+    }
+
+    #[test]
+    fn the_time_of_gpus_begins_when_a_job_runs() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Ledger::open(folder.path()).unwrap().plan(&spec()).unwrap();
+        let creating = || RunEvent::Creating { intent: Box::new(two_gpus().0) };
+        let created = || RunEvent::Created { instance: InstanceId("i".into()), price: None };
+        let discarded = || RunEvent::Discarded { reason: "x".into(), lost: false };
+        let reached = RunEvent::Reached { pin: Pin("p".into()), price: None };
+        // The first waits for 1,000 s and runs for 10; the second is given up unseen after 5, the
+        // third after 500, of which it can have had 60. At most a minute of two GPUs comes to it.
+        let mut times = Vec::new();
+        for (at, event, had, at_most) in [
+            (0, creating(), 0, 120),
+            (1, created(), 0, 120),
+            (1000, reached, 0, 120),
+            (1010, discarded(), 20, 120),
+            (1010, RunEvent::Gone, 20, 20),
+            (2000, creating(), 20, 140),
+            (2001, created(), 20, 140),
+            (2005, discarded(), 20, 140),
+            (2005, RunEvent::Gone, 30, 30),
+            (3000, creating(), 30, 150),
+            (3001, created(), 30, 150),
+            (3500, discarded(), 30, 150),
+            (3500, RunEvent::Vanished, 150, 150),
+        ] {
+            run.append(event).unwrap();
+            times.push(at * 1000);
+            let mut record = run.record().clone();
+            record.events.iter_mut().zip(&times).for_each(|(entry, at_ms)| entry.at_ms = *at_ms);
+            let now = [record.gpu_time(at * 1000), record.gpu_time_at_most(at * 1000)].map(GpuTime::seconds);
+            assert_eq!(now, [had, at_most], "at {at}");
+        }
+    }
+
+    #[test]
+    fn what_others_might_write_is_closed_to_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        for (before, after) in [(0o777, 0o700), (0o770, 0o700), (0o755, 0o755), (0o1777, 0o1777)] {
+            let state = folder.path().join(format!("{before:o}"));
+            fs::create_dir(&state).unwrap();
+            set(&state, before);
+            let ledger = Ledger::open(&state).unwrap();
+            ledger.plan(&spec()).unwrap();
+            let files = ["ledger.db", "ledger.db-wal", "ledger.db-shm"].map(|name| state.join(name));
+            assert!(files.iter().all(|file| mode(file) == 0o600), "{:?}", files.each_ref().map(|file| mode(file)));
+            files.iter().for_each(|file| set(file, 0o644));
+            let again = Ledger::open(&state).unwrap();
+            assert!(files.iter().all(|file| mode(file) == 0o600));
+            assert_eq!(again.runs().unwrap().len(), 1);
+            assert_eq!((mode(&state), mode(&state.join("runs"))), (after, 0o700));
+        }
+    }
+
+    #[test]
+    fn many_may_open_a_ledger_that_is_not_there_yet() {
+        for _ in 0..20 {
+            let folder = tempfile::tempdir().unwrap();
+            let (open, start) = (|| Ledger::open(folder.path()).unwrap(), std::sync::Barrier::new(8));
+            let owners: Vec<String> = std::thread::scope(|scope| {
+                let one = || {
+                    start.wait();
+                    open().owner().to_owned()
+                };
+                let threads: Vec<_> = (0..8).map(|_| scope.spawn(one)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert!(owners.iter().all(|owner| *owner == owners[0]), "{owners:?}");
+        }
+    }
+
+    #[test]
+    fn two_processes_may_write_different_runs_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let written = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let ledger = Ledger::open(folder.path()).unwrap();
+                    for _ in 0..5 {
+                        let mut run = ledger.plan(&spec()).unwrap();
+                        run.append(creating()).unwrap();
+                        run.append(RunEvent::NotCreated { reason: "no".into(), refused: true, unseen: false }).unwrap();
+                        written.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        assert_eq!(Ledger::open(folder.path()).unwrap().runs().unwrap().len(), written.into_inner());
+    }
+
+    #[test]
+    fn words_fit_into_tags() {
+        for length in [1, 8, 30] {
+            let word = random_word(length);
+            assert_eq!(word.len(), length);
+            let tag = LeaseTag { owner: word.clone(), run: word.clone(), nonce: word, deadline: 1 };
+            assert_eq!(tag.to_string().parse(), Ok(tag));
+        }
+    }
+}

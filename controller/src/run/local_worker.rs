@@ -1,0 +1,620 @@
+//! The worker program on this machine: found, asked, run.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use outliers_protocol::{
+    Ablation, BosPolicy, ByteSize, CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Packing,
+    Precision, Progress, SCHEMA, VersionInfo, Weights, files,
+};
+use rustix::process::Signal;
+use serde::de::DeserializeOwned;
+use tokio::process::Command;
+
+use crate::cloud::broker::local;
+use crate::files::{MOST, read_small};
+use crate::text::clean;
+use crate::units::{Bytes, CudaVersion, Span};
+
+/// Name of the program.
+const NAME: &str = "outliers-worker";
+/// Name of one that was built for other machines.
+pub const PORTABLE: &str = "outliers-worker-portable";
+
+/// Whether this machine can run what instances run.
+const RUNS_PORTABLE: bool = cfg!(all(target_os = "linux", target_arch = "x86_64"));
+
+/// Between two looks at the progress file.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// A worker program that runs here and speaks our version.
+#[derive(Clone, Debug)]
+pub struct LocalWorker {
+    path: PathBuf,
+    pushed: Pushed,
+    limits: Limits,
+}
+
+/// What a look at a job may take of this machine: strangers made the files that are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Memory; never more than three quarters of what the machine has.
+    pub memory: Bytes,
+    /// Wall time.
+    pub time: Duration,
+}
+
+impl Limits {
+    /// None but the machine's.
+    pub const NONE: Self = Self { memory: Bytes::from_gib(1 << 20), time: Duration::MAX };
+
+    fn memory_here(self) -> Bytes {
+        local::memory().map_or(self.memory, |there| self.memory.min(Bytes(there.0 / 4 * 3)))
+    }
+}
+
+/// The worker that instances get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pushed {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The oldest CUDA that an instance's driver may serve; `None`: it uses no GPU.
+    pub cuda: Option<CudaVersion>,
+}
+
+/// What `inspect` looks at beside the checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InspectScope {
+    /// Nothing: the checkpoint alone.
+    Model,
+    /// That the text can be cut into sequences.
+    Text,
+    /// That, and that the job's devices are in this machine.
+    TextAndDevices,
+}
+
+/// Why the worker on this machine could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum LocalWorkerError {
+    /// There is none.
+    #[error("the worker program is not there: {}", path.display())]
+    Missing {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// It does not run.
+    #[error("{}: {source}", path.display())]
+    Unrunnable {
+        /// The file's path.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It is another version.
+    #[error("{} is version {theirs}; this program is {ours}", path.display())]
+    Version {
+        /// The file's path.
+        path: PathBuf,
+        /// Its version.
+        theirs: String,
+        /// This program's version.
+        ours: String,
+    },
+    /// It says why not.
+    #[error("{}", .0.message)]
+    Failed(Failure),
+    /// It ended in a way it should not.
+    #[error("the worker ended with {status}: {said}")]
+    Odd {
+        /// The worker's exit status.
+        status: ExitStatus,
+        /// Its last words.
+        said: String,
+    },
+    /// It took more memory than it may have.
+    #[error("looking at the model and its text takes more than {memory} of memory")]
+    TooMuch {
+        /// The limit.
+        memory: Bytes,
+    },
+    /// It was not done in time.
+    #[error("looking at the model and its text takes longer than {}", Span(*time))]
+    TooLong {
+        /// The limit.
+        time: Duration,
+    },
+    /// A file between us cannot be read or written.
+    #[error("{}: {why}", path.display())]
+    File {
+        /// The file's path.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+impl LocalWorkerError {
+    /// What to do about it, where something can be done.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Missing { .. } => Some(
+                "`cargo build --release` makes both programs, `cargo install --locked --path worker` puts it beside an \
+                 installed controller; or name it in the settings: worker.binary"
+                    .to_owned(),
+            ),
+            Self::Unrunnable { .. } => {
+                Some("it must be a program for this machine; see worker.binary in the settings".to_owned())
+            }
+            Self::Version { .. } => {
+                Some("build both programs together; `outliers worker build` makes the portable one".to_owned())
+            }
+            Self::Failed(failure) => failure.hint.clone(),
+            Self::TooMuch { .. } => Some(
+                "cut the text into smaller files; a tokenizer.json that is damaged or hostile takes any amount; \
+                 worker.inspect-memory in the settings is the limit"
+                    .to_owned(),
+            ),
+            Self::TooLong { .. } => Some(
+                "a tokenizer.json that is damaged or hostile takes for ever, a slow hub long; \
+                 worker.inspect-time in the settings is the limit"
+                    .to_owned(),
+            ),
+            Self::Odd { .. } | Self::File { .. } => None,
+        }
+    }
+}
+
+impl LocalWorker {
+    /// The program the settings name, else the one beside `exe`; asked for its version, as is the one that is pushed.
+    ///
+    /// # Errors
+    /// It is missing, does not run, or is of another version.
+    pub async fn find(named: Option<&Path>, exe: &Path) -> Result<Self, LocalWorkerError> {
+        let path = named.map_or_else(|| exe.with_file_name(NAME), Path::to_owned);
+        let pushed = Pushed::look_at(path.clone()).await?;
+        let portable = exe.with_file_name(PORTABLE);
+        let pushed = if named.is_none() && portable.is_file() { Pushed::portable(portable).await? } else { pushed };
+        Ok(Self { path, pushed, limits: Limits::NONE })
+    }
+
+    /// The same with limits on what a look takes.
+    #[must_use]
+    pub fn limited(self, limits: Limits) -> Self {
+        Self { limits, ..self }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether what instances get is older than this one: of the same version, but not of the same source perhaps.
+    pub fn pushes_an_older_one(&self) -> bool {
+        let made = |path: &Path| path.metadata().and_then(|meta| meta.modified());
+        matches!((made(&self.pushed.path), made(&self.path)), (Ok(pushed), Ok(here)) if pushed < here)
+    }
+
+    /// What instances get: the one beside it that was built for other machines, where there is one; else itself.
+    pub fn pushed(&self) -> &Pushed {
+        &self.pushed
+    }
+
+    /// What the job's checkpoint is, and what the job needs.
+    ///
+    /// # Errors
+    /// The worker's own words, for a model that is not there, is gated, damaged or of an unknown architecture, and whatever
+    /// `check` finds; that it took too much memory or time.
+    pub async fn inspect(&self, job: &JobSpec, check: InspectScope) -> Result<Inspection, LocalWorkerError> {
+        let (memory, time) = (self.limits.memory_here(), self.limits.time);
+        let mut arguments = inspect_arguments(job, check);
+        arguments.push(format!("--memory-limit={}", ByteSize(memory.0)));
+        match tokio::time::timeout(time, ask(&self.path, &arguments)).await {
+            Err(_) => Err(LocalWorkerError::TooLong { time }),
+            Ok(Err(LocalWorkerError::Odd { status, said })) if ran_out_of_memory(status, &said) => {
+                Err(LocalWorkerError::TooMuch { memory })
+            }
+            Ok(answer) => answer,
+        }
+    }
+
+    /// Makes the demo's checkpoint in `folder`; returns what was planted.
+    ///
+    /// # Errors
+    /// The worker's own words.
+    pub async fn demo_model<T: DeserializeOwned>(&self, folder: &Path) -> Result<T, LocalWorkerError> {
+        let arguments = ["demo-model".to_owned(), "--output".to_owned(), folder.to_string_lossy().into_owned()];
+        ask(&self.path, &arguments).await
+    }
+
+    /// Runs a job into `folder`, passing on its progress.
+    ///
+    /// # Errors
+    /// The worker's own words, or that it ended without any.
+    pub async fn run(
+        &self,
+        job: &JobSpec,
+        folder: &Path,
+        on: &(dyn Fn(Progress) + Send + Sync),
+    ) -> Result<(), LocalWorkerError> {
+        let trouble = |path: &Path| {
+            let path = path.to_owned();
+            move |error: std::io::Error| LocalWorkerError::File { path, why: error.to_string() }
+        };
+        std::fs::create_dir_all(folder).map_err(trouble(folder))?;
+        let job_file = folder.join(files::JOB);
+        let text = serde_json::to_vec_pretty(job).map_err(|error| trouble(&job_file)(error.into()))?;
+        std::fs::write(&job_file, text).map_err(trouble(&job_file))?;
+        // What an earlier run left would be taken for this one's.
+        for name in [files::PROGRESS, files::MANIFEST] {
+            let _ = std::fs::remove_file(folder.join(name));
+        }
+        let log_file = folder.join(files::LOG);
+        let log = std::fs::File::create(&log_file).map_err(trouble(&log_file))?;
+        let mut command = Command::new(&self.path);
+        command.arg("run").arg(&job_file).arg("--output").arg(folder);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).kill_on_drop(true);
+        let mut child = command.spawn().map_err(unrunnable(&self.path))?;
+        let mut read = 0;
+        loop {
+            let ended = tokio::time::timeout(PAUSE, child.wait()).await;
+            read = pass_on(&folder.join(files::PROGRESS), read, on);
+            let Ok(status) = ended else { continue };
+            let status = status.map_err(unrunnable(&self.path))?;
+            return if status.success() { Ok(()) } else { Err(last_words(folder, status)) };
+        }
+    }
+}
+
+impl Pushed {
+    /// Asks the program at `path` what it is.
+    ///
+    /// # Errors
+    /// It is missing, does not run, or is of another version.
+    pub async fn look_at(path: PathBuf) -> Result<Self, LocalWorkerError> {
+        if !path.is_file() {
+            return Err(LocalWorkerError::Missing { path });
+        }
+        let info: VersionInfo = ask(&path, &["version".to_owned()]).await?;
+        Self::of(path, &info)
+    }
+
+    /// The one that was built for other machines. Where this machine cannot run it, the document
+    /// beside it says what it is.
+    async fn portable(path: PathBuf) -> Result<Self, LocalWorkerError> {
+        let about = path.with_extension("json");
+        if RUNS_PORTABLE || !about.is_file() { Self::look_at(path).await } else { Self::told(path, about) }
+    }
+
+    /// What a document says of the program at `path`.
+    fn told(path: PathBuf, about: PathBuf) -> Result<Self, LocalWorkerError> {
+        let read = read_small(&about, MOST).and_then(|text| Ok(serde_json::from_slice(&text)?));
+        let info: VersionInfo = read.map_err(|error| LocalWorkerError::File { path: about, why: error.to_string() })?;
+        Self::of(path, &info)
+    }
+
+    fn of(path: PathBuf, info: &VersionInfo) -> Result<Self, LocalWorkerError> {
+        let ours = format!("{} (documents {SCHEMA})", env!("CARGO_PKG_VERSION"));
+        let theirs = format!("{} (documents {})", info.version, info.schema);
+        if ours != theirs {
+            return Err(LocalWorkerError::Version { path, theirs, ours });
+        }
+        let oldest = info.oldest_cuda.as_deref().filter(|_| info.cuda);
+        let cuda = oldest.and_then(|version| version.parse().ok());
+        Ok(Self { path, cuda })
+    }
+}
+
+async fn ask<T: DeserializeOwned>(program: &Path, arguments: &[String]) -> Result<T, LocalWorkerError> {
+    let mut command = Command::new(program);
+    command.args(arguments).arg("--json").stdin(Stdio::null()).kill_on_drop(true);
+    let output = command.output().await.map_err(unrunnable(program))?;
+    if output.status.success()
+        && let Ok(document) = serde_json::from_slice(&output.stdout)
+    {
+        return Ok(document);
+    }
+    match serde_json::from_slice::<Failure>(&output.stdout) {
+        Ok(failure) if !output.status.success() => Err(LocalWorkerError::Failed(failure)),
+        _ => Err(LocalWorkerError::Odd { status: output.status, said: clean(tail(&output.stderr), 500) }),
+    }
+}
+
+/// What is said last.
+fn tail(text: &[u8]) -> &[u8] {
+    &text[text.len().saturating_sub(500)..]
+}
+
+/// Whether it ended where the system gave it no more memory: it says so and aborts.
+fn ran_out_of_memory(status: ExitStatus, said: &str) -> bool {
+    status.signal() == Some(Signal::ABORT.as_raw()) && said.contains("memory allocation of")
+}
+
+fn unrunnable(program: &Path) -> impl Fn(std::io::Error) -> LocalWorkerError {
+    |source| LocalWorkerError::Unrunnable { path: program.to_owned(), source }
+}
+
+/// The job as options of `inspect`.
+fn inspect_arguments(job: &JobSpec, check: InspectScope) -> Vec<String> {
+    let mut arguments = vec!["inspect".to_owned()];
+    let mut option = |name: &str, value: Option<String>| {
+        if let Some(value) = value {
+            // In one word: a value that begins with a dash stays a value.
+            arguments.push(format!("--{name}={value}"));
+        }
+    };
+    option("model", Some(job.model.name().to_owned()));
+    if let ModelSource::Hub { revision, .. } = &job.model {
+        option("revision", Some(revision.clone()));
+    }
+    option("weights", job.weights.as_ref().map(Weights::to_string));
+    option("stream-budget", job.stream_budget_bytes.map(|bytes| ByteSize(bytes).to_string()));
+    option("num-sequences", job.corpus.num_sequences.map(|n| n.to_string()));
+    option("sequence-length", job.corpus.sequence_length.map(|n| n.to_string()));
+    let precision = match job.precision {
+        Precision::Auto => "auto",
+        Precision::F32 => "f32",
+        Precision::Bf16 => "bf16",
+        Precision::F16 => "f16",
+    };
+    option("precision", Some(precision.to_owned()));
+    let features = |ablation: &Ablation| ablation.features.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+    option("ablate", job.ablation.as_ref().map(features));
+    let measured: Vec<&str> = job.measure.iter().map(|measurement| measurement.name()).collect();
+    option("measure", Some(measured.join(",")).filter(|list| !list.is_empty()));
+    let exports: Vec<&str> = job.export.iter().map(|export| export.name()).collect();
+    option("export", Some(exports.join(",")).filter(|list| !list.is_empty()));
+    option("layers", job.layers.map(|n| n.to_string()));
+    option("micro-batch-tokens", Some(job.micro_batch_tokens.to_string()));
+    if check != InspectScope::Model {
+        match &job.corpus.source {
+            CorpusSource::Builtin(_) => {}
+            CorpusSource::Files(paths) => paths.iter().for_each(|path| option("corpus", Some(path.clone()))),
+            CorpusSource::TokenIds(path) => option("token-ids", Some(path.clone())),
+            CorpusSource::Dataset(dataset) => option("dataset", Some(dataset.to_string())),
+        }
+        option("text-field", Some(job.corpus.text_field.clone()));
+        option("skip-documents", Some(job.corpus.skip_documents.to_string()));
+        option("shuffle", job.corpus.shuffle_seed.map(|seed| seed.to_string()));
+        let bos = match job.corpus.bos {
+            BosPolicy::Auto => "auto",
+            BosPolicy::Always => "always",
+            BosPolicy::Never => "never",
+        };
+        option("bos", Some(bos.to_owned()));
+    }
+    option(
+        "devices",
+        Some(job.devices.join(",")).filter(|list| check == InspectScope::TextAndDevices && !list.is_empty()),
+    );
+    if check != InspectScope::Model {
+        arguments.push("--check-text".to_owned());
+        match job.corpus.packing {
+            Packing::Packed => {}
+            Packing::Separate => arguments.push("--separate-documents".to_owned()),
+            Packing::Overlapping => arguments.push("--overlapping-windows".to_owned()),
+        }
+    }
+    arguments
+}
+
+/// Passes on the whole lines after byte `from`; returns where the next one begins.
+fn pass_on(path: &Path, from: usize, on: &(dyn Fn(Progress) + Send + Sync)) -> usize {
+    let Ok(bytes) = read_small(path, MOST) else { return from };
+    let Some(new) = bytes.get(from..) else { return from };
+    let whole = new.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+    for line in new[..whole].split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        if let Ok(progress) = serde_json::from_slice(line) {
+            on(progress);
+        }
+    }
+    from + whole
+}
+
+/// What the worker said before it ended badly.
+fn last_words(folder: &Path, status: ExitStatus) -> LocalWorkerError {
+    let manifest = read_small(&folder.join(files::MANIFEST), MOST).ok();
+    let manifest = manifest.and_then(|text| serde_json::from_slice::<outliers_protocol::Manifest>(&text).ok());
+    if let Some(outliers_protocol::Manifest { outcome: outliers_protocol::Outcome::Failed(failure), .. }) = manifest {
+        return LocalWorkerError::Failed(failure);
+    }
+    let log = read_small(&folder.join(files::LOG), MOST).unwrap_or_default();
+    LocalWorkerError::Odd { status, said: clean(tail(&log), 500) }
+}
+
+/// A failure that a person caused by what was asked, rather than the machine.
+pub fn is_refusal(error: &LocalWorkerError) -> bool {
+    match error {
+        LocalWorkerError::Failed(failure) => failure.kind != FailureKind::Internal,
+        LocalWorkerError::TooMuch { .. } | LocalWorkerError::TooLong { .. } => true,
+        _ => false,
+    }
+}
+
+/// The local files a job's corpus names.
+pub fn corpus_files(job: &JobSpec) -> Vec<&str> {
+    match &job.corpus.source {
+        CorpusSource::Builtin(_) | CorpusSource::Dataset(_) => Vec::new(),
+        CorpusSource::Files(paths) => paths.iter().map(String::as_str).collect(),
+        CorpusSource::TokenIds(path) => vec![path],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::sync::Mutex;
+
+    use outliers_protocol::{Export, Measurement};
+
+    use super::*;
+
+    fn program(folder: &Path, script: &str) -> PathBuf {
+        let path = folder.join(NAME);
+        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    fn version(version: &str) -> String {
+        format!(r#"echo '{{"version":"{version}","schema":{SCHEMA},"target":"t","cuda":false,"architectures":[]}}'"#)
+    }
+
+    #[tokio::test]
+    async fn the_one_that_was_built_for_other_machines_is_pushed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (exe, ours) = (folder.path().join("outliers"), version(env!("CARGO_PKG_VERSION")));
+        let here = program(folder.path(), &ours);
+        let alone = LocalWorker::find(None, &exe).await.unwrap();
+        assert_eq!(*alone.pushed(), Pushed { path: here.clone(), cuda: None });
+        let portable = folder.path().join(PORTABLE);
+        std::fs::copy(&here, &portable).unwrap();
+        let with_cuda = ours.replace("\"cuda\":false", "\"cuda\":true,\"oldest_cuda\":\"11.8\"");
+        std::fs::write(&portable, format!("#!/bin/sh\n{with_cuda}\n")).unwrap();
+        let both = LocalWorker::find(None, &exe).await.unwrap();
+        let cuda = Some(CudaVersion { major: 11, minor: 8 });
+        assert_eq!((both.path(), both.pushed()), (&*here, &Pushed { path: portable.clone(), cuda }));
+        assert!(!both.pushes_an_older_one() && !alone.pushes_an_older_one());
+        let later = std::time::SystemTime::now() + Duration::from_secs(60);
+        std::fs::File::options().write(true).open(&here).unwrap().set_modified(later).unwrap();
+        assert!(both.pushes_an_older_one());
+        assert_eq!(
+            LocalWorker::find(Some(&here), &exe).await.unwrap().pushed(),
+            alone.pushed(),
+            "the settings name it"
+        );
+        std::fs::write(&portable, format!("#!/bin/sh\n{}\n", version("0.0.1"))).unwrap();
+        let stale = LocalWorker::find(None, &exe).await.unwrap_err();
+        assert!(stale.to_string().contains(PORTABLE) && stale.hint().unwrap().contains("worker build"), "{stale}");
+    }
+
+    #[test]
+    fn what_this_machine_cannot_run_is_told_by_the_document_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let (program, about) = (folder.path().join(PORTABLE), folder.path().join(format!("{PORTABLE}.json")));
+        assert_eq!(program.with_extension("json"), about, "where `worker build` writes it");
+        let write = |version: &str| {
+            let info = serde_json::json!({
+                "version": version, "schema": SCHEMA, "target": "x86_64-linux", "cuda": true, "oldest_cuda": "11.8",
+                "architectures": [],
+            });
+            std::fs::write(&about, info.to_string()).unwrap();
+        };
+        write(env!("CARGO_PKG_VERSION"));
+        let cuda = Some(CudaVersion { major: 11, minor: 8 });
+        assert_eq!(Pushed::told(program.clone(), about.clone()).unwrap(), Pushed { path: program.clone(), cuda });
+        write("9.9.9");
+        let stale = Pushed::told(program.clone(), about.clone()).unwrap_err();
+        assert!(matches!(stale, LocalWorkerError::Version { .. }), "{stale}");
+        std::fs::write(&about, "{").unwrap();
+        let broken = Pushed::told(program, about).unwrap_err();
+        assert!(broken.to_string().contains("outliers-worker-portable.json"), "{broken}");
+    }
+
+    #[tokio::test]
+    async fn only_a_worker_of_our_version_is_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let exe = folder.path().join("outliers");
+        let missing = LocalWorker::find(None, &exe).await.unwrap_err();
+        assert!(matches!(missing, LocalWorkerError::Missing { .. }) && missing.hint().is_some());
+        program(folder.path(), &version(env!("CARGO_PKG_VERSION")));
+        LocalWorker::find(None, &exe).await.unwrap();
+        program(folder.path(), &version("9.9.9"));
+        let other = LocalWorker::find(None, &exe).await.unwrap_err();
+        assert!(matches!(other, LocalWorkerError::Version { .. }) && other.to_string().contains("9.9.9"));
+        program(folder.path(), "echo hello; echo oops >&2; exit 3");
+        let odd = LocalWorker::find(None, &exe).await.unwrap_err();
+        assert!(matches!(odd, LocalWorkerError::Odd { .. }) && odd.to_string().contains("oops"));
+    }
+
+    #[tokio::test]
+    async fn its_own_words_are_passed_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let path =
+            program(folder.path(), r#"echo '{"kind":"unsupported","message":"unknown","hint":"known: a"}'; exit 1"#);
+        let job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
+        let pushed = Pushed { path: path.clone(), cuda: None };
+        let worker = LocalWorker { path, pushed, limits: Limits::NONE };
+        let error = worker.inspect(&job, InspectScope::Model).await.unwrap_err();
+        assert_eq!((error.to_string().as_str(), error.hint().as_deref()), ("unknown", Some("known: a")));
+        assert!(is_refusal(&error));
+    }
+
+    #[tokio::test]
+    async fn a_look_that_takes_for_ever_is_ended_and_one_without_memory_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let (pid, limit) = (folder.path().join("pid"), folder.path().join("limit"));
+        let tell = format!("for word; do case $word in --memory-limit=*) echo \"$word\" > {limit:?};; esac; done");
+        let path = program(folder.path(), &format!("{tell}\necho $$ > {pid:?}; exec sleep 600"));
+        let pushed = Pushed { path: path.clone(), cuda: None };
+        let worker = LocalWorker { path, pushed, limits: Limits::NONE };
+        let job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
+        let mut time = Duration::from_millis(200);
+        // Long enough for it to begin, however busy the machine is.
+        while !pid.exists() {
+            time *= 2;
+            let limited = worker.clone().limited(Limits { memory: Bytes(1 << 20), time });
+            let error = limited.inspect(&job, InspectScope::Model).await.unwrap_err();
+            assert!(matches!(error, LocalWorkerError::TooLong { .. }) && is_refusal(&error), "{error}");
+            assert!(error.hint().unwrap().contains("worker.inspect-time"));
+        }
+        assert_eq!(std::fs::read_to_string(limit).unwrap().trim(), "--memory-limit=1048576 B");
+        let pid = std::fs::read_to_string(pid).unwrap();
+        let runs = || {
+            let state = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
+            state.contains("(sleep) S")
+        };
+        while runs() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        program(folder.path(), "echo 'memory allocation of 99 bytes failed' >&2; kill -ABRT $$");
+        let limited = worker.limited(Limits { memory: Bytes(1 << 20), ..Limits::NONE });
+        let error = limited.inspect(&job, InspectScope::Model).await.unwrap_err();
+        assert!(matches!(error, LocalWorkerError::TooMuch { memory: Bytes(1_048_576) }), "{error}");
+        assert!(error.hint().unwrap().contains("worker.inspect-memory"));
+    }
+
+    #[test]
+    fn a_job_becomes_options() {
+        let mut job = JobSpec::new(ModelSource::Hub { id: "a/b".into(), revision: "r".into() });
+        job.corpus.num_sequences = Some(3);
+        job.corpus.packing = Packing::Separate;
+        job.corpus.source = CorpusSource::Files(vec!["/a b".into(), "/c".into()]);
+        job.devices = vec!["cpu:2".into()];
+        job.layers = Some(1);
+        job.export = Export::ALL.into();
+        job.measure = Measurement::ALL.into();
+        let words = |check| inspect_arguments(&job, check);
+        let all = words(InspectScope::TextAndDevices);
+        let expected =
+            ["--model=a/b", "--revision=r", "--num-sequences=3", "--devices=cpu:2", "--layers=1", "--check-text"];
+        let expected = expected.into_iter().chain(["--corpus=/a b", "--corpus=/c", "--separate-documents"]);
+        let measured = "--measure=quantization-error,residual-sinks,spike-life,attention-sinks";
+        for expected in expected.chain(["--export=imatrix,act-scales,reap", measured]) {
+            assert!(all.iter().any(|word| word == expected), "{expected} in {all:?}");
+        }
+        assert!(!words(InspectScope::Text).join(" ").contains("devices"));
+        assert!(!words(InspectScope::Model).join(" ").contains("corpus"));
+    }
+
+    #[tokio::test]
+    async fn a_run_tells_its_progress_and_its_failure() {
+        let folder = tempfile::tempdir().unwrap();
+        let line = r#"{"schema":1,"at_ms":1,"phase":"layers","layer":1,"layers":2,"bytes_read":1,"bytes_total":2,"tokens_per_second":1.0}"#;
+        let script =
+            format!("printf '%s\\n%s' '{line}' 'half' > \"$4/progress.jsonl\"; echo said >&2; exit $(cat \"$4/code\")");
+        let path = program(folder.path(), &script);
+        let worker = LocalWorker { pushed: Pushed { path: path.clone(), cuda: None }, path, limits: Limits::NONE };
+        let out = folder.path().join("out");
+        std::fs::create_dir(&out).unwrap();
+        std::fs::write(out.join("code"), "0").unwrap();
+        let job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
+        let seen = Mutex::new(Vec::new());
+        worker.run(&job, &out, &|progress| seen.lock().unwrap().push(progress.layer)).await.unwrap();
+        assert_eq!(*seen.lock().unwrap(), [1]);
+        std::fs::write(out.join("code"), "7").unwrap();
+        let error = worker.run(&job, &out, &|_| {}).await.unwrap_err();
+        assert!(error.to_string().contains("said"), "{error}");
+    }
+}

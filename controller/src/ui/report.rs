@@ -1,0 +1,958 @@
+//! All sentences: what happens, to people (standard error) and what comes out, to people or programs (standard output).
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
+use outliers_protocol::{Phase, Progress};
+use serde::Serialize;
+
+use crate::calendar::rfc3339;
+use crate::cli::settings::{Environment, SettingsError, Span};
+use crate::cli::{Color, Global};
+use crate::cloud::broker::BrokerError;
+use crate::cloud::clouds::Offered;
+use crate::cloud::market::{self, NothingLeft};
+use crate::host::{HostEvent, HostFacts};
+use crate::run::deploy::{DeployEvent, DriveError, NotEnding, RunNote, Stop, UnsavedResults};
+use crate::run::ledger::{LedgerError, Meter, RunRecord, Unreadable, now_ms};
+use crate::run::local_worker::LocalWorkerError;
+use crate::run::reconcile::{Action, Finish, Leave, Stray};
+use crate::run::{RunFailureKind, RunOutcome, RunState};
+use crate::text::{clean, counted};
+use crate::units::{Bytes, grouped};
+use crate::waiting::{Failed, told};
+
+pub mod diagnostics;
+pub mod table;
+pub mod tables;
+
+/// Longest line of somebody else's that is shown.
+const LINE: usize = 2000;
+
+/// Longest name of a file that is shown.
+const NAME: usize = 80;
+
+/// Seconds by which a host's clock may be off before people are told.
+const MOST_SKEW: i64 = 60;
+
+/// Between the first two plain lines of progress of a phase; each pause after it is twice as long.
+const PLAIN_PAUSE: Duration = Duration::from_secs(2);
+
+/// The longest of them.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// [`PLAIN_PAUSE`] where several runs report side by side, for hours.
+const PLAIN_PAUSE_OF_MANY: Duration = Duration::from_secs(30);
+
+/// Between two pictures of a screen, and the same where each stands below the one before.
+const REDRAW_PAUSE: Duration = Duration::from_secs(1);
+const PICTURE_PAUSE: Duration = Duration::from_secs(5);
+
+/// How the program ends. The numbers are documented in the help and stable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitStatus {
+    /// Done, and nothing is left.
+    Done,
+    /// The run failed.
+    Failed,
+    /// Wrong arguments, or refused before anything was rented.
+    Refused,
+    /// No offer.
+    NoOffer,
+    /// Time or money is up.
+    TimeUp,
+    /// A cloud, its key or an instance failed.
+    Cloud,
+    /// An instance may still be running.
+    InstanceLeft,
+    /// Ctrl-C or `runs cancel`.
+    Interrupted,
+}
+
+impl ExitStatus {
+    /// The documented number.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Failed => 1,
+            Self::Refused => 2,
+            Self::NoOffer => 3,
+            Self::TimeUp => 4,
+            Self::Cloud => 5,
+            Self::InstanceLeft => 6,
+            Self::Interrupted => 130,
+        }
+    }
+
+    /// Of several, what a person has to know first: whatever may still bill comes before everything.
+    pub fn worst(all: impl IntoIterator<Item = Self>) -> Self {
+        use ExitStatus::{Cloud, Done, Failed, InstanceLeft, Interrupted, NoOffer, Refused, TimeUp};
+        const ORDER: [ExitStatus; 8] = [InstanceLeft, Interrupted, Cloud, TimeUp, NoOffer, Failed, Refused, Done];
+        let rank = |status: &Self| ORDER.iter().position(|other| other == status);
+        all.into_iter().min_by_key(rank).unwrap_or(Done)
+    }
+
+    /// What a run that is over means for the program.
+    pub fn of_run(state: &RunState) -> Self {
+        match state.ending() {
+            Some(RunOutcome::Completed) => Self::Done,
+            Some(RunOutcome::WorkerFailed { .. } | RunOutcome::WorkerVanished { .. }) => Self::Failed,
+            Some(RunOutcome::Failed { trouble }) => match trouble.kind {
+                RunFailureKind::NoOffer => Self::NoOffer,
+                RunFailureKind::Budget => Self::TimeUp,
+                RunFailureKind::Broker | RunFailureKind::Host => Self::Cloud,
+                RunFailureKind::Unfit | RunFailureKind::Local => Self::Failed,
+            },
+            Some(RunOutcome::Interrupted | RunOutcome::Cancelled) => Self::Interrupted,
+            Some(RunOutcome::Deadline) => Self::TimeUp,
+            Some(RunOutcome::InstanceLost) => Self::Cloud,
+            None => Self::InstanceLeft,
+        }
+    }
+}
+
+impl From<ExitStatus> for ExitCode {
+    fn from(status: ExitStatus) -> Self {
+        Self::from(status.number())
+    }
+}
+
+/// Why a command did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct CliError {
+    /// What the program ends with.
+    pub status: ExitStatus,
+    /// What went wrong, and where.
+    pub message: String,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
+impl CliError {
+    /// Refused before anything was done.
+    pub fn refused(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { status: ExitStatus::Refused, message: message.into(), hint: Some(hint.into()) }
+    }
+
+    /// Something of this machine failed.
+    pub fn failed(message: impl Into<String>) -> Self {
+        Self { status: ExitStatus::Failed, message: message.into(), hint: None }
+    }
+}
+
+impl From<SettingsError> for CliError {
+    fn from(error: SettingsError) -> Self {
+        Self::refused(error.to_string(), error.hint())
+    }
+}
+
+impl From<LedgerError> for CliError {
+    fn from(error: LedgerError) -> Self {
+        let status = match error {
+            LedgerError::NoSuchRun { .. } | LedgerError::Ambiguous { .. } | LedgerError::Newer { .. } => {
+                ExitStatus::Refused
+            }
+            _ => ExitStatus::Failed,
+        };
+        Self { status, message: error.to_string(), hint: error.hint() }
+    }
+}
+
+impl From<LocalWorkerError> for CliError {
+    fn from(error: LocalWorkerError) -> Self {
+        Self { status: ExitStatus::Refused, message: error.to_string(), hint: error.hint() }
+    }
+}
+
+impl From<NothingLeft> for CliError {
+    fn from(error: NothingLeft) -> Self {
+        // Nothing was searched for in vain: the time limit is too short.
+        let status = if matches!(error, NothingLeft::Late { .. }) { ExitStatus::Refused } else { ExitStatus::NoOffer };
+        Self { status, message: error.to_string(), hint: error.hint().map(str::to_owned) }
+    }
+}
+
+impl From<BrokerError> for CliError {
+    fn from(error: BrokerError) -> Self {
+        Self { status: ExitStatus::Cloud, message: error.to_string(), hint: error.hint() }
+    }
+}
+
+impl From<DriveError> for CliError {
+    fn from(stuck: DriveError) -> Self {
+        Self::of_drive_error(&stuck)
+    }
+}
+
+impl CliError {
+    /// A run, or a list, that could not be brought to its end.
+    pub fn of_drive_error(stuck: &DriveError) -> Self {
+        let hint = match stuck {
+            DriveError::Instance { run, .. } => {
+                format!("an instance may still be running and billing. To end it: outliers runs cancel {run}")
+            }
+            // An event that cannot happen says nothing of instances.
+            DriveError::Broker { .. } | DriveError::Ledger(LedgerError::Illegal(_)) => {
+                "an instance may still be running and billing. To see: outliers instances list".to_owned()
+            }
+            DriveError::Silent { hint, .. } => {
+                return Self { status: ExitStatus::Cloud, message: stuck.to_string(), hint: hint.clone() };
+            }
+            DriveError::Ledger(error) => {
+                return Self { status: ExitStatus::Failed, message: stuck.to_string(), hint: error.hint() };
+            }
+        };
+        Self { status: ExitStatus::InstanceLeft, message: stuck.to_string(), hint: Some(hint) }
+    }
+}
+
+/// Tells people on standard error, and prints what a command is for on standard output.
+pub struct Reporter {
+    json: bool,
+    quiet: bool,
+    verbose: bool,
+    color: bool,
+    bars: bool,
+    /// Standard error is a terminal, which shows what is typed.
+    echoes: bool,
+    /// Standard output is a terminal on which something may be drawn anew.
+    redraws: bool,
+    /// Whom it is about, where several are told about side by side.
+    label: String,
+    /// Between two plain lines of progress.
+    pause: Duration,
+    board: MultiProgress,
+    now: Mutex<Now>,
+}
+
+/// What is being shown.
+#[derive(Default)]
+struct Now {
+    bar: Option<ProgressBar>,
+    /// The last plain progress line.
+    plain: Option<Plain>,
+    booting: bool,
+    /// When the work whose progress is shown began, as far as it was seen here.
+    began: Option<Instant>,
+    /// What the run costs.
+    meter: Option<Meter>,
+    /// Why something is tried again: when that was said last.
+    retried: Option<(Instant, String)>,
+}
+
+impl Now {
+    /// Whether a reason to try again is to be said: it is another one, or was not said for long.
+    fn is_new(&mut self, reason: &str) -> bool {
+        let said = self.retried.as_ref();
+        let is_new = said.is_none_or(|(at, last)| last != reason || at.elapsed() >= LONGEST_PAUSE);
+        if is_new {
+            self.retried = Some((Instant::now(), reason.to_owned()));
+        }
+        is_new
+    }
+}
+
+/// A plain progress line that was written.
+struct Plain {
+    at: Instant,
+    label: String,
+    position: u64,
+    /// Until the next one of the same.
+    pause: Duration,
+}
+
+impl Plain {
+    /// Whether there is more to say than the time.
+    fn is_news(&self, label: &str, position: u64, length: u64) -> bool {
+        self.label != label || (position == length && self.position != position)
+    }
+
+    /// How long to be silent after the next line.
+    fn next_pause(&self, label: &str) -> Option<Duration> {
+        (self.label == label).then(|| (self.pause * 2).min(LONGEST_PAUSE))
+    }
+}
+
+impl Reporter {
+    /// As the options and the environment want it.
+    pub fn new(global: &Global, environment: &Environment) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let plain = environment.is_plain();
+        Self {
+            json: global.json,
+            quiet: global.quiet,
+            verbose: global.verbose,
+            color: match global.color {
+                Color::Auto => terminal && !plain,
+                Color::Always => true,
+                Color::Never => false,
+            },
+            bars: terminal && !plain && !global.quiet,
+            echoes: terminal,
+            redraws: std::io::stdout().is_terminal() && !plain && !global.json,
+            label: String::new(),
+            pause: PLAIN_PAUSE,
+            board: MultiProgress::new(),
+            now: Mutex::default(),
+        }
+    }
+
+    /// The same for one of several that go on at once: its sentences begin with its name, its bar stands beside the others'.
+    pub fn of_one(&self, label: &str) -> Self {
+        Self {
+            json: self.json,
+            quiet: self.quiet,
+            verbose: self.verbose,
+            color: self.color,
+            bars: self.bars,
+            echoes: self.echoes,
+            redraws: self.redraws,
+            label: clean(label.as_bytes(), 40),
+            pause: PLAIN_PAUSE_OF_MANY,
+            board: self.board.clone(),
+            now: Mutex::default(),
+        }
+    }
+
+    /// How all of several stand together.
+    pub fn together(&self, done: usize, all: usize, detail: &str) {
+        self.measure(&format!("{done} of {all} done"), done as u64, all as u64, detail);
+    }
+
+    /// Prints what a command is for: the document to programs, the text to people.
+    pub fn result<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
+        self.done();
+        let text = if self.json {
+            serde_json::to_string_pretty(document).expect("documents hold no maps with keys other than strings")
+        } else {
+            text()
+        };
+        if text.is_empty() {
+            return;
+        }
+        // A closed pipe (`| head`) is no error of ours.
+        let _ = writeln!(std::io::stdout().lock(), "{}", text.trim_end_matches('\n'));
+    }
+
+    /// One of many: a line of text to people, one JSON document per line to programs.
+    pub fn line<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
+        let line = if self.json {
+            serde_json::to_string(document).expect("documents hold no maps with keys other than strings")
+        } else {
+            text()
+        };
+        let _ = writeln!(std::io::stdout().lock(), "{line}");
+    }
+
+    /// Shows one picture after the other.
+    pub fn screen(&self) -> Screen<'_> {
+        let bar = self.redraws.then(|| {
+            let style = ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stdout());
+            // The last one stays.
+            bar.with_style(style).with_finish(ProgressFinish::Abandon)
+        });
+        Screen { reporter: self, bar }
+    }
+
+    /// Tells why a command failed. To programs too, on standard output.
+    pub fn cli_error(&self, cli_error: &CliError) {
+        if cli_error.status == ExitStatus::Interrupted {
+            self.begin_line();
+        }
+        self.done();
+        if self.json {
+            let error = serde_json::json!({
+                "schema": 1,
+                "error": { "message": cli_error.message, "hint": cli_error.hint },
+                "exit_status": cli_error.status.number(),
+            });
+            let _ = writeln!(std::io::stdout().lock(), "{error:#}");
+        }
+        self.sentence(cli_error);
+    }
+
+    /// Why something failed, to people only.
+    pub fn sentence(&self, cli_error: &CliError) {
+        self.write(&format!("{}: {}", self.paint("31;1", "error"), clean(cli_error.message.as_bytes(), LINE)));
+        if let Some(hint) = &cli_error.hint {
+            self.write(&format!("{}: {}", self.paint("36", "hint"), clean(hint.as_bytes(), LINE)));
+        }
+    }
+
+    /// Something that is wrong and stops nothing.
+    pub fn warn(&self, text: &str) {
+        self.write(&format!("{}: {}", self.paint("33;1", "warning"), clean(text.as_bytes(), LINE)));
+    }
+
+    /// Runs of the ledger whose records cannot be read.
+    pub fn unreadable(&self, runs: &[Unreadable]) {
+        for Unreadable { run, why } in runs {
+            self.warn(&format!(
+                "run {run}: its record in the ledger is damaged ({why}); what it rented carries its id: outliers instances list"
+            ));
+        }
+    }
+
+    /// A sentence for people.
+    pub fn say(&self, text: &str) {
+        if !self.quiet {
+            self.write(text);
+        }
+    }
+
+    /// A sentence that only `-v` shows.
+    pub fn whisper(&self, text: &str) {
+        if self.verbose {
+            self.write(&self.paint("2", text));
+        }
+    }
+
+    /// No cloud's key is set.
+    pub fn using_this_machine(&self) {
+        self.say("No cloud's key is set: this machine is the cloud (broker `local`; its prices are made up).");
+    }
+
+    /// What is missing from the clouds' offers.
+    pub fn offered(&self, offered: &Offered) {
+        for error in &offered.silent {
+            self.note(&RunNote::LeftOut { why: error.to_string() });
+        }
+        for (broker, dropped) in &offered.dropped {
+            let offers = counted(dropped.count, "offer");
+            self.say(&format!("{broker}: {offers} left out: {}", clean(dropped.reason.as_bytes(), LINE)));
+        }
+    }
+
+    /// An abandoned run goes on.
+    pub fn picked_up(&self, run: &RunRecord) {
+        let done = run.state.word();
+        self.say(&format!("Picking up run {} where it was left ({done}); its own options hold.", run.id));
+    }
+
+    /// What was found between ledger and broker.
+    pub fn recovered<'a>(&self, actions: impl Iterator<Item = &'a Action>) {
+        for action in actions {
+            match action {
+                Action::Adopt { run, instance } => self.say(&format!(
+                    "Run {run} was left with instance {instance}: the same command picks it up, `outliers runs cancel {run}` ends it."
+                )),
+                Action::Terminate { instance, why } => {
+                    self.say(&format!("Stray instance {instance} was ended: {}.", stray(*why)));
+                }
+                Action::Finish { run, why } => self.say(&format!("Run {run} was brought to its end: {}.", finish(*why))),
+                Action::MarkGone { run } => self.say(&format!("Run {run}: its instance is gone.")),
+                Action::LeaveAlone { instance, why: Leave::Unreadable } => self.warn(&format!(
+                    "an entry of a cloud's list cannot be read (its id: `{instance}`); outliers instances list"
+                )),
+                Action::LeaveAlone { instance, why: Leave::RunUnknown | Leave::Superseded } => self.warn(&format!(
+                    "instance {instance} is of this ledger by its tag, and no open run here accounts for it; it has time left. If \
+                     nobody uses it: outliers instances terminate {instance}"
+                )),
+                Action::LeaveAlone { .. } => {}
+            }
+        }
+    }
+
+    /// What happens while a run is driven.
+    pub fn event(&self, event: DeployEvent) {
+        match event {
+            DeployEvent::State(state) => self.state(&state),
+            DeployEvent::Meter(meter) => self.lock().meter = Some(meter),
+            DeployEvent::Renting(offer) => {
+                self.say(&format!("Renting {}", clean(market::describe(&offer).as_bytes(), LINE)))
+            }
+            DeployEvent::Refused { reason } => {
+                self.say(&format!("It cannot be had ({}); trying the next offer", clean(reason.as_bytes(), LINE)));
+            }
+            DeployEvent::Retrying { reason, pause } => {
+                let reason = clean(reason.as_bytes(), LINE);
+                if self.lock().is_new(&reason) {
+                    self.say(&format!("Trying again in {:.1} s: {reason}", pause.as_secs_f64()));
+                }
+            }
+            DeployEvent::Settling => self.say("Asking the cloud whether the instance was made"),
+            DeployEvent::Booting => self.booting(),
+            DeployEvent::Host(event) => self.host(event),
+            DeployEvent::Note(note) => self.note(&note),
+            DeployEvent::NotEnding(not) => self.not_ending(&not),
+            DeployEvent::Kept(kept) => self.kept(&kept),
+            DeployEvent::Waiting { what, failed } => {
+                let why = failed.map(|failed| format!(" ({}; next try in {})", failed.words, Span(failed.pause)));
+                let words = format!("Waiting for {what}{}", why.unwrap_or_default());
+                self.say(&clean(words.as_bytes(), LINE));
+            }
+            DeployEvent::Terminating(id) => self.whisper(&format!("Ending instance {id}")),
+            DeployEvent::Stopping(Stop::LetGo) => {
+                self.begin_line();
+                self.say("SIGHUP: a run at work whose instance ends by itself is let go of, any other is ended");
+            }
+            DeployEvent::Stopping(Stop::SkipSync) => {
+                self.begin_line();
+                self.say("Skipping the results; ending the instance");
+            }
+            DeployEvent::Stopping(_) => {
+                self.begin_line();
+                self.say(
+                    "Stopping: fetching the results so far, then ending the instance (Ctrl-C again skips the first)",
+                );
+            }
+        }
+    }
+
+    /// Does `work`; says that it waits for `what` when that takes more than some seconds.
+    pub async fn waiting<T>(&self, what: &str, work: impl Future<Output = T>) -> T {
+        let say = |failed: Option<&Failed>| {
+            self.event(DeployEvent::Waiting { what: what.to_owned(), failed: failed.cloned() });
+        };
+        told(say, work).await
+    }
+
+    fn not_ending(&self, not: &NotEnding) {
+        let NotEnding { broker, instance, why, pause, price, cost } = not;
+        let bills = price.map_or_else(|| "it bills on".to_owned(), |price| format!("it bills {price}"));
+        let so_far =
+            cost.map_or_else(|| "what it cost so far is not known".to_owned(), |cost| format!("{cost} so far"));
+        self.warn(&format!(
+            "{broker} does not end instance {instance} ({why}); next try in {}; {bills}, {so_far}. \
+             By hand: outliers instances terminate {instance} --broker {broker}, or the cloud's own console",
+            Span(*pause)
+        ));
+    }
+
+    fn kept(&self, kept: &UnsavedResults) {
+        let UnsavedResults { run, instance, why, price, cost, until, pause } = kept;
+        self.warn(&format!(
+            "run {run}: its results cannot be saved ({why}); instance {instance} keeps them until {} \
+             and bills {price}, {cost} so far; next try in {}. Make room, or name another folder: \
+             outliers attach {run} --results DIR. Ctrl-C gives them up",
+            rfc3339(*until),
+            Span(*pause)
+        ));
+    }
+
+    fn state(&self, state: &RunState) {
+        let sentence = match state {
+            RunState::Rented { rental } => format!("Instance {} is rented at {}", rental.instance, rental.price),
+            RunState::Reachable { .. } => "Connected".to_owned(),
+            RunState::Launched { .. } => "The worker runs".to_owned(),
+            RunState::Ended { .. } => "The worker has ended".to_owned(),
+            RunState::Salvaging { ending, .. } => format!("Bringing home what there is: {}", self.ending(ending)),
+            RunState::Synced { results, .. } => format!("Results saved to {}", results.folder),
+            RunState::Held { rental, .. } => format!("Instance {} is kept and bills on", rental.instance),
+            RunState::Discarding { rental, .. } => format!("Ending instance {}, which does not serve", rental.instance),
+            RunState::Terminating { rental, .. } => format!("Ending instance {}", rental.instance),
+            RunState::Closed { .. } => "No instance of this run is left".to_owned(),
+            RunState::Planned { .. } | RunState::Creating { .. } => return,
+        };
+        self.done();
+        self.say(&sentence);
+    }
+
+    fn ending(&self, ending: &RunOutcome) -> String {
+        clean(ending.to_string().as_bytes(), LINE)
+    }
+
+    fn booting(&self) {
+        let mut now = self.lock();
+        if !std::mem::replace(&mut now.booting, true) {
+            drop(now);
+            self.say("Waiting for the instance to start");
+        }
+    }
+
+    /// What happens on a host.
+    pub fn host(&self, event: HostEvent) {
+        match event {
+            HostEvent::Uploading { name, sent, total } => {
+                let label = format!("Uploading {}", short_name(&name));
+                let how_far = format!("{} of {}", Bytes(sent), Bytes(total));
+                self.measure(&label, sent, total, &self.stands([how_far, String::new()]));
+            }
+            HostEvent::Progress(progress) => self.progress(&progress),
+            // How far the files were read is for the process that goes on from there.
+            HostEvent::Read(_) => {}
+            event if is_detail(&event) => self.whisper(&on_host(&event)),
+            event => self.say(&on_host(&event)),
+        }
+    }
+
+    fn note(&self, note: &RunNote) {
+        self.say(&in_words(note));
+    }
+
+    /// The worker's own report.
+    pub fn progress(&self, progress: &Progress) {
+        let detail = self.stands(detail(progress));
+        self.measure(phase(progress.phase), progress.layer as u64, progress.layers as u64, &detail);
+    }
+
+    /// How far it is, what the run has cost in which time and until when it may, and the rest,
+    /// which a narrow terminal cuts off.
+    fn stands(&self, [how_far, rest]: [String; 2]) -> String {
+        let mut now = self.lock();
+        let began = *now.began.get_or_insert_with(Instant::now);
+        let standing = standing(began.elapsed(), now.meter.as_ref(), now_ms());
+        let parts = [how_far, standing, rest];
+        parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ")
+    }
+
+    /// A bar on a terminal; a line now and then elsewhere.
+    fn measure(&self, label: &str, position: u64, length: u64, detail: &str) {
+        if self.quiet {
+            return;
+        }
+        let mut now = self.lock();
+        if self.bars {
+            let bar = now.bar.get_or_insert_with(|| self.board.add(new_bar()));
+            bar.set_length(length);
+            bar.set_position(position);
+            bar.set_prefix(self.labelled(label));
+            bar.set_message(detail.to_owned());
+            return;
+        }
+        let last = now.plain.as_ref();
+        if last.is_none_or(|last| last.is_news(label, position, length) || last.at.elapsed() >= last.pause) {
+            let pause = last.and_then(|last| last.next_pause(label)).unwrap_or(self.pause);
+            now.plain = Some(Plain { at: Instant::now(), label: label.to_owned(), position, pause });
+            drop(now);
+            self.write(&format!("{label}: {detail}"));
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn done(&self) {
+        if let Some(bar) = self.lock().bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// Ends the line on which a terminal shows the key that interrupts. A bar takes it away
+    /// itself.
+    fn begin_line(&self) {
+        if self.echoes && self.lock().bar.is_none() {
+            let _ = writeln!(std::io::stderr().lock());
+        }
+    }
+
+    fn write(&self, text: &str) {
+        // A terminal that shows no bars is left alone.
+        self.board.suspend(|| drop(writeln!(std::io::stderr().lock(), "{}", self.labelled(text))));
+    }
+
+    fn labelled(&self, text: &str) -> String {
+        if self.label.is_empty() { text.to_owned() } else { format!("{}: {text}", self.label) }
+    }
+
+    fn paint(&self, code: &str, text: &str) -> String {
+        if self.color { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// Pictures of the same: on a terminal each in the place of the one before, elsewhere below it.
+pub struct Screen<'a> {
+    reporter: &'a Reporter,
+    bar: Option<ProgressBar>,
+}
+
+impl Screen<'_> {
+    /// The next one: the document to programs, in one line; the text to people.
+    pub fn show<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
+        match &self.bar {
+            // In place, and in one piece: nothing flickers.
+            Some(bar) => bar.set_message(text().trim_end_matches('\n').to_owned()),
+            None => self.reporter.line(document, text),
+        }
+    }
+
+    /// Until the next one.
+    pub fn pause(&self) -> Duration {
+        if self.bar.is_some() { REDRAW_PAUSE } else { PICTURE_PAUSE }
+    }
+}
+
+fn new_bar() -> ProgressBar {
+    // What does not fit is cut off: a line that is broken would be drawn again and again.
+    let style = ProgressStyle::with_template("{prefix:.bold} {bar:10.cyan/dim} {wide_msg}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(0).with_style(style)
+}
+
+/// How far the work is and what is left of it; its pace and the weights.
+fn detail(progress: &Progress) -> [String; 2] {
+    let (mut how_far, mut rest) = (Vec::new(), Vec::new());
+    if progress.phase == Phase::Layers {
+        how_far.push(format!("{} of {}", progress.layer, counted(progress.layers, "layer")));
+    }
+    how_far.extend(progress.message.as_ref().map(|message| clean(message.as_bytes(), 200)));
+    if let Some(eta) = progress.eta_seconds.filter(|eta| eta.is_finite() && *eta >= 1.0 && *eta < 1e9) {
+        how_far.push(format!("{:#} left", Span(Duration::from_secs_f64(eta))));
+    }
+    if progress.phase == Phase::Layers && progress.tokens_per_second > 0.0 {
+        rest.push(format!("{} tokens/s", grouped(progress.tokens_per_second as u64)));
+    }
+    if progress.bytes_total > 0 {
+        rest.push(format!("{} of {} weights", Bytes(progress.bytes_read), Bytes(progress.bytes_total)));
+    }
+    [how_far, rest].map(|parts| parts.join(", "))
+}
+
+/// How it stands with time and money.
+fn standing(elapsed: Duration, meter: Option<&Meter>, now_ms: u64) -> String {
+    let Some(meter) = meter else { return format!("{:#} so far", Span(elapsed)) };
+    let spent = format!("{} in {:#}", meter.cost(now_ms), Span(elapsed));
+    let Some(deadline) = meter.deadline else { return spent };
+    let (today, until) = (rfc3339(now_ms / 1000), rfc3339(deadline));
+    let time = until.get(..16).unwrap_or(&until).replace('T', " ");
+    // The day goes without saying if it is this one.
+    let is_today = until.get(..10) == today.get(..10);
+    let time = time.get(11..).filter(|_| is_today).unwrap_or(time.as_str());
+    format!("{spent}, until {time} UTC")
+}
+
+fn phase(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Starting => "Starting",
+        Phase::Fetching => "Fetching the checkpoint",
+        Phase::Checking => "Checking the checkpoint",
+        Phase::Tokenizing => "Tokenizing",
+        Phase::Embedding => "Embedding",
+        Phase::Layers => "Layers",
+        Phase::Head => "Perplexity",
+        Phase::Writing => "Writing results",
+        Phase::Done => "Done",
+        Phase::Failed => "Failed",
+    }
+}
+
+/// Whether only `-v` shows it.
+fn is_detail(event: &HostEvent) -> bool {
+    use HostEvent::{AlreadyThere, Connected, Fetching, Launched, Log};
+    matches!(event, AlreadyThere { .. } | Connected | Fetching { .. } | Launched { .. } | Log(_))
+}
+
+/// What happened on a host, in a sentence; empty for what is shown in other ways.
+fn on_host(event: &HostEvent) -> String {
+    let sentence = match event {
+        HostEvent::Waiting { what, attempt, .. } => format!("Waiting for SSH (attempt {attempt}): {what}"),
+        HostEvent::Connected => "Logged in".to_owned(),
+        HostEvent::Probed(facts) => format!("Host: {}", host_facts(facts)),
+        HostEvent::AlreadyThere { name } => format!("Not sent, it is there already: {}", short_name(name)),
+        HostEvent::Launched { pid } => format!("The worker runs as process {pid}"),
+        HostEvent::ConnectionLost { why } => format!("Connection lost, the worker goes on: {why}"),
+        HostEvent::Reconnected => "Connected again".to_owned(),
+        HostEvent::BadProgress(line) => format!("A damaged progress line: {line}"),
+        HostEvent::Log(line) => format!("worker: {line}"),
+        HostEvent::LogSkipped(bytes) => format!("{} of the log were skipped", Bytes(*bytes)),
+        HostEvent::ProgressSkipped(bytes) => format!("{} of the progress file were skipped", Bytes(*bytes)),
+        HostEvent::Fetching { name, bytes } => format!("Fetching {} ({})", short_name(name), Bytes(*bytes)),
+        HostEvent::Uploading { .. } | HostEvent::Progress(_) | HostEvent::Read(_) => String::new(),
+    };
+    clean(sentence.as_bytes(), LINE)
+}
+
+fn short_name(name: &str) -> String {
+    clean(name.as_bytes(), NAME)
+}
+
+/// What a host is, and what is odd about it.
+fn host_facts(facts: &HostFacts) -> String {
+    let cores = facts.cores.map(|cores| format!("{cores} CPU cores"));
+    let ram = facts.ram.map(|ram| format!("{ram} memory"));
+    let disk = facts.disk_free.map(|disk| format!("{disk} disk free"));
+    let gpus = facts.gpus.first().map(|first| format!("{} x {}", facts.gpus.len(), first.name));
+    let cuda = facts.gpus.first().and_then(|gpu| Some(format!("driver {} (CUDA {})", gpu.driver, facts.cuda?)));
+    let skew = facts.clock_skew.filter(|skew| skew.abs() > MOST_SKEW);
+    let clock = skew.map(|skew| format!("its clock is {} s {}", skew.abs(), if skew > 0 { "fast" } else { "slow" }));
+    let parts = [gpus, cuda, Some(format!("{} {}", facts.os, facts.arch)), cores, ram, disk, clock];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+/// A note about a run, in a sentence.
+fn in_words(note: &RunNote) -> String {
+    let sentence = match note {
+        RunNote::LeftOut { why } => format!("Left out, it does not answer: {why}"),
+        RunNote::BudgetReserved(least) => {
+            format!("The rest of the budget is reserved by runs under way; waiting until {least} are free")
+        }
+        RunNote::GpuTimeReserved(least) => {
+            format!("The rest of --max-gpu-hours is reserved by runs under way; waiting until {least} are free")
+        }
+        RunNote::TurnAwaited { wait, apart } => {
+            let (wait, apart) = (Span(*wait), Span(*apart));
+            format!("Waiting {wait} for its turn: workers that read from the hub start {apart} apart")
+        }
+        RunNote::Queued { why } => format!("Waiting: {why}"),
+        RunNote::PriceRise { instance, asked } => {
+            format!("The host of {instance} asks for {asked}; it is not agreed to")
+        }
+        RunNote::GuardUnreachable { why } => format!("The guard on the instance could not be reached: {why}"),
+        RunNote::WorkerRestarted { exit: Some(exit) } => {
+            format!("The worker died with status {exit}; it is started again")
+        }
+        RunNote::WorkerRestarted { exit: None } => "The worker was killed; it is started again".to_owned(),
+        RunNote::NotRestarted { why } => format!("The worker could not be started again: {why}"),
+        RunNote::FilesLost { run, instance } => {
+            format!("The files lie as they are in ~/outliers/{run} on instance {instance}, which ends now")
+        }
+    };
+    clean(sentence.as_bytes(), LINE)
+}
+
+/// In words, after "it was ended: ".
+pub fn stray(why: Stray) -> &'static str {
+    match why {
+        Stray::UnknownRun => "its time was up, and no run of the ledger accounts for it",
+        Stray::RunClosed => "its run is over",
+        Stray::Superseded => "its time was up, and its run has another instance, or none",
+        Stray::Expired => "its time was up, and its run's record cannot be read",
+    }
+}
+
+/// In words, after "it was brought to its end: ".
+pub fn finish(why: Finish) -> &'static str {
+    match why {
+        Finish::Ending => "its instance was about to be ended",
+        Finish::Expired => "its time was up",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::FailureDetail;
+
+    fn closed(ending: RunOutcome) -> RunState {
+        RunState::Closed { ending, results: None, loss: None }
+    }
+
+    #[test]
+    fn exit_statuses_are_the_documented_ones() {
+        let trouble = |kind| RunOutcome::Failed { trouble: FailureDetail { kind, message: String::new(), hint: None } };
+        for (ending, number) in [
+            (RunOutcome::Completed, 0),
+            (RunOutcome::WorkerVanished { exit: None }, 1),
+            (trouble(RunFailureKind::Local), 1),
+            (trouble(RunFailureKind::Unfit), 1),
+            (trouble(RunFailureKind::NoOffer), 3),
+            (RunOutcome::Deadline, 4),
+            (trouble(RunFailureKind::Broker), 5),
+            (trouble(RunFailureKind::Host), 5),
+            (RunOutcome::InstanceLost, 5),
+            (RunOutcome::Interrupted, 130),
+            (RunOutcome::Cancelled, 130),
+        ] {
+            assert_eq!(ExitStatus::of_run(&closed(ending.clone())).number(), number, "{ending:?}");
+        }
+        assert_eq!(ExitStatus::of_run(&RunState::initial()).number(), 6, "what has no ending is not over");
+    }
+
+    fn at(phase: Phase, message: Option<&str>) -> Progress {
+        Progress {
+            schema: 1,
+            at_ms: 0,
+            phase,
+            layer: 28,
+            layers: 28,
+            bytes_read: 1 << 30,
+            bytes_total: 2 << 30,
+            tokens_per_second: 1234.5,
+            eta_seconds: Some(75.0),
+            message: message.map(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn progress_says_how_far_it_is_what_is_left_and_what_it_costs() {
+        let layers = detail(&Progress { layer: 5, ..at(Phase::Layers, None) });
+        assert_eq!(layers, ["5 of 28 layers, 1 min left", "1,234 tokens/s, 1.0 GiB of 2.0 GiB weights"]);
+        let head = detail(&at(Phase::Head, Some("3 of 38 parts of the vocabulary")));
+        assert_eq!(head, ["3 of 38 parts of the vocabulary, 1 min left", "1.0 GiB of 2.0 GiB weights"]);
+        assert_eq!(standing(Duration::from_secs(65), None, 0), "1 min so far");
+        let run = crate::run::ledger::tests::rented();
+        let words = standing(Duration::from_secs(65), Some(&run.meter()), run.created_at_ms + 3_600_000);
+        assert!(words.starts_with("$3") && words.contains(" in 1 min, until "), "{words}");
+        assert!(words.ends_with(", until 1970-01-01 00:00 UTC"), "{words}");
+        let on_the_day = standing(Duration::from_secs(65), Some(&run.meter()), 5000);
+        assert!(on_the_day.ends_with(" in 1 min, until 00:00 UTC"), "{on_the_day}");
+    }
+
+    #[test]
+    fn a_log_says_nothing_again_and_again() {
+        let said = Plain { at: Instant::now(), label: "Perplexity".into(), position: 28, pause: PLAIN_PAUSE };
+        assert!(!said.is_news("Perplexity", 28, 28), "all layers are done as they were before");
+        assert!(said.is_news("Writing results", 28, 28) && said.is_news("Perplexity", 30, 30));
+        let pauses = (0..9).scan(PLAIN_PAUSE, |pause, _| {
+            *pause = Plain { at: Instant::now(), label: "x".into(), position: 0, pause: *pause }.next_pause("x")?;
+            Some(pause.as_secs())
+        });
+        assert_eq!(pauses.collect::<Vec<_>>(), [4, 8, 16, 32, 60, 60, 60, 60, 60]);
+        assert_eq!(said.next_pause("Layers"), None);
+        let mut now = Now::default();
+        assert_eq!(["refused", "refused", "silent", "refused"].map(|why| now.is_new(why)), [true, false, true, true]);
+    }
+
+    #[test]
+    fn whatever_happens_on_a_host_is_told() {
+        let facts = crate::run::deploy::fake::facts();
+        let late = HostFacts { clock_skew: Some(-700), cuda: "12.4".parse().ok(), gpus: vec![gpu()], ..facts };
+        let name = || "model".to_owned();
+        let told = [
+            (HostEvent::Connected, true, "Logged in"),
+            (HostEvent::AlreadyThere { name: name() }, true, "already: model"),
+            (HostEvent::Launched { pid: 7 }, true, "process 7"),
+            (HostEvent::Fetching { name: name(), bytes: 1 << 30 }, true, "model (1.0 GiB)"),
+            (HostEvent::LogSkipped(1 << 20), false, "1.0 MiB of the log"),
+            (HostEvent::ProgressSkipped(1 << 20), false, "1.0 MiB of the progress"),
+            (HostEvent::BadProgress("not json".into()), false, "not json"),
+            (HostEvent::Probed(late.clone()), false, "1 x NVIDIA X, driver 1 (CUDA 12.4), Linux x86_64, 4 CPU cores"),
+            (HostEvent::Probed(late), false, "its clock is 700 s slow"),
+        ];
+        for (event, is_detail, words) in told {
+            let said = on_host(&event);
+            assert!(said.contains(words) && super::is_detail(&event) == is_detail, "{event:?}: {said}");
+        }
+        let hostile = RunNote::NotRestarted { why: "\u{1b}[2Jgone".into() };
+        assert!(in_words(&hostile).ends_with("again: gone"), "{}", in_words(&hostile));
+    }
+
+    fn gpu() -> crate::host::GpuFacts {
+        let (name, driver) = ("NVIDIA X".into(), "1".into());
+        crate::host::GpuFacts { index: 0, name, memory: None, driver, uuid: String::new() }
+    }
+
+    #[test]
+    fn an_instance_that_may_be_left_is_the_worst() {
+        use ExitStatus::{Done, Failed, InstanceLeft, Interrupted, TimeUp};
+        assert_eq!(ExitStatus::worst([]), Done);
+        assert_eq!(ExitStatus::worst([Done, Failed, Done]), Failed);
+        assert_eq!(ExitStatus::worst([Failed, TimeUp, Interrupted]), Interrupted);
+        assert_eq!(ExitStatus::worst([Interrupted, InstanceLeft, Failed]), InstanceLeft);
+    }
+
+    #[test]
+    fn what_left_no_instance_does_not_say_so() {
+        let silent = DriveError::Silent { message: "no answer".into(), hint: Some("check the key".into()) };
+        assert_eq!(CliError::of_drive_error(&silent).status.number(), 5);
+        let full = LedgerError::Io { path: "/s".into(), source: std::io::ErrorKind::StorageFull.into() };
+        assert_eq!(CliError::of_drive_error(&DriveError::Ledger(full)).status.number(), 1, "a full disk is no cloud");
+        let unknown = DriveError::Broker { message: "no answer".into() };
+        assert_eq!(CliError::of_drive_error(&unknown).status.number(), 6);
+    }
+
+    #[test]
+    fn whoever_may_have_left_an_instance_says_how_to_end_it() {
+        let cli_error =
+            CliError::from(DriveError::Instance { run: "abc".into(), message: "it is still listed".into() });
+        assert_eq!(cli_error.status.number(), 6);
+        assert!(cli_error.hint.unwrap().contains("outliers runs cancel abc"));
+    }
+}

@@ -1,0 +1,647 @@
+//! What commands print for people.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use outliers_protocol::{
+    FeaturePeak, FileBytes, Inspection, LayerInspection, Phase, Progress, Reading, Results, Sided, WeightVerification,
+};
+
+use super::diagnostics::diagnostics;
+pub use super::table::{Cell, facts, id, name, number, paragraphs, table, text};
+use crate::cli::settings::Span;
+use crate::cloud::broker::{Capabilities, Instance, InstanceId, InstanceState, Offer};
+use crate::cloud::estimate::{Estimate, Work};
+use crate::cloud::market::{self, Step};
+use crate::model_name::short;
+use crate::run::ledger::{RunRecord, now_ms};
+use crate::run::reconcile::{Action, Leave};
+use crate::survey::ModelOutcome;
+use crate::text::{clean, counted};
+use crate::ui::status::Status;
+use crate::units::{Bytes, Usd, figure, grouped, operations};
+
+/// Lines shown of what may be long; the file, or `--json`, has them all.
+pub const TOP: usize = 10;
+
+fn percent(share: Option<f64>) -> Cell {
+    number(share.map_or_else(|| "-".to_owned(), |share| format!("{share:.1}")))
+}
+
+/// The verdicts side by side, perplexity, the strongest features and what else was measured.
+///
+/// `model` is its name here; the results have the one on the instance. What was not verified of
+/// the weights is said below the verdicts.
+pub fn results(model: &str, results: &Results, weights: Option<&WeightVerification>) -> String {
+    let thresholds = results.thresholds;
+    let mut out = format!(
+        "{}: {} of {}, {}, {}, {}\n\
+         |x| >= {}, in >= {:.0} % of layers (or norm outputs) and >= {:.0} % of positions\n",
+        clean(short(model).as_bytes(), 200),
+        counted(results.sequences, "sequence"),
+        counted(results.tokens_per_sequence, "token"),
+        counted(results.n_layers, "layer"),
+        counted(results.n_sites, "norm output"),
+        counted(results.hidden, "feature"),
+        thresholds.magnitude,
+        thresholds.layer_fraction * 100.0,
+        thresholds.position_fraction * 100.0,
+    );
+    let mut verdicts = table(&["systematic outlier features", "count", "mean L%", "mean S%"]);
+    for verdict in &results.verdicts {
+        let count = match verdict.reading {
+            Reading::MeanPerSequence => figure(verdict.count, 2),
+            _ => grouped(verdict.count as u64),
+        };
+        verdicts.add_row([
+            text(&verdict.label),
+            number(count),
+            percent(verdict.mean_layer_percent),
+            percent(verdict.mean_sequence_percent),
+        ]);
+    }
+    out += &format!("\n{verdicts}\n\n");
+    for warning in weights.into_iter().flat_map(WeightVerification::warnings) {
+        out += &format!("{}\n", clean(warning.as_bytes(), 500));
+    }
+    if let Some(perplexity) = results.perplexity {
+        let tokens = counted(perplexity.predicted_tokens as usize, "predicted token");
+        out += &format!("perplexity {} over {tokens}\n", figure(perplexity.perplexity, 4));
+    }
+    out += &features(results);
+    paragraphs(&(out + &diagnostics(results)))
+}
+
+fn features(results: &Results) -> String {
+    let mut strongest: Vec<_> = results.features.iter().collect();
+    let key = |f: &&outliers_protocol::Feature| (f.systematic_by_layers, f.systematic_by_sites, f.max_abs);
+    strongest.sort_by(|a, b| key(b).partial_cmp(&key(a)).unwrap_or(std::cmp::Ordering::Equal));
+    if strongest.is_empty() {
+        return format!("no value reaches the threshold; the largest is {:.3}\n", results.max_abs);
+    }
+    let header = ["feature", "layers", "L%", "S%", "signs", "min", "max", "gain", "x / gain", "systematic by"];
+    let mut table = table(&header);
+    for feature in strongest.iter().take(TOP) {
+        let signs = match feature.sided {
+            Sided::Pos => "+",
+            Sided::Neg => "-",
+            Sided::Both => "+-",
+        };
+        let by = match (feature.systematic_by_layers, feature.systematic_by_sites) {
+            (true, true) => "both",
+            (true, false) => "layers",
+            (false, true) => "norm outputs",
+            (false, false) => "-",
+        };
+        // At the site of the largest magnitude: a large gain makes large values of small ones.
+        let peak = |of: fn(&FeaturePeak) -> Option<f32>| {
+            number(feature.peak.as_ref().and_then(of).map_or_else(|| "-".to_owned(), |value| figure(value.into(), 2)))
+        };
+        table.add_row([
+            number(feature.dim),
+            number(feature.n_layers),
+            percent(Some(feature.layer_fraction * 100.0)),
+            percent(Some(feature.position_fraction * 100.0)),
+            Cell::new(signs),
+            number(figure(feature.min.into(), 2)),
+            number(figure(feature.max.into(), 2)),
+            peak(|peak| peak.gain),
+            peak(|peak| peak.value_over_gain),
+            Cell::new(by),
+        ]);
+    }
+    let more = strongest.len().saturating_sub(TOP);
+    let rest = match more {
+        0 => String::new(),
+        more => format!("and {} with outliers\n", counted(more, "more feature")),
+    };
+    format!("\n{table}\n{rest}")
+}
+
+/// What can be rented: what a run is estimated to take and cost, and what it costs at most until the time limit, or by what is
+/// agreed to if that is less.
+pub fn offers(offers: &[Offer], work: &Work, limit: Duration, agreed: Option<Usd>, most: usize) -> String {
+    let mut table = table(&["#", "broker", "what", "price", "takes", "costs", "at most"]);
+    for (i, offer) in offers.iter().take(most).enumerate() {
+        let estimate = work.on(offer);
+        table.add_row([
+            number(i + 1),
+            name(&offer.broker),
+            facts(&market::hardware(offer)),
+            number(offer.price),
+            number(format!("{:#}{}", Span(Duration::from_secs_f64(estimate.seconds)), mark(estimate.is_over(limit)))),
+            number(estimate.rank()),
+            number(agreed.into_iter().chain([offer.price.cost(limit).up_to_cents()]).min().unwrap_or_default()),
+        ]);
+    }
+    let more = offers.len().saturating_sub(most);
+    let mut rest = if more > 0 { format!("and {more} more\n") } else { String::new() };
+    if offers.iter().take(most).any(|offer| work.on(offer).is_over(limit)) {
+        rest += &format!("{OVER}: longer than the time limit of {}, which --max-duration raises\n", Span(limit));
+    }
+    format!("{table}\n{rest}")
+}
+
+/// Marks a run that does not end in time.
+const OVER: &str = "(!)";
+
+fn mark(is_over: bool) -> String {
+    if is_over { format!(" {OVER}") } else { String::new() }
+}
+
+/// What the filters removed.
+pub fn steps(considered: usize, steps: &[Step]) -> String {
+    let removed = steps.iter().filter(|step| step.removed > 0);
+    let removed: Vec<String> = removed.map(|step| format!("{} by {}", step.removed, step.option)).collect();
+    match removed.is_empty() {
+        true => String::new(),
+        false => format!("of {} the filters removed {}\n", counted(considered, "offer"), removed.join(", ")),
+    }
+}
+
+/// What a run would need, after what is to be known of the choice of its weights.
+pub fn needs(inspection: &Inspection) -> String {
+    let plan = &inspection.plan;
+    let rows = [
+        (
+            "parameters",
+            format!("{}, {} active per token", grouped(inspection.parameters), grouped(inspection.active_parameters)),
+        ),
+        ("tokens", format!("{} of {}", counted(plan.sequences, "sequence"), grouped(plan.tokens_per_sequence as u64))),
+        ("weights to read, once", Bytes(plan.bytes_to_read).to_string()),
+        ("weights on the disk", Bytes(plan.disk_bytes).to_string()),
+        (
+            "host memory to verify all weights",
+            if plan.hash_memory_bytes > 0 { Bytes(plan.hash_memory_bytes).to_string() } else { String::new() },
+        ),
+        ("device memory, streamed", Bytes(plan.streamed_memory_bytes).to_string()),
+        ("device memory, all resident", Bytes(plan.resident_memory_bytes).to_string()),
+        ("arithmetic", operations(plan.flops)),
+    ];
+    let mut table = table(&["a run needs", "so much"]);
+    for (name, value) in rows.into_iter().filter(|(_, value)| !value.is_empty()) {
+        table.add_row([Cell::new(name), Cell::new(value)]);
+    }
+    for FileBytes { name, bytes } in &plan.exports {
+        let name = format!("{}, at most", clean(name.as_bytes(), 200));
+        table.add_row([Cell::new(name), Cell::new(Bytes(*bytes).to_string())]);
+    }
+    let note = |note: &String| format!("note: {}\n", clean(note.as_bytes(), 2000));
+    let notes: String = inspection.checkpoint_notes.iter().map(note).collect();
+    format!("{notes}{table}\n")
+}
+
+/// How long a run takes and what it costs: a line for each part, with what was assumed.
+pub fn estimate(estimate: &Estimate) -> String {
+    let span = |seconds: f64| Span(Duration::from_secs_f64(seconds)).to_string();
+    let mut out = String::new();
+    if estimate.start_seconds > 0.0 {
+        out += &format!("start of the instance: {} (assumed)\n", span(estimate.start_seconds));
+    }
+    let rate = Bytes(estimate.read_bytes_per_second);
+    out += &format!("reading: {} at {rate}/s\n", span(estimate.read_seconds));
+    out += &match (estimate.compute_seconds, estimate.operations_per_second) {
+        (Some(seconds), Some(rate)) => format!("computing: {} at {}/s\n", span(seconds), operations(rate)),
+        _ => "computing: left out (give the device's peak with --tflops)\n".to_owned(),
+    };
+    out += &format!("together: {} (reading and computing overlap)\n", span(estimate.seconds));
+    if let (Some(price), Some(cost)) = (estimate.price, estimate.cost) {
+        out += &format!("cost: {cost} at {price}\n");
+    }
+    out
+}
+
+/// A checkpoint.
+pub fn inspection(inspection: &Inspection) -> String {
+    let mut out = format!(
+        "{} ({}), revision {}\nwidth {}, vocabulary {}, {}, {}, head {}, tokenizer {}\n",
+        clean(inspection.model.as_bytes(), 200),
+        clean(inspection.architecture.as_bytes(), 80),
+        clean(inspection.revision.as_deref().unwrap_or("none").as_bytes(), 80),
+        grouped(inspection.hidden as u64),
+        grouped(inspection.vocab as u64),
+        counted(inspection.layers.len(), "layer"),
+        counted(inspection.sites.len(), "studied norm output"),
+        if inspection.tied_head { "tied to the embedding" } else { "of its own" },
+        clean(inspection.tokenizer.as_deref().unwrap_or("none: token ids only").as_bytes(), 80),
+    );
+    let dtypes: Vec<String> = inspection
+        .stored_dtypes
+        .iter()
+        .map(|(dtype, bytes)| format!("{} {}", clean(dtype.as_bytes(), 20), Bytes(*bytes)))
+        .collect();
+    out += &format!("stored: {} in all ({})\n", Bytes(inspection.stored_bytes), dtypes.join(", "));
+    if !inspection.unstudied_norms.is_empty() {
+        let norms: Vec<String> = inspection.unstudied_norms.iter().map(|name| clean(name.as_bytes(), 100)).collect();
+        out += &format!("norms that act and are not studied: {}\n", norms.join(", "));
+    }
+    let mut table =
+        table(&["layers", "kind", "experts", "tensors", "parameters", "bytes", "norms before attention, before MLP"]);
+    // Layers in a row that are alike but for their number share a line.
+    let norms = |layer: &LayerInspection| {
+        let of_layer = inspection.sites.iter().filter(|site| site.layer == layer.layer);
+        let number = format!(".{}.", layer.layer);
+        of_layer.map(|site| clean(site.tensor.replacen(&number, ".*.", 1).as_bytes(), 120)).collect::<Vec<_>>()
+    };
+    let alike = |a: &LayerInspection, b: &LayerInspection| {
+        LayerInspection { layer: b.layer, ..a.clone() } == *b && norms(a) == norms(b)
+    };
+    for layers in inspection.layers.chunk_by(alike) {
+        let [first, rest @ ..] = layers else { continue };
+        let last = rest.last().map(|last| format!("-{}", last.layer)).unwrap_or_default();
+        table.add_row([
+            number(format!("{}{last}", first.layer)),
+            text(&first.kind),
+            number(first.experts),
+            number(first.tensors),
+            number(grouped(first.parameters)),
+            number(Bytes(first.bytes)),
+            Cell::new(norms(first).join("\n")),
+        ]);
+    }
+    out += &format!("\n{table}\n\n");
+    for ignored in &inspection.ignored {
+        let bytes = Bytes(ignored.bytes);
+        out += &format!(
+            "{} ({bytes}) on disk left unread: {}\n",
+            counted(ignored.tensors, "tensor"),
+            clean(ignored.why.as_bytes(), 200)
+        );
+    }
+    if !inspection.unexplained.is_empty() {
+        let tensors = counted(inspection.unexplained.len(), "tensor");
+        out += &format!("{tensors} on disk not explained by the architecture\n");
+    }
+    let config = &inspection.config;
+    if !config.unknown.is_empty() {
+        let keys = clean(config.unknown.join(", ").as_bytes(), 300);
+        out += &format!("config.json has keys that {} does not know; they change nothing: {keys}\n", config.class);
+    }
+    if let Some(explained) = config.explain() {
+        out += &format!("{}\n\n", clean(explained.as_bytes(), 600));
+    }
+    paragraphs(&(out + &needs(inspection)))
+}
+
+/// All runs.
+pub fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
+    let mut table = table(&["run", "model", "broker", "state", "age", "cost", "how it ended"]);
+    for (run, driven) in runs.iter().zip(driven) {
+        let state = match (run.state.is_at_rest(), driven) {
+            (false, false) => format!("{}, {}", run.state.word(), alone(run.is_detached())),
+            _ => run.state.word().to_owned(),
+        };
+        let ending = run.state.ending().map(ToString::to_string).unwrap_or_default();
+        table.add_row([
+            id(&run.id),
+            name(&short(&run.spec.model)),
+            name(broker(run)),
+            Cell::new(state),
+            number(age(run.created_at_ms, now_ms)),
+            number(run.cost(now_ms)),
+            text(&ending),
+        ]);
+    }
+    if runs.is_empty() { "no runs yet\n".to_owned() } else { format!("{table}\n") }
+}
+
+/// What a run is that no process drives.
+fn alone(detached: bool) -> &'static str {
+    if detached { "detached" } else { "abandoned" }
+}
+
+/// One run with all that happened.
+pub fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
+    let mut out = format!("run {} of {} on {}\n", run.id, clean(run.spec.model.as_bytes(), 200), broker(run));
+    let state = match driven || run.state.is_at_rest() {
+        true => "",
+        false if run.is_detached() => " (detached: `outliers attach` fetches its results)",
+        false => " (abandoned: the same command picks it up)",
+    };
+    out += &format!("state: {}{state}\n", run.state.word());
+    if let Some(rental) = run.state.rental() {
+        out += &format!("instance: {} at {}\n", rental.instance, rental.price);
+        let left = (rental.tag.deadline * 1000).saturating_sub(now_ms);
+        out += &format!("time left: {}\n", Span(Duration::from_millis(left)));
+    }
+    out += &format!("cost: {}\n", run.cost(now_ms));
+    if let Some(ending) = run.state.ending() {
+        out += &format!("how it ended: {}\n", clean(ending.to_string().as_bytes(), 2000));
+    }
+    if let Some(results) = run.state.results() {
+        let whole = if results.complete { "" } else { " (partial)" };
+        out += &format!("results: {}{whole}\n", results.folder);
+    }
+    let mut table = table(&["after", "what happened"]);
+    for entry in &run.events {
+        table.add_row([number(age(run.created_at_ms, entry.at_ms)), Cell::new(entry.event.word())]);
+    }
+    format!("{out}{table}\n")
+}
+
+/// What runs, what is finished, what it costs.
+pub fn status(status: &Status) -> String {
+    let mut under_way =
+        table(&["run", "survey", "model", "state", "broker", "price", "cost", "at most", "done in", "deadline in"]);
+    for run in &status.under_way {
+        let waits = run.waits.iter().map(|why| format!(", waits: {why}"));
+        let waits = waits.chain(run.progress.iter().map(how_far)).collect::<String>();
+        let state = match run.looked_after {
+            true => format!("{}{waits}", run.state),
+            false => format!("{}{waits}, {}", run.state, alone(run.detached)),
+        };
+        let in_time = |at: Option<u64>| match at {
+            None => "-".to_owned(),
+            Some(at) if at <= status.at => "overdue".to_owned(),
+            Some(at) => format!("{:#}", Span(Duration::from_secs(at - status.at))),
+        };
+        under_way.add_row([
+            id(&run.run),
+            name(run.survey.as_deref().unwrap_or("-")),
+            name(&short(&run.model)),
+            text(&state),
+            name(run.broker.as_deref().unwrap_or("-")),
+            number(run.price.map(|price| price.to_string()).unwrap_or_default()),
+            number(run.cost),
+            number(run.at_most),
+            number(in_time(run.expected)),
+            number(in_time(run.deadline)),
+        ]);
+    }
+    let mut surveys = table(&["survey", "complete", "failed", "open", "cost", "folder"]);
+    for survey in &status.surveys {
+        let count = |outcomes: &[ModelOutcome]| {
+            number(survey.index.models.iter().filter(|line| outcomes.contains(&line.outcome)).count())
+        };
+        surveys.add_row([
+            name(&survey.index.survey),
+            count(&[ModelOutcome::Complete]),
+            count(&[ModelOutcome::Partial, ModelOutcome::Failed]),
+            count(&[ModelOutcome::Open]),
+            number(survey.spent),
+            text(&survey.folder.to_string_lossy()),
+        ]);
+    }
+    let mut over = table(&["finished", "survey", "model", "ago", "cost", "how it ended"]);
+    for run in status.over.iter().rev().take(TOP) {
+        over.add_row([
+            id(&run.run),
+            name(run.survey.as_deref().unwrap_or("-")),
+            name(&short(&run.model)),
+            number(age(run.ended * 1000, status.at * 1000)),
+            number(run.cost),
+            text(&run.ending),
+        ]);
+    }
+    let mut out = String::new();
+    for (is_empty, table, nothing) in [
+        (status.under_way.is_empty(), under_way, "nothing is under way\n"),
+        (status.surveys.is_empty(), surveys, ""),
+        (status.over.is_empty(), over, ""),
+    ] {
+        out += &if is_empty { nothing.to_owned() } else { format!("{}\n\n", table.without_empty_columns()) };
+    }
+    let more = status.over.len().saturating_sub(TOP);
+    if more > 0 {
+        out += &format!("and {more} more finished: outliers runs list\n");
+    }
+    for lost in &status.unreadable {
+        out += &format!("run {}: its record is damaged: {}\n", lost.run, clean(lost.why.as_bytes(), 200));
+    }
+    let Status { spent, reserved, .. } = status;
+    out + &format!("spent {spent}; what is under way may still cost {reserved} until its time limits\n")
+}
+
+/// What a worker does, after the state of its run.
+fn how_far(progress: &Progress) -> String {
+    let Progress { phase, layer, layers, tokens_per_second, .. } = progress;
+    match phase {
+        Phase::Layers if *tokens_per_second > 0.0 => {
+            format!(": {layer} of {}, {} tokens/s", counted(*layers, "layer"), grouped(*tokens_per_second as u64))
+        }
+        Phase::Layers => format!(": {layer} of {}", counted(*layers, "layer")),
+        other => format!(": {}", super::phase(*other).to_lowercase()),
+    }
+}
+
+/// Where a run is, else where it may be.
+fn broker(run: &RunRecord) -> &str {
+    run.state.offer().map_or(&run.spec.brokers, |offer| &offer.broker)
+}
+
+/// Instances and what is made of each, in words.
+pub fn instances(listed: &[&Instance], words: &[String]) -> String {
+    let mut table = table(&["broker", "instance", "run", "state", "hardware", "price", "what it is"]);
+    for (instance, words) in listed.iter().zip(words) {
+        table.add_row([
+            name(&instance.broker),
+            id(if instance.id.0.is_empty() { "?" } else { &instance.id.0 }),
+            id(&instance.tag().map(|tag| tag.run).unwrap_or_default()),
+            text(&state(instance)),
+            name(&instance.hardware),
+            number(instance.price.map(|price| price.to_string()).unwrap_or_default()),
+            text(words),
+        ]);
+    }
+    if listed.is_empty() { "no instances\n".to_owned() } else { format!("{table}\n") }
+}
+
+fn state(instance: &Instance) -> String {
+    match &instance.state {
+        InstanceState::Booting => "booting".to_owned(),
+        InstanceState::Queued(why) => format!("waiting: {why}"),
+        InstanceState::Ready(endpoint) => format!("ready at {endpoint}"),
+        InstanceState::Failed(why) => format!("failed: {why}"),
+        InstanceState::Stopped => "stopped".to_owned(),
+        InstanceState::Terminating => "terminating".to_owned(),
+        InstanceState::Unknown(word) => format!("unknown: {word}"),
+        InstanceState::Unreadable(why) => format!("unreadable: {why}"),
+    }
+}
+
+/// One instance, with what ends it if everybody forgets it.
+pub fn instance(instance: &Instance, words: &str, run: Option<&RunRecord>, can: Capabilities) -> String {
+    let deadline = instance.tag().map_or_else(
+        || "none of ours".to_owned(),
+        |tag| {
+            let left = tag.deadline.saturating_sub(now_ms() / 1000);
+            let by = if can.server_deadline { "kept by the cloud itself" } else { "the cloud does not keep it" };
+            format!("in {} ({by})", Span(Duration::from_secs(left)))
+        },
+    );
+    let mut table = table(&["instance", &clean(instance.id.0.as_bytes(), 100)]);
+    for (name, value) in [
+        ("broker", instance.broker.clone()),
+        ("name", instance.name.clone()),
+        ("what it is", words.to_owned()),
+        ("run", run.map(|run| format!("{} of {}, {}", run.id, run.spec.model, run.state.word())).unwrap_or_default()),
+        ("state", state(instance)),
+        ("hardware", instance.hardware.clone()),
+        ("price", instance.price.map(|price| price.to_string()).unwrap_or_default()),
+        ("deadline", deadline),
+    ] {
+        table.add_row([Cell::new(name), text(&value)]);
+    }
+    format!("{table}\n")
+}
+
+/// What this program makes of instances, in words.
+pub fn what_they_are<'a>(listed: &[Instance], actions: impl IntoIterator<Item = &'a Action>) -> Vec<String> {
+    let (mut of_instances, mut of_runs) = (HashMap::<&InstanceId, String>::new(), HashMap::<&str, String>::new());
+    for action in actions {
+        match action {
+            Action::Finish { run, why } => {
+                of_runs.entry(run).or_insert_with(|| format!("to be ended: {}", super::finish(*why)));
+            }
+            Action::Adopt { instance, .. } => {
+                of_instances.entry(instance).or_insert_with(|| "of an abandoned run".to_owned());
+            }
+            Action::Terminate { instance, why } => {
+                of_instances.entry(instance).or_insert_with(|| format!("stray: {}", super::stray(*why)));
+            }
+            Action::LeaveAlone { instance, why } => {
+                of_instances.entry(instance).or_insert_with(|| left_alone(*why).to_owned());
+            }
+            Action::MarkGone { .. } => {}
+        }
+    }
+    let words = |instance: &Instance| {
+        let of_run = || of_runs.get(instance.tag()?.run.as_str());
+        of_instances.get(&instance.id).or_else(of_run).cloned().unwrap_or_default()
+    };
+    listed.iter().map(words).collect()
+}
+
+fn left_alone(why: Leave) -> &'static str {
+    match why {
+        Leave::NotOurs => "not ours",
+        Leave::OtherOwner => "of another ledger",
+        Leave::Driven => "of a run under way",
+        Leave::Held => "kept",
+        Leave::Unreadable => "unknown: its entry in the cloud's list cannot be read",
+        Leave::Superseded => "of a run that has another instance, or none, as far as is known here",
+        Leave::RunUnknown => "of a run that is not known here",
+        Leave::RecordUnreadable => "of a run whose record cannot be read",
+    }
+}
+
+/// Where a finished run's files are and what it cost.
+pub fn epilogue(run: &RunRecord, cost: Usd) -> String {
+    let mut out = String::new();
+    if let Some(results) = run.state.results() {
+        out += &format!("files: {}\n", results.folder);
+    }
+    let price = if run.spec.brokers == crate::cloud::broker::local::NAME { " (made up: this machine)" } else { "" };
+    out + &format!("run {}, cost {cost}{price}\n", run.id)
+}
+
+fn age(since_ms: u64, now_ms: u64) -> String {
+    Span(Duration::from_millis(now_ms.saturating_sub(since_ms))).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use outliers_protocol::{Axis, Perplexity, Thresholds, Verdict};
+
+    use super::*;
+    use crate::units::UsdPerHour;
+
+    #[test]
+    fn an_estimate_says_its_rates_and_what_was_left_out() {
+        let work = Work { read: Bytes(1), operations: 3e14, read_rate: Bytes(1), efficiency: 0.5 };
+        let words = |rate| estimate(&work.at(Duration::ZERO, Bytes(0), rate, None));
+        assert!(words(Some(1e-300)).contains("together"), "no division ends the program");
+        assert!(words(None).contains("left out"), "{}", words(None));
+        let (slow, quick) = (words(Some(2.4e10)), words(Some(1.2e11)));
+        assert!(slow.contains("at 24.0 x 10^9 operations/s"), "{slow}");
+        assert!(quick.contains("at 0.12 x 10^12 operations/s"), "{quick}");
+    }
+
+    #[test]
+    fn instances_are_told_by_one_look_at_the_actions_however_many_there_are() {
+        let instance = |i: usize| crate::run::reconcile::tests::instance(&format!("i-{i}"), "plain");
+        let listed: Vec<Instance> = (0..300).map(instance).collect();
+        let actions = crate::run::reconcile::by_tag(&listed);
+        let looks = std::cell::Cell::new(0);
+        let words = what_they_are(&listed, actions.iter().inspect(|_| looks.set(looks.get() + 1)));
+        assert_eq!((looks.get(), words.len()), (300, 300), "not once per instance");
+        assert!(words.iter().all(|words| words == "not ours"));
+    }
+
+    #[test]
+    fn a_name_without_end_does_not_pad_the_others() {
+        let plain = crate::run::reconcile::tests::instance("i-1", "plain");
+        let mut evil = crate::run::reconcile::tests::instance(&"x".repeat(100_000), "evil");
+        evil.hardware = "漢".repeat(100_000);
+        let shown = instances(&[&plain, &evil], &["not ours".to_owned(), "not ours".to_owned()]);
+        assert!(shown.lines().all(|line| line.chars().count() < 500), "{shown}");
+        assert!(shown.len() < 5000, "{} bytes", shown.len());
+        let wide = {
+            let mut wide = table(&["a", "b"]);
+            wide.add_row([Cell::new("y".repeat(1000)), Cell::new("z")]);
+            wide.to_string()
+        };
+        assert!(wide.lines().count() > 4 && wide.lines().all(|line| line.chars().count() <= 220), "{wide}");
+    }
+
+    #[test]
+    fn hostile_names_cannot_command_the_terminal() {
+        let verdict = |label: &str, count| Verdict {
+            reading: Reading::Unique,
+            axis: Axis::Layers,
+            label: label.into(),
+            count,
+            mean_layer_percent: Some(33.333),
+            mean_sequence_percent: None,
+        };
+        let evil = Results {
+            schema: 1,
+            model: "evil\u{1b}[2Jmodel".into(),
+            thresholds: Thresholds::default(),
+            n_layers: 4,
+            n_sites: 8,
+            unstudied_norms: Vec::new(),
+            hidden: 16,
+            sequences: 2,
+            tokens_per_sequence: 8,
+            verdicts: vec![verdict("a\u{1b}]0;title\u{7}b", 3.0), verdict("c", 0.0)],
+            features: Vec::new(),
+            per_sequence: Vec::new(),
+            sites: Vec::new(),
+            total_occurrences: 0,
+            max_abs: 1.5,
+            perplexity: Some(Perplexity { perplexity: 12.5, mean_nll: 2.5257, predicted_tokens: 14 }),
+            other_sites: Vec::new(),
+            massive_activations: None,
+            top_records: Vec::new(),
+            routers: Vec::new(),
+            super_experts: None,
+            ablation: Vec::new(),
+            quantization_error: None,
+            residual_sinks: None,
+            spike_life: None,
+            attention_sinks: None,
+        };
+        let mut weights = WeightVerification { verified_files: 3, ..WeightVerification::default() };
+        weights.leave_out("no\u{1b}[2J memory", vec!["a.safetensors".into()]);
+        let shown = results(&evil.model, &evil, Some(&weights));
+        assert!(shown.contains("weights unverified: 1 of 4 files (no"), "{shown}");
+        assert!(!results(&evil.model, &evil, None).contains("unverified"));
+        assert!(shown.chars().all(|c| !c.is_control() || c == '\n'), "{shown}");
+        for expected in ["evilmodel", "ab", "33.3", "12.5000", "1.500"] {
+            assert!(shown.contains(expected), "{expected} in {shown}");
+        }
+        let perplexity = Perplexity { perplexity: 1.23456e71, mean_nll: 163.7, predicted_tokens: 2040 };
+        let long = results("/a/b/tiny", &Results { perplexity: Some(perplexity), ..evil }, None);
+        assert!(long.starts_with("tiny: 2 sequences of 8 tokens, 4 layers, 8 norm outputs, 16 features\n"), "{long}");
+        assert!(long.contains("\nperplexity 1.2346e71 over 2,040 predicted tokens\n"), "{long}");
+    }
+
+    #[test]
+    fn an_offer_says_its_price_and_its_cloud_once() {
+        let offer = Offer::new("vast", "a".into(), 1, UsdPerHour::from_dollars(1.5)).with_gpu("H100 SXM", None);
+        let shown = offers(&[offer], &Work::default(), Duration::from_secs(3600), None, TOP);
+        let row = shown.lines().nth(2).unwrap();
+        assert_eq!((row.matches("$1.50/h").count(), row.matches("vast").count()), (1, 1), "{shown}");
+    }
+}

@@ -1,0 +1,525 @@
+//! Where everything stands: made of the ledger and the files of results, never of memory. Given them and the clock, always the same.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use outliers_protocol::{Axis, Progress, Reading, Results, files};
+use serde::Serialize;
+
+use crate::cloud::broker::{Instance, InstanceState};
+use crate::files::{MOST, read_small};
+use crate::run::deploy::read_progress;
+use crate::run::ledger::{Ledger, LedgerError, Records, RunRecord, Unreadable};
+use crate::run::{Membership, RunEvent, RunOutcome, RunState};
+use crate::survey::Index;
+use crate::units::{Usd, UsdPerHour};
+
+/// The whole picture.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Status {
+    /// The moment it is true of, in Unix seconds.
+    pub at: u64,
+    /// Runs that are not over, oldest first.
+    pub under_way: Vec<UnderWay>,
+    /// Runs that are, oldest first.
+    pub over: Vec<Over>,
+    /// Runs whose records cannot be read; what they cost is not among the figures.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unreadable: Vec<Unreadable>,
+    /// Surveys among the results, by name.
+    pub surveys: Vec<SurveyStatus>,
+    /// By all runs of the ledger.
+    pub spent: Usd,
+    /// What the runs under way may still cost until their time limits.
+    pub reserved: Usd,
+}
+
+/// A run that is not over.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct UnderWay {
+    /// Its id.
+    pub run: String,
+    /// The survey it is part of.
+    pub survey: Option<String>,
+    /// Hub id or folder.
+    pub model: String,
+    /// One word.
+    pub state: String,
+    /// Why it waits in its cluster's queue, where that was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waits: Option<String>,
+    /// How far its worker is, as the process heard last that drives it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+    /// Some process looks after it, or it is kept at the user's request.
+    pub looked_after: bool,
+    /// The instance stays at the user's request.
+    pub held: bool,
+    /// Its worker was left to work on without any process here, at the user's request.
+    pub detached: bool,
+    /// Where its instance is, or may be.
+    pub broker: Option<String>,
+    /// Its instance.
+    pub instance: Option<String>,
+    /// What that bills.
+    pub price: Option<UsdPerHour>,
+    /// So far.
+    pub cost: Usd,
+    /// By its time limit.
+    pub at_most: Usd,
+    /// When it is done by its worker's own measure, else by the plan's estimate, in Unix seconds.
+    pub expected: Option<u64>,
+    /// When its instance has no right to exist any more, in Unix seconds.
+    pub deadline: Option<u64>,
+}
+
+/// A run that is over.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Over {
+    /// Its id.
+    pub run: String,
+    /// The survey it is part of.
+    pub survey: Option<String>,
+    /// Hub id or folder.
+    pub model: String,
+    /// How it ended, in words.
+    pub ending: String,
+    /// Whole results came home.
+    pub completed: bool,
+    /// A later run of the same work completed, or is under way.
+    pub superseded: bool,
+    /// What to do about it.
+    pub hint: Option<String>,
+    /// What it cost.
+    pub cost: Usd,
+    /// When, in Unix seconds.
+    pub ended: u64,
+    /// What came home.
+    pub folder: Option<String>,
+    /// What was found; `None` where the results are not there (any more).
+    pub figures: Option<HeadlineFigures>,
+}
+
+/// The figures that a table has room for.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct HeadlineFigures {
+    /// Distinct systematic features over layers, the paper's count.
+    pub features: f64,
+    /// Of the same pass.
+    pub perplexity: Option<f64>,
+}
+
+/// A survey by its index.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SurveyStatus {
+    /// Where its results are.
+    pub folder: PathBuf,
+    /// What became of each model.
+    pub index: Index,
+    /// By all its runs.
+    pub spent: Usd,
+}
+
+impl HeadlineFigures {
+    /// Those of a folder of results.
+    pub fn read(folder: &Path) -> Option<Self> {
+        let results: Results = serde_json::from_slice(&read_small(&folder.join(files::RESULTS), MOST).ok()?).ok()?;
+        let mut verdicts = results.verdicts.iter();
+        let paper = verdicts.find(|verdict| (verdict.reading, verdict.axis) == (Reading::Unique, Axis::Layers))?;
+        Some(Self { features: paper.count, perplexity: results.perplexity.map(|perplexity| perplexity.perplexity) })
+    }
+}
+
+impl Status {
+    /// Looks at the ledger, and at the surveys below `results`.
+    ///
+    /// # Errors
+    /// What the ledger says.
+    pub fn look(ledger: &Ledger, results: &Path, now_ms: u64) -> Result<Self, LedgerError> {
+        let Records { runs, unreadable } = ledger.records()?;
+        let mut driven = Vec::new();
+        for run in runs.iter().filter(|run| !run.state.is_closed()) {
+            if ledger.is_driven(&run.id)? {
+                driven.push(run.id.clone());
+            }
+        }
+        let mut status = Self { unreadable, ..Self::of(&runs, &driven, surveys(results), now_ms) };
+        let launched = runs.iter().filter(|run| matches!(run.state, RunState::Launched { .. }));
+        let launched: HashSet<&String> = launched.map(|run| &run.id).collect();
+        for run in status.under_way.iter_mut().filter(|run| run.looked_after && launched.contains(&run.run)) {
+            run.note_progress(read_progress(&ledger.run_folder(&run.run)));
+        }
+        Ok(status)
+    }
+
+    /// Whether anything here may change without anybody's doing: a process drives it, or it has
+    /// time left.
+    pub fn is_at_work(&self) -> bool {
+        let has_time = |run: &UnderWay| run.deadline.is_some_and(|deadline| deadline > self.at);
+        self.under_way.iter().any(|run| !run.held && (run.looked_after || has_time(run)))
+    }
+
+    /// Whether a run under way has its instance at this broker.
+    pub fn uses(&self, broker: &str) -> bool {
+        self.under_way.iter().any(|run| run.instance.is_some() && run.broker.as_deref() == Some(broker))
+    }
+
+    /// Notes which runs wait in a queue, by their cluster's list.
+    pub fn note_queue(&mut self, listed: &[Instance]) {
+        let waits = |run: &UnderWay| {
+            let same = |instance: &&Instance| {
+                Some(&instance.id.0) == run.instance.as_ref() && Some(&instance.broker) == run.broker.as_ref()
+            };
+            match &listed.iter().find(same)?.state {
+                InstanceState::Queued(why) => Some(why.clone()),
+                _ => None,
+            }
+        };
+        for run in &mut self.under_way {
+            run.waits = waits(run);
+        }
+    }
+
+    /// From the runs, those that a process drives, and the surveys' folders and indices. Each run
+    /// is looked at a few times, however many there are.
+    fn of(runs: &[RunRecord], driven: &[String], surveys: Vec<(PathBuf, Index)>, now_ms: u64) -> Self {
+        let mut spent_by: HashMap<&str, Usd> = HashMap::new();
+        for run in runs {
+            if let Some(member) = &run.spec.survey {
+                let spent = spent_by.entry(&member.survey).or_default();
+                *spent = *spent + run.cost(now_ms);
+            }
+        }
+        let spent_by = |survey: &str| spent_by.get(survey).copied().unwrap_or_default();
+        let (driven, mended): (HashSet<&String>, Mended<'_>) = (driven.iter().collect(), Mended::by(runs));
+        let (closed, open): (Vec<_>, Vec<_>) = runs.iter().partition(|run| run.state.is_closed());
+        let left = |run: &&RunRecord| Usd::from_micros(run.at_most(now_ms).micros() - run.cost(now_ms).micros());
+        Self {
+            at: now_ms / 1000,
+            reserved: open.iter().map(left).sum(),
+            under_way: open.iter().map(|run| UnderWay::of(run, driven.contains(&run.id), now_ms)).collect(),
+            unreadable: Vec::new(),
+            over: closed.iter().map(|run| Over::of(run, &mended, now_ms)).collect(),
+            surveys: surveys
+                .into_iter()
+                .map(|(folder, index)| SurveyStatus { spent: spent_by(&index.survey), folder, index })
+                .collect(),
+            spent: runs.iter().map(|run| run.cost(now_ms)).sum(),
+        }
+    }
+}
+
+/// Every survey that has an index in a folder below `results`, by name. What cannot be read is for `compare` to say.
+fn surveys(results: &Path) -> Vec<(PathBuf, Index)> {
+    let entries = std::fs::read_dir(results).into_iter().flatten().filter_map(Result::ok);
+    let mut found: Vec<(PathBuf, Index)> =
+        entries.filter_map(|entry| Some((entry.path(), Index::read(&entry.path()).ok()??))).collect();
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    found
+}
+
+fn name_of_survey(run: &RunRecord) -> Option<String> {
+    run.spec.survey.as_ref().map(|member| member.survey.clone())
+}
+
+impl UnderWay {
+    fn of(run: &RunRecord, driven: bool, now_ms: u64) -> Self {
+        let (rental, held) = (run.state.rental(), matches!(run.state, RunState::Held { .. }));
+        Self {
+            run: run.id.clone(),
+            survey: name_of_survey(run),
+            model: run.spec.model.clone(),
+            state: run.state.word().to_owned(),
+            waits: None,
+            progress: None,
+            looked_after: driven || held,
+            held,
+            detached: !driven && run.is_detached(),
+            broker: run.state.offer().map(|offer| offer.broker.clone()),
+            instance: rental.map(|rental| rental.instance.0.clone()),
+            price: rental.map(|rental| rental.price),
+            cost: run.cost(now_ms),
+            at_most: run.at_most(now_ms),
+            expected: expected(run),
+            deadline: run.deadline(),
+        }
+    }
+
+    /// What the worker measures is nearer than any estimate.
+    fn note_progress(&mut self, progress: Option<Progress>) {
+        let left = |progress: &Progress| Duration::try_from_secs_f64(progress.eta_seconds?).ok();
+        let measured = progress.as_ref().and_then(|progress| {
+            Some(Duration::from_millis(progress.at_ms).checked_add(left(progress)?)?.as_secs())
+        });
+        self.expected = measured.or(self.expected);
+        self.progress = progress;
+    }
+}
+
+/// The plan's estimate, counted from the worker's start, or before it from the create call.
+fn expected(run: &RunRecord) -> Option<u64> {
+    if run.state.ending().is_some() {
+        return None;
+    }
+    let estimate = run.spec.work.on(run.state.offer()?);
+    let last =
+        |is: fn(&RunEvent) -> bool| run.events.iter().rev().find(|entry| is(&entry.event)).map(|entry| entry.at_ms);
+    let asked = last(|event| matches!(event, RunEvent::Creating { .. }))?;
+    let launched = last(|event| matches!(event, RunEvent::Launched)).filter(|at| *at >= asked);
+    let (from, seconds) = match launched {
+        Some(at) => (at, estimate.seconds - estimate.start_seconds),
+        None => (asked, estimate.seconds),
+    };
+    Some((Duration::from_millis(from) + Duration::from_secs_f64(seconds.max(0.0))).as_secs())
+}
+
+/// Of each work, when the last run of it that completed or is under way was created.
+struct Mended<'a>(HashMap<(&'a str, Option<&'a Membership>), u64>);
+
+impl<'a> Mended<'a> {
+    fn by(runs: impl IntoIterator<Item = &'a RunRecord>) -> Self {
+        let mut latest = HashMap::new();
+        for run in runs {
+            if !run.state.is_closed() || run.state.ending() == Some(&RunOutcome::Completed) {
+                let at = latest.entry(Self::work(run)).or_default();
+                *at = run.created_at_ms.max(*at);
+            }
+        }
+        Self(latest)
+    }
+
+    fn work(run: &RunRecord) -> (&str, Option<&Membership>) {
+        (&run.spec.job_key, run.spec.survey.as_ref())
+    }
+
+    /// Whether a later run of the same work did, or may do, what this one did not.
+    fn after(&self, run: &RunRecord) -> bool {
+        self.0.get(&Self::work(run)).is_some_and(|latest| *latest > run.created_at_ms)
+    }
+}
+
+impl Over {
+    fn of(run: &RunRecord, mended: &Mended<'_>, now_ms: u64) -> Self {
+        let completed = run.state.ending() == Some(&RunOutcome::Completed);
+        let results = run.state.results();
+        Self {
+            run: run.id.clone(),
+            survey: name_of_survey(run),
+            model: run.spec.model.clone(),
+            ending: run.state.ending().map(ToString::to_string).unwrap_or_default(),
+            completed,
+            superseded: mended.after(run),
+            hint: run.state.ending().and_then(RunOutcome::hint).map(str::to_owned),
+            cost: run.cost(now_ms),
+            ended: run.changed_at_ms() / 1000,
+            folder: results.map(|results| results.folder.clone()),
+            figures: results
+                .filter(|_| completed)
+                .and_then(|results| HeadlineFigures::read(Path::new(&results.folder))),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::cloud::broker::{InstanceId, LeaseTag};
+    use crate::run::deploy::fake::{offer, spec};
+    use crate::run::ledger::LedgerEntry;
+    use crate::run::{Brought, FailureDetail, Intent, Membership, Pin, RunFailureKind, RunSpec, next};
+    use crate::survey::ModelOutcome;
+    use crate::survey::index::{self, IndexEntry};
+
+    /// 2026-06-01T12:00:00Z.
+    pub(crate) const NOW_MS: u64 = 1_780_315_200_000;
+
+    /// A run of the survey `moe-two` that began `minutes` ago, one event each minute.
+    pub(crate) fn run(id: &str, model: &str, minutes: u64, events: Vec<RunEvent>) -> RunRecord {
+        let survey = Some(Membership { survey: "moe-two".into(), model: model.replace('/', "--") });
+        let spec = RunSpec { model: model.into(), job_key: model.into(), survey, ..spec(Path::new("/nowhere")) };
+        let created_at_ms = NOW_MS - minutes * 60_000;
+        let at = |i: usize| created_at_ms + i as u64 * 60_000;
+        let state = events.iter().fold(RunState::initial(), |state, event| next(&state, event).unwrap());
+        let events = events.into_iter().enumerate().map(|(i, event)| LedgerEntry { at_ms: at(i), event }).collect();
+        RunRecord { id: id.into(), created_at_ms, spec, events, state }
+    }
+
+    /// Up to the start of the worker.
+    pub(crate) fn rented(id: &str) -> Vec<RunEvent> {
+        let tag = LeaseTag { owner: "me".into(), run: id.into(), nonce: "n".into(), deadline: NOW_MS / 1000 + 1800 };
+        vec![
+            RunEvent::Creating { intent: Box::new(Intent { offer: offer("a", 6.0), tag }) },
+            RunEvent::Created { instance: InstanceId(format!("i-{id}")), price: None },
+            RunEvent::Reached { pin: Pin("p".into()), price: None },
+            RunEvent::Launched,
+        ]
+    }
+
+    /// To the end of the instance.
+    pub(crate) fn ended(id: &str, results: Brought, ending: RunOutcome) -> Vec<RunEvent> {
+        let end = [
+            RunEvent::WorkerEnded { exit: Some(0) },
+            RunEvent::Fetched { results, ending },
+            RunEvent::Terminate,
+            RunEvent::Gone,
+        ];
+        rented(id).into_iter().chain(end).collect()
+    }
+
+    /// One of each: complete (with real results at `home`), failed, under way, abandoned, and refused for want of an offer.
+    pub(crate) fn status(home: &Path) -> Status {
+        let whole = crate::compare::fixture::copy("mixture", &home.join("moe-two/owner--a"));
+        let whole = Brought { folder: whole.to_string_lossy().into_owned(), complete: true };
+        let partial = Brought { folder: "/nowhere/b-2.partial".into(), complete: false };
+        let broken = RunOutcome::WorkerVanished { exit: Some(9) };
+        let trouble = FailureDetail {
+            kind: RunFailureKind::NoOffer,
+            message: "--min-vram 200 | removed the last offer".into(),
+            hint: Some("relax the filters".into()),
+        };
+        let refused = vec![RunEvent::Stopped { ending: RunOutcome::Failed { trouble } }];
+        let runs = [
+            run("run1", "owner/a", 60, ended("run1", whole, RunOutcome::Completed)),
+            run("run2", "owner/b", 50, ended("run2", partial, broken)),
+            run("run3", "owner/c", 10, rented("run3")),
+            run("run4", "owner/d", 20, rented("run4")),
+            run("run5", "owner/e", 5, refused),
+        ];
+        let line = |name: &str, run: Option<&str>, outcome| IndexEntry {
+            name: name.into(),
+            model: name.replace("--", "/"),
+            job_key: "k".into(),
+            run: run.map(str::to_owned),
+            outcome,
+            folder: None,
+            why: None,
+        };
+        let index = Index {
+            schema: index::SCHEMA,
+            survey: "moe-two".into(),
+            file: "/my surveys/moe-two.toml".into(),
+            models: vec![
+                line("owner--a", Some("run1"), ModelOutcome::Complete),
+                line("owner--b", Some("run2"), ModelOutcome::Partial),
+                line("owner--c", Some("run3"), ModelOutcome::Open),
+            ],
+        };
+        Status::of(&runs, &["run3".to_owned()], vec![(home.join("moe-two"), index)], NOW_MS)
+    }
+
+    #[test]
+    fn everything_is_told_from_the_ledger_and_the_files() {
+        let home = tempfile::tempdir().unwrap();
+        let status = status(home.path());
+        let ids = |runs: &[&str]| runs.iter().map(|run| (*run).to_owned()).collect::<Vec<_>>();
+        assert_eq!(status.under_way.iter().map(|run| run.run.clone()).collect::<Vec<_>>(), ids(&["run3", "run4"]));
+        let running = &status.under_way[0];
+        assert!(running.looked_after && !status.under_way[1].looked_after);
+        assert!(status.is_at_work() && !running.detached && !status.under_way[1].detached);
+        assert_eq!((running.cost, running.at_most), (Usd::from_dollars(1.0), Usd::from_dollars(4.0)));
+        assert_eq!(status.reserved, Usd::from_dollars(6.0), "half an hour of two instances");
+        // Four seconds of arithmetic, counted from the launch three minutes after the create call.
+        assert_eq!(running.expected, Some(NOW_MS / 1000 - 10 * 60 + 3 * 60 + 4));
+        let (mut running, plan) = (running.clone(), running.expected);
+        let line = r#"{"schema":1,"at_ms":60000,"phase":"layers","layer":3,"layers":8,"bytes_read":1,"bytes_total":2,
+            "tokens_per_second":502.4}"#;
+        let mut progress: Progress = serde_json::from_str(line).unwrap();
+        running.note_progress(Some(progress.clone()));
+        assert_eq!(running.expected, plan, "its worker does not know yet");
+        for (seconds, expected) in [(75.0, Some(135)), (f64::INFINITY, Some(135)), (-1.0, Some(135))] {
+            progress.eta_seconds = Some(seconds);
+            running.note_progress(Some(progress.clone()));
+            assert_eq!(running.expected, expected);
+        }
+        let done = &status.over[0];
+        assert!(done.completed && done.figures.is_some_and(|figures| figures.perplexity.is_some()));
+        assert_eq!(status.over[2].hint.as_deref(), Some("relax the filters"));
+        assert_eq!(status.surveys[0].spent, status.spent);
+        assert_eq!(status, super::tests::status(tempfile::tempdir().unwrap().path()).moved(&status));
+    }
+
+    impl Status {
+        /// The same, with the folders of another one.
+        fn moved(mut self, other: &Self) -> Self {
+            for (survey, to) in self.surveys.iter_mut().zip(&other.surveys) {
+                survey.folder.clone_from(&to.folder);
+            }
+            for (run, to) in self.over.iter_mut().zip(&other.over) {
+                run.folder.clone_from(&to.folder);
+            }
+            self
+        }
+    }
+
+    #[test]
+    fn what_waits_in_a_queue_is_told_and_nothing_else() {
+        let runs = [run("run1", "owner/a", 10, rented("run1")), run("run2", "owner/b", 10, rented("run2"))];
+        let mut status = Status::of(&runs, &[], Vec::new(), NOW_MS);
+        let broker = status.under_way[0].broker.clone().unwrap();
+        assert!(status.uses(&broker) && !status.uses("elsewhere"));
+        let instance = |broker: &str, id: &str, state| Instance {
+            broker: broker.to_owned(),
+            id: InstanceId(id.to_owned()),
+            name: String::new(),
+            state,
+            price: None,
+            hardware: String::new(),
+            created_at: None,
+        };
+        let queued = |why: &str| InstanceState::Queued(why.to_owned());
+        status.note_queue(&[
+            instance("elsewhere", "i-run1", queued("no")),
+            instance(&broker, "i-run1", queued("Priority")),
+            instance(&broker, "i-run2", InstanceState::Booting),
+        ]);
+        let waits: Vec<Option<&str>> = status.under_way.iter().map(|run| run.waits.as_deref()).collect();
+        assert_eq!(waits, [Some("Priority"), None]);
+        assert!(crate::ui::report::tables::status(&status).contains("launched, waits: Priority"));
+        status.note_queue(&[]);
+        assert_eq!(status.under_way[0].waits, None, "it waits no more");
+    }
+
+    #[test]
+    fn a_detached_run_is_at_work_until_its_time_is_up_and_a_held_one_is_not() {
+        let detached = run("run1", "owner/a", 10, rented("run1"));
+        let detached = RunRecord { spec: RunSpec { detach: true, ..detached.spec.clone() }, ..detached };
+        let whole = Brought { folder: "/nowhere/a".into(), complete: true };
+        let mut events = ended("run2", whole, RunOutcome::Completed);
+        events.truncate(events.len() - 2);
+        events.push(RunEvent::Held);
+        let runs = [detached, run("run2", "owner/b", 10, events)];
+        let at = |runs: &[RunRecord], now_ms| Status::of(runs, &[], Vec::new(), now_ms);
+        let status = at(&runs, NOW_MS);
+        assert!(status.under_way[0].detached && !status.under_way[1].detached);
+        assert!(status.is_at_work() && !at(&runs[1..], NOW_MS).is_at_work());
+        assert!(!at(&runs, NOW_MS + 1_800_000).is_at_work(), "its time is up");
+        assert!(!at(&[], NOW_MS).is_at_work());
+    }
+
+    #[test]
+    fn what_was_mended_is_told_by_one_look_at_all_runs_however_many_there_are() {
+        let failed = || vec![RunEvent::Stopped { ending: RunOutcome::Interrupted }];
+        let mut runs: Vec<RunRecord> =
+            (0..200).map(|i| run(&format!("r{i}"), &format!("owner/{}", i % 20), 300 - i, failed())).collect();
+        runs.push(run("open", "owner/7", 1, rented("open")));
+        let looks = std::cell::Cell::new(0);
+        let mended = Mended::by(runs.iter().inspect(|_| looks.set(looks.get() + 1)));
+        let superseded: Vec<&str> =
+            runs.iter().filter(|run| mended.after(run)).map(|run| run.spec.model.as_str()).collect();
+        assert_eq!(looks.get(), runs.len(), "not once per run");
+        assert_eq!(superseded, ["owner/7"; 10]);
+    }
+
+    #[test]
+    fn what_failed_and_was_mended_is_not_told_as_failed() {
+        let broken = Brought { folder: "/nowhere/a.partial".into(), complete: false };
+        let whole = Brought { folder: "/nowhere/a".into(), complete: true };
+        let first = run("run1", "owner/a", 60, ended("run1", broken, RunOutcome::WorkerVanished { exit: None }));
+        let second = run("run2", "owner/a", 30, ended("run2", whole, RunOutcome::Completed));
+        let other = RunRecord { spec: RunSpec { survey: None, ..second.spec.clone() }, ..second.clone() };
+        let superseded = |runs: &[RunRecord]| Status::of(runs, &[], Vec::new(), NOW_MS).over[0].superseded;
+        assert!(superseded(&[first.clone(), second]));
+        assert!(!superseded(&[first, other]), "it stands in another place");
+    }
+}

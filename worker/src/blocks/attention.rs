@@ -1,0 +1,676 @@
+//! Softmax attention over whole sequences, blocked over queries and heads so that memory grows with
+//! the sequence, not with its square, and over the keys that a window shows, so that work grows with
+//! the window. On a GPU, blocks are of all sequences of a micro-batch.
+
+use std::cell::{Cell, RefCell};
+
+use candle_core::{D, DType, Device, Result, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::blocks::norm::Norm;
+use crate::kernels::fused::{self, Gate, RotatedPart, ScoreBlock, Sinks};
+use crate::kernels::product::Linear;
+use crate::kernels::product::product;
+use crate::model::decoder::{AttentionSpec, NormSpec, OutputGate, QkNorm, Temperature, Window};
+use crate::model::rope::RopeTable;
+
+#[cfg(test)]
+pub(crate) mod naive;
+
+/// Queries per block, at most.
+pub const QUERY_BLOCK: usize = 256;
+/// Scores held at a time, at most: heads are taken in turns where there are many.
+pub const SCORE_VALUES: usize = 64 << 20;
+
+/// An attention layer's tensors on one device.
+pub struct AttentionWeights {
+    /// To queries, keys and values.
+    pub projections: Projections,
+    /// `[hidden, heads * head_dim]`.
+    pub output: Linear,
+    /// Norms of queries and keys that have gains.
+    pub qk_norm: Option<(Norm, Norm)>,
+    /// One logit per query head.
+    pub sinks: Option<Tensor>,
+    /// To gates of the mixed values, where they have a matrix of their own.
+    pub gate: Option<Linear>,
+}
+
+/// Matrices that lead to queries (`heads * head_dim` rows, twice as many with an output gate), keys and values (`kv_heads * head_dim`).
+pub enum Projections {
+    /// One each.
+    Separate {
+        /// Projection to queries.
+        query: Linear,
+        /// Projection to keys.
+        key: Linear,
+        /// Projection to values.
+        value: Linear,
+    },
+    /// All rows in one matrix, one kind after another.
+    Fused(Linear),
+    /// Keys are values too.
+    KeyIsValue {
+        /// Projection to queries.
+        query: Linear,
+        /// Keys and values.
+        key: Linear,
+    },
+}
+
+impl Projections {
+    /// Queries, keys and values of `x` `[rows, hidden]`, contiguous.
+    fn apply(&self, spec: &AttentionSpec, x: &Tensor) -> Result<[Tensor; 3]> {
+        match self {
+            Self::Separate { query, key, value } => Ok([query.apply(x)?, key.apply(x)?, value.apply(x)?]),
+            Self::KeyIsValue { query, key } => {
+                let key = key.apply(x)?;
+                // A copy: a rotation takes the place of what it rotates.
+                let value = key.copy()?;
+                Ok([query.apply(x)?, key, value])
+            }
+            Self::Fused(all) => {
+                let all = all.apply(x)?;
+                let kv = spec.kv_heads * spec.head_dim;
+                let queries = all.dim(1)? - 2 * kv;
+                let part = |first, width| all.narrow(1, first, width)?.contiguous();
+                Ok([part(0, queries)?, part(queries, kv)?, part(queries + kv, kv)?])
+            }
+        }
+    }
+}
+
+/// The largest share that each query of each head gives to one key, added up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TopShares {
+    /// Sum of the shares.
+    pub sum: f64,
+    /// How many: queries x heads.
+    pub count: u64,
+}
+
+impl TopShares {
+    /// Those of `shares` `[.., keys]`.
+    fn of(shares: &Tensor) -> Result<Self> {
+        let top: Vec<f32> = shares.max(D::Minus1)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        Ok(Self { sum: top.iter().map(|share| f64::from(*share)).sum(), count: top.len() as u64 })
+    }
+
+    /// Both together.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self { sum: self.sum + other.sum, count: self.count + other.count }
+    }
+
+    /// `None` of nothing.
+    pub fn mean(self) -> Option<f64> {
+        (self.count > 0).then(|| self.sum / self.count as f64)
+    }
+}
+
+/// The shares that a head's queries give to the first key of their sequence, added up. Queries
+/// count that see it, but for the first one, which sees nothing else.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FirstKey {
+    /// Sum of the shares in units of 2^-32: the same in any order.
+    sum: u64,
+    /// Queries.
+    queries: u64,
+}
+
+impl FirstKey {
+    /// Units of 1.
+    const UNIT: f64 = (1u64 << 32) as f64;
+
+    fn add(&mut self, share: f32) {
+        self.sum += (f64::from(share) * Self::UNIT).round() as u64;
+        self.queries += 1;
+    }
+
+    /// Both together.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self { sum: self.sum + other.sum, queries: self.queries + other.queries }
+    }
+
+    /// `None` without queries.
+    pub fn mean(self) -> Option<f64> {
+        (self.queries > 0).then(|| self.sum as f64 / Self::UNIT / self.queries as f64)
+    }
+}
+
+/// What is kept of a softmax's shares.
+#[derive(Debug, Default)]
+pub struct Watching {
+    top: Option<Cell<TopShares>>,
+    /// By sequence and head.
+    first_key: Option<RefCell<Vec<Vec<FirstKey>>>>,
+    sequence: Cell<usize>,
+}
+
+impl Watching {
+    /// Keeps the largest shares, those of the first key, or both.
+    pub fn new(top: bool, first_key: bool) -> Self {
+        Self { top: top.then(Cell::default), first_key: first_key.then(RefCell::default), sequence: Cell::default() }
+    }
+
+    /// What follows is of this sequence, counted from 0, and those after it.
+    pub fn at_sequence(&self, sequence: usize) {
+        self.sequence.set(sequence);
+    }
+
+    /// The largest shares; none unless they were to be kept.
+    pub fn top(&self) -> TopShares {
+        self.top.as_ref().map(Cell::get).unwrap_or_default()
+    }
+
+    /// The first key's shares by sequence and head; none unless they were to be kept.
+    pub fn first_key(&self) -> Vec<Vec<FirstKey>> {
+        self.first_key.as_ref().map(|sequences| sequences.borrow().clone()).unwrap_or_default()
+    }
+
+    /// Takes a block of `shares` `[kv_heads, groups * queries, keys]`, rows of one head after
+    /// another.
+    fn see(&self, shares: &Tensor, block: ScoreBlock, heads: Counted) -> Result<()> {
+        if let Some(top) = &self.top {
+            top.set(top.get().and(TopShares::of(shares)?));
+        }
+        let Some(first_key) = &self.first_key else { return Ok(()) };
+        if block.first_key > 0 {
+            return Ok(());
+        }
+        let of_key = shares.narrow(D::Minus1, 0, 1)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let mut sequences = first_key.borrow_mut();
+        for (at, shares) in (heads.before..).zip(of_key.chunks_exact(block.queries)) {
+            let sequence = self.sequence.get() + at / heads.per_sequence;
+            let head = heads.first + at % heads.per_sequence;
+            if sequences.len() <= sequence {
+                sequences.resize(sequence + 1, Vec::new());
+            }
+            let of_heads = &mut sequences[sequence];
+            if of_heads.len() <= head {
+                of_heads.resize(head + 1, FirstKey::default());
+            }
+            for (position, share) in (block.first_query..).zip(shares) {
+                if position > 0 && block.window.first_key(position) == 0 {
+                    of_heads[head].add(*share);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Which heads some rows are of, where heads of one sequence follow those of another.
+#[derive(Clone, Copy, Debug)]
+struct Counted {
+    /// Heads before them.
+    before: usize,
+    /// Heads of a sequence.
+    per_sequence: usize,
+    /// Number of the first of these.
+    first: usize,
+}
+
+/// Receives attention weights; `None` if no measurement needs them.
+pub type Watched<'a> = Option<&'a Watching>;
+
+/// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape, before the residual addition.
+/// `table` is there if the spec has a rotation.
+pub fn attention(
+    spec: &AttentionSpec,
+    weights: &AttentionWeights,
+    table: Option<&RopeTable>,
+    x: &Tensor,
+    positions: usize,
+    watched: Watched<'_>,
+) -> Result<Tensor> {
+    let [query, mut key, mut value] = weights.projections.apply(spec, x)?;
+    let (mut query, mut gate) = split_gate(spec, query)?;
+    if let Some(separate) = &weights.gate {
+        gate = Some(separate.apply(x)?);
+    }
+    if let Some((query_norm, key_norm)) = &weights.qk_norm {
+        query = normalise(spec, query_norm, &query)?;
+        key = normalise(spec, key_norm, &key)?;
+    }
+    if let Some(eps) = spec.value_norm {
+        value = normalise_heads(spec, &without_gain(spec, eps, x)?, &value)?;
+    }
+    if let Some(limit) = spec.clip_qkv {
+        (query, key, value) = (query.clamp(-limit, limit)?, key.clamp(-limit, limit)?, value.clamp(-limit, limit)?);
+    }
+    if let Some(table) = table {
+        let part = RotatedPart { head_dim: spec.head_dim, first: 0 };
+        query = fused::rope(query, table, part, positions)?;
+        key = fused::rope(key, table, part, positions)?;
+    }
+    if let QkNorm::AfterRope { eps } = spec.qk_norm {
+        let norm = without_gain(spec, eps, x)?;
+        query = normalise(spec, &norm, &query)?;
+        key = normalise(spec, &norm, &key)?;
+    }
+    if let Some(temperature) = &spec.temperature {
+        query = temper(temperature, query, positions)?;
+    }
+    let mut mixed = mix_sequences(spec, weights, &[query, key, value], positions, watched)?;
+    if let Some(gate) = gate {
+        mixed = fused::gated(gate, &mixed, Gate::Sigmoid)?;
+    }
+    weights.output.apply(&mixed)
+}
+
+/// Queries `[rows, heads * head_dim]`, and gates of the same shape where each head's rows are [query | gate].
+fn split_gate(spec: &AttentionSpec, query: Tensor) -> Result<(Tensor, Option<Tensor>)> {
+    if spec.output_gate != OutputGate::WithQuery {
+        return Ok((query, None));
+    }
+    let rows = query.dim(0)?;
+    let both = query.reshape((rows, spec.heads, 2, spec.head_dim))?;
+    let part = |i| both.narrow(2, i, 1)?.reshape((rows, spec.heads * spec.head_dim));
+    Ok((part(0)?, Some(part(1)?)))
+}
+
+/// Over the whole of each row, or over each head in it.
+fn normalise(spec: &AttentionSpec, norm: &Norm, x: &Tensor) -> Result<Tensor> {
+    match spec.qk_norm {
+        QkNorm::WholeProjection(_) => norm.apply(x),
+        QkNorm::PerHead(_) | QkNorm::AfterRope { .. } => normalise_heads(spec, norm, x),
+        QkNorm::None => Ok(x.clone()),
+    }
+}
+
+/// Over each head.
+fn normalise_heads(spec: &AttentionSpec, norm: &Norm, x: &Tensor) -> Result<Tensor> {
+    norm.apply(&x.reshape((x.elem_count() / spec.head_dim, spec.head_dim))?)?.reshape(x.shape())
+}
+
+/// A norm of heads like `x` without a gain.
+fn without_gain(spec: &AttentionSpec, eps: f64, x: &Tensor) -> Result<Norm> {
+    Norm::new(NormSpec::rms(eps), Tensor::ones(spec.head_dim, x.dtype(), x.device())?, None)
+}
+
+/// Queries `[sequences * positions, width]`, each multiplied by its position's factor.
+fn temper(temperature: &Temperature, query: Tensor, positions: usize) -> Result<Tensor> {
+    let factors: Vec<f32> = (0..positions).map(|position| temperature.factor(position)).collect();
+    // Below the floor, which is thousands of positions in published models, nothing grows.
+    if factors.iter().all(|&factor| factor == 1.0) {
+        return Ok(query);
+    }
+    let (rows, width) = query.dims2()?;
+    let factors = Tensor::from_vec(factors, (positions, 1), query.device())?;
+    let wide = query.to_dtype(DType::F32)?.reshape((rows / positions, positions, width))?;
+    wide.broadcast_mul(&factors)?.reshape((rows, width))?.to_dtype(query.dtype())
+}
+
+/// Queries, keys and values of whole sequences, `[sequences * positions, heads of the kind * head_dim]`, to `[.., heads * head_dim]`.
+fn mix_sequences(
+    spec: &AttentionSpec,
+    weights: &AttentionWeights,
+    [query, key, value]: &[Tensor; 3],
+    positions: usize,
+    watched: Watched<'_>,
+) -> Result<Tensor> {
+    let sinks = weights.sinks.as_ref().map(|sinks| sinks.to_dtype(DType::F32)?.contiguous()).transpose()?;
+    let scale = spec.scale.unwrap_or(1.0 / (spec.head_dim as f64).sqrt());
+    let mixing = Mixing::new(scale, spec.window, sinks.as_ref()).watched(watched);
+    let sequences = query.dim(0)? / positions;
+    let at_once = sequences_at_once(query.device(), sequences);
+    let some = |first: usize| {
+        watched.iter().for_each(|watching| watching.at_sequence(first));
+        let count = at_once.min(sequences - first);
+        let heads = |t: &Tensor, heads: usize| {
+            t.narrow(0, first * positions, count * positions)?.reshape((count, positions, heads, spec.head_dim))
+        };
+        let shape = (count * spec.kv_heads, positions, spec.head_dim);
+        let by_head = |t| heads(t, spec.kv_heads)?.transpose(1, 2)?.reshape(shape);
+        mixing.mix(&heads(query, spec.heads)?, &by_head(key)?, &by_head(value)?)
+    };
+    let mixed = (0..sequences).step_by(at_once).map(some).collect::<Result<Vec<_>>>()?;
+    Tensor::cat(&mixed, 0)
+}
+
+/// How many of so many sequences are attended to together: on a GPU all, so that it is asked for few
+/// and large products; on a CPU one, which takes less memory.
+pub(crate) fn sequences_at_once(device: &Device, sequences: usize) -> usize {
+    if device.is_cpu() { 1 } else { sequences.max(1) }
+}
+
+/// Softmax attention within sequences: what it needs beside queries, keys and values.
+#[derive(Clone, Copy)]
+pub struct Mixing<'a> {
+    scale: f64,
+    window: Window,
+    sinks: Option<&'a Tensor>,
+    query_block: usize,
+    score_values: usize,
+    watched: Watched<'a>,
+    first_head: usize,
+}
+
+impl<'a> Mixing<'a> {
+    /// `scale` multiplies the scores; `sinks` are logits in f32, one per query head, that join the
+    /// denominator.
+    pub fn new(scale: f64, window: Window, sinks: Option<&'a Tensor>) -> Self {
+        let (query_block, score_values) = (QUERY_BLOCK, SCORE_VALUES);
+        Self { scale, window, sinks, query_block, score_values, watched: None, first_head: 0 }
+    }
+
+    /// Reports attention weights to `watched`.
+    pub fn watched(self, watched: Watched<'a>) -> Self {
+        Self { watched, ..self }
+    }
+
+    /// The same for heads that are counted from `first_head` on.
+    pub fn at_head(self, first_head: usize) -> Self {
+        Self { first_head, ..self }
+    }
+
+    /// `query` `[sequences, n, heads, d]`, `key` `[sequences * kv_heads, n, d]` and `value`
+    /// `[sequences * kv_heads, n, v]`, both contiguous, to `[sequences * n, heads * v]`. Key head j of
+    /// a sequence serves query heads `j * heads / kv_heads ..` of the same.
+    pub fn mix(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+        let (sequences, n, heads, _) = query.dims4()?;
+        let (all_kv_heads, _, v) = value.dims3()?;
+        let groups = sequences * heads / all_kv_heads;
+        let queries = self.query_block.min(self.score_values / (groups * n)).max(1);
+        let blocks = (0..n)
+            .step_by(queries)
+            .map(|first| self.mix_queries(first, &query.narrow(1, first, queries.min(n - first))?, key, value))
+            .collect::<Result<Vec<_>>>()?;
+        let mixed = Tensor::cat(&blocks, 1)?.reshape((sequences, heads, n, v))?;
+        drop(blocks);
+        mixed.transpose(1, 2)?.reshape((sequences * n, heads * v))
+    }
+
+    /// A block of queries `[sequences, queries, heads, d]`, the first at position `first`, to
+    /// `[sequences * heads, queries, v]`.
+    fn mix_queries(&self, first: usize, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+        let (sequences, queries, heads, d) = query.dims4()?;
+        let (all_kv_heads, _, v) = value.dims3()?;
+        let groups = sequences * heads / all_kv_heads;
+        // No query of the block sees a key before this one.
+        let first_key = self.window.first_key(first);
+        let keys = first + queries - first_key;
+        let block = ScoreBlock { first_query: first, queries, first_key, window: self.window };
+        let query = query.transpose(1, 2)?.reshape((all_kv_heads, groups * queries, d))?;
+        let at_once = (self.score_values / (groups * queries * keys)).clamp(1, all_kv_heads);
+        let some_heads = |kv: usize| {
+            let count = at_once.min(all_kv_heads - kv);
+            let of_heads = |t: &Tensor| t.narrow(0, kv, count)?.narrow(1, first_key, keys);
+            let scores = product(&query.narrow(0, kv, count)?, &of_heads(key)?)?;
+            let before = kv * groups;
+            let sinks = self.sinks.map(|logits| Sinks { logits, first_head: before % heads });
+            let shares = fused::causal_softmax(scores, block, self.scale, sinks)?;
+            if let Some(watched) = self.watched {
+                watched.see(&shares, block, Counted { before, per_sequence: heads, first: self.first_head })?;
+            }
+            product(&shares, &of_heads(value)?.t()?)?.reshape((count * groups, queries, v))
+        };
+        let mixed = (0..all_kv_heads).step_by(at_once).map(some_heads).collect::<Result<Vec<_>>>()?;
+        Tensor::cat(&mixed, 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::naive::{self, Random};
+    use super::*;
+    use crate::model::decoder::NormKind;
+    use crate::model::rope::{Pairing, RopeScaling, RopeSpec};
+
+    /// The plainest attention: 3 query heads on 1 key head, 6 wide.
+    fn plain() -> AttentionSpec {
+        AttentionSpec::plain(3, 1, 6)
+    }
+
+    fn rope(dims: usize, pairing: Pairing) -> RopeSpec {
+        RopeSpec { theta: 50.0, dims, pairing, scaling: RopeScaling::None }
+    }
+
+    const HIDDEN: usize = 10;
+
+    fn weights(spec: &AttentionSpec, random: &mut Random) -> AttentionWeights {
+        let (width, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        let queries = if spec.output_gate == OutputGate::WithQuery { 2 * width } else { width };
+        let mut linear = |rows: usize, columns: usize, bias: bool| {
+            Linear::new(random.tensor(&[rows, columns]), bias.then(|| random.tensor(&[rows])))
+        };
+        let projections = if spec.fused_qkv {
+            Projections::Fused(linear(queries + 2 * kv, HIDDEN, spec.qkv_bias))
+        } else if spec.key_is_value {
+            let query = linear(queries, HIDDEN, spec.qkv_bias);
+            Projections::KeyIsValue { query, key: linear(kv, HIDDEN, spec.qkv_bias) }
+        } else {
+            Projections::Separate {
+                query: linear(queries, HIDDEN, spec.qkv_bias),
+                key: linear(kv, HIDDEN, spec.qkv_bias),
+                value: linear(kv, HIDDEN, spec.qkv_bias),
+            }
+        };
+        let output = linear(HIDDEN, width, spec.output_bias);
+        let gate = (spec.output_gate == OutputGate::Separate).then(|| linear(width, HIDDEN, false));
+        let mut norms = |spec, [query, key]: [usize; 2]| {
+            let mut norm = |width| Norm::new(spec, random.tensor(&[width]), None).unwrap();
+            (norm(query), norm(key))
+        };
+        let qk_norm = match spec.qk_norm {
+            QkNorm::None | QkNorm::AfterRope { .. } => None,
+            QkNorm::WholeProjection(norm) => Some(norms(norm, [width, kv])),
+            QkNorm::PerHead(norm) => Some(norms(norm, [spec.head_dim; 2])),
+        };
+        let sinks = spec.sinks.then(|| random.tensor(&[spec.heads]));
+        AttentionWeights { projections, output, qk_norm, sinks, gate }
+    }
+
+    fn check(spec: &AttentionSpec, sequences: usize, positions: usize) {
+        let mut random = Random::new(7);
+        let weights = weights(spec, &mut random);
+        let x = random.tensor(&[sequences * positions, HIDDEN]);
+        let table = spec.rope.as_ref().map(|rope| rope.table(positions, &Device::Cpu).unwrap());
+        let got = attention(spec, &weights, table.as_ref(), &x, positions, None).unwrap();
+        naive::assert_close(&got, &naive::attention(spec, &weights, &x, positions), 2e-5);
+    }
+
+    #[test]
+    fn each_feature_as_defined() {
+        check(&plain(), 2, 11);
+        check(&AttentionSpec { fused_qkv: true, qkv_bias: true, output_bias: true, ..plain() }, 2, 5);
+        check(&AttentionSpec { heads: 6, kv_heads: 2, clip_qkv: Some(0.8), ..plain() }, 1, 9);
+        for norm in [NormSpec::rms(1e-5), NormSpec { kind: NormKind::RmsZeroCentred, eps: 0.1 }] {
+            check(&AttentionSpec { qk_norm: QkNorm::WholeProjection(norm), ..plain() }, 2, 7);
+            check(
+                &AttentionSpec { qk_norm: QkNorm::PerHead(norm), rope: Some(rope(6, Pairing::Halves)), ..plain() },
+                2,
+                7,
+            );
+        }
+        for pairing in [Pairing::Halves, Pairing::Interleaved] {
+            for dims in [6, 4, 2] {
+                check(&AttentionSpec { rope: Some(rope(dims, pairing)), ..plain() }, 2, 13);
+            }
+        }
+        // Wide enough that the order of norm and rotation shows: a rotation changes no norm of a whole head, but of a part.
+        let after = QkNorm::AfterRope { eps: 0.5 };
+        check(&AttentionSpec { qk_norm: after, rope: Some(rope(6, Pairing::Interleaved)), ..plain() }, 2, 13);
+        for window in [1, 2, 5, 12, 13, 40].into_iter().flat_map(|n| [Window::Sliding(n), Window::Chunked(n)]) {
+            check(&AttentionSpec { window, sinks: true, ..plain() }, 2, 13);
+        }
+        check(&AttentionSpec { sinks: true, kv_heads: 3, ..plain() }, 2, 13);
+        check(&AttentionSpec { output_gate: OutputGate::WithQuery, kv_heads: 3, ..plain() }, 2, 6);
+        check(&AttentionSpec { output_gate: OutputGate::WithQuery, fused_qkv: true, ..plain() }, 2, 6);
+        check(&AttentionSpec { output_gate: OutputGate::Separate, kv_heads: 3, ..plain() }, 2, 6);
+        check(&AttentionSpec { scale: Some(0.3), value_norm: Some(0.2), ..plain() }, 2, 6);
+        let rotated = AttentionSpec { rope: Some(rope(6, Pairing::Halves)), key_is_value: true, ..plain() };
+        check(&rotated, 2, 6);
+        let qk_norm = QkNorm::PerHead(NormSpec::rms(1e-5));
+        check(&AttentionSpec { qk_norm, value_norm: Some(1e-5), ..rotated }, 2, 6);
+        check(&AttentionSpec { temperature: Some(Temperature { scale: 0.1, floor: 4.0 }), ..plain() }, 2, 13);
+        check(&AttentionSpec { temperature: Some(Temperature { scale: 0.1, floor: 8192.0 }), ..plain() }, 2, 13);
+    }
+
+    #[test]
+    fn temperature_steps_with_the_position() {
+        let temperature = Temperature { scale: 0.1, floor: 4.0 };
+        assert_eq!([0, 1, 2].map(|position| temperature.factor(position)), [1.0; 3]);
+        assert!((temperature.factor(3) - (1.0 + 0.1 * 2f32.ln())).abs() < 1e-7);
+        assert_eq!(temperature.factor(3), temperature.factor(6));
+        assert!((temperature.factor(7) - (1.0 + 0.1 * 3f32.ln())).abs() < 1e-7);
+    }
+
+    fn specs() -> impl Strategy<Value = AttentionSpec> {
+        let norm = NormSpec::rms(1e-5);
+        let qk_norm = prop_oneof![
+            Just(QkNorm::None),
+            Just(QkNorm::WholeProjection(norm)),
+            Just(QkNorm::PerHead(norm)),
+            Just(QkNorm::AfterRope { eps: 1e-5 }),
+        ];
+        let window = prop_oneof![
+            Just(Window::Full),
+            (1..50usize).prop_map(Window::Sliding),
+            (1..50usize).prop_map(Window::Chunked)
+        ];
+        let pairing = prop_oneof![Just(Pairing::Halves), Just(Pairing::Interleaved)];
+        let shape = (1..4usize, 1..6usize, 1..5usize);
+        let rotation = proptest::option::of((pairing, any::<prop::sample::Index>()));
+        let temperature = proptest::option::of((0.0..0.5f64, 1.0..20.0f64));
+        let values = (proptest::option::of(0.1..2.0f64), proptest::option::of(Just(1e-5)), any::<[bool; 2]>());
+        (shape, qk_norm, window, rotation, temperature, any::<[bool; 5]>(), values).prop_map(
+            |((kv_heads, groups, half_dim), qk_norm, window, rotation, temperature, switches, values)| {
+                let [fused_qkv, qkv_bias, output_bias, sinks, is_gated] = switches;
+                let (scale, value_norm, [key_is_value, with_query]) = values;
+                let output_gate = match (is_gated, with_query) {
+                    (false, _) => OutputGate::None,
+                    (true, true) => OutputGate::WithQuery,
+                    (true, false) => OutputGate::Separate,
+                };
+                AttentionSpec {
+                    heads: kv_heads * groups,
+                    kv_heads,
+                    head_dim: 2 * half_dim,
+                    fused_qkv,
+                    qk_norm,
+                    qkv_bias,
+                    output_bias,
+                    rope: rotation.map(|(pairing, pairs)| rope(2 * (1 + pairs.index(half_dim)), pairing)),
+                    window,
+                    sinks,
+                    output_gate,
+                    scale,
+                    value_norm,
+                    key_is_value: key_is_value && !fused_qkv,
+                    temperature: temperature.map(|(scale, floor)| Temperature { scale, floor }),
+                    clip_qkv: None,
+                }
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn every_combination_as_defined(spec in specs(), sequences in 1..3usize, positions in 1..45usize) {
+            check(&spec, sequences, positions);
+        }
+
+        #[test]
+        fn blocks_do_not_show(
+            window in prop_oneof![
+                Just(Window::Full),
+                (1..70usize).prop_map(Window::Sliding),
+                (1..70usize).prop_map(Window::Chunked)
+            ],
+            n in 1..60usize,
+            sequences in 1..4usize,
+            query_block in 1..20usize,
+            score_values in 1..6000usize,
+        ) {
+            let mut random = Random::new(n as u64);
+            // 15 query heads on 5 key heads; values are wider than keys.
+            let (query, kv_heads) = (random.tensor(&[sequences, n, 15, 4]), 5 * sequences);
+            let (key, value) = (random.tensor(&[kv_heads, n, 4]), random.tensor(&[kv_heads, n, 7]));
+            let sinks = random.tensor(&[15]);
+            let whole = Mixing::new(0.7, window, Some(&sinks));
+            let blocked = Mixing { query_block, score_values, ..Mixing::new(0.7, window, Some(&sinks)) };
+            let expected = naive::rows(&whole.mix(&query, &key, &value).unwrap());
+            naive::assert_close(&blocked.mix(&query, &key, &value).unwrap(), &expected, 1e-6);
+        }
+
+        #[test]
+        fn sequences_together_are_the_same_as_each_alone(
+            n in 1..40usize, sequences in 1..5usize, score_values in 1..9000usize, window in 1..50usize,
+        ) {
+            let mut random = Random::new(n as u64);
+            let query = random.tensor(&[sequences, n, 6, 4]);
+            let (key, value) = (random.tensor(&[2 * sequences, n, 4]), random.tensor(&[2 * sequences, n, 5]));
+            let sinks = random.tensor(&[6]);
+            let mixing = |watching| {
+                let mixing = Mixing::new(0.7, Window::Sliding(window), Some(&sinks)).at_head(3).watched(Some(watching));
+                Mixing { query_block: 7, score_values, ..mixing }
+            };
+            let (together, alone) = (Watching::new(true, true), Watching::new(true, true));
+            let mixed = naive::rows(&mixing(&together).mix(&query, &key, &value).unwrap());
+            for sequence in 0..sequences {
+                alone.at_sequence(sequence);
+                let of_heads = |t: &Tensor| t.narrow(0, 2 * sequence, 2).unwrap();
+                let query = query.narrow(0, sequence, 1).unwrap();
+                let one = naive::rows(&mixing(&alone).mix(&query, &of_heads(&key), &of_heads(&value)).unwrap());
+                prop_assert_eq!(&one[..], &mixed[sequence * n..][..n]);
+            }
+            prop_assert_eq!(together.first_key(), alone.first_key());
+            prop_assert_eq!(together.top().count, alone.top().count);
+            prop_assert!((together.top().sum - alone.top().sum).abs() < 1e-9 * (1.0 + alone.top().sum));
+        }
+    }
+
+    #[test]
+    fn keys_out_of_sight_are_not_touched() {
+        let mut random = Random::new(5);
+        let (query, key, value) =
+            (random.tensor(&[1, 12, 2, 3]), random.tensor(&[1, 12, 3]), random.tensor(&[1, 12, 3]));
+        // Whatever is multiplied by a NaN shows it, hidden or not.
+        let spoil = |t: Tensor| {
+            let nan = Tensor::full(f32::NAN, (1, 2, 3), &Device::Cpu).unwrap();
+            Tensor::cat(&[nan, t.narrow(1, 2, 10).unwrap()], 1).unwrap()
+        };
+        let (key, value) = (spoil(key), spoil(value));
+        for window in [Window::Sliding(3), Window::Chunked(4)] {
+            let mixing = Mixing { query_block: 4, ..Mixing::new(1.0, window, None) };
+            let mixed = naive::rows(&mixing.mix(&query, &key, &value).unwrap());
+            let spoilt: Vec<bool> = mixed.iter().map(|row| row.iter().any(|v| v.is_nan())).collect();
+            assert_eq!(spoilt, [vec![true; 4], vec![false; 8]].concat());
+        }
+    }
+
+    #[test]
+    fn low_precision_stays_near() {
+        let spec = AttentionSpec {
+            qk_norm: QkNorm::PerHead(NormSpec::rms(1e-5)),
+            rope: Some(rope(4, Pairing::Interleaved)),
+            window: Window::Sliding(5),
+            sinks: true,
+            output_gate: OutputGate::WithQuery,
+            temperature: Some(Temperature { scale: 0.1, floor: 2.0 }),
+            ..plain()
+        };
+        let mut random = Random::new(3);
+        let mut weights = weights(&spec, &mut random);
+        let x = random.tensor(&[9, HIDDEN]);
+        let expected = naive::attention(&spec, &weights, &x, 9);
+        let bf16 = |t: &Tensor| t.to_dtype(DType::BF16).unwrap();
+        let Projections::Separate { query, key, value } = &mut weights.projections else { unreachable!() };
+        for linear in [query, key, value, &mut weights.output] {
+            linear.weight = bf16(&linear.weight);
+        }
+        let norm = |norm: &Norm| Norm::new(NormSpec::rms(1e-5), bf16(norm.gain()), None).unwrap();
+        weights.qk_norm = weights.qk_norm.map(|(query, key)| (norm(&query), norm(&key)));
+        let table = spec.rope.as_ref().map(|rope| rope.table(9, &Device::Cpu).unwrap());
+        let got = attention(&spec, &weights, table.as_ref(), &bf16(&x), 9, None).unwrap();
+        assert_eq!(got.dtype(), DType::BF16);
+        naive::assert_close(&got, &expected, 0.05);
+    }
+}

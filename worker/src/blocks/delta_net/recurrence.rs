@@ -1,0 +1,350 @@
+//! The gated delta rule, a chunk of tokens at a time.
+//!
+//! Per value head, with state `S` `[key_dim, value_dim]`, zero before a sequence, and per token a decay `a`, a write strength `b`, a
+//! unit key `k`, a value `v` and a query `q`:
+//!
+//! ```text
+//! S <- a S      u = b (v - S^T k)      S <- S + k u^T      out = S^T q
+//! ```
+//!
+//! Token by token that is a chain of products with one vector. Over a chunk, with `S` before it and `d(i, j) = a_(j+1) ... a_i` what is
+//! left at token i of what token j wrote (`d(i)`: of `S` itself), it reads
+//!
+//! ```text
+//! u_i   = b_i (v_i - d(i) S^T k_i - sum over j < i of d(i, j) (k_j . k_i) u_j)
+//! out_i = d(i) S^T q_i + sum over j <= i of d(i, j) (k_j . q_i) u_j
+//! S     <- d(n) S + sum over j of d(n, j) k_j u_j^T
+//! ```
+//!
+//! Products with `S`, and of keys and queries with keys, are products of matrices; what remains is a system with a unit lower triangle
+//! (the WY representation of Yang et al. 2024, arXiv 2406.06484, solved for the writes at once, `S` included).
+//!
+//! Where each row of `S` has a decay of its own (Kimi Delta Attention, arXiv 2510.26692), a is a
+//! vector and products of keys and queries with keys are weighted channel by channel
+//! ([`by_channel`]).
+
+use candle_core::{DType, Device, Result, Tensor};
+use rayon::prelude::*;
+
+use crate::kernels::fused::has_loops;
+
+mod by_channel;
+
+/// Tokens whose writes are solved for together.
+pub(super) const CHUNK: usize = 64;
+
+/// Columns that are summed in registers; rows of the solver are padded to a multiple.
+const LANES: usize = 16;
+
+/// What the recurrence runs over, all f32 and contiguous: the tokens of each head of each sequence.
+#[derive(Clone)]
+pub(super) struct Heads {
+    /// `[key heads, positions, key_dim]`; each key head serves equally many value heads, neighbours.
+    pub(super) query: Tensor,
+    /// `[key heads, positions, key_dim]`.
+    pub(super) key: Tensor,
+    /// `[value heads, positions, value_dim]`.
+    pub(super) value: Tensor,
+    /// Logarithms of the decays, never positive: `[value heads, positions]`, or `[value heads,
+    /// positions, key_dim]` where each row of the state has its own. Then each value head has a
+    /// key head.
+    pub(super) decay: Tensor,
+    /// Write strengths `[value heads, positions]`.
+    pub(super) strength: Tensor,
+}
+
+impl Heads {
+    /// What the queries read, `[value heads, positions, value_dim]`.
+    pub(super) fn delta_rule(&self) -> Result<Tensor> {
+        if self.decay.rank() == 3 {
+            return by_channel::delta_rule(self);
+        }
+        if !has_loops(&self.value) {
+            return self.delta_rule_composed();
+        }
+        // The products of one head are too small to be shared among many cores, but heads are independent.
+        let heads = (0..self.value.dim(0)?).into_par_iter().map(|head| self.of(head)?.scan(solve));
+        Tensor::cat(&heads.collect::<Result<Vec<_>>>()?, 0)
+    }
+
+    fn delta_rule_composed(&self) -> Result<Tensor> {
+        let triangle = Triangle::new(self.value.device())?;
+        let served = self.served()?;
+        let repeated = |t: &Tensor| {
+            let (heads, positions, width) = t.dims3()?;
+            t.unsqueeze(1)?.expand((heads, served, positions, width))?.reshape((heads * served, positions, width))
+        };
+        let heads = Self { query: repeated(&self.query)?, key: repeated(&self.key)?, ..self.clone() };
+        heads.scan(|chunk| triangle.solve(chunk))
+    }
+
+    /// Value heads per key head.
+    fn served(&self) -> Result<usize> {
+        Ok(self.value.dim(0)? / self.key.dim(0)?)
+    }
+
+    /// One value head and the key head that serves it.
+    fn of(&self, head: usize) -> Result<Self> {
+        let key_head = head / self.served()?;
+        Ok(Self {
+            query: self.query.narrow(0, key_head, 1)?,
+            key: self.key.narrow(0, key_head, 1)?,
+            value: self.value.narrow(0, head, 1)?,
+            decay: self.decay.narrow(0, head, 1)?,
+            strength: self.strength.narrow(0, head, 1)?,
+        })
+    }
+
+    /// Runs through heads of which each has its own queries and keys; `solve` does what no product of matrices can.
+    fn scan(&self, solve: impl Fn(&Chunk) -> Result<Solved>) -> Result<Tensor> {
+        let ((heads, positions, value_dim), key_dim) = (self.value.dims3()?, self.key.dim(2)?);
+        let mut state = Tensor::zeros((heads, key_dim, value_dim), DType::F32, self.value.device())?;
+        let mut out = Vec::with_capacity(positions.div_ceil(CHUNK));
+        for first in (0..positions).step_by(CHUNK) {
+            let chunk = self.chunk(first, CHUNK.min(positions - first), &state)?;
+            let solved = solve(&chunk)?;
+            state = (left_of(&state, &solved.left)? + chunk.key.transpose(1, 2)?.matmul(&solved.writes)?)?;
+            out.push(solved.out);
+        }
+        Tensor::cat(&out, 1)
+    }
+
+    fn chunk(&self, first: usize, count: usize, state: &Tensor) -> Result<Chunk> {
+        let part = |t: &Tensor| t.narrow(1, first, count)?.contiguous();
+        let key = part(&self.key)?;
+        let rows = Tensor::cat(&[&key, &part(&self.query)?], 1)?;
+        Ok(Chunk {
+            scores: rows.matmul(&key.transpose(1, 2)?)?,
+            answers: rows.matmul(state)?,
+            key,
+            value: part(&self.value)?,
+            decay: part(&self.decay)?,
+            strength: part(&self.strength)?,
+        })
+    }
+}
+
+/// n tokens of each head, and the products they need.
+struct Chunk {
+    /// `[heads, n, key_dim]`.
+    key: Tensor,
+    /// `[heads, n, value_dim]`.
+    value: Tensor,
+    /// `[heads, n]`.
+    decay: Tensor,
+    /// `[heads, n]`.
+    strength: Tensor,
+    /// Keys, then queries, against keys: `[heads, 2 n, n]`.
+    scores: Tensor,
+    /// The state's answers to keys, then to queries: `[heads, 2 n, value_dim]`.
+    answers: Tensor,
+}
+
+/// What a chunk does.
+struct Solved {
+    /// What its queries read, `[heads, n, value_dim]`.
+    out: Tensor,
+    /// What is left of its writes in the end, `[heads, n, value_dim]`.
+    writes: Tensor,
+    /// What is left of the state before, `[heads, 1, 1]`.
+    left: Tensor,
+}
+
+fn left_of(state: &Tensor, left: &Tensor) -> Result<Tensor> {
+    // A product with one number is much faster on a CPU than one with a broadcast tensor.
+    if state.dim(0)? == 1 && has_loops(state) {
+        return state.affine(f64::from(left.flatten_all()?.to_vec1::<f32>()?[0]), 0.0);
+    }
+    state.broadcast_mul(left)
+}
+
+/// A chunk of one head on a CPU: forward substitution, reads on the way. Decays between two tokens are exponentials of sums, never
+/// quotients: after a strong decay a difference of running sums would have lost the weak ones.
+fn solve(chunk: &Chunk) -> Result<Solved> {
+    let (_, n, width) = chunk.value.dims3()?;
+    let host = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+    let (value, answers, scores) = (host(&chunk.value)?, host(&chunk.answers)?, host(&chunk.scores)?);
+    let (decay, strength) = (host(&chunk.decay)?, host(&chunk.strength)?);
+    let stride = width.next_multiple_of(LANES);
+    let (mut writes, mut out) = (vec![0.0; n * stride], vec![0.0; n * stride]);
+    // Logarithms of what is left of each write, and of the state before the chunk.
+    let (mut left, mut left_before) = (vec![0_f32; n], 0_f32);
+    let (mut to_key, mut to_query) = (vec![0_f32; n], vec![0_f32; n]);
+    for i in 0..n {
+        left_before += decay[i];
+        left[..i].iter_mut().for_each(|left| *left += decay[i]);
+        for (j, left) in left[..=i].iter().map(|left| left.exp()).enumerate() {
+            to_key[j] = -strength[i] * left * scores[i * n + j];
+            to_query[j] = left * scores[(n + i) * n + j];
+        }
+        let before = left_before.exp();
+        let (earlier, write) = writes[..(i + 1) * stride].split_at_mut(i * stride);
+        let read = &mut out[i * stride..][..stride];
+        for c in 0..width {
+            write[c] = strength[i] * (value[i * width + c] - before * answers[i * width + c]);
+            read[c] = before * answers[(n + i) * width + c];
+        }
+        add_rows(earlier, &to_key, write);
+        add_rows(&writes[..(i + 1) * stride], &to_query, read);
+    }
+    for (write, left) in writes.chunks_exact_mut(stride).zip(&left) {
+        let left = left.exp();
+        write.iter_mut().for_each(|v| *v *= left);
+    }
+    let rows = |data, height| Tensor::from_vec(data, (1, height, stride), &Device::Cpu)?.narrow(2, 0, width);
+    let left = Tensor::full(left_before.exp(), (1, 1, 1), &Device::Cpu)?;
+    Ok(Solved { out: rows(out, n)?, writes: rows(writes, n)?, left })
+}
+
+/// `sum += factors[j] * rows[j]` over all rows, as wide as `sum`: a multiple of [`LANES`].
+fn add_rows(rows: &[f32], factors: &[f32], sum: &mut [f32]) {
+    let stride = sum.len();
+    for (tile, sum) in sum.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        let mut lanes = *sum;
+        for (row, factor) in rows.chunks_exact(stride).zip(factors) {
+            let row = row[tile * LANES..].first_chunk::<LANES>().expect("rows are whole tiles");
+            for (lane, v) in lanes.iter_mut().zip(row) {
+                *lane += factor * v;
+            }
+        }
+        *sum = lanes;
+    }
+}
+
+/// The same in operations on tensors, all heads together: the system's inverse by halves.
+struct Triangle {
+    /// One on and below the diagonal `[CHUNK, CHUNK]`.
+    lower: Tensor,
+    /// For blocks of 1, 2, 4 ... tokens, one where a row in the second block of a pair meets a column in the first. Together they
+    /// cover what is below the diagonal.
+    levels: Vec<Tensor>,
+}
+
+impl Triangle {
+    fn new(device: &Device) -> Result<Self> {
+        let mask = |is_one: &dyn Fn(usize, usize) -> bool| {
+            let ones = (0..CHUNK * CHUNK).map(|at| f32::from(u8::from(is_one(at / CHUNK, at % CHUNK)))).collect();
+            Tensor::from_vec(ones, (1, CHUNK, CHUNK), device)
+        };
+        let blocks = (0..CHUNK.ilog2()).map(|level| 1_usize << level);
+        let level = |block: usize| mask(&|i, j| i / block % 2 == 1 && j / block + 1 == i / block);
+        Ok(Self { lower: mask(&|i, j| j <= i)?, levels: blocks.map(level).collect::<Result<_>>()? })
+    }
+
+    fn solve(&self, chunk: &Chunk) -> Result<Solved> {
+        let (heads, n, _) = chunk.value.dims3()?;
+        let halves = |t: &Tensor| Ok::<_, candle_core::Error>((t.narrow(1, 0, n)?, t.narrow(1, n, n)?));
+        let ((to_keys, to_queries), (of_keys, of_queries)) = (halves(&chunk.scores)?, halves(&chunk.answers)?);
+        let strength = chunk.strength.unsqueeze(2)?;
+        // Differences of running sums, in f64 so that strong decays do not hide weak ones.
+        let log = chunk.decay.to_dtype(DType::F64)?.cumsum(1)?;
+        let between = log.unsqueeze(2)?.broadcast_sub(&log.unsqueeze(1)?)?.minimum(0.0)?.to_dtype(DType::F32)?.exp()?;
+        let between = between.broadcast_mul(&cut(&self.lower, n)?)?;
+        let before = log.to_dtype(DType::F32)?.exp()?.unsqueeze(2)?;
+        let wanted = (&chunk.value - of_keys.broadcast_mul(&before)?)?.broadcast_mul(&strength)?;
+        let system = (to_keys * &between)?.broadcast_mul(&strength)?;
+        let writes = self.inverse(&system, n)?.matmul(&wanted)?;
+        let out = (of_queries.broadcast_mul(&before)? + (to_queries * &between)?.matmul(&writes)?)?;
+        let left = between.narrow(1, n - 1, 1)?.reshape((heads, n, 1))?;
+        Ok(Solved { out, writes: writes.broadcast_mul(&left)?, left: before.narrow(1, n - 1, 1)? })
+    }
+
+    /// Inverse of the identity plus what of `system` `[heads, n, n]` is below the diagonal. Pairs of neighbouring blocks on the
+    /// diagonal, inverted already, become one block twice as large: the inverse of `[[A, 0], [C, B]]` is `[[A', 0], [-B' C A', B']]`.
+    /// As stable as forward substitution, unlike a product of powers.
+    fn inverse(&self, system: &Tensor, n: usize) -> Result<Tensor> {
+        let identity = Tensor::eye(n, DType::F32, system.device())?;
+        let mut inverse = identity.broadcast_as(system.shape())?.contiguous()?;
+        for level in &self.levels {
+            let corner = system.broadcast_mul(&cut(level, n)?)?;
+            inverse = (&inverse - inverse.matmul(&corner)?.matmul(&inverse)?)?;
+        }
+        Ok(inverse)
+    }
+}
+
+/// The first n rows and columns of a mask.
+fn cut(mask: &Tensor, n: usize) -> Result<Tensor> {
+    mask.narrow(1, 0, n)?.narrow(2, 0, n)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::D;
+
+    use super::*;
+    use crate::blocks::delta_net::tests::{Token, close, recurrence, values};
+
+    fn unit(t: Tensor) -> Tensor {
+        t.broadcast_div(&t.sqr().unwrap().sum_keepdim(D::Minus1).unwrap().sqrt().unwrap()).unwrap()
+    }
+
+    /// 4 value heads on 2 key heads; decays down to `exp(-strongest)`.
+    fn heads(positions: usize, strongest: f64) -> Heads {
+        let (query, key) = (values(&[2, positions, 10], 2.0, 1), values(&[2, positions, 10], 2.0, 2));
+        let uniform = |seed| (values(&[4, positions], 1.0, seed) + 0.5).unwrap();
+        Heads {
+            query: unit(query),
+            key: unit(key),
+            value: values(&[4, positions, 7], 2.0, 3),
+            decay: (uniform(4) * -strongest).unwrap(),
+            strength: uniform(5),
+        }
+    }
+
+    /// The definition in f64.
+    fn naive(heads: &Heads) -> Tensor {
+        let vectors = |t: &Tensor| t.to_dtype(DType::F64).unwrap().to_vec3::<f64>().unwrap();
+        let numbers = |t: &Tensor| t.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
+        let (query, key, value) = (vectors(&heads.query), vectors(&heads.key), vectors(&heads.value));
+        let (decay, strength) = (numbers(&heads.decay), numbers(&heads.strength));
+        let served = heads.served().unwrap();
+        let one = |h: usize| {
+            let token = |t: usize| Token {
+                query: query[h / served][t].clone(),
+                key: key[h / served][t].clone(),
+                value: value[h][t].clone(),
+                decay: vec![decay[h][t].exp(); 10],
+                strength: strength[h][t],
+            };
+            recurrence((0..value[h].len()).map(token))
+        };
+        let out: Vec<f64> = (0..value.len()).flat_map(one).collect();
+        Tensor::from_vec(out, heads.value.shape(), &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn both_forms_equal_the_definition_under_weak_and_strong_decays() {
+        for positions in [1, 3, 63, 64, 65, 130, 200] {
+            for strongest in [0.0, 0.02, 1.0, 30.0, 2000.0] {
+                let heads = heads(positions, strongest);
+                let want = naive(&heads);
+                close(&heads.delta_rule().unwrap(), &want, 1e-5);
+                close(&heads.delta_rule_composed().unwrap(), &want, 1e-5);
+            }
+        }
+    }
+
+    /// One key over and over, written in full: powers of such a system grow like binomials, its inverse does not.
+    #[test]
+    fn both_forms_stand_a_text_that_repeats_one_token() {
+        let varied = heads(150, 0.0);
+        let key = unit(Tensor::ones((2, 150, 10), DType::F32, &Device::Cpu).unwrap());
+        let strength = (Tensor::ones((4, 150), DType::F32, &Device::Cpu).unwrap() * 0.999).unwrap();
+        let heads = Heads { key, strength, ..varied };
+        let want = naive(&heads);
+        close(&heads.delta_rule().unwrap(), &want, 1e-5);
+        close(&heads.delta_rule_composed().unwrap(), &want, 1e-5);
+    }
+
+    /// Differences of running sums in f32 would leave nothing of the weak decays after the strong one.
+    #[test]
+    fn weak_decays_count_after_a_strong_one() {
+        let mut heads = heads(100, 0.0);
+        let decay: Vec<f32> = (0..400).map(|at| if at % 100 == 3 { -1e5 } else { -3e-3 }).collect();
+        heads.decay = Tensor::from_vec(decay, (4, 100), &Device::Cpu).unwrap();
+        let want = naive(&heads);
+        close(&heads.delta_rule().unwrap(), &want, 1e-5);
+        close(&heads.delta_rule_composed().unwrap(), &want, 1e-5);
+    }
+}

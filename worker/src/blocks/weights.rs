@@ -1,0 +1,305 @@
+//! From a unit's decoded tensors to the weights of its blocks.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use crate::blocks::attention::{AttentionWeights, Projections};
+use crate::blocks::delta_net::{DeltaNetWeights, DeltaProjections};
+use crate::blocks::ffn::{Beside, GateUpProj, MlpWeights, Router, SharedWeights};
+use crate::blocks::mamba::MambaWeights;
+use crate::blocks::mla::{LatentQuery, LatentWeights};
+use crate::blocks::norm::Norm;
+use crate::kernels::product::Linear;
+use crate::kernels::tap::Tap;
+use crate::kernels::taps::Taps;
+use crate::model::decoder::{
+    AttentionSpec, DeltaNetSpec, DeltaStored, GateUp, LatentSpec, MambaSpec, MixerSpec, MlpRoles, MlpSpec, MoeSpec,
+    NormSpec, OutputGate, QkNorm, Role, RouterSpec, SharedSpec,
+};
+
+/// A mixer's tensors on one device.
+pub enum MixerWeights {
+    /// Of [`MixerSpec::Attention`].
+    Attention(AttentionWeights),
+    /// Of [`MixerSpec::Latent`].
+    Latent(LatentWeights),
+    /// Of [`MixerSpec::DeltaNet`].
+    DeltaNet(DeltaNetWeights),
+    /// Of [`MixerSpec::Mamba`].
+    Mamba(MambaWeights),
+}
+
+/// The decoded tensors of one streaming unit, by role and expert. Each is taken out once; one that is missing means that a spec's
+/// needs and the block that uses them disagree, which is an error and not a panic, since a run costs money.
+pub struct UnitTensors {
+    tensors: HashMap<(Role, Option<usize>), Tensor>,
+    taps: Option<Taps>,
+}
+
+impl UnitTensors {
+    /// Wraps decoded tensors.
+    pub fn new(tensors: HashMap<(Role, Option<usize>), Tensor>) -> Self {
+        Self { tensors, taps: None }
+    }
+
+    /// What enters the matrices that are taken from now on is seen by the taps of their layer.
+    #[must_use]
+    pub fn seen_by(self, taps: Option<Taps>) -> Self {
+        Self { taps, ..self }
+    }
+
+    /// Removes one tensor.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn take(&mut self, role: Role) -> Result<Tensor> {
+        self.take_for(role, None)
+    }
+
+    fn take_for(&mut self, role: Role, expert: Option<usize>) -> Result<Tensor> {
+        let missing = || candle_core::Error::Msg(format!("no tensor {role:?} (expert {expert:?}) in this unit"));
+        self.tensors.remove(&(role, expert)).ok_or_else(missing)
+    }
+
+    fn linear(&mut self, weight: Role, bias: Role, expert: Option<usize>) -> Result<Linear> {
+        let tap = self.tap(weight, expert);
+        Ok(Linear { weight: self.take_for(weight, expert)?, bias: self.tensors.remove(&(bias, expert)), tap })
+    }
+
+    fn plain(&mut self, weight: Role) -> Result<Linear> {
+        Ok(Linear { weight: self.take(weight)?, bias: None, tap: self.tap(weight, None) })
+    }
+
+    fn tap(&self, weight: Role, expert: Option<usize>) -> Option<Tap> {
+        self.taps.as_ref()?.of(weight, expert)
+    }
+
+    /// A matrix without bias, if it is there.
+    pub fn linear_if_there(&mut self, role: Role) -> Option<Linear> {
+        let weight = self.tensors.remove(&(role, None))?;
+        Some(Linear { weight, bias: None, tap: self.tap(role, None) })
+    }
+
+    /// A norm.
+    ///
+    /// # Errors
+    /// Its gain is not there.
+    pub fn norm(&mut self, spec: NormSpec, gain: Role, bias: Role) -> Result<Norm> {
+        let bias = self.tensors.remove(&(bias, None));
+        Norm::new(spec, self.take(gain)?, bias)
+    }
+
+    /// A mixer's tensors.
+    ///
+    /// # Errors
+    /// One is not there.
+    pub fn mixer(&mut self, spec: &MixerSpec) -> Result<MixerWeights> {
+        Ok(match spec {
+            MixerSpec::Attention(spec) => MixerWeights::Attention(self.attention(spec)?),
+            MixerSpec::Latent(spec) => MixerWeights::Latent(self.latent(spec)?),
+            MixerSpec::DeltaNet(spec) => MixerWeights::DeltaNet(self.delta_net(spec)?),
+            MixerSpec::Mamba(spec) => MixerWeights::Mamba(self.mamba(spec)?),
+            MixerSpec::None => return Err(candle_core::Error::Msg("a mixer's unit in a layer without one".to_owned())),
+        })
+    }
+
+    fn attention(&mut self, spec: &AttentionSpec) -> Result<AttentionWeights> {
+        let projections = if spec.fused_qkv {
+            Projections::Fused(self.linear(Role::QkvProj, Role::QkvProjBias, None)?)
+        } else if spec.key_is_value {
+            Projections::KeyIsValue {
+                query: self.linear(Role::QProj, Role::QProjBias, None)?,
+                key: self.linear(Role::KProj, Role::KProjBias, None)?,
+            }
+        } else {
+            Projections::Separate {
+                query: self.linear(Role::QProj, Role::QProjBias, None)?,
+                key: self.linear(Role::KProj, Role::KProjBias, None)?,
+                value: self.linear(Role::VProj, Role::VProjBias, None)?,
+            }
+        };
+        let qk_norm = match spec.qk_norm {
+            QkNorm::None | QkNorm::AfterRope { .. } => None,
+            QkNorm::WholeProjection(norm) | QkNorm::PerHead(norm) => {
+                Some((Norm::new(norm, self.take(Role::QNorm)?, None)?, Norm::new(norm, self.take(Role::KNorm)?, None)?))
+            }
+        };
+        let sinks = if spec.sinks { Some(self.take(Role::Sinks)?) } else { None };
+        let separate = spec.output_gate == OutputGate::Separate;
+        let gate = if separate { Some(self.plain(Role::OutputGate)?) } else { None };
+        let output = self.linear(Role::OProj, Role::OProjBias, None)?;
+        Ok(AttentionWeights { projections, output, qk_norm, sinks, gate })
+    }
+
+    fn latent(&mut self, spec: &LatentSpec) -> Result<LatentWeights> {
+        let query = match spec.query_rank {
+            None => LatentQuery::Direct(self.plain(Role::QProj)?),
+            Some(_) => LatentQuery::LowRank {
+                down: self.plain(Role::QAProj)?,
+                norm: Norm::new(spec.norm, self.take(Role::QANorm)?, None)?,
+                up: self.plain(Role::QBProj)?,
+            },
+        };
+        Ok(LatentWeights {
+            query,
+            kv_down: self.plain(Role::KvAProj)?,
+            kv_norm: Norm::new(spec.norm, self.take(Role::KvANorm)?, None)?,
+            kv_up: self.plain(Role::KvBProj)?,
+            output: self.plain(Role::OProj)?,
+            queries: self.taps.as_ref().map(Taps::queries),
+        })
+    }
+
+    fn delta_net(&mut self, spec: &DeltaNetSpec) -> Result<DeltaNetWeights> {
+        let projections = match spec.stored {
+            DeltaStored::ByKeyHead => {
+                DeltaProjections::ByKeyHead { qkvz: self.plain(Role::DeltaQkvz)?, ba: self.plain(Role::DeltaBa)? }
+            }
+            DeltaStored::ByKind => DeltaProjections::ByKind {
+                qkv: self.plain(Role::DeltaQkv)?,
+                gates: self.plain(Role::DeltaGate)?,
+                strengths: self.plain(Role::DeltaStrength)?,
+                steps: self.plain(Role::DeltaStep)?,
+            },
+            DeltaStored::Apart => DeltaProjections::Apart {
+                query: self.plain(Role::QProj)?,
+                key: self.plain(Role::KProj)?,
+                value: self.plain(Role::VProj)?,
+                gates: [self.plain(Role::DeltaGateDown)?, self.plain(Role::DeltaGateUp)?],
+                strengths: self.plain(Role::DeltaStrength)?,
+                steps: [self.plain(Role::DeltaStepDown)?, self.plain(Role::DeltaStepUp)?],
+            },
+        };
+        let convolution = if spec.stored == DeltaStored::Apart {
+            let parts = [Role::DeltaQueryConvolution, Role::DeltaKeyConvolution, Role::DeltaValueConvolution];
+            Tensor::cat(&parts.map(|role| self.take(role)).into_iter().collect::<Result<Vec<_>>>()?, 0)?
+        } else {
+            self.take(Role::DeltaConvolution)?
+        };
+        Ok(DeltaNetWeights {
+            projections,
+            convolution,
+            decay: self.take(Role::DeltaDecay)?.flatten_all()?,
+            step_bias: self.take(Role::DeltaStepBias)?,
+            norm: Norm::new(spec.norm, self.take(Role::DeltaNorm)?, None)?,
+            output: self.plain(Role::DeltaOutput)?,
+        })
+    }
+
+    fn mamba(&mut self, spec: &MambaSpec) -> Result<MambaWeights> {
+        Ok(MambaWeights {
+            input: self.plain(Role::MambaInput)?,
+            convolution: self.take(Role::MambaConvolution)?,
+            bias: if spec.convolution_bias { Some(self.take(Role::MambaConvolutionBias)?) } else { None },
+            decay: self.take(Role::MambaDecay)?,
+            step_bias: self.take(Role::MambaStepBias)?,
+            skip: self.take(Role::MambaSkip)?,
+            gain: self.take(Role::MambaNorm)?,
+            output: self.plain(Role::MambaOutput)?,
+        })
+    }
+
+    fn mlp(&mut self, spec: MlpSpec, roles: &MlpRoles, expert: Option<usize>) -> Result<MlpWeights> {
+        let gate_up = match spec.gate_up() {
+            None => GateUpProj::Up(self.linear(roles.up, roles.up_bias, expert)?),
+            Some(GateUp::Separate) => GateUpProj::Separate {
+                gate: self.linear(roles.gate, roles.gate_bias, expert)?,
+                up: self.linear(roles.up, roles.up_bias, expert)?,
+            },
+            Some(GateUp::Halves | GateUp::Interleaved) => {
+                GateUpProj::Joined(self.linear(roles.gate_up, roles.gate_up_bias, expert)?)
+            }
+        };
+        Ok(MlpWeights { kind: spec.kind, gate_up, down: self.linear(roles.down, roles.down_bias, expert)? })
+    }
+
+    /// A dense feed-forward's tensors.
+    ///
+    /// # Errors
+    /// One is not there.
+    pub fn dense(&mut self, spec: MlpSpec) -> Result<MlpWeights> {
+        self.mlp(spec, &MlpRoles::DENSE, None)
+    }
+
+    /// One expert's tensors.
+    ///
+    /// # Errors
+    /// One is not there.
+    pub fn expert(&mut self, spec: MlpSpec, expert: usize) -> Result<MlpWeights> {
+        self.mlp(spec, &MlpRoles::EXPERT, Some(expert))
+    }
+
+    /// The router, and the shared expert.
+    ///
+    /// # Errors
+    /// One of their tensors is not there.
+    pub fn router(&mut self, spec: &MoeSpec) -> Result<(Router, Option<SharedWeights>)> {
+        let mut numbers = |role| self.take(role)?.to_dtype(DType::F32)?.to_vec1();
+        let per_expert = match spec.router {
+            router if router.correction() => Some(numbers(Role::CorrectionBias)?),
+            router if router.scales() => Some(numbers(Role::ExpertScale)?),
+            _ => None,
+        };
+        let input = match spec.router {
+            RouterSpec::NormedSoftmax { eps } => {
+                let scale = self.take(Role::RouterScale)?.to_dtype(DType::F32)?;
+                let root = (scale.elem_count() as f64).sqrt();
+                Some(Norm::new(NormSpec::rms(eps), (scale / root)?, None)?)
+            }
+            _ => None,
+        };
+        let router = Router { logits: self.linear(Role::Router, Role::RouterBias, None)?, input, per_expert };
+        let shared = spec.shared.map(|shared| self.shared(shared)).transpose()?;
+        Ok((router, shared))
+    }
+
+    /// The dense MLP beside a mixture, if it has one. `norm` is that of the layer.
+    ///
+    /// # Errors
+    /// One of their tensors is not there.
+    pub fn beside(&mut self, spec: &MoeSpec, norm: NormSpec) -> Result<Option<Beside>> {
+        let Some(mlp) = spec.beside else { return Ok(None) };
+        Ok(Some(Beside {
+            mlp: self.dense(mlp)?,
+            norm: Norm::new(norm, self.take(Role::BesidePostNorm)?, None)?,
+            experts: Norm::new(norm, self.take(Role::ExpertsNorm)?, None)?,
+        }))
+    }
+
+    /// A norm without a bias, if it is there.
+    ///
+    /// # Errors
+    /// The tensor library's.
+    pub fn norm_if_there(&mut self, spec: NormSpec, gain: Role) -> Result<Option<Norm>> {
+        self.tensors.remove(&(gain, None)).map(|gain| Norm::new(spec, gain, None)).transpose()
+    }
+
+    /// One tensor, if it is there.
+    pub fn take_if_there(&mut self, role: Role) -> Option<Tensor> {
+        self.tensors.remove(&(role, None))
+    }
+
+    fn shared(&mut self, spec: SharedSpec) -> Result<SharedWeights> {
+        let gate = if spec.gate { Some(self.plain(Role::SharedExpertGate)?) } else { None };
+        Ok(SharedWeights { mlp: self.mlp(spec.mlp, &MlpRoles::SHARED, None)?, gate })
+    }
+}
+
+/// An empty accumulator like `x`, on its device.
+pub fn zeros_like(x: &Tensor) -> Result<Tensor> {
+    Tensor::zeros(x.shape(), x.dtype(), x.device())
+}
+
+/// Makes a tensor ready for [`on`] on another thread's device: unless it stays where it is, it goes to host memory.
+///
+/// Two GPUs exchange nothing directly: each stream belongs to one thread, and a copy between GPUs without peer access, which only some
+/// machines give, fails in the library (huggingface/candle#3524).
+pub fn leave(x: &Tensor, device: &Device) -> Result<Tensor> {
+    if x.device().same_device(device) { Ok(x.clone()) } else { x.contiguous()?.to_device(&Device::Cpu) }
+}
+
+/// Moves a tensor unless it is there already.
+pub fn on(x: &Tensor, device: &Device) -> Result<Tensor> {
+    if x.device().same_device(device) { Ok(x.clone()) } else { x.contiguous()?.to_device(device) }
+}

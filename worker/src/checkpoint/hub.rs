@@ -1,0 +1,384 @@
+//! The Hugging Face hub: what a repository holds, and its files, checked.
+//!
+//! Files go into the cache that the other tools of the hub use (`models--owner--name/{blobs,refs,snapshots}`, laid out by
+//! hf-hub), but not by hf-hub's client: that one was seen to store error pages as files, ignores `Retry-After`, compares
+//! no hash and waits for ever on a silent connection. Here every file is compared with the size and hash that the
+//! repository lists before it gets its name.
+
+mod answer;
+mod cache;
+mod dataset;
+mod http;
+mod listing;
+mod pieces;
+mod plan;
+mod prefetch;
+mod rate_limit;
+mod remote;
+mod streamed;
+mod verify;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread;
+
+use outliers_protocol::{FileBytes, WeightVerification};
+
+pub use dataset::{Dataset, DatasetFile};
+pub use http::{Timeouts, Token};
+pub use listing::{Digest, RepoFile, RepoKind, RepoListing};
+
+use crate::checkpoint::safetensors::{Header, HeaderTensor};
+use crate::checkpoint::source::{
+    CONFIG_FILE, Checkpoint, Container, Described, LocalSource, Location, MAX_JSON_BYTES, TOKENIZER_SETTINGS,
+    TensorEntry, TensorIndex, TokenizerFiles, WeightFiles, WeightSource, read_small,
+};
+use crate::checkpoint::torch;
+use crate::error::{Result, WorkerError};
+use cache::Cache;
+use http::Client;
+use pieces::Pieces;
+use remote::RemoteFile;
+use streamed::HubSource;
+pub(crate) use streamed::held_for_hashes;
+
+/// The public hub.
+pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
+
+/// What the hub lets a free account ask of its API in five minutes; addresses of files it gives five times as often.
+pub const DEFAULT_REQUESTS: usize = 1000;
+
+/// Files fetched into the cache at the same time.
+const PARALLEL_FILES: usize = 4;
+/// Headers read at the same time: each is one short answer, and models have up to 163.
+const PARALLEL_HEADERS: usize = 16;
+/// Bytes of a weight file asked for in the hope that they hold the whole header (or pickle): true of every surveyed model
+/// but the one-file-per-model ones.
+const LIKELY_HEADER: u64 = 1 << 20;
+
+/// Where the hub is and what to bring along. Nothing in here is read from the environment.
+#[derive(Clone, Debug)]
+pub struct HubOptions {
+    /// `https://huggingface.co` or a mirror of it.
+    pub endpoint: String,
+    /// For gated and private repositories.
+    pub token: Option<Token>,
+    /// The hub's cache folder (`$HF_HOME/hub`).
+    pub cache: PathBuf,
+    /// How long to try.
+    pub timeouts: Timeouts,
+    /// Most requests in five minutes, those for ranges of files whose address is known not among them.
+    pub requests: usize,
+}
+
+impl HubOptions {
+    /// The public hub without a token.
+    pub fn new(cache: impl Into<PathBuf>) -> Self {
+        let endpoint = DEFAULT_ENDPOINT.to_owned();
+        let (timeouts, requests) = (Timeouts::default(), DEFAULT_REQUESTS);
+        Self { endpoint, token: None, cache: cache.into(), timeouts, requests }
+    }
+}
+
+/// How far a download is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FetchProgress {
+    /// Bytes of all files that are in the cache or on their way into it.
+    pub bytes_done: u64,
+    /// Bytes of all files.
+    pub bytes_total: u64,
+    /// Files that are whole.
+    pub files_done: usize,
+    /// All files.
+    pub files_total: usize,
+}
+
+/// A client of one hub.
+pub struct Hub {
+    client: Arc<Client>,
+    cache: Cache,
+}
+
+impl Hub {
+    /// Opens no connection.
+    ///
+    /// # Errors
+    /// Kind `Job`: the endpoint is not an http(s) address, or the token would travel unencrypted.
+    pub fn new(options: HubOptions) -> Result<Self> {
+        let client = Client::new(&options)?;
+        Ok(Self { client: Arc::new(client), cache: Cache::new(options.cache) })
+    }
+
+    /// Commit and files of `id` (`owner/name`) at `revision` (branch, tag or commit).
+    ///
+    /// # Errors
+    /// Kind `Job` for an impossible id or revision; `ModelNotFound`, `ModelGated` or `Network` as the hub answers.
+    pub fn resolve(&self, id: &str, revision: &str) -> Result<RepoListing> {
+        let listing = listing::fetch(&self.client, RepoKind::Model, id, revision)?;
+        self.cache.remember(id, revision, &listing.commit)?;
+        Ok(listing)
+    }
+
+    /// Configuration, tokenizer, index and the headers of the weight files: all that is needed to plan, no weights.
+    ///
+    /// # Errors
+    /// As [`resolve`](Hub::resolve) and [`Checkpoint::open_folder`].
+    pub fn fetch_metadata(&self, id: &str, revision: &str) -> Result<Checkpoint> {
+        let listing = Arc::new(self.resolve(id, revision)?);
+        let shards = self.fetch_small(&listing)?;
+        let (index, _) = self.index(&listing, &shards)?;
+        Ok(self.described(&listing)?.with(HeadersOnly { index }))
+    }
+
+    /// A checkpoint whose weights come over the network as they are read, at most `read_ahead` bytes before that: none of them is written
+    /// to disk. Pickled ones are, since their records can only be found by reading all of them: `progress` is for those.
+    ///
+    /// # Errors
+    /// As [`fetch_metadata`](Hub::fetch_metadata) and [`fetch_all`](Hub::fetch_all).
+    pub fn stream(
+        &self,
+        id: &str,
+        revision: &str,
+        read_ahead: u64,
+        progress: &(dyn Fn(FetchProgress) + Sync),
+    ) -> Result<Checkpoint> {
+        let listing = Arc::new(self.resolve(id, revision)?);
+        let shards = self.fetch_small(&listing)?;
+        if shards.weights.container == Container::Torch {
+            return self.fetch_shards(&listing, &shards, progress);
+        }
+        let (index, files) = self.index(&listing, &shards)?;
+        Ok(self.described(&listing)?.with(HubSource::new(index, files, self.client.timeouts, read_ahead)))
+    }
+
+    /// The checked tensors of all weight files, and the files.
+    fn index(&self, listing: &Arc<RepoListing>, shards: &Shards) -> Result<(TensorIndex, Vec<RemoteFile>)> {
+        let id = &listing.id;
+        let open = |file: &RepoFile| {
+            let named = || WorkerError::network(format!("the hub does not tell the size of {} of {id}", file.name));
+            Ok(RemoteFile::new(&self.client, listing, file, file.size.ok_or_else(named)?))
+        };
+        let files = shards.files.iter().map(open).collect::<Result<Vec<_>>>()?;
+        let found = in_parallel(PARALLEL_HEADERS, &files, |file| tensors(file, shards.weights.container))?;
+        Ok((TensorIndex::of(&shards.weights, found).map_err(|e| e.context(id))?, files))
+    }
+
+    /// Configuration and tokenizer alone.
+    ///
+    /// # Errors
+    /// As [`resolve`](Hub::resolve); kind `Checkpoint` for a repository without config.json.
+    pub fn describe(&self, id: &str, revision: &str) -> Result<Described> {
+        let listing = self.resolve(id, revision)?;
+        self.fetch_description(&listing)?;
+        self.described(&listing)
+    }
+
+    fn described(&self, listing: &RepoListing) -> Result<Described> {
+        Described::read(&self.cache.snapshot(listing), Some(listing.commit.clone()))
+    }
+
+    /// Everything a run needs: as [`fetch_metadata`](Hub::fetch_metadata), and the weight files into the cache.
+    /// `progress` is called from several threads, at most once per MiB.
+    ///
+    /// # Errors
+    /// As [`resolve`](Hub::resolve) and [`Checkpoint::open_folder`]; `Storage` when the disk is full. What is whole stays
+    /// in the cache, what is not is resumed by the next call.
+    pub fn fetch_all(&self, id: &str, revision: &str, progress: &(dyn Fn(FetchProgress) + Sync)) -> Result<Checkpoint> {
+        let listing = self.resolve(id, revision)?;
+        let shards = self.fetch_small(&listing)?;
+        self.fetch_shards(&listing, &shards, progress)
+    }
+
+    fn fetch_shards(
+        &self,
+        listing: &RepoListing,
+        shards: &Shards,
+        progress: &(dyn Fn(FetchProgress) + Sync),
+    ) -> Result<Checkpoint> {
+        let counter = Counter::new(&shards.files, progress);
+        let hashed = in_parallel(PARALLEL_FILES, &shards.files, |file| {
+            let hashed = self.cache.fetch(&self.client, listing, file, &|bytes| counter.add(bytes))?;
+            counter.file_done();
+            Ok(hashed)
+        })?;
+        let (verified, believed): (Vec<_>, Vec<_>) = shards.files.iter().zip(hashed).partition(|(_, hashed)| *hashed);
+        let mut verification = WeightVerification { verified_files: verified.len(), ..Default::default() };
+        let believed = believed.into_iter().map(|(file, _)| file.name.clone()).collect();
+        verification.leave_out("they were in the cache before, which is compared by size alone", believed);
+        let weights = LocalSource::open_files(&self.cache.snapshot(listing), &shards.weights, verification)?;
+        Ok(self.described(listing)?.with(weights))
+    }
+
+    /// Fetches what is not weights, and returns which files are.
+    fn fetch_small(&self, listing: &RepoListing) -> Result<Shards> {
+        self.fetch_description(listing)?;
+        let snapshot = self.cache.snapshot(listing);
+        let has = |name: &str| listing.file(name).is_some();
+        let read = |name: &str| {
+            // The configuration is there already.
+            if name != CONFIG_FILE {
+                self.fetch_file(listing, name)?;
+            }
+            Ok(read_small(&snapshot.join(name))?.unwrap_or_default())
+        };
+        let name = format!("model {}", listing.id);
+        let weights = WeightFiles::find(&Location { name: &name, has: &has, read: &read })?;
+        let files = weights.names.iter().filter_map(|name| listing.file(name));
+        let files = files.map(|file| self.sized(listing, file)).collect::<Result<_>>()?;
+        Ok(Shards { weights, files })
+    }
+
+    /// Fetches configuration and tokenizer.
+    fn fetch_description(&self, listing: &RepoListing) -> Result<()> {
+        let there = |name: &str| listing.file(name).is_some();
+        if !there(CONFIG_FILE) {
+            let message = format!("model {} has no {CONFIG_FILE}", listing.id);
+            return Err(WorkerError::checkpoint(message).hint("choose a repository in the transformers format"));
+        }
+        let tokenizer = TokenizerFiles::choose(there).map_or(&[][..], TokenizerFiles::names);
+        for name in [CONFIG_FILE].iter().chain(tokenizer).chain(&TOKENIZER_SETTINGS) {
+            self.fetch_file(listing, name)?;
+        }
+        Ok(())
+    }
+
+    /// Fetches a file of bounded size into the cache, if the repository has it.
+    fn fetch_file(&self, listing: &RepoListing, name: &str) -> Result<()> {
+        let Some(file) = listing.file(name) else { return Ok(()) };
+        let file = self.sized(listing, file)?;
+        if file.size.is_none_or(|size| size > MAX_JSON_BYTES) {
+            let message = format!("{name} of {} is over the limit of {MAX_JSON_BYTES} bytes", listing.id);
+            return Err(WorkerError::checkpoint(message));
+        }
+        self.cache.fetch(&self.client, listing, &file, &|_| ()).map(drop)
+    }
+
+    /// Some mirrors list names only: size and hash are then in the answer to a request for the file.
+    fn sized(&self, listing: &RepoListing, file: &RepoFile) -> Result<RepoFile> {
+        if file.size.is_some() && file.digest.is_some() {
+            return Ok(file.clone());
+        }
+        let found = self.client.describe(listing, &file.name)?;
+        Ok(RepoFile {
+            name: file.name.clone(),
+            size: file.size.or(found.size),
+            digest: file.digest.clone().or(found.digest),
+        })
+    }
+}
+
+/// The checked tensors of a weight file, by ranged requests.
+fn tensors(file: &RemoteFile, container: Container) -> Result<(FileBytes, Vec<HeaderTensor>)> {
+    let bytes = file.size();
+    let read = || match container {
+        Container::Safetensors => Ok(header(file)?.tensors),
+        Container::Torch => {
+            let pieces = Pieces::new(file);
+            Ok(torch::Contents::read(bytes, &|range| pieces.read(range))?.outlined())
+        }
+    };
+    let tensors = read().map_err(|error: WorkerError| error.context(file.asked()))?;
+    Ok((FileBytes { name: file.name().to_owned(), bytes }, tensors))
+}
+
+fn header(file: &RemoteFile) -> Result<Header> {
+    let bytes = file.size();
+    let mut start = file.read(0..LIKELY_HEADER.min(bytes))?;
+    let needed = Header::bytes_needed(&start, bytes)?;
+    let have = start.len() as u64;
+    if needed > have {
+        start.extend(file.read(have..needed)?);
+    }
+    Header::parse(&start, bytes)
+}
+
+/// The weight files of a repository.
+struct Shards {
+    weights: WeightFiles,
+    files: Vec<RepoFile>,
+}
+
+/// Tensors whose bytes were never fetched.
+struct HeadersOnly {
+    index: TensorIndex,
+}
+
+impl WeightSource for HeadersOnly {
+    fn index(&self) -> &TensorIndex {
+        &self.index
+    }
+
+    fn read(&self, entry: &TensorEntry, _range: std::ops::Range<u64>, _into: &mut [u8]) -> Result<()> {
+        Err(WorkerError::internal(format!("tensor {} was read, but only headers were fetched", entry.name)))
+    }
+
+    fn bytes_read(&self) -> u64 {
+        0
+    }
+}
+
+/// Adds up what several threads fetch.
+struct Counter<'a> {
+    done: AtomicU64,
+    files_done: AtomicUsize,
+    total: u64,
+    files_total: usize,
+    report: &'a (dyn Fn(FetchProgress) + Sync),
+}
+
+impl<'a> Counter<'a> {
+    fn new(files: &[RepoFile], report: &'a (dyn Fn(FetchProgress) + Sync)) -> Self {
+        let total = files.iter().filter_map(|file| file.size).sum();
+        let counter =
+            Self { done: AtomicU64::new(0), files_done: AtomicUsize::new(0), total, files_total: files.len(), report };
+        counter.tell();
+        counter
+    }
+
+    /// Negative when a damaged file is started again.
+    fn add(&self, bytes: i64) {
+        self.done.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.tell();
+    }
+
+    fn file_done(&self) {
+        self.files_done.fetch_add(1, Ordering::Relaxed);
+        self.tell();
+    }
+
+    fn tell(&self) {
+        (self.report)(FetchProgress {
+            bytes_done: self.done.load(Ordering::Relaxed),
+            bytes_total: self.total,
+            files_done: self.files_done.load(Ordering::Relaxed),
+            files_total: self.files_total,
+        });
+    }
+}
+
+/// Applies `work` to all `items`, `parallel` at a time, results in order. After an error no
+/// further item is begun.
+fn in_parallel<T: Sync, R: Send>(
+    parallel: usize,
+    items: &[T],
+    work: impl Fn(&T) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let mut done = Vec::new();
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(at) else { return Ok(done) };
+            let result = work(item).inspect_err(|_| next.store(items.len(), Ordering::Relaxed))?;
+            done.push((at, result));
+        }
+    };
+    let parts: Vec<Result<Vec<(usize, R)>>> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..parallel.min(items.len())).map(|_| scope.spawn(worker)).collect();
+        threads.into_iter().map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    });
+    let mut all: Vec<(usize, R)> = parts.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+    all.sort_by_key(|(at, _)| *at);
+    Ok(all.into_iter().map(|(_, result)| result).collect())
+}

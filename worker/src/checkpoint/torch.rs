@@ -1,0 +1,200 @@
+//! `pytorch_model.bin`, as OPT and GPT-J are published: a zip archive with a pickle of names, shapes and strides
+//! (`data.pkl`), and one uncompressed record of raw values per storage (`data/0`, `data/1`, ...).
+//!
+//! Such files are programs in general; here they are read as data. The pickle reader is ours because the file is hostile
+//! input: candle's panics on short argument lists and copies whatever is remembered, so that a few bytes make gigabytes.
+//! All it needs of a file are byte ranges, which a disk and a hub can give alike, and it asks for few: the end of the
+//! file, its directory, the pickle.
+
+mod bytes;
+mod pickle;
+mod zip;
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::checkpoint::safetensors::{HeaderTensor, StoredDtype, element_count, shown};
+use crate::checkpoint::stand_in;
+use crate::error::{IoContext, Result, WorkerError};
+use crate::files::open_regular;
+use pickle::View;
+use zip::{Archive, ArchiveEntry};
+
+/// Gives the bytes of a range of one file, the whole range or an error.
+pub type ReadRange<'a> = &'a dyn Fn(Range<u64>) -> Result<Vec<u8>>;
+
+/// Longest pickle accepted, bytes: dozens of times that of any published shard, and at most half a gigabyte unpickled.
+const MAX_PICKLE_BYTES: u64 = 8 << 20;
+/// Largest tensor that repeats the values of a smaller record, bytes.
+const MAX_REPEATED_BYTES: u64 = 1 << 30;
+/// Most tensors in one file.
+const MAX_TENSORS: usize = 1 << 20;
+/// How the format before the archives begins: a pickled magic number.
+const LEGACY_MAGIC: &[u8] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19";
+
+/// What a file says about its tensors: every claim checked against the archive's directory.
+pub struct Contents {
+    archive: Archive,
+    tensors: Vec<Placed>,
+}
+
+/// A tensor, and where in which record its values begin.
+struct Placed {
+    tensor: HeaderTensor,
+    record: usize,
+}
+
+impl Contents {
+    /// Reads what a file of `file_len` bytes holds; no weight is read.
+    ///
+    /// # Errors
+    /// Kind `Checkpoint`: not such an archive, damaged, or a pickle that wants more than tensors; `Unsupported` for the
+    /// format of PyTorch before 1.6. The file's name is the caller's to add.
+    pub fn read(file_len: u64, read: ReadRange<'_>) -> Result<Self> {
+        let archive = Archive::read(file_len, read).map_err(|error| explained(file_len, read).unwrap_or(error))?;
+        let (folder, pickle) = the_pickle(&archive)?;
+        let program = archive.contents(pickle, MAX_PICKLE_BYTES, read)?;
+        // It lies right behind the pickle, where a reader that reads ahead has been already.
+        refuse_big_endian(&archive, folder, read)?;
+        let views = pickle::state_dict(&program)?;
+        let tensors = views.iter().map(|view| place(view, folder, &archive)).collect::<Result<Vec<_>>>()?;
+        refuse_duplicates(&tensors)?;
+        Ok(Self { archive, tensors })
+    }
+
+    /// The tensors with the offsets of their first bytes in the file. Tensors may share bytes, as tied weights do.
+    ///
+    /// # Errors
+    /// Kind `Checkpoint` when a record is not where the directory says.
+    pub fn located(self, read: ReadRange<'_>) -> Result<Vec<HeaderTensor>> {
+        let mut starts: Vec<Option<u64>> = vec![None; self.archive.records().len()];
+        let locate = |Placed { mut tensor, record }| {
+            let start = match starts[record] {
+                Some(start) => start,
+                None => *starts[record].insert(self.archive.data_start(&self.archive.records()[record], read)?),
+            };
+            tensor.offset += start;
+            Ok(tensor)
+        };
+        self.tensors.into_iter().map(locate).collect()
+    }
+
+    /// The tensors without their places: `offset` counts from the beginning of the record's header, since asking a hub
+    /// for the length of each of hundreds of headers would take longer than everything else.
+    pub fn outlined(self) -> Vec<HeaderTensor> {
+        let outline = |Placed { mut tensor, record }| {
+            tensor.offset += self.archive.records()[record].header;
+            tensor
+        };
+        self.tensors.into_iter().map(outline).collect()
+    }
+}
+
+/// The tensors of a file on disk; only the directory and the pickle are read.
+///
+/// # Errors
+/// Kind `Storage` when the file cannot be read, else as [`Contents::read`]; both name the file.
+pub fn read_tensors(path: &Path) -> Result<Vec<HeaderTensor>> {
+    let file = open_regular(path).at("open", path)?;
+    let file_len = file.metadata().at("read the size of", path)?.len();
+    let read = |range: Range<u64>| {
+        // Whoever asks has compared the range with the size of the file, and its length with a limit.
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        file.read_exact_at(&mut bytes, range.start).at("read", path)?;
+        Ok(bytes)
+    };
+    let tensors = Contents::read(file_len, &read).and_then(|contents| contents.located(&read));
+    tensors.map_err(|error| error.context(path.display()))
+}
+
+fn damaged(message: impl Into<String>) -> WorkerError {
+    WorkerError::checkpoint(message).hint("the file is damaged or incomplete: fetch it again")
+}
+
+/// The better explanation of a file that is no archive: something else under its name, or the format from before them.
+fn explained(file_len: u64, read: ReadRange<'_>) -> Option<WorkerError> {
+    let start = read(0..file_len.min(stand_in::ENOUGH as u64)).ok()?;
+    if let Err(error) = stand_in::refuse(&start) {
+        return Some(error);
+    }
+    let message = "it is in the format of PyTorch before 1.6, which has no directory of its tensors";
+    let hint = "convert it to safetensors, or choose a revision of the model that has them";
+    start.starts_with(LEGACY_MAGIC).then(|| WorkerError::unsupported(message).hint(hint))
+}
+
+/// Nobody publishes such weights, but a file that says so must not be read the other way round.
+fn refuse_big_endian(archive: &Archive, folder: &str, read: ReadRange<'_>) -> Result<()> {
+    let Some((_, record)) = archive.find(&format!("{folder}/byteorder")) else { return Ok(()) };
+    if archive.contents(record, 16, read)? == b"little" {
+        return Ok(());
+    }
+    Err(WorkerError::unsupported("its values are stored most significant byte first")
+        .hint("save it again on a common machine, as safetensors"))
+}
+
+/// The archive's one folder, and the pickle in it.
+fn the_pickle(archive: &Archive) -> Result<(&str, &ArchiveEntry)> {
+    let folder = |record: &'_ ArchiveEntry| record.name.strip_suffix("/data.pkl").is_some_and(|f| !f.contains('/'));
+    let mut found = archive.records().iter().filter(|record| folder(record));
+    match (found.next(), found.next()) {
+        (Some(record), None) => Ok((record.name.trim_end_matches("/data.pkl"), record)),
+        (None, _) => Err(WorkerError::checkpoint("it is a zip archive without a data.pkl")
+            .hint("this is not a PyTorch checkpoint: choose another file or revision")),
+        (Some(_), Some(_)) => Err(damaged("it holds two files called data.pkl")),
+    }
+}
+
+/// Compares a tensor with the record that its storage is.
+fn place(view: &View<'_>, folder: &str, archive: &Archive) -> Result<Placed> {
+    let wrong = |what: String| damaged(format!("tensor {}: {what}", shown(view.name)));
+    let pickle::Storage { element, key, values } = view.storage;
+    let name = format!("{folder}/data/{key}");
+    let Some((number, record)) = archive.find(&name) else {
+        return Err(wrong(format!("the archive has no record {}", shown(&name))));
+    };
+    record.check_stored()?;
+    if values.checked_mul(element.size) != Some(record.len) {
+        let (dtype, len) = (element.dtype(), record.len);
+        return Err(wrong(format!(
+            "{values} values of {dtype} do not fill the {len} bytes of record {}",
+            shown(&name)
+        )));
+    }
+    let Some(count) = element_count(&view.shape) else {
+        return Err(wrong(format!("its shape {:?} overflows", view.shape)));
+    };
+    let Some(span) = view.span().filter(|span| view.offset.checked_add(*span).is_some_and(|end| end <= values)) else {
+        let View { shape, strides, offset, .. } = view;
+        let what = format!("shape {shape:?} with strides {strides:?} from {offset} leaves its {values} values");
+        return Err(wrong(what));
+    };
+    let spread = !view.is_contiguous();
+    // What overlaps itself may be larger than its record, but not by any factor that a file likes to state.
+    let most = values.max(MAX_REPEATED_BYTES / element.size);
+    let dtype = match element.dtype() {
+        dtype if view.altered => StoredDtype::Other(format!("{dtype}, negated or conjugated")),
+        dtype if spread && (dtype.size().is_none() || count > most) => StoredDtype::strided(&dtype, &view.strides),
+        dtype => dtype,
+    };
+    let strides = (spread && dtype.size().is_some()).then(|| view.strides.clone());
+    let len = if strides.is_some() { count } else { span } * element.size;
+    let offset = view.offset * element.size;
+    let tensor = HeaderTensor { name: view.name.to_owned(), dtype, shape: view.shape.clone(), strides, offset, len };
+    Ok(Placed { tensor, record: number })
+}
+
+fn refuse_duplicates(tensors: &[Placed]) -> Result<()> {
+    if tensors.len() > MAX_TENSORS {
+        return Err(damaged(format!("it holds {} tensors, over the limit of {MAX_TENSORS}", tensors.len())));
+    }
+    let mut seen = HashSet::with_capacity(tensors.len());
+    match tensors.iter().find(|placed| !seen.insert(placed.tensor.name.as_str())) {
+        None => Ok(()),
+        Some(twice) => Err(damaged(format!("tensor {} appears twice", shown(&twice.tensor.name)))),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,287 @@
+//! From arguments to an exit code.
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use outliers_protocol::{ByteSize, Failure, FailureKind, Inspection, SCHEMA, VersionInfo, Weights};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde::Serialize;
+
+use crate::checkpoint::Model;
+use crate::checkpoint::hub::{Hub, HubOptions, Token};
+use crate::commands::bench::run::RunTable;
+use crate::commands::cli::{Bench, Cli, Command, HubArgs, JobArgs, read_job};
+use crate::commands::{bench, demo};
+use crate::device;
+use crate::device::gpu;
+use crate::error::{Result, WorkerError};
+use crate::files::read_text;
+use crate::kernels::fused;
+use crate::kernels::product::Arithmetic;
+use crate::model::arch;
+use crate::model::decoder::Longest;
+use crate::pass::ablation::Arms;
+use crate::pass::budget::StreamBudget;
+use crate::run::export;
+use crate::run::inspect::{self, PlannedRun};
+use crate::stats::study;
+use crate::{corpus, run};
+
+/// Longest file that holds a token, bytes.
+const MOST_TOKEN: u64 = 64 << 10;
+
+/// Parses arguments, does what they say, prints the outcome.
+///
+/// Exit code 0: done; 1: it failed; 2: the arguments or the job are wrong.
+pub fn main_impl() -> ExitCode {
+    let cli = Cli::parse();
+    start_log(cli.verbose);
+    let json = cli.json;
+    if cli.composed {
+        fused::compose_all();
+    }
+    match dispatch(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => report(error, json),
+    }
+}
+
+/// `HF_TOKEN`, else the file that `hf auth login` leaves. Never an argument: everybody on the machine sees those.
+fn token(hub: &HubArgs) -> Option<Token> {
+    let named = std::env::var("HF_TOKEN").ok();
+    let file = || read_text(&hub.home()?.join("token"), MOST_TOKEN).ok();
+    Token::new(&named.or_else(file)?)
+}
+
+fn open_hub(args: &HubArgs) -> Result<Hub> {
+    let (endpoint, requests) = (args.hf_endpoint.clone(), args.hub_requests);
+    Hub::new(HubOptions { endpoint, token: token(args), requests, ..HubOptions::new(args.cache()?) })
+}
+
+fn start_log(verbose: bool) {
+    let level = if verbose { tracing::Level::DEBUG } else { tracing::Level::INFO };
+    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_target(false)
+        .with_ansi(colour)
+        .with_writer(std::io::stderr)
+        .init();
+}
+
+fn report(error: WorkerError, json: bool) -> ExitCode {
+    eprintln!("error: {}", error.message());
+    if let Some(hint) = error.hint_text() {
+        eprintln!("hint: {hint}");
+    }
+    let usage = error.kind() == FailureKind::Job;
+    if json {
+        print_json(&Failure::from(error));
+    }
+    ExitCode::from(if usage { 2 } else { 1 })
+}
+
+fn print_json(document: &impl Serialize) {
+    println!("{}", serde_json::to_string_pretty(document).expect("documents are plain data"));
+}
+
+fn print_table(table: &(impl Serialize + std::fmt::Display), json: bool) {
+    if json {
+        print_json(table);
+    } else {
+        print!("{table}");
+    }
+}
+
+fn dispatch(cli: Cli) -> Result<()> {
+    let hub = open_hub(&cli.hub)?;
+    match cli.command {
+        Command::Run { job, options, output, save_every } => {
+            let job = match job {
+                Some(path) => read_job(&path)?,
+                None => options.job()?,
+            };
+            let results = run::run(&job, &output, &hub, Duration::from_secs(save_every), true)?;
+            if cli.json {
+                print_json(&results);
+            } else {
+                print_verdicts(&results);
+            }
+        }
+        Command::Inspect { options, check_text, memory_limit } => {
+            if let Some(ByteSize(bytes)) = memory_limit {
+                limit_memory(bytes)?;
+            }
+            let inspection = inspect_command(*options, check_text, &hub)?;
+            if cli.json {
+                print_json(&inspection);
+            } else {
+                print_inspection(&inspection);
+            }
+        }
+        Command::DemoModel { output, seed } => {
+            let planted = demo::make(&output, seed)?;
+            print_json(&planted);
+        }
+        Command::Bench { what } => match what {
+            Bench::Memory { hidden, layers } => print_table(&bench::memory(hidden, &layers)?, cli.json),
+            Bench::Run { options } => print_table(&bench_run(*options, &hub)?, cli.json),
+            Bench::Decode { values, rounds, device } => {
+                let placed = device::open(&[device])?;
+                print_table(&bench::decode::decode(values, rounds, &placed[0].device)?, cli.json);
+            }
+        },
+        Command::Devices => print_table(&device::list(), cli.json),
+        Command::Version => version(cli.json),
+    }
+    Ok(())
+}
+
+/// Limits this process's memory to this many bytes: beyond that it aborts.
+fn limit_memory(bytes: u64) -> Result<()> {
+    let allowed = getrlimit(Resource::Data).maximum.map_or(bytes, |allowed| allowed.min(bytes));
+    let limit = Rlimit { current: Some(allowed), maximum: Some(allowed) };
+    setrlimit(Resource::Data, limit).map_err(|error| WorkerError::internal(format!("no memory limit: {error}")))
+}
+
+fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Inspection> {
+    let job = options.job()?;
+    let devices = device::open(&job.devices)?;
+    let checkpoint = run::metadata(&job, hub)?;
+    let model = Model::open(&checkpoint.config, &*checkpoint.weights, job.layers)?;
+    export::check(&job, model.family.architecture)?;
+    let (vocab, longest) = (model.spec.vocab, model.spec.longest());
+    let (sequences, tokens) = if check_text {
+        let text = corpus::load(&job.corpus, Some(&checkpoint.folder), vocab, longest, hub)?;
+        (text.sequences, text.tokens)
+    } else {
+        let most = longest.map_or(usize::MAX, Longest::tokens);
+        let tokens = job.corpus.sequence_length.unwrap_or(corpus::DEFAULT_TOKENS.min(most));
+        if let Some(selected @ Longest::SelectedKeys(_)) = longest {
+            corpus::fits(tokens, selected)?;
+        }
+        (job.corpus.num_sequences.unwrap_or(corpus::DEFAULT_SEQUENCES), tokens)
+    };
+    let compute = device::compute_dtype(job.precision, &devices);
+    let sharing = device::sharing_memory(&devices);
+    let group_elements = StreamBudget::planned(job.stream_budget_bytes).group_elements(compute, sharing);
+    let micro_batch_tokens = job.micro_batch_tokens;
+    let arms = Arms::of(job.ablation.as_ref(), model.spec.hidden, tokens)?.count();
+    let run = PlannedRun {
+        sequences,
+        tokens,
+        arms,
+        compute,
+        micro_batch_tokens,
+        group_elements,
+        measured: study::measured_bytes(&job, &model.spec, sequences) + export::memory(&job, &model.spec),
+        // A plan that names no devices is for GPUs.
+        arithmetic: if job.devices.is_empty() { Arithmetic::default() } else { Arithmetic::of(&devices, compute) },
+        with_head: job.layers.is_none(),
+        devices: sharing,
+    };
+    Ok(inspect::inspect(&job, &checkpoint, &model, run))
+}
+
+fn bench_run(options: JobArgs, hub: &Hub) -> Result<RunTable> {
+    let mut job = options.job()?;
+    if job.trace.is_some() || job.ablation.is_some() {
+        let error = WorkerError::job("bench run writes no time line and takes no features away");
+        return Err(error.hint("`outliers-worker run` does"));
+    }
+    job.weights.get_or_insert(Weights::Synthetic { seed: 1 });
+    let sequences = job.corpus.num_sequences.unwrap_or(4);
+    let tokens = job.corpus.sequence_length.unwrap_or(512);
+    if sequences == 0 || tokens == 0 {
+        return Err(WorkerError::job("a run needs a sequence and a token at least"));
+    }
+    bench::run::run(&job, sequences, tokens, hub)
+}
+
+fn version(json: bool) {
+    let info = VersionInfo {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        schema: SCHEMA,
+        target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
+        cuda: cfg!(feature = "cuda"),
+        oldest_cuda: gpu::oldest_driver(),
+        architectures: arch::known().map(str::to_owned).collect(),
+    };
+    if json {
+        return print_json(&info);
+    }
+    println!("outliers-worker {} (schema {}, {}, cuda: {})", info.version, info.schema, info.target, info.cuda);
+    println!("architectures: {}", info.architectures.join(", "));
+}
+
+fn print_verdicts(results: &outliers_protocol::Results) {
+    println!("{}: {} sequences of {} tokens", results.model, results.sequences, results.tokens_per_sequence);
+    for v in &results.verdicts {
+        let percent = |p: Option<f64>| p.map_or_else(|| "-".to_owned(), |p| format!("{p:.1} %"));
+        let shares = (percent(v.mean_layer_percent), percent(v.mean_sequence_percent));
+        println!("{:>10.2}  {:<54} layers {:>7}  positions {:>7}", v.count, v.label, shares.0, shares.1);
+    }
+    if let Some(p) = results.perplexity {
+        println!("{:>10.3}  perplexity over {} predicted tokens", p.perplexity, p.predicted_tokens);
+    }
+    for arm in &results.ablation {
+        let attention = arm.attention.map_or_else(String::new, |share| format!(", of attention {share:.4}"));
+        let (perplexity, top, without) = (arm.perplexity.perplexity, arm.top_probability, arm.removed.label());
+        println!("{perplexity:>10.3}  perplexity, largest probability {top:.4}{attention}, without {without}");
+    }
+    if let Some(massive) = &results.massive_activations {
+        let layers = massive.onset_layer.map_or_else(String::new, |onset| format!(", from layer {onset} on"));
+        println!("{:>10}  tokens with massive activations{layers}: {}", massive.tokens, massive.rule);
+    }
+    if let Some(experts) = &results.super_experts {
+        println!("{:>10}  super-expert candidates: {}", experts.candidates.len(), experts.rule);
+    }
+}
+
+fn print_inspection(i: &Inspection) {
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    println!("{} ({}), revision {}", i.model, i.architecture, i.revision.as_deref().unwrap_or("none"));
+    println!("{} parameters, {} of them active per token", i.parameters, i.active_parameters);
+    println!(
+        "{} layers of width {}, {} studied norm outputs, vocabulary {}",
+        i.layers.len(),
+        i.hidden,
+        i.sites.len(),
+        i.vocab
+    );
+    let dtypes: Vec<String> = i.stored_dtypes.iter().map(|(d, b)| format!("{d} {:.3} GiB", gib(*b))).collect();
+    println!("stored: {}", dtypes.join(", "));
+    for layer in &i.layers {
+        println!(
+            "  layer {:>3}: {:>10.4} GiB in {:>4} tensors  {}",
+            layer.layer,
+            gib(layer.bytes),
+            layer.tensors,
+            layer.kind
+        );
+    }
+    let p = &i.plan;
+    println!(
+        "{} sequences x {} tokens: {:.3} PFLOP, {:.3} GiB to read, {:.3} GiB of device memory streamed, {:.3} GiB resident",
+        p.sequences,
+        p.tokens_per_sequence,
+        p.flops / 1e15,
+        gib(p.bytes_to_read),
+        gib(p.streamed_memory_bytes),
+        gib(p.resident_memory_bytes)
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,427 @@
+//! A whole run over made-up weights, beside what this machine can do at best: where it falls short, the table says in which kind of work.
+
+use std::fmt;
+use std::hint::black_box;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use outliers_protocol::{CorpusProvenance, JobSpec};
+use serde::Serialize;
+
+use super::decode::{self, DecodeTable};
+use super::{fastest, giga};
+use crate::blocks::ffn::{ExpertRows, Routing};
+use crate::checkpoint::hub::Hub;
+use crate::checkpoint::safetensors::StoredDtype;
+use crate::checkpoint::{Model, TensorRange};
+use crate::corpus::Tokens;
+use crate::device;
+use crate::device::gpu;
+use crate::error::Result;
+use crate::kernels::product::{self, Arithmetic};
+use crate::model::decoder::Need;
+use crate::pass::ablation::Arms;
+use crate::pass::budget::StreamBudget;
+use crate::pass::meter::{Meter, Work};
+use crate::pass::progress::ProgressSink;
+use crate::pass::stream::Pass;
+use crate::run;
+use crate::run::inspect::{self, Flops, PlannedRun};
+use crate::stats::{LayerObserver, Observer, Scope, Site, Study};
+
+/// Rows and columns of the matrices that show what products can reach: larger ones where a product is over so soon that its start counts.
+const SQUARES: [usize; 3] = [2048, 4096, 8192];
+/// Seconds of a product whose start does not count.
+const LONG: f64 = 2e-3;
+/// Seconds of products: threads take a while until each has a processor of its own, and a GPU until it has its speed.
+const PRODUCTS: f64 = 0.5;
+/// Values decoded to show what decoding can reach.
+const DECODED: usize = 1 << 24;
+/// Bytes read to show what the source can reach.
+const READ: u64 = 256 << 20;
+/// Bytes of it at a time.
+const READ_AT_ONCE: u64 = 4 << 20;
+/// Repetitions of everything that shows a ceiling.
+const ROUNDS: usize = 3;
+
+/// What [`run`](fn@run) measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunTable {
+    /// As typed.
+    pub model: String,
+    /// Layers run.
+    pub layers: usize,
+    /// Tokens run.
+    pub tokens: usize,
+    /// Dtype of the pass.
+    pub compute: String,
+    /// Devices.
+    pub devices: usize,
+    /// Threads that they share on the CPU.
+    pub threads: usize,
+    /// Stored bytes that were read.
+    pub weight_bytes: u64,
+    /// Floating-point operations, by count.
+    pub flops: f64,
+    /// Wall seconds.
+    pub seconds: f64,
+    /// Seconds in which devices had nothing to do, waiting for weights or for each other; of all of them together.
+    pub waiting_seconds: f64,
+    /// What a plan says that the run takes, bytes.
+    pub planned_memory_bytes: u64,
+    /// Peak resident memory of this process so far, bytes.
+    pub peak_memory_bytes: Option<u64>,
+    /// Bytes copied from the host to GPUs; `None` on CPUs.
+    pub host_to_device_bytes: Option<u64>,
+    /// Bytes copied from GPUs to the host; `None` on CPUs.
+    pub device_to_host_bytes: Option<u64>,
+    /// Kinds of work, and all of it.
+    pub rows: Vec<RunRow>,
+}
+
+/// One kind of work.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunRow {
+    /// Which.
+    pub work: &'static str,
+    /// Of the rates: GB/s or GFLOP/s.
+    pub unit: &'static str,
+    /// Seconds spent on it, by all devices together. Reading and decoding happen beside computing.
+    pub seconds: f64,
+    /// Rate reached in the run.
+    pub achieved: f64,
+    /// Rate of the same work alone.
+    pub ceiling: f64,
+    /// One over the other.
+    pub share: f64,
+}
+
+impl RunRow {
+    /// `amount` in 10^9 of the unit.
+    fn new(work: &'static str, unit: &'static str, amount: f64, seconds: f64, ceiling: f64) -> Self {
+        let achieved = amount / seconds.max(1e-9);
+        Self { work, unit, seconds, achieved, ceiling, share: achieved / ceiling }
+    }
+}
+
+impl fmt::Display for RunTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counted = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+        let layers = counted(self.layers, "layer");
+        let (devices, threads) = (counted(self.devices, "device"), counted(self.threads, "thread"));
+        let (bytes, flops) = (scaled(self.weight_bytes as f64, "B"), scaled(self.flops, "FLOP"));
+        writeln!(f, "{}: {layers}, {} tokens, {} on {devices}, {threads}", self.model, self.tokens, self.compute)?;
+        writeln!(f, "{bytes} of weights, {flops}")?;
+        writeln!(f, "{:<16} {:>9} {:>10} {:>10} {:<8} {:>6}", "work", "seconds", "achieved", "alone", "", "share")?;
+        for r in &self.rows {
+            let (achieved, ceiling, share) = (significant(r.achieved), significant(r.ceiling), 100.0 * r.share);
+            let (work, unit, seconds) = (r.work, r.unit, significant(r.seconds));
+            writeln!(f, "{work:<16} {seconds:>9} {achieved:>10} {ceiling:>10} {unit:<8} {share:>5.0}%")?;
+        }
+        let waited = 100.0 * self.waiting_seconds / (self.devices as f64 * self.seconds).max(1e-9);
+        write!(f, "devices waited for weights or each other in {waited:.0} % of the time")?;
+        let planned = scaled(self.planned_memory_bytes as f64, "B");
+        match self.peak_memory_bytes {
+            Some(peak) => writeln!(f, "; peak memory {}, {planned} were planned", scaled(peak as f64, "B")),
+            None => writeln!(f, "; {planned} of memory were planned"),
+        }?;
+        match (self.host_to_device_bytes, self.device_to_host_bytes) {
+            (Some(there), Some(back)) => {
+                let (there, back) = (scaled(there as f64, "B"), scaled(back as f64, "B"));
+                writeln!(f, "host to device {there}, device to host {back}")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Three significant digits, or all before the point.
+fn significant(value: f64) -> String {
+    let digits = (2 - value.abs().max(1e-3).log10().floor() as i32).max(0) as usize;
+    format!("{value:.digits$}")
+}
+
+/// With the prefix that leaves one to three digits before the point.
+fn scaled(value: f64, unit: &str) -> String {
+    const PREFIXES: [(f64, &str); 5] = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
+    let (size, prefix) = PREFIXES.into_iter().find(|(size, _)| value >= *size).unwrap_or((1.0, ""));
+    format!("{} {prefix}{unit}", significant(value / size))
+}
+
+/// Runs `job`'s model over made-up token ids, then measures each kind of work alone.
+///
+/// # Errors
+/// The model's, the source's, the device's.
+pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<RunTable> {
+    let devices = device::open(&job.devices)?;
+    let compute = device::compute_dtype(job.precision, &devices);
+    let budget = StreamBudget::new(job.stream_budget_bytes);
+    let progress = ProgressSink::silent();
+    let checkpoint = run::checkpoint(job, budget, hub, &progress)?;
+    let source = &*checkpoint.weights;
+    let model = Model::open(&checkpoint.config, source, job.layers)?;
+    let spec = &model.spec;
+    let tokens = made_up(spec.vocab, sequences, tokens);
+    let sharing = device::sharing_memory(&devices);
+    let (meter, group_elements) = (Meter::default(), budget.group_elements(compute, sharing));
+    let (micro_batch_tokens, with_head) = (job.micro_batch_tokens, job.layers.is_none());
+    let pass = Pass {
+        model: &model,
+        tokens: &tokens,
+        arms: &Arms::whole(),
+        compute,
+        devices: &devices,
+        micro_batch_tokens,
+        with_head,
+        group_elements,
+        hash_memory: budget.hash_memory(0),
+        read_ahead: true,
+        progress: &progress,
+        meter: &meter,
+    };
+    let study = Study::new(Scope::new(job, spec, &tokens), job.thresholds.magnitude);
+    let mut watched = Watched { study, bytes: 0 };
+    let (start, before) = (Instant::now(), gpu::traffic());
+    pass.run(&mut watched, None)?;
+    source.verify()?;
+    let seconds = start.elapsed().as_secs_f64();
+    let copied = device::has_gpu(&devices).then(|| gpu::traffic().since(before));
+    let peak_memory_bytes = run::peak_memory();
+
+    let weight_bytes = source.bytes_read();
+    let planned = PlannedRun {
+        sequences,
+        tokens: tokens.tokens,
+        arms: 1,
+        compute,
+        micro_batch_tokens,
+        group_elements,
+        measured: 0,
+        arithmetic: Arithmetic::of(&devices, compute),
+        with_head,
+        devices: sharing,
+    };
+    let flops = Flops::of(spec, planned);
+    let products = products(&model, compute, &devices[0].device)?;
+    let of = |kinds: &[Work]| kinds.iter().map(|work| meter.seconds(*work)).sum::<f64>();
+    let computing = |work, flops: f64, kinds: &[Work]| RunRow::new(work, "GFLOP/s", flops / 1e9, of(kinds), products);
+    let giga_bytes = weight_bytes as f64 / 1e9;
+    let statistics = watched.alone(spec.hidden, &tokens, compute, &devices[0].device)?;
+    let decoding = decoding_alone(&model, compute, &devices[0].device)?;
+    let rows = vec![
+        RunRow::new("reading", "GB/s", giga_bytes, of(&[Work::Reading]), reading_alone(&model)?),
+        RunRow::new("decoding", "GB/s", giga_bytes, of(&[Work::Decoding]), decoding),
+        computing("mixers", flops.mixer, &[Work::Mixer]),
+        computing("feed-forward", flops.feed_forward, &[Work::FeedForward]),
+        computing("embedding, head", flops.head, &[Work::Embedding, Work::Head]),
+        RunRow::new("statistics", "GB/s", watched.bytes as f64 / 1e9, of(&[Work::Statistics]), statistics),
+        RunRow::new("whole run", "GFLOP/s", flops.total() / 1e9, seconds, products),
+    ];
+    Ok(RunTable {
+        model: job.model_name().to_owned(),
+        layers: spec.layers.len(),
+        tokens: tokens.ids.len(),
+        compute: compute.as_str().to_owned(),
+        devices: devices.len(),
+        threads: rayon::current_num_threads(),
+        weight_bytes,
+        flops: flops.total(),
+        seconds,
+        waiting_seconds: meter.seconds(Work::Waiting),
+        planned_memory_bytes: inspect::streamed_memory(&model, planned),
+        peak_memory_bytes,
+        host_to_device_bytes: copied.map(|copied| copied.to_gpus),
+        device_to_host_bytes: copied.map(|copied| copied.from_gpus),
+        rows,
+    })
+}
+
+/// Ids from all over the vocabulary.
+fn made_up(vocab: usize, sequences: usize, tokens: usize) -> Tokens {
+    let ids = (0..sequences * tokens).map(|i| (i.wrapping_mul(7919) % vocab) as i64).collect();
+    let provenance = CorpusProvenance {
+        source: "made-up token ids".to_owned(),
+        sha256: String::new(),
+        token_ids_sha256: String::new(),
+        sequences,
+        tokens_per_sequence: tokens,
+        tokens_available: sequences * tokens,
+    };
+    Tokens { ids, sequences, tokens, provenance, tokenizer: None }
+}
+
+/// A study, and how many bytes it has seen.
+struct Watched {
+    study: Study,
+    bytes: u64,
+}
+
+impl Watched {
+    /// GB/s of the same statistics with nothing beside them.
+    fn alone(&self, hidden: usize, tokens: &Tokens, compute: DType, device: &Device) -> Result<f64> {
+        let x = random([tokens.tokens, hidden], compute, device)?;
+        let site = self.study.outliers().sites()[0];
+        let mut study = self.study.clone();
+        let seconds = fastest(ROUNDS, || study.observe(site, 0, &x))?;
+        Ok(giga(x.elem_count() * compute.size_in_bytes(), seconds))
+    }
+
+    fn see(&mut self, x: &Tensor) {
+        self.bytes += (x.elem_count() * x.dtype().size_in_bytes()) as u64;
+    }
+}
+
+impl LayerObserver for Watched {
+    fn wants(&self, site: Site) -> bool {
+        self.study.wants(site)
+    }
+
+    fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
+        self.see(x);
+        self.study.observe(site, first_token, x)
+    }
+
+    fn gain(&mut self, site: Site, gain: &Tensor) -> Result<()> {
+        self.study.gain(site, gain)
+    }
+
+    fn expert(&mut self, layer: usize, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
+        self.see(&rows.out);
+        self.study.expert(layer, expert, first_token, rows)
+    }
+
+    fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
+        self.study.routing(layer, first_token, routing)
+    }
+}
+
+impl Observer for Watched {
+    type Layer = Self;
+
+    fn layer(&self, layer: usize) -> Self {
+        Self { study: self.study.layer(layer), bytes: 0 }
+    }
+
+    fn join(&mut self, seen: Self) {
+        self.bytes += seen.bytes;
+        self.study.join(seen.study);
+    }
+}
+
+/// Numbers as they come. Made on the host: a GPU's machine need not have the library that draws them there.
+fn random(shape: [usize; 2], dtype: DType, device: &Device) -> Result<Tensor> {
+    Ok(Tensor::randn(0f32, 1f32, &shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+}
+
+/// GFLOP/s of products of large square matrices of the dtypes that most of the model's have.
+fn products(model: &Model<'_>, compute: DType, device: &Device) -> Result<f64> {
+    let takes_bf16 = product::takes_bf16(device);
+    let is_kept = |layer, need: &Need| model.stored(layer, need).kept_as(compute, takes_bf16) == compute;
+    let (as_computed, as_stored): (Vec<_>, Vec<_>) =
+        model.spec.needs().into_iter().partition(|(layer, need)| is_kept(*layer, need));
+    let values = |needs: &[(usize, Need)]| needs.iter().map(|(_, need)| need.elements()).sum::<u64>();
+    let weights = if values(&as_stored) > values(&as_computed) { DType::BF16 } else { compute };
+    let mut best = 0f64;
+    for side in SQUARES {
+        let matrix = |dtype| random([side, side], dtype, device);
+        let (a, b) = (matrix(compute)?, matrix(weights)?);
+        let mut multiply = || {
+            black_box(product::product(&a, &b)?);
+            device.synchronize().map_err(Into::into)
+        };
+        let once = fastest(1, &mut multiply)?;
+        let seconds = fastest(ROUNDS.max((PRODUCTS / once) as usize), multiply)?;
+        best = best.max(giga(2 * side * side * side, seconds));
+        if once > LONG {
+            break;
+        }
+    }
+    Ok(best)
+}
+
+/// GB/s of the source, read in the order of the pass into memory that is used again.
+fn reading_alone(model: &Model<'_>) -> Result<f64> {
+    let needs = model.spec.needs();
+    // Touched, so that the system has given it.
+    let mut bytes = vec![1; READ_AT_ONCE as usize];
+    let (mut read, start) = (0, Instant::now());
+    for (layer, need) in &needs {
+        for TensorRange { entry, range } in model.stored(*layer, need).pieces() {
+            for from in range.clone().step_by(READ_AT_ONCE as usize) {
+                let part = from..range.end.min(from + READ_AT_ONCE);
+                let len = part.end - part.start;
+                model.source.read(entry, part, &mut bytes[..len as usize])?;
+                read += len;
+            }
+        }
+        if read >= READ {
+            break;
+        }
+    }
+    Ok(giga(read as usize, start.elapsed().as_secs_f64()))
+}
+
+/// GB/s of stored bytes of the model's formats, each by its share of the bytes; on a GPU, of
+/// bringing and decoding them.
+fn decoding_alone(model: &Model<'_>, compute: DType, device: &Device) -> Result<f64> {
+    let into = if compute == DType::F32 { DType::F32 } else { DType::BF16 };
+    let format = |dtype: &str| match StoredDtype::from_name(dtype) {
+        StoredDtype::F8E4M3 => "FP8",
+        StoredDtype::U8 => "MXFP4",
+        StoredDtype::I32 => "INT4",
+        StoredDtype::F32 => "F32",
+        StoredDtype::F16 => "F16",
+        _ => "BF16",
+    };
+    let dtypes = model.stored_dtypes();
+    let is_wanted = |name: &str, dtype| dtype == into && dtypes.keys().any(|stored| name.starts_with(format(stored)));
+    let DecodeTable { rows, .. } = decode::decode_some(DECODED, ROUNDS, device, is_wanted)?;
+    let (mut bytes, mut seconds) = (0.0, 0.0);
+    for (dtype, len) in &dtypes {
+        if let Some(row) = rows.iter().find(|row| row.stored.starts_with(format(dtype))) {
+            bytes += *len as f64;
+            seconds += *len as f64 / row.stored_gb_per_second;
+        }
+    }
+    Ok(bytes / seconds.max(1e-9))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_between_host_and_device_are_told_where_there_is_a_gpu() {
+        let mut table = RunTable {
+            model: "m".to_owned(),
+            layers: 1,
+            tokens: 8,
+            compute: "bf16".to_owned(),
+            devices: 1,
+            threads: 2,
+            weight_bytes: 1,
+            flops: 1.0,
+            seconds: 1.0,
+            waiting_seconds: 0.0,
+            planned_memory_bytes: 1,
+            peak_memory_bytes: None,
+            host_to_device_bytes: None,
+            device_to_host_bytes: None,
+            rows: Vec::new(),
+        };
+        assert!(!table.to_string().contains("host"));
+        (table.host_to_device_bytes, table.device_to_host_bytes) = (Some(13_800_000_000), Some(8_600_000));
+        assert!(table.to_string().ends_with("\nhost to device 13.8 GB, device to host 8.60 MB\n"), "{table}");
+    }
+
+    #[test]
+    fn numbers_have_three_digits_of_any_size() {
+        assert_eq!(
+            [0.0, 0.01234, 0.5, 12.345, 999.9, 12345.6].map(significant),
+            ["0.00000", "0.0123", "0.500", "12.3", "1000", "12346"]
+        );
+        assert_eq!(scaled(2_091_000_000.0, "B"), "2.09 GB");
+        assert_eq!(scaled(70_713_344.0, "FLOP"), "70.7 MFLOP");
+        assert_eq!(scaled(12.0, "B"), "12.0 B");
+    }
+}

@@ -1,0 +1,247 @@
+//! Arguments, and what they mean.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+use outliers_protocol::{ByteSize, JobOptions, JobSpec, ModelSource, headings, whole};
+
+use crate::checkpoint::source::MAX_JSON_BYTES;
+use crate::error::{IoContext, Result, WorkerError};
+use crate::files::read_text;
+
+/// Streams a language model layer by layer over text and counts its outlier features.
+///
+/// Example: outliers-worker run --model ./OLMoE-1B-7B-0125 --corpus book.txt --output out
+#[derive(Parser, Debug)]
+#[command(name = "outliers-worker", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// The Hugging Face hub.
+    #[command(flatten)]
+    pub hub: HubArgs,
+    /// Compute by the tensor library's operations what has no kernel of ours, as on GPUs.
+    #[arg(long, global = true, hide = true)]
+    pub composed: bool,
+    /// Print the result, or the failure, as JSON on standard output.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Say more on standard error.
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+}
+
+/// Where the hub is and where its files are kept.
+#[derive(Args, Debug)]
+pub struct HubArgs {
+    /// Address of the Hugging Face hub.
+    #[arg(long, global = true, env = "HF_ENDPOINT", default_value = crate::checkpoint::hub::DEFAULT_ENDPOINT, hide = true)]
+    pub hf_endpoint: String,
+    /// Home of the Hugging Face cache.
+    #[arg(long, global = true, env = "HF_HOME", hide = true)]
+    pub hf_home: Option<PathBuf>,
+    /// The Hugging Face cache itself.
+    #[arg(long, global = true, env = "HF_HUB_CACHE", hide = true)]
+    pub hf_hub_cache: Option<PathBuf>,
+    /// Most requests to the hub in five minutes: this program's share of what its limits leave to all runs together.
+    #[arg(long, global = true, env = outliers_protocol::HUB_REQUESTS, default_value_t = crate::checkpoint::hub::DEFAULT_REQUESTS, hide = true)]
+    pub hub_requests: usize,
+}
+
+impl HubArgs {
+    /// `HF_HOME`, by default `~/.cache/huggingface`.
+    pub fn home(&self) -> Option<PathBuf> {
+        self.hf_home.clone().or_else(|| Some(std::env::home_dir()?.join(".cache/huggingface")))
+    }
+
+    /// `HF_HUB_CACHE`, by default `hub` below the home.
+    ///
+    /// # Errors
+    /// Job: neither is set and the user has no home folder.
+    pub fn cache(&self) -> Result<PathBuf> {
+        let below_home = || self.home().map(|home| home.join("hub"));
+        self.hf_hub_cache.clone().or_else(below_home).ok_or_else(|| {
+            WorkerError::job("no place for the model cache: there is no home folder").hint("set HF_HOME")
+        })
+    }
+}
+
+/// The worker's commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Run a job into a folder.
+    Run {
+        /// The job as a JSON or TOML file, instead of options.
+        #[arg(value_name = "JOB", conflicts_with_all = ["model", "corpus", "token_ids"])]
+        job: Option<PathBuf>,
+        /// The job as options.
+        #[command(flatten)]
+        options: Box<JobArgs>,
+        /// Folder for results, metadata, statistics and progress.
+        #[arg(short, long, value_name = "DIR")]
+        output: PathBuf,
+        /// Save the pass at the end of a layer this often; the same job into the same folder goes on from there if it died.
+        #[arg(
+            long,
+            value_name = "SECONDS",
+            default_value_t = 60,
+            value_parser = whole::<u64>,
+            allow_negative_numbers = true
+        )]
+        save_every: u64,
+    },
+    /// Describe a checkpoint and what a run over it needs. Reads headers only.
+    Inspect {
+        /// The job to plan for.
+        #[command(flatten)]
+        options: Box<JobArgs>,
+        /// Also cut the text into sequences, so that one that does not fit the model is refused now.
+        #[arg(long)]
+        check_text: bool,
+        /// Memory limit; beyond it the process is ended.
+        #[arg(long, value_name = "BYTES")]
+        memory_limit: Option<ByteSize>,
+    },
+    /// Write a small mixture-of-experts checkpoint with planted outlier features.
+    DemoModel {
+        /// Folder for the checkpoint and `planted.json`.
+        #[arg(short, long, value_name = "DIR")]
+        output: PathBuf,
+        /// Seed of its weights.
+        #[arg(long, default_value_t = 1, value_parser = whole::<u64>, allow_negative_numbers = true)]
+        seed: u64,
+    },
+    /// Measure the worker on this machine.
+    Bench {
+        /// What to measure.
+        #[command(subcommand)]
+        what: Bench,
+    },
+    /// List this machine's devices, and why others cannot be used.
+    Devices,
+    /// Print version, protocol and known architectures.
+    Version,
+}
+
+/// Measurements.
+#[derive(Subcommand, Debug)]
+pub enum Bench {
+    /// Peak memory at 4, 16 and 64 layers of the same width, and weight bytes read at 1x and 16x the tokens.
+    Memory {
+        /// Width of the made-up models.
+        #[arg(long, default_value_t = 1024, value_parser = whole::<usize>, allow_negative_numbers = true)]
+        hidden: usize,
+        /// Layers to compare.
+        #[arg(long, value_delimiter = ',', default_values_t = [4, 16, 64])]
+        layers: Vec<usize>,
+    },
+    /// A whole run over made-up token ids and, unless --weights says otherwise, made-up weights, beside what this machine can do at
+    /// best in each kind of work. Needs nothing of the model but its config.json.
+    Run {
+        /// The job; of the text only --num-sequences [default: 4] and --sequence-length [default: 512].
+        #[command(flatten)]
+        options: Box<JobArgs>,
+    },
+    /// Decoding rate of each stored format, beside copying and reading the same memory.
+    ///
+    /// Decoding is done where it approaches the speed of a copy: no arithmetic can be faster than the memory it reads and
+    /// writes. A new tensor costs more than a reused one because the system has to clear and map its pages. Measures the
+    /// program as it was built: use a release build, and an idle machine.
+    Decode {
+        /// Values of the made-up tensor, rounded up to rows of 4096.
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 1 << 25,
+            value_parser = whole::<usize>,
+            allow_negative_numbers = true
+        )]
+        values: usize,
+        /// Repetitions, of which the fastest counts.
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 5,
+            value_parser = whole::<usize>,
+            allow_negative_numbers = true
+        )]
+        rounds: usize,
+        /// Where the values are wanted: cpu, or a GPU such as cuda:0, to which stored bytes are
+        /// brought first.
+        #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+        device: String,
+    },
+}
+
+/// A job as options.
+#[derive(Args, Debug)]
+pub struct JobArgs {
+    /// Hub id (owner/name), or a folder with config.json and safetensors files.
+    #[arg(long, help_heading = headings::MODEL)]
+    pub model: Option<String>,
+    /// Branch, tag or commit of a hub model.
+    #[arg(long, default_value = "main", help_heading = headings::MODEL)]
+    pub revision: String,
+    /// The text and how it is run.
+    #[command(flatten)]
+    pub options: JobOptions,
+}
+
+impl JobArgs {
+    /// The job these options describe.
+    ///
+    /// # Errors
+    /// Job: no model, or one that is neither a folder nor a hub id.
+    pub fn job(self) -> Result<JobSpec> {
+        let model = self.model.as_deref().ok_or_else(|| {
+            WorkerError::job("no model given").hint("use --model owner/name, --model FOLDER, or a job file")
+        })?;
+        let source = model_source(model, &self.revision)?;
+        self.options.job(source, |file| read_text(file, MAX_JSON_BYTES)).map_err(WorkerError::job)
+    }
+}
+
+/// A folder that is there, or a path by its look, is a folder; `owner/name` is a hub id.
+fn model_source(model: &str, revision: &str) -> Result<ModelSource> {
+    let path_like = model.starts_with(['/', '.', '~']) || model.ends_with('/');
+    if path_like || Path::new(model).is_dir() {
+        return Ok(ModelSource::Folder { path: model.to_owned() });
+    }
+    match model.split('/').collect::<Vec<_>>()[..] {
+        [owner, name] if !owner.is_empty() && !name.is_empty() => {
+            Ok(ModelSource::Hub { id: model.to_owned(), revision: revision.to_owned() })
+        }
+        _ => Err(WorkerError::job(format!("--model {model:?} is neither a folder nor a hub id"))
+            .hint("a hub id is written owner/name; a folder must exist")),
+    }
+}
+
+/// Reads a job file, TOML by its ending, else JSON.
+///
+/// # Errors
+/// Storage: unreadable. Job: not a job; the message says where.
+pub fn read_job(path: &Path) -> Result<JobSpec> {
+    let text = read_text(path, MAX_JSON_BYTES).at("read", path)?;
+    let toml = path.extension().is_some_and(|e| e == "toml");
+    let parsed = if toml {
+        toml::from_str(&text).map_err(|e| e.to_string())
+    } else {
+        serde_json::from_str(&text).map_err(|e| e.to_string())
+    };
+    parsed.map_err(|e| WorkerError::job(format!("{} is not a job: {e}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_negative_number_is_a_wrong_value_and_no_option() {
+        let run = ["outliers-worker", "run", "--model", "m", "--output", "o"];
+        for option in ["--num-sequences", "--sequence-length", "--layers", "--shuffle", "--threshold", "--save-every"] {
+            let error = Cli::try_parse_from([&run[..], &[option, "-1"]].concat()).unwrap_err().to_string();
+            assert!(error.contains("must be") && error.contains("positive") && error.contains(option), "{error}");
+        }
+    }
+}

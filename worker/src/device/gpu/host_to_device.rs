@@ -1,0 +1,134 @@
+//! Weights on their way to a GPU: stored bytes go through pinned memory, and are decoded where they
+//! arrive, while the GPU computes.
+
+use candle_core::cuda_backend::cudarc::driver::DriverError;
+use candle_core::cuda_backend::{CudaDType, CudaDevice};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaStorage, DType, Device, Storage, Tensor};
+use half::{bf16, f16};
+pub use outliers_cuda::ReleaseFence;
+use outliers_cuda::{Codes, Form, Number, Staging, StoredTensor, Value};
+
+use crate::checkpoint::dtype::{self, Encoded};
+use crate::checkpoint::safetensors::StoredDtype;
+use crate::checkpoint::{MXFP4_BLOCK, NVFP4_BLOCK};
+use crate::error::{Result, WorkerError};
+
+/// A way to one GPU.
+pub struct HostToDevice {
+    staging: Staging,
+    device: CudaDevice,
+}
+
+impl HostToDevice {
+    /// To a GPU; the CPU needs none.
+    ///
+    /// # Errors
+    /// Device: the driver's.
+    pub fn to(device: &Device) -> Result<Option<Self>> {
+        let Device::Cuda(device) = device else { return Ok(None) };
+        let staging = Staging::new(device.cuda_stream())?;
+        Ok(Some(Self { staging, device: device.clone() }))
+    }
+
+    /// Of all that was decoded so far.
+    ///
+    /// # Errors
+    /// Device: the driver's.
+    pub fn upload_fence(&mut self) -> Result<UploadFence> {
+        Ok(UploadFence(self.staging.upload_fence()?))
+    }
+
+    /// As [`dtype::decode`], on this GPU. The values are on their way when this returns: the tensor
+    /// must neither be used nor dropped before their [fence](Self::upload_fence), which tells of
+    /// those that do not fit.
+    ///
+    /// # Errors
+    /// As [`dtype::check`]. Device: the driver's.
+    pub fn decode(&mut self, stored: &Encoded<'_>, shape: &[usize], compute: DType, tensor: &str) -> Result<Tensor> {
+        dtype::check(stored, shape, tensor)?;
+        let stored = as_told(stored)?;
+        match compute {
+            DType::F32 => self.decode_as::<f32>(stored, shape, tensor),
+            DType::BF16 => self.decode_as::<bf16>(stored, shape, tensor),
+            DType::F16 => self.decode_as::<f16>(stored, shape, tensor),
+            other => Err(WorkerError::internal(format!("no forward pass in {other:?}"))),
+        }
+    }
+
+    fn decode_as<T: Value + CudaDType>(
+        &mut self,
+        stored: StoredTensor<'_>,
+        shape: &[usize],
+        tensor: &str,
+    ) -> Result<Tensor> {
+        let slice = self.staging.decode::<T>(stored, shape.iter().product(), tensor)?;
+        let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, self.device.clone()));
+        Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
+    }
+}
+
+/// A stored tensor as its kernel is told of it.
+fn as_told<'a>(stored: &Encoded<'a>) -> Result<StoredTensor<'a>> {
+    let (form, codes, scales): (_, &'a [u8], &'a [u8]) = match *stored {
+        Encoded::Plain { dtype, bytes } => (Form::Plain(number(dtype)?), bytes, &[]),
+        Encoded::Fp8Blocks { bytes, scales, scale_dtype, shape, block } => {
+            // A tile larger than the matrix is the matrix.
+            let tile = [block[0].min(shape[0]).max(1), block[1].min(shape[1]).max(1)];
+            (Form::Tiles { scales: number(scale_dtype)?, columns: shape[1], tile }, bytes, scales)
+        }
+        Encoded::Mxfp4 { blocks, scales } => {
+            let form = Form::Pairs { codes: Codes::Floats, scales: Number::E8m0, whole: 1.0, group: MXFP4_BLOCK };
+            (form, blocks, scales)
+        }
+        Encoded::Int4 { codes, scales, scale_dtype, group } => {
+            let scale = number(scale_dtype)?;
+            (Form::Pairs { codes: Codes::Integers, scales: scale, whole: 1.0, group }, codes, scales)
+        }
+        Encoded::Nvfp4 { blocks, scales, whole } => {
+            let form = Form::Pairs { codes: Codes::Floats, scales: Number::E4m3, whole, group: NVFP4_BLOCK };
+            (form, blocks, scales)
+        }
+    };
+    Ok(StoredTensor { form, codes, scales })
+}
+
+fn number(dtype: &StoredDtype) -> Result<Number> {
+    Ok(match dtype {
+        StoredDtype::F32 => Number::F32,
+        StoredDtype::F16 => Number::F16,
+        StoredDtype::BF16 => Number::Bf16,
+        StoredDtype::F8E8M0 => Number::E8m0,
+        other => return Err(WorkerError::internal(format!("no kernel decodes {other}"))),
+    })
+}
+
+/// When what was decoded is there.
+#[must_use]
+pub struct UploadFence(outliers_cuda::UploadFence);
+
+impl UploadFence {
+    /// What the GPU is asked for from now on is done after the fence, for which this waits.
+    ///
+    /// # Errors
+    /// Checkpoint: a value that does not fit its dtype, by name. Device: the driver's.
+    pub fn wait(self) -> Result<()> {
+        let misfit = self.0.wait()?;
+        misfit.map_or(Ok(()), |misfit| Err(dtype::misfit(&misfit.tensor, misfit.at, misfit.value, misfit.dtype)))
+    }
+}
+
+/// When the memory is free again of all that was dropped so far; the CPU's is at once.
+///
+/// # Errors
+/// Device: the driver's.
+pub fn release_fence(device: &Device) -> Result<Option<ReleaseFence>> {
+    let Device::Cuda(device) = device else { return Ok(None) };
+    Ok(Some(ReleaseFence::from(&device.cuda_stream())?))
+}
+
+impl From<DriverError> for WorkerError {
+    fn from(error: DriverError) -> Self {
+        Self::device(format!("the GPU's driver: {error}"))
+    }
+}

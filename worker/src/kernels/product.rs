@@ -1,0 +1,208 @@
+//! Hidden states times weights.
+
+use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
+use half::bf16;
+use outliers_matmul::{Order, Real, Unit};
+
+use crate::device::Placement;
+use crate::kernels::fused;
+use crate::kernels::tap::Tap;
+
+/// Whether products on this device take weights of bf16 whatever the dtype of the pass: exactly, and faster than any others.
+pub fn takes_bf16(device: &Device) -> bool {
+    unit(device).is_some()
+}
+
+/// What a plan of memory has to know of how devices compute. The default is what GPUs do.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Arithmetic {
+    /// Products [take weights of bf16](takes_bf16).
+    pub takes_bf16: bool,
+    /// Products make f32 of all that they multiply, each time.
+    pub widens: bool,
+    /// Rows of experts are gathered and added by our own loops, where they are, and attention is to
+    /// one sequence after another: the device is a CPU.
+    pub in_place: bool,
+}
+
+impl Arithmetic {
+    /// Of all these devices, in a pass of that dtype.
+    pub fn of(devices: &[Placement], compute: DType) -> Self {
+        let all =
+            |is: fn(&Device) -> bool| !devices.is_empty() && devices.iter().all(|placement| is(&placement.device));
+        let takes_bf16 = all(takes_bf16);
+        let widens = compute == DType::BF16 && all(Device::is_cpu) && !takes_bf16;
+        Self { takes_bf16, widens, in_place: all(fused::has_loops_on) }
+    }
+}
+
+/// A matrix `[out, in]` and perhaps a bias `[out]`.
+pub struct Linear {
+    /// `[out, in]`, of the dtype of the pass or of bf16; a transposed view where the checkpoint
+    /// stores `[in, out]`.
+    pub weight: Tensor,
+    /// `[out]`.
+    pub bias: Option<Tensor>,
+    /// What sees the input, if anything does.
+    pub tap: Option<Tap>,
+}
+
+impl Linear {
+    /// Seen by nothing.
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
+        Self { weight, bias, tap: None }
+    }
+
+    /// Shows an input `[rows, in]` that is multiplied elsewhere.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn see(&self, x: &Tensor) -> Result<()> {
+        self.tap.as_ref().map_or(Ok(()), |tap| tap.see(x))
+    }
+
+    /// `x W^T + b` for `x` `[rows, in]`.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        self.see(x)?;
+        let product = product(x, &self.weight)?;
+        match &self.bias {
+            Some(bias) => fused::sum(product, bias),
+            None => Ok(product),
+        }
+    }
+}
+
+fn unit(device: &Device) -> Option<Unit> {
+    fused::has_loops_on(device).then(Unit::find).flatten()
+}
+
+/// `x W^T`. `x` `[.., rows, in]`; `weight` `[.., out, in]`, of the same dtype or of bf16, each matrix perhaps a transposed view. There may
+/// be one matrix of each, or as many.
+pub fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    if weight.dtype() == DType::BF16
+        && matches!(x.dtype(), DType::F32 | DType::BF16)
+        && let Some(unit) = unit(x.device())
+    {
+        return x.contiguous()?.apply_op2_no_bwd(weight, &ByUnit(unit));
+    }
+    x.matmul(&weight.to_dtype(x.dtype())?.t()?)
+}
+
+struct ByUnit(Unit);
+
+impl CustomOp2 for ByUnit {
+    fn name(&self) -> &'static str {
+        "product-by-unit"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, weight: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
+        let weights = Weights::new(weight, lw)?;
+        let (batch, [rows, k]) = matrices(lx.dims())?;
+        if (batch, k) != (weights.batch, weights.k) {
+            bail!("product-by-unit: {:?} times {:?}", lx.shape(), lw.shape());
+        }
+        let Some((first, end)) = lx.contiguous_offsets() else {
+            bail!("product-by-unit: what is multiplied is not contiguous");
+        };
+        let out = match x {
+            CpuStorage::F32(x) => CpuStorage::F32(weights.multiply(self.0, &x[first..end], rows)),
+            CpuStorage::BF16(x) => CpuStorage::BF16(weights.multiply(self.0, &x[first..end], rows)),
+            _ => bail!("product-by-unit: neither f32 nor bf16"),
+        };
+        let dims = [&lx.dims()[..lx.dims().len() - 1], &[weights.n]].concat();
+        Ok((out, Shape::from(dims)))
+    }
+}
+
+/// How many matrices there are, and their rows and columns.
+fn matrices(dims: &[usize]) -> Result<(usize, [usize; 2])> {
+    match *dims {
+        [rows, columns] => Ok((1, [rows, columns])),
+        [batch, rows, columns] => Ok((batch, [rows, columns])),
+        _ => bail!("product-by-unit: {dims:?} are no matrices"),
+    }
+}
+
+/// Matrices `[n, k]`, at equal distances.
+struct Weights<'a> {
+    values: &'a [bf16],
+    order: Order,
+    batch: usize,
+    distance: usize,
+    n: usize,
+    k: usize,
+}
+
+impl<'a> Weights<'a> {
+    fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+        let CpuStorage::BF16(values) = storage else { bail!("product-by-unit: weights are not of bf16") };
+        let (batch, [n, k]) = matrices(layout.dims())?;
+        let (of_batch, of_matrix) = layout.stride().split_at(layout.dims().len() - 2);
+        let order = match *of_matrix {
+            // A stride of what there is but one of says nothing.
+            [row, column] if (column == 1 || k == 1) && (row == k || n == 1) => Order::Rows,
+            [row, column] if (row == 1 || n == 1) && (column == n || k == 1) => Order::Columns,
+            _ => bail!("product-by-unit: weights {:?} with strides {:?}", layout.shape(), layout.stride()),
+        };
+        let distance = of_batch.first().copied().unwrap_or_default();
+        Ok(Self { values: &values[layout.start_offset()..], order, batch, distance, n, k })
+    }
+
+    /// Of this many matrices, each of this many rows.
+    fn multiply<A: Real>(&self, unit: Unit, x: &[A], rows: usize) -> Vec<A> {
+        let mut out = Vec::with_capacity(self.batch * rows * self.n);
+        for index in 0..self.batch {
+            let x = &x[index * rows * self.k..][..rows * self.k];
+            let weight = &self.values[index * self.distance..][..self.n * self.k];
+            unit.append_product(&mut out, x, weight, self.order, self.n, self.k);
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(shape: impl Into<Shape>, dtype: DType) -> Tensor {
+        Tensor::randn(0f32, 1f32, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+    }
+
+    fn check(x: &Tensor, weight: &Tensor) {
+        let wide = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
+        let (got, expected) = (product(x, weight).unwrap(), wide(x).matmul(&wide(weight).t().unwrap()).unwrap());
+        assert_eq!((got.dims(), got.dtype()), (expected.dims(), x.dtype()));
+        let off = (wide(&got) - expected).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+        let tolerance = if x.dtype() == DType::F32 { 2e-5 } else { 0.2 };
+        assert!(off.to_scalar::<f32>().unwrap() < tolerance, "{x:?} {weight:?}: {off}");
+    }
+
+    #[test]
+    fn weights_of_bf16_in_any_order_and_any_part() {
+        for dtype in [DType::F32, DType::BF16] {
+            let x = values((21, 70), dtype);
+            check(&x, &values((45, 70), DType::BF16));
+            check(&x, &values((70, 45), DType::BF16).t().unwrap());
+            check(&x, &values((60, 70), DType::BF16).narrow(0, 11, 33).unwrap());
+            check(&values((30, 70), dtype).narrow(0, 3, 5).unwrap(), &values((1, 70), DType::BF16));
+            check(&values((70, 8), dtype).t().unwrap(), &values((17, 70), DType::BF16));
+            let several = values((3, 9, 70), dtype);
+            check(&several, &values((3, 11, 70), DType::BF16));
+            check(&several, &values((3, 20, 70), DType::BF16).narrow(1, 6, 11).unwrap());
+            check(
+                &several,
+                &values((5, 90, 4), DType::BF16).narrow(0, 1, 3).unwrap().narrow(1, 20, 70).unwrap().t().unwrap(),
+            );
+            check(&values((4, 2, 1), dtype), &values((4, 3, 1), DType::BF16));
+        }
+        check(&values((21, 70), DType::F32), &values((45, 70), DType::F32));
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_errors() {
+        assert!(product(&values((3, 4), DType::F32), &values((5, 6), DType::BF16)).is_err());
+        assert!(product(&values((2, 3, 4), DType::F32), &values((5, 4), DType::BF16)).is_err());
+        let columns = values((6, 8), DType::BF16).narrow(1, 2, 4).unwrap();
+        check(&values((3, 4), DType::F32), &columns.contiguous().unwrap());
+    }
+}

@@ -1,0 +1,101 @@
+//! The inputs of a layer's matrices, each seen once however many matrices read it.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use crate::kernels::tap::{InputSums, Tap};
+use crate::model::decoder::Role;
+
+/// What enters matrices of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Input {
+    /// What the matrix of this role reads; it stands for all that read the same.
+    Of(Role),
+    /// The queries of latent attention, which a key's matrix reads where it is multiplied into
+    /// them.
+    Queries,
+}
+
+impl Input {
+    /// What the matrix of a role reads.
+    pub fn of(role: Role) -> Self {
+        Self::Of(match role {
+            Role::KProj
+            | Role::VProj
+            | Role::QkvProj
+            | Role::OutputGate
+            | Role::QAProj
+            | Role::KvAProj
+            | Role::DeltaQkvz
+            | Role::DeltaBa
+            | Role::DeltaQkv
+            | Role::DeltaGate
+            | Role::DeltaStrength
+            | Role::DeltaStep
+            | Role::DeltaGateDown
+            | Role::DeltaStepDown
+            | Role::MambaInput => Role::QProj,
+            Role::UpProj | Role::GateUpProj => Role::GateProj,
+            Role::ExpertUp | Role::ExpertGateUp => Role::ExpertGate,
+            Role::SharedUp | Role::SharedGateUp | Role::SharedExpertGate => Role::SharedGate,
+            other => other,
+        })
+    }
+}
+
+/// An input, and whose it is where experts have one each.
+pub type Place = (Input, Option<usize>);
+
+/// The taps of one layer; clones are the same.
+#[derive(Clone, Debug, Default)]
+pub struct Taps(Arc<Mutex<BTreeMap<Place, Tap>>>);
+
+impl Taps {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<Place, Tap>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A tap for a matrix, if none that reads the same has one.
+    pub fn of(&self, role: Role, expert: Option<usize>) -> Option<Tap> {
+        match self.all().entry((Input::of(role), expert)) {
+            Entry::Occupied(_) => None,
+            Entry::Vacant(free) => Some(free.insert(Tap::default()).clone()),
+        }
+    }
+
+    /// The tap of the queries of latent attention.
+    pub fn queries(&self) -> Tap {
+        self.all().entry((Input::Queries, None)).or_default().clone()
+    }
+
+    /// What all of them have seen; they begin anew.
+    pub fn take(&self) -> impl Iterator<Item = (Place, InputSums)> + use<> {
+        std::mem::take(&mut *self.all()).into_iter().map(|(place, tap)| (place, tap.take()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+
+    #[test]
+    fn of_matrices_that_read_the_same_one_is_tapped() {
+        let taps = Taps::default();
+        let tapped = |role, expert| taps.of(role, expert).is_some();
+        assert!(tapped(Role::QProj, None) && !tapped(Role::KProj, None) && !tapped(Role::OutputGate, None));
+        assert!(tapped(Role::ExpertUp, Some(0)) && !tapped(Role::ExpertGate, Some(0)));
+        assert!(tapped(Role::ExpertUp, Some(1)));
+        assert!(tapped(Role::ExpertDown, Some(1)) && tapped(Role::OProj, None) && tapped(Role::Router, None));
+        taps.queries().see(&Tensor::new(&[[1f32, 2.0]], &Device::Cpu).unwrap()).unwrap();
+        let seen: BTreeMap<Place, InputSums> = taps.take().collect();
+        assert_eq!(seen.len(), 7);
+        assert_eq!(seen[&(Input::Queries, None)].values, [1.0, 2.0]);
+        assert_eq!(seen[&(Input::of(Role::ExpertGateUp), Some(1))].rows, 0);
+        assert_eq!(taps.take().count(), 0);
+    }
+}

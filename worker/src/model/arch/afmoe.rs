@@ -1,0 +1,115 @@
+//! Trinity (Arcee 2025-26): norms before and after each sublayer, a gate of its own on attention,
+//! three windowed layers with rotation to one that sees all without positions. Hugging Face
+//! `AfmoeForCausalLM`.
+
+use super::{
+    Config, Family, LIKE_LLAMA, Names, SEPARATE_EXPERTS, SHARED_EXPERTS, Windowed, attention_without_positions,
+    decoder_like_llama, windows,
+};
+use crate::error::Result;
+use crate::model::decoder::{
+    AttentionSpec, DecoderSpec, EmbeddingScale, EmbeddingSpec, FfnSpec, LayerSpec, MixerSpec, MlpSpec, MoeSpec,
+    NormOrder, NormSpec, OutputGate, QkNorm, Role, RouterSpec, SharedSpec, Window,
+};
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "AfmoeForCausalLM",
+    model_types: &["afmoe"],
+    class: "AfmoeConfig",
+    wrapper: None,
+    spec,
+    unused: &[
+        ("training alone uses it", &["load_balance_coeff"]),
+        ("it says how Python runs the model", &["use_grouped_mm"]),
+    ],
+    names: &NAMES,
+    unstacked: None,
+};
+
+const NAMES: Names = Names {
+    tensors: &[
+        &[
+            (Role::MixerPostNorm, "{base}layers.{layer}.post_attention_layernorm.weight"),
+            (Role::FfnNorm, "{base}layers.{layer}.pre_mlp_layernorm.weight"),
+            (Role::FfnPostNorm, "{base}layers.{layer}.post_mlp_layernorm.weight"),
+            (Role::OutputGate, "{base}layers.{layer}.self_attn.gate_proj.weight"),
+            (Role::Router, "{base}layers.{layer}.mlp.router.gate.weight"),
+            (Role::CorrectionBias, "{base}layers.{layer}.mlp.expert_bias"),
+        ],
+        LIKE_LLAMA,
+        SEPARATE_EXPERTS,
+        SHARED_EXPERTS,
+    ],
+    bases: &["model.", ""],
+    input_major: &[],
+    ignored: &[],
+};
+
+/// Settings of the published code that transformers has no attribute for.
+fn expect_published(config: &Config<'_>) -> Result<()> {
+    config.expect("score_func", &["sigmoid".into()])?;
+    config.expect_flag("route_norm", true)?;
+    for key in ["n_group", "topk_group", "num_expert_groups", "num_limited_groups"] {
+        config.expect(key, &[1.into()])?;
+    }
+    Ok(())
+}
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_silu()?;
+    expect_published(config)?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let attention = AttentionSpec {
+        qk_norm: QkNorm::PerHead(norm),
+        output_gate: OutputGate::Separate,
+        ..attention_without_positions(config)?
+    };
+    let rope = config.rope(attention.head_dim)?;
+    let every = config.divisor("global_attn_every_n_layers")?;
+    let kinds = match config.layer_types()? {
+        Some(kinds) => kinds,
+        None => (1..=config.layers()?).map(|layer| kind(layer.is_multiple_of(every))).collect(),
+    };
+    let window = config.count_opt("sliding_window")?.map(Window::Sliding);
+    let windows = windows(kinds, &Windowed { kind: kind(false), key: "sliding_window", window })?;
+    let dense_layers = config.count("num_dense_layers")?;
+    let (dense, moe) = (MlpSpec::swiglu(config.count("intermediate_size")?), mixture(config)?);
+    let layer = |(index, window): (usize, Window)| LayerSpec {
+        norm,
+        order: NormOrder::Sandwich,
+        mixer: MixerSpec::Attention(AttentionSpec {
+            window,
+            rope: (window != Window::Full).then(|| rope.clone()),
+            ..attention.clone()
+        }),
+        ffn: if index < dense_layers { FfnSpec::Dense(dense) } else { FfnSpec::Moe(moe.clone()) },
+        scalar: false,
+    };
+    let decoder = decoder_like_llama(config, windows.into_iter().enumerate().map(layer).collect())?;
+    let scale = EmbeddingScale { factor: (decoder.hidden as f64).sqrt(), rounded: false };
+    let scale = config.flag("mup_enabled")?.then_some(scale);
+    Ok(DecoderSpec { embedding: EmbeddingSpec { scale, ..decoder.embedding }, ..decoder })
+}
+
+fn kind(is_full: bool) -> &'static str {
+    if is_full { "full_attention" } else { "sliding_attention" }
+}
+
+fn mixture(config: &Config<'_>) -> Result<MoeSpec> {
+    let intermediate = config.count("moe_intermediate_size")?;
+    let shared = config.count("num_shared_experts")?;
+    Ok(MoeSpec {
+        experts: config.count("num_experts")?,
+        top_k: config.count("num_experts_per_tok")?,
+        expert: MlpSpec::swiglu(intermediate),
+        router: RouterSpec::SigmoidGroups {
+            groups: 1,
+            top_groups: 1,
+            normalise: true,
+            scale: config.number("route_scale")?,
+        },
+        shared: (shared > 0).then(|| SharedSpec { mlp: MlpSpec::swiglu(shared * intermediate), gate: false }),
+        beside: None,
+        latent: None,
+    })
+}

@@ -1,0 +1,95 @@
+//! Ling 2.0 (inclusionAI 2025): DeepSeek's routing over grouped-query attention with one matrix
+//! for queries, keys and values, norms of queries and keys, partial rotation. Hugging Face
+//! `BailingMoeV2ForCausalLM`, which is published code: transformers has no such class.
+
+use super::{
+    Config, Family, LIKE_LLAMA, NEXT_TOKEN_LAYERS, Names, SEPARATE_EXPERTS, SHARED_EXPERTS,
+    attention_without_positions, decoder_like_llama, pre_norm, sparse_after_first, unsupported,
+};
+use crate::error::Result;
+use crate::model::decoder::{
+    AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, QkNorm, Role, RouterSpec, SharedSpec,
+};
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "BailingMoeV2ForCausalLM",
+    model_types: &["bailing_moe_v2", "bailing_moe"],
+    class: "BailingMoeV2Config",
+    wrapper: None,
+    spec,
+    unused: &[
+        ("training alone uses it", &["embedding_dropout", "output_dropout", "mtp_loss_scaling_factor"]),
+        ("windows are not switched on by it", &["max_window_layers"]),
+        ("routers are computed in f32", &["router_dtype"]),
+    ],
+    names: &NAMES,
+    unstacked: None,
+};
+
+const NAMES: Names = Names {
+    tensors: &[
+        &[
+            (Role::Embedding, "{base}word_embeddings.weight"),
+            (Role::QkvProj, "{base}layers.{layer}.attention.query_key_value.weight"),
+            (Role::QkvProjBias, "{base}layers.{layer}.attention.query_key_value.bias"),
+            (Role::QNorm, "{base}layers.{layer}.attention.query_layernorm.weight"),
+            (Role::KNorm, "{base}layers.{layer}.attention.key_layernorm.weight"),
+            (Role::OProj, "{base}layers.{layer}.attention.dense.weight"),
+            (Role::OProjBias, "{base}layers.{layer}.attention.dense.bias"),
+            (Role::CorrectionBias, "{base}layers.{layer}.mlp.gate.expert_bias"),
+        ],
+        LIKE_LLAMA,
+        SEPARATE_EXPERTS,
+        SHARED_EXPERTS,
+    ],
+    bases: &["model."],
+    input_major: &[],
+    ignored: &[NEXT_TOKEN_LAYERS],
+};
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_silu()?;
+    config.expect_flag("use_rmsnorm", true)?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let attention = attention_without_positions(config)?;
+    let mixer = MixerSpec::Attention(AttentionSpec {
+        fused_qkv: true,
+        qk_norm: if config.flag("use_qk_norm")? { QkNorm::PerHead(norm) } else { QkNorm::None },
+        qkv_bias: config.flag("use_qkv_bias")?,
+        output_bias: config.flag("use_bias")?,
+        rope: Some(config.rope_of_part(attention.head_dim, Some(1.0))?),
+        ..attention
+    });
+    let (dense, moe) = (MlpSpec::swiglu(config.count("intermediate_size")?), mixture(config)?);
+    let layer = |sparse| {
+        let ffn = if sparse { FfnSpec::Moe(moe.clone()) } else { FfnSpec::Dense(dense) };
+        pre_norm(norm, mixer.clone(), ffn)
+    };
+    decoder_like_llama(config, sparse_after_first(config)?.into_iter().map(layer).collect())
+}
+
+fn mixture(config: &Config<'_>) -> Result<MoeSpec> {
+    config.expect("score_function", &["sigmoid".into()])?;
+    config.expect_flag("norm_topk_prob", true)?;
+    config.expect_flag("moe_router_enable_expert_bias", true)?;
+    let intermediate = config.count("moe_intermediate_size")?;
+    const OF_SHARED: &str = "moe_shared_expert_intermediate_size";
+    if config.has(OF_SHARED) && config.count(OF_SHARED)? != intermediate {
+        return Err(unsupported(format!("{OF_SHARED} beside moe_intermediate_size {intermediate}")));
+    }
+    let shared = config.count("num_shared_experts")?;
+    Ok(MoeSpec {
+        experts: config.count("num_experts")?,
+        top_k: config.count("num_experts_per_tok")?,
+        expert: MlpSpec::swiglu(intermediate),
+        router: RouterSpec::SigmoidGroups {
+            groups: config.count("n_group")?,
+            top_groups: config.count("topk_group")?,
+            normalise: true,
+            scale: config.number("routed_scaling_factor")?,
+        },
+        shared: (shared > 0).then(|| SharedSpec { mlp: MlpSpec::swiglu(shared * intermediate), gate: false }),
+        beside: None,
+        latent: None,
+    })
+}

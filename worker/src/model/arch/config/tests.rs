@@ -1,0 +1,390 @@
+use outliers_protocol::FailureKind;
+use serde_json::{Value, json};
+
+use super::super::{Architecture, FAMILIES, read};
+use super::class::Class;
+use super::*;
+use crate::model::decoder::{AttentionSpec, FfnSpec, MixerSpec, MlpKind, RouterSpec, Window};
+use crate::model::rope::RopeSpec;
+use crate::model::rope::{Pairing, RopeScaling};
+
+/// A configuration of the architecture that says nothing but this.
+fn with(architecture: &str, settings: Value) -> Value {
+    let mut config = json!({"architectures": [architecture]});
+    let nested = FAMILIES.iter().any(|family| family.architecture == architecture && family.wrapper.is_some());
+    let settings = if nested { json!({"text_config": settings}) } else { settings };
+    config.as_object_mut().unwrap().extend(settings.as_object().unwrap().clone());
+    config
+}
+
+fn attention(architecture: &str, settings: Value, layer: usize) -> AttentionSpec {
+    match &read(&with(architecture, settings)).unwrap().spec.layers[layer].mixer {
+        MixerSpec::Attention(attention) => attention.clone(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refused(architecture: &str, settings: Value) -> WorkerError {
+    read(&with(architecture, settings.clone())).map(|_| panic!("{settings} was read")).unwrap_err()
+}
+
+/// What classes leave open or say otherwise, and all published models say: the width of GLM's
+/// heads, how many experts DeepSeek-V2 chooses, that Gemma 4's layers have no inputs of their own.
+fn published() -> Value {
+    json!({"head_dim": 64, "num_experts_per_tok": 2, "hidden_size_per_layer_input": 0})
+}
+
+#[test]
+fn an_empty_configuration_is_the_class_of_its_family() {
+    for family in FAMILIES {
+        let Architecture { reading, .. } = read(&with(family.architecture, published())).unwrap();
+        assert_eq!(reading.class, family.class);
+        assert!(reading.defaults.len() > 5, "{}: {:?}", family.class, reading.defaults);
+    }
+    let theta = |architecture| attention(architecture, json!({}), 0).rope.unwrap().theta;
+    assert_eq!(
+        [theta("MixtralForCausalLM"), theta("GptOssForCausalLM"), theta("LlamaForCausalLM")],
+        [1e6, 150_000.0, 1e4]
+    );
+    assert_eq!(theta("Llama4ForConditionalGeneration"), 500_000.0);
+    let dims = |architecture, layer| attention(architecture, json!({"head_dim": 64}), layer).rope.unwrap().dims;
+    assert_eq!(
+        [dims("Glm4MoeForCausalLM", 0), dims("Qwen3NextForCausalLM", 3), dims("Qwen3ForCausalLM", 0)],
+        [32, 16, 64]
+    );
+    let width = |architecture, layer| attention(architecture, json!({}), layer).head_dim;
+    assert_eq!(
+        [width("Qwen3ForCausalLM", 0), width("Qwen3NextForCausalLM", 3), width("GptOssForCausalLM", 0)],
+        [128, 256, 64]
+    );
+    let oss = attention("GptOssForCausalLM", json!({}), 0);
+    assert!(oss.qkv_bias && oss.output_bias);
+    assert!(matches!(oss.rope.unwrap().scaling, RopeScaling::Yarn { factor: 32.0, truncate: false, .. }));
+}
+
+#[test]
+fn every_attribute_of_every_class_is_read_or_known_to_change_nothing() {
+    for family in FAMILIES {
+        let values = published();
+        let class = Class::of(family.class);
+        let config = Config::new(values.as_object().unwrap(), class, "");
+        (family.spec)(&config).unwrap();
+        let read = config.read.borrow();
+        let settled = |key: &str| {
+            let is_read = class.names(key).any(|name| read.contains(name));
+            // The last is refused where it is true.
+            let described = ["architectures", "model_type", "is_encoder_decoder"].contains(&key);
+            is_read || described || unused::reason(key, family.unused).is_some()
+        };
+        let open: Vec<&str> = class.attributes().filter(|key| !settled(key)).collect();
+        assert!(open.is_empty(), "{}: {open:?}", family.class);
+    }
+}
+
+#[test]
+fn published_configurations_hold_no_key_that_is_not_known() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/published");
+    let mut read_ones = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let Ok(text) = std::fs::read(entry.as_ref().unwrap().path().join("config.json")) else { continue };
+        let Architecture { reading, .. } = read(&serde_json::from_slice(&text).unwrap()).unwrap();
+        assert!(reading.unknown.is_empty(), "{:?}: {:?}", entry.unwrap().path(), reading.unknown);
+        read_ones += 1;
+    }
+    assert!(read_ones > 20, "{read_ones}");
+}
+
+#[test]
+fn keys_that_are_null_or_of_another_type_are_named() {
+    for key in ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size"] {
+        for bad in [Value::Null, json!("many"), json!(-3), json!(1.5)] {
+            let error = refused("LlamaForCausalLM", json!({key: bad}));
+            assert_eq!(error.kind(), FailureKind::Checkpoint, "{error}");
+            assert!(error.message().contains(key), "{error}");
+        }
+    }
+    for (architecture, key) in
+        [("Qwen3ForCausalLM", "head_dim"), ("LlamaForCausalLM", "use_cache"), ("MixtralForCausalLM", "rope_theta")]
+    {
+        assert!(refused(architecture, json!({key: null})).message().contains(key));
+    }
+    // Where the class takes null, it is what the class makes of it.
+    let llama =
+        attention("LlamaForCausalLM", json!({"num_key_value_heads": null, "head_dim": null, "hidden_size": 64}), 0);
+    assert_eq!((llama.kv_heads, llama.head_dim), (32, 2));
+}
+
+#[test]
+fn a_setting_goes_by_all_its_names_but_not_by_two_that_differ() {
+    let experts = |settings| match &read(&with("Qwen3MoeForCausalLM", settings)).unwrap().spec.layers[0].ffn {
+        FfnSpec::Moe(moe) => moe.experts,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(experts(json!({"num_local_experts": 16})), 16);
+    assert_eq!(experts(json!({"num_local_experts": 16, "num_experts": 16})), 16);
+    let error = refused("Qwen3MoeForCausalLM", json!({"num_local_experts": 16, "num_experts": 8}));
+    assert!(error.message().contains("num_local_experts") && error.message().contains("num_experts"), "{error}");
+}
+
+#[test]
+fn whole_numbers_are_switches() {
+    let tuned = |value: Value| {
+        let settings = json!({"attn_temperature_tuning": value});
+        attention("Llama4ForConditionalGeneration", settings, 3).temperature.is_some()
+    };
+    assert!(tuned(json!(4)) && tuned(json!(true)) && !tuned(json!(0)));
+    assert!(refused("LlamaForCausalLM", json!({"mlp_bias": "yes"})).message().contains("mlp_bias"));
+}
+
+#[test]
+fn layer_types_and_windows_of_qwens_are_those_of_their_classes() {
+    let windows = |architecture: &str, settings: Value| -> Vec<Window> {
+        let spec = read(&with(architecture, settings)).unwrap().spec;
+        let window = |mixer: &MixerSpec| match mixer {
+            MixerSpec::Attention(attention) => attention.window,
+            other => panic!("{other:?}"),
+        };
+        spec.layers.iter().map(|layer| window(&layer.mixer)).collect()
+    };
+    let (full, four) = (Window::Full, Window::Sliding(4));
+    let base = json!({"num_hidden_layers": 2, "use_sliding_window": true, "sliding_window": 4, "max_window_layers": 1});
+    let but = |key: &str, value: Value| {
+        let mut changed = base.clone();
+        changed[key] = value;
+        changed
+    };
+    for architecture in ["Qwen2ForCausalLM", "Qwen3ForCausalLM"] {
+        assert_eq!(windows(architecture, base.clone()), [full, four]);
+        assert_eq!(windows(architecture, but("use_sliding_window", json!(false))), [full, full]);
+        assert_eq!(
+            windows(architecture, but("layer_types", json!(["sliding_attention", "full_attention"]))),
+            [four, full]
+        );
+        let error = refused(architecture, but("layer_types", json!(["chunked_attention", "full_attention"])));
+        assert!(error.message().contains("layer_types[0]"), "{error}");
+    }
+    // The mixture has no `max_window_layers`.
+    assert_eq!(windows("Qwen3MoeForCausalLM", base.clone()), [four, four]);
+}
+
+#[test]
+fn settings_that_change_the_computation_are_read_or_refused_by_name() {
+    let oss = read(&with("GptOssForCausalLM", json!({"swiglu_alpha": 1.5, "swiglu_limit": 5.0}))).unwrap().spec;
+    let FfnSpec::Moe(moe) = &oss.layers[0].ffn else { panic!() };
+    assert!(matches!(moe.expert.kind, MlpKind::ClampedSwiglu { limit: 5.0, alpha: 1.5, .. }));
+    let next = read(&with("Qwen3NextForCausalLM", json!({"norm_topk_prob": false}))).unwrap().spec;
+    let FfnSpec::Moe(moe) = &next.layers[0].ffn else { panic!() };
+    assert_eq!(moe.router, RouterSpec::SoftmaxTopK { normalise: false });
+    for (architecture, key, value) in [
+        ("LlamaForCausalLM", "hidden_act", json!("gelu")),
+        ("LlamaForCausalLM", "partial_rotary_factor", json!(0.5)),
+        ("GPT2LMHeadModel", "scale_attn_by_inverse_layer_idx", json!(true)),
+        ("GPT2LMHeadModel", "is_encoder_decoder", json!(true)),
+        ("DeepseekV3ForCausalLM", "scoring_func", json!("softmax")),
+        ("OPTForCausalLM", "enable_bias", json!(false)),
+        ("Qwen3NextForCausalLM", "decoder_sparse_step", json!(0)),
+        ("LlamaForCausalLM", "per_layer_config", json!({"0": {"head_dim": 8}})),
+    ] {
+        let error = refused(architecture, json!({key: value}));
+        assert!(error.message().contains(key), "{error}");
+    }
+}
+
+#[test]
+fn keys_that_nobody_knows_are_listed() {
+    let config =
+        with("LlamaForCausalLM", json!({"scale_emb": 12, "rope_scaling": {"rope_type": "default", "mrope": [1]}}));
+    assert_eq!(read(&config).unwrap().reading.unknown, ["rope_scaling.mrope", "scale_emb"]);
+}
+
+#[test]
+fn model_type_stands_in_for_the_architecture_and_must_not_contradict_it() {
+    assert_eq!(read(&json!({"model_type": "qwen3"})).unwrap().family.architecture, "Qwen3ForCausalLM");
+    let error =
+        read(&json!({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3"})).map(|_| ()).unwrap_err();
+    assert!(error.message().contains("model_type"), "{error}");
+}
+
+#[test]
+fn rope_is_read_in_the_old_spelling_and_the_new() {
+    let rope = |settings: Value| attention("LlamaForCausalLM", settings, 0).rope.unwrap();
+    let old = json!({"head_dim": 4, "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}});
+    let new = json!({"head_dim": 4, "rope_parameters": {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}});
+    let scaling = RopeScaling::Linear { factor: 2.0 };
+    let want = RopeSpec { theta: 500.0, dims: 4, pairing: Pairing::Halves, scaling };
+    assert_eq!(rope(old), want);
+    assert_eq!(rope(new), want);
+    let error = refused("LlamaForCausalLM", json!({"rope_scaling": {"type": "linear"}}));
+    assert!(error.message().contains("rope_scaling.factor"), "{error}");
+}
+
+#[test]
+fn yarn_takes_zero_for_not_given_and_its_context_from_where_it_is() {
+    let yarn = |settings: Value| match attention("LlamaForCausalLM", settings, 0).rope.unwrap().scaling {
+        RopeScaling::Yarn { original_positions, beta_fast, attention_factor, .. } => {
+            (original_positions, beta_fast, attention_factor)
+        }
+        other => panic!("{other:?}"),
+    };
+    let scaling = json!({"rope_type": "yarn", "factor": 4.0, "mscale": 0, "mscale_all_dim": 0, "beta_fast": null});
+    let by_paper = 0.1 * 4f64.ln() + 1.0;
+    assert_eq!(yarn(json!({"max_position_embeddings": 640, "rope_scaling": scaling})), (640.0, 32.0, by_paper));
+    let top = json!({"original_max_position_embeddings": 77, "rope_scaling": scaling});
+    assert_eq!(yarn(top).0, 77.0);
+}
+
+#[test]
+fn formats_of_compressed_tensors_are_those_of_all_groups_or_refused_by_name() {
+    let read_with = |quantisation: Value| {
+        let mut config = with("DeepseekV3ForCausalLM", json!({}));
+        config["quantization_config"] = quantisation;
+        read(&config).map(|architecture| architecture.quantisation.unwrap())
+    };
+    let weights = json!({
+        "num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 32, "actorder": null,
+    });
+    let groups = |groups: Value| json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups});
+    let one = groups(json!({"group_0": {"weights": weights}}));
+    assert_eq!(read_with(one.clone()).unwrap(), Quantisation::Int4 { group: 32 });
+    for (key, value) in [
+        ("num_bits", json!(8)),
+        ("symmetric", json!(false)),
+        ("strategy", json!("channel")),
+        ("actorder", json!("group")),
+        ("group_size", json!(12)),
+    ] {
+        let mut other = one.clone();
+        other["config_groups"]["group_0"]["weights"][key] = value;
+        let error = read_with(other).unwrap_err();
+        assert!(error.message().contains(&format!("group_0.weights.{key}")), "{error}");
+    }
+    let mut wider = weights.clone();
+    wider["group_size"] = json!(128);
+    let mixed = groups(json!({"group_0": {"weights": weights}, "group_1": {"weights": wider}}));
+    assert!(read_with(mixed).unwrap_err().message().contains("beside others"));
+    assert!(read_with(groups(json!({}))).unwrap_err().message().contains("config_groups"));
+    let algorithm = |algorithm: &str| json!({"quant_method": "modelopt", "quant_algo": algorithm});
+    assert_eq!(read_with(algorithm("NVFP4")).unwrap(), Quantisation::Nvfp4(Nvfp4Layout::ModelOpt));
+    assert!(read_with(algorithm("W4A8_AWQ")).unwrap_err().message().contains("W4A8_AWQ"));
+}
+
+#[test]
+fn a_part_of_a_head_rotates_under_a_key_of_minimax_unless_the_settings_say_another() {
+    let dims = |settings: Value| {
+        let rope = attention("MiniMaxM2ForCausalLM", settings, 0).rope.unwrap();
+        (rope.dims, rope.theta)
+    };
+    assert_eq!(dims(json!({})), (128, 5e6));
+    assert_eq!(dims(json!({"rotary_dim": 64, "rope_theta": 1e4})), (64, 1e4));
+    // As transformers 5 saves it.
+    let saved = json!({"rotary_dim": 64, "rope_parameters": {"rope_theta": 7.0, "partial_rotary_factor": 0.25}});
+    assert_eq!(dims(saved), (32, 7.0));
+    assert!(refused("MiniMaxM2ForCausalLM", json!({"attn_type_list": [1, 0]})).message().contains("attn_type_list"));
+}
+
+#[test]
+fn each_kind_of_layers_has_the_rotation_that_its_class_takes() {
+    let rope = |architecture: &str, settings: Value, layer: usize| {
+        let rope = attention(architecture, settings, layer).rope.unwrap();
+        (rope.theta, rope.dims, rope.scaling)
+    };
+    let gemma3 = "Gemma3ForCausalLM";
+    // Windowed, and the sixth sees all.
+    assert_eq!(rope(gemma3, json!({}), 0), (1e4, 256, RopeScaling::None));
+    assert_eq!(rope(gemma3, json!({}), 5), (1e6, 256, RopeScaling::None));
+    let old = json!({
+        "rope_theta": 7.0, "rope_local_base_freq": 5.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    });
+    assert_eq!(rope(gemma3, old.clone(), 0), (5.0, 256, RopeScaling::None));
+    assert_eq!(rope(gemma3, old, 5), (7.0, 256, RopeScaling::Linear { factor: 8.0 }));
+    let new = json!({"rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 9.0},
+        "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 3.0},
+    }});
+    assert_eq!(rope(gemma3, new.clone(), 0), (3.0, 256, RopeScaling::Linear { factor: 2.0 }));
+    assert_eq!(rope(gemma3, new, 5), (9.0, 256, RopeScaling::None));
+    let flat = refused(gemma3, json!({"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}));
+    assert!(flat.message().contains("rope_parameters."), "{flat}");
+    let gemma4 = json!({"hidden_size_per_layer_input": 0});
+    let proportional = RopeScaling::Proportional { part: 0.25 };
+    assert_eq!(rope("Gemma4ForConditionalGeneration", gemma4.clone(), 5), (1e6, 512, proportional));
+    assert_eq!(rope("Gemma4ForConditionalGeneration", gemma4, 0), (1e4, 256, RopeScaling::None));
+    let error = refused("Gemma4ForConditionalGeneration", json!({}));
+    assert!(error.message().contains("hidden_size_per_layer_input"), "{error}");
+    // Trinity turns nothing where it sees all.
+    assert!(attention("AfmoeForCausalLM", json!({}), 3).rope.is_none());
+    assert!(attention("AfmoeForCausalLM", json!({}), 2).rope.is_some());
+}
+
+#[test]
+fn kimi_linear_counts_its_layers_from_one_and_takes_other_lists_for_wrong() {
+    let kinds = |lists: Value| {
+        let config = with("KimiLinearForCausalLM", json!({"num_hidden_layers": 3, "linear_attn_config": lists}));
+        read(&config).map(|read| read.spec.layers.iter().map(|layer| layer.mixer.score_heads() > 0).collect::<Vec<_>>())
+    };
+    let lists = |full: Value, linear: Value| kinds(json!({"full_attn_layers": full, "kda_layers": linear}));
+    assert_eq!(lists(json!([2]), json!([1, 3])).unwrap(), [false, true, false]);
+    // Without both lists, what the class derives.
+    assert_eq!(kinds(json!({"full_attn_layers": [1]})).unwrap(), [false; 3]);
+    for (full, linear) in [(json!([0]), json!([1, 3])), (json!([4]), json!([1, 2, 3])), (json!([2]), json!([1]))] {
+        let error = lists(full, linear).unwrap_err();
+        assert!(error.message().contains("linear_attn_config."), "{error}");
+    }
+    let spec = |settings: Value| read(&with("KimiLinearForCausalLM", settings)).unwrap().spec;
+    let sees_all = &spec(json!({})).layers[4].mixer;
+    assert!(sees_all.score_heads() == 32 && sees_all.rope().is_none());
+    let error = refused("KimiLinearForCausalLM", json!({"mla_use_nope": false}));
+    assert!(error.message().contains("mla_use_nope"), "{error}");
+}
+
+#[test]
+fn what_lings_code_would_compute_otherwise_is_refused() {
+    for (key, value) in [
+        ("score_function", json!("softmax")),
+        ("use_rmsnorm", json!(false)),
+        ("norm_topk_prob", json!(false)),
+        ("moe_shared_expert_intermediate_size", json!(513)),
+    ] {
+        let error = refused("BailingMoeV2ForCausalLM", json!({key: value}));
+        assert!(error.message().contains(key), "{error}");
+    }
+    let rope = attention("BailingMoeV2ForCausalLM", json!({"partial_rotary_factor": 0.5}), 0).rope.unwrap();
+    assert_eq!((rope.dims, rope.theta), (64, 600_000.0));
+}
+
+#[test]
+fn layers_with_experts_are_those_the_class_takes_for_them() {
+    let sparse = |architecture: &str, mut settings: Value| -> Vec<bool> {
+        settings["num_hidden_layers"] = json!(4);
+        let spec = read(&with(architecture, settings)).unwrap().spec;
+        spec.layers.iter().map(|layer| layer.experts() > 0).collect()
+    };
+    let types = json!(["sparse", "dense", "sparse", "sparse"]);
+    let first = json!({"first_k_dense_replace": 2});
+    let both = json!({"first_k_dense_replace": 2, "mlp_layer_types": types});
+    assert_eq!(sparse("Glm4MoeLiteForCausalLM", first.clone()), [false, true, true, true]);
+    for architecture in ["DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"] {
+        assert_eq!(sparse(architecture, json!({})), [false, false, false, true]);
+        assert_eq!(sparse(architecture, first.clone()), [false, false, true, true]);
+    }
+    for architecture in ["Glm4MoeLiteForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"] {
+        assert_eq!(sparse(architecture, both.clone()), [true, false, true, true]);
+        let wrong = json!({"num_hidden_layers": 1, "mlp_layer_types": ["linear"]});
+        assert!(refused(architecture, wrong).message().contains("mlp_layer_types[0]"));
+    }
+    let error = refused("DeepseekV32ForCausalLM", json!({"num_hidden_layers": 1, "layer_types": ["full_attention"]}));
+    assert!(error.message().contains("layer_types[0]"), "{error}");
+}
+
+#[test]
+fn fp8_tiles_are_those_of_the_class_where_nothing_is_said() {
+    let config = |settings: Value| {
+        let mut config = with("DeepseekV3ForCausalLM", json!({}));
+        config["quantization_config"] = settings;
+        config
+    };
+    let found = read(&config(json!({"quant_method": "fp8"}))).unwrap().quantisation;
+    assert_eq!(found, Some(Quantisation::Fp8Blocks { block: [128, 128] }));
+    let error = read(&config(json!({"quant_method": "fp8", "weight_block_size": null}))).map(|_| ()).unwrap_err();
+    assert!(error.message().contains("weight_block_size"), "{error}");
+}

@@ -1,0 +1,67 @@
+//! DeepSeek-V2 and V2-Lite (2024): latent attention, softmax routing that is not renormalised,
+//! limited to the best groups or not. Hugging Face `DeepseekV2ForCausalLM`.
+
+use super::{
+    Config, Family, Names, ROTARY_BUFFERS, decoder_like_llama, deepseek_v3, pre_norm, sparse_after_first, unsupported,
+};
+use crate::error::Result;
+use crate::model::decoder::{DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, RouterSpec, SharedSpec};
+use crate::model::rope::Pairing;
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "DeepseekV2ForCausalLM",
+    model_types: &["deepseek_v2"],
+    class: "DeepseekV2Config",
+    wrapper: None,
+    spec,
+    unused: &[
+        ("the widths of a head's parts say it", &["head_dim", "qk_head_dim"]),
+        ("transformers has no such attribute", &["ep_size"]),
+    ],
+    names: &NAMES,
+    unstacked: None,
+};
+
+const NAMES: Names =
+    Names { tensors: deepseek_v3::TENSORS, bases: &["model.", ""], input_major: &[], ignored: &[ROTARY_BUFFERS] };
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_silu()?;
+    config.expect_flag("mlp_bias", false)?;
+    config.expect_flag("norm_topk_prob", false)?;
+    config.expect("scoring_func", &["softmax".into()])?;
+    config.expect("moe_layer_freq", &[1.into()])?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let mixer = MixerSpec::Latent(deepseek_v3::latent(config, Pairing::Interleaved)?);
+    let intermediate = config.count("moe_intermediate_size")?;
+    let shared = config.count("n_shared_experts")?;
+    let moe = MoeSpec {
+        experts: config.count("n_routed_experts")?,
+        top_k: config.count("num_experts_per_tok")?,
+        expert: MlpSpec::swiglu(intermediate),
+        router: router(config)?,
+        shared: (shared > 0).then(|| SharedSpec { mlp: MlpSpec::swiglu(shared * intermediate), gate: false }),
+        beside: None,
+        latent: None,
+    };
+    let dense = MlpSpec::swiglu(config.count("intermediate_size")?);
+    let layer = |sparse| {
+        let ffn = if sparse { FfnSpec::Moe(moe.clone()) } else { FfnSpec::Dense(dense) };
+        pre_norm(norm, mixer.clone(), ffn)
+    };
+    decoder_like_llama(config, sparse_after_first(config)?.into_iter().map(layer).collect())
+}
+
+fn router(config: &Config<'_>) -> Result<RouterSpec> {
+    let (groups, top_groups) = (config.count_opt("n_group")?, config.count_opt("topk_group")?);
+    let scale = config.number("routed_scaling_factor")?;
+    match config.word("topk_method")? {
+        "greedy" => Ok(RouterSpec::SoftmaxGroups { groups: 1, top_groups: 1, scale }),
+        "group_limited_greedy" => {
+            // Of none, nothing could be chosen: that is refused with the numbers.
+            let (groups, top_groups) = (groups.unwrap_or(0), top_groups.unwrap_or(0));
+            Ok(RouterSpec::SoftmaxGroups { groups, top_groups, scale })
+        }
+        other => Err(unsupported(format!("topk_method {other:?} (known: greedy, group_limited_greedy)"))),
+    }
+}

@@ -1,0 +1,52 @@
+//! DeepSeek-V3.2 (2025): DeepSeek-V3 whose attention is sparse beyond `index_topk` tokens. Up to
+//! as many its indexer selects every key, so that it is DeepSeek-V3. Hugging Face
+//! `DeepseekV32ForCausalLM`.
+
+use super::{
+    Config, Family, INDEXER, NEXT_TOKEN_LAYERS, Names, Unused, deepseek_v3, sparse_after_first, sparse_by_types,
+    unsupported,
+};
+use crate::error::Result;
+use crate::model::decoder::DecoderSpec;
+use crate::model::rope::Pairing;
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "DeepseekV32ForCausalLM",
+    model_types: &["deepseek_v32"],
+    class: "DeepseekV32Config",
+    wrapper: None,
+    spec,
+    unused: &[
+        NOT_OF_THE_HEADS,
+        ("of the indexer: it selects every key", &["index_head_dim", "index_n_heads"]),
+        ("transformers has no such attribute", &["ep_size"]),
+    ],
+    names: &NAMES,
+    unstacked: None,
+};
+
+/// Of this family and those that build on it.
+pub(super) const NAMES: Names = Names {
+    tensors: deepseek_v3::TENSORS,
+    bases: &["model.", ""],
+    input_major: &[],
+    // The first that knows a tensor says why: a layer past the last has an indexer too.
+    ignored: &[NEXT_TOKEN_LAYERS, INDEXER],
+};
+
+/// The class overwrites the one; the other is the sum of two.
+pub(super) const NOT_OF_THE_HEADS: Unused = ("the widths of a head's parts say it", &["head_dim", "qk_head_dim"]);
+
+pub(super) fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_flag("mlp_bias", false)?;
+    config.expect_flag("rope_interleave", true)?;
+    for (index, kind) in config.layer_types()?.into_iter().flatten().enumerate() {
+        if kind != "indexed_attention" {
+            return Err(unsupported(format!("layer_types[{index}] {kind:?}")));
+        }
+    }
+    let dense_first = sparse_after_first(config)?;
+    let sparse = sparse_by_types(config)?.unwrap_or(dense_first);
+    let decoder = deepseek_v3::decoder(config, Pairing::Interleaved, sparse)?;
+    Ok(DecoderSpec { selected_keys: Some(config.count("index_topk")?), ..decoder })
+}

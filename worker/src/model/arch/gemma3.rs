@@ -1,0 +1,33 @@
+//! Gemma 3 (Google 2025), the text part of a multimodal checkpoint. Hugging Face
+//! `Gemma3ForConditionalGeneration`.
+
+use super::{Family, Ignored, LIKE_LLAMA, Names, Pattern, Unused, gemma3_text};
+use crate::model::decoder::Role;
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "Gemma3ForConditionalGeneration",
+    model_types: &["gemma3"],
+    class: "Gemma3TextConfig",
+    wrapper: Some("Gemma3Config"),
+    spec: gemma3_text::spec,
+    unused: UNUSED,
+    names: &NAMES,
+    unstacked: None,
+};
+
+const NAMES: Names = Names {
+    tensors: &[&[(Role::Head, "language_model.lm_head.weight")], gemma3_text::SANDWICH, LIKE_LLAMA],
+    bases: &["language_model.model."],
+    input_major: &[],
+    ignored: &[
+        Ignored { names: Pattern::Prefix("vision_tower."), why: "vision tower" },
+        Ignored { names: Pattern::Prefix("multi_modal_projector."), why: "vision tower" },
+    ],
+};
+
+const UNUSED: &[Unused] = &[
+    ("the text part alone is computed", &["image_token_index", "mm_tokens_per_image", "vision_config"]),
+    ("the text part alone is computed", &["boi_token_index", "eoi_token_index"]),
+    ("the text part alone is computed", &["boi_token_id", "eoi_token_id", "image_token_id"]),
+    ("it says how Python runs the model", &["cache_implementation"]),
+];

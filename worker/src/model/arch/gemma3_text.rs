@@ -1,0 +1,95 @@
+//! Gemma 3 (Google 2025), text only: norms before and after each sublayer, five windowed layers to
+//! one that sees all, each kind with a rotation of its own, gated GELU. Hugging Face
+//! `Gemma3ForCausalLM`.
+
+use super::{
+    Config, Family, LIKE_LLAMA, Names, RopeKind, Unused, Windowed, attention_without_positions, decoder_like_llama,
+    unsupported, windows,
+};
+use crate::error::Result;
+use crate::model::decoder::{
+    AttentionSpec, DecoderSpec, EmbeddingScale, EmbeddingSpec, FfnSpec, GateUp, HeadSpec, LayerSpec, MixerSpec,
+    MlpKind, MlpSpec, NormKind, NormOrder, NormSpec, QkNorm, Role, Window,
+};
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "Gemma3ForCausalLM",
+    model_types: &["gemma3_text"],
+    class: "Gemma3TextConfig",
+    wrapper: None,
+    spec,
+    unused: UNUSED,
+    names: &NAMES,
+    unstacked: None,
+};
+
+const NAMES: Names = Names { tensors: &[SANDWICH, LIKE_LLAMA], bases: &["model.", ""], input_major: &[], ignored: &[] };
+
+/// Names of the norms around the sublayers.
+pub(super) const SANDWICH: &[(Role, &str)] = &[
+    (Role::MixerPostNorm, "{base}layers.{layer}.post_attention_layernorm.weight"),
+    (Role::FfnNorm, "{base}layers.{layer}.pre_feedforward_layernorm.weight"),
+    (Role::FfnPostNorm, "{base}layers.{layer}.post_feedforward_layernorm.weight"),
+];
+
+pub(super) const UNUSED: &[Unused] = &[("it says how Python runs the model", &["cache_implementation"])];
+
+/// Layers that see all, and layers with a window.
+pub(super) const FULL: RopeKind =
+    RopeKind { kind: "full_attention", key: "rope_parameters.full_attention", theta: "rope_theta", is_scaled: true };
+pub(super) const SLIDING: RopeKind = RopeKind {
+    kind: "sliding_attention",
+    key: "rope_parameters.sliding_attention",
+    theta: "rope_local_base_freq",
+    is_scaled: false,
+};
+
+pub(super) fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect("hidden_activation", &["gelu_pytorch_tanh".into()])?;
+    config.expect_flag("use_bidirectional_attention", false)?;
+    if let Some(cap) = config.number_opt("attn_logit_softcapping")? {
+        return Err(unsupported(format!("attn_logit_softcapping {cap}")));
+    }
+    let norm = NormSpec { kind: NormKind::RmsZeroCentred, eps: config.number("rms_norm_eps")? };
+    let attention = AttentionSpec {
+        qk_norm: QkNorm::PerHead(norm),
+        scale: Some((config.count("query_pre_attn_scalar")? as f64).powf(-0.5)),
+        ..attention_without_positions(config)?
+    };
+    let ropes = [config.rope_of_kind(&FULL, attention.head_dim)?, config.rope_of_kind(&SLIDING, attention.head_dim)?];
+    let mlp = MlpSpec {
+        intermediate: config.count("intermediate_size")?,
+        kind: MlpKind::Geglu(GateUp::Separate),
+        bias: false,
+    };
+    let layer = |window| {
+        let rope = Some(ropes[usize::from(window != Window::Full)].clone());
+        let mixer = MixerSpec::Attention(AttentionSpec { window, rope, ..attention.clone() });
+        LayerSpec { norm, order: NormOrder::Sandwich, mixer, ffn: FfnSpec::Dense(mlp), scalar: false }
+    };
+    const PATTERN: &str = "sliding_window_pattern";
+    let every = if config.has(PATTERN) { config.divisor(PATTERN)? } else { 6 };
+    decoder(config, window_of_each(config, every)?.into_iter().map(layer).collect())
+}
+
+/// The window of each layer: those of `layer_types`, else all keys in every n-th layer.
+pub(super) fn window_of_each(config: &Config<'_>, every: usize) -> Result<Vec<Window>> {
+    let by_interval = |layer: usize| if layer.is_multiple_of(every) { FULL.kind } else { SLIDING.kind };
+    let kinds = match config.layer_types()? {
+        Some(kinds) => kinds,
+        None => (1..=config.layers()?).map(by_interval).collect(),
+    };
+    let window = config.count_opt("sliding_window")?.map(Window::Sliding);
+    windows(kinds, &Windowed { kind: SLIDING.kind, key: "sliding_window", window })
+}
+
+/// A decoder of these layers: the embedding grows by the root of its width, logits may be capped.
+pub(super) fn decoder(config: &Config<'_>, layers: Vec<LayerSpec>) -> Result<DecoderSpec> {
+    let decoder = decoder_like_llama(config, layers)?;
+    let scale = Some(EmbeddingScale { factor: (decoder.hidden as f64).sqrt(), rounded: true });
+    Ok(DecoderSpec {
+        embedding: EmbeddingSpec { scale, ..decoder.embedding },
+        head: HeadSpec { softcap: config.number_opt("final_logit_softcapping")?, ..decoder.head },
+        ..decoder
+    })
+}

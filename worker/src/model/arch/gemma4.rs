@@ -1,0 +1,127 @@
+//! Gemma 4 (Google 2026), the text part: Gemma 3 with wider heads whose keys are values where a
+//! layer sees all, and in mixtures a dense MLP beside the experts. Hugging Face
+//! `Gemma4ForConditionalGeneration`.
+
+use super::{Config, Family, Ignored, LIKE_LLAMA, Names, Pattern, Unused, attention_without_positions, gemma3_text};
+use crate::error::Result;
+use crate::model::decoder::{
+    AttentionSpec, DecoderSpec, FfnSpec, GateUp, LayerSpec, MixerSpec, MlpKind, MlpSpec, MoeSpec, NormOrder, NormSpec,
+    QkNorm, Role, RouterSpec, Window,
+};
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "Gemma4ForConditionalGeneration",
+    model_types: &["gemma4"],
+    class: "Gemma4TextConfig",
+    wrapper: Some("Gemma4Config"),
+    spec,
+    unused: UNUSED,
+    names: &NAMES,
+    unstacked: None,
+};
+
+const NAMES: Names = Names {
+    tensors: &[
+        gemma3_text::SANDWICH,
+        &[
+            (Role::LayerScalar, "{base}layers.{layer}.layer_scalar"),
+            (Role::Router, "{base}layers.{layer}.router.proj.weight"),
+            (Role::RouterScale, "{base}layers.{layer}.router.scale"),
+            (Role::ExpertScale, "{base}layers.{layer}.router.per_expert_scale"),
+            (Role::ExpertGateUp, "{base}layers.{layer}.experts.gate_up_proj"),
+            (Role::ExpertDown, "{base}layers.{layer}.experts.down_proj"),
+            (Role::BesidePostNorm, "{base}layers.{layer}.post_feedforward_layernorm_1.weight"),
+            (Role::ExpertsNorm, "{base}layers.{layer}.pre_feedforward_layernorm_2.weight"),
+            (Role::ExpertsPostNorm, "{base}layers.{layer}.post_feedforward_layernorm_2.weight"),
+        ],
+        LIKE_LLAMA,
+    ],
+    bases: &["model.language_model."],
+    input_major: &[],
+    ignored: &[
+        Ignored { names: Pattern::Prefix("model.vision_tower."), why: "vision tower" },
+        Ignored { names: Pattern::Prefix("model.embed_vision."), why: "vision tower" },
+        Ignored { names: Pattern::Prefix("model.audio_tower."), why: "audio tower" },
+        Ignored { names: Pattern::Prefix("model.embed_audio."), why: "audio tower" },
+    ],
+};
+
+const UNUSED: &[Unused] = &[
+    ("the text part alone is computed", &["audio_config", "vision_config", "vision_soft_tokens_per_image"]),
+    (
+        "the text part alone is computed",
+        &["audio_token_id", "boa_token_id", "boi_token_id", "eoa_token_id", "eoa_token_index", "eoi_token_id"],
+    ),
+    ("the text part alone is computed", &["image_token_id", "video_token_id"]),
+    ("only layers that share keys and values with others use it", &["use_double_wide_mlp"]),
+    ("only layers with inputs of their own use it", &["vocab_size_per_layer_input"]),
+];
+
+/// Width of a head where a layer sees all. No attribute of the class.
+const GLOBAL_HEAD_DIM: usize = 512;
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect("hidden_activation", &["gelu_pytorch_tanh".into()])?;
+    config.expect("use_bidirectional_attention", &["vision".into()])?;
+    config.expect("hidden_size_per_layer_input", &[0.into()])?;
+    config.expect("num_kv_shared_layers", &[0.into()])?;
+    let eps = config.number("rms_norm_eps")?;
+    let norm = NormSpec::rms(eps);
+    let attention = AttentionSpec {
+        qk_norm: QkNorm::PerHead(norm),
+        scale: Some(1.0),
+        value_norm: Some(eps),
+        ..attention_without_positions(config)?
+    };
+    let attentions = [full(config, &attention)?, sliding(config, &attention)?];
+    let mlp = geglu(config.count("intermediate_size")?, GateUp::Separate);
+    let ffn = if config.flag("enable_moe_block")? {
+        FfnSpec::Moe(MoeSpec {
+            experts: config.count("num_experts")?,
+            top_k: config.count("top_k_experts")?,
+            expert: geglu(config.count("moe_intermediate_size")?, GateUp::Halves),
+            router: RouterSpec::NormedSoftmax { eps },
+            shared: None,
+            beside: Some(mlp),
+            latent: None,
+        })
+    } else {
+        for key in ["num_experts", "top_k_experts", "moe_intermediate_size"] {
+            config.raw(key);
+        }
+        FfnSpec::Dense(mlp)
+    };
+    let mut windows = gemma3_text::window_of_each(config, 6)?;
+    // Whatever is said of it.
+    if let Some(last) = windows.last_mut() {
+        *last = Window::Full;
+    }
+    let layer = |window| {
+        let attention = attentions[usize::from(window != Window::Full)].clone();
+        let mixer = MixerSpec::Attention(AttentionSpec { window, ..attention });
+        LayerSpec { norm, order: NormOrder::Sandwich, mixer, ffn: ffn.clone(), scalar: true }
+    };
+    gemma3_text::decoder(config, windows.into_iter().map(layer).collect())
+}
+
+fn geglu(intermediate: usize, stored: GateUp) -> MlpSpec {
+    MlpSpec { intermediate, kind: MlpKind::Geglu(stored), bias: false }
+}
+
+/// Attention with a window.
+fn sliding(config: &Config<'_>, attention: &AttentionSpec) -> Result<AttentionSpec> {
+    let rope = config.rope_of_kind(&gemma3_text::SLIDING, attention.head_dim)?;
+    Ok(AttentionSpec { rope: Some(rope), ..attention.clone() })
+}
+
+/// Attention that sees all: heads of another width, and keys that are values.
+fn full(config: &Config<'_>, attention: &AttentionSpec) -> Result<AttentionSpec> {
+    const HEAD_DIM: &str = "global_head_dim";
+    const KV_HEADS: &str = "num_global_key_value_heads";
+    let head_dim = if config.has(HEAD_DIM) { config.count(HEAD_DIM)? } else { GLOBAL_HEAD_DIM };
+    let key_is_value = config.flag("attention_k_eq_v")?;
+    let told = config.raw(KV_HEADS).is_some_and(|heads| !heads.is_null());
+    let kv_heads = if told && key_is_value { config.count(KV_HEADS)? } else { attention.kv_heads };
+    let rope = Some(config.rope_of_kind(&gemma3_text::FULL, head_dim)?);
+    Ok(AttentionSpec { head_dim, kv_heads, key_is_value, rope, ..attention.clone() })
+}

@@ -1,0 +1,37 @@
+//! GLM-4.5 (2025): DeepSeek's routing over grouped-query attention with partial rotation. Hugging Face `Glm4MoeForCausalLM`.
+
+use super::{
+    Config, Family, LIKE_LLAMA, NEXT_TOKEN_LAYERS, Names, SEPARATE_EXPERTS, SHARED_EXPERTS, attention_like_llama,
+    decoder_like_llama, ffn_like_deepseek, pre_norm, sparse_after_first,
+};
+use crate::error::Result;
+use crate::model::decoder::{AttentionSpec, DecoderSpec, MixerSpec, NormSpec, QkNorm};
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "Glm4MoeForCausalLM",
+    model_types: &["glm4_moe"],
+    class: "Glm4MoeConfig",
+    wrapper: None,
+    spec,
+    unused: &[],
+    names: &NAMES,
+    unstacked: None,
+};
+
+const NAMES: Names = Names {
+    tensors: &[LIKE_LLAMA, SEPARATE_EXPERTS, SHARED_EXPERTS],
+    bases: &["model.", ""],
+    input_major: &[],
+    ignored: &[NEXT_TOKEN_LAYERS],
+};
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let qk_norm = if config.flag("use_qk_norm")? { QkNorm::PerHead(norm) } else { QkNorm::None };
+    let attention = attention_like_llama(config)?;
+    // `attention_bias` is about q, k and v alone.
+    let mixer = MixerSpec::Attention(AttentionSpec { qk_norm, output_bias: false, ..attention });
+    let layer = |sparse| Ok(pre_norm(norm, mixer.clone(), ffn_like_deepseek(config, sparse)?));
+    decoder_like_llama(config, sparse_after_first(config)?.into_iter().map(layer).collect::<Result<_>>()?)
+}

@@ -1,0 +1,71 @@
+//! gpt-oss (OpenAI 2025): attention sinks, windows in every second layer, clamped SwiGLU experts with biases in MXFP4, YaRN without
+//! rounding. Hugging Face `GptOssForCausalLM`.
+
+use super::{Config, Family, LIKE_LLAMA, Names, Windowed, attention_like_llama, decoder_like_llama, pre_norm, windows};
+use crate::error::Result;
+use crate::model::decoder::{
+    AttentionSpec, DecoderSpec, FfnSpec, GateUp, MixerSpec, MlpKind, MlpSpec, MoeSpec, NormSpec, Role, RouterSpec,
+    Window,
+};
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "GptOssForCausalLM",
+    model_types: &["gpt_oss"],
+    class: "GptOssConfig",
+    wrapper: None,
+    spec,
+    unused: &[("transformers has no such attribute", &["experts_per_token", "initial_context_length"])],
+    names: &NAMES,
+    unstacked: None,
+};
+
+const NAMES: Names = Names {
+    tensors: &[
+        LIKE_LLAMA,
+        &[
+            (Role::Sinks, "{base}layers.{layer}.self_attn.sinks"),
+            (Role::Router, "{base}layers.{layer}.mlp.router.weight"),
+            (Role::RouterBias, "{base}layers.{layer}.mlp.router.bias"),
+            (Role::ExpertGateUp, "{base}layers.{layer}.mlp.experts.gate_up_proj"),
+            (Role::ExpertGateUpBias, "{base}layers.{layer}.mlp.experts.gate_up_proj_bias"),
+            (Role::ExpertDown, "{base}layers.{layer}.mlp.experts.down_proj"),
+            (Role::ExpertDownBias, "{base}layers.{layer}.mlp.experts.down_proj_bias"),
+        ],
+    ],
+    bases: &["model.", ""],
+    // As plain floats. Their MXFP4 form is output-major.
+    input_major: &[Role::ExpertGateUp, Role::ExpertDown],
+    ignored: &[],
+};
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let (limit, alpha) = (config.number("swiglu_limit")?, config.number("swiglu_alpha")?);
+    let moe = MoeSpec {
+        experts: config.count("num_local_experts")?,
+        top_k: config.count("num_experts_per_tok")?,
+        expert: MlpSpec {
+            intermediate: config.count("intermediate_size")?,
+            kind: MlpKind::ClampedSwiglu { stored: GateUp::Interleaved, limit, alpha },
+            bias: true,
+        },
+        router: RouterSpec::TopKSoftmax,
+        shared: None,
+        beside: None,
+        latent: None,
+    };
+    let alternating = |layer: usize| ["sliding_attention", "full_attention"][layer % 2];
+    let kinds = match config.layer_types()? {
+        Some(kinds) => kinds,
+        None => (0..config.layers()?).map(alternating).collect(),
+    };
+    let window = config.count_opt("sliding_window")?.map(Window::Sliding);
+    let windowed = Windowed { kind: "sliding_attention", key: "sliding_window", window };
+    let attention = AttentionSpec { sinks: true, ..attention_like_llama(config)? };
+    let layer = |window| {
+        let mixer = MixerSpec::Attention(AttentionSpec { window, ..attention.clone() });
+        pre_norm(norm, mixer, FfnSpec::Moe(moe.clone()))
+    };
+    decoder_like_llama(config, windows(kinds, &windowed)?.into_iter().map(layer).collect())
+}

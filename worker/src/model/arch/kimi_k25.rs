@@ -1,0 +1,44 @@
+//! Kimi-K2.5 and K2.6 (2026), the text part: Kimi-K2 below a prefix, experts as integers of four
+//! bits. Hugging Face `KimiK25ForConditionalGeneration`.
+
+use super::{Family, Ignored, NEXT_TOKEN_LAYERS, Names, Pattern, ROTARY_BUFFERS, Unused, deepseek_v3};
+use crate::model::decoder::Role;
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "KimiK25ForConditionalGeneration",
+    model_types: &["kimi_k25"],
+    class: "DeepseekV3Config",
+    wrapper: Some("Kimi_K25Config"),
+    spec: deepseek_v3::spec,
+    unused: UNUSED,
+    names: &NAMES,
+    unstacked: None,
+};
+
+const NAMES: Names = Names {
+    tensors: &[
+        &[(Role::Head, "language_model.lm_head.weight")],
+        super::LIKE_LLAMA,
+        super::SEPARATE_EXPERTS,
+        super::SHARED_EXPERTS,
+        deepseek_v3::LATENT,
+    ],
+    bases: &["language_model.model."],
+    input_major: &[],
+    ignored: &[
+        NEXT_TOKEN_LAYERS,
+        ROTARY_BUFFERS,
+        Ignored { names: Pattern::Prefix("vision_tower."), why: "vision tower" },
+        Ignored { names: Pattern::Prefix("mm_projector."), why: "vision tower" },
+    ],
+};
+
+const UNUSED: &[Unused] = &[
+    ("the text part alone is computed", &["projection_hidden_size", "projection_layer_norm_eps", "vision_config"]),
+    (
+        "the text part alone is computed",
+        &["image_token_id", "video_token_id", "vision_end_token_id", "vision_start_token_id"],
+    ),
+    ("the settings of the text part count", &["tie_word_embeddings"]),
+    ("transformers has no such attribute", &["ep_size", "ignore_index", "media_placeholder_token_id"]),
+];

@@ -1,0 +1,29 @@
+//! Llama 2 and 3: pre-norm, GQA, rotary positions, gated MLP. Hugging Face `LlamaForCausalLM`.
+
+use super::{Config, Family, LIKE_LLAMA, Names, ROTARY_BUFFERS, attention_like_llama, decoder_like_llama, pre_norm};
+use crate::error::Result;
+use crate::model::decoder::{DecoderSpec, FfnSpec, MixerSpec, MlpSpec, NormSpec};
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "LlamaForCausalLM",
+    model_types: &["llama"],
+    class: "LlamaConfig",
+    wrapper: None,
+    spec,
+    unused: &[],
+    names: &NAMES,
+    unstacked: None,
+};
+
+const NAMES: Names =
+    Names { tensors: &[LIKE_LLAMA], bases: &["model.", ""], input_major: &[], ignored: &[ROTARY_BUFFERS] };
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let bias = config.flag("mlp_bias")?;
+    let mlp = MlpSpec { bias, ..MlpSpec::swiglu(config.count("intermediate_size")?) };
+    let attention = attention_like_llama(config)?;
+    let layer = pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Dense(mlp));
+    decoder_like_llama(config, vec![layer; config.layers()?])
+}

@@ -1,0 +1,48 @@
+//! Mixtral (Jiang et al. 2024): softmax over the best two of eight experts. Hugging Face `MixtralForCausalLM`.
+
+use super::{Config, Family, LIKE_LLAMA, Names, attention_like_llama, decoder_like_llama, pre_norm};
+use crate::error::Result;
+use crate::model::decoder::{
+    AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, Role, RouterSpec, Window,
+};
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "MixtralForCausalLM",
+    model_types: &["mixtral"],
+    class: "MixtralConfig",
+    wrapper: None,
+    spec,
+    unused: &[],
+    names: &NAMES,
+    unstacked: None,
+};
+
+const NAMES: Names = Names { tensors: &[LIKE_LLAMA, EXPERTS], bases: &["model.", ""], input_major: &[], ignored: &[] };
+
+/// Names of router and experts, which other families took over.
+pub(super) const EXPERTS: &[(Role, &str)] = &[
+    (Role::Router, "{base}layers.{layer}.block_sparse_moe.gate.weight"),
+    (Role::ExpertGate, "{base}layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight"),
+    (Role::ExpertUp, "{base}layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight"),
+    (Role::ExpertDown, "{base}layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"),
+];
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let attention = AttentionSpec {
+        window: config.count_opt("sliding_window")?.map_or(Window::Full, Window::Sliding),
+        ..attention_like_llama(config)?
+    };
+    let moe = MoeSpec {
+        experts: config.count("num_local_experts")?,
+        top_k: config.count("num_experts_per_tok")?,
+        expert: MlpSpec::swiglu(config.count("intermediate_size")?),
+        router: RouterSpec::SoftmaxTopK { normalise: true },
+        shared: None,
+        beside: None,
+        latent: None,
+    };
+    let layer = pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Moe(moe));
+    decoder_like_llama(config, vec![layer; config.layers()?])
+}

@@ -1,0 +1,43 @@
+//! OLMoE (Muennighoff et al. 2024): q/k norm over the whole projection, softmax top-k routing, not renormalised.
+//! Hugging Face `OlmoeForCausalLM`.
+
+use super::{Config, Family, LIKE_LLAMA, Names, SEPARATE_EXPERTS, attention_like_llama, decoder_like_llama, pre_norm};
+use crate::error::Result;
+use crate::model::decoder::{
+    AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, QkNorm, RouterSpec,
+};
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "OlmoeForCausalLM",
+    model_types: &["olmoe"],
+    class: "OlmoeConfig",
+    wrapper: None,
+    spec,
+    unused: &[],
+    names: &NAMES,
+    unstacked: None,
+};
+
+const NAMES: Names =
+    Names { tensors: &[LIKE_LLAMA, SEPARATE_EXPERTS], bases: &["model.", ""], input_major: &[], ignored: &[] };
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let attention = AttentionSpec {
+        qk_norm: QkNorm::WholeProjection(norm),
+        clip_qkv: config.number_opt("clip_qkv")?,
+        ..attention_like_llama(config)?
+    };
+    let moe = MoeSpec {
+        experts: config.count("num_experts")?,
+        top_k: config.count("num_experts_per_tok")?,
+        expert: MlpSpec::swiglu(config.count("intermediate_size")?),
+        router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob")? },
+        shared: None,
+        beside: None,
+        latent: None,
+    };
+    let layer = pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Moe(moe));
+    decoder_like_llama(config, vec![layer; config.layers()?])
+}

@@ -1,0 +1,29 @@
+//! Qwen3 (2025), dense: q/k norm per head. Hugging Face `Qwen3ForCausalLM`.
+
+use super::{Config, Family, LIKE_LLAMA, Names, attention_like_llama, decoder_like_llama, pre_norm, qwen_windows};
+use crate::error::Result;
+use crate::model::decoder::{AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, NormSpec, QkNorm};
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "Qwen3ForCausalLM",
+    model_types: &["qwen3"],
+    class: "Qwen3Config",
+    wrapper: None,
+    spec,
+    unused: &[],
+    names: &NAMES,
+    unstacked: None,
+};
+
+const NAMES: Names = Names { tensors: &[LIKE_LLAMA], bases: &["model.", ""], input_major: &[], ignored: &[] };
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let mlp = MlpSpec::swiglu(config.count("intermediate_size")?);
+    let layer = |window| {
+        let attention = AttentionSpec { qk_norm: QkNorm::PerHead(norm), window, ..attention_like_llama(config)? };
+        Ok(pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Dense(mlp)))
+    };
+    decoder_like_llama(config, qwen_windows(config)?.into_iter().map(layer).collect::<Result<_>>()?)
+}

@@ -1,0 +1,49 @@
+//! Qwen3 mixtures (2025): q/k norm per head, softmax top-k routing, renormalised. Hugging Face `Qwen3MoeForCausalLM`.
+
+use super::{
+    Config, Family, LIKE_LLAMA, Names, SEPARATE_EXPERTS, attention_like_llama, decoder_like_llama, pre_norm,
+    qwen_window, sparse_layers,
+};
+use crate::error::Result;
+use crate::model::decoder::{
+    AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, QkNorm, RouterSpec, Window,
+};
+
+pub(super) const FAMILY: Family = Family {
+    architecture: "Qwen3MoeForCausalLM",
+    model_types: &["qwen3_moe"],
+    class: "Qwen3MoeConfig",
+    wrapper: None,
+    spec,
+    unused: &[("of a mixture, all layers have the window: it has no such attribute", &["max_window_layers"])],
+    names: &NAMES,
+    unstacked: None,
+};
+
+const NAMES: Names =
+    Names { tensors: &[LIKE_LLAMA, SEPARATE_EXPERTS], bases: &["model.", ""], input_major: &[], ignored: &[] };
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    config.expect_silu()?;
+    let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    let moe = MoeSpec {
+        experts: config.count("num_experts")?,
+        top_k: config.count("num_experts_per_tok")?,
+        expert: MlpSpec::swiglu(config.count("moe_intermediate_size")?),
+        router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob")? },
+        shared: None,
+        beside: None,
+        latent: None,
+    };
+    let attention = AttentionSpec {
+        qk_norm: QkNorm::PerHead(norm),
+        window: qwen_window(config)?.unwrap_or(Window::Full),
+        ..attention_like_llama(config)?
+    };
+    let dense = MlpSpec::swiglu(config.count("intermediate_size")?);
+    let layer = |sparse| {
+        let ffn = if sparse { FfnSpec::Moe(moe.clone()) } else { FfnSpec::Dense(dense) };
+        pre_norm(norm, MixerSpec::Attention(attention.clone()), ffn)
+    };
+    decoder_like_llama(config, sparse_layers(config)?.into_iter().map(layer).collect())
+}

@@ -1,0 +1,258 @@
+//! What the worker says while it runs: `progress.jsonl` for programs, a bar or plain lines for people.
+
+use std::fs::File;
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use outliers_protocol::{Phase, Progress, SCHEMA};
+
+use crate::error::{Result, WorkerError};
+use crate::model::decoder::Unit;
+
+/// Longest silence in `progress.jsonl`: a follower takes a longer one for a hang.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// Least time between two lines of the same phase, so that thousands of small units do not make thousands of lines.
+const QUIET: Duration = Duration::from_millis(200);
+
+/// Milliseconds since the Unix epoch.
+pub fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}
+
+/// Where progress goes. Shared by reference; every method may be called from any thread.
+pub struct ProgressSink {
+    shared: Arc<Shared>,
+    heart: Option<std::thread::JoinHandle<()>>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    stop: Condvar,
+}
+
+struct State {
+    file: Option<File>,
+    last: Progress,
+    written: Instant,
+    layers_began: Instant,
+    tokens: usize,
+    phase_began: Instant,
+    seconds: Vec<(Phase, f64)>,
+    /// Whether anybody is talked to, by bar or by lines.
+    talk: bool,
+    bar: Option<ProgressBar>,
+    stopping: bool,
+}
+
+impl ProgressSink {
+    /// Appends to `file` if one is given; talks to people on standard error if `talk`.
+    ///
+    /// # Errors
+    /// Storage: the file cannot be created.
+    pub fn new(file: Option<&Path>, talk: bool) -> Result<Self> {
+        let open = |path: &Path| {
+            File::options().create(true).append(true).open(path).map_err(|e| WorkerError::io("create", path, &e))
+        };
+        let bar = (talk && std::io::stderr().is_terminal()).then(|| ProgressBar::new(0).with_style(style()));
+        let now = Instant::now();
+        let state = State {
+            file: file.map(open).transpose()?,
+            last: Progress {
+                schema: SCHEMA,
+                at_ms: now_ms(),
+                phase: Phase::Starting,
+                layer: 0,
+                layers: 0,
+                bytes_read: 0,
+                bytes_total: 0,
+                tokens_per_second: 0.0,
+                eta_seconds: None,
+                message: None,
+            },
+            written: now,
+            layers_began: now,
+            tokens: 0,
+            phase_began: now,
+            seconds: Vec::new(),
+            talk,
+            bar,
+            stopping: false,
+        };
+        let shared = Arc::new(Shared { state: Mutex::new(state), stop: Condvar::new() });
+        shared.lock().write();
+        let heart = file.is_some().then(|| {
+            let shared = Arc::clone(&shared);
+            std::thread::spawn(move || shared.beat())
+        });
+        Ok(Self { shared, heart })
+    }
+
+    /// A sink that says nothing.
+    pub fn silent() -> Self {
+        Self::new(None, false).expect("without a file nothing can fail")
+    }
+
+    /// The size of the work, once it is known.
+    pub fn work(&self, layers: usize, bytes_total: u64, tokens: usize) {
+        let mut state = self.shared.lock();
+        state.last.layers = layers;
+        state.last.bytes_total = bytes_total;
+        state.tokens = tokens;
+    }
+
+    /// A new phase begins.
+    pub fn phase(&self, phase: Phase) {
+        let mut state = self.shared.lock();
+        let (ended, seconds) = (state.last.phase, state.phase_began.elapsed().as_secs_f64());
+        state.seconds.push((ended, seconds));
+        state.phase_began = Instant::now();
+        if phase == Phase::Layers {
+            state.layers_began = Instant::now();
+        }
+        state.last.phase = phase;
+        (state.last.message, state.last.eta_seconds) = (None, None);
+        state.write();
+    }
+
+    /// A sentence for people, and for followers, that they should not overlook.
+    pub fn warn(&self, message: impl Into<String>) {
+        self.tell(message.into(), true);
+    }
+
+    /// A sentence for people, and for followers.
+    pub fn say(&self, message: impl Into<String>) {
+        self.tell(message.into(), false);
+    }
+
+    fn tell(&self, message: String, warning: bool) {
+        let mut state = self.shared.lock();
+        match &state.bar {
+            Some(bar) if warning => bar.println(format!("warning: {message}")),
+            Some(bar) => bar.println(&message),
+            None if state.talk && warning => tracing::warn!("{message}"),
+            None if state.talk => tracing::info!("{message}"),
+            None => {}
+        }
+        state.last.message = Some(message);
+        state.write();
+    }
+
+    /// Weight bytes read so far.
+    pub fn bytes(&self, read: u64) {
+        let mut state = self.shared.lock();
+        state.last.bytes_read = read;
+        state.write_unless_just_written();
+    }
+
+    /// A streaming unit has passed all tokens.
+    pub fn unit_done(&self, unit: &Unit, ends_layer: bool, bytes_read: u64) {
+        let mut state = self.shared.lock();
+        state.last.bytes_read = bytes_read;
+        if !ends_layer {
+            return state.write_unless_just_written();
+        }
+        state.last.layer = unit.layer + 1;
+        let seconds = state.layers_began.elapsed().as_secs_f64();
+        let share = state.last.layer as f64 / state.last.layers.max(1) as f64;
+        state.last.tokens_per_second = state.tokens as f64 * share / seconds.max(1e-9);
+        state.last.eta_seconds = Some(seconds / share - seconds);
+        if state.talk && state.bar.is_none() {
+            tracing::info!("layer {}/{} done", state.last.layer, state.last.layers);
+        }
+        state.write_unless_just_written();
+    }
+
+    /// So many of the parts of a phase that has no layers are done: `3 of 38 parts of the
+    /// vocabulary`.
+    pub fn part_done(&self, done: usize, all: usize, what: &str, bytes_read: u64) {
+        let mut state = self.shared.lock();
+        state.last.bytes_read = bytes_read;
+        state.last.message = Some(format!("{done} of {all} {what}"));
+        let (seconds, share) = (state.phase_began.elapsed().as_secs_f64(), done.max(1) as f64 / all.max(1) as f64);
+        state.last.eta_seconds = Some((seconds / share - seconds).max(0.0));
+        if done == all { state.write() } else { state.write_unless_just_written() }
+    }
+
+    /// Seconds spent in each phase so far.
+    pub fn seconds(&self) -> Vec<(Phase, f64)> {
+        let state = self.shared.lock();
+        let mut seconds = state.seconds.clone();
+        seconds.push((state.last.phase, state.phase_began.elapsed().as_secs_f64()));
+        seconds
+    }
+}
+
+impl Drop for ProgressSink {
+    fn drop(&mut self) {
+        {
+            let mut state = self.shared.lock();
+            state.stopping = true;
+            if let Some(bar) = &state.bar {
+                bar.finish_and_clear();
+            }
+        }
+        self.shared.stop.notify_all();
+        if let Some(heart) = self.heart.take() {
+            // The heart only sleeps and writes; if it panicked there is nothing to save.
+            let _ = heart.join();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn beat(&self) {
+        let mut state = self.lock();
+        while !state.stopping {
+            state = self.stop.wait_timeout(state, HEARTBEAT).unwrap_or_else(PoisonError::into_inner).0;
+            if !state.stopping && state.written.elapsed() >= HEARTBEAT {
+                state.write();
+            }
+        }
+    }
+}
+
+impl State {
+    fn write_unless_just_written(&mut self) {
+        if self.written.elapsed() >= QUIET {
+            self.write();
+        } else {
+            self.draw();
+        }
+    }
+
+    fn write(&mut self) {
+        self.last.at_ms = now_ms();
+        self.written = Instant::now();
+        self.draw();
+        let Some(file) = &mut self.file else { return };
+        let mut line = serde_json::to_vec(&self.last).expect("progress is plain data");
+        line.push(b'\n');
+        // One write per line, so that a reader never sees half of one. A full disk must not end a run that only wants to say how far it is.
+        if let Err(error) = file.write_all(&line) {
+            tracing::warn!("progress cannot be written: {error}");
+            self.file = None;
+        }
+    }
+
+    fn draw(&self) {
+        let Some(bar) = &self.bar else { return };
+        bar.set_length(self.last.layers as u64);
+        bar.set_position(self.last.layer as u64);
+        let phase = format!("{:?}", self.last.phase).to_lowercase();
+        let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+        let (read, total) = (gib(self.last.bytes_read), gib(self.last.bytes_total));
+        bar.set_message(format!("{phase}  {read:.2} of {total:.2} GiB  {:.0} tokens/s", self.last.tokens_per_second));
+    }
+}
+
+fn style() -> ProgressStyle {
+    ProgressStyle::with_template("{bar:30} {pos}/{len} layers  {msg}  {eta}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+}

@@ -1,0 +1,398 @@
+//! The forward pass, layer-major: all tokens pass a streaming unit while its weights are there, and each weight byte is read once,
+//! whatever the number of tokens.
+//!
+//! Layers are dealt to the devices in turn ([`wavefront`]). While a unit computes, the next are read and decoded by a second thread; no more
+//! are alive than the two largest take, so that peak memory does not grow with depth.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::mpsc::sync_channel;
+
+use candle_core::{DType, Device, Tensor};
+use outliers_protocol::{Perplexity, Phase};
+
+mod embed;
+mod head;
+mod layer;
+mod wavefront;
+
+use crate::blocks::ffn::Routed;
+use crate::blocks::weights::leave;
+use crate::checkpoint::source::Wanted;
+use crate::checkpoint::{Model, TensorRange};
+use crate::corpus::Tokens;
+use crate::device::Placement;
+use crate::error::Result;
+use crate::model::decoder::{DecoderSpec, Need, Unit};
+use crate::pass::ablation::Arms;
+use crate::pass::loader::{Loader, TensorPool, rows_of};
+use crate::pass::meter::{Clock, Meter, Thread, Work};
+use crate::pass::progress::ProgressSink;
+use crate::pass::savepoint::{self, Give, SavePoint, SavePoints};
+use crate::stats::Observer;
+
+/// Vocabulary rows per block of embedding and head.
+pub const VOCAB_BLOCK: usize = 4096;
+
+/// One pass of a model over tokens.
+pub struct Pass<'a> {
+    /// The checked checkpoint.
+    pub model: &'a Model<'a>,
+    /// Token ids.
+    pub tokens: &'a Tokens,
+    /// Copies of the tokens, by what is taken away from them. The observer sees the whole ones alone.
+    pub arms: &'a Arms,
+    /// Dtype of the forward pass.
+    pub compute: DType,
+    /// Layer `i` runs on device `i % devices`, embedding and head on the first.
+    pub devices: &'a [Placement],
+    /// Tokens computed together, rounded down to whole sequences, one at least.
+    pub micro_batch_tokens: usize,
+    /// Whether to go on to final norm, head and negative log-likelihoods.
+    pub with_head: bool,
+    /// Values decoded per group of experts: bounds memory, changes no number.
+    pub group_elements: u64,
+    /// Bytes of weights that may be held until the hash of their file reaches them.
+    pub hash_memory: u64,
+    /// Whether units are loaded while others compute. Without, a device holds one at a time; no number changes.
+    pub read_ahead: bool,
+    /// Told of every step.
+    pub progress: &'a ProgressSink,
+    /// Told how long each kind of work takes.
+    pub meter: &'a Meter,
+}
+
+/// What a pass gives beside what its observer saw.
+pub struct Passed {
+    /// What each arm predicted, the whole first, if asked to go on to the head.
+    pub predicted: Option<Vec<Predicted>>,
+    /// The layer at which it took an earlier pass up.
+    pub resumed_at_layer: Option<usize>,
+    /// Names of the weight files that the earlier pass had read to their end without verifying
+    /// them.
+    pub unverified_before: Vec<String>,
+}
+
+impl Passed {
+    /// What the whole model predicted.
+    pub fn whole(&self) -> Option<&Predicted> {
+        self.predicted.as_ref()?.first()
+    }
+}
+
+/// How well the tokens that follow were predicted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Predicted {
+    /// Negative log-likelihood of every predicted token `[sequences, tokens - 1]`, nats.
+    pub nll: Vec<f32>,
+    /// Mean over them of the largest probability.
+    pub top_probability: f64,
+}
+
+impl Predicted {
+    /// `None` without predictions: a token by itself predicts nothing.
+    pub fn perplexity(&self) -> Option<Perplexity> {
+        let mean_nll = mean(&self.nll)?;
+        Some(Perplexity { perplexity: mean_nll.exp(), mean_nll, predicted_tokens: self.nll.len() as u64 })
+    }
+
+    /// Mean negative log-likelihood of each sequence; `None` without predictions.
+    pub fn of_sequences(&self, sequences: usize) -> Vec<Option<f64>> {
+        let each = self.nll.len() / sequences.max(1);
+        (0..sequences).map(|sequence| mean(&self.nll[sequence * each..][..each])).collect()
+    }
+}
+
+/// Summed in f64; `None` of nothing.
+fn mean(values: &[f32]) -> Option<f64> {
+    (!values.is_empty()).then(|| values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64)
+}
+
+/// Whole sequences that are computed together, and what is kept of them between units.
+struct MicroBatch {
+    arm: usize,
+    first_token: usize,
+    /// Residual stream `[rows, hidden]`.
+    hidden: Tensor,
+    /// The norm's output that the feed-forward shares with the mixer, between the two.
+    shared_norm: Option<Tensor>,
+    /// Between a mixture's router and its last group of experts.
+    mixture: Option<Mixture>,
+}
+
+impl MicroBatch {
+    fn new(arm: usize, first_token: usize, hidden: Tensor) -> Self {
+        Self { arm, first_token, hidden, shared_norm: None, mixture: None }
+    }
+}
+
+/// Micro-batches of a wave, where an arm has so many.
+pub(crate) fn batches_per_wave(batches: usize) -> usize {
+    batches.div_ceil(WAVES).max(1)
+}
+
+/// Micro-batches of an arm that travel together. An expert's rows are gathered across them, and which rows a product is over decides how it is
+/// rounded: so the cut depends on the job alone, never on the devices.
+struct Wave {
+    /// From 0, in the order of the sequences.
+    number: usize,
+    first_batch: usize,
+    batches: Vec<MicroBatch>,
+}
+
+/// As many waves of an arm as it has micro-batches, up to this: so many devices have something to do at the same time, and as few of a micro-batch's
+/// rows as go to one expert come together from others.
+const WAVES: usize = 4;
+
+impl Wave {
+    /// Of micro-batches arm by arm: one that passes beside others is rounded as one that passes alone.
+    fn all(batches: Vec<MicroBatch>) -> Vec<Self> {
+        let mut waves: Vec<Self> = Vec::new();
+        let of_arm = batches.iter().filter(|batch| batch.arm == 0).count();
+        let size = batches_per_wave(of_arm);
+        for (number, batch) in batches.into_iter().enumerate() {
+            match waves.last_mut() {
+                Some(wave) if wave.batches.len() < size && wave.batches[0].arm == batch.arm => wave.batches.push(batch),
+                _ => waves.push(Self { number: waves.len(), first_batch: number, batches: vec![batch] }),
+            }
+        }
+        waves
+    }
+
+    /// Numbers of the micro-batches.
+    fn micro_batches(&self) -> Range<usize> {
+        self.first_batch..self.first_batch + self.batches.len()
+    }
+
+    /// On the thread of the device where it is, which alone may touch what is there.
+    fn leave_for(&mut self, device: &Device) -> Result<()> {
+        for batch in &mut self.batches {
+            batch.hidden = leave(&batch.hidden, device)?;
+        }
+        Ok(())
+    }
+}
+
+struct Mixture {
+    routed: Routed,
+    /// What a dense MLP beside the experts made of it.
+    beside: Option<Tensor>,
+}
+
+/// Bytes of the embedding, kept from the embedding pass if the head is the same matrix.
+type KeptBlocks = Option<Vec<(Range<usize>, Vec<u8>)>>;
+
+impl Pass<'_> {
+    /// Runs it; `observer` sees every site that it wants to see.
+    ///
+    /// With `save`, what has been computed is saved now and then, and a pass that finds its save point goes on from there, on
+    /// whatever devices it has now.
+    ///
+    /// # Errors
+    /// Reading or decoding weights, the device, the observer.
+    pub fn run<O: Observer>(&self, observer: &mut O, mut save: Option<&mut SavePoints>) -> Result<Passed> {
+        let found = save.as_ref().and_then(|points| {
+            points.load().unwrap_or_else(|why| {
+                self.progress.say(format!("a save point is not used, since {why}"));
+                None
+            })
+        });
+        let resumed_at_layer = found.as_ref().map(|point| point.next_layer);
+        let order = self.reading_order(resumed_at_layer);
+        let unverified_before = found.as_ref().map_or_else(Vec::new, |point| self.unverified_before(point, &order));
+        self.model.source.announce(&order, self.hash_memory);
+        let (batches, kept) = match found {
+            Some(point) => {
+                self.progress.say(format!("going on at layer {}", point.next_layer));
+                (self.restore(point, observer)?, None)
+            }
+            None => {
+                self.progress.phase(Phase::Embedding);
+                let (batches, kept) = self.embed()?;
+                (self.in_arms(batches), kept)
+            }
+        };
+        self.progress.phase(Phase::Layers);
+        let first = resumed_at_layer.unwrap_or(0);
+        let waves = wavefront::run(self, first, Wave::all(batches), observer, save.as_deref_mut())?;
+        if !self.with_head {
+            return Ok(Passed { predicted: None, resumed_at_layer, unverified_before });
+        }
+        let layers = self.spec().layers.len();
+        if let Some(points) = save.filter(|points| first < layers && points.is_due()) {
+            self.save(points, layers, &waves, observer);
+        }
+        self.progress.phase(Phase::Head);
+        let batches = waves.into_iter().flat_map(|wave| wave.batches).collect();
+        let predicted = self.head(batches, kept, observer)?;
+        Ok(Passed { predicted: Some(predicted), resumed_at_layer, unverified_before })
+    }
+
+    /// Files that are read before a save point and not after it, unless they had been verified
+    /// there.
+    fn unverified_before(&self, point: &SavePoint, after: &[Wanted]) -> Vec<String> {
+        let files = |order: &[Wanted]| order.iter().map(|wanted| wanted.file).collect::<BTreeSet<_>>();
+        let (before, after) = (files(&self.reading_order(None)), files(after));
+        let names = before.difference(&after).map(|file| self.model.source.files()[*file].name.clone());
+        names.filter(|name| !point.verified.contains(name)).collect()
+    }
+
+    /// The same hidden states for every arm.
+    fn in_arms(&self, batches: Vec<MicroBatch>) -> Vec<MicroBatch> {
+        let of_arm = |arm| batches.iter().map(move |b| MicroBatch::new(arm, b.first_token, b.hidden.clone()));
+        (0..self.arms.count()).flat_map(of_arm).collect()
+    }
+
+    /// Micro-batches and observer as they were.
+    fn restore(&self, point: SavePoint, observer: &mut impl Observer) -> Result<Vec<MicroBatch>> {
+        observer.restore(&point.observed)?;
+        let (width, rows) = (self.spec().hidden, self.batch_rows());
+        let device = &self.placement(point.next_layer).device;
+        let of_arm = (point.hidden.len() / self.arms.count()).max(1);
+        let batch = |(i, bytes): (usize, Vec<u8>)| {
+            let tokens = bytes.len() / (width * self.compute.size_in_bytes());
+            let hidden = savepoint::from_bytes(&bytes, self.compute, &[tokens, width], device)?;
+            Ok(MicroBatch::new(i / of_arm, i % of_arm * rows, hidden))
+        };
+        point.hidden.into_iter().enumerate().map(batch).collect()
+    }
+
+    /// Saves what there is before a layer. A disk that refuses costs the save point, not the run.
+    fn save(&self, points: &mut SavePoints, next_layer: usize, waves: &[Wave], observer: &impl Observer) {
+        let batches = waves.iter().flat_map(|wave| &wave.batches);
+        let hidden = batches.map(|batch| Box::new(|| savepoint::to_bytes(&batch.hidden)) as Give<'_>).collect();
+        let verified = self.model.source.verified();
+        if let Err(error) = points.save(next_layer, hidden, Box::new(|| observer.state()), verified) {
+            self.progress.say(format!("no save point after layer {}: {error}", next_layer - 1));
+        }
+    }
+
+    fn spec(&self) -> &DecoderSpec {
+        &self.model.spec
+    }
+
+    /// Rows per micro-batch.
+    fn batch_rows(&self) -> usize {
+        (self.micro_batch_tokens / self.tokens.tokens).max(1) * self.tokens.tokens
+    }
+
+    fn reading_order(&self, resumed_at_layer: Option<usize>) -> Vec<Wanted> {
+        reading_order(self.model, self.group_elements, self.with_head, resumed_at_layer)
+    }
+
+    /// Where a layer runs; after the last one, where the head does.
+    fn placement(&self, layer: usize) -> &Placement {
+        let device = if layer < self.spec().layers.len() { layer % self.devices.len() } else { 0 };
+        &self.devices[device]
+    }
+
+    /// The units of the layers from `first` on.
+    fn units(&self, first: usize) -> Vec<Unit> {
+        units(self.spec(), self.group_elements, first)
+    }
+
+    /// For the thread that loads a device's weights.
+    fn loader<'l>(&'l self, device: usize, pool: &'l TensorPool) -> Result<Loader<'l>> {
+        let clock = self.meter.clock(Thread::Loader(device));
+        Loader::new(self.model, self.compute, &self.devices[device].device, pool, clock)
+    }
+}
+
+fn units(spec: &DecoderSpec, group_elements: u64, first: usize) -> Vec<Unit> {
+    spec.units(group_elements).into_iter().filter(|unit| unit.layer >= first).collect()
+}
+
+/// Every byte that a pass will read, in the order in which it will.
+pub(crate) fn reading_order(
+    model: &Model<'_>,
+    group_elements: u64,
+    with_head: bool,
+    resumed_at_layer: Option<usize>,
+) -> Vec<Wanted> {
+    let spec = &model.spec;
+    let mut order = ReadingOrder::new(model);
+    if resumed_at_layer.is_none() {
+        order.blocks(0, &spec.embedding_need());
+        order.unit(0, 0, &spec.input_needs());
+    }
+    for unit in units(spec, group_elements, resumed_at_layer.unwrap_or(0)) {
+        order.unit(unit.layer, unit.layer, &unit.needs);
+    }
+    if with_head {
+        let after = spec.layers.len();
+        order.unit(0, after, &spec.output_needs());
+        order.unit(0, after, spec.head_bias_need().as_slice());
+        if !spec.head.tied || resumed_at_layer.is_some() {
+            order.blocks(after, &spec.head_need());
+        }
+    }
+    order.wanted
+}
+
+/// What a pass will read, as it is put together.
+struct ReadingOrder<'a> {
+    model: &'a Model<'a>,
+    wanted: Vec<Wanted>,
+    units: usize,
+}
+
+impl<'a> ReadingOrder<'a> {
+    fn new(model: &'a Model<'a>) -> Self {
+        Self { model, wanted: Vec::new(), units: 0 }
+    }
+
+    /// Tensors that are loaded together. `beside` is the layer whose small tensors they may be fetched with.
+    fn unit(&mut self, layer: usize, beside: usize, needs: &[Need]) {
+        for need in needs {
+            self.model.stored(layer, need).pieces().for_each(|piece| self.piece(piece, beside));
+        }
+        self.units += 1;
+    }
+
+    /// A table in blocks of rows.
+    fn blocks(&mut self, beside: usize, table: &Need) {
+        let stored = self.model.stored(0, table);
+        for rows in vocab_blocks(table.shape[0], VOCAB_BLOCK) {
+            self.piece(&rows_of(&stored, &rows), beside);
+            self.units += 1;
+        }
+    }
+
+    fn piece(&mut self, piece: &TensorRange<'_>, layer: usize) {
+        let TensorRange { entry, range } = piece;
+        let bytes = entry.offset + range.start..entry.offset + range.end;
+        self.wanted.push(Wanted { file: entry.file, bytes, layer, unit: self.units });
+    }
+}
+
+fn vocab_blocks(vocab: usize, size: usize) -> Vec<Range<usize>> {
+    (0..vocab).step_by(size).map(|first| first..(first + size).min(vocab)).collect()
+}
+
+/// Loads items in order on a second thread while earlier ones are consumed here. At most one is waiting and one in use.
+fn pipeline<I: Send, T: Send>(
+    clock: &Clock<'_>,
+    work: Work,
+    items: Vec<I>,
+    mut load: impl FnMut(&I) -> Result<T> + Send,
+    mut consume: impl FnMut(I, T) -> Result<()>,
+) -> Result<()> {
+    std::thread::scope(|scope| {
+        let (send, receive) = sync_channel(0);
+        scope.spawn(move || {
+            for item in items {
+                let loaded = load(&item).map(|value| (item, value));
+                let failed = loaded.is_err();
+                // The receiver is gone when the consumer failed: nothing more is wanted.
+                if send.send(loaded).is_err() || failed {
+                    return;
+                }
+            }
+        });
+        while let Ok(loaded) = clock.time(Work::Waiting, || receive.recv()) {
+            let (item, value) = loaded?;
+            clock.time(work, || consume(item, value))?;
+        }
+        Ok(())
+    })
+}

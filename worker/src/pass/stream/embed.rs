@@ -1,0 +1,84 @@
+//! Token ids to hidden states.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+use super::{KeptBlocks, MicroBatch, Pass, VOCAB_BLOCK, pipeline, vocab_blocks};
+use crate::checkpoint::dtype;
+use crate::error::{Result, WorkerError};
+use crate::model::decoder::Role;
+use crate::pass::loader::{self, TensorPool, rows_of};
+use crate::pass::meter::{Thread, Work};
+
+impl Pass<'_> {
+    /// Token ids to hidden states, the table read once in blocks of rows.
+    pub(super) fn embed(&self) -> Result<(Vec<MicroBatch>, KeptBlocks)> {
+        let width = self.spec().embedding.width;
+        let stored = self.model.stored(0, &self.spec().embedding_need());
+        let entry = stored.values.entry;
+        let mut order: Vec<usize> = (0..self.tokens.ids.len()).collect();
+        order.par_sort_unstable_by_key(|&t| self.tokens.ids[t]);
+        let rows = self.batch_rows();
+        let mut values: Vec<Vec<f32>> =
+            self.tokens.ids.chunks(rows).map(|batch| vec![0f32; batch.len() * width]).collect();
+        let mut kept = (self.spec().head.tied && self.with_head).then(Vec::new);
+        let (clock, reading) = (self.meter.clock(Thread::Device(0)), self.meter.clock(Thread::Loader(0)));
+        let load = move |block: &Range<usize>| {
+            let mut bytes = Vec::new();
+            reading.time(Work::Reading, || loader::read(self.model.source, &rows_of(&stored, block), &mut bytes))?;
+            Ok(bytes)
+        };
+        let blocks = vocab_blocks(self.spec().vocab, VOCAB_BLOCK);
+        pipeline(&clock, Work::Embedding, blocks, load, |block, bytes| {
+            let from = order.partition_point(|&t| self.tokens.ids[t] < block.start as i64);
+            let to = order.partition_point(|&t| self.tokens.ids[t] < block.end as i64);
+            let row_bytes = bytes.len() / block.len();
+            for run in order[from..to].chunk_by(|a, b| self.tokens.ids[*a] == self.tokens.ids[*b]) {
+                let at = (self.tokens.ids[run[0]] as usize - block.start) * row_bytes;
+                let row = dtype::to_f32(&bytes[at..at + row_bytes], &entry.dtype, &entry.name)?;
+                for &token in run {
+                    values[token / rows][token % rows * width..][..width].copy_from_slice(&row);
+                }
+            }
+            if let Some(kept) = &mut kept {
+                kept.push((block, bytes));
+            }
+            Ok(())
+        })?;
+        let device = &self.devices[0].device;
+        let mut input = self.loader(0, &TensorPool::default())?.unit(0, &self.spec().input_needs())?.arrived()?.tensors;
+        let lead_in = input.linear_if_there(Role::ProjectIn);
+        let positions = input.linear_if_there(Role::Positions).map(|p| self.position_rows(&p.weight)).transpose()?;
+        let scale = self.spec().embedding.scale.map(|scale| scale.in_dtype(self.compute));
+        let batch = |(i, mut values): (usize, Vec<f32>)| {
+            if let Some(scale) = scale {
+                values.iter_mut().for_each(|value| *value *= scale);
+            }
+            let tokens = values.len() / width;
+            let mut hidden = dtype::from_f32(values, &[tokens, width], self.compute, device)?;
+            if let Some(lead_in) = &lead_in {
+                hidden = lead_in.apply(&hidden)?;
+            }
+            if let Some(positions) = &positions {
+                hidden = (hidden + positions.repeat((tokens / self.tokens.tokens, 1))?)?;
+            }
+            Ok(MicroBatch::new(0, i * rows, hidden))
+        };
+        let batches = || values.into_iter().enumerate().map(batch).collect::<Result<_>>();
+        Ok((clock.time(Work::Embedding, batches)?, kept))
+    }
+
+    /// The learned vectors of a sequence's positions, `[tokens, hidden]`.
+    fn position_rows(&self, table: &Tensor) -> Result<Tensor> {
+        let learned = self.spec().embedding.positions.expect("read because the spec has them");
+        let (n, most) = (self.tokens.tokens, learned.rows.saturating_sub(learned.offset));
+        if n > most {
+            return Err(WorkerError::job(format!(
+                "sequences of {n} tokens, but the model has learned {most} positions"
+            )));
+        }
+        Ok(table.narrow(0, learned.offset, n)?.to_dtype(self.compute)?)
+    }
+}

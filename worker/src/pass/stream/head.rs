@@ -1,0 +1,161 @@
+//! Hidden states to the likelihood of every token that follows.
+
+use std::ops::Range;
+
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+
+use super::{KeptBlocks, MicroBatch, Pass, Predicted, VOCAB_BLOCK, pipeline, vocab_blocks};
+use crate::blocks::weights::on;
+use crate::corpus::Tokens;
+use crate::error::Result;
+use crate::kernels::fused;
+use crate::kernels::product::product;
+use crate::model::decoder::Role;
+use crate::pass::loader::TensorPool;
+use crate::pass::meter::{Thread, Work};
+use crate::stats::{Observer, with_f32};
+
+impl Pass<'_> {
+    /// Final norm, and the matrix that leads out to the head's width.
+    fn before_head(&self, batches: &mut [MicroBatch], device: &Device, observer: &mut impl Observer) -> Result<()> {
+        let mut output =
+            self.loader(0, &TensorPool::default())?.unit(0, &self.spec().output_needs())?.arrived()?.tensors;
+        let spec = self.spec().final_norm;
+        let norm = spec.map(|spec| output.norm(spec, Role::FinalNorm, Role::FinalNormBias)).transpose()?;
+        let lead_out = output.linear_if_there(Role::ProjectOut);
+        for batch in batches {
+            batch.hidden = on(&batch.hidden, device)?;
+            if let Some(norm) = &norm {
+                batch.hidden = norm.apply(&batch.hidden)?;
+                if batch.arm == 0 {
+                    observer.final_norm(batch.first_token, &batch.hidden)?;
+                }
+            }
+            if let Some(lead_out) = &lead_out {
+                batch.hidden = lead_out.apply(&batch.hidden)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Final norm, then the head in blocks of the vocabulary, each read once and met by all tokens.
+    pub(super) fn head(
+        &self,
+        mut batches: Vec<MicroBatch>,
+        kept: KeptBlocks,
+        observer: &mut impl Observer,
+    ) -> Result<Vec<Predicted>> {
+        let device = &self.devices[0].device;
+        let clock = self.meter.clock(Thread::Device(0));
+        clock.time(Work::Head, || self.before_head(&mut batches, device, observer))?;
+        let mut likelihoods = vec![Likelihoods::new(self.tokens); self.arms.count()];
+        let need = self.spec().head_need();
+        let stored = self.model.stored(0, &need);
+        let pool = TensorPool::new(2 * (VOCAB_BLOCK * need.shape[1] * self.compute.size_in_bytes()) as u64);
+        let mut loader = self.loader(0, &pool)?;
+        let bias = self.spec().head_bias_need().map(|need| loader.tensor(0, &need)?.arrived()).transpose()?;
+        let load = |block: &(Range<usize>, Option<Vec<u8>>)| match &block.1 {
+            Some(bytes) => loader.decode_rows(&stored, &block.0, bytes),
+            None => loader.rows(&stored, &block.0),
+        };
+        let blocks: Vec<(Range<usize>, Option<Vec<u8>>)> = match kept {
+            Some(kept) => kept.into_iter().map(|(range, bytes)| (range, Some(bytes))).collect(),
+            None => vocab_blocks(self.spec().vocab, VOCAB_BLOCK).into_iter().map(|range| (range, None)).collect(),
+        };
+        let (mut done, all) = (0, blocks.len());
+        pipeline(&clock, Work::Head, blocks, load, |(block, _), matrix| {
+            let matrix = matrix.arrived()?;
+            let bias = bias.as_ref().map(|bias| bias.narrow(0, block.start, block.len())).transpose()?;
+            let (mut parts, mut targets) = (Vec::with_capacity(batches.len()), Vec::with_capacity(batches.len()));
+            for batch in &batches {
+                let mut logits = product(&batch.hidden, &matrix)?;
+                if let Some(bias) = &bias {
+                    logits = fused::sum(logits, bias)?;
+                }
+                if let Some(cap) = self.spec().head.softcap {
+                    // One after the other: no more than two of them are held.
+                    logits = (logits / cap)?;
+                    logits = logits.tanh()?;
+                    logits = (logits * cap)?;
+                }
+                if batch.arm == 0 {
+                    observer.logits(batch.first_token, block.start, &logits)?;
+                }
+                let following = likelihoods[batch.arm].targets(batch.first_token, logits.dim(0)?, &block);
+                parts.push(fused::logit_parts(&logits, &following)?);
+                targets.push(following);
+            }
+            // Of all micro-batches together: a GPU is waited for once a block.
+            with_f32(&Tensor::cat(&parts, 0)?, |values| {
+                let mut parts = values.as_chunks::<3>().0;
+                for (batch, targets) in batches.iter().zip(&targets) {
+                    let (of_batch, rest) = parts.split_at(targets.len());
+                    likelihoods[batch.arm].add(batch.first_token, targets, of_batch);
+                    parts = rest;
+                }
+                Ok(())
+            })?;
+            done += 1;
+            self.progress.part_done(done, all, "parts of the vocabulary", self.model.source.bytes_read());
+            pool.give_back([matrix]);
+            Ok(())
+        })?;
+        Ok(likelihoods.iter().map(Likelihoods::predicted).collect())
+    }
+}
+
+/// Negative log-likelihoods gathered block by block of the vocabulary.
+#[derive(Clone)]
+struct Likelihoods<'a> {
+    tokens: &'a Tokens,
+    rows: Vec<RowLikelihood>,
+}
+
+#[derive(Clone, Copy)]
+struct RowLikelihood {
+    top: f32,
+    /// Sum of exp(logit - top) so far.
+    sum: f64,
+    target: f32,
+}
+
+impl<'a> Likelihoods<'a> {
+    fn new(tokens: &'a Tokens) -> Self {
+        let empty = RowLikelihood { top: f32::NEG_INFINITY, sum: 0.0, target: f32::NAN };
+        Self { tokens, rows: vec![empty; tokens.ids.len()] }
+    }
+
+    /// Of the tokens from `first_token` on, the columns in a block of the tokens that follow;
+    /// `None` where that is in another block, and where none follows.
+    fn targets(&self, first_token: usize, rows: usize, block: &Range<usize>) -> Vec<Option<u32>> {
+        let (n, ids) = (self.tokens.tokens, &self.tokens.ids);
+        let column = |token: usize| {
+            let id = (token % n + 1 < n).then(|| ids[token + 1] as usize)?;
+            block.contains(&id).then(|| (id - block.start) as u32)
+        };
+        (first_token..first_token + rows).map(column).collect()
+    }
+
+    /// [Parts](fused::logit_parts) of a block's logits, of the tokens from `first_token` on.
+    fn add(&mut self, first_token: usize, targets: &[Option<u32>], parts: &[[f32; 3]]) {
+        let rows = self.rows[first_token..].par_iter_mut().zip(targets).zip(parts);
+        rows.for_each(|((row, target), [top, sum, at_target])| {
+            let joint = row.top.max(*top);
+            let rescaled = |t: f32, s: f64| if s == 0.0 { 0.0 } else { s * f64::from(t - joint).exp() };
+            (row.sum, row.top) = (rescaled(row.top, row.sum) + rescaled(*top, f64::from(*sum)), joint);
+            if target.is_some() {
+                row.target = *at_target;
+            }
+        });
+    }
+
+    fn predicted(&self) -> Predicted {
+        let rows = || self.rows.chunks(self.tokens.tokens).flat_map(|rows| &rows[..rows.len() - 1]);
+        let nll: Vec<f32> =
+            rows().map(|row| (row.sum.ln() + f64::from(row.top) - f64::from(row.target)) as f32).collect();
+        // The largest probability: exp(top - top) over the sum.
+        let top_probability = rows().map(|row| 1.0 / row.sum).sum::<f64>() / nll.len().max(1) as f64;
+        Predicted { nll, top_probability }
+    }
+}

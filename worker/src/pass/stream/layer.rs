@@ -1,0 +1,477 @@
+//! What the units of a layer do to the hidden states.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Device, Tensor};
+use outliers_protocol::Point;
+
+use super::{MicroBatch, Mixture, Wave};
+use crate::blocks::attention::{TopShares, Watched, Watching, attention};
+use crate::blocks::delta_net::delta_net;
+use crate::blocks::ffn::{
+    self, Beside, ExpertRows, Gathered, Inputs, MlpWeights, Routed, Router, Routing, SharedWeights,
+};
+use crate::blocks::mamba::mamba;
+use crate::blocks::mla::latent_attention;
+use crate::blocks::norm::Norm;
+use crate::blocks::weights::{MixerWeights, UnitTensors, on, zeros_like};
+use crate::error::{Result, WorkerError};
+use crate::kernels::fused;
+use crate::kernels::product::Linear;
+use crate::model::decoder::{FfnSpec, LayerSpec, MixerSpec, MoeSpec, NormOrder, NormSpec, Part, Role, Unit};
+use crate::model::rope::{RopeSpec, RopeTable};
+use crate::pass::meter::{Clock, Subject, Work};
+use crate::stats::{LayerObserver, Site};
+
+/// A unit's weights, ready for any number of micro-batches.
+pub(super) enum Block {
+    /// Of [`Part::Mixer`].
+    Mixer { norm: Norm, weights: MixerWeights, table: Option<Arc<RopeTable>>, after: Option<Norm> },
+    /// Of [`Part::Dense`].
+    Dense { norm: Option<Norm>, weights: MlpWeights, closing: Closing },
+    /// Of [`Part::Router`].
+    Router {
+        norm: Option<Norm>,
+        router: Router,
+        shared: Option<SharedWeights>,
+        beside: Option<Beside>,
+        latent: Option<Linear>,
+    },
+    /// Of [`Part::Experts`].
+    Experts { group: Range<usize>, weights: Vec<MlpWeights>, closing: Closing },
+}
+
+/// What ends a layer, after its feed-forward.
+pub(super) struct Closing {
+    /// Of what experts add up to, before the MLP beside them is added.
+    experts: Option<Norm>,
+    /// Out of the experts' space, before what is beside them is added.
+    latent: Option<Linear>,
+    /// Of the feed-forward's output.
+    output: Option<Norm>,
+    /// Multiplies the residual stream, `[1]`.
+    scalar: Option<Tensor>,
+}
+
+impl Closing {
+    fn take(tensors: &mut UnitTensors, norm: NormSpec) -> Result<Self> {
+        Ok(Self {
+            experts: tensors.norm_if_there(norm, Role::ExpertsPostNorm)?,
+            latent: tensors.linear_if_there(Role::LatentUp),
+            output: tensors.norm_if_there(norm, Role::FfnPostNorm)?,
+            scalar: tensors.take_if_there(Role::LayerScalar),
+        })
+    }
+}
+
+/// A norm's output, or what there is without one.
+fn normed(norm: Option<&Norm>, x: Tensor) -> Result<Tensor> {
+    match norm {
+        Some(norm) => Ok(norm.apply(&x)?),
+        None => Ok(x),
+    }
+}
+
+/// A layer on its device, and who looks on.
+pub(super) struct LayerContext<'a, L> {
+    pub(super) layer: usize,
+    pub(super) spec: &'a LayerSpec,
+    pub(super) device: &'a Device,
+    /// Tokens of a sequence.
+    pub(super) tokens: usize,
+    /// Rows of a whole micro-batch.
+    pub(super) batch_rows: usize,
+    /// What the norms' outputs of each arm but the first are multiplied by.
+    pub(super) masks: &'a [Tensor],
+    pub(super) seen: &'a mut L,
+    pub(super) clock: &'a Clock<'a>,
+}
+
+impl<'a, L: LayerObserver> LayerContext<'a, L> {
+    /// Takes a unit's weights out of its tensors, and shows the gains among them.
+    pub(super) fn block(&mut self, unit: &Unit, tensors: UnitTensors, tables: &RopeTables) -> Result<Block> {
+        let tensors = &mut tensors.seen_by(self.seen.taps());
+        Ok(match (&unit.part, &self.spec.ffn) {
+            (Part::Mixer, _) => {
+                let norm = tensors.norm(self.spec.norm, Role::MixerNorm, Role::MixerNormBias)?;
+                self.gain(0, &norm)?;
+                let table = self.spec.mixer.rope().map(|rope| tables.get(rope, self.device)).transpose()?;
+                let after = tensors.norm_if_there(self.spec.norm, Role::MixerPostNorm)?;
+                Block::Mixer { norm, weights: tensors.mixer(&self.spec.mixer)?, table, after }
+            }
+            (Part::Dense, FfnSpec::Dense(mlp)) => {
+                let (norm, weights) = (self.ffn_norm(tensors)?, tensors.dense(*mlp)?);
+                Block::Dense { norm, weights, closing: Closing::take(tensors, self.spec.norm)? }
+            }
+            (Part::Router, FfnSpec::Moe(moe)) => {
+                let norm = self.ffn_norm(tensors)?;
+                let (router, shared) = tensors.router(moe)?;
+                let latent = tensors.linear_if_there(Role::LatentDown);
+                Block::Router { norm, router, shared, beside: tensors.beside(moe, self.spec.norm)?, latent }
+            }
+            (Part::Experts(group), FfnSpec::Moe(moe)) => {
+                let weights = group.clone().map(|expert| tensors.expert(moe.expert, expert));
+                let weights = weights.collect::<candle_core::Result<_>>()?;
+                Block::Experts { group: group.clone(), weights, closing: Closing::take(tensors, self.spec.norm)? }
+            }
+            (part, ffn) => return Err(WorkerError::internal(format!("unit {part:?} in a layer with {ffn:?}"))),
+        })
+    }
+
+    /// A wave through a unit.
+    pub(super) fn pass(&mut self, block: &Block, wave: &mut Wave) -> Result<()> {
+        match block {
+            Block::Mixer { norm, weights, table, after } => self.each(Work::Mixer, wave, |at, batch| {
+                batch.hidden = on(&batch.hidden, at.device)?;
+                at.mix(batch, norm, after.as_ref(), weights, table.as_deref())
+            }),
+            Block::Dense { norm, weights, closing } => self.each(Work::FeedForward, wave, |at, batch| {
+                batch.hidden = on(&batch.hidden, at.device)?;
+                let x = at.before_ffn(batch, norm.as_ref())?;
+                let out = weights.apply(&x)?;
+                at.after_ffn(batch, norm.as_ref(), closing, out)
+            }),
+            Block::Router { norm, router, shared, beside, latent } => {
+                let moe = self.moe()?;
+                self.each(Work::FeedForward, wave, |at, batch| {
+                    batch.hidden = on(&batch.hidden, at.device)?;
+                    let mut x = at.before_ffn(batch, norm.as_ref())?;
+                    let routed = if beside.is_some() { &batch.hidden } else { &x };
+                    let routing = ffn::route(moe.router, moe.top_k, router, routed)?;
+                    at.routed(batch, &routing)?;
+                    let mut out = shared.as_ref().map_or_else(|| zeros_like(&x), |shared| shared.apply(&x))?;
+                    let mut of_beside = None;
+                    if let Some(beside) = beside {
+                        of_beside = Some(beside.norm.apply(&beside.mlp.apply(&x)?)?);
+                        x = beside.experts.apply(&batch.hidden)?;
+                    }
+                    if let Some(latent) = latent {
+                        x = latent.apply(&x)?;
+                        of_beside = Some(std::mem::replace(&mut out, zeros_like(&x)?));
+                    }
+                    let routed = Routed::new(x, routing.by_expert(moe.experts), out)?;
+                    batch.mixture = Some(Mixture { routed, beside: of_beside });
+                    Ok(())
+                })
+            }
+            Block::Experts { group, weights, closing } => {
+                let moe = self.moe()?;
+                let subject = Subject { layer: Some(self.layer), micro_batches: Some(wave.micro_batches()) };
+                let clock = self.clock;
+                let batches = &mut wave.batches;
+                clock.time_about(Work::FeedForward, subject, || self.experts(moe, group, weights, closing, batches))
+            }
+        }
+    }
+
+    /// Does the same to each micro-batch of a wave.
+    fn each(
+        &mut self,
+        work: Work,
+        wave: &mut Wave,
+        mut what: impl FnMut(&mut Self, &mut MicroBatch) -> Result<()>,
+    ) -> Result<()> {
+        let (layer, clock) = (self.layer, self.clock);
+        for (number, batch) in wave.micro_batches().zip(&mut wave.batches) {
+            let subject = Subject { layer: Some(layer), micro_batches: Some(number..number + 1) };
+            clock.time_about(work, subject, || what(self, batch))?;
+        }
+        Ok(())
+    }
+
+    /// Whether values at a site concern anybody.
+    fn shows(&self, point: Point, batch: &MicroBatch) -> bool {
+        batch.arm == 0 && self.seen.wants(Site { layer: self.layer, point })
+    }
+
+    /// Values at a site, to whom they concern.
+    fn show(&mut self, point: Point, batch: &MicroBatch, x: &Tensor) -> Result<()> {
+        if !self.shows(point, batch) {
+            return Ok(());
+        }
+        let site = Site { layer: self.layer, point };
+        self.clock.time(Work::Statistics, || self.seen.observe(site, batch.first_token, x))
+    }
+
+    /// The residual stream with what a block made of it, after its outer norm. That is computed
+    /// together with the sum unless somebody looks at it.
+    fn added(&mut self, point: Point, batch: &MicroBatch, after: Option<&Norm>, out: Tensor) -> Result<Tensor> {
+        if let (Some(norm), false) = (after, self.shows(point, batch)) {
+            return Ok(norm.apply_onto(&batch.hidden, &out)?);
+        }
+        let out = normed(after, out)?;
+        self.show(point, batch, &out)?;
+        Ok(fused::sum(out, &batch.hidden)?)
+    }
+
+    /// A norm's output with what its arm takes away.
+    fn in_arm(&self, arm: usize, x: Tensor) -> Result<Tensor> {
+        match arm.checked_sub(1) {
+            None => Ok(x),
+            Some(mask) => Ok(x.broadcast_mul(&self.masks[mask])?),
+        }
+    }
+
+    /// A norm of the layer: 0 the mixer's, 1 the feed-forward's.
+    fn point(&self, norm: usize) -> Point {
+        self.spec.order.points()[norm]
+    }
+
+    fn gain(&mut self, norm: usize, of: &Norm) -> Result<()> {
+        self.seen.gain(Site { layer: self.layer, point: self.point(norm) }, of.gain())
+    }
+
+    // ----------------------------------------------------------------------------------------------------- mixer
+
+    /// Adds what the mixer makes of a micro-batch to its residual stream.
+    fn mix(
+        &mut self,
+        batch: &mut MicroBatch,
+        norm: &Norm,
+        after: Option<&Norm>,
+        weights: &MixerWeights,
+        table: Option<&RopeTable>,
+    ) -> Result<()> {
+        if self.spec.order == NormOrder::After {
+            let out = self.mixed(batch, weights, table, &batch.hidden)?;
+            self.show(Point::AttentionOut, batch, &out)?;
+            let x = norm.apply(&fused::sum(out, &batch.hidden)?)?;
+            self.show(self.point(0), batch, &x)?;
+            batch.hidden = self.in_arm(batch.arm, x)?;
+            return Ok(());
+        }
+        let x = norm.apply(&batch.hidden)?;
+        self.show(self.point(0), batch, &x)?;
+        let x = self.in_arm(batch.arm, x)?;
+        let out = self.mixed(batch, weights, table, &x)?;
+        batch.hidden = self.added(Point::AttentionOut, batch, after, out)?;
+        batch.shared_norm = (self.spec.order == NormOrder::Shared).then_some(x);
+        if self.spec.has_ffn() { Ok(()) } else { self.show(Point::Residual, batch, &batch.hidden) }
+    }
+
+    /// What the mixer makes of an arm's input. Of the whole input it is also looked at what
+    /// attention gives to the first key, and how sharp it is, here and with what each arm takes
+    /// away from it.
+    fn mixed(
+        &mut self,
+        batch: &MicroBatch,
+        weights: &MixerWeights,
+        table: Option<&RopeTable>,
+        x: &Tensor,
+    ) -> Result<Tensor> {
+        let attends = !matches!(self.spec.mixer, MixerSpec::DeltaNet(_) | MixerSpec::Mamba(_));
+        let (top, first_key) = (!self.masks.is_empty(), self.seen.wants_first_key());
+        if batch.arm > 0 || !attends || !(top || first_key) {
+            return self.mixer(weights, table, x, None);
+        }
+        let whole = Watching::new(top, first_key);
+        let out = self.mixer(weights, table, x, Some(&whole))?;
+        if first_key {
+            self.seen.first_key(self.layer, batch.first_token, &whole.first_key())?;
+        }
+        if !top {
+            return Ok(out);
+        }
+        let mut shares = vec![whole.top()];
+        for arm in 1..=self.masks.len() {
+            shares.push(self.shares_without(arm, weights, table, x)?);
+        }
+        self.seen.attention(self.layer, &shares)?;
+        Ok(out)
+    }
+
+    fn shares_without(
+        &self,
+        arm: usize,
+        weights: &MixerWeights,
+        table: Option<&RopeTable>,
+        x: &Tensor,
+    ) -> Result<TopShares> {
+        // The embedding is no norm's output.
+        let is_norm_output = self.spec.order != NormOrder::After || self.layer > 0;
+        let x = if is_norm_output { self.in_arm(arm, x.clone())? } else { x.clone() };
+        let shares = Watching::new(true, false);
+        self.mixer(weights, table, &x, Some(&shares))?;
+        Ok(shares.top())
+    }
+
+    fn mixer(
+        &self,
+        weights: &MixerWeights,
+        table: Option<&RopeTable>,
+        x: &Tensor,
+        watched: Watched<'_>,
+    ) -> Result<Tensor> {
+        let n = self.tokens;
+        Ok(match (&self.spec.mixer, weights, table) {
+            (MixerSpec::Attention(spec), MixerWeights::Attention(weights), table) => {
+                attention(spec, weights, table, x, n, watched)?
+            }
+            (MixerSpec::Latent(spec), MixerWeights::Latent(weights), table) => {
+                latent_attention(spec, weights, table, x, n, watched)?
+            }
+            (MixerSpec::DeltaNet(spec), MixerWeights::DeltaNet(weights), _) => delta_net(spec, weights, x, n)?,
+            (MixerSpec::Mamba(spec), MixerWeights::Mamba(weights), _) => mamba(spec, weights, x, n)?,
+            (spec, ..) => return Err(WorkerError::internal(format!("other weights than those of {spec:?}"))),
+        })
+    }
+
+    // ---------------------------------------------------------------------------------------------- feed-forward
+
+    /// The feed-forward's norm, where it has one of its own.
+    fn ffn_norm(&mut self, tensors: &mut UnitTensors) -> Result<Option<Norm>> {
+        if self.spec.order == NormOrder::Shared {
+            return Ok(None);
+        }
+        let norm = tensors.norm(self.spec.norm, Role::FfnNorm, Role::FfnNormBias)?;
+        self.gain(1, &norm)?;
+        Ok(Some(norm))
+    }
+
+    /// The feed-forward's input.
+    fn before_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>) -> Result<Tensor> {
+        match (self.spec.order, norm) {
+            (NormOrder::Before | NormOrder::Sandwich, Some(norm)) => {
+                let x = norm.apply(&batch.hidden)?;
+                self.show(self.point(1), batch, &x)?;
+                self.in_arm(batch.arm, x)
+            }
+            (NormOrder::Shared, _) => {
+                let shared = batch.shared_norm.take();
+                shared.ok_or_else(|| WorkerError::internal("a feed-forward before the mixer whose norm it shares"))
+            }
+            _ => Ok(batch.hidden.clone()),
+        }
+    }
+
+    /// Adds the feed-forward's output, which ends the layer.
+    fn after_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>, closing: &Closing, out: Tensor) -> Result<()> {
+        batch.hidden = self.added(Point::MlpOut, batch, closing.output.as_ref(), out)?;
+        if let (NormOrder::After, Some(norm)) = (self.spec.order, norm) {
+            let x = norm.apply(&batch.hidden)?;
+            self.show(self.point(1), batch, &x)?;
+            batch.hidden = self.in_arm(batch.arm, x)?;
+        }
+        if let Some(scalar) = &closing.scalar {
+            batch.hidden = batch.hidden.broadcast_mul(scalar)?;
+        }
+        self.show(Point::Residual, batch, &batch.hidden)
+    }
+
+    // --------------------------------------------------------------------------------------------------- mixture
+
+    fn moe(&self) -> Result<&'a MoeSpec> {
+        match &self.spec.ffn {
+            FfnSpec::Moe(moe) => Ok(moe),
+            dense => Err(WorkerError::internal(format!("a router in a layer with {dense:?}"))),
+        }
+    }
+
+    fn routed(&mut self, batch: &MicroBatch, routing: &Routing) -> Result<()> {
+        if batch.arm > 0 {
+            return Ok(());
+        }
+        let (layer, clock) = (self.layer, self.clock);
+        clock.time(Work::Statistics, || self.seen.routing(layer, batch.first_token, routing))
+    }
+
+    /// All experts of a group over the micro-batches of a wave; the last group closes the layer. An expert's rows are gathered across
+    /// micro-batches, those of a whole one or a little more at a time, so that its products are large however few of a micro-batch go to it.
+    fn experts(
+        &mut self,
+        moe: &MoeSpec,
+        group: &Range<usize>,
+        weights: &[MlpWeights],
+        closing: &Closing,
+        batches: &mut [MicroBatch],
+    ) -> Result<()> {
+        let inputs = |batch: &MicroBatch| -> Result<Inputs> {
+            let mixture = batch.mixture.as_ref().ok_or_else(early)?;
+            Ok(mixture.routed.inputs(group)?)
+        };
+        let inputs = batches.iter().map(inputs).collect::<Result<Vec<_>>>()?;
+        for (expert, weights) in group.clone().zip(weights) {
+            let (mut gathered, mut rows) = (Vec::new(), 0);
+            for (at, inputs) in inputs.iter().enumerate() {
+                let mixture = batches[at].mixture.as_ref().ok_or_else(early)?;
+                if let Some(part) = mixture.routed.gather(inputs, expert)? {
+                    rows += part.rows.len();
+                    gathered.push((at, part));
+                }
+                if rows >= self.batch_rows || (at + 1 == batches.len() && rows > 0) {
+                    self.expert_on(expert, weights, std::mem::take(&mut gathered), batches)?;
+                    rows = 0;
+                }
+            }
+        }
+        drop(inputs);
+        if group.end == moe.experts {
+            for batch in batches {
+                let Mixture { routed, beside } = batch.mixture.take().ok_or_else(early)?;
+                let mut out = normed(closing.experts.as_ref(), routed.finish())?;
+                if let Some(latent) = &closing.latent {
+                    out = latent.apply(&out)?;
+                }
+                if let Some(beside) = beside {
+                    out = fused::sum(out, &beside)?;
+                }
+                self.after_ffn(batch, None, closing, out)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One expert over rows of several micro-batches, each given by its index.
+    fn expert_on(
+        &mut self,
+        expert: usize,
+        weights: &MlpWeights,
+        gathered: Vec<(usize, Gathered)>,
+        batches: &mut [MicroBatch],
+    ) -> Result<()> {
+        let (indices, parts): (Vec<usize>, Vec<Gathered>) = gathered.into_iter().unzip();
+        for (at, rows) in indices.into_iter().zip(ffn::apply_expert(weights, parts)?) {
+            let batch = &mut batches[at];
+            self.expert(expert, batch, &rows)?;
+            batch.mixture.as_mut().ok_or_else(early)?.routed.add(expert, &rows)?;
+        }
+        Ok(())
+    }
+
+    fn expert(&mut self, expert: usize, batch: &MicroBatch, rows: &ExpertRows) -> Result<()> {
+        let (layer, clock) = (self.layer, self.clock);
+        if batch.arm > 0 || !self.seen.wants(Site { layer, point: Point::ExpertOut }) {
+            return Ok(());
+        }
+        clock.time(Work::Statistics, || self.seen.expert(layer, expert, batch.first_token, rows))
+    }
+}
+
+fn early() -> WorkerError {
+    WorkerError::internal("experts before their router")
+}
+
+/// Rotation tables, one per kind of rotation in the model and device.
+pub(super) struct RopeTables {
+    positions: usize,
+    made: Mutex<Vec<(RopeSpec, Arc<RopeTable>)>>,
+}
+
+impl RopeTables {
+    /// For sequences of `positions` tokens.
+    pub(super) fn new(positions: usize) -> Self {
+        Self { positions, made: Mutex::default() }
+    }
+
+    fn get(&self, spec: &RopeSpec, device: &Device) -> Result<Arc<RopeTable>> {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_there = |table: &RopeTable| table.angles.device().same_device(device);
+        if let Some((_, table)) = made.iter().find(|(of, table)| of == spec && is_there(table)) {
+            return Ok(Arc::clone(table));
+        }
+        let table = Arc::new(spec.table(self.positions, device)?);
+        made.push((spec.clone(), Arc::clone(&table)));
+        Ok(table)
+    }
+}

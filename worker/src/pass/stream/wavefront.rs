@@ -1,0 +1,387 @@
+//! The layers of a pass, dealt to its devices: while one works on the last hidden states of a layer, the next is at the first ones of the
+//! layer after it.
+//!
+//! Every device has two threads: one loads the units of its own layers, in their order and as far ahead as its memory for weights goes; the
+//! other takes the waves through them as both come. It always works on the earliest unit that a wave waits for, so that weights are
+//! dropped soon, and waves pass each unit in their order, whatever thread is fast or slow: no number depends on the schedule.
+//! The earliest unfinished layer never waits for a later one, so nothing can wait in a circle.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use candle_core::Tensor;
+
+use super::layer::{Block, LayerContext, RopeTables};
+use super::{Pass, Wave};
+use crate::device::Placement;
+use crate::device::gpu::{self, ReleaseFence};
+use crate::error::{Result, WorkerError};
+use crate::kernels::product;
+use crate::model::decoder::Unit;
+use crate::pass::loader::{LoadedUnit, OnItsWay, TensorPool};
+use crate::pass::meter::{Clock, Subject, Thread, Work};
+use crate::pass::savepoint::SavePoints;
+use crate::stats::Observer;
+
+/// What a device waits for.
+enum Event {
+    /// The next unit of its layers, or why there are no more.
+    Loaded(Result<OnItsWay<LoadedUnit>>),
+    /// A wave, at the first unit of a layer.
+    Arrived(usize, Wave),
+    /// Another thread has failed.
+    Stop,
+}
+
+/// Memory that nothing needs any more.
+struct Freed {
+    bytes: u64,
+    /// When it can be had again: a GPU may be far behind what it was asked for.
+    release_fence: Option<ReleaseFence>,
+}
+
+/// What all threads share.
+pub(super) struct Wavefront<'p, O> {
+    pass: &'p Pass<'p>,
+    /// Units of all layers in their order.
+    units: Vec<Unit>,
+    waves: usize,
+    observer: Mutex<&'p mut O>,
+    save: Mutex<Option<&'p mut SavePoints>>,
+    tables: RopeTables,
+    /// Of each device.
+    masks: Vec<Vec<Tensor>>,
+    inboxes: Vec<Sender<Event>>,
+    arrived: Mutex<Vec<Wave>>,
+    stopped: AtomicBool,
+    failed: Mutex<Option<WorkerError>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes `waves` through the layers from `first` on, and gives them back at the end.
+///
+/// # Errors
+/// The first of any thread, with the unit and the device that it happened on; all others end soon.
+pub(super) fn run<O: Observer>(
+    pass: &Pass<'_>,
+    first: usize,
+    waves: Vec<Wave>,
+    observer: &mut O,
+    save: Option<&mut SavePoints>,
+) -> Result<Vec<Wave>> {
+    let (inboxes, mail): (Vec<Sender<Event>>, Vec<Receiver<Event>>) = pass.devices.iter().map(|_| channel()).unzip();
+    let masks = |placement: &Placement| pass.arms.masks(pass.compute, &placement.device);
+    let wavefront = Wavefront {
+        masks: pass.devices.iter().map(masks).collect::<Result<_>>()?,
+        pass,
+        units: pass.units(first),
+        waves: waves.len(),
+        observer: Mutex::new(observer),
+        save: Mutex::new(save),
+        tables: RopeTables::new(pass.tokens.tokens),
+        inboxes,
+        arrived: Mutex::default(),
+        stopped: AtomicBool::new(false),
+        failed: Mutex::default(),
+    };
+    waves.into_iter().for_each(|wave| wavefront.send_on(0, wave));
+    let spares: Vec<TensorPool> =
+        (0..pass.devices.len()).map(|device| TensorPool::new(wavefront.room(device))).collect();
+    thread::scope(|scope| {
+        for ((device, mail), pool) in mail.into_iter().enumerate().zip(&spares) {
+            let (freed, room) = channel();
+            let wavefront = &wavefront;
+            scope.spawn(move || wavefront.watched(|| wavefront.load(device, pool, &room)));
+            scope.spawn(move || wavefront.watched(|| DeviceWorker::new(wavefront, device, pool, freed).run(&mail)));
+        }
+    });
+    let failed = lock(&wavefront.failed).take();
+    failed.map_or_else(|| Ok(std::mem::take(&mut *lock(&wavefront.arrived))), Err)
+}
+
+/// Tells the others when a thread ends by a panic.
+struct Alarm<'a, 'p, O: Observer>(&'a Wavefront<'p, O>);
+
+impl<O: Observer> Drop for Alarm<'_, '_, O> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.fail(WorkerError::internal("a thread of the pass panicked"));
+        }
+    }
+}
+
+impl<O: Observer> Wavefront<'_, O> {
+    /// Does a thread's work; if it fails, all end.
+    fn watched(&self, work: impl FnOnce() -> Result<()>) {
+        let _alarm = Alarm(self);
+        if let Err(error) = work() {
+            self.fail(error);
+        }
+    }
+
+    fn fail(&self, error: WorkerError) {
+        lock(&self.failed).get_or_insert(error);
+        self.stopped.store(true, Ordering::Relaxed);
+        for inbox in &self.inboxes {
+            // A device whose work is done has gone.
+            let _ = inbox.send(Event::Stop);
+        }
+    }
+
+    fn device_of(&self, layer: usize) -> usize {
+        layer % self.pass.devices.len()
+    }
+
+    fn placement(&self, device: usize) -> &Placement {
+        &self.pass.devices[device]
+    }
+
+    /// A device's units, with their numbers among all.
+    fn units_of(&self, device: usize) -> impl Iterator<Item = (usize, &Unit)> {
+        self.units.iter().enumerate().filter(move |(_, unit)| self.device_of(unit.layer) == device)
+    }
+
+    /// Bytes of decoded weights on a device: its two largest units, one in use and one on its way, or more smaller ones.
+    fn room(&self, device: usize) -> u64 {
+        let mut sizes: Vec<u64> = self.units_of(device).map(|(_, unit)| self.bytes(unit)).collect();
+        sizes.sort_unstable_by(|a, b| b.cmp(a));
+        sizes.iter().take(2).sum()
+    }
+
+    /// Of a unit, decoded.
+    fn bytes(&self, unit: &Unit) -> u64 {
+        let device = &self.placement(self.device_of(unit.layer)).device;
+        self.pass.model.kept_bytes(unit.layer, &unit.needs, self.pass.compute, product::takes_bf16(device))
+    }
+
+    /// Sends a wave to the device of unit `number`, or home if that was the last.
+    fn send_on(&self, number: usize, wave: Wave) {
+        let Some(unit) = self.units.get(number) else { return lock(&self.arrived).push(wave) };
+        // Gone only if it has failed: then nobody waits for the wave.
+        let _ = self.inboxes[self.device_of(unit.layer)].send(Event::Arrived(number, wave));
+    }
+
+    /// The loader of a device; `room` tells what is free again.
+    fn load(&self, device: usize, pool: &TensorPool, room: &Receiver<Freed>) -> Result<()> {
+        let mut loader = self.pass.loader(device, pool)?;
+        let limit = if self.pass.read_ahead { self.room(device) } else { 0 };
+        let mut held = 0;
+        for (_, unit) in self.units_of(device) {
+            let bytes = self.bytes(unit);
+            while held > 0 && held + bytes > limit {
+                // The device has gone: it failed, and said so.
+                let Ok(Freed { bytes, release_fence }) = room.recv() else { return Ok(()) };
+                release_fence.map(ReleaseFence::wait).transpose()?;
+                held -= bytes;
+            }
+            if self.stopped.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            loader.about(Subject { layer: Some(unit.layer), micro_batches: None });
+            let loaded = loader.unit(unit.layer, &unit.needs);
+            let loaded = loaded.map_err(|error| self.locate(error, unit, device));
+            let failed = loaded.is_err();
+            held += bytes;
+            if self.inboxes[device].send(Event::Loaded(loaded)).is_err() || failed {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Where it happened; on the only device there is, the unit says that.
+    fn locate(&self, error: WorkerError, unit: &Unit, device: usize) -> WorkerError {
+        match self.pass.devices.len() {
+            1 => error.context(unit),
+            _ => error.context(format!("{unit} on {}", self.placement(device).name)),
+        }
+    }
+}
+
+/// A unit whose weights are on the device.
+struct Held {
+    number: usize,
+    /// An error counts when a wave comes to it: what is before it may still be computed and saved.
+    block: Result<Block>,
+    memory: Vec<Tensor>,
+    /// Waves that have passed it.
+    passed: usize,
+}
+
+/// What the computing thread of a device knows.
+struct DeviceWorker<'a, 'p, O: Observer> {
+    front: &'a Wavefront<'p, O>,
+    device: usize,
+    clock: Clock<'a>,
+    pool: &'a TensorPool,
+    freed: Sender<Freed>,
+    /// Numbers of the units that are still to be loaded.
+    coming: VecDeque<usize>,
+    /// In their order.
+    held: VecDeque<Held>,
+    /// Waves by the number of the unit that they wait for, in their order.
+    ready: BTreeMap<usize, VecDeque<Wave>>,
+    /// What was seen of the layers that have begun.
+    seen: BTreeMap<usize, O::Layer>,
+    /// Waves that are held together before a unit, for a save point.
+    gate: Option<(usize, Vec<Wave>)>,
+}
+
+impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
+    fn new(front: &'a Wavefront<'p, O>, device: usize, pool: &'a TensorPool, freed: Sender<Freed>) -> Self {
+        Self {
+            front,
+            device,
+            clock: front.pass.meter.clock(Thread::Device(device)),
+            pool,
+            freed,
+            coming: front.units_of(device).map(|(number, _)| number).collect(),
+            held: VecDeque::new(),
+            ready: BTreeMap::new(),
+            seen: BTreeMap::new(),
+            gate: None,
+        }
+    }
+
+    fn run(&mut self, mail: &Receiver<Event>) -> Result<()> {
+        while !(self.coming.is_empty() && self.held.is_empty() || self.front.stopped.load(Ordering::Relaxed)) {
+            let event = match self.next() {
+                Some(at) => {
+                    self.step(at)?;
+                    mail.try_recv().ok()
+                }
+                None => self.clock.time(Work::Waiting, || mail.recv()).ok(),
+            };
+            match event {
+                Some(Event::Loaded(loaded)) => self.hold(loaded)?,
+                Some(Event::Arrived(number, wave)) => self.receive(number, wave)?,
+                Some(Event::Stop) | None => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The earliest unit that a wave waits for.
+    fn next(&self) -> Option<usize> {
+        let waits = |held: &Held| self.ready.get(&held.number).is_some_and(|waves| !waves.is_empty());
+        self.held.iter().position(waits)
+    }
+
+    fn hold(&mut self, loaded: Result<OnItsWay<LoadedUnit>>) -> Result<()> {
+        let number = self.coming.pop_front().ok_or_else(|| WorkerError::internal("a unit that nobody asked for"))?;
+        let front = self.front;
+        let unit = &front.units[number];
+        let arrived = |way: OnItsWay<LoadedUnit>| way.arrived().map_err(|error| front.locate(error, unit, self.device));
+        let (block, memory) = match loaded.and_then(arrived) {
+            Ok(LoadedUnit { tensors, memory }) => {
+                (Ok(self.at(unit, |at| at.block(unit, tensors, &front.tables))?), memory)
+            }
+            Err(error) => (Err(error), Vec::new()),
+        };
+        self.held.push_back(Held { number, block, memory, passed: 0 });
+        Ok(())
+    }
+
+    fn receive(&mut self, number: usize, wave: Wave) -> Result<()> {
+        if wave.number == 0 && number > 0 && self.is_save_due() {
+            self.gate = Some((number, Vec::new()));
+        }
+        match self.gate.take() {
+            Some((gate, mut held)) if gate == number => {
+                held.push(wave);
+                if held.len() < self.front.waves {
+                    self.gate = Some((gate, held));
+                    return Ok(());
+                }
+                self.save(self.front.units[number].layer, &held);
+                self.ready.entry(number).or_default().extend(held);
+            }
+            gate => {
+                self.gate = gate;
+                self.ready.entry(number).or_default().push_back(wave);
+            }
+        }
+        Ok(())
+    }
+
+    fn is_save_due(&self) -> bool {
+        lock(&self.front.save).as_ref().is_some_and(|points| points.is_due())
+    }
+
+    /// All waves stand before `layer`, so that all before it has been joined and nothing of it has begun.
+    fn save(&self, layer: usize, waves: &[Wave]) {
+        let (mut save, observer) = (lock(&self.front.save), lock(&self.front.observer));
+        if let Some(points) = save.as_deref_mut() {
+            self.clock.time(Work::Saving, || self.front.pass.save(points, layer, waves, &**observer));
+        }
+    }
+
+    /// The next wave through a held unit.
+    fn step(&mut self, at: usize) -> Result<()> {
+        let front = self.front;
+        let mut held = self.held.remove(at).ok_or_else(|| WorkerError::internal("a unit that is not there"))?;
+        let waves = self.ready.get_mut(&held.number);
+        let mut wave = waves.and_then(VecDeque::pop_front).ok_or_else(|| WorkerError::internal("no wave waits"))?;
+        let unit = &front.units[held.number];
+        let block = held.block.as_ref().map_err(WorkerError::clone)?;
+        self.at(unit, |at| at.pass(block, &mut wave))?;
+        held.passed += 1;
+        let (next, passed) = (held.number + 1, held.passed);
+        if passed == front.waves {
+            self.let_go(held)?;
+        } else {
+            self.held.insert(at, held);
+        }
+        match front.units.get(next) {
+            Some(following) if following.layer == unit.layer => self.ready.entry(next).or_default().push_back(wave),
+            following => {
+                let device = following.map_or(0, |unit| front.device_of(unit.layer));
+                wave.leave_for(&front.placement(device).device)?;
+                front.send_on(next, wave);
+            }
+        }
+        Ok(())
+    }
+
+    /// All waves have passed a unit.
+    fn let_go(&mut self, Held { number, block, memory, .. }: Held) -> Result<()> {
+        let front = self.front;
+        let unit = &front.units[number];
+        // Views of the memory that will be used again.
+        drop(block);
+        self.pool.give_back(memory);
+        let release_fence = gpu::release_fence(&front.placement(self.device).device)?;
+        // The loader has gone when there is nothing more to load.
+        let _ = self.freed.send(Freed { bytes: front.bytes(unit), release_fence });
+        let ends_layer = front.units.get(number + 1).is_none_or(|next| next.layer > unit.layer);
+        if ends_layer && let Some(seen) = self.seen.remove(&unit.layer) {
+            // Before the last wave goes on to the next layer, which therefore is joined later.
+            lock(&front.observer).join(seen);
+        }
+        front.pass.progress.unit_done(unit, ends_layer, front.pass.model.source.bytes_read());
+        Ok(())
+    }
+
+    /// Does something with a unit's layer; an error says where.
+    fn at<R>(&mut self, unit: &Unit, what: impl FnOnce(&mut LayerContext<'_, O::Layer>) -> Result<R>) -> Result<R> {
+        let front = self.front;
+        let seen = self.seen.entry(unit.layer).or_insert_with(|| lock(&front.observer).layer(unit.layer));
+        let mut at = LayerContext {
+            layer: unit.layer,
+            spec: &front.pass.model.spec.layers[unit.layer],
+            device: &front.placement(self.device).device,
+            tokens: front.pass.tokens.tokens,
+            batch_rows: front.pass.batch_rows(),
+            masks: &front.masks[self.device],
+            seen,
+            clock: &self.clock,
+        };
+        what(&mut at).map_err(|error| front.locate(error, unit, self.device))
+    }
+}

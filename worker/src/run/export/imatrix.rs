@@ -1,0 +1,263 @@
+//! llama.cpp's importance matrix: of every matrix X the sums of x^2 (`X.in_sum2`) and of x
+//! (`X.in_sum`) over its input, per column, and the rows that were summed (`X.counts`).
+//!
+//! An expert without a token has sums and a count of 0, as the format wants it; `llama-quantize`
+//! then takes all of its columns as equally important. `outliers.experts_never_hit` names such
+//! experts.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::gguf::{self, Tensor, Value};
+use super::{ENTRY, Layer, Matrix, NeverHit, Passed, Seen, matrices, names};
+use crate::error::{Result, WorkerError, printable};
+use crate::kernels::taps::{Input, Place};
+use crate::model::decoder::{DecoderSpec, DeltaNetSpec, LatentSpec, MixerSpec, Role};
+
+/// Characters of what is said of the text.
+const DATASET: usize = 1000;
+
+/// Which of an input's columns enter one matrix, and in which order.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Columns {
+    /// All, in the order of the checkpoint.
+    All,
+    /// Those of one head, and of them the first.
+    OfHead {
+        /// Values of a head.
+        width: usize,
+    },
+    /// All, all first heads of the groups before all second ones.
+    Regrouped {
+        /// Heads of a group.
+        heads: usize,
+        /// Values of a head.
+        width: usize,
+    },
+}
+
+/// A tensor of llama.cpp's, or as many of them as there are experts or heads.
+struct Entry {
+    name: String,
+    layer: usize,
+    input: Input,
+    /// Each expert has an input of its own.
+    by_expert: bool,
+    columns: usize,
+    count: usize,
+    taken: Columns,
+}
+
+impl Entry {
+    fn seen<'a>(&self, layers: &'a BTreeMap<usize, Layer>, at: usize) -> Option<&'a Seen> {
+        let place: Place = (self.input, self.by_expert.then_some(at));
+        layers.get(&self.layer)?.inputs.get(&place).filter(|seen| seen.rows > 0)
+    }
+
+    /// `[count, columns]`; zeros for what was never seen.
+    fn sums(&self, layers: &BTreeMap<usize, Layer>, of: fn(&Seen) -> &[f32]) -> Vec<f32> {
+        let mut all = Vec::with_capacity(self.count * self.columns);
+        for at in 0..self.count {
+            let Some(seen) = self.seen(layers, at).map(of) else {
+                all.resize(all.len() + self.columns, 0.0);
+                continue;
+            };
+            match self.taken {
+                Columns::All => all.extend(seen),
+                Columns::OfHead { width } => all.extend(&seen[at * width..][..self.columns]),
+                Columns::Regrouped { heads, width } => {
+                    let group =
+                        |head: usize| seen.chunks(heads * width).flat_map(move |group| &group[head * width..][..width]);
+                    all.extend((0..heads).flat_map(group));
+                }
+            }
+        }
+        all
+    }
+
+    /// `[count]`.
+    fn counts(&self, layers: &BTreeMap<usize, Layer>) -> Vec<f32> {
+        (0..self.count).map(|at| self.seen(layers, at).map_or(0.0, |seen| seen.rows as f32)).collect()
+    }
+}
+
+/// What a conversion makes of the matrices of all layers.
+fn entries(family: &str, spec: &DecoderSpec) -> Vec<Entry> {
+    let mut all = Vec::new();
+    for matrix in matrices(spec) {
+        let Matrix { layer, role, columns, experts } = matrix;
+        let mixer = &spec.layers[layer].mixer;
+        let taken = match mixer {
+            MixerSpec::DeltaNet(DeltaNetSpec { key_heads, value_heads, value_dim, .. })
+                if role == Role::DeltaOutput && names::reorders_value_heads(family) =>
+            {
+                Columns::Regrouped { heads: value_heads / key_heads, width: *value_dim }
+            }
+            _ => Columns::All,
+        };
+        let entry = |name: &str, input, columns, count, taken| Entry {
+            name: format!("blk.{layer}.{name}.weight"),
+            layer,
+            input,
+            by_expert: experts.is_some(),
+            columns,
+            count,
+            taken,
+        };
+        let plain = |name: &&str| entry(name, Input::of(role), columns, experts.unwrap_or(1), taken);
+        all.extend(names::tensors(family, role).iter().map(plain));
+        if let (MixerSpec::Latent(LatentSpec { heads, nope_dim, rope_dim, .. }), Role::KvBProj) = (mixer, role) {
+            let of_head = Columns::OfHead { width: nope_dim + rope_dim };
+            // Keys are not made: their matrix is multiplied into the queries, head by head.
+            all.push(entry("attn_k_b", Input::Queries, *nope_dim, *heads, of_head));
+            all.push(entry("attn_v_b", Input::of(role), columns, *heads, Columns::All));
+        }
+    }
+    all
+}
+
+/// Most bytes of the tensors of a file, whichever family it is of.
+pub(super) fn bytes(spec: &DecoderSpec) -> u64 {
+    let of = |entry: &Entry| (4 * entry.count * (2 * entry.columns + 1)) as u64 + 3 * ENTRY;
+    // No family has more names for a matrix.
+    entries("", spec).iter().map(of).sum()
+}
+
+/// Writes it.
+///
+/// # Errors
+/// Unsupported: llama.cpp does not read the family. Storage.
+pub(super) fn write(
+    path: &Path,
+    layers: &BTreeMap<usize, Layer>,
+    pass: &Passed<'_>,
+    never_hit: &[NeverHit],
+) -> Result<()> {
+    let architecture = pass.model.family.architecture;
+    let family = names::of(architecture)
+        .ok_or_else(|| WorkerError::unsupported(format!("llama.cpp does not read {architecture}")))?;
+    let mut entries = entries(family, &pass.model.spec);
+    entries.sort_by(|a, b| a.name.cmp(&b.name));
+    let dataset = printable(&pass.tokens.provenance.source, DATASET);
+    let mut metadata = vec![
+        ("general.type", Value::Text("imatrix".to_owned())),
+        ("imatrix.datasets", Value::Texts(vec![dataset])),
+        ("imatrix.chunk_count", Value::Number(pass.tokens.sequences as u32)),
+        ("imatrix.chunk_size", Value::Number(pass.tokens.tokens as u32)),
+        ("outliers.version", Value::Text(env!("CARGO_PKG_VERSION").to_owned())),
+        ("outliers.model", Value::Text(pass.results.model.clone())),
+        ("outliers.llama_architecture", Value::Text(family.to_owned())),
+    ];
+    if !never_hit.is_empty() {
+        let experts = never_hit.iter().map(|at| format!("blk.{} expert {}", at.layer, at.expert)).collect();
+        metadata.push(("outliers.experts_never_hit", Value::Texts(experts)));
+    }
+    let parts = |entry: &Entry| {
+        let tensor = |part: &str, shape| Tensor { name: format!("{}.{part}", entry.name), shape };
+        let sums = [entry.columns, entry.count];
+        [tensor("counts", [1, entry.count]), tensor("in_sum", sums), tensor("in_sum2", sums)]
+    };
+    let tensors: Vec<Tensor> = entries.iter().flat_map(parts).collect();
+    gguf::write(path, &metadata, &tensors, |index| {
+        let entry = &entries[index / 3];
+        match index % 3 {
+            0 => entry.counts(layers),
+            1 => entry.sums(layers, |seen| seen.values.as_slice()),
+            _ => entry.sums(layers, |seen| seen.squares.as_slice()),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::model::arch;
+
+    fn spec(fixture: &str) -> DecoderSpec {
+        let path = format!("{}/../tests/golden/{fixture}/model/config.json", env!("CARGO_MANIFEST_DIR"));
+        arch::read(&serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()).unwrap().spec
+    }
+
+    fn named<'a>(entries: &'a [Entry], name: &str) -> &'a Entry {
+        entries.iter().find(|entry| entry.name == name).unwrap_or_else(|| panic!("no {name}"))
+    }
+
+    /// Layer 0, five rows at one place.
+    fn layers(place: Place, squares: Vec<f32>) -> BTreeMap<usize, Layer> {
+        let seen = Seen { rows: 5, squares, ..Seen::default() };
+        BTreeMap::from([(0, Layer { inputs: BTreeMap::from([(place, seen)]), ..Layer::default() })])
+    }
+
+    fn squares(seen: &Seen) -> &[f32] {
+        &seen.squares
+    }
+
+    #[test]
+    fn every_matrix_of_every_family_has_a_name_and_no_name_is_given_twice() {
+        let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden");
+        let mut families = BTreeSet::new();
+        for entry in std::fs::read_dir(golden).unwrap() {
+            let config = entry.unwrap().path().join("model/config.json");
+            let Ok(config) = std::fs::read(config) else { continue };
+            let architecture = arch::read(&serde_json::from_slice(&config).unwrap()).unwrap();
+            let Some(family) = names::of(architecture.family.architecture) else { continue };
+            for Matrix { role, .. } in matrices(&architecture.spec) {
+                assert!(!names::tensors(family, role).is_empty(), "{family} {role:?}");
+            }
+            let entries = entries(family, &architecture.spec);
+            let names: BTreeSet<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
+            assert_eq!(names.len(), entries.len(), "{family}");
+            families.insert(family);
+        }
+        assert!(families.len() > 20, "{families:?}");
+    }
+
+    #[test]
+    fn experts_are_apart_and_one_that_was_never_hit_counts_none() {
+        let entries = entries("olmoe", &spec("olmoe-bf16"));
+        let (gate, up) = (named(&entries, "blk.0.ffn_gate_exps.weight"), named(&entries, "blk.0.ffn_up_exps.weight"));
+        assert_eq!((gate.count, gate.input), (6, up.input));
+        let seen = layers((gate.input, Some(2)), vec![2.0; gate.columns]);
+        let sums = gate.sums(&seen, squares);
+        assert_eq!(sums.chunks(gate.columns).map(|of| of[0]).collect::<Vec<_>>(), [0.0, 0.0, 2.0, 0.0, 0.0, 0.0]);
+        assert_eq!(gate.counts(&seen), [0.0, 0.0, 5.0, 0.0, 0.0, 0.0]);
+        assert_eq!(named(&entries, "blk.2.attn_q.weight").count, 1);
+    }
+
+    #[test]
+    fn keys_and_values_of_latent_attention_have_an_entry_each() {
+        let spec = spec("deepseek-v2-lite");
+        let MixerSpec::Latent(latent) = &spec.layers[0].mixer else { panic!() };
+        let entries = entries("deepseek2", &spec);
+        let (key, value) = (named(&entries, "blk.0.attn_k_b.weight"), named(&entries, "blk.0.attn_v_b.weight"));
+        let width = latent.nope_dim + latent.rope_dim;
+        assert_eq!(([key.columns, key.count], value.columns), ([latent.nope_dim, latent.heads], latent.kv_rank));
+        let queries: Vec<f32> = (0..latent.heads * width).map(|at| at as f32).collect();
+        let of_keys = key.sums(&layers((Input::Queries, None), queries), squares);
+        assert_eq!(of_keys[latent.nope_dim], width as f32, "the second head's first");
+        let bottleneck: Vec<f32> = (0..latent.kv_rank).map(|at| at as f32).collect();
+        let seen = layers((Input::of(Role::KvBProj), None), bottleneck.clone());
+        assert_eq!(value.sums(&seen, squares), bottleneck.repeat(latent.heads), "all heads read the same");
+        assert_eq!(named(&entries, "blk.0.attn_kv_b.weight").sums(&seen, squares), bottleneck);
+    }
+
+    #[test]
+    fn value_heads_of_a_delta_net_stand_where_a_conversion_puts_them() {
+        let entry = Entry {
+            name: String::new(),
+            layer: 0,
+            input: Input::of(Role::DeltaOutput),
+            by_expert: false,
+            columns: 8,
+            count: 1,
+            taken: Columns::Regrouped { heads: 2, width: 2 },
+        };
+        let seen = layers((entry.input, None), (0..8).map(|at| at as f32).collect());
+        assert_eq!(entry.sums(&seen, squares), [0.0, 1.0, 4.0, 5.0, 2.0, 3.0, 6.0, 7.0]);
+        let spec = spec("qwen3-5-moe");
+        let regroups = |family| entries(family, &spec).iter().any(|entry| entry.taken != Columns::All);
+        assert!(regroups("qwen35moe") && !regroups("qwen3next"));
+    }
+}

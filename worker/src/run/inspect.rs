@@ -1,0 +1,423 @@
+//! What a checkpoint is and what a run over it needs: arithmetic over headers, no weight byte read.
+
+use std::ops::Range;
+
+use candle_core::DType;
+use half::bf16;
+use outliers_protocol::{
+    FileBytes, Inspection, JobSpec, LayerInspection, ModelSource, PlanFigures, Point, SCHEMA, SiteInspection, Weights,
+};
+use serde_json::Value;
+
+use crate::blocks::attention::{QUERY_BLOCK, SCORE_VALUES};
+use crate::checkpoint::Model;
+use crate::checkpoint::hub::held_for_hashes;
+use crate::checkpoint::source::Checkpoint;
+use crate::kernels::product::Arithmetic;
+use crate::model::decoder::{
+    DecoderSpec, FfnSpec, GateUp, LayerSpec, Longest, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, Unit,
+};
+use crate::pass::stream::{self, VOCAB_BLOCK};
+use crate::run::disk_bytes;
+use crate::run::export;
+use crate::stats::{Site, study};
+
+/// The run to plan for.
+#[derive(Clone, Copy, Debug)]
+pub struct PlannedRun {
+    /// Number of sequences.
+    pub sequences: usize,
+    /// Tokens per sequence.
+    pub tokens: usize,
+    /// Copies of the tokens that pass: the whole ones, and those of an ablation.
+    pub arms: usize,
+    /// Dtype of the forward pass.
+    pub compute: DType,
+    /// Tokens computed together.
+    pub micro_batch_tokens: usize,
+    /// Values decoded per group of experts.
+    pub group_elements: u64,
+    /// Bytes that are noted of what is measured beside ([`study::measured_bytes`]).
+    pub measured: u64,
+    /// How its devices compute.
+    pub arithmetic: Arithmetic,
+    /// Whether the head follows the layers.
+    pub with_head: bool,
+    /// Devices whose weights and workspaces are in one memory.
+    pub devices: usize,
+}
+
+/// Describes the checked model of a job.
+pub fn inspect(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>, run: PlannedRun) -> Inspection {
+    let spec = &model.spec;
+    let head = spec.head_needs();
+    Inspection {
+        schema: SCHEMA,
+        model: job.model.name().to_owned(),
+        revision: checkpoint.revision.clone(),
+        architecture: model.family.architecture.to_owned(),
+        model_type: string(&checkpoint.config, "model_type"),
+        hidden: spec.hidden,
+        vocab: spec.vocab,
+        max_positions: spec.longest().map(Longest::tokens),
+        tied_head: spec.head.tied,
+        parameters: model.parameters(),
+        active_parameters: active_parameters(spec),
+        stored_bytes: model.stored_dtypes().values().sum(),
+        stored_dtypes: model.stored_dtypes(),
+        embedding_bytes: model.stored_bytes(0, [&spec.embedding_need()]),
+        head_bytes: model.stored_bytes(0, &head),
+        layers: spec.layers.iter().enumerate().map(|(i, layer)| layer_inspection(model, i, layer)).collect(),
+        sites: spec.sites().into_iter().map(|site| site_inspection(model, site)).collect(),
+        unstudied_norms: model.unstudied_norms(),
+        ignored: model.ignored.clone(),
+        unexplained: model.unexplained.clone(),
+        config: model.config.clone(),
+        checkpoint_notes: model.checkpoint_notes(),
+        files: checkpoint.weights.files().to_vec(),
+        description: if checkpoint.revision.is_some() { checkpoint.description() } else { Vec::new() },
+        tokenizer: checkpoint.tokenizer().map(|files| files.to_string()),
+        plan: plan(model, run, job, checkpoint.weights.files()),
+    }
+}
+
+fn string(config: &Value, key: &str) -> String {
+    config[key].as_str().unwrap_or_default().to_owned()
+}
+
+fn layer_needs(spec: &DecoderSpec, layer: usize) -> Vec<Need> {
+    spec.units(u64::MAX).into_iter().filter(|unit| unit.layer == layer).flat_map(|unit| unit.needs).collect()
+}
+
+fn layer_inspection(model: &Model<'_>, index: usize, layer: &LayerSpec) -> LayerInspection {
+    let needs = layer_needs(&model.spec, index);
+    LayerInspection {
+        layer: index,
+        kind: layer.describe(),
+        experts: layer.experts(),
+        tensors: needs.len(),
+        parameters: needs.iter().map(Need::elements).sum(),
+        bytes: model.stored_bytes(index, &needs),
+    }
+}
+
+fn site_inspection(model: &Model<'_>, site: Site) -> SiteInspection {
+    let role = match site.point {
+        Point::BeforeMlp | Point::AfterMlp => Role::FfnNorm,
+        _ => Role::MixerNorm,
+    };
+    SiteInspection { layer: site.layer, point: site.point, tensor: model.name(site.layer, role) }
+}
+
+/// Parameters that are there for one token, as models are commonly described: all that are used, of routed experts the top-k of each layer.
+/// The embedding counts whole, once where it is the head as well: of a dense model all parameters are active.
+pub fn active_parameters(spec: &DecoderSpec) -> u64 {
+    let head = spec.head_needs().into_iter().filter(|need| need.role != Role::Head || !spec.head.stored);
+    let outside = [spec.embedding_need()].into_iter().chain(spec.input_needs()).chain(head);
+    let inside = spec.units(u64::MAX).iter().map(|unit| active_in(spec, unit)).sum::<u64>();
+    outside.map(|need| need.elements()).sum::<u64>() + inside
+}
+
+/// Parameters outside the layers that a token is multiplied with: not the tables of which it reads one row (learned positions, and the
+/// embedding, unless that is the head as well).
+fn multiplied_outside(spec: &DecoderSpec) -> u64 {
+    let lead_in = spec.input_needs().into_iter().filter(|need| need.role != Role::Positions);
+    let lead_out = spec.output_needs().into_iter().chain([spec.head_need()]).chain(spec.head_bias_need());
+    lead_in.chain(lead_out).map(|need| need.elements()).sum()
+}
+
+/// Active parameters of a unit, all experts of a layer being one.
+fn active_in(spec: &DecoderSpec, unit: &Unit) -> u64 {
+    let whole: u64 = unit.needs.iter().map(Need::elements).sum();
+    match (&unit.part, &spec.layers[unit.layer].ffn) {
+        (Part::Experts(_), FfnSpec::Moe(moe)) => {
+            let of_experts = unit.needs.iter().filter(|need| need.expert.is_some());
+            let routed: u64 = of_experts.map(Need::elements).sum();
+            whole - routed + routed / moe.experts as u64 * moe.top_k as u64
+        }
+        _ => whole,
+    }
+}
+
+/// Floating-point operations: two per token and parameter it is multiplied with, and four per head value and visible key.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Flops {
+    /// Projections and attention.
+    pub(crate) mixer: f64,
+    /// MLPs, routers, experts.
+    pub(crate) feed_forward: f64,
+    /// Everything outside the layers.
+    pub(crate) head: f64,
+}
+
+impl Flops {
+    /// All of them.
+    pub(crate) fn total(self) -> f64 {
+        self.mixer + self.feed_forward + self.head
+    }
+
+    /// Of a run over a model.
+    pub(crate) fn of(spec: &DecoderSpec, run: PlannedRun) -> Self {
+        let tokens = (run.sequences * run.tokens) as f64;
+        let pairs = run.sequences as f64 * run.tokens as f64 * (run.tokens as f64 + 1.0) / 2.0;
+        // Per visible pair of tokens and head: the product of query and key, and the weighted value.
+        let attention: f64 = spec.layers.iter().map(|l| 2.0 * l.mixer.pair_values() as f64 * pairs).sum();
+        let mut flops =
+            Self { mixer: attention, feed_forward: 0.0, head: 2.0 * multiplied_outside(spec) as f64 * tokens };
+        for unit in spec.units(u64::MAX) {
+            let kind = if unit.part == Part::Mixer { &mut flops.mixer } else { &mut flops.feed_forward };
+            *kind += 2.0 * active_in(spec, &unit) as f64 * tokens;
+        }
+        if !run.with_head {
+            flops.head = 0.0;
+        }
+        // Attention is looked at once more per arm.
+        let arms = run.arms as f64;
+        let (mixer, feed_forward, head) =
+            ((2.0 * arms - 1.0) * flops.mixer, arms * flops.feed_forward, arms * flops.head);
+        Self { mixer, feed_forward, head }
+    }
+}
+
+fn plan(model: &Model<'_>, run: PlannedRun, job: &JobSpec, files: &[FileBytes]) -> PlanFigures {
+    let disk_bytes = disk_bytes(job, files);
+    let streams = matches!((&job.model, &job.weights), (ModelSource::Hub { .. }, None | Some(Weights::Hub)));
+    let held = || {
+        let order = stream::reading_order(model, run.group_elements, run.with_head, None);
+        held_for_hashes(&order, files.iter().map(|file| file.bytes))
+    };
+    let spec = &model.spec;
+    let value = run.compute.size_in_bytes() as u64;
+    PlanFigures {
+        sequences: run.sequences,
+        tokens_per_sequence: run.tokens,
+        compute_bytes_per_value: value,
+        flops: Flops::of(spec, run).total(),
+        streamed_memory_bytes: streamed_memory(model, run),
+        resident_memory_bytes: resident_memory(model, run),
+        hidden_state_bytes: hidden_states(spec, run),
+        hash_memory_bytes: if streams && disk_bytes == 0 { held() } else { 0 },
+        disk_bytes,
+        bytes_to_read: model.stored_dtypes().values().sum(),
+        exports: export::planned(job, spec),
+    }
+}
+
+/// One hidden state per token and copy, bytes.
+fn hidden_states(spec: &DecoderSpec, run: PlannedRun) -> u64 {
+    (run.arms * run.sequences * run.tokens * spec.hidden * run.compute.size_in_bytes()) as u64
+}
+
+/// What is kept of all tokens while a unit is computed: hidden states; the norm's output that a mixer leaves for the feed-forward; of a
+/// mixture the norm's output, the sum of its experts, and the output of an MLP beside them.
+fn states(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
+    let layer = &spec.layers[unit.layer];
+    let shared = u64::from(layer.order == NormOrder::Shared);
+    let beside = u64::from(matches!(&layer.ffn, FfnSpec::Moe(moe) if moe.beside.is_some()));
+    hidden_states(spec, run)
+        * match unit.part {
+            Part::Mixer | Part::Dense => 1 + shared,
+            Part::Router => 3 + beside,
+            // Without loops of our own, outputs are held until there are as many as tokens.
+            Part::Experts(_) => 3 + beside + u64::from(!run.arithmetic.in_place),
+        }
+}
+
+/// Memory that is taken beside weights while the unit that takes most is computed, bytes. Several devices may be at different ones.
+fn busiest(spec: &DecoderSpec, units: &[Unit], run: PlannedRun) -> u64 {
+    let states = |unit: &Unit| states(spec, unit, run);
+    let work = |unit: &Unit| workspace(spec, unit, run) + widened(spec, unit, run);
+    if run.devices > 1 {
+        most(units, states) + run.devices as u64 * most(units, work)
+    } else {
+        most(units, |unit| states(unit) + work(unit))
+    }
+}
+
+fn most(units: &[Unit], bytes: impl Fn(&Unit) -> u64) -> u64 {
+    units.iter().map(bytes).max().unwrap_or(0)
+}
+
+/// What the program takes before it has a model, bytes.
+const OWN: u64 = 12 << 20;
+
+/// Memory of a run whose weights are streamed, bytes: what is kept of all tokens, and for each
+/// device its two largest units, the stored bytes of a tensor that is being decoded, and its
+/// workspace; or the same for the head, which follows.
+pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
+    let spec = &model.spec;
+    let units = spec.units(run.group_elements);
+    let mut sizes: Vec<u64> = units
+        .iter()
+        .map(|unit| model.kept_bytes(unit.layer, &unit.needs, run.compute, run.arithmetic.takes_bf16))
+        .collect();
+    sizes.sort_unstable_by(|a, b| b.cmp(a));
+    let two_largest: u64 = sizes.iter().take(2).sum();
+    let needs = units.iter().flat_map(|unit| unit.needs.iter().map(|need| model.stored(unit.layer, need).bytes()));
+    // On the host; on a GPU they come in pieces of a buffer, which is no larger than a tensor.
+    let being_decoded = needs.max().unwrap_or(0);
+    let layers = run.devices as u64 * (two_largest + being_decoded) + busiest(spec, &units, run);
+    // A tied head is read once, before the layers.
+    let tied = if run.with_head && spec.head.tied { model.stored_bytes(0, [&spec.embedding_need()]) } else { 0 };
+    let head = if run.with_head { hidden_states(spec, run) + head_workspace(model, run) } else { 0 };
+    let laid_out = run.devices as u64 * most(&units, |unit| laid_out(spec, unit, run));
+    // On GPUs they are in another memory.
+    let noted = if run.arithmetic.in_place { study::bytes(spec.sites().len(), spec.hidden) + run.measured } else { 0 };
+    OWN + noted + tied + laid_out + layers.max(head).max(embedded(spec, run))
+}
+
+/// Memory of a run whose weights are all there at once, bytes.
+pub fn resident_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
+    let weights = model.parameters() * run.compute.size_in_bytes() as u64;
+    let units = model.spec.units(run.group_elements);
+    weights + busiest(&model.spec, &units, run).max(hidden_states(&model.spec, run) + head_workspace(model, run))
+}
+
+/// Rows of a micro-batch: whole sequences.
+fn batch_rows(run: PlannedRun) -> usize {
+    (run.micro_batch_tokens / run.tokens.max(1)).clamp(1, run.sequences.max(1)) * run.tokens
+}
+
+/// The embedded tokens in f32, before they become hidden states.
+fn embedded(spec: &DecoderSpec, run: PlannedRun) -> u64 {
+    (run.sequences * run.tokens * (spec.embedding.width * size_of::<f32>() + size_of::<usize>())) as u64
+}
+
+/// Memory of a micro-batch on its way through a unit, bytes: projections and one block of scores, or a feed-forward.
+fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
+    let (rows, value) = (rows(spec, unit, run), run.compute.size_in_bytes());
+    let LayerSpec { mixer, ffn, .. } = &spec.layers[unit.layer];
+    let feed_forward = |mlp: &MlpSpec| {
+        // Gate and up, and what comes of them, which may take the gate's place.
+        let inner = match mlp.gate_up() {
+            None | Some(GateUp::Separate) => 2,
+            Some(GateUp::Halves | GateUp::Interleaved) => 3,
+        };
+        rows * (inner * mlp.intermediate + 2 * spec.hidden) * value
+    };
+    let bytes = match (&unit.part, ffn) {
+        (Part::Mixer, _) => {
+            // On a CPU attention is to one sequence after another.
+            let (sequences, mixed) = match run.arithmetic.in_place {
+                true => (1, 0),
+                false => (rows.div_ceil(run.tokens.max(1)), mixer.mixed_bytes(value)),
+            };
+            let scores = (sequences * mixer.score_heads() * QUERY_BLOCK * run.tokens).min(SCORE_VALUES) * value;
+            rows * (mixer.projected_bytes(value) + mixed + 2 * spec.hidden * value) + scores
+        }
+        (_, FfnSpec::None) => 0,
+        (_, FfnSpec::Dense(mlp)) => feed_forward(mlp),
+        (Part::Experts(group), FfnSpec::Moe(moe)) => feed_forward(&moe.expert) + dispatched(spec, moe, group, run),
+        (_, FfnSpec::Moe(moe)) => {
+            let shared = moe.shared.map(|shared| shared.mlp);
+            shared.iter().chain(&moe.beside).map(feed_forward).max().unwrap_or(0)
+        }
+    };
+    bytes as u64
+}
+
+/// What experts take beside their products where that is done by operations of the tensor library,
+/// bytes: the inputs of a group in a wave; of a micro-batch the outputs that are added together,
+/// those of a slot and the new sum; and for all tokens where their outputs are.
+fn dispatched(spec: &DecoderSpec, moe: &MoeSpec, group: &Range<usize>, run: PlannedRun) -> usize {
+    if run.arithmetic.in_place {
+        return 0;
+    }
+    let (tokens, batch_rows) = (run.sequences * run.tokens, batch_rows(run));
+    let wave_rows = tokens.min(stream::batches_per_wave(tokens.div_ceil(batch_rows)) * batch_rows);
+    let inputs = (share(moe, wave_rows) * group.len()).min(wave_rows * moe.top_k.min(group.len()));
+    let outputs = 3 * batch_rows + expert_rows(moe, run);
+    let index = tokens * moe.top_k * (1 + moe.top_k) * size_of::<u32>();
+    (inputs + outputs) * spec.hidden * run.compute.size_in_bytes() + index
+}
+
+/// Rows that a unit is given at once.
+fn rows(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> usize {
+    match (&unit.part, &spec.layers[unit.layer].ffn) {
+        (Part::Experts(_), FfnSpec::Moe(moe)) => expert_rows(moe, run),
+        _ => batch_rows(run),
+    }
+}
+
+/// What is laid out of a unit's largest input for its product with weights of bf16, bytes: an f32 in three parts at most.
+fn laid_out(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
+    if !run.arithmetic.takes_bf16 {
+        return 0;
+    }
+    let value = if run.compute == DType::F32 { 3 * size_of::<bf16>() } else { size_of::<bf16>() };
+    let inputs = unit.needs.iter().filter(|need| need.is_matrix()).map(|need| need.shape[1]);
+    let bytes = rows(spec, unit, run) * inputs.max().unwrap_or(0) * value;
+    bytes.min(outliers_matmul::MEMORY) as u64
+}
+
+/// Memory of a unit's largest product in f32, where the pass is in another dtype and products are not: a matrix, what it multiplies and
+/// what comes out.
+fn widened(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
+    if !run.arithmetic.widens {
+        return 0;
+    }
+    let rows = rows(spec, unit, run);
+    let values = |need: &Need| need.shape.iter().product::<usize>() + rows * need.shape.iter().sum::<usize>();
+    let matrices = unit.needs.iter().filter(|need| need.is_matrix());
+    (matrices.map(values).max().unwrap_or(0) * size_of::<f32>()) as u64
+}
+
+/// What goes to an expert of so many rows if half as many more choose it as on average.
+fn share(moe: &MoeSpec, rows: usize) -> usize {
+    (3 * rows * moe.top_k).div_ceil(2 * moe.experts)
+}
+
+/// Rows that an expert is given at once: its share of all tokens, but no more than a micro-batch
+/// and what goes to it of another.
+fn expert_rows(moe: &MoeSpec, run: PlannedRun) -> usize {
+    share(moe, run.sequences * run.tokens).min(batch_rows(run) + share(moe, batch_rows(run)))
+}
+
+/// Memory of the head: a block of the vocabulary in use and one on its way, and the logits of a
+/// micro-batch, twice while they are capped.
+fn head_workspace(model: &Model<'_>, run: PlannedRun) -> u64 {
+    let (need, value) = (model.spec.head_need(), run.compute.size_in_bytes());
+    let block = VOCAB_BLOCK.min(model.spec.vocab);
+    let stored = model.stored(0, &need);
+    let kept = 2 * stored.kept_as(run.compute, run.arithmetic.takes_bf16).size_in_bytes() * need.shape[1] * block;
+    let widened = if run.arithmetic.widens { size_of::<f32>() * (block + batch_rows(run)) * need.shape[1] } else { 0 };
+    let on_its_way = stored.bytes() as usize / need.shape[0] * block;
+    let logits = if model.spec.head.softcap.is_some() { 2 * value } else { value };
+    (kept + on_its_way + widened + batch_rows(run) * block * logits) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::arch;
+
+    fn spec(config: &str, change: impl FnOnce(&mut Value)) -> DecoderSpec {
+        let mut config = serde_json::from_str(config).unwrap();
+        change(&mut config);
+        arch::read(&config).unwrap().spec
+    }
+
+    #[test]
+    fn of_a_mixture_all_is_active_but_the_experts_not_chosen() {
+        let text = include_str!("../../../tests/golden/glm4-moe/model/config.json");
+        let mixture = |top_k: u64| spec(text, |config| config["num_experts_per_tok"] = top_k.into());
+        // By hand. Embedding, head, last norm; both norms, queries, keys, values with their biases, output; router with its correction.
+        let outside = 2 * 332 * 64 + 64;
+        let mixer = 2 * 64 + (96 + 2 * 32) * (64 + 1) + 64 * 96;
+        let (dense, expert, router) = (3 * 96 * 64, 3 * 32 * 64, 4 * 64 + 4);
+        let with = |experts: u64| outside + (mixer + dense) + 2 * (mixer + router + expert + experts * expert);
+        for top_k in [1, 2, 4] {
+            assert_eq!(active_parameters(&mixture(top_k)), with(top_k), "a shared expert is always active");
+        }
+        let all: u64 = mixture(2).needs().iter().map(|(_, need)| need.elements()).sum();
+        assert_eq!(all, with(4));
+    }
+
+    #[test]
+    fn of_a_dense_model_everything_is_active_and_an_embedding_that_is_the_head_is_one() {
+        let dense = spec(include_str!("../../../tests/golden/gpt2/model/config.json"), |_| ());
+        // By hand. Tokens, positions, last norm; two norms, queries, keys and values, output, up, down, each with its bias.
+        let layer = 2 * 128 + (64 + 1) * 192 + (64 + 1) * 64 + (64 + 1) * 256 + (256 + 1) * 64;
+        assert_eq!(active_parameters(&dense), (300 + 96 + 2) * 64 + 2 * layer);
+    }
+}
