@@ -249,9 +249,9 @@ impl UnderWay {
     /// What the worker measures is nearer than any estimate.
     fn note_progress(&mut self, progress: Option<Progress>) {
         let left = |progress: &Progress| Duration::try_from_secs_f64(progress.eta_seconds?).ok();
-        let measured = progress.as_ref().and_then(|progress| {
-            Some(Duration::from_millis(progress.at_ms).checked_add(left(progress)?)?.as_secs())
-        });
+        let measured = progress
+            .as_ref()
+            .and_then(|progress| Some(Duration::from_millis(progress.at_ms).checked_add(left(progress)?)?.as_secs()));
         self.expected = measured.or(self.expected);
         self.progress = progress;
     }

@@ -136,7 +136,10 @@ impl<O: Overwrite> InplaceOp2 for InPlace<O> {
 }
 
 /// Has `see` read a tensor on a CPU, if there is one, beside the storages that an operation has.
-pub(crate) fn reading<R>(tensor: Option<&Tensor>, see: impl FnOnce(Option<(&CpuStorage, &Layout)>) -> Result<R>) -> Result<R> {
+pub(crate) fn reading<R>(
+    tensor: Option<&Tensor>,
+    see: impl FnOnce(Option<(&CpuStorage, &Layout)>) -> Result<R>,
+) -> Result<R> {
     let Some(tensor) = tensor else { return see(None) };
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
@@ -247,13 +250,17 @@ impl CustomOp2 for RmsNorm<'_> {
         let out = reading(self.residual, |residual| {
             Ok(match (s1, s2, residual) {
                 (F32(x), F32(g), None) => F32(self.run(part(x, l1)?, part(g, l2)?, None)?),
-                (F32(x), F32(g), Some((F32(r), l3))) => F32(self.run(part(x, l1)?, part(g, l2)?, Some(part(r, l3)?))?),
+                (F32(x), F32(g), Some((F32(r), l3))) => {
+                    F32(self.run(part(x, l1)?, part(g, l2)?, Some(part(r, l3)?))?)
+                }
                 (BF16(x), BF16(g), None) => BF16(self.run(part(x, l1)?, part(g, l2)?, None)?),
                 (BF16(x), BF16(g), Some((BF16(r), l3))) => {
                     BF16(self.run(part(x, l1)?, part(g, l2)?, Some(part(r, l3)?))?)
                 }
                 (F16(x), F16(g), None) => F16(self.run(part(x, l1)?, part(g, l2)?, None)?),
-                (F16(x), F16(g), Some((F16(r), l3))) => F16(self.run(part(x, l1)?, part(g, l2)?, Some(part(r, l3)?))?),
+                (F16(x), F16(g), Some((F16(r), l3))) => {
+                    F16(self.run(part(x, l1)?, part(g, l2)?, Some(part(r, l3)?))?)
+                }
                 _ => bail!("rms-norm: value, gain and residual differ in dtype"),
             })
         })?;
@@ -1072,9 +1079,8 @@ mod tests {
             let (x, gain, bias) = (values(&[12, width], 1), values(&[width], 2), values(&[width], 6));
             let (of_x, gains, biases) = (rows(&x), vector(&gain), vector(&bias));
             let mean = |row: usize| of_x[row].iter().sum::<f64>() / width as f64;
-            let square = |row: usize, from: f64| {
-                of_x[row].iter().map(|v| (v - from).powi(2)).sum::<f64>() / width as f64 + 1e-5
-            };
+            let square =
+                |row: usize, from: f64| of_x[row].iter().map(|v| (v - from).powi(2)).sum::<f64>() / width as f64 + 1e-5;
             let rms = |r: usize, c: usize| of_x[r][c] / square(r, 0.0).sqrt() * gains[c];
             assert_each(&rms_norm(&x, &gain, 1e-5).unwrap(), 5e-5, rms);
             let layer = |r: usize, c: usize| (of_x[r][c] - mean(r)) / square(r, mean(r)).sqrt() * gains[c] + biases[c];
