@@ -75,7 +75,7 @@ pub(super) async fn command(context: &Context, asked: &OffersRequest) -> Result<
     let most = if asked.all { ALL } else { TOP };
     context.reporter.result(&document, || {
         let steps = tables::steps(document.considered, &document.steps);
-        let usual = if args.model.is_none() { USUAL_IN_WORDS } else { "" };
+        let usual = if asked.job.is_none() { USUAL_IN_WORDS } else { "" };
         tables::paragraphs(&(tables::offers(&selection.offers, &work, limit, None, most) + &steps + usual))
     });
     Ok(ExitStatus::Done)

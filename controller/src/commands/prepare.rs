@@ -2,7 +2,6 @@
 
 use std::io::{BufRead, IsTerminal, Write};
 use std::path::Path;
-use std::time::Duration;
 
 use outliers_protocol::{CorpusSource, FileBytes, Inspection, JobSpec, ModelSource, Weights};
 

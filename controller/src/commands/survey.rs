@@ -12,7 +12,7 @@ use crate::run::ledger::{Ledger, Records, RunRecord, RunWriter, now_ms};
 use crate::run::local_worker::LocalWorker;
 use crate::survey::{Index, Member, ModelOutcome, SurveyError, index};
 use crate::ui::report::{CliError, ExitStatus};
-use crate::units::Usd;
+use crate::units::{GpuTime, Usd};
 
 mod drive;
 mod tell;

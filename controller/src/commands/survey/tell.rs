@@ -141,7 +141,7 @@ impl Session<'_> {
             max_parallel: self.asked.max_parallel,
             budget: self.asked.budget,
             spent: self.spent(runs),
-            max_gpu_time: self.max_gpu_time(),
+            max_gpu_time: self.asked.max_gpu_time,
             gpu_time: self.gpu_time(runs),
             estimate: costs.sum(),
             at_most: models.iter().filter_map(|row| row.at_most).sum(),
