@@ -293,6 +293,19 @@ async fn a_command_that_is_under_way_ends_with_its_instance_and_is_no_failure_of
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_ends_with_a_signal_to_its_instance_is_no_failure_of_its_own() {
+    let cloud = Cloud::new();
+    let instance = cloud.rent().await;
+    let there = cloud.reach(&instance);
+    let up = cloud.folder(&instance).join("home/up");
+    let running = tokio::spawn(async move { there.exec("touch up; exec sleep 300", b"", TIMEOUT).await });
+    until("the command", || up.exists()).await;
+    kill(instance_pid(&cloud, &instance), "-TERM");
+    let gone = running.await.unwrap().unwrap_err();
+    assert_eq!(gone.kind, TransportErrorKind::Gone, "{gone}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_signal_ends_the_instance_and_what_runs_there() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
@@ -315,6 +328,18 @@ async fn the_deadline_ends_everything_and_the_bill() {
     assert!(bill.running.is_empty() && bill.entries.len() == 1, "{bill:?}");
     cloud.broker.terminate(&instance.id).await.unwrap();
     assert_eq!(cloud.broker.bill().unwrap(), bill);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_deadline_ends_an_instance_that_has_lost_its_gate() {
+    let cloud = Cloud::new();
+    let instance = cloud.broker.create(&cloud.offer().await, &cloud.lease_for(4)).await.unwrap();
+    let worker = text(&cloud.reach(&instance), "sleep 300 </dev/null >/dev/null 2>&1 & echo $!").await;
+    let (worker, pid) = (worker.parse().unwrap(), instance_pid(&cloud, &instance));
+    fs::remove_file(cloud.folder(&instance).join("gate")).unwrap();
+    until("the end", || !alive(pid)).await;
+    assert!(!alive(worker) && !cloud.folder(&instance).exists());
+    assert_eq!(cloud.broker.bill().unwrap().entries.len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -329,7 +329,8 @@ fn end(folder: &Folder, id: &str, billed: bool) -> Result<(), BrokerError> {
     // Nobody else can start or end anything here while we hold it.
     let lock = match absent(folder.lock()) {
         Ok(Some(None)) => return Err(stays("its lock is held by a process that is not its own".to_owned())),
-        Ok(None) if !folder.path().exists() => return Ok(()),
+        // Whoever held the lock before has concluded it, bill included.
+        Ok(_) if !folder.path().exists() => return Ok(()),
         Ok(lock) => lock,
         Err(error) => return Err(stays(error.to_string())),
     };
@@ -408,4 +409,38 @@ fn unavailable(message: String) -> BrokerError {
 
 fn rejected(message: String) -> BrokerError {
     error(BrokerErrorKind::Rejected, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::UsdPerHour;
+
+    #[test]
+    fn what_another_has_ended_meanwhile_is_billed_once() {
+        let root = tempfile::tempdir().unwrap();
+        let instances = root.path().join("instances");
+        make_private_dir(&instances).unwrap();
+        let record = Record {
+            id: new_id(),
+            name: "outliers-o-r-n-99".to_owned(),
+            price: UsdPerHour::from_dollars(0.5),
+            hardware: "2 CPU cores".to_owned(),
+            gpus: Vec::new(),
+            created_at: 7,
+        };
+        let folder = Folder::create(&instances, &record).unwrap();
+        let lock = folder.lock().unwrap().unwrap();
+        let (there, id) = (folder.clone(), record.id.clone());
+        let terminates = thread::spawn(move || end(&there, &id, true));
+        while !folder.is_ending() {
+            thread::sleep(PAUSE);
+        }
+        // By then it waits for the lock.
+        thread::sleep(Duration::from_secs(1));
+        conclude(&folder, &record, true).unwrap();
+        drop(lock);
+        terminates.join().unwrap().unwrap();
+        assert_eq!(bill::read(root.path()).unwrap().len(), 1);
+    }
 }

@@ -196,7 +196,8 @@ impl Slurm {
         let (name, root, user) = (tag.to_string(), quote(root), quote(user));
         format!(
             "scancel --user={user} --name={name} || exit 1\n\
-             if [ -f {root}/{name}/stage.sh ]; then scancel --user={user} --name={name}{SUFFIX} || exit 1; fi\n\
+             if [ -f {root}/{name}/stage.sh ] || [ ! -d {root}/{name} ]; then\n\
+               scancel --user={user} --name={name}{SUFFIX} || exit 1\nfi\n\
              cd {root} 2> /dev/null || exit 0\nrm -rf ./{name} || exit 1\n\
              for left in outliers-*/; do [ -d \"$left\" ] && {{ date +%s > .changed; exit 0; }}; done\n\
              i=0; until mkdir .asking 2> /dev/null || [ $i -ge 5 ]; do i=$((i + 1)); sleep 1; done\n\

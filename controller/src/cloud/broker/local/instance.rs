@@ -42,11 +42,13 @@ pub async fn serve(dir: &Path) -> Result<()> {
     ensure!(!folder.is_ending(), "{} is being terminated", record.id);
     ensure!(record.deadline().is_none_or(|deadline| now() < deadline), "the lease of {} is over", record.id);
     let end = live(&folder, &record).await?;
-    // Who terminates it keeps others from starting anything; at the deadline nobody else does.
-    let shut = match end {
-        End::Deadline => folder.shut().context("cannot keep commands from starting")?,
-        End::Signal => None,
-    };
+    // Who terminates it keeps commands from starting; else nobody does. One that ends with the
+    // instance is told so, too.
+    let shut = if folder.is_ending() { Ok(None) } else { folder.shut() };
+    if let Err(error) = &shut {
+        // What starts meanwhile may be left; everything else ends all the same.
+        tracing::warn!(id = record.id, %error, "commands are not kept from starting");
+    }
     end_everything(&folder, &record).await?;
     if let End::Deadline = end {
         super::conclude(&folder, &record, true).context("the lease is over, but its folder stays")?;

@@ -302,6 +302,27 @@ fn a_job_that_fetches_is_submitted_before_the_one_that_waits_for_it() {
 }
 
 #[test]
+fn a_job_that_fetches_ends_with_its_lease_even_if_the_folder_is_gone() {
+    let scratch = tempfile::tempdir().unwrap();
+    let root = scratch.path().join("jobs");
+    let lease = root.join(tag("r1"));
+    let cancelled = || {
+        let removal = Slurm::removal(root.to_str().unwrap(), "me", &tag("r1").parse().unwrap());
+        let script = format!("scancel() {{ echo \"$*\"; }}\n{removal}");
+        let out = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
+        assert!(out.status.success() && !lease.exists(), "{out:?}");
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let fetches = format!("--user=me --name={}-stage\n", tag("r1"));
+    std::fs::create_dir_all(&lease).unwrap();
+    assert!(!cancelled().contains(&fetches), "nothing is fetched for it");
+    std::fs::create_dir_all(&lease).unwrap();
+    std::fs::write(lease.join("stage.sh"), "").unwrap();
+    assert!(cancelled().ends_with(&fetches));
+    assert!(cancelled().ends_with(&fetches), "nobody can say any more");
+}
+
+#[test]
 fn a_submission_names_the_tag_and_the_limits_and_nothing_is_read_by_a_shell() {
     let (lease, sku) = (lease(None), two_gpus());
     let root = "/scratch/it's me; rm -rf x";
