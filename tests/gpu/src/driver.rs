@@ -443,6 +443,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
         shared: shared as usize,
     };
     if grid.blocks.contains(&0)
+        || grid.blocks[1..].iter().any(|blocks| *blocks > 65_535)
         || grid.threads.iter().product::<u32>() == 0
         || grid.threads.iter().product::<u32>() > 1024
     {

@@ -408,6 +408,8 @@ impl<'a> Mixing<'a> {
             product(&shares, &of_heads(value)?.t()?)?.reshape((count * groups, queries, v))
         };
         let mixed = (0..all_kv_heads).step_by(at_once).map(some_heads).collect::<Result<Vec<_>>>()?;
+        // A plan has no room for a copy of the queries beside both.
+        drop(query);
         Tensor::cat(&mixed, 0)
     }
 }

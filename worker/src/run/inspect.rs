@@ -242,8 +242,8 @@ fn most(units: &[Unit], bytes: impl Fn(&Unit) -> u64) -> u64 {
 const OWN: u64 = 12 << 20;
 
 /// Memory of a run whose weights are streamed, bytes: what is kept of all tokens, and for each
-/// device its two largest units, the stored bytes of a tensor that is being decoded, and its
-/// workspace; or the same for the head, which follows.
+/// device its two largest units, the stored bytes of a tensor that is being decoded, the angles of
+/// rotations, and its workspace; or the same for the head, which follows.
 pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let spec = &model.spec;
     let units = spec.units(run.group_elements);
@@ -261,16 +261,30 @@ pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let tied = if run.with_head && spec.head.tied { model.stored_bytes(0, [&spec.embedding_need()]) } else { 0 };
     let head = if run.with_head { hidden_states(spec, run) + head_workspace(model, run) } else { 0 };
     let laid_out = run.devices as u64 * most(&units, |unit| laid_out(spec, unit, run));
+    let angles = run.devices as u64 * angles(spec, run);
     // On GPUs they are in another memory.
     let noted = if run.arithmetic.in_place { study::bytes(spec.sites().len(), spec.hidden) + run.measured } else { 0 };
-    OWN + noted + tied + laid_out + layers.max(head).max(embedded(spec, run))
+    OWN + noted + tied + laid_out + angles + layers.max(head).max(embedded(spec, run))
 }
 
 /// Memory of a run whose weights are all there at once, bytes.
 pub fn resident_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let weights = model.parameters() * run.compute.size_in_bytes() as u64;
     let units = model.spec.units(run.group_elements);
-    weights + busiest(&model.spec, &units, run).max(hidden_states(&model.spec, run) + head_workspace(model, run))
+    let work = busiest(&model.spec, &units, run).max(hidden_states(&model.spec, run) + head_workspace(model, run));
+    weights + angles(&model.spec, run) + work
+}
+
+/// Cosines and sines of all positions, once for each kind of rotation, bytes.
+fn angles(spec: &DecoderSpec, run: PlannedRun) -> u64 {
+    let mut kinds = Vec::new();
+    for rope in spec.layers.iter().filter_map(|layer| layer.mixer.rope()) {
+        if !kinds.contains(&rope) {
+            kinds.push(rope);
+        }
+    }
+    let dims: usize = kinds.iter().map(|rope| rope.dims).sum();
+    (run.tokens * dims * size_of::<f32>()) as u64
 }
 
 /// Rows of a micro-batch: whole sequences.
@@ -411,6 +425,28 @@ mod tests {
         }
         let all: u64 = mixture(2).needs().iter().map(|(_, need)| need.elements()).sum();
         assert_eq!(all, with(4));
+    }
+
+    #[test]
+    fn angles_are_planned_once_for_each_kind_of_rotation() {
+        let run = PlannedRun {
+            sequences: 1,
+            tokens: 1000,
+            arms: 1,
+            compute: DType::F32,
+            micro_batch_tokens: 1000,
+            group_elements: 1,
+            measured: 0,
+            arithmetic: Arithmetic::default(),
+            with_head: true,
+            devices: 1,
+        };
+        // Layers that see everything and layers with a window turn by other frequencies.
+        let two = spec(include_str!("../../../tests/golden/gemma3-text/model/config.json"), |_| ());
+        let dims = two.layers[0].mixer.rope().unwrap().dims;
+        assert_eq!(angles(&two, run), 2 * 1000 * 4 * dims as u64);
+        let none = spec(include_str!("../../../tests/golden/gpt2/model/config.json"), |_| ());
+        assert_eq!(angles(&none, run), 0);
     }
 
     #[test]
