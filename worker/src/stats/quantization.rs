@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use outliers_protocol::{
     NumberFormat, PooledQuantization, QUANTIZED_ROWS, QuantizationError, QuantizationErrors, SiteQuantization,
 };
+use outliers_scan::simd::vectorized;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +16,8 @@ use crate::noise;
 
 /// Dimensions that are rotated together; 0: none are.
 const ROTATIONS: [usize; 4] = [0, 16, 32, 128];
+/// Rotations times formats.
+const WAYS: usize = ROTATIONS.len() * NumberFormat::ALL.len();
 /// Largest magnitudes of E4M3 and E2M1.
 const E4M3_MAX: f32 = 448.0;
 const E2M1_MAX: f32 = 6.0;
@@ -25,7 +28,7 @@ fn ways() -> impl Iterator<Item = (usize, NumberFormat)> {
 }
 
 /// What one row loses in one way.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Loss {
     /// Relative squared error.
     error: f64,
@@ -113,10 +116,10 @@ impl Quantization {
         let rows = x.chunks_exact(hidden).enumerate().map(|(row, x)| (token(row), x));
         let sampled: Vec<(usize, &[f32])> = rows.filter(|(token, _)| self.is_sampled(*token)).collect();
         let threshold = self.threshold;
-        let losses = |(token, x): (usize, &[f32])| Some((token, losses(x, threshold)?));
-        let losses: Vec<(usize, Vec<Loss>)> = sampled.into_par_iter().filter_map(losses).collect();
+        let losses = |row: &mut QuantizedRow, (token, x): (usize, &[f32])| Some((token, row.losses(x, threshold)?));
+        let losses: Vec<_> = sampled.into_par_iter().map_init(QuantizedRow::default, losses).collect();
         let at_site = self.sites.entry(site).or_insert_with(none);
-        for (token, losses) in losses {
+        for (token, losses) in losses.into_iter().flatten() {
             at_site.iter_mut().zip(&losses).for_each(|(cost, loss)| cost.add(loss));
             if site.point.is_norm_output() {
                 let sequence = self.norm_outputs.entry(token / self.tokens).or_insert_with(none);
@@ -162,56 +165,159 @@ impl Quantization {
     }
 }
 
-/// Losses of one row in every way; `None` of zeros.
-fn losses(x: &[f32], threshold: f32) -> Option<Vec<Loss>> {
-    let squares: f64 = x.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
-    if squares == 0.0 {
-        return None;
+/// Values that are worked on together: those of the shortest block.
+const LANES: usize = 16;
+type Lanes = [f32; LANES];
+
+/// One row while it is quantised in every way; used again for the next, so that no row allocates.
+///
+/// Every block is a whole number of [`LANES`] values. Zeros fill up the last ones: they are no
+/// largest value and have no error.
+#[derive(Default)]
+struct QuantizedRow {
+    /// Number of values.
+    len: usize,
+    /// As it was.
+    plain: Vec<Lanes>,
+    /// Its blocks times Sylvester's matrices of the size so far.
+    sums: Vec<Lanes>,
+    /// As it is quantised: rotated.
+    rotated: Vec<Lanes>,
+    /// Largest |x| of each of `rotated`.
+    largest: Vec<f32>,
+    /// Whether each of `plain` holds an outlier.
+    outliers: Vec<bool>,
+    /// Sum of x^2.
+    squares: f64,
+}
+
+impl QuantizedRow {
+    /// Losses of a row of finite values in every way; `None` of zeros.
+    fn losses(&mut self, x: &[f32], threshold: f32) -> Option<[Loss; WAYS]> {
+        vectorized(
+            #[inline(always)]
+            || self.losses_in_every_way(x, threshold),
+        )
     }
-    let mut losses = Vec::with_capacity(ROTATIONS.len() * NumberFormat::ALL.len());
-    for rotation in ROTATIONS {
-        let rotated = rotated(x, rotation);
-        for format in NumberFormat::ALL {
-            let quantized = quantized(&rotated, format);
-            let block = format.block().max(rotation);
-            let mut loss = Loss { error: 0.0, in_outlier_blocks: 0.0, blocks: 0, outlier_blocks: 0 };
-            let blocks = x.chunks(block).zip(rotated.chunks(block)).zip(quantized.chunks(block));
-            for ((before, wanted), got) in blocks {
-                let squared = |(a, b): (&f32, &f32)| (f64::from(*a) - f64::from(*b)).powi(2);
-                let error = got.iter().zip(wanted).map(squared).sum::<f64>() / squares;
-                loss.blocks += 1;
-                loss.error += error;
-                if before.iter().any(|v| v.abs() >= threshold) {
-                    loss.outlier_blocks += 1;
-                    loss.in_outlier_blocks += error;
-                }
+
+    #[inline(always)]
+    fn losses_in_every_way(&mut self, x: &[f32], threshold: f32) -> Option<[Loss; WAYS]> {
+        self.load(x);
+        if self.squares == 0.0 {
+            return None;
+        }
+        let (mut losses, mut smaller) = ([Loss::default(); WAYS], 0);
+        for (losses, rotation) in losses.chunks_exact_mut(NumberFormat::ALL.len()).zip(ROTATIONS) {
+            self.rotate(smaller, rotation);
+            smaller = rotation;
+            if rotation == 0 {
+                self.outliers.clear();
+                self.outliers.extend(self.largest.iter().map(|largest| *largest >= threshold));
             }
-            losses.push(loss);
+            for (loss, format) in losses.iter_mut().zip(NumberFormat::ALL) {
+                *loss = self.loss(rotation, format);
+            }
         }
+        Some(losses)
     }
-    Some(losses)
-}
 
-/// Each whole block of `size` values times the orthonormal Hadamard matrix.
-fn rotated(x: &[f32], size: usize) -> Vec<f32> {
-    let mut x = x.to_vec();
-    if size > 0 {
+    #[inline(always)]
+    fn load(&mut self, x: &[f32]) {
+        let (whole, rest) = x.as_chunks::<LANES>();
+        self.len = x.len();
+        self.plain.clear();
+        self.plain.extend_from_slice(whole);
+        if !rest.is_empty() {
+            let mut last = [0.0; LANES];
+            last[..rest.len()].copy_from_slice(rest);
+            self.plain.push(last);
+        }
+        self.sums.clone_from(&self.plain);
+        self.rotated.clone_from(&self.plain);
+        self.largest.resize(self.plain.len(), 0.0);
+        self.squares = sum_of_squares(&self.plain);
+    }
+
+    /// Each whole block of `size` values times the orthonormal Hadamard matrix; 0: none is. Sizes
+    /// are taken in turn: `smaller` is the one before.
+    #[inline(always)]
+    fn rotate(&mut self, smaller: usize, size: usize) {
+        let whole = self.len / size.max(1) * size / LANES;
+        hadamard(&mut self.sums[..whole], smaller, size);
         let scale = (size as f32).sqrt().recip();
-        for block in x.chunks_exact_mut(size) {
-            hadamard(block);
-            block.iter_mut().for_each(|v| *v *= scale);
+        for (rotated, sums) in self.rotated.iter_mut().zip(&self.sums[..whole]) {
+            for (rotated, sum) in rotated.iter_mut().zip(sums) {
+                *rotated = sum * scale;
+            }
+        }
+        self.rotated[whole..].copy_from_slice(&self.plain[whole..]);
+        for (largest, lanes) in self.largest.iter_mut().zip(&self.rotated) {
+            *largest = folded(lanes, |a, b| larger(a.abs(), b.abs()));
         }
     }
-    x
+
+    #[inline(always)]
+    fn loss(&self, rotation: usize, format: NumberFormat) -> Loss {
+        let of_row = largest(&self.largest);
+        match format {
+            NumberFormat::Int8PerToken => self.loss_of_blocks(rotation, format, |_| of_row / 127.0, int8),
+            NumberFormat::Fp8Per128 => self.loss_of_blocks(rotation, format, |largest| largest / E4M3_MAX, e4m3),
+            NumberFormat::Mxfp4 => {
+                self.loss_of_blocks(rotation, format, |largest| power_of_two(exponent(largest) - 2), e2m1)
+            }
+            NumberFormat::Nvfp4 => {
+                let of_row = of_row / (E4M3_MAX * E2M1_MAX);
+                self.loss_of_blocks(rotation, format, |largest| e4m3(largest / E2M1_MAX / of_row) * of_row, e2m1)
+            }
+        }
+    }
+
+    /// The loss where a format's blocks have a scale by their largest |x| each.
+    #[inline(always)]
+    fn loss_of_blocks(
+        &self,
+        rotation: usize,
+        format: NumberFormat,
+        scale: impl Fn(f32) -> f32,
+        round: impl Fn(f32) -> f32,
+    ) -> Loss {
+        let (scaled, block) = (format.block() / LANES, format.block().max(rotation) / LANES);
+        let mut loss = Loss::default();
+        let blocks = self.rotated.chunks(block).zip(self.largest.chunks(block)).zip(self.outliers.chunks(block));
+        for ((values, maxima), outliers) in blocks {
+            let mut error = 0.0;
+            for (values, maxima) in values.chunks(scaled).zip(maxima.chunks(scaled)) {
+                error += squared_error(values, scale(largest(maxima)), &round);
+            }
+            error /= self.squares;
+            loss.blocks += 1;
+            loss.error += error;
+            if outliers.contains(&true) {
+                loss.outlier_blocks += 1;
+                loss.in_outlier_blocks += error;
+            }
+        }
+        loss
+    }
 }
 
-/// Times Sylvester's matrix of ones and minus ones; the length is a power of two.
-fn hadamard(block: &mut [f32]) {
-    let mut half = 1;
-    while half < block.len() {
-        for pair in block.chunks_exact_mut(2 * half) {
+/// Each block of `size` values times Sylvester's matrix of ones and minus ones. Blocks of `smaller`
+/// values already are, if that is not 0; both sizes are powers of two.
+#[inline(always)]
+fn hadamard(blocks: &mut [Lanes], smaller: usize, size: usize) {
+    if smaller < LANES {
+        for lanes in blocks.iter_mut() {
+            butterflies::<1>(lanes);
+            butterflies::<2>(lanes);
+            butterflies::<4>(lanes);
+            butterflies::<8>(lanes);
+        }
+    }
+    let mut half = smaller.max(LANES) / LANES;
+    while half < size / LANES {
+        for pair in blocks.chunks_exact_mut(2 * half) {
             let (left, right) = pair.split_at_mut(half);
-            for (a, b) in left.iter_mut().zip(right) {
+            for (a, b) in left.as_flattened_mut().iter_mut().zip(right.as_flattened_mut()) {
                 (*a, *b) = (*a + *b, *a - *b);
             }
         }
@@ -219,41 +325,106 @@ fn hadamard(block: &mut [f32]) {
     }
 }
 
-/// What a row becomes in a format.
-fn quantized(x: &[f32], format: NumberFormat) -> Vec<f32> {
-    let e2m1 = |v: f32| rounded(v, 0, 1, E2M1_MAX);
-    let e4m3 = |v: f32| rounded(v, -6, 3, E4M3_MAX);
-    match format {
-        NumberFormat::Int8PerToken => scaled(x, largest(x) / 127.0, |v| v.round_ties_even().clamp(-127.0, 127.0)),
-        NumberFormat::Fp8Per128 => by_block(x, 128, |block| scaled(block, largest(block) / E4M3_MAX, e4m3)),
-        NumberFormat::Mxfp4 => by_block(x, 32, |block| scaled(block, power_of_two(exponent(largest(block)) - 2), e2m1)),
-        NumberFormat::Nvfp4 => {
-            let of_row = largest(x) / (E4M3_MAX * E2M1_MAX);
-            by_block(x, 16, |block| scaled(block, e4m3(largest(block) / E2M1_MAX / of_row) * of_row, e2m1))
-        }
+/// Sum and difference of all values that are `HALF` apart.
+#[inline(always)]
+fn butterflies<const HALF: usize>(lanes: &mut Lanes) {
+    let before = *lanes;
+    for (at, v) in lanes.iter_mut().enumerate() {
+        let other = before[at ^ HALF];
+        *v = if at & HALF == 0 { *v + other } else { other - *v };
     }
 }
 
-fn by_block(x: &[f32], size: usize, quantized: impl Fn(&[f32]) -> Vec<f32>) -> Vec<f32> {
-    x.chunks(size).flat_map(quantized).collect()
+/// Sum of (Q(x) - x)^2 of values under one scale; they become zeros where it is too small for a
+/// number.
+#[inline(always)]
+fn squared_error(values: &[Lanes], scale: f32, round: impl Fn(f32) -> f32) -> f64 {
+    if scale > 0.0 {
+        // In units of the scale, where f32 neither overflows nor loses what counts.
+        let mut sums = [0f32; LANES];
+        for lanes in values {
+            for (sum, v) in sums.iter_mut().zip(lanes) {
+                let magnitude = v.abs() / scale;
+                let error = round(magnitude) - magnitude;
+                *sum += error * error;
+            }
+        }
+        f64::from(folded(&sums, |a, b| a + b)) * f64::from(scale) * f64::from(scale)
+    } else {
+        sum_of_squares(values)
+    }
 }
 
-/// Values over a scale, rounded, times the scale; zeros where the scale is too small for a number.
-fn scaled(x: &[f32], scale: f32, round: impl Fn(f32) -> f32) -> Vec<f32> {
-    x.iter().map(|v| if scale > 0.0 { round(v / scale) * scale } else { 0.0 }).collect()
+#[inline(always)]
+fn sum_of_squares(values: &[Lanes]) -> f64 {
+    let mut sums = [0f64; LANES];
+    for lanes in values {
+        for (sum, v) in sums.iter_mut().zip(lanes) {
+            *sum += f64::from(*v) * f64::from(*v);
+        }
+    }
+    sums.iter().sum()
 }
 
-/// Largest |x|.
+/// Numbers and 0 in one, always in the same order.
+#[inline(always)]
+fn folded(lanes: &Lanes, fold: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut four = [0f32; 4];
+    for quarter in lanes.as_chunks::<4>().0 {
+        for (a, b) in four.iter_mut().zip(quarter) {
+            *a = fold(*a, *b);
+        }
+    }
+    fold(fold(four[0], four[2]), fold(four[1], four[3]))
+}
+
+/// The larger of two numbers, in one instruction.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+/// The largest of numbers >= 0.
+#[inline(always)]
 fn largest(x: &[f32]) -> f32 {
-    x.iter().fold(0.0, |largest, v| v.abs().max(largest))
+    let mut largest = 0.0;
+    for v in x {
+        largest = larger(*v, largest);
+    }
+    largest
 }
 
-/// The nearest number with so many bits of mantissa, ties to even; below 2^`least` all steps are
-/// the same. Larger ones become `most`.
-fn rounded(v: f32, least: i32, mantissa_bits: i32, most: f32) -> f32 {
-    let magnitude = v.abs().min(most);
-    let step = power_of_two(exponent(magnitude).max(least) - mantissa_bits);
-    ((magnitude / step).round_ties_even() * step).copysign(v)
+/// The nearest integer to v >= 0, at most 127.
+#[inline(always)]
+fn int8(v: f32) -> f32 {
+    // From 2^23 on f32 holds integers alone: the addition rounds.
+    const INTEGERS: f32 = (1 << 23) as f32;
+    let nearest = (v + INTEGERS) - INTEGERS;
+    if nearest < 127.0 { nearest } else { 127.0 }
+}
+
+/// The nearest number of E4M3 to v >= 0.
+#[inline(always)]
+fn e4m3(v: f32) -> f32 {
+    rounded(v, 1.0 / 64.0, 3, E4M3_MAX)
+}
+
+/// The nearest number of E2M1 to v >= 0.
+#[inline(always)]
+fn e2m1(v: f32) -> f32 {
+    rounded(v, 1.0, 1, E2M1_MAX)
+}
+
+/// The nearest number to v >= 0 with so many bits of mantissa, ties to even; below `least`, a
+/// power of two, all steps are the same. What is not below `most` becomes `most`.
+#[inline(always)]
+fn rounded(v: f32, least: f32, mantissa_bits: u32, most: f32) -> f32 {
+    const EXPONENT: u32 = 0xff << 23;
+    let magnitude = if v < most { v } else { most };
+    // From 2^23 steps on f32 holds whole steps alone: the addition rounds.
+    let power = larger(magnitude, least).to_bits() & EXPONENT;
+    let steps = f32::from_bits(power + ((23 - mantissa_bits) << 23));
+    (magnitude + steps) - steps
 }
 
 /// floor(log2 v) of v > 0 that is not subnormal.
@@ -272,38 +443,208 @@ mod tests {
 
     use super::*;
 
+    /// The definitions, word by word.
+    mod defined {
+        use super::*;
+
+        pub(super) fn losses(x: &[f32], threshold: f32) -> Option<Vec<Loss>> {
+            let squares: f64 = x.iter().map(|v| f64::from(*v).powi(2)).sum();
+            let loss = |(rotation, format): (usize, NumberFormat)| {
+                let rotated = rotated(x, rotation);
+                let quantized = quantized(&rotated, format);
+                let block = format.block().max(rotation);
+                let mut loss = Loss::default();
+                let blocks = x.chunks(block).zip(rotated.chunks(block)).zip(quantized.chunks(block));
+                for ((before, wanted), got) in blocks {
+                    let squared = |(got, wanted): (&f64, &f32)| (got - f64::from(*wanted)).powi(2);
+                    let error = got.iter().zip(wanted).map(squared).sum::<f64>() / squares;
+                    loss.blocks += 1;
+                    loss.error += error;
+                    if before.iter().any(|v| v.abs() >= threshold) {
+                        loss.outlier_blocks += 1;
+                        loss.in_outlier_blocks += error;
+                    }
+                }
+                loss
+            };
+            (squares > 0.0).then(|| ways().map(loss).collect())
+        }
+
+        pub(super) fn rotated(x: &[f32], size: usize) -> Vec<f32> {
+            let mut x = x.to_vec();
+            if size > 0 {
+                let scale = (size as f32).sqrt().recip();
+                for block in x.chunks_exact_mut(size) {
+                    hadamard(block);
+                    block.iter_mut().for_each(|v| *v *= scale);
+                }
+            }
+            x
+        }
+
+        fn hadamard(block: &mut [f32]) {
+            let mut half = 1;
+            while half < block.len() {
+                for pair in block.chunks_exact_mut(2 * half) {
+                    let (left, right) = pair.split_at_mut(half);
+                    for (a, b) in left.iter_mut().zip(right) {
+                        (*a, *b) = (*a + *b, *a - *b);
+                    }
+                }
+                half *= 2;
+            }
+        }
+
+        pub(super) fn quantized(x: &[f32], format: NumberFormat) -> Vec<f64> {
+            let (e2m1, e4m3) = (|v: f32| rounded(v, 0, 1, E2M1_MAX), |v: f32| rounded(v, -6, 3, E4M3_MAX));
+            let int8 = |v: f32| v.round_ties_even().clamp(-127.0, 127.0);
+            let of_row = largest(x) / (E4M3_MAX * E2M1_MAX);
+            let of_block = |block: &[f32]| match format {
+                NumberFormat::Int8PerToken => scaled(block, largest(x) / 127.0, int8),
+                NumberFormat::Fp8Per128 => scaled(block, largest(block) / E4M3_MAX, e4m3),
+                NumberFormat::Mxfp4 => scaled(block, power_of_two(exponent(largest(block)) - 2), e2m1),
+                NumberFormat::Nvfp4 => scaled(block, e4m3(largest(block) / E2M1_MAX / of_row) * of_row, e2m1),
+            };
+            x.chunks(format.block()).flat_map(of_block).collect()
+        }
+
+        fn scaled(x: &[f32], scale: f32, round: impl Fn(f32) -> f32) -> Vec<f64> {
+            let becomes = |v: &f32| if scale > 0.0 { f64::from(round(v / scale)) * f64::from(scale) } else { 0.0 };
+            x.iter().map(becomes).collect()
+        }
+
+        fn largest(x: &[f32]) -> f32 {
+            x.iter().fold(0.0, |largest, v| v.abs().max(largest))
+        }
+
+        pub(super) fn rounded(v: f32, least: i32, mantissa_bits: i32, most: f32) -> f32 {
+            let magnitude = v.abs().min(most);
+            let step = power_of_two(exponent(magnitude).max(least) - mantissa_bits);
+            ((magnitude / step).round_ties_even() * step).copysign(v)
+        }
+
+        /// All numbers >= 0 of a format.
+        pub(super) fn numbers(mantissa_bits: i32, least: i32, most: f32) -> Vec<f32> {
+            let (steps, mut power) = (1 << mantissa_bits, least);
+            let mut numbers: Vec<f32> = (0..steps).map(|i| i as f32 * 2f32.powi(least - mantissa_bits)).collect();
+            while numbers[numbers.len() - 1] < most {
+                numbers.extend((0..steps).map(|i| 2f32.powi(power) * (1.0 + i as f32 / steps as f32)));
+                power += 1;
+            }
+            numbers.retain(|number| *number <= most);
+            numbers
+        }
+
+        /// By search; of two the one with an even mantissa, which stands at an even place.
+        pub(super) fn nearest(v: f32, numbers: &[f32]) -> f32 {
+            let distance = |number: f32| (f64::from(number) - f64::from(v)).abs();
+            let better = |best: (usize, f32), (at, number): (usize, f32)| {
+                let is_tie = distance(number) == distance(best.1) && at.is_multiple_of(2);
+                if distance(number) < distance(best.1) || is_tie { (at, number) } else { best }
+            };
+            numbers.iter().copied().enumerate().reduce(better).unwrap().1
+        }
+    }
+
+    /// The fast form and the definition lose the same.
+    #[track_caller]
+    fn losses_are_as_defined(row: &mut QuantizedRow, x: &[f32], threshold: f32) {
+        let (got, want) = (row.losses(x, threshold), defined::losses(x, threshold));
+        assert_eq!(got.is_some(), want.is_some(), "{x:?}");
+        for ((got, want), way) in got.iter().flatten().zip(want.iter().flatten()).zip(ways()) {
+            let near = |got: f64, want: f64| (got - want).abs() <= 1e-4 * want + 1e-9;
+            let is_near = near(got.error, want.error) && near(got.in_outlier_blocks, want.in_outlier_blocks);
+            let blocks = |loss: &Loss| (loss.blocks, loss.outlier_blocks);
+            assert!(is_near && blocks(got) == blocks(want), "{way:?}: {got:?} instead of {want:?} of {x:?}");
+        }
+    }
+
+    #[test]
+    fn losses_of_odd_shapes_are_as_defined() {
+        let mut row = QuantizedRow::default();
+        for len in [577, 1, 2, 15, 16, 17, 31, 32, 33, 47, 127, 128, 129, 160, 255, 256, 300, 1000] {
+            let value = |i: usize| noise::mix((1000 * len + i) as u64) as f32 / 2f32.powi(62) - 2.0;
+            let values: Vec<f32> = (0..len).map(value).collect();
+            losses_are_as_defined(&mut row, &values, 1.9);
+            let mut spikes = values.clone();
+            spikes.iter_mut().step_by(100).for_each(|v| *v *= 1e4);
+            losses_are_as_defined(&mut row, &spikes, 6.0);
+            let halves: Vec<f32> = values.iter().map(|v| (*v * 2.0).round() / 2.0).collect();
+            losses_are_as_defined(&mut row, &halves, 2.0);
+            let mut gaps = values.clone();
+            gaps.chunks_mut(20).skip(1).step_by(2).for_each(|gap| gap.fill(0.0));
+            losses_are_as_defined(&mut row, &gaps, 1.9);
+            // Subnormal, and with the smallest f32 alone: no scale of it is a number.
+            let subnormal: Vec<f32> = values.iter().map(|v| v * 1e-40).collect();
+            losses_are_as_defined(&mut row, &subnormal, 1e-40);
+            let mut smallest = vec![0.0; len];
+            smallest[len / 2] = f32::from_bits(1);
+            losses_are_as_defined(&mut row, &smallest, 6.0);
+            losses_are_as_defined(&mut row, &vec![-0.0; len], 6.0);
+        }
+    }
+
+    #[test]
+    fn numbers_are_the_nearest() {
+        let (of_e2m1, of_e4m3) = (defined::numbers(1, 0, E2M1_MAX), defined::numbers(3, -6, E4M3_MAX));
+        assert_eq!(of_e2m1, [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]);
+        assert_eq!(of_e4m3.len(), 127);
+        let middle = |pair: &[f32]| (pair[0] + pair[1]) / 2.0;
+        let middles = of_e2m1.windows(2).chain(of_e4m3.windows(2)).map(middle);
+        let many = (0..1000f32.to_bits()).step_by(100_003).map(f32::from_bits);
+        for v in many.chain(middles).chain([0.0, f32::MIN_POSITIVE, 1e6]) {
+            assert_eq!((e2m1(v), e4m3(v)), (defined::nearest(v, &of_e2m1), defined::nearest(v, &of_e4m3)), "{v}");
+            if v < 1000.0 {
+                assert_eq!(int8(v), v.round_ties_even().min(127.0), "{v}");
+            }
+        }
+        assert_eq!((e4m3(f32::INFINITY), e4m3(f32::NAN)), (E4M3_MAX, E4M3_MAX), "a scale of a row without one");
+    }
+
     #[test]
     fn numbers_are_those_of_the_formats() {
-        let e2m1: Vec<f32> = [0.2, 0.25, 0.26, 0.75, 1.25, 1.3, 2.5, 3.5, 5.0, 5.1, 9.0, -2.6]
-            .into_iter()
-            .map(|v| rounded(v, 0, 1, E2M1_MAX))
-            .collect();
-        assert_eq!(e2m1, [0.0, 0.0, 0.5, 1.0, 1.0, 1.5, 2.0, 4.0, 4.0, 6.0, 6.0, -3.0]);
-        let e4m3 = |v| rounded(v, -6, 3, E4M3_MAX);
+        let values = [0.2, 0.25, 0.26, 0.75, 1.25, 1.3, 2.5, 3.5, 5.0, 5.1, 9.0, -2.6];
+        let defined_e2m1 = values.map(|v| defined::rounded(v, 0, 1, E2M1_MAX));
+        assert_eq!(defined_e2m1, [0.0, 0.0, 0.5, 1.0, 1.0, 1.5, 2.0, 4.0, 4.0, 6.0, 6.0, -3.0]);
+        assert_eq!(values.map(|v| e2m1(v.abs())), defined_e2m1.map(f32::abs));
         let smallest = 2f32.powi(-9);
-        let numbers = [447.0, 1000.0, 17.0, 18.9, smallest, 0.4 * smallest].map(e4m3);
-        assert_eq!(numbers, [448.0, 448.0, 16.0, 18.0, smallest, 0.0]);
+        let values = [447.0, 1000.0, 17.0, 18.9, smallest, 0.4 * smallest];
+        assert_eq!(values.map(e4m3), [448.0, 448.0, 16.0, 18.0, smallest, 0.0]);
+        assert_eq!(values.map(|v| defined::rounded(v, -6, 3, E4M3_MAX)), values.map(e4m3));
     }
 
     #[test]
     fn scales_are_those_of_the_formats() {
         let mut x = vec![0.0; 32];
         (x[0], x[1], x[16], x[17]) = (7.9, 1.1, 0.1, 0.05);
-        let mx = quantized(&x, NumberFormat::Mxfp4);
+        let mx = defined::quantized(&x, NumberFormat::Mxfp4);
         assert_eq!((mx[0], mx[1], mx[16]), (6.0, 1.0, 0.0), "scale 1: cut at 6");
-        let nv = quantized(&x, NumberFormat::Nvfp4);
+        let nv = defined::quantized(&x, NumberFormat::Nvfp4);
         assert!((nv[0] - 7.9).abs() < 1e-5 && (nv[16] - 0.1).abs() < 0.004, "a scale for every 16: {nv:?}");
-        assert_eq!(quantized(&x, NumberFormat::Int8PerToken)[1], (1.1f32 / (7.9 / 127.0)).round() * (7.9 / 127.0));
+        let int8 = defined::quantized(&x, NumberFormat::Int8PerToken)[1] as f32;
+        assert_eq!(int8, (1.1f32 / (7.9 / 127.0)).round() * (7.9 / 127.0));
+        losses_are_as_defined(&mut QuantizedRow::default(), &x, 6.0);
     }
 
     #[test]
     fn a_rotation_spreads_what_stands_out() {
+        let rotated = |x: &[f32], size| {
+            let mut row = QuantizedRow::default();
+            row.load(x);
+            ROTATIONS.windows(2).filter(|pair| pair[1] <= size).for_each(|pair| row.rotate(pair[0], pair[1]));
+            let rotated = row.rotated.as_flattened()[..x.len()].to_vec();
+            assert_eq!(rotated, defined::rotated(x, size));
+            rotated
+        };
         let mut x = vec![0.0; 40];
         x[3] = 8.0;
         let y = rotated(&x, 16);
         assert!(y[..16].iter().all(|v| v.abs() == 2.0) && y[16..].iter().all(|v| *v == 0.0), "{y:?}");
         let rest = rotated(&[vec![0.0; 32], vec![5.0; 8]].concat(), 16);
         assert_eq!(rest[32..], [5.0; 8], "what fills no block is left as it is");
+        let long: Vec<f32> = (0..300).map(|i| (i * 37 % 101) as f32 / 7.0 - 7.0).collect();
+        let [_, _, y] = [16, 32, 128].map(|size| rotated(&long, size));
+        assert_eq!(y[256..], long[256..], "nor is what filled a smaller one");
     }
 
     #[test]
@@ -317,6 +658,17 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn losses_are_as_defined_whatever_the_values(
+            x in prop::collection::vec(
+                prop_oneof![6 => -9f32..9.0, 2 => Just(0.0), 1 => Just(1e-41), 1 => -3e4f32..3e4], 1..400
+            ),
+            times in prop_oneof![3 => Just(1f32), 1 => Just(1e-40), 1 => Just(1e-30), 1 => Just(1e25)],
+        ) {
+            let x: Vec<f32> = x.iter().map(|v| v * times).collect();
+            losses_are_as_defined(&mut QuantizedRow::default(), &x, 6.0 * times);
+        }
+
         #[test]
         fn cuts_and_order_change_nothing(x in prop::collection::vec(-9f32..9.0, 6 * 20), cut in 0usize..=6) {
             let site = Site { layer: 0, point: Point::BeforeMlp };

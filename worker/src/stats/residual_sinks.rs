@@ -8,6 +8,7 @@ use outliers_protocol::{
     MAPPED_DIMS, MAPPED_POSITIONS, MappedDim, RESIDUAL_SINKS, ResidualMap, ResidualSink, ResidualSinkLayer,
     ResidualSinks,
 };
+use outliers_scan::simd::vectorized;
 use outliers_scan::{Row, Scan};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -102,6 +103,26 @@ fn excerpt(largest: &[(u32, i64)], x: &[f32], scan: &Scan) -> Vec<(usize, Vec<f3
     dims.into_iter().map(|dim| (dim, rows().map(|row| value(row, dim)).collect())).collect()
 }
 
+/// Fills up to [`CHUNK`] neighbouring dimensions. `x` begins with the first of them of the first
+/// row; a value is large if its square is at least `times` the row's sum of squares.
+#[inline(always)]
+fn count(dims: &mut [Dim], rows: &[Row], x: &[f32], hidden: usize, times: f64) {
+    let (mut tokens, mut squares) = ([0u64; CHUNK], [0i64; CHUNK]);
+    for (row, x) in rows.iter().zip(x.chunks(hidden)) {
+        if row.squares > 0.0 {
+            let (least, inverse) = (times * row.squares, row.squares.recip());
+            for ((tokens, squares), v) in tokens.iter_mut().zip(&mut squares).zip(&x[..dims.len()]) {
+                let square = f64::from(*v) * f64::from(*v);
+                *tokens += u64::from(square >= least);
+                *squares += fixed_point::from_f64(square * inverse);
+            }
+        }
+    }
+    for ((dim, tokens), squares) in dims.iter_mut().zip(tokens).zip(squares) {
+        *dim = Dim { tokens, squares };
+    }
+}
+
 /// Counts by layer. Memory: 16 bytes per layer and dimension, as much per layer, sequence and
 /// [`RESIDUAL_SINKS`], and 4 KiB per layer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -123,13 +144,10 @@ impl Sinks {
         seen.tokens = scan.rows.len() as u64;
         let times = f64::from(self.threshold).powi(2) / hidden as f64;
         seen.dims.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, dims)| {
-            for (row, x) in scan.rows.iter().zip(x.chunks_exact(hidden)).filter(|(row, _)| row.squares > 0.0) {
-                for (dim, v) in dims.iter_mut().zip(&x[chunk * CHUNK..]) {
-                    let square = f64::from(*v) * f64::from(*v);
-                    dim.squares += fixed_point::from_f64(square / row.squares);
-                    dim.tokens += u64::from(square >= times * row.squares);
-                }
-            }
+            vectorized(
+                #[inline(always)]
+                || count(dims, &scan.rows, &x[chunk * CHUNK..], hidden, times),
+            );
         });
         let mut largest: Vec<(u32, i64)> = (0..).zip(seen.dims.iter().map(|dim| dim.squares)).collect();
         largest.sort_unstable_by_key(|(dim, squares)| (Reverse(*squares), *dim));
@@ -214,6 +232,30 @@ mod tests {
         assert!(values.len() == 2 && values.iter().all(|v| (v + 20.0 / 4.99f32.sqrt()).abs() < 1e-5), "{values:?}");
         let [first, second] = summary.per_sequence[..] else { panic!("{summary:?}") };
         assert!((first - 400.0 / 499.0).abs() < 1e-9 && ((first + second) / 2.0 - share).abs() < 1e-9);
+    }
+
+    #[test]
+    fn every_dimension_of_a_wide_row_is_counted() {
+        let (hidden, tokens) = (2 * CHUNK + 37, 5);
+        let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) * if i.is_multiple_of(97) { 40.0 } else { 0.5 };
+        let mut x: Vec<f32> = (0..tokens * hidden).map(value).collect();
+        x[2 * hidden..3 * hidden].fill(0.0);
+        let mut sinks = Sinks::new(2.0);
+        sinks.add(0, 0, &x, &Scan::of(&x, hidden));
+        let layer = &sinks.layers[&0];
+        assert_eq!((layer.tokens, layer.dims.len()), (tokens as u64, hidden));
+        for (dim, counted) in layer.dims.iter().enumerate() {
+            let (mut large, mut share) = (0, 0.0);
+            for row in x.chunks(hidden) {
+                let squares: f64 = row.iter().map(|v| f64::from(*v).powi(2)).sum();
+                if squares > 0.0 {
+                    large += u64::from(f64::from(row[dim].abs()) >= 2.0 * (squares / hidden as f64).sqrt());
+                    share += f64::from(row[dim]).powi(2) / squares;
+                }
+            }
+            assert_eq!(counted.tokens, large, "dimension {dim}");
+            assert!((fixed_point::to_f64(counted.squares) - share).abs() < 1e-11, "dimension {dim}");
+        }
     }
 
     #[test]
