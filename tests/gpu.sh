@@ -34,7 +34,7 @@ echo "== kernels do what the loops for CPUs do, bit by bit"
 # The tensor library's kernels are empty here: these tests launch none of them.
 with 1 300 env CUDA_HOME="$work/gpu" REAL_NVCC="$root/tests/gpu/nvcc.sh" NVCC="$root/worker/cuda/nvcc.sh" \
     CUDA_COMPUTE_CAP=80 CUDARC_CUDA_VERSION=12040 \
-    cargo test --locked --quiet --package outliers-worker --features cuda --test kernels
+    cargo test --locked --quiet --package outliers-worker --features cuda --test kernels --test routing
 echo "== every fixture"
 with 1 0 "$python" tests/oracle.py goldens "$worker" --devices cuda:0
 with 1 0 "$python" tests/oracle.py goldens "$worker" --devices cuda:0 --precision bf16

@@ -19,7 +19,7 @@ use outliers_scan::{Columns, Marks};
 use serde::{Deserialize, Serialize};
 
 use crate::blocks::attention::{FirstKey, TopShares};
-use crate::blocks::ffn::{ExpertRows, Routing};
+use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::error::{Result, WorkerError};
 use crate::kernels::tap::on_host;
 use crate::kernels::taps::Taps;
@@ -87,7 +87,7 @@ pub trait LayerObserver: Send {
     }
 
     /// A mixture's choices at a layer.
-    fn routing(&mut self, _layer: usize, _first_token: usize, _routing: &Routing) -> Result<()> {
+    fn routing(&mut self, _layer: usize, _first_token: usize, _choices: &Choices) -> Result<()> {
         Ok(())
     }
 }

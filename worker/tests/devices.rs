@@ -13,7 +13,7 @@ use candle_core::{DType, Tensor};
 use outliers_protocol::{
     Ablation, CorpusSource, CorpusSpec, Export, JobSpec, Measurement, ModelSource, Point, SiteKind,
 };
-use outliers_worker::blocks::ffn::{ExpertRows, Routing};
+use outliers_worker::blocks::ffn::{Choices, ExpertRows};
 use outliers_worker::checkpoint::Model;
 use outliers_worker::checkpoint::hub::{Hub, HubOptions};
 use outliers_worker::checkpoint::source::{Checkpoint, TensorEntry, TensorIndex, WeightSource};
@@ -293,8 +293,8 @@ impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> LayerObserver for Meddling<
         self.study.expert(layer, expert, first_token, rows)
     }
 
-    fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
-        self.study.routing(layer, first_token, routing)
+    fn routing(&mut self, layer: usize, first_token: usize, choices: &Choices) -> Result<()> {
+        self.study.routing(layer, first_token, choices)
     }
 }
 

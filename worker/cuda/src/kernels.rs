@@ -43,6 +43,7 @@ files! {
     Fused "fused"
     Histogram "histogram"
     Large "large"
+    Route "route"
     Rows "rows"
 }
 

@@ -14,6 +14,8 @@ pub mod fused;
 mod kernels;
 mod libraries;
 #[cfg(feature = "staging")]
+pub mod routing;
+#[cfg(feature = "staging")]
 mod staging;
 #[cfg(feature = "staging")]
 mod statistics;

@@ -1,12 +1,13 @@
 //! Feed-forward blocks: MLPs, and routed experts over all tokens of a micro-batch.
 
-use std::collections::VecDeque;
+use std::borrow::Cow;
 use std::ops::Range;
 
 use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::blocks::norm::Norm;
+use crate::device::gpu::{self, Load, Positions, SortedPairs};
 use crate::kernels::fused::{self, Activation, Gate};
 use crate::kernels::product::Linear;
 use crate::model::decoder::{GateUp, MlpKind, RouterSpec};
@@ -96,8 +97,8 @@ pub struct Router {
     pub logits: Linear,
     /// Normalises and scales its input, in f32.
     pub input: Option<Norm>,
-    /// `[experts]`: added to the scores for the choice alone, or what multiplies the weights.
-    pub per_expert: Option<Vec<f32>>,
+    /// `[experts]` in f32: added to the scores for the choice alone, or what multiplies the weights.
+    pub per_expert: Option<Tensor>,
 }
 
 /// A dense MLP beside a mixture, and the norms around both.
@@ -108,6 +109,55 @@ pub struct Beside {
     pub norm: Norm,
     /// Of the experts' input.
     pub experts: Norm,
+}
+
+/// Which experts each token goes to, where that is known.
+#[derive(Clone, Debug)]
+pub enum Choices {
+    /// On the host.
+    Host(Routing),
+    /// On a GPU.
+    Gpu(GpuRouting),
+}
+
+/// Which experts each token goes to, on a GPU.
+#[derive(Clone, Debug)]
+pub struct GpuRouting {
+    /// As of [`Routing`], `[rows, top_k]`.
+    pub experts: Tensor,
+    /// As of [`Routing`], `[rows, top_k]`.
+    pub weights: Tensor,
+    /// As of [`Routing`].
+    pub scales_input: bool,
+    /// What each expert was sent, if that is to be seen, from [`Routed::arrive`] on.
+    pub loads: Vec<Load>,
+}
+
+impl Choices {
+    /// The weights multiply the experts' inputs instead of their outputs.
+    pub fn scales_input(&self) -> bool {
+        match self {
+            Self::Host(routing) => routing.scales_input,
+            Self::Gpu(routing) => routing.scales_input,
+        }
+    }
+
+    /// On the host, whereto a GPU's are copied.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn on_host(&self) -> Result<Cow<'_, Routing>> {
+        let GpuRouting { experts, weights, scales_input, .. } = match self {
+            Self::Host(routing) => return Ok(Cow::Borrowed(routing)),
+            Self::Gpu(routing) => routing,
+        };
+        Ok(Cow::Owned(Routing {
+            top_k: experts.dim(1)?,
+            experts: experts.flatten_all()?.to_vec1()?,
+            weights: weights.flatten_all()?.to_vec1()?,
+            scales_input: *scales_input,
+        }))
+    }
 }
 
 /// Which experts each token goes to, and with what weight.
@@ -172,34 +222,39 @@ impl ByExpert {
     }
 }
 
-/// Routes `x` `[rows, hidden]`. Logits are computed in f32 and choices made on the host.
-pub fn route(spec: RouterSpec, top_k: usize, router: &Router, x: &Tensor) -> Result<Routing> {
+/// Routes `x` `[rows, hidden]`. Logits are computed in f32.
+pub fn route(spec: RouterSpec, top_k: usize, router: &Router, x: &Tensor) -> Result<Choices> {
     let wide = |t: &Tensor| t.to_dtype(DType::F32);
     let bias = router.logits.bias.as_ref().map(wide).transpose()?;
     let x = wide(x)?;
     let x = router.input.as_ref().map_or(Ok(x.clone()), |norm| norm.apply(&x))?;
     router.logits.see(&x)?;
     let logits = Linear::new(router.logits.weight.clone(), bias).apply(&x)?;
+    choices(spec, top_k, &logits, router.per_expert.as_ref())
+}
+
+/// Chooses experts by `logits` `[rows, experts]` in f32, where they are; `per_expert` as of
+/// [`Router`].
+pub fn choices(spec: RouterSpec, top_k: usize, logits: &Tensor, per_expert: Option<&Tensor>) -> Result<Choices> {
+    let scales_input = spec == RouterSpec::SigmoidOfInput;
+    if logits.device().is_cuda() {
+        let (experts, weights) = gpu::choose_experts(spec, top_k, logits, per_expert)?;
+        return Ok(Choices::Gpu(GpuRouting { experts, weights, scales_input, loads: Vec::new() }));
+    }
     let (rows, experts) = logits.dims2()?;
     let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-    let none = vec![0.0; experts];
-    let per_expert = router.per_expert.as_deref().unwrap_or(&none);
-    let mut routing = Routing {
-        top_k,
-        experts: vec![0; rows * top_k],
-        weights: vec![0.0; rows * top_k],
-        scales_input: spec == RouterSpec::SigmoidOfInput,
-    };
+    let per_expert: Vec<f32> = per_expert.map_or_else(|| Ok(vec![0.0; experts]), Tensor::to_vec1)?;
+    let mut routing = Routing { top_k, experts: vec![0; rows * top_k], weights: vec![0.0; rows * top_k], scales_input };
     let chosen = routing.experts.par_chunks_mut(top_k).zip(routing.weights.par_chunks_mut(top_k));
     chosen.zip(logits.par_chunks(experts)).for_each(|((experts, weights), logits)| {
-        choose(spec, logits, per_expert, experts, weights);
+        choose(spec, logits, &per_expert, experts, weights);
     });
-    Ok(routing)
+    Ok(Choices::Host(routing))
 }
 
 /// One row: `experts` and `weights` are filled, in ascending order of experts.
 fn choose(spec: RouterSpec, logits: &[f32], per_expert: &[f32], experts: &mut [u32], weights: &mut [f32]) {
-    let sigmoid = |x: f32| 1.0 / (1.0 + (-x).exp());
+    let sigmoid = |x: f32| 1.0 / (1.0 + exp(-x));
     match spec {
         RouterSpec::SoftmaxTopK { normalise } => {
             let shares = softmax(logits);
@@ -212,7 +267,7 @@ fn choose(spec: RouterSpec, logits: &[f32], per_expert: &[f32], experts: &mut [u
         RouterSpec::TopKSoftmax => {
             top_k(logits, experts);
             let top = experts.iter().map(|e| logits[*e as usize]).fold(f32::NEG_INFINITY, f32::max);
-            fill(weights, experts, |e| (logits[e] - top).exp());
+            fill(weights, experts, |e| exp(logits[e] - top));
             scale_to(weights, 1.0, 0.0);
         }
         RouterSpec::SigmoidGroups { groups, top_groups, normalise, scale } => {
@@ -252,19 +307,58 @@ fn choose(spec: RouterSpec, logits: &[f32], per_expert: &[f32], experts: &mut [u
     }
 }
 
+/// e^x, by operations of f64 that give the same bits on a GPU (`route.cu`), rounded in the end: as
+/// 2^(k / 32) times a polynomial, which is how C libraries compute it too.
+fn exp(x: f32) -> f32 {
+    const SHIFT: f64 = 6_755_399_441_055_744.0;
+    /// 2^(1 / 32), and its squares.
+    const ROOTS: [f64; 5] =
+        [1.0218971486541166, 1.0442737824274138, 1.0905077326652577, 1.189207115002721, std::f64::consts::SQRT_2];
+    if x.is_nan() {
+        return x;
+    }
+    if x < -103.97208 {
+        return 0.0;
+    }
+    if x > 88.72283 {
+        return f32::INFINITY;
+    }
+    let z = f64::from(x) * 46.16624130844683;
+    // Its last bits are those of the nearest whole number.
+    let shifted = z + SHIFT;
+    let k = shifted.to_bits() as u32 as i32;
+    let r = z - (shifted - SHIFT);
+    let roots = ROOTS.iter().enumerate().filter(|(bit, _)| k >> bit & 1 == 1);
+    let scale: f64 = roots.fold(1.0, |scale, (_, root)| scale * root);
+    let scale = scale * f64::from_bits((i64::from((k >> 5) + 1023) as u64) << 52);
+    let (high, low) = (1.6938359250920212e-6 * r + 0.00023459809789509004, 0.021660849396613134 * r + 1.0);
+    ((high * (r * r) + low) * scale) as f32
+}
+
+/// Orders scores; what is no number comes after all numbers, whatever its sign.
+fn key(score: f32) -> u32 {
+    let bits = score.to_bits();
+    match score.is_nan() {
+        true => u32::MAX,
+        false if bits >> 31 == 1 => !bits,
+        false => bits | 1 << 31,
+    }
+}
+
 /// Shares of all experts.
 fn softmax(logits: &[f32]) -> Vec<f32> {
     let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut shares: Vec<f32> = logits.iter().map(|l| (l - top).exp()).collect();
+    let mut shares: Vec<f32> = logits.iter().map(|l| exp(l - top)).collect();
     let sum: f32 = shares.iter().sum();
     shares.iter_mut().for_each(|share| *share /= sum);
     shares
 }
 
-/// The experts of the best scores, ascending; ties go to the lower number.
+/// The experts of the best scores, ascending; ties go to the lower number. What is no number is
+/// taken first: it shows in what comes out.
 fn top_k(scores: &[f32], experts: &mut [u32]) {
     let mut order: Vec<u32> = (0..scores.len() as u32).collect();
-    let best_first = |a: &u32, b: &u32| scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b));
+    let best_first = |a: &u32, b: &u32| key(scores[*b as usize]).cmp(&key(scores[*a as usize])).then(a.cmp(b));
     if experts.len() < order.len() {
         order.select_nth_unstable_by(experts.len() - 1, best_first);
     }
@@ -312,67 +406,70 @@ fn exclude_groups(biased: &mut [f32], groups: usize, top_groups: usize, judge: f
 
 /// A micro-batch on its way through the experts of a layer.
 ///
-/// By our own loops, each expert's rows are gathered and added on their own. By operations of the
-/// tensor library, as on GPUs, starting one costs more than the rows of an expert do: all rows of
-/// a group of experts are gathered at once, and outputs are held until there are as many as
-/// tokens, then added together. Both add to a token in ascending order of its experts, and round
-/// alike.
+/// On a CPU, each expert's rows are gathered on their own. On a GPU, starting an operation costs
+/// more than the rows of an expert do: all rows of a group of experts are gathered at once. Both
+/// add to a token in ascending order of its experts, and round alike.
 pub struct Routed {
     /// `[tokens, width]`.
     x: Tensor,
-    pairs: ByExpert,
+    choices: Choices,
+    pairs: Pairs,
     /// `[tokens, width]`: what is beside the experts, and the sum of those that came so far.
     out: Tensor,
-    /// Where there are no loops of our own.
-    held: Option<Held>,
 }
 
-/// Inputs of a group of experts.
-pub struct Inputs {
-    /// Of all its pairs; `None` where each expert's are gathered on their own, and without any.
-    all: Option<Tensor>,
-    /// The first of its pairs.
-    first: usize,
+/// Pairs of token and expert, sorted once by expert.
+enum Pairs {
+    Host(ByExpert),
+    Gpu(SortedPairs),
 }
 
 impl Routed {
-    /// `x` `[tokens, width]` by its `pairs`, whose outputs are added to `out` `[tokens, width]`
-    /// (its storage is overwritten on a CPU).
-    pub fn new(x: Tensor, pairs: ByExpert, out: Tensor) -> Result<Self> {
-        let held = if fused::has_loops(&x) { None } else { Some(Held::new(&x, &pairs)?) };
-        Ok(Self { x, pairs, out, held })
+    /// `x` `[tokens, width]` by the choices among so many experts, whose outputs are added to `out`
+    /// `[tokens, width]` (its storage is overwritten). What each expert is sent is to be seen if
+    /// there are `positions`.
+    pub fn new(x: Tensor, choices: Choices, experts: usize, out: Tensor, positions: Option<Positions>) -> Result<Self> {
+        let pairs = match &choices {
+            Choices::Host(routing) => Pairs::Host(routing.by_expert(experts)),
+            Choices::Gpu(of) => Pairs::Gpu(gpu::sort_pairs(&of.experts, &of.weights, experts, positions)?),
+        };
+        Ok(Self { x, choices, pairs, out })
     }
 
-    /// For [`gather`](Self::gather), of each expert of the group.
-    pub fn inputs(&self, group: &Range<usize>) -> Result<Inputs> {
-        let range = self.pairs.range(group);
-        let held = self.held.as_ref().filter(|_| !range.is_empty());
-        let all = held.map(|held| {
-            let x = self.x.index_select(&held.index.narrow(0, range.start, range.len())?, 0)?;
-            if self.pairs.scales_input { x.broadcast_mul(&held.weights_of(&range)?) } else { Ok(x) }
-        });
-        Ok(Inputs { all: all.transpose()?, first: range.start })
-    }
-
-    /// What goes to an expert of the group; `None` if nothing does.
-    pub fn gather(&self, inputs: &Inputs, expert: usize) -> Result<Option<Gathered>> {
-        let Some(all) = &inputs.all else { return gather(&self.x, &self.pairs, expert) };
-        let range = self.pairs.range(&(expert..expert + 1));
-        if range.is_empty() {
-            return Ok(None);
+    /// Waits until it is known how many rows go to each expert, before the first of them, and gives
+    /// what was chosen.
+    pub fn arrive(&mut self) -> Result<&Choices> {
+        if let (Pairs::Gpu(pairs), Choices::Gpu(routing)) = (&mut self.pairs, &mut self.choices) {
+            routing.loads = pairs.arrive()?;
         }
-        let x = all.narrow(0, range.start - inputs.first, range.len())?;
-        let (rows, weights) = self.pairs.of(expert);
-        Ok(Some(Gathered { x, rows: rows.to_vec(), weights: weights.to_vec() }))
+        Ok(&self.choices)
+    }
+
+    /// Rows that go to an expert; after [`arrive`](Self::arrive).
+    pub fn sent(&self, expert: usize) -> usize {
+        let expert = expert..expert + 1;
+        match &self.pairs {
+            Pairs::Host(pairs) => pairs.range(&expert).len(),
+            Pairs::Gpu(pairs) => pairs.range(&expert).len(),
+        }
+    }
+
+    /// What an expert made of all that went to it, `[rows, width]`, with its rows, to be seen.
+    pub fn rows(&self, expert: usize, out: &Tensor) -> Result<ExpertRows> {
+        let (rows, weights) = match &self.pairs {
+            Pairs::Host(pairs) => pairs.of(expert),
+            Pairs::Gpu(pairs) => pairs.on_host(&pairs.range(&(expert..expert + 1)))?,
+        };
+        Ok(ExpertRows { out: out.clone(), rows: rows.to_vec(), weights: weights.to_vec() })
     }
 
     /// Adds what an expert made of all that went to it. Experts come in ascending order.
-    pub fn add(&mut self, expert: usize, of: &ExpertRows) -> Result<()> {
-        let out = self.out.clone();
-        self.out = match &mut self.held {
-            None => add_expert(out, &self.pairs, of)?,
-            Some(held) => held.add(out, &self.pairs, expert, of)?,
-        };
+    pub fn add(&mut self, expert: usize, made: &Tensor) -> Result<()> {
+        let scaled = !self.choices.scales_input();
+        match &self.pairs {
+            Pairs::Host(pairs) => self.out = add_expert(self.out.clone(), pairs, expert, made)?,
+            Pairs::Gpu(pairs) => pairs.add(&self.out, made, &pairs.range(&(expert..expert + 1)), scaled)?,
+        }
         Ok(())
     }
 
@@ -382,134 +479,84 @@ impl Routed {
     }
 }
 
-/// Outputs of experts, by operations of the tensor library.
-struct Held {
-    /// Tokens by expert, then the slots of each sum.
-    index: Tensor,
-    /// `[pairs, 1]`, by expert.
-    weights: Tensor,
-    /// Of some experts, one after the other, already weighted.
-    outputs: Vec<Tensor>,
-    /// That are still to come.
-    sums: VecDeque<Sum>,
-}
-
-/// Outputs that are added together. A slot holds one of them for each token, or one of zeros.
-struct Sum {
-    /// Of the pairs by expert: those of whole experts.
-    pairs: Range<usize>,
-    /// Where its slots begin in the index.
+/// What a group of experts is sent of the micro-batches of a wave.
+pub struct Inputs {
+    /// On a GPU, `[rows, width]`: one expert after the other, each with the rows of one micro-batch
+    /// after the other.
+    all: Option<Tensor>,
+    /// The first expert.
     first: usize,
-    slots: usize,
+    /// Of each expert, where the rows of each micro-batch begin.
+    places: Vec<Vec<usize>>,
 }
 
-impl Held {
-    fn new(x: &Tensor, pairs: &ByExpert) -> Result<Self> {
-        let mut index = pairs.rows.clone();
-        let sums = sums(pairs, x.dim(0)?, &mut index);
-        let weights = Tensor::from_slice(&pairs.weights, (pairs.weights.len(), 1), x.device())?;
-        Ok(Self {
-            index: Tensor::from_slice(&index, index.len(), x.device())?,
-            weights: weights.to_dtype(x.dtype())?,
-            outputs: Vec::new(),
-            sums,
-        })
-    }
-
-    fn weights_of(&self, pairs: &Range<usize>) -> Result<Tensor> {
-        self.weights.narrow(0, pairs.start, pairs.len())
-    }
-
-    /// `out`, with all outputs that are held if this expert's are the last of a sum.
-    fn add(&mut self, out: Tensor, pairs: &ByExpert, expert: usize, of: &ExpertRows) -> Result<Tensor> {
-        let range = pairs.range(&(expert..expert + 1));
-        let made = if pairs.scales_input { of.out.clone() } else { of.out.broadcast_mul(&self.weights_of(&range)?)? };
-        self.outputs.push(made);
-        match self.sums.pop_front_if(|sum| sum.pairs.end == range.end) {
-            Some(sum) => self.sum(out, &sum),
-            None => Ok(out),
-        }
-    }
-
-    fn sum(&mut self, mut out: Tensor, sum: &Sum) -> Result<Tensor> {
-        let (tokens, width) = out.dims2()?;
-        // Nothing changes by adding it, not even the sign of a zero.
-        let nothing = Tensor::full(-0.0f32, (1, width), out.device())?.to_dtype(out.dtype())?;
-        let mut outputs = std::mem::take(&mut self.outputs);
-        outputs.push(nothing);
-        let outputs = Tensor::cat(&outputs, 0)?;
-        for slot in 0..sum.slots {
-            let slot = self.index.narrow(0, sum.first + slot * tokens, tokens)?;
-            out = (out + outputs.index_select(&slot, 0)?)?;
-        }
-        Ok(out)
-    }
-}
-
-/// Cuts the pairs behind experts, as soon as there are as many as tokens. What each token gets of
-/// a sum is in as many slots, ascending by expert, which are written behind `index`.
-fn sums(pairs: &ByExpert, tokens: usize, index: &mut Vec<u32>) -> VecDeque<Sum> {
-    let mut sums = VecDeque::new();
-    let mut start = 0;
-    for end in pairs.firsts.iter().skip(1).copied() {
-        let is_enough = end - start >= tokens || end == pairs.rows.len();
-        if end == start || !is_enough {
-            continue;
-        }
-        let (first, nothing) = (index.len(), (end - start) as u32);
-        let mut taken = vec![0; tokens];
-        for (output, token) in pairs.rows[start..end].iter().enumerate() {
-            let slot: &mut usize = &mut taken[*token as usize];
-            let at = first + *slot * tokens + *token as usize;
-            if at >= index.len() {
-                index.resize(index.len() + tokens, nothing);
+impl Inputs {
+    /// Gathers them on a GPU. On a CPU, each expert's are gathered on their own.
+    pub fn new(wave: &[&Routed], group: &Range<usize>) -> Result<Self> {
+        let (mut places, mut rows) = (Vec::with_capacity(group.len()), 0);
+        for expert in group.clone() {
+            let mut of_expert = Vec::with_capacity(wave.len());
+            for routed in wave {
+                of_expert.push(rows);
+                rows += routed.sent(expert);
             }
-            index[at] = output as u32;
-            *slot += 1;
+            places.push(of_expert);
         }
-        sums.push_back(Sum { pairs: start..end, first, slots: (index.len() - first) / tokens });
-        start = end;
+        let all = match wave.first() {
+            Some(Routed { x, pairs: Pairs::Gpu(_), .. }) if rows > 0 => {
+                Some(Tensor::zeros((rows, x.dim(1)?), x.dtype(), x.device())?)
+            }
+            _ => None,
+        };
+        for (batch, routed) in wave.iter().enumerate() {
+            if let (Some(all), Pairs::Gpu(pairs)) = (&all, &routed.pairs) {
+                let places = places.iter().map(|of_expert| of_expert[batch]).collect();
+                pairs.gather(all, &routed.x, group, places, routed.choices.scales_input())?;
+            }
+        }
+        Ok(Self { all, first: group.start, places })
     }
-    sums
+
+    /// What goes to an expert of the group, `[rows, width]`, from neighbouring micro-batches, each
+    /// with its number in the wave, to each of which something goes.
+    pub fn gather(&self, expert: usize, from: &[(usize, &Routed)]) -> Result<Tensor> {
+        if let (Some(all), [(batch, _), ..]) = (&self.all, from) {
+            let rows: usize = from.iter().map(|(_, routed)| routed.sent(expert)).sum();
+            return all.narrow(0, self.places[expert - self.first][*batch], rows);
+        }
+        let mut parts = Vec::with_capacity(from.len());
+        for (_, routed) in from {
+            if let Pairs::Host(pairs) = &routed.pairs {
+                parts.push(gather(&routed.x, pairs, expert)?);
+            }
+        }
+        Tensor::cat(&parts, 0)
+    }
 }
 
-/// Rows of a micro-batch that go to an expert.
-pub struct Gathered {
-    /// The expert's input `[rows, hidden]`.
-    pub x: Tensor,
-    /// Rows of the micro-batch, ascending.
-    pub rows: Vec<u32>,
-    /// Their weights.
-    pub weights: Vec<f32>,
-}
-
-/// Gathers the rows of `x` `[all rows, hidden]` that go to an expert, multiplied by their weights where those are of the input; `None`
-/// if none do.
-fn gather(x: &Tensor, pairs: &ByExpert, expert: usize) -> Result<Option<Gathered>> {
+/// Gathers the rows of `x` `[all rows, hidden]` that go to an expert, multiplied by their weights
+/// where those are of the input.
+fn gather(x: &Tensor, pairs: &ByExpert, expert: usize) -> Result<Tensor> {
     let (rows, weights) = pairs.of(expert);
-    if rows.is_empty() {
-        return Ok(None);
-    }
     let index = Tensor::from_slice(rows, rows.len(), x.device())?;
     let mut x = x.index_select(&index, 0)?;
     if pairs.scales_input {
         let scale = Tensor::from_slice(weights, (weights.len(), 1), x.device())?.to_dtype(x.dtype())?;
         x = x.broadcast_mul(&scale)?;
     }
-    Ok(Some(Gathered { x, rows: rows.to_vec(), weights: weights.to_vec() }))
+    Ok(x)
 }
 
-/// One expert over rows gathered from several micro-batches, in products over all of them: what it made of each micro-batch's.
-pub fn apply_expert(weights: &MlpWeights, gathered: Vec<Gathered>) -> Result<Vec<ExpertRows>> {
-    let inputs: Vec<&Tensor> = gathered.iter().map(|part| &part.x).collect();
-    let out = weights.apply(&Tensor::cat(&inputs, 0)?)?;
+/// One expert over rows gathered from several micro-batches, so many of each, in products over all
+/// of them: what it made of each micro-batch's.
+pub fn apply_expert(weights: &MlpWeights, x: &Tensor, rows: &[usize]) -> Result<Vec<Tensor>> {
+    let out = weights.apply(x)?;
     let mut first = 0;
-    let part = |Gathered { rows, weights, .. }: Gathered| {
-        let out = out.narrow(0, first, rows.len())?;
-        first += rows.len();
-        Ok(ExpertRows { out, rows, weights })
+    let part = |rows: &usize| {
+        first += rows;
+        out.narrow(0, first - rows, *rows)
     };
-    gathered.into_iter().map(part).collect()
+    rows.iter().map(part).collect()
 }
 
 /// What an expert made of its rows of a micro-batch.
@@ -523,11 +570,12 @@ pub struct ExpertRows {
 }
 
 /// Adds an expert's weighted rows to `out` `[all rows, hidden]`.
-fn add_expert(out: Tensor, pairs: &ByExpert, of: &ExpertRows) -> Result<Tensor> {
+fn add_expert(out: Tensor, pairs: &ByExpert, expert: usize, made: &Tensor) -> Result<Tensor> {
+    let (rows, weights) = pairs.of(expert);
     if pairs.scales_input {
-        return fused::scatter_add(out, &of.out, &of.rows, &vec![1.0; of.rows.len()]);
+        return fused::scatter_add(out, made, rows, &vec![1.0; rows.len()]);
     }
-    fused::scatter_add(out, &of.out, &of.rows, &of.weights)
+    fused::scatter_add(out, made, rows, weights)
 }
 
 #[cfg(test)]
@@ -619,9 +667,33 @@ mod tests {
         Linear::new(Tensor::ones((out, input), DType::F32, &Device::Cpu).unwrap(), None)
     }
 
-    fn only(mut parts: Vec<ExpertRows>) -> ExpertRows {
+    /// One expert over rows of one micro-batch.
+    fn made(weights: &MlpWeights, x: &Tensor) -> Tensor {
+        let mut parts = apply_expert(weights, x, &[x.dim(0).unwrap()]).unwrap();
         assert_eq!(parts.len(), 1);
         parts.remove(0)
+    }
+
+    #[test]
+    fn exponentials_are_rounded_once() {
+        for i in -1_000_000i32..1_000_000 {
+            let x = i as f32 * 8.7e-5;
+            let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!((got / want - 1.0).abs() < 6.02e-8, "exp({x}) = {got}, want {want}");
+        }
+        assert_eq!([exp(f32::NEG_INFINITY), exp(-0.0), exp(f32::INFINITY)], [0.0, 1.0, f32::INFINITY]);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn what_is_no_number_is_chosen_and_shows_whatever_its_sign() {
+        for nan in [f32::NAN, -f32::NAN] {
+            let (experts, weights) = routed(RouterSpec::TopKSoftmax, &[1.0, nan, f32::INFINITY, 0.0], &[], 2);
+            assert_eq!(experts, [1, 2]);
+            assert!(weights.iter().all(|weight| weight.is_nan()));
+        }
+        let keys = [f32::NEG_INFINITY, -1.0, -0.0, 0.0, 1e-40, 1.0, f32::INFINITY, f32::NAN].map(key);
+        assert!(keys.is_sorted() && keys[0] > 0);
     }
 
     proptest! {
@@ -645,52 +717,65 @@ mod tests {
 
     proptest! {
         #[test]
-        fn experts_by_operations_add_up_to_the_same_bits_as_by_loops(
+        fn each_token_gets_what_its_experts_make_in_their_order(
             rows in prop::collection::vec(prop::sample::subsequence((0..7u32).collect::<Vec<_>>(), 3), 1..40),
             scales_input in any::<bool>(),
             dtype in prop::sample::select(vec![DType::F32, DType::BF16]),
         ) {
             let (tokens, experts) = (rows.len(), rows.concat());
             let weights: Vec<f32> = (0..experts.len()).map(|i| (i as f32 * 0.7).sin()).collect();
-            let pairs = Routing { top_k: 3, experts, weights, scales_input }.by_expert(7);
+            let routing = Routing { top_k: 3, experts, weights, scales_input };
             let values = |factor: f64| {
                 let values = Tensor::arange(0f32, (4 * tokens) as f32, &Device::Cpu).unwrap();
                 let values = (values * factor).unwrap().sin().unwrap().reshape((tokens, 4)).unwrap();
                 values.to_dtype(dtype).unwrap()
             };
             let (x, beside) = (values(0.9), values(1.3));
-            let held = Held::new(&x, &pairs).unwrap();
-            prop_assert_eq!(held.sums.iter().map(|sum| sum.pairs.len()).sum::<usize>(), 3 * tokens);
-            let routed = |held| Routed { x: x.clone(), pairs: pairs.clone(), out: beside.copy().unwrap(), held };
-            let through = |mut routed: Routed| {
-                for group in [0..3, 3..4, 4..7] {
-                    let inputs = routed.inputs(&group).unwrap();
-                    for expert in group {
-                        let Some(part) = routed.gather(&inputs, expert).unwrap() else { continue };
-                        let weight = (linear(4, 3).weight * (expert as f64 - 2.5)).unwrap();
-                        let (gate_up, down) = (GateUpProj::Up(linear(3, 4)), Linear::new(weight, None));
-                        let mlp = MlpWeights { kind: MlpKind::GeluTanh, gate_up, down };
-                        routed.add(expert, &only(apply_expert(&mlp, vec![part]).unwrap())).unwrap();
-                    }
-                }
-                let out = routed.finish().to_dtype(DType::F32).unwrap().flatten_all().unwrap();
-                out.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            let mlp = |expert: usize| {
+                let weight = (linear(4, 3).weight * (expert as f64 - 2.5)).unwrap();
+                let (gate_up, down) = (GateUpProj::Up(linear(3, 4)), Linear::new(weight, None));
+                MlpWeights { kind: MlpKind::GeluTanh, gate_up, down }
             };
-            prop_assert_eq!(through(routed(Some(held))), through(routed(None)));
+            let bits = |x: &Tensor| {
+                let x = x.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+                x.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            let weighted = |x: &Tensor, weight: f32, is_weighted: bool| {
+                let weight = if is_weighted { weight } else { 1.0 };
+                let weight = Tensor::new(&[[weight]], &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+                x.broadcast_mul(&weight).unwrap()
+            };
+            let choices = Choices::Host(routing.clone());
+            let mut routed = Routed::new(x.clone(), choices, 7, beside.copy().unwrap(), None).unwrap();
+            routed.arrive().unwrap();
+            let mut seen = Vec::new();
+            for group in [0..3, 3..4, 4..7] {
+                let inputs = Inputs::new(&[&routed], &group).unwrap();
+                for expert in group.filter(|expert| routing.experts.contains(&(*expert as u32))) {
+                    let part = inputs.gather(expert, &[(0, &routed)]).unwrap();
+                    let of = routed.rows(expert, &made(&mlp(expert), &part)).unwrap();
+                    prop_assert_eq!(routed.sent(expert), of.rows.len());
+                    for (i, (row, weight)) in of.rows.iter().zip(&of.weights).enumerate() {
+                        let sent = weighted(&x.narrow(0, *row as usize, 1).unwrap(), *weight, scales_input);
+                        prop_assert_eq!(bits(&part.narrow(0, i, 1).unwrap()), bits(&sent));
+                        prop_assert!(routing.experts[3 * *row as usize..][..3].contains(&(expert as u32)));
+                    }
+                    routed.add(expert, &of.out).unwrap();
+                    seen.push(of);
+                }
+            }
+            prop_assert_eq!(seen.iter().map(|of| of.rows.len()).sum::<usize>(), 3 * tokens);
+            let got = bits(&routed.finish());
+            for token in 0..tokens {
+                let mut sum = beside.narrow(0, token, 1).unwrap();
+                for of in &seen {
+                    let Some(at) = of.rows.iter().position(|row| *row as usize == token) else { continue };
+                    let out = weighted(&of.out.narrow(0, at, 1).unwrap(), of.weights[at], !scales_input);
+                    sum = (sum + out).unwrap();
+                }
+                prop_assert_eq!(bits(&sum), &got[4 * token..4 * token + 4]);
+            }
         }
-    }
-
-    #[test]
-    fn outputs_are_added_as_soon_as_there_is_one_for_each_token() {
-        let experts = vec![0, 1, 0, 3, 1, 3, 0, 3];
-        let pairs = Routing { top_k: 2, experts, weights: vec![1.0; 8], scales_input: false }.by_expert(5);
-        let mut index = pairs.rows.clone();
-        assert_eq!(index, [0, 1, 3, 0, 2, 1, 2, 3]);
-        let sums = sums(&pairs, 4, &mut index);
-        let told: Vec<_> = sums.iter().map(|sum| (sum.pairs.clone(), sum.first, sum.slots)).collect();
-        // Expert 0 has three outputs, expert 1 makes it five; expert 3 has the last three.
-        assert_eq!(told, [(0..5, 8, 2), (5..8, 16, 1)]);
-        assert_eq!(index[8..], [0, 1, 4, 2, 3, 5, 5, 5, 3, 0, 1, 2]);
     }
 
     #[test]
@@ -703,15 +788,21 @@ mod tests {
             weights: vec![1.0; 3],
             scales_input: false,
         };
-        let batches = [(x(0.0), routing([1, 0, 1]).by_expert(2)), (x(100.0), routing([0, 1, 0]).by_expert(2))];
-        let gathered = batches.iter().map(|(x, pairs)| gather(x, pairs, 1).unwrap().unwrap()).collect();
-        let parts = apply_expert(&weights, gathered).unwrap();
-        for (part, (x, pairs)) in parts.iter().zip(&batches) {
-            let alone = only(apply_expert(&weights, vec![gather(x, pairs, 1).unwrap().unwrap()]).unwrap());
-            assert_eq!(part.rows, alone.rows);
-            assert_eq!(part.out.to_vec2::<f32>().unwrap(), alone.out.to_vec2::<f32>().unwrap());
+        let routed = |x: Tensor, experts| {
+            let out = x.zeros_like().unwrap();
+            Routed::new(x, Choices::Host(routing(experts)), 2, out, None).unwrap()
+        };
+        let wave = [routed(x(0.0), [1, 0, 1]), routed(x(100.0), [0, 1, 0])];
+        let wave = [&wave[0], &wave[1]];
+        let inputs = Inputs::new(&wave, &(0..2)).unwrap();
+        let together = inputs.gather(1, &[(0, wave[0]), (1, wave[1])]).unwrap();
+        let parts = apply_expert(&weights, &together, &[wave[0].sent(1), wave[1].sent(1)]).unwrap();
+        for (number, (part, routed)) in parts.iter().zip(wave).enumerate() {
+            let alone = made(&weights, &inputs.gather(1, &[(number, routed)]).unwrap());
+            assert_eq!(part.to_vec2::<f32>().unwrap(), alone.to_vec2::<f32>().unwrap());
         }
-        assert_eq!((parts[0].rows.as_slice(), parts[1].rows.as_slice()), (&[0, 2][..], &[1][..]));
+        let rows = |number: usize| wave[number].rows(1, &parts[number]).unwrap().rows;
+        assert_eq!((rows(0), rows(1)), (vec![0, 2], vec![1]));
     }
 
     #[test]
@@ -721,9 +812,9 @@ mod tests {
         let weights = MlpWeights { kind: MlpKind::Swiglu(GateUp::Separate), gate_up, down: linear(4, 3) };
         let routing = Routing { top_k: 1, experts: vec![1, 1], weights: vec![0.5, 0.25], scales_input: false };
         let pairs = routing.by_expert(3);
-        assert!(gather(&x, &pairs, 0).unwrap().is_none() && gather(&x, &pairs, 2).unwrap().is_none());
-        let of = only(apply_expert(&weights, vec![gather(&x, &pairs, 1).unwrap().unwrap()]).unwrap());
-        let out = add_expert(x.zeros_like().unwrap(), &pairs, &of).unwrap().to_vec2::<f32>().unwrap();
+        assert!(pairs.of(0).0.is_empty() && pairs.of(2).0.is_empty());
+        let of = made(&weights, &gather(&x, &pairs, 1).unwrap());
+        let out = add_expert(x.zeros_like().unwrap(), &pairs, 1, &of).unwrap().to_vec2::<f32>().unwrap();
         assert!((out[0][0] - 2.0 * out[1][0]).abs() < 1e-3 && out[0][0] > 0.0);
     }
 
@@ -734,8 +825,8 @@ mod tests {
         let routing = |scales_input| Routing { top_k: 1, experts: vec![0], weights: vec![-0.5], scales_input };
         let out = |scales_input| {
             let pairs = routing(scales_input).by_expert(1);
-            let of = only(apply_expert(&weights, vec![gather(&x, &pairs, 0).unwrap().unwrap()]).unwrap());
-            add_expert(x.zeros_like().unwrap(), &pairs, &of).unwrap().to_vec2::<f32>().unwrap()[0][0]
+            let of = made(&weights, &gather(&x, &pairs, 0).unwrap());
+            add_expert(x.zeros_like().unwrap(), &pairs, 0, &of).unwrap().to_vec2::<f32>().unwrap()[0][0]
         };
         assert_eq!((out(false), out(true)), (-6.0, 0.0));
     }

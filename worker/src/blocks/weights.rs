@@ -235,7 +235,7 @@ impl UnitTensors {
     /// # Errors
     /// One of their tensors is not there.
     pub fn router(&mut self, spec: &MoeSpec) -> Result<(Router, Option<SharedWeights>)> {
-        let mut numbers = |role| self.take(role)?.to_dtype(DType::F32)?.to_vec1();
+        let mut numbers = |role| self.take(role)?.to_dtype(DType::F32);
         let per_expert = match spec.router {
             router if router.correction() => Some(numbers(Role::CorrectionBias)?),
             router if router.scales() => Some(numbers(Role::ExpertScale)?),

@@ -12,12 +12,18 @@ mod host_to_device;
 #[cfg(not(feature = "cuda"))]
 #[path = "gpu/no_host_to_device.rs"]
 mod host_to_device;
+#[cfg(feature = "cuda")]
+mod routing;
+#[cfg(not(feature = "cuda"))]
+#[path = "gpu/no_routing.rs"]
+mod routing;
 
 use candle_core::Device;
 use outliers_protocol::DeviceInfo;
 
 pub use activation::{Activation, with_activation};
 pub use host_to_device::{HostToDevice, ReleaseFence, UploadFence, release_fence};
+pub use routing::{SortedPairs, choose_experts, sort_pairs};
 
 use crate::error::{Result, WorkerError};
 
@@ -134,6 +140,29 @@ pub fn free_memory(device: &Device) -> Option<u64> {
 #[cfg(not(feature = "cuda"))]
 pub fn free_memory(_device: &Device) -> Option<u64> {
     None
+}
+
+/// Which rows are at position 0: rows of sequences of `tokens` each, from `first_token` on.
+#[derive(Clone, Copy, Debug)]
+pub struct Positions {
+    /// The token that the first row is.
+    pub first_token: usize,
+    /// Tokens of a sequence.
+    pub tokens: usize,
+}
+
+/// What one expert was sent, as a GPU sums it up. Sums are exact: windows of 32 exponents `w`, each
+/// with a whole number of 2^(32 w - 1075).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Tokens.
+    pub tokens: u64,
+    /// Those at position 0.
+    pub tokens_at_position_0: u64,
+    /// The sum of the weights of all of them.
+    pub mass: Vec<(u16, i128)>,
+    /// The sum of the weights of those at position 0.
+    pub mass_at_position_0: Vec<(u16, i128)>,
 }
 
 /// Bytes that were copied between the host and all GPUs.

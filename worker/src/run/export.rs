@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use outliers_protocol::{Export, FileBytes, JobSpec, Results, files};
 use serde::{Deserialize, Serialize};
 
-use crate::blocks::ffn::{ExpertRows, Routing};
+use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::checkpoint::Model;
 use crate::corpus::Tokens;
 use crate::error::{Result, WorkerError, listed};
@@ -104,8 +104,8 @@ impl Exports {
     }
 
     /// A mixture's choices, before what its experts make of them.
-    pub fn routing(&mut self, routing: &Routing) {
-        self.scales_input = routing.scales_input;
+    pub fn routing(&mut self, choices: &Choices) {
+        self.scales_input = choices.scales_input();
     }
 
     /// What an expert made of its rows, which follow those before.
@@ -322,6 +322,7 @@ mod tests {
     use outliers_protocol::ModelSource;
 
     use super::*;
+    use crate::blocks::ffn::Routing;
 
     fn job(export: &[Export]) -> JobSpec {
         let export = export.iter().copied().collect();
@@ -332,7 +333,8 @@ mod tests {
         let mut exports = Exports::new(&job(&[Export::Reap])).unwrap();
         assert!(exports.taps().is_none(), "no matrix is of interest");
         let mut layer = exports.layer(3);
-        layer.routing(&Routing { top_k: 1, experts: vec![7, 7], weights: vec![0.5, 0.25], scales_input });
+        let routing = Routing { top_k: 1, experts: vec![7, 7], weights: vec![0.5, 0.25], scales_input };
+        layer.routing(&Choices::Host(routing));
         let out = Tensor::new(&[[3f32, 4.0], [0.0, 2.0]], &Device::Cpu).unwrap();
         layer.expert(7, &ExpertRows { out, rows: vec![0, 1], weights: vec![0.5, 0.25] }).unwrap();
         exports.join(layer);

@@ -217,9 +217,7 @@ fn states(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     hidden_states(spec, run)
         * match unit.part {
             Part::Mixer | Part::Dense => 1 + shared,
-            Part::Router => 3 + beside,
-            // Without loops of our own, outputs are held until there are as many as tokens.
-            Part::Experts(_) => 3 + beside + u64::from(!run.arithmetic.in_place),
+            Part::Router | Part::Experts(_) => 3 + beside,
         }
 }
 
@@ -324,15 +322,17 @@ fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
         (Part::Experts(group), FfnSpec::Moe(moe)) => feed_forward(&moe.expert) + dispatched(spec, moe, group, run),
         (_, FfnSpec::Moe(moe)) => {
             let shared = moe.shared.map(|shared| shared.mlp);
-            shared.iter().chain(&moe.beside).map(feed_forward).max().unwrap_or(0)
+            // On a GPU logits, scores for choosing and for weighing, and their order.
+            let routed = if run.arithmetic.in_place { 0 } else { rows * moe.experts * 4 * size_of::<f32>() };
+            shared.iter().chain(&moe.beside).map(feed_forward).max().unwrap_or(0) + routed
         }
     };
     bytes as u64
 }
 
-/// What experts take beside their products where that is done by operations of the tensor library,
-/// bytes: the inputs of a group in a wave; of a micro-batch the outputs that are added together,
-/// those of a slot and the new sum; and for all tokens where their outputs are.
+/// What experts take beside their products on a GPU, bytes: the inputs of a group in a wave, those
+/// of an expert before they are weighted, and of all tokens the choices, with their weights, in both
+/// orders.
 fn dispatched(spec: &DecoderSpec, moe: &MoeSpec, group: &Range<usize>, run: PlannedRun) -> usize {
     if run.arithmetic.in_place {
         return 0;
@@ -340,9 +340,8 @@ fn dispatched(spec: &DecoderSpec, moe: &MoeSpec, group: &Range<usize>, run: Plan
     let (tokens, batch_rows) = (run.sequences * run.tokens, batch_rows(run));
     let wave_rows = tokens.min(stream::batches_per_wave(tokens.div_ceil(batch_rows)) * batch_rows);
     let inputs = (share(moe, wave_rows) * group.len()).min(wave_rows * moe.top_k.min(group.len()));
-    let outputs = 3 * batch_rows + expert_rows(moe, run);
-    let index = tokens * moe.top_k * (1 + moe.top_k) * size_of::<u32>();
-    (inputs + outputs) * spec.hidden * run.compute.size_in_bytes() + index
+    let choices = tokens * moe.top_k * 2 * (size_of::<u32>() + size_of::<f32>());
+    (inputs + expert_rows(moe, run)) * spec.hidden * run.compute.size_in_bytes() + choices
 }
 
 /// Rows that a unit is given at once.

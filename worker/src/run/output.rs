@@ -11,7 +11,7 @@ use outliers_protocol::{FileEntry, Manifest, Outcome, Point, SCHEMA, files};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::blocks::ffn::Routing;
+use crate::blocks::ffn::Choices;
 use crate::checkpoint::safetensors::{StoredDtype, TensorSpec, Writer};
 use crate::corpus::Tokens;
 use crate::error::{Result, WorkerError};
@@ -285,7 +285,8 @@ impl LayerObserver for ActivationDump {
         self.write_hidden(&site_name(site), first_token, x)
     }
 
-    fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
+    fn routing(&mut self, layer: usize, first_token: usize, choices: &Choices) -> Result<()> {
+        let routing = choices.on_host()?;
         let first = (first_token * routing.top_k) as u64;
         let indices: Vec<u8> = routing.experts.iter().flat_map(|e| i64::from(*e).to_le_bytes()).collect();
         self.writer.write(&format!("router.{layer}.indices"), first * 8, &indices)?;

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 use crate::blocks::attention::{FirstKey, TopShares};
-use crate::blocks::ffn::{ExpertRows, Routing};
+use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::error::{Result, WorkerError};
 use crate::kernels::taps::Taps;
 use crate::pass::ablation::Sharpness;
@@ -68,10 +68,10 @@ impl LayerObserver for Watch {
         self.study.first_key(layer, first_token, sequences)
     }
 
-    fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
-        self.study.routing(layer, first_token, routing)?;
-        self.exports.iter_mut().for_each(|exports| exports.routing(routing));
-        self.dump.as_mut().map_or(Ok(()), |dump| dump.routing(layer, first_token, routing))
+    fn routing(&mut self, layer: usize, first_token: usize, choices: &Choices) -> Result<()> {
+        self.study.routing(layer, first_token, choices)?;
+        self.exports.iter_mut().for_each(|exports| exports.routing(choices));
+        self.dump.as_mut().map_or(Ok(()), |dump| dump.routing(layer, first_token, choices))
     }
 }
 

@@ -39,7 +39,12 @@ impl ExactSum {
 
     /// Adds another sum's terms.
     pub fn merge(&mut self, other: &Self) {
-        other.windows.iter().for_each(|(window, integer)| self.add_integer(*window, *integer));
+        self.add_windows(&other.windows);
+    }
+
+    /// Adds whole numbers of 2^(32 w - 1075), each with its window `w`.
+    pub fn add_windows(&mut self, windows: &[(u16, i128)]) {
+        windows.iter().for_each(|(window, integer)| self.add_integer(*window, *integer));
     }
 
     /// The sum, rounded once per window.

@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::exact::ExactSum;
 use super::top::{Top, TopValue};
 use super::values::Values;
-use crate::blocks::ffn::Routing;
-use crate::error::Result;
+use crate::blocks::ffn::{GpuRouting, Routing};
+use crate::device::gpu::Load;
+use crate::error::{Result, WorkerError};
 
 /// What one expert was sent.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -33,6 +34,13 @@ impl ExpertLoad {
     /// Sum of the gate weights of its tokens at position 0.
     pub fn gate_mass_at_position_0(&self) -> f64 {
         self.mass_at_position_0.value()
+    }
+
+    fn add(&mut self, load: &Load) {
+        self.tokens += load.tokens;
+        self.tokens_at_position_0 += load.tokens_at_position_0;
+        self.mass.add_windows(&load.mass);
+        self.mass_at_position_0.add_windows(&load.mass_at_position_0);
     }
 
     fn merge(&mut self, other: &Self) {
@@ -77,6 +85,23 @@ impl RouterStats {
                 }
             }
         }
+    }
+
+    /// As [`add`](Self::add), of choices on a GPU, which summed up what each expert was sent.
+    ///
+    /// # Errors
+    /// Internal: it did not.
+    pub fn add_loads(&mut self, first_token: usize, tokens: usize, routing: &GpuRouting) -> Result<()> {
+        let (rows, top_k) = routing.experts.dims2()?;
+        if routing.loads.len() != self.loads.len() {
+            return Err(WorkerError::internal("choices are counted that a GPU did not sum up"));
+        }
+        self.experts_per_token = top_k;
+        self.tokens += rows as u64;
+        let sequences = |end: usize| end.div_ceil(tokens) as u64;
+        self.tokens_at_position_0 += sequences(first_token + rows) - sequences(first_token);
+        self.loads.iter_mut().zip(&routing.loads).for_each(|(of, load)| of.add(load));
+        Ok(())
     }
 
     /// Adds the choices for other tokens.

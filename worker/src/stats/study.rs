@@ -23,7 +23,7 @@ use super::top::{Top, TopValue};
 use super::values::{HostValues, Values, with_values};
 use super::{Column, LayerObserver, Observer, OutlierStats, Site, Summary, with_f32};
 use crate::blocks::attention::FirstKey;
-use crate::blocks::ffn::{ExpertRows, Routing};
+use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::corpus::Tokens;
 use crate::error::{Result, WorkerError};
 use crate::model::decoder::{DecoderSpec, FfnSpec, LayerSpec};
@@ -455,9 +455,13 @@ impl LayerObserver for Study {
         Ok(())
     }
 
-    fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
+    fn routing(&mut self, layer: usize, first_token: usize, choices: &Choices) -> Result<()> {
         let tokens = self.scope.tokens;
-        self.routers.get_mut(&layer).expect("a mixture, by the spec").add(first_token, tokens, routing);
+        let router = self.routers.get_mut(&layer).expect("a mixture, by the spec");
+        match choices {
+            Choices::Host(routing) => router.add(first_token, tokens, routing),
+            Choices::Gpu(routing) => router.add_loads(first_token, tokens, routing)?,
+        }
         Ok(())
     }
 }
@@ -468,6 +472,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::blocks::ffn::Routing;
 
     const HIDDEN: usize = 5;
     const TOKENS: usize = 3;
@@ -537,7 +542,7 @@ mod tests {
         let outputs: Vec<&[f32]> = shown.iter().flat_map(|s| s.outputs.chunks(HIDDEN)).collect();
         let weights = experts.iter().map(|e| 0.1 + *e as f32).collect();
         let routing = Routing { top_k: 1, experts, weights, scales_input: false };
-        study.routing(1, first, &routing).unwrap();
+        study.routing(1, first, &Choices::Host(routing.clone())).unwrap();
         let pairs = routing.by_expert(EXPERTS);
         for expert in 0..EXPERTS {
             let (rows, weights) = pairs.of(expert);

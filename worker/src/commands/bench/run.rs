@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::decode::{self, DecodeTable};
 use super::{fastest, giga};
-use crate::blocks::ffn::{ExpertRows, Routing};
+use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::checkpoint::hub::Hub;
 use crate::checkpoint::safetensors::StoredDtype;
 use crate::checkpoint::{Model, TensorRange};
@@ -290,8 +290,8 @@ impl LayerObserver for Watched {
         self.study.expert(layer, expert, first_token, rows)
     }
 
-    fn routing(&mut self, layer: usize, first_token: usize, routing: &Routing) -> Result<()> {
-        self.study.routing(layer, first_token, routing)
+    fn routing(&mut self, layer: usize, first_token: usize, choices: &Choices) -> Result<()> {
+        self.study.routing(layer, first_token, choices)
     }
 }
 

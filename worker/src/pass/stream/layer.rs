@@ -9,13 +9,12 @@ use outliers_protocol::Point;
 use super::{MicroBatch, Mixture, Wave};
 use crate::blocks::attention::{TopShares, Watched, Watching, attention};
 use crate::blocks::delta_net::delta_net;
-use crate::blocks::ffn::{
-    self, Beside, ExpertRows, Gathered, Inputs, MlpWeights, Routed, Router, Routing, SharedWeights,
-};
+use crate::blocks::ffn::{self, Beside, Inputs, MlpWeights, Routed, Router, SharedWeights};
 use crate::blocks::mamba::mamba;
 use crate::blocks::mla::latent_attention;
 use crate::blocks::norm::Norm;
 use crate::blocks::weights::{MixerWeights, UnitTensors, on, zeros_like};
+use crate::device::gpu::Positions;
 use crate::error::{Result, WorkerError};
 use crate::kernels::fused;
 use crate::kernels::product::Linear;
@@ -138,8 +137,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
                     batch.hidden = on(&batch.hidden, at.device)?;
                     let mut x = at.before_ffn(batch, norm.as_ref())?;
                     let routed = if beside.is_some() { &batch.hidden } else { &x };
-                    let routing = ffn::route(moe.router, moe.top_k, router, routed)?;
-                    at.routed(batch, &routing)?;
+                    let choices = ffn::route(moe.router, moe.top_k, router, routed)?;
                     let mut out = shared.as_ref().map_or_else(|| zeros_like(&x), |shared| shared.apply(&x))?;
                     let mut of_beside = None;
                     if let Some(beside) = beside {
@@ -150,7 +148,10 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
                         x = latent.apply(&x)?;
                         of_beside = Some(std::mem::replace(&mut out, zeros_like(&x)?));
                     }
-                    let routed = Routed::new(x, routing.by_expert(moe.experts), out)?;
+                    let positions = Positions { first_token: batch.first_token, tokens: at.tokens };
+                    // Other arms than the first are not looked at.
+                    let positions = (batch.arm == 0).then_some(positions);
+                    let routed = Routed::new(x, choices, moe.experts, out, positions)?;
                     batch.mixture = Some(Mixture { routed, beside: of_beside });
                     Ok(())
                 })
@@ -368,12 +369,14 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         }
     }
 
-    fn routed(&mut self, batch: &MicroBatch, routing: &Routing) -> Result<()> {
+    /// Waits for a micro-batch's choices, and shows them.
+    fn routed(&mut self, batch: &mut MicroBatch) -> Result<()> {
+        let choices = batch.mixture.as_mut().ok_or_else(early)?.routed.arrive()?;
         if batch.arm > 0 {
             return Ok(());
         }
         let (layer, clock) = (self.layer, self.clock);
-        clock.time(Work::Statistics, || self.seen.routing(layer, batch.first_token, routing))
+        clock.time(Work::Statistics, || self.seen.routing(layer, batch.first_token, choices))
     }
 
     /// All experts of a group over the micro-batches of a wave; the last group closes the layer. An expert's rows are gathered across
@@ -386,21 +389,21 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         closing: &Closing,
         batches: &mut [MicroBatch],
     ) -> Result<()> {
-        let inputs = |batch: &MicroBatch| -> Result<Inputs> {
-            let mixture = batch.mixture.as_ref().ok_or_else(early)?;
-            Ok(mixture.routed.inputs(group)?)
-        };
-        let inputs = batches.iter().map(inputs).collect::<Result<Vec<_>>>()?;
+        if group.start == 0 {
+            batches.iter_mut().try_for_each(|batch| self.routed(batch))?;
+        }
+        let wave = batches.iter().map(routed_of).collect::<Result<Vec<_>>>()?;
+        let inputs = Inputs::new(&wave, group)?;
         for (expert, weights) in group.clone().zip(weights) {
-            let (mut gathered, mut rows) = (Vec::new(), 0);
-            for (at, inputs) in inputs.iter().enumerate() {
-                let mixture = batches[at].mixture.as_ref().ok_or_else(early)?;
-                if let Some(part) = mixture.routed.gather(inputs, expert)? {
-                    rows += part.rows.len();
-                    gathered.push((at, part));
+            let (mut sent, mut rows) = (Vec::new(), 0);
+            for at in 0..batches.len() {
+                let of_batch = routed_of(&batches[at])?.sent(expert);
+                if of_batch > 0 {
+                    rows += of_batch;
+                    sent.push((at, of_batch));
                 }
                 if rows >= self.batch_rows || (at + 1 == batches.len() && rows > 0) {
-                    self.expert_on(expert, weights, std::mem::take(&mut gathered), batches)?;
+                    self.expert_on(expert, weights, &inputs, &std::mem::take(&mut sent), batches)?;
                     rows = 0;
                 }
             }
@@ -422,30 +425,44 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         Ok(())
     }
 
-    /// One expert over rows of several micro-batches, each given by its index.
+    /// One expert over rows of several micro-batches, each given by its index and how many they are.
     fn expert_on(
         &mut self,
         expert: usize,
         weights: &MlpWeights,
-        gathered: Vec<(usize, Gathered)>,
+        inputs: &Inputs,
+        sent: &[(usize, usize)],
         batches: &mut [MicroBatch],
     ) -> Result<()> {
-        let (indices, parts): (Vec<usize>, Vec<Gathered>) = gathered.into_iter().unzip();
-        for (at, rows) in indices.into_iter().zip(ffn::apply_expert(weights, parts)?) {
-            let batch = &mut batches[at];
-            self.expert(expert, batch, &rows)?;
-            batch.mixture.as_mut().ok_or_else(early)?.routed.add(expert, &rows)?;
+        let mut from = Vec::with_capacity(sent.len());
+        for (at, _) in sent {
+            from.push((*at, routed_of(&batches[*at])?));
+        }
+        let x = inputs.gather(expert, &from)?;
+        let rows: Vec<usize> = sent.iter().map(|(_, rows)| *rows).collect();
+        for ((at, _), made) in sent.iter().zip(ffn::apply_expert(weights, &x, &rows)?) {
+            let batch = &mut batches[*at];
+            self.expert(expert, batch, &made)?;
+            batch.mixture.as_mut().ok_or_else(early)?.routed.add(expert, &made)?;
         }
         Ok(())
     }
 
-    fn expert(&mut self, expert: usize, batch: &MicroBatch, rows: &ExpertRows) -> Result<()> {
+    fn expert(&mut self, expert: usize, batch: &MicroBatch, made: &Tensor) -> Result<()> {
         let (layer, clock) = (self.layer, self.clock);
         if batch.arm > 0 || !self.seen.wants(Site { layer, point: Point::ExpertOut }) {
             return Ok(());
         }
-        clock.time(Work::Statistics, || self.seen.expert(layer, expert, batch.first_token, rows))
+        let routed = routed_of(batch)?;
+        clock.time(Work::Statistics, || {
+            let rows = routed.rows(expert, made)?;
+            self.seen.expert(layer, expert, batch.first_token, &rows)
+        })
     }
+}
+
+fn routed_of(batch: &MicroBatch) -> Result<&Routed> {
+    batch.mixture.as_ref().map(|mixture| &mixture.routed).ok_or_else(early)
 }
 
 fn early() -> WorkerError {

@@ -1,0 +1,264 @@
+//! Routers on a GPU: the kernels beside the CPU's forms ([`crate::blocks::ffn`]), over the tensor library's
+//! tensors.
+
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
+use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
+use candle_core::op::BackpropOp;
+use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp3, Layout, Result, Storage, Tensor, bail};
+use half::{bf16, f16};
+use outliers_cuda::routing::{self as kernels, Arriving, Kind, Real, Rule};
+
+use super::{Load, Positions};
+use crate::model::decoder::RouterSpec;
+
+/// Chooses for each row of `logits` `[rows, experts]` in f32: experts and weights `[rows, top_k]`.
+///
+/// # Errors
+/// The driver's.
+pub fn choose_experts(
+    spec: RouterSpec,
+    top_k: usize,
+    logits: &Tensor,
+    per_expert: Option<&Tensor>,
+) -> Result<(Tensor, Tensor)> {
+    let (rows, experts) = logits.dims2()?;
+    let device = logits.device().as_cuda_device()?;
+    let (storage, layout) = logits.storage_and_layout();
+    let numbers = per_expert.map(Tensor::storage_and_layout);
+    let numbers = match &numbers {
+        Some((storage, layout)) => Some(shown::<f32>(storage, layout)?),
+        None => None,
+    };
+    let logits = shown::<f32>(&storage, layout)?;
+    let sizes = [experts, top_k];
+    let (chosen, weights) = kernels::choose(&device.cuda_stream(), &logits, numbers.as_ref(), sizes, rule(spec)).w()?;
+    Ok((tensor(chosen, device, &[rows, top_k]), tensor(weights, device, &[rows, top_k])))
+}
+
+fn rule(spec: RouterSpec) -> Rule {
+    let plain = |kind, normalise| Rule { kind, groups: 1, top_groups: 1, normalise, factor: 1.0 };
+    match spec {
+        RouterSpec::SoftmaxTopK { normalise } => plain(Kind::SoftmaxTopK, normalise),
+        RouterSpec::TopKSoftmax => plain(Kind::TopKSoftmax, true),
+        RouterSpec::SigmoidGroups { groups, top_groups, normalise, scale } => {
+            Rule { kind: Kind::SigmoidGroups, groups, top_groups, normalise, factor: scale as f32 }
+        }
+        RouterSpec::SigmoidOfInput => plain(Kind::SigmoidOfInput, false),
+        RouterSpec::SoftmaxGroups { groups, top_groups, scale } => {
+            Rule { kind: Kind::SoftmaxGroups, groups, top_groups, normalise: false, factor: scale as f32 }
+        }
+        RouterSpec::NormedSoftmax { .. } => plain(Kind::NormedSoftmax, true),
+    }
+}
+
+/// Pairs of token and expert on a GPU, in the order of experts.
+pub struct SortedPairs {
+    /// `[pairs]`: ascending within an expert.
+    tokens: Tensor,
+    /// `[pairs]`, in the same order, in f32.
+    weights: Tensor,
+    /// Until [`arrive`](Self::arrive).
+    arriving: Option<Arriving>,
+    /// After it: where each expert's pairs begin, and after the last expert where they end.
+    firsts: Vec<usize>,
+    /// Tokens and weights, once somebody asked for them.
+    on_host: OnceLock<(Vec<u32>, Vec<f32>)>,
+}
+
+/// Sorts the choices `[rows, top_k]` among `experts` by expert. What each was sent is summed up
+/// too, if it is to be told which rows are at position 0. The counts are on their way to the host
+/// when this returns.
+///
+/// # Errors
+/// The driver's.
+pub fn sort_pairs(
+    chosen: &Tensor,
+    weights: &Tensor,
+    experts: usize,
+    positions: Option<Positions>,
+) -> Result<SortedPairs> {
+    let (top_k, pairs) = (chosen.dim(1)?, chosen.elem_count());
+    let device = chosen.device().as_cuda_device()?;
+    let positions = positions.map(|Positions { first_token, tokens }| kernels::Positions { first_token, tokens });
+    let ((chosen, of_chosen), (weights, of_weights)) = (chosen.storage_and_layout(), weights.storage_and_layout());
+    let (chosen, weights) = (shown::<u32>(&chosen, of_chosen)?, shown::<f32>(&weights, of_weights)?);
+    let sorted = kernels::sort(&device.cuda_stream(), &chosen, &weights, [experts, top_k], positions).w()?;
+    Ok(SortedPairs {
+        tokens: tensor(sorted.tokens, device, &[pairs]),
+        weights: tensor(sorted.weights, device, &[pairs]),
+        arriving: Some(sorted.counts),
+        firsts: Vec::new(),
+        on_host: OnceLock::new(),
+    })
+}
+
+impl SortedPairs {
+    /// Waits for the counts, the first time, and gives what each expert was sent, if that was
+    /// summed up.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn arrive(&mut self) -> Result<Vec<Load>> {
+        let Some(arriving) = self.arriving.take() else { return Ok(Vec::new()) };
+        let (firsts, loads) = arriving.wait().w()?;
+        let load = |(load, firsts): (&kernels::Load, &[usize])| Load {
+            tokens: (firsts[1] - firsts[0]) as u64,
+            tokens_at_position_0: load.tokens_at_position_0,
+            mass: load.mass.windows().collect(),
+            mass_at_position_0: load.mass_at_position_0.windows().collect(),
+        };
+        let loads = loads.iter().zip(firsts.windows(2)).map(load).collect();
+        self.firsts = firsts;
+        Ok(loads)
+    }
+
+    /// Where the pairs of some experts are; after [`arrive`](Self::arrive).
+    pub fn range(&self, experts: &Range<usize>) -> Range<usize> {
+        self.firsts[experts.start]..self.firsts[experts.end]
+    }
+
+    /// Copies the rows of `x` `[tokens, width]` that go to a group of experts to `all`
+    /// `[rows, width]`, each expert's to the rows from its one of `places` on, multiplied by their
+    /// weights if `scaled`.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn gather(
+        &self,
+        all: &Tensor,
+        x: &Tensor,
+        group: &Range<usize>,
+        places: Vec<usize>,
+        scaled: bool,
+    ) -> Result<()> {
+        let weights = scaled.then(|| self.weights.clone());
+        let firsts = self.firsts[group.start..=group.end].to_vec();
+        all.inplace_op3(x, &self.tokens, &RowsOfPairs { weights, gathered: Some([firsts, places]) })
+    }
+
+    /// Adds `made` `[pairs, width]`, what one expert made of all that went to it, to `out`
+    /// `[tokens, width]` in its place, multiplied by weights if `scaled`.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn add(&self, out: &Tensor, made: &Tensor, pairs: &Range<usize>, scaled: bool) -> Result<()> {
+        let part = |all: &Tensor| all.narrow(0, pairs.start, pairs.len());
+        let weights = if scaled { Some(part(&self.weights)?) } else { None };
+        out.inplace_op3(made, &part(&self.tokens)?, &RowsOfPairs { weights, gathered: None })
+    }
+
+    /// Tokens and weights of some pairs. All are copied, the first time.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn on_host(&self, pairs: &Range<usize>) -> Result<(&[u32], &[f32])> {
+        let (tokens, weights) = match self.on_host.get() {
+            Some(copied) => copied,
+            None => {
+                let copied = (self.tokens.to_vec1()?, self.weights.to_vec1()?);
+                self.on_host.get_or_init(|| copied)
+            }
+        };
+        Ok((&tokens[pairs.clone()], &weights[pairs.clone()]))
+    }
+}
+
+/// Adds rows to those of their tokens, or gathers them.
+struct RowsOfPairs {
+    weights: Option<Tensor>,
+    /// Where pairs of each expert begin, and where they are gathered.
+    gathered: Option<[Vec<usize>; 2]>,
+}
+
+impl InplaceOp3 for RowsOfPairs {
+    fn name(&self) -> &'static str {
+        "rows-of-pairs"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &mut CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<()> {
+        bail!("rows-of-pairs: pairs of a GPU on a CPU")
+    }
+
+    fn cuda_fwd(
+        &self,
+        out: &mut CudaStorage,
+        of_out: &Layout,
+        x: &CudaStorage,
+        of_x: &Layout,
+        tokens: &CudaStorage,
+        of_tokens: &Layout,
+    ) -> Result<()> {
+        let (x, tokens) = ((x, of_x), (tokens, of_tokens));
+        match out.dtype() {
+            DType::F32 => self.run::<f32>(out, of_out, x, tokens),
+            DType::BF16 => self.run::<bf16>(out, of_out, x, tokens),
+            DType::F16 => self.run::<f16>(out, of_out, x, tokens),
+            dtype => bail!("rows-of-pairs: there is no kernel for {dtype:?}"),
+        }
+    }
+}
+
+impl RowsOfPairs {
+    fn run<T: CudaDType + Real>(
+        &self,
+        out: &mut CudaStorage,
+        of_out: &Layout,
+        (x, of_x): (&CudaStorage, &Layout),
+        (tokens, of_tokens): (&CudaStorage, &Layout),
+    ) -> Result<()> {
+        let (_, width) = of_out.shape().dims2()?;
+        let stream = out.device.cuda_stream();
+        let weights = self.weights.as_ref().map(Tensor::storage_and_layout);
+        let weights = match &weights {
+            Some((storage, layout)) => Some(shown::<f32>(storage, layout)?),
+            None => None,
+        };
+        let (start, end) = offsets(of_out)?;
+        let mut out = out.as_cuda_slice_mut::<T>()?.slice_mut(start..end);
+        let (x, tokens) = (view::<T>(x, of_x)?, view::<u32>(tokens, of_tokens)?);
+        match &self.gathered {
+            None => kernels::add_rows(&stream, &mut out, &x, &tokens, weights.as_ref(), width).w(),
+            Some([firsts, places]) => {
+                let places = [&firsts[..], &places[..]];
+                kernels::gather_rows(&stream, &mut out, &x, &tokens, weights.as_ref(), places, width).w()
+            }
+        }
+    }
+}
+
+fn tensor<T: CudaDType>(slice: CudaSlice<T>, device: &CudaDevice, shape: &[usize]) -> Tensor {
+    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, device.clone()));
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+}
+
+fn offsets(layout: &Layout) -> Result<(usize, usize)> {
+    match layout.contiguous_offsets() {
+        Some(offsets) => Ok(offsets),
+        None => bail!("a kernel on a tensor that is not contiguous: {:?}", layout.shape()),
+    }
+}
+
+fn view<'a, T: CudaDType>(storage: &'a CudaStorage, layout: &Layout) -> Result<CudaView<'a, T>> {
+    let (start, end) = offsets(layout)?;
+    Ok(storage.as_cuda_slice::<T>()?.slice(start..end))
+}
+
+/// The values of a tensor's storage.
+fn shown<'a, T: CudaDType>(storage: &'a Storage, layout: &Layout) -> Result<CudaView<'a, T>> {
+    match storage {
+        Storage::Cuda(storage) => view(storage, layout),
+        _ => bail!("a tensor of a GPU is not there"),
+    }
+}

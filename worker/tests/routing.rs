@@ -1,0 +1,206 @@
+//! Routing on a GPU beside its form for CPUs: the same bits, whatever the sizes, and nothing of the
+//! size of tokens comes back. Needs a GPU, or the one that `tests/gpu/install_fake_driver.sh` makes
+//! of the processor: `tests/gpu.sh` runs it there.
+#![cfg(feature = "cuda")]
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
+use outliers_worker::blocks::ffn::{self, Choices, Inputs, Routed};
+use outliers_worker::device::gpu::{self, Positions};
+use outliers_worker::model::decoder::RouterSpec;
+use outliers_worker::stats::mixture::RouterStats;
+use proptest::prelude::*;
+
+fn gpu() -> &'static Device {
+    static GPU: OnceLock<Device> = OnceLock::new();
+    GPU.get_or_init(|| {
+        gpu::find().open(0).expect("LD_LIBRARY_PATH names a folder that tests/gpu/install_fake_driver.sh made")
+    })
+}
+
+/// One test at a time: bytes that are copied are counted for the whole process.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Numbers that look random.
+struct Dice(u64);
+
+impl Dice {
+    fn next(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as u32
+    }
+
+    fn unit(&mut self) -> f32 {
+        self.next() as f32 / 2f32.powi(31)
+    }
+
+    /// Often the same as another, and sometimes none.
+    fn logit(&mut self, all_numbers: bool) -> f32 {
+        match self.next() % 400 {
+            0 if !all_numbers => f32::NAN,
+            1 if !all_numbers => -f32::NAN,
+            2 if !all_numbers => f32::INFINITY,
+            3 if !all_numbers => f32::NEG_INFINITY,
+            4..100 => [0.0, -0.0, 1.5, -2.0, 70.0, -90.0][self.next() as usize % 6],
+            _ => self.unit() * 12.0 - 6.0,
+        }
+    }
+}
+
+fn tensor(values: Vec<f32>, shape: &[usize], dtype: DType) -> Tensor {
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+}
+
+/// The bits of all values; what is no number is one number.
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| if value.is_nan() { u32::MAX } else { value.to_bits() }).collect()
+}
+
+fn values(x: &Tensor) -> Vec<f32> {
+    let x = x.to_device(&Device::Cpu).unwrap().flatten_all().unwrap();
+    x.to_dtype(DType::F32).unwrap().to_vec1().unwrap()
+}
+
+/// A router and what it is given.
+#[derive(Clone, Debug)]
+struct Case {
+    spec: RouterSpec,
+    experts: usize,
+    top_k: usize,
+    rows: usize,
+    seed: u64,
+}
+
+prop_compose! {
+    fn cases()(
+        kind in 0..6,
+        normalise in any::<bool>(),
+        groups in 1usize..5,
+        size in prop_oneof![3 => 1usize..12, 1 => Just(67)],
+        top_groups in 1usize..5,
+        top_k in 1usize..11,
+        rows in 1usize..140,
+        seed in any::<u64>(),
+    ) -> Case {
+        let top_groups = top_groups.min(groups);
+        let spec = match kind {
+            0 => RouterSpec::SoftmaxTopK { normalise },
+            1 => RouterSpec::TopKSoftmax,
+            2 => RouterSpec::SigmoidGroups { groups, top_groups, normalise, scale: 2.5 },
+            3 => RouterSpec::SigmoidOfInput,
+            4 => RouterSpec::SoftmaxGroups { groups, top_groups, scale: 16.0 },
+            _ => RouterSpec::NormedSoftmax { eps: 1e-6 },
+        };
+        Case { spec, experts: groups * size, top_k: top_k.min(top_groups * size), rows, seed }
+    }
+}
+
+impl Case {
+    /// Chooses on both, by the same logits.
+    fn choose(&self, dice: &mut Dice, all_numbers: bool) -> [Choices; 2] {
+        let logits: Vec<f32> = (0..self.rows * self.experts).map(|_| dice.logit(all_numbers)).collect();
+        let logits = tensor(logits, &[self.rows, self.experts], DType::F32);
+        let numbers = (0..self.experts).map(|expert| if expert % 7 == 3 { 1e-39 } else { dice.unit() }).collect();
+        let has_numbers = self.spec.correction() || self.spec.scales();
+        let numbers = has_numbers.then(|| tensor(numbers, &[self.experts], DType::F32));
+        [&Device::Cpu, gpu()].map(|device| {
+            let numbers = numbers.as_ref().map(|numbers| numbers.to_device(device).unwrap());
+            ffn::choices(self.spec, self.top_k, &logits.to_device(device).unwrap(), numbers.as_ref()).unwrap()
+        })
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn the_same_experts_are_chosen_with_the_same_weights(case in cases()) {
+        let _alone = alone();
+        let [here, there] = case.choose(&mut Dice(case.seed), false);
+        let (here, there) = (here.on_host().unwrap(), there.on_host().unwrap());
+        prop_assert_eq!(here.top_k, there.top_k);
+        prop_assert_eq!(here.scales_input, there.scales_input);
+        prop_assert_eq!(&here.experts, &there.experts);
+        prop_assert_eq!(bits(&here.weights), bits(&there.weights));
+    }
+
+    #[test]
+    fn pairs_loads_and_sums_are_the_same(
+        case in cases(),
+        tokens in 1usize..50,
+        width in prop_oneof![1usize..20, Just(300)],
+        dtype in prop::sample::select(vec![DType::F32, DType::BF16, DType::F16]),
+    ) {
+        let _alone = alone();
+        let mut dice = Dice(case.seed);
+        let (rows, experts) = (case.rows, case.experts);
+        let first_token = 3 * tokens;
+        let beside = tensor((0..rows * width).map(|_| dice.unit() - 0.5).collect(), &[rows, width], dtype);
+        let routed = |choices, device: &Device| {
+            // Its storage is overwritten.
+            let out = beside.copy().unwrap().to_device(device).unwrap();
+            Routed::new(out.clone(), choices, experts, out, Some(Positions { first_token, tokens })).unwrap()
+        };
+        let [of_cpu, of_gpu] = case.choose(&mut dice, true);
+        let (mut here, mut there) = (routed(of_cpu, &Device::Cpu), routed(of_gpu, gpu()));
+
+        let mut stats = [RouterStats::new(experts), RouterStats::new(experts)];
+        for (routed, stats) in [&mut here, &mut there].into_iter().zip(&mut stats) {
+            match routed.arrive().unwrap() {
+                Choices::Host(routing) => stats.add(first_token, tokens, routing),
+                Choices::Gpu(routing) => stats.add_loads(first_token, tokens, routing).unwrap(),
+            }
+        }
+        prop_assert_eq!(&stats[0], &stats[1]);
+
+        let group = dice.next() as usize % experts..experts;
+        let inputs = [&here, &there].map(|routed| Inputs::new(&[routed, routed], &group).unwrap());
+        for expert in group.filter(|expert| here.sent(*expert) > 0) {
+            let [one, other] = [(&inputs[0], &here), (&inputs[1], &there)].map(|(inputs, routed)| {
+                let alone = inputs.gather(expert, &[(1, routed)]).unwrap();
+                let both = inputs.gather(expert, &[(0, routed), (1, routed)]).unwrap();
+                [values(&alone), values(&both)].map(|values| bits(&values))
+            });
+            prop_assert_eq!(one, other);
+        }
+
+        for expert in 0..experts {
+            let sent = here.rows(expert, &beside).unwrap();
+            let same = there.rows(expert, &beside).unwrap();
+            prop_assert_eq!(&sent.rows, &same.rows);
+            prop_assert_eq!(bits(&sent.weights), bits(&same.weights));
+            if sent.rows.is_empty() {
+                continue;
+            }
+            let made = (0..sent.rows.len() * width).map(|_| dice.unit() * 3.0 - 1.0).collect();
+            let made = tensor(made, &[sent.rows.len(), width], dtype);
+            here.add(expert, &made).unwrap();
+            there.add(expert, &made.to_device(gpu()).unwrap()).unwrap();
+        }
+        prop_assert_eq!(bits(&values(&here.finish())), bits(&values(&there.finish())));
+    }
+}
+
+#[test]
+fn what_comes_back_does_not_grow_with_tokens() {
+    const EXPERTS: usize = 5;
+    let _alone = alone();
+    let spec = RouterSpec::SoftmaxTopK { normalise: true };
+    for (rows, positions) in [(3, false), (300, false), (3, true), (300, true)] {
+        let case = Case { spec, experts: EXPERTS, top_k: 2, rows, seed: 1 };
+        let x = tensor(vec![0.0; rows], &[rows, 1], DType::F32).to_device(gpu()).unwrap();
+        let before = gpu::traffic();
+        let [_, choices] = case.choose(&mut Dice(case.seed), true);
+        let positions = positions.then_some(Positions { first_token: 0, tokens: rows });
+        let mut routed = Routed::new(x.clone(), choices, EXPERTS, x, positions).unwrap();
+        routed.arrive().unwrap();
+        // Where each expert's rows begin, and 37 numbers about each if they are to be seen.
+        let numbers = EXPERTS + 1 + if positions.is_some() { 37 * EXPERTS } else { 0 };
+        assert_eq!(gpu::traffic().since(before).from_gpus, 8 * numbers as u64, "{rows} rows, {positions:?}");
+    }
+}
