@@ -57,6 +57,8 @@ for fixture in tests/golden/*/; do
         got=$(results $how "$fixture")
         [ "$got" = "$expected" ] || { echo "FAIL $fixture: GPUs, delay, budget $how change the results"; exit 1; }
     done
+    got=$(OUTLIERS_GPU_PEERS=0 results 2 500 1GB "$fixture")
+    [ "$got" = "$expected" ] || { echo "FAIL $fixture: GPUs that do not reach each other change the results"; exit 1; }
     echo "ok   $(basename "$fixture")"
 done
 
@@ -81,6 +83,17 @@ tokens = results["sequences"] * results["tokens_per_sequence"]
 assert 0 < back < 4 * tokens * (results["hidden"] * results["n_sites"] + vocab), back
 print(f"host to device {there} bytes, device to host {back} bytes")
 EOF
+
+echo "== as many tokens are computed together as a GPU has memory for"
+for how in "8000000000 64" "540000000 32" "8000000000 1 --micro-batch-tokens 1"; do
+    read -r memory expected option <<< "$how"
+    rm -rf "$work/results"
+    # shellcheck disable=SC2086
+    with 1 0 env OUTLIERS_GPU_MEMORY="$memory" "$worker" run --model "$fixture/model" --token-ids "$fixture/golden.safetensors" \
+        --output "$work/results" --devices cuda:0 $option 2> "$work/said" || { cat "$work/said" >&2; exit 1; }
+    got=$("$python" -c "import json; print(json.load(open('$work/results/metadata.json'))['micro_batch_tokens'])")
+    [ "$got" = "$expected" ] || { echo "FAIL $how: $got tokens were computed together"; exit 1; }
+done
 
 echo "== quantised weights cross as they are stored"
 for name in deepseek-v3-fp8 deepseek-v3-small-tiles gpt-oss-mxfp4 kimi-k2-int4 qwen3-moe-nvfp4; do
@@ -158,6 +171,12 @@ for layers in 1 3; do
         --weights synthetic:1 --layers $layers --devices cuda:0 --precision bf16 --num-sequences 1 --sequence-length 8 --json > "$work/bench.json"
     planned=$("$python" -c "import json; print(json.load(open('$work/bench.json'))['planned_memory_bytes'])")
     taken=$(cat "$work/peak")
+    "$python" -c "
+import json
+table = json.load(open('$work/bench.json'))
+assert {'host to device', 'device to host'} <= {row['work'] for row in table['rows']}, table
+assert 0 <= table['idle']['for_weights'] + table['idle']['for_host'] <= 1, table
+"
     echo "$layers layers of a narrow gpt-oss: $((taken / 1000000)) MB of $((planned / 1000000)) planned"
     [ "$taken" -le "$planned" ]
 done

@@ -199,6 +199,7 @@ impl Context {
             operations: plan.flops,
             read_rate: self.settings.read_rate,
             efficiency: self.settings.efficiency,
+            on_gpus: plan.on_gpus,
         }
     }
 

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use candle_core::DType;
 use outliers_protocol::{
-    CONFIG_RULES, FileBytes, HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Phase, Results,
-    SCHEMA, WeightVerification, Weights, files,
+    CONFIG_RULES, FileBytes, HostInfo, JobSpec, MICRO_BATCH_TOKENS, Metadata, ModelProvenance, ModelSource, Outcome,
+    Phase, Results, SCHEMA, WeightVerification, Weights, files,
 };
 use sha2::{Digest, Sha256};
 use sysinfo::System;
@@ -168,18 +168,22 @@ impl Run<'_> {
         let arms = Arms::of(job.ablation.as_ref(), model.spec.hidden, tokens.tokens)?;
         let sharing = device::sharing_memory(&devices);
         let group_elements = budget.group_elements(compute, sharing);
-        let planned = PlannedRun {
+        let mut planned = PlannedRun {
             sequences: tokens.sequences,
             tokens: tokens.tokens,
             arms: arms.count(),
             compute,
-            micro_batch_tokens: job.micro_batch_tokens,
+            micro_batch_tokens: MICRO_BATCH_TOKENS,
             group_elements,
             measured: study::measured_bytes(job, &model.spec, tokens.sequences) + export::memory(job, &model.spec),
             arithmetic: Arithmetic::of(&devices, compute),
             with_head: job.layers.is_none(),
             devices: sharing,
         };
+        planned.micro_batch_tokens = inspect::micro_batch_tokens(job.micro_batch_tokens, &model, planned, &devices);
+        if device::has_gpu(&devices) {
+            progress.say(format!("{} tokens are computed together", planned.micro_batch_tokens));
+        }
         let needed = inspect::streamed_memory(&model, planned);
         let on_cpu = devices.iter().any(|placement| placement.device.is_cpu());
         let (cpus, gpus): (Vec<&Placement>, Vec<_>) = devices.iter().partition(|placement| placement.device.is_cpu());
@@ -196,7 +200,7 @@ impl Run<'_> {
             arms: &arms,
             compute,
             devices: &devices,
-            micro_batch_tokens: job.micro_batch_tokens,
+            micro_batch_tokens: planned.micro_batch_tokens,
             with_head: job.layers.is_none(),
             group_elements,
             hash_memory: budget.hash_memory(if on_cpu { needed } else { 0 }),
@@ -246,6 +250,7 @@ impl Run<'_> {
             weight_bytes_expected: expected,
             resumed_at_layer: passed.resumed_at_layer,
             peak_memory_bytes: peak_memory(),
+            micro_batch_tokens: Some(planned.micro_batch_tokens),
             host_to_device_bytes: copied.map(|copied| copied.to_gpus),
             device_to_host_bytes: copied.map(|copied| copied.from_gpus),
             seconds: seconds(progress),

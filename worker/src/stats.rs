@@ -43,7 +43,7 @@ mod values;
 
 pub use study::{Report, Scope, Study};
 pub use summary::Summary;
-pub use values::{Values, with_values};
+pub use values::Values;
 
 /// Sees one layer, on the thread that computes it. Asked first, so that nothing is copied off a device for nobody.
 pub trait LayerObserver: Send {
@@ -88,6 +88,12 @@ pub trait LayerObserver: Send {
 
     /// A mixture's choices at a layer.
     fn routing(&mut self, _layer: usize, _first_token: usize, _choices: &Choices) -> Result<()> {
+        Ok(())
+    }
+
+    /// Waits for what a GPU still owes of all that was seen. Called when all tokens have passed the
+    /// layer, before [`Observer::join`].
+    fn settle(&mut self) -> Result<()> {
         Ok(())
     }
 }

@@ -103,7 +103,7 @@ impl Fixture {
             arms: &self.arms,
             compute: DType::F32,
             devices: &device::open(&[format!("cpu:{}", how.devices)])?,
-            micro_batch_tokens: 1,
+            micro_batch_tokens: how.micro_batch_tokens,
             with_head: true,
             group_elements: how.group_elements,
             hash_memory: 0,
@@ -149,11 +149,12 @@ struct How {
     devices: usize,
     read_ahead: bool,
     group_elements: u64,
+    micro_batch_tokens: usize,
 }
 
 impl How {
     fn on(devices: usize) -> Self {
-        Self { devices, read_ahead: true, group_elements: 10_000 }
+        Self { devices, read_ahead: true, group_elements: 10_000, micro_batch_tokens: 1 }
     }
 }
 
@@ -258,6 +259,32 @@ fn a_pass_that_died_goes_on_with_other_devices_to_the_same_bits() {
             assert!(resumed == whole, "{name}: from {devices} devices to {then}");
         }
         assert!(saved[0] == saved[1] && saved[0] == saved[2], "{name}: save points differ");
+    }
+}
+
+#[test]
+fn a_pass_that_died_goes_on_in_other_micro_batches() {
+    let fixture = Fixture::open("olmoe-bf16").ablated();
+    let source = &*fixture.checkpoint.weights;
+    let whole = fixture.measured(How::on(1), source, None).unwrap();
+    let model = Model::open(&fixture.checkpoint.config, source, None).unwrap();
+    let prefix = of_layer(&model, model.spec.layers.len() - 1);
+    // The last of three sequences each is smaller.
+    let (one, three) = (How::on(1), How { micro_batch_tokens: 3 * fixture.tokens.tokens, ..How::on(2) });
+    assert_ne!(fixture.tokens.sequences % 3, 0);
+    for (how, then) in [(one, three), (three, one)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut points = SavePoints::new(folder.path().join("save"), "run".to_owned(), Duration::ZERO);
+        let cut = Faulty::new(source, 0, 0, Some(prefix.clone()));
+        let error = fixture.measured(how, &cut, Some(&mut points)).unwrap_err();
+        assert!(error.message().contains("the wire is cut"), "{error}");
+        let resumed = fixture.measured(then, source, Some(&mut points)).unwrap();
+        assert_eq!(resumed.predicted.len(), whole.predicted.len());
+        for ((got, _), (want, _)) in resumed.predicted.iter().zip(&whole.predicted) {
+            assert_eq!(got.len(), want.len());
+            let near = |(a, b): (&u32, &u32)| (f32::from_bits(*a) - f32::from_bits(*b)).abs() <= 1e-3;
+            assert!(got.iter().zip(want).all(near), "{how:?} then {then:?}");
+        }
     }
 }
 

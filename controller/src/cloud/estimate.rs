@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use outliers_protocol::GpuWork;
 use serde::{Deserialize, Serialize};
 
 use crate::cloud::gpu;
@@ -15,6 +16,13 @@ const START: Duration = Duration::from_secs(5 * 60);
 /// products alone, times the share of them that a run reaches). Lower here, since others have
 /// narrower vectors.
 const CORE: f64 = 60e9;
+/// Bytes per second between a host and a GPU, either way. Measured on an H200 with PCIe 5.0 x16 from
+/// pinned memory; a GPU with PCIe 4.0 reaches half of it.
+pub const CROSSING: f64 = 55.4e9;
+/// Bytes per second that a GPU reads of its own memory. Measured on an H200; smaller GPUs have less.
+const OWN_MEMORY: f64 = 4.3e12;
+/// Seconds of a kernel's launch. Assumed: torch takes 12 x 10^-6 with its own work around it.
+const LAUNCH: f64 = 6e-6;
 /// Nothing is timed longer: what a clock can hold, and nobody rents for.
 const LONGEST: f64 = 1e9;
 
@@ -29,6 +37,9 @@ pub struct Work {
     pub read_rate: Bytes,
     /// Assumed: share of a GPU's peak arithmetic that is reached.
     pub efficiency: f64,
+    /// What GPUs do beside the arithmetic; none where it is not known.
+    #[serde(default)]
+    pub on_gpus: GpuWork,
 }
 
 /// What it takes, under its assumptions.
@@ -44,7 +55,14 @@ pub struct Estimate {
     pub read_seconds: f64,
     /// Seconds to compute.
     pub compute_seconds: Option<f64>,
-    /// The start, and the longer of the two: they overlap.
+    /// Seconds in which bytes cross between the host and its GPUs, and between GPUs; `None`: no GPU.
+    pub crossing_seconds: Option<f64>,
+    /// Seconds of statistics on GPUs.
+    pub statistics_seconds: Option<f64>,
+    /// Seconds in which kernels are launched.
+    pub launch_seconds: Option<f64>,
+    /// The start, and the longest of reading, crossing and computing, which overlap. Statistics and
+    /// launches are part of computing.
     pub seconds: f64,
     /// Assumed price.
     pub price: Option<UsdPerHour>,
@@ -67,9 +85,37 @@ impl Work {
             operations_per_second,
             read_seconds,
             compute_seconds,
+            crossing_seconds: None,
+            statistics_seconds: None,
+            launch_seconds: None,
             seconds,
             price,
             cost: price.map(|price| price.cost(Duration::from_secs_f64(seconds))),
+        }
+    }
+
+    /// An estimate with what so many GPUs do beside the arithmetic.
+    pub fn with_gpus(&self, estimate: Estimate, gpus: u32) -> Estimate {
+        if gpus == 0 {
+            return estimate;
+        }
+        let each = |amount: u64, rate: f64| (amount as f64 / rate / f64::from(gpus)).min(LONGEST);
+        let GpuWork { host_to_device_bytes, device_to_host_bytes, passed_on_bytes, statistics_bytes, launches } =
+            self.on_gpus;
+        let passed_on = if gpus > 1 { passed_on_bytes } else { 0 };
+        // There and back go beside each other.
+        let crossing = each(host_to_device_bytes.max(device_to_host_bytes).saturating_add(passed_on), CROSSING);
+        let statistics = each(statistics_bytes, OWN_MEMORY);
+        let launch = each(launches, LAUNCH.recip());
+        let computing = estimate.compute_seconds.unwrap_or(0.0) + statistics + launch;
+        let seconds = estimate.start_seconds + estimate.read_seconds.max(crossing).max(computing).min(LONGEST);
+        Estimate {
+            crossing_seconds: Some(crossing),
+            statistics_seconds: Some(statistics),
+            launch_seconds: Some(launch),
+            seconds,
+            cost: estimate.price.map(|price| price.cost(Duration::from_secs_f64(seconds))),
+            ..estimate
         }
     }
 
@@ -83,7 +129,8 @@ impl Work {
             }
             None => CORE * f64::from(offer.cpu_cores.unwrap_or(1)),
         };
-        self.at(start, offer.download.unwrap_or(self.read_rate), Some(reached), Some(offer.price))
+        let estimate = self.at(start, offer.download.unwrap_or(self.read_rate), Some(reached), Some(offer.price));
+        self.with_gpus(estimate, if offer.gpu.is_some() { offer.gpu_count } else { 0 })
     }
 
     /// Of a device's peak, what is assumed to be reached.
@@ -109,7 +156,39 @@ mod tests {
     use super::*;
 
     fn work() -> Work {
-        Work { read: Bytes::from_gib(100), operations: 3e14, read_rate: Bytes::from_gib(1), efficiency: 0.5 }
+        Work {
+            read: Bytes::from_gib(100),
+            operations: 3e14,
+            read_rate: Bytes::from_gib(1),
+            efficiency: 0.5,
+            on_gpus: GpuWork::default(),
+        }
+    }
+
+    #[test]
+    fn what_gpus_do_beside_the_arithmetic_takes_time() {
+        let on_gpus = GpuWork {
+            host_to_device_bytes: 554_000_000_000,
+            device_to_host_bytes: 1_000_000,
+            passed_on_bytes: 554_000_000_000,
+            statistics_bytes: 43_000_000_000_000,
+            launches: 1_000_000,
+        };
+        let work = Work { read: Bytes(1), on_gpus, ..work() };
+        let price = UsdPerHour::from_dollars(3.6);
+        let plain = work.at(Duration::from_secs(50), Bytes::from_gib(1), Some(1e14), Some(price));
+        assert_eq!(work.with_gpus(plain.clone(), 0), plain, "a CPU has nothing of it");
+        let near = |got: f64, want: f64| (got - want).abs() < 1e-6 * want;
+        let one = work.with_gpus(plain.clone(), 1);
+        let (crossing, statistics) = (one.crossing_seconds.unwrap(), one.statistics_seconds.unwrap());
+        assert!(near(crossing, 10.0) && near(statistics, 10.0) && near(one.launch_seconds.unwrap(), 6.0), "{one:?}");
+        assert!(near(one.seconds, 50.0 + 3.0 + 10.0 + 6.0), "computing, as crossing is beside it: {one:?}");
+        let two = work.with_gpus(plain.clone(), 2);
+        assert!(near(two.crossing_seconds.unwrap(), 10.0), "half the weights each, and the hidden states: {two:?}");
+        assert!(near(two.seconds, 50.0 + 11.0) && two.cost < one.cost, "{two:?}");
+        let offer = Offer::new("vast", "a".into(), 1, price);
+        assert!(work.on(&offer.clone().with_gpu("H100 SXM", None)).crossing_seconds.is_some());
+        assert_eq!(work.on(&Offer { cpu_cores: Some(8), gpu_count: 0, ..offer }).crossing_seconds, None);
     }
 
     fn cpu(cores: u32) -> Offer {

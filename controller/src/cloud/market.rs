@@ -635,7 +635,7 @@ mod tests {
 
     /// So little to do that the start of the instance decides, and with it the price.
     fn work() -> Work {
-        Work { read: Bytes(1), operations: 1.0, read_rate: Bytes::from_gib(1), efficiency: 1.0 }
+        Work { read: Bytes(1), operations: 1.0, read_rate: Bytes::from_gib(1), efficiency: 1.0, ..Work::default() }
     }
 
     fn laptop() -> Vec<Offer> {

@@ -55,7 +55,7 @@ fn check(job: &JobSpec) -> Result<(), CliError> {
         (Some(0), ..) => zero("num-sequences"),
         (_, Some(0), ..) => zero("sequence-length"),
         (_, _, Some(0), _) => zero("layers"),
-        (.., 0) => zero("micro-batch-tokens"),
+        (.., Some(0)) => zero("micro-batch-tokens"),
         _ => plain_name("save-activations", job.save_activations.as_deref())
             .and_then(|()| plain_name("trace", job.trace.as_deref())),
     }

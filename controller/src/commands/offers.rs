@@ -85,7 +85,8 @@ async fn work(context: &Context, asked: &OffersRequest) -> Result<Work, CliError
     let Some(job) = &asked.job else {
         let (read, operations) = USUAL;
         let settings = &context.settings;
-        return Ok(Work { read, operations, read_rate: settings.read_rate, efficiency: settings.efficiency });
+        let (read_rate, efficiency) = (settings.read_rate, settings.efficiency);
+        return Ok(Work { read, operations, read_rate, efficiency, ..Work::default() });
     };
     let inspection = context.worker().await?.inspect(&super::job::job(job)?, InspectScope::Model).await?;
     Ok(context.work(&inspection.plan))
@@ -100,7 +101,7 @@ mod tests {
     #[test]
     fn the_usual_run_is_one_that_takes_minutes() {
         let (read, operations) = USUAL;
-        let work = Work { read, operations, read_rate: Bytes::from_gib(1), efficiency: 0.3 };
+        let work = Work { read, operations, read_rate: Bytes::from_gib(1), efficiency: 0.3, ..Work::default() };
         let took = work.at(Duration::ZERO, work.read_rate, Some(work.reached(312e12)), None).seconds;
         assert!((60.0..600.0).contains(&took), "{took}");
     }

@@ -36,7 +36,9 @@ fn estimate(work: &Work, asked: &PlanRequest, best: Option<&Offer>) -> Estimate 
         (Some(offer), None) => work.on(&Offer { price: asked.price.unwrap_or(offer.price), ..offer.clone() }),
         (best, peak) => {
             let price = asked.price.or_else(|| best.map(|offer| offer.price));
-            work.at(Duration::ZERO, work.read_rate, peak.map(|peak| work.reached(peak)), price)
+            let reached = peak.map(|peak| work.reached(peak));
+            // Whose peak is typed is a GPU.
+            work.with_gpus(work.at(Duration::ZERO, work.read_rate, reached, price), u32::from(reached.is_some()))
         }
     }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use outliers_protocol::JobSpec;
+use outliers_protocol::{JobSpec, MICRO_BATCH_TOKENS};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -665,7 +665,10 @@ impl JobIdentity {
 
     /// The key of a run of it that may rent from these brokers.
     pub fn key(&self, brokers: &str) -> String {
-        let document = serde_json::json!({ "job": self.job, "broker": brokers });
+        // The default had this number once: work that was done then is not done again.
+        let micro_batch_tokens = self.job.micro_batch_tokens.or(Some(MICRO_BATCH_TOKENS));
+        let job = JobSpec { micro_batch_tokens, ..self.job.clone() };
+        let document = serde_json::json!({ "job": job, "broker": brokers });
         files::sha256((document.to_string() + &self.files.concat()).as_bytes())
     }
 }

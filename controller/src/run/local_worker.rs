@@ -366,7 +366,7 @@ fn inspect_arguments(job: &JobSpec, check: InspectScope) -> Vec<String> {
     let exports: Vec<&str> = job.export.iter().map(|export| export.name()).collect();
     option("export", Some(exports.join(",")).filter(|list| !list.is_empty()));
     option("layers", job.layers.map(|n| n.to_string()));
-    option("micro-batch-tokens", Some(job.micro_batch_tokens.to_string()));
+    option("micro-batch-tokens", job.micro_batch_tokens.map(|n| n.to_string()));
     if check != InspectScope::Model {
         match &job.corpus.source {
             CorpusSource::Builtin(_) => {}

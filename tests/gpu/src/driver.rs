@@ -26,6 +26,7 @@ enum Code {
     NoBinary = 209,
     InvalidHandle = 400,
     NotFound = 500,
+    NotReady = 600,
     LaunchFailed = 719,
 }
 
@@ -34,6 +35,8 @@ struct Machine {
     gpus: usize,
     memory_bytes: usize,
     delay: Duration,
+    /// Whether they read each other's memory.
+    peers: bool,
     peak: Option<Peak>,
     launches: Option<Launches>,
     streams: Handles<Stream>,
@@ -112,6 +115,7 @@ fn machine() -> &'static Machine {
         gpus: number("OUTLIERS_GPUS").unwrap_or(1),
         memory_bytes: number("OUTLIERS_GPU_MEMORY").unwrap_or(8 << 30),
         delay: Duration::from_micros(number("OUTLIERS_GPU_DELAY_US").unwrap_or(0) as u64),
+        peers: number("OUTLIERS_GPU_PEERS") != Some(0),
         peak: std::env::var("OUTLIERS_GPU_PEAK").ok().map(|path| Peak { path, bytes: Mutex::new(0) }),
         launches: std::env::var("OUTLIERS_GPU_LAUNCHES").ok().map(|path| Launches { path, counts: Mutex::default() }),
         streams: Handles::new(),
@@ -244,9 +248,20 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_in
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceCanAccessPeer(can: *mut c_int, _device: c_int, _other: c_int) -> c_int {
+    // SAFETY: as the function is described.
+    answer(unsafe { give(can, c_int::from(machine().peers)) })
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGetDefaultMemPool(pool: *mut u64, _device: c_int) -> c_int {
     // SAFETY: as the function is described.
     answer(unsafe { give(pool, 1) })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemPoolSetAccess(_pool: u64, _access: *const c_void, _count: usize) -> c_int {
+    answer(machine().peers.then_some(()).ok_or(Code::InvalidDevice))
 }
 
 #[unsafe(no_mangle)]
@@ -350,6 +365,10 @@ pub extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, on: u64
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemcpyPeerAsync(to: u64, _: usize, from: u64, _: usize, bytes: usize, on: u64) -> c_int {
+    if !machine().peers {
+        eprintln!("emulated GPU: a copy between GPUs that do not reach each other");
+        return answer(Err(Code::InvalidDevice));
+    }
     cuMemcpyDtoDAsync_v2(to, from, bytes, on)
 }
 
@@ -481,6 +500,12 @@ pub extern "C" fn cuEventRecord(event: u64, on: u64) -> c_int {
 }
 
 #[unsafe(no_mangle)]
+pub extern "C" fn cuEventQuery(event: u64) -> c_int {
+    let reached = |event: Arc<Event>| event.is_reached().then_some(()).ok_or(Code::NotReady);
+    answer(machine().events.get(event).and_then(reached))
+}
+
+#[unsafe(no_mangle)]
 pub extern "C" fn cuEventSynchronize(event: u64) -> c_int {
     answer(machine().events.get(event).map(|event| event.synchronize()))
 }
@@ -501,6 +526,11 @@ pub extern "C" fn cuStreamDestroy_v2(number: u64) -> c_int {
 pub unsafe extern "C" fn cuStreamIsCapturing(_stream: u64, status: *mut c_int) -> c_int {
     // SAFETY: as the function is described.
     answer(unsafe { give(status, 0) })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamQuery(on: u64) -> c_int {
+    answer(stream(on).and_then(|stream| stream.is_done().then_some(()).ok_or(Code::NotReady)))
 }
 
 #[unsafe(no_mangle)]

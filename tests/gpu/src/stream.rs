@@ -52,6 +52,11 @@ impl Event {
     pub(crate) fn synchronize(&self) {
         self.reached.wait_for(self.recorded.load(Ordering::SeqCst));
     }
+
+    /// Whether all that came before it was last recorded is done.
+    pub(crate) fn is_reached(&self) -> bool {
+        *lock(&self.reached.value) >= self.recorded.load(Ordering::SeqCst)
+    }
 }
 
 /// Work in order.
@@ -115,6 +120,11 @@ impl Stream {
         lock(&self.failed).clone().map_or(Ok(()), Err)
     }
 
+    /// Whether all that was asked for is done.
+    pub(crate) fn is_done(&self) -> bool {
+        *lock(&self.done.value) >= self.asked.load(Ordering::SeqCst)
+    }
+
     /// The event is reached when all that was asked for so far is done.
     pub(crate) fn record(&self, event: &Arc<Event>) {
         let ticket = event.recorded.fetch_add(1, Ordering::SeqCst) + 1;
@@ -156,6 +166,7 @@ mod tests {
         }
         first.synchronize().unwrap();
         event.synchronize();
+        assert!(event.is_reached() && first.is_done());
         assert_eq!(*lock(&seen), (0..40).collect::<Vec<_>>());
     }
 

@@ -7,12 +7,18 @@
 
 mod assembled;
 #[cfg(feature = "staging")]
+mod copies;
+#[cfg(feature = "staging")]
 mod decode;
 #[cfg(feature = "staging")]
 pub mod fused;
 #[cfg(feature = "staging")]
 mod kernels;
+#[cfg(feature = "staging")]
+mod landing;
 mod libraries;
+#[cfg(feature = "staging")]
+mod passing;
 #[cfg(feature = "staging")]
 pub mod routing;
 #[cfg(feature = "staging")]
@@ -27,11 +33,15 @@ use std::fmt;
 use std::sync::OnceLock;
 
 #[cfg(feature = "staging")]
+pub use copies::{copy_rates, is_idle};
+#[cfg(feature = "staging")]
 pub use decode::{Codes, Form, Number, StoredTensor, Value};
+#[cfg(feature = "staging")]
+pub use passing::Passing;
 #[cfg(feature = "staging")]
 pub use staging::{Misfit, ReleaseFence, Staging, UploadFence};
 #[cfg(feature = "staging")]
-pub use statistics::{Activation, Stored};
+pub use statistics::{Activation, Look, Seen, Stored};
 use table::Of;
 pub use traffic::{Traffic, traffic};
 

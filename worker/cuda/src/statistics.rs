@@ -1,15 +1,17 @@
 //! What one pass over activations finds, on the GPU where they lie and in their own dtype: the
-//! kernels beside `outliers_scan`'s CPU forms. Summaries alone leave the GPU.
+//! kernels beside `outliers_scan`'s CPU forms. Summaries alone leave the GPU, and are read when they
+//! have come.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::CUdeviceptr;
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop};
 use half::{bf16, f16};
 use outliers_scan::{BINS, Column, Columns, Histogram, Large, Marks, Row, STRIP, Scan};
 
 use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{Argument, File, Grid, launch, number};
+use crate::landing::{Landing, Part};
 
 /// Threads of most blocks, and values of a digit of a magnitude.
 const THREADS: usize = 256;
@@ -47,6 +49,15 @@ impl Stored<'_> {
         }
     }
 
+    /// The same values.
+    fn again(&self) -> Stored<'_> {
+        match self {
+            Self::F32(x) => Stored::F32(x.slice(..)),
+            Self::Bf16(x) => Stored::Bf16(x.slice(..)),
+            Self::F16(x) => Stored::F16(x.slice(..)),
+        }
+    }
+
     fn len(&self) -> usize {
         match self {
             Self::F32(x) => x.len(),
@@ -55,7 +66,12 @@ impl Stored<'_> {
         }
     }
 
-    fn address<'a>(&'a self, stream: &'a CudaStream) -> (CUdeviceptr, SyncOnDrop<'a>) {
+    /// Bytes that they take.
+    pub(crate) fn bytes(&self) -> usize {
+        self.len() * if matches!(self, Self::F32(_)) { size_of::<f32>() } else { size_of::<u16>() }
+    }
+
+    pub(crate) fn address<'a>(&'a self, stream: &'a CudaStream) -> (CUdeviceptr, SyncOnDrop<'a>) {
         match self {
             Self::F32(x) => x.device_ptr(stream),
             Self::Bf16(x) => x.device_ptr(stream),
@@ -64,8 +80,7 @@ impl Stored<'_> {
     }
 }
 
-/// Activations on a GPU. What is asked of them is what [`outliers_scan::Rows`] answers, in the
-/// same numbers.
+/// Activations on a GPU, of which a [`Look`] can be asked for.
 pub struct Activation<'a> {
     stream: Arc<CudaStream>,
     x: Stored<'a>,
@@ -83,57 +98,55 @@ impl<'a> Activation<'a> {
         Self { stream, x, rows, width, tokens }
     }
 
-    /// Rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Rows and magnitudes of each sequence.
+    /// Asks for rows and magnitudes; for columns, where a value exceeds whose |x| >= `threshold` > 0;
+    /// and for medians of sequences. Nothing is waited for: the summaries are on their way to the
+    /// host when this returns.
     ///
     /// # Errors
     /// The driver's.
-    pub fn scan(&self) -> Result<Vec<Scan>, DriverError> {
-        if self.rows == 0 {
-            return Ok(Vec::new());
+    pub fn look(&self, threshold: Option<f32>, medians: bool) -> Result<Look, DriverError> {
+        let (rows, width, tokens) = (self.rows, self.width, self.tokens);
+        let mut look = Look { rows, width, tokens, landing: None, marks: None, medians: None };
+        if rows == 0 {
+            return Ok(look);
         }
+        let of_rows = self.look_at_rows()?;
+        let of_columns = threshold.map(|threshold| self.look_at_columns(threshold)).transpose()?;
+        let of_sequences = if medians { Some(self.look_for_medians()?) } else { None };
+        let OfRows { order, moments, counts } = &of_rows;
+        let stream = &*self.stream;
+        let mut parts = vec![Part::of(order, stream), Part::of(moments, stream), Part::of(counts, stream)];
+        if let Some(OfColumns { counts, extremes, sums, .. }) = &of_columns {
+            parts.extend([Part::of(counts, stream), Part::of(extremes, stream), Part::of(sums, stream)]);
+        }
+        if let Some(prefixes) = &of_sequences {
+            look.medians = Some((parts.len(), *self.x.shifts().last().expect("each has some")));
+            parts.push(Part::of(prefixes, stream));
+        }
+        look.landing = Some(Landing::ask(&self.stream, &parts)?);
+        drop(parts);
+        look.marks = of_columns.zip(threshold).map(|(of_columns, threshold)| (threshold, of_columns.marks));
+        Ok(look)
+    }
+
+    fn look_at_rows(&self) -> Result<OfRows, DriverError> {
         let (rows, width) = (self.rows, self.width);
         let mut order = self.stream.alloc_zeros::<u32>(2 * rows)?;
         let mut moments = self.stream.alloc_zeros::<f64>(2 * rows)?;
         let mut counts = self.stream.alloc_zeros::<u64>(self.sequences() * BINS)?;
         let grid = Grid { blocks: [rows, 1], threads: threads_for(width) };
         // SAFETY: two numbers per row.
-        unsafe { self.look(File::Rows, "order", grid, &[number(width), self.to(&mut order)]) }?;
+        unsafe { self.launch(File::Rows, "order", grid, &[number(width), self.to(&mut order)]) }?;
         let grid = Grid { blocks: [rows.div_ceil(MOMENT_ROWS), 1], threads: THREADS };
         // SAFETY: two numbers per row.
-        unsafe { self.look(File::Rows, "moments", grid, &[number(rows), number(width), self.to(&mut moments)]) }?;
+        unsafe { self.launch(File::Rows, "moments", grid, &[number(rows), number(width), self.to(&mut moments)]) }?;
         let arguments = [number(width), number(self.tokens), self.to(&mut counts)];
         // SAFETY: all bins of each sequence.
-        unsafe { self.look(File::Histogram, "magnitudes", self.strips(), &arguments) }?;
-
-        let order = self.stream.clone_dtoh(&order)?;
-        let moments = self.stream.clone_dtoh(&moments)?;
-        let counts = self.stream.clone_dtoh(&counts)?;
-        let row = |r: usize| Row {
-            max_bits: order[r],
-            median: f32::from_bits(order[rows + r]),
-            squares: moments[r],
-            kurtosis: Some(moments[rows + r]).filter(|kurtosis| !kurtosis.is_nan()),
-        };
-        let sequence = |(s, counts): (usize, &[u64])| Scan {
-            rows: (s * self.tokens..(s + 1) * self.tokens).map(row).collect(),
-            magnitudes: Histogram::of_counts(counts),
-        };
-        Ok(counts.chunks_exact(BINS).enumerate().map(sequence).collect())
+        unsafe { self.launch(File::Histogram, "magnitudes", self.strips(), &arguments) }?;
+        Ok(OfRows { order, moments, counts })
     }
 
-    /// Columns of each sequence; a value exceeds where |x| >= `threshold` > 0.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub fn columns(&self, threshold: f32) -> Result<Vec<Columns>, DriverError> {
-        if self.rows == 0 {
-            return Ok(Vec::new());
-        }
+    fn look_at_columns(&self, threshold: f32) -> Result<OfColumns, DriverError> {
         let (width, sequences) = (self.width, self.sequences());
         let strips = self.strips().blocks[0];
         let (of_strips, of_sequences) = (strips * width, sequences * width);
@@ -147,7 +160,7 @@ impl<'a> Activation<'a> {
             [number(width), number(self.tokens), Float(threshold), self.to(&mut marks), self.to(&mut parts)];
         let grid = Grid { blocks: [strips, groups], threads: THREADS };
         // SAFETY: two words and six numbers per strip and column.
-        unsafe { self.look(File::Columns, "strips", grid, &arguments) }?;
+        unsafe { self.launch(File::Columns, "strips", grid, &arguments) }?;
         let arguments = [
             self.to(&mut marks),
             self.to(&mut parts),
@@ -161,62 +174,11 @@ impl<'a> Activation<'a> {
         // SAFETY: what the strips gave; two counts, two values and four sums per sequence and
         // column.
         unsafe { launch(&self.stream, File::Columns, "join", grid, &arguments) }?;
-        drop(parts);
-
-        let counts = self.stream.clone_dtoh(&counts)?;
-        let extremes = self.stream.clone_dtoh(&extremes)?;
-        let sums = self.stream.clone_dtoh(&sums)?;
-        let exceeds = |dim: &usize| (0..sequences).any(|s| counts[s * width + dim] > 0);
-        let listed: Vec<usize> = (0..width).filter(exceeds).collect();
-        let words = self.positions(&mut marks, &listed, strips)?;
-
-        let column = |at: usize| Column {
-            count: counts[at].into(),
-            positive: counts[of_sequences + at].into(),
-            max: extremes[at],
-            min: extremes[of_sequences + at],
-            sum: sums[at],
-            sum2: sums[of_sequences + at],
-            sum3: sums[2 * of_sequences + at],
-            sum4: sums[3 * of_sequences + at],
-        };
-        let sequence = |s: usize| {
-            let there = listed.iter().enumerate().filter(|(_, dim)| counts[s * width + **dim] > 0);
-            let each = strips / sequences;
-            let mark = |(at, dim): (usize, &usize)| {
-                let words = &words[at * strips + s * each..][..each];
-                let pair = |pair: &[u32]| u64::from(pair[0]) | u64::from(pair.get(1).copied().unwrap_or(0)) << 32;
-                Marks { dim: *dim, positions: words.chunks(2).map(pair).collect() }
-            };
-            Columns { columns: (s * width..(s + 1) * width).map(column).collect(), marks: there.map(mark).collect() }
-        };
-        Ok((0..sequences).map(sequence).collect())
+        Ok(OfColumns { marks, counts, extremes, sums })
     }
 
-    /// The words of `marks` of some columns, `[listed, strips]`.
-    fn positions(&self, marks: &mut CudaSlice<u32>, listed: &[usize], strips: usize) -> Result<Vec<u32>, DriverError> {
-        if listed.is_empty() {
-            return Ok(Vec::new());
-        }
-        let columns: Vec<u32> = listed.iter().map(|dim| *dim as u32).collect();
-        let mut columns = self.stream.clone_htod(&columns)?;
-        let mut words = self.stream.alloc_zeros::<u32>(listed.len() * strips)?;
-        let arguments =
-            [self.to(marks), self.to(&mut columns), number(self.width), number(strips), self.to(&mut words)];
-        let grid = Grid { blocks: [listed.len(), strips.div_ceil(THREADS)], threads: THREADS };
-        // SAFETY: a word per listed column and strip.
-        unsafe { launch(&self.stream, File::Columns, "positions", grid, &arguments) }?;
-        self.stream.clone_dtoh(&words)
-    }
-
-    /// The exact median |x| of each sequence, the lower of the two middle ones.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub fn medians(&self) -> Result<Vec<f32>, DriverError> {
-        if self.rows == 0 {
-            return Ok(Vec::new());
-        }
+    /// The highest digits of each sequence's median.
+    fn look_for_medians(&self) -> Result<CudaSlice<u32>, DriverError> {
         let sequences = self.sequences();
         let rank = (self.tokens * self.width - 1) as u64 / 2;
         let mut ranks = self.stream.clone_htod(&vec![rank; sequences])?;
@@ -226,16 +188,29 @@ impl<'a> Activation<'a> {
             let (prefixes, counts) = (self.to(&mut prefixes), self.to(&mut counts));
             let arguments = [number(self.width), number(self.tokens), Number(*shift), prefixes, counts];
             // SAFETY: a number, and the counts of all digits, per sequence.
-            unsafe { self.look(File::Histogram, "digits", self.strips(), &arguments) }?;
+            unsafe { self.launch(File::Histogram, "digits", self.strips(), &arguments) }?;
             let grid = Grid { blocks: [sequences, 1], threads: THREADS };
             // SAFETY: as above, and a rank per sequence.
             unsafe { launch(&self.stream, File::Histogram, "choose", grid, &[counts, prefixes, self.to(&mut ranks)]) }?;
         }
-        // Digits that the dtype does not have are zeros, and the lowest bit of all is none of the
-        // magnitude's.
-        let last = *self.x.shifts().last().expect("each has some");
-        let prefixes = self.stream.clone_dtoh(&prefixes)?;
-        Ok(prefixes.iter().map(|prefix| f32::from_bits(prefix << last >> 1)).collect())
+        Ok(prefixes)
+    }
+
+    /// The words of `marks` of some columns, `[listed, strips]`.
+    fn positions(&self, marks: &CudaSlice<u32>, listed: &[usize], strips: usize) -> Result<Vec<u32>, DriverError> {
+        if listed.is_empty() {
+            return Ok(Vec::new());
+        }
+        let columns: Vec<u32> = listed.iter().map(|dim| *dim as u32).collect();
+        let mut columns = self.stream.clone_htod(&columns)?;
+        let mut words = self.stream.alloc_zeros::<u32>(listed.len() * strips)?;
+        let (marks, _read) = marks.device_ptr(&self.stream);
+        let arguments =
+            [Address(marks), self.to(&mut columns), number(self.width), number(strips), self.to(&mut words)];
+        let grid = Grid { blocks: [listed.len(), strips.div_ceil(THREADS)], threads: THREADS };
+        // SAFETY: a word per listed column and strip.
+        unsafe { launch(&self.stream, File::Columns, "positions", grid, &arguments) }?;
+        self.stream.clone_dtoh(&words)
     }
 
     /// The values of some rows whose |x| has at least the bits that are asked of the row, in order
@@ -243,7 +218,7 @@ impl<'a> Activation<'a> {
     ///
     /// # Errors
     /// The driver's.
-    pub fn large(&self, asked: &[(usize, u32)]) -> Result<Vec<Large>, DriverError> {
+    fn large(&self, asked: &[(usize, u32)]) -> Result<Vec<Large>, DriverError> {
         if asked.is_empty() {
             return Ok(Vec::new());
         }
@@ -259,7 +234,7 @@ impl<'a> Activation<'a> {
             let grid = Grid { blocks: [asked.len(), 1], threads: THREADS };
             // SAFETY: rows that are there; three numbers for each value there is room for, and a
             // count.
-            unsafe { self.look(File::Large, "large", grid, &arguments) }?;
+            unsafe { self.launch(File::Large, "large", grid, &arguments) }?;
             let count = self.stream.clone_dtoh(&count)?[0] as usize;
             if count > room {
                 room = count;
@@ -296,12 +271,174 @@ impl<'a> Activation<'a> {
     ///
     /// # Safety
     /// As [`launch`].
-    unsafe fn look(&self, file: File, name: &str, grid: Grid, others: &[Argument]) -> Result<(), DriverError> {
+    unsafe fn launch(&self, file: File, name: &str, grid: Grid, others: &[Argument]) -> Result<(), DriverError> {
         let (address, _read) = self.x.address(&self.stream);
         let arguments = [&[Address(address)], others].concat();
         // SAFETY: the caller's promise.
         unsafe { launch(&self.stream, file, &format!("{name}_{}", self.x.dtype()), grid, &arguments) }
     }
+}
+
+/// Summaries of rows and of magnitudes, on the GPU.
+struct OfRows {
+    order: CudaSlice<u32>,
+    moments: CudaSlice<f64>,
+    counts: CudaSlice<u64>,
+}
+
+/// Summaries of columns, on the GPU.
+struct OfColumns {
+    /// Where they exceed, which stays there.
+    marks: CudaSlice<u32>,
+    counts: CudaSlice<u32>,
+    extremes: CudaSlice<f32>,
+    sums: CudaSlice<f64>,
+}
+
+/// What was asked of activations, on its way to the host.
+#[must_use]
+pub struct Look {
+    rows: usize,
+    width: usize,
+    tokens: usize,
+    /// `None` of no rows. Parts: those of rows, those of columns if these were asked for, medians.
+    landing: Option<Landing>,
+    /// If columns were asked for: the threshold, and where they exceed.
+    marks: Option<(f32, CudaSlice<u32>)>,
+    /// If medians were asked for: their part, and the shift of their last digit.
+    medians: Option<(usize, u32)>,
+}
+
+impl Look {
+    /// Whether all of it is there, so that nobody would wait for it.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn is_there(&self) -> Result<bool, DriverError> {
+        self.landing.as_ref().map_or(Ok(true), Landing::is_there)
+    }
+
+    /// The activations of which it was asked, looked at. What has to be asked of them still is
+    /// computed beside what the GPU was asked for meanwhile.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn seen<'a>(&'a self, of: &'a Activation<'_>) -> Result<Seen<'a>, DriverError> {
+        assert_eq!((self.rows, self.width, self.tokens), (of.rows, of.width, of.tokens), "other activations");
+        let stream = aside(of.stream.context())?;
+        let &Activation { rows, width, tokens, .. } = of;
+        Ok(Seen { look: self, activation: Activation { stream, x: of.x.again(), rows, width, tokens } })
+    }
+}
+
+/// Activations that were looked at, in the numbers of [`outliers_scan::Rows`]. Everything waits for
+/// the [`Look`].
+pub struct Seen<'a> {
+    look: &'a Look,
+    /// By a stream that does not compute them: they are there when the look is.
+    activation: Activation<'a>,
+}
+
+impl Seen<'_> {
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.look.rows
+    }
+
+    /// Rows and magnitudes of each sequence.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn scan(&self) -> Result<Vec<Scan>, DriverError> {
+        let Some(landing) = &self.look.landing else { return Ok(Vec::new()) };
+        let (rows, tokens) = (self.look.rows, self.look.tokens);
+        let (order, moments, counts) = (landing.u32s(0)?, landing.f64s(1)?, landing.u64s(2)?);
+        let row = |r: usize| Row {
+            max_bits: order[r],
+            median: f32::from_bits(order[rows + r]),
+            squares: moments[r],
+            kurtosis: Some(moments[rows + r]).filter(|kurtosis| !kurtosis.is_nan()),
+        };
+        let sequence = |(s, counts): (usize, &[u64])| Scan {
+            rows: (s * tokens..(s + 1) * tokens).map(row).collect(),
+            magnitudes: Histogram::of_counts(counts),
+        };
+        Ok(counts.chunks_exact(BINS).enumerate().map(sequence).collect())
+    }
+
+    /// Columns of each sequence; a value exceeds where |x| >= `threshold`, which is the one that
+    /// was asked for.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn columns(&self, threshold: f32) -> Result<Vec<Columns>, DriverError> {
+        let Some(landing) = &self.look.landing else { return Ok(Vec::new()) };
+        let (asked, marks) = self.look.marks.as_ref().expect("columns were asked for");
+        debug_assert_eq!(*asked, threshold, "another threshold than was asked for");
+        let (counts, extremes, sums) = (landing.u32s(3)?, landing.f32s(4)?, landing.f64s(5)?);
+        let (width, sequences) = (self.look.width, self.activation.sequences());
+        let (of_sequences, strips) = (sequences * width, self.activation.strips().blocks[0]);
+        let exceeds = |dim: &usize| (0..sequences).any(|s| counts[s * width + dim] > 0);
+        let listed: Vec<usize> = (0..width).filter(exceeds).collect();
+        let words = self.activation.positions(marks, &listed, strips)?;
+
+        let column = |at: usize| Column {
+            count: counts[at].into(),
+            positive: counts[of_sequences + at].into(),
+            max: extremes[at],
+            min: extremes[of_sequences + at],
+            sum: sums[at],
+            sum2: sums[of_sequences + at],
+            sum3: sums[2 * of_sequences + at],
+            sum4: sums[3 * of_sequences + at],
+        };
+        let sequence = |s: usize| {
+            let there = listed.iter().enumerate().filter(|(_, dim)| counts[s * width + **dim] > 0);
+            let each = strips / sequences;
+            let mark = |(at, dim): (usize, &usize)| {
+                let words = &words[at * strips + s * each..][..each];
+                let pair = |pair: &[u32]| u64::from(pair[0]) | u64::from(pair.get(1).copied().unwrap_or(0)) << 32;
+                Marks { dim: *dim, positions: words.chunks(2).map(pair).collect() }
+            };
+            Columns { columns: (s * width..(s + 1) * width).map(column).collect(), marks: there.map(mark).collect() }
+        };
+        Ok((0..sequences).map(sequence).collect())
+    }
+
+    /// The exact median |x| of each sequence, the lower of the two middle ones, which were asked
+    /// for.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn medians(&self) -> Result<Vec<f32>, DriverError> {
+        let Some(landing) = &self.look.landing else { return Ok(Vec::new()) };
+        let (part, last) = self.look.medians.expect("medians were asked for");
+        // Digits that the dtype does not have are zeros, and the lowest bit of all is none of the
+        // magnitude's.
+        Ok(landing.u32s(part)?.iter().map(|prefix| f32::from_bits(prefix << last >> 1)).collect())
+    }
+
+    /// The values of some rows whose |x| has at least the bits that are asked of the row, in order
+    /// of rows and columns.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn large(&self, asked: &[(usize, u32)]) -> Result<Vec<Large>, DriverError> {
+        self.look.landing.as_ref().map_or(Ok(()), Landing::wait)?;
+        self.activation.large(asked)
+    }
+}
+
+/// A stream of this context beside those that compute.
+fn aside(context: &Arc<CudaContext>) -> Result<Arc<CudaStream>, DriverError> {
+    static STREAMS: Mutex<Vec<Arc<CudaStream>>> = Mutex::new(Vec::new());
+    let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(stream) = streams.iter().find(|stream| stream.context().cu_ctx() == context.cu_ctx()) {
+        return Ok(Arc::clone(stream));
+    }
+    let stream = context.new_stream()?;
+    streams.push(Arc::clone(&stream));
+    Ok(stream)
 }
 
 /// Threads for a row of so many values: a power of two.

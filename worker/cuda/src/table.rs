@@ -93,6 +93,7 @@ table! {
         cuDeviceGetName
         cuDeviceTotalMem_v2
         cuDeviceGetAttribute
+        cuDeviceCanAccessPeer
         cuDeviceGetDefaultMemPool
         cuDevicePrimaryCtxRetain
         cuDevicePrimaryCtxRelease_v2
@@ -106,6 +107,7 @@ table! {
         cuMemFree_v2
         cuMemFreeAsync
         cuMemHostAlloc
+        cuMemPoolSetAccess
         cuMemPoolSetAttribute
         cuMemFreeHost
         cuMemcpyDtoDAsync_v2
@@ -120,11 +122,13 @@ table! {
         cuLaunchKernel
         cuEventCreate
         cuEventDestroy_v2
+        cuEventQuery
         cuEventRecord
         cuEventSynchronize
         cuStreamCreate
         cuStreamDestroy_v2
         cuStreamIsCapturing
+        cuStreamQuery
         cuStreamSynchronize
         cuStreamWaitEvent
         cuGetErrorString

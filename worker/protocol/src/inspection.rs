@@ -129,7 +129,12 @@ pub struct PlanFigures {
     pub compute_bytes_per_value: u64,
     /// Floating-point operations of the whole run: 2 x parameters a token is multiplied with x tokens, plus causal attention.
     pub flops: f64,
-    /// Device memory when streamed: hidden states, the two largest streaming units, workspace. Bytes.
+    /// Tokens computed together: as asked for, or what the devices of this machine have memory
+    /// for. `None`: as many as fit on the GPU that is rented.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub micro_batch_tokens: Option<usize>,
+    /// Device memory when streamed: hidden states, the two largest streaming units, workspace.
+    /// What a run needs at least: micro-batches that grow with the memory are not counted. Bytes.
     pub streamed_memory_bytes: u64,
     /// Device memory when every weight stays. Bytes.
     pub resident_memory_bytes: u64,
@@ -143,9 +148,28 @@ pub struct PlanFigures {
     pub disk_bytes: u64,
     /// Weight bytes the run reads.
     pub bytes_to_read: u64,
+    /// What GPUs do beside the arithmetic.
+    #[serde(default)]
+    pub on_gpus: GpuWork,
     /// The files that are written for other programs, each with the most bytes that it can have.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exports: Vec<FileBytes>,
+}
+
+/// What a run on GPUs moves and launches: counted, but for the launches of a layer, which are assumed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuWork {
+    /// Bytes from the host to GPUs: weights as they are stored, and the embedded tokens.
+    pub host_to_device_bytes: u64,
+    /// Bytes from GPUs to the host: summaries of statistics, and three numbers per token and block of
+    /// logits.
+    pub device_to_host_bytes: u64,
+    /// Bytes of hidden states that go from GPU to GPU where there are several: all, after each layer.
+    pub passed_on_bytes: u64,
+    /// Bytes that statistics read from the GPUs' own memory.
+    pub statistics_bytes: u64,
+    /// Kernels that are launched.
+    pub launches: u64,
 }
 
 /// Output of `outliers-worker version --json`.

@@ -11,6 +11,9 @@ use crate::{Ablation, Export, Measurement, Point, SCHEMA};
 /// Name of the English text that ships with the worker.
 pub const BUILTIN_CORPUS: &str = "shakespeare";
 
+/// Tokens computed together where a job does not say, on CPUs; what is planned for GPUs at least.
+pub const MICRO_BATCH_TOKENS: usize = 4096;
+
 /// One run of the worker. Everything that can change a number in the report is in here; where the output goes is not.
 /// Names are also read as options are spelt, as in files that people write.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,10 +65,10 @@ pub struct JobSpec {
     /// Features to take away in copies of the tokens that pass beside them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ablation: Option<Ablation>,
-    /// Tokens computed together; whole sequences, at least one.
-    #[serde(default = "default_micro_batch_tokens")]
+    /// Tokens computed together; whole sequences, at least one. `None`: on GPUs as many as fit, else 4,096.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[serde(alias = "micro-batch-tokens")]
-    pub micro_batch_tokens: usize,
+    pub micro_batch_tokens: Option<usize>,
     /// Bytes of weights that may be in memory at a time, decoded and on their way together. `None`: by what is free.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[serde(alias = "stream-budget-bytes")]
@@ -74,10 +77,6 @@ pub struct JobSpec {
 
 fn current_schema() -> u32 {
     SCHEMA
-}
-
-fn default_micro_batch_tokens() -> usize {
-    4096
 }
 
 fn norms_alone() -> BTreeSet<SiteKind> {
@@ -164,7 +163,7 @@ impl JobSpec {
             save_activations: None,
             trace: None,
             ablation: None,
-            micro_batch_tokens: default_micro_batch_tokens(),
+            micro_batch_tokens: None,
             stream_budget_bytes: None,
         }
     }

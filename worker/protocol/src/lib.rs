@@ -38,11 +38,11 @@ pub use diagnostics::{
 pub use export::Export;
 pub use index_set::IndexSet;
 pub use inspection::{
-    FileBytes, IgnoredTensors, Inspection, LayerInspection, PlanFigures, SiteInspection, VersionInfo,
+    FileBytes, GpuWork, IgnoredTensors, Inspection, LayerInspection, PlanFigures, SiteInspection, VersionInfo,
 };
 pub use job::{
-    BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, Dataset, JobSpec, ModelSource, Packing, Precision, SiteKind,
-    SiteKinds, Thresholds, Weights,
+    BUILTIN_CORPUS, BosPolicy, CorpusSource, CorpusSpec, Dataset, JobSpec, MICRO_BATCH_TOKENS, ModelSource, Packing,
+    Precision, SiteKind, SiteKinds, Thresholds, Weights,
 };
 pub use measured::{
     AttentionSinkLayer, AttentionSinks, MAPPED_DIMS, MAPPED_POSITIONS, MappedDim, Measurement, NumberFormat,

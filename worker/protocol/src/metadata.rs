@@ -37,6 +37,9 @@ pub struct Metadata {
     pub resumed_at_layer: Option<usize>,
     /// Peak resident memory of the worker process, bytes; `None` where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
+    /// Tokens that were computed together, in whole sequences; `None` in older runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub micro_batch_tokens: Option<usize>,
     /// Bytes copied from the host to GPUs, weights included; `None` on CPUs, and in older runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_to_device_bytes: Option<u64>,

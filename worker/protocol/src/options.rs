@@ -166,7 +166,8 @@ mergeable! {
         /// cpu, cpu:2 (two logical devices), cuda:0,cuda:1 [default: all GPUs, else the CPU].
         #[cfg_attr(feature = "clap", arg(long, value_name = "LIST", value_delimiter = ',', help_heading = COMPUTE))]
         pub devices: Vec<String>,
-        /// Tokens computed together, in whole sequences.
+        /// Tokens computed together, in whole sequences [default: on GPUs as many as fit, 65536 at
+        /// most; else 4096].
         #[cfg_attr(feature = "clap", arg(long, value_name = "N", value_parser = whole::<usize>,
             allow_negative_numbers = true, help_heading = COMPUTE))]
         #[serde(alias = "micro_batch_tokens")]
@@ -297,7 +298,7 @@ impl JobOptions {
             save_activations: self.save_activations,
             trace: self.trace,
             ablation: ablation.map_err(|why| format!("--ablate: {why}"))?,
-            micro_batch_tokens: self.micro_batch_tokens.unwrap_or(job.micro_batch_tokens),
+            micro_batch_tokens: self.micro_batch_tokens,
             stream_budget_bytes: self.stream_budget.map(|ByteSize(bytes)| bytes),
             ..job
         })
@@ -379,7 +380,7 @@ mod tests {
         let job = options.job(model, |_| unreachable!("features are named")).unwrap();
         assert_eq!((job.weights, job.stream_budget_bytes), (Some(Weights::Synthetic { seed: 3 }), Some(1 << 30)));
         assert_eq!((job.precision, job.corpus.bos), (Precision::Bf16, BosPolicy::Never));
-        assert!(matches!(job.corpus.source, CorpusSource::Dataset(_)) && job.micro_batch_tokens == 64);
+        assert!(matches!(job.corpus.source, CorpusSource::Dataset(_)) && job.micro_batch_tokens == Some(64));
         assert_eq!(job.ablation.map(|ablation| (ablation.features, ablation.seed)), Some((vec![3, 7], 4)));
         for (wrong, word) in [
             (json!({"sites": ["experts"]}), "\"experts\""),

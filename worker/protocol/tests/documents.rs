@@ -29,7 +29,10 @@ fn names_in_a_job_may_be_spelt_as_options_are() {
     };
     let job = document(|text| text.replace('_', "-").replace("owner-name", "owner_name"));
     assert_eq!(job, document(str::to_owned));
-    assert_eq!((job.micro_batch_tokens, job.corpus.shuffle_seed, job.thresholds.layer_fraction), (64, Some(3), 0.5));
+    assert_eq!(
+        (job.micro_batch_tokens, job.corpus.shuffle_seed, job.thresholds.layer_fraction),
+        (Some(64), Some(3), 0.5)
+    );
     assert_eq!(serde_json::to_value(&job).unwrap()["micro_batch_tokens"], 64, "programs read one spelling");
 }
 

@@ -291,10 +291,9 @@ pub fn zeros_like(x: &Tensor) -> Result<Tensor> {
     Tensor::zeros(x.shape(), x.dtype(), x.device())
 }
 
-/// Makes a tensor ready for [`on`] on another thread's device: unless it stays where it is, it goes to host memory.
-///
-/// Two GPUs exchange nothing directly: each stream belongs to one thread, and a copy between GPUs without peer access, which only some
-/// machines give, fails in the library (huggingface/candle#3524).
+/// Makes a tensor ready for [`on`] on another thread's device: unless it stays where it is, it goes to
+/// host memory. Between two GPUs [`Passing`](crate::device::gpu::Passing) does it without a wait: the library's
+/// copy fails where they do not reach each other (huggingface/candle#3524).
 pub fn leave(x: &Tensor, device: &Device) -> Result<Tensor> {
     if x.device().same_device(device) { Ok(x.clone()) } else { x.contiguous()?.to_device(&Device::Cpu) }
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use outliers_protocol::{ByteSize, Failure, FailureKind, Inspection, SCHEMA, VersionInfo, Weights};
+use outliers_protocol::{ByteSize, Failure, FailureKind, Inspection, MICRO_BATCH_TOKENS, SCHEMA, VersionInfo, Weights};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Serialize;
 
@@ -167,14 +167,13 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
     let compute = device::compute_dtype(job.precision, &devices);
     let sharing = device::sharing_memory(&devices);
     let group_elements = StreamBudget::planned(job.stream_budget_bytes).group_elements(compute, sharing);
-    let micro_batch_tokens = job.micro_batch_tokens;
     let arms = Arms::of(job.ablation.as_ref(), model.spec.hidden, tokens)?.count();
     let run = PlannedRun {
         sequences,
         tokens,
         arms,
         compute,
-        micro_batch_tokens,
+        micro_batch_tokens: job.micro_batch_tokens.unwrap_or(MICRO_BATCH_TOKENS),
         group_elements,
         measured: study::measured_bytes(&job, &model.spec, sequences) + export::memory(&job, &model.spec),
         // A plan that names no devices is for GPUs.
@@ -182,7 +181,13 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
         with_head: job.layers.is_none(),
         devices: sharing,
     };
-    Ok(inspect::inspect(&job, &checkpoint, &model, run))
+    let mut inspection = inspect::inspect(&job, &checkpoint, &model, run);
+    // Without devices' names a plan without a GPU here is for one that is elsewhere.
+    if !job.devices.is_empty() || device::has_gpu(&devices) {
+        let chosen = inspect::micro_batch_tokens(job.micro_batch_tokens, &model, run, &devices);
+        inspection.plan.micro_batch_tokens = Some(chosen);
+    }
+    Ok(inspection)
 }
 
 fn bench_run(options: JobArgs, hub: &Hub) -> Result<RunTable> {
@@ -272,6 +277,10 @@ fn print_inspection(i: &Inspection) {
         gib(p.streamed_memory_bytes),
         gib(p.resident_memory_bytes)
     );
+    match p.micro_batch_tokens {
+        Some(tokens) => println!("{tokens} tokens are computed together"),
+        None => println!("as many tokens are computed together as fit on the GPU"),
+    }
 }
 
 #[cfg(test)]

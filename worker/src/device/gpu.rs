@@ -13,6 +13,11 @@ mod host_to_device;
 #[path = "gpu/no_host_to_device.rs"]
 mod host_to_device;
 #[cfg(feature = "cuda")]
+mod passing;
+#[cfg(not(feature = "cuda"))]
+#[path = "gpu/no_passing.rs"]
+mod passing;
+#[cfg(feature = "cuda")]
 mod routing;
 #[cfg(not(feature = "cuda"))]
 #[path = "gpu/no_routing.rs"]
@@ -21,8 +26,9 @@ mod routing;
 use candle_core::Device;
 use outliers_protocol::DeviceInfo;
 
-pub use activation::{Activation, with_activation};
+pub use activation::{Look, Seen};
 pub use host_to_device::{HostToDevice, ReleaseFence, UploadFence, release_fence};
+pub use passing::Passing;
 pub use routing::{SortedPairs, choose_experts, sort_pairs};
 
 use crate::error::{Result, WorkerError};
@@ -163,6 +169,39 @@ pub struct Load {
     pub mass: Vec<(u16, i128)>,
     /// The sum of the weights of those at position 0.
     pub mass_at_position_0: Vec<(u16, i128)>,
+}
+
+/// Whether a GPU has done all that it was asked to compute; `None` for the CPU, and where the driver
+/// does not tell.
+#[cfg(feature = "cuda")]
+pub fn is_idle(device: &Device) -> Option<bool> {
+    outliers_cuda::is_idle(&device.as_cuda_device().ok()?.cuda_stream())
+}
+
+/// Whether a GPU has done all that it was asked to compute; `None`: there is none.
+#[cfg(not(feature = "cuda"))]
+pub fn is_idle(_device: &Device) -> Option<bool> {
+    None
+}
+
+/// Bytes per second of copies between pinned memory and a GPU alone, there and back; `None` for the
+/// CPU.
+///
+/// # Errors
+/// Device: the driver's.
+#[cfg(feature = "cuda")]
+pub fn copy_rates(device: &Device, rounds: usize) -> Result<Option<[f64; 2]>> {
+    let Device::Cuda(device) = device else { return Ok(None) };
+    Ok(Some(outliers_cuda::copy_rates(&device.cuda_stream(), rounds)?))
+}
+
+/// Bytes per second of copies between pinned memory and a GPU alone; `None`: there is none.
+///
+/// # Errors
+/// None.
+#[cfg(not(feature = "cuda"))]
+pub fn copy_rates(_device: &Device, _rounds: usize) -> Result<Option<[f64; 2]>> {
+    Ok(None)
 }
 
 /// Bytes that were copied between the host and all GPUs.

@@ -97,13 +97,15 @@ pub struct Span {
 pub struct Meter {
     began: Instant,
     nanoseconds: [AtomicU64; Work::ALL.len()],
+    /// One bit for each of the first devices: whether it waits now.
+    waiting: AtomicU64,
     /// `None`: only sums are kept.
     spans: Option<Mutex<Vec<Span>>>,
 }
 
 impl Default for Meter {
     fn default() -> Self {
-        Self { began: Instant::now(), nanoseconds: Default::default(), spans: None }
+        Self { began: Instant::now(), nanoseconds: Default::default(), waiting: AtomicU64::new(0), spans: None }
     }
 }
 
@@ -129,6 +131,11 @@ impl Meter {
         Duration::from_nanos(self.nanoseconds[work as usize].load(Ordering::Relaxed)).as_secs_f64()
     }
 
+    /// Whether a device's thread waits now: for weights, or for hidden states of another device.
+    pub fn is_waiting(&self, device: usize) -> bool {
+        self.waiting.load(Ordering::Relaxed) & bit(device) != 0
+    }
+
     /// What was kept of the clocks that are gone, thread by thread in order of time.
     pub fn spans(&self) -> Vec<Span> {
         let Some(spans) = &self.spans else { return Vec::new() };
@@ -136,6 +143,11 @@ impl Meter {
         spans.sort_by_key(|span| (span.thread, span.start));
         spans
     }
+}
+
+/// Of a device among those that wait; none of the 65th.
+fn bit(device: usize) -> u64 {
+    1u64.checked_shl(device as u32).unwrap_or(0)
 }
 
 /// Measures what one thread does, one thing at a time: work within other work interrupts it, so that times add up and spans never overlap.
@@ -164,6 +176,12 @@ impl Clock<'_> {
     }
 
     fn turn_to(&self, next: Option<(Work, Subject)>) -> Option<(Work, Subject)> {
+        if let Thread::Device(device) = self.thread {
+            match &next {
+                Some((Work::Waiting, _)) => self.meter.waiting.fetch_or(bit(device), Ordering::Relaxed),
+                _ => self.meter.waiting.fetch_and(!bit(device), Ordering::Relaxed),
+            };
+        }
         let (now, since) = (Instant::now(), self.since.get());
         let ended = self.now.replace(next);
         self.since.set(now);
@@ -197,7 +215,8 @@ mod tests {
         let clock = meter.clock(Thread::Device(1));
         let subject = Subject { layer: Some(3), micro_batches: Some(0..2) };
         let seen = clock.time_about(Work::Mixer, subject.clone(), || clock.time(Work::Statistics, || 7));
-        clock.time(Work::Waiting, || ());
+        clock.time(Work::Waiting, || assert!(meter.is_waiting(1) && !meter.is_waiting(0) && !meter.is_waiting(65)));
+        assert!(!meter.is_waiting(1));
         drop(clock);
         let spans = meter.spans();
         let of = |span: &Span| (span.work, span.subject.clone());

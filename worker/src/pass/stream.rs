@@ -17,11 +17,12 @@ mod layer;
 mod wavefront;
 
 use crate::blocks::ffn::Routed;
-use crate::blocks::weights::leave;
+use crate::blocks::weights::{leave, on};
 use crate::checkpoint::source::Wanted;
 use crate::checkpoint::{Model, TensorRange};
 use crate::corpus::Tokens;
 use crate::device::Placement;
+use crate::device::gpu::Passing;
 use crate::error::Result;
 use crate::model::decoder::{DecoderSpec, Need, Unit};
 use crate::pass::ablation::Arms;
@@ -112,6 +113,8 @@ fn mean(values: &[f32]) -> Option<f64> {
 struct MicroBatch {
     arm: usize,
     first_token: usize,
+    /// The residual stream on its way to another GPU, dropped before what it is copied from.
+    passing: Option<Passing>,
     /// Residual stream `[rows, hidden]`.
     hidden: Tensor,
     /// The norm's output that the feed-forward shares with the mixer, between the two.
@@ -122,7 +125,26 @@ struct MicroBatch {
 
 impl MicroBatch {
     fn new(arm: usize, first_token: usize, hidden: Tensor) -> Self {
-        Self { arm, first_token, hidden, shared_norm: None, mixture: None }
+        Self { arm, first_token, passing: None, hidden, shared_norm: None, mixture: None }
+    }
+
+    /// On the thread of the device where it is. Between GPUs it is on its way when this returns.
+    fn leave_for(&mut self, device: &Device) -> Result<()> {
+        self.hidden = self.hidden.contiguous()?;
+        self.passing = Passing::start(&self.hidden, device)?;
+        if self.passing.is_none() {
+            self.hidden = leave(&self.hidden, device)?;
+        }
+        Ok(())
+    }
+
+    /// On the thread of the device where it is to be.
+    fn arrive_on(&mut self, device: &Device) -> Result<()> {
+        self.hidden = match self.passing.take() {
+            Some(passing) => passing.arrive(device)?,
+            None => on(&self.hidden, device)?,
+        };
+        Ok(())
     }
 }
 
@@ -131,8 +153,9 @@ pub(crate) fn batches_per_wave(batches: usize) -> usize {
     batches.div_ceil(WAVES).max(1)
 }
 
-/// Micro-batches of an arm that travel together. An expert's rows are gathered across them, and which rows a product is over decides how it is
-/// rounded: so the cut depends on the job alone, never on the devices.
+/// Micro-batches of an arm that travel together. An expert's rows are gathered across them, and which
+/// rows a product is over decides how it is rounded: the cut is the job's, or by default what GPUs have
+/// memory for.
 struct Wave {
     /// From 0, in the order of the sequences.
     number: usize,
@@ -142,7 +165,7 @@ struct Wave {
 
 /// As many waves of an arm as it has micro-batches, up to this: so many devices have something to do at the same time, and as few of a micro-batch's
 /// rows as go to one expert come together from others.
-const WAVES: usize = 4;
+pub(crate) const WAVES: usize = 4;
 
 impl Wave {
     /// Of micro-batches arm by arm: one that passes beside others is rounded as one that passes alone.
@@ -166,10 +189,7 @@ impl Wave {
 
     /// On the thread of the device where it is, which alone may touch what is there.
     fn leave_for(&mut self, device: &Device) -> Result<()> {
-        for batch in &mut self.batches {
-            batch.hidden = leave(&batch.hidden, device)?;
-        }
-        Ok(())
+        self.batches.iter_mut().try_for_each(|batch| batch.leave_for(device))
     }
 }
 
@@ -243,18 +263,32 @@ impl Pass<'_> {
         (0..self.arms.count()).flat_map(of_arm).collect()
     }
 
-    /// Micro-batches and observer as they were.
+    /// Hidden states and observer as they were, in micro-batches of this pass: a GPU with another
+    /// memory computes another number of tokens together.
     fn restore(&self, point: SavePoint, observer: &mut impl Observer) -> Result<Vec<MicroBatch>> {
         observer.restore(&point.observed)?;
         let (width, rows) = (self.spec().hidden, self.batch_rows());
         let device = &self.placement(point.next_layer).device;
         let of_arm = (point.hidden.len() / self.arms.count()).max(1);
-        let batch = |(i, bytes): (usize, Vec<u8>)| {
-            let tokens = bytes.len() / (width * self.compute.size_in_bytes());
-            let hidden = savepoint::from_bytes(&bytes, self.compute, &[tokens, width], device)?;
-            Ok(MicroBatch::new(i / of_arm, i % of_arm * rows, hidden))
-        };
-        point.hidden.into_iter().enumerate().map(batch).collect()
+        let of_token = width * self.compute.size_in_bytes();
+        let (mut batches, mut first_token) = (Vec::new(), 0);
+        let mut open: Vec<u8> = Vec::new();
+        for (i, bytes) in point.hidden.into_iter().enumerate() {
+            open.extend(bytes);
+            let ends_arm = (i + 1) % of_arm == 0;
+            while open.len() >= rows * of_token || ends_arm && !open.is_empty() {
+                let rest = open.split_off(open.len().min(rows * of_token));
+                let shape = [open.len() / of_token, width];
+                let hidden = savepoint::from_bytes(&open, self.compute, &shape, device)?;
+                batches.push(MicroBatch::new(i / of_arm, first_token, hidden));
+                first_token += shape[0];
+                open = rest;
+            }
+            if ends_arm {
+                first_token = 0;
+            }
+        }
+        Ok(batches)
     }
 
     /// Saves what there is before a layer. A disk that refuses costs the save point, not the run.

@@ -5,19 +5,23 @@ use std::ops::Range;
 use candle_core::DType;
 use half::bf16;
 use outliers_protocol::{
-    FileBytes, Inspection, JobSpec, LayerInspection, ModelSource, PlanFigures, Point, SCHEMA, SiteInspection, Weights,
+    FileBytes, GpuWork, Inspection, JobSpec, LayerInspection, MICRO_BATCH_TOKENS, ModelSource, PlanFigures, Point,
+    SCHEMA, SiteInspection, Weights,
 };
+use outliers_scan::{BINS, STRIP};
 use serde_json::Value;
 
 use crate::blocks::attention::{QUERY_BLOCK, SCORE_VALUES};
 use crate::checkpoint::Model;
 use crate::checkpoint::hub::held_for_hashes;
 use crate::checkpoint::source::Checkpoint;
+use crate::device::Placement;
+use crate::device::gpu;
 use crate::kernels::product::Arithmetic;
 use crate::model::decoder::{
     DecoderSpec, FfnSpec, GateUp, LayerSpec, Longest, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, Unit,
 };
-use crate::pass::stream::{self, VOCAB_BLOCK};
+use crate::pass::stream::{self, VOCAB_BLOCK, WAVES};
 use crate::run::disk_bytes;
 use crate::run::export;
 use crate::stats::{Site, study};
@@ -45,6 +49,34 @@ pub struct PlannedRun {
     pub with_head: bool,
     /// Devices whose weights and workspaces are in one memory.
     pub devices: usize,
+}
+
+/// Tokens of the largest that is chosen. An assumption: beyond it products and launches gain little.
+const LARGEST_MICRO_BATCH: usize = 16 * MICRO_BATCH_TOKENS;
+/// Bytes of a GPU that no micro-batch is to take: libraries have workspaces, and there are gaps
+/// between allocations. An assumption.
+const RESERVE: u64 = 512 << 20;
+
+/// Tokens of a micro-batch: as asked for; else, on GPUs, as many as there is memory for on each, so
+/// that a GPU computes long at a time.
+pub fn micro_batch_tokens(asked: Option<usize>, model: &Model<'_>, run: PlannedRun, devices: &[Placement]) -> usize {
+    let free = || devices.iter().map(|placement| gpu::free_memory(&placement.device)).min().flatten();
+    let fitting = |free| largest_that_fits(run, devices.len(), free, |run| streamed_memory(model, run));
+    asked.unwrap_or_else(|| free().map_or(MICRO_BATCH_TOKENS, fitting))
+}
+
+/// The largest micro-batch of a run whose memory is free on each of its devices; one sequence if
+/// none fits. Steps are powers of two: GPUs of one kind choose the same.
+fn largest_that_fits(run: PlannedRun, devices: usize, free: u64, memory: impl Fn(PlannedRun) -> u64) -> usize {
+    let all = run.sequences * run.tokens;
+    // Several devices work at a time on as many waves.
+    let most = if devices > 1 { all.div_ceil(WAVES).max(MICRO_BATCH_TOKENS) } else { all };
+    let halves = std::iter::successors(Some(LARGEST_MICRO_BATCH), |size| (*size > run.tokens).then_some(size / 2));
+    let sizes: Vec<usize> = halves.filter(|size| *size < 2 * most || *size <= run.tokens).collect();
+    let free = free.saturating_sub(RESERVE);
+    let fits = |size: &&usize| memory(PlannedRun { micro_batch_tokens: **size, ..run }) <= free;
+    let chosen = sizes.iter().find(fits).or(sizes.last());
+    chosen.map_or(MICRO_BATCH_TOKENS, |size| (*size).min(all.max(1)))
 }
 
 /// Describes the checked model of a job.
@@ -193,13 +225,56 @@ fn plan(model: &Model<'_>, run: PlannedRun, job: &JobSpec, files: &[FileBytes]) 
         tokens_per_sequence: run.tokens,
         compute_bytes_per_value: value,
         flops: Flops::of(spec, run).total(),
+        micro_batch_tokens: job.micro_batch_tokens,
         streamed_memory_bytes: streamed_memory(model, run),
         resident_memory_bytes: resident_memory(model, run),
         hidden_state_bytes: hidden_states(spec, run),
         hash_memory_bytes: if streams && disk_bytes == 0 { held() } else { 0 },
         disk_bytes,
         bytes_to_read: model.stored_dtypes().values().sum(),
+        on_gpus: on_gpus(model, run, job),
         exports: export::planned(job, spec),
+    }
+}
+
+/// Kernels of a norm output's statistics, each of which reads all of its values; other sites have one
+/// fewer.
+const NORM_KERNELS: u64 = 4;
+/// Kernels of a layer's mixer or dense feed-forward over a micro-batch, and of an expert over those
+/// of a wave. Assumed.
+const MIXER_KERNELS: u64 = 40;
+const FEED_FORWARD_KERNELS: u64 = 15;
+const EXPERT_KERNELS: u64 = 8;
+
+/// What GPUs do beside the arithmetic. Single experts' outputs count as one site of all of them.
+fn on_gpus(model: &Model<'_>, run: PlannedRun, job: &JobSpec) -> GpuWork {
+    let spec = &model.spec;
+    let (layers, norms) = (spec.layers.len() as u64, spec.sites().len() as u64);
+    let others = [Point::Residual, Point::AttentionOut, Point::MlpOut, Point::ExpertOut];
+    let others = layers * others.into_iter().filter(|point| job.studies(*point)).count() as u64;
+    let (sequences, tokens) = (run.sequences as u64, (run.sequences * run.tokens) as u64);
+    let hidden = spec.hidden as u64;
+    let batches = tokens.div_ceil(batch_rows(run).max(1) as u64);
+    let waves = batches.min(WAVES as u64);
+
+    let head = if run.with_head { model.stored_bytes(0, &spec.head_needs()) } else { 0 };
+    let units = spec.units(run.group_elements);
+    let weights: u64 = units.iter().map(|unit| model.unit_bytes(unit)).sum();
+    // Of a row: largest value, median, two moments. Of a column: two counts, two extremes, four sums.
+    let rows = tokens * 24 + sequences * 8 * BINS as u64;
+    let logits = if run.with_head { tokens * 12 * spec.vocab.div_ceil(VOCAB_BLOCK) as u64 } else { 0 };
+    let kernels = NORM_KERNELS * norms + (NORM_KERNELS - 1) * others;
+    let of_layer = |layer: &LayerSpec| {
+        let experts = EXPERT_KERNELS * layer.experts() as u64 * waves;
+        batches * (MIXER_KERNELS + FEED_FORWARD_KERNELS) + experts
+    };
+    let arms = run.arms as u64;
+    GpuWork {
+        host_to_device_bytes: weights + head + hidden_states(spec, run),
+        device_to_host_bytes: (norms + others) * rows + norms * sequences * hidden * 48 + arms * logits,
+        passed_on_bytes: layers * hidden_states(spec, run),
+        statistics_bytes: kernels * tokens * hidden * run.compute.size_in_bytes() as u64,
+        launches: arms * spec.layers.iter().map(of_layer).sum::<u64>() + batches * kernels,
     }
 }
 
@@ -254,7 +329,7 @@ pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let needs = units.iter().flat_map(|unit| unit.needs.iter().map(|need| model.stored(unit.layer, need).bytes()));
     // On the host; on a GPU they come in pieces of a buffer, which is no larger than a tensor.
     let being_decoded = needs.max().unwrap_or(0);
-    let layers = run.devices as u64 * (two_largest + being_decoded) + busiest(spec, &units, run);
+    let layers = run.devices as u64 * (two_largest + being_decoded) + busiest(spec, &units, run) + looked_at(spec, run);
     // A tied head is read once, before the layers.
     let tied = if run.with_head && spec.head.tied { model.stored_bytes(0, [&spec.embedding_need()]) } else { 0 };
     let head = if run.with_head { hidden_states(spec, run) + head_workspace(model, run) } else { 0 };
@@ -288,6 +363,18 @@ fn angles(spec: &DecoderSpec, run: PlannedRun) -> u64 {
 /// Rows of a micro-batch: whole sequences.
 fn batch_rows(run: PlannedRun) -> usize {
     (run.micro_batch_tokens / run.tokens.max(1)).clamp(1, run.sequences.max(1)) * run.tokens
+}
+
+/// What is held on a GPU of activations until their statistics have come, bytes: values, where they
+/// exceed, and while columns are added up six numbers of each strip.
+fn looked_at(spec: &DecoderSpec, run: PlannedRun) -> u64 {
+    if run.arithmetic.in_place {
+        return 0;
+    }
+    let rows = batch_rows(run);
+    let strips = rows / run.tokens.max(1) * run.tokens.div_ceil(STRIP);
+    let held = rows * run.compute.size_in_bytes() + strips * 2 * size_of::<u32>();
+    (((study::HELD + 1) * held + strips * 6 * size_of::<f32>()) * spec.hidden) as u64
 }
 
 /// The embedded tokens in f32, before they become hidden states.
@@ -408,6 +495,36 @@ mod tests {
         let mut config = serde_json::from_str(config).unwrap();
         change(&mut config);
         arch::read(&config).unwrap().spec
+    }
+
+    /// What is chosen where a token takes a megabyte.
+    fn chosen(sequences: usize, tokens: usize, devices: usize, free: u64) -> usize {
+        let run = PlannedRun {
+            sequences,
+            tokens,
+            arms: 1,
+            compute: DType::BF16,
+            micro_batch_tokens: 0,
+            group_elements: 1,
+            measured: 0,
+            arithmetic: Arithmetic::default(),
+            with_head: true,
+            devices: 1,
+        };
+        largest_that_fits(run, devices, free, |run| (batch_rows(run) << 20) as u64)
+    }
+
+    #[test]
+    fn as_many_tokens_are_computed_together_as_fit() {
+        let gib = |n: u64| n << 30;
+        assert_eq!(chosen(16, 2048, 1, gib(33)), 32_768, "all of them");
+        assert_eq!(chosen(16, 2048, 1, gib(32)), 16_384, "what libraries take is left free");
+        assert_eq!(chosen(16, 2048, 1, gib(9)), 8192);
+        assert_eq!(chosen(512, 2048, 1, gib(1000)), LARGEST_MICRO_BATCH);
+        assert_eq!(chosen(16, 2048, 1, gib(1)), 2048, "one sequence, if less fits");
+        assert_eq!(chosen(2, 100_000, 1, gib(1)), 65_536, "which may be longer than any");
+        assert_eq!(chosen(16, 2048, 4, gib(1000)), 8192, "each device has a wave of its own");
+        assert_eq!(chosen(3, 24, 3, gib(1)), 72, "few tokens are not divided");
     }
 
     #[test]

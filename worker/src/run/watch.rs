@@ -73,6 +73,10 @@ impl LayerObserver for Watch {
         self.exports.iter_mut().for_each(|exports| exports.routing(choices));
         self.dump.as_mut().map_or(Ok(()), |dump| dump.routing(layer, first_token, choices))
     }
+
+    fn settle(&mut self) -> Result<()> {
+        self.study.settle()
+    }
 }
 
 impl Observer for Watch {

@@ -1,6 +1,9 @@
 //! Everything a run measures, in one observer, so that values leave their device once.
+//!
+//! On a GPU it is asked for when values are seen, and added in the same order when it has come, so
+//! that the GPU goes on meanwhile.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use candle_core::Tensor;
 use outliers_protocol::{
@@ -20,11 +23,12 @@ use super::residual_sinks::Sinks;
 use super::rows::RowStats;
 use super::spike_life::Spikes;
 use super::top::{Top, TopValue};
-use super::values::{HostValues, Values, with_values};
+use super::values::{HostValues, Values, on_the_host};
 use super::{Column, LayerObserver, Observer, OutlierStats, Site, Summary, with_f32};
 use crate::blocks::attention::FirstKey;
 use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::corpus::Tokens;
+use crate::device::gpu::Look;
 use crate::error::{Result, WorkerError};
 use crate::model::decoder::{DecoderSpec, FfnSpec, LayerSpec};
 
@@ -100,7 +104,7 @@ impl Scope {
 ///
 /// Size: that of [`OutlierStats`], and about 50 KiB per site, 100 records per kind of site, 100 bytes per expert, one gain vector per norm
 /// (as [`bytes`] adds up).
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub struct Study {
     scope: Scope,
     outliers: OutlierStats,
@@ -114,6 +118,45 @@ pub struct Study {
     residual_sinks: Option<Sinks>,
     spikes: Option<Spikes>,
     first_keys: Option<FirstKeys>,
+    /// What GPUs were asked for and is not added yet, oldest first. None of a layer that has settled.
+    #[serde(skip)]
+    coming: VecDeque<(Shown, Look)>,
+}
+
+/// How many activations are held on a GPU at most until their statistics have come.
+pub const HELD: usize = 4;
+
+/// Values that were shown.
+struct Shown {
+    site: Site,
+    whose: Whose,
+}
+
+/// What the rows of values are.
+enum Whose {
+    /// Whole sequences, from this token on.
+    Sequences { first_token: usize },
+    /// What an expert made of tokens, by their number among all.
+    Expert { expert: usize, tokens: Vec<usize> },
+}
+
+impl Shown {
+    /// The token of a row.
+    fn token(&self, row: usize) -> usize {
+        match &self.whose {
+            Whose::Sequences { first_token } => first_token + row,
+            Whose::Expert { tokens, .. } => tokens[row],
+        }
+    }
+
+    /// Where a value stands.
+    fn found(&self, row: usize, dim: usize, value: f32) -> TopValue {
+        let expert = match self.whose {
+            Whose::Sequences { .. } => None,
+            Whose::Expert { expert, .. } => Some(expert),
+        };
+        TopValue { layer: self.site.layer, token: self.token(row), expert, dim, value }
+    }
 }
 
 /// Memory of a study of `norms` norm outputs at the end of the pass, bytes, without the bitmaps of
@@ -195,6 +238,7 @@ impl Study {
             residual_sinks: is_asked(Measurement::ResidualSinks).then(|| Sinks::new(threshold)),
             spikes: is_asked(Measurement::SpikeLife).then(Spikes::default),
             first_keys: is_asked(Measurement::AttentionSinks).then(FirstKeys::default),
+            coming: VecDeque::new(),
             scope,
         }
     }
@@ -219,19 +263,70 @@ impl Study {
         &self.experts
     }
 
-    /// Sees whole sequences `x` `[rows, hidden]` at a site, and gives their scans.
-    fn see(&mut self, site: Site, first_token: usize, x: &Values<'_>) -> Result<Vec<Scan>> {
-        if site.point.is_norm_output() {
-            self.outliers.count(site, first_token, x)?;
+    /// Sees values: on the host at once, on a GPU when they have been looked at.
+    fn show(&mut self, shown: Shown, x: &Tensor) -> Result<()> {
+        let tokens = match shown.whose {
+            Whose::Sequences { .. } => self.scope.tokens,
+            Whose::Expert { .. } => x.dim(0)?,
+        };
+        if !x.device().is_cuda() {
+            return on_the_host(x, tokens, |values| self.see(&shown, &HostValues { tensor: x, values }));
         }
-        let scans = x.scan()?;
-        let found =
-            |row, dim, value| TopValue { layer: site.layer, token: first_token + row, expert: None, dim, value };
-        self.add(site, x, &scans, found)?;
-        if site.point == Point::Residual {
-            self.massive.add(site.layer, first_token, x, &scans)?;
+        let point = shown.site.point;
+        let threshold = point.is_norm_output().then(|| self.outliers.threshold());
+        // What is added to the residual stream is overwritten by the sum.
+        let is_added = matches!(point, Point::AttentionOut | Point::MlpOut | Point::ExpertOut);
+        let copied;
+        let x = if is_added {
+            copied = x.copy()?;
+            &copied
+        } else {
+            x
+        };
+        self.coming.push_back((shown, Look::at(x, tokens, threshold, point == Point::Residual)?));
+        self.add_what_came(HELD)
+    }
+
+    /// Adds what has come, in the order in which it was asked for, and waits while more than `held`
+    /// are still to come.
+    fn add_what_came(&mut self, held: usize) -> Result<()> {
+        while let Some((shown, look)) = self.coming.pop_front() {
+            if self.coming.len() < held && !look.is_there()? {
+                self.coming.push_front((shown, look));
+                return Ok(());
+            }
+            look.show(|seen| self.see(&shown, &HostValues { tensor: look.tensor(), values: &Values::Gpu(seen) }))?;
         }
-        Ok(scans)
+        Ok(())
+    }
+
+    fn see(&mut self, shown: &Shown, x: &HostValues<'_>) -> Result<()> {
+        let (site, values) = (shown.site, x.values);
+        match shown.whose {
+            Whose::Sequences { first_token } => {
+                if site.point.is_norm_output() {
+                    self.outliers.count(site, first_token, values)?;
+                }
+                let scans = values.scan()?;
+                self.add(shown, values, &scans)?;
+                if site.point == Point::Residual {
+                    self.massive.add(site.layer, first_token, values, &scans)?;
+                }
+                self.measure(site, first_token, &scans, x)
+            }
+            Whose::Expert { expert, .. } => {
+                let scans = values.scan()?;
+                self.add(shown, values, &scans)?;
+                let peaks = self.experts.get_mut(&site.layer).expect("studied experts were announced");
+                peaks.add(expert, values, &scans, |row, dim, value| shown.found(row, dim, value))?;
+                let Some(quantization) = &mut self.quantization else { return Ok(()) };
+                let width = self.scope.expert_width;
+                x.see(|x| {
+                    quantization.add(site, x, width, |row| shown.token(row));
+                    Ok(())
+                })
+            }
+        }
     }
 
     /// What is measured of whole sequences only where a job asks for it: on the host.
@@ -259,30 +354,24 @@ impl Study {
         })
     }
 
-    /// What is done with the rows of any site; `found` says where a value stands by row and
-    /// dimension.
-    fn add(
-        &mut self,
-        site: Site,
-        x: &Values<'_>,
-        scans: &[Scan],
-        found: impl Fn(usize, usize, f32) -> TopValue,
-    ) -> Result<()> {
+    /// What is done with the rows of any site.
+    fn add(&mut self, shown: &Shown, x: &Values<'_>, scans: &[Scan]) -> Result<()> {
         let mut first = 0;
         for scan in scans {
             if let Some(row) = scan.first_not_finite() {
-                return Err(not_finite(site, found(first + row, 0, 0.0).token));
+                return Err(not_finite(shown.site, shown.token(first + row)));
             }
             first += scan.rows.len();
         }
-        let rows = self.rows.get_mut(&site).expect("studied sites were announced");
+        let rows = self.rows.get_mut(&shown.site).expect("studied sites were announced");
         scans.iter().for_each(|scan| rows.add(scan));
-        let top = self.records.entry(site.point).or_insert_with(|| Top::new(TOP_RECORDS));
-        top.offer_values(x, scans, found)
+        let top = self.records.entry(shown.site.point).or_insert_with(|| Top::new(TOP_RECORDS));
+        top.offer_values(x, scans, |row, dim, value| shown.found(row, dim, value))
     }
 
     /// Adds a study of the same scope, or of single layers of it, over other sequences: in any order and grouping.
     pub fn merge(&mut self, other: &Self) {
+        debug_assert!(other.coming.is_empty(), "a layer that has not settled");
         self.outliers.merge(&other.outliers);
         for (site, theirs) in &other.rows {
             self.rows.get_mut(site).expect("in scope").merge(theirs);
@@ -408,10 +497,7 @@ impl LayerObserver for Study {
     }
 
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
-        with_values(x, self.scope.tokens, |values| {
-            let scans = self.see(site, first_token, values)?;
-            self.measure(site, first_token, &scans, &HostValues { tensor: x, values })
-        })
+        self.show(Shown { site, whose: Whose::Sequences { first_token } }, x)
     }
 
     fn gain(&mut self, site: Site, gain: &Tensor) -> Result<()> {
@@ -421,26 +507,9 @@ impl LayerObserver for Study {
     }
 
     fn expert(&mut self, layer: usize, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
-        let place = |row: usize, dim, value| TopValue {
-            layer,
-            token: first_token + rows.rows[row] as usize,
-            expert: Some(expert),
-            dim,
-            value,
-        };
-        with_values(&rows.out, rows.rows.len(), |x| {
-            let scans = x.scan()?;
-            self.add(Site { layer, point: Point::ExpertOut }, x, &scans, place)?;
-            self.experts.get_mut(&layer).expect("studied experts were announced").add(expert, x, &scans, place)?;
-            let Some(quantization) = &mut self.quantization else { return Ok(()) };
-            let width = self.scope.expert_width;
-            HostValues { tensor: &rows.out, values: x }.see(|x| {
-                quantization.add(Site { layer, point: Point::ExpertOut }, x, width, |row| {
-                    first_token + rows.rows[row] as usize
-                });
-                Ok(())
-            })
-        })
+        let tokens = rows.rows.iter().map(|row| first_token + *row as usize).collect();
+        let site = Site { layer, point: Point::ExpertOut };
+        self.show(Shown { site, whose: Whose::Expert { expert, tokens } }, &rows.out)
     }
 
     fn wants_first_key(&self) -> bool {
@@ -463,6 +532,10 @@ impl LayerObserver for Study {
             Choices::Gpu(routing) => router.add_loads(first_token, tokens, routing)?,
         }
         Ok(())
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        self.add_what_came(0)
     }
 }
 

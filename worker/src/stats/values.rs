@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use outliers_scan::{Columns, Large, Rows, Scan};
 
 use super::with_f32;
-use crate::device::gpu::{Activation, with_activation};
+use crate::device::gpu::Seen;
 use crate::error::Result;
 
 /// Activations `[rows, width]`, rows of whole sequences: each operation has a form for the CPU and
@@ -12,16 +12,12 @@ use crate::error::Result;
 pub enum Values<'a> {
     /// On the host.
     Host(Rows<'a>),
-    /// On a GPU.
-    Gpu(&'a Activation<'a>),
+    /// On a GPU that has looked at them.
+    Gpu(&'a Seen<'a>),
 }
 
-/// Shows a tensor's values `[rows, width]` where they lie, rows of whole sequences of `tokens`
-/// each.
-pub fn with_values<T>(x: &Tensor, tokens: usize, see: impl FnOnce(&Values<'_>) -> Result<T>) -> Result<T> {
-    if x.device().is_cuda() {
-        return with_activation(x, tokens, |activation| see(&Values::Gpu(activation)));
-    }
+/// Shows a tensor's values `[rows, width]` on the host, rows of whole sequences of `tokens` each.
+pub(super) fn on_the_host<T>(x: &Tensor, tokens: usize, see: impl FnOnce(&Values<'_>) -> Result<T>) -> Result<T> {
     let width = x.dim(1)?;
     with_f32(x, |x| see(&Values::Host(Rows { x, width, tokens })))
 }

@@ -60,7 +60,13 @@ pub(crate) fn spec(results: &Path) -> RunSpec {
         job: JobSpec::new(ModelSource::Hub { id: "owner/model".into(), revision: "main".into() }),
         job_key: "key".into(),
         request: GpuRequest { gpu_count: Some(0), ..GpuRequest::default() },
-        work: Work { read: Bytes::from_gib(1), operations: 1e12, read_rate: Bytes::from_gib(1), efficiency: 1.0 },
+        work: Work {
+            read: Bytes::from_gib(1),
+            operations: 1e12,
+            read_rate: Bytes::from_gib(1),
+            efficiency: 1.0,
+            ..Work::default()
+        },
         disk: Bytes::from_gib(1),
         push_model: false,
         keep_running: false,

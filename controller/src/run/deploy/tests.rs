@@ -778,6 +778,9 @@ fn the_same_work_has_the_same_key() {
     let key = JobIdentity::of(&job).unwrap().key("local");
     assert_eq!(key, JobIdentity::of(&job).unwrap().key("local"));
     assert_ne!(key, JobIdentity::of(&job).unwrap().key("cloud"));
+    // As older programs wrote the default.
+    let named = JobSpec { micro_batch_tokens: Some(4096), ..job.clone() };
+    assert_eq!(key, JobIdentity::of(&named).unwrap().key("local"));
     std::fs::write(&text, "two").unwrap();
     assert_ne!(key, JobIdentity::of(&job).unwrap().key("local"));
     std::fs::remove_file(&text).unwrap();

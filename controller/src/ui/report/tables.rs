@@ -11,7 +11,7 @@ use super::diagnostics::diagnostics;
 pub use super::table::{Cell, facts, id, name, number, paragraphs, table, text};
 use crate::cli::settings::Span;
 use crate::cloud::broker::{Capabilities, Instance, InstanceId, InstanceState, Offer};
-use crate::cloud::estimate::{Estimate, Work};
+use crate::cloud::estimate::{CROSSING, Estimate, Work};
 use crate::cloud::market::{self, Step};
 use crate::model_name::short;
 use crate::run::ledger::{RunRecord, now_ms};
@@ -162,6 +162,8 @@ pub fn steps(considered: usize, steps: &[Step]) -> String {
 /// What a run would need, after what is to be known of the choice of its weights.
 pub fn needs(inspection: &Inspection) -> String {
     let plan = &inspection.plan;
+    let together = plan.micro_batch_tokens.map(|tokens| grouped(tokens as u64));
+    let together = together.unwrap_or_else(|| "as many as the GPU has memory for".to_owned());
     let rows = [
         (
             "parameters",
@@ -174,6 +176,7 @@ pub fn needs(inspection: &Inspection) -> String {
             "host memory to verify all weights",
             if plan.hash_memory_bytes > 0 { Bytes(plan.hash_memory_bytes).to_string() } else { String::new() },
         ),
+        ("tokens computed together", together),
         ("device memory, streamed", Bytes(plan.streamed_memory_bytes).to_string()),
         ("device memory, all resident", Bytes(plan.resident_memory_bytes).to_string()),
         ("arithmetic", operations(plan.flops)),
@@ -204,6 +207,12 @@ pub fn estimate(estimate: &Estimate) -> String {
         (Some(seconds), Some(rate)) => format!("computing: {} at {}/s\n", span(seconds), operations(rate)),
         _ => "computing: left out (give the device's peak with --tflops)\n".to_owned(),
     };
+    if let (Some(crossing), Some(statistics), Some(launch)) =
+        (estimate.crossing_seconds, estimate.statistics_seconds, estimate.launch_seconds)
+    {
+        out += &format!("to GPUs and between them: {} at {}/s\n", span(crossing), Bytes(CROSSING as u64));
+        out += &format!("statistics on GPUs: {}, launches: {}\n", span(statistics), span(launch));
+    }
     out += &format!("together: {} (reading and computing overlap)\n", span(estimate.seconds));
     if let (Some(price), Some(cost)) = (estimate.price, estimate.cost) {
         out += &format!("cost: {cost} at {price}\n");
@@ -548,13 +557,17 @@ mod tests {
 
     #[test]
     fn an_estimate_says_its_rates_and_what_was_left_out() {
-        let work = Work { read: Bytes(1), operations: 3e14, read_rate: Bytes(1), efficiency: 0.5 };
+        let work =
+            Work { read: Bytes(1), operations: 3e14, read_rate: Bytes(1), efficiency: 0.5, ..Work::default() };
         let words = |rate| estimate(&work.at(Duration::ZERO, Bytes(0), rate, None));
         assert!(words(Some(1e-300)).contains("together"), "no division ends the program");
         assert!(words(None).contains("left out"), "{}", words(None));
         let (slow, quick) = (words(Some(2.4e10)), words(Some(1.2e11)));
         assert!(slow.contains("at 24.0 x 10^9 operations/s"), "{slow}");
         assert!(quick.contains("at 0.12 x 10^12 operations/s"), "{quick}");
+        assert!(!quick.contains("GPUs"), "{quick}");
+        let gpu = work.with_gpus(work.at(Duration::ZERO, Bytes(0), Some(1.2e11), None), 1);
+        assert!(estimate(&gpu).contains("statistics on GPUs: "));
     }
 
     #[test]

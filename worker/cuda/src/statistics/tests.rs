@@ -63,7 +63,9 @@ fn compare(stream: &Arc<CudaStream>, dice: &mut Dice, [width, tokens, sequences]
     let x = values(dice, [width, tokens, sequences], dtype);
     let cpu = Rows { x: &x, width, tokens };
     with(stream, &x, dtype, |stored| {
-        let gpu = Activation::new(Arc::clone(stream), stored, width, tokens);
+        let activation = Activation::new(Arc::clone(stream), stored, width, tokens);
+        let look = activation.look(Some(6.0), true).unwrap();
+        let gpu = look.seen(&activation).unwrap();
         let name = format!("{dtype} [{sequences} x {tokens}, {width}]");
         let (scans, found) = (cpu.scan(), gpu.scan().unwrap());
         assert_eq!((found.len(), gpu.rows()), (sequences, cpu.rows()), "{name}");
@@ -77,6 +79,29 @@ fn compare(stream: &Arc<CudaStream>, dice: &mut Dice, [width, tokens, sequences]
         let asked: Vec<_> = (0..tokens * sequences).rev().step_by(2).map(|row| (row, floors[row / 2 % 4])).collect();
         assert_eq!(gpu.large(&asked).unwrap(), cpu.large(&asked), "{name}");
     });
+}
+
+/// Asks for several looks before it reads the first, in the order in which they were asked for.
+fn many_at_a_time(stream: &Arc<CudaStream>, dice: &mut Dice) {
+    let (width, tokens) = (61, 33);
+    let all: Vec<Vec<f32>> = (0..5).map(|_| values(dice, [width, tokens, 1], "f32")).collect();
+    let slices: Vec<_> = all.iter().map(|x| stream.clone_htod(x).unwrap()).collect();
+    let activation = |x| Activation::new(Arc::clone(stream), Stored::F32(x), width, tokens);
+    let activations: Vec<_> = slices.iter().map(|slice| activation(slice.as_view())).collect();
+    let looks: Vec<_> = activations.iter().map(|of| of.look(Some(6.0), true).unwrap()).collect();
+    // What the stream is asked for later waits for nobody.
+    let later = stream.clone_dtod(&slices[0]).unwrap();
+    for ((x, activation), look) in all.iter().zip(&activations).zip(&looks) {
+        let (cpu, gpu) = (Rows { x, width, tokens }, look.seen(activation).unwrap());
+        let scans = cpu.scan();
+        assert_eq!(gpu.scan().unwrap()[0].rows, scans[0].rows);
+        assert!(look.is_there().unwrap());
+        assert_eq!(gpu.medians().unwrap(), cpu.medians(&scans));
+        assert_eq!(gpu.columns(6.0).unwrap(), cpu.columns(6.0));
+        let asked = [(2, 6f32.to_bits()), (7, 0)];
+        assert_eq!(gpu.large(&asked).unwrap(), cpu.large(&asked));
+    }
+    assert_eq!(stream.clone_dtoh(&later).unwrap(), all[0]);
 }
 
 #[test]
@@ -95,7 +120,9 @@ fn look_at_both() {
     let mut x = vec![1.0; 3 * ROOM];
     (x[5], x[ROOM + 3]) = (f32::NAN, f32::NEG_INFINITY);
     with(&stream, &x, "bf16", |stored| {
-        let gpu = Activation::new(Arc::clone(&stream), stored, ROOM / 2, 3);
+        let activation = Activation::new(Arc::clone(&stream), stored, ROOM / 2, 3);
+        let look = activation.look(Some(6.0), false).unwrap();
+        let gpu = look.seen(&activation).unwrap();
         assert_eq!(gpu.large(&[(1, 0), (3, 0), (4, 0)]).unwrap().len(), 3 * ROOM / 2);
         let not_finite: Vec<_> = gpu.scan().unwrap().iter().map(Scan::first_not_finite).collect();
         assert_eq!(not_finite, [Some(0), None]);
@@ -105,9 +132,12 @@ fn look_at_both() {
         assert_eq!(places, [(0, 5), (2, 3)]);
     });
     with(&stream, &[], "f32", |stored| {
-        let gpu = Activation::new(Arc::clone(&stream), stored, 4, 0);
+        let activation = Activation::new(Arc::clone(&stream), stored, 4, 0);
+        let look = activation.look(None, true).unwrap();
+        let gpu = look.seen(&activation).unwrap();
         assert!(gpu.scan().unwrap().is_empty() && gpu.medians().unwrap().is_empty());
     });
+    many_at_a_time(&stream, &mut dice);
     println!("said: all equal");
 }
 

@@ -2,10 +2,12 @@
 
 use std::fmt;
 use std::hint::black_box;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
-use outliers_protocol::{CorpusProvenance, JobSpec};
+use outliers_protocol::{CorpusProvenance, JobSpec, MICRO_BATCH_TOKENS};
 use serde::Serialize;
 
 use super::decode::{self, DecodeTable};
@@ -15,8 +17,8 @@ use crate::checkpoint::hub::Hub;
 use crate::checkpoint::safetensors::StoredDtype;
 use crate::checkpoint::{Model, TensorRange};
 use crate::corpus::Tokens;
-use crate::device;
 use crate::device::gpu;
+use crate::device::{self, Placement};
 use crate::error::Result;
 use crate::kernels::product::{self, Arithmetic};
 use crate::model::decoder::Need;
@@ -43,6 +45,8 @@ const READ: u64 = 256 << 20;
 const READ_AT_ONCE: u64 = 4 << 20;
 /// Repetitions of everything that shows a ceiling.
 const ROUNDS: usize = 3;
+/// How long GPUs are left alone before they are asked again whether they have anything to do.
+const SAMPLED_EVERY: Duration = Duration::from_millis(1);
 
 /// What [`run`](fn@run) measured.
 #[derive(Clone, Debug, Serialize)]
@@ -67,6 +71,8 @@ pub struct RunTable {
     pub seconds: f64,
     /// Seconds in which devices had nothing to do, waiting for weights or for each other; of all of them together.
     pub waiting_seconds: f64,
+    /// When GPUs had nothing to do; `None` on CPUs.
+    pub idle: Option<Idle>,
     /// What a plan says that the run takes, bytes.
     pub planned_memory_bytes: u64,
     /// Peak resident memory of this process so far, bytes.
@@ -77,6 +83,16 @@ pub struct RunTable {
     pub device_to_host_bytes: Option<u64>,
     /// Kinds of work, and all of it.
     pub rows: Vec<RunRow>,
+}
+
+/// Shares of the time in which GPUs had nothing to do, of all of them together, as they were found
+/// every millisecond.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Idle {
+    /// While the host waited for weights, or for hidden states of another GPU.
+    pub for_weights: f64,
+    /// While the host did something else: it had not asked for the next kernels yet.
+    pub for_host: f64,
 }
 
 /// One kind of work.
@@ -125,6 +141,11 @@ impl fmt::Display for RunTable {
             Some(peak) => writeln!(f, "; peak memory {}, {planned} were planned", scaled(peak as f64, "B")),
             None => writeln!(f, "; {planned} of memory were planned"),
         }?;
+        if let Some(Idle { for_weights, for_host }) = self.idle {
+            let [all, weights, host] = [for_weights + for_host, for_weights, for_host].map(|share| 100.0 * share);
+            write!(f, "GPUs idled in {all:.0} % of the time: ")?;
+            writeln!(f, "{weights:.0} % for weights or each other, {host:.0} % for the host")?;
+        }
         match (self.host_to_device_bytes, self.device_to_host_bytes) {
             (Some(there), Some(back)) => {
                 let (there, back) = (scaled(there as f64, "B"), scaled(back as f64, "B"));
@@ -164,14 +185,27 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     let tokens = made_up(spec.vocab, sequences, tokens);
     let sharing = device::sharing_memory(&devices);
     let (meter, group_elements) = (Meter::default(), budget.group_elements(compute, sharing));
-    let (micro_batch_tokens, with_head) = (job.micro_batch_tokens, job.layers.is_none());
+    let with_head = job.layers.is_none();
+    let mut planned = PlannedRun {
+        sequences,
+        tokens: tokens.tokens,
+        arms: 1,
+        compute,
+        micro_batch_tokens: MICRO_BATCH_TOKENS,
+        group_elements,
+        measured: 0,
+        arithmetic: Arithmetic::of(&devices, compute),
+        with_head,
+        devices: sharing,
+    };
+    planned.micro_batch_tokens = inspect::micro_batch_tokens(job.micro_batch_tokens, &model, planned, &devices);
     let pass = Pass {
         model: &model,
         tokens: &tokens,
         arms: &Arms::whole(),
         compute,
         devices: &devices,
-        micro_batch_tokens,
+        micro_batch_tokens: planned.micro_batch_tokens,
         with_head,
         group_elements,
         hash_memory: budget.hash_memory(0),
@@ -182,25 +216,14 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     let study = Study::new(Scope::new(job, spec, &tokens), job.thresholds.magnitude);
     let mut watched = Watched { study, bytes: 0 };
     let (start, before) = (Instant::now(), gpu::traffic());
-    pass.run(&mut watched, None)?;
+    let (passed, idle) = watching_for_idle_gpus(&devices, &meter, || pass.run(&mut watched, None));
+    passed?;
     source.verify()?;
     let seconds = start.elapsed().as_secs_f64();
     let copied = device::has_gpu(&devices).then(|| gpu::traffic().since(before));
     let peak_memory_bytes = run::peak_memory();
 
     let weight_bytes = source.bytes_read();
-    let planned = PlannedRun {
-        sequences,
-        tokens: tokens.tokens,
-        arms: 1,
-        compute,
-        micro_batch_tokens,
-        group_elements,
-        measured: 0,
-        arithmetic: Arithmetic::of(&devices, compute),
-        with_head,
-        devices: sharing,
-    };
     let flops = Flops::of(spec, planned);
     let products = products(&model, compute, &devices[0].device)?;
     let of = |kinds: &[Work]| kinds.iter().map(|work| meter.seconds(*work)).sum::<f64>();
@@ -208,15 +231,20 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     let giga_bytes = weight_bytes as f64 / 1e9;
     let statistics = watched.alone(spec.hidden, &tokens, compute, &devices[0].device)?;
     let decoding = decoding_alone(&model, compute, &devices[0].device)?;
-    let rows = vec![
+    let mut rows = vec![
         RunRow::new("reading", "GB/s", giga_bytes, of(&[Work::Reading]), reading_alone(&model)?),
         RunRow::new("decoding", "GB/s", giga_bytes, of(&[Work::Decoding]), decoding),
         computing("mixers", flops.mixer, &[Work::Mixer]),
         computing("feed-forward", flops.feed_forward, &[Work::FeedForward]),
         computing("embedding, head", flops.head, &[Work::Embedding, Work::Head]),
         RunRow::new("statistics", "GB/s", watched.bytes as f64 / 1e9, of(&[Work::Statistics]), statistics),
-        RunRow::new("whole run", "GFLOP/s", flops.total() / 1e9, seconds, products),
     ];
+    if let (Some(copied), Some([there, back])) = (copied, gpu::copy_rates(&devices[0].device, ROUNDS)?) {
+        // Copies go on beside everything else, so that their time is the run's.
+        let row = |work, bytes: u64, alone: f64| RunRow::new(work, "GB/s", bytes as f64 / 1e9, seconds, alone / 1e9);
+        rows.extend([row("host to device", copied.to_gpus, there), row("device to host", copied.from_gpus, back)]);
+    }
+    rows.push(RunRow::new("whole run", "GFLOP/s", flops.total() / 1e9, seconds, products));
     Ok(RunTable {
         model: job.model_name().to_owned(),
         layers: spec.layers.len(),
@@ -228,11 +256,51 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         flops: flops.total(),
         seconds,
         waiting_seconds: meter.seconds(Work::Waiting),
+        idle,
         planned_memory_bytes: inspect::streamed_memory(&model, planned),
         peak_memory_bytes,
         host_to_device_bytes: copied.map(|copied| copied.to_gpus),
         device_to_host_bytes: copied.map(|copied| copied.from_gpus),
         rows,
+    })
+}
+
+/// Does something while it is noted when GPUs have nothing to do, and what the host does then.
+fn watching_for_idle_gpus<R>(devices: &[Placement], meter: &Meter, work: impl FnOnce() -> R) -> (R, Option<Idle>) {
+    /// However the work ends.
+    struct Ends<'a>(&'a AtomicBool);
+    impl Drop for Ends<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    if !device::has_gpu(devices) {
+        return (work(), None);
+    }
+    let ended = AtomicBool::new(false);
+    let watch = || {
+        let (mut asked, mut for_weights, mut for_host) = (0u64, 0u64, 0u64);
+        while !ended.load(Ordering::Relaxed) {
+            for (number, Placement { device, .. }) in devices.iter().enumerate() {
+                let Some(is_idle) = gpu::is_idle(device) else { continue };
+                asked += 1;
+                let waits = meter.is_waiting(number);
+                for_weights += u64::from(is_idle && waits);
+                for_host += u64::from(is_idle && !waits);
+            }
+            thread::sleep(SAMPLED_EVERY);
+        }
+        let share = |times: u64| times as f64 / asked.max(1) as f64;
+        Idle { for_weights: share(for_weights), for_host: share(for_host) }
+    };
+    thread::scope(|scope| {
+        let watch = scope.spawn(watch);
+        let result = {
+            let _ends = Ends(&ended);
+            work()
+        };
+        (result, watch.join().ok())
     })
 }
 
@@ -261,8 +329,8 @@ impl Watched {
     fn alone(&self, hidden: usize, tokens: &Tokens, compute: DType, device: &Device) -> Result<f64> {
         let x = random([tokens.tokens, hidden], compute, device)?;
         let site = self.study.outliers().sites()[0];
-        let mut study = self.study.clone();
-        let seconds = fastest(ROUNDS, || study.observe(site, 0, &x))?;
+        let mut study = self.study.layer(site.layer);
+        let seconds = fastest(ROUNDS, || study.observe(site, 0, &x).and_then(|()| study.settle()))?;
         Ok(giga(x.elem_count() * compute.size_in_bytes(), seconds))
     }
 
@@ -292,6 +360,10 @@ impl LayerObserver for Watched {
 
     fn routing(&mut self, layer: usize, first_token: usize, choices: &Choices) -> Result<()> {
         self.study.routing(layer, first_token, choices)
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        self.study.settle()
     }
 }
 
@@ -403,6 +475,7 @@ mod tests {
             flops: 1.0,
             seconds: 1.0,
             waiting_seconds: 0.0,
+            idle: None,
             planned_memory_bytes: 1,
             peak_memory_bytes: None,
             host_to_device_bytes: None,
@@ -412,6 +485,16 @@ mod tests {
         assert!(!table.to_string().contains("host"));
         (table.host_to_device_bytes, table.device_to_host_bytes) = (Some(13_800_000_000), Some(8_600_000));
         assert!(table.to_string().ends_with("\nhost to device 13.8 GB, device to host 8.60 MB\n"), "{table}");
+        table.idle = Some(Idle { for_weights: 0.25, for_host: 0.05 });
+        let idled = "\nGPUs idled in 30 % of the time: 25 % for weights or each other, 5 % for the host\n";
+        assert!(table.to_string().contains(idled), "{table}");
+    }
+
+    #[test]
+    fn nobody_looks_for_idle_gpus_on_a_cpu() {
+        let devices = device::open(&["cpu".to_owned()]).unwrap();
+        let (seven, idle) = watching_for_idle_gpus(&devices, &Meter::default(), || 7);
+        assert!(seven == 7 && idle.is_none());
     }
 
     #[test]

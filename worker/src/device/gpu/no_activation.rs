@@ -9,17 +9,43 @@ use outliers_scan::{Columns, Large, Scan};
 use crate::error::{Result, WorkerError};
 
 /// There is none.
-pub struct Activation<'a>(Infallible, PhantomData<&'a ()>);
+pub struct Look(Infallible);
 
-/// Never called.
-///
-/// # Errors
-/// Internal: always.
-pub fn with_activation<T>(_: &Tensor, _: usize, _: impl FnOnce(&Activation<'_>) -> Result<T>) -> Result<T> {
-    Err(WorkerError::internal("a tensor is on a GPU, which this worker was built without"))
+impl Look {
+    /// Never called.
+    ///
+    /// # Errors
+    /// Internal: always.
+    pub fn at(_: &Tensor, _: usize, _: Option<f32>, _: bool) -> Result<Self> {
+        Err(WorkerError::internal("a tensor is on a GPU, which this worker was built without"))
+    }
+
+    /// Never called.
+    ///
+    /// # Errors
+    /// None.
+    pub fn is_there(&self) -> Result<bool> {
+        match self.0 {}
+    }
+
+    /// Never called.
+    pub fn tensor(&self) -> &Tensor {
+        match self.0 {}
+    }
+
+    /// Never called.
+    ///
+    /// # Errors
+    /// None.
+    pub fn show<T>(&self, _: impl FnOnce(&Seen<'_>) -> Result<T>) -> Result<T> {
+        match self.0 {}
+    }
 }
 
-impl Activation<'_> {
+/// There is none.
+pub struct Seen<'a>(Infallible, PhantomData<&'a ()>);
+
+impl Seen<'_> {
     /// Never called.
     pub fn rows(&self) -> usize {
         match self.0 {}

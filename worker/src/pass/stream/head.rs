@@ -6,7 +6,6 @@ use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use super::{KeptBlocks, MicroBatch, Pass, Predicted, VOCAB_BLOCK, pipeline, vocab_blocks};
-use crate::blocks::weights::on;
 use crate::corpus::Tokens;
 use crate::error::Result;
 use crate::kernels::fused;
@@ -25,7 +24,7 @@ impl Pass<'_> {
         let norm = spec.map(|spec| output.norm(spec, Role::FinalNorm, Role::FinalNormBias)).transpose()?;
         let lead_out = output.linear_if_there(Role::ProjectOut);
         for batch in batches {
-            batch.hidden = on(&batch.hidden, device)?;
+            batch.arrive_on(device)?;
             if let Some(norm) = &norm {
                 batch.hidden = norm.apply(&batch.hidden)?;
                 if batch.arm == 0 {

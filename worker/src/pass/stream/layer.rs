@@ -13,7 +13,7 @@ use crate::blocks::ffn::{self, Beside, Inputs, MlpWeights, Routed, Router, Share
 use crate::blocks::mamba::mamba;
 use crate::blocks::mla::latent_attention;
 use crate::blocks::norm::Norm;
-use crate::blocks::weights::{MixerWeights, UnitTensors, on, zeros_like};
+use crate::blocks::weights::{MixerWeights, UnitTensors, zeros_like};
 use crate::device::gpu::Positions;
 use crate::error::{Result, WorkerError};
 use crate::kernels::fused;
@@ -122,11 +122,11 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
     pub(super) fn pass(&mut self, block: &Block, wave: &mut Wave) -> Result<()> {
         match block {
             Block::Mixer { norm, weights, table, after } => self.each(Work::Mixer, wave, |at, batch| {
-                batch.hidden = on(&batch.hidden, at.device)?;
+                batch.arrive_on(at.device)?;
                 at.mix(batch, norm, after.as_ref(), weights, table.as_deref())
             }),
             Block::Dense { norm, weights, closing } => self.each(Work::FeedForward, wave, |at, batch| {
-                batch.hidden = on(&batch.hidden, at.device)?;
+                batch.arrive_on(at.device)?;
                 let x = at.before_ffn(batch, norm.as_ref())?;
                 let out = weights.apply(&x)?;
                 at.after_ffn(batch, norm.as_ref(), closing, out)
@@ -134,7 +134,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
             Block::Router { norm, router, shared, beside, latent } => {
                 let moe = self.moe()?;
                 self.each(Work::FeedForward, wave, |at, batch| {
-                    batch.hidden = on(&batch.hidden, at.device)?;
+                    batch.arrive_on(at.device)?;
                     let mut x = at.before_ffn(batch, norm.as_ref())?;
                     let routed = if beside.is_some() { &batch.hidden } else { &x };
                     let choices = ffn::route(moe.router, moe.top_k, router, routed)?;

@@ -24,7 +24,7 @@ use crate::model::decoder::Unit;
 use crate::pass::loader::{LoadedUnit, OnItsWay, TensorPool};
 use crate::pass::meter::{Clock, Subject, Thread, Work};
 use crate::pass::savepoint::SavePoints;
-use crate::stats::Observer;
+use crate::stats::{LayerObserver, Observer};
 
 /// What a device waits for.
 enum Event {
@@ -360,7 +360,9 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
         // The loader has gone when there is nothing more to load.
         let _ = self.freed.send(Freed { bytes: front.bytes(unit), release_fence });
         let ends_layer = front.units.get(number + 1).is_none_or(|next| next.layer > unit.layer);
-        if ends_layer && let Some(seen) = self.seen.remove(&unit.layer) {
+        if ends_layer && let Some(mut seen) = self.seen.remove(&unit.layer) {
+            let settled = self.clock.time(Work::Statistics, || LayerObserver::settle(&mut seen));
+            settled.map_err(|error| front.locate(error, unit, self.device))?;
             // Before the last wave goes on to the next layer, which therefore is joined later.
             lock(&front.observer).join(seen);
         }

@@ -1,0 +1,228 @@
+//! Summaries on their way from a GPU to the host: they are copied to pinned memory, and an event
+//! says when they are there. Until it is read, neither the host nor the GPU waits for the other.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::result;
+use cudarc::driver::sys::{CUdeviceptr, CUevent_flags};
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DriverError, PinnedHostSlice, SyncOnDrop,
+};
+
+/// Bytes of the smallest buffer.
+const LEAST: usize = 1 << 18;
+/// Parts of a buffer begin where any number may.
+const ALIGNMENT: usize = 8;
+
+/// Buffers to which nothing is copied, for the next summary: pinning memory takes long.
+static SPARE: Mutex<Vec<PinnedHostSlice<u8>>> = Mutex::new(Vec::new());
+
+/// A buffer of at least so many bytes, pinned in this context.
+fn take(context: &Arc<CudaContext>, bytes: usize) -> Result<PinnedHostSlice<u8>, DriverError> {
+    let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
+    let here: Vec<usize> = (0..spare.len()).filter(|at| spare[*at].context().cu_ctx() == context.cu_ctx()).collect();
+    let fits = here.iter().filter(|at| spare[**at].len() >= bytes).min_by_key(|at| spare[**at].len());
+    // One that is too small makes room for a larger one.
+    let chosen = fits.or_else(|| here.iter().max_by_key(|at| spare[**at].len())).copied();
+    let taken = chosen.map(|at| spare.swap_remove(at));
+    match taken {
+        Some(buffer) if buffer.len() >= bytes => Ok(buffer),
+        small => {
+            drop(small);
+            // Not write-combined, as is the library's default: what is there is read.
+            // SAFETY: bytes may be anything.
+            unsafe { context.alloc_pinned_with_flags(bytes.next_power_of_two().max(LEAST), 0) }
+        }
+    }
+}
+
+/// A summary on the GPU.
+pub(crate) struct Part<'a> {
+    address: CUdeviceptr,
+    bytes: usize,
+    _read: SyncOnDrop<'a>,
+}
+
+impl<'a> Part<'a> {
+    /// All of a slice, which is read on that stream.
+    pub(crate) fn of<T>(slice: &'a CudaSlice<T>, stream: &'a CudaStream) -> Self {
+        Self::at(slice.device_ptr(stream), slice.len() * size_of::<T>())
+    }
+
+    /// So many bytes at an address.
+    pub(crate) fn at((address, read): (CUdeviceptr, SyncOnDrop<'a>), bytes: usize) -> Self {
+        Self { address, bytes, _read: read }
+    }
+}
+
+/// Summaries that land in one buffer, which nobody else sees before they are there.
+pub(crate) struct Landing {
+    /// There until this is dropped.
+    buffer: Option<PinnedHostSlice<u8>>,
+    /// Where each part is.
+    parts: Vec<Range<usize>>,
+    landed: CudaEvent,
+}
+
+impl Landing {
+    /// Has the stream copy the parts, in their order, after all that it was asked for before.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn ask(stream: &Arc<CudaStream>, parts: &[Part<'_>]) -> Result<Self, DriverError> {
+        let context = stream.context();
+        context.bind_to_thread()?;
+        let mut end = 0;
+        let mut place = |part: &Part<'_>| {
+            let start = end;
+            end = (start + part.bytes).next_multiple_of(ALIGNMENT);
+            start..start + part.bytes
+        };
+        let places = parts.iter().map(&mut place).collect();
+        // Whoever waits for it sleeps.
+        let landed = context.new_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?;
+        let mut landing = Self { buffer: Some(take(context, end)?), parts: places, landed };
+        let buffer = landing.buffer.as_mut().expect("it was just put there").as_mut_slice()?;
+        let asked = parts.iter().zip(&landing.parts).try_for_each(|(part, place)| {
+            let place = &mut buffer[place.clone()];
+            // SAFETY: as many bytes are at the address and in the buffer, which is neither read nor
+            // given to anybody else before the event.
+            unsafe { result::memcpy_dtoh_async(place, part.address, stream.cu_stream()) }
+        });
+        // After an error, too: whoever drops this waits for what was asked for before it.
+        landing.landed.record(stream)?;
+        asked?;
+        Ok(landing)
+    }
+
+    /// Whether all of it is there.
+    ///
+    /// # Errors
+    /// The driver's, also of what was asked for before.
+    pub(crate) fn is_there(&self) -> Result<bool, DriverError> {
+        self.landed.context().bind_to_thread()?;
+        self.landed.try_is_complete()
+    }
+
+    /// Waits until all of it is there.
+    ///
+    /// # Errors
+    /// The driver's, also of what was asked for before.
+    pub(crate) fn wait(&self) -> Result<(), DriverError> {
+        self.landed.synchronize()
+    }
+
+    /// Has the first part copied to a GPU as soon as it is there, by a stream of that GPU.
+    ///
+    /// # Safety
+    /// There is room for it at `to`. This is dropped when the copy is done.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) unsafe fn go_on(&self, to: CUdeviceptr, stream: &CudaStream) -> Result<(), DriverError> {
+        stream.wait(&self.landed)?;
+        stream.context().bind_to_thread()?;
+        let place = self.parts[0].clone();
+        let buffer = self.buffer.as_ref().expect("there until this is dropped");
+        // SAFETY: the caller's promise; what is read was written when the stream comes to it.
+        unsafe { result::memcpy_htod_async(to, &buffer.as_slice()?[place], stream.cu_stream()) }
+    }
+
+    /// The bytes of a part, for which this waits.
+    fn part(&self, part: usize) -> Result<&[u8], DriverError> {
+        self.wait()?;
+        let buffer = self.buffer.as_ref().expect("there until this is dropped");
+        Ok(&buffer.as_slice()?[self.parts[part].clone()])
+    }
+
+    /// The numbers of a part, for which this waits.
+    ///
+    /// # Errors
+    /// The driver's, also of what was asked for before.
+    pub(crate) fn u32s(&self, part: usize) -> Result<Vec<u32>, DriverError> {
+        Ok(self.part(part)?.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect())
+    }
+
+    /// As [`u32s`](Self::u32s).
+    pub(crate) fn u64s(&self, part: usize) -> Result<Vec<u64>, DriverError> {
+        Ok(self.part(part)?.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect())
+    }
+
+    /// As [`u32s`](Self::u32s).
+    pub(crate) fn f32s(&self, part: usize) -> Result<Vec<f32>, DriverError> {
+        Ok(self.part(part)?.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+    }
+
+    /// As [`u32s`](Self::u32s).
+    pub(crate) fn f64s(&self, part: usize) -> Result<Vec<f64>, DriverError> {
+        Ok(self.part(part)?.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect())
+    }
+}
+
+impl Drop for Landing {
+    /// The buffer is the next summary's when nothing is copied to it any more.
+    fn drop(&mut self) {
+        // After an error of the GPU nothing is.
+        let _ = self.landed.synchronize();
+        if let Some(buffer) = self.buffer.take() {
+            SPARE.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tests::said_by;
+
+    #[test]
+    #[ignore = "the process that the other starts"]
+    fn land_and_read() {
+        crate::find().unwrap();
+        let context = CudaContext::new(0).unwrap();
+        let (first, second) = (context.new_stream().unwrap(), context.new_stream().unwrap());
+        let mut on_their_way = Vec::new();
+        for round in 0..200u32 {
+            let words: Vec<u32> = (0..1 + 97 * (round % 13)).map(|at| round * 100_000 + at).collect();
+            let reals = [f64::from(round), 0.5];
+            let stream = if round % 3 == 0 { &second } else { &first };
+            let (a, b) = (stream.clone_htod(&words).unwrap(), stream.clone_htod(&reals).unwrap());
+            let landing = Landing::ask(stream, &[Part::of(&a, stream), Part::of(&b, stream)]).unwrap();
+            // What was copied is given back on its stream, and some of it nobody reads.
+            drop((a, b));
+            if round % 7 == 0 {
+                drop(landing);
+                continue;
+            }
+            on_their_way.push((landing, words, reals));
+            if on_their_way.len() > 5 {
+                let (landing, words, reals) = on_their_way.remove(0);
+                assert_eq!((landing.u32s(0).unwrap(), landing.f64s(1).unwrap()), (words, reals.to_vec()));
+                assert!(landing.is_there().unwrap());
+            }
+        }
+        for (landing, words, _) in on_their_way {
+            assert_eq!(landing.u32s(0).unwrap(), words);
+        }
+        let empty = Landing::ask(&first, &[]).unwrap();
+        while !empty.is_there().unwrap() {
+            std::thread::yield_now();
+        }
+        drop(empty);
+        // As many buffers as were needed at a time, not as many as there were summaries.
+        let spare = SPARE.lock().unwrap().len();
+        assert!(spare <= 8, "{spare} buffers");
+        println!("said: all there");
+    }
+
+    #[test]
+    fn summaries_are_read_when_they_are_there_however_late_streams_are() {
+        let gpu = std::env::var("OUTLIERS_GPU")
+            .expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
+        for delay in ["0", "300", "5000"] {
+            let environment = [("LD_LIBRARY_PATH", gpu.as_str()), ("OUTLIERS_GPU_DELAY_US", delay)];
+            assert_eq!(said_by("landing::tests::land_and_read", &environment), "all there", "{delay} us");
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! From one GPU to another while both compute: directly where the driver lets one read the other's
+//! memory, else through pinned memory of the host.
+
+use std::ffi::{c_int, c_uint, c_void};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::result;
+use cudarc::driver::sys::CUevent_flags;
+use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError};
+
+use crate::landing::{Landing, Part};
+use crate::statistics::Stored;
+
+/// Values on their way to another GPU. What they are copied from may be given back after this was
+/// dropped or has arrived, not before.
+#[must_use]
+pub struct Passing {
+    /// Where they go; `None` when they were taken.
+    bytes: Option<CudaSlice<u8>>,
+    arrived: CudaEvent,
+    /// The stream that computes what they are copied from, and gives it back.
+    from: Arc<CudaStream>,
+    /// Where they are between two GPUs that do not reach each other.
+    through: Option<Landing>,
+}
+
+impl Passing {
+    /// Has values, which `from` computes, copied to the GPU on which `to` computes. Waits for
+    /// nothing.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn start(x: &Stored<'_>, from: &Arc<CudaStream>, to: &Arc<CudaStream>) -> Result<Self, DriverError> {
+        let mail = mail(to.context())?;
+        // By this stream, which gives it out at once: the other one would when all that it was asked
+        // to compute is done.
+        // SAFETY: nobody sees it before all of it is asked to be written.
+        let mut bytes = unsafe { mail.alloc::<u8>(x.bytes()) }?;
+        let at = bytes.device_ptr_mut(&mail).0;
+        let through = if reaches(to.context(), from.context()) {
+            let (address, _read) = x.address(from);
+            mail.wait(&from.record_event(None)?)?;
+            mail.context().bind_to_thread()?;
+            let (here, there) = (from.context().cu_ctx(), to.context().cu_ctx());
+            // SAFETY: as many bytes are at both addresses; the first are kept until this has arrived.
+            unsafe { result::memcpy_peer_async(there, at, here, address, x.bytes(), mail.cu_stream()) }?;
+            None
+        } else {
+            let landing = Landing::ask(from, &[Part::at(x.address(from), x.bytes())])?;
+            // SAFETY: room for all of it, which nobody reads before the event.
+            unsafe { landing.go_on(at, &mail) }?;
+            Some(landing)
+        };
+        // Whoever waits for it sleeps.
+        let arrived = mail.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?;
+        from.context().bind_to_thread()?;
+        Ok(Self { bytes: Some(bytes), arrived, from: Arc::clone(from), through })
+    }
+
+    /// The values, for what `compute` is asked for from now on. `T` is their type.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn arrive<T>(mut self, compute: &Arc<CudaStream>) -> Result<CudaSlice<T>, DriverError> {
+        compute.wait(&self.arrived)?;
+        let bytes = self.bytes.take().expect("there until it arrives");
+        let count = bytes.len() / size_of::<T>();
+        // SAFETY: an allocation of as many values, which are written before `compute` goes on.
+        let values = unsafe { compute.upgrade_device_ptr(bytes.leak(), count) };
+        drop(self);
+        compute.context().bind_to_thread()?;
+        Ok(values)
+    }
+}
+
+impl Drop for Passing {
+    fn drop(&mut self) {
+        // After an error of a GPU nothing is copied any more.
+        let _ = self.from.wait(&self.arrived);
+        if self.through.is_some() {
+            // Nothing is copied from the host's memory any more, which others are given then.
+            let _ = self.arrived.synchronize();
+        }
+    }
+}
+
+/// A stream of this context to which others send.
+fn mail(context: &Arc<CudaContext>) -> Result<Arc<CudaStream>, DriverError> {
+    static STREAMS: Mutex<Vec<Arc<CudaStream>>> = Mutex::new(Vec::new());
+    let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(stream) = streams.iter().find(|stream| stream.context().cu_ctx() == context.cu_ctx()) {
+        return Ok(Arc::clone(stream));
+    }
+    let stream = context.new_stream()?;
+    streams.push(Arc::clone(&stream));
+    Ok(stream)
+}
+
+/// Whether a GPU reads another's memory, which that one is told to let it. Asked once of each pair.
+fn reaches(reader: &CudaContext, other: &CudaContext) -> bool {
+    static KNOWN: Mutex<Vec<([usize; 2], bool)>> = Mutex::new(Vec::new());
+    let pair = [reader.ordinal(), other.ordinal()];
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, reaches)) = known.iter().find(|(of, _)| *of == pair) {
+        return *reaches;
+    }
+    let reaches = let_in(reader.cu_device(), other.cu_device());
+    known.push((pair, reaches));
+    reaches
+}
+
+/// `CUmemAccessDesc`: the kind of place and its number, and what it may do.
+#[repr(C)]
+struct Access {
+    kind: c_uint,
+    device: c_int,
+    allowed: c_uint,
+}
+
+unsafe extern "C" {
+    fn cuDeviceCanAccessPeer(can: *mut c_int, device: c_int, other: c_int) -> c_int;
+    fn cuDeviceGetDefaultMemPool(pool: *mut *mut c_void, device: c_int) -> c_int;
+    fn cuMemPoolSetAccess(pool: *mut c_void, access: *const Access, count: usize) -> c_int;
+}
+
+/// <https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MALLOC__ASYNC.html>
+fn let_in(reader: c_int, other: c_int) -> bool {
+    const DEVICE: c_uint = 1;
+    const READ_AND_WRITE: c_uint = 3;
+    let (mut can, mut pool) = (0, std::ptr::null_mut());
+    let access = Access { kind: DEVICE, device: reader, allowed: READ_AND_WRITE };
+    // SAFETY: the first two write one answer each; the third reads one description.
+    unsafe {
+        cuDeviceCanAccessPeer(&raw mut can, reader, other) == 0
+            && can == 1
+            && cuDeviceGetDefaultMemPool(&raw mut pool, other) == 0
+            && cuMemPoolSetAccess(pool, &raw const access, 1) == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tests::said_by;
+
+    #[test]
+    #[ignore = "the process that the other starts"]
+    fn pass_on_and_read() {
+        crate::find().unwrap();
+        let open = |gpu| CudaContext::new(gpu).unwrap().new_stream().unwrap();
+        let (first, second) = (open(0), open(1));
+        let mut waiting = Vec::new();
+        let mut bytes = 0;
+        for round in 0..60usize {
+            let values: Vec<f32> = (0..1 + 997 * (round % 7)).map(|at| (round * 10_000 + at) as f32).collect();
+            let source = first.clone_htod(&values).unwrap();
+            let passing = Passing::start(&Stored::F32(source.as_view()), &first, &second).unwrap();
+            bytes += 4 * values.len() as u64;
+            if round % 9 == 8 {
+                // Nobody takes them.
+                drop((passing, source));
+                continue;
+            }
+            waiting.push((passing, source, values));
+            if waiting.len() > 3 {
+                let (passing, source, values) = waiting.remove(0);
+                let there = passing.arrive::<f32>(&second).unwrap();
+                drop(source);
+                assert_eq!(second.clone_dtoh(&there).unwrap(), values, "round {round}");
+            }
+        }
+        for (passing, source, values) in waiting {
+            let there = passing.arrive::<f32>(&second).unwrap();
+            drop(source);
+            assert_eq!(second.clone_dtoh(&there).unwrap(), values);
+        }
+        // Brought there at first.
+        let through_the_host = crate::traffic().to_gpus - bytes;
+        println!("said: {}", if through_the_host == 0 { "directly" } else { "through the host" });
+    }
+
+    #[test]
+    fn values_arrive_on_another_gpu_directly_or_through_the_host() {
+        let gpu = std::env::var("OUTLIERS_GPU")
+            .expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
+        for (peers, way) in [("1", "directly"), ("0", "through the host")] {
+            for delay in ["0", "300", "5000"] {
+                let environment = [
+                    ("LD_LIBRARY_PATH", gpu.as_str()),
+                    ("OUTLIERS_GPUS", "2"),
+                    ("OUTLIERS_GPU_PEERS", peers),
+                    ("OUTLIERS_GPU_DELAY_US", delay),
+                ];
+                assert_eq!(said_by("passing::tests::pass_on_and_read", &environment), way, "{delay} us");
+            }
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! Hidden states on their way from one GPU to another.
+
+use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorageSlice};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaStorage, DType, Device, Storage, Tensor};
+use half::{bf16, f16};
+use outliers_cuda::Stored;
+
+use crate::error::{Result, WorkerError};
+
+/// A tensor that is copied to another GPU. What it is copied from must be kept until this has arrived
+/// or was dropped.
+pub struct Passing {
+    passing: outliers_cuda::Passing,
+    shape: Vec<usize>,
+    dtype: DType,
+}
+
+impl Passing {
+    /// Has a contiguous tensor copied to another GPU, while both compute. `None`: they are not two
+    /// GPUs, or the dtype is none of a pass.
+    ///
+    /// # Errors
+    /// Device: the driver's.
+    pub fn start(x: &Tensor, to: &Device) -> Result<Option<Self>> {
+        if x.device().same_device(to) {
+            return Ok(None);
+        }
+        let (storage, layout) = x.storage_and_layout();
+        let (Storage::Cuda(storage), Device::Cuda(to)) = (&*storage, to) else { return Ok(None) };
+        let from = storage.device.cuda_stream();
+        let Some((start, end)) = layout.contiguous_offsets() else { return Ok(None) };
+        let stored = match &storage.slice {
+            CudaStorageSlice::F32(x) => Stored::F32(x.slice(start..end)),
+            CudaStorageSlice::BF16(x) => Stored::Bf16(x.slice(start..end)),
+            CudaStorageSlice::F16(x) => Stored::F16(x.slice(start..end)),
+            _ => return Ok(None),
+        };
+        let passing = outliers_cuda::Passing::start(&stored, &from, &to.cuda_stream())?;
+        Ok(Some(Self { passing, shape: x.dims().to_vec(), dtype: x.dtype() }))
+    }
+
+    /// The tensor on the GPU to which it was sent.
+    ///
+    /// # Errors
+    /// Device: the driver's.
+    pub fn arrive(self, device: &Device) -> Result<Tensor> {
+        let Device::Cuda(device) = device else {
+            return Err(WorkerError::internal("a tensor arrives elsewhere than on the GPU it was sent to"));
+        };
+        match self.dtype {
+            DType::F32 => self.arrive_as::<f32>(device),
+            DType::BF16 => self.arrive_as::<bf16>(device),
+            DType::F16 => self.arrive_as::<f16>(device),
+            other => Err(WorkerError::internal(format!("no forward pass in {other:?}"))),
+        }
+    }
+
+    fn arrive_as<T: CudaDType>(self, device: &CudaDevice) -> Result<Tensor> {
+        let slice = self.passing.arrive::<T>(&device.cuda_stream())?;
+        let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, device.clone()));
+        Ok(Tensor::from_storage(storage, self.shape, BackpropOp::none(), false))
+    }
+}
