@@ -557,8 +557,7 @@ mod tests {
 
     #[test]
     fn an_estimate_says_its_rates_and_what_was_left_out() {
-        let work =
-            Work { read: Bytes(1), operations: 3e14, read_rate: Bytes(1), efficiency: 0.5, ..Work::default() };
+        let work = Work { read: Bytes(1), operations: 3e14, read_rate: Bytes(1), efficiency: 0.5, ..Work::default() };
         let words = |rate| estimate(&work.at(Duration::ZERO, Bytes(0), rate, None));
         assert!(words(Some(1e-300)).contains("together"), "no division ends the program");
         assert!(words(None).contains("left out"), "{}", words(None));
