@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn moments_that_are_known() {
+    fn known_times_are_formatted_and_parsed() {
         for (unix, text) in [
             (0, "1970-01-01T00:00:00Z"),
             (951_782_400, "2000-02-29T00:00:00Z"),
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn other_ways_to_write_them() {
+    fn other_timestamp_forms_are_parsed() {
         for (text, expected) in [
             ("2026-06-01T12:00:00.123456Z", Some(1_780_315_200)),
             ("2026-06-01T14:00:00+02:00", Some(1_780_315_200)),
@@ -110,12 +110,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(unix in 0u64..253_402_300_800) {
+        fn timestamps_round_trip(unix in 0u64..253_402_300_800) {
             prop_assert_eq!(from_rfc3339(&rfc3339(unix)), Some(unix));
         }
 
         #[test]
-        fn any_text_is_answered(text in "\\PC{0,40}", digits in "[0-9TZ:+.-]{0,40}") {
+        fn any_text_parses_without_panic(text in "\\PC{0,40}", digits in "[0-9TZ:+.-]{0,40}") {
             let _ = (from_rfc3339(&text), from_rfc3339(&digits));
         }
     }

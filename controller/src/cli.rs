@@ -1,4 +1,4 @@
-//! What was typed, and the help that teaches it. Nothing is decided here.
+//! The command line and its help. This module makes no decisions.
 
 use std::path::PathBuf;
 use std::sync::LazyLock;
@@ -24,10 +24,10 @@ const CLUSTER: &str = "With --broker slurm";
 #[derive(Parser, Debug)]
 #[command(name = "outliers", version = VERSION.as_str(), max_term_width = 110, after_help = EXIT_CODES, infer_subcommands = true)]
 pub struct Cli {
-    /// What to do.
+    /// The command to run.
     #[command(subcommand)]
     pub command: Command,
-    /// For all commands.
+    /// Options of all commands.
     #[command(flatten)]
     pub global: Global,
 }
@@ -73,7 +73,7 @@ pub struct Global {
     pub cluster: ClusterArgs,
 }
 
-/// A cluster of one's own, beside what `[brokers.slurm]` of the settings says of it.
+/// Options of a Slurm cluster, in addition to `[brokers.slurm]` of the settings.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = CLUSTER)]
 pub struct ClusterArgs {
@@ -225,7 +225,7 @@ pub enum Command {
     ///
     /// Example: outliers completions bash > ~/.local/share/bash-completion/completions/outliers
     Completions {
-        /// Which shell.
+        /// Name of the shell.
         shell: clap_complete::Shell,
     },
     /// Write a manual page per command to a folder.
@@ -244,14 +244,15 @@ pub enum Command {
 }
 
 impl Command {
-    /// Whether it looks at instances or ends them, and does nothing else: that must not depend on settings that
+    /// Whether the command only lists or ends instances. Such a command must not depend on settings
+    /// that
     /// have nothing to do with clouds.
     pub fn only_ends(&self) -> bool {
         matches!(self, Self::Instances(_) | Self::Reap(_) | Self::Runs(RunsCommand::Cancel { .. }))
     }
 }
 
-/// About the worker program.
+/// Commands for the worker program.
 #[derive(Subcommand, Debug)]
 pub enum WorkerCommand {
     /// Build a worker for other machines, from the project's folder. It needs glibc 2.28 or newer.
@@ -287,7 +288,7 @@ pub struct WantArgs {
     /// Where to rent, separated by commas [default: every cloud whose key is set; this machine (`local`) if none is].
     #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = RENT)]
     pub broker: Vec<String>,
-    /// What is wanted of it.
+    /// Filters for offers.
     #[command(flatten)]
     pub request: GpuRequest,
 }
@@ -325,7 +326,7 @@ pub struct DeployArgs {
     /// Budget of this run in USD: nothing is rented that could exceed it by its time limit.
     #[arg(long, value_name = "USD", allow_negative_numbers = true, help_heading = MONEY)]
     pub budget: Option<Positive>,
-    /// Most time of GPUs that this run may take, in GPU-hours: nothing is rented that could exceed it
+    /// Maximum GPU-hours of this run: nothing is rented that could exceed them
     /// by its time limit. Time in a queue does not count.
     #[arg(long, value_name = "HOURS", allow_negative_numbers = true, help_heading = MONEY)]
     pub max_gpu_hours: Option<Positive>,
@@ -361,11 +362,11 @@ pub struct SurveyArgs {
     /// then.
     #[arg(long, help_heading = MONEY)]
     pub allow_cut_short: bool,
-    /// Rent nothing that could bring the cost of all runs of the survey, earlier ones included, above this, in USD, by their time
-    /// limits [default: the file's].
+    /// Budget of all runs of the survey in USD, earlier ones included: nothing is rented that could
+    /// exceed it by the time limits [default: the file's].
     #[arg(long, value_name = "USD", allow_negative_numbers = true, help_heading = MONEY)]
     pub budget: Option<Positive>,
-    /// The same of the time of GPUs, in GPU-hours. Time in a queue does not count [default: the
+    /// Maximum GPU-hours of all runs of the survey. Time in a queue does not count [default: the
     /// file's].
     #[arg(long, value_name = "HOURS", allow_negative_numbers = true, help_heading = MONEY)]
     pub max_gpu_hours: Option<Positive>,
@@ -718,7 +719,7 @@ mod tests {
     }
 
     #[test]
-    fn the_help_and_the_readme_have_one_table_of_exit_codes() {
+    fn help_and_readme_list_the_same_exit_codes() {
         assert!(include_str!("../../README.md").contains(&format!("\n{EXIT_CODES}\n")));
         assert!(EXIT_CODES.contains("4    the time limit or the budget"));
     }
@@ -736,7 +737,7 @@ mod tests {
     }
 
     #[test]
-    fn every_command_teaches_with_an_example_that_works_as_printed() {
+    fn every_command_has_a_valid_example() {
         let examples = examples(&Cli::command(), "outliers");
         assert!(examples.len() > 30, "{examples:?}");
         for example in examples {
@@ -746,7 +747,7 @@ mod tests {
     }
 
     #[test]
-    fn options_stand_under_headings_and_those_of_all_commands_apart() {
+    fn options_are_grouped_under_headings() {
         let cli = Cli::command();
         for name in ["deploy", "survey", "plan", "offers", "analyze", "inspect"] {
             let command = cli.find_subcommand(name).unwrap();
@@ -763,7 +764,7 @@ mod tests {
     }
 
     #[test]
-    fn a_negative_number_is_a_wrong_value_and_no_option() {
+    fn negative_number_is_a_wrong_value_and_not_an_option() {
         let deploy = ["--model", "a/b"];
         for (command, before, option, said) in [
             ("deploy", &deploy[..], "--max-price", "must be a positive number"),
@@ -797,7 +798,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_such_as_somebody_can_mean() {
+    fn implausible_numbers_are_refused() {
         let deploy = ["--max-price", "--budget", "--max-gpu-hours", "--min-vram", "--max-duration"];
         let deploy = deploy.map(|option| ("deploy", option));
         let plan = ["--price", "--bandwidth", "--tflops", "--max-price"].map(|option| ("plan", option));

@@ -149,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_whole_and_hashes_as_published() {
+    fn written_files_are_complete_and_hashed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a");
         write_whole(&path, b"abc").unwrap();
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_read_but_regular_files_of_bounded_size() {
+    fn only_regular_files_of_bounded_size_are_read() {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
         fs::write(at("a"), "abc").unwrap();
@@ -175,7 +175,7 @@ mod tests {
                 assert_eq!(error.to_string(), "it is not a regular file", "{}", path.display());
             }
         }
-        // Of no size by the system's word, and read all the same.
+        // The system reports size zero for it, but it can be read.
         assert!(read_small(Path::new("/proc/self/status"), 10).unwrap_err().to_string().contains("more bytes"));
         fs::write(at("a"), b"\xff").unwrap();
         assert!(read_text(&at("a"), 3).unwrap_err().to_string().contains("UTF-8"));
@@ -184,13 +184,13 @@ mod tests {
     }
 
     #[test]
-    fn free_disk_of_a_folder_to_come() {
+    fn free_disk_of_a_future_folder_is_that_of_its_parent() {
         let root = tempfile::tempdir().unwrap();
         assert!(free_disk(&root.path().join("not/yet")).unwrap() > Bytes(0));
     }
 
     #[test]
-    fn only_plain_names_pass() {
+    fn only_plain_file_names_are_accepted() {
         for good in ["results.json", "a-b_c.safetensors", "x", "naïve.txt", "a b"] {
             assert!(is_plain_name(good), "{good}");
         }

@@ -1,4 +1,4 @@
-//! A rented host as a place to run the worker: reach, probe, push, launch, follow, bring home.
+//! Runs the worker on a rented host: reach, probe, push, launch, follow, fetch.
 //!
 //! Layout on the host, below its home folder:
 //! `.cache/outliers/bin/<sha256>/outliers-worker` (content-addressed; elsewhere where nothing may
@@ -84,7 +84,7 @@ pub enum HostEvent {
         /// Process id of its wrapper on the host.
         pid: u32,
     },
-    /// The connection broke; the worker goes on without us.
+    /// The connection broke. The worker keeps running.
     ConnectionLost {
         /// How it was lost.
         why: String,
@@ -104,7 +104,7 @@ pub enum HostEvent {
     LogSkipped(u64),
     /// The same of the progress file.
     ProgressSkipped(u64),
-    /// A file is being brought home.
+    /// A file is being fetched.
     Fetching {
         /// Its name.
         name: String,

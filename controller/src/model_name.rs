@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_is_called_by_its_last_part_and_an_id_as_it_is() {
+    fn path_is_named_by_its_last_part_and_id_unchanged() {
         for (model, called) in [
             ("allenai/OLMoE-1B-7B-0125", "allenai/OLMoE-1B-7B-0125"),
             ("/home/me/checkpoints/tiny", "tiny"),
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn a_model_is_never_called_model() {
+    fn generic_folder_names_are_replaced_by_better_ones() {
         let home = tempfile::tempdir().unwrap();
         let called = |folder: &str, config: Option<&str>| {
             let folder = home.path().join(folder);

@@ -37,7 +37,8 @@ pub mod reconcile;
 
 /// How much more than its offer an instance may bill where nobody was asked and no cap was given.
 const PRICE_SLACK: f64 = 1.1;
-/// So many times as long as the estimate has to be paid for before an offer is taken for less than the time limit.
+/// An offer that pays for less than the time limit is taken only if it pays for this multiple of
+/// the estimated time.
 const ROOM: f64 = 2.0;
 
 /// What a run is to do. Fixed when the run is planned; everything a later process needs to carry on.
@@ -55,7 +56,7 @@ pub struct RunSpec {
     /// What to rent.
     #[serde(deserialize_with = "recorded")]
     pub request: GpuRequest,
-    /// What there is to do on it: decides which offer costs least in the end.
+    /// The work. It decides which offer costs least in total.
     #[serde(default)]
     pub work: Work,
     /// Disk to reserve, where the cloud asks.
@@ -137,18 +138,19 @@ impl RunSpec {
         lasts.map_or(self.limit(), |lasts| lasts.min(self.limit()))
     }
 
-    /// The time of GPUs that an instance of this offer takes until its time limit.
+    /// GPU time that an instance of this offer takes until its time limit.
     pub fn gpu_time(&self, offer: &Offer) -> GpuTime {
         GpuTime::of(offer.gpu_count, self.limit())
     }
 
-    /// Whether what was agreed, of which `spent` is gone, pays for this offer until the time limit, or for the work with room.
+    /// Whether the rest of the agreed amount after `spent` pays for this offer until the time
+    /// limit, or for the work with a margin.
     pub fn pays_for(&self, offer: &Offer, spent: Usd) -> bool {
         let needed = (self.work.on(offer).seconds * ROOM).min(self.max_duration_s as f64);
         self.time_on(offer, spent).as_secs_f64() >= needed
     }
 
-    /// The files that may come home beside log and progress, each with the most bytes it can have.
+    /// Files to fetch beside log and progress, each with its maximum size.
     pub fn expected(&self) -> Vec<FileBytes> {
         if self.output.is_empty() { output::unplanned(&self.job) } else { self.output.clone() }
     }
@@ -172,7 +174,7 @@ pub enum RunState {
     Creating {
         /// What was to be created.
         intent: Intent,
-        /// Offers that could not be had before.
+        /// Offers that were refused before.
         refused: Vec<RefusedOffer>,
     },
     /// An instance bills. Whether it answers is not known.
@@ -180,7 +182,7 @@ pub enum RunState {
         /// The instance.
         rental: Rental,
     },
-    /// We have spoken to the host, and know its key.
+    /// The host answered over SSH. Its host key is known.
     Reachable {
         /// The instance.
         rental: Rental,
@@ -209,7 +211,7 @@ pub enum RunState {
         #[serde(default)]
         restarts: u32,
     },
-    /// The run is over before its end; what there is comes home before the instance ends.
+    /// The run was stopped early. Partial results are fetched before the instance is terminated.
     Salvaging {
         /// The instance.
         rental: Rental,
@@ -227,7 +229,7 @@ pub enum RunState {
         /// Where they are.
         results: Brought,
     },
-    /// The user wants the instance to stay. Every automatic path but the deadline steps aside.
+    /// The user asked to keep the instance. Only its deadline ends it.
     Held {
         /// The instance.
         rental: Rental,
@@ -236,54 +238,54 @@ pub enum RunState {
         /// Where the files are.
         results: Brought,
     },
-    /// The instance does not serve, or went away, and is to end if it has not; then another one is rented.
+    /// The instance is unfit or vanished. It is terminated if it exists. Another one is rented.
     Discarding {
         /// The instance.
         rental: Rental,
         /// The reason, in words.
         reason: String,
-        /// It served until it went away, and its worker's work with it.
+        /// The instance worked until it vanished. The work of its worker is lost.
         #[serde(default)]
         lost: bool,
     },
-    /// The instance is to end. Left only when complete listings no longer show it.
+    /// The instance is being terminated. The state ends when complete lists no longer show it.
     Terminating {
         /// The instance.
         rental: Rental,
         /// How the run ends.
         ending: RunOutcome,
-        /// What came home.
+        /// The results that were saved.
         results: Option<Brought>,
-        /// Why nothing did, where something was to be expected.
+        /// Why no results were saved although some were expected.
         loss: Option<String>,
     },
-    /// Over, and no instance of it exists. Nothing leaves this state.
+    /// The run is over and has no instance. This state is final.
     Closed {
         /// How it ended.
         ending: RunOutcome,
-        /// What came home.
+        /// The results that were saved.
         results: Option<Brought>,
-        /// Why nothing did, where something was to be expected.
+        /// Why no results were saved although some were expected.
         loss: Option<String>,
     },
 }
 
-/// What happened to a run, or is about to be made to happen.
+/// An event of a run: what happened, or what the driver is about to do.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum RunEvent {
-    /// A create call follows. On disk before the call is made.
+    /// A create call follows. The event is written before the call is made.
     Creating {
         /// What will be created.
         intent: Box<Intent>,
     },
     /// It is certain that the intended instance does not exist.
     NotCreated {
-        /// The broker's words.
+        /// The broker's message.
         reason: String,
-        /// The offer is not worth another try.
+        /// The offer is not tried again.
         refused: bool,
-        /// No answer said so, but lists without it: it may have existed, and billed, in between.
+        /// Inferred from lists, without a reply. The instance may have existed and billed.
         #[serde(default)]
         unseen: bool,
     },
@@ -291,21 +293,21 @@ pub enum RunEvent {
     Created {
         /// The broker's id.
         instance: InstanceId,
-        /// What it bills, where the broker says.
+        /// Price that the broker states for the instance, if it states one.
         price: Option<UsdPerHour>,
     },
     /// The host answered over SSH.
     Reached {
         /// Its key.
         pin: Pin,
-        /// What the instance bills, as the cloud said when it was up.
+        /// Price that the cloud stated when the instance was up.
         price: Option<UsdPerHour>,
     },
-    /// The instance does not serve, or went away: another one is to be had.
+    /// The instance is unfit or vanished. Another one is rented.
     Discarded {
         /// The reason, in words.
         reason: String,
-        /// It served until it went away.
+        /// The instance worked until it vanished.
         #[serde(default)]
         lost: bool,
     },
@@ -313,24 +315,24 @@ pub enum RunEvent {
     Launched,
     /// The worker's process is gone.
     WorkerEnded {
-        /// Exit status, if there is one.
+        /// Exit status, if known.
         exit: Option<i32>,
     },
-    /// The worker died, and was started again to go on from its last save point.
+    /// The worker died and was started again. It continues from its last save point.
     Restarted,
     /// Files are saved here.
     Fetched {
         /// Where the files are, and whether they are complete.
         results: Brought,
-        /// How the run ends by what they say.
+        /// Outcome according to these files.
         ending: RunOutcome,
     },
-    /// Nothing could be brought home.
+    /// No results could be saved.
     NotFetched {
         /// The reason, in words.
         reason: String,
     },
-    /// The run ends before its end.
+    /// The run was stopped early.
     Stopped {
         /// How the run ends.
         ending: RunOutcome,
@@ -341,7 +343,7 @@ pub enum RunEvent {
     Terminate,
     /// Complete listings no longer show the instance.
     Gone,
-    /// The instance went away without being told to.
+    /// The instance vanished without a call to terminate it.
     Vanished,
 }
 
@@ -350,7 +352,7 @@ pub enum RunEvent {
 pub struct Intent {
     /// What is rented.
     pub offer: Offer,
-    /// The mark the instance will carry.
+    /// Tag that the instance will carry.
     #[serde(with = "tag_text")]
     pub tag: LeaseTag,
 }
@@ -362,42 +364,42 @@ pub struct Rental {
     pub instance: InstanceId,
     /// What was rented.
     pub offer: Offer,
-    /// The mark it carries.
+    /// Tag that the instance carries.
     #[serde(with = "tag_text")]
     pub tag: LeaseTag,
-    /// What it bills: the broker's word on the instance, else the offer's.
+    /// Price: what the broker states for the instance, else the offer's price.
     pub price: UsdPerHour,
-    /// Offers that could not be had before, or did not serve, oldest first.
+    /// Offers that failed before: refused, or of unfit instances. Oldest first.
     #[serde(default)]
     pub refused: Vec<RefusedOffer>,
 }
 
-/// A host key as it was first seen; opaque here.
+/// A host key as it was first seen. This module does not interpret it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Pin(pub String);
 
-/// An offer that could not be had.
+/// An offer that failed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RefusedOffer {
     /// The offer.
     pub offer: Offer,
-    /// The broker's words, or why the instance did not serve.
+    /// The broker's message, or why the instance was unfit.
     pub reason: String,
-    /// An instance was rented, did not serve, and was ended again.
+    /// An instance was rented, was unfit, and was terminated.
     #[serde(default)]
     pub rented: bool,
-    /// That instance served until it went away by itself: nothing speaks against another one like it.
+    /// The instance worked until it vanished, so another one like it may be rented.
     #[serde(default)]
     pub lost: bool,
 }
 
-/// Files brought home.
+/// Results saved on this machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Brought {
     /// Absolute path of the folder on this machine.
     pub folder: String,
-    /// Every file of the manifest is there with the right hash.
+    /// Every file of the manifest exists and has its hash.
     pub complete: bool,
 }
 
@@ -407,17 +409,17 @@ pub struct Brought {
 pub enum RunOutcome {
     /// Complete results are saved here.
     Completed,
-    /// The worker says why it could not do its job.
+    /// The worker reported a failure.
     WorkerFailed {
-        /// Its words.
+        /// The worker's report.
         failure: Failure,
     },
-    /// The worker went away without saying why.
+    /// The worker ended without a report.
     WorkerVanished {
-        /// Exit status, if there is one.
+        /// Exit status, if known.
         exit: Option<i32>,
     },
-    /// A step of ours failed.
+    /// A step of the controller failed.
     Failed {
         /// The step that failed, and why.
         trouble: FailureDetail,
@@ -426,14 +428,14 @@ pub enum RunOutcome {
     Interrupted,
     /// `runs cancel`.
     Cancelled,
-    /// The run's time is up.
+    /// The run reached its time limit.
     Deadline,
-    /// The instance went away by itself: preempted, crashed, or ended by somebody else.
+    /// The instance vanished: it was preempted, crashed, or was terminated by another program.
     InstanceLost,
 }
 
 impl RunOutcome {
-    /// What whoever failed says is to be done about it.
+    /// The remedy that the failed part suggests.
     pub fn hint(&self) -> Option<&str> {
         match self {
             Self::WorkerFailed { failure } => failure.hint.as_deref(),
@@ -454,26 +456,26 @@ pub struct FailureDetail {
     pub hint: Option<String>,
 }
 
-/// Kinds of trouble a caller may treat differently.
+/// Kinds of failures that callers distinguish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RunFailureKind {
-    /// No offer passes the filters, or none could be had.
+    /// No offer passes the filters, or all were refused.
     NoOffer,
-    /// What is left of the budget, or of what was agreed, pays for no offer.
+    /// The rest of the budget, or of the agreed amount, pays for no offer.
     Budget,
-    /// The cloud refused us: key, funds, or a request it does not like.
+    /// The cloud refused the account or the request: key, funds, or parameters.
     Broker,
-    /// The instance cannot be spoken to any more, or did not do what it should.
+    /// The instance is unreachable or misbehaved.
     Host,
-    /// Instances were had, and none of them served.
+    /// Instances were rented and all were unfit.
     Unfit,
     /// Something on this machine.
     Local,
 }
 
 impl RunState {
-    /// A run before anything happened to it.
+    /// The state of a run without events.
     pub fn initial() -> Self {
         Self::Planned { refused: Vec::new() }
     }
@@ -496,17 +498,17 @@ impl RunState {
         }
     }
 
-    /// Nothing more will happen.
+    /// Whether the state is final.
     pub fn is_closed(&self) -> bool {
         matches!(self, Self::Closed { .. })
     }
 
-    /// Nobody needs to drive it: closed, or held at the user's request.
+    /// Whether no process needs to drive the run: it is closed or held.
     pub fn is_at_rest(&self) -> bool {
         matches!(self, Self::Closed { .. } | Self::Held { .. })
     }
 
-    /// The instance, where one is known to have been rented.
+    /// The rented instance, if one is known.
     pub fn rental(&self) -> Option<&Rental> {
         match self {
             Self::Planned { .. } | Self::Creating { .. } | Self::Closed { .. } => None,
@@ -530,7 +532,7 @@ impl RunState {
         }
     }
 
-    /// What is rented, or may be.
+    /// The offer that is or may be rented.
     pub fn offer(&self) -> Option<&Offer> {
         match self {
             Self::Creating { intent, .. } => Some(&intent.offer),
@@ -538,7 +540,7 @@ impl RunState {
         }
     }
 
-    /// How the run ended, once that is decided.
+    /// The outcome, once it is decided.
     pub fn ending(&self) -> Option<&RunOutcome> {
         match self {
             Self::Salvaging { ending, .. }
@@ -550,7 +552,7 @@ impl RunState {
         }
     }
 
-    /// What came home.
+    /// The results that were saved.
     pub fn results(&self) -> Option<&Brought> {
         match self {
             Self::Synced { results, .. } | Self::Held { results, .. } => Some(results),
@@ -560,7 +562,7 @@ impl RunState {
     }
 }
 
-/// What a run becomes when something happens to it.
+/// The state of a run after an event.
 ///
 /// # Errors
 /// [`IllegalEvent`] when the event cannot happen in that state: a defect of ours, or a damaged ledger.
@@ -600,7 +602,7 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
         (S::Ended { rental, pin, restarts, .. }, E::Restarted) => S::Launched { rental, pin, restarts: restarts + 1 },
         (S::Ended { rental, .. }, E::Fetched { results, ending }) => S::Synced { rental, ending, results },
 
-        // Before the launch there is nothing to bring home.
+        // Before the launch there are no results to save.
         (S::Rented { rental } | S::Reachable { rental, .. }, E::Stopped { ending }) => {
             let loss = loss(&rental.refused, false);
             S::Terminating { rental, ending, results: None, loss }
@@ -642,14 +644,15 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
     Ok(new)
 }
 
-const WENT_AWAY: &str = "the instance went away before its files were brought home";
+const WENT_AWAY: &str = "the instance went away before its files were saved";
 
-/// What is lost with nothing to make it good: of an instance that went away now, or of one before it.
+/// The loss that no later instance makes up for. It is of the instance that vanished now, or of an
+/// earlier one.
 fn loss(refused: &[RefusedOffer], now: bool) -> Option<String> {
     (now || refused.iter().any(|refusal| refusal.lost)).then(|| WENT_AWAY.to_owned())
 }
 
-/// Results that are saved here stay when the instance goes; others are lost with it.
+/// Saved results outlast the instance. Others are lost with it.
 fn vanished(state: &RunState) -> RunState {
     let ran = matches!(state, RunState::Launched { .. } | RunState::Ended { .. } | RunState::Salvaging { .. });
     let before = state.rental().map_or(&[][..], |rental| &rental.refused);
@@ -775,7 +778,7 @@ mod tests {
     }
 
     #[test]
-    fn the_happy_path_ends_closed_and_completed() {
+    fn successful_run_ends_closed_and_completed() {
         let path = [
             RunEvent::Creating { intent: intent() },
             RunEvent::Created { instance: InstanceId("i1".into()), price: None },
@@ -791,7 +794,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_before_the_launch_skips_the_salvage_and_one_after_it_does_not() {
+    fn stop_before_launch_skips_saving_results() {
         let mut path = vec![
             RunEvent::Creating { intent: intent() },
             RunEvent::Created { instance: InstanceId("i1".into()), price: None },
@@ -803,7 +806,7 @@ mod tests {
     }
 
     #[test]
-    fn the_brokers_price_wins_over_the_offers() {
+    fn price_of_the_created_instance_wins_over_the_offer() {
         let created = |price| {
             replay(&[
                 RunEvent::Creating { intent: intent() },
@@ -816,7 +819,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_of_what_was_agreed_is_the_time_that_is_left() {
+    fn remaining_quote_bounds_the_remaining_time() {
         let hour = spec(std::path::Path::new("/r"));
         let agreed = RunSpec { quote: up_to(Usd::from_dollars(1.0)), ..hour.clone() };
         let time = |spec: &RunSpec, spent: f64| spec.time_on(&offer(), Usd::from_dollars(spent)).as_secs();
@@ -830,7 +833,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_instance_bills_when_it_is_up_is_what_counts() {
+    fn price_of_the_running_instance_counts() {
         let mut path = vec![
             RunEvent::Creating { intent: intent() },
             RunEvent::Created { instance: InstanceId("i1".into()), price: None },
@@ -840,7 +843,7 @@ mod tests {
     }
 
     #[test]
-    fn an_instance_that_does_not_serve_is_gone_before_another_is_planned() {
+    fn unfit_instance_is_gone_before_the_next_create() {
         let mut path = vec![
             RunEvent::Creating { intent: intent() },
             RunEvent::NotCreated { reason: "sold out".into(), refused: true, unseen: false },
@@ -859,7 +862,7 @@ mod tests {
     }
 
     #[test]
-    fn what_went_away_with_the_workers_work_is_a_loss_unless_another_instance_makes_it_good() {
+    fn vanished_work_is_a_loss_unless_redone() {
         let launched = [
             RunEvent::Creating { intent: intent() },
             RunEvent::Created { instance: InstanceId("i1".into()), price: None },
@@ -884,7 +887,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_create_cannot_be_stopped_away() {
+    fn stop_does_not_close_an_unresolved_create_call() {
         let creating = replay(&[RunEvent::Creating { intent: intent() }]);
         assert!(next(&creating, &RunEvent::Stopped { ending: RunOutcome::Interrupted }).is_err());
         assert!(next(&creating, &RunEvent::Gone).is_err());
@@ -897,7 +900,7 @@ mod tests {
         /// Over any sequence of events, illegal ones refused: what may bill is never forgotten, the end is the end, and
         /// state and events survive their journey through JSON.
         #[test]
-        fn laws(picks in prop::collection::vec(0usize..18, 0..60)) {
+        fn any_event_sequence_keeps_the_invariants(picks in prop::collection::vec(0usize..18, 0..60)) {
             let all = events();
             let mut state = RunState::initial();
             for pick in picks {

@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn formatting_never_shows_the_secret() {
+    fn secret_is_never_formatted() {
         let secret = Secret::new("hf_abc");
         assert_eq!(format!("{secret} {secret:?} {:?}", Some(&secret)), "*** *** Some(***)");
         assert_eq!(secret.expose(), "hf_abc");

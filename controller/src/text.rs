@@ -38,7 +38,7 @@ fn columns_of(c: char) -> usize {
     if c.is_ascii() { 1 } else { 2 }
 }
 
-/// At most so many columns of a terminal: of a longer text its beginning and its end.
+/// Shortens a text to this number of terminal columns. Its beginning and its end are kept.
 pub fn shorten(text: &str, columns: usize) -> String {
     if self::columns(text) <= columns {
         return text.to_owned();
@@ -57,7 +57,7 @@ pub fn shorten(text: &str, columns: usize) -> String {
     begin.into_iter().chain(['…']).chain(end.into_iter().rev()).collect()
 }
 
-/// At most so many columns of facts that commas part: those in the middle are left out whole. What
+/// Shortens a comma-separated list to this number of columns. Middle facts are left out. What
 /// stands in brackets is of one fact.
 pub fn shorten_facts(facts: &str, columns: usize) -> String {
     let mut open = 0_usize;
@@ -80,7 +80,7 @@ pub fn shorten_facts(facts: &str, columns: usize) -> String {
     whole.or_else(shorter).unwrap_or_else(|| shorten(parts.first().unwrap_or(&facts), columns))
 }
 
-/// So many of something, as in `1 offer` and `1,024 offers`.
+/// A count with its noun, as in `1 offer` and `1,024 offers`.
 pub fn counted(count: usize, one: &str) -> String {
     let ending = if count == 1 { "" } else { "s" };
     format!("{} {one}{ending}", crate::units::grouped(count as u64))
@@ -179,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn escapes_are_removed_whole() {
+    fn escape_sequences_are_removed_whole() {
         assert_eq!(clean(b"a\x1b[31mred\x1b[0m b", 99), "ared b");
         assert_eq!(clean(b"\x1b]0;title\x07x\x1b]8;;http://e\x1b\\y", 99), "xy");
         assert_eq!(clean("left\u{202e}right\u{9b}31m".as_bytes(), 99), "leftright31m");
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_in_a_file_is_said_with_what_may_be_meant() {
+    fn file_errors_suggest_the_intended_key() {
         #[derive(Debug, Default, serde::Deserialize)]
         #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
         struct File {
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_long_keeps_both_ends() {
+    fn long_text_keeps_both_ends() {
         assert_eq!(shorten("abcdefgh", 8), "abcdefgh");
         assert_eq!(shorten("abcdefgh", 7), "abc…fgh");
         assert_eq!(shorten("abcdefgh", 4), "ab…h");
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn markdown_shows_what_was_said_and_follows_nothing() {
+    fn markdown_escaping_shows_text_and_makes_no_links() {
         assert_eq!(markdown("owner/model-1 (run r2): 3 GiB", 99), "owner/model-1 (run r2): 3 GiB");
         assert_eq!(markdown("![x](http://e) <b>|", 99), r"\!\[x\](http:&#47;/e) &lt;b&gt;\|");
         assert_eq!(markdown("www.e.example a@e.example\n# `x`", 99), r"www&#46;e.example a&#64;e.example \# \`x\`");
@@ -234,7 +234,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_a_terminal_would_obey_comes_through(bytes in proptest::collection::vec(any::<u8>(), 0..200), limit in 0usize..50) {
+        fn control_characters_are_removed(
+            bytes in proptest::collection::vec(any::<u8>(), 0..200), limit in 0usize..50,
+        ) {
             let text = clean(&bytes, limit);
             prop_assert!(text.chars().all(|c| !c.is_control()));
             prop_assert!(text.chars().count() <= limit + 1);

@@ -106,7 +106,7 @@ impl fmt::Display for UsdPerHour {
 pub struct GpuTime(i64);
 
 impl GpuTime {
-    /// Of so many GPUs for this time, to the second above.
+    /// The GPU time of this number of GPUs for this time, rounded up to the second.
     pub fn of(gpus: u32, time: Duration) -> Self {
         let seconds = time.as_millis().div_ceil(1000).saturating_mul(gpus.into());
         Self(i64::try_from(seconds).unwrap_or(i64::MAX))
@@ -174,7 +174,7 @@ pub fn grouped(count: u64) -> String {
     out
 }
 
-/// A number with so many digits behind the point; a large one as in `1.2346e71`.
+/// A number with this many decimals. A large one is written as in `1.2346e71`.
 pub fn figure(value: f64, digits: usize) -> String {
     if value.is_finite() && value.abs() >= 1e9 { format!("{value:.digits$e}") } else { format!("{value:.digits$}") }
 }
@@ -335,7 +335,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_that_nobody_can_mean_are_refused_wherever_they_are_read() {
+    fn implausible_numbers_are_refused_in_every_input() {
         #[derive(Debug, Deserialize)]
         struct File {
             amount: Option<Positive>,
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn time_of_gpus_is_their_number_times_the_time() {
+    fn gpu_hours_are_count_times_hours() {
         assert_eq!(GpuTime::of(4, Duration::from_millis(1500)).seconds(), 8);
         assert_eq!(GpuTime::of(2, Duration::from_secs(5400)), GpuTime::from_hours(3.0));
         assert_eq!(GpuTime::of(u32::MAX, Duration::MAX).seconds(), i64::MAX);
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn long_numbers_can_be_read() {
+    fn long_numbers_are_grouped() {
         let counts = [0, 7, 999, 1_000, 3_969_152, u64::MAX].map(grouped);
         assert_eq!(counts, ["0", "7", "999", "1,000", "3,969,152", "18,446,744,073,709,551,615"]);
         assert_eq!([1289.29377, 0.5, 1.23456e71].map(|value| figure(value, 4)), ["1289.2938", "0.5000", "1.2346e71"]);
@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn widths_on_paper_are_read_in_three_units() {
+    fn paper_widths_are_parsed_in_three_units() {
         for (text, inches) in [("25.4mm", 1.0), ("2.54cm", 1.0), ("3.3in", 3.3)] {
             assert!((text.parse::<PlotWidth>().unwrap().inches() - inches).abs() < 1e-9, "{text}");
         }

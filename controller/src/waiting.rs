@@ -25,12 +25,12 @@ tokio::task_local! {
     static WAITER: UnboundedSender<Failed>;
 }
 
-/// Tells whoever waits, if anybody does.
+/// Reports to the waiting caller, if there is one.
 pub fn tell(failed: impl FnOnce() -> Failed) {
     let _ = WAITER.try_with(|waiter| waiter.send(failed()));
 }
 
-/// Does `work`. When that takes more than some seconds `say` is told so, with the last attempt that failed.
+/// Runs `work`. If it takes more than some seconds, calls `say` with the last attempt that failed.
 pub async fn told<T>(say: impl Fn(Option<&Failed>), work: impl Future<Output = T>) -> T {
     let (waiter, mut failures) = unbounded_channel();
     let mut work = pin!(WAITER.scope(waiter, work));
@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn the_first_word_comes_within_five_seconds_and_says_what_failed() {
+    async fn first_message_comes_within_5_s_and_names_the_failure() {
         let (begun, said) = (Instant::now(), Mutex::new(Vec::new()));
         let say = |failed: Option<&Failed>| {
             said.lock().unwrap().push((begun.elapsed(), failed.map(|failed| failed.words.clone())));

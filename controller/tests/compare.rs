@@ -38,7 +38,7 @@ fn context() -> TempDir {
 }
 
 #[test]
-fn old_runs_are_imported_and_compared_beside_ours() {
+fn predecessor_runs_are_imported_and_compared() {
     let context = context();
     let old = context.path().join("old");
     fs::create_dir(&old).unwrap();
@@ -80,7 +80,7 @@ fn old_runs_are_imported_and_compared_beside_ours() {
 }
 
 #[test]
-fn a_damaged_result_stops_the_comparison_and_is_named() {
+fn damaged_result_stops_the_comparison_and_is_named() {
     let context = context();
     let file = context.path().join("remote_results/gpt2-run/results.json");
     fs::write(&file, fs::read_to_string(&file).unwrap().replacen("1", "2", 1)).unwrap();
@@ -94,7 +94,7 @@ fn a_damaged_result_stops_the_comparison_and_is_named() {
 }
 
 #[test]
-fn the_page_and_the_drawings_are_the_same_whenever_they_are_made() {
+fn page_and_plots_are_reproducible() {
     let context = context();
     let make = |name: &str| {
         let made =
@@ -115,7 +115,7 @@ fn the_page_and_the_drawings_are_the_same_whenever_they_are_made() {
 }
 
 #[test]
-fn figures_have_the_size_that_a_paper_asks_for_and_only_the_models_that_are_named() {
+fn figures_have_the_requested_size_and_models() {
     let context = context();
     let made = outliers(
         context.path(),
@@ -144,7 +144,7 @@ fn figures_have_the_size_that_a_paper_asks_for_and_only_the_models_that_are_name
 }
 
 #[test]
-fn results_are_listed_shown_and_counted_by_other_shares() {
+fn results_are_listed_shown_and_recounted() {
     let context = context();
     let list = outliers(context.path(), &["results", "list"]);
     let (stdout, _) = said(&list);
@@ -179,7 +179,7 @@ fn results_are_listed_shown_and_counted_by_other_shares() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn the_page_of_a_result_is_handed_to_the_browser() {
+fn open_passes_the_page_to_the_browser() {
     use std::os::unix::fs::PermissionsExt;
 
     let context = context();
@@ -205,7 +205,7 @@ fn the_page_of_a_result_is_handed_to_the_browser() {
 // ---------------------------------------------------------------------------------------------------- in a browser
 
 #[test]
-fn the_page_can_be_read_in_a_browser_on_a_phone_and_on_a_desk_by_day_and_by_night() {
+fn page_is_readable_on_phone_and_desktop_in_light_and_dark() {
     let Some(browser) = Browser::find() else {
         outliers_tests::not_checked("no Chromium is installed");
         return;

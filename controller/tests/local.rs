@@ -132,7 +132,7 @@ fn instance_pid(cloud: &Cloud, instance: &Instance) -> u32 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_life() {
+async fn instance_goes_from_create_to_terminate() {
     let cloud = Cloud::new();
     assert!(cloud.broker.list().await.unwrap().is_empty());
     let offer = cloud.offer().await;
@@ -162,7 +162,7 @@ async fn a_life() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn commands_see_a_clean_machine() {
+async fn commands_have_a_clean_environment() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     let there = cloud.reach(&instance);
@@ -195,7 +195,7 @@ async fn commands_see_a_clean_machine() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_detached_child_outlives_the_controller_that_started_it() {
+async fn detached_child_survives_its_controller() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     let said = text(&cloud.reach(&instance), "setsid nohup sleep 300 </dev/null >log 2>&1 & echo $!").await;
@@ -223,7 +223,7 @@ async fn shed_marks(there: &Arc<dyn Transport>) -> Vec<u32> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn terminate_ends_what_has_left_its_session_and_what_is_stopped() {
+async fn terminate_ends_processes_of_other_sessions_and_stopped_ones() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     let there = cloud.reach(&instance);
@@ -238,7 +238,7 @@ async fn terminate_ends_what_has_left_its_session_and_what_is_stopped() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_runs_on_a_killed_instance_is_found() {
+async fn processes_of_a_killed_instance_are_found() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     let there = cloud.reach(&instance);
@@ -263,7 +263,7 @@ async fn what_runs_on_a_killed_instance_is_found() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_process_that_multiplies_is_ended() {
+async fn forking_process_is_ended() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     let there = cloud.reach(&instance);
@@ -280,7 +280,7 @@ async fn a_process_that_multiplies_is_ended() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_command_that_is_under_way_ends_with_its_instance_and_is_no_failure_of_its_own() {
+async fn running_command_ends_with_its_instance() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     let (there, broker) = (cloud.reach(&instance), cloud.broker.clone());
@@ -306,7 +306,7 @@ async fn a_command_that_ends_with_a_signal_to_its_instance_is_no_failure_of_its_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_signal_ends_the_instance_and_what_runs_there() {
+async fn signal_ends_the_instance_and_its_processes() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     let pids = shed_marks(&cloud.reach(&instance)).await;
@@ -316,7 +316,7 @@ async fn a_signal_ends_the_instance_and_what_runs_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_deadline_ends_everything_and_the_bill() {
+async fn deadline_ends_the_instance_and_its_bill() {
     let cloud = Cloud::new();
     let instance = cloud.broker.create(&cloud.offer().await, &cloud.lease_for(4)).await.unwrap();
     let pids = shed_marks(&cloud.reach(&instance)).await;
@@ -343,7 +343,7 @@ async fn the_deadline_ends_an_instance_that_has_lost_its_gate() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_terminate_at_once_and_bill_once() {
+async fn concurrent_terminations_bill_once() {
     let cloud = Cloud::new();
     let (one, two) = tokio::join!(cloud.rent(), cloud.rent());
     assert_eq!(cloud.broker.list().await.unwrap().len(), 2);
@@ -356,7 +356,7 @@ async fn many_terminate_at_once_and_bill_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_instance_outlives_its_creator() {
+async fn instance_survives_its_creator() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     let pid = instance_pid(&cloud, &instance);
@@ -375,7 +375,7 @@ async fn an_instance_outlives_its_creator() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_instance_at_rest_uses_no_processor() {
+async fn idle_instance_uses_no_cpu() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     exec(&cloud.reach(&instance), "true").await;
@@ -392,7 +392,7 @@ async fn an_instance_at_rest_uses_no_processor() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_instance_that_cannot_start_is_explained_and_costs_nothing() {
+async fn instance_that_cannot_start_is_reported_and_free() {
     let root = tempfile::tempdir().unwrap();
     let script = root.path().join("broken");
     fs::write(&script, "#!/bin/sh\necho starting\necho 'no port is left' >&2\nexit 9\n").unwrap();
@@ -409,7 +409,7 @@ async fn an_instance_that_cannot_start_is_explained_and_costs_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_create_cut_short_is_listed_and_can_be_ended() {
+async fn interrupted_create_is_listed_and_can_be_terminated() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     let folder = cloud.folder(&instance);
@@ -437,7 +437,7 @@ async fn a_create_cut_short_is_listed_and_can_be_ended() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_termination_cut_short_can_be_finished() {
+async fn interrupted_termination_can_be_completed() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     fs::write(cloud.folder(&instance).join("ending"), "").unwrap();
@@ -457,7 +457,7 @@ async fn a_termination_cut_short_can_be_finished() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn junk_is_not_listed_and_damage_is() {
+async fn foreign_files_are_not_listed_and_damaged_instances_are() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     let instances = cloud.root().join("instances");
@@ -484,7 +484,7 @@ async fn junk_is_not_listed_and_damage_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ids_are_not_paths() {
+async fn instance_ids_cannot_be_paths() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     for id in
@@ -498,7 +498,7 @@ async fn ids_are_not_paths() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unreadable_folder_is_an_error_not_an_empty_list() {
+async fn unreadable_folder_is_an_error_and_not_an_empty_list() {
     let cloud = Cloud::new();
     fs::create_dir_all(cloud.root()).unwrap();
     fs::write(cloud.root().join("instances"), "in the way").unwrap();
@@ -508,7 +508,7 @@ async fn an_unreadable_folder_is_an_error_not_an_empty_list() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_rented() {
+async fn unavailable_hardware_is_refused() {
     let cloud = Cloud::new();
     let offer = cloud.offer().await;
     let kind = async |offer: &Offer, lease: &Lease| cloud.broker.create(offer, lease).await.unwrap_err().kind;
@@ -526,7 +526,7 @@ async fn what_cannot_be_rented() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_gpu_is_rented_once_at_a_time() {
+async fn gpu_is_rented_once_at_a_time() {
     let mut cloud = Cloud::new();
     let smi = cloud.root.path().join("nvidia-smi");
     fs::write(&smi, "#!/bin/sh\nfor i in 1 2 3; do echo 'NVIDIA H100 80GB HBM3, 81559'; done\n").unwrap();

@@ -59,7 +59,7 @@ fn compare(name: &str, ours: &[AblationArm], theirs: &[Arm]) {
 }
 
 #[test]
-fn every_family_without_features_is_as_transformers_without_them() {
+fn ablation_agrees_with_transformers_in_every_family() {
     for name in goldens() {
         let theirs = arms(&name);
         let results = run(&golden(&name).join("model"), &golden(&name).join("golden.safetensors"), &theirs[1].features);
@@ -69,7 +69,7 @@ fn every_family_without_features_is_as_transformers_without_them() {
 }
 
 #[test]
-fn the_demos_planted_features_taken_away() {
+fn ablation_of_the_demos_features_equals_the_reference() {
     let folder = tempfile::tempdir().unwrap();
     demo::make(folder.path(), 1).unwrap();
     let theirs = arms("demo");
@@ -79,7 +79,7 @@ fn the_demos_planted_features_taken_away() {
 
 /// What one run found is what the next one takes away.
 #[test]
-fn a_deploy_takes_away_what_an_earlier_one_found() {
+fn deploy_ablates_features_found_by_an_earlier_run() {
     let folder = tempfile::tempdir().unwrap();
     demo::make(folder.path(), 1).unwrap();
     let deploy = |more: &[&str]| {

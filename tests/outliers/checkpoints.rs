@@ -48,7 +48,7 @@ fn edit_tensors(model: &Path, edit: impl Fn(Tensors) -> Tensors) {
 }
 
 #[test]
-fn absent_keys_are_the_defaults_of_the_familys_class() {
+fn absent_config_keys_get_the_defaults_of_their_class() {
     // The last number: how many of them have a default of their own, and are not derived from others.
     for (fixture, keys, defaults) in [
         ("mixtral", &["rope_theta"][..], 1),
@@ -69,7 +69,7 @@ fn absent_keys_are_the_defaults_of_the_familys_class() {
 }
 
 #[test]
-fn settings_under_their_other_names_are_the_same() {
+fn config_aliases_give_the_same_model() {
     assert_same("llama4-scout", |model| {
         edit_config(model, |config| config["text_config"]["attn_temperature_tuning"] = json!(4));
     });
@@ -91,7 +91,7 @@ fn settings_under_their_other_names_are_the_same() {
 }
 
 #[test]
-fn tensors_without_their_prefix_are_found() {
+fn tensors_without_the_model_prefix_are_found() {
     let bare = |tensors: Tensors| {
         tensors.into_iter().map(|(name, tensor)| (name.trim_start_matches("model.").to_owned(), tensor)).collect()
     };
@@ -100,7 +100,7 @@ fn tensors_without_their_prefix_are_found() {
 }
 
 #[test]
-fn what_is_stored_of_a_tied_head_counts() {
+fn stored_lm_head_is_used_despite_tied_embeddings() {
     // Its golden values are those of a head that differs from the embedding.
     let metadata = assert_same("qwen2-stored-head", |_| {});
     assert!(metadata.model.checkpoint_notes[0].contains("a head of its own"), "{:?}", metadata.model.checkpoint_notes);
@@ -119,7 +119,7 @@ fn what_is_stored_of_a_tied_head_counts() {
 }
 
 #[test]
-fn formats_that_are_announced_but_not_stored_are_plain() {
+fn plain_weights_under_a_quantization_config_are_read() {
     assert_same("gpt-oss-plain", |model| {
         edit_config(model, |config| config["quantization_config"] = json!({"quant_method": "mxfp4"}));
     });
@@ -129,7 +129,7 @@ fn formats_that_are_announced_but_not_stored_are_plain() {
 }
 
 #[test]
-fn scales_in_e8m0_are_those_in_f32() {
+fn e8m0_scales_equal_f32_scales() {
     let powers = |(dtype, shape, data): (Dtype, Vec<usize>, Vec<u8>)| {
         assert_eq!(dtype, Dtype::F32);
         let exponents = data.chunks_exact(4).map(|bytes| {
@@ -151,7 +151,7 @@ fn scales_in_e8m0_are_those_in_f32() {
 }
 
 #[test]
-fn integers_of_four_bits_are_packed_from_the_shape_that_is_stored() {
+fn int4_weights_unpack_by_their_stored_shape() {
     let with_shapes = |convert: fn(Vec<u8>) -> (Dtype, Vec<u8>)| {
         move |model: &Path| {
             edit_tensors(model, |tensors| {
@@ -177,7 +177,7 @@ fn integers_of_four_bits_are_packed_from_the_shape_that_is_stored() {
 }
 
 #[test]
-fn the_class_of_the_whole_ties_the_head_of_a_multimodal_model() {
+fn multimodal_class_decides_whether_the_head_is_tied() {
     let model = copy("qwen3-5");
     let tied = |tied: bool| {
         edit_config(model.path(), |config| {
@@ -194,7 +194,7 @@ fn the_class_of_the_whole_ties_the_head_of_a_multimodal_model() {
 }
 
 #[test]
-fn norms_that_act_and_are_not_studied_are_told() {
+fn unstudied_norms_are_reported() {
     let templates = |fixture: &str| -> Vec<String> {
         let model = golden(fixture).join("model");
         let said = run_worker(["inspect", "--json", "--model", model.to_str().unwrap()]);
@@ -215,7 +215,7 @@ fn norms_that_act_and_are_not_studied_are_told() {
 }
 
 #[test]
-fn kimi_k2_5_is_kimi_k2_below_a_prefix() {
+fn kimi_k2_5_is_read_as_kimi_k2_under_a_prefix() {
     let metadata = assert_same("kimi-k2-int4", |model| {
         edit_tensors(model, |tensors| {
             let below = |(name, tensor)| (format!("language_model.{name}"), tensor);
@@ -235,7 +235,7 @@ fn kimi_k2_5_is_kimi_k2_below_a_prefix() {
 }
 
 #[test]
-fn nvfp4_is_read_under_the_names_of_both_who_write_it() {
+fn nvfp4_is_read_under_both_naming_schemes() {
     assert_same("qwen3-moe-nvfp4", |model| {
         edit_tensors(model, |tensors| {
             let renamed = |(name, (dtype, shape, data)): (String, (Dtype, Vec<usize>, Vec<u8>))| {
@@ -262,7 +262,7 @@ fn nvfp4_is_read_under_the_names_of_both_who_write_it() {
 }
 
 #[test]
-fn sequences_of_which_an_indexer_would_choose_keys_are_refused_with_the_longest_that_works() {
+fn sequences_longer_than_the_sparse_indexer_limit_are_refused() {
     for (name, indexers) in [("deepseek-v32-fp8", 2), ("glm-moe-dsa", 1)] {
         let model = copy(name);
         edit_config(model.path(), |config| config["index_topk"] = json!(31));
@@ -284,7 +284,7 @@ fn sequences_of_which_an_indexer_would_choose_keys_are_refused_with_the_longest_
 }
 
 #[test]
-fn keys_that_nobody_knows_are_in_the_metadata_and_on_the_screen() {
+fn unknown_config_keys_are_printed_and_recorded() {
     let model = copy("llama-f32");
     edit_config(model.path(), |config| config["embedding_multiplier"] = json!(12));
     let output = tempfile::tempdir().unwrap();
@@ -299,7 +299,7 @@ fn keys_that_nobody_knows_are_in_the_metadata_and_on_the_screen() {
 }
 
 #[test]
-fn a_wrong_default_is_the_configurations_fault() {
+fn wrong_config_default_is_a_checkpoint_error() {
     // The class says 128, the tensors 32.
     let model = copy("qwen3");
     without(&["head_dim"])(model.path());
@@ -313,7 +313,7 @@ fn a_wrong_default_is_the_configurations_fault() {
 }
 
 #[test]
-fn a_list_of_missing_tensors_names_each_once_and_counts_the_rest() {
+fn missing_tensors_are_listed_once_and_the_rest_counted() {
     let model = copy("gpt-oss-mxfp4");
     edit_tensors(model.path(), |tensors| tensors.into_iter().filter(|(name, _)| !name.contains("experts")).collect());
     let said = failure(model.path(), &[]).1;

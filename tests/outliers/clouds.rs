@@ -151,7 +151,7 @@ pub(super) fn nothing_left(cloud: &FakeCloud) {
 
 /// A person's shell on a kept instance, which has to show the host key that it showed first.
 #[test]
-fn a_kept_instance_is_entered_by_ssh_and_held_to_its_host_key() {
+fn ssh_to_a_held_instance_checks_its_host_key() {
     let cloud = FakeCloud::start(RunPod::default());
     let place = Place::with_settings(&[&cloud], "listing-interval = \"1s\"\n");
     if place.host(&cloud).is_none() {
@@ -192,23 +192,23 @@ fn deploys_to(dialect: impl Dialect) {
 }
 
 #[test]
-fn a_deploy_to_runpod() {
+fn deploy_to_runpod_completes() {
     deploys_to(RunPod::default());
 }
 
 #[test]
-fn a_deploy_to_vast() {
+fn deploy_to_vast_completes() {
     deploys_to(Vast);
 }
 
 #[test]
-fn a_deploy_to_prime() {
+fn deploy_to_prime_completes() {
     deploys_to(Prime);
 }
 
 /// Lambda gives an address and nothing else: user and port are what its images have, unless the settings say otherwise.
 #[test]
-fn a_deploy_to_lambda() {
+fn deploy_to_lambda_completes() {
     let Some(server) = Sshd::start().unwrap() else { return };
     let user = server.endpoint().user;
     drop(server);
@@ -222,7 +222,7 @@ fn a_deploy_to_lambda() {
 
 /// A gateway's text before the SSH version (RFC 4253, section 4.2), and a server that allows one session.
 #[test]
-fn text_before_the_version_and_a_single_session_stop_no_deploy() {
+fn deploy_works_with_an_ssh_banner_and_one_session() {
     let cloud = FakeCloud::start(RunPod::default());
     let place = Place::new(&[&cloud]);
     let line = |i| format!("0{i} This is a private system of a provider, do not enter.\r\n");
@@ -238,7 +238,7 @@ fn text_before_the_version_and_a_single_session_stop_no_deploy() {
 
 /// Whoever pays for a GPU wants it used.
 #[test]
-fn gpus_that_the_worker_would_not_use_are_not_rented() {
+fn unsupported_gpus_are_not_rented() {
     let cloud = FakeCloud::start(Vast);
     let usual = Place::deployment();
     let devices = usual.iter().position(|word| word == "--devices").unwrap();
@@ -267,7 +267,7 @@ fn gpus_that_the_worker_would_not_use_are_not_rented() {
 
 /// Of an offer that is dearer than the one that was shown, as much time is rented as what was agreed pays for.
 #[test]
-fn what_is_paid_is_no_more_than_what_was_shown() {
+fn amount_paid_is_at_most_the_amount_shown() {
     let cloud = FakeCloud::start(Vast);
     let place = Place::new(&[&cloud]);
     if place.host(&cloud).is_none() {
@@ -305,7 +305,7 @@ fn what_is_paid_is_no_more_than_what_was_shown() {
 
 /// The start of an instance alone is estimated to take five minutes.
 #[test]
-fn a_run_that_would_be_cut_short_is_refused_unless_that_is_allowed() {
+fn run_over_its_time_limit_needs_allow_cut_short() {
     let cloud = FakeCloud::start(Vast);
     let place = Place::with_settings(&[&cloud], "[run]\nmax-duration = \"2m\"\n");
     let run = |more: &[&str]| {
@@ -330,7 +330,7 @@ fn a_run_that_would_be_cut_short_is_refused_unless_that_is_allowed() {
 }
 
 #[test]
-fn a_clock_that_is_off_by_hours_rents_nothing_and_a_little_less_exact_one_keeps_the_clouds_time() {
+fn clock_hours_off_is_refused_and_seconds_off_is_corrected() {
     let cloud = FakeCloud::start(Vast);
     let place = Place::new(&[&cloud]);
     for (ahead, said) in [(7 * 3600 + 30, "7 h 00 min behind that of vast"), (-7 * 3600, "ahead of that of vast")] {
@@ -357,7 +357,7 @@ fn a_clock_that_is_off_by_hours_rents_nothing_and_a_little_less_exact_one_keeps_
 
 /// Every cloud in one table; one that does not answer is left out, and said so.
 #[test]
-fn the_market_asks_all_clouds_at_once() {
+fn offers_queries_all_clouds_concurrently() {
     let clouds = [
         FakeCloud::start(RunPod::default()),
         FakeCloud::start(Vast),
@@ -394,7 +394,7 @@ fn the_market_asks_all_clouds_at_once() {
 
 /// On a machine that knows nothing: exactly what is overdue and of the owner ends, on every cloud.
 #[test]
-fn a_reaper_needs_nothing_but_keys() {
+fn reap_needs_only_api_keys() {
     let clouds = [
         FakeCloud::start(RunPod::default()),
         FakeCloud::start(Vast),
@@ -432,7 +432,7 @@ fn a_reaper_needs_nothing_but_keys() {
 }
 
 #[test]
-fn a_doctor_sees_what_is_wrong() {
+fn doctor_reports_each_problem() {
     let clouds = [FakeCloud::start(RunPod::default()), FakeCloud::start(Lambda)];
     let place = Place::new(&clouds.iter().collect::<Vec<_>>());
     let said = place.context.run(["doctor"]).ok();
@@ -446,7 +446,7 @@ fn a_doctor_sees_what_is_wrong() {
 
 /// Five hundred instances of others and one stray of ours: all are shown, only ours is ours, and the program stays small.
 #[test]
-fn a_large_account() {
+fn large_account_is_listed_whole_and_only_our_stray_is_ours() {
     let cloud = FakeCloud::start(RunPod::default());
     {
         let mut world = cloud.world();

@@ -109,7 +109,7 @@ fn write(path: &Path, texts: &[String]) {
 }
 
 #[test]
-fn the_windows_are_those_of_the_same_text_and_little_of_the_file_is_fetched() {
+fn dataset_windows_equal_local_text_with_few_bytes_fetched() {
     let setup = Setup::new();
     let expected = setup.load(setup.files(), None).unwrap();
     assert_eq!(setup.hub.seen().len(), 0);
@@ -126,7 +126,7 @@ fn the_windows_are_those_of_the_same_text_and_little_of_the_file_is_fetched() {
 }
 
 #[test]
-fn what_goes_wrong_on_the_way_is_survived() {
+fn dataset_download_survives_transient_faults() {
     let expected = Setup::new().dataset(ID).unwrap().ids;
     let busy = |seconds: &str| Fault::Status(429, vec![("retry-after", seconds.to_owned())]);
     let faults = [busy("0"), Fault::Status(503, Vec::new()), Fault::Truncate(100), Fault::Stall(100), Fault::Page];
@@ -143,7 +143,7 @@ fn what_goes_wrong_on_the_way_is_survived() {
 
 /// Each in a folder of its own: as crawled sets, and tables, are published.
 #[test]
-fn other_formats_give_the_same_windows_and_are_left_alone_beside_parquet() {
+fn dataset_formats_give_the_same_windows_and_parquet_is_preferred() {
     let lines: String = texts(0).iter().take(4 * BLOCK).map(|text| json!({"text": text}).to_string() + "\n").collect();
     let mut packed = GzEncoder::new(Vec::new(), flate2::Compression::fast());
     packed.write_all(lines.as_bytes()).unwrap();
@@ -182,7 +182,7 @@ fn other_formats_give_the_same_windows_and_are_left_alone_beside_parquet() {
 
 /// The model is a folder: the hub is asked for the text alone.
 #[test]
-fn a_deployed_worker_is_given_what_a_gated_dataset_takes() {
+fn deployed_worker_gets_the_token_for_a_gated_dataset() {
     let setup = Setup::with(|repo| repo.gated("hf_right"));
     let context = TestContext::new().with("HF_ENDPOINT", &setup.hub.url()).with("HF_TOKEN", "hf_right");
     let model = setup.dir.path().join("model");
@@ -196,7 +196,7 @@ fn a_deployed_worker_is_given_what_a_gated_dataset_takes() {
 }
 
 #[test]
-fn a_dataset_that_cannot_be_had_is_named() {
+fn unavailable_dataset_is_named_in_the_error() {
     let setup = Setup::new();
     for (name, kind, says) in [
         ("owner/other", FailureKind::ModelNotFound, "no dataset owner/other"),

@@ -52,7 +52,7 @@ pub(super) fn worker_is_busy(context: &TestContext) -> bool {
 }
 
 #[test]
-fn runs_of_the_same_job_are_named_before_another_is_rented() {
+fn earlier_runs_of_the_same_job_are_named_before_renting() {
     let context = TestContext::new();
     let first = context.run(fixture("llama-f32", &["--num-sequences", "1"])).ok();
     assert!(!first.stderr.contains("of the same job"), "{first:?}");
@@ -65,7 +65,7 @@ fn runs_of_the_same_job_are_named_before_another_is_rented() {
 }
 
 #[test]
-fn a_kept_instance_can_be_shown_and_entered() {
+fn held_instance_can_be_shown_and_entered_by_ssh() {
     let context = TestContext::new();
     let _ = context.run(fixture("llama-f32", &["--keep-running", "--num-sequences", "1"])).ok();
     let listed = context.json(&["instances", "list"]);
@@ -87,7 +87,7 @@ fn a_kept_instance_can_be_shown_and_entered() {
 }
 
 #[test]
-fn the_demo_finds_exactly_what_was_planted() {
+fn demo_finds_exactly_the_planted_features() {
     let context = TestContext::new();
     let said = context.run(["demo"]).ok();
     for dim in ["17", "42", "83", "101"] {
@@ -100,7 +100,7 @@ fn the_demo_finds_exactly_what_was_planted() {
 }
 
 #[test]
-fn a_deployed_fixture_equals_the_reference() {
+fn deployed_fixture_equals_the_reference() {
     for name in goldens() {
         let context = TestContext::new();
         let _ = context.run(fixture(&name, &["--save-activations", "activations.safetensors"])).ok();
@@ -118,7 +118,7 @@ fn a_deployed_fixture_equals_the_reference() {
 }
 
 #[test]
-fn a_dry_run_rents_nothing() {
+fn dry_run_rents_nothing() {
     let context = TestContext::new();
     let said = context.run(fixture("olmoe-bf16", &["--dry-run"])).ok();
     assert!(said.stdout.contains("local"), "{}", said.stdout);
@@ -128,7 +128,7 @@ fn a_dry_run_rents_nothing() {
 }
 
 #[test]
-fn the_filter_that_left_nothing_is_named() {
+fn filter_that_removed_every_offer_is_named() {
     let context = TestContext::new();
     let said = context.run(fixture("llama-f32", &["--max-price", "0.0000001"]));
     assert_eq!(said.code, Some(3), "{said:?}");
@@ -146,7 +146,7 @@ fn the_filter_that_left_nothing_is_named() {
 }
 
 #[test]
-fn a_killed_controllers_run_is_found_and_picked_up_by_the_same_command() {
+fn same_command_resumes_the_run_of_a_killed_controller() {
     let context = TestContext::new();
     let arguments = slow_deploy(&context);
     let mut controller = context.start(&arguments);
@@ -163,7 +163,7 @@ fn a_killed_controllers_run_is_found_and_picked_up_by_the_same_command() {
 }
 
 #[test]
-fn an_interrupt_ends_the_instance_and_a_second_one_skips_the_sync_alone() {
+fn second_interrupt_skips_only_saving_results() {
     for interrupts in [1, 2] {
         let context = TestContext::new();
         let mut controller = context.start(slow_deploy(&context));
@@ -184,7 +184,7 @@ fn an_interrupt_ends_the_instance_and_a_second_one_skips_the_sync_alone() {
 }
 
 #[test]
-fn a_killed_controllers_run_is_attached_to_and_its_log_goes_on_where_it_was_left() {
+fn attach_resumes_a_killed_controllers_run_and_its_log() {
     let context = TestContext::new();
     let mut controller = context.start([slow_deploy(&context), vec!["-v".to_owned()]].concat());
     context.wait_for("the worker to be heard", || context.stderr().contains("layer 1/8"));
@@ -220,7 +220,7 @@ fn kill_on_the_instance(context: &TestContext, worker_only: bool) {
 }
 
 #[test]
-fn a_run_whose_worker_or_instance_dies_completes_all_the_same() {
+fn run_completes_after_worker_or_instance_death() {
     for (worker_only, said, instances) in
         [(true, "it is started again", 1), (false, "the instance went away by itself", 2)]
     {
@@ -238,7 +238,7 @@ fn a_run_whose_worker_or_instance_dies_completes_all_the_same() {
 }
 
 #[test]
-fn a_run_cancelled_from_elsewhere_ends_its_instance() {
+fn cancel_from_another_process_ends_the_instance() {
     let context = TestContext::new();
     let mut controller = context.start(slow_deploy(&context));
     context.wait_for("the worker to be busy", || worker_is_busy(&context));
@@ -249,7 +249,7 @@ fn a_run_cancelled_from_elsewhere_ends_its_instance() {
 }
 
 #[test]
-fn a_kept_instance_is_held_until_it_is_terminated() {
+fn held_instance_exists_until_it_is_terminated() {
     let context = TestContext::new();
     let _ = context.run(fixture("llama-f32", &["--keep-running"])).ok();
     assert_eq!(context.bill().running.len(), 1);
@@ -266,7 +266,7 @@ fn a_kept_instance_is_held_until_it_is_terminated() {
 // ------------------------------------------------------------------------------ no room at home
 
 #[test]
-fn results_that_this_disk_cannot_take_are_refused_before_anything_is_rented() {
+fn too_little_local_disk_for_results_is_refused_before_renting() {
     let context = TestContext::new();
     let planned = fixture("llama-f32", &[]).into_iter().skip(1).filter(|word| word != "-y");
     let planned = context.run(["plan".to_owned()].into_iter().chain(planned)).ok();
@@ -314,7 +314,7 @@ fn assert_saved(context: &TestContext, run: &str) {
 }
 
 #[test]
-fn results_that_cannot_be_saved_stay_on_their_instance_until_another_folder_is_named() {
+fn unsaved_results_stay_on_the_instance_until_a_folder_is_named() {
     let context = TestContext::new();
     let (mut controller, run) = deployed_without_room(&context);
     let said = context.run(["attach", &run, "--results", "larger"]).ok();
@@ -324,7 +324,7 @@ fn results_that_cannot_be_saved_stay_on_their_instance_until_another_folder_is_n
 }
 
 #[test]
-fn results_that_cannot_be_saved_outlive_their_controller_and_come_to_another_folder() {
+fn unsaved_results_survive_a_killed_controller() {
     let context = TestContext::new();
     let (mut controller, run) = deployed_without_room(&context);
     controller.kill().unwrap();
@@ -365,7 +365,7 @@ impl Drop for SmallDisk {
 }
 
 #[test]
-fn results_for_which_a_disk_has_become_too_small_lie_beside_the_ledger() {
+fn results_are_saved_beside_the_ledger_when_the_disk_fills() {
     let context = TestContext::new();
     let Some(disk) = SmallDisk::on(context.work().join("remote_results"), 256) else { return };
     let mut controller = context.start(slow_deploy(&context));
@@ -390,7 +390,7 @@ fn analyze(name: &str, more: &[&str]) -> Vec<String> {
 }
 
 #[test]
-fn an_analysis_has_a_folder_of_its_own_and_touches_no_other() {
+fn analyze_writes_only_its_own_folder() {
     let context = TestContext::new();
     let _ = context.run(analyze("llama-f32", &[])).ok();
     let first = context.results_folder();
@@ -407,7 +407,7 @@ fn an_analysis_has_a_folder_of_its_own_and_touches_no_other() {
 }
 
 #[test]
-fn an_analysis_that_fails_leaves_what_it_left_apart_and_compare_says_that_it_leaves_it_out() {
+fn failed_analysis_is_kept_as_partial_and_compare_excludes_it() {
     let context = TestContext::new();
     let model = copied_model(&context, "llama-f32");
     let path = model.join("model.safetensors");
@@ -440,7 +440,7 @@ fn an_analysis_that_fails_leaves_what_it_left_apart_and_compare_says_that_it_lea
 }
 
 #[test]
-fn a_handoff_that_somebody_edited_is_not_overwritten() {
+fn edited_handoff_is_not_overwritten() {
     let context = TestContext::new();
     let file = context.run(["handoff"]).ok().stdout.trim().to_owned();
     let again = context.run(["handoff"]).ok().stdout;
@@ -490,7 +490,7 @@ fn deploy(model: &Path, more: &[&str]) -> Vec<String> {
 }
 
 #[test]
-fn bad_models_are_refused_before_anything_is_rented() {
+fn invalid_models_are_refused_before_renting() {
     let context = TestContext::new();
     refused(&context, &deploy(Path::new("/no/such/folder"), &[]), &["/no/such/folder"]);
     refused(&context, &deploy(Path::new("neither a folder nor an id"), &[]), &["neither a folder nor an id"]);
@@ -515,7 +515,7 @@ fn bad_models_are_refused_before_anything_is_rented() {
 }
 
 #[test]
-fn overlapping_tensors_are_refused_before_anything_is_rented() {
+fn overlapping_tensors_are_refused_before_renting() {
     let context = TestContext::new();
     let model = copied_model(&context, "llama-f32");
     let path = model.join("model.safetensors");
@@ -531,7 +531,7 @@ fn overlapping_tensors_are_refused_before_anything_is_rented() {
 }
 
 #[test]
-fn bad_texts_are_refused_before_anything_is_rented() {
+fn invalid_texts_are_refused_before_renting() {
     let context = TestContext::new();
     let model = golden("olmoe-bf16").join("model");
     let (empty, short) = (context.work().join("empty.txt"), context.work().join("short.txt"));
@@ -545,7 +545,7 @@ fn bad_texts_are_refused_before_anything_is_rented() {
 }
 
 #[test]
-fn weights_that_are_not_numbers_end_the_run_and_the_rental() {
+fn nan_weights_end_the_run_and_the_rental() {
     let context = TestContext::new();
     let model = copied_model(&context, "llama-f32");
     let path = model.join("model.safetensors");
@@ -560,7 +560,7 @@ fn weights_that_are_not_numbers_end_the_run_and_the_rental() {
 }
 
 #[test]
-fn a_worker_of_another_version_is_refused_before_anything_is_rented() {
+fn worker_of_another_version_is_refused_before_renting() {
     use std::os::unix::fs::PermissionsExt;
     let context = TestContext::new();
     let other = context.work().join("other-worker");
@@ -595,7 +595,7 @@ fn hub_deploy(model: &str, more: &[&str]) -> Vec<String> {
 }
 
 #[test]
-fn a_gated_hub_model_is_deployed_with_a_token_that_nobody_sees() {
+fn gated_model_is_deployed_without_exposing_the_token() {
     let (context, _hub) = context_with_hub();
     let context = context.with("HF_TOKEN", HUB_TOKEN);
     let said = context.run(hub_deploy(HUB_MODEL, &["-v"])).ok();
@@ -618,7 +618,7 @@ fn files_below(folder: &Path) -> Vec<std::path::PathBuf> {
 }
 
 #[test]
-fn what_the_hub_does_not_have_or_does_not_give_is_refused_before_anything_is_rented() {
+fn missing_or_gated_hub_model_is_refused_before_renting() {
     let (context, _hub) = context_with_hub();
     refused(&context, &hub_deploy(HUB_MODEL, &[]), &["gated", "HF_TOKEN"]);
     let context = context.with("HF_TOKEN", HUB_TOKEN);

@@ -109,7 +109,7 @@ fn refusal(command: &[String]) -> Option<String> {
 }
 
 #[test]
-fn the_readme_is_short_and_no_line_is_wide() {
+fn readme_is_short_and_its_lines_are_narrow() {
     let mut wide = Vec::new();
     for page in pages() {
         let lines = page.text.lines().enumerate();
@@ -122,7 +122,7 @@ fn the_readme_is_short_and_no_line_is_wide() {
 }
 
 #[test]
-fn links_lead_to_files_and_headings_that_exist() {
+fn links_point_to_existing_files_and_headings() {
     let (mut seen, mut broken) = (0, Vec::new());
     for page in pages() {
         for link in page.links().filter(|link| !link.contains("://")) {
@@ -144,7 +144,7 @@ fn links_lead_to_files_and_headings_that_exist() {
 }
 
 #[test]
-fn every_command_in_code_blocks_is_accepted() {
+fn commands_in_code_blocks_are_accepted() {
     let (mut seen, mut refused) = (0, Vec::new());
     for page in pages() {
         for command in page.blocks().iter().flat_map(|(_, block)| commands(block)) {
@@ -157,7 +157,7 @@ fn every_command_in_code_blocks_is_accepted() {
 }
 
 #[test]
-fn every_script_in_code_blocks_is_there() {
+fn scripts_in_code_blocks_exist() {
     let (mut seen, mut missing) = (0, Vec::new());
     let is_script = |word: &&str| word.ends_with(".sh") || word.ends_with(".py") || *word == ".ci/run";
     for page in pages() {
@@ -175,7 +175,7 @@ fn every_script_in_code_blocks_is_there() {
 }
 
 #[test]
-fn every_survey_in_code_blocks_is_read() {
+fn surveys_in_code_blocks_parse() {
     let mut seen = 0;
     for page in pages() {
         for (language, block) in page.blocks() {
@@ -189,7 +189,7 @@ fn every_survey_in_code_blocks_is_read() {
 }
 
 #[test]
-fn a_command_that_no_program_accepts_is_found() {
+fn invalid_command_in_a_code_block_is_detected() {
     let block = [
         "cargo build && ./target/release/outliers demo",
         "HF_TOKEN=x outliers plan --model a/b \\",

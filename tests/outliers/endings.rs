@@ -36,7 +36,7 @@ fn kept(context: &TestContext) -> (String, String) {
 }
 
 #[test]
-fn numbers_that_nobody_can_mean_are_refused_before_anything_is_rented() {
+fn implausible_numbers_are_refused_before_renting() {
     let context = TestContext::new();
     let model = golden("llama-f32").join("model");
     std::fs::write(context.work().join("s.toml"), format!("name = \"s\"\nmodels = [{model:?}]\n")).unwrap();
@@ -62,7 +62,7 @@ fn numbers_that_nobody_can_mean_are_refused_before_anything_is_rented() {
 }
 
 #[test]
-fn one_damaged_record_stops_no_command_and_its_instance_is_found_by_its_tag() {
+fn damaged_record_blocks_no_command_and_its_instance_is_found_by_tag() {
     let context = TestContext::new();
     let (lost, instance) = kept(&context);
     let ledger = rusqlite::Connection::open(context.state().join("ledger.db")).unwrap();
@@ -134,7 +134,7 @@ fn ends_without_a_ledger(
 }
 
 #[test]
-fn without_a_readable_ledger_instances_are_listed_reaped_and_ended_by_their_tags() {
+fn instances_are_listed_reaped_and_ended_without_a_readable_ledger() {
     let (cloud, ids) = planted("me");
     let place = Place::with_settings(&[&cloud], QUICK);
     std::fs::create_dir_all(place.context.state()).unwrap();
@@ -144,7 +144,7 @@ fn without_a_readable_ledger_instances_are_listed_reaped_and_ended_by_their_tags
 }
 
 #[test]
-fn on_a_full_disk_instances_are_listed_reaped_and_ended_by_their_tags() {
+fn instances_are_listed_reaped_and_ended_on_a_full_disk() {
     let (cloud, ids) = planted("me");
     let place = Place::with_settings(&[&cloud], QUICK);
     std::fs::create_dir_all(place.context.state()).unwrap();
@@ -154,7 +154,7 @@ fn on_a_full_disk_instances_are_listed_reaped_and_ended_by_their_tags() {
 }
 
 #[test]
-fn what_another_or_a_lost_ledger_rented_ends_by_its_owners_name() {
+fn instances_of_another_ledger_end_by_owner_name() {
     let (cloud, ids) = planted("lost");
     let place = Place::with_settings(&[&cloud], QUICK);
     let context = &place.context;
@@ -170,7 +170,7 @@ fn what_another_or_a_lost_ledger_rented_ends_by_its_owners_name() {
 }
 
 #[test]
-fn what_would_end_is_shown_and_nothing_ends_unasked() {
+fn terminate_without_yes_lists_instances_and_ends_none() {
     let (cloud, ids) = planted("me");
     let place = Place::with_settings(&[&cloud], QUICK);
     for named in [&["--all"][..], &[ids[0].as_str(), ids[1].as_str()]] {
@@ -184,7 +184,7 @@ fn what_would_end_is_shown_and_nothing_ends_unasked() {
 }
 
 #[test]
-fn a_damaged_ledger_is_repaired_and_what_is_lost_is_said() {
+fn damaged_ledger_is_repaired_and_losses_are_reported() {
     let context = TestContext::new();
     let _ = run(&context, &["deploy", "-y"], job("llama-f32")).ok();
     let (lost, instance) = kept(&context);
@@ -213,7 +213,7 @@ fn a_damaged_ledger_is_repaired_and_what_is_lost_is_said() {
 }
 
 #[test]
-fn settings_that_make_no_sense_stop_no_ending() {
+fn invalid_settings_do_not_block_termination() {
     let (cloud, ids) = planted("me");
     let place = Place::with_settings(&[&cloud], QUICK);
     let context = &place.context;
@@ -227,7 +227,7 @@ fn settings_that_make_no_sense_stop_no_ending() {
 
 /// Somebody else's odd instance is nobody's reason to leave one running.
 #[test]
-fn an_odd_entry_in_a_list_keeps_nothing_from_ending() {
+fn malformed_list_entry_does_not_block_termination() {
     for (field, value) in [
         ("instance_type", Some(json!({"name": "gpu_1x", "specs": {"vcpus": 4}}))),
         ("actions", Some(json!(null))),
@@ -250,7 +250,7 @@ fn an_odd_entry_in_a_list_keeps_nothing_from_ending() {
 
 /// Where the cloud is named no list is needed: neither to end an instance nor to see it gone.
 #[test]
-fn a_named_instance_of_a_named_cloud_ends_without_any_list() {
+fn named_instance_is_terminated_without_listing() {
     let (cloud, ids) = planted("me");
     let place = Place::with_settings(&[&cloud], QUICK);
     let context = &place.context;
@@ -268,7 +268,7 @@ fn a_named_instance_of_a_named_cloud_ends_without_any_list() {
 }
 
 #[test]
-fn a_refused_ending_is_told_with_the_price_and_the_way_out() {
+fn refused_termination_reports_price_and_remedy() {
     let (cloud, ids) = planted("me");
     let place = Place::with_settings(&[&cloud], "listing-interval = \"1s\"\n");
     let context = &place.context;
@@ -287,7 +287,7 @@ fn a_refused_ending_is_told_with_the_price_and_the_way_out() {
 }
 
 #[test]
-fn a_hub_that_does_not_answer_is_named_while_it_is_waited_for() {
+fn unresponsive_hub_is_named_while_waiting() {
     let silent = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let endpoint = format!("http://{}", silent.local_addr().unwrap());
     let context = TestContext::new().with("HF_ENDPOINT", &endpoint);
@@ -299,7 +299,7 @@ fn a_hub_that_does_not_answer_is_named_while_it_is_waited_for() {
 
 /// What would end is what ends: the same judge, whether it is only shown.
 #[test]
-fn a_dry_run_of_reap_shows_everything_that_reap_then_ends() {
+fn reap_dry_run_shows_exactly_what_reap_ends() {
     let context = TestContext::new();
     // A tag of this ledger's with a run that is over, and one with a run that it does not know, overdue both.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
@@ -342,7 +342,7 @@ fn a_dry_run_of_reap_shows_everything_that_reap_then_ends() {
 
 /// Where no run is open a bad key and a cloud that is not there are what they are, and no instance that may be left.
 #[test]
-fn a_cloud_that_cannot_be_asked_is_exit_5_where_no_run_is_open() {
+fn unreachable_cloud_exits_5_when_no_run_is_open() {
     let (cloud, _) = planted("nobody");
     let place = Place::with_settings(&[&cloud], QUICK);
     cloud.world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));

@@ -109,7 +109,7 @@ fn run(name: &str, more: &[&str]) -> tempfile::TempDir {
 }
 
 #[test]
-fn figures_are_those_of_numpy_over_transformers_under_llama_cpps_names() {
+fn exports_equal_numpy_over_transformers_under_llama_cpp_names() {
     for (name, family) in [
         ("llama-f32", "llama"),
         ("olmoe-f32-sharded", "olmoe"),
@@ -199,7 +199,7 @@ fn figures_are_those_of_numpy_over_transformers_under_llama_cpps_names() {
 }
 
 #[test]
-fn no_byte_depends_on_the_devices_and_the_manifest_vouches_for_every_file() {
+fn exports_are_identical_on_any_devices_and_hashed_in_the_manifest() {
     for name in ["llama-f32", "olmoe-bf16", "deepseek-v2-lite", "llama4-scout", "nemotron-h-latent"] {
         let one = run(name, &["--devices", "cpu"]);
         let several = run(name, &["--devices", "cpu:3"]);
@@ -220,7 +220,7 @@ fn no_byte_depends_on_the_devices_and_the_manifest_vouches_for_every_file() {
 }
 
 #[test]
-fn exports_change_no_other_figure_and_leave_nothing_where_they_are_not_asked_for() {
+fn exports_change_no_other_result_and_are_absent_by_default() {
     let results = |folder: &tempfile::TempDir| read::<Value>(folder.path(), files::RESULTS);
     let plain = run_like("olmoe-bf16", &golden("olmoe-bf16").join("model"), &["--sites", "expert-out"]);
     assert_eq!(results(&plain), results(&run("olmoe-bf16", &[])));
@@ -228,7 +228,7 @@ fn exports_change_no_other_figure_and_leave_nothing_where_they_are_not_asked_for
 }
 
 #[test]
-fn experts_that_no_token_was_sent_to_are_told() {
+fn experts_without_tokens_are_reported() {
     let (model, output) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     rewrite(&golden("moonlight").join("model"), model.path(), |_, need, values| {
         if need.role == Role::CorrectionBias {
@@ -257,7 +257,7 @@ fn experts_that_no_token_was_sent_to_are_told() {
 }
 
 #[test]
-fn what_cannot_be_exported_is_refused_before_anything_is_computed() {
+fn impossible_exports_are_refused_before_computing() {
     let model = |name: &str| golden(name).join("model");
     for name in ["opt-350m", "gptj-bin"] {
         let (kind, said) = failure(&model(name), &["--export", "imatrix", "--num-sequences", "1"]);
@@ -278,7 +278,7 @@ fn what_cannot_be_exported_is_refused_before_anything_is_computed() {
 }
 
 #[test]
-fn exports_come_home_and_a_plan_says_how_large_they_are() {
+fn exports_are_saved_and_plan_states_their_size() {
     let context = TestContext::new();
     let (model, ids) = (golden("olmoe-bf16").join("model"), golden("olmoe-bf16").join("golden.safetensors"));
     let job = ["--model", model.to_str().unwrap(), "--token-ids", ids.to_str().unwrap()].into_iter().chain(ALL);

@@ -50,7 +50,7 @@ impl Events {
     }
 }
 
-/// A server, a host behind it, and a folder for what comes home.
+/// A server, a host behind it, and a folder for fetched files.
 struct Scene {
     server: Sshd,
     host: RemoteHost,
@@ -141,7 +141,7 @@ fn pid_of(launched: Launched) -> u32 {
 const ENDED_WELL: JobStatus = JobStatus::Ended { exit: Some(0) };
 
 #[tokio::test]
-async fn a_run_goes_from_probe_to_results() {
+async fn run_goes_from_probe_to_results() {
     let Some(scene) = Scene::new().await else { return };
     let host = &scene.host;
     let facts = host.probe().await.unwrap();
@@ -192,7 +192,7 @@ async fn a_run_goes_from_probe_to_results() {
 }
 
 #[tokio::test]
-async fn losing_the_connection_is_not_losing_the_job() {
+async fn job_survives_a_lost_connection() {
     let Some(scene) = Scene::new().await else { return };
     pid_of(scene.launch("r1", "slow").await);
     let mut cursor = Cursor::default();
@@ -223,7 +223,7 @@ async fn losing_the_connection_is_not_losing_the_job() {
 }
 
 #[tokio::test]
-async fn a_killed_worker_is_told_and_what_there_is_comes_home() {
+async fn killed_worker_is_reported_and_partial_results_are_saved() {
     let Some(scene) = Scene::new().await else { return };
     let pid = pid_of(scene.launch("group", "hangs").await);
     kill(&format!("-{pid}"));
@@ -247,7 +247,7 @@ async fn a_killed_worker_is_told_and_what_there_is_comes_home() {
 }
 
 #[tokio::test]
-async fn a_pid_that_is_a_zombie_or_anothers_is_no_worker() {
+async fn zombie_or_foreign_pid_is_not_taken_for_the_worker() {
     let Some(scene) = Scene::new().await else { return };
     // Never waited for: what a killed wrapper is where the container's first process does not reap.
     let mut child = std::process::Command::new("sleep").arg("60").stdout(std::process::Stdio::null()).spawn().unwrap();
@@ -281,7 +281,7 @@ async fn a_pid_that_is_a_zombie_or_anothers_is_no_worker() {
 }
 
 #[tokio::test]
-async fn two_launches_at_once_start_one_worker() {
+async fn concurrent_launches_start_one_worker() {
     let Some(scene) = Scene::new().await else { return };
     let worker = scene.worker().await;
     for round in 0..5 {
@@ -304,7 +304,7 @@ async fn two_launches_at_once_start_one_worker() {
 }
 
 #[tokio::test]
-async fn stopping_ends_even_a_stubborn_worker_and_its_children() {
+async fn stop_ends_a_worker_that_ignores_signals_and_its_children() {
     let Some(scene) = Scene::new().await else { return };
     scene.host.stop_worker("none").await.unwrap();
     scene.launch("kind", "hangs").await;
@@ -335,7 +335,7 @@ fn living_in_group(pgid: u32) -> usize {
 }
 
 #[tokio::test]
-async fn endless_lines_and_escapes_do_no_harm() {
+async fn endless_lines_and_escapes_are_harmless() {
     let Some(scene) = Scene::new().await else { return };
     scene.launch("r1", "endless").await;
     assert_eq!(scene.follow("r1").await, ENDED_WELL);
@@ -353,7 +353,7 @@ async fn endless_lines_and_escapes_do_no_harm() {
 }
 
 #[tokio::test]
-async fn a_huge_log_is_passed_over_and_its_end_comes_home() {
+async fn huge_log_is_skipped_and_its_end_is_saved() {
     let Some(scene) = Scene::new().await else { return };
     scene.launch("r1", "huge-log").await;
     assert_eq!(scene.follow("r1").await, ENDED_WELL);
@@ -366,7 +366,7 @@ async fn a_huge_log_is_passed_over_and_its_end_comes_home() {
 }
 
 #[tokio::test]
-async fn hostile_manifests_bring_nothing_home() {
+async fn hostile_manifests_download_nothing() {
     let Some(scene) = Scene::new().await else { return };
     let lies = [
         "climbs", "absolute", "nested", "hidden", "twice", "linked", "missing", "changed", "longer", "pipe",
@@ -385,7 +385,7 @@ async fn hostile_manifests_bring_nothing_home() {
 
 /// A file of 50 GiB that takes no room there: of what the job makes, and larger than it makes it.
 #[tokio::test]
-async fn what_is_larger_than_the_job_makes_it_is_refused_before_a_byte_of_it_comes() {
+async fn results_larger_than_the_job_allows_are_refused_before_download() {
     let Some(scene) = Scene::new().await else { return };
     scene.launch("r1", "vast").await;
     assert_eq!(scene.follow("r1").await, ENDED_WELL, "{}", scene.events.logs());
@@ -400,7 +400,7 @@ async fn what_is_larger_than_the_job_makes_it_is_refused_before_a_byte_of_it_com
 
 /// What the manifest names is of the job, and there is no room for it: no fault of the host.
 #[tokio::test]
-async fn what_this_disk_has_no_room_for_is_refused_before_a_byte_of_it_comes() {
+async fn results_larger_than_free_disk_are_refused_before_download() {
     let Some(scene) = Scene::new().await else { return };
     scene.launch("r1", "petabyte").await;
     assert_eq!(scene.follow("r1").await, ENDED_WELL, "{}", scene.events.logs());
@@ -414,7 +414,7 @@ async fn what_this_disk_has_no_room_for_is_refused_before_a_byte_of_it_comes() {
 
 /// As much as would take an hour to read.
 #[tokio::test]
-async fn a_progress_file_that_ran_away_keeps_nobody_after_the_worker_has_ended() {
+async fn runaway_progress_file_does_not_delay_the_end() {
     let Some(scene) = Scene::new().await else { return };
     scene.launch("r1", "huge-progress").await;
     assert_eq!(scene.follow("r1").await, ENDED_WELL);
@@ -423,7 +423,7 @@ async fn a_progress_file_that_ran_away_keeps_nobody_after_the_worker_has_ended()
 }
 
 #[tokio::test]
-async fn a_folder_that_is_not_ours_is_not_replaced() {
+async fn foreign_folder_is_not_replaced() {
     let Some(scene) = Scene::new().await else { return };
     scene.launch("r1", "quick").await;
     scene.follow("r1").await;
@@ -443,7 +443,7 @@ async fn a_folder_that_is_not_ours_is_not_replaced() {
 }
 
 #[tokio::test]
-async fn workers_that_cannot_serve_are_refused() {
+async fn unusable_workers_are_refused() {
     let Some(scene) = Scene::new().await else { return };
     let other = scene.host.push_worker(&scene.worker_file("9.9.9"), &|_| {}).await.unwrap_err();
     assert_eq!(other.kind, HostErrorKind::WorkerVersion, "{other}");
@@ -460,7 +460,7 @@ async fn workers_that_cannot_serve_are_refused() {
 }
 
 #[tokio::test]
-async fn a_home_from_which_nothing_may_be_run_has_its_worker_elsewhere() {
+async fn noexec_home_puts_the_worker_in_another_folder() {
     let Some(mut scene) = Scene::new().await else { return };
     if !scene.server.mount_home("noexec") {
         return;
@@ -475,7 +475,7 @@ async fn a_home_from_which_nothing_may_be_run_has_its_worker_elsewhere() {
 }
 
 #[tokio::test]
-async fn a_damaged_worker_on_the_host_is_replaced() {
+async fn damaged_worker_on_the_host_is_replaced() {
     let Some(scene) = Scene::new().await else { return };
     let worker = scene.worker().await;
     std::fs::write(&worker.path, "#!/bin/sh\nexec evil").unwrap();
@@ -516,7 +516,7 @@ async fn folders_are_pushed_once_and_within_their_limit() {
 }
 
 #[tokio::test]
-async fn a_full_home_is_told_before_anything_is_sent() {
+async fn full_home_is_reported_before_upload() {
     let Some(mut scene) = Scene::new().await else { return };
     if !scene.server.shrink_home(1) {
         return;
@@ -533,7 +533,7 @@ async fn a_full_home_is_told_before_anything_is_sent() {
 }
 
 #[tokio::test]
-async fn reaching_waits_for_keys_and_gives_up_with_the_reason() {
+async fn connecting_waits_for_keys_and_gives_up_with_the_reason() {
     let Some(server) = Sshd::start().unwrap() else { return };
     let folder = tempfile::tempdir().unwrap();
     let late = RunKey::create(folder.path(), "late", "").unwrap();
@@ -571,7 +571,7 @@ async fn reaching_waits_for_keys_and_gives_up_with_the_reason() {
 }
 
 #[tokio::test]
-async fn a_deadline_leaves_the_worker_running() {
+async fn follow_deadline_leaves_the_worker_running() {
     let Some(scene) = Scene::new().await else { return };
     scene.launch("r1", "hangs").await;
     let late = scene.host.follow("r1", &mut Cursor::default(), within(1), &|_| {}).await.unwrap_err();
@@ -581,7 +581,7 @@ async fn a_deadline_leaves_the_worker_running() {
 }
 
 #[tokio::test]
-async fn a_talkative_login_shell_does_no_harm() {
+async fn login_shell_output_is_harmless() {
     let Some(scene) = Scene::new().await else { return };
     // Debian's bash reads this file for commands over SSH; other shells stay silent and prove less.
     let greeting = "echo 'Welcome! @state ended 0'; echo '@state ended 7'; echo '@home /evil'; echo warning >&2\n";
@@ -595,7 +595,7 @@ async fn a_talkative_login_shell_does_no_harm() {
 }
 
 #[tokio::test]
-async fn every_step_survives_a_connection_found_broken() {
+async fn every_step_survives_a_broken_connection() {
     let Some(scene) = Scene::new().await else { return };
     let worker = scene.worker().await;
     let cut = || assert!(scene.server.kill_sessions().unwrap() > 0);
@@ -615,7 +615,7 @@ async fn every_step_survives_a_connection_found_broken() {
 
 /// The host's futures must be able to move between threads: a deploy may be spawned.
 #[tokio::test]
-async fn a_host_works_without_sftp_and_from_a_spawned_task() {
+async fn host_works_without_sftp_and_from_a_spawned_task() {
     let Some(scene) = Scene::with("Subsystem other internal-sftp").await else { return };
     let task = tokio::spawn(async move {
         scene.launch("r1", "quick").await;

@@ -97,7 +97,7 @@ fn status(code: u16) -> Fault {
 }
 
 #[test]
-fn a_model_is_fetched_checked_and_laid_out_as_other_tools_expect() {
+fn model_is_fetched_verified_and_stored_in_the_hub_cache_layout() {
     let setup = Setup::new();
     let told = Mutex::new(Vec::new());
     let checkpoint = setup.client().fetch_all(ID, "main", &|p| told.lock().unwrap().push(p)).unwrap();
@@ -131,7 +131,7 @@ fn a_model_is_fetched_checked_and_laid_out_as_other_tools_expect() {
 }
 
 #[test]
-fn metadata_comes_without_weights() {
+fn metadata_is_fetched_without_weights() {
     let setup = Setup::new();
     let checkpoint = setup.client().fetch_metadata(ID, "main").unwrap();
     let local = Checkpoint::open_folder(&setup.repo()).unwrap();
@@ -192,7 +192,7 @@ const BIN: &str = "pytorch_model-00001-of-00002.bin";
 const OTHER_BIN: &str = "pytorch_model-00002-of-00002.bin";
 
 #[test]
-fn trap_1_pickled_models_are_planned_without_their_weights_and_fetched() {
+fn trap_1_pickled_models_are_planned_without_weights_then_fetched() {
     let setup = pickled();
     let planned = setup.client().fetch_metadata(ID, "main").unwrap();
     let asked = setup.hub.seen().into_iter().filter(|seen| seen.cdn).count();
@@ -211,7 +211,7 @@ fn trap_1_pickled_models_are_planned_without_their_weights_and_fetched() {
 }
 
 #[test]
-fn trap_2_only_what_is_used_is_fetched() {
+fn trap_2_only_used_files_are_fetched() {
     let setup = pickled();
     let folder = setup.fetch().unwrap().folder;
     let mut names: Vec<_> =
@@ -228,7 +228,7 @@ fn trap_2_only_what_is_used_is_fetched() {
 
 /// The layouts of DeepSeek, Kimi and gpt-oss.
 #[test]
-fn trap_3_numbers_in_file_names_mean_nothing() {
+fn trap_3_numbers_in_file_names_are_ignored() {
     for (first, second) in [
         ("model-00001-of-000163.safetensors", "model-00163-of-000163.safetensors"),
         ("model-1-of-61.safetensors", "model-61-of-61.safetensors"),
@@ -248,7 +248,7 @@ fn trap_3_numbers_in_file_names_mean_nothing() {
 }
 
 #[test]
-fn the_hubs_pickles_are_hostile_input_too() {
+fn hostile_pickles_from_the_hub_are_refused() {
     let worker = Path::new(env!("CARGO_MANIFEST_DIR")).join("../worker/src/checkpoint/torch/testdata");
     for (file, says) in [("system.bin", "posix.system"), ("legacy.bin", "before 1.6")] {
         let setup = pickled();
@@ -263,7 +263,7 @@ fn the_hubs_pickles_are_hostile_input_too() {
 }
 
 #[test]
-fn what_does_not_exist_is_told_apart() {
+fn missing_repository_revision_and_file_give_different_errors() {
     let setup = Setup::new();
     let client = setup.client();
     for (id, revision, kind, says) in [
@@ -282,7 +282,7 @@ fn what_does_not_exist_is_told_apart() {
 }
 
 #[test]
-fn gated_models_need_the_right_token_and_it_goes_nowhere_else() {
+fn gated_models_need_a_token_sent_only_to_the_hub() {
     let setup = Setup::with(|repo| repo.gated("hf_right"));
     let error = setup.refused();
     assert_eq!(error.kind(), FailureKind::ModelGated);
@@ -308,7 +308,7 @@ fn gated_models_need_the_right_token_and_it_goes_nowhere_else() {
 }
 
 #[test]
-fn error_pages_never_become_files() {
+fn error_pages_are_not_stored_as_files() {
     for code in [429, 503, 500] {
         let setup = Setup::new();
         setup.hub.fail("resolve/", 1000, status(code));
@@ -323,7 +323,7 @@ fn error_pages_never_become_files() {
 }
 
 #[test]
-fn passing_trouble_is_waited_out() {
+fn transient_hub_errors_are_retried() {
     let setup = Setup::new();
     setup.hub.fail("/api/models", 2, status(503));
     setup.hub.fail(OTHER_SHARD, 2, status(500));
@@ -333,7 +333,7 @@ fn passing_trouble_is_waited_out() {
 }
 
 #[test]
-fn the_hub_says_how_long_to_wait() {
+fn retry_after_of_the_hub_is_respected() {
     for header in [("retry-after", "1"), ("ratelimit", "\"resolvers\";r=0;t=1")] {
         let setup = Setup::new();
         setup.hub.fail("/api/models", 1, Fault::Status(429, vec![(header.0, header.1.to_owned())]));
@@ -348,7 +348,7 @@ fn the_hub_says_how_long_to_wait() {
 }
 
 #[test]
-fn broken_and_silent_downloads_are_resumed() {
+fn broken_and_stalled_downloads_are_resumed() {
     for fault in [Fault::Truncate(1_500_000), Fault::Stall(1_500_000)] {
         let setup = Setup::new();
         setup.hub.fail(&format!("{SHARD}?"), 2, fault);
@@ -361,7 +361,7 @@ fn broken_and_silent_downloads_are_resumed() {
 }
 
 #[test]
-fn a_new_process_resumes_too() {
+fn downloads_are_resumed_by_a_new_process() {
     let setup = Setup::new();
     setup.hub.fail(&format!("{SHARD}?"), 1, Fault::Truncate(1_000_000));
     setup.hub.fail(&format!("{SHARD}?"), 1000, Fault::Truncate(0));
@@ -376,7 +376,7 @@ fn a_new_process_resumes_too() {
 }
 
 #[test]
-fn a_server_without_ranges_will_do() {
+fn server_without_range_support_is_accepted() {
     let setup = Setup::new();
     setup.hub.fail(&format!("{SHARD}?"), 1, Fault::Truncate(1_000_000));
     setup.hub.fail(&format!("{SHARD}?"), 1, Fault::IgnoreRange);
@@ -387,7 +387,7 @@ fn a_server_without_ranges_will_do() {
 }
 
 #[test]
-fn wrong_content_is_fetched_once_more_and_then_refused() {
+fn wrong_content_is_refetched_once_then_refused() {
     for file in [format!("{SHARD}?"), "config.json".to_owned()] {
         let setup = Setup::new();
         setup.hub.fail(&file, 1, Fault::Corrupt);
@@ -408,7 +408,7 @@ fn wrong_content_is_fetched_once_more_and_then_refused() {
 }
 
 #[test]
-fn damaged_blobs_of_other_tools_are_replaced() {
+fn damaged_cached_blobs_are_replaced() {
     let setup = Setup::new();
     let checkpoint = setup.fetch().unwrap();
     let blob = |name: &str| fs::canonicalize(checkpoint.folder.join(name)).unwrap();
@@ -422,14 +422,14 @@ fn damaged_blobs_of_other_tools_are_replaced() {
 }
 
 #[test]
-fn mirrors_without_sizes_and_hashes_will_do() {
+fn mirrors_without_sizes_and_hashes_are_accepted() {
     let setup = Setup::new();
     setup.hub.fail("/api/models", 1, Fault::BareListing);
     setup.assert_whole(&setup.fetch().unwrap());
 }
 
 #[test]
-fn repositories_that_cannot_be_used_say_why() {
+fn unusable_repositories_are_refused_with_the_reason() {
     type Case<'a> = (&'a dyn Fn(&Path), &'static str);
     let cases: [Case<'_>; 4] = [
         (&|repo| fs::remove_file(repo.join("config.json")).unwrap(), "has no config.json"),
@@ -457,7 +457,7 @@ fn repositories_that_cannot_be_used_say_why() {
 
 /// As locally: what transformers reads, and the same words about it.
 #[test]
-fn the_only_weight_file_of_a_repository_counts_whatever_its_index_says() {
+fn only_weight_file_is_used_despite_its_index() {
     let setup = Setup::new();
     fs::copy(setup.repo().join(SHARD), setup.repo().join("model.safetensors")).unwrap();
     let local = Checkpoint::open_folder(&setup.repo()).unwrap();
@@ -473,7 +473,7 @@ fn the_only_weight_file_of_a_repository_counts_whatever_its_index_says() {
 }
 
 #[test]
-fn an_unreachable_hub_is_a_network_error_without_secrets() {
+fn unreachable_hub_is_a_network_error_without_secrets() {
     let setup = Setup::new();
     let options =
         HubOptions { endpoint: "http://127.0.0.1:9".to_owned(), token: Token::new("hf_secret"), ..setup.options() };
@@ -486,7 +486,7 @@ fn an_unreachable_hub_is_a_network_error_without_secrets() {
 }
 
 #[test]
-fn two_processes_do_not_write_the_same_file() {
+fn concurrent_processes_do_not_write_the_same_file() {
     let setup = Setup::new();
     std::thread::scope(|scope| {
         let runs: Vec<_> = (0..3).map(|_| scope.spawn(|| setup.fetch().unwrap())).collect();

@@ -62,7 +62,7 @@ fn change_tokenizer(model: &Path, key: &str, value: &Value) {
 }
 
 #[test]
-fn tokenizers_that_would_fill_the_memory_or_make_the_library_panic_are_refused_by_name() {
+fn memory_filling_or_panicking_tokenizers_are_refused_by_name() {
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true});
     let doubled = json!({"type": "Replace", "pattern": {"String": "e"}, "content": "ee"});
     let empty = json!({"type": "Replace", "pattern": {"String": ""}, "content": "e"});
@@ -82,7 +82,7 @@ fn tokenizers_that_would_fill_the_memory_or_make_the_library_panic_are_refused_b
 }
 
 #[test]
-fn a_look_that_needs_more_memory_than_it_may_have_is_refused_as_such() {
+fn inspection_over_its_memory_limit_is_refused() {
     let context = TestContext::new();
     model(&context);
     fs::write(context.work().join("book.txt"), "to be or not to be ".repeat(1 << 20)).unwrap();
@@ -92,7 +92,7 @@ fn a_look_that_needs_more_memory_than_it_may_have_is_refused_as_such() {
 }
 
 #[test]
-fn pipes_and_files_without_end_are_refused_and_never_waited_for() {
+fn pipes_and_endless_files_are_refused_without_waiting() {
     for (name, spoil, more, word) in [
         ("model/config.json", pipe as fn(&Path), &[][..], "not a regular file"),
         ("model/config.json", endless, &[], "over the limit"),
@@ -115,7 +115,7 @@ fn pipes_and_files_without_end_are_refused_and_never_waited_for() {
 }
 
 #[test]
-fn settings_surveys_tokens_and_results_are_no_pipes() {
+fn settings_survey_token_and_result_pipes_are_refused() {
     let context = TestContext::new();
     pipe(&context.work().join("pipe.toml"));
     for command in [&["--config", "pipe.toml", "status"][..], &["survey", "pipe.toml", "-y"]] {
@@ -140,7 +140,7 @@ fn settings_surveys_tokens_and_results_are_no_pipes() {
 }
 
 #[test]
-fn what_is_secret_in_the_settings_is_in_no_answer() {
+fn secrets_in_the_settings_are_never_printed() {
     let context = TestContext::new().with("LAMBDA_API_KEY", KEY);
     let settings = context.work().join("mine.toml");
     for text in ["LAMBDA_API_KEY = \"geheim\"", "[brokers.lambda]\nkey = \"geheim\"", "[hub]\nrequests = \"geheim\""] {
@@ -159,7 +159,7 @@ fn what_is_secret_in_the_settings_is_in_no_answer() {
 }
 
 #[test]
-fn a_list_that_could_not_be_had_does_not_say_that_there_are_none() {
+fn failed_listing_does_not_claim_there_are_no_instances() {
     let cloud = FakeCloud::start(Lambda);
     let place = Place::with_settings(&[&cloud], QUICK);
     let list = ["instances", "list", "--broker", "lambda"];
@@ -170,7 +170,7 @@ fn a_list_that_could_not_be_had_does_not_say_that_there_are_none() {
 }
 
 #[test]
-fn a_home_that_is_none_is_named() {
+fn relative_or_non_utf8_home_is_refused() {
     let context = TestContext::new();
     let odd = OsStr::from_bytes(b"/home/\xff");
     for (home, word) in [(odd, "HOME is not UTF-8"), (OsStr::new("me"), "HOME is not an absolute path")] {
@@ -192,7 +192,7 @@ fn without_umask(context: &TestContext, arguments: &[&str]) -> Said {
 }
 
 #[test]
-fn the_state_is_nobody_elses_whatever_the_umask() {
+fn state_folder_is_private_under_any_umask() {
     let context = TestContext::new();
     let mode = |name: &str| fs::metadata(context.state().join(name)).unwrap().permissions().mode() & 0o7777;
     // Of all commands this one makes the folder by something else than the ledger.

@@ -55,7 +55,7 @@ fn place_equals(what: &str, got: Option<Record>, want: &Value) {
 }
 
 #[test]
-fn figures_are_those_of_numpy_over_transformers() {
+fn measurements_equal_numpy_over_transformers() {
     for name in ["llama-f32", "gpt-oss-mxfp4", "deepseek-v2-lite"] {
         let results = run(name, &[&ALL[..], &["--threshold", "2"]].concat());
         let want: Value = serde_json::from_slice(&std::fs::read(golden(name).join("measures.json")).unwrap()).unwrap();
@@ -138,7 +138,7 @@ fn figures_are_those_of_numpy_over_transformers() {
 }
 
 #[test]
-fn measuring_more_changes_nothing_else_and_only_what_is_asked_for_is_there() {
+fn measurements_change_no_other_result_and_are_absent_by_default() {
     let plain = run("olmoe-bf16", &["--sites", "all"]);
     let all = run("olmoe-bf16", &[&["--sites", "all"], &ALL[..]].concat());
     assert!(all.quantization_error.as_ref().unwrap().sites.iter().any(|site| site.point == Point::ExpertOut));
@@ -152,7 +152,7 @@ fn measuring_more_changes_nothing_else_and_only_what_is_asked_for_is_there() {
 }
 
 #[test]
-fn layers_without_a_softmax_give_nothing_to_a_first_key() {
+fn layers_without_softmax_have_no_attention_sinks() {
     let results = run("qwen3-next", &["--measure", "attention-sinks"]);
     let layers = results.attention_sinks.unwrap().layers;
     let (with, without): (Vec<_>, Vec<_>) = layers.iter().partition(|layer| layer.first_key.is_some());
@@ -161,7 +161,7 @@ fn layers_without_a_softmax_give_nothing_to_a_first_key() {
 }
 
 #[test]
-fn what_cannot_be_measured_is_refused_with_what_can() {
+fn unsupported_measurement_is_refused_with_the_supported_ones() {
     let (model, folder) = (golden("llama-f32").join("model"), tempfile::tempdir().unwrap());
     let job = ["run", "--model", model.to_str().unwrap(), "--output", folder.path().to_str().unwrap()];
     let said = run_worker(job.into_iter().chain(["--measure", "sinks"]));

@@ -108,7 +108,7 @@ fn plant(need: &Need, values: &mut [f32], dim: usize, zero_centred: bool, ffn_in
 }
 
 #[test]
-fn planting_a_feature_moves_its_statistics_and_nothing_else_in_every_family() {
+fn planted_feature_changes_only_its_own_statistics() {
     for name in goldens() {
         let model = golden(&name).join("model");
         let spec = spec_of(&model);
@@ -166,7 +166,7 @@ fn planting_a_feature_moves_its_statistics_and_nothing_else_in_every_family() {
 }
 
 #[test]
-fn the_order_of_sequences_changes_no_count() {
+fn sequence_order_changes_no_count() {
     for name in goldens() {
         let bytes = std::fs::read(ids_of(&name)).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -198,7 +198,7 @@ fn the_order_of_sequences_changes_no_count() {
 }
 
 #[test]
-fn streaming_experts_one_by_one_equals_all_at_once_bit_for_bit() {
+fn streamed_experts_equal_resident_experts_bit_for_bit() {
     for name in goldens() {
         let model = golden(&name).join("model");
         if spec_of(&model).layers.iter().all(|layer| matches!(layer.ffn, FfnSpec::Dense(_))) {
@@ -238,7 +238,7 @@ fn streaming_experts_one_by_one_equals_all_at_once_bit_for_bit() {
 }
 
 #[test]
-fn dealing_layers_to_several_devices_changes_no_bit() {
+fn number_of_devices_changes_no_bit() {
     for name in goldens() {
         let model = golden(&name).join("model");
         let on = |devices: &str| -> BTreeMap<String, serde_json::Value> {
@@ -301,7 +301,7 @@ fn a_resumed_run_equals_an_uninterrupted_one_in_every_family() {
 }
 
 #[test]
-fn every_row_of_every_site_is_seen_once_in_every_family() {
+fn every_row_of_every_site_is_counted_once() {
     for name in goldens() {
         let output = tempfile::tempdir().unwrap();
         assert!(saved_run(&golden(&name).join("model"), &ids_of(&name), output.path()).status().unwrap().success());
@@ -319,7 +319,7 @@ fn every_row_of_every_site_is_seen_once_in_every_family() {
 }
 
 #[test]
-fn a_worker_killed_at_any_moment_goes_on_to_the_same_numbers() {
+fn killed_worker_resumes_to_the_same_numbers() {
     let name = "qwen3-next";
     let model = golden(name).join("model");
     let whole = tempfile::tempdir().unwrap();
@@ -339,7 +339,7 @@ fn a_worker_killed_at_any_moment_goes_on_to_the_same_numbers() {
 }
 
 #[test]
-fn a_save_point_of_another_job_is_not_used() {
+fn save_point_of_another_job_is_ignored() {
     let (name, output) = ("llama-f32", tempfile::tempdir().unwrap());
     let model = tempfile::tempdir().unwrap();
     rewrite(&golden(name).join("model"), model.path(), |layer, need, values| {

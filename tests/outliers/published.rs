@@ -215,7 +215,7 @@ fn numbers(range: &str) -> std::ops::RangeInclusive<usize> {
 /// Made-up weights have the names and shapes of the published ones, and as many bytes but for what is stored in another dtype here
 /// and there.
 #[test]
-fn made_up_weights_are_those_of_the_published_checkpoint() {
+fn synthetic_weights_have_the_shapes_of_the_published_checkpoint() {
     for model in Published::all() {
         let name = &model.name;
         let made = SyntheticSource::new(&model.config, 1).unwrap_or_else(|e| panic!("{name}: {e}"));
@@ -242,7 +242,7 @@ fn published<'a>(model: &'a Published, name: &str) -> Option<&'a Listed> {
 }
 
 #[test]
-fn every_published_checkpoint_is_explained_to_the_last_tensor_byte_and_parameter() {
+fn published_checkpoints_match_in_tensors_bytes_and_parameters() {
     let differences: Vec<String> = Published::all()
         .flat_map(|model| {
             model.differences().into_iter().map(move |difference| format!("{}: {difference}", model.name))
@@ -302,7 +302,7 @@ fn damaged_checkpoints_are_refused_by_name() {
 }
 
 #[test]
-fn settings_that_cannot_be_computed_are_refused_by_name() {
+fn unsupported_config_settings_are_refused_by_name() {
     let set = |pointer: &'static str, value: Value| {
         move |model: &mut Published| {
             let (parent, key) = pointer.rsplit_once('/').expect("a path");
@@ -341,7 +341,7 @@ fn settings_that_cannot_be_computed_are_refused_by_name() {
 
 /// Sums of x^2 and of x for every column of every matrix, those of experts apart.
 #[test]
-fn exports_of_large_models_are_as_large_as_their_matrices_are_wide() {
+fn export_size_follows_the_widths_of_the_matrices() {
     let hub = ModelSource::Hub { id: "a/b".into(), revision: "main".into() };
     let job = JobSpec { export: Export::ALL.into(), ..JobSpec::new(hub) };
     for (name, columns) in [
@@ -363,7 +363,7 @@ fn exports_of_large_models_are_as_large_as_their_matrices_are_wide() {
 
 /// The table of models in `docs/benchmarks.md` is what planning gives.
 #[test]
-fn the_docs_say_what_models_take() {
+fn docs_benchmarks_match_computed_model_sizes() {
     let page = std::fs::read_to_string(folder().join("../../docs/benchmarks.md")).unwrap();
     let rows = Published::all().filter_map(|published| {
         let row = page.lines().find(|line| line.starts_with(&format!("| `{}` | ", published.name)))?;

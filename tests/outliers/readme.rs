@@ -34,7 +34,7 @@ fn typed(context: &TestContext, command: &[String], more: &[&str]) -> Said {
 }
 
 #[test]
-fn the_lines_for_a_cloud_show_offers_rent_one_and_end_it() {
+fn readme_cloud_commands_list_rent_and_terminate() {
     let (hub, cloud) = (hub(), FakeCloud::start(RunPod::default()));
     let mut place = Place::new(&[&cloud]);
     place.context = std::mem::take(&mut place.context).with("HF_ENDPOINT", &hub.url());
@@ -67,7 +67,7 @@ fn the_lines_for_a_cloud_show_offers_rent_one_and_end_it() {
 }
 
 #[test]
-fn the_survey_of_two_models_is_planned_run_and_compared() {
+fn readme_survey_is_planned_run_and_compared() {
     let (hub, context) = (hub(), TestContext::new());
     let settings = context.work().join("settings.toml");
     fs::write(&settings, "[survey]\nstagger-seconds = 0\n").unwrap();
@@ -91,7 +91,7 @@ fn the_survey_of_two_models_is_planned_run_and_compared() {
 }
 
 #[test]
-fn the_commands_at_a_glance_do_what_they_say() {
+fn readme_command_overview_works_as_described() {
     let (hub, context) = (hub(), TestContext::new());
     let context = context.with("HF_ENDPOINT", &hub.url());
     let model = golden(MODELS[0].1).join("model");

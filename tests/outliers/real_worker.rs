@@ -51,14 +51,14 @@ async fn whole_path(host: RemoteHost) {
 }
 
 #[tokio::test]
-async fn the_worker_runs_on_a_real_openssh_server() {
+async fn worker_runs_on_a_real_openssh_server() {
     let Some(server) = Sshd::start().unwrap() else { return };
     let reached = reach(&server.endpoint(), server.key().private_path(), None, soon(), &|_| {}).await;
     whole_path(reached.unwrap().0).await;
 }
 
 #[tokio::test]
-async fn the_worker_runs_on_the_local_brokers_instance() {
+async fn worker_runs_on_a_local_broker_instance() {
     let folder = tempfile::tempdir().unwrap();
     let broker = LocalBroker::new(folder.path().join("cloud"), programs::controller());
     let want = GpuRequest { gpu_count: Some(0), ..GpuRequest::default() };

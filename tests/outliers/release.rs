@@ -7,7 +7,7 @@ use outliers_protocol::VersionInfo;
 use outliers_tests::programs::{controller, workspace};
 
 #[test]
-fn the_release_archive_holds_programs_completions_manual_pages_and_licences() {
+fn release_archive_holds_programs_completions_man_pages_and_licences() {
     if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
         return;
     }

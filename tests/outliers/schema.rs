@@ -73,7 +73,7 @@ fn schema() -> Value {
 }
 
 #[test]
-fn every_field_of_the_results_is_described_and_every_required_one_is_there() {
+fn results_match_the_schema_in_every_field() {
     let schema = schema();
     for (fixture, more) in [
         ("olmoe-f32-sharded", &["--sites", "all"][..]),
@@ -98,7 +98,7 @@ fn every_field_of_the_results_is_described_and_every_required_one_is_there() {
 }
 
 #[test]
-fn what_is_not_as_the_schema_says_is_found() {
+fn schema_violations_are_detected() {
     let schema = schema();
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../controller/tests/results/mixture");
     let results = read(&folder.join(files::RESULTS));

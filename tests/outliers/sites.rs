@@ -51,7 +51,7 @@ fn scale_row(folder: &Path, tensor: &str, row: usize, factor: f32) {
 }
 
 #[test]
-fn studying_more_changes_nothing_that_was_studied_before() {
+fn additional_sites_change_no_other_result() {
     for fixture in ["olmoe-bf16", "llama-f32"] {
         let model = golden(fixture).join("model");
         let (plain, all) = (run(&model, fixture, &[]), run(&model, fixture, &["--sites", "all"]));
@@ -71,7 +71,7 @@ fn studying_more_changes_nothing_that_was_studied_before() {
 }
 
 #[test]
-fn devices_change_no_bit_and_micro_batches_no_count() {
+fn devices_change_no_bit_and_micro_batches_change_no_count() {
     let model = golden("olmoe-f32-sharded").join("model");
     let of = |more: &[&str]| run(&model, "olmoe-f32-sharded", &[&["--sites", "all"], more].concat());
     let one = of(&[]);
@@ -90,7 +90,7 @@ fn devices_change_no_bit_and_micro_batches_no_count() {
 }
 
 #[test]
-fn a_planted_massive_activation_is_found_from_its_layer_on() {
+fn planted_massive_activation_is_found_from_its_layer_on() {
     let model = copy("llama-f32");
     scale_row(model.path(), "model.layers.1.mlp.down_proj.weight", 9, 1e7);
     let results = run(model.path(), "llama-f32", &["--sites", "residual,mlp-out"]);
@@ -110,7 +110,7 @@ fn a_planted_massive_activation_is_found_from_its_layer_on() {
 }
 
 #[test]
-fn a_planted_super_expert_is_the_one_candidate() {
+fn planted_super_expert_is_the_only_candidate() {
     let model = copy("olmoe-f32-sharded");
     scale_row(model.path(), "model.layers.1.mlp.experts.4.down_proj.weight", 20, 1e7);
     let results = run(model.path(), "olmoe-f32-sharded", &["--sites", "residual,expert-out"]);

@@ -93,7 +93,7 @@ fn is_home_and_gone(said: Said, cluster: &Cluster, context: &TestContext, fixtur
 }
 
 #[test]
-fn a_deploy_through_a_queue_equals_the_reference_and_leaves_nothing() {
+fn slurm_deploy_equals_the_reference_and_leaves_no_job() {
     let Some((cluster, context)) = office() else { return };
     cluster.goes_wrong("hold", "QOSMaxGRESPerUser").unwrap();
     let mut child = context.start(deploy("llama-f32"));
@@ -109,7 +109,7 @@ fn a_deploy_through_a_queue_equals_the_reference_and_leaves_nothing() {
 }
 
 #[test]
-fn a_lost_reply_of_sbatch_is_settled_by_the_name() {
+fn lost_sbatch_reply_is_resolved_by_job_name() {
     let Some((cluster, context)) = office() else { return };
     cluster.goes_wrong("lose-reply", "").unwrap();
     is_home_and_gone(context.run(deploy("llama-f32")), &cluster, &context, "llama-f32");
@@ -118,7 +118,7 @@ fn a_lost_reply_of_sbatch_is_settled_by_the_name() {
 }
 
 #[test]
-fn a_refusal_of_sbatch_ends_the_run_in_its_words() {
+fn sbatch_refusal_ends_the_run_with_its_message() {
     let Some((cluster, context)) = office() else { return };
     cluster.goes_wrong("refuse", "Invalid account or account/partition combination specified").unwrap();
     let said = context.run(deploy("llama-f32"));
@@ -128,7 +128,7 @@ fn a_refusal_of_sbatch_ends_the_run_in_its_words() {
 }
 
 #[test]
-fn a_node_that_does_not_reach_the_hub_is_told_of_with_what_helps() {
+fn node_without_hub_access_is_reported_with_a_remedy() {
     let Some((cluster, context, _hub)) = office_cut_off() else { return };
     let said = context.run(hub_deploy(&[]));
     assert_eq!(said.code, Some(1), "{said:?}");
@@ -140,7 +140,7 @@ fn a_node_that_does_not_reach_the_hub_is_told_of_with_what_helps() {
 }
 
 #[test]
-fn a_checkpoint_in_a_folder_of_the_cluster_needs_no_network() {
+fn checkpoint_in_a_cluster_folder_needs_no_network() {
     let Some((cluster, context, _hub)) = office_cut_off() else { return };
     let absent = context.run(hub_deploy(&["--weights", "local:/no/such"]));
     assert!(absent.code == Some(2) && absent.stderr.contains("holds no config.json"), "{absent:?}");
@@ -151,7 +151,7 @@ fn a_checkpoint_in_a_folder_of_the_cluster_needs_no_network() {
 }
 
 #[test]
-fn a_job_elsewhere_fetches_the_model_before_the_runs_own_begins() {
+fn staging_job_fetches_the_model_before_the_main_job() {
     let Some((cluster, context, hub)) = office_with_stage("net") else { return };
     let context = context.with("HF_TOKEN", "hf_of_a_person");
     let planned = context.run(hub_deploy(&["--dry-run"])).ok();
@@ -174,7 +174,7 @@ fn a_job_elsewhere_fetches_the_model_before_the_runs_own_begins() {
 }
 
 #[test]
-fn a_model_that_cannot_be_fetched_ends_the_run_with_the_reason() {
+fn failed_staging_ends_the_run_with_the_reason() {
     let Some((cluster, context, _hub)) = office_with_stage("cpu") else { return };
     let said = context.run(hub_deploy(&[]));
     assert_eq!(said.code, Some(1), "{said:?}");
@@ -184,7 +184,7 @@ fn a_model_that_cannot_be_fetched_ends_the_run_with_the_reason() {
 }
 
 #[test]
-fn a_job_and_the_one_that_fetches_for_it_end_together() {
+fn main_job_and_staging_job_are_cancelled_together() {
     let Some((cluster, context, _hub)) = office_with_stage("net") else { return };
     cluster.goes_wrong("hold", "Priority").unwrap();
     let mut child = context.start(hub_deploy(&[]));
@@ -201,7 +201,7 @@ fn a_job_and_the_one_that_fetches_for_it_end_together() {
 }
 
 #[test]
-fn a_job_whose_checkpoint_is_on_the_cluster_is_given_no_token() {
+fn job_with_a_cluster_checkpoint_gets_no_token() {
     let Some((cluster, context, _hub)) = office_cut_off() else { return };
     let context = context.with("HF_TOKEN", "hf_of_a_person");
     let there = format!("local:{}", golden("olmoe-bf16").join("model").display());
@@ -216,7 +216,7 @@ fn a_job_whose_checkpoint_is_on_the_cluster_is_given_no_token() {
 }
 
 #[test]
-fn a_model_in_a_hub_cache_of_the_cluster_is_read_there() {
+fn model_is_read_from_the_clusters_hub_cache() {
     let Some((cluster, context, _hub)) = office_cut_off() else { return };
     let home = cluster.sshd.home().join("hf");
     let snapshots = home.join("hub/models--owner--tiny-olmoe/snapshots");
@@ -247,7 +247,7 @@ fn survey_of_three(context: &TestContext) {
 }
 
 #[test]
-fn a_survey_has_no_more_jobs_at_a_time_than_it_may() {
+fn survey_respects_its_limit_of_concurrent_jobs() {
     let Some((cluster, context)) = office() else { return };
     survey_of_three(&context);
     let settings = format!("[survey]\nstagger-seconds = 0\n{}", cluster.settings());
@@ -268,7 +268,7 @@ fn a_survey_has_no_more_jobs_at_a_time_than_it_may() {
 }
 
 #[test]
-fn a_login_node_with_an_unknown_key_is_not_logged_in_to() {
+fn login_node_with_an_unknown_host_key_is_refused() {
     let Some((cluster, context)) = office() else { return };
     cluster.forget_host_key().unwrap();
     for command in [&["offers", "--gpu-count", "0"][..], &["instances", "list"]] {
@@ -281,7 +281,7 @@ fn a_login_node_with_an_unknown_key_is_not_logged_in_to() {
 }
 
 #[test]
-fn a_cluster_without_a_host_is_refused_with_what_to_say() {
+fn cluster_without_a_host_is_refused_with_the_option_to_set() {
     let context = TestContext::new();
     let said = context.run(deploy("llama-f32"));
     assert_eq!(said.code, Some(2), "{said:?}");
@@ -289,7 +289,7 @@ fn a_cluster_without_a_host_is_refused_with_what_to_say() {
 }
 
 #[test]
-fn offers_show_partitions_gpus_and_the_queues_estimate() {
+fn offers_show_partitions_gpus_and_estimated_start() {
     for newer in [false, true] {
         let Some((cluster, context)) = office() else { return };
         if newer {
@@ -305,7 +305,7 @@ fn offers_show_partitions_gpus_and_the_queues_estimate() {
 }
 
 #[test]
-fn a_job_that_could_take_more_gpu_hours_than_it_may_is_not_submitted() {
+fn job_over_the_gpu_hour_limit_is_not_submitted() {
     let Some((cluster, context)) = office() else { return };
     let folder = golden("llama-f32");
     let (model, ids) = (folder.join("model"), folder.join("golden.safetensors"));
@@ -333,7 +333,7 @@ fn killed_while_its_job_waits(cluster: &Cluster, context: &TestContext) -> serde
 }
 
 #[test]
-fn what_a_killed_controller_left_is_brought_home_by_attach() {
+fn attach_saves_results_after_a_killed_controller() {
     let Some((cluster, context)) = office() else { return };
     let listed = killed_while_its_job_waits(&cluster, &context);
     let state = listed["instances"][0]["state"]["queued"].as_str().unwrap_or_default().to_owned();
@@ -363,7 +363,7 @@ fn busy(cluster: &Cluster, context: &TestContext, sequences: &str, at: &str, mor
 }
 
 #[test]
-fn a_job_that_is_put_back_into_the_queue_in_mid_pass_works_on() {
+fn requeued_job_resumes_mid_pass() {
     let Some((cluster, context)) = office() else { return };
     let mut child = busy(&cluster, &context, "60", MID_PASS, &[]);
     cluster.says("scontrol", &["requeue", "1"]);
@@ -389,7 +389,7 @@ fn was_cut_off(code: Option<i32>, cluster: &Cluster, context: &TestContext) {
 }
 
 #[test]
-fn a_job_whose_time_is_up_brings_home_what_there_is() {
+fn job_at_its_time_limit_saves_partial_results() {
     let Some((cluster, context)) = office() else { return };
     let mut child = busy(&cluster, &context, "60", MID_PASS, &[]);
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
@@ -405,7 +405,7 @@ fn a_job_whose_time_is_up_brings_home_what_there_is() {
 /// Slurm lets it wait for half a minute.
 #[test]
 #[ignore = "takes two minutes: cargo test --workspace --test outliers -- --ignored slurm::"]
-fn a_job_that_slurm_itself_puts_back_into_the_queue_ends_with_the_same_bits() {
+fn real_slurm_requeued_job_gives_the_same_bits() {
     let Some(cluster) = Cluster::real().unwrap() else { return };
     let context = context(&cluster);
     let mut child = busy(&cluster, &context, "60", MID_PASS, &[]);
@@ -430,7 +430,7 @@ fn a_job_that_slurm_itself_puts_back_into_the_queue_ends_with_the_same_bits() {
 /// The shortest time limit that Slurm has is a minute, and it looks twice a minute.
 #[test]
 #[ignore = "takes two minutes: cargo test --workspace --test outliers -- --ignored slurm::"]
-fn a_job_at_its_time_limit_is_ended_by_slurm_itself() {
+fn real_slurm_ends_a_job_at_its_time_limit() {
     let Some(cluster) = Cluster::real().unwrap() else { return };
     let context = context(&cluster);
     let text = context.work().join("long.txt");
@@ -458,7 +458,7 @@ fn says_of_a_run(cluster: &Cluster, name: &str, text: &str) -> bool {
 }
 
 #[test]
-fn a_job_that_nobody_wants_ends_by_its_tag_alone() {
+fn stray_job_is_cancelled_by_tag() {
     let Some((cluster, context)) = office() else { return };
     let listed = killed_while_its_job_waits(&cluster, &context);
     let id = listed["instances"][0]["id"].as_str().unwrap().to_owned();
@@ -472,7 +472,7 @@ fn a_job_that_nobody_wants_ends_by_its_tag_alone() {
 }
 
 #[test]
-fn the_stand_in_prints_what_slurm_has_printed() {
+fn fake_slurm_prints_recorded_slurm_output() {
     let Some(cluster) = Cluster::stand_in().unwrap() else { return };
     let recorded = |name: &str| {
         let path = workspace().join("tests/slurm/recorded").join(name);
@@ -521,7 +521,7 @@ async fn first_offer(broker: &dyn Broker) -> Offer {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cluster_is_held_to_what_every_broker_is_held_to() {
+async fn slurm_broker_meets_the_common_broker_contract() {
     let Some(cluster) = Cluster::stand_in().unwrap() else { return };
     let folder = tempfile::tempdir().unwrap();
     let broker = broker(&cluster, folder.path(), Duration::from_millis(50));
@@ -537,7 +537,7 @@ async fn a_cluster_is_held_to_what_every_broker_is_held_to() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_queue_is_looked_at_once_however_many_ask() {
+async fn concurrent_queue_queries_share_one_squeue_call() {
     let Some(cluster) = Cluster::stand_in().unwrap() else { return };
     let folder = tempfile::tempdir().unwrap();
     let broker = broker(&cluster, folder.path(), Duration::from_secs(3600));
@@ -549,7 +549,7 @@ async fn the_queue_is_looked_at_once_however_many_ask() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_queue_is_looked_at_once_however_many_processes_ask() {
+async fn queue_queries_of_several_processes_share_one_squeue_call() {
     let Some(cluster) = Cluster::stand_in().unwrap() else { return };
     // All that they share is the folder on the cluster, which any run has made.
     std::fs::create_dir(cluster.leases()).unwrap();
@@ -561,7 +561,7 @@ async fn the_queue_is_looked_at_once_however_many_processes_ask() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_queue_has_forgotten_is_asked_for_once_and_named() {
+async fn jobs_gone_from_the_queue_are_looked_up_once_and_named() {
     for (accounted, newer, word, says) in [
         ("accounting", false, "PREEMPTED", "took its place"),
         ("", false, "NODE_FAIL", "node failed"),
@@ -592,7 +592,7 @@ async fn what_the_queue_has_forgotten_is_asked_for_once_and_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn files_travel_whole_by_the_ssh_program() {
+async fn ssh_program_transfers_files_intact() {
     let Some(cluster) = Cluster::stand_in().unwrap() else { return };
     let folder = tempfile::tempdir().unwrap();
     let ssh = OpenSsh::new("cluster", Some(&cluster.ssh_config()), folder.path()).unwrap();
@@ -630,7 +630,7 @@ async fn files_travel_whole_by_the_ssh_program() {
 }
 
 #[test]
-fn a_deploy_to_slurm_itself_equals_the_reference_and_leaves_nothing() {
+fn real_slurm_deploy_equals_the_reference_and_leaves_no_job() {
     let Some(cluster) = Cluster::real().unwrap() else { return };
     let context = context(&cluster);
     is_home_and_gone(context.run(deploy("llama-f32")), &cluster, &context, "llama-f32");
@@ -639,7 +639,7 @@ fn a_deploy_to_slurm_itself_equals_the_reference_and_leaves_nothing() {
 }
 
 #[test]
-fn a_survey_by_slurm_itself_equals_one_on_this_machine_and_leaves_nothing() {
+fn real_slurm_survey_equals_a_local_one_and_leaves_no_job() {
     let Some(cluster) = Cluster::real().unwrap() else { return };
     let (there, here) = (context(&cluster), TestContext::new());
     survey_of_three(&there);
@@ -661,7 +661,7 @@ fn a_survey_by_slurm_itself_equals_one_on_this_machine_and_leaves_nothing() {
 }
 
 #[test]
-fn a_job_of_slurm_itself_waits_for_the_one_that_fetches_its_model() {
+fn real_slurm_main_job_waits_for_its_staging_job() {
     let Some(cluster) = Cluster::real().unwrap() else { return };
     let hub = MockHub::start([Repo::new(HUB_MODEL, &golden("olmoe-bf16").join("model"))]).unwrap();
     let context = context(&cluster).with("HF_ENDPOINT", &hub.url());
@@ -675,7 +675,7 @@ fn a_job_of_slurm_itself_waits_for_the_one_that_fetches_its_model() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_of_slurm_itself_is_found_by_its_name_and_ended() {
+async fn real_slurm_job_is_found_by_name_and_cancelled() {
     let Some(cluster) = Cluster::real().unwrap() else { return };
     let folder = tempfile::tempdir().unwrap();
     let broker = broker(&cluster, folder.path(), Duration::from_millis(500));

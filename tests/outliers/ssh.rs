@@ -36,7 +36,7 @@ fn sha256(bytes: &[u8]) -> String {
 }
 
 #[tokio::test]
-async fn commands_tell_status_streams_and_signals() {
+async fn commands_return_status_output_and_signals() {
     let Some(server) = Sshd::start().unwrap() else { return };
     let ssh = connect(&server).await;
     let out = ssh.exec("printf out; printf err >&2; exit 7", b"", LIMIT).await.unwrap();
@@ -52,7 +52,7 @@ async fn commands_tell_status_streams_and_signals() {
 }
 
 #[tokio::test]
-async fn large_streams_pass_both_ways_at_once() {
+async fn large_streams_flow_both_ways_concurrently() {
     let Some(server) = Sshd::start().unwrap() else { return };
     let ssh = connect(&server).await;
     let content = noise(20_000_000);
@@ -65,7 +65,7 @@ async fn large_streams_pass_both_ways_at_once() {
 }
 
 #[tokio::test]
-async fn commands_run_side_by_side_and_end_at_their_limit() {
+async fn commands_run_concurrently_and_end_at_their_time_limit() {
     let Some(server) = Sshd::start().unwrap() else { return };
     let ssh = connect(&server).await;
     // Each waits for what the other does.
@@ -79,7 +79,7 @@ async fn commands_run_side_by_side_and_end_at_their_limit() {
 }
 
 #[tokio::test]
-async fn files_travel_whole_over_sftp_and_over_cat() {
+async fn files_transfer_intact_over_sftp_and_cat() {
     let servers = [
         ("", "sftp"),
         ("Subsystem sftp /bin/false", "a server whose sftp is broken"),
@@ -150,7 +150,7 @@ fn mode(path: &Path) -> u32 {
 }
 
 #[tokio::test]
-async fn transfers_survive_key_renewal() {
+async fn transfers_survive_rekeying() {
     let Some(server) = Sshd::start_with("RekeyLimit 1M").unwrap() else { return };
     let ssh = connect(&server).await;
     let here = tempfile::tempdir().unwrap();
@@ -163,7 +163,7 @@ async fn transfers_survive_key_renewal() {
 }
 
 #[tokio::test]
-async fn wrong_keys_are_told_apart() {
+async fn wrong_client_and_host_keys_give_different_errors() {
     let Some(server) = Sshd::start().unwrap() else { return };
     let folder = tempfile::tempdir().unwrap();
     let stranger = RunKey::create(folder.path(), "stranger", "").unwrap();
@@ -193,7 +193,7 @@ async fn attempt(endpoint: &SshEndpoint, key: &Path, pin: Option<&HostKeyPin>) -
 }
 
 #[tokio::test]
-async fn silent_ports_are_told_apart() {
+async fn silent_ports_give_different_errors() {
     let folder = tempfile::tempdir().unwrap();
     let key = RunKey::create(folder.path(), "key", "").unwrap();
     let at = |host: &str, port| SshEndpoint { host: host.to_owned(), port, user: "root".to_owned() };
@@ -251,7 +251,7 @@ fn rude_server(how: Rude) -> u16 {
 }
 
 #[tokio::test]
-async fn a_lost_connection_is_reset_and_the_next_call_reconnects() {
+async fn next_call_reconnects_after_a_lost_connection() {
     let Some(server) = Sshd::start().unwrap() else { return };
     let ssh = connect(&server).await;
     let file = server.home().join("file");
@@ -286,7 +286,7 @@ async fn a_lost_connection_is_reset_and_the_next_call_reconnects() {
 }
 
 #[tokio::test]
-async fn a_silent_connection_is_given_up_for_a_new_one() {
+async fn silent_connection_is_replaced() {
     let Some(server) = Sshd::start().unwrap() else { return };
     let ssh = connect(&server).await;
     ssh.exec("true", b"", LIMIT).await.unwrap();
@@ -297,7 +297,7 @@ async fn a_silent_connection_is_given_up_for_a_new_one() {
 }
 
 #[tokio::test]
-async fn a_full_disk_is_no_space() {
+async fn full_disk_is_reported_as_no_space() {
     for config in ["", "Subsystem sftp /bin/false"] {
         let Some(server) = Sshd::start_with(config).unwrap() else { return };
         let small = server.home().join("small");

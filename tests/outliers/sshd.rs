@@ -156,7 +156,7 @@ fn sshd_is_here() -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deploy_to_openssh_equals_the_reference() {
+async fn deploy_over_openssh_equals_the_reference() {
     if !sshd_is_here() {
         return;
     }
@@ -179,7 +179,7 @@ async fn a_deploy_to_openssh_equals_the_reference() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn servers_with_one_channel_and_homes_without_programs_serve() {
+async fn deploy_works_with_one_channel_and_a_noexec_home() {
     if !sshd_is_here() {
         return;
     }
@@ -209,7 +209,7 @@ fn clear_away() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_does_not_know_our_key_is_given_back() {
+async fn instance_that_rejects_our_key_is_terminated() {
     if !sshd_is_here() {
         return;
     }
@@ -224,7 +224,7 @@ async fn a_server_that_does_not_know_our_key_is_given_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_with_another_host_key_than_the_pinned_one_is_given_back() {
+async fn instance_with_an_unpinned_host_key_is_terminated() {
     if !sshd_is_here() {
         return;
     }
@@ -251,7 +251,7 @@ async fn a_server_with_another_host_key_than_the_pinned_one_is_given_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_instance_without_room_is_given_back() {
+async fn instance_without_disk_space_is_terminated() {
     if !sshd_is_here() || !Sshd::start().unwrap().unwrap().shrink_home(1) {
         return;
     }

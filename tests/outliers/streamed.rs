@@ -146,7 +146,7 @@ fn run(arguments: &[&str], hub: &MockHub, home: &Path) -> (Results, Metadata) {
 }
 
 #[test]
-fn a_run_over_the_hub_equals_one_from_disk_and_leaves_no_weights_there() {
+fn streamed_run_equals_a_disk_run_and_stores_no_weights() {
     let setup = patient(Setup::new());
     let home = setup.dir.path().join("home");
     let (streamed, metadata) = run(&["--model", ID], &setup.hub, &home);
@@ -168,7 +168,7 @@ fn a_run_over_the_hub_equals_one_from_disk_and_leaves_no_weights_there() {
 }
 
 #[test]
-fn files_whose_bytes_differ_from_their_listed_hash_fail_the_run_and_are_named() {
+fn file_with_a_wrong_hash_fails_the_run_and_is_named() {
     let setup = patient(Setup::new());
     let home = setup.dir.path().join("home");
     for shard in [SHARD, OTHER_SHARD] {
@@ -194,7 +194,7 @@ fn files_whose_bytes_differ_from_their_listed_hash_fail_the_run_and_are_named() 
 }
 
 #[test]
-fn what_was_verified_is_said_and_what_was_not_with_the_reason() {
+fn verified_and_unverified_files_are_reported_with_reasons() {
     let setup = patient(Setup::new());
     let home = setup.dir.path().join("home");
     let of = |arguments: &[&str]| run(arguments, &setup.hub, &home).1.model.weight_verification.unwrap();
@@ -216,7 +216,7 @@ fn what_was_verified_is_said_and_what_was_not_with_the_reason() {
 }
 
 #[test]
-fn a_cached_run_keeps_the_weights_and_finds_them_again() {
+fn cached_run_keeps_and_reuses_the_weights() {
     let setup = patient(Setup::new());
     let home = setup.dir.path().join("home");
     let (first, _) = run(&["--model", ID, "--weights", "cache"], &setup.hub, &home);
@@ -231,7 +231,7 @@ fn a_cached_run_keeps_the_weights_and_finds_them_again() {
 }
 
 #[test]
-fn passing_faults_change_no_byte() {
+fn transient_faults_change_no_byte() {
     let limit = || vec![("ratelimit", "\"cdn\";r=0;t=1".to_owned())];
     let faults = [
         Fault::Status(403, Vec::new()),
@@ -262,7 +262,7 @@ fn passing_faults_change_no_byte() {
 }
 
 #[test]
-fn lasting_faults_are_named() {
+fn permanent_faults_are_named() {
     let cases = [
         (Fault::Status(403, Vec::new()), "the hub's file server answered 403"),
         (Fault::Status(503, Vec::new()), "the hub's file server answered 503"),
@@ -289,7 +289,7 @@ fn lasting_faults_are_named() {
 }
 
 #[test]
-fn a_file_that_was_replaced_is_not_mixed_with_what_it_was() {
+fn replaced_file_is_not_mixed_with_its_old_content() {
     let setup = patient(Setup::new());
     let checkpoint = setup.stream();
     let path = setup.repo().join(&SHARD[..SHARD.len() - 1]);
@@ -306,7 +306,7 @@ fn a_file_that_was_replaced_is_not_mixed_with_what_it_was() {
 }
 
 #[test]
-fn a_range_that_is_late_is_asked_for_again_before_its_connection_is_given_up() {
+fn late_range_is_requested_again_before_its_timeout() {
     let mut setup = patient(Setup::new());
     // Nobody would notice the silence otherwise.
     setup.timeouts.silence = Duration::from_secs(600);
@@ -322,7 +322,7 @@ fn a_range_that_is_late_is_asked_for_again_before_its_connection_is_given_up() {
 }
 
 #[test]
-fn a_broken_range_is_resumed_where_it_broke() {
+fn broken_range_is_resumed_at_its_offset() {
     let mut setup = patient(Setup::new());
     setup.timeouts.late = Duration::from_secs(600);
     let checkpoint = setup.stream();
@@ -340,7 +340,7 @@ fn a_broken_range_is_resumed_where_it_broke() {
 }
 
 #[test]
-fn addresses_expire_and_are_asked_for_again() {
+fn expired_download_urls_are_renewed() {
     let mut setup = patient(Setup::new());
     // Several ranges may meet the same expiry, and some of them the next one too.
     setup.timeouts.tries = 20;
@@ -353,7 +353,7 @@ fn addresses_expire_and_are_asked_for_again() {
 }
 
 #[test]
-fn the_token_goes_to_the_hub_alone() {
+fn token_is_sent_only_to_the_hub() {
     let setup = patient(Setup::with(|repo| repo.gated("hf_right")));
     let options = HubOptions { token: Token::new("hf_right"), ..setup.options() };
     let checkpoint = Hub::new(options).unwrap().stream(ID, "main", READ_AHEAD, &|_| ()).unwrap();
@@ -365,7 +365,7 @@ fn the_token_goes_to_the_hub_alone() {
 }
 
 #[test]
-fn no_more_is_on_its_way_than_allowed() {
+fn bytes_in_flight_stay_within_the_budget() {
     let setup = patient(Setup::new());
     let checkpoint = setup.stream();
     let weights = &*checkpoint.weights;
@@ -380,7 +380,7 @@ fn no_more_is_on_its_way_than_allowed() {
 }
 
 #[test]
-fn a_reader_that_is_further_on_waits_for_room() {
+fn reader_ahead_waits_for_budget() {
     let setup = Setup::new();
     let checkpoint = setup.stream();
     let weights = &*checkpoint.weights;
@@ -400,7 +400,7 @@ fn a_reader_that_is_further_on_waits_for_room() {
 }
 
 #[test]
-fn several_devices_stream_through_little_memory_without_waiting_for_each_other_for_ever() {
+fn devices_sharing_a_small_stream_budget_do_not_deadlock() {
     let setup = Setup::new();
     let (home, repo) = (setup.dir.path().join("home"), setup.repo());
     let (local, _) = run(&["--model", repo.to_str().unwrap(), "--micro-batch-tokens", "64"], &setup.hub, &home);
@@ -413,7 +413,7 @@ fn several_devices_stream_through_little_memory_without_waiting_for_each_other_f
 }
 
 #[test]
-fn what_was_not_announced_can_be_read_too() {
+fn unannounced_ranges_can_be_read() {
     let setup = patient(Setup::new());
     let checkpoint = setup.stream();
     let weights = &*checkpoint.weights;
@@ -429,7 +429,7 @@ fn what_was_not_announced_can_be_read_too() {
 }
 
 #[test]
-fn a_long_wire_changes_no_byte() {
+fn high_latency_changes_no_byte() {
     let setup = patient(Setup::new());
     let wire = Wire { latency: Duration::from_millis(30), bytes_per_second: Some(40_000_000) };
     let hub = MockHub::behind(wire, [Repo::new(ID, &setup.repo())]).unwrap();

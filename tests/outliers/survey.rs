@@ -118,7 +118,7 @@ fn signal(child: &Child, name: &str) {
 
 /// Parallel 2, one model failing on purpose, the controller killed in mid-run.
 #[test]
-fn nine_models_one_of_them_broken_survive_the_death_of_their_controller() {
+fn survey_with_a_broken_model_survives_controller_death() {
     let context = context(&NINE);
     let weights = spoil(&context, BROKEN);
     let plan = context.run(survey(&["--dry-run"])).ok();
@@ -191,7 +191,7 @@ fn nine_models_one_of_them_broken_survive_the_death_of_their_controller() {
 
 /// As a controller leaves it that dies between noting an instance and starting it. There is only this machine to rent.
 #[test]
-fn an_instance_that_never_started_is_exchanged_for_another_like_it() {
+fn instance_that_never_starts_is_replaced() {
     let context = context(&NINE[..1]);
     let mut controller = context.start(survey(&[]));
     context.wait_for("an instance", || !context.bill().running.is_empty());
@@ -222,7 +222,7 @@ fn an_instance_that_never_started_is_exchanged_for_another_like_it() {
 
 /// What the results' own records and hashes tell is not rented again.
 #[test]
-fn a_survey_that_lost_its_ledger_goes_on_from_its_index_and_its_files() {
+fn survey_resumes_from_index_and_results_without_a_ledger() {
     let context = context(&NINE[..3]);
     let weights = spoil(&context, BROKEN);
     let first = context.run(survey(&[]));
@@ -252,7 +252,7 @@ fn a_survey_that_lost_its_ledger_goes_on_from_its_index_and_its_files() {
 }
 
 #[test]
-fn one_interrupt_ends_all_runs_and_the_same_command_goes_on() {
+fn interrupt_ends_all_runs_and_the_same_command_resumes() {
     let context = context(&NINE[..4]);
     let mut controller = context.start(survey(&[]));
     context.wait_for("two instances", || context.bill().running.len() == 2);
@@ -269,7 +269,7 @@ fn one_interrupt_ends_all_runs_and_the_same_command_goes_on() {
 }
 
 #[test]
-fn all_that_is_wrong_is_said_at_once_and_nothing_is_rented() {
+fn all_survey_errors_are_reported_together_before_renting() {
     let context = context(&NINE[..3]);
     for model in &NINE[..2] {
         let config = context.work().join("models").join(model).join("config.json");
@@ -291,7 +291,7 @@ fn all_that_is_wrong_is_said_at_once_and_nothing_is_rented() {
 
 /// Turns are for the hub: workers that read nothing from it start at once.
 #[test]
-fn workers_that_do_not_read_from_the_hub_wait_for_no_turn() {
+fn workers_without_hub_weights_start_without_throttling() {
     let context = context(&["llama-f32", "qwen3"]);
     std::fs::write(context.work().join("settings.toml"), "[survey]\nstagger-seconds = 3600\n").unwrap();
     let mut controller = context.start(survey(&[]));

@@ -45,7 +45,7 @@ fn inspect(model: &Path) -> Inspection {
 }
 
 #[test]
-fn new_weights_beside_an_older_index_and_its_shard_are_the_ones_that_run() {
+fn single_weight_file_wins_over_an_older_index_and_shard() {
     let model = copy(FIXTURE);
     let shard = "model-00001-of-00001.safetensors";
     index_to(model.path(), &[shard]);
@@ -67,7 +67,7 @@ fn new_weights_beside_an_older_index_and_its_shard_are_the_ones_that_run() {
 }
 
 #[test]
-fn whole_weights_beside_an_index_of_missing_shards_run() {
+fn single_weight_file_is_used_when_indexed_shards_are_missing() {
     let model = copy(FIXTURE);
     index_to(model.path(), &["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]);
     let notes = run_as(FIXTURE, model.path()).model.checkpoint_notes;
@@ -85,7 +85,7 @@ fn whole_weights_beside_an_index_of_missing_shards_run() {
 }
 
 #[test]
-fn a_model_without_anything_to_note_has_no_notes() {
+fn ordinary_checkpoint_has_no_notes() {
     assert_eq!(inspect(&golden(FIXTURE).join("model")).checkpoint_notes, Vec::<String>::new());
 }
 
@@ -113,7 +113,7 @@ fn as_views(model: &Path) {
 }
 
 #[test]
-fn pickled_views_beside_a_complex_buffer_run_as_the_plain_tensors_do() {
+fn pickled_views_equal_plain_tensors() {
     let model = copy(FIXTURE);
     as_views(model.path());
     let metadata = run_as(FIXTURE, model.path());
@@ -123,7 +123,7 @@ fn pickled_views_beside_a_complex_buffer_run_as_the_plain_tensors_do() {
 }
 
 #[test]
-fn what_stands_in_for_a_file_is_called_what_it_is_wherever_a_model_is_read() {
+fn lfs_pointers_web_pages_and_empty_files_are_named() {
     let text: &[&str] = &["--sequence-length", "32", "--num-sequences", "1"];
     let files = [
         (FIXTURE, "config.json"),

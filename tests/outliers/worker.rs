@@ -32,7 +32,7 @@ pub(crate) fn run_like(name: &str, model: &Path, more: &[&str]) -> tempfile::Tem
 }
 
 #[test]
-fn every_fixture_equals_the_reference() {
+fn fixtures_equal_the_reference() {
     let names = goldens();
     assert!(names.len() >= 47, "{names:?}");
     // With our own loops, and with the tensor library's operations where GPUs have no kernel of ours.
@@ -52,7 +52,7 @@ fn every_fixture_equals_the_reference() {
 }
 
 #[test]
-fn cutting_the_tokens_differently_changes_no_count() {
+fn micro_batch_size_changes_no_count() {
     for name in goldens() {
         // A matrix product of other dimensions is summed in another order: counts are exact, values to rounding.
         let one_by_one = run_fixture(&name, &["--micro-batch-tokens", "1", "--save-activations", "a.safetensors"]);
@@ -63,7 +63,7 @@ fn cutting_the_tokens_differently_changes_no_count() {
 }
 
 #[test]
-fn every_weight_byte_is_read_once_whatever_the_tokens() {
+fn weight_bytes_are_read_once_for_any_number_of_tokens() {
     for name in goldens() {
         let few: Metadata = read(run_fixture(&name, &["--num-sequences", "1"]).path(), files::METADATA);
         let many: Metadata = read(run_fixture(&name, &["--micro-batch-tokens", "48"]).path(), files::METADATA);
@@ -74,7 +74,7 @@ fn every_weight_byte_is_read_once_whatever_the_tokens() {
 }
 
 #[test]
-fn the_manifest_vouches_for_every_file() {
+fn manifest_lists_the_hash_of_every_file() {
     let output = run_fixture("olmoe-bf16", &[]);
     let manifest: Manifest = read(output.path(), files::MANIFEST);
     assert_eq!(manifest.outcome, Outcome::Complete);
@@ -88,7 +88,7 @@ fn the_manifest_vouches_for_every_file() {
 }
 
 #[test]
-fn the_first_layers_alone_agree_with_the_whole() {
+fn first_layers_alone_equal_those_of_the_full_pass() {
     let whole: Results = read(run_fixture("olmoe-bf16", &[]).path(), files::RESULTS);
     let first: Results = read(run_fixture("olmoe-bf16", &["--layers", "2"]).path(), files::RESULTS);
     assert_eq!((first.n_layers, first.n_sites), (2, 4));
@@ -97,7 +97,7 @@ fn the_first_layers_alone_agree_with_the_whole() {
 }
 
 #[test]
-fn an_uninterrupted_text_run_is_repeatable() {
+fn text_run_is_repeatable() {
     let model = golden("llama-f32").join("model");
     let run = || {
         let output = tempfile::tempdir().unwrap();
@@ -115,7 +115,7 @@ fn an_uninterrupted_text_run_is_repeatable() {
 }
 
 #[test]
-fn a_job_file_in_either_format_is_the_same_job() {
+fn toml_and_json_job_files_give_the_same_job() {
     let folder = tempfile::tempdir().unwrap();
     let (model, ids) = (golden("llama-f32").join("model"), golden("llama-f32").join("golden.safetensors"));
     let toml = format!(
@@ -174,7 +174,7 @@ pub(crate) fn edit_config(model: &Path, edit: impl Fn(&mut serde_json::Value)) {
 }
 
 #[test]
-fn unknown_architectures_and_switches_are_refused_by_name() {
+fn unknown_architectures_and_options_are_refused_by_name() {
     let model = copy("llama-f32");
     edit_config(model.path(), |c| c["architectures"][0] = "MambaForCausalLM".into());
     let (kind, said) = failure(model.path(), &[]);
@@ -196,7 +196,7 @@ fn unknown_architectures_and_switches_are_refused_by_name() {
 }
 
 #[test]
-fn a_checkpoint_that_is_not_what_its_config_says_is_refused_before_any_weight_is_read() {
+fn checkpoint_contradicting_its_config_is_refused_before_reading() {
     for (key, value, word) in [
         ("intermediate_size", 97, "has shape"),
         ("num_hidden_layers", 4, "model.layers.3."),
@@ -227,7 +227,7 @@ fn damaged_files_are_named() {
 }
 
 #[test]
-fn weights_that_are_not_numbers_are_named() {
+fn nan_weights_are_named() {
     let model = copy("llama-f32");
     let path = model.path().join("model.safetensors");
     let mut bytes = std::fs::read(&path).unwrap();
@@ -240,7 +240,7 @@ fn weights_that_are_not_numbers_are_named() {
 }
 
 #[test]
-fn texts_that_do_not_fill_a_window_are_refused_with_numbers() {
+fn texts_shorter_than_a_window_are_refused_with_token_counts() {
     let model = golden("llama-f32").join("model");
     let text = tempfile::NamedTempFile::new().unwrap();
     let path = text.path().to_str().unwrap();
@@ -257,7 +257,7 @@ fn texts_that_do_not_fill_a_window_are_refused_with_numbers() {
 }
 
 #[test]
-fn what_is_not_there_is_the_jobs_fault() {
+fn missing_inputs_are_job_errors() {
     let model = golden("llama-f32").join("model");
     assert_eq!(failure(Path::new("/no/such/folder"), &[]).0, FailureKind::Job);
     assert_eq!(failure(&model, &["--devices", "tpu:0"]).0, FailureKind::Job);

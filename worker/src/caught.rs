@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_said_is_told_and_what_goes_well_passes() {
+    fn panic_message_is_returned_and_values_pass() {
         assert_eq!(caught(|| 3), Ok(3));
         let index = |at: usize| caught(move || [1, 2].get(at..).expect("in it").len());
         assert_eq!((index(1), index(5)), (Ok(1), Err("in it".to_owned())));

@@ -27,13 +27,13 @@ pub(crate) const MXFP4_BLOCK: usize = 32;
 /// Inputs that share a scale in NVFP4, two per byte.
 pub(crate) const NVFP4_BLOCK: usize = 16;
 
-/// A model whose every tensor is known to be there, in the right shape and in a dtype that can be decoded.
+/// A model whose tensors all exist in the right shape and a supported dtype.
 pub struct Model<'a> {
     /// Its family.
     pub family: &'static Family,
     /// Names of its tensors.
     pub names: &'static Names,
-    /// What to compute.
+    /// The architecture to compute.
     pub spec: DecoderSpec,
     /// Where the bytes are.
     pub source: &'a dyn WeightSource,
@@ -41,9 +41,9 @@ pub struct Model<'a> {
     pub ignored: Vec<IgnoredTensors>,
     /// Tensors on disk that the architecture does not explain.
     pub unexplained: Vec<String>,
-    /// What config.json leaves out, and what in it is not known.
+    /// Keys that config.json omits, and keys of it that are unknown.
     pub config: ConfigReading,
-    /// What is stored otherwise than config.json says.
+    /// Differences between the stored tensors and config.json.
     notes: Vec<String>,
     quantisation: Option<Quantisation>,
     /// What `{base}` stands for in this checkpoint's names.
@@ -57,9 +57,9 @@ pub struct Model<'a> {
 pub struct StoredTensor<'a> {
     /// Its values.
     pub values: TensorRange<'a>,
-    /// What its values are multiplied by, for quantised formats.
+    /// The scales of its values, for quantised formats.
     pub scales: Option<TensorRange<'a>>,
-    /// What else belongs to it: of [`Format::Int4`] its shape, of [`Format::Nvfp4`] one number.
+    /// Additional tensor: the shape for [`Format::Int4`], the global scale for [`Format::Nvfp4`].
     pub beside: Option<TensorRange<'a>>,
     /// How to decode both.
     pub format: Format,
@@ -143,7 +143,8 @@ impl<'a> Model<'a> {
         Ok(model)
     }
 
-    /// A tied head may be stored all the same. As in transformers, what is stored counts: a head that is stored beside the embedding is
+    /// A tied head may also be stored. As in transformers, the stored tensors count: a head that is
+    /// stored beside the embedding is
     /// used, and one that is stored without it is the embedding.
     fn settle_head(&mut self) {
         if !self.spec.head.tied {
@@ -222,12 +223,12 @@ impl<'a> Model<'a> {
         (ignored.into_values().collect(), unexplained)
     }
 
-    /// What is not as config.json and the index of the weights say.
+    /// Differences from config.json and from the index of the weights.
     pub fn checkpoint_notes(&self) -> Vec<String> {
         self.source.notes().iter().chain(&self.notes).cloned().collect()
     }
 
-    /// What somebody who reads the figures should know of the checkpoint, beside the source's own notes.
+    /// Notes on the checkpoint for readers of the results, in addition to those of the source.
     pub fn warnings(&self) -> Vec<String> {
         let about = |what: &str, names: &[String]| {
             (!names.is_empty()).then(|| format!("{what}: {}", listed(names.iter().map(|name| shown(name)))))
@@ -243,7 +244,7 @@ impl<'a> Model<'a> {
         self.spec.unstudied_norms().into_iter().map(|role| self.names.pattern(self.base, role)).collect()
     }
 
-    /// The published name of a tensor that is not an expert's.
+    /// The published name of a tensor outside the experts.
     pub fn name(&self, layer: usize, role: Role) -> String {
         self.names.of(self.base, layer, role, None)
     }
@@ -253,7 +254,7 @@ impl<'a> Model<'a> {
         self.names.of(self.base, layer, need.role, need.expert)
     }
 
-    /// Where a tensor is, that was found when the model was opened.
+    /// The location of a tensor that was found when the model was opened.
     pub fn stored(&self, layer: usize, need: &Need) -> StoredTensor<'a> {
         self.locate(layer, need)
             .unwrap_or_else(|problem| unreachable!("checked when the model was opened: {}", problem.what))
@@ -320,7 +321,7 @@ impl<'a> Model<'a> {
         Ok(StoredTensor { values, scales: Some(scales), beside: None, format: Format::Mxfp4, input_major: false })
     }
 
-    /// Where a matrix of 4 bits per number is; `None` where it is stored as plain floats.
+    /// The location of a 4-bit matrix. `None` if it is stored as plain floats.
     fn locate_packed(
         &self,
         name: &str,
@@ -435,7 +436,7 @@ impl<'a> Model<'a> {
         dtypes
     }
 
-    /// Values in the tensors used; scales of quantised ones are not counted.
+    /// Number of values of the used tensors, without the scales of quantised ones.
     pub fn parameters(&self) -> u64 {
         let counts = |need: &&Need| need.role != Role::Head || !self.spec.head.stored;
         self.spec.needs().iter().map(|(_, need)| need).filter(counts).map(Need::elements).sum()
@@ -445,7 +446,7 @@ impl<'a> Model<'a> {
 #[derive(Debug, PartialEq, Eq)]
 struct TensorProblem {
     what: String,
-    /// Nothing is wrong but the dtype.
+    /// Only the dtype is wrong.
     dtype: bool,
 }
 
@@ -462,7 +463,7 @@ impl TensorProblem {
     }
 }
 
-/// Refuses a packed matrix of which a row is not in whole groups.
+/// Refuses a packed matrix whose rows are not whole groups.
 fn whole_groups(name: &str, inputs: usize, group: usize) -> std::result::Result<(), TensorProblem> {
     if inputs.is_multiple_of(group) {
         return Ok(());

@@ -203,7 +203,7 @@ fn ready_ids(spec: &CorpusSpec, path: &Path, limits: Limits) -> Result<Tokens> {
     if let Some(asked) = spec.sequence_length.filter(|asked| *asked != length) {
         let message = format!("its rows have {length} tokens, but a sequence length of {asked} was asked for");
         return Err(named(
-            WorkerError::job(message).hint("leave the sequence length out: ready token ids bring their own"),
+            WorkerError::job(message).hint("omit the sequence length: the rows of the token ids define the length"),
         ));
     }
     check_length(length, limits).map_err(named)?;
@@ -272,7 +272,8 @@ pub fn fits(length: usize, longest: Longest) -> Result<()> {
     Err(WorkerError::job(message).hint(format!("use a sequence length of at most {most}")))
 }
 
-/// How many windows to run: what was asked for must be there; a default takes what there is.
+/// Number of windows to run. A requested number must be available. A default is cut to what is
+/// available.
 fn choose(spec: &CorpusSpec, windows: usize, available: usize, length: usize) -> Result<usize> {
     let hint = "use more text, a shorter sequence length, or fewer sequences";
     if windows == 0 {

@@ -133,7 +133,7 @@ pub struct DeviceStatus {
     pub unfit: Option<String>,
 }
 
-/// Looks for all there is.
+/// Detects all devices.
 pub fn list() -> Devices {
     let gpus = gpu::find();
     let cpu = describe(&[cpu("cpu")], &machine()).into_iter().map(|device| DeviceStatus { device, unfit: None });
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_listed_can_be_opened() {
+    fn listed_devices_can_be_opened() {
         let listed = list();
         assert_eq!(listed.devices[0].device.name, "cpu");
         assert_eq!(listed.why_no_gpu.is_some(), listed.devices.len() == 1, "{listed}");
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_device_is_refused_with_a_hint() {
+    fn invalid_device_is_refused_with_a_hint() {
         for typed in ["gpu", "cpu:0", "cpu:x", "cuda", "cuda:-1", "cpu:99999999", ""] {
             let error = names(&[typed]).unwrap_err();
             assert!(error.hint_text().is_some(), "{typed:?}");

@@ -166,7 +166,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_full_disk_comes_with_advice() {
+    fn full_disk_error_has_a_hint() {
         let error = WorkerError::io("write", "/data/x", &io::Error::from(io::ErrorKind::StorageFull));
         assert_eq!(error.kind(), FailureKind::Storage);
         assert!(error.message().starts_with("cannot write /data/x: "));
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn no_words_of_strangers_steer_a_terminal_or_have_no_end() {
+    fn foreign_text_in_errors_is_sanitised_and_bounded() {
         let stranger = "\u{1b}[2J\u{202e}x\ny\0";
         let error = WorkerError::unsupported(format!("activation {stranger}")).hint(stranger).context(stranger);
         assert_eq!(error.message(), "[2Jx y: activation [2Jx y");
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn long_lists_end_with_a_number() {
+    fn long_lists_end_with_the_remaining_count() {
         assert_eq!(listed(["a"]), "a");
         assert_eq!(listed(["a", "b", "c", "d", "e"]), "a, b, c, d, e");
         assert_eq!(listed(0..8), "0, 1, 2, 3, 4 and 3 more");

@@ -431,7 +431,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_weights_that_do_not_stream_take_disk() {
+    fn only_unstreamed_weights_need_disk() {
         let file = |name: &str| FileBytes { name: name.to_owned(), bytes: 10 };
         let (streams, pickled) = ([file("a.safetensors"), file("b.safetensors")], [file("pytorch_model.bin")]);
         let hub = ModelSource::Hub { id: "a/b".into(), revision: "main".into() };
@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_refused_with_numbers() {
+    fn job_over_available_memory_is_refused_with_numbers() {
         let gib = |n: u64| n << 30;
         assert!(fits(gib(8), "cuda:0", Some(gib(8))).is_ok() && fits(gib(8), "cuda:0", None).is_ok());
         let error = fits(gib(9), "cuda:0", Some(gib(8))).unwrap_err();

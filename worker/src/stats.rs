@@ -115,7 +115,7 @@ pub trait Observer: Send {
         Ok(Vec::new())
     }
 
-    /// Goes on from what [`Self::state`] gave, in a process that starts in the middle of the pass.
+    /// Continues from a [`Self::state`], in a process that starts in the middle of the pass.
     fn restore(&mut self, _state: &[u8]) -> Result<()> {
         Ok(())
     }

@@ -196,7 +196,7 @@ impl WeightSource for Faulty<'_> {
 }
 
 #[test]
-fn taking_features_away_beside_them_changes_no_bit_of_the_whole_tokens() {
+fn ablation_arms_change_no_bit_of_the_main_arm() {
     for name in FIXTURES {
         let fixture = Fixture::open(name);
         let alone = fixture.measured(How::on(1), &*fixture.checkpoint.weights, None).unwrap();
@@ -210,7 +210,7 @@ fn taking_features_away_beside_them_changes_no_bit_of_the_whole_tokens() {
 }
 
 #[test]
-fn devices_delays_and_reading_ahead_change_no_bit() {
+fn devices_delays_and_prefetch_change_no_bit() {
     for name in FIXTURES {
         let fixture = Fixture::open(name).ablated();
         let source = &*fixture.checkpoint.weights;
@@ -235,7 +235,7 @@ fn of_layer(model: &Model<'_>, layer: usize) -> String {
 }
 
 #[test]
-fn a_pass_that_died_goes_on_with_other_devices_to_the_same_bits() {
+fn interrupted_pass_resumes_on_other_devices_to_the_same_bits() {
     for name in ["llama-f32", "olmoe-bf16", "opt-350m", "qwen3-next"] {
         let fixture = Fixture::open(name).ablated();
         let source = &*fixture.checkpoint.weights;
@@ -289,7 +289,7 @@ fn a_pass_that_died_goes_on_in_other_micro_batches() {
 }
 
 #[test]
-fn one_error_ends_all_devices_and_says_where() {
+fn one_error_stops_all_devices_and_names_its_place() {
     let fixture = Fixture::open("llama-f32");
     let source = &*fixture.checkpoint.weights;
     for devices in [1, 2, 4] {
@@ -347,7 +347,7 @@ impl Fixture {
 }
 
 #[test]
-fn an_error_or_a_panic_while_computing_leaves_nobody_waiting() {
+fn error_or_panic_while_computing_leaves_no_thread_waiting() {
     let fixture = Fixture::open("olmoe-bf16");
     let fails = |site: Site, _| match site.layer {
         1 => Err(WorkerError::internal("seen enough")),
@@ -395,7 +395,7 @@ fn worked(spans: &[Span], layer: usize, micro_batch: usize) -> Range<Duration> {
 }
 
 #[test]
-fn the_next_layer_begins_while_the_last_micro_batches_are_in_this_one() {
+fn next_layer_starts_before_the_previous_one_finishes() {
     for name in ["llama-f32", "olmoe-bf16", "gpt-oss-mxfp4"] {
         let fixture = Fixture::open(name);
         let last = fixture.tokens.sequences - 1;
@@ -432,7 +432,7 @@ fn the_next_layer_begins_while_the_last_micro_batches_are_in_this_one() {
 type Row = Vec<(String, f64, f64, serde_json::Value)>;
 
 #[test]
-fn a_trace_has_a_row_per_device_and_per_loader() {
+fn trace_has_a_row_per_device_and_loader() {
     let folder = tempfile::tempdir().unwrap();
     let (model, ids) = (golden("olmoe-bf16").join("model"), golden("olmoe-bf16").join("golden.safetensors"));
     let status = Command::new(env!("CARGO_BIN_EXE_outliers-worker"))
@@ -447,7 +447,7 @@ fn a_trace_has_a_row_per_device_and_per_loader() {
         serde_json::from_slice(&std::fs::read(folder.path().join(name)).unwrap()).unwrap()
     };
     let listed = |file: &serde_json::Value| file["name"] == "trace.json";
-    assert!(read("manifest.json")["files"].as_array().unwrap().iter().any(listed), "it is brought home");
+    assert!(read("manifest.json")["files"].as_array().unwrap().iter().any(listed), "it is among the results");
 
     let mut rows: BTreeMap<String, Row> = BTreeMap::new();
     let mut names = BTreeMap::new();

@@ -1,4 +1,5 @@
-//! What was typed, the environment, and the settings' files, made into one value. Nobody below reads any of them again.
+//! Merges the command line, the environment and the settings files into one value. No other module
+//! reads them.
 //!
 //! An option wins over the user's file, which wins over `config/outliers.toml`, which is built in.
 
@@ -26,20 +27,21 @@ pub use resolve::{DeployRequest, JobRequest, ModelRequest, OffersRequest, PlanRe
 
 mod resolve;
 
-/// Every environment variable this program reads, beside the clouds' keys ([`CloudKind::key_variable`], or the variable that the
+/// Environment variables that this program reads, beside the clouds' keys
+/// ([`CloudKind::key_variable`], or the variable that the
 /// settings name).
 pub mod variables {
     /// Folder of ledger, keys and the local cloud.
     pub const STATE: &str = "OUTLIERS_STATE";
     /// The user's settings.
     pub const CONFIG: &str = "OUTLIERS_CONFIG";
-    /// Token for gated models; passed on to the worker of such a job and to nobody else.
+    /// Token for gated models. It is passed only to the worker of a job that needs it.
     pub const HF_TOKEN: &str = "HF_TOKEN";
     /// Another hub; passed on to the worker.
     pub const HF_ENDPOINT: &str = "HF_ENDPOINT";
     /// Where `hf auth login` leaves its token.
     pub const HF_HOME: &str = "HF_HOME";
-    /// No colours, whatever it is set to.
+    /// Disables colours, with any value.
     pub const NO_COLOR: &str = "NO_COLOR";
     /// `dumb`: no colours and no bars.
     pub const TERM: &str = "TERM";
@@ -54,7 +56,7 @@ pub mod variables {
 /// How long a job may wait in a cluster's queue, and its results in its folder.
 const QUEUE: Duration = Duration::from_secs(7 * 86_400);
 
-/// Where models come from unless `HF_ENDPOINT` says otherwise.
+/// The hub, unless `HF_ENDPOINT` is set.
 const PUBLIC_HUB: &str = "https://huggingface.co";
 
 /// The settings that are built in.
@@ -67,12 +69,12 @@ const MOST_TOKEN: u64 = 64 << 10;
 #[derive(Clone, Default)]
 pub struct Environment {
     values: BTreeMap<String, String>,
-    /// Whether the home folder's name is none that this program can write down.
+    /// Whether the name of the home folder is not UTF-8.
     odd_home: bool,
 }
 
 impl Environment {
-    /// This process's.
+    /// The environment of this process.
     pub fn of_process() -> Self {
         Self::of_system(std::env::vars_os())
     }
@@ -89,7 +91,7 @@ impl Environment {
         environment
     }
 
-    /// These and no others.
+    /// An environment of these variables only.
     pub fn of(pairs: &[(&str, &str)]) -> Self {
         Self::of_system(pairs.iter().map(|(name, value)| (OsString::from(name), OsString::from(value))))
     }
@@ -99,7 +101,7 @@ impl Environment {
         self.values.get(name).map(String::as_str).filter(|value| !value.is_empty())
     }
 
-    /// The home folder; else what is wrong with it.
+    /// The home folder, or why it cannot be used.
     fn home(&self) -> Result<PathBuf, &'static str> {
         match self.path(variables::HOME) {
             _ if self.odd_home => Err("is not UTF-8"),
@@ -113,22 +115,22 @@ impl Environment {
         self.get(name).map(PathBuf::from)
     }
 
-    /// Whether output may be coloured and redrawn, as far as the environment goes.
+    /// Whether the environment allows coloured and redrawn output.
     pub fn is_plain(&self) -> bool {
         self.get(variables::NO_COLOR).is_some() || self.get(variables::TERM) == Some("dumb")
     }
 }
 
-/// Everything that was decided before a command starts.
+/// The resolved settings of a command.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Folder of ledger, keys and the local cloud.
     pub state: PathBuf,
-    /// Where results come to lie; absolute.
+    /// Folder of the results, absolute.
     pub results: PathBuf,
     /// The worker program, where the settings name one.
     pub worker: Option<PathBuf>,
-    /// What a look at a job may take of this machine.
+    /// Limits for the inspection of a job on this machine.
     pub look: Limits,
     /// The brokers of commands that name none.
     pub broker: DefaultBroker,
@@ -144,7 +146,7 @@ pub struct Settings {
     pub spare_disk: Bytes,
     /// Largest folder or corpus that is pushed.
     pub push_limit: Bytes,
-    /// Largest save point that comes home while the worker runs.
+    /// Largest save point that is fetched while the worker runs.
     pub save_point_limit: Bytes,
     /// Runs of a survey at the same time.
     pub max_parallel: usize,
@@ -237,7 +239,7 @@ struct Brokers {
     clouds: BTreeMap<String, BrokerSection>,
 }
 
-/// None is built in.
+/// No broker section is built in.
 impl Merge for Brokers {
     fn merge(self, _built_in: Self) -> Self {
         self
@@ -619,7 +621,7 @@ mod tests {
     }
 
     #[test]
-    fn defaults_are_complete_and_say_what_the_documents_say() {
+    fn defaults_are_complete_and_match_the_docs() {
         let settings = resolve(None, &[]).unwrap();
         assert_eq!(settings.broker, DefaultBroker::Local);
         assert_eq!(settings.results, Path::new("/here/remote_results"));
@@ -636,7 +638,7 @@ mod tests {
     }
 
     #[test]
-    fn the_users_file_changes_only_what_it_names() {
+    fn settings_file_changes_only_its_keys() {
         let settings = resolve(Some("broker = 'x'\n[run]\nmax-duration = '1h30m'"), &[]).unwrap();
         let older = resolve(Some("[run]\nmax_duration = '1h30m'"), &[]).unwrap();
         assert_eq!(older.max_duration, settings.max_duration, "the spelling with `_` is understood");
@@ -646,7 +648,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_an_error_that_says_where() {
+    fn unknown_key_is_an_error_with_its_location() {
         for (text, word) in [
             ("brokr = 'x'", "brokr"),
             ("[run]\nmax-duration = '5 parsecs'", "parsecs"),
@@ -674,7 +676,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_stands_in_the_file_is_never_repeated() {
+    fn api_key_in_the_settings_file_is_never_printed() {
         for text in [
             "RUNPOD_API_KEY = 'rpa_geheim'",
             "[brokers.runpod]\nkey = \"rpa_geheim\"",
@@ -692,7 +694,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cluster_is_what_the_file_and_the_options_say_together() {
+    fn cluster_merges_file_and_options() {
         let text = "[brokers.slurm]\nhost = 'a'\naccount = 'lab'\nqueue = '2d'\nssh-config = 'c'\nhf-home = '/hf'\n\
                     stage-partition = 'io'\n\
                     [brokers.vast]\nenabled = false";
@@ -717,7 +719,7 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_says_where_things_are() {
+    fn environment_variables_set_the_folders() {
         let settings = resolve(None, &[(variables::STATE, "/s"), (variables::HF_TOKEN, " hf_x\n")]).unwrap();
         assert_eq!(settings.state, Path::new("/s"));
         let given = |workers| {
@@ -735,7 +737,7 @@ mod tests {
     }
 
     #[test]
-    fn a_home_that_is_none_is_named() {
+    fn relative_or_non_utf8_home_is_refused() {
         let resolve = |environment: &Environment| Settings::resolve(None, environment, Path::new("/here"));
         let relative = resolve(&Environment::of(&[(variables::HOME, "me")])).unwrap_err();
         assert!(relative.to_string().contains("HOME is not an absolute path"), "{relative}");
@@ -750,7 +752,7 @@ mod tests {
     }
 
     #[test]
-    fn times_and_sizes() {
+    fn durations_and_sizes_are_parsed() {
         for (text, seconds) in [("90s", 90), ("5m", 300), ("1h30m", 5400), ("2d", 172_800), (" 1h ", 3600)] {
             assert_eq!(text.parse(), Ok(Span(Duration::from_secs(seconds))));
         }
@@ -765,7 +767,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_typed_makes_them_panic(text in "\\PC{0,12}") {
+        fn any_duration_or_size_parses_without_panic(text in "\\PC{0,12}") {
             let _ = text.parse::<Span>();
         }
     }
@@ -836,7 +838,7 @@ mod catalogue {
     }
 
     #[test]
-    fn the_catalogue_makes_sense() {
+    fn catalogue_is_consistent() {
         let models = catalogue().model;
         assert_eq!(models.iter().map(|m| &m.id).collect::<BTreeSet<_>>().len(), models.len(), "an id twice");
         let gated = models.iter().filter(|model| model.gated).map(|model| model.id.as_str());
@@ -880,7 +882,7 @@ mod catalogue {
     }
 
     #[test]
-    fn keys_have_one_spelling_in_all_files() {
+    fn keys_are_spelt_alike_in_all_files() {
         let mut files = 0;
         for folder in [config().to_owned(), config().join("surveys")] {
             let paths = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
@@ -894,7 +896,7 @@ mod catalogue {
     }
 
     #[test]
-    fn every_survey_names_models_of_the_catalogue() {
+    fn shipped_surveys_name_catalogue_models() {
         let known: BTreeSet<String> = catalogue().model.into_iter().map(|model| model.id).collect();
         let mut sizes = Vec::new();
         for entry in std::fs::read_dir(config().join("surveys")).unwrap() {

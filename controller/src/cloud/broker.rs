@@ -162,7 +162,7 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
-    /// Whether an instance ends at its deadline with nobody left who would end it.
+    /// Whether an instance ends at its deadline without any controller.
     pub fn ends_by_itself(self) -> bool {
         self.server_deadline || self.self_destruct
     }
@@ -283,7 +283,7 @@ impl FromStr for LeaseTag {
     }
 }
 
-/// The name is not a lease tag: the instance is somebody else's and is never touched.
+/// The name is not a lease tag. The instance belongs to others and is never touched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a lease tag")]
 pub struct NotOurs;

@@ -124,7 +124,7 @@ pub struct Timeouts {
     pub ready: Duration,
     /// To learn whether an unanswered create call made an instance.
     pub settle: Duration,
-    /// To bring the files home.
+    /// To fetch the files.
     pub sync: Duration,
     /// To see an instance gone that was told to go.
     pub terminate: Duration,

@@ -1,4 +1,4 @@
-//! How long a run takes and what it costs, with every assumption said.
+//! Estimates the time and cost of a run. Every assumption is stated.
 
 use std::time::Duration;
 
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn reading_and_computing_overlap() {
+    fn estimate_overlaps_reading_and_computing() {
         let (rate, price) = (Bytes::from_gib(1), Some(UsdPerHour::from_dollars(3.6)));
         let reading = work().at(Duration::ZERO, rate, None, price);
         assert_eq!((reading.seconds, reading.cost), (100.0, Some(Usd::from_dollars(0.1))));
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dearer_instance_that_is_quicker_costs_less_in_the_end() {
+    fn faster_dearer_instance_can_cost_less_in_total() {
         let price = UsdPerHour::from_dollars;
         let slow = Offer { download: Some(Bytes::from_mib(20)), ..Offer::new("vast", "a".into(), 1, price(1.0)) };
         let fast = Offer { download: Some(Bytes::from_gib(1)), ..Offer::new("vast", "b".into(), 1, price(3.0)) };
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn this_machine_needs_no_start() {
+    fn local_machine_has_no_start_time() {
         let here = Offer { is_local: true, ..cpu(8) };
         let there = Offer { is_local: false, ..here.clone() };
         assert_eq!(work().on(&here).start_seconds, 0.0);
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cpu_is_as_fast_as_it_was_measured_within_a_factor_of_two() {
+    fn cpu_estimate_is_within_a_factor_of_two_of_measurements() {
         let here = cpu(2);
         let reached = work().on(&here).operations_per_second.unwrap();
         // docs/benchmarks.md: f32 products on two threads, and the share of them that runs

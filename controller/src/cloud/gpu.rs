@@ -274,7 +274,7 @@ fn contains(name: &str, part: &str) -> bool {
     })
 }
 
-/// The words of a name, of which a product line is one even where the model is glued to it: `RTX4090`.
+/// The words of a name. A product line is a word even if joined to the model, as in `RTX4090`.
 fn model_words(name: &str) -> Vec<String> {
     let split =
         |word: String| match word.strip_prefix("rtx").filter(|model| model.starts_with(|c: char| c.is_ascii_digit())) {
@@ -295,7 +295,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn names_of_many_clouds() {
+    fn gpu_names_of_all_clouds_are_normalised() {
         for (raw, mib, name) in [
             ("NVIDIA A100-SXM4-80GB", Some(81920), "A100-80GB"),
             ("NVIDIA A100-PCIE-40GB", Some(40960), "A100-40GB"),
@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn forms_of_many_clouds() {
+    fn gpu_form_factors_are_parsed() {
         for (raw, expected) in [
             ("NVIDIA H100 80GB HBM3", Some(Form::Sxm)),
             ("H100 (80 GB SXM5)", Some(Form::Sxm)),
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn makers_by_name() {
+    fn gpu_makers_are_parsed_from_names() {
         for (raw, nvidia) in [
             ("NVIDIA H100 PCIe", true),
             ("RTX 4090", true),
@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn capabilities_by_name() {
+    fn compute_capabilities_are_found_by_name() {
         for (raw, expected) in [
             ("Tesla V100", Some(70)),
             ("Tesla V100-SXM2-16GB", Some(70)),
@@ -438,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn every_gpu_that_runpod_names() {
+    fn every_runpod_gpu_is_recognised() {
         for (id, gb, name) in [
             ("NVIDIA A100 80GB PCIe", 80, "A100-80GB"),
             ("NVIDIA A100-SXM4-80GB", 80, "A100-80GB"),
@@ -466,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn nominal_memory_is_that_of_the_box_unless_the_driver_disagrees() {
+    fn nominal_vram_is_used_unless_the_driver_disagrees() {
         let nominal = |raw, mib| nominal_vram(raw, Some(Bytes::from_mib(mib)));
         assert_eq!(nominal("NVIDIA H100 80GB HBM3", 81559), Some(Bytes::from_gib(80)));
         assert_eq!(nominal("NVIDIA L4", 23034), Some(Bytes::from_gib(24)));
@@ -477,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_of_names() {
+    fn gpu_filter_matches_whole_name_parts() {
         for (filter, name, expected) in [
             ("a100", "A100-80GB", true),
             ("A100-80", "A100-80GB", true),
@@ -499,12 +499,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_name_is_a_part_of_itself(name in "\\PC{0,30}") {
+        fn gpu_filter_matches_its_own_name(name in "\\PC{0,30}") {
             prop_assert!(matches(&name, &name));
         }
 
         #[test]
-        fn any_name_is_answered(name in "\\PC{0,40}", mib in proptest::option::of(0u64..1_000_000)) {
+        fn any_gpu_name_parses_without_panic(name in "\\PC{0,40}", mib in proptest::option::of(0u64..1_000_000)) {
             let vram = mib.map(Bytes::from_mib);
             let named = format!("x{name}");
             prop_assert!(!canonical_name(&named, vram).is_empty());

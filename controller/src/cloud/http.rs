@@ -126,7 +126,7 @@ impl Default for Limits {
     }
 }
 
-/// Hears requests and replies in words, with every secret taken out.
+/// A callback for descriptions of requests and replies, without secrets.
 pub type Explain = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// A server's answer to one request.
@@ -487,7 +487,7 @@ impl Reply {
     /// The body read as `T`; `what` names it in the error.
     ///
     /// # Errors
-    /// When it is something else: of a call with [`Effect::Once`] nobody then knows what became.
+    /// When it is something else. The effect of a call with [`Effect::Once`] is then unknown.
     pub fn json<T: DeserializeOwned>(&self, what: &str) -> Result<T, BrokerError> {
         serde_json::from_str(&self.body).map_err(|error| {
             let message = format!("its answer is not {what} ({error}): {}", clean(self.body.as_bytes(), 120));

@@ -62,7 +62,7 @@ struct Rule {
     option: &'static str,
     /// The option as it would be typed; `None`: the request does not restrict by it.
     typed: fn(&str, &GpuRequest) -> Option<String>,
-    /// How an offer stands to it.
+    /// Whether an offer passes it.
     fit: fn(&Offer, &GpuRequest) -> Fit,
     /// What has to be typed for an offer to pass, if the option can say it. `None`: the worker
     /// needs it, whatever is typed.
@@ -71,13 +71,13 @@ struct Rule {
     reason: fn(&Removed<'_>) -> String,
 }
 
-/// How an offer stands to a filter: what is nearer to passing comes first.
+/// Whether an offer passes a filter. Variants that are nearer to passing come first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Fit {
     Passes,
     /// It is so far from passing.
     Fails(u64),
-    /// It does not say what it has, and unknown is not enough.
+    /// The offer does not state the value. Unknown values do not pass.
     Unknown,
 }
 
@@ -262,7 +262,7 @@ impl Fit {
         }
     }
 
-    /// By what the offer says it has, where anything is wanted.
+    /// Compares the offer's value with the requested one, if any.
     fn told<H, W, D: Into<u64>>(has: Option<H>, wanted: Option<W>, distance: impl Fn(H, W) -> D) -> Self {
         match (has, wanted) {
             (_, None) => Self::Passes,
@@ -299,14 +299,14 @@ impl Removed<'_> {
             (Some(has), unknown) => {
                 format!("the most is {} of {what}, and {unknown} do not say how much", gib_text(has))
             }
-            (None, _) => format!("none says how much {what} it has, and unknown is not enough"),
+            (None, _) => format!("no offer states its {what}, and unknown values do not pass"),
         }
     }
 
     fn newest_cuda(&self) -> String {
         match self.nearest.max_cuda {
             Some(max) => format!("the newest is CUDA {max}"),
-            None => "none says which CUDA version its driver serves, and unknown is not enough".to_owned(),
+            None => "no offer states its driver's CUDA version, and unknown values do not pass".to_owned(),
         }
     }
 }
@@ -330,7 +330,8 @@ pub struct Step {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Quote {
-    /// What is agreed to: all instances of the run together cost no more. `None`: nobody is asked.
+    /// The agreed amount: the maximum total cost of the run's instances. `None`: no consent is
+    /// needed.
     #[serde(rename = "agreed")]
     pub ceiling: Option<Usd>,
     /// Those that pass, ascending by what the whole run costs there.
@@ -374,7 +375,7 @@ pub struct Filtered {
     /// The smallest change of a single option after which an offer passes all filters; `None`: more than one has to change, or none
     /// can.
     pub relaxation: Option<Relaxation>,
-    /// What the worker needs is what none of the offers has, whatever is typed.
+    /// Whether no offer has what the worker needs. No option changes that.
     pub is_fixed: bool,
 }
 
@@ -392,7 +393,7 @@ pub struct Relaxation {
 /// The offers that satisfy `want`, best for `work` first. Nothing is agreed to yet.
 ///
 /// # Errors
-/// None does; the error says why.
+/// No offer does. The error states why.
 pub fn select(offers: Vec<Offer>, want: &GpuRequest, work: &Work) -> Result<Quote, NothingLeft> {
     if offers.is_empty() {
         return Err(NothingLeft::NoOffers);
@@ -443,9 +444,8 @@ fn late(quickest: &Offer, seconds: f64, limit: Duration) -> NothingLeft {
         Span(limit),
     );
     let minutes = (seconds / 60.0).ceil();
-    let hint = format!(
-        "--max-duration {minutes}m or more; --allow-cut-short takes it all the same, with what there is by then"
-    );
+    let hint =
+        format!("--max-duration {minutes}m or more; --allow-cut-short rents it anyway, and saves partial results");
     NothingLeft::Late { message, hint }
 }
 
@@ -463,7 +463,7 @@ pub fn for_the_worker(want: GpuRequest) -> GpuRequest {
 }
 
 /// Whether an offer may come to satisfy `want` once more of it is known: with the figures that it has, everything that is kept
-/// passes. For brokers that leave out what nobody would take before they ask further.
+/// passes. For brokers that skip unfit offers before further queries.
 pub fn may_match(offer: &Offer, want: &GpuRequest) -> bool {
     RULES.iter().all(|rule| !matches!((rule.fit)(offer, want), Fit::Fails(_)))
 }
@@ -518,7 +518,7 @@ fn some_of<'a>(names: impl Iterator<Item = &'a str>) -> String {
     names.into_iter().take(20).collect::<Vec<_>>().join(", ") + more
 }
 
-/// The filter that removed the last offers first, then the others: whatever single one, left out, lets an offer through.
+/// Single filters whose removal lets an offer pass. The one that removed the last offers is first.
 fn relax(last: &Rule, offers: &[Offer], want: &GpuRequest) -> Option<Relaxation> {
     let others = RULES.iter().filter(|rule| rule.filter != last.filter);
     std::iter::once(last).chain(others).find_map(|rule| {
@@ -664,7 +664,7 @@ mod tests {
     }
 
     #[test]
-    fn a_laptop_has_no_a100() {
+    fn gpu_filter_excludes_a_cpu_machine() {
         let want = GpuRequest { gpu_filter: Some("A100".to_owned()), ..want() };
         let error = filtered(laptop(), &want);
         assert_eq!(
@@ -678,7 +678,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_request_a_laptop_will_do_and_a_cloud_gives_one_gpu() {
+    fn default_request_accepts_a_cpu_machine_or_one_cloud_gpu() {
         assert_eq!(select(laptop(), &want(), &work()).unwrap().offers, laptop());
         let selection = select(cloud(), &want(), &work()).unwrap();
         let brief: Vec<_> = selection.offers.iter().map(|o| (o.gpu_count, o.price.0.dollars())).collect();
@@ -688,14 +688,14 @@ mod tests {
     }
 
     #[test]
-    fn no_gpu_asked_for_is_anything() {
+    fn gpu_count_zero_accepts_every_offer() {
         let want = GpuRequest { gpu_count: Some(0), ..want() };
         assert_eq!(select([laptop(), cloud()].concat(), &want, &work()).unwrap().offers.len(), 6);
         assert_eq!(select(laptop(), &want, &work()).unwrap().steps, []);
     }
 
     #[test]
-    fn the_filter_that_removed_the_last_is_named_and_the_nearest_way_out() {
+    fn error_names_the_deciding_filter_and_a_relaxation() {
         let query = GpuRequest {
             max_price: Some(UsdPerHour::from_dollars(1.0)),
             min_vram: Some(Bytes::from_gib(80)),
@@ -716,7 +716,7 @@ mod tests {
     }
 
     #[test]
-    fn one_option_is_not_always_enough() {
+    fn no_relaxation_is_suggested_when_two_filters_fail() {
         let query = GpuRequest {
             gpu_filter: Some("B200".to_owned()),
             max_price: Some(UsdPerHour::from_dollars(0.01)),
@@ -734,13 +734,13 @@ mod tests {
     }
 
     #[test]
-    fn unknown_is_not_enough() {
+    fn unknown_value_does_not_satisfy_a_minimum() {
         let mut offers = cloud();
         offers.iter_mut().for_each(|o| o.cpu_ram = None);
         let query = GpuRequest { min_cpu_ram: Some(Bytes::from_gib(1)), ..want() };
         let error = filtered(offers.clone(), &query);
         assert_eq!(error.steps.last().map(|s| (s.removed, s.removed_unknown)), Some((4, 4)));
-        assert!(error.reason.contains("unknown is not enough"), "{error}");
+        assert!(error.reason.contains("unknown values do not pass"), "{error}");
         offers[0].cpu_ram = Some(Bytes::from_mib(512));
         let error = filtered(offers, &query);
         assert_eq!(error.reason, "the most is 0.5 GiB of memory, and 3 do not say how much");
@@ -748,7 +748,7 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_too_old_for_the_worker_is_not_rented_and_one_that_nobody_names_is() {
+    fn old_driver_is_excluded_and_unknown_driver_is_accepted() {
         let cuda = |text: &str| Some(text.parse::<CudaVersion>().unwrap());
         let query = GpuRequest { worker_cuda: cuda("11.8"), ..want() };
         let mut offers = cloud();
@@ -763,13 +763,13 @@ mod tests {
     }
 
     #[test]
-    fn host_memory_is_not_gpu_memory() {
+    fn host_memory_does_not_count_as_vram() {
         let query = GpuRequest { min_cpu_ram: Some(Bytes::from_gib(64)), ..want() };
         assert_eq!(filtered(cloud(), &query).steps.last().unwrap().filter, Filter::MinCpuRam);
     }
 
     #[test]
-    fn only_what_the_worker_computes_on_and_only_what_stays() {
+    fn non_nvidia_gpus_and_spot_are_excluded_by_default() {
         let mut offers = cloud();
         offers[0].spot = true;
         offers.push(offer("runpod", Some(("MI300X", 1, 192)), 0.1));
@@ -783,7 +783,7 @@ mod tests {
     }
 
     #[test]
-    fn a_form_can_be_asked_for_whatever_a_cloud_calls_it() {
+    fn form_factor_filter_matches_all_spellings() {
         let named = |raw: &str| {
             let offer = Offer::new("runpod", raw.to_owned(), 1, UsdPerHour::from_dollars(1.0));
             offer.with_gpu(raw, None)
@@ -797,7 +797,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_worker_cannot_use_is_left_out_and_counted() {
+    fn unsupported_offers_are_excluded_and_counted() {
         let named = |raw: &str| {
             let offer = Offer::new("vast", raw.to_owned(), 1, UsdPerHour::from_dollars(1.0));
             offer.with_gpu(raw, None)
@@ -820,9 +820,9 @@ mod tests {
     }
 
     #[test]
-    fn an_option_that_is_alone_in_the_way_is_named() {
+    fn single_blocking_option_is_suggested_for_removal() {
         let query = GpuRequest { region: Some("Mars".to_owned()), ..want() };
-        // None of these says where it is.
+        // None of these offers states a region.
         let error = filtered(cloud(), &query);
         assert_eq!(error.relaxation.as_ref().map(|found| found.option.as_str()), Some("no --region"), "{error}");
         let mut offers = cloud();
@@ -841,7 +841,7 @@ mod tests {
     }
 
     #[test]
-    fn two_letters_of_a_region_are_a_word() {
+    fn two_letter_region_matches_a_whole_word() {
         let at = |region: &str| Offer { region: Some(region.to_owned()), ..offer("vast", Some(("H100", 1, 80)), 1.0) };
         let offers = ["Texas, US", "Russia, RU", "Austria, AT", "US-KS-2", "EUR-IS-1", "EU-RO-1"].map(at).to_vec();
         for (region, expected) in [("us", 2), ("eu", 2), ("US", 2), ("ru", 1), ("texas", 1), ("at", 1), ("ks", 1)] {
@@ -851,7 +851,7 @@ mod tests {
     }
 
     #[test]
-    fn what_costs_least_in_the_end_is_first() {
+    fn cheapest_total_cost_is_first() {
         let offer = |key: &str, mib: u64, dollars: f64| Offer {
             download: Some(Bytes::from_mib(mib)),
             key: key.into(),
@@ -866,7 +866,7 @@ mod tests {
 
     /// The size of the largest clouds together; nobody should have to wait for the order of a list.
     #[test]
-    fn a_thousand_offers() {
+    fn thousand_offers_are_ranked_quickly() {
         let offers: Vec<Offer> = (0..1000u32)
             .map(|i| {
                 let gpu = ["H100", "A100-80GB", "L40S", "RTX 4090"][i as usize % 4];
@@ -883,7 +883,7 @@ mod tests {
     }
 
     #[test]
-    fn no_offers() {
+    fn empty_offer_list_is_its_own_error() {
         assert_eq!(select(vec![], &want(), &work()).unwrap_err().to_string(), "no broker has an offer");
     }
 
@@ -977,13 +977,13 @@ mod tests {
     }
 
     #[test]
-    fn each_filter_has_one_rule() {
+    fn every_filter_has_one_rule() {
         let filters: std::collections::HashSet<Filter> = RULES.iter().map(|rule| rule.filter).collect();
         assert_eq!(filters.len(), RULES.len());
     }
 
     #[test]
-    fn what_is_not_done_in_time_is_left_out_and_the_quickest_is_named_where_none_is() {
+    fn offers_over_the_time_limit_are_excluded_and_the_fastest_named() {
         let offer = |key: &str, mib: u64| Offer {
             download: Some(Bytes::from_mib(mib)),
             key: key.into(),
@@ -1006,7 +1006,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
         #[test]
-        fn nothing_is_lost_and_nothing_unfit_is_kept(
+        fn every_offer_is_kept_or_counted_as_removed(
             offers in proptest::collection::vec(any_offer(), 0..12),
             want in any_request(),
         ) {
@@ -1041,7 +1041,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_kept_in_the_end_may_match_before_all_of_it_is_known(
+        fn kept_offers_may_match_with_partial_information(
             offer in any_offer(), want in any_request(), known in any::<[bool; 7]>(),
         ) {
             let before = known_in_part(&offer, known);
@@ -1051,7 +1051,7 @@ mod tests {
 
         /// Of each filter by itself: a broker that leaves out what fails takes nothing from the market.
         #[test]
-        fn what_a_filter_refuses_before_all_is_known_it_refuses_in_the_end(
+        fn early_refusals_hold_with_full_information(
             offer in any_offer(), want in any_request(), known in any::<[bool; 7]>(),
         ) {
             let before = known_in_part(&offer, known);
@@ -1065,7 +1065,7 @@ mod tests {
         }
 
         #[test]
-        fn the_order_of_offers_does_not_matter(
+        fn offer_order_does_not_matter(
             offers in proptest::collection::vec(any_offer(), 1..8),
             want in any_request(),
         ) {

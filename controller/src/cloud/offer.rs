@@ -1,4 +1,4 @@
-//! What is asked for and what can be had: a request, and an offer of a broker.
+//! The request for an instance, and the offers of brokers.
 
 use std::fmt;
 
@@ -17,7 +17,7 @@ pub mod request;
 pub enum Tier {
     /// A data centre.
     Secure,
-    /// Whoever offers it.
+    /// A private host of a marketplace.
     Community,
 }
 
@@ -30,21 +30,21 @@ impl fmt::Display for Tier {
     }
 }
 
-/// Something that can be rented.
+/// An offer: an instance that can be rented, with its price.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Offer {
     /// Name of the broker.
     pub broker: String,
-    /// It is of this machine: it costs no real money, and there is nothing to boot.
+    /// The offer is of this machine: it costs nothing and needs no boot.
     #[serde(default)]
     pub is_local: bool,
-    /// What `create` needs to rent this offer; opaque to everyone else.
+    /// What `create` needs to rent this offer. Only the broker interprets it.
     pub key: String,
     /// Canonical GPU name, `None` for a CPU-only machine.
     pub gpu: Option<String>,
     /// The name the cloud gave.
     pub gpu_raw: Option<String>,
-    /// How the GPUs sit in the host, where that name tells it.
+    /// Form factor of the GPUs, if that name states it.
     pub form: Option<Form>,
     /// Number of GPUs.
     pub gpu_count: u32,
@@ -57,36 +57,36 @@ pub struct Offer {
     /// The host's processor is ARM's, on which no program for x86-64 runs.
     #[serde(default)]
     pub arm: bool,
-    /// Memory of the host; `None`: unknown, never another quantity.
+    /// Memory of the host. `None`: unknown.
     pub cpu_ram: Option<Bytes>,
     /// CPU cores.
     pub cpu_cores: Option<u32>,
-    /// Disk that can be had.
+    /// Maximum disk.
     pub disk: Option<Bytes>,
-    /// Whole instance, the disk asked for ([`GpuRequest::min_disk`]) included.
+    /// Price of the whole instance, including the requested disk ([`GpuRequest::min_disk`]).
     pub price: UsdPerHour,
     /// Region or data centre.
     pub region: Option<String>,
     /// Who owns the host.
     pub tier: Option<Tier>,
-    /// The cloud may take it back at any time.
+    /// The cloud may end the instance at any time (spot).
     #[serde(default)]
     pub spot: bool,
-    /// Newest CUDA version the host's driver serves.
+    /// Newest CUDA version that the host's driver supports.
     pub max_cuda: Option<CudaVersion>,
-    /// What it downloads per second, where the cloud measures that.
+    /// Download rate, if the cloud measures it.
     pub download: Option<Bytes>,
-    /// The cloud's name for the very machine, where offers name one: a bad one is not taken twice.
+    /// The cloud's id of the physical host, if offers state one. A bad host is not rented twice.
     pub machine: Option<String>,
 }
 
 impl Offer {
-    /// An offer of which nothing is known but this.
+    /// An offer with only these facts. All others are unknown.
     pub fn new(broker: &str, key: String, gpu_count: u32, price: UsdPerHour) -> Self {
         Self { broker: broker.to_owned(), key, gpu_count, price, ..Self::default() }
     }
 
-    /// Sets the GPUs' raw name and, where the cloud says, the memory of each.
+    /// Sets the raw GPU name and, if the cloud states it, the memory of each GPU.
     #[must_use]
     pub fn with_gpu(self, raw: &str, reported: Option<Bytes>) -> Self {
         Self {

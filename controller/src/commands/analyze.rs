@@ -30,7 +30,7 @@ pub(super) async fn command(
         ran = worker.run(&job, &partial, &on) => ran,
         // The worker hears the terminal's Ctrl-C too; dropping it ends it in any case.
         _ = tokio::signal::ctrl_c() => {
-            let hint = Some(format!("the same with --output {} goes on where it was", folder.display()));
+            let hint = Some(format!("the same command with --output {} resumes it", folder.display()));
             return Err(CliError { status: ExitStatus::Interrupted, message: "interrupted".to_owned(), hint });
         }
     };
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_lies_in_a_folder_already_is_not_touched() {
+    fn existing_files_in_the_folder_are_not_touched() {
         let home = tempfile::tempdir().unwrap();
         let job = JobSpec::new(ModelSource::Hub { id: "a/b".into(), revision: "main".into() });
         let folder = home.path().join("out");

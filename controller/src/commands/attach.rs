@@ -24,7 +24,7 @@ pub(super) async fn command(
     if let Some(results) = results {
         let folder = send_results(context, &ledger, &run, results)?;
         if ledger.is_driven(&run.id)? {
-            context.reporter.say(&format!("Whoever drives run {} brings its results to {folder} from now on", run.id));
+            context.reporter.say(&format!("The driver of run {} saves its results to {folder} from now on", run.id));
             return Ok(ExitStatus::Done);
         }
     }
@@ -49,7 +49,7 @@ async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<
     drive(&context.reporter, taken, ports(&clouds, &bad_hosts, &hosts, &secrets)).await
 }
 
-/// Names another folder for a run's results, which have not come home; gives its path.
+/// Sets another folder for the unsaved results of a run. Returns its path.
 fn send_results(context: &Context, ledger: &Ledger, run: &RunRecord, folder: &Path) -> Result<String, CliError> {
     if let Some(results) = run.state.results() {
         let message = format!("the results of run {} are already saved in {}", run.id, results.folder);

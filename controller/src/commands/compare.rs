@@ -106,7 +106,7 @@ impl From<ReadError> for CliError {
             ReadError::Flawed(_) => Self {
                 status: ExitStatus::Failed,
                 message,
-                hint: Some("--allow-partial goes on without their figures, and says so beside the others".to_owned()),
+                hint: Some("--allow-partial continues without their figures and notes their absence".to_owned()),
             },
             ReadError::Nothing(_) | ReadError::Unreadable { .. } => Self::refused(
                 message,

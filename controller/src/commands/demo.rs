@@ -163,7 +163,7 @@ fn asked(context: &Context, folder: &Path) -> DeployRequest {
     }
 }
 
-/// Planted features and decoys in the order of the truth, then what nobody planted.
+/// Planted features and decoys in the order of the truth, then unplanted ones.
 fn compare(planted: &Planted, results: &Results) -> Vec<ComparedFeature> {
     let found = |dim: usize| results.features.iter().any(|f| f.dim == dim && f.systematic_by_layers);
     let line = |feature: &Feature, expected: bool, why: &str| {
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_exact_truth_is_right() {
+    fn only_the_exact_planted_features_pass() {
         let right = |found: &[usize], others: &[usize]| {
             compare(&planted(), &results(found, others)).iter().all(|line| line.expected == line.found)
         };

@@ -221,7 +221,7 @@ fn show(reporter: &Reporter, prepared: &Prepared) {
     reporter.result(&plan, || head + &tables::needs(inspection) + "\n" + &market(prepared));
 }
 
-/// Brings ledger and cloud into agreement; returns the unfinished run of the same work, if nobody drives one.
+/// Reconciles ledger and cloud. Returns the abandoned run of the same work, if there is one.
 async fn reconcile(
     reporter: &Reporter,
     ledger: &Ledger,

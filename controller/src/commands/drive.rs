@@ -93,7 +93,7 @@ pub(super) async fn drive_as(
     if detach || run.state.is_at_rest() { Ok(Deployed::of(run)) } else { Err(let_go(&run)) }
 }
 
-/// A run that was let go of although nobody asked for that.
+/// The error for a run that was left running without `--detach`.
 fn let_go(run: &RunRecord) -> CliError {
     let bills = run.state.rental().map(|rental| {
         let until = rfc3339(rental.tag.deadline);
@@ -102,16 +102,16 @@ fn let_go(run: &RunRecord) -> CliError {
     let lease = Duration::from_secs(run.spec.watch.lease_s);
     let sooner = match lease.is_zero() {
         true => String::new(),
-        false => format!("; its guard ends the run when nobody was heard for {}", Span(lease)),
+        false => format!("; its guard ends the run after {} without a controller", Span(lease)),
     };
     CliError {
         status: ExitStatus::InstanceLeft,
-        message: format!("run {} was let go of: its worker goes on{}", run.id, bills.unwrap_or_default()),
-        hint: Some(format!("`outliers attach {}` goes on with it{sooner}", run.id)),
+        message: format!("run {} was left running{}", run.id, bills.unwrap_or_default()),
+        hint: Some(format!("`outliers attach {}` resumes it{sooner}", run.id)),
     }
 }
 
-/// Does `work`, which is told how urgently a person wants it to end.
+/// Runs `work`, which gets the urgency of the user's requests to stop.
 ///
 /// # Errors
 /// Status 6: signals cannot be heard, and instances may be left.
@@ -195,7 +195,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_ignored_signal_is_told_from_the_systems_mask() {
+    fn ignored_signals_are_read_from_the_systems_mask() {
         let status = |mask: &str| format!("Name:\toutliers\nSigBlk:\tffffffffffffffff\nSigIgn:\t{mask}\nSigCgt:\t1\n");
         let ignored = |mask: &str| ignores(&status(mask), SignalKind::hangup());
         assert!(ignored("0000000000000001") && ignored("0000000000001001"));

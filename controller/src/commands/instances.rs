@@ -212,7 +212,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_is_never_an_option() {
+    fn ssh_address_is_never_parsed_as_an_option() {
         let at = |host: &str, user: &str| SshEndpoint { host: host.into(), port: 22, user: user.into() };
         assert_eq!(address(&at("1.2.3.4", "root")).unwrap(), "1.2.3.4");
         assert_eq!(address(&SshEndpoint { port: 2222, ..at("::1", "u") }).unwrap(), "[::1]:2222");

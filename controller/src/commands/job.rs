@@ -75,10 +75,9 @@ fn name(name: &str) -> Result<String, CliError> {
 /// A file among the results.
 fn plain_name(option: &str, name: Option<&str>) -> Result<(), CliError> {
     match name {
-        Some(name) if !is_plain_name(name) => Err(CliError::refused(
-            format!("--{option} takes a plain file name"),
-            "the file comes home with the results",
-        )),
+        Some(name) if !is_plain_name(name) => {
+            Err(CliError::refused(format!("--{option} takes a plain file name"), "the file is saved with the results"))
+        }
         _ => Ok(()),
     }
 }
@@ -169,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn norm_outputs_are_studied_whatever_else_is() {
+    fn norm_outputs_are_always_studied() {
         let with = |sites: &[&str]| {
             let sites = sites.iter().map(|text| text.parse().unwrap()).collect();
             let args = JobOptions { sites, ..JobOptions::default() };
@@ -182,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_come_from_where_they_are_said_to_be() {
+    fn weights_option_selects_the_source() {
         let here = tempfile::tempdir().unwrap();
         std::fs::create_dir(here.path().join("w")).unwrap();
         let with = |text: &str| {
@@ -200,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_model_has_the_name_it_is_given() {
+    fn model_name_option_is_used() {
         let with = |name: &str| {
             let args = JobOptions { name: Some(name.into()), ..JobOptions::default() };
             made("a/b", &args, Path::new("/")).map(|job| job.model_name().to_owned())
@@ -218,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn corpora_must_be_there_and_hold_something() {
+    fn missing_or_empty_corpora_are_refused() {
         let here = tempfile::tempdir().unwrap();
         std::fs::write(here.path().join("text"), "words").unwrap();
         std::fs::write(here.path().join("empty"), "").unwrap();
@@ -231,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn features_to_take_away_are_named_or_found() {
+    fn ablated_features_are_given_or_read_from_results() {
         let here = tempfile::tempdir().unwrap();
         let with = |text: &str| {
             let args =
@@ -247,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ablation_exports_nothing() {
+    fn ablation_with_export_is_refused() {
         let with = |ablate: Option<&str>| {
             let ablate = ablate.map(|text| text.parse().unwrap());
             let args = JobOptions { ablate, export: vec!["reap".parse().unwrap()], ..JobOptions::default() };
@@ -259,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_make_no_job_are_refused() {
+    fn impossible_job_numbers_are_refused() {
         for args in [
             JobOptions { num_sequences: Some(0), ..JobOptions::default() },
             JobOptions { sequence_length: Some(0), ..JobOptions::default() },

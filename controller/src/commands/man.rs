@@ -59,12 +59,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_is_no_command_of_the_formatter() {
+    fn text_is_escaped_for_roff() {
         assert_eq!(roff(".so /etc\n'x\n--a\\b"), "\\&.so /etc\n\\&'x\n\\-\\-a\\eb");
     }
 
     #[test]
-    fn every_command_that_is_shown_has_a_page() {
+    fn every_visible_command_has_a_man_page() {
         let mut program = Cli::command();
         program.build();
         let mut pages = Vec::new();

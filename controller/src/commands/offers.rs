@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_usual_run_is_one_that_takes_minutes() {
+    fn default_run_estimate_takes_minutes() {
         let (read, operations) = USUAL;
         let work = Work { read, operations, read_rate: Bytes::from_gib(1), efficiency: 0.3, ..Work::default() };
         let took = work.at(Duration::ZERO, work.read_rate, Some(work.reached(312e12)), None).seconds;

@@ -81,7 +81,8 @@ fn own_budget(spec: &RunSpec) -> Option<Usd> {
     spec.budget.filter(|_| spec.survey.is_none())
 }
 
-/// Looks at everything that can be known to be wrong before anything is rented. `offered` hears what the clouds have.
+/// Checks everything that can be checked before renting. `offered` is called with the clouds'
+/// offers.
 ///
 /// # Errors
 /// [`CliError`]: what is wrong.
@@ -113,7 +114,7 @@ pub(super) async fn prepare(
 /// The offers whose GPUs take no more time until the time limit than the run may take.
 ///
 /// # Errors
-/// There is none.
+/// No offer takes that little GPU time.
 fn in_gpu_time(mut quote: Quote, spec: &RunSpec) -> Result<Quote, CliError> {
     let Some(most) = spec.max_gpu_time else { return Ok(quote) };
     let least = quote.offers.iter().map(|offer| spec.gpu_time(offer)).min();
@@ -338,7 +339,7 @@ fn spec(
 /// Asks before real money is spent, for `what`. `words` are what is shown, and the question.
 ///
 /// # Errors
-/// Nobody says yes.
+/// The user declines.
 pub(super) fn consent(
     context: &Context,
     clouds: &Clouds,
@@ -350,7 +351,7 @@ pub(super) fn consent(
         return Ok(());
     }
     if !std::io::stdin().is_terminal() {
-        return Err(CliError::refused(format!("this would rent {what}, and nobody is there to ask"), "add --yes"));
+        return Err(CliError::refused(format!("this would rent {what}, and there is no terminal"), "add --yes"));
     }
     let (shown, question) = words();
     context.reporter.say(&shown);
@@ -364,11 +365,11 @@ pub(super) fn consent(
     }
 }
 
-/// Whether there is room for all that these runs bring home, and for the ledger; found out before
-/// it costs anything.
+/// Checks the disk space for the results of these runs and for the ledger before
+/// anything is rented.
 ///
 /// # Errors
-/// There is none.
+/// The free space is too small.
 pub(super) fn room<'s>(context: &Context, specs: impl IntoIterator<Item = &'s RunSpec>) -> Result<(), CliError> {
     let mut needed = RESERVE;
     for spec in specs {
@@ -384,7 +385,7 @@ fn fits(what: &str, needed: Bytes, folder: &Path, setting: &str) -> Result<(), C
     Err(CliError::refused(message, format!("make room, or set {setting} to a folder on another disk")))
 }
 
-/// Whether results can come to lie in `folder`; found out before they cost anything.
+/// Checks that results can be written to `folder`, before anything is rented.
 ///
 /// # Errors
 /// They cannot.
@@ -407,12 +408,12 @@ mod tests {
     use crate::run::output::tests::inspection;
 
     #[test]
-    fn a_model_in_a_shared_cache_is_found_by_its_commit() {
+    fn model_in_a_shared_cache_is_found_by_commit() {
         assert_eq!(snapshot("/hf/", "a/b", "c0ffee"), "/hf/hub/models--a--b/snapshots/c0ffee");
     }
 
     #[test]
-    fn all_that_a_run_reads_of_a_model_is_fetched_first_or_it_is_refused() {
+    fn model_files_are_fetched_first_or_the_run_is_refused() {
         let file = |name: &str, bytes| FileBytes { name: name.into(), bytes };
         let seen = |name: &str| Inspection {
             revision: Some("c0ffee".into()),
@@ -433,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_refused_with_what_it_needs_and_what_is_free() {
+    fn too_little_disk_is_refused_with_needed_and_free_bytes() {
         let folder = tempfile::tempdir().unwrap();
         let place = folder.path().join("not/yet");
         assert!(fits("the results", Bytes(1), &place, "HERE").is_ok());

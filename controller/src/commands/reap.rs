@@ -237,7 +237,7 @@ fn consent(
     }
     if !terminal {
         return Err(CliError::refused(
-            format!("{} may be other people's, and nobody is there to ask", counted(count, "instance")),
+            format!("{} may be other people's, and there is no terminal to ask on", counted(count, "instance")),
             "say --yes twice, or leave --all-owners out",
         ));
     }
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_is_asked_before_anything_ends_and_a_timer_is_not() {
+    fn reap_asks_on_a_terminal_and_not_under_a_timer() {
         let (plain, yes) = (ReapArgs::default(), ReapArgs { yes: 1, ..ReapArgs::default() });
         assert!(agreed(&plain, true, b"y\n") && !agreed(&plain, true, b"n\n") && !agreed(&plain, true, b""));
         assert!(agreed(&yes, true, b"") && agreed(&plain, false, b""));

@@ -136,7 +136,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Runs of wanted models that nobody drives and that have time left, before anybody cleans them up.
+    /// Abandoned runs of wanted models with time left, before recovery ends them.
     fn left(&self, ledger: &Ledger) -> Result<Vec<Todo>, CliError> {
         let (runs, now) = (ledger.runs()?, now_ms() / 1000);
         let mut todo = Vec::new();
@@ -172,7 +172,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Looks at every model that is to be run, one after another: the hub is asked for each. Returns all that is wrong.
+    /// Checks every model to run, one after another, with requests to the hub. Returns all errors.
     async fn prepare(&self, worker: &LocalWorker, runs: &[RunRecord], todo: &mut [Todo]) -> Vec<Problem> {
         let mut problems = Vec::new();
         let mut told = false;
@@ -236,7 +236,7 @@ impl<'a> Session<'a> {
         self.own(runs).map(|run| run.cost(now_ms())).sum()
     }
 
-    /// The time of GPUs that all its runs have taken.
+    /// GPU time that all its runs have taken.
     fn gpu_time(&self, runs: &[RunRecord]) -> GpuTime {
         GpuTime::from_seconds(self.own(runs).map(|run| run.gpu_time(now_ms()).seconds()).sum())
     }

@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_project_is_found_from_any_folder_of_it() {
+    fn source_tree_is_found_from_any_subfolder() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         assert_eq!(project(&root.join("worker/src")).unwrap(), root);
         assert_eq!(project(Path::new("/")).unwrap_err().status, ExitStatus::Refused);

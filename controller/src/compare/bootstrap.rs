@@ -1,4 +1,4 @@
-//! What is systematic within each sequence, and how sure a figure is that comes from so many sequences.
+//! Systematic features within each sequence, and confidence intervals of figures over sequences.
 
 use outliers_protocol::{Axis, Results, Thresholds};
 use rand::rngs::StdRng;
@@ -134,14 +134,14 @@ mod tests {
     }
 
     #[test]
-    fn one_sequence_gives_no_interval_and_equal_ones_a_point() {
+    fn single_sequence_has_no_interval_and_equal_ones_zero_width() {
         assert_eq!(interval(&[3.0], mean_of), None);
         assert_eq!(interval(&[3.0; 9], mean_of), Some([3.0, 3.0]));
         assert_eq!(interval(&[3.0; 9], |_| None), None);
     }
 
     #[test]
-    fn the_interval_of_a_mean_is_that_of_theory() {
+    fn interval_of_a_mean_agrees_with_theory() {
         // Standard error of the mean of 0..100 is 28.87 / 10: 95 % lie within 1.96 of it.
         let items: Vec<f64> = (0..100).map(f64::from).collect();
         let [low, high] = interval(&items, mean_of).unwrap();
@@ -150,7 +150,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_interval_lies_within_its_items(items in proptest::collection::vec(-1e6..1e6, 2..20)) {
+        fn interval_lies_within_the_range_of_its_items(items in proptest::collection::vec(-1e6..1e6, 2..20)) {
             let [low, high] = interval(&items, mean_of).unwrap();
             let (least, most) = items.iter().fold((f64::MAX, f64::MIN), |(a, b), x| (a.min(*x), b.max(*x)));
             prop_assert!(least - 1e-6 <= low && low <= high && high <= most + 1e-6);

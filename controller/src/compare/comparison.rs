@@ -35,7 +35,7 @@ pub struct Compared {
     pub label: String,
     /// The model as the result has it.
     pub model: String,
-    /// Where it lies.
+    /// Its folder.
     pub folder: String,
     /// What kind of result it is.
     pub standing: ResultKind,
@@ -45,7 +45,7 @@ pub struct Compared {
     pub active_parameters: Option<u64>,
     /// Trained further than on plain text; `None` for models that are not in the catalogue.
     pub post_trained: Option<bool>,
-    /// All that the catalogue says of it.
+    /// Its entry in the catalogue.
     pub catalogue: Option<&'static Known>,
     /// Sequences.
     pub sequences: Option<usize>,
@@ -430,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_has_six_figures_of_its_own_and_those_published_of_its_model() {
+    fn run_has_six_own_figures_and_the_published_ones() {
         let home = tempfile::tempdir().unwrap();
         rename(&copy("mixture", &home.path().join("a")), "allenai/OLMoE-1B-7B-0125");
         rename(&copy("dense", &home.path().join("b")), "openai-community/gpt2");
@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_the_catalogues_and_else_those_of_the_tensors_used() {
+    fn sizes_come_from_the_catalogue_or_else_the_tensors() {
         let home = tempfile::tempdir().unwrap();
         let with_active = |folder: &Path| {
             change(folder, files::METADATA, |metadata| metadata["model"]["active_parameters"] = json!(150_000));
@@ -472,7 +472,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_lie_in_their_intervals_and_the_sum_is_the_mean_times_sequences() {
+    fn figures_lie_in_their_intervals_and_sum_is_mean_times_count() {
         let home = tempfile::tempdir().unwrap();
         copy("dense", &home.path().join("a"));
         let compared = compared(home.path());
@@ -501,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_equal_those_of_an_independent_program() {
+    fn figures_equal_an_independent_computation() {
         #[derive(serde::Deserialize)]
         struct Independent {
             reading: Reading,
@@ -529,7 +529,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_names_are_told_apart_and_paths_are_shortened() {
+    fn equal_names_are_disambiguated_and_paths_shortened() {
         let home = tempfile::tempdir().unwrap();
         copy("dense", &home.path().join("a"));
         copy("dense", &home.path().join("tests--gpt2-b"));
@@ -539,7 +539,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_stay_when_runs_are_added_and_when_some_are_left_out() {
+    fn numbers_are_stable_when_runs_are_added_or_removed() {
         let home = tempfile::tempdir().unwrap();
         rename(&copy("mixture", &home.path().join("z")), "a/first");
         assert_eq!(compared(home.path()).models[0].number, 1);
@@ -558,7 +558,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_that_began_first_and_ends_last_changes_no_number() {
+    fn order_of_runs_changes_no_number() {
         let home = tempfile::tempdir().unwrap();
         rename(&copy("mixture", &home.path().join("b")), "a/short");
         let long = copy("dense", &home.path().join("a"));
@@ -569,7 +569,7 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_says_how_many_in_which_model_at_which_thresholds_beside_whom() {
+    fn summary_states_count_model_thresholds_and_reference() {
         let home = tempfile::tempdir().unwrap();
         rename(&copy("dense", &home.path().join("a")), "openai-community/gpt2");
         let answer = compared(home.path()).answer();
@@ -580,7 +580,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_to_be_used_is_there_without_figures() {
+    fn unusable_result_is_listed_without_figures() {
         let home = tempfile::tempdir().unwrap();
         let folder = copy("dense", &home.path().join("a"));
         std::fs::write(folder.join("results.json"), "{}").unwrap();

@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_are_there_for_what_was_measured_and_are_whole() {
+    fn measured_quantities_have_complete_tables() {
         let names = |name: &str| tables_of(name).into_iter().map(|table| table.name).collect::<Vec<_>>();
         let all = ["features", "ladder", "shares", "massive-table", "super-experts", "routers-table"];
         assert_eq!(names("mixture"), all.map(|name| format!("m-{name}")));

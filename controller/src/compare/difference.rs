@@ -187,7 +187,7 @@ mod tests {
     use super::super::folder::read_all;
 
     #[test]
-    fn what_only_looks_like_a_difference_is_said_of_the_right_models() {
+    fn incomparable_settings_are_noted_for_the_right_models() {
         let home = tempfile::tempdir().unwrap();
         let at = |name: &str| home.path().join(name);
         rename(&copy("mixture", &at("1")), "Qwen/Qwen3-30B-A3B");

@@ -68,7 +68,7 @@ pub struct Run {
 /// Why figures are not to be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Flaw {
-    /// The run did not come to its end, or is not at home yet.
+    /// The run did not complete, or its results are not saved yet.
     #[error("partial: {0}")]
     Partial(String),
     /// Something is not what it was when it was written.
@@ -405,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn a_real_run_is_read_with_all_its_counts() {
+    fn real_result_is_read_with_all_counts() {
         let (_home, folder) = mixture();
         let Ok(Content::Run(run)) = read(&folder) else { panic!("{:?}", read(&folder)) };
         let (statistics, [by_layers, by_sites]) = (run.statistics.unwrap(), run.tallies.unwrap());
@@ -423,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn folders_are_found_by_survey_and_model_and_each_once() {
+    fn folders_are_found_by_survey_and_model_once_each() {
         let home = tempfile::tempdir().unwrap();
         let at = |name: &str| home.path().join(name);
         copy("dense", &at("z"));
@@ -438,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn one_bad_folder_is_named_and_stops_all_unless_it_may_be_partial() {
+    fn bad_folder_is_an_error_unless_partial_is_allowed() {
         let home = tempfile::tempdir().unwrap();
         let at = |name: &str| home.path().join(name);
         copy("dense", &at("good"));
@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_partial_by_its_name_is_left_out_and_named_unless_there_is_nothing_else() {
+    fn partial_folders_are_skipped_and_named_unless_alone() {
         let home = tempfile::tempdir().unwrap();
         let at = |name: &str| home.path().join(name);
         fs::remove_file(copy("mixture", &at("s/cut.partial")).join(files::MANIFEST)).unwrap();
@@ -465,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn a_surveys_index_decides_what_belongs_to_it() {
+    fn survey_index_decides_its_members() {
         let home = tempfile::tempdir().unwrap();
         let survey = home.path().join("survey");
         for (name, run) in [("a", "run-a"), ("b", "run-b")] {
@@ -512,7 +512,7 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_byte_is_damage_in_every_file() {
+    fn changed_byte_in_any_file_is_damage() {
         for name in [files::RESULTS, files::METADATA, files::STATISTICS, files::JOB] {
             let (_home, folder) = mixture();
             let mut bytes = fs::read(folder.join(name)).unwrap();
@@ -527,7 +527,7 @@ mod tests {
     }
 
     #[test]
-    fn documents_that_contradict_each_other_are_damage() {
+    fn contradicting_documents_are_damage() {
         type Change = (&'static str, fn(&mut Value), &'static str);
         let changes: [Change; 9] = [
             (files::RESULTS, |r| r["verdicts"][0]["count"] = json!(99.0), "verdicts"),
@@ -549,7 +549,7 @@ mod tests {
     }
 
     #[test]
-    fn other_versions_and_failed_runs_are_told_from_damage() {
+    fn other_versions_and_failed_runs_are_not_damage() {
         let (_home, folder) = mixture();
         change(&folder, files::RESULTS, |results| *results = json!({"schema": SCHEMA + 1}));
         assert!(matches!(read(&folder), Err(Flaw::Version(why)) if why.contains(files::RESULTS)));

@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_measured_has_tables_and_the_cost_is_the_first() {
+    fn measurements_have_tables_with_cost_first() {
         assert!(tables(&Run::fixture("dense").results).is_empty());
         let tables = tables(&measured().results);
         let names: Vec<&str> = tables.iter().map(|table| table.name.as_str()).collect();
@@ -375,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn a_model_that_measured_has_a_line_beside_the_others() {
+    fn measured_model_has_a_row_beside_the_others() {
         let home = tempfile::tempdir().unwrap();
         let folder = copy("dense", &home.path().join("r"));
         let compared = || Comparison::of(read_all(std::slice::from_ref(&folder), false).unwrap());
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn what_differs_by_sampling_alone_is_not_ranked() {
+    fn sampling_differences_are_not_ranked() {
         let of = |means: [[f64; 4]; 3]| {
             let pooled = |(rotation, per_sequence): (u64, [f64; 4])| {
                 let error = per_sequence.iter().sum::<f64>() / 4.0;
@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn a_spike_that_not_every_sample_has_says_so_and_older_runs_have_no_samples() {
+    fn spike_missing_in_some_samples_is_marked() {
         let mut life = measured().results.spike_life.unwrap();
         life.layers.iter_mut().for_each(|layer| layer.margins = vec![-30.0, 10.0]);
         let said = spike_layers(&life);

@@ -110,7 +110,7 @@ fn contents(comparison: &Comparison) -> Markup {
     }
 }
 
-/// Results without figures come first: nobody should miss that a point is missing.
+/// Results without figures come first, so that a missing point is noticed.
 fn unusable(models: &[Compared]) -> Markup {
     html! {
         @for model in models {
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_text_wherever_they_stand() {
+    fn names_are_escaped_everywhere() {
         let page = page_of(EVIL);
         for forbidden in
             ["<script", "<img", "\u{202e}", "alert(1)<", "http:", "https:", "url(", "@import", "<link", "<iframe"]
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_that_was_measured_is_on_the_page() {
+    fn page_shows_every_measurement() {
         let page = page_of("allenai/OLMoE-1B-7B-0125");
         for id in [
             "table-models",
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn what_outliers_cost_is_said_and_drawn_first() {
+    fn quantization_cost_comes_first_on_the_page() {
         let home = tempfile::tempdir().unwrap();
         let folder = copy("dense", &home.path().join("a"));
         let error = json!({"format": "mxfp4", "rotation": 0, "rows": 8, "error": 0.02, "share_in_outlier_blocks": 0.5,
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn every_colour_of_the_drawings_can_change_with_the_mode() {
+    fn every_plot_colour_follows_the_colour_scheme() {
         let page = page_of("a/b");
         let known: Vec<String> =
             Colour::ALL.iter().map(|(_, [r, g, b], _)| format!("#{r:02X}{g:02X}{b:02X}")).collect();

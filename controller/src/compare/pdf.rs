@@ -8,7 +8,7 @@ use resvg::usvg::{Color, Group, Node, Paint, Path};
 
 use super::pixels::tree;
 
-/// An SVG as PDF, so many inches wide.
+/// Converts an SVG to a PDF of this width in inches.
 ///
 /// # Errors
 /// What is wrong with the drawing.
@@ -128,7 +128,7 @@ mod tests {
         <text x=\"5\" y=\"40\" font-family=\"sans-serif\" font-size=\"20\">o</text></svg>";
 
     #[test]
-    fn shapes_and_letters_stand_on_a_page_of_the_asked_width() {
+    fn pdf_has_shapes_and_text_at_the_requested_width() {
         let text = String::from_utf8(pdf(SVG, 1.0).unwrap()).unwrap();
         assert!(text.starts_with("%PDF-1.4\n") && text.ends_with("%%EOF\n"));
         for said in ["/MediaBox [0 0 72.000 36.000]", "1.000 0.000 0.000 rg", "0.000 0.000 1.000 RG", "3.000 w", " c\n"]
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_drawing_is_an_error() {
+    fn invalid_svg_is_an_error() {
         assert!(pdf("<svg", 1.0).is_err());
     }
 }

@@ -25,7 +25,7 @@ pub(super) fn tree(svg: &str) -> Result<Tree, String> {
     Tree::from_str(svg, &options).map_err(|error| error.to_string())
 }
 
-/// An SVG as PNG, so many pixels wide; without a width, one pixel per unit of its own.
+/// Converts an SVG to a PNG of this width in pixels. Without a width, one pixel per SVG unit.
 ///
 /// # Errors
 /// What is wrong with the drawing.
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn every_plot_is_there_in_its_size_with_its_colours_and_letters() {
+    fn png_has_the_size_colours_and_text_of_each_plot() {
         let home = tempfile::tempdir().unwrap();
         rename(&copy("mixture", &home.path().join("a")), "<a href='x'>&\u{202e}");
         copy("dense", &home.path().join("b"));
@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_drawing_is_an_error() {
+    fn invalid_svg_is_an_error() {
         for text in ["", "<svg", "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"0\" height=\"0\"/>"] {
             assert!(png(text, None).is_err(), "{text}");
         }

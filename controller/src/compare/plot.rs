@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn drawings_have_a_title_a_description_and_no_markup_of_others() {
+    fn svg_has_title_and_description_and_escapes_names() {
         let svg = plot([AxisKind::Log, AxisKind::Percent], &[(1e9, 25.0), (1e12, 50.0)]).unwrap().svg;
         for expected in [
             "<svg role=\"img\" aria-labelledby=\"name-title name-description\"",
@@ -410,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_without_a_value_is_a_gap_in_the_line() {
+    fn layer_without_a_value_is_a_gap_in_the_line() {
         let lines = |layers: &[f64]| {
             let points = layers.iter().map(|x| Point { x: *x, y: 1.0 + x, ..Point::default() }).collect();
             let group = Group { name: "load".into(), mark: MARK, joined: true, points };
@@ -424,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_of_a_legend_touch_nothing() {
+    fn legend_entries_do_not_overlap() {
         let names = ["plain", "Hadamard 16", "Hadamard 32", "Hadamard 128", ">= 9.54"];
         let places = legend_places(names.into_iter());
         // As wide as letters of a wide font are on the average.
@@ -437,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_keys_stand_below_the_drawing() {
+    fn key_names_are_listed_below_the_plot() {
         let plain = plot([AxisKind::Log, AxisKind::Percent], &[(1e9, 25.0)]).unwrap();
         let keyed = plain.clone().keyed(&[("1".into(), "<script>".into()), ("a".into(), "n".repeat(19))]);
         assert!(keyed.svg.contains("viewBox=\"0 0 840 657\"") && keyed.svg.contains("height=\"657\""));
@@ -450,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_axis_cannot_hold_is_not_drawn() {
+    fn values_outside_the_axis_are_not_drawn() {
         assert!(plot([AxisKind::Log, AxisKind::Linear], &[(0.0, 1.0), (-1.0, 1.0), (1.0, f64::INFINITY)]).is_none());
         assert!(plot([AxisKind::Linear, AxisKind::Linear], &[(f64::NAN, 1.0)]).is_none());
         assert!(plot([AxisKind::Index, AxisKind::Linear], &[]).is_none());
@@ -459,7 +459,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_values_find_their_place(values in proptest::collection::vec((1e-30f64..1e30, 1e-30f64..1e30), 1..5)) {
+        fn any_values_are_plotted_without_panic(
+            values in proptest::collection::vec((1e-30f64..1e30, 1e-30f64..1e30), 1..5),
+        ) {
             for x in [AxisKind::Linear, AxisKind::Log] {
                 let plot = plot([x, AxisKind::Log], &values).unwrap();
                 prop_assert_eq!(plot.svg.matches("<circle").count(), values.len() + 1);

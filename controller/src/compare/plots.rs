@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn every_plot_that_has_something_to_show_is_there_once() {
+    fn each_plot_with_data_appears_once() {
         let compared = compared();
         let names: Vec<String> = across(&compared).into_iter().map(|plot| plot.name).collect();
         assert_eq!(names.len(), 18, "{names:?}");
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn points_are_the_figures() {
+    fn plotted_points_equal_the_figures() {
         let compared = compared();
         let plots = across(&compared);
         let plot = plots.iter().find(|plot| plot.name == "affected-parameters-predecessor").unwrap();
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn results_of_equal_value_share_a_key_and_each_has_its_name_below() {
+    fn equal_results_share_a_key_and_are_named_below() {
         let home = tempfile::tempdir().unwrap();
         for name in ["one", "two", "three", "a-name-that-is-too-long-for-half-a-line"] {
             rename(&copy("dense", &home.path().join(name)), &format!("somebody/{name}"));
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn quartiles_are_of_the_norm_outputs_with_outliers() {
+    fn quartiles_cover_the_norm_outputs_with_outliers() {
         let compared = compared();
         let run = compared.models[0].run.as_ref().unwrap();
         let statistics = run.statistics.as_ref().unwrap();

@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn both_files_become_one_labelled_result() {
+    fn two_files_are_imported_as_one_labelled_result() {
         let folder = folder(&[(OUTLIERS, &analysis()), (PERPLEXITY, &perplexity())]);
         let imported = import(&[folder.path().to_owned()]).unwrap();
         let outliers = imported.outliers.as_ref().unwrap();
@@ -409,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn batches_of_several_sequences_are_not_called_sequences() {
+    fn multi_sequence_batches_are_not_called_sequences() {
         let mut old = analysis();
         old["run_config"]["batch_size"] = json!(2);
         let folder = folder(&[(OUTLIERS, &old)]);
@@ -419,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_off_or_contradicts_itself_is_refused() {
+    fn truncated_or_contradicting_files_are_refused() {
         let refused = |value: &Value| {
             let folder = folder(&[(OUTLIERS, value)]);
             import(&[folder.path().to_owned()]).unwrap_err().to_string()
@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_two_models_or_runs_are_not_mixed() {
+    fn files_of_different_models_or_runs_are_refused() {
         let mut other = perplexity();
         other["model"] = json!("c/d");
         let mixed = folder(&[(OUTLIERS, &analysis()), (PERPLEXITY, &other)]);

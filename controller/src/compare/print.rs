@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_shows_every_reading_what_was_published_and_what_is_missing() {
+    fn terminal_shows_readings_published_values_and_gaps() {
         let shown = terminal(&compared("allenai/OLMoE-1B-7B-0125"));
         for expected in [
             "unique, by layers (the paper's)",
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn markdown_tables_keep_their_columns_and_run_nothing() {
+    fn markdown_cells_are_escaped() {
         let text = markdown(&compared(EVIL));
         let columns = |line: &str| line.replace("\\|", "").matches('|').count();
         let mut lines = text.lines().filter(|line| line.starts_with('|'));
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn csv_has_a_line_per_figure_and_one_for_what_has_none() {
+    fn csv_has_a_row_per_figure_and_per_result_without_one() {
         let text = csv(&compared("allenai/OLMoE-1B-7B-0125"));
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 1 + 7 + 1);
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn csv_fields_are_one_field_and_no_formula() {
+    fn csv_fields_are_quoted_and_never_formulas() {
         assert_eq!(field("-1.5"), "-1.5");
         assert_eq!(field("a,b"), "\"a,b\"");
         assert_eq!(field("=1+2"), "\"'=1+2\"");

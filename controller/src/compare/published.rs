@@ -41,7 +41,7 @@ pub struct PublishedTable {
     pub name: String,
     /// Its heading.
     pub title: String,
-    /// Where it stands.
+    /// Where it was published.
     pub source: String,
     /// What its counts are.
     pub definition: String,
@@ -95,7 +95,7 @@ pub struct SuperExpertsOf {
     pub id: String,
     /// Layer and expert of each.
     pub experts: Vec<[usize; 2]>,
-    /// Where it stands.
+    /// Where it was published.
     pub source: String,
 }
 
@@ -171,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_published_tables_are_as_published() {
+    fn published_tables_match_their_source() {
         let [paper, predecessor] = tables() else { panic!("two tables") };
         assert_eq!((paper.models.len(), predecessor.models.len()), (10, 12));
         let sums = |table: &PublishedTable| {
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn published_super_experts_are_of_models_of_the_catalogue() {
+    fn published_super_experts_are_of_catalogue_models() {
         for SuperExpertsOf { id, experts, source } in &*SUPER_EXPERTS {
             assert!(known(id).is_some() && !experts.is_empty() && !source.is_empty(), "{id}");
         }
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_about_models_of_the_catalogue() {
+    fn published_rows_are_of_catalogue_models() {
         for table in tables() {
             for row in &table.models {
                 assert!((0.0..=100.0).contains(&row.layers) && (0.0..=100.0).contains(&row.positions), "{}", row.name);

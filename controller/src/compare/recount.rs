@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_runs_own_thresholds_give_what_the_run_counted() {
+    fn recount_at_the_runs_thresholds_equals_its_counts() {
         for run in ["mixture", "dense"].map(Run::fixture) {
             let again = recount(&run, run.results.thresholds).unwrap();
             assert_eq!(again.per_sequence, run.results.per_sequence);
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn other_shares_are_applied_to_stored_counts() {
+    fn other_thresholds_are_applied_to_stored_counts() {
         for run in ["mixture", "dense"].map(Run::fixture) {
             for (layers, positions) in [(10.0, 1.0), (50.0, 6.0), (100.0, 25.0)] {
                 let own = run.results.thresholds;
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_stored_is_refused() {
+    fn recount_of_unstored_data_is_refused() {
         let mut run = Run::fixture("dense");
         let own = run.results.thresholds;
         let other = Thresholds { magnitude: own.magnitude - 1.0, ..own };

@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn results_alone_tell_what_the_statistics_tell_of_every_sequence() {
+    fn results_json_agrees_with_statistics_per_sequence() {
         for run in ["mixture", "dense"].map(Run::fixture) {
             let [by_layers, by_sites] = run.tallies.as_ref().unwrap();
             assert!(by_layers.iter().any(|tally| tally.features > 0), "else this shows nothing");
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn results_alone_tell_the_quartiles_of_peaks() {
+    fn results_json_contains_the_quartiles_of_peaks() {
         for run in ["mixture", "dense"].map(Run::fixture) {
             for feature in run.results.features.iter().filter(|feature| !feature.within.is_empty()) {
                 let peaks = feature.peaks.iter().copied().map(f64::from).collect();
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn samples_are_judged_as_their_sequences_together() {
+    fn samples_have_the_verdict_of_their_pooled_sequences() {
         // One feature, four layers of two norm outputs, four sequences of ten positions: 25 % is one layer or two norm outputs, 6 % one position.
         let within = |sequence: usize, positions: u64, sites: &str| json!({"sequence": sequence, "positions": positions, "sites": sites});
         let site = |layer: usize, point: &str| json!({"layer": layer, "point": point, "occurrences": 0, "features": 0, "max_abs": 0.0, "rms": 0.0, "kurtosis": 0.0});
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn older_runs_have_no_samples() {
+    fn older_results_have_no_samples() {
         for mut run in ["mixture", "dense"].map(Run::fixture) {
             assert!(resampled(&run.results).iter().all(|tallies| tallies.len() > 1000));
             run.results.features.iter_mut().for_each(|feature| feature.within.clear());
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_within_a_sequence_is_damage() {
+    fn impossible_per_sequence_counts_are_damage() {
         let changes: [fn(&mut Value); 7] = [
             |within| within[0]["sequence"] = json!(6),
             |within| within[1] = within[0].clone(),

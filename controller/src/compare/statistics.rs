@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn tensors_come_by_name_and_layer() {
+    fn tensors_are_found_by_name_and_layer() {
         let bytes = file(&[0, 1, 2, 3, 4, 5], &[1.0, 2.0, 10.0, 4.0, 5.0, 6.0]);
         let statistics = Statistics::read(&bytes, SHAPE).unwrap();
         assert_eq!(statistics.count.at(1, 0), 3);
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_named() {
+    fn mismatched_tensor_is_named() {
         let fine = [1.0; 6];
         let wrong = |bytes: &[u8]| Statistics::read(bytes, SHAPE).unwrap_err();
         assert!(wrong(b"nothing").contains("no safetensors"));

@@ -258,7 +258,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_catalogue_knows_stands_in_columns() {
+    fn catalogue_facts_are_table_columns() {
         let home = tempfile::tempdir().unwrap();
         rename(&copy("mixture", &home.path().join("a")), "allenai/OLMoE-1B-7B-0125");
         copy("dense", &home.path().join("b"));
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_short() {
+    fn numbers_are_shortened() {
         for (number, expected) in [
             (6_919_161_856.0, "6.92 B"),
             (596_049_920.0, "596 M"),
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn intervals_stand_beside_their_figure() {
+    fn intervals_are_beside_their_figure() {
         assert_eq!(estimate(Estimate { value: 10.0 / 3.0, interval: Some([3.0, 3.666]) }, 2), "3.33 (3.00 to 3.67)");
         assert_eq!(estimate(Estimate::bare(49.0), 0), "49");
     }

@@ -23,7 +23,7 @@ pub struct SweepPoint {
     pub magnitude: f32,
     /// Features that reach it anywhere.
     pub anywhere: usize,
-    /// Those that reach it in at least the run's share of layers, wherever in the sequences.
+    /// Features that reach it in at least the run's share of layers, at any positions.
     pub in_layers: usize,
     /// Those of them that are systematic at the run's own magnitude. From there up, systematic ones are among these.
     pub systematic: usize,
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_sweep_holds_the_runs_own_count() {
+    fn sweep_contains_the_runs_own_count() {
         for run in ["mixture", "dense"].map(Run::fixture) {
             let sweep = sweep(&run);
             let own = sweep.iter().find(|point| point.magnitude == run.results.thresholds.magnitude).unwrap();

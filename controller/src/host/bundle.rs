@@ -9,7 +9,8 @@ use crate::host::transport::quote::quote;
 /// Time for a bundle: 64 MiB at 0.5 MB/s.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// `piece NUMBER FILE head|tail LIMIT` prints `@file NUMBER LENGTH`, a line end, so many bytes and a line end; nothing if it is no plain file.
+/// `piece NUMBER FILE head` or `tail` and `LIMIT` prints `@file NUMBER LENGTH`, a line end, LENGTH
+/// bytes and a line end. It prints nothing if the file is not regular.
 const PIECE: &str = r#"
 piece() {
   if [ -h "$2" ] || [ ! -f "$2" ]; then return 0; fi
@@ -74,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whatever_the_files_hold_is_not_taken_for_frames() {
+    fn file_contents_are_not_parsed_as_frames() {
         let answer = b"@file 0 14\n@file 1 3\nabc\n\n@file 2 0\n\n";
         let files = read(answer).unwrap();
         assert_eq!(files[&0], b"@file 1 3\nabc\n");
@@ -83,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_but_the_files_asked_for_is_refused() {
+    fn unrequested_files_are_refused() {
         let bad: [&[u8]; 8] = [
             b"@file 0 5\nabc\n",
             b"@file 0 3\nabcd",
@@ -101,7 +102,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_answer_breaks_the_reader(bytes in proptest::collection::vec(any::<u8>(), 0..200), n in any::<u64>()) {
+        fn any_answer_parses_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), n in any::<u64>()) {
             let _ = read(&bytes);
             let mut framed = format!("@file 0 {n}\n").into_bytes();
             framed.extend(&bytes);
@@ -109,7 +110,7 @@ mod tests {
         }
 
         #[test]
-        fn what_was_framed_comes_back(files in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..60), 0..5)) {
+        fn frames_round_trip(files in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..60), 0..5)) {
             let mut answer = Vec::new();
             for (i, file) in files.iter().enumerate() {
                 answer.extend(format!("@file {i} {}\n", file.len()).into_bytes());

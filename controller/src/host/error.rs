@@ -90,7 +90,7 @@ fn hint_for(kind: TransportErrorKind) -> Option<&'static str> {
         }
         T::Gone => Some("see what became of it: outliers instances list"),
         T::TimedOut => Some("the instance or the line is too slow or gone"),
-        T::NoChannel => Some("the SSH server lets nobody run anything: look at MaxSessions in its sshd_config"),
+        T::NoChannel => Some("the SSH server allows no session: check MaxSessions in its sshd_config"),
         T::NoSpace => Some("ask for more disk with the next instance, or free some on this one"),
         T::Remote | T::Local => None,
     }

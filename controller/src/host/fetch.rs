@@ -32,7 +32,7 @@ const NOTHING_KEPT: &str = "nothing of it was kept; another instance may serve b
 /// Files worth having from a worker that did not finish, besides its log.
 const LOOSE: [&str; 3] = [files::JOB, files::PROGRESS, files::METADATA];
 
-/// What was brought home.
+/// The fetched files.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fetched {
     /// The worker's own word on how it ended; `None` if it did not come so far.
@@ -122,7 +122,7 @@ impl RemoteHost {
         Ok(found.into_iter().map(|(i, bytes)| (names[i], bytes)).collect())
     }
 
-    /// Brings what a manifest names: small files many at once, large ones each by itself.
+    /// Fetches the files of a manifest: small files together, large ones one by one.
     async fn fetch_entries(
         &self,
         folder: &str,
@@ -288,7 +288,7 @@ fn batches<'a>(entries: &[&'a FileEntry]) -> Vec<Vec<&'a FileEntry>> {
     batches
 }
 
-/// The manifest of a folder brought home whole before.
+/// The manifest of a folder that was fetched completely before.
 fn kept(folder: &Path) -> Result<Option<Vec<u8>>, HostError> {
     match crate::files::read_small(&folder.join(files::MANIFEST), MAX_MANIFEST) {
         Ok(text) => Ok(Some(text)),

@@ -12,7 +12,7 @@ use super::{HostError, HostErrorKind, HostEvent, JobStatus, OnEvent, RemoteHost,
 use crate::host::transport::quote::quote;
 use crate::text::clean;
 
-/// How long SSH may be lost: the job goes on without it.
+/// How long SSH may be lost. The job continues without it.
 const RECONNECT_BUDGET: Duration = Duration::from_secs(600);
 /// One look; beyond it the connection is taken for dead.
 const LOOK_LIMIT: Duration = Duration::from_secs(45);
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endless_line_is_reported_once_and_passed_over() {
+    fn endless_line_is_reported_once_and_skipped() {
         let file = [LINE.as_bytes(), b"\n", &[b'x'; 1_000_000], b"\n", LINE.as_bytes(), b"\n"].concat();
         for step in [1000, 60_000, 2_000_000] {
             let events = feed(&file, step);
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_are_none_are_told_and_made_harmless() {
+    fn malformed_lines_are_reported_and_sanitised() {
         let escape = LINE.replace("0.5}", r#"0.5,"message":"\u001b[2Jhi"}"#);
         let file = format!("{LINE}\nnot json \u{1b}[31m\n{}\n{escape}\n", LINE.replace("\"schema\":1", "\"schema\":2"));
         let events = feed(file.as_bytes(), 7);
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_runs_away_is_passed_over() {
+    fn runaway_log_is_skipped() {
         let (events, mut cursor) = (Mutex::new(Vec::new()), Cursor { log: 10, ..Cursor::default() });
         let on = |event| events.lock().unwrap().push(event);
         cursor.take_log(&NewBytes { size: 10 << 20, bytes: b"one\ntwo".to_vec() }, &on);
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn progress_that_runs_away_is_passed_over_and_goes_on_with_a_whole_line() {
+    fn runaway_progress_is_skipped_to_the_next_whole_line() {
         let (events, mut cursor) = (Mutex::new(Vec::new()), Cursor::default());
         let on = |event| events.lock().unwrap().push(event);
         let line = format!("{LINE}\n");
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_of_impossible_length_is_no_panic() {
+    fn log_of_impossible_length_does_not_panic() {
         let mut cursor = Cursor { log: u64::MAX - TAKE, ..Cursor::default() };
         let piece = || NewBytes { size: u64::MAX, bytes: [vec![b'x'; TAKE as usize], b"\n".to_vec()].concat() };
         cursor.take_log(&piece(), &|_| {});
@@ -315,7 +315,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_same_lines_come_whatever_the_pieces(
+        fn lines_do_not_depend_on_chunk_boundaries(
             texts in proptest::collection::vec("[a-z{}\"]{0,30}", 0..20),
             step in 1usize..50,
         ) {
@@ -326,7 +326,7 @@ mod tests {
         }
 
         #[test]
-        fn no_answer_breaks_the_reader(bytes in proptest::collection::vec(any::<u8>(), 0..100), n in any::<u64>()) {
+        fn any_answer_parses_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..100), n in any::<u64>()) {
             let mut text = format!("@piece {n} {n}\n").into_bytes();
             text.extend(&bytes);
             let mut rest = &text[..];

@@ -42,11 +42,11 @@ impl GuardTimeouts {
 /// What a guard goes by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuardConfig {
-    /// When it ends an instance that nobody looks after.
+    /// When it ends an instance without a controller.
     pub watch: GuardTimeouts,
     /// From now to the end of the run's time, by our clock: the host's may be wrong.
     pub left: Duration,
-    /// The script by which the instance ends itself, where its cloud has one.
+    /// The script with which the instance terminates itself, if its cloud has one.
     pub end_itself: Option<&'static str>,
 }
 
@@ -85,7 +85,7 @@ impl RemoteHost {
         Ok(self.transport.put_bytes(bytes, path, 0o600).await?)
     }
 
-    /// Tells the guard that somebody looks after the run, and starts one if none is on duty.
+    /// Renews the guard's lease. Starts a guard if none is running.
     pub async fn renew_guard(&self, run: &str) -> Result<(), HostError> {
         let folder = self.run_folder(run).await?;
         let script = format!(

@@ -45,7 +45,7 @@ impl RunKey {
         Ok(Self { private, public })
     }
 
-    /// Where the private half lies.
+    /// Path of the private key.
     pub fn private_path(&self) -> &Path {
         &self.private
     }
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn an_existing_key_is_kept_and_two_keys_differ() {
+    fn existing_key_is_kept_and_new_keys_differ() {
         let folder = tempfile::tempdir().unwrap();
         let first = RunKey::create(folder.path(), "a", "").unwrap();
         let other = RunKey::create(folder.path(), "b", "").unwrap();

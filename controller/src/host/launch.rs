@@ -241,7 +241,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_real_shell_reads_the_secrets_back_and_bad_names_are_refused() {
+    fn shell_round_trips_secrets_and_bad_names_are_refused() {
         let odd = Secret::new("it's $HOME `x` \\ \"y\"\nend");
         let text = secrets_file(&[("HF_TOKEN", &odd), ("B2", &Secret::new("x"))]).unwrap();
         let script = format!("{text}exec sh -c 'printf %s:%s \"$HF_TOKEN\" \"$B2\"'");

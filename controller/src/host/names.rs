@@ -26,7 +26,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_plain_paths_below_home_pass() {
+    fn only_plain_paths_below_home_are_accepted() {
         assert!(check_relative("outliers/models/abc").is_ok() && check_relative(".cache/outliers").is_ok());
         for bad in ["", "/x", "a//b", "a/../b", "..", "a/", "~/x\n", "a/.", "a/..b/../c"] {
             assert!(check_relative(bad).is_err(), "{bad:?}");

@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gpu_machine_is_read() {
+    fn gpu_machine_is_parsed() {
         let text = "@uname Linux x86_64\n@user root\n@home /root\n@cores 8\n@ram 65536000\n@limit max\n@limit 34359738368\n\
                     @disk overlay 104857600 20971520 83886080 20% /\n@clock 1000\n\
                     @gpu 0, NVIDIA A100-SXM4-80GB, 81920, 550.54.15, GPU-1\n@gpu junk\n@gpu 1, X, [N/A], 1, G\n\
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_or_hostile_machine_is_no_panic() {
+    fn silent_or_hostile_machine_does_not_panic() {
         let text = format!("@uname\n@ram {}\n@limit 99999999999999999999\n@disk %\n@clock {}\n", u64::MAX, u64::MAX);
         let facts = read(&answer(&text), UNIX_EPOCH, UNIX_EPOCH);
         assert_eq!((facts.cores, facts.disk_free, facts.clock_skew, facts.gpus.len()), (None, None, None, 0));

@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn pauses_grow_to_a_limit_and_differ() {
+    fn retry_pauses_grow_to_a_limit_with_jitter() {
         assert!(backoff(1) < Duration::from_secs(1));
         assert!(backoff(1000) >= Duration::from_secs(7) && backoff(1000) <= Duration::from_secs(13));
         let pauses: std::collections::HashSet<_> = (0..20).map(|_| backoff(5)).collect();
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_may_pass_is_tried_again() {
+    fn only_transient_errors_are_retried() {
         let (mut since, mut now) = (None, Instant::now());
         for kind in [Kind::Refused, Kind::Reset, Kind::TimedOut, Kind::Unreachable] {
             assert!(next_attempt(&failure(kind), 1, now, &mut since).is_some(), "{kind:?}");
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_row_of_failures_ends_with_its_budget_and_a_success_starts_a_new_one() {
+    async fn retry_budget_is_reset_by_a_success() {
         let events = std::sync::Mutex::new(Vec::new());
         let on = |event| events.lock().unwrap().push(event);
         let started = Instant::now();

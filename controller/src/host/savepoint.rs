@@ -13,7 +13,8 @@ use crate::units::Bytes;
 pub struct Stamp(String);
 
 impl RemoteHost {
-    /// Brings a run's save point home, unless it is the one `seen`, or larger than `limit`; `true` if a new one came.
+    /// Fetches a run's save point, unless it is the one `seen` or larger than `limit`. `true` if a
+    /// new one was fetched.
     pub async fn fetch_save_point(
         &self,
         run: &str,

@@ -56,13 +56,13 @@ pub enum Stop {
     /// Whoever listened is gone: a run that another process can pick up is let go of, any other
     /// stops.
     LetGo,
-    /// Stop, bring home what there is, terminate.
+    /// Stop the worker, fetch partial results, terminate the instance.
     Now,
     /// Bring nothing home either. The instance is terminated all the same.
     SkipSync,
 }
 
-/// What happens while a run is driven, for whoever tells people.
+/// Events of a driven run, for the user interface.
 #[derive(Clone, Debug, PartialEq)]
 pub enum DeployEvent {
     /// The run has a new state.
@@ -139,7 +139,7 @@ pub enum RunNote {
         /// The price it asks for, in words.
         asked: String,
     },
-    /// The guard on the instance was not told that somebody looks after it.
+    /// The guard's lease on the instance was not renewed.
     GuardUnreachable {
         /// What is wrong.
         why: String,
@@ -199,7 +199,7 @@ pub struct UnsavedResults {
     pub pause: Duration,
 }
 
-/// Hears [`DeployEvent`]s.
+/// A callback for [`DeployEvent`]s.
 pub type OnEvent<'a> = dyn Fn(DeployEvent) + Send + Sync + 'a;
 
 /// Why a run could not be driven to its end. Its instance may exist and bill.
@@ -259,9 +259,9 @@ struct ProcessState {
     failing: Option<(Instant, u32)>,
     /// The time that is left to the host to have its worker run.
     grace: Option<Arc<Grace>>,
-    /// The files cannot be brought home, for this reason.
+    /// Why the files cannot be fetched.
     unfetchable: Option<String>,
-    /// Nothing here takes the files: the instance is kept until then, and that was told then.
+    /// No local folder can store the files. The instance is kept until then. Reported at that time.
     kept_until: Option<Instant>,
     kept_told: Option<Instant>,
     /// Since then nothing is wanted any more but what there is.
@@ -576,7 +576,7 @@ impl<'a> Driver<'a> {
                     _ => std::future::pending().await,
                 }
             };
-            // What is brought home after a stop comes soon, or not at all.
+            // After a stop, files are fetched within a short time or not at all.
             let endless = async {
                 if !is_coming_home || first.wait_for(|level| is_stopped || *level != Stop::Go).await.is_err() {
                     std::future::pending::<()>().await;
@@ -593,7 +593,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// When the work has to stop, so that there is time left to bring the files home before the instance ends itself.
+    /// When the worker must stop, so that the files can be fetched before the instance ends itself.
     fn time_is_up_at(&self) -> Option<Instant> {
         let lease = self.run.state().rental()?.tag.deadline;
         let deadline = Duration::from_secs(self.ends_at().map_or(lease, |ends| ends.min(lease)));

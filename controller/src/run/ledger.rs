@@ -3,8 +3,10 @@
 //! One SQLite file, `ledger.db`: what each run is to do, and every event of its life, append-only. A run's state is the
 //! replay of its events through [`run::next`]. Nothing in it is secret.
 //!
-//! Any number of processes may read. Who drives a run holds the lock on `runs/<run>/lock`; the system releases it when the
-//! process dies, however it dies. A run that is not at rest and whose lock is free is *abandoned*: somebody should carry on.
+//! Any number of processes may read. The process that drives a run holds the lock on
+//! `runs/<run>/lock`. The operating system releases the lock when the
+//! process dies. A run that is not at rest and whose lock is free is *abandoned*: a process should
+//! take it up.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -26,7 +28,7 @@ mod repair;
 
 pub use repair::Repaired;
 
-/// Version of the tables and of what stands in them. An older program refuses a newer ledger.
+/// Version of the tables and their contents. An older program refuses a newer ledger.
 const SCHEMA: i64 = 4;
 
 /// Name of a run's own record in its results' folder.
@@ -34,7 +36,7 @@ pub const RUN_FILE: &str = "run.json";
 
 /// Name of the SQLite file.
 const FILE: &str = "ledger.db";
-/// Name of the file beside it that holds the owner's name: it outlives the ledger, as instances do.
+/// Name of the file beside it that holds the owner's name. It outlives the ledger, as instances do.
 const OWNER_FILE: &str = "owner";
 /// Longest that this file may be, bytes.
 const MOST_OWNER: u64 = 4096;
@@ -72,7 +74,7 @@ pub struct RunRecord {
     pub id: String,
     /// Milliseconds since the Unix epoch.
     pub created_at_ms: u64,
-    /// What it is to do.
+    /// The job and its limits.
     pub spec: RunSpec,
     /// What happened, oldest first.
     pub events: Vec<LedgerEntry>,
@@ -90,16 +92,16 @@ pub struct LedgerEntry {
     pub event: RunEvent,
 }
 
-/// All that the ledger has.
+/// The contents of the ledger.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Records {
     /// Oldest first.
     pub runs: Vec<RunRecord>,
-    /// Runs of which no more than the id can be told.
+    /// Unreadable runs. Only their ids are known.
     pub unreadable: Vec<Unreadable>,
 }
 
-/// A run whose record cannot be read. What it rented carries its id in its tag, and is found by that.
+/// A run whose record cannot be read. Its instances carry its id in their tags and are found by it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Unreadable {
     /// Its id.
@@ -137,14 +139,16 @@ impl Meter {
     }
 }
 
-/// What there is of a budget, of money or of time of GPUs.
+/// The state of a budget of money or of GPU time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BudgetStatus<Amount = Usd> {
-    /// All of it.
+    /// The whole budget.
     pub budget: Amount,
-    /// What nobody has spent, or may still spend until the time limits of the instances there are or may be.
+    /// The part that is neither spent nor reserved. The reserved part is what existing and possible
+    /// instances may
+    /// cost until their time limits.
     pub left: Amount,
-    /// What may be left if the other runs under way cost nothing more than they have.
+    /// The part that would be left if the other active runs cost nothing more.
     pub at_best: Amount,
 }
 
@@ -187,12 +191,12 @@ impl RunRecord {
         gone + present.map_or(Usd::ZERO, |bill| bill.until(until_ms))
     }
 
-    /// What instances that are gone have cost.
+    /// The cost of ended instances.
     pub fn spent_before(&self) -> Usd {
         self.bills().0
     }
 
-    /// What the run will have cost by its instance's time limit if that bills `price` from the create call on.
+    /// The cost at the instance's time limit if it bills `price` from the create call on.
     pub fn at_price(&self, price: UsdPerHour) -> Usd {
         let (gone, present) = self.bills();
         let until_ms = self.deadline().unwrap_or_default() * 1000;
@@ -205,7 +209,7 @@ impl RunRecord {
         self.events.iter().rev().find(asked).map(|entry| entry.at_ms)
     }
 
-    /// What instances that are gone have cost, and the bill of the one that is there.
+    /// The cost of ended instances, and the bill of the current one.
     fn bills(&self) -> (Usd, Option<OpenBill>) {
         let mut gone = Usd::ZERO;
         let mut present: Option<OpenBill> = None;
@@ -282,7 +286,7 @@ impl RunRecord {
         (gone, self.state.offer().map(|offer| (offer, since_ms)))
     }
 
-    /// What must not be exceeded, by this run and those it shares the budget with.
+    /// The budget of this run and of those that share it.
     fn budget(&self) -> Option<Usd> {
         self.spec.budget
     }
@@ -298,12 +302,12 @@ impl RunRecord {
         self.events.last().map_or(self.created_at_ms, |entry| entry.at_ms)
     }
 
-    /// Whether its worker was left to work on, if no process drives it.
+    /// Whether its worker was left running, if no process drives the run.
     pub fn is_detached(&self) -> bool {
         self.spec.detach && matches!(self.state, RunState::Launched { .. })
     }
 
-    /// Unix seconds after which its instance has no right to exist, where there is or may be one.
+    /// Deadline of its instance in Unix seconds, if one exists or may exist.
     pub fn deadline(&self) -> Option<u64> {
         self.state.tag().map(|tag| tag.deadline)
     }
@@ -334,7 +338,7 @@ impl Ledger {
         Ok(Self { connection: Arc::new(Mutex::new(connection)), folder: folder.to_owned(), owner, clock: now_ms })
     }
 
-    /// The same ledger by another clock than the system's: it dates events, and all that is done
+    /// The same ledger with another clock than the system's. It dates events and everything done
     /// with its runs.
     #[must_use]
     pub fn with_clock(self, clock: Clock) -> Self {
@@ -346,7 +350,7 @@ impl Ledger {
         (self.clock)()
     }
 
-    /// The owner's name as it stands beside the ledger, whatever became of that.
+    /// The owner's name from the file beside the ledger. The ledger itself may be missing.
     pub fn owner_beside(folder: &Path) -> Option<String> {
         let text = read_text(&folder.join(OWNER_FILE), MOST_OWNER).ok()?;
         let owner = text.trim();
@@ -425,7 +429,7 @@ impl Ledger {
         }
     }
 
-    /// Takes over a run, unless some process drives it: then `None`.
+    /// Takes over a run. `None` if another process drives it.
     ///
     /// # Errors
     /// [`LedgerError::NoSuchRun`], or what the file system or SQLite says.
@@ -455,7 +459,7 @@ impl Ledger {
         }
     }
 
-    /// Asks whoever drives the run, now or later, to stop it.
+    /// Asks the current or next driver of the run to stop it.
     ///
     /// # Errors
     /// What the file system says.
@@ -464,7 +468,7 @@ impl Ledger {
         File::create(&path).map(drop).map_err(|source| LedgerError::Io { path, source })
     }
 
-    /// Whether somebody asked to stop the run.
+    /// Whether a stop of the run was requested.
     pub fn cancel_asked(&self, id: &str) -> bool {
         self.cancel_file(id).exists()
     }
@@ -497,7 +501,7 @@ impl Ledger {
         self.connection.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Somebody who only looks whether the run is driven holds the lock for a moment: that must not keep us off.
+    /// Retries, since a process that only checks whether the run is driven holds the lock briefly.
     fn lock_patiently(&self, id: &str) -> Result<Option<File>, LedgerError> {
         for _ in 0..10 {
             if let Some(lock) = self.lock(id)? {
@@ -508,7 +512,7 @@ impl Ledger {
         Ok(None)
     }
 
-    /// Makes the caller the only one that goes on with this survey, as long as the file is open; `None`: somebody else is.
+    /// Locks this survey for the caller while the file is open. `None` if another process has it.
     ///
     /// # Errors
     /// What the file system says.
@@ -533,7 +537,7 @@ impl Ledger {
     }
 }
 
-/// A file that nobody else may read, whatever the umask.
+/// A file that only its owner may read, under any umask.
 fn private_file() -> OpenOptions {
     let mut options = File::options();
     options.append(true).mode(0o600);
@@ -616,7 +620,7 @@ fn read_run(connection: &Connection, id: &str) -> Result<RunRecord, LedgerError>
     })
 }
 
-/// Whether other rows may be good all the same.
+/// Whether other rows may still be readable.
 fn is_of_the_row(error: &rusqlite::Error) -> bool {
     match error {
         rusqlite::Error::SqliteFailure(failure, _) => failure.code == ErrorCode::DatabaseCorrupt,
@@ -648,7 +652,7 @@ fn replay(connection: &Connection, id: &str) -> Result<RunRecord, LedgerError> {
     Ok(RunRecord { id: id.to_owned(), created_at_ms: created_at_ms as u64, spec, events, state })
 }
 
-/// Does something that nobody else's writing, in this process or another, may come in between.
+/// Runs a function in an exclusive transaction across threads and processes.
 fn atomically<T>(
     connection: &Connection,
     act: impl FnOnce(&Connection) -> Result<T, LedgerError>,
@@ -698,7 +702,7 @@ impl RunWriter {
         &self.ledger.owner
     }
 
-    /// Whether somebody asked to stop the run.
+    /// Whether a stop of the run was requested.
     pub fn cancel_asked(&self) -> bool {
         self.ledger.cancel_asked(&self.record.id)
     }
@@ -746,7 +750,7 @@ impl RunWriter {
         .map_err(|error| ledger.named(error))
     }
 
-    /// What there is of the run's budget, if it has one.
+    /// The state of the run's budget, if it has one.
     ///
     /// # Errors
     /// What the file system or SQLite says.
@@ -761,7 +765,7 @@ impl RunWriter {
         Ok(Some(BudgetStatus { budget, left, at_best: less(budget, &runs, at_best) }))
     }
 
-    /// What there is of the GPUs' time that the run may take, if that is limited.
+    /// The state of the run's budget of GPU time, if it has one.
     ///
     /// # Errors
     /// What the file system or SQLite says.
@@ -829,13 +833,13 @@ fn may_be_of(connection: &Connection, run: &str, survey: &str) -> Result<bool, L
     }))
 }
 
-/// What is left of a budget without what these runs take of it.
+/// The rest of a budget after the shares of these runs.
 fn less(budget: Usd, runs: &[RunRecord], takes: impl Fn(&RunRecord) -> Usd) -> Usd {
     let taken: Usd = runs.iter().map(takes).sum();
     Usd::from_micros(budget.micros() - taken.micros())
 }
 
-/// The same of time of GPUs.
+/// The same for GPU time.
 fn without(budget: GpuTime, runs: &[RunRecord], takes: impl Fn(&RunRecord) -> GpuTime) -> GpuTime {
     let taken = runs.iter().fold(0_i64, |sum, run| sum.saturating_add(takes(run).seconds()));
     GpuTime::from_seconds(budget.seconds().saturating_sub(taken))
@@ -848,7 +852,7 @@ fn gpus_since(offer: &Offer, since_ms: u64, to_ms: u64) -> GpuTime {
 /// Why the ledger could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
-    /// Written by a later version.
+    /// The ledger was written by a later version.
     #[error("the ledger has version {found}; this program knows version {known}")]
     Newer {
         /// Its version.
@@ -856,7 +860,7 @@ pub enum LedgerError {
         /// The newest version that this program knows.
         known: i64,
     },
-    /// A record does not make sense.
+    /// A record is damaged.
     #[error("run {run}: its record in the ledger is damaged: {why}")]
     Damaged {
         /// The run's id.
@@ -870,12 +874,12 @@ pub enum LedgerError {
         /// What was asked for.
         run: String,
     },
-    /// Too short.
+    /// The beginning of an id matches several runs.
     #[error("{count} runs begin with `{prefix}`")]
     Ambiguous {
         /// What was asked for.
         prefix: String,
-        /// How many match.
+        /// Number of runs that match.
         count: usize,
     },
     /// Some process drives it.
@@ -887,20 +891,20 @@ pub enum LedgerError {
     /// The event cannot happen now.
     #[error(transparent)]
     Illegal(#[from] IllegalEvent),
-    /// The file system said no.
+    /// The file system reported an error.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What it said.
+        /// The error.
         source: io::Error,
     },
-    /// SQLite said no.
+    /// SQLite reported an error.
     #[error("{}: {source}", path.as_ref().map_or("the ledger".into(), |path| path.to_string_lossy()))]
     Sqlite {
         /// The file.
         path: Option<PathBuf>,
-        /// What it said.
+        /// The error.
         source: rusqlite::Error,
     },
 }
@@ -912,7 +916,7 @@ impl From<rusqlite::Error> for LedgerError {
 }
 
 impl LedgerError {
-    /// The same with the file's name, where it is about the file.
+    /// The same error with the file's name, if it concerns the file.
     fn of_file(self, path: PathBuf) -> Self {
         match self {
             Self::Sqlite { source, .. } => Self::Sqlite { path: Some(path), source },
@@ -920,12 +924,12 @@ impl LedgerError {
         }
     }
 
-    /// Whether it is about the file or its disk, and may pass.
+    /// Whether the error concerns the file or its disk and may be transient.
     pub fn is_of_the_file(&self) -> bool {
         matches!(self, Self::Sqlite { .. } | Self::Io { .. })
     }
 
-    /// What to do about it, where something can be done.
+    /// A remedy, if there is one.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Newer { .. } => Some("use the newer program, or another state folder (OUTLIERS_STATE)".to_owned()),
@@ -1027,7 +1031,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_was_written_is_replayed_by_the_next_process() {
+    fn written_events_are_replayed_by_the_next_process() {
         let folder = tempfile::tempdir().unwrap();
         let (id, owner) = {
             let ledger = Ledger::open(folder.path()).unwrap();
@@ -1052,7 +1056,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn an_illegal_event_is_refused_and_not_written() {
+    fn illegal_event_is_refused_and_not_written() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         let mut run = ledger.plan(&spec()).unwrap();
@@ -1063,7 +1067,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_run_has_one_driver_and_is_abandoned_without_one() {
+    fn run_has_one_driver_and_is_abandoned_without_one() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         let other = Ledger::open(folder.path()).unwrap();
@@ -1082,7 +1086,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn cancelling_is_seen_by_the_driver() {
+    fn driver_sees_a_cancellation() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         let run = ledger.plan(&spec()).unwrap();
@@ -1092,7 +1096,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_newer_ledger_is_refused_and_left_alone() {
+    fn newer_ledger_is_refused_and_unchanged() {
         let folder = tempfile::tempdir().unwrap();
         drop(Ledger::open(folder.path()).unwrap());
         let raw = Connection::open(folder.path().join("ledger.db")).unwrap();
@@ -1105,7 +1109,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn damage_is_named_not_guessed_around() {
+    fn damaged_record_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         let mut run = ledger.plan(&spec()).unwrap();
@@ -1125,7 +1129,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn one_unreadable_record_leaves_all_others_readable() {
+    fn unreadable_record_leaves_others_readable() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         let ids: Vec<String> = (0..3).map(|_| ledger.plan(&spec()).unwrap().record().id.clone()).collect();
@@ -1140,7 +1144,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_an_unreadable_run_has_spent_of_a_shared_budget_is_not_taken_for_nothing() {
+    fn unreadable_run_counts_against_the_shared_budget() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         let (lost, of_survey) = (ledger.plan(&member(200.0)).unwrap(), ledger.plan(&member(200.0)).unwrap());
@@ -1161,7 +1165,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_bill_runs_from_the_create_call_to_gone() {
+    fn cost_runs_from_the_create_call_until_gone() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         let mut run = ledger.plan(&spec()).unwrap();
@@ -1179,7 +1183,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_a_run_may_cost_is_never_shown_above_what_was_agreed() {
+    fn shown_maximum_cost_is_at_most_the_quote() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         // $3600/h for a minute.
@@ -1212,7 +1216,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_was_shown_and_agreed_to_is_read_back_with_the_run() {
+    fn quote_is_stored_with_the_run() {
         let folder = tempfile::tempdir().unwrap();
         let offers = vec![Offer::new("fake", "shown".into(), 0, UsdPerHour::from_dollars(1.0))];
         let quote = market::select(offers, &GpuRequest { gpu_count: Some(0), ..spec().request }, &spec().work).unwrap();
@@ -1236,7 +1240,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn runs_of_a_survey_cannot_together_pass_its_budget() {
+    fn survey_runs_cannot_exceed_their_budget() {
         let folder = tempfile::tempdir().unwrap();
         let reserved = AtomicUsize::new(0);
         std::thread::scope(|scope| {
@@ -1264,7 +1268,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_budget_tells_what_is_spent_from_what_may_come_back() {
+    fn budget_separates_spent_from_reserved() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         let (mut one, two) = (ledger.plan(&member(100.0)).unwrap(), ledger.plan(&member(100.0)).unwrap());
@@ -1296,7 +1300,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn runs_of_a_survey_cannot_together_pass_its_time_of_gpus() {
+    fn survey_runs_cannot_exceed_their_gpu_hours() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(folder.path()).unwrap();
         let of_survey = || RunSpec { budget: None, max_gpu_time: Some(GpuTime::from_seconds(300)), ..member(1.0) };
@@ -1322,7 +1326,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_time_of_gpus_begins_when_a_job_runs() {
+    fn gpu_hours_begin_when_the_job_runs() {
         let folder = tempfile::tempdir().unwrap();
         let mut run = Ledger::open(folder.path()).unwrap().plan(&spec()).unwrap();
         let creating = || RunEvent::Creating { intent: Box::new(two_gpus().0) };
@@ -1357,7 +1361,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_others_might_write_is_closed_to_them() {
+    fn state_folder_writable_by_others_is_made_private() {
         let folder = tempfile::tempdir().unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
         let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
@@ -1378,7 +1382,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn many_may_open_a_ledger_that_is_not_there_yet() {
+    fn new_ledger_can_be_opened_concurrently() {
         for _ in 0..20 {
             let folder = tempfile::tempdir().unwrap();
             let (open, start) = (|| Ledger::open(folder.path()).unwrap(), std::sync::Barrier::new(8));
@@ -1395,7 +1399,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn two_processes_may_write_different_runs_at_once() {
+    fn processes_can_write_different_runs_concurrently() {
         let folder = tempfile::tempdir().unwrap();
         let written = AtomicUsize::new(0);
         std::thread::scope(|scope| {
@@ -1415,7 +1419,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn words_fit_into_tags() {
+    fn random_words_fit_into_tags() {
         for length in [1, 8, 30] {
             let word = random_word(length);
             assert_eq!(word.len(), length);

@@ -462,7 +462,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_one_that_was_built_for_other_machines_is_pushed() {
+    async fn portable_worker_build_is_pushed() {
         let folder = tempfile::tempdir().unwrap();
         let (exe, ours) = (folder.path().join("outliers"), version(env!("CARGO_PKG_VERSION")));
         let here = program(folder.path(), &ours);
@@ -490,7 +490,7 @@ mod tests {
     }
 
     #[test]
-    fn what_this_machine_cannot_run_is_told_by_the_document_beside_it() {
+    fn version_file_describes_a_worker_that_cannot_run_here() {
         let folder = tempfile::tempdir().unwrap();
         let (program, about) = (folder.path().join(PORTABLE), folder.path().join(format!("{PORTABLE}.json")));
         assert_eq!(program.with_extension("json"), about, "where `worker build` writes it");
@@ -513,7 +513,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_a_worker_of_our_version_is_taken() {
+    async fn worker_of_another_version_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let exe = folder.path().join("outliers");
         let missing = LocalWorker::find(None, &exe).await.unwrap_err();
@@ -529,7 +529,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn its_own_words_are_passed_on() {
+    async fn worker_error_message_is_passed_on() {
         let folder = tempfile::tempdir().unwrap();
         let path =
             program(folder.path(), r#"echo '{"kind":"unsupported","message":"unknown","hint":"known: a"}'; exit 1"#);
@@ -542,7 +542,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_look_that_takes_for_ever_is_ended_and_one_without_memory_says_so() {
+    async fn inspection_is_bounded_in_time_and_memory() {
         let folder = tempfile::tempdir().unwrap();
         let (pid, limit) = (folder.path().join("pid"), folder.path().join("limit"));
         let tell = format!("for word; do case $word in --memory-limit=*) echo \"$word\" > {limit:?};; esac; done");
@@ -576,7 +576,7 @@ mod tests {
     }
 
     #[test]
-    fn a_job_becomes_options() {
+    fn job_is_converted_to_options() {
         let mut job = JobSpec::new(ModelSource::Hub { id: "a/b".into(), revision: "r".into() });
         job.corpus.num_sequences = Some(3);
         job.corpus.packing = Packing::Separate;
@@ -599,7 +599,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_run_tells_its_progress_and_its_failure() {
+    async fn run_reports_progress_and_failure() {
         let folder = tempfile::tempdir().unwrap();
         let line = r#"{"schema":1,"at_ms":1,"phase":"layers","layer":1,"layers":2,"bytes_read":1,"bytes_total":2,"tokens_per_second":1.0}"#;
         let script =

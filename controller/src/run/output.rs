@@ -20,9 +20,9 @@ const MEASURED: f64 = 131_072.0;
 /// An event of a time line, and how many there are of each tensor and of each step of a sequence.
 const EVENT: f64 = 192.0;
 const EVENTS: f64 = 16.0;
-/// Log and progress, of which no more comes home.
+/// Limit for the log and the progress file. No more of them is fetched.
 const WORDS: u64 = 24 << 20;
-/// Of a file of which no plan tells.
+/// Limit for a file without a planned size.
 const UNKNOWN: u64 = 256 << 30;
 
 /// The files that a run of `job` leaves, beside log and progress, each with the most bytes it can
@@ -174,7 +174,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn only_what_the_job_names_is_among_them_and_each_has_its_bound() {
+    fn planned_files_are_those_of_the_job_with_size_bounds() {
         let names = |files: &[FileBytes]| files.iter().map(|file| file.name.clone()).collect::<Vec<_>>();
         let usual = [files::JOB, files::RESULTS, files::METADATA, files::STATISTICS];
         assert_eq!(names(&planned(&job(), &inspection())), usual);
@@ -197,7 +197,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn more_of_anything_is_never_less_and_no_number_is_too_large() {
+    fn size_bounds_are_monotonic_and_saturate() {
         let sum = |inspection: &Inspection, job: &JobSpec| bytes(&planned(job, inspection));
         let all = JobSpec { save_activations: Some("a".into()), trace: Some("t".into()), ..job() };
         let (small, mut large) = (inspection(), inspection());

@@ -48,7 +48,7 @@ pub enum Action {
         /// The run.
         run: String,
     },
-    /// Not our business, or somebody is at it.
+    /// The instance is foreign or is being driven.
     LeaveAlone {
         /// The instance's id.
         instance: InstanceId,
@@ -266,7 +266,7 @@ fn judge_run(
     (tag.deadline <= now).then_some(Action::Finish { run, why: Finish::Expired })
 }
 
-/// The instances of runs that nobody drives, as far as they are on this cloud.
+/// The instances of abandoned runs on this cloud.
 pub fn abandoned_on<'a>(leases: &'a [RunLease], broker: &'a str) -> impl Iterator<Item = &'a InstanceId> {
     let abandoned = leases.iter().filter(move |lease| lease.is_on(broker) && !lease.driven);
     abandoned.filter_map(|lease| Some(&lease.state.as_ref()?.rental()?.instance))
@@ -330,7 +330,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_is_not_ours_is_never_touched() {
+    fn foreign_instances_are_left_alone() {
         let other = LeaseTag { owner: "you".into(), ..tag("r", "n", 1) };
         let got = actions(&[], &[instance("a", "my-web-server"), instance("b", other), instance("c", "outliers-me-r")]);
         let why: Vec<_> =
@@ -339,7 +339,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn an_abandoned_run_keeps_its_instance_until_its_time_is_up() {
+    fn abandoned_run_keeps_its_instance_until_its_deadline() {
         let adopt = Action::Adopt { run: "r".into(), instance: InstanceId("i-r".into()) };
         let shown = [instance("i-r", tag("r", "n", NOW + 1))];
         assert_eq!(actions(&[lease("r", launched("r", NOW + 1))], &shown), [adopt]);
@@ -349,7 +349,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_driven_run_is_its_drivers_business() {
+    fn instances_of_a_driven_run_are_left_alone() {
         let driven = RunLease { driven: true, ..lease("r", launched("r", 1)) };
         let shown = [instance("i-r", tag("r", "n", 1)), instance("i-x", tag("r", "other", 1))];
         for action in actions(&[driven], &shown) {
@@ -358,7 +358,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_no_run_accounts_for_goes_when_its_run_is_over_or_its_time_is_up() {
+    fn unexpected_instance_ends_with_its_run_or_deadline() {
         let closed = RunState::Closed { ending: RunOutcome::Completed, results: None, loss: None };
         let leases = [lease("done", closed), lease("r", launched("r", NOW + 9)), lease("p", RunState::initial())];
         let why = |deadline| -> Vec<_> {
@@ -376,7 +376,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_an_unreadable_run_rented_ends_when_its_time_is_up() {
+    fn instance_of_an_unreadable_run_ends_at_its_deadline() {
         let lost = RunLease { state: None, ..lease("r", RunState::initial()) };
         let left = |why| Action::LeaveAlone { instance: InstanceId("1".into()), why };
         let ended = Action::Terminate { instance: InstanceId("1".into()), why: Stray::Expired };
@@ -388,7 +388,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn an_unanswered_create_call_is_adopted_by_its_tag() {
+    fn unanswered_create_call_is_adopted_by_tag() {
         let creating = RunState::Creating {
             intent: Intent { offer: offer("a", 1.0), tag: tag("r", "n", NOW + 9) },
             refused: Vec::new(),
@@ -401,7 +401,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn absence_counts_only_after_several_listings() {
+    fn instance_is_gone_only_after_several_listings() {
         let leases = [lease("r", launched("r", NOW + 9))];
         let mut missing = BTreeMap::new();
         for expected in [0, 0, 1] {
@@ -414,7 +414,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn only_what_is_overdue_and_meant_is_reaped() {
+    fn reap_ends_only_overdue_instances_of_the_owner() {
         let mine = |deadline| instance("x", tag("r", "n", deadline));
         let theirs = instance("y", LeaseTag { owner: "you".into(), ..tag("r", "n", NOW) });
         assert!(overdue(Some("me"), NOW, &mine(NOW)).is_some());
@@ -429,7 +429,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_run_that_was_ending_is_ended() {
+    fn run_that_was_ending_is_ended() {
         let state = RunState::Terminating {
             rental: rental(tag("r", "n", NOW + 9)),
             ending: RunOutcome::Interrupted,
@@ -444,7 +444,7 @@ pub(crate) mod tests {
         /// Whatever is listed and whatever the ledger holds: a foreign, driven or held instance is never terminated, and
         /// every listed instance gets at most one verdict.
         #[test]
-        fn hands_off(
+        fn foreign_driven_and_held_instances_are_never_terminated(
             names in prop::collection::vec(("me|you", "a|b|c", "n|m", 900u64..1100), 0..8),
             states in prop::collection::vec((0usize..4, any::<bool>()), 3),
         ) {

@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn models_are_strings_or_tables_with_requests() {
+    fn models_are_strings_or_tables() {
         let survey = parsed(
             "name = 's'\nnum_sequences = 4\ndataset = 'fineweb-edu'\nshuffle = 3\nbudget = 12.5\nmax_duration = '2h'\nprecision = 'bf16'\nsites = ['residual']\n\
              models = ['owner/a', './b']\n[[model]]\nid = 'owner/c'\nrevision = 'abc'\ngpu_count = 8\nmin_vram = 80\n\
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_spelt_as_options_are_and_as_they_were_before() {
+    fn survey_keys_accept_current_and_earlier_spellings() {
         let new = "name = 's'\nnum-sequences = 4\nmax-duration = '2h'\n[[model]]\nid = 'a/b'\nmin-vram = 80";
         for text in [new.to_owned(), new.replace('-', "_")] {
             let survey = parsed(&text).unwrap();
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn a_survey_takes_every_option_of_a_job_and_every_filter() {
+    fn survey_accepts_every_job_option_and_filter() {
         let survey = parsed(
             "name = 's'\nmodels = ['a/b']\nweights = 'synthetic:3'\nstream-budget = '1GiB'\nablate = '7'\n\
              [thresholds]\nmagnitude = 5\n[[model]]\nid = 'c/d'\ntier = 'secure'\nmin-cuda = '12.4'",
@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn a_model_is_run_at_each_of_its_revisions() {
+    fn model_is_run_at_each_revision() {
         let survey =
             parsed("name = 's'\n[[model]]\nid = 'a/b'\nmin_vram = 80\nrevisions = ['step5-tokens1B', 'refs/pr/1']")
                 .unwrap();
@@ -370,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn the_surveys_that_come_along_name_commits_where_they_are_known() {
+    fn shipped_surveys_pin_known_commits() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/surveys");
         let files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
         assert!(files.len() >= 5);
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named_with_its_line_and_key() {
+    fn errors_name_line_and_key() {
         for (text, line, word) in [
             ("name = 's'\nmodls = ['a/b']", Some(2), "did you mean `models`?"),
             ("name = 's'\nnum-sequenzes = 3\nmodels = ['a/b']", Some(2), "did you mean `num-sequences`?"),

@@ -19,7 +19,7 @@ pub struct Index {
     pub schema: u32,
     /// The survey's name.
     pub survey: String,
-    /// Its file, as an absolute path: the same command goes on from there.
+    /// Absolute path of its file. The same command resumes from it.
     pub file: String,
     /// In the file's order.
     pub models: Vec<IndexEntry>,
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_read_as_it_was_written_and_doubted_otherwise() {
+    fn index_round_trips_and_damage_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(Index::read(folder.path()), Ok(None));
         let models = vec![line("a", ModelOutcome::Complete), line("b", ModelOutcome::Failed)];

@@ -59,7 +59,7 @@ impl Member<'_> {
         is_whole.then(|| IndexEntry { folder: Some(self.name.to_owned()), ..line() })
     }
 
-    /// Whether a run does this work for this survey, wherever it may rent.
+    /// Whether a run does this work for this survey, on any broker.
     pub fn is_run_by(&self, run: &RunRecord) -> bool {
         let is_this = |member: &Membership| (member.survey.as_str(), member.model.as_str()) == (self.survey, self.name);
         run.spec.survey.as_ref().is_some_and(is_this)
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn what_became_of_a_model_is_judged_by_ledger_and_files() {
+    fn model_outcome_follows_ledger_and_files() {
         let home = tempfile::tempdir().unwrap();
         let folder = |name: &str, complete| Brought { folder: format!("/nowhere/{name}"), complete };
         let trouble = |kind| RunOutcome::Failed { trouble: FailureDetail { kind, message: "no".into(), hint: None } };
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_ledger_the_record_and_the_hashes_beside_the_results_tell() {
+    fn model_outcome_without_a_ledger_follows_record_and_hashes() {
         let home = tempfile::tempdir().unwrap();
         let brought = Brought { folder: "/lost".into(), complete: true };
         let run = of_a("r1", ended("r1", brought, RunOutcome::Completed));
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_same_work_counts_wherever_it_was_done() {
+    fn only_equal_jobs_count_as_done() {
         let home = tempfile::tempdir().unwrap();
         let run = of_a("r", stopped(RunOutcome::Interrupted));
         let found = |job: &JobSpec, run: &RunRecord| line(home.path(), job, std::slice::from_ref(run)).run;

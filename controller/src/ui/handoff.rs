@@ -1,4 +1,5 @@
-//! Where everything stands, as a document for whoever carries on: what is done, what runs, what failed, what to type next.
+//! The status of all runs as a document for the next person: what is done, what runs, what failed,
+//! and which commands to type next.
 
 use std::path::Path;
 
@@ -38,7 +39,7 @@ pub fn document(status: &Status) -> String {
 const SEAL: &str = "\n<!-- outliers handoff, SHA-256 of what is above: ";
 const END: &str = " -->\n";
 
-/// A document with a last line by which it is known whether somebody has edited it.
+/// A document with a last line that reveals edits.
 pub fn sealed(document: String) -> String {
     let hash = sha256(document.as_bytes());
     document + SEAL + &hash + END
@@ -246,7 +247,7 @@ mod tests {
     use crate::units::Usd;
 
     #[test]
-    fn it_says_what_is_done_what_runs_what_failed_and_what_to_type() {
+    fn handoff_lists_done_running_failed_and_next_commands() {
         let home = tempfile::tempdir().unwrap();
         let text = document(&status(home.path()));
         assert_eq!(text, document(&status(home.path())), "the same things make the same document");
@@ -267,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn what_clouds_and_models_are_called_makes_no_link_and_no_image() {
+    fn remote_names_never_become_links_or_images() {
         let home = tempfile::tempdir().unwrap();
         let mut status = status(home.path());
         let evil = "![a](http://evil.example/x.png) [b](//evil.example) <img src=x> www.evil.example";
@@ -288,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_survey_goes_on_is_mended_or_looked_at() {
+    fn next_command_depends_on_the_survey_state() {
         let home = tempfile::tempdir().unwrap();
         let mut status = status(home.path());
         status.under_way.clear();
@@ -301,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_document_that_was_edited_is_known() {
+    fn edited_handoff_is_detected() {
         let text = sealed("# Handoff\n\nNothing.\n".to_owned());
         assert!(is_untouched(text.as_bytes()) && text.starts_with("# Handoff\n\nNothing.\n\n<!--"), "{text}");
         let edits = [text.replace("Nothing", "Much"), format!("{text}a note\n"), format!("a note\n{text}")];
@@ -313,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_at_all_is_a_document_too() {
+    fn empty_status_gives_a_handoff() {
         let nothing = Status {
             at: 0,
             under_way: vec![],

@@ -29,13 +29,13 @@ pub mod diagnostics;
 pub mod table;
 pub mod tables;
 
-/// Longest line of somebody else's that is shown.
+/// Longest foreign line that is shown.
 const LINE: usize = 2000;
 
 /// Longest name of a file that is shown.
 const NAME: usize = 80;
 
-/// Seconds by which a host's clock may be off before people are told.
+/// Seconds by which a host's clock may be off without a warning.
 const MOST_SKEW: i64 = 60;
 
 /// Between the first two plain lines of progress of a phase; each pause after it is twice as long.
@@ -87,7 +87,7 @@ impl ExitStatus {
         }
     }
 
-    /// Of several, what a person has to know first: whatever may still bill comes before everything.
+    /// Of several errors, the most urgent one. An instance that may still bill comes first.
     pub fn worst(all: impl IntoIterator<Item = Self>) -> Self {
         use ExitStatus::{Cloud, Done, Failed, InstanceLeft, Interrupted, NoOffer, Refused, TimeUp};
         const ORDER: [ExitStatus; 8] = [InstanceLeft, Interrupted, Cloud, TimeUp, NoOffer, Failed, Refused, Done];
@@ -504,7 +504,7 @@ impl Reporter {
         }
     }
 
-    /// Does `work`; says that it waits for `what` when that takes more than some seconds.
+    /// Runs `work`. If it takes more than some seconds, reports that it waits for `what`.
     pub async fn waiting<T>(&self, what: &str, work: impl Future<Output = T>) -> T {
         let say = |failed: Option<&Failed>| {
             self.event(DeployEvent::Waiting { what: what.to_owned(), failed: failed.cloned() });
@@ -574,7 +574,7 @@ impl Reporter {
                 self.measure(&label, sent, total, &self.stands([how_far, String::new()]));
             }
             HostEvent::Progress(progress) => self.progress(&progress),
-            // How far the files were read is for the process that goes on from there.
+            // The read position is for the process that resumes the run.
             HostEvent::Read(_) => {}
             event if is_detail(&event) => self.whisper(&on_host(&event)),
             event => self.say(&on_host(&event)),
@@ -705,7 +705,7 @@ fn detail(progress: &Progress) -> [String; 2] {
     [how_far, rest].map(|parts| parts.join(", "))
 }
 
-/// How it stands with time and money.
+/// Remaining time and cost so far.
 fn standing(elapsed: Duration, meter: Option<&Meter>, now_ms: u64) -> String {
     let Some(meter) = meter else { return format!("{:#} so far", Span(elapsed)) };
     let spent = format!("{} in {:#}", meter.cost(now_ms), Span(elapsed));
@@ -747,7 +747,7 @@ fn on_host(event: &HostEvent) -> String {
         HostEvent::Probed(facts) => format!("Host: {}", host_facts(facts)),
         HostEvent::AlreadyThere { name } => format!("Not sent, it is there already: {}", short_name(name)),
         HostEvent::Launched { pid } => format!("The worker runs as process {pid}"),
-        HostEvent::ConnectionLost { why } => format!("Connection lost, the worker goes on: {why}"),
+        HostEvent::ConnectionLost { why } => format!("Connection lost, the worker keeps running: {why}"),
         HostEvent::Reconnected => "Connected again".to_owned(),
         HostEvent::BadProgress(line) => format!("A damaged progress line: {line}"),
         HostEvent::Log(line) => format!("worker: {line}"),
@@ -871,7 +871,7 @@ mod tests {
     }
 
     #[test]
-    fn progress_says_how_far_it_is_what_is_left_and_what_it_costs() {
+    fn progress_shows_share_remaining_time_and_cost() {
         let layers = detail(&Progress { layer: 5, ..at(Phase::Layers, None) });
         assert_eq!(layers, ["5 of 28 layers, 1 min left", "1,234 tokens/s, 1.0 GiB of 2.0 GiB weights"]);
         let head = detail(&at(Phase::Head, Some("3 of 38 parts of the vocabulary")));
@@ -886,7 +886,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_says_nothing_again_and_again() {
+    fn repeated_log_lines_are_suppressed() {
         let said = Plain { at: Instant::now(), label: "Perplexity".into(), position: 28, pause: PLAIN_PAUSE };
         assert!(!said.is_news("Perplexity", 28, 28), "all layers are done as they were before");
         assert!(said.is_news("Writing results", 28, 28) && said.is_news("Perplexity", 30, 30));
@@ -901,7 +901,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_happens_on_a_host_is_told() {
+    fn every_host_event_has_a_message() {
         let facts = crate::run::deploy::fake::facts();
         let late = HostFacts { clock_skew: Some(-700), cuda: "12.4".parse().ok(), gpus: vec![gpu()], ..facts };
         let name = || "model".to_owned();
@@ -930,7 +930,7 @@ mod tests {
     }
 
     #[test]
-    fn an_instance_that_may_be_left_is_the_worst() {
+    fn instance_that_may_be_left_has_the_highest_exit_priority() {
         use ExitStatus::{Done, Failed, InstanceLeft, Interrupted, TimeUp};
         assert_eq!(ExitStatus::worst([]), Done);
         assert_eq!(ExitStatus::worst([Done, Failed, Done]), Failed);
@@ -939,7 +939,7 @@ mod tests {
     }
 
     #[test]
-    fn what_left_no_instance_does_not_say_so() {
+    fn errors_without_an_instance_do_not_exit_6() {
         let silent = DriveError::Silent { message: "no answer".into(), hint: Some("check the key".into()) };
         assert_eq!(CliError::of_drive_error(&silent).status.number(), 5);
         let full = LedgerError::Io { path: "/s".into(), source: std::io::ErrorKind::StorageFull.into() };
@@ -949,7 +949,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_may_have_left_an_instance_says_how_to_end_it() {
+    fn error_with_a_left_instance_says_how_to_end_it() {
         let cli_error =
             CliError::from(DriveError::Instance { run: "abc".into(), message: "it is still listed".into() });
         assert_eq!(cli_error.status.number(), 6);

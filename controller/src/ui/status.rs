@@ -1,4 +1,4 @@
-//! Where everything stands: made of the ledger and the files of results, never of memory. Given them and the clock, always the same.
+//! The status of all runs. It depends only on the ledger, the result files and the clock.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -132,7 +132,7 @@ impl HeadlineFigures {
 }
 
 impl Status {
-    /// Looks at the ledger, and at the surveys below `results`.
+    /// Reads the ledger and the surveys below `results`.
     ///
     /// # Errors
     /// What the ledger says.
@@ -409,7 +409,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn everything_is_told_from_the_ledger_and_the_files() {
+    fn status_is_computed_from_ledger_and_result_files() {
         let home = tempfile::tempdir().unwrap();
         let status = status(home.path());
         let ids = |runs: &[&str]| runs.iter().map(|run| (*run).to_owned()).collect::<Vec<_>>();
@@ -453,7 +453,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_waits_in_a_queue_is_told_and_nothing_else() {
+    fn only_queued_instances_are_shown_as_waiting() {
         let runs = [run("run1", "owner/a", 10, rented("run1")), run("run2", "owner/b", 10, rented("run2"))];
         let mut status = Status::of(&runs, &[], Vec::new(), NOW_MS);
         let broker = status.under_way[0].broker.clone().unwrap();
@@ -481,7 +481,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_detached_run_is_at_work_until_its_time_is_up_and_a_held_one_is_not() {
+    fn detached_run_is_active_until_its_deadline() {
         let detached = run("run1", "owner/a", 10, rented("run1"));
         let detached = RunRecord { spec: RunSpec { detach: true, ..detached.spec.clone() }, ..detached };
         let whole = Brought { folder: "/nowhere/a".into(), complete: true };
@@ -498,7 +498,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_was_mended_is_told_by_one_look_at_all_runs_however_many_there_are() {
+    fn superseded_failures_are_found_in_one_pass() {
         let failed = || vec![RunEvent::Stopped { ending: RunOutcome::Interrupted }];
         let mut runs: Vec<RunRecord> =
             (0..200).map(|i| run(&format!("r{i}"), &format!("owner/{}", i % 20), 300 - i, failed())).collect();
@@ -512,7 +512,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_failed_and_was_mended_is_not_told_as_failed() {
+    fn failure_followed_by_success_is_not_reported() {
         let broken = Brought { folder: "/nowhere/a.partial".into(), complete: false };
         let whole = Brought { folder: "/nowhere/a".into(), complete: true };
         let first = run("run1", "owner/a", 60, ended("run1", broken, RunOutcome::WorkerVanished { exit: None }));

@@ -129,7 +129,7 @@ const ROWS: [Row; 23] = [
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_attack_of_a_host_does_harm() {
+async fn hostile_hosts_do_no_harm() {
     let program = worker();
     let worker = program.as_path();
     let runs = stream::iter(&ROWS).map(|row| async move { (row.0, over(played(row, worker)).await) });

@@ -186,7 +186,7 @@ async fn liar(answer: impl Fn(&str) -> Vec<u8> + Send + Sync + 'static) -> (SshT
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_command_without_a_status_has_not_succeeded_and_a_late_one_counts() {
+async fn missing_exit_status_is_a_failure_and_a_late_one_counts() {
     let (ssh, _folder) = liar(|_| Vec::new()).await;
     let none = ssh.exec("no-status", b"", LIMIT).await.unwrap_err();
     assert_eq!(none.kind, Kind::Reset, "{none}");
@@ -199,7 +199,7 @@ async fn a_command_without_a_status_has_not_succeeded_and_a_late_one_counts() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn files_that_are_none_or_not_as_long_as_they_say_end_in_errors() {
+async fn irregular_files_and_wrong_lengths_are_errors() {
     lying_files().await;
 }
 
@@ -242,7 +242,7 @@ fn manifest(text: &str) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_manifest_that_is_a_bomb_or_a_lie_brings_nothing_home() {
+async fn huge_or_false_manifest_downloads_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let into = folder.path().join("results").join("r1");
     let entry = |name: &str, bytes: &str| {
@@ -296,7 +296,7 @@ async fn follow(progress: Vec<u8>) -> Vec<HostEvent> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_progress_file_that_never_ends_or_is_a_bomb_ends_at_the_deadline() {
+async fn endless_progress_file_ends_at_the_deadline() {
     let bad = |events: Vec<HostEvent>| {
         let line = |event| if let HostEvent::BadProgress(line) = event { Some(line) } else { None };
         events.into_iter().filter_map(line).collect::<Vec<_>>()

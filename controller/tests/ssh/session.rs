@@ -12,7 +12,7 @@ use crate::scene::{HASTY, Scene};
 /// RFC 4253, section 4.2: a server may send lines before its version. OpenSSH's client takes 1023
 /// of 8192 characters.
 #[tokio::test(flavor = "multi_thread")]
-async fn lines_before_the_version_are_borne_as_openssh_bears_them() {
+async fn text_before_the_ssh_version_is_skipped_as_openssh_does() {
     let text = |length: usize, end: &str| format!("{}{end}", "x".repeat(length));
     let borne = [
         "Welcome to the gateway. Authorised use only.\r\n".to_owned(),
@@ -41,7 +41,7 @@ async fn lines_before_the_version_are_borne_as_openssh_bears_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_answers_no_more_is_found_out_in_the_middle_of_a_long_command() {
+async fn unresponsive_server_is_detected_during_a_long_command() {
     let Some(scene) = Scene::near("") else { return };
     let ssh = scene.ssh(HASTY).await;
     let quiet = ssh.exec("sleep 4; echo done", b"", Duration::from_secs(60)).await.unwrap();

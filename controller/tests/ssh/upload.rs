@@ -63,7 +63,7 @@ fn part(scene: &Scene) -> PathBuf {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upload_goes_on_where_the_line_broke() {
+async fn upload_resumes_after_a_broken_connection() {
     for config in ["", "Subsystem other internal-sftp"] {
         let Some(scene) = Scene::near(config) else { return };
         let file = scene.file("big", &noise(60 * MB));
@@ -82,7 +82,7 @@ async fn an_upload_goes_on_where_the_line_broke() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_killed_controller_left_is_gone_on_with_and_what_is_wrong_there_is_sent_again() {
+async fn partial_upload_of_a_killed_controller_is_resumed_and_corrected() {
     let Some(scene) = Scene::near("") else { return };
     let content = noise(60 * MB);
     let file = scene.file("big", &content);
@@ -111,7 +111,7 @@ async fn what_a_killed_controller_left_is_gone_on_with_and_what_is_wrong_there_i
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_part_that_is_no_part_of_ours_is_replaced_and_what_it_leads_to_is_left() {
+async fn foreign_partial_file_is_replaced_and_its_link_target_kept() {
     let Some(scene) = Scene::near("") else { return };
     let file = scene.file("big", &noise(10 * MB));
     push_some(scene.host(Tuning::default()).await, &file, 1).await;
@@ -135,7 +135,7 @@ async fn a_part_that_is_no_part_of_ours_is_replaced_and_what_it_leads_to_is_left
 
 /// The kernel refuses to start a program that somebody may still write to, and a server notices late that its client is gone.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_program_starts_although_a_dead_connection_still_holds_it_open() {
+async fn program_starts_while_a_dead_connection_holds_it_open() {
     let Some(scene) = Scene::near("") else { return };
     let version = format!(
         r#"{{"version":"{}","schema":1,"target":"any","cuda":false,"architectures":[]}}"#,
@@ -159,7 +159,7 @@ async fn a_program_starts_although_a_dead_connection_still_holds_it_open() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_silent_line_is_given_up_and_a_slow_one_is_not() {
+async fn silent_connection_is_abandoned_and_a_slow_one_is_not() {
     let link = |server: &_| FlakyLink::narrow(server, 2 * MB as u64).unwrap();
     let Some(scene) = Scene::new("", link) else { return };
     let file = scene.file("big", &noise(8 * MB));
@@ -178,7 +178,7 @@ async fn a_silent_line_is_given_up_and_a_slow_one_is_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn servers_with_few_channels_take_files_too() {
+async fn upload_works_with_few_ssh_channels() {
     for config in ["MaxSessions 1", "MaxSessions 3", "MaxSessions 2\nSubsystem other internal-sftp"] {
         let Some(scene) = Scene::near(config) else { return };
         let file = scene.file("big", &noise(20 * MB + 1));
@@ -190,7 +190,7 @@ async fn servers_with_few_channels_take_files_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_are_renewed_by_either_side_in_mid_transfer() {
+async fn rekeying_by_either_side_during_a_transfer_works() {
     let often = Tuning { rekey_after: 2 << 20, ..Tuning::default() };
     for (config, tuning) in [("RekeyLimit 1M", Tuning::default()), ("", often), ("RekeyLimit 3M", often)] {
         let Some(scene) = Scene::near(config) else { return };

@@ -544,7 +544,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bill_follows_the_clock_until_the_end() {
+    fn bill_follows_the_clock_until_termination() {
         let mut world = World { now: 1000, ..World::default() };
         let id = world.rent(order(&world, 0)).unwrap().id;
         world.now += 3600;
@@ -557,7 +557,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sold_out_is_not_rented() {
+    fn sold_out_stock_is_not_rented() {
         let mut world = World::default();
         assert_eq!(world.rent(order(&world, 3)), Err(Refusal::NoCapacity));
         world.stock[0].left = 1;
@@ -567,7 +567,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_instance_shows_late_and_an_ended_one_lingers() {
+    fn new_instance_is_listed_late_and_an_ended_one_longer() {
         let mut world = World { shown_after: 1, boots_after: 2, lingers: 1, ..World::default() };
         let id = world.rent(order(&world, 0)).unwrap().id;
         let shown = |world: &mut World| {

@@ -22,7 +22,7 @@ macro_rules! clouds {
             use super::*;
 
             #[tokio::test]
-            async fn lives() {
+            async fn create_list_and_terminate_work() {
                 let cloud = FakeCloud::start($dialect);
                 lives_of(&*cloud.broker(), Bytes::from_gib(100)).await;
                 assert_eq!(cloud.world().live().count(), 0);
@@ -53,7 +53,7 @@ macro_rules! clouds {
         })*
 
         #[test]
-        fn every_cloud_is_held_to_this() {
+        fn every_built_in_cloud_is_tested() {
             let tested = [$($dialect.cloud().name),*];
             let built_in: Vec<&str> = CLOUDS.iter().map(|cloud| cloud.name).collect();
             assert!(built_in.iter().all(|name| tested.contains(name)), "{built_in:?}");
@@ -80,7 +80,7 @@ async fn lives_of(broker: &dyn Broker, disk: Bytes) {
 }
 
 #[tokio::test]
-async fn this_machine_lives_too() {
+async fn local_broker_creates_lists_and_terminates() {
     let folder = tempfile::tempdir().expect("a folder");
     let broker = LocalBroker::new(folder.path().to_owned(), env!("CARGO_BIN_EXE_outliers-instance").into())
         .with_nvidia_smi("/bin/false".into());

@@ -22,7 +22,7 @@ fn refusal(code: &str) -> How {
 }
 
 #[tokio::test]
-async fn one_that_is_still_made_cannot_be_ended_yet() {
+async fn termination_of_a_booting_instance_is_unavailable() {
     let cloud = FakeCloud::start(Lambda);
     let (_, made) = rent(&cloud).await;
     let action = json!({"available": false, "reason_code": "vm-has-not-launched"});
@@ -37,7 +37,7 @@ async fn one_that_is_still_made_cannot_be_ended_yet() {
 }
 
 #[tokio::test]
-async fn one_that_goes_on_living_is_not_ended() {
+async fn surviving_instance_is_not_reported_as_terminated() {
     let cloud = FakeCloud::start(Lambda);
     let (_, made) = rent(&cloud).await;
     for (how, kind) in [
@@ -52,7 +52,7 @@ async fn one_that_goes_on_living_is_not_ended() {
 }
 
 #[tokio::test]
-async fn refusals_have_kinds() {
+async fn refusals_map_to_error_kinds() {
     let cloud = FakeCloud::start(Lambda);
     let (offer, broker) = (offer(&cloud).await, cloud.broker());
     for (code, kind) in [
@@ -76,7 +76,7 @@ async fn refusals_have_kinds() {
 }
 
 #[tokio::test]
-async fn a_key_that_is_there_already_is_used() {
+async fn registered_key_is_reused() {
     let cloud = FakeCloud::start(Lambda);
     let (offer, lease) = (offer(&cloud).await, lease());
     let public_key = lease.ssh_public_key.replace(" run", " another comment");
@@ -87,7 +87,7 @@ async fn a_key_that_is_there_already_is_used() {
 }
 
 #[tokio::test]
-async fn a_key_whose_registration_seems_to_fail_is_found() {
+async fn key_with_a_failed_registration_reply_is_found() {
     let cloud = FakeCloud::start(Lambda);
     let (offer, lease) = (offer(&cloud).await, lease());
     cloud.world().fail_after(Op::Keys, How::CutBody);
@@ -98,7 +98,7 @@ async fn a_key_whose_registration_seems_to_fail_is_found() {
 }
 
 #[tokio::test]
-async fn without_its_key_nothing_is_launched() {
+async fn nothing_is_launched_without_its_key() {
     let cloud = FakeCloud::start(Lambda);
     let offer = offer(&cloud).await;
     cloud.world().fail_always(Op::Keys, refusal("global/invalid-parameters"));
@@ -108,7 +108,7 @@ async fn without_its_key_nothing_is_launched() {
 }
 
 #[tokio::test]
-async fn keys_that_stay_are_no_failure_of_an_ending() {
+async fn remaining_keys_do_not_fail_a_termination() {
     let cloud = FakeCloud::start(Lambda);
     let (_, made) = rent(&cloud).await;
     cloud.world().fail_always(Op::Keys, How::Html);
@@ -117,7 +117,7 @@ async fn keys_that_stay_are_no_failure_of_an_ending() {
 }
 
 #[tokio::test]
-async fn two_ids_for_one_launch_are_looked_into() {
+async fn two_ids_of_one_launch_are_resolved() {
     let cloud = FakeCloud::start(Lambda);
     let (offer, broker) = (offer(&cloud).await, cloud.broker());
     for ids in [json!([]), json!(["1", "2"]), Value::Null] {

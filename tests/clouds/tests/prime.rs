@@ -37,7 +37,7 @@ fn plant_key(cloud: &FakeCloud, name: &str) {
 }
 
 #[tokio::test]
-async fn an_instance_from_offer_to_end() {
+async fn instance_goes_from_offer_to_termination() {
     let cloud = FakeCloud::start(Prime);
     let broker = cloud.broker();
     let offer = a100(&cloud).await;
@@ -60,7 +60,7 @@ async fn an_instance_from_offer_to_end() {
 }
 
 #[tokio::test]
-async fn a_key_goes_with_its_instance_and_forgotten_ones_with_it() {
+async fn termination_deletes_its_key_and_leftover_keys() {
     let cloud = FakeCloud::start(Prime);
     let other_lease = "outliers-me-r2-n2-4102444800";
     for name in ["somebody's own", "outliers-me-r0-n0-1700000000", other_lease] {
@@ -73,7 +73,7 @@ async fn a_key_goes_with_its_instance_and_forgotten_ones_with_it() {
 }
 
 #[tokio::test]
-async fn a_refused_creation_takes_its_key_back() {
+async fn refused_create_deletes_its_key() {
     let cloud = FakeCloud::start(Prime);
     let offer = a100(&cloud).await;
     cloud.world().funds = false;
@@ -82,7 +82,7 @@ async fn a_refused_creation_takes_its_key_back() {
 }
 
 #[tokio::test]
-async fn a_creation_of_which_nothing_is_known_keeps_its_key() {
+async fn ambiguous_create_keeps_its_key() {
     let cloud = FakeCloud::start(Prime);
     let offer = a100(&cloud).await;
     let how = How::Refuse(Refusal::Broken(502));
@@ -93,7 +93,7 @@ async fn a_creation_of_which_nothing_is_known_keeps_its_key() {
 }
 
 #[tokio::test]
-async fn a_key_whose_registration_was_not_confirmed_is_found() {
+async fn key_with_an_unconfirmed_registration_is_found() {
     let cloud = FakeCloud::start(Prime);
     let offer = a100(&cloud).await;
     for how in [How::Refuse(Refusal::Broken(500)), How::Refuse(Refusal::Invalid("it exists".to_owned()))] {
@@ -108,7 +108,7 @@ async fn a_key_whose_registration_was_not_confirmed_is_found() {
 }
 
 #[tokio::test]
-async fn a_price_that_rose_is_not_paid() {
+async fn risen_price_is_not_paid() {
     let cloud = FakeCloud::start(Prime);
     let offer = a100(&cloud).await;
     cloud.world().stock[0].price = UsdPerHour::from_dollars(1.95);
@@ -117,7 +117,7 @@ async fn a_price_that_rose_is_not_paid() {
 }
 
 #[tokio::test]
-async fn what_is_left_out_is_said() {
+async fn skipped_offers_are_reported() {
     let cloud = FakeCloud::start(Prime);
     let all = GpuRequest { gpu_count: Some(0), ..want() };
     let dropped = cloud.broker().offers(&all).await.unwrap().dropped;
@@ -126,7 +126,7 @@ async fn what_is_left_out_is_said() {
 }
 
 #[tokio::test]
-async fn a_list_that_changes_between_pages_is_read_again() {
+async fn list_that_changes_between_pages_is_reread() {
     let cloud = FakeCloud::start(Prime);
     let planted: Vec<String> = {
         let mut world = cloud.world();
@@ -144,7 +144,7 @@ async fn a_list_that_changes_between_pages_is_read_again() {
 }
 
 #[tokio::test]
-async fn an_id_stays_one_segment() {
+async fn id_is_one_url_segment() {
     let cloud = FakeCloud::start(Prime);
     assert_eq!(cloud.broker().get(&InstanceId("../ssh_keys/?x".to_owned())).await.unwrap(), None);
     assert_eq!(cloud.world().requests[0].path, "/pods/..%2Fssh_keys%2F%3Fx");

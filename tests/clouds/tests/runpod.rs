@@ -31,7 +31,7 @@ fn questions(cloud: &FakeCloud) -> Vec<Value> {
 }
 
 #[tokio::test]
-async fn the_cloud_itself_ends_a_pod_at_its_deadline() {
+async fn cloud_terminates_a_pod_at_its_deadline() {
     let cloud = FakeCloud::start(RunPod::default());
     let broker = cloud.broker();
     let offer = first(&*broker, GpuRequest::default()).await;
@@ -44,7 +44,7 @@ async fn the_cloud_itself_ends_a_pod_at_its_deadline() {
 }
 
 #[tokio::test]
-async fn without_graphql_a_pod_is_rented_by_rest() {
+async fn pod_is_rented_by_rest_without_graphql() {
     let cloud = FakeCloud::start(RunPod::rest_alone());
     let broker = cloud.broker();
     broker.check().await.unwrap();
@@ -74,7 +74,7 @@ async fn without_graphql_a_pod_is_rented_by_rest() {
 }
 
 #[tokio::test]
-async fn a_bid_is_made_only_for_who_takes_spot() {
+async fn bid_is_made_only_with_spot_allowed() {
     let cloud = FakeCloud::start(RunPod::default());
     let broker = cloud.broker();
     let want = GpuRequest { gpu_count: Some(2), ..GpuRequest::default() };
@@ -88,7 +88,7 @@ async fn a_bid_is_made_only_for_who_takes_spot() {
 }
 
 #[tokio::test]
-async fn hosts_are_asked_about_only_where_it_matters() {
+async fn host_details_are_queried_only_when_needed() {
     let cloud = FakeCloud::start(RunPod::default());
     let broker = cloud.broker();
     assert_eq!(first(&*broker, GpuRequest::default()).await.cpu_ram, None);
@@ -107,7 +107,7 @@ async fn hosts_are_asked_about_only_where_it_matters() {
 }
 
 #[tokio::test]
-async fn a_failure_in_unknown_words_may_have_made_a_pod() {
+async fn unknown_failure_of_a_create_call_is_ambiguous() {
     let cloud = FakeCloud::start(RunPod::default());
     let broker = cloud.broker();
     let offer = first(&*broker, GpuRequest::default()).await;
@@ -120,7 +120,7 @@ async fn a_failure_in_unknown_words_may_have_made_a_pod() {
 }
 
 #[tokio::test]
-async fn an_end_that_is_not_said_is_not_believed() {
+async fn unconfirmed_termination_is_not_trusted() {
     let cloud = FakeCloud::start(RunPod::default());
     let broker = cloud.broker();
     let offer = first(&*broker, GpuRequest::default()).await;
@@ -136,7 +136,7 @@ async fn an_end_that_is_not_said_is_not_believed() {
 }
 
 #[tokio::test]
-async fn what_is_out_of_stock_is_said() {
+async fn out_of_stock_is_reported() {
     let cloud = FakeCloud::start(RunPod::default());
     cloud.world().stock.retain(|stock| stock.id == "1004");
     let offers = cloud.broker().offers(&GpuRequest::default()).await.unwrap();
@@ -172,7 +172,7 @@ fn read(path: &Path) -> String {
 }
 
 #[test]
-fn a_pod_ends_itself_by_whatever_works() {
+fn pod_terminates_itself_by_any_working_api() {
     let echo_key = "cat 2>/dev/null; echo $RUNPOD_API_KEY; echo $RUNPOD_API_KEY >&2";
     let fails = format!("{echo_key}; exit 1");
     let by_graphql = format!("{echo_key}; case \"$*\" in *graphql*) exit 0 ;; esac; exit 22");

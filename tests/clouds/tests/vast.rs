@@ -30,7 +30,7 @@ async fn cheapest(cloud: &FakeCloud, want: &GpuRequest) -> Offer {
 }
 
 #[tokio::test]
-async fn an_instance_from_offer_to_end() {
+async fn instance_goes_from_offer_to_termination() {
     let cloud = FakeCloud::start(Vast);
     let broker = cloud.broker();
     let offer = cheapest(&cloud, &GpuRequest { tier: Some(Tier::Secure), ..want() }).await;
@@ -60,7 +60,7 @@ async fn an_instance_from_offer_to_end() {
 }
 
 #[tokio::test]
-async fn a_bid_that_is_too_low_leaves_nothing_behind() {
+async fn too_low_bid_leaves_no_instance() {
     let cloud = FakeCloud::start(Vast);
     let offer = Offer { key: r#"{"ask":1005,"bid":0.01}"#.to_owned(), ..cheapest(&cloud, &want()).await };
     let error = cloud.broker().create(&offer, &lease()).await.unwrap_err();
@@ -71,7 +71,7 @@ async fn a_bid_that_is_too_low_leaves_nothing_behind() {
 }
 
 #[tokio::test]
-async fn what_can_be_taken_back_is_a_bid() {
+async fn interruptible_offers_need_spot_and_are_ordered_as_bids() {
     let cloud = FakeCloud::start(Vast);
     let spot = GpuRequest { spot: true, gpu_count: Some(2), ..want() };
     assert!(cloud.broker().offers(&GpuRequest { spot: false, ..spot.clone() }).await.unwrap().offers.is_empty());
@@ -84,7 +84,7 @@ async fn what_can_be_taken_back_is_a_bid() {
 }
 
 #[tokio::test]
-async fn success_is_what_the_answer_says_not_its_status() {
+async fn success_is_read_from_the_body_and_not_the_http_status() {
     let cloud = FakeCloud::start(Vast);
     let offer = cheapest(&cloud, &want()).await;
     let gone = json!({"success": false, "error": "no_such_ask", "msg": "error 410/3907: no_such_ask"});
@@ -100,7 +100,7 @@ async fn success_is_what_the_answer_says_not_its_status() {
 }
 
 #[tokio::test]
-async fn every_page_is_read_and_a_missing_one_is_an_error() {
+async fn missing_page_of_a_list_is_an_error() {
     let cloud = FakeCloud::start(Vast);
     {
         let mut world = cloud.world();
@@ -115,7 +115,7 @@ async fn every_page_is_read_and_a_missing_one_is_an_error() {
 }
 
 #[tokio::test]
-async fn ids_are_numbers() {
+async fn instance_ids_must_be_numbers() {
     let cloud = FakeCloud::start(Vast);
     let id = InstanceId("17/../../users/current".to_owned());
     assert_eq!(cloud.broker().terminate(&id).await.unwrap_err().kind, BrokerErrorKind::Rejected);
@@ -126,7 +126,7 @@ async fn ids_are_numbers() {
 /// As hosts were reported to be offered: V100 and Quadro RTX below compute capability 8.0, GH200 with an ARM processor; A100X is an
 /// Ampere card.
 #[tokio::test]
-async fn hosts_that_the_worker_cannot_use_are_left_out_and_counted() {
+async fn unsupported_hosts_are_excluded_and_counted() {
     let ask = |id: u32, gpu: &str, capability: u32, arch: &str| {
         json!({
             "id": id, "gpu_name": gpu, "num_gpus": 1, "dph_total": f64::from(id) / 10.0, "gpu_ram": 81920, "cpu_ram": 257_000,
@@ -153,7 +153,7 @@ async fn hosts_that_the_worker_cannot_use_are_left_out_and_counted() {
 }
 
 #[tokio::test]
-async fn a_price_that_a_host_asks_for_is_seen_and_nothing_is_sent_but_the_question() {
+async fn requested_price_is_read_without_other_calls() {
     let cloud = FakeCloud::start(Vast);
     let broker = cloud.broker();
     let id = InstanceId("123".to_owned());
@@ -171,7 +171,7 @@ async fn a_price_that_a_host_asks_for_is_seen_and_nothing_is_sent_but_the_questi
 }
 
 #[tokio::test]
-async fn searches_that_are_used_up_are_told_and_not_tried_again() {
+async fn exhausted_search_quota_is_reported_and_not_retried() {
     let cloud = FakeCloud::start(Vast);
     let used_up = json!({"success": false, "error": "search_quota_exceeded", "msg": "Search quota exceeded"});
     cloud.world().fail_always(Op::Offers, How::Say(Answer::json(429, &used_up).retry_after(Some(1))));
@@ -181,7 +181,7 @@ async fn searches_that_are_used_up_are_told_and_not_tried_again() {
 }
 
 #[tokio::test]
-async fn who_is_asked_to_wait_for_long_does_not_ask_before() {
+async fn long_retry_after_blocks_further_calls() {
     let cloud = FakeCloud::start(Vast);
     let broker = cloud.broker();
     cloud.world().fail(Op::Offers, How::Refuse(Refusal::RateLimited(Some(300))));
@@ -198,7 +198,7 @@ async fn who_is_asked_to_wait_for_long_does_not_ask_before() {
 }
 
 #[tokio::test]
-async fn the_account_tells_what_is_left() {
+async fn account_shows_the_remaining_credit() {
     let cloud = FakeCloud::start(Vast);
     let account = cloud.broker().check().await.unwrap();
     assert_eq!(

@@ -175,7 +175,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_allocated_is_not_touched() {
+    fn access_outside_allocations_is_an_error() {
         let memory = Memory::new();
         let at = memory.allocate(10, Owner::Gpu(0));
         let mut bytes = [0; 10];

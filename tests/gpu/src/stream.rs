@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stream_keeps_its_order_and_another_only_by_events() {
+    fn streams_are_ordered_and_synchronise_only_by_events() {
         let delay = Duration::from_millis(3);
         let (first, second) = (Stream::new(delay), Stream::new(delay));
         let seen = Arc::new(Mutex::new(Vec::new()));
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_stays_and_nothing_comes_after_it() {
+    fn failure_is_sticky_and_stops_the_stream() {
         let stream = Stream::new(Duration::ZERO);
         stream.ask(|| Err("no such address".to_owned()));
         stream.ask(|| panic!("never reached"));

@@ -137,7 +137,7 @@ fn kill(pid: usize) {
 }
 
 #[test]
-fn killed_at_any_point_the_real_controller_leaves_nothing_and_loses_nothing() {
+fn controller_killed_at_any_point_leaves_no_instance_and_loses_no_result() {
     let Some((cloud, place)) = scene() else { return };
     // The first run of all may have to wait for the programs to be built.
     let _ = place.context.run(["completions", "bash"]).ok();

@@ -35,7 +35,7 @@ impl Scene {
 }
 
 #[tokio::test]
-async fn without_a_word_of_ours_worker_and_instance_end() {
+async fn guard_ends_worker_and_instance_without_heartbeat() {
     let Some(scene) = Scene::new().await else { return };
     scene.guarded("r", "hangs", terms(3, 600, 600, Some(END))).await;
     assert!(!scene.told_to_end());
@@ -43,11 +43,11 @@ async fn without_a_word_of_ours_worker_and_instance_end() {
     assert_eq!(scene.host.status("r").await.unwrap(), JobStatus::Ended { exit: Some(143) }, "before the instance");
     assert!(scene.said("r").contains("nobody looked after this run for 3 s"), "{}", scene.said("r"));
     let log = std::fs::read_to_string(scene.remote("r", "worker.log")).unwrap();
-    assert!(log.contains("guard: nobody looked after"), "the reason comes home with the worker's log: {log}");
+    assert!(log.contains("guard: nobody looked after"), "the reason is in the fetched log: {log}");
 }
 
 #[tokio::test]
-async fn as_long_as_we_are_heard_nothing_ends_and_a_killed_guard_is_replaced() {
+async fn heartbeat_keeps_the_instance_and_a_killed_guard_is_replaced() {
     let Some(scene) = Scene::new().await else { return };
     // On a busy machine a word of ours takes seconds: the lease is many times as long as the pause, and we speak for longer than the lease.
     scene.guarded("r", "hangs", terms(10, 600, 600, Some(END))).await;
@@ -65,7 +65,7 @@ async fn as_long_as_we_are_heard_nothing_ends_and_a_killed_guard_is_replaced() {
 }
 
 #[tokio::test]
-async fn files_that_nobody_comes_for_end_the_instance_and_a_running_worker_does_not() {
+async fn uncollected_results_end_the_instance_but_a_running_worker_does_not() {
     let Some(scene) = Scene::new().await else { return };
     scene.guarded("runs", "hangs", terms(600, 2, 600, Some(END))).await;
     scene.guarded("ended", "quick", terms(600, 2, 600, None)).await;
@@ -78,7 +78,7 @@ async fn files_that_nobody_comes_for_end_the_instance_and_a_running_worker_does_
 }
 
 #[tokio::test]
-async fn the_time_limit_ends_everything_and_a_refused_order_is_given_again() {
+async fn time_limit_ends_the_instance_and_a_refused_call_is_retried() {
     let Some(scene) = Scene::new().await else { return };
     scene.guarded("r", "stubborn", terms(0, 0, 3, Some(FAILS))).await;
     let pid = scene.guard_pid("r");
@@ -92,7 +92,7 @@ async fn the_time_limit_ends_everything_and_a_refused_order_is_given_again() {
 }
 
 #[tokio::test]
-async fn of_many_guards_one_stays_and_none_outlives_the_runs_folder() {
+async fn one_guard_runs_per_folder_and_ends_with_it() {
     let Some(scene) = Scene::new().await else { return };
     scene.host.guard("r", &terms(600, 8, 600, Some(END))).await.unwrap();
     kill(&scene.guard_pid("r").to_string());
@@ -119,7 +119,7 @@ async fn of_many_guards_one_stays_and_none_outlives_the_runs_folder() {
 /// A whole life where the server opens one channel at a time; the lease is renewed while the
 /// worker is followed.
 #[tokio::test]
-async fn a_server_with_one_channel_has_worker_guard_and_follower_take_turns() {
+async fn worker_guard_and_follower_share_one_ssh_channel() {
     let Some(scene) = Scene::with("MaxSessions 1").await else { return };
     scene.guarded("r", "slow", terms(600, 600, 600, None)).await;
     let renewing = async {

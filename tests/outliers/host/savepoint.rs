@@ -1,4 +1,4 @@
-//! Save points that come home while the worker runs, and go with the next instance.
+//! Save points are fetched while the worker runs and sent to the next instance.
 
 use outliers::host::Stamp;
 use outliers::units::Bytes;
@@ -6,7 +6,7 @@ use outliers::units::Bytes;
 use super::*;
 
 #[tokio::test]
-async fn a_save_point_comes_home_when_it_is_new_and_small_and_goes_to_the_next_instance() {
+async fn new_small_save_point_is_fetched_and_sent_to_the_next_instance() {
     let (Some(scene), Some(next)) = (Scene::new().await, Scene::new().await) else { return };
     let (there, home) = (scene.remote("r", "savepoint"), scene.here.path().join("savepoint"));
     std::fs::create_dir_all(there.parent().unwrap()).unwrap();

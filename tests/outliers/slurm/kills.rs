@@ -89,7 +89,7 @@ fn agreed(cluster: &Cluster, context: &TestContext, what: &str) {
 }
 
 #[test]
-fn killed_at_any_point_the_controller_of_a_job_leaves_nothing_and_loses_nothing() {
+fn slurm_controller_killed_at_any_point_leaves_no_job_and_loses_no_result() {
     let Some((cluster, context)) = office() else { return };
     // The first run of all may have to wait for the programs to be built.
     let _ = context.run(["completions", "bash"]).ok();

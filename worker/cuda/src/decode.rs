@@ -15,7 +15,7 @@ use crate::kernels::{Argument, File, Grid, launch};
 const THREADS: usize = 256;
 /// Bytes that a thread copies at a time.
 const COPIED_AT_ONCE: usize = 1 << 19;
-/// Scales begin at multiples of so many bytes.
+/// Alignment of scales, bytes.
 const ALIGNMENT: usize = 16;
 
 /// How a number is stored, by the numbers of `decode.cu`.

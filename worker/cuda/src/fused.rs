@@ -58,7 +58,7 @@ fn by_value(rows: usize, columns: usize) -> Grid {
     Grid { blocks: [rows, columns.div_ceil(COLUMNS)], threads: THREADS }
 }
 
-/// Rows of so many values.
+/// Number of values of a row.
 fn rows(values: usize, width: usize) -> usize {
     assert!(width > 0 && values.is_multiple_of(width), "{values} values are not rows of {width}");
     values / width

@@ -149,7 +149,7 @@ mod tests {
     use super::File;
 
     #[test]
-    fn what_is_checked_in_was_made_from_the_sources() {
+    fn checked_in_kernels_match_their_sources() {
         for (file, name) in File::ALL {
             let source = [include_str!("../kernels/values.cuh"), file.source()].concat();
             let hash: String = Sha256::digest(source).iter().map(|byte| format!("{byte:02x}")).collect();

@@ -149,7 +149,7 @@ impl Staging {
         Ok(notes.words.device_ptr_mut(&self.stream).0 + at as CUdeviceptr)
     }
 
-    /// Room on the GPU for a piece of so many bytes.
+    /// Buffer on the GPU for a piece of this size in bytes.
     fn make_room(&mut self, len: usize) -> Result<(), DriverError> {
         if self.stored.as_ref().is_none_or(|room| room.len() < len) {
             // There are never both: a plan counts one.
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_brought_is_there_when_it_is_used_however_late_streams_are() {
+    fn uploads_are_complete_before_use_under_stream_delays() {
         let gpu = std::env::var("OUTLIERS_GPU")
             .expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
         for delay in ["0", "300", "5000"] {

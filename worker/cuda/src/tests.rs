@@ -102,7 +102,7 @@ fn look_and_tell() {
 }
 
 #[test]
-fn without_a_driver_every_call_says_that_no_device_is_there() {
+fn without_a_driver_every_call_reports_no_device() {
     let empty = folder();
     let said = looked_for_in(empty.path());
     // This machine may have a driver of its own.
@@ -113,7 +113,7 @@ fn without_a_driver_every_call_says_that_no_device_is_there() {
 }
 
 #[test]
-fn a_driver_and_its_libraries_are_called_with_all_their_arguments() {
+fn driver_and_libraries_get_all_arguments() {
     let folder = folder();
     library(folder.path(), "libcuda.so.1", Of::Driver, &GPU);
     library(folder.path(), "libcublas.so.12", Of::Blas, &[]);
@@ -141,7 +141,7 @@ fn copy_and_tell() {
 }
 
 #[test]
-fn bytes_that_the_driver_copies_are_counted_by_direction() {
+fn copied_bytes_are_counted_by_direction() {
     let copies = [
         (
             "cuMemcpyHtoDAsync_v2",
@@ -178,7 +178,7 @@ fn archive(of: &[(&str, u64, &str)]) -> Vec<u8> {
 }
 
 #[test]
-fn the_newest_kernel_that_a_gpu_runs_is_found_behind_a_program() {
+fn newest_supported_kernel_is_found_behind_a_program() {
     let folder = folder();
     let file = folder.path().join("program");
     let of = [("one", 80, "one for 8.0"), ("one", 89, "one for 8.9"), ("one", 100, "one for 10"), ("two", 80, "two")];
@@ -221,7 +221,7 @@ fn load_and_tell() {
 }
 
 #[test]
-fn a_driver_is_given_what_was_assembled_and_ptx_where_it_refuses_that() {
+fn cubin_is_loaded_and_ptx_where_the_driver_refuses_it() {
     // It tells the first letter of what it was given last, and refuses what begins with an X.
     let load =
         ("cuModuleLoadData", "(long *module, const char *image) { *module = *image; return *image == 'X' ? 209 : 0; }");
@@ -244,7 +244,7 @@ fn a_driver_is_given_what_was_assembled_and_ptx_where_it_refuses_that() {
 }
 
 #[test]
-fn what_is_missing_or_too_old_is_named() {
+fn missing_or_old_libraries_are_named() {
     let with = |name: &str, body: &'static str| {
         let mut special = GPU;
         let one = special.iter_mut().find(|(of, _)| *of == name).unwrap();

@@ -47,7 +47,7 @@ fn live(steps: &[(u8, usize, usize)]) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
     #[test]
-    fn nobody_finds_what_is_anothers(steps in prop::collection::vec((0..4u8, 0..100usize, 1..MIB / 8), 1..30)) {
+    fn threads_do_not_share_blocks(steps in prop::collection::vec((0..4u8, 0..100usize, 1..MIB / 8), 1..30)) {
         thread::scope(|scope| {
             let [first, second] = [0, 1].map(|_| scope.spawn(|| live(&steps)));
             first.join().unwrap();
@@ -58,12 +58,12 @@ proptest! {
 
 /// In a process of its own, where nobody else takes memory meanwhile.
 #[test]
-fn what_was_once_in_use_is_never_exceeded() {
+fn resident_memory_never_exceeds_peak_use() {
     const ALONE: &str = "OUTLIERS_HEAP_ALONE";
     if std::env::var_os(ALONE).is_none() {
         let test = std::env::current_exe().unwrap();
         let mut command = std::process::Command::new(test);
-        let status = command.args(["--exact", "what_was_once_in_use_is_never_exceeded"]).env(ALONE, "1").status();
+        let status = command.args(["--exact", "resident_memory_never_exceeds_peak_use"]).env(ALONE, "1").status();
         assert!(status.unwrap().success());
         return;
     }

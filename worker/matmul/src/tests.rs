@@ -110,7 +110,7 @@ fn check_all(m: usize, n: usize, k: usize) {
 }
 
 #[test]
-fn whole_blocks_and_many_of_them() {
+fn products_of_whole_blocks_equal_the_reference() {
     check_all(32, 32, 32);
     check_all(96, 128, 256);
     // More rows and columns than are taken at once.
@@ -122,12 +122,14 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn any_shape(m in 1..80usize, n in 1..80usize, k in 1..150usize) {
+    fn products_of_any_shape_equal_the_reference(m in 1..80usize, n in 1..80usize, k in 1..150usize) {
         check_all(m, n, k);
     }
 
     #[test]
-    fn a_row_is_the_same_in_any_company(m in 1..70usize, n in 1..70usize, k in 1..100usize, row in any::<prop::sample::Index>()) {
+    fn rows_do_not_depend_on_other_rows(
+        m in 1..70usize, n in 1..70usize, k in 1..100usize, row in any::<prop::sample::Index>(),
+    ) {
         let (a, b): (Vec<f32>, Vec<bf16>) = (numbers(m * k, 3), numbers(n * k, 4));
         let row = row.index(m);
         for unit in units() {
@@ -140,7 +142,7 @@ proptest! {
 const NOT_FINITE: [f32; 3] = [f32::NAN, f32::INFINITY, f32::from_bits(0x7f80_0001)];
 
 #[test]
-fn what_is_no_number_stays_none_and_in_its_row() {
+fn nan_is_preserved_in_its_row_only() {
     for (unit, bad) in units().into_iter().flat_map(|unit| NOT_FINITE.map(|bad| (unit, bad))) {
         let mut a = vec![1f32; 3 * 40];
         a[45] = bad;
@@ -155,7 +157,7 @@ fn what_is_no_number_stays_none_and_in_its_row() {
 }
 
 #[test]
-fn nothing_times_something_is_nothing() {
+fn empty_operands_give_an_empty_product() {
     for unit in units() {
         assert_eq!(product::<f32>(unit, &[], &[bf16::ONE; 6], Order::Rows, 2, 3), []);
         assert_eq!(product::<f32>(unit, &[1.0; 6], &[], Order::Rows, 0, 3), []);

@@ -1,4 +1,4 @@
-//! How a corpus file holds documents, told by the ending of its name.
+//! The format of a corpus file, from the extension of its name.
 //! This is the one place that knows the endings.
 
 use std::fmt;

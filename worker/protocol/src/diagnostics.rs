@@ -208,7 +208,7 @@ pub struct MassiveLayer {
 /// One massive activation.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MassiveRecord {
-    /// Where it stands, and its value.
+    /// Its position and its value.
     #[serde(flatten)]
     pub at: Record,
     /// |value| over the median of the sequence's hidden state at this layer; `None` if that median is 0.
@@ -274,7 +274,7 @@ pub struct SuperExperts {
 /// The value of largest magnitude at the output of one expert's down projection.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ExpertPeak {
-    /// Where it stands, and its value.
+    /// Its position and its value.
     #[serde(flatten)]
     pub at: Record,
     /// Tokens sent to this expert.

@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_export_has_a_name_that_is_read_and_files_of_its_own() {
+    fn every_export_has_a_parsed_name_and_distinct_files() {
         let mut names: Vec<&str> = Vec::new();
         for export in Export::ALL {
             let name = serde_json::to_string(&export).unwrap();

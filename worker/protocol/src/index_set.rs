@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sets_are_written_as_ranges_and_read_back() {
+    fn index_sets_round_trip_as_ranges() {
         for (indices, text) in [
             (vec![], ""),
             (vec![7], "7"),

@@ -335,7 +335,7 @@ pub enum CorpusSource {
     Builtin(String),
     /// UTF-8 text files, one document each, and files of many documents;
     /// [`CorpusFormat`](crate::CorpusFormat) tells them by their names.
-    /// Of JSON Lines and Parquet no more is read than is needed.
+    /// JSON Lines and Parquet files are read only as far as needed.
     Files(Vec<String>),
     /// A dataset on the hub, read in ranges: no more of it than is needed.
     Dataset(Dataset),

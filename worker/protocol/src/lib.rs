@@ -92,7 +92,7 @@ pub mod files {
     pub const INPUT_SCALES: &str = "input_scales.json";
     /// Saliency of every expert, JSON ([`crate::Export::Reap`]).
     pub const REAP: &str = "reap.json";
-    /// Where a pass can go on after its process died; gone when the run is complete. Never brought home.
+    /// Save point of a pass. It is deleted when the run is complete, and never part of the results.
     pub const SAVE_POINT: &str = "savepoint";
     /// The [`crate::Manifest`].
     pub const MANIFEST: &str = "manifest.json";

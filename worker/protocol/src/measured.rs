@@ -15,7 +15,7 @@ pub const RESIDUAL_SINKS: usize = 20;
 pub const MAPPED_DIMS: usize = 8;
 /// Positions in [`MappedDim::values`] at most.
 pub const MAPPED_POSITIONS: usize = 64;
-/// Rows of a site that are quantised: about so many, all if there are no more.
+/// Approximate number of sampled rows of a site. All rows if there are fewer.
 pub const QUANTIZED_ROWS: usize = 512;
 
 /// Something that is measured where it is asked for.
@@ -243,7 +243,7 @@ pub struct ResidualSink {
 
 // ---------------------------------------------------------------------------- spike life
 
-/// How the first token's spike comes and goes (arXiv 2603.05498).
+/// Layers in which the first token's spike starts and ends (arXiv 2603.05498).
 ///
 /// A token's magnitude is its largest |x| in the residual stream. A layer has a spike if the mean
 /// magnitude of first tokens, over sequences, is at least ten times that of all other tokens; the
@@ -334,7 +334,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_measurement_has_a_name_that_is_read() {
+    fn every_measurement_name_is_parsed() {
         for measurement in Measurement::ALL {
             let name = serde_json::to_string(&measurement).unwrap();
             let read = name.trim_matches('"').replace('_', "-").parse::<Measurement>();

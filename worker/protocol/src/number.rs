@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_count_is_told_what_it_must_be() {
+    fn invalid_count_error_states_the_expected_form() {
         assert_eq!((whole("0"), whole("4096")), (Ok(0_usize), Ok(4096_usize)));
         for negative in ["-1", "-0.5"] {
             assert!(whole::<usize>(negative).unwrap_err().contains("positive"), "{negative}");

@@ -1,4 +1,4 @@
-//! The job's options, as they are typed on both command lines and written in files. Any of them may
+//! The options of a job, from both command lines and from files. Any of them may
 //! be missing.
 //!
 //! A new option is a field of [`JobOptions`] (its docstring is the help text), a field of
@@ -36,7 +36,7 @@ use headings::{COMPUTE, MEASURE, MODEL, OUTPUT, TEXT};
 
 /// Options from two places, made into one.
 pub trait Merge {
-    /// What is given here, else what is given there.
+    /// The value of `self` if given, else that of the other.
     #[must_use]
     fn merge(self, other: Self) -> Self;
 }
@@ -54,7 +54,7 @@ impl<T> Merge for Vec<T> {
     }
 }
 
-/// A switch cannot be turned off by leaving it out.
+/// An absent switch does not turn it off.
 impl Merge for bool {
     fn merge(self, other: Self) -> Self {
         self || other
@@ -250,7 +250,7 @@ mergeable! {
 }
 
 impl ThresholdOptions {
-    /// These thresholds where they were given, else those.
+    /// These thresholds where given, else `others`.
     pub fn over(&self, others: Thresholds) -> Thresholds {
         Thresholds {
             magnitude: self.threshold.map_or(others.magnitude, |threshold| threshold.get() as f32),
@@ -305,7 +305,7 @@ impl JobOptions {
     }
 }
 
-/// Where the text comes from, if that is said.
+/// The source of the text, if given.
 fn source(
     token_ids: Option<PathBuf>,
     files: Vec<PathBuf>,
@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_first_wins_and_the_rest_is_filled_in() {
+    fn merge_prefers_the_first_and_fills_absent_options() {
         let typed = read(json!({"layers": 2, "sites": ["residual"], "thresholds": {"layer-fraction": 0.5}}));
         let file = read(json!({
             "layers": 9, "num-sequences": 4, "sites": ["all"], "export": ["reap"], "separate-documents": true,
@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_writes_options_as_they_are_typed() {
+    fn file_keys_are_spelt_as_cli_options() {
         let new = json!({
             "weights": "synthetic:3", "stream-budget": "1 GiB", "dataset": "fineweb-edu", "text-field": "t",
             "bos": "never", "precision": "bf16", "ablate": "7,3", "ablate-seed": 4, "micro-batch-tokens": 64

@@ -71,7 +71,7 @@ pub struct Results {
     /// Dimensions of the residual stream that are large at most tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub residual_sinks: Option<ResidualSinks>,
-    /// How the first token's spike comes and goes.
+    /// Layers in which the first token's spike starts and ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spike_life: Option<SpikeLife>,
     /// Attention on the first key.
@@ -217,7 +217,8 @@ pub struct Feature {
     pub peaks: Vec<f32>,
 }
 
-/// Where a feature has occurrences within one sequence: what says whether it is systematic there, or over any set of sequences.
+/// Where a feature has occurrences within one sequence. This decides whether the feature is
+/// systematic there, or over any set of sequences.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WithinSequence {
     /// Index of the sequence.
@@ -287,7 +288,7 @@ pub struct Manifest {
     pub schema: u32,
     /// Whole results, or why not.
     pub outcome: Outcome,
-    /// The files to bring home. Names are plain file names, never paths.
+    /// The files to fetch. Names are plain file names, never paths.
     pub files: Vec<FileEntry>,
 }
 

@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_written_as_people_do() {
+    fn sizes_are_parsed_with_unit_suffixes() {
         for (text, bytes) in [
             ("1.5 GiB", 3 << 29),
             ("512MiB", 512 << 20),

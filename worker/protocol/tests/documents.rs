@@ -9,7 +9,7 @@ use outliers_protocol::{
 use serde_json::json;
 
 #[test]
-fn a_job_needs_nothing_but_a_model() {
+fn job_needs_only_a_model() {
     let job: JobSpec = serde_json::from_value(json!({"model": {"hub": {"id": "owner/name"}}})).unwrap();
     assert_eq!(job, JobSpec::new(ModelSource::Hub { id: "owner/name".into(), revision: "main".into() }));
     assert_eq!((job.schema, job.thresholds.magnitude), (SCHEMA, 6.0));
@@ -18,7 +18,7 @@ fn a_job_needs_nothing_but_a_model() {
 }
 
 #[test]
-fn names_in_a_job_may_be_spelt_as_options_are() {
+fn job_keys_accept_option_spelling() {
     let document = |spelt: fn(&str) -> String| {
         let text = r#"{"model": {"hub": {"id": "owner_name/m"}}, "micro_batch_tokens": 64, "stream_budget_bytes": 5,
             "save_activations": "a", "sites": ["norms", "attention_out", "mlp_out", "expert_out"],
@@ -37,7 +37,7 @@ fn names_in_a_job_may_be_spelt_as_options_are() {
 }
 
 #[test]
-fn datasets_and_weights_are_written_as_they_are_read() {
+fn datasets_and_weights_round_trip() {
     for (text, id, revision, path) in [
         ("owner/name", "owner/name", "main", ""),
         ("owner/name@v2", "owner/name", "v2", ""),
@@ -58,7 +58,7 @@ fn datasets_and_weights_are_written_as_they_are_read() {
 }
 
 #[test]
-fn features_to_take_away_are_named_or_an_earlier_runs() {
+fn ablated_features_are_given_or_from_an_earlier_run() {
     let results = |path: &str| Ok(Ablate::Results(path.into()));
     assert_eq!("12,7".parse(), Ok(Ablate::Features(vec![12, 7])));
     assert_eq!(("runs/a".parse(), "a/r.json".parse()), (results("runs/a/results.json"), results("a/r.json")));
@@ -70,7 +70,7 @@ fn features_to_take_away_are_named_or_an_earlier_runs() {
 }
 
 #[test]
-fn who_asks_the_hub_gets_what_it_takes() {
+fn hub_access_is_given_to_jobs_that_need_it() {
     let hub = JobSpec::new(ModelSource::Hub { id: "owner/name".into(), revision: "main".into() });
     let mut folder = JobSpec::new(ModelSource::Folder { path: "/m".into() });
     assert!(hub.asks_the_hub() && !folder.asks_the_hub());
@@ -79,7 +79,7 @@ fn who_asks_the_hub_gets_what_it_takes() {
 }
 
 #[test]
-fn a_misspelt_option_is_an_error_and_not_a_default() {
+fn misspelt_option_is_an_error() {
     for bad in [
         json!({"model": {"folder": {"path": "m"}}, "precison": "bf16"}),
         json!({"model": {"folder": {"path": "m", "revision": "x"}}}),
@@ -93,7 +93,7 @@ fn a_misspelt_option_is_an_error_and_not_a_default() {
 }
 
 #[test]
-fn what_is_written_is_read_back() {
+fn documents_round_trip() {
     let mut job = JobSpec::new(ModelSource::Folder { path: "/models/a b".into() });
     job.corpus.source = CorpusSource::Files(vec!["one.txt".into(), "two.txt".into()]);
     job.corpus.num_sequences = Some(3);
@@ -105,14 +105,14 @@ fn what_is_written_is_read_back() {
 }
 
 #[test]
-fn readings_are_named_as_reports_name_them() {
+fn readings_have_the_names_used_in_reports() {
     let names = [Reading::Unique, Reading::MeanPerSequence, Reading::SumOverSequences].map(|r| json!(r));
     assert_eq!(names, ["unique", "mean_per_sequence", "sum_over_sequences"]);
     assert_eq!([Axis::Layers, Axis::Sites].map(|a| json!(a)), ["layers", "sites"]);
 }
 
 #[test]
-fn norm_outputs_are_studied_by_every_job() {
+fn every_job_studies_norm_outputs() {
     let job = |sites: serde_json::Value| {
         serde_json::from_value::<JobSpec>(json!({"model": {"folder": {"path": "m"}}, "sites": sites})).unwrap()
     };
@@ -126,7 +126,7 @@ fn norm_outputs_are_studied_by_every_job() {
 }
 
 #[test]
-fn results_without_later_measurements_are_read() {
+fn results_of_earlier_versions_are_read() {
     let old = json!({
         "schema": 1, "model": "m", "thresholds": {}, "n_layers": 1, "n_sites": 1, "hidden": 8, "sequences": 1,
         "tokens_per_sequence": 2, "verdicts": [], "features": [], "per_sequence": [],
@@ -138,7 +138,7 @@ fn results_without_later_measurements_are_read() {
 }
 
 #[test]
-fn a_corpus_file_is_what_its_name_ends_in() {
+fn corpus_format_follows_the_file_extension() {
     use CorpusContent::{Csv, Json, JsonLines, Parquet, Text, Tsv};
     let (gzip, zstd) = (Some(CorpusCompression::Gzip), Some(CorpusCompression::Zstd));
     for (name, content, compression, ending) in [

@@ -85,7 +85,7 @@ pub struct Columns {
 }
 
 impl Columns {
-    /// Looks at the sequence `x` `[tokens, width]`, in parallel over columns.
+    /// Scans the sequence `x` `[tokens, width]`, in parallel over columns.
     pub(crate) fn of(x: &[f32], width: usize, threshold: f32) -> Self {
         let stripes = (0..width.div_ceil(STRIPE)).into_par_iter();
         let stripes: Vec<Self> = stripes.map(|i| stripe(x, width, i * STRIPE, threshold)).collect();
@@ -202,7 +202,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn columns_follow_the_definitions(width in 1usize..150, tokens in 1usize..140, sequences in 1usize..3, seed in any::<u32>()) {
+        fn column_statistics_follow_the_definitions(
+            width in 1usize..150, tokens in 1usize..140, sequences in 1usize..3, seed in any::<u32>(),
+        ) {
             let value = |i: usize| ((i as u32).wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8) as f32 / 1e6 - 8.0;
             let x: Vec<f32> = (0..sequences * tokens * width).map(value).collect();
             let found = Rows { x: &x, width, tokens }.columns(6.0);
@@ -236,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn values_that_are_not_finite_are_seen() {
+    fn non_finite_values_are_detected() {
         let mut x = vec![1.0; 12];
         let finite = |x: &[f32]| Columns::of(x, 3, 6.0).are_finite();
         assert!(finite(&x));

@@ -136,7 +136,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn quantiles_are_within_their_resolution(mut values in prop::collection::vec(1e-6f32..1e6, 1..300), p in 0.0f64..=1.0) {
+        fn quantiles_are_within_their_resolution(
+            mut values in prop::collection::vec(1e-6f32..1e6, 1..300), p in 0.0f64..=1.0,
+        ) {
             let got = histogram(&values).quantile(p);
             values.sort_by(f32::total_cmp);
             let rank = ((p * values.len() as f64).ceil() as usize).max(1) - 1;
@@ -145,7 +147,9 @@ mod tests {
         }
 
         #[test]
-        fn merging_is_counting_together(a in prop::collection::vec(any::<f32>(), 0..50), b in prop::collection::vec(any::<f32>(), 0..50)) {
+        fn merged_histograms_equal_a_joint_count(
+            a in prop::collection::vec(any::<f32>(), 0..50), b in prop::collection::vec(any::<f32>(), 0..50),
+        ) {
             let (mut left, mut right) = (histogram(&a), histogram(&b));
             left.merge(&histogram(&b));
             right.merge(&histogram(&a));
@@ -154,14 +158,16 @@ mod tests {
         }
 
         #[test]
-        fn bins_counted_elsewhere_are_the_same(values in prop::collection::vec(any::<f32>(), 0..50)) {
+        fn bins_of_other_code_are_the_same(values in prop::collection::vec(any::<f32>(), 0..50)) {
             let mut counts = vec![0; BINS];
             values.iter().for_each(|v| counts[Histogram::bin(v.abs().to_bits())] += 1);
             prop_assert_eq!(Histogram::of_counts(&counts), histogram(&values));
         }
 
         #[test]
-        fn the_largest_are_not_below_their_floor(mut values in prop::collection::vec(any::<f32>(), 1..50), count in 1usize..60) {
+        fn largest_values_are_not_below_their_floor(
+            mut values in prop::collection::vec(any::<f32>(), 1..50), count in 1usize..60,
+        ) {
             let floor = histogram(&values).floor_of_largest(count as u64);
             values.sort_by(|a, b| b.abs().total_cmp(&a.abs()));
             let least = values[count.min(values.len()) - 1].abs().to_bits();
@@ -171,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_out_of_range_stays_at_the_ends() {
+    fn out_of_range_values_are_in_the_end_bins() {
         assert_eq!(histogram(&[0.0, 1e-30, 1e-12]).quantile(0.5), 0.0);
         let top = histogram(&[1e30]).quantile(0.5);
         assert!((top / 2f64.powi(32) - 1.0).abs() < 0.02, "{top}");

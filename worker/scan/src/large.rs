@@ -30,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_at_a_floor_are_found_and_those_below_are_not() {
+    fn values_at_or_above_the_floor_are_found() {
         let x = [1.0, -3.0, 2.0, /* */ f32::NAN, 3.0, -2.0];
         let of = |asked: &[(usize, f32)]| {
             let asked: Vec<_> = asked.iter().map(|(row, floor)| (*row, floor.to_bits())).collect();

@@ -94,7 +94,7 @@ pub struct Scan {
 }
 
 impl Scan {
-    /// Looks at `x` `[rows, hidden]`, in parallel over rows.
+    /// Scans `x` `[rows, hidden]`, in parallel over rows.
     pub fn of(x: &[f32], hidden: usize) -> Self {
         let chunks: Vec<Self> = x
             .par_chunks(CHUNK * hidden)
@@ -149,7 +149,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn rows_follow_the_definitions(x in prop::collection::vec(-50f32..50.0, 1..200)) {
+        fn row_statistics_follow_the_definitions(x in prop::collection::vec(-50f32..50.0, 1..200)) {
             let scan = Scan::of(&x, x.len());
             let row = scan.rows[0];
             let max = x.iter().map(|v| v.abs()).fold(0.0, f32::max);
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn values_that_are_not_finite_are_seen() {
+    fn non_finite_values_are_detected() {
         let mut x = vec![1.0; 12];
         assert_eq!(Scan::of(&x, 4).first_not_finite(), None);
         x[9] = f32::NAN;

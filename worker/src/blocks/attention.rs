@@ -477,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn each_feature_as_defined() {
+    fn each_attention_feature_equals_its_definition() {
         check(&plain(), 2, 11);
         check(&AttentionSpec { fused_qkv: true, qkv_bias: true, output_bias: true, ..plain() }, 2, 5);
         check(&AttentionSpec { heads: 6, kv_heads: 2, clip_qkv: Some(0.8), ..plain() }, 1, 9);
@@ -514,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn temperature_steps_with_the_position() {
+    fn attention_temperature_depends_on_the_position() {
         let temperature = Temperature { scale: 0.1, floor: 4.0 };
         assert_eq!([0, 1, 2].map(|position| temperature.factor(position)), [1.0; 3]);
         assert!((temperature.factor(3) - (1.0 + 0.1 * 2f32.ln())).abs() < 1e-7);
@@ -575,12 +575,14 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn every_combination_as_defined(spec in specs(), sequences in 1..3usize, positions in 1..45usize) {
+        fn every_combination_of_features_equals_the_definition(
+            spec in specs(), sequences in 1..3usize, positions in 1..45usize,
+        ) {
             check(&spec, sequences, positions);
         }
 
         #[test]
-        fn blocks_do_not_show(
+        fn block_size_changes_no_result(
             window in prop_oneof![
                 Just(Window::Full),
                 (1..70usize).prop_map(Window::Sliding),
@@ -603,7 +605,7 @@ mod tests {
         }
 
         #[test]
-        fn sequences_together_are_the_same_as_each_alone(
+        fn batched_sequences_equal_single_ones(
             n in 1..40usize, sequences in 1..5usize, score_values in 1..9000usize, window in 1..50usize,
         ) {
             let mut random = Random::new(n as u64);
@@ -630,7 +632,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_out_of_sight_are_not_touched() {
+    fn keys_outside_the_window_are_not_read() {
         let mut random = Random::new(5);
         let (query, key, value) =
             (random.tensor(&[1, 12, 2, 3]), random.tensor(&[1, 12, 3]), random.tensor(&[1, 12, 3]));
@@ -649,7 +651,7 @@ mod tests {
     }
 
     #[test]
-    fn low_precision_stays_near() {
+    fn low_precision_is_close_to_f32() {
         let spec = AttentionSpec {
             qk_norm: QkNorm::PerHead(NormSpec::rms(1e-5)),
             rope: Some(rope(4, Pairing::Interleaved)),

@@ -596,7 +596,7 @@ mod tests {
     }
 
     #[test]
-    fn keeps_the_softmax_over_all_experts_unless_normalised() {
+    fn router_softmax_is_over_all_experts_unless_normalised() {
         let logits = [1.0, 3.0, 2.0, -1.0];
         let total: f32 = logits.iter().map(|l: &f32| l.exp()).sum();
         let (experts, weights) = softmax_top(&logits, 2, false);
@@ -607,14 +607,14 @@ mod tests {
     }
 
     #[test]
-    fn ties_go_to_the_lower_number_and_all_experts_may_be_chosen() {
+    fn router_ties_go_to_the_lower_index() {
         assert_eq!(softmax_top(&[0.5; 6], 3, false).0, [0, 1, 2]);
         assert_eq!(softmax_top(&[2.0, 1.0, 3.0], 3, true).0, [0, 1, 2]);
         assert_eq!(softmax_top(&[7.0], 1, true), (vec![0], vec![1.0]));
     }
 
     #[test]
-    fn softmax_over_the_selected_is_the_normalised_softmax_over_all() {
+    fn softmax_over_selected_equals_normalised_softmax_over_all() {
         let logits = [0.3, -2.0, 1.7, 0.9, 1.1];
         let (a, b) = (routed(RouterSpec::TopKSoftmax, &logits, &[], 3), softmax_top(&logits, 3, true));
         assert_eq!(a.0, b.0);
@@ -622,7 +622,7 @@ mod tests {
     }
 
     #[test]
-    fn the_correction_chooses_but_does_not_weigh() {
+    fn router_bias_affects_selection_and_not_weights() {
         let spec = RouterSpec::SigmoidGroups { groups: 1, top_groups: 1, normalise: true, scale: 2.0 };
         let (experts, weights) = routed(spec, &[0.0, 1.0, 2.0, 3.0], &[5.0, 0.0, 0.0, 0.0], 2);
         assert_eq!(experts, [0, 3]);
@@ -631,7 +631,7 @@ mod tests {
     }
 
     #[test]
-    fn experts_outside_the_best_groups_are_out_even_if_they_score_best() {
+    fn experts_outside_the_best_groups_are_excluded() {
         // Group 0 holds the best single expert, groups 1 and 2 the best pairs.
         let logits = [4.0, -9.0, 2.0, 2.0, 1.0, 3.0, -9.0, -9.0];
         let spec = |top_groups| RouterSpec::SigmoidGroups { groups: 4, top_groups, normalise: false, scale: 1.0 };
@@ -643,7 +643,7 @@ mod tests {
     }
 
     #[test]
-    fn shares_are_of_all_experts_also_where_groups_are_left_out() {
+    fn softmax_includes_experts_of_excluded_groups() {
         let logits = [3.0f32, -1.0, 2.0, 2.0, 2.5, -2.0];
         let sum: f32 = logits.iter().map(|l| l.exp()).sum();
         let spec = |top_groups| RouterSpec::SoftmaxGroups { groups: 3, top_groups, scale: 4.0 };
@@ -656,7 +656,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_of_each_expert_multiplies_weights_that_add_up_to_one_before() {
+    fn per_expert_scale_is_applied_after_normalisation() {
         let spec = RouterSpec::NormedSoftmax { eps: 1e-6 };
         let (experts, weights) = routed(spec, &[1.0, 1.0, -9.0], &[2.0, 3.0, 9.0], 2);
         assert_eq!(experts, [0, 1]);
@@ -698,7 +698,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn pairs_by_expert_are_those_that_a_search_finds(
+        fn token_expert_pairs_equal_a_linear_search(
             rows in prop::collection::vec(prop::sample::subsequence((0..7u32).collect::<Vec<_>>(), 3), 0..40),
             scales_input in any::<bool>(),
         ) {
@@ -717,7 +717,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn each_token_gets_what_its_experts_make_in_their_order(
+        fn vectorised_experts_equal_looped_ones_bit_for_bit(
             rows in prop::collection::vec(prop::sample::subsequence((0..7u32).collect::<Vec<_>>(), 3), 1..40),
             scales_input in any::<bool>(),
             dtype in prop::sample::select(vec![DType::F32, DType::BF16]),
@@ -779,7 +779,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_several_micro_batches_come_back_to_their_own() {
+    fn rows_return_to_their_own_micro_batch() {
         let x = |from: f32| Tensor::arange(from, from + 12.0, &Device::Cpu).unwrap().reshape((3, 4)).unwrap();
         let weights = MlpWeights { kind: MlpKind::Relu, gate_up: GateUpProj::Up(linear(3, 4)), down: linear(4, 3) };
         let routing = |experts: [u32; 3]| Routing {
@@ -806,7 +806,7 @@ mod tests {
     }
 
     #[test]
-    fn an_expert_without_tokens_changes_nothing() {
+    fn expert_without_tokens_changes_nothing() {
         let x = Tensor::ones((2, 4), DType::F32, &Device::Cpu).unwrap();
         let gate_up = GateUpProj::Separate { gate: linear(3, 4), up: linear(3, 4) };
         let weights = MlpWeights { kind: MlpKind::Swiglu(GateUp::Separate), gate_up, down: linear(4, 3) };
@@ -819,7 +819,7 @@ mod tests {
     }
 
     #[test]
-    fn a_weight_on_the_input_is_not_a_weight_on_the_output() {
+    fn input_weighting_differs_from_output_weighting() {
         let x = Tensor::ones((1, 4), DType::F32, &Device::Cpu).unwrap();
         let weights = MlpWeights { kind: MlpKind::Relu, gate_up: GateUpProj::Up(linear(3, 4)), down: linear(4, 3) };
         let routing = |scales_input| Routing { top_k: 1, experts: vec![0], weights: vec![-0.5], scales_input };

@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn chunks_equal_the_recurrence_under_weak_and_strong_decays() {
+    fn chunks_equal_the_recurrence_at_weak_and_strong_decay() {
         for positions in [1, 2, 63, 64, 65, 130] {
             for strongest in [0.0, 0.1, 3.0, 500.0] {
                 let mut random = Random::new(positions as u64);
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn the_convolution_has_its_last_tap_on_the_current_token_and_a_bias() {
+    fn convolution_has_a_bias_and_its_last_tap_on_the_current_token() {
         let spec = MambaSpec {
             heads: 1,
             head_dim: 1,

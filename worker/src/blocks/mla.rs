@@ -219,7 +219,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(48))]
 
         #[test]
-        fn latent_attention_as_defined(
+        fn latent_attention_equals_the_definition(
             heads in 1..6usize,
             query_rank in proptest::option::of(1..7usize),
             dims in (1..6usize, 1..4usize, 1..8usize),
@@ -240,7 +240,7 @@ mod tests {
         }
 
         #[test]
-        fn heads_in_turns_do_not_show(values_at_once in 0..2000usize) {
+        fn head_grouping_changes_no_result(values_at_once in 0..2000usize) {
             let spec = spec(5, None, [3, 2, 4]);
             let mut random = Random::new(1);
             let (latent, rotated) = (random.tensor(&[2 * 17, spec.kv_rank]), random.tensor(&[2 * 17, 2]));

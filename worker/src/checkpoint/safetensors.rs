@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_go_both_ways() {
+    fn dtype_names_round_trip() {
         for (dtype, name, size) in StoredDtype::KNOWN {
             assert_eq!(StoredDtype::from_name(name), dtype);
             assert_eq!((dtype.name(), dtype.size()), (name, Some(size)));
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn shown_names_cannot_paint_the_terminal() {
+    fn shown_tensor_names_are_sanitised() {
         assert_eq!(shown("a\u{1b}[31m"), "\"a\\u{1b}[31m\"");
         assert!(shown(&"é".repeat(5000)).chars().count() < 200);
     }

@@ -255,7 +255,7 @@ impl LocalSource {
         Self::open_files(folder, &weights, verification)
     }
 
-    /// The same of files that were chosen already, and compared with what is listed of them.
+    /// The same for files that were chosen and compared with their listing already.
     pub(crate) fn open_files(folder: &Path, weights: &WeightFiles, verification: WeightVerification) -> Result<Self> {
         let mut shards = Vec::with_capacity(weights.names.len());
         let mut files = Vec::with_capacity(weights.names.len());
@@ -321,7 +321,7 @@ pub(crate) fn bad_json(file: &str, error: &serde_json::Error) -> WorkerError {
         .hint("the file is damaged: fetch it again")
 }
 
-/// A model's files but for its weights.
+/// The files of a model except its weights.
 pub struct Described {
     folder: PathBuf,
     revision: Option<String>,
@@ -350,7 +350,7 @@ impl Described {
         &self.config
     }
 
-    /// The model with these weights. What there is to say of their choice is said as warnings.
+    /// The model with these weights. Notes on their choice are logged as warnings.
     pub fn with(self, weights: impl WeightSource + 'static) -> Checkpoint {
         for note in weights.notes() {
             tracing::warn!("{}", printable(note, LONGEST_NOTE));
@@ -363,7 +363,7 @@ impl Described {
 /// A model's files, before any weight is read.
 #[derive(Clone)]
 pub struct Checkpoint {
-    /// Where configuration and tokenizer lie.
+    /// Folder of configuration and tokenizer.
     pub folder: PathBuf,
     /// Commit on the hub; `None` for a folder.
     pub revision: Option<String>,

@@ -124,7 +124,7 @@ fn explained(file_len: u64, read: ReadRange<'_>) -> Option<WorkerError> {
     start.starts_with(LEGACY_MAGIC).then(|| WorkerError::unsupported(message).hint(hint))
 }
 
-/// Nobody publishes such weights, but a file that says so must not be read the other way round.
+/// No known checkpoint is big-endian. A file that declares it must not be read as little-endian.
 fn refuse_big_endian(archive: &Archive, folder: &str, read: ReadRange<'_>) -> Result<()> {
     let Some((_, record)) = archive.find(&format!("{folder}/byteorder")) else { return Ok(()) };
     if archive.contents(record, 16, read)? == b"little" {

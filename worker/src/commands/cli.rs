@@ -237,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_negative_number_is_a_wrong_value_and_no_option() {
+    fn negative_number_is_a_wrong_value_and_not_an_option() {
         let run = ["outliers-worker", "run", "--model", "m", "--output", "o"];
         for option in ["--num-sequences", "--sequence-length", "--layers", "--shuffle", "--threshold", "--save-every"] {
             let error = Cli::try_parse_from([&run[..], &[option, "-1"]].concat()).unwrap_err().to_string();

@@ -56,7 +56,7 @@ fn unequal(file: &str, text: &str, error: &csv::Error) -> WorkerError {
         .hint("put quotes around cells that hold the separator or line breaks")
 }
 
-/// Where a quoted cell begins that is not closed, or goes on after its closing quote.
+/// The start of a quoted cell that is not closed or has text after its closing quote.
 /// The reader takes such cells without a word, and joins cells and rows.
 fn stray_quote(text: &[u8], delimiter: u8) -> Option<usize> {
     enum In {

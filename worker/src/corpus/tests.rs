@@ -95,7 +95,7 @@ fn token_ids(path: &str) -> CorpusSpec {
 }
 
 #[test]
-fn windows_are_fresh_text_without_overlap() {
+fn windows_do_not_overlap() {
     let model = Model::plain();
     let text = model.words("t.txt", 0, 20);
     let tokens = model.load(&files(&[&text], Some(3), Some(6))).unwrap();
@@ -111,7 +111,7 @@ fn windows_are_fresh_text_without_overlap() {
 }
 
 #[test]
-fn every_window_starts_with_the_familys_own_prefix() {
+fn every_window_starts_with_the_prefix_of_its_family() {
     let python_adds = json!({"add_bos_token": true, "bos_token": {"content": "</s>"}});
     for (template, python, policy, prefix) in [
         (&["<s>", "A", "</s>"][..], json!({}), BosPolicy::Auto, &[0][..]),
@@ -139,7 +139,7 @@ fn every_window_starts_with_the_familys_own_prefix() {
 }
 
 #[test]
-fn a_bos_that_is_not_there_is_an_error() {
+fn missing_bos_is_an_error() {
     let model = Model::plain();
     let text = model.words("t.txt", 0, 20);
     let spec = CorpusSpec { bos: BosPolicy::Always, ..files(&[&text], None, Some(6)) };
@@ -162,7 +162,7 @@ fn documents_are_packed_or_kept_apart() {
 }
 
 #[test]
-fn defaults_take_what_there_is_and_requests_do_not() {
+fn default_sequence_count_shrinks_and_a_requested_one_does_not() {
     let model = Model::plain();
     let text = model.write("t.txt", "w1 ".repeat(200));
     let tokens = model.load(&files(&[&text], None, None)).unwrap();
@@ -176,7 +176,7 @@ fn defaults_take_what_there_is_and_requests_do_not() {
 }
 
 #[test]
-fn texts_that_cannot_be_used_say_why() {
+fn unusable_texts_are_refused_with_a_reason() {
     let model = Model::plain();
     let (empty, blank) = (model.write("empty.txt", ""), model.write("blank.txt", " \n\t\n"));
     let short = model.words("short.txt", 0, 5);
@@ -206,7 +206,7 @@ fn texts_that_cannot_be_used_say_why() {
 }
 
 #[test]
-fn without_a_tokenizer_only_ready_ids_will_do() {
+fn without_a_tokenizer_only_token_ids_are_accepted() {
     let dir = tempfile::tempdir().unwrap();
     let error = load(&CorpusSpec::default(), Some(dir.path()), 100, None, &nowhere()).unwrap_err();
     assert_eq!(error.kind(), FailureKind::Corpus);
@@ -235,7 +235,7 @@ fn tensor_file(dir: &Path, name: &str, dtype: StoredDtype, shape: &[u64], values
 }
 
 #[test]
-fn ready_ids_come_as_safetensors_too() {
+fn token_ids_are_read_from_safetensors() {
     let model = Model::plain();
     let dir = model.0.path();
     let path = tensor_file(dir, "input_ids", StoredDtype::I64, &[3, 2], &[1, 2, 3, 4, 5, 102]);
@@ -260,7 +260,7 @@ fn ready_ids_come_as_safetensors_too() {
 }
 
 #[test]
-fn ready_ids_are_checked() {
+fn token_ids_are_checked_against_the_vocabulary() {
     let model = Model::plain();
     let long = format!("[{:?}]", vec![1; 65]);
     for (json, kind, says) in [
@@ -284,7 +284,7 @@ fn ready_ids_are_checked() {
 }
 
 #[test]
-fn the_shipped_text_is_the_one_that_results_refer_to() {
+fn shipped_text_has_its_recorded_hash() {
     let hash = format!("{:x}", Sha256::digest(SHAKESPEARE));
     assert_eq!(hash, "178a4e9397563009e36554fe7b304afdcf8b93d5ef00a6284262db82c1a5d3c2");
 }
@@ -332,7 +332,7 @@ impl Model {
 }
 
 #[test]
-fn the_same_documents_make_the_same_windows_however_they_are_stored() {
+fn windows_do_not_depend_on_the_file_format() {
     let model = Model::plain();
     let all = documents(0, 40);
     let texts: Vec<String> = all.iter().enumerate().map(|(i, text)| model.write(&format!("{i}.txt"), text)).collect();
@@ -359,7 +359,7 @@ fn the_same_documents_make_the_same_windows_however_they_are_stored() {
 }
 
 #[test]
-fn overlapping_windows_begin_in_the_middle_of_each_other() {
+fn overlapping_windows_start_half_a_window_apart() {
     let model = Model::plain();
     let text = model.words("t.txt", 0, 20);
     let spec = CorpusSpec { packing: Packing::Overlapping, ..files(&[&text], Some(3), Some(6)) };
@@ -392,7 +392,7 @@ fn documents_are_skipped_and_shuffled_by_number() {
 }
 
 #[test]
-fn lines_over_the_seams_of_blocks_are_read_once() {
+fn lines_across_block_boundaries_are_read_once() {
     let model = Model::plain();
     // Some 12 MB: three blocks of lines of very different lengths.
     let long = |i: usize| format!("w{} ", i % 100) + &" ".repeat(if i.is_multiple_of(7) { 300_000 } else { i % 50 });
@@ -405,7 +405,7 @@ fn lines_over_the_seams_of_blocks_are_read_once() {
 }
 
 #[test]
-fn no_more_is_read_than_is_needed() {
+fn only_the_needed_text_is_read() {
     struct Counting(LocalFile, Arc<AtomicU64>);
     impl RangedFile for Counting {
         fn name(&self) -> &str {
@@ -432,7 +432,7 @@ fn no_more_is_read_than_is_needed() {
 }
 
 #[test]
-fn documents_that_cannot_be_read_say_which() {
+fn unreadable_documents_are_named() {
     let model = Model::plain();
     let good = documents(0, 8);
     let parquet = fs::read(model.parquet("good.parquet", &good, 4, Compression::SNAPPY)).unwrap();

@@ -55,7 +55,7 @@ pub struct Gpus {
     pub wasted: bool,
 }
 
-/// Looks for them.
+/// Detects the GPUs.
 #[cfg(feature = "cuda")]
 pub fn find() -> Gpus {
     use outliers_cuda::{DriverInfo, Gpu as Seen, OLDEST_COMPUTE};
@@ -72,7 +72,7 @@ pub fn find() -> Gpus {
     }
 }
 
-/// Looks for them.
+/// Detects the GPUs.
 #[cfg(not(feature = "cuda"))]
 pub fn find() -> Gpus {
     let why_none = Some("this worker was built without CUDA".to_owned());
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn gpus_that_cannot_be_used_are_not_passed_over_in_silence() {
+    fn unusable_gpus_are_reported() {
         let none = Gpus { gpus: Vec::new(), why_none: Some("no NVIDIA driver".into()), wasted: false };
         assert!(none.open_all().unwrap().is_empty(), "the CPU serves");
         assert!(none.open(0).unwrap_err().message().contains("no NVIDIA driver"));
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn this_machine_says_what_it_has() {
+    fn hardware_of_this_machine_is_described() {
         let found = find();
         assert_eq!(found.why_none.is_none(), !found.gpus.is_empty(), "{found:?}");
     }

@@ -359,7 +359,7 @@ pub fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor, eps: f64) -> Result<
 
 // ------------------------------------------------------------------------------------------------------------- rope
 
-/// Where in a head the rotated dimensions lie; a [`RopeTable`] says how many they are.
+/// Position of the rotated dimensions in a head. A [`RopeTable`] states their number.
 #[derive(Clone, Copy, Debug)]
 pub struct RotatedPart {
     /// Width of a head.
@@ -1042,7 +1042,7 @@ mod tests {
     }
 
     #[test]
-    fn exponential_is_exact_to_f32() {
+    fn exponential_is_accurate_to_f32() {
         for i in 0..200_000 {
             let x = -(i as f32) * 4.3e-4;
             let (got, want) = (f64::from(exp_negative(x)), f64::from(x).exp());
@@ -1053,7 +1053,7 @@ mod tests {
     }
 
     #[test]
-    fn halves_are_rounded_as_everywhere() {
+    fn f16_rounding_equals_the_common_rounding() {
         for upper in 0..=u16::MAX {
             let value = bf16::from_bits(upper);
             assert_eq!(value.wide().is_nan(), value.is_nan());
@@ -1074,7 +1074,7 @@ mod tests {
     }
 
     #[test]
-    fn norms_as_defined() {
+    fn norms_equal_the_definition() {
         for width in [1, 7, 40] {
             let (x, gain, bias) = (values(&[12, width], 1), values(&[width], 2), values(&[width], 6));
             let (of_x, gains, biases) = (rows(&x), vector(&gain), vector(&bias));
@@ -1093,7 +1093,7 @@ mod tests {
     }
 
     #[test]
-    fn a_norm_onto_a_residual_is_a_norm_and_a_sum() {
+    fn fused_residual_norm_equals_norm_then_sum() {
         for dtype in [DType::F32, DType::BF16] {
             let of = |shape: &[usize], seed| values(shape, seed).to_dtype(dtype).unwrap();
             let (x, gain, residual) = (of(&[9, 37], 1), of(&[37], 2), of(&[9, 37], 3));
@@ -1104,7 +1104,7 @@ mod tests {
     }
 
     #[test]
-    fn gates_and_activations_as_defined() {
+    fn gates_and_activations_equal_the_definition() {
         let (x, up) = (values(&[12, 40], 1), values(&[12, 40], 3));
         let (gates, ups) = (rows(&x), rows(&up));
         for how in [Gate::Silu, Gate::Sigmoid, Gate::GeluTanh, Gate::Clamped { limit: 2.5, alpha: 1.702 }] {
@@ -1133,7 +1133,7 @@ mod tests {
     }
 
     #[test]
-    fn an_activation_lets_through_what_is_no_number_and_rounds_once() {
+    fn activation_preserves_nan_and_rounds_once() {
         for how in [Activation::Relu, Activation::ReluSquared, Activation::GeluTanh] {
             let x = Tensor::new(&[f32::NAN, 1.5, -1.5], &Device::Cpu).unwrap();
             let wide = activated(x.copy().unwrap(), how).unwrap().to_vec1::<f32>().unwrap();
@@ -1144,7 +1144,7 @@ mod tests {
     }
 
     #[test]
-    fn experts_rows_are_added_where_they_belong() {
+    fn expert_rows_are_added_to_their_tokens() {
         let x = values(&[12, 40], 1);
         let (rows, weights) = ([7u32, 0, 11], [0.5f32, -2.0, 1.0]);
         let added = values(&[3, 40], 5);
@@ -1155,7 +1155,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_those_of_rows_and_of_alike() {
+    fn sums_of_rows_and_of_equal_shapes_equal_the_reference() {
         for dtype in [DType::F32, DType::BF16] {
             let of = |shape: &[usize], seed| values(shape, seed).to_dtype(dtype).unwrap();
             let x = of(&[7, 33], 1);
@@ -1171,7 +1171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clamped_gate_lets_through_what_is_no_number() {
+    fn clamped_gate_preserves_nan() {
         let opened = |gate: f32, up: f32| {
             let mut gate = [gate];
             Gate::Clamped { limit: 7.0, alpha: 1.702 }.open(&mut gate, &[up]);
@@ -1182,7 +1182,7 @@ mod tests {
     }
 
     #[test]
-    fn rotations_as_defined() {
+    fn rotations_equal_the_definition() {
         // Two sequences of six positions, five heads of eight.
         let x = values(&[12, 40], 1);
         let of_x = rows(&x);
@@ -1212,7 +1212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rotation_turns_its_pairs_and_nothing_else() {
+    fn rotation_changes_only_its_pairs() {
         let x = Tensor::from_vec(vec![1f32, 2.0, 3.0, 4.0, 5.0, 6.0], (1, 6), &Device::Cpu).unwrap();
         let rotated = |pairing| {
             // A quarter turn of the first pair, a half turn of the second.
@@ -1226,7 +1226,7 @@ mod tests {
     }
 
     #[test]
-    fn softmax_as_defined() {
+    fn softmax_equals_the_definition() {
         let logits = Tensor::new(&[0.5f32, -3.0, 20.0, 1.0, 0.0, -1.0], &Device::Cpu).unwrap();
         for window in [Window::Full, Window::Sliding(3), Window::Sliding(90), Window::Chunked(3), Window::Chunked(90)] {
             for first_head in [None, Some(0), Some(4)] {
@@ -1261,7 +1261,7 @@ mod tests {
     }
 
     #[test]
-    fn softmax_shares_only_what_is_seen() {
+    fn softmax_covers_only_visible_keys() {
         // Which keys each of queries 3..7 sees among keys 0..7.
         let cases = [
             (Window::Full, [0..4, 0..5, 0..6, 0..7]),
@@ -1279,7 +1279,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_of_logits_are_those_of_their_log_sum_exp() {
+    fn partial_logits_combine_by_log_sum_exp() {
         let targets = [Some(0), None, Some(36), Some(7), None];
         for dtype in [DType::F32, DType::BF16] {
             let logits = values(&[5, 37], 1).to_dtype(dtype).unwrap();
@@ -1298,7 +1298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sink_takes_its_share_unscaled() {
+    fn sink_logit_is_not_scaled() {
         let block = ScoreBlock { first_query: 1, queries: 1, first_key: 0, window: Window::Full };
         let scores = Tensor::zeros((1, 2, 2), DType::F32, &Device::Cpu).unwrap();
         let logits = Tensor::new(&[2f32.ln(), 200.0], &Device::Cpu).unwrap();

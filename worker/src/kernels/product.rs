@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_of_bf16_in_any_order_and_any_part() {
+    fn bf16_weights_multiply_in_any_layout_and_slice() {
         for dtype in [DType::F32, DType::BF16] {
             let x = values((21, 70), dtype);
             check(&x, &values((45, 70), DType::BF16));

@@ -152,7 +152,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(24))]
 
         #[test]
-        fn sums_are_those_of_each_column_and_no_cut_changes_a_bit_of_them(
+        fn column_sums_do_not_depend_on_batching(
             width in prop_oneof![1..9usize, 250..520usize],
             rows in 1..9usize,
             cut in 0..9usize,
@@ -183,7 +183,7 @@ mod tests {
         }
 
         #[test]
-        fn norms_are_euclidean(row in prop::collection::vec(-9f32..9.0, 1..70)) {
+        fn row_norms_are_euclidean(row in prop::collection::vec(-9f32..9.0, 1..70)) {
             let squares: f64 = row.iter().map(|x| f64::from(*x).powi(2)).sum();
             let norms = row_norms(&tensor(&[row.clone(), row.clone()].concat(), row.len())).unwrap();
             prop_assert_eq!(norms.len(), 2);
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tap_begins_anew_once_its_sums_were_taken_and_keeps_its_width_until_then() {
+    fn tap_restarts_after_its_sums_are_taken() {
         let tap = Tap::default();
         tap.clone().see(&tensor(&[3.0, -4.0], 2)).unwrap();
         assert!(tap.see(&tensor(&[1.0], 1)).unwrap_err().to_string().contains("width 1 after others of width 2"));

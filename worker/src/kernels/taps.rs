@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_matrices_that_read_the_same_one_is_tapped() {
+    fn matrices_with_the_same_input_share_one_tap() {
         let taps = Taps::default();
         let tapped = |role, expert| taps.of(role, expert).is_some();
         assert!(tapped(Role::QProj, None) && !tapped(Role::KProj, None) && !tapped(Role::OutputGate, None));

@@ -149,7 +149,7 @@ pub enum Quantisation {
     Nvfp4(Nvfp4Layout),
 }
 
-/// How those who publish NVFP4 name its parts.
+/// Names of the parts of an NVFP4 tensor, per publisher.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nvfp4Layout {
     /// Codes under the plain name, the number in `*_scale_2`: it multiplies.
@@ -643,7 +643,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_listed_by_the_word_of_a_hostile_configuration() {
+    fn hostile_config_lists_no_huge_number_of_tensors() {
         let mut config = config("OlmoeForCausalLM");
         for (layers, experts, fine) in [(64, 512, true), (4096, 256, true), (4096, 257, false), (5000, 2, false)] {
             (config["num_hidden_layers"], config["num_local_experts"]) = (json!(layers), json!(experts));
@@ -652,7 +652,7 @@ mod tests {
     }
 
     #[test]
-    fn every_family_names_every_tensor_it_needs_and_each_once() {
+    fn every_family_lists_each_required_tensor_once() {
         for name in known() {
             let Architecture { names: table, spec, .. } = read(&config(name)).unwrap();
             let needs = spec.needs();
@@ -671,7 +671,7 @@ mod tests {
     }
 
     #[test]
-    fn of_what_is_known_and_not_computed_it_is_said_what_is_lacking() {
+    fn known_unsupported_architectures_state_what_is_missing() {
         for (name, lacking) in [
             ("DeepseekV4ForCausalLM", "four residual streams"),
             ("KimiK3ForConditionalGeneration", "latent space"),
@@ -691,7 +691,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_cannot_be_are_refused() {
+    fn impossible_config_numbers_are_refused() {
         for (key, bad) in
             [("num_attention_heads", 0), ("num_key_value_heads", 0), ("num_experts_per_tok", 4), ("hidden_size", 0)]
         {

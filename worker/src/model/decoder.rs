@@ -800,7 +800,7 @@ mod tests {
     use super::Longest;
 
     #[test]
-    fn the_shorter_of_positions_and_selected_keys_is_the_longest_sequence() {
+    fn longest_sequence_is_the_minimum_of_positions_and_index_topk() {
         let longest = |positions: usize| {
             let config = json!({
                 "architectures": ["DeepseekV32ForCausalLM"], "max_position_embeddings": positions, "index_topk": 100,

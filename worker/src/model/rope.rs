@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn llama3_as_in_llama_4_scout() {
+    fn llama3_scaling_matches_llama_4_scout() {
         let scout = spec(500_000.0, 128, llama3_scaling(8.0, 1.0, 4.0));
         let expected = [
             (0, 1.0),
@@ -242,14 +242,14 @@ mod tests {
     }
 
     #[test]
-    fn llama3_with_equal_bounds_is_a_step() {
+    fn llama3_scaling_with_equal_bounds_is_a_step() {
         let scout_instruct = spec(500_000.0, 128, llama3_scaling(16.0, 1.0, 1.0));
         let expected = [(0, 1.0), (34, 9.384_738_5e-4), (35, 4.778_106e-5), (36, 3.892_327_7e-5), (63, 1.534_463e-7)];
         assert_frequencies(&scout_instruct, &expected);
     }
 
     #[test]
-    fn yarn_as_in_gpt_oss() {
+    fn yarn_matches_gpt_oss() {
         let gpt_oss = spec(150_000.0, 64, yarn(32.0, [32.0, 1.0], false, 0.1 * 32f64.ln() + 1.0));
         let expected = [
             (0, 1.0),
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn yarn_as_in_deepseek_v3() {
+    fn yarn_matches_deepseek_v3() {
         let deepseek = spec(10_000.0, 64, yarn(40.0, [32.0, 1.0], true, 1.0));
         let expected = [
             (10, 5.623_412_9e-2),
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn a_share_of_the_pairs_turns_as_in_a_whole_head() {
+    fn partial_rotary_pairs_turn_as_in_a_full_head() {
         let whole = spec(1e6, 16, RopeScaling::None).frequencies();
         let part = spec(1e6, 16, RopeScaling::Proportional { part: 0.25 }).frequencies();
         assert_eq!((&part[..2], &part[2..]), (&whole[..2], &[0.0; 6][..]));

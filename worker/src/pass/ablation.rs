@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn the_others_are_as_many_and_none_of_those_asked_for() {
+    fn random_controls_are_as_many_and_disjoint() {
         for seed in 0..50 {
             let others = random(&[3, 17, 40], seed, 64);
             assert_eq!(others.len(), 3);
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn features_that_cannot_be_taken_away_are_refused() {
+    fn impossible_ablations_are_refused() {
         for features in [vec![], vec![4], vec![1, 1], vec![2, 1], vec![0, 1, 2]] {
             let error = Arms::of(Some(&Ablation { features: features.clone(), seed: 0 }), 4, 8).unwrap_err();
             assert!(error.hint_text().is_some(), "{features:?}: {}", error.message());
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mask_is_zero_where_features_are_taken_away() {
+    fn mask_is_zero_at_ablated_features() {
         let arms = Arms::of(Some(&Ablation { features: vec![1, 2], seed: 0 }), 4, 8).unwrap();
         let masks = arms.masks(DType::F32, &Device::Cpu).unwrap();
         let values: Vec<Vec<f32>> = masks.iter().map(|mask| mask.to_vec1().unwrap()).collect();

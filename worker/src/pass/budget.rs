@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_asked_for_is_kept_and_shared() {
+    fn requested_budget_is_kept_and_split() {
         let budget = StreamBudget::new(Some(1 << 30));
         assert_eq!(budget.read_ahead(), 512 << 20);
         for devices in [1, 4] {
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_found_is_bounded() {
+    fn automatic_budget_is_bounded() {
         let found = StreamBudget::new(None);
         assert!((LEAST..=MOST).contains(&found.bytes), "{found:?}");
         assert!(found.group_elements(DType::F32, 1) <= GROUP_ELEMENTS);

@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_used_again_for_the_same_shape_alone() {
+    fn memory_is_reused_only_for_the_same_shape() {
         let pool = TensorPool::new(1 << 20);
         let first = decoded(&pool, &[1.0, 2.0, 3.0, 4.0], &[2, 2]);
         let id = first.id();
@@ -370,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_is_kept_than_allowed() {
+    fn kept_memory_is_bounded() {
         let pool = TensorPool::new(40);
         let tensors: Vec<Tensor> = (0..3).map(|_| decoded(&pool, &[1.0; 4], &[2, 2])).collect();
         pool.give_back(tensors);

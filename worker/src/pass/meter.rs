@@ -1,4 +1,5 @@
-//! Where the time of a pass goes: how long each kind of work took, and on request when each piece of it began and ended, thread by thread.
+//! Measures the time of a pass: how long each kind of work took. On request also when each piece of
+//! work began and ended, per thread.
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -210,7 +211,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn inner_work_interrupts_outer_work() {
+    fn inner_time_is_excluded_from_outer_time() {
         let meter = Meter::with_spans();
         let clock = meter.clock(Thread::Device(1));
         let subject = Subject { layer: Some(3), micro_batches: Some(0..2) };
@@ -230,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_kept_unless_asked_for() {
+    fn spans_are_kept_only_on_request() {
         let meter = Meter::default();
         meter.clock(Thread::Loader(0)).time(Work::Reading, || ());
         assert!(meter.spans().is_empty() && meter.seconds(Work::Reading) > 0.0);

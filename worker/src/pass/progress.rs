@@ -22,7 +22,7 @@ pub fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }
 
-/// Where progress goes. Shared by reference; every method may be called from any thread.
+/// The destination of progress. Shared by reference. Every method may be called from any thread.
 pub struct ProgressSink {
     shared: Arc<Shared>,
     heart: Option<std::thread::JoinHandle<()>>,

@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_saved_is_loaded() {
+    fn save_points_round_trip() {
         let folder = tempfile::tempdir().unwrap();
         let mut points = points(folder.path(), "a");
         assert_eq!(points.load(), Ok(None));
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_that_cannot_be_given_leaves_the_last_save_point() {
+    fn failed_save_leaves_the_previous_save_point() {
         let folder = tempfile::tempdir().unwrap();
         let mut points = points(folder.path(), "a");
         save(&mut points, &point(7));
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn another_runs_or_a_damaged_one_is_not_used() {
+    fn foreign_or_damaged_save_point_is_ignored() {
         let folder = tempfile::tempdir().unwrap();
         save(&mut points(folder.path(), "a"), &point(7));
         assert!(points(folder.path(), "b").load().unwrap_err().contains("another run"));

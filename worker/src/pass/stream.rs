@@ -148,7 +148,7 @@ impl MicroBatch {
     }
 }
 
-/// Micro-batches of a wave, where an arm has so many.
+/// Micro-batches of a wave, if an arm has that many.
 pub(crate) fn batches_per_wave(batches: usize) -> usize {
     batches.div_ceil(WAVES).max(1)
 }

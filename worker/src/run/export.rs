@@ -141,7 +141,7 @@ impl Exports {
         &self.layers
     }
 
-    /// Goes on from layers that an earlier process joined.
+    /// Continues after layers that an earlier process joined.
     pub fn restore(&mut self, layers: BTreeMap<usize, Layer>) {
         self.layers = layers;
     }
@@ -256,7 +256,7 @@ fn matrices(spec: &DecoderSpec) -> Vec<Matrix> {
             columns: need.shape[1],
             experts: need.expert.map(|_| experts),
         };
-        // Of experts the first stands for all.
+        // The first expert represents all.
         let is_one = |need: &&Need| need.is_matrix() && need.expert.unwrap_or(0) == 0;
         all.extend(unit.needs.iter().filter(is_one).map(matrix));
     }
@@ -342,14 +342,14 @@ mod tests {
     }
 
     #[test]
-    fn a_gate_weight_multiplies_the_norm_unless_it_is_in_it() {
+    fn gate_weight_multiplies_the_norm_unless_already_included() {
         let sums = |saliency| Saliency { tokens: 2, saliency, gate: 0.75, norm: 7.0 };
         assert_eq!(saliency(false), sums(3.0));
         assert_eq!(saliency(true), sums(7.0));
     }
 
     #[test]
-    fn no_more_is_kept_than_is_asked_for() {
+    fn only_requested_sums_are_kept() {
         let kept = |export: &[Export]| {
             let mut exports = Exports::new(&job(export)).unwrap();
             let layer = exports.layer(0);
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn exports_need_no_memory_unless_they_sum_inputs() {
+    fn only_input_sums_need_memory() {
         let config = include_str!("../../../tests/golden/olmoe-bf16/model/config.json");
         let spec = crate::model::arch::read(&serde_json::from_str(config).unwrap()).unwrap().spec;
         let memory = |export: &[Export]| memory(&job(export), &spec);

@@ -462,7 +462,7 @@ fn widened(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     (matrices.map(values).max().unwrap_or(0) * size_of::<f32>()) as u64
 }
 
-/// What goes to an expert of so many rows if half as many more choose it as on average.
+/// Rows of an expert that is chosen 1.5 times as often as the average.
 fn share(moe: &MoeSpec, rows: usize) -> usize {
     (3 * rows * moe.top_k).div_ceil(2 * moe.experts)
 }
@@ -528,7 +528,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_mixture_all_is_active_but_the_experts_not_chosen() {
+    fn active_parameters_of_a_mixture_exclude_unselected_experts() {
         let text = include_str!("../../../tests/golden/glm4-moe/model/config.json");
         let mixture = |top_k: u64| spec(text, |config| config["num_experts_per_tok"] = top_k.into());
         // By hand. Embedding, head, last norm; both norms, queries, keys, values with their biases, output; router with its correction.
@@ -566,7 +566,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_dense_model_everything_is_active_and_an_embedding_that_is_the_head_is_one() {
+    fn dense_model_is_fully_active_and_counts_a_tied_head_once() {
         let dense = spec(include_str!("../../../tests/golden/gpt2/model/config.json"), |_| ());
         // By hand. Tokens, positions, last norm; two norms, queries, keys and values, output, up, down, each with its bias.
         let layer = 2 * 128 + (64 + 1) * 192 + (64 + 1) * 64 + (64 + 1) * 256 + (256 + 1) * 64;

@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sequences_have_means_over_layers_of_their_own() {
+    fn sequence_means_over_layers_are_separate() {
         let mut all = FirstKeys::default();
         for (layer, sequence, value) in [(1, 1, 3u8), (0, 0, 1), (1, 0, 2), (0, 1, 4)] {
             let mut one = FirstKeys::default();

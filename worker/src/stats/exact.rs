@@ -84,7 +84,7 @@ mod tests {
         }
 
         #[test]
-        fn it_is_the_sum(terms in prop::collection::vec(-1e6f64..1e6, 0..60)) {
+        fn exact_sum_equals_the_true_sum(terms in prop::collection::vec(-1e6f64..1e6, 0..60)) {
             let plain: f64 = terms.iter().sum();
             let size: f64 = terms.iter().map(|t| t.abs()).sum();
             prop_assert!((sum(&terms).value() - plain).abs() <= 1e-13 * size);
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_lost() {
+    fn exact_sum_round_trips_without_loss() {
         assert_eq!(sum(&[1e300, 1.0, -1e300]).value(), 1.0, "f64 addition gives 0");
         assert_eq!(sum(&[f64::MIN_POSITIVE / 4.0, 3.0, -3.0]).value(), f64::MIN_POSITIVE / 4.0);
         assert_eq!(sum(&[0.1; 10]).value(), 1.0);

@@ -15,7 +15,7 @@ use crate::error::Result;
 
 /// |x| must be above this.
 const MAGNITUDE: f32 = 100.0;
-/// |x| must be at least so many times the median magnitude.
+/// Minimum ratio of abs(x) to the median magnitude.
 const TIMES_MEDIAN: f64 = 1000.0;
 /// The rule, for reports.
 const RULE: &str =
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_token_of_a_layer_on() {
+    fn first_token_spike_layers_are_found() {
         // Two sequences of three tokens; from layer 2 on, dimension 4 of each first token is massive.
         let sequence = |value: f32| {
             let mut x = vec![0.1f32; 3 * HIDDEN];

@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn loads_and_masses_are_counted() {
+    fn router_loads_and_masses_are_counted() {
         // Two sequences of two tokens, two of four experts each.
         let mut stats = RouterStats::new(4);
         stats.add(0, 2, &routing(2, &[0, 2, 0, 1], &[0.5, 0.25, 0.75, 0.125]));
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn an_even_load_is_even_and_a_single_expert_too() {
+    fn load_balance_covers_even_load_and_single_expert() {
         let mut even = RouterStats::new(3);
         even.add(0, 3, &routing(1, &[0, 1, 2], &[1.0; 3]));
         let mut single = RouterStats::new(1);
@@ -292,7 +292,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn cutting_and_order_do_not_matter(picks in prop::collection::vec((0u32..5, 0f32..1.0), 12), cut in 0usize..=4) {
+        fn batching_and_order_change_nothing(
+            picks in prop::collection::vec((0u32..5, 0f32..1.0), 12), cut in 0usize..=4,
+        ) {
             let of = |range: std::ops::Range<usize>| {
                 let mut stats = RouterStats::new(5);
                 let picks = &picks[range.start * 3..range.end * 3];
@@ -336,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn half_a_percent_at_most_are_candidates() {
+    fn at_most_half_a_percent_are_candidates() {
         // A handful of experts: the largest alone is over the percentile, and only if it stands alone.
         let few = judged(1, &[&[Some(3.0), Some(-8.0), Some(2.0)]]).unwrap();
         assert_eq!(few.candidates.iter().map(|c| c.at.value).collect::<Vec<_>>(), [-8.0]);
@@ -347,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn an_experts_peak_is_its_largest_value_anywhere() {
+    fn expert_peak_is_its_largest_value_anywhere() {
         let x = [1.0, -2.0, 0.5, /* */ 1.5, 2.0, -1.0];
         let host = outliers_scan::Rows { x: &x, width: 3, tokens: 2 };
         let (scans, x) = (host.scan(), Values::Host(host));

@@ -602,7 +602,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_those_of_the_formats() {
+    fn rounded_values_follow_the_formats() {
         let values = [0.2, 0.25, 0.26, 0.75, 1.25, 1.3, 2.5, 3.5, 5.0, 5.1, 9.0, -2.6];
         let defined_e2m1 = values.map(|v| defined::rounded(v, 0, 1, E2M1_MAX));
         assert_eq!(defined_e2m1, [0.0, 0.0, 0.5, 1.0, 1.0, 1.5, 2.0, 4.0, 4.0, 6.0, 6.0, -3.0]);
@@ -614,7 +614,7 @@ mod tests {
     }
 
     #[test]
-    fn scales_are_those_of_the_formats() {
+    fn rounding_scales_follow_the_formats() {
         let mut x = vec![0.0; 32];
         (x[0], x[1], x[16], x[17]) = (7.9, 1.1, 0.1, 0.05);
         let mx = defined::quantized(&x, NumberFormat::Mxfp4);
@@ -627,7 +627,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rotation_spreads_what_stands_out() {
+    fn rotation_spreads_outliers() {
         let rotated = |x: &[f32], size| {
             let mut row = QuantizedRow::default();
             row.load(x);
@@ -648,7 +648,7 @@ mod tests {
     }
 
     #[test]
-    fn about_as_many_rows_are_drawn_as_are_wanted() {
+    fn number_of_sampled_rows_is_near_the_target() {
         let drawn = |sequences, tokens| {
             let quantization = Quantization::new(sequences, tokens, 6.0);
             (0..sequences * tokens).filter(|token| quantization.is_sampled(*token)).count()
@@ -670,7 +670,7 @@ mod tests {
         }
 
         #[test]
-        fn cuts_and_order_change_nothing(x in prop::collection::vec(-9f32..9.0, 6 * 20), cut in 0usize..=6) {
+        fn batching_and_order_change_nothing(x in prop::collection::vec(-9f32..9.0, 6 * 20), cut in 0usize..=6) {
             let site = Site { layer: 0, point: Point::BeforeMlp };
             let of = |parts: &[(usize, &[f32])]| {
                 let mut all = Quantization::new(2, 3, 6.0);

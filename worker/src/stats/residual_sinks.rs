@@ -206,7 +206,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_dimension_that_is_large_at_most_tokens_is_a_sink_and_one_spike_is_none() {
+    fn dimension_large_at_most_tokens_is_a_sink_and_one_spike_is_not() {
         let mut x = vec![1.0f32; 4 * 100];
         (0..3).for_each(|token| x[token * 100 + 7] = -20.0);
         x[399] = 5000.0;
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_of_zeros_are_large_nowhere() {
+    fn zero_tokens_have_no_large_dimension() {
         let mut sinks = Sinks::new(6.0);
         sinks.add(0, 0, &[0.0; 12], &Scan::of(&[0.0; 12], 4));
         let summary = sinks.summary(|_| None);

@@ -112,7 +112,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn statistics_do_not_depend_on_cutting_or_order(x in prop::collection::vec(-50f32..50.0, 7 * 150), cut in 0usize..=150) {
+        fn row_statistics_do_not_depend_on_batching_or_order(
+            x in prop::collection::vec(-50f32..50.0, 7 * 150), cut in 0usize..=150,
+        ) {
             let of = |x: &[f32]| {
                 let mut stats = RowStats::default();
                 stats.add(&Scan::of(x, 7));
@@ -128,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_without_a_number_are_left_out() {
+    fn undefined_rows_are_excluded() {
         let mut stats = RowStats::default();
         stats.add(&Scan::of(&[0.0, 0.0, 0.0, 0.0, /* */ 0.0, 0.0, 0.0, 5.0, /* */ 1.0, -1.0, 1.0, -1.0], 4));
         let summary = stats.summary();

@@ -1,4 +1,4 @@
-//! How the first token's spike comes and goes (arXiv 2603.05498); the definitions are
+//! Layers in which the first token's spike starts and ends (arXiv 2603.05498). The definitions are
 //! [`SpikeLife`]'.
 
 use std::collections::BTreeMap;
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_spike_begins_and_ends_where_it_does() {
+    fn spike_start_and_end_layers_are_found() {
         let life = spikes(&[1.0, 9.0, 10.0, -80.0, 2.0]);
         assert_eq!((life.onset_layer, life.fall_layer), (Some(2), Some(4)));
         let layer = &life.layers[3];

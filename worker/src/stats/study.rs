@@ -675,7 +675,7 @@ mod tests {
         }
 
         #[test]
-        fn the_order_of_sequences_changes_their_numbers_alone(corpus in corpora()) {
+        fn sequence_order_changes_only_sequence_numbers(corpus in corpora()) {
             let backwards: Vec<Shown> = corpus.iter().rev().cloned().collect();
             let of = |corpus: &[Shown]| without_pooled(report(&whole(corpus, 2)));
             let (a, mut b) = (of(&corpus), of(&backwards));
@@ -713,7 +713,7 @@ mod tests {
         }
 
         #[test]
-        fn records_are_the_largest_values_with_their_places(corpus in corpora()) {
+        fn largest_values_are_recorded_with_their_positions(corpus in corpora()) {
             let report = report(&whole(&corpus, 2));
             let kinds: Vec<Point> = report.top_records.iter().map(|top| top.point).collect();
             prop_assert_eq!(kinds.len(), 6, "{:?}", kinds);
@@ -735,7 +735,7 @@ mod tests {
         }
 
         #[test]
-        fn peaks_tell_the_gain_from_the_stream(corpus in corpora()) {
+        fn peaks_separate_gain_and_residual_value(corpus in corpora()) {
             for feature in report(&whole(&corpus, 2)).judged.features {
                 let peak = feature.peak.unwrap();
                 prop_assert_eq!(peak.value.abs(), feature.max_abs);
@@ -748,7 +748,7 @@ mod tests {
     }
 
     #[test]
-    fn a_site_that_overflows_is_named() {
+    fn overflowing_site_is_named() {
         let mut study = Study::new(scope(), 6.0);
         let mut x = vec![1.0; 2 * TOKENS * HIDDEN];
         x[4 * HIDDEN + 2] = f32::INFINITY;
@@ -758,7 +758,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_asked_for_is_not_wanted() {
+    fn only_requested_sites_are_studied() {
         let study = Study::new(Scope { others: Vec::new(), ..scope() }, 6.0);
         assert!(study.wants(Site { layer: 1, point: Point::BeforeMlp }));
         assert!(!study.wants(Site { layer: 1, point: Point::Residual }));

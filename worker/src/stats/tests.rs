@@ -122,7 +122,7 @@ proptest! {
     }
 
     #[test]
-    fn what_may_be_systematic_is_told_sequence_by_sequence(case in cases()) {
+    fn candidate_features_are_counted_per_sequence(case in cases()) {
         let judged = case.stats(1).judge(&Thresholds::default());
         for feature in &judged.features {
             let dim = feature.dim;
@@ -175,7 +175,7 @@ proptest! {
 }
 
 #[test]
-fn sums_are_those_of_the_values() {
+fn sums_equal_those_of_the_values() {
     let x: Vec<f32> = (0..200 * 70).map(|i| ((i * 37 % 101) as f32 - 50.0) / 20.0).collect();
     let site = sites(1)[0];
     let mut stats = OutlierStats::new(vec![site], 70, 2, 100, 6.0);
@@ -190,7 +190,7 @@ fn sums_are_those_of_the_values() {
 }
 
 #[test]
-fn values_that_are_not_finite_are_an_error_that_names_the_place() {
+fn non_finite_values_are_an_error_with_the_position() {
     let site = Site { layer: 3, point: Point::BeforeMlp };
     let mut stats = OutlierStats::new(vec![site], 5, 1, 4, 6.0);
     let mut x = vec![0.0; 20];

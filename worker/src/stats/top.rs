@@ -153,7 +153,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_greatest_are_kept_in_any_order(values in prop::collection::vec(-9i8..9, 1..80), limit in 1usize..12, cut in 0usize..80) {
+        fn largest_values_are_kept_in_any_order(
+            values in prop::collection::vec(-9i8..9, 1..80), limit in 1usize..12, cut in 0usize..80,
+        ) {
             let all: Vec<TopValue> = values.iter().enumerate().map(|(i, v)| at(f32::from(*v), i, 0)).collect();
             let mut sorted = all.clone();
             sorted.sort_by(|a, b| b.cmp(a));
@@ -175,7 +177,7 @@ mod tests {
         }
 
         #[test]
-        fn whole_rows_are_as_good_as_single_values(values in prop::collection::vec(-9i8..9, 24), limit in 1usize..30) {
+        fn whole_rows_equal_single_values(values in prop::collection::vec(-9i8..9, 24), limit in 1usize..30) {
             let x: Vec<f32> = values.iter().map(|v| f32::from(*v)).collect();
             let (mut rows, mut singly) = (Top::new(limit), Top::new(limit));
             let host = Rows { x: &x, width: 6, tokens: 2 };
@@ -186,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn of_equal_magnitudes_the_earlier_place_is_first() {
+    fn equal_magnitudes_are_ordered_by_position() {
         let mut top = Top::new(2);
         for (token, value) in [(5, 2.0), (3, -2.0), (4, 2.0), (1, 1.0)] {
             top.offer(at(value, token, 0));

@@ -26,7 +26,7 @@ pub struct JobRequest {
     pub here: PathBuf,
 }
 
-/// How a run rents, and what becomes of its instance.
+/// Options for renting and for the end of the instance.
 #[derive(Clone, Debug)]
 pub struct RunTerms {
     /// What was said of the instance. What was not is taken from the plan.
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_typed_wins_over_the_model_then_the_survey_then_the_settings() {
+    fn cli_wins_over_model_then_survey_then_settings() {
         let folder = tempfile::tempdir().unwrap();
         let settings = settings(folder.path());
         let text = "name = 's'\nlayers = 2\nmax-duration = '3h'\nbudget = 9\nmodels = ['a/b']\n\
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_gets_what_is_typed_and_else_the_settings() {
+    fn commands_use_cli_values_or_else_settings() {
         let folder = tempfile::tempdir().unwrap();
         let settings = settings(folder.path());
         let Command::Deploy(args) = typed(&["deploy", "--model=a/b", "--threshold=8", "--budget=2"]) else { panic!() };

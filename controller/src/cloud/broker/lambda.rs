@@ -53,7 +53,7 @@ struct Lambda {
     door: Door,
 }
 
-/// How one gets into a machine of which the cloud names only the address.
+/// The SSH user and port. The cloud states only the address.
 struct Door {
     user: String,
     port: u16,
@@ -493,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn a_type_is_one_offer_per_region() {
+    fn instance_type_gives_one_offer_per_region() {
         let regions = json!([{"name": "us-west-3", "description": "Utah, USA"}, {"name": "us-east-1"}]);
         let offers = offers_of(entry("gpu_1x_h100_pcie", "H100 (80 GB PCIe)", json!(249), regions));
         let offers: Vec<Offer> = offers.into_iter().map(|offer| offer.expect("good")).collect();
@@ -510,7 +510,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_tells_apart_what_names_do_not() {
+    fn memory_distinguishes_gpus_of_the_same_name() {
         for (words, name, gib) in [
             ("A100 (40 GB SXM4)", "A100-40GB", Some(40)),
             ("A100 (80 GB SXM4)", "A100-80GB", Some(80)),
@@ -528,7 +528,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_rented_says_why() {
+    fn unrentable_types_are_skipped_with_a_reason() {
         let here = || json!([{"name": "r"}]);
         for (entry, why) in [
             (entry("gpu_8x_h100", "H100 (80 GB SXM5)", json!(249), json!([])), "sold out"),
@@ -542,7 +542,7 @@ mod tests {
     }
 
     #[test]
-    fn a_grace_machine_has_an_arm_processor() {
+    fn grace_machine_has_an_arm_processor() {
         for (name, words, arm) in [
             ("gpu_1x_gh200", "GH200 (96 GB)", true),
             ("gpu_1x_gh200", "Hopper", true),
@@ -554,7 +554,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_without_gpus_has_none() {
+    fn cpu_machine_has_no_gpu() {
         let mut entry = entry("cpu_4x_general", "N/A", json!(10), json!([{"name": "r"}]));
         entry["instance_type"]["specs"]["gpus"] = json!(0);
         let offer = offers_of(entry).remove(0).expect("good");
@@ -572,7 +572,7 @@ mod tests {
     }
 
     #[test]
-    fn states() {
+    fn instance_states_are_parsed() {
         let ready = wire::endpoint("ubuntu", "198.51.100.2", 22).expect("an address");
         assert_eq!(state("active", Some("198.51.100.2")), InstanceState::Ready(ready));
         assert_eq!(state("active", None), InstanceState::Booting);

@@ -309,7 +309,7 @@ fn last_words(folder: &Folder) -> String {
     folder.last_words().unwrap_or_else(|| "its log is empty".to_owned())
 }
 
-/// Ends the instance in `folder` and everything that runs there, whatever state it is in, then [`conclude`]s.
+/// Ends the instance in `folder` in any state with all its processes, then [`conclude`]s.
 fn end(folder: &Folder, id: &str, billed: bool) -> Result<(), BrokerError> {
     let stays = |why: String| unavailable(format!("{id} is not terminated: {why}"));
     let there = fs::symlink_metadata(folder.path());

@@ -212,7 +212,8 @@ impl Broker for Prime {
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
         let path = self.path_of(id)?;
-        // Its name is that of its key, and is not told any more once it is gone. Not knowing it is no reason to let it run.
+        // The instance is named like its key. A deleted instance has no name in answers. An unknown
+        // name is no reason to let the instance run.
         let tag = self.get(id).await.ok().flatten().and_then(|instance| instance.tag());
         let reply = self.http.call(Call::new(Method::DELETE, path, Effect::Idempotent)).await?;
         if !is_gone(&reply) {
@@ -491,7 +492,7 @@ struct Pod {
 }
 
 impl Pod {
-    /// It is in the history, whatever list still shows it.
+    /// The instance is in the history, even if a list still shows it.
     fn is_over(&self) -> bool {
         self.status.as_deref() == Some("TERMINATED")
     }

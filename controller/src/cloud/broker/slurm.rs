@@ -115,7 +115,7 @@ impl Slurm {
         Self { site, probe, cluster: Arc::new(cluster) }
     }
 
-    /// The options of `sbatch` for a share of one node and so many minutes, each a word.
+    /// The options of `sbatch` for a share of one node and a time limit in minutes, each a word.
     fn limits(&self, sku: &Sku, time: Duration) -> Vec<String> {
         let minutes = time.as_secs().div_ceil(60).max(1);
         vec![

@@ -61,7 +61,7 @@ const SHORTEST_CONTRACT: u64 = 6 * 3600;
 const REPORTED_OF_NOMINAL: f64 = 0.9;
 /// How far a figure of the cloud may lie below its rounded value here: CUDA versions and dollars.
 const ROUNDING: (f64, f64) = (0.06, 1e-6);
-/// Disk of an instance for which nobody asked for more; the cloud's own default is 8. GB.
+/// Default disk of an instance, GB. The cloud's own default is 8.
 const SMALLEST_DISK: u64 = 10;
 /// What can be bid, in dollars per hour.
 const BIDS: std::ops::RangeInclusive<f64> = 0.001..=128.0;
@@ -114,7 +114,7 @@ impl Vast {
             Ok(()) => "was terminated".to_owned(),
             Err(error) => format!("could not be terminated: {}", error.message),
         };
-        let message = format!("{}; instance {contract} came of it all the same and {became}", reply.in_words());
+        let message = format!("{}; instance {contract} was created nevertheless and {became}", reply.in_words());
         reply.error(BrokerErrorKind::Maybe, message)
     }
 }
@@ -332,7 +332,7 @@ struct Bundles {
 #[derive(Serialize, Deserialize)]
 struct OfferKey {
     ask: u64,
-    /// Dollars per hour; without it the machine is rented at its price, with it as long as nobody bids more.
+    /// Bid in dollars per hour. Without it the machine is rented on demand, at its price.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     bid: Option<f64>,
 }
@@ -378,7 +378,7 @@ struct Ask {
     cpu_arch: Option<String>,
     #[serde(default, deserialize_with = "lenient")]
     machine_id: Option<u64>,
-    /// 0: somebody's own machine; more: a data centre.
+    /// 0: a private machine. Above 0: a data centre.
     #[serde(default, deserialize_with = "lenient")]
     hosting_type: Option<u32>,
     #[serde(default, deserialize_with = "lenient")]
@@ -510,7 +510,8 @@ struct Page {
 
 #[derive(Deserialize)]
 struct Single {
-    /// One, whatever the name says; null when there is none. Missing, it would be another kind of answer.
+    /// A single instance despite the name. Null if there is none. An absent key is an invalid
+    /// answer.
     #[serde(deserialize_with = "Option::deserialize")]
     instances: Option<Value>,
 }

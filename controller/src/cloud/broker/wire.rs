@@ -106,7 +106,7 @@ fn entry_of<T: DeserializeOwned>(
     })
 }
 
-/// A price in dollars per hour, `None` if nobody asks that.
+/// A price in dollars per hour. `None` if it is implausible.
 pub(super) fn price(dollars: f64) -> Option<UsdPerHour> {
     // NaN is in no range.
     (dollars > 0.0 && dollars <= HIGHEST_PRICE).then(|| UsdPerHour::from_dollars(dollars))
@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_nobody_can_mean() {
+    fn implausible_prices_and_sizes_are_unknown() {
         assert_eq!(price(1.8944), Some(UsdPerHour::from_dollars(1.8944)));
         for dollars in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e5] {
             assert_eq!(price(dollars), None, "{dollars}");
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn every_entry_is_read_by_itself_and_an_unreadable_one_is_shown() {
+    fn entries_are_parsed_separately_and_unreadable_ones_shown() {
         #[derive(Deserialize)]
         struct Machine {
             #[serde(deserialize_with = "id")]
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_that_are_none() {
+    fn invalid_ssh_hosts_are_refused() {
         for host in ["203.0.113.42", "2001:db8::1", "ssh5.vast.ai", "a"] {
             assert_eq!(endpoint("root", host, 22).map(|e| e.host), Some(host.to_owned()));
         }
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_stay_one_segment() {
+    fn url_segments_are_encoded() {
         assert_eq!(segment("9f2c-1_a").as_deref(), Some("9f2c-1_a"));
         assert_eq!(segment("a/../b?c#d e").as_deref(), Some("a%2F..%2Fb%3Fc%23d%20e"));
         assert_eq!([segment(""), segment("."), segment("..")], [None, None, None]);

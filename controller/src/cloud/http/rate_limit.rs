@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn calls_are_apart() {
+    fn calls_are_spaced() {
         let (paces, second) = (RateLimits::default(), Duration::from_secs(1));
         let begun = Instant::now();
         assert_eq!(paces.take(None, begun), None, "no pace, no wait");
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_cloud_that_asks_to_wait_is_left_alone_for_calls_of_that_kind() {
+    async fn requested_wait_applies_to_calls_of_that_kind() {
         let (paces, minute) = (RateLimits::default(), Duration::from_secs(60));
         paces.set(Some("search"), Duration::from_secs(1));
         paces.hold(Some("search"), minute);
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_queue_of_one_kind_holds_up_no_other() {
+    async fn call_kinds_have_separate_queues() {
         let paces = RateLimits::default();
         paces.set(None, Duration::from_millis(1));
         paces.set(Some("launch"), Duration::from_secs(1));

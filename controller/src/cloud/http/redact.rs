@@ -49,7 +49,7 @@ pub(crate) fn address(url: &str) -> String {
     format!("{scheme}***@{after}")
 }
 
-/// Parts of field names whose values are nobody's business.
+/// Parts of the names of fields with secret values.
 const SECRET_NAMES: &[&str] = &[
     "api_key",
     "apikey",
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_found_in_every_form() {
+    fn keys_are_redacted_in_every_encoding() {
         let hidden = Hidden::new(&Secret::new("s/k+\"1\u{e4}"));
         for text in ["s/k+\"1\u{e4}", r#"s/k+\"1ä"#, r#"s\/k+\"1ä"#, "s%2Fk%2B%221%C3%A4", "s%2fk%2b%221%c3%a4"] {
             assert_eq!(hidden.out_of(&format!("<{text}> and <{text}>")), "<***> and <***>", "{text}");
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn no_address_shows_a_password() {
+    fn passwords_in_urls_are_redacted() {
         for (url, shown) in [
             ("https://api.example/v1", "https://api.example/v1"),
             ("https://me:geheim@api.example/v1", "https://***@api.example/v1"),
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn sentences_of_every_cloud() {
+    fn error_messages_of_every_cloud_are_extracted() {
         for (document, expected) in [
             (json!({"title": "Bad Request", "status": 400, "detail": "no instances"}), "Bad Request: no instances"),
             (json!({"success": false, "error": "invalid_args", "msg": "no_such_ask"}), "invalid_args: no_such_ask"),

@@ -140,7 +140,7 @@ async fn kind(server: &Server, call: Call) -> BrokerErrorKind {
 }
 
 #[tokio::test]
-async fn a_request_says_who_asks_for_what() {
+async fn requests_have_path_query_authorization_and_json_body() {
     let server = Server::start(&[ok()]);
     let reply = server.client().call(once().query("q", "a b&c")).await.unwrap();
     assert!(reply.is_success());
@@ -152,7 +152,7 @@ async fn a_request_says_who_asks_for_what() {
 }
 
 #[tokio::test]
-async fn what_may_have_happened_is_not_done_again() {
+async fn ambiguous_non_idempotent_call_is_not_retried() {
     let broken = ["500 Internal Server Error", "502 Bad Gateway", "503 Service Unavailable", "504 Gateway Timeout"];
     let mut acts: Vec<Act> = broken.iter().map(|status| say(status, "", "")).collect();
     acts.extend([say("503 Service Unavailable", "retry-after: 0\r\n", ""), say("408 Request Timeout", "", "")]);
@@ -165,7 +165,7 @@ async fn what_may_have_happened_is_not_done_again() {
 }
 
 #[tokio::test]
-async fn what_can_be_done_again_is() {
+async fn idempotent_calls_are_retried() {
     for act in
         [say("500 Internal Server Error", "", ""), say("408 Request Timeout", "", ""), Act::Close, cut(), Act::Hang]
     {
@@ -182,7 +182,7 @@ async fn what_can_be_done_again_is() {
 }
 
 #[tokio::test]
-async fn too_often_is_certainly_not_taken() {
+async fn rate_limited_call_is_known_not_executed() {
     let too_often = say("429 Too Many Requests", "", "Too Many Requests");
     let server = Server::start(&[too_often.clone(), ok()]);
     assert!(server.client().call(once()).await.unwrap().is_success());
@@ -198,7 +198,7 @@ async fn too_often_is_certainly_not_taken() {
 }
 
 #[tokio::test]
-async fn where_nobody_listens_nothing_happened() {
+async fn refused_connection_means_nothing_happened() {
     let port = {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         listener.local_addr().unwrap().port()
@@ -216,7 +216,7 @@ async fn where_nobody_listens_nothing_happened() {
 }
 
 #[tokio::test]
-async fn refusals_are_answers() {
+async fn http_errors_are_mapped_to_kinds() {
     for status in ["400 Bad Request", "401 Unauthorized", "404 Not Found", "422 Unprocessable Content"] {
         let server = Server::start(&[say(status, "", "{\"error\": {\"message\": \"no \\u001b[31mway\"}}")]);
         let reply = server.client().call(once()).await.unwrap();
@@ -228,7 +228,7 @@ async fn refusals_are_answers() {
 }
 
 #[tokio::test]
-async fn a_redirection_is_not_followed() {
+async fn redirects_are_not_followed() {
     let elsewhere = Server::start(&[ok()]);
     let location = format!("location: {}/elsewhere\r\n", elsewhere.url);
     let server = Server::start(&[say("307 Temporary Redirect", &location, "")]);
@@ -238,7 +238,7 @@ async fn a_redirection_is_not_followed() {
 }
 
 #[tokio::test]
-async fn what_the_cloud_asks_for_is_waited() {
+async fn retry_after_is_respected() {
     // A date has whole seconds: two from now may be one and a bit.
     let date = || httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(2));
     let headers: [&dyn Fn() -> String; 3] =
@@ -254,7 +254,7 @@ async fn what_the_cloud_asks_for_is_waited() {
 }
 
 #[tokio::test]
-async fn what_would_take_too_long_is_not_waited() {
+async fn excessive_retry_after_is_an_error() {
     for header in ["retry-after: 3600\r\n", "retry-after: 18446744073709551615\r\n"] {
         let server = Server::start(&[say("429 Too Many Requests", header, "slow down")]);
         let begun = Instant::now();
@@ -267,7 +267,7 @@ async fn what_would_take_too_long_is_not_waited() {
 }
 
 #[test]
-fn waits_in_headers() {
+fn retry_after_headers_are_parsed() {
     let headers =
         |name: &'static str, value: &str| HeaderMap::from_iter([(name.parse().unwrap(), value.parse().unwrap())]);
     for (name, value, seconds) in [
@@ -285,7 +285,7 @@ fn waits_in_headers() {
 }
 
 #[tokio::test]
-async fn calls_keep_their_pace() {
+async fn calls_keep_the_rate_limit() {
     let server = Server::start(&[ok()]);
     let http = server.client().paced(None, Duration::from_secs(50)).clone();
     let begun = Instant::now();
@@ -295,7 +295,7 @@ async fn calls_keep_their_pace() {
 }
 
 #[tokio::test]
-async fn waiting_for_a_turn_does_not_use_up_the_time() {
+async fn rate_limit_wait_does_not_count_towards_the_timeout() {
     let server = Server::start(&[ok()]);
     let limits = Limits { total: Duration::from_millis(300), ..limits() };
     let http = server.client_with(limits).paced(Some("launch"), Duration::from_secs(100));
@@ -306,7 +306,7 @@ async fn waiting_for_a_turn_does_not_use_up_the_time() {
 }
 
 #[tokio::test]
-async fn what_is_done_once_has_a_connection_of_its_own() {
+async fn non_idempotent_calls_use_a_fresh_connection() {
     let server = Server::start(&[ok()]);
     let http = server.client();
     for _ in 0..3 {
@@ -320,7 +320,7 @@ async fn what_is_done_once_has_a_connection_of_its_own() {
 }
 
 #[tokio::test]
-async fn the_key_is_shown_nowhere() {
+async fn api_key_is_never_printed() {
     let echo = |status: &str| {
         say(status, "", &format!("{{\"error\": \"bad header: Bearer {}\"}}", KEY.replace('4', "\\u0034")))
     };
@@ -346,7 +346,7 @@ async fn the_key_is_shown_nowhere() {
 
 /// Found by a fuzzer.
 #[test]
-fn a_key_does_not_come_together_again_in_an_error() {
+fn sanitising_does_not_reassemble_a_key_in_errors() {
     for between in ["\u{1}", "\u{1b}[0m", "\u{202e}"] {
         let body = format!("no such key: {}", KEY.replacen('-', &format!("-{between}"), 1));
         let key = Some(Hidden::new(&Secret::new(KEY)));
@@ -363,7 +363,7 @@ fn a_key_does_not_come_together_again_in_an_error() {
 }
 
 #[tokio::test]
-async fn a_key_does_not_come_together_again_in_an_explanation() {
+async fn sanitising_does_not_reassemble_a_key_in_explain_output() {
     for between in ["\u{1}", "\u{1b}[0m", "\u{202e}"] {
         let body = format!("no such key: {}\u{1b}[31m", KEY.replacen('-', &format!("-{between}"), 1));
         let server = Server::start(&[say("400 Bad Request", "", &body)]);
@@ -377,7 +377,7 @@ async fn a_key_does_not_come_together_again_in_an_explanation() {
 }
 
 #[tokio::test]
-async fn a_reply_without_end_is_not_read_to_it() {
+async fn endless_reply_is_cut() {
     let long = format!("HTTP/1.1 200 OK\r\n\r\n{}", "x".repeat(LARGEST_REPLY + 1));
     let server = Server::start(&[Act::SayAndClose(long)]);
     let patient = server.client_with(Limits { read: Duration::from_secs(10), attempts: 1, ..limits() });
@@ -387,7 +387,7 @@ async fn a_reply_without_end_is_not_read_to_it() {
 }
 
 #[test]
-fn only_what_can_be_a_cloud_is_spoken_to() {
+fn only_https_or_loopback_urls_are_accepted() {
     let new = |base: &str, key: Option<&str>| {
         Http::new("cloud", base, key.map(Secret::new), limits()).map(|_| ()).map_err(|error| error.kind)
     };
@@ -408,7 +408,7 @@ fn only_what_can_be_a_cloud_is_spoken_to() {
 }
 
 #[test]
-fn nonsense_after_a_creation_is_a_maybe() {
+fn malformed_reply_to_a_create_call_is_ambiguous() {
     let reply = |effect| Reply { broker: "cloud", effect, key: None, status: 200, body: "<html>".to_owned() };
     let kind = |effect| reply(effect).json::<Value>("a thing").unwrap_err().kind;
     assert_eq!(kind(Effect::Once), BrokerErrorKind::Maybe);

@@ -1,4 +1,4 @@
-//! What is wanted of an instance: typed, written in the file of a survey, and kept in the ledger.
+//! The request for an instance, from the command line or a survey file. The ledger stores it.
 //!
 //! A new filter is a field of [`GpuRequest`] (its docstring is the help text), and what
 //! [`crate::cloud::market`] says of it.
@@ -20,7 +20,7 @@ pub const MONEY: &str = "Money and time";
 const GIB: f64 = (1u64 << 30) as f64;
 
 mergeable! {
-    /// What is wanted of an instance. Zero or `None`: no matter.
+    /// Filters for offers. Zero or `None`: no restriction.
     #[derive(Args, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
     #[serde(default, rename_all = "kebab-case")]
     pub struct GpuRequest {
@@ -102,7 +102,7 @@ impl FromArgMatches for Tier {
     }
 }
 
-/// Of memory or disk; none is a lower limit that everything passes.
+/// Parses a lower limit of memory or disk. Zero passes everything.
 fn gib(text: &str) -> Result<Bytes, String> {
     text.parse::<f64>().map_err(|_| "it must be a number".to_owned()).and_then(bytes)
 }
@@ -119,13 +119,13 @@ fn price(text: &str) -> Result<UsdPerHour, String> {
     text.parse::<Positive>().and_then(per_hour)
 }
 
-/// No price is less than the smallest amount that is counted.
+/// A price is at least the smallest amount that is counted.
 fn per_hour(usd: Positive) -> Result<UsdPerHour, String> {
     let price = UsdPerHour::from_dollars(usd.get());
     if price.0.micros() > 0 { Ok(price) } else { Err("it must be a positive number from 0.000001 on".to_owned()) }
 }
 
-/// Memory as people write it: a number of GiB.
+/// Memory as it is typed: a number of GiB.
 mod in_gib {
     use super::*;
 
@@ -139,7 +139,7 @@ mod in_gib {
     }
 }
 
-/// A price as people write it: USD per hour.
+/// A price as it is typed: USD per hour.
 mod in_usd {
     use super::*;
 
@@ -157,7 +157,7 @@ mod in_usd {
 /// keys with `_`.
 ///
 /// # Errors
-/// It is no request.
+/// The text is not a request.
 pub fn recorded<'de, D: Deserializer<'de>>(deserializer: D) -> Result<GpuRequest, D::Error> {
     let mut record = Map::<String, Value>::deserialize(deserializer)?;
     if record.contains_key("gpu_count") {
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_the_same_typed_written_and_recorded() {
+    fn request_is_equal_from_cli_file_and_ledger() {
         let options = ["--gpu-count=2", "--min-vram=79.7", "--max-price=2.5", "--secure", "--min-cuda=12.4", "--spot"];
         let request = typed(&options);
         let file = "gpu-count = 2\nmin-vram = 79.7\nmax_price = 2.5\ntier = 'secure'\nmin_cuda = '12.4'\nspot = true";
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_of_an_earlier_version_is_read() {
+    fn request_of_an_earlier_version_is_parsed() {
         let old = json!({
             "gpu_count": null, "gpu_filter": "H100", "min_vram": 85_899_345_920_u64, "min_cpu_ram": null,
             "min_disk": 1, "max_price": 2_500_000, "region": null, "tier": "community", "spot": false,
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_typed_wins_over_what_the_file_says() {
+    fn cli_overrides_the_file() {
         let own = toml::from_str::<GpuRequest>("min-vram = 80\nregion = 'eu'\ntier = 'secure'").unwrap();
         let both = typed(&["--min-vram", "24", "--community"]).merge(own);
         let region = Some("eu".to_owned());

@@ -155,7 +155,7 @@ fn permitted(home: &Home, args: &TerminateArgs, instance: &Instance) -> Result<(
         ),
         None => CliError::refused(
             format!("instance {id} was not rented by this program, as far as its name tells"),
-            "if it is yours all the same: --force",
+            "if it is yours nevertheless: --force",
         ),
     })
 }
@@ -176,7 +176,7 @@ fn consent(
     let count = counted(chosen.len(), "instance");
     context.reporter.say(&format!("{}\nWould end, with all that is on them: {count}.", in_words(home, chosen)));
     if !terminal {
-        return Err(CliError::refused("nothing was ended: nobody is there to ask", "add --yes"));
+        return Err(CliError::refused("nothing was ended: there is no terminal to ask on", "add --yes"));
     }
     let word = if args.all { chosen.len().to_string() } else { "y".to_owned() };
     // A line of its own, so that Ctrl-C leaves no half one.

@@ -51,7 +51,7 @@ pub(super) async fn command(
     Ok(ExitStatus::Done)
 }
 
-/// All that the worker has said, as far as it can be read now.
+/// The worker's log, as far as it can be read now.
 async fn so_far(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<Vec<String>, CliError> {
     if let Some(path) = at_home(run) {
         return at_once(&path);
@@ -226,7 +226,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_come_whole_and_once() {
+    fn log_lines_are_printed_whole_and_once() {
         let folder = tempfile::tempdir().unwrap();
         let mut tail = Tail { path: folder.path().join("log"), read: 0, count: 0 };
         assert_eq!(tail.lines().unwrap(), [""; 0], "nobody has written yet");

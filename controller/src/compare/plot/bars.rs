@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_value_that_fits_has_a_bar_and_its_interval_a_line() {
+    fn values_have_bars_and_intervals_have_lines() {
         let series = [("plain".to_owned(), Colour::First), ("rotated".to_owned(), Colour::Second)];
         let sure = Estimate { value: 2.0, interval: Some([1.5, 2.5]) };
         let row = |label: &str, bars: [Option<Estimate>; 2]| Row { label: label.to_owned(), bars: bars.to_vec() };

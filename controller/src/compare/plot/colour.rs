@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_colour_has_a_value_of_its_own_in_both_modes() {
+    fn colours_are_distinct_in_light_and_dark() {
         let distinct =
             |of: fn(&Tint) -> Rgb| Colour::ALL.iter().map(of).collect::<std::collections::BTreeSet<_>>().len();
         assert_eq!((distinct(|c| c.1), distinct(|c| c.2)), (Colour::ALL.len(), Colour::ALL.len()));
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn text_and_marks_stand_out_in_both_modes() {
+    fn text_and_marks_have_contrast_in_light_and_dark() {
         let (_, light, dark) = Colour::ALL[0];
         for (colour, on_light, on_dark) in Colour::ALL {
             let least = match colour {

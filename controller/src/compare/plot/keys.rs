@@ -227,14 +227,14 @@ mod tests {
     }
 
     #[test]
-    fn a_key_stands_beside_its_point_where_there_is_room() {
+    fn key_is_placed_beside_its_point_if_there_is_room() {
         let labels = laid(&[(300, 200), (500, 300)]);
         assert_eq!(texts(&labels), ["1", "2"]);
         assert!(labels.iter().all(|label| label.line.is_none()));
     }
 
     #[test]
-    fn keys_of_many_close_points_touch_nothing() {
+    fn keys_of_close_points_do_not_overlap() {
         let row: Vec<Place> = (0..12).map(|i| (330 + 6 * i, 200 + 15 * (i % 3))).collect();
         let labels = laid(&row);
         assert!(labels.len() > 8 && labels.iter().any(|label| label.line.is_some()), "{labels:?}");
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn points_in_one_place_share_a_key_and_so_do_those_that_find_no_room() {
+    fn coinciding_or_crowded_points_share_a_key() {
         assert_eq!(texts(&laid(&[(400, 200), (402, 201), (398, 199), (500, 200), (401, 202)])), ["1-3, 5", "4"]);
         assert!(laid(&[(400, 200); 40]).len() == 1);
         let crowd: Vec<Place> = (0..30).map(|i| (380 + 5 * i, 200 + (37 * i) % 50)).collect();
@@ -252,14 +252,14 @@ mod tests {
     }
 
     #[test]
-    fn groups_share_no_key() {
+    fn different_groups_do_not_share_a_key() {
         let point = |group, key| Keyed { group, at: (400, 200), key };
         let labels = labels(&[point(0, "1"), point(1, "a"), point(1, "b")], ROOM, &[]);
         assert_eq!(texts(&labels), ["1", "a, b"]);
     }
 
     #[test]
-    fn numbers_in_a_row_are_written_by_the_first_and_the_last() {
+    fn consecutive_numbers_are_written_as_a_range() {
         assert_eq!(together(&["10", "9", "8", "2", "1"]), "1, 2, 8-10");
         assert_eq!(together(&["b", "a", "c"]), "a, b, c");
     }

@@ -163,7 +163,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn scales_hold_their_values_and_name_some_places(least in 1e-12f64..1e12, factor in 1f64..1e12) {
+        fn scales_contain_their_values_and_have_ticks(least in 1e-12f64..1e12, factor in 1f64..1e12) {
             for kind in [AxisKind::Linear, AxisKind::Log, AxisKind::Count] {
                 let scale = Scale::of(kind, [least, least * factor].into_iter());
                 for value in [least, least * factor] {

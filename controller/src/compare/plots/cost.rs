@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn formats_and_models_have_a_bar_per_rotation() {
+    fn each_format_and_model_has_a_bar_per_rotation() {
         let home = tempfile::tempdir().unwrap();
         let folders = ["a", "b"].map(|name| copy("dense", &home.path().join(name)));
         let compared = || Comparison::of(read_all(&[home.path().to_owned()], false).unwrap());

@@ -24,7 +24,7 @@ impl Heat {
         1 + (steps.floor() as u8).min(Self::ABOVE - 1)
     }
 
-    /// From where each step goes.
+    /// Lower bound of each step.
     pub(super) fn words(&self) -> Vec<String> {
         let from = |step: i32| self.threshold * self.factor().powi(step);
         let above = (0..i32::from(Self::ABOVE)).map(|step| format!(">= {}", short(from(step))));
@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn heat_goes_from_the_threshold_to_the_largest_in_even_factors() {
+    fn heat_steps_are_geometric_from_threshold_to_maximum() {
         let heat = Heat { threshold: 6.0, largest: 768.0 };
         assert_eq!([5.99, 6.0, 11.9, 12.1, 768.0, 1e9].map(|x| heat.step(x)), [0, 1, 1, 2, 7, 7]);
         assert_eq!(heat.words().len(), usize::from(Colour::STEPS));

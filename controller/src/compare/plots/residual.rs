@@ -35,7 +35,7 @@ mod tests {
     use crate::compare::folder::Run;
 
     #[test]
-    fn sinks_and_other_dimensions_stand_token_by_token() {
+    fn residual_plot_shows_sinks_and_others_per_token() {
         let mut results = Run::fixture("dense").results;
         assert_eq!(map("n", "t", &results), None, "nothing was measured");
         let mapped = |dim: usize, is_sink: bool, value: f32| {

@@ -9,7 +9,7 @@ use crate::compare::Comparison;
 use crate::compare::comparison::Compared;
 use crate::compare::plot::{Axis, AxisKind, Colour, Group, Mark, Plot, Point, points};
 
-/// How the curves are told apart; of more models there are no more curves.
+/// Styles of the curves. Their number is the maximum number of curves.
 const MARKS: [Mark; 8] = [
     mark(Colour::First, true, true),
     mark(Colour::Second, false, true),
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn revisions_and_names_of_one_model_make_a_curve() {
+    fn checkpoints_of_one_model_make_a_curve() {
         let home = tempfile::tempdir().unwrap();
         for (folder, revision) in [("a", "step1-tokens100B"), ("b", "step9-tokens2T"), ("c", "main")] {
             let folder = copy("mixture", &home.path().join(folder));
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn one_checkpoint_is_no_curve() {
+    fn single_checkpoint_makes_no_curve() {
         let home = tempfile::tempdir().unwrap();
         rename(&copy("dense", &home.path().join("d")), "inclusionAI/Ling-mini-base-2.0-5T");
         assert_eq!(trajectories(&compared(home.path())), None);

@@ -221,7 +221,7 @@ impl RemoteHost {
         Ok(self.transport.send(&what).await?)
     }
 
-    /// What is missing. Makes the folder, removes what nobody will go on with, and looks at the free space.
+    /// The missing blocks. Makes the folder, removes abandoned uploads, and checks the free space.
     async fn survey<'a>(&self, folder: &str, items: &'a [Item]) -> Result<Vec<Gap<'a>>, HostError> {
         let mut script = format!(
             "{FUNCTIONS}\numask 022\nmkdir -p {folder} || exit 1\n\
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_blocks_with_the_right_hash_at_the_right_place_are_taken_as_there() {
+    async fn only_blocks_with_the_right_hash_and_offset_are_skipped() {
         let block = MIN_BLOCK as usize;
         let bytes: Vec<u8> = (0..3 * block + 5).map(|i| (i / block) as u8).collect();
         let (size, block) = (bytes.len() as u64, MIN_BLOCK);
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_has_a_bounded_number_of_blocks() {
+    fn number_of_blocks_is_bounded() {
         for bytes in [0, 1, MIN_BLOCK, 200_000_000, 5 << 30, (400 << 30) + 1] {
             let item = Item { local: PathBuf::new(), remote: String::new(), bytes, sha256: "0".repeat(64), mode: 0 };
             assert!(bytes.div_ceil(item.block()) <= MAX_BLOCKS && item.block().is_multiple_of(MIN_BLOCK), "{bytes}");

@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_folder_that_serves_is_taken_and_the_others_say_why_they_do_not() {
+    fn first_usable_folder_is_chosen_and_others_have_reasons() {
         use std::os::unix::fs::PermissionsExt;
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn on_a_cluster_only_the_shared_folder_serves() {
+    fn cluster_uses_only_the_shared_folder() {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
         std::fs::write(at("file"), "").unwrap();
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_can_name_no_folder_of_its_own() {
+    fn host_cannot_choose_a_folder_outside_the_candidates() {
         let said = |text: &str| ScriptOutput { status: Some(0), stdout: text.into(), stderr: String::new() };
         for text in ["@place /bin", "@place 4\n@uid 0", "@place 1", "@place 1\n@uid ../x", "@place -1\n@uid 0", ""] {
             assert_eq!(chosen(&said(text), "/root", &["/a", "/b", "/c"]), None, "{text}");

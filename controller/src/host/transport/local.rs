@@ -82,7 +82,7 @@ impl LocalTransport {
         TransportError::new(Kind::Reset, format!("{}: {error}", self.name))
     }
 
-    /// A path there; a relative one begins at home.
+    /// A path on the instance. A relative path starts in its home folder.
     fn at(&self, path: &str) -> PathBuf {
         self.home.join(path)
     }
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_command_has_its_folder_its_environment_and_its_status() {
+    async fn command_gets_folder_and_environment_and_returns_status() {
         let (folder, here, _) = scene();
         let out = here.exec("pwd; printf %s \"$A${HOME-}\" >&2; cat; exit 7", b"in", LIMIT).await.unwrap();
         let home = folder.path().canonicalize().unwrap();
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_command_that_is_given_up_ends_with_all_it_started_and_one_that_ends_leaves_them() {
+    async fn cancelled_command_kills_its_children_and_finished_one_does_not() {
         let (folder, here, _) = scene();
         let late = here.exec("sleep 1000", b"", Duration::from_millis(100)).await.unwrap_err();
         assert_eq!(late.kind, Kind::TimedOut, "{late}");
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn files_arrive_whole_and_only_plain_ones_are_read() {
+    async fn files_transfer_intact_and_only_regular_ones_are_read() {
         let (folder, here, _) = scene();
         let path = |name: &str| folder.path().join(name);
         let content: Vec<u8> = (0..3 << 20).map(|i| (i % 251) as u8).collect();
@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_starts_where_nothing_is_admitted() {
+    async fn closed_instance_refuses_commands_and_uploads() {
         let (folder, here, open) = scene();
         open.store(false, Ordering::SeqCst);
         let gone = here.exec("touch ran", b"", LIMIT).await.unwrap_err();

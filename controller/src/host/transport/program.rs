@@ -97,7 +97,7 @@ impl OpenSsh {
         Some((value("user")?.to_owned(), value("hostname")?.to_owned(), value("port")?.parse().ok()?))
     }
 
-    /// `ssh` that asks nobody anything, and takes no host key that is not known.
+    /// `ssh` without prompts, which refuses unknown host keys.
     fn program(&self) -> Command {
         let mut command = Command::new("ssh");
         if let Some(config) = &self.config {
@@ -354,7 +354,7 @@ fn in_sh(script: &str) -> String {
     format!("sh -c {}", quote(script))
 }
 
-/// Goes on only with a plain file; links are not followed.
+/// Continues only with a regular file. Links are not followed.
 fn if_plain(path: &str) -> String {
     let file = quote(path);
     let wrong = "echo 'not a plain file' >&2; exit 1";
@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_is_never_an_option_and_a_socket_has_a_path_that_fits() {
+    fn ssh_host_is_never_an_option_and_socket_path_fits() {
         for host in ["", "-oProxyCommand=x", "a b", "a\nb"] {
             assert!(at(host).is_err(), "{host:?}");
         }
@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn what_ssh_says_is_told_apart() {
+    fn ssh_error_messages_map_to_kinds() {
         let ssh = at("c").unwrap();
         for (words, kind, hint) in [
             ("Host key verification failed.", Kind::HostKeyChanged, "ssh c"),

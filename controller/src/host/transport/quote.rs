@@ -1,6 +1,6 @@
 //! Quoting of remote arguments, in one place.
 
-/// One word for a POSIX shell: whatever `word` holds, the shell sees exactly it.
+/// Quotes a word for a POSIX shell. The shell reads exactly `word`.
 ///
 /// A NUL byte cannot be part of an argument; callers refuse it before.
 pub fn quote(word: &str) -> String {
@@ -20,7 +20,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn plain_words_stay_readable() {
+    fn plain_words_are_not_quoted() {
         assert_eq!(quote("/root/.cache/a-b_c.json"), "/root/.cache/a-b_c.json");
         assert_eq!(quote(""), "''");
         assert_eq!(quote("it's"), r"'it'\''s'");
@@ -30,7 +30,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
-        fn a_real_shell_gives_the_words_back(words in proptest::collection::vec("[^\0]{0,40}", 1..4)) {
+        fn quoted_words_round_trip_through_a_real_shell(words in proptest::collection::vec("[^\0]{0,40}", 1..4)) {
             let mut script = "printf '%s\\0'".to_owned();
             for word in &words {
                 script.push(' ');

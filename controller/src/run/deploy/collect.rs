@@ -15,7 +15,7 @@ use crate::host::unfinished;
 use crate::run::ledger::RUN_FILE;
 use crate::run::{Brought, FailureDetail, RunFailureKind, RunOutcome, RunSpec};
 
-/// Where a run's files come to lie. Three names, so that a reader can trust the first.
+/// Folders of a run's files. There are three names, so that a reader can trust the first.
 #[derive(Clone, Debug)]
 pub(super) struct Folders {
     /// Whole results.
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn only_whole_results_pass() {
+    fn only_complete_results_pass_verification() {
         let folder = tempfile::tempdir().unwrap();
         let at = folder.path();
         let good = complete(at);
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn results_of_another_job_are_told_from_the_same_elsewhere() {
+    fn results_of_another_job_are_distinguished_from_moved_ones() {
         let folder = tempfile::tempdir().unwrap();
         let mut sent = JobSpec::new(ModelSource::Folder { path: "/home/me/model".into() });
         sent.corpus.source = CorpusSource::Files(vec!["/home/me/A.TXT".into(), "b.jsonl.gz".into()]);
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_survey_has_places_in_its_own_folder_alone() {
+    fn survey_results_stay_in_the_survey_folder() {
         let survey = Some(crate::run::Membership { survey: "s".into(), model: "m".into() });
         let spec = RunSpec { survey, ..crate::run::deploy::fake::spec(Path::new("/results/s")) };
         let whole = |below: &str| Folders::of(Path::new(below), &spec, "r").whole;
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn results_move_as_one_and_partial_ones_never_take_the_trusted_name() {
+    fn results_move_atomically_and_partial_ones_keep_their_suffix() {
         let home = tempfile::tempdir().unwrap();
         let folders = Folders {
             whole: home.path().join("m-r"),

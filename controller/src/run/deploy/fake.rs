@@ -221,7 +221,7 @@ pub(crate) struct World {
     pub(crate) endless: bool,
     /// The worker ends with this instead of results.
     pub(crate) outcome: Option<Outcome>,
-    /// Flip a byte of what is brought home.
+    /// Flips a byte of the fetched files.
     pub(crate) damage: bool,
     /// The manifest is not to be trusted.
     pub(crate) damaged_manifest: bool,

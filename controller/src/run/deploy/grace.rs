@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_slow_upload_is_borne_and_one_that_drips_is_not() {
+    async fn slow_upload_extends_the_timeout_and_a_stalling_one_does_not() {
         assert_eq!(upload(200_000).await, (500, true), "longer than the patience");
         assert_eq!(upload(1).await, (300, false));
         let (lasted, done) = upload(13_107).await;
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn bytes_that_are_told_again_add_nothing_and_other_waits_are_not_the_hosts() {
+    async fn repeated_progress_does_not_extend_the_timeout() {
         let (grace, begun) = (Grace::new(TIMEOUT), Instant::now());
         let told = |sent| grace.hear(&HostEvent::Uploading { name: "worker".into(), sent, total: 1 << 30 });
         (0..50).for_each(|_| [0, 10 * USABLE_RATE, 3].into_iter().for_each(told));
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_was_done_and_what_failed_is_told() {
+    async fn timeout_error_names_the_step_and_the_last_failure() {
         let grace = Grace::new(TIMEOUT);
         grace.begin("looking at it");
         grace.failed("`sh -s` did not end within 90 s");

@@ -21,7 +21,7 @@ pub struct Ports<'a> {
     pub bad_hosts: &'a BadHosts,
     /// The way to rented hosts.
     pub hosts: &'a dyn Hosts,
-    /// Given to the worker and to nobody else: name of the variable and its value.
+    /// Environment of the worker only: name and value of each variable.
     pub secrets: &'a [(&'static str, Secret)],
     /// When each of several runs may start its worker; one alone need not wait.
     pub start_throttle: Option<&'a StartThrottle>,
@@ -77,7 +77,7 @@ pub trait Host: Send + Sync {
     /// Starts a worker again that died, on what it left. One that runs, or has ended as it should, is left alone.
     async fn restart(&self, run: &str, secrets: &[(&'static str, Secret)]) -> Result<(), HostError>;
 
-    /// Where the worker stands.
+    /// The state of the worker.
     async fn status(&self, run: &str) -> Result<JobStatus, HostError>;
 
     /// Passes on what the worker says until it has ended.

@@ -16,7 +16,8 @@ use crate::run::reconcile::{self, Action, Finish};
 use crate::run::{RunEvent, RunOutcome, RunState};
 use crate::units::UsdPerHour;
 
-/// Brings ledger and clouds into agreement: ends strays, finishes what has nothing left to decide, leaves the rest.
+/// Reconciles ledger and clouds: ends strays, finishes runs without an open decision, leaves the
+/// rest.
 /// Returns what was found.
 ///
 /// # Errors
@@ -41,7 +42,7 @@ async fn recover_on(
     Ok(looked.actions)
 }
 
-/// Does what a look found to be done: all of it, whatever goes wrong with a part.
+/// Performs all actions that the comparison found. A failed action does not stop the others.
 ///
 /// # Errors
 /// The first [`DriveError`].
@@ -123,7 +124,7 @@ fn mark_gone(ledger: &Ledger, run: &str) -> Result<(), DriveError> {
             RunState::Terminating { .. } => RunEvent::Gone,
             _ => RunEvent::Vanished,
         };
-        // Its state may have changed since we looked: then it is not gone but somebody's.
+        // The state may have changed since the listing. Then another process drives the run.
         if crate::run::next(run.state(), &event).is_ok() {
             run.append(event)?;
         }
@@ -134,7 +135,7 @@ fn mark_gone(ledger: &Ledger, run: &str) -> Result<(), DriveError> {
 async fn finish(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>, run: &str, why: Finish) -> Result<(), DriveError> {
     let Some(mut run) = ledger.take(run)? else { return Ok(()) };
     release(&mut run, ports, on).await?;
-    // Told to stop from the start: it must bring home and end, never rent anew.
+    // Stopped from the start: the run saves its results and ends. It never rents again.
     let stop = watch::Sender::new(Stop::Now);
     let ending = match why {
         Finish::Expired => RunOutcome::Deadline,

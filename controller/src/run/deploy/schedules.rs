@@ -35,7 +35,7 @@ const BEGIN_MS: u64 = 1_767_225_600_000;
 /// From the death of a controller to the next one, in seconds.
 const GAPS: [u64; 5] = [0, 30, 1200, 3 * 3600, 9 * 3600];
 
-/// By so many seconds the cloud's clock may be ahead of this machine's. With hours nothing is
+/// Seconds by which the cloud's clock may be ahead of this machine's. With hours nothing is
 /// rented.
 const SKEWS: [i64; 3] = [200, 7 * 3600, -7 * 3600];
 
@@ -318,7 +318,7 @@ fn play_share(seed: u64, first: u64, count: u64, step: usize) -> Result<Vec<(Fau
 }
 
 #[test]
-fn every_random_schedule_ends_clean_and_the_same_seed_plays_the_same() {
+fn random_fault_schedules_end_clean_and_are_reproducible() {
     let count = number("OUTLIERS_SCHEDULES").unwrap_or(SCHEDULES);
     let seed = first_seed();
     tell(&format!("{count} schedules from seed {seed}"));

@@ -49,7 +49,7 @@ pub struct SshHosts {
 
 impl SshHosts {
     /// `worker` is the program to push, one for CPUs; models and corpora of at most `push_limit`
-    /// go with it, and save points of at most `save_point_limit` come home while it runs.
+    /// go with it, and save points of at most `save_point_limit` are fetched while it runs.
     pub fn new(worker: PathBuf, push_limit: Bytes, save_point_limit: Bytes) -> Self {
         Self { worker, uses_gpus: false, push_limit, save_point_limit }
     }
@@ -133,7 +133,7 @@ struct SshHost {
     /// The run's, on this machine.
     folder: PathBuf,
     worker: Mutex<Option<RemoteWorker>>,
-    /// Renews the guard's lease, and brings the worker's last save point home.
+    /// Renews the guard's lease and fetches the worker's last save point.
     beside: Mutex<JoinSet<()>>,
 }
 
@@ -274,7 +274,7 @@ async fn keep_save_point(host: Arc<RemoteHost>, run: String, place: PathBuf, lim
 }
 
 impl SshHost {
-    /// Where the next process goes on; without it, it starts with the first line again.
+    /// Where the next process continues. Without it, that starts with the first line.
     fn keep(&self, cursor: Cursor) {
         let text = serde_json::to_vec(&cursor).unwrap_or_default();
         if let Err(error) = std::fs::write(self.folder.join(CURSOR_FILE), text) {
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_for_cpus_does_not_serve_a_run_for_gpus() {
+    fn cpu_worker_is_refused_for_a_gpu_run() {
         let hosts = SshHosts::new("/bin/outliers-worker".into(), Bytes(0), Bytes(0));
         let gpus = GpuRequest { worker_cuda: Some("11.8".parse().unwrap()), ..GpuRequest::default() };
         assert!(hosts.serve(&GpuRequest::default()).is_ok());
@@ -399,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_was_rented_is_taken() {
+    fn instance_must_have_the_rented_hardware() {
         let rented = Offer { gpu_count: 2, vram: Some(Bytes::from_gib(80)), ..offer("a", 1.0) };
         let want = GpuRequest { min_disk: Some(Bytes::from_gib(50)), ..GpuRequest::default() };
         let unfit = |facts: &HostFacts, offer: &Offer| super::unfit(facts, offer, &want);

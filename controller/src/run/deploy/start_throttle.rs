@@ -12,7 +12,7 @@ pub struct StartThrottle {
     pause: Duration,
     /// When the next may start; nothing before the first has.
     next: Mutex<Option<Instant>>,
-    /// Who comes first, waits here; the others wait for that one.
+    /// The first caller waits here. The others wait for it.
     queue: tokio::sync::Mutex<()>,
     waiting: AtomicU32,
 }
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn starts_are_a_pause_apart_and_who_gives_up_takes_no_turn() {
+    async fn starts_are_spaced_and_a_cancelled_one_uses_no_slot() {
         let (start_throttle, begun) = (StartThrottle::new(Duration::from_secs(20)), Instant::now());
         start_throttle.wait(|_| panic!("the first need not wait")).await;
         let gave_up = tokio::time::timeout(Duration::from_secs(1), start_throttle.wait(|_| {})).await;

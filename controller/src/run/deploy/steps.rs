@@ -423,7 +423,7 @@ impl Driver<'_> {
         }
     }
 
-    /// Launched, to be let go of: looks first, since a worker that has ended is nobody's to leave.
+    /// State `Launched`, before leaving the run: checks first that the worker has not ended.
     pub(super) async fn leave(&mut self, rental: &Rental, pin: &Pin) -> Step {
         self.connect(rental, Some(pin), UNTIL_TIME_IS_UP).await?;
         match self.host().status(&self.run.record().id).await {
@@ -489,14 +489,14 @@ impl Driver<'_> {
         }
     }
 
-    /// Ended: brings the files home, or starts a worker again that died.
+    /// State `Ended`: fetches the files, or restarts a worker that died.
     pub(super) async fn sync(&mut self, rental: &Rental, pin: &Pin, exit: Option<i32>, restarts: u32) -> Step {
         let run = self.run.record().id.clone();
         if let Some((results, ending)) = self.places().iter().find_map(|place| collect::already_home(place, &run)) {
             return Ok(self.append(RunEvent::Fetched { results, ending })?);
         }
         self.connect(rental, Some(pin), Duration::ZERO).await?;
-        // Who fails says so in a manifest.
+        // A worker that fails reports it in a manifest.
         let may_restart = restarts < MOST_RESTARTS && self.has_time() && self.is_replaceable();
         let cut_off = !self.has_time() && self.ends_at().is_some();
         match self.bring_home(exit, may_restart || cut_off).await {
@@ -574,7 +574,7 @@ impl Driver<'_> {
         }
     }
 
-    /// Salvaging: stops the worker and brings home what there is.
+    /// State `Salvaging`: stops the worker and fetches partial results.
     pub(super) async fn salvage(&mut self, rental: &Rental, pin: &Pin) -> Step {
         if let Some(reason) = self.memory.unfetchable.take() {
             return Ok(self.append(RunEvent::NotFetched { reason })?);
@@ -594,7 +594,7 @@ impl Driver<'_> {
         }
     }
 
-    /// Where results may come to lie: below the folder that was asked for, or beside the ledger if
+    /// Where results may be saved: below the folder that was asked for, or beside the ledger if
     /// that does not take them.
     pub(super) fn places(&self) -> [Folders; 2] {
         let record = self.run.record();
@@ -647,7 +647,8 @@ impl Driver<'_> {
         Ok(self.append(event)?)
     }
 
-    /// Discarding, terminating: until complete listings show no instance of this run, whatever create call it came from.
+    /// States `Discarding` and `Terminating`: until complete lists show no instance of this run,
+    /// from any create call.
     pub(super) async fn terminate(&mut self, rental: &Rental) -> Step {
         self.memory.host = None;
         self.see_gone(&rental.tag, Some(&rental.instance)).await?;

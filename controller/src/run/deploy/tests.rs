@@ -87,7 +87,7 @@ async fn happy() -> (Fake, Box<RunRecord>, tempfile::TempDir) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_run_goes_through_all_states_and_leaves_nothing() {
+async fn run_passes_through_all_states_and_leaves_no_instance() {
     let (fake, record, home) = happy().await;
     closed_and_clean(&fake, &record, "happy path");
     let words: Vec<_> = record.events.iter().map(|entry| entry.event.word()).collect();
@@ -101,7 +101,7 @@ async fn a_run_goes_through_all_states_and_leaves_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn waiting_in_a_queue_outlasts_every_patience() {
+async fn queued_job_outlasts_the_boot_timeout() {
     let (fake, home) = (Fake::new(), home());
     // Many times the patience for a boot.
     fake.set(|world| world.queued = 5000);
@@ -112,7 +112,7 @@ async fn waiting_in_a_queue_outlasts_every_patience() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_worker_that_its_cloud_ended_at_the_time_limit_is_not_started_again() {
+async fn worker_ended_at_the_time_limit_is_not_restarted() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| (world.deaths, world.limited) = (1, true));
     let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
@@ -179,7 +179,7 @@ fn last(lives: &[Life]) -> &RunRecord {
 
 /// kill -9 before and after every effect: the next process ends the run as if nothing had happened.
 #[tokio::test(start_paused = true)]
-async fn killed_anywhere_the_run_still_completes() {
+async fn run_completes_after_a_kill_at_any_effect() {
     for fault in [Fault::CrashBefore, Fault::CrashAfter] {
         let runs = sweep(fault, None, |fake, lives, what| {
             assert_eq!(lives.len(), 2, "{what}");
@@ -195,7 +195,7 @@ async fn killed_anywhere_the_run_still_completes() {
 
 /// And killed again while it recovers.
 #[tokio::test(start_paused = true)]
-async fn killed_twice_the_run_still_completes() {
+async fn run_completes_after_two_kills() {
     for first in [Fault::CrashBefore, Fault::CrashAfter] {
         for second in [Fault::CrashBefore, Fault::CrashAfter] {
             let runs = sweep(first, Some(second), |fake, lives, what| {
@@ -209,7 +209,7 @@ async fn killed_twice_the_run_still_completes() {
 
 /// One failure, or one lost answer, is lived through within the same process.
 #[tokio::test(start_paused = true)]
-async fn a_single_failure_anywhere_is_survived() {
+async fn single_failure_at_any_effect_is_survived() {
     for fault in [Fault::Fails, Fault::AnswerLost] {
         sweep(fault, None, |fake, lives, what| {
             assert_eq!(lives.len(), 1, "{what}");
@@ -223,7 +223,7 @@ async fn a_single_failure_anywhere_is_survived() {
 
 /// A list in which nothing can be read of the instance says neither that it is there nor that it is gone.
 #[tokio::test(start_paused = true)]
-async fn an_unreadable_entry_anywhere_is_never_an_instance_that_is_gone() {
+async fn unreadable_list_entry_never_means_a_gone_instance() {
     for second in [None, Some(Fault::CrashAfter), Some(Fault::AnswerLost)] {
         sweep(Fault::Odd, second, |fake, lives, what| {
             closed_and_clean(fake, last(lives), what);
@@ -237,7 +237,7 @@ async fn an_unreadable_entry_anywhere_is_never_an_instance_that_is_gone() {
 
 /// A failure and then a crash, at every pair of points.
 #[tokio::test(start_paused = true)]
-async fn a_lost_answer_and_then_a_crash_are_survived() {
+async fn lost_answer_followed_by_a_crash_is_survived() {
     sweep(Fault::AnswerLost, Some(Fault::CrashAfter), |fake, lives, what| {
         closed_and_clean(fake, last(lives), what);
         assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
@@ -248,7 +248,7 @@ async fn a_lost_answer_and_then_a_crash_are_survived() {
 /// When everything stops working, the program says that an instance may be left, never that all is well; and a later
 /// process, when things work again, ends it.
 #[tokio::test(start_paused = true)]
-async fn an_outage_is_told_and_mended_later() {
+async fn outage_is_reported_and_resolved_later() {
     for at in 1.. {
         let (fake, home) = (Fake::new(), home());
         fake.set(|world| {
@@ -274,7 +274,7 @@ async fn an_outage_is_told_and_mended_later() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn ctrl_c_anywhere_ends_in_terminate() {
+async fn ctrl_c_at_any_effect_terminates_the_instance() {
     for fault in [Fault::Stop, Fault::StopTwice] {
         sweep(fault, None, |fake, lives, what| {
             assert_eq!(lives.len(), 1, "{what}");
@@ -288,7 +288,7 @@ async fn ctrl_c_anywhere_ends_in_terminate() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn ctrl_c_and_then_a_crash_still_end_in_terminate() {
+async fn ctrl_c_followed_by_a_crash_terminates_the_instance() {
     sweep(Fault::Stop, Some(Fault::CrashAfter), |fake, lives, what| {
         closed_and_clean(fake, last(lives), what);
     })
@@ -298,7 +298,7 @@ async fn ctrl_c_and_then_a_crash_still_end_in_terminate() {
 /// A terminal that is gone: what its own instance ends is let go of while its worker works, and
 /// picked up again. Anything else ends, as by SIGTERM.
 #[tokio::test(start_paused = true)]
-async fn a_hangup_anywhere_lets_go_of_what_can_be_picked_up_and_ends_all_else() {
+async fn hangup_leaves_resumable_runs_and_ends_others() {
     for ends_itself in [true, false] {
         let let_go = std::cell::Cell::new(0);
         let change = |world: &mut super::fake::World| world.self_destruct = ends_itself;
@@ -318,7 +318,7 @@ async fn a_hangup_anywhere_lets_go_of_what_can_be_picked_up_and_ends_all_else() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_detached_run_is_left_when_its_worker_is_seen_at_work_and_goes_on_with_the_next_process() {
+async fn detached_run_is_left_once_its_worker_runs_and_is_resumed_later() {
     let (fake, home) = (Fake::new(), home());
     let ledger = open_ledger(&home.path().join("state"));
     let run = ledger.plan(&RunSpec { detach: true, ..spec(&home.path().join("results")) }).unwrap();
@@ -338,7 +338,7 @@ async fn a_detached_run_is_left_when_its_worker_is_seen_at_work_and_goes_on_with
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_instance_that_goes_away_is_replaced_and_the_run_completes() {
+async fn vanished_instance_is_replaced_and_the_run_completes() {
     sweep(Fault::Preempted, None, |fake, lives, what| {
         closed_and_clean(fake, last(lives), what);
         assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
@@ -347,7 +347,7 @@ async fn an_instance_that_goes_away_is_replaced_and_the_run_completes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn instances_that_go_away_again_and_again_end_the_run_with_a_loss() {
+async fn repeatedly_vanishing_instances_end_the_run_with_a_loss() {
     let (fake, home) = (Fake::new(), home());
     let (plain, ..) = happy().await;
     let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
@@ -357,12 +357,12 @@ async fn instances_that_go_away_again_and_again_end_the_run_with_a_loss() {
     let RunState::Closed { ending: RunOutcome::InstanceLost, loss: Some(loss), .. } = &record.state else {
         panic!("{:?}", record.state)
     };
-    assert!(loss.contains("before its files were brought home"), "{loss}");
+    assert!(loss.contains("before its files were saved"), "{loss}");
     assert_eq!(fake.world.lock().unwrap().creates, 3);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_worker_that_dies_is_started_again_and_not_for_ever() {
+async fn dead_worker_is_restarted_a_bounded_number_of_times() {
     for (deaths, completed) in [(1, true), (2, true), (3, false)] {
         let (fake, home) = (Fake::new(), home());
         fake.set(|world| world.deaths = deaths);
@@ -375,7 +375,7 @@ async fn a_worker_that_dies_is_started_again_and_not_for_ever() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn killed_anywhere_while_a_worker_is_started_again_the_run_still_completes() {
+async fn run_completes_after_a_kill_during_a_worker_restart() {
     let dies = |world: &mut super::fake::World| world.deaths = 1;
     for fault in [Fault::CrashBefore, Fault::CrashAfter] {
         let runs = sweep_with(fault, None, dies, |fake, lives, what| {
@@ -387,7 +387,7 @@ async fn killed_anywhere_while_a_worker_is_started_again_the_run_still_completes
 }
 
 #[tokio::test(start_paused = true)]
-async fn ctrl_c_in_mid_run_brings_home_what_there_is_and_a_second_one_does_not() {
+async fn ctrl_c_saves_partial_results_and_a_second_one_skips_them() {
     for (fault, salvaged) in [(Fault::Stop, true), (Fault::StopTwice, false)] {
         let (fake, home) = (Fake::new(), home());
         let (plain, ..) = happy().await;
@@ -418,7 +418,7 @@ async fn with(change: impl FnOnce(&mut crate::run::RunSpec), fake: &Fake, home: 
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_time_limit_ends_a_run_that_does_not() {
+async fn time_limit_ends_an_endless_run() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.endless = true);
     let record = with(|spec| spec.max_duration_s = 3, &fake, home.path()).await;
@@ -428,7 +428,7 @@ async fn the_time_limit_ends_a_run_that_does_not() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn cancelling_from_another_process_ends_the_run() {
+async fn cancel_from_another_process_ends_the_run() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.endless = true);
     let state = home.path().join("state");
@@ -453,7 +453,7 @@ async fn cancelling_from_another_process_ends_the_run() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_held_instance_stays_and_is_no_loose_end() {
+async fn held_instance_stays_and_is_not_reported_as_left_over() {
     let (fake, home) = (Fake::new(), home());
     let record = with(|spec| spec.keep_running = true, &fake, home.path()).await;
     assert_eq!(record.state.word(), "held");
@@ -468,7 +468,7 @@ async fn a_held_instance_stays_and_is_no_loose_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_next_offer_is_tried_and_the_last_refusal_tells_all() {
+async fn next_offer_is_tried_and_the_final_error_lists_all_refusals() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.sold_out = vec!["a".into()]);
     let record = with(|_| {}, &fake, home.path()).await;
@@ -485,7 +485,7 @@ async fn the_next_offer_is_tried_and_the_last_refusal_tells_all() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_of_us_is_not_tried_again_elsewhere() {
+async fn account_refusal_is_not_retried_with_other_offers() {
     for kind in [BrokerErrorKind::Auth, BrokerErrorKind::Budget] {
         let (fake, home) = (Fake::new(), home());
         fake.set(|world| world.create_error = Some(kind));
@@ -498,7 +498,7 @@ async fn a_refusal_of_us_is_not_tried_again_elsewhere() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_create_that_is_never_answered_gives_up() {
+async fn unanswered_create_call_gives_up() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.create_error = Some(BrokerErrorKind::Maybe));
     let record = with(|_| {}, &fake, home.path()).await;
@@ -507,7 +507,7 @@ async fn a_create_that_is_never_answered_gives_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn no_offer_means_nothing_rented() {
+async fn no_offer_rents_nothing() {
     let (fake, home) = (Fake::new(), home());
     let record = with(|spec| spec.request.gpu_filter = Some("A100".into()), &fake, home.path()).await;
     assert_eq!(fake.world.lock().unwrap().creates, 0);
@@ -518,7 +518,7 @@ async fn no_offer_means_nothing_rented() {
 
 /// The market's rules hold whenever offers are looked at, not only before the consent.
 #[tokio::test(start_paused = true)]
-async fn an_offer_on_which_the_run_would_be_cut_short_is_not_rented() {
+async fn offer_that_exceeds_the_time_limit_is_not_rented() {
     let (fake, home) = (Fake::new(), home());
     // The start alone is estimated to take five minutes.
     let record = with(|spec| (spec.only_in_time, spec.max_duration_s) = (true, 240), &fake, home.path()).await;
@@ -530,7 +530,7 @@ async fn an_offer_on_which_the_run_would_be_cut_short_is_not_rented() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_instance_that_bills_more_than_allowed_is_given_back() {
+async fn instance_billing_above_the_limit_is_terminated() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.price_on_arrival = Some(UsdPerHour::from_dollars(9.0)));
     let cap = UsdPerHour::from_dollars(1.5);
@@ -541,7 +541,7 @@ async fn an_instance_that_bills_more_than_allowed_is_given_back() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_a_cap_the_offers_price_is_what_was_agreed() {
+async fn without_a_price_cap_the_quote_bounds_the_price() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.price_on_arrival = Some(UsdPerHour::from_dollars(1.9)));
     let record = with(|_| {}, &fake, home.path()).await;
@@ -554,7 +554,7 @@ async fn without_a_cap_the_offers_price_is_what_was_agreed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_agreed_bounds_every_offer_that_is_tried() {
+async fn agreed_amount_bounds_every_offer_tried() {
     wind(now_ms());
     for (dearer, rented) in [(2.0, true), (9.0, false)] {
         let (fake, home) = (Fake::new(), home());
@@ -578,7 +578,7 @@ async fn what_was_agreed_bounds_every_offer_that_is_tried() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_bill_above_the_offer_is_not_kept_unless_what_was_agreed_covers_it() {
+async fn instance_billing_above_its_offer_needs_cover_by_the_quote() {
     for (agreed, creates) in [(1.0, 2), (1.06, 1)] {
         let (fake, home) = (Fake::new(), home());
         fake.set(|world| world.price_on_arrival = Some(UsdPerHour::from_dollars(1.05)));
@@ -591,7 +591,7 @@ async fn a_bill_above_the_offer_is_not_kept_unless_what_was_agreed_covers_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_price_that_rises_between_look_and_create_is_not_paid() {
+async fn price_risen_before_create_is_not_paid() {
     wind(now_ms());
     let create = happy().await.0.world.lock().unwrap().effects.iter().position(|name| *name == "create").unwrap();
     for at in [create, create + 1] {
@@ -607,7 +607,7 @@ async fn a_price_that_rises_between_look_and_create_is_not_paid() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_budget_of_what_is_shown_is_enough() {
+async fn budget_equal_to_the_quote_suffices() {
     let (fake, home) = (Fake::new(), home());
     let record = with(|spec| (spec.budget, spec.quote) = (Some(AGREED), up_to(AGREED)), &fake, home.path()).await;
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
@@ -637,7 +637,7 @@ async fn told_while_it_runs(spec: RunSpec, after: impl FnOnce(&mut super::fake::
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_price_that_the_host_wants_to_raise_is_told_once_and_not_agreed_to() {
+async fn requested_price_increase_is_reported_once_and_refused() {
     let home = home();
     let rise = |world: &mut super::fake::World| world.rise = Some("$2.00/h".into());
     let (record, told) = told_while_it_runs(RunSpec { quote: up_to(AGREED), ..spec(home.path()) }, rise).await;
@@ -646,7 +646,7 @@ async fn a_price_that_the_host_wants_to_raise_is_told_once_and_not_agreed_to() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_bill_that_rises_during_the_run_ends_it_and_brings_home_what_there_is() {
+async fn price_risen_during_the_run_ends_it_with_partial_results() {
     let home = home();
     let bill = |world: &mut super::fake::World| world.bill(UsdPerHour::from_dollars(1.2));
     let (record, _) = told_while_it_runs(RunSpec { quote: up_to(AGREED), ..spec(home.path()) }, bill).await;
@@ -656,7 +656,7 @@ async fn a_bill_that_rises_during_the_run_ends_it_and_brings_home_what_there_is(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_host_that_is_not_what_was_rented_is_exchanged_and_remembered() {
+async fn wrong_hardware_is_exchanged_and_its_host_avoided() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.unfit = vec!["a".into()]);
     let record = with(|_| {}, &fake, home.path()).await;
@@ -671,7 +671,7 @@ async fn a_host_that_is_not_what_was_rented_is_exchanged_and_remembered() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn after_some_hosts_that_do_not_serve_the_fault_is_not_theirs() {
+async fn several_unfit_hosts_in_a_row_end_the_run() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| {
         world.offers = (0..9).map(|i| super::fake::offer(&format!("o{i}"), 1.0)).collect();
@@ -690,7 +690,7 @@ async fn after_some_hosts_that_do_not_serve_the_fault_is_not_theirs() {
 /// A host that logs in and then ends no command, or fails again and again, costs one patience and
 /// no more.
 #[tokio::test(start_paused = true)]
-async fn a_host_that_drags_on_is_exchanged_after_its_timeout() {
+async fn slow_host_is_exchanged_after_its_timeout() {
     for each in [Duration::MAX, Duration::from_secs(90), Duration::from_secs(1)] {
         wind(now_ms());
         let (mut fake, home, begun) = (Fake::new(), home(), Instant::now());
@@ -714,7 +714,7 @@ async fn a_host_that_drags_on_is_exchanged_after_its_timeout() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn hosts_that_let_no_program_run_are_exchanged_and_the_reason_is_told_when_none_is_left() {
+async fn noexec_hosts_are_exchanged_and_the_last_reason_is_reported() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.barred = 1);
     let record = with(|_| {}, &fake, home.path()).await;
@@ -732,7 +732,7 @@ async fn hosts_that_let_no_program_run_are_exchanged_and_the_reason_is_told_when
 }
 
 #[tokio::test(start_paused = true)]
-async fn killed_anywhere_while_a_host_is_exchanged_the_run_still_completes() {
+async fn run_completes_after_a_kill_during_a_host_exchange() {
     let runs = sweep_with(
         Fault::CrashAfter,
         None,
@@ -747,7 +747,7 @@ async fn killed_anywhere_while_a_host_is_exchanged_the_run_still_completes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_workers_own_words_end_the_run() {
+async fn worker_failure_message_is_the_run_outcome() {
     let (fake, home) = (Fake::new(), home());
     let failure = Failure { kind: FailureKind::Corpus, message: "no text".into(), hint: Some("give some".into()) };
     fake.set(|world| world.outcome = Some(Outcome::Failed(failure.clone())));
@@ -758,7 +758,7 @@ async fn the_workers_own_words_end_the_run() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn damaged_results_are_never_called_complete() {
+async fn damaged_results_are_never_complete() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.damage = true);
     let record = with(|_| {}, &fake, home.path()).await;
@@ -768,7 +768,7 @@ async fn damaged_results_are_never_called_complete() {
 }
 
 #[test]
-fn the_same_work_has_the_same_key() {
+fn equal_jobs_have_equal_keys() {
     use outliers_protocol::{CorpusSource, JobSpec, ModelSource};
     let folder = tempfile::tempdir().unwrap();
     let text = folder.path().join("text");
@@ -789,7 +789,7 @@ fn the_same_work_has_the_same_key() {
 
 /// The worker there tells formats by names, as the one here did before anything was rented.
 #[tokio::test(start_paused = true)]
-async fn corpus_files_keep_the_endings_that_tell_their_formats() {
+async fn corpus_files_keep_their_format_extensions() {
     use outliers_protocol::CorpusSource;
     let (fake, home) = (Fake::new(), home());
     let texts = ["a.txt", "b", "C.JSONL", "d.ndjson", "e.json.gz", "f.csv", "g.tsv.zst", "h.parquet", "i.md"];
@@ -812,7 +812,7 @@ fn for_gpus(fake: &Fake, spec: &mut RunSpec) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_worker_is_told_the_gpus_that_were_rented_for_it() {
+async fn worker_gets_the_number_of_rented_gpus() {
     let (fake, home) = (Fake::new(), home());
     let record = with(|spec| for_gpus(&fake, spec), &fake, home.path()).await;
     closed_and_clean(&fake, &record, "for GPUs");
@@ -824,7 +824,7 @@ async fn the_worker_is_told_the_gpus_that_were_rented_for_it() {
 
 /// The worker may have been built anew since the run was planned.
 #[tokio::test(start_paused = true)]
-async fn a_run_for_gpus_that_is_picked_up_never_starts_a_worker_for_cpus() {
+async fn resumed_gpu_run_never_starts_a_cpu_worker() {
     let begun = Fake::new();
     let _ = with(|spec| for_gpus(&begun, spec), &begun, home().path()).await;
     let effects = begun.world.lock().unwrap().effects.clone();
@@ -848,7 +848,7 @@ async fn a_run_for_gpus_that_is_picked_up_never_starts_a_worker_for_cpus() {
 
 /// What another process finds: what has time left stays; then strays go, and an abandoned run is salvaged.
 #[tokio::test]
-async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
+async fn recovery_ends_only_strays_and_expired_runs() {
     use crate::cloud::broker::{Broker, Lease, LeaseTag};
     use crate::units::Bytes;
 
@@ -895,7 +895,7 @@ async fn recovery_ends_strays_and_expired_runs_and_nothing_else() {
 
 /// A state folder that was copied before the newest run began.
 #[tokio::test(start_paused = true)]
-async fn a_copied_ledger_ends_no_live_instance_of_the_machine_it_was_copied_from() {
+async fn copied_ledger_ends_no_live_instance_of_its_original() {
     let (fake, home, copy) = (Fake::new(), home(), self::home());
     drop(open_ledger(&home.path().join("state")));
     std::fs::copy(home.path().join("state/ledger.db"), copy.path().join("ledger.db")).unwrap();
@@ -912,7 +912,7 @@ async fn a_copied_ledger_ends_no_live_instance_of_the_machine_it_was_copied_from
 /// The heartbeat is judged where it beats. Nobody with such a ledger could read it: the key is in
 /// the folder of the run.
 #[tokio::test(start_paused = true)]
-async fn a_heartbeat_that_stops_ends_an_instance_from_inside_and_not_by_a_copied_ledger() {
+async fn missing_heartbeat_ends_the_instance_from_inside() {
     let (fake, home, copy) = (Fake::new(), home(), self::home());
     drop(open_ledger(&home.path().join("state")));
     std::fs::copy(home.path().join("state/ledger.db"), copy.path().join("ledger.db")).unwrap();
@@ -935,7 +935,7 @@ async fn a_heartbeat_that_stops_ends_an_instance_from_inside_and_not_by_a_copied
 
 /// What has time left by the cloud's clock has time left, whatever this machine's clock says.
 #[tokio::test(start_paused = true)]
-async fn a_clock_that_jumps_hours_ahead_ends_no_run_that_has_time_left() {
+async fn clock_jump_ahead_ends_no_run_with_time_left() {
     let (fake, home) = (Fake::new(), home());
     let (plain, ..) = happy().await;
     let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
@@ -952,7 +952,7 @@ async fn a_clock_that_jumps_hours_ahead_ends_no_run_that_has_time_left() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn recovery_marks_what_went_away_and_never_rents() {
+async fn recovery_marks_vanished_instances_and_never_rents() {
     let (fake, home) = (Fake::new(), home());
     let (plain, ..) = happy().await;
     let effects = plain.world.lock().unwrap().effects.clone();
@@ -996,7 +996,7 @@ async fn side_by_side(fake: &Fake, home: &Path, budget: f64) -> Vec<RunRecord> {
 
 /// The cheapest offer reserves $1.10.
 #[tokio::test(start_paused = true)]
-async fn parallel_runs_wait_for_the_budget_they_share_instead_of_passing_it() {
+async fn parallel_runs_wait_for_their_shared_budget() {
     for (budget, at_once) in [(1.2, 1), (2.5, 2), (99.0, 3)] {
         let (fake, home) = (Fake::new(), home());
         let runs = side_by_side(&fake, home.path(), budget).await;
@@ -1011,7 +1011,7 @@ async fn parallel_runs_wait_for_the_budget_they_share_instead_of_passing_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_budget_that_never_pays_for_a_run_ends_it_before_anything_is_rented() {
+async fn insufficient_budget_ends_the_run_before_renting() {
     let (fake, home) = (Fake::new(), home());
     for run in side_by_side(&fake, home.path(), 1.0).await {
         let Some(RunOutcome::Failed { trouble }) = run.state.ending() else { panic!("{:?}", run.state) };
@@ -1021,7 +1021,7 @@ async fn a_budget_that_never_pays_for_a_run_ends_it_before_anything_is_rented() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_survey_of_which_one_run_is_stopped_waiting_ends() {
+async fn survey_ends_when_a_waiting_run_is_stopped() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.endless = true);
     let stop = async {
@@ -1037,7 +1037,7 @@ async fn a_survey_of_which_one_run_is_stopped_waiting_ends() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn workers_of_a_batch_start_a_pause_apart_and_say_how_long_they_wait() {
+async fn worker_starts_are_spaced_and_report_the_wait() {
     let (fake, home, begun) = (Fake::new(), home(), Instant::now());
     let ledger = open_ledger(&home.path().join("state"));
     let (clouds, start_throttle) = (fake.clouds(), StartThrottle::new(Duration::from_secs(20)));
@@ -1093,7 +1093,7 @@ async fn on_a_full_disk(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_disk_that_is_full_at_any_event_leaves_no_instance() {
+async fn full_disk_at_any_event_leaves_no_instance() {
     for events in 0..8 {
         let (fake, home, driven) = on_a_full_disk(events, |_, _, _| {}).await;
         let Err(DriveError::Ledger(error)) = driven else { panic!("{events}: {driven:?}") };
@@ -1112,7 +1112,7 @@ async fn a_disk_that_is_full_at_any_event_leaves_no_instance() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_run_outlives_a_disk_that_is_full_for_a_while_and_ends_at_once_when_told_to() {
+async fn run_survives_a_temporarily_full_disk_and_still_obeys_ctrl_c() {
     for events in 2..8 {
         let free = |_: &Fake, disk: &rusqlite::Connection, times| {
             if times == 3 {
@@ -1137,7 +1137,7 @@ async fn a_run_outlives_a_disk_that_is_full_for_a_while_and_ends_at_once_when_to
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_cloud_that_ends_nothing_for_minutes_is_told_within_five_seconds_and_outwaited() {
+async fn failing_termination_is_reported_within_5_s_and_retried() {
     super::fake::wind(1_767_225_600_000);
     let (mut fake, home) = (Fake::new(), home());
     fake.timeouts = Timeouts::CLOUD;
@@ -1165,7 +1165,7 @@ async fn a_cloud_that_ends_nothing_for_minutes_is_told_within_five_seconds_and_o
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_cloud_that_does_not_answer_leaves_nothing_open_unless_a_run_may_be_there() {
+async fn unresponsive_cloud_matters_only_if_a_run_may_be_there() {
     let (fake, home) = (Fake::new(), home());
     let ledger = open_ledger(&home.path().join("state"));
     let silent = async || {
@@ -1187,7 +1187,7 @@ async fn a_cloud_that_does_not_answer_leaves_nothing_open_unless_a_run_may_be_th
 }
 
 #[tokio::test(start_paused = true)]
-async fn results_that_cannot_be_written_where_they_should_be_lie_beside_the_ledger() {
+async fn unwritable_results_folder_falls_back_to_the_ledger_folder() {
     let (fake, home) = (Fake::new(), home());
     std::fs::write(home.path().join("results"), "in the way").unwrap();
     let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
@@ -1198,9 +1198,9 @@ async fn results_that_cannot_be_written_where_they_should_be_lie_beside_the_ledg
     holds(&place, &record.id).unwrap();
 }
 
-/// There is no room at home for a while, from any moment on: nothing is lost or done twice.
+/// The disk of this machine is full for a while, from any moment on. Nothing is lost or done twice.
 #[tokio::test(start_paused = true)]
-async fn a_disk_without_room_for_results_at_any_moment_is_outwaited() {
+async fn temporarily_full_disk_during_download_is_waited_out() {
     for second in [None, Some(Fault::CrashBefore)] {
         sweep(Fault::ResultsFull, second, |fake, lives, what| {
             closed_and_clean(fake, last(lives), what);
@@ -1239,7 +1239,7 @@ async fn with_no_room(
 }
 
 #[tokio::test(start_paused = true)]
-async fn results_that_fit_nowhere_keep_their_instance_until_its_time_is_up() {
+async fn unsaved_results_hold_the_instance_until_its_deadline() {
     let begun = Instant::now();
     let (fake, record, told) = with_no_room(|_, _, _, _| {}).await;
     let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
@@ -1257,7 +1257,7 @@ async fn results_that_fit_nowhere_keep_their_instance_until_its_time_is_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn another_folder_takes_results_that_fit_nowhere() {
+async fn unsaved_results_can_be_saved_to_another_folder() {
     let elsewhere = tempfile::tempdir().unwrap();
     let folder = elsewhere.path().join("larger");
     let (_, record, told) = with_no_room(|_, ledger, kept, times| {
@@ -1274,7 +1274,7 @@ async fn another_folder_takes_results_that_fit_nowhere() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn ctrl_c_gives_up_results_that_fit_nowhere() {
+async fn ctrl_c_gives_up_unsaved_results() {
     let begun = Instant::now();
     let (_, record, told) = with_no_room(|fake, _, _, times| {
         if times == 2 {
@@ -1289,7 +1289,7 @@ async fn ctrl_c_gives_up_results_that_fit_nowhere() {
 
 /// A host that sends its files for ever, after Ctrl-C before and while they come.
 #[tokio::test(start_paused = true)]
-async fn bringing_home_after_ctrl_c_has_an_end() {
+async fn saving_results_after_ctrl_c_is_bounded() {
     let (plain, ..) = happy().await;
     let effects = plain.world.lock().unwrap().effects.clone();
     let follow = effects.iter().position(|name| *name == "follow").unwrap() + 1;
@@ -1313,7 +1313,7 @@ async fn bringing_home_after_ctrl_c_has_an_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn results_of_another_job_are_kept_aside_and_not_called_complete() {
+async fn results_of_another_job_are_kept_apart_as_partial() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.other_layers = Some(1));
     let record = with(|_| {}, &fake, home.path()).await;
@@ -1326,7 +1326,7 @@ async fn results_of_another_job_are_kept_aside_and_not_called_complete() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn where_refused_files_lie_is_told_before_the_instance_ends() {
+async fn folder_of_refused_files_is_reported_before_termination() {
     let (fake, home, told) = (Fake::new(), home(), std::sync::Mutex::new(Vec::new()));
     fake.set(|world| world.damaged_manifest = true);
     let ledger = open_ledger(&home.path().join("state"));

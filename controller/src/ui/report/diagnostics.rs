@@ -268,12 +268,12 @@ mod tests {
     }
 
     #[test]
-    fn nothing_measured_says_nothing() {
+    fn no_measurements_print_nothing() {
         assert_eq!(diagnostics(&results(json!({}))), "");
     }
 
     #[test]
-    fn massive_activations_and_their_absence_are_said() {
+    fn massive_activations_or_their_absence_are_printed() {
         let shown = diagnostics(&results(json!({"massive_activations": massive(2)})));
         for expected in
             ["at 2 tokens (2 at position 0) of 2 sequences, from layer 2 to layer 2", "1415", "-1512.5", "and 2 more"]
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn super_experts_and_routers_are_said() {
+    fn super_experts_and_routers_are_printed() {
         let mut peak = record(-744.0);
         peak["tokens"] = json!(12);
         let shown = diagnostics(&results(json!({
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_measured_beside_is_said() {
+    fn additional_measurements_are_printed() {
         let error = |rotation: u64, error: f64| {
             json!({"format": "mxfp4", "rotation": rotation, "rows": 8, "error": error, "share_in_outlier_blocks": 0.5,
                    "outlier_blocks": 0.5, "per_sequence": []})
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_site_has_a_line() {
+    fn every_site_kind_has_a_line() {
         let spread = json!({"rows": 8, "mean": 12.0, "p50": 1.0, "p99": 1.0, "max": 5000.0});
         let shown = diagnostics(&results(json!({
             "other_sites": [{"layer": 3, "point": "residual", "max_abs": 20.0, "rms": 1.0, "rows": {

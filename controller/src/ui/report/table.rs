@@ -12,7 +12,7 @@ use crate::text::{clean, columns, shorten, shorten_facts};
 const NARROWEST: u16 = 20;
 /// Widest column where the terminal's width is not known: longer cells take several lines.
 const WIDEST: u16 = 200;
-/// Names that are shortened keep so many columns, and where there is no room so many.
+/// Columns that a shortened name keeps: usually, and without room.
 const LEAST_NAME: u16 = 16;
 const SHORTEST_NAME: u16 = 10;
 /// Before a name is shortened, sentences are broken into lines of this width.
@@ -145,7 +145,7 @@ impl Table {
         self
     }
 
-    /// As text that is at most so many columns wide, where there is room for all columns at all.
+    /// The table as text of at most this width, if all columns fit at all.
     pub fn within(&self, width: Option<u16>) -> String {
         let whole = self.laid_out(&self.rows, None, PADDING);
         let Some(width) = width.filter(|width| *width >= NARROWEST) else { return whole.trim_fmt() };
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_is_as_wide_as_it_may_be() {
+    fn table_uses_the_available_width() {
         for width in [80, 100, 140, 200] {
             let shown = runs().within(Some(width));
             assert!(widest(&shown) <= usize::from(width), "{width}:\n{shown}");
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn words_and_ids_are_broken_last() {
+    fn words_and_ids_are_wrapped_last() {
         let header = ["#", "model", "parameters", "active", "sparsity", "computed in", "perplexity (95 %)", "result"];
         let mut narrow = table(&header);
         let cells = ["6.92 B", "1.28 B", "81.5 %", "f32", "1289.29 (1264.68 to 1313.50)"].map(number);
@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_takes_one_line_and_a_sentence_several() {
+    fn names_stay_on_one_line_and_sentences_wrap() {
         let mut names = table(&["a", "b"]);
         names.add_row([name(&"n".repeat(90)), number(1)]);
         assert_eq!(names.within(Some(60)).lines().count(), 3);
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn columns_in_which_there_is_nothing_are_left_out() {
+    fn empty_columns_are_omitted() {
         let mut table = table(&["run", "survey", "cost"]);
         table.add_row([id("a"), name("-"), number("$1.00")]);
         table.add_row([id("b"), name(""), number("-")]);
@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn long_lines_are_broken_between_words() {
+    fn long_lines_wrap_between_words() {
         let text = format!("a line\n{}\n\n{}\n", "some words ".repeat(4).trim_end(), "x".repeat(50));
         let shown = folded(&text, Some(24));
         let x = "x".repeat(50);
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn wide_letters_and_narrow_terminals_are_survived() {
+    fn wide_letters_and_narrow_terminals_do_not_panic() {
         let mut table = table(&["name", "count"]);
         table.add_row([name(&"漢".repeat(100)), number(12_345)]);
         let shown = table.within(Some(60));

@@ -556,7 +556,7 @@ mod tests {
     use crate::units::UsdPerHour;
 
     #[test]
-    fn an_estimate_says_its_rates_and_what_was_left_out() {
+    fn estimate_states_its_rates_and_exclusions() {
         let work = Work { read: Bytes(1), operations: 3e14, read_rate: Bytes(1), efficiency: 0.5, ..Work::default() };
         let words = |rate| estimate(&work.at(Duration::ZERO, Bytes(0), rate, None));
         assert!(words(Some(1e-300)).contains("together"), "no division ends the program");
@@ -570,7 +570,7 @@ mod tests {
     }
 
     #[test]
-    fn instances_are_told_by_one_look_at_the_actions_however_many_there_are() {
+    fn instance_table_scans_the_actions_once() {
         let instance = |i: usize| crate::run::reconcile::tests::instance(&format!("i-{i}"), "plain");
         let listed: Vec<Instance> = (0..300).map(instance).collect();
         let actions = crate::run::reconcile::by_tag(&listed);
@@ -581,7 +581,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_without_end_does_not_pad_the_others() {
+    fn very_long_name_does_not_widen_the_table() {
         let plain = crate::run::reconcile::tests::instance("i-1", "plain");
         let mut evil = crate::run::reconcile::tests::instance(&"x".repeat(100_000), "evil");
         evil.hardware = "漢".repeat(100_000);
@@ -597,7 +597,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_names_cannot_command_the_terminal() {
+    fn hostile_names_are_sanitised() {
         let verdict = |label: &str, count| Verdict {
             reading: Reading::Unique,
             axis: Axis::Layers,
@@ -650,7 +650,7 @@ mod tests {
     }
 
     #[test]
-    fn an_offer_says_its_price_and_its_cloud_once() {
+    fn offer_shows_price_and_cloud_once() {
         let offer = Offer::new("vast", "a".into(), 1, UsdPerHour::from_dollars(1.5)).with_gpu("H100 SXM", None);
         let shown = offers(&[offer], &Work::default(), Duration::from_secs(3600), None, TOP);
         let row = shown.lines().nth(2).unwrap();

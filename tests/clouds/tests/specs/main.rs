@@ -15,7 +15,7 @@ use openapi::OpenApi;
 const SPECS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/specs");
 
 #[tokio::test]
-async fn requests_are_what_the_clouds_describe() {
+async fn requests_conform_to_the_clouds_openapi() {
     let mut complaints = Vec::new();
     let rest_alone: Box<dyn Dialect> = Box::new(RunPod::rest_alone());
     for dialect in dialect::all().into_iter().chain([rest_alone]) {

@@ -34,7 +34,7 @@ const PLACE: &str = "mov.u32 %r2, %ctaid.x;\nmov.u32 %r3, %ntid.x;\nmov.u32 %r4,
     mul.wide.u32 %rd3, %r5, 4;\nadd.s64 %rd4, %rd1, %rd3;\n";
 
 #[test]
-fn threads_find_their_place_and_branch() {
+fn threads_have_ids_and_branch() {
     let body = format!(
         "{PLACE}setp.ge.u32 %p1, %r5, %r1;\n@%p1 bra $L__BB0_2;\nld.global.f32 %f1, [%rd4];\n{{ // inline\nmul.f32 %f1, %f1, 0f40400000;}}\n\
         st.global.f32 [%rd4], %f1;\n$L__BB0_2:"
@@ -46,7 +46,7 @@ fn threads_find_their_place_and_branch() {
 }
 
 #[test]
-fn a_warp_sums_up_and_a_block_waits() {
+fn warp_shuffles_and_block_barriers_work() {
     // Each warp sums up by exchanges, and leaves its sum to the first thread, which adds those of both.
     let body = format!(
         ".shared .align 4 .b8 sums[8];\n{PLACE}ld.global.u32 %r6, [%rd4];\nmov.u32 %r7, 16;\n$L__BB0_1:\n\
@@ -60,7 +60,7 @@ fn a_warp_sums_up_and_a_block_waits() {
 }
 
 #[test]
-fn a_block_counts_in_what_it_shares() {
+fn shared_memory_atomics_count() {
     // The first thread clears, all add one and leave their number if it is the largest.
     let body = format!(
         ".shared .align 4 .b8 counts[8];\n{PLACE}mov.u32 %r6, 0;\nst.shared.u32 [counts], %r6;\nst.shared.u32 [counts+4], %r6;\nbar.sync 0;\n\
@@ -72,7 +72,7 @@ fn a_block_counts_in_what_it_shares() {
 }
 
 #[test]
-fn numbers_become_others_as_they_are_told_to() {
+fn conversions_round_as_instructed() {
     let one = |conversion: &str, value: u32| {
         let body = format!("ld.global.u32 %r2, [%rd1];\n{conversion}\nst.global.u32 [%rd1], %r3;");
         after(&kernel(&body), &[value], 0, Grid { blocks: [1; 3], threads: [1; 3], shared: 0 }).unwrap()[0]
@@ -107,7 +107,7 @@ fn numbers_become_others_as_they_are_told_to() {
 }
 
 #[test]
-fn what_is_wrong_is_said_with_the_kernels_name() {
+fn errors_name_the_kernel() {
     let beyond = format!("{PLACE}st.global.u32 [%rd4], %r5;");
     let error = after(&kernel(&beyond), &[0; 100], 0, LINE).unwrap_err();
     assert!(error.contains("kernel k: 4 bytes at ") && error.contains("are not allocated"), "{error}");

@@ -230,7 +230,7 @@ fn kernels_decode_as_the_cpu_does() {
 }
 
 #[test]
-fn a_tensor_is_cut_where_its_scales_allow() {
+fn tensors_are_split_at_scale_boundaries() {
     let (codes, scales) = (noise(1, 7 * 40), noise(2, 3 * 2));
     let form = Form::Tiles { scales: Number::E8m0, columns: 40, tile: [3, 20] };
     let pieces: Vec<_> = StoredTensor { form, codes: &codes, scales: &scales }.pieces(7 * 40, 100).collect();

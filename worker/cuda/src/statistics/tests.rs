@@ -142,7 +142,7 @@ fn look_at_both() {
 }
 
 #[test]
-fn kernels_find_what_the_cpu_finds() {
+fn kernel_statistics_equal_those_of_the_cpu() {
     let gpu =
         std::env::var("OUTLIERS_GPU").expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
     for delay in ["0", "300"] {

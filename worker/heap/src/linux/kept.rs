@@ -100,7 +100,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_byte_is_had_twice_or_forgotten(steps in prop::collection::vec((0..3u8, 0..400usize, 1..9usize), 1..800)) {
+        fn no_byte_is_given_twice_or_lost(steps in prop::collection::vec((0..3u8, 0..400usize, 1..9usize), 1..800)) {
             let (mut kept, mut places) = (Kept::new(), BTreeSet::new());
             for (kind, at, bytes) in steps {
                 let span = Span { at, bytes };
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_that_is_large_enough_is_taken_and_neighbours_become_one() {
+    fn best_fit_is_taken_and_neighbours_are_merged() {
         let mut kept = Kept::new();
         for (at, bytes) in [(100, 50), (200, 10), (300, 20)] {
             assert_eq!(kept.keep(Span { at, bytes }), None);
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn of_too_many_the_oldest_goes() {
+    fn oldest_block_is_released_when_too_many_are_kept() {
         let mut kept = Kept::new();
         for place in 0..MOST {
             assert_eq!(kept.keep(Span { at: 2 * place, bytes: 1 }), None);

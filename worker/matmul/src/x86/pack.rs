@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_numbers_have_parts_too() {
+    fn largest_f32_values_split_into_bf16_parts() {
         for x in [0.0, f32::MAX, f32::MIN, f32::from_bits(0x7f7f_8000), 1.0 + f32::EPSILON, 2.0 - f32::EPSILON] {
             check(x);
         }
@@ -343,7 +343,7 @@ mod tests {
     proptest! {
         /// Whose last part is a normal number: others count as zero on tiles.
         #[test]
-        fn three_parts_are_the_number(sign in any::<bool>(), exponent in 24..255u32, fraction in 0..1u32 << 23) {
+        fn three_bf16_parts_sum_to_the_f32(sign in any::<bool>(), exponent in 24..255u32, fraction in 0..1u32 << 23) {
             check(f32::from_bits(u32::from(sign) << 31 | exponent << 23 | fraction));
         }
     }

@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn tiles_are_laid_out_as_the_unit_takes_them() {
+    fn tiles_have_the_layout_of_the_tile_unit() {
         if super::super::found().is_empty() {
             eprintln!("this processor has no AVX-512: nothing was tested");
             return;

@@ -85,7 +85,7 @@ impl Convolution<'_> {
         Ok([rows, columns / self.heads, kernel])
     }
 
-    /// Of what comes out.
+    /// Of the output.
     fn shape(&self, rows: usize, width: usize) -> Shape {
         Shape::from((rows / self.positions * self.heads, self.positions, width))
     }
@@ -134,7 +134,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn as_defined(
+        fn convolution_equals_the_definition(
             heads in 1_usize..5, positions in 1_usize..9, width in 1_usize..40, kernel in 1_usize..6,
             unit: bool, biased: bool,
             dtype in prop::sample::select(vec![DType::F32, DType::BF16]),
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_tap_is_on_the_current_token_and_nothing_precedes_a_sequence() {
+    fn last_tap_is_the_current_token_and_padding_is_zero() {
         let part = Convolution { heads: 1, positions: 3, first_channel: 0, length: None, bias: None };
         let x = Tensor::new(&[[1f32], [2.0], [3.0], [4.0], [5.0], [6.0]], &Device::Cpu).unwrap();
         let taps = Tensor::new(&[[10f32, 1.0]], &Device::Cpu).unwrap();

@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn both_forms_equal_the_definition_under_weak_and_strong_decays() {
+    fn both_forms_equal_the_definition_at_weak_and_strong_decay() {
         for positions in [1, 3, 63, 64, 65, 130, 200] {
             for strongest in [0.0, 0.02, 1.0, 30.0, 2000.0] {
                 let heads = heads(positions, strongest);
@@ -327,7 +327,7 @@ mod tests {
 
     /// One key over and over, written in full: powers of such a system grow like binomials, its inverse does not.
     #[test]
-    fn both_forms_stand_a_text_that_repeats_one_token() {
+    fn both_forms_are_stable_on_a_repeated_token() {
         let varied = heads(150, 0.0);
         let key = unit(Tensor::ones((2, 150, 10), DType::F32, &Device::Cpu).unwrap());
         let strength = (Tensor::ones((4, 150), DType::F32, &Device::Cpu).unwrap() * 0.999).unwrap();
@@ -339,7 +339,7 @@ mod tests {
 
     /// Differences of running sums in f32 would leave nothing of the weak decays after the strong one.
     #[test]
-    fn weak_decays_count_after_a_strong_one() {
+    fn weak_decay_is_exact_after_a_strong_one() {
         let mut heads = heads(100, 0.0);
         let decay: Vec<f32> = (0..400).map(|at| if at % 100 == 3 { -1e5 } else { -3e-3 }).collect();
         heads.decay = Tensor::from_vec(decay, (4, 100), &Device::Cpu).unwrap();

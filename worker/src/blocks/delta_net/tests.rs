@@ -240,7 +240,7 @@ proptest! {
 }
 
 #[test]
-fn sequences_neither_leak_into_each_other_nor_depend_on_their_order() {
+fn sequences_are_independent_of_each_other_and_their_order() {
     let block = Block::new(12, 2, 2, [8, 6, 4], -1.0);
     let positions = 70;
     let x = block.input(3, positions);
@@ -257,7 +257,7 @@ fn sequences_neither_leak_into_each_other_nor_depend_on_their_order() {
 }
 
 #[test]
-fn the_order_of_the_stored_rows_does_not_show() {
+fn stored_row_order_changes_no_result() {
     for (key_heads, served) in [(1, 1), (2, 3), (3, 1)] {
         let block = || Block::new(12, key_heads, served, [8, 6, 4], -1.0);
         let x = block().input(2, 70);
@@ -266,7 +266,7 @@ fn the_order_of_the_stored_rows_does_not_show() {
 }
 
 #[test]
-fn tokens_do_not_see_the_future() {
+fn outputs_are_causal() {
     let block = Block::new(12, 1, 2, [8, 6, 4], -1.0);
     let x = block.input(1, 100);
     let short = block.run(&x.narrow(0, 0, 67).unwrap().contiguous().unwrap(), 67);
@@ -276,7 +276,7 @@ fn tokens_do_not_see_the_future() {
 /// Qwen3-Next's block against its own recurrence run token by token, in tensor operations over all heads.
 #[test]
 #[ignore = "a measurement: run it optimised, alone and with --nocapture"]
-fn speed_of_the_published_shape() {
+fn speed_at_the_published_shape() {
     let (sequences, positions) = (2, 2048);
     let mut block = Block::new(2048, 16, 2, [128, 128, 4], -1.0);
     let DeltaProjections::ByKeyHead { qkvz, ba } = &mut block.weights.projections else { panic!() };

@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_where_rounding_overflows() {
+    fn limits_are_the_rounding_overflow_points() {
         assert!(f32::holds(f32::MAX) && !f32::holds(f32::INFINITY) && !f32::holds(f32::NAN) && !f32::holds(-f32::NAN));
         assert!(f16::holds(-65_519.996) && !f16::holds(65_520.0));
         assert!(bf16::holds(3.39e38) && !bf16::holds(f32::MAX));

@@ -172,7 +172,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codes_are_those_of_the_format() {
+    fn fp8_codes_decode_as_specified() {
         let named =
             [(0x00, 0.0), (0x01, 2f32.powi(-9)), (0x07, 7.0 * 2f32.powi(-9)), (0x08, 2f32.powi(-6)), (0x38, 1.0)];
         for (code, value) in named.into_iter().chain([(0x39, 1.125), (0x7e, MAX), (0xfe, -MAX), (0xb8, -1.0)]) {
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn all_codes_are_those_of_the_tensor_library() {
+    fn fp8_codes_equal_the_tensor_library() {
         let numbers: Vec<u8> = (0..=255u8).filter(|code| code & 0x7f != 0x7f).collect();
         let theirs = candle_core::Tensor::from_raw_buffer(&numbers, DType::F8E4M3, &[254], &candle_core::Device::Cpu);
         let theirs = theirs.unwrap().to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();

@@ -140,7 +140,7 @@ fn fp8<'a>(bytes: &'a [u8], scales: &'a [u8], shape: [usize; 2], block: [usize; 
 // ------------------------------------------------------------------------------------------------------------- plain
 
 #[test]
-fn every_two_byte_float_alone() {
+fn every_two_byte_float_decodes() {
     for code in 0..=u16::MAX {
         let bytes = code.to_le_bytes();
         for dtype in [StoredDtype::F16, StoredDtype::BF16] {
@@ -154,7 +154,7 @@ fn every_two_byte_float_alone() {
 }
 
 #[test]
-fn plain_floats_of_every_length() {
+fn plain_floats_of_every_length_decode() {
     let finite: Vec<u8> = noise(1, 4 * (TASK + 77)).chunks(2).flat_map(|b| [b[0], b[1] & 0xbb]).collect();
     for dtype in [StoredDtype::F32, StoredDtype::F16, StoredDtype::BF16] {
         let size = dtype.size().unwrap() as usize;
@@ -165,13 +165,13 @@ fn plain_floats_of_every_length() {
 }
 
 #[test]
-fn bytes_need_no_alignment() {
+fn unaligned_bytes_decode() {
     let bytes: Vec<u8> = std::iter::once(0).chain(f32_bytes(&[1.0, -2.5, 3e-40])).collect();
     agrees(&Encoded::Plain { dtype: &StoredDtype::F32, bytes: &bytes[1..] }, &[3, 1]);
 }
 
 #[test]
-fn the_first_value_that_is_not_finite_is_named() {
+fn first_non_finite_value_is_named() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut values = vec![1.0f32; 3 * TASK + 7];
         values[3 * TASK + 1] = bad;
@@ -183,7 +183,7 @@ fn the_first_value_that_is_not_finite_is_named() {
 }
 
 #[test]
-fn what_a_narrow_dtype_cannot_hold_is_refused_with_advice() {
+fn overflow_of_a_narrow_dtype_is_refused_with_advice() {
     let tensor = |value: f32, compute| from_f32(vec![value], &[1], compute, &Device::Cpu);
     let error = tensor(70_000.0, DType::F16).unwrap_err();
     assert!(error.message().contains("70000") && error.message().contains("does not fit f16"), "{error}");
@@ -195,7 +195,7 @@ fn what_a_narrow_dtype_cannot_hold_is_refused_with_advice() {
 // --------------------------------------------------------------------------------------------------------------- FP8
 
 #[test]
-fn all_codes_under_all_kinds_of_scales() {
+fn every_fp8_code_decodes_under_every_scale_kind() {
     // Powers of two over the whole range, the largest and least numbers, and ordinary ones.
     let powers = (-149..128).map(|e| 2f64.powi(e) as f32);
     let ordinary =
@@ -211,7 +211,7 @@ fn all_codes_under_all_kinds_of_scales() {
 }
 
 #[test]
-fn codes_that_are_no_numbers_are_named() {
+fn nan_codes_are_named() {
     for nan in [0x7f, 0xff] {
         for (shape, at) in [([1, 1], 0), ([576, 200], 0), ([576, 200], 576 * 200 - 1), ([576, 200], 300 * 200 + 130)] {
             let mut bytes = codes(3, shape[0] * shape[1]);
@@ -223,7 +223,7 @@ fn codes_that_are_no_numbers_are_named() {
 }
 
 #[test]
-fn ragged_grids() {
+fn ragged_scale_grids_decode() {
     let shapes: [[usize; 2]; 8] =
         [[576, 200], [1, 1], [1, 300], [300, 1], [128, 128], [129, 127], [127, 129], [257, 2_305]];
     let blocks = [[128, 128], [1, 128], [128, 1], [3, 5], [64, 256], [1_000, 1_000], [usize::MAX, usize::MAX]];
@@ -235,7 +235,7 @@ fn ragged_grids() {
 }
 
 #[test]
-fn scales_may_be_bf16() {
+fn bf16_scales_are_accepted() {
     let scales: Vec<u8> = [0.01f32, 3.0, -0.5, 7.0].iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
     let (bytes, shape, block) = (codes(5, 200 * 130), [200, 130], [128, 128]);
     agrees(
@@ -245,7 +245,7 @@ fn scales_may_be_bf16() {
 }
 
 #[test]
-fn a_tile_that_overflows_in_places_is_judged_value_by_value() {
+fn tile_with_partial_overflow_is_checked_per_value() {
     // 448 * 200 overflows f16, 300 * 200 does not.
     let bytes = [0x70; 128 * 128].map(|code: u8| code ^ 0x07);
     assert!(e4m3(bytes[0]) * 200.0 < 65_504.0 && e4m3(0x7e) * 200.0 > 65_504.0);
@@ -253,7 +253,7 @@ fn a_tile_that_overflows_in_places_is_judged_value_by_value() {
 }
 
 #[test]
-fn scales_that_are_not_finite_are_named() {
+fn non_finite_scales_are_named() {
     for bad in [f32::NAN, f32::INFINITY] {
         let scales = f32_bytes(&[1.0, 1.0, bad, 1.0]);
         // Even where all codes are zero.
@@ -266,7 +266,9 @@ fn scales_that_are_not_finite_are_named() {
 
 proptest! {
     #[test]
-    fn any_grid_decodes(rows in 0usize..40, columns in 0usize..90, height in 1usize..50, width in 1usize..50, seed: u64) {
+    fn any_scale_grid_decodes(
+        rows in 0usize..40, columns in 0usize..90, height in 1usize..50, width in 1usize..50, seed: u64,
+    ) {
         let tiles = rows.div_ceil(height) * columns.div_ceil(width);
         let scales: Vec<f32> = noise(seed, tiles).into_iter().map(|b| f32::from(b) / 100.0 - 1.0).collect();
         agrees(&fp8(&codes(seed, rows * columns), &f32_bytes(&scales), [rows, columns], [height, width]), &[rows, columns]);
@@ -276,7 +278,7 @@ proptest! {
 // ------------------------------------------------------------------------------------------------------------- MXFP4
 
 #[test]
-fn all_nibbles_under_all_scales() {
+fn every_mxfp4_code_decodes_under_every_scale() {
     let blocks: Vec<u8> = (0..16).map(|i: u8| (i << 4) | (15 - i)).collect();
     for scale in 0..255u8 {
         agrees(&Encoded::Mxfp4 { blocks: &blocks, scales: &[scale] }, &[32]);
@@ -288,14 +290,14 @@ fn all_nibbles_under_all_scales() {
 }
 
 #[test]
-fn all_scales_in_one_tensor() {
+fn every_mxfp4_scale_in_one_tensor_decodes() {
     let scales: Vec<u8> = (0..=252u8).cycle().take(3 * TASK / 32 + 5).collect();
     let blocks = noise(6, scales.len() * 16);
     agrees(&Encoded::Mxfp4 { blocks: &blocks, scales: &scales }, &[scales.len(), 32]);
 }
 
 #[test]
-fn a_part_of_a_stack_is_what_the_whole_holds_there() {
+fn slice_of_a_stack_equals_that_part_of_the_whole() {
     let (experts, rows, columns) = (3, 20, 96);
     let blocks = noise(7, experts * rows * columns / 2);
     let scales: Vec<u8> = noise(8, experts * rows * columns / 32).into_iter().map(|b| 110 + b % 20).collect();
@@ -314,7 +316,7 @@ fn a_part_of_a_stack_is_what_the_whole_holds_there() {
 }
 
 #[test]
-fn a_scale_that_is_nan_is_named() {
+fn nan_scale_is_named() {
     let error = decode(
         &Encoded::Mxfp4 { blocks: &[0; 48], scales: &[127, 255, 255] },
         &[3, 32],
@@ -341,7 +343,7 @@ fn int4<'a>(codes: &'a [u8], scales: &'a [u8], group: usize) -> Encoded<'a> {
 }
 
 #[test]
-fn all_integers_under_all_kinds_of_scales() {
+fn every_int4_code_decodes_under_every_scale_kind() {
     let codes: Vec<u8> = (0..16).map(|i: u8| (i << 4) | (15 - i)).collect();
     let powers = (-149..128).map(|e| 2f64.powi(e) as f32);
     let others = [0.0, -1.0, 1.0 / 3.0, f32::MAX, f32::MAX / 8.0, 65_504.0 / 8.0, 8_189.0, 9_000.0];
@@ -354,7 +356,7 @@ fn all_integers_under_all_kinds_of_scales() {
 }
 
 #[test]
-fn scales_of_groups_may_be_halves_and_are_named_where_they_are_not_finite() {
+fn f16_group_scales_are_accepted_and_non_finite_ones_named() {
     for (scale_dtype, halves) in [(StoredDtype::BF16, 0x3f80_u16), (StoredDtype::F16, 0x3c01)] {
         let scales: Vec<u8> = (0..6).flat_map(|i| (halves + i).to_le_bytes()).collect();
         let codes = noise(9, 6 * 16);
@@ -366,7 +368,7 @@ fn scales_of_groups_may_be_halves_and_are_named_where_they_are_not_finite() {
 }
 
 #[test]
-fn packed_words_hold_the_first_value_in_their_lowest_bits() {
+fn packed_words_are_little_endian_in_values() {
     // As compressed-tensors packs -8, -7 .. -1 and 0, 1 .. 7.
     let words = [0x7654_3210_u32, 0xfedc_ba98];
     let codes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
@@ -387,7 +389,7 @@ proptest! {
 // ------------------------------------------------------------------------------ NVFP4
 
 #[test]
-fn all_nibbles_under_all_scales_and_numbers_of_the_whole() {
+fn every_nvfp4_code_decodes_under_every_scale() {
     let blocks: Vec<u8> = (0..8).map(|i: u8| (i << 4) | (15 - i)).collect();
     for whole in [1.0, 1.0 / 3.0, 2f32.powi(-100), 40.0, 1e36, f32::MAX, 0.0, f32::NAN] {
         for scale in 0..=255u8 {
@@ -401,7 +403,7 @@ fn all_nibbles_under_all_scales_and_numbers_of_the_whole() {
 
 proptest! {
     #[test]
-    fn any_blocks_of_sixteen_decode(blocks in 0usize..130, whole in -2f32..2.0, seed: u64) {
+    fn any_nvfp4_blocks_decode(blocks in 0usize..130, whole in -2f32..2.0, seed: u64) {
         let (nibbles, scales) = (noise(!seed, 8 * blocks), codes(seed, blocks));
         agrees(&Encoded::Nvfp4 { blocks: &nibbles, scales: &scales, whole }, &[blocks, 16]);
     }
@@ -410,7 +412,7 @@ proptest! {
 // ----------------------------------------------------------------------------------------------------------- refusals
 
 #[test]
-fn lengths_must_follow_from_the_shape() {
+fn byte_lengths_must_match_the_shape() {
     let refused = |stored: &Encoded<'_>, shape: &[usize], kind: FailureKind| {
         let error = decode(stored, shape, DType::F32, &Device::Cpu, "w").unwrap_err();
         assert!(error.kind() == kind && error.message().contains("tensor w"), "{error}");
@@ -450,7 +452,7 @@ fn lengths_must_follow_from_the_shape() {
 }
 
 #[test]
-fn lengths_and_scales_are_checked_without_the_values() {
+fn lengths_and_scales_are_checked_without_decoding() {
     let (zeros, infinite, nan) = (vec![0; 64], f32_bytes(&[1.0, f32::INFINITY]), f32_bytes(&[f32::NAN, 1.0]));
     let alike = |stored: &Encoded<'_>, shape: &[usize]| {
         let decoded = decode(stored, shape, DType::F32, &Device::Cpu, "w").unwrap_err();
@@ -475,7 +477,7 @@ fn lengths_and_scales_are_checked_without_the_values() {
 }
 
 #[test]
-fn only_a_contiguous_tensor_is_decoded_into() {
+fn decoding_requires_a_contiguous_target() {
     let square = Tensor::zeros((2, 2), DType::F32, &Device::Cpu).unwrap();
     let bytes = f32_bytes(&[1.0, 2.0, 3.0, 4.0]);
     let stored = Encoded::Plain { dtype: &StoredDtype::F32, bytes: &bytes };

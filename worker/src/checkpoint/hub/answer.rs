@@ -117,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn endpoints_are_checked_before_a_token_travels() {
+    fn endpoints_are_checked_before_the_token_is_sent() {
         for (endpoint, with_token, fine) in [
             ("https://huggingface.co", true, true),
             ("http://127.0.0.1:8080", true, true),
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn the_token_stays_at_home() {
+    fn token_is_not_sent_to_other_hosts() {
         let home = "https://hub.example";
         assert!(same_origin("https://hub.example/a", home));
         for away in ["https://hub.example.evil/a", "https://hub.example:81/a", "http://hub.example/a", "https://cdn/a"]

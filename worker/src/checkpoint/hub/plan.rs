@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_of_a_unit_come_in_one_request_in_the_order_of_reading() {
+    fn adjacent_tensors_of_a_unit_share_one_request() {
         let (one, two) = (wanted(0, 0, 0, MIB..2 * MIB), wanted(0, 0, 0, 2 * MIB..3 * MIB));
         let before = wanted(1, 0, 0, 0..MIB);
         let parts = plan(&[before, two, one], 8 * MIB);
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn large_pieces_of_other_units_are_not_held_for_them() {
+    fn large_ranges_of_other_units_are_not_buffered() {
         let parts = plan(&[wanted(0, 0, 0, 0..MIB), wanted(0, 0, 1, MIB..2 * MIB)], 8 * MIB);
         assert_eq!(parts.len(), 2);
         // Small ones are, within their layer: FP8 scales of experts that lie together, far from what they scale.
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn small_gaps_are_read_along_as_long_as_they_are_few() {
+    fn few_small_gaps_are_read_along() {
         let (a, b) = (wanted(0, 0, 0, 0..MIB), wanted(0, 0, 0, MIB + 4096..2 * MIB));
         let parts = plan(&[a, b], 8 * MIB);
         assert_eq!(ranges(&parts), [(0, 0..2 * MIB)]);
@@ -165,13 +165,13 @@ mod tests {
     }
 
     #[test]
-    fn a_gap_that_another_part_fills_is_not_read_twice() {
+    fn gap_covered_by_another_part_is_read_once() {
         let parts = plan(&[wanted(0, 0, 0, 0..10), wanted(0, 0, 0, 20..30), wanted(0, 7, 9, 10..20)], MIB);
         assert_eq!(ranges(&parts), [(0, 0..10), (0, 20..30), (0, 10..20)]);
     }
 
     #[test]
-    fn large_tensors_come_in_equal_parts() {
+    fn large_tensors_are_split_into_equal_parts() {
         let parts = plan(&[wanted(0, 0, 0, 5..5 + 21 * MIB)], 8 * MIB);
         assert_eq!(
             ranges(&parts),
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wanted_twice_is_fetched_once() {
+    fn shared_range_is_fetched_once() {
         let parts =
             plan(&[wanted(0, 9, 9, 0..MIB), wanted(0, 0, 0, 0..MIB), wanted(0, 0, 0, MIB / 2..2 * MIB)], 8 * MIB);
         assert_eq!(parts.iter().map(Part::len).sum::<u64>(), 2 * MIB);

@@ -1,4 +1,5 @@
-//! Brings announced bytes in before they are asked for: many ranges at a time, in the order of reading, in bounded memory.
+//! Fetches announced bytes before they are requested: many ranges at a time, in reading order, in
+//! bounded memory.
 //!
 //! Every part is fetched by a thread of its own into a buffer that is used again. What is on the wire or waits to be read stays within the
 //! limit, but for a part that the reader of the earliest layer is waiting for: readers of later layers, on other devices, wait for room. A part that is late is asked for a second time, and whichever answer is whole
@@ -82,7 +83,7 @@ struct State {
 
 enum Status {
     Planned,
-    /// `begun` fetches, of which so many are still `running`.
+    /// Number of fetches that were `begun` and of those still `running`.
     Coming {
         since: Instant,
         begun: u32,
@@ -275,7 +276,7 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Lets go of a part that has been read and hashed, if it has been.
+    /// Frees a part if it has been read and hashed.
     fn release(&self, state: &mut State, part: usize) {
         if state.unhashed[part] || !matches!(state.status[part], Status::Here { left: 0, .. }) {
             return;
@@ -554,7 +555,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buffers_are_used_again_and_those_too_many_are_given_back() {
+    fn buffers_are_reused_and_surplus_ones_freed() {
         let mut pool = Pool::default();
         for len in [100, 200, 300] {
             pool.give_back(vec![0; len]);
@@ -567,7 +568,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pace_follows_large_ranges() {
+    fn measured_rate_follows_large_ranges() {
         let mut rate = TransferRate::default();
         assert_eq!(rate.due(4_000_000), Duration::from_secs(1));
         rate.see(10, Duration::from_secs(5));

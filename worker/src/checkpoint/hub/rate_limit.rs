@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_window_sees_more_than_are_allowed() {
+    fn no_time_window_exceeds_the_limit() {
         let window = Duration::from_millis(120);
         let rate_limiter = RateLimiter::new(4, window);
         let begun = Instant::now();

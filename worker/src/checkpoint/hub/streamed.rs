@@ -18,7 +18,7 @@ use crate::error::Result;
 const LARGEST_PART: u64 = 16 << 20;
 /// Smallest bound on it, however little memory there is.
 const SMALLEST_PART: u64 = 1 << 20;
-/// One connection brings a small share of what the hub's file servers and a good wire can do together.
+/// One connection gets a small share of the bandwidth of the hub's file servers.
 const CONNECTIONS: usize = 32;
 const _: () = assert!(CONNECTIONS <= MAX_CONNECTIONS);
 

@@ -182,7 +182,7 @@ impl Gaps {
     }
 }
 
-/// Of the files that are read, those of which little is left out.
+/// The read files with few unread bytes.
 fn choose(parts: &[Part], sizes: &[Option<u64>]) -> (Vec<Gaps>, Vec<(usize, Unverifiable)>) {
     let mut files: Vec<usize> = parts.iter().map(|part| part.file).collect();
     files.sort_unstable();
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_read_is_fetched_once_what_is_before_it_is_there() {
+    fn unread_gap_is_fetched_after_the_bytes_before_it() {
         let parts = vec![part(0, 30..40), part(0, 10..20), part(1, 0..10)];
         let schedule = Schedule::new(parts, &[Some(50), Some(10)], 6, MIB);
         let expected = [
@@ -300,14 +300,14 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_read_in_their_own_order_hold_nothing() {
+    fn files_read_in_order_buffer_nothing() {
         let parts = (0..8).map(|i| part(0, i * MIB..(i + 1) * MIB)).collect();
         let schedule = Schedule::new(parts, &[Some(8 * MIB)], MIB, 0);
         assert_eq!((schedule.held, schedule.verified.len(), schedule.parts.len()), (0, 1, 8));
     }
 
     #[test]
-    fn what_memory_cannot_hold_is_left_out_largest_first() {
+    fn verification_over_the_memory_limit_drops_largest_files_first() {
         // File 0 backwards holds three parts, file 1 one.
         let mut parts: Vec<Part> = (0..4).rev().map(|i| part(0, i * MIB..(i + 1) * MIB)).collect();
         parts.extend([part(1, MIB..2 * MIB), part(1, 0..MIB)]);
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_which_much_is_not_read_or_that_have_no_hash_are_left_out() {
+    fn mostly_unread_or_unhashed_files_are_not_verified() {
         let parts = vec![part(0, 0..MIB), part(1, 0..MIB), part(2, 0..MIB)];
         let sizes = [Some(MIB + 10), Some(MIB + EXTRA_LEAST), None];
         let schedule = Schedule::new(parts, &sizes, 16 * MIB, MIB);
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hash_is_the_listed_ones() {
+    fn computed_hash_equals_the_listed_one() {
         // `printf 'abc' | sha256sum`, and `printf 'abc' | git hash-object --stdin`.
         let sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         for listed in

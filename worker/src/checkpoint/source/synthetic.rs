@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn any_range_holds_the_same_numbers_as_the_whole() {
+    fn any_range_equals_that_part_of_the_whole() {
         let source = llama("bfloat16");
         let name = "model.embed_tokens.weight";
         let whole = bytes(&source, name, 0..100 * 64 * 2);
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_centred_and_as_wide_as_their_inputs_ask_for() {
+    fn values_are_centred_with_fan_in_variance() {
         let name = "model.layers.1.mlp.down_proj.weight";
         let wide: [(&str, Widen); 3] = [
             ("float32", |b| b.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect()),

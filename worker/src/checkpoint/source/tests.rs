@@ -56,7 +56,7 @@ fn ranges_of_a_sharded_checkpoint_are_read_and_counted() {
 }
 
 #[test]
-fn ranges_outside_the_tensor_are_a_bug_and_not_its_neighbour() {
+fn ranges_outside_the_tensor_are_internal_errors() {
     let dir = two_shards();
     let weights = Checkpoint::open_folder(dir.path()).unwrap().weights;
     let a = weights.entry("a").unwrap();
@@ -67,7 +67,7 @@ fn ranges_outside_the_tensor_are_a_bug_and_not_its_neighbour() {
 }
 
 #[test]
-fn a_single_file_needs_no_index() {
+fn single_file_needs_no_index() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join(CONFIG_FILE), "{}").unwrap();
     let error = refused(dir.path());
@@ -90,7 +90,7 @@ fn pickled() -> tempfile::TempDir {
 }
 
 #[test]
-fn trap_1_pickles_are_read_where_there_is_no_safetensors() {
+fn trap_1_pickles_are_read_without_safetensors() {
     let dir = pickled();
     let weights = Checkpoint::open_folder(dir.path()).unwrap().weights;
     assert_eq!(weights.files().iter().map(|file| file.name.as_str()).collect::<Vec<_>>(), ["pytorch_model.bin"]);
@@ -121,7 +121,7 @@ fn views_of_pickled_tensors_are_read_in_row_major_order() {
 }
 
 #[test]
-fn trap_1_pickles_come_in_shards_too() {
+fn trap_1_sharded_pickles_are_read() {
     let dir = pickled();
     let (first, second) = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin");
     fs::rename(dir.path().join("pytorch_model.bin"), dir.path().join(first)).unwrap();
@@ -175,7 +175,7 @@ fn trap_2_of_several_copies_exactly_one_is_used() {
 }
 
 #[test]
-fn slices_that_transformers_would_read_first_are_refused() {
+fn slices_preferred_by_transformers_are_refused() {
     let dir = pickled();
     fs::write(dir.path().join("shard-0000-model-00001-of-00001.safetensors"), "").unwrap();
     Checkpoint::open_folder(dir.path()).unwrap();
@@ -195,7 +195,7 @@ fn choice(folder: &Path) -> (Vec<String>, Vec<String>) {
 }
 
 #[test]
-fn the_only_file_counts_whatever_an_index_beside_it_says() {
+fn only_weight_file_is_used_despite_an_index() {
     let single = vec![SINGLE_FILE.to_owned()];
     let dir = two_shards();
     shard(dir.path(), SINGLE_FILE, &[("a", 1)]);
@@ -222,7 +222,7 @@ fn the_only_file_counts_whatever_an_index_beside_it_says() {
 }
 
 #[test]
-fn a_configuration_may_name_its_weights() {
+fn config_can_name_the_weight_file() {
     let dir = two_shards();
     shard(dir.path(), SINGLE_FILE, &[("a", 1)]);
     shard(dir.path(), "best.safetensors", &[("a", 3)]);
@@ -254,7 +254,7 @@ fn a_configuration_may_name_its_weights() {
 
 /// DeepSeek, Kimi, gpt-oss, and a shard that is alone but says otherwise: the index is believed, the names are not read.
 #[test]
-fn trap_3_numbers_in_file_names_mean_nothing() {
+fn trap_3_numbers_in_file_names_are_ignored() {
     for names in [
         &["model-00001-of-000163.safetensors", "model-00163-of-000163.safetensors"][..],
         &["model-1-of-61.safetensors", "model-61-of-61.safetensors"],
@@ -277,7 +277,7 @@ fn trap_3_numbers_in_file_names_mean_nothing() {
 }
 
 #[test]
-fn the_tokenizers_files_are_named() {
+fn tokenizer_files_are_listed() {
     let dir = pickled();
     let found = || Checkpoint::open_folder(dir.path()).unwrap().tokenizer().map(|files| files.to_string());
     assert_eq!(found(), None);
@@ -293,7 +293,7 @@ fn the_tokenizers_files_are_named() {
 }
 
 #[test]
-fn a_missing_shard_is_named_with_its_folder() {
+fn missing_shard_is_named_with_its_folder() {
     let dir = two_shards();
     fs::remove_file(dir.path().join("model-1-of-61.safetensors")).unwrap();
     let error = refused(dir.path());
@@ -303,7 +303,7 @@ fn a_missing_shard_is_named_with_its_folder() {
 }
 
 #[test]
-fn missing_shards_are_named_once_each_and_counted_and_what_is_whole_is_named() {
+fn missing_shards_are_named_and_counted_and_complete_formats_named() {
     let dir = two_shards();
     let names: Vec<String> = (1..=8).map(|i| format!("gone-{i}.safetensors")).collect();
     let tensors: Vec<String> = (0..24).map(|i| format!("t{i}")).collect();
@@ -326,7 +326,7 @@ fn missing_shards_are_named_once_each_and_counted_and_what_is_whole_is_named() {
 }
 
 #[test]
-fn an_index_that_lies_is_refused() {
+fn contradictory_index_is_refused() {
     let first = "model-1-of-61.safetensors";
     for (map, says) in [
         (
@@ -349,7 +349,7 @@ fn an_index_that_lies_is_refused() {
 }
 
 #[test]
-fn tensors_that_an_index_promises_in_vain_are_counted() {
+fn indexed_but_absent_tensors_are_counted() {
     let dir = two_shards();
     let names: Vec<String> = (1..=7).map(|i| format!("z{i}")).collect();
     let map: Vec<_> = names.iter().map(|name| (name.as_str(), "model-1-of-61.safetensors")).collect();
@@ -371,7 +371,7 @@ fn overlapping() -> tempfile::TempDir {
 
 /// As transformers reads them: file after file in the order of their names, the index telling only which.
 #[test]
-fn of_a_tensor_in_two_files_the_last_counts() {
+fn last_file_wins_for_a_tensor_in_two_files() {
     let dir = overlapping();
     let a = || Checkpoint::open_folder(dir.path()).unwrap().weights.entry("a").unwrap().shape.clone();
     index(dir.path(), &[("b", FIRST), ("c", SECOND), ("a", SECOND)]);
@@ -385,7 +385,7 @@ fn of_a_tensor_in_two_files_the_last_counts() {
 }
 
 #[test]
-fn a_tensor_in_two_files_that_no_index_names_is_refused() {
+fn duplicate_tensor_without_an_index_is_refused() {
     let dir = overlapping();
     index(dir.path(), &[("b", FIRST), ("c", SECOND)]);
     let error = refused(dir.path());
@@ -422,7 +422,7 @@ fn damaged_files_are_named() {
 }
 
 #[test]
-fn a_file_cut_while_in_use_is_an_error_and_not_zeros() {
+fn file_truncated_while_in_use_is_an_error() {
     let dir = two_shards();
     let weights = Checkpoint::open_folder(dir.path()).unwrap().weights;
     let file = File::options().write(true).open(dir.path().join("model-1-of-61.safetensors")).unwrap();
@@ -432,7 +432,7 @@ fn a_file_cut_while_in_use_is_an_error_and_not_zeros() {
 }
 
 #[test]
-fn no_folder_is_the_jobs_fault() {
+fn missing_folder_is_a_job_error() {
     let error = refused(Path::new("/nonexistent/model"));
     assert_eq!(error.kind(), FailureKind::Job);
 }

@@ -293,7 +293,7 @@ impl<'p> StackMachine<'p> {
         Ok(None)
     }
 
-    /// Instructions that bring their value along.
+    /// Instructions with an inline value.
     fn push_literal(&mut self, instruction: u8, program: &mut Bytes<'p>) -> Result<()> {
         let (one, four) = (|p: &mut Bytes<'p>| p.u8().map(u64::from), |p: &mut Bytes<'p>| p.u32().map(u64::from));
         let value = match instruction {

@@ -94,7 +94,7 @@ fn one(values: i64, offset: i64, shape: &[i64], strides: &[i64]) -> Vec<u8> {
 const STRIDED: &str = "strided.";
 
 #[test]
-fn every_tensor_that_pytorch_writes_is_where_the_reference_says() {
+fn pytorch_tensors_have_the_reference_offsets() {
     let bytes = std::fs::read(testdata("tensors.bin")).unwrap();
     let expected = std::fs::read(testdata("tensors.safetensors")).unwrap();
     let header = Header::parse(&expected, expected.len() as u64).unwrap();
@@ -128,7 +128,7 @@ fn every_tensor_that_pytorch_writes_is_where_the_reference_says() {
 
 /// Complex and quantised buffers, types without storages, tensors with attributes or changed values, settings, an optimizer's state.
 #[test]
-fn nothing_beside_the_tensors_makes_them_unreadable_in_any_protocol() {
+fn other_pickled_values_do_not_hide_the_tensors() {
     for protocol in 2..=5 {
         let path = testdata(&format!("others-{protocol}.bin"));
         let tensors = read_tensors(&path).unwrap();
@@ -163,7 +163,7 @@ fn nothing_beside_the_tensors_makes_them_unreadable_in_any_protocol() {
 }
 
 #[test]
-fn a_state_dict_inside_something_else_is_refused_with_its_key() {
+fn nested_state_dict_is_refused_with_its_key() {
     let weights = dictionary(&[("a", tensor("0", 6, 0, &[6], &[1])), ("b", tensor("0", 6, 0, &[6], &[1]))]);
     let inner = weights[2..weights.len() - 1].to_vec();
     let step = ("global_step", tensor("0", 6, 0, &[1], &[1]));
@@ -178,7 +178,7 @@ fn a_state_dict_inside_something_else_is_refused_with_its_key() {
 }
 
 #[test]
-fn protocols_of_the_future_are_named() {
+fn newer_pickle_protocols_are_named() {
     let error = refused(&file(b"\x80\x06}."));
     assert_eq!(error.kind(), FailureKind::Unsupported);
     assert!(error.message().contains("pickle protocol 6"), "{error}");
@@ -186,7 +186,7 @@ fn protocols_of_the_future_are_named() {
 
 /// A stride of zero can state any size over a record of any size.
 #[test]
-fn repeated_values_are_read_up_to_a_bound() {
+fn memoised_values_are_read_up_to_a_bound() {
     let gib = 1_i64 << 30;
     let expanded = |rows: i64| read(&one(6, 0, &[rows, 6], &[0, 1])).unwrap().remove(0);
     let largest = expanded(gib / 24);
@@ -199,7 +199,7 @@ fn repeated_values_are_read_up_to_a_bound() {
 }
 
 #[test]
-fn what_is_no_checkpoint_at_all_is_said_to_be_what_it_is() {
+fn non_checkpoint_files_are_named_by_their_kind() {
     for (file, says) in [
         (&b""[..], "it is empty"),
         (b"<!DOCTYPE html><title>Sign in</title>", "HTML page"),
@@ -210,7 +210,7 @@ fn what_is_no_checkpoint_at_all_is_said_to_be_what_it_is() {
 }
 
 #[test]
-fn a_preflight_knows_all_but_the_places() {
+fn preflight_knows_everything_except_offsets() {
     let bytes = std::fs::read(testdata("tensors.bin")).unwrap();
     let asked = RefCell::new(0);
     let read = |range: Range<u64>| {
@@ -229,7 +229,7 @@ fn a_preflight_knows_all_but_the_places() {
 }
 
 #[test]
-fn nothing_but_tensors_is_unpickled_and_what_else_is_asked_for_is_named() {
+fn only_tensors_are_unpickled_and_other_globals_are_named() {
     for (name, says) in [("system.bin", "\"posix.system\""), ("module.bin", "\"torch.nn.modules.linear.Linear\"")] {
         let error = read_tensors(&testdata(name)).unwrap_err();
         assert_eq!(error.kind(), FailureKind::Checkpoint);
@@ -243,7 +243,7 @@ fn nothing_but_tensors_is_unpickled_and_what_else_is_asked_for_is_named() {
 }
 
 #[test]
-fn the_format_before_the_archives_is_refused_by_name() {
+fn legacy_non_zip_format_is_refused_by_name() {
     let error = read_tensors(&testdata("legacy.bin")).unwrap_err();
     assert_eq!(error.kind(), FailureKind::Unsupported);
     assert!(error.message().contains("before 1.6"), "{error}");
@@ -251,7 +251,7 @@ fn the_format_before_the_archives_is_refused_by_name() {
 }
 
 #[test]
-fn claims_of_the_pickle_are_compared_with_the_records() {
+fn pickle_sizes_are_checked_against_the_archive_records() {
     assert_eq!(read(&one(6, 2, &[2, 2], &[2, 1])).unwrap()[0].len, 16);
     assert_eq!(read(&one(6, 6, &[0, 9], &[9, 1])).unwrap()[0].len, 0);
     let huge = i64::MAX;
@@ -284,7 +284,7 @@ fn claims_of_the_pickle_are_compared_with_the_records() {
 }
 
 #[test]
-fn pickles_that_are_no_state_dict_say_so() {
+fn pickles_without_a_state_dict_are_refused() {
     for (pickle, says) in [
         (b"".as_slice(), "not one of a dictionary"),
         (b".", "not one of a dictionary"),
@@ -313,7 +313,7 @@ fn pickles_that_are_no_state_dict_say_so() {
 
 /// Doubling a remembered tuple 60 times, nesting a million deep, a million marks: cheap to write, and cheap to refuse.
 #[test]
-fn pickle_bombs_cost_no_more_than_their_bytes() {
+fn pickle_bombs_are_bounded_by_their_bytes() {
     let doubling = [b"N\x85q\x00".as_slice(), &b"h\x00h\x00\x86q\x00".repeat(60), b"."].concat();
     let nesting = [b"N".as_slice(), &b"\x85".repeat(1 << 20), b"."].concat();
     let marks = [b"(".repeat(1 << 20), b".".to_vec()].concat();
@@ -338,7 +338,7 @@ fn pickle_bombs_cost_no_more_than_their_bytes() {
 }
 
 #[test]
-fn archives_that_are_none_or_lie_are_refused() {
+fn invalid_or_contradictory_archives_are_refused() {
     let good = one(6, 0, &[6], &[1]);
     read(&good).unwrap();
     let end = good.len() - 22;
@@ -380,7 +380,7 @@ fn archives_that_are_none_or_lie_are_refused() {
 
 /// GPT-J is one file of 24 GB: its numbers do not fit the 32 bits of the archive's first generation.
 #[test]
-fn archives_over_four_gigabytes_have_their_numbers_elsewhere() {
+fn zip64_archives_are_read() {
     let start: u64 = 5 << 30;
     let small = one(6, 0, &[6], &[1]);
     let read_u32 = |at: usize| u32::from_le_bytes(small[at..at + 4].try_into().unwrap());
@@ -441,7 +441,7 @@ fn spread(tensor: &HeaderTensor) -> u64 {
 
 proptest! {
     #[test]
-    fn contiguous_means_one_after_another(view in views()) {
+    fn contiguous_strides_are_recognised(view in views()) {
         let places = places(&view);
         let one_after_another = places.iter().enumerate().all(|(i, place)| *place == i as u64);
         prop_assert_eq!(view.is_contiguous(), one_after_another);
@@ -464,7 +464,7 @@ proptest! {
     }
 
     #[test]
-    fn random_programs_end(program in prop::collection::vec(
+    fn random_pickle_programs_terminate(program in prop::collection::vec(
         prop::sample::select(b".(NKMJX)}tusaeqrhjQRbcCB\x85\x86\x87\x88\x8a\x8b\x8c\x8d\x8e\x8f\x90\x91\x93\x94\x95\x01\x00\n0".to_vec()), 0..64)) {
         let _ = read(&file(&program));
     }

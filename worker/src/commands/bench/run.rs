@@ -463,7 +463,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn copies_between_host_and_device_are_told_where_there_is_a_gpu() {
+    fn host_device_copies_are_reported_on_gpus() {
         let mut table = RunTable {
             model: "m".to_owned(),
             layers: 1,
@@ -498,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_have_three_digits_of_any_size() {
+    fn numbers_have_three_significant_digits() {
         assert_eq!(
             [0.0, 0.01234, 0.5, 12.345, 999.9, 12345.6].map(significant),
             ["0.00000", "0.0123", "0.500", "12.3", "1000", "12346"]

@@ -154,7 +154,7 @@ fn demo_ids(folder: &Path, tokens: usize) -> Vec<i64> {
 const TOKENS: usize = 384;
 
 #[test]
-fn planting_keeps_the_logits_and_makes_exactly_the_planned_features() {
+fn planting_preserves_logits_and_makes_the_planned_features() {
     for seed in [0, 7] {
         let dir = tempfile::tempdir().unwrap();
         let (with, without) = (dir.path().join("planted"), dir.path().join("plain"));
@@ -184,7 +184,7 @@ fn planting_keeps_the_logits_and_makes_exactly_the_planned_features() {
 }
 
 #[test]
-fn the_same_seed_gives_the_same_bytes() {
+fn same_seed_gives_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let hashes: Vec<_> = [("a", 0), ("b", 0), ("c", 1)]
         .map(|(name, seed)| {
@@ -201,7 +201,7 @@ fn the_same_seed_gives_the_same_bytes() {
 }
 
 #[test]
-fn the_token_ids_are_the_same_on_every_machine() {
+fn token_ids_are_reproducible() {
     let dir = tempfile::tempdir().unwrap();
     make(dir.path(), 0).unwrap();
     let ids = demo_ids(dir.path(), MAX_POSITIONS);
@@ -209,7 +209,7 @@ fn the_token_ids_are_the_same_on_every_machine() {
 }
 
 #[test]
-fn the_truth_is_written_beside_the_model() {
+fn planted_features_are_written_beside_the_model() {
     let dir = tempfile::tempdir().unwrap();
     let planted = make(dir.path(), 0).unwrap();
     let text = fs::read_to_string(dir.path().join(PLANTED_FILE)).unwrap();
@@ -219,7 +219,7 @@ fn the_truth_is_written_beside_the_model() {
 }
 
 #[test]
-fn a_folder_with_something_else_is_left_alone() {
+fn foreign_folder_is_not_overwritten() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join(CONFIG_FILE), "{}").unwrap();
     assert_eq!(make(dir.path(), 0).unwrap_err().kind(), FailureKind::Job);

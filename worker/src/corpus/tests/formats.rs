@@ -100,7 +100,7 @@ fn everywhere(model: &Model, documents: &[String]) -> Vec<String> {
 }
 
 #[test]
-fn every_format_gives_the_ids_and_the_hash_of_the_plain_files() {
+fn every_format_gives_the_ids_and_hash_of_plain_text() {
     let model = Model::plain();
     let documents = awkward();
     let plain = |(i, text): (usize, &String)| match i % 4 {
@@ -125,7 +125,7 @@ fn every_format_gives_the_ids_and_the_hash_of_the_plain_files() {
 }
 
 #[test]
-fn every_format_is_skipped_shuffled_and_read_by_field() {
+fn every_format_supports_skip_shuffle_and_field() {
     let model = Model::plain();
     let documents = documents(0, 24);
     for file in everywhere(&model, &documents) {
@@ -153,7 +153,7 @@ fn every_format_is_skipped_shuffled_and_read_by_field() {
 }
 
 #[test]
-fn an_empty_text_is_a_document_and_a_missing_one_is_none() {
+fn empty_text_is_a_document_and_missing_text_is_not() {
     let model = Model::plain();
     for (name, text) in [
         ("a.jsonl", "{\"text\": \"\"}\n{\"text\": null}\n{}\n{\"text\": \"w1 w2\"}\n"),
@@ -180,7 +180,7 @@ fn said(model: &Model, file: &str) -> String {
 }
 
 #[test]
-fn a_row_or_a_file_without_the_field_says_which_fields_it_has() {
+fn missing_field_error_lists_the_present_fields() {
     let model = Model::plain();
     for (name, text, says) in [
         (
@@ -219,7 +219,7 @@ fn a_row_or_a_file_without_the_field_says_which_fields_it_has() {
 }
 
 #[test]
-fn what_is_wrong_with_a_line_is_said_with_its_number() {
+fn line_errors_state_the_line_number() {
     let model = Model::plain();
     for (name, text, says) in [
         ("a.jsonl", "\n{\"text\": \"w1\"}\n{\"text\": \"w2\n", "line 3 of"),
@@ -259,7 +259,7 @@ fn what_is_wrong_with_a_line_is_said_with_its_number() {
 }
 
 #[test]
-fn lines_far_into_a_file_have_their_number_too() {
+fn late_line_errors_state_the_line_number() {
     let model = Model::plain();
     let line = json!({"text": format!("w1{}", " ".repeat(300))}).to_string() + "\n";
     // Some 12 MB, of which the last line is in the third block.
@@ -272,7 +272,7 @@ fn lines_far_into_a_file_have_their_number_too() {
 }
 
 #[test]
-fn what_is_no_text_is_refused_by_its_name() {
+fn binary_files_are_refused_by_name() {
     let model = Model::plain();
     let mut tar = vec![0; 1024];
     tar[..5].copy_from_slice(b"a.txt");
@@ -315,7 +315,7 @@ fn what_is_no_text_is_refused_by_its_name() {
 }
 
 #[test]
-fn json_that_is_called_a_text_is_not_measured_as_prose() {
+fn json_named_txt_is_refused() {
     let model = Model::plain();
     let lines = json_lines(&documents(0, 4));
     let array = json_array(&documents(0, 4));
@@ -337,7 +337,7 @@ fn json_that_is_called_a_text_is_not_measured_as_prose() {
 }
 
 #[test]
-fn packed_files_are_bounded_and_whole() {
+fn compressed_files_are_bounded_and_complete() {
     let model = Model::plain();
     let text = "w1 w2 ".repeat(100_000);
     for (name, packed, compression) in
@@ -385,7 +385,7 @@ fn damaged_files_are_read_or_refused_with_a_hint() {
 }
 
 #[test]
-fn a_codec_that_is_not_read_is_named() {
+fn unsupported_parquet_codec_is_named() {
     let model = Model::plain();
     let file = model.parquet("a.parquet", &documents(0, 4), 4, Compression::UNCOMPRESSED);
     let mut bytes = fs::read(&file).unwrap();
@@ -404,7 +404,7 @@ fn a_codec_that_is_not_read_is_named() {
 }
 
 #[test]
-fn ready_ids_may_have_a_mark_before_them_and_no_other_format() {
+fn token_ids_may_have_a_byte_order_mark() {
     let model = Model::plain();
     let ids = model.write("ids.json", with_bom("[[1,2],[3,4]]"));
     assert_eq!(model.load(&token_ids(&ids)).unwrap().ids, [1, 2, 3, 4]);
@@ -414,7 +414,7 @@ fn ready_ids_may_have_a_mark_before_them_and_no_other_format() {
 
 /// A description and a table beside documents are none.
 #[test]
-fn of_a_dataset_those_files_are_read_that_hold_documents() {
+fn only_document_files_of_a_dataset_are_read() {
     let chosen = |path: &str, name: &str| {
         let dataset = Dataset { id: "a/b".into(), revision: "main".into(), path: path.into() };
         holds_documents(&dataset, name)

@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_published_stays_far_below_the_limit() {
+    fn published_tokenizers_are_far_below_the_limit() {
         let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true});
         let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
         let table = STANDARD.encode([&[0_u8; 4][..], "ﷺ".repeat(11).as_bytes(), &[0]].concat());
@@ -232,14 +232,14 @@ mod tests {
     }
 
     #[test]
-    fn replacements_count_by_what_they_replace() {
+    fn replacement_growth_is_relative_to_the_replaced_text() {
         assert_eq!(growth(replace("String", "ab", "a"), Value::Null).unwrap(), 1.0);
         assert_eq!(growth(replace("String", "ab", "abcdef"), Value::Null).unwrap(), 3.0);
         assert_eq!(growth(replace("Regex", "x*", "abc"), Value::Null).unwrap(), 4.0);
     }
 
     #[test]
-    fn a_text_that_the_bound_does_not_clear_is_measured() {
+    fn text_over_the_growth_bound_is_measured_exactly() {
         let tokenizer = json!({"version": "1.0", "normalizer": replace("String", "e", "eeee"),
             "pre_tokenizer": {"type": "WhitespaceSplit"},
             "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}});

@@ -253,7 +253,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn words_are_merged_as_defined(ranks in model(), word in "[abcd]{0,30}") {
+        fn words_merge_by_rank(ranks in model(), word in "[abcd]{0,30}") {
             let tokenizer = RankTokenizer::parse(file(&ranks).as_bytes(), &PythonConfig::default()).unwrap();
             let mut ids = Vec::new();
             tokenizer.encode_word(word.as_bytes(), &mut ids);
@@ -262,7 +262,7 @@ mod tests {
 
         /// No character falls between two words.
         #[test]
-        fn every_text_is_covered(text in "\\PC*|[ \t\r\n\u{a0}a1漢é\u{301}!']*") {
+        fn tokens_cover_every_text(text in "\\PC*|[ \t\r\n\u{a0}a1漢é\u{301}!']*") {
             let ranks = (0_u8..=255).map(|byte| (vec![byte], u32::from(byte))).collect();
             let tokenizer = RankTokenizer::parse(file(&ranks).as_bytes(), &PythonConfig::default()).unwrap();
             let bytes: Vec<u32> = text.bytes().map(u32::from).collect();
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn long_words_take_no_more_than_their_length() {
+    fn long_words_take_near_linear_time() {
         let mut ranks: HashMap<Vec<u8>, u32> = (0_u8..=255).map(|byte| (vec![byte], byte.into())).collect();
         ranks.insert(b"aa".to_vec(), 256);
         let tokenizer = RankTokenizer::parse(file(&ranks).as_bytes(), &PythonConfig::default()).unwrap();

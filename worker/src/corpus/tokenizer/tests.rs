@@ -98,7 +98,7 @@ fn assert_same(old: &TextTokenizer, new: &TextTokenizer) {
 }
 
 #[test]
-fn trap_1_opt_has_vocab_and_merges_only_and_they_give_the_ids_of_its_tokenizer_json() {
+fn trap_1_opt_vocab_and_merges_equal_its_tokenizer_json() {
     let old = Folder::opt().open(BosPolicy::Auto).unwrap();
     let new = Folder::of("opt", &[TOKENIZER_FILE]).open(BosPolicy::Auto).unwrap();
     assert_same(&old, &new);
@@ -110,7 +110,7 @@ fn trap_1_opt_has_vocab_and_merges_only_and_they_give_the_ids_of_its_tokenizer_j
 }
 
 #[test]
-fn kimi_has_ranks_only_and_they_give_the_ids_of_the_converted_tokenizer_json() {
+fn kimi_ranks_equal_the_converted_tokenizer_json() {
     let old = Folder::kimi().open(BosPolicy::Auto).unwrap();
     let new = Folder::of("kimi", &[TOKENIZER_FILE]).open(BosPolicy::Auto).unwrap();
     assert_same_but_reserved(&old, &new);
@@ -141,7 +141,7 @@ fn assert_same_but_reserved(old: &TextTokenizer, new: &TextTokenizer) {
 }
 
 #[test]
-fn the_beginning_of_opt_is_named_in_any_of_three_files() {
+fn opt_bos_is_found_in_any_of_three_files() {
     let folder = Folder::opt();
     folder.set("bos_token", Value::Null);
     assert_eq!(folder.refused().kind(), FailureKind::Corpus);
@@ -156,7 +156,7 @@ fn the_beginning_of_opt_is_named_in_any_of_three_files() {
 }
 
 #[test]
-fn tokens_outside_the_vocabulary_have_their_ids_from_the_settings() {
+fn added_tokens_have_ids_from_the_tokenizer_config() {
     let folder = Folder::opt();
     folder.write("added_tokens.json", r#"{"<image>": 1030, "<s>": 7}"#);
     folder.write(SPECIAL_TOKENS_FILE, r#"{"additional_special_tokens": ["<image>"]}"#);
@@ -166,7 +166,7 @@ fn tokens_outside_the_vocabulary_have_their_ids_from_the_settings() {
 }
 
 #[test]
-fn the_whole_form_is_preferred_and_half_a_form_is_none() {
+fn tokenizer_json_is_preferred_and_incomplete_pairs_are_ignored() {
     let folder = Folder::of("opt", &["vocab.json", "merges.txt", TOKENIZER_FILE]);
     assert_eq!(folder.open(BosPolicy::Auto).unwrap().provenance.file, TOKENIZER_FILE);
     let folder = Folder::of("opt", &["vocab.json"]);
@@ -174,7 +174,7 @@ fn the_whole_form_is_preferred_and_half_a_form_is_none() {
 }
 
 #[test]
-fn old_files_of_unknown_classes_are_refused_by_name() {
+fn legacy_files_of_unknown_classes_are_refused_by_name() {
     for folder in [Folder::opt(), Folder::kimi()] {
         folder.set("tokenizer_class", json!("Qwen2Tokenizer"));
         let error = folder.refused();
@@ -236,7 +236,7 @@ fn template(single: &Value, ids: usize) -> Value {
 }
 
 #[test]
-fn tokenizers_that_lengthen_a_text_out_of_all_measure_are_refused_by_name() {
+fn tokenizers_with_unbounded_text_growth_are_refused_by_name() {
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true});
     let doubled = replace(&json!({"String": "e"}), "ee");
     let untyped = json!({"normalizers": vec![json!({"pattern": {"Regex": "e"}, "content": "ee"}); 40]});
@@ -263,7 +263,7 @@ fn tokenizers_that_lengthen_a_text_out_of_all_measure_are_refused_by_name() {
 }
 
 #[test]
-fn empty_patterns_are_refused_by_the_files_name() {
+fn empty_patterns_are_refused_naming_the_file() {
     let split = |pattern: Value| json!({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": false});
     for (key, value) in [
         ("normalizer", replace(&json!({"String": ""}), "x")),
@@ -279,7 +279,7 @@ fn empty_patterns_are_refused_by_the_files_name() {
 }
 
 #[test]
-fn where_the_library_panics_the_file_is_named() {
+fn tokenizer_library_panic_names_the_file() {
     let folder = Folder::of("opt", &[TOKENIZER_FILE]);
     folder.change("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"}));
     let error = folder.refused();

@@ -68,7 +68,7 @@ impl HostToDevice {
     }
 }
 
-/// A stored tensor as its kernel is told of it.
+/// A stored tensor as its kernel's arguments describe it.
 fn as_told<'a>(stored: &Encoded<'a>) -> Result<StoredTensor<'a>> {
     let (form, codes, scales): (_, &'a [u8], &'a [u8]) = match *stored {
         Encoded::Plain { dtype, bytes } => (Form::Plain(number(dtype)?), bytes, &[]),

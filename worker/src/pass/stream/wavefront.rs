@@ -195,7 +195,7 @@ impl<O: Observer> Wavefront<'_, O> {
         Ok(())
     }
 
-    /// Where it happened; on the only device there is, the unit says that.
+    /// Where it happened. With a single device, the unit states it.
     fn locate(&self, error: WorkerError, unit: &Unit, device: usize) -> WorkerError {
         match self.pass.devices.len() {
             1 => error.context(unit),
@@ -370,7 +370,7 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
         Ok(())
     }
 
-    /// Does something with a unit's layer; an error says where.
+    /// Runs a function on a unit's layer. An error states where.
     fn at<R>(&mut self, unit: &Unit, what: impl FnOnce(&mut LayerContext<'_, O::Layer>) -> Result<R>) -> Result<R> {
         let front = self.front;
         let seen = self.seen.entry(unit.layer).or_insert_with(|| lock(&front.observer).layer(unit.layer));

@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_are_those_of_the_format() {
+    fn gguf_bytes_follow_the_format() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.gguf");
         let metadata = [

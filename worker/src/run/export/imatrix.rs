@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn every_matrix_of_every_family_has_a_name_and_no_name_is_given_twice() {
+    fn every_matrix_has_a_unique_imatrix_name() {
         let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden");
         let mut families = BTreeSet::new();
         for entry in std::fs::read_dir(golden).unwrap() {
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn experts_are_apart_and_one_that_was_never_hit_counts_none() {
+    fn experts_have_separate_entries_and_unused_ones_count_zero() {
         let entries = entries("olmoe", &spec("olmoe-bf16"));
         let (gate, up) = (named(&entries, "blk.0.ffn_gate_exps.weight"), named(&entries, "blk.0.ffn_up_exps.weight"));
         assert_eq!((gate.count, gate.input), (6, up.input));
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_and_values_of_latent_attention_have_an_entry_each() {
+    fn latent_attention_keys_and_values_have_separate_entries() {
         let spec = spec("deepseek-v2-lite");
         let MixerSpec::Latent(latent) = &spec.layers[0].mixer else { panic!() };
         let entries = entries("deepseek2", &spec);
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn value_heads_of_a_delta_net_stand_where_a_conversion_puts_them() {
+    fn delta_net_value_heads_have_llama_cpp_order() {
         let entry = Entry {
             name: String::new(),
             layer: 0,

@@ -98,7 +98,7 @@ mod tests {
     use crate::model::arch;
 
     #[test]
-    fn every_family_is_read_by_llama_cpp_or_known_not_to_be() {
+    fn every_family_has_llama_cpp_names_or_is_listed_unsupported() {
         let unread: Vec<&str> = arch::known().filter(|architecture| of(architecture).is_none()).collect();
         assert_eq!(unread, ["GPTJForCausalLM", "OPTForCausalLM"]);
         assert!(FAMILIES.iter().all(|(ours, _)| arch::known().any(|known| known == *ours)));

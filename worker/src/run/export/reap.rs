@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn saliencies_are_means_over_the_tokens_of_an_expert_and_those_without_any_are_dropped_first() {
+    fn saliency_is_the_mean_per_token_and_unused_experts_rank_last() {
         let sums = |tokens, saliency| Saliency { tokens, saliency, gate: 1.0, norm: 8.0 };
         let experts = [sums(4, 8.0), sums(0, 0.0), sums(2, 1.0), sums(1, 1.0)];
         let layer = OfLayer::new(7, experts.iter().map(OfExpert::of).collect());

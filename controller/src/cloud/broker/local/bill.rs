@@ -49,7 +49,7 @@ impl BillEntry {
 pub struct Bill {
     /// Ended instances, oldest first.
     pub entries: Vec<BillEntry>,
-    /// Instances that still bill, whatever their state.
+    /// Instances that still bill, in any state.
     pub running: Vec<Instance>,
 }
 
@@ -109,12 +109,12 @@ mod tests {
     }
 
     #[test]
-    fn the_shortest_life_on_the_smallest_machine_costs_something() {
+    fn shortest_rental_of_the_smallest_machine_has_a_cost() {
         assert!(entry("a").cost > Usd::ZERO);
     }
 
     #[test]
-    fn an_instance_is_billed_once() {
+    fn instance_is_billed_once() {
         let root = tempfile::tempdir().unwrap();
         for id in ["a", "b", "a"] {
             append(root.path(), &entry(id)).unwrap();
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn half_a_line_is_neither_read_nor_kept() {
+    fn incomplete_line_is_ignored_and_removed() {
         let root = tempfile::tempdir().unwrap();
         append(root.path(), &entry("a")).unwrap();
         let path = root.path().join("bill.jsonl");
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_bill_is_an_error_to_read_and_is_not_overwritten() {
+    fn damaged_bill_is_an_error_and_is_not_overwritten() {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join("bill.jsonl"), "nonsense\n").unwrap();
         append(root.path(), &entry("a")).unwrap();
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn appends_from_many_threads_lose_nothing() {
+    fn concurrent_appends_lose_nothing() {
         let root = tempfile::tempdir().unwrap();
         std::thread::scope(|scope| {
             for i in 0..16 {

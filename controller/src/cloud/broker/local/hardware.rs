@@ -71,7 +71,8 @@ impl Sku {
 }
 
 impl Hardware {
-    /// Looks at the machine. `root` is where instances live, `nvidia_smi` the program that lists GPUs; absent: none.
+    /// Detects the hardware. `root` is the folder of instances. `nvidia_smi` is the program that
+    /// lists GPUs; if it is absent, there are none.
     pub(super) async fn detect(root: &Path, nvidia_smi: &Path) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
@@ -171,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_without_gpu_offers_its_cpu() {
+    fn machine_without_gpus_offers_its_cpu() {
         let offers = machine("").offers();
         let [offer] = &offers[..] else { panic!("{offers:?}") };
         assert_eq!((offer.gpu_count, offer.gpu.as_deref(), offer.cpu_cores), (0, None, Some(8)));
@@ -180,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_with_gpus_offers_every_number_of_them() {
+    fn machine_with_gpus_offers_each_gpu_count() {
         let offers = machine("NVIDIA H100 80GB HBM3, 81559\nNVIDIA H100 80GB HBM3, 81559\nNVIDIA L4, 23034\n").offers();
         let brief: Vec<_> = offers.iter().map(|o| (o.gpu_count, o.gpu.as_deref().unwrap_or("-"), o.vram)).collect();
         let gib = |n| Some(Bytes::from_gib(n));
@@ -190,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nvidia_smi_may_say() {
+    fn nvidia_smi_output_is_parsed() {
         assert!(
             parse_gpus("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n").is_empty()
         );
@@ -202,7 +203,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn this_machine_has_a_core_and_memory() {
+    async fn detected_hardware_has_cores_and_memory() {
         let root = tempfile::tempdir().unwrap();
         let hardware = Hardware::detect(root.path(), Path::new("/no/such/nvidia-smi")).await;
         assert!(hardware.cores > 0 && hardware.ram.unwrap() > Bytes::from_mib(64) && hardware.gpus.is_empty());
@@ -210,13 +211,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn keys_are_read_back(count in 1u32..64, raw in "\\PC{1,40}") {
+        fn offer_keys_round_trip(count in 1u32..64, raw in "\\PC{1,40}") {
             let sku = Sku::Gpus(count, raw);
             prop_assert_eq!(Sku::parse(&sku.key()), Some(sku));
         }
 
         #[test]
-        fn any_text_for_a_list_of_gpus_is_answered(text in "(\\PC|\n|,){0,200}") {
+        fn any_nvidia_smi_output_parses_without_panic(text in "(\\PC|\n|,){0,200}") {
             for gpu in parse_gpus(&text) {
                 prop_assert!(!gpu.raw.is_empty());
             }

@@ -19,7 +19,7 @@ const DEADLINE_CHECK: Duration = Duration::from_secs(60);
 enum End {
     /// It was told to.
     Signal,
-    /// Its lease is over: nobody may ever call again, so it clears up after itself.
+    /// Its lease is over. No controller may ever call again, so it removes its files.
     Deadline,
 }
 

@@ -104,7 +104,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn only_marked_processes_are_found_and_ended() {
+    fn only_marked_processes_are_killed() {
         let home = tempfile::tempdir().unwrap();
         let marks = Marks::new("i-test", home.path().to_owned());
         assert!(marks.find().unwrap().is_empty());

@@ -137,7 +137,7 @@ impl Folder {
         self.0.join("ending").exists()
     }
 
-    /// Whether somebody holds the lock: the instance's process, or whoever is ending it.
+    /// Whether a process holds the lock: that of the instance, or one that ends it.
     pub(super) fn is_locked(&self) -> io::Result<bool> {
         // Shared: two listers must not take each other for the instance.
         match File::open(self.0.join("lock"))?.try_lock_shared() {
@@ -277,7 +277,7 @@ fn read_bounded(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-/// Deletes a tree in which somebody may have taken away their own write permission.
+/// Deletes a folder tree that may contain read-only folders.
 fn remove_stubborn(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_are_recognised_and_nothing_else_is() {
+    fn only_instance_ids_are_recognised() {
         for _ in 0..100 {
             assert!(is_id(&new_id()));
         }
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_appears_whole_and_private() {
+    fn instance_folder_is_created_atomically_and_private() {
         let root = tempfile::tempdir().unwrap();
         let folder = Folder::create(root.path(), &record("i-abcdefghijkl")).unwrap();
         assert_eq!(folder.record().unwrap(), record("i-abcdefghijkl"));
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn looking_at_the_lock_does_not_take_it() {
+    fn checking_the_lock_does_not_take_it() {
         let root = tempfile::tempdir().unwrap();
         let folder = Folder::create(root.path(), &record("i-abcdefghijkl")).unwrap();
         assert!(!folder.is_locked().unwrap());
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn something_starts_only_while_the_instance_lives_and_nobody_ends_it() {
+    fn commands_start_only_while_the_instance_is_alive() {
         let root = tempfile::tempdir().unwrap();
         let folder = Folder::create(root.path(), &record("i-abcdefghijkl")).unwrap();
         assert!(folder.admit().unwrap().is_none(), "nobody is the instance");
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn last_words_are_short_and_harmless() {
+    fn final_message_is_short_and_sanitised() {
         let root = tempfile::tempdir().unwrap();
         let folder = Folder::new(root.path());
         assert_eq!(folder.last_words(), None);
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn a_read_only_tree_can_be_removed() {
+    fn read_only_folder_tree_is_removed() {
         let root = tempfile::tempdir().unwrap();
         let folder = Folder::create(root.path(), &record("i-abcdefghijkl")).unwrap();
         let deep = folder.home().join("a/b");

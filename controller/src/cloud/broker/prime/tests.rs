@@ -44,7 +44,7 @@ fn lease(gb: u64) -> Lease {
 }
 
 #[test]
-fn an_offer_in_our_units() {
+fn offer_is_converted_to_our_units() {
     let offer = plain(item()).unwrap();
     assert_eq!((offer.gpu.as_deref(), offer.gpu_raw.as_deref()), (Some("A100-80GB"), Some("A100_80GB PCIe")));
     assert_eq!((offer.vram, offer.gpu_count), (Some(Bytes::from_gib(80)), 1));
@@ -56,7 +56,7 @@ fn an_offer_in_our_units() {
 }
 
 #[test]
-fn what_is_wanted_beyond_the_default_is_paid_for() {
+fn resources_above_the_default_are_priced() {
     let want = GpuRequest { min_disk: Some(Bytes(500 * GB)), ..GpuRequest::default() };
     let offer = offer(item(), &want, CLOUD.image).unwrap();
     assert_eq!(offer.price, UsdPerHour::from_dollars(1.6568 + 380.0 * 0.00014));
@@ -78,7 +78,7 @@ fn what_is_wanted_beyond_the_default_is_paid_for() {
 }
 
 #[test]
-fn offers_that_cannot_be_compared_say_why() {
+fn incomparable_offers_are_skipped_with_a_reason() {
     let prices = |price: Value, currency: &str| json!({"prices": {"onDemand": price, "currency": currency}});
     for (changes, reason) in [
         (prices(json!(1.0), "EUR"), "priced in EUR"),
@@ -105,7 +105,7 @@ fn offers_that_cannot_be_compared_say_why() {
 }
 
 #[test]
-fn the_image_is_one_of_the_offers() {
+fn image_is_chosen_from_the_offer() {
     let image = |images: &[&str], preferred: &str| {
         let item = item_with(json!({"images": images}));
         offer(item, &GpuRequest::default(), preferred).map(|offer| sku_of(&offer).image)
@@ -117,7 +117,7 @@ fn the_image_is_one_of_the_offers() {
 }
 
 #[test]
-fn an_order_repeats_whatever_names_the_offer() {
+fn order_repeats_every_field_that_identifies_the_offer() {
     let offer = plain(item()).unwrap();
     let ordered = order(&sku_of(&offer), offer.price, &lease(200), "ssh_1");
     let expected = json!({
@@ -138,7 +138,7 @@ fn an_order_repeats_whatever_names_the_offer() {
 }
 
 #[test]
-fn memory_is_ordered_where_it_can_be_had() {
+fn memory_is_ordered_where_the_offer_allows_it() {
     let memory = json!({"memory": {"defaultCount": 32, "maxCount": 256, "pricePerUnit": 0.004, "step": 16}});
     let want = GpuRequest { min_cpu_ram: Some(Bytes::from_gib(60)), ..GpuRequest::default() };
     let offer = offer(item_with(memory), &want, CLOUD.image).unwrap();
@@ -170,7 +170,7 @@ fn ready(user: &str, host: &str, port: u16) -> InstanceState {
 }
 
 #[test]
-fn an_instance_in_our_words() {
+fn instance_is_converted_to_our_fields() {
     let instance = pod_with(json!({})).into_instance();
     assert_eq!(
         (instance.id.0.as_str(), instance.hardware.as_str()),
@@ -183,14 +183,14 @@ fn an_instance_in_our_words() {
 }
 
 #[test]
-fn a_stopped_instance_costs_what_it_costs_unless_it_says_less() {
+fn stopped_instance_uses_its_stopped_price_or_full_price() {
     let price = |changes| pod_with(changes).into_instance().price.map(|price| price.0.dollars());
     assert_eq!(price(json!({"status": "STOPPED"})), Some(0.02));
     assert_eq!(price(json!({"status": "STOPPED", "stoppedPriceHr": null})), Some(1.657));
 }
 
 #[test]
-fn every_state_the_cloud_knows() {
+fn every_cloud_state_is_mapped() {
     let failed = |words: &str| InstanceState::Failed(words.to_owned());
     for (changes, expected) in [
         (
@@ -217,7 +217,7 @@ fn every_state_the_cloud_knows() {
 }
 
 #[test]
-fn addresses_are_read_strictly() {
+fn ssh_addresses_are_parsed_strictly() {
     let read = |text| endpoint(text).map(|endpoint| endpoint.to_string());
     assert_eq!(read("root@1.2.3.4 -p 22").as_deref(), Some("root@1.2.3.4:22"));
     assert_eq!(read("ubuntu@host-1.example.com").as_deref(), Some("ubuntu@host-1.example.com:22"));
@@ -239,7 +239,7 @@ fn addresses_are_read_strictly() {
 }
 
 #[test]
-fn refusals_by_their_words() {
+fn refusal_messages_map_to_error_kinds() {
     use BrokerErrorKind as Kind;
     for (status, body, expected) in [
         (401, json!({"detail": "Invalid API key"}), Kind::Auth),

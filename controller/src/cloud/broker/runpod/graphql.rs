@@ -7,7 +7,7 @@ use super::refused;
 use crate::cloud::broker::{BrokerError, BrokerErrorKind};
 use crate::cloud::http::{Call, Effect, Http, Method};
 
-/// How RunPod says that there is nothing left of what was asked for; it has no code for that.
+/// RunPod's messages for stock that is sold out. It has no code for that.
 const NO_CAPACITY: &[&str] = &[
     "no longer any instances available",
     "no instances available",
@@ -15,7 +15,7 @@ const NO_CAPACITY: &[&str] = &[
     "does not have the resources",
     "enough disk space",
 ];
-/// How an API says that it is no more.
+/// Messages of an API that was retired.
 const RETIRED: &[&str] =
     &["has been retired", "was retired", "has been sunset", "no longer supported", "has been removed"];
 const NO_FUNDS: &[&str] = &["balance", "insufficient funds", "spend limit", "spending limit"];
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_in_the_clouds_words() {
+    fn refusal_messages_map_to_error_kinds() {
         let nothing = json!({"podFindAndDeployOnDemand": null});
         for (message, code, expected) in [
             (
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_there_no_more_is_told_from_what_is_refused() {
+    fn retired_api_is_distinguished_from_a_refusal() {
         let field = "podFindAndDeployOnDemand";
         let unknown = json!({"errors": [error(&format!("Cannot query field \"{field}\" on type \"Mutation\"."), "X")]});
         let retired = json!({"errors": [error("The GraphQL API was retired; use REST v2.", "GONE")]});
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_executed_was_not_done() {
+    fn unexecuted_mutation_is_rejected_and_not_ambiguous() {
         let unknown = error("Cannot query field \"x\" on type \"Mutation\".", "OTHER");
         assert_eq!(of(200, json!({"errors": [unknown]})), Err(Some(BrokerErrorKind::Rejected)));
         assert_eq!(of(400, json!({"errors": [unknown]})), Err(Some(BrokerErrorKind::Rejected)));
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn what_exists_exists() {
+    fn returned_pod_counts_despite_errors() {
         let pod = json!({"id": "abc"});
         let data = json!({"podFindAndDeployOnDemand": pod});
         assert_eq!(of(200, json!({"data": data})), Ok(pod.clone()));

@@ -195,7 +195,7 @@ fn is_there<'de, D: serde::Deserializer<'de>>(from: D) -> Result<bool, D::Error>
     Ok(!Value::deserialize(from)?.is_null())
 }
 
-/// What is known of hosts, asked only if somebody wants it, and only where a wanted GPU is.
+/// Details of hosts. Queried only if needed, and only for requested GPUs.
 async fn hosts<'a>(
     http: &Http,
     want: &GpuRequest,

@@ -42,7 +42,7 @@ impl Page {
     }
 }
 
-/// Its id and its name must be readable: without them nobody can tell whose it is.
+/// Its id and its name must be readable. Without them its owner is unknown.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Pod {

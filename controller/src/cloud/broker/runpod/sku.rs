@@ -20,7 +20,7 @@ pub(super) struct Sku {
     pub(super) gpu: String,
     pub(super) count: u32,
     pub(super) tier: Tier,
-    /// Data centre; `None`: wherever there is one.
+    /// Data centre. `None`: any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) place: Option<String>,
     /// Memory of the host that the offer promises.

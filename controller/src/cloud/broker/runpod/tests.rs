@@ -37,7 +37,7 @@ fn ready(host: &str, port: u16, user: &str) -> InstanceState {
 }
 
 #[test]
-fn a_pod_in_our_words() {
+fn pod_is_converted_to_our_fields() {
     let expected = Instance {
         broker: "runpod".to_owned(),
         id: InstanceId("7h9k2m4n6p".to_owned()),
@@ -52,7 +52,7 @@ fn a_pod_in_our_words() {
 }
 
 #[test]
-fn every_status() {
+fn every_pod_status_is_mapped() {
     let direct = json!({"direct": {"host": "h.example", "port": 22, "username": "u"}});
     let mapped =
         |ports: Value| json!({"ssh": {"proxy": null, "direct": null}, "runtime": {"uptime": 9, "ports": ports}});
@@ -87,7 +87,7 @@ fn every_status() {
 }
 
 #[test]
-fn what_makes_no_sense_is_not_known() {
+fn implausible_values_become_unknown() {
     let odd = instance(json!({"cost": "0.88", "gpu": null, "createdAt": 5, "disk": -1})).unwrap();
     assert_eq!((odd.price, odd.hardware.as_str(), odd.created_at), (None, "CPU only", None));
     assert_eq!(instance(json!({"cost": -1.0})).unwrap().price, None);
@@ -103,7 +103,7 @@ fn what_makes_no_sense_is_not_known() {
 }
 
 #[test]
-fn pages() {
+fn next_page_needs_a_flag_and_a_cursor() {
     let next = |page: Value| serde_json::from_value::<Page>(page).map(|page| page.next()).ok();
     for (page, expected) in [
         (json!({"pods": []}), Some(Ok(None))),
@@ -121,7 +121,7 @@ fn pages() {
 }
 
 #[test]
-fn prices_and_disks() {
+fn offer_prices_include_disks() {
     assert_eq!(disk_gb(None), 20);
     assert_eq!(disk_gb(Some(Bytes(1))), 20);
     assert_eq!(disk_gb(Some(Bytes::from_gib(100))), 108);
@@ -147,7 +147,7 @@ fn lease() -> Lease {
 }
 
 #[test]
-fn an_order_says_it_all() {
+fn order_contains_every_requirement() {
     let sku = Sku {
         gpu: "NVIDIA A100-SXM4-80GB".to_owned(),
         count: 4,
@@ -184,7 +184,7 @@ fn an_order_says_it_all() {
 }
 
 #[tokio::test]
-async fn nothing_but_ids_gets_into_a_url() {
+async fn only_valid_ids_enter_urls() {
     for id in ["", "..", "a/b", "a?b", "a b", "%2e%2e"] {
         let id = InstanceId(id.to_owned());
         for error in [runpod().get(&id).await.unwrap_err(), runpod().terminate(&id).await.unwrap_err()] {
@@ -194,7 +194,7 @@ async fn nothing_but_ids_gets_into_a_url() {
 }
 
 #[tokio::test]
-async fn a_key_of_another_broker_is_no_offer() {
+async fn offer_key_of_another_broker_is_refused() {
     for (broker, key) in
         [("vast", r#"{"gpu":"x","count":1,"tier":"secure"}"#), (NAME, "12345"), (NAME, r#"{"gpu":"x"}"#)]
     {

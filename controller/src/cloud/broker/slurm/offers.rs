@@ -230,7 +230,7 @@ impl Found {
     }
 }
 
-/// Of a whole, for so many of all.
+/// The share of a whole for a part of all.
 fn share(whole: u64, part: u32, all: u32) -> u64 {
     whole.saturating_mul(part.into()) / u64::from(all.max(1))
 }

@@ -14,12 +14,12 @@ use crate::units::UsdPerHour;
 /// A submission that is under way, or was cut short, is waited for so long.
 const SUBMITTING_S: u64 = 120;
 
-/// Looks of several processes are at most so far apart: a longer interval is each one's own.
+/// Maximum interval of queries that several processes share. Longer intervals are not shared.
 const MOST_APART_S: u64 = 60;
 /// Prints what [`Snapshot::read`] reads, with nothing of `squeue` older than `interval`.
 const LOOK: &str = include_str!("look.sh");
 
-/// Times at which jobs may start are told to so many seconds.
+/// Resolution of estimated start times, in seconds.
 const ROUND_S: u64 = 600;
 
 /// The leases' folders below `root`, the whole queue of one user, and how the jobs ended that it
@@ -189,7 +189,7 @@ impl Folder {
     }
 }
 
-/// A lease's tag, and the state in which its job ended; `None` where nobody remembers.
+/// A lease's tag, and the final state of its job. `None` if it is no longer recorded.
 fn read_past(line: &str) -> Option<(String, String)> {
     let (tag, state) = line.split_once('|')?;
     is_over(state).then(|| (tag.to_owned(), state.to_owned()))
@@ -310,7 +310,7 @@ impl Snapshot {
             (Life::Runs, Some(_)) | (Life::Leaves | Life::Ended, Some(Stage::Launched)) => {
                 InstanceState::Ready(door.clone())
             }
-            // Its folder goes before it does.
+            // The folder is removed before the job has ended.
             (Life::Runs | Life::Leaves, None) => InstanceState::Terminating,
             (Life::Ended, None) if self.staging(tag).is_some() => InstanceState::Terminating,
             (Life::Leaves, Some(_)) => InstanceState::Booting,
@@ -319,7 +319,7 @@ impl Snapshot {
                 InstanceState::Unknown(job.map(|job| clean(job.state.as_bytes(), 40)).unwrap_or_default())
             }
         };
-        // Its files can be had all the same.
+        // Its files can still be fetched.
         let hardware = match over.filter(|_| matches!(state, InstanceState::Ready(_))) {
             Some(over) => format!("{what}; its job is over, {over}"),
             None => what,

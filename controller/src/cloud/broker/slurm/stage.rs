@@ -8,7 +8,7 @@ use super::{Sku, Slurm};
 use crate::cloud::broker::Stage;
 use crate::host::transport::quote::quote;
 
-/// Where the model lies then, as the worker sees it from `outliers/<run>` in the lease's folder.
+/// Path of the staged model, relative to `outliers/<run>` in the lease's folder.
 pub const STAGED: &str = "../../model";
 /// What follows the lease's tag in the name of its staging job.
 pub(super) const SUFFIX: &str = "-stage";

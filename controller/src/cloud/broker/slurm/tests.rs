@@ -60,7 +60,7 @@ fn state(snapshot: &Snapshot, run: &str) -> InstanceState {
 }
 
 #[test]
-fn recorded_jobs_are_told_apart_and_say_why_they_wait() {
+fn recorded_jobs_have_states_and_pending_reasons() {
     let leases: String = (1..=6).map(|i| folder(&format!("r{i}"), "waiting", "")).collect();
     let snapshot = seen(&leases, QUEUE);
     for (run, words) in [
@@ -83,7 +83,7 @@ fn recorded_jobs_are_told_apart_and_say_why_they_wait() {
 }
 
 #[test]
-fn a_job_that_is_over_keeps_its_folder_until_its_files_are_home() {
+fn finished_job_keeps_its_folder_until_results_are_saved() {
     let leases = folder("r2", "launched", "1700000000") + &folder("r6", "waiting", "");
     let snapshot = seen(&leases, LATER);
     assert_eq!(state(&snapshot, "r2"), InstanceState::Ready(door()), "there may be results");
@@ -99,7 +99,7 @@ fn a_job_that_is_over_keeps_its_folder_until_its_files_are_home() {
 }
 
 #[test]
-fn every_end_has_its_name() {
+fn every_final_job_state_has_a_message() {
     for (word, says) in [
         ("OUT_OF_MEMORY", "more memory"),
         ("TIMEOUT", "time limit"),
@@ -120,7 +120,7 @@ fn every_end_has_its_name() {
 
 /// All that the page "Job State Codes" of Slurm's documentation names.
 #[test]
-fn every_state_of_later_versions_is_known() {
+fn states_of_newer_slurm_versions_are_mapped() {
     for word in [
         "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PENDING PREEMPTED RUNNING SUSPENDED",
         "TIMEOUT COMPLETING CONFIGURING EXPEDITING LAUNCH_FAILED POWER_UP_NODE RECONFIG_FAIL REQUEUED REQUEUE_FED",
@@ -136,7 +136,7 @@ fn every_state_of_later_versions_is_known() {
 }
 
 #[test]
-fn a_job_and_the_one_that_fetches_for_it_are_one_instance() {
+fn main_job_and_staging_job_form_one_instance() {
     let waits = format!("@job 8|PENDING|Dependency|gpu|N/A|N/A||{}\n", tag("r1"));
     let fetches = |word: &str, reason: &str| format!("@job 7|{word}|{reason}|io|1|2|n1|{}-stage\n{waits}", tag("r1"));
     let lease = folder("r1", "waiting", "");
@@ -162,7 +162,7 @@ fn a_job_and_the_one_that_fetches_for_it_are_one_instance() {
 }
 
 #[test]
-fn what_the_queue_has_forgotten_is_named_where_slurm_remembers() {
+fn sacct_names_jobs_gone_from_the_queue() {
     let leases = folder("r1", "launched", "1700000000") + &folder("r2", "waiting", "");
     for (word, says, by_time) in [
         ("TIMEOUT", "time limit", true),
@@ -182,7 +182,7 @@ fn what_the_queue_has_forgotten_is_named_where_slurm_remembers() {
 }
 
 #[test]
-fn five_hundred_jobs_are_listed_whole_by_one_question() {
+fn five_hundred_jobs_are_listed_by_one_query() {
     let folder = tempfile::tempdir().unwrap();
     let (root, asked) = (folder.path().join("jobs"), folder.path().join("asked"));
     for i in 0..500 {
@@ -208,14 +208,14 @@ fn five_hundred_jobs_are_listed_whole_by_one_question() {
 }
 
 #[test]
-fn a_submission_under_way_is_not_over() {
+fn job_being_submitted_is_booting() {
     let snapshot = seen(&folder("r1", "submitting", ""), "");
     assert_eq!((state(&snapshot, "r1"), snapshot.over(&tag("r1"))), (InstanceState::Booting, None));
     assert_eq!(seen("", "").over(&tag("r1")), None, "one that nothing is known of is not over");
 }
 
 #[test]
-fn half_a_list_is_none_and_odd_lines_are_shown() {
+fn truncated_list_is_an_error_and_malformed_lines_are_shown() {
     assert!(Snapshot::read(QUEUE).is_err_and(|error| error.kind == Kind::Unavailable));
     let odd = seen("", "@job 1|RUNNING\n@job x y|lower|a|b|c|d|e\n");
     let all = odd.instances(&door());
@@ -230,7 +230,7 @@ fn offered(nodes: &str, want: &GpuRequest) -> Vec<Offer> {
 }
 
 #[test]
-fn node_groups_are_offers_of_what_is_wanted() {
+fn node_groups_become_offers_of_the_requested_size() {
     let want = |count| GpuRequest { gpu_count: Some(count), ..GpuRequest::default() };
     assert!(offered(NODES, &want(1)).is_empty(), "the recorded cluster shows no GPUs");
     let cpus = offered(NODES, &want(0));
@@ -253,7 +253,7 @@ fn node_groups_are_offers_of_what_is_wanted() {
 }
 
 #[test]
-fn the_queues_own_estimate_is_shown() {
+fn start_estimate_of_the_queue_is_shown() {
     let nodes = "@nodes gpu|up|1:00:00|0/1/0/1|8|1000|gpu:l4:1\n@nodes big|up|1:00:00|0/1/0/1|8|1000|gpu:l4:1\n";
     let mut found = offers::read(nodes, &GpuRequest::default(), &site());
     found.note_starts(
@@ -280,7 +280,7 @@ fn two_gpus() -> Sku {
 }
 
 #[test]
-fn a_job_that_fetches_is_submitted_before_the_one_that_waits_for_it() {
+fn staging_job_is_submitted_before_the_main_job() {
     let file = |name: &str, bytes| FileBytes { name: name.into(), bytes };
     let files = vec![file("config.json", 7), file("model.safetensors", 8)];
     let stage = Stage { model: "a/b".into(), commit: "c0ffee".into(), files };
@@ -323,7 +323,7 @@ fn a_job_that_fetches_ends_with_its_lease_even_if_the_folder_is_gone() {
 }
 
 #[test]
-fn a_submission_names_the_tag_and_the_limits_and_nothing_is_read_by_a_shell() {
+fn submission_has_tag_and_limits_and_is_shell_quoted() {
     let (lease, sku) = (lease(None), two_gpus());
     let root = "/scratch/it's me; rm -rf x";
     let script = slurm().submission(root, &sku, &lease, Duration::from_secs(3601));
@@ -348,7 +348,7 @@ fn a_submission_names_the_tag_and_the_limits_and_nothing_is_read_by_a_shell() {
 }
 
 #[test]
-fn refusals_mean_what_they_mean() {
+fn sbatch_refusals_map_to_error_kinds() {
     for (words, kind) in [
         ("Socket timed out on send/recv operation", Kind::Maybe),
         ("Unable to contact slurm controller (connect failure)", Kind::Unavailable),
@@ -366,7 +366,7 @@ fn refusals_mean_what_they_mean() {
 
 proptest! {
     #[test]
-    fn no_answer_breaks_the_readers(text in "(@job |@lease |@unstaged |@nodes |[a-z0-9|:/(),-]|\n){0,60}") {
+    fn any_answer_parses_without_panic(text in "(@job |@lease |@unstaged |@nodes |[a-z0-9|:/(),-]|\n){0,60}") {
         let _ = Snapshot::read(&format!("{text}\n@end ")).map(|snapshot| snapshot.instances(&door()));
         let want = GpuRequest { gpu_count: Some(0), ..GpuRequest::default() };
         let _ = offers::read(&text, &want, &site());

@@ -31,7 +31,7 @@ fn lease() -> Lease {
 }
 
 #[test]
-fn an_offer_in_our_units() {
+fn offer_is_converted_to_our_units() {
     let offer = offer(ask(), false).unwrap();
     assert_eq!(offer.gpu.as_deref(), Some("H100"));
     assert_eq!(offer.gpu_raw.as_deref(), Some("H100 PCIE"));
@@ -48,7 +48,7 @@ fn an_offer_in_our_units() {
 }
 
 #[test]
-fn a_bid_costs_the_least_that_can_be_bid_and_the_disk() {
+fn spot_price_is_the_minimum_bid_plus_disk() {
     let offer = offer(ask(), true).unwrap();
     assert_eq!(offer.price, UsdPerHour::from_dollars(0.9333 + 0.0277));
     assert!(offer.spot);
@@ -56,7 +56,7 @@ fn a_bid_costs_the_least_that_can_be_bid_and_the_disk() {
 }
 
 #[test]
-fn what_the_cloud_does_not_say_is_unknown() {
+fn absent_fields_are_unknown() {
     for (field, value) in [("cpu_cores", Value::Null), ("cpu_ram", json!("much")), ("cpu_cores_effective", json!(-1))] {
         assert_eq!(offer(ask_with(field, value), false).unwrap().cpu_ram, None, "{field}");
     }
@@ -66,7 +66,7 @@ fn what_the_cloud_does_not_say_is_unknown() {
 }
 
 #[test]
-fn the_cloud_tells_processor_and_compute_capability() {
+fn cpu_architecture_and_compute_capability_are_parsed() {
     let told = |field: &str, value: Value| {
         let offer = offer(ask_with(field, value), false).unwrap();
         (offer.capability, offer.arm)
@@ -82,7 +82,7 @@ fn the_cloud_tells_processor_and_compute_capability() {
 }
 
 #[test]
-fn offers_that_cannot_be_used_say_why() {
+fn unusable_offers_are_skipped_with_a_reason() {
     for (field, value, reason) in [
         ("rentable", json!(false), "rented already"),
         ("rented", json!(true), "rented already"),
@@ -101,7 +101,7 @@ fn offers_that_cannot_be_used_say_why() {
 }
 
 #[test]
-fn a_search_asks_for_no_more_than_is_wanted() {
+fn search_contains_only_the_requested_filters() {
     let asked = query(&GpuRequest::default(), RentalKind::OnDemand);
     assert_eq!(
         (&asked["type"], &asked["num_gpus"], &asked["allocated_storage"]),
@@ -139,7 +139,7 @@ fn a_search_asks_for_no_more_than_is_wanted() {
 }
 
 #[test]
-fn an_order_names_a_price_only_for_a_bid() {
+fn order_has_a_price_only_for_spot() {
     let ordered = order(&OfferKey { ask: 1, bid: None }, &lease(), "image").unwrap();
     assert_eq!(ordered.get("price"), None);
     assert_eq!(ordered["label"], "outliers-me-r1-n1-1795250000");
@@ -153,7 +153,7 @@ fn an_order_names_a_price_only_for_a_bid() {
 }
 
 #[test]
-fn the_start_script_lets_the_key_in_once() {
+fn start_script_adds_the_key_once() {
     let home = tempfile::tempdir().unwrap();
     let root = home.path().display().to_string();
     let script = on_start(lease().ssh_public_key.trim()).replace("/root", &root).replace("/etc", &root);
@@ -192,7 +192,7 @@ fn ready(host: &str, port: u16) -> InstanceState {
 }
 
 #[test]
-fn an_instance_in_our_words() {
+fn instance_is_converted_to_our_fields() {
     let instance = serde_json::from_value::<Contract>(contract()).unwrap().into_instance();
     assert_eq!((instance.id.0.as_str(), instance.hardware.as_str()), ("7835610", "1 x H100"));
     assert_eq!(instance.tag().map(|tag| tag.run), Some("r1".to_owned()));
@@ -202,7 +202,7 @@ fn an_instance_in_our_words() {
 }
 
 #[test]
-fn every_state_the_cloud_knows() {
+fn every_cloud_state_is_mapped() {
     let oci = "Error response from daemon: failed to create task for container: OCI runtime create failed";
     let failed = |words: &str| InstanceState::Failed(words.to_owned());
     let stopped =
@@ -226,7 +226,7 @@ fn every_state_the_cloud_knows() {
 }
 
 #[test]
-fn the_relay_serves_where_there_is_no_direct_port() {
+fn ssh_relay_is_used_without_a_direct_port() {
     assert_eq!(state_with(json!({"ports": null})), ready("ssh5.vast.ai", 15610));
     assert_eq!(state_with(json!({"ports": [1, 2]})), ready("ssh5.vast.ai", 15610));
     assert_eq!(state_with(json!({"public_ipaddr": "-oProxyCommand=sh"})), ready("ssh5.vast.ai", 15610));
@@ -237,7 +237,7 @@ fn the_relay_serves_where_there_is_no_direct_port() {
 }
 
 #[test]
-fn refusals_by_their_words() {
+fn refusal_messages_map_to_error_kinds() {
     use BrokerErrorKind as Kind;
     let gone = "error 404/3603: no_such_ask Instance type by id 1234567 is not available.";
     for (status, body, expected) in [
@@ -257,7 +257,7 @@ fn refusals_by_their_words() {
 }
 
 #[test]
-fn only_the_api_itself_says_that_an_instance_is_gone() {
+fn only_an_api_answer_proves_an_instance_gone() {
     for (status, body, gone) in [
         (404, r#"{"success":false,"error":"not_found","msg":"Instance not found"}"#, true),
         (404, r#"{"success":false,"error":"no_such_instance","msg":"Instance 7835610 not found."}"#, true),
@@ -270,7 +270,7 @@ fn only_the_api_itself_says_that_an_instance_is_gone() {
 }
 
 #[test]
-fn no_instance_is_null_and_nothing_else() {
+fn only_null_means_no_instance() {
     assert!(serde_json::from_str::<Single>(r#"{"instances": null}"#).unwrap().instances.is_none());
     // What is there and makes no sense is an instance that cannot be read, and no sign that it is gone.
     for odd in [r#"{"instances": []}"#, r#"{"instances": {}}"#] {
@@ -297,7 +297,7 @@ fn self_destruct(variables: &[(&str, &str)]) -> (bool, String, String) {
 }
 
 #[test]
-fn an_instance_ends_itself_without_showing_its_key() {
+fn self_termination_does_not_expose_the_key() {
     let (done, sent, said) = self_destruct(&[("CONTAINER_ID", "7835610"), ("CONTAINER_API_KEY", "abc123")]);
     assert!(done, "{said}");
     let (arguments, input) = sent.split_once('\n').unwrap();

@@ -1,4 +1,4 @@
-//! From an endpoint to an authenticated connection, with the reason told apart where it fails.
+//! Opens an authenticated connection to an endpoint. Failures have distinct kinds.
 
 use std::borrow::Cow;
 use std::io;

@@ -96,7 +96,7 @@ mod tests {
         "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAILM+rvN+ot98qgEN796jTiQfZfG1KaT0PtFDJ/XFSqti user@example.com";
 
     #[test]
-    fn a_pin_is_a_key_or_its_fingerprint() {
+    fn pin_is_a_key_or_its_fingerprint() {
         let key = PublicKey::from_openssh(KEY).unwrap();
         let by_key = HostKeyPin::new(KEY).unwrap();
         assert!(!by_key.as_str().contains("example"), "the comment is no part of the key");
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn another_key_does_not_match_and_nonsense_is_refused() {
+    fn pin_rejects_another_key_and_malformed_text() {
         let other = russh::keys::PrivateKey::from(russh::keys::ssh_key::private::Ed25519Keypair::from_seed(&[7; 32]));
         assert!(!HostKeyPin::new(KEY).unwrap().matches(other.public_key()));
         for bad in ["", "SHA256:short", "ssh-ed25519 AAAA", "-----BEGIN"] {

@@ -130,7 +130,7 @@ pub(super) async fn explain(handle: &Handle<Client>, part: &str, error: Transpor
     }
 }
 
-/// `script` for a POSIX shell, whatever the login shell is.
+/// `script` for a POSIX shell, under any login shell.
 fn in_sh(script: &str) -> String {
     format!("sh -c {}", quote(&format!("LC_ALL=C; export LC_ALL; {script}")))
 }

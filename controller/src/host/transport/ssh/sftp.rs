@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_end_of_an_endless_file_is_an_end() {
+    async fn download_of_an_endless_file_stops_at_its_limit() {
         let (ours, theirs) = tokio::io::duplex(1 << 20);
         server::run(theirs, Endless).await;
         let sftp = Sftp::over(ours, Duration::from_secs(20)).await.unwrap();

@@ -184,7 +184,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_are_the_parts_and_start_where_dd_can_seek() {
+    fn blocks_cover_the_file_at_offsets_dd_can_seek() {
         let unit = 4 << 20;
         let queue = Queue::of(&[0..unit, 3 * unit..3 * unit + 5]);
         assert_eq!(queue.len(), 4);

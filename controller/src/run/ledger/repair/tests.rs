@@ -37,7 +37,7 @@ fn repaired(folder: &Path, results: &Path) -> (Repaired, Ledger) {
 }
 
 #[test]
-fn a_ledger_that_is_garbage_is_kept_aside_and_made_again_of_the_results() {
+fn garbage_ledger_is_kept_and_rebuilt_from_results() {
     let (state, results) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let ledger = Ledger::open(state.path()).unwrap();
     let owner = ledger.owner().to_owned();
@@ -63,7 +63,7 @@ fn a_ledger_that_is_garbage_is_kept_aside_and_made_again_of_the_results() {
 }
 
 #[test]
-fn readable_runs_of_a_damaged_ledger_are_kept_and_the_others_named() {
+fn repair_keeps_readable_runs_and_names_the_others() {
     let (state, results) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let ledger = Ledger::open(state.path()).unwrap();
     let (good, told, lost) = (
@@ -83,7 +83,7 @@ fn readable_runs_of_a_damaged_ledger_are_kept_and_the_others_named() {
 }
 
 #[test]
-fn nothing_is_repaired_under_a_process_that_drives_a_run() {
+fn repair_is_refused_while_a_run_is_driven() {
     let (state, results) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let ledger = Ledger::open(state.path()).unwrap();
     let driven = ledger.plan(&spec()).unwrap();
@@ -94,7 +94,7 @@ fn nothing_is_repaired_under_a_process_that_drives_a_run() {
 }
 
 #[test]
-fn other_ledgers_runs_among_the_results_are_left_out_and_the_owner_is_found_anew() {
+fn repair_ignores_runs_of_other_owners_and_finds_its_owner() {
     let (state, results) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let elsewhere = tempfile::tempdir().unwrap();
     let other = Ledger::open(elsewhere.path()).unwrap();

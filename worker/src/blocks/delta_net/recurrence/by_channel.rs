@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn both_forms_equal_the_definition_under_weak_and_strong_decays_of_channels() {
+    fn channel_decays_equal_the_definition_in_both_forms() {
         for positions in [1, 3, 15, 16, 17, 50, 130] {
             for strongest in [0.0, 0.02, 1.0, 30.0, 2000.0] {
                 let heads = heads(positions, strongest);
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn channels_that_decay_alike_are_a_head_that_decays() {
+    fn equal_channel_decays_equal_a_head_decay() {
         let each = heads(70, 0.5);
         let of_head = each.decay.narrow(2, 0, 1).unwrap();
         let alike = Heads { decay: of_head.broadcast_as((3, 70, 10)).unwrap().contiguous().unwrap(), ..each.clone() };

@@ -26,7 +26,7 @@ fn refused(json: &str, data: u64) -> String {
 }
 
 #[test]
-fn a_good_header_is_understood() {
+fn valid_header_is_parsed() {
     let header = parse(
         r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"BF16","shape":[2,3],"data_offsets":[4,16]},
             "a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},"e":{"dtype":"F32","shape":[0,9],"data_offsets":[4,4]}}"#,
@@ -41,7 +41,7 @@ fn a_good_header_is_understood() {
 }
 
 #[test]
-fn lies_are_named() {
+fn contradictory_headers_are_refused_with_a_reason() {
     let f32 = |shape: &str, offsets: &str| format!(r#"{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}"#);
     let one = |entry: String| format!(r#"{{"a":{entry}}}"#);
     let two = |a: String, b: String| format!(r#"{{"a":{a},"b":{b}}}"#);
@@ -72,7 +72,7 @@ fn lies_are_named() {
 }
 
 #[test]
-fn lengths_are_checked_before_anything_is_read() {
+fn lengths_are_checked_before_reading() {
     for (start, file_len, says) in [
         (&[1, 0, 0][..], 3, "too short"),
         (&u64::MAX.to_le_bytes()[..], 1 << 40, "over the limit"),
@@ -92,7 +92,7 @@ fn escape_sequences_do_not_reach_the_message() {
 }
 
 #[test]
-fn a_file_is_named_in_errors() {
+fn errors_name_the_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.safetensors");
     assert_eq!(read_header(&path).unwrap_err().kind(), FailureKind::Storage);
@@ -195,7 +195,7 @@ proptest! {
     }
 
     #[test]
-    fn mutated_headers_never_panic_and_never_lie(
+    fn mutated_headers_never_panic_or_give_wrong_ranges(
         tensors in samples(),
         edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
         cut in any::<prop::sample::Index>(),
@@ -220,13 +220,13 @@ proptest! {
     }
 
     #[test]
-    fn noise_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200), len in any::<u64>()) {
+    fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), len in any::<u64>()) {
         let _ = Header::parse(&bytes, len);
     }
 }
 
 #[test]
-fn an_incomplete_file_never_appears() {
+fn incomplete_file_never_appears() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x.safetensors");
     let specs = [TensorSpec::new("a", StoredDtype::F32, &[3, 2])];

@@ -48,7 +48,7 @@ fn rows_of_a_transposed_matrix_take_one_read_per_column() {
 }
 
 #[test]
-fn a_value_is_not_cut() {
+fn values_are_not_split() {
     let transposed = entry(&[2, 2], &[1, 2]);
     let read = |_: u64, _: &mut [u8]| -> Result<()> { panic!("nothing is to be read") };
     let error = gather(&transposed, &[1, 2], 1..3, &mut [0; 2], &read).unwrap_err();
@@ -56,7 +56,7 @@ fn a_value_is_not_cut() {
 }
 
 #[test]
-fn far_apart_values_are_not_read_together_with_what_is_between() {
+fn distant_values_are_read_separately() {
     let size = Cell::new(0);
     let read = |_: u64, into: &mut [u8]| {
         size.set(size.get().max(into.len()));
@@ -70,7 +70,7 @@ fn far_apart_values_are_not_read_together_with_what_is_between() {
 
 proptest! {
     #[test]
-    fn any_part_of_any_view_is_what_row_major_order_says(
+    fn any_slice_of_any_view_is_in_row_major_order(
         dims in prop::collection::vec((1_u64..6, 0_u64..9), 1..5), cut in (0.0..1.0, 0.0..1.0)) {
         let (shape, strides): (Vec<_>, Vec<_>) = dims.into_iter().unzip();
         let entry = entry(&shape, &strides);

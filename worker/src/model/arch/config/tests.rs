@@ -35,7 +35,7 @@ fn published() -> Value {
 }
 
 #[test]
-fn an_empty_configuration_is_the_class_of_its_family() {
+fn empty_config_equals_the_class_defaults() {
     for family in FAMILIES {
         let Architecture { reading, .. } = read(&with(family.architecture, published())).unwrap();
         assert_eq!(reading.class, family.class);
@@ -63,7 +63,7 @@ fn an_empty_configuration_is_the_class_of_its_family() {
 }
 
 #[test]
-fn every_attribute_of_every_class_is_read_or_known_to_change_nothing() {
+fn every_class_attribute_is_read_or_known_irrelevant() {
     for family in FAMILIES {
         let values = published();
         let class = Class::of(family.class);
@@ -82,7 +82,7 @@ fn every_attribute_of_every_class_is_read_or_known_to_change_nothing() {
 }
 
 #[test]
-fn published_configurations_hold_no_key_that_is_not_known() {
+fn published_configs_have_no_unknown_key() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/published");
     let mut read_ones = 0;
     for entry in std::fs::read_dir(folder).unwrap() {
@@ -95,7 +95,7 @@ fn published_configurations_hold_no_key_that_is_not_known() {
 }
 
 #[test]
-fn keys_that_are_null_or_of_another_type_are_named() {
+fn null_or_mistyped_keys_are_named() {
     for key in ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size"] {
         for bad in [Value::Null, json!("many"), json!(-3), json!(1.5)] {
             let error = refused("LlamaForCausalLM", json!({key: bad}));
@@ -115,7 +115,7 @@ fn keys_that_are_null_or_of_another_type_are_named() {
 }
 
 #[test]
-fn a_setting_goes_by_all_its_names_but_not_by_two_that_differ() {
+fn aliases_of_a_setting_must_agree() {
     let experts = |settings| match &read(&with("Qwen3MoeForCausalLM", settings)).unwrap().spec.layers[0].ffn {
         FfnSpec::Moe(moe) => moe.experts,
         other => panic!("{other:?}"),
@@ -127,7 +127,7 @@ fn a_setting_goes_by_all_its_names_but_not_by_two_that_differ() {
 }
 
 #[test]
-fn whole_numbers_are_switches() {
+fn integers_are_accepted_as_booleans() {
     let tuned = |value: Value| {
         let settings = json!({"attn_temperature_tuning": value});
         attention("Llama4ForConditionalGeneration", settings, 3).temperature.is_some()
@@ -137,7 +137,7 @@ fn whole_numbers_are_switches() {
 }
 
 #[test]
-fn layer_types_and_windows_of_qwens_are_those_of_their_classes() {
+fn qwen_layer_types_and_windows_follow_their_classes() {
     let windows = |architecture: &str, settings: Value| -> Vec<Window> {
         let spec = read(&with(architecture, settings)).unwrap().spec;
         let window = |mixer: &MixerSpec| match mixer {
@@ -168,7 +168,7 @@ fn layer_types_and_windows_of_qwens_are_those_of_their_classes() {
 }
 
 #[test]
-fn settings_that_change_the_computation_are_read_or_refused_by_name() {
+fn unsupported_settings_are_refused_by_name() {
     let oss = read(&with("GptOssForCausalLM", json!({"swiglu_alpha": 1.5, "swiglu_limit": 5.0}))).unwrap().spec;
     let FfnSpec::Moe(moe) = &oss.layers[0].ffn else { panic!() };
     assert!(matches!(moe.expert.kind, MlpKind::ClampedSwiglu { limit: 5.0, alpha: 1.5, .. }));
@@ -191,14 +191,14 @@ fn settings_that_change_the_computation_are_read_or_refused_by_name() {
 }
 
 #[test]
-fn keys_that_nobody_knows_are_listed() {
+fn unknown_keys_are_listed() {
     let config =
         with("LlamaForCausalLM", json!({"scale_emb": 12, "rope_scaling": {"rope_type": "default", "mrope": [1]}}));
     assert_eq!(read(&config).unwrap().reading.unknown, ["rope_scaling.mrope", "scale_emb"]);
 }
 
 #[test]
-fn model_type_stands_in_for_the_architecture_and_must_not_contradict_it() {
+fn model_type_replaces_or_must_match_the_architecture() {
     assert_eq!(read(&json!({"model_type": "qwen3"})).unwrap().family.architecture, "Qwen3ForCausalLM");
     let error =
         read(&json!({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3"})).map(|_| ()).unwrap_err();
@@ -206,7 +206,7 @@ fn model_type_stands_in_for_the_architecture_and_must_not_contradict_it() {
 }
 
 #[test]
-fn rope_is_read_in_the_old_spelling_and_the_new() {
+fn rope_settings_are_read_in_old_and_new_form() {
     let rope = |settings: Value| attention("LlamaForCausalLM", settings, 0).rope.unwrap();
     let old = json!({"head_dim": 4, "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}});
     let new = json!({"head_dim": 4, "rope_parameters": {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}});
@@ -219,7 +219,7 @@ fn rope_is_read_in_the_old_spelling_and_the_new() {
 }
 
 #[test]
-fn yarn_takes_zero_for_not_given_and_its_context_from_where_it_is() {
+fn yarn_treats_zero_as_absent_and_finds_its_context() {
     let yarn = |settings: Value| match attention("LlamaForCausalLM", settings, 0).rope.unwrap().scaling {
         RopeScaling::Yarn { original_positions, beta_fast, attention_factor, .. } => {
             (original_positions, beta_fast, attention_factor)
@@ -234,7 +234,7 @@ fn yarn_takes_zero_for_not_given_and_its_context_from_where_it_is() {
 }
 
 #[test]
-fn formats_of_compressed_tensors_are_those_of_all_groups_or_refused_by_name() {
+fn compressed_tensors_groups_must_share_a_supported_format() {
     let read_with = |quantisation: Value| {
         let mut config = with("DeepseekV3ForCausalLM", json!({}));
         config["quantization_config"] = quantisation;
@@ -269,7 +269,7 @@ fn formats_of_compressed_tensors_are_those_of_all_groups_or_refused_by_name() {
 }
 
 #[test]
-fn a_part_of_a_head_rotates_under_a_key_of_minimax_unless_the_settings_say_another() {
+fn minimax_rotary_dim_sets_the_rotated_part_of_a_head() {
     let dims = |settings: Value| {
         let rope = attention("MiniMaxM2ForCausalLM", settings, 0).rope.unwrap();
         (rope.dims, rope.theta)
@@ -283,7 +283,7 @@ fn a_part_of_a_head_rotates_under_a_key_of_minimax_unless_the_settings_say_anoth
 }
 
 #[test]
-fn each_kind_of_layers_has_the_rotation_that_its_class_takes() {
+fn each_layer_type_has_the_rope_of_its_class() {
     let rope = |architecture: &str, settings: Value, layer: usize| {
         let rope = attention(architecture, settings, layer).rope.unwrap();
         (rope.theta, rope.dims, rope.scaling)
@@ -317,7 +317,7 @@ fn each_kind_of_layers_has_the_rotation_that_its_class_takes() {
 }
 
 #[test]
-fn kimi_linear_counts_its_layers_from_one_and_takes_other_lists_for_wrong() {
+fn kimi_linear_layer_lists_are_one_based_and_checked() {
     let kinds = |lists: Value| {
         let config = with("KimiLinearForCausalLM", json!({"num_hidden_layers": 3, "linear_attn_config": lists}));
         read(&config).map(|read| read.spec.layers.iter().map(|layer| layer.mixer.score_heads() > 0).collect::<Vec<_>>())
@@ -338,7 +338,7 @@ fn kimi_linear_counts_its_layers_from_one_and_takes_other_lists_for_wrong() {
 }
 
 #[test]
-fn what_lings_code_would_compute_otherwise_is_refused() {
+fn ling_settings_with_other_semantics_are_refused() {
     for (key, value) in [
         ("score_function", json!("softmax")),
         ("use_rmsnorm", json!(false)),
@@ -353,7 +353,7 @@ fn what_lings_code_would_compute_otherwise_is_refused() {
 }
 
 #[test]
-fn layers_with_experts_are_those_the_class_takes_for_them() {
+fn expert_layers_follow_the_class() {
     let sparse = |architecture: &str, mut settings: Value| -> Vec<bool> {
         settings["num_hidden_layers"] = json!(4);
         let spec = read(&with(architecture, settings)).unwrap().spec;
@@ -377,7 +377,7 @@ fn layers_with_experts_are_those_the_class_takes_for_them() {
 }
 
 #[test]
-fn fp8_tiles_are_those_of_the_class_where_nothing_is_said() {
+fn fp8_block_size_defaults_to_that_of_the_class() {
     let config = |settings: Value| {
         let mut config = with("DeepseekV3ForCausalLM", json!({}));
         config["quantization_config"] = settings;
