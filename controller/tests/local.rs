@@ -293,7 +293,7 @@ async fn running_command_ends_with_its_instance() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_command_that_ends_with_a_signal_to_its_instance_is_no_failure_of_its_own() {
+async fn command_killed_with_its_instance_reports_gone() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     let there = cloud.reach(&instance);
@@ -331,7 +331,7 @@ async fn deadline_ends_the_instance_and_its_bill() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_deadline_ends_an_instance_that_has_lost_its_gate() {
+async fn deadline_ends_an_instance_without_its_gate_file() {
     let cloud = Cloud::new();
     let instance = cloud.broker.create(&cloud.offer().await, &cloud.lease_for(4)).await.unwrap();
     let worker = text(&cloud.reach(&instance), "sleep 300 </dev/null >/dev/null 2>&1 & echo $!").await;

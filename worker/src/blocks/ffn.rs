@@ -675,7 +675,7 @@ mod tests {
     }
 
     #[test]
-    fn exponentials_are_rounded_once() {
+    fn exp_is_correctly_rounded_to_f32() {
         for i in -1_000_000i32..1_000_000 {
             let x = i as f32 * 8.7e-5;
             let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
@@ -686,7 +686,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_number_is_chosen_and_shows_whatever_its_sign() {
+    fn nan_logits_of_either_sign_are_chosen_first() {
         for nan in [f32::NAN, -f32::NAN] {
             let (experts, weights) = routed(RouterSpec::TopKSoftmax, &[1.0, nan, f32::INFINITY, 0.0], &[], 2);
             assert_eq!(experts, [1, 2]);
@@ -717,7 +717,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn vectorised_experts_equal_looped_ones_bit_for_bit(
+        fn outputs_sum_experts_in_ascending_order(
             rows in prop::collection::vec(prop::sample::subsequence((0..7u32).collect::<Vec<_>>(), 3), 1..40),
             scales_input in any::<bool>(),
             dtype in prop::sample::select(vec![DType::F32, DType::BF16]),

@@ -515,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn as_many_tokens_are_computed_together_as_fit() {
+    fn micro_batch_is_the_largest_that_fits() {
         let gib = |n: u64| n << 30;
         assert_eq!(chosen(16, 2048, 1, gib(33)), 32_768, "all of them");
         assert_eq!(chosen(16, 2048, 1, gib(32)), 16_384, "what libraries take is left free");

@@ -302,7 +302,7 @@ fn staging_job_is_submitted_before_the_main_job() {
 }
 
 #[test]
-fn a_job_that_fetches_ends_with_its_lease_even_if_the_folder_is_gone() {
+fn staging_job_is_cancelled_even_without_its_folder() {
     let scratch = tempfile::tempdir().unwrap();
     let root = scratch.path().join("jobs");
     let lease = root.join(tag("r1"));
