@@ -228,7 +228,12 @@ async fn terminate_ends_processes_of_other_sessions_and_stopped_ones() {
     let instance = cloud.rent().await;
     let there = cloud.reach(&instance);
     let mut pids = shed_marks(&there).await;
-    let stopped = text(&there, "sleep 305 </dev/null >/dev/null 2>&1 & P=$!; kill -STOP $P; echo $P").await;
+    // In a session of its own: a group that loses its parent while a member is stopped gets a SIGHUP.
+    let script = "
+        setsid sleep 305 </dev/null >/dev/null 2>&1 & P=$!
+        until [ \"$(cut -d' ' -f6 /proc/$P/stat)\" = $P ]; do :; done
+        kill -STOP $P; echo $P";
+    let stopped = text(&there, script).await;
     pids.push(stopped.parse().unwrap());
     assert!(pids.len() == 5 && pids.iter().all(|pid| alive(*pid)), "{pids:?}");
     cloud.broker.terminate(&instance.id).await.unwrap();
