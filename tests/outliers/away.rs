@@ -40,7 +40,7 @@ fn run_is_resumed_after_the_terminal_closes() {
     let said = context.stderr();
     assert_eq!(code, Some(6), "{said}");
     assert!(said.contains("was left running") && said.contains("outliers attach"), "{said}");
-    assert!(said.contains("after 2 h without a controller"), "{said}");
+    assert!(said.contains("after 2 h 00 min without a controller"), "{said}");
     assert_eq!(context.bill().running.len(), 1, "it works on");
     let shown = context.run(["status"]).ok();
     assert!(shown.stdout.contains("launched, abandoned"), "{shown:?}");
