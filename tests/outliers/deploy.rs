@@ -130,7 +130,7 @@ fn dry_run_rents_nothing() {
 #[test]
 fn filter_that_removed_every_offer_is_named() {
     let context = TestContext::new();
-    let said = context.run(fixture("llama-f32", &["--max-price", "0.0000001"]));
+    let said = context.run(fixture("llama-f32", &["--max-price", "0.000001"]));
     assert_eq!(said.code, Some(3), "{said:?}");
     assert!(said.stderr.contains("--max-price"), "{}", said.stderr);
     let said = context.run(fixture("llama-f32", &["--min-cpu-ram", "1000000"]));

@@ -50,8 +50,9 @@ impl Broker for Cloud {
     }
 
     async fn offers(&self, _want: &GpuRequest) -> Result<Offers, BrokerError> {
-        let offer = |key: &str| Offer::new(NAME, key.to_owned(), 0, UsdPerHour::from_dollars(1.0));
-        Ok(Offers { offers: vec![offer("hostile"), offer(GOOD)], dropped: Vec::new() })
+        let offer = |key: &str, price| Offer::new(NAME, key.to_owned(), 0, UsdPerHour::from_dollars(price));
+        // The cheapest is rented first.
+        Ok(Offers { offers: vec![offer("hostile", 1.0), offer(GOOD, 1.1)], dropped: Vec::new() })
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
