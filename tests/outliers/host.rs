@@ -280,6 +280,23 @@ async fn zombie_or_foreign_pid_is_not_taken_for_the_worker() {
     child.wait().unwrap();
 }
 
+/// Hosts of several runs may share a folder.
+#[tokio::test]
+async fn concurrent_pushes_of_one_worker_all_succeed() {
+    let Some(scene) = Scene::new().await else { return };
+    let file = scene.worker_file(env!("CARGO_PKG_VERSION"));
+    let script = std::fs::read_to_string(&file).unwrap();
+    let on = |_: HostEvent| {};
+    for round in 0..5 {
+        std::fs::write(&file, format!("{script}\nexit 0\n# {}", round.to_string().repeat(6 << 20))).unwrap();
+        let push = || scene.host.push_worker(&file, &on);
+        let (a, b, c) = tokio::join!(push(), push(), push());
+        for pushed in [a, b, c] {
+            pushed.unwrap();
+        }
+    }
+}
+
 #[tokio::test]
 async fn concurrent_launches_start_one_worker() {
     let Some(scene) = Scene::new().await else { return };

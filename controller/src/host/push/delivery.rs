@@ -38,8 +38,8 @@ const AT_ONCE: usize = 6;
 /// `hash FILE` prints its SHA-256 as 64 hexadecimal digits, or nothing; reading from standard input keeps the name out of the answer.
 ///
 /// `look` tells the hash of a file and, if it is not the one wanted, the hashes of what an earlier attempt left beside it.
-/// `seal` renames a part that is whole. Another process may have done so before. A program may still be open for writing
-/// by a connection that nobody knows to be dead, and could not be started then: it is copied.
+/// `seal` renames a part that is whole. Another process may do so at the same time, where hosts share a folder. A program is
+/// copied: its part may still be open for writing, by that process or a dead connection, and could not be started then.
 const FUNCTIONS: &str = r#"
 sum() {
   if command -v sha256sum >/dev/null 2>&1; then sha256sum
@@ -60,16 +60,16 @@ look() {
     n=$((n + 1))
   done
 }
+place() {
+  if [ "$copy" = yes ]; then whole=$(mktemp "$part.XXXXXX") && cp "$part" "$whole" || return 1; fi
+  chmod "$mode" "$whole" && mv -f "$whole" "$file" && rm -f "$part"
+}
 seal() {
-  file=$1; part=$2; want=$3; mode=$4; copy=$5
+  file=$1; part=$2; want=$3; mode=$4; copy=$5; whole=$part
+  if [ -d "$file" ]; then echo "$file is a folder" >&2; return 1; fi
   have=$(hash "$part")
-  if [ "$have" = "$want" ]; then
-    if [ -d "$file" ]; then echo "$file is a folder" >&2; return 1; fi
-    if [ "$copy" = yes ]; then cp "$part" "$part.copy" && mv -f "$part.copy" "$part" || return 1; fi
-    chmod "$mode" "$part" && mv -f "$part" "$file" || return 1
-  else
-    have=$(hash "$file")
-  fi
+  if [ "$have" != "$want" ]; then have=$(hash "$file")
+  elif ! place; then have=$(hash "$file"); [ "$have" = "$want" ] || return 1; fi
   echo "@sealed $have"
 }
 "#;
@@ -110,13 +110,9 @@ impl Gap<'_> {
         self.parts.iter().map(|part| part.end - part.start).sum()
     }
 
-    fn is_rest(&self) -> bool {
-        self.bytes() < self.item.bytes
-    }
-
-    /// A program of which an earlier connection wrote some.
+    /// A program.
     fn must_be_copied(&self) -> bool {
-        self.is_rest() && self.item.mode & 0o111 != 0
+        self.item.mode & 0o111 != 0
     }
 }
 
