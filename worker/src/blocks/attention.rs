@@ -601,7 +601,9 @@ mod tests {
             let whole = Mixing::new(0.7, window, Some(&sinks));
             let blocked = Mixing { query_block, score_values, ..Mixing::new(0.7, window, Some(&sinks)) };
             let expected = naive::rows(&whole.mix(&query, &key, &value).unwrap());
-            naive::assert_close(&blocked.mix(&query, &key, &value).unwrap(), &expected, 1e-6);
+            // Products of one row sum in another order than those of many: some 1e-7 of values
+            // near 1, and averages have an RMS of a tenth.
+            naive::assert_close(&blocked.mix(&query, &key, &value).unwrap(), &expected, 4e-6);
         }
 
         #[test]
