@@ -88,6 +88,7 @@ fn lease() -> Lease {
         tag: "outliers-me-r1-n1-4102444800".parse().expect("it is a tag"),
         ssh_public_key: "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKey me".to_owned(),
         disk: Bytes::from_gib(60),
+        stage: None,
     }
 }
 
