@@ -11,6 +11,8 @@ use outliers_scan::simd::vectorized;
 const STRIPE: usize = 256;
 /// Sums beside each other over a row.
 const LANES: usize = 16;
+/// Values that a GPU makes f32 of at a time, since plans have no room for all of a micro-batch's.
+const PART: usize = 16 << 20;
 
 /// Sums over rows, each `[width]`; empty before the first row.
 ///
@@ -55,16 +57,25 @@ impl InputSums {
         });
     }
 
-    /// Adds sums that were made in f32 on the device of `x` `[rows, width]`.
-    fn add_from(&mut self, x: &Tensor) -> Result<()> {
-        let (x, width) = (x.to_dtype(DType::F32)?, self.largest.len());
-        let sums = Tensor::stack(&[x.sqr()?.sum(0)?, x.sum(0)?, x.abs()?.max(0)?], 0)?;
-        on_host(&sums, |sums| {
-            let (squares, sums) = sums.split_at(width);
-            let (values, largest) = sums.split_at(width);
-            self.squares.iter_mut().zip(squares).for_each(|(sum, more)| *sum += f64::from(*more));
-            self.values.iter_mut().zip(values).for_each(|(sum, more)| *sum += f64::from(*more));
-            self.largest.iter_mut().zip(largest).for_each(|(most, more)| *most = f32::max(*most, *more));
+    /// Adds sums that were made in f32 on the device of `x` `[rows, width]`, each of rows with at
+    /// most so many values.
+    fn add_from(&mut self, x: &Tensor, most: usize) -> Result<()> {
+        let (mut sums, width) = (Vec::new(), self.largest.len());
+        for part in parts(x, most)? {
+            let part = part.to_dtype(DType::F32)?;
+            sums.push(part.sqr()?.sum(0)?);
+            sums.push(part.sum(0)?);
+            sums.push(part.abs()?.max(0)?);
+        }
+        // All of them together: a GPU is waited for once.
+        on_host(&Tensor::stack(&sums, 0)?, |sums| {
+            for sums in sums.chunks_exact(3 * width) {
+                let (squares, sums) = sums.split_at(width);
+                let (values, largest) = sums.split_at(width);
+                self.squares.iter_mut().zip(squares).for_each(|(sum, more)| *sum += f64::from(*more));
+                self.values.iter_mut().zip(values).for_each(|(sum, more)| *sum += f64::from(*more));
+                self.largest.iter_mut().zip(largest).for_each(|(most, more)| *most = f32::max(*most, *more));
+            }
         })
     }
 }
@@ -89,7 +100,7 @@ impl Tap {
             bail!("an input of width {width} after others of width {}", sums.largest.len());
         }
         sums.rows += x.dim(0)? as u64;
-        if x.device().is_cpu() { on_host(&x, |x| sums.add(x)) } else { sums.add_from(&x) }
+        if x.device().is_cpu() { on_host(&x, |x| sums.add(x)) } else { sums.add_from(&x, PART) }
     }
 
     /// The sums so far, which begin anew.
@@ -104,8 +115,9 @@ impl Tap {
 /// The device's.
 pub fn row_norms(x: &Tensor) -> Result<Vec<f64>> {
     if !x.device().is_cpu() {
-        let norms = x.to_dtype(DType::F32)?.sqr()?.sum(1)?.sqrt()?;
-        return on_host(&norms, |norms| norms.iter().map(|norm| f64::from(*norm)).collect());
+        let norms = |part: &Tensor| part.to_dtype(DType::F32)?.sqr()?.sum(1)?.sqrt();
+        let norms = parts(x, PART)?.iter().map(norms).collect::<Result<Vec<_>>>()?;
+        return on_host(&Tensor::cat(&norms, 0)?, |norms| norms.iter().map(|norm| f64::from(*norm)).collect());
     }
     let width = x.dim(1)?;
     on_host(x, |x| x.par_chunks_exact(width).map(norm).collect())
@@ -124,6 +136,28 @@ fn norm(row: &[f32]) -> f64 {
 /// # Errors
 /// The device's.
 pub fn on_host<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> T) -> Result<T> {
+    if x.device().is_cpu() || x.dtype() == DType::F32 {
+        return moved(x, see);
+    }
+    let mut values = Vec::with_capacity(x.elem_count());
+    for part in parts(x, PART)? {
+        moved(&part, |part| values.extend_from_slice(part))?;
+    }
+    Ok(see(&values))
+}
+
+/// Views of `x`, each of as many of its rows as have at most so many values, or of one.
+fn parts(x: &Tensor, most: usize) -> Result<Vec<Tensor>> {
+    let rows = x.dims().first().copied().unwrap_or(1);
+    let each = (most * rows / x.elem_count().max(1)).max(1);
+    if each >= rows {
+        return Ok(vec![x.clone()]);
+    }
+    (0..rows).step_by(each).map(|first| x.narrow(0, first, each.min(rows - first))).collect()
+}
+
+/// Shows all of a tensor, which takes as much memory in f32 where it is.
+fn moved<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> T) -> Result<T> {
     let x = x.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
     let (storage, layout) = x.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
@@ -173,13 +207,15 @@ mod tests {
                 prop_assert!((whole.values[column] - all().map(|x| f64::from(*x)).sum::<f64>()).abs() < 1e-9);
                 prop_assert_eq!(whole.largest[column], all().fold(0f32, |most, x| most.max(x.abs())));
             }
-            // As on another device: sums of f32.
-            let mut made_there = InputSums::of_width(width);
-            made_there.add_from(&tensor(&x, width)).unwrap();
-            for (there, here) in made_there.squares.iter().zip(&whole.squares) {
-                prop_assert!((there - here).abs() <= 1e-5 * here, "{} {}", there, here);
+            // As on another device: sums of f32, over all rows and over two at a time.
+            for most in [PART, 2 * width] {
+                let mut made_there = InputSums::of_width(width);
+                made_there.add_from(&tensor(&x, width), most).unwrap();
+                for (there, here) in made_there.squares.iter().zip(&whole.squares) {
+                    prop_assert!((there - here).abs() <= 1e-5 * here, "{} {}", there, here);
+                }
+                prop_assert_eq!(&made_there.largest, &whole.largest);
             }
-            prop_assert_eq!(&made_there.largest, &whole.largest);
         }
 
         #[test]
@@ -189,6 +225,21 @@ mod tests {
             prop_assert_eq!(norms.len(), 2);
             prop_assert!(norms.iter().all(|norm| (norm - squares.sqrt()).abs() <= 1e-12 * squares.sqrt()));
         }
+    }
+
+    #[test]
+    fn parts_of_a_tensor_are_its_rows_in_their_order() {
+        let x = Tensor::arange(0f32, 70.0, &Device::Cpu).unwrap().reshape((7, 10)).unwrap();
+        let rows = |most: usize| -> Vec<usize> {
+            let parts = parts(&x, most).unwrap();
+            let values = Tensor::cat(&parts, 0).unwrap().to_vec2::<f32>().unwrap();
+            assert_eq!(values, x.to_vec2::<f32>().unwrap());
+            parts.iter().map(|part| part.dim(0).unwrap()).collect()
+        };
+        assert_eq!((rows(70), rows(39), rows(5)), (vec![7], vec![3, 3, 1], vec![1; 7]));
+        let number = Tensor::new(1f32, &Device::Cpu).unwrap();
+        let none = Tensor::zeros((0, 4), DType::F32, &Device::Cpu).unwrap();
+        assert_eq!((parts(&number, 5).unwrap().len(), parts(&none, 5).unwrap().len()), (1, 1));
     }
 
     #[test]
