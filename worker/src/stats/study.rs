@@ -274,8 +274,9 @@ impl Study {
         }
         let point = shown.site.point;
         let threshold = point.is_norm_output().then(|| self.outliers.threshold());
-        // What is added to the residual stream is overwritten by the sum.
-        let is_added = matches!(point, Point::AttentionOut | Point::MlpOut | Point::ExpertOut);
+        // The sum overwrites what is added to the residual stream. What an expert made is only read,
+        // and is often a part of a tensor: a copy would be of the whole.
+        let is_added = matches!(point, Point::AttentionOut | Point::MlpOut);
         let copied;
         let x = if is_added {
             copied = x.copy()?;
