@@ -1,7 +1,7 @@
 //! What `--measure` gives, beside what numpy makes of transformers' activations and attention
 //! weights by the same definitions (`tests/measures.py` made the numbers).
 
-use outliers_protocol::{Point, QuantizationError, Record, Results, files};
+use outliers_protocol::{Inspection, Point, QuantizationError, Record, Results, files};
 use outliers_tests::programs::{golden, run_worker};
 use serde_json::Value;
 
@@ -158,6 +158,27 @@ fn layers_without_softmax_have_no_attention_sinks() {
     let (with, without): (Vec<_>, Vec<_>) = layers.iter().partition(|layer| layer.first_key.is_some());
     assert!(!with.is_empty() && !without.is_empty());
     assert!(without.iter().all(|layer| layer.heads.is_empty()) && with.iter().all(|layer| !layer.heads.is_empty()));
+}
+
+#[test]
+fn plan_counts_values_that_a_gpu_sends_to_the_host_to_be_measured() {
+    let model = golden("llama-f32").join("model");
+    let inspected = |more: &[&str]| -> Inspection {
+        let plain = ["inspect", "--json", "--model", model.to_str().unwrap()];
+        let said = run_worker(plain.iter().chain(more));
+        assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+        serde_json::from_slice(&said.stdout).unwrap()
+    };
+    let plain = inspected(&["--sites", "residual"]);
+    let plan = &plain.plan;
+    let values = (plan.sequences * plan.tokens_per_sequence * plain.hidden * size_of::<f32>()) as u64;
+    let (norms, residuals) = (plain.sites.len() as u64, plain.layers.len() as u64);
+    let more = |measurement: &str| {
+        let with = inspected(&["--sites", "residual", "--measure", measurement]);
+        with.plan.on_gpus.device_to_host_bytes - plan.on_gpus.device_to_host_bytes
+    };
+    assert_eq!(more("quantization-error"), (norms + residuals) * values);
+    assert_eq!((more("residual-sinks"), more("attention-sinks")), (residuals * values, 0));
 }
 
 #[test]

@@ -161,8 +161,8 @@ pub struct PlanFigures {
 pub struct GpuWork {
     /// Bytes from the host to GPUs: weights as they are stored, and the embedded tokens.
     pub host_to_device_bytes: u64,
-    /// Bytes from GPUs to the host: summaries of statistics, and three numbers per token and block of
-    /// logits.
+    /// Bytes from GPUs to the host: summaries of statistics, values that are measured on the host as
+    /// f32, and three numbers per token and block of logits.
     pub device_to_host_bytes: u64,
     /// Bytes of hidden states that go from GPU to GPU where there are several: all, after each layer.
     pub passed_on_bytes: u64,

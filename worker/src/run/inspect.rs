@@ -5,8 +5,8 @@ use std::ops::Range;
 use candle_core::DType;
 use half::bf16;
 use outliers_protocol::{
-    FileBytes, GpuWork, Inspection, JobSpec, LayerInspection, MICRO_BATCH_TOKENS, ModelSource, PlanFigures, Point,
-    SCHEMA, SiteInspection, Weights,
+    FileBytes, GpuWork, Inspection, JobSpec, LayerInspection, MICRO_BATCH_TOKENS, Measurement, ModelSource,
+    PlanFigures, Point, SCHEMA, SiteInspection, Weights,
 };
 use outliers_scan::{BINS, STRIP};
 use serde_json::Value;
@@ -246,12 +246,28 @@ const MIXER_KERNELS: u64 = 40;
 const FEED_FORWARD_KERNELS: u64 = 15;
 const EXPERT_KERNELS: u64 = 8;
 
+/// Bytes of a row's summary: the largest value, the median, two moments.
+const OF_ROW: usize = 24;
+/// Bytes of a column's in a sequence: two counts, two extremes, four sums.
+const OF_COLUMN: usize = 48;
+
 /// What GPUs do beside the arithmetic. Single experts' outputs count as one site of all of them.
 fn on_gpus(model: &Model<'_>, run: PlannedRun, job: &JobSpec) -> GpuWork {
     let spec = &model.spec;
     let (layers, norms) = (spec.layers.len() as u64, spec.sites().len() as u64);
-    let others = [Point::Residual, Point::AttentionOut, Point::MlpOut, Point::ExpertOut];
-    let others = layers * others.into_iter().filter(|point| job.studies(*point)).count() as u64;
+    let seen = |points: &[Point]| layers * points.iter().filter(|point| job.studies(**point)).count() as u64;
+    let others = seen(&[Point::Residual, Point::AttentionOut, Point::MlpOut, Point::ExpertOut]);
+    let asked = |measurement| job.measure.contains(&measurement);
+    // Sites whose values are looked at on the host.
+    let on_host = if asked(Measurement::QuantizationError) {
+        norms + others
+    } else if asked(Measurement::SpikeLife) {
+        seen(&[Point::Residual, Point::AttentionOut, Point::MlpOut])
+    } else if asked(Measurement::ResidualSinks) {
+        seen(&[Point::Residual])
+    } else {
+        0
+    };
     let (sequences, tokens) = (run.sequences as u64, (run.sequences * run.tokens) as u64);
     let hidden = spec.hidden as u64;
     let batches = tokens.div_ceil(batch_rows(run).max(1) as u64);
@@ -260,8 +276,9 @@ fn on_gpus(model: &Model<'_>, run: PlannedRun, job: &JobSpec) -> GpuWork {
     let head = if run.with_head { model.stored_bytes(0, &spec.head_needs()) } else { 0 };
     let units = spec.units(run.group_elements);
     let weights: u64 = units.iter().map(|unit| model.unit_bytes(unit)).sum();
-    // Of a row: largest value, median, two moments. Of a column: two counts, two extremes, four sums.
-    let rows = tokens * 24 + sequences * 8 * BINS as u64;
+    let rows = tokens * OF_ROW as u64 + sequences * 8 * BINS as u64;
+    let columns = norms * sequences * hidden * OF_COLUMN as u64;
+    let values = on_host * tokens * hidden * size_of::<f32>() as u64;
     let logits = if run.with_head { tokens * 12 * spec.vocab.div_ceil(VOCAB_BLOCK) as u64 } else { 0 };
     let kernels = NORM_KERNELS * norms + (NORM_KERNELS - 1) * others;
     let of_layer = |layer: &LayerSpec| {
@@ -271,7 +288,7 @@ fn on_gpus(model: &Model<'_>, run: PlannedRun, job: &JobSpec) -> GpuWork {
     let arms = run.arms as u64;
     GpuWork {
         host_to_device_bytes: weights + head + hidden_states(spec, run),
-        device_to_host_bytes: (norms + others) * rows + norms * sequences * hidden * 48 + arms * logits,
+        device_to_host_bytes: (norms + others) * rows + columns + values + arms * logits,
         passed_on_bytes: layers * hidden_states(spec, run),
         statistics_bytes: kernels * tokens * hidden * run.compute.size_in_bytes() as u64,
         launches: arms * spec.layers.iter().map(of_layer).sum::<u64>() + batches * kernels,
@@ -366,15 +383,17 @@ fn batch_rows(run: PlannedRun) -> usize {
 }
 
 /// What is held on a GPU of activations until their statistics have come, bytes: values, where they
-/// exceed, and while columns are added up six numbers of each strip.
+/// exceed, and while these are made six numbers of each strip of a column, and the summaries.
 fn looked_at(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     if run.arithmetic.in_place {
         return 0;
     }
-    let rows = batch_rows(run);
-    let strips = rows / run.tokens.max(1) * run.tokens.div_ceil(STRIP);
+    let (rows, sequences) = (batch_rows(run), batch_rows(run) / run.tokens.max(1));
+    let strips = sequences * run.tokens.div_ceil(STRIP);
     let held = rows * run.compute.size_in_bytes() + strips * 2 * size_of::<u32>();
-    (((study::HELD + 1) * held + strips * 6 * size_of::<f32>()) * spec.hidden) as u64
+    let of_columns = strips * 6 * size_of::<f32>() + sequences * OF_COLUMN;
+    let of_rows = rows * OF_ROW + sequences * BINS * size_of::<u64>();
+    (((study::HELD + 1) * held + of_columns) * spec.hidden + of_rows) as u64
 }
 
 /// The embedded tokens in f32, before they become hidden states.
@@ -402,16 +421,21 @@ fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
                 false => (rows.div_ceil(run.tokens.max(1)), mixer.mixed_bytes(value)),
             };
             let scores = (sequences * mixer.score_heads() * QUERY_BLOCK * run.tokens).min(SCORE_VALUES) * value;
-            rows * (mixer.projected_bytes(value) + mixed + 2 * spec.hidden * value) + scores
+            // Input and output; both are kept while attention is looked at without what an arm lacks.
+            let states = if run.arms > 1 { 4 } else { 2 };
+            rows * (mixer.projected_bytes(value) + mixed + states * spec.hidden * value) + scores
         }
         (_, FfnSpec::None) => 0,
         (_, FfnSpec::Dense(mlp)) => feed_forward(mlp),
         (Part::Experts(group), FfnSpec::Moe(moe)) => feed_forward(&moe.expert) + dispatched(spec, moe, group, run),
         (_, FfnSpec::Moe(moe)) => {
             let shared = moe.shared.map(|shared| shared.mlp);
-            // On a GPU logits, scores for choosing and for weighing, and their order.
-            let routed = if run.arithmetic.in_place { 0 } else { rows * moe.experts * 4 * size_of::<f32>() };
-            shared.iter().chain(&moe.beside).map(feed_forward).max().unwrap_or(0) + routed
+            // On a GPU logits, scores for choosing and for weighing, and their order; the input in
+            // f32, and once more if it is normalised. Before all else.
+            let wide = usize::from(run.compute != DType::F32) + usize::from(moe.router.scales());
+            let routed = rows * (4 * moe.experts + wide * spec.hidden) * size_of::<f32>();
+            let routed = if run.arithmetic.in_place { 0 } else { routed };
+            shared.iter().chain(&moe.beside).map(feed_forward).max().unwrap_or(0).max(routed)
         }
     };
     bytes as u64
@@ -525,6 +549,54 @@ mod tests {
         assert_eq!(chosen(2, 100_000, 1, gib(1)), 65_536, "which may be longer than any");
         assert_eq!(chosen(16, 2048, 4, gib(1000)), 8192, "each device has a wave of its own");
         assert_eq!(chosen(3, 24, 3, gib(1)), 72, "few tokens are not divided");
+    }
+
+    /// Sequences of 32 tokens on a GPU, all in one micro-batch.
+    fn on_a_gpu(sequences: usize, compute: DType) -> PlannedRun {
+        PlannedRun {
+            sequences,
+            tokens: 32,
+            arms: 1,
+            compute,
+            micro_batch_tokens: 32 * sequences,
+            group_elements: 1,
+            measured: 0,
+            arithmetic: Arithmetic::default(),
+            with_head: true,
+            devices: 1,
+        }
+    }
+
+    #[test]
+    fn router_takes_its_input_in_f32_on_a_gpu() {
+        let of_router = |spec: &DecoderSpec, run: PlannedRun| {
+            let unit = spec.units(1).into_iter().find(|unit| unit.part == Part::Router).unwrap();
+            workspace(spec, &unit, run)
+        };
+        let (plain, rows) = (spec(include_str!("../../../tests/golden/mixtral/model/config.json"), |_| ()), 10 * 32);
+        // By hand: four numbers per expert, of which there are four, and 64 features.
+        assert_eq!(of_router(&plain, on_a_gpu(10, DType::BF16)), rows * 4 * (4 * 4 + 64));
+        assert_eq!(of_router(&plain, on_a_gpu(10, DType::F32)), rows * 4 * 4 * 4, "it is there");
+        let in_place = Arithmetic { in_place: true, ..Arithmetic::default() };
+        assert_eq!(of_router(&plain, PlannedRun { arithmetic: in_place, ..on_a_gpu(10, DType::BF16) }), 0);
+    }
+
+    #[test]
+    fn summaries_of_short_sequences_are_planned_on_a_gpu() {
+        let mixtral = spec(include_str!("../../../tests/golden/mixtral/model/config.json"), |_| ());
+        // By hand, of each sequence: 32 rows of 64 values and two words of marks, held five times;
+        // six numbers of one strip, and the summaries of columns, of rows and of magnitudes.
+        let held = 5 * (32 * 64 * 2 + 64 * 2 * 4);
+        let made = 64 * 6 * 4 + 64 * (2 * 4 + 2 * 4 + 4 * 8) + 32 * (4 + 4 + 8 + 8) + 2048 * 8;
+        assert_eq!(looked_at(&mixtral, on_a_gpu(10, DType::BF16)), 10 * (held + made));
+    }
+
+    #[test]
+    fn ablation_keeps_input_and_output_of_attention_while_it_is_looked_at_again() {
+        let mixtral = spec(include_str!("../../../tests/golden/mixtral/model/config.json"), |_| ());
+        let units = mixtral.units(1);
+        let of = |arms| workspace(&mixtral, &units[0], PlannedRun { arms, ..on_a_gpu(10, DType::BF16) });
+        assert_eq!((of(2) - of(1), of(3) - of(1)), (2 * 320 * 64 * 2, 2 * 320 * 64 * 2));
     }
 
     #[test]
