@@ -157,3 +157,11 @@ fn lfs_pointers_web_pages_and_empty_files_are_named() {
         }
     }
 }
+
+#[test]
+fn tied_head_crosses_to_a_gpu_in_a_plan() {
+    let inspected = inspect(&golden("llama-bf16-sharded-tied").join("model"));
+    assert!(inspected.tied_head);
+    let plan = &inspected.plan;
+    assert_eq!(plan.on_gpus.host_to_device_bytes, plan.bytes_to_read + plan.hidden_state_bytes);
+}

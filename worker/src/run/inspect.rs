@@ -273,7 +273,9 @@ fn on_gpus(model: &Model<'_>, run: PlannedRun, job: &JobSpec) -> GpuWork {
     let batches = tokens.div_ceil(batch_rows(run).max(1) as u64);
     let waves = batches.min(WAVES as u64);
 
-    let head = if run.with_head { model.stored_bytes(0, &spec.head_needs()) } else { 0 };
+    // A tied head is read with the embedding, and crosses all the same.
+    let after_layers = spec.output_needs().into_iter().chain([spec.head_need()]).chain(spec.head_bias_need());
+    let head = if run.with_head { model.stored_bytes(0, &after_layers.collect::<Vec<_>>()) } else { 0 };
     let units = spec.units(run.group_elements);
     let weights: u64 = units.iter().map(|unit| model.unit_bytes(unit)).sum();
     let rows = tokens * OF_ROW as u64 + sequences * 8 * BINS as u64;
