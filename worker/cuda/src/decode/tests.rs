@@ -183,8 +183,8 @@ fn decode_with_both() {
         ([9, 41], [usize::MAX, 5]),
     ] {
         let count = shape[0] * shape[1];
-        let of_rows = shape[0].div_ceil(block[0].min(shape[0]));
-        let tile_count = of_rows * shape[1].div_ceil(block[1]);
+        let of_rows = usize::div_ceil(shape[0], block[0].min(shape[0]));
+        let tile_count = of_rows * usize::div_ceil(shape[1], block[1]);
         for number in [Number::F32, Number::Bf16, Number::E8m0] {
             let scales = scales(count, tile_count, number);
             tiles(gpu, &numbers(count, count), &scales, number, shape, block);
