@@ -369,11 +369,22 @@ fn float(kind: Type, bits: u64) -> f64 {
 /// Rounded to nearest.
 fn float_bits(kind: Type, value: f64) -> u64 {
     match kind {
-        Type::F16 => f16::from_f64(value).to_bits().into(),
-        Type::Bf16 => bf16::from_f64(value).to_bits().into(),
+        Type::F16 => f16::from_f32(to_odd(value)).to_bits().into(),
+        Type::Bf16 => bf16::from_f32(to_odd(value)).to_bits().into(),
         Type::F32 => (value as f32).to_bits().into(),
         _ => value.to_bits(),
     }
+}
+
+/// An f32 that rounds to 16 bits as `value` does: truncated, with the lowest bit set if anything was
+/// lost. The library's conversions from f64 drop the lower 32 bits.
+fn to_odd(value: f64) -> f32 {
+    let nearest = value as f32;
+    if f64::from(nearest) == value || !value.is_finite() {
+        return nearest;
+    }
+    let is_above = f64::from(nearest).abs() > value.abs();
+    f32::from_bits((nearest.to_bits() - u32::from(is_above)) | 1)
 }
 
 /// An f32, rounded otherwise than to nearest.

@@ -91,6 +91,8 @@ fn conversions_round_as_instructed() {
         u32::from(half::bf16::ONE.to_bits()),
         "ties to even"
     );
+    assert_eq!(one("cvt.rn.bf16.f32 %r3, %r2;", 0x3f80_8001), 0x3f81, "above a tie");
+    assert_eq!(one("cvt.rn.bf16.f32 %r3, %r2;", 0x3f81_7fff), 0x3f81, "below a tie");
     assert_eq!(one("mov.b32 %r3, {0, %r2};", 0x3f80), float(1.0));
     assert_eq!(one("fma.rm.f32 %r3, %r2, 0f3F800000, 0f4B400001;", float(0.7)), float(12_582_913.0), "rounded down");
     let (two, both) = (0x4000_3f80, 0x4040_4040);
